@@ -1,0 +1,1 @@
+"""Rewards: a completion in, a verdict out. Imports nothing of the rest of emberl."""

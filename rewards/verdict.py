@@ -1,0 +1,56 @@
+"""The noun `Verdict`: what a grader says of one completion.
+
+A float cannot say why it is zero. A wrong answer, an answer that could not be parsed, a program that ran out of time
+and a grader that was killed are four different things, and only the first three say anything about the policy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Status(StrEnum):
+    """What happened. Only `VERIFIER_ERROR` carries no score: such a completion never enters a loss or a baseline."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    PARTIAL = "partial"  # some of the named parts or tests passed, or the score is graded rather than binary
+    UNPARSEABLE = "unparseable"  # the completion holds nothing that could be an answer
+    OVER_LIMIT = "over_limit"  # the model's own doing: a bomb, or its program's time or memory
+    VERIFIER_ERROR = "verifier_error"  # ours: a killed worker, a broken plugin, a sandbox that failed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """A grader's word on one completion, e.g. `Verdict(status=Status.CORRECT, score=1.0, seconds=4e-6)`."""
+
+    status: Status
+    score: float | None
+    """The reward; finite for every status but `VERIFIER_ERROR`, where it is None."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Named components before weighting, e.g. `{"answer": 1.0, "format": 0.5}`."""
+    message: str = ""
+    """For a person: why, in one line."""
+    seconds: float = 0.0
+    """Wall time that the grading took."""
+
+    def __post_init__(self) -> None:
+        if self.status is Status.VERIFIER_ERROR:
+            assert self.score is None, f"a verifier_error carries no score, got {self.score}"
+        else:
+            assert self.score is not None and math.isfinite(self.score), (
+                f"{self.status} needs a finite score, got {self.score}"
+            )
+
+    @property
+    def trains(self) -> bool:
+        """Whether the completion may enter a loss and its group's baseline."""
+        return self.score is not None
+
+
+def verifier_error(message: str, seconds: float = 0.0) -> Verdict:
+    """The verdict of a grader that failed through no fault of the model."""
+    return Verdict(status=Status.VERIFIER_ERROR, score=None, message=message, seconds=seconds)

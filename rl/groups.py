@@ -1,0 +1,95 @@
+"""The nouns `Group` and `Batch`: a prompt's G graded completions, and the flat tokens that a learner trains on.
+
+Shape legend: G completions of a group, T tokens of a batch, S sequences of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..rewards.verdict import Verdict
+from ..rollout.samples import Completion, Prompt
+
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.int32]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Group:
+    """A prompt, its G completions, their verdicts and, once computed, their advantages."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    verdicts: tuple[Verdict, ...]
+    advantages: Floats | None = None
+    """[G]; 0 for a completion without a verdict."""
+
+    def __post_init__(self) -> None:
+        assert len(self.completions) == len(self.verdicts), (
+            f"{len(self.completions)} completions, {len(self.verdicts)} verdicts"
+        )
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        """[G] with NaN for a completion that has no verdict."""
+        return np.array([np.nan if v.score is None else v.score for v in self.verdicts], dtype=np.float64)
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether any two verdicts differ: without that every group-relative advantage is 0."""
+        scores = self.scores[~np.isnan(self.scores)]
+        return bool(len(scores) > 1 and np.any(scores != scores[0]))
+
+    def with_advantages(self, advantages: Floats) -> Group:
+        return replace(self, advantages=advantages)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Batch:
+    """Flat aligned arrays over the T tokens of S sequences, prompt tokens included.
+
+    Position t holds what concerns token t *as a target*: `behaviour_logp_T[t]` is the log-prob with which token t was
+    sampled, and `loss_mask_T[t]` says whether it trains. The learner predicts it from the hidden state at t - 1.
+    """
+
+    token_ids_T: Ints
+    positions_T: Ints
+    """0, 1, 2, ... within each sequence."""
+    sequence_ids_T: Ints
+    """0..S-1, ascending."""
+    loss_mask_T: Bools
+    behaviour_logp_T: Floats
+    advantages_T: Floats
+    weights_T: Floats
+    """The share of each loss token in the batch's loss: masks, denominators and the aggregation in one number, computed
+    over the *whole* step before it is split over ranks and micro-batches, so that partial losses simply add up."""
+    num_loss_tokens: int
+    """Loss tokens of the whole step, over all ranks and micro-batches."""
+
+    def __post_init__(self) -> None:
+        lengths = {name: len(getattr(self, name)) for name in self.__slots__ if name.endswith("_T")}
+        assert len(set(lengths.values())) == 1, f"arrays of a batch must be aligned, got {lengths}"
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids_T)
+
+    @property
+    def sequence_lengths(self) -> NDArray[np.int64]:
+        """[S]"""
+        return np.bincount(self.sequence_ids_T) if self.num_tokens else np.zeros(0, np.int64)
+
+    def select(self, sequences: Sequence[int]) -> Batch:
+        """The batch of these sequences in this order, renumbered from 0; weights stay those of the whole step."""
+        starts = np.concatenate(([0], np.cumsum(self.sequence_lengths)))
+        rows = [np.arange(starts[s], starts[s + 1]) for s in sequences]
+        index = np.concatenate(rows) if rows else np.zeros(0, np.int64)
+        arrays = {name: getattr(self, name)[index] for name in self.__slots__ if name.endswith("_T")}
+        arrays["sequence_ids_T"] = np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows])
+        return replace(self, **arrays)

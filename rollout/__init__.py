@@ -1,0 +1,1 @@
+"""Rollouts: prompts in, completions out, on an engine whose weights carry a version number."""

@@ -1,0 +1,103 @@
+"""What every benchmark shares: records, versions, interleaved timing. Set the threads before importing torch.
+
+A record is one JSON line: bench, case, impl, value, unit, ratio, floor, versions, machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning pools slow a two-core machine 10-20x
+
+
+def versions(*names: str) -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", *names):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    model = "unknown"
+    if (info := Path("/proc/cpuinfo")).exists():
+        model = next(
+            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line), model
+        )
+    return {"cpu": model, "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2)}
+
+
+class Report:
+    """Prints one line per record and, with `--json FILE`, appends the same records there."""
+
+    def __init__(self, bench: str, json_path: Path | None, *packages: str) -> None:
+        self.bench, self.json_path = bench, json_path
+        self.versions, self.machine = versions(*packages), machine()
+
+    def record(
+        self,
+        case: str,
+        impl: str,
+        value: float,
+        unit: str,
+        *,
+        ratio: float | None = None,
+        floor: float | None = None,
+        **extra: Any,
+    ) -> None:
+        row = {
+            "bench": self.bench,
+            "case": case,
+            "impl": impl,
+            "value": value,
+            "unit": unit,
+            "ratio": ratio,
+            "floor": floor,
+        }
+        row |= extra | {"versions": self.versions, "machine": self.machine}
+        notes = "".join(f"  {k}={v:.4g}" if isinstance(v, float) else f"  {k}={v}" for k, v in extra.items())
+        print(
+            f"{self.bench:10} {case:28} {impl:28} {value:12.4g} {unit:10}"
+            + (f" {ratio:6.2f}x" if ratio is not None else "")
+            + (f"  floor {floor:.4g}" if floor is not None else "")
+            + notes,
+            flush=True,
+        )
+        if self.json_path is not None:
+            with self.json_path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def interleave(impls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each implementation, taken in turns so that a drifting machine hits them alike; one warm-up each."""
+    seconds: dict[str, list[float]] = {name: [] for name in impls}
+    for run in impls.values():
+        run()
+    for _ in range(rounds):
+        for name, run in impls.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="a smoke run: small shapes, one round")
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="append one record a line")
+    return parser
