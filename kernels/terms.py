@@ -32,7 +32,7 @@ class TokenTerms:
     loss: Tensor
     """[n]"""
     dlogp: Tensor
-    """[n] derivative of the *total* loss by this token's log-prob (for a sequence-coupled loss that is not d loss[t])."""
+    """[n] derivative of the *total* loss by this token's log-prob; for a sequence-coupled loss not d loss[t]."""
     dentropy: Tensor | None = None
     """[n] derivative of the total loss by this token's entropy."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)

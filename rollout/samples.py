@@ -35,7 +35,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How tokens are drawn; log-probs are those of the distribution really sampled, after temperature, top-k and top-p."""
+    """How tokens are drawn; log-probs are of the distribution really sampled, after temperature, top-k and top-p."""
 
     max_tokens: int
     temperature: float = 1.0

@@ -1,0 +1,150 @@
+"""The only file that knows the names of devices, collectives and their environment variables.
+
+One table row is one kind of machine. torch is imported inside the functions that need it, so that the configuration
+can name Ray resources without loading it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Platform:
+    """How one kind of device is called by torch, by torch.distributed and by Ray."""
+
+    device: str
+    """torch's device type."""
+    collective: str
+    """The torch.distributed back end."""
+    resource: str
+    """Ray's resource name; `CPU` means that an actor owns cores rather than a card."""
+    visible_devices: str | None = None
+    """The environment variable that hides all other cards from a process."""
+    ray_noset: str | None = None
+    """Set to 1, Ray leaves `visible_devices` alone and every actor sees every card."""
+    module: str | None = None
+    """The package whose import registers the device with torch."""
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.device == "cpu"
+
+
+CPU = Platform(device="cpu", collective="gloo", resource="CPU")
+CUDA = Platform(
+    device="cuda",
+    collective="nccl",
+    resource="GPU",
+    visible_devices="CUDA_VISIBLE_DEVICES",
+    ray_noset="RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES",
+)
+NPU = Platform(
+    device="npu",
+    collective="hccl",
+    resource="NPU",
+    visible_devices="ASCEND_RT_VISIBLE_DEVICES",
+    ray_noset="RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES",
+    module="torch_npu",
+)
+PLATFORMS = {p.device: p for p in (CPU, CUDA, NPU)}
+
+
+def named(device: str) -> Platform:
+    """The platform called `device`; `auto` is this machine's accelerator, or the CPU where it has none."""
+    if device == "auto":
+        return detect()
+    if device not in PLATFORMS:
+        raise ValueError(f"cluster.device={device!r} is not known; choose one of auto, {', '.join(PLATFORMS)}")
+    return PLATFORMS[device]
+
+
+@lru_cache(maxsize=1)
+def detect() -> Platform:
+    """This process's platform, by `torch.accelerator`; an NPU shows only once torch_npu is imported."""
+    import torch
+
+    _register(NPU)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return PLATFORMS[accelerator.type] if accelerator is not None and accelerator.type in PLATFORMS else CPU
+
+
+def _register(platform: Platform) -> bool:
+    """Imports the package that teaches torch this device; False where it is not installed."""
+    if platform.module is None:
+        return True
+    try:
+        __import__(platform.module)
+    except ImportError:
+        return False
+    return True
+
+
+def device_of_process(platform: Platform) -> torch.device:
+    """The device of an actor that owns one card: Ray hides the others, so it is always number 0."""
+    import torch
+
+    if platform.is_cpu:
+        return torch.device("cpu")
+    if not _register(platform):
+        raise ValueError(
+            f"cluster.device={platform.device!r} needs the package {platform.module}, which is not installed"
+        )
+    torch.accelerator.set_device_index(0)
+    return torch.device(platform.device, 0)
+
+
+def supports_bf16(platform: Platform) -> bool:
+    """Whether bfloat16 matrix products run in hardware: every supported card; a CPU with AMX or AVX512-BF16."""
+    if not platform.is_cpu:
+        return True
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text().split() if info.exists() else []
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def compute_dtype(name: str, platform: Platform) -> torch.dtype:
+    """The dtype called `name` (`auto`, `bfloat16`, `float32`, `float64`); auto is bfloat16 where it is fast."""
+    import torch
+
+    if name == "auto":
+        return torch.bfloat16 if supports_bf16(platform) else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def set_threads(count: int) -> None:
+    """Fixes this process's thread pools. Pools of several actors that fight for the cores slow each other 10-20 times,
+    so every actor calls this before its first operation, with the CPUs that Ray gave it."""
+    import torch
+
+    torch.set_num_threads(max(1, count))
+
+
+def thread_environment(count: int) -> dict[str, str]:
+    """The environment with which an actor's process must *start* for its OpenMP pool to be small and to sleep, not spin,
+    between parallel regions."""
+    return {"OMP_NUM_THREADS": str(max(1, count)), "MKL_NUM_THREADS": str(max(1, count)), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def peak_memory_bytes(platform: Platform) -> int:
+    """Peak memory of this process: the card's allocator, or the resident set on a CPU."""
+    import resource
+
+    import torch
+
+    if platform.is_cpu:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(torch.accelerator.max_memory_allocated())
+
+
+def local_cpus() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
