@@ -129,7 +129,7 @@ def set_threads(count: int) -> None:
 
 
 def thread_environment(count: int) -> dict[str, str]:
-    """The environment with which an actor's process must *start* for its OpenMP pool to be small and to sleep, not spin,
+    """The environment with which an actor's process must start so that its OpenMP pool is small and sleeps, not spins,
     between parallel regions."""
     return {"OMP_NUM_THREADS": str(max(1, count)), "MKL_NUM_THREADS": str(max(1, count)), "OMP_WAIT_POLICY": "PASSIVE"}
 

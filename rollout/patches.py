@@ -57,7 +57,7 @@ class WeightPatch:
 
 def digest(data: Bytes) -> str:
     """xxh3-128 of a tensor's bytes, as hexadecimal digits."""
-    return xxhash.xxh3_128_hexdigest(memoryview(data))
+    return xxhash.xxh3_128_hexdigest(data.data)
 
 
 def root_digest(digests: Mapping[str, str]) -> str:

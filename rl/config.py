@@ -1,0 +1,345 @@
+"""The typed configuration: one YAML file is one experiment. Importing this loads no torch.
+
+A file is merged over the preset that its `algorithm` names, `key=value` overrides over the file, and the result is
+validated into frozen models; an unknown key is an error that names the nearest one. `configs/README.md` says what each
+file is for; `emberl train CONFIG --dry-run` prints the whole resolved configuration.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from .algorithm.presets import preset
+from .algorithm.settings import AdvantageConfig, FilterConfig, KLConfig, LossConfig, OffPolicyConfig
+from .data_settings import DataConfig, TinyConfig
+
+
+class ConfigError(ValueError):
+    """What a user must change, in one line that names the key, the value and the fix."""
+
+
+class Settings(BaseModel):
+    """A frozen group of keys; a key that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Settings):
+    """The policy that is trained."""
+
+    path: str | None = None
+    """A Hugging Face Hub id or a local directory with config, tokenizer and weights. Empty: `tiny` is made."""
+    tiny: TinyConfig | None = None
+    """Makes a small Qwen3-architecture model with a character tokenizer in the run directory instead of loading one."""
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
+    """What forward and backward passes compute in, and what the engines serve; master weights are float32 (float64 with
+    float64). `auto`: bfloat16 where the hardware multiplies it, else float32."""
+    attention: str = "auto"
+    """transformers' `attn_implementation`; `auto`: sdpa on an accelerator, eager on a CPU (faster at short lengths)."""
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.path is None) == (self.tiny is None):
+            raise ValueError("set either model.path (a Hub id or a directory) or model.tiny (a small model made here)")
+        return self
+
+
+class SFTConfig(Settings):
+    """The cold start: supervised steps on the source's worked solutions, before RL."""
+
+    steps: int = Field(200, ge=1)
+    batch_size: int = Field(256, ge=1)
+    """Problems per step."""
+    lr: float = Field(2e-3, gt=0)
+    warmup_steps: int = Field(20, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+
+
+class RolloutConfig(Settings):
+    """How answers are sampled."""
+
+    engine: Literal["embedded"] = "embedded"
+    """`embedded`: in-process PyTorch with continuous batching, for Llama, Qwen2 and Qwen3 architectures."""
+    group_size: int = Field(8, ge=1)
+    """G, the number of answers to each prompt."""
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    max_response_length: int = Field(512, ge=1)
+    """Tokens; an answer that reaches it is cut (`response_length/clip_ratio`)."""
+    max_num_seqs: int = Field(256, ge=1)
+    """Answers that one worker decodes at a time."""
+    timeout: float = Field(1800.0, gt=0)
+    """Seconds within which a step's answers must arrive; later the run ends and says which worker is late."""
+
+
+class RewardPart(Settings):
+    """One named part of the reward."""
+
+    use: str
+    """`math`, `package.module:function`, `./file.py:function`, or an entry point of the group `emberl.rewards`."""
+    weight: float = 1.0
+    timeout: float = Field(10.0, gt=0)
+    """Seconds for one completion."""
+    options: Mapping[str, Any] = Field(default_factory=dict)
+    """Arguments of the reward itself."""
+
+
+class RewardConfig(Settings):
+    """How answers are marked."""
+
+    parts: Mapping[str, RewardPart] = Field(default_factory=lambda: {"answer": RewardPart(use="math")})
+    max_error_fraction: float = Field(0.01, ge=0, le=1)
+    """A step with more than this share of verifier errors ends the run with the cause."""
+
+
+class ScheduleConfig(Settings):
+    """The loop."""
+
+    steps: int = Field(100, ge=0)
+    """RL steps: one optimizer step and one new version of the weights each."""
+    prompts_per_step: int = Field(64, ge=1)
+    max_staleness: Literal[0] = 0
+    """0: strictly on-policy, every token is sampled by the newest weights."""
+
+
+class SyncConfig(Settings):
+    """How weights reach the engines."""
+
+    mode: Literal["dense"] = "dense"
+    timeout: float = Field(600.0, gt=0)
+    """Seconds for one version to be served, and proved by digest, on every worker."""
+
+
+class OptimConfig(Settings):
+    """AdamW over float32 master weights."""
+
+    lr: float = Field(1e-6, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    grad_clip: float = Field(1.0, gt=0)
+    """Largest global gradient norm; a step whose norm is not finite is skipped and counted."""
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    micro_batch_tokens: int = Field(16384, ge=1)
+    """Padded tokens of one forward and backward pass on one rank. Loss and gradient do not depend on it."""
+
+
+class EvalConfig(Settings):
+    """Held-out problems, before, during and after RL."""
+
+    every: int = Field(25, ge=0)
+    """RL steps between evaluations; 0: only before and after."""
+    size: int = Field(512, ge=0)
+    """Held-out problems; 0: never evaluate."""
+    samples: int = Field(1, ge=1)
+    """Answers to each problem (`mean@N`)."""
+    temperature: float = Field(0.0, ge=0)
+    """0: greedy."""
+
+
+class CheckpointConfig(Settings):
+    """What a stopped run goes on from."""
+
+    every: int = Field(50, ge=0)
+    """RL steps between checkpoints; 0: only at the end of a stage and on Ctrl-C."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints that stay on disk."""
+
+
+class TrackingConfig(Settings):
+    """Where metrics go besides the console, `metrics.jsonl` and the learning curve."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """`auto`: online with a key, else offline; never asks for a login."""
+    project: str = "emberl"
+    samples: int = Field(8, ge=0)
+    """Sampled answers kept at each evaluation."""
+
+
+class ClusterConfig(Settings):
+    """Who runs where."""
+
+    device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    learners: int = Field(1, ge=1)
+    """Learner ranks, one device each (a share of the cores on a CPU)."""
+    rollouts: int = Field(1, ge=1)
+    """Rollout workers, one device each."""
+    cpus_per_learner: float = Field(1.0, gt=0)
+    cpus_per_rollout: float = Field(1.0, gt=0)
+    address: str | None = None
+    """A Ray cluster to join; empty: the one `RAY_ADDRESS` names (as in a Ray job), else a new one on this machine."""
+    start_timeout: float = Field(300.0, gt=0)
+    """Seconds for the placement to be granted and all actors to be up."""
+    step_timeout: float = Field(3600.0, gt=0)
+    """Seconds for one optimizer step or one checkpoint on the learners."""
+
+
+class Config(Settings):
+    """One experiment."""
+
+    name: str
+    seed: int = 0
+    run_dir: str = ""
+    """Where everything is written; empty: `runs/<name>`."""
+    stages: tuple[Literal["sft", "rl"], ...] = ("rl",)
+    algorithm: str = "grpo"
+    """A preset for `advantage`, `loss`, `kl`, `offpolicy` and `filter`; what those groups set themselves wins."""
+    model: ModelConfig
+    data: DataConfig
+    sft: SFTConfig = SFTConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    loss: LossConfig = LossConfig()
+    kl: KLConfig = KLConfig()
+    offpolicy: OffPolicyConfig = OffPolicyConfig()
+    filter: FilterConfig = FilterConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    sync: SyncConfig = SyncConfig()
+    optim: OptimConfig = OptimConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def output(self) -> Path:
+        return Path(self.run_dir or f"runs/{self.name}")
+
+    @property
+    def max_model_length(self) -> int:
+        """Tokens of the longest prompt and the longest answer together."""
+        return self.data.max_prompt_length + self.rollout.max_response_length
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The validated configuration of one YAML file with `key=value` overrides; raises `ConfigError`."""
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"configuration file {str(path)!r} does not exist{_nearby(file)}")
+    try:
+        loaded = OmegaConf.load(file)
+        if not isinstance(loaded, DictConfig):
+            raise ConfigError(f"{path}: the file must be a mapping of groups such as model, data, rollout")
+        for override in overrides:
+            if "=" not in override:
+                raise ConfigError(f"override {override!r} must have the form key=value, e.g. optim.lr=1e-4")
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        tree = OmegaConf.to_container(merged, resolve=True)
+    except ConfigError:
+        raise
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # the YAML scanner's errors have no common base that can be imported without it
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise
+    assert isinstance(tree, dict)
+    return resolve({str(key): value for key, value in tree.items()})
+
+
+def resolve(tree: Mapping[str, Any]) -> Config:
+    """Merges a plain tree over the preset it names and validates it; raises `ConfigError`."""
+    try:
+        base = preset(str(tree.get("algorithm", "grpo")))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(dict(base)), OmegaConf.create(dict(tree))))
+    assert isinstance(merged, dict)
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def to_yaml(config: Config) -> str:
+    """The full resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _explain(error: ValidationError) -> str:
+    """All problems in one line, each with its key, its value and what would be right."""
+    problems = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            problems.append(_unknown_key(item["loc"]))
+        elif item["type"] == "missing":
+            problems.append(f"{key} is required but missing; add it to the file or pass {key}=...")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            shown = "" if isinstance(item["input"], Mapping) or not key else f"{key}={item['input']!r}: "
+            problems.append(f"{shown or (key + ': ' if key else '')}{message[0].lower() + message[1:]}")
+    return "; ".join(problems)
+
+
+def _unknown_key(location: tuple[int | str, ...]) -> str:
+    key = ".".join(str(part) for part in location)
+    parent: Any = Config
+    for part in location[:-1]:
+        parent = _child(parent, str(part))
+    siblings = list(parent.model_fields) if parent is not None else []
+    prefix = key[: -len(str(location[-1]))]
+    near = difflib.get_close_matches(str(location[-1]), siblings, n=1, cutoff=0.5)
+    if near:
+        return f"unknown key {key}; did you mean {prefix}{near[0]}?"
+    elsewhere = difflib.get_close_matches(str(location[-1]), [k.rsplit(".", 1)[-1] for k in keys()], n=1, cutoff=0.8)
+    full = [k for k in keys() if elsewhere and k.rsplit(".", 1)[-1] == elsewhere[0]]
+    return f"unknown key {key}; " + (
+        f"did you mean {full[0]}?" if full else f"{prefix or 'the top level '}has {', '.join(siblings)}"
+    )
+
+
+def keys() -> list[str]:
+    """Every key that a file may set, dotted."""
+    return list(_keys(Config, ""))
+
+
+def _keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        child = _model_of(field)
+        if child is not None:
+            yield from _keys(child, f"{prefix}{name}.")
+
+
+def _child(model: type[BaseModel] | None, name: str) -> type[BaseModel] | None:
+    if model is None:
+        return None
+    field = model.model_fields.get(name)
+    return _model_of(field) if field is not None else model  # a name chosen by the user, as in reward.parts.<name>
+
+
+def _model_of(field: FieldInfo) -> type[BaseModel] | None:
+    pending: list[Any] = [field.annotation]
+    while pending:
+        kind = pending.pop()
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+        if get_origin(kind) in (Union, UnionType) or (
+            get_origin(kind) is not None and issubclass(get_origin(kind), Mapping)
+        ):
+            pending.extend(get_args(kind))
+    return None
+
+
+def _nearby(file: Path) -> str:
+    folder = file.parent
+    names = sorted(p.name for p in folder.glob("*.yaml")) if folder.is_dir() else []
+    near = difflib.get_close_matches(file.name, names, n=1) or names[:5]
+    return f"; {folder} has {', '.join(near)}" if near else ""
+
+
+__all__ = ["Config", "ConfigError", "keys", "load_config", "resolve", "to_yaml"]
