@@ -1,0 +1,531 @@
+"""A small parser for final answers as models and datasets write them: LaTeX, plain text and the mixtures of both.
+
+It runs in the trainer's process on text that a model wrote, so it evaluates nothing, bounds its length and depth, and
+takes linear time. What it cannot read raises `Unreadable` and is left to the symbolic back end.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+MAX_CHARS = 1000
+"""Longer answers are refused: no reference answer of a public data set comes near."""
+MAX_DEPTH = 40
+
+
+class Unreadable(ValueError):
+    """The text is outside the grammar (it may still be mathematics)."""
+
+
+class Node(NamedTuple):
+    """`kind` with `args`: child nodes, and for leaves the payload.
+
+    num(Fraction, digits after the point or -1) var(name) const(name) text(words) add(..) mul(..) neg(a) div(a, b)
+    pow(a, b) call(name, a[, b]) fact(a) pm(a, b) deg(a) pct(a) unit(a, words) base(digits, radix) apply(name, arg)
+    group(open + close, items..) set(items..) list(items..) union(items..) ratio(items..) matrix(rows of items..)
+    rel(ops, sides..) member(a, b) such(a, b)
+    """
+
+    kind: str
+    args: tuple[object, ...]
+
+
+_UNICODE = str.maketrans(
+    {
+        "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ",
+        "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "−": "-", "–": "-", "∪": r"\cup ", "∈": r"\in ", "√": r"\sqrt ",
+        "°": r"^\circ ", "²": "^2", "³": "^3", "±": r"\pm ", "≈": r"\approx ", "＞": ">", "＜": "<", "：": ":", "，": ",",
+        "（": "(", "）": ")", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "\u00a0": " ", "％": "%", "½": r"\frac{1}{2}",
+    }
+)  # fmt: skip
+_FIXES = (
+    (re.compile(r"\\?\$|(?<!\\)\\[()\[\]]|\\(?:displaystyle|limits|boxed|fbox|left|right|[bB]igg?[lrm]?|quad|qquad)(?![a-zA-Z])"), " "),
+    (re.compile(r"(?<=\d)(?:,\\!\s*|\{,\}|\\,(?=\d{3}(?!\d)))(?=\d{3}(?!\d))"), ""),
+    (re.compile(r"(?<!\\)\\[!,;: ]|~|&nbsp;"), " "),
+    (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![a-zA-Z])"), r"\\deg "),
+    (re.compile(r"\^\s*\{?\s*\\(?:text|mathrm|rm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?|(?<=\d)(?:st|nd|rd|th)\b"), ""),
+    (re.compile(r"\\(?:d|t|c)frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\[dt]binom(?![a-zA-Z])"), r"\\binom"),
+    (re.compile(r"\\(?:geqslant|geq)(?![a-zA-Z])|>=|=>"), r"\\ge "),
+    (re.compile(r"\\(?:leqslant|leq)(?![a-zA-Z])|<=|=<"), r"\\le "),
+    (re.compile(r"\\neq(?![a-zA-Z])|!="), r"\\ne "),
+    (re.compile(r"\\lt(?![a-zA-Z])"), "<"),
+    (re.compile(r"\\gt(?![a-zA-Z])"), ">"),
+    (re.compile(r"\*\*"), "^"),
+    (re.compile(r"(?:,\s*)?(?:\\text\s*\{\s*(?:,\s*)?|\b)(?:for (?:all|any|some|every|each)|where|when|if)\b.*$", re.S), " "),
+)  # fmt: skip
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_TOKEN = re.compile(
+    r"(?P<space>\s+)|(?P<text>\\(?:text|textbf|textit|textnormal|mbox|mathrm|mathbf|mathbb|rm|operatorname)\s*\{(?P<words>[^{}]*)\})"
+    r"|(?P<num>\d+\.\d+|\d+\.(?!\d)|\d+|\.\d+)|(?P<cmd>\\(?:[a-zA-Z]+|[{}|%\\]))|(?P<word>[A-Za-z]+)|(?P<op>[-+*/^_!()\[\]{}|<>=,;:%&.'])"
+)  # fmt: skip
+FUNCTIONS = frozenset(
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt floor ceil abs min max gcd".split()
+)
+_GREEK = frozenset(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi chi psi "
+    "omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell".split()
+)
+_RELATIONS = {"=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\approx": "~", r"\equiv": "="}
+_CLOSERS = {"(": ")]", "[": ")]", r"\{": r"\}"}
+
+
+class Token(NamedTuple):
+    kind: str
+    text: str
+    spaced: bool
+
+
+def clean(text: str) -> str:
+    """The answer with spacing, delimiters and spelling variants of LaTeX removed."""
+    if text.isascii():
+        if text.isdigit():
+            return text
+    else:
+        text = text.translate(_UNICODE)
+    for pattern, replacement in _FIXES:
+        text = pattern.sub(replacement, text)
+    return text.strip().rstrip(".").strip()
+
+
+def tokenise(text: str) -> list[Token]:
+    """Tokens of a cleaned answer. Raises Unreadable on any character outside the grammar."""
+    if "," in text and not any(c in text for c in "([{"):
+        text = _THOUSANDS.sub(lambda m: m.group().replace(",", ""), text)  # inside brackets a comma separates
+    tokens: list[Token] = []
+    at, spaced = 0, False
+    while at < len(text):
+        if (match := _TOKEN.match(text, at)) is None:
+            raise Unreadable(f"unexpected {text[at]!r}")
+        at = match.end()
+        kind = match.lastgroup or "op"
+        if kind == "space":
+            spaced = True
+            continue
+        value = match.group()
+        if match.group("text") is not None:
+            kind, value = "text", match.group("words").strip()
+        tokens += _spell(kind, value, spaced)
+        spaced = False
+    return tokens
+
+
+def _spell(kind: str, value: str, spaced: bool) -> list[Token]:
+    """Words in their meaning: functions, separators, constants, one letter, or text."""
+    if kind == "text":
+        inner = value.strip("() ")
+        if len(inner) == 1 and inner.isalpha():
+            return [Token("var", inner, spaced)]
+        if inner in FUNCTIONS:
+            return [Token("cmd", "\\" + inner, spaced)]
+        if re.fullmatch(r"-?[\d.,]+", value):
+            return [] if not value else tokenise(value)
+    if kind not in ("word", "text"):
+        return [Token(kind, value, spaced)]
+    lower = value.lower()
+    if lower in ("and", "or"):
+        return [Token("op", ",", spaced)]
+    if lower in ("pi", "infty", "infinity", "inf"):
+        return [Token("cmd", r"\pi" if lower == "pi" else r"\infty", spaced)]
+    if lower in ("percent", "percentage", "pct"):
+        return [Token("op", "%", spaced)]
+    if lower in ("degrees", "degree"):
+        return [Token("cmd", r"\deg", spaced)]
+    if kind == "text":
+        parts = re.split(r"\b(?:and|or)\b", value) if re.search(r"^(?:and|or)\b|\b(?:and|or)$", value) else [value]
+        found = [
+            token for part in parts for token in ([Token("text", part.strip(" ,"), spaced)], [Token("op", ",", False)])
+        ]
+        return [t for pair in found[:-1] for t in pair if t.text]
+    if value in FUNCTIONS:
+        return [Token("cmd", "\\" + value, spaced)]
+    if len(value) >= 4 or value in UNITS or lower in ("odd", "yes", "no", "the"):
+        return [Token("text", value, spaced)]
+    return [Token("var", letter, spaced and i == 0) for i, letter in enumerate(value)]
+
+
+UNITS: dict[str, str] = {
+    alias: unit
+    for unit, aliases in {
+        "mm": "mm millimeter millimeters millimetre millimetres", "cm": "cm centimeter centimeters centimetre centimetres",
+        "m": "meter meters metre metres", "km": "km kilometer kilometers kilometre kilometres",
+        "in": "inch inches", "ft": "ft foot feet", "yd": "yard yards", "mi": "mile miles", "kg": "kg kilogram kilograms",
+        "g": "gram grams", "lb": "lb lbs pound pounds", "s": "sec second seconds", "min": "minute minutes",
+        "h": "hr hrs hour hours", "day": "day days", "week": "week weeks", "month": "month months", "year": "year years",
+        "l": "liter liters litre litres", "ml": "ml milliliter milliliters", "dollar": "dollar dollars usd",
+        "cent": "cent cents", "mph": "mph", "kmh": "kmh",
+    }.items()
+    for alias in aliases.split()
+}  # fmt: skip
+
+
+def parse(text: str) -> Node:
+    """The tree of an answer, e.g. `parse("x=5, y=2")` is a list of two relations. Raises Unreadable."""
+    if len(text) > MAX_CHARS:
+        raise Unreadable(f"longer than {MAX_CHARS} characters")
+    tokens = tokenise(clean(text))
+    if not tokens:
+        raise Unreadable("empty")
+    if all(token.kind == "text" or (token.kind == "op" and token.text in ",.'!-") for token in tokens):
+        words = " ".join(t.text for t in tokens if t.kind == "text")
+        if "," not in [t.text for t in tokens]:
+            return Node("text", (words,))
+    parser = _Parser(tokens)
+    tree = parser.items()
+    if parser.at < len(tokens):
+        raise Unreadable(f"unexpected {tokens[parser.at].text!r}")
+    return tree
+
+
+class _Parser:
+    def __init__(self, tokens: list[Token]) -> None:
+        self.tokens, self.at, self.depth, self.bars = tokens, 0, 0, 0
+
+    def peek(self, ahead: int = 0) -> str:
+        index = self.at + ahead
+        return self.tokens[index].text if index < len(self.tokens) else ""
+
+    def kind(self, ahead: int = 0) -> str:
+        index = self.at + ahead
+        return self.tokens[index].kind if index < len(self.tokens) else ""
+
+    def take(self, expected: str | None = None) -> str:
+        text = self.peek()
+        if not text or (expected is not None and text != expected):
+            raise Unreadable(f"expected {expected!r}, found {text!r}")
+        self.at += 1
+        return text
+
+    def enter(self) -> None:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Unreadable("nested too deeply")
+
+    def items(self) -> Node:
+        """statement (sep statement)*"""
+        found = [self.statement()]
+        while self.peek() in (",", ";"):
+            while self.peek() in (",", ";"):
+                self.at += 1
+            if not self.peek() or self.peek() in (")", "]", "}", r"\}"):
+                break
+            found.append(self.statement())
+        return found[0] if len(found) == 1 else Node("list", tuple(found))
+
+    def statement(self) -> Node:
+        """[label:] union (relation union)*, or `x in S`, or a ratio."""
+        if self.kind() == "text" and self.peek(1) in (":", "="):
+            label = self.take()
+            self.at += 1
+            return Node("rel", ("=", Node("var", (label.lower(),)), self.union()))
+        sides, ops = [self.ratio()], []
+        while (op := self.peek()) in _RELATIONS:
+            self.at += 1
+            ops.append(_RELATIONS[op])
+            sides.append(self.ratio())
+        if ops:
+            return Node("rel", (",".join(ops), *sides))
+        if self.peek() == r"\in":
+            self.at += 1
+            return Node("member", (sides[0], self.union()))
+        return sides[0]
+
+    def ratio(self) -> Node:
+        found = [self.union()]
+        while self.peek() == ":":
+            self.at += 1
+            found.append(self.union())
+        return found[0] if len(found) == 1 else Node("ratio", tuple(found))
+
+    def union(self) -> Node:
+        found = [self.sum()]
+        while self.peek() in (r"\cup", r"\bigcup"):
+            self.at += 1
+            found.append(self.sum())
+        return found[0] if len(found) == 1 else Node("union", tuple(found))
+
+    def sum(self) -> Node:
+        self.enter()
+        result: Node | None = None
+        while True:
+            sign = self.peek()
+            if sign in ("+", "-", r"\pm", r"\mp"):
+                self.at += 1
+            elif result is not None:
+                break
+            term = self.product()
+            if sign in (r"\pm", r"\mp"):
+                result = Node("pm", (result, term) if result is not None else (Node("num", (Fraction(0), -1)), term))
+                continue
+            term = Node("neg", (term,)) if sign == "-" else term
+            result = term if result is None else Node("add", (result, term))
+        self.depth -= 1
+        return result
+
+    def product(self) -> Node:
+        result = self.factor()
+        while True:
+            token, kind = self.peek(), self.kind()
+            if token in ("*", r"\cdot", r"\times", r"\ast"):
+                self.at += 1
+                result = Node("mul", (result, self.factor()))
+            elif token in ("/", r"\div"):
+                self.at += 1
+                result = Node("div", (result, self.factor()))
+            elif kind == "text":
+                self.at += 1
+                result = Node("unit", (result, token))
+                if self.peek() == "^":
+                    self.at += 1
+                    self.argument()
+            elif token == "(" and result.kind == "var" and not self.tokens[self.at].spaced:
+                result = Node("apply", (result, self.brackets()))
+            elif self.starts_factor(result):
+                factor = self.factor()
+                mixed = _is_integer(result) and factor.kind == "div" and all(_is_integer(a) for a in factor.args)
+                result = Node("mixed" if mixed else "mul", (result, factor))
+            else:
+                return result
+
+    def starts_factor(self, before: Node) -> bool:
+        token, kind = self.peek(), self.kind()
+        if kind == "num":  # `6 1/64` is a mixed number; other juxtaposed numbers are not a product
+            if _is_integer(before) and self.tokens[self.at].spaced and self.peek(1) == "/" and self.kind(2) == "num":
+                numerator, denominator = Fraction(token), Fraction(self.peek(2))
+                self.tokens[self.at : self.at + 3] = [Token("fraction", f"{numerator}/{denominator}", True)]
+                return True
+            return before.kind not in ("num", "div", "mixed")
+        if kind in ("var", "fraction"):
+            return True
+        if token in ("(", "[", "{"):
+            return True
+        if token == "|":
+            return self.bars == 0 and self.peek(1) != "" and self.peek(1) != "|"
+        return kind == "cmd" and (token[1:] in FUNCTIONS or token[1:] in _GREEK or token in _ATOMS)
+
+    def factor(self) -> Node:
+        self.enter()
+        if self.peek() in ("-", "+"):
+            sign = self.take()
+            inner = self.factor()
+            self.depth -= 1
+            return Node("neg", (inner,)) if sign == "-" else inner
+        result = self.postfix(self.atom())
+        self.depth -= 1
+        return result
+
+    def postfix(self, result: Node) -> Node:
+        while True:
+            token = self.peek()
+            if token == "^":
+                self.at += 1
+                result = Node("pow", (result, self.argument()))
+            elif token == "!":
+                self.at += 1
+                result = Node("fact", (result,))
+            elif token in ("%", r"\%"):
+                self.at += 1
+                result = Node("pct", (result,))
+            elif token == r"\deg":
+                self.at += 1
+                result = Node("deg", (result,))
+            elif token == "_" and result.kind in ("num", "var"):
+                self.at += 1
+                result = self.subscript(result)
+            else:
+                return result
+
+    def subscript(self, before: Node) -> Node:
+        braced = self.peek() == "{"
+        start = self.at
+        if braced:
+            depth = 0
+            while True:
+                depth += {"{": 1, "}": -1}.get(self.take(), 0)
+                if depth == 0:
+                    break
+        else:
+            self.take()
+        name = "".join(t.text for t in self.tokens[start : self.at]).strip("{}")
+        if before.kind == "num":
+            value = before.args[0]
+            assert isinstance(value, Fraction)
+            if value.denominator != 1 or not name.isdigit():
+                raise Unreadable("a number with a subscript that is no base")
+            return Node("base", (value.numerator, int(name)))
+        return Node("var", (f"{before.args[0]}_{name}",))
+
+    def argument(self) -> Node:
+        """What follows ^, \\frac or \\sqrt: a braced expression or one token (`\\frac12`, `x^2`)."""
+        self.enter()
+        if self.peek() == "{":
+            self.at += 1
+            inner = self.items()
+            self.take("}")
+        elif self.kind() == "num" and len(self.peek()) > 1 and self.peek(-1) != "^" and self.peek().isdigit():
+            token = self.tokens[self.at]
+            self.tokens[self.at : self.at + 1] = [Token("num", c, False) for c in token.text]
+            inner = self.atom()
+        elif self.peek() in ("-", "+"):
+            sign = self.take()
+            inner = self.atom()
+            inner = Node("neg", (inner,)) if sign == "-" else inner
+        else:
+            inner = self.atom()
+        self.depth -= 1
+        return inner
+
+    def atom(self) -> Node:
+        token, kind = self.peek(), self.kind()
+        if kind == "num":
+            self.at += 1
+            digits = len(token.split(".")[1]) if "." in token else -1
+            return Node("num", (Fraction(token.rstrip(".") if token.endswith(".") else token), digits))
+        if kind == "fraction":
+            self.at += 1
+            top, bottom = token.split("/")
+            return Node("div", (Node("num", (Fraction(top), -1)), Node("num", (Fraction(bottom), -1))))
+        if kind == "var":
+            self.at += 1
+            return Node("const", (token,)) if token in ("e", "i") else Node("var", (token,))
+        if kind == "text":
+            self.at += 1
+            return Node("text", (token,))
+        if token in ("(", "[", "{", r"\{"):
+            return self.brackets()
+        if token in ("|", r"\|"):
+            return self.absolute()
+        if kind == "cmd":
+            return self.command()
+        raise Unreadable(f"unexpected {token!r}" if token else "ends too early")
+
+    def brackets(self) -> Node:
+        opening = self.take()
+        bars, self.bars = self.bars, 0
+        if opening == "{":
+            inner = self.items()
+            self.take("}")
+            self.bars = bars
+            return inner
+        self.enter()
+        if opening == r"\{":
+            self.bars = 1  # a bar inside a set means `such that`
+        inner = self.items()
+        if opening == r"\{" and self.peek() in ("|", ":", r"\mid"):
+            self.at += 1
+            inner = Node("such", (inner, self.items()))
+        closing = self.take()
+        if closing not in _CLOSERS[opening]:
+            raise Unreadable(f"{opening!r} closed by {closing!r}")
+        self.depth -= 1
+        self.bars = bars
+        if opening == r"\{":
+            if inner.kind == "such":
+                return inner
+            return Node("set", inner.args if inner.kind == "list" else (inner,))
+        if inner.kind == "list":
+            return Node("group", (opening + closing, *inner.args))
+        if opening + closing == "()" or (opening + closing == "[]" and inner.kind != "list"):
+            return inner
+        raise Unreadable("unbalanced brackets")
+
+    def absolute(self) -> Node:
+        bar = self.take()
+        self.bars += 1
+        inner = self.sum()
+        self.bars -= 1
+        self.take(bar)
+        return Node("call", ("abs", inner))
+
+    def command(self) -> Node:
+        token = self.take()
+        name = token[1:]
+        if token in (r"\pi", r"\infty"):
+            return Node("const", (name,))
+        if name in _GREEK:
+            return Node("var", (name,))
+        if token == r"\frac":
+            return Node("div", (self.argument(), self.argument()))
+        if token == r"\binom":
+            return Node("call", ("binom", self.argument(), self.argument()))
+        if token == r"\sqrt":
+            if self.peek() == "[":
+                self.at += 1
+                degree = self.sum()
+                self.take("]")
+                return Node("pow", (self.argument(), Node("div", (Node("num", (Fraction(1), -1)), degree))))
+            return Node("call", ("sqrt", self.argument()))
+        if token in (r"\lfloor", r"\lceil"):
+            inner = self.sum()
+            self.take(r"\rfloor" if token == r"\lfloor" else r"\rceil")
+            return Node("call", ("floor" if token == r"\lfloor" else "ceil", inner))
+        if token == r"\begin":
+            return self.matrix()
+        if token in (r"\emptyset", r"\varnothing"):
+            return Node("set", ())
+        if name in FUNCTIONS:
+            return self.function(name)
+        raise Unreadable(f"unknown command {token}")
+
+    def function(self, name: str) -> Node:
+        base: Node | None = None
+        power: Node | None = None
+        while self.peek() in ("^", "_"):
+            if self.take() == "_":
+                base = self.argument()
+            else:
+                power = self.argument()
+        if self.peek() in ("(", "[", "{"):
+            inner = self.brackets()
+        else:  # \sin 2x \cos y: the argument is the product up to the next function
+            inner = self.factor()
+            while self.kind() in ("num", "var") or self.peek() in (r"\pi", r"\frac", "/") or self.peek()[1:] in _GREEK:
+                if self.peek() == "/":
+                    self.at += 1
+                    inner = Node("div", (inner, self.factor()))
+                else:
+                    inner = Node("mul", (inner, self.factor()))
+        if inner.kind in ("list", "group"):
+            call = Node("call", (name, *(a for a in inner.args if isinstance(a, Node))))
+        else:
+            call = Node("call", (name, inner) if base is None else (name, inner, base))
+        if power is not None:
+            if power == Node("neg", (Node("num", (Fraction(1), -1)),)):
+                return Node("call", ("arc" + name, inner))
+            return Node("pow", (call, power))
+        return call
+
+    def matrix(self) -> Node:
+        self.take("{")
+        name = ""
+        while self.peek() != "}":
+            name += self.take()
+        self.take("}")
+        if not name.endswith("matrix"):
+            raise Unreadable(f"environment {name}")
+        rows: list[tuple[Node, ...]] = []
+        row: list[Node] = []
+        while self.peek() != r"\end":
+            if self.peek() == r"\\":
+                self.at += 1
+                rows.append(tuple(row))
+                row = []
+            elif self.peek() == "&":
+                self.at += 1
+            else:
+                row.append(self.sum())
+        self.take(r"\end")
+        while self.take() != "}":
+            pass
+        if row:
+            rows.append(tuple(row))
+        return Node("matrix", tuple(rows))
+
+
+_ATOMS = frozenset((r"\pi", r"\infty", r"\frac", r"\sqrt", r"\binom", r"\lfloor", r"\lceil", r"\{", r"\begin"))
+
+
+def _is_integer(node: object) -> bool:
+    return isinstance(node, Node) and node.kind == "num" and node.args[1] == -1

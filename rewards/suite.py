@@ -1,0 +1,238 @@
+"""`RewardSuite`: named parts with weights and gates, graded side by side, each with its own deadline and figures."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .inputs import BadReference, Reward, RewardInput
+from .registry import load_reward
+from .verdict import Status, Verdict, verifier_error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """One named component of the reward."""
+
+    name: str
+    reward: Reward
+    weight: float = 1.0
+    gate: str | None = None
+    """Another part's name: this part counts only where that one scored above 0."""
+    deadline: float = 600.0
+    """Seconds for one batch; what has no verdict by then gets `verifier_error`. A reward's own limit per sample is
+    tighter and tells a bomb from a stuck grader; this one is the last resort."""
+
+
+class RewardSuite:
+    """Grades completions by weighted parts: score = sum of weight x score over the parts whose gate is open.
+
+    The first part is the main one: its status is the verdict's status. A part that failed (`verifier_error`) and counts
+    leaves the completion without a score. Thread-safe; `grade` never raises for a part's fault.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        names = [part.name for part in parts]
+        if not parts:
+            raise ValueError("a reward suite needs at least one part, e.g. {'answer': {'use': 'math'}}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"the parts of a reward need different names, got {names}")
+        for part in parts:
+            if part.gate is not None and (part.gate not in names or part.gate == part.name):
+                raise ValueError(f"reward.{part.name}.gate is {part.gate!r}; it must name another part of {names}")
+        self.parts = tuple(parts)
+        self._tally = {part.name: _Tally() for part in parts}
+        self._lock = threading.Lock()
+
+    def grade(self, inputs: Sequence[RewardInput]) -> list[Verdict]:
+        """One verdict per input, in order. Blocks no longer than the longest deadline of the parts."""
+        if not inputs:
+            return []
+        start = time.perf_counter()
+        calls = [_Call(part, inputs) for part in self.parts]
+        graded = {call.part.name: call.verdicts(start) for call in calls}
+        with self._lock:
+            for name, verdicts in graded.items():
+                self._tally[name].add(verdicts, time.perf_counter() - start)
+        return [self._combine({name: graded[name][i] for name in graded}) for i in range(len(inputs))]
+
+    def _combine(self, verdicts: Mapping[str, Verdict]) -> Verdict:
+        main = verdicts[self.parts[0].name]
+        counted = [p for p in self.parts if p.gate is None or _open(verdicts[p.gate])]
+        seconds = max(v.seconds for v in verdicts.values())
+        scores = {name: v.score for name, v in verdicts.items() if v.score is not None}
+        failed = next((p for p in counted if p.weight and verdicts[p.name].score is None), None)
+        failed = failed or next(
+            (p for p in self.parts if p.gate and p.weight and verdicts[p.gate].score is None), None
+        )  # a gate without a verdict is neither open nor shut
+        if failed is not None or main.score is None:
+            name = self.parts[0].name if failed is None else failed.name
+            culprit = verdicts[name] if verdicts[name].score is None else main
+            return Verdict(
+                status=Status.VERIFIER_ERROR,
+                score=None,
+                parts=scores,
+                message=f"{name}: {culprit.message}",
+                seconds=seconds,
+            )
+        score = sum(p.weight * scores[p.name] for p in counted if p.name in scores)
+        return Verdict(status=main.status, score=score, parts=scores, message=main.message, seconds=seconds)
+
+    def metrics(self) -> dict[str, float]:
+        """Figures since the last call, then starts anew: `reward/<part>/{mean,std,seconds_mean,seconds_max}` and the
+        count of each status, `reward/<part>/status/<status>`."""
+        with self._lock:
+            found: dict[str, float] = {}
+            for name, tally in self._tally.items():
+                found |= {f"reward/{name}/{key}": value for key, value in tally.figures().items()}
+                self._tally[name] = _Tally()
+        return found
+
+    def check_references(self, rows: Sequence[str | RewardInput]) -> list[BadReference]:
+        """The references that some part cannot grade against, with their row (the index in `rows`)."""
+        inputs = [RewardInput(completion="", answer=row) if isinstance(row, str) else row for row in rows]
+        found: list[BadReference] = []
+        for part in self.parts:
+            if (check := getattr(part.reward, "check_reference", None)) is None:
+                continue
+            for index, row in enumerate(inputs):
+                if (message := check(row)) is not None:
+                    found.append(BadReference(row=index, answer=row.answer, part=part.name, message=message))
+        return sorted(found, key=lambda bad: bad.row)
+
+    def trial(self, example: RewardInput) -> None:
+        """Calls every plugin once, before training. Raises ValueError naming the part that cannot grade."""
+        for part in self.parts:
+            if (trial := getattr(part.reward, "trial", None)) is not None:
+                try:
+                    trial(example)
+                except ValueError as error:
+                    raise ValueError(f"reward.{part.name}: {error}") from error
+
+    def close(self) -> None:
+        for part in self.parts:
+            if (close := getattr(part.reward, "close", None)) is not None:
+                close()
+
+
+class TooManyErrors(RuntimeError):
+    """More completions than allowed came back without a verdict; the message holds the most common causes."""
+
+
+def check_errors(verdicts: Sequence[Verdict], limit: float = 0.01) -> None:
+    """Raises `TooManyErrors` if more than `limit` (a fraction) of a batch has no verdict.
+
+    One failure is forgiven in a batch of any size unless `limit` is 0, so that small batches are not stopped by one.
+    """
+    failed = [v.message or "no cause given" for v in verdicts if v.status is Status.VERIFIER_ERROR]
+    if len(failed) <= max(limit * len(verdicts), 1 if limit > 0 else 0):
+        return
+    causes = "; ".join(f"{count} x {cause[:300]}" for cause, count in Counter(failed).most_common(3))
+    raise TooManyErrors(
+        f"{len(failed)} of {len(verdicts)} completions have no verdict (limit {limit:.1%}); the causes: {causes}"
+    )
+
+
+def build_suite(specs: Mapping[str, Mapping[str, Any]]) -> RewardSuite:
+    """A suite from plain mappings, as a configuration file holds them.
+
+    Each part: `use` (a built-in name, `package.module:function` or `./file.py:function`), `weight` (1.0), `gate`,
+    `deadline` (s per batch), and what `load_reward` takes: `timeout` (s per sample), `concurrency` (processes), `style`,
+    `isolation`, `options` (the reward's own keywords). Raises ValueError naming the key that does not fit.
+    """
+    parts: list[Part] = []
+    try:
+        for name, spec in specs.items():
+            parts.append(_build_part(name, dict(spec)))
+    except ValueError:
+        RewardSuite(parts).close() if parts else None
+        raise
+    return RewardSuite(parts)
+
+
+def _build_part(name: str, spec: dict[str, Any]) -> Part:
+    if not isinstance(use := spec.pop("use", None), str):
+        raise ValueError(f"reward.{name}.use is missing: name a reward such as 'math' or './file.py:function'")
+    weight, gate, deadline = spec.pop("weight", 1.0), spec.pop("gate", None), spec.pop("deadline", 600.0)
+    if not math.isfinite(weight):
+        raise ValueError(f"reward.{name}.weight is {weight}; it must be finite")
+    if not deadline > 0:
+        raise ValueError(f"reward.{name}.deadline is {deadline}; it must be positive seconds")
+    loader_keys = ("timeout", "concurrency", "style", "isolation", "options")
+    if unknown := sorted(set(spec) - set(loader_keys)):
+        known = ", ".join(("use", "weight", "gate", "deadline", *loader_keys))
+        raise ValueError(f"reward.{name} has unknown keys {unknown}; it takes {known}")
+    try:
+        reward = load_reward(use, **{key: value for key, value in spec.items() if value is not None})
+    except ValueError as error:
+        raise ValueError(f"reward.{name}: {error}") from error
+    return Part(name=name, reward=reward, weight=float(weight), gate=gate, deadline=float(deadline))
+
+
+def _open(gate: Verdict) -> bool:
+    return gate.score is not None and gate.score > 0
+
+
+class _Call:
+    """One part grading one batch in a daemon thread, so that a stuck part cannot hold up the caller or the exit."""
+
+    def __init__(self, part: Part, inputs: Sequence[RewardInput]) -> None:
+        self.part, self.inputs = part, inputs
+        self.result: list[Verdict] | None = None
+        self.done = threading.Event()
+        if getattr(part.reward, "inline", False):
+            self._run()  # microseconds of our own code: a thread would cost more than the work
+        else:
+            threading.Thread(target=self._run, daemon=True, name=f"reward-{part.name}").start()
+
+    def _run(self) -> None:
+        try:
+            verdicts = list(self.part.reward(self.inputs))
+            if len(verdicts) != len(self.inputs):
+                verdicts = self._failed(f"returned {len(verdicts)} verdicts for {len(self.inputs)} completions")
+            self.result = verdicts
+        except Exception as error:  # a reward is untrusted: its fault costs its samples, never the run
+            self.result = self._failed(f"raised {type(error).__name__}: {error}")
+        finally:
+            self.done.set()
+
+    def verdicts(self, start: float) -> list[Verdict]:
+        remaining = self.part.deadline - (time.perf_counter() - start)
+        if not self.done.wait(max(remaining, 0.0)):
+            return self._failed(f"no verdict within the deadline of {self.part.deadline:g} s")
+        assert self.result is not None
+        return self.result
+
+    def _failed(self, message: str) -> list[Verdict]:
+        return [verifier_error(message) for _ in self.inputs]
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Sums behind the figures of one part."""
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    scores: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    batch_seconds: float = 0.0
+
+    def add(self, verdicts: Sequence[Verdict], batch_seconds: float) -> None:
+        self.statuses.update(v.status.value for v in verdicts)
+        self.scores += [v.score for v in verdicts if v.score is not None]
+        self.seconds += [v.seconds for v in verdicts]
+        self.batch_seconds = max(self.batch_seconds, batch_seconds)
+
+    def figures(self) -> dict[str, float]:
+        found = {f"status/{status.value}": float(self.statuses[status.value]) for status in Status}
+        if self.scores:
+            mean = sum(self.scores) / len(self.scores)
+            found |= {"mean": mean, "std": math.sqrt(sum((s - mean) ** 2 for s in self.scores) / len(self.scores))}
+        if self.seconds:
+            found |= {"seconds_mean": sum(self.seconds) / len(self.seconds), "seconds_max": max(self.seconds)}
+            found["batch_seconds_max"] = self.batch_seconds
+        return found
