@@ -1,0 +1,60 @@
+"""The protocol `Engine`: what a rollout worker asks of whatever decodes its prompts.
+
+Every coroutine runs on one event loop; an engine does its computing elsewhere, so the loop stays free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection
+from typing import Protocol
+
+from .patches import WeightPatch
+from .samples import Completion, Prompt, Sampling
+
+
+class Engine(Protocol):
+    """Decodes prompts with versioned weights that can be changed while it decodes."""
+
+    @property
+    def version(self) -> int:
+        """The version of the weights that the next token is sampled from."""
+        ...
+
+    def generate(self, prompt: Prompt, n: int, sampling: Sampling) -> AsyncIterator[Completion]:
+        """Yields the n completions of `prompt` as they finish (samples 0..n-1, in any order), the prompt computed once.
+
+        ValueError if the request cannot be served (prompt and `max_tokens` beyond the engine's length, a bad sampling
+        value). Requests that are aborted leave the stream: it ends after those that were not.
+        """
+        ...
+
+    async def pause(self) -> None:
+        """Returns at the next token boundary; requests are kept where they are until `resume`. Idempotent."""
+        ...
+
+    async def resume(self) -> None:
+        """Goes on with the kept requests. Idempotent."""
+        ...
+
+    async def apply(self, patch: WeightPatch) -> int:
+        """Swaps the weights at a token boundary, paused or not, and returns the version now served.
+
+        Tokens sampled before keep the old version in their spans, those after carry the new one. A patch of the version
+        already served changes nothing. VersionError: another run, a version that goes backwards, or a patch on another
+        base. DigestMismatchError: the bytes are not those of the learners; such bytes are never served.
+        """
+        ...
+
+    async def abort(self, prompt_ids: Collection[str]) -> list[Completion]:
+        """Ends every unfinished sample of these prompts; returns what each had decoded (`finish_reason` "abort").
+
+        They come from here only, not from the streams of `generate`. A sample not yet started comes without a token.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Ends all streams and frees the device. Idempotent."""
+        ...
+
+
+__all__ = ["Engine"]
