@@ -8,7 +8,9 @@ be the answer itself, the last formula in `$...$`, `\\(...\\)` or `\\[...\\]`, a
 from __future__ import annotations
 
 import re
+from collections import deque
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 How = Literal["box", "answer_tag", "marker", "whole", "formula", "number", "none"]
@@ -26,13 +28,19 @@ NOTHING = Extracted((), "none")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|[{}]")
 _ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
 _MARKER = re.compile(
-    r"####|^\s*A:|\b(?:final\s+)?answer\**(?:\s*[:=]|\s+(?:is|are|was)\b\s*:?|\s*\n)", re.IGNORECASE | re.MULTILINE
+    r"####|^[ \t]*A:|\b(?:final\s+)?answer\**(?:\s*[:=]|\s+(?:is|are|was)\b\s*:?|\s*\n)", re.IGNORECASE | re.MULTILINE
 )
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?|-?\.\d+")
 _HEDGE = re.compile(r"\bor\b", re.IGNORECASE)
+_BARE_LINE = re.compile(r"(?:A:|####)?[ \t]*(-?[\d,]*\.?\d+)")
 _FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\(((?:(?!\\\().)+?)\\\)|\\\[((?:(?!\\\[).)+?)\\\]", re.DOTALL)
 _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _GROUPED_TEXT = re.compile(r"\\(?:text|mathrm|mbox|operatorname|begin|end)\s*\{[^{}]*\}")
+_PHANTOM = re.compile(r"\\(?:[hv]?phantom|hspace|vspace)\*?\s*\{[^{}]*\}|\\q?quad")
+_CONTENT = re.compile(r"[^\W_]|\\[a-z]")
+"""An empty box, `\\boxed{?}` or a box of blanks belongs to the problem; it is no answer."""
+_SENTENCE = re.compile(r"[.!?](?=\s|$)")
+_JOINED = re.compile(r"[\s,;]*(?:and|or)?[\s,;]*", re.IGNORECASE)
 TAIL = 3000
 """Characters at the end of a text in which the fallbacks look."""
 
@@ -49,7 +57,7 @@ def extract(completion: str, opened: bool = False) -> Extracted:
     text = final_text(completion, opened)
     if text is None:
         return NOTHING
-    found = [box for box in boxes(text) if box.strip()]
+    found = [box for box in boxes(text) if _CONTENT.search(_PHANTOM.sub("", box))]
     if "<answer>" in text:
         found += [tag for tag in _ANSWER_TAG.findall(text)[-1:] if tag.strip() and "\\boxed" not in tag]
     if found:
@@ -77,46 +85,46 @@ def boxes(text: str) -> list[str]:
     return [text[start:end] for start, end in found]
 
 
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return deque(pattern.finditer(text), maxlen=1).pop() if pattern.search(text) else None
+
+
 def _fallback(text: str) -> Extracted:
     text = text[-TAIL:].strip()
     if not text:
         return NOTHING
-    marker = None
-    for marker in _MARKER.finditer(text):
-        pass
+    if (plain_line := _BARE_LINE.fullmatch(text, text.rfind("\n") + 1)) is not None:
+        return Extracted((plain_line.group(1),), "marker")
+    marker = _last(_MARKER, text)
     if marker is not None and (stated := _stated(text[marker.end() :])):
         return Extracted((stated,), "marker")
-    if len(text) <= 400 and len(_PROSE.findall(_GROUPED_TEXT.sub("", text))) <= 5 or not re.search(r"\d|\$|\\", text):
+    plain = _FORMULA.sub(" ", _GROUPED_TEXT.sub("", text))
+    words = [word for word in _PROSE.findall(plain) if word.lower() not in ("and", "or")]
+    mixed = bool(words) and _FORMULA.search(text) is not None
+    if (len(text) <= 400 and len(words) <= 5 and not mixed) or not re.search(r"\d|\$|\\", text):
         return Extracted((text,), "whole")
     last_line = text[text.rfind("\n") + 1 :]
-    formula = None
-    for formula in _FORMULA.finditer(text):
-        pass
-    if formula is not None and formula.end() >= len(text) - len(last_line):
-        return Extracted(
-            (_near_hedge(text, formula.start(), formula.end()) or formula.group(formula.lastindex or 0),), "formula"
-        )
-    number = None
-    for number in _NUMBER.finditer(text):
-        pass
-    if number is not None:
-        hedge = _near_hedge(text, number.start(), number.end())
-        return Extracted((hedge or number.group(),), "number")
+    if (formula := _last(_FORMULA, text)) is not None and formula.end() >= len(text) - len(last_line):
+        return Extracted((_stated(last_line) or formula.group(formula.lastindex or 0),), "formula")
+    if (number := _last(_NUMBER, text)) is not None:
+        return Extracted((_near_hedge(text, number.start(), number.end()) or number.group(),), "number")
     return Extracted((text,), "whole")
 
 
 def _stated(rest: str) -> str:
-    """The answer that follows a marker: the rest of its line (or the next line), formula or number first."""
+    """The answer of the first line or sentence with content: its formulas, else all of it if short, else its number."""
     line = next((line for line in rest.split("\n") if line.strip(" *:.")), "").strip().strip("*:").strip()
+    if (end := _SENTENCE.search(line, 1)) is not None and line[: end.start()].count("$") % 2 == 0:
+        line = line[: end.start()]
     formulas = list(_FORMULA.finditer(line))
-    if formulas:
+    numbers = [n for n in _NUMBER.finditer(line) if not any(f.start() <= n.start() < f.end() for f in formulas)]
+    if formulas and not (numbers and numbers[-1].start() > formulas[-1].end()):
         first, last = formulas[0], formulas[-1]
-        if len(formulas) > 1 or _HEDGE.search(line):
-            return line[first.start() : last.end()]  # several formulas: a list, or a hedge; either way all of it
-        return first.group(first.lastindex or 0)
-    line = line.rstrip(".")
-    numbers = list(_NUMBER.finditer(line))
-    if len(_PROSE.findall(line)) <= 3 or not numbers:
+        gaps = [line[a.end() : b.start()] for a, b in pairwise(formulas)]
+        if len(formulas) > 1 and all(_JOINED.fullmatch(gap) for gap in gaps):
+            return line[first.start() : last.end()]  # a list or a hedge; either way all of it
+        return last.group(last.lastindex or 0)
+    if not formulas and (len(_PROSE.findall(line)) <= 3 or not numbers):
         return line
     if len(numbers) > 1 and _HEDGE.search(line, numbers[0].end(), numbers[-1].start()):
         return line

@@ -120,10 +120,14 @@ def same(gold: Node, answer: Node, policy: Policy) -> Outcome:
     side, equation = _right_side(answer, policy.chains)
     if side is None:
         return Outcome.DIFFERENT
-    if gold_equation and equation:
+    if gold_equation or equation:  # an equation that defines no name is only the same as another equation
+        if (
+            gold.kind != "rel"
+            or answer.kind != "rel"
+            or (gold_side is not None and not gold_equation and not variables(gold_side))
+        ):
+            return Outcome.DIFFERENT
         return _same_equation(gold, answer)
-    if gold_equation or equation:
-        return Outcome.DIFFERENT if equation else _solved(gold, side, policy)
     assert gold_side is not None
     gold, answer = _interval(gold_side), _interval(side)
     gold_items, items = _items(gold), _items(answer)
@@ -253,11 +257,6 @@ def _same_equation(gold: Node, answer: Node) -> Outcome:
     return Outcome.EQUAL if all(abs(r - ratios[0]) <= 1e-9 * abs(ratios[0]) for r in ratios) else Outcome.UNKNOWN
 
 
-def _solved(gold: Node, side: Node, policy: Policy) -> Outcome:
-    """The reference is an equation, the answer an expression: never the same by itself."""
-    return Outcome.DIFFERENT
-
-
 def _interval(node: Node) -> Node:
     """An inequality in one name as its interval; other nodes unchanged."""
     if (
@@ -301,7 +300,7 @@ def _items(node: Node) -> list[Node] | None:
         for item in node.args:
             if not isinstance(item, Node):
                 continue
-            spread = node.kind != "group" and (item.kind == "pm" or item.kind == "set" and node.kind == "union")
+            spread = node.kind != "group" and (item.kind == "pm" or (item.kind == "set" and node.kind == "union"))
             found += (_items(item) or []) if spread else [item]
         return found
     if node.kind == "matrix":
@@ -471,7 +470,7 @@ def _close(a: Value, b: Value) -> bool:
     x, y = complex(a), complex(b)
     if math.isinf(x.real) or math.isinf(y.real):
         return x == y
-    return abs(x - y) <= 1e-10 * max(abs(x), abs(y)) or max(abs(x), abs(y)) < 1e-12 and not (a == 0) ^ (b == 0)
+    return abs(x - y) <= 1e-10 * max(abs(x), abs(y)) or (max(abs(x), abs(y)) < 1e-12 and not (a == 0) ^ (b == 0))
 
 
 def _rounds(gold: Node, answer: Node, a: Value, b: Value, policy: Policy) -> bool:

@@ -163,7 +163,7 @@ def _power(base: Value, exponent: Value) -> Value:
 
 
 def _exact_root(base: Fraction, degree: int) -> Fraction | None:
-    if base < 0 and degree % 2 == 0 or degree > 64:
+    if (base < 0 and degree % 2 == 0) or degree > 64:
         return None
     parts = [_integer_root(abs(base.numerator), degree), _integer_root(base.denominator, degree)]
     if parts[0] is None or parts[1] is None:
@@ -251,5 +251,5 @@ _OPERATIONS: dict[str, Callable[..., Value]] = {
     "deg": lambda a: _multiply(a, complex(math.pi / 180)),
     "pct": lambda a: _divide(a, Fraction(100)),
     "unit": lambda a: a,
-    "ratio": lambda a, b: _divide(a, b),
+    "ratio": _divide,
 }

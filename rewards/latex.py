@@ -7,6 +7,7 @@ takes linear time. What it cannot read raises `Unreadable` and is left to the sy
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -40,9 +41,9 @@ _UNICODE = str.maketrans(
         "（": "(", "）": ")", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "\u00a0": " ", "％": "%", "½": r"\frac{1}{2}",
     }
 )  # fmt: skip
-_FIXES = (
-    (re.compile(r"\\?\$|(?<!\\)\\[()\[\]]|\\(?:displaystyle|limits|boxed|fbox|left|right|[bB]igg?[lrm]?|quad|qquad)(?![a-zA-Z])"), " "),
-    (re.compile(r"(?<=\d)(?:,\\!\s*|\{,\}|\\,(?=\d{3}(?!\d)))(?=\d{3}(?!\d))"), ""),
+_FIXES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
+    (re.compile(r"\\?\$|(?<!\\)\\[()\[\]]|\\(?:displaystyle|limits|boxed|fbox|left|right|[bB]igg?[lrm]?|qquad|quad(?=[a-zA-Z]?))(?![a-zA-Z])"), " "),
+    (re.compile(r"(?<=\d)(?:,\\!\s*|\{,\s*\}|\\,(?=\d{3}(?!\d)))(?=\d{3}(?!\d))"), ""),
     (re.compile(r"(?<!\\)\\[!,;: ]|~|&nbsp;"), " "),
     (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![a-zA-Z])"), r"\\deg "),
     (re.compile(r"\^\s*\{?\s*\\(?:text|mathrm|rm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?|(?<=\d)(?:st|nd|rd|th)\b"), ""),
@@ -54,7 +55,8 @@ _FIXES = (
     (re.compile(r"\\lt(?![a-zA-Z])"), "<"),
     (re.compile(r"\\gt(?![a-zA-Z])"), ">"),
     (re.compile(r"\*\*"), "^"),
-    (re.compile(r"(?:,\s*)?(?:\\text\s*\{\s*(?:,\s*)?|\b)(?:for (?:all|any|some|every|each)|where|when|if)\b.*$", re.S), " "),
+    (re.compile(r"(?:,\s*)?(?:\\text\s*\{[\s,]*|\b)(?:for (?:all|any|some|every|each)|where|when|if)\b.*?(?=\\text\s*\{[\s,]*(?:and|or)\b|$)"), " "),
+    (re.compile(r"^\s*[=:]|[=:]\s*$"), " "),
 )  # fmt: skip
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _TOKEN = re.compile(
@@ -62,13 +64,70 @@ _TOKEN = re.compile(
     r"|(?P<num>\d+\.\d+|\d+\.(?!\d)|\d+|\.\d+)|(?P<cmd>\\(?:[a-zA-Z]+|[{}|%\\]))|(?P<word>[A-Za-z]+)|(?P<op>[-+*/^_!()\[\]{}|<>=,;:%&.'])"
 )  # fmt: skip
 FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt floor ceil abs min max gcd".split()
+    [
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "log",
+        "ln",
+        "lg",
+        "exp",
+        "sqrt",
+        "floor",
+        "ceil",
+        "abs",
+        "min",
+        "max",
+        "gcd",
+    ]
 )
 _GREEK = frozenset(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi chi psi "
-    "omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell".split()
+    [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "epsilon",
+        "varepsilon",
+        "zeta",
+        "eta",
+        "theta",
+        "kappa",
+        "lambda",
+        "mu",
+        "nu",
+        "xi",
+        "rho",
+        "sigma",
+        "tau",
+        "phi",
+        "varphi",
+        "chi",
+        "psi",
+        "omega",
+        "Gamma",
+        "Delta",
+        "Theta",
+        "Lambda",
+        "Sigma",
+        "Phi",
+        "Psi",
+        "Omega",
+        "ell",
+    ]
 )
 _RELATIONS = {"=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\approx": "~", r"\equiv": "="}
+_DOUBLED = re.compile(r"\\\\(?=[a-zA-Z])")
+_DAMAGED = re.compile("\f(?=rac)|\t(?=ext|imes|frac|heta|an)|\b(?=oxed|egin|inom)|\r(?=ight|ho)")  # unescaped twice
 _CLOSERS = {"(": ")]", "[": ")]", r"\{": r"\}"}
 
 
@@ -85,6 +144,11 @@ def clean(text: str) -> str:
             return text
     else:
         text = text.translate(_UNICODE)
+    if not text.isprintable():
+        text = _DAMAGED.sub(lambda match: repr(match.group())[1:-1].replace("x0c", "f").replace("x08", "b"), text)
+    if "\\\\" in text and "\\begin" not in text:
+        text = _DOUBLED.sub(r"\\", text)
+    text = " ".join(text.split())
     for pattern, replacement in _FIXES:
         text = pattern.sub(replacement, text)
     return text.strip().rstrip(".").strip()
@@ -141,7 +205,7 @@ def _spell(kind: str, value: str, spaced: bool) -> list[Token]:
         return [t for pair in found[:-1] for t in pair if t.text]
     if value in FUNCTIONS:
         return [Token("cmd", "\\" + value, spaced)]
-    if len(value) >= 4 or value in UNITS or lower in ("odd", "yes", "no", "the"):
+    if len(value) >= 4 or value in UNITS or value in ("odd", "yes", "no", "the"):
         return [Token("text", value, spaced)]
     return [Token("var", letter, spaced and i == 0) for i, letter in enumerate(value)]
 
@@ -169,9 +233,10 @@ def parse(text: str) -> Node:
     if not tokens:
         raise Unreadable("empty")
     if all(token.kind == "text" or (token.kind == "op" and token.text in ",.'!-") for token in tokens):
-        words = " ".join(t.text for t in tokens if t.kind == "text")
-        if "," not in [t.text for t in tokens]:
-            return Node("text", (words,))
+        phrases = re.split(r"\s*,\s*|\band\b", " ".join(t.text for t in tokens))
+        found = tuple(Node("text", (phrase.strip(),)) for phrase in phrases if phrase.strip())
+        if found:
+            return found[0] if len(found) == 1 else Node("list", found)
     parser = _Parser(tokens)
     tree = parser.items()
     if parser.at < len(tokens):
