@@ -84,8 +84,7 @@ class ContinuousBatch:
         self._tokens = zeros(max_model_len, dtype=torch.int64)  # by position, prompts left out
         self._logprobs = zeros(max_model_len, dtype=real)
         self._uniforms = zeros(max_model_len, dtype=torch.float64)
-        self._temperature, self._top_p = zeros(dtype=real), zeros(dtype=real)
-        self._top_k, self._greedy = zeros(dtype=torch.int64), zeros(dtype=torch.bool)
+        self._sampling = SlotSampling.empty(slots, real, device)
         self._rows = torch.arange(slots, device=device)
 
     @property
@@ -126,13 +125,9 @@ class ContinuousBatch:
         if n == 0:
             return
         positions = self._positions[:n]
-        length = min(int(positions.max()) // 16 * 16 + 16, self.max_model_len)
+        self._cache.fit(int(positions.max()) + 1, n)
         self._cache.open(positions)
-        hidden = self.decoder.forward(
-            self._tokens[self._rows[:n], positions],
-            positions,
-            lambda layer, q, k, v: self._cache.attend(layer, q, k, v, positions, length),
-        )
+        hidden = self.decoder.forward(self._tokens[self._rows[:n], positions], positions, self._cache.attend)
         self.counters.decode_steps += 1
         self.counters.decode_tokens += n
         positions += 1
@@ -180,6 +175,7 @@ class ContinuousBatch:
                 assert request.state is not None
                 start = len(self._active)
                 count = min(self.slots - start, request.n - request.next_sample)
+                self._cache.fit(max(self._cache.width, len(request.prompt.token_ids)), len(self._active))
                 self._cache.fill(start, start + count, request.state)
                 logits.append(request.state.logits.expand(count, -1))
                 self._place(request, start, start + count)
@@ -201,10 +197,8 @@ class ContinuousBatch:
         self._uniforms[rows, length : length + sampling.max_tokens] = torch.from_numpy(draws)
         self._positions[rows] = length
         self._last[rows] = length + sampling.max_tokens - 1
-        self._greedy[rows] = sampling.temperature == 0
-        self._temperature[rows] = sampling.temperature or 1.0
-        self._top_p[rows] = sampling.top_p
-        self._top_k[rows] = sampling.top_k or self.decoder.arch.vocab_size
+        self._sampling.fill(start, stop, sampling, self.decoder.arch.vocab_size)
+        self._sampling.note(sequence.request.sampling for sequence in self._active)
         stops = sampling.stop_token_ids
         if len(stops) > self._stops.shape[1]:
             self._stops = torch.nn.functional.pad(self._stops, (0, len(stops) - self._stops.shape[1]), value=-1)
@@ -230,7 +224,7 @@ class ContinuousBatch:
         values: list[Tensor] = []
 
         def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys.append(k.reshape(len(batch), longest, *k.shape[1:]).permute(0, 2, 3, 1))
+            keys.append(k.reshape(len(batch), longest, *k.shape[1:]).transpose(1, 2))
             values.append(v.reshape(len(batch), longest, *v.shape[1:]).transpose(1, 2))
             return causal_attention(q, k, v, len(batch))
 
@@ -242,7 +236,7 @@ class ContinuousBatch:
         for row, request in enumerate(batch):
             length = len(request.prompt.token_ids)
             request.state = PromptState(
-                keys=all_keys[row, ..., :length], values=all_values[row, :, :, :length], logits=logits[row]
+                keys=all_keys[row, :, :, :length], values=all_values[row, :, :, :length], logits=logits[row]
             )
             self.counters.prefill_tokens += length
 
@@ -250,17 +244,8 @@ class ContinuousBatch:
         """Draws the token at `positions` of slots start..n-1 and retires those that end with it."""
         stop = len(self._active)
         span, rows, positions = slice(start, stop), self._rows[start:stop], self._positions[start:stop]
-        settings = [sequence.request.sampling for sequence in self._active[start:]]
-        choice = SlotSampling(
-            temperature=self._temperature[span],
-            greedy=self._greedy[span],
-            top_k=self._top_k[span],
-            top_p=self._top_p[span],
-            any_temperature=any(s.temperature not in (0, 1) for s in settings),
-            any_greedy=any(s.temperature == 0 for s in settings),
-            any_cut=any(s.top_p < 1 or s.top_k > 0 for s in settings),
-        )
-        tokens, logprobs = sample(logits, self._uniforms[rows, positions], choice)
+        settings = self._sampling.slots(start, stop)
+        tokens, logprobs = sample(logits, self._uniforms[rows, positions], settings)
         self._tokens[rows, positions] = tokens
         self._logprobs[rows, positions] = logprobs
         stopped = (tokens[:, None] == self._stops[span]).any(1)
@@ -298,21 +283,12 @@ class ContinuousBatch:
             last = len(self._active) - 1
             if slot != last:
                 self._cache.move(last, slot, int(self._positions[last]))
-                for state in (
-                    self._positions,
-                    self._last,
-                    self._stops,
-                    self._tokens,
-                    self._logprobs,
-                    self._uniforms,
-                    self._temperature,
-                    self._top_p,
-                    self._top_k,
-                    self._greedy,
-                ):
-                    state[slot] = state[last]
+                for held in (self._positions, self._last, self._stops, self._tokens, self._logprobs, self._uniforms):
+                    held[slot] = held[last]
+                self._sampling.move(last, slot)
                 self._active[slot] = self._active[last]
             self._active.pop()
+        self._sampling.note(sequence.request.sampling for sequence in self._active)
 
 
 def _unstarted(prompt_id: str, index: int) -> Completion:

@@ -154,7 +154,7 @@ class Decoder:
             qkv = qkv.view(-1, heads + 2 * kv_heads, arch.head_dim)
             qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
             if layer.q_norm is not None and layer.k_norm is not None:
-                scale = torch.stack((layer.q_norm, layer.k_norm)).repeat_interleave(self._head_counts, 0)
+                scale = torch.cat((layer.q_norm.expand(heads, -1), layer.k_norm.expand(kv_heads, -1)))
                 qk = self._rms(qk, None) * scale
             half = arch.head_dim // 2
             qk = torch.addcmul(qk * cos, torch.cat((qk[..., half:], qk[..., :half]), -1), sin)
@@ -193,10 +193,6 @@ class Decoder:
         cos, sin = angles.cos(), angles.sin()
         double_cos, signed_sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         return double_cos.to(self.device, self.dtype), signed_sin.to(self.device, self.dtype)
-
-    @property
-    def _head_counts(self) -> Tensor:
-        return torch.tensor((self.arch.num_heads, self.arch.num_kv_heads), device=self.device)
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         yield "model.embed_tokens.weight", self.embedding

@@ -1,10 +1,9 @@
 """Keys and values of the sequences being decoded, one slot each; the slots in use are always 0..n-1.
 
-Keys are stored transposed: the scores of one query are then a row times a matrix whose rows are contiguous, which is
-what a CPU's bfloat16 multiply wants.
+Every layer's cache is a contiguous [S, K, W, D] whose width W follows the longest sequence in use: a CPU's batched
+multiply copies its operands where they are not contiguous, which costs more than widening the cache now and then.
 
-Shape legend: S slots, n in use, M longest sequence, L layers, H query heads, K key/value heads, D head size, P prompt
-tokens.
+Shape legend: S slots, n in use, W width, L layers, H query heads, K key/value heads, D head size, P prompt tokens.
 """
 
 from __future__ import annotations
@@ -16,13 +15,16 @@ from torch import Tensor
 
 from .architecture import Architecture
 
+STEP = 16
+"""The width is a multiple of this; every widening copies the cache once."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptState:
     """A prompt after its prefill: what every sample of its group starts from."""
 
     keys: Tensor
-    """[L, K, D, P]"""
+    """[L, K, P, D]"""
     values: Tensor
     """[L, K, P, D]"""
     logits: Tensor
@@ -30,47 +32,78 @@ class PromptState:
 
 
 class KVCache:
-    """Preallocated cache. `length` says how many of the M places a decode step looks at (the longest in use)."""
+    """The cache of `slots` sequences. Call `open` before the `attend` of each layer."""
 
     def __init__(self, arch: Architecture, slots: int, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
-        layers, heads, dim = arch.num_layers, arch.num_kv_heads, arch.head_dim
-        self.keys = torch.zeros(layers, slots, heads, dim, max_len, dtype=dtype, device=device)
-        self.values = torch.zeros(layers, slots, heads, max_len, dim, dtype=dtype, device=device)
-        self.mask = torch.full((slots, max_len), -torch.inf, dtype=dtype, device=device)
-        """0 where a slot holds a token, else -inf: added to the scores."""
-        self._slots = torch.arange(slots, device=device)
-        self._scale = dim**-0.5
+        def zeros() -> list[Tensor]:
+            size = slots * arch.num_kv_heads * arch.head_dim * _rounded(max_len)
+            return [torch.zeros(size, dtype=dtype, device=device) for _ in range(arch.num_layers)]
+
+        self._storage = (zeros(), zeros())
+        self._shape = (slots, arch.num_kv_heads, -1, arch.head_dim)
+        self._heads, self._scale = arch.num_kv_heads, arch.head_dim**-0.5
+        self._mask = torch.full((slots, _rounded(max_len)), -torch.inf, dtype=dtype, device=device)
+        """[S, longest]: 0 where a token is held, else -inf; added to the scores."""
+        self._rows = torch.arange(slots, device=device)
+        self.width = 0
+        self._use(STEP)
+
+    def fit(self, longest: int, n: int) -> None:
+        """Makes room for sequences of `longest` tokens, keeping n slots; gives room back where much more is held."""
+        width = _rounded(longest)
+        if self.width < width or self.width >= width + 4 * STEP:
+            kept = min(width, self.width)
+            held = [tensor[:n, :, :kept].clone() for tensor in (*self.keys, *self.values)]
+            self._use(width)
+            for tensor, old in zip((*self.keys, *self.values), held, strict=True):
+                tensor[:n, :, :kept] = old
+
+    def _use(self, width: int) -> None:
+        self.width = width
+        size = self._rows.numel() * self._shape[1] * self._shape[3] * width
+        self.keys, self.values = ([flat[:size].view(self._shape) for flat in half] for half in self._storage)
 
     def fill(self, start: int, stop: int, prompt: PromptState) -> None:
-        """Copies a prompt into slots start..stop-1."""
-        length = prompt.keys.shape[-1]
-        self.keys[:, start:stop, :, :, :length] = prompt.keys[:, None]
-        self.values[:, start:stop, :, :length] = prompt.values[:, None]
-        self.mask[start:stop, :length] = 0
-        self.mask[start:stop, length:] = -torch.inf
+        """Copies a prompt into slots start..stop-1; it must fit."""
+        length = prompt.keys.shape[-2]
+        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            keys[start:stop, :, :length] = prompt.keys[layer]
+            values[start:stop, :, :length] = prompt.values[layer]
+        self._mask[start:stop, :length] = 0
+        self._mask[start:stop, length:] = -torch.inf
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` places of a slot over another's."""
-        self.keys[:, target, :, :, :length] = self.keys[:, source, :, :, :length]
-        self.values[:, target, :, :length] = self.values[:, source, :, :length]
-        self.mask[target] = self.mask[source]
+        for held in (*self.keys, *self.values):
+            held[target, :, :length] = held[source, :, :length]
+        self._mask[target] = self._mask[source]
 
     def open(self, positions: Tensor) -> None:
         """Makes place `positions` [n] of each slot in use visible, for the token about to be decoded."""
-        self.mask[self._slots[: len(positions)], positions] = 0
+        n = len(positions)
+        rows = self._rows[:n]
+        self._mask[rows, positions] = 0
+        self._bias = self._mask[:n, None, : self.width]
+        self._places = rows * self.width + positions
+        if self._heads > 1:
+            self._bias = self._bias.repeat_interleave(self._heads, 0)
+            heads = torch.arange(self._heads, device=rows.device)
+            self._places = ((rows[:, None] * self._heads + heads) * self.width + positions[:, None]).view(-1)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, length: int) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Stores one new token of each slot and attends to all it holds: q [n, H, D], k, v [n, K, D] -> [n, H * D]."""
         n, heads, dim = q.shape
-        kv_heads = k.shape[1]
-        keys, values = self.keys[layer, :n], self.values[layer, :n]
-        rows = self._slots[:n]
-        keys[rows, :, :, positions] = k
-        values[rows, :, positions] = v
-        queries = q.reshape(n * kv_heads, heads // kv_heads, dim)
-        mask = self.mask[:n, None, :length].repeat_interleave(kv_heads, 0)
-        scores = torch.baddbmm(mask, queries, keys[..., :length].flatten(0, 1), alpha=self._scale)
-        return torch.bmm(torch.softmax(scores, -1), values[:, :, :length].flatten(0, 1)).view(n, heads * dim)
+        pairs = n * self._heads
+        self.keys[layer].view(-1, dim).index_copy_(0, self._places, k.reshape(pairs, dim))
+        self.values[layer].view(-1, dim).index_copy_(0, self._places, v.reshape(pairs, dim))
+        keys, values = self.keys[layer][:n].flatten(0, 1), self.values[layer][:n].flatten(0, 1)
+        queries = q.reshape(pairs, heads // self._heads, dim)
+        scores = torch.baddbmm(self._bias, queries, keys.transpose(1, 2), alpha=self._scale)
+        return torch.bmm(torch.softmax(scores, -1), values).view(n, heads * dim)
+
+
+def _rounded(length: int) -> int:
+    return -(-length // STEP) * STEP
 
 
 __all__ = ["KVCache", "PromptState"]

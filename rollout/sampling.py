@@ -5,7 +5,8 @@ Shape legend: n sequences, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -60,9 +61,43 @@ class SlotSampling:
     """[n] int64, V where all."""
     top_p: Tensor
     """[n]"""
-    any_temperature: bool
-    any_greedy: bool
-    any_cut: bool
+    any_temperature: bool = False
+    any_greedy: bool = False
+    any_cut: bool = False
+
+    @classmethod
+    def empty(cls, slots: int, dtype: torch.dtype, device: torch.device) -> SlotSampling:
+        def zeros(kind: torch.dtype) -> Tensor:
+            return torch.zeros(slots, dtype=kind, device=device)
+
+        return cls(temperature=zeros(dtype), greedy=zeros(torch.bool), top_k=zeros(torch.int64), top_p=zeros(dtype))
+
+    def fill(self, start: int, stop: int, sampling: Sampling, vocab_size: int) -> None:
+        self.temperature[start:stop] = sampling.temperature or 1.0
+        self.greedy[start:stop] = sampling.temperature == 0
+        self.top_k[start:stop] = sampling.top_k or vocab_size
+        self.top_p[start:stop] = sampling.top_p
+
+    def move(self, source: int, target: int) -> None:
+        for held in (self.temperature, self.greedy, self.top_k, self.top_p):
+            held[target] = held[source]
+
+    def note(self, used: Iterable[Sampling]) -> None:
+        """Says which settings are in the slots in use."""
+        settings = set(used)
+        self.any_temperature = any(s.temperature not in (0, 1) for s in settings)
+        self.any_greedy = any(s.temperature == 0 for s in settings)
+        self.any_cut = any(s.top_p < 1 or s.top_k > 0 for s in settings)
+
+    def slots(self, start: int, stop: int) -> SlotSampling:
+        """A view of slots start..stop-1."""
+        return replace(
+            self,
+            temperature=self.temperature[start:stop],
+            greedy=self.greedy[start:stop],
+            top_k=self.top_k[start:stop],
+            top_p=self.top_p[start:stop],
+        )
 
 
 def sample(logits: Tensor, uniform: Tensor, settings: SlotSampling) -> tuple[Tensor, Tensor]:
