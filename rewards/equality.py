@@ -397,8 +397,6 @@ def _same_scalar(gold: Node, answer: Node, policy: Policy) -> Outcome:
     gold, answer = _bare(gold), _bare(answer)
     if variables(gold) != variables(answer):
         answer = _rename_parameter(gold, answer)
-        if variables(gold) != variables(answer):
-            return _same_with_unused(gold, answer)
     pairs = [(gold, answer)]
     for kind in ("pct", "deg"):
         if (gold.kind == kind) != (answer.kind == kind) and (kind == "deg" or policy.percent == "either"):
@@ -406,11 +404,6 @@ def _same_scalar(gold: Node, answer: Node, policy: Policy) -> Outcome:
             pairs.append((inner_gold, inner))
     outcomes = [_same_value(g, a, policy) for g, a in pairs]
     return Outcome.EQUAL if Outcome.EQUAL in outcomes else outcomes[0]
-
-
-def _same_with_unused(gold: Node, answer: Node) -> Outcome:
-    """Different variables can still be the same value (x - x + 1), but only by cancelling."""
-    return Outcome.DIFFERENT if not (variables(gold) & variables(answer)) and variables(gold) else Outcome.UNKNOWN
 
 
 def _rename_parameter(gold: Node, answer: Node) -> Node:
@@ -441,6 +434,8 @@ def _same_value(gold: Node, answer: Node, policy: Policy) -> Outcome:
     ours, theirs = signature(gold), signature(answer)
     if len(ours) == 1 and len(theirs) == 1:
         return _same_constant(gold, answer, ours[0], theirs[0], policy)
+    count = max(len(ours), len(theirs))  # a variable on one side only: the other side is the same at every point
+    ours, theirs = (side * count if len(side) == 1 else side for side in (ours, theirs))
     agreed = disagreed = negative = 0
     for point, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if a is None or b is None:

@@ -24,7 +24,7 @@ from .verdict import Status, Verdict, verifier_error
 MEMORY_BYTES = 2**30
 """Address space of a symbolic worker; sympy itself takes about 200 MB of it."""
 _LONG_REFERENCE = 200
-_NOT_FOR_SYMPY = re.compile(r"__|[^\n\t -~]|\\(?:forall|exists|implies|iff|Rightarrow|mho)\b")
+_NOT_FOR_SYMPY = re.compile(r"__|[^\n\t -~]|\\(?:forall|exists|implies|iff|Rightarrow|mho|[hv]?phantom|color|not)\b")
 """Its parser drops what it does not know and compares the rest, so two different statements come out the same."""
 _WORD = re.compile(r"(?<![\\A-Za-z])(?!sqrt|frac|sinh|cosh|tanh)[A-Za-z]{4,}")
 

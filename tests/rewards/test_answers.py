@@ -1,0 +1,86 @@
+"""Finding the final answer: what is taken, what is not, and that it takes linear time."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emberl.rewards.answers import boxes, extract
+
+
+@pytest.mark.parametrize(
+    ("completion", "candidates", "how"),
+    [
+        ("<think>7+5=12,12-3=9</think>9", ("9",), "marker"),
+        (r"so \boxed{\frac{1}{2}}.", (r"\frac{1}{2}",), "box"),
+        (r"\fbox{3}", ("3",), "box"),
+        (r"first \boxed{1}, then \boxed{1}", ("1",), "box"),
+        (r"\boxed{1} or \boxed{2}", ("1", "2"), "box"),
+        (r"fill the \boxed{\phantom{7}} in: \boxed{4}", ("4",), "box"),
+        (r"\boxed{\boxed{5}}", (r"\boxed{5}",), "box"),
+        (r"\boxed{1} and an open \boxed{2", ("1",), "box"),
+        (r"<think>\boxed{3}</think> \boxed{4}", ("4",), "box"),
+        ("<answer> 12 </answer>", (" 12 ",), "answer_tag"),
+        (r"<answer>4</answer> \boxed{5}", ("5", "4"), "box"),
+        (r"<answer>so \boxed{5}</answer>", ("5",), "box"),
+        ("She has 3 left.\n#### 1,200", ("1,200",), "marker"),
+        ("4 apples\nA: 26", ("26",), "marker"),
+        ("The final answer is $x=3$. I hope it is correct.", ("x=3",), "marker"),
+        ("Final Answer: The largest $n$ is 34.", ("34",), "marker"),
+        ("**Answer:** 7", ("7",), "marker"),
+        ("Answer: 5 or 6 or 7", ("5 or 6 or 7",), "marker"),
+        ("Therefore we find that $x \\geq 5$ in the end.", (r"x \geq 5",), "formula"),
+        ("In total there are exactly nine and then forty more, hence 49 of them", ("49",), "number"),
+        ("It must be that there are 4 or 5 of them in the whole of the box", ("4 or 5",), "number"),
+        ("circumcircle", ("circumcircle",), "whole"),
+        (r"f(x) = \frac{1}{x}", (r"f(x) = \frac{1}{x}",), "whole"),
+    ],
+)
+def test_where_the_answer_is_found(completion: str, candidates: tuple[str, ...], how: str) -> None:
+    found = extract(completion)
+    assert found.candidates == candidates
+    assert found.how == how
+
+
+@pytest.mark.parametrize("completion", ["", "   ", r"<think>\boxed{5}", "<think>\\boxed{5}</think>", "</think>\n "])
+def test_no_answer(completion: str) -> None:
+    assert extract(completion).candidates == ()
+
+
+def test_a_thought_that_the_prompt_opened_must_be_closed() -> None:
+    assert extract(r"\boxed{5}", opened=True).candidates == ()
+    assert extract(r"hm</think>\boxed{5}", opened=True).candidates == ("5",)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\\boxed{" * 100_000,
+        "\\boxed{1}" * 50_000,
+        "{" * 300_000 + "\\boxed{1}",
+        "<answer>" * 50_000,
+        "<answer>" + "x" * 400_000,
+        "answer is " * 40_000,
+        "$" * 200_001,
+        "\\(" * 150_000,
+        " \n" * 200_000 + "A",
+        "1 or " * 80_000,
+        "</think>" * 50_000,
+    ],
+)
+def test_long_degenerate_texts_take_linear_time(text: str) -> None:
+    start = time.perf_counter()
+    extract(text)
+    assert time.perf_counter() - start < 2.0  # about 0.1 s; quadratic behaviour would take minutes
+
+
+@given(st.text(alphabet="\\{}boxed1 ", max_size=200))
+def test_boxes_are_balanced_and_outermost(text: str) -> None:
+    for box in boxes(text):
+        assert text.count("{" + box + "}") >= 1
+        depth = 0
+        for character in box:
+            depth += (character == "{") - (character == "}")
+            assert depth >= 0
+        assert depth == 0
