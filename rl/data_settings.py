@@ -21,6 +21,8 @@ class DataConfig(BaseModel):
     source: str
     """`arithmetic` (built in), a .jsonl, .json or .parquet file, a Hub data set `owner/name` (or a local directory of
     one), or `reasoning_gym:<task>`."""
+    name: str | None = None
+    """As in `val-core/{name}/mean@1`; empty: the file's, data set's or task's. A row's own `data_source` comes first."""
     max_prompt_length: int = Field(1024, ge=1)
     """Tokens, with the chat template."""
     overlong: Literal["error", "drop"] = "error"
@@ -57,10 +59,10 @@ class DataConfig(BaseModel):
 
     kinds: Mapping[str, float] = Field(default_factory=lambda: {"chain": 1.0})
     """arithmetic: the kinds of problems (chain, products, brackets, solve) and their weights."""
-    terms: tuple[int, int] = (4, 7)
-    """arithmetic: the fewest and the most terms of a problem."""
+    terms: tuple[int, int] = (4, 6)
+    """arithmetic: the fewest and the most numbers in a problem; it takes one step fewer to work out."""
     largest_term: int = Field(9, ge=2, le=99)
-    """arithmetic: terms of `chain` and `solve` are 1 to this; factors are one digit."""
+    """arithmetic: the numbers of `chain` and `solve` are 1 to this; those of the other kinds have one digit."""
     largest_total: int = Field(99, ge=20, le=999)
     """arithmetic: no intermediate result exceeds this, and none is negative."""
     steps: Literal["full", "short"] = "full"
@@ -87,7 +89,7 @@ class DataConfig(BaseModel):
     @classmethod
     def _terms(cls, terms: tuple[int, int]) -> tuple[int, int]:
         if not 2 <= terms[0] <= terms[1] <= 32:
-            raise ValueError("data.terms must be [fewest, most] with 2 <= fewest <= most <= 32, e.g. [4, 7]")
+            raise ValueError("data.terms must be [fewest, most] with 2 <= fewest <= most <= 32, e.g. [4, 6]")
         return terms
 
     @field_validator("answer_pattern")
@@ -104,7 +106,12 @@ class DataConfig(BaseModel):
         return pattern
 
     @model_validator(mode="after")
-    def _one_heldout(self) -> DataConfig:
+    def _together(self) -> DataConfig:
+        if self.largest_total < 2 * self.largest_term:
+            raise ValueError(
+                f"data.largest_total={self.largest_total} must be at least twice data.largest_term={self.largest_term}, "
+                "so that any number can be added or taken away"
+            )
         if self.eval_path is not None and self.eval_split is not None:
             raise ValueError("set data.eval_path (a file) or data.eval_split (a split of data.source), not both")
         return self

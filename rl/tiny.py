@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
@@ -48,7 +49,8 @@ def tiny_tokenizer(settings: TinyConfig) -> PreTrainedTokenizerFast:
     backend.add_special_tokens([PAD, EOS])
     # Not special: skip_special_tokens must leave the thinking's borders for the grader to see.
     backend.add_tokens([AddedToken(t, normalized=False, special=False) for t in (THINK, END_THINK)])
-    return PreTrainedTokenizerFast(
+    wrap: Any = PreTrainedTokenizerFast  # transformers leaves it untyped
+    tokenizer: PreTrainedTokenizerFast = wrap(
         tokenizer_object=backend,
         pad_token=PAD,
         eos_token=EOS,
@@ -56,6 +58,7 @@ def tiny_tokenizer(settings: TinyConfig) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE if settings.chat_template else None,
     )
+    return tokenizer
 
 
 def tiny_model(settings: TinyConfig, vocab_size: int, seed: int) -> Qwen3ForCausalLM:
@@ -78,7 +81,8 @@ def tiny_model(settings: TinyConfig, vocab_size: int, seed: int) -> Qwen3ForCaus
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config)
-    model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    make_generation: Any = GenerationConfig
+    model.generation_config = make_generation(pad_token_id=0, eos_token_id=1, bos_token_id=None)
     return model
 
 
