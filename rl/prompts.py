@@ -55,7 +55,7 @@ def open_source(settings: DataConfig, tokenizer: Tokenizer, seed: int = 0) -> Pr
     return TableSource(settings, tokenizer, seed)
 
 
-def check(settings: DataConfig) -> None:
+def check_data(settings: DataConfig) -> None:
     """What can be known without tokenizer and network: files, columns, answers, task names. ValueError as above."""
     if settings.source == "arithmetic":
         return
@@ -66,4 +66,4 @@ def check(settings: DataConfig) -> None:
     check_rows(settings)
 
 
-__all__ = ["PromptSource", "check", "open_source"]
+__all__ = ["PromptSource", "check_data", "open_source"]
