@@ -102,7 +102,7 @@ def inverse_frequencies(arch: Architecture) -> Tensor:
     if arch.rope["rope_type"] == "default":
         return speeds
     low, high, factor = (float(arch.rope[key]) for key in ("low_freq_factor", "high_freq_factor", "factor"))
-    turns = arch.rope["original_max_position_embeddings"] * speeds / (2 * math.pi)
+    turns = arch.rope["original_max_position_embeddings"] / (2 * math.pi / speeds)
     blend: Tensor = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - blend) * speeds / factor + blend * speeds
 
