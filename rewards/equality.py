@@ -130,11 +130,13 @@ def same(gold: Node, answer: Node, policy: Policy) -> Outcome:
         return _same_equation(gold, answer)
     assert gold_side is not None
     gold, answer = _interval(gold_side), _interval(side)
+    if "rel" in (gold.kind, answer.kind):
+        if gold.kind == answer.kind:
+            return _same_relation(gold, answer, policy)
+        return Outcome.UNKNOWN if {gold.kind, answer.kind} & {"group", "union"} else Outcome.DIFFERENT
     gold_items, items = _items(gold), _items(answer)
     if gold_items is not None or items is not None:
         return _same_items(gold, answer, gold_items, items, policy)
-    if "rel" in (gold.kind, answer.kind):
-        return _same_relation(gold, answer, policy) if gold.kind == answer.kind else Outcome.UNKNOWN
     if "text" in (gold.kind, answer.kind):
         return _outcome(gold.kind == answer.kind and _words(gold) == _words(answer))
     if "base" in (gold.kind, answer.kind):

@@ -26,6 +26,8 @@ MEMORY_BYTES = 2**30
 _LONG_REFERENCE = 200
 _NOT_FOR_SYMPY = re.compile(r"__|[^\n\t -~]|\\(?:forall|exists|implies|iff|Rightarrow|mho|[hv]?phantom|color|not)\b")
 """Its parser drops what it does not know and compares the rest, so two different statements come out the same."""
+_COMMAND = re.compile(r"\\(?!text|mathrm|mbox|operatorname|[dt]?frac|left|right|quad|circ)[A-Za-z]+")
+_OPERATORS = ("\\int", "\\sum", "\\prod", "\\lim", "\\oint")
 _WORD = re.compile(r"(?<![\\A-Za-z])(?!sqrt|frac|sinh|cosh|tanh)[A-Za-z]{4,}")
 
 
@@ -54,7 +56,7 @@ class MathReward:
         self._symbolic: dict[tuple[str, str], Answer] = {}
         self._pool = WorkerPool(
             f"{__name__.rpartition('.')[0]}.symbolic:serve",
-            {"unsimplified": self.policy.unsimplified},
+            {},
             workers=concurrency,
             memory_bytes=MEMORY_BYTES,
             network=False,
@@ -105,7 +107,10 @@ class MathReward:
             candidates = candidates[-1:]
         if len(candidates) > 1 and compare(reference, ", ".join(candidates), policy) is Outcome.EQUAL:
             return _Decision(Outcome.EQUAL)
-        outcomes = [_screened(reference, text, compare(reference, text, policy)) for text in candidates]
+        outcomes = [
+            _screened(reference, text, compare(reference, text, policy), policy.unsimplified == "reject")
+            for text in candidates
+        ]
         for decided in (Outcome.TOO_BIG, Outcome.DIFFERENT):
             if decided in outcomes:
                 return _Decision(decided)
@@ -146,13 +151,15 @@ def read_gold(gold: str) -> Reference:
     return read_reference(gold)
 
 
-def _screened(gold: Reference, answer: str, outcome: Outcome) -> Outcome:
+def _screened(gold: Reference, answer: str, outcome: Outcome, simplified: bool) -> Outcome:
     """Refuses to hand what cannot be an answer to the symbolic back end."""
     if outcome is not Outcome.UNKNOWN:
         return outcome
     if len(answer) > MAX_CHARS or _NOT_FOR_SYMPY.search(answer) or _NOT_FOR_SYMPY.search(clean(gold.text[:MAX_CHARS])):
         return Outcome.DIFFERENT
-    if gold.number is not None and _WORD.search(answer):
+    if gold.number is not None and (_WORD.search(answer) or (simplified and _COMMAND.search(answer))):
+        return Outcome.DIFFERENT
+    if simplified and any(operator in answer and operator not in gold.text for operator in _OPERATORS):
         return Outcome.DIFFERENT
     depth = deepest = 0
     for character in answer:

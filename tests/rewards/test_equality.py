@@ -70,14 +70,18 @@ def test_a_policy_turns_a_verdict(gold: str, answer: str, policy: dict[str, obje
     assert verdicts == {Outcome.EQUAL, Outcome.DIFFERENT}
 
 
-@pytest.mark.parametrize("answer", ["9^{9^{9^{9}}}", "99999999!", "10^{8}!", "\\binom{10^9}{5\\cdot10^8}", "e^{e^{e^{99}}}"])
+@pytest.mark.parametrize(
+    "answer", ["9^{9^{9^{9}}}", "99999999!", "10^{8}!", "\\binom{10^9}{5\\cdot10^8}", "e^{e^{e^{99}}}"]
+)
 def test_what_would_not_fit_is_not_computed(answer: str) -> None:
     start = time.perf_counter()
     assert compare(read_reference("5"), answer, DEFAULT) is Outcome.TOO_BIG
     assert time.perf_counter() - start < 0.5
 
 
-@pytest.mark.parametrize("text", ["(" * 500 + "1" + ")" * 500, "\\sqrt{" * 200 + "1" + "}" * 200, "1+" * 600 + "1", "-" * 900 + "1"])
+@pytest.mark.parametrize(
+    "text", ["(" * 500 + "1" + ")" * 500, "\\sqrt{" * 200 + "1" + "}" * 200, "1+" * 600 + "1", "-" * 900 + "1"]
+)
 def test_depth_and_length_are_bounded(text: str) -> None:
     with pytest.raises(Unreadable):
         parse(text)

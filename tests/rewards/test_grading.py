@@ -1,0 +1,196 @@
+"""The worker pool with tiny factories of this file: kills, retries, limits, threads, nothing left behind."""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+import pytest
+
+from emberl.rewards.grading import Ended, WorkerPool
+
+pytestmark = pytest.mark.slow  # every test starts processes
+
+
+def serve(kind="echo"):
+    def answer(task):
+        match task:
+            case ["sleep", seconds]:
+                time.sleep(seconds)
+            case ["spin"]:
+                pow(3, 10**9)  # inside C: no Python signal handler would ever run
+            case ["raise"]:
+                raise KeyError("lost")
+            case ["memory"]:
+                return len(bytearray(8 * 2**30))
+            case ["abort"]:
+                os.abort()
+            case ["exit_once", path]:
+                if not os.path.exists(path):
+                    open(path, "w").close()
+                    os.kill(os.getpid(), signal.SIGKILL)
+            case ["pid"]:
+                return os.getpid()
+            case ["fork"]:
+                if os.fork() == 0:
+                    time.sleep(60)
+                    os._exit(0)
+                time.sleep(60)
+            case ["connect", port]:
+                with socket.create_connection(("127.0.0.1", port), timeout=2):
+                    return True
+            case ["modules"]:
+                return [name for name in ("torch", "ray", "sympy") if name in sys.modules]
+        return task
+
+    return answer
+
+
+def serve_broken():
+    raise RuntimeError("cannot be set up")
+
+
+@pytest.fixture
+def make(monkeypatch):
+    monkeypatch.setattr(sys, "path", [os.path.dirname(__file__), *sys.path])
+    pools = []
+
+    def build(target="test_grading:serve", **keywords):
+        pools.append(WorkerPool(target, {}, **({"workers": 2, "spare": False} | keywords)))
+        return pools[-1]
+
+    yield build
+    for pool in pools:
+        pool.close()
+
+
+def test_answers_come_in_order_and_workers_start_lazily(make) -> None:
+    pool = make()
+    assert pool.started == 0
+    answers = pool.run([["sleep", 0.2], *[[i] for i in range(20)]], timeout=5)
+    assert [a.value for a in answers] == [["sleep", 0.2], *[[i] for i in range(20)]]
+    assert pool.started <= 2
+    assert pool.run([["modules"]], timeout=5)[0].value == []
+
+
+def test_a_hung_task_is_killed_at_its_limit_and_the_others_are_graded(make) -> None:
+    pool = make(spare=True)
+    pool.run([["warm"]], timeout=5)
+    start = time.perf_counter()
+    answers = pool.run([["spin"], *[[i] for i in range(10)]], timeout=1.0)
+    assert time.perf_counter() - start < 1.5
+    assert answers[0].ended is Ended.TIMEOUT
+    assert [a.value for a in answers[1:]] == [[i] for i in range(10)]
+
+
+def test_what_the_worker_started_is_killed_with_it(make) -> None:
+    pool = make(workers=1)
+    group = pool.run([["pid"]], timeout=5)[0].value  # a worker leads a process group of its own
+    assert pool.run([["fork"]], timeout=1.0)[0].ended is Ended.TIMEOUT
+    end = time.monotonic() + 5
+    while (left := _members(group)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert left == []
+
+
+def _members(group: int) -> list[str]:
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                state, _, pgrp = file.read().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(pgrp) == group and state != "Z":
+            found.append(pid)
+    return found
+
+
+def _command(pid: str) -> str:
+    try:
+        with open(f"/proc/{pid}/cmdline") as file, open(f"/proc/{pid}/status") as status:
+            return "" if "State:\tZ" in status.read() else file.read()
+    except OSError:
+        return ""
+
+
+def test_faults_are_told_apart(make) -> None:
+    answers = make(memory_bytes=2**30).run([["raise"], ["memory"], ["abort"], ["fine"]], timeout=10)
+    assert [a.ended for a in answers] == [Ended.RAISED, Ended.MEMORY, Ended.CRASHED, Ended.DONE]
+    assert "KeyError" in answers[0].message
+
+
+def test_a_worker_killed_from_outside_loses_no_sample(make, tmp_path) -> None:
+    answers = make().run([["exit_once", str(tmp_path / "mark")], *[[i] for i in range(5)]], timeout=10)
+    assert all(a.ended is Ended.DONE for a in answers)
+
+
+def test_killing_workers_all_the_time_loses_no_sample(make) -> None:
+    pool, stop = make(), threading.Event()
+
+    def killer() -> None:
+        while not stop.wait(0.4):
+            for pid in pool.pids()[:1] or [p for p in _children() if p][:1]:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+
+    thread = threading.Thread(target=killer)
+    thread.start()
+    try:
+        answers = [a for _ in range(4) for a in pool.run([["sleep", 0.05]] * 10, timeout=10)]
+    finally:
+        stop.set()
+        thread.join()
+    assert [a.ended for a in answers] == [Ended.DONE] * 40
+    assert pool.started > 2
+
+
+def _children() -> list[int]:
+    with open(f"/proc/{os.getpid()}/task/{threading.main_thread().native_id}/children") as file:
+        return [int(p) for p in file.read().split() if "emberl.rewards.worker" in _command(p)]
+
+
+def test_workers_are_recycled(make) -> None:
+    pool = make(workers=1, recycle=3)
+    pids = [a.value for a in pool.run([["pid"]] * 9, timeout=10)]
+    assert len(set(pids)) == 3
+
+
+def test_threads_and_asyncio_share_a_pool(make) -> None:
+    pool = make()
+
+    async def many() -> list:
+        return await asyncio.gather(*[asyncio.to_thread(pool.run, [[i], ["sleep", 0.01]], 10) for i in range(8)])
+
+    assert [answers[0].value for answers in asyncio.run(many())] == [[i] for i in range(8)]
+
+
+def test_no_network_where_the_kernel_allows(make) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert make().run([["connect", port]], timeout=5)[0].value is True
+        closed = make(network=False).run([["connect", port]], timeout=5)[0]
+    if closed.value is True:
+        pytest.skip("this kernel gives no network namespace")
+    assert closed.ended is Ended.RAISED
+
+
+def test_a_factory_that_fails_is_reported(make) -> None:
+    pool = make("test_grading:serve_broken")
+    assert "cannot be set up" in pool.check()
+    answer = pool.run([["x"]], timeout=5)[0]
+    assert answer.ended is Ended.LOST
+    assert "cannot be set up" in answer.message
+
+
+def test_a_closed_pool_and_a_deadline_answer(make) -> None:
+    pool = make(workers=1)
+    late = pool.run([["sleep", 30], ["never"]], timeout=60, deadline=1.5)
+    assert [a.ended for a in late] == [Ended.LOST, Ended.LOST]
+    pool.close()
+    assert pool.run([["x"]], timeout=5)[0].ended is Ended.LOST

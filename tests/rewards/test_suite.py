@@ -1,0 +1,164 @@
+"""The suite: weights, gates, failed parts, deadlines, figures, and what a configuration may say."""
+
+import threading
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from emberl.rewards.inputs import RewardInput
+from emberl.rewards.suite import Part, RewardSuite, TooManyErrors, build_suite, check_errors
+from emberl.rewards.verdict import Status, Verdict, verifier_error
+
+
+def fixed(*scores: float | None):
+    """A reward that gives these scores in turn; None is a failure."""
+
+    def grade(batch: Sequence[RewardInput]) -> list[Verdict]:
+        found = []
+        for score in scores[: len(batch)]:
+            if score is None:
+                found.append(verifier_error("broke"))
+            else:
+                status = Status.CORRECT if score >= 1 else Status.WRONG if score <= 0 else Status.PARTIAL
+                found.append(Verdict(status=status, score=score, seconds=0.5))
+        return found
+
+    return grade
+
+
+ROWS = [RewardInput(completion=str(i)) for i in range(3)]
+
+
+def suite(**parts: tuple) -> RewardSuite:
+    return RewardSuite(
+        [Part(name=n, reward=p[0], weight=p[1], gate=p[2] if len(p) > 2 else None) for n, p in parts.items()]
+    )
+
+
+def test_scores_are_weighted_sums_and_the_first_part_gives_the_status() -> None:
+    verdicts = suite(answer=(fixed(1, 0, 1), 1.0), format=(fixed(0.5, 1, 0), 0.2)).grade(ROWS)
+    assert [v.score for v in verdicts] == pytest.approx([1.1, 0.2, 1.0])
+    assert [v.status for v in verdicts] == [Status.CORRECT, Status.WRONG, Status.CORRECT]
+    assert verdicts[0].parts == {"answer": 1, "format": 0.5}
+
+
+def test_a_gate_shuts_a_part_out_where_the_other_scores_nothing() -> None:
+    verdicts = suite(answer=(fixed(1, 0, 1), 1.0), brevity=(fixed(1, 1, 0.5), 0.3, "answer")).grade(ROWS)
+    assert [v.score for v in verdicts] == pytest.approx([1.3, 0.0, 1.15])
+
+
+def test_a_failed_part_leaves_no_score_unless_it_does_not_count() -> None:
+    weighed = suite(answer=(fixed(1, 0), 1.0), extra=(fixed(None, 1), 0.5)).grade(ROWS[:2])
+    assert [v.score for v in weighed] == [None, 0.5]
+    assert "extra: broke" in weighed[0].message
+    unweighed = suite(answer=(fixed(1), 1.0), extra=(fixed(None), 0.0)).grade(ROWS[:1])
+    assert unweighed[0].score == 1.0
+    shut_out = suite(answer=(fixed(0), 1.0), extra=(fixed(None), 0.5, "answer")).grade(ROWS[:1])
+    assert shut_out[0].score == 0.0
+    broken_gate = suite(answer=(fixed(1), 1.0), gate=(fixed(None), 0.0), extra=(fixed(1), 1.0, "gate")).grade(ROWS[:1])
+    assert broken_gate[0].score is None
+
+
+def test_a_part_that_raises_or_miscounts_costs_only_its_samples() -> None:
+    def raises(batch: Sequence[RewardInput]) -> list[Verdict]:
+        raise RuntimeError("no more")
+
+    verdicts = suite(answer=(raises, 1.0)).grade(ROWS)
+    assert [v.status for v in verdicts] == [Status.VERIFIER_ERROR] * 3
+    assert "RuntimeError: no more" in verdicts[0].message
+    assert "1 verdicts for 3" in suite(answer=(fixed(1), 1.0)).grade(ROWS)[0].message
+
+
+def test_a_stuck_part_is_left_behind_at_its_deadline() -> None:
+    release = threading.Event()
+
+    def stuck(batch: Sequence[RewardInput]) -> list[Verdict]:
+        release.wait(30)
+        return fixed(1, 1, 1)(batch)
+
+    held = RewardSuite([Part(name="answer", reward=stuck, deadline=0.2)])
+    start = time.perf_counter()
+    verdicts = held.grade(ROWS)
+    release.set()
+    assert time.perf_counter() - start < 5
+    assert all("deadline of 0.2 s" in v.message for v in verdicts)
+
+
+def test_parts_run_side_by_side() -> None:
+    meeting = threading.Barrier(2, timeout=10)  # breaks unless both parts are under way at once
+
+    def meets(batch: Sequence[RewardInput]) -> list[Verdict]:
+        meeting.wait()
+        return fixed(1, 1, 1)(batch)
+
+    assert [v.score for v in suite(a=(meets, 1.0), b=(meets, 1.0)).grade(ROWS)] == [2.0] * 3
+
+
+def test_figures_are_per_part_and_start_anew() -> None:
+    graded = suite(answer=(fixed(1, 0, None), 1.0))
+    graded.grade(ROWS)
+    figures = graded.metrics()
+    assert figures["reward/answer/mean"] == 0.5
+    assert figures["reward/answer/std"] == 0.5
+    assert figures["reward/answer/status/correct"] == 1
+    assert figures["reward/answer/status/verifier_error"] == 1
+    assert figures["reward/answer/seconds_max"] == 0.5
+    assert "reward/answer/mean" not in graded.metrics()
+
+
+def test_the_share_of_errors_aborts_with_the_cause() -> None:
+    good = [Verdict(status=Status.WRONG, score=0.0)] * 198
+    check_errors([*good, verifier_error("a"), verifier_error("a")])  # exactly 1 %
+    with pytest.raises(TooManyErrors, match=r"3 of 201 .* 2 x oom; 1 x lost"):
+        check_errors([*good, verifier_error("oom"), verifier_error("oom"), verifier_error("lost")])
+    check_errors([*good[:10], verifier_error("one in a small batch")])
+    with pytest.raises(TooManyErrors):
+        check_errors([*good, verifier_error("a")], limit=0.0)
+
+
+def test_references_that_cannot_be_used_are_named_with_their_row() -> None:
+    graded = build_suite({"answer": {"use": "math"}})
+    bad = graded.check_references(["7", " ", "\\frac{1}{2}", "(1, 2]"])
+    assert [(b.row, b.part) for b in bad] == [(1, "answer")]
+    assert "row 1" in str(bad[0])
+    graded.close()
+
+
+def test_a_suite_from_a_configuration() -> None:
+    built = build_suite(
+        {
+            "answer": {"use": "math", "timeout": 2.0, "concurrency": 1, "options": {"units": "ignore"}},
+            "format": {"use": "format", "weight": 0.25, "gate": "answer", "options": {"pattern": "think"}},
+        }
+    )
+    rows = [
+        RewardInput(completion="<think>7+5=12,12-3=9</think>9", answer="9"),
+        RewardInput(completion="9", answer="9"),
+        RewardInput(completion="<think>hm</think>8", answer="9"),
+    ]
+    assert [v.score for v in built.grade(rows)] == [1.25, 1.0, 0.0]
+    built.close()
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ({}, "at least one part"),
+        ({"a": {}}, "reward.a.use is missing"),
+        ({"a": {"use": "maths"}}, "did you mean 'math'"),
+        ({"a": {"use": "math", "wieght": 1}}, "unknown keys .*wieght"),
+        ({"a": {"use": "math", "weight": float("nan")}}, "must be finite"),
+        ({"a": {"use": "math", "gate": "b"}}, "must name another part"),
+        ({"a": {"use": "math", "deadline": 0}}, "positive seconds"),
+        ({"a": {"use": "math", "timeout": 0}}, "positive seconds"),
+        ({"a": {"use": "math", "options": {"percnt": 1}}}, "no option 'percnt'"),
+        ({"a": {"use": "math", "options": {"percent": "maybe"}}}, "percent is 'maybe'"),
+        ({"a": {"use": "math", "style": "verl"}}, "takes no style"),
+        ({"a": {"use": "overlong"}}, "needs the option buffer"),
+        ({"a": {"use": "format", "options": {"pattern": "("}}}, "nor a regular expression"),
+    ],
+)
+def test_bad_configurations_are_named(specs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_suite(specs)
