@@ -3,7 +3,7 @@
     chain     7+5-3+8=?          <think>7+5=12,12-3=9,9+8=17</think>17
     products  3*7-4+2*5=?        <think>3*7=21,2*5=10,21-4=17,17+10=27</think>27
     brackets  (3+4)*2-(9-5)=?    <think>3+4=7,7*2=14,9-5=4,14-4=10</think>10
-    solve     x+7-3=25,x=?       <think>25+3=28,28-7=21</think>21
+    solve     x+7-3=11,x=?       <think>11+3=14,14-7=7</think>7
 
 Nothing is ever negative. A hash of a problem's text says whether it is held out, so no run, whatever its seed, trains on
 a problem that any run is evaluated on.

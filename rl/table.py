@@ -210,7 +210,7 @@ def _split_off(keys: Mapping[int, bytes], settings: DataConfig, table: Table) ->
     first: dict[bytes, int] = {}
     for number, key in keys.items():
         first.setdefault(key, number)
-    if settings.heldout >= len(first):
+    if settings.heldout >= max(1, len(first)):
         raise ValueError(
             f"data.heldout={settings.heldout} leaves nothing to train on of the {len(first)} problems in {table.where!r}; "
             "lower it, or name a held-out set in data.eval_path"
