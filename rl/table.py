@@ -95,7 +95,7 @@ class Mapper:
         if not self.answer:
             return ""
         value = column(row, self.answer)
-        if value is None or value == "":
+        if value is None or (isinstance(value, str) and not value.strip()):
             raise ValueError(f"no answer in the column {self.answer!r} (data.answer_column); fill it or remove the row")
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
         if self._settings.answer_pattern is None:

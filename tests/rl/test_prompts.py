@@ -237,6 +237,7 @@ ROWS = [{"question": "1+1=?", "answer": "2"}, {"question": "1+2=?", "answer": ""
             r"row 2: no answer in the column 'answer' \(data\.answer_column\)",
         ),
         ("d.jsonl", [{"prompt": "a", "answer": None}], {}, r"row 1: no answer"),
+        ("d.jsonl", [{"prompt": "a", "answer": " "}], {}, r"row 1: no answer"),
         ("d.jsonl", [{"prompt": "a", "answer": "1"}, {"prompt": "b"}], {}, r"row 2: there is no column 'answer'"),
         (
             "d.jsonl",
@@ -402,6 +403,7 @@ class TestReasoningGym:
             check_data(DataConfig(source=f"reasoning_gym:{task}", gym=gym))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not GSM8K.is_dir(), reason=f"{GSM8K} is absent")
 def test_gsm8k_itself() -> None:
     mapping = GSM8K_MAPPING | {"eval_path": str(GSM8K / "test.jsonl"), "name": "gsm8k"}

@@ -12,7 +12,7 @@ from emberl.rl.data_settings import KINDS, DataConfig, TinyConfig
 from emberl.rl.tiny import make_tiny, tiny_model, tiny_tokenizer
 from emberl.rl.tokens import prompt_ids, render, supervised_ids
 from emberl.rollout.samples import Prompt
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -50,6 +50,7 @@ def test_round_trip_of_every_kind_of_problem() -> None:
 BYTES = tiny_tokenizer(TinyConfig(vocabulary="bytes", chat_template=True))
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.text())
 def test_bytes_round_trip_of_any_text(text: str) -> None:
     ids = BYTES.encode(text, add_special_tokens=False)
@@ -108,9 +109,9 @@ def test_a_plain_prompt_begins_as_the_tokenizer_wants_and_a_solution_adds_nothin
 
 @pytest.mark.parametrize("vocabulary", ["arithmetic", "bytes"])
 def test_transformers_loads_what_was_saved(tmp_path: Path, vocabulary: str) -> None:
-    settings = TinyConfig(**SMALL, vocabulary=vocabulary, chat_template=vocabulary == "bytes", max_positions=64)
-    folder = make_tiny(tmp_path / "made" / "here", settings, seed=0)
-    ours = tiny_tokenizer(settings)
+    config = TinyConfig(**SMALL, vocabulary=vocabulary, chat_template=vocabulary == "bytes", max_positions=64)
+    folder = make_tiny(tmp_path / "made" / "here", config, seed=0)
+    ours = tiny_tokenizer(config)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "<think>3*7=21</think>(21)?" + ("Café, £5\n\n  don 't" if vocabulary == "bytes" else "")
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -128,7 +129,7 @@ def test_transformers_loads_what_was_saved(tmp_path: Path, vocabulary: str) -> N
     assert model.lm_head.weight is model.model.embed_tokens.weight
     for holder in (model.config, model.generation_config, tokenizer):
         assert (holder.eos_token_id, holder.pad_token_id, holder.bos_token_id) == (1, 0, None)
-    for name, tensor in tiny_model(settings, len(ours), seed=0).state_dict().items():
+    for name, tensor in tiny_model(config, len(ours), seed=0).state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
