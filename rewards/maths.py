@@ -15,10 +15,12 @@ from functools import lru_cache
 from typing import Any, get_args, get_type_hints
 
 from .answers import extract
-from .equality import Outcome, Policy, Reference, compare, read_reference
+from .equality import Reference, compare, read_reference
 from .grading import Answer, Ended, WorkerPool
 from .inputs import RewardInput
-from .latex import MAX_CHARS, clean
+from .latex import MAX_CHARS
+from .policy import Outcome, Policy
+from .tokens import clean
 from .verdict import Status, Verdict, verifier_error
 
 MEMORY_BYTES = 2**30

@@ -4,12 +4,13 @@ import time
 from fractions import Fraction
 
 import pytest
+from emberl.rewards.equality import compare, plain_number, read_reference
+from emberl.rewards.evaluate import signature
+from emberl.rewards.latex import parse
+from emberl.rewards.policy import Outcome, Policy
+from emberl.rewards.tokens import Unreadable
 from hypothesis import given
 from hypothesis import strategies as st
-
-from emberl.rewards.equality import Outcome, Policy, compare, plain_number, read_reference
-from emberl.rewards.evaluate import signature
-from emberl.rewards.latex import Unreadable, parse
 
 DEFAULT = Policy()
 EQUAL = [
