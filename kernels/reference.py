@@ -1,0 +1,80 @@
+"""The specification: log-probs and loss of a linear head in plain torch, by autograd alone, in float32 or float64.
+
+Everything faster is tested against this file. It holds all [N, V] logits, so it is also the quickest way for a
+vocabulary of a few hundred entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .head import Head, accumulator
+from .terms import TokenLoss, TokenStats, TokenTerms
+
+
+def logprob(hidden: Tensor, targets: Tensor, head: Head, *, entropy: bool, index: Tensor) -> TokenStats:
+    """Statistics of the tokens `index` [n], differentiable. `hidden` [N, H], `targets` [N] int64."""
+    wide = accumulator(hidden.dtype)
+    logits = hidden[index].to(wide) @ head.weight.to(wide).t()
+    if head.bias is not None:
+        logits = logits + head.bias.to(wide)
+    scale = head.scale(index)
+    scale = scale[:, None] if isinstance(scale, Tensor) else scale
+    return from_logits(head.logits(logits, scale), targets[index], entropy=entropy)
+
+
+def from_logits(logits: Tensor, targets: Tensor, *, entropy: bool) -> TokenStats:
+    """Statistics of `logits` [n, V], already scaled, at `targets` [n]; differentiable."""
+    logits = logits.to(accumulator(logits.dtype))
+    target = targets[:, None]
+    everything = torch.log_softmax(logits, -1)
+    logp = everything.gather(1, target)[:, 0]
+    rest = everything.detach().scatter(1, target, float("-inf"))
+    return TokenStats(
+        logp=logp,
+        one_minus_p=rest.exp().sum(-1),
+        entropy=-(everything.exp() * everything.clamp(min=-1e30)).sum(-1) if entropy else None,
+    )
+
+
+def loss_of(stats: TokenStats, loss: TokenLoss, index: Tensor) -> tuple[Tensor, TokenTerms]:
+    """The total loss of differentiable `stats` as a scalar whose gradient is the one that `loss` states."""
+    entropy = None if stats.entropy is None else stats.entropy.detach()
+    terms = loss(TokenStats(logp=stats.logp.detach(), one_minus_p=stats.one_minus_p, entropy=entropy), index)
+    total: Tensor = _Stated.apply(stats.logp, stats.entropy, terms)  # type: ignore[no-untyped-call]
+    return total, terms
+
+
+class _Stated(torch.autograd.Function):
+    """A sum whose derivative was stated by a `TokenTerms` instead of being traced."""
+
+    @staticmethod
+    def forward(ctx: Any, logp: Tensor, entropy: Tensor | None, terms: TokenTerms) -> Tensor:
+        ctx.save_for_backward(terms.dlogp, terms.dentropy if entropy is not None else None)
+        return terms.loss.sum().to(logp.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        dlogp, dentropy = ctx.saved_tensors
+        return dlogp * upstream, None if dentropy is None else dentropy * upstream, None
+
+
+def spread(values: Tensor, index: Tensor, count: int) -> Tensor:
+    """`values` [n] at the places `index` of a [count] tensor of zeros; differentiable."""
+    return values.new_zeros(count).index_copy(0, index, values)
+
+
+def spread_stats(stats: TokenStats, index: Tensor, count: int) -> TokenStats:
+    return TokenStats(
+        logp=spread(stats.logp, index, count),
+        one_minus_p=spread(stats.one_minus_p, index, count),
+        entropy=None if stats.entropy is None else spread(stats.entropy, index, count),
+    )
+
+
+def spread_metrics(metrics: Mapping[str, Tensor], index: Tensor, count: int) -> dict[str, Tensor]:
+    return {name: spread(values, index, count) for name, values in metrics.items()}

@@ -1,0 +1,155 @@
+"""A small head, three small losses and their independent float64 oracle, which every kernel is held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from emberl.kernels.terms import TokenStats, TokenTerms
+from torch import Tensor
+
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clipped:
+    """PPO-clip with weights and an optional entropy bonus; `formula` says the same for autograd."""
+
+    old: Tensor
+    advantage: Tensor
+    weight: Tensor
+    bonus: float = 0.0
+    clip: float = 0.2
+    whole_sequences: bool = False
+
+    @property
+    def needs_entropy(self) -> bool:
+        return self.bonus != 0
+
+    def __call__(self, stats: TokenStats, index: Tensor) -> TokenTerms:
+        advantage, weight = self.advantage[index], self.weight[index]
+        ratio = torch.exp(stats.logp - self.old[index])
+        bounded = ratio.clamp(1 - self.clip, 1 + self.clip)
+        taken = ratio * advantage <= bounded * advantage
+        loss = -torch.minimum(ratio * advantage, bounded * advantage) * weight
+        dlogp = torch.where(taken, -ratio * advantage * weight, 0.0)
+        dentropy = None
+        if stats.entropy is not None:
+            loss = loss - self.bonus * stats.entropy * weight
+            dentropy = -self.bonus * weight
+        return TokenTerms(loss=loss, dlogp=dlogp, dentropy=dentropy, metrics={"clipped": (~taken).to(loss.dtype)})
+
+    def formula(self, logp: Tensor, entropy: Tensor) -> Tensor:
+        ratio = torch.exp(logp - self.old)
+        bounded = ratio.clamp(1 - self.clip, 1 + self.clip)
+        surrogate = torch.minimum(ratio * self.advantage, bounded * self.advantage)
+        return -((surrogate + self.bonus * entropy) * self.weight).sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """-A exp(mean over the sequence of log-ratios), the sum over sequences: all tokens of a sequence are coupled."""
+
+    old: Tensor
+    advantage: Tensor
+    """[S]"""
+    ids: Tensor
+    """[N]"""
+    whole_sequences: bool = True
+    needs_entropy: bool = False
+    sizes: list[int] = field(default_factory=list)
+    """lengths of the chunks that this loss was shown"""
+
+    def __call__(self, stats: TokenStats, index: Tensor) -> TokenTerms:
+        self.sizes.append(len(index))
+        ids, seq = torch.unique_consecutive(self.ids[index], return_inverse=True)
+        count = torch.zeros(len(ids), dtype=stats.logp.dtype).index_add_(0, seq, torch.ones_like(stats.logp))
+        log_ratio = torch.zeros_like(count).index_add_(0, seq, stats.logp - self.old[index]) / count
+        value = -self.advantage[ids] * torch.exp(log_ratio)
+        share = (value / count)[seq]
+        return TokenTerms(loss=share, dlogp=share)
+
+    def formula(self, logp: Tensor, entropy: Tensor) -> Tensor:
+        total = logp.new_zeros(())
+        for number in self.ids.unique().tolist():
+            mine = self.ids == number
+            total = total - self.advantage[number] * torch.exp((logp - self.old)[mine].mean())
+        return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    bias: Tensor | None
+    options: dict[str, Any]
+
+    def to(self, dtype: torch.dtype) -> Case:
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias)
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Fresh leaves that require gradients."""
+        hidden, weight = self.hidden.detach().clone(), self.weight.detach().clone()
+        bias = None if self.bias is None else self.bias.detach().clone().requires_grad_()
+        return hidden.requires_grad_(), weight.requires_grad_(), bias
+
+
+def make(n: int = 23, h: int = 8, v: int = 37, *, bias: bool = False, seed: int = 0, **options: Any) -> Case:
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, h, generator=g, dtype=torch.float64)
+    weight = torch.randn(v, h, generator=g, dtype=torch.float64) * 0.7
+    targets = torch.randint(0, v, (n,), generator=g)
+    if n > 3:
+        targets[:4] = torch.tensor([0, v - 1, 0, v - 1])
+    b = torch.randn(v, generator=g, dtype=torch.float64) if bias else None
+    return Case(hidden=hidden, weight=weight, targets=targets, bias=b, options=options)
+
+
+def oracle(case: Case, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy [N] in float64, written apart from the package."""
+    raw = hidden.double() @ weight.double().T
+    raw = raw if bias is None else raw + bias.double()
+    raw = raw * case.options.get("logit_scale", 1.0)
+    cap = case.options.get("softcap")
+    raw = raw if cap is None else cap * torch.tanh(raw / cap)
+    temperature = case.options.get("temperature", 1.0)
+    raw = raw / (temperature.double()[:, None] if isinstance(temperature, Tensor) else temperature)
+    logs = torch.log_softmax(raw, -1)
+    return logs[torch.arange(len(logs)), case.targets], -(logs.exp() * logs).sum(-1)
+
+
+def clipped(case: Case, *, bonus: float = 0.0, noise: float = 0.2, seed: int = 1) -> Clipped:
+    """A loss whose old log-probs lie `noise` around the true ones, so that some tokens are clipped."""
+    g = torch.Generator().manual_seed(seed)
+    logp, _ = oracle(case, case.hidden, case.weight, case.bias)
+    n = len(logp)
+    old = (logp + noise * torch.randn(n, generator=g, dtype=torch.float64)).clamp(max=0)
+    advantage = torch.randn(n, generator=g, dtype=torch.float64)
+    weight = torch.rand(n, generator=g, dtype=torch.float64) / max(n, 1)
+    return Clipped(old=old, advantage=advantage, weight=weight, bonus=bonus)
+
+
+def oracle_gradients(case: Case, loss: Any) -> tuple[Tensor, list[Tensor]]:
+    """The loss and its gradients by hidden, weight (and bias) in float64."""
+    hidden, weight, bias = (
+        None if x is None else x.detach().double().requires_grad_() for x in (case.hidden, case.weight, case.bias)
+    )
+    value = loss.formula(*oracle(case, hidden, weight, bias))
+    return value, list(torch.autograd.grad(value, [x for x in (hidden, weight, bias) if x is not None]))
+
+
+@pytest.fixture(scope="session")
+def kit() -> SimpleNamespace:
+    return SimpleNamespace(
+        make=make,
+        clipped=clipped,
+        oracle=oracle,
+        oracle_gradients=oracle_gradients,
+        Sequences=Sequences,
+        Clipped=Clipped,
+    )
