@@ -161,7 +161,7 @@ class CheckpointConfig(Settings):
 class TrackingConfig(Settings):
     """Where metrics go besides the console, `metrics.jsonl` and the learning curve."""
 
-    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto`: online with a key, else offline; never asks for a login."""
     project: str = "emberl"
     samples: int = Field(8, ge=0)
@@ -217,6 +217,13 @@ class Config(Settings):
     @property
     def output(self) -> Path:
         return Path(self.run_dir or f"runs/{self.name}")
+
+    @property
+    def sft_optim(self) -> OptimConfig:
+        """The optimizer of the supervised stage."""
+        sft = self.sft
+        changes = {"lr": sft.lr, "warmup_steps": sft.warmup_steps, "schedule": sft.schedule}
+        return self.optim.model_copy(update=changes)
 
     @property
     def max_model_length(self) -> int:

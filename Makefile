@@ -1,0 +1,45 @@
+# make demo   sets everything up, then trains a small reasoner on this machine until it is visibly better
+# make test   sets everything up, then runs the tests
+# Others: install, test-unit (under a minute), lint, bench, clean. PYTHON=python3.12 picks the interpreter.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+export OMP_WAIT_POLICY = PASSIVE
+
+.PHONY: demo test test-unit lint bench install clean FORCE
+
+demo: install
+	$(BIN)/emberl train configs/quickstart.yaml
+
+test: install
+	$(BIN)/pytest
+
+test-unit: install
+	$(BIN)/pytest -m "not slow"
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --config-settings editable_mode=strict -e '.[dev,bench]'
+	for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+install: $(VENV)/.ready
+
+# The strict editable install links file by file, so that type checkers resolve emberl.*; a new file needs a new link.
+$(VENV)/.ready: pyproject.toml .ci/install $(VENV)/.files
+	sh .ci/install $(VENV) $(PYTHON)
+	touch $@
+
+$(VENV)/.files: FORCE
+	@mkdir -p $(VENV)
+	@find rl rollout rewards kernels configs -name '*.py' -o -name '*.yaml' -o -name py.typed | LC_ALL=C sort > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+FORCE:
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,84 @@
+"""The command `emberl`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .config import Config, ConfigError, load_config, to_yaml
+
+app = typer.Typer(
+    help="Trains a language model to reason, with reinforcement learning.", no_args_is_help=True, add_completion=False,
+    pretty_exceptions_enable=False,
+)  # fmt: skip
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+
+@app.callback()
+def _root() -> None:
+    """Each command has --help with an example."""
+
+
+@app.command(epilog="Example: emberl train configs/quickstart.yaml schedule.steps=50 seed=1")
+def train(
+    config: Annotated[Path, typer.Argument(help="The experiment, a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, e.g. optim.lr=1e-4.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Print the resolved configuration and the placement, and stop.")
+    ] = False,
+    resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint.")] = False,
+) -> None:
+    """Runs an experiment; the last line of stdout is one JSON object with the result."""
+    try:
+        settings = load_config(config, overrides or ())
+        if dry_run:
+            show_plan(settings)
+            return
+        from .recipe import train as run_training
+
+        result = run_training(settings, resume=resume)
+    except ConfigError as error:
+        fail(str(error), USAGE)
+    except KeyboardInterrupt:
+        fail(
+            "interrupted before anything could be saved; --resume goes on from the last checkpoint, if there is one",
+            INTERRUPTED,
+        )
+    except Exception as error:  # the last line of a run must say why it failed, whatever failed
+        import traceback
+
+        traceback.print_exc()
+        fail(f"{type(error).__name__}: {error}", FAILED)
+    print(json.dumps(result.as_json()), flush=True)
+    if result.status == "interrupted":
+        raise typer.Exit(INTERRUPTED)
+
+
+def show_plan(settings: Config) -> None:
+    """What `--dry-run` prints."""
+    from .cluster import plan_placement
+
+    print(to_yaml(settings).rstrip())
+    print("---")
+    print(plan_placement(settings).describe())
+
+
+def fail(message: str, status: int) -> Any:
+    """One line for a person on stderr, one JSON line on stdout, and a status that is not zero."""
+    line = " ".join(message.split())
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    print(json.dumps({"status": "error", "error": line}), flush=True)
+    raise typer.Exit(status)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Ray: who runs where. Starts or joins a cluster, lays out one placement group, and brings up the actors.
+
+Bundle i of the placement group belongs to actor i alone: first the learner ranks, then the rollout workers.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ..kernels import platform
+from ..rollout.pool import RolloutPool
+from ..rollout.waiting import gather
+from ..rollout.worker import RolloutWorker, WorkerSpec
+from .config import Config, ConfigError
+from .learner.group import LearnerGroup
+from .learner.rank import LearnerRank, RankSpec
+
+Role = Literal["learner", "rollout"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seat:
+    """Where one actor sits: its bundle of the placement group and the threads of its process."""
+
+    role: Role
+    index: int
+    """Rank of the learner, or number of the worker."""
+    bundle: dict[str, float]
+    """Ray resources, e.g. `{"NPU": 1, "CPU": 4}`."""
+    threads: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """One seat for every actor; a seat's position is its bundle's index."""
+
+    device: str
+    seats: tuple[Seat, ...]
+
+    def total(self) -> dict[str, float]:
+        """Ray resources of all seats together."""
+        names = sorted({name for seat in self.seats for name in seat.bundle})
+        return {name: sum(seat.bundle.get(name, 0.0) for seat in self.seats) for name in names}
+
+    def describe(self) -> str:
+        """A table for a person, one line per actor."""
+        lines = [f"placement on {self.device}: {_resources(self.total())}"]
+        for i, seat in enumerate(self.seats):
+            lines.append(f"  bundle {i:2}  {seat.role} {seat.index}  {_resources(seat.bundle)}, {seat.threads} threads")
+        return "\n".join(lines)
+
+
+def plan_placement(config: Config) -> Placement:
+    """The seats of a configuration.
+
+    An actor's threads are its bundle's CPUs. On a CPU-only cluster that trains on-policy, learners and rollouts take
+    turns, so each side may use the CPUs of both.
+    """
+    cluster = config.cluster
+    target = platform.named(cluster.device)
+    counts = {"learner": cluster.learners, "rollout": cluster.rollouts}
+    cpus = {"learner": cluster.cpus_per_learner, "rollout": cluster.cpus_per_rollout}
+    everything = sum(counts[role] * cpus[role] for role in counts)
+    seats = []
+    roles: tuple[Role, ...] = ("learner", "rollout")
+    for role in roles:
+        alone = target.is_cpu and config.schedule.max_staleness == 0
+        threads = int(everything / counts[role] if alone else cpus[role])
+        bundle = {"CPU": cpus[role]} if target.is_cpu else {target.resource: 1.0, "CPU": cpus[role]}
+        seats += [Seat(role=role, index=i, bundle=bundle, threads=max(1, threads)) for i in range(counts[role])]
+    return Placement(device=target.device, seats=tuple(seats))
+
+
+def check_capacity(placement: Placement, available: dict[str, float], where: str) -> None:
+    """`ConfigError` if the placement asks for more than there is."""
+    for name, wanted in placement.total().items():
+        have = available.get(name, 0.0)
+        if wanted > have + 1e-9:
+            other = "cluster.cpus_per_learner and cluster.cpus_per_rollout" if name == "CPU" else "cluster.device"
+            learners, rollouts = (sum(seat.role == role for seat in placement.seats) for role in ("learner", "rollout"))
+            raise ConfigError(
+                f"the placement needs {wanted:g} {name} but {where} has {have:g}: lower cluster.learners={learners} "
+                f"or cluster.rollouts={rollouts}, or change {other}"
+            )
+
+
+class Cluster:
+    """A context: Ray joined or started on entry; actors, placement group and, if it was started here, Ray gone on exit."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.placement = plan_placement(config)
+        self.address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+        self._group: Any = None
+        self._actors: list[Any] = []
+        self._ready: list[Any] = []
+        self._owns_ray = False
+        if not self.address and not ray.is_initialized() and self.placement.device == "cpu":
+            check_capacity(self.placement, {"CPU": platform.local_cpus()}, "this machine")
+
+    def __enter__(self) -> Cluster:
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+        if not ray.is_initialized():
+            self._owns_ray = True
+            if self.address:
+                ray.init(address=self.address, namespace=f"emberl-{uuid.uuid4().hex[:8]}", log_to_driver=False)
+            else:
+                ray.init(
+                    num_cpus=platform.local_cpus(), include_dashboard=False, log_to_driver=False, logging_level="error"
+                )
+        try:
+            check_capacity(
+                self.placement,
+                ray.cluster_resources(),
+                f"the Ray cluster{f' at {self.address}' if self.address else ''}",
+            )
+            self._group = placement_group([seat.bundle for seat in self.placement.seats], strategy="PACK")
+            if not self._group.wait(timeout_seconds=self.config.cluster.start_timeout):
+                raise ConfigError(
+                    f"the cluster did not grant {_resources(self.placement.total())} within cluster.start_timeout="
+                    f"{self.config.cluster.start_timeout:g} s; something else holds them: {ray.available_resources()}"
+                )
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends every actor of ours, gives the placement back, and shuts Ray down if it was started here. Idempotent."""
+        if ray.is_initialized():
+            for actor in self._actors:
+                ray.kill(actor)
+            if self._group is not None:
+                remove_placement_group(self._group)
+            if self._owns_ray:
+                ray.shutdown()
+        self._actors, self._group = [], None
+
+    def spawn(self, model_path: str, run_id: str) -> tuple[LearnerGroup, RolloutPool]:
+        """Starts all actors; they load while the caller does other things, until it calls `wait`."""
+        config, seats = self.config, self.placement.seats
+        world = sum(seat.role == "learner" for seat in seats)
+        ranks, workers = [], []
+        for seat in seats:
+            if seat.role == "learner":
+                rank = RankSpec(
+                    rank=seat.index,
+                    world=world,
+                    device=self.placement.device,
+                    threads=seat.threads,
+                    model=config.model,
+                    timeout=config.cluster.step_timeout,
+                )
+                ranks.append(self._spawn(LearnerRank, seat, rank))
+            else:
+                worker = WorkerSpec(
+                    model_path=model_path,
+                    device=self.placement.device,
+                    dtype=config.model.dtype,
+                    threads=seat.threads,
+                    max_num_seqs=config.rollout.max_num_seqs,
+                    max_model_len=config.max_model_length,
+                    run_id=run_id,
+                    timeout=config.sync.timeout,
+                )
+                workers.append(self._spawn(RolloutWorker, seat, worker))
+        self._ready = [worker.ready.remote() for worker in workers]
+        self._model_path = model_path
+        self.learners = LearnerGroup(ranks, timeout=config.cluster.step_timeout)
+        self.pool = RolloutPool(workers, timeout=config.rollout.timeout, sync_timeout=config.sync.timeout)
+        return self.learners, self.pool
+
+    def wait(self) -> None:
+        """Until every actor has its model and the learners have met."""
+        timeout = self.config.cluster.start_timeout
+        self.learners.connect(self._model_path, timeout)
+        gather(self._ready, who="rollout worker", what="ready", timeout=timeout, key="cluster.start_timeout")
+
+    def _spawn(self, actor: type, seat: Seat, spec: RankSpec | WorkerSpec) -> Any:
+        bundle = self.placement.seats.index(seat)
+        handle = self.options(actor, seat, bundle).remote(spec)
+        self._actors.append(handle)
+        return handle
+
+    def options(self, actor: type, seat: Seat, bundle: int) -> Any:
+        """The Ray actor class bound to its bundle, its resources and its thread environment."""
+        others = {name: amount for name, amount in seat.bundle.items() if name not in ("CPU", "GPU")}
+        return ray.remote(actor).options(
+            num_cpus=seat.bundle["CPU"],
+            num_gpus=seat.bundle.get("GPU", 0),
+            resources=others or None,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group=self._group, placement_group_bundle_index=bundle
+            ),
+            runtime_env={"env_vars": platform.thread_environment(seat.threads)},
+            max_restarts=0,
+        )
+
+
+def _resources(bundle: dict[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())

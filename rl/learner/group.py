@@ -1,0 +1,63 @@
+"""The learner group as the loop sees it: N ranks that move in step, with a deadline on every wait."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from ...rollout.patches import WeightPatch
+from ...rollout.waiting import gather
+from ..algorithm.losses import Objective
+from ..config import OptimConfig
+from ..groups import Batch
+
+
+class LearnerGroup:
+    """Every call goes to all ranks and returns when all are done."""
+
+    def __init__(self, ranks: Sequence[Any], *, timeout: float) -> None:
+        self.ranks = tuple(ranks)
+        self._timeout = timeout
+
+    def connect(self, model_path: str, timeout: float) -> None:
+        """Brings the ranks together and loads the policy, within `timeout` seconds (`cluster.start_timeout`)."""
+        waiting = {"who": "learner rank", "timeout": timeout, "key": "cluster.start_timeout"}
+        address = gather([self.ranks[0].address.remote()], what="address", **waiting)[0]
+        gather([rank.connect.remote(address) for rank in self.ranks], what="connect", **waiting)
+        gather([rank.load.remote(model_path) for rank in self.ranks], what="load", **waiting)
+
+    def begin_stage(self, optim: OptimConfig, total_steps: int) -> None:
+        self._call("begin_stage", optim, total_steps)
+
+    def step(self, batch: Batch, objective: Objective) -> dict[str, float]:
+        """One optimizer step on the whole batch; metrics over all ranks."""
+        metrics: dict[str, float] = self._call("step", ray.put(batch), objective)[0]
+        return metrics
+
+    def logprobs(self, batch: Batch, temperature: float) -> Any:
+        """[T] the policy's log-prob of every loss token."""
+        return self._call("logprobs", ray.put(batch), temperature)[0]
+
+    def publish(self, run_id: str, version: int) -> tuple[Any, WeightPatch]:
+        """The weights as a patch to `version`: the reference to hand to the workers, and the patch itself."""
+        refs = [rank.weights.remote(run_id, version) for rank in self.ranks]
+        patch = self._wait(refs, "weights")[0]
+        return refs[0], patch
+
+    def save(self, folder: str) -> None:
+        self._call("save", folder)
+
+    def restore(self, folder: str) -> None:
+        self._call("restore", folder)
+
+    def peak_memory(self) -> int:
+        """Bytes, of the largest rank."""
+        return max(self._call("peak_memory"))
+
+    def _call(self, method: str, *arguments: Any) -> list[Any]:
+        return self._wait([getattr(rank, method).remote(*arguments) for rank in self.ranks], method)
+
+    def _wait(self, refs: Sequence[Any], what: str) -> list[Any]:
+        return gather(refs, who="learner rank", what=what, timeout=self._timeout, key="cluster.step_timeout")

@@ -1,0 +1,147 @@
+"""A run's parts, put together: what the stages share, and the few things that all of them do."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ..rewards.inputs import RewardInput
+from ..rewards.suite import RewardSuite
+from ..rollout.pool import RolloutPool
+from ..rollout.samples import Completion, Prompt, Sampling
+from .config import Config
+from .groups import Group
+from .learner.group import LearnerGroup
+from .progress import Progress, begin_checkpoint, finish_checkpoint
+from .prompts import PromptSource
+from .watch.tracking import Tracker
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved what it goes on from."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """The parts of a run that is under way. Only `progress` changes."""
+
+    config: Config
+    run_id: str
+    run_dir: Path
+    tokenizer: Any
+    source: PromptSource
+    suite: RewardSuite
+    learners: LearnerGroup
+    pool: RolloutPool
+    tracker: Tracker
+    stop: threading.Event
+    started: float
+    progress: Progress
+
+    def sampling(self, step: int) -> Sampling:
+        """How this step's answers are drawn: with the prompt and the sample's index the step fixes every draw."""
+        rollout = self.config.rollout
+        return Sampling(
+            max_tokens=rollout.max_response_length,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            stop_token_ids=stop_tokens(self.tokenizer),
+            seed=self.config.seed * 1_000_003 + step,
+        )
+
+    def sample_groups(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[Group]:
+        """n graded answers to each prompt, in the order of the prompts; graded while others are still decoded."""
+        groups: dict[int, Group] = {}
+        for index, completions in self.pool.generate(prompts, n, sampling):
+            groups[index] = self.grade(prompts[index], completions)
+        assert len(groups) == len(prompts), f"{len(prompts)} prompts went out, {len(groups)} groups came back"
+        return [groups[i] for i in range(len(prompts))]
+
+    def grade(self, prompt: Prompt, completions: Sequence[Completion]) -> Group:
+        shown = self.tokenizer.decode(list(prompt.token_ids))
+        inputs = [
+            RewardInput(
+                prompt=shown,
+                messages=prompt.messages,
+                completion=self.text(completion),
+                answer=prompt.answer,
+                source=prompt.source,
+                columns=prompt.columns,
+                token_ids=tuple(completion.token_ids.tolist()),
+                finish_reason=completion.finish_reason,
+                max_tokens=self.config.rollout.max_response_length,
+            )
+            for completion in completions
+        ]
+        return Group(prompt=prompt, completions=tuple(completions), verdicts=tuple(self.suite.grade(inputs)))
+
+    def text(self, completion: Completion) -> str:
+        """A completion as the grader and a person read it, without its end token."""
+        token_ids = completion.token_ids
+        if completion.finish_reason == "stop":
+            token_ids = token_ids[:-1]
+        text: str = self.tokenizer.decode(token_ids.tolist())
+        return text
+
+    def publish(self, *, new_version: bool = True) -> dict[str, float]:
+        """Has every worker serve the learners' weights, proved by digest; returns the figures of the transfer."""
+        start = time.perf_counter()
+        version = self.progress.version + new_version
+        reference, patch = self.learners.publish(self.run_id, version)
+        assert self.pool.apply(reference) == version
+        self.progress = self.progress.advance(version=version)
+        return {
+            "sync/wire_bytes": float(patch.num_bytes),
+            "sync/version": float(version),
+            "timing_s/update_weights": time.perf_counter() - start,
+        }
+
+    def save(self) -> None:
+        """A checkpoint of this moment."""
+        name = f"{self.config.stages[self.progress.stage]}-{self.progress.step:06}"
+        self.progress = self.progress.advance(seconds=time.time() - self.started)
+        folder = begin_checkpoint(self.run_dir, name)
+        self.learners.save(str(folder.absolute()))
+        finish_checkpoint(folder, self.progress, self.config.checkpoint.keep)
+
+    def stop_if_asked(self) -> None:
+        """Between two steps: saves and raises `Interrupted` if a signal came."""
+        if self.stop.is_set():
+            self.save()
+            raise Interrupted
+
+
+def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end an answer: the tokenizer's end token, and a chat model's end of turn where it is another."""
+    found = [tokenizer.eos_token_id]
+    for name in ("<|im_end|>", "<|eot_id|>", "<|end|>"):
+        token = tokenizer.convert_tokens_to_ids(name)
+        if token is not None and token != tokenizer.unk_token_id:
+            found.append(token)
+    return tuple(dict.fromkeys(t for t in found if t is not None))
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; a second one interrupts whatever is running."""
+    stop = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,52 @@
+"""The learning curve: one picture that says whether the run learned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def plot_curve(metrics: Path, picture: Path, title: str) -> Path | None:
+    """Accuracy, reward and answer length over RL steps, from `metrics.jsonl`; None if there is nothing to draw yet."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    train = [r for r in rows if r["axis"] == "train" and r["stage"] == "rl"]
+    held_out = [r for r in rows if r["axis"] == "eval" and r["stage"] == "rl"]
+    if not train or not held_out:
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (top, bottom) = pyplot.subplots(
+        2, 1, figsize=(8, 6), height_ratios=(3, 1), sharex=True, layout="constrained"
+    )
+    top.plot(
+        *_series(train, "critic/score/mean"), color="#9ecae1", linewidth=1.2, label="training reward (sampled answers)"
+    )
+    for name in sorted({k for r in held_out for k in r if k.startswith("val-aux/") and k.endswith("/accuracy")}):
+        top.plot(
+            *_series(held_out, name), linewidth=1, linestyle=":", marker=".", label=f"held-out: {name.split('/')[1]}"
+        )
+    top.plot(
+        *_series(held_out, "val-core/accuracy"), color="#d94801", linewidth=2, marker="o", label="held-out accuracy"
+    )
+    top.set_ylim(0, 1.02)
+    top.set_ylabel("fraction correct")
+    top.grid(alpha=0.3)
+    top.legend(loc="lower right", fontsize=9)
+    top.set_title(title)
+    bottom.plot(*_series(train, "response_length/mean"), color="#31a354", linewidth=1.2)
+    bottom.set_ylabel("tokens per answer")
+    bottom.set_xlabel("RL step")
+    bottom.grid(alpha=0.3)
+    figure.savefig(picture, dpi=120)
+    pyplot.close(figure)
+    return picture
+
+
+def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    points = [(r["step"], r[name]) for r in rows if name in r]
+    return [step for step, _ in points], [value for _, value in points]

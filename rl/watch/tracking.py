@@ -1,0 +1,159 @@
+"""Where a run's figures go: `metrics.jsonl`, the console, Weights & Biases, a table of sampled answers, the learning curve."""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+import sys
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..config import Config, to_yaml
+from ..groups import Group
+from ..progress import METRICS
+from .curve import plot_curve
+
+Axis = Literal["train", "eval"]
+
+
+class Tracker:
+    """Opened once per sitting of a run; every row names its stage and step."""
+
+    def __init__(self, config: Config, run_dir: Path, console: Console) -> None:
+        self.config, self.run_dir, self.console = config, run_dir, console
+        (run_dir / "config.yaml").write_text(to_yaml(config))
+        self._file = (run_dir / METRICS).open("a")
+        self._wandb = _open_wandb(config, run_dir, console)
+        self._bar: Progress | None = None
+        self._last_line = -1
+
+    def begin(self, stage: str, step: int, steps: int) -> None:
+        """A new progress bar (plain lines where the output is not a terminal)."""
+        self.end()
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("{task.fields[figures]}"), console=self.console,
+            )  # fmt: skip
+            self._bar.start()
+            self._bar.add_task(stage, total=steps, completed=step, figures="")
+        self._stage, self._steps, self._last_line = stage, steps, -1
+
+    def end(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def log(
+        self, step: int, metrics: Mapping[str, float], axis: Axis = "train", show: Mapping[str, str] | None = None
+    ) -> None:
+        """One row; `show` are the few figures that a person watches."""
+        row = {"stage": self._stage, "step": step, "axis": axis, **metrics}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({**metrics, f"{axis}/step": step, "stage": self._stage})
+        figures = "  ".join(f"{name} {value}" for name, value in (show or {}).items())
+        if self._bar is not None and axis == "train":
+            self._bar.update(self._bar.task_ids[0], completed=step, figures=figures)
+        elif axis == "eval" or step - self._last_line >= max(1, self._steps // 10) or step == self._steps:
+            self._last_line = step if axis == "train" else self._last_line
+            self.console.print(f"{self._stage} {step:5}/{self._steps}  {figures}", highlight=False)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, str]]) -> None:
+        """Appends sampled answers, as read by a person, to `samples.md`."""
+        if not rows:
+            return
+        columns = list(rows[0])
+        table = [f"\n### {self._stage} step {step}\n", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        table += ["| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in rows]
+        with (self.run_dir / "samples.md").open("a") as file:
+            file.write("\n".join(table) + "\n")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log(
+                {
+                    "samples": wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows]),
+                    "eval/step": step,
+                }
+            )
+
+    def curve(self) -> Path | None:
+        """Draws the learning curve from everything logged so far."""
+        return plot_curve(self.run_dir / METRICS, self.run_dir / "learning_curve.png", self.config.name)
+
+    def note(self, text: str) -> None:
+        """One line for the person who watches."""
+        self.console.print(text, highlight=False)
+
+    def close(self) -> None:
+        self.end()
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(quiet=True)
+            self._wandb = None
+
+
+def sample_rows(groups: Sequence[Group], texts: Sequence[str], prompts: Sequence[str]) -> list[dict[str, str]]:
+    """One line for each group's first completion."""
+    rows = []
+    for group, text, prompt in zip(groups, texts, prompts, strict=True):
+        verdict = group.verdicts[0]
+        rows.append(
+            {"problem": prompt, "answer": text, "reference": group.prompt.answer, "verdict": verdict.status.value}
+        )
+    return rows
+
+
+def make_console() -> Console:
+    """The console for people is stderr: stdout is kept for the one JSON line."""
+    return Console(stderr=True, soft_wrap=True, force_terminal=None if sys.stderr.isatty() else False)
+
+
+def _cell(text: str) -> str:
+    shown = text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+    return shown if len(shown) <= 300 else shown[:297] + "..."
+
+
+def _open_wandb(config: Config, run_dir: Path, console: Console) -> Any:
+    mode = os.environ.get("WANDB_MODE") or config.tracking.wandb
+    if mode == "disabled":
+        return None
+    if mode == "auto":
+        mode = "online" if _has_wandb_key() else "offline"
+        if mode == "offline":
+            console.print(f"W&B: no API key, so this run is kept offline under {run_dir / 'wandb'}", highlight=False)
+    import wandb
+
+    run = wandb.init(
+        project=config.tracking.project,
+        name=run_dir.name,
+        dir=str(run_dir),
+        mode="online" if mode == "online" else "offline",
+        config=config.model_dump(mode="json"),
+        settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, init_timeout=60),
+    )
+    run.define_metric("train/step")
+    run.define_metric("eval/step")
+    run.define_metric("*", step_metric="train/step")
+    run.define_metric("val-core/*", step_metric="eval/step")
+    run.define_metric("val-aux/*", step_metric="eval/step")
+    return run
+
+
+def _has_wandb_key() -> bool:
+    """Whether W&B would not have to ask; its own check may prompt."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):  # no file, or not one we can read: then there is no key
+        return False

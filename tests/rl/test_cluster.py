@@ -1,0 +1,99 @@
+"""Placement: who gets which bundle, and what is said where there is too little."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from emberl.rl.cluster import Cluster, check_capacity, plan_placement
+from emberl.rl.config import Config, ConfigError, load_config, resolve
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def config(**cluster: object) -> Config:
+    return resolve({"name": "t", "model": {"path": "x"}, "data": {"source": "arithmetic"}, "cluster": cluster})
+
+
+def test_on_policy_sides_take_turns_on_the_same_cores() -> None:
+    placement = plan_placement(config(device="cpu", learners=1, rollouts=2, cpus_per_learner=1, cpus_per_rollout=0.5))
+    assert [(s.role, s.index, s.bundle, s.threads) for s in placement.seats] == [
+        ("learner", 0, {"CPU": 1}, 2),
+        ("rollout", 0, {"CPU": 0.5}, 1),
+        ("rollout", 1, {"CPU": 0.5}, 1),
+    ]
+    assert placement.total() == {"CPU": 2}
+
+
+def test_a_device_per_actor_and_threads_from_its_cpus() -> None:
+    placement = plan_placement(config(device="npu", learners=2, rollouts=1, cpus_per_learner=4, cpus_per_rollout=8))
+    assert [(s.bundle, s.threads) for s in placement.seats] == [
+        ({"NPU": 1, "CPU": 4}, 4),
+        ({"NPU": 1, "CPU": 4}, 4),
+        ({"NPU": 1, "CPU": 8}, 8),
+    ]
+
+
+def test_too_few_cpus_names_the_keys() -> None:
+    placement = plan_placement(config(device="cpu", learners=2, rollouts=3))
+    with pytest.raises(ConfigError, match=r"needs 5 CPU but this machine has 2: lower cluster.learners=2 or cluster.rollouts=3") as error:
+        check_capacity(placement, {"CPU": 2.0}, "this machine")
+    assert "cluster.cpus_per_rollout" in str(error.value)
+
+
+def test_too_few_cpus_is_known_before_ray_starts() -> None:
+    with pytest.raises(ConfigError, match="this machine has"):
+        Cluster(config(device="cpu", learners=1000))
+    assert not ray.is_initialized()
+
+
+class Where:
+    """An actor that says where it sits."""
+
+    def __init__(self, spec: object) -> None:
+        self.spec = spec
+
+    def look(self) -> dict[str, object]:
+        context = ray.get_runtime_context()
+        return {
+            "resources": context.get_assigned_resources(),
+            "group": context.get_placement_group_id(),
+            "npu": os.environ.get("ASCEND_RT_VISIBLE_DEVICES"),
+            "threads": os.environ["OMP_NUM_THREADS"],
+        }
+
+
+@pytest.fixture
+def npu_box() -> Iterator[None]:
+    """A Ray cluster that says it is a machine with eight NPUs."""
+    ray.init(num_cpus=64, resources={"NPU": 8}, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+def test_the_eight_device_configuration_actor_by_actor(npu_box: None) -> None:
+    settings = load_config(CONFIGS / "gsm8k_qwen2.5_0.5b.yaml", ["cluster.device=npu"])
+    with Cluster(settings) as cluster:
+        seats = cluster.placement.seats
+        assert len(seats) == 8
+        actors = [cluster.options(Where, seat, i).remote(None) for i, seat in enumerate(seats)]
+        found = ray.get([actor.look.remote() for actor in actors], timeout=120)
+        assert len({f["group"] for f in found}) == 1
+        assert sorted(int(f["npu"]) for f in found) == list(range(8)), "each actor sees one card, and no two the same"
+        for seat, seen in zip(seats, found, strict=True):
+            assert seen["threads"] == str(seat.threads)
+            assert seen["resources"] == {"NPU": 1.0, "CPU": seat.bundle["CPU"]}
+            bundles = ray.util.placement_group_table(cluster._group)["bundles"]
+            assert bundles[seats.index(seat)] == {"NPU": 1.0, "CPU": seat.bundle["CPU"]}
+    assert ray.is_initialized(), "a cluster that was joined is not shut down"
+
+
+@pytest.mark.slow
+def test_a_placement_that_does_not_fit_the_cluster(npu_box: None) -> None:
+    with pytest.raises(ConfigError, match="needs 9 NPU but the Ray cluster has 8"), Cluster(config(device="npu", learners=8, rollouts=1)):
+        pass
