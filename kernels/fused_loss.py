@@ -24,7 +24,7 @@ from .terms import TokenLoss, TokenStats
 
 BACKENDS = ("auto", "reference", "chunked", "triton")
 CHUNK_BYTES = 512 << 20
-SMALL_VOCABULARY = 1024
+SMALL_VOCABULARY = 128
 """Up to here plain logits are quicker than chunks, and small beside the hidden states."""
 
 

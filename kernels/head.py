@@ -53,7 +53,7 @@ class Head:
     def logits(self, raw: Tensor, scale: float | Tensor) -> Tensor:
         """z of raw logits [n]."""
         if self.softcap is None:
-            return raw * scale
+            return raw if isinstance(scale, float) and scale == 1.0 else raw * scale
         inner = self.logit_scale / self.softcap
         return torch.tanh(raw * inner) * scale / inner
 

@@ -24,6 +24,9 @@ FLOOR = 1e-37
 class Passes(Protocol):
     """What an implementation of the element work offers."""
 
+    column_multiple: int
+    """A tile's rows are stored with a stride that is a multiple of this; the columns in between may hold anything."""
+
     def exp_stats(self, u: Tensor, t: Transform, bias: Tensor | None, sums: Tensor, moments: Tensor | None) -> None:
         """E = exp(z') in place of `u` [V, n]; adds each column's sum of E to `sums` [n] and of E z' to `moments` [n].
         An entry of -inf is an excluded one: it gives E = 0."""
@@ -36,6 +39,8 @@ class Passes(Protocol):
 
 class TorchPasses:
     """The passes in torch operations."""
+
+    column_multiple = 1
 
     def exp_stats(self, u: Tensor, t: Transform, bias: Tensor | None, sums: Tensor, moments: Tensor | None) -> None:
         for start, block in _row_blocks(u):

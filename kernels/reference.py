@@ -19,12 +19,14 @@ from .terms import TokenLoss, TokenStats, TokenTerms
 def logprob(hidden: Tensor, targets: Tensor, head: Head, *, entropy: bool, index: Tensor) -> TokenStats:
     """Statistics of the tokens `index` [n], differentiable. `hidden` [N, H], `targets` [N] int64."""
     wide = accumulator(hidden.dtype)
-    logits = hidden[index].to(wide) @ head.weight.to(wide).t()
+    if len(index) < len(hidden):  # else the index is every token in order, and the copy is most of a small head's time
+        hidden, targets = hidden[index], targets[index]
+    logits = hidden.to(wide) @ head.weight.to(wide).t()
     if head.bias is not None:
         logits = logits + head.bias.to(wide)
     scale = head.scale(index)
     scale = scale[:, None] if isinstance(scale, Tensor) else scale
-    return from_logits(head.logits(logits, scale), targets[index], entropy=entropy)
+    return from_logits(head.logits(logits, scale), targets, entropy=entropy)
 
 
 def from_logits(logits: Tensor, targets: Tensor, *, entropy: bool) -> TokenStats:
@@ -33,10 +35,9 @@ def from_logits(logits: Tensor, targets: Tensor, *, entropy: bool) -> TokenStats
     target = targets[:, None]
     everything = torch.log_softmax(logits, -1)
     logp = everything.gather(1, target)[:, 0]
-    rest = everything.detach().scatter(1, target, float("-inf"))
     return TokenStats(
         logp=logp,
-        one_minus_p=rest.exp().sum(-1),
+        one_minus_p=-torch.expm1(logp.detach()),
         entropy=-(everything.exp() * everything.clamp(min=-1e30)).sum(-1) if entropy else None,
     )
 

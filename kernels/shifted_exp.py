@@ -115,8 +115,9 @@ def forward(job: Job, index: Tensor, shift: Tensor, raw: Tensor, buffer: Tensor)
 
 def _forward(job: Job, index: Tensor, shift: Tensor, raw: Tensor, buffer: Tensor) -> Scored:
     head, count, wide = job.head, len(index), raw.dtype
-    size = head.weight.shape[0] * count
-    e = (buffer if buffer.numel() >= size else buffer.new_empty(size))[:size].view(-1, count)
+    size = tile_size(job, count)
+    e = (buffer if buffer.numel() >= size else buffer.new_empty(size))[:size]
+    e = e.view(head.weight.shape[0], -1)[:, :count]
     scale = head.scale(index)
     transform = Transform.around(head, raw, shift, scale)
     rows = job.hidden[index]
@@ -334,6 +335,12 @@ def plan_sequences(index: Tensor, sequence_ids: Tensor, limit: int) -> list[list
     return units
 
 
+def tile_size(job: Job, count: int) -> int:
+    """Elements of a [V, count] tile with its padding."""
+    multiple = job.passes.column_multiple
+    return job.head.weight.shape[0] * (-(-max(count, 1) // multiple) * multiple)
+
+
 def flat_buffer(job: Job, chunks: Sequence[Tensor]) -> Tensor:
     """Room for the largest chunk's tile."""
-    return job.hidden.new_empty(job.head.weight.shape[0] * max((len(chunk) for chunk in chunks), default=0))
+    return job.hidden.new_empty(tile_size(job, max((len(chunk) for chunk in chunks), default=0)))

@@ -305,7 +305,7 @@ def test_logits_of_another_head(kit: SimpleNamespace) -> None:
     masked = kit.Clipped(old=loss.old, advantage=loss.advantage, weight=loss.weight * active, bonus=0.2)
     expected, grads = kit.oracle_gradients(case, masked)
     assert close(value, expected) and close(logits.grad @ case.weight, grads[0])
-    whole = logits_logprob(logits, case.targets, temperature=torch.full((23,), 0.7).double())
+    whole = logits_logprob(logits, case.targets, temperature=torch.full((23,), 0.7, dtype=torch.float64))
     assert close(torch.where(active, whole.logp, 0), stats.logp)
 
 

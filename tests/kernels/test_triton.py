@@ -1,0 +1,85 @@
+"""The Triton kernels in Triton's interpreter (a CPU, float32) against the torch passes and the float64 oracle."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before the import below
+pytest.importorskip("triton", reason="stock Triton is not installed")
+
+from emberl.kernels.fused_loss import linear_logprob, linear_loss
+from emberl.kernels.head import Head, Transform
+from emberl.kernels.passes import TorchPasses
+from emberl.kernels.triton_exp import TritonPasses
+
+
+def tile(rows: int, n: int, dtype: torch.dtype) -> torch.Tensor:
+    """Shifted logits with excluded entries, in a buffer whose padding columns hold NaN."""
+    u = torch.full((rows, -(-n // 128) * 128), float("nan"), dtype=dtype)[:, :n]
+    u.copy_(torch.randn(rows, n, generator=torch.Generator().manual_seed(rows)) * 3 - 4)
+    u[torch.arange(n) % rows, torch.arange(n)] = float("-inf")
+    return u
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "n"), [(1, 1), (31, 7), (32, 128), (33, 130), (1000, 60)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_passes_agree_with_torch(dtype: torch.dtype, rows: int, n: int, bias: bool, softcap: float | None) -> None:
+    raw = torch.linspace(-2, 6, n)
+    head = Head(weight=torch.zeros(rows, 2, dtype=dtype), softcap=softcap)
+    t = Transform.around(head, raw, -torch.rand(n), torch.linspace(0.7, 1.3, n))
+    b = torch.randn(rows) if bias else None
+    results, same = [], tile(rows, n, dtype).float().exp().to(dtype)
+    for passes in (TorchPasses(), TritonPasses()):
+        u = tile(rows, n, dtype)
+        sums, moments = torch.zeros(n), torch.zeros(n)
+        passes.exp_stats(u, t, b, sums, moments)
+        e = u.float().clone()
+        u.copy_(same)  # the second pass from equal numbers, whatever the first one rounded
+        passes.factor(u, t, torch.linspace(-1, 1, n), torch.linspace(0.5, -0.5, n))
+        results.append((sums, moments, e, u.float()))
+    digits = 1e-5 if dtype == torch.float32 else 1e-2
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        assert torch.isfinite(ours).all()
+        torch.testing.assert_close(ours, theirs, rtol=digits, atol=2 * digits)
+    assert (results[1][2][torch.arange(n) % rows, torch.arange(n)] == 0).all()  # excluded entries stay excluded
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": True, "temperature": 0.7},
+        {"softcap": 3.0, "logit_scale": 1.5},
+        {"temperature": torch.linspace(0.5, 2, 23)},
+    ],
+    ids=["plain", "bias and temperature", "softcap", "temperature per token"],
+)
+@pytest.mark.parametrize("bonus", [0.0, 0.3])
+def test_the_whole_loss_on_triton(kit: SimpleNamespace, options: dict[str, Any], bonus: float) -> None:
+    case = kit.make(v=77, **options)
+    loss = kit.clipped(case, bonus=bonus)
+    value, grads = kit.oracle_gradients(case, loss)
+    hidden, weight, bias = case.to(torch.float32).operands()
+    got, stats, _ = linear_loss(
+        hidden, weight, case.targets, loss, bias=bias, shift=loss.old, backend="triton", chunk_bytes=77 * 4 * 9,
+        **case.options,
+    )  # fmt: skip
+    got.backward()
+    assert abs(got - value) < 1e-5 and stats.logp.max() <= 0
+    for mine, theirs in zip((hidden, weight, bias), grads, strict=False):
+        assert (mine.grad - theirs).norm() < 2e-5 * theirs.norm()
+
+
+def test_a_useless_shift_is_recomputed_on_triton(kit: SimpleNamespace) -> None:
+    case = kit.make()
+    logp, _ = kit.oracle(case, case.hidden, case.weight, None)
+    small = case.to(torch.float32)
+    stats = linear_logprob(small.hidden, small.weight, case.targets, shift=logp - 90, backend="triton")
+    torch.testing.assert_close(stats.logp, logp.float(), rtol=1e-5, atol=1e-5)
