@@ -191,7 +191,7 @@ class EmbeddedEngine:
         if self._driver is not None:
             self._driver.cancel()
             await asyncio.gather(self._driver, return_exceptions=True)
-        await asyncio.wait_for(asyncio.to_thread(self._thread.shutdown), self._deadline)
+        self._thread.shutdown(wait=False)  # a burst in progress ends at its next token boundary
 
     # Below, what touches the batch runs in the compute thread, in its turn.
 
