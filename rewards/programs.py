@@ -10,6 +10,7 @@ The expected answers stay here: the sandbox gets inputs, one call at a time, and
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import re
@@ -22,7 +23,17 @@ from dataclasses import dataclass
 from .codetests import FunctionPlan, JudgePlan, Plan, ProgramPlan, plan_of
 from .compare import FLOAT_TOLERANCE, Reply, equal, is_plain, parse_reply, printable, same_output, without_tuples
 from .inputs import RewardInput
-from .sandbox import Limits, Outcome, ProgramEnded, Run, Sandbox, SandboxError, SandboxUnavailable, Session
+from .sandbox import (
+    COMPILER_LIMITS,
+    Limits,
+    Outcome,
+    ProgramEnded,
+    Run,
+    Sandbox,
+    SandboxError,
+    SandboxUnavailable,
+    Session,
+)
 from .verdict import Status, Verdict, verifier_error
 from .walls import compiler
 
@@ -63,7 +74,7 @@ class CodeReward:
     Tests: whatever `codetests.plan_of` reads from `columns` or `answer`. Programs are Python, or C++ where stdin and
     stdout are tested (`language` "cpp", or "auto" with a C++ fence). `timeout` (s), `memory_mb` and `output_bytes` (see
     `Limits`) hold for a function's calls together and for each run of a program; `total_seconds` for all runs of one
-    completion. `concurrency`: runs at the same time, by default one a core. Raises SandboxUnavailable, a ValueError,
+    completion, `compile_seconds` for the compiler. `concurrency`: runs at the same time, by default one a core. Raises SandboxUnavailable, a ValueError,
     where the machine has no sandbox and `allow_unsafe` is not set.
     """
 
@@ -78,6 +89,7 @@ class CodeReward:
         float_tolerance: float = FLOAT_TOLERANCE,
         language: str = "auto",
         total_seconds: float = 60.0,
+        compile_seconds: float = COMPILER_LIMITS.seconds,
         max_code_chars: int = 100_000,
         backend: str | None = None,
         allow_unsafe: bool = False,
@@ -92,6 +104,7 @@ class CodeReward:
             )
         self.limits = Limits(seconds=timeout, memory_mb=memory_mb, output_bytes=output_bytes)
         self.partial, self.tolerance, self.language = partial, float_tolerance, language
+        self.compiler_limits = dataclasses.replace(COMPILER_LIMITS, seconds=compile_seconds)
         self.total_seconds, self.max_code_chars = total_seconds, max_code_chars
         self._start = functools.partial(Sandbox, workers=concurrency, backend=backend, allow_unsafe=allow_unsafe)
         self.sandbox = self._start()
@@ -233,10 +246,11 @@ class CodeReward:
         total, passed, message, over = len(plan.cases), 0, "", False
         run: Callable[[bytes], Run]
         if program.language == "cpp":
-            binary, compilation = self.sandbox.compile_cpp(program.source)
+            binary, compilation = self.sandbox.compile_cpp(program.source, self.compiler_limits)
             if compilation.exit_code or not binary:
                 first = compilation.stderr.decode("utf-8", "replace").partition("error:")[2].partition("\n")[0]
-                return Result(0, total, f"does not compile: {printable(first) or compilation}")
+                over = compilation.outcome in _OVER
+                return Result(0, total, f"does not compile: {printable(first) or compilation}", over)
             run = functools.partial(self.sandbox.run_native, binary, limits=self.limits)
         else:
             run = functools.partial(self.sandbox.run_program, program.source, limits=self.limits)

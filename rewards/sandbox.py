@@ -29,7 +29,7 @@ from .zygote import CALLS, COMPILE, NATIVE, PROGRAM
 __all__ = ["Limits", "Outcome", "ProgramEnded", "Run", "Sandbox", "SandboxError", "SandboxUnavailable", "Session"]
 
 _DEFAULT = Limits()
-_COMPILER = Limits(seconds=30.0, memory_mb=1536, output_bytes=64 << 20)
+COMPILER_LIMITS = Limits(seconds=30.0, memory_mb=1536, output_bytes=64 << 20)
 _GRACE_SECONDS = 10.0
 _SEALS = 0x1 | 0x2 | 0x4 | 0x8  # F_SEAL_SEAL, SHRINK, GROW, WRITE
 _MFD_EXEC = 0x10
@@ -113,20 +113,20 @@ class Sandbox:
         """Runs a program that `compile_cpp` made on `stdin`."""
         return _twice(lambda: self._run(NATIVE, binary, stdin, limits))
 
-    def compile_cpp(self, source: str) -> tuple[bytes, Run]:
+    def compile_cpp(self, source: str, limits: Limits = COMPILER_LIMITS) -> tuple[bytes, Run]:
         """Compiles C++ (g++ -O2 -std=gnu++17 -static) in the sandbox: the binary, empty if that failed, and the run.
 
         Raises SandboxUnavailable where there is no g++."""
         if compiler() is None:
             raise SandboxUnavailable("C++ needs g++ (apt install g++)")
-        return _twice(lambda: self._compile(source.encode("utf-8", "replace")))
+        return _twice(lambda: self._compile(source.encode("utf-8", "replace"), limits))
 
-    def _compile(self, source: bytes) -> tuple[bytes, Run]:
-        with _sealed(source) as text, _memfd() as binary, _memfd() as errors, self._mother(_COMPILER) as mother:
-            mother.start(COMPILE, _COMPILER, [binary, text, errors, errors])
-            run = mother.finish(_COMPILER)
+    def _compile(self, source: bytes, limits: Limits) -> tuple[bytes, Run]:
+        with _sealed(source) as text, _memfd() as binary, _memfd() as errors, self._mother(limits) as mother:
+            mother.start(COMPILE, limits, [binary, text, errors, errors])
+            run = mother.finish(limits)
             stderr = os.pread(errors, 1 << 16, 0)
-            return os.pread(binary, _COMPILER.output_bytes, 0), dataclasses.replace(run, stderr=stderr)
+            return os.pread(binary, limits.output_bytes, 0), dataclasses.replace(run, stderr=stderr)
 
     def _run(self, kind: int, first: bytes, stdin: bytes, limits: Limits) -> Run:
         with _sealed(first) as lead, _sealed(stdin) as source, _memfd() as out, _memfd() as errors:

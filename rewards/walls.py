@@ -100,13 +100,14 @@ class Mother:
     def __init__(self, backend: str, preload: Sequence[str] = ()) -> None:
         self.backend = backend
         self.busy = self.stopped = False
-        binds, masks, paths = _visible(preload)
+        view = _view(preload)
         scratch = "/tmp/run" if backend != "unsafe" else f"/tmp/emberl-sandbox-{uuid.uuid4().hex}"
         config = {
             "kind": backend,
-            "binds": binds,
-            "masks": masks,
-            "paths": paths,
+            "binds": view.binds,
+            "masks": view.masks,
+            "packages": view.packages if backend != "unsafe" else sys.path,
+            "moved": view.moved,
             "preload": list(preload),
             "filters": _filters(),
             "inmate": (_HERE / "inmate.py").read_text(),
@@ -120,7 +121,7 @@ class Mother:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                _command(backend, theirs.fileno(), binds, masks),
+                _command(backend, theirs.fileno(), view),
                 env={"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"} if preload else {},
                 cwd="/",
                 stdin=subprocess.DEVNULL,
@@ -272,60 +273,78 @@ def _filters() -> list[str]:
     return [seccomp.assemble(each).hex() for each in rules]
 
 
-def _visible(preload: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """What stays in sight, read-only: the standard library, shared libraries and the compiler. Returns the paths to
-    bind, those to hide inside them (installed packages may hold a benchmark's answers), and additions to sys.path."""
-    wanted = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", os.path.dirname(sysconfig.get_path("stdlib"))]
+@dataclass(frozen=True, slots=True)
+class _View:
+    """What stays in sight behind the walls, all of it read-only."""
+
+    binds: tuple[tuple[str, str], ...]
+    """Path on the host and behind the walls."""
+    masks: tuple[str, ...]
+    """Folders hidden inside the binds: installed packages may hold a benchmark's answers."""
+    packages: tuple[str, ...]
+    """Additions to sys.path."""
+    moved: tuple[str, str]
+    """The interpreter's prefix on the host and behind the walls, which show no user's name."""
+
+
+def _view(preload: Sequence[str]) -> _View:
+    """The standard library, shared libraries and the compiler; with `preload`, the installed packages as well."""
+    triple = str(sysconfig.get_config_var("MULTIARCH") or "none")
+    wanted = ["/lib64", "/usr/lib64"]
+    for library in ("/lib", "/usr/lib"):
+        narrow = os.path.exists(f"/usr/lib/{triple}") and not os.path.islink(library)
+        wanted += [f"{library}/{triple}"] if narrow else [library]
     if compiler() is not None:
-        wanted += ["/bin", "/usr/bin", "/usr/include", "/usr/libexec"]
-        if str(compiler()).startswith("/usr/local"):
-            wanted.append("/usr/local")
-    packages = [
-        path for path in sys.path if Path(path).name in ("site-packages", "dist-packages") and Path(path).is_dir()
-    ]
-    if preload:
-        wanted += [os.path.realpath(path) for path in packages]
-    binds: list[str] = []
-    for path in sorted({path for path in wanted if os.path.exists(path)}):
-        if os.path.islink(path) or not any(path.startswith(parent + "/") for parent in binds):
-            binds.append(path)
-    if preload:
-        return binds, [], [os.path.realpath(path) for path in packages]
-    hidden = {
-        str(found)
-        for bind in binds
-        if not os.path.islink(bind)
-        for pattern in ("python*/site-packages", "python*/dist-packages", "lib/python*/*-packages")
-        for found in Path(bind).glob(pattern)
-        if not found.is_symlink()
-    }
-    return binds, sorted(hidden), []
+        wanted += ["/bin", "/usr/bin", "/usr/include", "/usr/lib/gcc", "/usr/libexec/gcc"]
+        wanted += ["/usr/local"] if str(compiler()).startswith("/usr/local") else []
+    stdlib = os.path.realpath(sysconfig.get_path("stdlib"))
+    prefix, place = os.path.dirname(os.path.dirname(stdlib)), "/python"
+    library = os.path.dirname(stdlib)
+    pairs = {path: path for path in wanted if os.path.exists(path)}
+    if prefix == "/usr":
+        place = prefix
+        pairs[stdlib] = stdlib
+        pairs |= {path: path for path in ("/usr/lib/python3", f"{stdlib}/lib-dynload") if os.path.isdir(path)}
+    else:
+        pairs[library] = place + "/lib"
+    packages: list[str] = []
+    for number, path in enumerate(p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")):
+        if preload and os.path.isdir(path):
+            packages.append(f"/packages/{number}")
+            pairs[os.path.realpath(path)] = packages[-1]
+    binds = tuple(
+        (path, target)
+        for path, target in sorted(pairs.items())
+        if os.path.islink(path)
+        or path != target
+        or not any(path.startswith(f"{above}/") for above in pairs if above != path)
+    )
+    masks = tuple(
+        target + str(found)[len(path) :]
+        for path, target in binds
+        if not os.path.islink(path) and not target.startswith("/packages/")
+        for pattern in ("site-packages", "dist-packages", "python*/site-packages", "python*/dist-packages")
+        for found in sorted(Path(path).glob(pattern))
+        if found.is_dir() and not found.is_symlink()
+    )
+    return _View(binds, masks, tuple(packages), (prefix, place))
 
 
-def _command(backend: str, fd: int, binds: Sequence[str], masks: Sequence[str]) -> list[str]:
+def _command(backend: str, fd: int, view: _View) -> list[str]:
     python, script = os.path.realpath(sys.executable), str(_HERE / "zygote.py")
     flags = ["-I", "-S", "-B", "-X", "utf8"]
     if backend != "bubblewrap":
         return [python, *flags, script, str(fd)]
-    command = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--unshare-user", "--disable-userns"]
-    command += [
-        "--die-with-parent",
-        "--as-pid-1",
-        "--new-session",
-        "--clearenv",
-        "--cap-drop",
-        "ALL",
-        "--hostname",
-        "box",
-    ]
+    command = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--clearenv"]
+    command += ["--die-with-parent", "--as-pid-1", "--new-session", "--cap-drop", "ALL", "--hostname", "box"]
     command += ["--uid", "65534", "--gid", "65534"]
-    for path in binds:
-        kind = ["--symlink", os.readlink(path)] if os.path.islink(path) else ["--ro-bind", path]
-        command += [*kind, path]
-    for path in masks:
+    for path, target in view.binds:
+        command += ["--symlink", os.readlink(path), target] if os.path.islink(path) else ["--ro-bind", path, target]
+    for path in view.masks:
         command += ["--tmpfs", path, "--remount-ro", path]
     for name in ("null", "zero", "random", "urandom"):
         command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
-    command += ["--ro-bind", python, python, "--ro-bind", script, "/zygote.py", "--perms", "1777", "--size"]
+    inside = f"{view.moved[1]}/bin/{Path(python).name}"
+    command += ["--ro-bind", python, inside, "--ro-bind", script, "/zygote.py", "--perms", "1777", "--size"]
     command += [str(128 << 20), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/"]
-    return [*command, "--", python, *flags, "/zygote.py", str(fd)]
+    return [*command, "--", inside, *flags, "/zygote.py", str(fd)]

@@ -131,21 +131,20 @@ def enter_namespaces() -> None:
     os.setresuid(0, 0, 0)
 
 
-def build_root(binds: list[str], masks: list[str]) -> None:
-    """A read-only root of nothing but `binds` (read-only, `masks` inside them hidden), four devices and a /tmp that only
+def build_root(binds: list[tuple[str, str]], masks: list[str]) -> None:
+    """A read-only root of nothing but `binds` (from, to), `masks` inside them hidden, four devices and a /tmp that only
     the compiler's filter lets anybody write to. The old root, /proc included, is gone afterwards."""
     os.umask(0o022)
     root = "/proc"  # always there, never bound: nothing has to be made on the host, so nothing is left behind
     _mount("none", "/", None, _REC | _PRIVATE)
-    old = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
     _mount("tmpfs", root, "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")
-    for path in binds:
+    for path, target in binds:
         if os.path.islink(path):  # /lib64 and the like on a merged /usr
-            os.symlink(os.readlink(path), root + path)
+            os.symlink(os.readlink(path), root + target)
             continue
-        os.makedirs(root + path, exist_ok=True)
-        _mount(path, root + path, None, _BIND | _REC)
-        _read_only(root + path)
+        os.makedirs(root + target, exist_ok=True)
+        _mount(path, root + target, None, _BIND | _REC)
+        _read_only(root + target)
     for path in masks:
         _mount("tmpfs", root + path, "tmpfs", _RDONLY | _NOSUID | _NODEV | _NOEXEC, "size=4k,mode=755")
     for path in ("/dev", "/tmp", "/empty", "/old"):
@@ -154,7 +153,6 @@ def build_root(binds: list[str], masks: list[str]) -> None:
         os.close(os.open(f"{root}/dev/{name}", os.O_CREAT | os.O_WRONLY))
         _mount(f"/dev/{name}", f"{root}/dev/{name}", None, _BIND)
     _mount("tmpfs", root + "/tmp", "tmpfs", _NOSUID | _NODEV | _NOEXEC, "size=128m,nr_inodes=4k,mode=1777")
-    os.close(old)
     os.chdir(root)
     _check(_libc.syscall(_SYSCALLS[os.uname().machine]["pivot_root"], b".", b"old"), "pivot_root")
     os.chdir("/")
@@ -163,6 +161,16 @@ def build_root(binds: list[str], masks: list[str]) -> None:
     _mount("none", "/", None, _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV)
     _libc.sethostname(b"box", 3)
     os.umask(0o077)
+
+
+def _move(old: str, new: str) -> None:
+    """Tells the running interpreter that its library has another path now."""
+    sys.path[:] = [new + path[len(old) :] if path.startswith(old + "/") else path for path in sys.path]
+    sys.prefix = sys.base_prefix = sys.exec_prefix = sys.base_exec_prefix = new
+    sys.path_importer_cache.clear()
+    for finder in sys.meta_path:
+        if hasattr(finder, "invalidate_caches"):
+            finder.invalidate_caches()
 
 
 def _read_only(path: str) -> None:
@@ -190,9 +198,10 @@ class Warden:
         self.scratch: str = config["scratch"]
         self.inmate: dict[str, Any] = {"__name__": "inmate"}
         exec(compile(config["inmate"], "<inmate>", "exec"), self.inmate)
-        sys.path[:] = [*sys.path, *config["paths"]]
+        sys.path += config["packages"]
         for name in config["preload"]:
             __import__(name)
+        os.environ.clear()
 
     def _filter(self, program: bytes) -> _Filter:
         buffer = ctypes.create_string_buffer(program, len(program))
@@ -379,6 +388,7 @@ def _launch(control: socket.socket, config: dict[str, Any], parent: int) -> None
             os.close(parent)
             _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # the launcher has one thread, so its end is the process's end
             build_root(config["binds"], config["masks"])
+            _move(*config["moved"])
             for number in range(41):
                 _libc.prctl(24, number, 0, 0, 0)  # PR_CAPBSET_DROP: no exec gives anything back
             _capabilities(_KEPT_CAPABILITIES)
