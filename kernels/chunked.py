@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .head import accumulator
 from .shifted_exp import (
     Gradients,
     Job,
@@ -182,7 +183,7 @@ def formed_loss(
     """Loss over the tokens `index` and, without gradients, over the tokens `measured`; gradients for the operands that
     `needs` names. `weight_out` [V, H] receives the weight's gradient instead of a new tensor."""
     everything = torch.cat([index, measured])
-    raw = torch.zeros(len(job.hidden), dtype=target_logits(job, index[:0]).dtype, device=job.hidden.device)
+    raw = torch.zeros(len(job.hidden), dtype=accumulator(job.hidden.dtype), device=job.hidden.device)
     raw.index_copy_(0, everything, target_logits(job, everything))
     run = _Run(job, loss, shift, raw)
     limit = chunk_size(job, chunk_bytes)

@@ -4,7 +4,7 @@ For the tokens of a chunk, with E = exp(z') and z' the logits shifted by an esti
 behaviour log-prob, which a learner already has), the target's column being kept out of the exponentials:
 
     s = sum(E) + exp(z'[y])      logp = -log1p(sum(E) / exp(z'[y]))      1 - p = sum(E) / s
-    dh = -(g / s) E' W           dW = E'^T (-(g / s) h)                  E' is E with -sum(E) at the target
+    dh = -(g / s) E W + g (1 - p) W[y]      dW = E^T (-(g / s) h), dW[y] += g (1 - p) h
 
 g is the loss's derivative by the log-prob, so E is never normalised nor rewritten, no maximum is searched, and nothing
 cancels where p is near 1. E is laid out [V, n]: the shift is then the bias of the product W h^T, which every BLAS adds
@@ -62,8 +62,6 @@ class Scored:
     e: Tensor
     """[V, n] E, with 0 at the target."""
     transform: Transform
-    rest: Tensor
-    """[n] sum of E over the whole vocabulary but the target."""
     total: Tensor
     """[n] log s; the shift's error in nats."""
     target: Tensor
@@ -149,7 +147,7 @@ def _scored(index: Tensor, e: Tensor, transform: Transform, target: Tensor, sums
         logp=-functional.softplus(ratio, threshold=60.0), one_minus_p=torch.sigmoid(ratio), entropy=entropy
     )
     return Scored(
-        index=index, e=e, transform=transform, rest=sums[0], total=total, target=target, stats=stats,
+        index=index, e=e, transform=transform, total=total, target=target, stats=stats,
         recomputed=torch.zeros_like(total),
     )  # fmt: skip
 
@@ -186,12 +184,12 @@ def _merge(scored: Scored, again: Scored, rows: Tensor) -> Scored:
     pairs = [(scored.stats.logp, again.stats.logp), (scored.stats.one_minus_p, again.stats.one_minus_p)]
     if scored.stats.entropy is not None and again.stats.entropy is not None:
         pairs.append((scored.stats.entropy, again.stats.entropy))
-    pairs += [(scored.rest, again.rest), (scored.total, again.total), (scored.target, again.target)]
+    pairs += [(scored.total, again.total), (scored.target, again.target)]
     for whole, part in pairs:
         whole.index_copy_(0, rows, part)
     scored.recomputed[rows] = 1.0
     return Scored(
-        index=scored.index, e=scored.e, transform=transform, rest=scored.rest, total=scored.total,
+        index=scored.index, e=scored.e, transform=transform, total=scored.total,
         target=scored.target, stats=scored.stats, recomputed=scored.recomputed,
     )  # fmt: skip
 
@@ -229,15 +227,24 @@ class Gradients:
         else:
             part.addmm_(e, rows)
 
+    def add_targets(self, ids: Tensor, rows: Tensor) -> None:
+        """Adds `rows` [k, H] (in full precision) at the local vocabulary entries `ids` [k], repeated ones summed before
+        they are rounded."""
+        assert self.weight is not None
+        unique, places = torch.unique(ids, return_inverse=True)
+        total = rows.new_zeros(len(unique), rows.shape[1]).index_add_(0, places, rows)
+        self.weight[unique] = (self.weight[unique].to(rows.dtype) + total).to(self.weight.dtype)
+
 
 def backward(job: Job, scored: Scored, dlogp: Tensor, dentropy: Tensor | None, grads: Gradients) -> None:
     """Adds the gradients of a chunk whose loss has the derivatives `dlogp` and `dentropy` [n]; consumes `scored.e`."""
-    row = _factors(job, scored, dlogp, dentropy)
+    row, target = _factors(job, scored, dlogp, dentropy)
     keep = _kept(row)
     index, hidden = scored.index, job.hidden[scored.index]
     if keep is not None:
-        row, index, hidden = row[keep], index[keep], hidden[keep]
-    scaled = (hidden.to(row.dtype) * row[:, None]).to(hidden.dtype) if grads.weight is not None else None
+        row, target, index, hidden = row[keep], target[keep], index[keep], hidden[keep]
+    wide = hidden.to(row.dtype)
+    scaled = (wide * row[:, None]).to(hidden.dtype) if grads.weight is not None else None
     dx = None if grads.hidden is None else _hidden_accumulator(hidden, row)
     for start, stop in job.blocks():
         e = scored.e[start:stop] if keep is None else scored.e[start:stop].index_select(1, keep)
@@ -247,10 +254,17 @@ def backward(job: Job, scored: Scored, dlogp: Tensor, dentropy: Tensor | None, g
             grads.bias[start:stop] += e.to(row.dtype) @ row
         if dx is not None:
             _add_hidden(dx, e, job.head.weight[start:stop])
-    if grads.hidden is not None and dx is not None:
-        dx = reduce_sum(job.head, dx * row[:, None])
-        grads.hidden.index_copy_(0, index, dx.to(hidden.dtype))
     grads.fresh = False
+    local = job.targets[index] - job.head.first_target
+    mine = ((local >= 0) & (local < len(job.head.weight))).nonzero()[:, 0]
+    local, on_target = local[mine], target[mine, None]
+    if grads.weight is not None:
+        grads.add_targets(local, wide[mine] * on_target)
+    if grads.bias is not None:
+        grads.bias.index_add_(0, local, on_target[:, 0])
+    if grads.hidden is not None and dx is not None:
+        dx = (dx * row[:, None]).index_add_(0, mine, job.head.weight[local].to(row.dtype) * on_target)
+        grads.hidden.index_copy_(0, index, reduce_sum(job.head, dx).to(hidden.dtype))
 
 
 def _hidden_accumulator(hidden: Tensor, row: Tensor) -> Tensor:
@@ -271,27 +285,25 @@ def _add_hidden(dx: Tensor, e: Tensor, weight: Tensor) -> None:
         dx.t().add_(torch.mm(weight.t().contiguous(), e))
 
 
-def _factors(job: Job, scored: Scored, dlogp: Tensor, dentropy: Tensor | None) -> Tensor:
-    """Turns `scored.e` into the columns of the gradient up to a factor per token, which is returned [n]."""
+def _factors(job: Job, scored: Scored, dlogp: Tensor, dentropy: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Turns `scored.e` into the columns of the gradient by the raw logits, up to a factor per token [n], which comes
+    first; the gradient by the target's raw logit [n] comes second and stays apart, in full precision."""
     t, stats, total = scored.transform, scored.stats, scored.total
     dlogp = dlogp.to(total.dtype)
     if dentropy is None and t.inner is None:
-        row, put = -dlogp * torch.exp(-total), -scored.rest
+        row, target = -dlogp * torch.exp(-total), dlogp * stats.one_minus_p
     else:
         de = torch.zeros_like(dlogp) if dentropy is None else dentropy.to(total.dtype)
         h = torch.zeros_like(total) if stats.entropy is None else stats.entropy
         size = torch.maximum(dlogp.abs(), de.abs())
         unit = torch.where(size == 0, 1.0, size)
         job.passes.factor(scored.e, t, -(dlogp + de * (h - total)) / unit, -de / unit)
-        p = torch.exp(stats.logp)
-        put = (dlogp * stats.one_minus_p - de * p * (stats.logp.clamp(min=LOWEST) + h)) / unit * torch.exp(total)
+        target = dlogp * stats.one_minus_p - de * torch.exp(stats.logp) * (stats.logp.clamp(min=LOWEST) + h)
         if t.inner is not None:
-            put = put * (1 - ((scored.target + t.level) * t.inner / t.scale) ** 2)
+            target = target * (1 - ((scored.target + t.level) * t.inner / t.scale) ** 2)
         row = size * torch.exp(-total)
-    local = job.targets[scored.index] - job.head.first_target
-    mine = ((local >= 0) & (local < job.head.weight.shape[0])).nonzero()[:, 0]
-    scored.e[local[mine], mine] = put[mine].to(scored.e.dtype)
-    return torch.where(row == 0, 0.0, row * t.scale)
+    silent = (dlogp == 0) if dentropy is None else (dlogp == 0) & (dentropy == 0)
+    return torch.where(silent, 0.0, row * t.scale), torch.where(silent, 0.0, target * t.scale)
 
 
 def _kept(row: Tensor) -> Tensor | None:

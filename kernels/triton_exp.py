@@ -9,6 +9,8 @@ mask must be the plain integer comparison: triton-ascend turns that into a short
 (one compared as float32, say) it moves the whole tile and writes back what it read, over a neighbour's rows.
 """
 
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# (a kernel's arguments are Triton values, which have no types)
 from __future__ import annotations
 
 from functools import lru_cache
