@@ -216,6 +216,8 @@ def judge(request: dict[str, Any]) -> NoReturn:
     try:
         exec(compile(request["test"], "<test>", "exec"), namespace)
         send({"passed": True})
+    except (NameError, ImportError, SyntaxError) as error:  # no value of the model's can cause these
+        send({"broken": failure(error)})
     except TypeError as error:  # an argument that cannot be passed is the test's fault, other TypeErrors the value's
         send({"broken" if "only plain values" in str(error) else "failed": failure(error)})
     except Exception as error:  # an assertion, or whatever the test does with a wrong value

@@ -122,7 +122,12 @@ PYTHON_RESOURCES = {
             except (OSError, ValueError): pass
         x = []
         while True: x.append(bytearray(1 << 20))""",
-    "ignore_output_limit": "import signal, os\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nwhile True:\n    try: os.write(1, b'x' * 65536)\n    except OSError: pass",
+    "ignore_output_limit": """
+        import signal, os
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        while True:
+            try: os.write(1, b'x' * 65536)
+            except OSError: pass""",
     "endless_input": "import sys\nwhile True: sys.stdin.read()",
     "null_pointer": "import ctypes\nctypes.string_at(0)",
     "non_daemon_thread": "import threading, time\nthreading.Thread(target=time.sleep, args=(1000,)).start()",
@@ -233,7 +238,8 @@ PYTHON_ESCAPES = {
         except OSError: pass""",
 }
 
-_CPP = "#include <cstdio>\n#include <cstdlib>\n#include <cstring>\n#include <csignal>\n#include <fcntl.h>\n#include <unistd.h>\n#include <sys/syscall.h>\nusing namespace std;\n"
+_HEADERS = ["cstdio", "cstdlib", "cstring", "csignal", "initializer_list", "fcntl.h", "unistd.h", "sys/syscall.h"]
+_CPP = "".join(f"#include <{name}>\n" for name in _HEADERS) + "using namespace std;\n"
 _IO, _THREADS = "#include <iostream>\n", "#include <thread>\n#include <vector>\n"
 
 CPP = {
@@ -261,7 +267,7 @@ CPP = {
         "resource",
     ): "#define A(x) x x x x x x x x x x\n#define B(x) A(A(A(A(x))))\n#define C(x) B(B(x))\nint a[]={C(C(1)) };int main(){}",
     ("giant_array_in_file", "resource"): "char a[1L<<33]={1}; int main(){}",
-    ("giant_bss", "resource"): '#include <cstdio>\nchar a[1L<<33]; int main(){a[5]=1; puts("bss");}',
+    ("giant_bss", "resource"): '#include <cstdio>\nchar a[1L<<30]; int main(){a[5]=1; puts("bss");}',
     ("loop", "resource"): "int main(){for(volatile int i=0;;i++);}",
     ("new_bomb", "resource"): _CPP + "int main(){for(;;){char*p=new char[1<<20];memset(p,1,1<<20);}}",
     ("stack", "resource"): "int f(int x){volatile char a[4096];a[0]=x;return f(x+1)+a[0];} int main(){return f(1);}",
@@ -285,7 +291,8 @@ CPP = {
         long r=syscall(n,0,0,0,0,0,0);if(r>=0)printf("CALL %d %ld\\n",n,r);}}""",
     ("exec_again", "escape"): _CPP
     + """int main(){char*a[]={(char*)"x",0};for(int fd=0;fd<64;fd++)syscall(SYS_execveat,fd,"",a,0,0x1000);
-        syscall(SYS_execveat,-100,"/bin/sh",a,0,0x1000);for(int fd=3;fd<64;fd++)if(fcntl(fd,1)>=0)printf("INHERITED %d\\n",fd);}""",
+        syscall(SYS_execveat,-100,"/bin/sh",a,0,0x1000);
+        for(int fd=3;fd<64;fd++)if(fcntl(fd,1)>=0)printf("INHERITED %d\\n",fd);}""",
     ("int80", "escape"): _CPP + 'int main(){long r;asm volatile("int $0x80":"=a"(r):"a"(2));printf("INT80 %ld\\n",r);}',
     ("environment", "escape"): _CPP
     + 'extern char**environ;int main(){for(char**e=environ;*e;e++)printf("ENVIRONMENT %s\\n",*e);}',
