@@ -1,0 +1,98 @@
+"""Sandboxed runs a second and core, beside plain Python processes and bubblewrap's own, in one interleaved run.
+
+    python tests/benchmarks/bench_sandbox.py [--quick] [--json FILE]
+
+One run: the function `add`, three calls with plain values back (`calls`), or a script on stdin (`program`). The process
+and everything that it starts are pinned to one core, so that a run a second is a run a second and core.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+
+from emberl.rewards.sandbox import Limits, Sandbox, SandboxUnavailable
+from harness import Report, arguments, interleave
+
+FLOOR = 500.0
+ADD = "def add(a, b):\n    return a + b\n"
+SCRIPT = "a, b = map(int, input().split())\nprint(a + b)\n"
+BWRAP = [
+    "--unshare-all",
+    "--clearenv",
+    "--die-with-parent",
+    "--ro-bind",
+    "/",
+    "/",
+    "--tmpfs",
+    "/tmp",
+    "--proc",
+    "/proc",
+    "--dev",
+    "/dev",
+]
+
+
+def main() -> None:
+    options = arguments(__doc__.splitlines()[0]).parse_args()
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    count, rounds = (20, 2) if options.quick else (200, 9)
+    report = Report("sandbox", options.json)
+    boxes = [box for name in ("zygote", "bubblewrap") if (box := _box(name)) is not None]
+    runs: dict[str, Callable[[], None]] = {}
+    for box in boxes:
+        runs[f"calls/emberl {box.backend}"] = lambda b=box: _calls(b, count)
+        runs[f"program/emberl {box.backend}"] = lambda b=box: _programs(b, count)
+    few = max(count // 20, 2)  # these are slow
+    python = [os.path.realpath(sys.executable)]
+    runs["program/python"] = lambda: _processes(python, few)
+    runs["program/python -I -S"] = lambda: _processes([*python, "-I", "-S"], few)
+    if shutil.which("bwrap"):
+        runs["program/bwrap python -I -S"] = lambda: _processes(["bwrap", *BWRAP, *python, "-I", "-S"], few)
+    seconds = interleave(runs, rounds)
+    for name, times in seconds.items():
+        case, _, impl = name.partition("/")
+        each = sorted(times)[len(times) // 2] / (count if "emberl" in name else few)
+        best = min(times) / (count if "emberl" in name else few)
+        base = sorted(seconds["program/python"])[rounds // 2] / few
+        floor = FLOOR if name == "calls/emberl zygote" else None
+        report.record(case, impl, 1 / each, "runs/s", ratio=base / each, floor=floor, best=1 / best)
+    for box in boxes:
+        box.close()
+
+
+def _box(backend: str) -> Sandbox | None:
+    try:
+        return Sandbox(workers=1, backend=backend)
+    except SandboxUnavailable as error:
+        print(f"# {error}", file=sys.stderr)
+        return None
+
+
+def _calls(box: Sandbox, count: int) -> None:
+    limits = Limits()
+    for _ in range(count):
+        with box.session({"task": "calls", "code": [ADD]}, limits) as talk:
+            talk.receive()
+            for a in range(3):
+                talk.send({"eval": f"add({a}, 2)"})
+                assert json.loads(talk.receive()) == {"ok": a + 2}
+
+
+def _programs(box: Sandbox, count: int) -> None:
+    for _ in range(count):
+        assert box.run_program(SCRIPT, b"2 3\n").stdout == b"5\n"
+
+
+def _processes(command: list[str], count: int) -> None:
+    for _ in range(count):
+        done = subprocess.run([*command, "-c", SCRIPT], input=b"2 3\n", stdout=subprocess.PIPE, check=True)
+        assert done.stdout == b"5\n"
+
+
+if __name__ == "__main__":
+    main()
