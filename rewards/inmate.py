@@ -27,7 +27,7 @@ _lines = bytearray()
 def read_line() -> dict[str, Any]:
     """The next message; the process ends when the parent has closed the channel."""
     while (end := _lines.find(b"\n")) < 0:
-        if not (chunk := os.read(CHANNEL, 1 << 16)):
+        if not (chunk := os.read(CHANNEL, 1 << 13)):
             os._exit(0)
         _lines.extend(chunk)
     line = bytes(_lines[:end])
@@ -177,9 +177,8 @@ def run_program(request: dict[str, Any]) -> NoReturn:
         traceback.print_exc(limit=-5)
         code = 1
     try:
-        import threading
-
-        threading._shutdown()  # type: ignore[attr-defined]  # the interpreter waits for threads as well
+        if (threading := sys.modules.get("threading")) is not None:
+            threading._shutdown()  # the interpreter waits for threads as well
         sys.stdout.flush()
     except BaseException:  # a replaced or broken stdout is the program's own fault
         code = code or 1

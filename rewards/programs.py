@@ -74,8 +74,8 @@ class CodeReward:
     Tests: whatever `codetests.plan_of` reads from `columns` or `answer`. Programs are Python, or C++ where stdin and
     stdout are tested (`language` "cpp", or "auto" with a C++ fence). `timeout` (s), `memory_mb` and `output_bytes` (see
     `Limits`) hold for a function's calls together and for each run of a program; `total_seconds` for all runs of one
-    completion, `compile_seconds` for the compiler. `concurrency`: runs at the same time, by default one a core. Raises SandboxUnavailable, a ValueError,
-    where the machine has no sandbox and `allow_unsafe` is not set.
+    completion, `compile_seconds` for the compiler. `concurrency`: runs at the same time, by default one a core.
+    Raises SandboxUnavailable, a ValueError, where the machine has no sandbox and `allow_unsafe` is not set.
     """
 
     def __init__(

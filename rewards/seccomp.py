@@ -62,6 +62,8 @@ _SAFE_FCNTL = (0, 1, 2, 3, 4, 1030)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SET
 _SAFE_IOCTL = (0x5401, 0x5413, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ, FIONCLEX, FIOCLEX
 _READ_LIMITS = (When(0, 0xFFFFFFFF, (0,)), When(2, 0xFFFFFFFF, (0,), null=True))  # own process, no new limit
 
+_CHUNK = 8  # rules between two looks at the order of the numbers
+
 Rules = Mapping[str, Sequence[When]]
 
 
@@ -123,14 +125,21 @@ def assemble(rules: Rules, machine: str | None = None) -> bytes:
         program += [(JUMP_GREATER_EQUAL, 0, 1, 0x40000000), (RETURN, 0, 0, KILL)]
     # clone3 hides its flags behind a pointer: "not implemented" makes the C library fall back to clone
     program += [(JUMP_EQUAL, 0, 1, numbers["clone3"]), (RETURN, 0, 0, ENOSYS)]
-    for name, conditions in rules.items():
-        if (number := numbers.get(name)) is None:
-            continue  # a legacy call that this architecture never had
-        block = [step for condition in conditions for step in _check(condition)] + [(RETURN, 0, 0, ALLOW)]
-        program += [(JUMP_EQUAL, 0, len(block), number), *block]
-    program.append((RETURN, 0, 0, EPERM))
+    known = sorted((numbers[name], conditions) for name, conditions in rules.items() if name in numbers)
+    blocks = [(number, _block(number, conditions)) for number, conditions in known]
+    for start in range(0, len(blocks), _CHUNK):  # the kernel tries every number when a filter is installed
+        chunk = [step for _, block in blocks[start : start + _CHUNK] for step in block] + [(RETURN, 0, 0, EPERM)]
+        if start + _CHUNK < len(blocks):
+            program.append((JUMP_GREATER_EQUAL, len(chunk), 0, blocks[start + _CHUNK][0]))
+        program += chunk
     assert len(program) <= 4096, "the kernel takes at most BPF_MAXINSNS instructions"
     return b"".join(struct.pack("<HBBI", *step) for step in program)
+
+
+def _block(number: int, conditions: Sequence[When]) -> list[tuple[int, int, int, int]]:
+    """Decides on one system call, and jumps over itself for the others."""
+    steps = [step for condition in conditions for step in _check(condition)] + [(RETURN, 0, 0, ALLOW)]
+    return [(JUMP_EQUAL, 0, len(steps), number), *steps]
 
 
 def _check(condition: When) -> list[tuple[int, int, int, int]]:

@@ -192,6 +192,8 @@ class Warden:
         self.control = control
         self.walls: bool = config["kind"] != "unsafe"
         self.nobody, self.may_chroot = privileges == "two ids", privileges != "none"
+        _check(_libc.prctl(38, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")  # inherited by every child
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it; a child over its output ends by it
         self.locked = mmap.mmap(-1, 1)  # shared with the child until it is locked down
         self.filters = [self._filter(bytes.fromhex(text)) for text in config["filters"]]
         self.compiler: list[str] = config["compiler"]
@@ -298,8 +300,8 @@ class Warden:
         if kind == NATIVE and self.may_chroot:
             os.chroot("/empty")
             os.chdir("/")
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL if kind in (NATIVE, COMPILE) else signal.SIG_IGN)
+        if kind in (NATIVE, COMPILE):
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         self._lock(self.filters[kind])
         self.locked[0] = 1
         if kind == NATIVE:
@@ -342,7 +344,7 @@ class Warden:
         resource.setrlimit(resource.RLIMIT_STACK, (min(stack, most) if most >= 0 else stack, most))
 
     def _lock(self, program: _Filter) -> None:
-        """Nobody's ids, no capability, no new privilege, then the filter: from here on there is no way back."""
+        """Nobody's ids, no capability, then the filter: from here on there is no way back."""
         if self.nobody:
             os.setgroups([])
             os.setresgid(_NOBODY, _NOBODY, _NOBODY)
@@ -350,7 +352,6 @@ class Warden:
         _check(_libc.prctl(4, 0, 0, 0, 0), "PR_SET_DUMPABLE")
         if self.may_chroot and not self.nobody:  # leaving id 0 has dropped them already
             _capabilities(0)
-        _check(_libc.prctl(38, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
         _check(_libc.prctl(22, 2, ctypes.byref(program), 0, 0), "PR_SET_SECCOMP")
 
 
@@ -359,9 +360,8 @@ class Warden:
 
 def _warm_up() -> None:
     """What every child would do again: imports, first uses; then the garbage collector leaves these pages alone."""
-    exec(
-        "import bisect, collections, copy, functools, heapq, itertools, math, random, re, string, threading, traceback, typing"
-    )
+    # not threading and random: each does work of its own in every forked child
+    exec("import bisect, collections, copy, functools, heapq, itertools, math, re, string, typing")
     exec(compile("def f(x):\n    return sorted(x)\nf([2, 1])", "<warm>", "exec"), {})
     json.loads(json.dumps({"ok": [1, 2.5, "x"]}))
     gc.collect()

@@ -21,20 +21,8 @@ from harness import Report, arguments, interleave
 FLOOR = 500.0
 ADD = "def add(a, b):\n    return a + b\n"
 SCRIPT = "a, b = map(int, input().split())\nprint(a + b)\n"
-BWRAP = [
-    "--unshare-all",
-    "--clearenv",
-    "--die-with-parent",
-    "--ro-bind",
-    "/",
-    "/",
-    "--tmpfs",
-    "/tmp",
-    "--proc",
-    "/proc",
-    "--dev",
-    "/dev",
-]
+_WALLS = "--unshare-all --clearenv --die-with-parent --ro-bind / / --tmpfs /tmp --proc /proc --dev /dev"
+BWRAP = _WALLS.split()
 
 
 def main() -> None:
