@@ -86,9 +86,11 @@ def recognise(function: Function) -> str:
         ("verl", {"solution_str"}),
         ("openrlhf", {"queries"}),
         ("trl", {"completions"}),
+        ("trl", {"completion_ids"}),
         ("slime_batch", {"args", "samples"}),
         ("slime", {"args", "sample"}),
         ("verifiers", {"completion"}),
+        ("verifiers", {"state"}),
     ):
         if needed <= names:
             return style

@@ -121,7 +121,9 @@ def _read_row(line: str, place: str, name: str) -> Row:
     if label is not None and not isinstance(label, (bool, int, float)):
         raise ValueError(f"{place}: label is {label!r}; it must be true or false")
     prompt = columns.pop("prompt", "")
+    chat = isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
     row = RewardInput(
+        messages=tuple(prompt) if chat else (),
         completion=completion,
         answer=reference if isinstance(reference, str) else json.dumps(reference),
         prompt=prompt if isinstance(prompt, str) else json.dumps(prompt),

@@ -61,7 +61,8 @@ class WorkerPool:
 
     The factory gets `arguments` and returns a function from one (pickled) task to a JSON value. `memory_bytes` limits the
     address space, `network=False` takes the network away where the kernel allows it, `environment` replaces the
-    worker's environment (None: inherit). Thread-safe; usable from asyncio through a thread.
+    worker's environment (None: inherit), its output goes to our standard error, or nowhere with `output=False`.
+    Thread-safe; usable from asyncio through a thread.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class WorkerPool:
         environment: Mapping[str, str] | None = None,
         recycle: int = 5000,
         spare: bool = True,
+        output: bool = True,
     ) -> None:
         if workers < 1:
             raise ValueError(f"concurrency is {workers}; it must be at least 1")
@@ -84,7 +86,7 @@ class WorkerPool:
             "memory_bytes": memory_bytes,
             "network": network,
         }
-        self._environment = environment
+        self._environment, self._output = environment, output
         self._workers, self._recycle, self._spare = workers, recycle, spare
         self._free = threading.Condition()
         self._idle: list[_Worker] = []
@@ -150,7 +152,7 @@ class WorkerPool:
 
     def _start(self) -> _Worker:
         self.started += 1
-        return _Worker(self._setup, self._environment)
+        return _Worker(self._setup, self._environment, self._output)
 
     def close(self) -> None:
         """Ends the idle workers; running ones end with their tasks."""
@@ -165,7 +167,7 @@ class WorkerPool:
 class _Worker:
     """One process and the socket to it. Requests are pickled by us; replies are JSON, as the other side is untrusted."""
 
-    def __init__(self, setup: Mapping[str, Any], environment: Mapping[str, str] | None) -> None:
+    def __init__(self, setup: Mapping[str, Any], environment: Mapping[str, str] | None, output: bool) -> None:
         ours, theirs = socket.socketpair()
         self.socket, self.ready, self.failure, self.served = ours, False, "", 0
         self._buffer = bytearray()
@@ -178,7 +180,8 @@ class _Worker:
                 [sys.executable, "-P", "-c", boot, str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
+                stdout=2 if output else subprocess.DEVNULL,
+                stderr=None if output else subprocess.DEVNULL,
                 env=environment,
                 start_new_session=True,  # one signal to the group ends what the worker started, too
             )
@@ -223,7 +226,7 @@ class _Worker:
             payload = bytes(self._buffer[4 : 4 + length])
             del self._buffer[: 4 + length]
             try:
-                reply = json.loads(payload)
+                reply = json.loads(payload, parse_constant=_refuse)
             except (ValueError, RecursionError) as error:
                 self.failure = f"a reply that is no JSON: {error}"
                 return
@@ -372,6 +375,10 @@ class _Run:
             status = worker.kill() or status
         self.pool.release(worker, kill)
         return status
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} in a reply")
 
 
 def _read_reply(reply: Any, seconds: float) -> Answer:

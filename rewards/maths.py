@@ -62,6 +62,7 @@ class MathReward:
             workers=concurrency,
             memory_bytes=MEMORY_BYTES,
             network=False,
+            output=False,  # parsers complain about every odd input
             environment={k: os.environ[k] for k in ("PATH", "LD_LIBRARY_PATH", "HOME", "LANG") if k in os.environ},
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -104,13 +105,20 @@ class PluginReward:
         return [self._verdict(found, seconds) for found in answer.value]
 
     def _verdict(self, found: Any, seconds: float) -> Verdict:
-        if not isinstance(found, Mapping) or not isinstance(score := found.get("score"), (int, float)):
+        if not isinstance(found, Mapping) or not isinstance(found.get("score"), (int, float)):
             message = found.get("error") or found.get("message") if isinstance(found, Mapping) else "a bad reply"
             return verifier_error(f"{self.target}: {message}", seconds)
-        parts = {str(k): float(v) for k, v in dict(found.get("parts") or {}).items()}
-        if "status" in found:
-            status = Status(found["status"])
-        else:
-            status = Status.CORRECT if score >= 1 else Status.WRONG if score <= 0 else Status.PARTIAL
+        try:
+            score = float(found["score"])
+            parts = {str(k): float(v) for k, v in dict(found.get("parts") or {}).items()}
+            status = Status(found.get("status", _status(score)))
+        except (ValueError, TypeError, OverflowError) as error:  # a plugin may have written to the socket itself
+            return verifier_error(f"{self.target}: a bad reply: {error}", seconds)
+        if status is Status.VERIFIER_ERROR or not math.isfinite(score):
+            return verifier_error(f"{self.target}: {found.get('message') or 'no finite score'}", seconds)
         message = str(found.get("message", ""))
-        return Verdict(status=status, score=float(score), parts=parts, message=message, seconds=seconds)
+        return Verdict(status=status, score=score, parts=parts, message=message, seconds=seconds)
+
+
+def _status(score: float) -> Status:
+    return Status.CORRECT if score >= 1 else Status.WRONG if score <= 0 else Status.PARTIAL

@@ -47,6 +47,7 @@ class RewardSuite:
                 raise ValueError(f"reward.{part.name}.gate is {part.gate!r}; it must name another part of {names}")
         self.parts = tuple(parts)
         self._tally = {part.name: _Tally() for part in parts}
+        self._under_way: dict[str, list[_Call]] = {part.name: [] for part in parts}
         self._lock = threading.Lock()
 
     def grade(self, inputs: Sequence[RewardInput]) -> list[Verdict]:
@@ -54,12 +55,22 @@ class RewardSuite:
         if not inputs:
             return []
         start = time.perf_counter()
-        calls = [_Call(part, inputs) for part in self.parts]
+        calls = [self._call(part, inputs) for part in self.parts]
         graded = {call.part.name: call.verdicts(start) for call in calls}
         with self._lock:
             for name, verdicts in graded.items():
                 self._tally[name].add(verdicts, time.perf_counter() - start)
         return [self._combine({name: graded[name][i] for name in graded}) for i in range(len(inputs))]
+
+    def _call(self, part: Part, inputs: Sequence[RewardInput]) -> _Call:
+        """Starts a part on a batch, unless earlier calls of it are stuck: threads cannot be killed, only not added to."""
+        call = _Call(part, inputs)
+        with self._lock:
+            under_way = [c for c in self._under_way[part.name] if not c.done.is_set()]
+            stuck = sum(c.abandoned for c in under_way)
+            self._under_way[part.name] = [*under_way, call]
+        call.start(f"{stuck} earlier calls are stuck" if stuck >= _MAX_STUCK else "")
+        return call
 
     def _combine(self, verdicts: Mapping[str, Verdict]) -> Verdict:
         main = verdicts[self.parts[0].name]
@@ -118,6 +129,9 @@ class RewardSuite:
         for part in self.parts:
             if (close := getattr(part.reward, "close", None)) is not None:
                 close()
+
+
+_MAX_STUCK = 4
 
 
 class TooManyErrors(RuntimeError):
@@ -185,7 +199,14 @@ class _Call:
         self.part, self.inputs = part, inputs
         self.result: list[Verdict] | None = None
         self.done = threading.Event()
-        if getattr(part.reward, "inline", False):
+        self.abandoned = False
+
+    def start(self, refusal: str) -> None:
+        part = self.part
+        if refusal:
+            self.result = self._failed(refusal)
+            self.done.set()
+        elif getattr(part.reward, "inline", False):
             self._run()  # microseconds of our own code: a thread would cost more than the work
         else:
             threading.Thread(target=self._run, daemon=True, name=f"reward-{part.name}").start()
@@ -204,6 +225,7 @@ class _Call:
     def verdicts(self, start: float) -> list[Verdict]:
         remaining = self.part.deadline - (time.perf_counter() - start)
         if not self.done.wait(max(remaining, 0.0)):
+            self.abandoned = True
             return self._failed(f"no verdict within the deadline of {self.part.deadline:g} s")
         assert self.result is not None
         return self.result

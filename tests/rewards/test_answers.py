@@ -3,10 +3,9 @@
 import time
 
 import pytest
+from emberl.rewards.answers import boxes, extract
 from hypothesis import given
 from hypothesis import strategies as st
-
-from emberl.rewards.answers import boxes, extract
 
 
 @pytest.mark.parametrize(

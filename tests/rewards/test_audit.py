@@ -5,7 +5,6 @@ import json
 from collections.abc import Sequence
 
 import pytest
-
 from emberl.rewards.audit import audit, audit_reward, read_rows, to_html, to_text
 from emberl.rewards.inputs import RewardInput
 from emberl.rewards.verdict import Status, Verdict, verifier_error

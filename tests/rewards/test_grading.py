@@ -9,7 +9,6 @@ import threading
 import time
 
 import pytest
-
 from emberl.rewards.grading import Ended, WorkerPool
 
 pytestmark = pytest.mark.slow  # every test starts processes

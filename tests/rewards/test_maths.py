@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from emberl.rewards.hacks import HACKS
 from emberl.rewards.inputs import RewardInput
 from emberl.rewards.maths import MathReward
@@ -208,8 +207,11 @@ def test_fuzz() -> None:
     """`EMBERL_FUZZ=1000000 pytest tests/rewards/test_maths.py -k fuzz` is the long form."""
     count = int(os.environ.get("EMBERL_FUZZ", "3000"))
     rng = random.Random(count)
-    pieces = ["\\frac", "\\sqrt", "\\boxed", "{", "}", "(", ")", "[", "]", "^", "_", "!", "+", "-", "\\cdot", "/", "=", "<", ",", "x", "n",
-              "e", "i", "\\pi", "0", "1", "2", "9", "99", ".", "\\text{or}", " ", "\\le", "\\int", "\\sum", "|", "\\infty", "%", "\x00", "é", "$"]  # fmt: skip
+    pieces = [
+        "\\frac", "\\sqrt", "\\boxed", "{", "}", "(", ")", "[", "]", "^", "_", "!", "+", "-", "\\cdot", "/", "=", "<", ",",
+        "x", "n", "e", "i", "\\pi", "0", "1", "2", "9", "99", ".", "\\text{or}", " ", "\\le", "\\int", "\\sum", "|",
+        "\\infty", "%", "\x00", "é", "$",
+    ]  # fmt: skip
     reward = MathReward(timeout=1.0)
     golds = ["5", "\\frac{1}{2}", "x^2+1", "(1, 2]", "\\{1, 2\\}", "x = 3", "\\sum_{k} k", "\\text{odd}"]
     try:

@@ -7,7 +7,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-
 from emberl.rewards.adapters import adapt, recognise, result, reward
 from emberl.rewards.inputs import RewardInput
 from emberl.rewards.plugins import PluginReward
@@ -84,9 +83,11 @@ def test_styles_are_recognised_or_forced() -> None:
 
     def trl(completions, **kwargs): ...
 
+    def lengths(completion_ids, **kwargs): ...
+
     def unknown(alpha): ...
 
-    assert (recognise(marked), recognise(trl)) == ("native", "trl")
+    assert (recognise(marked), recognise(trl), recognise(lengths)) == ("native", "trl", "trl")
     with pytest.raises(ValueError, match=r"no known style has the parameters \(alpha\)"):
         recognise(unknown)
     assert adapt(lambda x: 0.5, "native")([row("x")]) == [{"score": 0.5, "parts": {}}]
@@ -113,7 +114,7 @@ def test_what_cannot_be_loaded_is_an_error_at_once(use: str, message: str) -> No
 
 @pytest.mark.slow
 def test_the_same_errors_come_out_of_the_process() -> None:
-    with pytest.raises(ValueError, match="reward.x: example_rewards.broken:odd_signature: .*no known style"):
+    with pytest.raises(ValueError, match=r"reward\.x: example_rewards\.broken:odd_signature: .*no known style"):
         build_suite({"x": {"use": "example_rewards.broken:odd_signature"}})
     with pytest.raises(ValueError, match="ModuleNotFoundError"):
         load_reward("no_such_package.rewards:f")

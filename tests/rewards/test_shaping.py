@@ -1,7 +1,6 @@
 """Shaping rewards against numbers worked out by hand."""
 
 import pytest
-
 from emberl.rewards.inputs import RewardInput
 from emberl.rewards.shaping import FormatReward, LanguageReward, OverlongReward, RepetitionReward
 from emberl.rewards.verdict import Status

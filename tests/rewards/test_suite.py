@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 
 import pytest
-
 from emberl.rewards.inputs import RewardInput
 from emberl.rewards.suite import Part, RewardSuite, TooManyErrors, build_suite, check_errors
 from emberl.rewards.verdict import Status, Verdict, verifier_error
@@ -83,6 +82,25 @@ def test_a_stuck_part_is_left_behind_at_its_deadline() -> None:
     release.set()
     assert time.perf_counter() - start < 5
     assert all("deadline of 0.2 s" in v.message for v in verdicts)
+
+
+def test_calls_do_not_pile_up_behind_a_stuck_part() -> None:
+    release, calls = threading.Event(), []
+
+    def stuck(batch: Sequence[RewardInput]) -> list[Verdict]:
+        calls.append(1)
+        release.wait(30)
+        return fixed(1)(batch)
+
+    held = RewardSuite([Part(name="answer", reward=stuck, deadline=0.05)])
+    messages = [held.grade(ROWS[:1])[0].message for _ in range(6)]
+    assert len(calls) == 4
+    assert "4 earlier calls are stuck" in messages[-1]
+    release.set()
+    end = time.monotonic() + 5
+    while held.grade(ROWS[:1])[0].score is None and time.monotonic() < end:
+        time.sleep(0.02)
+    assert held.grade(ROWS[:1])[0].score == 1  # it works again once the stuck calls are over
 
 
 def test_parts_run_side_by_side() -> None:
