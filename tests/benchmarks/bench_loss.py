@@ -1,0 +1,321 @@
+"""The output layer's loss, forward and backward, against its peers, interleaved in one process.
+
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python tests/benchmarks/bench_loss.py [--quick] [--json FILE]
+
+Shapes A: 4096 x 512 x 32k, B: 2048 x 1024 x 152k, bfloat16. Every line says which share of the measured bf16
+matrix-product ceiling its three products (two, one) reach. Peers are used where they are installed: trl and liger-kernel
+(packages), verl (its file verl/utils/experimental/torch_functional.py is loaded alone). Errors are against float64 on a
+problem small enough for it. Peak memory is the process's resident set above what it was before the call.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import harness
+import torch
+from emberl.kernels.fused_loss import linear_logprob, linear_loss
+from emberl.kernels.terms import TokenStats, TokenTerms
+from torch import Tensor
+
+CLIP = 0.2
+SHAPES = {"A": (4096, 512, 32_000), "B": (2048, 1024, 152_000)}
+QUICK = {"quick": (512, 128, 4000)}
+SEQUENCES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A batch of `SEQUENCES` equal sequences whose log-probs look like a trained model's."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    old: Tensor
+    advantage: Tensor
+    """[N], equal within a sequence"""
+
+    @property
+    def ids(self) -> Tensor:
+        return torch.arange(len(self.targets)) // (len(self.targets) // SEQUENCES)
+
+
+def problem(n: int, h: int, v: int, *, half: bool = False) -> Problem:
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(v, h, generator=g) * h**-0.5
+    targets = torch.randint(0, v, (n,), generator=g)
+    peak = torch.rand(n, 1, generator=g) * 20 + 5
+    hidden = (weight[targets] * peak + torch.randn(n, h, generator=g) * 0.5).bfloat16()
+    weight = weight.bfloat16()
+    logp = linear_logprob(hidden, weight, targets, backend="chunked").logp
+    old = (logp + 0.05 * torch.randn(n, generator=g)).clamp(max=0)
+    advantage = torch.randn(SEQUENCES, generator=g)
+    if half:
+        advantage[::2] = 0
+    return Problem(
+        hidden=hidden, weight=weight, targets=targets, old=old,
+        advantage=advantage.repeat_interleave(n // SEQUENCES),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenClip:
+    """PPO-clip, the mean over tokens."""
+
+    p: Problem
+    whole_sequences: bool = False
+    needs_entropy: bool = False
+
+    def __call__(self, stats: TokenStats, index: Tensor) -> TokenTerms:
+        advantage = self.p.advantage[index] / len(self.p.old)
+        ratio = torch.exp(stats.logp - self.p.old[index])
+        plain, bounded = ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage
+        return TokenTerms(loss=-torch.minimum(plain, bounded), dlogp=torch.where(plain <= bounded, -plain, 0.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceClip:
+    """GSPO: the clipped ratio is the sequence's geometric mean, the loss is the mean over sequences."""
+
+    p: Problem
+    whole_sequences: bool = True
+    needs_entropy: bool = False
+
+    def __call__(self, stats: TokenStats, index: Tensor) -> TokenTerms:
+        length = len(self.p.old) // SEQUENCES
+        log_ratio = (stats.logp - self.p.old[index]).view(-1, length).mean(1)
+        advantage = self.p.advantage[index].view(-1, length)[:, 0] / SEQUENCES
+        ratio = torch.exp(log_ratio)
+        plain, bounded = ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage
+        loss, slope = -torch.minimum(plain, bounded), torch.where(plain <= bounded, -plain, 0.0)
+        return TokenTerms(
+            loss=(loss / length).repeat_interleave(length), dlogp=(slope / length).repeat_interleave(length)
+        )
+
+
+def from_logp(p: Problem, logp: Tensor, *, sequences: bool) -> Tensor:
+    """The same two losses for autograd."""
+    log_ratio, advantage = logp - p.old, p.advantage
+    if sequences:
+        log_ratio, advantage = log_ratio.view(SEQUENCES, -1).mean(1), advantage.view(SEQUENCES, -1)[:, 0]
+    ratio = torch.exp(log_ratio)
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
+
+
+LogProb = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def peers() -> dict[str, LogProb]:
+    """Differentiable log-probs [N] of each peer that is installed."""
+    found: dict[str, LogProb] = {
+        "naive bf16": lambda h, w, y: (h @ w.t()).float().log_softmax(-1).gather(1, y[:, None])[:, 0],
+        "naive fp32": lambda h, w, y: (h.float() @ w.float().t()).log_softmax(-1).gather(1, y[:, None])[:, 0],
+        "torch linear_cross_entropy": lambda h, w, y: (
+            -torch.nn.functional.linear_cross_entropy(h, w, y, reduction="none").float()
+        ),
+    }
+    if importlib.util.find_spec("trl") is not None:
+        utils = importlib.import_module("trl.trainer.utils")
+        chunked = importlib.import_module("trl.kernels.chunked_logprob")
+        found["trl on logits"] = lambda h, w, y: utils.selective_log_softmax(h @ w.t(), y).float()
+        found["trl chunked"] = lambda h, w, y: chunked.ChunkedLogProbFunction.apply(h, w, None, y, 1.0, 4096)[0]
+    if (verl := importlib.util.find_spec("verl")) is not None and verl.origin is not None:
+        path = Path(verl.origin).parent / "utils/experimental/torch_functional.py"
+        spec = importlib.util.spec_from_file_location("verl_torch_functional", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        head = module.FusedLinearForPPO()
+        found["verl fused"] = lambda h, w, y: head(h, w, y)[0]
+    return found
+
+
+def liger_loss(p: Problem, h: Tensor, w: Tensor, *, sequences: bool) -> Tensor:
+    module = importlib.import_module("liger_kernel.chunked_loss.grpo_loss")
+    loss = module.LigerFusedLinearGRPOLoss(
+        beta=0.0, compiled=False, use_ref_model=False, loss_type="grpo" if sequences else "dapo",
+        importance_sampling_level="sequence" if sequences else "token",
+    )  # fmt: skip
+    shape = (SEQUENCES, -1)
+    value: Tensor = loss(
+        h.view(*shape, h.shape[1]), w, p.targets.view(shape), torch.ones_like(p.targets).view(shape),
+        p.advantage.view(shape)[:, 0], old_per_token_logps=p.old.view(shape),
+    )[0]  # fmt: skip
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is computed; `products` are the matrix products that the floor counts."""
+
+    products: int
+    half: bool = False
+    frozen: bool = False
+    gradients: bool = True
+    sequences: bool = False
+
+
+CASES = {
+    "full": Case(products=3),
+    "frozen head": Case(products=2, frozen=True),
+    "log-prob only": Case(products=1, gradients=False),
+    "half without signal": Case(products=3, half=True),
+    "GSPO": Case(products=3, sequences=True),
+}
+
+
+def leaves(p: Problem, case: Case) -> tuple[Tensor, Tensor]:
+    return p.hidden.detach().requires_grad_(), p.weight.detach().requires_grad_(not case.frozen)
+
+
+def runs(p: Problem, case: Case) -> dict[str, Callable[[], Any]]:
+    """Every implementation of a case, as a function without arguments."""
+
+    def ours() -> None:
+        if not case.gradients:
+            with torch.no_grad():
+                linear_logprob(p.hidden, p.weight, p.targets, shift=p.old)
+            return
+        h, w = leaves(p, case)
+        loss = SequenceClip(p=p) if case.sequences else TokenClip(p=p)
+        active = p.advantage != 0 if case.half else None
+        linear_loss(h, w, p.targets, loss, shift=p.old, sequence_ids=p.ids, active=active)[0].backward()
+
+    def peer(logprob: LogProb) -> Callable[[], None]:
+        def run() -> None:
+            if not case.gradients:
+                with torch.no_grad():
+                    logprob(p.hidden, p.weight, p.targets)
+                return
+            h, w = leaves(p, case)
+            from_logp(p, logprob(h, w, p.targets), sequences=case.sequences).backward()
+
+        return run
+
+    def liger() -> None:
+        h, w = leaves(p, case)
+        liger_loss(p, h, w, sequences=case.sequences).backward()
+
+    found: dict[str, Callable[[], Any]] = {"emberl": ours} | {name: peer(f) for name, f in peers().items()}
+    if importlib.util.find_spec("liger_kernel") is not None and case.gradients:
+        found["liger fused GRPO"] = liger
+    return found
+
+
+def ceiling() -> float:
+    """The best bf16 matrix product of this process, in TFLOP/s."""
+    best = 0.0
+    for m, k, n in ((4096, 512, 1024), (4096, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 2048)):
+        a, b = torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16()
+        out = torch.empty(m, n, dtype=torch.bfloat16)
+        torch.mm(a, b, out=out)
+        for _ in range(4):
+            start = time.perf_counter()
+            torch.mm(a, b, out=out)
+            best = max(best, 2e-12 * m * k * n / (time.perf_counter() - start))
+    return best
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """Puts into the list the peak of the resident set above its value at entry, in MiB (sampled every 2 ms)."""
+    page = os.sysconf("SC_PAGE_SIZE") / 2**20
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * page  # noqa: E731
+    start, result, stop = resident(), [0.0], threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(0.002):
+            result[0] = max(result[0], resident() - start)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield result
+    finally:
+        stop.set()
+        thread.join()
+
+
+def errors(report: harness.Report) -> None:
+    """Log-prob and gradient errors of every implementation against float64 autograd."""
+    p = problem(512, 256, 8000)
+    h, w = p.hidden.double().requires_grad_(), p.weight.double().requires_grad_()
+    exact = (h @ w.t()).log_softmax(-1)[torch.arange(512), p.targets]
+    from_logp(p, exact, sequences=False).backward()
+    case = CASES["full"]
+    for name, f in {"emberl": None, **peers(), "liger fused GRPO": None}.items():
+        mine_h, mine_w = leaves(p, case)
+        logp = None
+        if name == "emberl":
+            value, stats, _ = linear_loss(mine_h, mine_w, p.targets, TokenClip(p=p), shift=p.old)
+            logp = stats.logp
+        elif f is not None:
+            logp = f(mine_h, mine_w, p.targets)
+            value = from_logp(p, logp, sequences=False)
+        elif importlib.util.find_spec("liger_kernel") is not None:
+            value = liger_loss(p, mine_h, mine_w, sequences=False)
+        else:
+            continue
+        value.backward()
+        assert h.grad is not None and w.grad is not None and mine_h.grad is not None and mine_w.grad is not None
+        error = (mine_h.grad - h.grad).norm(dim=1)
+        norms = h.grad.norm(dim=1)
+        report.record(
+            "error 512x256x8000", name, float("nan") if logp is None else float((logp - exact).abs().mean()), "nat",
+            logp_max=float("nan") if logp is None else float((logp - exact).abs().max()),
+            dh=float(error.norm() / norms.norm()), dw=float((mine_w.grad - w.grad).norm() / w.grad.norm()),
+            dh_row_p99=float((error[norms > 0] / norms[norms > 0]).quantile(0.99)),
+        )  # fmt: skip
+
+
+def main() -> None:
+    parser = harness.arguments(__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="only this shape (may be repeated)")
+    parser.add_argument("--case", choices=CASES, action="append", help="only this case (may be repeated)")
+    parser.add_argument("--impl", action="append", help="only implementations whose name contains this; ours always")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    report = harness.Report("loss", args.json, "trl", "liger-kernel", "verl")
+    errors(report)
+    shapes = QUICK if args.quick else {name: SHAPES[name] for name in args.shape or SHAPES}
+    for shape, size in shapes.items():
+        for name in args.case or CASES:
+            case = CASES[name]
+            p = problem(*size, half=case.half)
+            chosen = {
+                impl: run
+                for impl, run in runs(p, case).items()
+                if impl == "emberl" or args.impl is None or any(part in impl for part in args.impl)
+            }
+            peaks = {}
+            for impl, run in chosen.items():
+                with peak_memory() as peak:
+                    run()
+                peaks[impl] = peak[0]
+            top = ceiling()
+            seconds = harness.interleave(chosen, 1 if args.quick else args.rounds)
+            top = max(top, ceiling())
+            flops = 2e-12 * case.products * size[0] * size[1] * size[2] * (0.5 if case.half else 1.0)
+            mine = harness.median(seconds["emberl"])
+            for impl, times in seconds.items():
+                took = harness.median(times)
+                report.record(
+                    f"{shape} {name}", impl, took, "s", ratio=took / mine, floor=flops / top, best=min(times),
+                    ceiling_tflops=top, percent=100 * flops / top / took, peak_mib=peaks[impl],
+                    threads=torch.get_num_threads(),
+                )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
