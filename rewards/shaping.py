@@ -14,8 +14,14 @@ FORMATS = {
     "boxed": r".*\\boxed\{.*",
 }
 _WORD = re.compile(r"[A-Za-z]{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[\u0400-\u04ff]{2,}|[\u0600-\u06ff]{2,}")
-_SCRIPTS = {"en": re.compile(r"[A-Za-z]"), "zh": re.compile(r"[\u3400-\u9fff]"), "ja": re.compile(r"[\u3040-\u30ff\u3400-\u9fff]"),
-            "ko": re.compile(r"[\uac00-\ud7af]"), "ru": re.compile(r"[\u0400-\u04ff]"), "ar": re.compile(r"[\u0600-\u06ff]")}  # fmt: skip
+_SCRIPTS = {
+    "en": re.compile(r"[A-Za-z]"),
+    "zh": re.compile(r"[\u3400-\u9fff]"),
+    "ja": re.compile(r"[\u3040-\u30ff\u3400-\u9fff]"),
+    "ko": re.compile(r"[\uac00-\ud7af]"),
+    "ru": re.compile(r"[\u0400-\u04ff]"),
+    "ar": re.compile(r"[\u0600-\u06ff]"),
+}
 _NOT_PROSE = re.compile(r"```.*?```|\$[^$]*\$|\\[A-Za-z]+|<[^<>]*>", re.DOTALL)
 
 
