@@ -1,0 +1,305 @@
+"""From resolved settings and a batch to the `TokenLoss` of a step.
+
+The mathematics stands in `surrogates`; here it gets its ratio level, the weights of `aggregation` and `offpolicy`, the
+KL penalty and the entropy bonus. The total is the plain sum over tokens: nothing is divided here.
+
+Shape legend: n tokens of a chunk, T tokens of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...kernels.terms import TokenLoss, TokenStats, TokenTerms
+from ..groups import Batch
+from .offpolicy import correction, renormalised
+from .plugins import UserLoss, load_loss
+from .settings import LOSSES, KLConfig, LossConfig, OffPolicyConfig
+from .surrogates import (
+    cispo,
+    dppo_tv,
+    k2_5,
+    kl_penalty,
+    nll,
+    off_policy_sequences,
+    ppo_clip,
+    reinforce,
+    sapo,
+    squared_log_ratio,
+    topr,
+)
+from .tokens import TokenBatch
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Objective:
+    """Everything that fixes the loss of a step besides the batch."""
+
+    loss: LossConfig | None
+    """None: the negative log-likelihood of supervised fine-tuning."""
+    kl: KLConfig = field(default_factory=KLConfig)
+    offpolicy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
+    temperature: float = 1.0
+    """That of sampling: log-probs are compared under the same one."""
+
+    @staticmethod
+    def of(loss: LossConfig, kl: KLConfig, offpolicy: OffPolicyConfig, *, temperature: float = 1.0) -> Objective:
+        """Checks a user's own loss on a tiny batch at once, so that a run ends before it samples anything."""
+        if loss.kind not in LOSSES:
+            load_loss(loss.kind, loss.options)
+        return Objective(loss=loss, kl=kl, offpolicy=offpolicy, temperature=temperature)
+
+    @staticmethod
+    def sft() -> Objective:
+        return Objective(loss=None)
+
+    @property
+    def on_samples(self) -> bool:
+        """Whether the batch's behaviour log-probs mean anything."""
+        return self.loss is not None
+
+    @property
+    def needs_old_logp(self) -> bool:
+        """Whether the learner's own log-probs of the batch must be computed before the step."""
+        return self.on_samples and self.offpolicy.old_logp == "recompute"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss needs the reference's log-probs."""
+        return self.on_samples and self.kl.active and self.kl.place == "loss"
+
+    @property
+    def needs_all_tokens(self) -> bool:
+        """Whether a token of advantage 0 still has a gradient."""
+        if self.loss is None or self.loss.kind not in LOSSES:
+            return True
+        return bool(self.needs_reference or self.loss.entropy_coef or self.loss.tau)
+
+
+def token_loss(
+    objective: Objective,
+    batch: Batch,
+    device: torch.device,
+    *,
+    old_logp: Array | None = None,
+    reference_logp: Array | None = None,
+) -> BatchLoss:
+    """The loss of the whole batch, to be called chunk by chunk.
+
+    A loss token whose behaviour, old or reference log-prob is not finite does not train: it is counted in
+    `actor/nonfinite_logp` and keeps its place in the denominators. Where tokens of a sequence are coupled its whole
+    sequence does not train.
+
+    Args:
+        old_logp: [T] the learner's log-probs under the old policy; required if `objective.needs_old_logp`.
+        reference_logp: [T] those of the reference; required if `objective.needs_reference`.
+
+    Raises:
+        ValueError: an advantage of a loss token that is not finite.
+    """
+    assert not objective.needs_old_logp or old_logp is not None, "offpolicy.old_logp=recompute, but none were computed"
+    assert not objective.needs_reference or reference_logp is not None, "kl.place=loss, but there is no reference"
+    mask, behaviour = batch.loss_mask_T, batch.behaviour_logp_T
+    if objective.on_samples and not np.isfinite(batch.advantages_T[mask]).all():
+        count = int((~np.isfinite(batch.advantages_T[mask])).sum())
+        raise ValueError(f"{count} of {mask.sum()} loss tokens have an advantage that is not finite; check the rewards")
+    old = behaviour if old_logp is None or not objective.needs_old_logp else old_logp
+    weights = importance = batch.weights_T
+    metrics: dict[str, float] = {}
+    if objective.on_samples and objective.offpolicy.active:
+        found = correction(old, behaviour, mask, batch.sequence_ids_T, objective.offpolicy)
+        metrics = found.metrics
+        if objective.loss is not None and objective.loss.denominator == "kept":
+            weights = renormalised(weights, found.kept)
+        importance = weights * found.weights
+    rows = {"old_logp": old, "behaviour_logp": behaviour}
+    if objective.needs_reference and reference_logp is not None:
+        rows["reference_logp"] = reference_logp
+    trains = mask.copy()
+    if objective.on_samples:
+        for row in rows.values():
+            trains &= np.isfinite(np.where(mask, row, 0.0))
+    ids = batch.sequence_ids_T
+    rows |= {"advantages": batch.advantages_T, "weights": weights, "importance": importance}
+    rows = {name: np.where(trains, row, 0.0) for name, row in rows.items()}  # what is masked may hold anything
+    rows["length"] = np.maximum(np.bincount(ids, weights=mask), 1.0)[ids] if len(ids) else np.zeros(0)
+    return BatchLoss(objective, rows, mask, trains, ids, device, metrics)
+
+
+class BatchLoss(TokenLoss):
+    """The loss of one batch; `metrics` holds the figures that were known before any pass."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        rows: dict[str, Array],
+        mask: NDArray[np.bool_],
+        trains: NDArray[np.bool_],
+        sequence_ids: Array,
+        device: torch.device,
+        metrics: dict[str, float],
+    ) -> None:
+        self.objective = objective
+        self.metrics = metrics
+        loss = objective.loss
+        self._user: UserLoss | None = None
+        if loss is not None and loss.kind not in LOSSES:
+            self._user = load_loss(loss.kind, loss.options)
+        coupled = loss is not None and (loss.ratio_level != "token" or objective.offpolicy.opsm_delta is not None)
+        self.whole_sequences = coupled or (self._user is not None and self._user.whole_sequences)
+        self.needs_entropy = loss is not None and loss.entropy_coef > 0
+        self._rows = rows
+        self._device = device
+        self._on_device: dict[torch.dtype, dict[str, Tensor]] = {}
+        self._mask = torch.from_numpy(np.ascontiguousarray(mask)).to(device)
+        self._trains = torch.from_numpy(np.ascontiguousarray(trains)).to(device)
+        self._sequence = torch.from_numpy(np.ascontiguousarray(sequence_ids).astype(np.int64)).to(device)
+
+    def __call__(self, stats: TokenStats, index: Tensor) -> TokenTerms:
+        rows = {name: row[index] for name, row in self._tensors(stats.logp.dtype).items()}
+        sequence = self._sequence[index]
+        trains = self._trains[index] & torch.isfinite(stats.logp)
+        bad = (self._mask[index] & ~trains).to(stats.logp.dtype)
+        if self.whole_sequences and len(sequence):
+            broken = bad.new_zeros(int(sequence.max()) + 1).index_add(0, sequence, bad)
+            trains = trains & (broken[sequence] == 0)
+        logp = torch.where(trains, stats.logp, rows["old_logp"])
+        weights = torch.where(trains, rows.pop("weights"), 0.0)
+        importance = torch.where(trains, rows.pop("importance"), 0.0)
+        batch = TokenBatch(sequence=sequence, entropy=stats.entropy, **rows)
+        if self.objective.loss is None:
+            return _weighted(nll(logp), weights)
+        terms = self._policy_terms(logp, batch, importance, self.objective.loss)
+        terms = self._with_kl(terms, logp, batch, weights)
+        terms = self._with_entropy(terms, stats.entropy, trains, weights)
+        metrics = {"actor/ppo_kl": batch.old_logp - logp, **terms.metrics}
+        metrics = {name: torch.where(trains, value, 0.0) for name, value in metrics.items()}
+        metrics["actor/nonfinite_logp"] = bad
+        return TokenTerms(loss=terms.loss, dlogp=terms.dlogp, dentropy=terms.dentropy, metrics=metrics)
+
+    def _tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The batch's arrays in the dtype of the head's log-probs, which only its first call shows."""
+        if dtype not in self._on_device:
+            self._on_device[dtype] = {
+                name: torch.from_numpy(np.ascontiguousarray(row)).to(dtype).to(self._device)
+                for name, row in self._rows.items()
+            }
+        return self._on_device[dtype]
+
+    def _policy_terms(self, logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
+        delta = self.objective.offpolicy.opsm_delta
+        metrics: dict[str, Tensor] = {}
+        if delta is not None:
+            dropped = off_policy_sequences(batch.means(batch.behaviour_logp - logp), batch.advantages, delta)
+            weights = torch.where(dropped, 0.0, weights)
+            metrics["rollout_corr/opsm_masked_fraction"] = dropped.to(logp.dtype)
+        if self._user is not None:
+            value, slope = self._user(logp, batch, weights)
+            terms = TokenTerms(loss=torch.where(weights != 0, value * weights, 0.0), dlogp=slope)
+        else:
+            terms = KINDS[loss.kind](logp, batch, weights, loss)
+        return TokenTerms(loss=terms.loss, dlogp=terms.dlogp, metrics={**terms.metrics, **metrics})
+
+    def _with_kl(self, terms: TokenTerms, logp: Tensor, batch: TokenBatch, weights: Tensor) -> TokenTerms:
+        kl = self.objective.kl
+        if batch.reference_logp is None:
+            return terms
+        found = kl_penalty(logp, batch.reference_logp, kl.estimator, old_logp=batch.old_logp if kl.unbiased else None)
+        return TokenTerms(
+            loss=terms.loss + kl.coef * weights * found.loss,
+            dlogp=terms.dlogp + kl.coef * weights * found.dlogp,
+            metrics={**terms.metrics, "actor/kl_loss": found.loss},
+        )
+
+    def _with_entropy(self, terms: TokenTerms, entropy: Tensor | None, trains: Tensor, weights: Tensor) -> TokenTerms:
+        if not self.needs_entropy:
+            return terms
+        assert entropy is not None and self.objective.loss is not None
+        slope = -self.objective.loss.entropy_coef * weights
+        loss = terms.loss + slope * torch.where(trains, entropy, 0.0)
+        return TokenTerms(loss=loss, dlogp=terms.dlogp, dentropy=slope, metrics=terms.metrics)
+
+
+def _weighted(terms: TokenTerms, weights: Tensor) -> TokenTerms:
+    return TokenTerms(loss=terms.loss * weights, dlogp=terms.dlogp * weights, metrics=terms.metrics)
+
+
+def _ratio(logp: Tensor, batch: TokenBatch, loss: LossConfig) -> Tensor:
+    """[n] the log-ratio at `loss.ratio_level`."""
+    log_ratio = logp - batch.old_logp
+    if loss.ratio_level == "token":
+        return log_ratio
+    return batch.sums(log_ratio) if loss.ratio_level == "trajectory" else batch.means(log_ratio)
+
+
+def _through_ratio(terms: TokenTerms, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
+    """`terms` with derivatives by the ratio of `_ratio`, as terms with derivatives by each token's log-prob."""
+    slope = terms.dlogp * weights
+    if loss.ratio_level == "sequence":
+        slope = batch.means(slope)
+    elif loss.ratio_level == "trajectory":
+        slope = batch.sums(slope)
+    return TokenTerms(loss=terms.loss * weights, dlogp=slope, metrics=terms.metrics)
+
+
+def _ppo_clip(logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
+    bounds = {"clip_low": loss.clip_low, "clip_high": loss.clip_high}
+    terms = ppo_clip(_ratio(logp, batch, loss), batch.advantages, **bounds, dual_clip=loss.dual_clip)
+    return _through_ratio(terms, batch, weights, loss)
+
+
+def _sapo(logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
+    taus = {"tau_positive": loss.sapo_tau_positive, "tau_negative": loss.sapo_tau_negative}
+    return _through_ratio(sapo(_ratio(logp, batch, loss), batch.advantages, **taus), batch, weights, loss)
+
+
+def _cispo(logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
+    bounds = {"clip_low": loss.clip_low, "clip_high": loss.clip_high}
+    return _weighted(cispo(logp, _ratio(logp, batch, loss), batch.advantages, **bounds), weights)
+
+
+def _topr(logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
+    return _weighted(topr(logp, _ratio(logp, batch, loss), batch.advantages), weights)
+
+
+def _reinforce(logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
+    return _weighted(reinforce(logp, batch.advantages), weights)
+
+
+def _dppo_tv(logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
+    bounds = {"low": loss.clip_low, "high": loss.clip_high, "tau": loss.tau}
+    return _weighted(dppo_tv(logp, batch.old_logp, batch.advantages, **bounds), weights)
+
+
+def _k1_5(logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
+    gain = _weighted(reinforce(logp, batch.advantages), weights)
+    square = squared_log_ratio(_ratio(logp, batch, loss), 1 / batch.length, loss.tau)
+    pull = _through_ratio(square, batch, weights, loss)
+    return TokenTerms(loss=gain.loss + pull.loss, dlogp=gain.dlogp + pull.dlogp)
+
+
+def _k2_5(logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
+    bounds = {"clip_low": loss.clip_low, "clip_high": loss.clip_high, "tau": loss.tau}
+    return _weighted(k2_5(logp - batch.old_logp, batch.advantages, **bounds), weights)
+
+
+KINDS: dict[str, Callable[[Tensor, TokenBatch, Tensor, LossConfig], TokenTerms]] = {
+    "ppo_clip": _ppo_clip,
+    "cispo": _cispo,
+    "reinforce": _reinforce,
+    "sapo": _sapo,
+    "dppo_tv": _dppo_tv,
+    "topr": _topr,
+    "k1_5": _k1_5,
+    "k2_5": _k2_5,
+}
+"""Each takes log-probs, the chunk, the tokens' weights and settings, and gives terms with the weights multiplied in."""

@@ -1,0 +1,224 @@
+"""Losses and advantages of a user's own: found by path or entry point, tried on a tiny batch, wrapped for the learner.
+
+A loss is `f(logp, batch, **options)`, differentiated by autograd, or giving its derivative itself:
+
+    def my_loss(logp, batch):                                   # [n] -> [n]; batch is a TokenBatch
+        ratio = (logp - batch.old_logp).exp()
+        return -batch.advantages * ratio.clamp(max=2.0)
+
+It says what each token costs. Masks, weights and means are put around it, so that it must not average. A loss that
+couples the tokens of a sequence sets `my_loss.whole_sequences = True`. One that returns (loss, dlogp) is in closed form;
+if its dlogp is on purpose not the derivative of its loss (a stop-gradient), it sets `my_loss.stop_gradient = True`.
+
+An advantage is `f(scores, **options)`: a list of [G] arrays in, NaN for no verdict, a list of [G] arrays out.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .settings import ADVANTAGE_PLUGINS, LOSS_PLUGINS
+
+if TYPE_CHECKING:  # an advantage needs no torch
+    from torch import Tensor
+
+    from .tokens import TokenBatch
+
+Floats = NDArray[np.float64]
+AdvantageFunction = Callable[[Sequence[Floats]], list[Floats]]
+TOLERANCE = 1e-5
+STEP = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UserLoss:
+    """A user's loss that has been tried out."""
+
+    name: str
+    function: Callable[..., Any]
+    options: Mapping[str, Any]
+
+    @property
+    def whole_sequences(self) -> bool:
+        return bool(getattr(self.function, "whole_sequences", False))
+
+    def __call__(self, logp: Tensor, batch: TokenBatch, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """[n] each token's loss, and [n] the derivative of sum(weights * loss) by its log-prob."""
+        import torch
+
+        with torch.enable_grad():
+            leaf = logp.detach().clone().requires_grad_(True)
+            given = self.function(leaf, batch, **self.options)
+            if isinstance(given, tuple) and len(given) == 2:
+                loss, slope = (self._checked(part, logp) for part in given)
+                return loss.detach(), weights * slope.detach()
+            loss = self._checked(given, logp)
+            if not loss.requires_grad:
+                return loss.detach(), torch.zeros_like(logp)
+            (slope,) = torch.autograd.grad((weights * loss).sum(), leaf)
+        return loss.detach(), slope
+
+    def _checked(self, part: Any, logp: Tensor) -> Tensor:
+        import torch
+
+        if not isinstance(part, torch.Tensor) or part.shape != logp.shape:
+            shape = tuple(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__
+            raise ValueError(
+                f"loss.kind={self.name!r} returned {shape} for {len(logp)} tokens; return one loss per token, shape "
+                f"[{len(logp)}], without sum or mean, or the pair (loss, dlogp) of that shape"
+            )
+        return part
+
+
+def load_loss(kind: str, options: Mapping[str, Any]) -> UserLoss:
+    """The loss that `kind` names, after `check_loss`; ValueError says what is wrong with it."""
+    return _load_loss(kind, json.dumps(dict(options), sort_keys=True))
+
+
+@functools.lru_cache(maxsize=8)
+def _load_loss(kind: str, options: str) -> UserLoss:
+    loss = UserLoss(name=kind, function=_find(kind, LOSS_PLUGINS), options=json.loads(options))
+    check_loss(loss)
+    return loss
+
+
+def load_advantage(kind: str, options: Mapping[str, Any]) -> AdvantageFunction:
+    """The advantage that `kind` names, after a trial; each call is checked, and NaN scores get 0."""
+    return _load_advantage(kind, json.dumps(dict(options), sort_keys=True))
+
+
+@functools.lru_cache(maxsize=8)
+def _load_advantage(kind: str, options: str) -> AdvantageFunction:
+    function, keywords = _find(kind, ADVANTAGE_PLUGINS), json.loads(options)
+
+    def checked(scores: Sequence[Floats]) -> list[Floats]:
+        given = function([s.copy() for s in scores], **keywords)
+        shapes = [np.shape(s) for s in scores]
+        if not isinstance(given, list | tuple) or [np.shape(a) for a in given] != shapes:
+            found = [np.shape(a) for a in given] if isinstance(given, list | tuple) else type(given).__name__
+            raise ValueError(
+                f"advantage.kind={kind!r} returned {found} for groups of {shapes}; return a list of these shapes"
+            )
+        advantages = [np.where(np.isnan(s), 0.0, np.asarray(a, np.float64)) for s, a in zip(scores, given, strict=True)]
+        bad = next((i for i, a in enumerate(advantages) if not np.isfinite(a).all()), None)
+        if bad is not None:
+            raise ValueError(
+                f"advantage.kind={kind!r} gave {advantages[bad]} for the scores {scores[bad]}; all must be finite"
+            )
+        return advantages
+
+    trial = [np.array(s) for s in ([1.0, 0.0, 0.5, np.nan], [1.0, 1.0], [0.25], [np.nan])]
+    _run(lambda: checked(trial), f"advantage.kind={kind!r}")
+    return checked
+
+
+def check_loss(loss: UserLoss) -> None:
+    """Tries a loss on three sequences in float64: one finite loss per token, the same one whichever other tokens (or,
+    with whole_sequences, sequences) stand beside it, and a derivative that a numerical one confirms."""
+    import torch
+
+    from .tokens import tiny_batch
+
+    logp, batch = tiny_batch()
+    name = f"loss.kind={loss.name!r}"
+    ones = torch.ones_like(logp)
+    value, slope = _run(lambda: loss(logp, batch, ones), name)
+    for what, tensor in (("loss", value), ("dlogp", slope)):
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} gave a {what} that is not finite on a tiny batch of ordinary log-probs: {tensor}")
+    parts = [[i] for i in range(len(logp))]
+    if loss.whole_sequences:
+        parts = [(batch.sequence == s).nonzero()[:, 0].tolist() for s in sorted(set(batch.sequence.tolist()))]
+    for part in parts:
+        alone, slope_alone = _run(lambda part=part: loss(logp[part], batch.select(part), ones[part]), name)  # type: ignore[misc]
+        if not (torch.allclose(alone, value[part]) and torch.allclose(slope_alone, slope[part])):
+            advice = (
+                "sum and average only within batch.sequence"
+                if loss.whole_sequences
+                else "do not sum, average or normalise over tokens; if the tokens of a sequence are coupled on purpose, set "
+                "whole_sequences = True on the function"
+            )
+            raise ValueError(
+                f"{name}: a token's loss changes with the tokens beside it, so micro-batches would too; {advice}"
+            )
+    if not getattr(loss.function, "stop_gradient", False) and _states_derivative(loss, logp, batch):
+        numerical = torch.stack([_numerical(loss, logp, batch, i) for i in range(len(logp))])
+        if not torch.allclose(numerical, slope, rtol=TOLERANCE, atol=TOLERANCE):
+            raise ValueError(
+                f"{name}: the stated dlogp {slope.tolist()} is not the numerical derivative {numerical.tolist()}; correct it, "
+                "return the loss alone (autograd differentiates it), or set stop_gradient = True if it is meant so"
+            )
+
+
+def _states_derivative(loss: UserLoss, logp: Tensor, batch: TokenBatch) -> bool:
+    """Whether it returns (loss, dlogp). Autograd's derivative needs no check, and differs where the loss detaches."""
+    return isinstance(loss.function(logp, batch, **loss.options), tuple)
+
+
+def _numerical(loss: UserLoss, logp: Tensor, batch: TokenBatch, i: int) -> Tensor:
+    import torch
+
+    moved = torch.zeros_like(logp)
+    moved[i] = STEP
+    ones = torch.ones_like(logp)
+    above, below = loss(logp + moved, batch, ones)[0].sum(), loss(logp - moved, batch, ones)[0].sum()
+    return (above - below) / (2 * STEP)
+
+
+def _run(call: Callable[[], Any], name: str) -> Any:
+    """A trial of a user's code: whatever it raises becomes one line that says whose it is."""
+    try:
+        return call()
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{name} failed on a tiny batch: {type(error).__name__}: {error}") from error
+
+
+def _find(kind: str, group: str) -> Callable[..., Any]:
+    """The function of `package.module:function`, `./file.py:function` or an entry point."""
+    target = kind
+    if ":" not in kind:
+        points = {point.name: point.value for point in entry_points(group=group)}
+        if kind not in points:
+            raise ValueError(f"there is no {kind!r} among the entry points of {group} ({', '.join(points) or 'none'})")
+        target = points[kind]
+    place, _, attribute = target.rpartition(":")
+    module = _module(place, kind)
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        names = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
+        raise ValueError(f"{kind!r}: {place} has no function {attribute!r}; it has {', '.join(names) or 'none'}")
+    return function  # type: ignore[no-any-return]
+
+
+def _module(place: str, kind: str) -> ModuleType:
+    try:
+        if not place.endswith(".py"):
+            return importlib.import_module(place)
+        path = Path(place).expanduser().resolve()
+        if not path.is_file():
+            raise ValueError(f"{kind!r}: there is no file {path}")
+        spec = importlib.util.spec_from_file_location(f"emberl_user_{path.stem}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
+        spec.loader.exec_module(module)
+        return module
+    except ValueError:
+        raise
+    except Exception as error:  # a user's file may raise anything
+        raise ValueError(f"{kind!r} could not be imported: {type(error).__name__}: {error}") from error

@@ -1,0 +1,60 @@
+"""What a loss sees of a chunk of tokens, and sums over the sequences in it.
+
+Shape legend: n tokens of a chunk, S sequences of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TokenBatch:
+    """Aligned [n] tensors of loss tokens, all finite, in the dtype of the log-probs."""
+
+    old_logp: Tensor
+    """Under the old policy of the ratio: the rollout's, or recomputed (`offpolicy.old_logp`)."""
+    behaviour_logp: Tensor
+    """As the engine sampled it."""
+    advantages: Tensor
+    sequence: Tensor
+    """Which sequence, int64 from 0 within the whole batch."""
+    length: Tensor
+    """Loss tokens of the token's whole sequence."""
+    reference_logp: Tensor | None = None
+    entropy: Tensor | None = None
+
+    def select(self, index: Sequence[int]) -> TokenBatch:
+        """These tokens alone."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: v[list(index)] for name, v in values.items() if v is not None})
+
+    def sums(self, values: Tensor) -> Tensor:
+        """[n] the sum of `values` over the tokens of each token's sequence that are here."""
+        if not len(values):
+            return values
+        return values.new_zeros(int(self.sequence.max()) + 1).index_add(0, self.sequence, values)[self.sequence]
+
+    def means(self, values: Tensor) -> Tensor:
+        """[n] that sum over the sequence's number of loss tokens."""
+        return self.sums(values) / self.length
+
+
+def tiny_batch() -> tuple[Tensor, TokenBatch]:
+    """Log-probs and a batch of three sequences of 3, 1 and 4 tokens in float64, with ratios between 0.6 and 1.6."""
+    logp = torch.tensor([-0.9, -0.4, -1.7, -2.2, -0.15, -1.1, -0.6, -0.35], dtype=torch.float64)
+    gap = torch.tensor([0.13, -0.31, 0.42, -0.07, 0.05, -0.45, 0.21, -0.12], dtype=torch.float64)
+    sequence = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2])
+    return logp, TokenBatch(
+        old_logp=logp - gap,
+        behaviour_logp=logp - 1.1 * gap,
+        advantages=torch.tensor([0.7, -0.3, 1.2], dtype=torch.float64)[sequence],
+        sequence=sequence,
+        length=torch.tensor([3.0, 1.0, 4.0], dtype=torch.float64)[sequence],
+        reference_logp=logp - 0.5 * gap,
+        entropy=torch.linspace(0.5, 1.5, 8, dtype=torch.float64),
+    )
