@@ -22,7 +22,7 @@ GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 
 GSM8K_ROWS = [
     {"question": "Tom has 3 pens and buys 4. How many?", "answer": "He has 3+4=<<3+4=7>>7.\n#### 7"},
-    {"question": "A box holds 1,200. How many in 2?", "answer": "2*1200.\n#### 2,400"},
+    {"question": "A box holds 1,200. How many in 2?", "answer": "2*1200 #### done\n#### 2,400"},
     {"question": "What is 5-5?", "answer": "Nothing.\n#### 0"},
 ]
 GSM8K_MAPPING = {

@@ -1,0 +1,247 @@
+"""The house: which folder imports which, what an installed package looks like, and where device names may stand."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("rl", "rollout", "rewards", "kernels", "configs")
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "rewards": {"rewards"},
+    "rollout": {"rollout", "kernels"},
+    "rl": {"rl", "rollout", "rewards", "kernels", "configs"},
+    "configs": set[str](),
+}
+SOURCES = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+
+def imports(path: Path, source: str) -> Iterator[tuple[int, str, bool]]:
+    """(line, absolute name of what is imported, whether it was written relatively) for every import in a file."""
+    package = ["emberl", *path.parent.parts]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name, False) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = [*base, *([node.module] if node.module else [])]
+            yield from ((node.lineno, ".".join([*module, alias.name]), node.level > 0) for alias in node.names)
+
+
+def broken_arrows(path: Path, source: str) -> list[str]:
+    found = []
+    for line, name, relative in imports(path, source):
+        first, *rest = name.split(".")
+        if first in FOLDERS and not relative:
+            found.append(f"{path}:{line} imports {name} by its bare name")
+        elif first == "emberl" and not relative:
+            found.append(f"{path}:{line} imports {name}; inside the package imports are relative")
+        elif first == "emberl" and (not rest or rest[0] not in MAY_IMPORT[path.parts[0]]):
+            found.append(f"{path}:{line} imports {name}; {path.parts[0]} may not")
+    return found
+
+
+def test_arrows_run_downwards_only() -> None:
+    assert [problem for path in SOURCES for problem in broken_arrows(path, (ROOT / path).read_text())] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "problem"),
+    [
+        ("kernels/a.py", "from ..rl import groups", "emberl.rl.groups; kernels may not"),
+        ("rollout/a.py", "from ..rewards.verdict import Verdict", "emberl.rewards.verdict.Verdict; rollout may not"),
+        ("rewards/a.py", "from .. import kernels", "emberl.kernels; rewards may not"),
+        ("rl/learner/a.py", "from emberl.rollout import samples", "imports are relative"),
+        ("rl/a.py", "import kernels.terms", "by its bare name"),
+        ("rl/learner/a.py", "from ...rollout.samples import Prompt", None),
+        ("rollout/a.py", "from ..kernels import platform", None),
+        ("rl/learner/a.py", "from ..groups import Batch", None),
+    ],
+)
+def test_the_arrow_check_itself(path: str, line: str, problem: str | None) -> None:
+    found = broken_arrows(Path(path), line)
+    assert found == [] if problem is None else len(found) == 1 and problem in found[0]
+
+
+DEVICE_NAMES = {"cuda", "npu", "nccl", "hccl", "torch_npu"}
+DEVICE_TEXT = re.compile(rf"\b(?:{'|'.join(sorted(DEVICE_NAMES))})\b|VISIBLE_DEVICES")
+PLATFORM = Path("kernels/platform.py")
+
+
+def device_names(source: str) -> list[int]:
+    """Lines with a device's or a collective's name in a string, an attribute or an import. Docstrings are prose, and
+    `Literal[...]` is a type: neither does anything."""
+    tree = ast.parse(source)
+    prose = {id(part) for node in ast.walk(tree) for part in _prose(node)}
+    return [node.lineno for node in ast.walk(tree) if id(node) not in prose and _names_a_device(node)]  # type: ignore[attr-defined]
+
+
+def _prose(node: ast.AST) -> Iterator[ast.AST]:
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        yield node.value
+    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "Literal":
+        yield from ast.walk(node.slice)
+
+
+def _names_a_device(node: ast.AST) -> bool:
+    match node:
+        case ast.Constant(value=str(text)):
+            return DEVICE_TEXT.search(text) is not None
+        case ast.Attribute(attr=name):
+            return name in DEVICE_NAMES
+        case ast.alias(name=name) | ast.ImportFrom(module=str(name)):
+            return not DEVICE_NAMES.isdisjoint(name.split("."))
+    return False
+
+
+def test_one_file_names_devices_and_collectives() -> None:
+    strays = {str(path): device_names((ROOT / path).read_text()) for path in SOURCES if path != PLATFORM}
+    assert {path: lines for path, lines in strays.items() if lines} == {}
+    assert device_names((ROOT / PLATFORM).read_text())
+
+
+@pytest.mark.parametrize(
+    ("source", "stray"),
+    [
+        ('x.to("cuda")', True),
+        ('f"npu:{rank}"', True),
+        ("x.cuda()", True),
+        ("torch.cuda.synchronize()", True),
+        ("import torch_npu", True),
+        ("from torch.cuda import Stream", True),
+        ('init(backend="nccl")', True),
+        ('environ["ASCEND_RT_VISIBLE_DEVICES"]', True),
+        ('def f():\n    "Works on cuda and npu."', False),
+        ('device: Literal["auto", "cuda"] = "auto"', False),
+        ("# cuda", False),
+        ('"input"', False),
+        ("x.to(platform.device())", False),
+    ],
+)
+def test_the_device_check_itself(source: str, stray: bool) -> None:
+    assert bool(device_names(source)) == stray
+
+
+def test_kernels_is_no_regular_package() -> None:
+    """With an `__init__.py` it would beat Hugging Face's `kernels` wherever the repository's root is on the path."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_no_module_is_named_like_one_of_the_standard_library() -> None:
+    ours = {path.stem for path in SOURCES if path.stem != "__init__"}
+    # `platform` is imported as emberl.kernels.platform only, and nothing runs with kernels/ itself on its path
+    assert ours & sys.stdlib_module_names <= {"platform"}
+
+
+def run(code: str, cwd: Path, **environment: str) -> str:
+    """What a fresh interpreter prints; as with any `-c`, its directory is on the path."""
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=False,
+        cwd=cwd,
+        env=env | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_configuration_loads_no_torch(tmp_path: Path) -> None:
+    code = "import sys, emberl.rl.config; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    assert run(code, tmp_path) == "[]"
+
+
+@pytest.mark.slow
+def test_transformers_works_with_our_root_on_the_path() -> None:
+    code = (
+        "from transformers import Qwen3Config, Qwen3ForCausalLM as M\n"
+        "c = Qwen3Config(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,"
+        " num_attention_heads=1, num_key_value_heads=1, head_dim=8)\n"
+        "import kernels\n"
+        "print(M(c).num_parameters() > 0, getattr(kernels, '__file__', None))"
+    )
+    built, file = run(code, ROOT).split(" ", 1)
+    assert built == "True"
+    assert not file.startswith(str(ROOT))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that no build folder is left in the tree."""
+    pytest.importorskip("setuptools")
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    pip(tree, "wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out))
+    [built] = out.glob("emberl-*.whl")
+    return built
+
+
+def pip(cwd: Path, *arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input", *arguments]
+    done = subprocess.run(command, check=False, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_wheel_has_every_file_and_one_top_level_name(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"emberl"}
+    data = [path.relative_to(ROOT) for path in (ROOT / "configs").glob("*.yaml")]
+    assert {f"emberl/{path.as_posix()}" for path in [*SOURCES, *data]} <= names
+    assert {f"emberl/{folder}/py.typed" for folder in FOLDERS} <= names
+
+
+@pytest.mark.slow
+def test_an_installed_package_has_no_bare_names(wheel: Path, tmp_path: Path) -> None:
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    pip(elsewhere, "install", "--no-deps", "--target", str(site), str(wheel))
+    code = (
+        "from importlib.util import find_spec\n"
+        f"for name in {FOLDERS}:\n"
+        "    ours, bare = find_spec('emberl.' + name), find_spec(name)\n"
+        "    print(next(iter(ours.submodule_search_locations)), *(bare.submodule_search_locations or () if bare else ()))"
+    )
+    for folder, line in zip(FOLDERS, run(code, elsewhere, PYTHONPATH=str(site)).splitlines(), strict=True):
+        ours, *bare = line.split(" ")
+        assert ours == str(site / "emberl" / folder)
+        assert not [place for place in bare if place.startswith((str(site), str(ROOT / folder)))]
+
+
+MACHINE = re.compile("/" + r"(?:work|home|root)/(?!\.\.)|\bpypi" + r"\.org|python" + r"hosted\.org")
+
+
+def test_no_file_knows_one_machine_or_a_package_index() -> None:
+    top = [path for path in ROOT.iterdir() if path.suffix in (".md", ".toml") or path.name == "Makefile"]
+    texts = [
+        p
+        for f in (*FOLDERS, "tests", ".ci")
+        for p in (ROOT / f).rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
+    ]
+    found = []
+    for path in [*top, *texts]:
+        try:
+            lines = path.read_text().splitlines()
+        except UnicodeDecodeError:
+            continue  # an image
+        found += [
+            f"{path.relative_to(ROOT)}:{n}: {line.strip()}" for n, line in enumerate(lines, 1) if MACHINE.search(line)
+        ]
+    assert found == []
