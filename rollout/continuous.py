@@ -26,6 +26,9 @@ from .sampling import SlotSampling, check_sampling, sample, stream_key, uniforms
 PREFILL_TOKENS = 4096
 """Padded prompt tokens of one prefill pass: enough to fill the matrix units, little enough to stay in cache."""
 
+SHAPES = 8
+"""Batches and prompts are padded to a multiple of this: oneDNN compiles a kernel per shape and keeps about a thousand."""
+
 Deliver = Callable[[Completion], None]
 
 
@@ -69,7 +72,7 @@ class ContinuousBatch:
         self.version = 0
         self.counters = Counters()
         slots, device = max_num_seqs, decoder.device
-        decoder.reserve(max_model_len)
+        decoder.reserve(_rounded(max_model_len))
         self._cache = KVCache(decoder.arch, slots, max_model_len, decoder.dtype, device)
         self._waiting: deque[_Request] = deque()
         self._active: list[_Sequence] = []
@@ -124,14 +127,15 @@ class ContinuousBatch:
         n = len(self._active)
         if n == 0:
             return
-        positions = self._positions[:n]
+        padded = min(_rounded(n), self.slots)  # slots past n stand at position 0, and what they compute is dropped
+        positions = self._positions[:padded]
         self._cache.fit(int(positions.max()) + 1, n)
         self._cache.open(positions)
-        hidden = self.decoder.forward(self._tokens[self._rows[:n], positions], positions, self._cache.attend)
+        hidden = self.decoder.forward(self._tokens[self._rows[:padded], positions], positions, self._cache.attend)
         self.counters.decode_steps += 1
         self.counters.decode_tokens += n
-        positions += 1
-        self._emit(0, self.decoder.logits(hidden))
+        positions[:n] += 1
+        self._emit(0, self.decoder.logits(hidden)[:n])
 
     def weights_changed(self, version: int) -> None:
         """From here on tokens are of `version`. Sequences keep the keys and values of the weights that made them."""
@@ -216,6 +220,7 @@ class ContinuousBatch:
             if request.state is None:
                 batch.append(request)
                 longest = length
+        longest = _rounded(longest)
         device = self.decoder.device
         ids = torch.zeros(len(batch), longest, dtype=torch.int64)
         for row, request in enumerate(batch):
@@ -288,7 +293,12 @@ class ContinuousBatch:
                 self._sampling.move(last, slot)
                 self._active[slot] = self._active[last]
             self._active.pop()
+            self._positions[last] = 0
         self._sampling.note(sequence.request.sampling for sequence in self._active)
+
+
+def _rounded(count: int) -> int:
+    return -(-count // SHAPES) * SHAPES
 
 
 def _unstarted(prompt_id: str, index: int) -> Completion:

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from harness import Report, arguments, interleave, median
@@ -106,7 +105,7 @@ def measure(size: str, dtype: str, threads: int, quick: bool) -> dict[str, Any]:
         f"embedded, groups of {GROUP}": embedded(groups, GROUP),
         f"embedded, groups of {GROUP} unshared": embedded(groups, 1),
     }
-    seconds = interleave(impls, 1 if quick else 5)
+    seconds = interleave(impls, 2 if quick else 5)
     tokens = sum(length for _, length in alone)
     grouped = sum(length for _, length in groups)
     return {name: (grouped if "groups" in name else tokens) / median(times) for name, times in seconds.items()}
