@@ -72,12 +72,12 @@ class _LogProb(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
         raw = target_logits(job, index)
         collected = _Collected(job, raw.dtype)
-        chunks = plan(index, chunk_size(job, chunk_bytes))
-        buffer = flat_buffer(job, chunks)
+        chunks = plan(index, chunk_size(job, chunk_bytes, keep=False))
+        buffer = flat_buffer(job, chunks, keep=False)
         for part, values in zip(chunks, torch.split(raw, [len(c) for c in chunks]), strict=True):
-            collected.take(forward(job, part, usable_shift(shift, part, raw), values, buffer))
+            collected.take(forward(job, part, usable_shift(shift, part, raw), values, buffer, keep=False))
         stats = collected.stats()
-        ctx.job, ctx.chunks = job, chunks
+        ctx.job, ctx.index, ctx.chunk_bytes = job, index, chunk_bytes
         ctx.save_for_backward(hidden, weight, bias, raw, stats.logp)
         ctx.mark_non_differentiable(stats.one_minus_p)
         ctx.set_materialize_grads(False)
@@ -88,13 +88,14 @@ class _LogProb(torch.autograd.Function):
     def backward(
         ctx: Any, dlogp: Tensor | None, _: Tensor | None, dentropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        job, chunks = ctx.job, ctx.chunks
+        job = ctx.job
+        chunks = plan(ctx.index, chunk_size(job, ctx.chunk_bytes, keep=True))
         raw, logp = ctx.saved_tensors[3:]
         grads = Gradients(job, ctx.needs_input_grad[:3], len(chunks), None)
-        buffer = flat_buffer(job, chunks)
+        buffer = flat_buffer(job, chunks, keep=True)
         dlogp = torch.zeros_like(logp) if dlogp is None else dlogp
         for part, values in zip(chunks, torch.split(raw, [len(c) for c in chunks]), strict=True):
-            scored = forward(job, part, logp[part], values, buffer)
+            scored = forward(job, part, logp[part], values, buffer, keep=True)
             backward(job, scored, dlogp[part], None if dentropy is None else dentropy[part], grads)
         return (*grads.finished(job), None, None, None, None)
 
@@ -128,8 +129,8 @@ class _Run:
         self.metrics: dict[str, Tensor] = {}
         self.grads: Gradients | None = None
 
-    def score(self, part: Tensor, shift: Tensor, buffer: Tensor) -> Scored:
-        return forward(self.job, part, shift, self.raw[part], buffer)
+    def score(self, part: Tensor, shift: Tensor, buffer: Tensor, *, keep: bool) -> Scored:
+        return forward(self.job, part, shift, self.raw[part], buffer, keep=keep)
 
     def evaluate(self, stats: TokenStats, index: Tensor, recomputed: Tensor) -> TokenTerms:
         terms = self.loss(stats, index)
@@ -140,7 +141,8 @@ class _Run:
         return terms
 
     def fused(self, part: Tensor, buffer: Tensor, *, gradients: bool) -> None:
-        scored = self.score(part, usable_shift(self.shift, part, self.raw), buffer)
+        keep = gradients and self.grads is not None
+        scored = self.score(part, usable_shift(self.shift, part, self.raw), buffer, keep=keep)
         self.collected.take(scored)
         terms = self.evaluate(scored.stats, part, scored.recomputed)
         if gradients and self.grads is not None:
@@ -151,7 +153,7 @@ class _Run:
         index = torch.cat(list(parts))
         recomputed = []
         for part in parts:
-            scored = self.score(part, usable_shift(self.shift, part, self.raw), buffer)
+            scored = self.score(part, usable_shift(self.shift, part, self.raw), buffer, keep=False)
             self.collected.take(scored)
             recomputed.append(scored.recomputed)
         stats = self.collected.stats()
@@ -165,7 +167,7 @@ class _Run:
         for part, dlogp, logp, slope in zip(
             parts, torch.split(terms.dlogp, lengths), torch.split(stats.logp, lengths), slopes, strict=True
         ):
-            backward(self.job, self.score(part, logp, buffer), dlogp, slope, self.grads)
+            backward(self.job, self.score(part, logp, buffer, keep=True), dlogp, slope, self.grads)
 
 
 def formed_loss(
@@ -186,12 +188,13 @@ def formed_loss(
     raw = torch.zeros(len(job.hidden), dtype=accumulator(job.hidden.dtype), device=job.hidden.device)
     raw.index_copy_(0, everything, target_logits(job, everything))
     run = _Run(job, loss, shift, raw)
-    limit = chunk_size(job, chunk_bytes)
+    limit = chunk_size(job, chunk_bytes, keep=any(needs))
     units, quiet = (_units(part, loss, sequence_ids, limit) for part in (index, measured))
     if any(needs):
         chunks = sum(len(unit) for unit in units)
         run.grads = Gradients(job, needs, chunks, weight_out)
-    buffer = flat_buffer(job, [chunk for unit in (*units, *quiet) for chunk in unit])
+    chunks_of = [chunk for unit in (*units, *quiet) for chunk in unit]
+    buffer = flat_buffer(job, chunks_of, keep=any(needs))
     for gradients, batch in ((True, units), (False, quiet)):
         for unit in batch:
             if len(unit) == 1:

@@ -60,7 +60,7 @@ class Scored:
     index: Tensor
     """[n] which of the N tokens."""
     e: Tensor
-    """[V, n] E, with 0 at the target."""
+    """[V, n] E, with 0 at the target; of no use where it was not kept."""
     transform: Transform
     total: Tensor
     """[n] log s; the shift's error in nats."""
@@ -96,26 +96,27 @@ def target_logits(job: Job, index: Tensor) -> Tensor:
     return raw
 
 
-def forward(job: Job, index: Tensor, shift: Tensor, raw: Tensor, buffer: Tensor) -> Scored:
+def forward(job: Job, index: Tensor, shift: Tensor, raw: Tensor, buffer: Tensor, *, keep: bool) -> Scored:
     """Scores the tokens `index` [n] with log-prob estimates `shift` [n] and target logits `raw` [n]; E is written to
-    the front of the flat `buffer`."""
-    scored = _forward(job, index, shift, raw, buffer)
+    the front of the flat `buffer`, whole if `keep` says that gradients follow, else block over block."""
+    scored = _forward(job, index, shift, raw, buffer, keep)
     bad = ~(scored.total.abs() <= FAR)
     if not bool(bad.any()):
         return scored
     rows = bad.nonzero()[:, 0]
-    again = _forward(job, index[rows], _estimate(job, index[rows], raw[rows]), raw[rows], torch.empty_like(buffer[:0]))
+    better = _estimate(job, index[rows], raw[rows])
+    again = _forward(job, index[rows], better, raw[rows], torch.empty_like(buffer[:0]), keep)
     hopeless = ~(again.total.abs() <= FAR)
     if bool(hopeless.any()):
         raise not_finite(job.hidden, int(again.index[hopeless][0]))
-    return _merge(scored, again, rows)
+    return _merge(scored, again, rows, keep)
 
 
-def _forward(job: Job, index: Tensor, shift: Tensor, raw: Tensor, buffer: Tensor) -> Scored:
+def _forward(job: Job, index: Tensor, shift: Tensor, raw: Tensor, buffer: Tensor, keep: bool) -> Scored:
     head, count, wide = job.head, len(index), raw.dtype
-    size = tile_size(job, count)
+    size = tile_size(job, count, keep)
     e = (buffer if buffer.numel() >= size else buffer.new_empty(size))[:size]
-    e = e.view(head.weight.shape[0], -1)[:, :count]
+    e = e.view(-1, size // tile_rows(job, keep))[:, :count]
     scale = head.scale(index)
     transform = Transform.around(head, raw, shift, scale)
     rows = job.hidden[index]
@@ -126,7 +127,7 @@ def _forward(job: Job, index: Tensor, shift: Tensor, raw: Tensor, buffer: Tensor
     sums = torch.zeros(2 if job.entropy else 1, count, dtype=wide, device=rows.device)
     negated = -transform.raw.to(rows.dtype)
     for number, (start, stop) in enumerate(job.blocks()):
-        block = e[start:stop]
+        block = e[start:stop] if keep else e[: stop - start]
         torch.addmm(negated, head.weight[start:stop], rows.t(), out=block)
         here = order[bounds[number] : bounds[number + 1]]
         block[local[here] - start, here] = float("-inf")
@@ -171,9 +172,10 @@ def _estimate(job: Job, index: Tensor, raw: Tensor) -> Tensor:
     return (transform.at(raw) - total).nan_to_num(nan=0.0, neginf=LOWEST).clamp(max=0.0)
 
 
-def _merge(scored: Scored, again: Scored, rows: Tensor) -> Scored:
+def _merge(scored: Scored, again: Scored, rows: Tensor, keep: bool) -> Scored:
     """`scored` with the columns `rows` replaced, in place where the tensors are this module's own."""
-    scored.e[:, rows] = again.e
+    if keep:
+        scored.e[:, rows] = again.e
     old, new = scored.transform, again.transform
     transform = Transform(
         scale=old.scale,
@@ -313,9 +315,15 @@ def _kept(row: Tensor) -> Tensor | None:
     return keep if len(keep) < COMPACT * len(row) else None
 
 
-def chunk_size(job: Job, chunk_bytes: int) -> int:
-    """Tokens whose [V, n] tile fits into `chunk_bytes`."""
-    return max(1, chunk_bytes // max(1, job.head.weight.shape[0] * job.hidden.element_size()))
+def tile_rows(job: Job, keep: bool) -> int:
+    """Rows of a chunk's tile: the vocabulary, or one block where no gradient follows."""
+    return job.head.weight.shape[0] if keep else min(job.head.weight.shape[0], job.step)
+
+
+def chunk_size(job: Job, chunk_bytes: int, *, keep: bool) -> int:
+    """Tokens whose tile fits into `chunk_bytes`; a tile that is not kept should also stay in a CPU's cache."""
+    fits = max(1, chunk_bytes // (tile_rows(job, keep) * job.hidden.element_size()))
+    return fits if keep else min(fits, 2048)
 
 
 def plan(index: Tensor, limit: int) -> list[Tensor]:
@@ -347,12 +355,12 @@ def plan_sequences(index: Tensor, sequence_ids: Tensor, limit: int) -> list[list
     return units
 
 
-def tile_size(job: Job, count: int) -> int:
-    """Elements of a [V, count] tile with its padding."""
+def tile_size(job: Job, count: int, keep: bool) -> int:
+    """Elements of a tile of `count` tokens with its padding."""
     multiple = job.passes.column_multiple
-    return job.head.weight.shape[0] * (-(-max(count, 1) // multiple) * multiple)
+    return tile_rows(job, keep) * (-(-max(count, 1) // multiple) * multiple)
 
 
-def flat_buffer(job: Job, chunks: Sequence[Tensor]) -> Tensor:
+def flat_buffer(job: Job, chunks: Sequence[Tensor], *, keep: bool) -> Tensor:
     """Room for the largest chunk's tile."""
-    return job.hidden.new_empty(tile_size(job, max((len(chunk) for chunk in chunks), default=0)))
+    return job.hidden.new_empty(tile_size(job, max((len(chunk) for chunk in chunks), default=0), keep))

@@ -31,6 +31,7 @@ def tile(rows: int, n: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize(("rows", "n"), [(1, 1), (31, 7), (32, 128), (33, 130), (1000, 60)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_passes_agree_with_torch(dtype: torch.dtype, rows: int, n: int, bias: bool, softcap: float | None) -> None:
+    torch.manual_seed(0)
     raw = torch.linspace(-2, 6, n)
     head = Head(weight=torch.zeros(rows, 2, dtype=dtype), softcap=softcap)
     t = Transform.around(head, raw, -torch.rand(n), torch.linspace(0.7, 1.3, n))
@@ -44,10 +45,10 @@ def test_passes_agree_with_torch(dtype: torch.dtype, rows: int, n: int, bias: bo
         u.copy_(same)  # the second pass from equal numbers, whatever the first one rounded
         passes.factor(u, t, torch.linspace(-1, 1, n), torch.linspace(0.5, -0.5, n))
         results.append((sums, moments, e, u.float()))
-    digits = 1e-5 if dtype == torch.float32 else 1e-2
+    digits = 1e-4 if dtype == torch.float32 else 1e-2
     for ours, theirs in zip(results[1], results[0], strict=True):
         assert torch.isfinite(ours).all()
-        torch.testing.assert_close(ours, theirs, rtol=digits, atol=2 * digits)
+        torch.testing.assert_close(ours, theirs, rtol=digits, atol=digits)
     assert (results[1][2][torch.arange(n) % rows, torch.arange(n)] == 0).all()  # excluded entries stay excluded
 
 
