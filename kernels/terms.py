@@ -42,9 +42,13 @@ class TokenTerms:
 class TokenLoss(Protocol):
     """A loss as the kernels see it: a pure function of the tokens' statistics, called once per chunk."""
 
-    whole_sequences: bool
-    """True if tokens of one sequence are coupled (GSPO): a chunk must then hold whole sequences."""
-    needs_entropy: bool
+    @property
+    def whole_sequences(self) -> bool:
+        """True if tokens of one sequence are coupled (GSPO): a chunk must then hold whole sequences."""
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether `stats.entropy` must be there."""
 
     def __call__(self, stats: TokenStats, index: Tensor) -> TokenTerms:
         """`index` [n] int64 says which of the batch's T tokens these are."""

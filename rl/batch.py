@@ -3,45 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from .algorithm.aggregation import Aggregation, token_weights
+from .algorithm.advantages import batch_advantages
+from .algorithm.aggregation import token_weights
+from .algorithm.settings import AdvantageConfig, LossConfig
 from .groups import Batch, Group
 
 
-def make_batch(groups: Sequence[Group], aggregation: Aggregation, *, keep_all: bool = False) -> Batch | None:
+def make_batch(
+    groups: Sequence[Group],
+    loss: LossConfig,
+    advantage: AdvantageConfig,
+    *,
+    max_length: int,
+    keep_all: bool = False,
+    mask_cut: bool = False,
+) -> Batch | None:
     """The batch of all completions that have a verdict; None if no token is left that could train.
 
-    Weights are computed over all of them. After that, a completion whose advantage is exactly 0 is left out of the
-    passes, since its gradient is exactly 0 (`keep_all` keeps it, for a loss with a KL or entropy term); the
-    denominators still count it.
+    Weights and whitened advantages are computed over all of them. After that, a completion whose advantage is exactly 0
+    is left out of the passes, since its gradient is exactly 0 (`keep_all` keeps it, for a loss with a KL or entropy
+    term); the denominators still count it.
+
+    max_length: the longest answer, `seq-mean-token-sum-norm`'s constant where `loss.norm_const` is empty.
+    mask_cut: completions that were cut at that length do not train (`filter.overlong_mask`).
     """
     rows = [
-        (group.prompt.token_ids, completion, advantage)
+        (group.prompt.token_ids, completion, advantage_of)
         for group in groups
-        for completion, verdict, advantage in zip(group.completions, group.verdicts, _advantages(group), strict=True)
-        if verdict.trains and len(completion)
+        for completion, verdict, advantage_of in zip(group.completions, group.verdicts, _advantages(group), strict=True)
+        if verdict.trains and len(completion) and not (mask_cut and completion.finish_reason == "length")
     ]
     if not rows:
         return None
-    sequences = [np.concatenate([prompt, completion.token_ids]).astype(np.int32) for prompt, completion, _ in rows]
     batch = _flat(
-        sequences,
+        [np.concatenate([prompt, completion.token_ids]).astype(np.int32) for prompt, completion, _ in rows],
         [len(prompt) for prompt, _, _ in rows],
         [completion.logprobs for _, completion, _ in rows],
-        [float(advantage) for _, _, advantage in rows],
-        aggregation,
+        [float(advantage_of) for _, _, advantage_of in rows],
+        loss,
+        float(loss.norm_const or max_length),
     )
-    live = [i for i, (_, _, advantage) in enumerate(rows) if keep_all or advantage != 0]
-    return batch.select(live) if live else None
+    if advantage.per_token:
+        values, _ = batch_advantages(batch.advantages_T, batch.loss_mask_T, batch.sequence_ids_T, advantage)
+        batch = replace(batch, advantages_T=values)
+    live = np.zeros(len(rows), bool)
+    np.logical_or.at(live, batch.sequence_ids_T, batch.loss_mask_T & (batch.advantages_T != 0))
+    chosen = list(range(len(rows))) if keep_all else np.flatnonzero(live).tolist()
+    return batch.select(chosen) if chosen else None
 
 
 def sft_batch(examples: Sequence[tuple[Sequence[int], int]]) -> Batch:
     """(token ids, length of the prompt in them) pairs as a batch whose loss is the answers' mean negative log-likelihood."""
     sequences = [np.array(token_ids, dtype=np.int32) for token_ids, _ in examples]
     zeros = [np.zeros(len(token_ids) - start, np.float32) for token_ids, start in examples]
-    return _flat(sequences, [start for _, start in examples], zeros, [1.0] * len(examples), "token-mean")
+    return _flat(
+        sequences,
+        [start for _, start in examples],
+        zeros,
+        [1.0] * len(examples),
+        LossConfig(aggregation="token-mean"),
+        1.0,
+    )
 
 
 def _flat(
@@ -49,7 +75,8 @@ def _flat(
     prompt_lengths: Sequence[int],
     logprobs: Sequence[np.ndarray],
     advantages: Sequence[float],
-    aggregation: Aggregation,
+    loss: LossConfig,
+    norm_const: float,
 ) -> Batch:
     lengths = [len(s) for s in sequences]
     mask = np.concatenate([np.arange(n) >= start for n, start in zip(lengths, prompt_lengths, strict=True)])
@@ -62,8 +89,8 @@ def _flat(
         sequence_ids_T=sequence_ids,
         loss_mask_T=mask,
         behaviour_logp_T=behaviour,
-        advantages_T=np.repeat(np.array(advantages, np.float32), lengths),
-        weights_T=token_weights(mask, sequence_ids, aggregation),
+        advantages_T=np.repeat(np.array(advantages, np.float64), lengths),
+        weights_T=token_weights(mask, sequence_ids, loss.aggregation, norm_const=norm_const),
         num_loss_tokens=int(mask.sum()),
     )
 

@@ -5,6 +5,7 @@ Bundle i of the placement group belongs to actor i alone: first the learner rank
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from dataclasses import dataclass
@@ -114,7 +115,10 @@ class Cluster:
                 ray.init(address=self.address, namespace=f"emberl-{uuid.uuid4().hex[:8]}", log_to_driver=False)
             else:
                 ray.init(
-                    num_cpus=platform.local_cpus(), include_dashboard=False, log_to_driver=False, logging_level="error"
+                    num_cpus=platform.local_cpus(),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
                 )
         try:
             check_capacity(

@@ -19,7 +19,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.fields import FieldInfo
 
 from .algorithm.presets import preset
-from .algorithm.settings import AdvantageConfig, FilterConfig, KLConfig, LossConfig, OffPolicyConfig
+from .algorithm.settings import (
+    AdvantageConfig,
+    FilterConfig,
+    KLConfig,
+    LossConfig,
+    OffPolicyConfig,
+    check_algorithm,
+)
 from .data_settings import DataConfig, TinyConfig
 
 
@@ -57,11 +64,11 @@ class ModelConfig(Settings):
 class SFTConfig(Settings):
     """The cold start: supervised steps on the source's worked solutions, before RL."""
 
-    steps: int = Field(200, ge=1)
-    batch_size: int = Field(256, ge=1)
+    steps: int = Field(default=200, ge=1)
+    batch_size: int = Field(default=256, ge=1)
     """Problems per step."""
-    lr: float = Field(2e-3, gt=0)
-    warmup_steps: int = Field(20, ge=0)
+    lr: float = Field(default=2e-3, gt=0)
+    warmup_steps: int = Field(default=20, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
 
 
@@ -70,16 +77,16 @@ class RolloutConfig(Settings):
 
     engine: Literal["embedded"] = "embedded"
     """`embedded`: in-process PyTorch with continuous batching, for Llama, Qwen2 and Qwen3 architectures."""
-    group_size: int = Field(8, ge=1)
+    group_size: int = Field(default=8, ge=1)
     """G, the number of answers to each prompt."""
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    max_response_length: int = Field(512, ge=1)
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    max_response_length: int = Field(default=512, ge=1)
     """Tokens; an answer that reaches it is cut (`response_length/clip_ratio`)."""
-    max_num_seqs: int = Field(256, ge=1)
+    max_num_seqs: int = Field(default=256, ge=1)
     """Answers that one worker decodes at a time."""
-    timeout: float = Field(1800.0, gt=0)
+    timeout: float = Field(default=1800.0, gt=0)
     """Seconds within which a step's answers must arrive; later the run ends and says which worker is late."""
 
 
@@ -89,7 +96,7 @@ class RewardPart(Settings):
     use: str
     """`math`, `package.module:function`, `./file.py:function`, or an entry point of the group `emberl.rewards`."""
     weight: float = 1.0
-    timeout: float = Field(10.0, gt=0)
+    timeout: float = Field(default=10.0, gt=0)
     """Seconds for one completion."""
     options: Mapping[str, Any] = Field(default_factory=dict)
     """Arguments of the reward itself."""
@@ -99,16 +106,16 @@ class RewardConfig(Settings):
     """How answers are marked."""
 
     parts: Mapping[str, RewardPart] = Field(default_factory=lambda: {"answer": RewardPart(use="math")})
-    max_error_fraction: float = Field(0.01, ge=0, le=1)
+    max_error_fraction: float = Field(default=0.01, ge=0, le=1)
     """A step with more than this share of verifier errors ends the run with the cause."""
 
 
 class ScheduleConfig(Settings):
     """The loop."""
 
-    steps: int = Field(100, ge=0)
+    steps: int = Field(default=100, ge=0)
     """RL steps: one optimizer step and one new version of the weights each."""
-    prompts_per_step: int = Field(64, ge=1)
+    prompts_per_step: int = Field(default=64, ge=1)
     max_staleness: Literal[0] = 0
     """0: strictly on-policy, every token is sampled by the newest weights."""
 
@@ -117,44 +124,44 @@ class SyncConfig(Settings):
     """How weights reach the engines."""
 
     mode: Literal["dense"] = "dense"
-    timeout: float = Field(600.0, gt=0)
+    timeout: float = Field(default=600.0, gt=0)
     """Seconds for one version to be served, and proved by digest, on every worker."""
 
 
 class OptimConfig(Settings):
     """AdamW over float32 master weights."""
 
-    lr: float = Field(1e-6, gt=0)
+    lr: float = Field(default=1e-6, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    grad_clip: float = Field(1.0, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    grad_clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm; a step whose norm is not finite is skipped and counted."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    micro_batch_tokens: int = Field(16384, ge=1)
+    micro_batch_tokens: int = Field(default=16384, ge=1)
     """Padded tokens of one forward and backward pass on one rank. Loss and gradient do not depend on it."""
 
 
 class EvalConfig(Settings):
     """Held-out problems, before, during and after RL."""
 
-    every: int = Field(25, ge=0)
+    every: int = Field(default=25, ge=0)
     """RL steps between evaluations; 0: only before and after."""
-    size: int = Field(512, ge=0)
+    size: int = Field(default=512, ge=0)
     """Held-out problems; 0: never evaluate."""
-    samples: int = Field(1, ge=1)
+    samples: int = Field(default=1, ge=1)
     """Answers to each problem (`mean@N`)."""
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0)
     """0: greedy."""
 
 
 class CheckpointConfig(Settings):
     """What a stopped run goes on from."""
 
-    every: int = Field(50, ge=0)
+    every: int = Field(default=50, ge=0)
     """RL steps between checkpoints; 0: only at the end of a stage and on Ctrl-C."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(default=2, ge=1)
     """Newest checkpoints that stay on disk."""
 
 
@@ -164,7 +171,7 @@ class TrackingConfig(Settings):
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto`: online with a key, else offline; never asks for a login."""
     project: str = "emberl"
-    samples: int = Field(8, ge=0)
+    samples: int = Field(default=8, ge=0)
     """Sampled answers kept at each evaluation."""
 
 
@@ -172,17 +179,17 @@ class ClusterConfig(Settings):
     """Who runs where."""
 
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
-    learners: int = Field(1, ge=1)
+    learners: int = Field(default=1, ge=1)
     """Learner ranks, one device each (a share of the cores on a CPU)."""
-    rollouts: int = Field(1, ge=1)
+    rollouts: int = Field(default=1, ge=1)
     """Rollout workers, one device each."""
-    cpus_per_learner: float = Field(1.0, gt=0)
-    cpus_per_rollout: float = Field(1.0, gt=0)
+    cpus_per_learner: float = Field(default=1.0, gt=0)
+    cpus_per_rollout: float = Field(default=1.0, gt=0)
     address: str | None = None
     """A Ray cluster to join; empty: the one `RAY_ADDRESS` names (as in a Ray job), else a new one on this machine."""
-    start_timeout: float = Field(300.0, gt=0)
+    start_timeout: float = Field(default=300.0, gt=0)
     """Seconds for the placement to be granted and all actors to be up."""
-    step_timeout: float = Field(3600.0, gt=0)
+    step_timeout: float = Field(default=3600.0, gt=0)
     """Seconds for one optimizer step or one checkpoint on the learners."""
 
 
@@ -213,6 +220,20 @@ class Config(Settings):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        check_algorithm(self.advantage, self.kl, self.filter)
+        if self.advantage.needs_critic:
+            raise ValueError(
+                f"advantage.kind={self.advantage.kind} needs a critic, which this version does not train; "
+                "take an algorithm without one, such as grpo, rloo or reinforce_pp"
+            )
+        if self.kl.active:
+            raise ValueError(
+                f"kl.place={self.kl.place} needs a reference model, which this version does not hold; set kl.place=none"
+            )
+        return self
 
     @property
     def output(self) -> Path:
@@ -335,9 +356,8 @@ def _model_of(field: FieldInfo) -> type[BaseModel] | None:
         kind = pending.pop()
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind
-        if get_origin(kind) in (Union, UnionType) or (
-            get_origin(kind) is not None and issubclass(get_origin(kind), Mapping)
-        ):
+        origin = get_origin(kind)
+        if origin in (Union, UnionType) or (isinstance(origin, type) and issubclass(origin, Mapping)):
             pending.extend(get_args(kind))
     return None
 

@@ -163,7 +163,9 @@ def prepare_model(config: Config, run_dir: Path) -> Path | str:
 def load_tokenizer(model_path: Path | str) -> Any:
     """The model's tokenizer; `ConfigError` where there is no such model."""
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         return AutoTokenizer.from_pretrained(model_path)
     except (OSError, ValueError) as error:  # what transformers raises for a missing model, and for a broken one

@@ -73,6 +73,7 @@ def tiny_model(settings: TinyConfig, vocab_size: int, seed: int) -> Qwen3ForCaus
         head_dim=settings.head_dim,
         max_position_embeddings=settings.max_positions,
         tie_word_embeddings=True,
+        initializer_range=settings.init_std,
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..rewards.suite import check_errors
-from .algorithm.advantages import group_advantages
+from .algorithm.advantages import group_advantages, overlong_penalty
 from .algorithm.losses import Objective
 from .batch import make_batch
 from .evaluate import evaluate
@@ -28,30 +28,32 @@ def train_rl(run: Run) -> None:
     while run.progress.step < schedule.steps:
         run.stop_if_asked()
         step, start = run.progress.step + 1, time.perf_counter()
-        position = run.progress.position
-        prompts = [run.source.train(i) for i in range(position, position + schedule.prompts_per_step)]
-        groups = run.sample_groups(prompts, config.rollout.group_size, run.sampling(step))
-        check_errors([v for group in groups for v in group.verdicts], config.reward.max_error_fraction)
-        sampled = time.perf_counter()
+        sampled = sample_step(run, step)
+        sampled_at = time.perf_counter()
 
-        trained = with_advantages(run, [g for g in groups if g.has_signal or not config.filter.zero_variance])
-        batch = make_batch(trained, config.loss.aggregation, keep_all=objective.needs_all_tokens)
+        trained = with_advantages(run, [g for g in sampled if g.has_signal or not config.filter.zero_variance])
+        batch = make_batch(
+            trained,
+            config.loss,
+            config.advantage,
+            max_length=config.rollout.max_response_length,
+            keep_all=objective.needs_all_tokens,
+            mask_cut=config.filter.overlong_mask,
+        )
         metrics: dict[str, float] = {}
         if batch is not None:
-            metrics = run.learners.step(batch, objective)
-            metrics |= run.publish()
+            metrics = run.learners.step(batch, objective) | run.publish()
 
-        tokens = sum(len(c) for group in groups for c in group.completions)
+        tokens = sum(len(c) for group in sampled for c in group.completions)
         seconds = time.perf_counter() - start
         run.progress = run.progress.advance(
             step=step,
-            position=position + len(prompts),
             tokens=run.progress.tokens + tokens,
             train_seconds=run.progress.train_seconds + seconds,
         )
-        metrics |= group_metrics(groups, trained, batch) | run.suite.metrics()
-        metrics |= {"timing_s/gen": sampled - start, "timing_s/step": seconds, "perf/throughput": tokens / seconds}
-        show = {"reward": f"{metrics['critic/score/mean']:.3f}", "correct": f"{correct(groups):.1%}"}
+        metrics |= group_metrics(sampled, trained, batch) | run.suite.metrics()
+        metrics |= {"timing_s/gen": sampled_at - start, "timing_s/step": seconds, "perf/throughput": tokens / seconds}
+        show = {"reward": f"{metrics['critic/score/mean']:.3f}", "accuracy": f"{metrics['training/accuracy']:.1%}"}
         run.tracker.log(step, metrics, show=show | {"tokens/s": f"{tokens / seconds:,.0f}"})
 
         last = step == schedule.steps
@@ -61,9 +63,35 @@ def train_rl(run: Run) -> None:
             run.save()
 
 
+def sample_step(run: Run, step: int) -> list[Group]:
+    """The graded groups of one step. With dynamic sampling further prompts are asked for until enough groups have a
+    signal; raises `TooManyErrors` where graders rather than answers fail."""
+    config = run.config
+    groups: list[Group] = []
+    for _ in range(config.filter.max_rounds if config.filter.dynamic_sampling else 1):
+        wanted = config.schedule.prompts_per_step - sum(group.has_signal for group in groups)
+        wanted = wanted if config.filter.dynamic_sampling else config.schedule.prompts_per_step
+        if wanted <= 0:
+            break
+        position = run.progress.position
+        prompts = [run.source.train(i) for i in range(position, position + wanted)]
+        groups += run.sample_groups(prompts, config.rollout.group_size, run.sampling(step))
+        run.progress = run.progress.advance(position=position + wanted)
+    check_errors([v for group in groups for v in group.verdicts], config.reward.max_error_fraction)
+    return groups
+
+
 def with_advantages(run: Run, groups: Sequence[Group]) -> list[Group]:
     """The groups with the advantage of each completion, NaN scores (no verdict) at 0."""
-    advantages = group_advantages([group.scores for group in groups], run.config.advantage)
+    config = run.config
+    longest = config.rollout.max_response_length
+    scores = [group.scores for group in groups]
+    if config.filter.overlong_share:
+        buffer = max(1, round(config.filter.overlong_share * longest))
+        for row, group in zip(scores, groups, strict=True):
+            lengths = np.array([len(c) for c in group.completions])
+            row += config.filter.overlong_penalty * overlong_penalty(lengths, longest, buffer)
+    advantages = group_advantages(scores, config.advantage)
     return [group.with_advantages(a) for group, a in zip(groups, advantages, strict=True)]
 
 

@@ -39,6 +39,7 @@ class RolloutPool:
                     "raise it, or lower rollout.max_response_length"
                 )
             for stream in ready:
+                assert isinstance(stream, ray.ObjectRefGenerator)
                 i = streams[stream]
                 try:
                     finished = ray.get(next(stream), timeout=self._sync_timeout)

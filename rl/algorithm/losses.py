@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...kernels.terms import TokenLoss, TokenStats, TokenTerms
+from ...kernels.terms import TokenStats, TokenTerms
 from ..groups import Batch
 from .offpolicy import correction, renormalised
 from .plugins import UserLoss, load_loss
@@ -135,7 +135,7 @@ def token_loss(
     return BatchLoss(objective, rows, mask, trains, ids, device, metrics)
 
 
-class BatchLoss(TokenLoss):
+class BatchLoss:
     """The loss of one batch; `metrics` holds the figures that were known before any pass."""
 
     def __init__(
@@ -184,7 +184,8 @@ class BatchLoss(TokenLoss):
         metrics = {"actor/ppo_kl": batch.old_logp - logp, **terms.metrics}
         metrics = {name: torch.where(trains, value, 0.0) for name, value in metrics.items()}
         metrics["actor/nonfinite_logp"] = bad
-        return TokenTerms(loss=terms.loss, dlogp=terms.dlogp, dentropy=terms.dentropy, metrics=metrics)
+        dlogp = torch.where(trains, terms.dlogp, 0.0)  # what a sequence shares out reaches its masked tokens too
+        return TokenTerms(loss=terms.loss, dlogp=dlogp, dentropy=terms.dentropy, metrics=metrics)
 
     def _tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The batch's arrays in the dtype of the head's log-probs, which only its first call shows."""

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from .policy import Policy
@@ -51,7 +51,7 @@ def save_model(policy: Policy, folder: Path, dtype: torch.dtype, origin: str, *,
 def save_state(policy: Policy, optimizer: Any, scheduler: Any, folder: Path, rank: int) -> None:
     """Float32 masters, the optimizer's moments and the schedule's position."""
     model, moments = get_state_dict(policy, optimizer)
-    dcp.save({"model": model, "optimizer": moments}, checkpoint_id=str(folder))
+    state_dict_saver.save({"model": model, "optimizer": moments}, checkpoint_id=str(folder))
     if rank == 0:
         torch.save(scheduler.state_dict(), folder / "scheduler.pt")
 
@@ -60,6 +60,6 @@ def load_state(policy: Policy, optimizer: Any, scheduler: Any, folder: Path) -> 
     """The inverse of `save_state`."""
     model, moments = get_state_dict(policy, optimizer)
     state = {"model": model, "optimizer": moments}
-    dcp.load(state, checkpoint_id=str(folder))
+    state_dict_loader.load(state, checkpoint_id=str(folder))
     set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=moments)
     scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -23,10 +24,10 @@ class LearnerGroup:
 
     def connect(self, model_path: str, timeout: float) -> None:
         """Brings the ranks together and loads the policy, within `timeout` seconds (`cluster.start_timeout`)."""
-        waiting = {"who": "learner rank", "timeout": timeout, "key": "cluster.start_timeout"}
-        address = gather([self.ranks[0].address.remote()], what="address", **waiting)[0]
-        gather([rank.connect.remote(address) for rank in self.ranks], what="connect", **waiting)
-        gather([rank.load.remote(model_path) for rank in self.ranks], what="load", **waiting)
+        wait = partial(gather, who="learner rank", timeout=timeout, key="cluster.start_timeout")
+        address = wait([self.ranks[0].address.remote()], what="address")[0]
+        wait([rank.connect.remote(address) for rank in self.ranks], what="connect")
+        wait([rank.load.remote(model_path) for rank in self.ranks], what="load")
 
     def begin_stage(self, optim: OptimConfig, total_steps: int) -> None:
         self._call("begin_stage", optim, total_steps)
@@ -54,7 +55,7 @@ class LearnerGroup:
 
     def peak_memory(self) -> int:
         """Bytes, of the largest rank."""
-        return max(self._call("peak_memory"))
+        return int(max(self._call("peak_memory")))
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
         return self._wait([getattr(rank, method).remote(*arguments) for rank in self.ranks], method)

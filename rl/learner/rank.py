@@ -83,7 +83,7 @@ class LearnerRank:
         if attention == "auto":
             attention = "eager" if self.platform.is_cpu else "sdpa"
         master = torch.float64 if self.dtype == torch.float64 else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=master, attn_implementation=attention)
+        model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=master, attn_implementation=attention)
         if self.spec.model.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.policy = Policy(model.to(self.device)).train()
@@ -138,15 +138,17 @@ class LearnerRank:
 
     def backward(self, batch: Batch, objective: Objective) -> tuple[float, dict[str, float]]:
         """Adds the gradient of the whole batch's loss to the parameters; returns the loss and the metrics."""
-        loss_function = token_loss(objective, batch, self.device)
+        old_logp = self.logprobs(batch, objective.temperature) if objective.needs_old_logp else None
+        loss_function = token_loss(objective, batch, self.device, old_logp=old_logp)
         mine = plan_micro_batches(batch.sequence_lengths, self.spec.world, self.optim.micro_batch_tokens)[
             self.spec.rank
         ]
         behaviour_T = torch.from_numpy(np.ascontiguousarray(batch.behaviour_logp_T)).to(self.device)
         totals: dict[str, Tensor] = {}
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        policy: Any = self.policy  # FSDP2 adds its methods to the class of the module
         for i, sequences in enumerate(mine):
-            self.policy.set_requires_gradient_sync(i == len(mine) - 1)
+            policy.set_requires_gradient_sync(i == len(mine) - 1)
             micro = to_tensors(batch, sequences, self.device)
             shift = behaviour_T[micro.index_n] if objective.on_samples else None
             part, stats, metrics = self.policy(micro, loss_function, shift, objective.temperature)
@@ -163,7 +165,8 @@ class LearnerRank:
                 if name == "training/rollout_probs_diff_mean" and len(values):
                     peak = totals.get("max", torch.zeros_like(loss))
                     totals["max"] = torch.maximum(peak, values.max().double())
-        return self._reduce(loss, totals, batch.num_loss_tokens)
+        loss_value, metrics_found = self._reduce(loss, totals, batch.num_loss_tokens)
+        return loss_value, loss_function.metrics | metrics_found
 
     def _reduce(self, loss: Tensor, totals: dict[str, Tensor], num_loss_tokens: int) -> tuple[float, dict[str, float]]:
         """Sums over ranks; per-token metrics become means over the step's loss tokens."""

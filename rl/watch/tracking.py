@@ -70,7 +70,7 @@ class Tracker:
         """Appends sampled answers, as read by a person, to `samples.md`."""
         if not rows:
             return
-        columns = list(rows[0])
+        columns: list[Any] = list(rows[0])
         table = [f"\n### {self._stage} step {step}\n", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
         table += ["| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in rows]
         with (self.run_dir / "samples.md").open("a") as file:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from emberl.rl.learner.batching import plan_micro_batches
 from hypothesis import given
 from hypothesis import strategies as st
-
-from emberl.rl.learner.batching import plan_micro_batches
 
 
 def test_hand_made_plan() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import ray
-
 from emberl.rl.cluster import Cluster, check_capacity, plan_placement
 from emberl.rl.config import Config, ConfigError, load_config, resolve
 
@@ -40,7 +39,9 @@ def test_a_device_per_actor_and_threads_from_its_cpus() -> None:
 
 def test_too_few_cpus_names_the_keys() -> None:
     placement = plan_placement(config(device="cpu", learners=2, rollouts=3))
-    with pytest.raises(ConfigError, match=r"needs 5 CPU but this machine has 2: lower cluster.learners=2 or cluster.rollouts=3") as error:
+    with pytest.raises(
+        ConfigError, match=r"5 CPU but this machine has 2: lower cluster.learners=2 or cluster.rollouts=3"
+    ) as error:
         check_capacity(placement, {"CPU": 2.0}, "this machine")
     assert "cluster.cpus_per_rollout" in str(error.value)
 
@@ -95,5 +96,6 @@ def test_the_eight_device_configuration_actor_by_actor(npu_box: None) -> None:
 
 @pytest.mark.slow
 def test_a_placement_that_does_not_fit_the_cluster(npu_box: None) -> None:
-    with pytest.raises(ConfigError, match="needs 9 NPU but the Ray cluster has 8"), Cluster(config(device="npu", learners=8, rollouts=1)):
+    nine = config(device="npu", learners=8, rollouts=1)
+    with pytest.raises(ConfigError, match="needs 9 NPU but the Ray cluster has 8"), Cluster(nine):
         pass

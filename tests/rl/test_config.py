@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from emberl.rl.config import ConfigError, keys, load_config, to_yaml
 
 MINIMAL = "name: t\nmodel: {path: somewhere}\ndata: {source: arithmetic}\n"
@@ -44,8 +43,11 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
     [
         ("rollout.group_sze=8", "unknown key rollout.group_sze; did you mean rollout.group_size?"),
         ("rollot.group_size=8", "unknown key rollot; did you mean rollout?"),
-        ("lr=1e-4", "unknown key lr; did you mean sft.lr?"),
-        ("reward.parts.answer.wieght=1", "unknown key reward.parts.answer.wieght; did you mean reward.parts.answer.weight?"),
+        ("weight_decay=0.1", "unknown key weight_decay; did you mean optim.weight_decay?"),
+        (
+            "reward.parts.answer.wieght=1",
+            "unknown key reward.parts.answer.wieght; did you mean reward.parts.answer.weight?",
+        ),
         ("optim.lr=fast", "optim.lr='fast': input should be a valid number"),
         ("optim.lr=-1", "optim.lr=-1: input should be greater than 0"),
         ("schedule.prompts_per_step=0", "schedule.prompts_per_step=0: input should be greater than or equal to 1"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from emberl.rewards.verdict import Status, Verdict, verifier_error
 from emberl.rl.evaluate import majority_at_k, pass_at_k, summarise
 from emberl.rl.groups import Group
@@ -13,7 +12,8 @@ from emberl.rollout.samples import Completion, Prompt, Span
 
 def group(source: str, *right: bool | None, kind: str | None = None) -> Group:
     verdicts = tuple(
-        verifier_error("killed") if r is None else Verdict(status=Status.CORRECT if r else Status.WRONG, score=float(r)) for r in right
+        verifier_error("killed") if r is None else Verdict(status=Status.CORRECT if r else Status.WRONG, score=float(r))
+        for r in right
     )
     completions = tuple(
         Completion(
@@ -24,7 +24,9 @@ def group(source: str, *right: bool | None, kind: str | None = None) -> Group:
     )  # fmt: skip
     columns = {"kind": kind} if kind else {}
     return Group(
-        prompt=Prompt(id=source, token_ids=(3,), answer="1", source=source, columns=columns), completions=completions, verdicts=verdicts
+        prompt=Prompt(id=source, token_ids=(3,), answer="1", source=source, columns=columns),
+        completions=completions,
+        verdicts=verdicts,
     )
 
 

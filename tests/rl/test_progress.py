@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from emberl.rl import progress as p
 from emberl.rl.config import Config, ConfigError, resolve
 
@@ -23,7 +22,11 @@ def save(run_dir: Path, name: str, **changes: int) -> Path:
 
 def test_a_new_run_takes_the_next_free_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert [p.open_run_dir(config(), resume=False)[0] for _ in range(3)] == [Path("runs/run"), Path("runs/run-2"), Path("runs/run-3")]
+    assert [p.open_run_dir(config(), resume=False)[0] for _ in range(3)] == [
+        Path("runs/run"),
+        Path("runs/run-2"),
+        Path("runs/run-3"),
+    ]
 
 
 def test_resume_takes_the_newest_run_and_its_newest_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +72,10 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
 
 
 def test_rows_that_will_be_written_again_are_dropped(tmp_path: Path) -> None:
-    rows = [{"stage": s, "step": n, "axis": a} for s, n, a in (("sft", 5, "train"), ("rl", 0, "eval"), ("rl", 1, "train"), ("rl", 2, "train"))]
+    rows = [
+        {"stage": s, "step": n, "axis": a}
+        for s, n, a in (("sft", 5, "train"), ("rl", 0, "eval"), ("rl", 1, "train"), ("rl", 2, "train"))
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     p.trim_metrics(tmp_path, "rl", 1, ("sft", "rl"))
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == rows[:3]

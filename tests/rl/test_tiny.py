@@ -150,6 +150,15 @@ def test_default_size() -> None:
     assert sum(p.numel() for p in model.parameters()) == 2944 + 3 * (32768 + 16384 + 147456 + 384) + 128
 
 
+def test_initial_weights_have_the_spread_that_was_asked_for() -> None:
+    for std in (0.06, 0.02):
+        model = tiny_model(TinyConfig(init_std=std), 23, seed=0)
+        matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2}
+        assert len(matrices) == 1 + 3 * 7
+        for name, matrix in matrices.items():
+            assert matrix.std().item() == pytest.approx(std, rel=0.05), name
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,0 +1,119 @@
+"""Groups to batch: alignment, weights over the whole step, what is left out and what still counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from emberl.rewards.verdict import Status, Verdict, verifier_error
+from emberl.rl.algorithm.settings import AdvantageConfig, LossConfig
+from emberl.rl.batch import make_batch, sft_batch
+from emberl.rl.groups import Batch, Group
+from emberl.rollout.samples import Completion, Prompt, Span
+
+
+def completion(sample: int, tokens: list[int], logprobs: list[float]) -> Completion:
+    return Completion(
+        prompt_id="p", sample=sample, token_ids=np.array(tokens, np.int32), logprobs=np.array(logprobs, np.float32),
+        spans=(Span(0, 0, len(tokens)),), finish_reason="stop",
+    )  # fmt: skip
+
+
+def group(advantages: list[float], *verdicts: Verdict) -> Group:
+    completions = (
+        completion(0, [7, 8, 1], [-0.1, -0.2, -0.3]),
+        completion(1, [9, 1], [-0.4, -0.5]),
+        completion(2, [1], [-0.6]),
+    )
+    return Group(
+        prompt=Prompt(id="p", token_ids=(3, 4), answer="", source="s"), completions=completions, verdicts=verdicts,
+        advantages=np.array(advantages, np.float32),
+    )  # fmt: skip
+
+
+RIGHT, WRONG = Verdict(status=Status.CORRECT, score=1.0), Verdict(status=Status.WRONG, score=0.0)
+
+
+def make(groups: list[Group], *, aggregation: str = "token-mean", **options: bool) -> Batch | None:
+    loss = LossConfig.model_validate({"aggregation": aggregation})
+    advantage = AdvantageConfig(whiten=options.pop("whiten", False))
+    return make_batch(groups, loss, advantage, max_length=10, **options)
+
+
+def check(batch: Batch | None) -> Batch:
+    assert batch is not None
+    return batch
+
+
+def test_tokens_masks_and_log_probs_are_aligned() -> None:
+    batch = check(make([group([1.0, -0.5, -0.5], RIGHT, WRONG, WRONG)]))
+    assert batch.token_ids_T.tolist() == [3, 4, 7, 8, 1, 3, 4, 9, 1, 3, 4, 1]
+    assert batch.positions_T.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]
+    assert batch.sequence_ids_T.tolist() == [0] * 5 + [1] * 4 + [2] * 3
+    assert np.flatnonzero(batch.loss_mask_T).tolist() == [2, 3, 4, 7, 8, 11]
+    np.testing.assert_allclose(batch.behaviour_logp_T[batch.loss_mask_T], [-0.1, -0.2, -0.3, -0.4, -0.5, -0.6])
+    np.testing.assert_allclose(batch.advantages_T[batch.loss_mask_T], [1, 1, 1, -0.5, -0.5, -0.5])
+    np.testing.assert_allclose(batch.weights_T[batch.loss_mask_T], [1 / 6] * 6)
+    assert batch.num_loss_tokens == 6
+
+
+def test_zero_advantage_is_left_out_but_counts_in_the_denominator() -> None:
+    batch = check(make([group([1.0, 0.0, -1.0], RIGHT, WRONG, WRONG)]))
+    assert batch.token_ids_T.tolist() == [3, 4, 7, 8, 1, 3, 4, 1]
+    assert batch.sequence_ids_T.tolist() == [0] * 5 + [1] * 3
+    np.testing.assert_allclose(batch.weights_T[batch.loss_mask_T], [1 / 6] * 4)
+    kept = check(make([group([1.0, 0.0, -1.0], RIGHT, WRONG, WRONG)], keep_all=True))
+    assert kept.num_tokens == 12
+
+
+def test_a_completion_without_a_verdict_counts_nowhere() -> None:
+    batch = check(make([group([1.0, 0.0, -1.0], RIGHT, verifier_error("killed"), WRONG)]))
+    np.testing.assert_allclose(
+        batch.weights_T[batch.loss_mask_T], [1 / 4] * 4
+    )  # 3 + 1 tokens; the lost one's 2 do not count
+    assert batch.num_loss_tokens == 4
+
+
+def test_nothing_to_train_on() -> None:
+    assert make([]) is None
+    assert make([group([0.0, 0.0, 0.0], RIGHT, RIGHT, RIGHT)]) is None
+
+
+def test_supervised_batch_trains_on_answers_only() -> None:
+    batch = sft_batch([((3, 4, 7, 1), 2), ((5, 9, 9, 1), 1)])
+    assert np.flatnonzero(batch.loss_mask_T).tolist() == [2, 3, 5, 6, 7]
+    np.testing.assert_allclose(batch.weights_T[batch.loss_mask_T], [0.2] * 5)
+
+
+def test_select_renumbers_and_keeps_weights() -> None:
+    batch = check(make([group([1.0, -0.5, -0.5], RIGHT, WRONG, WRONG)])).select([2, 0])
+    assert batch.token_ids_T.tolist() == [3, 4, 1, 3, 4, 7, 8, 1]
+    assert batch.sequence_ids_T.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+    np.testing.assert_allclose(batch.weights_T[batch.loss_mask_T], [1 / 6] * 4)
+
+
+def test_misaligned_arrays_are_refused() -> None:
+    batch = check(make([group([1.0, -0.5, -0.5], RIGHT, WRONG, WRONG)]))
+    fields = {name: getattr(batch, name) for name in batch.__slots__} | {"positions_T": batch.positions_T[:-1]}
+    with pytest.raises(AssertionError, match="must be aligned"):
+        Batch(**fields)
+
+
+def test_whitening_is_over_all_tokens_and_revives_a_zero() -> None:
+    batch = check(make([group([1.0, 0.0, -1.0], RIGHT, WRONG, WRONG)], whiten=True))
+    # Advantages of the six tokens 1 1 1 0 0 -1: mean 1/3, unbiased variance (3 (2/3)^2 + 2 (1/3)^2 + (4/3)^2) / 5 = 2/3.
+    expected = [(1 - 1 / 3) / (2 / 3) ** 0.5] * 3 + [(-1 / 3) / (2 / 3) ** 0.5] * 2 + [(-4 / 3) / (2 / 3) ** 0.5]
+    np.testing.assert_allclose(batch.advantages_T[batch.loss_mask_T], expected, rtol=1e-6)
+
+
+def test_dr_grpo_divides_by_the_longest_answer() -> None:
+    batch = check(make([group([1.0, -0.5, -0.5], RIGHT, WRONG, WRONG)], aggregation="seq-mean-token-sum-norm"))
+    np.testing.assert_allclose(batch.weights_T[batch.loss_mask_T], [1 / 30] * 6)
+
+
+def test_cut_answers_may_be_kept_out() -> None:
+    cut = group([1.0, -0.5, -0.5], RIGHT, WRONG, WRONG)
+    shortened = replace(cut.completions[0], finish_reason="length")
+    batch = check(make([replace(cut, completions=(shortened, *cut.completions[1:]))], mask_cut=True))
+    assert batch.token_ids_T.tolist() == [3, 4, 9, 1, 3, 4, 1]
