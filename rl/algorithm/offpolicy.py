@@ -52,7 +52,7 @@ def correction(
     finite = mask & np.isfinite(np.where(mask, old, 0.0)) & np.isfinite(np.where(mask, behaviour, 0.0))
     log_w = np.where(finite, np.where(finite, old, 0.0) - np.where(finite, behaviour, 0.0), 0.0).astype(np.float64)
     weights, inside = token_weight(log_w, finite, sequence_ids, config.weight, config.mode, config.low, config.high)
-    geometric = np.exp(pooled(log_w, finite, sequence_ids, "mean"))
+    geometric = np.exp(_bounded(pooled(log_w, finite, sequence_ids, "mean")))
     accepted = np.ones(len(mask), bool)
     if config.seq_mask_low is not None:
         accepted &= geometric >= config.seq_mask_low
@@ -78,14 +78,12 @@ def token_weight(
         return np.ones(len(log_w)), np.ones(len(log_w), bool)
     if weight != "token":
         log_w = pooled(log_w, mask, sequence_ids, "sum" if weight == "sequence" else "mean")
-    raw = np.exp(np.clip(log_w, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+    raw = np.exp(_bounded(log_w))
     inside = (raw >= low) & (raw <= high)
     return np.where(inside, raw, 0.0) if mode == "mask" else np.clip(raw, low, high), inside
 
 
-def pooled(
-    values: NDArray[Any], mask: NDArray[np.bool_], sequence_ids: NDArray[Any], how: Literal["sum", "mean"]
-) -> Floats:
+def pooled(values: NDArray[Any], mask: NDArray[np.bool_], sequence_ids: NDArray[Any], how: str) -> Floats:
     """[T] the sum or mean over the loss tokens of each token's sequence; 0 for a sequence without any."""
     ids = np.asarray(sequence_ids)
     if not len(ids):
@@ -97,6 +95,11 @@ def pooled(
     return result
 
 
+def _bounded(log_w: NDArray[Any]) -> Floats:
+    bounded: Floats = np.clip(log_w, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return bounded
+
+
 def mismatch_metrics(log_w: NDArray[Any], mask: NDArray[np.bool_], sequence_ids: NDArray[Any]) -> dict[str, float]:
     """How far the rollouts' policy is from the old one, from log w = old - behaviour at the loss tokens.
 
@@ -105,10 +108,10 @@ def mismatch_metrics(log_w: NDArray[Any], mask: NDArray[np.bool_], sequence_ids:
     """
     if not np.any(mask):
         return {}
-    tokens = np.clip(log_w[mask], -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    tokens = _bounded(log_w[mask])
     _, first = np.unique(np.asarray(sequence_ids)[mask], return_index=True)
-    mean = pooled(log_w, mask, sequence_ids, "mean")[mask][first]
-    total = np.clip(pooled(log_w, mask, sequence_ids, "sum")[mask][first], -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    mean = _bounded(pooled(log_w, mask, sequence_ids, "mean")[mask][first])
+    total = _bounded(pooled(log_w, mask, sequence_ids, "sum")[mask][first])
     found = {
         "kl": -tokens.mean(),
         "k3_kl": (np.expm1(tokens) - tokens).mean(),

@@ -374,7 +374,7 @@ def test_gspo_and_gspo_token_agree_when_the_advantage_is_constant(
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=seeds, order=st.randoms(use_true_random=False))
 def test_no_split_into_micro_batches_changes_anything(
     ragged: Callable[..., Any],
