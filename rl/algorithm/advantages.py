@@ -67,9 +67,8 @@ def centred(
     valid = ~np.isnan(scores)
     known = scores[valid]
     advantages = np.zeros_like(scores)
-    if len(known) < 2 or np.all(
-        known == known[0]
-    ):  # compared exactly: a mean of equal scores may differ in its last bit
+    # compared exactly: the mean of equal scores may differ from them in its last bit
+    if len(known) < 2 or np.all(known == known[0]):
         return advantages
     difference = known - known.mean()
     if leave_one_out:
@@ -187,16 +186,15 @@ def gae(
     result = np.zeros(len(mask))
     if not len(places):
         return result
-    padded_rewards, padded_values, there = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
+    padded_rewards, padded_values = np.zeros(shape), np.zeros(shape)
     padded_rewards[ids, position] = np.asarray(rewards, np.float64)[places]
     padded_values[ids, position] = np.asarray(values, np.float64)[places]
-    there[ids, position] = True
     decay = gamma * np.broadcast_to(np.asarray(lam, np.float64), shape[0])
     advantages, following = np.zeros(shape), np.zeros(shape[0])
     value_after = np.zeros(shape[0])
     for t in reversed(range(shape[1])):
         delta = padded_rewards[:, t] + gamma * value_after - padded_values[:, t]
-        following = np.where(there[:, t], delta + decay * following, 0.0)
+        following = delta + decay * following  # 0 in the padding on the right, which comes first
         value_after = padded_values[:, t]
         advantages[:, t] = following
     result[places] = advantages[ids, position]

@@ -127,7 +127,7 @@ def token_loss(
     trains = mask.copy()
     if objective.on_samples:
         for row in rows.values():
-            trains &= np.isfinite(np.where(mask, row, 0.0))
+            trains &= np.isfinite(row)
     ids = batch.sequence_ids_T
     rows |= {"advantages": batch.advantages_T, "weights": weights, "importance": importance}
     rows = {name: np.where(trains, row, 0.0) for name, row in rows.items()}  # what is masked may hold anything

@@ -38,6 +38,9 @@ def detached(logp, batch):
 def averaged(logp, batch):
     return -batch.advantages * logp / len(logp)
 
+def shifted(logp, batch):
+    return -batch.advantages * logp + logp.mean().detach()
+
 def coupled(logp, batch):
     return -batch.advantages * batch.means(logp - batch.old_logp).exp()
 
@@ -121,6 +124,7 @@ def test_a_stated_derivative_may_be_meant_so(at: Callable[[str], str]) -> None:
     ("name", "message"),
     [
         ("averaged", "do not sum, average or normalise over tokens"),
+        ("shifted", "do not sum, average or normalise over tokens"),
         ("coupled", "set whole_sequences = True on the function"),
         ("scalar", "returned () for 8 tokens; return one loss per token, shape [8]"),
         ("infinite", "gave a loss that is not finite"),
