@@ -59,6 +59,52 @@ def train(
         raise typer.Exit(INTERRUPTED)
 
 
+@app.command(epilog="Example: emberl audit math --data graded.jsonl.gz --html report.html")
+def audit(
+    reward: Annotated[
+        str, typer.Argument(help="A reward's name or path to a function; `sandbox` runs hostile programs.")
+    ],
+    data: Annotated[Path | None, typer.Option(help="Graded pairs or recorded completions, JSONL or JSONL.gz.")] = None,
+    attacks: Annotated[Path | None, typer.Option(help="With `sandbox`: the hostile programs, JSONL.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Where to write the disagreements for a person to read.")] = None,
+    style: Annotated[str | None, typer.Option(help="Force a function's style: verl, trl, openrlhf, slime, ...")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON line.")] = False,
+) -> None:
+    """Measures a reward against labels and a second grader, or the sandbox against programs that try to break out."""
+    try:
+        if reward == "sandbox":
+            if attacks is None:
+                raise ValueError("audit sandbox needs --attacks FILE, a JSONL file of hostile programs")
+            from ..rewards.attacks import audit_sandbox
+
+            report = audit_sandbox(attacks)
+            print(json.dumps(report.record()) if as_json else "\n".join(report.lines()))
+            if not report.contained:
+                raise typer.Exit(FAILED)
+            return
+        from ..rewards import audit as auditing
+
+        found = auditing.audit(reward, data, html_path=html, style=style)
+    except (ValueError, OSError) as error:
+        fail(str(error), USAGE)
+    print(json.dumps(found.figures) if as_json else auditing.to_text(found))
+
+
+@app.command(epilog="Example: emberl doctor")
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON line.")] = False) -> None:
+    """Examines this machine: versions, sandbox, shared memory, open files; each line with its fix."""
+    from .watch.doctor import Level, examine, worst
+
+    checks = examine()
+    status = worst(checks)
+    if as_json:
+        print(json.dumps({"status": status.value, "checks": [str(check) for check in checks]}))
+    else:
+        print(*checks, sep="\n")
+    if status is Level.ERROR:
+        raise typer.Exit(FAILED)
+
+
 def show_plan(settings: Config) -> None:
     """What `--dry-run` prints."""
     from .cluster import plan_placement

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from ...kernels import platform
 from ...rollout.patches import TensorBytes, WeightPatch, dense_patch
@@ -80,8 +81,8 @@ class LearnerRank:
         from transformers import AutoModelForCausalLM
 
         attention = self.spec.model.attention
-        if attention == "auto":
-            attention = "eager" if self.platform.is_cpu else "sdpa"
+        if attention == "auto":  # eager attention takes its softmax in float32 whatever the model computes in
+            attention = "eager" if self.platform.is_cpu and self.dtype != torch.float64 else "sdpa"
         master = torch.float64 if self.dtype == torch.float64 else torch.float32
         model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=master, attn_implementation=attention)
         if self.spec.model.gradient_checkpointing:
@@ -191,8 +192,15 @@ class LearnerRank:
             micro: MicroBatchTensors = to_tensors(batch, sequences, self.device)
             _, stats, _ = self.policy(micro, None, None, temperature)
             logp_T[micro.index_n] = stats.logp.float()
+        self._reshard()
         dist.all_reduce(logp_T)
         return logp_T.cpu().numpy()
+
+    def _reshard(self) -> None:
+        """After a pass without backward the gathered working copies would stay, and go stale at the next step."""
+        for module in self.policy.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     @torch.no_grad()
     def weights(self, run_id: str, version: int) -> WeightPatch | None:

@@ -1,0 +1,44 @@
+"""What a user gets wrong is one clear line that names the key and the fix, with a status that is not zero."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small_system import Emberl
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.source=missing.jsonl"], "data.source"),
+        (["data.source=empty.jsonl"], "data.source"),
+        (["data={source: rows.jsonl, prompt_column: quesion, max_prompt_length: 16}"], "data.prompt_column"),
+        (["data.max_prompt_length=4"], "data.max_prompt_length"),
+        (["cluster.cpus_per_learner=5000"], "cluster.cpus_per_learner"),
+        (["run_dir=/proc/emberl"], "run_dir=/proc/emberl cannot be written"),
+        (["reward.parts.answer.use=no_such_reward"], "no_such_reward"),
+        (["stages=[rl]", "model={path: nowhere/at-all}"], "model.path='nowhere/at-all'"),
+        (["advantage.kind=gae", "filter.zero_variance=false"], "needs a critic"),
+        (["schedule.max_staleness=2"], "schedule.max_staleness=2"),
+    ],
+)
+def test_one_line_names_the_key(emberl: Emberl, overrides: list[str], message: str) -> None:
+    (emberl.folder / "empty.jsonl").touch()
+    (emberl.folder / "rows.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    result = emberl.train(*overrides, status=2, HF_HUB_OFFLINE="1")
+    assert result["status"] == "error"
+    assert message in result["error"]
+    assert not list(Path(emberl.folder).glob("runs/*/checkpoints"))
+
+
+def test_dry_run_prints_configuration_and_placement(emberl: Emberl) -> None:
+    process = emberl.start("--dry-run", "algorithm=dapo", "filter.zero_variance=true")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "clip_high: 0.28" in out, "the preset is shown expanded"
+    assert "bundle  0  learner 0  0.5 CPU, 1 threads" in out
+    assert "bundle  1  rollout 0  0.5 CPU, 1 threads" in out
+    assert not (emberl.folder / "runs").exists()

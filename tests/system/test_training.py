@@ -1,0 +1,124 @@
+"""The system end to end: it learns, resumes bit for bit, stops cleanly, and fails with a reason in its last line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from small_system import Emberl, read_metrics, timeless
+
+pytestmark = pytest.mark.slow
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_reward_rises_and_anybody_can_load_the_model(emberl: Emberl) -> None:
+    result = emberl.train(
+        "sft.steps=120", "schedule.steps=40", "schedule.prompts_per_step=32", "rollout.group_size=8", "eval.every=20",
+        "data.heldout=32", "eval.size=32", "data.largest_term=9", "filter.zero_variance=true", "run_dir=run",
+        "tracking.wandb=offline", WANDB_API_KEY="",
+    )  # fmt: skip
+    run_dir = emberl.folder / "run"
+    rows = read_metrics(run_dir)
+    first = sum(r["critic/score/mean"] for r in rows[:5]) / 5
+    last = sum(r["critic/score/mean"] for r in rows[-5:]) / 5
+    assert last > first + 0.15, f"reward went from {first:.2f} to {last:.2f}"
+    assert (result["status"], result["steps"]) == ("ok", 40)
+    assert result["accuracy_end"] > result["accuracy_start"]
+    assert result["tokens_per_second"] > 0
+    assert (run_dir / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "| problem | answer | reference | verdict |" in (run_dir / "samples.md").read_text()
+    assert list((run_dir / "wandb").glob("offline-run-*/*.wandb"))
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
+    ids = torch.tensor([tokenizer.encode("3+4=?", add_special_tokens=False)])
+    answer = tokenizer.decode(model.generate(ids, max_new_tokens=12, do_sample=False)[0])
+    assert answer.startswith("3+4=?<think>")
+
+
+def test_a_resumed_run_is_the_uninterrupted_run(emberl: Emberl) -> None:
+    """Invariant 3, from a checkpoint in the middle of RL, and the ratio of invariant 4 on the way."""
+    emberl.train("run_dir=whole")
+    emberl.train("schedule.steps=2", "run_dir=part")
+    done = json.loads((emberl.folder / "part/checkpoints/rl-000002/progress.json").read_text())
+    assert (done["stage"], done["step"]) == (1, 2)
+    result = emberl.train("run_dir=part", "--resume")
+    assert result["steps"] == 4
+    whole, part = emberl.folder / "whole", emberl.folder / "part"
+    assert weights(whole / "model") == weights(part / "model")
+    assert timeless(read_metrics(whole)) == timeless(read_metrics(part))
+    assert timeless(read_metrics(whole, "eval")) == timeless(read_metrics(part, "eval"))
+    for row in read_metrics(whole):
+        assert row["training/rollout_probs_diff_max"] < 1e-4, (
+            "engine and learner disagree at the first step of a version"
+        )
+        assert row["actor/pg_clipfrac"] == 0.0
+
+
+def test_two_workers_and_two_ranks_run_the_same_problem(emberl: Emberl) -> None:
+    result = emberl.train(
+        "cluster.learners=2",
+        "cluster.rollouts=2",
+        "cluster.cpus_per_learner=0.25",
+        "cluster.cpus_per_rollout=0.25",
+        "run_dir=run",
+    )
+    assert result["steps"] == 4
+    versions = [row["sync/version"] for row in read_metrics(emberl.folder / "run") if "sync/version" in row]
+    assert versions == sorted(set(versions)), "each step serves a version of its own"
+
+
+def wait_for(file: Path, text: str, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not (file.exists() and text in file.read_text()):
+        assert time.monotonic() < deadline, f"{text!r} never appeared in {file}"
+        time.sleep(0.2)
+
+
+def test_ctrl_c_saves_and_exits_cleanly(emberl: Emberl) -> None:
+    process = emberl.start("schedule.steps=1000", "checkpoint.every=0", "eval.every=0", "run_dir=run")
+    wait_for(emberl.folder / "run/metrics.jsonl", '"stage": "rl", "step": 3')
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    result = json.loads(out.strip().splitlines()[-1])
+    assert process.returncode == 130, err[-2000:]
+    assert result["status"] == "interrupted"
+    assert (emberl.folder / f"run/checkpoints/rl-{result['steps']:06}/progress.json").exists()
+    again = emberl.train(f"schedule.steps={result['steps'] + 1}", "run_dir=run", "--resume")
+    assert again["steps"] == result["steps"] + 1
+
+
+def test_a_lost_worker_ends_the_run_with_its_name(emberl: Emberl) -> None:
+    """Invariant 7: the exit status is not zero, and the last line says why."""
+    process = emberl.start("schedule.steps=1000", "run_dir=run")
+    wait_for(emberl.folder / "run/metrics.jsonl", '"stage": "rl", "step": 1')
+    victims = [int(p.name) for p in Path("/proc").glob("[0-9]*") if _is_worker(p, process.pid)]
+    assert victims
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err[-2000:]
+    assert "rollout worker 0" in json.loads(out.strip().splitlines()[-1])["error"]
+
+
+def _is_worker(folder: Path, driver: int) -> bool:
+    """Whether this is the rollout worker of the run that `driver` started: Ray names its processes after the actor."""
+    try:
+        if not (folder / "cmdline").read_bytes().startswith(b"ray::RolloutWorker"):
+            return False
+        pid = int(folder.name)
+        while pid > 1 and pid != driver:
+            pid = int((Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        return pid == driver
+    except (OSError, ValueError):  # a process that ended while we looked
+        return False
