@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from .policy import Policy
+from .shards import Shards
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 NOT_WEIGHTS = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template", "generation_config")
 
 
@@ -48,18 +49,31 @@ def save_model(policy: Policy, folder: Path, dtype: torch.dtype, origin: str, *,
         AutoTokenizer.from_pretrained(origin).save_pretrained(folder)
 
 
-def save_state(policy: Policy, optimizer: Any, scheduler: Any, folder: Path, rank: int) -> None:
+def save_state(shards: Shards, optimizer: Any, scheduler: Any, folder: Path, rank: int) -> None:
     """Float32 masters, the optimizer's moments and the schedule's position."""
-    model, moments = get_state_dict(policy, optimizer)
-    state_dict_saver.save({"model": model, "optimizer": moments}, checkpoint_id=str(folder))
+    state_dict_saver.save(_state(shards, optimizer), checkpoint_id=str(folder))
     if rank == 0:
-        torch.save(scheduler.state_dict(), folder / "scheduler.pt")
+        steps = [float(optimizer.state[p]["step"]) for p in shards.local if "step" in optimizer.state[p]]
+        torch.save({"scheduler": scheduler.state_dict(), "optimizer_steps": steps[:1]}, folder / "scheduler.pt")
 
 
-def load_state(policy: Policy, optimizer: Any, scheduler: Any, folder: Path) -> None:
-    """The inverse of `save_state`."""
-    model, moments = get_state_dict(policy, optimizer)
-    state = {"model": model, "optimizer": moments}
-    state_dict_loader.load(state, checkpoint_id=str(folder))
-    set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=moments)
-    scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+def load_state(shards: Shards, optimizer: Any, scheduler: Any, folder: Path) -> None:
+    """The inverse of `save_state`: everything is read into the tensors in place."""
+    saved = torch.load(folder / "scheduler.pt", weights_only=True)
+    for parameter in shards.local if saved["optimizer_steps"] else []:
+        moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
+        optimizer.state[parameter] = {"step": torch.tensor(saved["optimizer_steps"][0]), **moments}
+    state_dict_loader.load(_state(shards, optimizer), checkpoint_id=str(folder))
+    scheduler.load_state_dict(saved["scheduler"])
+    for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+        group["lr"] = lr
+
+
+def _state(shards: Shards, optimizer: Any) -> dict[str, dict[str, Tensor]]:
+    """Masters and moments by name, as sharded tensors that share the originals' memory."""
+    state: dict[str, dict[str, Tensor]] = {"model": {name: p.detach() for name, p in shards.parameters.items()}}
+    for moment in MOMENTS:
+        pairs = zip(shards.parameters.items(), shards.local, strict=True)
+        held = {name: (p, optimizer.state[local]) for (name, p), local in pairs}
+        state[moment] = {name: shards.like(p, s[moment]) for name, (p, s) in held.items() if moment in s}
+    return state

@@ -30,12 +30,20 @@ class MicroBatchTensors:
     sequence_ids_n: Tensor
 
 
+HEIGHT, WIDTH = 8, 8
+"""Padded sizes are multiples of these: libraries compile or look up a kernel for every new shape, so few shapes pay."""
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return max(1, -(-size // multiple)) * multiple
+
+
 def to_tensors(batch: Batch, sequences: tuple[int, ...], device: torch.device) -> MicroBatchTensors:
-    """Pads these sequences of the batch; an empty tuple gives one token and no loss, to keep step with other ranks."""
+    """Pads these sequences of the batch; an empty tuple gives padding and no loss, to keep step with other ranks."""
     starts = np.concatenate(([0], np.cumsum(batch.sequence_lengths)))
     spans = [np.arange(starts[s], starts[s + 1]) for s in sequences] or [np.zeros(0, np.int64)]
-    width = max(1, max(len(span) for span in spans))
-    token_ids = np.zeros((len(spans), width), np.int64)
+    width = _round_up(max(len(span) for span in spans), WIDTH)
+    token_ids = np.zeros((_round_up(len(spans), HEIGHT), width), np.int64)
     rows, index = [], []
     for i, span in enumerate(spans):
         token_ids[i, : len(span)] = batch.token_ids_T[span]

@@ -6,6 +6,7 @@ summed (not averaged) over ranks in float32, since every token's weight already 
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -28,6 +29,7 @@ from ..groups import Batch
 from . import checkpoint
 from .batching import plan_micro_batches
 from .policy import MicroBatchTensors, Policy, to_tensors
+from .shards import Shards
 
 SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 
@@ -102,13 +104,14 @@ class LearnerRank:
         from transformers import get_scheduler
 
         self.optim = optim
+        self.shards = Shards.of(self.policy)
         self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(),
+            self.shards.local,
             lr=optim.lr,
             betas=optim.betas,
             eps=optim.eps,
             weight_decay=optim.weight_decay,
-            foreach=True,
+            fused=True,
         )
         name = "constant_with_warmup" if optim.schedule == "constant" else optim.schedule
         self.scheduler = get_scheduler(
@@ -119,10 +122,8 @@ class LearnerRank:
         """One optimizer step on the whole batch; the same metrics on every rank."""
         start = time.perf_counter()
         loss, metrics = self.backward(batch, objective)
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.optim.grad_clip)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        finite = bool(torch.isfinite(norm))
-        if finite:
+        norm = self.shards.take_gradients(self.optim.grad_clip)
+        if math.isfinite(norm):
             self.optimizer.step()
         else:  # one bad batch must not destroy the weights; the count tells whether it stays at one
             self.steps_skipped += 1
@@ -131,7 +132,7 @@ class LearnerRank:
         self.optimizer.zero_grad(set_to_none=True)
         return metrics | {
             "actor/pg_loss": loss,
-            "actor/grad_norm": float(norm),
+            "actor/grad_norm": norm,
             "actor/lr": lr,
             "actor/steps_skipped": float(self.steps_skipped),
             "timing_s/update_actor": time.perf_counter() - start,
@@ -218,12 +219,12 @@ class LearnerRank:
     def save(self, folder: str) -> None:
         """The model in Hugging Face format under `folder`, and what training goes on from under `folder/learner`."""
         checkpoint.save_model(self.policy, Path(folder), self.dtype, self.model_path, write=self.spec.rank == 0)
-        checkpoint.save_state(self.policy, self.optimizer, self.scheduler, Path(folder) / "learner", self.spec.rank)
+        checkpoint.save_state(self.shards, self.optimizer, self.scheduler, Path(folder) / "learner", self.spec.rank)
         dist.barrier()
 
     def restore(self, folder: str) -> None:
         """Goes on from what `save` wrote, possibly with another number of ranks."""
-        checkpoint.load_state(self.policy, self.optimizer, self.scheduler, Path(folder) / "learner")
+        checkpoint.load_state(self.shards, self.optimizer, self.scheduler, Path(folder) / "learner")
 
     def peak_memory(self) -> int:
         """Bytes."""

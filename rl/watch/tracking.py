@@ -97,7 +97,7 @@ class Tracker:
         self.end()
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
             self._wandb = None
 
 
