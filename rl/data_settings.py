@@ -130,8 +130,8 @@ class TinyConfig(BaseModel):
     intermediate: int = Field(default=384, ge=8)
     max_positions: int = Field(default=2048, ge=16)
     init_std: float = Field(default=0.06, gt=0)
-    """Standard deviation of the initial weights. The usual 0.02 is meant for widths of thousands; at 128 it makes
-    supervised learning about half as fast."""
+    """Standard deviation of the initial weights. The usual 0.02 is meant for widths of thousands: at 128 a model learns
+    more slowly from it (the built-in mix, 200 supervised steps of 128 problems: loss 0.48, against 0.36 from 0.06)."""
     vocabulary: Literal["arithmetic", "bytes"] = "arithmetic"
     """`arithmetic`: the characters of the built-in problems; `bytes`: any text, one token for each UTF-8 byte."""
     chat_template: bool = False
