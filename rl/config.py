@@ -65,6 +65,10 @@ class SFTConfig(Settings):
     """The cold start: supervised steps on the source's worked solutions, before RL."""
 
     steps: int = Field(default=200, ge=1)
+    """At most."""
+    stop_loss: float = Field(default=0.0, ge=0)
+    """The stage ends once the loss, averaged over about the last ten steps, is below this: a cold start that teaches
+    the form and leaves the rest to RL takes unlike many steps from one seed to the next. 0: never."""
     batch_size: int = Field(default=256, ge=1)
     """Problems per step."""
     lr: float = Field(default=2e-3, gt=0)

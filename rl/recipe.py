@@ -124,7 +124,7 @@ def train_sft(run: Run) -> None:
     """The cold start: supervised steps on worked solutions, each problem once."""
     config = run.config.sft
     run.tracker.begin("sft", run.progress.step, config.steps)
-    while run.progress.step < config.steps:
+    while run.progress.step < config.steps and not (run.progress.sft_loss or float("inf")) < config.stop_loss:
         run.stop_if_asked()
         position = run.progress.position
         examples = []
@@ -138,7 +138,11 @@ def train_sft(run: Run) -> None:
                 )
             examples.append((supervised_ids(prompt, solution, run.tokenizer), len(prompt.token_ids)))
         metrics = run.learners.step(sft_batch(examples), Objective.sft())
-        run.progress = run.progress.advance(step=run.progress.step + 1, position=position + config.batch_size)
+        loss = metrics["actor/pg_loss"]
+        average = loss if run.progress.sft_loss is None else 0.9 * run.progress.sft_loss + 0.1 * loss
+        run.progress = run.progress.advance(
+            step=run.progress.step + 1, position=position + config.batch_size, sft_loss=average
+        )
         run.tracker.log(
             run.progress.step,
             {"sft/loss": metrics["actor/pg_loss"], **metrics},
