@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..rewards.inputs import RewardInput
 from ..rewards.suite import RewardSuite, build_suite
+from ..rollout.samples import Prompt
 from .algorithm.losses import Objective
 from .batch import sft_batch
 from .cluster import Cluster
@@ -48,13 +50,14 @@ def train(config: Config, *, resume: bool = False) -> Result:
     started = time.time()
     with user_errors():
         check_data(config.data)
+        Objective.of(config.loss, config.kl, config.offpolicy)  # tries a user's own loss on a tiny batch
     cluster = Cluster(config)
     run_dir, checkpoint = open_run_dir(config, resume)
     progress = read_progress(checkpoint) if checkpoint else Progress()
     if checkpoint and progress.stage < len(config.stages):
         trim_metrics(run_dir, config.stages[progress.stage], progress.step, config.stages)
     console = make_console()
-    with stop_on_signal() as stop, cluster:
+    with cluster, stop_on_signal() as stop:  # in this order: Ray's start sets a SIGTERM handler of its own
         model_path = prepare_model(config, run_dir)
         # the actors load while this process reads the data: both take seconds
         learners, pool = cluster.spawn(str(checkpoint or model_path), run_id := uuid.uuid4().hex)
@@ -63,6 +66,8 @@ def train(config: Config, *, resume: bool = False) -> Result:
             source = open_source(config.data, tokenizer, config.seed)
         suite = build_rewards(config, source)
         tracker = Tracker(config, run_dir, console)
+        for note in source.notes:
+            tracker.note(note)
         try:
             cluster.wait()
             run = Run(
@@ -180,10 +185,38 @@ def load_tokenizer(model_path: Path | str) -> Any:
 
 
 def build_rewards(config: Config, source: PromptSource) -> RewardSuite:
-    """The reward suite, with every reference of a finite data set checked before training starts."""
+    """The reward suite, tried on one problem, with every reference of a finite data set checked before training."""
+    if config.eval.size and not source.heldout:
+        raise ConfigError(
+            f"eval.size={config.eval.size}, but data.heldout={config.data.heldout} leaves no held-out problems; "
+            "raise data.heldout, name data.eval_path or data.eval_split, or set eval.size=0"
+        )
     with user_errors():
-        return build_suite({name: {"use": p.use, "weight": p.weight, "timeout": p.timeout, "options": p.options or None}
-                             for name, p in config.reward.parts.items()})  # fmt: skip
+        parts = {
+            name: {"use": p.use, "weight": p.weight, "timeout": p.timeout, "options": p.options or None}
+            for name, p in config.reward.parts.items()
+        }
+        suite = build_suite(parts)
+        suite.trial(_as_input(source.train(0), "0"))
+    rows = [*source.heldout, *(source.train(i) for i in range(source.size or 0))]
+    bad = suite.check_references([_as_input(prompt, "") for prompt in rows])
+    if bad:
+        suite.close()
+        shown = "; ".join(f"{rows[b.row].id}: {b}" for b in bad[:3])
+        raise ConfigError(
+            f"{len(bad)} references of data.source={config.data.source!r} cannot be graded against: {shown}"
+        )
+    return suite
+
+
+def _as_input(prompt: Prompt, completion: str) -> RewardInput:
+    return RewardInput(
+        completion=completion,
+        answer=prompt.answer,
+        messages=prompt.messages,
+        source=prompt.source,
+        columns=prompt.columns,
+    )
 
 
 @contextmanager
