@@ -115,6 +115,7 @@ class Cluster:
                 ray.init(address=self.address, namespace=f"emberl-{uuid.uuid4().hex[:8]}", log_to_driver=False)
             else:
                 ray.init(
+                    address="local",  # never a cluster that happens to run here: it was not asked for
                     num_cpus=platform.local_cpus(),
                     include_dashboard=False,
                     log_to_driver=False,

@@ -53,6 +53,7 @@ def evaluate(run: Run) -> Evaluation:
     )
     groups = run.sample_groups(problems, config.eval.samples, sampling)
     result = summarise(groups, [[run.text(c) for c in group.completions] for group in groups])
+    run.suite.metrics()  # a training step's figures of the reward are to be its own
     step = run.progress.step
     run.tracker.log(step, result.metrics, "eval", {"held-out accuracy": f"{result.accuracy:.1%}"})
     shown = groups[: config.tracking.samples]

@@ -30,7 +30,7 @@ def full_tensors(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tens
 
 def save_model(policy: Policy, folder: Path, dtype: torch.dtype, origin: str, *, write: bool) -> None:
     """Writes weights (in the bytes that engines serve), config and the tokenizer's files; all ranks take part, one writes."""
-    tensors = {name: tensor.cpu() for name, tensor in full_tensors(policy, dtype)}
+    tensors = {name: tensor.cpu().clone() for name, tensor in full_tensors(policy, dtype)}  # storages of their own
     if not write:
         return
     from huggingface_hub import save_torch_state_dict

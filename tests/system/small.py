@@ -17,7 +17,7 @@ stages: [sft, rl]
 model: {tiny: {hidden: 64, layers: 2, heads: 2, kv_heads: 1, head_dim: 32, intermediate: 128}, dtype: float32}
 data:
   {source: arithmetic, kinds: {chain: 1}, terms: [2, 2], largest_total: 20, steps: short, heldout: 16, max_prompt_length: 16}
-sft: {steps: 2, batch_size: 64, lr: 5.0e-3, warmup_steps: 5}
+sft: {steps: 60, batch_size: 64, lr: 5.0e-3, warmup_steps: 5}
 rollout: {group_size: 4, max_response_length: 12, max_num_seqs: 64}
 schedule: {steps: 4, prompts_per_step: 16}
 filter: {zero_variance: false}

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
         (["cluster.cpus_per_learner=5000"], "cluster.cpus_per_learner"),
         (["run_dir=/proc/emberl"], "run_dir=/proc/emberl cannot be written"),
         (["reward.parts.answer.use=no_such_reward"], "no_such_reward"),
-        (["stages=[rl]", "model={path: nowhere/at-all}"], "model.path='nowhere/at-all'"),
+        (["stages=[rl]", "model.tiny=null", "model.path=nowhere/at-all"], "model.path='nowhere/at-all'"),
         (["advantage.kind=gae", "filter.zero_variance=false"], "needs a critic"),
         (["schedule.max_staleness=2"], "schedule.max_staleness=2"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,14 +26,23 @@ def ray_command(*arguments: str, timeout: float = 120) -> subprocess.CompletedPr
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[str]:
-    """A local cluster with a job server."""
-    started = ray_command(
-        "start", "--head", f"--port={PORT}", "--num-cpus=2", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={DASHBOARD}", "--disable-usage-stats",
-    )  # fmt: skip
-    assert started.returncode == 0, started.stderr
-    yield f"http://127.0.0.1:{DASHBOARD}"
-    ray_command("stop", "--force")
+    """A local cluster with a job server. Blocking, so that ending it ends this cluster and no other on the machine."""
+    command = [
+        str(BIN / "ray"), "start", "--head", "--block", f"--port={PORT}", "--num-cpus=2", "--include-dashboard=true",
+        "--dashboard-host=127.0.0.1", f"--dashboard-port={DASHBOARD}", "--disable-usage-stats",
+    ]  # fmt: skip
+    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    address = f"http://127.0.0.1:{DASHBOARD}"
+    try:
+        deadline = time.monotonic() + 120
+        while ray_command("job", "submit", "--address", address, "--", "true").returncode != 0:
+            assert time.monotonic() < deadline and head.poll() is None, "the job server did not come up"
+            time.sleep(1)
+        yield address
+    finally:
+        head.terminate()
+        head.wait(timeout=60)
 
 
 def test_a_job_joins_its_cluster_and_passes_its_status_on(cluster: str, emberl: Emberl) -> None:
