@@ -135,7 +135,7 @@ class _Run:
     def evaluate(self, stats: TokenStats, index: Tensor, recomputed: Tensor) -> TokenTerms:
         terms = self.loss(stats, index)
         self.value += terms.loss.sum()
-        for name, values in {**terms.metrics, "head_recomputed": recomputed}.items():
+        for name, values in {**terms.metrics, "actor/head_recomputed": recomputed}.items():
             whole = self.metrics.setdefault(name, self.raw.new_zeros(len(self.raw)))
             whole.index_copy_(0, index, values.to(whole.dtype))
         return terms

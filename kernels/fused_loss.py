@@ -124,7 +124,7 @@ def linear_loss(
 
     Returns:
         The loss (a scalar; backward works once or, with retain_graph, more often), the statistics [N] (0 where a token
-        was neither active nor measured) and the loss's metrics, each [N]; `head_recomputed` among them is 1 where the
+        was neither active nor measured) and the loss's metrics, each [N]; `actor/head_recomputed` among them is 1 where the
         shift was unusable.
     """
     call = prepare(
@@ -238,7 +238,7 @@ def _total(
         value, terms = reference.loss_of(stats, loss, index)
         metrics = dict(terms.metrics)
     with torch.no_grad():
-        metrics["head_recomputed"] = torch.zeros_like(stats.logp)
+        metrics["actor/head_recomputed"] = torch.zeros_like(stats.logp)
         return (
             value,
             reference.spread_stats(stats, index, count),

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from .codetests import FunctionPlan, JudgePlan, Plan, ProgramPlan, plan_of
+from .codetests import Call, FunctionPlan, JudgePlan, Plan, ProgramPlan, plan_of
 from .compare import FLOAT_TOLERANCE, Reply, equal, is_plain, parse_reply, printable, same_output, without_tuples
 from .inputs import RewardInput
 from .sandbox import (
@@ -187,11 +187,12 @@ class CodeReward:
     def _call_function(self, plan: FunctionPlan, program: Program) -> Result:
         total, passed, failure = len(plan.calls), 0, Result(0, 1, "")
         try:
-            with self._session(plan, program) as talk:
-                if (first := parse_reply(talk.receive())).error:
-                    return _raised(first, total)
-                for call in plan.calls:
-                    talk.send({"eval": call.source})
+            with self._session(plan, program, plan.calls[0]) as talk:
+                if (loaded := parse_reply(talk.receive())).error:
+                    return _raised(loaded, total)
+                for number, call in enumerate(plan.calls):
+                    if number:
+                        talk.send({"eval": call.source})
                     reply = parse_reply(talk.receive())
                     if self._right(call.expected, plan.from_json, reply):
                         passed += 1
@@ -217,12 +218,15 @@ class CodeReward:
         except RecursionError:  # nested beyond all reason
             return False
 
-    def _session(self, plan: FunctionPlan | JudgePlan, program: Program) -> contextlib.AbstractContextManager[Session]:
+    def _session(
+        self, plan: FunctionPlan | JudgePlan, program: Program, first: Call | None = None
+    ) -> contextlib.AbstractContextManager[Session]:
         source = program.source
         if plan.entry and not re.search(rf"^\s*(async\s+)?def\s+{re.escape(plan.entry)}\b", source, re.M):
             source = plan.prompt + source  # a completion of the prompt's function
         parts = [part for part in (plan.before, source, plan.after) if part.strip()]
-        return self.sandbox.session({"task": "calls", "code": parts}, self.limits)
+        opening = None if first is None else {"eval": first.source}
+        return self.sandbox.session({"task": "calls", "code": parts}, self.limits, first=opening)
 
     def _judged(self, plan: JudgePlan, program: Program) -> Result:
         """Runs the data set's test code in its own sandbox and carries its calls over, as plain values both ways."""

@@ -87,8 +87,12 @@ class Sandbox:
         self.close()
 
     @contextlib.contextmanager
-    def session(self, request: Mapping[str, Any], limits: Limits = _DEFAULT) -> Iterator[Session]:
-        """Starts a child on `request` (see `inmate.py`) for a talk line by line; kills it on leaving."""
+    def session(
+        self, request: Mapping[str, Any], limits: Limits = _DEFAULT, *, first: Mapping[str, Any] | None = None
+    ) -> Iterator[Session]:
+        """Starts a child on `request` (see `inmate.py`) for a talk line by line; kills it on leaving.
+
+        `first` is the first message of the talk: sent along, it saves a turn of the processes."""
         with self._mother(limits) as mother:
             ours, theirs = socket.socketpair()
             with ours:
@@ -96,7 +100,7 @@ class Sandbox:
                     mother.start(CALLS, limits, [theirs.fileno()])
                 talk = Session(mother, ours, limits)
                 try:
-                    talk.send(request)
+                    talk.send(request, *(() if first is None else (first,)))
                     yield talk
                 finally:
                     if mother.busy:
@@ -169,9 +173,9 @@ class Session:
         self._deadline = time.monotonic() + limits.seconds + _GRACE_SECONDS
         channel.setblocking(False)
 
-    def send(self, message: Mapping[str, Any]) -> None:
-        """Sends one line. Raises ProgramEnded, SandboxError."""
-        data = memoryview(json.dumps(message).encode() + b"\n")
+    def send(self, *messages: Mapping[str, Any]) -> None:
+        """Sends one line each. Raises ProgramEnded, SandboxError."""
+        data = memoryview("".join(json.dumps(message) + "\n" for message in messages).encode())
         while data:
             try:
                 data = data[self._channel.send(data) :]

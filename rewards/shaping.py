@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from .inputs import RewardInput
@@ -30,13 +31,14 @@ def _graded(score: float, best: float = 1.0) -> Verdict:
     return Verdict(status=status, score=score)
 
 
-class _Inline:
+class _Inline(ABC):
     """Grades one completion after the other, in the calling thread."""
 
     inline = True
 
+    @abstractmethod
     def score(self, row: RewardInput) -> float:
-        raise NotImplementedError
+        """The completion's score; `best` is full marks."""
 
     best = 1.0
 

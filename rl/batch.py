@@ -22,38 +22,70 @@ def make_batch(
     keep_all: bool = False,
     mask_cut: bool = False,
 ) -> Batch | None:
-    """The batch of all completions that have a verdict; None if no token is left that could train.
+    """`make_batches` for one update; None if no token is left that could train."""
+    batches = make_batches(groups, loss, advantage, max_length=max_length, keep_all=keep_all, mask_cut=mask_cut)
+    return batches[0] if batches else None
 
-    Weights and whitened advantages are computed over all of them. After that, a completion whose advantage is exactly 0
-    is left out of the passes, since its gradient is exactly 0 (`keep_all` keeps it, for a loss with a KL or entropy
-    term); the denominators still count it.
+
+def make_batches(
+    groups: Sequence[Group],
+    loss: LossConfig,
+    advantage: AdvantageConfig,
+    *,
+    parts: int = 1,
+    max_length: int,
+    keep_all: bool = False,
+    mask_cut: bool = False,
+) -> list[Batch]:
+    """All completions that have a verdict as up to `parts` batches, one for each update, of whole groups in their order.
+
+    Advantages are whitened over all parts together; weights and denominators are a part's own (as verl's mini-batches).
+    After that, a completion whose advantage is exactly 0 is left out of the passes, since its gradient is exactly 0
+    (`keep_all` keeps it, for a loss with a KL or entropy term); the denominators still count it. A part in which no
+    token is left that could train is left out.
 
     max_length: the longest answer, `seq-mean-token-sum-norm`'s constant where `loss.norm_const` is empty.
     mask_cut: completions that were cut at that length do not train (`filter.overlong_mask`).
     """
     rows = [
-        (group.prompt.token_ids, completion, advantage_of)
-        for group in groups
+        (number, group.prompt.token_ids, completion, advantage_of)
+        for number, group in enumerate(groups)
         for completion, verdict, advantage_of in zip(group.completions, group.verdicts, _advantages(group), strict=True)
         if verdict.trains and len(completion) and not (mask_cut and completion.finish_reason == "length")
     ]
     if not rows:
-        return None
-    batch = _flat(
-        [np.concatenate([prompt, completion.token_ids]).astype(np.int32) for prompt, completion, _ in rows],
-        [len(prompt) for prompt, _, _ in rows],
-        [completion.logprobs for _, completion, _ in rows],
-        [float(advantage_of) for _, _, advantage_of in rows],
+        return []
+    norm_const = float(loss.norm_const or max_length)
+    whole = _flat(
+        [np.concatenate([prompt, completion.token_ids]).astype(np.int32) for _, prompt, completion, _ in rows],
+        [len(prompt) for _, prompt, _, _ in rows],
+        [completion.logprobs for _, _, completion, _ in rows],
+        [float(advantage_of) for _, _, _, advantage_of in rows],
         loss,
-        float(loss.norm_const or max_length),
+        norm_const,
     )
     if advantage.per_token:
-        values, _ = batch_advantages(batch.advantages_T, batch.loss_mask_T, batch.sequence_ids_T, advantage)
-        batch = replace(batch, advantages_T=values)
-    live = np.zeros(len(rows), bool)
+        values, _ = batch_advantages(whole.advantages_T, whole.loss_mask_T, whole.sequence_ids_T, advantage)
+        whole = replace(whole, advantages_T=values)
+    if parts == 1:
+        batches = [whole]
+    else:
+        owner = np.array([number for number, _, _, _ in rows])
+        shares = [np.flatnonzero(np.isin(owner, share)) for share in np.array_split(np.arange(len(groups)), parts)]
+        batches = [_own_weights(whole.select(share.tolist()), loss, norm_const) for share in shares if len(share)]
+    return [live for batch in batches if (live := batch if keep_all else _live(batch)).num_tokens]
+
+
+def _own_weights(batch: Batch, loss: LossConfig, norm_const: float) -> Batch:
+    weights = token_weights(batch.loss_mask_T, batch.sequence_ids_T, loss.aggregation, norm_const=norm_const)
+    return replace(batch, weights_T=weights, num_loss_tokens=int(batch.loss_mask_T.sum()))
+
+
+def _live(batch: Batch) -> Batch:
+    """Without the sequences whose every advantage is 0."""
+    live = np.zeros(len(batch.sequence_lengths), bool)
     np.logical_or.at(live, batch.sequence_ids_T, batch.loss_mask_T & (batch.advantages_T != 0))
-    chosen = list(range(len(rows))) if keep_all else np.flatnonzero(live).tolist()
-    return batch.select(chosen) if chosen else None
+    return batch.select(np.flatnonzero(live).tolist())
 
 
 def sft_batch(examples: Sequence[tuple[Sequence[int], int]]) -> Batch:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import uuid
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -114,6 +115,9 @@ class Cluster:
             if self.address:
                 ray.init(address=self.address, namespace=f"emberl-{uuid.uuid4().hex[:8]}", log_to_driver=False)
             else:
+                # Ray guards a new cluster by a token; one of this run's own leaves no file in the user's home, which
+                # would switch authentication on for every cluster that they start later
+                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
                 ray.init(
                     address="local",  # never a cluster that happens to run here: it was not asked for
                     num_cpus=platform.local_cpus(),

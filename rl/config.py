@@ -66,9 +66,11 @@ class SFTConfig(Settings):
 
     steps: int = Field(default=200, ge=1)
     """At most."""
-    stop_loss: float = Field(default=0.0, ge=0)
-    """The stage ends once the loss, averaged over about the last ten steps, is below this: a cold start that teaches
-    the form and leaves the rest to RL takes unlike many steps from one seed to the next. 0: never."""
+    stop_accuracy: float = Field(default=0.0, ge=0, le=1)
+    """The stage ends once greedy answers to the problems that come next, not seen yet, are right this often: a cold start
+    that teaches the form and leaves the rest to RL takes unlike many steps from one seed to the next. 0: never."""
+    check_every: int = Field(default=10, ge=1)
+    """Steps between two looks at that accuracy."""
     batch_size: int = Field(default=256, ge=1)
     """Problems per step."""
     lr: float = Field(default=2e-3, gt=0)
@@ -100,8 +102,18 @@ class RewardPart(Settings):
     use: str
     """`math`, `package.module:function`, `./file.py:function`, or an entry point of the group `emberl.rewards`."""
     weight: float = 1.0
+    gate: str | None = None
+    """Another part's name: this one counts only where that one scored above 0."""
     timeout: float = Field(default=10.0, gt=0)
     """Seconds for one completion."""
+    deadline: float = Field(default=600.0, gt=0)
+    """Seconds for a batch; what has no verdict by then is a verifier error."""
+    concurrency: int | None = Field(default=None, ge=1)
+    """Grading processes; empty: the reward's own choice."""
+    style: str | None = None
+    """A user's function is of this style: native, verl, trl, openrlhf, slime, verifiers; empty: seen from its signature."""
+    isolation: Literal["process", "inline"] | None = None
+    """Where a user's function runs; empty: in a process of its own."""
     options: Mapping[str, Any] = Field(default_factory=dict)
     """Arguments of the reward itself."""
 
@@ -118,8 +130,13 @@ class ScheduleConfig(Settings):
     """The loop."""
 
     steps: int = Field(default=100, ge=0)
-    """RL steps: one optimizer step and one new version of the weights each."""
+    """RL steps: prompts sampled, answers marked, `minibatches` x `epochs` optimizer steps, one new version of the weights."""
     prompts_per_step: int = Field(default=64, ge=1)
+    minibatches: int = Field(default=1, ge=1)
+    """Parts of whole groups into which a step's answers are split, an optimizer step each. From the second on the ratio to
+    the sampling policy is no longer 1, and the clip of the loss acts."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over a step's answers (PPO's epochs)."""
     max_staleness: Literal[0] = 0
     """0: strictly on-policy, every token is sampled by the newest weights."""
 
@@ -242,6 +259,11 @@ class Config(Settings):
     @property
     def output(self) -> Path:
         return Path(self.run_dir or f"runs/{self.name}")
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of the RL stage, if every part of every step has a signal."""
+        return self.schedule.steps * self.schedule.minibatches * self.schedule.epochs
 
     @property
     def sft_optim(self) -> OptimConfig:

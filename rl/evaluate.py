@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb
 
 import numpy as np
 
+from ..rollout.samples import Prompt
 from .groups import Group
 from .run import Run
 from .watch.tracking import sample_rows
@@ -45,12 +46,7 @@ def evaluate(run: Run) -> Evaluation:
     """Samples answers to the held-out problems with the weights that the engines serve, marks and logs them."""
     config = run.config
     problems = list(run.source.heldout[: config.eval.size])
-    sampling = run.sampling(-1).__class__(
-        max_tokens=config.rollout.max_response_length,
-        temperature=config.eval.temperature,
-        stop_token_ids=run.sampling(0).stop_token_ids,
-        seed=config.seed,
-    )
+    sampling = replace(run.sampling(0), temperature=config.eval.temperature, top_p=1.0, top_k=0, seed=config.seed)
     groups = run.sample_groups(problems, config.eval.samples, sampling)
     result = summarise(groups, [[run.text(c) for c in group.completions] for group in groups])
     run.suite.metrics()  # a training step's figures of the reward are to be its own
@@ -66,6 +62,13 @@ def evaluate(run: Run) -> Evaluation:
         ),
     )
     return result
+
+
+def glance(run: Run, problems: Sequence[Prompt]) -> float:
+    """The share of these problems that the weights which the engines serve solve greedily; logs nothing."""
+    groups = run.sample_groups(problems, 1, replace(run.sampling(0), temperature=0.0))
+    run.suite.metrics()
+    return float(np.mean([group.verdicts[0].status == "correct" for group in groups]))
 
 
 def summarise(groups: Sequence[Group], texts: Sequence[Sequence[str]]) -> Evaluation:

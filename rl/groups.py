@@ -71,10 +71,16 @@ class Batch:
     over the *whole* step before it is split over ranks and micro-batches, so that partial losses simply add up."""
     num_loss_tokens: int
     """Loss tokens of the whole step, over all ranks and micro-batches."""
+    old_logp_T: Floats | None = None
+    """Under the policy as it stood before the step's first update; None: not recomputed yet."""
 
     def __post_init__(self) -> None:
-        lengths = {name: len(getattr(self, name)) for name in self.__slots__ if name.endswith("_T")}
+        lengths = {name: len(array) for name, array in self._arrays()}
         assert len(set(lengths.values())) == 1, f"arrays of a batch must be aligned, got {lengths}"
+
+    def _arrays(self) -> list[tuple[str, Any]]:
+        named = ((name, getattr(self, name)) for name in self.__slots__ if name.endswith("_T"))
+        return [(name, array) for name, array in named if array is not None]
 
     @property
     def num_tokens(self) -> int:
@@ -90,6 +96,6 @@ class Batch:
         starts = np.concatenate(([0], np.cumsum(self.sequence_lengths)))
         rows = [np.arange(starts[s], starts[s + 1]) for s in sequences]
         index = np.concatenate(rows) if rows else np.zeros(0, np.int64)
-        arrays = {name: getattr(self, name)[index] for name in self.__slots__ if name.endswith("_T")}
+        arrays = {name: array[index] for name, array in self._arrays()}
         arrays["sequence_ids_T"] = np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows])
         return replace(self, **arrays)

@@ -35,8 +35,6 @@ class Progress:
     """Wall time of the RL steps that gave these tokens."""
     seconds: float = 0.0
     """Wall time of the whole run, set-up included, over all its sittings."""
-    sft_loss: float | None = None
-    """Moving average over the supervised steps."""
     accuracy_start: float | None = None
     accuracy_end: float | None = None
 

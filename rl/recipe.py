@@ -6,7 +6,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,16 @@ from .algorithm.losses import Objective
 from .batch import sft_batch
 from .cluster import Cluster
 from .config import Config, ConfigError
+from .evaluate import glance
 from .progress import Progress, latest_checkpoint, open_run_dir, read_progress, trim_metrics
 from .prompts import PromptSource, check_data, open_source
 from .run import Interrupted, Run, stop_on_signal
 from .tokens import supervised_ids
 from .trainer import train_rl
 from .watch.tracking import Tracker, make_console
+
+_GLANCE = 256
+"""Problems that tell whether a cold start is over: their accuracy is known to about 3 points."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,20 +68,19 @@ def train(config: Config, *, resume: bool = False) -> Result:
         tokenizer = load_tokenizer(model_path)
         with user_errors():
             source = open_source(config.data, tokenizer, config.seed)
-        suite = build_rewards(config, source)
-        tracker = Tracker(config, run_dir, console)
-        for note in source.notes:
-            tracker.note(note)
-        try:
+        with ExitStack() as opened:
+            suite = build_rewards(config, source)
+            opened.callback(suite.close)
+            tracker = Tracker(config, run_dir, console)
+            opened.callback(tracker.close)
+            for note in source.notes:
+                tracker.note(note)
             cluster.wait()
             run = Run(
                 config=config, run_id=run_id, run_dir=run_dir, tokenizer=tokenizer, source=source, suite=suite,
                 learners=learners, pool=pool, tracker=tracker, stop=stop, started=started - progress.seconds, progress=progress,
             )  # fmt: skip
             return go(run, checkpoint)
-        finally:
-            suite.close()
-            tracker.close()
 
 
 def go(run: Run, checkpoint: Path | None) -> Result:
@@ -89,7 +92,7 @@ def go(run: Run, checkpoint: Path | None) -> Result:
         while run.progress.stage < len(names):
             name = names[run.progress.stage]
             settings = run.config.sft_optim if name == "sft" else run.config.optim
-            run.learners.begin_stage(settings, run.config.sft.steps if name == "sft" else run.config.schedule.steps)
+            run.learners.begin_stage(settings, run.config.sft.steps if name == "sft" else run.config.updates)
             if checkpoint is not None:
                 run.learners.restore(str(checkpoint))
                 checkpoint = None
@@ -129,8 +132,10 @@ def train_sft(run: Run) -> None:
     """The cold start: supervised steps on worked solutions, each problem once."""
     config = run.config.sft
     run.tracker.begin("sft", run.progress.step, config.steps)
-    while run.progress.step < config.steps and not (run.progress.sft_loss or float("inf")) < config.stop_loss:
+    while run.progress.step < config.steps:
         run.stop_if_asked()
+        if solves_enough(run):
+            break
         position = run.progress.position
         examples = []
         for i in range(position, position + config.batch_size):
@@ -143,17 +148,23 @@ def train_sft(run: Run) -> None:
                 )
             examples.append((supervised_ids(prompt, solution, run.tokenizer), len(prompt.token_ids)))
         metrics = run.learners.step(sft_batch(examples), Objective.sft())
-        loss = metrics["actor/pg_loss"]
-        average = loss if run.progress.sft_loss is None else 0.9 * run.progress.sft_loss + 0.1 * loss
-        run.progress = run.progress.advance(
-            step=run.progress.step + 1, position=position + config.batch_size, sft_loss=average
-        )
+        run.progress = run.progress.advance(step=run.progress.step + 1, position=position + config.batch_size)
         run.tracker.log(
             run.progress.step,
             {"sft/loss": metrics["actor/pg_loss"], **metrics},
             show={"loss": f"{metrics['actor/pg_loss']:.3f}"},
         )
     run.save()
+
+
+def solves_enough(run: Run) -> bool:
+    """Whether `sft.stop_accuracy` is reached, looked at every `sft.check_every` steps on problems not trained on yet."""
+    config, progress = run.config.sft, run.progress
+    if not config.stop_accuracy or not progress.step or progress.step % config.check_every:
+        return False
+    run.publish()
+    ahead = range(progress.position, progress.position + _GLANCE)
+    return glance(run, [run.source.train(i) for i in ahead]) >= config.stop_accuracy
 
 
 def prepare_model(config: Config, run_dir: Path) -> Path | str:
@@ -192,11 +203,7 @@ def build_rewards(config: Config, source: PromptSource) -> RewardSuite:
             "raise data.heldout, name data.eval_path or data.eval_split, or set eval.size=0"
         )
     with user_errors():
-        parts = {
-            name: {"use": p.use, "weight": p.weight, "timeout": p.timeout, "options": p.options or None}
-            for name, p in config.reward.parts.items()
-        }
-        suite = build_suite(parts)
+        suite = build_suite({name: part.model_dump() for name, part in config.reward.parts.items()})
         suite.trial(_as_input(source.train(0), "0"))
     rows = [*source.heldout, *(source.train(i) for i in range(source.size or 0))]
     bad = suite.check_references([_as_input(prompt, "") for prompt in rows])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ import numpy as np
 from ..rewards.suite import check_errors
 from .algorithm.advantages import group_advantages, overlong_penalty
 from .algorithm.losses import Objective
-from .batch import make_batch
+from .batch import make_batches
 from .evaluate import evaluate
-from .groups import Batch, Group
+from .groups import Group
 from .run import Run
 
 
@@ -32,18 +33,7 @@ def train_rl(run: Run) -> None:
         sampled_at = time.perf_counter()
 
         trained = with_advantages(run, [g for g in sampled if g.has_signal or not config.filter.zero_variance])
-        batch = make_batch(
-            trained,
-            config.loss,
-            config.advantage,
-            max_length=config.rollout.max_response_length,
-            keep_all=objective.needs_all_tokens,
-            mask_cut=config.filter.overlong_mask,
-        )
-        metrics: dict[str, float] = {}
-        if batch is not None:
-            metrics = run.learners.step(batch, objective) | run.publish()
-
+        metrics = update(run, trained, objective)
         tokens = sum(len(c) for group in sampled for c in group.completions)
         seconds = time.perf_counter() - start
         run.progress = run.progress.advance(
@@ -51,7 +41,7 @@ def train_rl(run: Run) -> None:
             tokens=run.progress.tokens + tokens,
             train_seconds=run.progress.train_seconds + seconds,
         )
-        metrics |= group_metrics(sampled, trained, batch) | run.suite.metrics()
+        metrics |= group_metrics(sampled, trained) | run.suite.metrics()
         metrics |= {"timing_s/gen": sampled_at - start, "timing_s/step": seconds, "perf/throughput": tokens / seconds}
         show = {"reward": f"{metrics['critic/score/mean']:.3f}", "accuracy": f"{metrics['training/accuracy']:.1%}"}
         run.tracker.log(step, metrics, show=show | {"tokens/s": f"{tokens / seconds:,.0f}"})
@@ -81,6 +71,31 @@ def sample_step(run: Run, step: int) -> list[Group]:
     return groups
 
 
+def update(run: Run, trained: Sequence[Group], objective: Objective) -> dict[str, float]:
+    """The optimizer steps of one RL step, then a new version of the weights if there were any; means over the updates,
+    but for the learning rate and counts, which are the last one's."""
+    config, schedule = run.config, run.config.schedule
+    batches = make_batches(
+        trained,
+        config.loss,
+        config.advantage,
+        parts=schedule.minibatches,
+        max_length=config.rollout.max_response_length,
+        keep_all=objective.needs_all_tokens,
+        mask_cut=config.filter.overlong_mask,
+    )
+    if objective.needs_old_logp and len(batches) * schedule.epochs > 1:  # before the first update moves the policy
+        batches = [replace(b, old_logp_T=run.learners.logprobs(b, objective.temperature)) for b in batches]
+    done = [run.learners.step(batch, objective) for _ in range(schedule.epochs) for batch in batches]
+    metrics = {"training/updates": float(len(done)), "perf/total_num_tokens": float(sum(b.num_tokens for b in batches))}
+    if not done:
+        return metrics
+    metrics |= {name: float(np.mean([each[name] for each in done])) for name in done[0]}
+    metrics |= {name: done[-1][name] for name in ("actor/lr", "actor/steps_skipped")}
+    metrics["timing_s/update_actor"] *= len(done)
+    return metrics | run.publish()
+
+
 def with_advantages(run: Run, groups: Sequence[Group]) -> list[Group]:
     """The groups with the advantage of each completion, NaN scores (no verdict) at 0."""
     config = run.config
@@ -100,7 +115,7 @@ def correct(groups: Sequence[Group]) -> float:
     return float(np.mean([v.status == "correct" for group in groups for v in group.verdicts]))
 
 
-def group_metrics(groups: Sequence[Group], trained: Sequence[Group], batch: Batch | None) -> dict[str, float]:
+def group_metrics(groups: Sequence[Group], trained: Sequence[Group]) -> dict[str, float]:
     """Figures of a step's samples; names are verl's where it has one."""
     scores = np.concatenate([group.scores for group in groups])
     scores = scores[~np.isnan(scores)]
@@ -117,7 +132,6 @@ def group_metrics(groups: Sequence[Group], trained: Sequence[Group], batch: Batc
         "training/filter_groups/solved_all": sum(not g.has_signal and bool((g.scores > 0).all()) for g in groups),
         "training/filter_groups/solved_none": sum(not g.has_signal and bool((g.scores <= 0).all()) for g in groups),
         "training/verifier_errors": sum(not v.trains for group in groups for v in group.verdicts),
-        "perf/total_num_tokens": 0 if batch is None else batch.num_tokens,
     }
     for name, values in (("critic/score", scores), ("critic/advantages", advantages_of(trained))):
         if len(values):

@@ -140,7 +140,9 @@ class LearnerRank:
 
     def backward(self, batch: Batch, objective: Objective) -> tuple[float, dict[str, float]]:
         """Adds the gradient of the whole batch's loss to the parameters; returns the loss and the metrics."""
-        old_logp = self.logprobs(batch, objective.temperature) if objective.needs_old_logp else None
+        old_logp = batch.old_logp_T
+        if objective.needs_old_logp and old_logp is None:
+            old_logp = self.logprobs(batch, objective.temperature)
         loss_function = token_loss(objective, batch, self.device, old_logp=old_logp)
         mine = plan_micro_batches(batch.sequence_lengths, self.spec.world, self.optim.micro_batch_tokens)[
             self.spec.rank

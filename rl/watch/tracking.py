@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import netrc
 import os
 import sys
@@ -54,8 +55,9 @@ class Tracker:
         self, step: int, metrics: Mapping[str, float], axis: Axis = "train", show: Mapping[str, str] | None = None
     ) -> None:
         """One row; `show` are the few figures that a person watches."""
-        row = {"stage": self._stage, "step": step, "axis": axis, **metrics}
-        self._file.write(json.dumps(row) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no inf
+        row = {"stage": self._stage, "step": step, "axis": axis, **finite}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log({**metrics, f"{axis}/step": step, "stage": self._stage})

@@ -64,10 +64,11 @@ def _box(backend: str) -> Sandbox | None:
 def _calls(box: Sandbox, count: int) -> None:
     limits = Limits()
     for _ in range(count):
-        with box.session({"task": "calls", "code": [ADD]}, limits) as talk:
+        with box.session({"task": "calls", "code": [ADD]}, limits, first={"eval": "add(0, 2)"}) as talk:
             talk.receive()
             for a in range(3):
-                talk.send({"eval": f"add({a}, 2)"})
+                if a:
+                    talk.send({"eval": f"add({a}, 2)"})
                 assert json.loads(talk.receive()) == {"ok": a + 2}
 
 

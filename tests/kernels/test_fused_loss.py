@@ -103,7 +103,7 @@ def test_the_shift_never_changes_the_result(kit: SimpleNamespace, offset: float 
     )
     value.backward()
     assert close(stats.logp, logp) and close(hidden.grad, grads[0]) and close(weight.grad, grads[1])
-    assert metrics["head_recomputed"].sum() == (23 if offset in (-50.0, -300.0) else 0)
+    assert metrics["actor/head_recomputed"].sum() == (23 if offset in (-50.0, -300.0) else 0)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e2, 1e4])

@@ -36,7 +36,7 @@ def _rank(rank: int, folder: str, case: Any, loss: Any, shift: torch.Tensor, out
     value.backward()
     torch.save(
         {"value": value.detach(), "dh": hidden.grad, "dw": weight.grad, "db": bias.grad, "logp": stats.logp,
-         "entropy": stats.entropy, "recomputed": metrics["head_recomputed"].sum(), "calls": calls},
+         "entropy": stats.entropy, "recomputed": metrics["actor/head_recomputed"].sum(), "calls": calls},
         f"{out}/{rank}.pt",
     )  # fmt: skip
     dist.destroy_process_group()

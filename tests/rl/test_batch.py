@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from emberl.rewards.verdict import Status, Verdict, verifier_error
 from emberl.rl.algorithm.settings import AdvantageConfig, LossConfig
-from emberl.rl.batch import make_batch, sft_batch
+from emberl.rl.batch import make_batch, make_batches, sft_batch
 from emberl.rl.groups import Batch, Group
 from emberl.rollout.samples import Completion, Prompt, Span
 
@@ -117,3 +117,16 @@ def test_cut_answers_may_be_kept_out() -> None:
     shortened = replace(cut.completions[0], finish_reason="length")
     batch = check(make([replace(cut, completions=(shortened, *cut.completions[1:]))], mask_cut=True))
     assert batch.token_ids_T.tolist() == [3, 4, 9, 1, 3, 4, 1]
+
+
+def test_minibatches_are_whole_groups_with_denominators_of_their_own() -> None:
+    signal, flat = group([1.0, -0.5, -0.5], RIGHT, WRONG, WRONG), group([0.0, 0.0, 0.0], RIGHT, RIGHT, RIGHT)
+    two, three = make_batches(
+        [signal, flat, flat, signal, signal], LossConfig(), AdvantageConfig(), parts=2, max_length=10
+    )
+    assert len(two.sequence_lengths) == 3, "of groups 0 to 2 only group 0 has a signal"
+    np.testing.assert_allclose(two.weights_T[two.loss_mask_T], [1 / 18] * 6)
+    assert (two.num_loss_tokens, three.num_loss_tokens) == (18, 12)
+    np.testing.assert_allclose(three.weights_T[three.loss_mask_T], [1 / 12] * 12)
+    only = make_batches([flat, signal], LossConfig(), AdvantageConfig(), parts=2, max_length=10)
+    assert [batch.num_loss_tokens for batch in only] == [6], "a part without a signal makes no update"

@@ -1,0 +1,71 @@
+"""The commands other than `train`, as a user types them: what they print, and with which status they end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EMBERL = str(Path(sys.executable).with_name("emberl"))
+PAIRS = [
+    {"gold": "12", "pred": "so it is \\boxed{12}", "label": True},
+    {"gold": "12", "pred": "so it is \\boxed{13}", "label": False},
+    {"gold": "1/2", "pred": "\\boxed{0.5}", "label": True},
+    {"gold": "7", "pred": "\\boxed{7}", "label": False},
+]
+
+
+def run(*arguments: str | Path, status: int = 0) -> str:
+    done = subprocess.run([EMBERL, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.slow
+def test_audit_counts_disagreements_with_the_labels(tmp_path: Path) -> None:
+    data, page = write(tmp_path / "pairs.jsonl", PAIRS), tmp_path / "report.html"
+    figures = json.loads(run("audit", "math", "--data", data, "--html", page, "--json"))
+    assert figures["rows"] == 4
+    assert figures["false_accepts"] == 1, "the row labelled wrong whose answer is right"
+    assert figures["false_rejects"] == 0
+    assert "7" in page.read_text()
+
+
+@pytest.mark.slow
+def test_audit_of_the_sandbox_tells_contained_from_not(tmp_path: Path) -> None:
+    attacks = write(
+        tmp_path / "attacks.jsonl",
+        [
+            {"id": "read", "category": "escape", "language": "python", "code": "def add(a, b):\n    return open('/etc/shadow').read()"},
+            {"id": "forge", "category": "forge", "language": "python", "code": "print('{\"ok\": 5}'); raise SystemExit(0)"},
+        ],
+    )  # fmt: skip
+    report = json.loads(run("audit", "sandbox", "--attacks", attacks, "--json"))
+    assert (report["contained"], report["total"], report["escaped"]) == (2, 2, [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["audit", "sandbox"], "needs --attacks FILE"),
+        (["audit", "math", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["audit", "mth"], "did you mean 'math'"),
+    ],
+)
+def test_a_wrong_call_is_one_line(arguments: list[str], message: str) -> None:
+    result = json.loads(run(*arguments, status=2))
+    assert message in result["error"]
+
+
+def test_doctor_gives_every_line_a_level() -> None:
+    checks = json.loads(run("doctor", "--json"))["checks"]
+    assert any("sandbox" in check for check in checks)
+    assert all(check.split()[0].rstrip(":").lower() in ("ok", "warning", "error") for check in checks)
