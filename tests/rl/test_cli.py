@@ -41,13 +41,15 @@ def test_audit_counts_disagreements_with_the_labels(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_audit_of_the_sandbox_tells_contained_from_not(tmp_path: Path) -> None:
+    common = {"language": "python"}
+    reads = "def add(a, b):\n    return open('/etc/shadow').read()"
     attacks = write(
         tmp_path / "attacks.jsonl",
         [
-            {"id": "read", "category": "escape", "language": "python", "code": "def add(a, b):\n    return open('/etc/shadow').read()"},
-            {"id": "forge", "category": "forge", "language": "python", "code": "print('{\"ok\": 5}'); raise SystemExit(0)"},
+            common | {"id": "read", "category": "escape", "code": reads},
+            common | {"id": "forge", "category": "forge", "code": "print('{\"ok\": 5}'); raise SystemExit(0)"},
         ],
-    )  # fmt: skip
+    )
     report = json.loads(run("audit", "sandbox", "--attacks", attacks, "--json"))
     assert (report["contained"], report["total"], report["escaped"]) == (2, 2, [])
 
