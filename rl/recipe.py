@@ -158,7 +158,8 @@ def train_sft(run: Run) -> None:
 
 
 def solves_enough(run: Run) -> bool:
-    """Whether `sft.stop_accuracy` is reached, looked at every `sft.check_every` steps on problems not trained on yet."""
+    """Whether `sft.stop_accuracy` is reached, looked at every `sft.check_every` steps on problems not trained on yet (of a
+    finite data set only within its first pass)."""
     config, progress = run.config.sft, run.progress
     if not config.stop_accuracy or not progress.step or progress.step % config.check_every:
         return False
