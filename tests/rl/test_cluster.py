@@ -71,7 +71,7 @@ class Where:
 @pytest.fixture
 def npu_box() -> Iterator[None]:
     """A Ray cluster that says it is a machine with eight NPUs."""
-    ray.init(num_cpus=64, resources={"NPU": 8}, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=64, resources={"NPU": 8}, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

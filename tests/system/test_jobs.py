@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,13 +46,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The job server of a cluster of two CPUs with ports of its own; only this cluster is ended afterwards, so it is a
     child to terminate and never `ray stop`, which ends every cluster on the machine."""
     folder = tmp_path_factory.mktemp("head")
+    # of its own and short: Ray leaves the address of the last cluster in the folder, which a later ray.init() would join,
+    # and the paths of its sockets may not be long
+    scratch = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     port, dashboard, client, agent = free_ports(4)
     with (folder / "head.log").open("w") as log:
         head = subprocess.Popen(
             [
                 str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=true",
                 "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
-                f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats",
+                f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats", f"--temp-dir={scratch}",
             ],
             stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT,
         )  # fmt: skip
@@ -71,6 +76,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             head.wait(timeout=60)
         except subprocess.TimeoutExpired:
             head.kill()
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def test_a_job_joins_its_cluster_and_trains(cluster: str, emberl: Emberl) -> None:
