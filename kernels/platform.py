@@ -32,6 +32,9 @@ class Platform:
     """Set to 1, Ray leaves `visible_devices` alone and every actor sees every card."""
     module: str | None = None
     """The package whose import registers the device with torch."""
+    lengths_on_host: bool = False
+    """Whether its attention over packed sequences reads their lengths on the host: transformers' for NPUs makes a list
+    of them twice in every layer, which waits for the device unless they are on the host already."""
 
     @property
     def is_cpu(self) -> bool:
@@ -53,6 +56,7 @@ NPU = Platform(
     visible_devices="ASCEND_RT_VISIBLE_DEVICES",
     ray_noset="RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES",
     module="torch_npu",
+    lengths_on_host=True,
 )
 PLATFORMS = {p.device: p for p in (CPU, CUDA, NPU)}
 
@@ -99,6 +103,13 @@ def device_of_process(platform: Platform) -> torch.device:
         )
     torch.accelerator.set_device_index(0)
     return torch.device(platform.device, 0)
+
+
+def device_name(platform: Platform) -> str | None:
+    """What this process's device calls itself, such as `NVIDIA H200` or `Ascend910B3`; None for a CPU."""
+    import torch
+
+    return None if platform.is_cpu else str(torch.get_device_module(platform.device).get_device_name())
 
 
 def supports_bf16(platform: Platform) -> bool:

@@ -1,6 +1,7 @@
 """The policy as the learner runs it: a Hugging Face model up to its last hidden states, then the fused head and loss.
 
-Shape legend: B sequences of a micro-batch, L their padded length, n loss tokens of the micro-batch, T tokens of the batch.
+Shape legend: B sequences of a micro-batch, L their padded length (packed: 1 row of L tokens), n loss tokens of the
+micro-batch, T tokens of the batch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...kernels import platform
 from ...kernels.fused_loss import linear_logprob, linear_loss
 from ...kernels.terms import TokenLoss, TokenStats, TokenTerms
 from ..groups import Batch
@@ -19,7 +21,8 @@ from ..groups import Batch
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class MicroBatchTensors:
-    """One padded micro-batch on the device. Sequences stand at the left, so that the causal mask alone keeps padding out."""
+    """One micro-batch on the device, padded or packed. Padded sequences stand at the left, so that the causal mask alone
+    keeps padding out; packed ones stand one behind the other in a single row, and `layout` keeps them apart."""
 
     token_ids_BL: Tensor
     rows_n: Tensor
@@ -28,37 +31,93 @@ class MicroBatchTensors:
     index_n: Tensor
     """Which of the batch's T tokens each loss token is."""
     sequence_ids_n: Tensor
+    positions_BL: Tensor | None = None
+    """Of a packed micro-batch, starting again from 0 with every sequence; None: padded."""
+    borders: Tensor | None = None
+    """[sequences + 1] int32, where in the packed row each sequence starts, and the row's length."""
+    longest: int = 0
+    """Tokens of the longest packed sequence."""
+
+    def layout(self) -> dict[str, Any]:
+        """Arguments of the model's body beside the token ids. transformers makes a block-diagonal mask of the positions
+        for eager, sdpa and flex attention; its variable-length kernels take the borders, which they would otherwise
+        work out anew in every layer, each time waiting for the device."""
+        if self.positions_BL is None:
+            return {}
+        return {
+            "position_ids": self.positions_BL,
+            "cu_seq_lens_q": self.borders,
+            "cu_seq_lens_k": self.borders,
+            "max_length_q": self.longest,
+            "max_length_k": self.longest,
+        }
 
 
-HEIGHT, WIDTH = 8, 8
-"""Padded sizes are multiples of these: libraries compile or look up a kernel for every new shape, so few shapes pay."""
+HEIGHT, WIDTH, PACKED = 8, 8, 128
+"""Padded sizes, and the length of a packed row, are multiples of these: libraries compile or look up a kernel for every
+new shape, so few shapes pay. 128 is also flex attention's block."""
+
+
+def takes_packed(attention: str) -> bool:
+    """Whether this `attn_implementation` of transformers passes over other sequences' tokens in a packed row, rather than
+    multiplying them and masking the product, as eager and sdpa do: only then does packing save anything."""
+    return any(family in attention for family in ("flash", "flex"))
 
 
 def _round_up(size: int, multiple: int) -> int:
     return max(1, -(-size // multiple)) * multiple
 
 
-def to_tensors(batch: Batch, sequences: tuple[int, ...], device: torch.device) -> MicroBatchTensors:
-    """Pads these sequences of the batch; an empty tuple gives padding and no loss, to keep step with other ranks."""
+def to_tensors(
+    batch: Batch, sequences: tuple[int, ...], device: torch.device, *, packed: bool = False
+) -> MicroBatchTensors:
+    """Pads these sequences of the batch, or packs them into one row whose end is filled up by a sequence of its own; an
+    empty tuple gives filling and no loss, to keep step with other ranks."""
     starts = np.concatenate(([0], np.cumsum(batch.sequence_lengths)))
     spans = [np.arange(starts[s], starts[s + 1]) for s in sequences] or [np.zeros(0, np.int64)]
-    width = _round_up(max(len(span) for span in spans), WIDTH)
-    token_ids = np.zeros((_round_up(len(spans), HEIGHT), width), np.int64)
+    lengths = [len(span) for span in spans]
+    if packed:
+        height, width = 1, _round_up(sum(lengths), PACKED)
+        places = np.cumsum([0, *lengths[:-1]])
+    else:
+        height, width = _round_up(len(spans), HEIGHT), _round_up(max(lengths), WIDTH)
+        places = np.arange(len(spans)) * width
+    token_ids = np.zeros(height * width, np.int64)
     rows, index = [], []
-    for i, span in enumerate(spans):
-        token_ids[i, : len(span)] = batch.token_ids_T[span]
+    for place, span in zip(places, spans, strict=True):
+        token_ids[place : place + len(span)] = batch.token_ids_T[span]
         where = np.flatnonzero(batch.loss_mask_T[span])
         assert not len(where) or where[0] > 0, "the first token of a sequence has nothing to be predicted from"
-        rows.append(i * width + where - 1)
+        rows.append(place + where - 1)
         index.append(span[where])
     index_n = np.concatenate(index)
     return MicroBatchTensors(
-        token_ids_BL=torch.from_numpy(token_ids).to(device),
+        token_ids_BL=torch.from_numpy(token_ids.reshape(height, width)).to(device),
         rows_n=torch.from_numpy(np.concatenate(rows)).to(device),
         targets_n=torch.from_numpy(batch.token_ids_T[index_n].astype(np.int64)).to(device),
         index_n=torch.from_numpy(index_n).to(device),
         sequence_ids_n=torch.from_numpy(batch.sequence_ids_T[index_n]).to(device),
+        **(_packed_layout([*lengths, width - sum(lengths)], device) if packed else {}),
     )
+
+
+def _packed_layout(lengths: list[int], device: torch.device) -> dict[str, Any]:
+    filled = [length for length in lengths if length]
+    borders = np.cumsum([0, *filled])
+    positions = np.arange(borders[-1]) - np.repeat(borders[:-1], filled)
+    on_host = platform.named(device.type).lengths_on_host
+    return {
+        "positions_BL": torch.from_numpy(positions[None]).to(device),
+        "borders": torch.from_numpy(borders.astype(np.int32)).to("cpu" if on_host else device),
+        "longest": max(filled),
+    }
+
+
+def hidden_states(body: Any, micro: MicroBatchTensors) -> Tensor:
+    """[n, H] what `body`, a transformer without its head, says where the loss tokens are predicted."""
+    hidden_BLH = body(input_ids=micro.token_ids_BL, use_cache=False, **micro.layout()).last_hidden_state
+    rows: Tensor = hidden_BLH.flatten(0, 1)[micro.rows_n]
+    return rows
 
 
 class Policy(nn.Module):
@@ -70,19 +129,13 @@ class Policy(nn.Module):
         self.model = model
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
 
-    def hidden(self, micro: MicroBatchTensors) -> Tensor:
-        """[n, H] the hidden states from which the loss tokens are predicted."""
-        body = getattr(self.model, self.model.base_model_prefix)
-        hidden_BLH = body(input_ids=micro.token_ids_BL, use_cache=False).last_hidden_state
-        rows: Tensor = hidden_BLH.flatten(0, 1)[micro.rows_n]
-        return rows
-
     def forward(
         self, micro: MicroBatchTensors, loss: TokenLoss | None, shift_n: Tensor | None, temperature: float
     ) -> tuple[Tensor | None, TokenStats, dict[str, Tensor]]:
         """The summed loss with its graph (None without a loss), the tokens' statistics and the loss's per-token metrics."""
         head = self.model.get_output_embeddings()
-        hidden_nH, targets_n = self.hidden(micro), micro.targets_n
+        body = getattr(self.model, self.model.base_model_prefix)
+        hidden_nH, targets_n = hidden_states(body, micro), micro.targets_n
         if loss is None:
             stats = linear_logprob(
                 hidden_nH,
