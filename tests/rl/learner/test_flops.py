@@ -183,6 +183,10 @@ def test_a_cpu_has_no_peak() -> None:
 def test_speed() -> None:
     # 8e14 operations in 4 s on 2 devices are 1e14 a second and device, a quarter of 4e14; 4000 tokens are 500.
     known = speed(8 * 10**14, tokens=4000, seconds=4.0, devices=2, peak=4e14)
-    assert known == {"perf/actor/tokens_per_second_per_device": 500.0, "perf/actor/tflops_per_device": 100.0, "perf/mfu/actor": 0.25}
+    assert known == {
+        "perf/actor/tokens_per_second_per_device": 500.0,
+        "perf/actor/tflops_per_device": 100.0,
+        "perf/mfu/actor": 0.25,
+    }
     unknown = speed(8 * 10**14, tokens=4000, seconds=4.0, devices=2, peak=None)
     assert unknown == {"perf/actor/tokens_per_second_per_device": 500.0, "perf/actor/tflops_per_device": 100.0}
