@@ -32,6 +32,8 @@ class Platform:
     """Set to 1, Ray leaves `visible_devices` alone and every actor sees every card."""
     module: str | None = None
     """The package whose import registers the device with torch."""
+    flash_built_in: bool = False
+    """Whether transformers' flash_attention_2 needs no package of its own: on NPUs it is the fused attention of torch_npu."""
     lengths_on_host: bool = False
     """Whether its attention over packed sequences reads their lengths on the host: transformers' for NPUs makes a list
     of them twice in every layer, which waits for the device unless they are on the host already."""
@@ -56,6 +58,7 @@ NPU = Platform(
     visible_devices="ASCEND_RT_VISIBLE_DEVICES",
     ray_noset="RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES",
     module="torch_npu",
+    flash_built_in=True,
     lengths_on_host=True,
 )
 PLATFORMS = {p.device: p for p in (CPU, CUDA, NPU)}

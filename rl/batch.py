@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from .algorithm.advantages import batch_advantages
+from ..rewards.verdict import Status
+from .algorithm.advantages import batch_advantages, kl_estimate
 from .algorithm.aggregation import token_weights
-from .algorithm.settings import AdvantageConfig, LossConfig
+from .algorithm.settings import AdvantageConfig, KLConfig, LossConfig
 from .groups import Batch, Group
 
 
@@ -36,6 +37,8 @@ def make_batches(
     max_length: int,
     keep_all: bool = False,
     mask_cut: bool = False,
+    kl: KLConfig | None = None,
+    estimate: Callable[[Batch], Batch] | None = None,
 ) -> list[Batch]:
     """All completions that have a verdict as up to `parts` batches, one for each update, of whole groups in their order.
 
@@ -46,9 +49,11 @@ def make_batches(
 
     max_length: the longest answer, `seq-mean-token-sum-norm`'s constant where `loss.norm_const` is empty.
     mask_cut: completions that were cut at that length do not train (`filter.overlong_mask`).
+    kl: with kl.place=reward the penalty is taken from the rewards of tokens.
+    estimate: adds to the whole batch what only the learners can say: old and reference log-probs, values.
     """
     rows = [
-        (number, group.prompt.token_ids, completion, advantage_of)
+        (number, group.prompt.token_ids, completion, advantage_of, verdict.status == Status.CORRECT)
         for number, group in enumerate(groups)
         for completion, verdict, advantage_of in zip(group.completions, group.verdicts, _advantages(group), strict=True)
         if verdict.trains and len(completion) and not (mask_cut and completion.finish_reason == "length")
@@ -57,23 +62,44 @@ def make_batches(
         return []
     norm_const = float(loss.norm_const or max_length)
     whole = _flat(
-        [np.concatenate([prompt, completion.token_ids]).astype(np.int32) for _, prompt, completion, _ in rows],
-        [len(prompt) for _, prompt, _, _ in rows],
-        [completion.logprobs for _, _, completion, _ in rows],
-        [float(advantage_of) for _, _, _, advantage_of in rows],
+        [np.concatenate([prompt, completion.token_ids]).astype(np.int32) for _, prompt, completion, _, _ in rows],
+        [len(prompt) for _, prompt, _, _, _ in rows],
+        [completion.logprobs for _, _, completion, _, _ in rows],
+        [float(advantage_of) for _, _, _, advantage_of, _ in rows],
         loss,
         norm_const,
     )
+    right = np.array([correct for _, _, _, _, correct in rows])
+    whole = replace(whole, correct_T=right[whole.sequence_ids_T])
+    if estimate is not None:
+        whole = estimate(whole)
     if advantage.per_token:
-        values, _ = batch_advantages(whole.advantages_T, whole.loss_mask_T, whole.sequence_ids_T, advantage)
-        whole = replace(whole, advantages_T=values)
+        whole = with_token_advantages(whole, advantage, kl)
     if parts == 1:
         batches = [whole]
     else:
-        owner = np.array([number for number, _, _, _ in rows])
+        owner = np.array([number for number, *_ in rows])
         shares = [np.flatnonzero(np.isin(owner, share)) for share in np.array_split(np.arange(len(groups)), parts)]
         batches = [_own_weights(whole.select(share.tolist()), loss, norm_const) for share in shares if len(share)]
     return [live for batch in batches if (live := batch if keep_all else _live(batch)).num_tokens]
+
+
+def with_token_advantages(batch: Batch, advantage: AdvantageConfig, kl: KLConfig | None) -> Batch:
+    """The batch, whose advantages are scores so far, with the advantage of each token and, with a critic, its targets."""
+    penalty = None
+    if kl is not None and kl.active and kl.place == "reward":
+        assert batch.reference_logp_T is not None, "kl.place=reward, but there is no reference"
+        old_T = batch.behaviour_logp_T if batch.old_logp_T is None else batch.old_logp_T
+        penalty = kl.coef * kl_estimate(old_T, batch.reference_logp_T, kl.estimator)
+    advantages, returns = batch_advantages(
+        batch.advantages_T,
+        batch.loss_mask_T,
+        batch.sequence_ids_T,
+        advantage,
+        values=batch.values_T,
+        kl_penalty=penalty,
+    )
+    return replace(batch, advantages_T=advantages, returns_T=returns)
 
 
 def _own_weights(batch: Batch, loss: LossConfig, norm_const: float) -> Batch:

@@ -170,6 +170,7 @@ class Cluster:
                     threads=seat.threads,
                     model=config.model,
                     timeout=config.cluster.step_timeout,
+                    seed=config.seed,
                 )
                 ranks.append(self._spawn(LearnerRank, seat, rank))
             else:

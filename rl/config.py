@@ -40,6 +40,16 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class LoraConfig(Settings):
+    """Low-rank adapters (peft): the base weights stay as they are, and the engines get the merged ones."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    """The adapters' product counts alpha / rank times."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Names of the adapted layers, e.g. [q_proj, v_proj]; `all-linear`: every linear layer but the output head."""
+
+
 class ModelConfig(Settings):
     """The policy that is trained."""
 
@@ -51,8 +61,14 @@ class ModelConfig(Settings):
     """What forward and backward passes compute in, and what the engines serve; master weights are float32 (float64 with
     float64). `auto`: bfloat16 where the hardware multiplies it, else float32."""
     attention: str = "auto"
-    """transformers' `attn_implementation`; `auto`: sdpa on an accelerator, eager on a CPU (faster at short lengths)."""
+    """transformers' `attn_implementation`; `auto`: flash attention on an accelerator that has it, else sdpa; eager on a CPU
+    (faster at short lengths)."""
     gradient_checkpointing: bool = False
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Sequences of a pass end to end in one row instead of padded; `auto`: where the attention passes over other
+    sequences' tokens (flash and flex attention). Loss and gradient do not depend on it."""
+    lora: LoraConfig | None = None
+    """Trains adapters instead of all weights; empty: all weights."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
@@ -65,12 +81,9 @@ class SFTConfig(Settings):
     """The cold start: supervised steps on the source's worked solutions, before RL."""
 
     steps: int = Field(default=200, ge=1)
-    """At most."""
-    stop_accuracy: float = Field(default=0.0, ge=0, le=1)
-    """The stage ends once greedy answers to the problems that come next, not seen yet, are right this often: a cold start
-    that teaches the form and leaves the rest to RL takes unlike many steps from one seed to the next. 0: never."""
-    check_every: int = Field(default=10, ge=1)
-    """Steps between two looks at that accuracy."""
+    direct: float = Field(default=0.0, ge=0, le=1)
+    """Share of the solutions shown without their work, as an empty `<think></think>` and the answer (Qwen3's way of not
+    thinking): the model learns both ways, and RL finds out which of them pays."""
     batch_size: int = Field(default=256, ge=1)
     """Problems per step."""
     lr: float = Field(default=2e-3, gt=0)
@@ -164,6 +177,25 @@ class OptimConfig(Settings):
     """Padded tokens of one forward and backward pass on one rank. Loss and gradient do not depend on it."""
 
 
+class CriticConfig(Settings):
+    """The critic of advantage.kind=gae: a second model on the learners, with an optimizer of its own."""
+
+    path: str | None = None
+    """A Hub id or a local directory whose body it starts from; empty: the policy's body at the start of RL. Its value head
+    starts at 0."""
+    lr: float = Field(default=1e-5, gt=0)
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    warmup: int = Field(default=0, ge=0)
+    """The first so many RL steps train the critic alone (verl's critic_warmup; VAPO: 50)."""
+    clip: float | None = Field(default=0.5, gt=0)
+    """A value may move this far from what it was before the step without a larger loss (verl 0.5, OpenRLHF 0.2); empty:
+    free."""
+
+    def optim(self, policy: OptimConfig) -> OptimConfig:
+        """The policy's optimizer with the critic's learning rate."""
+        return policy.model_copy(update={"lr": self.lr, "warmup_steps": self.lr_warmup_steps})
+
+
 class EvalConfig(Settings):
     """Held-out problems, before, during and after RL."""
 
@@ -237,6 +269,7 @@ class Config(Settings):
     schedule: ScheduleConfig = ScheduleConfig()
     sync: SyncConfig = SyncConfig()
     optim: OptimConfig = OptimConfig()
+    critic: CriticConfig = CriticConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -245,15 +278,6 @@ class Config(Settings):
     @model_validator(mode="after")
     def _fits(self) -> Config:
         check_algorithm(self.advantage, self.kl, self.filter)
-        if self.advantage.needs_critic:
-            raise ValueError(
-                f"advantage.kind={self.advantage.kind} needs a critic, which this version does not train; "
-                "take an algorithm without one, such as grpo, rloo or reinforce_pp"
-            )
-        if self.kl.active:
-            raise ValueError(
-                f"kl.place={self.kl.place} needs a reference model, which this version does not hold; set kl.place=none"
-            )
         return self
 
     @property

@@ -13,7 +13,6 @@ from math import comb
 
 import numpy as np
 
-from ..rollout.samples import Prompt
 from .groups import Group
 from .run import Run
 from .watch.tracking import sample_rows
@@ -62,13 +61,6 @@ def evaluate(run: Run) -> Evaluation:
         ),
     )
     return result
-
-
-def glance(run: Run, problems: Sequence[Prompt]) -> float:
-    """The share of these problems that the weights which the engines serve solve greedily; logs nothing."""
-    groups = run.sample_groups(problems, 1, replace(run.sampling(0), temperature=0.0))
-    run.suite.metrics()
-    return float(np.mean([group.verdicts[0].status == "correct" for group in groups]))
 
 
 def summarise(groups: Sequence[Group], texts: Sequence[Sequence[str]]) -> Evaluation:

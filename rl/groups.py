@@ -71,8 +71,16 @@ class Batch:
     over the *whole* step before it is split over ranks and micro-batches, so that partial losses simply add up."""
     num_loss_tokens: int
     """Loss tokens of the whole step, over all ranks and micro-batches."""
+    correct_T: Bools | None = None
+    """Whether the token's completion was marked correct."""
     old_logp_T: Floats | None = None
     """Under the policy as it stood before the step's first update; None: not recomputed yet."""
+    reference_logp_T: Floats | None = None
+    """Under the frozen reference policy, where there is one."""
+    values_T: Floats | None = None
+    """The critic's estimate before each loss token, where there is one."""
+    returns_T: Floats | None = None
+    """What it should have said."""
 
     def __post_init__(self) -> None:
         lengths = {name: len(array) for name, array in self._arrays()}

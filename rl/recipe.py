@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 import uuid
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from ..rewards.inputs import RewardInput
@@ -18,7 +20,6 @@ from .algorithm.losses import Objective
 from .batch import sft_batch
 from .cluster import Cluster
 from .config import Config, ConfigError
-from .evaluate import glance
 from .progress import Progress, latest_checkpoint, open_run_dir, read_progress, trim_metrics
 from .prompts import PromptSource, check_data, open_source
 from .run import Interrupted, Run, stop_on_signal
@@ -26,8 +27,7 @@ from .tokens import supervised_ids
 from .trainer import train_rl
 from .watch.tracking import Tracker, make_console
 
-_GLANCE = 256
-"""Problems that tell whether a cold start is over: their accuracy is known to about 3 points."""
+_WORK = re.compile(r"(?<=<think>).*(?=</think>)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,8 +63,9 @@ def train(config: Config, *, resume: bool = False) -> Result:
     console = make_console()
     with cluster, stop_on_signal() as stop:  # in this order: Ray's start sets a SIGTERM handler of its own
         model_path = prepare_model(config, run_dir)
+        check_models(config, model_path)
         # the actors load while this process reads the data: both take seconds
-        learners, pool = cluster.spawn(str(checkpoint or model_path), run_id := uuid.uuid4().hex)
+        learners, pool = cluster.spawn(str(model_path), run_id := uuid.uuid4().hex)
         tokenizer = load_tokenizer(model_path)
         with user_errors():
             source = open_source(config.data, tokenizer, config.seed)
@@ -91,8 +92,11 @@ def go(run: Run, checkpoint: Path | None) -> Result:
     try:
         while run.progress.stage < len(names):
             name = names[run.progress.stage]
-            settings = run.config.sft_optim if name == "sft" else run.config.optim
-            run.learners.begin_stage(settings, run.config.sft.steps if name == "sft" else run.config.updates)
+            if name == "rl":
+                critic = run.config.critic if run.config.advantage.needs_critic else None
+                run.learners.begin_stage(run.config.optim, run.config.updates, critic, run.config.kl.active)
+            else:
+                run.learners.begin_stage(run.config.sft_optim, run.config.sft.steps)
             if checkpoint is not None:
                 run.learners.restore(str(checkpoint))
                 checkpoint = None
@@ -134,8 +138,6 @@ def train_sft(run: Run) -> None:
     run.tracker.begin("sft", run.progress.step, config.steps)
     while run.progress.step < config.steps:
         run.stop_if_asked()
-        if solves_enough(run):
-            break
         position = run.progress.position
         examples = []
         for i in range(position, position + config.batch_size):
@@ -146,7 +148,8 @@ def train_sft(run: Run) -> None:
                     f"stages has sft, but problem {prompt.id} of data.source={run.config.data.source!r} has no worked solution; "
                     "set data.solution_column, or leave sft out of stages"
                 )
-            examples.append((supervised_ids(prompt, solution, run.tokenizer), len(prompt.token_ids)))
+            shown = demonstration(solution, i, config.direct)
+            examples.append((supervised_ids(prompt, shown, run.tokenizer), len(prompt.token_ids)))
         metrics = run.learners.step(sft_batch(examples), Objective.sft())
         run.progress = run.progress.advance(step=run.progress.step + 1, position=position + config.batch_size)
         run.tracker.log(
@@ -157,15 +160,10 @@ def train_sft(run: Run) -> None:
     run.save()
 
 
-def solves_enough(run: Run) -> bool:
-    """Whether `sft.stop_accuracy` is reached, looked at every `sft.check_every` steps on problems not trained on yet (of a
-    finite data set only within its first pass)."""
-    config, progress = run.config.sft, run.progress
-    if not config.stop_accuracy or not progress.step or progress.step % config.check_every:
-        return False
-    run.publish()
-    ahead = range(progress.position, progress.position + _GLANCE)
-    return glance(run, [run.source.train(i) for i in ahead]) >= config.stop_accuracy
+def demonstration(solution: str, position: int, direct: float) -> str:
+    """The solution as it is shown: a share `direct` of all positions gets an empty `<think></think>` and the answer."""
+    draw = Random(f"demonstration {position}").random()  # of a stream of its own: what a problem is must not tell
+    return _WORK.sub("", solution) if draw < direct else solution
 
 
 def prepare_model(config: Config, run_dir: Path) -> Path | str:
@@ -190,10 +188,37 @@ def load_tokenizer(model_path: Path | str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model_path)
     except (OSError, ValueError) as error:  # what transformers raises for a missing model, and for a broken one
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model.path={str(model_path)!r} cannot be loaded: {reason}; give a Hub id or a local directory"
-        ) from error
+        raise _not_a_model("model.path", model_path, error) from error
+
+
+def check_models(config: Config, model_path: Path | str) -> None:
+    """`ConfigError` for what the actors would stumble over: a critic that is not there, adapters that fit no layer."""
+    if config.advantage.needs_critic and config.critic.path is not None:
+        _model_config("critic.path", config.critic.path)
+    if config.model.lora is not None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from .learner.lora import inject_adapters
+
+        with torch.device("meta"):  # its layers' names without its weights
+            model = AutoModelForCausalLM.from_config(_model_config("model.path", model_path))
+        with user_errors():
+            inject_adapters(model, config.model.lora)
+
+
+def _model_config(key: str, path: Path | str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:  # what transformers raises for a missing model, and for a broken one
+        raise _not_a_model(key, path, error) from error
+
+
+def _not_a_model(key: str, path: Path | str, error: Exception) -> ConfigError:
+    reason = str(error).strip().splitlines()[0]
+    return ConfigError(f"{key}={str(path)!r} cannot be loaded: {reason}; give a Hub id or a local directory")
 
 
 def build_rewards(config: Config, source: PromptSource) -> RewardSuite:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from .algorithm.advantages import group_advantages, overlong_penalty
 from .algorithm.losses import Objective
 from .batch import make_batches
 from .evaluate import evaluate
-from .groups import Group
+from .groups import Batch, Group
 from .run import Run
 
 
@@ -74,26 +75,71 @@ def sample_step(run: Run, step: int) -> list[Group]:
 def update(run: Run, trained: Sequence[Group], objective: Objective) -> dict[str, float]:
     """The optimizer steps of one RL step, then a new version of the weights if there were any; means over the updates,
     but for the learning rate and counts, which are the last one's."""
-    config, schedule = run.config, run.config.schedule
+    config, schedule, learners = run.config, run.config.schedule, run.learners
+    has_critic = config.advantage.needs_critic
     batches = make_batches(
         trained,
         config.loss,
         config.advantage,
         parts=schedule.minibatches,
         max_length=config.rollout.max_response_length,
-        keep_all=objective.needs_all_tokens,
+        keep_all=objective.needs_all_tokens or has_critic,
         mask_cut=config.filter.overlong_mask,
+        kl=config.kl,
+        estimate=partial(with_estimates, run, objective),
     )
-    if objective.needs_old_logp and len(batches) * schedule.epochs > 1:  # before the first update moves the policy
-        batches = [replace(b, old_logp_T=run.learners.logprobs(b, objective.temperature)) for b in batches]
-    done = [run.learners.step(batch, objective) for _ in range(schedule.epochs) for batch in batches]
-    metrics = {"training/updates": float(len(done)), "perf/total_num_tokens": float(sum(b.num_tokens for b in batches))}
+    metrics = {"perf/total_num_tokens": float(sum(b.num_tokens for b in batches))}
+    with_policy = not has_critic or run.progress.step >= config.critic.warmup
+    done: list[dict[str, float]] = []
+    for _ in range(schedule.epochs):
+        for batch in batches:
+            found = learners.critic_step(batch) if has_critic else {}
+            done.append(found | (learners.step(batch, objective) if with_policy else {}))
+    metrics["training/updates"] = float(len(done) if with_policy else 0)
     if not done:
         return metrics
-    metrics |= {name: float(np.mean([each[name] for each in done])) for name in done[0]}
-    metrics |= {name: done[-1][name] for name in ("actor/lr", "actor/steps_skipped")}
-    metrics["timing_s/update_actor"] *= len(done)
-    return metrics | run.publish()
+    metrics |= averages(done)
+    if has_critic:
+        metrics |= critic_metrics(batches)
+    if config.kl.ref_refresh_steps and (run.progress.step + 1) % config.kl.ref_refresh_steps == 0 and config.kl.active:
+        learners.refresh_reference()
+    return metrics | (run.publish() if with_policy else {})
+
+
+def with_estimates(run: Run, objective: Objective, batch: Batch) -> Batch:
+    """The step's batch with what the learners say of it before its first update: the critic's values, and log-probs of
+    the reference and of the old policy where these are needed."""
+    config, learners = run.config, run.learners
+    updates = config.schedule.minibatches * config.schedule.epochs
+    if objective.needs_old_logp and (updates > 1 or config.kl.place == "reward"):  # a single update does this by itself
+        batch = replace(batch, old_logp_T=learners.logprobs(batch, objective.temperature))
+    if config.kl.active:
+        batch = replace(batch, reference_logp_T=learners.reference_logprobs(batch, objective.temperature))
+    if config.advantage.needs_critic:
+        batch = replace(batch, values_T=learners.values(batch))
+    return batch
+
+
+def averages(done: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over a step's updates; times are sums, learning rates and counts the last one's."""
+    metrics = {name: float(np.mean([each[name] for each in done])) for name in done[0]}
+    metrics |= {name: done[-1][name] for name in done[0] if name.endswith(("/lr", "/steps_skipped"))}
+    return metrics | {name: value * len(done) for name, value in metrics.items() if name.startswith("timing_s/")}
+
+
+def critic_metrics(batches: Sequence[Batch]) -> dict[str, float]:
+    """How good the critic's values were before the step: their mean, and the share of the returns' variance that they
+    explain (verl's names)."""
+    values, returns = (
+        np.concatenate([row[b.loss_mask_T] for b in batches if (row := getattr(b, name)) is not None])
+        for name in ("values_T", "returns_T")
+    )
+    explained = 1 - np.var(returns - values) / np.var(returns) if np.var(returns) > 0 else 0.0
+    return {
+        "critic/values/mean": float(values.mean()),
+        "critic/returns/mean": float(returns.mean()),
+        "critic/vf_explained_var": float(explained),
+    }
 
 
 def with_advantages(run: Run, groups: Sequence[Group]) -> list[Group]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .settings import ADVANTAGES, AdvantageConfig
+from .settings import ADVANTAGES, AdvantageConfig, Estimator
 
 Floats = NDArray[np.float64]
 WHITEN_EPS = 1e-8
@@ -161,6 +161,18 @@ def token_rewards(
     last = places[np.append(ids[1:] != ids[:-1], True)] if len(places) else places
     rewards[last] += np.asarray(scores, np.float64)[last]
     return rewards
+
+
+def kl_estimate(logp: NDArray[Any], reference_logp: NDArray[Any], estimator: Estimator) -> Floats:
+    """[T] the estimate of KL(policy || reference) from the tokens' log-probs, as a number to be taken from rewards.
+
+    With l = logp - reference_logp: k1 = l, k2 = l^2 / 2, k3 = exp(-l) - 1 + l (http://joschu.net/blog/kl-approx.html);
+    `k3+` differs from k3 in its derivative only, which a reward has none of.
+    """
+    log_ratio = np.asarray(logp, np.float64) - np.asarray(reference_logp, np.float64)
+    if estimator == "k1":
+        return log_ratio
+    return log_ratio**2 / 2 if estimator == "k2" else np.expm1(-log_ratio) + log_ratio
 
 
 def gae(

@@ -82,7 +82,7 @@ class Objective:
         """Whether a token of advantage 0 still has a gradient."""
         if self.loss is None or self.loss.kind not in LOSSES:
             return True
-        return bool(self.needs_reference or self.loss.entropy_coef or self.loss.tau)
+        return bool(self.needs_reference or self.loss.entropy_coef or self.loss.tau or self.loss.nll_coef)
 
 
 def token_loss(
@@ -130,6 +130,10 @@ def token_loss(
             trains &= np.isfinite(row)
     ids = batch.sequence_ids_T
     rows |= {"advantages": batch.advantages_T, "weights": weights, "importance": importance}
+    if objective.loss is not None and objective.loss.nll_coef:
+        assert batch.correct_T is not None, "loss.nll_coef, but nobody said which answers are correct"
+        shown = mask & batch.correct_T
+        rows["imitation"] = objective.loss.nll_coef * shown / max(1, int(shown.sum()))
     rows = {name: np.where(trains, row, 0.0) for name, row in rows.items()}  # what is masked may hold anything
     rows["length"] = np.maximum(np.bincount(ids, weights=mask), 1.0)[ids] if len(ids) else np.zeros(0)
     return BatchLoss(objective, rows, mask, trains, ids, device, metrics)
@@ -175,11 +179,14 @@ class BatchLoss:
         logp = torch.where(trains, stats.logp, rows["old_logp"])
         weights = torch.where(trains, rows.pop("weights"), 0.0)
         importance = torch.where(trains, rows.pop("importance"), 0.0)
+        imitation = torch.where(trains, rows.pop("imitation"), 0.0) if "imitation" in rows else None
         batch = TokenBatch(sequence=sequence, entropy=stats.entropy, **rows)
         if self.objective.loss is None:
             return _weighted(nll(logp), weights)
         terms = self._policy_terms(logp, batch, importance, self.objective.loss)
         terms = self._with_kl(terms, logp, batch, weights)
+        if imitation is not None:
+            terms = _plus(terms, _weighted(nll(logp), imitation))
         terms = self._with_entropy(terms, stats.entropy, trains, weights)
         metrics = {"actor/ppo_kl": batch.old_logp - logp, **terms.metrics}
         metrics = {name: torch.where(trains, value, 0.0) for name, value in metrics.items()}
@@ -228,6 +235,10 @@ class BatchLoss:
         slope = -self.objective.loss.entropy_coef * weights
         loss = terms.loss + slope * torch.where(trains, entropy, 0.0)
         return TokenTerms(loss=loss, dlogp=terms.dlogp, dentropy=slope, metrics=terms.metrics)
+
+
+def _plus(terms: TokenTerms, more: TokenTerms) -> TokenTerms:
+    return TokenTerms(loss=terms.loss + more.loss, dlogp=terms.dlogp + more.dlogp, metrics=terms.metrics)
 
 
 def _weighted(terms: TokenTerms, weights: Tensor) -> TokenTerms:

@@ -1,4 +1,5 @@
-"""Algorithms by name: a preset is nothing but values for the groups `advantage`, `loss`, `kl`, `offpolicy` and `filter`.
+"""Algorithms by name: a preset is nothing but values for the groups `advantage`, `loss`, `kl`, `offpolicy`, `filter` and
+`critic`.
 
 `emberl train CONFIG --dry-run` prints what a preset became. No preset sets a KL penalty (see `KLConfig`).
 """
@@ -90,7 +91,14 @@ PRESETS: Mapping[str, Tree] = {
             "vapo_alpha": 0.05,
             "whiten": True,
         },
-        "loss": {"kind": "ppo_clip", "clip_low": 0.2, "clip_high": 0.28, "aggregation": "token-mean"},
+        "loss": {
+            "kind": "ppo_clip",
+            "clip_low": 0.2,
+            "clip_high": 0.28,
+            "aggregation": "token-mean",
+            "nll_coef": 0.1,
+        },
+        "critic": {"warmup": 50},
         "filter": _EVERY_GROUP,
     },
     # arXiv 2602.04879, with prime-rl's values

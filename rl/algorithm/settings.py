@@ -145,6 +145,8 @@ class LossConfig(AlgorithmSettings):
     what was kept, so that kept tokens weigh more (as in code that narrows its loss mask first)."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the entropy bonus, averaged like the loss over the whole step."""
+    nll_coef: float = Field(default=0.0, ge=0)
+    """Weight of VAPO's imitation term: the mean negative log-likelihood of the tokens of correct answers (paper: 0.1)."""
     options: Mapping[str, Any] = Field(default_factory=dict)
     """Keywords of a function of yours."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 
+from .lora import merged_tensors
 from .policy import Policy
 from .shards import Shards
 
@@ -23,9 +24,8 @@ NOT_WEIGHTS = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens",
 
 def full_tensors(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Every parameter whole, under its Hugging Face name, tied ones once; a collective on all ranks."""
-    for name, parameter in policy.model.named_parameters():
-        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        yield name, whole.detach().to(dtype)
+    for name, tensor in merged_tensors(policy.model):
+        yield name, tensor.to(dtype)
 
 
 def save_model(policy: Policy, folder: Path, dtype: torch.dtype, origin: str, *, write: bool) -> None:
@@ -47,6 +47,16 @@ def save_model(policy: Policy, folder: Path, dtype: torch.dtype, origin: str, *,
                 shutil.copy(file, folder / file.name)
     else:
         AutoTokenizer.from_pretrained(origin).save_pretrained(folder)
+
+
+def save_weights(shards: Shards, folder: Path) -> None:
+    """The values of the shards alone, of a model that is not trained."""
+    state_dict_saver.save({name: p.detach() for name, p in shards.parameters.items()}, checkpoint_id=str(folder))
+
+
+def load_weights(shards: Shards, folder: Path) -> None:
+    """The inverse of `save_weights`, in place."""
+    state_dict_loader.load({name: p.detach() for name, p in shards.parameters.items()}, checkpoint_id=str(folder))
 
 
 def save_state(shards: Shards, optimizer: Any, scheduler: Any, folder: Path, rank: int) -> None:

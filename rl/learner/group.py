@@ -11,7 +11,7 @@ import ray
 from ...rollout.patches import WeightPatch
 from ...rollout.waiting import gather
 from ..algorithm.losses import Objective
-from ..config import OptimConfig
+from ..config import CriticConfig, OptimConfig
 from ..groups import Batch
 
 
@@ -29,8 +29,10 @@ class LearnerGroup:
         wait([rank.connect.remote(address) for rank in self.ranks], what="connect")
         wait([rank.load.remote(model_path) for rank in self.ranks], what="load")
 
-    def begin_stage(self, optim: OptimConfig, total_steps: int) -> None:
-        self._call("begin_stage", optim, total_steps)
+    def begin_stage(
+        self, optim: OptimConfig, total_steps: int, critic: CriticConfig | None = None, reference: bool = False
+    ) -> None:
+        self._call("begin_stage", optim, total_steps, critic, reference)
 
     def step(self, batch: Batch, objective: Objective) -> dict[str, float]:
         """One optimizer step on the whole batch; metrics over all ranks."""
@@ -40,6 +42,22 @@ class LearnerGroup:
     def logprobs(self, batch: Batch, temperature: float) -> Any:
         """[T] the policy's log-prob of every loss token."""
         return self._call("logprobs", ray.put(batch), temperature)[0]
+
+    def reference_logprobs(self, batch: Batch, temperature: float) -> Any:
+        """[T] the reference's."""
+        return self._call("reference_logprobs", ray.put(batch), temperature)[0]
+
+    def refresh_reference(self) -> None:
+        self._call("refresh_reference")
+
+    def values(self, batch: Batch) -> Any:
+        """[T] the critic's value before every loss token."""
+        return self._call("values", ray.put(batch))[0]
+
+    def critic_step(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step of the critic; metrics over all ranks."""
+        metrics: dict[str, float] = self._call("critic_step", ray.put(batch))[0]
+        return metrics
 
     def publish(self, run_id: str, version: int) -> tuple[Any, WeightPatch]:
         """The weights as a patch to `version`: the reference to hand to the workers, and the patch itself."""

@@ -58,6 +58,17 @@ HEIGHT, WIDTH, PACKED = 8, 8, 128
 new shape, so few shapes pay. 128 is also flex attention's block."""
 
 
+def pick_attention(target: platform.Platform, dtype: torch.dtype) -> str:
+    """The `attn_implementation` for `model.attention=auto`: flash attention where it is there, else sdpa. On a CPU eager,
+    which is faster at short lengths but takes its softmax in float32 whatever the model computes in; so not in float64."""
+    if target.is_cpu:
+        return "eager" if dtype != torch.float64 else "sdpa"
+    from transformers.utils.import_utils import is_flash_attn_2_available
+
+    half = dtype in (torch.bfloat16, torch.float16)
+    return "flash_attention_2" if half and (target.flash_built_in or is_flash_attn_2_available()) else "sdpa"
+
+
 def takes_packed(attention: str) -> bool:
     """Whether this `attn_implementation` of transformers passes over other sequences' tokens in a packed row, rather than
     multiplying them and masking the product, as eager and sdpa do: only then does packing save anything."""

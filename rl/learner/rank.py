@@ -6,11 +6,12 @@ summed (not averaged) over ranks in float32, since every token's weight already 
 
 from __future__ import annotations
 
-import math
+import logging
 import os
 import socket
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,27 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from ...kernels import platform
 from ...rollout.patches import TensorBytes, WeightPatch, dense_patch
 from ..algorithm.losses import Objective, token_loss
-from ..config import ModelConfig, OptimConfig
+from ..algorithm.surrogates import value_loss
+from ..config import CriticConfig, ModelConfig, OptimConfig
 from ..groups import Batch
 from . import checkpoint
 from .batching import plan_micro_batches
-from .policy import MicroBatchTensors, Policy, to_tensors
+from .critic import Critic
+from .flops import ModelFlops, peak_flops, speed
+from .lora import inject_adapters
+from .policy import MicroBatchTensors, Policy, pick_attention, takes_packed, to_tensors
 from .shards import Shards
+from .trainable import Trainable, shard
 
+_log = logging.getLogger(__name__)
 SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 
 
@@ -46,6 +55,8 @@ class RankSpec:
     model: ModelConfig
     timeout: float
     """Seconds after which a collective gives up on a lost peer."""
+    seed: int = 0
+    """Of new adapters."""
 
 
 class LearnerRank:
@@ -57,7 +68,15 @@ class LearnerRank:
         platform.set_threads(spec.threads)
         self.device = platform.device_of_process(self.platform)
         self.dtype = platform.compute_dtype(spec.model.dtype, self.platform)
-        self.steps_skipped = 0
+        self.master = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.attention = spec.model.attention
+        if self.attention == "auto":
+            self.attention = pick_attention(self.platform, self.dtype)
+        packing = spec.model.packing
+        self.packed = takes_packed(self.attention) if packing == "auto" else packing == "on"
+        self.peak = peak_flops(platform.device_name(self.platform))
+        self.critic: Trainable | None = None
+        self.reference: Policy | None = None
 
     def address(self) -> str:
         """`host:port` at which rank 0 will wait for the others."""
@@ -77,83 +96,100 @@ class LearnerRank:
         )
 
     def load(self, model_path: str) -> None:
-        """Reads the model and shards it; the working copies in passes are of the compute dtype."""
+        """Reads the model and shards it."""
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        self.model_path = model_path
+        self.mesh: DeviceMesh = init_device_mesh(self.platform.device, (self.spec.world,))
+        self.policy = self._load_policy()
+
+    def _load_policy(self, *, offload: bool = False) -> Policy:
+        """A sharded policy with the weights of the model's files, and adapters of its own where there are to be any."""
         from transformers import AutoModelForCausalLM
 
-        attention = self.spec.model.attention
-        if attention == "auto":  # eager attention takes its softmax in float32 whatever the model computes in
-            attention = "eager" if self.platform.is_cpu and self.dtype != torch.float64 else "sdpa"
-        master = torch.float64 if self.dtype == torch.float64 else torch.float32
-        model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=master, attn_implementation=attention)
+        model = self._load(AutoModelForCausalLM, self.model_path)
+        try:
+            self.flops: ModelFlops | None = ModelFlops.of(model.config)
+        except ValueError as error:  # an architecture that is not counted trains all the same
+            self.flops = None
+            _log.warning("no TFLOP/s and MFU will be logged: %s", error)
+        if self.spec.model.lora is not None:
+            inject_adapters(model, self.spec.model.lora, self.spec.seed)
+        policy = Policy(model).train()
+        self._shard(policy, getattr(model, model.base_model_prefix).layers, offload=offload)
+        return policy
+
+    def _load(self, auto: Any, path: str) -> Any:
+        model = auto.from_pretrained(path, dtype=self.master, attn_implementation=self.attention).to(self.device)
         if self.spec.model.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.policy = Policy(model.to(self.device)).train()
-        mesh = init_device_mesh(self.platform.device, (self.spec.world,))
-        precision = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=master)
-        body = getattr(model, model.base_model_prefix)
-        for module in [*body.layers, self.policy]:
-            fully_shard(module, mesh=mesh, mp_policy=precision)
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-        self.model_path = model_path
+            new_name = getattr(model, "activation_checkpointing_enable", None)  # of transformers 5
+            (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        return model
 
-    def begin_stage(self, optim: OptimConfig, total_steps: int) -> None:
-        """A fresh optimizer and learning-rate schedule for `total_steps` steps."""
-        from transformers import get_scheduler
+    def _shard(self, module: nn.Module, layers: Any, *, offload: bool = False) -> None:
+        shard(module, layers, self.mesh, self.dtype, reduce=self.master, offload=offload)
 
+    def begin_stage(
+        self, optim: OptimConfig, total_steps: int, critic: CriticConfig | None = None, reference: bool = False
+    ) -> None:
+        """A fresh optimizer and learning-rate schedule for `total_steps` updates, and what goes with the policy: a critic,
+        and the policy of this moment as a frozen reference."""
         self.optim = optim
-        self.shards = Shards.of(self.policy)
-        self.optimizer = torch.optim.AdamW(
-            self.shards.local,
-            lr=optim.lr,
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
-        name = "constant_with_warmup" if optim.schedule == "constant" else optim.schedule
-        self.scheduler = get_scheduler(
-            name, self.optimizer, num_warmup_steps=optim.warmup_steps, num_training_steps=max(1, total_steps)
-        )
+        self.actor = Trainable(self.policy, optim, total_steps)
+        self.critic = self._make_critic(critic, total_steps) if critic is not None else None
+        self.reference = None
+        if reference:
+            self.reference = self._load_policy(offload=not self.platform.is_cpu)
+            self.reference.eval().requires_grad_(False)
+            self.refresh_reference()
+
+    def _make_critic(self, settings: CriticConfig, total_steps: int) -> Trainable:
+        """From `critic.path`, or with the policy's body of this moment."""
+        from transformers import AutoModel
+
+        critic = Critic(self._load(AutoModel, settings.path or self.model_path), self.master).to(self.device).train()
+        shard(critic.value, [], self.mesh, self.master, reduce=self.master)
+        self._shard(critic, critic.body.layers)
+        if settings.path is None:
+            prefix = f"model.{self.policy.model.base_model_prefix}."
+            Shards.of(critic.body).copy_from(self.actor.shards, lambda name: prefix + name)
+        self.critic_settings = settings
+        return Trainable(critic, settings.optim(self.optim), total_steps)
+
+    def refresh_reference(self) -> None:
+        """The reference becomes what the policy is now."""
+        assert self.reference is not None, "this stage has no reference"
+        Shards.of(self.reference, frozen=True).copy_from(Shards.of(self.policy, frozen=True))
 
     def step(self, batch: Batch, objective: Objective) -> dict[str, float]:
         """One optimizer step on the whole batch; the same metrics on every rank."""
+        batch = self._with_old_logp(batch, objective)
         start = time.perf_counter()
         loss, metrics = self.backward(batch, objective)
-        norm = self.shards.take_gradients(self.optim.grad_clip)
-        if math.isfinite(norm):
-            self.optimizer.step()
-        else:  # one bad batch must not destroy the weights; the count tells whether it stays at one
-            self.steps_skipped += 1
-        lr = self.scheduler.get_last_lr()[0]
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return metrics | {
-            "actor/pg_loss": loss,
-            "actor/grad_norm": norm,
-            "actor/lr": lr,
-            "actor/steps_skipped": float(self.steps_skipped),
-            "timing_s/update_actor": time.perf_counter() - start,
-        }
+        metrics |= {"actor/pg_loss": loss, **self.actor.update("actor")}
+        seconds = time.perf_counter() - start
+        return metrics | self._speed(batch, seconds) | {"timing_s/update_actor": seconds}
+
+    def _speed(self, batch: Batch, seconds: float) -> dict[str, float]:
+        if self.flops is None:
+            return {}
+        cost = self.flops.update(
+            batch.sequence_lengths,
+            int(batch.loss_mask_T.sum()),
+            frozen_weights=self.spec.model.lora is not None,
+        )
+        return speed(cost, tokens=batch.num_tokens, seconds=seconds, devices=self.spec.world, peak=self.peak)
 
     def backward(self, batch: Batch, objective: Objective) -> tuple[float, dict[str, float]]:
         """Adds the gradient of the whole batch's loss to the parameters; returns the loss and the metrics."""
-        old_logp = batch.old_logp_T
-        if objective.needs_old_logp and old_logp is None:
-            old_logp = self.logprobs(batch, objective.temperature)
-        loss_function = token_loss(objective, batch, self.device, old_logp=old_logp)
-        mine = plan_micro_batches(batch.sequence_lengths, self.spec.world, self.optim.micro_batch_tokens)[
-            self.spec.rank
-        ]
-        behaviour_T = torch.from_numpy(np.ascontiguousarray(batch.behaviour_logp_T)).to(self.device)
+        batch = self._with_old_logp(batch, objective)
+        loss_function = token_loss(
+            objective, batch, self.device, old_logp=batch.old_logp_T, reference_logp=batch.reference_logp_T
+        )
+        behaviour_T = self._on_device(batch.behaviour_logp_T)
         totals: dict[str, Tensor] = {}
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        policy: Any = self.policy  # FSDP2 adds its methods to the class of the module
-        for i, sequences in enumerate(mine):
-            policy.set_requires_gradient_sync(i == len(mine) - 1)
-            micro = to_tensors(batch, sequences, self.device)
+        for micro in self._micro_batches(batch, self.policy):
             shift = behaviour_T[micro.index_n] if objective.on_samples else None
             part, stats, metrics = self.policy(micro, loss_function, shift, objective.temperature)
             assert part is not None
@@ -172,6 +208,11 @@ class LearnerRank:
         loss_value, metrics_found = self._reduce(loss, totals, batch.num_loss_tokens)
         return loss_value, loss_function.metrics | metrics_found
 
+    def _with_old_logp(self, batch: Batch, objective: Objective) -> Batch:
+        if not objective.needs_old_logp or batch.old_logp_T is not None:
+            return batch
+        return replace(batch, old_logp_T=self.logprobs(batch, objective.temperature))
+
     def _reduce(self, loss: Tensor, totals: dict[str, Tensor], num_loss_tokens: int) -> tuple[float, dict[str, float]]:
         """Sums over ranks; per-token metrics become means over the step's loss tokens."""
         peak = totals.pop("max", torch.zeros_like(loss))
@@ -185,25 +226,76 @@ class LearnerRank:
             means["training/rollout_probs_diff_max"] = float(peak)
         return float(stacked[0]), means
 
-    @torch.no_grad()
-    def logprobs(self, batch: Batch, temperature: float = 1.0) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """[T] the policy's log-prob of every loss token of the batch (0 elsewhere), whole on every rank."""
-        logp_T = torch.zeros(batch.num_tokens, dtype=torch.float32, device=self.device)
-        for sequences in plan_micro_batches(batch.sequence_lengths, self.spec.world, self.optim.micro_batch_tokens)[
-            self.spec.rank
-        ]:
-            micro: MicroBatchTensors = to_tensors(batch, sequences, self.device)
-            _, stats, _ = self.policy(micro, None, None, temperature)
-            logp_T[micro.index_n] = stats.logp.float()
-        self._reshard()
-        dist.all_reduce(logp_T)
-        return logp_T.cpu().numpy()
+    def critic_step(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step of the critic."""
+        assert self.critic is not None, "this stage has no critic"
+        start = time.perf_counter()
+        loss, metrics = self.critic_backward(batch)
+        metrics |= {"critic/vf_loss": loss, **self.critic.update("critic")}
+        return metrics | {"timing_s/update_critic": time.perf_counter() - start}
 
-    def _reshard(self) -> None:
-        """After a pass without backward the gathered working copies would stay, and go stale at the next step."""
-        for module in self.policy.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+    def critic_backward(self, batch: Batch) -> tuple[float, dict[str, float]]:
+        """Adds the gradient of the mean of `value_loss` over the batch's loss tokens; returns that mean and the metrics."""
+        assert self.critic is not None and batch.values_T is not None and batch.returns_T is not None
+        module, old_T, targets_T = self.critic.module, self._on_device(batch.values_T), self._on_device(batch.returns_T)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        clipped = torch.zeros_like(loss)
+        for micro in self._micro_batches(batch, module):
+            values, at = module(micro), micro.index_n
+            clip = self.critic_settings.clip
+            errors, slope, held = value_loss(values.detach(), old_T[at], targets_T[at], clip=clip)
+            values.backward(slope.to(values.dtype) / max(1, batch.num_loss_tokens))
+            loss += errors.double().sum() / max(1, batch.num_loss_tokens)
+            clipped += held.sum()
+        return self._reduce(loss, {"critic/vf_clipfrac": clipped}, batch.num_loss_tokens)
+
+    def _micro_batches(self, batch: Batch, module: Any, *, gradient: bool = True) -> Iterator[MicroBatchTensors]:
+        """This rank's passes, as many as on every other rank; gradients go over to the others with the last one."""
+        plan = plan_micro_batches(
+            batch.sequence_lengths,
+            self.spec.world,
+            self.optim.micro_batch_tokens,
+            packed=self.packed,
+            cost=float if self.flops is None else self.flops.sequence,
+        )
+        mine = plan[self.spec.rank]
+        for i, sequences in enumerate(mine):
+            if gradient:
+                module.set_requires_gradient_sync(i == len(mine) - 1)
+            yield to_tensors(batch, sequences, self.device, packed=self.packed)
+
+    def _on_device(self, row_T: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(row_T)).to(self.device)
+
+    def logprobs(self, batch: Batch, temperature: float = 1.0) -> NDArray[np.float32]:
+        """[T] the policy's log-prob of every loss token of the batch (0 elsewhere), whole on every rank."""
+        return self._per_token(batch, self.policy, lambda micro: self.policy(micro, None, None, temperature)[1].logp)
+
+    def reference_logprobs(self, batch: Batch, temperature: float = 1.0) -> NDArray[np.float32]:
+        """The same of the reference."""
+        reference = self.reference
+        assert reference is not None, "this stage has no reference"
+        return self._per_token(batch, reference, lambda micro: reference(micro, None, None, temperature)[1].logp)
+
+    def values(self, batch: Batch) -> NDArray[np.float32]:
+        """[T] the critic's estimate before every loss token of the batch (0 elsewhere), whole on every rank."""
+        assert self.critic is not None, "this stage has no critic"
+        return self._per_token(batch, self.critic.module, self.critic.module)
+
+    @torch.no_grad()
+    def _per_token(
+        self, batch: Batch, module: nn.Module, look: Callable[[MicroBatchTensors], Tensor]
+    ) -> NDArray[np.float32]:
+        values_T = torch.zeros(batch.num_tokens, dtype=torch.float32, device=self.device)
+        for micro in self._micro_batches(batch, module, gradient=False):
+            values_T[micro.index_n] = look(micro).float()
+        for (
+            part
+        ) in module.modules():  # without a backward pass gathered copies would stay, and go stale at the next step
+            if isinstance(part, FSDPModule):
+                part.reshard()
+        dist.all_reduce(values_T)
+        return values_T.cpu().numpy()
 
     @torch.no_grad()
     def weights(self, run_id: str, version: int) -> WeightPatch | None:
@@ -221,12 +313,20 @@ class LearnerRank:
     def save(self, folder: str) -> None:
         """The model in Hugging Face format under `folder`, and what training goes on from under `folder/learner`."""
         checkpoint.save_model(self.policy, Path(folder), self.dtype, self.model_path, write=self.spec.rank == 0)
-        checkpoint.save_state(self.shards, self.optimizer, self.scheduler, Path(folder) / "learner", self.spec.rank)
+        self.actor.save(Path(folder) / "learner", self.spec.rank)
+        if self.critic is not None:
+            self.critic.save(Path(folder) / "critic", self.spec.rank)
+        if self.reference is not None:
+            checkpoint.save_weights(Shards.of(self.reference, frozen=True), Path(folder) / "reference")
         dist.barrier()
 
     def restore(self, folder: str) -> None:
         """Goes on from what `save` wrote, possibly with another number of ranks."""
-        checkpoint.load_state(self.shards, self.optimizer, self.scheduler, Path(folder) / "learner")
+        self.actor.restore(Path(folder) / "learner")
+        if self.critic is not None:
+            self.critic.restore(Path(folder) / "critic")
+        if self.reference is not None:
+            checkpoint.load_weights(Shards.of(self.reference, frozen=True), Path(folder) / "reference")
 
     def peak_memory(self) -> int:
         """Bytes."""

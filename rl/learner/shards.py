@@ -3,7 +3,7 @@ dispatching its many small operations than on doing them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,10 @@ class Shards:
     local: list[Tensor]
 
     @classmethod
-    def of(cls, module: nn.Module) -> Shards:
-        parameters: dict[str, Any] = dict(module.named_parameters())
+    def of(cls, module: nn.Module, *, frozen: bool = False) -> Shards:
+        """Of all parameters that require a gradient, or, `frozen`, of all."""
+        named = module.named_parameters()
+        parameters: dict[str, Any] = {name: p for name, p in named if frozen or p.requires_grad}
         with torch.no_grad():  # without a graph `to_local` is the shard itself, not a view of it
             return cls(parameters=parameters, local=[p.to_local() for p in parameters.values()])
 
@@ -40,6 +42,15 @@ class Shards:
         if clip < norm < float("inf"):
             torch._foreach_mul_(gradients, clip / norm)
         return norm
+
+    def copy_from(self, other: Shards, rename: Callable[[str], str] = str) -> None:
+        """Takes over the values of another module's shards, sharded alike; `rename` gives the other's name of a parameter,
+        and a name that the other has not is left as it is."""
+        there = dict(zip(other.parameters, other.local, strict=True))
+        with torch.no_grad():
+            for name, local in zip(self.parameters, self.local, strict=True):
+                if (source := there.get(rename(name))) is not None:
+                    local.copy_(source)
 
     @staticmethod
     def like(parameter: Any, local: Tensor) -> DTensor:

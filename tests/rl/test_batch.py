@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from emberl.rewards.verdict import Status, Verdict, verifier_error
-from emberl.rl.algorithm.settings import AdvantageConfig, LossConfig
+from emberl.rl.algorithm.settings import AdvantageConfig, KLConfig, LossConfig
 from emberl.rl.batch import make_batch, make_batches, sft_batch
 from emberl.rl.groups import Batch, Group
 from emberl.rollout.samples import Completion, Prompt, Span
@@ -130,3 +130,51 @@ def test_minibatches_are_whole_groups_with_denominators_of_their_own() -> None:
     np.testing.assert_allclose(three.weights_T[three.loss_mask_T], [1 / 12] * 12)
     only = make_batches([flat, signal], LossConfig(), AdvantageConfig(), parts=2, max_length=10)
     assert [batch.num_loss_tokens for batch in only] == [6], "a part without a signal makes no update"
+
+
+def ragged(batch: Batch, values: list[float]) -> np.ndarray:
+    """These values at the batch's loss tokens, NaN elsewhere."""
+    row = np.full(batch.num_tokens, np.nan)
+    row[batch.loss_mask_T] = values
+    return row
+
+
+def test_a_penalty_in_the_reward_is_taken_from_what_follows() -> None:
+    """k1 of completion 0 is [0.1, 0, -0.2] against a reference of [-0.2, -0.2, -0.1]; half of it is taken from the reward of
+    each token, so the returns to go are 1 + 0.1, that - 0, that - 0.05."""
+
+    def estimate(batch: Batch) -> Batch:
+        return replace(batch, reference_logp_T=ragged(batch, [-0.2, -0.2, -0.1, -0.4, -0.5, -0.6]))
+
+    kl = KLConfig(place="reward", estimator="k1", coef=0.5)
+    groups = [group([1.0, 0.0, 0.0], RIGHT, WRONG, WRONG)]
+    [batch] = make_batches(
+        groups, LossConfig(), AdvantageConfig(kind="return"), max_length=10, keep_all=True, kl=kl, estimate=estimate
+    )
+    np.testing.assert_allclose(batch.advantages_T[batch.loss_mask_T], [1.05, 1.1, 1.1, 0, 0, 0], atol=1e-7)
+
+
+def test_the_old_policy_is_what_the_penalty_compares_where_it_was_recomputed() -> None:
+    def estimate(batch: Batch) -> Batch:
+        same = ragged(batch, [-0.7] * 6)
+        return replace(batch, reference_logp_T=same, old_logp_T=same)
+
+    kl = KLConfig(place="reward", estimator="k2", coef=0.5)
+    groups = [group([1.0, 0.0, 0.0], RIGHT, WRONG, WRONG)]
+    [batch] = make_batches(
+        groups, LossConfig(), AdvantageConfig(kind="return"), max_length=10, keep_all=True, kl=kl, estimate=estimate
+    )
+    np.testing.assert_allclose(batch.advantages_T[batch.loss_mask_T], [1, 1, 1, 0, 0, 0])
+
+
+def test_a_critics_values_give_advantages_and_targets() -> None:
+    """gamma = lambda = 1: the advantage is the score minus the value before the token, the target the score itself."""
+    groups = [group([1.0, 0.0, -1.0], RIGHT, WRONG, WRONG)]
+    [batch] = make_batches(
+        groups, LossConfig(), AdvantageConfig(kind="gae"), max_length=10, keep_all=True,
+        estimate=lambda b: replace(b, values_T=ragged(b, [0.5, 0.25, 0.75, 0.1, -0.2, 0.3])),
+    )  # fmt: skip
+    np.testing.assert_allclose(batch.advantages_T[batch.loss_mask_T], [0.5, 0.75, 0.25, -0.1, 0.2, -1.3])
+    assert batch.returns_T is not None and batch.correct_T is not None
+    np.testing.assert_allclose(batch.returns_T[batch.loss_mask_T], [1, 1, 1, 0, 0, -1], atol=1e-12)
+    assert batch.correct_T.tolist() == [True] * 5 + [False] * 7

@@ -1,80 +1,38 @@
-"""The end of a cold start: when it is looked at, on which problems, and what ends it."""
+"""What a cold start shows the model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
 import pytest
-from emberl.rewards.verdict import Status, Verdict
-from emberl.rl.config import Config, resolve
-from emberl.rl.groups import Group
-from emberl.rl.progress import Progress
-from emberl.rl.recipe import solves_enough
-from emberl.rollout.samples import Completion, Prompt, Sampling, Span
+from emberl.rl.arithmetic import ProblemMaker
+from emberl.rl.data_settings import DataConfig
+from emberl.rl.recipe import demonstration
+
+WORKED = "<think>7+5=12,12-3=9</think>9"
 
 
-def config(stop_accuracy: float) -> Config:
-    return resolve(
-        {
-            "name": "t", "model": {"tiny": {}}, "data": {"source": "arithmetic"},
-            "sft": {"stop_accuracy": stop_accuracy, "check_every": 10}, "reward": {"parts": {"answer": {"use": "math"}}},
-        }
-    )  # fmt: skip
+def test_a_share_of_the_solutions_is_shown_without_its_work() -> None:
+    shown = [demonstration(WORKED, i, 0.25) for i in range(4000)]
+    assert set(shown) == {WORKED, "<think></think>9"}
+    assert shown.count("<think></think>9") / 4000 == pytest.approx(0.25, abs=0.03)
+    assert shown == [demonstration(WORKED, i, 0.25) for i in range(4000)], "a resumed run is shown the same"
 
 
-@dataclass
-class Looked:
-    """What `solves_enough` takes of a run; problems with an even number are solved."""
-
-    config: Config
-    progress: Progress
-    asked: list[int] = field(default_factory=list)
-    published: int = 0
-
-    @property
-    def source(self) -> Any:
-        return self
-
-    @property
-    def suite(self) -> Any:
-        return self
-
-    def metrics(self) -> dict[str, float]:
-        return {}
-
-    def train(self, i: int) -> Prompt:
-        return Prompt(id=str(i), token_ids=(1,), answer="", source="s")
-
-    def publish(self) -> None:
-        self.published += 1
-
-    def sampling(self, step: int) -> Sampling:
-        return Sampling(max_tokens=4, temperature=1.0)
-
-    def sample_groups(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[Group]:
-        assert (n, sampling.temperature) == (1, 0.0), "one greedy answer each"
-        self.asked += [int(p.id) for p in prompts]
-        done = Completion(
-            prompt_id="p", sample=0, token_ids=np.zeros(1, np.int32), logprobs=np.zeros(1, np.float32),
-            spans=(Span(0, 0, 1),), finish_reason="stop",
-        )  # fmt: skip
-        marks = {0: Verdict(status=Status.CORRECT, score=1.0), 1: Verdict(status=Status.WRONG, score=0.0)}
-        return [Group(prompt=p, completions=(done,), verdicts=(marks[int(p.id) % 2],)) for p in prompts]
+def test_what_a_problem_is_does_not_tell_how_it_is_shown() -> None:
+    """A source whose draws were those of the demonstration would show one kind of problem one way."""
+    source = ProblemMaker(DataConfig(source="arithmetic", kinds={"chain": 1, "solve": 1}))
+    for seed in range(3):
+        problems = [next(source.train(seed, i)) for i in range(2000)]
+        for kind in ("chain", "solve"):
+            shown = [demonstration(p.solution, i, 0.6) for i, p in enumerate(problems) if p.kind == kind]
+            bare = sum(text.startswith("<think></think>") for text in shown)
+            assert bare / len(shown) == pytest.approx(0.6, abs=0.06), (seed, kind)
 
 
-@pytest.mark.parametrize(("stop", "ends"), [(0.5, True), (0.51, False)])
-def test_it_ends_at_the_accuracy_on_problems_that_come_next(stop: float, ends: bool) -> None:
-    run: Any = Looked(config(stop), Progress(step=20, position=1280))
-    assert solves_enough(run) is ends
-    assert run.asked == list(range(1280, 1280 + 256)), "none of them trained on yet"
-    assert run.published == 1, "with the weights of this moment"
+@pytest.mark.parametrize(("direct", "expected"), [(0.0, WORKED), (1.0, "<think></think>9")])
+def test_all_or_none(direct: float, expected: str) -> None:
+    assert {demonstration(WORKED, i, direct) for i in range(50)} == {expected}
 
 
-@pytest.mark.parametrize(("stop", "step"), [(0.5, 0), (0.5, 19), (0.0, 20)])
-def test_it_is_looked_at_only_every_few_steps_and_only_if_asked_for(stop: float, step: int) -> None:
-    run: Any = Looked(config(stop), Progress(step=step, position=64 * step))
-    assert not solves_enough(run)
-    assert not run.asked
+def test_work_over_several_lines_and_a_solution_without_any() -> None:
+    assert demonstration("<think>a\nb</think>\n4", 0, 1.0) == "<think></think>\n4"
+    assert demonstration("4", 0, 1.0) == "4"

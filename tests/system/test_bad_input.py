@@ -21,7 +21,9 @@ pytestmark = pytest.mark.slow
         (["run_dir=/proc/emberl"], "run_dir=/proc/emberl cannot be written"),
         (["reward.parts.answer.use=no_such_reward"], "no_such_reward"),
         (["stages=[rl]", "model.tiny=null", "model.path=nowhere/at-all"], "model.path='nowhere/at-all'"),
-        (["advantage.kind=gae", "filter.zero_variance=false"], "needs a critic"),
+        (["stages=[rl]", "algorithm=ppo", "critic.path=nowhere/at-all"], "critic.path='nowhere/at-all'"),
+        (["model.lora.targets=[nonsense]"], "model.lora.targets"),
+        (["algorithm=grop"], "did you mean 'grpo'"),
         (["schedule.max_staleness=2"], "schedule.max_staleness=2"),
     ],
 )

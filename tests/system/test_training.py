@@ -46,13 +46,23 @@ def test_reward_rises_and_anybody_can_load_the_model(emberl: Emberl) -> None:
     assert answer.startswith("3+4=?<think>")
 
 
-def test_a_resumed_run_is_the_uninterrupted_run(emberl: Emberl) -> None:
+PPO = (
+    "algorithm=ppo", "critic.warmup=1", "critic.lr=1e-3", "schedule.minibatches=2", "kl.place=reward", "kl.estimator=k1",
+    "kl.coef=0.01", "kl.ref_refresh_steps=2",
+)  # fmt: skip
+LORA = ("model.lora.rank=4", "kl.place=loss", "kl.coef=0.01")
+
+
+@pytest.mark.parametrize("algorithm", [(), PPO, LORA], ids=["grpo", "ppo", "lora"])
+def test_a_resumed_run_is_the_uninterrupted_run(emberl: Emberl, algorithm: tuple[str, ...]) -> None:
     """Invariant 3, from a checkpoint in the middle of RL, and the ratio of invariant 4 on the way."""
-    emberl.train("run_dir=whole")
-    emberl.train("schedule.steps=2", "run_dir=part")
+    if algorithm == LORA:
+        pytest.importorskip("peft", reason="peft (the extra `lora`) is not installed")
+    emberl.train(*algorithm, "run_dir=whole")
+    emberl.train(*algorithm, "schedule.steps=2", "run_dir=part")
     done = json.loads((emberl.folder / "part/checkpoints/rl-000002/progress.json").read_text())
     assert (done["stage"], done["step"]) == (1, 2)
-    result = emberl.train("run_dir=part", "--resume")
+    result = emberl.train(*algorithm, "run_dir=part", "--resume")
     assert result["steps"] == 4
     whole, part = emberl.folder / "whole", emberl.folder / "part"
     assert weights(whole / "model") == weights(part / "model")
@@ -60,6 +70,10 @@ def test_a_resumed_run_is_the_uninterrupted_run(emberl: Emberl) -> None:
     assert timeless(read_metrics(whole, "eval")) == timeless(read_metrics(part, "eval"))
     trained = [row for row in read_metrics(whole) if "actor/pg_clipfrac" in row]
     assert len(trained) >= 2
+    if algorithm == PPO:
+        assert [row["step"] for row in trained] == [2, 3, 4], "the first step is the critic's alone"
+        assert all("critic/vf_loss" in row for row in read_metrics(whole))
+        return
     for row in trained:
         assert row["training/rollout_probs_diff_max"] < 1e-4, (
             "engine and learner disagree at the first step of a version"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -249,6 +250,19 @@ def test_the_entropy_bonus_is_a_term_of_its_own(hand: Callable[..., Any], object
     np.testing.assert_allclose(terms.dentropy.numpy(), -0.3 * step.batch.weights_T, rtol=1e-12)
     np.testing.assert_array_equal(terms.dlogp.numpy(), without.dlogp.numpy())
     assert without.dentropy is None
+
+
+def test_correct_answers_are_imitated_too(hand: Callable[..., Any], objective: Callable[..., Objective]) -> None:
+    """VAPO, arXiv 2504.05118, section 4.3: 0.1 times the mean of -logp over the tokens of correct answers, whatever the
+    aggregation is; of two correct sequences here."""
+    step = hand("seq-mean-token-sum")
+    correct = step.batch.sequence_ids_T % 2 == 0
+    step = replace(step, batch=replace(step.batch, correct_T=correct))
+    terms, without = step.terms(objective(nll_coef=0.1)), step.terms(objective())
+    logp, shown = step.logp[step.batch.loss_mask_T], correct[step.batch.loss_mask_T]
+    assert 0 < shown.sum() < len(shown)
+    assert (terms.loss - without.loss).sum().item() == pytest.approx(-0.1 * logp[shown].mean())
+    np.testing.assert_allclose((terms.dlogp - without.dlogp).numpy(), -0.1 / shown.sum() * shown, atol=1e-12)
 
 
 def test_a_huge_log_ratio_gives_finite_numbers(

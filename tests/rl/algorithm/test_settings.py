@@ -10,20 +10,21 @@ import pytest
 from emberl.rl.algorithm.presets import PRESETS, preset
 from emberl.rl.algorithm.settings import (
     AdvantageConfig,
-    AlgorithmSettings,
     FilterConfig,
     KLConfig,
     LossConfig,
     OffPolicyConfig,
     check_algorithm,
 )
+from emberl.rl.config import CriticConfig
 
-GROUPS: dict[str, type[AlgorithmSettings]] = {
+GROUPS: dict[str, Any] = {
     "advantage": AdvantageConfig,
     "loss": LossConfig,
     "kl": KLConfig,
     "offpolicy": OffPolicyConfig,
     "filter": FilterConfig,
+    "critic": CriticConfig,
 }
 NAMES = [
     "grpo",
@@ -118,7 +119,7 @@ def test_an_unknown_preset_names_the_nearest() -> None:
         (FilterConfig, {"dynamic_sampling": True, "zero_variance": False}, "it needs filter.zero_variance=true"),
     ],
 )
-def test_a_wrong_setting(model: type[AlgorithmSettings], values: dict[str, Any], message: str) -> None:
+def test_a_wrong_setting(model: Any, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         model(**values)
     assert message in str(error.value)

@@ -1,8 +1,11 @@
-"""The critic's loss by hand and against autograd."""
+"""The critic's loss by hand and against autograd, and what a KL penalty takes from rewards."""
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
+from emberl.rl.algorithm.advantages import kl_estimate
 from emberl.rl.algorithm.surrogates import value_loss
 from torch import Tensor
 
@@ -40,3 +43,18 @@ def test_the_derivative_is_autograds() -> None:
     loss, slope, _ = value_loss(values, old, targets, clip=0.5)
     torch.testing.assert_close(loss, plain(values))
     torch.testing.assert_close(slope, leaf.grad)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [
+        ("k1", [0.5, -1.0, 0.0]),
+        ("k2", [0.125, 0.5, 0.0]),
+        ("k3", [0.1065307, 0.7182818, 0.0]),
+        ("k3+", [0.1065307, 0.7182818, 0.0]),
+    ],
+)
+def test_the_kl_estimates_as_numbers(estimator: str, expected: list[float]) -> None:
+    """exp(-0.5) - 1 + 0.5 = 0.1065307, exp(1) - 1 - 1 = 0.7182818."""
+    found = kl_estimate(np.array([-1.0, -3.0, -2.0]), np.array([-1.5, -2.0, -2.0]), estimator)  # type: ignore[arg-type]
+    np.testing.assert_allclose(found, expected, atol=1e-7)

@@ -14,7 +14,7 @@ from emberl.kernels import platform
 from emberl.rl.batch import sft_batch
 from emberl.rl.data_settings import TinyConfig
 from emberl.rl.groups import Batch
-from emberl.rl.learner.policy import MicroBatchTensors, Policy, takes_packed, to_tensors
+from emberl.rl.learner.policy import MicroBatchTensors, Policy, pick_attention, takes_packed, to_tensors
 from emberl.rl.tiny import make_tiny
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.integrations import npu_flash_attention
@@ -251,3 +251,22 @@ def test_packing_goes_through_gradient_checkpointing() -> None:
     np.testing.assert_array_equal(found, expected)
     for parameter, gradient in expected_gradients.items():
         np.testing.assert_array_equal(gradients[parameter], gradient, err_msg=parameter)
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "installed", "expected"),
+    [
+        (platform.CPU, torch.bfloat16, True, "eager"),
+        (platform.CPU, torch.float64, True, "sdpa"),
+        (platform.CUDA, torch.bfloat16, True, "flash_attention_2"),
+        (platform.CUDA, torch.bfloat16, False, "sdpa"),
+        (platform.CUDA, torch.float32, True, "sdpa"),
+        (platform.NPU, torch.bfloat16, False, "flash_attention_2"),
+    ],
+)
+def test_which_attention_auto_is(
+    monkeypatch: pytest.MonkeyPatch, target: platform.Platform, dtype: torch.dtype, installed: bool, expected: str
+) -> None:
+    monkeypatch.setattr("transformers.utils.import_utils.is_flash_attn_2_available", lambda: installed)
+    assert pick_attention(target, dtype) == expected
+    assert takes_packed(expected) == (expected == "flash_attention_2")

@@ -1,0 +1,81 @@
+"""A sharded model with its optimizer and learning-rate schedule: what is updated, saved and restored as one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..config import OptimConfig
+from . import checkpoint
+from .shards import Shards
+
+
+def shard(
+    module: nn.Module,
+    parts: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    compute: torch.dtype,
+    *,
+    reduce: torch.dtype,
+    offload: bool = False,
+) -> None:
+    """Shards `parts`, then what is left of `module`, by FSDP2: passes gather parameters in `compute`, gradients are summed
+    over ranks in `reduce`. With `offload` the shards lie in host memory between passes."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
+    where = CPUOffloadPolicy() if offload else OffloadPolicy()
+    for part in [*parts, module]:
+        sharded: Any = fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=where)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
+
+
+class Trainable:
+    """AdamW over the shards of those parameters of `module` that require a gradient."""
+
+    def __init__(self, module: nn.Module, optim: OptimConfig, total_steps: int) -> None:
+        from transformers import get_scheduler
+
+        self.module: Any = module  # FSDP2 adds its methods to the class of the module
+        self.optim = optim
+        self.shards = Shards.of(module)
+        self.skipped = 0
+        """Updates left out because their gradient was not finite."""
+        self.optimizer = torch.optim.AdamW(
+            self.shards.local,
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
+        name = "constant_with_warmup" if optim.schedule == "constant" else optim.schedule
+        self.scheduler = get_scheduler(
+            name, self.optimizer, num_warmup_steps=optim.warmup_steps, num_training_steps=max(1, total_steps)
+        )
+
+    def update(self, name: str) -> dict[str, float]:
+        """One optimizer step with the gradients at hand; its figures under `name`/. A gradient that is not finite changes
+        nothing and is counted: one bad batch must not destroy the weights."""
+        norm = self.shards.take_gradients(self.optim.grad_clip)
+        if math.isfinite(norm):
+            self.optimizer.step()
+        else:
+            self.skipped += 1
+        lr = self.scheduler.get_last_lr()[0]
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {f"{name}/grad_norm": norm, f"{name}/lr": lr, f"{name}/steps_skipped": float(self.skipped)}
+
+    def save(self, folder: Path, rank: int) -> None:
+        checkpoint.save_state(self.shards, self.optimizer, self.scheduler, folder, rank)
+
+    def restore(self, folder: Path) -> None:
+        checkpoint.load_state(self.shards, self.optimizer, self.scheduler, folder)

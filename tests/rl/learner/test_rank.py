@@ -1,0 +1,92 @@
+"""One rank by itself: what must not change a gradient, what must not reach the weights, and what an update cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from emberl.rl.algorithm.losses import Objective
+from emberl.rl.algorithm.settings import KLConfig, LossConfig, OffPolicyConfig
+from emberl.rl.batch import sft_batch
+from emberl.rl.config import ModelConfig, OptimConfig
+from emberl.rl.data_settings import TinyConfig
+from emberl.rl.learner.rank import LearnerRank, RankSpec
+from emberl.rl.tiny import make_tiny
+
+pytestmark = pytest.mark.slow
+SMALL = TinyConfig(hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate=48)
+BATCH = sft_batch([((3, 4, 7, 8, 1), 2), ((5, 9, 1), 1)])
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., LearnerRank]]:
+    path = str(make_tiny(tmp_path, SMALL, seed=1))
+    made: list[LearnerRank] = []
+
+    def build(**model: Any) -> LearnerRank:
+        for rank in made:
+            rank.close()
+        settings = ModelConfig.model_validate({"path": path, "dtype": "float64", **model})
+        rank = LearnerRank(RankSpec(rank=0, world=1, device="cpu", threads=1, model=settings, timeout=60.0))
+        rank.connect(rank.address())
+        rank.load(path)
+        rank.begin_stage(OptimConfig(lr=1e-2), 10)
+        made.append(rank)
+        return rank
+
+    yield build
+    made[-1].close()
+
+
+def gradient(rank: LearnerRank) -> np.ndarray:
+    rank.backward(BATCH, Objective.sft())
+    return torch.cat([p.grad.full_tensor().flatten() for p in rank.policy.parameters()]).numpy()
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(make: Callable[..., LearnerRank]) -> None:
+    plain = gradient(make())
+    rank = make(gradient_checkpointing=True)
+    layers = rank.policy.model.model.layers
+    calls: list[int] = []
+    layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    np.testing.assert_allclose(gradient(rank), plain, rtol=0, atol=1e-14)
+    assert len(calls) == 2, "the layer was not run again in the backward pass"
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(make: Callable[..., LearnerRank]) -> None:
+    rank = make()
+    before = rank.logprobs(BATCH)
+    weights = np.where(BATCH.loss_mask_T, 1e308, 0.0)
+    metrics = rank.step(replace(BATCH, weights_T=weights), Objective.sft())
+    assert not np.isfinite(metrics["actor/grad_norm"])
+    assert metrics["actor/steps_skipped"] == 1
+    np.testing.assert_array_equal(rank.logprobs(BATCH), before)
+    assert rank.step(BATCH, Objective.sft())["actor/steps_skipped"] == 1, "the count stays"
+    assert (rank.logprobs(BATCH) != before)[BATCH.loss_mask_T].all()
+
+
+def test_a_log_prob_that_is_not_finite_is_left_out_and_counted(make: Callable[..., LearnerRank]) -> None:
+    rank = make()
+    behaviour = np.full(BATCH.num_tokens, -2.0)
+    behaviour[np.flatnonzero(BATCH.loss_mask_T)[0]] = np.nan
+    objective = Objective.of(LossConfig(), KLConfig(), OffPolicyConfig())
+    metrics = rank.step(replace(BATCH, behaviour_logp_T=behaviour), objective)
+    assert metrics["actor/nonfinite_logp"] == pytest.approx(1 / 5), "one of five loss tokens"
+    assert np.isfinite(metrics["actor/grad_norm"]) and metrics["actor/grad_norm"] > 0
+    assert np.isfinite(rank.logprobs(BATCH)).all()
+
+
+def test_what_an_update_cost(make: Callable[..., LearnerRank]) -> None:
+    """Layers: 2 * 2 (32 * 2 * (2 + 1) * 16 + 3 * 32 * 48) = 30,720 a token of 8; attention: 4 (5^2 + 3^2) / 2 * 32 * 2
+    layers; head: 2 * 32 * 23 a loss token of 5. Thrice that."""
+    metrics = make().step(BATCH, Objective.sft())
+    seconds = metrics["timing_s/update_actor"]
+    expected = 3 * (8 * 30_720 + 4 * 34 // 2 * 32 * 2 + 5 * 2 * 32 * 23)
+    assert metrics["perf/actor/tflops_per_device"] * 1e12 * seconds == pytest.approx(expected)
+    assert metrics["perf/actor/tokens_per_second_per_device"] * seconds == pytest.approx(8)
+    assert "perf/mfu/actor" not in metrics, "the peak of a CPU is not known"
