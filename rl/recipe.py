@@ -15,6 +15,7 @@ from typing import Any
 
 from ..rewards.inputs import RewardInput
 from ..rewards.suite import RewardSuite, build_suite
+from ..rollout.engines import check_engine
 from ..rollout.samples import Prompt
 from .algorithm.losses import Objective
 from .batch import sft_batch
@@ -22,7 +23,7 @@ from .cluster import Cluster
 from .config import Config, ConfigError
 from .progress import Progress, latest_checkpoint, open_run_dir, read_progress, trim_metrics
 from .prompts import PromptSource, check_data, open_source
-from .run import Interrupted, Run, stop_on_signal
+from .run import Interrupted, Run, conversation, stop_on_signal
 from .tokens import supervised_ids
 from .trainer import train_rl
 from .watch.tracking import Tracker, make_console
@@ -54,6 +55,7 @@ def train(config: Config, *, resume: bool = False) -> Result:
     started = time.time()
     with user_errors():
         check_data(config.data)
+        check_engine(config.rollout.engine, config.rollout.engine_args)
         Objective.of(config.loss, config.kl, config.offpolicy)  # tries a user's own loss on a tiny batch
     cluster = Cluster(config)
     run_dir, checkpoint = open_run_dir(config, resume)
@@ -70,7 +72,7 @@ def train(config: Config, *, resume: bool = False) -> Result:
         with user_errors():
             source = open_source(config.data, tokenizer, config.seed)
         with ExitStack() as opened:
-            suite = build_rewards(config, source)
+            suite = build_rewards(config, source, tokenizer)
             opened.callback(suite.close)
             tracker = Tracker(config, run_dir, console)
             opened.callback(tracker.close)
@@ -221,7 +223,7 @@ def _not_a_model(key: str, path: Path | str, error: Exception) -> ConfigError:
     return ConfigError(f"{key}={str(path)!r} cannot be loaded: {reason}; give a Hub id or a local directory")
 
 
-def build_rewards(config: Config, source: PromptSource) -> RewardSuite:
+def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> RewardSuite:
     """The reward suite, tried on one problem, with every reference of a finite data set checked before training."""
     if config.eval.size and not source.heldout:
         raise ConfigError(
@@ -230,9 +232,9 @@ def build_rewards(config: Config, source: PromptSource) -> RewardSuite:
         )
     with user_errors():
         suite = build_suite({name: part.model_dump() for name, part in config.reward.parts.items()})
-        suite.trial(_as_input(source.train(0), "0"))
+        suite.trial(_as_input(source.train(0), "0", tokenizer))
     rows = [*source.heldout, *(source.train(i) for i in range(source.size or 0))]
-    bad = suite.check_references([_as_input(prompt, "") for prompt in rows])
+    bad = suite.check_references([_as_input(prompt, "", tokenizer) for prompt in rows])
     if bad:
         suite.close()
         shown = "; ".join(f"{rows[b.row].id}: {b}" for b in bad[:3])
@@ -242,11 +244,11 @@ def build_rewards(config: Config, source: PromptSource) -> RewardSuite:
     return suite
 
 
-def _as_input(prompt: Prompt, completion: str) -> RewardInput:
+def _as_input(prompt: Prompt, completion: str, tokenizer: Any) -> RewardInput:
     return RewardInput(
         completion=completion,
         answer=prompt.answer,
-        messages=prompt.messages,
+        messages=conversation(prompt, tokenizer),
         source=prompt.source,
         columns=prompt.columns,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +70,7 @@ class Run:
         inputs = [
             RewardInput(
                 prompt=shown,
-                messages=prompt.messages,
+                messages=conversation(prompt, self.tokenizer),
                 completion=self.text(completion),
                 answer=prompt.answer,
                 source=prompt.source,
@@ -117,6 +117,12 @@ class Run:
         if self.stop.is_set():
             self.save()
             raise Interrupted
+
+
+def conversation(prompt: Prompt, tokenizer: Any) -> tuple[Mapping[str, str], ...]:
+    """The messages that reward functions see; none where the model reads plain text, since without a chat template peers
+    hand their functions texts."""
+    return prompt.messages if tokenizer.chat_template is not None else ()
 
 
 def stop_tokens(tokenizer: Any) -> tuple[int, ...]:

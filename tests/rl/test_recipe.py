@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 from emberl.rl.arithmetic import ProblemMaker
-from emberl.rl.data_settings import DataConfig
+from emberl.rl.data_settings import DataConfig, TinyConfig
 from emberl.rl.recipe import demonstration
+from emberl.rl.run import conversation
+from emberl.rl.tiny import tiny_tokenizer
+from emberl.rollout.samples import Prompt
 
 WORKED = "<think>7+5=12,12-3=9</think>9"
 
@@ -36,3 +39,9 @@ def test_all_or_none(direct: float, expected: str) -> None:
 def test_work_over_several_lines_and_a_solution_without_any() -> None:
     assert demonstration("<think>a\nb</think>\n4", 0, 1.0) == "<think></think>\n4"
     assert demonstration("4", 0, 1.0) == "4"
+
+
+def test_reward_functions_see_messages_only_where_the_model_does() -> None:
+    prompt = Prompt(id="p", token_ids=(1,), answer="", source="s", messages=({"role": "user", "content": "1+1?"},))
+    assert conversation(prompt, tiny_tokenizer(TinyConfig(vocabulary="bytes", chat_template=True))) == prompt.messages
+    assert conversation(prompt, tiny_tokenizer(TinyConfig())) == ()
