@@ -17,9 +17,10 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..kernels import platform
+from ..rollout.engines import WorkerSpec
 from ..rollout.pool import RolloutPool
 from ..rollout.waiting import gather
-from ..rollout.worker import RolloutWorker, WorkerSpec
+from ..rollout.worker import RolloutWorker
 from .config import Config, ConfigError
 from .learner.group import LearnerGroup
 from .learner.rank import LearnerRank, RankSpec
@@ -183,6 +184,8 @@ class Cluster:
                     max_model_len=config.max_model_length,
                     run_id=run_id,
                     timeout=config.sync.timeout,
+                    engine=config.rollout.engine,
+                    engine_args=config.rollout.engine_args,
                 )
                 workers.append(self._spawn(RolloutWorker, seat, worker))
         self._ready = [worker.ready.remote() for worker in workers]

@@ -94,8 +94,11 @@ class SFTConfig(Settings):
 class RolloutConfig(Settings):
     """How answers are sampled."""
 
-    engine: Literal["embedded"] = "embedded"
-    """`embedded`: in-process PyTorch with continuous batching, for Llama, Qwen2 and Qwen3 architectures."""
+    engine: Literal["embedded", "vllm"] = "embedded"
+    """`embedded`: in-process PyTorch with continuous batching, for Llama, Qwen2 and Qwen3 architectures. `vllm`: vLLM, which
+    has to be installed; with vllm-ascend beside it, on NPUs."""
+    engine_args: Mapping[str, Any] = Field(default_factory=dict)
+    """vLLM's engine arguments by its own names, e.g. {gpu_memory_utilization: 0.8, enforce_eager: true}."""
     group_size: int = Field(default=8, ge=1)
     """G, the number of answers to each prompt."""
     temperature: float = Field(default=1.0, ge=0)

@@ -21,7 +21,7 @@ from torch import Tensor
 from .decoder import Decoder, causal_attention
 from .kv_cache import KVCache, PromptState
 from .samples import Completion, FinishReason, Prompt, Sampling, Span
-from .sampling import SlotSampling, check_sampling, sample, stream_key, uniforms
+from .sampling import SlotSampling, check_request, sample, stream_key, uniforms
 
 PREFILL_TOKENS = 4096
 """Padded prompt tokens of one prefill pass: enough to fill the matrix units, little enough to stay in cache."""
@@ -105,20 +105,8 @@ class ContinuousBatch:
 
     def check(self, prompt: Prompt, n: int, sampling: Sampling) -> None:
         """ValueError if such a request could not be served."""
-        check_sampling(sampling)
-        if n < 1:
-            raise ValueError(f"prompt {prompt.id}: n={n}, at least one sample is needed")
-        length = len(prompt.token_ids)
-        if length == 0:
-            raise ValueError(f"prompt {prompt.id} has no tokens")
-        if length + sampling.max_tokens > self.max_model_len:
-            raise ValueError(
-                f"prompt {prompt.id}: {length} prompt tokens + max_tokens={sampling.max_tokens} is "
-                f"{length + sampling.max_tokens}, above max_model_len={self.max_model_len}"
-            )
-        bad = [token for token in prompt.token_ids if not 0 <= token < self.decoder.arch.vocab_size]
-        if bad:
-            raise ValueError(f"prompt {prompt.id}: token {bad[0]} is outside the vocabulary of the model")
+        vocab_size = self.decoder.arch.vocab_size
+        check_request(prompt, n, sampling, max_model_len=self.max_model_len, vocab_size=vocab_size)
 
     @torch.inference_mode()
     def step(self) -> None:

@@ -34,10 +34,10 @@ import torch
 
 from .continuous import ContinuousBatch, Counters, Deliver
 from .decoder import Decoder
+from .engine import Request
 from .patches import DigestMismatchError, VersionError, WeightPatch, digest, verify
 from .samples import Completion, Prompt, Sampling
 
-Request = tuple[Prompt, int, Sampling]
 T = TypeVar("T")
 
 BURST = 32

@@ -5,11 +5,14 @@ Every coroutine runs on one event loop; an engine does its computing elsewhere, 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Protocol
 
 from .patches import WeightPatch
 from .samples import Completion, Prompt, Sampling
+
+Request = tuple[Prompt, int, Sampling]
+"""A prompt, how many samples of it, and how they are drawn."""
 
 
 class Engine(Protocol):
@@ -26,6 +29,10 @@ class Engine(Protocol):
         ValueError if the request cannot be served (prompt and `max_tokens` beyond the engine's length, a bad sampling
         value). Requests that are aborted leave the stream: it ends after those that were not.
         """
+        ...
+
+    def generate_all(self, requests: Sequence[Request]) -> AsyncIterator[Completion]:
+        """As `generate`, of many requests submitted at once; ValueError before any of them is taken."""
         ...
 
     async def pause(self) -> None:
@@ -52,9 +59,13 @@ class Engine(Protocol):
         """
         ...
 
+    def digests(self) -> dict[str, str]:
+        """name -> xxh3-128 of the bytes that the engine was given to serve."""
+        ...
+
     async def close(self) -> None:
         """Ends all streams and frees the device. Idempotent."""
         ...
 
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "Request"]

@@ -14,7 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .samples import Sampling
+from .samples import Prompt, Sampling
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -27,6 +27,24 @@ def check_sampling(sampling: Sampling) -> None:
         raise ValueError(f"sampling.top_p={sampling.top_p}: must be above 0 and at most 1 (1 means all)")
     if sampling.top_k < 0:
         raise ValueError(f"sampling.top_k={sampling.top_k}: must be at least 0 (0 means all)")
+
+
+def check_request(prompt: Prompt, n: int, sampling: Sampling, *, max_model_len: int, vocab_size: int) -> None:
+    """ValueError if an engine of this length and vocabulary could not serve n samples of `prompt`."""
+    check_sampling(sampling)
+    if n < 1:
+        raise ValueError(f"prompt {prompt.id}: n={n}, at least one sample is needed")
+    length = len(prompt.token_ids)
+    if length == 0:
+        raise ValueError(f"prompt {prompt.id} has no tokens")
+    if length + sampling.max_tokens > max_model_len:
+        raise ValueError(
+            f"prompt {prompt.id}: {length} prompt tokens + max_tokens={sampling.max_tokens} is "
+            f"{length + sampling.max_tokens}, above max_model_len={max_model_len}"
+        )
+    bad = [token for token in prompt.token_ids if not 0 <= token < vocab_size]
+    if bad:
+        raise ValueError(f"prompt {prompt.id}: token {bad[0]} is outside the vocabulary of the model")
 
 
 def stream_key(seed: int, prompt_id: str, sample: int) -> int:
@@ -133,4 +151,4 @@ def _cut(logp: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     return torch.empty_like(logp).scatter_(1, order, ordered)
 
 
-__all__ = ["SlotSampling", "check_sampling", "sample", "stream_key", "uniforms"]
+__all__ = ["SlotSampling", "check_request", "check_sampling", "sample", "stream_key", "uniforms"]

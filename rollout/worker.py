@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+
+import ray
 
 from ..kernels import platform
-from .embedded import EmbeddedEngine
+from .engines import WorkerSpec, make_engine
 from .patches import WeightPatch
 from .samples import Completion, Prompt, Sampling
 
@@ -19,38 +20,12 @@ CHUNKS = 8
 passing them costs nothing."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorkerSpec:
-    """What an actor needs to start its engine."""
-
-    model_path: str
-    device: str
-    """A platform's name, as in `cluster.device`."""
-    dtype: str
-    threads: int
-    max_num_seqs: int
-    max_model_len: int
-    run_id: str
-    timeout: float
-    """Seconds that one burst of decoding or one weight update may take."""
-
-
 class RolloutWorker:
     """Serves prompts with the newest weights that it was given; all methods but the first run on one event loop."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        target = platform.named(spec.device)
         platform.set_threads(spec.threads)
-        self.engine = EmbeddedEngine(
-            spec.model_path,
-            max_num_seqs=spec.max_num_seqs,
-            max_model_len=spec.max_model_len,
-            dtype=platform.compute_dtype(spec.dtype, target),
-            device=str(platform.device_of_process(target)),
-            run_id=spec.run_id,
-            version=-1,
-            deadline_s=spec.timeout,
-        )
+        self.engine = make_engine(spec, _own_cards(platform.named(spec.device)))
 
     async def ready(self) -> int:
         """The process id, once the engine is up."""
@@ -84,3 +59,8 @@ class RolloutWorker:
 
     async def close(self) -> None:
         await self.engine.close()
+
+
+def _own_cards(target: platform.Platform) -> tuple[str, ...]:
+    """Ids of the cards that Ray gave this actor."""
+    return tuple(ray.get_runtime_context().get_accelerator_ids().get(target.resource, ()))

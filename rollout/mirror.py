@@ -1,0 +1,116 @@
+"""The mirror: every tensor that an engine serves, as canonical bytes in one piece of memory that its processes share.
+
+An engine that packs or shards what it loads cannot be asked for its bytes again. So the bytes it is to serve are kept
+here under their Hugging Face names; a patch is applied here, proved here, and each of the engine's processes loads from
+here and answers with the digest of what it read. The memory has no name in a file system: nothing is left behind, however
+a process ends, and a small /dev/shm does not limit it.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from .patches import Bytes, TensorBytes, WeightPatch, digest, verify
+
+ALIGNMENT = 64
+"""Bytes; a tensor starts where any processor may load it from."""
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+
+
+class Entry(NamedTuple):
+    """Where one tensor lies in the shared memory."""
+
+    dtype: str
+    """As safetensors spells it."""
+    shape: tuple[int, ...]
+    start: int
+    size: int
+    """Bytes."""
+
+
+class Mirror:
+    """Holds nothing until the first write, which must be of every tensor and fixes the names and shapes of all later ones."""
+
+    def __init__(self, dtype: str) -> None:
+        """dtype: the only one that the engine serves, as safetensors spells it."""
+        self.dtype = dtype
+        self._descriptor = os.memfd_create("emberl-mirror", os.MFD_CLOEXEC)
+        self._memory: mmap.mmap | None = None
+        self.entries: dict[str, Entry] = {}
+
+    @property
+    def path(self) -> str:
+        """Where another process of this user on this machine opens it."""
+        return f"/proc/{os.getpid()}/fd/{self._descriptor}"
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry.size for entry in self.entries.values())
+
+    def check(self, patch: WeightPatch) -> None:
+        """Finds all that can be wrong with a patch before a byte changes: ValueError for a tensor that is not of this
+        model or has another dtype or shape, DigestMismatchError where applying it would not give the patch's digests."""
+        for name, tensor in patch.tensors.items():
+            self._check_tensor(name, tensor)
+        arrived = {name: digest(tensor.data) for name, tensor in patch.tensors.items()}
+        kept = {name: digest(self._bytes(entry)) for name, entry in self.entries.items() if name not in arrived}
+        verify(arrived | kept, patch)
+
+    def write(self, tensors: Mapping[str, TensorBytes]) -> None:
+        """Overwrites these tensors. The engine's processes must not be reading."""
+        if not self.entries:
+            self._lay_out(tensors)
+        for name, tensor in tensors.items():
+            self._bytes(self.entries[name])[:] = tensor.data.reshape(-1)
+
+    def digests(self) -> dict[str, str]:
+        """name -> xxh3-128 of the bytes that lie here now."""
+        return {name: digest(self._bytes(entry)) for name, entry in self.entries.items()}
+
+    def close(self) -> None:
+        """Gives the memory back once no other process has it mapped. Idempotent."""
+        if self._descriptor >= 0:
+            self._memory, self.entries = None, {}  # the map is freed with the last view of it
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _check_tensor(self, name: str, tensor: TensorBytes) -> None:
+        shape = tuple(tensor.shape)
+        if self.entries and name not in self.entries:
+            raise ValueError(f"{name} is not a tensor of this model")
+        wanted = self.entries[name].shape if self.entries else shape
+        if (tensor.dtype, shape) != (self.dtype, wanted):
+            raise ValueError(f"{name}: got {tensor.dtype} {shape}, the engine serves {self.dtype} {wanted}")
+        size = math.prod(shape) * ITEM_BYTES[tensor.dtype]
+        if tensor.data.nbytes != size:
+            raise ValueError(f"{name}: {tensor.dtype} {shape} is {size} bytes, got {tensor.data.nbytes}")
+
+    def _lay_out(self, tensors: Mapping[str, TensorBytes]) -> None:
+        position = 0
+        for name, tensor in tensors.items():
+            self.entries[name] = Entry(tensor.dtype, tuple(tensor.shape), position, tensor.data.nbytes)
+            position += -(-tensor.data.nbytes // ALIGNMENT) * ALIGNMENT
+        os.ftruncate(self._descriptor, position)
+        self._memory = mmap.mmap(self._descriptor, position)
+
+    def _bytes(self, entry: Entry) -> Bytes:
+        assert self._memory is not None, "the mirror holds nothing yet"
+        return np.frombuffer(self._memory, np.uint8, entry.size, entry.start)
+
+
+def read_mirror(path: str, entries: Iterable[tuple[str, Entry]]) -> Iterator[tuple[str, TensorBytes]]:
+    """The tensors of another process's mirror one by one, each a copy: what is made of it shares nothing with the mirror."""
+    with open(path, "rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    for name, entry in entries:
+        data = np.frombuffer(memory, np.uint8, entry.size, entry.start).copy()
+        yield name, TensorBytes(dtype=entry.dtype, shape=tuple(entry.shape), data=data)
+
+
+__all__ = ["Entry", "Mirror", "read_mirror"]

