@@ -16,10 +16,8 @@ import fcntl
 import json
 import os
 import queue
-import select
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -33,6 +31,7 @@ COMPILER_LIMITS = Limits(seconds=30.0, memory_mb=1536, output_bytes=64 << 20)
 _GRACE_SECONDS = 10.0
 _SEALS = 0x1 | 0x2 | 0x4 | 0x8  # F_SEAL_SEAL, SHRINK, GROW, WRITE
 _MFD_EXEC = 0x10
+_LATE = "the sandbox process did not end a run at its deadline"
 
 T = TypeVar("T")
 
@@ -165,24 +164,22 @@ class Sandbox:
 
 
 class Session:
-    """A talk with one child, line by line. Every wait ends with the run's own limit plus a grace."""
+    """A talk with one child, line by line. The run's own limit ends every wait; a mother process that does not keep to it is
+    found out after a grace."""
 
     def __init__(self, mother: Mother, channel: socket.socket, limits: Limits) -> None:
         self._mother, self._channel, self._limits = mother, channel, limits
         self._received = bytearray()
-        self._deadline = time.monotonic() + limits.seconds + _GRACE_SECONDS
-        channel.setblocking(False)
+        channel.settimeout(limits.seconds + _GRACE_SECONDS)
 
     def send(self, *messages: Mapping[str, Any]) -> None:
         """Sends one line each. Raises ProgramEnded, SandboxError."""
-        data = memoryview("".join(json.dumps(message) + "\n" for message in messages).encode())
-        while data:
-            try:
-                data = data[self._channel.send(data) :]
-            except BlockingIOError:
-                self._wait(select.POLLOUT)
-            except OSError:  # the child is gone
-                raise ProgramEnded(self._mother.finish(self._limits)) from None
+        try:
+            self._channel.sendall("".join(json.dumps(message) + "\n" for message in messages).encode())
+        except TimeoutError:
+            raise SandboxError(_LATE) from None
+        except OSError:  # the child is gone
+            raise ProgramEnded(self._mother.finish(self._limits)) from None
 
     def receive(self) -> bytes:
         """The child's next line, of at most `output_bytes`: as untrusted as anything. Raises ProgramEnded, SandboxError."""
@@ -193,9 +190,8 @@ class Session:
                 raise ProgramEnded(dataclasses.replace(run, outcome=Outcome.OUTPUT_LIMIT))
             try:
                 chunk = self._channel.recv(1 << 16)
-            except BlockingIOError:
-                self._wait(select.POLLIN)
-                continue
+            except TimeoutError:
+                raise SandboxError(_LATE) from None
             except ConnectionError:
                 chunk = b""
             if not chunk:
@@ -206,12 +202,6 @@ class Session:
         line = bytes(self._received[:end])
         del self._received[: end + 1]
         return line
-
-    def _wait(self, event: int) -> None:
-        poll = select.poll()
-        poll.register(self._channel, event)
-        if not poll.poll(max(self._deadline - time.monotonic(), 0.0) * 1000):
-            raise SandboxError("the sandbox process did not end a run at its deadline")
 
 
 def _twice(action: Callable[[], T]) -> T:

@@ -18,7 +18,7 @@ Choices that a user can see:
 - Everything submitted before the first step is admitted in that order. `generate_all` submits all its requests at once,
   and a draw depends on (seed, prompt id, sample index, position) alone, so such a run repeats bit for bit.
 - A temperature of 0 is greedy; the log-prob is then that of the untempered model.
-- Torch's threads are the caller's to set, before the engine is made.
+- It takes as many of torch's threads, which are the caller's to set before the engine is made, as a step is worth.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from .continuous import ContinuousBatch, Counters, Deliver
 from .decoder import Decoder
 from .engine import Request
 from .patches import DigestMismatchError, VersionError, WeightPatch, digest, verify
 from .samples import Completion, Prompt, Sampling
+from .threads import at_most, worth
 
 T = TypeVar("T")
 
@@ -87,6 +90,10 @@ class EmbeddedEngine:
         self.decoder = model if isinstance(model, Decoder) else Decoder.from_directory(model, dtype, device)
         self._batch = ContinuousBatch(self.decoder, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
         self._batch.version = version
+        self._threads = torch.get_num_threads()
+        if self.decoder.device.type == "cpu":
+            weights = sum(tensor.numel() for tensor in self.decoder.weights.values())
+            self._threads = worth(weights, max_num_seqs, self._threads)
         self._run_id, self._deadline = run_id, deadline_s
         self._corrupt: str | None = None
         self._finished: list[Completion] = []
@@ -126,7 +133,8 @@ class EmbeddedEngine:
     def step(self) -> list[Completion]:
         """Decodes one token of each sequence; returns what finished."""
         self._check_serving()
-        self._batch.step()
+        with at_most(self._threads):
+            self._batch.step()
         finished, self._finished[:] = list(self._finished), []
         return finished
 
@@ -178,6 +186,11 @@ class EmbeddedEngine:
         await self._at_boundary(lambda: self._apply(patch))
         return self.version
 
+    async def probe(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        self._check_serving()
+        ids = torch.tensor([list(token_ids)], device=self.decoder.device)
+        return await self._at_boundary(lambda: self.decoder.token_logprobs(ids)[0].float().cpu().numpy())
+
     async def abort(self, prompt_ids: Collection[str]) -> list[Completion]:
         ids = set(prompt_ids)
         return await self._at_boundary(lambda: self._abort(lambda prompt, _: prompt.id in ids))
@@ -226,13 +239,14 @@ class EmbeddedEngine:
 
     def _burst(self) -> None:
         self._check_serving()
-        for _ in range(BURST):
-            self._take_inbox()
-            if self._batch.idle:
-                return
-            self._batch.step()
-            if self._knocking:
-                return
+        with at_most(self._threads):
+            for _ in range(BURST):
+                self._take_inbox()
+                if self._batch.idle:
+                    return
+                self._batch.step()
+                if self._knocking:
+                    return
 
     def _take_inbox(self) -> None:
         while self._inbox:
