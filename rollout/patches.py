@@ -2,13 +2,18 @@
 
 Canonical space is Hugging Face's: its parameter names and shapes, in the exact bytes that an engine serves. Every patch
 carries the digest of each tensor *after* applying it, so an engine can prove that what it serves is what the learners
-hold. Here a patch is dense: it carries every tensor whole.
+hold. An **anchor** carries every tensor and needs nothing before it; any other patch changes the weights of its base
+version. Tensors come whole (`tensors`) or as what changed in them (`deltas`).
+
+`patch_codec` codes deltas, `patch_encode` makes patches of weights, `patch_apply` makes weights of patches, and
+`patch_format` is a patch as bytes. Engines take whole tensors only: `patch_apply.prepare` makes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import IntEnum
 
 import numpy as np
 import xxhash
@@ -25,6 +30,43 @@ class VersionError(RuntimeError):
     """A patch of another run, or one that does not fit the version the engine serves."""
 
 
+class VersionGap(VersionError):
+    """A patch whose base is not what is held here: an anchor, or the patches between, must come first."""
+
+
+class CorruptPatchError(RuntimeError):
+    """A patch that is not what was sent: cut short, or with bits that differ."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ElementType:
+    """One of safetensors' dtypes, read as unsigned integers."""
+
+    width: int
+    """Bytes."""
+    exponent: int | None = None
+    """The lowest bit of a float's exponent."""
+
+
+ELEMENT_TYPES = {
+    "BF16": ElementType(width=2, exponent=7),
+    "F16": ElementType(width=2, exponent=10),
+    "F32": ElementType(width=4, exponent=23),
+    "F64": ElementType(width=8, exponent=52),
+    "F8_E4M3": ElementType(width=1, exponent=3),
+    "F8_E5M2": ElementType(width=1, exponent=2),
+    "BOOL": ElementType(width=1),
+    "U8": ElementType(width=1),
+    "I8": ElementType(width=1),
+    "U16": ElementType(width=2),
+    "I16": ElementType(width=2),
+    "U32": ElementType(width=4),
+    "I32": ElementType(width=4),
+    "U64": ElementType(width=8),
+    "I64": ElementType(width=8),
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TensorBytes:
     """One tensor in canonical space: `data` is its C-order little-endian bytes."""
@@ -35,20 +77,78 @@ class TensorBytes:
     data: Bytes
 
 
+class Mode(IntEnum):
+    """How a chunk says what its elements become."""
+
+    SKIP = 0
+    """Nothing changed."""
+    SPARSE = 1
+    """Where changes are, and by how much."""
+    DENSE = 2
+    """Every element's difference, compressed."""
+    RAW = 3
+    """The new bytes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Chunk:
+    """The change of `count` consecutive elements of a tensor."""
+
+    mode: Mode
+    count: int
+    payload: Bytes
+    crc: int
+    """CRC-32 of the payload."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TensorDelta:
+    """The change of one tensor: chunks that follow one another from its first element to its last."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(chunk.payload.nbytes for chunk in self.chunks)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class WeightPatch:
-    """Takes an engine to `version`. A dense patch fits whatever the engine served before (`base_version` None)."""
+    """Takes an engine to `version`; an anchor (`base_version` None) does so whatever the engine served before."""
+
+    run_id: str
+    version: int
+    tensors: Mapping[str, TensorBytes]
+    """Tensors that come whole."""
+    digests: Mapping[str, str]
+    """name -> xxh3-128 of the tensor's bytes after applying, for *every* tensor that the engine serves."""
+    base_version: int | None = None
+    base_root: str | None = None
+    """The root digest of the weights it changes: versions of one number may differ where a learner was restarted."""
+    deltas: Mapping[str, TensorDelta] = field(default_factory=dict)
+    """Tensors that come as changes of the base (of zeros, in an anchor). What comes in neither way stays as it is."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.data.nbytes for tensor in self.tensors.values()) + sum(
+            delta.num_bytes for delta in self.deltas.values()
+        )
+
+    @property
+    def root(self) -> str:
+        return root_digest(self.digests)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Weights:
+    """All tensors of one version, whose digests were verified; nobody writes to them any more."""
 
     run_id: str
     version: int
     tensors: Mapping[str, TensorBytes]
     digests: Mapping[str, str]
-    """name -> xxh3-128 of the tensor's bytes after applying, for *every* tensor that the engine serves."""
-    base_version: int | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.data.nbytes for tensor in self.tensors.values())
 
     @property
     def root(self) -> str:
@@ -66,8 +166,15 @@ def root_digest(digests: Mapping[str, str]) -> str:
     return xxhash.xxh3_128_hexdigest(lines.encode())
 
 
+def element_type(name: str, dtype: str) -> ElementType:
+    """ValueError for a dtype that is not in the table."""
+    if dtype not in ELEMENT_TYPES:
+        raise ValueError(f"{name}: dtype {dtype} cannot be patched, only {', '.join(ELEMENT_TYPES)} can")
+    return ELEMENT_TYPES[dtype]
+
+
 def dense_patch(run_id: str, version: int, tensors: Iterable[tuple[str, TensorBytes]]) -> WeightPatch:
-    """The patch that carries these tensors whole."""
+    """The anchor that carries these tensors whole."""
     by_name = dict(tensors)
     digests = {name: digest(tensor.data) for name, tensor in by_name.items()}
     return WeightPatch(run_id=run_id, version=version, tensors=by_name, digests=digests)

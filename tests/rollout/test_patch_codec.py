@@ -1,0 +1,164 @@
+"""Coding chunks: the mode that is smallest, how small it is, and streams that are not streams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+from emberl.kernels.delta import decode_changes, encode_changes
+from emberl.rollout.patch_codec import CHUNK_BYTES, check_chunk, decode_chunk, encode_chunk
+from emberl.rollout.patch_encode import Shard, diff
+from emberl.rollout.patches import ELEMENT_TYPES, CorruptPatchError, Mode
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+BF16 = ELEMENT_TYPES["BF16"]
+Array = np.ndarray[Any, Any]
+
+
+def bf16(values: Array) -> Array:
+    """Rounded to nearest, as bit patterns."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def optimizer_step(count: int, lr: float, seed: int = 0) -> tuple[Array, Array]:
+    """Bit patterns of weights N(0, 0.02) around an AdamW step with noisy gradients, late enough to be steady: float32
+    masters of which bfloat16 copies are served."""
+    rng = np.random.default_rng(seed)
+    master = rng.normal(0, 0.02, count).astype(np.float32)
+    momentum = np.sqrt((1 - 0.9) / (1 + 0.9)) * rng.normal(0, 1, count)  # of betas (0.9, 0.95) with unit gradients
+    return bf16(master), bf16(master - np.float32(lr) * momentum.astype(np.float32))
+
+
+def flipped(old: Array, density: float, seed: int = 1) -> Array:
+    """`old` with this share of elements moved to a neighbour."""
+    rng = np.random.default_rng(seed)
+    step = rng.choice(np.array([1, 65535], np.uint16), len(old))
+    return np.where(rng.random(len(old)) < density, old + step, old).astype(np.uint16)
+
+
+def entropy(counts: Array) -> float:
+    """Bits of a sequence with these counts of symbols."""
+    counts = counts[counts > 0].astype(np.float64)
+    return float(-(counts * np.log2(counts / counts.sum())).sum())
+
+
+def independent_bound(old: Array, new: Array) -> float:
+    """Bytes of any code that takes all elements alike: where changes are, and their differences."""
+    differences = (new - old).view(np.int16)
+    moved = differences[differences != 0]
+    positions = entropy(np.array([len(moved), len(old) - len(moved)]))
+    return (positions + entropy(np.unique(moved, return_counts=True)[1])) / 8
+
+
+@pytest.mark.parametrize(
+    ("lr", "least"),
+    [(0.9e-6, 225), (2.7e-6, 95)],
+)
+def test_a_patch_is_smaller_than_codes_that_know_no_exponents(lr: float, least: float) -> None:
+    old, new = optimizer_step(CHUNK_BYTES // 2, lr)
+    chunk = encode_chunk(old.view(np.uint8), new.view(np.uint8), BF16)
+    density = np.mean(old != new)
+    assert 0.0085 < density < 0.009 if lr < 1e-6 else 0.022 < density < 0.0235
+    assert chunk.mode is Mode.SPARSE
+    assert old.nbytes / chunk.payload.nbytes > least
+    assert independent_bound(old, new) / chunk.payload.nbytes > 1.3
+
+
+def test_each_mode_is_taken_where_it_is_smallest() -> None:
+    rng = np.random.default_rng(0)
+    old = bf16(rng.normal(0, 0.02, 20_000))
+    noise = rng.integers(0, 65536, 20_000).astype(np.uint16)
+    for new, mode, least, most in [
+        (old.copy(), Mode.SKIP, 0, 0),
+        (flipped(old, 0.01), Mode.SPARSE, 1, 400),
+        (flipped(old, 0.99), Mode.SPARSE, 1, 3200),  # a sign for each, and where the few are that stay
+        (old ^ np.uint16(0x4000), Mode.DENSE, 1, 100),  # far for an integer, but the same for all
+        (noise, Mode.RAW, 40_000, 40_000),
+    ]:
+        chunk = encode_chunk(old.view(np.uint8), new.view(np.uint8), BF16)
+        assert chunk.mode is mode
+        assert least <= chunk.payload.nbytes <= most
+        out = np.empty_like(new)
+        check_chunk(chunk)
+        decode_chunk(chunk, old.view(np.uint8), out.view(np.uint8), BF16)
+        assert out.tobytes() == new.tobytes()
+
+
+def test_tensors_are_coded_in_chunks_and_threads_change_nothing() -> None:
+    old, new = optimizer_step(3 * CHUNK_BYTES // 4, 1e-6)
+    shard = Shard(dtype="BF16", shape=new.shape, start=0, data=new.view(np.uint8))
+    one, three = (diff({"w": old.view(np.uint8)}, {"w": shard}, threads=threads)["w"] for threads in (1, 3))
+    assert [chunk.count for chunk in one.chunks] == [CHUNK_BYTES // 2, CHUNK_BYTES // 4]
+    assert [c.payload.tobytes() for c in one.chunks] == [c.payload.tobytes() for c in three.chunks]
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 1000])
+def test_the_largest_differences_survive(width: int, count: int) -> None:
+    """From the smallest signed number to the largest, and all the way round: |difference| itself does not fit."""
+    kind = np.dtype(f"u{width}")
+    old = np.zeros(count, kind)
+    for value in (1 << 8 * width - 1, (1 << 8 * width - 1) - 1, (1 << 8 * width) - 1, 1):
+        new, out = np.full(count, value, kind), np.empty(count, kind)
+        assert decode_changes(encode_changes(old, new, 0), old, 0, out)
+        assert out.tobytes() == new.tobytes()
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    stream=st.binary(max_size=80) | st.binary(max_size=8).map(lambda some: some * 40),
+    count=st.integers(0, 700),
+    shift=st.sampled_from([None, 7]),
+    seed=st.integers(0, 9),
+)
+def test_any_bytes_are_refused_or_decoded_within_bounds(
+    stream: bytes, count: int, shift: int | None, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    old = bf16(rng.normal(0, 1, count))
+    room = np.full(count + 256, 0xABCD, np.uint16)
+    accepted = decode_changes(np.frombuffer(stream, np.uint8), old, shift, room[128 : 128 + count])
+    assert (room[:128] == 0xABCD).all() and (room[128 + count :] == 0xABCD).all()
+    if accepted:  # then it means something: its own encoding says the same
+        out = np.empty_like(old)
+        assert decode_changes(encode_changes(old, room[128 : 128 + count].copy(), shift), old, shift, out)
+        assert (out == room[128 : 128 + count]).all()
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_damaged_streams_are_refused_or_decoded_within_bounds(data: st.DataObject) -> None:
+    old, new = optimizer_step(700, data.draw(st.sampled_from([1e-5, 1e-4, 1e-2])), data.draw(st.integers(0, 9)))
+    stream = encode_changes(old, new, 7)
+    for _ in range(data.draw(st.integers(1, 3))):
+        stream[data.draw(st.integers(0, len(stream) - 1))] = data.draw(st.integers(0, 255))
+    room = np.full(len(old) + 256, 0xABCD, np.uint16)
+    decode_changes(stream[: data.draw(st.integers(0, len(stream)))], old, 7, room[128:-128])
+    assert (room[:128] == 0xABCD).all() and (room[-128:] == 0xABCD).all()
+
+
+def test_classes_cannot_be_asked_of_elements_without_an_exponent() -> None:
+    old, new = optimizer_step(700, 1e-3)
+    stream, out = encode_changes(old, new, 7), np.empty_like(old)
+    assert decode_changes(stream, old, 7, out) and (out == new).all()
+    assert not decode_changes(stream, old, None, out)
+    assert not decode_changes(np.append(stream, np.uint8(0)), old, 7, out)
+    assert not decode_changes(stream[:-1], old, 7, out)
+
+
+def test_a_compressed_payload_of_another_size_is_refused_before_it_is_unpacked() -> None:
+    old = np.zeros(4000, np.uint16)
+    chunk = encode_chunk(old.view(np.uint8), (old ^ np.uint16(0x4000)).view(np.uint8), BF16)
+    assert chunk.mode is Mode.DENSE
+    for payload, words in [
+        (zstandard.compress(bytes(8001)), "another size than 8000"),
+        (chunk.payload.tobytes()[:-3], "cannot be decompressed"),
+        (b"no frame", "cannot be decompressed"),
+    ]:
+        wrong = type(chunk)(mode=Mode.DENSE, count=4000, payload=np.frombuffer(payload, np.uint8), crc=0)
+        with pytest.raises(CorruptPatchError, match=words):
+            decode_chunk(wrong, old.view(np.uint8), np.empty(8000, np.uint8), BF16)
