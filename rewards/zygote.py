@@ -3,10 +3,10 @@
 Started by `sandbox.py` as `python -I -S -B zygote.py FD`: standard library only, empty environment. It never sees a
 program, an input or an answer, only limits and open files: the child reads its request itself, after the lock-down.
 
-Stages: the launcher makes new namespaces and forks; its child is process 1 of the new PID namespace, so that one SIGKILL
-of it takes every descendant along, and it dies with the launcher, which dies with the trainer. Process 1 replaces the
-file system by a read-only tmpfs with a few read-only binds, forgets its own privileges but those that it needs to drop a
-child's, warms up the interpreter and serves requests on a SOCK_SEQPACKET socket.
+Stages: the launcher makes new namespaces and forks; its child, a fresh interpreter, is process 1 of the new PID
+namespace, so that one SIGKILL of it takes every descendant along, and it dies with the launcher, which dies with the
+trainer. Process 1 replaces the file system by a read-only tmpfs with a few read-only binds, forgets its own privileges
+but those that it needs to drop a child's, warms up the interpreter and serves requests on a SOCK_SEQPACKET socket.
 """
 
 from __future__ import annotations
@@ -198,6 +198,10 @@ class Warden:
         self.filters = [self._filter(bytes.fromhex(text)) for text in config["filters"]]
         self.compiler: list[str] = config["compiler"]
         self.scratch: str = config["scratch"]
+        if self.nobody:  # the open file keeps the kernel's record of this user, which would be made anew for every run
+            os.setresuid(_NOBODY, 0, 0)
+            self.record = os.open("/dev/null", os.O_RDONLY)
+            os.setresuid(0, 0, 0)
         self.inmate: dict[str, Any] = {"__name__": "inmate"}
         exec(compile(config["inmate"], "<inmate>", "exec"), self.inmate)
         sys.path += config["packages"]
@@ -377,27 +381,41 @@ def _serve(control: socket.socket, config: dict[str, Any], privileges: str) -> N
     warden.serve()
 
 
+def _begin_anew(control: socket.socket, config: dict[str, Any], privileges: str) -> NoReturn:
+    """Replaces the forked process by a fresh interpreter: it would drag the launcher's memory map, which it shares page by
+    page, through every fork of its own, and runs would cost a twentieth more."""
+    memory = os.memfd_create("config", 0)
+    os.write(memory, json.dumps([config, privileges]).encode())
+    os.lseek(memory, 0, os.SEEK_SET)
+    os.set_inheritable(control.fileno(), True)
+    os.execve(sys.orig_argv[0], [*sys.orig_argv, str(memory)], {})
+
+
+def _first_process(control: socket.socket, memory: int) -> None:
+    """Process 1 of the new namespaces: puts up the walls around itself and serves."""
+    with open(memory, "rb") as file:
+        config, privileges = json.load(file)
+    os.set_inheritable(control.fileno(), False)
+    build_root(config["binds"], config["masks"])
+    _move(*config["moved"])
+    for number in range(41):
+        _libc.prctl(24, number, 0, 0, 0)  # PR_CAPBSET_DROP: no exec gives anything back
+    _capabilities(_KEPT_CAPABILITIES)
+    _serve(control, config, privileges)
+
+
 def _launch(control: socket.socket, config: dict[str, Any], parent: int) -> None:
     """Makes the namespaces, forks process 1 and lives until it or the trainer ends."""
     enter_namespaces()
     with open("/proc/self/uid_map") as file:
         privileges = "two ids" if len(file.read().splitlines()) == 2 else "one id"
     if (pid := os.fork()) == 0:
-        code = 1
         try:
             os.close(parent)
             _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # the launcher has one thread, so its end is the process's end
-            build_root(config["binds"], config["masks"])
-            _move(*config["moved"])
-            for number in range(41):
-                _libc.prctl(24, number, 0, 0, 0)  # PR_CAPBSET_DROP: no exec gives anything back
-            _capabilities(_KEPT_CAPABILITIES)
-            _serve(control, config, privileges)
-            code = 0
-        except BaseException as error:  # reported to the parent, which falls back or refuses
-            control.send(json.dumps({"error": str(error)}).encode())
+            _begin_anew(control, config, privileges)
         finally:
-            os._exit(code)
+            os._exit(1)
     control.close()
     poll = select.poll()
     for fd in (parent, os.pidfd_open(pid)):
@@ -409,8 +427,11 @@ def _launch(control: socket.socket, config: dict[str, Any], parent: int) -> None
 
 def main() -> int:
     control = socket.socket(fileno=int(sys.argv[1]))
-    config = json.loads(control.recv(1 << 20))
     try:
+        if len(sys.argv) > 2:
+            _first_process(control, int(sys.argv[2]))
+            return 0
+        config = json.loads(control.recv(1 << 20))
         if config["kind"] == "zygote":
             _launch(control, config, os.pidfd_open(os.getppid()))  # readable when the trainer ends
         else:

@@ -1,6 +1,7 @@
 """The sandbox: filters by an interpreter of their code, limits, losses, walls, and every hostile program at hand."""
 
 import importlib.util
+import contextlib
 import json
 import os
 import re
@@ -260,10 +261,15 @@ def test_cpp(sandbox) -> None:
 # --- losses
 
 
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # the end of another one may have taken it along already
+        os.kill(pid, signal.SIGKILL)
+
+
 @slow
 def test_a_killed_mother_process_loses_no_run(sandbox) -> None:
     pids = list(_descendants(os.getpid()))
-    timer = threading.Timer(0.2, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids])
+    timer = threading.Timer(0.2, lambda: [_kill(pid) for pid in pids])
     timer.start()
     run = sandbox.run_program("import time; time.sleep(0.6); print('done')")
     timer.join()
@@ -275,7 +281,7 @@ def test_a_talk_that_is_cut_off_is_an_error_of_the_sandbox(sandbox) -> None:
     with sandbox.session({"task": "calls", "code": ["x = 1"]}) as talk:
         talk.receive()
         for pid in list(_descendants(os.getpid())):
-            os.kill(pid, signal.SIGKILL)
+            _kill(pid)
         with pytest.raises(SandboxError):
             talk.receive()
     assert sandbox.run_program("print(1)").stdout == b"1\n"
