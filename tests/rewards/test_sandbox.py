@@ -1,7 +1,7 @@
 """The sandbox: filters by an interpreter of their code, limits, losses, walls, and every hostile program at hand."""
 
-import importlib.util
 import contextlib
+import importlib.util
 import json
 import os
 import re
