@@ -1,7 +1,8 @@
 """The algorithms side by side on the quickstart problem, on two learner ranks: held-out accuracy before and after, and the time.
 
-One cold start for each seed, from which every algorithm goes on with the same prompts. A preset's own settings hold but
-for what `OVERRIDES` names. Run: python tests/benchmarks/bench_learning.py [--quick] [--json FILE] [--only ppo,grpo]
+One cold start for each seed, from which every algorithm goes on for STEPS steps with the same prompts. A preset's own
+settings hold but for what `OVERRIDES` names. Run: python tests/benchmarks/bench_learning.py [--quick] [--json FILE]
+[--only ppo,grpo] [--folder DIR, which keeps the cold starts and takes those that it has]
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from harness import Report, arguments, median
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 TWO_RANKS = ("cluster.learners=2", "cluster.cpus_per_learner=0.5", "tracking.wandb=disabled")
+STEPS = 30
 OVERRIDES: dict[str, tuple[str, ...]] = {
     "grpo": (),
     "dapo": (),
@@ -39,17 +41,19 @@ def emberl(*arguments: str) -> dict[str, Any]:
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--only", default=",".join(OVERRIDES), help="algorithms, comma-separated")
+    parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
     report = Report("learning", options.json, "transformers", "ray")
     from emberl.rl.algorithm.presets import preset
 
     seeds = (0,) if options.quick else (0, 1, 2)
-    fewer = ("sft.steps=50", "schedule.steps=2", "eval.size=64") if options.quick else ()
+    fewer = ("sft.steps=50", "schedule.steps=2", "eval.size=64") if options.quick else (f"schedule.steps={STEPS}",)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in options.only.split(",")}
     with tempfile.TemporaryDirectory() as folder:
         for seed in seeds:
-            start = Path(folder) / f"start{seed}"
-            emberl("stages=[sft]", f"seed={seed}", f"run_dir={start}", *fewer)
+            start = (options.folder or Path(folder)) / f"start{seed}"
+            if not (start / "model").exists():
+                emberl("stages=[sft]", f"seed={seed}", f"run_dir={start}", *fewer)
             for name, found in results.items():
                 aggregation = preset(name)["loss"]["aggregation"]  # the quickstart file sets one of its own
                 found.append(
