@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .patches import WeightPatch
 from .samples import Completion, Prompt, Sampling
 
@@ -56,6 +59,14 @@ class Engine(Protocol):
         """Ends every unfinished sample of these prompts; returns what each had decoded (`finish_reason` "abort").
 
         They come from here only, not from the streams of `generate`. A sample not yet started comes without a token.
+        """
+        ...
+
+    async def probe(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """[T] tokens -> [T-1] log-probs of all but the first, by the weights that are served, without a temperature.
+
+        An end-to-end proof that digests cannot give: an engine that goes on multiplying by a packed copy of old weights
+        holds the right bytes. Not while paused.
         """
         ...
 

@@ -97,9 +97,13 @@ def check_installed() -> None:
         )
     minor = tuple(int(part) for part in found.split(".")[:2])
     if minor < OLDEST:
-        raise ValueError(f"vLLM {found} is too old for rollout.engine=vllm, which is made for {wanted}: install a newer one")
+        raise ValueError(
+            f"vLLM {found} is too old for rollout.engine=vllm, which is made for {wanted}: install a newer one"
+        )
     if minor > NEWEST:
-        warnings.warn(f"vLLM {found} is newer than the versions that rollout.engine=vllm is tested with ({wanted})", stacklevel=2)
+        warnings.warn(
+            f"vLLM {found} is newer than the versions that rollout.engine=vllm is tested with ({wanted})", stacklevel=2
+        )
 
 
 def check_engine_args(engine_args: Mapping[str, Any]) -> None:
@@ -111,7 +115,9 @@ def check_engine_args(engine_args: Mapping[str, Any]) -> None:
         if name not in names:
             near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
             hint = f"did you mean rollout.engine_args.{near[0]}?" if near else "vllm serve --help lists them"
-            raise ValueError(f"rollout.engine_args.{name}: vLLM {installed_version()} has no such engine argument; {hint}")
+            raise ValueError(
+                f"rollout.engine_args.{name}: vLLM {installed_version()} has no such engine argument; {hint}"
+            )
 
 
 def argument_names() -> frozenset[str]:
@@ -193,9 +199,7 @@ def _npu(settings: EngineSettings, environ: Mapping[str, str]) -> tuple[dict[str
     return {"VLLM_ASCEND_ENABLE_NZ": "0"}, arguments
 
 
-def _visible_cards(
-    target: platform.Platform, settings: EngineSettings, environ: Mapping[str, str]
-) -> dict[str, str]:
+def _visible_cards(target: platform.Platform, settings: EngineSettings, environ: Mapping[str, str]) -> dict[str, str]:
     variable, switch = target.visible_devices, target.ray_noset
     if variable is None or switch is None or environ.get(switch, "0") in ("", "0") or variable in environ:
         return {}
@@ -218,7 +222,9 @@ def start(settings: EngineSettings) -> RunningLLM:
     check_installed()
     check_engine_args(settings.engine_args)
     if settings.dtype not in DTYPES:
-        raise ValueError(f"model.dtype={settings.dtype}: vLLM decodes in {', '.join(DTYPES)}; set rollout.engine=embedded")
+        raise ValueError(
+            f"model.dtype={settings.dtype}: vLLM decodes in {', '.join(DTYPES)}; set rollout.engine=embedded"
+        )
     variables, arguments = prepare(settings, os.environ)
     os.environ.update(variables)
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -303,8 +309,9 @@ class RunningLLM:
     async def pause(self) -> None:
         """Returns once no step runs, all requests are kept, and every token of earlier steps has been counted."""
         await self._llm.pause_generation(mode="keep", clear_cache=False)
-        # The answer came after those tokens through the same socket, so they lie at most one queue away.
-        while not self._waiting:
+        # The answer came after those tokens through the same socket, so they lie at most one queue away. vLLM starts the
+        # handler that empties it with the first request.
+        while self._llm.output_handler is not None and not self._waiting:
             await asyncio.sleep(0)
 
     async def resume(self) -> None:
@@ -384,7 +391,9 @@ def check_signatures(engine: Any) -> None:
     }
     for method, parameters in used.items():
         present = inspect.signature(getattr(engine, method)).parameters if hasattr(engine, method) else None
-        lacking = method if present is None else next((f"{method}({p}=...)" for p in parameters if p not in present), None)
+        lacking = (
+            method if present is None else next((f"{method}({p}=...)" for p in parameters if p not in present), None)
+        )
         if lacking is not None:
             raise RuntimeError(
                 f"vLLM {installed_version()} has no AsyncLLM.{lacking}, which emberl calls; "

@@ -79,7 +79,9 @@ class _Sample:
             raise RuntimeError(f"vLLM ended a sample of prompt {self.prompt.id} with {decoded.finish_reason!r}")
         count = len(decoded.token_ids)
         start = self.spans[-1].stop if self.spans else 0
-        assert start <= count <= self.tokens, f"{count} tokens arrived, {self.tokens} were counted, {start} before an update"
+        assert start <= count <= self.tokens, (
+            f"{count} tokens arrived, {self.tokens} were counted, {start} before an update"
+        )
         rest = [Span(version, start, count)] if count > start else []
         return Completion(
             prompt_id=self.prompt.id,
@@ -142,7 +144,7 @@ class VLLMEngine:
         self._held = False  # somebody asked for a pause
         self._corrupt: str | None = None
         self._closed = False
-        self._salt = 0
+        self._salt = self._tokens_decoded = 0
         self._ids = itertools.count()
         self._sent: dict[str, _Sample] = {}  # by request id, those that vLLM has
         self._tasks: dict[asyncio.Task[None], _Sample] = {}
@@ -154,6 +156,11 @@ class VLLMEngine:
     @property
     def run_id(self) -> str:
         return self._run_id
+
+    @property
+    def tokens_decoded(self) -> int:
+        """Of all requests so far."""
+        return self._tokens_decoded
 
     def digests(self) -> dict[str, str]:
         """name -> xxh3-128 of the bytes that the engine was given to serve."""
@@ -272,6 +279,7 @@ class VLLMEngine:
         sample = self._sent.get(request_id)
         if sample is not None:
             sample.tokens += tokens
+            self._tokens_decoded += tokens
 
     # A weight update, in its turn.
 

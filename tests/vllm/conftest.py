@@ -1,0 +1,135 @@
+"""Two small models, transformers' view of them, and an engine of each kind on the first: `make test-vllm` runs these with
+vLLM; without it only the embedded engine is tested."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from emberl.rl.data_settings import TinyConfig
+from emberl.rl.tiny import make_tiny
+from emberl.rollout.decoder import DTYPE_NAMES, checkpoint_tensors
+from emberl.rollout.embedded import EmbeddedEngine
+from emberl.rollout.patches import TensorBytes, WeightPatch, dense_patch
+from emberl.rollout.samples import Prompt
+from emberl.rollout.vllm_compat import installed_version
+
+T = TypeVar("T")
+
+MAX_MODEL_LEN = 256
+MAX_NUM_SEQS = 4
+BLOCK = 32
+"""Tokens of a block of vLLM's cache, small enough that prompts of a test fill some."""
+NO_VLLM = installed_version() is None
+needs_vllm = pytest.mark.skipif(NO_VLLM, reason="vLLM is not installed here; make test-vllm has it")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One of the two: its folder and transformers' model of it in float32."""
+
+    folder: Path
+    reference: Any
+
+    def patch(self, version: int, run_id: str = "run") -> WeightPatch:
+        return dense_patch(run_id, version, self.tensors().items())
+
+    def tensors(self) -> dict[str, TensorBytes]:
+        found = {}
+        for name, tensor in checkpoint_tensors(self.folder):
+            data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+            found[name] = TensorBytes(dtype=DTYPE_NAMES[tensor.dtype], shape=tuple(tensor.shape), data=data)
+        return found
+
+    @torch.no_grad()
+    def logits(self, token_ids: list[int]) -> torch.Tensor:
+        """[T, V] float32."""
+        logits: torch.Tensor = self.reference(torch.tensor([token_ids])).logits[0].float()
+        return logits
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model]:
+    from transformers import AutoModelForCausalLM
+
+    made = []
+    for seed in (1, 2):
+        folder = tmp_path_factory.mktemp(f"model{seed}")
+        make_tiny(folder, TinyConfig(hidden=64, layers=2, heads=2, head_dim=64, intermediate=128, init_std=0.2), seed)
+        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        made.append(Model(folder, reference))
+    return made[0], made[1]
+
+
+@dataclass
+class Rig:
+    """An engine, and the event loop that it lives on."""
+
+    kind: str
+    engine: Any
+    loop: asyncio.AbstractEventLoop
+    old: Model
+    new: Model
+
+    def run(self, work: Awaitable[T], timeout: float = 120) -> T:
+        return self.loop.run_until_complete(asyncio.wait_for(work, timeout))
+
+    def tokens(self) -> int:
+        """Decoded so far."""
+        return self.engine.tokens_decoded if self.kind == "vllm" else self.engine.counters.decode_tokens
+
+    async def until_tokens(self, more: int) -> None:
+        """Waits until `more` tokens have been decoded."""
+        wanted = self.tokens() + more
+        while self.tokens() < wanted:
+            await asyncio.sleep(0.001)
+
+    def serve(self, model: Model) -> int:
+        """Has the engine serve these weights, as the next version."""
+        return self.run(self.engine.apply(model.patch(self.engine.version + 1)))
+
+
+def make_embedded(model: Model) -> Any:
+    return EmbeddedEngine(
+        model.folder, max_num_seqs=MAX_NUM_SEQS, max_model_len=MAX_MODEL_LEN, dtype="float32", run_id="run"
+    )
+
+
+def make_vllm(model: Model, **engine_args: Any) -> Any:
+    from emberl.rollout.vllm_engine import VLLMEngine
+
+    return VLLMEngine(
+        model.folder,
+        max_num_seqs=MAX_NUM_SEQS,
+        max_model_len=MAX_MODEL_LEN,
+        dtype="float32",
+        run_id="run",
+        engine_args={"enforce_eager": True, "block_size": BLOCK} | engine_args,
+    )
+
+
+@pytest.fixture(scope="module", params=["embedded", pytest.param("vllm", marks=[pytest.mark.slow, needs_vllm])])
+def rig(request: pytest.FixtureRequest, models: tuple[Model, Model]) -> Iterator[Rig]:
+    torch.set_num_threads(1)
+    make: Callable[[Model], Any] = {"embedded": make_embedded, "vllm": make_vllm}[request.param]
+    loop = asyncio.new_event_loop()
+    made = Rig(request.param, make(models[0]), loop, *models)
+    yield made
+    made.run(made.engine.close())
+    loop.close()
+
+
+@pytest.fixture(scope="session")
+def make_prompt() -> Callable[..., Prompt]:
+    """make_prompt(id, length) -> a prompt whose tokens follow from its id."""
+
+    def make(name: str, length: int = 5) -> Prompt:
+        tokens = tuple((7 * i * i + 3 * i + sum(map(ord, name))) % 19 + 4 for i in range(length))
+        return Prompt(id=name, token_ids=tokens, answer="", source="test")
+
+    return make

@@ -1,0 +1,361 @@
+"""What every engine must do, on the embedded one and on real vLLM: the same tests, against transformers in float32."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from emberl.rollout.patches import DigestMismatchError, VersionError, WeightPatch
+from emberl.rollout.samples import Completion, Prompt, Sampling, Span
+
+MakePrompt = Callable[..., Prompt]
+GREEDY = Sampling(max_tokens=40, temperature=0.0)
+LONG = Sampling(max_tokens=200)
+CLOSE = 1e-4
+
+
+async def collect(engine: Any, prompt: Prompt, n: int, sampling: Sampling) -> list[Completion]:
+    return sorted([c async for c in engine.generate(prompt, n, sampling)], key=lambda c: c.sample)
+
+
+def started(engine: Any, prompt: Prompt, n: int, sampling: Sampling) -> asyncio.Task[list[Completion]]:
+    return asyncio.create_task(collect(engine, prompt, n, sampling))
+
+
+def tokens(completions: Sequence[Completion]) -> list[list[int]]:
+    return [completion.token_ids.tolist() for completion in completions]
+
+
+def sampled_logprobs(logits: torch.Tensor, token_ids: list[int], sampling: Sampling) -> np.ndarray:
+    """[T, V] -> [T] log-prob of each token under temperature, then top-k, then top-p."""
+    logits = logits.double() / (sampling.temperature or 1.0)
+    if sampling.top_k:
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k, -1).values[:, -1:], -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = logits.sort(-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= sampling.top_p)
+        logits = logits.masked_fill(dropped, -torch.inf)
+    return logits.log_softmax(-1).gather(-1, torch.tensor(token_ids)[:, None]).squeeze(-1).numpy()
+
+
+def expected_logprobs(model: Any, prompt: Prompt, completion: Completion, sampling: Sampling) -> np.ndarray:
+    ids = completion.token_ids.tolist()
+    logits = model.logits([*prompt.token_ids, *ids])[len(prompt.token_ids) - 1 : -1]
+    return sampled_logprobs(logits, ids, sampling)
+
+
+@torch.no_grad()
+def continued_logprobs(old: Any, new: Any, prompt: Prompt, completion: Completion) -> np.ndarray:
+    """Log-probs where the first span is by `old` and the rest by `new` on the keys and values that `old` made."""
+    ids = [*prompt.token_ids, *completion.token_ids.tolist()]
+    seen = len(prompt.token_ids) + completion.spans[0].stop - 1  # the last old token was drawn, but not yet read
+    first = old.reference(torch.tensor([ids[:seen]]), use_cache=True)
+    rest = new.reference(torch.tensor([ids[seen:]]), past_key_values=first.past_key_values)
+    logits = torch.cat((first.logits[0], rest.logits[0])).float()[len(prompt.token_ids) - 1 : -1]
+    return sampled_logprobs(logits, completion.token_ids.tolist(), Sampling(max_tokens=1))
+
+
+def test_greedy_tokens_are_those_of_transformers(rig: Any, make_prompt: MakePrompt) -> None:
+    rig.serve(rig.old)
+    for length in (1, 5, 40, 100):
+        prompt = make_prompt(f"greedy{length}", length)
+        [completion] = rig.run(collect(rig.engine, prompt, 1, GREEDY))
+        ids = torch.tensor([prompt.token_ids])
+        mask = torch.ones_like(ids)
+        generated = rig.old.reference.generate(
+            ids, attention_mask=mask, max_new_tokens=40, do_sample=False, eos_token_id=None
+        )
+        assert completion.token_ids.tolist() == generated[0, length:].tolist()
+        assert completion.finish_reason == "length"
+        expected = expected_logprobs(rig.old, prompt, completion, GREEDY)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=CLOSE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(max_tokens=60),
+        Sampling(max_tokens=60, temperature=0.7),
+        Sampling(max_tokens=60, temperature=1.3, top_k=5),
+        Sampling(max_tokens=60, temperature=1.1, top_p=0.8),
+        Sampling(max_tokens=60, top_k=8, top_p=0.7),
+    ],
+)
+def test_logprobs_are_of_the_distribution_that_was_sampled(
+    sampling: Sampling, rig: Any, make_prompt: MakePrompt
+) -> None:
+    rig.serve(rig.old)
+    prompt = make_prompt("sampled", 12)
+    for completion in rig.run(collect(rig.engine, prompt, 4, sampling)):
+        expected = expected_logprobs(rig.old, prompt, completion, sampling)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=CLOSE, rtol=0)
+
+
+def test_a_group_is_n_samples_fixed_by_seed_prompt_and_index(rig: Any, make_prompt: MakePrompt) -> None:
+    rig.serve(rig.old)
+    prompt, sampling = make_prompt("group"), Sampling(max_tokens=20, seed=3)
+    group = rig.run(collect(rig.engine, prompt, 6, sampling))
+    assert [completion.sample for completion in group] == list(range(6))
+    assert len({tuple(t) for t in tokens(group)}) == 6
+    assert tokens(rig.run(collect(rig.engine, prompt, 6, sampling))) == tokens(group)
+    assert tokens(rig.run(collect(rig.engine, prompt, 2, sampling))) == tokens(group)[:2]
+    for other in (replace(sampling, seed=4), sampling):
+        renamed = replace(prompt, id="other") if other is sampling else prompt
+        assert not {tuple(t) for t in tokens(rig.run(collect(rig.engine, renamed, 6, other)))} & {
+            tuple(t) for t in tokens(group)
+        }
+
+
+def test_draws_follow_the_probabilities(rig: Any, make_prompt: MakePrompt) -> None:
+    rig.serve(rig.old)
+    prompt = make_prompt("draws", 7)
+    drawn = Counter(c.token_ids[0] for c in rig.run(collect(rig.engine, prompt, 600, Sampling(max_tokens=1))))
+    probabilities = rig.old.logits(list(prompt.token_ids))[-1].softmax(-1).numpy()
+    frequencies = np.array([drawn[i] for i in range(len(probabilities))]) / 600
+    assert np.abs(frequencies - probabilities).sum() < 0.25  # expected about 0.12
+
+
+def test_only_the_given_tokens_stop(rig: Any, make_prompt: MakePrompt) -> None:
+    rig.serve(rig.old)
+    prompt = make_prompt("stop")
+    [free] = rig.run(collect(rig.engine, prompt, 1, LONG))
+    assert free.finish_reason == "length" and len(free) == 200
+    assert 1 in free.token_ids  # <eos> is a token like any other unless it is asked to stop
+    for stop in ((1,), (9, 1)):
+        [completion] = rig.run(collect(rig.engine, prompt, 1, replace(LONG, stop_token_ids=stop)))
+        end = min(free.token_ids.tolist().index(token) for token in stop) + 1
+        assert completion.finish_reason == "stop"
+        assert completion.token_ids.tolist() == free.token_ids[:end].tolist()
+    [completion] = rig.run(
+        collect(rig.engine, prompt, 1, Sampling(max_tokens=1, stop_token_ids=(int(free.token_ids[0]),)))
+    )
+    assert completion.finish_reason == "stop" and len(completion) == 1
+
+
+BAD_REQUESTS: list[tuple[dict[str, Any], int, Sampling, str]] = [
+    ({}, 1, Sampling(max_tokens=252), "above max_model_len=256"),
+    ({"token_ids": ()}, 1, GREEDY, "has no tokens"),
+    ({"token_ids": (4, 23)}, 1, GREEDY, "token 23 is outside the vocabulary"),
+    ({}, 0, GREEDY, "n=0"),
+    ({}, 1, replace(GREEDY, temperature=-1.0), "temperature=-1"),
+    ({}, 1, replace(GREEDY, top_p=0.0), "top_p=0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "n", "sampling", "words"), BAD_REQUESTS)
+def test_what_cannot_be_served_is_refused(
+    changes: dict[str, Any], n: int, sampling: Sampling, words: str, rig: Any, make_prompt: MakePrompt
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        rig.run(collect(rig.engine, replace(make_prompt("bad"), **changes), n, sampling))
+
+
+def test_an_update_in_flight_keeps_requests_and_cache(rig: Any, make_prompt: MakePrompt) -> None:
+    before = rig.serve(rig.old)
+    prompts = [make_prompt(f"flight{i}", 40) for i in range(2)]
+
+    async def scenario() -> list[Completion]:
+        groups = [started(rig.engine, prompt, 3, LONG) for prompt in prompts]
+        await rig.until_tokens(40)
+        await rig.engine.pause()
+        assert await rig.engine.apply(rig.new.patch(before + 1)) == before + 1
+        await rig.engine.resume()
+        return [completion for group in groups for completion in await group]
+
+    completions = rig.run(scenario())
+    assert len(completions) == 6
+    both = [completion for completion in completions if completion.spans[0].version == before]
+    assert len(both) == 4  # as many as are decoded at a time; the others had not begun
+    for completion in completions:
+        prompt = prompts[int(completion.prompt_id[-1])]
+        if completion in both:
+            edge = completion.spans[0].stop
+            assert completion.spans == (Span(before, 0, edge), Span(before + 1, edge, 200)) and 1 < edge < 200
+            expected = continued_logprobs(rig.old, rig.new, prompt, completion)
+        else:
+            assert completion.spans == (Span(before + 1, 0, 200),)
+            expected = expected_logprobs(rig.new, prompt, completion, LONG)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=CLOSE, rtol=0)
+
+
+def test_paused_nothing_is_decoded_and_an_update_does_not_end_the_pause(rig: Any, make_prompt: MakePrompt) -> None:
+    before = rig.serve(rig.old)
+
+    async def scenario() -> list[Completion]:
+        await rig.engine.pause()
+        task = started(rig.engine, make_prompt("paused"), 2, Sampling(max_tokens=3))
+        await asyncio.sleep(0.2)
+        await rig.engine.pause()
+        assert not task.done()
+        await rig.engine.apply(rig.new.patch(before + 1))
+        await asyncio.sleep(0.2)
+        assert not task.done()
+        await rig.engine.resume()
+        await rig.engine.resume()
+        return await task
+
+    assert [c.spans for c in rig.run(scenario())] == [(Span(before + 1, 0, 3),)] * 2
+
+
+def test_versions_follow_one_another_without_a_pause(rig: Any, make_prompt: MakePrompt) -> None:
+    before = rig.serve(rig.old)
+
+    async def scenario() -> list[Completion]:
+        task = started(rig.engine, make_prompt("several"), 4, LONG)
+        for version in range(before + 1, before + 4):
+            await rig.until_tokens(40)
+            model = rig.new if (version - before) % 2 else rig.old
+            assert await rig.engine.apply(model.patch(version)) == version == rig.engine.version
+        return await task
+
+    for completion in rig.run(scenario()):
+        versions = [span.version for span in completion.spans]
+        assert versions == list(range(before, before + 4))
+
+
+def test_no_prompt_is_continued_from_older_weights(rig: Any, make_prompt: MakePrompt) -> None:
+    """The prompt is cached by the old weights, and asked for again by others, which are then taken back."""
+    prompt = make_prompt("cached", 100)
+    results = []
+    for model in (rig.old, rig.new, rig.old):
+        rig.serve(model)
+        for _ in range(2):
+            group = rig.run(collect(rig.engine, prompt, 3, Sampling(max_tokens=20)))
+            for completion in group:
+                expected = expected_logprobs(model, prompt, completion, Sampling(max_tokens=20))
+                np.testing.assert_allclose(completion.logprobs, expected, atol=CLOSE, rtol=0)
+        results.append(tokens(group))
+    assert results[0] == results[2] != results[1]
+
+
+def test_abort_returns_what_was_decoded_and_ends_the_stream(rig: Any, make_prompt: MakePrompt) -> None:
+    before = rig.serve(rig.old)
+    gone, kept = make_prompt("gone"), make_prompt("kept")
+
+    async def scenario() -> tuple[list[Completion], list[Completion], list[Completion]]:
+        cut, whole = started(rig.engine, gone, 6, LONG), started(rig.engine, kept, 2, LONG)
+        await rig.until_tokens(40)
+        await rig.engine.apply(rig.new.patch(before + 1))
+        await rig.until_tokens(40)
+        partial = await rig.engine.abort(["gone", "unknown"])
+        assert await rig.engine.abort(["gone"]) == []
+        return partial, await cut, await whole
+
+    partial, cut, whole = rig.run(scenario())
+    assert cut == []
+    assert [len(completion) for completion in whole] == [200, 200]
+    assert sorted(completion.sample for completion in partial) == list(range(6))
+    assert {completion.finish_reason for completion in partial} == {"abort"}
+    begun = [completion for completion in partial if len(completion)]
+    assert len(begun) == 4  # as many as are decoded at a time
+    for completion in begun:
+        assert len(completion) < 200 and [span.version for span in completion.spans] == [before, before + 1]
+        expected = continued_logprobs(rig.old, rig.new, gone, completion)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=CLOSE, rtol=0)
+
+
+def test_abort_while_paused_and_abort_of_what_was_not_begun(rig: Any, make_prompt: MakePrompt) -> None:
+    rig.serve(rig.old)
+
+    async def scenario() -> list[Completion]:
+        await rig.engine.pause()
+        task = started(rig.engine, make_prompt("early"), 3, LONG)
+        await asyncio.sleep(0.1)
+        partial: list[Completion] = await rig.engine.abort(["early"])
+        assert await task == []
+        await rig.engine.resume()
+        return partial
+
+    assert [len(completion) for completion in rig.run(scenario())] == [0, 0, 0]
+
+
+def test_a_consumer_that_leaves_frees_its_slots(rig: Any, make_prompt: MakePrompt) -> None:
+    rig.serve(rig.old)
+
+    async def scenario() -> list[Completion]:
+        async for _ in rig.engine.generate_all(
+            [(make_prompt("short"), 1, Sampling(max_tokens=2)), (make_prompt("left"), 3, LONG)]
+        ):
+            break
+        task = started(rig.engine, make_prompt("left"), 4, LONG)
+        await rig.until_tokens(20)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return await collect(rig.engine, make_prompt("next"), 4, Sampling(max_tokens=3))
+
+    assert [len(completion) for completion in rig.run(scenario())] == [3] * 4
+
+
+def test_what_is_refused_leaves_the_old_weights_served(rig: Any, make_prompt: MakePrompt) -> None:
+    before = rig.serve(rig.old)
+    good = rig.new.patch(before + 1)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    flipped = good.tensors[name].data.copy()
+    flipped[100] ^= 1
+    cases: list[tuple[WeightPatch, type[Exception], str]] = [
+        (
+            replace(good, tensors={**good.tensors, name: replace(good.tensors[name], data=flipped)}),
+            DigestMismatchError,
+            name,
+        ),
+        (replace(good, tensors={k: t for k, t in good.tensors.items() if k != name}), DigestMismatchError, name),
+        (replace(good, digests={**good.digests, "lm_head.weight": "0" * 32}), DigestMismatchError, "lm_head"),
+        (replace(good, run_id="other"), VersionError, "run other.*run run"),
+        (replace(good, version=before - 1), VersionError, f"{before - 1} after {before}"),
+        (replace(good, base_version=before - 1), VersionError, f"builds on {before - 1}.*serves {before}"),
+        (replace(good, version=before), DigestMismatchError, f"version {before}"),
+        (
+            replace(good, tensors={**good.tensors, name: replace(good.tensors[name], dtype="BF16")}),
+            ValueError,
+            "got BF16",
+        ),
+    ]
+    prompt = make_prompt("refused")
+    [served] = rig.run(collect(rig.engine, prompt, 1, GREEDY))
+
+    async def scenario() -> list[Completion]:
+        task = started(rig.engine, make_prompt("meanwhile"), 4, LONG)
+        await rig.until_tokens(20)
+        for patch, error, words in cases:
+            with pytest.raises(error, match=words):
+                await rig.engine.apply(patch)
+        assert rig.engine.version == before
+        return await task
+
+    assert {completion.spans for completion in rig.run(scenario())} == {(Span(before, 0, 200),)}
+    assert rig.engine.digests() == rig.old.patch(0).digests
+    assert tokens(rig.run(collect(rig.engine, prompt, 1, GREEDY))) == tokens([served])
+    assert rig.run(rig.engine.apply(rig.old.patch(before))) == before
+    assert rig.run(rig.engine.apply(good)) == before + 1
+    assert rig.engine.digests() == good.digests
+
+
+def test_a_patch_of_some_tensors(rig: Any, make_prompt: MakePrompt) -> None:
+    before = rig.serve(rig.old)
+    whole = rig.new.patch(before + 1)
+    changed = {k: t for k, t in whole.tensors.items() if "norm" in k or "layers.1" in k}
+    rest = {k: t for k, t in whole.tensors.items() if k not in changed}
+    mixed = {k: d for k, d in rig.old.patch(0).digests.items() if k in rest} | {k: whole.digests[k] for k in changed}
+    assert rig.run(rig.engine.apply(replace(whole, tensors=changed, digests=mixed, base_version=before))) == before + 1
+    last = replace(whole, version=before + 2, tensors=rest, base_version=before + 1)
+    assert rig.run(rig.engine.apply(last)) == before + 2
+    prompt = make_prompt("some", 10)
+    [completion] = rig.run(collect(rig.engine, prompt, 1, GREEDY))
+    np.testing.assert_allclose(
+        completion.logprobs, expected_logprobs(rig.new, prompt, completion, GREEDY), atol=CLOSE, rtol=0
+    )
+
+
+def test_probe(rig: Any, make_prompt: MakePrompt) -> None:
+    prompt = list(make_prompt("probe", 70).token_ids)
+    for model in (rig.old, rig.new):
+        rig.serve(model)
+        expected = sampled_logprobs(model.logits(prompt)[:-1], prompt[1:], Sampling(max_tokens=1))
+        np.testing.assert_allclose(rig.run(rig.engine.probe(prompt)), expected, atol=CLOSE, rtol=0)
