@@ -150,6 +150,33 @@ def test_classes_cannot_be_asked_of_elements_without_an_exponent() -> None:
     assert not decode_changes(stream[:-1], old, 7, out)
 
 
+def bits(text: str) -> Array:
+    """A stream from its bits as the specification writes them, the first one first."""
+    text = text.replace(" ", "")
+    return np.frombuffer(int(text[::-1], 2).to_bytes(-(-len(text) // 8), "little"), np.uint8)
+
+
+def test_streams_written_by_hand() -> None:
+    old, out = np.array([7, 7, 7, 7], np.uint16), np.empty(4, np.uint16)
+    one_change, two_changes = "100000 1", "010000 01"  # how many, and later how many marked
+    gap_0, nothing_else = "0", "0 000000 000000 10"  # k = 0; not wide, k = 0 twice, a run of one
+    plus, minus = "0", "1"
+    good = bits(f"{one_change} 0  {one_change} 0 000000 {gap_0}  {nothing_else} {minus}")
+    assert decode_changes(good, old, None, out) and out.tolist() == [6, 7, 7, 7]
+    run_of_two = "0 000000 000000 110"
+    good = bits(f"{two_changes} 0  {two_changes} 0 000000 {gap_0} 10  {run_of_two} {plus} {minus}")
+    assert decode_changes(good, old, None, out) and out.tolist() == [8, 7, 6, 7]
+
+    by_class = f"{one_change} 1  {one_change} 0 000000 {gap_0}  {nothing_else} {plus}" + 15 * " 000000 0"
+    assert decode_changes(bits(by_class), np.zeros(4, np.uint16), 7, out) and out.tolist() == [1, 0, 0, 0]
+    assert not decode_changes(bits(by_class), np.zeros(4, np.uint16), None, out)
+    round_the_world = 24 * "1" + " 111111 " + 63 * "1"  # a gap that leads past the largest number to the smallest
+    bad = bits(f"{two_changes} 0  {two_changes} 0 000000 {gap_0} {round_the_world}  {run_of_two} {plus} {minus}")
+    assert not decode_changes(bad, old, None, out)
+    too_far = bits(f"{one_change} 0  {one_change} 0 000000 11110  {nothing_else} {plus}")
+    assert not decode_changes(too_far, old, None, out)
+
+
 def test_a_compressed_payload_of_another_size_is_refused_before_it_is_unpacked() -> None:
     old = np.zeros(4000, np.uint16)
     chunk = encode_chunk(old.view(np.uint8), (old ^ np.uint16(0x4000)).view(np.uint8), BF16)

@@ -429,5 +429,10 @@ def test_a_directory_that_was_written_wrongly_is_refused() -> None:
     assert f"chunks of {name}" in broken(to_bytes(replace(patch, deltas={**patch.deltas, name: short})), held)
     with pytest.raises(DigestMismatchError, match=rf"{name} of version 4"):
         prepare(from_bytes(to_bytes(other)), held)
+    data = bytearray(to_bytes(patch))
+    size = int.from_bytes(data[56:60], "little")
+    data[24] ^= 1
+    data[76:80] = zlib.crc32(data[:76] + data[80 : 80 + size]).to_bytes(4, "little")
+    assert "do not have the root" in broken(bytes(data), held)
     with pytest.raises(ValueError, match="without a digest: strange"):
         to_bytes(replace(patch, deltas={**patch.deltas, "strange": delta}))
