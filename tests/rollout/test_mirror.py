@@ -66,7 +66,7 @@ def test_what_is_wrong_is_found_before_anything_changes(patch: WeightPatch, erro
 
 
 def test_the_first_patch_must_be_of_the_dtype_that_is_served_too() -> None:
-    with pytest.raises(ValueError, match="got F32 .* the engine serves BF16"):
+    with pytest.raises(ValueError, match=r"got F32 .* the engine serves BF16"):
         Mirror("BF16").check(dense_patch("run", 0, WEIGHTS.items()))
 
 
