@@ -165,7 +165,7 @@ def kv_cache_bytes(config: Any, settings: EngineSettings) -> int:
     """Enough that `max_num_seqs` sequences of full length fit, and at most `KV_CACHE_BYTES`; `config` is the model's."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * heads * head_dim * (4 if settings.dtype == "float32" else 2)
+    per_token: int = 2 * config.num_hidden_layers * heads * head_dim * (4 if settings.dtype == "float32" else 2)
     blocks = settings.max_num_seqs * math.ceil((settings.max_model_len + 1) / BLOCK) + 2
     return min(blocks * BLOCK * per_token, KV_CACHE_BYTES)
 
@@ -257,11 +257,12 @@ class RunningLLM:
     def __init__(self, llm: Any, tail: LogTail) -> None:
         self._llm, self._tail = llm, tail
         self.vocab_size: int = llm.model_config.get_vocab_size()
+        self._count: Callable[[str, int], None] = lambda _request_id, _tokens: None
         self._waiting = False
         self._watch()
 
     def on_tokens(self, count: Callable[[str, int], None]) -> None:
-        """`count(request id, number of new tokens)` is called for whatever the engine's process sends, in its order."""
+        """From now on `count(request id, new tokens)` is called for whatever the engine's process sends, in its order."""
         self._count = count
 
     async def decode(self, request_id: str, token_ids: list[int], sampling: Sampling, seed: int, salt: str) -> Decoded:
@@ -367,7 +368,6 @@ class RunningLLM:
             return outputs
 
         core.get_output_async = receive_and_count
-        self._count: Callable[[str, int], None] = lambda _request_id, _tokens: None
 
 
 def repack_tied_head(model: Any) -> None:

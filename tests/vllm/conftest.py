@@ -100,15 +100,16 @@ def make_embedded(model: Model) -> Any:
     )
 
 
-def make_vllm(model: Model, **engine_args: Any) -> Any:
+def make_vllm(model: Model, *, dtype: str = "float32", deadline_s: float = 120.0, **engine_args: Any) -> Any:
     from emberl.rollout.vllm_engine import VLLMEngine
 
     return VLLMEngine(
         model.folder,
         max_num_seqs=MAX_NUM_SEQS,
         max_model_len=MAX_MODEL_LEN,
-        dtype="float32",
+        dtype=dtype,
         run_id="run",
+        deadline_s=deadline_s,
         engine_args={"enforce_eager": True, "block_size": BLOCK} | engine_args,
     )
 
