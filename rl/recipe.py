@@ -63,9 +63,9 @@ def train(config: Config, *, resume: bool = False) -> Result:
     if checkpoint and progress.stage < len(config.stages):
         trim_metrics(run_dir, config.stages[progress.stage], progress.step, config.stages)
     console = make_console()
+    model_path = prepare_model(config, run_dir)
+    check_models(config, model_path)
     with cluster, stop_on_signal() as stop:  # in this order: Ray's start sets a SIGTERM handler of its own
-        model_path = prepare_model(config, run_dir)
-        check_models(config, model_path)
         # the actors load while this process reads the data: both take seconds
         learners, pool = cluster.spawn(str(model_path), run_id := uuid.uuid4().hex)
         tokenizer = load_tokenizer(model_path)
