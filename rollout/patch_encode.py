@@ -65,6 +65,8 @@ def encode(
     """The patch that takes `base` to these tensors; without a base an anchor that is compressed (`dense_patch` makes one
     that is not, much faster).
 
+    The tensors must stay as they are until the patch has gone: what is sent raw is a view of them.
+
     ValueError: names, dtypes or shapes that are not the base's, which only an anchor can bring. VersionError: a base of
     another run, or one that is not older.
     """
