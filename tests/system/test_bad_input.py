@@ -2,38 +2,67 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from emberl.rl.cli import app
 from small_system import Emberl
+from typer.testing import CliRunner
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["data.source=missing.jsonl"], "data.source"),
-        (["data.source=empty.jsonl"], "data.source"),
-        (["data={source: rows.jsonl, prompt_column: quesion, max_prompt_length: 16}"], "data.prompt_column"),
-        (["data.max_prompt_length=4"], "data.max_prompt_length"),
-        (["cluster.cpus_per_learner=5000"], "cluster.cpus_per_learner"),
-        (["run_dir=/proc/emberl"], "run_dir=/proc/emberl cannot be written"),
-        (["reward.parts.answer.use=no_such_reward"], "no_such_reward"),
-        (["stages=[rl]", "model.tiny=null", "model.path=nowhere/at-all"], "model.path='nowhere/at-all'"),
-        (["stages=[rl]", "algorithm=ppo", "critic.path=nowhere/at-all"], "critic.path='nowhere/at-all'"),
-        (["model.lora.targets=[nonsense]"], "model.lora.targets"),
-        (["algorithm=grop"], "did you mean 'grpo'"),
-        (["schedule.max_staleness=2"], "schedule.max_staleness=2"),
-    ],
-)
+BEFORE_RAY = [
+    (["data.source=missing.jsonl"], "data.source"),
+    (["data.source=empty.jsonl"], "data.source"),
+    (["cluster.cpus_per_learner=5000"], "cluster.cpus_per_learner"),
+    (["run_dir=/proc/emberl"], "run_dir=/proc/emberl cannot be written"),
+    (["stages=[rl]", "algorithm=ppo", "critic.path=nowhere/at-all"], "critic.path='nowhere/at-all'"),
+    (["model.lora.targets=[nonsense]"], "model.lora.targets"),
+    (["algorithm=grop"], "did you mean 'grpo'"),
+    (["schedule.max_staleness=2"], "schedule.max_staleness=2"),
+]
+AFTER = [
+    (["data={source: rows.jsonl, prompt_column: quesion, max_prompt_length: 16}"], "data.prompt_column"),
+    (["data.max_prompt_length=4"], "data.max_prompt_length"),
+    (["reward.parts.answer.use=no_such_reward"], "no_such_reward"),
+    (["stages=[rl]", "model.tiny=null", "model.path=nowhere/at-all"], "model.path='nowhere/at-all'"),
+]
+
+
+def put_files(folder: Path) -> None:
+    (folder / "empty.jsonl").touch()
+    (folder / "rows.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+
+
+@pytest.mark.parametrize(("overrides", "message"), BEFORE_RAY)
+def test_one_line_names_the_key_before_ray_starts(
+    emberl: Emberl, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+) -> None:
+    """In this process, as starting one takes longer than the answer."""
+    put_files(emberl.folder)
+    monkeypatch.chdir(emberl.folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def start(*_: object, **__: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("ray.init", start)
+    found = CliRunner().invoke(app, ["train", str(emberl.config), *overrides])
+    result = json.loads(found.stdout.strip().splitlines()[-1])
+    assert (found.exit_code, result["status"]) == (2, "error")
+    assert message in result["error"]
+    assert not list(emberl.folder.glob("runs/*/checkpoints"))
+
+
+@pytest.mark.parametrize(("overrides", "message"), AFTER)
 def test_one_line_names_the_key(emberl: Emberl, overrides: list[str], message: str) -> None:
-    (emberl.folder / "empty.jsonl").touch()
-    (emberl.folder / "rows.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    put_files(emberl.folder)
     result = emberl.train(*overrides, status=2, HF_HUB_OFFLINE="1")
     assert result["status"] == "error"
     assert message in result["error"]
-    assert not list(Path(emberl.folder).glob("runs/*/checkpoints"))
+    assert not list(emberl.folder.glob("runs/*/checkpoints"))
 
 
 def test_dry_run_prints_configuration_and_placement(emberl: Emberl) -> None:
