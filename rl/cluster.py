@@ -191,7 +191,12 @@ class Cluster:
         self._ready = [worker.ready.remote() for worker in workers]
         self._model_path = model_path
         self.learners = LearnerGroup(ranks, timeout=config.cluster.step_timeout)
-        self.pool = RolloutPool(workers, timeout=config.rollout.timeout, sync_timeout=config.sync.timeout)
+        self.pool = RolloutPool(
+            workers,
+            timeout=config.rollout.timeout,
+            sync_timeout=config.sync.timeout,
+            max_samples=config.rollout.max_num_seqs if config.schedule.max_staleness else None,
+        )
         return self.learners, self.pool
 
     def wait(self) -> None:

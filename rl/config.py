@@ -153,8 +153,12 @@ class ScheduleConfig(Settings):
     the sampling policy is no longer 1, and the clip of the loss acts."""
     epochs: int = Field(default=1, ge=1)
     """Passes over a step's answers (PPO's epochs)."""
-    max_staleness: Literal[0] = 0
-    """0: strictly on-policy, every token is sampled by the newest weights."""
+    max_staleness: int = Field(default=0, ge=0, le=64)
+    """k: a token trains at most k versions after the one that sampled it, and rollouts run ahead by as much while the
+    learners work. 0: strictly on-policy, every token is sampled by the newest weights."""
+    overdue: Literal["wait", "evict"] = "wait"
+    """What happens to a group that would become too old while it is still decoded. `wait`: the learners wait for it. `evict`:
+    it is thrown away and counted, which favours short answers."""
 
 
 class SyncConfig(Settings):

@@ -11,6 +11,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .config import Config, ConfigError
 
@@ -29,6 +30,9 @@ class Progress:
     """Of the weights."""
     position: int = 0
     """Problems taken from the source so far."""
+    pending: tuple[tuple[int, int], ...] = ()
+    """Of these, the ones whose groups have not trained yet: (position, RL step of admission). A resumed run asks for them
+    again, before any new ones."""
     tokens: int = 0
     """Completion tokens sampled for training."""
     train_seconds: float = 0.0
@@ -38,8 +42,8 @@ class Progress:
     accuracy_start: float | None = None
     accuracy_end: float | None = None
 
-    def advance(self, **changes: float | None) -> Progress:
-        return replace(self, **changes)  # type: ignore[arg-type]  # values checked by the dataclass's users
+    def advance(self, **changes: Any) -> Progress:
+        return replace(self, **changes)
 
 
 def open_run_dir(config: Config, resume: bool) -> tuple[Path, Path | None]:
@@ -95,7 +99,9 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def read_progress(checkpoint: Path) -> Progress:
-    return Progress(**json.loads((checkpoint / PROGRESS).read_text()))
+    fields = json.loads((checkpoint / PROGRESS).read_text())
+    pending = tuple((position, step) for position, step in fields.pop("pending", ()))
+    return Progress(pending=pending, **fields)
 
 
 def begin_checkpoint(run_dir: Path, name: str) -> Path:

@@ -15,61 +15,63 @@ from .algorithm.advantages import group_advantages, overlong_penalty
 from .algorithm.losses import Objective
 from .batch import make_batches
 from .evaluate import evaluate
+from .feed import GroupFeed
 from .groups import Batch, Group
 from .run import Run
 
 
 def train_rl(run: Run) -> None:
-    """RL steps from where the run stands to `schedule.steps`, on-policy: every token is sampled by the newest weights."""
+    """RL steps from where the run stands to `schedule.steps`; every token is at most `schedule.max_staleness` versions older
+    than the weights that it trains (0: on-policy, rollouts and learners take turns)."""
     config, schedule = run.config, run.config.schedule
     objective = Objective.of(config.loss, config.kl, config.offpolicy, temperature=config.rollout.temperature)
     run.tracker.begin("rl", run.progress.step, schedule.steps)
     if run.progress.step == 0 and config.eval.size:
         run.progress = run.progress.advance(accuracy_start=evaluate(run).accuracy)
 
-    while run.progress.step < schedule.steps:
-        run.stop_if_asked()
-        step, start = run.progress.step + 1, time.perf_counter()
-        sampled = sample_step(run, step)
-        sampled_at = time.perf_counter()
-
-        trained = with_advantages(run, [g for g in sampled if g.has_signal or not config.filter.zero_variance])
-        metrics = update(run, trained, objective)
-        tokens = sum(len(c) for group in sampled for c in group.completions)
-        seconds = time.perf_counter() - start
-        run.progress = run.progress.advance(
-            step=step,
-            tokens=run.progress.tokens + tokens,
-            train_seconds=run.progress.train_seconds + seconds,
-        )
-        metrics |= group_metrics(sampled, trained) | run.suite.metrics()
-        metrics |= {"timing_s/gen": sampled_at - start, "timing_s/step": seconds, "perf/throughput": tokens / seconds}
-        show = {"reward": f"{metrics['critic/score/mean']:.3f}", "accuracy": f"{metrics['training/accuracy']:.1%}"}
-        run.tracker.log(step, metrics, show=show | {"tokens/s": f"{tokens / seconds:,.0f}"})
-
-        last = step == schedule.steps
-        if config.eval.size and (last or (config.eval.every and step % config.eval.every == 0)):
-            run.progress = run.progress.advance(accuracy_end=evaluate(run).accuracy)
-        if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            run.save()
+    with GroupFeed(run) as feed:
+        while run.progress.step < schedule.steps:
+            run.stop_if_asked()
+            rl_step(run, feed, objective)
+            step, last = run.progress.step, run.progress.step == schedule.steps
+            if config.eval.size and (last or (config.eval.every and step % config.eval.every == 0)):
+                run.progress = run.progress.advance(accuracy_end=evaluate(run).accuracy)
+            if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                run.save()
 
 
-def sample_step(run: Run, step: int) -> list[Group]:
-    """The graded groups of one step. With dynamic sampling further prompts are asked for until enough groups have a
-    signal; raises `TooManyErrors` where graders rather than answers fail."""
-    config = run.config
-    groups: list[Group] = []
-    for _ in range(config.filter.max_rounds if config.filter.dynamic_sampling else 1):
-        wanted = config.schedule.prompts_per_step - sum(group.has_signal for group in groups)
-        wanted = wanted if config.filter.dynamic_sampling else config.schedule.prompts_per_step
-        if wanted <= 0:
-            break
-        position = run.progress.position
-        prompts = [run.source.train(i) for i in range(position, position + wanted)]
-        groups += run.sample_groups(prompts, config.rollout.group_size, run.sampling(step))
-        run.progress = run.progress.advance(position=position + wanted)
-    check_errors([v for group in groups for v in group.verdicts], config.reward.max_error_fraction)
-    return groups
+def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> None:
+    """Takes the groups of one step, trains on them, publishes and logs. Raises `TooManyErrors` where graders rather than
+    answers fail."""
+    config, step, start = run.config, run.progress.step + 1, time.perf_counter()
+    fed = feed.take(step)
+    sampled = fed.groups
+    check_errors([v for group in sampled for v in group.verdicts], config.reward.max_error_fraction)
+    ages = staleness(sampled, run.progress.version, config.schedule.max_staleness)
+    trained = with_advantages(run, [g for g in sampled if g.has_signal or not config.filter.zero_variance])
+    metrics = update(run, trained, objective) | ages | fed.metrics
+    tokens = sum(len(c) for group in sampled for c in group.completions)
+    seconds = time.perf_counter() - start
+    run.progress = run.progress.advance(
+        step=step, tokens=run.progress.tokens + tokens, train_seconds=run.progress.train_seconds + seconds
+    )
+    metrics |= group_metrics(sampled, trained) | run.suite.metrics()
+    metrics |= {"timing_s/gen": fed.waited, "timing_s/step": seconds, "sched/learner_idle": fed.waited / seconds}
+    metrics["perf/throughput"] = tokens / seconds
+    show = {"reward": f"{metrics['critic/score/mean']:.3f}", "accuracy": f"{metrics['training/accuracy']:.1%}"}
+    run.tracker.log(step, metrics, show=show | {"tokens/s": f"{tokens / seconds:,.0f}"})
+
+
+def staleness(groups: Sequence[Group], version: int, bound: int) -> dict[str, float]:
+    """How many versions older than `version` the tokens are: mean and maximum over all; none is above `bound`."""
+    spans = [span for group in groups for completion in group.completions for span in completion.spans]
+    if not spans:
+        return {}
+    ages = np.array([version - span.version for span in spans])
+    counts = np.array([span.stop - span.start for span in spans])
+    assert ages.min() >= 0 and ages.max() <= bound, f"tokens are {ages.max()} versions old, the bound is {bound}"
+    mean = float((ages * counts).sum() / counts.sum())
+    return {"sched/staleness/mean": mean, "sched/staleness/max": float(ages.max())}
 
 
 def update(run: Run, trained: Sequence[Group], objective: Objective) -> dict[str, float]:

@@ -1,66 +1,269 @@
-"""The rollout pool: deals prompts to the workers and gathers their groups, with a deadline on every wait."""
+"""The rollout pool: deals groups to the workers, gathers what they decode, and replaces a worker that is lost.
+
+It lives on an event loop in a thread of its own, so that answers come in while the learners work. Every request has an
+owner and a deadline; what a lost worker had not answered is asked again of another.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import queue
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import ray
 
 from .samples import Completion, Prompt, Sampling
-from .waiting import ActorLostError, cause, gather
+from .waiting import ActorLostError, cause
+
+T = TypeVar("T")
+Outcome = tuple[Completion, ...] | ActorLostError
+LOST = (TimeoutError, ray.exceptions.RayActorError, ray.exceptions.RaySystemError, ray.exceptions.WorkerCrashedError)
+"""What says that an actor is gone or stuck; any other error is its answer."""
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Job:
+    """A group that is asked for, and whom to tell."""
+
+    prompt: Prompt
+    n: int
+    sampling: Sampling
+    deliver: Callable[[Outcome], None]
+    """Called once, in the pool's thread: the completions in sample order, or why there will be none."""
+    reissued: Callable[[], None] = lambda: None
+    """Called when the group is asked for again because its worker was lost."""
+    tokens: float = 0.0
+    """What it is expected to cost, for balance."""
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Seat:
+    """One worker's place in the pool; the actor on it may be replaced."""
+
+    worker: Any
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while the actor is replaced or its weights are."""
+    jobs: set[Job] = field(default_factory=set)
+    load: float = 0.0
+    up: bool = True
+    restarts: int = 0
+    idle: float = 0.0
+    """Seconds without a job."""
+    idle_since: float = field(default_factory=time.monotonic)
+
+    @property
+    def samples(self) -> int:
+        return sum(job.n for job in self.jobs)
+
+    def take(self, job: Job) -> None:
+        if not self.jobs:
+            self.idle += time.monotonic() - self.idle_since
+        self.jobs.add(job)
+        self.load += job.tokens
+
+    def leave(self, job: Job) -> None:
+        self.jobs.remove(job)
+        self.load -= job.tokens
+        if not self.jobs:
+            self.load = 0.0  # not what rounding leaves of it: a tie must be one
+            self.idle_since = time.monotonic()
 
 
 class RolloutPool:
-    """Prompts are dealt in turn, so the same prompts go to the same workers in the same order: a synchronous run repeats
-    bit for bit."""
+    """Groups go to the worker with the fewest tokens to decode, so equal groups are dealt in turn and the same prompts go
+    to the same workers in the same order: a synchronous run repeats bit for bit."""
 
-    def __init__(self, workers: Sequence[Any], *, timeout: float, sync_timeout: float) -> None:
-        self.workers = tuple(workers)
-        self._timeout, self._sync_timeout = timeout, sync_timeout
+    def __init__(
+        self,
+        workers: Sequence[Any],
+        *,
+        timeout: float,
+        sync_timeout: float,
+        max_samples: int | None = None,
+        respawn: Callable[[int], Any] | None = None,
+        max_restarts: int = 0,
+    ) -> None:
+        """timeout: seconds for one request; sync_timeout: for an update of the weights. max_samples: answers that are
+        given to a worker at a time; None: all. respawn: a new actor in the place of a lost one, `max_restarts` times."""
+        self._timeout, self._sync_timeout, self._max_samples = timeout, sync_timeout, max_samples
+        self._respawn, self._max_restarts = respawn, max_restarts if respawn is not None else 0
+        self._seats = [_Seat(worker=worker) for worker in workers]
+        self._backlog: deque[Job] = deque()
+        self._latest: Any = None
+        self._failure: ActorLostError | None = None
+        self._lengths, self._answers = 0.0, 0
+        self.restarts = 0
+        """Workers that were replaced."""
+        self._loop = asyncio.new_event_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        threading.Thread(target=self._loop.run_forever, daemon=True, name="rollout-pool").start()
+
+    @property
+    def workers(self) -> tuple[Any, ...]:
+        return tuple(seat.worker for seat in self._seats)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Asks for these groups; returns at once."""
+        self._loop.call_soon_threadsafe(self._deal, list(jobs))
 
     def generate(
         self, prompts: Sequence[Prompt], n: int, sampling: Sampling
     ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
         """Yields (index of the prompt, its n completions) as groups become complete, in no particular order."""
-        deadline = time.monotonic() + self._timeout
-        width = len(self.workers)
-        streams: dict[Any, int] = {}
-        for i, worker in enumerate(self.workers):
-            if share := list(prompts[i::width]):
-                streams[worker.generate.options(num_returns="streaming").remote(share, n, sampling)] = i
-        while streams:
-            ready, _ = ray.wait(list(streams), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                late = ", ".join(str(i) for i in sorted(streams.values()))
-                raise ActorLostError(
-                    f"rollout worker {late} has not finished its answers within rollout.timeout={self._timeout:g} s; "
-                    "raise it, or lower rollout.max_response_length"
-                )
-            for stream in ready:
-                assert isinstance(stream, ray.ObjectRefGenerator)
-                i = streams[stream]
-                try:
-                    finished = ray.get(next(stream), timeout=self._sync_timeout)
-                except StopIteration:
-                    del streams[stream]
-                    continue
-                except ray.exceptions.RayError as error:
-                    raise ActorLostError(f"rollout worker {i}: {cause(error)}") from error
-                for index, completions in finished:
-                    yield i + index * width, completions
+        outcomes: queue.SimpleQueue[tuple[int, Outcome]] = queue.SimpleQueue()
+
+        def deliver(index: int) -> Callable[[Outcome], None]:
+            return lambda outcome: outcomes.put((index, outcome))
+
+        self.submit([Job(prompt=p, n=n, sampling=sampling, deliver=deliver(index)) for index, p in enumerate(prompts)])
+        for _ in prompts:
+            index, outcome = outcomes.get()  # each request has a deadline of its own, and then an outcome
+            if isinstance(outcome, ActorLostError):
+                raise outcome
+            yield index, outcome
 
     def apply(self, patch: Any) -> int:
         """Gives every worker this patch (or a Ray reference to one); returns the version that all of them now serve."""
-        versions = self._all("apply", patch)
-        assert len(set(versions)) == 1, f"workers serve different versions: {versions}"
-        return int(versions[0])
+        versions = set(self._call(self._apply_all(patch)))
+        assert len(versions) == 1, f"workers serve different versions: {versions}"
+        return int(versions.pop())
 
     def digests(self) -> list[dict[str, str]]:
         """What each worker holds: name -> xxh3-128 of the bytes."""
-        return self._all("digests")
+        return self._call(self._digests())
 
-    def _all(self, method: str, *arguments: Any) -> list[Any]:
-        refs = [getattr(worker, method).remote(*arguments) for worker in self.workers]
-        return gather(refs, who="rollout worker", what=method, timeout=self._sync_timeout, key="sync.timeout")
+    def idle_seconds(self) -> list[float]:
+        """Of each worker since the pool began: the time in which it had nothing to decode."""
+        now = time.monotonic()
+        return [seat.idle + (0.0 if seat.jobs else now - seat.idle_since) for seat in self._seats]
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()  # every wait inside has a deadline
+
+    # Below, everything runs in the pool's thread.
+
+    def _deal(self, jobs: Sequence[Job]) -> None:
+        """Gives jobs to the workers that have the least to do; what they may not take yet stays in the backlog."""
+        expected = self._lengths / self._answers if self._answers else None
+        for job in jobs:
+            job.tokens = job.n * (job.sampling.max_tokens if expected is None else expected)
+        self._backlog.extend(jobs)
+        if self._failure is not None:
+            self._fail(self._failure)
+        shares: dict[int, list[Job]] = {}
+        while self._backlog and (free := [i for i, seat in enumerate(self._seats) if self._takes(seat)]):
+            i = min(free, key=lambda i: (self._seats[i].load, i))
+            job = self._backlog.popleft()
+            self._seats[i].take(job)
+            shares.setdefault(i, []).append(job)
+        for i, share in sorted(shares.items()):
+            task = self._loop.create_task(self._serve(i, share))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _takes(self, seat: _Seat) -> bool:
+        return seat.up and (self._max_samples is None or not seat.jobs or seat.samples < self._max_samples)
+
+    async def _serve(self, i: int, share: Sequence[Job]) -> None:
+        """One request of a worker: all its groups, within the deadline."""
+        seat, left = self._seats[i], dict(enumerate(share))
+        worker, deadline = seat.worker, time.monotonic() + self._timeout
+        try:
+            stream = worker.generate.options(num_returns="streaming").remote(
+                [(job.prompt, job.n, job.sampling) for job in share]
+            )
+            while left:
+                reference = await asyncio.wait_for(anext(stream), deadline - time.monotonic())
+                for index, completions in await asyncio.wait_for(reference, deadline - time.monotonic()):
+                    self._finish(seat, left.pop(index), completions)
+        except LOST as error:
+            late = isinstance(error, TimeoutError) and not isinstance(error, ray.exceptions.RayError)
+            why = (
+                f"rollout worker {i} has not finished its answers within rollout.timeout={self._timeout:g} s; "
+                "raise it, or lower rollout.max_response_length"
+                if late
+                else f"rollout worker {i}: {cause(error)}"
+            )
+            for job in left.values():
+                seat.leave(job)
+            try:
+                await self._replace(i, worker, why)
+            except ActorLostError as failure:
+                self._backlog.extend(left.values())
+                self._fail(failure)
+                return
+            for job in left.values():
+                job.reissued()
+            self._deal(list(left.values()))
+        except ray.exceptions.RayError as error:
+            self._backlog.extend(left.values())
+            self._fail(ActorLostError(f"rollout worker {i}: {cause(error)}"))
+
+    def _finish(self, seat: _Seat, job: Job, completions: tuple[Completion, ...]) -> None:
+        seat.leave(job)
+        self._lengths += sum(len(completion) for completion in completions)
+        self._answers += len(completions)
+        job.deliver(completions)
+        if self._backlog:
+            self._deal([])
+
+    def _fail(self, failure: ActorLostError) -> None:
+        """Nothing more will come: tells everybody who waits."""
+        self._failure = failure
+        jobs = [*self._backlog, *(job for seat in self._seats for job in seat.jobs)]
+        self._backlog.clear()
+        for seat in self._seats:
+            seat.jobs.clear()
+        for job in jobs:
+            job.deliver(failure)
+
+    async def _replace(self, i: int, lost: Any, why: str) -> None:
+        """A new actor on the seat, with the weights that are served now; ActorLostError where that is not allowed or does
+        not help."""
+        seat = self._seats[i]
+        async with seat.lock:
+            while seat.worker is lost:
+                if self._respawn is None or seat.restarts >= self._max_restarts:
+                    tried = f" (restarted {seat.restarts} times)" if seat.restarts else ""
+                    raise ActorLostError(f"{why}{tried}")
+                seat.up, seat.restarts = False, seat.restarts + 1
+                self.restarts += 1
+                try:
+                    fresh = await self._loop.run_in_executor(None, self._respawn, i)
+                    if self._latest is not None:
+                        await asyncio.wait_for(fresh.apply.remote(self._latest), self._sync_timeout)
+                except LOST as error:
+                    why = f"rollout worker {i}, restarted: {cause(error)}"
+                    continue
+                seat.worker, seat.up = fresh, True
+
+    async def _apply_all(self, patch: Any) -> list[int]:
+        self._latest = patch
+        return list(await asyncio.gather(*(self._apply(i, patch) for i in range(len(self._seats)))))
+
+    async def _apply(self, i: int, patch: Any) -> int:
+        seat = self._seats[i]
+        while True:
+            async with seat.lock:
+                worker = seat.worker
+                try:
+                    return int(await asyncio.wait_for(worker.apply.remote(patch), self._sync_timeout))
+                except LOST as error:
+                    late = isinstance(error, TimeoutError) and not isinstance(error, ray.exceptions.RayError)
+                    why = (
+                        f"rollout worker {i}: no answer to 'apply' within sync.timeout={self._sync_timeout:g} s"
+                        if late
+                        else f"rollout worker {i} failed in 'apply': {cause(error)}"
+                    )
+                except ray.exceptions.RayError as error:
+                    raise ActorLostError(f"rollout worker {i} failed in 'apply': {cause(error)}") from error
+            await self._replace(i, worker, why)
+
+    async def _digests(self) -> list[dict[str, str]]:
+        refs = [seat.worker.digests.remote() for seat in self._seats]
+        return list(await asyncio.wait_for(asyncio.gather(*refs), self._sync_timeout))

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Sequence
 
 import ray
 
 from ..kernels import platform
+from .engine import Request
 from .engines import WorkerSpec, make_engine
 from .patches import WeightPatch
-from .samples import Completion, Prompt, Sampling
+from .samples import Completion
 
 Finished = list[tuple[int, tuple[Completion, ...]]]
 """Prompts (by their index in the request) whose samples are all there, each with its completions in sample order."""
 
-CHUNKS = 8
-"""Messages in which a request's groups come back at most: early enough to grade while others decode, few enough that
-passing them costs nothing."""
+LINGER = 0.05
+"""Seconds that a finished group waits for others to come along: little enough to grade early, and messages cost time."""
 
 
 class RolloutWorker:
@@ -31,23 +32,37 @@ class RolloutWorker:
         """The process id, once the engine is up."""
         return os.getpid()
 
-    async def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> AsyncIterator[Finished]:
-        """All n samples of every prompt, submitted at once; yields groups of them as they become complete."""
-        index = {prompt.id: i for i, prompt in enumerate(prompts)}
-        partial: dict[str, list[Completion]] = {prompt.id: [] for prompt in prompts}
-        share = max(1, len(prompts) // CHUNKS)
+    async def generate(self, requests: Sequence[Request]) -> AsyncIterator[Finished]:
+        """All samples of every request, submitted at once; yields groups as they become complete, those together that do so
+        within `LINGER`."""
         ready: Finished = []
-        async for completion in self.engine.generate_all([(prompt, n, sampling) for prompt in prompts]):
+        some = asyncio.Event()
+        work = asyncio.create_task(self._decode(requests, ready, some))
+        try:
+            while not work.done() or ready:
+                await asyncio.wait({work, waiting := asyncio.create_task(some.wait())}, return_when="FIRST_COMPLETED")
+                waiting.cancel()
+                if not work.done():
+                    await asyncio.wait({work}, timeout=LINGER)
+                some.clear()
+                if ready:
+                    groups = list(ready)
+                    ready.clear()
+                    yield groups
+            work.result()
+        finally:
+            work.cancel()
+
+    async def _decode(self, requests: Sequence[Request], ready: Finished, some: asyncio.Event) -> None:
+        index = {prompt.id: i for i, (prompt, _, _) in enumerate(requests)}
+        partial: dict[str, list[Completion]] = {prompt.id: [] for prompt, _, _ in requests}
+        async for completion in self.engine.generate_all(requests):
             group = partial[completion.prompt_id]
             group.append(completion)
-            if len(group) == n:
-                del partial[completion.prompt_id]
-                ready.append((index[completion.prompt_id], tuple(sorted(group, key=lambda c: c.sample))))
-            if len(ready) >= share:
-                yield ready
-                ready = []
-        if ready:
-            yield ready
+            i = index[completion.prompt_id]
+            if len(group) == requests[i][1]:
+                ready.append((i, tuple(sorted(group, key=lambda c: c.sample))))
+                some.set()
 
     async def apply(self, patch: WeightPatch) -> int:
         """The version served from now on; raises if a single byte differs from what the learners hold."""

@@ -72,5 +72,13 @@ def read_metrics(run_dir: Path, axis: str = "train", stage: str = "rl") -> list[
 
 def timeless(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows without what depends on the clock."""
-    clock = ("timing_s/", "perf/throughput", "perf/actor/", "reward/answer/seconds", "reward/answer/batch_seconds")
+    clock = (
+        "timing_s/",
+        "sched/rollout_idle",
+        "sched/learner_idle",
+        "perf/throughput",
+        "perf/actor/",
+        "reward/answer/seconds",
+        "reward/answer/batch_seconds",
+    )
     return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]

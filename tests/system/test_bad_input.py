@@ -21,7 +21,7 @@ BEFORE_RAY = [
     (["stages=[rl]", "algorithm=ppo", "critic.path=nowhere/at-all"], "critic.path='nowhere/at-all'"),
     (["model.lora.targets=[nonsense]"], "model.lora.targets"),
     (["algorithm=grop"], "did you mean 'grpo'"),
-    (["schedule.max_staleness=2"], "schedule.max_staleness=2"),
+    (["schedule.max_staleness=-1"], "schedule.max_staleness=-1"),
 ]
 AFTER = [
     (["data={source: rows.jsonl, prompt_column: quesion, max_prompt_length: 16}"], "data.prompt_column"),

@@ -1,0 +1,206 @@
+"""The feed: keeps the rollout workers busy, has their answers marked as they come in, and hands the loop its groups.
+
+The loop calls `take` once a step; between two calls the workers decode on, as far ahead as `schedule.max_staleness` lets
+them, and graders mark what they finish.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+from ..rollout.pool import Job, Outcome
+from ..rollout.samples import Completion, Prompt
+from ..rollout.schedule import Schedule
+from .groups import Group
+from .run import Run
+
+GRADERS = 8
+"""Groups that are marked at the same time; rewards have processes of their own."""
+
+Ticket = tuple[int, int]
+"""What determines a group before it is sampled: the position of its problem in the source, and the RL step in which it was
+admitted, which gives the seed of its draws."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Feed:
+    """What one step got."""
+
+    groups: list[Group]
+    """In order of admission; with dynamic sampling those without a signal too, for the step's figures."""
+    waited: float
+    """Seconds in which the learners had nothing to do."""
+    metrics: dict[str, float]
+    """`sched/*`."""
+
+
+class GroupFeed:
+    """A context. Nothing is asked for before the first `take`; what is under way at the end is left alone."""
+
+    def __init__(self, run: Run) -> None:
+        schedule, filtered = run.config.schedule, run.config.filter
+        self._run = run
+        self._per_step = schedule.prompts_per_step
+        self._dynamic = filtered.dynamic_sampling
+        self._most_dropped = (filtered.max_rounds - 1) * self._per_step
+        self._schedule: Schedule[tuple[int, Group]] = Schedule(
+            groups_per_step=self._per_step, max_staleness=schedule.max_staleness, overdue=schedule.overdue
+        )
+        self._tickets: dict[int, Ticket] = {}
+        self._again: list[Ticket] = list(run.progress.pending)
+        self._position, self._step, self._admitted = run.progress.position, run.progress.step, 0
+        self._dropped: list[tuple[int, Group]] = []
+        self._figures = _Figures(run)
+        self._failure: BaseException | None = None
+        self._changed = threading.Condition(threading.RLock())
+        self._graders = ThreadPoolExecutor(GRADERS, thread_name_prefix="grader")
+
+    def __enter__(self) -> GroupFeed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._failure = self._failure or RuntimeError("the feed was closed")
+        self._graders.shutdown(wait=False, cancel_futures=True)
+
+    def take(self, step: int) -> Feed:
+        """The groups of this step, fresh enough to train on the version that is served now; asks for more first.
+
+        Raises what made a worker, or the marking of its answers, fail.
+        """
+        start = time.perf_counter()
+        with self._changed:
+            self._step = step
+            self._schedule.close(self._run.progress.version)
+            self._schedule.check()
+            while True:
+                if self._failure is not None:
+                    raise self._failure
+                self._admit()
+                if (taken := self._schedule.take(self._size())) is not None:
+                    break
+                self._changed.wait()  # for the pool or a grader, whose waits all have deadlines
+            sampled = sorted([*taken, *self._dropped], key=lambda pair: pair[0])
+            self._dropped = []
+            for number, _ in taken:
+                del self._tickets[number]
+            pending = (*self._again, *(self._tickets[number] for number in self._schedule.open))
+            self._run.progress = self._run.progress.advance(position=self._position, pending=pending)
+            waited = time.perf_counter() - start
+            return Feed(
+                groups=[group for _, group in sampled], waited=waited, metrics=self._figures.of_step(self._schedule)
+            )
+
+    def _size(self) -> int:
+        """How many groups the step trains on: fewer where too many had no signal."""
+        exhausted = len(self._dropped) > self._most_dropped and not self._schedule.running
+        return min(self._per_step, self._schedule.ready) if exhausted else self._per_step
+
+    def _admit(self) -> None:
+        """Asks for as many groups as the schedule has room for."""
+        schedule = self._schedule
+        if schedule.max_staleness == 0 and schedule.running:
+            return  # a second round starts when the first is done, so that a synchronous run repeats bit for bit
+        if self._dropped and len(self._dropped) > self._most_dropped:
+            return
+        jobs = []
+        for _ in range(schedule.room):
+            if self._again:
+                ticket = self._again.pop(0)
+            else:
+                ticket = (self._position, self._step)
+                self._position += 1
+            number = self._admitted
+            self._admitted += 1
+            self._tickets[number] = ticket
+            schedule.admit(number)
+            jobs.append(self._job(number, *ticket))
+        if jobs:
+            self._run.pool.submit(jobs)
+
+    def _job(self, number: int, position: int, step: int) -> Job:
+        prompt = self._run.source.train(position)
+        return Job(
+            prompt=prompt,
+            n=self._run.config.rollout.group_size,
+            sampling=self._run.sampling(step),
+            deliver=partial(self._decoded, number, prompt),
+            reissued=partial(self._locked, lambda: self._schedule.reissue(number)),
+        )
+
+    def _decoded(self, number: int, prompt: Prompt, outcome: Outcome) -> None:
+        """In the pool's thread: has the group marked in another."""
+        if isinstance(outcome, Exception):
+            self._fail(outcome)
+            return
+        try:
+            marking = self._graders.submit(self._run.grade, prompt, outcome)
+        except RuntimeError:  # the feed was closed meanwhile
+            return
+        marking.add_done_callback(partial(self._marked, number, outcome))
+
+    def _marked(self, number: int, completions: tuple[Completion, ...], marking: Future[Group]) -> None:
+        if marking.cancelled():
+            return
+        if (error := marking.exception()) is not None:
+            self._fail(error)
+            return
+        group = marking.result()
+
+        def enter() -> None:
+            self._schedule.finish(number, (number, group), min(c.oldest_version for c in completions))
+            if self._dynamic and not group.has_signal:
+                self._schedule.drop(number)
+                self._dropped.append((number, group))
+                del self._tickets[number]
+                self._admit()
+
+        self._locked(enter)
+
+    def _locked(self, change: Callable[[], None]) -> None:
+        with self._changed:
+            change()
+            self._changed.notify_all()
+
+    def _fail(self, error: BaseException) -> None:
+        def enter() -> None:
+            self._failure = self._failure or error
+
+        self._locked(enter)
+
+
+class _Figures:
+    """What happened since the last step: differences of what only grows."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._before: dict[str, float] = {}
+        self._at = time.monotonic()
+        self._idle = run.pool.idle_seconds()
+
+    def of_step(self, schedule: Schedule[tuple[int, Group]]) -> dict[str, float]:
+        counts, pool = schedule.counts, self._run.pool
+        totals = {
+            "sched/groups_issued": counts.issued,
+            "sched/groups_reissued": counts.reissued,
+            "sched/groups_evicted": counts.cut + counts.stale,
+            "sched/workers_restarted": pool.restarts,
+        }
+        found = {name: float(total - self._before.get(name, 0)) for name, total in totals.items()}
+        self._before = dict(totals)
+        now, idle = time.monotonic(), pool.idle_seconds()
+        spent = [(after - before) / max(now - self._at, 1e-9) for after, before in zip(idle, self._idle, strict=True)]
+        self._at, self._idle = now, idle
+        return found | {
+            "sched/groups_running": float(schedule.running),
+            "sched/groups_ready": float(schedule.ready),
+            "sched/rollout_idle": sum(spent) / len(spent),
+        }
+
+
+__all__ = ["Feed", "GroupFeed", "Ticket"]

@@ -1,0 +1,158 @@
+"""The schedule: which groups may start, which are ready to train on, and which have become too old. Pure bookkeeping.
+
+A step trains B groups on weights of some version v and publishes version v + 1. With `max_staleness` k a token sampled by
+version w may train up to version w + k, its group's *deadline*. Three rules keep that for every token, at every k:
+
+- *Room.* At most (k + 1) B groups are open (admitted and not trained yet), so one that starts now can be used in time if
+  groups are used in their order (AReaL's rule, arXiv 2505.24298, section 5.1).
+- *Waiting.* Groups become ready in another order than they start, so that rule alone lets a slow one grow older than k.
+  `take` therefore hands out ready groups only if those left behind can still all be used in time: for each deadline d, at
+  most B (d - v) of them may be due by d. With k = 0 this waits for all B: the synchronous loop is the special case.
+- *Eviction* (`overdue="evict"`). Nobody is waited for; what is past its deadline is thrown away.
+
+The group's age is counted from the version at which it was handed to a worker, and once it is finished from the oldest of
+its tokens, which is what the bound is about.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Generic, Literal, TypeVar
+
+T = TypeVar("T")
+
+Overdue = Literal["wait", "evict"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Counts:
+    """Groups since the schedule began. Each issue ends in one of four ways; each finished group in one of four others."""
+
+    issued: int = 0
+    """Handed to a worker, again after a loss included."""
+    finished: int = 0
+    reissued: int = 0
+    """Lost with their worker, and issued anew."""
+    cut: int = 0
+    """Thrown away while they were decoded."""
+    trained: int = 0
+    dropped: int = 0
+    """Finished, but left out: no signal under dynamic sampling."""
+    stale: int = 0
+    """Finished, but too old to train."""
+
+
+class Schedule(Generic[T]):
+    """Groups by number (the order of admission) from admission to training; T is what a finished group is.
+
+    Not thread-safe.
+    """
+
+    def __init__(
+        self, *, groups_per_step: int, max_staleness: int, overdue: Overdue = "wait", oversample: float = 1.0
+    ) -> None:
+        self.groups_per_step, self.max_staleness, self.overdue = groups_per_step, max_staleness, overdue
+        self.width = ceil(groups_per_step * oversample) + groups_per_step * max_staleness
+        """Open groups at most."""
+        self.version = 0
+        self.counts = Counts()
+        self._started: dict[int, int] = {}  # number -> version at which a worker got it
+        self._ready: dict[int, tuple[int, T]] = {}  # number -> (version of the oldest token, the group)
+        self._training: list[int] = []
+
+    @property
+    def running(self) -> int:
+        """Groups that are decoded or marked."""
+        return len(self._started)
+
+    @property
+    def ready(self) -> int:
+        return len(self._ready)
+
+    @property
+    def room(self) -> int:
+        """How many groups may be admitted now."""
+        return max(0, self.width - len(self._started) - len(self._ready) - len(self._training))
+
+    @property
+    def open(self) -> list[int]:
+        """Groups that were admitted and have not been taken."""
+        return sorted([*self._started, *self._ready])
+
+    def admit(self, number: int) -> None:
+        assert self.room > 0, f"group {number} was admitted to a full schedule"
+        assert number not in self._started and number not in self._ready, f"group {number} was admitted twice"
+        self._started[number] = self.version
+        self.counts.issued += 1
+
+    def reissue(self, number: int) -> None:
+        """The group's worker was lost; it starts anew, with the newest weights."""
+        if number in self._started:
+            self._started[number] = self.version
+            self.counts.reissued += 1
+            self.counts.issued += 1
+
+    def finish(self, number: int, group: T, oldest_version: int) -> None:
+        """The group is there; one that was thrown away meanwhile stays so."""
+        if number not in self._started:
+            return
+        del self._started[number]
+        self.counts.finished += 1
+        if oldest_version + self.max_staleness < self.version:
+            self.counts.stale += 1
+        else:
+            self._ready[number] = (oldest_version, group)
+
+    def drop(self, number: int) -> None:
+        """A ready group that will not train makes room for another."""
+        if self._ready.pop(number, None) is not None:
+            self.counts.dropped += 1
+
+    def take(self, wanted: int) -> list[T] | None:
+        """The `wanted` ready groups that are due first, in order of admission, to train on the present version; None while
+        there are fewer, or while the learner has to wait for one that is due."""
+        chosen = sorted(self._ready, key=lambda number: (self._ready[number][0], number))[:wanted]
+        if len(chosen) < wanted or not (self.overdue == "evict" or self._in_time(set(chosen))):
+            return None
+        chosen.sort()
+        self._training = chosen
+        return [self._ready.pop(number)[1] for number in chosen]
+
+    def _in_time(self, taken: set[int]) -> bool:
+        """Whether all groups but `taken` can train by their deadlines, in steps of B groups from the next version on."""
+        deadlines = [version + self.max_staleness for number, version in self._started.items()]
+        deadlines += [oldest + self.max_staleness for number, (oldest, _) in self._ready.items() if number not in taken]
+        for ahead in range(self.max_staleness + 1):
+            due = sum(deadline <= self.version + ahead for deadline in deadlines)
+            if due > self.groups_per_step * ahead:
+                return False
+        return True
+
+    def close(self, version: int) -> list[int]:
+        """Ends the step whose groups were taken: `version` is served from now on. Returns the running groups that are now
+        too old, for their workers to stop."""
+        assert version >= self.version, f"the version went from {self.version} to {version}"
+        self.counts.trained += len(self._training)
+        self._training, self.version = [], version
+        late = [number for number, (oldest, _) in self._ready.items() if oldest + self.max_staleness < version]
+        for number in late:
+            del self._ready[number]
+        self.counts.stale += len(late)
+        cut = [number for number, started in self._started.items() if started + self.max_staleness < version]
+        for number in cut:
+            del self._started[number]
+        self.counts.cut += len(cut)
+        return cut
+
+    def check(self) -> None:
+        """The books must balance: no group is lost, and none is counted twice."""
+        counts, running = self.counts, len(self._started)
+        ended = counts.finished + counts.reissued + counts.cut
+        assert counts.issued == ended + running, f"{counts} with {running} running: issues and their ends differ"
+        kept = len(self._ready) + len(self._training)
+        ended = counts.trained + counts.dropped + counts.stale
+        assert counts.finished == ended + kept, f"{counts} with {kept} kept: finished groups and their ends differ"
+
+
+__all__ = ["Counts", "Overdue", "Schedule"]
