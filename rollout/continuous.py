@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .decoder import Decoder, causal_attention
 from .kv_cache import KVCache, PromptState
-from .samples import Completion, FinishReason, Prompt, Sampling, Span
+from .samples import Completion, FinishReason, Prompt, Sampling, Span, merge_spans
 from .sampling import SlotSampling, check_request, sample, stream_key, uniforms
 
 PREFILL_TOKENS = 4096
@@ -35,12 +35,25 @@ Deliver = Callable[[Completion], None]
 @dataclass(slots=True, eq=False)
 class _Request:
     prompt: Prompt
-    n: int
+    samples: Sequence[int]
+    """Indices within the group."""
     sampling: Sampling
     deliver: Deliver
-    next_sample: int = 0
+    begun: Completion | None = None
+    """What the only sample of this request has already."""
+    placed: int = 0
+    """Samples that were given a slot."""
     state: PromptState | None = None
-    """The prefilled prompt, kept until the last sample is admitted or the weights change."""
+    """The prefilled tokens, kept until the last sample is admitted or the weights change."""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """What is prefilled: the prompt, and what was decoded before."""
+        return self.prompt.token_ids + (() if self.begun is None else tuple(self.begun.token_ids.tolist()))
+
+    @property
+    def left(self) -> Sequence[int]:
+        return self.samples[self.placed :]
 
 
 @dataclass(slots=True, eq=False)
@@ -98,10 +111,18 @@ class ContinuousBatch:
     def idle(self) -> bool:
         return not self._active and not self._waiting
 
-    def submit(self, prompt: Prompt, n: int, sampling: Sampling, deliver: Deliver) -> None:
-        """Queues n samples; `deliver` is called with each as it ends, within `step`."""
+    def submit(
+        self, prompt: Prompt, n: int, sampling: Sampling, deliver: Deliver, begun: Sequence[Completion] = ()
+    ) -> None:
+        """Queues n samples, or, of a group whose beginnings are there already, these; `deliver` is called with each as it
+        ends, within `step`. A beginning keeps its tokens, log-probs and spans, and its next draws are those that it would
+        have had."""
         self.check(prompt, n, sampling)
-        self._waiting.append(_Request(prompt, n, sampling, deliver))
+        if not begun:
+            self._waiting.append(_Request(prompt, range(n), sampling, deliver))
+        for part in begun:
+            assert part.prompt_id == prompt.id and len(part) < sampling.max_tokens
+            self._waiting.append(_Request(prompt, (part.sample,), sampling, deliver, part))
 
     def check(self, prompt: Prompt, n: int, sampling: Sampling) -> None:
         """ValueError if such a request could not be served."""
@@ -151,8 +172,8 @@ class ContinuousBatch:
         self._free(gone)
         for request in filter(hit, list(self._waiting)):
             self._waiting.remove(request)
-            for index in range(request.next_sample, request.n):
-                partial.append(_unstarted(request.prompt.id, index))
+            for index in request.left:
+                partial.append(request.begun or _unstarted(request.prompt.id, index))
                 request.deliver(partial[-1])
         return partial
 
@@ -166,12 +187,12 @@ class ContinuousBatch:
                     self._prefill()
                 assert request.state is not None
                 start = len(self._active)
-                count = min(self.slots - start, request.n - request.next_sample)
-                self._cache.fit(max(self._cache.width, len(request.prompt.token_ids)), len(self._active))
+                count = min(self.slots - start, len(request.left))
+                self._cache.fit(max(self._cache.width, len(request.token_ids)), len(self._active))
                 self._cache.fill(start, start + count, request.state)
                 logits.append(request.state.logits.expand(count, -1))
                 self._place(request, start, start + count)
-                if request.next_sample == request.n:
+                if not request.left:
                     request.state = None
                     self._waiting.popleft()
             self._emit(first, torch.cat(logits))
@@ -180,14 +201,20 @@ class ContinuousBatch:
         """Writes the settings of the request's next samples into slots start..stop-1."""
         sampling, length = request.sampling, len(request.prompt.token_ids)
         now = time.time()
-        indices = range(request.next_sample, request.next_sample + stop - start)
-        request.next_sample = indices.stop
+        indices = request.left[: stop - start]
+        request.placed += stop - start
         self._active += [_Sequence(request, index, now) for index in indices]
         keys = np.array([stream_key(sampling.seed, request.prompt.id, index) for index in indices], np.uint64)
         draws = uniforms(keys, length, length + sampling.max_tokens)
         rows = slice(start, stop)
+        have = 0
+        if (begun := request.begun) is not None:
+            have = len(begun)
+            self._active[start].spans, self._active[start].started = list(begun.spans), begun.started
+            self._tokens[start, length : length + have] = torch.from_numpy(begun.token_ids)
+            self._logprobs[start, length : length + have] = torch.from_numpy(begun.logprobs)
         self._uniforms[rows, length : length + sampling.max_tokens] = torch.from_numpy(draws)
-        self._positions[rows] = length
+        self._positions[rows] = length + have
         self._last[rows] = length + sampling.max_tokens - 1
         self._sampling.fill(start, stop, sampling, self.decoder.arch.vocab_size)
         self._sampling.note(sequence.request.sampling for sequence in self._active)
@@ -202,7 +229,7 @@ class ContinuousBatch:
         batch: list[_Request] = []
         longest = 0
         for request in self._waiting:
-            length = max(longest, len(request.prompt.token_ids))
+            length = max(longest, len(request.token_ids))
             if batch and (length * (len(batch) + 1) > PREFILL_TOKENS or len(batch) == self.slots):
                 break
             if request.state is None:
@@ -212,7 +239,7 @@ class ContinuousBatch:
         device = self.decoder.device
         ids = torch.zeros(len(batch), longest, dtype=torch.int64)
         for row, request in enumerate(batch):
-            ids[row, : len(request.prompt.token_ids)] = torch.tensor(request.prompt.token_ids)
+            ids[row, : len(request.token_ids)] = torch.tensor(request.token_ids)
         keys: list[Tensor] = []
         values: list[Tensor] = []
 
@@ -223,11 +250,11 @@ class ContinuousBatch:
 
         positions = torch.arange(longest, device=device).repeat(len(batch))
         hidden = self.decoder.forward(ids.view(-1).to(device), positions, attend).view(len(batch), longest, -1)
-        lengths = torch.tensor([len(request.prompt.token_ids) for request in batch], device=device)
+        lengths = torch.tensor([len(request.token_ids) for request in batch], device=device)
         logits = self.decoder.logits(hidden[self._rows[: len(batch)], lengths - 1])
         all_keys, all_values = torch.stack(keys, 1), torch.stack(values, 1)
         for row, request in enumerate(batch):
-            length = len(request.prompt.token_ids)
+            length = len(request.token_ids)
             request.state = PromptState(
                 keys=all_keys[row, :, :, :length], values=all_values[row, :, :, :length], logits=logits[row]
             )
@@ -264,7 +291,7 @@ class ContinuousBatch:
             sample=sequence.sample,
             token_ids=self._tokens[slot, begin : begin + count].cpu().numpy().astype(np.int32),
             logprobs=self._logprobs[slot, begin : begin + count].cpu().numpy().astype(np.float32),
-            spans=(*sequence.spans, *([Span(self.version, fresh, count)] if count > fresh else [])),
+            spans=merge_spans([*sequence.spans, *([Span(self.version, fresh, count)] if count > fresh else [])]),
             finish_reason=reason,
             started=sequence.started,
             finished=time.time(),

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -103,7 +103,7 @@ class EmbeddedEngine:
         self._running = asyncio.Event()
         self._running.set()
         self._streams: set[_Stream] = set()
-        self._inbox: deque[tuple[Request, _Stream]] = deque()
+        self._inbox: deque[tuple[Request, Sequence[Completion], _Stream]] = deque()
         self._driver: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -151,17 +151,19 @@ class EmbeddedEngine:
         async for completion in self.generate_all([(prompt, n, sampling)]):
             yield completion
 
-    async def generate_all(self, requests: Sequence[Request]) -> AsyncIterator[Completion]:
-        """Submits all requests at once and yields their completions as they finish; ValueError before any is taken."""
+    async def generate_all(
+        self, requests: Sequence[Request], begun: Mapping[str, Sequence[Completion]] | None = None
+    ) -> AsyncIterator[Completion]:
+        begun = begun or {}
         self._check_serving()
         for request in requests:
             self._batch.check(*request)
         stream = _Stream()
         self._streams.add(stream)
-        self._inbox.extend((request, stream) for request in requests)
+        self._inbox.extend((request, begun.get(request[0].id, ()), stream) for request in requests)
         if self._driver is None or self._driver.done():
             self._driver = asyncio.create_task(self._drive())
-        left = sum(n for _, n, _ in requests)
+        left = sum(len(begun.get(prompt.id, ())) or n for prompt, n, _ in requests)
         try:
             while left:
                 outcome = await stream.outcomes.get()
@@ -250,8 +252,8 @@ class EmbeddedEngine:
 
     def _take_inbox(self) -> None:
         while self._inbox:
-            (prompt, n, sampling), stream = self._inbox.popleft()
-            self._batch.submit(prompt, n, sampling, stream.deliver)
+            (prompt, n, sampling), begun, stream = self._inbox.popleft()
+            self._batch.submit(prompt, n, sampling, stream.deliver, begun)
 
     def _abort(self, select: Callable[[Prompt, Deliver], bool]) -> list[Completion]:
         self._take_inbox()

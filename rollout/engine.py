@@ -5,7 +5,7 @@ Every coroutine runs on one event loop; an engine does its computing elsewhere, 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -34,8 +34,15 @@ class Engine(Protocol):
         """
         ...
 
-    def generate_all(self, requests: Sequence[Request]) -> AsyncIterator[Completion]:
-        """As `generate`, of many requests submitted at once; ValueError before any of them is taken."""
+    def generate_all(
+        self, requests: Sequence[Request], begun: Mapping[str, Sequence[Completion]] | None = None
+    ) -> AsyncIterator[Completion]:
+        """As `generate`, of many requests submitted at once; ValueError before any of them is taken.
+
+        begun: prompt id -> aborted completions of it. Of such a request only these samples are decoded, from where they
+        stand (none of them at `max_tokens`): what they have keeps its log-probs and spans, and is read with the weights of
+        now. They come back whole.
+        """
         ...
 
     async def pause(self) -> None:

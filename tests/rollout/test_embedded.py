@@ -176,6 +176,47 @@ def test_abort_returns_what_was_decoded_and_ends_the_stream(make_decoder: MakeDe
             np.testing.assert_allclose(completion.logprobs, exact, atol=2e-6, rtol=0)
 
 
+def test_an_aborted_sample_goes_on_as_if_nothing_had_happened(
+    make_decoder: MakeDecoder, make_prompt: MakePrompt
+) -> None:
+    """By the same weights the tokens are those of the run that was not interrupted; by new ones, what follows is theirs, read
+    anew from the first token on."""
+    new, prompt = make_decoder(1), make_prompt("p")
+
+    async def scenario(patch: WeightPatch | None) -> tuple[list[Completion], list[Completion]]:
+        engine = EmbeddedEngine(make_decoder(0), max_num_seqs=2, max_model_len=220, run_id="run")
+        group = asyncio.create_task(collect(engine, prompt, 3, LONG))
+        await until_steps(engine, 20)
+        parts = await engine.abort(["p"])
+        await group
+        if patch is not None:
+            await engine.apply(patch)
+        stream = engine.generate_all([(prompt, 3, LONG)], {"p": parts})
+        whole = sorted([completion async for completion in stream], key=lambda c: c.sample)
+        await engine.close()
+        return sorted(parts, key=lambda c: c.sample), whole
+
+    uninterrupted = EmbeddedEngine(make_decoder(0), max_num_seqs=2, max_model_len=220)
+    uninterrupted.submit(prompt, 3, LONG)
+    expected = sorted(uninterrupted.run(), key=lambda c: c.sample)
+    parts, same = run(scenario(None))
+    assert [len(part) >= 20 for part in parts] == [True, True, False], "the third had no slot yet"
+    for completion, reference in zip(same, expected, strict=True):
+        np.testing.assert_array_equal(completion.token_ids, reference.token_ids)
+        np.testing.assert_allclose(completion.logprobs, reference.logprobs, atol=1e-6)
+        assert (completion.sample, completion.spans) == (reference.sample, (Span(0, 0, 200),))
+
+    parts, changed = run(scenario(patch_of(new, 1)))
+    for part, completion in zip(parts, changed, strict=True):
+        have = len(part)
+        np.testing.assert_array_equal(completion.token_ids[:have], part.token_ids)
+        np.testing.assert_array_equal(completion.logprobs[:have], part.logprobs)
+        assert completion.spans == ((Span(0, 0, have), Span(1, have, 200)) if have else (Span(1, 0, 200),))
+        ids = torch.tensor([[*prompt.token_ids, *completion.token_ids.tolist()]])
+        by_new = new.token_logprobs(ids)[0, len(prompt.token_ids) - 1 :].numpy()
+        np.testing.assert_allclose(completion.logprobs[have:], by_new[have:], atol=2e-6, rtol=0)
+
+
 def test_a_consumer_that_leaves_frees_its_slots(make_decoder: MakeDecoder, make_prompt: MakePrompt) -> None:
     async def scenario() -> int:
         engine = EmbeddedEngine(make_decoder(0), max_num_seqs=2, max_model_len=1000)
