@@ -184,6 +184,7 @@ class Cluster:
                     max_model_len=config.max_model_length,
                     run_id=run_id,
                     timeout=config.sync.timeout,
+                    in_flight=config.schedule.in_flight,
                     engine=config.rollout.engine,
                     engine_args=config.rollout.engine_args,
                 )

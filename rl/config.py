@@ -156,6 +156,10 @@ class ScheduleConfig(Settings):
     max_staleness: int = Field(default=0, ge=0, le=64)
     """k: a token trains at most k versions after the one that sampled it, and rollouts run ahead by as much while the
     learners work. 0: strictly on-policy, every token is sampled by the newest weights."""
+    in_flight: Literal["update", "finish", "park"] = "update"
+    """What becomes of answers that are being decoded when new weights come. `update`: they go on with them at the next token.
+    `finish`: they are finished with the old ones, and the update waits. `park`: they go on from where they stood, read anew
+    by the new weights. Every token keeps the version and the log-prob that it was drawn with."""
     overdue: Literal["wait", "evict"] = "wait"
     """What happens to a group that would become too old while it is still decoded. `wait`: the learners wait for it. `evict`:
     it is thrown away and counted, which favours short answers."""

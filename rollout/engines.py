@@ -9,6 +9,7 @@ from typing import Any
 from ..kernels import platform
 from . import vllm_compat
 from .engine import Engine
+from .service import InFlight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +27,8 @@ class WorkerSpec:
     run_id: str
     timeout: float
     """Seconds that one burst of decoding or one weight update may take."""
+    in_flight: InFlight = "update"
+    """As in `schedule.in_flight`."""
     engine: str = "embedded"
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     """vLLM's own, by its names."""

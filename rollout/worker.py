@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 
 import ray
 
@@ -13,12 +12,7 @@ from .engine import Request
 from .engines import WorkerSpec, make_engine
 from .patches import WeightPatch
 from .samples import Completion
-
-Finished = list[tuple[int, tuple[Completion, ...]]]
-"""Prompts (by their index in the request) whose samples are all there, each with its completions in sample order."""
-
-LINGER = 0.05
-"""Seconds that a finished group waits for others to come along: little enough to grade early, and messages cost time."""
+from .service import Finished, GroupService
 
 
 class RolloutWorker:
@@ -27,46 +21,24 @@ class RolloutWorker:
     def __init__(self, spec: WorkerSpec) -> None:
         platform.set_threads(spec.threads)
         self.engine = make_engine(spec, _own_cards(platform.named(spec.device)))
+        self.service = GroupService(self.engine, spec.in_flight)
 
     async def ready(self) -> int:
         """The process id, once the engine is up."""
         return os.getpid()
 
     async def generate(self, requests: Sequence[Request]) -> AsyncIterator[Finished]:
-        """All samples of every request, submitted at once; yields groups as they become complete, those together that do so
-        within `LINGER`."""
-        ready: Finished = []
-        some = asyncio.Event()
-        work = asyncio.create_task(self._decode(requests, ready, some))
-        try:
-            while not work.done() or ready:
-                await asyncio.wait({work, waiting := asyncio.create_task(some.wait())}, return_when="FIRST_COMPLETED")
-                waiting.cancel()
-                if not work.done():
-                    await asyncio.wait({work}, timeout=LINGER)
-                some.clear()
-                if ready:
-                    groups = list(ready)
-                    ready.clear()
-                    yield groups
-            work.result()
-        finally:
-            work.cancel()
+        """Groups as they become complete."""
+        async for groups in self.service.generate(requests):
+            yield groups
 
-    async def _decode(self, requests: Sequence[Request], ready: Finished, some: asyncio.Event) -> None:
-        index = {prompt.id: i for i, (prompt, _, _) in enumerate(requests)}
-        partial: dict[str, list[Completion]] = {prompt.id: [] for prompt, _, _ in requests}
-        async for completion in self.engine.generate_all(requests):
-            group = partial[completion.prompt_id]
-            group.append(completion)
-            i = index[completion.prompt_id]
-            if len(group) == requests[i][1]:
-                ready.append((i, tuple(sorted(group, key=lambda c: c.sample))))
-                some.set()
+    async def cut(self, prompt_ids: Collection[str]) -> list[tuple[Completion, ...]]:
+        """Ends these groups; returns what they had."""
+        return await self.service.cut(prompt_ids)
 
     async def apply(self, patch: WeightPatch) -> int:
         """The version served from now on; raises if a single byte differs from what the learners hold."""
-        return await self.engine.apply(patch)
+        return await self.service.apply(patch)
 
     async def digests(self) -> dict[str, str]:
         """name -> xxh3-128 of the bytes that are served."""
