@@ -1,13 +1,13 @@
 # make demo   sets everything up, then trains a small reasoner on this machine until it is visibly better
 # make test   sets everything up, then runs the tests
-# Others: install, test-unit (under a minute), test-ascend, lint, bench, clean. PYTHON=python3.12 picks the interpreter.
+# Others: install, test-unit (under a minute), test-vllm, test-ascend, lint, bench, clean. PYTHON=python3.12 picks the interpreter.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test test-unit test-ascend lint bench install clean FORCE
+.PHONY: demo test test-unit test-vllm test-ascend lint bench install clean FORCE
 
 demo: install
 	$(BIN)/emberl train configs/quickstart.yaml
@@ -22,6 +22,11 @@ test-unit: install
 test-ascend:
 	tests/ascend/setup.sh $(VENV)-ascend
 	OMP_NUM_THREADS=1 $(VENV)-ascend/bin/pytest tests/ascend
+
+# Rollouts on real vLLM for the CPU, in an environment of its own (vLLM pins the versions of torch and transformers).
+test-vllm:
+	tests/vllm/setup.sh $(VENV)-vllm
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/pytest tests/vllm
 
 lint: install
 	$(BIN)/ruff format --check .
@@ -47,4 +52,4 @@ $(VENV)/.files: FORCE
 FORCE:
 
 clean:
-	rm -rf $(VENV) $(VENV)-ascend build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-ascend build *.egg-info .pytest_cache .mypy_cache .ruff_cache

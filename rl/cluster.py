@@ -161,7 +161,8 @@ class Cluster:
         """Starts all actors; they load while the caller does other things, until it calls `wait`."""
         config, seats = self.config, self.placement.seats
         world = sum(seat.role == "learner" for seat in seats)
-        ranks, workers = [], []
+        ranks: list[Any] = []
+        self._specs: list[tuple[Seat, WorkerSpec]] = []
         for seat in seats:
             if seat.role == "learner":
                 rank = RankSpec(
@@ -187,8 +188,10 @@ class Cluster:
                     in_flight=config.schedule.in_flight,
                     engine=config.rollout.engine,
                     engine_args=config.rollout.engine_args,
+                    max_restarts=config.rollout.max_restarts,
                 )
-                workers.append(self._spawn(RolloutWorker, seat, worker))
+                self._specs.append((seat, worker))
+        workers = [self._spawn(RolloutWorker, seat, worker) for seat, worker in self._specs]
         self._ready = [worker.ready.remote() for worker in workers]
         self._model_path = model_path
         self.learners = LearnerGroup(ranks, timeout=config.cluster.step_timeout)
@@ -197,8 +200,19 @@ class Cluster:
             timeout=config.rollout.timeout,
             sync_timeout=config.sync.timeout,
             max_samples=config.rollout.max_num_seqs if config.schedule.max_staleness else None,
+            respawn=self.respawn,
+            max_restarts=config.rollout.max_restarts,
         )
         return self.learners, self.pool
+
+    def respawn(self, index: int) -> Any:
+        """A new actor in the place of a rollout worker that is lost or stuck; returns when it has its model. What Ray raises
+        where that fails is the caller's."""
+        seat, spec = self._specs[index]
+        ray.kill(self.pool.workers[index])
+        handle = self._spawn(RolloutWorker, seat, spec)
+        ray.get(handle.ready.remote(), timeout=self.config.cluster.start_timeout)
+        return handle
 
     def wait(self) -> None:
         """Until every actor has its model and the learners have met."""

@@ -99,6 +99,9 @@ class RolloutConfig(Settings):
     has to be installed; with vllm-ascend beside it, on NPUs."""
     engine_args: Mapping[str, Any] = Field(default_factory=dict)
     """vLLM's engine arguments by its own names, e.g. {gpu_memory_utilization: 0.8, enforce_eager: true}."""
+    max_restarts: int = Field(default=2, ge=0)
+    """How often one worker is replaced (or starts vLLM's processes anew) when it is lost or stuck; what it had not answered is
+    asked again."""
     group_size: int = Field(default=8, ge=1)
     """G, the number of answers to each prompt."""
     temperature: float = Field(default=1.0, ge=0)
@@ -148,6 +151,10 @@ class ScheduleConfig(Settings):
     steps: int = Field(default=100, ge=0)
     """RL steps: prompts sampled, answers marked, `minibatches` x `epochs` optimizer steps, one new version of the weights."""
     prompts_per_step: int = Field(default=64, ge=1)
+    oversample: float = Field(default=1.0, ge=1)
+    """With max_staleness=0: so many times `prompts_per_step` groups are started, the first of them to be finished are trained
+    on, and the rest is cut. Steps are shorter by their long tail, and short answers are favoured
+    (`sched/oversample/length_bias`)."""
     minibatches: int = Field(default=1, ge=1)
     """Parts of whole groups into which a step's answers are split, an optimizer step each. From the second on the ratio to
     the sampling policy is no longer 1, and the clip of the loss acts."""
@@ -289,6 +296,11 @@ class Config(Settings):
     @model_validator(mode="after")
     def _fits(self) -> Config:
         check_algorithm(self.advantage, self.kl, self.filter)
+        if self.schedule.oversample > 1 and self.schedule.max_staleness:
+            raise ValueError(
+                f"schedule.oversample={self.schedule.oversample:g} is for max_staleness=0: with "
+                f"schedule.max_staleness={self.schedule.max_staleness} long answers go on while the learners work; set one of them"
+            )
         return self
 
     @property

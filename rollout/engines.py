@@ -32,6 +32,8 @@ class WorkerSpec:
     engine: str = "embedded"
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     """vLLM's own, by its names."""
+    max_restarts: int = 0
+    """How often vLLM's processes are started anew."""
 
 
 def check_engine(engine: str, engine_args: Mapping[str, Any]) -> None:
@@ -81,6 +83,7 @@ def _vllm(spec: WorkerSpec, cards: tuple[str, ...]) -> Engine:
         run_id=spec.run_id,
         version=-1,
         deadline_s=spec.timeout,
+        max_restarts=spec.max_restarts,
         engine_args=spec.engine_args,
     )
 

@@ -8,19 +8,23 @@ a process ends, and a small /dev/shm does not limit it.
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
+from .decoder import DTYPE_NAMES, checkpoint_tensors
 from .patches import Bytes, TensorBytes, WeightPatch, digest, verify
 
 ALIGNMENT = 64
 """Bytes; a tensor starts where any processor may load it from."""
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+ITEM_BYTES = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
 
 
 class Entry(NamedTuple):
@@ -113,4 +117,16 @@ def read_mirror(path: str, entries: Iterable[tuple[str, Entry]]) -> Iterator[tup
         yield name, TensorBytes(dtype=entry.dtype, shape=tuple(entry.shape), data=data)
 
 
-__all__ = ["Entry", "Mirror", "read_mirror"]
+def checkpoint_bytes(path: Path, dtype: str) -> dict[str, TensorBytes]:
+    """The tensors of a Hugging Face directory in the bytes that an engine of `dtype` makes of them; a tied head once."""
+    tied = json.loads((path / "config.json").read_text()).get("tie_word_embeddings", False)
+    kind: torch.dtype = getattr(torch, dtype)
+    tensors = {}
+    for name, tensor in checkpoint_tensors(path):
+        if name != "lm_head.weight" or not tied:
+            data = tensor.to(kind).contiguous().view(-1).view(torch.uint8).numpy()
+            tensors[name] = TensorBytes(dtype=DTYPE_NAMES[kind], shape=tuple(tensor.shape), data=data)
+    return tensors
+
+
+__all__ = ["Entry", "Mirror", "checkpoint_bytes", "read_mirror"]

@@ -1,4 +1,4 @@
-"""Everything of vLLM's that emberl touches, and everything that differs between its versions and platforms.
+"""Everything that differs between vLLM's versions and platforms, chosen by what is installed and checked before a start.
 
 Tested with vLLM 0.32 on a CPU. What is used is the same in 0.23, the version that vllm-ascend 0.23 runs on: `AsyncLLM`
 with `generate`, `abort`, `pause_generation(mode="keep")`, `resume_generation`, `reset_prefix_cache` and `collective_rpc`,
@@ -10,28 +10,25 @@ vLLM nor torch.
 from __future__ import annotations
 
 import ast
-import asyncio
 import difflib
 import importlib.util
 import inspect
 import math
 import os
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..kernels import platform
-from .log_tail import LogTail
-from .samples import Sampling
 
 OWNER = "EMBERL_ENGINE_OWNER"
 """Environment variable: the process id of the rollout worker that an engine belongs to."""
 OLDEST, NEWEST = (0, 23), (0, 32)
 """Minor versions; an older one is refused, with a newer one a warning says that nobody has tried."""
-DTYPES = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}
+DTYPES = {"bfloat16": "BF16", "float32": "F32"}
 """What vLLM decodes in -> as safetensors spells it."""
 GIB = 1 << 30
 BLOCK = 128
@@ -68,14 +65,6 @@ class EngineSettings:
     """Ids of the cards that are this engine's; empty: those that its process sees."""
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     """The user's own, by vLLM's names."""
-
-
-class Decoded(NamedTuple):
-    """What vLLM returned for one request."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
 
 
 def installed_version() -> str | None:
@@ -211,26 +200,8 @@ def _visible_cards(target: platform.Platform, settings: EngineSettings, environ:
     return {variable: ",".join(settings.cards)}
 
 
-# What runs.
-
-
-def start(settings: EngineSettings) -> RunningLLM:
-    """Starts vLLM's processes and returns once they hold the model; minutes for a large one.
-
-    ValueError for settings that vLLM does not take, RuntimeError with the last error line of its log if it does not start.
-    """
-    check_installed()
-    check_engine_args(settings.engine_args)
-    if settings.dtype not in DTYPES:
-        raise ValueError(
-            f"model.dtype={settings.dtype}: vLLM decodes in {', '.join(DTYPES)}; set rollout.engine=embedded"
-        )
-    variables, arguments = prepare(settings, os.environ)
-    os.environ.update(variables)
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    check_signatures(AsyncLLM)
+def engine_arguments(settings: EngineSettings, of_platform: Mapping[str, Any]) -> dict[str, Any]:
+    """All of vLLM's arguments: emberl's choices, over them the user's, over them what cannot be otherwise."""
     chosen = {"max_num_seqs": settings.max_num_seqs, "disable_log_stats": True, "enable_prefix_caching": True}
     forced = {
         "model": settings.model,
@@ -241,133 +212,8 @@ def start(settings: EngineSettings) -> RunningLLM:
         "skip_tokenizer_init": True,
         "generation_config": "vllm",
     }
-    tail = LogTail()
-    try:
-        with tail.inherited():
-            args = AsyncEngineArgs(**{**chosen, **settings.engine_args, **arguments, **forced})
-            llm = AsyncLLM.from_engine_args(args)
-    except RuntimeError as error:  # vLLM says only "see root cause above", which went to its log
-        raise RuntimeError(f"vLLM did not start: {tail.cause()}") from error
-    return RunningLLM(llm, tail)
-
-
-class RunningLLM:
-    """vLLM at work. Every method must be called on one event loop."""
-
-    def __init__(self, llm: Any, tail: LogTail) -> None:
-        self._llm, self._tail = llm, tail
-        self.vocab_size: int = llm.model_config.get_vocab_size()
-        self._count: Callable[[str, int], None] = lambda _request_id, _tokens: None
-        self._waiting = False
-        self._watch()
-
-    def on_tokens(self, count: Callable[[str, int], None]) -> None:
-        """From now on `count(request id, new tokens)` is called for whatever the engine's process sends, in its order."""
-        self._count = count
-
-    async def decode(self, request_id: str, token_ids: list[int], sampling: Sampling, seed: int, salt: str) -> Decoded:
-        """One sample to its end; "abort" as its finish reason, and what was decoded, if it was aborted.
-
-        request_id: without a hyphen. salt: prompts share cached blocks only with prompts of the same salt.
-        """
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        parameters = SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_tokens,
-            stop_token_ids=list(sampling.stop_token_ids),
-            ignore_eos=True,  # what ends a completion is said by stop_token_ids alone
-            seed=seed,
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        sample = (await self._final(request_id, token_ids, parameters, salt)).outputs[0]
-        return Decoded(list(sample.token_ids), list(sample.logprobs.logprobs), str(sample.finish_reason))
-
-    async def prompt_logprobs(self, request_id: str, token_ids: list[int], salt: str) -> list[float]:
-        """log-prob of every token but the first, given those before it, by the model without a temperature."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        parameters = SamplingParams(
-            max_tokens=1,
-            prompt_logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        return list((await self._final(request_id, token_ids, parameters, salt)).prompt_logprobs.logprobs)
-
-    async def abort(self, request_ids: Collection[str]) -> None:
-        """Those that vLLM knows end with the tokens that have arrived; others are passed over."""
-        await self._llm.abort(list(request_ids))
-
-    async def pause(self) -> None:
-        """Returns once no step runs, all requests are kept, and every token of earlier steps has been counted."""
-        await self._llm.pause_generation(mode="keep", clear_cache=False)
-        # The answer came after those tokens through the same socket, so they lie at most one queue away. vLLM starts the
-        # handler that empties it with the first request.
-        while self._llm.output_handler is not None and not self._waiting:
-            await asyncio.sleep(0)
-
-    async def resume(self) -> None:
-        await self._llm.resume_generation()
-
-    async def clear_prefix_cache(self) -> bool:
-        """False, and nothing done, while requests hold blocks of it."""
-        return bool(await self._llm.reset_prefix_cache())
-
-    async def call_workers(self, method: str, *arguments: Any) -> list[Any]:
-        """One result of each worker process."""
-        return list(await self._llm.collective_rpc(method, args=arguments))
-
-    def cause(self) -> str:
-        """The last error line of the engine's log."""
-        return self._tail.cause()
-
-    async def shutdown(self) -> None:
-        """Ends vLLM's processes; seconds."""
-        if self._llm.output_handler is not None:
-            self._llm.output_handler.cancel()  # it would report the end of the processes as a failure
-        await asyncio.to_thread(self._llm.shutdown)
-        self._tail.close()
-
-    async def _final(self, request_id: str, token_ids: list[int], parameters: Any, salt: str) -> Any:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        # a rendered prompt: vLLM has nothing left to tokenise
-        prompt = {"type": "token", "prompt_token_ids": token_ids, "cache_salt": salt}
-        final = None
-        try:
-            async for output in self._llm.generate(prompt, parameters, request_id):
-                final = output
-        except EngineDeadError:
-            raise RuntimeError(f"vLLM's engine process has ended: {self.cause()}") from None
-        assert final is not None and final.finished, f"vLLM ended request {request_id} without its result"
-        return final
-
-    def _watch(self) -> None:
-        """Looks at what the engine's process sends before vLLM's own handler takes it; the handler asks for more only when
-        it has dealt with all that came before."""
-        core = self._llm.engine_core
-        receive = core.get_output_async
-
-        async def receive_and_count() -> Any:
-            self._waiting = True
-            outputs = await receive()
-            self._waiting = False
-            for output in outputs.outputs:
-                if output.new_token_ids:
-                    # vLLM's own id is ours, a hyphen and random letters
-                    self._count(output.request_id.partition("-")[0], len(output.new_token_ids))
-            return outputs
-
-        core.get_output_async = receive_and_count
+    assert forced.keys() == SET_BY_EMBERL.keys()
+    return {**chosen, **settings.engine_args, **of_platform, **forced}
 
 
 def repack_tied_head(model: Any) -> None:
@@ -408,10 +254,12 @@ def _text(minor: tuple[int, int]) -> str:
 __all__ = [
     "DTYPES",
     "OWNER",
-    "Decoded",
     "EngineSettings",
-    "RunningLLM",
     "check_engine_args",
     "check_installed",
-    "start",
+    "check_signatures",
+    "engine_arguments",
+    "installed_version",
+    "prepare",
+    "repack_tied_head",
 ]

@@ -12,87 +12,42 @@ The same protocol as `EmbeddedEngine`. Choices that a user can see:
   in PipelineRL, arXiv 2509.19128). What has no token yet starts anew, and each version looks prompts up under a salt of its
   own, so no prompt is ever continued from another version's cache.
 - What is served is proved twice: a patch's digests are compared before anything changes, and each process of the engine
-  answers with the digests of the bytes that it loaded. Between the two nothing is decoded.
+  answers with the digests of the bytes that it loaded. Between the two nothing is decoded. Bytes that differ are loaded
+  once more; if they differ again the engine serves nothing until a whole patch comes.
+- An engine whose processes end, or from which nothing comes within its deadline, is started anew, loads the version that
+  was served, and gets the unfinished samples again, up to `max_restarts` times.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from . import vllm_compat
-from .decoder import checkpoint_tensors
 from .engine import Request
-from .mirror import Mirror
+from .in_flight import NOTHING, Decoded, InFlight
+from .mirror import Mirror, checkpoint_bytes
 from .patches import DigestMismatchError, TensorBytes, VersionError, WeightPatch, verify
-from .samples import Completion, FinishReason, Prompt, Sampling, Span, merge_spans
+from .samples import Completion, Prompt, Sampling
 from .sampling import check_request, stream_key
 from .update_order import UpdateOrder
+from .vllm_process import EngineLostError, RunningLLM, start
 
-T = TypeVar("T")
-
-REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 ABORT_AGAIN = 0.1
 """Seconds after which an abort is repeated for requests that were still on their way to vLLM."""
-
-
-@dataclass(kw_only=True, eq=False)
-class _Sample:
-    """One sample on its way."""
-
-    prompt: Prompt
-    number: int
-    sampling: Sampling
-    outcomes: asyncio.Queue[Completion | BaseException]
-    request_id: str = ""
-    tokens: int = 0
-    """Decoded so far, as far as this process has heard."""
-    spans: list[Span] = field(default_factory=list)
-    """Of the tokens of versions that are no longer served."""
-    started: float = field(default_factory=time.time)
-    restart: bool = False
-    """It had no token when the weights changed."""
-    unwanted: bool = False
-    """Somebody aborted it."""
-    partial: Completion | None = None
-
-    def close_span(self, version: int) -> None:
-        """The tokens that no span covers yet are of `version`."""
-        start = self.spans[-1].stop if self.spans else 0
-        if self.tokens > start:
-            self.spans.append(Span(version, start, self.tokens))
-
-    def completion(self, decoded: vllm_compat.Decoded, version: int) -> Completion:
-        """`version` is of the tokens that no span covers."""
-        reason = REASONS.get(decoded.finish_reason)
-        if reason is None:
-            raise RuntimeError(f"vLLM ended a sample of prompt {self.prompt.id} with {decoded.finish_reason!r}")
-        count = len(decoded.token_ids)
-        start = self.spans[-1].stop if self.spans else 0
-        assert start <= count <= self.tokens, (
-            f"{count} tokens arrived, {self.tokens} were counted, {start} before an update"
-        )
-        rest = [Span(version, start, count)] if count > start else []
-        return Completion(
-            prompt_id=self.prompt.id,
-            sample=self.number,
-            token_ids=np.array(decoded.token_ids, np.int32),
-            logprobs=np.array(decoded.logprobs, np.float32),
-            spans=merge_spans([*self.spans, *rest]),
-            finish_reason=reason,
-            started=self.started,
-            finished=time.time(),
-        )
+LOOK = 0.5
+"""Seconds between two looks at whether tokens come."""
+SLOWEST = 1.0
+"""Seconds that a token of a sample which is being decoded may take on average."""
 
 
 class VLLMEngine:
@@ -111,16 +66,18 @@ class VLLMEngine:
         run_id: str = "",
         version: int = 0,
         deadline_s: float = 120.0,
+        max_restarts: int = 0,
         engine_args: Mapping[str, Any] | None = None,
     ) -> None:
         """`model` is a Hugging Face directory, or a Hub id with version -1.
 
         run_id, version: as of `EmbeddedEngine`. deadline_s: the longest that one step of a weight update, a pause or an
-        abort may take. The rest: `vllm_compat.EngineSettings`. ValueError and RuntimeError: `vllm_compat.start`.
+        abort may take, and that no token may come while some are asked for; a sample has that and a second for each token
+        it asks, from its first. The rest: `vllm_compat.EngineSettings`. ValueError and EngineLostError: `vllm_process.start`.
         """
         if max_num_seqs < 1 or max_model_len < 2:
             raise ValueError(f"max_num_seqs={max_num_seqs}, max_model_len={max_model_len}: at least 1 and 2 are needed")
-        settings = vllm_compat.EngineSettings(
+        self._settings = vllm_compat.EngineSettings(
             model=str(model),
             dtype=dtype,
             device=device,
@@ -130,24 +87,28 @@ class VLLMEngine:
             max_model_len=max_model_len,
             engine_args=engine_args or {},
         )
-        self._llm = vllm_compat.start(settings)
-        self._llm.on_tokens(self._count)
-        self._max_model_len, self._deadline = max_model_len, deadline_s
+        self._deadline, self._max_restarts, self.restarts = deadline_s, max_restarts, 0
         self._run_id, self._version = run_id, version
+        self._start()
         self._mirror = Mirror(vllm_compat.DTYPES[dtype])
         if version >= 0:
-            self._mirror.write(_checkpoint(Path(model), dtype))
-        self._order = UpdateOrder()
-        self._turn = asyncio.Lock()  # who may pause, resume, abort or update; first come, first served
-        self._open = asyncio.Event()  # whether requests are handed to vLLM
+            self._mirror.write(checkpoint_bytes(Path(model), dtype))
+        self._proved: WeightPatch | None = None  # of the version served, without its tensors; None: those of `model`
+        self._turn = asyncio.Lock()  # who may pause, resume, update or restart; first come, first served
+        self._open = asyncio.Event()  # whether samples are sent to vLLM
         self._open.set()
         self._held = False  # somebody asked for a pause
-        self._corrupt: str | None = None
+        self._corrupt: Exception | None = None
         self._closed = False
-        self._salt = self._tokens_decoded = 0
+        self._salt = 0
         self._ids = itertools.count()
-        self._sent: dict[str, _Sample] = {}  # by request id, those that vLLM has
-        self._tasks: dict[asyncio.Task[None], _Sample] = {}
+        self._sent: dict[str, InFlight] = {}  # by request id, those that vLLM has
+        self._tasks: dict[asyncio.Task[None], InFlight] = {}
+        self._watch: asyncio.Task[None] | None = None
+        self._rescue: asyncio.Task[None] | None = None
+        self._served_s = 0.0
+        self.tokens_decoded = 0
+        """Of all samples so far."""
 
     @property
     def version(self) -> int:
@@ -156,11 +117,6 @@ class VLLMEngine:
     @property
     def run_id(self) -> str:
         return self._run_id
-
-    @property
-    def tokens_decoded(self) -> int:
-        """Of all requests so far."""
-        return self._tokens_decoded
 
     def digests(self) -> dict[str, str]:
         """name -> xxh3-128 of the bytes that the engine was given to serve."""
@@ -176,15 +132,17 @@ class VLLMEngine:
         """Submits all requests at once and yields their completions as they finish; ValueError before any is taken."""
         self._check_serving()
         for request in requests:
-            check_request(*request, max_model_len=self._max_model_len, vocab_size=self._llm.vocab_size)
+            check_request(*request, max_model_len=self._settings.max_model_len, vocab_size=self._llm.vocab_size)
         outcomes: asyncio.Queue[Completion | BaseException] = asyncio.Queue()
         tasks = []
         for prompt, n, sampling in requests:
             for number in range(n):
-                sample = _Sample(prompt=prompt, number=number, sampling=sampling, outcomes=outcomes)
+                sample = InFlight(prompt=prompt, number=number, sampling=sampling, outcomes=outcomes)
                 tasks.append(task := asyncio.create_task(self._serve(sample)))
                 self._tasks[task] = sample
                 task.add_done_callback(self._tasks.pop)
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._look())
         try:
             for _ in tasks:
                 outcome = await outcomes.get()
@@ -199,54 +157,53 @@ class VLLMEngine:
     async def pause(self) -> None:
         async with self._turn:
             self._held = True
-            if self._order.state == "serving":
-                await self._pause()
+            await self._bring(self._proved, {})
 
     async def resume(self) -> None:
         async with self._turn:
             self._held = False
-            if self._order.state == "paused":
-                await self._resume()
+            await self._bring(self._proved, {})
 
     async def apply(self, patch: WeightPatch) -> int:
         async with self._turn:
             self._check_open()
             if await asyncio.to_thread(self._is_new, patch):
-                await self._update(patch)
+                self._corrupt = DigestMismatchError(f"the update to version {patch.version} did not complete")
+                target = replace(patch, tensors={})
+                await self._bring(target, patch.tensors)
+                self._run_id, self._version, self._proved = patch.run_id, patch.version, target
         return self._version
 
     async def abort(self, prompt_ids: Collection[str]) -> list[Completion]:
         wanted = set(prompt_ids)
-        async with self._turn:
-            chosen = {task: sample for task, sample in self._tasks.items() if sample.prompt.id in wanted}
-            for sample in chosen.values():
-                sample.unwanted = True
-            deadline = time.monotonic() + self._deadline
-            left = set(chosen)
-            while left:
-                await self._within("abort", self._llm.abort([chosen[task].request_id for task in left]))
-                _, left = await asyncio.wait(left, timeout=ABORT_AGAIN)
-                if left and time.monotonic() > deadline:
-                    raise TimeoutError(f"vLLM engine: {len(left)} samples were not aborted within {self._deadline:g} s")
+        chosen = {task: sample for task, sample in self._tasks.items() if sample.prompt.id in wanted}
+        for sample in chosen.values():
+            sample.unwanted = True
+        deadline = time.monotonic() + self._deadline
+        left = set(chosen)
+        while left:
+            await self._llm.abort([chosen[task].request_id for task in left])
+            _, left = await asyncio.wait(left, timeout=ABORT_AGAIN)
+            if left and time.monotonic() > deadline:
+                raise TimeoutError(f"vLLM engine: {len(left)} samples were not aborted within {self._deadline:g} s")
         return [sample.partial for sample in chosen.values() if sample.partial is not None]
 
     async def probe(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """[T] tokens -> [T-1] log-probs of all but the first, by the weights that are served, without a temperature."""
         self._check_serving()
-        logprobs = self._llm.prompt_logprobs(f"p{next(self._ids)}", list(token_ids), str(self._salt))
-        return np.array(await self._within("probe", logprobs), np.float32)
+        work = self._llm.prompt_logprobs(f"p{next(self._ids)}", list(token_ids), str(self._salt))
+        return np.array(await self._llm.within("probe", work, self._deadline), np.float32)
 
     async def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        await self._fail(RuntimeError("the engine was closed"))
-        await self._within("shutdown", self._llm.shutdown())
-        self._mirror.close()
+        async with self._turn:
+            if not self._closed:
+                self._closed = True
+                await self._fail(RuntimeError("the engine was closed"))
+                await self._llm.shutdown()
+                self._mirror.close()
 
     # One sample.
 
-    async def _serve(self, sample: _Sample) -> None:
+    async def _serve(self, sample: InFlight) -> None:
         try:
             outcome: Completion | BaseException = await self._decode(sample)
         except Exception as error:  # it belongs to those who wait for the tokens
@@ -255,33 +212,66 @@ class VLLMEngine:
             sample.partial = outcome
         sample.outcomes.put_nowait(outcome)
 
-    async def _decode(self, sample: _Sample) -> Completion:
+    async def _decode(self, sample: InFlight) -> Completion:
         while True:
             await self._open.wait()
             self._check_serving()
-            sample.request_id, sample.tokens, sample.spans, sample.restart = str(next(self._ids)), 0, [], False
+            sample.send_as(str(next(self._ids)))
             if sample.unwanted:
-                return sample.completion(vllm_compat.Decoded([], [], "abort"), self._version)
-            decoded = await self._submit(sample)
+                return sample.completion(NOTHING, self._version)
+            llm = self._llm
+            try:
+                decoded = await self._send(sample)
+            except EngineLostError as error:
+                await self._lost(llm, error)
+                continue
             if not sample.restart:
                 return sample.completion(decoded, self._version)
 
-    async def _submit(self, sample: _Sample) -> vllm_compat.Decoded:
+    async def _send(self, sample: InFlight) -> Decoded:
         seed = stream_key(sample.sampling.seed, sample.prompt.id, sample.number) >> 1  # torch takes 63 bits
         prompt = list(sample.prompt.token_ids)
         self._sent[sample.request_id] = sample
+        work = self._llm.decode(sample.request_id, prompt, sample.sampling, seed, str(self._salt))
+        sample.work = asyncio.ensure_future(work)
         try:
-            return await self._llm.decode(sample.request_id, prompt, sample.sampling, seed, str(self._salt))
+            return await sample.work
+        except asyncio.CancelledError:
+            me = asyncio.current_task()
+            if me is not None and me.cancelling():  # the consumer went away, not the engine
+                raise
+            return NOTHING
         finally:
             del self._sent[sample.request_id]
 
     def _count(self, request_id: str, tokens: int) -> None:
         sample = self._sent.get(request_id)
         if sample is not None:
+            if sample.tokens == 0:
+                sample.begun = self._served_s
             sample.tokens += tokens
-            self._tokens_decoded += tokens
+            self.tokens_decoded += tokens
 
-    # A weight update, in its turn.
+    async def _look(self) -> None:
+        """While there is something to decode: does it go on?"""
+        came, since = self.tokens_decoded, self._served_s
+        while self._tasks:
+            await asyncio.sleep(LOOK)
+            if self._order.state == "serving":
+                self._served_s += LOOK
+            if self.tokens_decoded != came or not self._sent:
+                came, since = self.tokens_decoded, self._served_s
+            late = [s for s in self._sent.values() if s.tokens and self._served_s - s.begun > self._allowed(s)]
+            if late:
+                why = f"a sample of {late[0].sampling.max_tokens} tokens took longer than {self._allowed(late[0]):g} s"
+                await self._lost(self._llm, EngineLostError(why))
+            elif self._served_s - since > self._deadline:
+                await self._lost(self._llm, EngineLostError(f"no token came within {self._deadline:g} s"))
+
+    def _allowed(self, sample: InFlight) -> float:
+        return self._deadline + SLOWEST * sample.sampling.max_tokens
+
+    # Weights and processes, in their turn.
 
     def _is_new(self, patch: WeightPatch) -> bool:
         """Whether it has to be applied. All that can be wrong with it is found here, before anything changes."""
@@ -299,72 +289,113 @@ class VLLMEngine:
         self._mirror.check(patch)
         return True
 
-    async def _update(self, patch: WeightPatch) -> None:
+    async def _lost(self, llm: RunningLLM, error: EngineLostError) -> None:
+        """Returns when `llm` has been replaced, or cannot be."""
+        if self._rescue is None or self._rescue.done():
+            self._rescue = asyncio.create_task(self._replace(llm, error))
+        await asyncio.shield(self._rescue)  # a consumer that goes away must not stop it half-way
+
+    async def _replace(self, llm: RunningLLM, error: EngineLostError) -> None:
+        async with self._turn:
+            if llm is self._llm and not self._closed and self._corrupt is None:
+                with suppress(Exception):  # every stream has it by now
+                    await self._bring(self._proved, {}, lost=error)
+
+    async def _bring(
+        self, target: WeightPatch | None, tensors: Mapping[str, TensorBytes], lost: Exception | None = None
+    ) -> None:
+        """Until the engine holds what `target` says after writing `tensors`, and is paused exactly if somebody asked for it;
+        through as many restarts as are allowed. What fails for good ends every stream. lost: the engine has to be replaced."""
         self._open.clear()
+        stale, differed = target is not self._proved, False
         try:
-            if self._order.state != "paused":
-                await self._pause()
-            self._corrupt = f"the update to version {patch.version} did not complete"
-            served = await self._load(patch)
-            await self._clear()
-            self._prove(served, patch)
-            self._corrupt = None
-            self._run_id, self._version = patch.run_id, patch.version
-            if not self._held:
-                await self._resume()
+            while True:
+                try:
+                    if lost is not None:
+                        await self._restart(lost)
+                        stale, lost = target is not None, None
+                    if stale and target is not None:
+                        await self._exchange(target, tensors)
+                        self._corrupt, stale = None, False
+                    if self._held and self._order.state == "serving":
+                        await self._pause()
+                    if not self._held and self._order.state == "paused":
+                        await self._resume()
+                    return
+                except (EngineLostError, TimeoutError) as error:
+                    lost = error
+                except DigestMismatchError:
+                    if differed:
+                        raise
+                    differed = True
         except BaseException as error:
-            await self._fail(error if isinstance(error, Exception) else RuntimeError(self._corrupt))
+            failure = error if isinstance(error, Exception) else RuntimeError("a weight update was interrupted")
+            self._corrupt = self._corrupt or failure
+            await self._fail(failure)
             raise
         finally:
             self._open.set()
 
-    async def _pause(self) -> None:
-        with self._order.step("pause"):
-            await self._within("pause", self._llm.pause())
-
-    async def _load(self, patch: WeightPatch) -> list[dict[str, str]]:
-        """What each process of the engine says that it loaded: name -> digest."""
+    async def _exchange(self, target: WeightPatch, tensors: Mapping[str, TensorBytes]) -> None:
+        if self._order.state != "paused":
+            await self._pause()
         with self._order.step("load"):
-            await asyncio.to_thread(self._mirror.write, patch.tensors)
+            await asyncio.to_thread(self._mirror.write, tensors)
             entries = [[name, *entry] for name, entry in self._mirror.entries.items()]
-            return await self._within("load", self._llm.call_workers("emberl_load", self._mirror.path, entries))
+            work = self._llm.call_workers("emberl_load", self._mirror.path, entries)
+            served = await self._llm.within("load", work, self._deadline)
+        with self._order.step("clear"):
+            await self._clear()
+        with self._order.step("prove"):
+            for digests in served:
+                verify(digests, target)
 
     async def _clear(self) -> None:
         """No prompt may be continued from what the old weights cached. vLLM empties its cache only while no request holds a
         block of it, so later prompts get another salt, and those on their way that have no token yet are sent anew."""
-        with self._order.step("clear"):
-            for sample in self._sent.values():
-                sample.close_span(self._version)
-                sample.restart = sample.tokens == 0
-            self._salt += 1
-            await self._within("abort", self._llm.abort([i for i, sample in self._sent.items() if sample.restart]))
-            if all(sample.restart for sample in self._sent.values()):
-                cleared = await self._within("clear", self._llm.clear_prefix_cache())
-                assert cleared, "vLLM kept its prefix cache though no request is in flight"
+        for sample in self._sent.values():
+            sample.close_span(self._version)
+            sample.restart = sample.tokens == 0
+        self._salt += 1
+        await self._llm.abort([i for i, sample in self._sent.items() if sample.restart])
+        if all(sample.restart for sample in self._sent.values()):
+            cleared = await self._llm.within("clear", self._llm.clear_prefix_cache(), self._deadline)
+            assert cleared, "vLLM kept its prefix cache though no request is in flight"
 
-    def _prove(self, served: Sequence[Mapping[str, str]], patch: WeightPatch) -> None:
-        with self._order.step("prove"):
-            for digests in served:
-                verify(digests, patch)
+    async def _pause(self) -> None:
+        with self._order.step("pause"):
+            await self._llm.within("pause", self._llm.pause(), self._deadline)
 
     async def _resume(self) -> None:
         with self._order.step("resume"):
-            await self._within("resume", self._llm.resume())
+            await self._llm.within("resume", self._llm.resume(), self._deadline)
+
+    def _start(self) -> None:
+        self._llm = start(self._settings)
+        self._llm.on_tokens(self._count)
+        self._order = UpdateOrder()
+
+    async def _restart(self, error: Exception) -> None:
+        """New processes, which hold what `model` holds; EngineLostError with the old ones' last words if none are allowed."""
+        for sample in list(self._sent.values()):
+            sample.take_back()
+        last = " | ".join(self._llm.last_lines())
+        await self._llm.shutdown()
+        self.restarts += 1
+        if self.restarts > self._max_restarts:
+            raise RuntimeError(
+                f"vLLM was lost {self.restarts} times, more than rollout.max_restarts={self._max_restarts}: {error}; "
+                f"its last lines: {last}"
+            )
+        await asyncio.to_thread(self._start)
 
     async def _fail(self, error: Exception) -> None:
         """Ends every stream with `error` and takes its requests back from vLLM."""
-        tasks = list(self._tasks.items())
-        for task, sample in tasks:
+        for task, sample in list(self._tasks.items()):
             sample.outcomes.put_nowait(error)
             task.cancel()
-        if tasks:
-            await asyncio.wait([task for task, _ in tasks], timeout=self._deadline)
-
-    async def _within(self, what: str, work: Awaitable[T]) -> T:
-        try:
-            return await asyncio.wait_for(work, self._deadline)
-        except TimeoutError:
-            raise TimeoutError(f"vLLM engine: {what!r} took longer than {self._deadline:g} s (deadline_s)") from None
+        if self._tasks:
+            await asyncio.wait(list(self._tasks), timeout=self._deadline)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -373,18 +404,8 @@ class VLLMEngine:
     def _check_serving(self) -> None:
         self._check_open()
         if self._corrupt is not None:
-            raise DigestMismatchError(f"the vLLM engine serves nothing: {self._corrupt}")
-
-
-def _checkpoint(path: Path, dtype: str) -> dict[str, TensorBytes]:
-    """The tensors of a Hugging Face directory in the bytes that an engine of `dtype` makes of them."""
-    tied = json.loads((path / "config.json").read_text()).get("tie_word_embeddings", False)
-    tensors = {}
-    for name, tensor in checkpoint_tensors(path):
-        if name != "lm_head.weight" or not tied:
-            data = tensor.to(getattr(torch, dtype)).contiguous().view(-1).view(torch.uint8).numpy()
-            tensors[name] = TensorBytes(dtype=vllm_compat.DTYPES[dtype], shape=tuple(tensor.shape), data=data)
-    return tensors
+            kind = DigestMismatchError if isinstance(self._corrupt, DigestMismatchError) else RuntimeError
+            raise kind(f"the vLLM engine serves nothing: {self._corrupt}")
 
 
 __all__ = ["VLLMEngine"]

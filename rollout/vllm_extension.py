@@ -20,7 +20,7 @@ from .mirror import Entry, read_mirror
 from .patches import TensorBytes, digest
 from .vllm_compat import OWNER, repack_tied_head
 
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {"F16": torch.float16}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class WeightExtension:

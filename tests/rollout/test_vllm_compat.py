@@ -168,6 +168,16 @@ def test_what_is_set_on_an_npu() -> None:
     assert visible not in prepare(NPU, switched | {visible: "7"})[0]
 
 
+def test_whose_engine_argument_counts() -> None:
+    mine = {"max_num_seqs": 5, "seed": 3, "additional_config": {"weight_nz_mode": 0, "other": 1}}
+    of_platform = {"additional_config": {"weight_nz_mode": 0, "other": 1}, "kv_cache_memory_bytes": 7}
+    arguments = vllm_compat.engine_arguments(replace(SETTINGS, engine_args=mine), of_platform)
+    assert arguments["max_num_seqs"] == 5 and arguments["seed"] == 3 and arguments["kv_cache_memory_bytes"] == 7
+    assert arguments["model"] == "model" and arguments["max_model_len"] == 200 and arguments["dtype"] == "bfloat16"
+    assert arguments["logprobs_mode"] == "processed_logprobs" and arguments["enable_prefix_caching"] is True
+    assert vllm_compat.engine_arguments(SETTINGS, {})["max_num_seqs"] == 16
+
+
 def test_an_engine_that_lacks_what_is_called_is_named() -> None:
     class Lacking:
         def generate(self, prompt: Any, sampling_params: Any, request_id: str) -> None: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ MAX_NUM_SEQS = 4
 BLOCK = 32
 """Tokens of a block of vLLM's cache, small enough that prompts of a test fill some."""
 NO_VLLM = installed_version() is None
-needs_vllm = pytest.mark.skipif(NO_VLLM, reason="vLLM is not installed here; make test-vllm has it")
+NEEDS_VLLM = pytest.mark.skipif(NO_VLLM, reason="vLLM is not installed here; make test-vllm has it")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model]:
     return made[0], made[1]
 
 
+def vllm_processes() -> list[Any]:
+    if NO_VLLM:
+        return []
+    import psutil
+
+    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("VLLM")]
+
+
 @dataclass
 class Rig:
     """An engine, and the event loop that it lives on."""
@@ -75,6 +84,12 @@ class Rig:
     loop: asyncio.AbstractEventLoop
     old: Model
     new: Model
+    foreign: frozenset[int]
+    """vLLM's processes of other engines."""
+
+    def processes(self) -> list[Any]:
+        """vLLM's processes (psutil) of this engine."""
+        return [process for process in vllm_processes() if process.pid not in self.foreign]
 
     def run(self, work: Awaitable[T], timeout: float = 120) -> T:
         return self.loop.run_until_complete(asyncio.wait_for(work, timeout))
@@ -100,7 +115,9 @@ def make_embedded(model: Model) -> Any:
     )
 
 
-def make_vllm(model: Model, *, dtype: str = "float32", deadline_s: float = 120.0, **engine_args: Any) -> Any:
+def make_vllm(
+    model: Model, *, dtype: str = "float32", deadline_s: float = 120.0, max_restarts: int = 0, **engine_args: Any
+) -> Any:
     from emberl.rollout.vllm_engine import VLLMEngine
 
     return VLLMEngine(
@@ -110,19 +127,38 @@ def make_vllm(model: Model, *, dtype: str = "float32", deadline_s: float = 120.0
         dtype=dtype,
         run_id="run",
         deadline_s=deadline_s,
+        max_restarts=max_restarts,
         engine_args={"enforce_eager": True, "block_size": BLOCK} | engine_args,
     )
 
 
-@pytest.fixture(scope="module", params=["embedded", pytest.param("vllm", marks=[pytest.mark.slow, needs_vllm])])
-def rig(request: pytest.FixtureRequest, models: tuple[Model, Model]) -> Iterator[Rig]:
+MAKERS: dict[str, Callable[..., Any]] = {"embedded": make_embedded, "vllm": make_vllm}
+MakeRig = Callable[..., AbstractContextManager[Rig]]
+
+
+@pytest.fixture(scope="session")
+def make_rig(models: tuple[Model, Model]) -> MakeRig:
+    """make_rig(kind, **settings) -> a context with an engine of this kind that serves the first model as version 0."""
     torch.set_num_threads(1)
-    make: Callable[[Model], Any] = {"embedded": make_embedded, "vllm": make_vllm}[request.param]
-    loop = asyncio.new_event_loop()
-    made = Rig(request.param, make(models[0]), loop, *models)
-    yield made
-    made.run(made.engine.close())
-    loop.close()
+
+    @contextmanager
+    def make(kind: str, **settings: Any) -> Iterator[Rig]:
+        loop = asyncio.new_event_loop()
+        foreign = frozenset(process.pid for process in vllm_processes())
+        made = Rig(kind, MAKERS[kind](models[0], **settings), loop, *models, foreign)
+        try:
+            yield made
+        finally:
+            made.run(made.engine.close())
+            loop.close()
+
+    return make
+
+
+@pytest.fixture(scope="module", params=["embedded", pytest.param("vllm", marks=[pytest.mark.slow, NEEDS_VLLM])])
+def rig(request: pytest.FixtureRequest, make_rig: MakeRig) -> Iterator[Rig]:
+    with make_rig(request.param) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

