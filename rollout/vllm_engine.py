@@ -34,11 +34,11 @@ from numpy.typing import NDArray
 
 from . import vllm_compat
 from .engine import Request
-from .in_flight import NOTHING, Decoded, InFlight
+from .live_samples import NOTHING, Decoded, LiveSample, samples_of
 from .mirror import Mirror, checkpoint_bytes
 from .patches import DigestMismatchError, TensorBytes, VersionError, WeightPatch, verify
 from .samples import Completion, Prompt, Sampling
-from .sampling import check_request, stream_key
+from .sampling import check_request
 from .update_order import UpdateOrder
 from .vllm_process import EngineLostError, RunningLLM, start
 
@@ -102,8 +102,8 @@ class VLLMEngine:
         self._closed = False
         self._salt = 0
         self._ids = itertools.count()
-        self._sent: dict[str, InFlight] = {}  # by request id, those that vLLM has
-        self._tasks: dict[asyncio.Task[None], InFlight] = {}
+        self._sent: dict[str, LiveSample] = {}  # by request id, those that vLLM has
+        self._tasks: dict[asyncio.Task[None], LiveSample] = {}
         self._watch: asyncio.Task[None] | None = None
         self._rescue: asyncio.Task[None] | None = None
         self._served_s = 0.0
@@ -128,19 +128,18 @@ class VLLMEngine:
         async for completion in self.generate_all([(prompt, n, sampling)]):
             yield completion
 
-    async def generate_all(self, requests: Sequence[Request]) -> AsyncIterator[Completion]:
-        """Submits all requests at once and yields their completions as they finish; ValueError before any is taken."""
+    async def generate_all(
+        self, requests: Sequence[Request], begun: Mapping[str, Sequence[Completion]] | None = None
+    ) -> AsyncIterator[Completion]:
         self._check_serving()
         for request in requests:
             check_request(*request, max_model_len=self._settings.max_model_len, vocab_size=self._llm.vocab_size)
         outcomes: asyncio.Queue[Completion | BaseException] = asyncio.Queue()
         tasks = []
-        for prompt, n, sampling in requests:
-            for number in range(n):
-                sample = InFlight(prompt=prompt, number=number, sampling=sampling, outcomes=outcomes)
-                tasks.append(task := asyncio.create_task(self._serve(sample)))
-                self._tasks[task] = sample
-                task.add_done_callback(self._tasks.pop)
+        for sample in samples_of(requests, begun or {}, outcomes):
+            tasks.append(task := asyncio.create_task(self._serve(sample)))
+            self._tasks[task] = sample
+            task.add_done_callback(self._tasks.pop)
         if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._look())
         try:
@@ -203,7 +202,7 @@ class VLLMEngine:
 
     # One sample.
 
-    async def _serve(self, sample: InFlight) -> None:
+    async def _serve(self, sample: LiveSample) -> None:
         try:
             outcome: Completion | BaseException = await self._decode(sample)
         except Exception as error:  # it belongs to those who wait for the tokens
@@ -212,7 +211,7 @@ class VLLMEngine:
             sample.partial = outcome
         sample.outcomes.put_nowait(outcome)
 
-    async def _decode(self, sample: InFlight) -> Completion:
+    async def _decode(self, sample: LiveSample) -> Completion:
         while True:
             await self._open.wait()
             self._check_serving()
@@ -228,11 +227,10 @@ class VLLMEngine:
             if not sample.restart:
                 return sample.completion(decoded, self._version)
 
-    async def _send(self, sample: InFlight) -> Decoded:
-        seed = stream_key(sample.sampling.seed, sample.prompt.id, sample.number) >> 1  # torch takes 63 bits
-        prompt = list(sample.prompt.token_ids)
+    async def _send(self, sample: LiveSample) -> Decoded:
         self._sent[sample.request_id] = sample
-        work = self._llm.decode(sample.request_id, prompt, sample.sampling, seed, str(self._salt))
+        sampling = replace(sample.sampling, max_tokens=sample.wanted, seed=sample.seed)
+        work = self._llm.decode(sample.request_id, sample.token_ids, sampling, str(self._salt))
         sample.work = asyncio.ensure_future(work)
         try:
             return await sample.work
@@ -248,7 +246,7 @@ class VLLMEngine:
         sample = self._sent.get(request_id)
         if sample is not None:
             if sample.tokens == 0:
-                sample.begun = self._served_s
+                sample.came = self._served_s
             sample.tokens += tokens
             self.tokens_decoded += tokens
 
@@ -261,14 +259,14 @@ class VLLMEngine:
                 self._served_s += LOOK
             if self.tokens_decoded != came or not self._sent:
                 came, since = self.tokens_decoded, self._served_s
-            late = [s for s in self._sent.values() if s.tokens and self._served_s - s.begun > self._allowed(s)]
+            late = [s for s in self._sent.values() if s.tokens and self._served_s - s.came > self._allowed(s)]
             if late:
                 why = f"a sample of {late[0].sampling.max_tokens} tokens took longer than {self._allowed(late[0]):g} s"
                 await self._lost(self._llm, EngineLostError(why))
             elif self._served_s - since > self._deadline:
                 await self._lost(self._llm, EngineLostError(f"no token came within {self._deadline:g} s"))
 
-    def _allowed(self, sample: InFlight) -> float:
+    def _allowed(self, sample: LiveSample) -> float:
         return self._deadline + SLOWEST * sample.sampling.max_tokens
 
     # Weights and processes, in their turn.

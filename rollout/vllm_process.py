@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from . import vllm_compat
-from .in_flight import Decoded
+from .live_samples import Decoded
 from .log_tail import LogTail
 from .samples import Sampling
 from .vllm_compat import EngineSettings
@@ -67,7 +67,7 @@ class RunningLLM:
         """From now on `count(request id, new tokens)` is called for whatever the engine's process sends, in its order."""
         self._count = count
 
-    async def decode(self, request_id: str, token_ids: list[int], sampling: Sampling, seed: int, salt: str) -> Decoded:
+    async def decode(self, request_id: str, token_ids: list[int], sampling: Sampling, salt: str) -> Decoded:
         """One sample to its end; "abort" as its finish reason, and what was decoded, if it was aborted.
 
         request_id: without a hyphen. salt: prompts share cached blocks only with prompts of the same salt.
@@ -82,7 +82,7 @@ class RunningLLM:
             max_tokens=sampling.max_tokens,
             stop_token_ids=list(sampling.stop_token_ids),
             ignore_eos=True,  # what ends a completion is said by stop_token_ids alone
-            seed=seed,
+            seed=sampling.seed,
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,

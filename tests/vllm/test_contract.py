@@ -261,6 +261,47 @@ def test_abort_returns_what_was_decoded_and_ends_the_stream(rig: Any, make_promp
         np.testing.assert_allclose(completion.logprobs, expected, atol=CLOSE, rtol=0)
 
 
+def test_aborted_samples_go_on_from_where_they_stood(rig: Any, make_prompt: MakePrompt) -> None:
+    """Aborted under one version, continued under the next, which reads what there is anew; then cut and continued again."""
+    before = rig.serve(rig.old)
+    prompt, other = make_prompt("parked", 40), make_prompt("fresh")
+    sampling = replace(LONG, seed=5)
+
+    async def go_on(parts: Sequence[Completion]) -> list[Completion]:
+        requests = [(prompt, 99, sampling), (other, 1, Sampling(max_tokens=3))]
+        found = [c async for c in rig.engine.generate_all(requests, {"parked": parts})]
+        assert sorted((c.prompt_id, c.sample) for c in found)[0] == ("fresh", 0) and len(found) == 1 + len(parts)
+        return sorted([c for c in found if c.prompt_id == "parked"], key=lambda c: c.sample)
+
+    async def scenario() -> tuple[list[Completion], list[Completion], list[Completion]]:
+        task = started(rig.engine, prompt, 6, sampling)
+        await rig.until_tokens(40)
+        first = sorted(await rig.engine.abort(["parked"]), key=lambda c: c.sample)
+        assert await task == []
+        await rig.engine.apply(rig.new.patch(before + 1))
+        again = asyncio.create_task(go_on(first))
+        await rig.until_tokens(40)
+        second = sorted(await rig.engine.abort(["parked"]), key=lambda c: c.sample)
+        again.cancel()
+        return first, second, await go_on(second)
+
+    first, second, whole = rig.run(scenario())
+    assert [c.sample for c in whole] == list(range(6)) and {c.finish_reason for c in first + second} == {"abort"}
+    for one, two, three in zip(first, second, whole, strict=True):
+        assert len(three) == 200 and three.finish_reason == "length"
+        edge = len(one)
+        assert three.token_ids.tolist()[: len(two)] == two.token_ids.tolist()
+        assert two.token_ids.tolist()[:edge] == one.token_ids.tolist()
+        old_span = (Span(before, 0, edge),) if edge else ()
+        assert three.spans == (*old_span, Span(before + 1, edge, 200))
+        expected = expected_logprobs(rig.old, prompt, one, sampling)
+        np.testing.assert_allclose(three.logprobs[:edge], expected, atol=CLOSE, rtol=0)
+        expected = expected_logprobs(rig.new, prompt, three, sampling)
+        np.testing.assert_allclose(three.logprobs[edge:], expected[edge:], atol=CLOSE, rtol=0)
+        drawn = three.token_ids.tolist()
+        assert edge == 0 or drawn[edge : 2 * edge] != drawn[:edge], "the same draws came twice"
+
+
 def test_abort_while_paused_and_abort_of_what_was_not_begun(rig: Any, make_prompt: MakePrompt) -> None:
     rig.serve(rig.old)
 

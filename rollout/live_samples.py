@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
+from .engine import Request
 from .samples import Completion, FinishReason, Prompt, Sampling, Span, merge_spans
+from .sampling import stream_key
 
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
@@ -27,7 +29,7 @@ NOTHING = Decoded((), (), "abort")
 
 
 @dataclass(kw_only=True, eq=False)
-class InFlight:
+class LiveSample:
     """One sample. It may be sent more than once: anew when its engine was lost, or had no token of it at an update."""
 
     prompt: Prompt
@@ -36,10 +38,12 @@ class InFlight:
     sampling: Sampling
     outcomes: asyncio.Queue[Completion | BaseException]
     """Where its completion, or the error that ended it, goes."""
+    begun: Completion | None = None
+    """What it had already when it was asked for; it goes on from there."""
     request_id: str = ""
     tokens: int = 0
-    """Decoded so far, as far as this process has heard."""
-    begun: float = 0.0
+    """Decoded so far beyond `begun`, as far as this process has heard."""
+    came: float = 0.0
     """When the first of them came, in seconds that the engine has served."""
     spans: list[Span] = field(default_factory=list)
     """Of the tokens of versions that are no longer served."""
@@ -51,8 +55,26 @@ class InFlight:
     """Somebody aborted it."""
     partial: Completion | None = None
 
+    @property
+    def token_ids(self) -> list[int]:
+        """What an engine reads before it decodes: the prompt, and what was decoded before."""
+        return [*self.prompt.token_ids, *(() if self.begun is None else self.begun.token_ids.tolist())]
+
+    @property
+    def wanted(self) -> int:
+        """Tokens that may still come."""
+        return self.sampling.max_tokens - (0 if self.begun is None else len(self.begun))
+
+    @property
+    def seed(self) -> int:
+        """63 bits, which is what torch takes; what goes on must not draw again what its beginning drew."""
+        key = stream_key(self.sampling.seed, self.prompt.id, self.number)
+        if self.begun is not None and len(self.begun):
+            key = stream_key(key, self.prompt.id, len(self.begun))
+        return key >> 1
+
     def send_as(self, request_id: str) -> None:
-        """It starts from nothing under this id."""
+        """It starts from what it was asked for with, under this id."""
         self.request_id, self.tokens, self.spans, self.restart = request_id, 0, [], False
 
     def take_back(self) -> None:
@@ -75,15 +97,21 @@ class InFlight:
         assert start <= count <= self.tokens, (
             f"{count} tokens came, {self.tokens} were counted, {start} before an update"
         )
-        rest = [Span(version, start, count)] if count > start else []
+        token_ids, logprobs = np.array(decoded.token_ids, np.int32), np.array(decoded.logprobs, np.float32)
+        spans, started, before = [*self.spans, Span(version, start, count)], self.started, self.begun
+        if before is not None:
+            had = len(before)
+            token_ids, logprobs = np.append(before.token_ids, token_ids), np.append(before.logprobs, logprobs)
+            spans = [*before.spans, *(Span(v, first + had, stop + had) for v, first, stop in spans)]
+            started = before.started
         return Completion(
             prompt_id=self.prompt.id,
             sample=self.number,
-            token_ids=np.array(decoded.token_ids, np.int32),
-            logprobs=np.array(decoded.logprobs, np.float32),
-            spans=merge_spans([*self.spans, *rest]),
+            token_ids=token_ids,
+            logprobs=logprobs,
+            spans=merge_spans([span for span in spans if span.stop > span.start]),
             finish_reason=reason,
-            started=self.started,
+            started=started,
             finished=time.time(),
         )
 
@@ -92,4 +120,18 @@ class InFlight:
         return self.spans[-1].stop if self.spans else 0
 
 
-__all__ = ["NOTHING", "Decoded", "InFlight"]
+def samples_of(
+    requests: Sequence[Request],
+    begun: Mapping[str, Sequence[Completion]],
+    outcomes: asyncio.Queue[Completion | BaseException],
+) -> Iterator[LiveSample]:
+    """Every sample of these requests; of a prompt in `begun` only those that it has, each from where it stands."""
+    for prompt, n, sampling in requests:
+        parts: Sequence[Completion | None] = begun.get(prompt.id) or [None] * n
+        for index, part in enumerate(parts):
+            assert part is None or (part.prompt_id == prompt.id and len(part) < sampling.max_tokens)
+            number = index if part is None else part.sample
+            yield LiveSample(prompt=prompt, number=number, sampling=sampling, outcomes=outcomes, begun=part)
+
+
+__all__ = ["NOTHING", "Decoded", "LiveSample", "samples_of"]
