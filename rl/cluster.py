@@ -22,7 +22,7 @@ from ..rollout.pool import RolloutPool
 from ..rollout.waiting import gather
 from ..rollout.worker import RolloutWorker
 from .config import Config, ConfigError
-from .learner.group import LearnerGroup
+from .learner.group import PUBLISHING, LearnerGroup
 from .learner.rank import LearnerRank, RankSpec
 
 Role = Literal["learner", "rollout"]
@@ -189,6 +189,7 @@ class Cluster:
                     engine=config.rollout.engine,
                     engine_args=config.rollout.engine_args,
                     max_restarts=config.rollout.max_restarts,
+                    rate_limit=config.sync.rate_limit,
                 )
                 self._specs.append((seat, worker))
         workers = [self._spawn(RolloutWorker, seat, worker) for seat, worker in self._specs]
@@ -229,7 +230,9 @@ class Cluster:
     def options(self, actor: type, seat: Seat, bundle: int) -> Any:
         """The Ray actor class bound to its bundle, its resources and its thread environment."""
         others = {name: amount for name, amount in seat.bundle.items() if name not in ("CPU", "GPU")}
-        return ray.remote(actor).options(
+        remote: Any = ray.remote  # its types know no concurrency groups
+        publishing = {PUBLISHING: 1} if seat.role == "learner" else None
+        return remote(concurrency_groups=publishing)(actor).options(
             num_cpus=seat.bundle["CPU"],
             num_gpus=seat.bundle.get("GPU", 0),
             resources=others or None,

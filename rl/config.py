@@ -175,7 +175,19 @@ class ScheduleConfig(Settings):
 class SyncConfig(Settings):
     """How weights reach the engines."""
 
-    mode: Literal["dense"] = "dense"
+    mode: Literal["auto", "dense", "patch"] = "auto"
+    """`dense`: whole weights; `patch`: what changed since the last version, bit for bit the same result. `auto`: whichever
+    takes less time at the bandwidth and the share of changed weights that are measured; a change is logged with its reason."""
+    transport: Literal["auto", "object_store", "directory"] = "auto"
+    """How the bytes travel. `object_store`: Ray's, with one copy a node. `directory`: files in `sync.directory`. `auto`:
+    Ray's object store."""
+    directory: str | None = None
+    """A directory that the learners and all workers see, for transport=directory; empty: `sync` in the run's."""
+    anchor_every: int = Field(default=50, ge=1)
+    """Versions after which the whole weights are made available anew, for workers that join late; earlier where the patches
+    since the last time have half their size."""
+    rate_limit: float | None = Field(default=None, gt=0)
+    """Bytes a second that a worker may fetch: a weak link for tests and benchmarks; empty: as fast as it goes."""
     timeout: float = Field(default=600.0, gt=0)
     """Seconds for one version to be served, and proved by digest, on every worker."""
 
@@ -234,6 +246,8 @@ class CheckpointConfig(Settings):
     """RL steps between checkpoints; 0: only at the end of a stage and on Ctrl-C."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints that stay on disk."""
+    history: bool = False
+    """Keep every version of the weights as a patch in the run's `history`; `emberl patches apply` makes a model of any."""
 
 
 class TrackingConfig(Settings):
@@ -299,7 +313,7 @@ class Config(Settings):
         if self.schedule.oversample > 1 and self.schedule.max_staleness:
             raise ValueError(
                 f"schedule.oversample={self.schedule.oversample:g} is for max_staleness=0: with "
-                f"schedule.max_staleness={self.schedule.max_staleness} long answers go on while the learners work; set one of them"
+                f"schedule.max_staleness={self.schedule.max_staleness} long answers go on anyway; set one of them"
             )
         return self
 

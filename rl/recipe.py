@@ -24,6 +24,7 @@ from .config import Config, ConfigError
 from .progress import Progress, latest_checkpoint, open_run_dir, read_progress, trim_metrics
 from .prompts import PromptSource, check_data, open_source
 from .run import Interrupted, Run, conversation, stop_on_signal
+from .sync import WeightSync
 from .tokens import supervised_ids
 from .trainer import train_rl
 from .watch.tracking import Tracker, make_console
@@ -79,9 +80,14 @@ def train(config: Config, *, resume: bool = False) -> Result:
             for note in source.notes:
                 tracker.note(note)
             cluster.wait()
+            sync = WeightSync(
+                config.sync, learners, pool, run_id=run_id, run_dir=run_dir, history=config.checkpoint.history,
+                tell=tracker.note,
+            )  # fmt: skip
             run = Run(
                 config=config, run_id=run_id, run_dir=run_dir, tokenizer=tokenizer, source=source, suite=suite,
-                learners=learners, pool=pool, tracker=tracker, stop=stop, started=started - progress.seconds, progress=progress,
+                learners=learners, pool=pool, sync=sync, tracker=tracker, stop=stop, started=started - progress.seconds,
+                progress=progress,
             )  # fmt: skip
             return go(run, checkpoint)
 

@@ -21,6 +21,7 @@ from .groups import Group
 from .learner.group import LearnerGroup
 from .progress import Progress, begin_checkpoint, finish_checkpoint
 from .prompts import PromptSource
+from .sync import WeightSync
 from .watch.tracking import Tracker
 
 
@@ -40,6 +41,7 @@ class Run:
     suite: RewardSuite
     learners: LearnerGroup
     pool: RolloutPool
+    sync: WeightSync
     tracker: Tracker
     stop: threading.Event
     started: float
@@ -93,16 +95,11 @@ class Run:
 
     def publish(self, *, new_version: bool = True) -> dict[str, float]:
         """Has every worker serve the learners' weights, proved by digest; returns the figures of the transfer."""
-        start = time.perf_counter()
-        version = self.progress.version + new_version
-        reference, patch = self.learners.publish(self.run_id, version)
-        assert self.pool.apply(reference) == version
+        schedule, version = self.config.schedule, self.progress.version + new_version
+        self.sync.begin(version)
+        figures = self.sync.deliver(later=new_version and schedule.in_flight == "finish" and schedule.max_staleness > 0)
         self.progress = self.progress.advance(version=version)
-        return {
-            "sync/wire_bytes": float(patch.num_bytes),
-            "sync/version": float(version),
-            "timing_s/update_weights": time.perf_counter() - start,
-        }
+        return figures
 
     def save(self) -> None:
         """A checkpoint of this moment."""

@@ -10,6 +10,7 @@ from ..kernels import platform
 from . import vllm_compat
 from .engine import Engine
 from .service import InFlight
+from .transport import Link, TokenBucket
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +35,12 @@ class WorkerSpec:
     """vLLM's own, by its names."""
     max_restarts: int = 0
     """How often vLLM's processes are started anew."""
+    rate_limit: float | None = None
+    """As in `sync.rate_limit`."""
+
+    def link(self) -> Link:
+        """The worker's end of the way that weights take."""
+        return Link(timeout=self.timeout, bucket=None if self.rate_limit is None else TokenBucket(self.rate_limit))
 
 
 def check_engine(engine: str, engine_args: Mapping[str, Any]) -> None:

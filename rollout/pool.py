@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 
 import ray
 
+from .delivery import LOST, WorkerLostError, call, catch_up
 from .samples import Completion, Prompt, Sampling
+from .transport import Notice
 from .waiting import ActorLostError, cause
 
 T = TypeVar("T")
 Outcome = tuple[Completion, ...] | ActorLostError
-LOST = (TimeoutError, ray.exceptions.RayActorError, ray.exceptions.RaySystemError, ray.exceptions.WorkerCrashedError)
-"""What says that an actor is gone or stuck; any other error is its answer."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -37,8 +37,11 @@ class Job:
     """Called once, in the pool's thread: the completions in sample order, or why there will be none."""
     reissued: Callable[[], None] = lambda: None
     """Called when the group is asked for again because its worker was lost."""
+    was_cut: Callable[[tuple[Completion, ...]], None] = lambda parts: None
+    """Called when a group that `RolloutPool.cut` ended had begun: its samples as far as they had come."""
     tokens: float = 0.0
     """What it is expected to cost, for balance."""
+    cut: bool = False
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -51,6 +54,8 @@ class _Seat:
     jobs: set[Job] = field(default_factory=set)
     load: float = 0.0
     up: bool = True
+    report: dict[str, float] = field(default_factory=dict)
+    """What it took to bring the actor that replaced another to the newest weights."""
     restarts: int = 0
     idle: float = 0.0
     """Seconds without a job."""
@@ -94,7 +99,7 @@ class RolloutPool:
         self._respawn, self._max_restarts = respawn, max_restarts if respawn is not None else 0
         self._seats = [_Seat(worker=worker) for worker in workers]
         self._backlog: deque[Job] = deque()
-        self._latest: Any = None
+        self._latest: Notice | None = None
         self._failure: ActorLostError | None = None
         self._lengths, self._answers = 0.0, 0
         self.restarts = 0
@@ -127,11 +132,26 @@ class RolloutPool:
                 raise outcome
             yield index, outcome
 
-    def apply(self, patch: Any) -> int:
-        """Gives every worker this patch (or a Ray reference to one); returns the version that all of them now serve."""
-        versions = set(self._call(self._apply_all(patch)))
-        assert len(versions) == 1, f"workers serve different versions: {versions}"
-        return int(versions.pop())
+    def cut(self, jobs: Sequence[Job]) -> None:
+        """Ends these groups, of which nothing more will be delivered; returns at once."""
+        self._loop.call_soon_threadsafe(self._cut, list(jobs))
+
+    def apply(self, notice: Notice) -> list[dict[str, float]]:
+        """Has every worker serve the version that is announced: all prepare it while they decode, then all commit. Returns
+        the figures of each (`receiver.Report`), with the version that it serves."""
+        return self._call(self._apply_all(notice, self._sync_timeout))
+
+    def apply_later(self, notice: Notice) -> None:
+        """As `apply`, but returns at once: each worker serves the new version when it has finished what it decodes, and
+        begins nothing before. What fails is raised by whatever is asked for next."""
+
+        async def work() -> None:
+            try:
+                await self._apply_all(notice, self._sync_timeout + self._timeout)
+            except ActorLostError as failure:
+                self._fail(failure)
+
+        self._loop.call_soon_threadsafe(self._begin, work())
 
     def digests(self) -> list[dict[str, str]]:
         """What each worker holds: name -> xxh3-128 of the bytes."""
@@ -162,9 +182,12 @@ class RolloutPool:
             self._seats[i].take(job)
             shares.setdefault(i, []).append(job)
         for i, share in sorted(shares.items()):
-            task = self._loop.create_task(self._serve(i, share))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._begin(self._serve(i, share))
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _takes(self, seat: _Seat) -> bool:
         return seat.up and (self._max_samples is None or not seat.jobs or seat.samples < self._max_samples)
@@ -180,37 +203,61 @@ class RolloutPool:
             while left:
                 reference = await asyncio.wait_for(anext(stream), deadline - time.monotonic())
                 for index, completions in await asyncio.wait_for(reference, deadline - time.monotonic()):
-                    self._finish(seat, left.pop(index), completions)
+                    if not (job := left.pop(index)).cut:
+                        self._finish(seat, job, completions)
+        except StopAsyncIteration:
+            assert all(job.cut for job in left.values()), f"rollout worker {i} left out groups that were not cut"
         except LOST as error:
-            late = isinstance(error, TimeoutError) and not isinstance(error, ray.exceptions.RayError)
-            why = (
-                f"rollout worker {i} has not finished its answers within rollout.timeout={self._timeout:g} s; "
-                "raise it, or lower rollout.max_response_length"
-                if late
-                else f"rollout worker {i}: {cause(error)}"
-            )
-            for job in left.values():
+            why = f"rollout worker {i}: {cause(error)}"
+            if _late(error):
+                why = (
+                    f"rollout worker {i} has not finished its answers within rollout.timeout={self._timeout:g} s; "
+                    "raise it, or lower rollout.max_response_length"
+                )
+            lost = [job for job in left.values() if not job.cut]
+            for job in lost:
                 seat.leave(job)
             try:
                 await self._replace(i, worker, why)
             except ActorLostError as failure:
-                self._backlog.extend(left.values())
+                self._backlog.extend(lost)
                 self._fail(failure)
                 return
-            for job in left.values():
+            lost = [job for job in lost if not job.cut]
+            for job in lost:
                 job.reissued()
-            self._deal(list(left.values()))
+            self._deal(lost)
         except ray.exceptions.RayError as error:
-            self._backlog.extend(left.values())
             self._fail(ActorLostError(f"rollout worker {i}: {cause(error)}"))
 
     def _finish(self, seat: _Seat, job: Job, completions: tuple[Completion, ...]) -> None:
+        if self._failure is not None:  # everybody was told already
+            return
         seat.leave(job)
         self._lengths += sum(len(completion) for completion in completions)
         self._answers += len(completions)
         job.deliver(completions)
         if self._backlog:
             self._deal([])
+
+    def _cut(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            job.cut = True
+        self._backlog = deque(job for job in self._backlog if not job.cut)
+        for seat in self._seats:
+            if mine := [job for job in seat.jobs if job.cut]:
+                for job in mine:
+                    seat.leave(job)
+                self._begin(self._end(seat.worker, {job.prompt.id: job for job in mine}))
+        self._deal([])
+
+    async def _end(self, worker: Any, jobs: dict[str, Job]) -> None:
+        try:
+            ended = await asyncio.wait_for(worker.cut.remote(list(jobs)), self._sync_timeout)
+        except LOST:  # whoever waits for its other groups finds that out
+            return
+        for parts in ended:
+            jobs[parts[0].prompt_id].was_cut(parts)
 
     def _fail(self, failure: ActorLostError) -> None:
         """Nothing more will come: tells everybody who waits."""
@@ -236,34 +283,36 @@ class RolloutPool:
                 try:
                     fresh = await self._loop.run_in_executor(None, self._respawn, i)
                     if self._latest is not None:
-                        await asyncio.wait_for(fresh.apply.remote(self._latest), self._sync_timeout)
-                except LOST as error:
+                        peers = [other.worker for other in self._seats if other is not seat and other.up]
+                        who, timeout = f"rollout worker {i}", self._sync_timeout
+                        seat.report = await catch_up(fresh, self._latest, peers, who=who, timeout=timeout)
+                except (*LOST, WorkerLostError) as error:
                     why = f"rollout worker {i}, restarted: {cause(error)}"
                     continue
                 seat.worker, seat.up = fresh, True
 
-    async def _apply_all(self, patch: Any) -> list[int]:
-        self._latest = patch
-        return list(await asyncio.gather(*(self._apply(i, patch) for i in range(len(self._seats)))))
+    async def _apply_all(self, notice: Notice, timeout: float) -> list[dict[str, float]]:
+        self._latest = notice
+        seats = range(len(self._seats))
+        await asyncio.gather(*(self._ask(i, "prepare", notice, self._sync_timeout) for i in seats))
+        return list(await asyncio.gather(*(self._ask(i, "commit", notice.version, timeout) for i in seats)))
 
-    async def _apply(self, i: int, patch: Any) -> int:
+    async def _ask(self, i: int, method: str, argument: Any, timeout: float) -> dict[str, float]:
         seat = self._seats[i]
-        while True:
-            async with seat.lock:
-                worker = seat.worker
-                try:
-                    return int(await asyncio.wait_for(worker.apply.remote(patch), self._sync_timeout))
-                except LOST as error:
-                    late = isinstance(error, TimeoutError) and not isinstance(error, ray.exceptions.RayError)
-                    why = (
-                        f"rollout worker {i}: no answer to 'apply' within sync.timeout={self._sync_timeout:g} s"
-                        if late
-                        else f"rollout worker {i} failed in 'apply': {cause(error)}"
-                    )
-                except ray.exceptions.RayError as error:
-                    raise ActorLostError(f"rollout worker {i} failed in 'apply': {cause(error)}") from error
-            await self._replace(i, worker, why)
+        async with seat.lock:  # a worker that is just being replaced
+            worker = seat.worker
+        try:
+            work = getattr(worker, method).remote(argument)
+            return await call(work, who=f"rollout worker {i}", what=method, timeout=timeout)
+        except WorkerLostError as error:
+            await self._replace(i, worker, str(error))  # which brings it to the newest version
+        return seat.report
 
     async def _digests(self) -> list[dict[str, str]]:
         refs = [seat.worker.digests.remote() for seat in self._seats]
         return list(await asyncio.wait_for(asyncio.gather(*refs), self._sync_timeout))
+
+
+def _late(error: BaseException) -> bool:
+    """Whether the deadline has passed, rather than that the actor was found to be gone."""
+    return isinstance(error, TimeoutError) and not isinstance(error, ray.exceptions.RayError)

@@ -10,9 +10,12 @@ import ray
 from ..kernels import platform
 from .engine import Request
 from .engines import WorkerSpec, make_engine
-from .patches import WeightPatch
+from .patches import Bytes
+from .receiver import Receiver
 from .samples import Completion
 from .service import Finished, GroupService
+from .transport import Notice
+from .updates import WeightUpdates
 
 
 class RolloutWorker:
@@ -22,6 +25,8 @@ class RolloutWorker:
         platform.set_threads(spec.threads)
         self.engine = make_engine(spec, _own_cards(platform.named(spec.device)))
         self.service = GroupService(self.engine, spec.in_flight)
+        receiver = Receiver(spec.link(), threads=spec.threads)
+        self.updates = WeightUpdates(self.engine, receiver, self.service.apply)
 
     async def ready(self) -> int:
         """The process id, once the engine is up."""
@@ -36,9 +41,25 @@ class RolloutWorker:
         """Ends these groups; returns what they had."""
         return await self.service.cut(prompt_ids)
 
-    async def apply(self, patch: WeightPatch) -> int:
-        """The version served from now on; raises if a single byte differs from what the learners hold."""
-        return await self.service.apply(patch)
+    async def prepare(self, notice: Notice) -> None:
+        """Makes a version ready while the old one is decoded with; raises if no bytes that can be had are the learners'."""
+        await self.updates.prepare(notice)
+
+    async def commit(self, version: int) -> dict[str, float]:
+        """Serves what was prepared; the figures of it (`receiver.Report`), with the version that is served from now on."""
+        return await self.updates.commit(version)
+
+    async def apply(self, notice: Notice) -> dict[str, float]:
+        """Both at once, for a worker that was restarted or joins late."""
+        return await self.updates.apply(notice)
+
+    async def offer(self) -> tuple[str, int, int]:
+        """What this worker could give to a peer: its node, its version, bytes."""
+        return self.updates.offer()
+
+    async def export(self) -> Bytes:
+        """The bytes of an anchor of what it serves."""
+        return await self.updates.export()
 
     async def digests(self) -> dict[str, str]:
         """name -> xxh3-128 of the bytes that are served."""

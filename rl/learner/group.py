@@ -8,11 +8,14 @@ from typing import Any
 
 import ray
 
-from ...rollout.patches import WeightPatch
 from ...rollout.waiting import gather
 from ..algorithm.losses import Objective
 from ..config import CriticConfig, OptimConfig
 from ..groups import Batch
+from .publisher import Order, Published
+
+PUBLISHING = "publishing"
+"""The thread of an actor that publishes weights, beside the one that trains."""
 
 
 class LearnerGroup:
@@ -59,11 +62,19 @@ class LearnerGroup:
         metrics: dict[str, float] = self._call("critic_step", ray.put(batch))[0]
         return metrics
 
-    def publish(self, run_id: str, version: int) -> tuple[Any, WeightPatch]:
-        """The weights as a patch to `version`: the reference to hand to the workers, and the patch itself."""
-        refs = [rank.weights.remote(run_id, version) for rank in self.ranks]
-        patch = self._wait(refs, "weights")[0]
-        return refs[0], patch
+    def take_weights(self) -> None:
+        """Copies the weights aside, as the next version to be published."""
+        self._call("take_weights")
+
+    def publish(self, order: Order) -> Published:
+        """Hands what was taken to the transport; the ranks may make their next step meanwhile."""
+        beside = {"concurrency_group": PUBLISHING}
+        whole = not order.patch
+        parts = [rank.publish_part.options(**beside).remote(whole) for rank in self.ranks[1:]]
+        published: Published = self._wait(
+            [self.ranks[0].publish.options(**beside).remote(order, *parts), *parts], "publish"
+        )[0]
+        return published
 
     def save(self, folder: str) -> None:
         self._call("save", folder)

@@ -44,17 +44,36 @@ def inject_adapters(model: Any, settings: LoraConfig, seed: int = 0) -> None:
 @torch.no_grad()
 def merged_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every weight whole, under its Hugging Face name, adapters merged in, tied ones once; a collective on all ranks."""
+    for name, parameter, update in _merging(model):
+        tensor = _whole(parameter)
+        yield name, tensor if update is None else tensor + update
+
+
+@torch.no_grad()
+def merged_shards(model: nn.Module, rank: int, world: int) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+    """(name, shape of the whole, this rank's rows) of every weight, bit for bit those of `merged_tensors`. Only adapters are
+    gathered; where there are none it is no collective."""
+    for name, parameter, update in _merging(model):
+        local: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        if update is not None:
+            rows = -(-parameter.shape[0] // world)
+            local = local + update[rank * rows :][:rows]
+        yield name, tuple(parameter.shape), local.detach()
+
+
+def _merging(model: nn.Module) -> Iterator[tuple[str, Any, Tensor | None]]:
+    """(name, parameter, what its adapters add to the whole of it)."""
     modules: dict[str, Any] = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             continue
-        tensor = _whole(parameter)
+        update: Tensor | None = None
         if name.endswith(f"{_BASE}weight"):
             layer = modules[name.removesuffix(f"{_BASE}weight")]
             for adapter, scale in layer.scaling.items():
-                down, up = _whole(layer.lora_A[adapter].weight), _whole(layer.lora_B[adapter].weight)
-                tensor = tensor + scale * (up @ down)
-        yield name.replace(_BASE, "."), tensor
+                added = scale * (_whole(layer.lora_B[adapter].weight) @ _whole(layer.lora_A[adapter].weight))
+                update = added if update is None else update + added
+        yield name.replace(_BASE, "."), parameter, update
 
 
 def _whole(parameter: Any) -> Tensor:

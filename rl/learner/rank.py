@@ -25,7 +25,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from ...kernels import platform
-from ...rollout.patches import TensorBytes, WeightPatch, dense_patch
 from ..algorithm.losses import Objective, token_loss
 from ..algorithm.surrogates import value_loss
 from ..config import CriticConfig, ModelConfig, OptimConfig
@@ -36,11 +35,11 @@ from .critic import Critic
 from .flops import ModelFlops, peak_flops, speed
 from .lora import inject_adapters
 from .policy import MicroBatchTensors, Policy, pick_attention, takes_packed, to_tensors
+from .publisher import Order, Parts, Published, Publisher, shards_of
 from .shards import Shards
 from .trainable import Trainable, shard
 
 _log = logging.getLogger(__name__)
-SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +74,7 @@ class LearnerRank:
         packing = spec.model.packing
         self.packed = takes_packed(self.attention) if packing == "auto" else packing == "on"
         self.peak = peak_flops(platform.device_name(self.platform))
+        self.publisher = Publisher(rank=spec.rank, world=spec.world, threads=spec.threads)
         self.critic: Trainable | None = None
         self.reference: Policy | None = None
 
@@ -297,18 +297,19 @@ class LearnerRank:
         dist.all_reduce(values_T)
         return values_T.cpu().numpy()
 
-    @torch.no_grad()
-    def weights(self, run_id: str, version: int) -> WeightPatch | None:
-        """The whole policy in the bytes that engines serve, on rank 0; None on the others."""
-        tensors = [(name, self._bytes(tensor)) for name, tensor in checkpoint.full_tensors(self.policy, self.dtype)]
-        return dense_patch(run_id, version, tensors) if self.spec.rank == 0 else None
+    def take_weights(self) -> None:
+        """Copies this rank's shard aside, as the next version to be published."""
+        self.publisher.take(shards_of(self.policy.model, self.dtype, self.spec.rank, self.spec.world))
 
-    @staticmethod
-    def _bytes(tensor: Tensor) -> TensorBytes:
-        data = tensor.detach().cpu().contiguous()
-        return TensorBytes(
-            dtype=SAFETENSORS_DTYPES[data.dtype], shape=tuple(data.shape), data=data.view(-1).view(torch.uint8).numpy()
-        )
+    # The two below may run in another thread than the rest, while it makes its next step.
+
+    def publish_part(self, whole: bool) -> Parts:
+        """How this rank's shard changed since the last version, for rank 0."""
+        return self.publisher.part(whole=whole)
+
+    def publish(self, order: Order, *others: Parts) -> Published:
+        """Rank 0: what was taken, handed to the transport."""
+        return self.publisher.publish(order, others)
 
     def save(self, folder: str) -> None:
         """The model in Hugging Face format under `folder`, and what training goes on from under `folder/learner`."""

@@ -14,15 +14,30 @@ from emberl.rl.algorithm.losses import Objective
 from emberl.rl.batch import make_batch
 from emberl.rl.config import Config, load_config
 from emberl.rl.groups import Group
+from emberl.rl.learner.checkpoint import full_tensors
 from emberl.rl.learner.rank import LearnerRank, RankSpec
 from emberl.rl.prompts import open_source
 from emberl.rl.run import stop_tokens
 from emberl.rollout.embedded import EmbeddedEngine
+from emberl.rollout.patches import TensorBytes, WeightPatch, dense_patch
 from emberl.rollout.samples import Sampling
 from small_system import Emberl, read_metrics
 from transformers import AutoTokenizer
 
 pytestmark = pytest.mark.slow
+
+
+def served(learner: LearnerRank, version: int) -> WeightPatch:
+    """The learner's weights, whole."""
+    tensors = {name: tensor.contiguous().numpy() for name, tensor in full_tensors(learner.policy, learner.dtype)}
+    return dense_patch(
+        "plain",
+        version,
+        [
+            (name, TensorBytes(dtype="F32", shape=value.shape, data=value.reshape(-1).view(np.uint8).copy()))
+            for name, value in tensors.items()
+        ],
+    )
 
 
 def plain_loop(config: Config, model: str) -> tuple[dict[str, str], dict[str, str], list[float]]:
@@ -41,7 +56,7 @@ def plain_loop(config: Config, model: str) -> tuple[dict[str, str], dict[str, st
     learner.load(model)
     learner.begin_stage(config.optim, config.schedule.steps)
     objective = Objective.of(config.loss, config.kl, config.offpolicy, temperature=1.0)
-    asyncio.run(engine.apply(learner.weights("plain", 0)))
+    asyncio.run(engine.apply(served(learner, 0)))
     scores, per_step = [], config.schedule.prompts_per_step
     for step in range(1, config.schedule.steps + 1):
         sampling = Sampling(
@@ -67,11 +82,10 @@ def plain_loop(config: Config, model: str) -> tuple[dict[str, str], dict[str, st
         scores.append(float(np.mean([g.scores for g in groups])))
         if batch is not None:
             learner.step(batch, objective)
-            asyncio.run(engine.apply(learner.weights("plain", step)))
-    held = learner.weights("plain", 99)
+            asyncio.run(engine.apply(served(learner, step)))
+    held = served(learner, 99)
     learner.close()
     suite.close()
-    assert held is not None
     return dict(held.digests), engine.digests(), scores
 
 

@@ -1,0 +1,222 @@
+"""A learner rank's side of publishing weights: its shard of each version, and how that changed since the last one.
+
+On every rank      publisher.take(version, shards_of(model, dtype))       a copy, between two steps
+On every rank      part = publisher.part(whole=False)                     on another thread, while the next step runs
+On rank 0          published = publisher.publish(order, parts)            where the whole of the last version is at hand
+
+Canonical space is Hugging Face's. FSDP2 shards a parameter by its first dimension as `torch.chunk` does, so a shard is
+consecutive elements of the tensor; tied weights are one parameter; an adapted weight is what its adapters make of it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...rollout.patch_apply import commit, prepare
+from ...rollout.patch_codec import CHUNK_BYTES, spread
+from ...rollout.patch_encode import Shard, TensorPart, diff, join
+from ...rollout.patch_format import pieces
+from ...rollout.patch_stats import changed_elements
+from ...rollout.patches import (
+    Chunk,
+    Mode,
+    TensorBytes,
+    WeightPatch,
+    Weights,
+    dense_patch,
+    digest,
+    element_type,
+)
+from ...rollout.transport import Directory, ObjectStore, Outbox, Parcel
+from .lora import merged_shards
+
+SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+SAMPLE = 4096
+"""Elements of a tensor that are looked at to guess how many changed."""
+
+Shards = Mapping[str, Shard]
+Parts = Mapping[str, TensorPart]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """What the driver wants of one version."""
+
+    run_id: str
+    version: int
+    patch: bool
+    """A patch on the version before, if there was one."""
+    anchor: bool
+    """The whole weights."""
+    transport: Literal["object_store", "directory"] = "object_store"
+    directory: str | None = None
+    history: str | None = None
+    """A directory that gets a copy of each patch, or of the anchor where there is no patch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Published:
+    """One version as rank 0 gave it away."""
+
+    version: int
+    root: str
+    num_bytes: int
+    """Of the whole weights."""
+    patch: Parcel | None
+    anchor: Parcel | None
+    changed: float | None
+    """The share of elements that differ from the last version: counted in a patch, guessed from a sample without one."""
+    encode_s: float
+    """Diff, encoding, digests and the way into the transport, all off the learner's own thread."""
+
+
+def shards_of(model: nn.Module, dtype: torch.dtype, rank: int, world: int) -> dict[str, Shard]:
+    """This rank's consecutive elements of every weight in the dtype that is served, in host memory of their own; a
+    collective where there are adapters."""
+    found: dict[str, Shard] = {}
+    pinned = False
+    for name, shape, local in merged_shards(model, rank, world):
+        pinned = pinned or local.device.type != "cpu"
+        host = torch.empty(local.shape, dtype=dtype, pin_memory=local.device.type != "cpu")
+        host.copy_(local, non_blocking=True)
+        found[name] = Shard(
+            dtype=SAFETENSORS_DTYPES[dtype],
+            shape=shape,
+            start=first_row(shape, rank, world) * int(np.prod(shape[1:], dtype=np.int64)),
+            data=host.view(-1).view(torch.uint8).numpy(),
+        )
+    if pinned:
+        torch.accelerator.synchronize()
+    return found
+
+
+def first_row(shape: Sequence[int], rank: int, world: int) -> int:
+    """Of a rank's shard: all have ceil(rows / world) rows, but for the last ones."""
+    rows = shape[0] if shape else 1
+    return min(rank * -(-rows // world), rows)
+
+
+class Publisher:
+    """One rank's. `take` belongs to the thread that trains; the rest to one other thread."""
+
+    def __init__(self, *, rank: int, world: int, threads: int) -> None:
+        self.rank, self.world, self.threads = rank, world, threads
+        self._new: dict[str, Shard] = {}
+        self._old: dict[str, Shard] | None = None
+        self._base: Weights | None = None
+        self._taken = threading.Lock()
+
+    def take(self, shards: dict[str, Shard]) -> None:
+        """These are the weights of the next version to be published."""
+        with self._taken:
+            self._new = shards
+
+    def part(self, *, whole: bool) -> dict[str, TensorPart]:
+        """How this rank's shard differs from what it last published (`whole`: all of it), which is from now on this one."""
+        with self._taken:
+            new = self._new
+        if whole or self._old is None:
+            parts = _whole(new, self.threads)
+        else:
+            parts = diff({name: shard.data for name, shard in self._old.items()}, new, threads=self.threads)
+        self._old = new
+        return parts
+
+    def publish(self, order: Order, others: Sequence[Parts] = ()) -> Published:
+        """Rank 0: the parts of all ranks put together and handed to the transport."""
+        start = time.perf_counter()
+        whole = not order.patch or self._base is None
+        changed = self._guess() if whole else None
+        parts = [self.part(whole=whole), *others]
+        if whole and self.world == 1:
+            patch = dense_patch(order.run_id, order.version, _tensors(self._old or {}))
+        else:
+            patch = join(parts, None if whole else self._base, run_id=order.run_id, version=order.version)
+        if not whole:
+            changed = changed_elements(patch) / max(1, _num_elements(parts))
+        weights = self._advance(patch)
+        outbox: Outbox = Directory(Path(order.directory)) if order.directory is not None else ObjectStore()
+        sent = None if whole else _put(outbox, patch)
+        anchor = _put(outbox, patch if whole else _anchor(weights)) if whole or order.anchor else None
+        if order.history is not None:
+            _put(Directory(Path(order.history)), patch)
+        return Published(
+            version=order.version,
+            root=weights.root,
+            num_bytes=sum(tensor.data.nbytes for tensor in weights.tensors.values()),
+            patch=sent,
+            anchor=anchor,
+            changed=changed,
+            encode_s=time.perf_counter() - start,
+        )
+
+    def _advance(self, patch: WeightPatch) -> Weights:
+        """The whole of the new version, verified: the base of the next patch."""
+        if self.world == 1:  # rank 0's own shards are the whole, and nobody writes to them any more
+            tensors = dict(_tensors(self._old or {}))
+            self._base = Weights(run_id=patch.run_id, version=patch.version, tensors=tensors, digests=patch.digests)
+        else:
+            base = None if patch.base_version is None else self._base
+            self._base = commit(base, prepare(patch, base, threads=self.threads))
+        return self._base
+
+    def _guess(self) -> float | None:
+        """The share of elements that changed, by a sample of this rank's."""
+        if self._old is None:
+            return None
+        changed = total = 0
+        for name, shard in self._new.items():
+            kind = element_type(name, shard.dtype)
+            new, old = shard.data.view(f"<u{kind.width}"), self._old[name].data.view(f"<u{kind.width}")
+            step = max(1, len(new) // SAMPLE)
+            changed += int(np.count_nonzero(new[::step] != old[::step])) * step
+            total += len(new[::step]) * step
+        return changed / max(1, total)
+
+
+def _put(outbox: Outbox, patch: WeightPatch) -> Parcel:
+    return outbox.put(patch.version, patch.base_version, pieces(patch))
+
+
+def _anchor(weights: Weights) -> WeightPatch:
+    return WeightPatch(run_id=weights.run_id, version=weights.version, tensors=weights.tensors, digests=weights.digests)
+
+
+def _tensors(shards: Shards) -> Iterator[tuple[str, TensorBytes]]:
+    for name, shard in shards.items():
+        yield name, TensorBytes(dtype=shard.dtype, shape=shard.shape, data=shard.data)
+
+
+def _whole(shards: Shards, threads: int) -> dict[str, TensorPart]:
+    """Raw chunks that are views of the shards."""
+    digests = spread(lambda shard: digest(shard.data), list(shards.values()), threads)
+    return {
+        name: TensorPart(
+            dtype=shard.dtype, shape=shard.shape, start=shard.start, chunks=tuple(_raw(name, shard)), digest=found
+        )
+        for (name, shard), found in zip(shards.items(), digests, strict=True)
+    }
+
+
+def _raw(name: str, shard: Shard) -> Iterator[Chunk]:
+    width = element_type(name, shard.dtype).width
+    for start in range(0, shard.data.nbytes, CHUNK_BYTES):
+        part = shard.data[start : start + CHUNK_BYTES]
+        yield Chunk(mode=Mode.RAW, count=part.nbytes // width, payload=part, crc=zlib.crc32(part.data))
+
+
+def _num_elements(parts: Sequence[Parts]) -> int:
+    return sum(piece.count for part in parts for piece in part.values())
+
+
+__all__ = ["SAFETENSORS_DTYPES", "Order", "Published", "Publisher", "first_row", "shards_of"]
