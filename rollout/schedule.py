@@ -16,6 +16,8 @@ its tokens, which is what the bound is about.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
 from typing import Generic, Literal, TypeVar
@@ -112,19 +114,24 @@ class Schedule(Generic[T]):
     def take(self, wanted: int) -> list[T] | None:
         """The `wanted` ready groups that are due first, in order of admission, to train on the present version; None while
         there are fewer, or while the learner has to wait for one that is due."""
+        wait = self.overdue == "wait"
+        if len(self._ready) < wanted or (wait and not self._in_time(self._started.values())):
+            return None
         chosen = sorted(self._ready, key=lambda number: (self._ready[number][0], number))[:wanted]
-        if len(chosen) < wanted or not (self.overdue == "evict" or self._in_time(set(chosen))):
+        taken = set(chosen)
+        left = [oldest for number, (oldest, _) in self._ready.items() if number not in taken]
+        if wait and not self._in_time([*self._started.values(), *left]):
             return None
         chosen.sort()
         self._training = chosen
         return [self._ready.pop(number)[1] for number in chosen]
 
-    def _in_time(self, taken: set[int]) -> bool:
-        """Whether all groups but `taken` can train by their deadlines, in steps of B groups from the next version on."""
-        deadlines = [version + self.max_staleness for number, version in self._started.items()]
-        deadlines += [oldest + self.max_staleness for number, (oldest, _) in self._ready.items() if number not in taken]
+    def _in_time(self, versions: Iterable[int]) -> bool:
+        """Whether groups of these versions can all train by their deadlines, in steps of B groups from the next version on."""
+        counts = Counter(versions)
+        due = sum(counts[version] for version in counts if version + self.max_staleness < self.version)
         for ahead in range(self.max_staleness + 1):
-            due = sum(deadline <= self.version + ahead for deadline in deadlines)
+            due += counts[self.version + ahead - self.max_staleness]
             if due > self.groups_per_step * ahead:
                 return False
         return True
