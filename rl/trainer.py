@@ -18,6 +18,7 @@ from .evaluate import evaluate
 from .feed import GroupFeed
 from .groups import Batch, Group
 from .run import Run
+from .watch.lengths import record_lengths
 
 
 def train_rl(run: Run) -> None:
@@ -47,6 +48,7 @@ def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> None:
     fed = feed.take(step)
     sampled = fed.groups
     check_errors([v for group in sampled for v in group.verdicts], config.reward.max_error_fraction)
+    record_lengths(run.run_dir, step, run.progress.version, sampled)
     ages = staleness(sampled, run.progress.version, config.schedule.max_staleness)
     trained = with_advantages(run, [g for g in sampled if g.has_signal or not config.filter.zero_variance])
     metrics = update(run, trained, objective) | ages | fed.metrics

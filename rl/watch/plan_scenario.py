@@ -60,7 +60,8 @@ class LognormalLengths:
         sigma = np.sqrt(np.log1p(self.cv**2))
         own = rng.standard_normal(group_size)
         z = np.sqrt(self.correlation) * problem.kind + np.sqrt(1 - self.correlation) * own
-        return np.clip(np.rint(self.mean_uncut * np.exp(sigma * z - sigma**2 / 2)), 1, self.cap)
+        lengths: Floats = np.clip(np.rint(self.mean_uncut * np.exp(sigma * z - sigma**2 / 2)), 1, self.cap)
+        return lengths
 
     @property
     def mean(self) -> float:

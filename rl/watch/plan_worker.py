@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from math import sqrt
+from typing import cast
 
 import simpy
 
@@ -234,7 +235,7 @@ class SimWorker:
         wake.callbacks.append(self._wake)
 
     def _wake(self, event: simpy.Event) -> None:
-        turn, end = event.value
+        turn, end = cast("tuple[int, float]", event.value)
         if turn != self._turn:
             return
         self._advance()
