@@ -1,13 +1,13 @@
 # make demo   sets everything up, then trains a small reasoner on this machine until it is visibly better
 # make test   sets everything up, then runs the tests
-# Others: install, test-unit (under a minute), test-vllm, test-ascend, lint, bench, clean. PYTHON=python3.12 picks the interpreter.
+# Others: install, test-unit (under a minute), test-vllm, test-ascend, test-faults, lint, bench, clean. PYTHON=python3.12 picks the interpreter.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test test-unit test-vllm test-ascend lint bench install clean FORCE
+.PHONY: demo test test-unit test-vllm test-ascend test-faults lint bench install clean FORCE
 
 demo: install
 	$(BIN)/emberl train configs/quickstart.yaml
@@ -17,6 +17,10 @@ test: install
 
 test-unit: install
 	$(BIN)/pytest -m "not slow"
+
+# Ten thousand faults on the way of the weights: lost, repeated, cut, flipped and foreign patches, crashes at every step.
+test-faults: install
+	EMBERL_FAULTS=10000 $(BIN)/pytest -s tests/rollout/test_sync_faults.py
 
 # The kernels' NPU side without an NPU, in an environment of its own (triton-ascend cannot stand beside stock Triton).
 test-ascend:

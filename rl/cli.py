@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .config import Config, ConfigError, load_config, to_yaml
+from .patch_commands import app as patches
 
 app = typer.Typer(
     help="Trains a language model to reason, with reinforcement learning.", no_args_is_help=True, add_completion=False,
@@ -103,6 +104,9 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON line."
         print(*checks, sep="\n")
     if status is Level.ERROR:
         raise typer.Exit(FAILED)
+
+
+app.add_typer(patches, name="patches")
 
 
 def show_plan(settings: Config) -> None:
