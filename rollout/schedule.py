@@ -115,24 +115,27 @@ class Schedule(Generic[T]):
         """The `wanted` ready groups that are due first, in order of admission, to train on the present version; None while
         there are fewer, or while the learner has to wait for one that is due."""
         wait = self.overdue == "wait"
-        if len(self._ready) < wanted or (wait and not self._in_time(self._started.values())):
+        if len(self._ready) < wanted or (wait and not self._in_time(())):
             return None
         chosen = sorted(self._ready, key=lambda number: (self._ready[number][0], number))[:wanted]
         taken = set(chosen)
         left = [oldest for number, (oldest, _) in self._ready.items() if number not in taken]
-        if wait and not self._in_time([*self._started.values(), *left]):
+        if wait and not self._in_time(left):
             return None
         chosen.sort()
         self._training = chosen
         return [self._ready.pop(number)[1] for number in chosen]
 
-    def _in_time(self, versions: Iterable[int]) -> bool:
-        """Whether groups of these versions can all train by their deadlines, in steps of B groups from the next version on."""
-        counts = Counter(versions)
-        due = sum(counts[version] for version in counts if version + self.max_staleness < self.version)
+    def _in_time(self, left: Iterable[int]) -> bool:
+        """Whether all running groups, and ready ones of the versions `left`, can train by their deadlines, in steps of B groups
+        from the next version on. What ready groups are too many by, no waiting saves: then they may become too old."""
+        running, ready = Counter(self._started.values()), Counter(left)
+        before = self.version - self.max_staleness
+        due_running, due = (sum(c[version] for version in c if version < before) for c in (running, ready))
         for ahead in range(self.max_staleness + 1):
-            due += counts[self.version + ahead - self.max_staleness]
-            if due > self.groups_per_step * ahead:
+            due_running += running[before + ahead]
+            due += ready[before + ahead]
+            if due_running and due_running + due > self.groups_per_step * ahead:
                 return False
         return True
 

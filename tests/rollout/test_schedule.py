@@ -58,6 +58,21 @@ def test_a_take_that_would_leave_too_many_due_at_once_waits_before_they_are_due(
     assert schedule.take(1) == ["g1"]
 
 
+def test_ready_groups_of_which_one_must_become_too_old_do_not_stop_the_learner() -> None:
+    """With in_flight=finish a group may start at a version and be sampled by the one before, which its worker still served."""
+    schedule = filled(1, 1)
+    schedule.finish(0, "g0", 0)
+    assert schedule.take(1) == ["g0"]
+    schedule.close(1)
+    schedule.admit(2)
+    schedule.finish(1, "g1", 0)
+    schedule.finish(2, "g2", 0)
+    assert schedule.take(1) == ["g1"], "both are due now, and nothing runs that waiting could bring"
+    schedule.close(2)
+    schedule.check()
+    assert schedule.counts.stale == 1
+
+
 def test_eviction_throws_away_what_nobody_waits_for() -> None:
     schedule = filled(1, 2, overdue="evict")
     for number in (1, 2):
