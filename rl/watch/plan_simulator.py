@@ -16,7 +16,7 @@ import numpy as np
 import simpy
 
 from ...rollout.schedule import Schedule
-from .plan_scenario import Interval, Problem, Scenario, StepRecord, Trace, Usage
+from .plan_scenario import Interval, Scenario, StepRecord, Trace, Usage
 from .plan_worker import SimGroup, SimWorker
 
 UNBOUND = 1 << 20
@@ -60,7 +60,6 @@ class _Simulation:
         self._most = scenario.given or UNBOUND
         self._expected = scenario.lengths.mean
         self._backlog: deque[SimGroup] = deque()
-        self._again: deque[Problem] = deque()  # of evicted groups
         self._admitted = self._served = self._lost = self._reissued = 0
         self._changed = self.env.event()
         self._graders = simpy.Resource(self.env, scenario.reward.graders)
@@ -92,8 +91,10 @@ class _Simulation:
             start = self.env.now
             self._stop(schedule.close(version))
             schedule.check()
-            self._admit()
-            while (groups := self._take()) is None:
+            while True:
+                self._admit()
+                if (groups := schedule.take(scenario.prompts_per_step)) is not None:
+                    break
                 self._changed = self.env.event()
                 yield self._changed
             trained_from = self.env.now
@@ -116,33 +117,32 @@ class _Simulation:
         self._stop(schedule.close(scenario.steps))
         schedule.check()
 
-    def _take(self) -> list[SimGroup] | None:
-        wanted = self.scenario.prompts_per_step
-        return self.schedule.take(wanted) if self.schedule.ready >= wanted else None
-
     def _publish(self, version: int) -> Waits:
-        """Gives the new weights to every worker and waits until all serve them."""
+        """Gives the new weights to every worker, and waits until all serve them; but not for answers that are finished with
+        the old ones first."""
         cost, in_flight = self.scenario.publication, self.scenario.in_flight
         yield self.env.timeout(cost.encode)
-        workers = [worker for worker, up in zip(self.workers, self._up, strict=True) if up]
-        if not cost.staged:
-            if in_flight == "finish":
-                yield self.env.all_of([worker.drain() for worker in workers])
-            for worker in workers:
-                worker.hold()
-        yield self.env.timeout(cost.transfer)
         self._served = version  # what a replacement gets
-        if cost.staged and in_flight == "finish":
-            yield self.env.all_of([self.env.process(self._install_drained(worker, version)) for worker in workers])
-        else:
+        if in_flight == "finish" and self.scenario.max_staleness:
             for i in np.flatnonzero(self._up):
-                self.workers[i].install(version, cost.commit, in_flight)
-            yield self.env.timeout(cost.commit)
+                self.env.process(self._install_drained(self.workers[i], version))
+            return
+        if not cost.staged:
+            for i in np.flatnonzero(self._up):
+                self.workers[i].hold()
+        yield self.env.timeout(cost.transfer)
+        for i in np.flatnonzero(self._up):
+            self.workers[i].install(version, cost.commit, in_flight="update" if in_flight == "finish" else in_flight)
+        yield self.env.timeout(cost.commit)
 
     def _install_drained(self, worker: SimWorker, version: int) -> Waits:
+        cost = self.scenario.publication
+        if cost.staged:
+            yield self.env.timeout(cost.transfer)
         yield worker.drain()
-        worker.install(version, self.scenario.publication.commit, "finish")
-        yield self.env.timeout(self.scenario.publication.commit)
+        if not cost.staged:
+            yield self.env.timeout(cost.transfer)
+        worker.install(version, cost.commit, "finish")
 
     # The pool
 
@@ -152,13 +152,14 @@ class _Simulation:
             return
         for _ in range(self.schedule.room):
             source, rng = self.scenario.lengths, self._lengths
-            problem = self._again.popleft() if self._again else source.problem(rng)
+            problem = source.problem(rng)
             lengths = source.answers(problem, rng, self.scenario.group_size)
             group = SimGroup(number=self._admitted, problem=problem, lengths=lengths)
             self._admitted += 1
             self.schedule.admit(group.number)
             self._backlog.append(group)
-        self._deal()
+        if self._backlog:
+            self._deal()
 
     def _deal(self) -> None:
         """To the workers that have the least to do, as the pool does."""
@@ -202,18 +203,14 @@ class _Simulation:
             self._changed.succeed()
 
     def _stop(self, cut: list[int]) -> None:
-        """Evicted groups: their answers stop, and their prompts are asked for again."""
+        """Ends the answers of evicted groups."""
         numbers = set(cut)
         for i, groups in enumerate(self._groups):
             if found := numbers & groups.keys():
-                stopped = [groups[number] for number in found]
-                for group in stopped:
+                for group in [groups[number] for number in found]:
                     self._leave(group)
                 self.workers[i].remove(found)
-                self._again.extend(group.problem for group in stopped)
-        waiting = [group for group in self._backlog if group.number in numbers]
         self._backlog = deque(group for group in self._backlog if group.number not in numbers)
-        self._again.extend(group.problem for group in waiting)
 
     def _fail(self, i: int, rng: np.random.Generator) -> Waits:
         """Loses worker i now and then, and replaces it; what it had is asked for again."""

@@ -70,8 +70,10 @@ class SimWorker:
         self._numbers = count()
         self._mark, self._context = 0.0, 0.0  # the latter: tokens that all running answers read
         self._since = self._stalled = 0.0  # when the two were true; until when nothing is decoded (prefill, commit)
-        self._closed = self._held = False
-        self._drained: simpy.Event | None = None
+        self._held = False
+        self._late: list[SimGroup] = []  # submitted while an update waits for what is running
+        self._drained: list[simpy.Event] = []
+        self._updates = 0  # that wait for this
         self._turn = 0  # wake-ups of earlier turns are void
         self._first, self._slope = 1.0, 0.0  # seconds of the next token, and how they grow with each token
         self._changes = [(0.0, 0)]  # (mark, version) of each update
@@ -88,6 +90,9 @@ class SimWorker:
         return len(self._running)
 
     def submit(self, groups: Sequence[SimGroup]) -> None:
+        if self._updates:
+            self._late.extend(groups)
+            return
         self._advance()
         for group in groups:
             group.left = len(group.lengths)
@@ -104,8 +109,10 @@ class SimWorker:
             heapq.heapify(self._running)
             self._context = sum(self._read(item[2]) for item in kept)
         self._waiting = deque(answer for answer in self._waiting if answer.group.number not in groups)
+        self._late = [group for group in self._late if group.number not in groups]
         self._admit()
         self._plan()
+        self._tell_drained()
 
     def hold(self) -> None:
         """Decoding stands still until `install`."""
@@ -114,13 +121,11 @@ class SimWorker:
         self._plan()
 
     def drain(self) -> simpy.Event:
-        """No answer starts any more; the event comes when none is running."""
-        self._closed = True
-        drained = self._env.event()
-        if self._running:
-            self._drained = drained
-        else:
-            drained.succeed()
+        """New groups wait for the next `install`; the event comes when those that are here are finished."""
+        self._updates += 1
+        self._drained.append(self._env.event())
+        drained = self._drained[-1]
+        self._tell_drained()
         return drained
 
     def install(self, version: int, seconds: float, in_flight: InFlight) -> None:
@@ -133,26 +138,29 @@ class SimWorker:
             self._stood += seconds
         self._stall(seconds)
         self._changes.append((self._mark, version))
-        self._closed = self._held = False
+        self._held = False
         for answer in self._waiting:
             answer.group.prefilled = False
-        self._admit()
         self._plan()
+        if in_flight == "finish":
+            self._updates -= 1
+            if not self._updates:
+                late, self._late = self._late, []
+                self.submit(late)
 
     def lose(self) -> None:
         """The process is gone, with all that it was decoding."""
         self._advance()
         self._running, self._context, self._held = [], 0.0, True
         self._waiting.clear()
-        if self._drained is not None:
-            self._drained.succeed()
-            self._drained = None
+        self._late.clear()
         self._plan()
+        self._tell_drained()
 
     def restore(self, version: int) -> None:
         """Its replacement, with these weights."""
         self._advance()
-        self._held = self._closed = False
+        self._held = False
         self._changes.append((self._mark, version))
         self._plan()
 
@@ -165,6 +173,12 @@ class SimWorker:
             slot_seconds=self._slot_seconds,
             decoded=self._decoded,
         )
+
+    def _tell_drained(self) -> None:
+        if not self._running and not self._waiting:
+            for event in self._drained:
+                event.succeed()
+            self._drained = []
 
     def _read(self, answer: _Answer) -> float:
         return answer.group.problem.prompt + self._mark - answer.start
@@ -200,8 +214,6 @@ class SimWorker:
 
     def _admit(self) -> None:
         """Fills free slots; the first answer of a group pays for reading its prompt."""
-        if self._closed:
-            return
         while self._waiting and len(self._running) < self._slots:
             answer = self._waiting.popleft()
             if not answer.group.prefilled:
@@ -251,9 +263,7 @@ class SimWorker:
                 complete.append(answer.group)
         self._admit()
         self._plan()
-        if self._drained is not None and not self._running:
-            self._drained.succeed()
-            self._drained = None
+        self._tell_drained()
         for group in complete:
             self._finished(group)
 
