@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +20,7 @@ from ..rollout.samples import Completion, Prompt, Sampling
 from .config import Config
 from .groups import Group
 from .learner.group import LearnerGroup
+from .probe import as_batch, check_probe, probe_ids, tolerance_of
 from .progress import Progress, begin_checkpoint, finish_checkpoint
 from .prompts import PromptSource
 from .sync import WeightSync
@@ -97,9 +99,23 @@ class Run:
         """Has every worker serve the learners' weights, proved by digest; returns the figures of the transfer."""
         schedule, version = self.config.schedule, self.progress.version + new_version
         self.sync.begin(version)
-        figures = self.sync.deliver(later=new_version and schedule.in_flight == "finish" and schedule.max_staleness > 0)
+        later = new_version and schedule.in_flight == "finish" and schedule.max_staleness > 0
+        figures = self.sync.deliver(later=later)
         self.progress = self.progress.advance(version=version)
+        if not later and self.config.sync.probe_tokens:
+            figures |= self._probe(min(self.config.sync.probe_tokens, self.config.max_model_length - 1))
         return figures
+
+    def _probe(self, count: int) -> dict[str, float]:
+        """Engines and learners side by side on the same tokens."""
+        token_ids = probe_ids(self.source, count)
+        return check_probe(
+            self.learners.logprobs(as_batch(token_ids), temperature=1.0)[1:],
+            self.pool.probe(token_ids),
+            partial(self.pool.reload, token_ids=token_ids),
+            tolerance=tolerance_of(self.config.model.dtype),
+            version=self.progress.version,
+        )
 
     def save(self) -> None:
         """A checkpoint of this moment."""

@@ -193,6 +193,10 @@ class EmbeddedEngine:
         ids = torch.tensor([list(token_ids)], device=self.decoder.device)
         return await self._at_boundary(lambda: self.decoder.token_logprobs(ids)[0].float().cpu().numpy())
 
+    async def reload(self) -> None:
+        """Nothing to do: the tensors that its digests are of are those that it computes with."""
+        self._check_serving()
+
     async def abort(self, prompt_ids: Collection[str]) -> list[Completion]:
         ids = set(prompt_ids)
         return await self._at_boundary(lambda: self._abort(lambda prompt, _: prompt.id in ids))

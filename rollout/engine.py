@@ -77,6 +77,10 @@ class Engine(Protocol):
         """
         ...
 
+    async def reload(self) -> None:
+        """Loads all that it was given to serve once more, where a probe says that it computes with something else."""
+        ...
+
     def digests(self) -> dict[str, str]:
         """name -> xxh3-128 of the bytes that the engine was given to serve."""
         ...

@@ -157,6 +157,18 @@ class RolloutPool:
         """What each worker holds: name -> xxh3-128 of the bytes."""
         return self._call(self._digests())
 
+    def probe(self, token_ids: Sequence[int]) -> list[Any]:
+        """What each worker gives these tokens: [T-1] log-probs of all but the first."""
+
+        async def work() -> list[Any]:
+            return list(await asyncio.gather(*(self._probe(i, token_ids, False) for i in range(len(self._seats)))))
+
+        return self._call(work())
+
+    def reload(self, worker: int, token_ids: Sequence[int]) -> Any:
+        """The same of one worker, after its engine has loaded all weights once more."""
+        return self._call(self._probe(worker, token_ids, True))
+
     def idle_seconds(self) -> list[float]:
         """Of each worker since the pool began: the time in which it had nothing to decode."""
         now = time.monotonic()
@@ -307,6 +319,16 @@ class RolloutPool:
         except WorkerLostError as error:
             await self._replace(i, worker, str(error))  # which brings it to the newest version
         return seat.report
+
+    async def _probe(self, i: int, token_ids: Sequence[int], reload: bool) -> Any:
+        while True:
+            async with self._seats[i].lock:
+                worker = self._seats[i].worker
+            try:
+                work = worker.probe.remote(token_ids, reload)
+                return await call(work, who=f"rollout worker {i}", what="probe", timeout=self._sync_timeout)
+            except WorkerLostError as error:
+                await self._replace(i, worker, str(error))
 
     async def _digests(self) -> list[dict[str, str]]:
         refs = [seat.worker.digests.remote() for seat in self._seats]

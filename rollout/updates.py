@@ -9,9 +9,12 @@ from collections.abc import Awaitable, Callable
 import ray
 
 from .engine import Engine
-from .patches import Bytes, WeightPatch
+from .patches import Bytes, DigestMismatchError, WeightPatch
 from .receiver import Receiver
 from .transport import Notice
+
+NOTHING = -1
+"""The version of an engine that serves none."""
 
 
 class WeightUpdates:
@@ -32,7 +35,10 @@ class WeightUpdates:
         async with self._turn:
             patch = await asyncio.to_thread(self._receiver.patch, version, self._engine.version)
             start = time.perf_counter()
-            served = await self._apply(patch)
+            try:
+                served = await self._apply(patch)
+            except DigestMismatchError:  # what the engine held is damaged: everything anew, once
+                served = await self._apply(await asyncio.to_thread(self._receiver.patch, version, NOTHING))
             return self._receiver.commit(served, time.perf_counter() - start).as_dict()
 
     async def apply(self, notice: Notice) -> dict[str, float]:

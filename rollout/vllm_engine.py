@@ -192,6 +192,11 @@ class VLLMEngine:
         work = self._llm.prompt_logprobs(f"p{next(self._ids)}", list(token_ids), str(self._salt))
         return np.array(await self._llm.within("probe", work, self._deadline), np.float32)
 
+    async def reload(self) -> None:
+        async with self._turn:
+            self._check_serving()
+            await self._bring(self._proved, {}, stale=True)
+
     async def close(self) -> None:
         async with self._turn:
             if not self._closed:
@@ -300,12 +305,18 @@ class VLLMEngine:
                     await self._bring(self._proved, {}, lost=error)
 
     async def _bring(
-        self, target: WeightPatch | None, tensors: Mapping[str, TensorBytes], lost: Exception | None = None
+        self,
+        target: WeightPatch | None,
+        tensors: Mapping[str, TensorBytes],
+        *,
+        stale: bool = False,
+        lost: Exception | None = None,
     ) -> None:
         """Until the engine holds what `target` says after writing `tensors`, and is paused exactly if somebody asked for it;
-        through as many restarts as are allowed. What fails for good ends every stream. lost: the engine has to be replaced."""
+        through as many restarts as are allowed. What fails for good ends every stream. stale: it has to be loaded in any
+        case. lost: the engine has to be replaced."""
         self._open.clear()
-        stale, differed = target is not self._proved, False
+        stale, differed = stale or target is not self._proved, False
         try:
             while True:
                 try:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Collection, Sequence
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
 
 from ..kernels import platform
 from .engine import Request
@@ -60,6 +62,12 @@ class RolloutWorker:
     async def export(self) -> Bytes:
         """The bytes of an anchor of what it serves."""
         return await self.updates.export()
+
+    async def probe(self, token_ids: Sequence[int], reload: bool = False) -> NDArray[np.float32]:
+        """[T] tokens -> [T-1] log-probs of all but the first; `reload`: after the engine has loaded everything once more."""
+        if reload:
+            await self.engine.reload()
+        return await self.engine.probe(token_ids)
 
     async def digests(self) -> dict[str, str]:
         """name -> xxh3-128 of the bytes that are served."""

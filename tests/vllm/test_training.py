@@ -48,12 +48,16 @@ def test_a_run_on_vllm_is_the_run_on_the_embedded_engine(tmp_path: Path) -> None
     embedded = train(tmp_path, "run_dir=embedded")
     assert on_vllm["status"] == embedded["status"] == "ok" and on_vllm["steps"] == 3
     # the same seed, so after the same supervised steps the same weights answer greedily
-    assert 0 < on_vllm["accuracy_start"] == embedded["accuracy_start"]
+    first = [
+        (tmp_path / name / "samples.md").read_text().partition("### rl step 3")[0] for name in ("vllm", "embedded")
+    ]
+    assert first[0] == first[1] and first[0].count("&lt;/think>") >= 4
     rows = [json.loads(line) for line in (tmp_path / "vllm" / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["axis"] == "train" and row["stage"] == "rl"]
     assert [row["sync/version"] for row in steps] == [2, 3, 4]
     for row in steps:  # the learners give every sampled token the log-prob that vLLM drew it with
         assert row["rollout_corr/log_ppl_abs_diff"] < 1e-4 and row["training/rollout_probs_diff_max"] < 1e-4
+        assert 0 < row["sync/probe_diff_max"] < 1e-4 and row["sync/reloads"] == 0
 
 
 def test_a_slip_in_engine_args_ends_the_run_before_it_starts(tmp_path: Path) -> None:
