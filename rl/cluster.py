@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ..kernels import platform
 from ..rollout.engines import WorkerSpec
 from ..rollout.pool import RolloutPool
+from ..rollout.schedule import GIVEN
 from ..rollout.waiting import gather
 from ..rollout.worker import RolloutWorker
 from .config import Config, ConfigError
@@ -200,7 +201,7 @@ class Cluster:
             workers,
             timeout=config.rollout.timeout,
             sync_timeout=config.sync.timeout,
-            max_samples=config.rollout.max_num_seqs if config.schedule.max_staleness else None,
+            max_samples=GIVEN * config.rollout.max_num_seqs if config.schedule.max_staleness else None,
             respawn=self.respawn,
             max_restarts=config.rollout.max_restarts,
         )

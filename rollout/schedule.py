@@ -26,6 +26,10 @@ T = TypeVar("T")
 
 Overdue = Literal["wait", "evict"]
 
+GIVEN = 4
+"""Answers that a worker is given for each of its slots when rollouts run ahead. A group counts whole until its last answer is
+there, by when most of a long-tailed group's slots are long free: at 1 two thirds of them would stand empty."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Counts:
@@ -165,4 +169,4 @@ class Schedule(Generic[T]):
         assert counts.finished == ended + kept, f"{counts} with {kept} kept: finished groups and their ends differ"
 
 
-__all__ = ["Counts", "Overdue", "Schedule"]
+__all__ = ["GIVEN", "Counts", "Overdue", "Schedule"]
