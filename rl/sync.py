@@ -91,7 +91,7 @@ class WeightSync:
     ) -> None:
         """tell: where a person reads why `auto` changed over."""
         self._settings, self._learners, self._pool, self._tell = settings, learners, pool, tell
-        self._run_id = run_id
+        self._run_id, self._sitting = run_id, time.time_ns()
         self._mode: Mode = settings.mode if settings.mode != "auto" else "dense"
         self._transport = "object_store" if settings.transport == "auto" else settings.transport
         self._folder = Path(settings.directory) if settings.directory else run_dir / "sync"
@@ -160,6 +160,7 @@ class WeightSync:
             Directory(self._folder).keep([*self._anchors, *self._patches])
         return Notice(
             run_id=self._run_id,
+            sitting=self._sitting,
             version=published.version,
             root=published.root,
             patches=self._patches,

@@ -52,7 +52,7 @@ async def catch_up(worker: Any, notice: Notice, peers: Sequence[Any], *, who: st
 
 async def _from_peer(worker: Any, notice: Notice, peers: Sequence[Any], timeout: float) -> Parcel | None:
     """The anchor that a peer makes of what it holds; None where none on the worker's node can."""
-    node = await call(worker.node.remote(), who="the worker", what="node", timeout=timeout)
+    node, _, _ = await call(worker.offer.remote(), who="the new worker", what="offer", timeout=timeout)
     for peer in peers:
         try:
             there, version, size = await call(peer.offer.remote(), who="a peer", what="offer", timeout=timeout / 4)

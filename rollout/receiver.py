@@ -67,8 +67,7 @@ class Receiver:
         self._ready: Weights | None = None
         self._given: Weights | None = None
         """What the engine was last given, and may still be waiting to serve."""
-        self._past: set[str] = set()
-        """Runs that came before the one whose weights are held: what is left of them on its way is late."""
+        self._sitting = -1
         self._report = Report()
 
     @property
@@ -80,12 +79,11 @@ class Receiver:
         """Makes the announced version ready. `UnrecoverableError` if no announced way leads there."""
         with self._lock:
             newest = self._ready or self._held
-            if notice.run_id in self._past or (newest is not None and _covers(newest, notice)):
+            if newest is not None and (notice.sitting < self._sitting or _covers(newest, notice)):
                 return self._report
             self._report = Report(version=notice.version)
             self._ready = self._reach(notice, newest)
-            if newest is not None and newest.run_id != notice.run_id:
-                self._past.add(newest.run_id)
+            self._sitting = notice.sitting
             return self._report
 
     def patch(self, version: int, served: int) -> WeightPatch:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -117,13 +117,15 @@ class Notice:
     """What the learners tell every engine: the version that is to be served, and all that may be needed to get there."""
 
     run_id: str
+    sitting: int
+    """Grows from one start of the learners to the next, which may begin at an older version: what is announced by an earlier
+    one comes late."""
     version: int
     root: str
     patches: tuple[Parcel, ...] = ()
     """Each builds on the one before it."""
     anchors: tuple[Parcel, ...] = ()
     """To be tried in this order where the patches do not lead on from what is held."""
-    notes: dict[str, Any] = field(default_factory=dict)
 
     def with_anchor(self, anchor: Parcel) -> Notice:
         """The same with an anchor that is tried before the others."""
