@@ -109,6 +109,45 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON line."
 app.add_typer(patches, name="patches")
 
 
+@app.command(epilog="Example: emberl plan --device 910B --devices 1024 link.bandwidth=3 link.mode=dense")
+def plan(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings as key=value, e.g. link.bandwidth=3; --keys lists them.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="910B, 910C, H200 or CPU (this one); default 910B.")] = None,
+    devices: Annotated[int | None, typer.Option(help="How many; default 1024.")] = None,
+    learners: Annotated[int | None, typer.Option(help="Of these, how many learn; default: the best split.")] = None,
+    model: Annotated[str | None, typer.Option(help="0.6m, 7b, 32b or 72b; default 32b.")] = None,
+    from_run: Annotated[
+        Path | None,
+        typer.Option(help="A run's folder: plan with what it measured; settings are then a run's own keys."),
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="Answer lengths: a run's folder or a Parquet file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Where to draw timeline, staleness and splits, a PNG.")] = None,
+    keys: Annotated[bool, typer.Option("--keys", help="Print all settings with their defaults and sources.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON line.")] = False,
+) -> None:
+    """Simulates the schedule: step time, idle devices, staleness and exposed sync, and the best split of the devices."""
+    from rich.console import Console
+
+    from .watch import plan as planning
+
+    try:
+        if keys:
+            print(planning.describe_keys())
+            return
+        options = {"device": device, "devices": devices, "learners": learners, "model": model}
+        found = planning.plan(overrides or (), options=options, from_run=from_run, trace=trace)
+        if picture is not None:
+            planning.draw(found, picture)
+    except (ValueError, OSError) as error:
+        fail(str(error), USAGE)
+    if as_json:
+        print(json.dumps(found.record()))
+    else:
+        planning.show(found, Console())
+
+
 def show_plan(settings: Config) -> None:
     """What `--dry-run` prints."""
     from .cluster import plan_placement

@@ -11,11 +11,14 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 from pydantic import Field, ValidationError, model_validator
 
+from ...rollout.schedule import GIVEN
 from ..config import ConfigError, Settings
 from .plan_devices import MODELS, Device, ModelShape, decode_table, device, most_slots
 from .plan_scenario import Failures, InFlight, LognormalLengths, Publication, RewardTime, Scenario
 
 GB = 1e9
+ENOUGH = 64
+"""Answers that an engine should decode at a time: fewer leave most of its time to reading weights."""
 
 
 class LengthSettings(Settings):
@@ -32,8 +35,8 @@ class LengthSettings(Settings):
 
 
 class EngineSettings(Settings):
-    cards: int = Field(default=8, ge=1)
-    """Devices of one engine (tensor parallel)."""
+    cards: int | None = Field(default=None, ge=1)
+    """Devices of one engine (tensor parallel); empty: the smallest power of two that has memory for `ENOUGH` answers."""
     slots: int | None = Field(default=None, ge=1)
     """Answers at a time; empty: as many as fit the memory, 256 at most."""
 
@@ -112,10 +115,6 @@ class PlanSettings(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> PlanSettings:
-        if self.learners is not None and self.learners > self.devices - self.engine.cards:
-            raise ValueError(
-                f"learners={self.learners} of devices={self.devices} leave no engine of engine.cards={self.engine.cards}"
-            )
         if self.warmup >= self.steps:
             raise ValueError(f"warmup={self.warmup} must be below steps={self.steps}")
         return self
@@ -135,13 +134,29 @@ class PlanSettings(Settings):
         return lengths.prompt + min(lengths.mean * (1 + lengths.cv**2), lengths.cap) / 2
 
     @property
+    def cards(self) -> int:
+        """Devices of one engine."""
+        if self.engine.cards is not None:
+            return self.engine.cards
+        sizes = [2**i for i in range(20)]
+        enough = [n for n in sizes if most_slots(self.hardware, self.shape, n, self.mean_context) >= ENOUGH]
+        return enough[0]
+
+    @property
     def slots(self) -> int:
-        fit = min(256, most_slots(self.hardware, self.shape, self.engine.cards, self.mean_context))
+        fit = min(256, most_slots(self.hardware, self.shape, self.cards, self.mean_context))
         if fit == 0:
             raise ConfigError(
-                f"model={self.model} does not fit engine.cards={self.engine.cards} x {self.device}; use more cards"
+                f"model={self.model} does not fit engine.cards={self.cards} x {self.device}; use more cards"
             )
         return self.engine.slots or fit
+
+    def check_split(self, learners: int) -> None:
+        if not 1 <= learners <= self.devices - self.cards:
+            raise ConfigError(
+                f"devices={self.devices} with learners={learners} leave no engine of {self.cards} devices; use more devices "
+                "or fewer engine.cards"
+            )
 
 
 def load_plan(overrides: Sequence[str], options: Mapping[str, Any]) -> PlanSettings:
@@ -184,6 +199,7 @@ RELAY_BLOCKS = 64
 
 def make_scenario(settings: PlanSettings, learners: int) -> Scenario:
     """The scenario in which `learners` of the devices learn."""
+    settings.check_split(learners)
     hardware, shape, lengths, schedule = settings.hardware, settings.shape, settings.lengths, settings.schedule
     source = LognormalLengths(
         mean_uncut=lengths.mean, cv=lengths.cv, cap=lengths.cap, prompt=lengths.prompt, correlation=lengths.correlation
@@ -191,11 +207,10 @@ def make_scenario(settings: PlanSettings, learners: int) -> Scenario:
     flops = shape.train_flops(lengths.prompt + lengths.mean)
     mfu = settings.learner.mfu or hardware.mfu
     return Scenario(
-        workers=max(1, (settings.devices - learners) // settings.engine.cards),
+        workers=max(1, (settings.devices - learners) // settings.cards),
         slots=settings.slots,
-        table=decode_table(
-            hardware, shape, settings.engine.cards, slots=settings.slots, longest=lengths.prompt + lengths.cap
-        ),
+        given=GIVEN * settings.slots if schedule.max_staleness else None,
+        table=decode_table(hardware, shape, settings.cards, slots=settings.slots, longest=lengths.prompt + lengths.cap),
         lengths=source,
         prompts_per_step=schedule.prompts_per_step,
         group_size=schedule.group_size,
