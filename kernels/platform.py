@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -146,6 +146,19 @@ def thread_environment(count: int) -> dict[str, str]:
     """The environment with which an actor's process must start so that its OpenMP pool is small and sleeps, not spins,
     between parallel regions."""
     return {"OMP_NUM_THREADS": str(max(1, count)), "MKL_NUM_THREADS": str(max(1, count)), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def process_group(platform: Platform, store: Any, rank: int, size: int, name: str, timeout: float) -> Any:
+    """A group of processes beside torch.distributed's default one, which not all of them need to have; returns once all
+    have come. What does not happen within `timeout` seconds raises a RuntimeError."""
+    from datetime import timedelta
+
+    from torch.distributed import distributed_c10d as c10d
+
+    within = timedelta(seconds=timeout)
+    helper: Any = c10d._new_process_group_helper  # what new_group calls, without its demand for a default group
+    group, _ = helper(size, rank, [], platform.collective, store, group_name=name, timeout=within)
+    return group
 
 
 def peak_memory_bytes(platform: Platform) -> int:

@@ -82,7 +82,7 @@ def train(config: Config, *, resume: bool = False) -> Result:
             cluster.wait()
             sync = WeightSync(
                 config.sync, learners, pool, run_id=run_id, run_dir=run_dir, history=config.checkpoint.history,
-                tell=tracker.note,
+                fabric=cluster.placement.device != "cpu", tell=tracker.note,
             )  # fmt: skip
             run = Run(
                 config=config, run_id=run_id, run_dir=run_dir, tokenizer=tokenizer, source=source, suite=suite,

@@ -12,15 +12,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import ray
+
+from ..rollout.collective import InBroadcast, Ticket
 from ..rollout.pool import RolloutPool
 from ..rollout.transport import Directory, Notice, Parcel, list_patches
+from ..rollout.waiting import cause
 from .config import SyncConfig
 from .learner.group import LearnerGroup
 from .learner.publisher import Order, Published
 
 Mode = Literal["dense", "patch"]
+Transport = Literal["object_store", "collective", "directory"]
 
 CHAIN_SHARE = 0.5
 """A new anchor is made once the patches since the last one are this much of it."""
@@ -28,6 +33,8 @@ CODING_RATE = 1e9
 """Bytes of weights a second that a patch costs on each side, until that has been measured."""
 COPY_RATE = 4e9
 """The same of weights that come whole."""
+BROADCAST_TIMEOUT = 60.0
+"""Seconds at most, after which a worker takes the bytes from Ray's object store instead."""
 ADVANTAGE = 0.8
 """The other way must take at most this share of the time for `auto` to change over."""
 
@@ -70,6 +77,19 @@ def choose(measured: Measured, now: Mode) -> Choice:
     return Choice(mode=better, why=why)
 
 
+def choose_transport(rates: Mapping[Transport, float], now: Transport, *, fabric: bool) -> Transport:
+    """The faster of Ray's object store and the devices' collective; rates: bytes a second, of those that were tried. Only
+    where devices have a fabric of their own (`fabric`) the collective is tried at all."""
+    if not fabric:
+        return "object_store"
+    if now not in rates or (other := _OTHER[now]) not in rates:
+        return now if now not in rates else _OTHER[now]
+    return other if rates[now] < ADVANTAGE * rates[other] else now
+
+
+_OTHER: Mapping[Transport, Transport] = {"object_store": "collective", "collective": "object_store"}
+
+
 def guessed_ratio(changed: float) -> float:
     """How much smaller a patch of bfloat16 weights is, to within a factor of two, where this share of them changed."""
     return 1.0 / max(1 / 5000, min(1.0, 0.7 * changed))
@@ -87,13 +107,19 @@ class WeightSync:
         run_id: str,
         run_dir: Path,
         history: bool,
+        fabric: bool,
         tell: Callable[[str], None],
     ) -> None:
-        """tell: where a person reads why `auto` changed over."""
+        """history: keep every version in `run_dir`. fabric: the devices have one, for transport=auto to try. tell: where a
+        person reads why `auto` changed over."""
+        self._fabric = fabric
         self._settings, self._learners, self._pool, self._tell = settings, learners, pool, tell
         self._run_id, self._sitting = run_id, time.time_ns()
         self._mode: Mode = settings.mode if settings.mode != "auto" else "dense"
-        self._transport = "object_store" if settings.transport == "auto" else settings.transport
+        self._transport: Transport = "object_store" if settings.transport == "auto" else settings.transport
+        self._rates: dict[Transport, float] = {}
+        self._ticket: Ticket | None = None
+        self._broadcasts = self._restarts = 0
         self._folder = Path(settings.directory) if settings.directory else run_dir / "sync"
         self._history = run_dir / "history" if history else None
         self._anchors: tuple[Parcel, ...] = ()
@@ -115,8 +141,10 @@ class WeightSync:
         if self._history is not None and self.notice is None:
             self._forget_from(version)
         start = time.perf_counter()
-        published = self._learners.publish(self._order(version))
+        broadcast = self._next_broadcast() if self._transport == "collective" else None
+        published = self._learners.publish(self._order(version, broadcast))
         self.notice = self._announce(published)
+        sending = self._learners.broadcast() if broadcast is not None else None
         reports: list[dict[str, float]] = []
         if later:
             self._pool.apply_later(self.notice)
@@ -124,11 +152,29 @@ class WeightSync:
             reports = self._pool.apply(self.notice)
             versions = {int(report["version"]) for report in reports}
             assert versions == {version}, f"workers serve versions {versions} instead of {version}"
+        if sending is not None:
+            self._end_broadcast(sending)
         self._learn(published, reports)
         seconds = taken_s + time.perf_counter() - start
         return {**_figures(published, reports), "sync/diff_s": taken_s, "timing_s/update_weights": seconds}
 
-    def _order(self, version: int) -> Order:
+    def _next_broadcast(self) -> InBroadcast:
+        """Of the group that stands, or of a new one where a worker was replaced or the last broadcast failed."""
+        timeout = min(self._settings.timeout / 4, BROADCAST_TIMEOUT)
+        if self._ticket is None or self._pool.restarts != self._restarts:
+            self._ticket = self._learners.meet(len(self._pool.workers), timeout)
+            self._broadcasts, self._restarts = 0, self._pool.restarts
+        self._broadcasts += 1
+        return InBroadcast(ticket=self._ticket, number=self._broadcasts - 1, size=0, timeout=timeout)
+
+    def _end_broadcast(self, sending: Any) -> None:
+        try:
+            ray.get(sending, timeout=self._settings.timeout)
+        except ray.exceptions.RayError as error:  # the workers had another place to take the bytes from
+            self._ticket = None
+            self._tell(f"weight sync: {cause(error)}; the version went through Ray's object store instead")
+
+    def _order(self, version: int, broadcast: InBroadcast | None) -> Order:
         patch = self.notice is not None and (self._mode == "patch" or self._history is not None)
         return Order(
             run_id=self._run_id,
@@ -136,6 +182,7 @@ class WeightSync:
             patch=patch,
             anchor=not patch or self._mode == "dense" or self._anchor_due(version),
             directory=str(self._folder) if self._transport == "directory" else None,
+            broadcast=broadcast,
             history=None if self._history is None else str(self._history),
         )
 
@@ -173,6 +220,7 @@ class WeightSync:
         rates = [r["wire_bytes"] / r["transfer_s"] for r in reports if r["wire_bytes"] and r["transfer_s"]]
         if rates:
             now = replace(now, bandwidth=min(rates))
+            self._rates[self._transport] = min(rates)
         if published.patch is not None:
             prepare_s = max(float(report["prepare_s"]) for report in reports) if self._mode == "patch" else 0.0
             ratio = published.num_bytes / max(1, published.patch.size)
@@ -180,6 +228,13 @@ class WeightSync:
         elif published.changed is not None:
             now = replace(now, ratio=guessed_ratio(published.changed))
         self._measured = now
+        if self._settings.transport == "auto":
+            fabric = self._fabric and self._mode == "dense"
+            transport = choose_transport(self._rates, self._transport, fabric=fabric)
+            if transport != self._transport:
+                measured = ", ".join(f"{name} {rate / 1e6:.3g} MB/s" for name, rate in self._rates.items())
+                self._tell(f"weight sync goes from {self._transport} to {transport}: {measured}")
+                self._transport = transport
         if self._settings.mode != "auto":
             return
         choice = choose(now, self._mode)

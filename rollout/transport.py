@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,6 +50,8 @@ class Link:
     timeout: float
     """Seconds for one patch."""
     bucket: TokenBucket | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
+    """What a transport keeps from one patch to the next."""
 
 
 class Place(Protocol):

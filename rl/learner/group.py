@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from ...rollout.collective import Ticket
 from ...rollout.waiting import gather
 from ..algorithm.losses import Objective
 from ..config import CriticConfig, OptimConfig
@@ -75,6 +76,16 @@ class LearnerGroup:
             [self.ranks[0].publish.options(**beside).remote(order, *parts), *parts], "publish"
         )[0]
         return published
+
+    def meet(self, workers: int, timeout: float) -> Ticket:
+        """A new group of rank 0 and so many workers, for broadcasts."""
+        meet = self.ranks[0].meet.options(concurrency_group=PUBLISHING)
+        ticket: Ticket = self._wait([meet.remote(workers, timeout)], "meet")[0]
+        return ticket
+
+    def broadcast(self) -> Any:
+        """Begins to send what was last published to the workers that wait for it; the reference to the end of it."""
+        return self.ranks[0].broadcast.options(concurrency_group=PUBLISHING).remote()
 
     def save(self, folder: str) -> None:
         self._call("save", folder)

@@ -14,20 +14,21 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import nn
 
+from ...rollout.collective import InBroadcast, Meeting, Ticket
 from ...rollout.patch_apply import commit, prepare
 from ...rollout.patch_codec import CHUNK_BYTES, spread
 from ...rollout.patch_encode import Shard, TensorPart, diff, join
 from ...rollout.patch_format import pieces
 from ...rollout.patch_stats import changed_elements
 from ...rollout.patches import (
+    Bytes,
     Chunk,
     Mode,
     TensorBytes,
@@ -58,8 +59,10 @@ class Order:
     """A patch on the version before, if there was one."""
     anchor: bool
     """The whole weights."""
-    transport: Literal["object_store", "directory"] = "object_store"
     directory: str | None = None
+    """Where the files go; None: into Ray's object store."""
+    broadcast: InBroadcast | None = None
+    """The workers wait for the bytes here first (its size is not known yet); `Publisher.broadcast` sends them."""
     history: str | None = None
     """A directory that gets a copy of each patch, or of the anchor where there is no patch."""
 
@@ -115,6 +118,8 @@ class Publisher:
         self._old: dict[str, Shard] | None = None
         self._base: Weights | None = None
         self._taken = threading.Lock()
+        self._outgoing: tuple[InBroadcast, Bytes] | None = None
+        self._meeting: Meeting | None = None
 
     def take(self, shards: dict[str, Shard]) -> None:
         """These are the weights of the next version to be published."""
@@ -146,10 +151,13 @@ class Publisher:
             changed = changed_elements(patch) / max(1, _num_elements(parts))
         weights = self._advance(patch)
         outbox: Outbox = Directory(Path(order.directory)) if order.directory is not None else ObjectStore()
-        sent = None if whole else _put(outbox, patch)
-        anchor = _put(outbox, patch if whole else _anchor(weights)) if whole or order.anchor else None
+        sent = None if whole else self._put(outbox, patch, order.broadcast)
+        if whole:
+            anchor: Parcel | None = self._put(outbox, patch, order.broadcast)
+        else:
+            anchor = self._put(outbox, _anchor(weights)) if order.anchor else None
         if order.history is not None:
-            _put(Directory(Path(order.history)), patch)
+            self._put(Directory(Path(order.history)), patch)
         return Published(
             version=order.version,
             root=weights.root,
@@ -159,6 +167,28 @@ class Publisher:
             changed=changed,
             encode_s=time.perf_counter() - start,
         )
+
+    def meet(self, device: str, workers: int, timeout: float) -> Ticket:
+        """Rank 0: a new group of this process and so many workers, for broadcasts."""
+        if self._meeting is None:
+            self._meeting = Meeting(device, timeout)
+        return self._meeting.ticket(workers)
+
+    def broadcast(self) -> None:
+        """Rank 0: sends what was last published to the workers that wait for it; TransferError if not all came."""
+        assert self._meeting is not None and self._outgoing is not None, "nothing was published for a broadcast"
+        place, data = self._outgoing
+        self._outgoing = None
+        self._meeting.send(place.ticket, data)
+
+    def _put(self, outbox: Outbox, patch: WeightPatch, broadcast: InBroadcast | None = None) -> Parcel:
+        if broadcast is None:
+            return outbox.put(patch.version, patch.base_version, pieces(patch))
+        data = np.frombuffer(b"".join(pieces(patch)), np.uint8)
+        parcel = outbox.put(patch.version, patch.base_version, [data.data])
+        place = replace(broadcast, size=data.nbytes)
+        self._outgoing = place, data
+        return replace(parcel, places=(place, *parcel.places))
 
     def _advance(self, patch: WeightPatch) -> Weights:
         """The whole of the new version, verified: the base of the next patch."""
@@ -182,10 +212,6 @@ class Publisher:
             changed += int(np.count_nonzero(new[::step] != old[::step])) * step
             total += len(new[::step]) * step
         return changed / max(1, total)
-
-
-def _put(outbox: Outbox, patch: WeightPatch) -> Parcel:
-    return outbox.put(patch.version, patch.base_version, pieces(patch))
 
 
 def _anchor(weights: Weights) -> WeightPatch:

@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from ...kernels import platform
+from ...rollout.collective import Ticket
 from ..algorithm.losses import Objective, token_loss
 from ..algorithm.surrogates import value_loss
 from ..config import CriticConfig, ModelConfig, OptimConfig
@@ -301,7 +302,7 @@ class LearnerRank:
         """Copies this rank's shard aside, as the next version to be published."""
         self.publisher.take(shards_of(self.policy.model, self.dtype, self.spec.rank, self.spec.world))
 
-    # The two below may run in another thread than the rest, while it makes its next step.
+    # Those below may run in another thread than the rest, while it makes its next step.
 
     def publish_part(self, whole: bool) -> Parts:
         """How this rank's shard changed since the last version, for rank 0."""
@@ -310,6 +311,14 @@ class LearnerRank:
     def publish(self, order: Order, *others: Parts) -> Published:
         """Rank 0: what was taken, handed to the transport."""
         return self.publisher.publish(order, others)
+
+    def meet(self, workers: int, timeout: float) -> Ticket:
+        """Rank 0: a new group for broadcasts to so many workers."""
+        return self.publisher.meet(self.platform.device, workers, timeout)
+
+    def broadcast(self) -> None:
+        """Rank 0: sends what was last published to the workers that wait for it."""
+        self.publisher.broadcast()
 
     def save(self, folder: str) -> None:
         """The model in Hugging Face format under `folder`, and what training goes on from under `folder/learner`."""

@@ -13,7 +13,7 @@ SHORT = ("sft.steps=20", "schedule.steps=3", "model.dtype=bfloat16", "optim.lr=1
 def test_patches_and_whole_weights_train_the_same_model(emberl: Emberl) -> None:
     emberl.train(*SHORT, "sync.mode=dense", "run_dir=dense")
     emberl.train(
-        *SHORT, "sync.mode=patch", "sync.transport=directory", "sync.anchor_every=2", "checkpoint.history=true",
+        *SHORT, "sync.mode=patch", "sync.transport=collective", "sync.anchor_every=2", "checkpoint.history=true",
         "run_dir=patch",
     )  # fmt: skip
     dense, patch = emberl.folder / "dense", emberl.folder / "patch"
