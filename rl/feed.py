@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+
+import numpy as np
 
 from ..rollout.pool import Job, Outcome
 from ..rollout.samples import Completion, Prompt
@@ -49,9 +51,12 @@ class GroupFeed:
         self._dynamic = filtered.dynamic_sampling
         self._most_dropped = (filtered.max_rounds - 1) * self._per_step
         self._schedule: Schedule[tuple[int, Group]] = Schedule(
-            groups_per_step=self._per_step, max_staleness=schedule.max_staleness, overdue=schedule.overdue
+            groups_per_step=self._per_step,
+            max_staleness=schedule.max_staleness,
+            overdue="evict" if schedule.oversample > 1 else schedule.overdue,
+            oversample=schedule.oversample,
         )
-        self._tickets: dict[int, Ticket] = {}
+        self._open: dict[int, tuple[Ticket, Job]] = {}  # by number
         self._again: list[Ticket] = list(run.progress.pending)
         self._position, self._step, self._admitted = run.progress.position, run.progress.step, 0
         self._dropped: list[tuple[int, Group]] = []
@@ -76,7 +81,7 @@ class GroupFeed:
         start = time.perf_counter()
         with self._changed:
             self._step = step
-            self._schedule.close(self._run.progress.version)
+            self._evict(self._schedule.close(self._run.progress.version))
             self._schedule.check()
             while True:
                 if self._failure is not None:
@@ -88,13 +93,19 @@ class GroupFeed:
             sampled = sorted([*taken, *self._dropped], key=lambda pair: pair[0])
             self._dropped = []
             for number, _ in taken:
-                del self._tickets[number]
-            pending = (*self._again, *(self._tickets[number] for number in self._schedule.open))
+                del self._open[number]
+            pending = (*self._again, *(self._open[number][0] for number in self._schedule.open))
             self._run.progress = self._run.progress.advance(position=self._position, pending=pending)
             waited = time.perf_counter() - start
-            return Feed(
-                groups=[group for _, group in sampled], waited=waited, metrics=self._figures.of_step(self._schedule)
-            )
+            metrics = self._figures.of_step(self._schedule)
+            self._figures.took([group for _, group in taken])
+            return Feed(groups=[group for _, group in sampled], waited=waited, metrics=metrics)
+
+    def _evict(self, numbers: Sequence[int]) -> None:
+        """Stops groups that are too old, or that were started to spare."""
+        if numbers:
+            self._run.pool.cut([self._open[number][1] for number in numbers])
+        self._open = {number: self._open[number] for number in self._schedule.open}
 
     def _size(self) -> int:
         """How many groups the step trains on: fewer where too many had no signal."""
@@ -117,9 +128,9 @@ class GroupFeed:
                 self._position += 1
             number = self._admitted
             self._admitted += 1
-            self._tickets[number] = ticket
             schedule.admit(number)
             jobs.append(self._job(number, *ticket))
+            self._open[number] = (ticket, jobs[-1])
         if jobs:
             self._run.pool.submit(jobs)
 
@@ -131,6 +142,7 @@ class GroupFeed:
             sampling=self._run.sampling(step),
             deliver=partial(self._decoded, number, prompt),
             reissued=partial(self._locked, lambda: self._schedule.reissue(number)),
+            was_cut=self._was_cut,
         )
 
     def _decoded(self, number: int, prompt: Prompt, outcome: Outcome) -> None:
@@ -157,10 +169,13 @@ class GroupFeed:
             if self._dynamic and not group.has_signal:
                 self._schedule.drop(number)
                 self._dropped.append((number, group))
-                del self._tickets[number]
+                del self._open[number]
                 self._admit()
 
         self._locked(enter)
+
+    def _was_cut(self, parts: tuple[Completion, ...]) -> None:
+        self._locked(lambda: self._figures.was_cut(parts))
 
     def _locked(self, change: Callable[[], None]) -> None:
         with self._changed:
@@ -174,6 +189,19 @@ class GroupFeed:
         self._locked(enter)
 
 
+def censored_mean(finished: Sequence[int], cut: Sequence[int]) -> float:
+    """The mean length that answers would have if none were cut: the area under Kaplan and Meier's (1958) estimate of the
+    share of answers longer than x, up to the longest. `cut` are the lengths at which answers were cut."""
+    lengths = np.array([*finished, *cut])
+    ended = np.array([True] * len(finished) + [False] * len(cut))
+    mean, alive, at = 0.0, 1.0, 0
+    for x in np.unique(lengths):
+        mean += alive * (x - at)
+        at = x
+        alive *= 1 - (ended & (lengths == x)).sum() / (lengths >= x).sum()
+    return float(mean)
+
+
 class _Figures:
     """What happened since the last step: differences of what only grows."""
 
@@ -182,6 +210,14 @@ class _Figures:
         self._before: dict[str, float] = {}
         self._at = time.monotonic()
         self._idle = run.pool.idle_seconds()
+        self._finished: list[int] = []  # lengths of answers that the last step trained on
+        self._partial: list[Completion] = []  # answers of the groups that were cut after it
+
+    def took(self, groups: Sequence[Group]) -> None:
+        self._finished = [len(c) for group in groups for c in group.completions]
+
+    def was_cut(self, parts: Sequence[Completion]) -> None:
+        self._partial += parts
 
     def of_step(self, schedule: Schedule[tuple[int, Group]]) -> dict[str, float]:
         counts, pool = schedule.counts, self._run.pool
@@ -196,6 +232,12 @@ class _Figures:
         now, idle = time.monotonic(), pool.idle_seconds()
         spent = [(after - before) / max(now - self._at, 1e-9) for after, before in zip(idle, self._idle, strict=True)]
         self._at, self._idle = now, idle
+        if self._run.config.schedule.oversample > 1 and self._finished and self._partial:
+            cut = [len(c) for c in self._partial if c.finish_reason == "abort"]
+            whole = self._finished + [len(c) for c in self._partial if c.finish_reason != "abort"]
+            expected = censored_mean(whole, cut)
+            found["sched/oversample/length_bias"] = sum(self._finished) / len(self._finished) / expected - 1
+        self._partial = []
         return found | {
             "sched/groups_running": float(schedule.running),
             "sched/groups_ready": float(schedule.ready),

@@ -199,7 +199,13 @@ class RolloutPool:
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """An error of our own must reach those who wait, too."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(ActorLostError(f"the rollout pool failed: {type(error).__name__}: {error}"))
 
     def _takes(self, seat: _Seat) -> bool:
         return seat.up and (self._max_samples is None or not seat.jobs or seat.samples < self._max_samples)
