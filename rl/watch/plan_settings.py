@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import cached_property
 from math import ceil, inf, log2
 from typing import Any, Literal
@@ -170,8 +171,19 @@ def load_plan(overrides: Sequence[str], options: Mapping[str, Any]) -> PlanSetti
     try:
         return PlanSettings.model_validate(given | {k: v for k, v in options.items() if v is not None})
     except ValidationError as error:
-        found = [(".".join(map(str, item["loc"])), item["msg"]) for item in error.errors()]
-        raise ConfigError("; ".join(f"{key}: {message}" if key else message for key, message in found)) from error
+        raise ConfigError("; ".join(map(_problem, error.errors()))) from error
+
+
+def _problem(item: Mapping[str, Any]) -> str:
+    key = ".".join(map(str, item["loc"]))
+    if item["type"] != "extra_forbidden":
+        return f"{key}: {item['msg']}" if key else str(item["msg"])
+    group = PlanSettings.model_fields.get(str(item["loc"][0]))
+    kind = PlanSettings if len(item["loc"]) == 1 or group is None else group.annotation
+    assert isinstance(kind, type) and issubclass(kind, Settings)
+    near = get_close_matches(str(item["loc"][-1]), list(kind.model_fields), n=1, cutoff=0.5)
+    hint = f"did you mean {key.removesuffix(str(item['loc'][-1]))}{near[0]}?" if near else "see emberl plan --keys"
+    return f"unknown key {key}; {hint}"
 
 
 def publication(settings: PlanSettings, learners: int) -> Publication:
