@@ -185,6 +185,7 @@ class EmbeddedEngine:
         self._running.set()
 
     async def apply(self, patch: WeightPatch) -> int:
+        await asyncio.to_thread(self._check_patch, patch)
         await self._at_boundary(lambda: self._apply(patch))
         return self.version
 
@@ -263,24 +264,35 @@ class EmbeddedEngine:
         self._take_inbox()
         return self._batch.abort(select)
 
-    def _apply(self, patch: WeightPatch) -> None:
+    def _is_new(self, patch: WeightPatch) -> bool:
+        """Whether it has to be loaded; VersionError if it may not come now."""
         if self._run_id and patch.run_id != self._run_id:
             raise VersionError(f"a patch of run {patch.run_id}, but this engine serves run {self._run_id}")
         if patch.version < self.version:
             raise VersionError(f"version goes backwards: {patch.version} after {self.version}")
         if patch.version == self.version and self._corrupt is None:
-            verify(self.digests(), patch)
-            return
+            return False
         if patch.base_version not in (None, self.version):
             raise VersionError(
                 f"patch {patch.version} builds on {patch.base_version}, the engine serves {self.version}"
             )
-        # All that can be wrong with what came is found before a byte of what is served changes.
+        return True
+
+    def _check_patch(self, patch: WeightPatch) -> None:
+        """Finds all that can be wrong with what came while the old weights go on to decode."""
+        if not self._is_new(patch):
+            return
         for name, tensor in patch.tensors.items():
             self.decoder.check(name, tensor)
         arrived = {name: digest(tensor.data) for name, tensor in patch.tensors.items()}
         kept = {name: self.decoder.digest(name) for name in self.decoder.weights.keys() - arrived.keys()}
         verify(arrived | kept, patch)
+
+    def _apply(self, patch: WeightPatch) -> None:
+        """All that decoding waits for."""
+        if not self._is_new(patch):
+            verify(self.digests(), patch)
+            return
         self._corrupt = f"the update to version {patch.version} did not complete"
         for name, tensor in patch.tensors.items():
             self.decoder.load(name, tensor)

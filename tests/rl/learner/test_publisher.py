@@ -1,0 +1,143 @@
+"""Ranks that hold parts of the weights publish what one rank that holds all would, and every engine gets exactly that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from emberl.rl.learner.publisher import Order, Published, Publisher, first_row, shards_of
+from emberl.rollout.patch_encode import Shard
+from emberl.rollout.receiver import Receiver
+from emberl.rollout.transport import InFile, Link, Notice
+from torch import nn
+
+SHAPES = {"up": (5, 300), "norm": (3,), "one": (1, 8), "none": (0, 4)}
+"""Rows that no number of ranks divides, fewer rows than ranks, and none at all."""
+
+
+def weights(version: int) -> dict[str, torch.Tensor]:
+    """bfloat16 values of which a few change from one version to the next."""
+    found = {}
+    for seed, (name, shape) in enumerate(SHAPES.items()):
+        values = torch.from_numpy(np.random.default_rng(seed).normal(0, 0.02, shape)).bfloat16().view(torch.int16)
+        for step in range(version):
+            mask = np.random.default_rng((seed, step)).random(shape) < 0.02
+            values = values + torch.from_numpy(mask.astype(np.int16))
+        found[name] = values.view(torch.bfloat16)
+    return found
+
+
+def shard(version: int, rank: int, world: int) -> dict[str, Shard]:
+    found = {}
+    for name, whole in weights(version).items():
+        start, stop = first_row(SHAPES[name], rank, world), first_row(SHAPES[name], rank + 1, world)
+        rows = whole[start:stop].contiguous()
+        per_row = int(np.prod(SHAPES[name][1:]))
+        data = rows.view(-1).view(torch.uint8).numpy()
+        found[name] = Shard(dtype="BF16", shape=SHAPES[name], start=start * per_row, data=data)
+    return found
+
+
+def publish(ranks: Sequence[Publisher], version: int, folder: Path, *, patch: bool, anchor: bool = False) -> Published:
+    for rank, publisher in enumerate(ranks):
+        publisher.take(shard(version, rank, len(ranks)))
+    order = Order(run_id="run", version=version, patch=patch, anchor=anchor, directory=str(folder))
+    return ranks[0].publish(order, [publisher.part(whole=not patch) for publisher in ranks[1:]])
+
+
+def ranks(world: int) -> list[Publisher]:
+    return [Publisher(rank=rank, world=world, threads=1) for rank in range(world)]
+
+
+def notice(found: Published) -> Notice:
+    patches = () if found.patch is None else (found.patch,)
+    anchors = () if found.anchor is None else (found.anchor,)
+    return Notice(run_id="run", sitting=0, version=found.version, root=found.root, patches=patches, anchors=anchors)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_any_number_of_ranks_publishes_the_same_weights(world: int, tmp_path: Path) -> None:
+    publishers, receiver = ranks(world), Receiver(Link(timeout=5.0))
+    for version in range(4):
+        found = publish(publishers, version, tmp_path, patch=version in (1, 3))
+        assert (found.patch is None, found.anchor is None) == (version not in (1, 3), version in (1, 3))
+        receiver.prepare(notice(found))
+        receiver.patch(version, version - 1)
+        receiver.commit(version)
+        assert receiver.held is not None
+        for name, whole in weights(version).items():
+            assert bytes(receiver.held.tensors[name].data) == bytes(
+                whole.contiguous().view(-1).view(torch.uint8).numpy()
+            )
+        changed = sum(
+            int((a != b).sum())
+            for a, b in zip(weights(version).values(), weights(max(0, version - 1)).values(), strict=True)
+        )
+        if found.patch is not None:
+            assert found.changed == changed / (1500 + 3 + 8)
+            assert 0 < found.patch.size < 800
+        elif version:
+            assert found.changed == pytest.approx(changed / (1500 + 3 + 8), abs=1e-9) or world > 1, (
+                "a guess of its own shard"
+            )
+
+
+def test_an_anchor_beside_a_patch_holds_the_new_weights(tmp_path: Path) -> None:
+    publishers = ranks(2)
+    publish(publishers, 0, tmp_path, patch=False)
+    found = publish(publishers, 1, tmp_path, patch=True, anchor=True)
+    assert found.patch is not None and found.anchor is not None and isinstance(found.anchor.places[0], InFile)
+    late = Receiver(Link(timeout=5.0))
+    report = late.prepare(notice(found))
+    assert report.wire_bytes == found.anchor.size and late.patch(1, -1).root == found.root
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "00000000.anchor", "00000001-from-00000000.patch", "00000001.anchor",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_thousand_versions_in_a_chain(tmp_path: Path) -> None:
+    """Two ranks, patches only: every version bit for bit, the last one reached from version 0 in 999 steps too."""
+    publishers, receiver = ranks(2), Receiver(Link(timeout=5.0))
+    rng, values = np.random.default_rng(0), np.random.default_rng(1).integers(0x3C00, 0x3D00, (4, 60)).astype(np.uint16)
+    patches, first = [], None
+    for version in range(1001):
+        for rank, publisher in enumerate(publishers):
+            data = values[2 * rank : 2 * rank + 2].copy().reshape(-1).view(np.uint8)
+            publisher.take({"w": Shard(dtype="BF16", shape=(4, 60), start=120 * rank, data=data)})
+        order = Order(run_id="run", version=version, patch=version > 0, anchor=version == 0, directory=str(tmp_path))
+        found = publishers[0].publish(order, [publishers[1].part(whole=version == 0)])
+        first = first or found.anchor
+        patches += [found.patch] if found.patch is not None else []
+        receiver.prepare(notice(found))
+        receiver.patch(version, version - 1)
+        receiver.commit(version)
+        assert receiver.held is not None and bytes(receiver.held.tensors["w"].data) == values.tobytes()
+        values = (values + rng.choice(np.array([-1, 0, 0, 0, 1]), (4, 60))).astype(np.uint16)
+    assert first is not None and receiver.held is not None
+    late = Receiver(Link(timeout=5.0))
+    whole = Notice(
+        run_id="run", sitting=0, version=1000, root=receiver.held.root, patches=tuple(patches), anchors=(first,)
+    )
+    assert late.prepare(whole).replays == 1000
+    assert bytes(late.patch(1000, -1).tensors["w"].data) == bytes(receiver.held.tensors["w"].data)
+
+
+def test_shards_are_copies_in_the_dtype_that_is_served() -> None:
+    """Tied weights come once, under the name that Hugging Face saves them by."""
+    model: Any = nn.Module()
+    model.embed, model.head = nn.Embedding(3, 2), nn.Linear(2, 3, bias=False)
+    model.head.weight = model.embed.weight
+    found = shards_of(model, torch.bfloat16, 0, 1)
+    assert list(found) == ["embed.weight"]
+    before = bytes(found["embed.weight"].data)
+    assert before == bytes(model.embed.weight.detach().bfloat16().view(torch.uint8).numpy())
+    same = shards_of(model, torch.float32, 0, 1)["embed.weight"].data.copy()
+    kept = shards_of(model, torch.float32, 0, 1)["embed.weight"]
+    with torch.no_grad():
+        model.embed.weight += 1
+    assert np.array_equal(kept.data, same), "the optimizer's next step must not reach what is being published"

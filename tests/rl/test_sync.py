@@ -1,0 +1,121 @@
+"""What `auto` decides, by hand-computed times; and which patches an announcement keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from emberl.rl.config import SyncConfig
+from emberl.rl.learner.publisher import Order, Published
+from emberl.rl.sync import Measured, WeightSync, choose, choose_transport
+from emberl.rollout.transport import Notice, Parcel
+
+MB = 1e6
+
+
+@pytest.mark.parametrize(
+    ("bandwidth", "ratio", "now", "mode"),
+    [
+        (None, None, "dense", "dense"),  # nothing is known yet
+        (20 * MB, 150.0, "dense", "patch"),  # 10.05 s against 0.07 + 0.4
+        (20 * MB, 1.2, "dense", "dense"),  # 10.05 s against 8.3 + 0.4: not worth a change
+        (20 * MB, 1.2, "patch", "patch"),
+        (8000 * MB, 150.0, "patch", "dense"),  # 0.075 s against 0.4
+        (450 * MB, 150.0, "patch", "patch"),  # 0.49 s against 0.40: within the bias
+        (450 * MB, 150.0, "dense", "dense"),
+    ],
+)
+def test_the_mode_that_takes_less_time(bandwidth: float | None, ratio: float | None, now: Any, mode: str) -> None:
+    found = choose(Measured(num_bytes=200 * MB, bandwidth=bandwidth, ratio=ratio, coding_s=0.4), now)
+    assert found.mode == mode
+    if bandwidth == 20 * MB and ratio == 150.0:
+        assert found.why == ("200 MB of weights at 20 MB/s: dense 10 s, patches 0.47 s (150x smaller, 0.4 s to code)")
+
+
+def test_the_collective_is_tried_once_where_there_is_a_fabric() -> None:
+    assert choose_transport({"object_store": 1.0}, "object_store", fabric=False) == "object_store"
+    assert choose_transport({}, "object_store", fabric=True) == "object_store"
+    assert choose_transport({"object_store": 1.0}, "object_store", fabric=True) == "collective"
+    assert choose_transport({"object_store": 1.0, "collective": 9.0}, "collective", fabric=True) == "collective"
+    assert choose_transport({"object_store": 1.0, "collective": 0.5}, "collective", fabric=True) == "object_store"
+    assert choose_transport({"object_store": 1.0, "collective": 1.1}, "object_store", fabric=True) == "object_store"
+
+
+class FakeLearners:
+    """Patches of 10 bytes, weights of 100."""
+
+    def __init__(self) -> None:
+        self.orders: list[Order] = []
+
+    def take_weights(self) -> None: ...
+
+    def publish(self, order: Order) -> Published:
+        self.orders.append(order)
+
+        def parcel(base: int | None, size: int) -> Parcel:
+            return Parcel(version=order.version, base_version=base, size=size, places=())
+
+        patch = parcel(order.version - 1, 10) if order.patch else None
+        anchor = parcel(None, 100) if order.anchor else None
+        return Published(
+            version=order.version, root="", num_bytes=100, patch=patch, anchor=anchor, changed=0.01, encode_s=0.0
+        )
+
+
+class FakePool:
+    """Serves at 1 byte a second."""
+
+    restarts = 0
+    workers: Sequence[Any] = (0,)
+
+    def __init__(self) -> None:
+        self.notices: list[Notice] = []
+
+    def apply(self, notice: Notice) -> list[dict[str, float]]:
+        self.notices.append(notice)
+        wire = float(notice.patches[-1].size if notice.patches else 100)
+        figures = {"prepare_s": 0.0, "apply_s": 0.0, "digest_failures": 0.0, "replays": 0.0}
+        return [{"version": float(notice.version), "wire_bytes": wire, "transfer_s": wire, **figures}]
+
+
+def run(settings: SyncConfig, versions: int, folder: Path) -> tuple[FakeLearners, FakePool, list[str]]:
+    learners: Any = FakeLearners()
+    pool: Any = FakePool()
+    told: list[str] = []
+    sync = WeightSync(
+        settings, learners, pool, run_id="run", run_dir=folder, history=False, fabric=False, tell=told.append
+    )
+    for version in range(versions):
+        sync.begin(version)
+        figures = sync.deliver()
+        assert figures["sync/version"] == version
+    return learners, pool, told
+
+
+def test_anchors_come_in_time_and_lead_to_the_newest_version(tmp_path: Path) -> None:
+    learners, pool, _ = run(SyncConfig(mode="patch", anchor_every=4), 10, tmp_path)
+    assert [order.version for order in learners.orders if order.anchor] == [0, 4, 8]
+    for notice in pool.notices:
+        (anchor,) = notice.anchors
+        held = [*notice.routes(anchor.version)]
+        assert held and all(route[-1].version == notice.version for route in held if route)
+        assert [len(route) for route in notice.routes(None)] == [1 + notice.version - anchor.version]
+    assert [parcel.version for parcel in pool.notices[-1].patches] == [5, 6, 7, 8, 9], (
+        "back to the anchor before the last"
+    )
+
+
+def test_a_chain_of_half_an_anchor_ends(tmp_path: Path) -> None:
+    learners, _, _ = run(SyncConfig(mode="patch", anchor_every=50), 16, tmp_path)
+    assert [order.version for order in learners.orders if order.anchor] == [0, 7, 14], "once six patches have 60 bytes"
+
+
+def test_auto_changes_over_on_a_weak_link_and_says_why_once(tmp_path: Path) -> None:
+    learners, pool, told = run(SyncConfig(mode="auto"), 5, tmp_path)
+    assert [order.patch for order in learners.orders] == [False, True, True, True, True]
+    assert len(told) == 1 and told[0].startswith(
+        "weight sync goes from dense to patch: 0.0001 MB of weights at 1e-06 MB/s"
+    )
+    assert len(pool.notices[-1].patches) == 4
