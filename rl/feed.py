@@ -64,6 +64,7 @@ class GroupFeed:
         self._failure: BaseException | None = None
         self._changed = threading.Condition(threading.RLock())
         self._graders = ThreadPoolExecutor(GRADERS, thread_name_prefix="grader")
+        run.pool.on_served = partial(self._locked, self._admit)
 
     def __enter__(self) -> GroupFeed:
         return self
@@ -71,6 +72,7 @@ class GroupFeed:
     def __exit__(self, *_: object) -> None:
         with self._changed:
             self._failure = self._failure or RuntimeError("the feed was closed")
+            self._run.pool.on_served = lambda: None
         self._graders.shutdown(wait=False, cancel_futures=True)
 
     def take(self, step: int) -> Feed:
@@ -80,8 +82,8 @@ class GroupFeed:
         """
         start = time.perf_counter()
         with self._changed:
-            self._step = step
-            self._evict(self._schedule.close(self._run.progress.version))
+            self._step, version = step, self._run.progress.version
+            self._evict(self._schedule.close(version, min(self._run.pool.served, version)))
             self._schedule.check()
             while True:
                 if self._failure is not None:
@@ -115,6 +117,7 @@ class GroupFeed:
     def _admit(self) -> None:
         """Asks for as many groups as the schedule has room for."""
         schedule = self._schedule
+        schedule.served = min(self._run.pool.served, schedule.version)
         if schedule.max_staleness == 0 and schedule.running:
             return  # a second round starts when the first is done, so that a synchronous run repeats bit for bit
         if self._dropped and len(self._dropped) > self._most_dropped:

@@ -100,6 +100,10 @@ class RolloutPool:
         self._seats = [_Seat(worker=worker) for worker in workers]
         self._backlog: deque[Job] = deque()
         self._latest: Notice | None = None
+        self.served = -1
+        """The version that every worker serves at least."""
+        self.on_served: Callable[[], None] = lambda: None
+        """Called in the pool's thread when an update that came later (`apply_later`) is served."""
         self._failure: ActorLostError | None = None
         self._lengths, self._answers = 0.0, 0
         self.restarts = 0
@@ -148,6 +152,7 @@ class RolloutPool:
         async def work() -> None:
             try:
                 await self._apply_all(notice, self._sync_timeout + self._timeout)
+                self.on_served()
             except ActorLostError as failure:
                 self._fail(failure)
 
@@ -313,7 +318,9 @@ class RolloutPool:
         self._latest = notice
         seats = range(len(self._seats))
         await asyncio.gather(*(self._ask(i, "prepare", notice, self._sync_timeout) for i in seats))
-        return list(await asyncio.gather(*(self._ask(i, "commit", notice.version, timeout) for i in seats)))
+        reports = list(await asyncio.gather(*(self._ask(i, "commit", notice.version, timeout) for i in seats)))
+        self.served = max(self.served, notice.version)
+        return reports
 
     async def _ask(self, i: int, method: str, argument: Any, timeout: float) -> dict[str, float]:
         seat = self._seats[i]

@@ -4,7 +4,8 @@ A step trains B groups on weights of some version v and publishes version v + 1.
 version w may train up to version w + k, its group's *deadline*. Three rules keep that for every token, at every k:
 
 - *Room.* At most (k + 1) B groups are open (admitted and not trained yet), so one that starts now can be used in time if
-  groups are used in their order (AReaL's rule, arXiv 2505.24298, section 5.1).
+  groups are used in their order (AReaL's rule, arXiv 2505.24298, section 5.1); B fewer for each version that workers are
+  behind.
 - *Waiting.* Groups become ready in another order than they start, so that rule alone lets a slow one grow older than k.
   `take` therefore hands out ready groups only if those left behind can still all be used in time: for each deadline d, at
   most B (d - v) of them may be due by d. With k = 0 this waits for all B: the synchronous loop is the special case.
@@ -61,7 +62,9 @@ class Schedule(Generic[T]):
         self.groups_per_step, self.max_staleness, self.overdue = groups_per_step, max_staleness, overdue
         self.width = ceil(groups_per_step * oversample) + groups_per_step * max_staleness
         """Open groups at most."""
-        self.version = 0
+        self.version = self.served = 0
+        """What the learners train, and what a group that is admitted now may start with: older while workers finish what they
+        decode before they take an update."""
         self.counts = Counts()
         self._started: dict[int, int] = {}  # number -> version at which a worker got it
         self._ready: dict[int, tuple[int, T]] = {}  # number -> (version of the oldest token, the group)
@@ -79,7 +82,8 @@ class Schedule(Generic[T]):
     @property
     def room(self) -> int:
         """How many groups may be admitted now."""
-        return max(0, self.width - len(self._started) - len(self._ready) - len(self._training))
+        behind = self.groups_per_step * (self.version - self.served)
+        return max(0, self.width - behind - len(self._started) - len(self._ready) - len(self._training))
 
     @property
     def open(self) -> list[int]:
@@ -89,13 +93,13 @@ class Schedule(Generic[T]):
     def admit(self, number: int) -> None:
         assert self.room > 0, f"group {number} was admitted to a full schedule"
         assert number not in self._started and number not in self._ready, f"group {number} was admitted twice"
-        self._started[number] = self.version
+        self._started[number] = self.served
         self.counts.issued += 1
 
     def reissue(self, number: int) -> None:
         """The group's worker was lost; it starts anew, with the newest weights."""
         if number in self._started:
-            self._started[number] = self.version
+            self._started[number] = self.served
             self.counts.reissued += 1
             self.counts.issued += 1
 
@@ -143,12 +147,13 @@ class Schedule(Generic[T]):
                 return False
         return True
 
-    def close(self, version: int) -> list[int]:
-        """Ends the step whose groups were taken: `version` is served from now on. Returns the running groups that are now
+    def close(self, version: int, served: int | None = None) -> list[int]:
+        """Ends the step whose groups were taken: the learners are at `version` from now on, and, unless `served` is older, so
+        are the workers. Returns the running groups that are now
         too old, for their workers to stop."""
         assert version >= self.version, f"the version went from {self.version} to {version}"
         self.counts.trained += len(self._training)
-        self._training, self.version = [], version
+        self._training, self.version, self.served = [], version, version if served is None else served
         late = [number for number, (oldest, _) in self._ready.items() if oldest + self.max_staleness < version]
         for number in late:
             del self._ready[number]

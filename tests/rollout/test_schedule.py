@@ -108,6 +108,27 @@ def test_a_reissued_group_starts_anew_and_a_dropped_one_makes_room() -> None:
     assert (schedule.counts.issued, schedule.counts.reissued, schedule.counts.dropped) == (5, 1, 1)
 
 
+def test_groups_that_start_with_older_weights_are_fewer_so_that_all_can_train_in_time() -> None:
+    """k = 1, two a step. The workers are one version behind: what starts now is due at this version."""
+    schedule = filled(1, 2)
+    for number in range(4):
+        schedule.finish(number, f"g{number}", 0)
+    assert schedule.take(2) == ["g0", "g1"]
+    schedule.close(1, served=0)
+    assert schedule.room == 0, "2 and 3 fill version 1, and nothing that starts at 0 may train on 2"
+    schedule.served = 1
+    assert schedule.room == 2
+    schedule.admit(4)
+    assert schedule.take(2) == ["g2", "g3"]
+    schedule.close(2, served=1)
+    assert schedule.room == 1
+    schedule.admit(5)
+    for number in (4, 5):
+        schedule.finish(number, f"g{number}", 1)
+    assert schedule.take(2) == ["g4", "g5"]
+    assert schedule.counts.stale == 0
+
+
 def test_books_that_do_not_balance_are_found() -> None:
     schedule = filled(0, 2)
     schedule.counts.issued += 1
