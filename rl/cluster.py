@@ -69,7 +69,7 @@ def plan_placement(config: Config) -> Placement:
     """
     cluster = config.cluster
     target = platform.named(cluster.device)
-    counts = {"learner": cluster.learners, "rollout": cluster.rollouts}
+    counts = {"learner": cluster.learners, "rollout": len(config.rollout.servers) or cluster.rollouts}
     cpus = {"learner": cluster.cpus_per_learner, "rollout": cluster.cpus_per_rollout}
     everything = sum(counts[role] * cpus[role] for role in counts)
     seats = []
@@ -77,7 +77,8 @@ def plan_placement(config: Config) -> Placement:
     for role in roles:
         alone = target.is_cpu and config.schedule.max_staleness == 0
         threads = int(everything / counts[role] if alone else cpus[role])
-        bundle = {"CPU": cpus[role]} if target.is_cpu else {target.resource: 1.0, "CPU": cpus[role]}
+        cardless = target.is_cpu or (role == "rollout" and bool(config.rollout.servers))
+        bundle = {"CPU": cpus[role]} if cardless else {target.resource: 1.0, "CPU": cpus[role]}
         seats += [Seat(role=role, index=i, bundle=bundle, threads=max(1, threads)) for i in range(counts[role])]
     return Placement(device=target.device, seats=tuple(seats))
 
@@ -189,6 +190,8 @@ class Cluster:
                     in_flight=config.schedule.in_flight,
                     engine=config.rollout.engine,
                     engine_args=config.rollout.engine_args,
+                    server=(config.rollout.servers or ("",) * (seat.index + 1))[seat.index],
+                    servers_directory=config.rollout.servers_directory,
                     max_restarts=config.rollout.max_restarts,
                     rate_limit=config.sync.rate_limit,
                 )

@@ -99,6 +99,11 @@ class RolloutConfig(Settings):
     has to be installed; with vllm-ascend beside it, on NPUs."""
     engine_args: Mapping[str, Any] = Field(default_factory=dict)
     """vLLM's engine arguments by its own names, e.g. {gpu_memory_utilization: 0.8, enforce_eager: true}."""
+    servers: tuple[str, ...] = ()
+    """Addresses of vLLM servers that already run (`vllm serve` in developer mode), one rollout worker for each, with
+    engine=vllm; then cluster.rollouts does not count, and workers take no cards."""
+    servers_directory: str | None = None
+    """A directory that workers and servers see, through which weights go; empty: servers run on the workers' machine."""
     max_restarts: int = Field(default=2, ge=0)
     """How often one worker is replaced (or starts vLLM's processes anew) when it is lost or stuck; what it had not answered is
     asked again."""

@@ -56,7 +56,7 @@ def train(config: Config, *, resume: bool = False) -> Result:
     started = time.time()
     with user_errors():
         check_data(config.data)
-        check_engine(config.rollout.engine, config.rollout.engine_args)
+        check_engine(config.rollout.engine, config.rollout.engine_args, config.rollout.servers)
         Objective.of(config.loss, config.kl, config.offpolicy)  # tries a user's own loss on a tiny batch
     cluster = Cluster(config)
     run_dir, checkpoint = open_run_dir(config, resume)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,10 @@ class WorkerSpec:
     """vLLM's own, by its names."""
     max_restarts: int = 0
     """How often vLLM's processes are started anew."""
+    server: str = ""
+    """Address of a running vLLM to use instead of starting one."""
+    servers_directory: str | None = None
+    """As in `rollout.servers_directory`."""
     rate_limit: float | None = None
     """As in `sync.rate_limit`."""
 
@@ -43,15 +47,30 @@ class WorkerSpec:
         return Link(timeout=self.timeout, bucket=None if self.rate_limit is None else TokenBucket(self.rate_limit))
 
 
-def check_engine(engine: str, engine_args: Mapping[str, Any]) -> None:
+def check_engine(engine: str, engine_args: Mapping[str, Any], servers: Sequence[str] = ()) -> None:
     """ValueError for what can be known to be wrong before an engine starts; loads neither torch nor vLLM."""
-    if engine == "vllm":
+    if servers:
+        check_servers(engine, engine_args, servers)
+    elif engine == "vllm":
         vllm_compat.check_installed()
         vllm_compat.check_engine_args(engine_args)
     elif engine_args:
         raise ValueError(
             f"rollout.engine_args has {', '.join(engine_args)}, which are vLLM's; set rollout.engine=vllm or leave them out"
         )
+
+
+def check_servers(engine: str, engine_args: Mapping[str, Any], servers: Sequence[str]) -> None:
+    """vLLM itself is not needed here."""
+    if engine != "vllm":
+        raise ValueError(f"rollout.servers are vLLM's, but rollout.engine={engine}; set rollout.engine=vllm")
+    if engine_args:
+        raise ValueError(
+            f"rollout.engine_args has {', '.join(engine_args)}, but rollout.servers run already: give them to `vllm serve`"
+        )
+    for url in servers:
+        if not url.startswith(("http://", "https://")) or servers.count(url) > 1:
+            raise ValueError(f"rollout.servers: {url!r} must be an address like http://host:8000, and stand there once")
 
 
 def make_engine(spec: WorkerSpec, cards: tuple[str, ...]) -> Engine:
@@ -92,6 +111,8 @@ def _vllm(spec: WorkerSpec, cards: tuple[str, ...]) -> Engine:
         deadline_s=spec.timeout,
         max_restarts=spec.max_restarts,
         engine_args=spec.engine_args,
+        server=spec.server,
+        servers_directory=spec.servers_directory,
     )
 
 

@@ -23,6 +23,8 @@ class Decoded(NamedTuple):
     token_ids: Sequence[int]
     logprobs: Sequence[float]
     finish_reason: str
+    spans: tuple[Span, ...] | None = None
+    """The versions of the tokens, where those processes keep them."""
 
 
 NOTHING = Decoded((), (), "abort")
@@ -98,7 +100,8 @@ class LiveSample:
             f"{count} tokens came, {self.tokens} were counted, {start} before an update"
         )
         token_ids, logprobs = np.array(decoded.token_ids, np.int32), np.array(decoded.logprobs, np.float32)
-        spans, started, before = [*self.spans, Span(version, start, count)], self.started, self.begun
+        spans = [*self.spans, Span(version, start, count)] if decoded.spans is None else [*decoded.spans]
+        started, before = self.started, self.begun
         if before is not None:
             had = len(before)
             token_ids, logprobs = np.append(before.token_ids, token_ids), np.append(before.logprobs, logprobs)

@@ -2,8 +2,8 @@
 
 An engine that packs or shards what it loads cannot be asked for its bytes again. So the bytes it is to serve are kept
 here under their Hugging Face names; a patch is applied here, proved here, and each of the engine's processes loads from
-here and answers with the digest of what it read. The memory has no name in a file system: nothing is left behind, however
-a process ends, and a small /dev/shm does not limit it.
+here and answers with the digest of what it read. The memory has no name in a file system (but for engines on other
+machines): nothing is left behind, however a process ends, and a small /dev/shm does not limit it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import math
 import mmap
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -41,17 +42,23 @@ class Entry(NamedTuple):
 class Mirror:
     """Holds nothing until the first write, which must be of every tensor and fixes the names and shapes of all later ones."""
 
-    def __init__(self, dtype: str) -> None:
-        """dtype: the only one that the engine serves, as safetensors spells it."""
+    def __init__(self, dtype: str, directory: str | None = None) -> None:
+        """dtype: the only one that the engine serves, as safetensors spells it. directory: where the engine's processes see
+        the mirror as a file; None: they run on this machine, under the same user."""
         self.dtype = dtype
-        self._descriptor = os.memfd_create("emberl-mirror", os.MFD_CLOEXEC)
+        self._file: str | None = None
+        if directory is None:
+            self._descriptor = os.memfd_create("emberl-mirror", os.MFD_CLOEXEC)
+        else:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            self._descriptor, self._file = tempfile.mkstemp(prefix="emberl-mirror-", dir=directory)
         self._memory: mmap.mmap | None = None
         self.entries: dict[str, Entry] = {}
 
     @property
     def path(self) -> str:
         """Where another process of this user on this machine opens it."""
-        return f"/proc/{os.getpid()}/fd/{self._descriptor}"
+        return self._file or f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
     @property
     def num_bytes(self) -> int:
@@ -83,6 +90,8 @@ class Mirror:
             self._memory, self.entries = None, {}  # the map is freed with the last view of it
             os.close(self._descriptor)
             self._descriptor = -1
+            if self._file is not None:
+                os.unlink(self._file)
 
     def _check_tensor(self, name: str, tensor: TensorBytes) -> None:
         shape = tuple(tensor.shape)

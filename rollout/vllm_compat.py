@@ -36,6 +36,11 @@ BLOCK = 128
 KV_CACHE_BYTES = 4 * GIB
 """The most that the key-value cache on a CPU takes unasked. vLLM's own default is nine tenths of the machine."""
 
+NO_CHUNKS = (
+    "on a CPU vLLM (to 0.32) ends when a prompt is read in pieces and its sample has a seed, because a CPU's random generator "
+    "has no offset to set back"
+)
+
 SET_BY_EMBERL = {
     "model": "it is model.path",
     "dtype": "it is model.dtype, in which learners publish what the engine must serve bit for bit",
@@ -144,6 +149,14 @@ def prepare(settings: EngineSettings, environ: Mapping[str, str]) -> tuple[dict[
 
 
 def _cpu_arguments(settings: EngineSettings, environ: Mapping[str, str]) -> dict[str, Any]:
+    if settings.engine_args.get("enable_chunked_prefill"):
+        raise ValueError(
+            f"rollout.engine_args.enable_chunked_prefill: {NO_CHUNKS}; leave it out, emberl switches it off"
+        )
+    return {"enable_chunked_prefill": False} | _cache_size(settings, environ)
+
+
+def _cache_size(settings: EngineSettings, environ: Mapping[str, str]) -> dict[str, Any]:
     sizes = {"kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override"}
     if sizes & settings.engine_args.keys() or environ.get("VLLM_CPU_KVCACHE_SPACE"):
         return {}

@@ -41,6 +41,7 @@ from .samples import Completion, Prompt, Sampling
 from .sampling import check_request
 from .update_order import UpdateOrder
 from .vllm_process import EngineLostError, RunningLLM, start
+from .vllm_server import RunningServer, connect
 
 ABORT_AGAIN = 0.1
 """Seconds after which an abort is repeated for requests that were still on their way to vLLM."""
@@ -68,12 +69,16 @@ class VLLMEngine:
         deadline_s: float = 120.0,
         max_restarts: int = 0,
         engine_args: Mapping[str, Any] | None = None,
+        server: str = "",
+        servers_directory: str | None = None,
     ) -> None:
         """`model` is a Hugging Face directory, or a Hub id with version -1.
 
         run_id, version: as of `EmbeddedEngine`. deadline_s: the longest that one step of a weight update, a pause or an
         abort may take, and that no token may come while some are asked for; a sample has that and a second for each token
-        it asks, from its first. The rest: `vllm_compat.EngineSettings`. ValueError and EngineLostError: `vllm_process.start`.
+        it asks, from its first. server: the address of a running vLLM to use instead of starting one (`vllm_server`), with
+        a directory that both see, if they are on two machines.
+        The rest: `vllm_compat.EngineSettings`. ValueError and EngineLostError: `vllm_process.start`, `vllm_server.connect`.
         """
         if max_num_seqs < 1 or max_model_len < 2:
             raise ValueError(f"max_num_seqs={max_num_seqs}, max_model_len={max_model_len}: at least 1 and 2 are needed")
@@ -89,8 +94,9 @@ class VLLMEngine:
         )
         self._deadline, self._max_restarts, self.restarts = deadline_s, max_restarts, 0
         self._run_id, self._version = run_id, version
+        self._server = server
         self._start()
-        self._mirror = Mirror(vllm_compat.DTYPES[dtype])
+        self._mirror = Mirror(vllm_compat.DTYPES[dtype], servers_directory)
         if version >= 0:
             self._mirror.write(checkpoint_bytes(Path(model), dtype))
         self._proved: WeightPatch | None = None  # of the version served, without its tensors; None: those of `model`
@@ -292,13 +298,13 @@ class VLLMEngine:
         self._mirror.check(patch)
         return True
 
-    async def _lost(self, llm: RunningLLM, error: EngineLostError) -> None:
+    async def _lost(self, llm: RunningLLM | RunningServer, error: EngineLostError) -> None:
         """Returns when `llm` has been replaced, or cannot be."""
         if self._rescue is None or self._rescue.done():
             self._rescue = asyncio.create_task(self._replace(llm, error))
         await asyncio.shield(self._rescue)  # a consumer that goes away must not stop it half-way
 
-    async def _replace(self, llm: RunningLLM, error: EngineLostError) -> None:
+    async def _replace(self, llm: RunningLLM | RunningServer, error: EngineLostError) -> None:
         async with self._turn:
             if llm is self._llm and not self._closed and self._corrupt is None:
                 with suppress(Exception):  # every stream has it by now
@@ -358,6 +364,7 @@ class VLLMEngine:
         with self._order.step("prove"):
             for digests in served:
                 verify(digests, target)
+            await self._llm.within("label", self._llm.label(target.version), self._deadline)
 
     async def _clear(self) -> None:
         """No prompt may be continued from what the old weights cached. vLLM empties its cache only while no request holds a
@@ -367,7 +374,7 @@ class VLLMEngine:
             sample.restart = sample.tokens == 0
         self._salt += 1
         await self._llm.abort([i for i, sample in self._sent.items() if sample.restart])
-        if all(sample.restart for sample in self._sent.values()):
+        if not self._server and all(sample.restart for sample in self._sent.values()):
             cleared = await self._llm.within("clear", self._llm.clear_prefix_cache(), self._deadline)
             assert cleared, "vLLM kept its prefix cache though no request is in flight"
 
@@ -380,7 +387,10 @@ class VLLMEngine:
             await self._llm.within("resume", self._llm.resume(), self._deadline)
 
     def _start(self) -> None:
-        self._llm = start(self._settings)
+        if self._server:
+            self._llm: RunningLLM | RunningServer = connect(self._server, self._settings, self._version, self._deadline)
+        else:
+            self._llm = start(self._settings)
         self._llm.on_tokens(self._count)
         self._order = UpdateOrder()
 

@@ -27,6 +27,17 @@ class WeightExtension:
     """Mixed into vLLM's worker; `self` is that worker."""
 
     model_runner: Any
+    vllm_config: Any
+    device: torch.device
+
+    def emberl_describe(self) -> dict[str, Any]:
+        """What a server that already runs was started with."""
+        model, scheduler = self.vllm_config.model_config, self.vllm_config.scheduler_config
+        return {
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "logprobs_mode": str(model.logprobs_mode),
+            "chunks_on_cpu": self.device.type == "cpu" and bool(scheduler.enable_chunked_prefill),
+        }
 
     def emberl_load(self, path: str, entries: Sequence[Sequence[Any]]) -> dict[str, str]:
         """Loads every tensor of the mirror at `path` and returns name -> digest of the bytes that were loaded.

@@ -123,6 +123,9 @@ class RunningLLM:
         with self._alive():
             await self._llm.resume_generation()
 
+    async def label(self, version: int) -> None:
+        """Nothing to do: the tokens before a pause were counted."""
+
     async def clear_prefix_cache(self) -> bool:
         """False, and nothing done, while requests hold blocks of it."""
         with self._alive():

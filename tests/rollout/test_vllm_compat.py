@@ -98,6 +98,18 @@ def test_the_embedded_engine_takes_no_engine_args() -> None:
         check_engine("embedded", {"enforce_eager": True})
 
 
+def test_servers_are_addresses_with_settings_of_their_own() -> None:
+    check_engine("vllm", {}, ("http://a:8000", "https://b"))
+    for engine, arguments, servers, words in (
+        ("embedded", {}, ("http://a",), "rollout.engine=embedded; set rollout.engine=vllm"),
+        ("vllm", {"seed": 1}, ("http://a",), "engine_args has seed, but rollout.servers run already"),
+        ("vllm", {}, ("a:8000",), "'a:8000' must be an address like"),
+        ("vllm", {}, ("http://a", "http://a"), "stand there once"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check_engine(engine, arguments, servers)
+
+
 def test_a_cpu_engine_keeps_to_its_threads_and_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_compat, "model_config", lambda _model: TINY)
     variables, arguments = prepare(SETTINGS, {})
@@ -109,12 +121,15 @@ def test_a_cpu_engine_keeps_to_its_threads_and_its_memory(monkeypatch: pytest.Mo
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "3",
     }
-    assert arguments == {"kv_cache_memory_bytes": kv_cache_bytes(TINY, SETTINGS)}
+    whole = {"enable_chunked_prefill": False}
+    assert arguments == whole | {"kv_cache_memory_bytes": kv_cache_bytes(TINY, SETTINGS)}
     given = {"VLLM_CPU_OMP_THREADS_BIND": "0-3", "OMP_NUM_THREADS": "4", "VLLM_LOGGING_LEVEL": "INFO"}
     variables, arguments = prepare(SETTINGS, given | {"VLLM_CPU_KVCACHE_SPACE": "1"})
-    assert not variables.keys() & given.keys() and arguments == {}
+    assert not variables.keys() & given.keys() and arguments == whole
     mine = replace(SETTINGS, engine_args={"gpu_memory_utilization": 0.2})
-    assert prepare(mine, {})[1] == {}
+    assert prepare(mine, {})[1] == whole
+    with pytest.raises(ValueError, match="enable_chunked_prefill: on a CPU vLLM .* ends"):
+        prepare(replace(SETTINGS, engine_args={"enable_chunked_prefill": True}), {})
 
 
 def test_key_value_cache_by_hand() -> None:

@@ -4,8 +4,13 @@ vLLM; without it only the embedded engine is tested."""
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +31,8 @@ MAX_MODEL_LEN = 256
 MAX_NUM_SEQS = 4
 BLOCK = 32
 """Tokens of a block of vLLM's cache, small enough that prompts of a test fill some."""
+BUDGET = 2 * MAX_MODEL_LEN
+"""Tokens of one step of vLLM."""
 NO_VLLM = installed_version() is None
 NEEDS_VLLM = pytest.mark.skipif(NO_VLLM, reason="vLLM is not installed here; make test-vllm has it")
 
@@ -96,7 +103,7 @@ class Rig:
 
     def tokens(self) -> int:
         """Decoded so far."""
-        return self.engine.tokens_decoded if self.kind == "vllm" else self.engine.counters.decode_tokens
+        return self.engine.counters.decode_tokens if self.kind == "embedded" else self.engine.tokens_decoded
 
     async def until_tokens(self, more: int) -> None:
         """Waits until `more` tokens have been decoded."""
@@ -128,11 +135,19 @@ def make_vllm(
         run_id="run",
         deadline_s=deadline_s,
         max_restarts=max_restarts,
-        engine_args={"enforce_eager": True, "block_size": BLOCK} | engine_args,
+        engine_args={"enforce_eager": True, "block_size": BLOCK, "max_num_batched_tokens": BUDGET} | engine_args,
     )
 
 
-MAKERS: dict[str, Callable[..., Any]] = {"embedded": make_embedded, "vllm": make_vllm}
+def make_on_server(model: Model, *, server: str, dtype: str = "float32", max_restarts: int = 0) -> Any:
+    from emberl.rollout.vllm_engine import VLLMEngine
+
+    return VLLMEngine(
+        model.folder, max_model_len=MAX_MODEL_LEN, dtype=dtype, run_id="run", server=server, max_restarts=max_restarts
+    )
+
+
+MAKERS: dict[str, Callable[..., Any]] = {"embedded": make_embedded, "vllm": make_vllm, "server": make_on_server}
 MakeRig = Callable[..., AbstractContextManager[Rig]]
 
 
@@ -155,10 +170,56 @@ def make_rig(models: tuple[Model, Model]) -> MakeRig:
     return make
 
 
-@pytest.fixture(scope="module", params=["embedded", pytest.param("vllm", marks=[pytest.mark.slow, NEEDS_VLLM])])
-def rig(request: pytest.FixtureRequest, make_rig: MakeRig) -> Iterator[Rig]:
-    with make_rig(request.param) as made:
-        yield made
+@contextmanager
+def vllm_server(model: Path, log: Path, *arguments: str, port: int = 0, **environment: str) -> Iterator[str]:
+    """`vllm serve` with emberl's extension in a process of its own; its address at once, before it is up."""
+    if not port:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
+        "--port", str(port), "--host", "127.0.0.1", "--enable-scale-out", "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(BUDGET),
+        "--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS),
+        "--block-size", str(BLOCK), "--enforce-eager", "--skip-tokenizer-init", "--kv-cache-memory-bytes", str(1 << 27),
+        "--worker-extension-cls", "emberl.rollout.vllm_extension.WeightExtension",
+        "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", *arguments,
+    ]  # fmt: skip
+    settings = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+    } | environment
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            command, stdout=file, stderr=file, env=os.environ | settings, start_new_session=True
+        ) as process,
+    ):
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+VLLM_MARKS = [pytest.mark.slow, NEEDS_VLLM]
+
+
+@pytest.fixture(
+    scope="module", params=["embedded", *(pytest.param(kind, marks=VLLM_MARKS) for kind in ("vllm", "server"))]
+)
+def rig(
+    request: pytest.FixtureRequest,
+    make_rig: MakeRig,
+    models: tuple[Model, Model],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Rig]:
+    with ExitStack() as opened:
+        settings = {}
+        if request.param == "server":
+            log = tmp_path_factory.mktemp("server") / "log"
+            settings["server"] = opened.enter_context(vllm_server(models[0].folder, log))
+        yield opened.enter_context(make_rig(request.param, **settings))
 
 
 @pytest.fixture(scope="session")

@@ -122,6 +122,20 @@ def test_draws_follow_the_probabilities(rig: Any, make_prompt: MakePrompt) -> No
     assert np.abs(frequencies - probabilities).sum() < 0.25  # expected about 0.12
 
 
+def test_prompts_beyond_one_step(rig: Any, make_prompt: MakePrompt) -> None:
+    """More tokens than vLLM reads at a time: on a CPU, reading a prompt in pieces would end it."""
+    rig.serve(rig.old)
+    prompts = [make_prompt(f"long{i}", 210 + i) for i in range(4)]
+    sampling = Sampling(max_tokens=4, seed=1)
+
+    async def scenario() -> list[Completion]:
+        return [c async for c in rig.engine.generate_all([(prompt, 1, sampling) for prompt in prompts])]
+
+    for completion in rig.run(scenario()):
+        expected = expected_logprobs(rig.old, prompts[int(completion.prompt_id[-1])], completion, sampling)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=CLOSE, rtol=0)
+
+
 def test_only_the_given_tokens_stop(rig: Any, make_prompt: MakePrompt) -> None:
     rig.serve(rig.old)
     prompt = make_prompt("stop")
