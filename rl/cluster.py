@@ -190,6 +190,7 @@ class Cluster:
                     in_flight=config.schedule.in_flight,
                     engine=config.rollout.engine,
                     engine_args=config.rollout.engine_args,
+                    token_rate=config.rollout.token_rate,
                     server=(config.rollout.servers or ("",) * (seat.index + 1))[seat.index],
                     servers_directory=config.rollout.servers_directory,
                     max_restarts=config.rollout.max_restarts,

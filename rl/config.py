@@ -116,6 +116,9 @@ class RolloutConfig(Settings):
     """Tokens; an answer that reaches it is cut (`response_length/clip_ratio`)."""
     max_num_seqs: int = Field(default=256, ge=1)
     """Answers that one worker decodes at a time."""
+    token_rate: float | None = Field(default=None, gt=0)
+    """Tokens a second to which the embedded engine holds every running answer, so that devices rather than this machine's
+    cores decide in tests and benchmarks; empty: as fast as it goes."""
     timeout: float = Field(default=1800.0, gt=0)
     """Seconds within which a step's answers must arrive; later the run ends and says which worker is late."""
 

@@ -24,6 +24,7 @@ Choices that a user can see:
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,12 +75,13 @@ class EmbeddedEngine:
         run_id: str = "",
         version: int = 0,
         deadline_s: float = 120.0,
+        token_rate: float | None = None,
     ) -> None:
         """`model` is a Hugging Face directory (or a decoder, which brings its own dtype and device).
 
         run_id: patches of other runs are refused; empty adopts the first patch's. version: of the weights in `model`;
         -1 says that nobody published them, so the first patch is taken whatever it holds. deadline_s: the longest that
-        one burst of steps or one weight update may take.
+        one burst of steps or one weight update may take. token_rate: steps a second of the coroutines at most; None: free.
         """
         if max_num_seqs < 1 or max_model_len < 2:
             raise ValueError(f"max_num_seqs={max_num_seqs}, max_model_len={max_model_len}: at least 1 and 2 are needed")
@@ -95,6 +97,7 @@ class EmbeddedEngine:
             weights = sum(tensor.numel() for tensor in self.decoder.weights.values())
             self._threads = worth(weights, max_num_seqs, self._threads)
         self._run_id, self._deadline = run_id, deadline_s
+        self._pace, self._due = 0.0 if token_rate is None else 1 / token_rate, 0.0
         self._corrupt: str | None = None
         self._finished: list[Completion] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedded-engine")
@@ -251,9 +254,16 @@ class EmbeddedEngine:
                 self._take_inbox()
                 if self._batch.idle:
                     return
+                self._wait_for_turn()
                 self._batch.step()
                 if self._knocking:
                     return
+
+    def _wait_for_turn(self) -> None:
+        """Until the next step is due; what one took too long the next ones do not catch up."""
+        if self._pace:
+            time.sleep(max(0.0, self._due - time.monotonic()))
+            self._due = max(time.monotonic(), self._due) + self._pace
 
     def _take_inbox(self) -> None:
         while self._inbox:

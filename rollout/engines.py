@@ -33,6 +33,8 @@ class WorkerSpec:
     engine: str = "embedded"
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     """vLLM's own, by its names."""
+    token_rate: float | None = None
+    """As in `rollout.token_rate`."""
     max_restarts: int = 0
     """How often vLLM's processes are started anew."""
     server: str = ""
@@ -91,6 +93,7 @@ def _embedded(spec: WorkerSpec, cards: tuple[str, ...]) -> Engine:
         run_id=spec.run_id,
         version=-1,
         deadline_s=spec.timeout,
+        token_rate=spec.token_rate,
     )
 
 

@@ -387,6 +387,20 @@ def test_a_burst_beyond_its_deadline_is_an_error(make_decoder: MakeDecoder, make
     run(scenario())
 
 
+def test_a_token_rate_holds_every_answer_to_it(make_decoder: MakeDecoder, make_prompt: MakePrompt) -> None:
+    """20 tokens at 100 a second, of four answers at once: the first comes with the prompt, 19 steps are 10 ms apart."""
+
+    async def scenario() -> float:
+        engine = EmbeddedEngine(make_decoder(0), max_model_len=64, token_rate=100)
+        start = time.monotonic()
+        await collect(engine, make_prompt("p"), 4, Sampling(max_tokens=20))
+        seconds = time.monotonic() - start
+        await engine.close()
+        return seconds
+
+    assert 0.18 <= run(scenario()) < 0.5
+
+
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="max_num_seqs=0"):
         EmbeddedEngine("nowhere", max_num_seqs=0)
