@@ -4,9 +4,9 @@
         --logprobs-mode processed_logprobs --generation-config vllm \\
         --worker-extension-cls emberl.rollout.vllm_extension.WeightExtension
 
-Routes, as of vLLM 0.32: `/inference/v1/generate` takes and gives token ids; `/pause`, `/resume`, `/abort_requests`,
-`/update_weight_version`, `/reset_prefix_cache` and `/collective_rpc` are there in the developer mode only, the first with `--enable-scale-out`. The server itself
-says which version each token was sampled by. Weights go through a file that both see, not through HTTP.
+Routes, as of vLLM 0.32: `/inference/v1/generate`, which `--enable-scale-out` opens, takes and gives token ids; `/pause`,
+`/resume`, `/abort_requests`, `/update_weight_version`, `/reset_prefix_cache` and `/collective_rpc` are there in the developer
+mode only. The server itself says which version each token was sampled by. Weights go through a file that both see.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def test_a_cpu_engine_keeps_to_its_threads_and_its_memory(monkeypatch: pytest.Mo
     assert not variables.keys() & given.keys() and arguments == whole
     mine = replace(SETTINGS, engine_args={"gpu_memory_utilization": 0.2})
     assert prepare(mine, {})[1] == whole
-    with pytest.raises(ValueError, match="enable_chunked_prefill: on a CPU vLLM .* ends"):
+    with pytest.raises(ValueError, match=r"enable_chunked_prefill: on a CPU vLLM .* ends"):
         prepare(replace(SETTINGS, engine_args={"enable_chunked_prefill": True}), {})
 
 

@@ -106,10 +106,15 @@ class Rig:
         return self.engine.counters.decode_tokens if self.kind == "embedded" else self.engine.tokens_decoded
 
     async def until_tokens(self, more: int) -> None:
-        """Waits until `more` tokens have been decoded."""
+        """Waits until `more` tokens have been decoded, and every slot that can be is in use (requests reach a server one
+        after another)."""
         wanted = self.tokens() + more
-        while self.tokens() < wanted:
+        while self.tokens() < wanted or (self.kind == "server" and not self._full()):
             await asyncio.sleep(0.001)
+
+    def _full(self) -> bool:
+        sent = self.engine._sent.values()
+        return sum(sample.tokens > 0 for sample in sent) >= min(MAX_NUM_SEQS, len(sent))
 
     def serve(self, model: Model) -> int:
         """Has the engine serve these weights, as the next version."""
@@ -179,7 +184,8 @@ def vllm_server(model: Path, log: Path, *arguments: str, port: int = 0, **enviro
             port = free.getsockname()[1]
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
-        "--port", str(port), "--host", "127.0.0.1", "--enable-scale-out", "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(BUDGET),
+        "--port", str(port), "--host", "127.0.0.1", "--enable-scale-out",
+        "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(BUDGET),
         "--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS),
         "--block-size", str(BLOCK), "--enforce-eager", "--skip-tokenizer-init", "--kv-cache-memory-bytes", str(1 << 27),
         "--worker-extension-cls", "emberl.rollout.vllm_extension.WeightExtension",

@@ -224,7 +224,7 @@ def test_versions_follow_one_another_without_a_pause(rig: Any, make_prompt: Make
     async def scenario() -> list[Completion]:
         task = started(rig.engine, make_prompt("several"), 4, LONG)
         for version in range(before + 1, before + 4):
-            await rig.until_tokens(40)
+            await rig.until_tokens(12)
             model = rig.new if (version - before) % 2 else rig.old
             assert await rig.engine.apply(model.patch(version)) == version == rig.engine.version
         return await task
