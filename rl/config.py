@@ -8,6 +8,7 @@ file is for; `emberl train CONFIG --dry-run` prints the whole resolved configura
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -121,6 +122,12 @@ class RolloutConfig(Settings):
     cores decide in tests and benchmarks; empty: as fast as it goes."""
     timeout: float = Field(default=1800.0, gt=0)
     """Seconds within which a step's answers must arrive; later the run ends and says which worker is late."""
+
+    @property
+    def cards(self) -> int:
+        """Devices of one worker: an engine's tensor parallel ranks have one each."""
+        sizes = (self.engine_args.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
+        return math.prod(int(size) for size in sizes)
 
 
 class RewardPart(Settings):
@@ -280,10 +287,18 @@ class ClusterConfig(Settings):
     """Rollout workers, one device each."""
     cpus_per_learner: float = Field(default=1.0, gt=0)
     cpus_per_rollout: float = Field(default=1.0, gt=0)
+    colocated: bool = False
+    """For few devices: learner i and rollout worker i share device i, and the engines sleep while the learners work. With
+    rollout.engine=vllm, schedule.max_staleness=0 and as many rollouts as learners."""
+    sleep_level: Literal[1, 2] = 1
+    """1: a sleeping engine keeps its weights in the machine's memory. 2: it drops them; the next version loads them anew."""
     address: str | None = None
     """A Ray cluster to join; empty: the one `RAY_ADDRESS` names (as in a Ray job), else a new one on this machine."""
     start_timeout: float = Field(default=300.0, gt=0)
     """Seconds for the placement to be granted and all actors to be up."""
+    max_restarts: int = Field(default=0, ge=0)
+    """How often all actors are started anew from the last checkpoint when a learner is lost, or a rollout worker for good; 0:
+    the run ends, and --resume goes on."""
     step_timeout: float = Field(default=3600.0, gt=0)
     """Seconds for one optimizer step or one checkpoint on the learners."""
 
@@ -320,12 +335,26 @@ class Config(Settings):
     @model_validator(mode="after")
     def _fits(self) -> Config:
         check_algorithm(self.advantage, self.kl, self.filter)
+        self._check_colocated()
         if self.schedule.oversample > 1 and self.schedule.max_staleness:
             raise ValueError(
                 f"schedule.oversample={self.schedule.oversample:g} is for max_staleness=0: with "
                 f"schedule.max_staleness={self.schedule.max_staleness} long answers go on anyway; set one of them"
             )
         return self
+
+    def _check_colocated(self) -> None:
+        if not self.cluster.colocated:
+            return
+        wanted = {
+            "rollout.engine=vllm": self.rollout.engine == "vllm" and not self.rollout.servers,
+            "schedule.max_staleness=0": self.schedule.max_staleness == 0,
+            f"cluster.rollouts={self.cluster.learners} (as learners)": self.cluster.rollouts == self.cluster.learners,
+            "rollout.engine_args.tensor_parallel_size=1": self.rollout.cards == 1,
+        }
+        for what, met in wanted.items():
+            if not met:
+                raise ValueError(f"cluster.colocated shares each device between one learner and one engine; it needs {what}")
 
     @property
     def output(self) -> Path:

@@ -17,6 +17,7 @@ from ..rewards.inputs import RewardInput
 from ..rewards.suite import RewardSuite, build_suite
 from ..rollout.engines import check_engine
 from ..rollout.samples import Prompt
+from ..rollout.waiting import ActorLostError
 from .algorithm.losses import Objective
 from .batch import sft_batch
 from .cluster import Cluster
@@ -60,6 +61,24 @@ def train(config: Config, *, resume: bool = False) -> Result:
         Objective.of(config.loss, config.kl, config.offpolicy)  # tries a user's own loss on a tiny batch
     cluster = Cluster(config)
     run_dir, checkpoint = open_run_dir(config, resume)
+    if checkpoint is not None:
+        started -= read_progress(checkpoint).seconds
+    restarts = config.cluster.max_restarts
+    while True:
+        try:
+            return sitting(config, cluster, run_dir, checkpoint, started)
+        except ActorLostError as error:
+            checkpoint = latest_checkpoint(run_dir)
+            if not restarts or checkpoint is None:
+                raise
+            restarts -= 1
+            make_console().print(f"{error}; all actors are started anew from {checkpoint.name}", markup=False)
+            cluster = Cluster(config)
+
+
+def sitting(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | None, started: float) -> Result:
+    """The run from a checkpoint, or from the beginning, to its end, with actors of its own. started: when the run began, less
+    the time in which it did not run."""
     progress = read_progress(checkpoint) if checkpoint else Progress()
     if checkpoint and progress.stage < len(config.stages):
         trim_metrics(run_dir, config.stages[progress.stage], progress.step, config.stages)
@@ -86,7 +105,7 @@ def train(config: Config, *, resume: bool = False) -> Result:
             )  # fmt: skip
             run = Run(
                 config=config, run_id=run_id, run_dir=run_dir, tokenizer=tokenizer, source=source, suite=suite,
-                learners=learners, pool=pool, sync=sync, tracker=tracker, stop=stop, started=started - progress.seconds,
+                learners=learners, pool=pool, sync=sync, tracker=tracker, stop=stop, started=started,
                 progress=progress,
             )  # fmt: skip
             return go(run, checkpoint)
