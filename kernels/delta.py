@@ -45,6 +45,12 @@ WINDOW = 5
 """Each number moves the running mean by 1/2^WINDOW of its distance from it."""
 LARGEST_PARAMETER = 38
 """So that quotient, end mark and remainder fit into 63 bits."""
+FACTOR = sum(1 << (56 + element - 8 * byte) for byte, element in enumerate((0, 4, 1, 5, 2, 6, 3, 7)))
+"""See `_transpose_pairs`."""
+HIGH_BITS = -0x7F7F7F7F7F7F7F80
+"""The highest bit of each byte of a word."""
+SELECT = np.array([[*[i for i in range(8) if byte >> i & 1], *[0] * 8][:8] for byte in range(256)], np.int64)
+"""[256, 8] where a byte's set bits are, from the lowest."""
 SLACK = 6
 """Zero words after a stream: what one turn of a reading loop takes before it looks at where it stands is shorter."""
 CHANGE_WORDS = 5
@@ -58,18 +64,19 @@ assert sys.byteorder == "little", "streams are little-endian words"
 def encode_changes(old: Elements, new: Elements, shift: int | None) -> NDArray[np.uint8]:
     """The stream that takes `old` to `new`, both [n] unsigned integers of one width; `shift` is the lowest bit of the
     exponent, None for elements without one."""
-    changed = new != old
-    positions = np.empty(np.count_nonzero(changed), np.int64)
-    _set_bits(_pack(changed), positions)
+    changed = _pack(new != old)
+    positions = np.empty(_count(changed), np.int64)
+    _set_bits(changed, positions)
     differences = (new[positions] - old[positions]).view(f"i{old.itemsize}").astype(np.int64)
-    classes = None if shift is None or len(positions) < FEW else _classes(old, shift)
-    planes, bounds = _planes(len(old), classes), np.array([0, len(positions)])
-    if classes is not None:
-        order = np.argsort(classes[positions], kind="stable")
+    by_class = shift is not None and len(positions) >= FEW
+    planes, bounds = _planes(old, shift if by_class else None), np.array([0, len(positions)])
+    if shift is not None and by_class:
+        classes = old[positions] >> shift & ((1 << CLASS_BITS) - 1)
+        order = np.argsort(classes, kind="stable")
         positions, differences = positions[order], differences[order]
-        bounds = np.searchsorted(classes[positions], np.arange((1 << CLASS_BITS) + 1))
+        bounds = np.searchsorted(classes[order], np.arange((1 << CLASS_BITS) + 1))
     words = np.zeros(SLACK + CHANGE_WORDS * len(positions) + CLASS_WORDS * len(bounds), np.int64)
-    at = _put(words, _put_number(words, 0, len(positions)), int(classes is not None), 1)
+    at = _put(words, _put_number(words, 0, len(positions)), int(by_class), 1)
     at = _put_classes(words, at, len(old), planes, positions, differences, bounds)
     return words.view(np.uint8)[: -(-at // 8)].copy()
 
@@ -83,7 +90,7 @@ def decode_changes(stream: NDArray[np.uint8], old: Elements, shift: int | None, 
     if count > len(old) or at > 8 * len(stream) or (by_class and shift is None):
         return False
     positions, differences = np.empty(count, np.int64), np.empty(count, np.int64)
-    planes = _planes(len(old), _classes(old, shift) if by_class and shift is not None else None)
+    planes = _planes(old, shift if by_class else None)
     classes = 1 << CLASS_BITS if by_class else 1
     at = _get_classes(words, at, 8 * len(stream), len(old), planes, classes, positions, differences)
     if at < 0 or -(-at // 8) != len(stream):
@@ -100,11 +107,13 @@ def _classes(elements: Elements, shift: int) -> NDArray[np.uint8]:
     return classes
 
 
-def _planes(count: int, classes: NDArray[np.uint8] | None) -> Words:
-    """[CLASS_BITS, ceil(count / 64)] plane p holds bit p of every element's class; without classes all are of class 0."""
-    planes = np.zeros((CLASS_BITS, -(-count // 64) * 8), np.uint8)
-    if classes is not None:
-        _transpose(classes.view(np.int64), planes)
+def _planes(old: Elements, shift: int | None) -> Words:
+    """[CLASS_BITS, ceil(n / 64)] plane p holds bit p of every element's class; without classes all are of class 0."""
+    planes = np.zeros((CLASS_BITS, -(-len(old) // 64) * 8), np.uint8)
+    if shift is not None and old.itemsize == 2 and len(old) % 64 == 0 and old.ctypes.data % 8 == 0:
+        _transpose_pairs(old.view(np.int64), shift, planes)
+    elif shift is not None:
+        _transpose(_classes(old, shift).view(np.int64), planes)
     return planes.view(np.int64)
 
 
@@ -153,6 +162,27 @@ def _transpose(eights, planes):
 
 
 @compiled
+def _transpose_pairs(fours, shift, planes):
+    """`_transpose` of `_classes` in one go for elements of 16 bits, four to a word. Of two words the classes come together
+    as the bytes of elements 0, 4, 1, 5, 2, 6, 3, 7; the factor has a bit for each, which sends it to where it belongs."""
+    for i in range(len(fours) // 2):
+        even = fours[2 * i] >> shift & 0x000F000F000F000F
+        odd = fours[2 * i + 1] >> shift & 0x000F000F000F000F
+        eight = even | odd << 8
+        for p in range(CLASS_BITS):
+            planes[p, i] = _shift_right((eight >> p & 0x0101010101010101) * FACTOR, 56)
+
+
+@compiled
+def _count(words):
+    """How many bits are set."""
+    count = 0
+    for word in words:
+        count += _popcount(word)
+    return count
+
+
+@compiled
 def _set_bits(words, positions):
     """Fills `positions` with the numbers of the bits that are set, ascending."""
     done = 0
@@ -166,15 +196,16 @@ def _set_bits(words, positions):
 
 @compiled
 def _select(word, rank):
-    """The number of the set bit of `word` that has `rank` set bits below it."""
-    index = 0
-    for width in (32, 16, 8, 4, 2, 1):
-        below = _popcount(word & ((1 << width) - 1))
-        if rank >= below:
-            rank -= below
-            word >>= width
-            index += width
-    return index
+    """The number of the set bit of `word` that has `rank` set bits below it: its byte by counting all bytes' bits at once
+    (Vigna 2008, "Broadword implementation of rank/select queries"), the bit by a table."""
+    counts = word - (_shift_right(word, 1) & 0x5555555555555555)
+    counts = (counts & 0x3333333333333333) + (_shift_right(counts, 2) & 0x3333333333333333)
+    counts = (
+        (counts + _shift_right(counts, 4)) & 0x0F0F0F0F0F0F0F0F
+    ) * 0x0101010101010101  # of each byte and those below
+    start = _popcount(((rank * 0x0101010101010101 | HIGH_BITS) - counts) & HIGH_BITS) << 3
+    below = _shift_right(counts << 8, start) & 255
+    return start + SELECT[_shift_right(word, start) & 255, rank - below]
 
 
 @compiled

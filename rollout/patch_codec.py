@@ -26,6 +26,8 @@ SPARSE_ENOUGH = 4
 """A sparse payload this many times smaller than the raw bytes is taken without trying a dense one."""
 SAMPLE = 4096
 """Elements that tell enough of a chunk to decide what to try."""
+RUN = 64
+"""Elements of the sample that lie side by side: to look at one costs as much as to look at its neighbours."""
 NOTHING = np.empty(0, np.uint8)
 
 
@@ -88,10 +90,12 @@ def _chunk(mode: Mode, count: int, payload: Bytes) -> Chunk:
 
 def _worth_trying(before: Elements, after: Elements) -> bool:
     """Whether listing changes may beat raw bytes. Judged by a sample, for it takes longest where it helps least."""
-    step = max(1, len(before) // SAMPLE)
-    differences = (after[::step] - before[::step]).view(f"i{before.itemsize}")
+    runs = max(1, len(before) // RUN)
+    step = max(1, runs * RUN // SAMPLE)
+    old, new = (side[: runs * RUN].reshape(runs, -1)[::step] for side in (before, after))
+    differences = (new - old).view(f"i{before.itemsize}")
     changed = differences[differences != 0].astype(np.float64)
-    return bool(np.sum(np.log2(np.abs(changed)) + 1) < 8 * before.itemsize * len(differences))
+    return bool(np.sum(np.log2(np.abs(changed)) + 1) < 8 * before.itemsize * differences.size)
 
 
 def _decompress(payload: Bytes, size: int) -> bytes:

@@ -101,7 +101,7 @@ def test_an_anchor_beside_a_patch_holds_the_new_weights(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_thousand_versions_in_a_chain(tmp_path: Path) -> None:
-    """Two ranks, patches only: every version bit for bit, the last one reached from version 0 in 999 steps too."""
+    """Two ranks, patches only: every version bit for bit, the last one reached from version 0 in 1,000 steps too."""
     publishers, receiver = ranks(2), Receiver(Link(timeout=5.0))
     rng, values = np.random.default_rng(0), np.random.default_rng(1).integers(0x3C00, 0x3D00, (4, 60)).astype(np.uint16)
     patches, first = [], None
