@@ -95,9 +95,10 @@ class SFTConfig(Settings):
 class RolloutConfig(Settings):
     """How answers are sampled."""
 
-    engine: Literal["embedded", "vllm"] = "embedded"
+    engine: str = "embedded"
     """`embedded`: in-process PyTorch with continuous batching, for Llama, Qwen2 and Qwen3 architectures. `vllm`: vLLM, which
-    has to be installed; with vllm-ascend beside it, on NPUs."""
+    has to be installed; with vllm-ascend beside it, on NPUs. `package.module:factory`: an engine of your own, made by
+    factory(spec: emberl.rollout.engines.WorkerSpec, cards), with the methods of `emberl.rollout.engine.Engine`."""
     engine_args: Mapping[str, Any] = Field(default_factory=dict)
     """vLLM's engine arguments by its own names, e.g. {gpu_memory_utilization: 0.8, enforce_eager: true}."""
     servers: tuple[str, ...] = ()
@@ -354,7 +355,9 @@ class Config(Settings):
         }
         for what, met in wanted.items():
             if not met:
-                raise ValueError(f"cluster.colocated shares each device between one learner and one engine; it needs {what}")
+                raise ValueError(
+                    f"cluster.colocated shares each device between one learner and one engine; it needs {what}"
+                )
 
     @property
     def output(self) -> Path:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +33,7 @@ class WorkerSpec:
     """As in `schedule.in_flight`."""
     engine: str = "embedded"
     engine_args: Mapping[str, Any] = field(default_factory=dict)
-    """vLLM's own, by its names."""
+    """vLLM's own, by its names; or what a user's engine makes of them."""
     token_rate: float | None = None
     """As in `rollout.token_rate`."""
     max_restarts: int = 0
@@ -50,12 +51,14 @@ class WorkerSpec:
 
 
 def check_engine(engine: str, engine_args: Mapping[str, Any], servers: Sequence[str] = ()) -> None:
-    """ValueError for what can be known to be wrong before an engine starts; loads neither torch nor vLLM."""
+    """ValueError for what can be known to be wrong before an engine starts; loads neither torch nor vLLM, but a user's own."""
     if servers:
         check_servers(engine, engine_args, servers)
     elif engine == "vllm":
         vllm_compat.check_installed()
         vllm_compat.check_engine_args(engine_args)
+    elif engine not in BUILT_IN:
+        _own(engine)
     elif engine_args:
         raise ValueError(
             f"rollout.engine_args has {', '.join(engine_args)}, which are vLLM's; set rollout.engine=vllm or leave them out"
@@ -77,7 +80,20 @@ def check_servers(engine: str, engine_args: Mapping[str, Any], servers: Sequence
 
 def make_engine(spec: WorkerSpec, cards: tuple[str, ...]) -> Engine:
     """The engine of a rollout worker, up and ready; its version is -1 until the first patch. cards: the worker's own."""
-    return {"embedded": _embedded, "vllm": _vllm}[spec.engine](spec, cards)
+    return (BUILT_IN.get(spec.engine) or _own(spec.engine))(spec, cards)
+
+
+def _own(engine: str) -> Callable[[WorkerSpec, tuple[str, ...]], Engine]:
+    """A user's factory; ValueError where there is none of that name."""
+    module, _, name = engine.partition(":")
+    try:
+        factory: Any = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"rollout.engine={engine!r} cannot be loaded ({error}); give {', '.join(BUILT_IN)}, or package.module:factory"
+        ) from error
+    made: Callable[[WorkerSpec, tuple[str, ...]], Engine] = factory
+    return made
 
 
 def _embedded(spec: WorkerSpec, cards: tuple[str, ...]) -> Engine:
@@ -118,5 +134,7 @@ def _vllm(spec: WorkerSpec, cards: tuple[str, ...]) -> Engine:
         servers_directory=spec.servers_directory,
     )
 
+
+BUILT_IN: Mapping[str, Callable[[WorkerSpec, tuple[str, ...]], Engine]] = {"embedded": _embedded, "vllm": _vllm}
 
 __all__ = ["WorkerSpec", "check_engine", "make_engine"]
