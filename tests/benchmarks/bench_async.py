@@ -33,7 +33,7 @@ rollout:
   group_size: 8
   max_response_length: 400
   max_num_seqs: 400
-schedule: {steps: 8, prompts_per_step: 24, epochs: 2}
+schedule: {steps: 8, prompts_per_step: 20}
 filter: {zero_variance: false}
 reward: {parts: {answer: {use: "scripted_reward:coin"}}}
 eval: {size: 0}
