@@ -12,6 +12,17 @@ if ! "$venv/bin/python" -c "import torch, triton.backends.ascend, pytest" 2>/dev
     "$venv/bin/pip" install -q --no-deps "triton-ascend==3.2.0"
     "$venv/bin/pip" install -q "numpy<2.3" pybind11 pytest
 fi
+# vllm-ascend's sources, to be read: 27 MB that are unpacked, not installed
+if [ ! -d "$venv/vllm-ascend-0.23.0" ]; then
+    wheel=$(mktemp -d)
+    if "$venv/bin/pip" download -q --no-deps --only-binary :all: --platform manylinux_2_34_x86_64 --python-version 3.11 \
+        -d "$wheel" "vllm-ascend==0.23.0"; then
+        "$venv/bin/python" -m zipfile -e "$wheel"/*.whl "$venv/vllm-ascend-0.23.0"
+    else
+        echo "test-ascend: no wheel of vllm-ascend 0.23.0; the tests of its sources skip" >&2
+    fi
+    rm -rf "$wheel"
+fi
 if [ ! -x /usr/lib/llvm-19/bin/mlir-opt ] || ! command -v cc >/dev/null; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \

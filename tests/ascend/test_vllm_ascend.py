@@ -1,0 +1,131 @@
+"""What emberl relies on in vllm-ascend 0.23.0, read in the sources of its wheel: importing it needs CANN, reading does not."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+WHEEL = Path(sys.prefix) / "vllm-ascend-0.23.0" / "vllm_ascend"
+
+pytestmark = pytest.mark.skipif(
+    not WHEEL.exists(), reason="the wheel of vllm-ascend 0.23.0 could not be had; tests/ascend/setup.sh says why"
+)
+
+if importlib.util.find_spec("emberl") is None:  # this environment has torch and Triton only
+    for name in ("emberl", "emberl.kernels", "emberl.rollout"):
+        module = sys.modules.setdefault(name, types.ModuleType(name))
+        module.__path__ = [str(ROOT / name.rpartition(".")[2])] if "." in name else []
+
+vllm_compat = importlib.import_module("emberl.rollout.vllm_compat")
+platform = importlib.import_module("emberl.kernels.platform")
+
+
+def source(path: str) -> str:
+    return (WHEEL / path).read_text()
+
+
+def class_of(path: str, name: str) -> ast.ClassDef:
+    [found] = [n for n in ast.walk(ast.parse(source(path))) if isinstance(n, ast.ClassDef) and n.name == name]
+    return found
+
+
+def methods(of: ast.ClassDef) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in of.body if isinstance(node, ast.FunctionDef)}
+
+
+def parameters(function: ast.FunctionDef) -> list[str]:
+    return [argument.arg for argument in function.args.args]
+
+
+def fields(of: ast.ClassDef) -> list[str]:
+    return [n.target.id for n in of.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+
+
+def settings(**engine_args: Any) -> Any:
+    return vllm_compat.EngineSettings(
+        model="m", dtype="bfloat16", device="npu", threads=1, max_num_seqs=8, max_model_len=64, engine_args=engine_args
+    )
+
+
+def test_what_is_set_on_an_npu_has_the_names_and_values_that_it_reads() -> None:
+    variables, arguments = vllm_compat.prepare(settings(), {})
+    names = ast.parse(source("envs.py"))
+    known = {node.value for node in ast.walk(names) if isinstance(node, ast.Constant)}
+    assert "VLLM_ASCEND_ENABLE_NZ" in known and variables["VLLM_ASCEND_ENABLE_NZ"] == "0"
+    assert '"VLLM_ASCEND_ENABLE_NZ", 1' in source("envs.py"), "it is on unless it is switched off"
+    [key] = arguments["additional_config"]
+    assert f'"{key}",' in source("ascend_config.py") and arguments["additional_config"][key] == 0
+
+
+def test_the_format_that_is_switched_off_is_refused_where_weights_change() -> None:
+    worker = methods(class_of("worker/worker.py", "NPUWorker"))
+    assert "weight_nz_mode" in ast.unparse(worker["wake_up"]) and "raise ValueError" in ast.unparse(worker["wake_up"])
+    assert "self._check_nz_disabled()" in ast.unparse(worker["start_weight_update"])
+    check = ast.unparse(worker["_check_nz_disabled"])
+    assert "envs_ascend.VLLM_ASCEND_ENABLE_NZ" in check and "raise ValueError" in check
+
+
+def test_workers_sleep_and_wake_as_is_asked() -> None:
+    worker = methods(class_of("worker/worker.py", "NPUWorker"))
+    assert parameters(worker["sleep"]) == ["self", "level"] and parameters(worker["wake_up"]) == ["self", "tags"]
+    pools = ast.unparse(worker["load_model"]) + "".join(map(ast.unparse, worker.values()))
+    assert all(f"tag='{tag}'" in pools for tag in ("weights", "kv_cache")), "the tags that are woken one after another"
+
+
+def test_expandable_segments_and_the_memory_pool_exclude_each_other() -> None:
+    assert 'assert "expandable_segments:True" not in conf' in source("device_allocator/camem.py")
+    with pytest.raises(ValueError, match="expandable segments"):
+        vllm_compat.prepare(settings(enable_sleep_mode=True), {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"})
+
+
+def test_cards_are_chosen_by_the_variable_that_it_reads() -> None:
+    npu = class_of("platform.py", "NPUPlatform")
+    assigned = {
+        ast.unparse(n.target): ast.unparse(n.value) for n in npu.body if isinstance(n, ast.AnnAssign) and n.value
+    }
+    assert assigned["device_control_env_var"].strip("'") == platform.NPU.visible_devices
+
+
+def test_the_worker_takes_an_extension_and_reloads_weights_as_vllm_does() -> None:
+    worker = class_of("worker/worker.py", "NPUWorker")
+    assert "WorkerBase" in [ast.unparse(base) for base in worker.bases]
+    runner = class_of("worker/model_runner_v1.py", "NPUModelRunner")
+    assert "GPUModelRunner" in [ast.unparse(base) for base in runner.bases]
+    assert "reload_weights" not in methods(runner), "vLLM's own is what was tested"
+    extension = ast.parse((ROOT / "rollout" / "vllm_extension.py").read_text())
+    [added] = [n for n in extension.body if isinstance(n, ast.ClassDef)]
+    assert methods(added) and not methods(added).keys() & methods(worker).keys()
+
+
+def test_weight_transfer_entries_keep_vllms_names() -> None:
+    replaced = source("patch/platform/patch_weight_transfer_engine.py")
+    assert '_registry["nccl"] = lambda: HCCLWeightTransferEngine' in replaced
+    assert '_registry["ipc"] = _load_npu_ipc_engine' in replaced
+    hccl = "distributed/weight_transfer/hccl_engine.py"
+    assert fields(class_of(hccl, "HCCLWeightTransferInitInfo")) == [
+        "master_address", "master_port", "rank_offset", "world_size",
+    ]  # fmt: skip
+    assert fields(class_of(hccl, "HCCLWeightTransferUpdateInfo")) == [
+        "names", "dtype_names", "shapes", "packed", "packed_buffer_size_bytes", "packed_num_buffers",
+    ]  # fmt: skip
+    engine = methods(class_of(hccl, "HCCLWeightTransferEngine"))
+    assert parameters(engine["trainer_init"]) == ["init_info"]
+    assert parameters(engine["trainer_send_weights"]) == ["iterator", "trainer_args"]
+
+
+def test_a_communicator_without_its_library_does_nothing_and_says_nothing() -> None:
+    """Whoever uses it must look at `disabled` first."""
+    pyhccl = methods(class_of("distributed/device_communicators/pyhccl.py", "PyHcclCommunicator"))
+    [handler] = [n for n in ast.walk(pyhccl["__init__"]) if isinstance(n, ast.ExceptHandler)]
+    assert "self.disabled = True" in [ast.unparse(node) for node in handler.body]
+    for name in ("all_reduce", "broadcast"):
+        first = next(n for n in pyhccl[name].body if isinstance(n, ast.If))
+        assert ast.unparse(first.test) == "self.disabled" and isinstance(first.body[0], ast.Return)
