@@ -1,6 +1,7 @@
 """Ray: who runs where. Starts or joins a cluster, lays out one placement group, and brings up the actors.
 
-Bundle i of the placement group belongs to actor i alone: first the learner ranks, then the rollout workers.
+Each actor has a bundle of the placement group: first the learner ranks, then the rollout workers; colocated, worker i is in
+the bundle of rank i.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import logging
 import os
 import secrets
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,6 +29,8 @@ from .learner.group import PUBLISHING, LearnerGroup
 from .learner.rank import LearnerRank, RankSpec
 
 Role = Literal["learner", "rollout"]
+SHARE = 0.5
+"""Of a device, for Ray, that a learner and a rollout worker share."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,25 +43,33 @@ class Seat:
     bundle: dict[str, float]
     """Ray resources, e.g. `{"NPU": 1, "CPU": 4}`."""
     threads: int
+    place: int
+    """Which bundle of the placement group; a colocated learner and rollout worker are in one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """One seat for every actor; a seat's position is its bundle's index."""
+    """One seat for every actor."""
 
     device: str
     seats: tuple[Seat, ...]
 
+    def bundles(self) -> list[dict[str, float]]:
+        """Of the placement group: what the seats of each place need together."""
+        places = sorted({seat.place for seat in self.seats})
+        return [_sum(seat.bundle for seat in self.seats if seat.place == place) for place in places]
+
     def total(self) -> dict[str, float]:
         """Ray resources of all seats together."""
-        names = sorted({name for seat in self.seats for name in seat.bundle})
-        return {name: sum(seat.bundle.get(name, 0.0) for seat in self.seats) for name in names}
+        return _sum(seat.bundle for seat in self.seats)
 
     def describe(self) -> str:
         """A table for a person, one line per actor."""
         lines = [f"placement on {self.device}: {_resources(self.total())}"]
-        for i, seat in enumerate(self.seats):
-            lines.append(f"  bundle {i:2}  {seat.role} {seat.index}  {_resources(seat.bundle)}, {seat.threads} threads")
+        lines += [
+            f"  bundle {seat.place:2}  {seat.role} {seat.index}  {_resources(seat.bundle)}, {seat.threads} threads"
+            for seat in self.seats
+        ]
         return "\n".join(lines)
 
 
@@ -78,8 +90,13 @@ def plan_placement(config: Config) -> Placement:
         alone = target.is_cpu and config.schedule.max_staleness == 0
         threads = int(everything / counts[role] if alone else cpus[role])
         cardless = target.is_cpu or (role == "rollout" and bool(config.rollout.servers))
-        bundle = {"CPU": cpus[role]} if cardless else {target.resource: 1.0, "CPU": cpus[role]}
-        seats += [Seat(role=role, index=i, bundle=bundle, threads=max(1, threads)) for i in range(counts[role])]
+        cards = SHARE if cluster.colocated else 1.0 if role == "learner" else float(config.rollout.cards)
+        bundle = {"CPU": cpus[role]} if cardless else {target.resource: cards, "CPU": cpus[role]}
+        first = 0 if cluster.colocated or role == "learner" else cluster.learners
+        seats += [
+            Seat(role=role, index=i, bundle=bundle, threads=max(1, threads), place=first + i)
+            for i in range(counts[role])
+        ]
     return Placement(device=target.device, seats=tuple(seats))
 
 
@@ -134,7 +151,7 @@ class Cluster:
                 ray.cluster_resources(),
                 f"the Ray cluster{f' at {self.address}' if self.address else ''}",
             )
-            self._group = placement_group([seat.bundle for seat in self.placement.seats], strategy="PACK")
+            self._group = placement_group(self.placement.bundles(), strategy="PACK")
             if not self._group.wait(timeout_seconds=self.config.cluster.start_timeout):
                 raise ConfigError(
                     f"the cluster did not grant {_resources(self.placement.total())} within cluster.start_timeout="
@@ -189,7 +206,7 @@ class Cluster:
                     timeout=config.sync.timeout,
                     in_flight=config.schedule.in_flight,
                     engine=config.rollout.engine,
-                    engine_args=config.rollout.engine_args,
+                    engine_args=self._engine_args(),
                     token_rate=config.rollout.token_rate,
                     server=(config.rollout.servers or ("",) * (seat.index + 1))[seat.index],
                     servers_directory=config.rollout.servers_directory,
@@ -211,6 +228,11 @@ class Cluster:
         )
         return self.learners, self.pool
 
+    def _engine_args(self) -> dict[str, Any]:
+        """With what a colocated engine needs to leave its device; on a CPU vLLM cannot, and need not."""
+        sleeps = self.config.cluster.colocated and self.placement.device != "cpu"
+        return {**self.config.rollout.engine_args, **({"enable_sleep_mode": True} if sleeps else {})}
+
     def respawn(self, index: int) -> Any:
         """A new actor in the place of a rollout worker that is lost or stuck; returns when it has its model. What Ray raises
         where that fails is the caller's."""
@@ -227,12 +249,11 @@ class Cluster:
         gather(self._ready, who="rollout worker", what="ready", timeout=timeout, key="cluster.start_timeout")
 
     def _spawn(self, actor: type, seat: Seat, spec: RankSpec | WorkerSpec) -> Any:
-        bundle = self.placement.seats.index(seat)
-        handle = self.options(actor, seat, bundle).remote(spec)
+        handle = self.options(actor, seat).remote(spec)
         self._actors.append(handle)
         return handle
 
-    def options(self, actor: type, seat: Seat, bundle: int) -> Any:
+    def options(self, actor: type, seat: Seat) -> Any:
         """The Ray actor class bound to its bundle, its resources and its thread environment."""
         others = {name: amount for name, amount in seat.bundle.items() if name not in ("CPU", "GPU")}
         remote: Any = ray.remote  # its types know no concurrency groups
@@ -242,11 +263,19 @@ class Cluster:
             num_gpus=seat.bundle.get("GPU", 0),
             resources=others or None,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
-                placement_group=self._group, placement_group_bundle_index=bundle
+                placement_group=self._group, placement_group_bundle_index=seat.place
             ),
             runtime_env={"env_vars": platform.thread_environment(seat.threads)},
             max_restarts=0,
         )
+
+
+def _sum(bundles: Iterable[dict[str, float]]) -> dict[str, float]:
+    counted: dict[str, float] = {}
+    for bundle in bundles:
+        for name, amount in bundle.items():
+            counted[name] = counted.get(name, 0.0) + amount
+    return dict(sorted(counted.items()))
 
 
 def _resources(bundle: dict[str, float]) -> str:

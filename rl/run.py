@@ -106,6 +106,16 @@ class Run:
             figures |= self._probe(min(self.config.sync.probe_tokens, self.config.max_model_length - 1))
         return figures
 
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """While the learners work on devices that they share with engines, these sleep."""
+        level = self.config.cluster.sleep_level if self.config.cluster.colocated else 0
+        if level:
+            self.pool.sleep(level)
+        yield
+        if level:
+            self.pool.wake()  # which changes nothing where a new version has woken them
+
     def _probe(self, count: int) -> dict[str, float]:
         """Engines and learners side by side on the same tokens."""
         token_ids = probe_ids(self.source, count)

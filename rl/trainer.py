@@ -51,7 +51,8 @@ def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> None:
     record_lengths(run.run_dir, step, run.progress.version, sampled)
     ages = staleness(sampled, run.progress.version, config.schedule.max_staleness)
     trained = with_advantages(run, [g for g in sampled if g.has_signal or not config.filter.zero_variance])
-    metrics = update(run, trained, objective) | ages | fed.metrics
+    with run.learning():
+        metrics = update(run, trained, objective) | ages | fed.metrics
     tokens = sum(len(c) for group in sampled for c in group.completions)
     seconds = time.perf_counter() - start
     run.progress = run.progress.advance(

@@ -197,6 +197,13 @@ class EmbeddedEngine:
         ids = torch.tensor([list(token_ids)], device=self.decoder.device)
         return await self._at_boundary(lambda: self.decoder.token_logprobs(ids)[0].float().cpu().numpy())
 
+    async def sleep(self, level: int) -> None:
+        """Nothing to give back: on a CPU, where it shares what the learners use, memory is one."""
+        self._check_serving()
+
+    async def wake(self) -> None:
+        self._check_serving()
+
     async def reload(self) -> None:
         """Nothing to do: the tensors that its digests are of are those that it computes with."""
         self._check_serving()

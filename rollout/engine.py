@@ -77,6 +77,15 @@ class Engine(Protocol):
         """
         ...
 
+    async def sleep(self, level: int) -> None:
+        """Leaves the device to the learners once nothing is decoded: level 1 keeps the weights in the machine's memory,
+        level 2 drops them. Requests wait; the next `apply` wakes it, or `wake`. Idempotent."""
+        ...
+
+    async def wake(self) -> None:
+        """Serves what it served before it slept, loaded and proved anew. Nothing to do where it does not sleep."""
+        ...
+
     async def reload(self) -> None:
         """Loads all that it was given to serve once more, where a probe says that it computes with something else."""
         ...

@@ -174,6 +174,14 @@ class RolloutPool:
         """The same of one worker, after its engine has loaded all weights once more."""
         return self._call(self._probe(worker, token_ids, True))
 
+    def sleep(self, level: int) -> None:
+        """Every worker leaves its device to the learners, once nothing is decoded; `apply` or `wake` ends that."""
+        self._call(self._everybody("sleep", level))
+
+    def wake(self) -> None:
+        """Every worker serves what it served."""
+        self._call(self._everybody("wake"))
+
     def idle_seconds(self) -> list[float]:
         """Of each worker since the pool began: the time in which it had nothing to decode."""
         now = time.monotonic()
@@ -342,6 +350,15 @@ class RolloutPool:
                 return await call(work, who=f"rollout worker {i}", what="probe", timeout=self._sync_timeout)
             except WorkerLostError as error:
                 await self._replace(i, worker, str(error))
+
+    async def _everybody(self, method: str, *arguments: Any) -> None:
+        async def ask(i: int) -> None:
+            async with self._seats[i].lock:
+                worker = self._seats[i].worker
+            work = getattr(worker, method).remote(*arguments)
+            await call(work, who=f"rollout worker {i}", what=method, timeout=self._sync_timeout)
+
+        await asyncio.gather(*(ask(i) for i in range(len(self._seats))))
 
     async def _digests(self) -> list[dict[str, str]]:
         refs = [seat.worker.digests.remote() for seat in self._seats]

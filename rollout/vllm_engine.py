@@ -162,12 +162,14 @@ class VLLMEngine:
     async def pause(self) -> None:
         async with self._turn:
             self._held = True
-            await self._bring(self._proved, {})
+            if self._order.state != "asleep":
+                await self._bring(self._proved, {})
 
     async def resume(self) -> None:
         async with self._turn:
             self._held = False
-            await self._bring(self._proved, {})
+            if self._order.state != "asleep":
+                await self._bring(self._proved, {})
 
     async def apply(self, patch: WeightPatch) -> int:
         async with self._turn:
@@ -197,6 +199,26 @@ class VLLMEngine:
         self._check_serving()
         work = self._llm.prompt_logprobs(f"p{next(self._ids)}", list(token_ids), str(self._salt))
         return np.array(await self._llm.within("probe", work, self._deadline), np.float32)
+
+    async def sleep(self, level: int) -> None:
+        async with self._turn:
+            self._check_serving()
+            if self._order.state == "asleep":
+                return
+            self._open.clear()
+            if self._tasks:
+                _, left = await asyncio.wait(list(self._tasks), timeout=self._deadline)
+                if left:
+                    raise TimeoutError(f"vLLM engine: {len(left)} samples kept it awake for {self._deadline:g} s")
+            if self._order.state == "serving":
+                await self._pause()
+            with self._order.step("sleep"):
+                await self._llm.within("sleep", self._llm.sleep(level), self._deadline)
+
+    async def wake(self) -> None:
+        async with self._turn:
+            if self._order.state == "asleep" and self._proved is not None:
+                await self._bring(self._proved, {}, stale=True)
 
     async def reload(self) -> None:
         async with self._turn:
@@ -352,7 +374,11 @@ class VLLMEngine:
             self._open.set()
 
     async def _exchange(self, target: WeightPatch, tensors: Mapping[str, TensorBytes]) -> None:
-        if self._order.state != "paused":
+        slept = self._order.state == "asleep"
+        if slept:
+            with self._order.step("wake"):
+                await self._llm.within("wake", self._llm.wake("weights"), self._deadline)
+        elif self._order.state != "paused":
             await self._pause()
         with self._order.step("load"):
             await asyncio.to_thread(self._mirror.write, tensors)
@@ -360,6 +386,8 @@ class VLLMEngine:
             work = self._llm.call_workers("emberl_load", self._mirror.path, entries)
             served = await self._llm.within("load", work, self._deadline)
         with self._order.step("clear"):
+            if slept:  # the cache's memory is asked for only when what loading needed is free again
+                await self._llm.within("wake", self._llm.wake("kv_cache"), self._deadline)
             await self._clear()
         with self._order.step("prove"):
             for digests in served:

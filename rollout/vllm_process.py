@@ -123,6 +123,17 @@ class RunningLLM:
         with self._alive():
             await self._llm.resume_generation()
 
+    async def sleep(self, level: int) -> None:
+        """Paused and without requests: the device's memory is free. On a CPU vLLM stays as it is."""
+        with self._alive():
+            await self._llm.sleep(level)
+
+    async def wake(self, what: str) -> None:
+        """`weights` or `kv_cache`, which comes back empty. vLLM would go on by itself once it has both."""
+        with self._alive():
+            await self._llm.wake_up([what])
+            await self._llm.pause_generation(mode="keep", clear_cache=False)
+
     async def label(self, version: int) -> None:
         """Nothing to do: the tokens before a pause were counted."""
 

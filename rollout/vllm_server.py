@@ -159,6 +159,15 @@ class RunningServer:
     async def resume(self) -> None:
         await self._post("/resume")
 
+    async def sleep(self, level: int) -> None:
+        """Paused and without requests: the device's memory is free. On a CPU vLLM stays as it is."""
+        await self._post(f"/sleep?level={level}&mode=keep")
+
+    async def wake(self, what: str) -> None:
+        """`weights` or `kv_cache`, which comes back empty. vLLM would go on by itself once it has both."""
+        await self._post(f"/wake_up?tags={what}")
+        await self.pause()
+
     async def label(self, version: int) -> None:
         """Tokens sampled from now on are of this version."""
         await self._post("/update_weight_version", {"new_version": str(version)})

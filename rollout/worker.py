@@ -69,6 +69,14 @@ class RolloutWorker:
             await self.engine.reload()
         return await self.engine.probe(token_ids)
 
+    async def sleep(self, level: int) -> None:
+        """Leaves the device to the learners."""
+        await self.engine.sleep(level)
+
+    async def wake(self) -> None:
+        """Serves again what it served."""
+        await self.engine.wake()
+
     async def digests(self) -> dict[str, str]:
         """name -> xxh3-128 of the bytes that are served."""
         return self.engine.digests()

@@ -14,8 +14,9 @@ from emberl.rl.config import Config, ConfigError, load_config, resolve
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def config(**cluster: object) -> Config:
-    return resolve({"name": "t", "model": {"path": "x"}, "data": {"source": "arithmetic"}, "cluster": cluster})
+def config(rollout: dict[str, object] | None = None, **cluster: object) -> Config:
+    data = {"source": "arithmetic"}
+    return resolve({"name": "t", "model": {"path": "x"}, "data": data, "rollout": rollout or {}, "cluster": cluster})
 
 
 def test_on_policy_sides_take_turns_on_the_same_cores() -> None:
@@ -35,6 +36,43 @@ def test_a_device_per_actor_and_threads_from_its_cpus() -> None:
         ({"NPU": 1, "CPU": 4}, 4),
         ({"NPU": 1, "CPU": 8}, 8),
     ]
+
+
+def test_an_engine_has_a_card_for_each_parallel_rank() -> None:
+    rollout = {"engine": "vllm", "engine_args": {"tensor_parallel_size": 4}}
+    placement = plan_placement(config(rollout, device="npu", learners=2, rollouts=2))
+    assert [seat.bundle["NPU"] for seat in placement.seats] == [1, 1, 4, 4]
+    assert placement.bundles() == [{"CPU": 1, "NPU": 1}] * 2 + [{"CPU": 1, "NPU": 4}] * 2
+
+
+def test_a_running_server_needs_no_card() -> None:
+    rollout = {"engine": "vllm", "servers": ["http://a", "http://b", "http://c"]}
+    placement = plan_placement(config(rollout, device="npu", learners=1, rollouts=1))
+    assert [seat.bundle for seat in placement.seats] == [{"NPU": 1, "CPU": 1}] + [{"CPU": 1}] * 3
+
+
+def test_colocated_pairs_share_a_card() -> None:
+    placement = plan_placement(config({"engine": "vllm"}, device="npu", learners=2, rollouts=2, colocated=True))
+    assert [(seat.role, seat.place) for seat in placement.seats] == [
+        ("learner", 0),
+        ("learner", 1),
+        ("rollout", 0),
+        ("rollout", 1),
+    ]
+    assert placement.bundles() == [{"CPU": 2, "NPU": 1}] * 2
+
+
+@pytest.mark.parametrize(
+    ("rollout", "cluster", "words"),
+    [
+        ({}, {}, "rollout.engine=vllm"),
+        ({"engine": "vllm"}, {"rollouts": 2}, r"cluster.rollouts=1 \(as learners\)"),
+        ({"engine": "vllm", "engine_args": {"tensor_parallel_size": 2}}, {}, "tensor_parallel_size=1"),
+    ],
+)
+def test_what_cannot_be_colocated(rollout: dict[str, object], cluster: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        config(rollout, colocated=True, **cluster)
 
 
 def test_too_few_cpus_names_the_keys() -> None:
@@ -82,7 +120,7 @@ def test_the_eight_device_configuration_actor_by_actor(npu_box: None) -> None:
     with Cluster(settings) as cluster:
         seats = cluster.placement.seats
         assert len(seats) == 8
-        actors = [cluster.options(Where, seat, i).remote(None) for i, seat in enumerate(seats)]
+        actors = [cluster.options(Where, seat).remote(None) for seat in seats]
         found = ray.get([actor.look.remote() for actor in actors], timeout=120)
         assert len({f["group"] for f in found}) == 1
         assert sorted(int(f["npu"]) for f in found) == list(range(8)), "each actor sees one card, and no two the same"
@@ -92,6 +130,14 @@ def test_the_eight_device_configuration_actor_by_actor(npu_box: None) -> None:
             bundles = ray.util.placement_group_table(cluster._group)["bundles"]
             assert bundles[seats.index(seat)] == {"NPU": 1.0, "CPU": seat.bundle["CPU"]}
     assert ray.is_initialized(), "a cluster that was joined is not shut down"
+
+
+@pytest.mark.slow
+def test_a_colocated_learner_and_engine_see_the_same_card(npu_box: None) -> None:
+    with Cluster(config({"engine": "vllm"}, device="npu", learners=3, rollouts=3, colocated=True)) as cluster:
+        actors = [cluster.options(Where, seat).remote(None) for seat in cluster.placement.seats]
+        cards = [found["npu"] for found in ray.get([actor.look.remote() for actor in actors], timeout=120)]
+        assert cards[:3] == cards[3:] and len(set(cards)) == 3
 
 
 @pytest.mark.slow

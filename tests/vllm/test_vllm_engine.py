@@ -156,6 +156,37 @@ def test_an_engine_that_cannot_start_says_why(make_rig: MakeRig) -> None:
         pass
 
 
+@pytest.mark.parametrize("level", [1, 2])
+def test_asleep_nothing_is_decoded_and_an_update_or_wake_ends_it(level: int, rig: Any, make_prompt: MakePrompt) -> None:
+    """vLLM on a CPU ignores the levels, not the order: it decodes nothing, and says so, until all is awake again."""
+    before = rig.serve(rig.old)
+    llm = rig.engine._llm._llm
+
+    async def scenario() -> tuple[list[Completion], list[Completion]]:
+        await rig.engine.sleep(level)
+        await rig.engine.sleep(level)
+        assert rig.engine._order.state == "asleep"
+        waiting = asyncio.create_task(collect(rig.engine, make_prompt("asleep"), 2, Sampling(max_tokens=4)))
+        await asyncio.sleep(0.2)
+        assert not waiting.done() and await llm.is_sleeping()
+        await rig.engine.apply(rig.new.patch(before + 1))
+        assert not await llm.is_sleeping()
+        first = await waiting
+        await rig.engine.sleep(level)
+        await rig.engine.pause()
+        await rig.engine.wake()
+        assert rig.engine._order.state == "paused" and await llm.is_paused(), "a pause outlasts a sleep"
+        await rig.engine.wake()
+        await rig.engine.resume()
+        return first, await collect(rig.engine, make_prompt("asleep"), 2, Sampling(max_tokens=4))
+
+    first, second = rig.run(scenario())
+    assert {completion.spans for completion in first + second} == {(Span(before + 1, 0, 4),)}
+    drawn = [{c.sample: c.token_ids.tolist() for c in completions} for completions in (first, second)]
+    assert drawn[0] == drawn[1]
+    assert rig.engine.digests() == rig.new.patch(0).digests
+
+
 def test_bfloat16_agrees_with_transformers_in_bfloat16(half: Any, make_prompt: MakePrompt) -> None:
     """The two round in different places: log-probs agree within hundredths."""
     from transformers import AutoModelForCausalLM
