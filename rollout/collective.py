@@ -116,9 +116,10 @@ class Member:
 class Meeting:
     """The learner's side: a store at which groups meet, one after the other."""
 
-    def __init__(self, device: str, timeout: float) -> None:
+    def __init__(self, device: str, timeout: float, host: str | None = None) -> None:
+        """host: where the workers reach this process; None: at the address of its machine's name."""
         self._device, self._timeout, self._groups = device, timeout, 0
-        self.host = socket.gethostbyname(socket.gethostname())
+        self.host = host or socket.gethostbyname(socket.gethostname())
         within = timedelta(seconds=timeout)
         self._store = c10d.TCPStore(self.host, 0, is_master=True, wait_for_workers=False, timeout=within)
         self._member: Member | None = None

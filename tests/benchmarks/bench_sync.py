@@ -140,6 +140,89 @@ def speed(report: harness.Report, step: traces.Step, rounds: int) -> None:
         report.record(f"{step.name}, speed", impl, new.nbytes / time / 1e9, "GB/s", floor=floor, changed=changed)
 
 
+SIZES = {
+    "quickstart": ("schedule.prompts_per_step=32", "rollout.max_response_length=48"),
+    "100M": (
+        "model.tiny={hidden: 768, layers: 12, heads: 12, kv_heads: 4, head_dim: 64, intermediate: 3072, init_std: 0.02}",
+        "schedule.prompts_per_step=8", "rollout.group_size=4", "rollout.max_response_length=32", "rollout.max_num_seqs=32",
+    ),
+}  # fmt: skip
+WEAK = 20e6
+"""Bytes a second."""
+LINKS = {
+    "strong link, dense": ("sync.mode=dense",),
+    "weak link, patches": ("sync.mode=patch", f"sync.rate_limit={WEAK:g}"),
+    "weak link, dense": ("sync.mode=dense", f"sync.rate_limit={WEAK:g}"),
+}
+REWARD = """
+import zlib
+from emberl.rewards.adapters import reward
+@reward
+def noise(row):
+    return zlib.crc32(row.completion.encode()) % 2
+"""
+
+
+def exposed(report: harness.Report, size: str, steps: int) -> None:
+    """Runs that are ahead by one version; the first two steps warm up. What the answers are worth is a coin's toss, so that
+    a model with random weights has gradients."""
+    speeds = {}
+    for link, overrides in LINKS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            reward = Path(folder, "noise.py")
+            reward.write_text(REWARD)
+            rows = traces.train(
+                Path(folder), "stages=[rl]", *SIZES[size], *overrides, "model.dtype=bfloat16", "optim.lr=1e-6",
+                "optim.schedule=constant", "optim.warmup_steps=0", f"schedule.steps={steps}", "schedule.max_staleness=1",
+                "eval.size=0", "checkpoint.every=0", "cluster.rollouts=1", "cluster.cpus_per_rollout=1",
+                f"reward.parts.answer.use={reward}:noise", f"run_dir={folder}/run",
+            )[2:]  # fmt: skip
+        seconds = sum(row["timing_s/step"] for row in rows)
+        tokens = sum(row["perf/throughput"] * row["timing_s/step"] for row in rows)
+        speeds[link] = tokens / seconds
+        mean = {
+            name: sum(row[name] for row in rows) / len(rows)
+            for name in rows[0]
+            if name.startswith(("sync/", "timing_s/"))
+        }
+        stood_still = sum(row["sync/apply_s"] for row in rows) / seconds
+        report.record(
+            f"{size}, one version ahead", link, speeds[link], "tokens/s", ratio=speeds[link] / speeds["strong link, dense"],
+            floor=0.95 if link == "weak link, patches" else None, decoding_stood_still=stood_still,
+            step_s=mean["timing_s/step"], update_s=mean["timing_s/update_weights"], wire_mb=mean["sync/wire_bytes"] / 1e6,
+            transfer_s=mean["sync/transfer_s"], prepare_s=mean["sync/prepare_s"], apply_s=mean["sync/apply_s"],
+            encode_s=mean["sync/encode_s"], diff_s=mean["sync/diff_s"], changed=mean.get("sync/changed_fraction", -1.0),
+        )  # fmt: skip
+
+
+def network(report: harness.Report, quick: bool) -> None:
+    """The slot count and the length give the decoding of a batch, `step_s` the learner's part."""
+    import weak_link
+    from emberl.rl.data_settings import TinyConfig
+    from emberl.rl.tiny import make_tiny
+
+    large = TinyConfig(hidden=768, layers=12, heads=12, kv_heads=4, head_dim=64, intermediate=3072, init_std=0.02)
+    cases: dict[str, tuple[TinyConfig, dict[str, float]]] = {
+        "quickstart": (TinyConfig(init_std=0.02), {"slots": 64, "length": 96, "step_s": 1.0})
+    }
+    if not quick:
+        cases["100M"] = (large, {"slots": 16, "length": 96, "step_s": 8.0})
+    for size, (shape, settings) in cases.items():
+        with tempfile.TemporaryDirectory() as folder:
+            options = {"model": str(make_tiny(folder, shape, 0)), "steps": 4 if quick else 6, "lr": 1e-6, **settings}
+            best = 0.0
+            for link in LINKS:
+                rate = "160mbit" if link.startswith("weak") else None
+                mode = "patch" if link.endswith("patches") else "dense"
+                found = weak_link.measure(options | {"mode": mode}, rate)
+                best = best or found["tokens_s"]
+                rate_s = found.pop("tokens_s")
+                report.record(
+                    f"{size}, veth + tbf", link, rate_s, "tokens/s", ratio=rate_s / best,
+                    floor=0.95 if mode == "patch" else None, stood_still=found["apply_s"] / found["step_s"], **found,
+                )  # fmt: skip
+
+
 def main() -> None:
     parser = harness.arguments(__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
@@ -154,6 +237,11 @@ def main() -> None:
                 ratio(report, step)
             if "speed" in arguments.only:
                 speed(report, step, 3 if quick else 15)
+    for size in SIZES if "exposed" in arguments.only else ():
+        if not (quick and size == "100M"):
+            exposed(report, size, 4 if quick else 12 if size == "quickstart" else 6)
+    if "network" in arguments.only:
+        network(report, quick)
     if "ratio" in arguments.only:
         with tempfile.TemporaryDirectory() as folder:
             rates = (1e-6,) if quick else (1e-6, 3e-6, 8e-6)

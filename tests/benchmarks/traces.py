@@ -42,10 +42,10 @@ class Step:
 def quickstart(folder: Path, rates: tuple[float, ...], *, sft_steps: int, steps: int) -> Iterator[Step]:
     """The quickstart's model after a cold start, and the last two versions of GRPO in bfloat16 at each learning rate, from
     the history of patches that the run itself kept."""
-    _train(folder, "stages=[sft]", f"sft.steps={sft_steps}", f"run_dir={folder}/sft", "eval.size=0")
+    train(folder, "stages=[sft]", f"sft.steps={sft_steps}", "eval.size=0", f"run_dir={folder}/sft")
     for lr in rates:
         run = folder / f"lr-{lr:g}"
-        _train(
+        train(
             folder, "stages=[rl]", "model.tiny=null", f"model.path={folder}/sft/model", "model.dtype=bfloat16",
             f"optim.lr={lr}", "optim.schedule=constant", "optim.warmup_steps=0", f"schedule.steps={steps}", "eval.size=0",
             "checkpoint.every=0", "checkpoint.history=true", f"run_dir={run}",
@@ -55,11 +55,15 @@ def quickstart(folder: Path, rates: tuple[float, ...], *, sft_steps: int, steps:
         yield Step(name=f"quickstart lr {lr:g}", old=old, new=new)
 
 
-def _train(folder: Path, *overrides: str) -> None:
+def train(folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    """Runs the quickstart with these changes; its steps' figures. The run's directory is the last override."""
     command = [str(Path(sys.executable).with_name("emberl")), "train", str(QUICKSTART), "tracking.wandb=disabled"]
     done = subprocess.run([*command, *overrides], check=False, cwd=folder, capture_output=True, text=True, timeout=900)
     if done.returncode:
         raise RuntimeError(f"emberl train failed: {json.loads(done.stdout.splitlines()[-1])['error']}")
+    metrics = Path(overrides[-1].removeprefix("run_dir="), "metrics.jsonl")
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [row for row in rows if row["axis"] == "train"]
 
 
 def qwen(rates: tuple[float, ...], *, layers: int, steps: int, tokens: int) -> Iterator[Step]:
