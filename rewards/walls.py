@@ -26,6 +26,8 @@ from .zygote import CALLS, REPLY, REQUEST
 _HERE = Path(__file__).resolve().parent
 _START_SECONDS = 30.0  # to build the walls, on a machine however loaded
 _GRACE_SECONDS = 10.0  # beyond a run's own deadline, until the mother process counts as lost
+_BINDING = {"LD_BIND_NOW": "1"}  # the mother process looks every symbol up once, or its children would
+_FOR_PRELOADED = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 _FIX = (
     "allow user namespaces (sysctl user.max_user_namespaces=10000, kernel.apparmor_restrict_unprivileged_userns=0; in a "
     "container --cap-add SYS_ADMIN or --security-opt seccomp=unconfined) or install bubblewrap (apt install bubblewrap)"
@@ -111,6 +113,7 @@ class Mother:
             "preload": list(preload),
             "filters": _filters(),
             "inmate": (_HERE / "inmate.py").read_text(),
+            "namespaces": (_HERE / "namespaces.py").read_text(),
             "compiler": [
                 compiler() or "",
                 *["-O2", "-std=gnu++17", "-static", "-pipe", "-w", "-x", "c++", "-", "-o"],
@@ -122,7 +125,7 @@ class Mother:
         with theirs:
             self._process = subprocess.Popen(
                 _command(backend, theirs.fileno(), view),
-                env={"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"} if preload else {},
+                env=_FOR_PRELOADED | _BINDING if preload else _BINDING,
                 cwd="/",
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -337,7 +340,7 @@ def _command(backend: str, fd: int, view: _View) -> list[str]:
         return [python, *flags, script, str(fd)]
     command = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--clearenv"]
     command += ["--die-with-parent", "--as-pid-1", "--new-session", "--cap-drop", "ALL", "--hostname", "box"]
-    command += ["--uid", "65534", "--gid", "65534"]
+    command += ["--setenv", *next(iter(_BINDING.items())), "--uid", "65534", "--gid", "65534"]
     for path, target in view.binds:
         command += ["--symlink", os.readlink(path), target] if os.path.islink(path) else ["--ro-bind", path, target]
     for path in view.masks:
