@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -195,21 +196,21 @@ def exposed(report: harness.Report, size: str, steps: int) -> None:
         )  # fmt: skip
 
 
-def network(report: harness.Report, quick: bool) -> None:
+def network(report: harness.Report, sizes: Sequence[str], steps: int) -> None:
     """The slot count and the length give the decoding of a batch, `step_s` the learner's part."""
     import weak_link
     from emberl.rl.data_settings import TinyConfig
     from emberl.rl.tiny import make_tiny
 
-    large = TinyConfig(hidden=768, layers=12, heads=12, kv_heads=4, head_dim=64, intermediate=3072, init_std=0.02)
+    large = {"hidden": 768, "layers": 12, "heads": 12, "kv_heads": 4, "head_dim": 64, "intermediate": 3072}
     cases: dict[str, tuple[TinyConfig, dict[str, float]]] = {
-        "quickstart": (TinyConfig(init_std=0.02), {"slots": 64, "length": 96, "step_s": 1.0})
+        "quickstart": (TinyConfig(init_std=0.02), {"slots": 64, "length": 96, "step_s": 1.0}),
+        "100M": (TinyConfig(init_std=0.02, **large), {"slots": 16, "length": 96, "step_s": 8.0}),
     }
-    if not quick:
-        cases["100M"] = (large, {"slots": 16, "length": 96, "step_s": 8.0})
-    for size, (shape, settings) in cases.items():
+    for size in sizes:
+        shape, settings = cases[size]
         with tempfile.TemporaryDirectory() as folder:
-            options = {"model": str(make_tiny(folder, shape, 0)), "steps": 4 if quick else 6, "lr": 1e-6, **settings}
+            options = {"model": str(make_tiny(folder, shape, 0)), "steps": steps, "lr": 1e-6, **settings}
             best = 0.0
             for link in LINKS:
                 rate = "160mbit" if link.startswith("weak") else None
@@ -227,6 +228,7 @@ def main() -> None:
     parser = harness.arguments(__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--layers", type=int, default=4, help="of Qwen2.5-0.5B's 24 (default 4)")
+    parser.add_argument("--sizes", nargs="+", choices=tuple(SIZES), default=None, help="for exposed and network")
     arguments = parser.parse_args()
     report = harness.Report("sync", arguments.json, "numpy", "numba", "zstandard")
     quick = arguments.quick
@@ -237,11 +239,11 @@ def main() -> None:
                 ratio(report, step)
             if "speed" in arguments.only:
                 speed(report, step, 3 if quick else 15)
-    for size in SIZES if "exposed" in arguments.only else ():
-        if not (quick and size == "100M"):
-            exposed(report, size, 4 if quick else 12 if size == "quickstart" else 6)
+    sizes = arguments.sizes or (["quickstart"] if quick else list(SIZES))
+    for size in sizes if "exposed" in arguments.only else ():
+        exposed(report, size, 4 if quick else 12 if size == "quickstart" else 6)
     if "network" in arguments.only:
-        network(report, quick)
+        network(report, sizes, steps=4 if quick else 6)
     if "ratio" in arguments.only:
         with tempfile.TemporaryDirectory() as folder:
             rates = (1e-6,) if quick else (1e-6, 3e-6, 8e-6)
