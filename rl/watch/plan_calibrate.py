@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ from .plan_scenario import DecodeTable, Floats, Publication, RewardTime, Scenari
 
 SKIPPED = 2
 """Steps at the beginning of a run that are not used: they compile and warm up."""
+SPREAD = 1.5
+"""Tokens of a large step over those of a small one, above which a line through the steps' times means something."""
+EQUAL = 1e-9
+"""Of two fits whose errors differ by less (of all there is to explain), the one with fewer terms is taken."""
 STEPS, WARMUP = 80, 10
 """Of the simulation."""
 
@@ -38,17 +43,18 @@ def calibrate(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[Scenario, d
     if not steps or not table.num_rows:
         raise ValueError(f"{run_dir} has too few RL steps to learn from: {SKIPPED} are skipped, and some must be left")
     fixed, per_token = learner_time(steps, tokens_by_step(table))
-    decode, how = decode_table(table, workers=source.cluster.rollouts, slots=target.rollout.max_num_seqs)
+    measured = decoding(table, workers=source.cluster.rollouts, slots=target.rollout.max_num_seqs)
     publication = Publication(
         encode=float(np.mean([row["timing_s/update_weights"] - row.get("sync/apply_s", 0.0) for row in steps])),
         commit=float(np.mean([row.get("sync/apply_s", 0.0) for row in steps])),
     )
-    latency = delivery_latency(steps, table) if source.schedule.max_staleness == 0 else float(grade_seconds(table))
+    latency = delivery_latency(steps, table) if source.schedule.max_staleness == 0 else grade_seconds(table)
+    latency = max(0.0, latency + measured.offset)
     scenario = Scenario(
         workers=target.cluster.rollouts,
         slots=target.rollout.max_num_seqs,
         given=GIVEN * target.rollout.max_num_seqs if target.schedule.max_staleness else None,
-        table=decode,
+        table=measured.table,
         lengths=recorded_lengths(table, target.rollout.max_response_length),
         prompts_per_step=target.schedule.prompts_per_step,
         group_size=target.rollout.group_size,
@@ -66,7 +72,7 @@ def calibrate(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[Scenario, d
     sources = {
         "answers": f"{table.num_rows} recorded, mean {scenario.lengths.mean:.0f} tokens",
         "learner": f"{fixed:.3g} s a step and {1e6 * per_token:.3g} us a token, of {len(steps)} steps",
-        "decoding": how,
+        "decoding": measured.summary,
         "publication": f"{publication.encode:.3g} s, of which decoding stands still {publication.commit:.3g} s",
         "delivery and marking": f"{latency:.3g} s a group",
     }
@@ -90,17 +96,33 @@ def tokens_by_step(table: pa.Table) -> dict[int, int]:
 
 
 def learner_time(steps: Sequence[Mapping[str, Any]], tokens: Mapping[int, int]) -> tuple[float, float]:
-    """(seconds a step, seconds a token) of all that is neither waiting for groups nor publishing, by least squares; neither
-    is below 0."""
+    """(seconds a step, seconds a token) of all that is neither waiting for groups nor publishing; neither is below 0.
+
+    Least squares, where the steps' sizes differ enough to tell the two apart. Else the optimizer steps are taken to be
+    proportional to the tokens, and the rest to be fixed.
+    """
     rows = [row for row in steps if row["step"] in tokens]
     x = np.array([tokens[row["step"]] for row in rows], np.float64)
     y = np.array([row["timing_s/step"] - row["timing_s/gen"] - row["timing_s/update_weights"] for row in rows])
-    weights, _ = nonnegative_least_squares(np.stack([np.ones_like(x), x], axis=1), y)
-    return float(weights[0]), float(weights[1])
+    if np.quantile(x, 0.9) >= SPREAD * np.quantile(x, 0.1):
+        weights, _ = nonnegative_least_squares(np.stack([np.ones_like(x), x], axis=1), y)
+        return float(weights[0]), float(weights[1])
+    updates = float(np.mean([row.get("timing_s/update_actor", 0.0) for row in rows]))
+    return max(0.0, float(y.mean()) - updates), updates / float(x.mean())
 
 
-def decode_table(table: pa.Table, *, workers: int, slots: int) -> tuple[DecodeTable, str]:
-    """Seconds of a token as a + b n + c n context, n answers in a worker's batch, of all recorded answers.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoding:
+    """What recorded answers say of an engine's speed."""
+
+    table: DecodeTable
+    offset: float
+    """Seconds that an answer takes longer than its tokens do; below 0 where its first tokens are for free."""
+    summary: str
+
+
+def decoding(table: pa.Table, *, workers: int, slots: int) -> Decoding:
+    """An answer of L tokens takes (a + b n + c n context) L + offset seconds, n answers in its worker's batch.
 
     Which worker decoded an answer is not recorded: n is what ran meanwhile, over all workers, divided by their number.
     """
@@ -110,14 +132,17 @@ def decode_table(table: pa.Table, *, workers: int, slots: int) -> tuple[DecodeTa
     lengths, begin, seconds = lengths[sound], begin[sound], seconds[sound]
     context = np.asarray(table["prompt_length"])[sound] + lengths / 2
     n = np.maximum(1.0, mean_running(begin, begin + seconds) / workers)
-    weight = np.sqrt(lengths)  # the more tokens, the better an answer knows its rate
-    features = np.stack([np.ones_like(n), n, n * context], axis=1)
-    (a, b, c), used = nonnegative_least_squares(features * weight[:, None], seconds / lengths * weight)
+    one = np.ones_like(n)
+    features = np.stack([lengths, n * lengths, n * context * lengths, one, -one], axis=1)
+    (a, b, c, longer, shorter), _ = nonnegative_least_squares(features, seconds)
     running, contexts = np.array([1.0, float(max(2, slots))]), np.array([0.0, 2 * float(context.max())])
     grid = a + b * running[:, None] + c * running[:, None] * contexts[None, :]
-    rate = float(lengths.sum() / seconds.sum())
-    how = f"{rate:.3g} tokens/s an answer at {n.mean():.3g} answers a worker; {used} of 3 terms fitted"
-    return DecodeTable(running=running, context=contexts, seconds=np.maximum(grid, 1e-9)), how
+    typical = float(a + b * n.mean() + c * (n * context).mean())
+    return Decoding(
+        table=DecodeTable(running=running, context=contexts, seconds=np.maximum(grid, 1e-9)),
+        offset=float(longer - shorter),
+        summary=f"{1 / max(typical, 1e-9):.3g} tokens/s an answer at {n.mean():.3g} answers a worker",
+    )
 
 
 def mean_running(begin: Floats, end: Floats) -> Floats:
@@ -180,13 +205,14 @@ def trace_lengths(source: Path) -> TraceLengths:
 
 def nonnegative_least_squares(features: Floats, y: Floats) -> tuple[Floats, int]:
     """The weights >= 0 with the least squared error and how many are above 0: every subset of the few features is tried."""
-    best, error = np.zeros(features.shape[1]), float((y**2).sum())
+    total = float((y**2).sum())
+    best, error = np.zeros(features.shape[1]), total
     columns = range(features.shape[1])
     for size in columns:
         for chosen in combinations(columns, size + 1):
             found = np.linalg.lstsq(features[:, chosen], y, rcond=None)[0]
             residual = float(((features[:, chosen] @ found - y) ** 2).sum())
-            if (found >= 0).all() and residual < error:
+            if (found >= 0).all() and residual < error - EQUAL * total:
                 best, error = np.zeros(features.shape[1]), residual
                 best[list(chosen)] = found
     return best, int((best > 0).sum())

@@ -150,7 +150,8 @@ class PlanSettings(Settings):
             raise ConfigError(
                 f"model={self.model} does not fit engine.cards={self.cards} x {self.device}; use more cards"
             )
-        return self.engine.slots or fit
+        slots: int = self.engine.slots or fit
+        return slots
 
     def check_split(self, learners: int) -> None:
         if not 1 <= learners <= self.devices - self.cards:
