@@ -1,0 +1,113 @@
+"""`emberl plan`: the best split is found, settings that are wrong are named, and a data sheet's plan follows its roofline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from emberl.rl.cli import app
+from emberl.rl.config import ConfigError
+from emberl.rl.watch.plan_devices import DEVICES, MODELS, decode_table, most_slots
+from emberl.rl.watch.plan_figures import best_split
+from emberl.rl.watch.plan_settings import load_plan, make_scenario, publication
+from typer.testing import CliRunner
+
+SMALL = (
+    "lengths.mean=500",
+    "lengths.cap=2000",
+    "schedule.prompts_per_step=32",
+    "schedule.group_size=4",
+    "steps=8",
+    "warmup=4",
+)
+
+
+def test_the_command_searches_the_split_and_draws_it(tmp_path: Path) -> None:
+    picture = tmp_path / "plan.png"
+    words = [
+        "plan",
+        "--device",
+        "910b",
+        "--devices",
+        "64",
+        "--model",
+        "7b",
+        "--picture",
+        str(picture),
+        "--json",
+        *SMALL,
+    ]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    rates = {int(n): rate for n, rate in found["splits_tokens_per_s"].items()}
+    assert found["simulated"] and max(rates, key=rates.__getitem__) == found["learners"]
+    assert rates[found["learners"]] == found["tokens_per_s"]
+    assert found["engines"] == 64 - found["learners"], "a 7B model fits one card"
+    assert "arXiv" in found["sources"]["910B flops"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["link.bandwith=3"], "unknown key link.bandwith; did you mean link.bandwidth?"),
+        (["lnk=3"], "unknown key lnk; did you mean link?"),
+        (["link.bandwidth"], "must have the form key=value"),
+        (["link.ratio=0.5"], "link.ratio: Input should be greater than or equal to 1"),
+        (["steps=4"], "warmup=12 must be below steps=4"),
+    ],
+)
+def test_what_is_wrong_is_named(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
+        load_plan(words, {})
+
+
+def test_a_model_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match="does not fit"):
+        make_scenario(load_plan(["engine.cards=1"], {"devices": 16}), 8)
+    with pytest.raises(ConfigError, match="leave no engine of 4 devices"):
+        make_scenario(load_plan([], {"devices": 8}), 6)
+    with pytest.raises(ValueError, match="is none of 910B, 910C, H200, CPU"):
+        make_scenario(load_plan([], {"device": "910D"}), 8)
+
+
+def test_the_roofline_of_a_32b_model_on_four_910b() -> None:
+    """65.6 GB of weights over 4 x 1.6 TB/s x 0.6 are 17.1 ms; 10 answers of 10,000 tokens read 10 x 10,000 x 262,144 bytes,
+    6.8 ms more; 5 ms are overhead. Beside the weights 0.9 x 256 - 65.6 = 164.8 GB are left for keys and values."""
+    device, model = DEVICES["910B"], MODELS["32b"]
+    table = decode_table(device, model, 4, slots=10, longest=10_000)
+    assert table.seconds[-1, 0] == pytest.approx(0.005 + 0.01708, rel=1e-3)
+    assert table.seconds[-1, -1] == pytest.approx(0.005 + 0.01708 + 0.00683, rel=1e-3)
+    assert most_slots(device, model, 4, 10_000) == 62
+
+
+@pytest.mark.parametrize(
+    ("words", "seconds"),
+    [
+        pytest.param(
+            ["link.mode=dense", "link.relay=false"], 65.6 / 3 * 3 + 1.64, id="48 nodes' worth from 16: three times"
+        ),
+        pytest.param(
+            ["link.mode=dense"], 65.6 / 3 * (1 + 5.614 / 64) + 1.64, id="relayed: once, and a block for each hop"
+        ),
+        pytest.param(["link.ratio=100"], 0.656 / 3 * (1 + 5.614 / 64) + 1.64, id="a hundredth of it"),
+    ],
+)
+def test_what_a_version_costs_on_the_link(words: list[str], seconds: float) -> None:
+    """512 devices: 16 learner nodes and 48 rollout nodes with 3 GB/s each; verifying takes 65.6 / 40 s."""
+    settings = load_plan([*words, "link.bandwidth=3"], {"devices": 512})
+    assert publication(settings, 128).transfer == pytest.approx(seconds, rel=1e-3)
+
+
+def test_the_search_finds_the_peak_with_few_trials() -> None:
+    tried: list[int] = []
+
+    def evaluate(learners: int) -> dict[str, float]:
+        tried.append(learners)
+        return {"tokens_per_s": float(min(learners, (1000 - learners) / 2))}
+
+    best, found = best_split(evaluate, list(range(1, 1000)), 500)
+    assert best in (333, 334) and set(found) == set(tried)
+    assert len(tried) == len(set(tried)) < 30
