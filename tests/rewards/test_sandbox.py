@@ -225,6 +225,36 @@ def test_a_function_sees_one_call_at_a_time(sandbox) -> None:
 
 
 @slow
+def test_a_load_that_fails_is_answered_before_the_first_call_runs(sandbox) -> None:
+    code = "import time\ndef f(): time.sleep(60)\n1 / 0"
+    start = time.monotonic()
+    with sandbox.session({"task": "calls", "code": [code]}, first={"eval": "f()"}) as talk:
+        assert json.loads(talk.receive())["error"] == "ZeroDivisionError"
+    assert time.monotonic() - start < 3
+    with sandbox.session({"task": "calls", "code": ["x = 1"]}, first={"eval": "x + 1"}) as talk:
+        assert [json.loads(talk.receive()) for _ in range(2)] == [{"ok": None}, {"ok": 2}]
+
+
+@slow
+def test_children_see_nothing_of_the_mother_process_own_talk(sandbox) -> None:
+    code = "import os, sys\ndef f(): return ['solution' in sys.modules, sorted(os.environ), 'f' in vars(sys.modules['__main__'])]"
+    with sandbox.session({"task": "calls", "code": [code]}, first={"eval": "f()"}) as talk:
+        assert json.loads(talk.receive()) == {"ok": None}
+        assert json.loads(talk.receive()) == {"ok": [True, [], False]}
+    with sandbox.session({"task": "calls", "code": ["def g(): return f(1, ['x'])"]}, first={"eval": "g()"}) as talk:
+        talk.receive()
+        assert json.loads(talk.receive())["error"] == "NameError"
+
+
+@slow
+@pytest.mark.parametrize("kind", ["RLIMIT_NOFILE", "RLIMIT_CORE", "RLIMIT_MEMLOCK", "RLIMIT_MSGQUEUE", "RLIMIT_NPROC"])
+def test_limits_that_all_children_share_hold(sandbox, kind: str) -> None:
+    most = 64 if kind in ("RLIMIT_NOFILE", "RLIMIT_NPROC") else 0
+    run = sandbox.run_program(f"import resource; print(resource.getrlimit(resource.{kind}))")
+    assert run.stdout == f"({most}, {most})\n".encode()
+
+
+@slow
 def test_values_come_as_plain_json(sandbox) -> None:
     code = "import collections, enum\nclass E(enum.IntEnum):\n    A = 7\nP = collections.namedtuple('P', 'x')"
     cases = {
