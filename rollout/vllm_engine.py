@@ -175,7 +175,6 @@ class VLLMEngine:
         async with self._turn:
             self._check_open()
             if await asyncio.to_thread(self._is_new, patch):
-                self._corrupt = DigestMismatchError(f"the update to version {patch.version} did not complete")
                 target = replace(patch, tensors={})
                 await self._bring(target, patch.tensors)
                 self._run_id, self._version, self._proved = patch.run_id, patch.version, target

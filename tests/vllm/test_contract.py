@@ -234,6 +234,23 @@ def test_versions_follow_one_another_without_a_pause(rig: Any, make_prompt: Make
         assert versions == list(range(before, before + 4))
 
 
+def test_what_is_asked_during_an_update_waits_for_it(rig: Any, make_prompt: MakePrompt) -> None:
+    before = rig.serve(rig.old)
+
+    async def scenario() -> list[Completion]:
+        update = asyncio.create_task(rig.engine.apply(rig.new.patch(before + 1)))
+        groups = []
+        while not update.done():
+            groups.append(started(rig.engine, make_prompt(f"during{len(groups)}"), 1, Sampling(max_tokens=3)))
+            await asyncio.sleep(0.002)
+        await update
+        return [completion for group in groups for completion in await group]
+
+    completions = rig.run(scenario())
+    assert completions and {c.spans[-1].version for c in completions} <= {before, before + 1}
+    assert completions[-1].spans == (Span(before + 1, 0, 3),)
+
+
 def test_no_prompt_is_continued_from_older_weights(rig: Any, make_prompt: MakePrompt) -> None:
     """The prompt is cached by the old weights, and asked for again by others, which are then taken back."""
     prompt = make_prompt("cached", 100)
