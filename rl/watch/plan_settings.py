@@ -139,7 +139,7 @@ class PlanSettings(Settings):
         """Devices of one engine."""
         if self.engine.cards is not None:
             return self.engine.cards
-        sizes = [2**i for i in range(20)]
+        sizes = [1 << i for i in range(20)]
         enough = [n for n in sizes if most_slots(self.hardware, self.shape, n, self.mean_context) >= ENOUGH]
         return enough[0]
 
@@ -150,8 +150,7 @@ class PlanSettings(Settings):
             raise ConfigError(
                 f"model={self.model} does not fit engine.cards={self.cards} x {self.device}; use more cards"
             )
-        slots: int = self.engine.slots or fit
-        return slots
+        return self.engine.slots or fit
 
     def check_split(self, learners: int) -> None:
         if not 1 <= learners <= self.devices - self.cards:
