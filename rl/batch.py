@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..rewards.verdict import Status
+from ..rewards.verdict import Status, Verdict
+from ..rollout.samples import Completion
 from .algorithm.advantages import batch_advantages, kl_estimate
 from .algorithm.aggregation import token_weights
 from .algorithm.settings import AdvantageConfig, KLConfig, LossConfig
@@ -56,7 +57,7 @@ def make_batches(
         (number, group.prompt.token_ids, completion, advantage_of, verdict.status == Status.CORRECT)
         for number, group in enumerate(groups)
         for completion, verdict, advantage_of in zip(group.completions, group.verdicts, _advantages(group), strict=True)
-        if verdict.trains and len(completion) and not (mask_cut and completion.finish_reason == "length")
+        if _trains(completion, verdict, mask_cut)
     ]
     if not rows:
         return []
@@ -82,6 +83,22 @@ def make_batches(
         shares = [np.flatnonzero(np.isin(owner, share)) for share in np.array_split(np.arange(len(groups)), parts)]
         batches = [_own_weights(whole.select(share.tolist()), loss, norm_const) for share in shares if len(share)]
     return [live for batch in batches if (live := batch if keep_all else _live(batch)).num_tokens]
+
+
+def denominator(groups: Sequence[Group], loss: LossConfig, *, mask_cut: bool = False) -> int:
+    """What the weights of these groups' tokens were divided by that depends on how many there are: their loss tokens with
+    `token-mean`, else their completions. With it parts of a step add up to the whole: sum_p D_p loss_p / sum_p D_p."""
+    lengths = [
+        len(completion)
+        for group in groups
+        for completion, verdict in zip(group.completions, group.verdicts, strict=True)
+        if _trains(completion, verdict, mask_cut)
+    ]
+    return sum(lengths) if loss.aggregation == "token-mean" else len(lengths)
+
+
+def _trains(completion: Completion, verdict: Verdict, mask_cut: bool) -> bool:
+    return verdict.trains and len(completion) > 0 and not (mask_cut and completion.finish_reason == "length")
 
 
 def with_token_advantages(batch: Batch, advantage: AdvantageConfig, kl: KLConfig | None) -> Batch:

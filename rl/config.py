@@ -176,6 +176,9 @@ class ScheduleConfig(Settings):
     the sampling policy is no longer 1, and the clip of the loss acts."""
     epochs: int = Field(default=1, ge=1)
     """Passes over a step's answers (PPO's epochs)."""
+    stream_parts: int = Field(default=1, ge=1)
+    """The learners begin as soon as one of so many parts of a step's groups is there, whichever groups come first. The gradient
+    is the same but for rounding; 1: when all are there, in an order that repeats bit for bit."""
     max_staleness: int = Field(default=0, ge=0, le=64)
     """k: a token trains at most k versions after the one that sampled it, and rollouts run ahead by as much while the
     learners work. 0: strictly on-policy, every token is sampled by the newest weights."""
@@ -337,6 +340,8 @@ class Config(Settings):
     def _fits(self) -> Config:
         check_algorithm(self.advantage, self.kl, self.filter)
         self._check_colocated()
+        if self.schedule.stream_parts > 1:
+            self._check_streaming()
         if self.schedule.oversample > 1 and self.schedule.max_staleness:
             raise ValueError(
                 f"schedule.oversample={self.schedule.oversample:g} is for max_staleness=0: with "
@@ -358,6 +363,27 @@ class Config(Settings):
                 raise ValueError(
                     f"cluster.colocated shares each device between one learner and one engine; it needs {what}"
                 )
+
+    def _check_streaming(self) -> None:
+        """A part of a step can train by itself only where nothing needs the whole step."""
+        schedule, advantage = self.schedule, self.advantage
+        whole = {
+            f"schedule.minibatches={schedule.minibatches}": schedule.minibatches > 1,
+            f"schedule.epochs={schedule.epochs}": schedule.epochs > 1,
+            f"advantage.kind={advantage.kind}": advantage.kind != "group",
+            f"advantage.std={advantage.std}": advantage.std == "batch",
+            f"advantage.rescale={advantage.rescale}": advantage.rescale != "none",
+            "advantage.whiten=true": advantage.whiten,
+            "kl.place=reward": self.kl.active and self.kl.place == "reward",
+            f"loss.denominator={self.loss.denominator}": self.loss.denominator != "all",
+            f"loss.nll_coef={self.loss.nll_coef:g}": self.loss.nll_coef > 0,
+            "cluster.colocated=true": self.cluster.colocated,
+        }
+        if needed := [key for key, needs in whole.items() if needs]:
+            raise ValueError(
+                f"schedule.stream_parts={schedule.stream_parts} trains on parts of a step, but {', '.join(needed)} needs all of "
+                "it; set schedule.stream_parts=1"
+            )
 
     @property
     def output(self) -> Path:

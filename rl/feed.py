@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,7 @@ admitted, which gives the seed of its draws."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Feed:
-    """What one step got."""
+    """What one step, or a part of it, got."""
 
     groups: list[Group]
     """In order of admission; with dynamic sampling those without a signal too, for the step's figures."""
@@ -49,7 +49,7 @@ class GroupFeed:
         self._run = run
         self._per_step = schedule.prompts_per_step
         self._dynamic = filtered.dynamic_sampling
-        self._most_dropped = (filtered.max_rounds - 1) * self._per_step
+        self._most_dropped = (filtered.max_rounds - 1) * self._per_step if self._dynamic else 0
         self._schedule: Schedule[tuple[int, Group]] = Schedule(
             groups_per_step=self._per_step,
             max_staleness=schedule.max_staleness,
@@ -60,6 +60,7 @@ class GroupFeed:
         self._again: list[Ticket] = list(run.progress.pending)
         self._position, self._step, self._admitted = run.progress.position, run.progress.step, 0
         self._dropped: list[tuple[int, Group]] = []
+        self._without_signal = 0  # groups that were dropped since the step began
         self._figures = _Figures(run)
         self._failure: BaseException | None = None
         self._changed = threading.Condition(threading.RLock())
@@ -80,16 +81,27 @@ class GroupFeed:
 
         Raises what made a worker, or the marking of its answers, fail.
         """
-        start = time.perf_counter()
+        (feed,) = self.stream(step, 1)
+        return feed
+
+    def stream(self, step: int, parts: int) -> Iterator[Feed]:
+        """The same in so many parts, each as soon as there are enough groups for it, whichever these are."""
         with self._changed:
             self._step, version = step, self._run.progress.version
+            self._without_signal = len(self._dropped)
             self._evict(self._schedule.close(version, min(self._run.pool.served, version)))
             self._schedule.check()
+        for size in np.diff(np.linspace(0, self._per_step, parts + 1).round().astype(int)):
+            yield self._part(int(size))
+
+    def _part(self, size: int) -> Feed:
+        start = time.perf_counter()
+        with self._changed:
             while True:
                 if self._failure is not None:
                     raise self._failure
                 self._admit()
-                if (taken := self._schedule.take(self._size())) is not None:
+                if (taken := self._schedule.take(self._at_most(size))) is not None:
                     break
                 self._changed.wait()  # for the pool or a grader, whose waits all have deadlines
             sampled = sorted([*taken, *self._dropped], key=lambda pair: pair[0])
@@ -109,10 +121,10 @@ class GroupFeed:
             self._run.pool.cut([self._open[number][1] for number in numbers])
         self._open = {number: self._open[number] for number in self._schedule.open}
 
-    def _size(self) -> int:
-        """How many groups the step trains on: fewer where too many had no signal."""
-        exhausted = len(self._dropped) > self._most_dropped and not self._schedule.running
-        return min(self._per_step, self._schedule.ready) if exhausted else self._per_step
+    def _at_most(self, size: int) -> int:
+        """How many groups there will be for a part of this size: fewer where too many had no signal."""
+        exhausted = self._without_signal > self._most_dropped and not self._schedule.running
+        return min(size, self._schedule.ready) if exhausted else size
 
     def _admit(self) -> None:
         """Asks for as many groups as the schedule has room for."""
@@ -120,7 +132,7 @@ class GroupFeed:
         schedule.served = min(self._run.pool.served, schedule.version)
         if schedule.max_staleness == 0 and schedule.running:
             return  # a second round starts when the first is done, so that a synchronous run repeats bit for bit
-        if self._dropped and len(self._dropped) > self._most_dropped:
+        if self._without_signal > self._most_dropped:
             return
         jobs = []
         for _ in range(schedule.room):
@@ -172,6 +184,7 @@ class GroupFeed:
             if self._dynamic and not group.has_signal:
                 self._schedule.drop(number)
                 self._dropped.append((number, group))
+                self._without_signal += 1
                 del self._open[number]
                 self._admit()
 

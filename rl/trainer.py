@@ -13,9 +13,9 @@ import numpy as np
 from ..rewards.suite import check_errors
 from .algorithm.advantages import group_advantages, overlong_penalty
 from .algorithm.losses import Objective
-from .batch import make_batches
+from .batch import denominator, make_batch, make_batches
 from .evaluate import evaluate
-from .feed import GroupFeed
+from .feed import Feed, GroupFeed
 from .groups import Batch, Group
 from .run import Run
 from .watch.lengths import record_lengths
@@ -45,14 +45,11 @@ def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> None:
     """Takes the groups of one step, trains on them, publishes and logs. Raises `TooManyErrors` where graders rather than
     answers fail."""
     config, step, start = run.config, run.progress.step + 1, time.perf_counter()
-    fed = feed.take(step)
+    train = train_whole if config.schedule.stream_parts == 1 else train_in_parts
+    fed, trained, metrics = train(run, feed, step, objective)
     sampled = fed.groups
-    check_errors([v for group in sampled for v in group.verdicts], config.reward.max_error_fraction)
     record_lengths(run.run_dir, step, run.progress.version, sampled)
-    ages = staleness(sampled, run.progress.version, config.schedule.max_staleness)
-    trained = with_advantages(run, [g for g in sampled if g.has_signal or not config.filter.zero_variance])
-    with run.learning():
-        metrics = update(run, trained, objective) | ages | fed.metrics
+    metrics |= fed.metrics
     tokens = sum(len(c) for group in sampled for c in group.completions)
     seconds = time.perf_counter() - start
     run.progress = run.progress.advance(
@@ -63,6 +60,92 @@ def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> None:
     metrics["perf/throughput"] = tokens / seconds
     show = {"reward": f"{metrics['critic/score/mean']:.3f}", "accuracy": f"{metrics['training/accuracy']:.1%}"}
     run.tracker.log(step, metrics, show=show | {"tokens/s": f"{tokens / seconds:,.0f}"})
+
+
+def train_whole(
+    run: Run, feed: GroupFeed, step: int, objective: Objective
+) -> tuple[Feed, list[Group], dict[str, float]]:
+    """Waits for all groups of the step, trains on them and publishes: what was sampled, what trained, and the metrics."""
+    fed = feed.take(step)
+    ages, trained = admitted(run, fed.groups)
+    with run.learning():
+        return fed, trained, ages | update(run, trained, objective)
+
+
+def train_in_parts(
+    run: Run, feed: GroupFeed, step: int, objective: Objective
+) -> tuple[Feed, list[Group], dict[str, float]]:
+    """As `train_whole`, but the learners begin as soon as the first part's groups are there, with the same gradient.
+
+    A part's loss has the part's own denominator D_p (tokens or completions), so the step's gradient is
+    sum_p D_p g_p / sum_p D_p: each part is weighted by its D_p, and one factor mends the sum at the end.
+    """
+    config, learners = run.config, run.learners
+    feeds: list[Feed] = []
+    trained: list[Group] = []
+    weights: list[int] = []
+    done: list[dict[str, float]] = []
+    whole = 0
+    for part in feed.stream(step, config.schedule.stream_parts):
+        feeds.append(part)
+        _, groups = admitted(run, part.groups)
+        trained += groups
+        counted = denominator(groups, config.loss, mask_cut=config.filter.overlong_mask)
+        whole += counted
+        batch = make_batch(
+            groups,
+            config.loss,
+            config.advantage,
+            max_length=config.rollout.max_response_length,
+            keep_all=objective.needs_all_tokens,
+            mask_cut=config.filter.overlong_mask,
+        )
+        if batch is not None:
+            batch = replace(batch, weights_T=batch.weights_T * counted)
+            done.append(learners.accumulate(with_estimates(run, objective, batch), objective))
+            weights.append(batch.num_loss_tokens)
+    fed = Feed(
+        groups=[group for part in feeds for group in part.groups],
+        waited=sum(part.waited for part in feeds),
+        metrics=summed(feeds),
+    )
+    metrics = staleness(fed.groups, run.progress.version, config.schedule.max_staleness)
+    metrics["training/updates"] = float(bool(done))
+    if done:
+        metrics |= pooled(done, weights) | learners.finish(1 / whole)
+        metrics["actor/pg_loss"] /= whole
+        refresh_reference(run)
+        metrics |= run.publish()
+    return fed, trained, metrics
+
+
+def summed(feeds: Sequence[Feed]) -> dict[str, float]:
+    """The schedule's figures of a step from those of its parts: counts add up, what describes a moment is the last one's."""
+    found = dict(feeds[-1].metrics)
+    for name in ("groups_issued", "groups_reissued", "groups_evicted", "workers_restarted"):
+        found[f"sched/{name}"] = sum(feed.metrics[f"sched/{name}"] for feed in feeds)
+    return found
+
+
+def pooled(done: Sequence[dict[str, float]], weights: Sequence[int]) -> dict[str, float]:
+    """A step's metrics from those of its parts: means over loss tokens, of which part i has weights[i]; sums of times and
+    of the loss, the largest of maxima."""
+    metrics = {name: float(np.average([each[name] for each in done], weights=weights)) for name in done[0]}
+    for name in done[0]:
+        values = [each[name] for each in done]
+        if name == "actor/pg_loss" or name.startswith("timing_s/"):
+            metrics[name] = sum(values)
+        elif name.endswith("_max"):
+            metrics[name] = max(values)
+    return metrics
+
+
+def admitted(run: Run, sampled: Sequence[Group]) -> tuple[dict[str, float], list[Group]]:
+    """How old these groups are, and those of them that train, with their advantages."""
+    config = run.config
+    check_errors([v for group in sampled for v in group.verdicts], config.reward.max_error_fraction)
+    ages = staleness(sampled, run.progress.version, config.schedule.max_staleness)
+    return ages, with_advantages(run, [g for g in sampled if g.has_signal or not config.filter.zero_variance])
 
 
 def staleness(groups: Sequence[Group], version: int, bound: int) -> dict[str, float]:
@@ -106,9 +189,15 @@ def update(run: Run, trained: Sequence[Group], objective: Objective) -> dict[str
     metrics |= averages(done)
     if has_critic:
         metrics |= critic_metrics(batches)
-    if config.kl.ref_refresh_steps and (run.progress.step + 1) % config.kl.ref_refresh_steps == 0 and config.kl.active:
-        learners.refresh_reference()
+    refresh_reference(run)
     return metrics | (run.publish() if with_policy else {})
+
+
+def refresh_reference(run: Run) -> None:
+    """The policy of this moment becomes the reference where this step is to end with that."""
+    kl = run.config.kl
+    if kl.ref_refresh_steps and (run.progress.step + 1) % kl.ref_refresh_steps == 0 and kl.active:
+        run.learners.refresh_reference()
 
 
 def with_estimates(run: Run, objective: Objective, batch: Batch) -> Batch:

@@ -121,36 +121,36 @@ class Schedule(Generic[T]):
 
     def take(self, wanted: int) -> list[T] | None:
         """The `wanted` ready groups that are due first, in order of admission, to train on the present version; None while
-        there are fewer, or while the learner has to wait for one that is due."""
+        there are fewer, or while the learner has to wait for one that is due. A step may take its groups in parts."""
         wait = self.overdue == "wait"
-        if len(self._ready) < wanted or (wait and not self._in_time(())):
+        later = max(0, self.groups_per_step - len(self._training) - wanted)
+        if len(self._ready) < wanted or (wait and not self._in_time((), later)):
             return None
         chosen = sorted(self._ready, key=lambda number: (self._ready[number][0], number))[:wanted]
         taken = set(chosen)
         left = [oldest for number, (oldest, _) in self._ready.items() if number not in taken]
-        if wait and not self._in_time(left):
+        if wait and not self._in_time(left, later):
             return None
         chosen.sort()
-        self._training = chosen
+        self._training += chosen
         return [self._ready.pop(number)[1] for number in chosen]
 
-    def _in_time(self, left: Iterable[int]) -> bool:
-        """Whether all running groups, and ready ones of the versions `left`, can train by their deadlines, in steps of B groups
-        from the next version on. What ready groups are too many by, no waiting saves: then they may become too old."""
+    def _in_time(self, left: Iterable[int], later: int) -> bool:
+        """Whether all running groups, and ready ones of the versions `left`, can train by their deadlines: `later` of them in
+        this step, and B in each step from the next version on. What ready groups are too many by, no waiting saves: then they may become too old."""
         running, ready = Counter(self._started.values()), Counter(left)
         before = self.version - self.max_staleness
         due_running, due = (sum(c[version] for version in c if version < before) for c in (running, ready))
         for ahead in range(self.max_staleness + 1):
             due_running += running[before + ahead]
             due += ready[before + ahead]
-            if due_running and due_running + due > self.groups_per_step * ahead:
+            if due_running and due_running + due > self.groups_per_step * ahead + later:
                 return False
         return True
 
     def close(self, version: int, served: int | None = None) -> list[int]:
         """Ends the step whose groups were taken: the learners are at `version` from now on, and, unless `served` is older, so
-        are the workers. Returns the running groups that are now
-        too old, for their workers to stop."""
+        are the workers. Returns the running groups that are now too old, for their workers to stop."""
         assert version >= self.version, f"the version went from {self.version} to {version}"
         self.counts.trained += len(self._training)
         self._training, self.version, self.served = [], version, version if served is None else served

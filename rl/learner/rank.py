@@ -171,6 +171,19 @@ class LearnerRank:
         seconds = time.perf_counter() - start
         return metrics | self._speed(batch, seconds) | {"timing_s/update_actor": seconds}
 
+    def accumulate(self, batch: Batch, objective: Objective) -> dict[str, float]:
+        """Adds the gradient of a part of a step, whose weights are relative to those of the other parts (`finish`)."""
+        start = time.perf_counter()
+        loss, metrics = self.backward(batch, objective)
+        return metrics | {"actor/pg_loss": loss, "timing_s/update_actor": time.perf_counter() - start}
+
+    def finish(self, scale: float) -> dict[str, float]:
+        """One optimizer step with the gradient of all parts, times `scale`."""
+        for parameter in self.policy.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+        return self.actor.update("actor")
+
     def _speed(self, batch: Batch, seconds: float) -> dict[str, float]:
         if self.flops is None:
             return {}
