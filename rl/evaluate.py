@@ -44,6 +44,7 @@ def majority_at_k(answers: Sequence[str], correct: Sequence[bool]) -> float:
 def evaluate(run: Run) -> Evaluation:
     """Samples answers to the held-out problems with the weights that the engines serve, marks and logs them."""
     config = run.config
+    run.settle()
     problems = list(run.source.heldout[: config.eval.size])
     sampling = replace(run.sampling(0), temperature=config.eval.temperature, top_p=1.0, top_k=0, seed=config.seed)
     groups = run.sample_groups(problems, config.eval.samples, sampling)

@@ -100,6 +100,7 @@ class GroupFeed:
             while True:
                 if self._failure is not None:
                     raise self._failure
+                self._run.check_delivery()
                 self._admit()
                 if (taken := self._schedule.take(self._at_most(size))) is not None:
                     break

@@ -6,12 +6,16 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..rewards.inputs import RewardInput
 from ..rewards.suite import RewardSuite
@@ -48,6 +52,8 @@ class Run:
     stop: threading.Event
     started: float
     progress: Progress
+    _delivery: Future[dict[str, float]] | None = None
+    _courier: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="courier"))
 
     def sampling(self, step: int) -> Sampling:
         """How this step's answers are drawn: with the prompt and the sample's index the step fixes every draw."""
@@ -96,15 +102,40 @@ class Run:
         return text
 
     def publish(self, *, new_version: bool = True) -> dict[str, float]:
-        """Has every worker serve the learners' weights, proved by digest; returns the figures of the transfer."""
+        """Has every worker serve the learners' weights, proved by digest; returns the figures of the transfer. Where rollouts
+        run ahead it goes on while the learners make their next step, and the figures are those of the version before."""
         schedule, version = self.config.schedule, self.progress.version + new_version
+        figures = self.settle()
+        start = time.perf_counter()
         self.sync.begin(version)
-        later = new_version and schedule.in_flight == "finish" and schedule.max_staleness > 0
-        figures = self.sync.deliver(later=later)
+        ahead = new_version and schedule.max_staleness > 0
+        later = ahead and schedule.in_flight == "finish"
+        probe = None if later or not self.config.sync.probe_tokens else self._expected()
         self.progress = self.progress.advance(version=version)
-        if not later and self.config.sync.probe_tokens:
-            figures |= self._probe(min(self.config.sync.probe_tokens, self.config.max_model_length - 1))
-        return figures
+        if not ahead:
+            return self._deliver(version, probe, later)
+        self._delivery = self._courier.submit(self._deliver, version, probe, later)
+        self._delivery.add_done_callback(lambda _: self.pool.on_served())
+        return figures | {"sync/exposed_s": time.perf_counter() - start}
+
+    def settle(self) -> dict[str, float]:
+        """Waits until the workers have what was published, if that is under way; returns its figures and raises its errors."""
+        delivery, self._delivery = self._delivery, None
+        return {} if delivery is None else delivery.result()  # every wait inside has a deadline
+
+    def check_delivery(self) -> None:
+        """Raises what made the delivery under way fail."""
+        if self._delivery is not None and self._delivery.done():
+            self._delivery.result()
+
+    def _deliver(
+        self, version: int, probe: tuple[tuple[int, ...], NDArray[np.float32]] | None, later: bool
+    ) -> dict[str, float]:
+        start = time.perf_counter()
+        figures = self.sync.deliver(later=later)
+        if probe is not None:
+            figures |= self._probe(*probe, version=version)
+        return figures | {"sync/exposed_s": time.perf_counter() - start}
 
     @contextmanager
     def learning(self) -> Iterator[None]:
@@ -116,15 +147,20 @@ class Run:
         if level:
             self.pool.wake()  # which changes nothing where a new version has woken them
 
-    def _probe(self, count: int) -> dict[str, float]:
-        """Engines and learners side by side on the same tokens."""
+    def _expected(self) -> tuple[tuple[int, ...], NDArray[np.float32]]:
+        """Tokens to probe with, and what the learners say of all but the first before they make their next step."""
+        count = min(self.config.sync.probe_tokens, self.config.max_model_length - 1)
         token_ids = probe_ids(self.source, count)
+        return token_ids, self.learners.logprobs(as_batch(token_ids), temperature=1.0)[1:]
+
+    def _probe(self, token_ids: tuple[int, ...], expected: NDArray[np.float32], version: int) -> dict[str, float]:
+        """Engines and learners side by side on the same tokens."""
         return check_probe(
-            self.learners.logprobs(as_batch(token_ids), temperature=1.0)[1:],
+            expected,
             self.pool.probe(token_ids),
             partial(self.pool.reload, token_ids=token_ids),
             tolerance=tolerance_of(self.config.model.dtype),
-            version=self.progress.version,
+            version=version,
         )
 
     def save(self) -> None:

@@ -222,7 +222,8 @@ class WeightSync:
             now = replace(now, bandwidth=min(rates))
             self._rates[self._transport] = min(rates)
         if published.patch is not None:
-            prepare_s = max(float(report["prepare_s"]) for report in reports) if self._mode == "patch" else 0.0
+            seconds = [float(report["prepare_s"]) for report in reports if self._mode == "patch"]
+            prepare_s = max(seconds, default=0.0)
             ratio = published.num_bytes / max(1, published.patch.size)
             now = replace(now, ratio=ratio, coding_s=published.encode_s + (prepare_s or published.encode_s))
         elif published.changed is not None:

@@ -103,7 +103,7 @@ class RolloutPool:
         self.served = -1
         """The version that every worker serves at least."""
         self.on_served: Callable[[], None] = lambda: None
-        """Called in the pool's thread when an update that came later (`apply_later`) is served."""
+        """Called, in whatever thread, when that has changed."""
         self._failure: ActorLostError | None = None
         self._lengths, self._answers = 0.0, 0
         self.restarts = 0
@@ -152,7 +152,6 @@ class RolloutPool:
         async def work() -> None:
             try:
                 await self._apply_all(notice, self._sync_timeout + self._timeout)
-                self.on_served()
             except ActorLostError as failure:
                 self._fail(failure)
 
@@ -328,6 +327,7 @@ class RolloutPool:
         await asyncio.gather(*(self._ask(i, "prepare", notice, self._sync_timeout) for i in seats))
         reports = list(await asyncio.gather(*(self._ask(i, "commit", notice.version, timeout) for i in seats)))
         self.served = max(self.served, notice.version)
+        self.on_served()
         return reports
 
     async def _ask(self, i: int, method: str, argument: Any, timeout: float) -> dict[str, float]:

@@ -137,7 +137,8 @@ class Schedule(Generic[T]):
 
     def _in_time(self, left: Iterable[int], later: int) -> bool:
         """Whether all running groups, and ready ones of the versions `left`, can train by their deadlines: `later` of them in
-        this step, and B in each step from the next version on. What ready groups are too many by, no waiting saves: then they may become too old."""
+        this step, and B in each step from the next version on. What ready groups are too many by, no waiting saves: then they
+        may become too old."""
         running, ready = Counter(self._started.values()), Counter(left)
         before = self.version - self.max_staleness
         due_running, due = (sum(c[version] for version in c if version < before) for c in (running, ready))
