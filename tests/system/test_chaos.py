@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 from small_system import Emberl, read_metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif("EMBERL_FAULTS" not in os.environ, reason="takes minutes: `make test-faults` runs it"),
+]
 
 REWARD = """\
 def score(prompt, completion, answer, **columns):

@@ -115,7 +115,7 @@ def test_ctrl_c_saves_and_exits_cleanly(emberl: Emberl) -> None:
 
 def test_a_lost_worker_ends_the_run_with_its_name(emberl: Emberl) -> None:
     """Invariant 7: the exit status is not zero, and the last line says why."""
-    process = emberl.start("schedule.steps=1000", "run_dir=run")
+    process = emberl.start("schedule.steps=1000", "rollout.max_restarts=0", "run_dir=run")
     wait_for(emberl.folder / "run/metrics.jsonl", '"stage": "rl", "step": 1')
     victims = [int(p.name) for p in Path("/proc").glob("[0-9]*") if _is_worker(p, process.pid)]
     assert victims
@@ -137,3 +137,36 @@ def _is_worker(folder: Path, driver: int) -> bool:
         return pid == driver
     except (OSError, ValueError):  # a process that ended while we looked
         return False
+
+
+def test_a_lost_worker_is_replaced_and_what_it_had_not_answered_is_asked_again(emberl: Emberl) -> None:
+    process = emberl.start("schedule.steps=40", "schedule.max_staleness=1", "eval.every=0", "run_dir=run")
+    wait_for(emberl.folder / "run/metrics.jsonl", '"stage": "rl", "step": 5')
+    victims = [int(p.name) for p in Path("/proc").glob("[0-9]*") if _is_worker(p, process.pid)]
+    assert len(victims) == 1
+    os.kill(victims[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-2000:]
+    assert json.loads(out.strip().splitlines()[-1])["steps"] == 40
+    rows = read_metrics(emberl.folder / "run")
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert sum(row["sched/workers_restarted"] for row in rows) == 1
+    assert max(row["sched/staleness/max"] for row in rows) == 1
+
+
+def test_a_resumed_run_asks_again_for_what_was_in_flight(emberl: Emberl) -> None:
+    """Neither lost nor doubled: every problem that was admitted before the checkpoint trains once."""
+    import pyarrow.parquet
+
+    asynchronous = ("schedule.max_staleness=2", "eval.every=0", "run_dir=run")
+    emberl.train("schedule.steps=4", *asynchronous)
+    progress = json.loads((emberl.folder / "run/checkpoints/rl-000004/progress.json").read_text())
+    pending = [position for position, _ in progress["pending"]]
+    assert len(pending) in (16, 32), "one or two steps ahead, as the last version was served already or not"
+    emberl.train("schedule.steps=8", *asynchronous, "--resume")
+    rows = pyarrow.parquet.read_table(emberl.folder / "run/lengths.parquet").to_pylist()
+    asked = [row["prompt_id"] for row in rows if row["sample"] == 0]
+    assert len(asked) == len(set(asked)) == 8 * 16
+    first = progress["position"] - len(pending) - 4 * 16
+    trained = {int(name.rsplit("/", 1)[1]) for name in asked}
+    assert trained >= set(range(first, progress["position"])), "all that was admitted before the checkpoint"
