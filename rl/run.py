@@ -101,14 +101,15 @@ class Run:
         text: str = self.tokenizer.decode(token_ids.tolist())
         return text
 
-    def publish(self, *, new_version: bool = True) -> dict[str, float]:
-        """Has every worker serve the learners' weights, proved by digest; returns the figures of the transfer. Where rollouts
-        run ahead it goes on while the learners make their next step, and the figures are those of the version before."""
+    def publish(self, *, new_version: bool = True, wait: bool = True) -> dict[str, float]:
+        """Has every worker serve the learners' weights, proved by digest; returns the figures of the transfer. Without `wait`,
+        where rollouts run ahead, it goes on while the learners make their next step, and the figures are those of the version
+        before."""
         schedule, version = self.config.schedule, self.progress.version + new_version
         figures = self.settle()
         start = time.perf_counter()
         self.sync.begin(version)
-        ahead = new_version and schedule.max_staleness > 0
+        ahead = not wait and schedule.max_staleness > 0
         later = ahead and schedule.in_flight == "finish"
         probe = None if later or not self.config.sync.probe_tokens else self._expected()
         self.progress = self.progress.advance(version=version)
@@ -174,6 +175,7 @@ class Run:
     def stop_if_asked(self) -> None:
         """Between two steps: saves and raises `Interrupted` if a signal came."""
         if self.stop.is_set():
+            self.settle()
             self.save()
             raise Interrupted
 

@@ -116,7 +116,7 @@ def train_in_parts(
         metrics |= pooled(done, weights) | learners.finish(1 / whole)
         metrics["actor/pg_loss"] /= whole
         refresh_reference(run)
-        metrics |= run.publish()
+        metrics |= run.publish(wait=False)
     return fed, trained, metrics
 
 
@@ -191,7 +191,7 @@ def update(run: Run, trained: Sequence[Group], objective: Objective) -> dict[str
     if has_critic:
         metrics |= critic_metrics(batches)
     refresh_reference(run)
-    return metrics | (run.publish() if with_policy else {})
+    return metrics | (run.publish(wait=False) if with_policy else {})
 
 
 def refresh_reference(run: Run) -> None:

@@ -4,6 +4,9 @@
         --logprobs-mode processed_logprobs --generation-config vllm \\
         --worker-extension-cls emberl.rollout.vllm_extension.WeightExtension
 
+Where that command is missing, as in vLLM's CPU wheels: `python -m vllm.entrypoints.openai.api_server --model MODEL ...`. On a CPU
+add --no-enable-chunked-prefill.
+
 Routes, as of vLLM 0.32: `/inference/v1/generate`, which `--enable-scale-out` opens, takes and gives token ids; `/pause`,
 `/resume`, `/abort_requests`, `/update_weight_version`, `/reset_prefix_cache` and `/collective_rpc` are there in the developer
 mode only. The server itself says which version each token was sampled by. Weights go through a file that both see.
@@ -33,7 +36,7 @@ ID_PREFIX = "generate-tokens-"
 RETRY_S = 1.0
 START = (
     "start it as VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --dtype {dtype} --logprobs-mode processed_logprobs "
-    "--worker-extension-cls emberl.rollout.vllm_extension.WeightExtension"
+    "--generation-config vllm --worker-extension-cls emberl.rollout.vllm_extension.WeightExtension"
 )
 
 
