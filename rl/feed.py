@@ -18,6 +18,7 @@ import numpy as np
 from ..rollout.pool import Job, Outcome
 from ..rollout.samples import Completion, Prompt
 from ..rollout.schedule import Schedule
+from ..rollout.waiting import ActorLostError
 from .groups import Group
 from .run import Run
 
@@ -63,6 +64,10 @@ class GroupFeed:
         self._without_signal = 0  # groups that were dropped since the step began
         self._figures = _Figures(run)
         self._failure: BaseException | None = None
+        # the pool and the graders have deadlines of their own and report; this one finds what those forget
+        graded = sum(part.deadline for part in run.config.reward.parts.values())
+        replaced = run.config.cluster.start_timeout + run.config.sync.timeout
+        self._patience = run.config.rollout.timeout + 2 * replaced + graded
         self._changed = threading.Condition(threading.RLock())
         self._graders = ThreadPoolExecutor(GRADERS, thread_name_prefix="grader")
         run.pool.on_served = partial(self._locked, self._admit)
@@ -104,7 +109,10 @@ class GroupFeed:
                 self._admit()
                 if (taken := self._schedule.take(self._at_most(size))) is not None:
                     break
-                self._changed.wait()  # for the pool or a grader, whose waits all have deadlines
+                if not self._changed.wait(self._patience):
+                    raise ActorLostError(
+                        f"no group came within {self._patience:g} s, though {self._schedule.running} are under way"
+                    )
             sampled = sorted([*taken, *self._dropped], key=lambda pair: pair[0])
             self._dropped = []
             for number, _ in taken:
