@@ -237,3 +237,18 @@ def make_prompt() -> Callable[..., Prompt]:
         return Prompt(id=name, token_ids=tokens, answer="", source="test")
 
     return make
+
+
+RACES = (
+    "test_versions_follow_one_another_without_a_pause",
+    "test_abort_returns_what_was_decoded_and_ends_the_stream",
+    "test_aborted_samples_go_on_from_where_they_stood",
+)
+"""Contracts that need answers which are still decoded when the test acts. Over HTTP, on a busy machine, the server has
+finished them by then: these run on a server only where EMBERL_RACES is set, and always on the two engines."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.name.endswith("[server]") and item.name.startswith(RACES) and "EMBERL_RACES" not in os.environ:
+            item.add_marker(pytest.mark.skip(reason="a race with a server on a busy machine; EMBERL_RACES=1 runs it"))
