@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -51,7 +51,7 @@ GROUPS = [
 
 
 @pytest.fixture(scope="module")
-def rank(tmp_path_factory: pytest.TempPathFactory) -> LearnerRank:
+def rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LearnerRank]:
     tiny = TinyConfig(hidden=32, layers=1, heads=2, kv_heads=1, head_dim=16, intermediate=48)
     path = str(make_tiny(tmp_path_factory.mktemp("model"), tiny, seed=1))
     model = ModelConfig.model_validate({"path": path, "dtype": "float64"})
@@ -59,7 +59,8 @@ def rank(tmp_path_factory: pytest.TempPathFactory) -> LearnerRank:
     learner.connect(learner.address())
     learner.load(path)
     learner.begin_stage(OptimConfig(lr=1e-2, micro_batch_tokens=40), 100)
-    return learner
+    yield learner
+    learner.close()
 
 
 def gradient(rank: LearnerRank) -> np.ndarray:
