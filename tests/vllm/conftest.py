@@ -240,6 +240,9 @@ def make_prompt() -> Callable[..., Prompt]:
 
 
 RACES = (
+    "test_an_update_in_flight_keeps_requests_and_cache",
+    "test_a_consumer_that_leaves_frees_its_slots",
+    "test_what_is_refused_leaves_the_old_weights_served",
     "test_versions_follow_one_another_without_a_pause",
     "test_abort_returns_what_was_decoded_and_ends_the_stream",
     "test_aborted_samples_go_on_from_where_they_stood",
