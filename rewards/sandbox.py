@@ -1,4 +1,4 @@
-"""`Sandbox`: runs a model's programs where they can reach nothing, at about a millisecond and a half a run.
+"""`Sandbox`: runs a model's programs where they can reach nothing, at less than two milliseconds a run.
 
 Back ends, the first that works: `zygote` (own namespaces, `zygote.py`), `bubblewrap` (the same mother process behind
 walls that `bwrap` builds, for machines that let only a setuid helper make them), and otherwise a refusal. A plain process
