@@ -189,6 +189,8 @@ class GroupFeed:
         group = marking.result()
 
         def enter() -> None:
+            if number not in self._open:  # it was cut while it was marked
+                return
             self._schedule.finish(number, (number, group), min(c.oldest_version for c in completions))
             if self._dynamic and not group.has_signal:
                 self._schedule.drop(number)
@@ -204,7 +206,10 @@ class GroupFeed:
 
     def _locked(self, change: Callable[[], None]) -> None:
         with self._changed:
-            change()
+            try:
+                change()
+            except Exception as error:  # this runs in others' threads, which would swallow it: the loop must get it
+                self._failure = self._failure or error
             self._changed.notify_all()
 
     def _fail(self, error: BaseException) -> None:

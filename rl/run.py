@@ -106,8 +106,8 @@ class Run:
         where rollouts run ahead, it goes on while the learners make their next step, and the figures are those of the version
         before."""
         schedule, version = self.config.schedule, self.progress.version + new_version
+        start = time.perf_counter()  # to wait for the version before is the learners' loss, too
         figures = self.settle()
-        start = time.perf_counter()
         self.sync.begin(version)
         ahead = not wait and schedule.max_staleness > 0
         later = ahead and schedule.in_flight == "finish"

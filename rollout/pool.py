@@ -291,13 +291,13 @@ class RolloutPool:
 
     def _fail(self, failure: ActorLostError) -> None:
         """Nothing more will come: tells everybody who waits."""
-        self._failure = failure
+        self._failure = self._failure or failure  # the first is the cause
         jobs = [*self._backlog, *(job for seat in self._seats for job in seat.jobs)]
         self._backlog.clear()
         for seat in self._seats:
             seat.jobs.clear()
         for job in jobs:
-            job.deliver(failure)
+            job.deliver(self._failure)
 
     async def _replace(self, i: int, lost: Any, why: str) -> None:
         """A new actor on the seat, with the weights that are served now; ActorLostError where that is not allowed or does
