@@ -92,6 +92,8 @@ class GroupFeed:
     def stream(self, step: int, parts: int) -> Iterator[Feed]:
         """The same in so many parts, each as soon as there are enough groups for it, whichever these are."""
         with self._changed:
+            if self._failure is not None:
+                raise self._failure
             self._step, version = step, self._run.progress.version
             self._without_signal = len(self._dropped)
             self._evict(self._schedule.close(version, min(self._run.pool.served, version)))
@@ -151,9 +153,9 @@ class GroupFeed:
                 ticket = (self._position, self._step)
                 self._position += 1
             number = self._admitted
+            jobs.append(self._job(number, *ticket))  # first of all, since a source may fail
             self._admitted += 1
             schedule.admit(number)
-            jobs.append(self._job(number, *ticket))
             self._open[number] = (ticket, jobs[-1])
         if jobs:
             self._run.pool.submit(jobs)
