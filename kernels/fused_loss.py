@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from . import chunked, reference
 from .arguments import Call, check, prepare, refuse_not_finite
 from .chunked import log_once
-from .head import Head, accumulator
+from .head import Head, accumulator, product_dtype
 from .passes import Passes, TorchPasses
 from .platform import CUDA
 from .shifted_exp import Job
@@ -253,7 +253,10 @@ def _job(call: Call, entropy: bool, backend: str) -> Job:
         passes: Passes = TritonPasses()
     else:
         passes = TorchPasses()
-    return Job(hidden=call.hidden, targets=call.targets, head=call.head, passes=passes, entropy=entropy)
+    tile = product_dtype(call.hidden.dtype, call.hidden.device)
+    return Job(
+        hidden=call.hidden, targets=call.targets, head=call.head, passes=passes, entropy=entropy, tile=tile
+    )  # fmt: skip
 
 
 def choose(backend: str, hidden: Tensor, head: Head, chunk_bytes: int) -> str:

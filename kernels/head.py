@@ -22,6 +22,13 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which matrix products of operands of `dtype` are made: float32 for bfloat16 on a CPU for which oneDNN has
+    no bfloat16 product (x86 without AVX-512), where torch's own takes eight times as long."""
+    slow = device.type == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.float32 if slow else dtype
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
     """The output layer. `temperature` is a number or [N], one per token; `group` are the ranks that share the
@@ -68,16 +75,17 @@ class Transform:
     scale: float | Tensor
     """logit_scale / T, a number or [n]."""
     raw: Tensor
-    """r [n]: what was subtracted from the raw logits, a number of the operands' dtype."""
+    """r [n]: what was subtracted from the raw logits, a number of the tile's dtype."""
     level: Tensor
     """m [n]: what z' lacks of z."""
     inner: float | None
     """logit_scale / cap, or None without a soft-cap."""
 
     @staticmethod
-    def around(head: Head, target: Tensor, shift: Tensor, scale: float | Tensor) -> Transform:
-        """The transform that puts the log-prob estimates `shift` [n] at z' of the raw target logits `target` [n]."""
-        dtype, wide = head.weight.dtype, target.dtype
+    def around(head: Head, target: Tensor, shift: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Transform:
+        """The transform that puts the log-prob estimates `shift` [n] at z' of the raw target logits `target` [n], for tiles
+        of `dtype`."""
+        wide = target.dtype
         if head.softcap is None:
             raw = (target - shift / scale).to(dtype).to(wide)
             return Transform(scale=scale, raw=raw, level=raw * scale, inner=None)

@@ -44,7 +44,7 @@ class TorchPasses:
 
     def exp_stats(self, u: Tensor, t: Transform, bias: Tensor | None, sums: Tensor, moments: Tensor | None) -> None:
         for start, block in _row_blocks(u):
-            z = block.to(accumulator(u.dtype), copy=True)
+            z = block.to(accumulator(u.dtype))  # the block itself where it is as wide
             if bias is not None:
                 z += bias[start : start + len(z), None]
             if t.inner is not None:
@@ -59,17 +59,19 @@ class TorchPasses:
                 e = torch.exp(z)
                 moments += torch.sum(z.clamp_(min=LOWEST).mul_(e), 0)
             sums += e.sum(0)
-            block.copy_(e)
+            if e is not block:
+                block.copy_(e)
 
     def factor(self, e: Tensor, t: Transform, constant: Tensor, slope: Tensor) -> None:
         for _, block in _row_blocks(e):
-            wide = block.to(constant.dtype, copy=True)
+            wide = block.to(constant.dtype)
             z = wide.clamp(min=FLOOR).log_()
             wide *= torch.addcmul(constant, z, slope)
             if t.inner is not None:
                 tanh = z.add_(t.level).mul_(t.inner / t.scale)
                 wide *= 1 - tanh * tanh
-            block.copy_(wide)
+            if wide is not block:
+                block.copy_(wide)
 
 
 def _row_blocks(tile: Tensor) -> list[tuple[int, Tensor]]:

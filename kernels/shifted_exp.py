@@ -42,6 +42,16 @@ class Job:
     head: Head
     passes: Passes
     entropy: bool
+    tile: torch.dtype
+    """Of E and of the operands of the products (`head.product_dtype`)."""
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Hidden states [n, H] as the products take them."""
+        return self.hidden[index].to(self.tile)
+
+    def weights(self, start: int, stop: int) -> Tensor:
+        """Vocabulary rows [stop - start, H] as the products take them: a copy of a block at most."""
+        return self.head.weight[start:stop].to(self.tile)
 
     @property
     def step(self) -> int:
@@ -118,8 +128,8 @@ def _forward(job: Job, index: Tensor, shift: Tensor, raw: Tensor, buffer: Tensor
     e = (buffer if buffer.numel() >= size else buffer.new_empty(size))[:size]
     e = e.view(-1, size // tile_rows(job, keep))[:, :count]
     scale = head.scale(index)
-    transform = Transform.around(head, raw, shift, scale)
-    rows = job.hidden[index]
+    transform = Transform.around(head, raw, shift, scale, job.tile)
+    rows = job.rows(index)
     local = job.targets[index] - head.first_target
     order = torch.argsort(local, stable=True)
     edges = torch.tensor([0, *(stop for _, stop in job.blocks())], device=local.device)
@@ -128,7 +138,7 @@ def _forward(job: Job, index: Tensor, shift: Tensor, raw: Tensor, buffer: Tensor
     negated = -transform.raw.to(rows.dtype)
     for number, (start, stop) in enumerate(job.blocks()):
         block = e[start:stop] if keep else e[: stop - start]
-        torch.addmm(negated, head.weight[start:stop], rows.t(), out=block)
+        torch.addmm(negated, job.weights(start, stop), rows.t(), out=block)
         here = order[bounds[number] : bounds[number + 1]]
         block[local[here] - start, here] = float("-inf")
         bias = None if head.bias is None else head.bias[start:stop].to(wide)
@@ -156,12 +166,12 @@ def _scored(index: Tensor, e: Tensor, transform: Transform, target: Tensor, sums
 def _estimate(job: Job, index: Tensor, raw: Tensor) -> Tensor:
     """Log-probs [n] by a running log-sum-exp over blocks: one more product, for the rows that need it."""
     head = job.head
-    transform = Transform.around(head, raw, torch.zeros_like(raw), head.scale(index))
-    rows = job.hidden[index].t()
+    transform = Transform.around(head, raw, torch.zeros_like(raw), head.scale(index), job.tile)
+    rows = job.rows(index).t()
     negated = -transform.raw.to(rows.dtype)
     total = torch.full_like(raw, float("-inf"))
     for start, stop in job.blocks():
-        z = torch.addmm(negated, head.weight[start:stop], rows).to(raw.dtype) + transform.raw
+        z = torch.addmm(negated, job.weights(start, stop), rows).to(raw.dtype) + transform.raw
         if head.bias is not None:
             z += head.bias[start:stop, None].to(raw.dtype)
         total = torch.logaddexp(total, torch.logsumexp(transform.at(z), 0))
@@ -246,7 +256,7 @@ def backward(job: Job, scored: Scored, dlogp: Tensor, dentropy: Tensor | None, g
     if keep is not None:
         row, target, index, hidden = row[keep], target[keep], index[keep], hidden[keep]
     wide = hidden.to(row.dtype)
-    scaled = (wide * row[:, None]).to(hidden.dtype) if grads.weight is not None else None
+    scaled = (wide * row[:, None]).to(job.tile) if grads.weight is not None else None
     dx = None if grads.hidden is None else _hidden_accumulator(hidden, row)
     for start, stop in job.blocks():
         e = scored.e[start:stop] if keep is None else scored.e[start:stop].index_select(1, keep)
@@ -255,7 +265,7 @@ def backward(job: Job, scored: Scored, dlogp: Tensor, dentropy: Tensor | None, g
         if grads.bias is not None:
             grads.bias[start:stop] += e.to(row.dtype) @ row
         if dx is not None:
-            _add_hidden(dx, e, job.head.weight[start:stop])
+            _add_hidden(dx, e, job.weights(start, stop))
     grads.fresh = False
     local = job.targets[index] - job.head.first_target
     mine = ((local >= 0) & (local < len(job.head.weight))).nonzero()[:, 0]
@@ -322,7 +332,7 @@ def tile_rows(job: Job, keep: bool) -> int:
 
 def chunk_size(job: Job, chunk_bytes: int, *, keep: bool) -> int:
     """Tokens whose tile fits into `chunk_bytes`; a tile that is not kept should also stay in a CPU's cache."""
-    fits = max(1, chunk_bytes // (tile_rows(job, keep) * job.hidden.element_size()))
+    fits = max(1, chunk_bytes // (tile_rows(job, keep) * job.tile.itemsize))
     return fits if keep else min(fits, 2048)
 
 
@@ -363,4 +373,4 @@ def tile_size(job: Job, count: int, keep: bool) -> int:
 
 def flat_buffer(job: Job, chunks: Sequence[Tensor], *, keep: bool) -> Tensor:
     """Room for the largest chunk's tile."""
-    return job.hidden.new_empty(tile_size(job, max((len(chunk) for chunk in chunks), default=0), keep))
+    return job.hidden.new_empty(tile_size(job, max((len(chunk) for chunk in chunks), default=0), keep), dtype=job.tile)

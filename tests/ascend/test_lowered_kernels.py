@@ -86,7 +86,7 @@ def test_the_lowered_kernels_compute_what_torch_does(
     padded = -(-n // triton_exp.TritonPasses.column_multiple) * triton_exp.TritonPasses.column_multiple
     raw = torch.linspace(-2, 6, n)
     scale = torch.linspace(0.7, 1.3, n)
-    t = Transform.around(Head(weight=torch.zeros(rows, 2), softcap=softcap), raw, -torch.rand(n), scale)
+    t = Transform.around(Head(weight=torch.zeros(rows, 2), softcap=softcap), raw, -torch.rand(n), scale, DTYPES[dtype])
     bias = torch.randn(rows)
     guard = torch.full((4, padded), 7.0)  # rows behind the matrix: nothing may write there
     storage = torch.cat([torch.randn(rows, padded) * 3 - 4, guard]).to(DTYPES[dtype])

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python tests/benchmarks/bench_loss.py [--quick] [--json FILE]
 
-Shapes A: 4096 x 512 x 32k, B: 2048 x 1024 x 152k, bfloat16. Every line says which share of the measured bf16
-matrix-product ceiling its three products (two, one) reach. Peers are used where they are installed: trl and liger-kernel
+Shapes A: 4096 x 512 x 32k, B: 2048 x 1024 x 152k, bfloat16. Every line says which share of the measured matrix-product
+ceiling its three products (two, one) reach: of bfloat16 products, or of float32 ones where the CPU has no others worth having. Peers are used where they are installed: trl and liger-kernel
 (packages), verl (its file verl/utils/experimental/torch_functional.py is loaded alone). Errors are against float64 on a
 problem small enough for it. Peak memory is the process's resident set above what it was before the call.
 """
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import harness
 import torch
 from emberl.kernels.fused_loss import linear_logprob, linear_loss
+from emberl.kernels.head import product_dtype
 from emberl.kernels.terms import TokenStats, TokenTerms
 from torch import Tensor
 
@@ -215,11 +216,11 @@ def runs(p: Problem, case: Case) -> dict[str, Callable[[], Any]]:
 
 
 def ceiling() -> float:
-    """The best bf16 matrix product of this process, in TFLOP/s."""
-    best = 0.0
+    """The best matrix product of this process in the dtype that ours makes them in, in TFLOP/s."""
+    dtype, best = product_dtype(torch.bfloat16, torch.device("cpu")), 0.0
     for m, k, n in ((4096, 512, 1024), (4096, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 2048)):
-        a, b = torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16()
-        out = torch.empty(m, n, dtype=torch.bfloat16)
+        a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+        out = torch.empty(m, n, dtype=dtype)
         torch.mm(a, b, out=out)
         for _ in range(4):
             start = time.perf_counter()
@@ -274,8 +275,8 @@ def errors(report: harness.Report) -> None:
         error = (mine_h.grad - h.grad).norm(dim=1)
         norms = h.grad.norm(dim=1)
         report.record(
-            "error 512x256x8000", name, float("nan") if logp is None else float((logp - exact).abs().mean()), "nat",
-            logp_max=float("nan") if logp is None else float((logp - exact).abs().max()),
+            "error 512x256x8000", name, float("nan") if logp is None else float((logp - exact).detach().abs().mean()), "nat",
+            logp_max=float("nan") if logp is None else float((logp - exact).detach().abs().max()),
             dh=float(error.norm() / norms.norm()), dw=float((mine_w.grad - w.grad).norm() / w.grad.norm()),
             dh_row_p99=float((error[norms > 0] / norms[norms > 0]).quantile(0.99)),
         )  # fmt: skip

@@ -34,7 +34,7 @@ def test_passes_agree_with_torch(dtype: torch.dtype, rows: int, n: int, bias: bo
     torch.manual_seed(0)
     raw = torch.linspace(-2, 6, n)
     head = Head(weight=torch.zeros(rows, 2, dtype=dtype), softcap=softcap)
-    t = Transform.around(head, raw, -torch.rand(n), torch.linspace(0.7, 1.3, n))
+    t = Transform.around(head, raw, -torch.rand(n), torch.linspace(0.7, 1.3, n), dtype)
     b = torch.randn(rows) if bias else None
     results, same = [], tile(rows, n, dtype).float().exp().to(dtype)
     for passes in (TorchPasses(), TritonPasses()):
