@@ -233,7 +233,7 @@ def main() -> None:
     report = harness.Report("sync", arguments.json, "numpy", "numba", "zstandard")
     quick = arguments.quick
     if "ratio" in arguments.only or "speed" in arguments.only:
-        qwen = traces.qwen((6e-7, 1.6e-6), layers=1 if quick else arguments.layers, steps=2 if quick else 8, tokens=128)
+        qwen = traces.qwen((5.5e-7, 1.6e-6), layers=1 if quick else arguments.layers, steps=2 if quick else 8, tokens=128)
         for step in qwen:
             if "ratio" in arguments.only:
                 ratio(report, step)
