@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python tests/benchmarks/bench_loss.py [--quick] [--json FILE]
 
 Shapes A: 4096 x 512 x 32k, B: 2048 x 1024 x 152k, bfloat16. Every line says which share of the measured matrix-product
-ceiling its three products (two, one) reach: of bfloat16 products, or of float32 ones where the CPU has no others worth having. Peers are used where they are installed: trl and liger-kernel
-(packages), verl (its file verl/utils/experimental/torch_functional.py is loaded alone). Errors are against float64 on a
-problem small enough for it. Peak memory is the process's resident set above what it was before the call.
+ceiling its three products (two, one) reach: of bfloat16 products, or of float32 ones where the CPU has no others worth
+having. Peers are used where they are installed: trl and liger-kernel (packages), verl (its file
+verl/utils/experimental/torch_functional.py is loaded alone). Errors are against float64 on a problem small enough for it.
+Peak memory is the process's resident set above what it was before the call.
 """
 
 from __future__ import annotations
