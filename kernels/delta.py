@@ -11,26 +11,34 @@ is a Golomb-Rice code whose parameter follows the running mean (Rice 1979; adapt
 exponential window), so there are no tables, and a list costs about its entropy wherever its numbers cluster.
 
 Loops over elements are NumPy's; loops over changes and over words of 64 elements are compiled by numba on first use and
-run without the interpreter's lock. All their numbers are int64: mixed operations would fall back to floating point.
-Bit i of a stream is bit i % 64 of word i // 64. `_put` functions append to a stream that is zero from bit `at` on and
-return where they stopped; `_get` functions return -1 for where once a stream cannot be valid, and whatever it holds they
-touch nothing outside their arrays.
+run without the interpreter's lock. `_put` and `_get` functions go with those of `bitstream.py`; a `_get` returns -1 for
+where once a stream cannot be valid, and whatever it holds they touch nothing outside their arrays.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 # (numba infers the types of what it compiles)
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
-from typing import Any
-
 import numpy as np
-from numba import extending, njit, types
 from numpy.typing import NDArray
 
-intrinsic: Any = extending.intrinsic  # it rewrites what it decorates in a way that no annotation tells
+from .bitstream import (
+    LARGEST_PARAMETER,
+    SLACK,
+    WINDOW,
+    adapt,
+    compiled,
+    first_parameter,
+    get,
+    get_number,
+    get_rice,
+    popcount,
+    put,
+    put_number,
+    put_rice,
+    shift_right,
+    trailing_zeros,
+)
 
 Words = NDArray[np.int64]
 Elements = NDArray[np.unsignedinteger]
@@ -39,26 +47,16 @@ CLASS_BITS = 4
 """Bits of the exponent, from its lowest, that name an element's class."""
 FEW = 128
 """With fewer changes than this, what classes save is less than what starting them costs."""
-UNARY = 24
-"""A quotient this large is not written in unary: the number follows in binary, after its length."""
-WINDOW = 5
-"""Each number moves the running mean by 1/2^WINDOW of its distance from it."""
-LARGEST_PARAMETER = 38
-"""So that quotient, end mark and remainder fit into 63 bits."""
 FACTOR = sum(1 << (56 + element - 8 * byte) for byte, element in enumerate((0, 4, 1, 5, 2, 6, 3, 7)))
 """See `_transpose_pairs`."""
 HIGH_BITS = -0x7F7F7F7F7F7F7F80
 """The highest bit of each byte of a word."""
 SELECT = np.array([[*[i for i in range(8) if byte >> i & 1], *[0] * 8][:8] for byte in range(256)], np.int64)
 """[256, 8] where a byte's set bits are, from the lowest."""
-SLACK = 6
-"""Zero words after a stream: what one turn of a reading loop takes before it looks at where it stands is shorter."""
 CHANGE_WORDS = 5
 """Words that one change may take: three of the longest codes (24 + 6 + 63 bits) and its sign."""
 CLASS_WORDS = 6
 """Words that a class takes beside its changes."""
-
-assert sys.byteorder == "little", "streams are little-endian words"
 
 
 def encode_changes(old: Elements, new: Elements, shift: int | None) -> NDArray[np.uint8]:
@@ -76,7 +74,7 @@ def encode_changes(old: Elements, new: Elements, shift: int | None) -> NDArray[n
         positions, differences = positions[order], differences[order]
         bounds = np.searchsorted(classes[order], np.arange((1 << CLASS_BITS) + 1))
     words = np.zeros(SLACK + CHANGE_WORDS * len(positions) + CLASS_WORDS * len(bounds), np.int64)
-    at = _put(words, _put_number(words, 0, len(positions)), int(by_class), 1)
+    at = put(words, put_number(words, 0, len(positions)), int(by_class), 1)
     at = _put_classes(words, at, len(old), planes, positions, differences, bounds)
     return words.view(np.uint8)[: -(-at // 8)].copy()
 
@@ -85,8 +83,8 @@ def decode_changes(stream: NDArray[np.uint8], old: Elements, shift: int | None, 
     """Writes to `out` what `old` becomes; False, with `out` in any state, if this is no stream for [n] elements."""
     words = np.zeros(SLACK + -(-len(stream) // 8), np.int64)
     words.view(np.uint8)[: len(stream)] = stream
-    count, at = _get_number(words, 0)
-    by_class, at = _get(words, at, 1)
+    count, at = get_number(words, 0)
+    by_class, at = get(words, at, 1)
     if count > len(old) or at > 8 * len(stream) or (by_class and shift is None):
         return False
     positions, differences = np.empty(count, np.int64), np.empty(count, np.int64)
@@ -124,29 +122,6 @@ def _pack(flags: NDArray[np.bool_]) -> Words:
     return words
 
 
-@intrinsic
-def _popcount(_context, x):
-    return types.int64(types.int64), lambda _c, builder, _s, args: builder.ctpop(args[0])
-
-
-@intrinsic
-def _trailing_zeros(_context, x):
-    def emit(context, builder, _signature, args):
-        return builder.cttz(args[0], context.get_constant(types.boolean, False))
-
-    return types.int64(types.int64), emit
-
-
-@intrinsic
-def _shift_right(_context, x, by):
-    """Fills with zeros, unlike `>>` of a signed number."""
-    return types.int64(types.int64, types.int64), lambda _c, builder, _s, args: builder.lshr(args[0], args[1])
-
-
-# kept between processes where the installation may be written to: compiling takes seconds
-compiled = njit(nogil=True, cache=os.access(Path(__file__).parent, os.W_OK))
-
-
 @compiled
 def _fields(elements, shift, mask, fields):
     for i in range(len(elements)):
@@ -170,7 +145,7 @@ def _transpose_pairs(fours, shift, planes):
         odd = fours[2 * i + 1] >> shift & 0x000F000F000F000F
         eight = even | odd << 8
         for p in range(CLASS_BITS):
-            planes[p, i] = _shift_right((eight >> p & 0x0101010101010101) * FACTOR, 56)
+            planes[p, i] = shift_right((eight >> p & 0x0101010101010101) * FACTOR, 56)
 
 
 @compiled
@@ -178,7 +153,7 @@ def _count(words):
     """How many bits are set."""
     count = 0
     for word in words:
-        count += _popcount(word)
+        count += popcount(word)
     return count
 
 
@@ -189,7 +164,7 @@ def _set_bits(words, positions):
     for word in range(len(words)):
         left = words[word]
         while left:
-            positions[done] = word << 6 | _trailing_zeros(left)
+            positions[done] = word << 6 | trailing_zeros(left)
             done += 1
             left &= left - 1
 
@@ -198,88 +173,14 @@ def _set_bits(words, positions):
 def _select(word, rank):
     """The number of the set bit of `word` that has `rank` set bits below it: its byte by counting all bytes' bits at once
     (Vigna 2008, "Broadword implementation of rank/select queries"), the bit by a table."""
-    counts = word - (_shift_right(word, 1) & 0x5555555555555555)
-    counts = (counts & 0x3333333333333333) + (_shift_right(counts, 2) & 0x3333333333333333)
+    counts = word - (shift_right(word, 1) & 0x5555555555555555)
+    counts = (counts & 0x3333333333333333) + (shift_right(counts, 2) & 0x3333333333333333)
     counts = (
-        (counts + _shift_right(counts, 4)) & 0x0F0F0F0F0F0F0F0F
+        (counts + shift_right(counts, 4)) & 0x0F0F0F0F0F0F0F0F
     ) * 0x0101010101010101  # of each byte and those below
-    start = _popcount(((rank * 0x0101010101010101 | HIGH_BITS) - counts) & HIGH_BITS) << 3
-    below = _shift_right(counts << 8, start) & 255
-    return start + SELECT[_shift_right(word, start) & 255, rank - below]
-
-
-@compiled
-def _put(words, at, value, width):
-    """Appends the low `width` bits (at most 63) of `value`, which has none above them."""
-    word, shift = at >> 6, at & 63
-    words[word] |= value << shift
-    if shift + width > 64:
-        words[word + 1] |= _shift_right(value, 64 - shift)
-    return at + width
-
-
-@compiled
-def _get(words, at, width):
-    """(the number in the next `width` bits, at most 63; where it ends)."""
-    word, shift = at >> 6, at & 63
-    value = _shift_right(words[word], shift)
-    if shift + width > 64:
-        value |= words[word + 1] << (64 - shift)
-    return value & ((1 << width) - 1), at + width
-
-
-@compiled
-def _put_number(words, at, value):
-    """A number of unknown size: its length in 6 bits, then itself."""
-    length = 0
-    while value >> length:
-        length += 1
-    return _put(words, _put(words, at, length, 6), value, length)
-
-
-@compiled
-def _get_number(words, at):
-    length, at = _get(words, at, 6)
-    return _get(words, at, length)
-
-
-@compiled
-def _put_rice(words, at, value, parameter):
-    quotient = value >> parameter
-    if quotient >= UNARY:
-        return _put_number(words, _put(words, at, (1 << UNARY) - 1, UNARY), value)
-    low = value & ((1 << parameter) - 1)
-    return _put(words, at, low << quotient + 1 | ((1 << quotient) - 1), quotient + 1 + parameter)
-
-
-@compiled
-def _get_rice(words, at, parameter):
-    bits, _ = _get(words, at, 63)
-    quotient = _trailing_zeros(~bits)
-    if quotient >= UNARY:
-        return _get_number(words, at + UNARY)
-    low = bits >> quotient + 1 & ((1 << parameter) - 1)
-    return quotient << parameter | low, at + quotient + 1 + parameter
-
-
-@compiled
-def _adapt(mean, parameter, value):
-    """The running mean (times 2^WINDOW) and the parameter, floor(log2(mean)), once `value` has been coded."""
-    mean += min(value, UNARY << parameter) - (mean >> WINDOW)
-    while parameter < LARGEST_PARAMETER and mean >> WINDOW >> parameter > 1:
-        parameter += 1
-    while parameter > 0 and mean >> WINDOW >> parameter == 0:
-        parameter -= 1
-    return mean, parameter
-
-
-@compiled
-def _start(total, count):
-    """floor(log2(total / count)), at least 0: the parameter for numbers with that mean."""
-    parameter = 0
-    while parameter < LARGEST_PARAMETER and total >> parameter + 1 >= count:
-        parameter += 1
-    return parameter
+    start = popcount(((rank * 0x0101010101010101 | HIGH_BITS) - counts) & HIGH_BITS) << 3
+    below = shift_right(counts << 8, start) & 255
+    return start + SELECT[shift_right(word, start) & 255, rank - below]
 
 
 @compiled
@@ -293,7 +194,7 @@ def _members(planes, number, size, members):
         members[size >> 6] &= (1 << (size & 63)) - 1
     count = 0
     for word in range(len(members)):
-        count += _popcount(members[word])
+        count += popcount(members[word])
     return count
 
 
@@ -304,11 +205,11 @@ def _put_positions(words, at, members, positions, parameter):
     word, before, last = 0, 0, -1
     for i in range(len(positions)):
         for passed in range(word, positions[i] >> 6):
-            before += _popcount(members[passed])
+            before += popcount(members[passed])
         word = positions[i] >> 6
-        rank = before + _popcount(members[word] & ((1 << (positions[i] & 63)) - 1))
-        at = _put_rice(words, at, rank - last - 1, parameter)
-        mean, parameter = _adapt(mean, parameter, rank - last - 1)
+        rank = before + popcount(members[word] & ((1 << (positions[i] & 63)) - 1))
+        at = put_rice(words, at, rank - last - 1, parameter)
+        mean, parameter = adapt(mean, parameter, rank - last - 1)
         last = rank
     return at
 
@@ -317,9 +218,9 @@ def _put_positions(words, at, members, positions, parameter):
 def _get_positions(words, at, end, members, positions, parameter):
     mean = 1 << parameter << WINDOW
     word, before, rank = 0, 0, -1
-    inside = _popcount(members[0])
+    inside = popcount(members[0])
     for i in range(len(positions)):
-        gap, at = _get_rice(words, at, parameter)
+        gap, at = get_rice(words, at, parameter)
         if at > end or gap >= len(members) << 6:
             return -1
         rank += gap + 1
@@ -328,9 +229,9 @@ def _get_positions(words, at, end, members, positions, parameter):
             word += 1
             if word == len(members):
                 return -1
-            inside = _popcount(members[word])
+            inside = popcount(members[word])
         positions[i] = word << 6 | _select(members[word], rank - before)
-        mean, parameter = _adapt(mean, parameter, gap)
+        mean, parameter = adapt(mean, parameter, gap)
     return at
 
 
@@ -358,52 +259,52 @@ def _put_differences(words, at, differences):
         others += _steps(differences[i]) > 0
         beyond += max(0, _steps(differences[i]) - 1)
     wide = 2 * others > len(differences)
-    run_parameter = _start(len(differences) - others, others + 1)
-    parameter = _start(np.int64(min(beyond, 1e18)) + (others if wide else 0), max(1, others))
-    at = _put(words, _put(words, _put(words, at, wide, 1), run_parameter, 6), parameter, 6)
+    run_parameter = first_parameter(len(differences) - others, others + 1)
+    parameter = first_parameter(np.int64(min(beyond, 1e18)) + (others if wide else 0), max(1, others))
+    at = put(words, put(words, put(words, at, wide, 1), run_parameter, 6), parameter, 6)
     mean, run_mean, run = 1 << parameter << WINDOW, 1 << run_parameter << WINDOW, 0
     if not wide:
         run = _run(differences, 0)
-        at = _put_rice(words, at, run, run_parameter)
-        run_mean, run_parameter = _adapt(run_mean, run_parameter, run)
+        at = put_rice(words, at, run, run_parameter)
+        run_mean, run_parameter = adapt(run_mean, run_parameter, run)
     for i in range(len(differences)):
-        at = _put(words, at, differences[i] < 0, 1)
+        at = put(words, at, differences[i] < 0, 1)
         if run > 0:
             run -= 1
             continue
         beyond_this = _steps(differences[i]) - (0 if wide else 1)
-        at = _put_rice(words, at, beyond_this, parameter)
-        mean, parameter = _adapt(mean, parameter, beyond_this)
+        at = put_rice(words, at, beyond_this, parameter)
+        mean, parameter = adapt(mean, parameter, beyond_this)
         if not wide:
             run = _run(differences, i + 1)
-            at = _put_rice(words, at, run, run_parameter)
-            run_mean, run_parameter = _adapt(run_mean, run_parameter, run)
+            at = put_rice(words, at, run, run_parameter)
+            run_mean, run_parameter = adapt(run_mean, run_parameter, run)
     return at
 
 
 @compiled
 def _get_differences(words, at, end, differences):
-    wide, at = _get(words, at, 1)
-    run_parameter, at = _get(words, at, 6)
-    parameter, at = _get(words, at, 6)
+    wide, at = get(words, at, 1)
+    run_parameter, at = get(words, at, 6)
+    parameter, at = get(words, at, 6)
     if max(run_parameter, parameter) > LARGEST_PARAMETER:
         return -1
     mean, run_mean, run = 1 << parameter << WINDOW, 1 << run_parameter << WINDOW, 0
     if not wide:
-        run, at = _get_rice(words, at, run_parameter)
-        run_mean, run_parameter = _adapt(run_mean, run_parameter, run)
+        run, at = get_rice(words, at, run_parameter)
+        run_mean, run_parameter = adapt(run_mean, run_parameter, run)
     for i in range(len(differences)):
-        negative, at = _get(words, at, 1)
+        negative, at = get(words, at, 1)
         steps = 0
         if run > 0:
             run -= 1
         else:
-            beyond, at = _get_rice(words, at, parameter)
-            mean, parameter = _adapt(mean, parameter, beyond)
+            beyond, at = get_rice(words, at, parameter)
+            mean, parameter = adapt(mean, parameter, beyond)
             steps = beyond + (0 if wide else 1)
             if not wide:
-                run, at = _get_rice(words, at, run_parameter)
-                run_mean, run_parameter = _adapt(run_mean, run_parameter, run)
+                run, at = get_rice(words, at, run_parameter)
+                run_mean, run_parameter = adapt(run_mean, run_parameter, run)
         if at > end:
             return -1
         differences[i] = ~steps if negative else steps + 1
@@ -431,10 +332,10 @@ def _put_classes(words, at, size, planes, positions, differences, bounds):
             _flip(rest, marks)
             marks = np.empty(total - count, np.int64)
             _set_bits(rest, marks)
-        at = _put(words, _put_number(words, at, len(marks)), unchanged, 1)
+        at = put(words, put_number(words, at, len(marks)), unchanged, 1)
         if len(marks):
-            parameter = _start(total - len(marks), len(marks))
-            at = _put_positions(words, _put(words, at, parameter, 6), members, marks, parameter)
+            parameter = first_parameter(total - len(marks), len(marks))
+            at = _put_positions(words, put(words, at, parameter, 6), members, marks, parameter)
         if count:
             at = _put_differences(words, at, differences[bounds[number] : bounds[number + 1]])
     return at
@@ -445,8 +346,8 @@ def _get_classes(words, at, end, size, planes, classes, positions, differences):
     members = np.empty(-(-size // 64), np.int64)
     done = 0
     for number in range(classes):
-        marked, at = _get_number(words, at)
-        unchanged, at = _get(words, at, 1)
+        marked, at = get_number(words, at)
+        unchanged, at = get(words, at, 1)
         if at > end:
             return -1
         if not marked and not unchanged:
@@ -457,7 +358,7 @@ def _get_classes(words, at, end, size, planes, classes, positions, differences):
             return -1
         marks = np.empty(marked, np.int64) if unchanged else positions[done : done + count]
         if marked:
-            parameter, at = _get(words, at, 6)
+            parameter, at = get(words, at, 6)
             if parameter > LARGEST_PARAMETER:
                 return -1
             at = _get_positions(words, at, end, members, marks, parameter)
