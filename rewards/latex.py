@@ -77,6 +77,12 @@ class _Parser:
         self.at += 1
         return text
 
+    def skip(self, *texts: str) -> bool:
+        """Whether the next token is one of these, which is then taken."""
+        found = self.peek() in texts
+        self.at += found
+        return found
+
     def enter(self) -> None:
         self.depth += 1
         if self.depth > MAX_DEPTH:
@@ -85,9 +91,9 @@ class _Parser:
     def items(self) -> Node:
         """statement (sep statement)*"""
         found = [self.statement()]
-        while self.peek() in (",", ";"):
-            while self.peek() in (",", ";"):
-                self.at += 1
+        while self.skip(",", ";"):
+            while self.skip(",", ";"):
+                pass
             if not self.peek() or self.peek() in (")", "]", "}", r"\}"):
                 break
             found.append(self.statement())
@@ -106,22 +112,19 @@ class _Parser:
             sides.append(self.ratio())
         if ops:
             return Node("rel", (",".join(ops), *sides))
-        if self.peek() == r"\in":
-            self.at += 1
+        if self.skip(r"\in"):
             return Node("member", (sides[0], self.union()))
         return sides[0]
 
     def ratio(self) -> Node:
         found = [self.union()]
-        while self.peek() == ":":
-            self.at += 1
+        while self.skip(":"):
             found.append(self.union())
         return found[0] if len(found) == 1 else Node("ratio", tuple(found))
 
     def union(self) -> Node:
         found = [self.sum()]
-        while self.peek() in (r"\cup", r"\bigcup"):
-            self.at += 1
+        while self.skip(r"\cup", r"\bigcup"):
             found.append(self.sum())
         return found[0] if len(found) == 1 else Node("union", tuple(found))
 
@@ -130,9 +133,7 @@ class _Parser:
         result: Node | None = None
         while True:
             sign = self.peek()
-            if sign in ("+", "-", r"\pm", r"\mp"):
-                self.at += 1
-            elif result is not None:
+            if not self.skip("+", "-", r"\pm", r"\mp") and result is not None:
                 break
             term = self.product()
             if sign in (r"\pm", r"\mp"):
@@ -147,17 +148,14 @@ class _Parser:
         result = self.factor()
         while True:
             token, kind = self.peek(), self.kind()
-            if token in ("*", r"\cdot", r"\times", r"\ast"):
-                self.at += 1
+            if self.skip("*", r"\cdot", r"\times", r"\ast"):
                 result = Node("mul", (result, self.factor()))
-            elif token in ("/", r"\div"):
-                self.at += 1
+            elif self.skip("/", r"\div"):
                 result = Node("div", (result, self.factor()))
             elif kind == "text":
                 self.at += 1
                 result = Node("unit", (result, token))
-                if self.peek() == "^":
-                    self.at += 1
+                if self.skip("^"):
                     self.argument()
             elif token == "(" and result.kind == "var" and not self.tokens[self.at].spaced:
                 result = Node("apply", (result, self.brackets()))
@@ -197,21 +195,15 @@ class _Parser:
 
     def postfix(self, result: Node) -> Node:
         while True:
-            token = self.peek()
-            if token == "^":
-                self.at += 1
+            if self.skip("^"):
                 result = Node("pow", (result, self.argument()))
-            elif token == "!":
-                self.at += 1
+            elif self.skip("!"):
                 result = Node("fact", (result,))
-            elif token in ("%", r"\%"):
-                self.at += 1
+            elif self.skip("%", r"\%"):
                 result = Node("pct", (result,))
-            elif token == r"\deg":
-                self.at += 1
+            elif self.skip(r"\deg"):
                 result = Node("deg", (result,))
-            elif token == "_" and result.kind in ("num", "var"):
-                self.at += 1
+            elif result.kind in ("num", "var") and self.skip("_"):
                 result = self.subscript(result)
             else:
                 return result
@@ -239,8 +231,7 @@ class _Parser:
     def argument(self) -> Node:
         """What follows ^, \\frac or \\sqrt: a braced expression or one token (`\\frac12`, `x^2`)."""
         self.enter()
-        if self.peek() == "{":
-            self.at += 1
+        if self.skip("{"):
             inner = self.items()
             self.take("}")
         elif self.kind() == "num" and len(self.peek()) > 1 and self.peek(-1) != "^" and self.peek().isdigit():
@@ -261,7 +252,7 @@ class _Parser:
         if kind == "num":
             self.at += 1
             digits = len(token.split(".")[1]) if "." in token else -1
-            return Node("num", (Fraction(token.rstrip(".") if token.endswith(".") else token), digits))
+            return Node("num", (Fraction(token.rstrip(".")), digits))
         if kind == "fraction":
             self.at += 1
             top, bottom = token.split("/")
@@ -292,8 +283,7 @@ class _Parser:
         if opening == r"\{":
             self.bars = 1  # a bar inside a set means `such that`
         inner = self.items()
-        if opening == r"\{" and self.peek() in ("|", ":", r"\mid"):
-            self.at += 1
+        if opening == r"\{" and self.skip("|", ":", r"\mid"):
             inner = Node("such", (inner, self.items()))
         closing = self.take()
         if closing not in _CLOSERS[opening]:
@@ -306,7 +296,7 @@ class _Parser:
             return Node("set", inner.args if inner.kind == "list" else (inner,))
         if inner.kind == "list":
             return Node("group", (opening + closing, *inner.args))
-        if opening + closing == "()" or (opening + closing == "[]" and inner.kind != "list"):
+        if opening + closing in ("()", "[]"):
             return inner
         raise Unreadable("unbalanced brackets")
 
@@ -330,8 +320,7 @@ class _Parser:
         if token == r"\binom":
             return Node("call", ("binom", self.argument(), self.argument()))
         if token == r"\sqrt":
-            if self.peek() == "[":
-                self.at += 1
+            if self.skip("["):
                 degree = self.sum()
                 self.take("]")
                 return Node("pow", (self.argument(), Node("div", (Node("num", (Fraction(1), -1)), degree))))
@@ -361,8 +350,7 @@ class _Parser:
         else:  # \sin 2x \cos y: the argument is the product up to the next function
             inner = self.factor()
             while self.kind() in ("num", "var") or self.peek() in (r"\pi", r"\frac", "/") or self.peek()[1:] in _GREEK:
-                if self.peek() == "/":
-                    self.at += 1
+                if self.skip("/"):
                     inner = Node("div", (inner, self.factor()))
                 else:
                     inner = Node("mul", (inner, self.factor()))
@@ -387,13 +375,10 @@ class _Parser:
         rows: list[tuple[Node, ...]] = []
         row: list[Node] = []
         while self.peek() != r"\end":
-            if self.peek() == r"\\":
-                self.at += 1
+            if self.skip(r"\\"):
                 rows.append(tuple(row))
                 row = []
-            elif self.peek() == "&":
-                self.at += 1
-            else:
+            elif not self.skip("&"):
                 row.append(self.sum())
         self.take(r"\end")
         while self.take() != "}":

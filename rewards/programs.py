@@ -31,8 +31,8 @@ from .sandbox import (
     Run,
     Sandbox,
     SandboxError,
-    SandboxUnavailable,
     Session,
+    twice,
 )
 from .verdict import Status, Verdict, verifier_error
 from .walls import compiler
@@ -175,12 +175,7 @@ class CodeReward:
             action = functools.partial(self._call_function, plan, program)
         else:
             action = functools.partial(self._judged, plan, program)
-        try:
-            return action()
-        except SandboxUnavailable:
-            raise
-        except SandboxError:
-            return action()
+        return twice(action)
 
     # --- functions
 

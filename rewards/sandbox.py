@@ -110,11 +110,11 @@ class Sandbox:
     def run_program(self, code: str, stdin: bytes = b"", limits: Limits = _DEFAULT) -> Run:
         """Runs a Python script on `stdin`."""
         request = json.dumps({"task": "program", "code": [code]}).encode() + b"\n"
-        return _twice(lambda: self._run(PROGRAM, request, stdin, limits))
+        return twice(lambda: self._run(PROGRAM, request, stdin, limits))
 
     def run_native(self, binary: bytes, stdin: bytes = b"", limits: Limits = _DEFAULT) -> Run:
         """Runs a program that `compile_cpp` made on `stdin`."""
-        return _twice(lambda: self._run(NATIVE, binary, stdin, limits))
+        return twice(lambda: self._run(NATIVE, binary, stdin, limits))
 
     def compile_cpp(self, source: str, limits: Limits = COMPILER_LIMITS) -> tuple[bytes, Run]:
         """Compiles C++ (g++ -O2 -std=gnu++17 -static) in the sandbox: the binary, empty if that failed, and the run.
@@ -122,7 +122,7 @@ class Sandbox:
         Raises SandboxUnavailable where there is no g++."""
         if compiler() is None:
             raise SandboxUnavailable("C++ needs g++ (apt install g++)")
-        return _twice(lambda: self._compile(source.encode("utf-8", "replace"), limits))
+        return twice(lambda: self._compile(source.encode("utf-8", "replace"), limits))
 
     def _compile(self, source: bytes, limits: Limits) -> tuple[bytes, Run]:
         with _sealed(source) as text, _memfd() as binary, _memfd() as errors, self._mother(limits) as mother:
@@ -204,7 +204,7 @@ class Session:
         return line
 
 
-def _twice(action: Callable[[], T]) -> T:
+def twice(action: Callable[[], T]) -> T:
     """A killed mother process loses no run: the second try starts a fresh one."""
     try:
         return action()
