@@ -112,7 +112,9 @@ def train_in_parts(
     )
     metrics = staleness(fed.groups, run.progress.version, config.schedule.max_staleness)
     metrics["training/updates"] = float(bool(done))
-    if done:
+    if not done:
+        learners.skip(1)
+    else:
         metrics |= pooled(done, weights) | learners.finish(1 / whole)
         metrics["actor/pg_loss"] /= whole
         refresh_reference(run)
@@ -185,6 +187,8 @@ def update(run: Run, trained: Sequence[Group], objective: Objective) -> dict[str
             found = learners.critic_step(batch) if has_critic else {}
             done.append(found | (learners.step(batch, objective) if with_policy else {}))
     metrics["training/updates"] = float(len(done) if with_policy else 0)
+    if missing := schedule.minibatches * schedule.epochs - len(done):
+        learners.skip(missing)
     if not done:
         return metrics
     metrics |= averages(done)

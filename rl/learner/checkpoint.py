@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 
 from .lora import merged_tensors
 from .policy import Policy
 from .shards import Shards
 
+# torch.distributed.checkpoint is imported where it is used: it loads torch.distributed.tensor, which takes a second, in every
+# process that only names a rank's class
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NOT_WEIGHTS = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template", "generation_config")
 
@@ -51,16 +52,22 @@ def save_model(policy: Policy, folder: Path, dtype: torch.dtype, origin: str, *,
 
 def save_weights(shards: Shards, folder: Path) -> None:
     """The values of the shards alone, of a model that is not trained."""
+    from torch.distributed.checkpoint import state_dict_saver
+
     state_dict_saver.save({name: p.detach() for name, p in shards.parameters.items()}, checkpoint_id=str(folder))
 
 
 def load_weights(shards: Shards, folder: Path) -> None:
     """The inverse of `save_weights`, in place."""
+    from torch.distributed.checkpoint import state_dict_loader
+
     state_dict_loader.load({name: p.detach() for name, p in shards.parameters.items()}, checkpoint_id=str(folder))
 
 
 def save_state(shards: Shards, optimizer: Any, scheduler: Any, folder: Path, rank: int) -> None:
     """Float32 masters, the optimizer's moments and the schedule's position."""
+    from torch.distributed.checkpoint import state_dict_saver
+
     state_dict_saver.save(_state(shards, optimizer), checkpoint_id=str(folder))
     if rank == 0:
         steps = [float(optimizer.state[p]["step"]) for p in shards.local if "step" in optimizer.state[p]]
@@ -69,6 +76,8 @@ def save_state(shards: Shards, optimizer: Any, scheduler: Any, folder: Path, ran
 
 def load_state(shards: Shards, optimizer: Any, scheduler: Any, folder: Path) -> None:
     """The inverse of `save_state`: everything is read into the tensors in place."""
+    from torch.distributed.checkpoint import state_dict_loader
+
     saved = torch.load(folder / "scheduler.pt", weights_only=True)
     for parameter in shards.local if saved["optimizer_steps"] else []:
         moments = {name: torch.zeros_like(parameter) for name in MOMENTS}

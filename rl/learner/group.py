@@ -53,6 +53,10 @@ class LearnerGroup:
         metrics: dict[str, float] = self._call("finish", scale)[0]
         return metrics
 
+    def skip(self, updates: int) -> None:
+        """Moves the learning-rate schedules on by updates that there was nothing to learn for."""
+        self._call("skip", updates)
+
     def logprobs(self, batch: Batch, temperature: float) -> Any:
         """[T] the policy's log-prob of every loss token."""
         return self._call("logprobs", ray.put(batch), temperature)[0]
@@ -102,10 +106,6 @@ class LearnerGroup:
 
     def restore(self, folder: str) -> None:
         self._call("restore", folder)
-
-    def peak_memory(self) -> int:
-        """Bytes, of the largest rank."""
-        return int(max(self._call("peak_memory")))
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
         return self._wait([getattr(rank, method).remote(*arguments) for rank in self.ranks], method)

@@ -22,7 +22,6 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 
 from ...kernels import platform
 from ...rollout.collective import Ticket
@@ -34,7 +33,7 @@ from . import checkpoint
 from .batching import plan_micro_batches
 from .critic import Critic
 from .flops import ModelFlops, peak_flops, speed
-from .lora import inject_adapters
+from .lora import inject_adapters, merged_shards
 from .policy import MicroBatchTensors, Policy, pick_attention, takes_packed, to_tensors
 from .publisher import Order, Parts, Published, Publisher, shards_of
 from .shards import Shards
@@ -145,22 +144,24 @@ class LearnerRank:
             self.refresh_reference()
 
     def _make_critic(self, settings: CriticConfig, total_steps: int) -> Trainable:
-        """From `critic.path`, or with the policy's body of this moment."""
+        """From `critic.path`, or with the policy's body of this moment, adapters merged in."""
         from transformers import AutoModel
 
         critic = Critic(self._load(AutoModel, settings.path or self.model_path), self.master).to(self.device).train()
         shard(critic.value, [], self.mesh, self.master, reduce=self.master)
         self._shard(critic, critic.body.layers)
         if settings.path is None:
-            prefix = f"model.{self.policy.model.base_model_prefix}."
-            Shards.of(critic.body).copy_from(self.actor.shards, lambda name: prefix + name)
+            prefix = f"{self.policy.model.base_model_prefix}."
+            held = merged_shards(self.policy.model, self.spec.rank, self.spec.world)
+            Shards.of(critic.body).copy_from((name.removeprefix(prefix), part) for name, _, part in held)
         self.critic_settings = settings
         return Trainable(critic, settings.optim(self.optim), total_steps)
 
     def refresh_reference(self) -> None:
         """The reference becomes what the policy is now."""
         assert self.reference is not None, "this stage has no reference"
-        Shards.of(self.reference, frozen=True).copy_from(Shards.of(self.policy, frozen=True))
+        policy = Shards.of(self.policy, frozen=True)
+        Shards.of(self.reference, frozen=True).copy_from(zip(policy.parameters, policy.local, strict=True))
 
     def step(self, batch: Batch, objective: Objective) -> dict[str, float]:
         """One optimizer step on the whole batch; the same metrics on every rank."""
@@ -183,6 +184,12 @@ class LearnerRank:
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
         return self.actor.update("actor")
+
+    def skip(self, updates: int) -> None:
+        """Moves the learning-rate schedules on by updates that there was nothing to learn for."""
+        for each in (self.actor, self.critic):
+            if each is not None:
+                each.skip(updates)
 
     def _speed(self, batch: Batch, seconds: float) -> dict[str, float]:
         if self.flops is None:
@@ -300,12 +307,13 @@ class LearnerRank:
     def _per_token(
         self, batch: Batch, module: nn.Module, look: Callable[[MicroBatchTensors], Tensor]
     ) -> NDArray[np.float32]:
+        from torch.distributed.fsdp import FSDPModule
+
         values_T = torch.zeros(batch.num_tokens, dtype=torch.float32, device=self.device)
         for micro in self._micro_batches(batch, module, gradient=False):
             values_T[micro.index_n] = look(micro).float()
-        for (
-            part
-        ) in module.modules():  # without a backward pass gathered copies would stay, and go stale at the next step
+        for part in module.modules():
+            # without a backward pass gathered copies would stay, and go stale at the next step
             if isinstance(part, FSDPModule):
                 part.reshard()
         dist.all_reduce(values_T)
@@ -350,10 +358,6 @@ class LearnerRank:
             self.critic.restore(Path(folder) / "critic")
         if self.reference is not None:
             checkpoint.load_weights(Shards.of(self.reference, frozen=True), Path(folder) / "reference")
-
-    def peak_memory(self) -> int:
-        """Bytes."""
-        return platform.peak_memory_bytes(self.platform)
 
     def close(self) -> None:
         if dist.is_initialized():

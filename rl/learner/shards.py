@@ -3,14 +3,16 @@ dispatching its many small operations than on doing them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:  # as in `checkpoint`
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -43,18 +45,19 @@ class Shards:
             torch._foreach_mul_(gradients, clip / norm)
         return norm
 
-    def copy_from(self, other: Shards, rename: Callable[[str], str] = str) -> None:
-        """Takes over the values of another module's shards, sharded alike; `rename` gives the other's name of a parameter,
-        and a name that the other has not is left as it is."""
-        there = dict(zip(other.parameters, other.local, strict=True))
+    def copy_from(self, values: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes over this rank's part of parameters by name, sharded alike; names that are not ours are passed over."""
+        ours = dict(zip(self.parameters, self.local, strict=True))
         with torch.no_grad():
-            for name, local in zip(self.parameters, self.local, strict=True):
-                if (source := there.get(rename(name))) is not None:
-                    local.copy_(source)
+            for name, value in values:
+                if name in ours:
+                    ours[name].copy_(value)
 
     @staticmethod
     def like(parameter: Any, local: Tensor) -> DTensor:
         """`local` as a distributed tensor sharded as `parameter` is."""
+        from torch.distributed.tensor import DTensor
+
         return DTensor.from_local(
             local,
             parameter.device_mesh,

@@ -74,6 +74,11 @@ class Trainable:
         self.optimizer.zero_grad(set_to_none=True)
         return {f"{name}/grad_norm": norm, f"{name}/lr": lr, f"{name}/steps_skipped": float(self.skipped)}
 
+    def skip(self, updates: int) -> None:
+        """Moves the learning-rate schedule on by updates that there was nothing to learn for."""
+        for _ in range(updates):
+            self.scheduler.step()
+
     def save(self, folder: Path, rank: int) -> None:
         checkpoint.save_state(self.shards, self.optimizer, self.scheduler, folder, rank)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +19,9 @@ from emberl.rl.config import ModelConfig, OptimConfig, resolve
 from emberl.rl.data_settings import TinyConfig
 from emberl.rl.groups import Group
 from emberl.rl.learner.rank import LearnerRank, RankSpec
+from emberl.rl.progress import Progress
 from emberl.rl.tiny import make_tiny
-from emberl.rl.trainer import pooled
+from emberl.rl.trainer import pooled, update
 from emberl.rollout.samples import Completion, Prompt, Span
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
@@ -129,6 +132,26 @@ def test_metrics_of_parts_are_pooled_by_their_tokens() -> None:
     parts[1] = {"actor/pg_loss": 3.0, "x": 4.0, "y_max": 2.0, "timing_s/update_actor": 0.5}
     found = pooled(parts, [30, 10])
     assert found == {"actor/pg_loss": 5.0, "x": 1.75, "y_max": 5.0, "timing_s/update_actor": 1.5}
+
+
+def test_parts_without_a_signal_are_told_to_the_learners() -> None:
+    """Of two minibatches over two epochs one had a signal: two updates, and two that count without being made."""
+    tree = {"name": "x", "model": {"path": "m"}, "data": {"source": "arithmetic"}}
+    config = resolve({**tree, "schedule": {"minibatches": 2, "epochs": 2}, "filter": {"zero_variance": False}})
+    calls: list[object] = []
+    learners = SimpleNamespace(
+        step=lambda batch, objective: calls.append("step") or {},
+        logprobs=lambda batch, temperature: batch.behaviour_logp_T,
+        skip=calls.append,
+    )
+    run: Any = SimpleNamespace(config=config, learners=learners, progress=Progress(), publish=lambda wait: {})
+    scored = [g.with_advantages(a) for g, a in zip(GROUPS[:2], ([1.0, -1.0, -1.0, 1.0], [0.0] * 4), strict=True)]
+    objective = Objective.of(config.loss, config.kl, config.offpolicy)
+    assert update(run, scored, objective)["training/updates"] == 2
+    assert calls == ["step", "step", 2]
+    calls.clear()
+    assert update(run, [], objective)["training/updates"] == 0
+    assert calls == [4]
 
 
 def test_what_needs_the_whole_step_is_refused() -> None:

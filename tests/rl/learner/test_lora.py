@@ -8,7 +8,7 @@ import pytest
 import torch
 from emberl.rl.algorithm.losses import Objective
 from emberl.rl.batch import sft_batch
-from emberl.rl.config import LoraConfig, ModelConfig, OptimConfig
+from emberl.rl.config import CriticConfig, LoraConfig, ModelConfig, OptimConfig
 from emberl.rl.data_settings import TinyConfig
 from emberl.rl.learner.checkpoint import full_tensors
 from emberl.rl.learner.lora import inject_adapters, merged_tensors
@@ -84,6 +84,11 @@ def test_only_adapters_move_and_they_come_back(path: str, tmp_path: Path) -> Non
     again = rank(path)
     again.restore(str(tmp_path / "saved"))
     assert (again.logprobs(BATCH) == trained).all()
+    again.begin_stage(OptimConfig(), 1, CriticConfig())
+    assert again.critic is not None
+    body = {f"model.{name}": p.full_tensor() for name, p in again.critic.module.body.named_parameters()}
+    merged = {name: p.detach().numpy().tobytes() for name, p in body.items()}
+    assert merged == after, "a critic starts from what is served, not from the model's files"
     again.close()
     anybodys = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     assert {name: p.detach().numpy().tobytes() for name, p in anybodys.named_parameters()} == after

@@ -70,6 +70,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(make: Call
     assert (rank.logprobs(BATCH) != before)[BATCH.loss_mask_T].all()
 
 
+def test_what_had_no_signal_moves_the_learning_rate_on(make: Callable[..., LearnerRank]) -> None:
+    rank = make()
+    rank.begin_stage(OptimConfig(lr=1e-2, schedule="linear"), 10)
+    assert rank.step(BATCH, Objective.sft())["actor/lr"] == pytest.approx(1e-2)
+    rank.skip(3)
+    assert rank.step(BATCH, Objective.sft())["actor/lr"] == pytest.approx(6e-3), "four of ten updates are behind it"
+
+
 def test_a_log_prob_that_is_not_finite_is_left_out_and_counted(make: Callable[..., LearnerRank]) -> None:
     rank = make()
     behaviour = np.full(BATCH.num_tokens, -2.0)
