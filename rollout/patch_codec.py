@@ -8,13 +8,15 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import zstandard
 
-from ..kernels.delta import Elements, decode_changes, encode_changes
 from .patches import Bytes, Chunk, CorruptPatchError, ElementType, Mode
+
+if TYPE_CHECKING:  # at run time where it is used: numba takes most of a second, in processes that code nothing
+    from ..kernels.delta import Elements
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -40,6 +42,8 @@ def encode_chunk(old: Bytes | None, new: Bytes, kind: ElementType) -> Chunk:
         return _chunk(Mode.SKIP, count, NOTHING)
     payloads = {Mode.RAW: new}
     if _worth_trying(before, after):
+        from ..kernels.delta import encode_changes
+
         payloads[Mode.SPARSE] = encode_changes(before, after, kind.exponent)
     if min(payload.nbytes for payload in payloads.values()) * SPARSE_ENOUGH > new.nbytes:
         planes = np.ascontiguousarray((before ^ after).view(np.uint8).reshape(-1, kind.width).T)
@@ -60,6 +64,8 @@ def decode_chunk(chunk: Chunk, old: Bytes | None, out: Bytes, kind: ElementType)
         planes = np.frombuffer(_decompress(chunk.payload, out.nbytes), np.uint8).reshape(kind.width, -1)
         out.reshape(-1, kind.width)[:] ^= planes.T
     elif chunk.mode is Mode.SPARSE:
+        from ..kernels.delta import decode_changes
+
         before = elements(np.zeros_like(out) if old is None else old, kind)
         if not decode_changes(chunk.payload, before, kind.exponent, elements(out, kind)):
             raise CorruptPatchError("not a valid stream of changes")
