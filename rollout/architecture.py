@@ -30,7 +30,6 @@ class Architecture:
     num_kv_heads: int
     head_dim: int
     norm_eps: float
-    max_position: int
     """Positions the model was made for; a longer sequence is the caller's risk."""
     tied: bool
     """The output head is the embedding."""
@@ -73,7 +72,6 @@ def parse_architecture(config: Mapping[str, Any], where: str = "config.json") ->
         num_kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or (128 if family == "qwen3" else config["hidden_size"] // heads),
         norm_eps=config.get("rms_norm_eps", 1e-6),
-        max_position=config.get("max_position_embeddings", 2048),
         tied=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2" or bias,
         out_bias=family != "qwen2" and bias,
