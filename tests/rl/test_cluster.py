@@ -90,23 +90,26 @@ def test_too_few_cpus_is_known_before_ray_starts() -> None:
     assert not ray.is_initialized()
 
 
-class Where:
-    """An actor that says where it sits."""
+def where() -> type:
+    """An actor that says where it sits, sent to its process by value: by name that would import this file, and torch."""
 
-    def __init__(self, spec: object) -> None:
-        self.spec = spec
+    class Where:
+        def __init__(self, spec: object) -> None:
+            self.spec = spec
 
-    def look(self) -> dict[str, object]:
-        context = ray.get_runtime_context()
-        return {
-            "resources": context.get_assigned_resources(),
-            "group": context.get_placement_group_id(),
-            "npu": os.environ.get("ASCEND_RT_VISIBLE_DEVICES"),
-            "threads": os.environ["OMP_NUM_THREADS"],
-        }
+        def look(self) -> dict[str, object]:
+            context = ray.get_runtime_context()
+            return {
+                "resources": context.get_assigned_resources(),
+                "group": context.get_placement_group_id(),
+                "npu": os.environ.get("ASCEND_RT_VISIBLE_DEVICES"),
+                "threads": os.environ["OMP_NUM_THREADS"],
+            }
+
+    return Where
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def npu_box() -> Iterator[None]:
     """A Ray cluster that says it is a machine with eight NPUs."""
     ray.init(address="local", num_cpus=64, resources={"NPU": 8}, include_dashboard=False, log_to_driver=False)
@@ -120,7 +123,7 @@ def test_the_eight_device_configuration_actor_by_actor(npu_box: None) -> None:
     with Cluster(settings) as cluster:
         seats = cluster.placement.seats
         assert len(seats) == 8
-        actors = [cluster.options(Where, seat).remote(None) for seat in seats]
+        actors = [cluster.options(where(), seat).remote(None) for seat in seats]
         found = ray.get([actor.look.remote() for actor in actors], timeout=120)
         assert len({f["group"] for f in found}) == 1
         assert sorted(int(f["npu"]) for f in found) == list(range(8)), "each actor sees one card, and no two the same"
@@ -135,7 +138,7 @@ def test_the_eight_device_configuration_actor_by_actor(npu_box: None) -> None:
 @pytest.mark.slow
 def test_a_colocated_learner_and_engine_see_the_same_card(npu_box: None) -> None:
     with Cluster(config({"engine": "vllm"}, device="npu", learners=3, rollouts=3, colocated=True)) as cluster:
-        actors = [cluster.options(Where, seat).remote(None) for seat in cluster.placement.seats]
+        actors = [cluster.options(where(), seat).remote(None) for seat in cluster.placement.seats]
         cards = [found["npu"] for found in ray.get([actor.look.remote() for actor in actors], timeout=120)]
         assert cards[:3] == cards[3:] and len(set(cards)) == 3
 

@@ -1,11 +1,14 @@
-"""One learner rank as a process of its own: python gradients.py RANK WORLD PORT MODEL OUT BUDGET PACKING, for test_invariance.py.
+"""Learner ranks as processes: python gradients.py MODEL FOLDER WORLD-BUDGET-PACKING ..., for test_invariance.py.
 
-Writes, of a fixed ragged batch in float64, the loss and the whole gradient of every loss under every aggregation, of the
-critic, and what the ranks say of each token. All of it in one process, as starting one takes longer than the passes.
+Writes to FOLDER/WORLD-BUDGET-PACKING.npz, of a fixed ragged batch in float64, the loss and the whole gradient of every loss
+under every aggregation, of the critic, and what the ranks say of each token. The ranks are forked from one process that has
+loaded everything: to load it takes longer than the passes.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +23,8 @@ from emberl.rl.algorithm.settings import KLConfig, LossConfig, OffPolicyConfig
 from emberl.rl.config import CriticConfig, ModelConfig, OptimConfig
 from emberl.rl.groups import Batch
 from emberl.rl.learner.rank import LearnerRank, RankSpec
+from torch.distributed import fsdp
+from transformers import AutoModelForCausalLM, Qwen3ForCausalLM, get_scheduler
 
 LOSSES: dict[str, dict[str, Any]] = {
     "grpo": {"clip_high": 0.28},
@@ -81,9 +86,29 @@ def take_gradient(module: torch.nn.Module) -> np.ndarray:
     return torch.cat(row).numpy()
 
 
+LOADED = (fsdp.fully_shard, AutoModelForCausalLM, Qwen3ForCausalLM, get_scheduler)
+"""What a rank imports when it needs it, for all of them at once."""
+
+
 def main() -> None:
-    rank, world, port = (int(a) for a in sys.argv[1:4])
-    path, out, budget, packing = sys.argv[4], Path(sys.argv[5]), int(sys.argv[6]), sys.argv[7]
+    path, folder = sys.argv[1], Path(sys.argv[2])
+    for name in sys.argv[3:]:
+        world, budget, packing = name.split("-")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        rest = (int(world), port, path, folder / f"{name}.npz", int(budget), packing)
+        context = multiprocessing.get_context("fork")
+        ranks = [context.Process(target=run, args=(rank, *rest)) for rank in range(int(world))]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(120)
+            if process.exitcode != 0:
+                sys.exit(f"a rank of {name} ended with {process.exitcode}")
+
+
+def run(rank: int, world: int, port: int, path: str, out: Path, budget: int, packing: str) -> None:
     model = ModelConfig.model_validate({"path": path, "dtype": "float64", "packing": packing})
     learner = LearnerRank(RankSpec(rank=rank, world=world, device="cpu", threads=1, model=model, timeout=60.0))
     learner.connect(f"127.0.0.1:{port}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,48 +24,35 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("model"), settings, seed=5)
 
 
-def gradients(model: Path, out: Path, world: int, budget: int, packing: str) -> Found:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(world), str(port), str(model), str(out), str(budget), packing],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(world)
-    ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors.decode()[-2000:]
-    with np.load(out) as found:
-        return dict(found)
+SPLITS = ("1-17-off", "2-24-off", "2-20-on", "4-24-off")
+"""Ranks, tokens of a pass, packing."""
 
 
 @pytest.fixture(scope="module")
-def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """One rank, one padded pass."""
-    return gradients(model, tmp_path_factory.mktemp("whole") / "whole.npz", 1, 1000, "off")
+def found(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
+    """What one rank says in one padded pass, `whole`, and what others say."""
+    folder, whole = tmp_path_factory.mktemp("gradients"), "1-1000-off"
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(model), str(folder), whole, *SPLITS],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {"whole" if name == whole else name: dict(np.load(folder / f"{name}.npz")) for name in (whole, *SPLITS)}
 
 
-@pytest.mark.parametrize(
-    ("world", "budget", "packing"),
-    [(1, 17, "off"), (2, 24, "off"), (2, 20, "on"), (4, 24, "off")],
-)
-def test_any_split_gives_the_same(
-    model: Path, whole: Found, tmp_path: Path, world: int, budget: int, packing: str
-) -> None:
-    split = gradients(model, tmp_path / "split.npz", world, budget, packing)
+@pytest.mark.parametrize("name", SPLITS)
+def test_any_split_gives_the_same(found: dict[str, Found], name: str) -> None:
+    whole, split = found["whole"], found[name]
     assert whole.keys() == split.keys()
     assert len(whole) == 12 * 4 + 5, "every loss under every aggregation, the critic, and four rows of tokens"
-    for name, expected in whole.items():
+    for row, expected in whole.items():
         scale = np.abs(expected).max()
-        assert scale > 0, f"{name} is 0 throughout"
+        assert scale > 0, f"{row} is 0 throughout"
         relative = 1e-10 if expected.dtype == np.float64 else 1e-6  # rows of tokens are float32
-        np.testing.assert_allclose(split[name], expected, rtol=0, atol=relative * scale, err_msg=name)
+        np.testing.assert_allclose(split[row], expected, rtol=0, atol=relative * scale, err_msg=row)
 
 
-def test_the_reference_stays_where_the_policy_was(whole: Found) -> None:
+def test_the_reference_stays_where_the_policy_was(found: dict[str, Found]) -> None:
+    whole = found["whole"]
     np.testing.assert_array_equal(whole["logprobs of the reference"], whole["logprobs"])
     assert np.abs(whole["logprobs after a step"] - whole["logprobs"]).max() > 1e-4
