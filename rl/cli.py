@@ -122,6 +122,10 @@ def plan(
         Path | None,
         typer.Option(help="A run's folder: plan with what it measured; settings are then a run's own keys."),
     ] = None,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option(help="Runs like it with other batch sizes: they tell the learners' fixed time from the tokens'."),
+    ] = None,
     trace: Annotated[Path | None, typer.Option(help="Answer lengths: a run's folder or a Parquet file.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Where to draw timeline, staleness and splits, a PNG.")] = None,
     keys: Annotated[bool, typer.Option("--keys", help="Print all settings with their defaults and sources.")] = False,
@@ -137,7 +141,7 @@ def plan(
             print(planning.describe_keys())
             return
         options = {"device": device, "devices": devices, "learners": learners, "model": model}
-        found = planning.plan(overrides or (), options=options, from_run=from_run, trace=trace)
+        found = planning.plan(overrides or (), options=options, from_run=from_run, trace=trace, also=also or ())
         if picture is not None:
             planning.draw(found, picture)
     except (ValueError, OSError) as error:

@@ -1,7 +1,7 @@
 """`emberl plan`: how many devices should roll out and how many should learn, and what to expect of them.
 
     emberl plan --device 910B --devices 1024 link.bandwidth=3 link.mode=dense
-    emberl plan --from-run runs/quickstart schedule.max_staleness=2 cluster.rollouts=4
+    emberl plan --from-run runs/quickstart --also runs/large-batch schedule.max_staleness=2 cluster.rollouts=4
 
 The first plans from data sheets (`plan_devices`), the second from what a run measured (`plan_calibrate`). Both simulate the
 schedule that runs really follow (`plan_simulator`); what is printed is an expectation, not a measurement.
@@ -93,9 +93,9 @@ def balanced(settings: PlanSettings, candidates: Sequence[int]) -> int:
     return min(candidates, key=gap)
 
 
-def plan_run(run_dir: Path, overrides: Sequence[str]) -> Plan:
-    """Plans from what a run measured, at its own settings or at others that are given as key=value."""
-    scenario, sources = calibrate(run_dir, overrides)
+def plan_run(run_dir: Path, overrides: Sequence[str], also: Sequence[Path] = ()) -> Plan:
+    """Plans from what a run measured, at its own settings or at others that are given as key=value; `also`: see `calibrate`."""
+    scenario, sources = calibrate(run_dir, overrides, also)
     return Plan(
         title=f"as {run_dir}" + (f" with {' '.join(overrides)}" if overrides else ""),
         scenario=scenario,
@@ -106,13 +106,18 @@ def plan_run(run_dir: Path, overrides: Sequence[str]) -> Plan:
     )
 
 
-def plan(overrides: Sequence[str], *, options: dict[str, Any], from_run: Path | None, trace: Path | None) -> Plan:
+def plan(
+    overrides: Sequence[str], *, options: dict[str, Any], from_run: Path | None, trace: Path | None,
+    also: Sequence[Path] = (),
+) -> Plan:  # fmt: skip
     """What the command does; `ConfigError` or `ValueError` for what a person must change."""
     if from_run is not None:
         given = [name for name, value in options.items() if value is not None]
         if given or trace is not None:
             raise ValueError(f"--from-run plans with the run's own devices: leave out {', '.join(given) or '--trace'}")
-        return plan_run(from_run, overrides)
+        return plan_run(from_run, overrides, also)
+    if also:
+        raise ValueError("--also adds to what --from-run measured: name that run, too")
     return plan_devices(load_plan(overrides, options), trace)
 
 

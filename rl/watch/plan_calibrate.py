@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,8 +33,11 @@ STEPS, WARMUP = 80, 10
 """Of the simulation."""
 
 
-def calibrate(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[Scenario, dict[str, str]]:
-    """The scenario of a run, with these settings changed, and where each of its numbers is from."""
+def calibrate(
+    run_dir: Path, overrides: Sequence[str] = (), also: Sequence[Path] = ()
+) -> tuple[Scenario, dict[str, str]]:
+    """The scenario of a run, with these settings changed, and where each of its numbers is from. `also`: runs of the same
+    model on the same learners with other batches, which tell the learners' fixed time from that of the tokens."""
     file = run_dir / "config.yaml"
     source, target = load_config(file), load_config(file, overrides)
     steps = training_steps(run_dir / METRICS)
@@ -42,7 +45,10 @@ def calibrate(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[Scenario, d
     table = table.filter(pa.compute.greater(table["step"], SKIPPED))
     if not steps or not table.num_rows:
         raise ValueError(f"{run_dir} has too few RL steps to learn from: {SKIPPED} are skipped, and some must be left")
-    fixed, per_token = learner_time(steps, tokens_by_step(table))
+    timed = learner_steps(steps, tokens_by_step(table))
+    for other in also:
+        timed += learner_steps(training_steps(other / METRICS), tokens_by_step(read_lengths(other)))
+    fixed, per_token = learner_time(timed)
     measured = decoding(table, workers=source.cluster.rollouts, slots=target.rollout.max_num_seqs)
     publication = Publication(
         encode=float(np.mean([row["timing_s/update_weights"] - row.get("sync/apply_s", 0.0) for row in steps])),
@@ -71,7 +77,7 @@ def calibrate(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[Scenario, d
     )
     sources = {
         "answers": f"{table.num_rows} recorded, mean {scenario.lengths.mean:.0f} tokens",
-        "learner": f"{fixed:.3g} s a step and {1e6 * per_token:.3g} us a token, of {len(steps)} steps",
+        "learner": f"{fixed:.3g} s a step and {1e6 * per_token:.3g} us a token, of {len(timed)} steps",
         "decoding": measured.summary,
         "publication": f"{publication.encode:.3g} s, of which decoding stands still {publication.commit:.3g} s",
         "delivery and marking": f"{latency:.3g} s a group",
@@ -95,19 +101,40 @@ def tokens_by_step(table: pa.Table) -> dict[int, int]:
     return {int(step): int(n) for step, n in zip(steps, np.bincount(inverse, weights=total), strict=True)}
 
 
-def learner_time(steps: Sequence[Mapping[str, Any]], tokens: Mapping[int, int]) -> tuple[float, float]:
-    """(seconds a step, seconds a token) of all that is neither waiting for groups nor publishing; neither is below 0.
+class LearnerStep(NamedTuple):
+    """What a step's tokens cost."""
+
+    tokens: int
+    seconds: float
+    """All that is neither waiting for groups nor publishing."""
+    updating: float
+    """Of these, in optimizer steps."""
+
+
+def learner_steps(steps: Sequence[Mapping[str, Any]], tokens: Mapping[int, int]) -> list[LearnerStep]:
+    return [
+        LearnerStep(
+            tokens[row["step"]],
+            row["timing_s/step"] - row["timing_s/gen"] - row["timing_s/update_weights"],
+            row.get("timing_s/update_actor", 0.0),
+        )
+        for row in steps
+        if row["step"] in tokens
+    ]
+
+
+def learner_time(steps: Sequence[LearnerStep]) -> tuple[float, float]:
+    """(seconds a step, seconds a token); neither is below 0.
 
     Least squares, where the steps' sizes differ enough to tell the two apart. Else the optimizer steps are taken to be
     proportional to the tokens, and the rest to be fixed.
     """
-    rows = [row for row in steps if row["step"] in tokens]
-    x = np.array([tokens[row["step"]] for row in rows], np.float64)
-    y = np.array([row["timing_s/step"] - row["timing_s/gen"] - row["timing_s/update_weights"] for row in rows])
+    x = np.array([step.tokens for step in steps], np.float64)
+    y = np.array([step.seconds for step in steps])
     if np.quantile(x, 0.9) >= SPREAD * np.quantile(x, 0.1):
         weights, _ = nonnegative_least_squares(np.stack([np.ones_like(x), x], axis=1), y)
         return float(weights[0]), float(weights[1])
-    updates = float(np.mean([row.get("timing_s/update_actor", 0.0) for row in rows]))
+    updates = float(np.mean([step.updating for step in steps]))
     return max(0.0, float(y.mean()) - updates), updates / float(x.mean())
 
 

@@ -12,8 +12,10 @@ import pytest
 from emberl.rl.watch.lengths import LENGTHS, SCHEMA
 from emberl.rl.watch.plan import plan
 from emberl.rl.watch.plan_calibrate import (
+    LearnerStep,
     calibrate,
     decoding,
+    learner_steps,
     learner_time,
     mean_running,
     nonnegative_least_squares,
@@ -33,9 +35,11 @@ A, B = 0.02, 0.01
 """Seconds of a decode step, and for each further answer in it."""
 
 
-def recording(folder: Path, steps: int = 12) -> Path:
+def recording(folder: Path, steps: int = 12, answers: int = 4, updating: float = 0.88) -> Path:
     """4 answers of 100 tokens at once on one worker: 100 x (0.02 + 0.04) = 6 s. Then 0.5 s until the learner has them, a step of
     1 s and 2 ms for each of 440 tokens, and 0.25 s of publishing."""
+    folder.mkdir(exist_ok=True)
+    learning = 1 + 0.002 * 110 * answers
     (folder / "config.yaml").write_text(CONFIG)
     rows: list[dict[str, Any]] = []
     metrics = []
@@ -46,12 +50,12 @@ def recording(folder: Path, steps: int = 12) -> Path:
                 "prompt_length": 10, "response_length": 100, "started": 10.0 * step, "decode_s": 6.0,
                 "grade_s": 0.125, "versions": [step - 1], "version_tokens": [100],
             }
-            for i in range(4)
+            for i in range(answers)
         ]  # fmt: skip
         metrics.append(
             {
-                "stage": "rl", "axis": "train", "step": step, "timing_s/gen": 6.5, "timing_s/update_actor": 0.88,
-                "timing_s/update_weights": 0.25, "sync/apply_s": 0.0625, "timing_s/step": 6.5 + 1.88 + 0.25,
+                "stage": "rl", "axis": "train", "step": step, "timing_s/gen": 6.5, "timing_s/update_actor": updating,
+                "timing_s/update_weights": 0.25, "sync/apply_s": 0.0625, "timing_s/step": 6.5 + learning + 0.25,
             }
         )  # fmt: skip
     (folder / LENGTHS).mkdir()
@@ -119,10 +123,22 @@ def test_the_learners_time_is_split_by_a_line_where_steps_differ_and_by_kind_whe
             "timing_s/update_actor": busy - 0.5,
         }  # fmt: skip
 
-    sizes = {1: 100, 2: 200, 3: 400}
-    assert learner_time([row(*pair) for pair in sizes.items()], sizes) == pytest.approx((1.5, 0.01))
-    equal = {1: 200, 2: 200}
-    assert learner_time([row(*pair) for pair in equal.items()], equal) == pytest.approx((0.5, 3.0 / 200))
+    def timed(sizes: dict[int, int]) -> list[LearnerStep]:
+        return learner_steps([row(*pair) for pair in sizes.items()], sizes)
+
+    assert learner_time(timed({1: 100, 2: 200, 3: 400})) == pytest.approx((1.5, 0.01))
+    assert learner_time(timed({1: 200, 2: 200})) == pytest.approx((0.5, 3.0 / 200))
+
+
+def test_a_run_with_another_batch_tells_the_fixed_time(tmp_path: Path) -> None:
+    """The steps of one run are all alike: alone it takes 0.75 s of the fixed second for the tokens'."""
+    run = recording(tmp_path / "small", updating=1.63)
+    larger = recording(tmp_path / "large", answers=8, updating=2.51)
+    alone, _ = calibrate(run)
+    assert (alone.learner_fixed, alone.learner_per_token) == pytest.approx((0.25, 1.63 / 440))
+    both, sources = calibrate(run, also=[larger])
+    assert (both.learner_fixed, both.learner_per_token) == pytest.approx((1.0, 0.002))
+    assert "of 20 steps" in sources["learner"]
 
 
 def test_weights_are_never_negative() -> None:
