@@ -142,10 +142,10 @@ def speed(report: harness.Report, step: traces.Step, rounds: int) -> None:
 
 
 SIZES = {
-    "quickstart": ("schedule.prompts_per_step=32", "rollout.max_response_length=48"),
+    "quickstart": ("schedule.prompts_per_step=8", "rollout.max_response_length=48"),
     "100M": (
         "model.tiny={hidden: 768, layers: 12, heads: 12, kv_heads: 4, head_dim: 64, intermediate: 3072, init_std: 0.02}",
-        "schedule.prompts_per_step=8", "rollout.group_size=4", "rollout.max_response_length=32", "rollout.max_num_seqs=32",
+        "schedule.prompts_per_step=2", "rollout.group_size=4", "rollout.max_response_length=24", "rollout.max_num_seqs=8",
     ),
 }  # fmt: skip
 WEAK = 20e6
@@ -233,7 +233,9 @@ def main() -> None:
     report = harness.Report("sync", arguments.json, "numpy", "numba", "zstandard")
     quick = arguments.quick
     if "ratio" in arguments.only or "speed" in arguments.only:
-        qwen = traces.qwen((5.5e-7, 1.6e-6), layers=1 if quick else arguments.layers, steps=2 if quick else 8, tokens=128)
+        qwen = traces.qwen(
+            (5.5e-7, 1.6e-6), layers=1 if quick else arguments.layers, steps=2 if quick else 8, tokens=128
+        )
         for step in qwen:
             if "ratio" in arguments.only:
                 ratio(report, step)
