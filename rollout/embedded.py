@@ -310,10 +310,13 @@ class EmbeddedEngine:
         if not self._is_new(patch):
             verify(self.digests(), patch)
             return
-        self._corrupt = f"the update to version {patch.version} did not complete"
-        for name, tensor in patch.tensors.items():
-            self.decoder.load(name, tensor)
-        verify(self.digests(), patch)
+        try:
+            for name, tensor in patch.tensors.items():
+                self.decoder.load(name, tensor)
+            verify(self.digests(), patch)
+        except BaseException:  # not before: what is asked meanwhile waits for the update
+            self._corrupt = f"the update to version {patch.version} did not complete"
+            raise
         self._corrupt = None
         self._run_id = patch.run_id
         self._batch.weights_changed(patch.version)
