@@ -32,6 +32,8 @@ class Platform:
     """Set to 1, Ray leaves `visible_devices` alone and every actor sees every card."""
     module: str | None = None
     """The package whose import registers the device with torch."""
+    weight_transfer: str = ""
+    """The weight-transfer engine by which vLLM's processes receive weights over the devices' fabric; ours on a CPU."""
     flash_built_in: bool = False
     """Whether transformers' flash_attention_2 needs no package of its own: on NPUs it is the fused attention of torch_npu."""
     lengths_on_host: bool = False
@@ -43,13 +45,14 @@ class Platform:
         return self.device == "cpu"
 
 
-CPU = Platform(device="cpu", collective="gloo", resource="CPU")
+CPU = Platform(device="cpu", collective="gloo", resource="CPU", weight_transfer="gloo")
 CUDA = Platform(
     device="cuda",
     collective="nccl",
     resource="GPU",
     visible_devices="CUDA_VISIBLE_DEVICES",
     ray_noset="RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES",
+    weight_transfer="nccl",
 )
 NPU = Platform(
     device="npu",
@@ -58,6 +61,7 @@ NPU = Platform(
     visible_devices="ASCEND_RT_VISIBLE_DEVICES",
     ray_noset="RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES",
     module="torch_npu",
+    weight_transfer="nccl",  # vllm-ascend puts its HCCL under this name
     flash_built_in=True,
     lengths_on_host=True,
 )
@@ -161,15 +165,27 @@ def process_group(platform: Platform, store: Any, rank: int, size: int, name: st
     return group
 
 
-def peak_memory_bytes(platform: Platform) -> int:
-    """Peak memory of this process: the card's allocator, or the resident set on a CPU."""
-    import resource
+def meet(platform: Platform, host: str, port: int, rank: int, size: int, timeout: float) -> Any:
+    """`process_group` of processes that know an address of rank 0's machine, where that one keeps the store."""
+    from datetime import timedelta
 
-    import torch
+    import torch.distributed
 
-    if platform.is_cpu:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return int(torch.accelerator.max_memory_allocated())
+    c10d: Any = torch.distributed
+    within = timedelta(seconds=timeout)
+    store = c10d.TCPStore(host, port, is_master=rank == 0, wait_for_workers=False, timeout=within)
+    return process_group(platform, store, rank, size, f"meeting-{port}", timeout)
+
+
+def broadcast(group: Any, tensor: torch.Tensor, timeout: float) -> None:
+    """From rank 0 of a `process_group`, into `tensor` on the others; RuntimeError after `timeout` seconds."""
+    from datetime import timedelta
+
+    import torch.distributed
+
+    options: Any = torch.distributed.distributed_c10d.BroadcastOptions()
+    options.rootRank, options.rootTensor = 0, 0
+    group.broadcast([tensor], options).wait(timedelta(seconds=timeout))
 
 
 def local_cpus() -> int:

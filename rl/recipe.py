@@ -17,6 +17,7 @@ from ..rewards.inputs import RewardInput
 from ..rewards.suite import RewardSuite, build_suite
 from ..rollout.engines import check_engine
 from ..rollout.samples import Prompt
+from ..rollout.vllm_compat import transfer_backend
 from ..rollout.waiting import ActorLostError
 from .algorithm.losses import Objective
 from .batch import sft_batch
@@ -102,6 +103,7 @@ def sitting(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | 
             sync = WeightSync(
                 config.sync, learners, pool, run_id=run_id, run_dir=run_dir, history=config.checkpoint.history,
                 fabric=cluster.placement.device != "cpu", tell=tracker.note,
+                backend=transfer_backend(config.rollout.engine_args), ranks=config.rollout.cards,
             )  # fmt: skip
             run = Run(
                 config=config, run_id=run_id, run_dir=run_dir, tokenizer=tokenizer, source=source, suite=suite,

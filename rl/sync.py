@@ -109,9 +109,13 @@ class WeightSync:
         history: bool,
         fabric: bool,
         tell: Callable[[str], None],
+        backend: str = "",
+        ranks: int = 1,
     ) -> None:
         """history: keep every version in `run_dir`. fabric: the devices have one, for transport=auto to try. tell: where a
-        person reads why `auto` changed over."""
+        person reads why `auto` changed over. backend: the weight-transfer engine of vLLM by which the `ranks` processes of
+        each engine take a broadcast of whole weights themselves."""
+        self._backend, self._ranks = backend, ranks
         self._fabric = fabric
         self._settings, self._learners, self._pool, self._tell = settings, learners, pool, tell
         self._run_id, self._sitting = run_id, time.time_ns()
@@ -141,7 +145,7 @@ class WeightSync:
         if self._history is not None and self.notice is None:
             self._forget_from(version)
         start = time.perf_counter()
-        broadcast = self._next_broadcast() if self._transport == "collective" else None
+        broadcast = self._next_broadcast(later) if self._transport == "collective" else None
         published = self._learners.publish(self._order(version, broadcast))
         self.notice = self._announce(published)
         sending = self._learners.broadcast() if broadcast is not None else None
@@ -158,11 +162,13 @@ class WeightSync:
         seconds = taken_s + time.perf_counter() - start
         return {**_figures(published, reports), "sync/diff_s": taken_s, "timing_s/update_weights": seconds}
 
-    def _next_broadcast(self) -> InBroadcast:
-        """Of the group that stands, or of a new one where a worker was replaced or the last broadcast failed."""
+    def _next_broadcast(self, later: bool) -> InBroadcast:
+        """Of the group that stands, or of a new one where a worker was replaced or the last broadcast failed. Engines that
+        are not all updated at the same time (`later`) cannot receive together."""
         timeout = min(self._settings.timeout / 4, BROADCAST_TIMEOUT)
-        if self._ticket is None or self._pool.restarts != self._restarts:
-            self._ticket = self._learners.meet(len(self._pool.workers), timeout)
+        backend = self._backend if self._mode == "dense" and not later else ""
+        if self._ticket is None or self._pool.restarts != self._restarts or self._ticket.backend != backend:
+            self._ticket = self._learners.meet(len(self._pool.workers), timeout, backend, self._ranks)
             self._broadcasts, self._restarts = 0, self._pool.restarts
         self._broadcasts += 1
         return InBroadcast(ticket=self._ticket, number=self._broadcasts - 1, size=0, timeout=timeout)
@@ -212,6 +218,7 @@ class WeightSync:
             root=published.root,
             patches=self._patches,
             anchors=self._anchors,
+            engines=published.engines,
         )
 
     def _learn(self, published: Published, reports: Sequence[Mapping[str, float]]) -> None:

@@ -36,6 +36,12 @@ class Ticket:
     workers: int
     device: str
     """A platform's name."""
+    backend: str = ""
+    """The weight-transfer engine of vLLM through which the engines' own processes receive (`native`); empty: the workers'."""
+    ranks: int = 1
+    """Processes of one engine."""
+    engine_port: int = 0
+    """Where those meet rank 0 of the learners."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,11 +98,9 @@ class Member:
         if self._broken:
             raise TransferError("the group lost a member before")
         on_device = data.to(self._device)
-        options = c10d.BroadcastOptions()
-        options.rootRank, options.rootTensor = 0, 0
         self._broken = True  # unless all goes well
         try:
-            self._group.broadcast([on_device], options).wait(timedelta(seconds=timeout))
+            platform.broadcast(self._group, on_device, timeout)
         except RuntimeError as error:
             raise TransferError(f"a broadcast to {self.ticket.workers} workers failed: {self._late(error)}") from error
         self._broken, self._done = False, self._done + 1
@@ -121,21 +125,37 @@ class Meeting:
         self._device, self._timeout, self._groups = device, timeout, 0
         self.host = host or socket.gethostbyname(socket.gethostname())
         within = timedelta(seconds=timeout)
-        self._store = c10d.TCPStore(self.host, 0, is_master=True, wait_for_workers=False, timeout=within)
+        self.store = c10d.TCPStore(self.host, 0, is_master=True, wait_for_workers=False, timeout=within)
         self._member: Member | None = None
 
-    def ticket(self, workers: int) -> Ticket:
-        """Of a new group."""
+    def ticket(self, workers: int, backend: str = "", ranks: int = 1) -> Ticket:
+        """Of a new group; backend, ranks: where the engines' own processes receive."""
         self._groups += 1
         self._member = None
-        return Ticket(host=self.host, port=self._store.port, group=self._groups, workers=workers, device=self._device)
+        return Ticket(
+            host=self.host,
+            port=self.store.port,
+            group=self._groups,
+            workers=workers,
+            device=self._device,
+            backend=backend,
+            ranks=ranks,
+            engine_port=_free_port(self.host) if backend else 0,
+        )
 
     def send(self, ticket: Ticket, pieces: Iterable[bytes | memoryview] | Bytes) -> None:
         """Returns when all workers of the ticket have the bytes; TransferError says how many are late."""
         if self._member is None:
-            self._member = Member(ticket, self._timeout, store=self._store, rank=0)
+            self._member = Member(ticket, self._timeout, store=self.store, rank=0)
         data = pieces if isinstance(pieces, np.ndarray) else np.frombuffer(b"".join(pieces), np.uint8)
         self._member.send(data.copy() if not data.flags.writeable else data, self._timeout)
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 __all__ = ["InBroadcast", "Meeting", "Ticket"]

@@ -28,6 +28,10 @@ ALIGNMENT = 64
 ITEM_BYTES = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
 
 
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+"""name -> dtype (as safetensors spells it) and shape."""
+
+
 class Entry(NamedTuple):
     """Where one tensor lies in the shared memory."""
 
@@ -67,18 +71,41 @@ class Mirror:
     def check(self, patch: WeightPatch) -> None:
         """Finds all that can be wrong with a patch before a byte changes: ValueError for a tensor that is not of this
         model or has another dtype or shape, DigestMismatchError where applying it would not give the patch's digests."""
+        self.expect({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in patch.tensors.items()})
         for name, tensor in patch.tensors.items():
-            self._check_tensor(name, tensor)
+            size = math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+            if tensor.data.nbytes != size:
+                raise ValueError(f"{name}: {tensor.dtype} {tensor.shape} is {size} bytes, got {tensor.data.nbytes}")
         arrived = {name: digest(tensor.data) for name, tensor in patch.tensors.items()}
         kept = {name: digest(self._bytes(entry)) for name, entry in self.entries.items() if name not in arrived}
         verify(arrived | kept, patch)
 
+    def expect(self, tensors: Layout) -> None:
+        """ValueError for a tensor that is not of this model."""
+        for name, (dtype, shape) in tensors.items():
+            if self.entries and name not in self.entries:
+                raise ValueError(f"{name} is not a tensor of this model")
+            wanted = self.entries[name].shape if self.entries else shape
+            if (dtype, shape) != (self.dtype, wanted):
+                raise ValueError(f"{name}: got {dtype} {shape}, the engine serves {self.dtype} {wanted}")
+
     def write(self, tensors: Mapping[str, TensorBytes]) -> None:
         """Overwrites these tensors. The engine's processes must not be reading."""
-        if not self.entries:
-            self._lay_out(tensors)
+        self.lay_out({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
         for name, tensor in tensors.items():
             self._bytes(self.entries[name])[:] = tensor.data.reshape(-1)
+
+    def lay_out(self, tensors: Layout) -> None:
+        """Makes room for these tensors; nothing to do once there is."""
+        if self.entries or not tensors:
+            return
+        position = 0
+        for name, (dtype, shape) in tensors.items():
+            size = math.prod(shape) * ITEM_BYTES[dtype]
+            self.entries[name] = Entry(dtype, shape, position, size)
+            position += -(-size // ALIGNMENT) * ALIGNMENT
+        os.ftruncate(self._descriptor, position)
+        self._memory = mmap.mmap(self._descriptor, position)
 
     def digests(self) -> dict[str, str]:
         """name -> xxh3-128 of the bytes that lie here now."""
@@ -92,25 +119,6 @@ class Mirror:
             self._descriptor = -1
             if self._file is not None:
                 os.unlink(self._file)
-
-    def _check_tensor(self, name: str, tensor: TensorBytes) -> None:
-        shape = tuple(tensor.shape)
-        if self.entries and name not in self.entries:
-            raise ValueError(f"{name} is not a tensor of this model")
-        wanted = self.entries[name].shape if self.entries else shape
-        if (tensor.dtype, shape) != (self.dtype, wanted):
-            raise ValueError(f"{name}: got {tensor.dtype} {shape}, the engine serves {self.dtype} {wanted}")
-        size = math.prod(shape) * ITEM_BYTES[tensor.dtype]
-        if tensor.data.nbytes != size:
-            raise ValueError(f"{name}: {tensor.dtype} {shape} is {size} bytes, got {tensor.data.nbytes}")
-
-    def _lay_out(self, tensors: Mapping[str, TensorBytes]) -> None:
-        position = 0
-        for name, tensor in tensors.items():
-            self.entries[name] = Entry(tensor.dtype, tuple(tensor.shape), position, tensor.data.nbytes)
-            position += -(-tensor.data.nbytes // ALIGNMENT) * ALIGNMENT
-        os.ftruncate(self._descriptor, position)
-        self._memory = mmap.mmap(self._descriptor, position)
 
     def _bytes(self, entry: Entry) -> Bytes:
         assert self._memory is not None, "the mirror holds nothing yet"
@@ -126,6 +134,13 @@ def read_mirror(path: str, entries: Iterable[tuple[str, Entry]]) -> Iterator[tup
         yield name, TensorBytes(dtype=entry.dtype, shape=tuple(entry.shape), data=data)
 
 
+def write_mirror(path: str, entry: Entry, data: Bytes) -> None:
+    """Fills one tensor of another process's mirror."""
+    with open(path, "r+b") as file:
+        file.seek(entry.start)
+        file.write(data.data)
+
+
 def checkpoint_bytes(path: Path, dtype: str) -> dict[str, TensorBytes]:
     """The tensors of a Hugging Face directory in the bytes that an engine of `dtype` makes of them; a tied head once."""
     tied = json.loads((path / "config.json").read_text()).get("tie_word_embeddings", False)
@@ -138,4 +153,4 @@ def checkpoint_bytes(path: Path, dtype: str) -> dict[str, TensorBytes]:
     return tensors
 
 
-__all__ = ["Entry", "Mirror", "checkpoint_bytes", "read_mirror"]
+__all__ = ["Entry", "Layout", "Mirror", "checkpoint_bytes", "read_mirror", "write_mirror"]

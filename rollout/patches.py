@@ -14,10 +14,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from .native import Transfer
 
 Bytes = NDArray[np.uint8]
 
@@ -129,6 +133,8 @@ class WeightPatch:
     """The root digest of the weights it changes: versions of one number may differ where a learner was restarted."""
     deltas: Mapping[str, TensorDelta] = field(default_factory=dict)
     """Tensors that come as changes of the base (of zeros, in an anchor). What comes in neither way stays as it is."""
+    transfer: Transfer | None = None
+    """All tensors come from the learners into an engine's own processes, and none here."""
 
     @property
     def num_bytes(self) -> int:

@@ -118,6 +118,15 @@ class Receiver:
             self._report.apply_s += seconds
             return replace(self._report, version=version)
 
+    def received(self, notice: Notice, size: int, transfer_s: float, seconds: float) -> Report:
+        """The engine has the announced version, of so many bytes, from the learners themselves, and what is held here is
+        older; decoding waited so many seconds."""
+        with self._lock:
+            self._held = self._ready = self._given = None
+            self._sitting = max(self._sitting, notice.sitting)
+            self._report = Report(version=notice.version, wire_bytes=size, transfer_s=transfer_s, apply_s=seconds)
+            return self._report
+
     def export(self) -> Bytes:
         """What is held as the bytes of an anchor, for a peer that has nothing. VersionError if nothing is held."""
         held = self._held

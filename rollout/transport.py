@@ -13,12 +13,15 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import ray
 
 from .patches import Bytes
+
+if TYPE_CHECKING:
+    from .native import InEngines
 
 READ_BYTES = 1 << 20
 
@@ -128,6 +131,8 @@ class Notice:
     """Each builds on the one before it."""
     anchors: tuple[Parcel, ...] = ()
     """To be tried in this order where the patches do not lead on from what is held."""
+    engines: InEngines | None = None
+    """The learners send this version into the engines' own processes; what else is here is for who misses it."""
 
     def with_anchor(self, anchor: Parcel) -> Notice:
         """The same with an anchor that is tried before the others."""

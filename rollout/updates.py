@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 
 import ray
 
 from .engine import Engine
-from .patches import Bytes, DigestMismatchError, WeightPatch
+from .native import InEngines, Seat, Transfer
+from .patches import Bytes, DigestMismatchError, TensorBytes, WeightPatch
 from .receiver import Receiver
-from .transport import Notice
+from .transport import Notice, TransferError
 
 NOTHING = -1
 """The version of an engine that serves none."""
@@ -26,13 +28,23 @@ class WeightUpdates:
         """apply: what stands for the engine's own, where somebody has to know before."""
         self._engine, self._receiver, self._apply = engine, receiver, apply or engine.apply
         self._turn = asyncio.Lock()
+        self._seat = Seat()
+        self._coming: Notice | None = None
 
     async def prepare(self, notice: Notice) -> None:
-        await asyncio.to_thread(self._receiver.prepare, notice)
+        self._coming = notice if notice.engines is not None and notice.version > self._engine.version else None
+        if self._coming is None:
+            await asyncio.to_thread(self._receiver.prepare, notice)
 
     async def commit(self, version: int) -> dict[str, float]:
         """Serves what was prepared, of at least this version; what the update cost (`Report`)."""
         async with self._turn:
+            notice, self._coming = self._coming, None
+            if notice is not None and notice.engines is not None:
+                try:
+                    return await self._receive(notice, notice.engines)
+                except TransferError:  # nothing has begun
+                    await asyncio.to_thread(self._receiver.prepare, notice)
             patch = await asyncio.to_thread(self._receiver.patch, version, self._engine.version)
             start = time.perf_counter()
             try:
@@ -42,9 +54,33 @@ class WeightUpdates:
             return self._receiver.commit(served, time.perf_counter() - start).as_dict()
 
     async def apply(self, notice: Notice) -> dict[str, float]:
-        """Both, for a worker that has to catch up."""
-        await self.prepare(notice)
+        """Both, for a worker that has to catch up: without the others."""
+        await self.prepare(replace(notice, engines=None))
         return await self.commit(notice.version)
+
+    async def _receive(self, notice: Notice, place: InEngines) -> dict[str, float]:
+        """The engine's own processes receive from the learners; `TransferError` if not all workers come to that."""
+        missed = False
+
+        def instead() -> Mapping[str, TensorBytes]:
+            nonlocal missed
+            missed = True
+            self._receiver.prepare(notice)
+            return self._receiver.patch(notice.version, NOTHING).tensors
+
+        start = time.perf_counter()
+        rank = await asyncio.to_thread(self._seat.come, place, getattr(self._engine, "joined", None))
+        met = time.perf_counter()
+        transfer = Transfer(place=place, rank=rank, instead=instead)
+        served = await self._apply(
+            WeightPatch(
+                run_id=notice.run_id, version=notice.version, tensors={}, digests=place.digests, transfer=transfer
+            )
+        )
+        now = time.perf_counter()
+        if missed:
+            return self._receiver.commit(served, now - met).as_dict()
+        return self._receiver.received(notice, place.num_bytes, now - start, now - met).as_dict()
 
     def offer(self) -> tuple[str, int, int]:
         """(the node, the version that is held or -1, bytes of its anchor or a little less) for a peer."""

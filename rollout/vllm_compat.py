@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib
 import importlib.util
 import inspect
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
@@ -145,6 +146,7 @@ def prepare(settings: EngineSettings, environ: Mapping[str, str]) -> tuple[dict[
         more, arguments = _npu(settings, environ)
         variables |= more
     variables |= _visible_cards(target, settings, environ)
+    check_transfer(transfer_backend(settings.engine_args), target)
     return variables | {name: value for name, value in unless_set.items() if name not in environ}, arguments
 
 
@@ -168,6 +170,7 @@ def kv_cache_bytes(config: Any, settings: EngineSettings) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token: int = 2 * config.num_hidden_layers * heads * head_dim * (4 if settings.dtype == "float32" else 2)
+    per_token //= math.gcd(heads, int(settings.engine_args.get("tensor_parallel_size", 1)))  # a rank has its own heads
     blocks = settings.max_num_seqs * math.ceil((settings.max_model_len + 1) / BLOCK) + 2
     return min(blocks * BLOCK * per_token, KV_CACHE_BYTES)
 
@@ -215,7 +218,14 @@ def _visible_cards(target: platform.Platform, settings: EngineSettings, environ:
 
 def engine_arguments(settings: EngineSettings, of_platform: Mapping[str, Any]) -> dict[str, Any]:
     """All of vLLM's arguments: emberl's choices, over them the user's, over them what cannot be otherwise."""
-    chosen = {"max_num_seqs": settings.max_num_seqs, "disable_log_stats": True, "enable_prefix_caching": True}
+    chosen: dict[str, Any] = {
+        "max_num_seqs": settings.max_num_seqs,
+        "disable_log_stats": True,
+        "enable_prefix_caching": True,
+    }
+    if parallel_ranks(settings.engine_args) > 1:
+        # in an actor of a placement group vLLM would spread itself over Ray, and find no free bundle
+        chosen["distributed_executor_backend"] = "mp"
     forced = {
         "model": settings.model,
         "dtype": settings.dtype,
@@ -260,19 +270,130 @@ def check_signatures(engine: Any) -> None:
             )
 
 
+# vLLM's weight-transfer engines. The methods of its workers and the factory, in which vllm-ascend 0.23 puts its own, are the
+# same in 0.23 and 0.32. What differs is read off the classes: in 0.32 it is said at the start that tensors come packed, in
+# 0.23 with each update; in 0.32 the trainer has an engine of its own, in 0.23 two static methods of the workers'.
+
+
+def parallel_ranks(engine_args: Mapping[str, Any]) -> int:
+    """Processes that share one engine's model."""
+    return math.prod(int(engine_args.get(f"{kind}_parallel_size", 1)) for kind in ("tensor", "pipeline"))
+
+
+def transfer_backend(engine_args: Mapping[str, Any]) -> str:
+    """The weight-transfer engine that a user asks for; empty: none."""
+    return str((engine_args.get("weight_transfer_config") or {}).get("backend", ""))
+
+
+def check_transfer(backend: str, target: platform.Platform) -> None:
+    """ValueError for a weight-transfer engine that emberl does not drive on this platform."""
+    if backend not in ("", target.weight_transfer):
+        raise ValueError(
+            f"rollout.engine_args.weight_transfer_config.backend={backend}: on {target.device} emberl sends through "
+            f"{target.weight_transfer!r}; set that, or leave weight_transfer_config out"
+        )
+
+
+def register_gloo() -> None:
+    """In a process of vLLM's: adds the engine for CPUs to the factory. Idempotent."""
+    registry = _factory().WeightTransferEngineFactory
+    if platform.CPU.weight_transfer not in registry._registry:
+        registry.register_engine(platform.CPU.weight_transfer, f"{__package__}.vllm_gloo", "GlooWeightTransferEngine")
+
+
+def transfer_init(backend: str, host: str, port: int, rank: int, size: int) -> dict[str, Any]:
+    """What `init_weight_transfer_engine` is given; rank: of the engine's first process, among `size` of all and the sender."""
+    meeting = {"master_address": host, "master_port": port, "rank_offset": rank, "world_size": size}
+    return meeting | _packed(_worker_engine(backend).init_info_cls)
+
+
+def transfer_update(backend: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
+    """What `update_weights` is given; tensors: name -> torch's name of the dtype, and shape."""
+    dtypes, shapes = zip(*tensors.values(), strict=True)
+    info = {"names": list(tensors), "dtype_names": list(dtypes), "shapes": [list(shape) for shape in shapes]}
+    return info | _packed(_worker_engine(backend).update_info_cls)
+
+
+def check_communicator(communicator: Any) -> None:
+    """RuntimeError for vLLM's (or vllm-ascend's) communicator that could not load its library: it says nothing, and what it
+    is told to send or to receive stays as it was."""
+    if getattr(communicator, "disabled", False):
+        raise RuntimeError(
+            f"{type(communicator).__name__} is disabled: this process could not load the library of the devices' collectives "
+            "(or VLLM_DISABLE_PYNCCL is set); mend that, or leave rollout.engine_args.weight_transfer_config out"
+        )
+
+
+def check_sender(backend: str) -> None:
+    """ValueError where a learner cannot send through `backend`."""
+    if backend not in ("", platform.CPU.weight_transfer) and installed_version() is None:
+        raise ValueError(
+            f"rollout.engine_args.weight_transfer_config.backend={backend}: learners send by vLLM's own communicator, so vLLM "
+            "(on NPUs with vllm-ascend) must be installed for them too; install it, or leave weight_transfer_config out"
+        )
+
+
+def open_transfer(backend: str, host: str, port: int, size: int) -> Callable[[Mapping[str, Any]], None]:
+    """A learner's end of a group, once all have met; what it returns sends name -> tensor on this process's device."""
+    check_sender(backend)
+    trainers = getattr(_factory(), "WeightTransferTrainerFactory", None)
+    if trainers is None:
+        worker = _worker_engine(backend)
+        group = worker.trainer_init({"master_address": host, "master_port": port, "world_size": size})
+        check_communicator(group)
+        return lambda tensors: worker.trainer_send_weights(iter(tensors.items()), {"group": group, "packed": True})
+    trainer, source = trainers._registry[backend](), _Source()
+    info = trainer.init_info_cls(master_address=host, master_port=port, world_size=size, rank=0)
+    sender = trainer.trainer_init(info, client=_NoClient(), source=source)
+    check_communicator(sender.model_update_group)
+
+    def send(tensors: Mapping[str, Any]) -> None:
+        source.tensors = tensors
+        sender.send_weights()
+
+    return send
+
+
+class _Source:
+    """Serves as vLLM's `WeightSource`."""
+
+    tensors: Mapping[str, Any] = {}
+
+    def metadata(self) -> list[Any]:
+        param_meta = importlib.import_module("vllm.distributed.weight_transfer.base").ParamMeta
+        return [param_meta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()]
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        return iter(self.tensors.items())
+
+
+class _NoClient:
+    """Serves as vLLM's `VLLMWeightSyncClient`: each rollout worker tells its own engine."""
+
+    def __getattr__(self, _name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
+def _factory() -> Any:
+    importlib.import_module("vllm.platforms").current_platform  # noqa: B018 -- loads vllm-ascend, which changes the factory
+    return importlib.import_module("vllm.distributed.weight_transfer.factory")
+
+
+def _worker_engine(backend: str) -> Any:
+    register_gloo()
+    return _factory().WeightTransferEngineFactory._registry[backend]()
+
+
+def _packed(info: Any) -> dict[str, Any]:
+    return {"packed": True} if "packed" in info.__dataclass_fields__ else {}
+
+
 def _text(minor: tuple[int, int]) -> str:
     return ".".join(map(str, minor))
 
 
 __all__ = [
-    "DTYPES",
-    "OWNER",
-    "EngineSettings",
-    "check_engine_args",
-    "check_installed",
-    "check_signatures",
-    "engine_arguments",
-    "installed_version",
-    "prepare",
-    "repack_tied_head",
-]
+    "DTYPES", "OWNER", "EngineSettings", "check_communicator", "check_engine_args", "check_installed", "check_sender",
+    "check_signatures", "check_transfer", "engine_arguments", "installed_version", "open_transfer", "parallel_ranks",
+    "prepare", "register_gloo", "repack_tied_head", "transfer_backend", "transfer_init", "transfer_update",
+]  # fmt: skip

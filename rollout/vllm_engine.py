@@ -33,15 +33,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import vllm_compat
+from .collective import Ticket
 from .engine import Request
 from .live_samples import NOTHING, Decoded, LiveSample, samples_of
-from .mirror import Mirror, checkpoint_bytes
-from .patches import DigestMismatchError, TensorBytes, VersionError, WeightPatch, verify
+from .patches import DigestMismatchError, WeightPatch
 from .samples import Completion, Prompt, Sampling
 from .sampling import check_request
-from .update_order import UpdateOrder
-from .vllm_process import EngineLostError, RunningLLM, start
-from .vllm_server import RunningServer, connect
+from .vllm_process import EngineLostError, RunningLLM
+from .vllm_server import RunningServer
+from .vllm_weights import ServedWeights
 
 ABORT_AGAIN = 0.1
 """Seconds after which an abort is repeated for requests that were still on their way to vLLM."""
@@ -92,23 +92,22 @@ class VLLMEngine:
             max_model_len=max_model_len,
             engine_args=engine_args or {},
         )
-        self._deadline, self._max_restarts, self.restarts = deadline_s, max_restarts, 0
-        self._run_id, self._version = run_id, version
-        self._server = server
-        self._start()
-        self._mirror = Mirror(vllm_compat.DTYPES[dtype], servers_directory)
-        if version >= 0:
-            self._mirror.write(checkpoint_bytes(Path(model), dtype))
-        self._proved: WeightPatch | None = None  # of the version served, without its tensors; None: those of `model`
+        self._deadline = deadline_s
+        self.sent: dict[str, LiveSample] = {}
+        """By request id, those that vLLM has."""
+        self._weights = ServedWeights(
+            self._settings,
+            self,
+            run_id=run_id,
+            version=version,
+            deadline_s=deadline_s,
+            max_restarts=max_restarts,
+            server=server,
+            servers_directory=servers_directory,
+        )
         self._turn = asyncio.Lock()  # who may pause, resume, update or restart; first come, first served
-        self._open = asyncio.Event()  # whether samples are sent to vLLM
-        self._open.set()
-        self._held = False  # somebody asked for a pause
-        self._corrupt: Exception | None = None
         self._closed = False
-        self._salt = 0
         self._ids = itertools.count()
-        self._sent: dict[str, LiveSample] = {}  # by request id, those that vLLM has
         self._tasks: dict[asyncio.Task[None], LiveSample] = {}
         self._watch: asyncio.Task[None] | None = None
         self._rescue: asyncio.Task[None] | None = None
@@ -118,15 +117,29 @@ class VLLMEngine:
 
     @property
     def version(self) -> int:
-        return self._version
+        return self._weights.version
 
     @property
     def run_id(self) -> str:
-        return self._run_id
+        return self._weights.run_id
+
+    @property
+    def restarts(self) -> int:
+        """How often vLLM's processes were started anew."""
+        return self._weights.restarts
+
+    @property
+    def joined(self) -> Ticket | None:
+        """The group through which the learners can send weights into vLLM's processes."""
+        return self._weights.joined
+
+    @property
+    def _llm(self) -> RunningLLM | RunningServer:
+        return self._weights.llm
 
     def digests(self) -> dict[str, str]:
         """name -> xxh3-128 of the bytes that the engine was given to serve."""
-        return self._mirror.digests()
+        return self._weights.mirror.digests()
 
     # The protocol `Engine`.
 
@@ -160,25 +173,22 @@ class VLLMEngine:
                 task.cancel()
 
     async def pause(self) -> None:
-        async with self._turn:
-            self._held = True
-            if self._order.state != "asleep":
-                await self._bring(self._proved, {})
+        await self._hold(True)
 
     async def resume(self) -> None:
+        await self._hold(False)
+
+    async def _hold(self, held: bool) -> None:
         async with self._turn:
-            self._held = False
-            if self._order.state != "asleep":
-                await self._bring(self._proved, {})
+            self._weights.held = held
+            if self._weights.order.state != "asleep":
+                await self._weights.settle()
 
     async def apply(self, patch: WeightPatch) -> int:
         async with self._turn:
             self._check_open()
-            if await asyncio.to_thread(self._is_new, patch):
-                target = replace(patch, tensors={})
-                await self._bring(target, patch.tensors)
-                self._run_id, self._version, self._proved = patch.run_id, patch.version, target
-        return self._version
+            await self._weights.apply(patch)
+        return self.version
 
     async def abort(self, prompt_ids: Collection[str]) -> list[Completion]:
         wanted = set(prompt_ids)
@@ -196,41 +206,38 @@ class VLLMEngine:
 
     async def probe(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         self._check_serving()
-        work = self._llm.prompt_logprobs(f"p{next(self._ids)}", list(token_ids), str(self._salt))
+        work = self._llm.prompt_logprobs(f"p{next(self._ids)}", list(token_ids), str(self._weights.salt))
         return np.array(await self._llm.within("probe", work, self._deadline), np.float32)
 
     async def sleep(self, level: int) -> None:
         async with self._turn:
             self._check_serving()
-            if self._order.state == "asleep":
+            if self._weights.order.state == "asleep":
                 return
-            self._open.clear()
+            self._weights.open.clear()
             if self._tasks:
                 _, left = await asyncio.wait(list(self._tasks), timeout=self._deadline)
                 if left:
                     raise TimeoutError(f"vLLM engine: {len(left)} samples kept it awake for {self._deadline:g} s")
-            if self._order.state == "serving":
-                await self._pause()
-            with self._order.step("sleep"):
-                await self._llm.within("sleep", self._llm.sleep(level), self._deadline)
+            await self._weights.sleep(level)
 
     async def wake(self) -> None:
         async with self._turn:
-            if self._order.state == "asleep" and self._proved is not None:
-                await self._bring(self._proved, {}, stale=True)
+            if self._weights.can_wake:
+                await self._weights.settle(stale=True)
 
     async def reload(self) -> None:
         async with self._turn:
             self._check_serving()
-            await self._bring(self._proved, {}, stale=True)
+            await self._weights.settle(stale=True)
 
     async def close(self) -> None:
         async with self._turn:
             if not self._closed:
                 self._closed = True
-                await self._fail(RuntimeError("the engine was closed"))
+                await self.fail(RuntimeError("the engine was closed"))
                 await self._llm.shutdown()
-                self._mirror.close()
+                self._weights.mirror.close()
 
     # One sample.
 
@@ -245,11 +252,11 @@ class VLLMEngine:
 
     async def _decode(self, sample: LiveSample) -> Completion:
         while True:
-            await self._open.wait()
+            await self._weights.open.wait()
             self._check_serving()
             sample.send_as(str(next(self._ids)))
             if sample.unwanted:
-                return sample.completion(NOTHING, self._version)
+                return sample.completion(NOTHING, self.version)
             llm = self._llm
             try:
                 decoded = await self._send(sample)
@@ -257,12 +264,12 @@ class VLLMEngine:
                 await self._lost(llm, error)
                 continue
             if not sample.restart:
-                return sample.completion(decoded, self._version)
+                return sample.completion(decoded, self.version)
 
     async def _send(self, sample: LiveSample) -> Decoded:
-        self._sent[sample.request_id] = sample
+        self.sent[sample.request_id] = sample
         sampling = replace(sample.sampling, max_tokens=sample.wanted, seed=sample.seed)
-        work = self._llm.decode(sample.request_id, sample.token_ids, sampling, str(self._salt))
+        work = self._llm.decode(sample.request_id, sample.token_ids, sampling, str(self._weights.salt))
         sample.work = asyncio.ensure_future(work)
         try:
             return await sample.work
@@ -272,10 +279,10 @@ class VLLMEngine:
                 raise
             return NOTHING
         finally:
-            del self._sent[sample.request_id]
+            del self.sent[sample.request_id]
 
-    def _count(self, request_id: str, tokens: int) -> None:
-        sample = self._sent.get(request_id)
+    def count(self, request_id: str, tokens: int) -> None:
+        sample = self.sent.get(request_id)
         if sample is not None:
             if sample.tokens == 0:
                 sample.came = self._served_s
@@ -287,11 +294,11 @@ class VLLMEngine:
         came, since = self.tokens_decoded, self._served_s
         while self._tasks:
             await asyncio.sleep(LOOK)
-            if self._order.state == "serving":
+            if self._weights.order.state == "serving":
                 self._served_s += LOOK
-            if self.tokens_decoded != came or not self._sent:
+            if self.tokens_decoded != came or not self.sent:
                 came, since = self.tokens_decoded, self._served_s
-            late = [s for s in self._sent.values() if s.tokens and self._served_s - s.came > self._allowed(s)]
+            late = [s for s in self.sent.values() if s.tokens and self._served_s - s.came > self._allowed(s)]
             if late:
                 why = f"a sample of {late[0].sampling.max_tokens} tokens took longer than {self._allowed(late[0]):g} s"
                 await self._lost(self._llm, EngineLostError(why))
@@ -301,23 +308,7 @@ class VLLMEngine:
     def _allowed(self, sample: LiveSample) -> float:
         return self._deadline + SLOWEST * sample.sampling.max_tokens
 
-    # Weights and processes, in their turn.
-
-    def _is_new(self, patch: WeightPatch) -> bool:
-        """Whether it has to be applied. All that can be wrong with it is found here, before anything changes."""
-        if self._run_id and patch.run_id != self._run_id:
-            raise VersionError(f"a patch of run {patch.run_id}, but this engine serves run {self._run_id}")
-        if patch.version < self._version:
-            raise VersionError(f"version goes backwards: {patch.version} after {self._version}")
-        if patch.version == self._version and self._corrupt is None:
-            verify(self._mirror.digests(), patch)
-            return False
-        if patch.base_version not in (None, self._version):
-            raise VersionError(
-                f"patch {patch.version} builds on {patch.base_version}, the engine serves {self._version}"
-            )
-        self._mirror.check(patch)
-        return True
+    # Losses.
 
     async def _lost(self, llm: RunningLLM | RunningServer, error: EngineLostError) -> None:
         """Returns when `llm` has been replaced, or cannot be."""
@@ -327,115 +318,11 @@ class VLLMEngine:
 
     async def _replace(self, llm: RunningLLM | RunningServer, error: EngineLostError) -> None:
         async with self._turn:
-            if llm is self._llm and not self._closed and self._corrupt is None:
+            if llm is self._llm and not self._closed and self._weights.corrupt is None:
                 with suppress(Exception):  # every stream has it by now
-                    await self._bring(self._proved, {}, lost=error)
+                    await self._weights.settle(lost=error)
 
-    async def _bring(
-        self,
-        target: WeightPatch | None,
-        tensors: Mapping[str, TensorBytes],
-        *,
-        stale: bool = False,
-        lost: Exception | None = None,
-    ) -> None:
-        """Until the engine holds what `target` says after writing `tensors`, and is paused exactly if somebody asked for it;
-        through as many restarts as are allowed. What fails for good ends every stream. stale: it has to be loaded in any
-        case. lost: the engine has to be replaced."""
-        self._open.clear()
-        stale, differed = stale or target is not self._proved, False
-        try:
-            while True:
-                try:
-                    if lost is not None:
-                        await self._restart(lost)
-                        stale, lost = target is not None, None
-                    if stale and target is not None:
-                        await self._exchange(target, tensors)
-                        self._corrupt, stale = None, False
-                    if self._held and self._order.state == "serving":
-                        await self._pause()
-                    if not self._held and self._order.state == "paused":
-                        await self._resume()
-                    return
-                except (EngineLostError, TimeoutError) as error:
-                    lost = error
-                except DigestMismatchError:
-                    if differed:
-                        raise
-                    differed = True
-        except BaseException as error:
-            failure = error if isinstance(error, Exception) else RuntimeError("a weight update was interrupted")
-            self._corrupt = self._corrupt or failure
-            await self._fail(failure)
-            raise
-        finally:
-            self._open.set()
-
-    async def _exchange(self, target: WeightPatch, tensors: Mapping[str, TensorBytes]) -> None:
-        slept = self._order.state == "asleep"
-        if slept:
-            with self._order.step("wake"):
-                await self._llm.within("wake", self._llm.wake("weights"), self._deadline)
-        elif self._order.state != "paused":
-            await self._pause()
-        with self._order.step("load"):
-            await asyncio.to_thread(self._mirror.write, tensors)
-            entries = [[name, *entry] for name, entry in self._mirror.entries.items()]
-            work = self._llm.call_workers("emberl_load", self._mirror.path, entries)
-            served = await self._llm.within("load", work, self._deadline)
-        with self._order.step("clear"):
-            if slept:  # the cache's memory is asked for only when what loading needed is free again
-                await self._llm.within("wake", self._llm.wake("kv_cache"), self._deadline)
-            await self._clear()
-        with self._order.step("prove"):
-            for digests in served:
-                verify(digests, target)
-            await self._llm.within("label", self._llm.label(target.version), self._deadline)
-
-    async def _clear(self) -> None:
-        """No prompt may be continued from what the old weights cached. vLLM empties its cache only while no request holds a
-        block of it, so later prompts get another salt, and those on their way that have no token yet are sent anew."""
-        for sample in self._sent.values():
-            sample.close_span(self._version)
-            sample.restart = sample.tokens == 0
-        self._salt += 1
-        await self._llm.abort([i for i, sample in self._sent.items() if sample.restart])
-        if not self._server and all(sample.restart for sample in self._sent.values()):
-            cleared = await self._llm.within("clear", self._llm.clear_prefix_cache(), self._deadline)
-            assert cleared, "vLLM kept its prefix cache though no request is in flight"
-
-    async def _pause(self) -> None:
-        with self._order.step("pause"):
-            await self._llm.within("pause", self._llm.pause(), self._deadline)
-
-    async def _resume(self) -> None:
-        with self._order.step("resume"):
-            await self._llm.within("resume", self._llm.resume(), self._deadline)
-
-    def _start(self) -> None:
-        if self._server:
-            self._llm: RunningLLM | RunningServer = connect(self._server, self._settings, self._version, self._deadline)
-        else:
-            self._llm = start(self._settings)
-        self._llm.on_tokens(self._count)
-        self._order = UpdateOrder()
-
-    async def _restart(self, error: Exception) -> None:
-        """New processes, which hold what `model` holds; EngineLostError with the old ones' last words if none are allowed."""
-        for sample in list(self._sent.values()):
-            sample.take_back()
-        last = " | ".join(self._llm.last_lines())
-        await self._llm.shutdown()
-        self.restarts += 1
-        if self.restarts > self._max_restarts:
-            raise RuntimeError(
-                f"vLLM was lost {self.restarts} times, more than rollout.max_restarts={self._max_restarts}: {error}; "
-                f"its last lines: {last}"
-            )
-        await asyncio.to_thread(self._start)
-
-    async def _fail(self, error: Exception) -> None:
+    async def fail(self, error: Exception) -> None:
         """Ends every stream with `error` and takes its requests back from vLLM."""
         for task, sample in list(self._tasks.items()):
             sample.outcomes.put_nowait(error)
@@ -449,9 +336,10 @@ class VLLMEngine:
 
     def _check_serving(self) -> None:
         self._check_open()
-        if self._corrupt is not None:
-            kind = DigestMismatchError if isinstance(self._corrupt, DigestMismatchError) else RuntimeError
-            raise kind(f"the vLLM engine serves nothing: {self._corrupt}")
+        why = self._weights.corrupt
+        if why is not None:
+            kind = DigestMismatchError if isinstance(why, DigestMismatchError) else RuntimeError
+            raise kind(f"the vLLM engine serves nothing: {why}")
 
 
 __all__ = ["VLLMEngine"]

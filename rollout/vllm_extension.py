@@ -9,16 +9,17 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .decoder import DTYPE_NAMES
-from .mirror import Entry, read_mirror
-from .patches import TensorBytes, digest
-from .vllm_compat import OWNER, repack_tied_head
+from .mirror import Entry, read_mirror, write_mirror
+from .patches import Bytes, TensorBytes, digest
+from .vllm_compat import OWNER, check_communicator, register_gloo, repack_tied_head
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -29,6 +30,12 @@ class WeightExtension:
     model_runner: Any
     vllm_config: Any
     device: torch.device
+    rank: int
+    weight_transfer_engine: Any
+    init_weight_transfer_engine: Callable[[dict[str, Any]], None]
+    start_weight_update: Callable[[], None]
+    update_weights: Callable[[dict[str, Any]], None]
+    finish_weight_update: Callable[[], None]
 
     def emberl_describe(self) -> dict[str, Any]:
         """What a server that already runs was started with."""
@@ -45,40 +52,69 @@ class WeightExtension:
         entries: [name, dtype, shape, start, size] of each. RuntimeError if the model has a parameter that none of them
         filled: it would go on serving old values.
         """
-        digests: dict[str, str] = {}
-        listed = ((str(name), Entry(dtype, tuple(shape), start, size)) for name, dtype, shape, start, size in entries)
+        with self._emberl_loading() as digests:
+            self.model_runner.reload_weights(weights_iterator=_as_torch(read_mirror(path, _entries(entries).items())))
+        return digests
+
+    def emberl_join(self, init_info: dict[str, Any]) -> None:
+        """Meets the learners, in the group of vLLM's weight-transfer engine."""
+        self.init_weight_transfer_engine(init_info)
+        check_communicator(self.weight_transfer_engine.model_update_group)
+
+    def emberl_receive(self, path: str, entries: Sequence[Sequence[Any]], update: dict[str, Any]) -> dict[str, str]:
+        """Loads every tensor that the learners send now, through vLLM's weight-transfer engine; the engine's first process
+        fills the mirror with them. Otherwise as `emberl_load`."""
+        listed = _entries(entries)
+
+        def keep(name: str, data: Bytes) -> None:
+            if self.rank == 0:
+                write_mirror(path, listed[name], data)
+
+        with self._emberl_loading(keep) as digests:
+            self.start_weight_update()
+            self.update_weights(update)
+            self.finish_weight_update()
+        return digests
+
+    @contextmanager
+    def _emberl_loading(self, keep: Callable[[str, Bytes], None] = lambda *_: None) -> Iterator[dict[str, str]]:
+        """Around a reload: the digests of what is loaded; `keep` has its bytes, too. RuntimeError if a parameter was left
+        out, of which vLLM only warns."""
         model = self.model_runner.get_model()
-        held = {name for name, _ in model.named_parameters()}
-        filled = _recording(model, held)
+        held, filled = {name for name, _ in model.named_parameters()}, set[str]()
+        digests: dict[str, str] = {}
+        load = model.load_weights
+
+        def seen(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+                digests[name] = digest(data)
+                keep(name, data)
+                yield name, tensor
+
+        def load_seen(weights: Iterable[tuple[str, Tensor]]) -> Any:
+            names = load(seen(weights))
+            filled.update(held if names is None else names)  # None: this model's loader does not say
+            return names
+
+        model.load_weights = load_seen
         try:
-            self.model_runner.reload_weights(weights_iterator=_as_torch(read_mirror(path, listed), digests))
+            yield digests
         finally:
             del model.load_weights
         repack_tied_head(model)
         missing = sorted(held - filled)
         if missing:
             raise RuntimeError(f"the update has nothing for {len(missing)} parameters of the engine, e.g. {missing[0]}")
-        return digests
 
 
-def _as_torch(tensors: Iterable[tuple[str, TensorBytes]], digests: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+def _entries(listed: Sequence[Sequence[Any]]) -> dict[str, Entry]:
+    return {str(name): Entry(dtype, tuple(shape), start, size) for name, dtype, shape, start, size in listed}
+
+
+def _as_torch(tensors: Iterable[tuple[str, TensorBytes]]) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
-        digests[name] = digest(tensor.data)
         yield name, torch.from_numpy(tensor.data).view(DTYPES[tensor.dtype]).view(tensor.shape)
-
-
-def _recording(model: Any, held: set[str]) -> set[str]:
-    """The set that will hold the parameters filled by the model's next `load_weights`; vLLM only warns of the others."""
-    filled: set[str] = set()
-    load = model.load_weights
-
-    def recording(weights: Iterable[tuple[str, Tensor]]) -> Any:
-        names = load(weights)
-        filled.update(held if names is None else names)  # None: this model's loader does not say
-        return names
-
-    model.load_weights = recording
-    return filled
 
 
 def end_with(owner: int) -> None:
@@ -101,6 +137,7 @@ def _ended(process: int) -> bool:
         return True
 
 
+register_gloo()
 if OWNER in os.environ:  # vLLM imports this file in its workers, before they load a model
     end_with(int(os.environ[OWNER]))
 

@@ -91,10 +91,10 @@ class LearnerGroup:
         )[0]
         return published
 
-    def meet(self, workers: int, timeout: float) -> Ticket:
-        """A new group of rank 0 and so many workers, for broadcasts."""
+    def meet(self, workers: int, timeout: float, backend: str = "", ranks: int = 1) -> Ticket:
+        """A new group of rank 0 and so many workers, for broadcasts (`Publisher.meet`)."""
         meet = self.ranks[0].meet.options(concurrency_group=PUBLISHING)
-        ticket: Ticket = self._wait([meet.remote(workers, timeout)], "meet")[0]
+        ticket: Ticket = self._wait([meet.remote(workers, timeout, backend, ranks)], "meet")[0]
         return ticket
 
     def broadcast(self) -> Any:

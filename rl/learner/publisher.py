@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from ...rollout.collective import InBroadcast, Meeting, Ticket
+from ...rollout.native import InEngines, Sender
 from ...rollout.patch_apply import commit, prepare
 from ...rollout.patch_codec import CHUNK_BYTES, spread
 from ...rollout.patch_encode import Shard, TensorPart, diff, join
@@ -39,6 +40,7 @@ from ...rollout.patches import (
     element_type,
 )
 from ...rollout.transport import Directory, ObjectStore, Outbox, Parcel
+from ...rollout.vllm_compat import check_sender
 from .lora import merged_shards
 
 SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
@@ -79,6 +81,8 @@ class Published:
     anchor: Parcel | None
     changed: float | None
     """The share of elements that differ from the last version: counted in a patch, guessed from a sample without one."""
+    engines: InEngines | None = None
+    """It will be sent into the engines' own processes."""
     encode_s: float
     """Diff, encoding, digests and the way into the transport, all off the learner's own thread."""
 
@@ -118,8 +122,9 @@ class Publisher:
         self._old: dict[str, Shard] | None = None
         self._base: Weights | None = None
         self._taken = threading.Lock()
-        self._outgoing: tuple[InBroadcast, Bytes] | None = None
+        self._outgoing: tuple[InBroadcast, Bytes] | tuple[InEngines, Mapping[str, TensorBytes]] | None = None
         self._meeting: Meeting | None = None
+        self._sender: Sender | None = None
 
     def take(self, shards: dict[str, Shard]) -> None:
         """These are the weights of the next version to be published."""
@@ -150,10 +155,14 @@ class Publisher:
         if not whole:
             changed = changed_elements(patch) / max(1, _num_elements(parts))
         weights = self._advance(patch)
+        broadcast, engines = order.broadcast, None
+        if broadcast is not None and broadcast.ticket.backend:
+            engines = _into_engines(broadcast, weights)
+            self._outgoing, broadcast = (engines, weights.tensors), None
         outbox: Outbox = Directory(Path(order.directory)) if order.directory is not None else ObjectStore()
-        sent = None if whole else self._put(outbox, patch, order.broadcast)
+        sent = None if whole else self._put(outbox, patch, broadcast)
         if whole:
-            anchor: Parcel | None = self._put(outbox, patch, order.broadcast)
+            anchor: Parcel | None = self._put(outbox, patch, broadcast)
         else:
             anchor = self._put(outbox, _anchor(weights)) if order.anchor else None
         if order.history is not None:
@@ -165,21 +174,29 @@ class Publisher:
             patch=sent,
             anchor=anchor,
             changed=changed,
+            engines=engines,
             encode_s=time.perf_counter() - start,
         )
 
-    def meet(self, device: str, workers: int, timeout: float) -> Ticket:
-        """Rank 0: a new group of this process and so many workers, for broadcasts."""
+    def meet(self, device: str, workers: int, timeout: float, backend: str = "", ranks: int = 1) -> Ticket:
+        """Rank 0: a new group of this process and so many workers, for broadcasts; of their engines' processes (`ranks`
+        each), where there is a `backend`. ValueError if this process cannot send through that."""
+        check_sender(backend)
         if self._meeting is None:
             self._meeting = Meeting(device, timeout)
-        return self._meeting.ticket(workers)
+        return self._meeting.ticket(workers, backend, ranks)
 
     def broadcast(self) -> None:
         """Rank 0: sends what was last published to the workers that wait for it; TransferError if not all came."""
         assert self._meeting is not None and self._outgoing is not None, "nothing was published for a broadcast"
-        place, data = self._outgoing
-        self._outgoing = None
-        self._meeting.send(place.ticket, data)
+        outgoing, self._outgoing = self._outgoing, None
+        if isinstance(outgoing[0], InEngines):
+            place, tensors = outgoing
+            if self._sender is None or self._sender.ticket != place.ticket:
+                self._sender = Sender(self._meeting.store, place.ticket)
+            self._sender.send(place, tensors)
+        else:
+            self._meeting.send(outgoing[0].ticket, outgoing[1])
 
     def _put(self, outbox: Outbox, patch: WeightPatch, broadcast: InBroadcast | None = None) -> Parcel:
         if broadcast is None:
@@ -212,6 +229,16 @@ class Publisher:
             changed += int(np.count_nonzero(new[::step] != old[::step])) * step
             total += len(new[::step]) * step
         return changed / max(1, total)
+
+
+def _into_engines(broadcast: InBroadcast, weights: Weights) -> InEngines:
+    return InEngines(
+        ticket=broadcast.ticket,
+        number=broadcast.number,
+        timeout=broadcast.timeout,
+        tensors={name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.tensors.items()},
+        digests=weights.digests,
+    )
 
 
 def _anchor(weights: Weights) -> WeightPatch:

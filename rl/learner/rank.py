@@ -333,9 +333,9 @@ class LearnerRank:
         """Rank 0: what was taken, handed to the transport."""
         return self.publisher.publish(order, others)
 
-    def meet(self, workers: int, timeout: float) -> Ticket:
+    def meet(self, workers: int, timeout: float, backend: str = "", ranks: int = 1) -> Ticket:
         """Rank 0: a new group for broadcasts to so many workers."""
-        return self.publisher.meet(self.platform.device, workers, timeout)
+        return self.publisher.meet(self.platform.device, workers, timeout, backend, ranks)
 
     def broadcast(self) -> None:
         """Rank 0: sends what was last published to the workers that wait for it."""

@@ -116,16 +116,67 @@ def test_weight_transfer_entries_keep_vllms_names() -> None:
     replaced = source("patch/platform/patch_weight_transfer_engine.py")
     assert '_registry["nccl"] = lambda: HCCLWeightTransferEngine' in replaced
     assert '_registry["ipc"] = _load_npu_ipc_engine' in replaced
-    hccl = "distributed/weight_transfer/hccl_engine.py"
-    assert fields(class_of(hccl, "HCCLWeightTransferInitInfo")) == [
+    assert fields(class_of(HCCL, "HCCLWeightTransferInitInfo")) == [
         "master_address", "master_port", "rank_offset", "world_size",
     ]  # fmt: skip
-    assert fields(class_of(hccl, "HCCLWeightTransferUpdateInfo")) == [
+    assert fields(class_of(HCCL, "HCCLWeightTransferUpdateInfo")) == [
         "names", "dtype_names", "shapes", "packed", "packed_buffer_size_bytes", "packed_num_buffers",
     ]  # fmt: skip
-    engine = methods(class_of(hccl, "HCCLWeightTransferEngine"))
+    engine = methods(class_of(HCCL, "HCCLWeightTransferEngine"))
     assert parameters(engine["trainer_init"]) == ["init_info"]
     assert parameters(engine["trainer_send_weights"]) == ["iterator", "trainer_args"]
+
+
+HCCL = "distributed/weight_transfer/hccl_engine.py"
+
+
+def test_its_transfer_engine_takes_what_emberl_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its infos are dataclasses made of these dictionaries: an unknown key would be refused, and tensors that one side packs
+    and the other does not would hang both."""
+    infos = {
+        f"{kind}_info_cls": types.SimpleNamespace(
+            __dataclass_fields__=dict.fromkeys(fields(class_of(HCCL, f"HCCLWeightTransfer{kind.title()}Info")))
+        )
+        for kind in ("init", "update")
+    }
+    monkeypatch.setattr(vllm_compat, "_worker_engine", lambda backend: types.SimpleNamespace(**infos))
+    backend = platform.NPU.weight_transfer
+    assert vllm_compat.transfer_init(backend, "host", 1, 3, 9) == {
+        "master_address": "host", "master_port": 1, "rank_offset": 3, "world_size": 9,
+    }  # fmt: skip
+    assert vllm_compat.transfer_update(backend, {"a": ("bfloat16", (2, 3))}) == {
+        "names": ["a"], "dtype_names": ["bfloat16"], "shapes": [[2, 3]], "packed": True,
+    }  # fmt: skip
+
+
+def test_learners_send_as_it_says() -> None:
+    engine = methods(class_of(HCCL, "HCCLWeightTransferEngine"))
+    assert {"group", "packed"} <= set(fields(class_of(HCCL, "HCCLTrainerSendWeightsArgs")))
+    sending, meeting = ast.unparse(engine["trainer_send_weights"]), ast.unparse(engine["trainer_init"])
+    assert "HCCLTrainerSendWeightsArgs(**trainer_args)" in sending, "a dictionary will do"
+    for key in ("master_address", "master_port", "world_size"):
+        assert f"init_info['{key}']" in meeting
+    assert "PyHcclCommunicator(pg, device=device)" in ast.unparse(engine["_stateless_init_process_group"])
+    assert "self.model_update_group: PyHcclCommunicator | None = None" in ast.unparse(engine["__init__"])
+    assert "rank = worker_rank + init_info.rank_offset" in ast.unparse(engine["init_transfer_engine"])
+
+
+def test_its_workers_take_the_steps_of_a_transfer() -> None:
+    worker = methods(class_of("worker/worker.py", "NPUWorker"))
+    assert parameters(worker["init_weight_transfer_engine"]) == ["self", "init_info"]
+    start = worker["start_weight_update"]
+    assert parameters(start)[2:] == [] and [ast.unparse(d) for d in start.args.defaults] == ["True"], "as a checkpoint"
+    assert parameters(worker["update_weights"]) == ["self", "update_info"]
+    assert "load_weights=model.load_weights" in ast.unparse(worker["update_weights"]), "looked up when the tensors come"
+    assert parameters(worker["finish_weight_update"]) == ["self"]
+    assert "self.weight_transfer_engine = None" in ast.unparse(worker["__init__"])
+
+
+def test_its_engines_are_in_the_factory_once_the_platform_is_known() -> None:
+    """A learner that sends asks for vLLM's `current_platform` first."""
+    start = methods(class_of("platform.py", "NPUPlatform"))["pre_register_and_update"]
+    assert "adapt_patch(is_global_patch=True)" in ast.unparse(start)
+    assert "patch_weight_transfer_engine" in source("patch/platform/__init__.py")
 
 
 def test_a_communicator_without_its_library_does_nothing_and_says_nothing() -> None:
@@ -136,3 +187,5 @@ def test_a_communicator_without_its_library_does_nothing_and_says_nothing() -> N
     for name in ("all_reduce", "broadcast"):
         first = next(n for n in pyhccl[name].body if isinstance(n, ast.If))
         assert ast.unparse(first.test) == "self.disabled" and isinstance(first.body[0], ast.Return)
+    with pytest.raises(RuntimeError, match="is disabled"):
+        vllm_compat.check_communicator(types.SimpleNamespace(disabled=True))

@@ -10,6 +10,7 @@ import pytest
 from emberl.rl.config import SyncConfig
 from emberl.rl.learner.publisher import Order, Published
 from emberl.rl.sync import Measured, WeightSync, choose, choose_transport
+from emberl.rollout.collective import Ticket
 from emberl.rollout.transport import Notice, Parcel
 
 MB = 1e6
@@ -119,3 +120,26 @@ def test_auto_changes_over_on_a_weak_link_and_says_why_once(tmp_path: Path) -> N
         "weight sync goes from dense to patch: 0.0001 MB of weights at 1e-06 MB/s"
     )
     assert len(pool.notices[-1].patches) == 4
+
+
+def test_whole_weights_go_into_the_engines_where_all_change_at_once(tmp_path: Path) -> None:
+    """Patches, and engines that are updated one after another, take the workers' own way."""
+    met: list[tuple[str, int]] = []
+    learners: Any = FakeLearners()
+    pool: Any = FakePool()
+
+    def meet(workers: int, timeout: float, backend: str, ranks: int) -> Ticket:
+        met.append((backend, ranks))
+        return Ticket(host="", port=0, group=len(met), workers=workers, device="cpu", backend=backend)
+
+    learners.meet, learners.broadcast, pool.apply_later = meet, lambda: None, pool.apply
+    for mode in ("dense", "patch"):
+        sync = WeightSync(
+            SyncConfig(mode=mode, transport="collective"), learners, pool, run_id="run", run_dir=tmp_path,
+            history=False, fabric=True, tell=print, backend="gloo", ranks=2,
+        )  # fmt: skip
+        for version, later in enumerate((False, False, True)):
+            sync.begin(version)
+            sync.deliver(later=later)
+    assert met == [("gloo", 2), ("", 2), ("", 2)]
+    assert [order.broadcast.number for order in learners.orders if order.broadcast] == [0, 1, 0, 0, 1, 2]

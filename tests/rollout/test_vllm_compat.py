@@ -139,6 +139,9 @@ def test_key_value_cache_by_hand() -> None:
     no_head_dim = SimpleNamespace(num_hidden_layers=3, num_attention_heads=2, hidden_size=128)
     assert kv_cache_bytes(no_head_dim, SETTINGS) == (16 * 2 + 2) * 128 * 768 * 2
     assert kv_cache_bytes(TINY, replace(SETTINGS, max_num_seqs=100_000)) == 4 << 30
+    halves = replace(SETTINGS, engine_args={"tensor_parallel_size": 2})
+    assert kv_cache_bytes(TINY, halves) == kv_cache_bytes(TINY, SETTINGS), "one head: each rank has it"
+    assert kv_cache_bytes(no_head_dim, halves) == kv_cache_bytes(no_head_dim, SETTINGS) / 2
 
 
 NPU = replace(SETTINGS, device="npu", cards=("4", "5"))
@@ -191,6 +194,17 @@ def test_whose_engine_argument_counts() -> None:
     assert arguments["model"] == "model" and arguments["max_model_len"] == 200 and arguments["dtype"] == "bfloat16"
     assert arguments["logprobs_mode"] == "processed_logprobs" and arguments["enable_prefix_caching"] is True
     assert vllm_compat.engine_arguments(SETTINGS, {})["max_num_seqs"] == 16
+
+
+def test_the_processes_of_one_model_stay_with_their_worker() -> None:
+    """In an actor of a placement group vLLM's own choice would be Ray, with actors for which there is no bundle."""
+
+    def executor(**mine: Any) -> Any:
+        return vllm_compat.engine_arguments(replace(SETTINGS, engine_args=mine), {}).get("distributed_executor_backend")
+
+    assert executor() is None and executor(tensor_parallel_size=1) is None
+    assert executor(tensor_parallel_size=2) == executor(pipeline_parallel_size=2) == "mp"
+    assert executor(tensor_parallel_size=2, distributed_executor_backend="ray") == "ray"
 
 
 def test_an_engine_that_lacks_what_is_called_is_named() -> None:

@@ -58,7 +58,7 @@ def test_weights_damaged_on_their_way_are_never_served(
     rig: Any, make_prompt: MakePrompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = rig.serve(rig.old)
-    mirror = rig.engine._mirror
+    mirror = rig.engine._weights.mirror
     name = "model.layers.0.mlp.down_proj.weight"
 
     def damage(tensors: Any) -> None:
@@ -142,6 +142,28 @@ def test_many_updates_leave_no_memory_behind(rig: Any, make_prompt: MakePrompt) 
     assert growth < 0.02
 
 
+def test_a_prompt_is_computed_once_for_its_group(
+    rig: Any, make_prompt: MakePrompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By vLLM's own count of the prompt tokens that it found in its cache: the first sample reads the prompt, each other one
+    what lies beyond the last whole block, and no sample anything that other weights computed."""
+    block = rig.engine._settings.engine_args["block_size"]
+    prompt, cached = make_prompt("shared", 3 * block + 5), []
+    final = rig.engine._llm._final
+
+    async def counting(*arguments: Any) -> Any:
+        output = await final(*arguments)
+        cached.append(output.num_cached_tokens)
+        return output
+
+    monkeypatch.setattr(rig.engine._llm, "_final", counting)
+    for model in (rig.old, rig.new):
+        rig.serve(model)
+        cached.clear()
+        assert len(rig.run(collect(rig.engine, prompt, 8, Sampling(max_tokens=3)))) == 8
+        assert sorted(cached) == [0, *[3 * block] * 7]
+
+
 def test_names_and_values_of_engine_args_are_vllms(make_rig: MakeRig) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
@@ -174,7 +196,7 @@ def test_asleep_nothing_is_decoded_and_an_update_or_wake_ends_it(level: int, rig
     async def scenario() -> tuple[list[Completion], list[Completion]]:
         await rig.engine.sleep(level)
         await rig.engine.sleep(level)
-        assert rig.engine._order.state == "asleep"
+        assert rig.engine._weights.order.state == "asleep"
         waiting = asyncio.create_task(collect(rig.engine, make_prompt("asleep"), 2, Sampling(max_tokens=4)))
         await asyncio.sleep(0.2)
         assert not waiting.done() and await llm.is_sleeping()
@@ -184,7 +206,7 @@ def test_asleep_nothing_is_decoded_and_an_update_or_wake_ends_it(level: int, rig
         await rig.engine.sleep(level)
         await rig.engine.pause()
         await rig.engine.wake()
-        assert rig.engine._order.state == "paused" and await llm.is_paused(), "a pause outlasts a sleep"
+        assert rig.engine._weights.order.state == "paused" and await llm.is_paused(), "a pause outlasts a sleep"
         await rig.engine.wake()
         await rig.engine.resume()
         return first, await collect(rig.engine, make_prompt("asleep"), 2, Sampling(max_tokens=4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 from emberl.rl.learner.publisher import Order, Published, Publisher, first_row, shards_of
+from emberl.rollout import native
+from emberl.rollout.collective import InBroadcast
+from emberl.rollout.native import Seat
 from emberl.rollout.patch_encode import Shard
 from emberl.rollout.receiver import Receiver
 from emberl.rollout.transport import InFile, Link, Notice
@@ -141,3 +145,29 @@ def test_shards_are_copies_in_the_dtype_that_is_served() -> None:
     with torch.no_grad():
         model.embed.weight += 1
     assert np.array_equal(kept.data, same), "the optimizer's next step must not reach what is being published"
+
+
+def test_a_version_is_sent_into_the_engines_and_lies_ready_for_who_misses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(native, "open_group", lambda ticket, timeout: sent.append)
+    (publisher,) = ranks(1)
+    ticket = publisher.meet("cpu", 1, 10.0, "gloo", 2)
+    for version in range(2):
+        publisher.take(shard(version, 0, 1))
+        place = InBroadcast(ticket=ticket, number=version, size=0, timeout=10.0)
+        order = Order(run_id="run", version=version, patch=False, anchor=True, directory=str(tmp_path), broadcast=place)
+        found = publisher.publish(order)
+        engines = found.engines
+        assert engines is not None and (engines.ticket, engines.number) == (ticket, version)
+        assert engines.tensors == {name: ("BF16", shape) for name, shape in SHAPES.items()}
+        with ThreadPoolExecutor() as threads:
+            coming = threads.submit(Seat().come, engines, ticket)
+            publisher.broadcast()
+            coming.result(10.0)
+        assert all(torch.equal(sent[version][name], tensor) for name, tensor in weights(version).items())
+        assert found.anchor is not None and [type(place) for place in found.anchor.places] == [InFile]
+        receiver = Receiver(Link(timeout=10.0))
+        receiver.prepare(notice(found))
+        assert receiver.patch(version, -1).digests == engines.digests

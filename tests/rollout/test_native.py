@@ -1,0 +1,193 @@
+"""Learners and engines agree on a broadcast before anybody enters it; who cannot take part has the version another way."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from emberl.kernels import platform
+from emberl.rollout import native, vllm_compat
+from emberl.rollout.collective import Meeting, Ticket
+from emberl.rollout.native import InEngines, Seat, Sender
+from emberl.rollout.patch_format import pieces
+from emberl.rollout.patches import TensorBytes, WeightPatch, dense_patch, verify
+from emberl.rollout.receiver import Receiver
+from emberl.rollout.transport import Directory, Link, Notice, TransferError
+from emberl.rollout.updates import WeightUpdates
+
+WAIT = 10.0
+
+
+def patch(version: int) -> WeightPatch:
+    values = np.array([version, 2.0], np.float32)
+    return dense_patch("run", version, [("a", TensorBytes(dtype="F32", shape=(2,), data=values.view(np.uint8)))])
+
+
+class Learner:
+    """What is sent lies in `sent`: no collective is entered here."""
+
+    def __init__(self, workers: int, monkeypatch: pytest.MonkeyPatch, ranks: int = 1) -> None:
+        self.meeting = Meeting("cpu", WAIT, "127.0.0.1")
+        self.ticket: Ticket = self.meeting.ticket(workers, "gloo", ranks)
+        self.sender = Sender(self.meeting.store, self.ticket)
+        self.sent: list[dict[str, list[float]]] = []
+        monkeypatch.setattr(native, "open_group", lambda ticket, timeout: self._keep)
+        self.threads = ThreadPoolExecutor(8)
+
+    def _keep(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.sent.append({name: tensor.tolist() for name, tensor in tensors.items()})
+
+    def place(self, number: int, timeout: float = WAIT) -> InEngines:
+        whole = patch(number)
+        return InEngines(
+            ticket=self.ticket, number=number, timeout=timeout, tensors={"a": ("F32", (2,))}, digests=whole.digests
+        )
+
+    def send(self, place: InEngines) -> Future[None]:
+        return self.threads.submit(self.sender.send, place, patch(place.number).tensors)
+
+
+def test_ranks_follow_one_another_and_all_begin_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = Learner(2, monkeypatch, ranks=4)
+    seats = [Seat(), Seat()]
+    for number in range(2):
+        place = learner.place(number)
+        sending = learner.send(place)
+        time.sleep(0.05)
+        assert not sending.done()
+        joined = learner.ticket if number else None
+        ranks = [work.result(WAIT) for work in [learner.threads.submit(s.come, place, joined) for s in seats]]
+        sending.result(WAIT)
+        assert sorted(ranks) == [1, 5]
+    assert learner.sent == [{"a": [0.0, 2.0]}, {"a": [1.0, 2.0]}]
+    assert (learner.place(0).described, learner.place(0).num_bytes) == ({"a": ("float32", (2,))}, 8)
+
+
+def test_nobody_begins_where_an_engine_was_started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, start = Learner(2, monkeypatch), time.monotonic()
+    seats = [Seat(), Seat()]
+    for number, joined in ((0, (None, None)), (1, (learner.ticket, None))):
+        place = learner.place(number)
+        coming = [learner.threads.submit(s.come, place, j) for s, j in zip(seats, joined, strict=True)]
+        sending = learner.send(place)
+        if number == 0:
+            sending.result(WAIT)
+    for work in (*coming, sending):
+        with pytest.raises(TransferError, match="an engine has left weight-transfer group 1"):
+            work.result(WAIT)
+    assert len(learner.sent) == 1 and time.monotonic() - start < WAIT
+
+
+def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = Learner(2, monkeypatch)
+    place = learner.place(0, timeout=0.5)
+    coming, sending = learner.threads.submit(Seat().come, place, None), learner.send(place)
+    with pytest.raises(TransferError, match=r"1 of 2 engines were ready to receive within 0\.5 s"):
+        sending.result(WAIT)
+    with pytest.raises(TransferError, match="did not begin"):
+        coming.result(WAIT)
+    gone = replace(place, ticket=replace(learner.ticket, port=1))
+    with pytest.raises(TransferError, match="did not begin"):
+        Seat().come(gone, None)
+
+
+class FakeEngine:
+    """Takes what the learner keeps as sent, or, `damaged`, finds that it is something else."""
+
+    def __init__(self, learner: Learner, *, damaged: bool = False) -> None:
+        self.version, self.joined = -1, None
+        self.learner, self.damaged = learner, damaged
+        self.served: Any = None
+
+    async def apply(self, found: WeightPatch) -> int:
+        tensors = found.tensors
+        if found.transfer is not None:
+            assert not tensors and found.base_version is None
+            place = found.transfer.place
+            tensors = patch(place.number).tensors
+            self.joined = place.ticket
+            if self.damaged:
+                tensors = await asyncio.to_thread(found.transfer.instead)
+        verify(dense_patch("run", found.version, tensors.items()).digests, found)
+        self.served, self.version = tensors["a"].data.view(np.float32).tolist(), found.version
+        return self.version
+
+
+def updates(engine: Any) -> tuple[WeightUpdates, Receiver]:
+    receiver = Receiver(Link(timeout=WAIT))
+    return WeightUpdates(engine, receiver), receiver
+
+
+@pytest.mark.parametrize("case", ["sent", "damaged", "never sent"])
+def test_a_worker_serves_the_version_whatever_becomes_of_the_broadcast(
+    case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    learner = Learner(1, monkeypatch)
+    engine = FakeEngine(learner, damaged=case == "damaged")
+    worker, receiver = updates(engine)
+    for number in range(2):
+        whole = patch(number)
+        anchor = Directory(tmp_path).put(number, None, pieces(whole))
+        place = learner.place(number, timeout=0.3 if case == "never sent" else WAIT)
+        notice = Notice(run_id="run", sitting=0, version=number, root=whole.root, anchors=(anchor,), engines=place)
+
+        async def scenario(notice: Notice = notice, place: InEngines = place) -> dict[str, float]:
+            await worker.prepare(notice)
+            if case != "never sent":
+                learner.send(place)
+            return await worker.commit(notice.version)
+
+        report = asyncio.run(scenario())
+        assert (report["version"], engine.version, engine.served) == (number, number, [number, 2.0])
+        assert report["wire_bytes"] == (8 if case == "sent" else anchor.size)
+        assert (receiver.held is None) == (case == "sent"), "what was received is in the engine alone"
+
+
+def test_who_catches_up_does_not_wait_for_a_broadcast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    learner = Learner(1, monkeypatch)
+    engine, whole = FakeEngine(learner), patch(3)
+    anchor = Directory(tmp_path).put(3, None, pieces(whole))
+    notice = Notice(
+        run_id="run", sitting=0, version=3, root=whole.root, anchors=(anchor,), engines=learner.place(3, timeout=60.0)
+    )
+    start = time.monotonic()
+    assert asyncio.run(updates(engine)[0].apply(notice))["version"] == 3 and engine.joined is None
+    assert time.monotonic() - start < WAIT
+
+
+def test_a_silent_communicator_is_found_out() -> None:
+    class PyHcclCommunicator:
+        disabled = True
+
+    with pytest.raises(RuntimeError, match=r"PyHcclCommunicator is disabled: .* could not load the library"):
+        vllm_compat.check_communicator(PyHcclCommunicator())
+    PyHcclCommunicator.disabled = False
+    vllm_compat.check_communicator(PyHcclCommunicator())
+    vllm_compat.check_communicator(object())
+
+
+def test_what_a_user_may_ask_for() -> None:
+    def backend(name: str) -> dict[str, Any]:
+        return {"weight_transfer_config": {"backend": name}}
+
+    assert vllm_compat.transfer_backend({}) == "" and vllm_compat.transfer_backend(backend("nccl")) == "nccl"
+    vllm_compat.check_transfer("", platform.NPU)
+    vllm_compat.check_transfer("nccl", platform.NPU)
+    vllm_compat.check_transfer("gloo", platform.CPU)
+    with pytest.raises(ValueError, match=r"weight_transfer_config\.backend=ipc: on npu emberl sends through 'nccl'"):
+        vllm_compat.check_transfer("ipc", platform.NPU)
+
+
+def test_a_learner_without_vllm_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_compat, "installed_version", lambda: None)
+    vllm_compat.check_sender("")
+    vllm_compat.check_sender("gloo")
+    with pytest.raises(ValueError, match=r"backend=nccl: learners send by vLLM's own communicator, so vLLM .* must be"):
+        vllm_compat.check_sender("nccl")
