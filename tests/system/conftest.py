@@ -1,9 +1,12 @@
-"""The small system, as a fixture."""
+"""The small system, and the Ray cluster that most of its runs share, as fixtures."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +25,17 @@ def _load() -> ModuleType:
 small_system = _load()
 
 
+@pytest.fixture(scope="session")
+def shared_ray() -> Iterator[None]:
+    """A cluster of this process for the runs in it, which leave it up: to start one takes longer than most of them."""
+    import ray
+
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    yield
+    ray.shutdown()
+
+
 @pytest.fixture
-def emberl(tmp_path: Path) -> object:
-    return small_system.Emberl(tmp_path)
+def emberl(tmp_path: Path, request: pytest.FixtureRequest) -> object:
+    return small_system.Emberl(tmp_path, lambda: request.getfixturevalue("shared_ray"))

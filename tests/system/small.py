@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from emberl.rl.cli import app
+from typer.testing import CliRunner
 
 SMALL = """\
 name: small
@@ -31,9 +35,11 @@ cluster: {device: cpu, learners: 1, rollouts: 1, cpus_per_learner: 0.5, cpus_per
 
 @dataclass(frozen=True)
 class Emberl:
-    """Runs the installed command on the small configuration."""
+    """Runs the command on the small configuration: in this process on the Ray cluster that `share` starts, or `fresh`, as a
+    person does, in a process with a cluster of its own."""
 
     folder: Path
+    share: Callable[[], None]
 
     @property
     def config(self) -> Path:
@@ -53,14 +59,26 @@ class Emberl:
             text=True,
         )
 
-    def train(self, *arguments: str, status: int = 0, config: Path | None = None, **environment: str) -> dict[str, Any]:
+    def train(
+        self, *arguments: str, status: int = 0, config: Path | None = None, fresh: bool = False, **environment: str
+    ) -> dict[str, Any]:
         """The JSON line with which the run ends."""
-        process = self.start(*arguments, config=config, **environment)
-        try:
-            out, err = process.communicate(timeout=300)
-        finally:
-            process.kill()
-        assert process.returncode == status, f"exit status {process.returncode}\n{out[-2000:]}\n{err[-4000:]}"
+        if fresh:
+            process = self.start(*arguments, config=config, **environment)
+            try:
+                out, err = process.communicate(timeout=300)
+            finally:
+                process.kill()
+            code = process.returncode
+        else:
+            self.share()
+            # absolute, as the actors are not started in this folder
+            arguments = ("run_dir=run", *arguments)
+            arguments = tuple(a.replace("run_dir=", f"run_dir={self.folder}/") for a in arguments)
+            with contextlib.chdir(self.folder):
+                ran = CliRunner().invoke(app, ["train", str(config or self.config), *arguments])
+            out, err, code = ran.stdout, ran.stderr, ran.exit_code
+        assert code == status, f"exit status {code}\n{out[-2000:]}\n{err[-4000:]}"
         result: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
         return result
 

@@ -49,6 +49,7 @@ def test_one_line_names_the_key_before_ray_starts(
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr("ray.init", start)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     found = CliRunner().invoke(app, ["train", str(emberl.config), *overrides])
     result = json.loads(found.stdout.strip().splitlines()[-1])
     assert (found.exit_code, result["status"]) == (2, "error")
@@ -57,12 +58,15 @@ def test_one_line_names_the_key_before_ray_starts(
 
 
 @pytest.mark.parametrize(("overrides", "message"), AFTER)
-def test_one_line_names_the_key(emberl: Emberl, overrides: list[str], message: str) -> None:
+def test_one_line_names_the_key(
+    emberl: Emberl, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+) -> None:
     put_files(emberl.folder)
-    result = emberl.train(*overrides, status=2, HF_HUB_OFFLINE="1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    result = emberl.train(*overrides, status=2)
     assert result["status"] == "error"
     assert message in result["error"]
-    assert not list(emberl.folder.glob("runs/*/checkpoints"))
+    assert not list(emberl.folder.glob("run*/**/checkpoints"))
 
 
 def test_dry_run_prints_configuration_and_placement(emberl: Emberl) -> None:
