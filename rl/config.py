@@ -101,6 +101,9 @@ class Config(Settings):
             "schedule.max_staleness=0": self.schedule.max_staleness == 0,
             f"cluster.rollouts={self.cluster.learners} (as learners)": self.cluster.rollouts == self.cluster.learners,
             "rollout.engine_args.tensor_parallel_size=1": self.rollout.cards == 1,
+            "no rollout.engine_args.weight_transfer_config (a card cannot send to itself)": (
+                "weight_transfer_config" not in self.rollout.engine_args
+            ),
         }
         for what, met in wanted.items():
             if not met:

@@ -84,7 +84,8 @@ class Seat:
     def come(self, place: InEngines, joined: Ticket | None) -> int:
         """Waits until all workers are ready for this broadcast; the rank of this engine's first process. `TransferError` if
         they are not in time, or if this engine (whose processes are in group `joined`) cannot take part."""
-        ticket, within = place.ticket, timedelta(seconds=place.timeout)
+        ticket = place.ticket
+        within = timedelta(seconds=2 * place.timeout)  # the learner gives up first: after its "go" nobody may be gone
         try:
             if self._ticket != ticket:
                 self._store = c10d.TCPStore(ticket.host, ticket.port, is_master=False, timeout=within)
@@ -137,8 +138,7 @@ def open_group(ticket: Ticket, timeout: float) -> Send:
     size = 1 + ticket.workers * ticket.ranks
     if ticket.backend != platform.CPU.weight_transfer:
         device = platform.device_of_process(platform.named(ticket.device))
-        send = vllm_compat.open_transfer(ticket.backend, ticket.host, ticket.engine_port, size)
-        return lambda tensors: send({name: tensor.to(device) for name, tensor in tensors.items()})
+        return vllm_compat.open_transfer(ticket.backend, ticket.host, ticket.engine_port, size, device)
     group = platform.meet(platform.CPU, ticket.host, ticket.engine_port, 0, size, timeout)
 
     def broadcast(tensors: Mapping[str, torch.Tensor]) -> None:

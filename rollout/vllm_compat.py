@@ -224,8 +224,7 @@ def engine_arguments(settings: EngineSettings, of_platform: Mapping[str, Any]) -
         "enable_prefix_caching": True,
     }
     if parallel_ranks(settings.engine_args) > 1:
-        # in an actor of a placement group vLLM would spread itself over Ray, and find no free bundle
-        chosen["distributed_executor_backend"] = "mp"
+        chosen["distributed_executor_backend"] = "mp"  # vLLM's own choice within Ray is Ray's, without bundles
     forced = {
         "model": settings.model,
         "dtype": settings.dtype,
@@ -289,8 +288,7 @@ def check_transfer(backend: str, target: platform.Platform) -> None:
     """ValueError for a weight-transfer engine that emberl does not drive on this platform."""
     if backend not in ("", target.weight_transfer):
         raise ValueError(
-            f"rollout.engine_args.weight_transfer_config.backend={backend}: on {target.device} emberl sends through "
-            f"{target.weight_transfer!r}; set that, or leave weight_transfer_config out"
+            f"rollout.engine_args.weight_transfer_config.backend={backend}: on {target.device} set {target.weight_transfer!r}"
         )
 
 
@@ -315,8 +313,7 @@ def transfer_update(backend: str, tensors: Mapping[str, tuple[str, tuple[int, ..
 
 
 def check_communicator(communicator: Any) -> None:
-    """RuntimeError for vLLM's (or vllm-ascend's) communicator that could not load its library: it says nothing, and what it
-    is told to send or to receive stays as it was."""
+    """RuntimeError for one that found no library: vLLM's and vllm-ascend's then do nothing, and say nothing."""
     if getattr(communicator, "disabled", False):
         raise RuntimeError(
             f"{type(communicator).__name__} is disabled: this process could not load the library of the devices' collectives "
@@ -333,16 +330,17 @@ def check_sender(backend: str) -> None:
         )
 
 
-def open_transfer(backend: str, host: str, port: int, size: int) -> Callable[[Mapping[str, Any]], None]:
-    """A learner's end of a group, once all have met; what it returns sends name -> tensor on this process's device."""
+def open_transfer(backend: str, host: str, port: int, size: int, device: Any) -> Callable[[Mapping[str, Any]], None]:
+    """A learner's end of a group, once all have met; what it returns sends name -> tensor, by way of `device`."""
     check_sender(backend)
     trainers = getattr(_factory(), "WeightTransferTrainerFactory", None)
     if trainers is None:
         worker = _worker_engine(backend)
         group = worker.trainer_init({"master_address": host, "master_port": port, "world_size": size})
         check_communicator(group)
-        return lambda tensors: worker.trainer_send_weights(iter(tensors.items()), {"group": group, "packed": True})
-    trainer, source = trainers._registry[backend](), _Source()
+        packed = {"group": group, "packed": True}
+        return lambda tensors: worker.trainer_send_weights(iter(_Source(tensors, device)), packed)
+    trainer, source = trainers._registry[backend](), _Source({}, device)
     info = trainer.init_info_cls(master_address=host, master_port=port, world_size=size, rank=0)
     sender = trainer.trainer_init(info, client=_NoClient(), source=source)
     check_communicator(sender.model_update_group)
@@ -354,17 +352,19 @@ def open_transfer(backend: str, host: str, port: int, size: int) -> Callable[[Ma
     return send
 
 
+@dataclass
 class _Source:
-    """Serves as vLLM's `WeightSource`."""
+    """Serves as vLLM's `WeightSource`; one tensor at a time goes to the device."""
 
-    tensors: Mapping[str, Any] = {}
+    tensors: Mapping[str, Any]
+    device: Any
 
     def metadata(self) -> list[Any]:
         param_meta = importlib.import_module("vllm.distributed.weight_transfer.base").ParamMeta
         return [param_meta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()]
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
-        return iter(self.tensors.items())
+        return ((name, tensor.to(self.device)) for name, tensor in self.tensors.items())
 
 
 class _NoClient:

@@ -14,6 +14,7 @@ The same protocol as `EmbeddedEngine`. Choices that a user can see:
 - What is served is proved twice: a patch's digests are compared before anything changes, and each process of the engine
   answers with the digests of the bytes that it loaded. Between the two nothing is decoded. Bytes that differ are loaded
   once more; if they differ again the engine serves nothing until a whole patch comes.
+- Weights reach vLLM's processes through a mirror of ours, or whole from the learners by vLLM's own weight transfer (`native`).
 - An engine whose processes end, or from which nothing comes within its deadline, is started anew, loads the version that
   was served, and gets the unfinished samples again, up to `max_restarts` times.
 """

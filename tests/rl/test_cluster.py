@@ -68,6 +68,7 @@ def test_colocated_pairs_share_a_card() -> None:
         ({}, {}, "rollout.engine=vllm"),
         ({"engine": "vllm"}, {"rollouts": 2}, r"cluster.rollouts=1 \(as learners\)"),
         ({"engine": "vllm", "engine_args": {"tensor_parallel_size": 2}}, {}, "tensor_parallel_size=1"),
+        ({"engine": "vllm", "engine_args": {"weight_transfer_config": {}}}, {}, "a card cannot send to itself"),
     ],
 )
 def test_what_cannot_be_colocated(rollout: dict[str, object], cluster: dict[str, object], words: str) -> None:

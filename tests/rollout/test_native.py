@@ -181,7 +181,7 @@ def test_what_a_user_may_ask_for() -> None:
     vllm_compat.check_transfer("", platform.NPU)
     vllm_compat.check_transfer("nccl", platform.NPU)
     vllm_compat.check_transfer("gloo", platform.CPU)
-    with pytest.raises(ValueError, match=r"weight_transfer_config\.backend=ipc: on npu emberl sends through 'nccl'"):
+    with pytest.raises(ValueError, match=r"weight_transfer_config\.backend=ipc: on npu set 'nccl'"):
         vllm_compat.check_transfer("ipc", platform.NPU)
 
 

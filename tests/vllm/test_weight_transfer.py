@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -227,7 +229,7 @@ def test_vllms_own_sender_is_driven_as_it_wants(monkeypatch: pytest.MonkeyPatch)
     met: list[Any] = []
     monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: met.append(info) or group)
     monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", broadcast)
-    send = vllm_compat.open_transfer("nccl", "host", 7, 5)
+    send = vllm_compat.open_transfer("nccl", "host", 7, 5, "cpu")
     for value in (1.0, 2.0):
         send({"a": torch.tensor([value]), "b": torch.tensor([3.0])})
     assert kept == [("a", [1.0]), ("b", [3.0]), ("a", [2.0]), ("b", [3.0])]
@@ -240,4 +242,39 @@ def test_vllms_own_sender_is_driven_as_it_wants(monkeypatch: pytest.MonkeyPatch)
     assert (update.names, update.dtype_names, update.shapes) == (["a"], ["float32"], [[1]])
     group.disabled = True
     with pytest.raises(RuntimeError, match="is disabled"):
-        vllm_compat.open_transfer("nccl", "host", 7, 5)
+        vllm_compat.open_transfer("nccl", "host", 7, 5, "cpu")
+
+
+CONFIG = """\
+name: native
+stages: [rl]
+model: {path: MODEL, dtype: float32}
+data: {source: arithmetic, kinds: {chain: 1}, terms: [2, 2], largest_total: 20, heldout: 4, max_prompt_length: 16}
+rollout:
+  engine: vllm
+  engine_args: {enforce_eager: true, tensor_parallel_size: 2, weight_transfer_config: {backend: gloo}}
+  group_size: 4
+  max_response_length: 12
+schedule: {steps: 3, prompts_per_step: 4}
+filter: {zero_variance: false}
+sync: {mode: dense, transport: collective}
+eval: {every: 0, size: 4}
+tracking: {wandb: disabled}
+cluster: {device: cpu, learners: 1, rollouts: 1, cpus_per_learner: 0.5, cpus_per_rollout: 0.5}
+"""
+
+
+def test_a_run_sends_every_version_into_a_tensor_parallel_engine(models: tuple[Any, Any], tmp_path: Path) -> None:
+    """In an actor of a placement group, where vLLM's own choice for two processes would be Ray."""
+    (tmp_path / "native.yaml").write_text(CONFIG.replace("MODEL", str(models[0].folder)))
+    command = [str(Path(sys.executable).with_name("emberl")), "train", "native.yaml", "run_dir=run"]
+    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert "instead" not in done.stdout, "no version went another way"
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row["axis"] == "train"]
+    size = sum(tensor.data.nbytes for tensor in models[0].tensors().values())
+    assert [(row["sync/version"], row["sync/wire_bytes"]) for row in steps] == [(v, size) for v in (1, 2, 3)]
+    for row in steps:
+        assert row["rollout_corr/log_ppl_abs_diff"] < 1e-4 and row["training/rollout_probs_diff_max"] < 1e-4
+        assert 0 < row["sync/probe_diff_max"] < 1e-4 and row["sync/reloads"] == 0
