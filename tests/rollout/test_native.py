@@ -142,7 +142,10 @@ def test_a_worker_serves_the_version_whatever_becomes_of_the_broadcast(
             await worker.prepare(notice)
             if case != "never sent":
                 learner.send(place)
-            return await worker.commit(notice.version)
+            report = await worker.commit(notice.version)
+            await worker.prepare(notice)  # whatever comes twice changes nothing
+            assert (await worker.commit(notice.version))["version"] == notice.version
+            return report
 
         report = asyncio.run(scenario())
         assert (report["version"], engine.version, engine.served) == (number, number, [number, 2.0])
