@@ -9,8 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,8 @@ BLOCK = 32
 """Tokens of a block of vLLM's cache, small enough that prompts of a test fill some."""
 BUDGET = 2 * MAX_MODEL_LEN
 """Tokens of one step of vLLM."""
+STEP_S = 0.03
+"""Seconds of a step of a server that is held back."""
 NO_VLLM = installed_version() is None
 NEEDS_VLLM = pytest.mark.skipif(NO_VLLM, reason="vLLM is not installed here; make test-vllm has it")
 
@@ -113,8 +115,18 @@ class Rig:
             await asyncio.sleep(0.001)
 
     def _full(self) -> bool:
-        sent = self.engine._sent.values()
+        sent = self.engine.sent.values()
         return sum(sample.tokens > 0 for sample in sent) >= min(MAX_NUM_SEQS, len(sent))
+
+    @asynccontextmanager
+    async def unhurried(self) -> AsyncIterator[None]:
+        """Within, no answer of hundreds of tokens ends before the test acts: over HTTP a server runs ahead of what the test
+        has heard of it, and on a busy machine far."""
+        if self.kind == "server":
+            await self.engine._llm.call_workers("emberl_pace", STEP_S)
+        yield
+        if self.kind == "server":
+            await self.engine._llm.call_workers("emberl_pace", 0.0)
 
     def serve(self, model: Model) -> int:
         """Has the engine serve these weights, as the next version."""
@@ -188,13 +200,14 @@ def vllm_server(model: Path, log: Path, *arguments: str, port: int = 0, **enviro
         "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(BUDGET),
         "--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS),
         "--block-size", str(BLOCK), "--enforce-eager", "--skip-tokenizer-init", "--kv-cache-memory-bytes", str(1 << 27),
-        "--worker-extension-cls", "emberl.rollout.vllm_extension.WeightExtension",
+        "--worker-extension-cls", "paced_extension.PacedExtension",
         "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", *arguments,
     ]  # fmt: skip
     settings = {
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parent),
     } | environment
     with (
         log.open("w") as file,
@@ -229,6 +242,11 @@ def rig(
 
 
 @pytest.fixture(scope="session")
+def serve_vllm() -> Callable[..., AbstractContextManager[str]]:
+    return vllm_server
+
+
+@pytest.fixture(scope="session")
 def make_prompt() -> Callable[..., Prompt]:
     """make_prompt(id, length) -> a prompt whose tokens follow from its id."""
 
@@ -237,21 +255,3 @@ def make_prompt() -> Callable[..., Prompt]:
         return Prompt(id=name, token_ids=tokens, answer="", source="test")
 
     return make
-
-
-RACES = (
-    "test_an_update_in_flight_keeps_requests_and_cache",
-    "test_a_consumer_that_leaves_frees_its_slots",
-    "test_what_is_refused_leaves_the_old_weights_served",
-    "test_versions_follow_one_another_without_a_pause",
-    "test_abort_returns_what_was_decoded_and_ends_the_stream",
-    "test_aborted_samples_go_on_from_where_they_stood",
-)
-"""Contracts that need answers which are still decoded when the test acts. Over HTTP, on a busy machine, the server has
-finished them by then: these run on a server only where EMBERL_RACES is set, and always on the two engines."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.name.endswith("[server]") and item.name.startswith(RACES) and "EMBERL_RACES" not in os.environ:
-            item.add_marker(pytest.mark.skip(reason="a race with a server on a busy machine; EMBERL_RACES=1 runs it"))

@@ -176,11 +176,12 @@ def test_an_update_in_flight_keeps_requests_and_cache(rig: Any, make_prompt: Mak
     prompts = [make_prompt(f"flight{i}", 40) for i in range(2)]
 
     async def scenario() -> list[Completion]:
-        groups = [started(rig.engine, prompt, 3, LONG) for prompt in prompts]
-        await rig.until_tokens(40)
-        await rig.engine.pause()
-        assert await rig.engine.apply(rig.new.patch(before + 1)) == before + 1
-        await rig.engine.resume()
+        async with rig.unhurried():
+            groups = [started(rig.engine, prompt, 3, LONG) for prompt in prompts]
+            await rig.until_tokens(40)
+            await rig.engine.pause()
+            assert await rig.engine.apply(rig.new.patch(before + 1)) == before + 1
+            await rig.engine.resume()
         return [completion for group in groups for completion in await group]
 
     completions = rig.run(scenario())
@@ -222,11 +223,12 @@ def test_versions_follow_one_another_without_a_pause(rig: Any, make_prompt: Make
     before = rig.serve(rig.old)
 
     async def scenario() -> list[Completion]:
-        task = started(rig.engine, make_prompt("several"), 4, LONG)
-        for version in range(before + 1, before + 4):
-            await rig.until_tokens(12)
-            model = rig.new if (version - before) % 2 else rig.old
-            assert await rig.engine.apply(model.patch(version)) == version == rig.engine.version
+        async with rig.unhurried():
+            task = started(rig.engine, make_prompt("several"), 4, LONG)
+            for version in range(before + 1, before + 4):
+                await rig.until_tokens(12)
+                model = rig.new if (version - before) % 2 else rig.old
+                assert await rig.engine.apply(model.patch(version)) == version == rig.engine.version
         return await task
 
     for completion in rig.run(scenario()):
@@ -271,11 +273,12 @@ def test_abort_returns_what_was_decoded_and_ends_the_stream(rig: Any, make_promp
     gone, kept = make_prompt("gone"), make_prompt("kept")
 
     async def scenario() -> tuple[list[Completion], list[Completion], list[Completion]]:
-        cut, whole = started(rig.engine, gone, 6, LONG), started(rig.engine, kept, 2, LONG)
-        await rig.until_tokens(40)
-        await rig.engine.apply(rig.new.patch(before + 1))
-        await rig.until_tokens(40)
-        partial = await rig.engine.abort(["gone", "unknown"])
+        async with rig.unhurried():
+            cut, whole = started(rig.engine, gone, 6, LONG), started(rig.engine, kept, 2, LONG)
+            await rig.until_tokens(40)
+            await rig.engine.apply(rig.new.patch(before + 1))
+            await rig.until_tokens(40)
+            partial = await rig.engine.abort(["gone", "unknown"])
         assert await rig.engine.abort(["gone"]) == []
         return partial, await cut, await whole
 
@@ -305,15 +308,16 @@ def test_aborted_samples_go_on_from_where_they_stood(rig: Any, make_prompt: Make
         return sorted([c for c in found if c.prompt_id == "parked"], key=lambda c: c.sample)
 
     async def scenario() -> tuple[list[Completion], list[Completion], list[Completion]]:
-        task = started(rig.engine, prompt, 6, sampling)
-        await rig.until_tokens(40)
-        first = sorted(await rig.engine.abort(["parked"]), key=lambda c: c.sample)
-        assert await task == []
-        await rig.engine.apply(rig.new.patch(before + 1))
-        again = asyncio.create_task(go_on(first))
-        await rig.until_tokens(40)
-        second = sorted(await rig.engine.abort(["parked"]), key=lambda c: c.sample)
-        again.cancel()
+        async with rig.unhurried():
+            task = started(rig.engine, prompt, 6, sampling)
+            await rig.until_tokens(40)
+            first = sorted(await rig.engine.abort(["parked"]), key=lambda c: c.sample)
+            assert await task == []
+            await rig.engine.apply(rig.new.patch(before + 1))
+            again = asyncio.create_task(go_on(first))
+            await rig.until_tokens(40)
+            second = sorted(await rig.engine.abort(["parked"]), key=lambda c: c.sample)
+            again.cancel()
         return first, second, await go_on(second)
 
     first, second, whole = rig.run(scenario())
@@ -356,10 +360,11 @@ def test_a_consumer_that_leaves_frees_its_slots(rig: Any, make_prompt: MakePromp
             [(make_prompt("short"), 1, Sampling(max_tokens=2)), (make_prompt("left"), 3, LONG)]
         ):
             break
-        task = started(rig.engine, make_prompt("left"), 4, LONG)
-        await rig.until_tokens(20)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        async with rig.unhurried():
+            task = started(rig.engine, make_prompt("left"), 4, LONG)
+            await rig.until_tokens(20)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
         return await collect(rig.engine, make_prompt("next"), 4, Sampling(max_tokens=3))
 
     assert [len(completion) for completion in rig.run(scenario())] == [3] * 4
@@ -393,11 +398,12 @@ def test_what_is_refused_leaves_the_old_weights_served(rig: Any, make_prompt: Ma
     [served] = rig.run(collect(rig.engine, prompt, 1, GREEDY))
 
     async def scenario() -> list[Completion]:
-        task = started(rig.engine, make_prompt("meanwhile"), 4, LONG)
-        await rig.until_tokens(20)
-        for patch, error, words in cases:
-            with pytest.raises(error, match=words):
-                await rig.engine.apply(patch)
+        async with rig.unhurried():
+            task = started(rig.engine, make_prompt("meanwhile"), 4, LONG)
+            await rig.until_tokens(20)
+            for patch, error, words in cases:
+                with pytest.raises(error, match=words):
+                    await rig.engine.apply(patch)
         assert rig.engine.version == before
         return await task
 
