@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import subprocess
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -138,13 +140,14 @@ class Cluster:
                 # Ray guards a new cluster by a token; one of this run's own leaves no file in the user's home, which
                 # would switch authentication on for every cluster that they start later
                 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-                ray.init(
-                    address="local",  # never a cluster that happens to run here: it was not asked for
-                    num_cpus=platform.local_cpus(),
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
+                with another_process_group():
+                    ray.init(
+                        address="local",  # never a cluster that happens to run here: it was not asked for
+                        num_cpus=platform.local_cpus(),
+                        include_dashboard=False,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                    )
         try:
             check_capacity(
                 self.placement,
@@ -268,6 +271,21 @@ class Cluster:
             runtime_env={"env_vars": platform.thread_environment(seat.threads)},
             max_restarts=0,
         )
+
+
+@contextmanager
+def another_process_group() -> Iterator[None]:
+    """What is started within belongs to another process group than this process. `timeout`, a shell's job control and service
+    managers signal a group: SIGTERM would end Ray under a driver that still has to save."""
+    ours = os.getpgrp()
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, process_group=0) as first:  # ends with its input
+        with suppress(PermissionError):  # the leader of a session cannot leave its group
+            os.setpgid(0, first.pid)
+        try:
+            yield
+        finally:
+            with suppress(PermissionError):
+                os.setpgid(0, ours)
 
 
 def _sum(bundles: Iterable[dict[str, float]]) -> dict[str, float]:

@@ -57,6 +57,7 @@ class Emberl:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            process_group=0,
         )
 
     def train(

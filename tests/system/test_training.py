@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from emberl.rl.run import stop_on_signal
 from small_system import Emberl, read_metrics, timeless
 
 pytestmark = pytest.mark.slow
@@ -22,7 +23,7 @@ def weights(folder: Path) -> bytes:
 
 def test_reward_rises_and_anybody_can_load_the_model(emberl: Emberl) -> None:
     result = emberl.train(
-        "sft.steps=150", "schedule.steps=130", "schedule.prompts_per_step=32", "rollout.group_size=8", "eval.every=65",
+        "sft.steps=150", "schedule.steps=90", "schedule.prompts_per_step=32", "rollout.group_size=8", "eval.every=45",
         "data.heldout=20", "eval.size=20", "filter.zero_variance=true", "optim.lr=5e-4", "run_dir=run",
         "tracking.wandb=offline", WANDB_API_KEY="", fresh=True,
     )  # fmt: skip
@@ -31,7 +32,7 @@ def test_reward_rises_and_anybody_can_load_the_model(emberl: Emberl) -> None:
     first = sum(r["critic/score/mean"] for r in rows[:5]) / 5
     last = sum(r["critic/score/mean"] for r in rows[-5:]) / 5
     assert last > first + 0.1, f"reward went from {first:.2f} to {last:.2f}"
-    assert (result["status"], result["steps"]) == ("ok", 130)
+    assert (result["status"], result["steps"]) == ("ok", 90)
     assert 0 <= result["accuracy_start"] <= 1 and 0 <= result["accuracy_end"] <= 1
     assert result["tokens_per_second"] > 0
     assert (run_dir / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
@@ -103,16 +104,30 @@ def wait_for(file: Path, text: str, seconds: float = 120.0) -> None:
         time.sleep(0.2)
 
 
-def test_ctrl_c_saves_and_exits_cleanly(emberl: Emberl) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_first_signal_asks_and_a_second_interrupts(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with stop_on_signal() as stop:
+        assert not stop.is_set()
+        os.kill(os.getpid(), number)
+        assert stop.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_to_the_whole_process_group_saves_and_exits_cleanly(emberl: Emberl) -> None:
+    """As `timeout` sends it: the driver is asked to stop, and Ray stays up until it has saved."""
     process = emberl.start("schedule.steps=1000", "checkpoint.every=0", "eval.every=0", "run_dir=run")
     wait_for(emberl.folder / "run/metrics.jsonl", '"stage": "rl", "step": 3')
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     result = json.loads(out.strip().splitlines()[-1])
     assert process.returncode == 130, err[-2000:]
     assert result["status"] == "interrupted"
+    assert "Failed to connect" not in err and "Traceback" not in err
     assert (emberl.folder / f"run/checkpoints/rl-{result['steps']:06}/progress.json").exists()
-    again = emberl.train(f"schedule.steps={result['steps'] + 1}", "run_dir=run", "--resume", fresh=True)
+    again = emberl.train(f"schedule.steps={result['steps'] + 1}", "run_dir=run", "--resume")
     assert again["steps"] == result["steps"] + 1
 
 
@@ -166,7 +181,7 @@ def test_a_resumed_run_asks_again_for_what_was_in_flight(emberl: Emberl) -> None
     progress = json.loads((emberl.folder / "run/checkpoints/rl-000004/progress.json").read_text())
     pending = [position for position, _ in progress["pending"]]
     assert len(pending) in (16, 32), "one or two steps ahead, as the last version was served already or not"
-    emberl.train("schedule.steps=8", *asynchronous, "--resume", fresh=True)
+    emberl.train("schedule.steps=8", *asynchronous, "--resume")
     rows = pyarrow.parquet.read_table(emberl.folder / "run/lengths.parquet").to_pylist()
     asked = [row["prompt_id"] for row in rows if row["sample"] == 0]
     assert len(asked) == len(set(asked)) == 8 * 16
