@@ -97,11 +97,6 @@ class WorkerPool:
         self.broken = ""
         """Why workers cannot start, once that is known."""
 
-    def pids(self) -> list[int]:
-        """The idle workers' process ids."""
-        with self._free:
-            return [worker.process.pid for worker in self._idle]
-
     def run(self, tasks: Sequence[Any], timeout: float, deadline: float | None = None) -> list[Answer]:
         """One answer per task, in order. `timeout`: seconds for one task; `deadline`: seconds for all of them."""
         return _Run(self, tasks, timeout, deadline).answers()

@@ -29,7 +29,7 @@ EQUAL_BOMBS = {"expand_pow": "s^199 s is s^200"}
 
 @pytest.fixture(scope="module")
 def math():
-    reward = MathReward(timeout=2.0, concurrency=2)
+    reward = MathReward(timeout=5.0, concurrency=2)
     yield reward
     reward.close()
 
@@ -205,7 +205,7 @@ def test_bombs_are_answered_in_time(way: str) -> None:
 @pytest.mark.slow
 def test_fuzz() -> None:
     """`EMBERL_FUZZ=1000000 pytest tests/rewards/test_maths.py -k fuzz` is the long form."""
-    count = int(os.environ.get("EMBERL_FUZZ", "3000"))
+    count = int(os.environ.get("EMBERL_FUZZ", "500"))
     rng = random.Random(count)
     pieces = [
         "\\frac", "\\sqrt", "\\boxed", "{", "}", "(", ")", "[", "]", "^", "_", "!", "+", "-", "\\cdot", "/", "=", "<", ",",
