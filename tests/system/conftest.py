@@ -25,9 +25,10 @@ def _load() -> ModuleType:
 small_system = _load()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared_ray() -> Iterator[None]:
-    """A cluster of this process for the runs in it, which leave it up: to start one takes longer than most of them."""
+    """A cluster of this process for the runs in it, which leave it up: to start one takes longer than most of them. Not for
+    the session: other tests kill all children of this process, and without its cluster the process ends."""
     import ray
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -70,9 +70,10 @@ def test_one_line_names_the_key(
 
 
 def test_dry_run_prints_configuration_and_placement(emberl: Emberl) -> None:
-    process = emberl.start("--dry-run", "algorithm=dapo", "filter.zero_variance=true")
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
+    changes = ["algorithm=dapo", "filter.zero_variance=true", f"run_dir={emberl.folder}/runs"]
+    found = CliRunner().invoke(app, ["train", str(emberl.config), "--dry-run", *changes])
+    assert found.exit_code == 0
+    out = found.stdout
     assert "clip_high: 0.28" in out, "the preset is shown expanded"
     assert "bundle  0  learner 0  0.5 CPU, 1 threads" in out
     assert "bundle  1  rollout 0  0.5 CPU, 1 threads" in out
