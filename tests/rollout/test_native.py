@@ -7,6 +7,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -194,3 +195,30 @@ def test_a_learner_without_vllm_says_what_it_needs(monkeypatch: pytest.MonkeyPat
     vllm_compat.check_sender("gloo")
     with pytest.raises(ValueError, match=r"backend=nccl: learners send by vLLM's own communicator, so vLLM .* must be"):
         vllm_compat.check_sender("nccl")
+
+
+def test_a_learner_sends_as_vllm_0_23_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names are those of vLLM's and of vllm-ascend's sources, which `tests/ascend` reads."""
+    group, sent = SimpleNamespace(disabled=False), []
+
+    class Worker:
+        @staticmethod
+        def trainer_init(init_info: dict[str, Any]) -> Any:
+            assert init_info == {"master_address": "host", "master_port": 7, "world_size": 5}
+            return group
+
+        @staticmethod
+        def trainer_send_weights(iterator: Any, trainer_args: dict[str, Any]) -> None:
+            assert trainer_args == {"group": group, "packed": True}
+            sent.append([(name, tensor.tolist()) for name, tensor in iterator])
+
+    monkeypatch.setattr(vllm_compat, "installed_version", lambda: "0.23.0")
+    monkeypatch.setattr(vllm_compat, "_factory", SimpleNamespace)
+    monkeypatch.setattr(vllm_compat, "_worker_engine", lambda backend: Worker)
+    send = vllm_compat.open_transfer("nccl", "host", 7, 5, "cpu")
+    send({"a": torch.tensor([1.0])})
+    send({"a": torch.tensor([2.0]), "b": torch.tensor([3.0])})
+    assert sent == [[("a", [1.0])], [("a", [2.0]), ("b", [3.0])]]
+    group.disabled = True
+    with pytest.raises(RuntimeError, match="is disabled"):
+        vllm_compat.open_transfer("nccl", "host", 7, 5, "cpu")
