@@ -38,6 +38,7 @@ def start(settings: EngineSettings) -> RunningLLM:
     variables, of_platform = vllm_compat.prepare(settings, os.environ)
     os.environ.update(variables)
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     vllm_compat.check_signatures(AsyncLLM)
@@ -45,7 +46,8 @@ def start(settings: EngineSettings) -> RunningLLM:
     try:
         with tail.inherited():
             args = AsyncEngineArgs(**vllm_compat.engine_arguments(settings, of_platform))
-            llm = AsyncLLM.from_engine_args(args)
+            # rollouts are a batch, not a service: vLLM's defaults for its own offline use, e.g. tokens a step
+            llm = AsyncLLM.from_engine_args(args, usage_context=UsageContext.LLM_CLASS)
     except (RuntimeError, TimeoutError) as error:  # vLLM says only "see root cause above", which went to its log
         raise EngineLostError(f"vLLM did not start: {tail.cause()}") from error
     return RunningLLM(llm, tail)
