@@ -113,7 +113,7 @@ def bench_links(report: Report, scales: Sequence[int], share: float, picture: Pa
     """The split is the same everywhere, so that only the link differs."""
     shares: dict[int, dict[str, list[float]]] = {}
     for devices in scales:
-        common = [f"schedule.prompts_per_step={SCALES[devices]}", "steps=34", "warmup=16"]
+        common = [f"schedule.prompts_per_step={SCALES[devices]}", "steps=48", "warmup=24"]
         learners = 8 * round(share * devices / 8)
         perfect = figures(simulate(ideal(make_scenario(load_plan(common, {"devices": devices}), learners))))
         best = perfect["tokens_per_s"]
