@@ -25,8 +25,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which matrix products of operands of `dtype` are made: float32 for bfloat16 on a CPU for which oneDNN has
     no bfloat16 product (x86 without AVX-512), where torch's own takes eight times as long."""
-    slow = device.type == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.float32 if slow else dtype
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return dtype
+    built = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    fast = built and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype if fast else torch.float32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

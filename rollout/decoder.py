@@ -24,6 +24,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [N, H, D], k [N, K, D], v [N, K, D]) -> [N, H * D]; decides what each token may see, and what is cached."""
 
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class Layer:
@@ -231,4 +232,4 @@ def checkpoint_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, tensors.get_tensor(name)
 
 
-__all__ = ["DTYPE_NAMES", "Attend", "Decoder", "causal_attention", "checkpoint_tensors"]
+__all__ = ["DTYPE_NAMES", "TORCH_DTYPES", "Attend", "Decoder", "causal_attention", "checkpoint_tensors"]

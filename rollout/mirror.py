@@ -20,12 +20,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .decoder import DTYPE_NAMES, checkpoint_tensors
+from .decoder import DTYPE_NAMES, TORCH_DTYPES, checkpoint_tensors
 from .patches import Bytes, TensorBytes, WeightPatch, digest, verify
 
 ALIGNMENT = 64
 """Bytes; a tensor starts where any processor may load it from."""
-ITEM_BYTES = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
+ITEM_BYTES = {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()}
 
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]

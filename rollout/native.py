@@ -26,14 +26,13 @@ import torch.distributed
 from ..kernels import platform
 from . import vllm_compat
 from .collective import Ticket
-from .decoder import DTYPE_NAMES
+from .decoder import TORCH_DTYPES
 from .mirror import Layout
 from .patches import TensorBytes
 from .transport import TransferError
 
 c10d: Any = torch.distributed  # it exports more than its types say
 
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 POLL = 0.01
 """Seconds between two looks at how many workers are ready."""
 Send = Callable[[Mapping[str, torch.Tensor]], None]

@@ -16,12 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .decoder import DTYPE_NAMES
+from .decoder import TORCH_DTYPES
 from .mirror import Entry, read_mirror, write_mirror
 from .patches import Bytes, TensorBytes, digest
 from .vllm_compat import OWNER, check_communicator, register_gloo, repack_tied_head
-
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class WeightExtension:
@@ -114,7 +112,7 @@ def _entries(listed: Sequence[Sequence[Any]]) -> dict[str, Entry]:
 
 def _as_torch(tensors: Iterable[tuple[str, TensorBytes]]) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
-        yield name, torch.from_numpy(tensor.data).view(DTYPES[tensor.dtype]).view(tensor.shape)
+        yield name, torch.from_numpy(tensor.data).view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
 
 
 def end_with(owner: int) -> None:

@@ -225,14 +225,18 @@ def main() -> None:
     parser.add_argument(
         "--runs", type=Path, default=None, metavar="DIR", help="keep the real runs there, reuse what is there"
     )
+    parser.add_argument(
+        "--devices", type=int, nargs="+", choices=tuple(SCALES), default=tuple(SCALES), help="for links"
+    )
+    parser.add_argument("--share", type=float, default=None, help="of the devices that learn (default: the best)")
     parser.add_argument("--picture", type=Path, default=None, metavar="FILE", help="draw the links, a PNG")
     args = parser.parse_args()
     report = Report("plan", args.json, "simpy")
     if not args.only_reality:
         bench_speed(report, 1024 if args.quick else 10240)
         bench_toy(report)
-        share = SHARE if args.quick else best_share(report)
-        bench_links(report, list(SCALES)[: 1 if args.quick else None], share, args.picture)
+        share = args.share or (SHARE if args.quick else best_share(report))
+        bench_links(report, args.devices[: 1 if args.quick else None], share, args.picture)
     if args.reality or args.only_reality:
         with tempfile.TemporaryDirectory() as temporary:
             folder = args.runs or Path(temporary)
