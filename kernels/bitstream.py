@@ -1,25 +1,17 @@
 """Streams of bits for weight patches: fields, numbers of unknown size, and Golomb-Rice codes that adapt.
 
-Bit i of a stream is bit i % 64 of word i // 64; a stream ends in `SLACK` words of zeros. `put` functions append to a stream
-that is zero from bit `at` on and return where they stopped; `get` functions return what they read and where it ends. All
+Bit i of a stream is bit i % 64 of word i // 64; a stream that is read ends in `SLACK` words of zeros. `put` functions append
+to a stream and return where they stopped, its first word was 0; `get` functions return what they read and where it ends. All
 numbers are int64: mixed operations would fall back to floating point.
-
-What is compiled is kept between processes. numba sees a change of a function's own file only: whoever edits this one has
-to delete what `delta.py` left in `__pycache__` (`*.nbi`).
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 # (numba infers the types of what it compiles)
 from __future__ import annotations
 
-import os
 import sys
-from pathlib import Path
-from typing import Any
 
-from numba import extending, njit, types
-
-intrinsic: Any = extending.intrinsic  # it rewrites what it decorates in a way that no annotation tells
+from .lanes import compiled, shift_right, trailing_zeros
 
 UNARY = 24
 """A quotient this large is not written in unary: the number follows in binary, after its length."""
@@ -33,36 +25,13 @@ SLACK = 6
 assert sys.byteorder == "little", "streams are little-endian words"
 
 
-@intrinsic
-def popcount(_context, x):
-    return types.int64(types.int64), lambda _c, builder, _s, args: builder.ctpop(args[0])
-
-
-@intrinsic
-def trailing_zeros(_context, x):
-    def emit(context, builder, _signature, args):
-        return builder.cttz(args[0], context.get_constant(types.boolean, False))
-
-    return types.int64(types.int64), emit
-
-
-@intrinsic
-def shift_right(_context, x, by):
-    """Fills with zeros, unlike `>>` of a signed number."""
-    return types.int64(types.int64, types.int64), lambda _c, builder, _s, args: builder.lshr(args[0], args[1])
-
-
-# kept between processes where the installation may be written to: compiling takes seconds
-compiled = njit(nogil=True, cache=os.access(Path(__file__).parent, os.W_OK))
-
-
 @compiled
 def put(words, at, value, width):
-    """Appends the low `width` bits (at most 63) of `value`, which has none above them."""
+    """Appends the low `width` bits (at most 63) of `value`, which has none above them. Nothing behind the word that `at` is
+    in has to be set before; of that word, the bits from `at` on are 0."""
     word, shift = at >> 6, at & 63
     words[word] |= value << shift
-    if shift + width > 64:
-        words[word + 1] |= shift_right(value, 64 - shift)
+    words[word + 1] = shift_right(shift_right(value, 1), 63 - shift)
     return at + width
 
 
@@ -70,9 +39,7 @@ def put(words, at, value, width):
 def get(words, at, width):
     """(the number in the next `width` bits, at most 63; where it ends)."""
     word, shift = at >> 6, at & 63
-    value = shift_right(words[word], shift)
-    if shift + width > 64:
-        value |= words[word + 1] << (64 - shift)
+    value = shift_right(words[word], shift) | words[word + 1] << 1 << 63 - shift
     return value & ((1 << width) - 1), at + width
 
 

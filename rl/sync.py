@@ -187,6 +187,7 @@ class WeightSync:
             version=version,
             patch=patch,
             anchor=not patch or self._mode == "dense" or self._anchor_due(version),
+            dense=self._mode == "dense",
             directory=str(self._folder) if self._transport == "directory" else None,
             broadcast=broadcast,
             history=None if self._history is None else str(self._history),

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import zstandard
 
 from .patches import Bytes, Chunk, CorruptPatchError, ElementType, Mode
@@ -28,7 +29,7 @@ SPARSE_ENOUGH = 4
 """A sparse payload this many times smaller than the raw bytes is taken without trying a dense one."""
 SAMPLE = 4096
 """Elements that tell enough of a chunk to decide what to try."""
-RUN = 64
+RUN = 512
 """Elements of the sample that lie side by side: to look at one costs as much as to look at its neighbours."""
 NOTHING = np.empty(0, np.uint8)
 
@@ -38,13 +39,14 @@ def encode_chunk(old: Bytes | None, new: Bytes, kind: ElementType) -> Chunk:
     before = elements(np.zeros_like(new) if old is None else old, kind)
     after = elements(new, kind)
     count = len(after)
-    if all(np.array_equal(before[part], after[part]) for part in (slice(SAMPLE), slice(None))):
+    differences = _sample(before, after)
+    if not differences.any() and np.array_equal(before, after):
         return _chunk(Mode.SKIP, count, NOTHING)
     payloads = {Mode.RAW: new}
-    if _worth_trying(before, after):
+    if _worth_trying(differences, kind.width):
         from ..kernels.delta import encode_changes
 
-        payloads[Mode.SPARSE] = encode_changes(before, after, kind.exponent)
+        payloads[Mode.SPARSE] = encode_changes(before, after)
     if min(payload.nbytes for payload in payloads.values()) * SPARSE_ENOUGH > new.nbytes:
         planes = np.ascontiguousarray((before ^ after).view(np.uint8).reshape(-1, kind.width).T)
         payloads[Mode.DENSE] = np.frombuffer(zstandard.ZstdCompressor(ZSTD_LEVEL).compress(planes.data), np.uint8)
@@ -67,7 +69,7 @@ def decode_chunk(chunk: Chunk, old: Bytes | None, out: Bytes, kind: ElementType)
         from ..kernels.delta import decode_changes
 
         before = elements(np.zeros_like(out) if old is None else old, kind)
-        if not decode_changes(chunk.payload, before, kind.exponent, elements(out, kind)):
+        if not decode_changes(chunk.payload, before, elements(out, kind)):
             raise CorruptPatchError("not a valid stream of changes")
 
 
@@ -94,14 +96,18 @@ def _chunk(mode: Mode, count: int, payload: Bytes) -> Chunk:
     return Chunk(mode=mode, count=count, payload=payload, crc=zlib.crc32(payload.data))
 
 
-def _worth_trying(before: Elements, after: Elements) -> bool:
-    """Whether listing changes may beat raw bytes. Judged by a sample, for it takes longest where it helps least."""
+def _sample(before: Elements, after: Elements) -> npt.NDArray[np.signedinteger]:
+    """By how much elements differ here and there."""
     runs = max(1, len(before) // RUN)
-    step = max(1, runs * RUN // SAMPLE)
+    step = -(-runs * RUN // SAMPLE)
     old, new = (side[: runs * RUN].reshape(runs, -1)[::step] for side in (before, after))
-    differences = (new - old).view(f"i{before.itemsize}")
+    return (new - old).view(f"i{before.itemsize}")
+
+
+def _worth_trying(differences: npt.NDArray[np.signedinteger], width: int) -> bool:
+    """Whether listing changes may beat raw bytes. It takes longest where it helps least."""
     changed = differences[differences != 0].astype(np.float64)
-    return bool(np.sum(np.log2(np.abs(changed)) + 1) < 8 * before.itemsize * differences.size)
+    return bool(np.sum(np.log2(np.abs(changed)) + 1) < 8 * width * differences.size)
 
 
 def _decompress(payload: Bytes, size: int) -> bytes:

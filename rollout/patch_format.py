@@ -8,7 +8,7 @@ all its bytes but the last have bit 7 set. A *string* is a varint n and n bytes 
 
 File
     0   4 bytes   "EMWP"
-    4   u16       version of this format: 1
+    4   u16       version of this format: 2
     6   u16       0
     8   i64       version of the weights after applying, not negative
     16  i64       version that they are made from, less than that; -1: from zeros (an anchor)
@@ -55,14 +55,16 @@ Sparse stream
     shrinks by 1 as long as k > 0 and m // 32 // 2^k = 0.
 
     number        how many elements changed
-    1 bit         whether there are 16 classes: an element's class is the field of 4 bits of `old` from bit 7 (BF16),
-                  10 (F16), 23 (F32), 52 (F64), 3 (F8_E4M3) or 2 (F8_E5M2). If not, all elements are of one class.
-    Then class by class, from 0:
-      number      M, how many of its elements are marked
-      1 bit       whether those are the ones that did not change, rather than those that did
-      if M > 0:
+    2 bits        t
+    t times       W - 1 bits: a threshold, greater than the one before it. An element's magnitude is the field of the lowest
+                  W - 1 bits of `old`; class c (from 0) has the elements whose magnitude is not less than c thresholds.
+    Then class by class, t + 1 times:
+      number      how many of its elements changed
+      1 bit       whether those that did not change are marked, rather than those that did
+                  if so: number, how many those are
+      if any are marked:
         6 bits    k of the list of gaps
-        M times   gap: how many elements of the class, in order, lie between this marked one and the one before it
+        each      gap: how many elements of the class, in order, lie between this marked one and the one before it
       if any changed, for those that did, in order:
         1 bit     wide
         6 bits    k of the list of runs
@@ -103,7 +105,7 @@ from .patches import (
 )
 
 MAGIC = b"EMWP"
-FORMAT = 1
+FORMAT = 2
 HEADER = struct.Struct("<4sHHqq16s16sIIQI")
 CRC = struct.Struct("<I")
 NO_ROOT = bytes(16)

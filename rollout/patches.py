@@ -48,17 +48,15 @@ class ElementType:
 
     width: int
     """Bytes."""
-    exponent: int | None = None
-    """The lowest bit of a float's exponent."""
 
 
 ELEMENT_TYPES = {
-    "BF16": ElementType(width=2, exponent=7),
-    "F16": ElementType(width=2, exponent=10),
-    "F32": ElementType(width=4, exponent=23),
-    "F64": ElementType(width=8, exponent=52),
-    "F8_E4M3": ElementType(width=1, exponent=3),
-    "F8_E5M2": ElementType(width=1, exponent=2),
+    "BF16": ElementType(width=2),
+    "F16": ElementType(width=2),
+    "F32": ElementType(width=4),
+    "F64": ElementType(width=8),
+    "F8_E4M3": ElementType(width=1),
+    "F8_E5M2": ElementType(width=1),
     "BOOL": ElementType(width=1),
     "U8": ElementType(width=1),
     "I8": ElementType(width=1),

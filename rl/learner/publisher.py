@@ -61,6 +61,8 @@ class Order:
     """A patch on the version before, if there was one."""
     anchor: bool
     """The whole weights."""
+    dense: bool = False
+    """The workers take the anchor even where there is a patch: that is for the history, and tells how small one is."""
     directory: str | None = None
     """Where the files go; None: into Ray's object store."""
     broadcast: InBroadcast | None = None
@@ -160,11 +162,11 @@ class Publisher:
             engines = _into_engines(broadcast, weights)
             self._outgoing, broadcast = (engines, weights.tensors), None
         outbox: Outbox = Directory(Path(order.directory)) if order.directory is not None else ObjectStore()
-        sent = None if whole else self._put(outbox, patch, broadcast)
-        if whole:
-            anchor: Parcel | None = self._put(outbox, patch, broadcast)
-        else:
-            anchor = self._put(outbox, _anchor(weights)) if order.anchor else None
+        of_patch, of_anchor = (None, broadcast) if whole or order.dense else (broadcast, None)
+        sent = None if whole else self._put(outbox, patch, of_patch)
+        anchor = None
+        if whole or order.anchor:
+            anchor = self._put(outbox, patch if whole else _anchor(weights), of_anchor)
         if order.history is not None:
             self._put(Directory(Path(order.history)), patch)
         return Published(

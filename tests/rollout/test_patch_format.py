@@ -36,7 +36,6 @@ Whole = dict[str, tuple[int, tuple[int, ...], bytes]]
 # An independent decoder: what the docstring of `emberl.rollout.patch_format` says, and nothing of the codec.
 
 WIDTHS = (2, 2, 4, 8, 1, 1, 1, 1, 1, 2, 2, 4, 4, 8, 8)
-EXPONENTS = {0: 7, 1: 10, 2: 23, 3: 52, 4: 3, 5: 2}
 
 
 class Stream:
@@ -64,17 +63,21 @@ class Stream:
             while k > 0 and m // 32 >> k == 0:
                 k -= 1
 
-    def apply(self, old: list[int], exponent: int, modulus: int) -> list[int]:
-        new, changes, by_class = list(old), self.number(), self.field(1)
-        for number in range(16 if by_class else 1):
-            members = [i for i, x in enumerate(old) if not by_class or x >> exponent & 15 == number]
+    def apply(self, old: list[int], width: int) -> list[int]:
+        new, changes, modulus = list(old), self.number(), 256**width
+        thresholds = [self.field(8 * width - 1) for _ in range(self.field(2))]
+        assert thresholds == sorted(set(thresholds))
+        for number in range(len(thresholds) + 1):
+            members = [i for i, x in enumerate(old) if sum(x % (modulus // 2) >= t for t in thresholds) == number]
             marked, unchanged, at, marks = self.number(), self.field(1), -1, set[int]()
+            changes -= marked
+            if unchanged:
+                marked = self.number()
             gaps = self.numbers(self.field(6) if marked else 0)
             for _ in range(marked):
                 at += 1 + next(gaps)
                 marks.add(members[at])
             touched = [i for i in members if (i in marks) != bool(unchanged)]
-            changes -= len(touched)
             if touched:
                 wide, runs, excesses = self.field(1), self.numbers(self.field(6)), self.numbers(self.field(6))
                 run = 0 if wide else next(runs)
@@ -90,7 +93,7 @@ class Stream:
 def independent(data: bytes, held: Whole) -> Whole:
     """name -> (dtype's number, shape, bytes) of all tensors after applying a patch to `held`."""
     magic, version, _, _, base, root, _, size, _, body, _, crc = struct.unpack("<4sHHqq16s16sIIQII", data[:80])
-    assert (magic, version, len(data)) == (b"EMWP", 1, 80 + size + body)
+    assert (magic, version, len(data)) == (b"EMWP", 2, 80 + size + body)
     assert zlib.crc32(data[:76] + data[80 : 80 + size]) == crc
     at, name = 80, b""
 
@@ -126,7 +129,7 @@ def independent(data: bytes, held: Whole) -> Whole:
             assert zlib.crc32(payload) == crcs.pop()
             if mode == 1:
                 numbers = [int.from_bytes(old[i : i + width], "little") for i in range(0, len(old), width)]
-                changed = Stream(payload).apply(numbers, EXPONENTS.get(dtype, 0), 256**width)
+                changed = Stream(payload).apply(numbers, width)
                 payload = b"".join(x.to_bytes(width, "little") for x in changed)
             elif mode == 2:
                 planes = zstandard.ZstdDecompressor().decompress(payload)
@@ -256,30 +259,32 @@ def test_parts_of_several_ranks_make_one_patch(
 
 
 def test_a_patch_written_by_hand() -> None:
-    """One bfloat16 tensor of three ones, of which the second becomes the next larger number. Its stream, bit by bit:
+    """One bfloat16 tensor of four ones, of which the second becomes the next larger number. Its stream, bit by bit:
 
-    number of changes 1: 100000 1; classes: 0                                 -> 01000001 = 41
-    marked 1: 100000 1; the changed ones: 0                                   -> 01000001 = 41
-    k of the gaps, floor(log2(2 / 1)) = 1: 100000; a gap of 1 = 0 * 2 + 1: 01 -> 10000001 = 81
-    wide: 0; k of the runs 0: 000000; k of the excesses 0: 0                  -> 00000000 = 00
-    .. its rest: 00000; a run of 1: 10; negative: 0                           -> 00100000 = 20
+    number of changes 1: 100000 1; thresholds: 00, of which a 0                -> 10000010 = 41
+    .. the other 0; changed in the one class 1: 100000 1                      -> 01000001 = 82
+    those are marked: 0; k of the gaps, floor(log2(3 / 1)) = 1: 100000; a gap
+    of 1 = 0 * 2 + 1: 01, of which a 0                                        -> 01000000 = 02
+    .. the other 1; wide: 0; k of the runs: 000000                            -> 10000000 = 01
+    k of the excesses: 000000; a run of 1: 10                                 -> 00000010 = 40
+    negative: 0                                                               -> 00000000 = 00
     """
     one, next_to_one = b"\x80\x3f", b"\x81\x3f"
-    old, new = one * 3, one + next_to_one + one
-    held = weights({"w": TensorBytes(dtype="BF16", shape=(3,), data=np.frombuffer(old, np.uint8))})
-    after = {"w": TensorBytes(dtype="BF16", shape=(3,), data=np.frombuffer(new, np.uint8))}
+    old, new = one * 4, one + next_to_one + one * 2
+    held = weights({"w": TensorBytes(dtype="BF16", shape=(4,), data=np.frombuffer(old, np.uint8))})
+    after = {"w": TensorBytes(dtype="BF16", shape=(4,), data=np.frombuffer(new, np.uint8))}
     root = {data: xxhash.xxh3_128_digest(f"w {xxhash.xxh3_128_hexdigest(data)}".encode()) for data in (old, new)}
-    stream = bytes.fromhex("41 41 81 00 20")
+    stream = bytes.fromhex("41 82 02 01 40 00")
     directory = (
-        bytes.fromhex("03 72 75 6e  01  00 00 01 77  00  01 03  01  01 03 05")
+        bytes.fromhex("03 72 75 6e  01  00 00 01 77  00  01 04  01  01 04 06")
         + xxhash.xxh3_128_digest(new)
         + zlib.crc32(stream).to_bytes(4, "little")
     )
     header = (
-        bytes.fromhex("45 4d 57 50  01 00 00 00  04 00 00 00 00 00 00 00  03 00 00 00 00 00 00 00")
+        bytes.fromhex("45 4d 57 50  02 00 00 00  04 00 00 00 00 00 00 00  03 00 00 00 00 00 00 00")
         + root[new]
         + root[old]
-        + bytes.fromhex("24 00 00 00  00 00 00 00  05 00 00 00 00 00 00 00  00 00 00 00")
+        + bytes.fromhex("24 00 00 00  00 00 00 00  06 00 00 00 00 00 00 00  00 00 00 00")
     )
     crc = zlib.crc32(header + directory).to_bytes(4, "little")
     assert to_bytes(encode(held, after, run_id="run", version=4)) == header + crc + directory + stream
@@ -312,7 +317,7 @@ def golden() -> tuple[Arrays, Arrays]:
 
 
 def test_the_format_stays_what_it_is() -> None:
-    """Files of older versions of emberl must stay readable: a new format needs a new number, and its own golden digest."""
+    """A new format needs a new number, and a golden digest of its own."""
     old, new = golden()
     data = to_bytes(encode(weights(old), new, run_id="run", version=4))
     assert {chunk.mode.name for delta in from_bytes(data).deltas.values() for chunk in delta.chunks} == {
@@ -320,7 +325,7 @@ def test_the_format_stays_what_it_is() -> None:
         "RAW",
     }
     assert independent(data, plain(old)) == plain(new)
-    assert (len(data), xxhash.xxh3_128_hexdigest(data)) == (599, "a9d658ed498a47e1d51b765f177b47e9")
+    assert (len(data), xxhash.xxh3_128_hexdigest(data)) == (573, "831ede44150a9293a898a8f3828aa91b")
 
 
 def broken(data: bytes, held: Weights) -> str:
@@ -404,7 +409,7 @@ def test_payloads_that_lie_with_the_right_crc_are_refused(pair: tuple[Arrays, Ar
     ("field", "value", "words"),
     [
         (0, b"PK", "not a weight patch"),
-        (4, b"\2", "format 2; this emberl reads format 1"),
+        (4, b"\1", "format 1; this emberl reads format 2"),
         (8, b"\5", "damaged"),
         (24, b"\0\1", "damaged"),
         (56, b"\0", "damaged"),

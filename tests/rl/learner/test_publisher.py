@@ -103,6 +103,24 @@ def test_an_anchor_beside_a_patch_holds_the_new_weights(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_broadcast_is_of_what_the_workers_take(tmp_path: Path, dense: bool) -> None:
+    """Both are made: whole weights beside a patch for the history, or a patch beside an anchor for those who come late."""
+    publishers = ranks(1)
+    publish(publishers, 0, tmp_path, patch=False)
+    publishers[0].take(shard(1, 0, 1))
+    place = InBroadcast(ticket=publishers[0].meet("cpu", 1, 5.0), number=0, size=0, timeout=5.0)
+    order = Order(
+        run_id="run", version=1, patch=True, anchor=True, dense=dense, directory=str(tmp_path), broadcast=place
+    )
+    found = publishers[0].publish(order)
+    assert found.patch is not None and found.anchor is not None
+    taken, beside = (found.anchor, found.patch) if dense else (found.patch, found.anchor)
+    assert [type(place) for place in taken.places] == [InBroadcast, InFile]
+    assert taken.places[0].size == taken.size
+    assert [type(place) for place in beside.places] == [InFile]
+
+
 @pytest.mark.slow
 def test_a_thousand_versions_in_a_chain(tmp_path: Path) -> None:
     """Two ranks, patches only: every version bit for bit, the last one reached from version 0 in 1,000 steps too."""
