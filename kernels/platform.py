@@ -6,6 +6,7 @@ can name Ray resources without loading it.
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,9 +132,14 @@ def supports_bf16(platform: Platform) -> bool:
 
 
 def compute_dtype(name: str, platform: Platform) -> torch.dtype:
-    """The dtype called `name` (`auto`, `bfloat16`, `float32`, `float64`); auto is bfloat16 where it is fast."""
+    """The dtype called `name` (`auto`, `bfloat16`, `float32`, `float64`); auto is bfloat16 where it is fast, and who asks for
+    bfloat16 elsewhere is warned."""
     import torch
 
+    if name == "bfloat16" and not supports_bf16(platform):
+        _log.warning(
+            "model.dtype=bfloat16: this CPU has no bfloat16 products; float32, which auto takes, is faster here"
+        )
     if name == "auto":
         return torch.bfloat16 if supports_bf16(platform) else torch.float32
     dtype: torch.dtype = getattr(torch, name)
