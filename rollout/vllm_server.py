@@ -55,9 +55,14 @@ def connect(url: str, settings: EngineSettings, version: int, timeout: float) ->
                 f"rollout.servers: {url}{lacking.request.url.path} answers {lacking.status_code}, so it is not a vLLM 0.32 whose "
                 f"weights emberl can change; {how}"
             )
+        served = found[1].json()["results"][0]
+        if not served["labels_tokens"]:
+            raise ValueError(
+                f"rollout.servers: {url} is vLLM {served['vllm']}, which does not say by which weights a token was sampled; "
+                "0.32 does (without rollout.servers, rollout.engine=vllm starts older ones itself)"
+            )
         client.post("/update_weight_version", json={"new_version": str(version)}).raise_for_status()
         length = client.get("/v1/models").json()["data"][0]["max_model_len"]
-    served = found[1].json()["results"][0]
     wanted = {"dtype": settings.dtype, "logprobs_mode": "processed_logprobs"}
     for name, value in wanted.items():
         if served[name] != value:

@@ -23,7 +23,7 @@ from emberl.rollout.decoder import DTYPE_NAMES, checkpoint_tensors
 from emberl.rollout.embedded import EmbeddedEngine
 from emberl.rollout.patches import TensorBytes, WeightPatch, dense_patch
 from emberl.rollout.samples import Prompt
-from emberl.rollout.vllm_compat import installed_version
+from emberl.rollout.vllm_compat import installed_version, labels_tokens
 
 T = TypeVar("T")
 
@@ -221,6 +221,11 @@ def vllm_server(model: Path, log: Path, *arguments: str, port: int = 0, **enviro
             os.killpg(process.pid, signal.SIGKILL)
 
 
+def need_labels() -> None:
+    if not labels_tokens():
+        pytest.skip(f"a server of vLLM {installed_version()} does not say by which weights a token was sampled")
+
+
 VLLM_MARKS = [pytest.mark.slow, NEEDS_VLLM]
 
 
@@ -236,6 +241,7 @@ def rig(
     with ExitStack() as opened:
         settings = {}
         if request.param == "server":
+            need_labels()
             log = tmp_path_factory.mktemp("server") / "log"
             settings["server"] = opened.enter_context(vllm_server(models[0].folder, log))
         yield opened.enter_context(make_rig(request.param, **settings))
@@ -243,6 +249,7 @@ def rig(
 
 @pytest.fixture(scope="session")
 def serve_vllm() -> Callable[..., AbstractContextManager[str]]:
+    need_labels()
     return vllm_server
 
 

@@ -218,28 +218,39 @@ def test_a_learner_that_dies_while_it_sends(rig: Any, learner: Learner) -> None:
 
 def test_vllms_own_sender_is_driven_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
     """No devices here: what it would broadcast is kept, and everything else is vLLM's."""
-    from vllm.distributed.weight_transfer import nccl_engine
+    from vllm.distributed.weight_transfer import nccl_engine, packed_tensor
 
     kept: list[tuple[str, list[float]]] = []
+    packed: list[dict[str, Any]] = []
     group = SimpleNamespace(disabled=False)
 
-    def broadcast(iterator: Any, group: Any, post_iter_func: Any, **_: Any) -> None:
+    def broadcast(iterator: Any, group: Any, src: int, post_iter_func: Any, **sizes: Any) -> None:
+        packed.append(sizes)
         kept.extend((pair[0], post_iter_func(pair).tolist()) for pair in iterator)
 
     met: list[Any] = []
-    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: met.append(info) or group)
-    monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", broadcast)
+    engine = nccl_engine.NCCLWeightTransferEngine
+    to_027 = hasattr(engine, "trainer_send_weights")
+    if to_027:
+        meet = staticmethod(lambda info: met.append(SimpleNamespace(**info)) or group)
+        monkeypatch.setattr(engine, "trainer_init", meet)
+    else:
+        monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: met.append(info) or group)
+    looked_up_in = packed_tensor if to_027 else nccl_engine
+    monkeypatch.setattr(looked_up_in, "packed_nccl_broadcast_producer", broadcast)
     send = vllm_compat.open_transfer("nccl", "host", 7, 5, "cpu")
     for value in (1.0, 2.0):
         send({"a": torch.tensor([value]), "b": torch.tensor([3.0])})
     assert kept == [("a", [1.0]), ("b", [3.0]), ("a", [2.0]), ("b", [3.0])]
     assert [(info.master_address, info.master_port, info.world_size) for info in met] == [("host", 7, 5)]
-    engine = nccl_engine.NCCLWeightTransferEngine
     joining = engine.init_info_cls(**vllm_compat.transfer_init("nccl", "host", 7, 3, 5))
-    assert (joining.rank_offset, joining.world_size, joining.packed) == (3, 5, met[0].packed)
-    assert joining.packed_buffer_size_bytes == met[0].packed_buffer_size_bytes
+    assert (joining.rank_offset, joining.world_size) == (3, 5)
     update = engine.update_info_cls(**vllm_compat.transfer_update("nccl", {"a": ("float32", (1,))}))
     assert (update.names, update.dtype_names, update.shapes) == (["a"], ["float32"], [[1]])
+    said = update if to_027 else joining
+    assert said.packed, "as what is sent"
+    sizes = {"buffer_size_bytes": said.packed_buffer_size_bytes, "num_buffers": said.packed_num_buffers}
+    assert packed == [sizes, sizes]
     group.disabled = True
     with pytest.raises(RuntimeError, match="is disabled"):
         vllm_compat.open_transfer("nccl", "host", 7, 5, "cpu")
