@@ -289,11 +289,14 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES, action="append", help="only this case (may be repeated)")
     parser.add_argument("--impl", action="append", help="only implementations whose name contains this; ours always")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, help="instead of the shape's, for CPUs with slow products")
     args = parser.parse_args()
     report = harness.Report("loss", args.json, "trl", "liger-kernel", "verl")
     errors(report)
     shapes = QUICK if args.quick else {name: SHAPES[name] for name in args.shape or SHAPES}
-    for shape, size in shapes.items():
+    for shape, (tokens, *widths) in shapes.items():
+        size = args.tokens or tokens, *widths
+        shape += f" ({args.tokens} tokens)" if args.tokens else ""
         for name in args.case or CASES:
             case = CASES[name]
             p = problem(*size, half=case.half)
