@@ -1,8 +1,8 @@
 """Streams of bits for weight patches: fields, numbers of unknown size, and Golomb-Rice codes that adapt.
 
-Bit i of a stream is bit i % 64 of word i // 64; a stream that is read ends in `SLACK` words of zeros. `put` functions append
-to a stream and return where they stopped, its first word was 0; `get` functions return what they read and where it ends. All
-numbers are int64: mixed operations would fall back to floating point.
+Bit i of a stream is bit i % 64 of word i // 64. `put` functions append to a stream, whose first word begins as 0, and return
+where they stopped. `get` functions return what they read and where it ends; what they read has `SLACK` words of zeros behind
+it. All numbers are int64: mixed operations would fall back to floating point.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"

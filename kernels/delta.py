@@ -244,16 +244,15 @@ def _get_classes(words, at, end, size, thresholds, ranks, differences, bounds):
         done = bounds[number]
         count, at = get_number(words, at)
         unchanged, at = get(words, at, 1)
-        if at > end or done + count > len(ranks):
+        if at > end or count > len(ranks) - done:  # never a sum: it could come out negative
             return -1
         changes, marked, total = slice(done, done + count), count, size
         marks = ranks[changes]
         if unchanged:
             marked, at = get_number(words, at)
-            total = count + marked
-            if at > end or total > size:
+            if at > end or marked > size - count:
                 return -1
-            marks = np.empty(marked, np.int64)
+            marks, total = np.empty(marked, np.int64), count + marked
         if marked:
             parameter, at = get(words, at, 6)
             if parameter > LARGEST_PARAMETER:

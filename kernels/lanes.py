@@ -80,6 +80,7 @@ def lanes_copy(_context, source, target, start):
 
 def _address(context, builder, array_type, array, start):
     """Vectors of 64 lanes have no instructions of their own anywhere: LLVM makes as many of what the machine has."""
+    assert array_type.layout == "C", "elements have to lie side by side"
     element = context.get_value_type(array_type.dtype)
     data = context.make_array(array_type)(context, builder, array).data
     lanes = ir.VectorType(element, LANES)

@@ -162,6 +162,17 @@ def bits(text: str) -> Array:
     return np.frombuffer(int(text[::-1], 2).to_bytes(-(-len(text) // 8), "little"), np.uint8)
 
 
+def thresholds(*numbers: int) -> str:
+    return " ".join(f"{number:015b}"[::-1] for number in numbers)
+
+
+def test_strided_elements_are_refused() -> None:
+    """Elements are read 64 at a time, side by side."""
+    old, new = optimizer_step(700, 1e-3)
+    with pytest.raises(AssertionError, match="side by side"):
+        encode_changes(old[::2], new[::2])
+
+
 def test_streams_written_by_hand() -> None:
     old, out = np.array([7, 7, 7, 7], np.uint16), np.empty(4, np.uint16)
     one, two, three = "100000 1", "010000 01", "010000 11"  # how many changed: of all, and later of a class
@@ -188,6 +199,15 @@ def test_streams_written_by_hand() -> None:
     round_the_world = 24 * "1" + " 111111 " + 63 * "1"  # a gap that leads past the largest number to the smallest
     bad = bits(f"{two} {one_class}  {two} 0 000000 {gap_0} {round_the_world}  {run_of_two} {plus} {minus}")
     assert not decode_changes(bad, old, out)
+    largest = "111111" + 63 * "1"  # sums with it come out negative
+    bad = bits(f"{one} {one_class}  {one} 1 {largest} 000000 {gap_0}  {nothing_else} {plus}")
+    assert not decode_changes(bad, old, out)
+    of_one = f"{one} 0 000000 {gap_0}  {nothing_else} {plus}"
+    wrapped = f"{largest} 0 000000 {gap_0} {nothing_else} {plus}"
+    bad = (
+        f"{two} 11 {thresholds(1, 2, 3)}  {of_one} {wrapped} {wrapped}  {three} 0 000000 {gap_0}  {nothing_else} {plus}"
+    )
+    assert not decode_changes(bits(bad), np.arange(4, dtype=np.uint16), out)
     too_far = bits(f"{one} {one_class}  {one} 0 000000 11110  {nothing_else} {plus}")
     assert not decode_changes(too_far, old, out)
 
