@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python tests/benchmarks/bench_loss.py [--quick] [--json FILE]
 
-Shapes A: 4096 x 512 x 32k, B: 2048 x 1024 x 152k, bfloat16. Every line says which share of the measured matrix-product
+Shapes A: 4096 x 512 x 32k, B: 2048 x 1024 x 152k, bfloat16 (or `--dtype float32`, what one trains in on a CPU without
+bfloat16 products). Every line says which share of the measured matrix-product
 ceiling its three products (two, one) reach: of bfloat16 products, or of float32 ones where the CPU has no others worth
 having. Peers are used where they are installed: trl and liger-kernel (packages), verl (its file
 verl/utils/experimental/torch_functional.py is loaded alone). Errors are against float64 on a problem small enough for it.
@@ -54,13 +55,13 @@ class Problem:
         return torch.arange(len(self.targets)) // (len(self.targets) // SEQUENCES)
 
 
-def problem(n: int, h: int, v: int, *, half: bool = False) -> Problem:
+def problem(n: int, h: int, v: int, *, half: bool = False, dtype: torch.dtype = torch.bfloat16) -> Problem:
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(v, h, generator=g) * h**-0.5
     targets = torch.randint(0, v, (n,), generator=g)
     peak = torch.rand(n, 1, generator=g) * 20 + 5
-    hidden = (weight[targets] * peak + torch.randn(n, h, generator=g) * 0.5).bfloat16()
-    weight = weight.bfloat16()
+    hidden = (weight[targets] * peak + torch.randn(n, h, generator=g) * 0.5).to(dtype)
+    weight = weight.to(dtype)
     logp = linear_logprob(hidden, weight, targets, backend="chunked").logp
     old = (logp + 0.05 * torch.randn(n, generator=g)).clamp(max=0)
     advantage = torch.randn(SEQUENCES, generator=g)
@@ -122,8 +123,8 @@ LogProb = Callable[[Tensor, Tensor, Tensor], Tensor]
 def peers() -> dict[str, LogProb]:
     """Differentiable log-probs [N] of each peer that is installed."""
     found: dict[str, LogProb] = {
-        "naive bf16": lambda h, w, y: (h @ w.t()).float().log_softmax(-1).gather(1, y[:, None])[:, 0],
-        "naive fp32": lambda h, w, y: (h.float() @ w.float().t()).log_softmax(-1).gather(1, y[:, None])[:, 0],
+        "naive": lambda h, w, y: (h @ w.t()).float().log_softmax(-1).gather(1, y[:, None])[:, 0],
+        "naive in float32": lambda h, w, y: (h.float() @ w.float().t()).log_softmax(-1).gather(1, y[:, None])[:, 0],
         "torch linear_cross_entropy": lambda h, w, y: (
             -torch.nn.functional.linear_cross_entropy(h, w, y, reduction="none").float()
         ),
@@ -216,9 +217,9 @@ def runs(p: Problem, case: Case) -> dict[str, Callable[[], Any]]:
     return found
 
 
-def ceiling() -> float:
+def ceiling(dtype: torch.dtype) -> float:
     """The best matrix product of this process in the dtype that ours makes them in, in TFLOP/s."""
-    dtype, best = product_dtype(torch.bfloat16, torch.device("cpu")), 0.0
+    dtype, best = product_dtype(dtype, torch.device("cpu")), 0.0
     for m, k, n in ((4096, 512, 1024), (4096, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 2048)):
         a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
         out = torch.empty(m, n, dtype=dtype)
@@ -290,16 +291,19 @@ def main() -> None:
     parser.add_argument("--impl", action="append", help="only implementations whose name contains this; ours always")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, help="instead of the shape's, for CPUs with slow products")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     args = parser.parse_args()
     report = harness.Report("loss", args.json, "trl", "liger-kernel", "verl")
     errors(report)
+    dtype: torch.dtype = getattr(torch, args.dtype)
     shapes = QUICK if args.quick else {name: SHAPES[name] for name in args.shape or SHAPES}
     for shape, (tokens, *widths) in shapes.items():
         size = args.tokens or tokens, *widths
         shape += f" ({args.tokens} tokens)" if args.tokens else ""
+        shape += " float32" if args.dtype == "float32" else ""
         for name in args.case or CASES:
             case = CASES[name]
-            p = problem(*size, half=case.half)
+            p = problem(*size, half=case.half, dtype=dtype)
             chosen = {
                 impl: run
                 for impl, run in runs(p, case).items()
@@ -310,9 +314,9 @@ def main() -> None:
                 with peak_memory() as peak:
                     run()
                 peaks[impl] = peak[0]
-            top = ceiling()
-            seconds = harness.interleave(chosen, 1 if args.quick else args.rounds)
-            top = max(top, ceiling())
+            top = ceiling(dtype)
+            seconds = harness.interleave(chosen, 1 if args.quick else args.rounds, warmed=True)
+            top = max(top, ceiling(dtype))
             flops = 2e-12 * case.products * size[0] * size[1] * size[2] * (0.5 if case.half else 1.0)
             mine = harness.median(seconds["emberl"])
             for impl, times in seconds.items():

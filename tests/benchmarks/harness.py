@@ -79,11 +79,15 @@ class Report:
                 file.write(json.dumps(row) + "\n")
 
 
-def interleave(impls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each implementation, taken in turns so that a drifting machine hits them alike; one warm-up each."""
+def interleave(impls: Mapping[str, Callable[[], Any]], rounds: int, *, warmed: bool = False) -> dict[str, list[float]]:
+    """Seconds of each implementation, taken in turns so that a drifting machine hits them alike.
+
+    Each is run once for nothing first, unless the caller has done so (`warmed`).
+    """
     seconds: dict[str, list[float]] = {name: [] for name in impls}
-    for run in impls.values():
-        run()
+    if not warmed:
+        for run in impls.values():
+            run()
     for _ in range(rounds):
         for name, run in impls.items():
             start = time.perf_counter()
