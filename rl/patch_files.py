@@ -19,7 +19,7 @@ from ..rollout.patches import (
     WeightPatch,
     Weights,
     digest,
-    element_type,
+    element_bytes,
 )
 from ..rollout.tensor_files import WEIGHTS, read_model, write_model
 from ..rollout.transport import list_patches
@@ -41,7 +41,7 @@ def examine(file: Path) -> dict[str, Any]:
     if patch.base_version is None:
         prepare(patch, None)
     stats, size = tensor_stats(patch), file.stat().st_size
-    num_bytes = sum(found.elements * element_type(found.name, found.dtype).width for found in stats)
+    num_bytes = sum(found.elements * element_bytes(found.name, found.dtype) for found in stats)
     return {
         "status": "ok",
         "run_id": patch.run_id,

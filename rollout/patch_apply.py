@@ -21,7 +21,6 @@ from .patches import (
     Bytes,
     Chunk,
     CorruptPatchError,
-    ElementType,
     TensorBytes,
     TensorDelta,
     VersionError,
@@ -29,7 +28,7 @@ from .patches import (
     WeightPatch,
     Weights,
     digest,
-    element_type,
+    element_bytes,
     verify,
 )
 
@@ -119,19 +118,19 @@ class _Job:
     name: str
     number: int
     chunk: Chunk
-    kind: ElementType
+    width: int
     old: Bytes | None
     out: Bytes
 
 
 def _jobs(name: str, delta: TensorDelta, base: Weights | None, out: Bytes) -> Iterator[_Job]:
-    kind = element_type(name, delta.dtype)
+    width = element_bytes(name, delta.dtype)
     old = None if base is None else base.tensors[name].data.reshape(-1)
     start = 0
     for number, chunk in enumerate(delta.chunks):
-        part = slice(start, start + chunk.count * kind.width)
+        part = slice(start, start + chunk.count * width)
         before = None if old is None else old[part]
-        yield _Job(name=name, number=number, chunk=chunk, kind=kind, old=before, out=out[part])
+        yield _Job(name=name, number=number, chunk=chunk, width=width, old=before, out=out[part])
         start = part.stop
 
 
@@ -142,7 +141,7 @@ def _check(job: _Job) -> None:
 
 def _decode(job: _Job) -> None:
     with _named(job):
-        decode_chunk(job.chunk, job.old, job.out, job.kind)
+        decode_chunk(job.chunk, job.old, job.out, job.width)
 
 
 @contextmanager
@@ -157,7 +156,7 @@ def _blank(name: str, delta: TensorDelta) -> TensorBytes:
     count, size = sum(chunk.count for chunk in delta.chunks), math.prod(delta.shape)
     if count != size:
         raise CorruptPatchError(f"tensor {name}: chunks of {count} elements for {size}")
-    data = np.empty(size * element_type(name, delta.dtype).width, np.uint8)
+    data = np.empty(size * element_bytes(name, delta.dtype), np.uint8)
     return TensorBytes(dtype=delta.dtype, shape=delta.shape, data=data)
 
 

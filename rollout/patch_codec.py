@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from .patches import Bytes, Chunk, CorruptPatchError, ElementType, Mode
+from .patches import Bytes, Chunk, CorruptPatchError, Mode
 
 if TYPE_CHECKING:  # at run time where it is used: numba takes most of a second, in processes that code nothing
     from ..kernels.delta import Elements
@@ -34,27 +34,27 @@ RUN = 512
 NOTHING = np.empty(0, np.uint8)
 
 
-def encode_chunk(old: Bytes | None, new: Bytes, kind: ElementType) -> Chunk:
+def encode_chunk(old: Bytes | None, new: Bytes, width: int) -> Chunk:
     """`old` None stands for zeros. A raw chunk's payload is `new` itself, not a copy."""
-    before = elements(np.zeros_like(new) if old is None else old, kind)
-    after = elements(new, kind)
+    before = elements(np.zeros_like(new) if old is None else old, width)
+    after = elements(new, width)
     count = len(after)
     differences = _sample(before, after)
     if not differences.any() and np.array_equal(before, after):
         return _chunk(Mode.SKIP, count, NOTHING)
     payloads = {Mode.RAW: new}
-    if _worth_trying(differences, kind.width):
+    if _worth_trying(differences, width):
         from ..kernels.delta import encode_changes
 
         payloads[Mode.SPARSE] = encode_changes(before, after)
     if min(payload.nbytes for payload in payloads.values()) * SPARSE_ENOUGH > new.nbytes:
-        planes = np.ascontiguousarray((before ^ after).view(np.uint8).reshape(-1, kind.width).T)
+        planes = np.ascontiguousarray((before ^ after).view(np.uint8).reshape(-1, width).T)
         payloads[Mode.DENSE] = np.frombuffer(zstandard.ZstdCompressor(ZSTD_LEVEL).compress(planes.data), np.uint8)
     mode = min(payloads, key=lambda mode: payloads[mode].nbytes)
     return _chunk(mode, count, payloads[mode])
 
 
-def decode_chunk(chunk: Chunk, old: Bytes | None, out: Bytes, kind: ElementType) -> None:
+def decode_chunk(chunk: Chunk, old: Bytes | None, out: Bytes, width: int) -> None:
     """Writes the new bytes to `out`; CorruptPatchError if the payload cannot be of this chunk, with `out` in any state."""
     if chunk.mode is Mode.SKIP or chunk.mode is Mode.DENSE:
         out[:] = 0 if old is None else old
@@ -63,13 +63,13 @@ def decode_chunk(chunk: Chunk, old: Bytes | None, out: Bytes, kind: ElementType)
             raise CorruptPatchError(f"{chunk.payload.nbytes} raw bytes for {out.nbytes}")
         out[:] = chunk.payload
     elif chunk.mode is Mode.DENSE:
-        planes = np.frombuffer(_decompress(chunk.payload, out.nbytes), np.uint8).reshape(kind.width, -1)
-        out.reshape(-1, kind.width)[:] ^= planes.T
+        planes = np.frombuffer(_decompress(chunk.payload, out.nbytes), np.uint8).reshape(width, -1)
+        out.reshape(-1, width)[:] ^= planes.T
     elif chunk.mode is Mode.SPARSE:
         from ..kernels.delta import decode_changes
 
-        before = elements(np.zeros_like(out) if old is None else old, kind)
-        if not decode_changes(chunk.payload, before, elements(out, kind)):
+        before = elements(np.zeros_like(out) if old is None else old, width)
+        if not decode_changes(chunk.payload, before, elements(out, width)):
             raise CorruptPatchError("not a valid stream of changes")
 
 
@@ -79,9 +79,9 @@ def check_chunk(chunk: Chunk) -> None:
         raise CorruptPatchError(f"its {chunk.payload.nbytes} bytes do not have the CRC {chunk.crc:08x}")
 
 
-def elements(data: Bytes, kind: ElementType) -> Elements:
+def elements(data: Bytes, width: int) -> Elements:
     """The bytes as unsigned integers, without a copy."""
-    return data.view(f"<u{kind.width}")
+    return data.view(f"<u{width}")
 
 
 def spread(work: Callable[[Job], Result], jobs: Sequence[Job], threads: int) -> list[Result]:

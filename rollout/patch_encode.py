@@ -26,7 +26,7 @@ from .patches import (
     WeightPatch,
     Weights,
     digest,
-    element_type,
+    element_bytes,
 )
 
 
@@ -80,18 +80,18 @@ def encode(
 
 def diff(old: Mapping[str, Bytes] | None, new: Mapping[str, Shard], *, threads: int = 1) -> dict[str, TensorPart]:
     """How each shard changed against its old bytes of the same name; `old` None stands for zeros."""
-    kinds = {name: element_type(name, shard.dtype) for name, shard in new.items()}
+    widths = {name: element_bytes(name, shard.dtype) for name, shard in new.items()}
     after = {name: shard.data.reshape(-1) for name, shard in new.items()}
     before: dict[str, Bytes] = {} if old is None else {name: data.reshape(-1) for name, data in old.items()}
     for name, data in after.items():
         size = before[name].nbytes if name in before else None
-        if data.nbytes % kinds[name].width or (old is not None and size != data.nbytes):
+        if data.nbytes % widths[name] or (old is not None and size != data.nbytes):
             raise ValueError(f"{name}: {data.nbytes} bytes of {new[name].dtype} cannot follow {size} bytes")
 
     def encode_at(place: tuple[str, int]) -> Chunk:
         name, start = place
         part = slice(start, start + CHUNK_BYTES)
-        return encode_chunk(before[name][part] if before else None, after[name][part], kinds[name])
+        return encode_chunk(before[name][part] if before else None, after[name][part], widths[name])
 
     places = [(name, start) for name, data in after.items() for start in range(0, data.nbytes, CHUNK_BYTES)]
     chunks: dict[str, list[Chunk]] = {name: [] for name in new}
@@ -163,13 +163,13 @@ def _check_pieces(name: str, pieces: Sequence[TensorPart], held: TensorBytes | N
 
 
 def _joint_digest(name: str, pieces: Sequence[TensorPart], held: TensorBytes | None) -> str:
-    kind = element_type(name, pieces[0].dtype)
-    whole = np.empty(math.prod(pieces[0].shape) * kind.width, np.uint8)
+    width = element_bytes(name, pieces[0].dtype)
+    whole = np.empty(math.prod(pieces[0].shape) * width, np.uint8)
     for piece in pieces:
-        start = stop = piece.start * kind.width
+        start = stop = piece.start * width
         for chunk in piece.chunks:
-            part = slice(stop, stop + chunk.count * kind.width)
-            decode_chunk(chunk, None if held is None else held.data.reshape(-1)[part], whole[part], kind)
+            part = slice(stop, stop + chunk.count * width)
+            decode_chunk(chunk, None if held is None else held.data.reshape(-1)[part], whole[part], width)
             stop = part.stop
         if digest(whole[start:stop]) != piece.digest:
             raise DigestMismatchError(

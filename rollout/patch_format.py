@@ -93,7 +93,7 @@ import numpy as np
 
 from .patch_codec import CHUNK_BYTES
 from .patches import (
-    ELEMENT_TYPES,
+    ELEMENT_BYTES,
     Bytes,
     Chunk,
     CorruptPatchError,
@@ -101,7 +101,7 @@ from .patches import (
     TensorBytes,
     TensorDelta,
     WeightPatch,
-    element_type,
+    element_bytes,
 )
 
 MAGIC = b"EMWP"
@@ -109,7 +109,7 @@ FORMAT = 2
 HEADER = struct.Struct("<4sHHqq16s16sIIQI")
 CRC = struct.Struct("<I")
 NO_ROOT = bytes(16)
-DTYPES = tuple(ELEMENT_TYPES)
+DTYPES = tuple(ELEMENT_BYTES)
 KEPT = 255
 
 
@@ -182,10 +182,10 @@ def from_bytes(data: bytes | bytearray | memoryview | Bytes) -> WeightPatch:
 
 def _whole(name: str, tensor: TensorBytes) -> TensorDelta:
     """Raw chunks that are views of the tensor."""
-    kind, data = element_type(name, tensor.dtype), tensor.data.reshape(-1)
+    width, data = element_bytes(name, tensor.dtype), tensor.data.reshape(-1)
     parts = [data[start : start + CHUNK_BYTES] for start in range(0, data.nbytes, CHUNK_BYTES)]
     chunks = tuple(
-        Chunk(mode=Mode.RAW, count=part.nbytes // kind.width, payload=part, crc=zlib.crc32(part.data)) for part in parts
+        Chunk(mode=Mode.RAW, count=part.nbytes // width, payload=part, crc=zlib.crc32(part.data)) for part in parts
     )
     return TensorDelta(dtype=tensor.dtype, shape=tuple(tensor.shape), chunks=chunks)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import zstandard
 
-from .patches import Chunk, ElementType, Mode, WeightPatch, element_type
+from .patches import Chunk, Mode, WeightPatch, element_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,14 +30,14 @@ def tensor_stats(patch: WeightPatch) -> list[TensorStats]:
     """Of every tensor that the patch brings, in the order of their names. The patch's CRCs must have been checked."""
     found = []
     for name, delta in sorted(patch.deltas.items()):
-        kind = element_type(name, delta.dtype)
+        width = element_bytes(name, delta.dtype)
         found.append(
             TensorStats(
                 name=name,
                 dtype=delta.dtype,
                 shape=delta.shape,
                 elements=sum(chunk.count for chunk in delta.chunks),
-                changed=sum(_changed(chunk, kind) for chunk in delta.chunks),
+                changed=sum(_changed(chunk, width) for chunk in delta.chunks),
                 wire_bytes=delta.num_bytes,
                 modes=dict(Counter(chunk.mode.name.lower() for chunk in delta.chunks)),
             )
@@ -50,13 +50,13 @@ def changed_elements(patch: WeightPatch) -> int:
     return sum(stats.changed for stats in tensor_stats(patch))
 
 
-def _changed(chunk: Chunk, kind: ElementType) -> int:
+def _changed(chunk: Chunk, width: int) -> int:
     if chunk.mode is Mode.SPARSE:  # its stream begins with the number: six bits of its length, then itself
         head = int.from_bytes(chunk.payload[:9].tobytes(), "little")
         return head >> 6 & ((1 << (head & 63)) - 1)
     if chunk.mode is Mode.DENSE:
         planes = np.frombuffer(zstandard.ZstdDecompressor().decompress(chunk.payload.data), np.uint8)
-        return int(np.count_nonzero(planes.reshape(kind.width, -1).any(axis=0)))
+        return int(np.count_nonzero(planes.reshape(width, -1).any(axis=0)))
     return chunk.count if chunk.mode is Mode.RAW else 0
 
 

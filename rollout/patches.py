@@ -42,31 +42,24 @@ class CorruptPatchError(RuntimeError):
     """A patch that is not what was sent: cut short, or with bits that differ."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ElementType:
-    """One of safetensors' dtypes, read as unsigned integers."""
-
-    width: int
-    """Bytes."""
-
-
-ELEMENT_TYPES = {
-    "BF16": ElementType(width=2),
-    "F16": ElementType(width=2),
-    "F32": ElementType(width=4),
-    "F64": ElementType(width=8),
-    "F8_E4M3": ElementType(width=1),
-    "F8_E5M2": ElementType(width=1),
-    "BOOL": ElementType(width=1),
-    "U8": ElementType(width=1),
-    "I8": ElementType(width=1),
-    "U16": ElementType(width=2),
-    "I16": ElementType(width=2),
-    "U32": ElementType(width=4),
-    "I32": ElementType(width=4),
-    "U64": ElementType(width=8),
-    "I64": ElementType(width=8),
+ELEMENT_BYTES = {
+    "BF16": 2,
+    "F16": 2,
+    "F32": 4,
+    "F64": 8,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "U16": 2,
+    "I16": 2,
+    "U32": 4,
+    "I32": 4,
+    "U64": 8,
+    "I64": 8,
 }
+"""Bytes of an element of safetensors' dtypes. Patches read them all as unsigned integers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -170,11 +163,11 @@ def root_digest(digests: Mapping[str, str]) -> str:
     return xxhash.xxh3_128_hexdigest(lines.encode())
 
 
-def element_type(name: str, dtype: str) -> ElementType:
-    """ValueError for a dtype that is not in the table."""
-    if dtype not in ELEMENT_TYPES:
-        raise ValueError(f"{name}: dtype {dtype} cannot be patched, only {', '.join(ELEMENT_TYPES)} can")
-    return ELEMENT_TYPES[dtype]
+def element_bytes(name: str, dtype: str) -> int:
+    """Bytes of an element of the tensor `name`; ValueError for a dtype that is not in the table."""
+    if dtype not in ELEMENT_BYTES:
+        raise ValueError(f"{name}: dtype {dtype} cannot be patched, only {', '.join(ELEMENT_BYTES)} can")
+    return ELEMENT_BYTES[dtype]
 
 
 def dense_patch(run_id: str, version: int, tensors: Iterable[tuple[str, TensorBytes]]) -> WeightPatch:

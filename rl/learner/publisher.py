@@ -37,7 +37,7 @@ from ...rollout.patches import (
     Weights,
     dense_patch,
     digest,
-    element_type,
+    element_bytes,
 )
 from ...rollout.transport import Directory, ObjectStore, Outbox, Parcel
 from ...rollout.vllm_compat import check_sender
@@ -225,8 +225,8 @@ class Publisher:
             return None
         changed = total = 0
         for name, shard in self._new.items():
-            kind = element_type(name, shard.dtype)
-            new, old = shard.data.view(f"<u{kind.width}"), self._old[name].data.view(f"<u{kind.width}")
+            width = element_bytes(name, shard.dtype)
+            new, old = shard.data.view(f"<u{width}"), self._old[name].data.view(f"<u{width}")
             step = max(1, len(new) // SAMPLE)
             changed += int(np.count_nonzero(new[::step] != old[::step])) * step
             total += len(new[::step]) * step
@@ -264,7 +264,7 @@ def _whole(shards: Shards, threads: int) -> dict[str, TensorPart]:
 
 
 def _raw(name: str, shard: Shard) -> Iterator[Chunk]:
-    width = element_type(name, shard.dtype).width
+    width = element_bytes(name, shard.dtype)
     for start in range(0, shard.data.nbytes, CHUNK_BYTES):
         part = shard.data[start : start + CHUNK_BYTES]
         yield Chunk(mode=Mode.RAW, count=part.nbytes // width, payload=part, crc=zlib.crc32(part.data))

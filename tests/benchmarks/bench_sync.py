@@ -31,12 +31,12 @@ from emberl.rollout.patch_codec import decode_chunk, encode_chunk
 from emberl.rollout.patch_encode import encode
 from emberl.rollout.patch_format import from_bytes, to_bytes
 from emberl.rollout.patch_stats import changed_elements
-from emberl.rollout.patches import ELEMENT_TYPES, Weights, digest
+from emberl.rollout.patches import ELEMENT_BYTES, Weights, digest
 
 PARTS = ("ratio", "speed", "exposed", "network")
 BARS = {0.009: 150.0, 0.023: 60.0}
 """Changed fraction, at most -> the ratio asked for."""
-KIND = ELEMENT_TYPES["BF16"]
+BF16_BYTES = ELEMENT_BYTES["BF16"]
 
 
 def entropy(counts: np.ndarray) -> float:
@@ -116,17 +116,17 @@ def speed(report: harness.Report, step: traces.Step, rounds: int) -> None:
     name = max((n for n, t in step.new.items() if t.data.nbytes <= 64 << 20), key=lambda n: step.new[n].data.nbytes)
     old, new = (np.ascontiguousarray(t[name].data) for t in (step.old, step.new))
     parts = [slice(start, start + (1 << 20)) for start in range(0, new.nbytes, 1 << 20)]
-    chunks = [encode_chunk(old[part], new[part], KIND) for part in parts]
+    chunks = [encode_chunk(old[part], new[part], BF16_BYTES) for part in parts]
     out = np.empty_like(new)
 
     def decode() -> None:
         for part, chunk in zip(parts, chunks, strict=True):
-            decode_chunk(chunk, old[part], out[part], KIND)
+            decode_chunk(chunk, old[part], out[part], BF16_BYTES)
 
     seconds = harness.interleave(
         {
-            "diff, unchanged": lambda: [encode_chunk(old[part], old[part].copy(), KIND) for part in parts],
-            "encode": lambda: [encode_chunk(old[part], new[part], KIND) for part in parts],
+            "diff, unchanged": lambda: [encode_chunk(old[part], old[part].copy(), BF16_BYTES) for part in parts],
+            "encode": lambda: [encode_chunk(old[part], new[part], BF16_BYTES) for part in parts],
             "decode": decode,
             "digest": lambda: digest(new),
         },

@@ -10,11 +10,11 @@ import zstandard
 from emberl.kernels.delta import decode_changes, encode_changes
 from emberl.rollout.patch_codec import CHUNK_BYTES, check_chunk, decode_chunk, encode_chunk
 from emberl.rollout.patch_encode import Shard, diff
-from emberl.rollout.patches import ELEMENT_TYPES, CorruptPatchError, Mode
+from emberl.rollout.patches import ELEMENT_BYTES, CorruptPatchError, Mode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-BF16 = ELEMENT_TYPES["BF16"]
+BF16 = ELEMENT_BYTES["BF16"]
 Array = np.ndarray[Any, Any]
 
 

@@ -19,7 +19,7 @@ from emberl.rollout.patch_apply import commit, prepare
 from emberl.rollout.patch_encode import Shard, diff, encode, join
 from emberl.rollout.patch_format import from_bytes, to_bytes
 from emberl.rollout.patches import (
-    ELEMENT_TYPES,
+    ELEMENT_BYTES,
     CorruptPatchError,
     DigestMismatchError,
     TensorBytes,
@@ -155,8 +155,8 @@ def changes(draw: st.DrawFn) -> tuple[Arrays, Arrays]:
 
 @st.composite
 def tensor_change(draw: st.DrawFn) -> tuple[TensorBytes, TensorBytes]:
-    dtype = draw(st.sampled_from(sorted(ELEMENT_TYPES)))
-    width = ELEMENT_TYPES[dtype].width
+    dtype = draw(st.sampled_from(sorted(ELEMENT_BYTES)))
+    width = ELEMENT_BYTES[dtype]
     few = st.lists(st.integers(0, 40), max_size=3).filter(lambda dims: math.prod(dims) <= 700)
     shape = tuple(draw(few | st.lists(st.integers(100, 700), min_size=1, max_size=1)))
     size = math.prod(shape) * width
@@ -212,7 +212,7 @@ def weights(tensors: Arrays, version: int = 3) -> Weights:
 
 
 def plain(tensors: Mapping[str, TensorBytes]) -> Whole:
-    return {name: (list(ELEMENT_TYPES).index(t.dtype), tuple(t.shape), t.data.tobytes()) for name, t in tensors.items()}
+    return {name: (list(ELEMENT_BYTES).index(t.dtype), tuple(t.shape), t.data.tobytes()) for name, t in tensors.items()}
 
 
 @settings(deadline=None, max_examples=150)
@@ -244,7 +244,7 @@ def test_parts_of_several_ranks_make_one_patch(
     pair: tuple[TensorBytes, TensorBytes], cuts: list[int], order: Any
 ) -> None:
     old, new = pair
-    width, count = ELEMENT_TYPES[new.dtype].width, math.prod(new.shape)
+    width, count = ELEMENT_BYTES[new.dtype], math.prod(new.shape)
     edges = [0, *sorted(min(cut, count) for cut in cuts), count]
     parts = []
     for start, stop in pairwise(edges):
