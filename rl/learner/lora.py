@@ -6,6 +6,7 @@ peft renames an adapted weight `x.weight` to `x.base_layer.weight` and puts `x.l
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ def inject_adapters(model: Any, settings: LoraConfig, seed: int = 0) -> None:
     """Adapters in every layer that `settings.targets` names, drawn from the seed; everything else is frozen.
 
     Raises:
-        ValueError: peft is not installed, or no layer has such a name.
+        ValueError: peft is not installed, no layer has such a name, or one that has it is not linear or shares its weight.
     """
     try:
         from peft import LoraConfig as PeftConfig
@@ -39,6 +40,25 @@ def inject_adapters(model: Any, settings: LoraConfig, seed: int = 0) -> None:
             inject_adapter_in_model(config, model)
     except ValueError as error:
         raise ValueError(f"model.lora.targets={targets!r} cannot be adapted: {error}") from error
+    _check_adapted(model)
+
+
+def _check_adapted(model: nn.Module) -> None:
+    """ValueError for an adapted layer whose merged weight could not be served in place of the plain one."""
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for name, module in model.named_modules():
+        base = getattr(module, "base_layer", None)
+        if base is None:
+            continue
+        if not isinstance(base, nn.Linear):
+            raise ValueError(
+                f"model.lora.targets: {name} is of type {type(base).__name__}; only linear layers are adapted"
+            )
+        if uses[id(base.weight)] > 1:
+            raise ValueError(
+                f"model.lora.targets: {name} shares its weight with another layer (tie_word_embeddings), which an adapter of "
+                "one of the two would take apart; leave it out"
+            )
 
 
 @torch.no_grad()

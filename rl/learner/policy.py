@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import platform
-from ...kernels.fused_loss import linear_logprob, linear_loss
+from ...kernels.fused_loss import linear_logprob, linear_loss, logits_logprob, logits_loss
 from ...kernels.terms import TokenLoss, TokenStats, TokenTerms
 from ..groups import Batch
+from .head import linear_head, own_logits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -138,15 +139,17 @@ class Policy(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self.head = linear_head(model)
 
     def forward(
         self, micro: MicroBatchTensors, loss: TokenLoss | None, shift_n: Tensor | None, temperature: float
     ) -> tuple[Tensor | None, TokenStats, dict[str, Tensor]]:
         """The summed loss with its graph (None without a loss), the tokens' statistics and the loss's per-token metrics."""
-        head = self.model.get_output_embeddings()
         body = getattr(self.model, self.model.base_model_prefix)
         hidden_nH, targets_n = hidden_states(body, micro), micro.targets_n
+        if self.head is None:
+            return self._by_logits(own_logits(self.model, hidden_nH), micro, loss, temperature)
+        head = self.model.get_output_embeddings()
         if loss is None:
             stats = linear_logprob(
                 hidden_nH,
@@ -154,7 +157,8 @@ class Policy(nn.Module):
                 targets_n,
                 bias=head.bias,
                 temperature=temperature,
-                softcap=self.softcap,
+                logit_scale=self.head.scale,
+                softcap=self.head.softcap,
                 shift=shift_n,
             )
             return None, stats, {}
@@ -165,10 +169,18 @@ class Policy(nn.Module):
             MicroBatchLoss(loss, micro.index_n),
             bias=head.bias,
             temperature=temperature,
-            softcap=self.softcap,
+            logit_scale=self.head.scale,
+            softcap=self.head.softcap,
             shift=shift_n,
             sequence_ids=micro.sequence_ids_n if loss.whole_sequences else None,
         )
+
+    def _by_logits(
+        self, logits_nV: Tensor, micro: MicroBatchTensors, loss: TokenLoss | None, temperature: float
+    ) -> tuple[Tensor | None, TokenStats, dict[str, Tensor]]:
+        if loss is None:
+            return None, logits_logprob(logits_nV, micro.targets_n, temperature=temperature), {}
+        return logits_loss(logits_nV, micro.targets_n, MicroBatchLoss(loss, micro.index_n), temperature=temperature)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,0 +1,82 @@
+"""How a causal language model makes logits of its last hidden states: what the fused output layer needs to do the same.
+
+Some families scale their logits, some cap them, and adapters may sit in the output layer. A wrong guess would train on log-probs
+that no engine samples from, so what the configuration says is held against the model's own logits before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PROBE = 50.0
+"""Largest logit of the probe: soft-caps lie around 30, so that one which is not allowed for shows."""
+TOLERANCE = 0.02
+"""Share of `PROBE`: several times the rounding of bfloat16 and of what accelerators do with float32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearHead:
+    """Logits softcap * tanh(scale * x / softcap), or scale * x, of x = W h + b."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, raw: Tensor) -> Tensor:
+        scaled = raw * self.scale
+        return scaled if self.softcap is None else torch.tanh(scaled / self.softcap) * self.softcap
+
+
+def linear_head(model: Any) -> LinearHead | None:
+    """What turns the output layer's product into the model's logits; None where it is not that simple (adapters in the output
+    layer, a family with a formula of its own), and the model must make its logits itself (`own_logits`)."""
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+        return None
+    head = _stated(model.config)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, layer.in_features, generator=generator).to(layer.weight.device, layer.weight.dtype)
+    with torch.no_grad():
+        hidden *= PROBE / layer(hidden).abs().max().clamp(min=1e-6)
+        expected, logits = head.logits(layer(hidden).float()), own_logits(model, hidden).float()
+    same = expected.shape == logits.shape and bool((expected - logits).abs().max() <= TOLERANCE * PROBE)
+    return head if same else None
+
+
+def _stated(config: Any) -> LinearHead:
+    """As configurations of transformers name it: Cohere multiplies, Granite divides, Falcon-H1 multiplies, Gemma 2 caps."""
+    config = config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0) * float(
+        getattr(config, "lm_head_multiplier", None) or 1.0
+    )
+    divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+    return LinearHead(scale=scale / divisor, softcap=getattr(config, "final_logit_softcapping", None))
+
+
+def own_logits(model: Any, hidden_nH: Tensor) -> Tensor:
+    """[n, V] what the model's own forward makes of these last hidden states, differentiable."""
+    tokens = torch.zeros(1, len(hidden_nH), dtype=torch.int64, device=hidden_nH.device)
+    with _body_returns(model, hidden_nH[None]):
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits[0]
+
+
+@contextmanager
+def _body_returns(model: Any, hidden_BLH: Tensor) -> Iterator[None]:
+    from transformers.modeling_outputs import MoeModelOutputWithPast  # has what mixtures of experts and others read
+
+    body = getattr(model, model.base_model_prefix)
+    before = vars(body).get("forward")  # whoever wraps modules may have put one there
+    body.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden_BLH)
+    try:
+        yield
+    finally:
+        if before is None:
+            del body.forward
+        else:
+            body.forward = before
