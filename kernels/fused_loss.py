@@ -18,7 +18,7 @@ from .arguments import Call, check, prepare, refuse_not_finite
 from .chunked import log_once
 from .head import Head, accumulator, product_dtype
 from .passes import Passes, TorchPasses
-from .platform import CUDA
+from .platform import CPU, CUDA
 from .shifted_exp import Job
 from .terms import TokenLoss, TokenStats
 
@@ -40,7 +40,7 @@ def linear_logprob(
     shift: Tensor | None = None,
     entropy: bool = False,
     active: Tensor | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> TokenStats:
@@ -59,7 +59,8 @@ def linear_logprob(
             rounded, not the result; NaN and None are allowed.
         entropy: also give the entropy, which costs no product and is differentiable.
         active: [N] bool; other tokens are left out of the products, their statistics are 0, their gradient is 0.
-        chunk_bytes: size of the largest temporary, a [V, n] tile of n tokens.
+        chunk_bytes: size of the largest temporary, a [V, n] tile of n tokens. None: 512 MiB; on an accelerator as much as
+            a float32 gradient of the weight, if that is more: up to 2 H tokens then need none, and more add to it less often.
         group: ranks that share the vocabulary in equal slices; all must call with the same hidden and targets. The
             gradient by hidden is summed over them here.
         backend: one of auto, reference, chunked, triton.
@@ -79,14 +80,15 @@ def linear_logprob(
         active=active,
         group=group,
     )
-    backend = choose(backend, call.hidden, call.head, chunk_bytes)
+    room = _room(call) if chunk_bytes is None else chunk_bytes
+    backend = choose(backend, call.hidden, call.head, room)
     if backend == "reference":
         stats = reference.logprob(call.hidden, call.targets, call.head, entropy=entropy, index=call.index)
         refuse_not_finite(call, stats.logp, call.index)
         return reference.spread_stats(stats, call.index, len(hidden))
     job = _job(call, entropy, backend)
     with torch.autocast(hidden.device.type, enabled=False):
-        return chunked.logprob(job, call.index, shift=shift, chunk_bytes=chunk_bytes)
+        return chunked.logprob(job, call.index, shift=shift, chunk_bytes=room)
 
 
 def linear_loss(
@@ -104,7 +106,7 @@ def linear_loss(
     measured: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     grad_weight_out: Tensor | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, TokenStats, dict[str, Tensor]]:
@@ -145,7 +147,8 @@ def linear_loss(
     if loss.whole_sequences and sequence_ids is None:
         raise ValueError("sequence_ids is None, but the loss couples the tokens of a sequence; give one id per token")
     quiet = call.index[:0] if measured is None else call.indices(measured & ~call.active)
-    backend = choose(backend, call.hidden, call.head, chunk_bytes)
+    room = _room(call) if chunk_bytes is None else chunk_bytes
+    backend = choose(backend, call.hidden, call.head, room)
     grads = torch.is_grad_enabled()
     trained = weight.requires_grad or grad_weight_out is not None
     needs = (grads and hidden.requires_grad, grads and trained, grads and bias is not None and bias.requires_grad)
@@ -163,7 +166,7 @@ def linear_loss(
             measured=quiet,
             sequence_ids=sequence_ids,
             shift=shift,
-            chunk_bytes=chunk_bytes,
+            chunk_bytes=room,
             weight_out=grad_weight_out,
         )
     value = chunked.Formed.apply(  # type: ignore[no-untyped-call]
@@ -244,6 +247,10 @@ def _total(
             reference.spread_stats(stats, index, count),
             reference.spread_metrics(metrics, index, count),
         )
+
+
+def _room(call: Call) -> int:
+    return CHUNK_BYTES if call.hidden.device.type == CPU.device else max(CHUNK_BYTES, 4 * call.head.weight.numel())
 
 
 def _job(call: Call, entropy: bool, backend: str) -> Job:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from .platform import PLATFORMS
+
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums and statistics: float64 stays, everything else is float32."""
@@ -30,6 +32,21 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     built = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     fast = built and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype if fast else torch.float32
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False) -> None:
+    """out += a b, or out = a b where `fresh`; a [m, k] and b [k, n] of one dtype, out [m, n] of any. Where the library can,
+    a wider result takes the sums as the multipliers have them, else the product is rounded to a's dtype between."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out) if fresh else out.addmm_(a, b)
+    elif out.dtype == torch.float32 and a.device.type in PLATFORMS and PLATFORMS[a.device.type].wide_products:
+        if fresh:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+        else:
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        product = torch.mm(a, b)
+        out.copy_(product) if fresh else out.add_(product)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

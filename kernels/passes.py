@@ -14,7 +14,9 @@ from torch import Tensor
 from .head import Transform, accumulator
 
 BLOCK_ELEMENTS = 1 << 17
-"""Elements of one row block: 512 KiB in float32, half a core's second-level cache."""
+"""Elements of one row block on a CPU: 512 KiB in float32, half a core's second-level cache."""
+CARD_ELEMENTS = 1 << 26
+"""The same on a card, where it bounds the temporaries (256 MiB each)."""
 LOWEST = -1e4
 """Stands in for the -inf of an excluded column, so that 0 * z' is 0; exp of it is 0 in every dtype."""
 FLOOR = 1e-37
@@ -75,5 +77,6 @@ class TorchPasses:
 
 
 def _row_blocks(tile: Tensor) -> list[tuple[int, Tensor]]:
-    rows = max(1, BLOCK_ELEMENTS // max(1, tile.shape[1])) if tile.device.type == "cpu" else max(1, tile.shape[0])
+    elements = BLOCK_ELEMENTS if tile.device.type == "cpu" else CARD_ELEMENTS
+    rows = max(1, elements // max(1, tile.shape[1]))
     return [(start, tile[start : start + rows]) for start in range(0, tile.shape[0], rows)]

@@ -39,6 +39,8 @@ class Platform:
     """The weight-transfer engine by which vLLM's processes receive weights over the devices' fabric; ours on a CPU."""
     flash_built_in: bool = False
     """Whether transformers' flash_attention_2 needs no package of its own: on NPUs it is the fused attention of torch_npu."""
+    wide_products: bool = False
+    """Whether torch multiplies bfloat16 matrices here into a float32 result, or onto one, rounding nothing (`out_dtype`)."""
     lengths_on_host: bool = False
     """Whether its attention over packed sequences reads their lengths on the host: transformers' for NPUs makes a list
     of them twice in every layer, which waits for the device unless they are on the host already."""
@@ -56,6 +58,7 @@ CUDA = Platform(
     visible_devices="CUDA_VISIBLE_DEVICES",
     ray_noset="RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES",
     weight_transfer="nccl",
+    wide_products=True,
 )
 NPU = Platform(
     device="npu",

@@ -23,12 +23,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from .arguments import not_finite
-from .head import Head, Transform, accumulator
+from .head import Head, Transform, accumulator, add_product
 from .passes import LOWEST, Passes
 from .terms import TokenStats
 
 FAR = 40.0
 """Nats by which a shift may be off: float32 and bfloat16 hold e^40 with all their digits."""
+COLUMNS = 128
+"""Chunks are cut at multiples of it: a tile without padding is what cuBLAS adds the shift to in the product itself."""
 COMPACT = 0.75
 """Rows without gradient are cut out of the products when fewer than this share is left; below it the copy pays."""
 
@@ -230,14 +232,7 @@ class Gradients:
     def add_weight(self, start: int, stop: int, e: Tensor, rows: Tensor) -> None:
         """Adds E[start:stop] rows for E [stop - start, k] and rows [k, H]."""
         assert self.weight is not None
-        part = self.weight[start:stop]
-        if part.dtype != e.dtype:
-            product = torch.mm(e, rows)
-            part.copy_(product) if self.fresh else part.add_(product)
-        elif self.fresh:
-            torch.mm(e, rows, out=part)
-        else:
-            part.addmm_(e, rows)
+        add_product(self.weight[start:stop], e, rows, fresh=self.fresh)
 
     def add_targets(self, ids: Tensor, rows: Tensor) -> None:
         """Adds `rows` [k, H] (in full precision) at the local vocabulary entries `ids` [k], repeated ones summed before
@@ -289,12 +284,10 @@ def _hidden_accumulator(hidden: Tensor, row: Tensor) -> Tensor:
 def _add_hidden(dx: Tensor, e: Tensor, weight: Tensor) -> None:
     """dx [n, H] += e^T weight for e [v, n] and weight [v, H]."""
     if dx.device.type != "cpu":
-        dx += torch.mm(e.t(), weight)
-    elif e.dtype == dx.dtype:
-        dx.t().addmm_(weight.t(), e)
+        add_product(dx, e.t(), weight)
     else:
-        # a transposed copy of the weight's block costs less than a product that reads it across
-        dx.t().add_(torch.mm(weight.t().contiguous(), e))
+        # a transposed copy of a bfloat16 block costs less than a product that reads it across
+        add_product(dx.t(), weight.t() if e.dtype == dx.dtype else weight.t().contiguous(), e)
 
 
 def _factors(job: Job, scored: Scored, dlogp: Tensor, dentropy: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -333,17 +326,17 @@ def tile_rows(job: Job, keep: bool) -> int:
 def chunk_size(job: Job, chunk_bytes: int, *, keep: bool) -> int:
     """Tokens whose tile fits into `chunk_bytes`; a tile that is not kept should also stay in a CPU's cache."""
     fits = max(1, chunk_bytes // (tile_rows(job, keep) * job.tile.itemsize))
-    return fits if keep else min(fits, 2048)
+    return fits if keep else min(fits, 2048 if job.hidden.device.type == "cpu" else 8192)
 
 
 def plan(index: Tensor, limit: int) -> list[Tensor]:
-    """`index` in equal chunks of at most `limit` tokens, of whole multiples of 32 where that fits."""
+    """`index` in equal chunks of at most `limit` tokens, of whole multiples of `COLUMNS` where that fits."""
     count = len(index)
     if count == 0:
         return []
     parts = -(-count // limit)
     size = -(-count // parts)
-    size = min(limit, -(-size // 32) * 32)
+    size = min(limit, -(-size // COLUMNS) * COLUMNS)
     return list(torch.split(index, size))
 
 

@@ -2,12 +2,13 @@
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python tests/benchmarks/bench_loss.py [--quick] [--json FILE]
 
-Shapes A: 4096 x 512 x 32k, B: 2048 x 1024 x 152k, bfloat16 (or `--dtype float32`, what one trains in on a CPU without
-bfloat16 products). Every line says which share of the measured matrix-product
-ceiling its three products (two, one) reach: of bfloat16 products, or of float32 ones where the CPU has no others worth
-having. Peers are used where they are installed: trl and liger-kernel (packages), verl (its file
-verl/utils/experimental/torch_functional.py is loaded alone). Errors are against float64 on a problem small enough for it.
-Peak memory is the process's resident set above what it was before the call.
+On a CPU the shapes A: 4096 x 512 x 32k and B: 2048 x 1024 x 152k, on a card (`--device cuda`) C: 16k x 3584 x 152k and
+D: 32k x 2048 x 152k, all bfloat16 (or `--dtype float32`, what one trains in on a CPU without bfloat16 products). Every line
+says which share of the measured matrix-product ceiling its three products (two, one) reach: of bfloat16 products, or of
+float32 ones where the CPU has no others worth having. Peers are used where they are installed: trl and liger-kernel
+(packages), verl (its file verl/utils/experimental/torch_functional.py is loaded alone); one that fails, for want of memory
+say, is listed with its reason. Errors are against float64 on a problem small enough for it. Peak memory is the process's
+resident set (a card's: what torch allocated) above what it was before the call.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,13 @@ from emberl.kernels.terms import TokenStats, TokenTerms
 from torch import Tensor
 
 CLIP = 0.2
-SHAPES = {"A": (4096, 512, 32_000), "B": (2048, 1024, 152_000)}
+SHAPES = {
+    "A": (4096, 512, 32_000),
+    "B": (2048, 1024, 152_000),
+    "C": (16_384, 3584, 152_000),
+    "D": (32_768, 2048, 152_000),
+}
+ON_A_CPU, ON_A_CARD = ("A", "B"), ("C", "D")
 QUICK = {"quick": (512, 128, 4000)}
 SEQUENCES = 8
 
@@ -52,19 +60,20 @@ class Problem:
 
     @property
     def ids(self) -> Tensor:
-        return torch.arange(len(self.targets)) // (len(self.targets) // SEQUENCES)
+        return torch.arange(len(self.targets), device=self.targets.device) // (len(self.targets) // SEQUENCES)
 
 
-def problem(n: int, h: int, v: int, *, half: bool = False, dtype: torch.dtype = torch.bfloat16) -> Problem:
-    g = torch.Generator().manual_seed(0)
-    weight = torch.randn(v, h, generator=g) * h**-0.5
-    targets = torch.randint(0, v, (n,), generator=g)
-    peak = torch.rand(n, 1, generator=g) * 20 + 5
-    hidden = (weight[targets] * peak + torch.randn(n, h, generator=g) * 0.5).to(dtype)
+def problem(n: int, h: int, v: int, device: torch.device, *, half: bool = False, dtype: torch.dtype) -> Problem:
+    g = torch.Generator(device).manual_seed(0)
+    on = {"generator": g, "device": device}
+    weight = torch.randn(v, h, **on) * h**-0.5
+    targets = torch.randint(0, v, (n,), **on)
+    peak = torch.rand(n, 1, **on) * 20 + 5
+    hidden = (weight[targets] * peak + torch.randn(n, h, **on) * 0.5).to(dtype)
     weight = weight.to(dtype)
     logp = linear_logprob(hidden, weight, targets, backend="chunked").logp
-    old = (logp + 0.05 * torch.randn(n, generator=g)).clamp(max=0)
-    advantage = torch.randn(SEQUENCES, generator=g)
+    old = (logp + 0.05 * torch.randn(n, **on)).clamp(max=0)
+    advantage = torch.randn(SEQUENCES, **on)
     if half:
         advantage[::2] = 0
     return Problem(
@@ -129,11 +138,12 @@ def peers() -> dict[str, LogProb]:
             -torch.nn.functional.linear_cross_entropy(h, w, y, reduction="none").float()
         ),
     }
-    if importlib.util.find_spec("trl") is not None:
-        utils = importlib.import_module("trl.trainer.utils")
+    if (utils := optional("trl.trainer.utils")) is not None:
         chunked = importlib.import_module("trl.kernels.chunked_logprob")
         found["trl on logits"] = lambda h, w, y: utils.selective_log_softmax(h @ w.t(), y).float()
         found["trl chunked"] = lambda h, w, y: chunked.ChunkedLogProbFunction.apply(h, w, None, y, 1.0, 4096)[0]
+    if (scaled := optional("liger_kernel.ops.fused_linear_scaled_cross_entropy")) is not None:
+        found["liger scaled CE"] = lambda h, w, y: -scaled.LigerFusedLinearScaledCrossEntropyFunction.apply(h, w, y)
     if (verl := importlib.util.find_spec("verl")) is not None and verl.origin is not None:
         path = Path(verl.origin).parent / "utils/experimental/torch_functional.py"
         spec = importlib.util.spec_from_file_location("verl_torch_functional", path)
@@ -145,10 +155,20 @@ def peers() -> dict[str, LogProb]:
     return found
 
 
+@lru_cache
+def optional(name: str) -> Any:
+    """The module, or None with the reason printed where it or something that it needs is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        print(f"left out: {name} ({error})")
+        return None
+
+
 def liger_loss(p: Problem, h: Tensor, w: Tensor, *, sequences: bool) -> Tensor:
     module = importlib.import_module("liger_kernel.chunked_loss.grpo_loss")
     loss = module.LigerFusedLinearGRPOLoss(
-        beta=0.0, compiled=False, use_ref_model=False, loss_type="grpo" if sequences else "dapo",
+        beta=0.0, compiled=h.device.type != "cpu", use_ref_model=False, loss_type="grpo" if sequences else "dapo",
         importance_sampling_level="sequence" if sequences else "token",
     )  # fmt: skip
     shape = (SEQUENCES, -1)
@@ -184,7 +204,7 @@ def leaves(p: Problem, case: Case) -> tuple[Tensor, Tensor]:
 
 
 def runs(p: Problem, case: Case) -> dict[str, Callable[[], Any]]:
-    """Every implementation of a case, as a function without arguments."""
+    """Every implementation of a case, as a function without arguments that returns when its work is done."""
 
     def ours() -> None:
         if not case.gradients:
@@ -214,26 +234,50 @@ def runs(p: Problem, case: Case) -> dict[str, Callable[[], Any]]:
     found: dict[str, Callable[[], Any]] = {"emberl": ours} | {name: peer(f) for name, f in peers().items()}
     if importlib.util.find_spec("liger_kernel") is not None and case.gradients:
         found["liger fused GRPO"] = liger
-    return found
+    return {name: finished(run, p.hidden.device) for name, run in found.items()}
 
 
-def ceiling(dtype: torch.dtype) -> float:
+def finished(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """`run`, waiting for the card."""
+    if device.type == "cpu":
+        return run
+
+    def wait() -> None:
+        run()
+        torch.get_device_module(device).synchronize()
+
+    return wait
+
+
+def ceiling(dtype: torch.dtype, device: torch.device) -> float:
     """The best matrix product of this process in the dtype that ours makes them in, in TFLOP/s."""
-    dtype, best = product_dtype(dtype, torch.device("cpu")), 0.0
-    for m, k, n in ((4096, 512, 1024), (4096, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 2048)):
-        a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
-        out = torch.empty(m, n, dtype=dtype)
-        torch.mm(a, b, out=out)
+    dtype, best = product_dtype(dtype, device), 0.0
+    sizes = ((4096, 512, 1024), (4096, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 2048))
+    if device.type != "cpu":
+        sizes = ((8192, 8192, 8192), (32768, 3584, 4096), (32768, 4096, 3584))
+    for m, k, n in sizes:
+        a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
+        out = torch.empty(m, n, dtype=dtype, device=device)
+        product = finished(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device)
+        product()
         for _ in range(4):
             start = time.perf_counter()
-            torch.mm(a, b, out=out)
+            product()
             best = max(best, 2e-12 * m * k * n / (time.perf_counter() - start))
     return best
 
 
 @contextmanager
-def peak_memory() -> Iterator[list[float]]:
-    """Puts into the list the peak of the resident set above its value at entry, in MiB (sampled every 2 ms)."""
+def peak_memory(device: torch.device) -> Iterator[list[float]]:
+    """Puts into the list the peak of what a card's tensors take, or of the resident set (sampled every 2 ms), above its
+    value at entry, in MiB."""
+    if device.type != "cpu":
+        card = torch.get_device_module(device)
+        card.reset_peak_memory_stats()
+        start, result = card.memory_allocated(), [0.0]
+        yield result
+        result[0] = (card.max_memory_allocated() - start) / 2**20
+        return
     page = os.sysconf("SC_PAGE_SIZE") / 2**20
     resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * page  # noqa: E731
     ctypes.CDLL(None).malloc_trim(0)  # or memory that an earlier call left with malloc would hide this one's
@@ -252,35 +296,70 @@ def peak_memory() -> Iterator[list[float]]:
         thread.join()
 
 
-def errors(report: harness.Report) -> None:
+def errors(report: harness.Report, device: torch.device, wanted: Callable[[str], bool]) -> None:
     """Log-prob and gradient errors of every implementation against float64 autograd."""
-    p = problem(512, 256, 8000)
+    p = problem(512, 256, 8000, device, dtype=torch.bfloat16)
     h, w = p.hidden.double().requires_grad_(), p.weight.double().requires_grad_()
-    exact = (h @ w.t()).log_softmax(-1)[torch.arange(512), p.targets]
+    exact = (h @ w.t()).log_softmax(-1).gather(1, p.targets[:, None])[:, 0]
     from_logp(p, exact, sequences=False).backward()
-    case = CASES["full"]
-    for name, f in {"emberl": None, **peers(), "liger fused GRPO": None}.items():
-        mine_h, mine_w = leaves(p, case)
+    assert h.grad is not None and w.grad is not None
+    norms = h.grad.norm(dim=1)
+    known = peers()
+    for name in filter(wanted, runs(p, CASES["full"])):
+        mine_h, mine_w = leaves(p, CASES["full"])
         logp = None
-        if name == "emberl":
-            value, stats, _ = linear_loss(mine_h, mine_w, p.targets, TokenClip(p=p), shift=p.old)
-            logp = stats.logp
-        elif f is not None:
-            logp = f(mine_h, mine_w, p.targets)
-            value = from_logp(p, logp, sequences=False)
-        elif importlib.util.find_spec("liger_kernel") is not None:
-            value = liger_loss(p, mine_h, mine_w, sequences=False)
-        else:
+        with reported(name, "errors"):
+            if name == "emberl":
+                value, stats, _ = linear_loss(mine_h, mine_w, p.targets, TokenClip(p=p), shift=p.old)
+                logp = stats.logp
+            elif name in known:
+                logp = known[name](mine_h, mine_w, p.targets)
+                value = from_logp(p, logp, sequences=False)
+            else:
+                value = liger_loss(p, mine_h, mine_w, sequences=False)
+            value.backward()
+        if mine_h.grad is None or mine_w.grad is None:
             continue
-        value.backward()
-        assert h.grad is not None and w.grad is not None and mine_h.grad is not None and mine_w.grad is not None
         error = (mine_h.grad - h.grad).norm(dim=1)
-        norms = h.grad.norm(dim=1)
+        off = torch.full_like(exact, float("nan")) if logp is None else (logp - exact).detach().abs()
         report.record(
-            "error 512x256x8000", name, float("nan") if logp is None else float((logp - exact).detach().abs().mean()), "nat",
-            logp_max=float("nan") if logp is None else float((logp - exact).detach().abs().max()),
+            "error 512x256x8000", name, float(off.mean()), "nat", logp_max=float(off.max()),
             dh=float(error.norm() / norms.norm()), dw=float((mine_w.grad - w.grad).norm() / w.grad.norm()),
             dh_row_p99=float((error[norms > 0] / norms[norms > 0]).quantile(0.99)),
+        )  # fmt: skip
+
+
+@contextmanager
+def reported(name: str, what: str) -> Iterator[None]:
+    """Prints why a peer cannot do this here (too little memory, a kernel that does not compile); ours must."""
+    try:
+        yield
+    except Exception as error:
+        if name == "emberl":
+            raise
+        print(f"left out: {name} in {what} ({type(error).__name__}: {str(error)[:200]})")
+
+
+def measure(
+    report: harness.Report, label: str, p: Problem, case: Case, rounds: int, wanted: Callable[[str], bool]
+) -> None:
+    """One case of one shape: a record for each implementation."""
+    dtype, device, peaks = p.hidden.dtype, p.hidden.device, {}
+    chosen = {name: run for name, run in runs(p, case).items() if wanted(name)}
+    for name, run in chosen.items():
+        with reported(name, label), peak_memory(device) as peak:
+            run()
+            peaks[name] = peak
+    top = ceiling(dtype, device)
+    seconds = harness.interleave({name: chosen[name] for name in peaks}, rounds, warmed=True)
+    top = max(top, ceiling(dtype, device))
+    flops = 2e-12 * case.products * p.hidden.numel() * len(p.weight) * (0.5 if case.half else 1.0)
+    mine = harness.median(seconds["emberl"])
+    for name, times in seconds.items():
+        took = harness.median(times)
+        report.record(
+            label, name, took, "s", ratio=took / mine, floor=flops / top, best=min(times), ceiling_tflops=top,
+            percent=100 * flops / top / took, peak_mib=peaks[name][0], threads=torch.get_num_threads(),
         )  # fmt: skip
 
 
@@ -292,40 +371,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, help="instead of the shape's, for CPUs with slow products")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     args = parser.parse_args()
-    report = harness.Report("loss", args.json, "trl", "liger-kernel", "verl")
-    errors(report)
-    dtype: torch.dtype = getattr(torch, args.dtype)
-    shapes = QUICK if args.quick else {name: SHAPES[name] for name in args.shape or SHAPES}
+
+    def wanted(name: str) -> bool:
+        return name == "emberl" or args.impl is None or any(part in name for part in args.impl)
+
+    report = harness.Report("loss", args.json, "triton", "trl", "liger-kernel", "verl")
+    if args.device.type != "cpu":
+        report.machine["card"] = torch.get_device_module(args.device).get_device_name()
+    errors(report, args.device, wanted)
+    usual = ON_A_CPU if args.device.type == "cpu" else ON_A_CARD
+    shapes = QUICK if args.quick else {name: SHAPES[name] for name in args.shape or usual}
     for shape, (tokens, *widths) in shapes.items():
-        size = args.tokens or tokens, *widths
-        shape += f" ({args.tokens} tokens)" if args.tokens else ""
-        shape += " float32" if args.dtype == "float32" else ""
+        label = shape + (f" ({args.tokens} tokens)" if args.tokens else "")
+        label += " float32" if args.dtype == "float32" else ""
         for name in args.case or CASES:
             case = CASES[name]
-            p = problem(*size, half=case.half, dtype=dtype)
-            chosen = {
-                impl: run
-                for impl, run in runs(p, case).items()
-                if impl == "emberl" or args.impl is None or any(part in impl for part in args.impl)
-            }
-            peaks = {}
-            for impl, run in chosen.items():
-                with peak_memory() as peak:
-                    run()
-                peaks[impl] = peak[0]
-            top = ceiling(dtype)
-            seconds = harness.interleave(chosen, 1 if args.quick else args.rounds, warmed=True)
-            top = max(top, ceiling(dtype))
-            flops = 2e-12 * case.products * size[0] * size[1] * size[2] * (0.5 if case.half else 1.0)
-            mine = harness.median(seconds["emberl"])
-            for impl, times in seconds.items():
-                took = harness.median(times)
-                report.record(
-                    f"{shape} {name}", impl, took, "s", ratio=took / mine, floor=flops / top, best=min(times),
-                    ceiling_tflops=top, percent=100 * flops / top / took, peak_mib=peaks[impl],
-                    threads=torch.get_num_threads(),
-                )  # fmt: skip
+            dtype: torch.dtype = getattr(torch, args.dtype)
+            p = problem(args.tokens or tokens, *widths, args.device, half=case.half, dtype=dtype)
+            measure(report, f"{label} {name}", p, case, 1 if args.quick else args.rounds, wanted)
 
 
 if __name__ == "__main__":

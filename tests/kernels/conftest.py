@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,6 +92,9 @@ class Case:
         bias = None if self.bias is None else self.bias.to(dtype)
         return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias)
 
+    def on(self, device: torch.device) -> Case:
+        return moved(self, device, options={k: _moved(v, device) for k, v in self.options.items()})
+
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Fresh leaves that require gradients."""
         hidden, weight = self.hidden.detach().clone(), self.weight.detach().clone()
@@ -143,10 +146,20 @@ def oracle_gradients(case: Case, loss: Any) -> tuple[Tensor, list[Tensor]]:
     return value, list(torch.autograd.grad(value, [x for x in (hidden, weight, bias) if x is not None]))
 
 
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def moved(thing: Any, device: torch.device, **change: Any) -> Any:
+    """A dataclass whose tensors are on `device`."""
+    return replace(thing, **{f.name: _moved(getattr(thing, f.name), device) for f in fields(thing)} | change)
+
+
 @pytest.fixture(scope="session")
 def kit() -> SimpleNamespace:
     return SimpleNamespace(
         make=make,
+        moved=moved,
         clipped=clipped,
         oracle=oracle,
         oracle_gradients=oracle_gradients,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,6 +80,21 @@ def test_the_whole_loss_on_triton(kit: SimpleNamespace, options: dict[str, Any],
     assert abs(got - value) < 1e-5 and stats.logp.max() <= 0
     for mine, theirs in zip((hidden, weight, bias), grads, strict=False):
         assert (mine.grad - theirs).norm() < 2e-5 * theirs.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [90])
+def test_the_kernels_compile_for_cuda(architecture: int) -> None:
+    """Without a card: each variant becomes machine code that keeps its tile in registers (no local memory; at least three
+    programs fit a multiprocessor's 65,536) and moves it in loads of 16 bytes a thread, once in the loop, once at its end."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = [sys.executable, str(Path(__file__).with_name("cuda_kernels.py")), str(architecture)]
+    out = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=600, check=True).stdout
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert len(rows) == 2 * 8 + 2 * 2
+    for row in rows:
+        assert row["local"] == 0 and row["stack"] <= 8 and row["reg"] * 128 * 3 <= 65_536, row
+        assert row["wide_loads"] == 2 * row["wide_loads_of_a_tile"], row
 
 
 def test_a_useless_shift_is_recomputed_on_triton(kit: SimpleNamespace) -> None:
