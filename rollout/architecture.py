@@ -30,7 +30,6 @@ class Architecture:
     num_kv_heads: int
     head_dim: int
     norm_eps: float
-    """Positions the model was made for; a longer sequence is the caller's risk."""
     tied: bool
     """The output head is the embedding."""
     qkv_bias: bool
