@@ -29,6 +29,8 @@ from .terms import TokenStats
 
 FAR = 40.0
 """Nats by which a shift may be off: float32 and bfloat16 hold e^40 with all their digits."""
+AGAIN = 512
+"""Rows recomputed at once: a tile of their own beside the chunk's."""
 COLUMNS = 128
 """Chunks are cut at multiples of it: a tile without padding is what cuBLAS adds the shift to in the product itself."""
 COMPACT = 0.75
@@ -113,15 +115,16 @@ def forward(job: Job, index: Tensor, shift: Tensor, raw: Tensor, buffer: Tensor,
     the front of the flat `buffer`, whole if `keep` says that gradients follow, else block over block."""
     scored = _forward(job, index, shift, raw, buffer, keep)
     bad = ~(scored.total.abs() <= FAR)
-    if not bool(bad.any()):
-        return scored
-    rows = bad.nonzero()[:, 0]
-    better = _estimate(job, index[rows], raw[rows])
-    again = _forward(job, index[rows], better, raw[rows], torch.empty_like(buffer[:0]), keep)
-    hopeless = ~(again.total.abs() <= FAR)
-    if bool(hopeless.any()):
-        raise not_finite(job.hidden, int(again.index[hopeless][0]))
-    return _merge(scored, again, rows, keep)
+    unusable = bad.nonzero()[:, 0]
+    for start in range(0, len(unusable), AGAIN):
+        rows = unusable[start : start + AGAIN]
+        better = _estimate(job, index[rows], raw[rows])
+        again = _forward(job, index[rows], better, raw[rows], torch.empty_like(buffer[:0]), keep)
+        hopeless = ~(again.total.abs() <= FAR)
+        if bool(hopeless.any()):
+            raise not_finite(job.hidden, int(again.index[hopeless][0]))
+        scored = _merge(scored, again, rows, keep)
+    return scored
 
 
 def _forward(job: Job, index: Tensor, shift: Tensor, raw: Tensor, buffer: Tensor, keep: bool) -> Scored:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from emberl.kernels import shifted_exp
 from emberl.kernels.fused_loss import linear_logprob, linear_loss, logits_logprob, logits_loss
 
 CHUNKS = {"one chunk": 1 << 30, "ragged chunks": 37 * 8 * 5, "one token each": 1}
@@ -104,6 +105,25 @@ def test_the_shift_never_changes_the_result(kit: SimpleNamespace, offset: float 
     value.backward()
     assert close(stats.logp, logp) and close(hidden.grad, grads[0]) and close(weight.grad, grads[1])
     assert metrics["actor/head_recomputed"].sum() == (23 if offset in (-50.0, -300.0) else 0)
+
+
+def test_many_useless_shifts_are_recomputed_a_few_at_a_time(
+    kit: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many they are, what they take beside the chunk's own tile stays small."""
+    tiles, plain = [], shifted_exp._forward
+    monkeypatch.setattr(
+        shifted_exp, "_forward", lambda job, index, *rest: tiles.append(len(index)) or plain(job, index, *rest)
+    )
+    monkeypatch.setattr(shifted_exp, "AGAIN", 5)
+    case = kit.make()
+    loss = kit.clipped(case)
+    _, grads = kit.oracle_gradients(case, loss)
+    logp, _ = kit.oracle(case, case.hidden, case.weight, None)
+    hidden, weight, _ = case.operands()
+    shift = torch.where(torch.arange(23) % 2 == 0, logp - 90, logp)  # 12 of 23
+    linear_loss(hidden, weight, case.targets, loss, shift=shift, backend="chunked")[0].backward()
+    assert tiles == [23, 5, 5, 2] and close(hidden.grad, grads[0]) and close(weight.grad, grads[1])
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e2, 1e4])
