@@ -23,7 +23,8 @@ from .shifted_exp import Job
 from .terms import TokenLoss, TokenStats
 
 BACKENDS = ("auto", "reference", "chunked", "triton")
-CHUNK_BYTES = 512 << 20
+CHUNK_BYTES = 384 << 20
+"""So that everything temporary together stays below 512 MiB on a CPU."""
 SMALL_VOCABULARY = 128
 """Up to here plain logits are quicker than chunks, and small beside the hidden states."""
 
@@ -59,7 +60,7 @@ def linear_logprob(
             rounded, not the result; NaN and None are allowed.
         entropy: also give the entropy, which costs no product and is differentiable.
         active: [N] bool; other tokens are left out of the products, their statistics are 0, their gradient is 0.
-        chunk_bytes: size of the largest temporary, a [V, n] tile of n tokens. None: 512 MiB; on an accelerator as much as
+        chunk_bytes: size of the largest temporary, a [V, n] tile of n tokens. None: 384 MiB; on an accelerator as much as
             a float32 gradient of the weight, if that is more: up to 2 H tokens then need none, and more add to it less often.
         group: ranks that share the vocabulary in equal slices; all must call with the same hidden and targets. The
             gradient by hidden is summed over them here.
