@@ -380,6 +380,11 @@ def main() -> None:
     report = harness.Report("loss", args.json, "triton", "trl", "liger-kernel", "verl")
     if args.device.type != "cpu":
         report.machine["card"] = torch.get_device_module(args.device).get_device_name()
+    if product_dtype(getattr(torch, args.dtype), args.device) != getattr(torch, args.dtype):
+        print(
+            "this CPU has no bfloat16 products: peers take minutes a run, at a vocabulary of 152k hours for a table; "
+            "--tokens 256 --rounds 1 shortens that, --dtype float32 compares what one would train in here"
+        )
     errors(report, args.device, wanted)
     usual = ON_A_CPU if args.device.type == "cpu" else ON_A_CARD
     shapes = QUICK if args.quick else {name: SHAPES[name] for name in args.shape or usual}
