@@ -51,11 +51,13 @@ def linear_head(model: Any) -> LinearHead | None:
 def _stated(config: Any) -> LinearHead:
     """As configurations of transformers name it: Cohere multiplies, Granite divides, Falcon-H1 multiplies, Gemma 2 caps."""
     config = config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0) * float(
-        getattr(config, "lm_head_multiplier", None) or 1.0
-    )
-    divisor = float(getattr(config, "logits_scaling", None) or 1.0)
-    return LinearHead(scale=scale / divisor, softcap=getattr(config, "final_logit_softcapping", None))
+
+    def number(name: str) -> float | None:
+        value = getattr(config, name, None)
+        return float(value) if isinstance(value, int | float) and value else None
+
+    scale = (number("logit_scale") or 1.0) * (number("lm_head_multiplier") or 1.0) / (number("logits_scaling") or 1.0)
+    return LinearHead(scale=scale, softcap=number("final_logit_softcapping"))
 
 
 def own_logits(model: Any, hidden_nH: Tensor) -> Tensor:
