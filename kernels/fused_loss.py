@@ -24,7 +24,7 @@ from .terms import TokenLoss, TokenStats
 
 BACKENDS = ("auto", "reference", "chunked", "triton")
 CHUNK_BYTES = 384 << 20
-"""So that everything temporary together stays below 512 MiB on a CPU."""
+"""So that on a CPU everything beside the weight's gradient stays below 512 MiB."""
 SMALL_VOCABULARY = 128
 """Up to here plain logits are quicker than chunks, and small beside the hidden states."""
 
@@ -81,7 +81,7 @@ def linear_logprob(
         active=active,
         group=group,
     )
-    room = _room(call) if chunk_bytes is None else chunk_bytes
+    room = _room(call, chunk_bytes)
     backend = choose(backend, call.hidden, call.head, room)
     if backend == "reference":
         stats = reference.logprob(call.hidden, call.targets, call.head, entropy=entropy, index=call.index)
@@ -148,7 +148,7 @@ def linear_loss(
     if loss.whole_sequences and sequence_ids is None:
         raise ValueError("sequence_ids is None, but the loss couples the tokens of a sequence; give one id per token")
     quiet = call.index[:0] if measured is None else call.indices(measured & ~call.active)
-    room = _room(call) if chunk_bytes is None else chunk_bytes
+    room = _room(call, chunk_bytes)
     backend = choose(backend, call.hidden, call.head, room)
     grads = torch.is_grad_enabled()
     trained = weight.requires_grad or grad_weight_out is not None
@@ -250,7 +250,10 @@ def _total(
         )
 
 
-def _room(call: Call) -> int:
+def _room(call: Call, chunk_bytes: int | None) -> int:
+    """`chunk_bytes`, or the default that `linear_logprob` describes."""
+    if chunk_bytes is not None:
+        return chunk_bytes
     return CHUNK_BYTES if call.hidden.device.type == CPU.device else max(CHUNK_BYTES, 4 * call.head.weight.numel())
 
 

@@ -26,13 +26,12 @@ from .arguments import not_finite
 from .head import Head, Transform, accumulator, add_product
 from .passes import LOWEST, Passes
 from .terms import TokenStats
+from .tiling import COLUMNS
 
 FAR = 40.0
 """Nats by which a shift may be off: float32 and bfloat16 hold e^40 with all their digits."""
 AGAIN = 512
 """Rows recomputed at once: a tile of their own beside the chunk's."""
-COLUMNS = 128
-"""Chunks are cut at multiples of it: a tile without padding is what cuBLAS adds the shift to in the product itself."""
 COMPACT = 0.75
 """Rows without gradient are cut out of the products when fewer than this share is left; below it the copy pays."""
 
@@ -114,8 +113,7 @@ def forward(job: Job, index: Tensor, shift: Tensor, raw: Tensor, buffer: Tensor,
     """Scores the tokens `index` [n] with log-prob estimates `shift` [n] and target logits `raw` [n]; E is written to
     the front of the flat `buffer`, whole if `keep` says that gradients follow, else block over block."""
     scored = _forward(job, index, shift, raw, buffer, keep)
-    bad = ~(scored.total.abs() <= FAR)
-    unusable = bad.nonzero()[:, 0]
+    unusable = (~(scored.total.abs() <= FAR)).nonzero()[:, 0]
     for start in range(0, len(unusable), AGAIN):
         rows = unusable[start : start + AGAIN]
         better = _estimate(job, index[rows], raw[rows])

@@ -19,6 +19,9 @@ ROW_BYTES = 32
 """A row of a tile must start on such a boundary to be moved in one burst."""
 GRID_LIMIT = 65535
 """coreDim is 16 bits wide."""
+COLUMNS = 128
+"""Tokens of a tile, the contiguous direction: 256 bytes of bfloat16, several bursts long. Chunks are cut at multiples of it, and
+a chunk without padding is what cuBLAS adds the shift to in the product itself."""
 REGISTER_TILE = 4096
 """Elements of a tile on CUDA: 32 float32 registers in each of 128 threads."""
 
@@ -64,11 +67,11 @@ def bytes_of(footprint: Footprint, tile: Tile, itemsize: int) -> int:
 def plan(footprint: Footprint, itemsize: int, *, budget: int = UNIFIED_BUFFER, limit: int = 1 << 20) -> Tile:
     """The largest tile, in powers of two, that fits `budget` bytes and has at most `limit` elements.
 
-    Columns are the contiguous direction: 128 of them are 256 bytes of bfloat16, several bursts long; rows fill what is
-    left. ValueError if not even two rows of one burst fit.
+    It is `COLUMNS` wide, or narrower where too little fits; rows fill what is left. ValueError if not even two rows of one
+    burst fit.
     """
     room = int(budget * (1 - RESERVE))
-    columns = 128
+    columns = COLUMNS
     while columns * itemsize >= ROW_BYTES:
         rows = 1 << 12
         while rows > 1:

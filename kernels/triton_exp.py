@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .head import Transform
-from .tiling import EXP_STATS, FACTOR, REGISTER_TILE, Footprint, Launch, Tile, launch, plan
+from .tiling import COLUMNS, EXP_STATS, FACTOR, REGISTER_TILE, Footprint, Launch, Tile, launch, plan
 
 BIG: tl.constexpr = tl.constexpr(1e30)
 LOWEST: tl.constexpr = tl.constexpr(-1e4)
@@ -153,7 +153,7 @@ def cores(device: torch.device) -> int:
 class TritonPasses:
     """The passes on Triton. Tiles fit both a Unified Buffer and a GPU's registers, so one plan serves both."""
 
-    column_multiple = 128
+    column_multiple = COLUMNS
 
     def exp_stats(self, u: Tensor, t: Transform, bias: Tensor | None, sums: Tensor, moments: Tensor | None) -> None:
         deal = _deal(EXP_STATS, u)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...kernels.head import Head
+
 PROBE = 50.0
 """Largest logit of the probe: soft-caps lie around 30, so that one which is not allowed for shows."""
 TOLERANCE = 0.02
@@ -22,14 +24,10 @@ TOLERANCE = 0.02
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearHead:
-    """Logits softcap * tanh(scale * x / softcap), or scale * x, of x = W h + b."""
+    """What the kernels call `logit_scale` and `softcap`."""
 
     scale: float = 1.0
     softcap: float | None = None
-
-    def logits(self, raw: Tensor) -> Tensor:
-        scaled = raw * self.scale
-        return scaled if self.softcap is None else torch.tanh(scaled / self.softcap) * self.softcap
 
 
 def linear_head(model: Any) -> LinearHead | None:
@@ -43,7 +41,8 @@ def linear_head(model: Any) -> LinearHead | None:
     hidden = torch.randn(4, layer.in_features, generator=generator).to(layer.weight.device, layer.weight.dtype)
     with torch.no_grad():
         hidden *= PROBE / layer(hidden).abs().max().clamp(min=1e-6)
-        expected, logits = head.logits(layer(hidden).float()), own_logits(model, hidden).float()
+        known = Head(weight=layer.weight, logit_scale=head.scale, softcap=head.softcap)
+        expected, logits = known.logits(layer(hidden).float(), head.scale), own_logits(model, hidden).float()
     same = expected.shape == logits.shape and bool((expected - logits).abs().max() <= TOLERANCE * PROBE)
     return head if same else None
 

@@ -351,7 +351,7 @@ def measure(
             run()
             peaks[name] = peak
     top = ceiling(dtype, device)
-    seconds = harness.interleave({name: chosen[name] for name in peaks}, rounds, warmed=True)
+    seconds = harness.in_turns({name: chosen[name] for name in peaks}, rounds)
     top = max(top, ceiling(dtype, device))
     flops = 2e-12 * case.products * p.hidden.numel() * len(p.weight) * (0.5 if case.half else 1.0)
     mine = harness.median(seconds["emberl"])

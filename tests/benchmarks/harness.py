@@ -79,15 +79,16 @@ class Report:
                 file.write(json.dumps(row) + "\n")
 
 
-def interleave(impls: Mapping[str, Callable[[], Any]], rounds: int, *, warmed: bool = False) -> dict[str, list[float]]:
-    """Seconds of each implementation, taken in turns so that a drifting machine hits them alike.
+def interleave(impls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each implementation, taken in turns so that a drifting machine hits them alike; one warm-up each."""
+    for run in impls.values():
+        run()
+    return in_turns(impls, rounds)
 
-    Each is run once for nothing first, unless the caller has done so (`warmed`).
-    """
+
+def in_turns(impls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """`interleave` for implementations that have run before."""
     seconds: dict[str, list[float]] = {name: [] for name in impls}
-    if not warmed:
-        for run in impls.values():
-            run()
     for _ in range(rounds):
         for name, run in impls.items():
             start = time.perf_counter()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from emberl.kernels.fused_loss import linear_loss
 from emberl.kernels.terms import TokenStats, TokenTerms
 from torch import Tensor
 
@@ -155,11 +156,42 @@ def moved(thing: Any, device: torch.device, **change: Any) -> Any:
     return replace(thing, **{f.name: _moved(getattr(thing, f.name), device) for f in fields(thing)} | change)
 
 
+def check_float32(case: Case, bonus: float, device: torch.device, **options: Any) -> None:
+    """The whole loss in float32 on `device` against the oracle."""
+    loss = clipped(case, bonus=bonus)
+    value, grads = oracle_gradients(case, loss)
+    there = case.to(torch.float32).on(device)
+    hidden, weight, bias = there.operands()
+    got, stats, _ = linear_loss(
+        hidden, weight, there.targets, moved(loss, device), bias=bias, shift=loss.old.to(device), **options,
+        **there.options,
+    )  # fmt: skip
+    got.backward()
+    assert abs(got.detach().cpu() - value) < 1e-5 and stats.logp.max() <= 0
+    for mine, theirs in zip((hidden, weight, bias), grads, strict=False):
+        assert (mine.grad.cpu() - theirs).norm() < 2e-5 * theirs.norm()
+
+
+HEADS = {
+    "plain": lambda n: {},
+    "bias and temperature": lambda n: {"bias": True, "temperature": 0.7},
+    "softcap": lambda n: {"softcap": 3.0, "logit_scale": 1.5},
+    "temperature per token": lambda n: {"temperature": torch.linspace(0.5, 2, n)},
+}
+
+
+@pytest.fixture(params=HEADS.values(), ids=HEADS.keys())
+def head_options(request: pytest.FixtureRequest) -> Any:
+    """head_options(tokens) -> what `make` takes for one kind of head after the other."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def kit() -> SimpleNamespace:
     return SimpleNamespace(
         make=make,
         moved=moved,
+        check_float32=check_float32,
         clipped=clipped,
         oracle=oracle,
         oracle_gradients=oracle_gradients,

@@ -21,31 +21,10 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("bonus", [0.0, 0.3], ids=["", "entropy"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"bias": True, "temperature": 0.7},
-        {"softcap": 3.0, "logit_scale": 1.5},
-        {"temperature": torch.linspace(0.5, 2, 300)},
-    ],
-    ids=["plain", "bias and temperature", "softcap", "temperature per token"],
-)
 @pytest.mark.parametrize("tokens", [300, 90], ids=["one chunk", "several chunks"])
-def test_float32_equals_the_oracle(kit: SimpleNamespace, tokens: int, options: dict[str, Any], bonus: float) -> None:
-    case = kit.make(n=300, h=64, v=1000, **options)
-    loss = kit.clipped(case, bonus=bonus)
-    value, grads = kit.oracle_gradients(case, loss)
-    there = case.to(torch.float32).on(CARD)
-    operands = there.operands()
-    got, stats, _ = linear_loss(
-        operands[0], operands[1], there.targets, kit.moved(loss, CARD), bias=operands[2], shift=loss.old.to(CARD),
-        chunk_bytes=4 * 1000 * tokens, **there.options,
-    )  # fmt: skip
-    got.backward()
-    assert abs(float(got) - float(value)) < 1e-5 and stats.logp.max() <= 0
-    for mine, theirs in zip(operands, grads, strict=False):
-        assert relative(mine.grad, theirs) < 2e-5
+def test_float32_equals_the_oracle(kit: SimpleNamespace, tokens: int, head_options: Any, bonus: float) -> None:
+    case = kit.make(n=300, h=64, v=1000, **head_options(300))
+    kit.check_float32(case, bonus, CARD, chunk_bytes=4 * 1000 * tokens)
 
 
 @pytest.mark.parametrize("tokens", [4096, 512], ids=["one chunk", "several chunks"])
