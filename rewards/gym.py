@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from .answers import extract
 from .inputs import RewardInput
-from .sandbox import Limits, Outcome, Run, Sandbox, SandboxError
+from .math_answers.extract import extract
+from .sandbox.pool import Limits, Outcome, Run, Sandbox, SandboxError
 from .verdict import Status, Verdict, verifier_error
 
 _ARITHMETIC = re.compile(r"[0-9+\-*/()., xX÷×=\[\]\n]{1,400}")

@@ -10,12 +10,12 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from .inputs import Reward
-from .plugins import PluginReward
+from .plugins.reward import PluginReward
 
 GROUP = "emberl.rewards"
 BUILT_IN = {
-    "math": ".maths:MathReward",
-    "code": ".programs:CodeReward",
+    "math": ".math_answers.reward:MathReward",
+    "code": ".code_tests.reward:CodeReward",
     "gym": ".gym:GymReward",
     "format": ".shaping:FormatReward",
     "language": ".shaping:LanguageReward",

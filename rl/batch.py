@@ -11,7 +11,7 @@ from ..rewards.verdict import Status, Verdict
 from ..rollout.samples import Completion
 from .algorithm.advantages import batch_advantages, kl_estimate
 from .algorithm.aggregation import token_weights
-from .algorithm.settings import AdvantageConfig, KLConfig, LossConfig
+from .config.algorithm import AdvantageConfig, KLConfig, LossConfig
 from .groups import Batch, Group
 
 

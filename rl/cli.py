@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .config import Config, ConfigError, load_config, to_yaml
-from .patch_commands import app as patches
+from .config.load import Config, ConfigError, load_config, to_yaml
+from .weights.history_commands import app as patches
 
 app = typer.Typer(
     help="Trains a language model to reason, with reinforcement learning.", no_args_is_help=True, add_completion=False,
@@ -76,14 +76,14 @@ def audit(
         if reward == "sandbox":
             if attacks is None:
                 raise ValueError("audit sandbox needs --attacks FILE, a JSONL file of hostile programs")
-            from ..rewards.attacks import audit_sandbox
+            from ..rewards.audit.attacks import audit_sandbox
 
             report = audit_sandbox(attacks)
             print(json.dumps(report.record()) if as_json else "\n".join(report.lines()))
             if not report.contained:
                 raise typer.Exit(FAILED)
             return
-        from ..rewards import audit as auditing
+        from ..rewards.audit import audit as auditing
 
         found = auditing.audit(reward, data, html_path=html, style=style)
     except (ValueError, OSError) as error:
@@ -134,7 +134,7 @@ def plan(
     """Simulates the schedule: step time, idle devices, staleness and exposed sync, and the best split of the devices."""
     from rich.console import Console
 
-    from .watch import plan as planning
+    from .plan import command as planning
 
     try:
         if keys:

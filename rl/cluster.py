@@ -21,12 +21,12 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..kernels import platform
+from ..rollout.actors import gather
 from ..rollout.engines import WorkerSpec
 from ..rollout.pool import RolloutPool
 from ..rollout.schedule import GIVEN
-from ..rollout.waiting import gather
 from ..rollout.worker import RolloutWorker
-from .config import Config, ConfigError
+from .config.load import Config, ConfigError
 from .learner.group import PUBLISHING, LearnerGroup
 from .learner.rank import LearnerRank, RankSpec
 

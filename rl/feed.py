@@ -15,10 +15,10 @@ from functools import partial
 
 import numpy as np
 
+from ..rollout.actors import ActorLostError
 from ..rollout.pool import Job, Outcome
 from ..rollout.samples import Completion, Prompt
 from ..rollout.schedule import Schedule
-from ..rollout.waiting import ActorLostError
 from .groups import Group
 from .run import Run
 

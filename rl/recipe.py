@@ -15,21 +15,21 @@ from typing import Any
 
 from ..rewards.inputs import RewardInput
 from ..rewards.suite import RewardSuite, build_suite
+from ..rollout.actors import ActorLostError
 from ..rollout.engines import check_engine
 from ..rollout.samples import Prompt
-from ..rollout.vllm_compat import transfer_backend
-from ..rollout.waiting import ActorLostError
+from ..rollout.vllm_backend.compat import transfer_backend
 from .algorithm.losses import Objective
 from .batch import sft_batch
+from .checkpoints import Progress, latest_checkpoint, open_run_dir, read_progress, trim_metrics
 from .cluster import Cluster
-from .config import Config, ConfigError
-from .progress import Progress, latest_checkpoint, open_run_dir, read_progress, trim_metrics
-from .prompts import PromptSource, check_data, open_source
+from .config.load import Config, ConfigError
+from .data.sources import PromptSource, check_data, open_source
+from .data.templates import supervised_ids
 from .run import Interrupted, Run, conversation, stop_on_signal
-from .sync import WeightSync
-from .tokens import supervised_ids
 from .trainer import train_rl
 from .watch.tracking import Tracker, make_console
+from .weights.sync import WeightSync
 
 _WORK = re.compile(r"(?<=<think>).*(?=</think>)", re.DOTALL)
 
@@ -200,7 +200,7 @@ def prepare_model(config: Config, run_dir: Path) -> Path | str:
     if config.model.tiny is None:
         assert config.model.path is not None
         return config.model.path
-    from .tiny import make_tiny
+    from .data.tiny import make_tiny
 
     folder = run_dir / "model_init"
     if not (folder / "config.json").exists():

@@ -21,14 +21,14 @@ from ..rewards.inputs import RewardInput
 from ..rewards.suite import RewardSuite
 from ..rollout.pool import RolloutPool
 from ..rollout.samples import Completion, Prompt, Sampling
-from .config import Config
+from .checkpoints import Progress, begin_checkpoint, finish_checkpoint
+from .config.load import Config
+from .data.sources import PromptSource
 from .groups import Group
 from .learner.group import LearnerGroup
-from .probe import as_batch, check_probe, probe_ids, tolerance_of
-from .progress import Progress, begin_checkpoint, finish_checkpoint
-from .prompts import PromptSource
-from .sync import WeightSync
 from .watch.tracking import Tracker
+from .weights.probe import as_batch, check_probe, probe_ids, tolerance_of
+from .weights.sync import WeightSync
 
 
 class Interrupted(Exception):

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import ray
 
-from .transport import InStore, Notice, Parcel
-from .waiting import ActorLostError, cause
+from .actors import ActorLostError, cause
+from .weights.transport import InStore, Notice, Parcel
 
 T = TypeVar("T")
 

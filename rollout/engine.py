@@ -11,8 +11,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .patches import WeightPatch
 from .samples import Completion, Prompt, Sampling
+from .weights.patch import WeightPatch
 
 Request = tuple[Prompt, int, Sampling]
 """A prompt, how many samples of it, and how they are drawn."""

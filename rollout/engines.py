@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..kernels import platform
-from . import vllm_compat
 from .engine import Engine
 from .service import InFlight
-from .transport import Link, TokenBucket
+from .vllm_backend import compat as vllm_compat
+from .weights.transport import Link, TokenBucket
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +97,7 @@ def _own(engine: str) -> Callable[[WorkerSpec, tuple[str, ...]], Engine]:
 
 
 def _embedded(spec: WorkerSpec, cards: tuple[str, ...]) -> Engine:
-    from .embedded import EmbeddedEngine
+    from .embedded.engine import EmbeddedEngine
 
     target = platform.named(spec.device)
     return EmbeddedEngine(
@@ -114,7 +114,7 @@ def _embedded(spec: WorkerSpec, cards: tuple[str, ...]) -> Engine:
 
 
 def _vllm(spec: WorkerSpec, cards: tuple[str, ...]) -> Engine:
-    from .vllm_engine import VLLMEngine
+    from .vllm_backend.engine import VLLMEngine
 
     dtype = platform.compute_dtype(spec.dtype, platform.named(spec.device))
     return VLLMEngine(

@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 
 import ray
 
+from .actors import ActorLostError, cause
 from .delivery import LOST, WorkerLostError, call, catch_up
 from .samples import Completion, Prompt, Sampling
-from .transport import Notice
-from .waiting import ActorLostError, cause
+from .weights.transport import Notice
 
 T = TypeVar("T")
 Outcome = tuple[Completion, ...] | ActorLostError

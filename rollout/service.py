@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Literal
 
 from .engine import Engine, Request
-from .patches import WeightPatch
 from .samples import Completion
+from .weights.patch import WeightPatch
 
 InFlight = Literal["update", "finish", "park"]
 

@@ -10,10 +10,10 @@ from dataclasses import replace
 import ray
 
 from .engine import Engine
-from .native import InEngines, Seat, Transfer
-from .patches import Bytes, DigestMismatchError, TensorBytes, WeightPatch
-from .receiver import Receiver
-from .transport import Notice, TransferError
+from .vllm_backend.transfer import InEngines, Seat, Transfer
+from .weights.patch import Bytes, DigestMismatchError, TensorBytes, WeightPatch
+from .weights.receiver import Receiver
+from .weights.transport import Notice, TransferError
 
 NOTHING = -1
 """The version of an engine that serves none."""

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from ..kernels import platform
 from .engine import Request
 from .engines import WorkerSpec, make_engine
-from .patches import Bytes
-from .receiver import Receiver
 from .samples import Completion
 from .service import Finished, GroupService
-from .transport import Notice
 from .updates import WeightUpdates
+from .weights.patch import Bytes
+from .weights.receiver import Receiver
+from .weights.transport import Notice
 
 
 class RolloutWorker:

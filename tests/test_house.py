@@ -160,7 +160,7 @@ def run(code: str, cwd: Path, **environment: str) -> str:
 
 
 def test_the_configuration_loads_no_torch(tmp_path: Path) -> None:
-    code = "import sys, emberl.rl.config; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    code = "import sys, emberl.rl.config.load; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
     assert run(code, tmp_path) == "[]"
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .settings import ADVANTAGES, AdvantageConfig, Estimator
+from ..config.algorithm import ADVANTAGES, AdvantageConfig, Estimator
 
 Floats = NDArray[np.float64]
 WHITEN_EPS = 1e-8

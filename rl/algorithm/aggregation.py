@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .settings import Aggregation
+from ..config.algorithm import Aggregation
 
 
 def token_weights(

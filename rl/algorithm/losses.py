@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...kernels.terms import TokenStats, TokenTerms
+from ...kernels.loss.terms import TokenStats, TokenTerms
+from ..config.algorithm import LOSSES, KLConfig, LossConfig, OffPolicyConfig
 from ..groups import Batch
 from .offpolicy import correction, renormalised
 from .plugins import UserLoss, load_loss
-from .settings import LOSSES, KLConfig, LossConfig, OffPolicyConfig
 from .surrogates import (
     cispo,
     dppo_tv,
@@ -35,7 +35,7 @@ from .surrogates import (
     squared_log_ratio,
     topr,
 )
-from .tokens import TokenBatch
+from .token_batch import TokenBatch
 
 Array = NDArray[Any]
 

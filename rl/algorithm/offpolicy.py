@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .settings import OffPolicyConfig
+from ..config.algorithm import OffPolicyConfig
 
 Floats = NDArray[np.float64]
 LOG_RATIO_LIMIT = 20.0

@@ -30,12 +30,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .settings import ADVANTAGE_PLUGINS, LOSS_PLUGINS
+from ..config.algorithm import ADVANTAGE_PLUGINS, LOSS_PLUGINS
 
 if TYPE_CHECKING:  # an advantage needs no torch
     from torch import Tensor
 
-    from .tokens import TokenBatch
+    from .token_batch import TokenBatch
 
 Floats = NDArray[np.float64]
 AdvantageFunction = Callable[[Sequence[Floats]], list[Floats]]
@@ -130,7 +130,7 @@ def check_loss(loss: UserLoss) -> None:
     with whole_sequences, sequences) stand beside it, and a derivative that a numerical one confirms."""
     import torch
 
-    from .tokens import tiny_batch
+    from .token_batch import tiny_batch
 
     logp, batch = tiny_batch()
     name = f"loss.kind={loss.name!r}"

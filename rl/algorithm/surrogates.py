@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...kernels.terms import TokenTerms
-from .settings import Estimator
+from ...kernels.loss.terms import TokenTerms
+from ..config.algorithm import Estimator
 
 LOG_RATIO_LIMIT = 20.0
 

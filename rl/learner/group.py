@@ -8,10 +8,10 @@ from typing import Any
 
 import ray
 
-from ...rollout.collective import Ticket
-from ...rollout.waiting import gather
+from ...rollout.actors import gather
+from ...rollout.weights.broadcast import Ticket
 from ..algorithm.losses import Objective
-from ..config import CriticConfig, OptimConfig
+from ..config.load import CriticConfig, OptimConfig
 from ..groups import Batch
 from .publisher import Order, Published
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.head import Head
+from ...kernels.loss.head import Head
 
 PROBE = 50.0
 """Largest logit of the probe: soft-caps lie around 30, so that one which is not allowed for shows."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import LoraConfig
+from ..config.load import LoraConfig
 
 _BASE = ".base_layer."
 

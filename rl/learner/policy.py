@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import platform
-from ...kernels.fused_loss import linear_logprob, linear_loss, logits_logprob, logits_loss
-from ...kernels.terms import TokenLoss, TokenStats, TokenTerms
+from ...kernels.loss.fused_loss import linear_logprob, linear_loss, logits_logprob, logits_loss
+from ...kernels.loss.terms import TokenLoss, TokenStats, TokenTerms
 from ..groups import Batch
 from .head import linear_head, own_logits
 

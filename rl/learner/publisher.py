@@ -21,14 +21,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...rollout.collective import InBroadcast, Meeting, Ticket
-from ...rollout.native import InEngines, Sender
-from ...rollout.patch_apply import commit, prepare
-from ...rollout.patch_codec import CHUNK_BYTES, spread
-from ...rollout.patch_encode import Shard, TensorPart, diff, join
-from ...rollout.patch_format import pieces
-from ...rollout.patch_stats import changed_elements
-from ...rollout.patches import (
+from ...rollout.vllm_backend.compat import check_sender
+from ...rollout.vllm_backend.transfer import InEngines, Sender
+from ...rollout.weights.apply import commit, prepare
+from ...rollout.weights.broadcast import InBroadcast, Meeting, Ticket
+from ...rollout.weights.codec import CHUNK_BYTES, spread
+from ...rollout.weights.diff import Shard, TensorPart, diff, join
+from ...rollout.weights.patch import (
     Bytes,
     Chunk,
     Mode,
@@ -39,8 +38,9 @@ from ...rollout.patches import (
     digest,
     element_bytes,
 )
-from ...rollout.transport import Directory, ObjectStore, Outbox, Parcel
-from ...rollout.vllm_compat import check_sender
+from ...rollout.weights.stats import changed_elements
+from ...rollout.weights.transport import Directory, ObjectStore, Outbox, Parcel
+from ...rollout.weights.wire_format import pieces
 from .lora import merged_shards
 
 SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...kernels import platform
-from ...rollout.collective import Ticket
+from ...rollout.weights.broadcast import Ticket
 from ..algorithm.losses import Objective, token_loss
 from ..algorithm.surrogates import value_loss
-from ..config import CriticConfig, ModelConfig, OptimConfig
+from ..config.load import CriticConfig, ModelConfig, OptimConfig
 from ..groups import Batch
 from . import checkpoint
 from .batching import plan_micro_batches

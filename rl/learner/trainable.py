@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..config import OptimConfig
+from ..config.load import OptimConfig
 from . import checkpoint
 from .shards import Shards
 

@@ -14,8 +14,8 @@ from enum import StrEnum
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from ...rewards.sandbox import SandboxUnavailable
-from ...rewards.walls import choose_backend, compiler
+from ...rewards.sandbox.backends import choose_backend, compiler
+from ...rewards.sandbox.pool import SandboxUnavailable
 
 _GIB = 1 << 30
 

@@ -15,9 +15,9 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..config import Config, to_yaml
+from ..checkpoints import METRICS
+from ..config.load import Config, to_yaml
 from ..groups import Group
-from ..progress import METRICS
 from .curve import plot_curve
 
 Axis = Literal["train", "eval"]

@@ -17,18 +17,19 @@ import torch
 pytest.importorskip("triton.backends.ascend", reason="triton-ascend is not installed; `make test-ascend` installs it")
 
 if importlib.util.find_spec("emberl") is None:  # this environment has torch and Triton only
-    for name in ("emberl", "emberl.kernels"):
+    for name in ("emberl", "emberl.kernels", "emberl.kernels.loss"):
         sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].__path__ = [str(Path(__file__).parents[2] / "kernels")] if "." in name else []
+        folder = Path(__file__).parents[2].joinpath(*name.split(".")[1:])
+        sys.modules[name].__path__ = [str(folder)] if "." in name else []
 
 spec = importlib.util.spec_from_file_location("lowering", Path(__file__).with_name("lowering.py"))
 lowering: Any = importlib.util.module_from_spec(spec)
 sys.modules["lowering"] = lowering
 spec.loader.exec_module(lowering)
 
-from emberl.kernels import tiling, triton_exp
-from emberl.kernels.head import Head, Transform
-from emberl.kernels.passes import TorchPasses
+from emberl.kernels.loss import tiling, triton_exp
+from emberl.kernels.loss.head import Head, Transform
+from emberl.kernels.loss.passes import TorchPasses
 
 DTYPES = {"*bf16": torch.bfloat16, "*fp32": torch.float32}
 NAMES = {"exp_stats": triton_exp.emberl_exp_stats, "factor": triton_exp.emberl_factor}

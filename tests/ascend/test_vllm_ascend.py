@@ -27,11 +27,11 @@ def installed() -> bool:
 
 
 if not installed():  # this environment has torch and Triton only
-    for name in ("emberl", "emberl.kernels", "emberl.rollout"):
+    for name in ("emberl", "emberl.kernels", "emberl.rollout", "emberl.rollout.vllm_backend"):
         module = sys.modules.setdefault(name, types.ModuleType(name))
-        module.__path__ = [str(ROOT / name.rpartition(".")[2])] if "." in name else []
+        module.__path__ = [str(ROOT.joinpath(*name.split(".")[1:]))] if "." in name else []
 
-vllm_compat = importlib.import_module("emberl.rollout.vllm_compat")
+vllm_compat = importlib.import_module("emberl.rollout.vllm_backend.compat")
 platform = importlib.import_module("emberl.kernels.platform")
 
 
@@ -107,7 +107,7 @@ def test_the_worker_takes_an_extension_and_reloads_weights_as_vllm_does() -> Non
     runner = class_of("worker/model_runner_v1.py", "NPUModelRunner")
     assert "GPUModelRunner" in [ast.unparse(base) for base in runner.bases]
     assert "reload_weights" not in methods(runner), "vLLM's own is what was tested"
-    extension = ast.parse((ROOT / "rollout" / "vllm_extension.py").read_text())
+    extension = ast.parse((ROOT / "rollout" / "vllm_backend" / "extension.py").read_text())
     [added] = [n for n in extension.body if isinstance(n, ast.ClassDef)]
     assert methods(added) and not methods(added).keys() & methods(worker).keys()
 

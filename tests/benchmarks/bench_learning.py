@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
     report = Report("learning", options.json, "transformers", "ray")
-    from emberl.rl.algorithm.presets import preset
+    from emberl.rl.config.presets import preset
 
     seeds = (0,) if options.quick else (0, 1, 2)
     fewer = ("sft.steps=50", "schedule.steps=2", "eval.size=64") if options.quick else (f"schedule.steps={STEPS}",)

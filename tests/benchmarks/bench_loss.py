@@ -30,9 +30,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
 import torch
-from emberl.kernels.fused_loss import linear_logprob, linear_loss
-from emberl.kernels.head import product_dtype
-from emberl.kernels.terms import TokenStats, TokenTerms
+from emberl.kernels.loss.fused_loss import linear_logprob, linear_loss
+from emberl.kernels.loss.head import product_dtype
+from emberl.kernels.loss.terms import TokenStats, TokenTerms
 from torch import Tensor
 
 CLIP = 0.2

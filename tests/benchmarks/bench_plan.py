@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from emberl.rl.watch.plan import plan_devices, plan_run
-from emberl.rl.watch.plan_figures import Figures, figures
-from emberl.rl.watch.plan_scenario import DecodeTable, LognormalLengths, Publication, Scenario
-from emberl.rl.watch.plan_settings import ideal, load_plan, make_scenario
-from emberl.rl.watch.plan_simulator import simulate
+from emberl.rl.plan.command import plan_devices, plan_run
+from emberl.rl.plan.figures import Figures, figures
+from emberl.rl.plan.scenario import DecodeTable, LognormalLengths, Publication, Scenario
+from emberl.rl.plan.settings import ideal, load_plan, make_scenario
+from emberl.rl.plan.simulator import simulate
 from harness import Report, arguments
 
 TOY = Scenario(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from emberl.rewards.inputs import RewardInput
-from emberl.rewards.maths import MathReward
+from emberl.rewards.math_answers.reward import MathReward
 from harness import Report, arguments, median
 
 NATURAL = ("qwen_math_responses", "gsm8k_openai_solutions")

@@ -51,7 +51,7 @@ def make_work(sequences: int, group: int, seed: int = 0) -> Work:
 def measure(size: str, dtype: str, threads: int, quick: bool) -> dict[str, Any]:
     """Runs in a process of its own; returns tokens per second of each implementation."""
     import torch
-    from emberl.rollout.embedded import EmbeddedEngine
+    from emberl.rollout.embedded.engine import EmbeddedEngine
     from emberl.rollout.samples import Prompt, Sampling
     from transformers import Qwen3Config, Qwen3ForCausalLM
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from emberl.rewards.sandbox import Limits, Sandbox, SandboxUnavailable
+from emberl.rewards.sandbox.pool import Limits, Sandbox, SandboxUnavailable
 from harness import Report, arguments, interleave
 
 FLOOR = 500.0

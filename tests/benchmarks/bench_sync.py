@@ -26,12 +26,12 @@ import harness
 import numpy as np
 import traces
 import zstandard
-from emberl.rollout.patch_apply import prepare
-from emberl.rollout.patch_codec import decode_chunk, encode_chunk
-from emberl.rollout.patch_encode import encode
-from emberl.rollout.patch_format import from_bytes, to_bytes
-from emberl.rollout.patch_stats import changed_elements
-from emberl.rollout.patches import ELEMENT_BYTES, Weights, digest
+from emberl.rollout.weights.apply import prepare
+from emberl.rollout.weights.codec import decode_chunk, encode_chunk
+from emberl.rollout.weights.diff import encode
+from emberl.rollout.weights.patch import ELEMENT_BYTES, Weights, digest
+from emberl.rollout.weights.stats import changed_elements
+from emberl.rollout.weights.wire_format import from_bytes, to_bytes
 
 PARTS = ("ratio", "speed", "exposed", "network")
 BARS = {0.009: 150.0, 0.023: 60.0}
@@ -157,7 +157,7 @@ LINKS = {
 }
 REWARD = """
 import zlib
-from emberl.rewards.adapters import reward
+from emberl.rewards.plugins.styles import reward
 @reward
 def noise(row):
     return zlib.crc32(row.completion.encode()) % 2
@@ -199,8 +199,8 @@ def exposed(report: harness.Report, size: str, steps: int) -> None:
 def network(report: harness.Report, sizes: Sequence[str], steps: int) -> None:
     """The slot count and the length give the decoding of a batch, `step_s` the learner's part."""
     import weak_link
-    from emberl.rl.data_settings import TinyConfig
-    from emberl.rl.tiny import make_tiny
+    from emberl.rl.config.data import TinyConfig
+    from emberl.rl.data.tiny import make_tiny
 
     large = {"hidden": 768, "layers": 12, "heads": 12, "kv_heads": 4, "head_dim": 64, "intermediate": 3072}
     cases: dict[str, tuple[TinyConfig, dict[str, float]]] = {

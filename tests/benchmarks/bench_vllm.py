@@ -60,7 +60,7 @@ def ours(model: str, dtype: str, work: Work) -> Callable[[], int]:
     import asyncio
 
     from emberl.rollout.samples import Prompt, Sampling
-    from emberl.rollout.vllm_engine import VLLMEngine
+    from emberl.rollout.vllm_backend.engine import VLLMEngine
 
     engine = VLLMEngine(model, max_model_len=MAX_MODEL_LEN, dtype=dtype, engine_args=ENGINE_ARGS)
     loop = asyncio.new_event_loop()

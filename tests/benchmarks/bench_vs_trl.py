@@ -48,9 +48,9 @@ def digits(completions: Sequence[str], **_: object) -> list[float]:
 
 def make(folder: Path, size: str) -> None:
     """The model and the prompts that both train on."""
-    from emberl.rl.data_settings import DataConfig, TinyConfig
-    from emberl.rl.prompts import open_source
-    from emberl.rl.tiny import make_tiny
+    from emberl.rl.config.data import DataConfig, TinyConfig
+    from emberl.rl.data.sources import open_source
+    from emberl.rl.data.tiny import make_tiny
     from transformers import AutoTokenizer
 
     make_tiny(folder / "model", TinyConfig(**SIZES[size]), seed=0)

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 from emberl.rollout import engines
-from emberl.rollout.continuous import ContinuousBatch
-from emberl.rollout.embedded import EmbeddedEngine
-from emberl.rollout.sampling import stream_key
+from emberl.rollout.embedded.batch import ContinuousBatch
+from emberl.rollout.embedded.engine import EmbeddedEngine
+from emberl.rollout.embedded.sampling import stream_key
 
 
 def length(seed: int, prompt_id: str, sample: int, *, mean: float, cv: float, limit: int) -> int:

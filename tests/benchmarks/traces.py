@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from emberl.rl.patch_files import replay
-from emberl.rollout.patches import TensorBytes
-from emberl.rollout.transport import list_patches
+from emberl.rl.weights.history import replay
+from emberl.rollout.weights.patch import TensorBytes
+from emberl.rollout.weights.transport import list_patches
 
 Tensors = Mapping[str, TensorBytes]
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"

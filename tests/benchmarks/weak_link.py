@@ -90,12 +90,12 @@ def _pump(worker: Any, learner: Any) -> None:
 
 def learner(settings: dict[str, Any]) -> None:
     import torch
-    from emberl.rollout.collective import InBroadcast, Meeting
-    from emberl.rollout.decoder import checkpoint_tensors
-    from emberl.rollout.patch_encode import encode
-    from emberl.rollout.patch_format import pieces
-    from emberl.rollout.patches import TensorBytes, Weights, dense_patch
-    from emberl.rollout.transport import Notice, Parcel
+    from emberl.rollout.embedded.model import checkpoint_tensors
+    from emberl.rollout.weights.broadcast import InBroadcast, Meeting
+    from emberl.rollout.weights.diff import encode
+    from emberl.rollout.weights.patch import TensorBytes, Weights, dense_patch
+    from emberl.rollout.weights.transport import Notice, Parcel
+    from emberl.rollout.weights.wire_format import pieces
 
     torch.set_num_threads(1)
     model = Path(settings["model"])
@@ -141,11 +141,11 @@ def learner(settings: dict[str, Any]) -> None:
 
 async def worker(settings: dict[str, Any]) -> None:
     import torch
-    from emberl.rollout.embedded import EmbeddedEngine
-    from emberl.rollout.receiver import Receiver
+    from emberl.rollout.embedded.engine import EmbeddedEngine
     from emberl.rollout.samples import Prompt, Sampling
-    from emberl.rollout.transport import Link
     from emberl.rollout.updates import WeightUpdates
+    from emberl.rollout.weights.receiver import Receiver
+    from emberl.rollout.weights.transport import Link
 
     torch.set_num_threads(1)
     engine = EmbeddedEngine(

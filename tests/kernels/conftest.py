@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from emberl.kernels.fused_loss import linear_loss
-from emberl.kernels.terms import TokenStats, TokenTerms
+from emberl.kernels.loss.fused_loss import linear_loss
+from emberl.kernels.loss.terms import TokenStats, TokenTerms
 from torch import Tensor
 
 torch.set_num_threads(1)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from emberl.kernels import triton_exp
-from emberl.kernels.tiling import EXP_STATS, FACTOR, Tile
+from emberl.kernels.loss import triton_exp
+from emberl.kernels.loss.tiling import EXP_STATS, FACTOR, Tile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from emberl.kernels.fused_loss import linear_logprob, linear_loss
-from emberl.kernels.head import add_product
+from emberl.kernels.loss.fused_loss import linear_logprob, linear_loss
+from emberl.kernels.loss.head import add_product
 from torch import Tensor
 
 CARD = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

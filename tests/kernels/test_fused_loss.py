@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from emberl.kernels import shifted_exp
-from emberl.kernels.fused_loss import linear_logprob, linear_loss, logits_logprob, logits_loss
+from emberl.kernels.loss import shifted_exp
+from emberl.kernels.loss.fused_loss import linear_logprob, linear_loss, logits_logprob, logits_loss
 
 CHUNKS = {"one chunk": 1 << 30, "ragged chunks": 37 * 8 * 5, "one token each": 1}
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from emberl.kernels.tiling import (
+from emberl.kernels.loss.tiling import (
     EXP_STATS,
     FOOTPRINTS,
     GRID_LIMIT,

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from emberl.kernels.fused_loss import linear_loss
+from emberl.kernels.loss.fused_loss import linear_loss
 
 WORLD = 2
 

@@ -1,4 +1,4 @@
-"""Hostile programs of our own: (id, category, language, code). See `emberl.rewards.attacks` for how they are judged."""
+"""Hostile programs of our own: (id, category, language, code). See `emberl.rewards.audit.attacks` for how they are judged."""
 
 from __future__ import annotations
 

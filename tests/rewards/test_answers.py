@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from emberl.rewards.answers import boxes, extract
+from emberl.rewards.math_answers.extract import boxes, extract
 from hypothesis import given
 from hypothesis import strategies as st
 

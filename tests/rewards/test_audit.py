@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 
 import pytest
-from emberl.rewards.audit import audit, audit_reward, read_rows, to_html, to_text
+from emberl.rewards.audit.audit import audit, audit_reward, read_rows, to_html, to_text
 from emberl.rewards.inputs import RewardInput
 from emberl.rewards.verdict import Status, Verdict, verifier_error
 
@@ -62,7 +62,7 @@ def test_a_second_grader_without_labels() -> None:
 
 
 def _rows(count: int):
-    from emberl.rewards.audit import Row
+    from emberl.rewards.audit.audit import Row
 
     return [Row(id=str(i), input=RewardInput(completion=str(i)), label=True) for i in range(count)]
 

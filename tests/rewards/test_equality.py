@@ -4,11 +4,11 @@ import time
 from fractions import Fraction
 
 import pytest
-from emberl.rewards.equality import compare, plain_number, read_reference
-from emberl.rewards.evaluate import signature
-from emberl.rewards.latex import parse
-from emberl.rewards.policy import Outcome, Policy
-from emberl.rewards.tokens import Unreadable
+from emberl.rewards.math_answers.compare import compare, plain_number, read_reference
+from emberl.rewards.math_answers.lexer import Unreadable
+from emberl.rewards.math_answers.options import Outcome, Policy
+from emberl.rewards.math_answers.parser import parse
+from emberl.rewards.math_answers.values import signature
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from emberl.rewards.grading import Ended, WorkerPool
+from emberl.rewards.worker_pool import Ended, WorkerPool
 
 pytestmark = pytest.mark.slow  # every test starts processes
 
@@ -153,7 +153,7 @@ def test_killing_workers_all_the_time_loses_no_sample(make) -> None:
 
 def _children() -> list[int]:
     with open(f"/proc/{os.getpid()}/task/{threading.main_thread().native_id}/children") as file:
-        return [int(p) for p in file.read().split() if "emberl.rewards.worker" in _command(p)]
+        return [int(p) for p in file.read().split() if "emberl.rewards.worker_process" in _command(p)]
 
 
 def test_workers_are_recycled(make) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 from emberl.rewards.inputs import RewardInput
-from emberl.rewards.sandbox import SandboxUnavailable
+from emberl.rewards.sandbox.pool import SandboxUnavailable
 from emberl.rewards.verdict import Status
 
 reasoning_gym = pytest.importorskip("reasoning_gym", reason="reasoning-gym (the extra `gym`) is not installed")

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from emberl.rewards.hacks import HACKS
+from emberl.rewards.audit.hacks import HACKS
 from emberl.rewards.inputs import RewardInput
-from emberl.rewards.maths import MathReward
+from emberl.rewards.math_answers.reward import MathReward
 from emberl.rewards.verdict import Status
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -67,7 +67,7 @@ def test_importing_and_grading_stays_light() -> None:
         "import sys; from emberl.rewards.suite import build_suite; from emberl.rewards.inputs import RewardInput;"
         "suite = build_suite({'answer': {'use': 'math'}, 'form': {'use': 'format', 'weight': 0.1}});"
         "assert suite.grade([RewardInput(completion='<think>a</think>9', answer='9')])[0].score == 1.1;"
-        "import emberl.rewards.audit;"
+        "import emberl.rewards.audit.audit;"
         "print([m for m in ('torch', 'ray', 'transformers', 'sympy', 'math_verify', 'numpy') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

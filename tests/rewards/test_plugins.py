@@ -7,9 +7,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-from emberl.rewards.adapters import adapt, recognise, result, reward
 from emberl.rewards.inputs import RewardInput
-from emberl.rewards.plugins import PluginReward
+from emberl.rewards.plugins.reward import PluginReward
+from emberl.rewards.plugins.styles import adapt, recognise, result, reward
 from emberl.rewards.registry import load_reward
 from emberl.rewards.suite import Part, RewardSuite, build_suite
 from emberl.rewards.verdict import Status, Verdict

@@ -11,14 +11,14 @@ import zlib
 from pathlib import Path
 
 import pytest
-from emberl.rewards import walls
-from emberl.rewards.attacks import _descendants
-from emberl.rewards.codetests import Call, FunctionPlan, JudgePlan, ProgramPlan, plan_of
-from emberl.rewards.compare import Reply, canonical, equal, is_plain, parse_reply, same_output
-from emberl.rewards.inmate import encode, source_of
+from emberl.rewards.audit.attacks import _descendants
+from emberl.rewards.code_tests.compare import Reply, canonical, equal, is_plain, parse_reply, same_output
+from emberl.rewards.code_tests.reward import CodeReward, extract_program
+from emberl.rewards.code_tests.tests import Call, FunctionPlan, JudgePlan, ProgramPlan, plan_of
 from emberl.rewards.inputs import RewardInput
-from emberl.rewards.programs import CodeReward, extract_program
-from emberl.rewards.sandbox import SandboxUnavailable
+from emberl.rewards.sandbox import backends as walls
+from emberl.rewards.sandbox.child import encode, source_of
+from emberl.rewards.sandbox.pool import SandboxUnavailable
 from emberl.rewards.verdict import Status
 from hypothesis import given
 from hypothesis import strategies as st

@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
-from emberl.rewards import seccomp, walls
-from emberl.rewards.attacks import _descendants, audit_sandbox, run_attacks
-from emberl.rewards.sandbox import Limits, Outcome, ProgramEnded, Sandbox, SandboxError, SandboxUnavailable
+from emberl.rewards.audit.attacks import _descendants, audit_sandbox, run_attacks
+from emberl.rewards.sandbox import backends as walls
+from emberl.rewards.sandbox import seccomp
+from emberl.rewards.sandbox.pool import Limits, Outcome, ProgramEnded, Sandbox, SandboxError, SandboxUnavailable
 
 HERE = Path(__file__).parent
 DATA = HERE.parents[2] / "shared" / "data"
@@ -359,7 +360,7 @@ def test_nothing_is_left() -> None:
 @slow
 def test_it_ends_with_the_trainer() -> None:
     code = (
-        "from emberl.rewards.sandbox import Sandbox\ns = Sandbox(workers=1)\n"
+        "from emberl.rewards.sandbox.pool import Sandbox\ns = Sandbox(workers=1)\n"
         "print('up', flush=True)\ns.run_program('while True: pass')"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as trainer:
@@ -389,13 +390,13 @@ def test_works_unprivileged(tmp_path: Path) -> None:
     if python is None or subprocess.run(new_enough, check=False).returncode:
         pytest.skip("no Python 3.11 that every user may run")
     folder = Path("/tmp") / f"emberl-unprivileged-{os.getpid()}"
-    shutil.copytree(Path(walls.__file__).resolve().parent, folder / "emberl" / "rewards")
+    shutil.copytree(Path(walls.__file__).resolve().parents[1], folder / "emberl" / "rewards")
     shutil.copy(HERE / "hostile.py", folder)
     try:
         subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
         code = (
             "import sys; sys.path[:0] = ['.']; import os; assert os.getuid() == 1234\n"
-            "from emberl.rewards.attacks import run_attacks; import hostile\n"
+            "from emberl.rewards.audit.attacks import run_attacks; import hostile\n"
             "rows = [r for r in hostile.PYTHON_ROWS if r['category'] == 'escape']\n"
             "rows += [r for r in hostile.CPP_ROWS if r['id'] in ('cpp_files', 'cpp_calls', 'cpp_shell')]\n"
             "report = run_attacks(rows, seconds=1.0, backend='zygote')\n"

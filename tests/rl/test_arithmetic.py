@@ -9,10 +9,10 @@ from random import Random
 from typing import Any
 
 import pytest
-from emberl.rl.arithmetic import ArithmeticSource, Problem, ProblemMaker, is_heldout
-from emberl.rl.data_settings import KINDS, DataConfig, TinyConfig
-from emberl.rl.prompts import open_source
-from emberl.rl.tiny import tiny_tokenizer
+from emberl.rl.config.data import KINDS, DataConfig, TinyConfig
+from emberl.rl.data.arithmetic import ArithmeticSource, Problem, ProblemMaker, is_heldout
+from emberl.rl.data.sources import open_source
+from emberl.rl.data.tiny import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

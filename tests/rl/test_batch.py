@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from emberl.rewards.verdict import Status, Verdict, verifier_error
-from emberl.rl.algorithm.settings import AdvantageConfig, KLConfig, LossConfig
 from emberl.rl.batch import make_batch, make_batches, sft_batch
+from emberl.rl.config.algorithm import AdvantageConfig, KLConfig, LossConfig
 from emberl.rl.groups import Batch, Group
 from emberl.rollout.samples import Completion, Prompt, Span
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 from emberl.rl.cluster import Cluster, check_capacity, plan_placement
-from emberl.rl.config import Config, ConfigError, load_config, resolve
+from emberl.rl.config.load import Config, ConfigError, load_config, resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

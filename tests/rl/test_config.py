@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from emberl.rl.config import ConfigError, keys, load_config, to_yaml
+from emberl.rl.config.load import ConfigError, keys, load_config, to_yaml
 
 MINIMAL = "name: t\nmodel: {path: somewhere}\ndata: {source: arithmetic}\n"
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -88,5 +88,6 @@ def test_keys_lists_nested_keys() -> None:
 
 @pytest.mark.slow
 def test_importing_the_configuration_loads_no_torch() -> None:
-    code = "import sys, emberl.rl.config; sys.exit(any(m in sys.modules for m in ('torch', 'ray', 'transformers', 'datasets')))"
+    heavy = ("torch", "ray", "transformers", "datasets")
+    code = f"import sys, emberl.rl.config.load; sys.exit(any(m in sys.modules for m in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

@@ -4,7 +4,7 @@ import importlib.metadata
 from resource import RLIM_INFINITY
 
 import pytest
-from emberl.rewards import walls
+from emberl.rewards.sandbox import backends as walls
 from emberl.rl.watch import doctor
 from emberl.rl.watch.doctor import Check, Level
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 from emberl.rewards.verdict import Status, Verdict
-from emberl.rl.config import resolve
+from emberl.rl.checkpoints import Progress
+from emberl.rl.config.load import resolve
 from emberl.rl.feed import GroupFeed
 from emberl.rl.groups import Group
-from emberl.rl.progress import Progress
+from emberl.rollout.actors import ActorLostError
 from emberl.rollout.pool import Job
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
-from emberl.rollout.waiting import ActorLostError
 
 
 class Pool:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from emberl.rl.cli import app
-from emberl.rollout.patch_encode import encode
-from emberl.rollout.patch_format import pieces
-from emberl.rollout.patches import TensorBytes, Weights, dense_patch, digest
-from emberl.rollout.tensor_files import write_model
-from emberl.rollout.transport import Directory
+from emberl.rollout.weights.diff import encode
+from emberl.rollout.weights.patch import TensorBytes, Weights, dense_patch, digest
+from emberl.rollout.weights.tensors import write_model
+from emberl.rollout.weights.transport import Directory
+from emberl.rollout.weights.wire_format import pieces
 from safetensors import safe_open
 from typer.testing import CliRunner
 

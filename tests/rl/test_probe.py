@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emberl.rl.probe import as_batch, check_probe, probe_ids, tolerance_of
+from emberl.rl.weights.probe import as_batch, check_probe, probe_ids, tolerance_of
+from emberl.rollout.actors import ActorLostError
 from emberl.rollout.samples import Prompt
-from emberl.rollout.waiting import ActorLostError
 
 EXPECTED = np.array([-1.0, -2.0, -0.5, -4.0], np.float32)
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from emberl.rl import progress as p
-from emberl.rl.config import Config, ConfigError, resolve
+from emberl.rl import checkpoints as p
+from emberl.rl.config.load import Config, ConfigError, resolve
 
 
 def config(**extra: object) -> Config:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emberl.rl.data_settings import DataConfig, TinyConfig
-from emberl.rl.prompts import PromptSource, check_data, open_source
-from emberl.rl.tiny import tiny_tokenizer
-from emberl.rl.tokens import fill
+from emberl.rl.config.data import DataConfig, TinyConfig
+from emberl.rl.data.sources import PromptSource, check_data, open_source
+from emberl.rl.data.templates import fill
+from emberl.rl.data.tiny import tiny_tokenizer
 
 CHAT = tiny_tokenizer(TinyConfig(vocabulary="bytes", chat_template=True))
 PLAIN = tiny_tokenizer(TinyConfig(vocabulary="bytes"))
@@ -416,7 +416,7 @@ def test_gsm8k_itself() -> None:
 
 def test_settings_and_their_check_load_no_heavy_library() -> None:
     code = (
-        "import sys, emberl.rl.data_settings as s, emberl.rl.prompts as p\n"
+        "import sys, emberl.rl.config.data as s, emberl.rl.data.sources as p\n"
         "p.check_data(s.DataConfig(source='arithmetic'))\n"
         "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow', 'ray') if m in sys.modules])"
     )

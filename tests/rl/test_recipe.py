@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from emberl.rl.arithmetic import ProblemMaker
-from emberl.rl.data_settings import DataConfig, TinyConfig
+from emberl.rl.config.data import DataConfig, TinyConfig
+from emberl.rl.data.arithmetic import ProblemMaker
+from emberl.rl.data.tiny import tiny_tokenizer
 from emberl.rl.recipe import demonstration
 from emberl.rl.run import conversation
-from emberl.rl.tiny import tiny_tokenizer
 from emberl.rollout.samples import Prompt
 
 WORKED = "<think>7+5=12,12-3=9</think>9"

@@ -13,14 +13,14 @@ import torch
 from emberl.rewards.verdict import Status, Verdict
 from emberl.rl.algorithm.advantages import group_advantages
 from emberl.rl.algorithm.losses import Objective
-from emberl.rl.algorithm.settings import AdvantageConfig, KLConfig, LossConfig, OffPolicyConfig
 from emberl.rl.batch import denominator, make_batch
-from emberl.rl.config import ModelConfig, OptimConfig, resolve
-from emberl.rl.data_settings import TinyConfig
+from emberl.rl.checkpoints import Progress
+from emberl.rl.config.algorithm import AdvantageConfig, KLConfig, LossConfig, OffPolicyConfig
+from emberl.rl.config.data import TinyConfig
+from emberl.rl.config.load import ModelConfig, OptimConfig, resolve
+from emberl.rl.data.tiny import make_tiny
 from emberl.rl.groups import Group
 from emberl.rl.learner.rank import LearnerRank, RankSpec
-from emberl.rl.progress import Progress
-from emberl.rl.tiny import make_tiny
 from emberl.rl.trainer import pooled, update
 from emberl.rollout.samples import Completion, Prompt, Span
 

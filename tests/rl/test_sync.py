@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emberl.rl.config import SyncConfig
+from emberl.rl.config.load import SyncConfig
 from emberl.rl.learner.publisher import Order, Published
-from emberl.rl.sync import Measured, WeightSync, choose, choose_transport
-from emberl.rollout.collective import Ticket
-from emberl.rollout.transport import Notice, Parcel
+from emberl.rl.weights.sync import Measured, WeightSync, choose, choose_transport
+from emberl.rollout.weights.broadcast import Ticket
+from emberl.rollout.weights.transport import Notice, Parcel
 
 MB = 1e6
 

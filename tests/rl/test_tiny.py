@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from emberl.rl.arithmetic import ProblemMaker
-from emberl.rl.data_settings import KINDS, DataConfig, TinyConfig
-from emberl.rl.tiny import make_tiny, tiny_model, tiny_tokenizer
-from emberl.rl.tokens import prompt_ids, render, supervised_ids
+from emberl.rl.config.data import KINDS, DataConfig, TinyConfig
+from emberl.rl.data.arithmetic import ProblemMaker
+from emberl.rl.data.templates import prompt_ids, render, supervised_ids
+from emberl.rl.data.tiny import make_tiny, tiny_model, tiny_tokenizer
 from emberl.rollout.samples import Prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st

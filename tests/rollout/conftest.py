@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from emberl.rollout.architecture import parse_architecture
-from emberl.rollout.decoder import Decoder
+from emberl.rollout.embedded.architecture import parse_architecture
+from emberl.rollout.embedded.model import Decoder
 from emberl.rollout.samples import Prompt
 
 TINY: dict[str, Any] = {

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from emberl.rollout.decoder import Decoder
-from emberl.rollout.embedded import EmbeddedEngine
-from emberl.rollout.kv_cache import KVCache, PromptState
+from emberl.rollout.embedded.engine import EmbeddedEngine
+from emberl.rollout.embedded.kv_cache import KVCache, PromptState
+from emberl.rollout.embedded.model import Decoder
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
 
 MakeDecoder = Callable[..., Decoder]

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from emberl.rollout.architecture import inverse_frequencies, parse_architecture
-from emberl.rollout.decoder import Decoder
-from emberl.rollout.patches import digest
+from emberl.rollout.embedded.architecture import inverse_frequencies, parse_architecture
+from emberl.rollout.embedded.model import Decoder
+from emberl.rollout.weights.patch import digest
 from safetensors.torch import save_file
 
 SMALL: dict[str, Any] = {

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from emberl.rollout.decoder import Decoder
-from emberl.rollout.embedded import EmbeddedEngine
+from emberl.rollout.embedded.engine import EmbeddedEngine
+from emberl.rollout.embedded.kv_cache import KVCache, PromptState
+from emberl.rollout.embedded.model import Decoder
 from emberl.rollout.engine import Engine
-from emberl.rollout.kv_cache import KVCache, PromptState
-from emberl.rollout.patches import DigestMismatchError, VersionError, WeightPatch, dense_patch
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
+from emberl.rollout.weights.patch import DigestMismatchError, VersionError, WeightPatch, dense_patch
 
 MakeDecoder = Callable[..., Decoder]
 MakePrompt = Callable[..., Prompt]

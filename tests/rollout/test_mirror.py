@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from emberl.rollout.mirror import ALIGNMENT, Mirror, read_mirror
-from emberl.rollout.patches import DigestMismatchError, TensorBytes, WeightPatch, dense_patch, digest
+from emberl.rollout.vllm_backend.shared_memory import ALIGNMENT, Mirror, read_mirror
+from emberl.rollout.weights.patch import DigestMismatchError, TensorBytes, WeightPatch, dense_patch, digest
 
 
 def floats(*values: float) -> TensorBytes:
@@ -74,8 +74,8 @@ def test_another_process_reads_it_and_nothing_is_left_of_it() -> None:
     mirror = filled()
     code = (
         "import sys, json\n"
-        "from emberl.rollout.mirror import Entry, read_mirror\n"
-        "from emberl.rollout.patches import digest\n"
+        "from emberl.rollout.vllm_backend.shared_memory import Entry, read_mirror\n"
+        "from emberl.rollout.weights.patch import digest\n"
         "entries = [(n, Entry(d, tuple(s), a, b)) for n, d, s, a, b in json.loads(sys.argv[2])]\n"
         "print(*(f'{n}={digest(t.data)}' for n, t in read_mirror(sys.argv[1], entries)))"
     )

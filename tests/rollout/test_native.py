@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import torch
 from emberl.kernels import platform
-from emberl.rollout import native, vllm_compat
-from emberl.rollout.collective import Meeting, Ticket
-from emberl.rollout.native import InEngines, Seat, Sender
-from emberl.rollout.patch_format import pieces
-from emberl.rollout.patches import TensorBytes, WeightPatch, dense_patch, verify
-from emberl.rollout.receiver import Receiver
-from emberl.rollout.transport import Directory, Link, Notice, TransferError
 from emberl.rollout.updates import WeightUpdates
+from emberl.rollout.vllm_backend import compat as vllm_compat
+from emberl.rollout.vllm_backend import transfer as native
+from emberl.rollout.vllm_backend.transfer import InEngines, Seat, Sender
+from emberl.rollout.weights.broadcast import Meeting, Ticket
+from emberl.rollout.weights.patch import TensorBytes, WeightPatch, dense_patch, verify
+from emberl.rollout.weights.receiver import Receiver
+from emberl.rollout.weights.transport import Directory, Link, Notice, TransferError
+from emberl.rollout.weights.wire_format import pieces
 
 WAIT = 10.0
 

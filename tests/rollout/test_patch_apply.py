@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emberl.rollout.patch_apply import Prepared, commit, prepare
-from emberl.rollout.patch_encode import Shard, TensorPart, diff, encode, join
-from emberl.rollout.patch_format import from_bytes, to_bytes
-from emberl.rollout.patches import (
+from emberl.rollout.weights.apply import Prepared, commit, prepare
+from emberl.rollout.weights.diff import Shard, TensorPart, diff, encode, join
+from emberl.rollout.weights.patch import (
     CorruptPatchError,
     DigestMismatchError,
     TensorBytes,
@@ -23,6 +22,7 @@ from emberl.rollout.patches import (
     dense_patch,
     digest,
 )
+from emberl.rollout.weights.wire_format import from_bytes, to_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
-from emberl.kernels.delta import decode_changes, encode_changes
-from emberl.rollout.patch_codec import CHUNK_BYTES, check_chunk, decode_chunk, encode_chunk
-from emberl.rollout.patch_encode import Shard, diff
-from emberl.rollout.patches import ELEMENT_BYTES, CorruptPatchError, Mode
+from emberl.kernels.patch_coding.delta import decode_changes, encode_changes
+from emberl.rollout.weights.codec import CHUNK_BYTES, check_chunk, decode_chunk, encode_chunk
+from emberl.rollout.weights.diff import Shard, diff
+from emberl.rollout.weights.patch import ELEMENT_BYTES, CorruptPatchError, Mode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

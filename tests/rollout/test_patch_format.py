@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 import xxhash
 import zstandard
-from emberl.rollout.patch_apply import commit, prepare
-from emberl.rollout.patch_encode import Shard, diff, encode, join
-from emberl.rollout.patch_format import from_bytes, to_bytes
-from emberl.rollout.patches import (
+from emberl.rollout.weights.apply import commit, prepare
+from emberl.rollout.weights.diff import Shard, diff, encode, join
+from emberl.rollout.weights.patch import (
     ELEMENT_BYTES,
     CorruptPatchError,
     DigestMismatchError,
@@ -26,6 +25,7 @@ from emberl.rollout.patches import (
     Weights,
     dense_patch,
 )
+from emberl.rollout.weights.wire_format import from_bytes, to_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,7 +33,7 @@ Whole = dict[str, tuple[int, tuple[int, ...], bytes]]
 """name -> (dtype's number in the format, shape, bytes)."""
 
 
-# An independent decoder: what the docstring of `emberl.rollout.patch_format` says, and nothing of the codec.
+# An independent decoder: what the docstring of `emberl.rollout.weights.wire_format` says, and nothing of the codec.
 
 WIDTHS = (2, 2, 4, 8, 1, 1, 1, 1, 1, 2, 2, 4, 4, 8, 8)
 

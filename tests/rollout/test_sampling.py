@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from emberl.rollout.embedded.sampling import SlotSampling, check_sampling, sample, stream_key, uniforms
 from emberl.rollout.samples import Sampling
-from emberl.rollout.sampling import SlotSampling, check_sampling, sample, stream_key, uniforms
 
 PROBS = (0.4, 0.3, 0.15, 0.1, 0.05)
 LOGITS = torch.tensor([[math.log(p) + 3 for p in PROBS]])

@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from emberl.rollout.decoder import Decoder
-from emberl.rollout.embedded import EmbeddedEngine
-from emberl.rollout.patches import WeightPatch, dense_patch
+from emberl.rollout.embedded.engine import EmbeddedEngine
+from emberl.rollout.embedded.model import Decoder
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
 from emberl.rollout.service import GroupService
+from emberl.rollout.weights.patch import WeightPatch, dense_patch
 
 MakeDecoder = Callable[..., Decoder]
 MakePrompt = Callable[..., Prompt]

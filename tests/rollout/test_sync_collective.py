@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emberl.rollout.collective import InBroadcast, Meeting, Ticket
-from emberl.rollout.transport import Link, TransferError
+from emberl.rollout.weights.broadcast import InBroadcast, Meeting, Ticket
+from emberl.rollout.weights.transport import Link, TransferError
 
 pytestmark = pytest.mark.slow
 SIZES = (1000, 7)
 WORKER = """
 import sys, xxhash
-from emberl.rollout.collective import InBroadcast, Ticket
-from emberl.rollout.transport import Link
+from emberl.rollout.weights.broadcast import InBroadcast, Ticket
+from emberl.rollout.weights.transport import Link
 link, ticket = Link(timeout=60.0), Ticket(host=sys.argv[1], port=int(sys.argv[2]), group=1, workers=2, device="cpu")
 for number, size in enumerate(map(int, sys.argv[3:])):
     place = InBroadcast(ticket=ticket, number=number, size=size, timeout=60.0)

@@ -11,9 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from emberl.rollout.actors import ActorLostError
 from emberl.rollout.delivery import WorkerLostError, call, catch_up
-from emberl.rollout.transport import Directory, InFile, InStore, Link, Notice, Parcel, TokenBucket, TransferError
-from emberl.rollout.waiting import ActorLostError
+from emberl.rollout.weights.transport import (
+    Directory,
+    InFile,
+    InStore,
+    Link,
+    Notice,
+    Parcel,
+    TokenBucket,
+    TransferError,
+)
 
 
 class Method:

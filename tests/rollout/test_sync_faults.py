@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emberl.rollout.patch_encode import encode
-from emberl.rollout.patch_format import pieces
-from emberl.rollout.patches import (
+from emberl.rollout.weights.diff import encode
+from emberl.rollout.weights.patch import (
     TensorBytes,
     VersionError,
     WeightPatch,
@@ -26,8 +25,9 @@ from emberl.rollout.patches import (
     digest,
     verify,
 )
-from emberl.rollout.receiver import Receiver, UnrecoverableError
-from emberl.rollout.transport import Link, Notice, Parcel, TransferError
+from emberl.rollout.weights.receiver import Receiver, UnrecoverableError
+from emberl.rollout.weights.transport import Link, Notice, Parcel, TransferError
+from emberl.rollout.weights.wire_format import pieces
 from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test

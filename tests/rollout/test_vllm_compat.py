@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from emberl.kernels import platform
-from emberl.rollout import vllm_compat
 from emberl.rollout.engines import check_engine
-from emberl.rollout.vllm_compat import EngineSettings, kv_cache_bytes, prepare
+from emberl.rollout.vllm_backend import compat as vllm_compat
+from emberl.rollout.vllm_backend.compat import EngineSettings, kv_cache_bytes, prepare
 
 SETTINGS = EngineSettings(model="model", dtype="bfloat16", device="cpu", threads=3, max_num_seqs=16, max_model_len=200)
 TINY = SimpleNamespace(num_hidden_layers=3, num_key_value_heads=1, head_dim=64, num_attention_heads=2, hidden_size=128)

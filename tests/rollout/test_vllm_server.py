@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from emberl.rollout import vllm_server
-from emberl.rollout.vllm_compat import EngineSettings
+from emberl.rollout.vllm_backend import server as vllm_server
+from emberl.rollout.vllm_backend.compat import EngineSettings
 
 SETTINGS = EngineSettings(model="model", dtype="float32", device="cpu", threads=1, max_num_seqs=8, max_model_len=64)
 GOOD = {"dtype": "float32", "logprobs_mode": "processed_logprobs", "vllm": "0.32.0", "labels_tokens": True}

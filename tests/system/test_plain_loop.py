@@ -12,15 +12,15 @@ from emberl.rewards.suite import build_suite
 from emberl.rl.algorithm.advantages import group_advantages
 from emberl.rl.algorithm.losses import Objective
 from emberl.rl.batch import make_batch
-from emberl.rl.config import Config, load_config
+from emberl.rl.config.load import Config, load_config
+from emberl.rl.data.sources import open_source
 from emberl.rl.groups import Group
 from emberl.rl.learner.checkpoint import full_tensors
 from emberl.rl.learner.rank import LearnerRank, RankSpec
-from emberl.rl.prompts import open_source
 from emberl.rl.run import stop_tokens
-from emberl.rollout.embedded import EmbeddedEngine
-from emberl.rollout.patches import TensorBytes, WeightPatch, dense_patch
+from emberl.rollout.embedded.engine import EmbeddedEngine
 from emberl.rollout.samples import Sampling
+from emberl.rollout.weights.patch import TensorBytes, WeightPatch, dense_patch
 from small_system import Emberl, read_metrics
 from transformers import AutoTokenizer
 
@@ -100,7 +100,7 @@ def test_the_actors_are_the_plain_loop(emberl: Emberl) -> None:
     assert learner == engine, "the engine serves the learner's bytes"
     assert scores == [row["critic/score/mean"] for row in read_metrics(emberl.folder / "actors")]
     assert 0 < sum(scores) < 3, "the steps had something to learn from"
-    from emberl.rollout.patches import digest
+    from emberl.rollout.weights.patch import digest
     from safetensors.numpy import load_file
 
     saved = load_file(emberl.folder / "actors/model/model.safetensors")

@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from emberl.rl.data_settings import TinyConfig
-from emberl.rl.tiny import make_tiny
-from emberl.rollout.decoder import DTYPE_NAMES, checkpoint_tensors
-from emberl.rollout.embedded import EmbeddedEngine
-from emberl.rollout.patches import TensorBytes, WeightPatch, dense_patch
+from emberl.rl.config.data import TinyConfig
+from emberl.rl.data.tiny import make_tiny
+from emberl.rollout.embedded.engine import EmbeddedEngine
+from emberl.rollout.embedded.model import DTYPE_NAMES, checkpoint_tensors
 from emberl.rollout.samples import Prompt
-from emberl.rollout.vllm_compat import installed_version, labels_tokens
+from emberl.rollout.vllm_backend.compat import installed_version, labels_tokens
+from emberl.rollout.weights.patch import TensorBytes, WeightPatch, dense_patch
 
 T = TypeVar("T")
 
@@ -142,7 +142,7 @@ def make_embedded(model: Model) -> Any:
 def make_vllm(
     model: Model, *, dtype: str = "float32", deadline_s: float = 120.0, max_restarts: int = 0, **engine_args: Any
 ) -> Any:
-    from emberl.rollout.vllm_engine import VLLMEngine
+    from emberl.rollout.vllm_backend.engine import VLLMEngine
 
     return VLLMEngine(
         model.folder,
@@ -157,7 +157,7 @@ def make_vllm(
 
 
 def make_on_server(model: Model, *, server: str, dtype: str = "float32", max_restarts: int = 0) -> Any:
-    from emberl.rollout.vllm_engine import VLLMEngine
+    from emberl.rollout.vllm_backend.engine import VLLMEngine
 
     return VLLMEngine(
         model.folder, max_model_len=MAX_MODEL_LEN, dtype=dtype, run_id="run", server=server, max_restarts=max_restarts

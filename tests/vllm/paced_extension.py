@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from emberl.rollout.vllm_extension import WeightExtension
+from emberl.rollout.vllm_backend.extension import WeightExtension
 
 
 class PacedExtension(WeightExtension):

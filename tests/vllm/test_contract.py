@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from emberl.rollout.patches import DigestMismatchError, VersionError, WeightPatch
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
+from emberl.rollout.weights.patch import DigestMismatchError, VersionError, WeightPatch
 
 MakePrompt = Callable[..., Prompt]
 GREEDY = Sampling(max_tokens=40, temperature=0.0)

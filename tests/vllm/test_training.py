@@ -16,9 +16,9 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from emberl.rl.data_settings import TinyConfig
-from emberl.rl.tiny import make_tiny
-from emberl.rollout.vllm_compat import installed_version
+from emberl.rl.config.data import TinyConfig
+from emberl.rl.data.tiny import make_tiny
+from emberl.rollout.vllm_backend.compat import installed_version
 
 pytestmark = [
     pytest.mark.slow,
@@ -108,7 +108,7 @@ def test_colocated_engines_sleep_while_the_learner_works(tmp_path: Path) -> None
 def test_a_run_on_a_server_leaves_what_it_learned_there(
     serve_vllm: Callable[..., AbstractContextManager[str]], tmp_path: Path
 ) -> None:
-    from emberl.rollout.vllm_engine import VLLMEngine
+    from emberl.rollout.vllm_backend.engine import VLLMEngine
 
     start, learned = make_tiny(tmp_path / "start", TinyConfig(**TINY), seed=5), tmp_path / "run" / "model"
     with serve_vllm(start, tmp_path / "log", "--max-num-seqs", "64") as url:

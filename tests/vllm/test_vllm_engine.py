@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from emberl.rollout import vllm_compat
-from emberl.rollout.patch_apply import commit, prepare
-from emberl.rollout.patch_encode import encode
-from emberl.rollout.patches import DigestMismatchError, WeightPatch, Weights, dense_patch
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
+from emberl.rollout.vllm_backend import compat as vllm_compat
+from emberl.rollout.weights.apply import commit, prepare
+from emberl.rollout.weights.diff import encode
+from emberl.rollout.weights.patch import DigestMismatchError, WeightPatch, Weights, dense_patch
 
 MakePrompt = Callable[..., Prompt]
 MakeRig = Callable[..., AbstractContextManager[Any]]
@@ -291,7 +291,7 @@ def bfloat16_patch(model: Any, version: int) -> WeightPatch:
 
 OWNER = """
 import sys
-from emberl.rollout.vllm_engine import VLLMEngine
+from emberl.rollout.vllm_backend.engine import VLLMEngine
 
 if __name__ == "__main__":
     engine = VLLMEngine(sys.argv[1], max_model_len=64, dtype="float32", engine_args={"enforce_eager": True})

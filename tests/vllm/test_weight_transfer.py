@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from emberl.rollout import vllm_compat
-from emberl.rollout.collective import Meeting, Ticket
-from emberl.rollout.native import InEngines, Seat, Sender, Transfer, as_tensor
-from emberl.rollout.patches import TensorBytes, WeightPatch, dense_patch
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
-from emberl.rollout.transport import TransferError
+from emberl.rollout.vllm_backend import compat as vllm_compat
+from emberl.rollout.vllm_backend.transfer import InEngines, Seat, Sender, Transfer, as_tensor
+from emberl.rollout.weights.broadcast import Meeting, Ticket
+from emberl.rollout.weights.patch import TensorBytes, WeightPatch, dense_patch
+from emberl.rollout.weights.transport import TransferError
 
 pytestmark = [
     pytest.mark.slow,

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from emberl.kernels.terms import TokenStats, TokenTerms
+from emberl.kernels.loss.terms import TokenStats, TokenTerms
 from emberl.rl.algorithm.aggregation import token_weights
 from emberl.rl.algorithm.losses import Objective, token_loss
-from emberl.rl.algorithm.settings import KLConfig, LossConfig, OffPolicyConfig
+from emberl.rl.config.algorithm import KLConfig, LossConfig, OffPolicyConfig
 from emberl.rl.groups import Batch
 
 CPU = torch.device("cpu")

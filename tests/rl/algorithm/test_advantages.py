@@ -20,7 +20,7 @@ from emberl.rl.algorithm.advantages import (
     value_targets,
     whiten,
 )
-from emberl.rl.algorithm.settings import AdvantageConfig
+from emberl.rl.config.algorithm import AdvantageConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

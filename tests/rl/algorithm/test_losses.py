@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from emberl.kernels.fused_loss import linear_loss
+from emberl.kernels.loss.fused_loss import linear_loss
 from emberl.rl.algorithm.losses import Objective, token_loss
-from emberl.rl.algorithm.settings import LossConfig
+from emberl.rl.config.algorithm import LossConfig
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor

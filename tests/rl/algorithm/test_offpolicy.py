@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from emberl.rl.algorithm.offpolicy import correction, renormalised
-from emberl.rl.algorithm.settings import OffPolicyConfig
+from emberl.rl.config.algorithm import OffPolicyConfig
 
 IDS = np.array([0, 0, 0, 1, 1, 2])
 MASK = np.array([False, True, True, True, True, True])

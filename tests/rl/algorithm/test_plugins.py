@@ -12,7 +12,7 @@ import torch
 from emberl.rl.algorithm import plugins
 from emberl.rl.algorithm.advantages import group_advantages
 from emberl.rl.algorithm.losses import Objective
-from emberl.rl.algorithm.settings import AdvantageConfig, LossConfig
+from emberl.rl.config.algorithm import AdvantageConfig, LossConfig
 
 SOURCE = '''
 import torch

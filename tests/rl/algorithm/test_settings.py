@@ -7,8 +7,7 @@ import sys
 from typing import Any
 
 import pytest
-from emberl.rl.algorithm.presets import PRESETS, preset
-from emberl.rl.algorithm.settings import (
+from emberl.rl.config.algorithm import (
     AdvantageConfig,
     FilterConfig,
     KLConfig,
@@ -16,7 +15,8 @@ from emberl.rl.algorithm.settings import (
     OffPolicyConfig,
     check_algorithm,
 )
-from emberl.rl.config import CriticConfig
+from emberl.rl.config.load import CriticConfig
+from emberl.rl.config.presets import PRESETS, preset
 
 GROUPS: dict[str, Any] = {
     "advantage": AdvantageConfig,
@@ -143,6 +143,8 @@ def test_what_a_later_stage_may_ask() -> None:
 
 
 def test_settings_presets_and_advantages_load_no_torch() -> None:
-    names = "advantages, aggregation, offpolicy, presets, settings"
-    code = f"import sys; from emberl.rl.algorithm import {names}; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from emberl.rl.algorithm import advantages, aggregation, offpolicy; "
+        "from emberl.rl.config import algorithm, presets; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

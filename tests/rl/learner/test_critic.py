@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from emberl.rl.batch import sft_batch
-from emberl.rl.config import CriticConfig, ModelConfig, OptimConfig
-from emberl.rl.data_settings import TinyConfig
+from emberl.rl.config.data import TinyConfig
+from emberl.rl.config.load import CriticConfig, ModelConfig, OptimConfig
+from emberl.rl.data.tiny import make_tiny
 from emberl.rl.learner.rank import LearnerRank, RankSpec
-from emberl.rl.tiny import make_tiny
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from emberl.kernels.terms import TokenStats, TokenTerms
+from emberl.kernels.loss.terms import TokenStats, TokenTerms
 from emberl.rl.batch import sft_batch
-from emberl.rl.config import LoraConfig
+from emberl.rl.config.load import LoraConfig
 from emberl.rl.learner.head import LinearHead, own_logits
 from emberl.rl.learner.lora import inject_adapters
 from emberl.rl.learner.policy import Policy, to_tensors

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emberl.rl.data_settings import TinyConfig
+from emberl.rl.config.data import TinyConfig
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("gradients.py")
@@ -18,7 +18,7 @@ Found = dict[str, np.ndarray]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from emberl.rl.tiny import make_tiny
+    from emberl.rl.data.tiny import make_tiny
 
     settings = TinyConfig(hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate=48)
     return make_tiny(tmp_path_factory.mktemp("model"), settings, seed=5)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from emberl.rl.algorithm.losses import Objective
 from emberl.rl.batch import sft_batch
-from emberl.rl.config import CriticConfig, LoraConfig, ModelConfig, OptimConfig
-from emberl.rl.data_settings import TinyConfig
+from emberl.rl.config.data import TinyConfig
+from emberl.rl.config.load import CriticConfig, LoraConfig, ModelConfig, OptimConfig
+from emberl.rl.data.tiny import make_tiny
 from emberl.rl.learner.checkpoint import full_tensors
 from emberl.rl.learner.lora import inject_adapters, merged_tensors
 from emberl.rl.learner.rank import LearnerRank, RankSpec
-from emberl.rl.tiny import make_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 pytest.importorskip("peft", reason="peft (the extra `lora`) is not installed")

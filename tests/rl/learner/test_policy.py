@@ -12,10 +12,10 @@ import pytest
 import torch
 from emberl.kernels import platform
 from emberl.rl.batch import sft_batch
-from emberl.rl.data_settings import TinyConfig
+from emberl.rl.config.data import TinyConfig
+from emberl.rl.data.tiny import make_tiny
 from emberl.rl.groups import Batch
 from emberl.rl.learner.policy import MicroBatchTensors, Policy, pick_attention, takes_packed, to_tensors
-from emberl.rl.tiny import make_tiny
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.integrations import npu_flash_attention
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from emberl.rl.learner.publisher import Order, Published, Publisher, first_row, shards_of
-from emberl.rollout import native
-from emberl.rollout.collective import InBroadcast
-from emberl.rollout.native import Seat
-from emberl.rollout.patch_encode import Shard
-from emberl.rollout.receiver import Receiver
-from emberl.rollout.transport import InFile, Link, Notice
+from emberl.rollout.vllm_backend import transfer as native
+from emberl.rollout.vllm_backend.transfer import Seat
+from emberl.rollout.weights.broadcast import InBroadcast
+from emberl.rollout.weights.diff import Shard
+from emberl.rollout.weights.receiver import Receiver
+from emberl.rollout.weights.transport import InFile, Link, Notice
 from torch import nn
 
 SHAPES = {"up": (5, 300), "norm": (3,), "one": (1, 8), "none": (0, 4)}

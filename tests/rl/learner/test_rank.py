@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from emberl.rl.algorithm.losses import Objective
-from emberl.rl.algorithm.settings import KLConfig, LossConfig, OffPolicyConfig
 from emberl.rl.batch import sft_batch
-from emberl.rl.config import ModelConfig, OptimConfig
-from emberl.rl.data_settings import TinyConfig
+from emberl.rl.config.algorithm import KLConfig, LossConfig, OffPolicyConfig
+from emberl.rl.config.data import TinyConfig
+from emberl.rl.config.load import ModelConfig, OptimConfig
+from emberl.rl.data.tiny import make_tiny
 from emberl.rl.learner.rank import LearnerRank, RankSpec
-from emberl.rl.tiny import make_tiny
 
 pytestmark = pytest.mark.slow
 SMALL = TinyConfig(hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate=48)

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from emberl.rl.watch.plan_figures import figures
-from emberl.rl.watch.plan_scenario import (
+from emberl.rl.plan.figures import figures
+from emberl.rl.plan.scenario import (
     DecodeTable,
     Failures,
     LognormalLengths,
@@ -17,7 +17,7 @@ from emberl.rl.watch.plan_scenario import (
     Trace,
     TraceLengths,
 )
-from emberl.rl.watch.plan_simulator import simulate
+from emberl.rl.plan.simulator import simulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from emberl.rl.watch.lengths import LENGTHS, SCHEMA
-from emberl.rl.watch.plan import plan
-from emberl.rl.watch.plan_calibrate import (
+from emberl.rl.plan.calibrate import (
     LearnerStep,
     calibrate,
     decoding,
@@ -21,6 +19,8 @@ from emberl.rl.watch.plan_calibrate import (
     nonnegative_least_squares,
     trace_lengths,
 )
+from emberl.rl.plan.command import plan
+from emberl.rl.watch.lengths import LENGTHS, SCHEMA
 from pyarrow import parquet
 
 CONFIG = """\

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from emberl.rl.cli import app
-from emberl.rl.config import ConfigError
-from emberl.rl.watch.plan_devices import DEVICES, MODELS, decode_table, most_slots
-from emberl.rl.watch.plan_figures import best_split
-from emberl.rl.watch.plan_settings import load_plan, make_scenario, publication
+from emberl.rl.config.load import ConfigError
+from emberl.rl.plan.devices import DEVICES, MODELS, decode_table, most_slots
+from emberl.rl.plan.figures import best_split
+from emberl.rl.plan.settings import load_plan, make_scenario, publication
 from typer.testing import CliRunner
 
 SMALL = (

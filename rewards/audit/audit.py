@@ -1,0 +1,272 @@
+"""Auditing a reward: recorded completions and a corpus of hacks go through it, and its disagreements are set down.
+
+`audit(use, data)` is what `emberl audit` calls. The data is JSONL or JSONL.gz; a row has the completion (`pred`,
+`completion` or `response`), the reference (`gold`, `answer`, `reference` or `ground_truth`), and optionally `label`
+(whether the completion is right), `prompt`, `source`, `id`; other columns reach the reward by name.
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..inputs import Reward, RewardInput
+from ..registry import load_reward
+from ..verdict import Status, Verdict
+from .hacks import HACKS
+
+_COMPLETION = ("pred", "completion", "response")
+_REFERENCE = ("gold", "answer", "reference", "ground_truth")
+_SHOWN = 500
+"""Disagreements in the HTML report, at most; the figures count all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One row to audit; `label` is None where nobody has said what is right."""
+
+    id: str
+    input: RewardInput
+    label: bool | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Disagreement:
+    """A row on which the reward and the label, or the second grader, differ."""
+
+    row: Row
+    verdict: Verdict
+    second: Verdict | None
+    kind: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Audit:
+    """The figures (plain JSON values), the disagreements, and the hacks that were paid."""
+
+    figures: Mapping[str, Any]
+    disagreements: tuple[Disagreement, ...]
+    paid_hacks: tuple[str, ...] = field(default=())
+
+
+def audit(
+    use: str,
+    data: Path | str | None,
+    *,
+    second: str | None = "math",
+    html_path: Path | str | None = None,
+    style: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    limit: int = 0,
+) -> Audit:
+    """Audits the reward that `use` names on a file (None: on the hack corpus alone) and writes the HTML report.
+
+    `second`: another reward to compare with, None for none. Raises ValueError for a bad file, row or reward.
+    """
+    rows = read_rows(data, limit) if data is not None else []
+    reward = load_reward(use, style=style, options=options)
+    other = load_reward(second) if second and second != use else None
+    try:
+        found = audit_reward(reward, rows, second=other, hacks=True)
+    finally:
+        for graded in (reward, other):
+            if (close := getattr(graded, "close", None)) is not None:
+                close()
+    named = {"reward": use, "second": second if other is not None else None, "data": str(data) if data else None}
+    found = Audit(figures=named | dict(found.figures), disagreements=found.disagreements, paid_hacks=found.paid_hacks)
+    if html_path is not None:
+        Path(html_path).write_text(to_html(found), encoding="utf-8")
+    return found
+
+
+def read_rows(path: Path | str, limit: int = 0) -> list[Row]:
+    """The rows of a JSONL or JSONL.gz file. Raises ValueError naming the line that cannot be used."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no file {path}")
+    rows: list[Row] = []
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    rows.append(_read_row(line, f"{path}:{number}", str(number)))
+                if limit and len(rows) == limit:
+                    break
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    return rows
+
+
+def _read_row(line: str, place: str, name: str) -> Row:
+    try:
+        columns = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place} is no JSON: {error}") from error
+    if not isinstance(columns, dict):
+        raise ValueError(f"{place} is no JSON object")
+    completion = next((columns.pop(key) for key in _COMPLETION if isinstance(columns.get(key), str)), None)
+    if completion is None:
+        raise ValueError(f"{place} has no completion: a text under one of {', '.join(_COMPLETION)}")
+    reference = next((columns.pop(key) for key in _REFERENCE if key in columns), "")
+    label = columns.pop("label", None)
+    if label is not None and not isinstance(label, (bool, int, float)):
+        raise ValueError(f"{place}: label is {label!r}; it must be true or false")
+    prompt = columns.pop("prompt", "")
+    chat = isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
+    row = RewardInput(
+        messages=tuple(prompt) if chat else (),
+        completion=completion,
+        answer=reference if isinstance(reference, str) else json.dumps(reference),
+        prompt=prompt if isinstance(prompt, str) else json.dumps(prompt),
+        source=str(columns.pop("source", columns.pop("data_source", ""))),
+        columns=columns,
+    )
+    return Row(id=str(columns.get("id", name)), input=row, label=None if label is None else bool(label))
+
+
+def audit_reward(
+    reward: Reward, rows: Sequence[Row], *, second: Reward | None = None, hacks: bool = True, batch: int = 256
+) -> Audit:
+    """Runs a reward over rows; a score above 0.5 counts as accepted."""
+    start = time.perf_counter()
+    verdicts = _grade(reward, rows, batch)
+    seconds = time.perf_counter() - start
+    others = _grade(second, rows, batch) if second is not None else [None] * len(rows)
+    disagreements = tuple(
+        Disagreement(row=row, verdict=verdict, second=other, kind=kind)
+        for row, verdict, other in zip(rows, verdicts, others, strict=True)
+        if (kind := _kind(row, verdict, other))
+    )
+    figures: dict[str, Any] = {
+        "rows": len(rows),
+        "per_second": round(len(rows) / seconds, 1) if rows else None,
+        "seconds_max": max((v.seconds for v in verdicts), default=0.0),
+        "statuses": {s.value: n for s, n in Counter(v.status for v in verdicts).items()},
+        "errors": dict(Counter(v.message[:200] for v in verdicts if v.status is Status.VERIFIER_ERROR).most_common(5)),
+        **_agreement(rows, verdicts),
+    }
+    if second is not None:
+        accepted = [(_accepted(v), _accepted(o)) for v, o in zip(verdicts, others, strict=True) if o is not None]
+        figures["second"] = {
+            "agreement": sum(a == b for a, b in accepted) / max(len(accepted), 1),
+            "only_first_accepts": sum(a and not b for a, b in accepted),
+            "only_second_accepts": sum(b and not a for a, b in accepted),
+        }
+    paid: tuple[str, ...] = ()
+    if hacks:
+        graded = _grade(reward, [Row(id=h.name, input=h.input, label=False) for h in HACKS], batch)
+        paid = tuple(hack.name for hack, verdict in zip(HACKS, graded, strict=True) if _accepted(verdict))
+        figures["hacks"] = {"tried": len(HACKS), "paid": list(paid)}
+    return Audit(figures=figures, disagreements=disagreements, paid_hacks=paid)
+
+
+def _grade(reward: Reward, rows: Sequence[Row], batch: int) -> list[Verdict]:
+    return [v for at in range(0, len(rows), batch) for v in reward([row.input for row in rows[at : at + batch]])]
+
+
+def _accepted(verdict: Verdict) -> bool:
+    return verdict.score is not None and verdict.score > 0.5
+
+
+def _kind(row: Row, verdict: Verdict, other: Verdict | None) -> str:
+    if verdict.status is Status.VERIFIER_ERROR:
+        return "no verdict"
+    if row.label is not None:
+        if _accepted(verdict) != row.label:
+            return "false accept" if not row.label else "false reject"
+        return ""
+    if other is not None and _accepted(other) != _accepted(verdict):
+        return "only the first accepts" if _accepted(verdict) else "only the second accepts"
+    return ""
+
+
+def _agreement(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    labelled = [(row, _accepted(v)) for row, v in zip(rows, verdicts, strict=True) if row.label is not None]
+    if not labelled:
+        return {"labelled": 0}
+    by_source: dict[str, list[tuple[bool, bool]]] = {}
+    for row, accepted in labelled:
+        by_source.setdefault(row.input.source, []).append((bool(row.label), accepted))
+    return {
+        "labelled": len(labelled),
+        **_rates([(bool(row.label), accepted) for row, accepted in labelled]),
+        "sources": {source: {"rows": len(pairs), **_rates(pairs)} for source, pairs in sorted(by_source.items())},
+    }
+
+
+def _rates(pairs: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
+    right, wrong = [a for label, a in pairs if label], [a for label, a in pairs if not label]
+    return {
+        "agreement": sum(label == accepted for label, accepted in pairs) / len(pairs),
+        "accepted_of_right": sum(right) / len(right) if right else None,
+        "accepted_of_wrong": sum(wrong) / len(wrong) if wrong else None,
+        "false_rejects": len(right) - sum(right),
+        "false_accepts": sum(wrong),
+    }
+
+
+def to_text(found: Audit) -> str:
+    """The figures for a terminal."""
+    figures = found.figures
+    lines = [f"{figures.get('reward', 'reward')} on {figures['rows']} rows, {figures['per_second'] or 0:,} a second"]
+    lines.append("  statuses: " + ", ".join(f"{name} {count}" for name, count in figures["statuses"].items()))
+    for source, rates in ({"all": figures, **figures["sources"]} if figures.get("labelled") else {}).items():
+        right, wrong = rates["accepted_of_right"], rates["accepted_of_wrong"]
+        shown = [f"{name} {rate:.2%}" for name, rate in (("right", right), ("wrong", wrong)) if rate is not None]
+        lines.append(
+            f"  {source:24} agreement {rates['agreement']:8.3%}   accepted of " + ", of ".join(shown)
+            + f"   false accepts {rates['false_accepts']}, false rejects {rates['false_rejects']}"
+        )  # fmt: skip
+    if isinstance(second := figures.get("second"), Mapping):
+        lines.append(
+            f"  second grader: agreement {second['agreement']:.3%}, only the first accepts "
+            f"{second['only_first_accepts']}, only the second {second['only_second_accepts']}"
+        )
+    for message, count in figures["errors"].items():
+        lines.append(f"  no verdict, {count} x: {message}")
+    if "hacks" in figures:
+        paid = figures["hacks"]["paid"]
+        lines.append(f"  hacks paid: {len(paid)} of {figures['hacks']['tried']}" + "".join(f"\n    {p}" for p in paid))
+    return "\n".join(lines)
+
+
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;width:100%}td,th{border-top:1px solid #ddd;padding:.4rem .6rem;text-align:left;vertical-align:top}
+pre{white-space:pre-wrap;word-break:break-word;margin:0;max-height:16rem;overflow:auto;font-size:13px}
+summary{cursor:pointer;font-weight:600}.kind{white-space:nowrap;font-weight:600}"""
+
+
+def to_html(found: Audit) -> str:
+    """One page without scripts or outside resources: the figures, then each disagreement for a person to judge."""
+    escape = html.escape
+    rows = []
+    for item in found.disagreements[:_SHOWN]:
+        completion = item.row.input.completion
+        text = completion if len(completion) <= 3000 else completion[:1000] + "\n[...]\n" + completion[-2000:]
+        said = f"{item.verdict.status} {item.verdict.score if item.verdict.score is not None else ''}"
+        if item.second is not None:
+            said += f" / second: {item.second.status}"
+        rows.append(
+            f"<tr><td class=kind>{escape(item.kind)}<br>{escape(item.row.id)}</td><td><pre>{escape(item.row.input.answer)}"
+            f"</pre></td><td><pre>{escape(text)}</pre></td><td>{escape(said)}<br>{escape(item.verdict.message)}</td></tr>"
+        )
+    hidden = len(found.disagreements) - len(rows)
+    note = f"<p>{hidden} more are not shown.</p>" if hidden else ""
+    title = f"Audit of {found.figures.get('reward', 'a reward')}"
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>"
+        f"<h1>{escape(title)}</h1><pre>{escape(to_text(found))}</pre>"
+        f"<h2>Disagreements ({len(found.disagreements)})</h2>{note}"
+        "<table><tr><th>What</th><th>Reference</th><th>Completion</th><th>Verdict</th></tr>"
+        f"{''.join(rows)}</table>"
+        f"<details><summary>Figures as JSON</summary><pre>{escape(json.dumps(found.figures, indent=1))}</pre></details></html>"
+    )

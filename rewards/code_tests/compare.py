@@ -1,0 +1,189 @@
+"""Comparison of what a model's program gave with what a data set expects; every byte of the former is hostile.
+
+Values are compared in the plain JSON form of `child.encode`, never as live objects: no pickle, no `__eq__`, no hashing of
+the model's numbers (equal hashes by design would make a dict quadratic), and no deeper than the expected value goes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+FLOAT_TOLERANCE = 1e-6  # relative to max(1, |expected|)
+_MOST_DIGITS = 1300  # `child.encode` sends longer ints as hexadecimal; int() of decimal digits is quadratic
+_NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A child's answer to one call: a value in plain JSON form, or the name and text of what it raised."""
+
+    value: Any = None
+    error: str = ""
+    text: str = ""
+
+
+def parse_reply(line: bytes) -> Reply:
+    """Reads one line from a child. Whatever is no well-formed reply is an error of the program's own."""
+    try:
+        data = json.loads(line, parse_int=_bounded_int, parse_constant=_refused)
+    except (ValueError, RecursionError) as error:
+        return Reply(error="Unreadable", text=f"the returned value is no plain value: {type(error).__name__}")
+    if type(data) is dict and data.keys() == {"ok"}:
+        return Reply(value=data["ok"])
+    if type(data) is dict and data.keys() == {"error", "text"} and all(type(part) is str for part in data.values()):
+        return Reply(error=printable(data["error"]) or "Exception", text=printable(data["text"]))
+    return Reply(error="Unreadable", text="the reply has no value")
+
+
+def _bounded_int(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError("an integer of too many digits")
+    return int(digits)
+
+
+def _refused(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
+def printable(text: str) -> str:
+    """For messages and logs: no lone surrogates, no control characters, at most 300 characters."""
+    return "".join(c if c.isprintable() else " " for c in text[:300].encode("utf-8", "replace").decode())
+
+
+def equal(expected: Any, got: Any, tolerance: float = FLOAT_TOLERANCE) -> bool:
+    """Whether two values in plain JSON form are the same value of the same type.
+
+    Types are exact (True is not 1, a tuple is not a list), with two exceptions, which Python's `==` makes too: a whole
+    float equals the int and the reverse, and 0 or 1 will do where a bool is expected (MBPP's own solutions do so).
+    Floats may differ by `tolerance * max(1, |expected|)`. NaN equals NaN only.
+    """
+    if type(expected) is bool:
+        return type(got) in (bool, int) and expected == got
+    if type(got) is bool:
+        return False
+    if isinstance(expected, int | float) and isinstance(got, int | float):
+        return _numbers_equal(expected, got, tolerance)
+    if type(expected) is not type(got):
+        return False
+    if type(expected) is list:
+        return len(expected) == len(got) and all(equal(e, g, tolerance) for e, g in zip(expected, got, strict=True))
+    if type(expected) is dict:
+        ((kind, body),) = expected.items()
+        if got.keys() != {kind} or type(body) is not type(got[kind]):
+            return False
+        if kind == "dict":
+            return _dicts_equal(body, got[kind], tolerance)
+        if kind == "set":
+            return _sets_equal(body, got[kind], tolerance)
+        return equal(body, got[kind], tolerance)
+    return bool(expected == got)
+
+
+def _numbers_equal(expected: int | float, got: int | float, tolerance: float) -> bool:
+    if type(expected) is int and type(got) is int:
+        return expected == got
+    try:
+        difference = abs(float(expected) - float(got))
+    except OverflowError:  # an int beyond every float
+        return False
+    return difference <= tolerance * max(1.0, abs(float(expected)))
+
+
+def _dicts_equal(expected: list[Any], got: list[Any], tolerance: float) -> bool:
+    if len(expected) != len(got) or not all(type(pair) is list and len(pair) == 2 for pair in got):
+        return False
+    values = {canonical(key): value for key, value in got}
+    keys = [(canonical(key), value) for key, value in expected]
+    return len(values) == len(got) and all(
+        key in values and equal(value, values[key], tolerance) for key, value in keys
+    )
+
+
+def _sets_equal(expected: list[Any], got: list[Any], tolerance: float) -> bool:
+    if len(expected) != len(got):
+        return False
+    if sorted(map(canonical, expected)) == sorted(map(canonical, got)):
+        return True
+    if not all(type(item) in (int, float) for item in (*expected, *got)):
+        return False
+    return all(_numbers_equal(e, g, tolerance) for e, g in zip(sorted(expected), sorted(got), strict=True))
+
+
+def canonical(value: Any) -> str:
+    """A string that is the same for equal values whatever the order of their sets and dicts."""
+    if type(value) is list:
+        return f"[{','.join(map(canonical, value))}]"
+    if type(value) is dict and len(value) == 1:
+        ((kind, body),) = value.items()
+        if type(body) is list and kind in ("set", "dict", "tuple"):
+            parts = list(map(canonical, body))
+            return f"{kind}({','.join(parts if kind == 'tuple' else sorted(parts))})"
+    if type(value) is float and value.is_integer():
+        return str(int(value))
+    return json.dumps(value)
+
+
+def without_tuples(value: Any) -> Any:
+    """The value with lists for tuples, for data sets that write their values in JSON."""
+    if type(value) is dict and value.keys() == {"tuple"}:
+        value = value["tuple"]
+    return [without_tuples(item) for item in value] if type(value) is list else value
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a reply's value is one that `child.encode` makes of plain values."""
+    if type(value) is list:
+        return all(map(is_plain, value))
+    if type(value) is not dict:
+        return True
+    if len(value) != 1:
+        return False
+    ((kind, body),) = value.items()
+    if kind == "dict":
+        return type(body) is list and all(type(p) is list and len(p) == 2 and is_plain(p) for p in body)
+    if kind in ("tuple", "set"):
+        return type(body) is list and is_plain(body)
+    if kind == "complex":
+        return type(body) is list and len(body) == 2 and all(type(p) in (int, float) for p in body)
+    return kind in ("int", "float", "bytes") and type(body) is str
+
+
+def same_output(expected: str, got: bytes, tolerance: float = FLOAT_TOLERANCE) -> bool:
+    """Whether a program printed what was expected: the same lines of the same tokens.
+
+    White space between tokens, at line ends and blank lines at the end do not count; where the expected token is a
+    decimal fraction, a number within `tolerance` will do.
+    """
+    wanted, printed = _lines(expected.encode("utf-8", "surrogatepass")), _lines(got)
+    return len(wanted) == len(printed) and all(
+        _tokens_equal(w, p, tolerance) for w, p in zip(wanted, printed, strict=True)
+    )
+
+
+def _lines(text: bytes) -> list[list[bytes]]:
+    lines = [line.split() for line in text.split(b"\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def _tokens_equal(wanted: Sequence[bytes], printed: Sequence[bytes], tolerance: float) -> bool:
+    if wanted == printed:
+        return True
+    return len(wanted) == len(printed) and all(
+        w == p or _close(w, p, tolerance) for w, p in zip(wanted, printed, strict=True)
+    )
+
+
+def _close(wanted: bytes, printed: bytes, tolerance: float) -> bool:
+    if b"." not in wanted and b"e" not in wanted.lower():
+        return False
+    if len(printed) > 64 or not _NUMBER.fullmatch(wanted) or not _NUMBER.fullmatch(printed):
+        return False
+    value = float(wanted)
+    return math.isfinite(value) and abs(value - float(printed)) <= tolerance * max(1.0, abs(value))

@@ -1,0 +1,1 @@
+"""Processes without rights in which a model's programs run."""

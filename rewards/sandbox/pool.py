@@ -1,0 +1,240 @@
+"""`Sandbox`: runs a model's programs where they can reach nothing, at less than two milliseconds a run.
+
+Back ends, the first that works: `zygote` (own namespaces, `zygote.py`), `bubblewrap` (the same mother process behind
+walls that `bwrap` builds, for machines that let only a setuid helper make them), and otherwise a refusal. A plain process
+with limits and a system-call filter, but the host's files in sight, runs only with `allow_unsafe=True`.
+
+A run that fails through the sandbox's own fault raises `SandboxError`, after a second try on a fresh mother process where
+nobody has talked to the program yet; whatever a program does to itself is a `Run`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import queue
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from .backends import Limits, Mother, Outcome, Run, SandboxError, SandboxUnavailable, choose_backend, compiler
+from .zygote import CALLS, COMPILE, NATIVE, PROGRAM
+
+__all__ = ["Limits", "Outcome", "ProgramEnded", "Run", "Sandbox", "SandboxError", "SandboxUnavailable", "Session"]
+
+_DEFAULT = Limits()
+COMPILER_LIMITS = Limits(seconds=30.0, memory_mb=1536, output_bytes=64 << 20)
+_GRACE_SECONDS = 10.0
+_SEALS = 0x1 | 0x2 | 0x4 | 0x8  # F_SEAL_SEAL, SHRINK, GROW, WRITE
+_MFD_EXEC = 0x10
+_LATE = "the sandbox process did not end a run at its deadline"
+
+T = TypeVar("T")
+
+
+class ProgramEnded(Exception):
+    """The program of a session ended, or broke the protocol, instead of answering; `run` says how it ended."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(str(run))
+        self.run = run
+
+
+class Sandbox:
+    """A pool of mother processes, each doing one run at a time. Thread-safe; starts the others when they are needed.
+
+    `workers`: runs at the same time, by default one a core. `backend`: None tries them in order. `preload`: modules that
+    every child has imported before it is locked down; installed packages are in sight only then. Raises
+    SandboxUnavailable at once where the machine gives no back end.
+    """
+
+    def __init__(
+        self,
+        *,
+        workers: int | None = None,
+        backend: str | None = None,
+        allow_unsafe: bool = False,
+        preload: Sequence[str] = (),
+    ) -> None:
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers is {workers}; the sandbox needs at least 1")
+        self.workers = workers or len(os.sched_getaffinity(0))
+        self.preload = tuple(preload)
+        mother = choose_backend(backend, allow_unsafe, self.preload)
+        self.backend = mother.backend
+        self._idle: queue.LifoQueue[Mother | None] = queue.LifoQueue()
+        for each in (*[None] * (self.workers - 1), mother):
+            self._idle.put(each)
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """Ends the mother processes that are idle; a busy one ends with its run."""
+        self._closed.set()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if (mother := self._idle.get_nowait()) is not None:
+                    mother.close()
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def session(
+        self, request: Mapping[str, Any], limits: Limits = _DEFAULT, *, first: Mapping[str, Any] | None = None
+    ) -> Iterator[Session]:
+        """Starts a child on `request` (see `child.py`) for a talk line by line; kills it on leaving.
+
+        `first` is the first message of the talk: sent along, it saves a turn of the processes."""
+        with self._mother(limits) as mother:
+            ours, theirs = socket.socketpair()
+            with ours:
+                with theirs:
+                    mother.start(CALLS, limits, [theirs.fileno()])
+                talk = Session(mother, ours, limits)
+                try:
+                    talk.send(request, *(() if first is None else (first,)))
+                    yield talk
+                finally:
+                    if mother.busy:
+                        mother.stop()
+                        with contextlib.suppress(SandboxError):  # a lost mother process is replaced; the talk is over
+                            mother.finish(limits)
+
+    def run_program(self, code: str, stdin: bytes = b"", limits: Limits = _DEFAULT) -> Run:
+        """Runs a Python script on `stdin`."""
+        request = json.dumps({"task": "program", "code": [code]}).encode() + b"\n"
+        return twice(lambda: self._run(PROGRAM, request, stdin, limits))
+
+    def run_native(self, binary: bytes, stdin: bytes = b"", limits: Limits = _DEFAULT) -> Run:
+        """Runs a program that `compile_cpp` made on `stdin`."""
+        return twice(lambda: self._run(NATIVE, binary, stdin, limits))
+
+    def compile_cpp(self, source: str, limits: Limits = COMPILER_LIMITS) -> tuple[bytes, Run]:
+        """Compiles C++ (g++ -O2 -std=gnu++17 -static) in the sandbox: the binary, empty if that failed, and the run.
+
+        Raises SandboxUnavailable where there is no g++."""
+        if compiler() is None:
+            raise SandboxUnavailable("C++ needs g++ (apt install g++)")
+        return twice(lambda: self._compile(source.encode("utf-8", "replace"), limits))
+
+    def _compile(self, source: bytes, limits: Limits) -> tuple[bytes, Run]:
+        with _sealed(source) as text, _memfd() as binary, _memfd() as errors, self._mother(limits) as mother:
+            mother.start(COMPILE, limits, [binary, text, errors, errors])
+            run = mother.finish(limits)
+            stderr = os.pread(errors, 1 << 16, 0)
+            return os.pread(binary, limits.output_bytes, 0), dataclasses.replace(run, stderr=stderr)
+
+    def _run(self, kind: int, first: bytes, stdin: bytes, limits: Limits) -> Run:
+        with _sealed(first) as lead, _sealed(stdin) as source, _memfd() as out, _memfd() as errors:
+            with self._mother(limits) as mother:
+                mother.start(kind, limits, [lead, source, out, errors])
+                run = mother.finish(limits)
+            most = limits.output_bytes
+            run = dataclasses.replace(
+                run, stdout=os.pread(out, most, 0), stderr=os.pread(errors, min(most, 1 << 16), 0)
+            )
+        if run.stderr.rstrip().rpartition(b"\n")[2].startswith((b"MemoryError", b"std::bad_alloc")):
+            run = dataclasses.replace(run, outcome=Outcome.MEMORY_LIMIT)
+        return run
+
+    @contextlib.contextmanager
+    def _mother(self, limits: Limits) -> Iterator[Mother]:
+        """A mother process for one run; one that was lost in it is replaced at its next use."""
+        if self._closed.is_set():
+            raise SandboxError("the sandbox is closed")
+        try:
+            mother = self._idle.get(timeout=10 * (limits.seconds + _GRACE_SECONDS))
+        except queue.Empty:
+            raise SandboxError("no sandbox process became free; are there far more threads than workers?") from None
+        try:
+            mother = mother or Mother(self.backend, self.preload)
+            yield mother
+        finally:
+            if mother is not None and (mother.busy or self._closed.is_set()):
+                mother.close()
+                mother = None
+            self._idle.put(mother)
+
+
+class Session:
+    """A talk with one child, line by line. The run's own limit ends every wait; a mother process that does not keep to it is
+    found out after a grace."""
+
+    def __init__(self, mother: Mother, channel: socket.socket, limits: Limits) -> None:
+        self._mother, self._channel, self._limits = mother, channel, limits
+        self._received = bytearray()
+        channel.settimeout(limits.seconds + _GRACE_SECONDS)
+
+    def send(self, *messages: Mapping[str, Any]) -> None:
+        """Sends one line each. Raises ProgramEnded, SandboxError."""
+        try:
+            self._channel.sendall("".join(json.dumps(message) + "\n" for message in messages).encode())
+        except TimeoutError:
+            raise SandboxError(_LATE) from None
+        except OSError:  # the child is gone
+            raise ProgramEnded(self._mother.finish(self._limits)) from None
+
+    def receive(self) -> bytes:
+        """The child's next line, of at most `output_bytes`: as untrusted as anything. Raises ProgramEnded, SandboxError."""
+        while (end := self._received.find(b"\n")) < 0:
+            if len(self._received) > self._limits.output_bytes:
+                self._mother.stop()
+                run = self._mother.finish(self._limits)
+                raise ProgramEnded(dataclasses.replace(run, outcome=Outcome.OUTPUT_LIMIT))
+            try:
+                chunk = self._channel.recv(1 << 16)
+            except TimeoutError:
+                raise SandboxError(_LATE) from None
+            except ConnectionError:
+                chunk = b""
+            if not chunk:
+                if self._mother.busy:
+                    self._mother.stop()  # closing the channel is no way to stay
+                raise ProgramEnded(self._mother.finish(self._limits))
+            self._received += chunk
+        line = bytes(self._received[:end])
+        del self._received[: end + 1]
+        return line
+
+
+def twice(action: Callable[[], T]) -> T:
+    """A killed mother process loses no run: the second try starts a fresh one."""
+    try:
+        return action()
+    except SandboxUnavailable:
+        raise
+    except SandboxError:
+        return action()
+
+
+@contextlib.contextmanager
+def _memfd(content: bytes = b"") -> Iterator[int]:
+    """An anonymous file in memory, gone with its last descriptor."""
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        fd = os.memfd_create("sandbox", flags | _MFD_EXEC)
+    except OSError:  # before Linux 6.3 every memfd may be executed
+        fd = os.memfd_create("sandbox", flags)
+    try:
+        view = memoryview(content)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.lseek(fd, 0, os.SEEK_SET)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _sealed(content: bytes) -> Iterator[int]:
+    """A file in memory that nobody can change any more."""
+    with _memfd(content) as fd:
+        fcntl.fcntl(fd, 1033, _SEALS)  # F_ADD_SEALS
+        yield fd

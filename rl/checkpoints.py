@@ -1,0 +1,140 @@
+"""How far a run has come, and the directory that it may go on from.
+
+<run_dir>/config.yaml  metrics.jsonl  samples.md  learning_curve.png  model/          what a person looks at
+<run_dir>/checkpoints/sft-000200/{model.safetensors, config.json, ..., learner/, progress.json}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .config.load import Config, ConfigError
+
+CHECKPOINTS, PROGRESS, METRICS = "checkpoints", "progress.json", "metrics.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """All that the driver must remember; with the learner's state it determines the rest of the run."""
+
+    stage: int = 0
+    """Index into `stages`; equal to their number when the run is done."""
+    step: int = 0
+    """Steps done of this stage."""
+    version: int = 0
+    """Of the weights."""
+    position: int = 0
+    """Problems taken from the source so far."""
+    pending: tuple[tuple[int, int], ...] = ()
+    """Of these, the ones whose groups have not trained yet: (position, RL step of admission). A resumed run asks for them
+    again, before any new ones."""
+    tokens: int = 0
+    """Completion tokens sampled for training."""
+    train_seconds: float = 0.0
+    """Wall time of the RL steps that gave these tokens."""
+    seconds: float = 0.0
+    """Wall time of the whole run, set-up included, over all its sittings."""
+    accuracy_start: float | None = None
+    accuracy_end: float | None = None
+
+    def advance(self, **changes: Any) -> Progress:
+        return replace(self, **changes)
+
+
+def open_run_dir(config: Config, resume: bool) -> tuple[Path, Path | None]:
+    """The run's directory, and the checkpoint to go on from if `resume`; `ConfigError` where that cannot be.
+
+    A new run never writes into an old one: without `run_dir` it takes the next free of `runs/<name>`, `runs/<name>-2`, ...,
+    and a resumed run the newest of these.
+    """
+    if config.run_dir:
+        folder = Path(config.run_dir)
+        if not resume and (folder / METRICS).exists():
+            raise ConfigError(
+                f"run_dir={config.run_dir} already holds a run; pass --resume to go on with it, or another run_dir"
+            )
+    else:
+        base = config.output
+        taken = sorted(
+            (p for p in base.parent.glob(f"{base.name}*") if _number(p, base) is not None),
+            key=lambda p: _number(p, base) or 0,
+        )
+        if resume and not taken:
+            raise ConfigError(f"--resume found no run named {base}; leave the flag out, or set run_dir")
+        number = (_number(taken[-1], base) or 0) + (not resume) if taken else 1
+        folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+    checkpoint = latest_checkpoint(folder) if resume else None
+    if resume and checkpoint is None:
+        raise ConfigError(
+            f"--resume found no checkpoint under {folder / CHECKPOINTS}; leave the flag out to start anew"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={folder} cannot be written ({error.strerror}); set run_dir to a directory that can"
+        ) from error
+    return folder, checkpoint
+
+
+def _number(path: Path, base: Path) -> int | None:
+    if path.name == base.name:
+        return 1
+    suffix = path.name.removeprefix(f"{base.name}-")
+    return int(suffix) if suffix != path.name and suffix.isdigit() else None
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    found = [p for p in (run_dir / CHECKPOINTS).glob("*") if (p / PROGRESS).is_file()]
+    return max(found, key=lambda p: (read_progress(p).stage, read_progress(p).step), default=None)
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    fields = json.loads((checkpoint / PROGRESS).read_text())
+    pending = tuple((position, step) for position, step in fields.pop("pending", ()))
+    return Progress(pending=pending, **fields)
+
+
+def begin_checkpoint(run_dir: Path, name: str) -> Path:
+    """An empty directory to save into; `finish_checkpoint` makes it count."""
+    folder = run_dir / CHECKPOINTS / f".{name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def finish_checkpoint(folder: Path, progress: Progress, keep: int) -> Path:
+    """Names the directory for good in one rename, so that a checkpoint is whole or absent; then drops the oldest."""
+    (folder / PROGRESS).write_text(json.dumps(asdict(progress), indent=1))
+    final = folder.with_name(folder.name.removeprefix("."))
+    shutil.rmtree(final, ignore_errors=True)
+    folder.rename(final)
+    done = sorted(
+        (p for p in final.parent.glob("[!.]*") if (p / PROGRESS).is_file()),
+        key=lambda p: (p / PROGRESS).stat().st_mtime,
+    )
+    for old in done[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def trim_metrics(run_dir: Path, stage: str, step: int, stages: tuple[str, ...]) -> None:
+    """Drops the rows of steps that a resumed run will do again."""
+    file = run_dir / METRICS
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        row = json.loads(line)
+        if (stages.index(row["stage"]), row["step"]) <= (stages.index(stage), step):
+            kept.append(line)
+    file.write_text("".join(f"{line}\n" for line in kept))

@@ -1,0 +1,1 @@
+"""The configuration: YAML files and overrides merged and validated into frozen models. Loads no torch."""

@@ -1,0 +1,286 @@
+"""The settings of everything but the data and the algorithm: a frozen model for each group of keys. Loads no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from .data import TinyConfig
+
+
+class Settings(BaseModel):
+    """A frozen group of keys; a key that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LoraConfig(Settings):
+    """Low-rank adapters (peft): the base weights stay as they are, and the engines get the merged ones."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    """The adapters' product counts alpha / rank times."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Names of the adapted layers, e.g. [q_proj, v_proj]; `all-linear`: every linear layer but the output head."""
+
+
+class ModelConfig(Settings):
+    """The policy that is trained."""
+
+    path: str | None = None
+    """A Hugging Face Hub id or a local directory with config, tokenizer and weights. Empty: `tiny` is made."""
+    tiny: TinyConfig | None = None
+    """Makes a small Qwen3-architecture model with a character tokenizer in the run directory instead of loading one."""
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
+    """What forward and backward passes compute in, and what the engines serve; master weights are float32 (float64 with
+    float64). `auto`: bfloat16 where the hardware multiplies it, else float32."""
+    attention: str = "auto"
+    """transformers' `attn_implementation`; `auto`: flash attention on an accelerator that has it, else sdpa; eager on a CPU
+    (faster at short lengths)."""
+    gradient_checkpointing: bool = False
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Sequences of a pass end to end in one row instead of padded; `auto`: where the attention passes over other
+    sequences' tokens (flash and flex attention). Loss and gradient do not depend on it."""
+    lora: LoraConfig | None = None
+    """Trains adapters instead of all weights; empty: all weights."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.path is None) == (self.tiny is None):
+            raise ValueError("set either model.path (a Hub id or a directory) or model.tiny (a small model made here)")
+        return self
+
+
+class SFTConfig(Settings):
+    """The cold start: supervised steps on the source's worked solutions, before RL."""
+
+    steps: int = Field(default=200, ge=1)
+    direct: float = Field(default=0.0, ge=0, le=1)
+    """Share of the solutions shown without their work, as an empty `<think></think>` and the answer (Qwen3's way of not
+    thinking): the model learns both ways, and RL finds out which of them pays."""
+    batch_size: int = Field(default=256, ge=1)
+    """Problems per step."""
+    lr: float = Field(default=2e-3, gt=0)
+    warmup_steps: int = Field(default=20, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+
+
+class RolloutConfig(Settings):
+    """How answers are sampled."""
+
+    engine: str = "embedded"
+    """`embedded`: in-process PyTorch with continuous batching, for Llama, Qwen2 and Qwen3 architectures. `vllm`: vLLM, which
+    has to be installed; with vllm-ascend beside it, on NPUs. `package.module:factory`: an engine of your own, made by
+    factory(spec: emberl.rollout.engines.WorkerSpec, cards), with the methods of `emberl.rollout.engine.Engine`."""
+    engine_args: Mapping[str, Any] = Field(default_factory=dict)
+    """vLLM's engine arguments by its own names, e.g. {gpu_memory_utilization: 0.8, enforce_eager: true}."""
+    servers: tuple[str, ...] = ()
+    """Addresses of vLLM servers that already run (`vllm serve` in developer mode), one rollout worker for each, with
+    engine=vllm; then cluster.rollouts does not count, and workers take no cards."""
+    servers_directory: str | None = None
+    """A directory that workers and servers see, through which weights go; empty: servers run on the workers' machine."""
+    max_restarts: int = Field(default=2, ge=0)
+    """How often one worker is replaced (or starts vLLM's processes anew) when it is lost or stuck; what it had not answered is
+    asked again."""
+    group_size: int = Field(default=8, ge=1)
+    """G, the number of answers to each prompt."""
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    max_response_length: int = Field(default=512, ge=1)
+    """Tokens; an answer that reaches it is cut (`response_length/clip_ratio`)."""
+    max_num_seqs: int = Field(default=256, ge=1)
+    """Answers that one worker decodes at a time."""
+    token_rate: float | None = Field(default=None, gt=0)
+    """Tokens a second to which the embedded engine holds every running answer, so that devices rather than this machine's
+    cores decide in tests and benchmarks; empty: as fast as it goes."""
+    timeout: float = Field(default=1800.0, gt=0)
+    """Seconds within which a step's answers must arrive; later the run ends and says which worker is late."""
+
+    @property
+    def cards(self) -> int:
+        """Devices of one worker: an engine's tensor parallel ranks have one each."""
+        sizes = (self.engine_args.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
+        return math.prod(int(size) for size in sizes)
+
+
+class RewardPart(Settings):
+    """One named part of the reward."""
+
+    use: str
+    """`math`, `package.module:function`, `./file.py:function`, or an entry point of the group `emberl.rewards`."""
+    weight: float = 1.0
+    gate: str | None = None
+    """Another part's name: this one counts only where that one scored above 0."""
+    timeout: float = Field(default=10.0, gt=0)
+    """Seconds for one completion."""
+    deadline: float = Field(default=600.0, gt=0)
+    """Seconds for a batch; what has no verdict by then is a verifier error."""
+    concurrency: int | None = Field(default=None, ge=1)
+    """Grading processes; empty: the reward's own choice."""
+    style: str | None = None
+    """A user's function is of this style: native, verl, trl, openrlhf, slime, verifiers; empty: seen from its signature."""
+    isolation: Literal["process", "inline"] | None = None
+    """Where a user's function runs; empty: in a process of its own."""
+    options: Mapping[str, Any] = Field(default_factory=dict)
+    """Arguments of the reward itself."""
+
+
+class RewardConfig(Settings):
+    """How answers are marked."""
+
+    parts: Mapping[str, RewardPart] = Field(default_factory=lambda: {"answer": RewardPart(use="math")})
+    max_error_fraction: float = Field(default=0.01, ge=0, le=1)
+    """A step with more than this share of verifier errors ends the run with the cause."""
+
+
+class ScheduleConfig(Settings):
+    """The loop."""
+
+    steps: int = Field(default=100, ge=0)
+    """RL steps: prompts sampled, answers marked, `minibatches` x `epochs` optimizer steps, one new version of the weights."""
+    prompts_per_step: int = Field(default=64, ge=1)
+    oversample: float = Field(default=1.0, ge=1)
+    """With max_staleness=0: so many times `prompts_per_step` groups are started, the first of them to be finished are trained
+    on, and the rest is cut. Steps are shorter by their long tail, and short answers are favoured
+    (`sched/oversample/length_bias`)."""
+    minibatches: int = Field(default=1, ge=1)
+    """Parts of whole groups into which a step's answers are split, an optimizer step each. From the second on the ratio to
+    the sampling policy is no longer 1, and the clip of the loss acts."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over a step's answers (PPO's epochs)."""
+    stream_parts: int = Field(default=1, ge=1)
+    """The learners begin as soon as one of so many parts of a step's groups is there, whichever groups come first. The gradient
+    is the same but for rounding; 1: when all are there, in an order that repeats bit for bit."""
+    max_staleness: int = Field(default=0, ge=0, le=64)
+    """k: a token trains at most k versions after the one that sampled it, and rollouts run ahead by as much while the
+    learners work. 0: strictly on-policy, every token is sampled by the newest weights."""
+    in_flight: Literal["update", "finish", "park"] = "update"
+    """What becomes of answers that are being decoded when new weights come. `update`: they go on with them at the next token.
+    `finish`: they are finished with the old ones, and the update waits. `park`: they go on from where they stood, read anew
+    by the new weights. Every token keeps the version and the log-prob that it was drawn with."""
+    overdue: Literal["wait", "evict"] = "wait"
+    """What happens to a group that would become too old while it is still decoded. `wait`: the learners wait for it. `evict`:
+    it is thrown away and counted, which favours short answers."""
+
+
+class SyncConfig(Settings):
+    """How weights reach the engines."""
+
+    mode: Literal["auto", "dense", "patch"] = "auto"
+    """`dense`: whole weights; `patch`: what changed since the last version, bit for bit the same result. `auto`: whichever
+    takes less time at the bandwidth and the share of changed weights that are measured; a change is logged with its reason."""
+    transport: Literal["auto", "object_store", "collective", "directory"] = "auto"
+    """How the bytes travel. `object_store`: Ray's, with one copy a node. `collective`: a broadcast over the devices' fabric; of
+    whole weights into vLLM's own processes, where rollout.engine_args.weight_transfer_config names vLLM's engine for that.
+    `directory`: files in `sync.directory`. `auto`: the object store, or the collective where cards measure it to be faster."""
+    directory: str | None = None
+    """A directory that the learners and all workers see, for transport=directory; empty: `sync` in the run's."""
+    anchor_every: int = Field(default=50, ge=1)
+    """Versions after which the whole weights are made available anew, for workers that join late; earlier where the patches
+    since the last time have half their size."""
+    rate_limit: float | None = Field(default=None, gt=0)
+    """Bytes a second that a worker may fetch: a weak link for tests and benchmarks; empty: as fast as it goes."""
+    probe_tokens: int = Field(default=32, ge=0)
+    """After each update engines and learners must give so many tokens of training prompts the same log-probs; 0: not asked."""
+    timeout: float = Field(default=600.0, gt=0)
+    """Seconds for one version to be served, and proved by digest, on every worker."""
+
+
+class OptimConfig(Settings):
+    """AdamW over float32 master weights."""
+
+    lr: float = Field(default=1e-6, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    grad_clip: float = Field(default=1.0, gt=0)
+    """Largest global gradient norm; a step whose norm is not finite is skipped and counted."""
+    warmup_steps: int = Field(default=0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Over all updates that RL can make. A part of a step without any signal makes none and counts all the same (TRL updates
+    there, with advantages of 0); the critic's warm-up does not count for the policy (as in verl)."""
+    micro_batch_tokens: int = Field(default=16384, ge=1)
+    """Padded tokens of one forward and backward pass on one rank. Loss and gradient do not depend on it."""
+
+
+class CriticConfig(Settings):
+    """The critic of advantage.kind=gae: a second model on the learners, with an optimizer of its own."""
+
+    path: str | None = None
+    """A Hub id or a local directory whose body it starts from; empty: the policy's body at the start of RL. Its value head
+    starts at 0."""
+    lr: float = Field(default=1e-5, gt=0)
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    warmup: int = Field(default=0, ge=0)
+    """The first so many RL steps train the critic alone (verl's critic_warmup; VAPO: 50)."""
+    clip: float | None = Field(default=0.5, gt=0)
+    """A value may move this far from what it was before the step without a larger loss (verl 0.5, OpenRLHF 0.2); empty:
+    free."""
+
+    def optim(self, policy: OptimConfig) -> OptimConfig:
+        """The policy's optimizer with the critic's learning rate."""
+        return policy.model_copy(update={"lr": self.lr, "warmup_steps": self.lr_warmup_steps})
+
+
+class EvalConfig(Settings):
+    """Held-out problems, before, during and after RL."""
+
+    every: int = Field(default=25, ge=0)
+    """RL steps between evaluations; 0: only before and after."""
+    size: int = Field(default=512, ge=0)
+    """Held-out problems; 0: never evaluate."""
+    samples: int = Field(default=1, ge=1)
+    """Answers to each problem (`mean@N`)."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0: greedy."""
+
+
+class CheckpointConfig(Settings):
+    """What a stopped run goes on from."""
+
+    every: int = Field(default=50, ge=0)
+    """RL steps between checkpoints; 0: only at the end of a stage and on Ctrl-C."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints that stay on disk."""
+    history: bool = False
+    """Keep every version of the weights as a patch in the run's `history`; `emberl patches apply` makes a model of any."""
+
+
+class TrackingConfig(Settings):
+    """Where metrics go besides the console, `metrics.jsonl` and the learning curve."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto`: online with a key, else offline; never asks for a login."""
+    project: str = "emberl"
+    samples: int = Field(default=8, ge=0)
+    """Sampled answers kept at each evaluation."""
+
+
+class ClusterConfig(Settings):
+    """Who runs where."""
+
+    device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    learners: int = Field(default=1, ge=1)
+    """Learner ranks, one device each (a share of the cores on a CPU)."""
+    rollouts: int = Field(default=1, ge=1)
+    """Rollout workers, one device each."""
+    cpus_per_learner: float = Field(default=1.0, gt=0)
+    cpus_per_rollout: float = Field(default=1.0, gt=0)
+    colocated: bool = False
+    """For few devices: learner i and rollout worker i share device i, and the engines sleep while the learners work. With
+    rollout.engine=vllm, schedule.max_staleness=0 and as many rollouts as learners."""
+    sleep_level: Literal[1, 2] = 1
+    """1: a sleeping engine keeps its weights in the machine's memory. 2: it drops them; the next version loads them anew."""
+    address: str | None = None
+    """A Ray cluster to join; empty: the one `RAY_ADDRESS` names (as in a Ray job), else a new one on this machine."""
+    start_timeout: float = Field(default=300.0, gt=0)
+    """Seconds for the placement to be granted and all actors to be up."""
+    max_restarts: int = Field(default=0, ge=0)
+    """How often all actors are started anew from the last checkpoint when a learner is lost, or a rollout worker for good; 0:
+    the run ends, and --resume goes on."""
+    step_timeout: float = Field(default=3600.0, gt=0)
+    """Seconds for one optimizer step or one checkpoint on the learners."""

@@ -1,0 +1,1 @@
+"""Prompt sources: data sets, files, generated problems."""

@@ -1,0 +1,258 @@
+"""The built-in source: arithmetic with worked solutions, small enough for a model that is trained in minutes.
+
+    chain     7+5-3+8=?          <think>7+5=12,12-3=9,9+8=17</think>17
+    products  3*7-4+2*5=?        <think>3*7=21,2*5=10,21-4=17,17+10=27</think>27
+    brackets  (3+4)*2-(9-5)=?    <think>3+4=7,7*2=14,9-5=4,14-4=10</think>10
+    solve     x+7-3=11,x=?       <think>11+3=14,14-7=7</think>7
+
+Nothing is ever negative. A hash of a problem's text says whether it is held out, so no run, whatever its seed, trains on
+a problem that any run is evaluated on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import accumulate
+from random import Random
+
+from ...rollout.samples import Prompt
+from ..config.data import DataConfig
+from .templates import PromptWriter, Tokenizer
+
+HELD_OUT_SHARE = 8
+"""One problem in this many is on the held-out side."""
+_HELD_OUT_STREAM = -1
+_TRIES = 400
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """e.g. `Problem(kind="chain", text="7+5-3=?", solution="<think>7+5=12,12-3=9</think>9", answer="9")`."""
+
+    kind: str
+    text: str
+    solution: str
+    answer: str
+
+
+@dataclass(slots=True)
+class _Work:
+    """One problem in the making: its random draws, its limits, and the steps taken so far."""
+
+    random: Callable[[], float]
+    largest_term: int
+    largest_total: int
+    short: bool
+    steps: list[str] = field(default_factory=list)
+
+    def below(self, n: int) -> int:
+        return int(self.random() * n)
+
+    def step(self, left: int, sign: str, right: int) -> int:
+        result = left + right if sign == "+" else left - right if sign == "-" else left * right
+        self.steps.append(str(result) if self.short else f"{left}{sign}{right}={result}")
+        return result
+
+    def sign(self, total: int, value: int) -> str:
+        """`+` or `-`, whichever keeps the total within its limits; empty if neither does."""
+        can_add, can_take = total + value <= self.largest_total, value <= total
+        if can_add and can_take:
+            return "+" if self.random() < 0.5 else "-"
+        return "+" if can_add else "-" if can_take else ""
+
+
+def _chain(work: _Work, terms: int) -> tuple[str, int]:
+    total = 1 + work.below(work.largest_term)
+    text = str(total)
+    for _ in range(terms - 1):
+        term = 1 + work.below(work.largest_term)
+        sign = work.sign(total, term)
+        text += f"{sign}{term}"
+        total = work.step(total, sign, term)
+    return text + "=?", total
+
+
+def _solve(work: _Work, terms: int) -> tuple[str, int]:
+    """A chain whose first number is hidden and whose result is given: the steps undo it from its end."""
+    hidden = total = work.below(work.largest_term + 1)
+    moves = []
+    for _ in range(terms - 1):
+        term = 1 + work.below(work.largest_term)
+        sign = work.sign(total, term)
+        total = total + term if sign == "+" else total - term
+        moves.append((sign, term))
+    text = "x" + "".join(f"{sign}{term}" for sign, term in moves) + f"={total},x=?"
+    for sign, term in reversed(moves):
+        total = work.step(total, "-" if sign == "+" else "+", term)
+    assert total == hidden, f"{text}: {total} is not {hidden}"
+    return text, total
+
+
+def _products(work: _Work, terms: int) -> tuple[str, int]:
+    return _sum_of_parts(work, _sizes(work, terms, 2), _product)
+
+
+def _brackets(work: _Work, terms: int) -> tuple[str, int]:
+    return _sum_of_parts(work, _sizes(work, terms, 3), _bracket)
+
+
+def _product(work: _Work, size: int) -> tuple[str, list[tuple[int, str, int]], int]:
+    left = 2 + work.below(8)
+    if size == 1:
+        return str(left), [], left
+    right = 2 + work.below(8)
+    return f"{left}*{right}", [(left, "*", right)], left * right
+
+
+def _bracket(work: _Work, size: int) -> tuple[str, list[tuple[int, str, int]], int]:
+    """(a+b) or (a-b), with three numbers multiplied by the third; what is multiplied has one digit."""
+    a, b = 1 + work.below(9), 1 + work.below(9)
+    if size == 1:
+        return str(a), [], a
+    sign = "+" if a < b or (work.random() < 0.5 and (size == 2 or a + b <= 9)) else "-"
+    if size == 3 and sign == "+" and a + b > 9:
+        a, b, sign = b, a, "-"
+    value = a + b if sign == "+" else a - b
+    if size == 2:
+        return f"({a}{sign}{b})", [(a, sign, b)], value
+    c = 2 + work.below(8)
+    if work.random() < 0.5:
+        return f"{c}*({a}{sign}{b})", [(a, sign, b), (c, "*", value)], c * value
+    return f"({a}{sign}{b})*{c}", [(a, sign, b), (value, "*", c)], value * c
+
+
+_Part = Callable[[_Work, int], tuple[str, list[tuple[int, str, int]], int]]
+
+
+def _sum_of_parts(work: _Work, sizes: Sequence[int], make: _Part) -> tuple[str, int]:
+    """Parts with plus or minus between them; each part is worked out first, in order, and then their sum."""
+    text, total, moves = "", 0, []
+    for size in sizes:
+        sign = ""
+        while not sign:  # a part of at most half the largest total always fits, so this ends
+            part, steps, value = make(work, size)
+            sign = work.sign(total, value) if text else "+" if value <= work.largest_total else ""
+        text += (sign if text else "") + part
+        moves.append((sign, value))
+        total = total + value if sign == "+" else total - value
+        for left, operator, right in steps:
+            work.step(left, operator, right)
+    total = moves[0][1]
+    for sign, value in moves[1:]:
+        total = work.step(total, sign, value)
+    return text + "=?", total
+
+
+def _sizes(work: _Work, terms: int, most: int) -> list[int]:
+    """Numbers in each part, 1 to `most`, `terms` in all, at least one part of more than one number."""
+    sizes = []
+    left = terms
+    while left:
+        sizes.append(1 + work.below(min(most, left)))
+        left -= sizes[-1]
+    if max(sizes) == 1:
+        at = work.below(len(sizes) - 1)
+        sizes[at : at + 2] = [2]
+    return sizes
+
+
+_MAKE: dict[str, Callable[[_Work, int], tuple[str, int]]] = {
+    "chain": _chain,
+    "products": _products,
+    "brackets": _brackets,
+    "solve": _solve,
+}
+
+
+def is_heldout(text: str) -> bool:
+    """Which side a problem is on, for every seed and every setting."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=4).digest()) % HELD_OUT_SHARE == 0
+
+
+class ProblemMaker:
+    """Problems of the mix that `data.kinds` asks for, as a pure function of (stream, position)."""
+
+    def __init__(self, settings: DataConfig) -> None:
+        self.settings = settings
+        self._kinds = [kind for kind, weight in settings.kinds.items() if weight > 0]
+        self._edges = list(accumulate(settings.kinds[kind] for kind in self._kinds))
+
+    def draw(self, random: Random) -> Problem:
+        settings = self.settings
+        work = _Work(random.random, settings.largest_term, settings.largest_total, settings.steps == "short")
+        at = random.random() * self._edges[-1]
+        kind = next((k for k, edge in zip(self._kinds, self._edges, strict=True) if at < edge), self._kinds[-1])
+        fewest, most = settings.terms
+        text, total = _MAKE[kind](work, fewest + work.below(most - fewest + 1))
+        return Problem(
+            kind=kind, text=text, solution=f"<think>{','.join(work.steps)}</think>{total}", answer=str(total)
+        )
+
+    def train(self, seed: int, i: int) -> Iterator[Problem]:
+        """Candidates for position `i` of a seed's stream, none of them held out; the first that will do is meant."""
+        random = Random((seed << 64) + i)
+        for _ in range(_TRIES):
+            problem = self.draw(random)
+            if not is_heldout(problem.text):
+                yield problem
+
+    def heldout(self) -> Iterator[Problem]:
+        """Held-out problems, each once, the same for every seed; ends when new ones have become rare."""
+        random, seen, misses = Random(_HELD_OUT_STREAM), set[str](), 0
+        while misses < _TRIES * HELD_OUT_SHARE:
+            problem = self.draw(random)
+            misses += 1
+            if is_heldout(problem.text) and problem.text not in seen:
+                seen.add(problem.text)
+                misses = 0
+                yield problem
+
+
+class ArithmeticSource:
+    """`data.source: arithmetic`."""
+
+    size = None
+
+    def __init__(self, settings: DataConfig, tokenizer: Tokenizer, seed: int) -> None:
+        self.name = settings.name or "arithmetic"
+        self.notes: Sequence[str] = ()
+        self._seed = seed
+        self._maker = ProblemMaker(settings)
+        self._writer = PromptWriter(settings, tokenizer)
+        self.heldout: Sequence[Prompt] = self._heldout(settings)
+
+    def train(self, i: int) -> Prompt:
+        for problem in self._maker.train(self._seed, i):
+            prompt = self._prompt(problem, f"{self.name}/{i}")
+            if self._writer.fits(prompt):
+                return prompt
+        raise ValueError(self._writer.too_long(f"none of {_TRIES} problems", None))
+
+    def solution(self, prompt: Prompt) -> str | None:
+        return str(prompt.columns["solution"])
+
+    def _prompt(self, problem: Problem, name: str) -> Prompt:
+        columns = {"question": problem.text, "kind": problem.kind, "solution": problem.solution}
+        return self._writer.question(problem.text, id=name, answer=problem.answer, source=self.name, columns=columns)
+
+    def _heldout(self, settings: DataConfig) -> list[Prompt]:
+        found: list[Prompt] = []
+        if settings.heldout == 0:
+            return found
+        for problem in self._maker.heldout():
+            prompt = self._prompt(problem, f"{self.name}/heldout/{len(found)}")
+            if self._writer.fits(prompt):
+                found.append(prompt)
+            elif settings.overlong == "error":
+                raise ValueError(self._writer.too_long(f"the problem {problem.text!r}", len(prompt.token_ids)))
+            if len(found) == settings.heldout:
+                return found
+        raise ValueError(
+            f"data.heldout={settings.heldout}, but these settings give only {len(found)} held-out problems; "
+            f"raise data.terms={list(settings.terms)} or data.largest_term, or lower data.heldout"
+        )
+
+
+__all__ = ["ArithmeticSource", "Problem", "ProblemMaker", "is_heldout"]

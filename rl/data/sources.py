@@ -1,0 +1,69 @@
+"""Where prompts come from. A source is a pure function of (seed, position), so one integer says where a run stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from ...rollout.samples import Prompt
+from ..config.data import DataConfig
+from .arithmetic import ArithmeticSource
+from .gym import GymSource, task_of
+from .rows import GYM, check_source
+from .table import TableSource, check_rows
+from .templates import Tokenizer
+
+
+class PromptSource(Protocol):
+    """Problems to train on and problems to be evaluated on, of which none is in both."""
+
+    @property
+    def name(self) -> str:
+        """Short, as in `val-core/{name}/mean@1`."""
+
+    @property
+    def size(self) -> int | None:
+        """Problems in an epoch; None if they never repeat by design."""
+
+    @property
+    def heldout(self) -> Sequence[Prompt]:
+        """The same for every seed."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a person should know: how many rows were dropped, and why."""
+
+    def train(self, i: int) -> Prompt:
+        """The problem at position i >= 0 of the run, the same whenever it is asked for."""
+
+    def solution(self, prompt: Prompt) -> str | None:
+        """The worked solution that supervised learning imitates; None if the source has none."""
+
+
+def open_source(settings: DataConfig, tokenizer: Tokenizer, seed: int = 0) -> PromptSource:
+    """The source that `data.source` names; `seed` is the run's, used unless `data.seed` is set.
+
+    Reads and tokenizes every row of a data set once. ValueError names the key, its value and the fix.
+    """
+    seed = seed if settings.seed is None else settings.seed
+    if seed < 0:
+        raise ValueError(f"seed={seed} must be 0 or more")
+    if settings.source == "arithmetic":
+        return ArithmeticSource(settings, tokenizer, seed)
+    if settings.source.startswith(GYM):
+        return GymSource(settings, tokenizer, seed)
+    return TableSource(settings, tokenizer, seed)
+
+
+def check_data(settings: DataConfig) -> None:
+    """What can be known without tokenizer and network: files, columns, answers, task names. ValueError as above."""
+    if settings.source == "arithmetic":
+        return
+    if settings.source.startswith(GYM):
+        task_of(settings)
+        return
+    check_source(settings.source)
+    check_rows(settings)
+
+
+__all__ = ["PromptSource", "check_data", "open_source"]

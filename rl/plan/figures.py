@@ -1,0 +1,70 @@
+"""What a simulated run says: its figures, and the split of the devices that trains the most tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .scenario import Trace
+
+Figures = dict[str, Any]
+
+
+def figures(trace: Trace) -> Figures:
+    """Means over the steps after the warm-up; seconds, tokens, shares of 1."""
+    scenario, skipped = trace.scenario, trace.scenario.warmup
+    steps = trace.steps[skipped:]
+    before, after = trace.usage[skipped], trace.usage[-1]
+    seconds = after.time - before.time
+    worker_seconds = scenario.workers * seconds
+    tokens = sum(step.answer_tokens for step in steps)
+    lags: dict[int, float] = {}
+    for step in steps:
+        for lag, count in step.lags.items():
+            lags[lag] = lags.get(lag, 0.0) + count
+    total = sum(lags.values())
+    counts = trace.counts
+    return {
+        "step_s": seconds / len(steps),
+        "tokens_per_s": tokens / seconds,
+        "rollout_idle": (after.idle - before.idle) / worker_seconds,
+        "slots_used": (after.slot_seconds - before.slot_seconds) / worker_seconds / scenario.slots,
+        "learner_idle": sum(step.trained_from - step.start for step in steps) / seconds,
+        "learner_busy": sum(step.published_from - step.trained_from for step in steps) / seconds,
+        "sync_exposed_learner_s": sum(step.end - step.published_from for step in steps) / len(steps),
+        "sync_exposed_rollout_s": (after.held - before.held) / scenario.workers / len(steps),
+        "staleness": {str(lag): lags[lag] / total for lag in sorted(lags)},
+        "staleness_mean": sum(lag * count for lag, count in lags.items()) / total,
+        "staleness_max": max(lags),
+        "evicted_groups": (counts.cut + counts.stale) / len(trace.steps),
+        "wasted_tokens": max(0.0, 1 - tokens / (after.decoded - before.decoded)),
+        "workers_lost": trace.lost,
+        "groups_reissued": trace.reissued,
+    }
+
+
+def best_split(evaluate: Callable[[int], Figures], candidates: list[int], guess: int) -> tuple[int, dict[int, Figures]]:
+    """The candidate with the most tokens per second, and the figures of all that were tried.
+
+    More learners first help (while the learners are the bottleneck), then hurt, so the search climbs from the guess with
+    halving strides and tries some twenty of many hundred candidates.
+    """
+    tried: dict[int, Figures] = {}
+
+    def rate(i: int) -> float:
+        learners = candidates[i]
+        if learners not in tried:
+            tried[learners] = evaluate(learners)
+        return float(tried[learners]["tokens_per_s"])
+
+    here = min(range(len(candidates)), key=lambda i: abs(candidates[i] - guess))
+    stride = max(1, len(candidates) // 8)
+    while True:
+        near = [i for i in (here - stride, here + stride) if 0 <= i < len(candidates)]
+        best = max([here, *near], key=rate)
+        if best != here:
+            here = best
+        elif stride == 1:
+            return candidates[here], dict(sorted(tried.items()))
+        else:
+            stride = max(1, stride // 2)

@@ -1,0 +1,138 @@
+"""Files of weight patches: what is in one, and the weights that a row of them makes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ...rollout.weights.apply import commit, prepare
+from ...rollout.weights.codec import check_chunk
+from ...rollout.weights.patch import (
+    CorruptPatchError,
+    DigestMismatchError,
+    VersionError,
+    WeightPatch,
+    Weights,
+    digest,
+    element_bytes,
+)
+from ...rollout.weights.stats import tensor_stats
+from ...rollout.weights.tensors import WEIGHTS, read_model, write_model
+from ...rollout.weights.transport import list_patches
+from ...rollout.weights.wire_format import from_bytes
+
+BROKEN = (CorruptPatchError, DigestMismatchError, VersionError, ValueError, OSError)
+"""What is wrong with a file or with the order of several; each message names the file or the tensor."""
+
+
+def examine(file: Path) -> dict[str, Any]:
+    """A patch's header and what it changes in each tensor. Verifies every checksum; of an anchor also the digests of the
+    weights that it makes. Raises one of `BROKEN`."""
+    patch = from_bytes(file.read_bytes())
+    for name, delta in patch.deltas.items():
+        for number, chunk in enumerate(delta.chunks):
+            try:
+                check_chunk(chunk)
+            except CorruptPatchError as error:
+                raise CorruptPatchError(f"tensor {name}, chunk {number}: {error}") from error
+    if patch.base_version is None:
+        prepare(patch, None)
+    stats, size = tensor_stats(patch), file.stat().st_size
+    num_bytes = sum(found.elements * element_bytes(found.name, found.dtype) for found in stats)
+    return {
+        "status": "ok",
+        "run_id": patch.run_id,
+        "version": patch.version,
+        "base_version": patch.base_version,
+        "root": patch.root,
+        "base_root": patch.base_root,
+        "file_bytes": size,
+        "weight_bytes": num_bytes,
+        "ratio": num_bytes / size,
+        "changed": sum(found.changed for found in stats),
+        "unchanged_tensors": len(patch.digests) - len(stats),
+        "tensors": [asdict(found) for found in stats],
+    }
+
+
+def describe(found: dict[str, Any]) -> Iterator[str]:
+    """`examine` for a person."""
+    anchor = found["base_version"] is None
+    kind = "anchor" if anchor else f"patch on version {found['base_version']}"
+    yield f"{kind} to version {found['version']} of run {found['run_id']}"
+    yield f"root {found['root']}" + ("" if anchor else f", of the base {found['base_root']}")
+    yield (
+        f"{found['file_bytes']:,} bytes for {found['weight_bytes']:,} bytes of weights in {len(found['tensors'])} tensors "
+        f"({found['ratio']:.1f}x); {found['changed']:,} elements change; {found['unchanged_tensors']} tensors stay as they are"
+    )
+    for row in found["tensors"]:
+        share = row["changed"] / max(1, row["elements"])
+        modes = ", ".join(f"{count} {mode}" for mode, count in sorted(row["modes"].items()))
+        shape = " x ".join(map(str, row["shape"]))
+        yield f"  {row['name']}  {row['dtype']} {shape}: {share:.2%} changed, {row['wire_bytes']:,} bytes in chunks: {modes}"
+    yield "verified: every checksum" + (" and the digest of every tensor" if anchor else "")
+
+
+def rebuild(given: Sequence[Path], out: Path, *, version: int | None = None, model: Path | None = None) -> Weights:
+    """Writes the checkpoint that the files lead to; `model`: where its config and tokenizer are copied from. Raises one of
+    `BROKEN`."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already; name a new directory")
+    weights = replay(given, version)
+    out.mkdir(parents=True, exist_ok=True)
+    write_model(out / WEIGHTS, weights.tensors)
+    source = model or (given[0] if (given[0] / "config.json").exists() else None)
+    for file in [] if source is None else source.iterdir():
+        if file.is_file() and ".safetensors" not in file.name and file.name != "progress.json":
+            shutil.copy(file, out / file.name)
+    return weights
+
+
+def replay(given: Sequence[Path], version: int | None = None) -> Weights:
+    """The weights after the last of these patches, or at `version`. The first may be a model's directory; a directory of
+    patches stands for all its files."""
+    base, *others = given
+    weights = _model(base) if base.is_dir() and not list_patches(base) else None
+    files = list(_expand(others if weights is not None else given))
+    patches = [(path, from_bytes(path.read_bytes())) for path in files]
+    wanted = [(path, patch) for path, patch in patches if version is None or patch.version <= version]
+    newest = max((i for i, (_, patch) in enumerate(wanted) if patch.base_version is None), default=0)
+    for path, patch in wanted[newest:]:
+        try:
+            weights = _follow(weights, patch)
+        except BROKEN as error:
+            raise ValueError(f"{path}: {error}") from error
+    here = "nothing" if weights is None or weights.version < 0 else f"version {weights.version}"
+    if weights is None or weights.version < 0 or (version is not None and weights.version != version):
+        raise ValueError(f"the patches lead to {here}" + ("" if version is None else f", not to version {version}"))
+    return weights
+
+
+def _follow(weights: Weights | None, patch: WeightPatch) -> Weights:
+    if patch.base_version is None:
+        return commit(None, prepare(patch, None))
+    if weights is not None and weights.version < 0:  # a model's files do not know their version; their digests tell
+        weights = Weights(
+            run_id=patch.run_id, version=patch.base_version, tensors=weights.tensors, digests=weights.digests
+        )
+    return commit(weights, prepare(patch, weights))
+
+
+def _model(folder: Path) -> Weights:
+    tensors = read_model(folder)
+    digests = {name: digest(tensor.data) for name, tensor in tensors.items()}
+    return Weights(run_id="", version=-1, tensors=tensors, digests=digests)
+
+
+def _expand(given: Iterable[Path]) -> Iterator[Path]:
+    for path in given:
+        if path.is_dir():
+            yield from list_patches(path)
+        else:
+            yield path
+
+
+__all__ = ["BROKEN", "describe", "examine", "rebuild", "replay"]

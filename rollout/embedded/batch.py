@@ -1,0 +1,333 @@
+"""Continuous batching: the synchronous core of the embedded engine.
+
+A step admits waiting samples to free slots, then decodes one token of every slot in use. A sample that ends frees its
+slot within the step; the last slot in use moves there, so that every tensor of a step is a view 0..n-1. Requests are
+admitted in the order of `submit`, and no draw depends on the batch, so the same calls give the same tokens.
+
+Shape legend: S slots, n in use, M longest sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..samples import Completion, FinishReason, Prompt, Sampling, Span, merge_spans
+from .kv_cache import KVCache, PromptState
+from .model import Decoder, causal_attention
+from .sampling import SlotSampling, check_request, sample, stream_key, uniforms
+
+PREFILL_TOKENS = 4096
+"""Padded prompt tokens of one prefill pass: enough to fill the matrix units, little enough to stay in cache."""
+
+SHAPES = 8
+"""Batches and prompts are padded to a multiple of this: oneDNN compiles a kernel per shape and keeps about a thousand."""
+
+Deliver = Callable[[Completion], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    prompt: Prompt
+    samples: Sequence[int]
+    """Indices within the group."""
+    sampling: Sampling
+    deliver: Deliver
+    begun: Completion | None = None
+    """What the only sample of this request has already."""
+    placed: int = 0
+    """Samples that were given a slot."""
+    state: PromptState | None = None
+    """The prefilled tokens, kept until the last sample is admitted or the weights change."""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """What is prefilled: the prompt, and what was decoded before."""
+        return self.prompt.token_ids + (() if self.begun is None else tuple(self.begun.token_ids.tolist()))
+
+    @property
+    def left(self) -> Sequence[int]:
+        return self.samples[self.placed :]
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    """One sample in a slot."""
+
+    request: _Request
+    sample: int
+    started: float
+    spans: list[Span] = field(default_factory=list)
+    """Tokens of earlier weight versions."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Work done since the engine started."""
+
+    prefill_tokens: int = 0
+    """Prompt tokens computed, pads left out."""
+    decode_steps: int = 0
+    decode_tokens: int = 0
+
+
+class ContinuousBatch:
+    """Decodes submitted requests over `max_num_seqs` slots. Not thread-safe: one call at a time."""
+
+    def __init__(self, decoder: Decoder, *, max_num_seqs: int, max_model_len: int) -> None:
+        self.decoder, self.max_model_len = decoder, max_model_len
+        self.version = 0
+        self.counters = Counters()
+        slots, device = max_num_seqs, decoder.device
+        decoder.reserve(_rounded(max_model_len))
+        self._cache = KVCache(decoder.arch, slots, max_model_len, decoder.dtype, device)
+        self._waiting: deque[_Request] = deque()
+        self._active: list[_Sequence] = []
+        real = torch.float64 if decoder.dtype == torch.float64 else torch.float32
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(slots, *shape, dtype=dtype, device=device)
+
+        self._positions = zeros(dtype=torch.int64)  # where each slot's newest token stands; its keys come next step
+        self._last = zeros(dtype=torch.int64)  # the position of the last token allowed
+        self._stops = zeros(1, dtype=torch.int64)
+        self._tokens = zeros(max_model_len, dtype=torch.int64)  # by position, prompts left out
+        self._logprobs = zeros(max_model_len, dtype=real)
+        self._uniforms = zeros(max_model_len, dtype=torch.float64)
+        self._sampling = SlotSampling.empty(slots, real, device)
+        self._rows = torch.arange(slots, device=device)
+
+    @property
+    def slots(self) -> int:
+        return len(self._rows)
+
+    @property
+    def idle(self) -> bool:
+        return not self._active and not self._waiting
+
+    def submit(
+        self, prompt: Prompt, n: int, sampling: Sampling, deliver: Deliver, begun: Sequence[Completion] = ()
+    ) -> None:
+        """Queues n samples, or, of a group whose beginnings are there already, these; `deliver` is called with each as it
+        ends, within `step`. A beginning keeps its tokens, log-probs and spans, and its next draws are those that it would
+        have had."""
+        self.check(prompt, n, sampling)
+        if not begun:
+            self._waiting.append(_Request(prompt, range(n), sampling, deliver))
+        for part in begun:
+            assert part.prompt_id == prompt.id and len(part) < sampling.max_tokens
+            self._waiting.append(_Request(prompt, (part.sample,), sampling, deliver, part))
+
+    def check(self, prompt: Prompt, n: int, sampling: Sampling) -> None:
+        """ValueError if such a request could not be served."""
+        vocab_size = self.decoder.arch.vocab_size
+        check_request(prompt, n, sampling, max_model_len=self.max_model_len, vocab_size=vocab_size)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Admits what fits and decodes one token of each sequence."""
+        self._admit()
+        n = len(self._active)
+        if n == 0:
+            return
+        padded = min(_rounded(n), self.slots)  # slots past n stand at position 0, and what they compute is dropped
+        positions = self._positions[:padded]
+        self._cache.fit(int(positions.max()) + 1, n)
+        self._cache.open(positions)
+        hidden = self.decoder.forward(self._tokens[self._rows[:padded], positions], positions, self._cache.attend)
+        self.counters.decode_steps += 1
+        self.counters.decode_tokens += n
+        positions[:n] += 1
+        self._emit(0, self.decoder.logits(hidden)[:n])
+
+    def weights_changed(self, version: int) -> None:
+        """From here on tokens are of `version`. Sequences keep the keys and values of the weights that made them."""
+        for slot, sequence in enumerate(self._active):
+            start = sequence.spans[-1].stop if sequence.spans else 0
+            count = self._count(slot)
+            if count > start:
+                sequence.spans.append(Span(self.version, start, count))
+        for request in self._waiting:
+            request.state = None
+        self.version = version
+
+    @torch.inference_mode()
+    def abort(self, select: Callable[[Prompt, Deliver], bool]) -> list[Completion]:
+        """Ends every sample of the selected requests; delivers and returns them as far as they got."""
+
+        def hit(request: _Request) -> bool:
+            return select(request.prompt, request.deliver)
+
+        partial: list[Completion] = []
+        gone = [slot for slot, sequence in enumerate(self._active) if hit(sequence.request)]
+        for slot in gone:
+            partial.append(self._completion(slot, "abort"))
+            self._active[slot].request.deliver(partial[-1])
+        self._free(gone)
+        for request in filter(hit, list(self._waiting)):
+            self._waiting.remove(request)
+            for index in request.left:
+                partial.append(request.begun or _unstarted(request.prompt.id, index))
+                request.deliver(partial[-1])
+        return partial
+
+    def _admit(self) -> None:
+        """Fills free slots from the queue; a sample may end with its first token, so more may fit."""
+        while self._waiting and len(self._active) < self.slots:
+            first, logits = len(self._active), []
+            while self._waiting and len(self._active) < self.slots:
+                request = self._waiting[0]
+                if request.state is None:
+                    self._prefill()
+                assert request.state is not None
+                start = len(self._active)
+                count = min(self.slots - start, len(request.left))
+                self._cache.fit(max(self._cache.width, len(request.token_ids)), len(self._active))
+                self._cache.fill(start, start + count, request.state)
+                logits.append(request.state.logits.expand(count, -1))
+                self._place(request, start, start + count)
+                if not request.left:
+                    request.state = None
+                    self._waiting.popleft()
+            self._emit(first, torch.cat(logits))
+
+    def _place(self, request: _Request, start: int, stop: int) -> None:
+        """Writes the settings of the request's next samples into slots start..stop-1."""
+        sampling, length = request.sampling, len(request.prompt.token_ids)
+        now = time.time()
+        indices = request.left[: stop - start]
+        request.placed += stop - start
+        self._active += [_Sequence(request, index, now) for index in indices]
+        keys = np.array([stream_key(sampling.seed, request.prompt.id, index) for index in indices], np.uint64)
+        draws = uniforms(keys, length, length + sampling.max_tokens)
+        rows = slice(start, stop)
+        have = 0
+        if (begun := request.begun) is not None:
+            have = len(begun)
+            self._active[start].spans, self._active[start].started = list(begun.spans), begun.started
+            self._tokens[start, length : length + have] = torch.from_numpy(begun.token_ids)
+            self._logprobs[start, length : length + have] = torch.from_numpy(begun.logprobs)
+        self._uniforms[rows, length : length + sampling.max_tokens] = torch.from_numpy(draws)
+        self._positions[rows] = length + have
+        self._last[rows] = length + sampling.max_tokens - 1
+        self._sampling.fill(start, stop, sampling, self.decoder.arch.vocab_size)
+        self._sampling.note(sequence.request.sampling for sequence in self._active)
+        stops = sampling.stop_token_ids
+        if len(stops) > self._stops.shape[1]:
+            self._stops = torch.nn.functional.pad(self._stops, (0, len(stops) - self._stops.shape[1]), value=-1)
+        self._stops[rows] = -1
+        self._stops[rows, : len(stops)] = torch.tensor(stops, dtype=torch.int64, device=self._stops.device)
+
+    def _prefill(self) -> None:
+        """Computes the prompts at the head of the queue, as many as fit one pass, whether or not a slot is free yet."""
+        batch: list[_Request] = []
+        longest = 0
+        for request in self._waiting:
+            length = max(longest, len(request.token_ids))
+            if batch and (length * (len(batch) + 1) > PREFILL_TOKENS or len(batch) == self.slots):
+                break
+            if request.state is None:
+                batch.append(request)
+                longest = length
+        longest = _rounded(longest)
+        device = self.decoder.device
+        ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+        for row, request in enumerate(batch):
+            ids[row, : len(request.token_ids)] = torch.tensor(request.token_ids)
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+
+        def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys.append(k.reshape(len(batch), longest, *k.shape[1:]).transpose(1, 2))
+            values.append(v.reshape(len(batch), longest, *v.shape[1:]).transpose(1, 2))
+            return causal_attention(q, k, v, len(batch))
+
+        positions = torch.arange(longest, device=device).repeat(len(batch))
+        hidden = self.decoder.forward(ids.view(-1).to(device), positions, attend).view(len(batch), longest, -1)
+        lengths = torch.tensor([len(request.token_ids) for request in batch], device=device)
+        logits = self.decoder.logits(hidden[self._rows[: len(batch)], lengths - 1])
+        all_keys, all_values = torch.stack(keys, 1), torch.stack(values, 1)
+        for row, request in enumerate(batch):
+            length = len(request.token_ids)
+            request.state = PromptState(
+                keys=all_keys[row, :, :, :length], values=all_values[row, :, :, :length], logits=logits[row]
+            )
+            self.counters.prefill_tokens += length
+
+    def _emit(self, start: int, logits: Tensor) -> None:
+        """Draws the token at `positions` of slots start..n-1 and retires those that end with it."""
+        stop = len(self._active)
+        span, rows, positions = slice(start, stop), self._rows[start:stop], self._positions[start:stop]
+        settings = self._sampling.slots(start, stop)
+        tokens, logprobs = sample(logits, self._uniforms[rows, positions], settings)
+        self._tokens[rows, positions] = tokens
+        self._logprobs[rows, positions] = logprobs
+        stopped = (tokens[:, None] == self._stops[span]).any(1)
+        ended = stopped | (positions == self._last[span])
+        if bool(ended.any()):
+            slots = (ended.nonzero().squeeze(1) + start).tolist()
+            reasons = stopped.tolist()
+            for slot in slots:
+                completion = self._completion(slot, "stop" if reasons[slot - start] else "length")
+                self._active[slot].request.deliver(completion)
+            self._free(slots)
+
+    def _count(self, slot: int) -> int:
+        """Tokens drawn so far by the sequence in `slot`."""
+        return int(self._positions[slot]) - len(self._active[slot].request.prompt.token_ids) + 1
+
+    def _completion(self, slot: int, reason: FinishReason) -> Completion:
+        sequence = self._active[slot]
+        count, begin = self._count(slot), len(sequence.request.prompt.token_ids)
+        fresh = sequence.spans[-1].stop if sequence.spans else 0
+        return Completion(
+            prompt_id=sequence.request.prompt.id,
+            sample=sequence.sample,
+            token_ids=self._tokens[slot, begin : begin + count].cpu().numpy().astype(np.int32),
+            logprobs=self._logprobs[slot, begin : begin + count].cpu().numpy().astype(np.float32),
+            spans=merge_spans([*sequence.spans, *([Span(self.version, fresh, count)] if count > fresh else [])]),
+            finish_reason=reason,
+            started=sequence.started,
+            finished=time.time(),
+        )
+
+    def _free(self, slots: list[int]) -> None:
+        """Closes the gaps with the last slots in use."""
+        for slot in sorted(slots, reverse=True):
+            last = len(self._active) - 1
+            if slot != last:
+                self._cache.move(last, slot, int(self._positions[last]))
+                for held in (self._positions, self._last, self._stops, self._tokens, self._logprobs, self._uniforms):
+                    held[slot] = held[last]
+                self._sampling.move(last, slot)
+                self._active[slot] = self._active[last]
+            self._active.pop()
+            self._positions[last] = 0
+        self._sampling.note(sequence.request.sampling for sequence in self._active)
+
+
+def _rounded(count: int) -> int:
+    return -(-count // SHAPES) * SHAPES
+
+
+def _unstarted(prompt_id: str, index: int) -> Completion:
+    now = time.time()
+    return Completion(
+        prompt_id=prompt_id,
+        sample=index,
+        token_ids=np.zeros(0, np.int32),
+        logprobs=np.zeros(0, np.float32),
+        spans=(),
+        finish_reason="abort",
+        started=now,
+        finished=now,
+    )
+
+
+__all__ = ["ContinuousBatch", "Counters", "Deliver"]

@@ -1,0 +1,235 @@
+"""A decoder of the Llama, Qwen2 and Qwen3 families, read from a Hugging Face directory without transformers.
+
+Weights are held fused (q, k, v in one matrix; gate and up in another). `Decoder.weights` maps Hugging Face's names to
+views of them, so loading a tensor writes in place and a digest is taken over the bytes that are really multiplied.
+
+Shape legend: N tokens of a flat batch, E hidden, H query heads, K key/value heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
+
+from ..weights.patch import Bytes, TensorBytes, digest
+from .architecture import Architecture, inverse_frequencies, read_architecture
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q [N, H, D], k [N, K, D], v [N, K, D]) -> [N, H * D]; decides what each token may see, and what is cached."""
+
+DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+class Layer:
+    """One block's fused weights; the biases are None where the family has none."""
+
+    def __init__(self, arch: Architecture, dtype: torch.dtype, device: torch.device) -> None:
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        hidden, qkv = arch.hidden_size, (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
+        self.attention_norm, self.mlp_norm = empty(hidden), empty(hidden)
+        self.qkv = empty(qkv, hidden)
+        self.qkv_bias = empty(qkv) if arch.qkv_bias else None
+        self.q_norm = empty(arch.head_dim) if arch.qk_norm else None
+        self.k_norm = empty(arch.head_dim) if arch.qk_norm else None
+        self.out = empty(hidden, arch.num_heads * arch.head_dim)
+        self.out_bias = empty(hidden) if arch.out_bias else None
+        self.gate_up = empty(2 * arch.intermediate_size, hidden)
+        self.gate_up_bias = empty(2 * arch.intermediate_size) if arch.mlp_bias else None
+        self.down = empty(hidden, arch.intermediate_size)
+        self.down_bias = empty(hidden) if arch.mlp_bias else None
+
+    def named(self, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name within the layer, view of the held tensor)."""
+        rows = [arch.num_heads * arch.head_dim] + 2 * [arch.num_kv_heads * arch.head_dim]
+        yield "input_layernorm.weight", self.attention_norm
+        yield "post_attention_layernorm.weight", self.mlp_norm
+        for kind, qkv, gate_up, out, down in (
+            ("weight", self.qkv, self.gate_up, self.out, self.down),
+            ("bias", self.qkv_bias, self.gate_up_bias, self.out_bias, self.down_bias),
+        ):
+            if qkv is not None:
+                for name, part in zip("qkv", torch.split(qkv, rows), strict=True):
+                    yield f"self_attn.{name}_proj.{kind}", part
+            if gate_up is not None:
+                for name, part in zip(("gate", "up"), gate_up.chunk(2), strict=True):
+                    yield f"mlp.{name}_proj.{kind}", part
+            if out is not None:
+                yield f"self_attn.o_proj.{kind}", out
+            if down is not None:
+                yield f"mlp.down_proj.{kind}", down
+        if self.q_norm is not None and self.k_norm is not None:
+            yield "self_attn.q_norm.weight", self.q_norm
+            yield "self_attn.k_norm.weight", self.k_norm
+
+
+class Decoder:
+    """Weights and forward pass. The weights start unset: use `Decoder.from_directory`, or `load` every name."""
+
+    def __init__(self, arch: Architecture, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        if dtype not in DTYPE_NAMES:
+            raise ValueError(f"dtype {dtype}: the embedded engine decodes in bfloat16, float32 or float64")
+        self.arch, self.dtype, self.device = arch, dtype, torch.device(device)
+        self.layers = [Layer(arch, dtype, self.device) for _ in range(arch.num_layers)]
+        self.embedding = torch.empty(arch.vocab_size, arch.hidden_size, dtype=dtype, device=self.device)
+        self.norm = torch.empty(arch.hidden_size, dtype=dtype, device=self.device)
+        self.head = self.embedding if arch.tied else torch.empty_like(self.embedding)
+        self.weights: Mapping[str, Tensor] = dict(self._named())
+        self._cos, self._sin = self._rope_tables(0)
+
+    @classmethod
+    def from_directory(
+        cls, path: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Decoder:
+        """Reads config.json and the safetensors files (one, or shards with an index), cast to `dtype`."""
+        path = Path(path)
+        decoder = cls(read_architecture(path), dtype, device)
+        missing = set(decoder.weights)
+        for name, tensor in checkpoint_tensors(path):
+            held = decoder.weights.get(name)
+            if held is None:  # a tied head stored twice, or buffers of old checkpoints
+                continue
+            if held.shape != tensor.shape:
+                raise ValueError(
+                    f"{path}: {name} has shape {tuple(tensor.shape)}, config.json wants {tuple(held.shape)}"
+                )
+            held.copy_(tensor)
+            missing.discard(name)
+        if missing:
+            raise ValueError(f"{path}: {len(missing)} tensors are missing from the checkpoint, e.g. {min(missing)}")
+        return decoder
+
+    def check(self, name: str, tensor: TensorBytes) -> None:
+        """ValueError unless `tensor` can become the tensor that Hugging Face calls `name`."""
+        held = self.weights.get(name)
+        if held is None:
+            raise ValueError(f"{name} is not a tensor of this {self.arch.family} model")
+        if tensor.dtype != DTYPE_NAMES[self.dtype] or tuple(tensor.shape) != tuple(held.shape):
+            raise ValueError(
+                f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, "
+                f"the engine serves {DTYPE_NAMES[self.dtype]} {tuple(held.shape)}"
+            )
+
+    def load(self, name: str, tensor: TensorBytes) -> None:
+        """Overwrites one tensor, named as Hugging Face names it, with exactly these bytes."""
+        self.check(name, tensor)
+        # Shared memory comes read-only, and torch wraps only what it could write to.
+        data = tensor.data if tensor.data.flags.writeable else tensor.data.copy()
+        self.weights[name].view(-1).view(torch.uint8).copy_(torch.from_numpy(data.reshape(-1)))
+
+    def tensor_bytes(self, name: str) -> TensorBytes:
+        """The held bytes of one tensor (on CPU a view of them, not a copy)."""
+        held = self.weights[name]
+        data: Bytes = held.view(-1).view(torch.uint8).cpu().numpy()
+        return TensorBytes(dtype=DTYPE_NAMES[self.dtype], shape=tuple(held.shape), data=data)
+
+    def digest(self, name: str) -> str:
+        """xxh3-128 of the bytes that are held, and multiplied, for this tensor."""
+        return digest(self.tensor_bytes(name).data)
+
+    def digests(self) -> dict[str, str]:
+        """name -> `digest`, of every tensor."""
+        return {name: self.digest(name) for name in self.weights}
+
+    def reserve(self, max_len: int) -> None:
+        """Makes positions 0..max_len-1 usable."""
+        if max_len > len(self._cos):
+            self._cos, self._sin = self._rope_tables(max_len)
+
+    def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """ids, positions [N] int64 -> final hidden states [N, E], normalised. Positions must be reserved."""
+        arch = self.arch
+        heads, kv_heads = arch.num_heads, arch.num_kv_heads
+        cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
+        x = self.embedding[ids]
+        for number, layer in enumerate(self.layers):
+            qkv = F.linear(self._rms(x, layer.attention_norm), layer.qkv, layer.qkv_bias)
+            qkv = qkv.view(-1, heads + 2 * kv_heads, arch.head_dim)
+            qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+            if layer.q_norm is not None and layer.k_norm is not None:
+                scale = torch.cat((layer.q_norm.expand(heads, -1), layer.k_norm.expand(kv_heads, -1)))
+                qk = self._rms(qk, None) * scale
+            half = arch.head_dim // 2
+            qk = torch.addcmul(qk * cos, torch.cat((qk[..., half:], qk[..., :half]), -1), sin)
+            x = x + F.linear(attend(number, qk[:, :heads], qk[:, heads:], v), layer.out, layer.out_bias)
+            gate_up = F.linear(self._rms(x, layer.mlp_norm), layer.gate_up, layer.gate_up_bias)
+            gate, up = gate_up.chunk(2, -1)
+            x = x + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+        return self._rms(x, self.norm)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, E] -> [N, V] in float32 (float64 for a float64 decoder)."""
+        logits = F.linear(hidden, self.head)
+        return logits if self.dtype == torch.float64 else logits.float()
+
+    @torch.inference_mode()
+    def token_logprobs(self, ids: Tensor) -> Tensor:
+        """Teacher-forced log-probs of ids[:, 1:] given what precedes them: [B, T] int64 -> [B, T-1]."""
+        batch, length = ids.shape
+        self.reserve(length)
+        positions = torch.arange(length, device=ids.device).repeat(batch)
+        hidden = self.forward(ids.reshape(-1), positions, lambda _layer, q, k, v: causal_attention(q, k, v, batch))
+        logp = torch.log_softmax(self.logits(hidden), -1).view(batch, length, -1)
+        return logp[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+
+    def _rms(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        if self.dtype != torch.float64:
+            return F.rms_norm(x, x.shape[-1:], weight, self.arch.norm_eps)
+        # Hugging Face normalises in float32 even here; the same operations in the same order give the same bits.
+        single = x.float()
+        normed = (single * torch.rsqrt(single.pow(2).mean(-1, keepdim=True) + self.arch.norm_eps)).to(x.dtype)
+        return normed if weight is None else weight * normed
+
+    def _rope_tables(self, max_len: int) -> tuple[Tensor, Tensor]:
+        """cos and signed sin, [max_len, D]: rotated = x * cos + swap_halves(x) * sin (RoFormer, arXiv 2104.09864)."""
+        angles = torch.arange(max_len, dtype=torch.float32)[:, None] * inverse_frequencies(self.arch)
+        cos, sin = angles.cos(), angles.sin()
+        double_cos, signed_sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        return double_cos.to(self.device, self.dtype), signed_sin.to(self.device, self.dtype)
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        yield "model.embed_tokens.weight", self.embedding
+        for number, layer in enumerate(self.layers):
+            for name, tensor in layer.named(self.arch):
+                yield f"model.layers.{number}.{name}", tensor
+        yield "model.norm.weight", self.norm
+        if not self.arch.tied:
+            yield "lm_head.weight", self.head
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, batch: int) -> Tensor:
+    """Causal attention over `batch` rows of equal length; pads stand at the right, where no token looks."""
+
+    def rows(x: Tensor) -> Tensor:  # [batch * length, heads, D] -> [batch, heads, length, D]
+        return x.reshape(batch, -1, *x.shape[1:]).transpose(1, 2)
+
+    group = q.shape[1] // k.shape[1]
+    keys, values = rows(k).repeat_interleave(group, 1), rows(v).repeat_interleave(group, 1)
+    out = F.scaled_dot_product_attention(rows(q), keys, values, is_causal=True)
+    return out.transpose(1, 2).reshape(q.shape[0], -1)
+
+
+def checkpoint_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of model.safetensors, or of the shards that model.safetensors.index.json lists."""
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    elif (path / "model.safetensors").exists():
+        files = ["model.safetensors"]
+    else:
+        raise ValueError(f"{path} has neither model.safetensors nor model.safetensors.index.json")
+    for file in files:
+        with safe_open(path / file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                yield name, tensors.get_tensor(name)
+
+
+__all__ = ["DTYPE_NAMES", "TORCH_DTYPES", "Attend", "Decoder", "causal_attention", "checkpoint_tensors"]

@@ -1,0 +1,346 @@
+"""The engine on vLLM, and so, with its platform plugin vllm-ascend, on NPUs.
+
+    engine = VLLMEngine(model_dir, max_num_seqs=128, max_model_len=512, dtype="bfloat16", run_id=run_id, version=0)
+
+The same protocol as `EmbeddedEngine`. Choices that a user can see:
+
+- Every sample is a request of its own, with a seed of its own; vLLM's prefix cache computes the whole blocks of a prompt
+  once for its group (`rollout.engine_args.block_size`), the tokens after the last whole block for each sample.
+- Log-probs are `processed_logprobs`: of the distribution really sampled, after temperature, top-k and top-p. A temperature
+  of 0 is greedy; the log-prob is then that of the untempered model.
+- An update in flight keeps the key-value cache: a sequence goes on with what the old weights made of its older tokens (as
+  in PipelineRL, arXiv 2509.19128). What has no token yet starts anew, and each version looks prompts up under a salt of its
+  own, so no prompt is ever continued from another version's cache.
+- What is served is proved twice: a patch's digests are compared before anything changes, and each process of the engine
+  answers with the digests of the bytes that it loaded. Between the two nothing is decoded. Bytes that differ are loaded
+  once more; if they differ again the engine serves nothing until a whole patch comes.
+- Weights reach vLLM's processes through a mirror of ours, or whole from the learners by vLLM's own weight transfer (`native`).
+- An engine whose processes end, or from which nothing comes within its deadline, is started anew, loads the version that
+  was served, and gets the unfinished samples again, up to `max_restarts` times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..embedded.sampling import check_request
+from ..engine import Request
+from ..samples import Completion, Prompt, Sampling
+from ..weights.broadcast import Ticket
+from ..weights.patch import DigestMismatchError, WeightPatch
+from . import compat as vllm_compat
+from .process import EngineLostError, RunningLLM
+from .requests import NOTHING, Decoded, LiveSample, samples_of
+from .served_weights import ServedWeights
+from .server import RunningServer
+
+ABORT_AGAIN = 0.1
+"""Seconds after which an abort is repeated for requests that were still on their way to vLLM."""
+LOOK = 0.5
+"""Seconds between two looks at whether tokens come."""
+SLOWEST = 1.0
+"""Seconds that a token of a sample which is being decoded may take on average."""
+
+
+class VLLMEngine:
+    """Implements `Engine`. To be used on one event loop."""
+
+    def __init__(
+        self,
+        model: Path | str,
+        *,
+        max_num_seqs: int = 128,
+        max_model_len: int = 1024,
+        dtype: str = "bfloat16",
+        device: str = "cpu",
+        threads: int = 1,
+        cards: tuple[str, ...] = (),
+        run_id: str = "",
+        version: int = 0,
+        deadline_s: float = 120.0,
+        max_restarts: int = 0,
+        engine_args: Mapping[str, Any] | None = None,
+        server: str = "",
+        servers_directory: str | None = None,
+    ) -> None:
+        """`model` is a Hugging Face directory, or a Hub id with version -1.
+
+        run_id, version: as of `EmbeddedEngine`. deadline_s: the longest that one step of a weight update, a pause or an
+        abort may take, and that no token may come while some are asked for; a sample has that and a second for each token
+        it asks, from its first. server: the address of a running vLLM to use instead of starting one (`vllm_server`), with
+        a directory that both see, if they are on two machines.
+        The rest: `vllm_compat.EngineSettings`. ValueError and EngineLostError: `vllm_process.start`, `vllm_server.connect`.
+        """
+        if max_num_seqs < 1 or max_model_len < 2:
+            raise ValueError(f"max_num_seqs={max_num_seqs}, max_model_len={max_model_len}: at least 1 and 2 are needed")
+        self._settings = vllm_compat.EngineSettings(
+            model=str(model),
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            cards=cards,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            engine_args=engine_args or {},
+        )
+        self._deadline = deadline_s
+        self.sent: dict[str, LiveSample] = {}
+        """By request id, those that vLLM has."""
+        self._weights = ServedWeights(
+            self._settings,
+            self,
+            run_id=run_id,
+            version=version,
+            deadline_s=deadline_s,
+            max_restarts=max_restarts,
+            server=server,
+            servers_directory=servers_directory,
+        )
+        self._turn = asyncio.Lock()  # who may pause, resume, update or restart; first come, first served
+        self._closed = False
+        self._ids = itertools.count()
+        self._tasks: dict[asyncio.Task[None], LiveSample] = {}
+        self._watch: asyncio.Task[None] | None = None
+        self._rescue: asyncio.Task[None] | None = None
+        self._served_s = 0.0
+        self.tokens_decoded = 0
+        """Of all samples so far."""
+
+    @property
+    def version(self) -> int:
+        return self._weights.version
+
+    @property
+    def run_id(self) -> str:
+        return self._weights.run_id
+
+    @property
+    def restarts(self) -> int:
+        """How often vLLM's processes were started anew."""
+        return self._weights.restarts
+
+    @property
+    def joined(self) -> Ticket | None:
+        """The group through which the learners can send weights into vLLM's processes."""
+        return self._weights.joined
+
+    @property
+    def _llm(self) -> RunningLLM | RunningServer:
+        return self._weights.llm
+
+    def digests(self) -> dict[str, str]:
+        """name -> xxh3-128 of the bytes that the engine was given to serve."""
+        return self._weights.mirror.digests()
+
+    # The protocol `Engine`.
+
+    async def generate(self, prompt: Prompt, n: int, sampling: Sampling) -> AsyncIterator[Completion]:
+        async for completion in self.generate_all([(prompt, n, sampling)]):
+            yield completion
+
+    async def generate_all(
+        self, requests: Sequence[Request], begun: Mapping[str, Sequence[Completion]] | None = None
+    ) -> AsyncIterator[Completion]:
+        self._check_serving()
+        for request in requests:
+            check_request(*request, max_model_len=self._settings.max_model_len, vocab_size=self._llm.vocab_size)
+        outcomes: asyncio.Queue[Completion | BaseException] = asyncio.Queue()
+        tasks = []
+        for sample in samples_of(requests, begun or {}, outcomes):
+            tasks.append(task := asyncio.create_task(self._serve(sample)))
+            self._tasks[task] = sample
+            task.add_done_callback(self._tasks.pop)
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._look())
+        try:
+            for _ in tasks:
+                outcome = await outcomes.get()
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                if outcome.finish_reason != "abort":
+                    yield outcome
+        finally:
+            for task in tasks:  # if the consumer went away, decode no further for it
+                task.cancel()
+
+    async def pause(self) -> None:
+        await self._hold(True)
+
+    async def resume(self) -> None:
+        await self._hold(False)
+
+    async def _hold(self, held: bool) -> None:
+        async with self._turn:
+            self._weights.held = held
+            if self._weights.order.state != "asleep":
+                await self._weights.settle()
+
+    async def apply(self, patch: WeightPatch) -> int:
+        async with self._turn:
+            self._check_open()
+            await self._weights.apply(patch)
+        return self.version
+
+    async def abort(self, prompt_ids: Collection[str]) -> list[Completion]:
+        wanted = set(prompt_ids)
+        chosen = {task: sample for task, sample in self._tasks.items() if sample.prompt.id in wanted}
+        for sample in chosen.values():
+            sample.unwanted = True
+        deadline = time.monotonic() + self._deadline
+        left = set(chosen)
+        while left:
+            await self._llm.abort([chosen[task].request_id for task in left])
+            _, left = await asyncio.wait(left, timeout=ABORT_AGAIN)
+            if left and time.monotonic() > deadline:
+                raise TimeoutError(f"vLLM engine: {len(left)} samples were not aborted within {self._deadline:g} s")
+        return [sample.partial for sample in chosen.values() if sample.partial is not None]
+
+    async def probe(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        self._check_serving()
+        work = self._llm.prompt_logprobs(f"p{next(self._ids)}", list(token_ids), str(self._weights.salt))
+        return np.array(await self._llm.within("probe", work, self._deadline), np.float32)
+
+    async def sleep(self, level: int) -> None:
+        async with self._turn:
+            self._check_serving()
+            if self._weights.order.state == "asleep":
+                return
+            self._weights.open.clear()
+            if self._tasks:
+                _, left = await asyncio.wait(list(self._tasks), timeout=self._deadline)
+                if left:
+                    raise TimeoutError(f"vLLM engine: {len(left)} samples kept it awake for {self._deadline:g} s")
+            await self._weights.sleep(level)
+
+    async def wake(self) -> None:
+        async with self._turn:
+            if self._weights.can_wake:
+                await self._weights.settle(stale=True)
+
+    async def reload(self) -> None:
+        async with self._turn:
+            self._check_serving()
+            await self._weights.settle(stale=True)
+
+    async def close(self) -> None:
+        async with self._turn:
+            if not self._closed:
+                self._closed = True
+                await self.fail(RuntimeError("the engine was closed"))
+                await self._llm.shutdown()
+                self._weights.mirror.close()
+
+    # One sample.
+
+    async def _serve(self, sample: LiveSample) -> None:
+        try:
+            outcome: Completion | BaseException = await self._decode(sample)
+        except Exception as error:  # it belongs to those who wait for the tokens
+            outcome = error
+        if isinstance(outcome, Completion) and outcome.finish_reason == "abort":
+            sample.partial = outcome
+        sample.outcomes.put_nowait(outcome)
+
+    async def _decode(self, sample: LiveSample) -> Completion:
+        while True:
+            await self._weights.open.wait()
+            self._check_serving()
+            sample.send_as(str(next(self._ids)))
+            if sample.unwanted:
+                return sample.completion(NOTHING, self.version)
+            llm = self._llm
+            try:
+                decoded = await self._send(sample)
+            except EngineLostError as error:
+                await self._lost(llm, error)
+                continue
+            if not sample.restart:
+                return sample.completion(decoded, self.version)
+
+    async def _send(self, sample: LiveSample) -> Decoded:
+        self.sent[sample.request_id] = sample
+        sampling = replace(sample.sampling, max_tokens=sample.wanted, seed=sample.seed)
+        work = self._llm.decode(sample.request_id, sample.token_ids, sampling, str(self._weights.salt))
+        sample.work = asyncio.ensure_future(work)
+        try:
+            return await sample.work
+        except asyncio.CancelledError:
+            me = asyncio.current_task()
+            if me is not None and me.cancelling():  # the consumer went away, not the engine
+                raise
+            return NOTHING
+        finally:
+            del self.sent[sample.request_id]
+
+    def count(self, request_id: str, tokens: int) -> None:
+        sample = self.sent.get(request_id)
+        if sample is not None:
+            if sample.tokens == 0:
+                sample.came = self._served_s
+            sample.tokens += tokens
+            self.tokens_decoded += tokens
+
+    async def _look(self) -> None:
+        """While there is something to decode: does it go on?"""
+        came, since = self.tokens_decoded, self._served_s
+        while self._tasks:
+            await asyncio.sleep(LOOK)
+            if self._weights.order.state == "serving":
+                self._served_s += LOOK
+            if self.tokens_decoded != came or not self.sent:
+                came, since = self.tokens_decoded, self._served_s
+            late = [s for s in self.sent.values() if s.tokens and self._served_s - s.came > self._allowed(s)]
+            if late:
+                why = f"a sample of {late[0].sampling.max_tokens} tokens took longer than {self._allowed(late[0]):g} s"
+                await self._lost(self._llm, EngineLostError(why))
+            elif self._served_s - since > self._deadline:
+                await self._lost(self._llm, EngineLostError(f"no token came within {self._deadline:g} s"))
+
+    def _allowed(self, sample: LiveSample) -> float:
+        return self._deadline + SLOWEST * sample.sampling.max_tokens
+
+    # Losses.
+
+    async def _lost(self, llm: RunningLLM | RunningServer, error: EngineLostError) -> None:
+        """Returns when `llm` has been replaced, or cannot be."""
+        if self._rescue is None or self._rescue.done():
+            self._rescue = asyncio.create_task(self._replace(llm, error))
+        await asyncio.shield(self._rescue)  # a consumer that goes away must not stop it half-way
+
+    async def _replace(self, llm: RunningLLM | RunningServer, error: EngineLostError) -> None:
+        async with self._turn:
+            if llm is self._llm and not self._closed and self._weights.corrupt is None:
+                with suppress(Exception):  # every stream has it by now
+                    await self._weights.settle(lost=error)
+
+    async def fail(self, error: Exception) -> None:
+        """Ends every stream with `error` and takes its requests back from vLLM."""
+        for task, sample in list(self._tasks.items()):
+            sample.outcomes.put_nowait(error)
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(list(self._tasks), timeout=self._deadline)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the engine was closed")
+
+    def _check_serving(self) -> None:
+        self._check_open()
+        why = self._weights.corrupt
+        if why is not None:
+            kind = DigestMismatchError if isinstance(why, DigestMismatchError) else RuntimeError
+            raise kind(f"the vLLM engine serves nothing: {why}")
+
+
+__all__ = ["VLLMEngine"]

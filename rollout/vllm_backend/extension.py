@@ -1,0 +1,151 @@
+"""What emberl adds to vLLM's worker processes (`worker_extension_cls`): loading weights from the mirror, with proof.
+
+vLLM makes this class a base of its own worker class, so its names must be none of the worker's. Its methods are called by
+`collective_rpc`: arguments and results are plain lists, dicts, strings and numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..embedded.model import TORCH_DTYPES
+from ..weights.patch import Bytes, TensorBytes, digest
+from .compat import (
+    OWNER,
+    check_communicator,
+    installed_version,
+    labels_tokens,
+    register_gloo,
+    repack_tied_head,
+    update_weights,
+)
+from .shared_memory import Entry, read_mirror, write_mirror
+
+
+class WeightExtension:
+    """Mixed into vLLM's worker; `self` is that worker."""
+
+    model_runner: Any
+    vllm_config: Any
+    device: torch.device
+    rank: int
+    weight_transfer_engine: Any
+    init_weight_transfer_engine: Callable[[dict[str, Any]], None]
+    start_weight_update: Callable[[], None]
+    finish_weight_update: Callable[[], None]
+
+    def emberl_describe(self) -> dict[str, Any]:
+        """What a server that already runs was started with."""
+        model, scheduler = self.vllm_config.model_config, self.vllm_config.scheduler_config
+        return {
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "logprobs_mode": str(model.logprobs_mode),
+            "vllm": installed_version(),
+            "labels_tokens": labels_tokens(),
+            "chunks_on_cpu": self.device.type == "cpu" and bool(scheduler.enable_chunked_prefill),
+        }
+
+    def emberl_load(self, path: str, entries: Sequence[Sequence[Any]]) -> dict[str, str]:
+        """Loads every tensor of the mirror at `path` and returns name -> digest of the bytes that were loaded.
+
+        entries: [name, dtype, shape, start, size] of each. RuntimeError if the model has a parameter that none of them
+        filled: it would go on serving old values.
+        """
+        with self._emberl_loading() as digests:
+            self.model_runner.reload_weights(weights_iterator=_as_torch(read_mirror(path, _entries(entries).items())))
+        return digests
+
+    def emberl_join(self, init_info: dict[str, Any]) -> None:
+        """Meets the learners, in the group of vLLM's weight-transfer engine."""
+        self.init_weight_transfer_engine(init_info)
+        check_communicator(self.weight_transfer_engine.model_update_group)
+
+    def emberl_receive(self, path: str, entries: Sequence[Sequence[Any]], update: dict[str, Any]) -> dict[str, str]:
+        """Loads every tensor that the learners send now, through vLLM's weight-transfer engine; the engine's first process
+        fills the mirror with them. Otherwise as `emberl_load`."""
+        listed = _entries(entries)
+
+        def keep(name: str, data: Bytes) -> None:
+            if self.rank == 0:
+                write_mirror(path, listed[name], data)
+
+        with self._emberl_loading(keep) as digests:
+            self.start_weight_update()
+            update_weights(self, update)
+            self.finish_weight_update()
+        return digests
+
+    @contextmanager
+    def _emberl_loading(self, keep: Callable[[str, Bytes], None] = lambda *_: None) -> Iterator[dict[str, str]]:
+        """Around a reload: the digests of what is loaded; `keep` has its bytes, too. RuntimeError if a parameter was left
+        out, of which vLLM only warns."""
+        model = self.model_runner.get_model()
+        held, filled = {name for name, _ in model.named_parameters()}, set[str]()
+        digests: dict[str, str] = {}
+        load = model.load_weights
+
+        def seen(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+                digests[name] = digest(data)
+                keep(name, data)
+                yield name, tensor
+
+        def load_seen(weights: Iterable[tuple[str, Tensor]]) -> Any:
+            names = load(seen(weights))
+            filled.update(held if names is None else names)  # None: this model's loader does not say
+            return names
+
+        model.load_weights = load_seen
+        try:
+            yield digests
+        finally:
+            del model.load_weights
+        repack_tied_head(model)
+        missing = sorted(held - filled)
+        if missing:
+            raise RuntimeError(f"the update has nothing for {len(missing)} parameters of the engine, e.g. {missing[0]}")
+
+
+def _entries(listed: Sequence[Sequence[Any]]) -> dict[str, Entry]:
+    return {str(name): Entry(dtype, tuple(shape), start, size) for name, dtype, shape, start, size in listed}
+
+
+def _as_torch(tensors: Iterable[tuple[str, TensorBytes]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        yield name, torch.from_numpy(tensor.data).view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
+
+
+def end_with(owner: int) -> None:
+    """Ends this process within a second of process `owner`'s end. vLLM's processes outlive one that was killed, and would
+    hold its device for good; when a worker ends, the rest of its engine follows."""
+
+    def wait() -> None:
+        while not _ended(owner):
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True, name="owner-watch").start()
+
+
+def _ended(process: int) -> bool:
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] == "Z"  # killed, and its parent has not asked yet
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+register_gloo()
+if OWNER in os.environ:  # vLLM imports this file in its workers, before they load a model
+    end_with(int(os.environ[OWNER]))
+
+__all__ = ["WeightExtension", "end_with"]

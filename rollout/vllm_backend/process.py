@@ -1,0 +1,225 @@
+"""vLLM at work: its processes behind a handful of calls, which say what happened when one of them ends or hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+from ..samples import Sampling
+from . import compat as vllm_compat
+from .compat import EngineSettings
+from .log_tail import LogTail
+from .requests import Decoded
+
+T = TypeVar("T")
+
+SHUTDOWN_S = 60.0
+"""Seconds for vLLM's processes to end; vLLM kills them itself after a few."""
+
+
+class EngineLostError(RuntimeError):
+    """vLLM's processes have ended, do not start, or do not answer; new ones may."""
+
+
+def start(settings: EngineSettings) -> RunningLLM:
+    """Starts vLLM's processes and returns once they hold the model; minutes for a large one.
+
+    ValueError for settings that vLLM does not take, EngineLostError with the last error line of its log if it does not start.
+    """
+    vllm_compat.check_installed()
+    vllm_compat.check_engine_args(settings.engine_args)
+    if settings.dtype not in vllm_compat.DTYPES:
+        raise ValueError(
+            f"model.dtype={settings.dtype}: vLLM decodes in {', '.join(vllm_compat.DTYPES)}; set rollout.engine=embedded"
+        )
+    variables, of_platform = vllm_compat.prepare(settings, os.environ)
+    os.environ.update(variables)
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    vllm_compat.check_signatures(AsyncLLM)
+    tail = LogTail()
+    try:
+        with tail.inherited():
+            args = AsyncEngineArgs(**vllm_compat.engine_arguments(settings, of_platform))
+            # rollouts are a batch, not a service: vLLM's defaults for its own offline use, e.g. tokens a step
+            llm = AsyncLLM.from_engine_args(args, usage_context=UsageContext.LLM_CLASS)
+    except (RuntimeError, TimeoutError) as error:  # vLLM says only "see root cause above", which went to its log
+        raise EngineLostError(f"vLLM did not start: {tail.cause()}") from error
+    return RunningLLM(llm, tail)
+
+
+class RunningLLM:
+    """vLLM at work. Every method must be called on one event loop."""
+
+    def __init__(self, llm: Any, tail: LogTail) -> None:
+        self._llm, self._tail = llm, tail
+        self.vocab_size: int = llm.model_config.get_vocab_size()
+        self._count: Callable[[str, int], None] = lambda _request_id, _tokens: None
+        self._waiting = False
+        self._ended = asyncio.Event()
+        self._down = False
+        self._watch()
+
+    def on_tokens(self, count: Callable[[str, int], None]) -> None:
+        """From now on `count(request id, new tokens)` is called for whatever the engine's process sends, in its order."""
+        self._count = count
+
+    async def decode(self, request_id: str, token_ids: list[int], sampling: Sampling, salt: str) -> Decoded:
+        """One sample to its end; "abort" as its finish reason, and what was decoded, if it was aborted.
+
+        request_id: without a hyphen. salt: prompts share cached blocks only with prompts of the same salt.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=list(sampling.stop_token_ids),
+            ignore_eos=True,  # what ends a completion is said by stop_token_ids alone
+            seed=sampling.seed,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        sample = (await self._final(request_id, token_ids, parameters, salt)).outputs[0]
+        return Decoded(list(sample.token_ids), list(sample.logprobs.logprobs), str(sample.finish_reason))
+
+    async def prompt_logprobs(self, request_id: str, token_ids: list[int], salt: str) -> list[float]:
+        """log-prob of every token but the first, given those before it, by the model without a temperature."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            max_tokens=1,
+            prompt_logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        return list((await self._final(request_id, token_ids, parameters, salt)).prompt_logprobs.logprobs)
+
+    async def abort(self, request_ids: Collection[str]) -> None:
+        """Those that vLLM knows end with the tokens that have arrived; others are passed over."""
+        with suppress(EngineLostError), self._alive():
+            await self._llm.abort(list(request_ids))
+
+    async def pause(self) -> None:
+        """Returns once no step runs, all requests are kept, and every token of earlier steps has been counted."""
+        with self._alive():
+            await self._llm.pause_generation(mode="keep", clear_cache=False)
+        # The answer came after those tokens through the same socket, so they lie at most one queue away. vLLM starts the
+        # handler that empties it with the first request.
+        while self._llm.output_handler is not None and not self._waiting:
+            await asyncio.sleep(0)
+
+    async def resume(self) -> None:
+        with self._alive():
+            await self._llm.resume_generation()
+
+    async def sleep(self, level: int) -> None:
+        """Paused and without requests: the device's memory is free. On a CPU vLLM stays as it is."""
+        with self._alive():
+            await self._llm.sleep(level)
+
+    async def wake(self, what: str) -> None:
+        """`weights` or `kv_cache`, which comes back empty. vLLM would go on by itself once it has both."""
+        with self._alive():
+            await self._llm.wake_up([what])
+            await self._llm.pause_generation(mode="keep", clear_cache=False)
+
+    async def label(self, version: int) -> None:
+        """Nothing to do: the tokens before a pause were counted."""
+
+    async def clear_prefix_cache(self) -> bool:
+        """False, and nothing done, while requests hold blocks of it."""
+        with self._alive():
+            return bool(await self._llm.reset_prefix_cache())
+
+    async def call_workers(self, method: str, *arguments: Any) -> list[Any]:
+        """One result of each worker process."""
+        with self._alive():
+            return list(await self._llm.collective_rpc(method, args=arguments))
+
+    async def within(self, what: str, work: Awaitable[T], deadline: float) -> T:
+        """The result of `work`; TimeoutError after `deadline` seconds, EngineLostError as soon as vLLM's processes end."""
+        working, ended = asyncio.ensure_future(work), asyncio.ensure_future(self._ended.wait())
+        try:
+            await asyncio.wait((working, ended), timeout=deadline, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            if ended.done():
+                raise self._end()
+            raise TimeoutError(f"vLLM engine: {what!r} took longer than {deadline:g} s")
+        finally:
+            working.cancel()
+            ended.cancel()
+
+    def last_lines(self) -> list[str]:
+        """Of the engine's log."""
+        return self._tail.lines()
+
+    async def shutdown(self) -> None:
+        """Ends vLLM's processes, by force if they do not end by themselves; seconds. Idempotent."""
+        if not self._down:
+            self._down = True
+            if self._llm.output_handler is not None:
+                self._llm.output_handler.cancel()  # it would report the end of the processes as a failure
+            await asyncio.wait_for(asyncio.to_thread(self._llm.shutdown), SHUTDOWN_S)
+            self._tail.close()
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Says of a dead engine why it died."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            yield
+        except EngineDeadError:
+            raise self._end() from None
+
+    def _end(self) -> EngineLostError:
+        return EngineLostError(f"vLLM's engine process has ended: {self._tail.cause()}")
+
+    async def _final(self, request_id: str, token_ids: list[int], parameters: Any, salt: str) -> Any:
+        # a rendered prompt: vLLM has nothing left to tokenise
+        prompt = {"type": "token", "prompt_token_ids": token_ids, "cache_salt": salt}
+        final = None
+        with self._alive():
+            async for output in self._llm.generate(prompt, parameters, request_id):
+                final = output
+        assert final is not None and final.finished, f"vLLM ended request {request_id} without its result"
+        return final
+
+    def _watch(self) -> None:
+        """Looks at what the engine's process sends before vLLM's own handler takes it; the handler asks for more only when
+        it has dealt with all that came before."""
+        core = self._llm.engine_core
+        receive = core.get_output_async
+
+        async def receive_and_count() -> Any:
+            self._waiting = True
+            try:
+                outputs = await receive()
+            except Exception:  # whatever it is, vLLM gives up now
+                self._ended.set()
+                raise
+            self._waiting = False
+            for output in outputs.outputs:
+                if output.new_token_ids:
+                    # vLLM's own id is ours, a hyphen and random letters
+                    self._count(output.request_id.partition("-")[0], len(output.new_token_ids))
+            return outputs
+
+        core.get_output_async = receive_and_count
+
+
+__all__ = ["EngineLostError", "RunningLLM", "start"]

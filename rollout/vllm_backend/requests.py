@@ -1,0 +1,140 @@
+"""One sample on its way through an engine that runs in other processes: what is known of it here."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from ..embedded.sampling import stream_key
+from ..engine import Request
+from ..samples import Completion, FinishReason, Prompt, Sampling, Span, merge_spans
+
+REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+
+
+class Decoded(NamedTuple):
+    """What an engine's processes returned for one request."""
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+    finish_reason: str
+    spans: tuple[Span, ...] | None = None
+    """The versions of the tokens, where those processes keep them."""
+
+
+NOTHING = Decoded((), (), "abort")
+
+
+@dataclass(kw_only=True, eq=False)
+class LiveSample:
+    """One sample. It may be sent more than once: anew when its engine was lost, or had no token of it at an update."""
+
+    prompt: Prompt
+    number: int
+    """Its index within the group."""
+    sampling: Sampling
+    outcomes: asyncio.Queue[Completion | BaseException]
+    """Where its completion, or the error that ended it, goes."""
+    begun: Completion | None = None
+    """What it had already when it was asked for; it goes on from there."""
+    request_id: str = ""
+    tokens: int = 0
+    """Decoded so far beyond `begun`, as far as this process has heard."""
+    came: float = 0.0
+    """When the first of them came, in seconds that the engine has served."""
+    spans: list[Span] = field(default_factory=list)
+    """Of the tokens of versions that are no longer served."""
+    started: float = field(default_factory=time.time)
+    work: asyncio.Future[Decoded] | None = None
+    restart: bool = False
+    """What comes of the present request does not count: it is sent anew."""
+    unwanted: bool = False
+    """Somebody aborted it."""
+    partial: Completion | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """What an engine reads before it decodes: the prompt, and what was decoded before."""
+        return [*self.prompt.token_ids, *(() if self.begun is None else self.begun.token_ids.tolist())]
+
+    @property
+    def wanted(self) -> int:
+        """Tokens that may still come."""
+        return self.sampling.max_tokens - (0 if self.begun is None else len(self.begun))
+
+    @property
+    def seed(self) -> int:
+        """63 bits, which is what torch takes; what goes on must not draw again what its beginning drew."""
+        key = stream_key(self.sampling.seed, self.prompt.id, self.number)
+        if self.begun is not None and len(self.begun):
+            key = stream_key(key, self.prompt.id, len(self.begun))
+        return key >> 1
+
+    def send_as(self, request_id: str) -> None:
+        """It starts from what it was asked for with, under this id."""
+        self.request_id, self.tokens, self.spans, self.restart = request_id, 0, [], False
+
+    def take_back(self) -> None:
+        """Its present request is lost; it is to be sent anew."""
+        self.restart = True
+        if self.work is not None:
+            self.work.cancel()
+
+    def close_span(self, version: int) -> None:
+        """The tokens that no span covers yet are of `version`."""
+        if self.tokens > self._covered:
+            self.spans.append(Span(version, self._covered, self.tokens))
+
+    def completion(self, decoded: Decoded, version: int) -> Completion:
+        """`version` is of the tokens that no span covers."""
+        reason = REASONS.get(decoded.finish_reason)
+        if reason is None:
+            raise RuntimeError(f"a sample of prompt {self.prompt.id} ended with {decoded.finish_reason!r}")
+        count, start = len(decoded.token_ids), self._covered
+        assert start <= count <= self.tokens, (
+            f"{count} tokens came, {self.tokens} were counted, {start} before an update"
+        )
+        token_ids, logprobs = np.array(decoded.token_ids, np.int32), np.array(decoded.logprobs, np.float32)
+        spans = [*self.spans, Span(version, start, count)] if decoded.spans is None else [*decoded.spans]
+        started, before = self.started, self.begun
+        if before is not None:
+            had = len(before)
+            token_ids, logprobs = np.append(before.token_ids, token_ids), np.append(before.logprobs, logprobs)
+            spans = [*before.spans, *(Span(v, first + had, stop + had) for v, first, stop in spans)]
+            started = before.started
+        return Completion(
+            prompt_id=self.prompt.id,
+            sample=self.number,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            spans=merge_spans([span for span in spans if span.stop > span.start]),
+            finish_reason=reason,
+            started=started,
+            finished=time.time(),
+        )
+
+    @property
+    def _covered(self) -> int:
+        return self.spans[-1].stop if self.spans else 0
+
+
+def samples_of(
+    requests: Sequence[Request],
+    begun: Mapping[str, Sequence[Completion]],
+    outcomes: asyncio.Queue[Completion | BaseException],
+) -> Iterator[LiveSample]:
+    """Every sample of these requests; of a prompt in `begun` only those that it has, each from where it stands."""
+    for prompt, n, sampling in requests:
+        parts: Sequence[Completion | None] = begun.get(prompt.id) or [None] * n
+        for index, part in enumerate(parts):
+            assert part is None or (part.prompt_id == prompt.id and len(part) < sampling.max_tokens)
+            number = index if part is None else part.sample
+            yield LiveSample(prompt=prompt, number=number, sampling=sampling, outcomes=outcomes, begun=part)
+
+
+__all__ = ["NOTHING", "Decoded", "LiveSample", "samples_of"]

@@ -1,0 +1,256 @@
+"""The weights that a vLLM engine serves, and the processes that hold them: updates, restarts, and the proof of both.
+
+Everything here happens in one turn after the other (`VLLMEngine` holds the lock), in the order of `update_order`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from ..weights.broadcast import Ticket
+from ..weights.patch import DigestMismatchError, TensorBytes, VersionError, WeightPatch, verify
+from . import compat as vllm_compat
+from .process import EngineLostError, RunningLLM, start
+from .requests import LiveSample
+from .server import RunningServer, connect
+from .shared_memory import Mirror, checkpoint_bytes
+from .transfer import Transfer
+from .update_order import UpdateOrder
+
+T = TypeVar("T")
+
+
+class Requests(Protocol):
+    """What is being decoded, as far as its weights' changes concern it."""
+
+    sent: dict[str, LiveSample]
+    """By request id, those that vLLM has."""
+
+    def count(self, request_id: str, tokens: int) -> None:
+        """So many more tokens have come."""
+        ...
+
+    async def fail(self, error: Exception) -> None:
+        """Ends every stream."""
+        ...
+
+
+class ServedWeights:
+    """One engine's. To be used on one event loop."""
+
+    def __init__(
+        self,
+        settings: vllm_compat.EngineSettings,
+        requests: Requests,
+        *,
+        run_id: str,
+        version: int,
+        deadline_s: float,
+        max_restarts: int,
+        server: str,
+        servers_directory: str | None,
+    ) -> None:
+        """As of `VLLMEngine`."""
+        self._settings, self._requests = settings, requests
+        self._deadline, self._max_restarts, self.restarts = deadline_s, max_restarts, 0
+        self.run_id, self.version = run_id, version
+        self._server = server
+        self.joined: Ticket | None = None
+        """The group in which the learners and these processes are."""
+        self._start()
+        self.mirror = Mirror(vllm_compat.DTYPES[settings.dtype], servers_directory)
+        if version >= 0:
+            self.mirror.write(checkpoint_bytes(Path(settings.model), settings.dtype))
+        self._proved: WeightPatch | None = None  # of the version served, without its tensors; None: those of `model`
+        self.open = asyncio.Event()
+        """Whether samples are sent to vLLM."""
+        self.open.set()
+        self.held = False
+        """Somebody asked for a pause."""
+        self.corrupt: Exception | None = None
+        """Why nothing is served."""
+        self.salt = 0
+        """Prompts are looked up in vLLM's cache under it."""
+
+    async def apply(self, patch: WeightPatch) -> None:
+        if await asyncio.to_thread(self._is_new, patch):
+            target = replace(patch, tensors={}, transfer=None)
+            await self.bring(target, patch.tensors, transfer=patch.transfer)
+            self.run_id, self.version, self._proved = patch.run_id, patch.version, target
+
+    async def settle(self, *, stale: bool = False, lost: Exception | None = None) -> None:
+        """Brings the engine to what is served already: `bring`."""
+        await self.bring(self._proved, {}, stale=stale, lost=lost)
+
+    async def sleep(self, level: int) -> None:
+        """Nothing may be under way."""
+        if self.order.state == "serving":
+            await self._pause()
+        with self.order.step("sleep"):
+            await self._within("sleep", self.llm.sleep(level))
+
+    @property
+    def can_wake(self) -> bool:
+        return self.order.state == "asleep" and self._proved is not None
+
+    async def bring(
+        self,
+        target: WeightPatch | None,
+        tensors: Mapping[str, TensorBytes],
+        *,
+        transfer: Transfer | None = None,
+        stale: bool = False,
+        lost: Exception | None = None,
+    ) -> None:
+        """Until the engine holds what `target` says after writing `tensors`, and is paused exactly if somebody asked for it;
+        through as many restarts as are allowed. What fails for good ends every stream. transfer: the tensors are received
+        by vLLM's own processes; should that fail, they are had another way. stale: it has to be loaded in any case. lost:
+        the engine has to be replaced."""
+        self.open.clear()
+        stale, differed = stale or target is not self._proved, False
+        try:
+            while True:
+                try:
+                    if lost is not None:
+                        await self._restart(lost)
+                        stale, lost = target is not None, None
+                    if stale and target is not None:
+                        await self._exchange(target, tensors, transfer)
+                        self.corrupt, stale = None, False
+                    if self.held and self.order.state == "serving":
+                        await self._pause()
+                    if not self.held and self.order.state == "paused":
+                        await self._resume()
+                    return
+                except (EngineLostError, TimeoutError) as error:
+                    lost = error
+                except DigestMismatchError:
+                    if differed:
+                        raise
+                    differed = True
+                if transfer is not None:
+                    tensors, transfer = await asyncio.to_thread(transfer.instead), None
+        except BaseException as error:
+            failure = error if isinstance(error, Exception) else RuntimeError("a weight update was interrupted")
+            self.corrupt = self.corrupt or failure
+            await self._requests.fail(failure)
+            raise
+        finally:
+            self.open.set()
+
+    def _is_new(self, patch: WeightPatch) -> bool:
+        """Whether it has to be applied. All that can be wrong with it is found here, before anything changes."""
+        if self.run_id and patch.run_id != self.run_id:
+            raise VersionError(f"a patch of run {patch.run_id}, but this engine serves run {self.run_id}")
+        if patch.version < self.version:
+            raise VersionError(f"version goes backwards: {patch.version} after {self.version}")
+        if patch.version == self.version and self.corrupt is None:
+            verify(self.mirror.digests(), patch)
+            return False
+        if patch.base_version not in (None, self.version):
+            raise VersionError(
+                f"patch {patch.version} builds on {patch.base_version}, the engine serves {self.version}"
+            )
+        if patch.transfer is None:
+            self.mirror.check(patch)
+        else:
+            self.mirror.expect(patch.transfer.place.tensors)
+        return True
+
+    async def _exchange(
+        self, target: WeightPatch, tensors: Mapping[str, TensorBytes], transfer: Transfer | None
+    ) -> None:
+        slept = self.order.state == "asleep"
+        if slept:
+            with self.order.step("wake"):
+                await self._within("wake", self.llm.wake("weights"))
+        elif self.order.state != "paused":
+            await self._pause()
+        with self.order.step("load"):
+            if transfer is None:
+                await asyncio.to_thread(self.mirror.write, tensors)
+                served = await self._within("load", self._call_workers("emberl_load"))
+            else:
+                served = await self._receive(transfer)
+        with self.order.step("clear"):
+            if slept:  # the cache's memory is asked for only when what loading needed is free again
+                await self._within("wake", self.llm.wake("kv_cache"))
+            await self._clear()
+        with self.order.step("prove"):
+            for digests in served:
+                verify(digests, target)
+            await self._within("label", self.llm.label(target.version))
+
+    async def _receive(self, transfer: Transfer) -> list[dict[str, str]]:
+        """The digests of what each process received; EngineLostError if it did not go well: then layers are half loaded."""
+        place = transfer.place
+        try:
+            if self.joined != place.ticket:
+                t = place.ticket
+                size = 1 + t.workers * t.ranks
+                joining = vllm_compat.transfer_init(t.backend, t.host, t.engine_port, transfer.rank, size)
+                await self._within("join", self.llm.call_workers("emberl_join", joining))
+                self.joined = place.ticket
+            await asyncio.to_thread(self.mirror.lay_out, place.tensors)
+            update = vllm_compat.transfer_update(place.ticket.backend, place.described)
+            return await self._within("receive", self._call_workers("emberl_receive", update))
+        except Exception as error:
+            raise EngineLostError(f"the weight transfer into vLLM's processes failed: {error}") from error
+
+    def _call_workers(self, method: str, *arguments: Any) -> Awaitable[list[dict[str, str]]]:
+        entries = [[name, *entry] for name, entry in self.mirror.entries.items()]
+        return self.llm.call_workers(method, self.mirror.path, entries, *arguments)
+
+    async def _clear(self) -> None:
+        """No prompt may be continued from what the old weights cached. vLLM empties its cache only while no request holds a
+        block of it, so later prompts get another salt, and those on their way that have no token yet are sent anew."""
+        sent = self._requests.sent
+        for sample in sent.values():
+            sample.close_span(self.version)
+            sample.restart = sample.tokens == 0
+        self.salt += 1
+        await self.llm.abort([i for i, sample in sent.items() if sample.restart])
+        if not self._server and all(sample.restart for sample in sent.values()):
+            cleared = await self._within("clear", self.llm.clear_prefix_cache())
+            assert cleared, "vLLM kept its prefix cache though no request is in flight"
+
+    async def _pause(self) -> None:
+        with self.order.step("pause"):
+            await self._within("pause", self.llm.pause())
+
+    async def _resume(self) -> None:
+        with self.order.step("resume"):
+            await self._within("resume", self.llm.resume())
+
+    async def _within(self, what: str, work: Awaitable[T]) -> T:
+        return await self.llm.within(what, work, self._deadline)
+
+    def _start(self) -> None:
+        if self._server:
+            self.llm: RunningLLM | RunningServer = connect(self._server, self._settings, self.version, self._deadline)
+        else:
+            self.llm = start(self._settings)
+        self.llm.on_tokens(self._requests.count)
+        self.order = UpdateOrder()
+        self.joined = None
+
+    async def _restart(self, error: Exception) -> None:
+        """New processes, which hold what `model` holds; RuntimeError with the old ones' last words if none are allowed."""
+        for sample in list(self._requests.sent.values()):
+            sample.take_back()
+        last = " | ".join(self.llm.last_lines())
+        await self.llm.shutdown()
+        self.restarts += 1
+        if self.restarts > self._max_restarts:
+            raise RuntimeError(
+                f"vLLM was lost {self.restarts} times, more than rollout.max_restarts={self._max_restarts}: {error}; "
+                f"its last lines: {last}"
+            )
+        await asyncio.to_thread(self._start)
+
+
+__all__ = ["Requests", "ServedWeights"]

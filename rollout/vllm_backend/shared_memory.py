@@ -1,0 +1,156 @@
+"""The mirror: every tensor that an engine serves, as canonical bytes in one piece of memory that its processes share.
+
+An engine that packs or shards what it loads cannot be asked for its bytes again. So the bytes it is to serve are kept
+here under their Hugging Face names; a patch is applied here, proved here, and each of the engine's processes loads from
+here and answers with the digest of what it read. The memory has no name in a file system (but for engines on other
+machines): nothing is left behind, however a process ends, and a small /dev/shm does not limit it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..embedded.model import DTYPE_NAMES, TORCH_DTYPES, checkpoint_tensors
+from ..weights.patch import Bytes, TensorBytes, WeightPatch, digest, verify
+
+ALIGNMENT = 64
+"""Bytes; a tensor starts where any processor may load it from."""
+ITEM_BYTES = {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()}
+
+
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+"""name -> dtype (as safetensors spells it) and shape."""
+
+
+class Entry(NamedTuple):
+    """Where one tensor lies in the shared memory."""
+
+    dtype: str
+    """As safetensors spells it."""
+    shape: tuple[int, ...]
+    start: int
+    size: int
+    """Bytes."""
+
+
+class Mirror:
+    """Holds nothing until the first write, which must be of every tensor and fixes the names and shapes of all later ones."""
+
+    def __init__(self, dtype: str, directory: str | None = None) -> None:
+        """dtype: the only one that the engine serves, as safetensors spells it. directory: where the engine's processes see
+        the mirror as a file; None: they run on this machine, under the same user."""
+        self.dtype = dtype
+        self._file: str | None = None
+        if directory is None:
+            self._descriptor = os.memfd_create("emberl-mirror", os.MFD_CLOEXEC)
+        else:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            self._descriptor, self._file = tempfile.mkstemp(prefix="emberl-mirror-", dir=directory)
+        self._memory: mmap.mmap | None = None
+        self.entries: dict[str, Entry] = {}
+
+    @property
+    def path(self) -> str:
+        """Where another process of this user on this machine opens it."""
+        return self._file or f"/proc/{os.getpid()}/fd/{self._descriptor}"
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry.size for entry in self.entries.values())
+
+    def check(self, patch: WeightPatch) -> None:
+        """Finds all that can be wrong with a patch before a byte changes: ValueError for a tensor that is not of this
+        model or has another dtype or shape, DigestMismatchError where applying it would not give the patch's digests."""
+        self.expect({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in patch.tensors.items()})
+        for name, tensor in patch.tensors.items():
+            size = math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+            if tensor.data.nbytes != size:
+                raise ValueError(f"{name}: {tensor.dtype} {tensor.shape} is {size} bytes, got {tensor.data.nbytes}")
+        arrived = {name: digest(tensor.data) for name, tensor in patch.tensors.items()}
+        kept = {name: digest(self._bytes(entry)) for name, entry in self.entries.items() if name not in arrived}
+        verify(arrived | kept, patch)
+
+    def expect(self, tensors: Layout) -> None:
+        """ValueError for a tensor that is not of this model."""
+        for name, (dtype, shape) in tensors.items():
+            if self.entries and name not in self.entries:
+                raise ValueError(f"{name} is not a tensor of this model")
+            wanted = self.entries[name].shape if self.entries else shape
+            if (dtype, shape) != (self.dtype, wanted):
+                raise ValueError(f"{name}: got {dtype} {shape}, the engine serves {self.dtype} {wanted}")
+
+    def write(self, tensors: Mapping[str, TensorBytes]) -> None:
+        """Overwrites these tensors. The engine's processes must not be reading."""
+        self.lay_out({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+        for name, tensor in tensors.items():
+            self._bytes(self.entries[name])[:] = tensor.data.reshape(-1)
+
+    def lay_out(self, tensors: Layout) -> None:
+        """Makes room for these tensors; nothing to do once there is."""
+        if self.entries or not tensors:
+            return
+        position = 0
+        for name, (dtype, shape) in tensors.items():
+            size = math.prod(shape) * ITEM_BYTES[dtype]
+            self.entries[name] = Entry(dtype, shape, position, size)
+            position += -(-size // ALIGNMENT) * ALIGNMENT
+        os.ftruncate(self._descriptor, position)
+        self._memory = mmap.mmap(self._descriptor, position)
+
+    def digests(self) -> dict[str, str]:
+        """name -> xxh3-128 of the bytes that lie here now."""
+        return {name: digest(self._bytes(entry)) for name, entry in self.entries.items()}
+
+    def close(self) -> None:
+        """Gives the memory back once no other process has it mapped. Idempotent."""
+        if self._descriptor >= 0:
+            self._memory, self.entries = None, {}  # the map is freed with the last view of it
+            os.close(self._descriptor)
+            self._descriptor = -1
+            if self._file is not None:
+                os.unlink(self._file)
+
+    def _bytes(self, entry: Entry) -> Bytes:
+        assert self._memory is not None, "the mirror holds nothing yet"
+        return np.frombuffer(self._memory, np.uint8, entry.size, entry.start)
+
+
+def read_mirror(path: str, entries: Iterable[tuple[str, Entry]]) -> Iterator[tuple[str, TensorBytes]]:
+    """The tensors of another process's mirror one by one, each a copy: what is made of it shares nothing with the mirror."""
+    with open(path, "rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    for name, entry in entries:
+        data = np.frombuffer(memory, np.uint8, entry.size, entry.start).copy()
+        yield name, TensorBytes(dtype=entry.dtype, shape=tuple(entry.shape), data=data)
+
+
+def write_mirror(path: str, entry: Entry, data: Bytes) -> None:
+    """Fills one tensor of another process's mirror."""
+    with open(path, "r+b") as file:
+        file.seek(entry.start)
+        file.write(data.data)
+
+
+def checkpoint_bytes(path: Path, dtype: str) -> dict[str, TensorBytes]:
+    """The tensors of a Hugging Face directory in the bytes that an engine of `dtype` makes of them; a tied head once."""
+    tied = json.loads((path / "config.json").read_text()).get("tie_word_embeddings", False)
+    kind: torch.dtype = getattr(torch, dtype)
+    tensors = {}
+    for name, tensor in checkpoint_tensors(path):
+        if name != "lm_head.weight" or not tied:
+            data = tensor.to(kind).contiguous().view(-1).view(torch.uint8).numpy()
+            tensors[name] = TensorBytes(dtype=DTYPE_NAMES[kind], shape=tuple(tensor.shape), data=data)
+    return tensors
+
+
+__all__ = ["Entry", "Layout", "Mirror", "checkpoint_bytes", "read_mirror", "write_mirror"]

@@ -1,0 +1,1 @@
+"""Weight patches: their format, how they are made, carried and applied."""

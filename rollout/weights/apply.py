@@ -1,0 +1,170 @@
+"""Makes weights of patches, in two steps: one that may take its time while the old weights serve, one that takes none.
+
+    prepared = prepare(patch, held, threads=4)     # verifies and materialises beside; `held` is not touched
+    held = commit(held, prepared)                  # swaps
+    await engine.apply(prepared.patch)             # or an engine: it takes the same tensors, whole
+
+Both are idempotent: a patch that was applied, or one that comes late, changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .codec import check_chunk, decode_chunk, spread
+from .patch import (
+    Bytes,
+    Chunk,
+    CorruptPatchError,
+    TensorBytes,
+    TensorDelta,
+    VersionError,
+    VersionGap,
+    WeightPatch,
+    Weights,
+    digest,
+    element_bytes,
+    verify,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Prepared:
+    """What `prepare` verified, ready for `commit`."""
+
+    patch: WeightPatch
+    """The same patch with every tensor that it changes whole. If there is nothing to do it has none, and leads from the
+    version that is held to itself."""
+
+
+def prepare(patch: WeightPatch, held: Weights | None, *, threads: int = 1) -> Prepared:
+    """Verifies a patch against what is held (None: nothing yet) and makes the tensors that it changes, beside the old ones.
+
+    VersionError: a patch of another run. VersionGap: its base is not what is held; the nearest anchor must come first.
+    CorruptPatchError: its bytes are not those that were sent, found before any is used. DigestMismatchError: what comes
+    out is not what the learners hold, or what is held under the same version is not. Each names the tensor, and nothing
+    has changed.
+    """
+    if held is not None:
+        if patch.run_id != held.run_id:
+            raise VersionError(f"a patch of run {patch.run_id}, but these weights are of run {held.run_id}")
+        if patch.version == held.version:
+            verify(held.digests, patch)
+        if patch.version <= held.version:
+            return _nothing(held)
+    base = None if patch.base_version is None else _check_base(patch, held)
+    tensors = dict(patch.tensors) | {name: _blank(name, delta) for name, delta in patch.deltas.items()}
+    if base is not None:
+        for name, tensor in tensors.items():
+            _check_shape(name, tensor, base.tensors.get(name))
+    jobs = [job for name, delta in patch.deltas.items() for job in _jobs(name, delta, base, tensors[name].data)]
+    spread(_check, jobs, threads)
+    spread(_decode, jobs, threads)
+    names = list(tensors)
+    found = spread(lambda name: digest(tensors[name].data.reshape(-1)), names, threads)
+    kept = {} if base is None else base.digests
+    verify({**kept, **dict(zip(names, found, strict=True))}, patch)
+    return Prepared(patch=replace(patch, tensors=tensors, deltas={}))
+
+
+def commit(held: Weights | None, prepared: Prepared) -> Weights:
+    """The weights of the prepared version; `held` itself if it is of that version or a later one.
+
+    VersionGap: `held` is no longer what the patch was prepared against.
+    """
+    patch = prepared.patch
+    if held is not None and patch.run_id != held.run_id:
+        raise VersionError(f"a patch of run {patch.run_id}, but these weights are of run {held.run_id}")
+    if held is not None and patch.version <= held.version:
+        return held
+    tensors = patch.tensors
+    if patch.base_version is not None:
+        tensors = {**_check_base(patch, held).tensors, **tensors}
+    return Weights(run_id=patch.run_id, version=patch.version, tensors=tensors, digests=patch.digests)
+
+
+def _nothing(held: Weights) -> Prepared:
+    return Prepared(
+        patch=WeightPatch(
+            run_id=held.run_id,
+            version=held.version,
+            base_version=held.version,
+            base_root=held.root,
+            tensors={},
+            digests=held.digests,
+        )
+    )
+
+
+def _check_base(patch: WeightPatch, held: Weights | None) -> Weights:
+    """What is held, if the patch builds on it."""
+    if held is None or held.version != patch.base_version:
+        here = "nothing" if held is None else f"version {held.version}"
+        raise VersionGap(f"patch {patch.version} builds on version {patch.base_version}, but {here} is held")
+    if patch.base_root is not None and patch.base_root != held.root:
+        raise VersionGap(f"patch {patch.version} builds on another version {held.version} than the one that is held")
+    return held
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Job:
+    """A chunk to decode."""
+
+    name: str
+    number: int
+    chunk: Chunk
+    width: int
+    old: Bytes | None
+    out: Bytes
+
+
+def _jobs(name: str, delta: TensorDelta, base: Weights | None, out: Bytes) -> Iterator[_Job]:
+    width = element_bytes(name, delta.dtype)
+    old = None if base is None else base.tensors[name].data.reshape(-1)
+    start = 0
+    for number, chunk in enumerate(delta.chunks):
+        part = slice(start, start + chunk.count * width)
+        before = None if old is None else old[part]
+        yield _Job(name=name, number=number, chunk=chunk, width=width, old=before, out=out[part])
+        start = part.stop
+
+
+def _check(job: _Job) -> None:
+    with _named(job):
+        check_chunk(job.chunk)
+
+
+def _decode(job: _Job) -> None:
+    with _named(job):
+        decode_chunk(job.chunk, job.old, job.out, job.width)
+
+
+@contextmanager
+def _named(job: _Job) -> Iterator[None]:
+    try:
+        yield
+    except CorruptPatchError as error:
+        raise CorruptPatchError(f"tensor {job.name}, chunk {job.number}: {error}") from error
+
+
+def _blank(name: str, delta: TensorDelta) -> TensorBytes:
+    count, size = sum(chunk.count for chunk in delta.chunks), math.prod(delta.shape)
+    if count != size:
+        raise CorruptPatchError(f"tensor {name}: chunks of {count} elements for {size}")
+    data = np.empty(size * element_bytes(name, delta.dtype), np.uint8)
+    return TensorBytes(dtype=delta.dtype, shape=delta.shape, data=data)
+
+
+def _check_shape(name: str, new: TensorBytes, old: TensorBytes | None) -> None:
+    after = f"{new.dtype} {tuple(new.shape)}"
+    before = "nothing" if old is None else f"{old.dtype} {tuple(old.shape)}"
+    if before != after:
+        raise ValueError(f"{name}: the patch makes {after} of what is {before} here; only an anchor can do that")
+
+
+__all__ = ["Prepared", "commit", "prepare"]

@@ -1,0 +1,187 @@
+"""The noun `WeightPatch`: how the weights of one version become those of the next, with proof.
+
+Canonical space is Hugging Face's: its parameter names and shapes, in the exact bytes that an engine serves. Every patch
+carries the digest of each tensor *after* applying it, so an engine can prove that what it serves is what the learners
+hold. An **anchor** carries every tensor and needs nothing before it; any other patch changes the weights of its base
+version. Tensors come whole (`tensors`) or as what changed in them (`deltas`).
+
+`patch_codec` codes deltas, `patch_encode` makes patches of weights, `patch_apply` makes weights of patches, and
+`patch_format` is a patch as bytes. Engines take whole tensors only: `patch_apply.prepare` makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from ..vllm_backend.transfer import Transfer
+
+Bytes = NDArray[np.uint8]
+
+
+class DigestMismatchError(RuntimeError):
+    """An engine holds bytes that are not those of the version it was told to serve."""
+
+
+class VersionError(RuntimeError):
+    """A patch of another run, or one that does not fit the version the engine serves."""
+
+
+class VersionGap(VersionError):
+    """A patch whose base is not what is held here: an anchor, or the patches between, must come first."""
+
+
+class CorruptPatchError(RuntimeError):
+    """A patch that is not what was sent: cut short, or with bits that differ."""
+
+
+ELEMENT_BYTES = {
+    "BF16": 2,
+    "F16": 2,
+    "F32": 4,
+    "F64": 8,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "U16": 2,
+    "I16": 2,
+    "U32": 4,
+    "I32": 4,
+    "U64": 8,
+    "I64": 8,
+}
+"""Bytes of an element of safetensors' dtypes. Patches read them all as unsigned integers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TensorBytes:
+    """One tensor in canonical space: `data` is its C-order little-endian bytes."""
+
+    dtype: str
+    """As safetensors spells it: `BF16`, `F32`, `F16`, `F64`."""
+    shape: tuple[int, ...]
+    data: Bytes
+
+
+class Mode(IntEnum):
+    """How a chunk says what its elements become."""
+
+    SKIP = 0
+    """Nothing changed."""
+    SPARSE = 1
+    """Where changes are, and by how much."""
+    DENSE = 2
+    """Every element's difference, compressed."""
+    RAW = 3
+    """The new bytes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Chunk:
+    """The change of `count` consecutive elements of a tensor."""
+
+    mode: Mode
+    count: int
+    payload: Bytes
+    crc: int
+    """CRC-32 of the payload."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TensorDelta:
+    """The change of one tensor: chunks that follow one another from its first element to its last."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(chunk.payload.nbytes for chunk in self.chunks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class WeightPatch:
+    """Takes an engine to `version`; an anchor (`base_version` None) does so whatever the engine served before."""
+
+    run_id: str
+    version: int
+    tensors: Mapping[str, TensorBytes]
+    """Tensors that come whole."""
+    digests: Mapping[str, str]
+    """name -> xxh3-128 of the tensor's bytes after applying, for *every* tensor that the engine serves."""
+    base_version: int | None = None
+    base_root: str | None = None
+    """The root digest of the weights it changes: versions of one number may differ where a learner was restarted."""
+    deltas: Mapping[str, TensorDelta] = field(default_factory=dict)
+    """Tensors that come as changes of the base (of zeros, in an anchor). What comes in neither way stays as it is."""
+    transfer: Transfer | None = None
+    """All tensors come from the learners into an engine's own processes, and none here."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.data.nbytes for tensor in self.tensors.values()) + sum(
+            delta.num_bytes for delta in self.deltas.values()
+        )
+
+    @property
+    def root(self) -> str:
+        return root_digest(self.digests)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Weights:
+    """All tensors of one version, whose digests were verified; nobody writes to them any more."""
+
+    run_id: str
+    version: int
+    tensors: Mapping[str, TensorBytes]
+    digests: Mapping[str, str]
+
+    @property
+    def root(self) -> str:
+        return root_digest(self.digests)
+
+
+def digest(data: Bytes) -> str:
+    """xxh3-128 of a tensor's bytes, as hexadecimal digits."""
+    return xxhash.xxh3_128_hexdigest(data.data)
+
+
+def root_digest(digests: Mapping[str, str]) -> str:
+    """One digest over all tensors, independent of their order."""
+    lines = "\n".join(f"{name} {digests[name]}" for name in sorted(digests))
+    return xxhash.xxh3_128_hexdigest(lines.encode())
+
+
+def element_bytes(name: str, dtype: str) -> int:
+    """Bytes of an element of the tensor `name`; ValueError for a dtype that is not in the table."""
+    if dtype not in ELEMENT_BYTES:
+        raise ValueError(f"{name}: dtype {dtype} cannot be patched, only {', '.join(ELEMENT_BYTES)} can")
+    return ELEMENT_BYTES[dtype]
+
+
+def dense_patch(run_id: str, version: int, tensors: Iterable[tuple[str, TensorBytes]]) -> WeightPatch:
+    """The anchor that carries these tensors whole."""
+    by_name = dict(tensors)
+    digests = {name: digest(tensor.data) for name, tensor in by_name.items()}
+    return WeightPatch(run_id=run_id, version=version, tensors=by_name, digests=digests)
+
+
+def verify(held: Mapping[str, str], patch: WeightPatch) -> None:
+    """Raises `DigestMismatchError` naming the first tensor whose held digest is not the patch's."""
+    for name in sorted(set(held) | set(patch.digests)):
+        if held.get(name) != patch.digests.get(name):
+            raise DigestMismatchError(
+                f"tensor {name} of version {patch.version}: the engine holds {held.get(name, 'nothing')}, "
+                f"the learners hold {patch.digests.get(name, 'nothing')}"
+            )

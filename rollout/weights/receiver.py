@@ -1,0 +1,184 @@
+"""The engine's side of a weight update: a state machine that never serves what it has not verified.
+
+    held v --prepare(notice)--> held v, ready w --commit--> held w
+
+PREPARE fetches, verifies and materialises beside what is served, in a thread of its own, while the engine decodes.
+COMMIT, all that decoding waits for, gives the engine the tensors that changed. Either may come twice, late, or for a
+version that was passed long ago; it then does nothing. Whatever goes wrong leaves what is held as it was.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from .apply import commit, prepare
+from .patch import Bytes, CorruptPatchError, DigestMismatchError, VersionError, WeightPatch, Weights, dense_patch
+from .transport import Link, Notice, Parcel, TransferError
+from .wire_format import from_bytes, pieces
+
+RECOVERABLE = (CorruptPatchError, DigestMismatchError, VersionError, TransferError, ValueError)
+"""What another patch may mend: damaged, of other weights, of another base, of other shapes, or not to be had."""
+
+
+class UnrecoverableError(RuntimeError):
+    """No way that was announced leads to the version; the message says why each failed."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Report:
+    """What the last update cost on one worker."""
+
+    version: int = -1
+    wire_bytes: int = 0
+    transfer_s: float = 0.0
+    prepare_s: float = 0.0
+    """Verifying and materialising."""
+    apply_s: float = 0.0
+    """What decoding waited for."""
+    digest_failures: int = 0
+    """Patches that were refused: damaged, or not giving the digests of the learners."""
+    replays: int = 0
+    """Patches and anchors beyond the newest patch that it took to catch up."""
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+class Receiver:
+    """One engine's. Thread-safe."""
+
+    def __init__(self, link: Link, *, threads: int = 1) -> None:
+        self._link, self._threads = link, threads
+        self._lock = threading.Lock()
+        self._held: Weights | None = None
+        self._ready: Weights | None = None
+        self._given: Weights | None = None
+        """What the engine was last given, and may still be waiting to serve."""
+        self._sitting = -1
+        self._report = Report()
+
+    @property
+    def held(self) -> Weights | None:
+        """What was committed."""
+        return self._held
+
+    def prepare(self, notice: Notice) -> Report:
+        """Makes the announced version ready. `UnrecoverableError` if no announced way leads there."""
+        with self._lock:
+            newest = self._ready or self._held
+            if newest is not None and (notice.sitting < self._sitting or _covers(newest, notice)):
+                return self._report
+            self._report = Report(version=notice.version)
+            self._ready = self._reach(notice, newest)
+            self._sitting = notice.sitting
+            return self._report
+
+    def patch(self, version: int, served: int) -> WeightPatch:
+        """What takes an engine that serves version `served` to what is ready, of at least this version.
+
+        VersionGap: that is not ready; `prepare` must come first.
+        """
+        with self._lock:
+            target = self._ready or self._held
+            if target is None or target.version < version:
+                here = "nothing" if target is None else f"version {target.version}"
+                raise VersionError(f"version {version} was not prepared, {here} is ready")
+            self._given = target
+            base = self._held if self._held is not None and self._held.version == served else None
+            old = {} if base is None else base.tensors
+            changed = {name: tensor for name, tensor in target.tensors.items() if tensor is not old.get(name)}
+            return WeightPatch(
+                run_id=target.run_id,
+                version=target.version,
+                base_version=None if base is None else base.version,
+                base_root=None if base is None else base.root,
+                tensors=changed,
+                digests=target.digests,
+            )
+
+    def commit(self, version: int, seconds: float = 0.0) -> Report:
+        """The engine serves this version now, and decoding waited so many seconds for it."""
+        with self._lock:
+            if self._given is not None and self._given.version == version:
+                self._held = self._given
+                self._ready = None if self._ready is self._given else self._ready
+            self._report.apply_s += seconds
+            return replace(self._report, version=version)
+
+    def received(self, notice: Notice, size: int, transfer_s: float, seconds: float) -> Report:
+        """The engine has the announced version, of so many bytes, from the learners themselves, and what is held here is
+        older; decoding waited so many seconds."""
+        with self._lock:
+            self._held = self._ready = self._given = None
+            self._sitting = max(self._sitting, notice.sitting)
+            self._report = Report(version=notice.version, wire_bytes=size, transfer_s=transfer_s, apply_s=seconds)
+            return self._report
+
+    def export(self) -> Bytes:
+        """What is held as the bytes of an anchor, for a peer that has nothing. VersionError if nothing is held."""
+        held = self._held
+        if held is None:
+            raise VersionError("nothing is held here yet")
+        anchor = dense_patch(held.run_id, held.version, held.tensors.items())
+        return np.frombuffer(b"".join(pieces(anchor)), np.uint8)
+
+    def _reach(self, notice: Notice, newest: Weights | None) -> Weights:
+        failures = []
+        held = newest.version if newest is not None and newest.run_id == notice.run_id else None
+        for route in notice.routes(held):
+            try:
+                weights = self._follow(route, newest)
+                if weights.version != notice.version or weights.root != notice.root:
+                    raise DigestMismatchError(f"version {weights.version} is not what the learners hold")
+                return weights
+            except RECOVERABLE as error:
+                self._report.digest_failures += isinstance(error, CorruptPatchError | DigestMismatchError)
+                failures.append(f"{_name(route)}: {error}")
+        reasons = "; ".join(failures) or "no patch builds on it and there is no anchor"
+        here = "nothing" if newest is None else f"version {newest.version}"
+        raise UnrecoverableError(f"version {notice.version} cannot be reached from {here}: {reasons}")
+
+    def _follow(self, route: Sequence[Parcel], held: Weights | None) -> Weights:
+        weights = held
+        for number, parcel in enumerate(route):
+            data = self._fetch(parcel)
+            start = time.perf_counter()
+            patch = from_bytes(data)
+            base = None if patch.base_version is None else weights
+            weights = commit(base, prepare(patch, base, threads=self._threads))
+            self._report.prepare_s += time.perf_counter() - start
+            self._report.replays += number > 0 or (patch.base_version is None and held is not None)
+        assert weights is not None, "a route has a parcel or starts from what is held"
+        return weights
+
+    def _fetch(self, parcel: Parcel) -> Bytes:
+        start, failures = time.perf_counter(), []
+        for place in parcel.places:
+            try:
+                data = place.fetch(self._link)
+                self._report.wire_bytes += data.nbytes
+                return data
+            except TransferError as error:
+                failures.append(str(error))
+            finally:
+                self._report.transfer_s += time.perf_counter() - start
+        raise TransferError("; ".join(failures) or "it is nowhere to be had")
+
+
+def _covers(held: Weights, notice: Notice) -> bool:
+    """Whether there is nothing to do: the notice was followed already, or a later one of its run was."""
+    if held.run_id != notice.run_id or held.version < notice.version:
+        return False
+    return held.version > notice.version or held.root == notice.root
+
+
+def _name(route: Sequence[Parcel]) -> str:
+    return " -> ".join(f"{'anchor' if p.base_version is None else 'patch'} {p.version}" for p in route)
+
+
+__all__ = ["Receiver", "Report", "UnrecoverableError"]

@@ -1,0 +1,63 @@
+"""A model's tensors as safetensors files, byte for byte and without torch (https://github.com/huggingface/safetensors:
+u64 length of a JSON header, the header, then the tensors)."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .patch import TensorBytes
+
+LENGTH = struct.Struct("<Q")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def read_model(path: Path) -> dict[str, TensorBytes]:
+    """The tensors of a safetensors file, or of a Hugging Face directory's; ValueError if there are none."""
+    if path.is_dir():
+        index = path / INDEX
+        names = {WEIGHTS} if not index.exists() else set(json.loads(index.read_text())["weight_map"].values())
+        if not all((path / name).is_file() for name in names):
+            raise ValueError(f"{path} has no {WEIGHTS}")
+        return {key: tensor for name in sorted(names) for key, tensor in read_model(path / name).items()}
+    data = np.memmap(path, np.uint8, "r")
+    try:
+        (length,) = LENGTH.unpack(data[: LENGTH.size].tobytes())
+        start = LENGTH.size + length
+        header: dict[str, Any] = json.loads(data[LENGTH.size : start].tobytes())
+        header.pop("__metadata__", None)
+        return {
+            name: TensorBytes(
+                dtype=entry["dtype"],
+                shape=tuple(entry["shape"]),
+                data=data[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]],
+            )
+            for name, entry in header.items()
+        }
+    except (struct.error, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a safetensors file") from error
+
+
+def write_model(path: Path, tensors: Mapping[str, TensorBytes]) -> None:
+    """One file that `safetensors` and transformers read; it is there whole or not at all."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        offsets = [end, end := end + tensor.data.nbytes]
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    partial = path.with_name(f".{path.name}")
+    with partial.open("wb") as file:
+        file.write(LENGTH.pack(len(text)) + text)
+        for tensor in tensors.values():
+            file.write(np.ascontiguousarray(tensor.data).data)
+    partial.rename(path)
+
+
+__all__ = ["read_model", "write_model"]
