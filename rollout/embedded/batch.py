@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..samples import Completion, FinishReason, Prompt, Sampling, Span, merge_spans
+from .cpu_step import CPUStep, supports
 from .kv_cache import KVCache, PromptState
 from .model import Decoder, causal_attention
 from .sampling import SlotSampling, check_request, sample, stream_key, uniforms
@@ -80,13 +81,16 @@ class Counters:
 class ContinuousBatch:
     """Decodes submitted requests over `max_num_seqs` slots. Not thread-safe: one call at a time."""
 
-    def __init__(self, decoder: Decoder, *, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(self, decoder: Decoder, *, max_num_seqs: int, max_model_len: int, threads: int = 1) -> None:
         self.decoder, self.max_model_len = decoder, max_model_len
         self.version = 0
         self.counters = Counters()
         slots, device = max_num_seqs, decoder.device
         decoder.reserve(_rounded(max_model_len))
         self._cache = KVCache(decoder.arch, slots, max_model_len, decoder.dtype, device)
+        self._step: CPUStep | None = None
+        if supports(decoder):
+            self._step = CPUStep(decoder, self._cache, slots, max_model_len, threads)
         self._waiting: deque[_Request] = deque()
         self._active: list[_Sequence] = []
         real = torch.float64 if decoder.dtype == torch.float64 else torch.float32
@@ -139,12 +143,18 @@ class ContinuousBatch:
         padded = min(_rounded(n), self.slots)  # slots past n stand at position 0, and what they compute is dropped
         positions = self._positions[:padded]
         self._cache.fit(int(positions.max()) + 1, n)
-        self._cache.open(positions)
-        hidden = self.decoder.forward(self._tokens[self._rows[:padded], positions], positions, self._cache.attend)
+        logits = self._next_logits(self._tokens[self._rows[:padded], positions], positions, n)
         self.counters.decode_steps += 1
         self.counters.decode_tokens += n
         positions[:n] += 1
-        self._emit(0, self.decoder.logits(hidden)[:n])
+        self._emit(0, logits[:n])
+
+    def _next_logits(self, ids: Tensor, positions: Tensor, n: int) -> Tensor:
+        """[m, V] after the newest tokens ids [m], of which the first n are sequences."""
+        self._cache.open(positions)
+        if self._step is not None:
+            return self._step.logits(ids, positions, n)
+        return self.decoder.logits(self.decoder.forward(ids, positions, self._cache.attend))
 
     def weights_changed(self, version: int) -> None:
         """From here on tokens are of `version`. Sequences keep the keys and values of the weights that made them."""
@@ -265,7 +275,8 @@ class ContinuousBatch:
         stop = len(self._active)
         span, rows, positions = slice(start, stop), self._rows[start:stop], self._positions[start:stop]
         settings = self._sampling.slots(start, stop)
-        tokens, logprobs = sample(logits, self._uniforms[rows, positions], settings)
+        draw = sample if self._step is None or settings.any_cut else self._step.draw
+        tokens, logprobs = draw(logits, self._uniforms[rows, positions], settings)
         self._tokens[rows, positions] = tokens
         self._logprobs[rows, positions] = logprobs
         stopped = (tokens[:, None] == self._stops[span]).any(1)

@@ -90,12 +90,17 @@ class EmbeddedEngine:
                 raise ValueError(f"dtype={dtype}: one of {', '.join(DTYPES)}")
             dtype = DTYPES[dtype]
         self.decoder = model if isinstance(model, Decoder) else Decoder.from_directory(model, dtype, device)
-        self._batch = ContinuousBatch(self.decoder, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
-        self._batch.version = version
         self._threads = torch.get_num_threads()
         if self.decoder.device.type == "cpu":
             weights = sum(tensor.numel() for tensor in self.decoder.weights.values())
             self._threads = worth(weights, max_num_seqs, self._threads)
+        self._batch = ContinuousBatch(
+            self.decoder,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            threads=self._threads,
+        )
+        self._batch.version = version
         self._run_id, self._deadline = run_id, deadline_s
         self._pace, self._due = 0.0 if token_rate is None else 1 / token_rate, 0.0
         self._corrupt: str | None = None
@@ -313,6 +318,7 @@ class EmbeddedEngine:
         try:
             for name, tensor in patch.tensors.items():
                 self.decoder.load(name, tensor)
+            self.decoder.pack()
             verify(self.digests(), patch)
         except BaseException:  # not before: what is asked meanwhile waits for the update
             self._corrupt = f"the update to version {patch.version} did not complete"

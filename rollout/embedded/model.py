@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..weights.patch import Bytes, TensorBytes, digest
 from .architecture import Architecture, inverse_frequencies, read_architecture
+from .matrix import Matrix
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [N, H, D], k [N, K, D], v [N, K, D]) -> [N, H * D]; decides what each token may see, and what is cached."""
@@ -28,33 +29,33 @@ TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class Layer:
-    """One block's fused weights; the biases are None where the family has none."""
+    """One block's fused weights; the norms of query and key are None where the family has none."""
 
     def __init__(self, arch: Architecture, dtype: torch.dtype, device: torch.device) -> None:
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        hidden, qkv = arch.hidden_size, (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
+        def matrix(rows: int, columns: int, bias: bool) -> Matrix:
+            return Matrix(empty(rows, columns), empty(rows) if bias else None)
+
+        hidden, mlp, heads = arch.hidden_size, arch.intermediate_size, arch.num_heads
         self.attention_norm, self.mlp_norm = empty(hidden), empty(hidden)
-        self.qkv = empty(qkv, hidden)
-        self.qkv_bias = empty(qkv) if arch.qkv_bias else None
+        self.qkv = matrix((heads + 2 * arch.num_kv_heads) * arch.head_dim, hidden, arch.qkv_bias)
         self.q_norm = empty(arch.head_dim) if arch.qk_norm else None
         self.k_norm = empty(arch.head_dim) if arch.qk_norm else None
-        self.out = empty(hidden, arch.num_heads * arch.head_dim)
-        self.out_bias = empty(hidden) if arch.out_bias else None
-        self.gate_up = empty(2 * arch.intermediate_size, hidden)
-        self.gate_up_bias = empty(2 * arch.intermediate_size) if arch.mlp_bias else None
-        self.down = empty(hidden, arch.intermediate_size)
-        self.down_bias = empty(hidden) if arch.mlp_bias else None
+        self.out = matrix(hidden, heads * arch.head_dim, arch.out_bias)
+        self.gate_up = matrix(2 * mlp, hidden, arch.mlp_bias)
+        self.down = matrix(hidden, mlp, arch.mlp_bias)
 
     def named(self, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name within the layer, view of the held tensor)."""
         rows = [arch.num_heads * arch.head_dim] + 2 * [arch.num_kv_heads * arch.head_dim]
         yield "input_layernorm.weight", self.attention_norm
         yield "post_attention_layernorm.weight", self.mlp_norm
-        for kind, qkv, gate_up, out, down in (
-            ("weight", self.qkv, self.gate_up, self.out, self.down),
-            ("bias", self.qkv_bias, self.gate_up_bias, self.out_bias, self.down_bias),
+        matrices = (self.qkv, self.gate_up, self.out, self.down)
+        for kind, (qkv, gate_up, out, down) in (
+            ("weight", [matrix.weight for matrix in matrices]),
+            ("bias", [matrix.bias for matrix in matrices]),
         ):
             if qkv is not None:
                 for name, part in zip("qkv", torch.split(qkv, rows), strict=True):
@@ -81,7 +82,7 @@ class Decoder:
         self.layers = [Layer(arch, dtype, self.device) for _ in range(arch.num_layers)]
         self.embedding = torch.empty(arch.vocab_size, arch.hidden_size, dtype=dtype, device=self.device)
         self.norm = torch.empty(arch.hidden_size, dtype=dtype, device=self.device)
-        self.head = self.embedding if arch.tied else torch.empty_like(self.embedding)
+        self.head = Matrix(self.embedding if arch.tied else torch.empty_like(self.embedding))
         self.weights: Mapping[str, Tensor] = dict(self._named())
         self._cos, self._sin = self._rope_tables(0)
 
@@ -105,6 +106,7 @@ class Decoder:
             missing.discard(name)
         if missing:
             raise ValueError(f"{path}: {len(missing)} tensors are missing from the checkpoint, e.g. {min(missing)}")
+        decoder.pack()
         return decoder
 
     def check(self, name: str, tensor: TensorBytes) -> None:
@@ -118,12 +120,25 @@ class Decoder:
                 f"the engine serves {DTYPE_NAMES[self.dtype]} {tuple(held.shape)}"
             )
 
+    @property
+    def matrices(self) -> Iterator[Matrix]:
+        """All that activations are multiplied by."""
+        yield self.head
+        for layer in self.layers:
+            yield from (layer.qkv, layer.out, layer.gate_up, layer.down)
+
+    def pack(self) -> None:
+        """Lays out anew what `load` changed; needed before the next pass."""
+        for matrix in self.matrices:
+            matrix.pack()
+
     def load(self, name: str, tensor: TensorBytes) -> None:
-        """Overwrites one tensor, named as Hugging Face names it, with exactly these bytes."""
+        """Overwrites one tensor, named as Hugging Face names it, with exactly these bytes; `pack` when all are there."""
         self.check(name, tensor)
         # Shared memory comes read-only, and torch wraps only what it could write to.
         data = tensor.data if tensor.data.flags.writeable else tensor.data.copy()
-        self.weights[name].view(-1).view(torch.uint8).copy_(torch.from_numpy(data.reshape(-1)))
+        held = self.weights[name]
+        held.view(-1).view(torch.uint8).copy_(torch.from_numpy(data.reshape(-1)))
 
     def tensor_bytes(self, name: str) -> TensorBytes:
         """The held bytes of one tensor (on CPU a view of them, not a copy)."""
@@ -151,7 +166,7 @@ class Decoder:
         cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
         x = self.embedding[ids]
         for number, layer in enumerate(self.layers):
-            qkv = F.linear(self._rms(x, layer.attention_norm), layer.qkv, layer.qkv_bias)
+            qkv = layer.qkv(self._rms(x, layer.attention_norm))
             qkv = qkv.view(-1, heads + 2 * kv_heads, arch.head_dim)
             qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
             if layer.q_norm is not None and layer.k_norm is not None:
@@ -159,15 +174,14 @@ class Decoder:
                 qk = self._rms(qk, None) * scale
             half = arch.head_dim // 2
             qk = torch.addcmul(qk * cos, torch.cat((qk[..., half:], qk[..., :half]), -1), sin)
-            x = x + F.linear(attend(number, qk[:, :heads], qk[:, heads:], v), layer.out, layer.out_bias)
-            gate_up = F.linear(self._rms(x, layer.mlp_norm), layer.gate_up, layer.gate_up_bias)
-            gate, up = gate_up.chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+            x = x + layer.out(attend(number, qk[:, :heads], qk[:, heads:], v))
+            gate, up = layer.gate_up(self._rms(x, layer.mlp_norm)).chunk(2, -1)
+            x = x + layer.down(F.silu(gate) * up)
         return self._rms(x, self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, E] -> [N, V] in float32 (float64 for a float64 decoder)."""
-        logits = F.linear(hidden, self.head)
+        logits = self.head(hidden)
         return logits if self.dtype == torch.float64 else logits.float()
 
     @torch.inference_mode()
@@ -188,8 +202,13 @@ class Decoder:
         normed = (single * torch.rsqrt(single.pow(2).mean(-1, keepdim=True) + self.arch.norm_eps)).to(x.dtype)
         return normed if weight is None else weight * normed
 
+    def rope(self, max_len: int) -> tuple[Tensor, Tensor]:
+        """cos and signed sin of positions 0..max_len-1, [max_len, D] float32, rounded as the decoder's dtype holds them:
+        rotated = x * cos + swap_halves(x) * sin (RoFormer, arXiv 2104.09864)."""
+        cos, sin = self._rope_tables(max_len)
+        return cos.float(), sin.float()
+
     def _rope_tables(self, max_len: int) -> tuple[Tensor, Tensor]:
-        """cos and signed sin, [max_len, D]: rotated = x * cos + swap_halves(x) * sin (RoFormer, arXiv 2104.09864)."""
         angles = torch.arange(max_len, dtype=torch.float32)[:, None] * inverse_frequencies(self.arch)
         cos, sin = angles.cos(), angles.sin()
         double_cos, signed_sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
@@ -202,7 +221,7 @@ class Decoder:
                 yield f"model.layers.{number}.{name}", tensor
         yield "model.norm.weight", self.norm
         if not self.arch.tied:
-            yield "lm_head.weight", self.head
+            yield "lm_head.weight", self.head.weight
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, batch: int) -> Tensor:

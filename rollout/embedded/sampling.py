@@ -119,11 +119,12 @@ class SlotSampling:
 
 
 def sample(logits: Tensor, uniform: Tensor, settings: SlotSampling) -> tuple[Tensor, Tensor]:
-    """logits [n, V], uniform [n] float64 in [0, 1) -> (tokens [n] int64, log-probs [n] of `logits`' dtype).
+    """logits [n, V], uniform [n] float64 in [0, 1) -> (tokens [n] int64, log-probs [n] of the temperature's dtype).
 
     The log-prob is of the distribution drawn from: after temperature, then top-k, then top-p, renormalised. A greedy
     token (temperature 0) is the argmax, and its log-prob is the untempered, uncut model's.
     """
+    logits = logits.to(settings.temperature.dtype)
     if settings.any_temperature:
         logits = logits / settings.temperature[:, None]
     logp = torch.log_softmax(logits, -1)

@@ -1,0 +1,67 @@
+"""A weight matrix as it is held, and as it is multiplied."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROWS = 64
+"""Rows of a product that the layout is chosen for; any number may come."""
+
+
+class Matrix:
+    """x -> x W^T + b. On a CPU with oneDNN the product reads a copy of W in the layout of its matrix units, which otherwise
+    would be made anew for every product: of a small batch that is most of the time."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """weight [out, in], bias [out]; both may be overwritten in place, `pack` afterwards."""
+        self.weight, self.bias = weight, bias
+        self._packed: Tensor | None = None
+        self._version = -1
+        self._packs = weight.device.type == "cpu" and packable(weight.dtype)
+
+    def pack(self) -> None:
+        """Makes the product read what `weight` holds now. The copy is proved to hold the same bytes: digests are taken of
+        `weight`."""
+        if not self._packs or self._version == self.weight._version:
+            return
+        self._packed = None  # frees its memory before the next one takes as much
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS)
+        if not torch.equal(packed.to_dense().view(torch.uint8), self.weight.view(torch.uint8)):
+            raise RuntimeError(f"oneDNN's copy of a {tuple(self.weight.shape)} weight matrix has other bytes")
+        self._packed, self._version = packed, self.weight._version
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n, in] -> [n, out]."""
+        if self._packed is None:
+            return F.linear(x, self.weight, self.bias)
+        assert self._version == self.weight._version, "the weights changed and were not packed"
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return product
+
+
+@cache
+def packable(dtype: torch.dtype) -> bool:
+    """Whether this build of torch multiplies packed matrices of `dtype`. Its compiler makes use of these operators, but no
+    document promises them: they are tried on a small matrix."""
+    if dtype not in (torch.bfloat16, torch.float32):
+        return False
+    weight, x = torch.eye(16, 32, dtype=dtype), torch.arange(64, dtype=dtype).view(2, 32)
+    try:
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+        product = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        return torch.equal(product, x[:, :16]) and torch.equal(packed.to_dense(), weight)
+    except (
+        AttributeError,
+        RuntimeError,
+        NotImplementedError,
+    ):  # another build: without oneDNN, or with other operators
+        return False
+
+
+__all__ = ["Matrix", "packable"]
