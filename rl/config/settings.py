@@ -31,7 +31,8 @@ class ModelConfig(Settings):
     """The policy that is trained."""
 
     path: str | None = None
-    """A Hugging Face Hub id or a local directory with config, tokenizer and weights. Empty: `tiny` is made."""
+    """A Hugging Face Hub id, a local directory with config, tokenizer and weights, or a GGUF file (or a directory with one),
+    which is converted to float32 weights in the run's `model_init`. Empty: `tiny` is made."""
     tiny: TinyConfig | None = None
     """Makes a small Qwen3-architecture model with a character tokenizer in the run directory instead of loading one."""
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
