@@ -41,6 +41,8 @@ class GgufHeader:
     """`gpt2` (byte-pair merges) or `llama` (SentencePiece)."""
     text_split: str
     context_length: int
+    head_dim: int | None
+    """Of a query head, where the file says it."""
     tensor_types: tuple[str, ...]
     """How weights are stored, the commonest first, e.g. ("Q4_1", "F32")."""
 
@@ -69,6 +71,7 @@ def read_header(file: Path) -> GgufHeader:
         tokenizer=str(fields["tokenizer.ggml.model"]),
         text_split=str(fields.get("tokenizer.ggml.pre", "default")),
         context_length=int(fields[f"{architecture}.context_length"]),
+        head_dim=fields.get(f"{architecture}.attention.key_length"),
         tensor_types=tuple(sorted(set(types), key=types.count, reverse=True)),
     )
 
@@ -108,7 +111,7 @@ def convert(file: Path, folder: Path, dtype: str = "float32") -> str:
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         _save_tokenizer(file, header, draft)
-        _save_model(file, draft, dtype)
+        _save_model(file, header, draft, dtype)
         if not (folder / "config.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
             draft.chmod(0o755)
@@ -119,13 +122,15 @@ def convert(file: Path, folder: Path, dtype: str = "float32") -> str:
     return f"{file} ({header.architecture}, {kinds}) was converted to {folder}, weights in {dtype}"
 
 
-def _save_model(file: Path, folder: Path, dtype: str) -> None:
+def _save_model(file: Path, header: GgufHeader, folder: Path, dtype: str) -> None:
     import torch
     from huggingface_hub import save_torch_state_dict
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
-    del config._model_name_or_path  # the file's title, which is no path
+    vars(config).pop("_model_name_or_path", None)  # the file's title, which is no path
+    if header.head_dim is not None:  # which transformers does not read for Qwen3
+        config.head_dim = header.head_dim
     with torch.device("meta"):
         wanted = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
     tensors = {}

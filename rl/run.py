@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +24,7 @@ from ..rollout.samples import Completion, Prompt, Sampling
 from .checkpoints import Progress, begin_checkpoint, finish_checkpoint
 from .config.load import Config
 from .data.sources import PromptSource
+from .data.templates import framing_ids
 from .groups import Group
 from .learner.group import LearnerGroup
 from .watch.tracking import Tracker
@@ -94,11 +95,22 @@ class Run:
         return Group(prompt=prompt, completions=tuple(completions), verdicts=tuple(self.suite.grade(inputs)))
 
     def text(self, completion: Completion) -> str:
-        """A completion as the grader and a person read it, without its end token."""
+        """A completion as the grader and a person read it, without its end token and what else frames a conversation."""
         token_ids = completion.token_ids
         if completion.finish_reason == "stop":
             token_ids = token_ids[:-1]
-        text: str = self.tokenizer.decode(token_ids.tolist())
+        text: str = self.tokenizer.decode([t for t in token_ids.tolist() if t not in self._framing])
+        return text
+
+    @cached_property
+    def _framing(self) -> frozenset[int]:
+        return framing_ids(self.tokenizer)
+
+    def problem(self, prompt: Prompt) -> str:
+        """What was asked, as a person reads it: the last message, without what the chat template puts around it."""
+        if prompt.messages:
+            return prompt.messages[-1]["content"]
+        text: str = self.tokenizer.decode([t for t in prompt.token_ids if t not in self._framing])
         return text
 
     def publish(self, *, new_version: bool = True, wait: bool = True) -> dict[str, float]:
