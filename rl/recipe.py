@@ -131,6 +131,8 @@ def go(run: Run, checkpoint: Path | None) -> Result:
             if checkpoint is not None:
                 run.learners.restore(str(checkpoint))
                 checkpoint = None
+            if published:
+                run.probe.begin_stage()
             run.publish(new_version=published)  # an earlier stage of this sitting has changed the weights
             published = True
             stages[name](run)
