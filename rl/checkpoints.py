@@ -41,6 +41,9 @@ class Progress:
     """Wall time of the whole run, set-up included, over all its sittings."""
     accuracy_start: float | None = None
     accuracy_end: float | None = None
+    probe_noise_logp: float | None = None
+    """How far engines and learners are apart by rounding alone; None where it was not measured."""
+    probe_noise_p: float | None = None
 
     def advance(self, **changes: Any) -> Progress:
         return replace(self, **changes)

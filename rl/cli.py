@@ -155,7 +155,9 @@ def plan(
 def show_plan(settings: Config) -> None:
     """What `--dry-run` prints."""
     from .cluster import plan_placement
+    from .model_files import check_files
 
+    check_files(settings)
     print(to_yaml(settings).rstrip())
     print("---")
     print(plan_placement(settings).describe())

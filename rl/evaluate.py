@@ -58,7 +58,7 @@ def evaluate(run: Run) -> Evaluation:
         sample_rows(
             shown,
             [run.text(g.completions[0]) for g in shown],
-            [run.tokenizer.decode(list(g.prompt.token_ids)) for g in shown],
+            [run.problem(g.prompt) for g in shown],
         ),
     )
     return result

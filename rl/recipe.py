@@ -6,8 +6,8 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -23,9 +23,10 @@ from .algorithm.losses import Objective
 from .batch import sft_batch
 from .checkpoints import Progress, latest_checkpoint, open_run_dir, read_progress, trim_metrics
 from .cluster import Cluster
-from .config.load import Config, ConfigError
+from .config.load import Config, ConfigError, user_errors
 from .data.sources import PromptSource, check_data, open_source
 from .data.templates import supervised_ids
+from .model_files import check_adapters, check_model, load_tokenizer, prepare_model
 from .run import Interrupted, Run, conversation, stop_on_signal
 from .trainer import train_rl
 from .watch.tracking import Tracker, make_console
@@ -60,6 +61,7 @@ def train(config: Config, *, resume: bool = False) -> Result:
         check_data(config.data)
         check_engine(config.rollout.engine, config.rollout.engine_args, config.rollout.servers)
         Objective.of(config.loss, config.kl, config.offpolicy)  # tries a user's own loss on a tiny batch
+    check_model(config)
     cluster = Cluster(config)
     run_dir, checkpoint = open_run_dir(config, resume)
     if checkpoint is not None:
@@ -84,11 +86,11 @@ def sitting(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | 
     if checkpoint and progress.stage < len(config.stages):
         trim_metrics(run_dir, config.stages[progress.stage], progress.step, config.stages)
     console = make_console()
-    model_path = prepare_model(config, run_dir)
-    check_models(config, model_path)
+    model_path = prepare_model(config, run_dir, lambda text: console.print(text, markup=False))
+    check_adapters(config, model_path)
     with cluster, stop_on_signal() as stop:  # in this order: Ray's start sets a SIGTERM handler of its own
         # the actors load while this process reads the data: both take seconds
-        learners, pool = cluster.spawn(str(model_path), run_id := uuid.uuid4().hex)
+        learners, pool = cluster.spawn(model_path, run_id := uuid.uuid4().hex)
         tokenizer = load_tokenizer(model_path)
         with user_errors():
             source = open_source(config.data, tokenizer, config.seed)
@@ -129,6 +131,8 @@ def go(run: Run, checkpoint: Path | None) -> Result:
             if checkpoint is not None:
                 run.learners.restore(str(checkpoint))
                 checkpoint = None
+            if published:
+                run.probe.begin_stage()
             run.publish(new_version=published)  # an earlier stage of this sitting has changed the weights
             published = True
             stages[name](run)
@@ -195,61 +199,6 @@ def demonstration(solution: str, position: int, direct: float) -> str:
     return _WORK.sub("", solution) if draw < direct else solution
 
 
-def prepare_model(config: Config, run_dir: Path) -> Path | str:
-    """The model that the run starts from: the one named, or a tiny one made in the run's directory."""
-    if config.model.tiny is None:
-        assert config.model.path is not None
-        return config.model.path
-    from .data.tiny import make_tiny
-
-    folder = run_dir / "model_init"
-    if not (folder / "config.json").exists():
-        make_tiny(folder, config.model.tiny, config.seed)
-    return folder
-
-
-def load_tokenizer(model_path: Path | str) -> Any:
-    """The model's tokenizer; `ConfigError` where there is no such model."""
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        return AutoTokenizer.from_pretrained(model_path)
-    except (OSError, ValueError) as error:  # what transformers raises for a missing model, and for a broken one
-        raise _not_a_model("model.path", model_path, error) from error
-
-
-def check_models(config: Config, model_path: Path | str) -> None:
-    """`ConfigError` for what the actors would stumble over: a critic that is not there, adapters that fit no layer."""
-    if config.advantage.needs_critic and config.critic.path is not None:
-        _model_config("critic.path", config.critic.path)
-    if config.model.lora is not None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        from .learner.lora import inject_adapters
-
-        with torch.device("meta"):  # its layers' names without its weights
-            model = AutoModelForCausalLM.from_config(_model_config("model.path", model_path))
-        with user_errors():
-            inject_adapters(model, config.model.lora)
-
-
-def _model_config(key: str, path: Path | str) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:  # what transformers raises for a missing model, and for a broken one
-        raise _not_a_model(key, path, error) from error
-
-
-def _not_a_model(key: str, path: Path | str, error: Exception) -> ConfigError:
-    reason = str(error).strip().splitlines()[0]
-    return ConfigError(f"{key}={str(path)!r} cannot be loaded: {reason}; give a Hub id or a local directory")
-
-
 def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> RewardSuite:
     """The reward suite, tried on one problem, with every reference of a finite data set checked before training."""
     if config.eval.size and not source.heldout:
@@ -279,14 +228,3 @@ def _as_input(prompt: Prompt, completion: str, tokenizer: Any) -> RewardInput:
         source=prompt.source,
         columns=prompt.columns,
     )
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """What these parts report as a ValueError is for the user to mend, and is told without a traceback."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error

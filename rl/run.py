@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,10 +24,11 @@ from ..rollout.samples import Completion, Prompt, Sampling
 from .checkpoints import Progress, begin_checkpoint, finish_checkpoint
 from .config.load import Config
 from .data.sources import PromptSource
+from .data.templates import framing_ids
 from .groups import Group
 from .learner.group import LearnerGroup
 from .watch.tracking import Tracker
-from .weights.probe import as_batch, check_probe, probe_ids, tolerance_of
+from .weights.probe import Level, Probe, as_batch, probe_ids, tolerance_of
 from .weights.sync import WeightSync
 
 
@@ -94,11 +95,22 @@ class Run:
         return Group(prompt=prompt, completions=tuple(completions), verdicts=tuple(self.suite.grade(inputs)))
 
     def text(self, completion: Completion) -> str:
-        """A completion as the grader and a person read it, without its end token."""
+        """A completion as the grader and a person read it, without its end token and what else frames a conversation."""
         token_ids = completion.token_ids
         if completion.finish_reason == "stop":
             token_ids = token_ids[:-1]
-        text: str = self.tokenizer.decode(token_ids.tolist())
+        text: str = self.tokenizer.decode([t for t in token_ids.tolist() if t not in self._framing])
+        return text
+
+    @cached_property
+    def _framing(self) -> frozenset[int]:
+        return framing_ids(self.tokenizer)
+
+    def problem(self, prompt: Prompt) -> str:
+        """What was asked, as a person reads it: the last message, without what the chat template puts around it."""
+        if prompt.messages:
+            return prompt.messages[-1]["content"]
+        text: str = self.tokenizer.decode([t for t in prompt.token_ids if t not in self._framing])
         return text
 
     def publish(self, *, new_version: bool = True, wait: bool = True) -> dict[str, float]:
@@ -135,7 +147,7 @@ class Run:
         start = time.perf_counter()
         figures = self.sync.deliver(later=later)
         if probe is not None:
-            figures |= self._probe(*probe, version=version)
+            figures |= self._compare(*probe, version=version, changed=figures.get("sync/changed_fraction"))
         return figures | {"sync/exposed_s": time.perf_counter() - start}
 
     @contextmanager
@@ -154,20 +166,35 @@ class Run:
         token_ids = probe_ids(self.source, count)
         return token_ids, self.learners.logprobs(as_batch(token_ids), temperature=1.0)[1:]
 
-    def _probe(self, token_ids: tuple[int, ...], expected: NDArray[np.float32], version: int) -> dict[str, float]:
+    def _compare(
+        self, token_ids: tuple[int, ...], expected: NDArray[np.float32], version: int, changed: float | None
+    ) -> dict[str, float]:
         """Engines and learners side by side on the same tokens."""
-        return check_probe(
+        return self.probe.check(
             expected,
             self.pool.probe(token_ids),
             partial(self.pool.reload, token_ids=token_ids),
-            tolerance=tolerance_of(self.config.model.dtype),
             version=version,
+            changed=changed,
         )
+
+    @cached_property
+    def probe(self) -> Probe:
+        """Knows how far engines and learners were apart before, also in the run's earlier sittings."""
+        logp, p = self.progress.probe_noise_logp, self.progress.probe_noise_p
+        level = None if logp is None or p is None else Level(logp=logp, p=p)
+        return Probe(tolerance_of(self.config.model.dtype), level)
 
     def save(self) -> None:
         """A checkpoint of this moment."""
         name = f"{self.config.stages[self.progress.stage]}-{self.progress.step:06}"
-        self.progress = self.progress.advance(seconds=time.time() - self.started)
+        # an SFT stage publishes what it starts from; its end is another model
+        noise = self.probe.level if self.config.stages[self.progress.stage] == "rl" else None
+        self.progress = self.progress.advance(
+            seconds=time.time() - self.started,
+            probe_noise_logp=None if noise is None else noise.logp,
+            probe_noise_p=None if noise is None else noise.p,
+        )
         folder = begin_checkpoint(self.run_dir, name)
         self.learners.save(str(folder.absolute()))
         finish_checkpoint(folder, self.progress, self.config.checkpoint.keep)

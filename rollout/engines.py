@@ -9,6 +9,7 @@ from typing import Any
 
 from ..kernels import platform
 from .engine import Engine
+from .model_directory import model_directory
 from .service import InFlight
 from .vllm_backend import compat as vllm_compat
 from .weights.transport import Link, TokenBucket
@@ -19,6 +20,7 @@ class WorkerSpec:
     """What a rollout worker needs to start its engine."""
 
     model_path: str
+    """A local directory or a Hub id."""
     device: str
     """A platform's name, as in `cluster.device`."""
     dtype: str
@@ -101,7 +103,7 @@ def _embedded(spec: WorkerSpec, cards: tuple[str, ...]) -> Engine:
 
     target = platform.named(spec.device)
     return EmbeddedEngine(
-        spec.model_path,
+        model_directory(spec.model_path),
         max_num_seqs=spec.max_num_seqs,
         max_model_len=spec.max_model_len,
         dtype=platform.compute_dtype(spec.dtype, target),

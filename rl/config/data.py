@@ -56,6 +56,8 @@ class DataConfig(BaseModel):
     """The user's message, `{name}` standing for a column; `{{` and `}}` are braces, and so are those around no name."""
     system_prompt: str | None = None
     """Goes before messages that have no system message."""
+    template_args: Mapping[str, Any] = Field(default_factory=dict)
+    """Arguments of the model's chat template, e.g. `{enable_thinking: false}` for Qwen3."""
 
     kinds: Mapping[str, float] = Field(default_factory=lambda: {"chain": 1.0})
     """arithmetic: the kinds of problems (chain, products, brackets, solve) and their weights."""

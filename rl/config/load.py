@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -42,6 +43,17 @@ from .settings import (
 
 class ConfigError(ValueError):
     """What a user must change, in one line that names the key, the value and the fix."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What is reported as a ValueError in here is for the user to mend, and is told without a traceback."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 class Config(Settings):
@@ -267,5 +279,5 @@ def _nearby(file: Path) -> str:
 __all__ = [
     "CheckpointConfig", "ClusterConfig", "Config", "ConfigError", "CriticConfig", "EvalConfig", "LoraConfig", "ModelConfig",
     "OptimConfig", "RewardConfig", "RewardPart", "RolloutConfig", "SFTConfig", "ScheduleConfig", "Settings", "SyncConfig",
-    "TrackingConfig", "keys", "load_config", "resolve", "to_yaml",
+    "TrackingConfig", "keys", "load_config", "resolve", "to_yaml", "user_errors",
 ]  # fmt: skip

@@ -31,7 +31,8 @@ class ModelConfig(Settings):
     """The policy that is trained."""
 
     path: str | None = None
-    """A Hugging Face Hub id or a local directory with config, tokenizer and weights. Empty: `tiny` is made."""
+    """A Hugging Face Hub id, a local directory with config, tokenizer and weights, or a GGUF file (or a directory with one),
+    which is converted to float32 weights in the run's `model_init`. Empty: `tiny` is made."""
     tiny: TinyConfig | None = None
     """Makes a small Qwen3-architecture model with a character tokenizer in the run directory instead of loading one."""
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
@@ -184,8 +185,9 @@ class SyncConfig(Settings):
     since the last time have half their size."""
     rate_limit: float | None = Field(default=None, gt=0)
     """Bytes a second that a worker may fetch: a weak link for tests and benchmarks; empty: as fast as it goes."""
-    probe_tokens: int = Field(default=32, ge=0)
-    """After each update engines and learners must give so many tokens of training prompts the same log-probs; 0: not asked."""
+    probe_tokens: int = Field(default=128, ge=0)
+    """After each update engines and learners must give so many tokens of training prompts the same log-probs, but for the
+    rounding that earlier versions have shown; fewer tokens find less. 0: not asked."""
     timeout: float = Field(default=600.0, gt=0)
     """Seconds for one version to be served, and proved by digest, on every worker."""
 

@@ -20,16 +20,49 @@ class Tokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
     def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool, **arguments: Any
     ) -> Any: ...
 
 
-def render(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> str:
-    """The text that the model continues: by the chat template, or the plain contents where there is none."""
+def render(
+    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, arguments: Mapping[str, Any] | None = None
+) -> str:
+    """The text that the model continues: by the chat template, or the plain contents where there is none.
+
+    arguments: of the template, as in `data.template_args`. ValueError where the template refuses the messages.
+    """
     if tokenizer.chat_template is None:
         return "\n".join(message["content"] for message in messages)
     conversation = [dict(message) for message in messages]
-    return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+    try:
+        return str(
+            tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, **(arguments or {}))
+        )
+    except Exception as error:  # jinja's own, and whatever a template raises: it is code that came with the model
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"the chat template of the model refuses messages of {roles}: {error}") from error
+
+
+def framing_ids(tokenizer: Any) -> frozenset[int]:
+    """The special tokens that only frame a conversation: the beginning, the end, padding, and those of the chat template.
+
+    A pair of tags such as `<think>` and `</think>` is part of what was said, special or not.
+    """
+    added = {token.content: (id, token.special) for id, token in tokenizer.added_tokens_decoder.items()}
+    template = tokenizer.chat_template or ""
+    framing = [
+        id
+        for text, (id, special) in added.items()
+        if special and str(text) in str(template) and not _is_tag(text, added)
+    ]
+    roles = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return frozenset(framing) | {id for id in roles if id is not None}
+
+
+def _is_tag(text: str, others: Collection[str]) -> bool:
+    """Whether this is one of two tags that open and close something."""
+    name = text.strip("</>")
+    return text in (f"<{name}>", f"</{name}>") and {f"<{name}>", f"</{name}>"} <= set(others)
 
 
 def prompt_ids(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -66,7 +99,8 @@ class PromptWriter:
         system = self._settings.system_prompt
         if system is not None and messages[0]["role"] != "system":
             messages = ({"role": "system", "content": system}, *messages)
-        ids = prompt_ids(render(messages, self._tokenizer), self._tokenizer)
+        text = render(messages, self._tokenizer, self._settings.template_args)
+        ids = prompt_ids(text, self._tokenizer)
         return Prompt(id=id, token_ids=ids, answer=answer, source=source, messages=tuple(messages), columns=columns)
 
     def fits(self, prompt: Prompt) -> bool:
@@ -127,4 +161,15 @@ def _encode(text: str, tokenizer: Tokenizer, *, add_special_tokens: bool) -> tup
         raise ValueError(f"the tokenizer of the model cannot encode {text[:200]!r}: {error}") from error
 
 
-__all__ = ["PromptWriter", "Tokenizer", "column", "fields", "fill", "missing", "prompt_ids", "render", "supervised_ids"]
+__all__ = [
+    "PromptWriter",
+    "Tokenizer",
+    "column",
+    "fields",
+    "fill",
+    "framing_ids",
+    "missing",
+    "prompt_ids",
+    "render",
+    "supervised_ids",
+]

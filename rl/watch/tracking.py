@@ -21,6 +21,8 @@ from ..groups import Group
 from .curve import plot_curve
 
 Axis = Literal["train", "eval"]
+HALF_CELL = 400
+"""Characters at each end of a sampled answer that `samples.md` shows."""
 
 
 class Tracker:
@@ -104,12 +106,19 @@ class Tracker:
 
 
 def sample_rows(groups: Sequence[Group], texts: Sequence[str], prompts: Sequence[str]) -> list[dict[str, str]]:
-    """One line for each group's first completion."""
+    """One line for each group's first completion, with its score and what it is made of."""
     rows = []
     for group, text, prompt in zip(groups, texts, prompts, strict=True):
         verdict = group.verdicts[0]
         rows.append(
-            {"problem": prompt, "answer": text, "reference": group.prompt.answer, "verdict": verdict.status.value}
+            {
+                "problem": prompt,
+                "answer": text,
+                "reference": group.prompt.answer,
+                "verdict": verdict.status.value,
+                "score": "" if verdict.score is None else f"{verdict.score:.4g}",
+                "parts": ", ".join(f"{name} {value:.4g}" for name, value in verdict.parts.items()),
+            }
         )
     return rows
 
@@ -120,8 +129,10 @@ def make_console() -> Console:
 
 
 def _cell(text: str) -> str:
-    shown = text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
-    return shown if len(shown) <= 300 else shown[:297] + "..."
+    """The beginning and the end of a long text: the answer stands at the end."""
+    if len(text) > 2 * HALF_CELL:
+        text = f"{text[:HALF_CELL]} [...] {text[-HALF_CELL:]}"
+    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
 def _open_wandb(config: Config, run_dir: Path, console: Console) -> Any:

@@ -19,6 +19,9 @@ BEFORE_RAY = [
     (["cluster.cpus_per_learner=5000"], "cluster.cpus_per_learner"),
     (["run_dir=/proc/emberl"], "run_dir=/proc/emberl cannot be written"),
     (["stages=[rl]", "algorithm=ppo", "critic.path=nowhere/at-all"], "critic.path='nowhere/at-all'"),
+    (["stages=[rl]", "model.tiny=null", "model.path=nowhere/at-all"], "model.path='nowhere/at-all'"),
+    (["stages=[rl]", "model.tiny=null", "model.path=./nowhere"], "model.path='./nowhere' does not exist"),
+    (["stages=[rl]", "model.tiny=null", "model.path=broken.gguf"], "damaged or cut short"),
     (["model.lora.targets=[nonsense]"], "model.lora.targets"),
     (["algorithm=grop"], "did you mean 'grpo'"),
     (["schedule.max_staleness=-1"], "schedule.max_staleness=-1"),
@@ -27,12 +30,12 @@ AFTER = [
     (["data={source: rows.jsonl, prompt_column: quesion, max_prompt_length: 16}"], "data.prompt_column"),
     (["data.max_prompt_length=4"], "data.max_prompt_length"),
     (["reward.parts.answer.use=no_such_reward"], "no_such_reward"),
-    (["stages=[rl]", "model.tiny=null", "model.path=nowhere/at-all"], "model.path='nowhere/at-all'"),
 ]
 
 
 def put_files(folder: Path) -> None:
     (folder / "empty.jsonl").touch()
+    (folder / "broken.gguf").write_bytes(b"GGUF")
     (folder / "rows.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
 
 
@@ -67,6 +70,14 @@ def test_one_line_names_the_key(
     assert result["status"] == "error"
     assert message in result["error"]
     assert not list(emberl.folder.glob("run*/**/checkpoints"))
+
+
+def test_dry_run_looks_at_the_model_s_files(emberl: Emberl) -> None:
+    found = CliRunner().invoke(
+        app, ["train", str(emberl.config), "--dry-run", "model.tiny=null", "model.path=./nowhere"]
+    )
+    assert found.exit_code == 2
+    assert "does not exist" in json.loads(found.stdout.strip().splitlines()[-1])["error"]
 
 
 def test_dry_run_prints_configuration_and_placement(emberl: Emberl) -> None:

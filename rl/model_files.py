@@ -1,0 +1,193 @@
+"""The model that a run starts from: what `model.path` names, looked at before Ray starts, and made ready for the actors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..rollout.model_directory import model_directory
+from .config.load import Config, ConfigError, user_errors
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken", "spiece.model")
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def check_model(config: Config) -> None:
+    """`ConfigError` for what the actors would stumble over, of local files and of what the Hub says of an id."""
+    check_files(config)
+    path, critic = config.model.path, config.critic.path
+    if path is not None and _local(path) is None:
+        shown = _hub_config("model.path", path).to_dict()
+        if config.rollout.engine == "embedded":
+            _check_architecture("model.path", path, shown)
+    if config.advantage.needs_critic and critic is not None and _local(critic) is None:
+        _hub_config("critic.path", critic)
+
+
+def check_files(config: Config) -> None:
+    """The same of local files alone: nothing is asked of the Hub."""
+    if config.model.path is not None:
+        _check_path("model.path", config.model.path, config.rollout.engine)
+    if config.advantage.needs_critic and config.critic.path is not None:
+        _check_path("critic.path", config.critic.path, engine=None)
+
+
+def prepare_model(config: Config, run_dir: Path, tell: Callable[[str], None]) -> str:
+    """What the actors load: an absolute directory or a Hub id. A GGUF file is converted, a tiny model made, once, in the run's
+    `model_init`; a Hub id's files are fetched into Hugging Face's cache. tell: a person reads what takes its time."""
+    path, made = config.model.path, (run_dir / "model_init").absolute()
+    if path is None:
+        from .data.tiny import make_tiny
+
+        assert config.model.tiny is not None
+        if not (made / "config.json").exists():
+            make_tiny(made, config.model.tiny, config.seed)
+        return str(made)
+    found = _local(path)
+    if found is None:
+        tell(f"model.path={path}: its files come from the Hub, or from the cache of earlier runs")
+        try:
+            model_directory(path)
+        except (OSError, ValueError) as error:  # huggingface_hub's, for no such model and for no way to it
+            raise _not_a_model("model.path", path, error) from error
+        return path
+    file = gguf_file("model.path", found)
+    if file is None:
+        return str(found)
+    if not (made / "config.json").exists():
+        from .gguf_conversion import convert
+
+        _quiet()
+        with user_errors():
+            tell(f"model.path: {convert(file, made)}")
+    return str(made)
+
+
+def load_tokenizer(model_path: str) -> Any:
+    """The model's tokenizer; `ConfigError` where it has none."""
+    from transformers import AutoTokenizer
+
+    _quiet()
+    try:
+        return AutoTokenizer.from_pretrained(model_path)
+    except Exception as error:  # of any kind: the files are whatever the user has
+        raise _not_a_model("model.path", model_path, error) from error
+
+
+def check_adapters(config: Config, model_path: str) -> None:
+    """`ConfigError` where `model.lora` fits no layer."""
+    if config.model.lora is None:
+        return
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from .learner.lora import inject_adapters
+
+    with torch.device("meta"):  # its layers' names without its weights
+        model = AutoModelForCausalLM.from_config(_hub_config("model.path", model_path))
+    with user_errors():
+        inject_adapters(model, config.model.lora)
+
+
+def gguf_file(key: str, path: Path) -> Path | None:
+    """The GGUF file that an existing path is or holds; None for a Hugging Face directory."""
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ConfigError(f"{key}={str(path)!r} is a file, but no .gguf; give a directory, a GGUF file or a Hub id")
+        return path
+    if (path / "config.json").exists():
+        return None
+    files = sorted(path.glob("*.gguf"))
+    if not files:
+        raise ConfigError(
+            f"{key}={str(path)!r} is a directory with neither config.json nor a GGUF file; give a Hugging Face model"
+        )
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ConfigError(f"{key}={str(path)!r} holds {len(files)} GGUF files ({names}); give the path of one of them")
+    return files[0]
+
+
+def _local(path: str) -> Path | None:
+    """The absolute path where there is one, None where only the Hub can know the name."""
+    found = Path(path).expanduser().absolute()
+    return found if found.exists() else None
+
+
+def _check_path(key: str, path: str, engine: str | None) -> None:
+    """engine: as in `rollout.engine`, None where none serves the model."""
+    found = _local(path)
+    if found is None:
+        if _HUB_ID.fullmatch(path) is None or path.endswith(".gguf"):
+            raise ConfigError(f"{key}={path!r} does not exist; give a directory, a GGUF file or a Hub id (owner/name)")
+        return
+    file = gguf_file(key, found)
+    if file is None:
+        _check_directory(key, found, engine)
+        return
+    if engine is None:
+        raise ConfigError(f"{key}={path!r} is a GGUF file; only model.path may be one")
+    from .gguf_conversion import read_header
+
+    try:
+        read_header(file)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def _check_directory(key: str, folder: Path, engine: str | None) -> None:
+    """That a Hugging Face directory has its parts, and that the engine knows its architecture."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}={str(folder)!r}: config.json cannot be read ({error})") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{key}={str(folder)!r}: config.json holds no mapping")
+    wanted = {"weights": WEIGHT_FILES} | ({"tokenizer": TOKENIZER_FILES} if engine is not None else {})
+    for what, patterns in wanted.items():
+        if not any(found for pattern in patterns for found in folder.glob(pattern)):
+            raise ConfigError(f"{key}={str(folder)!r} has no {what}: none of {', '.join(patterns)}; add the files")
+    if engine == "embedded":
+        _check_architecture(key, str(folder), config)
+
+
+def _check_architecture(key: str, path: str, config: dict[str, Any]) -> None:
+    from ..rollout.embedded.architecture import parse_architecture
+
+    try:
+        parse_architecture(config, f"{key}={path!r}")
+    except KeyError as error:
+        raise ConfigError(f"{key}={path!r}: config.json says no {error.args[0]}") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _hub_config(key: str, path: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:  # what transformers raises for a missing model, and for a broken one
+        raise _not_a_model(key, path, error) from error
+
+
+def _not_a_model(key: str, path: str, error: Exception) -> ConfigError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if _local(path) is None:
+        return ConfigError(
+            f"{key}={path!r}: there is no such file or directory, and no such model from the Hub ({reason})"
+        )
+    return ConfigError(f"{key}={path!r} cannot be loaded: {reason}; give a Hub id, a directory or a GGUF file")
+
+
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+__all__ = ["check_adapters", "check_files", "check_model", "gguf_file", "load_tokenizer", "prepare_model"]

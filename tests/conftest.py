@@ -1,0 +1,40 @@
+"""Real models and tokenizers for tests that need one; skipped with a reason where it cannot be had."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+def _model(name: str) -> ModuleType:
+    path = Path(__file__).parent / "models" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face directory, in float32."""
+    source = _model("smollm2")
+    try:
+        folder: Path = source.fetch(source.cached())
+    except (source.UnavailableError, OSError) as error:
+        pytest.skip(str(error))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qwen3_tokenizer() -> Path:
+    """The directory of Qwen3's tokenizer."""
+    source = _model("qwen3_tokenizer")
+    try:
+        folder: Path = source.fetch(_model("smollm2").cached().with_name(source.NAME))
+    except OSError as error:
+        pytest.skip(str(error))
+    return folder

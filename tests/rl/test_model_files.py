@@ -1,0 +1,147 @@
+"""What `model.path` may name, and what is said of a name that will not do, before Ray starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from emberl.rl.config.data import TinyConfig
+from emberl.rl.config.load import Config, ConfigError, resolve
+from emberl.rl.data.tiny import make_tiny
+from emberl.rl.model_files import check_files, check_model, load_tokenizer, prepare_model
+from emberl.rollout.embedded.model import Decoder
+from emberl.rollout.model_directory import model_directory
+
+TINY = TinyConfig(hidden=32, layers=1, heads=2, kv_heads=1, head_dim=16, intermediate=32)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("model") / "whole", TINY, seed=0)
+
+
+def configuration(path: object, **more: Any) -> Config:
+    return resolve({"name": "x", "model": {"path": str(path)}, "data": {"source": "arithmetic"}, **more})
+
+
+def without(pattern: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        for file in folder.glob(pattern):
+            file.unlink()
+
+    return change
+
+
+def saying(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def cut(folder: Path) -> None:
+    (folder / "config.json").write_text('{"hidden_size": ')
+
+
+def two_ggufs(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "a.gguf").touch()
+    (folder / "b.gguf").touch()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without("*.safetensors"), "has no weights"),
+        (without("tokenizer.json"), "has no tokenizer"),
+        (without("*"), "neither config.json nor a GGUF"),
+        (cut, "config.json cannot be read"),
+        (two_ggufs, r"holds 2 GGUF files \(a.gguf, b.gguf\); give the path of one"),
+        (saying(architectures=["Gemma2ForCausalLM"]), "Gemma2ForCausalLM is not one of"),
+        (saying(architectures=["GPT2LMHeadModel"]), "rollout.engine=vllm"),
+        (saying(hidden_act="gelu"), "gelu"),
+    ],
+)
+def test_a_directory_that_will_not_do(whole: Path, tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(whole, folder)
+    spoil(folder)
+    with pytest.raises(ConfigError, match=message) as error:
+        check_files(configuration(folder))
+    assert "model.path" in str(error.value) and str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path", ["./nomodel", "/nowhere/at/all", "~/no-such-model", "runs/x/model", "model.gguf", "..", "a b"]
+)
+def test_a_path_that_does_not_exist_is_no_malformed_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"does not exist|neither config.json") as error:
+        check_files(configuration(path))
+    assert "Repo id" not in str(error.value)
+
+
+def test_what_may_be_either_is_told_as_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"model.path='models/absent': there is no such file .* from the Hub"):
+        check_model(configuration("models/absent"))
+
+
+def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ConfigError, match=r"no .gguf"):
+        check_files(configuration(tmp_path / "model.safetensors"))
+    (tmp_path / "model.gguf").write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match=r"model.path: .*not a GGUF"):
+        check_files(configuration(tmp_path))
+
+
+def test_a_critic_is_checked_too(tmp_path: Path, whole: Path) -> None:
+    ppo = {"algorithm": "ppo", "critic": {"path": str(tmp_path)}}
+    with pytest.raises(ConfigError, match=r"critic\.path"):
+        check_files(configuration(whole, **ppo))
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match=r"only model\.path"):
+        check_files(configuration(whole, **ppo))
+
+
+def test_other_engines_know_their_own_architectures(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(whole, folder)
+    saying(architectures=["Gemma2ForCausalLM"])(folder)
+    check_files(configuration(folder, rollout={"engine": "vllm"}))
+
+
+def test_actors_get_an_absolute_path(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They do not stand in the user's folder."""
+    monkeypatch.chdir(whole.parent)
+    assert prepare_model(configuration("whole"), tmp_path, print) == str(whole)
+    tiny = resolve({"name": "x", "model": {"tiny": TINY.model_dump()}, "data": {"source": "arithmetic"}})
+    assert prepare_model(tiny, Path("run"), print) == str(whole.parent / "run" / "model_init")
+
+
+def test_a_hub_id_reaches_the_embedded_engine(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the cache, as it stands after a download."""
+    repository = tmp_path / "models--owner--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("1" * 40)
+    shutil.copytree(whole, repository / "snapshots" / ("1" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert Decoder.from_directory(model_directory("owner/tiny")).arch.hidden_size == 32
+    assert model_directory(str(whole)) == whole
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(whole, folder)
+    (folder / "tokenizer.json").write_text('{"model": 1}')
+    with pytest.raises(ConfigError, match=r"model\.path=.*cannot be loaded"):
+        load_tokenizer(str(folder))

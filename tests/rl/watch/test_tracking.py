@@ -1,0 +1,70 @@
+"""What a person reads of sampled answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from emberl.rewards.verdict import Status, Verdict, verifier_error
+from emberl.rl.config.data import TinyConfig
+from emberl.rl.data.tiny import tiny_tokenizer
+from emberl.rl.groups import Group
+from emberl.rl.run import Run
+from emberl.rl.watch.tracking import HALF_CELL, Tracker, sample_rows
+from emberl.rollout.samples import Completion, Prompt, Span
+
+TOKENIZER = tiny_tokenizer(TinyConfig(vocabulary="bytes", chat_template=True))
+
+
+def run() -> Any:
+    """As much of a run as reads tokens."""
+    parts: dict[str, Any] = dict.fromkeys(
+        ("config", "run_id", "run_dir", "source", "suite", "learners", "pool", "sync", "tracker", "stop"), None
+    )
+    return Run(**parts, tokenizer=TOKENIZER, started=0.0, progress=None)  # type: ignore[arg-type]
+
+
+def completion(text: str, reason: Any = "stop") -> Completion:
+    ids = np.array(TOKENIZER.encode(text, add_special_tokens=False), np.int32)
+    return Completion(
+        prompt_id="p", sample=0, token_ids=ids, logprobs=np.zeros(len(ids), np.float32),
+        spans=(Span(0, 0, len(ids)),), finish_reason=reason,
+    )  # fmt: skip
+
+
+def test_an_answer_keeps_its_thinking_and_loses_what_frames_it() -> None:
+    assert run().text(completion("<think>1+1</think>2<eos>")) == "<think>1+1</think>2"
+    assert run().text(completion("2<pad><eos>3", "length")) == "23"
+
+
+def test_the_problem_is_what_was_asked() -> None:
+    asked = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"})
+    prompt = Prompt(id="p", token_ids=(1, 5), answer="2", source="s", messages=asked)
+    assert run().problem(prompt) == "1+1?"
+    ids = tuple(TOKENIZER.encode("1+1?<eos>", add_special_tokens=False))
+    assert run().problem(Prompt(id="p", token_ids=ids, answer="2", source="s")) == "1+1?"
+
+
+def test_rows_say_the_score_and_its_parts(tmp_path: Path) -> None:
+    verdicts = [
+        Verdict(status=Status.PARTIAL, score=0.75, parts={"answer": 1.0, "format": 0.5}),
+        verifier_error("killed"),
+    ]
+    groups = [
+        Group(
+            prompt=Prompt(id="p", token_ids=(1,), answer="2", source="s"),
+            completions=(completion("2"),),
+            verdicts=(v,),
+        )
+        for v in verdicts
+    ]
+    rows = sample_rows(groups, ["a" * 2000 + "|end", "2"], ["1+1?", "1+1?"])
+    assert [row["score"] for row in rows] == ["0.75", ""]
+    assert rows[0]["parts"] == "answer 1, format 0.5"
+    tracker: Any = SimpleNamespace(_stage="rl", run_dir=tmp_path, _wandb=None)
+    Tracker.samples(tracker, 3, rows)
+    table = (tmp_path / "samples.md").read_text()
+    assert "| problem | answer | reference | verdict | score | parts |" in table
+    assert "a" * HALF_CELL + " [...] " in table and "\\|end |" in table, "the end of a long answer is shown"
