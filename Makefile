@@ -1,4 +1,5 @@
 # make demo   sets everything up, then trains a small reasoner on this machine until it is visibly better
+# make demo-lm  the same with a real model of 135M parameters, which it fetches (93 MB)
 # make test   sets everything up, then runs the tests
 # Others: install, test-unit (under a minute), test-vllm, test-ascend, test-faults, lint, bench, clean. PYTHON=python3.12 picks the interpreter.
 
@@ -7,10 +8,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test test-unit test-vllm test-ascend test-faults lint bench install clean FORCE
+.PHONY: demo demo-lm test test-unit test-vllm test-ascend test-faults lint bench install clean FORCE
 
 demo: install
 	$(BIN)/emberl train configs/quickstart.yaml
+
+demo-lm: smollm2
+	$(BIN)/emberl train configs/smollm2_135m.yaml
 
 test: install
 	$(BIN)/pytest
