@@ -1,4 +1,5 @@
 # make demo   sets everything up, then trains a small reasoner on this machine until it is visibly better
+# make demo-lm  the same with a real model of 135M parameters, which it fetches (93 MB)
 # make test   sets everything up, then runs the tests
 # make smollm2   fetches a small real language model into models/smollm2-135m
 # Others: install, test-unit (under a minute), test-vllm, test-ascend, test-faults, lint, bench, clean. PYTHON=python3.12 picks the interpreter.
@@ -8,7 +9,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo smollm2 test test-unit test-vllm test-ascend test-faults lint bench install clean FORCE
+.PHONY: demo demo-lm smollm2 test test-unit test-vllm test-ascend test-faults lint bench install clean FORCE
 
 demo: install
 	$(BIN)/emberl train configs/quickstart.yaml
@@ -16,6 +17,9 @@ demo: install
 # A small real model, SmolLM2-135M-Instruct (93 MB to fetch), in models/smollm2-135m.
 smollm2: install
 	$(BIN)/python tests/models/smollm2.py models/smollm2-135m
+
+demo-lm: smollm2
+	$(BIN)/emberl train configs/smollm2_135m.yaml
 
 test: install
 	$(BIN)/pytest

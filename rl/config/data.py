@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-KINDS = ("chain", "products", "brackets", "solve")
+KINDS = ("chain", "products", "brackets", "solve", "story")
 """The kinds of problems of the built-in source; `rl/data/arithmetic.py` shows one of each."""
 
 
@@ -60,11 +60,11 @@ class DataConfig(BaseModel):
     """Arguments of the model's chat template, e.g. `{enable_thinking: false}` for Qwen3."""
 
     kinds: Mapping[str, float] = Field(default_factory=lambda: {"chain": 1.0})
-    """arithmetic: the kinds of problems (chain, products, brackets, solve) and their weights."""
+    """arithmetic: the kinds of problems (chain, products, brackets, solve, story) and their weights."""
     terms: tuple[int, int] = (4, 6)
     """arithmetic: the fewest and the most numbers in a problem; it takes one step fewer to work out."""
     largest_term: int = Field(default=9, ge=2, le=99)
-    """arithmetic: the numbers of `chain` and `solve` are 1 to this; those of the other kinds have one digit."""
+    """arithmetic: the numbers of `chain`, `solve` and `story` are 1 to this; those of the other kinds have one digit."""
     largest_total: int = Field(default=99, ge=20, le=999)
     """arithmetic: no intermediate result exceeds this, and none is negative."""
     steps: Literal["full", "short"] = "full"

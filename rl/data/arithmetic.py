@@ -4,13 +4,17 @@
     products  3*7-4+2*5=?        <think>3*7=21,2*5=10,21-4=17,17+10=27</think>27
     brackets  (3+4)*2-(9-5)=?    <think>3+4=7,7*2=14,9-5=4,14-4=10</think>10
     solve     x+7-3=11,x=?       <think>11+3=14,14-7=7</think>7
+    story     Mia has 7 apples, then gets 5 more, then gives 3 away. How many apples does Mia have now?
+              7 + 5 = 12. 12 - 3 = 9. The answer is 9.
 
-Nothing is ever negative. A hash of a problem's text says whether it is held out, so no run, whatever its seed, trains on
-a problem that any run is evaluated on.
+`story` is for a model that speaks English already, the others are for one that starts from nothing. Nothing is ever negative. A
+hash of a problem's text, or of the chain that a story tells, says whether it is held out: no run, whatever its seed, trains
+on a problem that any run is evaluated on, nor on its sum in other words.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -26,15 +30,22 @@ HELD_OUT_SHARE = 8
 _HELD_OUT_STREAM = -1
 _TRIES = 400
 
+_NAMES = ("Anna", "Ben", "Lily", "Mia", "Sam", "Tom")
+_THINGS = ("apples", "books", "coins", "marbles", "pencils", "stickers")
+_GAINS = ("gets {} more", "finds {} more", "buys {} more")
+_LOSSES = ("gives {} away", "loses {}", "sells {}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """e.g. `Problem(kind="chain", text="7+5-3=?", solution="<think>7+5=12,12-3=9</think>9", answer="9")`."""
+    """e.g. kind "chain", text and bare "7+5-3=?", solution "<think>7+5=12,12-3=9</think>9", answer "9"."""
 
     kind: str
     text: str
     solution: str
     answer: str
+    bare: str
+    """The text, or of a story the chain that it tells: what the side of a problem and its being new depend on."""
 
 
 @dataclass(slots=True)
@@ -46,6 +57,8 @@ class _Work:
     largest_total: int
     short: bool
     steps: list[str] = field(default_factory=list)
+    bare: str = ""
+    """`Problem.bare`, where that is not the text."""
 
     def below(self, n: int) -> int:
         return int(self.random() * n)
@@ -54,6 +67,9 @@ class _Work:
         result = left + right if sign == "+" else left - right if sign == "-" else left * right
         self.steps.append(str(result) if self.short else f"{left}{sign}{right}={result}")
         return result
+
+    def pick(self, words: Sequence[str]) -> str:
+        return words[self.below(len(words))]
 
     def sign(self, total: int, value: int) -> str:
         """`+` or `-`, whichever keeps the total within its limits; empty if neither does."""
@@ -88,6 +104,21 @@ def _solve(work: _Work, terms: int) -> tuple[str, int]:
         total = work.step(total, "-" if sign == "+" else "+", term)
     assert total == hidden, f"{text}: {total} is not {hidden}"
     return text, total
+
+
+def _story(work: _Work, terms: int) -> tuple[str, int]:
+    """A chain in words."""
+    name, things = work.pick(_NAMES), work.pick(_THINGS)
+    total = 2 + work.below(work.largest_term - 1)  # `1 apples` would be wrong
+    text, work.bare = f"{name} has {total} {things}", str(total)
+    for _ in range(terms - 1):
+        term = 1 + work.below(work.largest_term)
+        sign = work.sign(total, term)
+        text += ", then " + work.pick(_GAINS if sign == "+" else _LOSSES).format(term)
+        work.bare += f"{sign}{term}"
+        total = work.step(total, sign, term)
+    work.bare += "=?"
+    return f"{text}. How many {things} does {name} have now?", total
 
 
 def _products(work: _Work, terms: int) -> tuple[str, int]:
@@ -163,7 +194,15 @@ _MAKE: dict[str, Callable[[_Work, int], tuple[str, int]]] = {
     "products": _products,
     "brackets": _brackets,
     "solve": _solve,
+    "story": _story,
 }
+
+
+def _solution(kind: str, steps: Sequence[str], total: int) -> str:
+    if kind != "story":
+        return f"<think>{','.join(steps)}</think>{total}"
+    spaced = [re.sub(r"[+=-]", r" \g<0> ", step) for step in steps]
+    return f"{'. '.join(spaced)}. The answer is {total}."
 
 
 def is_heldout(text: str) -> bool:
@@ -186,16 +225,15 @@ class ProblemMaker:
         kind = next((k for k, edge in zip(self._kinds, self._edges, strict=True) if at < edge), self._kinds[-1])
         fewest, most = settings.terms
         text, total = _MAKE[kind](work, fewest + work.below(most - fewest + 1))
-        return Problem(
-            kind=kind, text=text, solution=f"<think>{','.join(work.steps)}</think>{total}", answer=str(total)
-        )
+        solution = _solution(kind, work.steps, total)
+        return Problem(kind=kind, text=text, solution=solution, answer=str(total), bare=work.bare or text)
 
     def train(self, seed: int, i: int) -> Iterator[Problem]:
         """Candidates for position `i` of a seed's stream, none of them held out; the first that will do is meant."""
         random = Random((seed << 64) + i)
         for _ in range(_TRIES):
             problem = self.draw(random)
-            if not is_heldout(problem.text):
+            if not is_heldout(problem.bare):
                 yield problem
 
     def heldout(self) -> Iterator[Problem]:
@@ -204,8 +242,8 @@ class ProblemMaker:
         while misses < _TRIES * HELD_OUT_SHARE:
             problem = self.draw(random)
             misses += 1
-            if is_heldout(problem.text) and problem.text not in seen:
-                seen.add(problem.text)
+            if is_heldout(problem.bare) and problem.bare not in seen:
+                seen.add(problem.bare)
                 misses = 0
                 yield problem
 

@@ -17,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 TOKENIZER = tiny_tokenizer(TinyConfig())
-MIX = dict.fromkeys(KINDS, 1.0)
+SYMBOLIC = tuple(kind for kind in KINDS if kind != "story")
+"""What the character tokenizer can spell."""
+MIX = dict.fromkeys(SYMBOLIC, 1.0)
 
 
 def data(**options: Any) -> DataConfig:
@@ -31,12 +33,20 @@ def problems(n: int, seed: int = 0, **options: Any) -> list[Problem]:
 
 def value(problem: Problem) -> int:
     """What Python's own evaluation says."""
-    text = problem.text.removesuffix("=?")
+    text = (told(problem.text) if problem.kind == "story" else problem.text).removesuffix("=?")
     if problem.kind != "solve":
         return int(eval(text))
     left, right = text.removesuffix(",x").split("=")
     [x] = [x for x in range(1000) if eval(left, {"x": x}) == int(right)]
     return x
+
+
+def told(story: str) -> str:
+    """The sum in a story, read by its verbs."""
+    start, *events = story.split(".")[0].split(", then ")
+    [total] = re.findall(r"^[A-Z][a-z]+ has (\d+) [a-z]+s$", start)
+    signs = {"gets": "+", "finds": "+", "buys": "+", "gives": "-", "loses": "-", "sells": "-"}
+    return total + "".join(signs[event.split()[0]] + event.split()[1] for event in events) + "=?"
 
 
 any_settings = st.builds(
@@ -61,11 +71,16 @@ any_settings = st.builds(
 def test_every_problem_is_right_and_within_its_limits(config: DataConfig, seed: int) -> None:
     problem = ProblemMaker(config).draw(Random(seed))
     assert problem.answer == str(value(problem))
-    numbers = re.findall(r"\d+|x", problem.text.removesuffix(",x=?"))
+    assert problem.bare == (told(problem.text) if problem.kind == "story" else problem.text)
+    numbers = re.findall(r"\d+|x", problem.bare.removesuffix(",x=?"))
     count = len(numbers) - (problem.kind == "solve")  # the result that is given
     assert config.terms[0] <= count <= config.terms[1]
-    work, answer = re.fullmatch(r"<think>(.*)</think>(\d+)", problem.solution).groups()  # type: ignore[union-attr]
-    steps = work.split(",")
+    if problem.kind == "story":
+        work, answer = re.fullmatch(r"(.*)\. The answer is (\d+)\.", problem.solution).groups()  # type: ignore[union-attr]
+        steps = work.replace(" ", "").split(".")
+    else:
+        work, answer = re.fullmatch(r"<think>(.*)</think>(\d+)", problem.solution).groups()  # type: ignore[union-attr]
+        steps = work.split(",")
     assert answer == problem.answer == re.split("=", steps[-1])[-1]
     assert len(steps) == count - 1
     for step in steps:
@@ -105,7 +120,35 @@ def test_a_problem_by_hand(kind: str, terms: int, draws: list[float], text: str,
     # the first two draws choose the kind and the number of terms
     problem = maker.draw(FakeRandom([0.0, 0.0, *draws]))
     answer = re.split("=", solution)[-1]
-    assert problem == Problem(kind=kind, text=text, solution=f"<think>{solution}</think>{answer}", answer=answer)
+    assert problem == Problem(
+        kind=kind, text=text, solution=f"<think>{solution}</think>{answer}", answer=answer, bare=text
+    )
+
+
+def test_a_story_by_hand() -> None:
+    maker = ProblemMaker(data(kinds={"story": 1}, terms=(3, 3)))
+    # Mia, apples, 7; 5, plus, the first way to gain; 3, minus, the first way to lose
+    problem = maker.draw(FakeRandom([0.0, 0.0, 0.5, 0.0, 0.7, 0.5, 0.1, 0.0, 0.25, 0.9, 0.0]))
+    assert problem == Problem(
+        kind="story",
+        text="Mia has 7 apples, then gets 5 more, then gives 3 away. How many apples does Mia have now?",
+        solution="7 + 5 = 12. 12 - 3 = 9. The answer is 9.",
+        answer="9",
+        bare="7+5-3=?",
+    )
+
+
+def test_a_held_out_sum_is_trained_on_in_no_words() -> None:
+    maker = ProblemMaker(data(kinds={"story": 1}, terms=(3, 3)))
+    heldout = [problem.bare for problem in islice(maker.heldout(), 200)]
+    assert len(set(heldout)) == 200
+    trained = {problem.bare for problem in problems(4000, kinds={"story": 1}, terms=(3, 3))}
+    assert not trained & set(heldout)
+
+
+def test_a_story_needs_a_tokenizer_that_spells_it() -> None:
+    with pytest.raises(ValueError, match=r"cannot encode '.* has "):
+        open_source(data(kinds={"story": 1}), TOKENIZER).train(0)
 
 
 class FakeRandom(Random):
@@ -123,7 +166,7 @@ class FakeRandom(Random):
 
 
 def test_short_steps_are_the_results_of_the_full_ones() -> None:
-    for kind in KINDS:
+    for kind in SYMBOLIC:
         full, short = problems(50, kinds={kind: 1}), problems(50, kinds={kind: 1}, steps="short")
         for a, b in zip(full, short, strict=True):
             assert a.text == b.text
