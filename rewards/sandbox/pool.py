@@ -107,9 +107,11 @@ class Sandbox:
                         with contextlib.suppress(SandboxError):  # a lost mother process is replaced; the talk is over
                             mother.finish(limits)
 
-    def run_program(self, code: str, stdin: bytes = b"", limits: Limits = _DEFAULT) -> Run:
-        """Runs a Python script on `stdin`."""
-        request = json.dumps({"task": "program", "code": [code]}).encode() + b"\n"
+    def run_program(
+        self, code: str, stdin: bytes = b"", limits: Limits = _DEFAULT, *, usual: bool = False
+    ) -> Run:
+        """Runs a Python script on `stdin`; `usual`: with the usual imports of contest programs made for it."""
+        request = json.dumps({"task": "program", "code": [code], "usual": usual}).encode() + b"\n"
         return twice(lambda: self._run(PROGRAM, request, stdin, limits))
 
     def run_native(self, binary: bytes, stdin: bytes = b"", limits: Limits = _DEFAULT) -> Run:
@@ -174,12 +176,19 @@ class Session:
 
     def send(self, *messages: Mapping[str, Any]) -> None:
         """Sends one line each. Raises ProgramEnded, SandboxError."""
+        self._send("".join(json.dumps(message) + "\n" for message in messages).encode())
+
+    def _send(self, lines: bytes) -> None:
         try:
-            self._channel.sendall("".join(json.dumps(message) + "\n" for message in messages).encode())
+            self._channel.sendall(lines)
         except TimeoutError:
             raise SandboxError(_LATE) from None
         except OSError:  # the child is gone
             raise ProgramEnded(self._mother.finish(self._limits)) from None
+
+    def relay(self, line: bytes) -> None:
+        """Sends another session's line. Raises ProgramEnded, SandboxError."""
+        self._send(line + b"\n")
 
     def receive(self) -> bytes:
         """The child's next line, of at most `output_bytes`: as untrusted as anything. Raises ProgramEnded, SandboxError."""
