@@ -109,10 +109,14 @@ class RewardSuite:
         inputs = [RewardInput(completion="", answer=row) if isinstance(row, str) else row for row in rows]
         found: list[BadReference] = []
         for part in self.parts:
-            if (check := getattr(part.reward, "check_reference", None)) is None:
+            if (together := getattr(part.reward, "check_references", None)) is not None:
+                messages = together(inputs)
+            elif (check := getattr(part.reward, "check_reference", None)) is not None:
+                messages = [check(row) for row in inputs]
+            else:
                 continue
-            for index, row in enumerate(inputs):
-                if (message := check(row)) is not None:
+            for index, (row, message) in enumerate(zip(inputs, messages, strict=True)):
+                if message is not None:
                     found.append(BadReference(row=index, answer=row.answer, part=part.name, message=message))
         return sorted(found, key=lambda bad: bad.row)
 

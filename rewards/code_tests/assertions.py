@@ -27,7 +27,9 @@ _BUILT_IN = frozenset(dir(builtins)) | {"__file__"}
 
 
 @functools.lru_cache(maxsize=4096)
-def asserts_plan(tests: tuple[str, ...], imports: tuple[str, ...], setup: str, entry: str, defined: frozenset[str]) -> Plan:
+def asserts_plan(
+    tests: tuple[str, ...], imports: tuple[str, ...], setup: str, entry: str, defined: frozenset[str]
+) -> Plan:
     """MBPP: assertions on functions that they name. The set-up stands behind the code, whose classes it may use.
 
     `defined`: what the row's own solution defines, if it has one: a tested function may be named like a built-in."""
@@ -40,11 +42,15 @@ def asserts_plan(tests: tuple[str, ...], imports: tuple[str, ...], setup: str, e
         raise ValueError(f"the tests call no function that they do not define: {source[:200]!r}; give entry_point")
     if (calls := _calls(tree.body, names)) is not None:
         needs = packages_of(f"{before}\n{setup}")
-        return FunctionPlan(
-            calls=calls, before=before, after=setup, functions=tuple(sorted(names)), needs=needs
-        )
+        return FunctionPlan(calls=calls, before=before, after=setup, functions=tuple(sorted(names)), needs=needs)
     return judge_plan(
-        source, before=before, after=setup, setup=(before, setup), hints={entry} - {""}, defined=defined, what="test_list"
+        source,
+        before=before,
+        after=setup,
+        setup=(before, setup),
+        hints={entry} - {""},
+        defined=defined,
+        what="test_list",
     )
 
 
@@ -146,7 +152,7 @@ def judge_plan(
         collect=bool(collected),
         printing=bool(words & {"stdout", "StringIO", "capsys", "redirect_stdout"} or _arguments(kept) & {"capsys"}),
         packages=tuple(sorted(imports.packages)),
-        stubs=("pytest",) if imports.pytest else (),
+        stubs=("pytest",) if imports.pytest or _arguments(kept) - {"self"} else (),
         needs=packages_of(f"{before}\n{after}"),
     )
 

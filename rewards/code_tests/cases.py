@@ -126,12 +126,14 @@ def _function_plan(cases: Sequence[Case], name: str, starter: str) -> FunctionPl
             if wrapped:
                 value = [_with_numbers(value[0])]
         try:
-            source = signature.call(callee, [source_of(w) for w in words], {k: source_of(v) for k, v in keywords.items()})
+            source = signature.call(
+                callee, [source_of(w) for w in words], {k: source_of(v) for k, v in keywords.items()}
+            )
         except TypeError as error:
             raise ValueError(str(error)) from None
         calls.append(Call(source=source, expected=encode(value), wrapped=wrapped))
-    after = HELPERS if signature != Signature() else ""
-    return FunctionPlan(calls=tuple(calls), from_json=True, usual=True, after=after, entry=name)
+    before = HELPERS if signature != Signature() else ""
+    return FunctionPlan(calls=tuple(calls), from_json=True, usual=True, before=before, entry=name)
 
 
 def _arguments(given: Any) -> tuple[list[Any], dict[str, Any]]:
@@ -180,7 +182,9 @@ def unpacked(text: str) -> Any:
         data = opened.decompress(base64.b64decode(text, validate=True), _MOST_PACKED)
         if opened.unconsumed_tail:
             raise ValueError(f"packed tests of more than {_MOST_PACKED >> 20} MiB")
-        found = _PlainUnpickler(io.BytesIO(data)).load() if data[:1] == b"\x80" else json.loads(data, parse_int=_integer)
+        found = (
+            _PlainUnpickler(io.BytesIO(data)).load() if data[:1] == b"\x80" else json.loads(data, parse_int=_integer)
+        )
     except (binascii.Error, zlib.error, ValueError, pickle.UnpicklingError, EOFError, IndexError, KeyError) as error:
         raise ValueError(f"the tests are neither JSON nor packed JSON: {error}: {text[:60]!r}") from None
     return found

@@ -209,8 +209,10 @@ def _tokens_equal(wanted: Sequence[bytes], printed: Sequence[bytes], tolerance: 
 
 def _close(wanted: bytes, printed: bytes, tolerance: float) -> bool:
     if b"." not in wanted and b"e" not in wanted.lower():
-        return _WHOLE.fullmatch(wanted) is not None and printed.partition(b".")[0] == wanted and (
-            _ZEROS.fullmatch(printed, len(wanted)) is not None
+        return (
+            _WHOLE.fullmatch(wanted) is not None
+            and printed.partition(b".")[0] == wanted
+            and (_ZEROS.fullmatch(printed, len(wanted)) is not None)
         )
     if len(printed) > 64 or not _NUMBER.fullmatch(wanted) or not _NUMBER.fullmatch(printed):
         return False

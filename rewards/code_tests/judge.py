@@ -64,7 +64,7 @@ class Judge(Side):
         if isinstance(value, Iterator):
             return {"stream": self._kept(lambda: next(value))}
         if callable(value) and not isinstance(value, type):
-            return {"callback": self._kept(value)}
+            return {"callback": [self._kept(value), str(name or "callback"), str(value.__doc__ or "")]}
         raise CannotPass(f"the test passes a {type(value).__name__} to the model's code, which has no form there")
 
     def _kept(self, function: Callable[..., Any]) -> int:
@@ -366,7 +366,9 @@ def _variants(pytest: Any, test: Any, owner: type | None, namespace: dict[str, A
         made = owner()
         for name in ("setup_method", "setUp"):
             if hasattr(made, name):
-                getattr(made, name)(*([None] if name == "setup_method" and made.setup_method.__code__.co_argcount > 1 else []))
+                getattr(made, name)(
+                    *([None] if name == "setup_method" and made.setup_method.__code__.co_argcount > 1 else [])
+                )
         test(made)
 
     return [run]

@@ -6,15 +6,15 @@ import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-HELPERS = '''
-if "ListNode" not in globals():
-    class ListNode:
-        def __init__(self, val=0, next=None):
-            self.val, self.next = val, next
-if "TreeNode" not in globals():
-    class TreeNode:
-        def __init__(self, val=0, left=None, right=None):
-            self.val, self.left, self.right = val, left, right
+HELPERS = """
+class ListNode:
+    def __init__(self, val=0, next=None):
+        self.val, self.next = val, next
+
+
+class TreeNode:
+    def __init__(self, val=0, left=None, right=None):
+        self.val, self.left, self.right = val, left, right
 
 
 def _to_ListNode(values):
@@ -53,7 +53,7 @@ def _from_TreeNode(node):
     while found and found[-1] is None:
         found.pop()
     return found
-'''
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,9 @@ class Signature:
             first = made[0] if made else named[0][1]
             rest = ["_first", *made[1:]] if made else [f"{named.pop(0)[0]}=_first"]
             rest += [f"{key}={word}" for key, word in named]
-            return _plain(f"(lambda _first: ({callee}({', '.join(rest)}), _first)[1])({first})", order[0] if order else "")
+            return _plain(
+                f"(lambda _first: ({callee}({', '.join(rest)}), _first)[1])({first})", order[0] if order else ""
+            )
         words = [*made, *(f"{key}={word}" for key, word in named)]
         return _plain(f"{callee}({', '.join(words)})", self.value)
 

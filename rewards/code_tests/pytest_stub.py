@@ -88,12 +88,16 @@ class approx:
         if hasattr(type(got), "tolist"):
             got = got.tolist()
         if isinstance(expected, Mapping):
-            return type(got) is dict and expected.keys() == got.keys() and all(
-                self._near(expected[key], got[key]) for key in expected
+            return (
+                type(got) is dict
+                and expected.keys() == got.keys()
+                and all(self._near(expected[key], got[key]) for key in expected)
             )
         if isinstance(expected, list | tuple):
-            return isinstance(got, list | tuple) and len(expected) == len(got) and all(
-                self._near(e, g) for e, g in zip(expected, got, strict=True)
+            return (
+                isinstance(got, list | tuple)
+                and len(expected) == len(got)
+                and all(self._near(e, g) for e, g in zip(expected, got, strict=True))
             )
         if not isinstance(got, int | float | complex) and not hasattr(got, "as_integer_ratio"):
             return bool(type(expected) is type(got) and expected == got)
@@ -204,5 +208,3 @@ def _bound(test: Any, owner: type | None, fixtures: dict[str, Any], given: dict[
                 __import__("asyncio").run(result)
 
     return run
-
-

@@ -22,7 +22,12 @@ def solutions_of(columns: Mapping[str, Any]) -> list[str]:
     if not found:
         found = [text for text in _best(columns.get("inferences")) if _is_program(text)][:1]
     prompt = columns.get("prompt")
-    if found and columns.get("entry_point") and isinstance(prompt, str) and columns.get("canonical_solution") == found[0]:
+    if (
+        found
+        and columns.get("entry_point")
+        and isinstance(prompt, str)
+        and columns.get("canonical_solution") == found[0]
+    ):
         head = str(columns.get("code_prompt") or prompt)
         found = [head + found[0]] if f"def {columns['entry_point']}" not in found[0] else found
     return [text if "```" in text else f"```{_tag(text)}\n{text}\n```" for text in found]

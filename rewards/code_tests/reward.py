@@ -207,9 +207,7 @@ class CodeReward:
         request = {"task": "calls", "code": _parts(plan, program), "usual": plan.usual}
         longest = max(len(str(call.expected)) for call in plan.calls)
         try:
-            with self.sandbox.session(
-                request, self._room(longest), first={"eval": plan.calls[0].source}
-            ) as talk:
+            with self.sandbox.session(request, self._room(longest), first={"eval": plan.calls[0].source}) as talk:
                 if (loaded := parse_reply(talk.receive())).error:
                     return _raised(loaded, total)
                 for number, call in enumerate(plan.calls):

@@ -60,7 +60,9 @@ def _plan_of_cases(columns: Mapping[str, Any], answer: str) -> Plan:
         if found := cases_of(value):
             cases += found
     if not cases:
-        raise ValueError(f"the row has no tests: none of test_list, {', '.join(_CASE_COLUMNS)} nor the answer holds any")
+        raise ValueError(
+            f"the row has no tests: none of test_list, {', '.join(_CASE_COLUMNS)} nor the answer holds any"
+        )
     return plan_of_cases(cases, name, str(columns.get("starter_code") or ""))
 
 
@@ -91,7 +93,5 @@ def _assert_case(value: Any) -> Any:
 def _outermost(tests: Sequence[str]) -> frozenset[str]:
     """The functions that assertions call first, e.g. `f` in `assert f(g(1)) == 2`."""
     tree = parsed("\n".join(tests), "test_list")
-    calls = [
-        n.test.left if isinstance(n.test, ast.Compare) else n.test for n in tree.body if isinstance(n, ast.Assert)
-    ]
+    calls = [n.test.left if isinstance(n.test, ast.Compare) else n.test for n in tree.body if isinstance(n, ast.Assert)]
     return frozenset(c.func.id for c in calls if isinstance(c, ast.Call) and isinstance(c.func, ast.Name))

@@ -158,7 +158,9 @@ _USUAL = {
     "io": "StringIO BytesIO",
     "statistics": "mean median",
 }
-_MODULES = "bisect collections copy datetime functools heapq io itertools json math operator os random re string sys time"
+_MODULES = (
+    "bisect collections copy datetime functools heapq io itertools json math operator os random re string sys time"
+)
 _HOME = {name: module for module, names in _USUAL.items() for name in names.split()}
 _HOME |= dict.fromkeys(_MODULES.split(), "")
 
@@ -264,7 +266,8 @@ def run_library(request: dict[str, Any]) -> None:
         names = _module(f"library.{name}")
         names["__package__"] = "library"
         exec(marshal.loads(binascii.a2b_base64(code)), names)
-    own = {"send": send, "read_line": read_line, "failure": failure, "module": _module, "load_solution": load_solution}
+    own = {"send": send, "read_line": read_line, "failure": failure, "module": _module}
+    own |= {"load_solution": load_solution, "offline_loop": _offline_loop}
     if "asyncio" in str(request.get("test", "")):
         _offline_loop()
     names["main"](request, types.SimpleNamespace(**own))

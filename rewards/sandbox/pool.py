@@ -107,9 +107,7 @@ class Sandbox:
                         with contextlib.suppress(SandboxError):  # a lost mother process is replaced; the talk is over
                             mother.finish(limits)
 
-    def run_program(
-        self, code: str, stdin: bytes = b"", limits: Limits = _DEFAULT, *, usual: bool = False
-    ) -> Run:
+    def run_program(self, code: str, stdin: bytes = b"", limits: Limits = _DEFAULT, *, usual: bool = False) -> Run:
         """Runs a Python script on `stdin`; `usual`: with the usual imports of contest programs made for it."""
         request = json.dumps({"task": "program", "code": [code], "usual": usual}).encode() + b"\n"
         return twice(lambda: self._run(PROGRAM, request, stdin, limits))
