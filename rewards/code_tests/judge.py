@@ -28,7 +28,21 @@ _KINDS: dict[str, type] = {
     "type": type,
     **{kind.__name__: kind for kind in (map, filter, zip, enumerate, reversed)},
 }
-_ARITHMETIC = "add sub mul truediv floordiv mod pow matmul lshift rshift and or xor".split()
+_ARITHMETIC = [
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "lshift",
+    "rshift",
+    "and",
+    "or",
+    "xor",
+]
 
 
 class Judge(Side):

@@ -236,7 +236,7 @@ class Side:
             kind = self.shared[body[2]]
             return kind.__new__(kind)
         if body[0] == "collections.deque":
-            return collections.deque((), body[2])
+            return collections.deque(maxlen=body[2])
         made: dict[str, type] = {"list": list, "set": set, "bytearray": bytearray} | _MAPPINGS
         return made[body[0]]()
 
