@@ -299,7 +299,7 @@ def main(request: dict[str, Any], child: types.SimpleNamespace) -> NoReturn:
         for name in request["modules"]:
             sys.modules[name] = sys.modules["solution"]
         if request["printing"]:
-            judge.capture = lambda text: sys.stdout.write(text)
+            judge.capture = _print
     except Exception as error:
         child.send({"broken": child.failure(error)})
         os._exit(0)
@@ -310,6 +310,10 @@ def main(request: dict[str, Any], child: types.SimpleNamespace) -> NoReturn:
         os._exit(0)
     child.send({"verdict": {"passed": passed, "total": total, "failed": failed, "asked": judge.asked}})
     os._exit(0)
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text)  # wherever the test has turned it
 
 
 def _run(request: dict[str, Any], namespace: dict[str, Any]) -> tuple[int, int, dict[str, str]]:
