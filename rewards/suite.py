@@ -26,7 +26,8 @@ class Part:
     """Another part's name: this part counts only where that one scored above 0."""
     deadline: float = 600.0
     """Seconds for one batch; what has no verdict by then gets `verifier_error`. A reward's own limit per sample is
-    tighter and tells a bomb from a stuck grader; this one is the last resort."""
+    tighter and tells a bomb from a stuck grader; this one is the last resort. For a reward that counts what it has
+    finished (`Reward`), seconds in which that count stands still: a long queue of slow programs is no stuck grader."""
 
 
 class RewardSuite:
@@ -223,10 +224,13 @@ class _Call:
             self.done.set()
 
     def verdicts(self, start: float) -> list[Verdict]:
-        remaining = self.part.deadline - (time.perf_counter() - start)
-        if not self.done.wait(max(remaining, 0.0)):
-            self.abandoned = True
-            return self._failed(f"no verdict within the deadline of {self.part.deadline:g} s")
+        before = getattr(self.part.reward, "finished", 0)
+        while not self.done.wait(max(start + self.part.deadline - time.perf_counter(), 0.0)):
+            finished = getattr(self.part.reward, "finished", 0)
+            if finished == before:
+                self.abandoned = True
+                return self._failed(f"no verdict within the deadline of {self.part.deadline:g} s")
+            before, start = finished, time.perf_counter()
         assert self.result is not None
         return self.result
 

@@ -21,8 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from ..inputs import RewardInput
-from ..sandbox.backends import compiler
 from ..sandbox.pool import COMPILER_LIMITS, Limits, Outcome, ProgramEnded, Run, Sandbox, SandboxError, Session, twice
+from ..sandbox.runs import OVER_LIMIT
+from ..sandbox.view import compiler
 from ..verdict import Status, Verdict, verifier_error
 from .compare import FLOAT_TOLERANCE, Reply, equal, is_plain, parse_reply, printable, same_output, without_tuples
 from .tests import Call, FunctionPlan, JudgePlan, Plan, ProgramPlan, plan_of
@@ -106,6 +107,11 @@ class CodeReward:
             return [self._grade(batch[0])]
         with ThreadPoolExecutor(self.sandbox.workers) as pool:
             return list(pool.map(self._grade, batch))
+
+    @property
+    def finished(self) -> int:
+        """Runs so far: while it grows, a batch is under way however long it takes."""
+        return self.sandbox.finished
 
     def check_reference(self, row: RewardInput) -> str | None:
         """What is wrong with a row's tests, or None."""
@@ -238,7 +244,7 @@ class CodeReward:
             binary, compilation = self.sandbox.compile_cpp(program.source, self.compiler_limits)
             if compilation.exit_code or not binary:
                 first = compilation.stderr.decode("utf-8", "replace").partition("error:")[2].partition("\n")[0]
-                over = compilation.outcome in _OVER
+                over = compilation.outcome in OVER_LIMIT
                 return Result(0, total, f"does not compile: {printable(first) or compilation}", over)
             run = functools.partial(self.sandbox.run_native, binary, limits=self.limits)
         else:
@@ -253,7 +259,7 @@ class CodeReward:
                 passed += 1
                 continue
             last = printable(done.stderr.rstrip().rpartition(b"\n")[2].decode("utf-8", "replace"))
-            over = done.outcome in _OVER
+            over = done.outcome in OVER_LIMIT
             message = f"input {number}: " + ("wrong output" if good else f"{done} {last}".rstrip())
             if last.startswith(("SyntaxError", "IndentationError")):
                 return Result(0, total, message, unreadable=True)
@@ -273,16 +279,13 @@ class Result:
     unreadable: bool = False
 
 
-_OVER = (Outcome.TIME_LIMIT, Outcome.MEMORY_LIMIT, Outcome.OUTPUT_LIMIT)
-
-
 def _raised(reply: Reply, total: int) -> Result:
     unreadable = reply.error in ("SyntaxError", "IndentationError", "TabError")
     return Result(0, total, f"{reply.error}: {reply.text}".strip(": "), reply.error == "MemoryError", unreadable)
 
 
 def _ended(run: Run, total: int) -> Result:
-    return Result(0, total, f"ended instead of answering: {run}", run.outcome in _OVER)
+    return Result(0, total, f"ended instead of answering: {run}", run.outcome in OVER_LIMIT)
 
 
 def _carry(judge: Session, talk: Session) -> Result:
@@ -293,7 +296,7 @@ def _carry(judge: Session, talk: Session) -> Result:
         try:
             message = json.loads(judge.receive())  # from the data set's own code
         except ProgramEnded as end:  # it holds nothing but the test and the model's plain values: a bomb of a value
-            return Result(0, 1, f"the test ended on the returned value: {end}", end.run.outcome in _OVER)
+            return Result(0, 1, f"the test ended on the returned value: {end}", end.run.outcome in OVER_LIMIT)
         if "eval" in message:
             calls += 1
             talk.send({"eval": message["eval"]})

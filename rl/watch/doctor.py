@@ -14,8 +14,9 @@ from enum import StrEnum
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from ...rewards.sandbox.backends import choose_backend, compiler
-from ...rewards.sandbox.pool import SandboxUnavailable
+from ...rewards.sandbox.choose import choose_backend
+from ...rewards.sandbox.runs import SandboxUnavailable
+from ...rewards.sandbox.view import compiler
 
 _GIB = 1 << 30
 

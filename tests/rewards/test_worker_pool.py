@@ -57,7 +57,7 @@ def make(monkeypatch):
     monkeypatch.setattr(sys, "path", [os.path.dirname(__file__), *sys.path])
     pools = []
 
-    def build(target="test_grading:serve", **keywords):
+    def build(target="test_worker_pool:serve", **keywords):
         pools.append(WorkerPool(target, {}, **({"workers": 2, "spare": False} | keywords)))
         return pools[-1]
 
@@ -182,7 +182,7 @@ def test_no_network_where_the_kernel_allows(make) -> None:
 
 
 def test_a_factory_that_fails_is_reported(make) -> None:
-    pool = make("test_grading:serve_broken")
+    pool = make("test_worker_pool:serve_broken")
     assert "cannot be set up" in pool.check()
     answer = pool.run([["x"]], timeout=5)[0]
     assert answer.ended is Ended.LOST
