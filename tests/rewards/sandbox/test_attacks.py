@@ -79,12 +79,13 @@ def test_a_file_without_attacks_is_refused(tmp_path: Path) -> None:
 
 @slow
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else; as a user every other test shows it")
-def test_works_unprivileged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["zygote", "landlock"])
+def test_works_unprivileged(backend: str) -> None:
     python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
     new_enough = [str(python), "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]
     if python is None or subprocess.run(new_enough, check=False).returncode:
         pytest.skip("no Python 3.11 that every user may run")
-    folder = Path("/tmp") / f"emberl-unprivileged-{os.getpid()}"
+    folder = Path("/tmp") / f"emberl-unprivileged-{backend}-{os.getpid()}"
     shutil.copytree(Path(view.__file__).resolve().parents[1], folder / "emberl" / "rewards")
     shutil.copy(HERE / "hostile.py", folder)
     try:
@@ -94,7 +95,7 @@ def test_works_unprivileged(tmp_path: Path) -> None:
             "from emberl.rewards.audit.attacks import run_attacks; import hostile\n"
             "rows = [r for r in hostile.PYTHON_ROWS if r['category'] == 'escape']\n"
             "rows += [r for r in hostile.CPP_ROWS if r['id'] in ('cpp_files', 'cpp_calls', 'cpp_shell')]\n"
-            "report = run_attacks(rows, seconds=1.0, backend='zygote')\n"
+            f"report = run_attacks(rows, seconds=1.0, backend={backend!r})\n"
             "print('\\n'.join(report.lines())); sys.exit(not report.contained)"
         )
         done = subprocess.run(
