@@ -281,7 +281,9 @@ class _Run:
 
     def __init__(self, pool: WorkerPool, tasks: Sequence[Any], timeout: float, deadline: float | None) -> None:
         self.pool, self.tasks, self.timeout = pool, tasks, timeout
-        self.end = time.monotonic() + (deadline if deadline is not None else START_SECONDS + _most(timeout) * len(tasks))
+        self.end = time.monotonic() + (
+            deadline if deadline is not None else START_SECONDS + _most(timeout) * len(tasks)
+        )
         self.queue = deque(range(len(tasks)))
         self.done: list[Answer | None] = [None] * len(tasks)
         self.deaths = [0] * len(tasks)
