@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from ..inputs import RewardInput
 from ..sandbox.pool import COMPILER_LIMITS, Limits, Outcome, ProgramEnded, Run, Sandbox, SandboxError, Session, twice
+from ..sandbox.remote import RemoteSandbox, RemoteSession
 from ..sandbox.runs import OVER_LIMIT
 from ..sandbox.view import compiler
 from ..verdict import Status, Verdict, verifier_error
@@ -66,6 +67,7 @@ class CodeReward:
     stdout are tested (`language` "cpp", or "auto" with a C++ fence). `timeout` (s), `memory_mb` and `output_bytes` (see
     `Limits`) hold for a function's calls together and for each run of a program; `total_seconds` for all runs of one
     completion, `compile_seconds` for the compiler. `concurrency`: runs at the same time, by default one a core.
+    `url`: a remote sandbox in the place of this machine's (see `sandbox/remote.py`).
     Raises SandboxUnavailable, a ValueError, where the machine has no sandbox and `allow_unsafe` is not set.
     """
 
@@ -84,10 +86,13 @@ class CodeReward:
         max_code_chars: int = 100_000,
         backend: str | None = None,
         allow_unsafe: bool = False,
+        url: str | None = None,
     ) -> None:
         if language not in ("auto", "python", "cpp"):
             raise ValueError(f"language is {language!r}; use 'auto', 'python' or 'cpp'")
-        if language == "cpp" and compiler() is None:
+        if url is not None and (backend is not None or allow_unsafe):
+            raise ValueError("url names a remote sandbox; backend and allow_unsafe are for one on this machine")
+        if language == "cpp" and compiler() is None and url is None:
             raise ValueError("language 'cpp' needs g++ (apt install g++)")
         if not float_tolerance >= 0 or not total_seconds > 0:
             raise ValueError(
@@ -97,9 +102,14 @@ class CodeReward:
         self.partial, self.tolerance, self.language = partial, float_tolerance, language
         self.compiler_limits = dataclasses.replace(COMPILER_LIMITS, seconds=compile_seconds)
         self.total_seconds, self.max_code_chars = total_seconds, max_code_chars
-        self._start = functools.partial(Sandbox, workers=concurrency, backend=backend, allow_unsafe=allow_unsafe)
+        self._start: Callable[[], Sandbox | RemoteSandbox]
+        if url is not None:
+            self._start = functools.partial(RemoteSandbox, url, workers=concurrency)
+        else:
+            local = {"backend": backend, "allow_unsafe": allow_unsafe}
+            self._start = functools.partial(Sandbox, workers=concurrency, **local)
         self.sandbox = self._start()
-        self._judge: Sandbox | None = None
+        self._judge: Sandbox | RemoteSandbox | None = None
         self._lock = threading.Lock()
 
     def __call__(self, batch: Sequence[RewardInput], /) -> list[Verdict]:
@@ -178,7 +188,7 @@ class CodeReward:
     def _call_function(self, plan: FunctionPlan, program: Program) -> Result:
         total, passed, failure = len(plan.calls), 0, Result(0, 1, "")
         try:
-            with self._session(plan, program, plan.calls[0]) as talk:
+            with self._session(plan, program, plan.calls) as talk:
                 if (loaded := parse_reply(talk.receive())).error:
                     return _raised(loaded, total)
                 for number, call in enumerate(plan.calls):
@@ -210,14 +220,15 @@ class CodeReward:
             return False
 
     def _session(
-        self, plan: FunctionPlan | JudgePlan, program: Program, first: Call | None = None
-    ) -> contextlib.AbstractContextManager[Session]:
+        self, plan: FunctionPlan | JudgePlan, program: Program, calls: Sequence[Call] = ()
+    ) -> contextlib.AbstractContextManager[Session | RemoteSession]:
         source = program.source
         if plan.entry and not re.search(rf"^\s*(async\s+)?def\s+{re.escape(plan.entry)}\b", source, re.M):
             source = plan.prompt + source  # a completion of the prompt's function
         parts = [part for part in (plan.before, source, plan.after) if part.strip()]
-        opening = None if first is None else {"eval": first.source}
-        return self.sandbox.session({"task": "calls", "code": parts}, self.limits, first=opening)
+        messages = [{"eval": call.source} for call in calls]
+        first, rest = (messages[0], messages[1:]) if messages else (None, [])
+        return self.sandbox.session({"task": "calls", "code": parts}, self.limits, first=first, upcoming=rest)
 
     def _judged(self, plan: JudgePlan, program: Program) -> Result:
         """Runs the data set's test code in its own sandbox and carries its calls over, as plain values both ways."""
@@ -288,7 +299,7 @@ def _ended(run: Run, total: int) -> Result:
     return Result(0, total, f"ended instead of answering: {run}", run.outcome in OVER_LIMIT)
 
 
-def _carry(judge: Session, talk: Session) -> Result:
+def _carry(judge: Session | RemoteSession, talk: Session | RemoteSession) -> Result:
     """Passes calls from the judge to the model's function until the judge has its verdict. Raises ProgramEnded for the
     model's program, SandboxError where the test itself is at fault."""
     calls = 0

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from ..processes import processors
 from .backends import Mother
 from .choose import choose_backend
-from .runs import Limits, Outcome, Run, SandboxError, SandboxUnavailable
+from .runs import Limits, Outcome, ProgramEnded, Run, SandboxError, SandboxUnavailable
 from .view import compiler
 from .warden import CALLS, COMPILE, NATIVE, PROGRAM
 
@@ -39,14 +39,6 @@ _SEALS = 0x1 | 0x2 | 0x4 | 0x8  # F_SEAL_SEAL, SHRINK, GROW, WRITE
 _MFD_EXEC = 0x10
 
 T = TypeVar("T")
-
-
-class ProgramEnded(Exception):
-    """The program of a session ended, or broke the protocol, instead of answering; `run` says how it ended."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__(str(run))
-        self.run = run
 
 
 class Sandbox:
@@ -94,11 +86,17 @@ class Sandbox:
 
     @contextlib.contextmanager
     def session(
-        self, request: Mapping[str, Any], limits: Limits = _DEFAULT, *, first: Mapping[str, Any] | None = None
+        self,
+        request: Mapping[str, Any],
+        limits: Limits = _DEFAULT,
+        *,
+        first: Mapping[str, Any] | None = None,
+        upcoming: Sequence[Mapping[str, Any]] = (),
     ) -> Iterator[Session]:
         """Starts a child on `request` (see `child.py`) for a talk line by line; kills it on leaving.
 
-        `first` is the first message of the talk: sent along, it saves a turn of the processes."""
+        `first` is the first message of the talk: sent along, it saves a turn of the processes. `upcoming`, those that
+        will follow, are for a remote sandbox: here a program sees one message at a time."""
         with self._mother(limits) as mother:
             ours, theirs = socket.socketpair()
             with ours:

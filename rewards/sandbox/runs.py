@@ -82,3 +82,11 @@ class Run:
             names = {entry.value: entry.name for entry in signal.Signals}
             return f"ended by {names.get(-self.exit_code, 'a signal')}"
         return f"exit code {self.exit_code}" if self.outcome is Outcome.EXITED else str(self.outcome)
+
+
+class ProgramEnded(Exception):
+    """The program of a session ended, or broke the protocol, instead of answering; `run` says how it ended."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(str(run))
+        self.run = run

@@ -99,8 +99,8 @@ for task in sorted(set(DATASETS) - skipped):
             scorer = reasoning_gym.get_score_answer_fn(task)
             for item in items:
                 answer = str(item["answer"])
-                others = [item["question"], item["question"].split("\\n")[-1], "[" + ", ".join(["NaN"] * (answer.count(",") + 1)) + "]"]
-                for each in generic + others:
+                nans = "[" + ", ".join(["NaN"] * (answer.count(",") + 1)) + "]"
+                for each in [*generic, item["question"], item["question"].split("\\n")[-1], nans]:
                     try:
                         score = float(scorer(answer=each, entry=item))
                     except Exception:
