@@ -112,9 +112,9 @@ class Sandbox:
                         with contextlib.suppress(SandboxError):  # a lost mother process is replaced; the talk is over
                             mother.finish(limits)
 
-    def run_program(self, code: str, stdin: bytes = b"", limits: Limits = _DEFAULT) -> Run:
-        """Runs a Python script on `stdin`."""
-        request = json.dumps({"task": "program", "code": [code]}).encode() + b"\n"
+    def run_program(self, code: str, stdin: bytes = b"", limits: Limits = _DEFAULT, *, usual: bool = False) -> Run:
+        """Runs a Python script on `stdin`; `usual`: with the usual imports of contest programs made for it."""
+        request = json.dumps({"task": "program", "code": [code], "usual": usual}).encode() + b"\n"
         return twice(lambda: self._run(PROGRAM, request, stdin, limits))
 
     def run_native(self, binary: bytes, stdin: bytes = b"", limits: Limits = _DEFAULT) -> Run:
@@ -188,9 +188,16 @@ class Session:
 
     def send(self, *messages: Mapping[str, Any]) -> None:
         """Sends one line each. Raises ProgramEnded, SandboxError."""
+        self._send("".join(json.dumps(message) + "\n" for message in messages).encode())
+
+    def relay(self, line: bytes) -> None:
+        """Sends another session's line. Raises ProgramEnded, SandboxError."""
+        self._send(line + b"\n")
+
+    def _send(self, lines: bytes) -> None:
         if self._our_turn:
             self._mother.excuse(time.monotonic() - self._our_turn)
-        rest = memoryview("".join(json.dumps(message) + "\n" for message in messages).encode())
+        rest = memoryview(lines)
         while rest:
             try:
                 rest = rest[self._channel.send(rest) :]

@@ -40,17 +40,25 @@ names["_received"].extend(LINES)
 names["read_line"].__defaults__ = (lambda *_: b"", *names["read_line"].__defaults__[1:])
 names["main"]()
 """
+_USUAL = """
+import os
+names = {"__name__": "child"}
+exec(compile(CHILD, "<child>", "exec"), names)
+names["CHANNEL"] = os.dup(0)
+names["run_program"]({"code": [CODE], "usual": True})
+"""
 
 
 class RemoteSandbox:
     """The same methods as `Sandbox`, for a service at `url`, e.g. `http://10.0.0.5:8080`. Thread-safe.
 
-    `workers`: requests at the same time. Raises SandboxUnavailable at once if nothing answers there.
+    `workers`: requests at the same time; `preload`: modules that have to be installed there. Raises SandboxUnavailable at
+    once if nothing answers there, or if it lacks one.
     """
 
     backend = "remote"
 
-    def __init__(self, url: str, *, workers: int | None = None) -> None:
+    def __init__(self, url: str, *, workers: int | None = None, preload: Sequence[str] = ()) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url is {url!r}; it must be one such as http://HOST:8080")
         if workers is not None and workers < 1:
@@ -63,7 +71,7 @@ class RemoteSandbox:
         self._client = httpx.Client(limits=connections, trust_env=False)
         self._free = threading.BoundedSemaphore(self.workers)
         try:
-            run = self.run_program("print(6 * 7)")
+            run = self.run_program("".join(f"import {name}\n" for name in preload) + "print(6 * 7)")
         except SandboxError as error:
             self.close()
             raise SandboxUnavailable(f"no sandbox at {url}: {error}") from None
@@ -80,8 +88,10 @@ class RemoteSandbox:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run_program(self, code: str, stdin: bytes = b"", limits: Limits = _DEFAULT) -> Run:
-        """Runs a Python script on `stdin`."""
+    def run_program(self, code: str, stdin: bytes = b"", limits: Limits = _DEFAULT, *, usual: bool = False) -> Run:
+        """Runs a Python script on `stdin`; `usual`: with the usual imports of contest programs made for it."""
+        if usual:
+            code = f"CHILD, CODE = {_CHILD!r}, {code!r}\n{_USUAL}"
         _, run = self._post("python", code, stdin, limits)
         assert run is not None, "Python is not compiled"
         return run
@@ -175,6 +185,10 @@ class RemoteSession:
     def send(self, *messages: Mapping[str, Any]) -> None:
         self._sent += messages
 
+    def relay(self, line: bytes) -> None:
+        """Sends another session's line."""
+        self._sent.append(json.loads(line))
+
     def receive(self) -> bytes:
         """The program's next line: as untrusted as anything. Raises ProgramEnded, SandboxError."""
         if self._asked is None or self._asked[: len(self._sent)] != self._sent:
@@ -202,7 +216,7 @@ def _read(result: Any, limits: Limits) -> Run:
     if not late and type(code) is not int:
         raise SandboxError(f"the remote sandbox sent no exit code: {str(result)[:200]}")
     stdout, stderr = (str(result.get(name) or "").encode("utf-8", "replace") for name in ("stdout", "stderr"))
-    outcome = Outcome.EXITED if not late and code >= 0 else Outcome.CRASHED
+    outcome = Outcome.EXITED if type(code) is int and code >= 0 else Outcome.CRASHED
     if late:
         outcome = Outcome.TIME_LIMIT
     elif len(stdout) > limits.output_bytes:

@@ -325,3 +325,6 @@ def _open_standard_files() -> None:
     sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, "r")), encoding="utf-8")
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w")), encoding="utf-8")
     sys.stderr = io.TextIOWrapper(io.FileIO(2, "w"), encoding="utf-8", errors="backslashreplace", write_through=True)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        setattr(getattr(sys, name), "mode", mode)  # noqa: B010 (typeshed's is read-only; the interpreter's own have it)
+        setattr(sys, f"__{name}__", getattr(sys, name))

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from emberl.rewards.audit.attacks import _descendants
 from emberl.rewards.code_tests.compare import Reply, canonical, equal, is_plain, parse_reply, same_output
-from emberl.rewards.code_tests.reward import CodeReward, extract_program
-from emberl.rewards.code_tests.tests import Call, FunctionPlan, JudgePlan, ProgramPlan, plan_of
+from emberl.rewards.code_tests.extract import extract_program
+from emberl.rewards.code_tests.reward import CodeReward
+from emberl.rewards.code_tests.plans import Call, FunctionPlan, JudgePlan, ProgramPlan
+from emberl.rewards.code_tests.tests import plan_of
 from emberl.rewards.inputs import RewardInput
 from emberl.rewards.sandbox import backends as walls
 from emberl.rewards.sandbox.child import encode, source_of
@@ -86,6 +88,7 @@ def test_assertions_become_calls() -> None:
             Call(source="not not f(3)", expected=True),
             Call(source="not f(4)", expected=True),
         ),
+        functions=("f",),
         before="import math",
         after="y = 1",
     )
@@ -307,7 +310,7 @@ def test_forged_forms_are_not_plain(value: object) -> None:
         ("0.5\n", b"0.5000001\n", True),
         ("0.5\n", b"0.6\n", False),
         ("0.5\n", b"nan\n", False),
-        ("5\n", b"5.0\n", False),
+        ("5\n", b"5.0\n", True),
         ("1e3\n", b"1000\n", True),
         ("", b"", True),
         ("1\n", b"", False),
@@ -334,7 +337,7 @@ def test_verdicts(reward) -> None:
         ("def sub(a, b): return 5", ADD, Status.WRONG),
         ("def add(a, b):\n    while True: pass", ADD, Status.OVER_LIMIT),
         ("def add(a, b): return bytearray(1 << 30)", ADD, Status.OVER_LIMIT),
-        ("def add(a, b): return 'x' * (2 << 20)", ADD, Status.OVER_LIMIT),
+        ("def add(a, b): return 'x' * (9 << 20)", ADD, Status.OVER_LIMIT),
         ("import os; os._exit(125)", ADD, Status.WRONG),
         ("print(2 * int(input()))", double, Status.CORRECT),
         ("print(2)", double, Status.WRONG),
@@ -360,7 +363,7 @@ def test_what_is_no_program_and_what_is_no_test(reward) -> None:
         RewardInput(completion="def add(a, b): return a + b", columns=ADD),
         item("def add(a, b): return a + b", {}),
         item("def f(x): return 1", {"test_list": ["for i in [1]:\n    assert nonsense.x == f(1)"]}),
-        item("def f(x): return 1", {"test_list": ["def g(): pass\nassert f(g) == 1"]}),
+        item("def f(x): return 1", {"test_list": ["class G: pass\nx = f\nassert f(object()) == 1"]}),
     ]
     statuses = [v.status for v in reward(rows)]
     assert statuses[:4] == [Status.UNPARSEABLE, Status.UNPARSEABLE, Status.CORRECT, Status.VERIFIER_ERROR]
