@@ -21,7 +21,6 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     "del": delattr,
     "equal": lambda left, right: bool(left == right and not left == object()),  # `==` that is always true says nothing
     "contains": operator.contains,
-    "await": lambda coroutine: __import__("asyncio").run(_awaiting(coroutine)),
 }
 _BUILT_IN = (len, iter, next, str, repr, format, hash, bool, abs, round, int, float, complex, isinstance, issubclass)
 _BUILT_IN += (divmod, reversed, dir)
@@ -49,6 +48,7 @@ class Host(Side):
         self.held: list[Any] = []
         self.places: dict[int, int] = {}
         self.operations = _SPECIAL | {function.__name__: function for function in _BUILT_IN}
+        self.operations["await"] = self._await
         self.printed = _Printed() if request["printing"] else None
         if self.printed is not None:
             sys.stdout = self.printed
@@ -69,11 +69,21 @@ class Host(Side):
         if kind == "name":
             return eval(body, self.namespace)
         if kind == "callback":
-            return lambda *arguments, **keywords: self.request({"do": body}, *arguments, **keywords)
+            return self._callback(*body)
         if kind == "stream":
             return self._stream(body)
         module = "builtins" if kind == "builtin" else body[0]
         return getattr(__import__(module, fromlist=["x"]), body if kind == "builtin" else body[1])
+
+    def _callback(self, number: int, name: str, text: str) -> Callable[..., Any]:
+        """A function of the test's."""
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            return self.request({"do": number}, *arguments, **keywords)
+
+        call.__name__ = call.__qualname__ = name
+        call.__doc__ = text or None
+        return call
 
     def _stream(self, number: int) -> Iterator[Any]:
         """An iterator of the test's."""
@@ -83,6 +93,10 @@ class Host(Side):
             except StopIteration:
                 return
             yield item
+
+    def _await(self, coroutine: Any) -> Any:
+        self.child.offline_loop()
+        return __import__("asyncio").run(_awaiting(coroutine))
 
     def perform(self, request: dict[str, Any], arguments: list[Any], keywords: dict[str, Any]) -> Any:
         name = request["do"]

@@ -180,3 +180,23 @@ def test_a_suite_from_a_configuration() -> None:
 def test_bad_configurations_are_named(specs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_suite(specs)
+
+
+def test_a_long_queue_is_no_stuck_grader() -> None:
+    """Slow programs of the model's own making take long; only a grader that stands still loses its samples."""
+
+    class Slow:
+        finished = 0
+
+        def __call__(self, batch):
+            for _ in range(10):
+                time.sleep(0.1)
+                self.finished += self.moves
+            return [Verdict(status=Status.OVER_LIMIT, score=0.0) for _ in batch]
+
+        def __init__(self, moves: int) -> None:
+            self.moves = moves
+
+    for moves, status in ((1, Status.OVER_LIMIT), (0, Status.VERIFIER_ERROR)):
+        suite = RewardSuite([Part(name="slow", reward=Slow(moves), deadline=0.4)])
+        assert suite.grade([RewardInput(completion="")])[0].status is status
