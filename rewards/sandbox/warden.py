@@ -40,7 +40,7 @@ _EXECVEAT = {"x86_64": 322, "aarch64": 281}
 _RESTRICT_SELF = 446  # landlock_restrict_self, on every machine
 _NOBODY = 65534
 _THREADS = 64  # of one run
-_LOOK_SECONDS = 0.05  # between two counts of a run's threads, where no limit of the kernel's does it
+_LOOK_SECONDS = 0.01  # between two counts of a run's threads, where no limit of the kernel's does it
 _ROOM = _socket.CMSG_SPACE(4 * struct.calcsize("i"))
 
 

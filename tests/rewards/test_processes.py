@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 from emberl.rewards.processes import descendants, processors, stat_of, tells_waiting, waited
 
-V1 = "33 31 0:30 {base} /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu,cpuacct\n34 31 0:31 / /sys/fs/cgroup/memory rw - cgroup c rw,memory\n"
+V1 = (
+    "33 31 0:30 {base} /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu,cpuacct\n"
+    "34 31 0:31 / /sys/fs/cgroup/memory rw - cgroup c rw,memory\n"
+)
 V2 = "41 31 0:38 {base} /sys/fs/cgroup rw,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
 
 

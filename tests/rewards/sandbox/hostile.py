@@ -110,7 +110,11 @@ PYTHON_FORGERIES = {
         def add(a, b):
             threading.Thread(target=lambda: (time.sleep(0.1), os.write(3, b'{"ok": 5}\\n'))).start()
             return 0""",
-    "reply_of_the_mother": "import os\ndef add(a, b):\n    os.write(3, b'run\\n' + bytes(40))\n    os.write(3, b'no\\nout of memory\\n')",
+    "reply_of_the_mother": """
+        import os
+        def add(a, b):
+            os.write(3, b'run\\n' + bytes(40))
+            os.write(3, b'no\\nout of memory\\n')""",
     "surrogate_source": "def add(a, b): return '\ud800'",
 }
 
@@ -151,7 +155,7 @@ PYTHON_RESOURCES = {
         import mmap
         code = mmap.mmap(-1, 4096, prot=7)
         # a loop of clone(CLONE_VM|FS|FILES|SIGHAND|THREAD|SYSVSEM, stack of the code's own page); the children do the same
-        code.write(bytes.fromhex("bf000f0500be00000000ba0000000041ba0000000041b80000000041b900000000b8380000000f05ebde"))
+        code.write(bytes.fromhex("bf000f0500be00000000ba0000000041ba0000000041b80000000041b900000000b8380000000f05ebd6"))
         ctypes.CFUNCTYPE(ctypes.c_long)(ctypes.addressof(ctypes.c_char.from_buffer(code)))()""",
     "wait_for_ever": "import threading\nthreading.Lock().acquire() or threading.Event().wait()\nthreading.Event().wait()",
     "ignore_cpu_limit": "import signal\nsignal.signal(signal.SIGXCPU, lambda *a: None)\nwhile True: pass",
@@ -178,7 +182,8 @@ PYTHON_RESOURCES = {
 PYTHON_ESCAPES = {
     "fork_variants": _SYSCALL
     + """
-        for name, args in (("FORK", (57,)), ("VFORK", (58,)), ("CLONE", (56, 17, 0, 0, 0, 0)), ("CLONE3", (435, 0, 0)),
+        for name, args in (("FORK", (57,)), ("VFORK", (58,)), ("CLONE", (56, 17, 0, 0, 0, 0)),
+            ("CLONE3", (435, 0, 0)),
                            ("NEWUSER", (56, 0x10000011, 0, 0, 0, 0)), ("UNSHARE", (272, 0x10000000)),
                            ("THREADUSER", (56, 0x10010000, 0, 0, 0, 0))):
             r = libc.syscall(*args)
@@ -268,7 +273,8 @@ PYTHON_ESCAPES = {
     "privileges": """
         import os
         if os.geteuid() == 0 and os.getuid() != os.geteuid(): print("ROOTED")
-        for act in (lambda: os.setuid(0), lambda: os.setgroups([0]), lambda: os.setresuid(0, 0, 0), lambda: os.nice(-5)):
+        for act in (lambda: os.setuid(0), lambda: os.setgroups([0]), lambda: os.setresuid(0, 0, 0),
+            lambda: os.nice(-5)):
             try: act(); print("PRIVILEGED")
             except OSError: pass""",
     "processes_of_the_host": """
@@ -285,15 +291,19 @@ PYTHON_ESCAPES = {
         import ctypes, linecache, mmap, os, runpy, shutil, zipimport
         path = "@SECRETFILE@"
         folder, name = os.path.split(path)
-        ways = (lambda: os.open(path, os.O_PATH), lambda: os.read(os.open(path, os.O_RDONLY), 99), lambda: open(path).read(),
+        ways = (lambda: os.open(path, os.O_PATH), lambda: os.read(os.open(path, os.O_RDONLY), 99),
+            lambda: open(path).read(),
                 lambda: os.read(os.open(name, os.O_RDONLY, dir_fd=os.open(folder, os.O_PATH)), 99),
                 lambda: os.read(os.open("/proc/self/root" + path, os.O_RDONLY), 99), lambda: os.listdir(folder),
-                lambda: os.scandir(folder).__next__().name, lambda: os.fwalk(folder).__next__(), lambda: linecache.getlines(path),
+                lambda: os.scandir(folder).__next__().name, lambda: os.fwalk(folder).__next__(),
+                    lambda: linecache.getlines(path),
                 lambda: runpy.run_path(path), lambda: shutil.copy(path, "/dev/null"), lambda: os.readlink(path),
                 lambda: os.link(path, "/tmp/x"), lambda: os.rename(path, path + "x"), lambda: os.unlink(path),
                 lambda: os.truncate(path, 0), lambda: os.chmod(path, 0o777), lambda: os.utime(path),
-                lambda: os.setxattr(path, "user.x", b"x"), lambda: os.mkdir(folder + "/d"), lambda: os.symlink(path, "/tmp/y"),
-                lambda: os.mkfifo(folder + "/f"), lambda: os.chdir(folder), lambda: os.statvfs(path) and os.execv(path, ["x"]))
+                lambda: os.setxattr(path, "user.x", b"x"), lambda: os.mkdir(folder + "/d"),
+                    lambda: os.symlink(path, "/tmp/y"),
+                lambda: os.mkfifo(folder + "/f"), lambda: os.chdir(folder),
+                    lambda: os.statvfs(path) and os.execv(path, ["x"]))
         for number, way in enumerate(ways):
             try: found = way()
             except (OSError, SyntaxError, NameError): continue
@@ -313,22 +323,35 @@ PYTHON_ESCAPES = {
     "signals_by_number": _SYSCALL
     + """
         pid = os.getppid()
-        for name, args in (("KILL", (62, pid, 0)), ("TKILL", (200, pid, 0)), ("TGKILL", (234, pid, pid, 0)), ("KILLALL", (62, -1, 0)),
-                           ("KILLGROUP", (62, 0, 0)), ("SIGQUEUE", (129, pid, 0, 0)), ("TGSIGQUEUE", (297, pid, pid, 0, 0)),
-                           ("PIDFDOPEN", (434, pid, 0)), ("PIDFDSIGNAL", (424, 0, 0, 0, 0)), ("PIDFDGETFD", (438, 0, 0, 0)),
-                           ("VMREADV", (310, pid, 0, 0, 0, 0, 0)), ("VMWRITEV", (311, pid, 0, 0, 0, 0, 0)), ("PTRACE", (101, 16, pid, 0, 0)),
-                           ("SETPGID", (109, 0, pid)), ("SETSID", (112,)), ("SCHEDSET", (203, pid, 8, bytes(8))), ("PRIO", (141, 0, pid, 5)),
-                           ("IOPRIO", (251, 1, pid, 0)), ("MIGRATE", (256, pid, 0, 0, 0)), ("MADVISE", (440, 0, 0, 0, 0, 0)),
-                           ("MRELEASE", (448, 0, 0)), ("KCMP", (312, pid, pid, 0, 0, 0)), ("PRCTL", (157, 1, 0, 0, 0, 0))):
+        for name, args in (("KILL", (62, pid, 0)), ("TKILL", (200, pid, 0)), ("TGKILL", (234, pid, pid, 0)),
+            ("KILLALL", (62, -1, 0)),
+                           ("KILLGROUP", (62, 0, 0)), ("SIGQUEUE", (129, pid, 0, 0)),
+                           ("TGSIGQUEUE", (297, pid, pid, 0, 0)),
+                           ("PIDFDOPEN", (434, pid, 0)), ("PIDFDSIGNAL", (424, 0, 0, 0, 0)),
+                           ("PIDFDGETFD", (438, 0, 0, 0)),
+                           ("VMREADV", (310, pid, 0, 0, 0, 0, 0)), ("VMWRITEV", (311, pid, 0, 0, 0, 0, 0)),
+                           ("PTRACE", (101, 16, pid, 0, 0)),
+                           ("SETPGID", (109, 0, pid)), ("SETSID", (112,)), ("SCHEDSET", (203, pid, 8, bytes(8))),
+                           ("PRIO", (141, 0, pid, 5)),
+                           ("IOPRIO", (251, 1, pid, 0)), ("MIGRATE", (256, pid, 0, 0, 0)),
+                           ("MADVISE", (440, 0, 0, 0, 0, 0)),
+                           ("MRELEASE", (448, 0, 0)), ("KCMP", (312, pid, pid, 0, 0, 0)),
+                           ("PRCTL", (157, 1, 0, 0, 0, 0))):
             print(name, libc.syscall(*args))""",
     "undo_the_walls": _SYSCALL
     + """
-        for name, args in (("LANDLOCKNEW", (444, 0, 0, 1)), ("LANDLOCKADD", (445, 3, 1, 0, 0)), ("LANDLOCKSELF", (446, 3, 0)),
-                           ("SECCOMP", (317, 0, 0, 0)), ("NEWNS", (272, 0x20000)), ("FSPICK", (433, -100, b"/", 0)), ("OPENTREE", (428, -100, b"/", 1)),
-                           ("MOVEMOUNT", (429, -100, b"/", -100, b"/", 0)), ("CHROOT", (161, b"/")), ("PERSONALITY", (135, 0x0040000)),
-                           ("URING", (425, 1, bytes(120))), ("MEMFD", (319, b"x", 0)), ("SECRETMEM", (447, 0)), ("SHMGET", (29, 0, 4096, 0o1600)),
-                           ("MQOPEN", (240, b"x", 0o102, 0o600, 0)), ("USERFAULT", (323, 0)), ("BPF", (321, 0, 0, 0)), ("EVENTFD", (290, 0, 0)),
-                           ("TIMERFD", (283, 1, 0)), ("SIGNALFD", (289, -1, bytes(8), 8, 0)), ("EPOLL", (291, 0)), ("INOTIFY", (294, 0))):
+        for name, args in (("LANDLOCKNEW", (444, 0, 0, 1)), ("LANDLOCKADD", (445, 3, 1, 0, 0)),
+            ("LANDLOCKSELF", (446, 3, 0)),
+                           ("SECCOMP", (317, 0, 0, 0)), ("NEWNS", (272, 0x20000)),
+                           ("FSPICK", (433, -100, b"/", 0)), ("OPENTREE", (428, -100, b"/", 1)),
+                           ("MOVEMOUNT", (429, -100, b"/", -100, b"/", 0)), ("CHROOT", (161, b"/")),
+                           ("PERSONALITY", (135, 0x0040000)),
+                           ("URING", (425, 1, bytes(120))), ("MEMFD", (319, b"x", 0)), ("SECRETMEM", (447, 0)),
+                           ("SHMGET", (29, 0, 4096, 0o1600)),
+                           ("MQOPEN", (240, b"x", 0o102, 0o600, 0)), ("USERFAULT", (323, 0)),
+                           ("BPF", (321, 0, 0, 0)), ("EVENTFD", (290, 0, 0)),
+                           ("TIMERFD", (283, 1, 0)), ("SIGNALFD", (289, -1, bytes(8), 8, 0)), ("EPOLL", (291, 0)),
+                           ("INOTIFY", (294, 0))):
             print(name, libc.syscall(*args))""",
     "ctypes_dlopen": """
         import ctypes
