@@ -55,7 +55,7 @@ class AttackReport:
     backend: str
     attacks: tuple[Attack, ...]
     skipped: tuple[str, ...]
-    """Ids of C++ programs on a machine without g++."""
+    """Ids of rows without a program, and of C++ programs on a machine without g++."""
 
     @property
     def contained(self) -> bool:
@@ -66,7 +66,7 @@ class AttackReport:
         held = sum(attack.contained for attack in self.attacks)
         found = [str(attack) for attack in self.attacks]
         if self.skipped:
-            found.append(f"skipped, no g++ here (apt install g++): {', '.join(self.skipped)}")
+            found.append(f"skipped, without a program or without g++ here (apt install g++): {', '.join(self.skipped)}")
         return [*found, f"{held} of {len(self.attacks)} contained, back end {self.backend}"]
 
     def record(self) -> dict[str, object]:
@@ -87,7 +87,8 @@ def audit_sandbox(path: str | Path, *, seconds: float = 2.0, backend: str | None
         rows = [json.loads(line) for line in text.splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no file of hostile programs: {error}") from None
-    if not rows or not all(isinstance(row, dict) and {"id", "code"} <= row.keys() for row in rows):
+    whole = all(isinstance(row, dict) and {"id", "code"} <= row.keys() for row in rows)
+    if not whole or not any(isinstance(row["code"], str) for row in rows):
         raise ValueError(f"{path} holds no hostile programs; each line needs id, category, language and code")
     return run_attacks(rows, seconds=seconds, backend=backend)
 
@@ -104,7 +105,8 @@ def run_attacks(
     skipped: list[str] = []
     with _Host() as host, contextlib.closing(_reward(seconds, compile_seconds, backend)) as reward:
         for row in rows:
-            if row.get("language") == "cpp" and compiler() is None:
+            runnable = isinstance(row["code"], str)  # a description of an attack has none
+            if not runnable or (row.get("language") == "cpp" and compiler() is None):
                 skipped.append(row["id"])
             else:
                 found.append(_run_one(row, host, reward))

@@ -200,3 +200,22 @@ def test_a_long_queue_is_no_stuck_grader() -> None:
     for moves, status in ((1, Status.OVER_LIMIT), (0, Status.VERIFIER_ERROR)):
         suite = RewardSuite([Part(name="slow", reward=Slow(moves), deadline=0.4)])
         assert suite.grade([RewardInput(completion="")])[0].status is status
+
+
+def test_a_row_that_raises_costs_no_neighbour() -> None:
+    def grade(batch):
+        if any(row.completion == "bomb" for row in batch):
+            raise RecursionError("too deep")
+        if any(row.completion == "exit" for row in batch):
+            raise SystemExit(3)
+        return [Verdict(status=Status.CORRECT, score=1.0) for _ in batch]
+
+    suite = RewardSuite([Part(name="p", reward=grade)])
+    found = suite.grade([RewardInput(completion=text) for text in ("a", "bomb", "b", "exit")])
+    assert [verdict.score for verdict in found] == [1.0, None, 1.0, None]
+    assert "RecursionError" in found[1].message and "SystemExit" in found[3].message
+
+
+def test_a_sum_that_is_not_finite_is_no_score() -> None:
+    suite = RewardSuite([Part(name="p", reward=fixed(1e308), weight=100.0)])
+    assert suite.grade([RewardInput(completion="")])[0].status is Status.VERIFIER_ERROR
