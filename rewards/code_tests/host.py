@@ -19,7 +19,9 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     "get": getattr,
     "set": setattr,
     "del": delattr,
-    "equal": lambda left, right: bool(left == right and left.__eq__(object()) is not True),  # one always true says nothing
+    "equal": lambda left, right: bool(
+        left == right and left.__eq__(object()) is not True
+    ),  # one always true says nothing
     "contains": operator.contains,
 }
 _BUILT_IN = (len, iter, next, str, repr, format, hash, bool, abs, round, int, float, complex, isinstance, issubclass)

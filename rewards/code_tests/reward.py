@@ -26,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from ..inputs import RewardInput
-from ..sandbox.backends import compiler
 from ..sandbox.pool import COMPILER_LIMITS, Limits, Outcome, ProgramEnded, Run, Sandbox, SandboxError, Session, twice
+from ..sandbox.remote import RemoteSandbox, RemoteSession
+from ..sandbox.runs import OVER_LIMIT
+from ..sandbox.view import compiler
 from ..verdict import Status, Verdict, verifier_error
 from .compare import FLOAT_TOLERANCE, Reply, equal, is_plain, parse_reply, printable, same_output, without_tuples
 from .extract import Program, completed, extract_program
@@ -47,8 +49,9 @@ class CodeReward:
     example `["numpy"]`; tests may import numpy and these. `timeout` (s), `memory_mb` and `output_bytes` (see `Limits`;
     more where a test expects more) hold for a function's calls together and for each run of a program; `total_seconds`
     for all runs of one completion, `compile_seconds` for the compiler, `reference_seconds` for all runs of
-    `check_references`. `concurrency`: runs at the same time, by default one a core. Raises SandboxUnavailable, a
-    ValueError, where the machine has no sandbox and `allow_unsafe` is not set.
+    `check_references`. `concurrency`: runs at the same time, by default one a core. `url`: a remote sandbox in
+    the place of this machine's (see `sandbox/remote.py`). Raises SandboxUnavailable, a ValueError, where the machine has
+    no sandbox and `allow_unsafe` is not set.
     """
 
     def __init__(
@@ -68,10 +71,13 @@ class CodeReward:
         max_code_chars: int = 100_000,
         backend: str | None = None,
         allow_unsafe: bool = False,
+        url: str | None = None,
     ) -> None:
         if language not in ("auto", "python", "cpp"):
             raise ValueError(f"language is {language!r}; use 'auto', 'python' or 'cpp'")
-        if language == "cpp" and compiler() is None:
+        if url is not None and (backend is not None or allow_unsafe):
+            raise ValueError("url names a remote sandbox; backend and allow_unsafe are for one on this machine")
+        if language == "cpp" and compiler() is None and url is None:
             raise ValueError("language 'cpp' needs g++ (apt install g++)")
         if not float_tolerance >= 0 or not total_seconds > 0:
             raise ValueError(
@@ -85,9 +91,13 @@ class CodeReward:
         self.compiler_limits = dataclasses.replace(COMPILER_LIMITS, seconds=compile_seconds)
         self.total_seconds, self.max_code_chars = total_seconds, max_code_chars
         self.packages, self.reference_seconds = tuple(packages), reference_seconds
-        self._start = functools.partial(Sandbox, workers=concurrency, backend=backend, allow_unsafe=allow_unsafe)
+        self._start: Callable[..., Sandbox | RemoteSandbox]
+        if url is not None:
+            self._start = functools.partial(RemoteSandbox, url, workers=concurrency)
+        else:
+            self._start = functools.partial(Sandbox, workers=concurrency, backend=backend, allow_unsafe=allow_unsafe)
         self.sandbox = self._start(preload=self.packages)
-        self._judges: dict[tuple[str, ...], Sandbox] = {}
+        self._judges: dict[tuple[str, ...], Sandbox | RemoteSandbox] = {}
         self._lock = threading.Lock()
 
     def __call__(self, batch: Sequence[RewardInput], /) -> list[Verdict]:
@@ -95,6 +105,11 @@ class CodeReward:
             return [self._grade(batch[0])]
         with ThreadPoolExecutor(self.sandbox.workers) as pool:
             return list(pool.map(self._grade, batch))
+
+    @property
+    def finished(self) -> int:
+        """Runs so far: while it grows, a batch is under way however long it takes."""
+        return self.sandbox.finished + sum(judge.finished for judge in list(self._judges.values()))
 
     def check_reference(self, row: RewardInput) -> str | None:
         """What is wrong with a row's tests, without running anything, or None."""
@@ -205,9 +220,10 @@ class CodeReward:
     def _call_function(self, plan: FunctionPlan, program: Program) -> Result:
         total, passed, failure = len(plan.calls), 0, Result(0, 1, "")
         request = {"task": "calls", "code": _parts(plan, program), "usual": plan.usual}
+        calls = [{"eval": call.source} for call in plan.calls]
         longest = max(len(str(call.expected)) for call in plan.calls)
         try:
-            with self.sandbox.session(request, self._room(longest), first={"eval": plan.calls[0].source}) as talk:
+            with self.sandbox.session(request, self._room(longest), first=calls[0], upcoming=calls[1:]) as talk:
                 if (loaded := parse_reply(talk.receive())).error:
                     return _raised(loaded, total)
                 for number, call in enumerate(plan.calls):
@@ -293,22 +309,23 @@ class CodeReward:
             binary, compilation = self.sandbox.compile_cpp(program.source, self.compiler_limits)
             if compilation.exit_code or not binary:
                 first = compilation.stderr.decode("utf-8", "replace").partition("error:")[2].partition("\n")[0]
-                over = compilation.outcome in _OVER
+                over = compilation.outcome in OVER_LIMIT
                 return Result(0, total, f"does not compile: {printable(first) or compilation}", over)
             run = functools.partial(self.sandbox.run_native, binary)
         else:
             run = functools.partial(self.sandbox.run_program, program.source, usual=True)
-        start = time.monotonic()
+        spent, start = 0.0, time.monotonic()  # processor time: a loaded machine changes no verdict
         for number, (given, wanted) in enumerate(plan.cases):
-            if time.monotonic() - start > self.total_seconds:
+            if spent > self.total_seconds or time.monotonic() - start > 10 * self.total_seconds:
                 return Result(passed, total, f"over {self.total_seconds:g} s for all inputs", True)
             done = run(given.encode("utf-8", "surrogatepass"), limits=self._room(len(wanted)))
+            spent += done.cpu_seconds
             good = done.outcome is Outcome.EXITED and done.exit_code == 0
             if good and same_output(wanted, done.stdout, self.tolerance):
                 passed += 1
                 continue
             last = printable(done.stderr.rstrip().rpartition(b"\n")[2].decode("utf-8", "replace"))
-            over = done.outcome in _OVER
+            over = done.outcome in OVER_LIMIT
             message = f"input {number}: " + ("wrong output" if good else f"{done} {last}".rstrip())
             if last.startswith(("SyntaxError", "IndentationError")):
                 return Result(0, total, message, unreadable=True)
@@ -328,26 +345,23 @@ class Result:
     unreadable: bool = False
 
 
-_OVER = (Outcome.TIME_LIMIT, Outcome.MEMORY_LIMIT, Outcome.OUTPUT_LIMIT)
-
-
 def _raised(reply: Reply, total: int) -> Result:
     unreadable = reply.error in ("SyntaxError", "IndentationError", "TabError")
     return Result(0, total, f"{reply.error}: {reply.text}".strip(": "), reply.error == "MemoryError", unreadable)
 
 
 def _ended(run: Run, total: int) -> Result:
-    return Result(0, total, f"ended instead of answering: {run}", run.outcome in _OVER)
+    return Result(0, total, f"ended instead of answering: {run}", run.outcome in OVER_LIMIT)
 
 
-def _relay(judge: Session, talk: Session) -> Result:
+def _relay(judge: Session | RemoteSession, talk: Session | RemoteSession) -> Result:
     """Carries the lines of judge and model to each other until the judge has its verdict. Raises ProgramEnded for the
     model's program, SandboxError where the test itself is at fault."""
     while True:
         try:
             line = judge.receive()  # from the data set's own code
         except ProgramEnded as end:  # it holds nothing but the test and the model's values: a bomb of a value
-            return Result(0, 1, f"the test ended on the returned value: {end}", end.run.outcome in _OVER)
+            return Result(0, 1, f"the test ended on the returned value: {end}", end.run.outcome in OVER_LIMIT)
         if line.startswith((b'{"verdict"', b'{"broken"')):
             return _result(json.loads(line))
         talk.relay(line)

@@ -47,7 +47,7 @@ class PluginReward:
             self.style, self.batched = self._inline.style, self._inline.batched
             return
         self._pool = WorkerPool(
-            f"{__name__.rpartition('.')[0]}.adapters:serve",
+            f"{__name__.rpartition('.')[0]}.styles:serve",
             {"target": target, "style": style},
             workers=concurrency,
             memory_bytes=memory_bytes,
