@@ -360,14 +360,21 @@ def _relay(judge: Session | RemoteSession, talk: Session | RemoteSession) -> Res
     while True:
         try:
             line = judge.receive()  # from the data set's own code
-        except ProgramEnded as end:  # it holds nothing but the test and the model's values: a bomb of a value
-            return Result(0, 1, f"the test ended on the returned value: {end}", end.run.outcome in OVER_LIMIT)
+        except ProgramEnded as end:
+            return _bomb(end)
         if line.startswith((b'{"verdict"', b'{"broken"')):
             return _result(json.loads(line))
         talk.relay(line)
         answer = talk.receive()
-        with contextlib.suppress(ProgramEnded):  # the judge's end is told by the next line that it does not send
+        try:
             judge.relay(answer)
+        except ProgramEnded as end:
+            return _bomb(end)
+
+
+def _bomb(end: ProgramEnded) -> Result:
+    """The judge's end without a verdict: it holds nothing but the test and the model's values."""
+    return Result(0, 1, f"the test ended on the returned value: {end}", end.run.outcome in _OVER)
 
 
 def _result(message: dict[str, Any]) -> Result:
