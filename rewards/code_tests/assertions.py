@@ -9,18 +9,13 @@ from __future__ import annotations
 import ast
 import builtins
 import functools
-import importlib
-import symtable
 import sys
 from collections.abc import Iterable
 
 from ..sandbox.child import encode
+from .names import Imports, bound, called_names, free_names, imported, packages_of, parsed, parses
 from .plans import Call, FunctionPlan, JudgePlan, Plan
 
-_MODEL_MODULES = {
-    *("solution", "solutions", "main", "answer", "submission", "candidate", "program", "code_solution", "my_module"),
-    *("your_module", "your_solution", "your_code", "your_module_name", "module_name", "module", "user_solution"),
-}
 _REFUSED = {"subprocess", "socket", "requests", "tempfile", "multiprocessing", "mock", "shutil", "urllib", "http"}
 _FIXTURES = {"tmp_path", "tmpdir", "monkeypatch", "mocker", "caplog", "capfd", "request", "benchmark"}
 _BUILT_IN = frozenset(dir(builtins)) | {"__file__"}
@@ -61,7 +56,7 @@ def check_plan(prompt: str, test: str, entry: str) -> Plan:
     check = next((n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "check"), None)
     if check is None:
         raise ValueError("the column 'test' defines no function check(candidate)")
-    whole = next((text for text in (prompt, f"{prompt.rstrip()}\n    pass\n") if _parses(text)), "")
+    whole = next((text for text in (prompt, f"{prompt.rstrip()}\n    pass\n") if parses(text)), "")
     prompt = prompt if whole else ""  # where it is no code but a question
     before = prompt.partition(f"def {entry}(")[0]
     needs = packages_of(before)
@@ -116,7 +111,7 @@ def judge_plan(
     """The plan for test code of any form. Raises ValueError for what the judge cannot do."""
     tree = _without_runners(parsed(source, what))
     _refuse(tree)
-    imports = _Imports(tree, defined)
+    imports = Imports(tree, defined)
     given = {name for part in setup for name in bound(parsed(part, what))}
     free = free_names(ast.unparse(tree))
     aliases = aliases or {}
@@ -124,7 +119,7 @@ def judge_plan(
     modules = {name for name in free - given - defined if name in sys.stdlib_module_names}
     names = (free - given - _BUILT_IN - modules) | (free & defined - given) | imports.names | set(hints)
     names -= aliases.keys()
-    called = _called(tree) | imports.names | set(hints) | defined
+    called = called_names(tree) | imports.names | set(hints) | defined
     if unknown := {name for name in names - called if not name[:1].isupper()}:
         raise ValueError(f"the tests use {', '.join(sorted(unknown))}, which nobody defines: {source[:200]!r}")
     if not names and not aliases:
@@ -220,120 +215,12 @@ def _outermost(tree: ast.Module) -> set[str]:
     return names if len(names) == 1 else set()
 
 
-# --- what code binds, reads and imports
-
-
-def _called(tree: ast.AST) -> set[str]:
-    """Names that code calls, looks into, or hands on: decorators and arguments among them."""
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            for each in (node.func, *node.args, *(keyword.value for keyword in node.keywords)):
-                found |= {each.id} if isinstance(each, ast.Name) else set()
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found |= {each.id for each in node.decorator_list if isinstance(each, ast.Name)}
-    return found
-
-
-def parsed(source: str, what: str) -> ast.Module:
-    try:
-        return ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"the column {what!r} is no Python: {error}") from None
-
-
-def _parses(source: str) -> bool:
-    try:
-        ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
-
-
-def free_names(source: str) -> set[str]:
-    """The global names that code reads, built-in ones among them, and does not bind."""
-    top = symtable.symtable(source, "<test>", "exec")
-    read: set[str] = set()
-    tables = [top]
-    while tables:
-        table = tables.pop()
-        tables += table.get_children()
-        read |= {s.get_name() for s in table.get_symbols() if s.is_referenced() and (table is top or s.is_global())}
-    return read - bound(ast.parse(source))
-
-
-def bound(tree: ast.Module) -> set[str]:
-    """The names that a module's code binds at its top level."""
-    found: set[str] = set()
-    symbols = symtable.symtable(ast.unparse(tree), "<test>", "exec").get_symbols()
-    found |= {s.get_name() for s in symbols if s.is_assigned() or s.is_imported() or s.is_namespace()}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module in sys.stdlib_module_names and node.names[0].name == "*":
-            module = importlib.import_module(node.module)
-            found |= set(getattr(module, "__all__", ())) or {name for name in dir(module) if name[:1] != "_"}
-    return found
-
-
-def _imported(tree: ast.AST) -> list[tuple[str, list[str]]]:
-    """Modules that code imports, and the names that it takes from them (`import module`: none)."""
-    found: list[tuple[str, list[str]]] = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found += [(alias.name, []) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            found.append((node.module or "", [alias.name for alias in node.names]))
-    return found
-
-
-def packages_of(source: str) -> tuple[str, ...]:
-    """The modules beyond the standard library that code imports."""
-    roots = {name.partition(".")[0] for name, _ in _imported(ast.parse(source))}
-    return tuple(sorted(roots - set(sys.stdlib_module_names) - {"", "pytest"}))
-
-
-class _Imports:
-    """What a test imports: packages, the model's module under whatever name, and names from it."""
-
-    def __init__(self, tree: ast.Module, defined: frozenset[str]) -> None:
-        self.packages: set[str] = set()
-        self.modules: set[str] = set()
-        self.names: set[str] = set()
-        self.pytest = False
-        for module, names in _imported(tree):
-            root = module.partition(".")[0]
-            if root == "pytest":
-                self.pytest = True
-            elif root in sys.stdlib_module_names:
-                continue
-            elif root in _MODEL_MODULES or root == "" or (names and set(names) <= defined):
-                self.modules.add(module or "solution")
-                self.names |= set(names) - {"*"}
-                self.names |= _attributes(tree, module) if not names else set()
-            else:
-                self.packages.add(root)
-
-
-def _attributes(tree: ast.Module, module: str) -> set[str]:
-    aliases = {
-        alias.asname or alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import)
-        for alias in node.names
-        if alias.name == module
-    }
-    return {
-        node.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases
-    }
-
-
 # --- modules of tests
 
 
 def _refuse(tree: ast.Module) -> None:
     """What a test does that the judge has no means for."""
-    for module, names in _imported(tree):
+    for module, names in imported(tree):
         root = module.partition(".")[0]
         if root in _REFUSED or module == "unittest.mock" or (module == "unittest" and "mock" in names):
             raise ValueError(f"the tests import {module}, which the judge cannot give them")

@@ -10,7 +10,6 @@ The expected answers stay here: the sandbox gets inputs, one call at a time, and
 from __future__ import annotations
 
 import base64
-import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -374,7 +373,7 @@ def _relay(judge: Session | RemoteSession, talk: Session | RemoteSession) -> Res
 
 def _bomb(end: ProgramEnded) -> Result:
     """The judge's end without a verdict: it holds nothing but the test and the model's values."""
-    return Result(0, 1, f"the test ended on the returned value: {end}", end.run.outcome in _OVER)
+    return Result(0, 1, f"the test ended on the returned value: {end}", end.run.outcome in OVER_LIMIT)
 
 
 def _result(message: dict[str, Any]) -> Result:

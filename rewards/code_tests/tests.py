@@ -6,8 +6,9 @@ import ast
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .assertions import asserts_plan, check_plan, module_plan, parsed
+from .assertions import asserts_plan, check_plan, module_plan
 from .cases import Case, cases_of, named_in_metadata, plan_of_cases, unpacked
+from .names import parsed
 from .plans import Plan
 from .references import defined_names
 
