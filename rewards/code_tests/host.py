@@ -24,7 +24,23 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     ),  # one always true says nothing
     "contains": operator.contains,
 }
-_BUILT_IN = (len, iter, next, str, repr, format, hash, bool, abs, round, int, float, complex, isinstance, issubclass)
+_BUILT_IN: tuple[Callable[..., Any], ...] = (
+    len,
+    iter,
+    next,
+    str,
+    repr,
+    format,
+    hash,
+    bool,
+    abs,
+    round,
+    int,
+    float,
+    complex,
+    isinstance,
+    issubclass,
+)
 _BUILT_IN += (divmod, reversed, dir)
 _ABILITIES = {
     "c": "__call__",
@@ -141,7 +157,7 @@ def main(request: dict[str, Any], child: types.SimpleNamespace) -> None:
             exec(compile(part, "<test>", "exec", dont_inherit=True), namespace)
         except Exception:  # one that needs more of the test than is here
             continue
-    host = Host(child, namespace, request)  # type: ignore[arg-type]
+    host = Host(child, namespace, request)
     send, read_line, answer = child.send, child.read_line, host.answer
     while True:
         message = answer(read_line())

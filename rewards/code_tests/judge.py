@@ -164,7 +164,7 @@ class _Remote:
     def __delattr__(self, name: str) -> None:
         self._do("del", name)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         kind = object.__getattribute__(self, "_kind")
         return type(self) if kind is None else kind
@@ -284,7 +284,7 @@ def _remote_type(able: str) -> type:
 
 def main(request: dict[str, Any], child: types.SimpleNamespace) -> NoReturn:
     """Runs the test and sends the verdict: `{"verdict": {"passed", "total", "failed", "asked"}}` or `{"broken": ...}`."""
-    judge = Judge(child, set(request["named"]))  # type: ignore[arg-type]
+    judge = Judge(child, set(request["named"]))
     namespace = child.module("judge")
     try:
         for name, text in request["stubs"].items():

@@ -149,7 +149,8 @@ class _Capsys:
     """`readouterr().out`: what was printed since the last call."""
 
     def readouterr(self) -> Any:
-        text = sys.stdout.getvalue()  # type: ignore[attr-defined]
+        stdout: Any = sys.stdout
+        text = stdout.getvalue()
         sys.stdout = io.StringIO()
         return _Outerr(text, "")
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 _LONGEST = 1 << 4096  # longer ints go as hexadecimal, which is linear in both directions
-_SUBCLASSED = (int, float, complex, str, bytes, bytearray, tuple, list, dict, set, frozenset)
-_MAPPINGS = {
+_SUBCLASSED: tuple[Any, ...] = (int, float, complex, str, bytes, bytearray, tuple, list, dict, set, frozenset)
+_MAPPINGS: dict[str, Any] = {
     "dict": dict,
     "collections.Counter": collections.Counter,
     "collections.OrderedDict": collections.OrderedDict,
@@ -78,7 +78,7 @@ class Table:
         if isinstance(value, tuple) and isinstance(fields := getattr(kind, "_fields", None), tuple):
             return {"named": [kind.__name__, list(fields), [self.pack(item) for item in value]]}
         if getattr(builtins, getattr(value, "__name__", ""), None) is value:
-            return {"builtin": value.__name__}
+            return {"builtin": str(getattr(value, "__name__", ""))}
         if kind.__name__ not in self.side.named:
             for base in _SUBCLASSED:
                 if isinstance(value, base):
@@ -233,11 +233,11 @@ class Side:
 
     def _empty(self, body: list[Any]) -> Any:
         if body[0] == "object":
-            kind = self.shared[body[2]]
+            kind: Any = self.shared[body[2]]
             return kind.__new__(kind)
         if body[0] == "collections.deque":
             return collections.deque(maxlen=body[2])
-        made: dict[str, type] = {"list": list, "set": set, "bytearray": bytearray} | _MAPPINGS
+        made: dict[str, Any] = {"list": list, "set": set, "bytearray": bytearray} | _MAPPINGS
         return made[body[0]]()
 
     def _refill(self, body: list[Any], value: Any, objects: list[Any]) -> None:
