@@ -281,7 +281,7 @@ def _open_by_name() -> None:
     """`open("/dev/stdin")` and its kin, which are no files here."""
     import io
 
-    plain = io.open
+    plain: Callable[..., Any] = io.open
 
     def open(file: Any, *arguments: Any, **keywords: Any) -> Any:
         number = _STANDARD.get(str(file)) if type(file) is not int else None
