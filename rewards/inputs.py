@@ -36,8 +36,10 @@ class RewardInput:
 class Reward(Protocol):
     """Grades a batch: one verdict for each input, in order. Blocks, is thread-safe and bounds its own time.
 
-    A reward may also have `check_reference(input) -> str | None` (what is wrong with the reference, before training),
-    `trial(input) -> None` (raises ValueError if it cannot grade) and `close()`.
+    A reward may also have `check_reference(input) -> str | None` (what is wrong with the reference, before training), or
+    `check_references(inputs) -> list[str | None]` where the rows are better looked at together, `trial(input) -> None`
+    (raises ValueError if it cannot grade), `finished` (a count that grows while it grades, so that a long queue is told
+    from a stuck grader) and `close()`.
     """
 
     def __call__(self, batch: Sequence[RewardInput], /) -> Sequence[Verdict]: ...

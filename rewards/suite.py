@@ -26,7 +26,8 @@ class Part:
     """Another part's name: this part counts only where that one scored above 0."""
     deadline: float = 600.0
     """Seconds for one batch; what has no verdict by then gets `verifier_error`. A reward's own limit per sample is
-    tighter and tells a bomb from a stuck grader; this one is the last resort."""
+    tighter and tells a bomb from a stuck grader; this one is the last resort. For a reward that counts what it has
+    finished (`Reward`), seconds in which that count stands still: a long queue of slow programs is no stuck grader."""
 
 
 class RewardSuite:
@@ -92,7 +93,15 @@ class RewardSuite:
                 seconds=seconds,
             )
         score = sum(p.weight * scores[p.name] for p in counted if p.name in scores)
+        if not math.isfinite(score):
+            message = f"the weighted sum of {scores} is not finite"
+            return Verdict(status=Status.VERIFIER_ERROR, score=None, message=message, seconds=seconds)
         return Verdict(status=main.status, score=score, parts=scores, message=main.message, seconds=seconds)
+
+    @property
+    def finished(self) -> int:
+        """The sum of the parts' counts (see `Reward`): it grows while a long queue is graded."""
+        return sum(getattr(part.reward, "finished", 0) for part in self.parts)
 
     def metrics(self) -> dict[str, float]:
         """Figures since the last call, then starts anew: `reward/<part>/{mean,std,seconds_mean,seconds_max}` and the
@@ -109,10 +118,14 @@ class RewardSuite:
         inputs = [RewardInput(completion="", answer=row) if isinstance(row, str) else row for row in rows]
         found: list[BadReference] = []
         for part in self.parts:
-            if (check := getattr(part.reward, "check_reference", None)) is None:
+            if (together := getattr(part.reward, "check_references", None)) is not None:
+                messages = together(inputs)
+            elif (check := getattr(part.reward, "check_reference", None)) is not None:
+                messages = [check(row) for row in inputs]
+            else:
                 continue
-            for index, row in enumerate(inputs):
-                if (message := check(row)) is not None:
+            for index, (row, message) in enumerate(zip(inputs, messages, strict=True)):
+                if message is not None:
                     found.append(BadReference(row=index, answer=row.answer, part=part.name, message=message))
         return sorted(found, key=lambda bad: bad.row)
 
@@ -188,6 +201,21 @@ def _build_part(name: str, spec: dict[str, Any]) -> Part:
     return Part(name=name, reward=reward, weight=float(weight), gate=gate, deadline=float(deadline))
 
 
+def grade_each(reward: Reward, inputs: Sequence[RewardInput]) -> list[Verdict]:
+    """One verdict per input, whatever the reward does. If it raises on a batch, rows are graded one by one, so that no
+    row costs its neighbours their verdicts."""
+    try:
+        verdicts = list(reward(inputs))
+    except (Exception, SystemExit) as error:  # a reward is untrusted: its fault costs its samples, never the run
+        if len(inputs) > 1:
+            return [verdict for row in inputs for verdict in grade_each(reward, [row])]
+        return [verifier_error(f"raised {type(error).__name__}: {error}")]
+    if len(verdicts) != len(inputs):
+        message = f"returned {len(verdicts)} verdicts for {len(inputs)} completions"
+        return [verifier_error(message) for _ in inputs]
+    return verdicts
+
+
 def _open(gate: Verdict) -> bool:
     return gate.score is not None and gate.score > 0
 
@@ -213,20 +241,18 @@ class _Call:
 
     def _run(self) -> None:
         try:
-            verdicts = list(self.part.reward(self.inputs))
-            if len(verdicts) != len(self.inputs):
-                verdicts = self._failed(f"returned {len(verdicts)} verdicts for {len(self.inputs)} completions")
-            self.result = verdicts
-        except Exception as error:  # a reward is untrusted: its fault costs its samples, never the run
-            self.result = self._failed(f"raised {type(error).__name__}: {error}")
+            self.result = grade_each(self.part.reward, self.inputs)
         finally:
             self.done.set()
 
     def verdicts(self, start: float) -> list[Verdict]:
-        remaining = self.part.deadline - (time.perf_counter() - start)
-        if not self.done.wait(max(remaining, 0.0)):
-            self.abandoned = True
-            return self._failed(f"no verdict within the deadline of {self.part.deadline:g} s")
+        before = getattr(self.part.reward, "finished", 0)
+        while not self.done.wait(max(start + self.part.deadline - time.perf_counter(), 0.0)):
+            finished = getattr(self.part.reward, "finished", 0)
+            if finished == before:
+                self.abandoned = True
+                return self._failed(f"no verdict within the deadline of {self.part.deadline:g} s")
+            before, start = finished, time.perf_counter()
         assert self.result is not None
         return self.result
 

@@ -1,4 +1,6 @@
-"""`WorkerPool`: processes that grade, each task with a deadline that ends in SIGKILL.
+"""`WorkerPool`: processes that grade, each task with a limit that ends in SIGKILL.
+
+A task's limit is on its own time, running or sleeping, so that a loaded machine changes no verdict (`processes.py`).
 
 Threads and `signal.alarm` cannot stop a computation inside C code, and a killed thread takes its process with it; so what
 may hang runs elsewhere. Workers start lazily with a clean interpreter, one more than may run stands ready so that a
@@ -23,6 +25,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
+
+from .processes import waited
 
 START_SECONDS = 120.0
 """How long a worker may take to import what it needs."""
@@ -98,7 +102,8 @@ class WorkerPool:
         """Why workers cannot start, once that is known."""
 
     def run(self, tasks: Sequence[Any], timeout: float, deadline: float | None = None) -> list[Answer]:
-        """One answer per task, in order. `timeout`: seconds for one task; `deadline`: seconds for all of them."""
+        """One answer per task, in order. `timeout`: seconds of its own time for one task; `deadline`: seconds on the
+        wall for all of them, by default far more than they need on a loaded machine."""
         return _Run(self, tasks, timeout, deadline).answers()
 
     def check(self, timeout: float = START_SECONDS) -> str:
@@ -120,8 +125,11 @@ class WorkerPool:
                 return None
             if self._closed:
                 return None
-            for worker in self._idle:
+            for worker in list(self._idle):
                 worker.poll(0.0)
+                if worker.ready and worker.failure:  # it ended, or spoke unasked
+                    self._idle.remove(worker)
+                    worker.kill()
             worker = next((w for w in self._idle if w.ready), None) or next(iter(self._idle), None) or self._start()
             if worker in self._idle:
                 self._idle.remove(worker)
@@ -165,6 +173,7 @@ class _Worker:
     def __init__(self, setup: Mapping[str, Any], environment: Mapping[str, str] | None, output: bool) -> None:
         ours, theirs = socket.socketpair()
         self.socket, self.ready, self.failure, self.served = ours, False, "", 0
+        self._number, self._answered = 0, True
         self._buffer = bytearray()
         self.replies: deque[Any] = deque()
         environment = dict(os.environ if environment is None else environment)
@@ -183,10 +192,15 @@ class _Worker:
         finally:
             theirs.close()
         ours.settimeout(10.0)
-        self.send(setup)
+        self._send(setup)
 
-    def send(self, task: Any) -> bool:
-        payload = pickle.dumps(task)
+    def send(self, task: Any, timeout: float) -> bool:
+        self._number += 1
+        self._answered = False
+        return self._send({"task": task, "timeout": timeout, "number": self._number})
+
+    def _send(self, message: Any) -> bool:
+        payload = pickle.dumps(message)
         try:
             self.socket.sendall(struct.pack(">I", len(payload)) + payload)
         except OSError as error:  # it died, or does not read: either way the next look at it says so
@@ -226,6 +240,11 @@ class _Worker:
                 self.failure = f"a reply that is no JSON: {error}"
                 return
             if self.ready:
+                number = reply.get("number") if isinstance(reply, dict) else None
+                if self._answered or number != self._number:  # a process that a plugin started, or the plugin itself
+                    self.failure = "an answer that was not asked for"
+                    return
+                self._answered = True
                 self.replies.append(reply)
             elif isinstance(reply, dict) and reply.get("ready"):
                 self.ready = True
@@ -251,6 +270,10 @@ class _Job:
     index: int
     assigned: float
     sent: float | None = None
+    waited: float = 0.0
+    """Seconds for which the worker had waited for a processor when the task was sent."""
+    look: float = 0.0
+    """When its time may be over; before that it cannot be."""
 
 
 class _Run:
@@ -258,7 +281,9 @@ class _Run:
 
     def __init__(self, pool: WorkerPool, tasks: Sequence[Any], timeout: float, deadline: float | None) -> None:
         self.pool, self.tasks, self.timeout = pool, tasks, timeout
-        self.end = time.monotonic() + (deadline if deadline is not None else START_SECONDS + timeout * len(tasks))
+        self.end = time.monotonic() + (
+            deadline if deadline is not None else START_SECONDS + _most(timeout) * len(tasks)
+        )
         self.queue = deque(range(len(tasks)))
         self.done: list[Answer | None] = [None] * len(tasks)
         self.deaths = [0] * len(tasks)
@@ -291,14 +316,17 @@ class _Run:
 
     def _send(self, worker: _Worker) -> None:
         job = self.busy[worker]
-        job.sent = time.monotonic()
-        worker.send({"task": self.tasks[job.index], "timeout": self.timeout})
+        job.sent, job.waited = time.monotonic(), waited(worker.process.pid)
+        job.look = job.sent + self.timeout
+        worker.send(self.tasks[job.index], self.timeout)
+
+    def _own_time(self, worker: _Worker, job: _Job, now: float) -> float:
+        assert job.sent is not None
+        return now - job.sent - (waited(worker.process.pid) - job.waited)
 
     def _limit(self, job: _Job) -> float:
-        """When the task's time is over. A start counts towards it, but never for more than half of it."""
-        if job.sent is None:
-            return job.assigned + START_SECONDS
-        return max(job.assigned + self.timeout, job.sent + self.timeout / 2)
+        """When to look whether the task's time is over."""
+        return job.assigned + START_SECONDS if job.sent is None else job.look
 
     def _wait(self) -> None:
         if not self.busy:
@@ -318,9 +346,15 @@ class _Run:
             if job.sent is None:
                 worker.failure = f"the worker did not start within {START_SECONDS:g} s"
                 self._died(worker)
-            else:
+                continue
+            if (own := self._own_time(worker, job, now)) >= self.timeout:
                 message = f"stopped at the limit of {self.timeout:g} s"
                 self._finish(worker, Answer(Ended.TIMEOUT, message=message, seconds=now - job.sent), kill=True)
+            elif (wall := now - job.sent) >= _most(self.timeout):
+                message = f"the machine gave it only {own:.1f} s in {wall:.0f} s"
+                self._finish(worker, Answer(Ended.LOST, message=message, seconds=wall), kill=True)
+            else:
+                job.look = now + max(self.timeout - own, 0.02)
 
     def _look_at(self, worker: _Worker) -> None:
         job = self.busy[worker]
@@ -370,6 +404,11 @@ class _Run:
             status = worker.kill() or status
         self.pool.release(worker, kill)
         return status
+
+
+def _most(timeout: float) -> float:
+    """Seconds on the wall after which a task is given up, however little of its own time it has had."""
+    return 30 * timeout + 60
 
 
 def _refuse(constant: str) -> None:

@@ -35,19 +35,21 @@ def main(descriptor: int) -> None:
     except BaseException as error:  # whatever a plugin's import does, the other side must hear of it
         _reply(channel, {"error": describe(error)})
         os._exit(1)
+    os.register_at_fork(after_in_child=channel.close)  # a child of a plugin's must not answer in our place
     _reply(channel, {"ready": True})
     while True:
         request = _receive(channel)
+        number = {"number": request["number"]}
         _limit_processor(request["timeout"])
         try:
-            _reply(channel, {"value": serve(request["task"])})
+            _reply(channel, number | {"value": serve(request["task"])})
         except MemoryError:
-            _reply(channel, {"error": "out of memory", "memory": True})
+            _reply(channel, number | {"error": "out of memory", "memory": True})
             os._exit(0)  # what is left of the heap is not to be trusted
         except RecursionError:
-            _reply(channel, {"error": "nested too deeply", "memory": True})
+            _reply(channel, number | {"error": "nested too deeply", "memory": True})
         except Exception as error:  # untrusted: a plugin, or a library fed with what a model wrote
-            _reply(channel, {"error": describe(error)})
+            _reply(channel, number | {"error": describe(error)})
 
 
 def describe(error: BaseException) -> str:

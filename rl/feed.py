@@ -111,7 +111,8 @@ class GroupFeed:
                 self._admit()
                 if (taken := self._schedule.take(self._at_most(size))) is not None:
                     break
-                if not self._changed.wait(self._patience):
+                graded = self._run.suite.finished
+                if not self._changed.wait(self._patience) and self._run.suite.finished == graded:
                     raise ActorLostError(
                         f"no group came within {self._patience:g} s, though {self._schedule.running} are under way"
                     )

@@ -23,8 +23,9 @@ from pathlib import Path
 
 from ..code_tests.reward import CodeReward
 from ..inputs import RewardInput
-from ..sandbox.backends import compiler
+from ..processes import descendants
 from ..sandbox.pool import Outcome, Run, SandboxError
+from ..sandbox.view import compiler
 
 _CLAIM = re.compile(r"^[A-Z][A-Z0-9_]{2,}\b(?!\s+-\d)", re.M)
 _NUMBERS = re.compile(r"^\[[-\d, ]*\]$", re.M)
@@ -54,7 +55,7 @@ class AttackReport:
     backend: str
     attacks: tuple[Attack, ...]
     skipped: tuple[str, ...]
-    """Ids of C++ programs on a machine without g++."""
+    """Ids of rows without a program, and of C++ programs on a machine without g++."""
 
     @property
     def contained(self) -> bool:
@@ -65,7 +66,7 @@ class AttackReport:
         held = sum(attack.contained for attack in self.attacks)
         found = [str(attack) for attack in self.attacks]
         if self.skipped:
-            found.append(f"skipped, no g++ here (apt install g++): {', '.join(self.skipped)}")
+            found.append(f"skipped, without a program or without g++ here (apt install g++): {', '.join(self.skipped)}")
         return [*found, f"{held} of {len(self.attacks)} contained, back end {self.backend}"]
 
     def record(self) -> dict[str, object]:
@@ -86,7 +87,8 @@ def audit_sandbox(path: str | Path, *, seconds: float = 2.0, backend: str | None
         rows = [json.loads(line) for line in text.splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no file of hostile programs: {error}") from None
-    if not rows or not all(isinstance(row, dict) and {"id", "code"} <= row.keys() for row in rows):
+    whole = all(isinstance(row, dict) and {"id", "code"} <= row.keys() for row in rows)
+    if not whole or not any(isinstance(row["code"], str) for row in rows):
         raise ValueError(f"{path} holds no hostile programs; each line needs id, category, language and code")
     return run_attacks(rows, seconds=seconds, backend=backend)
 
@@ -103,7 +105,8 @@ def run_attacks(
     skipped: list[str] = []
     with _Host() as host, contextlib.closing(_reward(seconds, compile_seconds, backend)) as reward:
         for row in rows:
-            if row.get("language") == "cpp" and compiler() is None:
+            runnable = isinstance(row["code"], str)  # a description of an attack has none
+            if not runnable or (row.get("language") == "cpp" and compiler() is None):
                 skipped.append(row["id"])
             else:
                 found.append(_run_one(row, host, reward))
@@ -160,7 +163,7 @@ def _watched(reward: CodeReward, code: str, language: str, host: _Host, details:
         run = sandbox.run_program(code, b"2 3\n", limits)
     details.append("" if run.outcome is Outcome.EXITED and not run.exit_code else str(run))
     problems += _problems(run, host)
-    if run.seconds > limits.seconds + 1.0:
+    if run.cpu_seconds > limits.seconds + 1.0 or run.seconds > limits.wall_seconds:
         problems.append(f"ran {run.seconds:.1f} s with a limit of {limits.seconds:g} s")
     if run.peak_bytes > (limits.memory_mb << 20) * 1.1:
         problems.append(f"used {run.peak_bytes >> 20} MiB with a limit of {limits.memory_mb}")
@@ -222,7 +225,7 @@ class _Host:
 
     def state(self, code: str) -> tuple[int, set[str], set[str]]:
         """Processes below this one, files that the program might have named, System V shared memory."""
-        return len(list(_descendants(os.getpid()))), set(_files(code)), _segments()
+        return len(list(descendants(os.getpid()))), set(_files(code)), _segments()
 
     def changes(self, before: tuple[int, set[str], set[str]], code: str) -> list[str]:
         found = [f"connected to the host ({len(self.connections)})"] if self.connections else []
@@ -231,7 +234,7 @@ class _Host:
             found.append("overwrote a file of the host")
             self._canary.write_text("untouched")
         deadline = time.monotonic() + 2.0
-        while (count := len(list(_descendants(os.getpid())))) > before[0] and time.monotonic() < deadline:
+        while (count := len(list(descendants(os.getpid())))) > before[0] and time.monotonic() < deadline:
             time.sleep(0.02)  # a reaped process may still be listed for a moment
         if count > before[0]:
             found.append(f"left {count - before[0]} processes behind")
@@ -240,20 +243,6 @@ class _Host:
         if segments := _segments() - before[2]:
             found.append(f"left shared memory behind: {sorted(segments)}")
         return found
-
-
-def _descendants(root: int) -> Iterator[int]:
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, IndexError, ValueError):  # it may end while we look
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    for pid in parents:
-        above = parents.get(pid)
-        while above is not None and above != root:
-            above = parents.get(above)
-        if above == root:
-            yield pid
 
 
 def _files(code: str) -> Iterator[str]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from ..inputs import Reward, RewardInput
 from ..registry import load_reward
+from ..suite import grade_each
 from ..verdict import Status, Verdict
 from .hacks import HACKS
 
@@ -170,7 +171,8 @@ def audit_reward(
 
 
 def _grade(reward: Reward, rows: Sequence[Row], batch: int) -> list[Verdict]:
-    return [v for at in range(0, len(rows), batch) for v in reward([row.input for row in rows[at : at + batch]])]
+    inputs = [row.input for row in rows]
+    return [v for at in range(0, len(rows), batch) for v in grade_each(reward, inputs[at : at + batch])]
 
 
 def _accepted(verdict: Verdict) -> bool:

@@ -15,6 +15,8 @@ from typing import Any
 
 FLOAT_TOLERANCE = 1e-6  # relative to max(1, |expected|)
 _MOST_DIGITS = 1300  # `child.encode` sends longer ints as hexadecimal; int() of decimal digits is quadratic
+_WHOLE = re.compile(rb"-?\d+")
+_ZEROS = re.compile(rb"\.0+")
 _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -58,10 +60,13 @@ def printable(text: str) -> str:
 def equal(expected: Any, got: Any, tolerance: float = FLOAT_TOLERANCE) -> bool:
     """Whether two values in plain JSON form are the same value of the same type.
 
-    Types are exact (True is not 1, a tuple is not a list), with two exceptions, which Python's `==` makes too: a whole
-    float equals the int and the reverse, and 0 or 1 will do where a bool is expected (MBPP's own solutions do so).
-    Floats may differ by `tolerance * max(1, |expected|)`. NaN equals NaN only.
+    Types are exact (True is not 1, a tuple is not a list), with the exceptions that Python's `==` makes too: a whole
+    float equals the int and the reverse, a fraction its value, and 0 or 1 will do where a bool is expected (MBPP's own
+    solutions do so). Where a float is expected, a number may differ by `tolerance * max(1, |expected|)`. NaN equals NaN
+    only.
     """
+    if type(got) is dict and got.keys() == {"ratio"}:
+        got = _quotient(got["ratio"], exact=type(expected) is int)
     if type(expected) is bool:
         return type(got) in (bool, int) and expected == got
     if type(got) is bool:
@@ -84,8 +89,21 @@ def equal(expected: Any, got: Any, tolerance: float = FLOAT_TOLERANCE) -> bool:
     return bool(expected == got)
 
 
+def _quotient(parts: list[Any], exact: bool) -> int | float | None:
+    """The number behind a fraction; None if it is none, or where an int is expected and it is not whole."""
+    above, below = (int(part["int"], 16) if type(part) is dict else part for part in parts)
+    if type(above) is not int or type(below) is not int or below == 0:
+        return None
+    if above % below == 0:
+        return above // below
+    try:
+        return None if exact else above / below
+    except OverflowError:
+        return None
+
+
 def _numbers_equal(expected: int | float, got: int | float, tolerance: float) -> bool:
-    if type(expected) is int and type(got) is int:
+    if type(expected) is int:
         return expected == got
     try:
         difference = abs(float(expected) - float(got))
@@ -150,14 +168,22 @@ def is_plain(value: Any) -> bool:
         return type(body) is list and is_plain(body)
     if kind == "complex":
         return type(body) is list and len(body) == 2 and all(type(p) in (int, float) for p in body)
+    if kind == "ratio":
+        return type(body) is list and len(body) == 2 and all(type(p) is int or _is_long(p) for p in body)
     return kind in ("int", "float", "bytes") and type(body) is str
+
+
+def _is_long(value: Any) -> bool:
+    if type(value) is not dict or value.keys() != {"int"} or type(value["int"]) is not str:
+        return False
+    return re.fullmatch(r"-?0x[0-9a-f]+", value["int"]) is not None
 
 
 def same_output(expected: str, got: bytes, tolerance: float = FLOAT_TOLERANCE) -> bool:
     """Whether a program printed what was expected: the same lines of the same tokens.
 
-    White space between tokens, at line ends and blank lines at the end do not count; where the expected token is a
-    decimal fraction, a number within `tolerance` will do.
+    White space between tokens and at line ends does not count, nor do blank lines at either end; where the expected
+    token is a decimal fraction, a number within `tolerance` will do; where it is a whole number, also `3.0` for `3`.
     """
     wanted, printed = _lines(expected.encode("utf-8", "surrogatepass")), _lines(got)
     return len(wanted) == len(printed) and all(
@@ -169,7 +195,8 @@ def _lines(text: bytes) -> list[list[bytes]]:
     lines = [line.split() for line in text.split(b"\n")]
     while lines and not lines[-1]:
         lines.pop()
-    return lines
+    first = next((number for number, line in enumerate(lines) if line), 0)
+    return lines[first:]
 
 
 def _tokens_equal(wanted: Sequence[bytes], printed: Sequence[bytes], tolerance: float) -> bool:
@@ -182,7 +209,11 @@ def _tokens_equal(wanted: Sequence[bytes], printed: Sequence[bytes], tolerance: 
 
 def _close(wanted: bytes, printed: bytes, tolerance: float) -> bool:
     if b"." not in wanted and b"e" not in wanted.lower():
-        return False
+        return (
+            _WHOLE.fullmatch(wanted) is not None
+            and printed.partition(b".")[0] == wanted
+            and (_ZEROS.fullmatch(printed, len(wanted)) is not None)
+        )
     if len(printed) > 64 or not _NUMBER.fullmatch(wanted) or not _NUMBER.fullmatch(printed):
         return False
     value = float(wanted)

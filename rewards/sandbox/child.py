@@ -10,9 +10,12 @@ and scalars as themselves, everything else as an object with one key that names 
 
 from __future__ import annotations
 
+import _thread
+import builtins
 import json
 import math
 import os
+import resource
 import sys
 import types
 from collections.abc import Callable
@@ -79,6 +82,19 @@ def encode(value: Any) -> Any:
         return {"complex": [encode(value.real), encode(value.imag)]}
     if kind is bytes or kind is bytearray:
         return {"bytes": value.hex()}
+    return _encode_other(value)
+
+
+def _encode_other(value: Any) -> Any:
+    """Values that equal plain ones: fractions, decimals, numpy's numbers, the keys of a dict; then subclasses."""
+    module, name = type(value).__module__, type(value).__name__
+    if module in ("fractions", "decimal") and name in ("Fraction", "Decimal") and value == value:
+        above, below = value.as_integer_ratio()
+        return {"ratio": [encode(above), encode(below)]}
+    if module == "numpy" and not hasattr(value, "__len__") and hasattr(value, "dtype"):
+        return encode(value.item())
+    if name == "dict_keys" and module == "builtins":
+        return {"set": [encode(item) for item in value]}
     return _encode_subclass(value)
 
 
@@ -112,35 +128,91 @@ def source_of(value: Any) -> str:
     raise TypeError(f"a test passes a {kind.__name__} to the tested function; only plain values can be passed")
 
 
-def decode(data: Any) -> Any:
-    """The plain value behind `encode`'s form (in a judge, of data that the parent has checked)."""
-    if isinstance(data, list):
-        return [decode(item) for item in data]
-    if not isinstance(data, dict):
-        return data
-    ((kind, body),) = data.items()
-    if kind == "dict":
-        return {decode(key): decode(item) for key, item in body}
-    if kind == "tuple":
-        return tuple(decode(item) for item in body)
-    if kind == "set":
-        return {decode(item) for item in body}
-    if kind == "int":
-        return int(body, 16)
-    if kind == "float":
-        return float(body)
-    if kind == "complex":
-        return complex(decode(body[0]), decode(body[1]))
-    if kind == "bytes":
-        return bytes.fromhex(body)
-    raise ValueError(f"no plain value: {kind}")
-
-
 def _module(name: str) -> dict[str, Any]:
     """A fresh module to run code in: dataclasses, pickle and typing look a class's module up by its name."""
     module = types.ModuleType(name)
     sys.modules[name] = module
     return module.__dict__
+
+
+# What contest programs use without importing it; the harnesses of their data sets put the imports in front.
+_USUAL = {
+    "collections": "deque defaultdict Counter OrderedDict namedtuple ChainMap",
+    "heapq": "heappush heappop heapify heapreplace heappushpop nlargest nsmallest merge",
+    "bisect": "bisect_left bisect_right insort insort_left insort_right",
+    "math": "gcd lcm sqrt isqrt ceil floor log log2 log10 inf pi comb perm factorial hypot prod sin cos atan2 exp",
+    "itertools": "accumulate chain combinations combinations_with_replacement count cycle groupby islice permutations "
+    "product repeat starmap takewhile zip_longest pairwise",
+    "functools": "cache lru_cache reduce cmp_to_key partial wraps total_ordering",
+    "copy": "deepcopy",
+    "operator": "itemgetter attrgetter add mul xor or_ and_",
+    "string": "ascii_lowercase ascii_uppercase ascii_letters digits punctuation",
+    "random": "randint shuffle choice",
+    "datetime": "datetime timedelta date",
+    "typing": "List Dict Set Tuple Optional Union Any Callable Iterable Iterator Deque DefaultDict Generator Sequence "
+    "Mapping TypeVar Generic NamedTuple FrozenSet Type",
+    "dataclasses": "dataclass field",
+    "enum": "Enum",
+    "fractions": "Fraction",
+    "decimal": "Decimal getcontext",
+    "io": "StringIO BytesIO",
+    "statistics": "mean median",
+}
+_MODULES = (
+    "bisect collections copy datetime functools heapq io itertools json math operator os random re string sys time"
+)
+_HOME = {name: module for module, names in _USUAL.items() for name in names.split()}
+_HOME |= dict.fromkeys(_MODULES.split(), "")
+
+
+def _names(code: types.CodeType) -> set[str]:
+    found = set(code.co_names)
+    for constant in code.co_consts:
+        if type(constant) is types.CodeType:
+            found |= _names(constant)
+    return found
+
+
+def _compiled(text: str, name: str, namespace: dict[str, Any], usual: bool) -> types.CodeType:
+    """The code; `usual`: with the usual imports, of which only those are made whose names occur."""
+    code = compile(text, name, "exec", dont_inherit=True)
+    if "asyncio" in text:
+        _offline_loop()
+    if usual:
+        for word in _names(code) & _HOME.keys():
+            if word not in namespace:
+                module = _HOME[word] or word
+                found = __import__(module)
+                namespace[word] = getattr(found, word) if _HOME[word] else found
+        sys.setrecursionlimit(50_000)
+    return code
+
+
+def _offline_loop() -> None:
+    """An event loop for coroutines that wait for each other and for time: there is no other device, and no socket for
+    the standard loop's own wake-up."""
+    import asyncio
+    import time
+
+    class Loop(asyncio.BaseEventLoop):
+        def __init__(self) -> None:
+            super().__init__()
+            self._selector = self
+
+        def select(self, timeout: float | None) -> list[Any]:
+            time.sleep(0.005 if timeout is None else timeout)  # None: until another thread calls
+            return []
+
+        def _process_events(self, events: list[Any]) -> None:
+            pass
+
+        def _write_to_self(self) -> None:
+            pass
+
+    class Policy(asyncio.DefaultEventLoopPolicy):
+        _loop_factory = Loop
+
+    asyncio.set_event_loop_policy(Policy())
 
 
 def failure(error: BaseException) -> dict[str, str]:
@@ -153,16 +225,22 @@ def failure(error: BaseException) -> dict[str, str]:
     return {"error": str(name)[:100], "text": text if type(text) is str else ""}
 
 
+def load_solution(request: dict[str, Any]) -> dict[str, Any] | None:
+    """Runs the model's code and the test's set-up in the module `solution`; what it raised, or None."""
+    describe, namespace = failure, _module("solution")
+    try:
+        for part in request["code"]:
+            exec(_compiled(part, "<solution>", namespace, request.get("usual", False)), namespace)
+    except BaseException as error:  # whatever the model's code raises, SystemExit included, is its result
+        return describe(error)
+    return None
+
+
 def serve_calls(request: dict[str, Any]) -> None:
     """Runs the model's code and the test's set-up, then answers calls until the parent closes the channel."""
     reply, pack, describe, next_call = send, encode, failure, read_line
-    namespace = _module("solution")
-    try:
-        for part in request["code"]:
-            exec(compile(part, "<solution>", "exec"), namespace)
-        result: dict[str, Any] = {"ok": None}
-    except BaseException as error:  # whatever the model's code raises, SystemExit included, is its result
-        result = describe(error)
+    result: dict[str, Any] = load_solution(request) or {"ok": None}
+    namespace = sys.modules["solution"].__dict__
     reply(result, held="ok" in result and b"\n" in _received)  # the first call may be here already
     while True:
         call = next_call()["eval"]
@@ -178,13 +256,52 @@ def serve_calls(request: dict[str, Any]) -> None:
             return
 
 
+def run_library(request: dict[str, Any]) -> None:
+    """Runs code of the parent's, `[[name, marshalled code], ...]`, and its last part's `main` (`rewards/code_tests`)."""
+    import binascii
+    import marshal
+
+    _module("library")["__path__"] = []
+    for name, code in request["library"]:
+        names = _module(f"library.{name}")
+        names["__package__"] = "library"
+        exec(marshal.loads(binascii.a2b_base64(code)), names)
+    own = {"send": send, "read_line": read_line, "failure": failure, "module": _module}
+    own |= {"load_solution": load_solution, "offline_loop": _offline_loop}
+    if "asyncio" in str(request.get("test", "")):
+        _offline_loop()
+    names["main"](request, types.SimpleNamespace(**own))
+
+
+_STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
+_STANDARD |= {f"{folder}/{number}": number for folder in ("/dev/fd", "/proc/self/fd") for number in range(3)}
+
+
+def _open_by_name() -> None:
+    """`open("/dev/stdin")` and its kin, which are no files here."""
+    import io
+
+    plain: Callable[..., Any] = io.open
+
+    def open(file: Any, *arguments: Any, **keywords: Any) -> Any:
+        number = _STANDARD.get(str(file)) if type(file) is not int else None
+        if number is None:
+            return plain(file, *arguments, **keywords)
+        return plain(number, *arguments, **keywords, **({} if "closefd" in keywords else {"closefd": False}))
+
+    builtins.open = io.open = open
+
+
 def run_program(request: dict[str, Any]) -> NoReturn:
     """Runs the model's code as a script on file descriptors 0, 1 and 2, with a script's exit codes."""
     os.close(CHANNEL)
     leave, code = os._exit, 0
     namespace = _module("__main__")
+    text = request["code"][0]
+    if "/dev/" in text or "/proc/" in text:
+        _open_by_name()
     try:
-        exec(compile(request["code"][0], "<program>", "exec"), namespace)
+        exec(_compiled(text, "<program>", namespace, request.get("usual", False)), namespace)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:  # what a script raises is its own; the interpreter would print it and exit with 1
@@ -195,52 +312,38 @@ def run_program(request: dict[str, Any]) -> NoReturn:
     try:
         if (threading := sys.modules.get("threading")) is not None:
             threading._shutdown()  # the interpreter waits for threads as well
+        if (atexit := sys.modules.get("atexit")) is not None:
+            atexit._run_exitfuncs()
         sys.stdout.flush()
+        if sys.__stdout__ is not None:
+            sys.__stdout__.flush()
     except BaseException:  # a replaced or broken stdout is the program's own fault
         code = code or 1
     leave(code & 0xFF)
 
 
-class CandidateError(Exception):
-    """The tested function raised, or returned no plain value."""
+def _leave(code: Any = None) -> NoReturn:
+    """`exit()` and `quit()`, which the interpreter's `site` would make."""
+    raise SystemExit(code)
 
 
-def judge(request: dict[str, Any]) -> NoReturn:
-    """Runs a data set's own test code; calls of the tested functions go out to the process that holds the model's."""
-    namespace = _module("judge")
-
-    def stand_in(name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            words = [source_of(item) for item in args] + [f"{k}={source_of(v)}" for k, v in kwargs.items()]
-            send({"eval": f"{name}({', '.join(words)})"})
-            answer = read_line()
-            if "ok" not in answer:
-                raise CandidateError(answer.get("error", ""))
-            return decode(answer["ok"])
-
-        return call
-
-    try:
-        for part in request["setup"]:
-            exec(compile(part, "<setup>", "exec"), namespace)
-        for alias, name in request["names"].items():
-            namespace[alias] = stand_in(name)
-    except Exception as error:
-        send({"broken": failure(error)})
-        os._exit(0)
-    try:
-        exec(compile(request["test"], "<test>", "exec"), namespace)
-        send({"passed": True})
-    except (NameError, ImportError, SyntaxError) as error:  # no value of the model's can cause these
-        send({"broken": failure(error)})
-    except TypeError as error:  # an argument that cannot be passed is the test's fault, other TypeErrors the value's
-        send({"broken" if "only plain values" in str(error) else "failed": failure(error)})
-    except Exception as error:  # an assertion, or whatever the test does with a wrong value
-        send({"failed": failure(error)})
-    os._exit(0)
+def _stack_size(size: int = 0, _set: Callable[..., int] = _thread.stack_size) -> int:
+    """Programs ask for stacks as large as all memory that they may have; a thread gets a quarter of it at most."""
+    most = resource.getrlimit(resource.RLIMIT_AS)[0] // 4
+    return _set(min(size, most) & ~0xFFFF if most > 0 else size) if size else _set()
 
 
-TASKS: dict[str, Callable[[dict[str, Any]], None]] = {"calls": serve_calls, "program": run_program, "judge": judge}
+builtins.exit = builtins.quit = _leave  # type: ignore[assignment]
+_thread.stack_size = _stack_size
+if "threading" in sys.modules:
+    sys.modules["threading"].stack_size = _stack_size  # type: ignore[attr-defined]
+
+
+TASKS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "calls": serve_calls,
+    "program": run_program,
+    "library": run_library,
+}
 
 
 def main() -> NoReturn:

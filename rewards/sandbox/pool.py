@@ -1,7 +1,8 @@
 """`Sandbox`: runs a model's programs where they can reach nothing, at less than two milliseconds a run.
 
 Back ends, the first that works: `zygote` (own namespaces, `zygote.py`), `bubblewrap` (the same mother process behind
-walls that `bwrap` builds, for machines that let only a setuid helper make them), and otherwise a refusal. A plain process
+walls that `bwrap` builds, for machines that let only a setuid helper make them), `landlock` (without namespaces, for
+containers that allow none; a program can ask whether a path of the host exists), and otherwise a refusal. A plain process
 with limits and a system-call filter, but the host's files in sight, runs only with `allow_unsafe=True`.
 
 A run that fails through the sandbox's own fault raises `SandboxError`, after a second try on a fresh mother process where
@@ -18,38 +19,34 @@ import os
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from .backends import Limits, Mother, Outcome, Run, SandboxError, SandboxUnavailable, choose_backend, compiler
-from .zygote import CALLS, COMPILE, NATIVE, PROGRAM
+from ..processes import processors
+from .backends import Mother
+from .choose import choose_backend
+from .runs import Limits, Outcome, ProgramEnded, Run, SandboxError, SandboxUnavailable
+from .view import compiler
+from .warden import CALLS, COMPILE, NATIVE, PROGRAM
 
 __all__ = ["Limits", "Outcome", "ProgramEnded", "Run", "Sandbox", "SandboxError", "SandboxUnavailable", "Session"]
 
 _DEFAULT = Limits()
 COMPILER_LIMITS = Limits(seconds=30.0, memory_mb=1536, output_bytes=64 << 20)
-_GRACE_SECONDS = 10.0
+_LOOK_SECONDS = 0.5  # between two looks at a run that takes long
 _SEALS = 0x1 | 0x2 | 0x4 | 0x8  # F_SEAL_SEAL, SHRINK, GROW, WRITE
 _MFD_EXEC = 0x10
-_LATE = "the sandbox process did not end a run at its deadline"
 
 T = TypeVar("T")
-
-
-class ProgramEnded(Exception):
-    """The program of a session ended, or broke the protocol, instead of answering; `run` says how it ended."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__(str(run))
-        self.run = run
 
 
 class Sandbox:
     """A pool of mother processes, each doing one run at a time. Thread-safe; starts the others when they are needed.
 
-    `workers`: runs at the same time, by default one a core. `backend`: None tries them in order. `preload`: modules that
-    every child has imported before it is locked down; installed packages are in sight only then. Raises
-    SandboxUnavailable at once where the machine gives no back end.
+    `workers`: runs at the same time, by default one a core of those that a CPU quota leaves. `backend`: None tries them
+    in order. `preload`: modules that every child has imported before it is locked down; installed packages are in sight
+    only then. Raises SandboxUnavailable at once where the machine gives no back end.
     """
 
     def __init__(
@@ -62,7 +59,7 @@ class Sandbox:
     ) -> None:
         if workers is not None and workers < 1:
             raise ValueError(f"workers is {workers}; the sandbox needs at least 1")
-        self.workers = workers or len(os.sched_getaffinity(0))
+        self.workers = workers or processors()
         self.preload = tuple(preload)
         mother = choose_backend(backend, allow_unsafe, self.preload)
         self.backend = mother.backend
@@ -70,6 +67,8 @@ class Sandbox:
         for each in (*[None] * (self.workers - 1), mother):
             self._idle.put(each)
         self._closed = threading.Event()
+        self.finished = 0
+        """Runs that have ended so far, or nearly: threads may count two as one."""
 
     def close(self) -> None:
         """Ends the mother processes that are idle; a busy one ends with its run."""
@@ -87,11 +86,17 @@ class Sandbox:
 
     @contextlib.contextmanager
     def session(
-        self, request: Mapping[str, Any], limits: Limits = _DEFAULT, *, first: Mapping[str, Any] | None = None
+        self,
+        request: Mapping[str, Any],
+        limits: Limits = _DEFAULT,
+        *,
+        first: Mapping[str, Any] | None = None,
+        upcoming: Sequence[Mapping[str, Any]] = (),
     ) -> Iterator[Session]:
         """Starts a child on `request` (see `child.py`) for a talk line by line; kills it on leaving.
 
-        `first` is the first message of the talk: sent along, it saves a turn of the processes."""
+        `first` is the first message of the talk: sent along, it saves a turn of the processes. `upcoming`, those that
+        will follow, are for a remote sandbox: here a program sees one message at a time."""
         with self._mother(limits) as mother:
             ours, theirs = socket.socketpair()
             with ours:
@@ -107,9 +112,9 @@ class Sandbox:
                         with contextlib.suppress(SandboxError):  # a lost mother process is replaced; the talk is over
                             mother.finish(limits)
 
-    def run_program(self, code: str, stdin: bytes = b"", limits: Limits = _DEFAULT) -> Run:
-        """Runs a Python script on `stdin`."""
-        request = json.dumps({"task": "program", "code": [code]}).encode() + b"\n"
+    def run_program(self, code: str, stdin: bytes = b"", limits: Limits = _DEFAULT, *, usual: bool = False) -> Run:
+        """Runs a Python script on `stdin`; `usual`: with the usual imports of contest programs made for it."""
+        request = json.dumps({"task": "program", "code": [code], "usual": usual}).encode() + b"\n"
         return twice(lambda: self._run(PROGRAM, request, stdin, limits))
 
     def run_native(self, binary: bytes, stdin: bytes = b"", limits: Limits = _DEFAULT) -> Run:
@@ -149,10 +154,7 @@ class Sandbox:
         """A mother process for one run; one that was lost in it is replaced at its next use."""
         if self._closed.is_set():
             raise SandboxError("the sandbox is closed")
-        try:
-            mother = self._idle.get(timeout=10 * (limits.seconds + _GRACE_SECONDS))
-        except queue.Empty:
-            raise SandboxError("no sandbox process became free; are there far more threads than workers?") from None
+        mother = self._free(limits)
         try:
             mother = mother or Mother(self.backend, self.preload)
             yield mother
@@ -160,26 +162,49 @@ class Sandbox:
             if mother is not None and (mother.busy or self._closed.is_set()):
                 mother.close()
                 mother = None
+            self.finished += 1
             self._idle.put(mother)
+
+    def _free(self, limits: Limits) -> Mother | None:
+        """The next mother process that becomes free: a queue may be long, but it has to move."""
+        while True:
+            finished = self.finished
+            try:
+                return self._idle.get(timeout=limits.wall_seconds + 60.0)
+            except queue.Empty:
+                if self.finished == finished:
+                    raise SandboxError("no sandbox process became free") from None
 
 
 class Session:
-    """A talk with one child, line by line. The run's own limit ends every wait; a mother process that does not keep to it is
-    found out after a grace."""
+    """A talk with one child, line by line. The run's own limit ends every wait; a mother process that does not keep to it
+    is found out after a grace."""
 
     def __init__(self, mother: Mother, channel: socket.socket, limits: Limits) -> None:
         self._mother, self._channel, self._limits = mother, channel, limits
         self._received = bytearray()
-        channel.settimeout(limits.seconds + _GRACE_SECONDS)
+        self._our_turn = 0.0  # when it began
+        channel.settimeout(limits.seconds + _LOOK_SECONDS)
 
     def send(self, *messages: Mapping[str, Any]) -> None:
         """Sends one line each. Raises ProgramEnded, SandboxError."""
-        try:
-            self._channel.sendall("".join(json.dumps(message) + "\n" for message in messages).encode())
-        except TimeoutError:
-            raise SandboxError(_LATE) from None
-        except OSError:  # the child is gone
-            raise ProgramEnded(self._mother.finish(self._limits)) from None
+        self._send("".join(json.dumps(message) + "\n" for message in messages).encode())
+
+    def relay(self, line: bytes) -> None:
+        """Sends another session's line. Raises ProgramEnded, SandboxError."""
+        self._send(line + b"\n")
+
+    def _send(self, lines: bytes) -> None:
+        if self._our_turn:
+            self._mother.excuse(time.monotonic() - self._our_turn)
+        rest = memoryview(lines)
+        while rest:
+            try:
+                rest = rest[self._channel.send(rest) :]
+            except TimeoutError:
+                self._look()
+            except OSError:  # the child is gone
+                raise ProgramEnded(self._mother.finish(self._limits)) from None
 
     def receive(self) -> bytes:
         """The child's next line, of at most `output_bytes`: as untrusted as anything. Raises ProgramEnded, SandboxError."""
@@ -191,17 +216,30 @@ class Session:
             try:
                 chunk = self._channel.recv(1 << 16)
             except TimeoutError:
-                raise SandboxError(_LATE) from None
+                self._look()
+                continue
             except ConnectionError:
                 chunk = b""
             if not chunk:
-                if self._mother.busy:
-                    self._mother.stop()  # closing the channel is no way to stay
-                raise ProgramEnded(self._mother.finish(self._limits))
+                raise ProgramEnded(self._end())
             self._received += chunk
         line = bytes(self._received[:end])
         del self._received[: end + 1]
+        self._our_turn = time.monotonic()
         return line
+
+    def _look(self) -> None:
+        self._mother.watch(self._limits)
+        self._channel.settimeout(_LOOK_SECONDS)
+
+    def _end(self) -> Run:
+        """How a child ended that has closed its channel. One that only closed it, which is no way to stay, is ended; but
+        first it gets the time to end, as one that is killed from outside is not stopped by us."""
+        try:
+            return self._mother.finish(self._limits, patience=_LOOK_SECONDS)
+        except TimeoutError:
+            self._mother.stop()
+            return self._mother.finish(self._limits)
 
 
 def twice(action: Callable[[], T]) -> T:

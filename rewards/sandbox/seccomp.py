@@ -75,11 +75,12 @@ _BASE: Rules = _free(
     """read write close mmap munmap brk mremap mprotect madvise futex lseek readv writev fstat
     rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday
     time times getrusage getrlimit getpid gettid getuid geteuid getgid getegid getppid getrandom sched_yield sched_getaffinity
-    set_robust_list set_tid_address rseq restart_syscall uname sysinfo exit exit_group alarm setitimer"""
+    set_robust_list set_tid_address rseq restart_syscall uname sysinfo exit exit_group alarm"""
 ) | {
     "fcntl": (When(1, 0xFFFFFFFF, _SAFE_FCNTL),),
     "ioctl": (When(1, 0xFFFFFFFF, _SAFE_IOCTL),),
     "prlimit64": _READ_LIMITS,
+    "setitimer": (When(0, 0xFFFFFFFF, (0, 1)),),  # not ITIMER_PROF, which ends the run
 }
 _LOOKING: Rules = _free("stat lstat newfstatat statx access faccessat faccessat2 readlink readlinkat getdents64 getcwd")
 _DUPLICATING: Rules = _free("pread64 dup dup2 dup3 poll ppoll select pselect6")

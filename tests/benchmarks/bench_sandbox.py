@@ -30,7 +30,7 @@ def main() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     count, rounds = (20, 2) if options.quick else (200, 9)
     report = Report("sandbox", options.json)
-    boxes = [box for name in ("zygote", "bubblewrap") if (box := _box(name)) is not None]
+    boxes = [box for name in ("zygote", "bubblewrap", "landlock") if (box := _box(name)) is not None]
     runs: dict[str, Callable[[], None]] = {}
     for box in boxes:
         runs[f"calls/emberl {box.backend}"] = lambda b=box: _calls(b, count)

@@ -180,3 +180,42 @@ def test_a_suite_from_a_configuration() -> None:
 def test_bad_configurations_are_named(specs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_suite(specs)
+
+
+def test_a_long_queue_is_no_stuck_grader() -> None:
+    """Slow programs of the model's own making take long; only a grader that stands still loses its samples."""
+
+    class Slow:
+        finished = 0
+
+        def __call__(self, batch):
+            for _ in range(10):
+                time.sleep(0.1)
+                self.finished += self.moves
+            return [Verdict(status=Status.OVER_LIMIT, score=0.0) for _ in batch]
+
+        def __init__(self, moves: int) -> None:
+            self.moves = moves
+
+    for moves, status in ((1, Status.OVER_LIMIT), (0, Status.VERIFIER_ERROR)):
+        suite = RewardSuite([Part(name="slow", reward=Slow(moves), deadline=0.4)])
+        assert suite.grade([RewardInput(completion="")])[0].status is status
+
+
+def test_a_row_that_raises_costs_no_neighbour() -> None:
+    def grade(batch):
+        if any(row.completion == "bomb" for row in batch):
+            raise RecursionError("too deep")
+        if any(row.completion == "exit" for row in batch):
+            raise SystemExit(3)
+        return [Verdict(status=Status.CORRECT, score=1.0) for _ in batch]
+
+    suite = RewardSuite([Part(name="p", reward=grade)])
+    found = suite.grade([RewardInput(completion=text) for text in ("a", "bomb", "b", "exit")])
+    assert [verdict.score for verdict in found] == [1.0, None, 1.0, None]
+    assert "RecursionError" in found[1].message and "SystemExit" in found[3].message
+
+
+def test_a_sum_that_is_not_finite_is_no_score() -> None:
+    suite = RewardSuite([Part(name="p", reward=fixed(1e308), weight=100.0)])
+    assert suite.grade([RewardInput(completion="")])[0].status is Status.VERIFIER_ERROR

@@ -4,7 +4,7 @@ import importlib.metadata
 from resource import RLIM_INFINITY
 
 import pytest
-from emberl.rewards.sandbox import backends as walls
+from emberl.rewards.sandbox import choose
 from emberl.rl.watch import doctor
 from emberl.rl.watch.doctor import Check, Level
 
@@ -69,13 +69,13 @@ def test_shared_memory_that_is_not_there(tmp_path) -> None:
 
 def test_a_machine_without_a_sandbox(monkeypatch) -> None:
     def fails(name: str, preload: object) -> None:
-        raise walls.SandboxUnavailable(f"{name}: Operation not permitted")
+        raise choose.SandboxUnavailable(f"{name}: Operation not permitted")
 
-    monkeypatch.setattr(walls, "_tried", fails)
+    monkeypatch.setattr(choose, "_tried", fails)
     check = doctor.check_sandbox()
-    assert check.level is ERROR
+    assert check.level is WARNING  # who grades no programs needs none
     assert "zygote: Operation not permitted" in check.detail
-    assert "max_user_namespaces" in check.fix and "apt install bubblewrap" in check.fix
+    assert "max_user_namespaces" in check.fix and "Landlock" in check.fix
 
 
 def test_the_compiler() -> None:

@@ -94,6 +94,27 @@ PYTHON_FORGERIES = {
     "null_byte": "def add(a, b): return 0\n\0",
     "deep_source": "x = " + "(" * 50000 + ")" * 50000,
     "deep_unary": "x = " + "-" * 90000 + "1",
+    "ask_to_be_killed": """
+        import os, signal
+        def add(a, b):
+            for act in (lambda: os.kill(os.getpid(), 9), lambda: signal.raise_signal(9), lambda: os.abort(),
+                        lambda: signal.pthread_kill(__import__("threading").get_ident(), 9)):
+                try: act()
+                except OSError: pass
+            os.close(3)
+            return 0""",
+    "eat_memory_while_asked": "x = []\ndef add(a, b):\n    while True: x.append(bytearray(1 << 22))",
+    "two_answers_in_one_line": 'import os\ndef add(a, b):\n    os.write(3, b\'{"ok": 0} {"ok": 5}\\n\')',
+    "answer_late": """
+        import os, threading, time
+        def add(a, b):
+            threading.Thread(target=lambda: (time.sleep(0.1), os.write(3, b'{"ok": 5}\\n'))).start()
+            return 0""",
+    "reply_of_the_mother": """
+        import os
+        def add(a, b):
+            os.write(3, b'run\\n' + bytes(40))
+            os.write(3, b'no\\nout of memory\\n')""",
     "surrogate_source": "def add(a, b): return '\ud800'",
 }
 
@@ -113,6 +134,30 @@ PYTHON_RESOURCES = {
         signal.signal(signal.SIGALRM, lambda *a: None)
         signal.setitimer(signal.ITIMER_REAL, 1e-6, 1e-6)
         while True: pass""",
+    "ignore_timer": """
+        import signal
+        signal.signal(signal.SIGPROF, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))
+        while True: pass""",
+    "stop_timer": """
+        import contextlib, ctypes, signal
+        with contextlib.suppress(OSError): signal.setitimer(signal.ITIMER_PROF, 0)
+        ctypes.CDLL(None).syscall(38, 2, bytes(32), None)
+        while True: pass""",
+    "many_naps": "import time\nwhile True: time.sleep(0.0001)",
+    "naps_in_threads": """
+        import threading, time
+        def nap():
+            while True: time.sleep(0.001)
+        for _ in range(30): threading.Thread(target=nap).start()""",
+    "raw_threads": _SYSCALL
+    + """
+        import mmap
+        code = mmap.mmap(-1, 4096, prot=7)
+        # a loop of clone(CLONE_VM|FS|FILES|SIGHAND|THREAD|SYSVSEM, stack of the code's own page); the children do the same
+        code.write(bytes.fromhex("bf000f0500be00000000ba0000000041ba0000000041b80000000041b900000000b8380000000f05ebd6"))
+        ctypes.CFUNCTYPE(ctypes.c_long)(ctypes.addressof(ctypes.c_char.from_buffer(code)))()""",
+    "wait_for_ever": "import threading\nthreading.Lock().acquire() or threading.Event().wait()\nthreading.Event().wait()",
     "ignore_cpu_limit": "import signal\nsignal.signal(signal.SIGXCPU, lambda *a: None)\nwhile True: pass",
     "sparse_output": "import os\nos.lseek(1, 1 << 40, 0)\nos.write(1, b'x')\nos.write(1, b'y')",
     "raise_limits": """
@@ -137,7 +182,8 @@ PYTHON_RESOURCES = {
 PYTHON_ESCAPES = {
     "fork_variants": _SYSCALL
     + """
-        for name, args in (("FORK", (57,)), ("VFORK", (58,)), ("CLONE", (56, 17, 0, 0, 0, 0)), ("CLONE3", (435, 0, 0)),
+        for name, args in (("FORK", (57,)), ("VFORK", (58,)), ("CLONE", (56, 17, 0, 0, 0, 0)),
+            ("CLONE3", (435, 0, 0)),
                            ("NEWUSER", (56, 0x10000011, 0, 0, 0, 0)), ("UNSHARE", (272, 0x10000000)),
                            ("THREADUSER", (56, 0x10010000, 0, 0, 0, 0))):
             r = libc.syscall(*args)
@@ -227,9 +273,86 @@ PYTHON_ESCAPES = {
     "privileges": """
         import os
         if os.geteuid() == 0 and os.getuid() != os.geteuid(): print("ROOTED")
-        for act in (lambda: os.setuid(0), lambda: os.setgroups([0]), lambda: os.setresuid(0, 0, 0), lambda: os.nice(-5)):
+        for act in (lambda: os.setuid(0), lambda: os.setgroups([0]), lambda: os.setresuid(0, 0, 0),
+            lambda: os.nice(-5)):
             try: act(); print("PRIVILEGED")
             except OSError: pass""",
+    "processes_of_the_host": """
+        import os
+        for pid in (1, os.getppid(), "self/..", *range(max(os.getppid() - 50, 2), os.getppid() + 50)):
+            for name in ("mem", "environ", "maps", "cmdline", "root/etc/passwd", "cwd/.", "fd/0", "fdinfo/0", "task", "stat"):
+                try: os.open(f"/proc/{pid}/{name}", os.O_RDONLY); print("OPENED", pid, name)
+                except OSError: pass
+        for pid in (1, os.getppid()):
+            for name in ("cwd", "exe", "root", "fd/0"):
+                try: print("LINK", pid, os.readlink(f"/proc/{pid}/{name}"))
+                except OSError: pass""",
+    "secret_by_other_ways": """
+        import ctypes, linecache, mmap, os, runpy, shutil, zipimport
+        path = "@SECRETFILE@"
+        folder, name = os.path.split(path)
+        ways = (lambda: os.open(path, os.O_PATH), lambda: os.read(os.open(path, os.O_RDONLY), 99),
+            lambda: open(path).read(),
+                lambda: os.read(os.open(name, os.O_RDONLY, dir_fd=os.open(folder, os.O_PATH)), 99),
+                lambda: os.read(os.open("/proc/self/root" + path, os.O_RDONLY), 99), lambda: os.listdir(folder),
+                lambda: os.scandir(folder).__next__().name, lambda: os.fwalk(folder).__next__(),
+                    lambda: linecache.getlines(path),
+                lambda: runpy.run_path(path), lambda: shutil.copy(path, "/dev/null"), lambda: os.readlink(path),
+                lambda: os.link(path, "/tmp/x"), lambda: os.rename(path, path + "x"), lambda: os.unlink(path),
+                lambda: os.truncate(path, 0), lambda: os.chmod(path, 0o777), lambda: os.utime(path),
+                lambda: os.setxattr(path, "user.x", b"x"), lambda: os.mkdir(folder + "/d"),
+                    lambda: os.symlink(path, "/tmp/y"),
+                lambda: os.mkfifo(folder + "/f"), lambda: os.chdir(folder),
+                    lambda: os.statvfs(path) and os.execv(path, ["x"]))
+        for number, way in enumerate(ways):
+            try: found = way()
+            except (OSError, SyntaxError, NameError): continue
+            if number and found: print("SECRET", number, found)""",
+    "folders_of_other_runs": """
+        import glob, os
+        for pattern in ("/tmp/*", "/tmp/emberl-*/*", "/var/tmp/*", "/dev/shm/*", "/run/*", "/home/*", "/root/*"):
+            if found := glob.glob(pattern): print("LISTED", found)""",
+    "sockets": """
+        import socket
+        for family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK, 17, 40, 38, 29):
+            for kind in (1, 2, 3, 5):
+                try: socket.socket(family, kind); print("SOCKET", family, kind)
+                except OSError: pass
+        try: socket.socketpair(); print("SOCKETPAIR")
+        except OSError: pass""",
+    "signals_by_number": _SYSCALL
+    + """
+        pid = os.getppid()
+        for name, args in (("KILL", (62, pid, 0)), ("TKILL", (200, pid, 0)), ("TGKILL", (234, pid, pid, 0)),
+            ("KILLALL", (62, -1, 0)),
+                           ("KILLGROUP", (62, 0, 0)), ("SIGQUEUE", (129, pid, 0, 0)),
+                           ("TGSIGQUEUE", (297, pid, pid, 0, 0)),
+                           ("PIDFDOPEN", (434, pid, 0)), ("PIDFDSIGNAL", (424, 0, 0, 0, 0)),
+                           ("PIDFDGETFD", (438, 0, 0, 0)),
+                           ("VMREADV", (310, pid, 0, 0, 0, 0, 0)), ("VMWRITEV", (311, pid, 0, 0, 0, 0, 0)),
+                           ("PTRACE", (101, 16, pid, 0, 0)),
+                           ("SETPGID", (109, 0, pid)), ("SETSID", (112,)), ("SCHEDSET", (203, pid, 8, bytes(8))),
+                           ("PRIO", (141, 0, pid, 5)),
+                           ("IOPRIO", (251, 1, pid, 0)), ("MIGRATE", (256, pid, 0, 0, 0)),
+                           ("MADVISE", (440, 0, 0, 0, 0, 0)),
+                           ("MRELEASE", (448, 0, 0)), ("KCMP", (312, pid, pid, 0, 0, 0)),
+                           ("PRCTL", (157, 1, 0, 0, 0, 0))):
+            print(name, libc.syscall(*args))""",
+    "undo_the_walls": _SYSCALL
+    + """
+        for name, args in (("LANDLOCKNEW", (444, 0, 0, 1)), ("LANDLOCKADD", (445, 3, 1, 0, 0)),
+            ("LANDLOCKSELF", (446, 3, 0)),
+                           ("SECCOMP", (317, 0, 0, 0)), ("NEWNS", (272, 0x20000)),
+                           ("FSPICK", (433, -100, b"/", 0)), ("OPENTREE", (428, -100, b"/", 1)),
+                           ("MOVEMOUNT", (429, -100, b"/", -100, b"/", 0)), ("CHROOT", (161, b"/")),
+                           ("PERSONALITY", (135, 0x0040000)),
+                           ("URING", (425, 1, bytes(120))), ("MEMFD", (319, b"x", 0)), ("SECRETMEM", (447, 0)),
+                           ("SHMGET", (29, 0, 4096, 0o1600)),
+                           ("MQOPEN", (240, b"x", 0o102, 0o600, 0)), ("USERFAULT", (323, 0)),
+                           ("BPF", (321, 0, 0, 0)), ("EVENTFD", (290, 0, 0)),
+                           ("TIMERFD", (283, 1, 0)), ("SIGNALFD", (289, -1, bytes(8), 8, 0)), ("EPOLL", (291, 0)),
+                           ("INOTIFY", (294, 0))):
+            print(name, libc.syscall(*args))""",
     "ctypes_dlopen": """
         import ctypes
         try: ctypes.CDLL("@CANARY@"); print("LOADED")
@@ -255,6 +378,35 @@ CPP = {
         "incbin_secret",
         "escape",
     ): 'asm("x: .incbin \\"@SECRETFILE@\\"");\n#include <cstdio>\nextern char x[];\nint main(){puts(x);}',
+    (
+        "other_files",
+        "escape",
+    ): "\n".join(
+        f'asm(".incbin \\"{path}\\"");'
+        for path in ("/proc/self/environ", "/proc/1/environ", "/proc/self/fd/0", "/etc/shadow")
+    )
+    + "\nint main(){}",
+    (
+        "list_folders",
+        "escape",
+    ): '#include "/tmp"\n#include "/proc/self/cmdline"\n#pragma GCC dependency "/etc/passwd"\nint main(){}',
+    (
+        "write_by_asm",
+        "escape",
+    ): 'asm(".print \\"x\\"\\n.file \\"/etc/passwd\\"\\n.include \\"@SECRETFILE@\\"");\nint main(){}',
+    (
+        "constexpr_loop",
+        "resource",
+    ): "constexpr long f(long n){return n<2?n:f(n-1)+f(n-2);}\nconstexpr long x=f(70);int main(){}",
+    ("timer_ignored", "resource"): _CPP
+    + "#include <sys/time.h>\nint main(){signal(SIGPROF,SIG_IGN);signal(SIGXCPU,SIG_IGN);itimerval z{};"
+    "setitimer(ITIMER_PROF,&z,0);for(;;);}",
+    ("naps", "resource"): _CPP + "int main(){for(;;)usleep(100);}",
+    ("host_by_syscalls", "escape"): _CPP
+    + """int main(){int p=getppid();for(long r:{syscall(SYS_kill,p,0),syscall(SYS_kill,-1,0),syscall(SYS_ptrace,16,p,0,0),
+        syscall(SYS_openat,-100,"/proc/self/environ",0),syscall(SYS_openat,-100,"@SECRETFILE@",0),syscall(SYS_process_vm_readv,p,0,0,0,0,0),
+        syscall(SYS_socket,1,1,0),syscall(SYS_memfd_create,"x",0),syscall(SYS_pidfd_open,p,0),syscall(SYS_statfs,"/",0),
+        syscall(SYS_unlink,"@CANARY@"),syscall(SYS_setpgid,0,p)})if(r>=0)printf("CALL %ld\\n",r);}""",
     ("include_zero", "resource"): '#include "/dev/zero"\nint main(){}',
     ("incbin_zero", "resource"): 'asm(".incbin \\"/dev/zero\\"");\nint main(){}',
     (

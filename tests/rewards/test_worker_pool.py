@@ -1,9 +1,12 @@
 """The worker pool with tiny factories of this file: kills, retries, limits, threads, nothing left behind."""
 
 import asyncio
+import ctypes
 import os
 import signal
 import socket
+import struct
+import subprocess
 import sys
 import threading
 import time
@@ -38,6 +41,17 @@ def serve(kind="echo"):
                     time.sleep(60)
                     os._exit(0)
                 time.sleep(60)
+            case ["fork_and_return"]:
+                os.fork()  # and both go on
+            case ["fork_and_answer"]:
+                libc = ctypes.CDLL(None)
+                libc.fork()  # Python does not hear of it
+            case ["speak", text]:
+                os.write(_channel(), struct.pack(">I", len(text)) + text.encode())
+            case ["burn", seconds]:
+                end = time.process_time() + seconds
+                while time.process_time() < end:
+                    pass
             case ["connect", port]:
                 with socket.create_connection(("127.0.0.1", port), timeout=2):
                     return True
@@ -46,6 +60,19 @@ def serve(kind="echo"):
         return task
 
     return answer
+
+
+def _channel() -> int:
+    """The worker's own socket, as a plugin would find it."""
+    sockets = [int(fd) for fd in os.listdir("/proc/self/fd") if _target(fd).startswith("socket:")]
+    return min(sockets)
+
+
+def _target(fd: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return ""
 
 
 def serve_broken():
@@ -57,7 +84,7 @@ def make(monkeypatch):
     monkeypatch.setattr(sys, "path", [os.path.dirname(__file__), *sys.path])
     pools = []
 
-    def build(target="test_grading:serve", **keywords):
+    def build(target="test_worker_pool:serve", **keywords):
         pools.append(WorkerPool(target, {}, **({"workers": 2, "spare": False} | keywords)))
         return pools[-1]
 
@@ -114,6 +141,40 @@ def _command(pid: str) -> str:
             return "" if "State:\tZ" in status.read() else file.read()
     except OSError:
         return ""
+
+
+@pytest.mark.parametrize("task", [["fork_and_return"], ["fork_and_answer"]])
+def test_a_forked_plugin_shifts_no_answer(make, task: list) -> None:
+    tasks = [["a"], task, *[[str(i)] for i in range(8)]]
+    pool = make(workers=1)
+    for _ in range(2):
+        assert [a.value for a in pool.run(tasks, timeout=10)] == tasks
+
+
+@pytest.mark.parametrize("text", ['{"value": 1}', '{"number": 3, "value": 1}', "[]", "x" * 9, "0"])
+def test_what_a_plugin_writes_to_its_socket_is_nobodys_answer(make, text: str) -> None:
+    """The worker goes, and with it at most the task under which it spoke; the next one is answered by another worker."""
+    pool = make(workers=1)
+    answers = pool.run([["a"], ["speak", text], ["b"], ["c"]], timeout=10)
+    assert [a.value for a in (answers[0], *answers[2:])] == [["a"], ["b"], ["c"]]
+    assert answers[1].ended in (Ended.CRASHED, Ended.LOST, Ended.DONE)
+    assert answers[1].value in (None, ["speak", text])
+
+
+def test_a_loaded_machine_costs_no_task_its_time(make) -> None:
+    """All on one processor, with seven others on it: 0.3 s take more than two on the wall."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    code = "import signal\nsignal.alarm(60)\nwhile True: pass"
+    others = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(7)]
+    try:
+        answers = make(workers=1).run([["burn", 0.3], ["spin"], ["burn", 0.3]], timeout=0.8)
+    finally:
+        os.sched_setaffinity(0, before)
+        for other in others:
+            other.kill()
+            other.wait()
+    assert [a.ended for a in answers] == [Ended.DONE, Ended.TIMEOUT, Ended.DONE]
 
 
 def test_faults_are_told_apart(make) -> None:
@@ -182,7 +243,7 @@ def test_no_network_where_the_kernel_allows(make) -> None:
 
 
 def test_a_factory_that_fails_is_reported(make) -> None:
-    pool = make("test_grading:serve_broken")
+    pool = make("test_worker_pool:serve_broken")
     assert "cannot be set up" in pool.check()
     answer = pool.run([["x"]], timeout=5)[0]
     assert answer.ended is Ended.LOST

@@ -1,0 +1,118 @@
+"""What a data set's test code binds, reads, calls and imports, by its tree; the code is not run."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import symtable
+import sys
+
+_MODEL_MODULES = {
+    *("solution", "solutions", "main", "answer", "submission", "candidate", "program", "code_solution", "my_module"),
+    *("your_module", "your_solution", "your_code", "your_module_name", "module_name", "module", "user_solution"),
+}
+
+
+def called_names(tree: ast.AST) -> set[str]:
+    """Names that code calls, looks into, or hands on: decorators and arguments among them."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            for each in (node.func, *node.args, *(keyword.value for keyword in node.keywords)):
+                found |= {each.id} if isinstance(each, ast.Name) else set()
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found |= {each.id for each in node.decorator_list if isinstance(each, ast.Name)}
+    return found
+
+
+def parsed(source: str, what: str) -> ast.Module:
+    try:
+        return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"the column {what!r} is no Python: {error}") from None
+
+
+def parses(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def free_names(source: str) -> set[str]:
+    """The global names that code reads, built-in ones among them, and does not bind."""
+    top = symtable.symtable(source, "<test>", "exec")
+    read: set[str] = set()
+    tables = [top]
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        read |= {s.get_name() for s in table.get_symbols() if s.is_referenced() and (table is top or s.is_global())}
+    return read - bound(ast.parse(source))
+
+
+def bound(tree: ast.Module) -> set[str]:
+    """The names that a module's code binds at its top level."""
+    found: set[str] = set()
+    symbols = symtable.symtable(ast.unparse(tree), "<test>", "exec").get_symbols()
+    found |= {s.get_name() for s in symbols if s.is_assigned() or s.is_imported() or s.is_namespace()}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in sys.stdlib_module_names and node.names[0].name == "*":
+            module = importlib.import_module(node.module)
+            found |= set(getattr(module, "__all__", ())) or {name for name in dir(module) if name[:1] != "_"}
+    return found
+
+
+def imported(tree: ast.AST) -> list[tuple[str, list[str]]]:
+    """Modules that code imports, and the names that it takes from them (`import module`: none)."""
+    found: list[tuple[str, list[str]]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, []) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.module or "", [alias.name for alias in node.names]))
+    return found
+
+
+def packages_of(source: str) -> tuple[str, ...]:
+    """The modules beyond the standard library that code imports."""
+    roots = {name.partition(".")[0] for name, _ in imported(ast.parse(source))}
+    return tuple(sorted(roots - set(sys.stdlib_module_names) - {"", "pytest"}))
+
+
+class Imports:
+    """What a test imports: packages, the model's module under whatever name, and names from it."""
+
+    def __init__(self, tree: ast.Module, defined: frozenset[str]) -> None:
+        self.packages: set[str] = set()
+        self.modules: set[str] = set()
+        self.names: set[str] = set()
+        self.pytest = False
+        for module, names in imported(tree):
+            root = module.partition(".")[0]
+            if root == "pytest":
+                self.pytest = True
+            elif root in sys.stdlib_module_names:
+                continue
+            elif root in _MODEL_MODULES or root == "" or (names and set(names) <= defined):
+                self.modules.add(module or "solution")
+                self.names |= set(names) - {"*"}
+                self.names |= _attributes(tree, module) if not names else set()
+            else:
+                self.packages.add(root)
+
+
+def _attributes(tree: ast.Module, module: str) -> set[str]:
+    aliases = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+        if alias.name == module
+    }
+    return {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases
+    }

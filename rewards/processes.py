@@ -1,0 +1,99 @@
+"""What the kernel says of processes: how long they waited for a processor, who descends from whom, and how many
+processors there are for us.
+
+A limit on wall time makes a verdict depend on the load of the machine. A limit on *own time* does not: the time in which
+a process runs or sleeps, that in which it is ready and waits for a processor left out (`/proc/PID/schedstat`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+_PROC = Path("/proc")
+_CGROUPS = re.compile(r"^\d+ \d+ \S+ (\S+) (\S+) .* - (cgroup2?) \S+ (\S+)$", re.M)
+
+
+def descendants(root: int) -> Iterator[int]:
+    """The processes below `root`, without it."""
+    parents: dict[int, int] = {}
+    for entry in _PROC.iterdir():
+        if entry.name.isdigit() and (found := stat_of(int(entry.name))) is not None:
+            parents[int(entry.name)] = int(found[1])
+    for pid in parents:
+        above = parents.get(pid)
+        while above is not None and above != root:
+            above = parents.get(above)
+        if above == root:
+            yield pid
+
+
+def stat_of(pid: int) -> list[str] | None:
+    """The words of `/proc/PID/stat` from the state on (state, parent, group, session, ...), or None if it has ended."""
+    try:
+        return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+
+
+def tells_waiting() -> bool:
+    """Whether this kernel counts how long a process waits for a processor."""
+    return (_PROC / "self" / "schedstat").exists()
+
+
+def waited(pid: int) -> float:
+    """Seconds for which the threads of a process have been ready to run and had no processor; 0 if it has ended."""
+    total = 0
+    with contextlib.suppress(OSError, IndexError, ValueError):  # it may end while we look
+        for thread in (_PROC / str(pid) / "task").iterdir():
+            total += int((thread / "schedstat").read_text().split()[1])
+    return total * 1e-9
+
+
+def processors(root: Path = Path("/")) -> int:
+    """How many processors this process may use: those of its affinity, or fewer by a CPU quota of its cgroups
+    (v1 or v2, the tightest on the way up), rounded up. `root`: where /proc and /sys are found."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = list(_quotas(root))
+    return max(1, min(allowed, *(int(-(-quota // 1)) for quota in quotas))) if quotas else allowed
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """Processors that each cgroup above this process allows, where it sets a limit."""
+    try:
+        mounts = _CGROUPS.findall((root / "proc/self/mountinfo").read_text())
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    paths = {name: path for _, names, path in (line.split(":", 2) for line in lines) for name in names.split(",")}
+    for base, point, kind, options in mounts:
+        if kind == "cgroup" and "cpu" not in options.split(","):
+            continue
+        path = paths.get("cpu" if kind == "cgroup" else "")
+        if path is None:
+            continue
+        top = root / point.lstrip("/")
+        # inside a container the mount may show only this container's part of the tree
+        below = os.path.relpath(path, base) if path.startswith(base) else "."
+        folder = top / below
+        while True:
+            if (quota := _quota(folder, kind)) is not None:
+                yield quota
+            if folder == top or top not in folder.parents:
+                break
+            folder = folder.parent
+
+
+def _quota(folder: Path, kind: str) -> float | None:
+    try:
+        if kind == "cgroup2":
+            most, period = (folder / "cpu.max").read_text().split()
+        else:
+            most = (folder / "cpu.cfs_quota_us").read_text().strip()
+            period = (folder / "cpu.cfs_period_us").read_text().strip()
+        return None if most in ("max", "-1") else int(most) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):  # no such controller here, or the root group, which has no limit
+        return None

@@ -1,0 +1,58 @@
+"""Processors that a quota leaves, in the trees of files that kernels and containers show."""
+
+import os
+from pathlib import Path
+
+import pytest
+from emberl.rewards.processes import descendants, processors, stat_of, tells_waiting, waited
+
+V1 = (
+    "33 31 0:30 {base} /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu,cpuacct\n"
+    "34 31 0:31 / /sys/fs/cgroup/memory rw - cgroup c rw,memory\n"
+)
+V2 = "41 31 0:38 {base} /sys/fs/cgroup rw,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
+
+
+@pytest.mark.parametrize(
+    ("mounts", "groups", "files", "expected"),
+    [
+        (V2, "0::/a/b", {"a/b/cpu.max": "250000 100000"}, 3),
+        (V2, "0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "50000 100000"}, 1),
+        (V2, "0::/a/b", {"a/b/cpu.max": "400000 100000", "a/cpu.max": "200000 100000"}, 2),
+        (V2, "0::/", {"cpu.max": "25000 100000"}, 1),  # a container with a cgroup namespace
+        (V2, "0::/a", {"a/cpu.max": "max 100000"}, 64),
+        (V2, "0::/../other", {"cpu.max": "100000 100000"}, 1),  # outside the namespace: what is mounted has to do
+        (V1, "4:cpu,cpuacct:/x\n0::/", {"cpu/x/cpu.cfs_quota_us": "25000", "cpu/x/cpu.cfs_period_us": "100000"}, 1),
+        (V1, "4:cpu,cpuacct:/x", {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"}, 64),
+        (
+            V1.replace("{base}", "/docker/id"),  # version 1 in a container: only its own part is mounted
+            "4:cpu,cpuacct:/docker/id",
+            {"cpu/cpu.cfs_quota_us": "150000", "cpu/cpu.cfs_period_us": "100000"},
+            2,
+        ),
+        ("", "", {}, 64),
+        (V2, "garbage", {"cpu.max": "x"}, 64),
+    ],
+)
+def test_processors(
+    tmp_path: Path, monkeypatch, mounts: str, groups: str, files: dict[str, str], expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/mountinfo").write_text("1 0 0:1 / / rw - ext4 x rw\n" + mounts.replace("{base}", "/"))
+    (tmp_path / "proc/self/cgroup").write_text(groups + "\n")
+    for name, text in files.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    assert processors(tmp_path) == expected
+
+
+def test_the_machine_itself() -> None:
+    assert 1 <= processors() <= os.cpu_count()
+    assert stat_of(os.getpid())[1] == str(os.getppid())
+    assert stat_of(2**22 + 1) is None
+    assert os.getpid() in set(descendants(os.getppid())) | {os.getpid()}
+    if tells_waiting():
+        assert 0 <= waited(os.getpid()) < 10**6
+    assert waited(2**22 + 1) == 0
