@@ -170,7 +170,7 @@ class Run:
         self.progress = self.progress.advance(seconds=time.time() - self.started)
         folder = begin_checkpoint(self.run_dir, name)
         self.learners.save(str(folder.absolute()))
-        finish_checkpoint(folder, self.progress, self.config.checkpoint.keep)
+        finish_checkpoint(folder, self.progress, self.config.checkpoint.keep, self.config)
 
     def stop_if_asked(self) -> None:
         """Between two steps: saves and raises `Interrupted` if a signal came."""
