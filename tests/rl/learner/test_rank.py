@@ -18,6 +18,7 @@ from emberl.rl.config.data import TinyConfig
 from emberl.rl.config.load import ModelConfig, OptimConfig
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.learner.rank import LearnerRank, RankSpec
+from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
 SMALL = TinyConfig(hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate=48)
@@ -113,14 +114,15 @@ def test_the_figures_of_an_update(make: Callable[..., LearnerRank]) -> None:
     batch = replace(BATCH, behaviour_logp_T=behaviour)
     mask = BATCH.loss_mask_T & np.isfinite(behaviour)
     entropies = []
+    model = AutoModelForCausalLM.from_pretrained(rank.model_path, dtype=torch.float64)
     with torch.no_grad():
         for sequence in (BATCH.token_ids_T[:5], BATCH.token_ids_T[5:]):
-            logits = rank.policy.model(input_ids=torch.from_numpy(sequence.astype(np.int64))[None]).logits[0]
+            logits = model(input_ids=torch.from_numpy(sequence.astype(np.int64))[None]).logits[0]
             entropies.append(torch.distributions.Categorical(logits=logits).entropy().numpy())
     before = np.concatenate([np.roll(row, 1) for row in entropies])  # of the distribution that a token was drawn from
     objective = Objective.of(LossConfig(), KLConfig(), OffPolicyConfig(old_logp="recompute"))
     metrics = rank.step(batch, objective)
-    assert metrics["actor/entropy_per_token"] == pytest.approx(before[mask].mean(), rel=1e-6)
+    assert metrics["actor/entropy_per_token"] == pytest.approx(before[mask].mean(), rel=1e-5)
     assert metrics["actor/ratio"] == pytest.approx(1.0, abs=1e-12)
     assert abs(metrics["actor/ppo_kl"]) < 1e-12
     assert metrics["actor/nonfinite_logp"] == pytest.approx(1 / 5)
