@@ -9,7 +9,7 @@ import numpy as np
 
 from ..rewards.verdict import Status, Verdict
 from ..rollout.samples import Completion
-from .algorithm.advantages import batch_advantages, kl_estimate
+from .algorithm.advantages import batch_advantages, kl_estimate, token_rewards
 from .algorithm.aggregation import token_weights
 from .config.algorithm import AdvantageConfig, KLConfig, LossConfig
 from .groups import Batch, Group
@@ -23,9 +23,12 @@ def make_batch(
     max_length: int,
     keep_all: bool = False,
     mask_cut: bool = False,
+    observe: Callable[[Batch], None] | None = None,
 ) -> Batch | None:
     """`make_batches` for one update; None if no token is left that could train."""
-    batches = make_batches(groups, loss, advantage, max_length=max_length, keep_all=keep_all, mask_cut=mask_cut)
+    batches = make_batches(
+        groups, loss, advantage, max_length=max_length, keep_all=keep_all, mask_cut=mask_cut, observe=observe
+    )
     return batches[0] if batches else None
 
 
@@ -40,6 +43,7 @@ def make_batches(
     mask_cut: bool = False,
     kl: KLConfig | None = None,
     estimate: Callable[[Batch], Batch] | None = None,
+    observe: Callable[[Batch], None] | None = None,
 ) -> list[Batch]:
     """All completions that have a verdict as up to `parts` batches, one for each update, of whole groups in their order.
 
@@ -52,6 +56,7 @@ def make_batches(
     mask_cut: completions that were cut at that length do not train (`filter.overlong_mask`).
     kl: with kl.place=reward the penalty is taken from the rewards of tokens.
     estimate: adds to the whole batch what only the learners can say: old and reference log-probs, values.
+    observe: is shown the whole batch, advantages and all, before anything is split or left out.
     """
     rows = [
         (number, group.prompt.token_ids, completion, advantage_of, verdict.status == Status.CORRECT)
@@ -76,13 +81,16 @@ def make_batches(
         whole = estimate(whole)
     if advantage.per_token:
         whole = with_token_advantages(whole, advantage, kl)
+    if observe is not None:
+        observe(whole)
     if parts == 1:
         batches = [whole]
     else:
         owner = np.array([number for number, *_ in rows])
         shares = [np.flatnonzero(np.isin(owner, share)) for share in np.array_split(np.arange(len(groups)), parts)]
         batches = [_own_weights(whole.select(share.tolist()), loss, norm_const) for share in shares if len(share)]
-    return [live for batch in batches if (live := batch if keep_all else _live(batch)).num_tokens]
+    counts_tokens = loss.aggregation == "token-mean"
+    return [live for batch in batches if (live := batch if keep_all else _live(batch, counts_tokens)).num_tokens]
 
 
 def denominator(groups: Sequence[Group], loss: LossConfig, *, mask_cut: bool = False) -> int:
@@ -107,7 +115,12 @@ def with_token_advantages(batch: Batch, advantage: AdvantageConfig, kl: KLConfig
     if kl is not None and kl.active and kl.place == "reward":
         assert batch.reference_logp_T is not None, "kl.place=reward, but there is no reference"
         old_T = batch.behaviour_logp_T if batch.old_logp_T is None else batch.old_logp_T
-        penalty = kl.coef * kl_estimate(old_T, batch.reference_logp_T, kl.estimator)
+        estimate = kl_estimate(old_T, batch.reference_logp_T, kl.estimator, bound=kl.bound)
+        batch = replace(batch, kl_T=np.where(batch.loss_mask_T, estimate, 0.0))
+        penalty = kl.coef * estimate
+    if advantage.kind in ("return", "gae"):
+        rewards = token_rewards(batch.advantages_T, batch.loss_mask_T, batch.sequence_ids_T, penalty)
+        batch = replace(batch, rewards_T=rewards)
     advantages, returns = batch_advantages(
         batch.advantages_T,
         batch.loss_mask_T,
@@ -124,11 +137,21 @@ def _own_weights(batch: Batch, loss: LossConfig, norm_const: float) -> Batch:
     return replace(batch, weights_T=weights, num_loss_tokens=int(batch.loss_mask_T.sum()))
 
 
-def _live(batch: Batch) -> Batch:
+def _live(batch: Batch, counts_tokens: bool) -> Batch:
     """Without the sequences whose every advantage is 0."""
     live = np.zeros(len(batch.sequence_lengths), bool)
     np.logical_or.at(live, batch.sequence_ids_T, batch.loss_mask_T & (batch.advantages_T != 0))
-    return batch.select(np.flatnonzero(live).tolist())
+    left = batch.select(np.flatnonzero(live).tolist())
+    if counts_tokens:
+        share = int(left.loss_mask_T.sum()) / left.num_loss_tokens
+    else:
+        share = _sequences(left) / _sequences(batch)
+    return replace(left, share=share)
+
+
+def _sequences(batch: Batch) -> int:
+    """Sequences with a loss token."""
+    return len(np.unique(batch.sequence_ids_T[batch.loss_mask_T]))
 
 
 def sft_batch(examples: Sequence[tuple[Sequence[int], int]]) -> Batch:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,14 @@ from typing import Any
 from .config.load import Config, ConfigError
 
 CHECKPOINTS, PROGRESS, METRICS = "checkpoints", "progress.json", "metrics.jsonl"
+SETTINGS = "settings.json"
+"""The run's configuration, in each checkpoint; named apart from the model's own config.json beside it."""
+FIXED = ("stages", "data", "model", "seed")
+"""Groups that say what a checkpoint is of. A run that goes on with others is another run."""
+SHAPE = ("model.tiny", "model.lora", "model.dtype")
+"""What the tensors of a checkpoint cannot follow, and the runs' bookkeeping cannot either."""
+HOW = ("model.attention", "model.packing", "model.gradient_checkpointing")
+"""How a model is computed, not which; may change."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +53,10 @@ class Progress:
     probe_noise_logp: float | None = None
     """How far engines and learners are apart by rounding alone; None where it was not measured."""
     probe_noise_p: float | None = None
+    updates: int = 0
+    """Optimizer steps of the policy in RL."""
+    warnings: tuple[str, ...] = ()
+    """What was said of a run that does not learn."""
 
     def advance(self, **changes: Any) -> Progress:
         return replace(self, **changes)
@@ -104,7 +117,55 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 def read_progress(checkpoint: Path) -> Progress:
     fields = json.loads((checkpoint / PROGRESS).read_text())
     pending = tuple((position, step) for position, step in fields.pop("pending", ()))
-    return Progress(pending=pending, **fields)
+    warnings = tuple(fields.pop("warnings", ()))
+    return Progress(pending=pending, warnings=warnings, **fields)
+
+
+def check_resumed(config: Config, checkpoint: Path, override: bool) -> list[str]:
+    """A line for each setting that is not the checkpoint's, e.g. `optim.lr: 1e-06, now 1e-05`. `ConfigError` where the run
+    would be another one, unless `override`, and always where the checkpoint's tensors would not fit."""
+    file = checkpoint / SETTINGS
+    if not file.is_file():
+        return [f"{checkpoint.name} holds no {SETTINGS} (an older emberl wrote it): nothing can be compared with it"]
+    before, now = _leaves(json.loads(file.read_text())), _leaves(config.model_dump(mode="json"))
+    missing = object()
+    changed = {
+        key: (before.get(key, missing), now.get(key, missing))
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, missing) != now.get(key, missing) and key not in ("run_dir", "name")
+    }
+    lines = {
+        key: f"{key}: {'unset' if was is missing else json.dumps(was)}, now {'unset' if is_ is missing else json.dumps(is_)}"
+        for key, (was, is_) in changed.items()
+    }
+    broken = [line for key, line in lines.items() if _under(key, SHAPE)]
+    if broken:
+        raise ConfigError(
+            f"--resume: the model of {checkpoint.name} is another ({'; '.join(broken)}); give its settings, or start a new run "
+            "without --resume"
+        )
+    other = [line for key, line in lines.items() if _under(key, FIXED) and not _under(key, HOW)]
+    if other and not override:
+        raise ConfigError(
+            f"--resume: {checkpoint.name} is of another run ({'; '.join(other)}); give its settings, add --override to go on all "
+            "the same, or start a new run without --resume"
+        )
+    return list(lines.values())
+
+
+def _under(key: str, groups: Sequence[str]) -> bool:
+    return any(key == group or key.startswith(f"{group}.") for group in groups)
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and their values."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            found |= _leaves(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
 
 
 def begin_checkpoint(run_dir: Path, name: str) -> Path:
@@ -115,9 +176,12 @@ def begin_checkpoint(run_dir: Path, name: str) -> Path:
     return folder
 
 
-def finish_checkpoint(folder: Path, progress: Progress, keep: int) -> Path:
-    """Names the directory for good in one rename, so that a checkpoint is whole or absent; then drops the oldest."""
+def finish_checkpoint(folder: Path, progress: Progress, keep: int, config: Config | None = None) -> Path:
+    """Names the directory for good in one rename, so that a checkpoint is whole or absent; then drops the oldest. `config` is
+    kept beside it, for `check_resumed`."""
     (folder / PROGRESS).write_text(json.dumps(asdict(progress), indent=1))
+    if config is not None:
+        (folder / SETTINGS).write_text(json.dumps(config.model_dump(mode="json"), indent=1))
     final = folder.with_name(folder.name.removeprefix("."))
     shutil.rmtree(final, ignore_errors=True)
     folder.rename(final)

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .config.cautions import said_at_start
+from .config.likeness import PEERS, describe
 from .config.load import Config, ConfigError, load_config, to_yaml
 from .weights.history_commands import app as patches
 
@@ -33,16 +35,25 @@ def train(
         bool, typer.Option(help="Print the resolved configuration and the placement, and stop.")
     ] = False,
     resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint.")] = False,
+    override: Annotated[
+        bool, typer.Option(help="With --resume: go on although stages, data, model or seed are not the checkpoint's.")
+    ] = False,
+    like: Annotated[
+        str | None,
+        typer.Option(help="With --dry-run: the overrides that give the defaults of `verl` or of `trl`."),
+    ] = None,
 ) -> None:
     """Runs an experiment; the last line of stdout is one JSON object with the result."""
     try:
         settings = load_config(config, overrides or ())
+        if like is not None and (not dry_run or like not in PEERS):
+            raise ConfigError(f"--like {like}: give --dry-run --like {' or --dry-run --like '.join(PEERS)}")
         if dry_run:
-            show_plan(settings)
+            show_plan(settings, like)
             return
         from .recipe import train as run_training
 
-        result = run_training(settings, resume=resume)
+        result = run_training(settings, resume=resume, override=override)
     except ConfigError as error:
         fail(str(error), USAGE)
     except KeyboardInterrupt:
@@ -152,8 +163,8 @@ def plan(
         planning.show(found, Console())
 
 
-def show_plan(settings: Config) -> None:
-    """What `--dry-run` prints."""
+def show_plan(settings: Config, like: str | None = None) -> None:
+    """What `--dry-run` prints: the configuration, the placement, what a file changes of its preset, and doubtful settings."""
     from .cluster import plan_placement
     from .model_files import check_files
 
@@ -161,6 +172,11 @@ def show_plan(settings: Config) -> None:
     print(to_yaml(settings).rstrip())
     print("---")
     print(plan_placement(settings).describe())
+    for line in said_at_start(settings):
+        print(line)
+    if like is not None:
+        print("---")
+        print(describe(settings, "verl" if like == "verl" else "trl"))
 
 
 def fail(message: str, status: int) -> Any:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..rewards.verdict import Verdict
 from ..rollout.samples import Completion, Prompt
+from .algorithm.advantages import all_equal
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int32]
@@ -42,9 +43,8 @@ class Group:
 
     @property
     def has_signal(self) -> bool:
-        """Whether any two verdicts differ: without that every group-relative advantage is 0."""
-        scores = self.scores[~np.isnan(self.scores)]
-        return bool(len(scores) > 1 and np.any(scores != scores[0]))
+        """Whether any two scores differ by more than rounding: without that every group-relative advantage is 0."""
+        return not all_equal(self.scores)
 
     def with_advantages(self, advantages: Floats) -> Group:
         return replace(self, advantages=advantages)
@@ -71,6 +71,9 @@ class Batch:
     over the *whole* step before it is split over ranks and micro-batches, so that partial losses simply add up."""
     num_loss_tokens: int
     """Loss tokens of the whole step, over all ranks and micro-batches."""
+    share: float = 1.0
+    """How much of what the weights' denominators count is here: less than 1 where sequences without a gradient were left
+    out of the passes."""
     correct_T: Bools | None = None
     """Whether the token's completion was marked correct."""
     old_logp_T: Floats | None = None
@@ -80,7 +83,11 @@ class Batch:
     values_T: Floats | None = None
     """The critic's estimate before each loss token, where there is one."""
     returns_T: Floats | None = None
-    """What it should have said."""
+    """What it should have said; without a critic the return to go, where rewards are of tokens."""
+    rewards_T: Floats | None = None
+    """The reward of each token, KL penalty included, where rewards are of tokens."""
+    kl_T: Floats | None = None
+    """The estimate of KL(policy || reference) that the reward of each token was lowered by (times kl.coef)."""
 
     def __post_init__(self) -> None:
         lengths = {name: len(array) for name, array in self._arrays()}

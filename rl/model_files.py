@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,13 @@ def check_files(config: Config) -> None:
         _check_path("critic.path", config.critic.path, engine=None)
 
 
-def prepare_model(config: Config, run_dir: Path, tell: Callable[[str], None]) -> str:
+def prepare_model(config: Config, run_dir: Path, tell: Callable[[str], None], *, anew: bool = True) -> str:
     """What the actors load: an absolute directory or a Hub id. A GGUF file is converted, a tiny model made, once, in the run's
-    `model_init`; a Hub id's files are fetched into Hugging Face's cache. tell: a person reads what takes its time."""
+    `model_init`, `anew` where an earlier try may have left one of other settings there; a Hub id's files are fetched into
+    Hugging Face's cache. tell: a person reads what takes its time."""
     path, made = config.model.path, (run_dir / "model_init").absolute()
+    if anew:
+        shutil.rmtree(made, ignore_errors=True)
     if path is None:
         from .data.tiny import make_tiny
 

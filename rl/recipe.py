@@ -21,8 +21,18 @@ from ..rollout.samples import Prompt
 from ..rollout.vllm_backend.compat import transfer_backend
 from .algorithm.losses import Objective
 from .batch import sft_batch
-from .checkpoints import Progress, latest_checkpoint, open_run_dir, read_progress, trim_metrics
+from .checkpoints import (
+    PROGRESS,
+    SETTINGS,
+    Progress,
+    check_resumed,
+    latest_checkpoint,
+    open_run_dir,
+    read_progress,
+    trim_metrics,
+)
 from .cluster import Cluster
+from .config.cautions import cautions, said_at_start
 from .config.load import Config, ConfigError, user_errors
 from .data.sources import PromptSource, check_data, open_source
 from .data.templates import supervised_ids
@@ -49,14 +59,21 @@ class Result:
     tokens_per_second: float
     """Completion tokens sampled per second of RL steps, evaluation and set-up left out."""
     run_dir: str
+    updates: int = 0
+    """Optimizer steps of the policy in RL."""
+    warnings: tuple[str, ...] = ()
+    """Doubtful settings, and what was said of a run that does not learn."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def train(config: Config, *, resume: bool = False) -> Result:
+def train(config: Config, *, resume: bool = False, override: bool = False) -> Result:
     """Runs all stages. Raises `ConfigError` before Ray starts where the fault can be known by then."""
     started = time.time()
+    console = make_console()
+    for line in said_at_start(config):
+        console.print(line, highlight=False, markup=False)
     with user_errors():
         check_data(config.data)
         check_engine(config.rollout.engine, config.rollout.engine_args, config.rollout.servers)
@@ -65,6 +82,8 @@ def train(config: Config, *, resume: bool = False) -> Result:
     cluster = Cluster(config)
     run_dir, checkpoint = open_run_dir(config, resume)
     if checkpoint is not None:
+        for line in check_resumed(config, checkpoint, override):
+            console.print(f"resumed with {line}", highlight=False, markup=False)
         started -= read_progress(checkpoint).seconds
     restarts = config.cluster.max_restarts
     while True:
@@ -86,7 +105,9 @@ def sitting(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | 
     if checkpoint and progress.stage < len(config.stages):
         trim_metrics(run_dir, config.stages[progress.stage], progress.step, config.stages)
     console = make_console()
-    model_path = prepare_model(config, run_dir, lambda text: console.print(text, markup=False))
+    model_path = prepare_model(
+        config, run_dir, lambda text: console.print(text, markup=False), anew=checkpoint is None
+    )
     check_adapters(config, model_path)
     with cluster, stop_on_signal() as stop:  # in this order: Ray's start sets a SIGTERM handler of its own
         # the actors load while this process reads the data: both take seconds
@@ -152,6 +173,8 @@ def go(run: Run, checkpoint: Path | None) -> Result:
         seconds=round(time.time() - run.started, 1),
         tokens_per_second=round(progress.tokens / progress.train_seconds, 1) if progress.train_seconds else 0.0,
         run_dir=str(run.run_dir),
+        updates=progress.updates,
+        warnings=(*cautions(run.config), *progress.warnings),
     )
 
 
@@ -161,7 +184,7 @@ def finish(run: Run) -> None:
     if newest is not None:
         model = run.run_dir / "model"
         shutil.rmtree(model, ignore_errors=True)
-        shutil.copytree(newest, model, ignore=shutil.ignore_patterns("learner", "progress.json"))
+        shutil.copytree(newest, model, ignore=shutil.ignore_patterns("learner", PROGRESS, SETTINGS))
     run.tracker.curve()
 
 
@@ -187,8 +210,8 @@ def train_sft(run: Run) -> None:
         run.progress = run.progress.advance(step=run.progress.step + 1, position=position + config.batch_size)
         run.tracker.log(
             run.progress.step,
-            {"sft/loss": metrics["actor/pg_loss"], **metrics},
-            show={"loss": f"{metrics['actor/pg_loss']:.3f}"},
+            {"sft/loss": metrics["actor/loss"], **metrics},
+            show={"loss": f"{metrics['actor/loss']:.3f}"},
         )
     run.save()
 

@@ -197,7 +197,7 @@ class Run:
         )
         folder = begin_checkpoint(self.run_dir, name)
         self.learners.save(str(folder.absolute()))
-        finish_checkpoint(folder, self.progress, self.config.checkpoint.keep)
+        finish_checkpoint(folder, self.progress, self.config.checkpoint.keep, self.config)
 
     def stop_if_asked(self) -> None:
         """Between two steps: saves and raises `Interrupted` if a signal came."""

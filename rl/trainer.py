@@ -6,19 +6,29 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from ..rewards.suite import check_errors
-from .algorithm.advantages import group_advantages, overlong_penalty
+from .algorithm.advantages import Floats, group_advantages, overlong_penalty
 from .algorithm.losses import Objective
 from .batch import denominator, make_batch, make_batches
+from .config.load import Config
 from .evaluate import evaluate
 from .feed import Feed, GroupFeed
 from .groups import Batch, Group
 from .run import Run
+from .watch.alarms import Alarms
 from .watch.lengths import record_lengths
+from .watch.step_metrics import (
+    averages,
+    batch_metrics,
+    check_engine_logprobs,
+    of_whole_step,
+    pooled,
+    sample_metrics,
+    speed_metrics,
+)
 
 
 def train_rl(run: Run) -> None:
@@ -26,6 +36,7 @@ def train_rl(run: Run) -> None:
     than the weights that it trains (0: on-policy, rollouts and learners take turns)."""
     config, schedule = run.config, run.config.schedule
     objective = Objective.of(config.loss, config.kl, config.offpolicy, temperature=config.rollout.temperature)
+    alarms = Alarms(config)
     run.tracker.begin("rl", run.progress.step, schedule.steps)
     if run.progress.step == 0 and config.eval.size:
         run.progress = run.progress.advance(accuracy_start=evaluate(run).accuracy)
@@ -33,8 +44,11 @@ def train_rl(run: Run) -> None:
     with GroupFeed(run) as feed:
         while run.progress.step < schedule.steps:
             run.stop_if_asked()
-            rl_step(run, feed, objective)
+            metrics = rl_step(run, feed, objective)
             step, last = run.progress.step, run.progress.step == schedule.steps
+            for alarm in [*alarms.after(step, metrics), *(alarms.at_end() if last else [])]:
+                run.tracker.alert(alarm.title, alarm.text)
+                run.progress = run.progress.advance(warnings=(*run.progress.warnings, f"{alarm.title}: {alarm.text}"))
             if config.eval.size and (last or (config.eval.every and step % config.eval.every == 0)):
                 run.progress = run.progress.advance(accuracy_end=evaluate(run).accuracy)
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
@@ -42,25 +56,31 @@ def train_rl(run: Run) -> None:
         run.settle()
 
 
-def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> None:
-    """Takes the groups of one step, trains on them, publishes and logs. Raises `TooManyErrors` where graders rather than
-    answers fail."""
+def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, float]:
+    """Takes the groups of one step, trains on them, publishes and logs; returns what was logged. Raises `TooManyErrors` where
+    graders rather than answers fail."""
     config, step, start = run.config, run.progress.step + 1, time.perf_counter()
     train = train_whole if config.schedule.stream_parts == 1 else train_in_parts
     fed, trained, metrics = train(run, feed, step, objective)
     sampled = fed.groups
     record_lengths(run.run_dir, step, run.progress.version, sampled)
-    metrics |= fed.metrics
     tokens = sum(len(c) for group in sampled for c in group.completions)
     seconds = time.perf_counter() - start
     run.progress = run.progress.advance(
-        step=step, tokens=run.progress.tokens + tokens, train_seconds=run.progress.train_seconds + seconds
+        step=step,
+        tokens=run.progress.tokens + tokens,
+        train_seconds=run.progress.train_seconds + seconds,
+        updates=run.progress.updates + int(metrics["training/updates"]),
     )
-    metrics |= group_metrics(sampled, trained) | run.suite.metrics()
-    metrics |= {"timing_s/gen": fed.waited, "timing_s/step": seconds, "sched/learner_idle": fed.waited / seconds}
-    metrics["perf/throughput"] = tokens / seconds
+    shaped = [shaped_scores(group, config) for group in sampled]
+    limits = {"longest": config.rollout.max_response_length, "longest_prompt": config.data.max_prompt_length}
+    of_samples = sample_metrics(sampled, trained, shaped, **limits)
+    metrics = fed.metrics | of_samples | metrics | run.suite.metrics()  # rewards of tokens have the KL penalty in them
+    metrics |= {"timing_s/gen": fed.waited, "sched/learner_idle": fed.waited / seconds}
+    metrics |= speed_metrics(metrics["perf/total_num_tokens"], tokens, seconds, devices(config))
     show = {"reward": f"{metrics['critic/score/mean']:.3f}", "accuracy": f"{metrics['training/accuracy']:.1%}"}
     run.tracker.log(step, metrics, show=show | {"tokens/s": f"{tokens / seconds:,.0f}"})
+    return metrics
 
 
 def train_whole(
@@ -85,8 +105,10 @@ def train_in_parts(
     feeds: list[Feed] = []
     trained: list[Group] = []
     weights: list[int] = []
+    counts: list[int] = []
     done: list[dict[str, float]] = []
-    whole = 0
+    seen: list[Batch] = []
+    whole = passed = 0
     for part in feed.stream(step, config.schedule.stream_parts):
         feeds.append(part)
         _, groups = admitted(run, part.groups)
@@ -100,23 +122,28 @@ def train_in_parts(
             max_length=config.rollout.max_response_length,
             keep_all=objective.needs_all_tokens,
             mask_cut=config.filter.overlong_mask,
+            observe=seen.append,
         )
         if batch is not None:
             batch = replace(batch, weights_T=batch.weights_T * counted)
             done.append(learners.accumulate(with_estimates(run, objective, batch), objective))
-            weights.append(batch.num_loss_tokens)
+            weights.append(int(batch.loss_mask_T.sum()))
+            counts.append(batch.num_loss_tokens)
+            passed += counted
     fed = Feed(
         groups=[group for part in feeds for group in part.groups],
         waited=sum(part.waited for part in feeds),
         metrics=summed(feeds),
     )
     metrics = staleness(fed.groups, run.progress.version, config.schedule.max_staleness)
-    metrics["training/updates"] = float(bool(done))
+    check_engine_logprobs(seen)
+    metrics |= batch_metrics(seen, config.offpolicy, config.kl.coef) | {"training/updates": float(bool(done))}
     if not done:
         learners.skip(1)
     else:
-        metrics |= pooled(done, weights) | learners.finish(1 / whole)
-        metrics["actor/pg_loss"] /= whole
+        every = sum(b.num_loss_tokens for b in seen) if config.loss.kind == "ppo_clip" else None
+        metrics |= of_whole_step(pooled(done, weights), done, counts, whole=whole, trained=passed, every=every)
+        metrics |= learners.finish(1 / whole)
         refresh_reference(run)
         metrics |= run.publish(wait=False)
     return fed, trained, metrics
@@ -130,25 +157,12 @@ def summed(feeds: Sequence[Feed]) -> dict[str, float]:
     return found
 
 
-def pooled(done: Sequence[dict[str, float]], weights: Sequence[int]) -> dict[str, float]:
-    """A step's metrics from those of its parts: means over loss tokens, of which part i has weights[i]; sums of times and
-    of the loss, the largest of maxima."""
-    metrics = {name: float(np.average([each[name] for each in done], weights=weights)) for name in done[0]}
-    for name in done[0]:
-        values = [each[name] for each in done]
-        if name == "actor/pg_loss" or name.startswith("timing_s/"):
-            metrics[name] = sum(values)
-        elif name.endswith("_max"):
-            metrics[name] = max(values)
-    return metrics
-
-
 def admitted(run: Run, sampled: Sequence[Group]) -> tuple[dict[str, float], list[Group]]:
     """How old these groups are, and those of them that train, with their advantages."""
     config = run.config
     check_errors([v for group in sampled for v in group.verdicts], config.reward.max_error_fraction)
     ages = staleness(sampled, run.progress.version, config.schedule.max_staleness)
-    return ages, with_advantages(run, [g for g in sampled if g.has_signal or not config.filter.zero_variance])
+    return ages, with_advantages(config, sampled)
 
 
 def staleness(groups: Sequence[Group], version: int, bound: int) -> dict[str, float]:
@@ -164,10 +178,10 @@ def staleness(groups: Sequence[Group], version: int, bound: int) -> dict[str, fl
 
 
 def update(run: Run, trained: Sequence[Group], objective: Objective) -> dict[str, float]:
-    """The optimizer steps of one RL step, then a new version of the weights if there were any; means over the updates,
-    but for the learning rate and counts, which are the last one's."""
+    """The optimizer steps of one RL step, then a new version of the weights if there were any, and their figures."""
     config, schedule, learners = run.config, run.config.schedule, run.learners
     has_critic = config.advantage.needs_critic
+    seen: list[Batch] = []
     batches = make_batches(
         trained,
         config.loss,
@@ -178,22 +192,22 @@ def update(run: Run, trained: Sequence[Group], objective: Objective) -> dict[str
         mask_cut=config.filter.overlong_mask,
         kl=config.kl,
         estimate=partial(with_estimates, run, objective),
+        observe=seen.append,
     )
-    metrics = {"perf/total_num_tokens": float(sum(b.num_tokens for b in batches))}
+    check_engine_logprobs(seen)
     with_policy = not has_critic or run.progress.step >= config.critic.warmup
     done: list[dict[str, float]] = []
     for _ in range(schedule.epochs):
         for batch in batches:
             found = learners.critic_step(batch) if has_critic else {}
             done.append(found | (learners.step(batch, objective) if with_policy else {}))
-    metrics["training/updates"] = float(len(done) if with_policy else 0)
+    metrics = {"training/updates": float(len(done) if with_policy else 0)}
     if missing := schedule.minibatches * schedule.epochs - len(done):
         learners.skip(missing)
+    # the whole batch's figures come last: those of updates are of parts of it
+    metrics |= (averages(done) if done else {}) | batch_metrics(seen, config.offpolicy, config.kl.coef)
     if not done:
         return metrics
-    metrics |= averages(done)
-    if has_critic:
-        metrics |= critic_metrics(batches)
     refresh_reference(run)
     return metrics | (run.publish(wait=False) if with_policy else {})
 
@@ -219,71 +233,30 @@ def with_estimates(run: Run, objective: Objective, batch: Batch) -> Batch:
     return batch
 
 
-def averages(done: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over a step's updates; times are sums, learning rates and counts the last one's."""
-    metrics = {name: float(np.mean([each[name] for each in done])) for name in done[0]}
-    metrics |= {name: done[-1][name] for name in done[0] if name.endswith(("/lr", "/steps_skipped"))}
-    return metrics | {name: value * len(done) for name, value in metrics.items() if name.startswith("timing_s/")}
+def with_advantages(config: Config, sampled: Sequence[Group]) -> list[Group]:
+    """The groups that train, with the advantage of each completion, NaN scores (no verdict) at 0."""
+    kept = [g.has_signal or not config.filter.zero_variance for g in sampled]
+    # the deviation of a step is of all its scores; everything else compares within a group
+    whole = config.advantage.std == "batch"
+    groups = [g for g, keep in zip(sampled, kept, strict=True) if keep or whole]
+    advantages = group_advantages([shaped_scores(g, config) for g in groups], config.advantage)
+    scored = [group.with_advantages(a) for group, a in zip(groups, advantages, strict=True)]
+    return [g for g, keep in zip(scored, kept, strict=True) if keep] if whole else scored
 
 
-def critic_metrics(batches: Sequence[Batch]) -> dict[str, float]:
-    """How good the critic's values were before the step: their mean, and the share of the returns' variance that they
-    explain (verl's names)."""
-    values, returns = (
-        np.concatenate([row[b.loss_mask_T] for b in batches if (row := getattr(b, name)) is not None])
-        for name in ("values_T", "returns_T")
-    )
-    explained = 1 - np.var(returns - values) / np.var(returns) if np.var(returns) > 0 else 0.0
-    return {
-        "critic/values/mean": float(values.mean()),
-        "critic/returns/mean": float(returns.mean()),
-        "critic/vf_explained_var": float(explained),
-    }
+def shaped_scores(group: Group, config: Config) -> Floats:
+    """[G] scores as they are trained on: with the penalty on answers near the longest."""
+    scores, longest = group.scores, config.rollout.max_response_length
+    if not config.filter.overlong_share:
+        return scores
+    buffer = max(1, round(config.filter.overlong_share * longest))
+    lengths = np.array([len(c) for c in group.completions])
+    return scores + config.filter.overlong_penalty * overlong_penalty(lengths, longest, buffer)
 
 
-def with_advantages(run: Run, groups: Sequence[Group]) -> list[Group]:
-    """The groups with the advantage of each completion, NaN scores (no verdict) at 0."""
-    config = run.config
-    longest = config.rollout.max_response_length
-    scores = [group.scores for group in groups]
-    if config.filter.overlong_share:
-        buffer = max(1, round(config.filter.overlong_share * longest))
-        for row, group in zip(scores, groups, strict=True):
-            lengths = np.array([len(c) for c in group.completions])
-            row += config.filter.overlong_penalty * overlong_penalty(lengths, longest, buffer)
-    advantages = group_advantages(scores, config.advantage)
-    return [group.with_advantages(a) for group, a in zip(groups, advantages, strict=True)]
-
-
-def correct(groups: Sequence[Group]) -> float:
-    """The fraction of completions whose verdict is correct."""
-    return float(np.mean([v.status == "correct" for group in groups for v in group.verdicts]))
-
-
-def group_metrics(groups: Sequence[Group], trained: Sequence[Group]) -> dict[str, float]:
-    """Figures of a step's samples; names are verl's where it has one."""
-    scores = np.concatenate([group.scores for group in groups])
-    scores = scores[~np.isnan(scores)]
-    lengths = np.array([len(c) for group in groups for c in group.completions])
-    cut = [c.finish_reason == "length" for group in groups for c in group.completions]
-    found: dict[str, Any] = {
-        "response_length/mean": lengths.mean(),
-        "response_length/max": lengths.max(),
-        "response_length/min": lengths.min(),
-        "response_length/clip_ratio": np.mean(cut),
-        "prompt_length/mean": np.mean([len(group.prompt.token_ids) for group in groups]),
-        "training/accuracy": correct(groups),
-        "training/filter_groups/dropped": len(groups) - len(trained),
-        "training/filter_groups/solved_all": sum(not g.has_signal and bool((g.scores > 0).all()) for g in groups),
-        "training/filter_groups/solved_none": sum(not g.has_signal and bool((g.scores <= 0).all()) for g in groups),
-        "training/verifier_errors": sum(not v.trains for group in groups for v in group.verdicts),
-    }
-    for name, values in (("critic/score", scores), ("critic/advantages", advantages_of(trained))):
-        if len(values):
-            found |= {f"{name}/mean": values.mean(), f"{name}/max": values.max(), f"{name}/min": values.min()}
-    return {name: float(value) for name, value in found.items()}
-
-
-def advantages_of(groups: Sequence[Group]) -> np.ndarray[Any, np.dtype[np.floating[Any]]]:
-    """All advantages in one array."""
-    return np.concatenate([g.advantages for g in groups if g.advantages is not None] or [np.zeros(0)])
+def devices(config: Config) -> int:
+    """Devices that the run computes on."""
+    cluster = config.cluster
+    if cluster.colocated:
+        return cluster.learners
+    return cluster.learners + (len(config.rollout.servers) or cluster.rollouts * config.rollout.cards)

@@ -26,7 +26,7 @@ class Prompt:
     answer: str
     """The reference answer that the grader compares with; empty where a task needs none."""
     source: str
-    """The data source, as in `val-core/{source}/mean@1`."""
+    """The data source, as in `val-core/{source}/acc/mean@1`."""
     messages: tuple[Mapping[str, str], ...] = ()
     """The conversation before the chat template, each `{"role": ..., "content": ...}`."""
     columns: Mapping[str, Any] = field(default_factory=dict)

@@ -38,8 +38,25 @@ def from_logits(logits: Tensor, targets: Tensor, *, entropy: bool) -> TokenStats
     return TokenStats(
         logp=logp,
         one_minus_p=-torch.expm1(logp.detach()),
-        entropy=-(everything.exp() * everything.clamp(min=-1e30)).sum(-1) if entropy else None,
+        entropy=_Entropy.apply(everything) if entropy else None,  # type: ignore[no-untyped-call]
     )
+
+
+class _Entropy(torch.autograd.Function):
+    """-sum p log p over rows of log-probs [n, V]. Nothing is kept for a gradient but the log-probs, which log_softmax keeps
+    anyway, and none is formed unless it is asked for: most losses only look at the entropy."""
+
+    @staticmethod
+    def forward(ctx: Any, logp: Tensor) -> Tensor:
+        ctx.save_for_backward(logp)
+        entropy: Tensor = -(logp.exp() * logp.clamp(min=-1e30)).sum(-1)
+        return entropy
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        (logp,) = ctx.saved_tensors
+        slope: Tensor = -upstream[:, None] * logp.exp() * (logp.clamp(min=-1e30) + 1)
+        return slope
 
 
 def loss_of(stats: TokenStats, loss: TokenLoss, index: Tensor) -> tuple[Tensor, TokenTerms]:

@@ -15,10 +15,24 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config.algorithm import ADVANTAGES, AdvantageConfig, Estimator
+from ..config.algorithm import ADVANTAGES, AdvantageConfig, Estimator, KLConfig
 
 Floats = NDArray[np.float64]
 WHITEN_EPS = 1e-8
+ROUNDING = 1e-9
+"""Scores that differ by less, for scores above 1 relative to the largest, differ by the way they were added up."""
+LOG_RATIO_LIMIT = 20.0
+KL_BOUND: float | None = KLConfig().bound
+
+
+def all_equal(values: NDArray[Any]) -> bool:
+    """Whether these numbers, NaN left out, are one number but for rounding; also where there are fewer than two."""
+    known = np.asarray(values, np.float64)
+    known = known[~np.isnan(known)]
+    if len(known) < 2:
+        return True
+    lowest, highest = float(known.min()), float(known.max())
+    return highest - lowest <= ROUNDING * max(1.0, abs(lowest), abs(highest))
 
 
 def group_advantages(scores: Sequence[NDArray[Any]], config: AdvantageConfig) -> list[Floats]:
@@ -67,8 +81,7 @@ def centred(
     valid = ~np.isnan(scores)
     known = scores[valid]
     advantages = np.zeros_like(scores)
-    # compared exactly: the mean of equal scores may differ from them in its last bit
-    if len(known) < 2 or np.all(known == known[0]):
+    if all_equal(known):
         return advantages
     difference = known - known.mean()
     if leave_one_out:
@@ -94,7 +107,7 @@ def gpg_rescale(scores: Sequence[NDArray[Any]], kind: Literal["none", "signal", 
     known = [s[~np.isnan(s)] for s in (np.asarray(s, np.float64) for s in scores)]
     total = sum(len(s) for s in known)
     if kind == "signal":
-        useful = sum(len(s) for s in known if len(s) > 1 and np.any(s != s[0]))
+        useful = sum(len(s) for s in known if not all_equal(s))
     elif kind == "nonzero-score":
         useful = sum(int(np.count_nonzero(s)) for s in known)
     else:
@@ -111,7 +124,8 @@ def batch_advantages(
     values: NDArray[Any] | None = None,
     kl_penalty: NDArray[Any] | None = None,
 ) -> tuple[Floats, Floats | None]:
-    """[T] the advantages of tokens and, with a critic, [T] its targets; 0 where `mask` is false.
+    """[T] the advantages of tokens and, for `return` and `gae`, [T] the returns, which are the critic's targets; 0 where
+    `mask` is false.
 
     Args:
         scores: [T] what `group_advantages` gave each token's completion.
@@ -128,7 +142,7 @@ def batch_advantages(
     if config.kind in ("return", "gae"):
         rewards = token_rewards(scores, mask, sequence_ids, kl_penalty)
     if config.kind == "return":
-        advantages = gae(rewards, np.zeros(len(mask)), mask, sequence_ids, gamma=config.gamma, lam=1.0)
+        advantages = targets = gae(rewards, np.zeros(len(mask)), mask, sequence_ids, gamma=config.gamma, lam=1.0)
     elif config.kind == "gae":
         if values is None:
             raise ValueError(
@@ -163,16 +177,25 @@ def token_rewards(
     return rewards
 
 
-def kl_estimate(logp: NDArray[Any], reference_logp: NDArray[Any], estimator: Estimator) -> Floats:
-    """[T] the estimate of KL(policy || reference) from the tokens' log-probs, as a number to be taken from rewards.
+def kl_estimate(
+    logp: NDArray[Any], reference_logp: NDArray[Any], estimator: Estimator, *, bound: float | None = KL_BOUND
+) -> Floats:
+    """[T] the estimate of KL(policy || reference) from the tokens' log-probs, as a number to be taken from rewards; 0 where
+    a log-prob is not finite, so that it costs its own token and no other.
 
-    With l = logp - reference_logp: k1 = l, k2 = l^2 / 2, k3 = exp(-l) - 1 + l (http://joschu.net/blog/kl-approx.html);
-    `k3+` differs from k3 in its derivative only, which a reward has none of.
+    With l = logp - reference_logp: k1 = l, k2 = l^2 / 2, k3 = exp(-l) - 1 + l (http://joschu.net/blog/kl-approx.html), the
+    last for l within +-20 and at most `bound`; `k3+` differs from k3 in its derivative only, which a reward has none of.
     """
-    log_ratio = np.asarray(logp, np.float64) - np.asarray(reference_logp, np.float64)
+    both = np.asarray(logp, np.float64), np.asarray(reference_logp, np.float64)
+    finite = np.isfinite(both[0]) & np.isfinite(both[1])
+    log_ratio = np.where(finite, both[0], 0.0) - np.where(finite, both[1], 0.0)
     if estimator == "k1":
         return log_ratio
-    return log_ratio**2 / 2 if estimator == "k2" else np.expm1(-log_ratio) + log_ratio
+    if estimator == "k2":
+        return np.asarray(log_ratio**2 / 2)
+    log_ratio = np.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    estimate: Floats = np.minimum(np.expm1(-log_ratio) + log_ratio, np.inf if bound is None else bound)
+    return estimate
 
 
 def gae(
@@ -239,7 +262,7 @@ def whiten(values: NDArray[Any], mask: NDArray[np.bool_], *, unbiased: bool = Tr
     mask = np.asarray(mask, bool)
     known = np.asarray(values, np.float64)[mask]
     result = np.zeros(len(mask))
-    if len(known) > 1 and np.any(known != known[0]):
+    if not all_equal(known):
         result[mask] = (known - known.mean()) / np.sqrt(known.var(ddof=int(unbiased)) + WHITEN_EPS)
     return result
 

@@ -23,6 +23,8 @@ from ..groups import Batch
 from .offpolicy import correction, renormalised
 from .plugins import UserLoss, load_loss
 from .surrogates import (
+    TAU_TERM,
+    bounded,
     cispo,
     dppo_tv,
     k2_5,
@@ -38,6 +40,13 @@ from .surrogates import (
 from .token_batch import TokenBatch
 
 Array = NDArray[Any]
+
+PARTS = ("actor/pg_loss", "actor/kl_loss", "actor/entropy", "actor/nll_loss", TAU_TERM)
+"""Metrics of `BatchLoss` that hold weights, so that their sum is the figure: the terms of the loss, before their
+coefficients. The others are means over the tokens of `COUNTED`."""
+COUNTED = "tokens"
+"""1 for a token that trains, 0 for one whose log-probs are not finite."""
+CLIPPED = ("actor/pg_clipfrac", "actor/pg_clipfrac_lower")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +104,7 @@ def token_loss(
 ) -> BatchLoss:
     """The loss of the whole batch, to be called chunk by chunk.
 
-    A loss token whose behaviour, old or reference log-prob is not finite does not train: it is counted in
+    A loss token whose behaviour, old or reference log-prob is not finite does not train: its share is
     `actor/nonfinite_logp` and keeps its place in the denominators. Where tokens of a sequence are coupled its whole
     sequence does not train.
 
@@ -111,7 +120,10 @@ def token_loss(
     mask, behaviour = batch.loss_mask_T, batch.behaviour_logp_T
     if objective.on_samples and not np.isfinite(batch.advantages_T[mask]).all():
         count = int((~np.isfinite(batch.advantages_T[mask])).sum())
-        raise ValueError(f"{count} of {mask.sum()} loss tokens have an advantage that is not finite; check the rewards")
+        raise ValueError(
+            f"{count} of {mask.sum()} loss tokens have an advantage that is not finite; check the size of the rewards, and with "
+            "a critic its values (critic/values/*, critic/grad_norm)"
+        )
     old = behaviour if old_logp is None or not objective.needs_old_logp else old_logp
     weights = importance = batch.weights_T
     metrics: dict[str, float] = {}
@@ -160,7 +172,10 @@ class BatchLoss:
             self._user = load_loss(loss.kind, loss.options)
         coupled = loss is not None and (loss.ratio_level != "token" or objective.offpolicy.opsm_delta is not None)
         self.whole_sequences = coupled or (self._user is not None and self._user.whole_sequences)
-        self.needs_entropy = loss is not None and loss.entropy_coef > 0
+        self.needs_entropy = loss is not None
+        """Always logged, since it costs no product; whether it is also trained says `loss.entropy_coef`."""
+        self.clips_by_advantage = loss is not None and loss.kind == "ppo_clip"
+        """Whether a token of advantage 0 is never clipped, so that those left out of the passes are known not to be."""
         self._rows = rows
         self._device = device
         self._on_device: dict[torch.dtype, dict[str, Tensor]] = {}
@@ -187,10 +202,11 @@ class BatchLoss:
         terms = self._with_kl(terms, logp, batch, weights)
         if imitation is not None:
             terms = _plus(terms, _weighted(nll(logp), imitation))
+            terms = _shown(terms, "actor/nll_loss", imitation * -logp / self.objective.loss.nll_coef)
         terms = self._with_entropy(terms, stats.entropy, trains, weights)
-        metrics = {"actor/ppo_kl": batch.old_logp - logp, **terms.metrics}
+        metrics = {"actor/ppo_kl": bounded(batch.old_logp - logp)[0], **terms.metrics}
         metrics = {name: torch.where(trains, value, 0.0) for name, value in metrics.items()}
-        metrics["actor/nonfinite_logp"] = bad
+        metrics |= {"actor/nonfinite_logp": bad, COUNTED: trains.to(bad.dtype)}
         dlogp = torch.where(trains, terms.dlogp, 0.0)  # what a sequence shares out reaches its masked tokens too
         return TokenTerms(loss=terms.loss, dlogp=dlogp, dentropy=terms.dentropy, metrics=metrics)
 
@@ -215,30 +231,45 @@ class BatchLoss:
             terms = TokenTerms(loss=torch.where(weights != 0, value * weights, 0.0), dlogp=slope)
         else:
             terms = KINDS[loss.kind](logp, batch, weights, loss)
+        metrics["actor/pg_loss"] = terms.loss
+        if TAU_TERM in terms.metrics:
+            metrics[TAU_TERM] = weights * terms.metrics[TAU_TERM]
+            metrics["actor/pg_loss"] = terms.loss - loss.tau * metrics[TAU_TERM]
         return TokenTerms(loss=terms.loss, dlogp=terms.dlogp, metrics={**terms.metrics, **metrics})
 
     def _with_kl(self, terms: TokenTerms, logp: Tensor, batch: TokenBatch, weights: Tensor) -> TokenTerms:
         kl = self.objective.kl
         if batch.reference_logp is None:
             return terms
-        found = kl_penalty(logp, batch.reference_logp, kl.estimator, old_logp=batch.old_logp if kl.unbiased else None)
-        return TokenTerms(
-            loss=terms.loss + kl.coef * weights * found.loss,
-            dlogp=terms.dlogp + kl.coef * weights * found.dlogp,
-            metrics={**terms.metrics, "actor/kl_loss": found.loss},
-        )
+        old_logp = batch.old_logp if kl.unbiased else None
+        found = kl_penalty(logp, batch.reference_logp, kl.estimator, old_logp=old_logp, bound=kl.bound)
+        penalty = _weighted(found, weights)
+        scaled = TokenTerms(loss=kl.coef * penalty.loss, dlogp=kl.coef * penalty.dlogp)
+        return _shown(_plus(terms, scaled), "actor/kl_loss", penalty.loss)
 
     def _with_entropy(self, terms: TokenTerms, entropy: Tensor | None, trains: Tensor, weights: Tensor) -> TokenTerms:
-        if not self.needs_entropy:
+        if entropy is None:  # a caller that has no need of the figure
+            assert self.objective.loss is None or not self.objective.loss.entropy_coef
             return terms
-        assert entropy is not None and self.objective.loss is not None
+        entropy = torch.where(trains, entropy, 0.0)
+        terms = _shown(terms, "actor/entropy", weights * entropy)
+        terms = _shown(terms, "actor/entropy_per_token", entropy)
+        assert self.objective.loss is not None
+        if not self.objective.loss.entropy_coef:
+            return terms
         slope = -self.objective.loss.entropy_coef * weights
-        loss = terms.loss + slope * torch.where(trains, entropy, 0.0)
-        return TokenTerms(loss=loss, dlogp=terms.dlogp, dentropy=slope, metrics=terms.metrics)
+        return TokenTerms(loss=terms.loss + slope * entropy, dlogp=terms.dlogp, dentropy=slope, metrics=terms.metrics)
 
 
 def _plus(terms: TokenTerms, more: TokenTerms) -> TokenTerms:
     return TokenTerms(loss=terms.loss + more.loss, dlogp=terms.dlogp + more.dlogp, metrics=terms.metrics)
+
+
+def _shown(terms: TokenTerms, name: str, values: Tensor) -> TokenTerms:
+    """The terms with one more figure."""
+    return TokenTerms(
+        loss=terms.loss, dlogp=terms.dlogp, dentropy=terms.dentropy, metrics={**terms.metrics, name: values}
+    )
 
 
 def _weighted(terms: TokenTerms, weights: Tensor) -> TokenTerms:
@@ -296,7 +327,7 @@ def _k1_5(logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) ->
     gain = _weighted(reinforce(logp, batch.advantages), weights)
     square = squared_log_ratio(_ratio(logp, batch, loss), 1 / batch.length, loss.tau)
     pull = _through_ratio(square, batch, weights, loss)
-    return TokenTerms(loss=gain.loss + pull.loss, dlogp=gain.dlogp + pull.dlogp)
+    return TokenTerms(loss=gain.loss + pull.loss, dlogp=gain.dlogp + pull.dlogp, metrics=pull.metrics)
 
 
 def _k2_5(logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:

@@ -51,7 +51,7 @@ def correction(
     mask = np.asarray(mask, bool)
     finite = mask & np.isfinite(np.where(mask, old, 0.0)) & np.isfinite(np.where(mask, behaviour, 0.0))
     log_w = np.where(finite, np.where(finite, old, 0.0) - np.where(finite, behaviour, 0.0), 0.0).astype(np.float64)
-    weights, inside = token_weight(log_w, finite, sequence_ids, config.weight, config.mode, config.low, config.high)
+    raw_weights, inside = token_weight(log_w, finite, sequence_ids, config.weight, config.mode, config.low, config.high)
     geometric = np.exp(_bounded(pooled(log_w, finite, sequence_ids, "mean")))
     accepted = np.ones(len(mask), bool)
     if config.seq_mask_low is not None:
@@ -59,8 +59,12 @@ def correction(
     if config.seq_mask_high is not None:
         accepted &= geometric <= config.seq_mask_high
     kept = finite & accepted & (inside if config.mode == "mask" else True)
-    weights = np.where(kept, weights, 0.0)
-    metrics = mismatch_metrics(log_w, finite, sequence_ids) | weight_metrics(weights, mask, kept, inside)
+    weights = np.where(kept, raw_weights, 0.0)
+    metrics = mismatch_metrics(old, behaviour, finite, sequence_ids)
+    metrics |= rejection_metrics(kept, finite, sequence_ids)
+    if config.weight != "none":
+        used = np.where(finite & (inside if config.mode == "mask" else True), raw_weights, 0.0)
+        metrics |= weight_metrics(used, log_w, finite, sequence_ids, config)
     return Correction(weights=weights, kept=kept, metrics=metrics)
 
 
@@ -100,45 +104,103 @@ def _bounded(log_w: NDArray[Any]) -> Floats:
     return bounded
 
 
-def mismatch_metrics(log_w: NDArray[Any], mask: NDArray[np.bool_], sequence_ids: NDArray[Any]) -> dict[str, float]:
-    """How far the rollouts' policy is from the old one, from log w = old - behaviour at the loss tokens.
+def mismatch_metrics(
+    old: NDArray[Any], behaviour: NDArray[Any], mask: NDArray[np.bool_], sequence_ids: NDArray[Any]
+) -> dict[str, float]:
+    """How far the rollouts' policy is from the old one at the loss tokens, by verl's definitions and under its names; tokens
+    whose log-probs are not finite are left out. With l = old - behaviour and w = exp(l), per token:
 
-    kl is the plain estimate of KL(rollout || old), k3_kl the one that is never negative; chi2 is E[w^2] - 1, of tokens
-    and of whole sequences; ppl_ratio is old perplexity over the rollouts.
+    kl = -l, the plain estimate of KL(rollout || old); k3_kl = w - 1 - l; chi2_token = w^2 - 1; rollout_probs_diff = |p_old -
+    p_rollout|, and the correlation of the two. Per sequence, whose mean log-probs are m_old and m_rollout:
+    training_log_ppl = -m_old; rollout_log_ppl = -m_rollout; log_ppl_diff = m_rollout - m_old; ppl_ratio = exp(log_ppl_diff);
+    chi2_seq = exp(2 sum l) - 1. Exponents are held within +-20.
     """
-    if not np.any(mask):
+    finite = np.asarray(mask, bool) & np.isfinite(old) & np.isfinite(behaviour)
+    if not finite.any():
         return {}
-    tokens = _bounded(log_w[mask])
-    _, first = np.unique(np.asarray(sequence_ids)[mask], return_index=True)
-    mean = _bounded(pooled(log_w, mask, sequence_ids, "mean")[mask][first])
-    total = _bounded(pooled(log_w, mask, sequence_ids, "sum")[mask][first])
+    ours, theirs = (np.asarray(row, np.float64)[finite] for row in (old, behaviour))
+    _, ids, counts = np.unique(np.asarray(sequence_ids)[finite], return_inverse=True, return_counts=True)
+    gap = ours - theirs
+    w = np.exp(_bounded(gap))
+    log_ppl, their_log_ppl = (-np.bincount(ids, weights=row) / counts for row in (ours, theirs))
+    difference = log_ppl - their_log_ppl
+    total = _bounded(np.bincount(ids, weights=gap))
     found = {
-        "kl": -tokens.mean(),
-        "k3_kl": (np.expm1(tokens) - tokens).mean(),
-        "log_ppl_abs_diff": np.abs(mean).mean(),
-        "ppl_ratio": np.exp(-mean).mean(),
-        "chi2_token": np.exp(2 * tokens).mean() - 1,
+        "kl": -gap.mean(),
+        "k3_kl": (np.expm1(_bounded(gap)) - gap).mean(),
+        "training_ppl": np.exp(np.minimum(log_ppl, LOG_RATIO_LIMIT)).mean(),
+        "training_log_ppl": log_ppl.mean(),
+        "rollout_ppl": np.exp(np.minimum(their_log_ppl, LOG_RATIO_LIMIT)).mean(),
+        "rollout_log_ppl": their_log_ppl.mean(),
+        "log_ppl_diff": difference.mean(),
+        "log_ppl_abs_diff": np.abs(difference).mean(),
+        "log_ppl_diff_max": difference.max(),
+        "log_ppl_diff_min": difference.min(),
+        "ppl_ratio": np.exp(_bounded(difference)).mean(),
+        "chi2_token": (w**2).mean() - 1,
         "chi2_seq": np.exp(2 * total).mean() - 1,
     }
-    return {f"rollout_corr/{name}": float(value) for name, value in found.items()}
+    probabilities = np.exp(ours), np.exp(theirs)
+    apart = np.abs(probabilities[0] - probabilities[1])
+    shown = {
+        "rollout_probs_diff_mean": apart.mean(),
+        "rollout_probs_diff_max": apart.max(),
+        "rollout_probs_diff_std": apart.std(ddof=1) if len(apart) > 1 else 0.0,
+    }
+    if min(p.std() for p in probabilities) > 0:
+        shown["rollout_actor_probs_pearson_corr"] = np.corrcoef(*probabilities)[0, 1]
+    return {f"rollout_corr/{name}": float(value) for name, value in found.items()} | {
+        f"training/{name}": float(value) for name, value in shown.items()
+    }
 
 
 def weight_metrics(
-    weights: NDArray[Any], mask: NDArray[np.bool_], kept: NDArray[np.bool_], inside: NDArray[np.bool_]
+    weights: NDArray[Any],
+    log_w: NDArray[Any],
+    mask: NDArray[np.bool_],
+    sequence_ids: NDArray[Any],
+    config: OffPolicyConfig,
 ) -> dict[str, float]:
-    """Figures of the weights over the loss tokens: mean, largest, effective sample share, what was cut or rejected."""
+    """verl's figures of importance weights over the tokens of `mask`, sequence masks left out of account as there: `weights`
+    [T] as they were cut or masked; `log_w` [T] before. The largest and smallest are of the weights as cut, but with
+    weight=sequence of the products before; high and low are the shares beyond config.high and below config.low (1 /
+    config.high where that is 0)."""
     if not np.any(mask):
         return {}
-    used = weights[mask]
-    squares = float((used**2).sum())
+    used = np.asarray(weights)[mask]
+    low = config.low or 1 / config.high
+    if config.weight == "token":
+        before = np.exp(_bounded(log_w[mask]))
+        largest, smallest = used.max(), used.min()
+    else:
+        _, first = np.unique(np.asarray(sequence_ids)[mask], return_index=True)
+        how = "sum" if config.weight == "sequence" else "mean"
+        before = np.exp(_bounded(pooled(log_w, mask, sequence_ids, how)[mask][first]))
+        largest, smallest = before.max(), before.min()
+    squares = float((used**2).mean())
     found = {
         "rollout_is_mean": used.mean(),
-        "rollout_is_max": used.max(),
-        "rollout_is_eff_sample_size": float(used.sum()) ** 2 / squares / len(used) if squares else 0.0,
-        "rollout_is_ratio_fraction_outside": 1.0 - np.asarray(inside)[mask].mean(),
-        "rollout_rs_masked_fraction": 1.0 - kept[mask].mean(),
+        "rollout_is_std": used.std(),
+        "rollout_is_max": largest,
+        "rollout_is_min": smallest,
+        "rollout_is_eff_sample_size": float(used.mean()) ** 2 / squares if squares else 0.0,
+        "rollout_is_ratio_fraction_high": (before > config.high).mean(),
+        "rollout_is_ratio_fraction_low": (before < low).mean(),
     }
     return {f"rollout_corr/{name}": float(value) for name, value in found.items()}
+
+
+def rejection_metrics(kept: NDArray[np.bool_], mask: NDArray[np.bool_], sequence_ids: NDArray[Any]) -> dict[str, float]:
+    """The shares of loss tokens that were rejected, and of sequences that lost one."""
+    if not np.any(mask):
+        return {}
+    lost = mask & ~kept
+    ids = np.asarray(sequence_ids)
+    sequences = np.unique(ids[mask])
+    return {
+        "rollout_corr/rollout_rs_masked_fraction": float(lost[mask].mean()),
+        "rollout_corr/rollout_rs_seq_masked_fraction": len(np.unique(ids[lost])) / len(sequences),
+    }
 
 
 def renormalised(weights: NDArray[Any], kept: NDArray[np.bool_]) -> Floats:

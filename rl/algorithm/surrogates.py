@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from ...kernels.loss.terms import TokenTerms
-from ..config.algorithm import Estimator
+from ..config.algorithm import Estimator, KLConfig
 
 LOG_RATIO_LIMIT = 20.0
+KL_BOUND: float | None = KLConfig().bound
+TAU_TERM = "actor/tau_loss"
+"""The figure that holds what `loss.tau` multiplies."""
 
 
 def bounded(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +59,8 @@ def sapo(log_ratio: Tensor, advantages: Tensor, *, tau_positive: float = 1.0, ta
     """
     log_r, moving = bounded(log_ratio)
     ratio = log_r.exp()
-    tau = torch.where(advantages > 0, tau_positive, tau_negative).to(log_r.dtype)
+    # numbers alone would be rounded to float32 first
+    tau = torch.where(advantages > 0, log_r.new_tensor(tau_positive), log_r.new_tensor(tau_negative))
     gate = torch.sigmoid(tau * (ratio - 1))
     slope = -4 * advantages * gate * (1 - gate) * ratio
     return TokenTerms(
@@ -113,7 +117,7 @@ def dppo_tv(logp: Tensor, old_logp: Tensor, advantages: Tensor, *, low: float, h
     moved = logp.exp() - old_logp.exp()
     dropped = ((advantages > 0) & (moved > high)) | ((advantages < 0) & (moved < -low))
     gain = torch.where(dropped, 0.0, -advantages * ratio)
-    metrics = {"actor/pg_clipfrac": dropped.to(logp.dtype), "actor/ratio": ratio}
+    metrics = {"actor/pg_clipfrac": dropped.to(logp.dtype), "actor/ratio": ratio, TAU_TERM: log_r.square()}
     slope = torch.where(moving, gain + 2 * tau * log_r, 0.0)
     return TokenTerms(loss=gain + tau * log_r.square(), dlogp=slope, metrics=metrics)
 
@@ -123,12 +127,13 @@ def squared_log_ratio(log_ratio: Tensor, share: Tensor, tau: float) -> TokenTerm
 
     There l is the sum over a sequence and `share` 1 / its length, so that the tokens of a sequence add up to one square.
     """
-    return TokenTerms(loss=0.5 * tau * share * log_ratio.square(), dlogp=tau * share * log_ratio)
+    square = 0.5 * share * log_ratio.square()
+    return TokenTerms(loss=tau * square, dlogp=tau * share * log_ratio, metrics={TAU_TERM: square})
 
 
 def k2_5(log_ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, tau: float) -> TokenTerms:
     """-A clip(r, 1 - clip_low, 1 + clip_high) + tau l^2: outside the bounds the first term has no gradient, whatever
-    the sign of A; the second always pulls back.
+    the sign of A; the second pulls back as far as l is followed.
 
     Kimi K2.5, arXiv 2602.02276, eq. 1, which prints no bounds and no tau.
     """
@@ -136,19 +141,27 @@ def k2_5(log_ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: f
     ratio = log_r.exp()
     held = ratio.clamp(1 - clip_low, 1 + clip_high)
     slope = torch.where(held == ratio, -advantages * ratio, 0.0) + 2 * tau * log_r
-    metrics = {"actor/pg_clipfrac": (held != ratio).to(log_r.dtype), "actor/ratio": ratio}
+    metrics = {"actor/pg_clipfrac": (held != ratio).to(log_r.dtype), "actor/ratio": ratio, TAU_TERM: log_r.square()}
     return TokenTerms(
         loss=-advantages * held + tau * log_r.square(), dlogp=torch.where(moving, slope, 0.0), metrics=metrics
     )
 
 
 def kl_penalty(
-    logp: Tensor, reference_logp: Tensor, estimator: Estimator, *, old_logp: Tensor | None = None
+    logp: Tensor,
+    reference_logp: Tensor,
+    estimator: Estimator,
+    *,
+    old_logp: Tensor | None = None,
+    bound: float | None = KL_BOUND,
 ) -> TokenTerms:
     """An estimate of KL(policy || reference) from one token, with l = logp - reference_logp.
 
     k1 = l, k2 = l^2 / 2, k3 = exp(-l) - 1 + l (Schulman 2020, http://joschu.net/blog/kl-approx.html). k3+ is verl's: the
-    value of k3 with the derivative of k2. With `old_logp` the estimate k becomes r k, and r is differentiated too
+    value of k3 with the derivative of k2. Both are at most `bound`, where k3 has no derivative any more, as in verl
+    (low_var_kl), AReaL and NeMo-RL; None: no bound but that on l (TRL).
+
+    With `old_logp` the estimate k becomes r k, and r is differentiated too
     (DeepSeek-V3.2, arXiv 2512.02556): the derivative of r k3 is r l, whose mean over old samples is the true gradient.
     """
     log_r, moving = bounded(logp - reference_logp)
@@ -159,6 +172,9 @@ def kl_penalty(
     else:
         value = torch.expm1(-log_r) + log_r
         slope = log_r if estimator == "k3+" else -torch.expm1(-log_r)
+        if bound is not None:
+            slope = slope if estimator == "k3+" else torch.where(value <= bound, slope, 0.0)
+            value = value.clamp(max=bound)
     slope = torch.where(moving, slope, 0.0)
     if old_logp is not None:
         log_ratio, ratio_moves = bounded(logp - old_logp)

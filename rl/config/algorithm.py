@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from .base import Settings
 
 LOSSES = ("ppo_clip", "cispo", "reinforce", "sapo", "dppo_tv", "topr", "k1_5", "k2_5")
 ADVANTAGES = ("group", "return", "gae")
@@ -30,12 +32,6 @@ _LEVELS: Mapping[str, tuple[RatioLevel, ...]] = {
 }
 
 
-class AlgorithmSettings(BaseModel):
-    """A frozen group of keys; a key that it does not know is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
 def _known(key: str, value: str, built_in: tuple[str, ...], group: str) -> str:
     """`value` if it is built in, a path to a function, or an entry point; else ValueError with the nearest name."""
     if value in built_in or ":" in value:
@@ -50,7 +46,7 @@ def _known(key: str, value: str, built_in: tuple[str, ...], group: str) -> str:
     )
 
 
-class AdvantageConfig(AlgorithmSettings):
+class AdvantageConfig(Settings):
     """How much better than expected a completion, or a token, was."""
 
     kind: str = "group"
@@ -113,7 +109,7 @@ class AdvantageConfig(AlgorithmSettings):
         return self.kind in ("return", "gae") or self.whiten
 
 
-class LossConfig(AlgorithmSettings):
+class LossConfig(Settings):
     """What is minimised."""
 
     kind: str = "ppo_clip"
@@ -128,7 +124,8 @@ class LossConfig(AlgorithmSettings):
     """The ratio is held below 1 + clip_high. It is a distance from 1 also in cispo, where TRL's epsilon_high=5.0 is the
     bound itself: write 4.0. In dppo_tv: the largest rise of a probability."""
     dual_clip: float | None = Field(default=None, gt=1)
-    """Bound c of ppo_clip's loss where the advantage is negative: at most -c A. Empty: off, as in the papers; verl: 3.0."""
+    """Bound c of ppo_clip's loss where the advantage is negative: at most -c A. Empty: off, as in the papers and TRL;
+    verl: 3.0."""
     tau: float = Field(default=0.0, ge=0)
     """Weight of the squared log-ratio in k1_5, k2_5 and dppo_tv."""
     sapo_tau_positive: float = Field(default=1.0, gt=0)
@@ -181,7 +178,7 @@ class LossConfig(AlgorithmSettings):
         return self
 
 
-class KLConfig(AlgorithmSettings):
+class KLConfig(Settings):
     """A penalty for moving away from a frozen reference policy. No preset sets it: a reference costs a model's memory
     and a pass, and recipes for reasoning mostly do without."""
 
@@ -189,7 +186,11 @@ class KLConfig(AlgorithmSettings):
     """In the loss (GRPO), or in the rewards of tokens (PPO, REINFORCE++; with advantage.kind=return or gae)."""
     estimator: Estimator = "k3"
     """Of l = log(policy / reference): k1 = l, k2 = l^2 / 2, k3 = exp(-l) - 1 + l (GRPO); `k3+` (verl) has the value of k3
-    and the derivative of k2. As a loss k1 has a gradient of mean 0 unless `unbiased` is set."""
+    and the derivative of k2. As a loss k1 has a gradient of mean 0 unless `unbiased` is set. In the reward verl and
+    OpenRLHF take k1."""
+    bound: float | None = Field(default=10.0, gt=0)
+    """k3 and k3+ of a token are at most this, and k3 has no gradient beyond (verl, AReaL, NeMo-RL: 10, which is reached
+    where the reference gives a token 13.6 times the policy's probability). Empty: free, as in TRL, but for l within +-20."""
     coef: float = Field(default=0.001, ge=0)
     unbiased: bool = False
     """Multiplies the estimate by policy / old policy and differentiates that too (DeepSeek-V3.2): the gradient is then
@@ -211,7 +212,7 @@ class KLConfig(AlgorithmSettings):
         return self.place != "none" and self.coef > 0
 
 
-class OffPolicyConfig(AlgorithmSettings):
+class OffPolicyConfig(Settings):
     """What is done about tokens that another policy than the learner's sampled: an older one, or another engine's
     rounding. w = exp(old log-prob - rollout log-prob) multiplies the policy-gradient term, never KL or entropy."""
 
@@ -252,7 +253,7 @@ class OffPolicyConfig(AlgorithmSettings):
         return self.weight != "none" or self.seq_mask_low is not None or self.seq_mask_high is not None
 
 
-class FilterConfig(AlgorithmSettings):
+class FilterConfig(Settings):
     """Which samples train."""
 
     zero_variance: bool = True

@@ -7,23 +7,23 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from .base import Settings
 
 KINDS = ("chain", "products", "brackets", "solve", "story")
 """The kinds of problems of the built-in source; `rl/data/arithmetic.py` shows one of each."""
 
 
-class DataConfig(BaseModel):
+class DataConfig(Settings):
     """Where problems come from, and how a row becomes a prompt with a reference answer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str
     """`arithmetic` (built in), a .jsonl, .json or .parquet file, a Hub data set `owner/name` (or a local directory of
     one), or `reasoning_gym:<task>`."""
     name: str | None = None
-    """As in `val-core/{name}/mean@1`; empty: the file's, data set's or task's. A row's own `data_source` comes first."""
-    max_prompt_length: int = Field(default=1024, ge=1)
+    """As in `val-core/{name}/acc/mean@1`; empty: the file's, data set's or task's. A row's own `data_source` comes first."""
+    max_prompt_length: int = Field(default=1024, ge=1, le=10_000_000)
     """Tokens, with the chat template."""
     overlong: Literal["error", "drop"] = "error"
     """What becomes of a longer prompt; generated problems that are too long are drawn again."""
@@ -119,19 +119,17 @@ class DataConfig(BaseModel):
         return self
 
 
-class TinyConfig(BaseModel):
+class TinyConfig(Settings):
     """A small Qwen3-architecture model with one token for each character, made here from a seed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    hidden: int = Field(default=128, ge=8)
-    layers: int = Field(default=3, ge=1)
-    heads: int = Field(default=2, ge=1)
+    hidden: int = Field(default=128, ge=8, le=65_536)
+    layers: int = Field(default=3, ge=1, le=1_000)
+    heads: int = Field(default=2, ge=1, le=4_096)
     kv_heads: int = Field(default=1, ge=1)
-    head_dim: int = Field(default=64, ge=2)
-    intermediate: int = Field(default=384, ge=8)
-    max_positions: int = Field(default=2048, ge=16)
-    init_std: float = Field(default=0.06, gt=0)
+    head_dim: int = Field(default=64, ge=2, le=4_096)
+    intermediate: int = Field(default=384, ge=8, le=1_000_000)
+    max_positions: int = Field(default=2048, ge=16, le=10_000_000)
+    init_std: float = Field(default=0.06, gt=0, le=10)
     """Standard deviation of the initial weights. The usual 0.02 is meant for widths of thousands: at 128 a model learns
     more slowly from it (the built-in mix, 200 supervised steps of 128 problems: loss 0.48, against 0.36 from 0.06)."""
     vocabulary: Literal["arithmetic", "bytes"] = "arithmetic"

@@ -20,6 +20,8 @@ from pydantic import BaseModel, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from .algorithm import AdvantageConfig, FilterConfig, KLConfig, LossConfig, OffPolicyConfig, check_algorithm
+from .base import Settings
+from .cautions import refuse_what_cannot_train
 from .data import DataConfig
 from .presets import preset
 from .settings import (
@@ -34,7 +36,6 @@ from .settings import (
     RewardPart,
     RolloutConfig,
     ScheduleConfig,
-    Settings,
     SFTConfig,
     SyncConfig,
     TrackingConfig,
@@ -65,7 +66,8 @@ class Config(Settings):
     """Where everything is written; empty: `runs/<name>`."""
     stages: tuple[Literal["sft", "rl"], ...] = ("rl",)
     algorithm: str = "grpo"
-    """A preset for `advantage`, `loss`, `kl`, `offpolicy` and `filter`; what those groups set themselves wins."""
+    """A preset for `advantage`, `loss`, `kl`, `offpolicy`, `filter`, `critic` and `schedule`; what those groups set themselves
+    wins, and is said at the start (`cautions.changes`)."""
     model: ModelConfig
     data: DataConfig
     sft: SFTConfig = SFTConfig()
@@ -88,6 +90,7 @@ class Config(Settings):
     @model_validator(mode="after")
     def _fits(self) -> Config:
         check_algorithm(self.advantage, self.kl, self.filter)
+        refuse_what_cannot_train(self)
         self._check_colocated()
         if self.schedule.stream_parts > 1:
             self._check_streaming()

@@ -1,7 +1,8 @@
-"""Algorithms by name: a preset is nothing but values for the groups `advantage`, `loss`, `kl`, `offpolicy`, `filter` and
-`critic`.
+"""Algorithms by name: a preset is nothing but values for the groups `advantage`, `loss`, `kl`, `offpolicy`, `filter`,
+`critic` and `schedule`.
 
-`emberl train CONFIG --dry-run` prints what a preset became. No preset sets a KL penalty (see `KLConfig`).
+`emberl train CONFIG --dry-run` prints what a preset became, and what a file or an override changes of it. No preset sets a
+KL penalty (see `KLConfig`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,21 @@ from typing import Any
 
 Tree = dict[str, dict[str, Any]]
 
-_PLAIN = {"kind": "group", "std": "none"}
+_PLAIN: dict[str, Any] = {"kind": "group", "std": "none"}
 _EVERY_GROUP = {"zero_variance": False}
+_GSPO: Tree = {
+    "advantage": {"kind": "group", "std": "group"},
+    "loss": {
+        "kind": "ppo_clip",
+        "ratio_level": "sequence",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "aggregation": "seq-mean-token-mean",
+    },
+    # bounds as narrow as these clip on an engine's rounding, so the old policy is the learner's own
+    "offpolicy": {"old_logp": "recompute"},
+    "schedule": {"minibatches": 4},
+}
 
 PRESETS: Mapping[str, Tree] = {
     # arXiv 2402.03300: scores normalised in the group, mean over an answer's tokens, then over answers
@@ -33,27 +47,9 @@ PRESETS: Mapping[str, Tree] = {
         "loss": {"kind": "ppo_clip", "clip_low": 0.2, "clip_high": 0.28, "aggregation": "token-mean"},
         "filter": {"zero_variance": True, "dynamic_sampling": True, "overlong_share": 0.2},
     },
-    # arXiv 2507.18071
-    "gspo": {
-        "advantage": {"kind": "group", "std": "group"},
-        "loss": {
-            "kind": "ppo_clip",
-            "ratio_level": "sequence",
-            "clip_low": 3e-4,
-            "clip_high": 4e-4,
-            "aggregation": "seq-mean-token-mean",
-        },
-    },
-    "gspo_token": {
-        "advantage": {"kind": "group", "std": "group"},
-        "loss": {
-            "kind": "ppo_clip",
-            "ratio_level": "sequence-token",
-            "clip_low": 3e-4,
-            "clip_high": 4e-4,
-            "aggregation": "seq-mean-token-mean",
-        },
-    },
+    # arXiv 2507.18071, section 5.1: the bounds, and four minibatches
+    "gspo": _GSPO,
+    "gspo_token": _GSPO | {"loss": _GSPO["loss"] | {"ratio_level": "sequence-token"}},
     # arXiv 2506.13585, whose upper bound is not printed; 1 + 4 is TRL's, ScaleRL (arXiv 2510.13786) takes 4 to 8
     "cispo": {
         "advantage": {"kind": "group", "std": "group"},
@@ -101,7 +97,7 @@ PRESETS: Mapping[str, Tree] = {
         "critic": {"warmup": 50},
         "filter": _EVERY_GROUP,
     },
-    # arXiv 2602.04879, with prime-rl's values
+    # arXiv 2602.04879, with prime-rl's values; verl's example has bounds of 0.15, and it truncates the ratio besides
     "dppo_tv": {
         "advantage": _PLAIN,
         "loss": {"kind": "dppo_tv", "clip_low": 0.2, "clip_high": 0.2, "tau": 1e-3, "aggregation": "token-mean"},

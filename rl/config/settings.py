@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from .base import LONGEST, Settings
 from .data import TinyConfig
 
-
-class Settings(BaseModel):
-    """A frozen group of keys; a key that it does not know is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+Share = Annotated[float, Field(ge=0, lt=1)]
+MOST_STEPS, MOST_ANSWERS, MOST_TOKENS = 100_000_000, 10_000_000, 10_000_000
+"""Sizes beyond reason: a typed zero too many, not an experiment."""
 
 
 class LoraConfig(Settings):
     """Low-rank adapters (peft): the base weights stay as they are, and the engines get the merged ones."""
 
-    rank: int = Field(default=16, ge=1)
-    alpha: int = Field(default=32, ge=1)
+    rank: int = Field(default=16, ge=1, le=65_536)
+    alpha: int = Field(default=32, ge=1, le=1_000_000)
     """The adapters' product counts alpha / rank times."""
     targets: str | tuple[str, ...] = "all-linear"
     """Names of the adapted layers, e.g. [q_proj, v_proj]; `all-linear`: every linear layer but the output head."""
@@ -58,13 +57,13 @@ class ModelConfig(Settings):
 class SFTConfig(Settings):
     """The cold start: supervised steps on the source's worked solutions, before RL."""
 
-    steps: int = Field(default=200, ge=1)
+    steps: int = Field(default=200, ge=1, le=MOST_STEPS)
     direct: float = Field(default=0.0, ge=0, le=1)
     """Share of the solutions shown without their work, as an empty `<think></think>` and the answer (Qwen3's way of not
     thinking): the model learns both ways, and RL finds out which of them pays."""
-    batch_size: int = Field(default=256, ge=1)
+    batch_size: int = Field(default=256, ge=1, le=MOST_ANSWERS)
     """Problems per step."""
-    lr: float = Field(default=2e-3, gt=0)
+    lr: float = Field(default=2e-3, gt=0, le=1)
     warmup_steps: int = Field(default=20, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
 
@@ -86,19 +85,19 @@ class RolloutConfig(Settings):
     max_restarts: int = Field(default=2, ge=0)
     """How often one worker is replaced (or starts vLLM's processes anew) when it is lost or stuck; what it had not answered is
     asked again."""
-    group_size: int = Field(default=8, ge=1)
+    group_size: int = Field(default=8, ge=1, le=65_536)
     """G, the number of answers to each prompt."""
-    temperature: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0, le=100)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
-    max_response_length: int = Field(default=512, ge=1)
+    top_k: int = Field(default=0, ge=0, le=MOST_TOKENS)
+    max_response_length: int = Field(default=512, ge=1, le=MOST_TOKENS)
     """Tokens; an answer that reaches it is cut (`response_length/clip_ratio`)."""
-    max_num_seqs: int = Field(default=256, ge=1)
+    max_num_seqs: int = Field(default=256, ge=1, le=MOST_ANSWERS)
     """Answers that one worker decodes at a time."""
     token_rate: float | None = Field(default=None, gt=0)
     """Tokens a second to which the embedded engine holds every running answer, so that devices rather than this machine's
     cores decide in tests and benchmarks; empty: as fast as it goes."""
-    timeout: float = Field(default=1800.0, gt=0)
+    timeout: float = Field(default=1800.0, gt=0, le=LONGEST)
     """Seconds within which a step's answers must arrive; later the run ends and says which worker is late."""
 
     @property
@@ -116,9 +115,9 @@ class RewardPart(Settings):
     weight: float = 1.0
     gate: str | None = None
     """Another part's name: this one counts only where that one scored above 0."""
-    timeout: float = Field(default=10.0, gt=0)
+    timeout: float = Field(default=10.0, gt=0, le=LONGEST)
     """Seconds for one completion."""
-    deadline: float = Field(default=600.0, gt=0)
+    deadline: float = Field(default=600.0, gt=0, le=LONGEST)
     """Seconds for a batch; what has no verdict by then is a verifier error."""
     concurrency: int | None = Field(default=None, ge=1)
     """Grading processes; empty: the reward's own choice."""
@@ -137,23 +136,30 @@ class RewardConfig(Settings):
     max_error_fraction: float = Field(default=0.01, ge=0, le=1)
     """A step with more than this share of verifier errors ends the run with the cause."""
 
+    @field_validator("parts")
+    @classmethod
+    def _some_weight(cls, parts: Mapping[str, RewardPart]) -> Mapping[str, RewardPart]:
+        if not any(part.weight for part in parts.values()):
+            raise ValueError("no part of the reward has a weight, so every score is 0; give reward.parts one")
+        return parts
+
 
 class ScheduleConfig(Settings):
     """The loop."""
 
-    steps: int = Field(default=100, ge=0)
+    steps: int = Field(default=100, ge=0, le=MOST_STEPS)
     """RL steps: prompts sampled, answers marked, `minibatches` x `epochs` optimizer steps, one new version of the weights."""
-    prompts_per_step: int = Field(default=64, ge=1)
-    oversample: float = Field(default=1.0, ge=1)
+    prompts_per_step: int = Field(default=64, ge=1, le=MOST_ANSWERS)
+    oversample: float = Field(default=1.0, ge=1, le=100)
     """With max_staleness=0: so many times `prompts_per_step` groups are started, the first of them to be finished are trained
     on, and the rest is cut. Steps are shorter by their long tail, and short answers are favoured
     (`sched/oversample/length_bias`)."""
-    minibatches: int = Field(default=1, ge=1)
+    minibatches: int = Field(default=1, ge=1, le=MOST_ANSWERS)
     """Parts of whole groups into which a step's answers are split, an optimizer step each. From the second on the ratio to
     the sampling policy is no longer 1, and the clip of the loss acts."""
-    epochs: int = Field(default=1, ge=1)
+    epochs: int = Field(default=1, ge=1, le=1_000)
     """Passes over a step's answers (PPO's epochs)."""
-    stream_parts: int = Field(default=1, ge=1)
+    stream_parts: int = Field(default=1, ge=1, le=MOST_ANSWERS)
     """The learners begin as soon as one of so many parts of a step's groups is there, whichever groups come first. The gradient
     is the same but for rounding; 1: when all are there, in an order that repeats bit for bit."""
     max_staleness: int = Field(default=0, ge=0, le=64)
@@ -188,24 +194,28 @@ class SyncConfig(Settings):
     probe_tokens: int = Field(default=128, ge=0)
     """After each update engines and learners must give so many tokens of training prompts the same log-probs, but for the
     rounding that earlier versions have shown; fewer tokens find less. 0: not asked."""
-    timeout: float = Field(default=600.0, gt=0)
+    timeout: float = Field(default=600.0, gt=0, le=LONGEST)
     """Seconds for one version to be served, and proved by digest, on every worker."""
 
 
 class OptimConfig(Settings):
     """AdamW over float32 master weights."""
 
-    lr: float = Field(default=1e-6, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
+    lr: float = Field(default=1e-6, gt=0, le=1)
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    """verl and TRL: 0.9 and 0.999."""
+    eps: float = Field(default=1e-8, gt=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    """verl: 0.01."""
     grad_clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm; a step whose norm is not finite is skipped and counted."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Updates over which the rate rises from 0 to `lr`. The first has the rate 0, as in transformers, verl and TRL, and
+    changes no weight."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Over all updates that RL can make. A part of a step without any signal makes none and counts all the same (TRL updates
     there, with advantages of 0); the critic's warm-up does not count for the policy (as in verl)."""
-    micro_batch_tokens: int = Field(default=16384, ge=1)
+    micro_batch_tokens: int = Field(default=16384, ge=1, le=1_000_000_000)
     """Padded tokens of one forward and backward pass on one rank. Loss and gradient do not depend on it."""
 
 
@@ -215,7 +225,7 @@ class CriticConfig(Settings):
     path: str | None = None
     """A Hub id or a local directory whose body it starts from; empty: the policy's body at the start of RL. Its value head
     starts at 0."""
-    lr: float = Field(default=1e-5, gt=0)
+    lr: float = Field(default=1e-5, gt=0, le=1)
     lr_warmup_steps: int = Field(default=0, ge=0)
     warmup: int = Field(default=0, ge=0)
     """The first so many RL steps train the critic alone (verl's critic_warmup; VAPO: 50)."""
@@ -233,11 +243,11 @@ class EvalConfig(Settings):
 
     every: int = Field(default=25, ge=0)
     """RL steps between evaluations; 0: only before and after."""
-    size: int = Field(default=512, ge=0)
+    size: int = Field(default=512, ge=0, le=100_000_000)
     """Held-out problems; 0: never evaluate."""
-    samples: int = Field(default=1, ge=1)
+    samples: int = Field(default=1, ge=1, le=65_536)
     """Answers to each problem (`mean@N`)."""
-    temperature: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0, le=100)
     """0: greedy."""
 
 
@@ -260,15 +270,20 @@ class TrackingConfig(Settings):
     project: str = "emberl"
     samples: int = Field(default=8, ge=0)
     """Sampled answers kept at each evaluation."""
+    warn_after: int = Field(default=5, ge=0)
+    """Steps in a row without a sign of learning (no update, equal rewards, answers all cut off, ...) after which one line
+    says so, on the console and as an alert of W&B; 0: never."""
+    entropy_floor: float = Field(default=0.003, ge=0)
+    """Nats a token below which the policy is said to have collapsed."""
 
 
 class ClusterConfig(Settings):
     """Who runs where."""
 
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
-    learners: int = Field(default=1, ge=1)
+    learners: int = Field(default=1, ge=1, le=1_000_000)
     """Learner ranks, one device each (a share of the cores on a CPU)."""
-    rollouts: int = Field(default=1, ge=1)
+    rollouts: int = Field(default=1, ge=1, le=1_000_000)
     """Rollout workers, one device each."""
     cpus_per_learner: float = Field(default=1.0, gt=0)
     cpus_per_rollout: float = Field(default=1.0, gt=0)
@@ -279,10 +294,10 @@ class ClusterConfig(Settings):
     """1: a sleeping engine keeps its weights in the machine's memory. 2: it drops them; the next version loads them anew."""
     address: str | None = None
     """A Ray cluster to join; empty: the one `RAY_ADDRESS` names (as in a Ray job), else a new one on this machine."""
-    start_timeout: float = Field(default=300.0, gt=0)
+    start_timeout: float = Field(default=300.0, gt=0, le=LONGEST)
     """Seconds for the placement to be granted and all actors to be up."""
     max_restarts: int = Field(default=0, ge=0)
     """How often all actors are started anew from the last checkpoint when a learner is lost, or a rollout worker for good; 0:
     the run ends, and --resume goes on."""
-    step_timeout: float = Field(default=3600.0, gt=0)
+    step_timeout: float = Field(default=3600.0, gt=0, le=LONGEST)
     """Seconds for one optimizer step or one checkpoint on the learners."""

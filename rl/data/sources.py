@@ -19,7 +19,7 @@ class PromptSource(Protocol):
 
     @property
     def name(self) -> str:
-        """Short, as in `val-core/{name}/mean@1`."""
+        """Short, as in `val-core/{name}/acc/mean@1`."""
 
     @property
     def size(self) -> int | None:

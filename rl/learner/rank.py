@@ -25,7 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ...kernels import platform
 from ...rollout.weights.broadcast import Ticket
-from ..algorithm.losses import Objective, token_loss
+from ..algorithm.losses import CLIPPED, COUNTED, PARTS, BatchLoss, Objective, token_loss
+from ..algorithm.offpolicy import mismatch_metrics
 from ..algorithm.surrogates import value_loss
 from ..config.load import CriticConfig, ModelConfig, OptimConfig
 from ..groups import Batch
@@ -77,6 +78,8 @@ class LearnerRank:
         self.publisher = Publisher(rank=spec.rank, world=spec.world, threads=spec.threads)
         self.critic: Trainable | None = None
         self.reference: Policy | None = None
+        self._seen: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]] = []
+        """Of each batch since the last update: old and engine's log-probs, loss mask, sequence ids."""
 
     def address(self) -> str:
         """`host:port` at which rank 0 will wait for the others."""
@@ -168,7 +171,8 @@ class LearnerRank:
         batch = self._with_old_logp(batch, objective)
         start = time.perf_counter()
         loss, metrics = self.backward(batch, objective)
-        metrics |= {"actor/pg_loss": loss, **self.actor.update("actor")}
+        metrics |= self._mismatch()  # before the update: the policy is still the old one
+        metrics |= {"actor/loss": loss, **self.actor.update("actor")}
         seconds = time.perf_counter() - start
         return metrics | self._speed(batch, seconds) | {"timing_s/update_actor": seconds}
 
@@ -176,14 +180,15 @@ class LearnerRank:
         """Adds the gradient of a part of a step, whose weights are relative to those of the other parts (`finish`)."""
         start = time.perf_counter()
         loss, metrics = self.backward(batch, objective)
-        return metrics | {"actor/pg_loss": loss, "timing_s/update_actor": time.perf_counter() - start}
+        return metrics | {"actor/loss": loss, "timing_s/update_actor": time.perf_counter() - start}
 
     def finish(self, scale: float) -> dict[str, float]:
-        """One optimizer step with the gradient of all parts, times `scale`."""
+        """One optimizer step with the gradient of all parts, times `scale`, and what the parts' tokens say together."""
+        metrics = self._mismatch()
         for parameter in self.policy.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
-        return self.actor.update("actor")
+        return metrics | self.actor.update("actor")
 
     def skip(self, updates: int) -> None:
         """Moves the learning-rate schedules on by updates that there was nothing to learn for."""
@@ -210,42 +215,44 @@ class LearnerRank:
         behaviour_T = self._on_device(batch.behaviour_logp_T)
         totals: dict[str, Tensor] = {}
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        logp_T = torch.zeros(batch.num_tokens, dtype=torch.float64, device=self.device)
         for micro in self._micro_batches(batch, self.policy):
             shift = behaviour_T[micro.index_n] if objective.on_samples else None
             part, stats, metrics = self.policy(micro, loss_function, shift, objective.temperature)
             assert part is not None
             part.backward()
             loss += part.detach()
-            per_token = dict(metrics)
-            if stats.entropy is not None:
-                per_token["actor/entropy"] = stats.entropy
-            if objective.on_samples:
-                per_token |= mismatch(stats.logp.detach(), behaviour_T[micro.index_n])
-            for name, values in per_token.items():
+            logp_T[micro.index_n] = stats.logp.detach().double()
+            for name, values in metrics.items():
                 totals[name] = totals.get(name, torch.zeros_like(loss)) + values.detach().double().sum()
-                if name == "training/rollout_probs_diff_mean" and len(values):
-                    peak = totals.get("max", torch.zeros_like(loss))
-                    totals["max"] = torch.maximum(peak, values.max().double())
-        loss_value, metrics_found = self._reduce(loss, totals, batch.num_loss_tokens)
-        return loss_value, loss_function.metrics | metrics_found
+        if objective.on_samples and batch.num_tokens:
+            dist.all_reduce(logp_T)
+            old_T = logp_T.cpu().numpy() if batch.old_logp_T is None else batch.old_logp_T
+            self._seen.append((old_T, batch.behaviour_logp_T, batch.loss_mask_T, batch.sequence_ids_T))
+        loss_value, sums = self._sums(loss, totals)
+        return loss_value, loss_function.metrics | token_means(sums, batch, loss_function)
+
+    def _mismatch(self) -> dict[str, float]:
+        """How far the engines' policy was from the old one, over all that was seen since the last update."""
+        seen, self._seen = self._seen, []
+        if not seen:
+            return {}
+        old, behaviour, mask, ids = ([*rows] for rows in zip(*seen, strict=True))
+        starts = np.cumsum([0, *(int(part[-1]) + 1 for part in ids[:-1])])
+        numbered = np.concatenate([part + start for part, start in zip(ids, starts, strict=True)])
+        return mismatch_metrics(np.concatenate(old), np.concatenate(behaviour), np.concatenate(mask), numbered)
 
     def _with_old_logp(self, batch: Batch, objective: Objective) -> Batch:
         if not objective.needs_old_logp or batch.old_logp_T is not None:
             return batch
         return replace(batch, old_logp_T=self.logprobs(batch, objective.temperature))
 
-    def _reduce(self, loss: Tensor, totals: dict[str, Tensor], num_loss_tokens: int) -> tuple[float, dict[str, float]]:
-        """Sums over ranks; per-token metrics become means over the step's loss tokens."""
-        peak = totals.pop("max", torch.zeros_like(loss))
+    def _sums(self, loss: Tensor, totals: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
+        """Sums over ranks."""
         names = sorted(totals)
         stacked = torch.stack([loss, *(totals[name] for name in names)])
         dist.all_reduce(stacked)
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-        values = (stacked[1:] / max(1, num_loss_tokens)).tolist()
-        means = dict(zip(names, values, strict=True))
-        if "training/rollout_probs_diff_mean" in means:
-            means["training/rollout_probs_diff_max"] = float(peak)
-        return float(stacked[0]), means
+        return float(stacked[0]), dict(zip(names, stacked[1:].tolist(), strict=True))
 
     def critic_step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step of the critic."""
@@ -268,7 +275,8 @@ class LearnerRank:
             values.backward(slope.to(values.dtype) / max(1, batch.num_loss_tokens))
             loss += errors.double().sum() / max(1, batch.num_loss_tokens)
             clipped += held.sum()
-        return self._reduce(loss, {"critic/vf_clipfrac": clipped}, batch.num_loss_tokens)
+        value, sums = self._sums(loss, {"critic/vf_clipfrac": clipped})
+        return value, {name: total / max(1, batch.num_loss_tokens) for name, total in sums.items()}
 
     def _micro_batches(self, batch: Batch, module: Any, *, gradient: bool = True) -> Iterator[MicroBatchTensors]:
         """This rank's passes, as many as on every other rank; gradients go over to the others with the last one."""
@@ -288,30 +296,29 @@ class LearnerRank:
     def _on_device(self, row_T: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(row_T)).to(self.device)
 
-    def logprobs(self, batch: Batch, temperature: float = 1.0) -> NDArray[np.float32]:
-        """[T] the policy's log-prob of every loss token of the batch (0 elsewhere), whole on every rank."""
+    def logprobs(self, batch: Batch, temperature: float = 1.0) -> NDArray[Any]:
+        """[T] the policy's log-prob of every loss token of the batch (0 elsewhere) in the master dtype, whole on every
+        rank."""
         return self._per_token(batch, self.policy, lambda micro: self.policy(micro, None, None, temperature)[1].logp)
 
-    def reference_logprobs(self, batch: Batch, temperature: float = 1.0) -> NDArray[np.float32]:
+    def reference_logprobs(self, batch: Batch, temperature: float = 1.0) -> NDArray[Any]:
         """The same of the reference."""
         reference = self.reference
         assert reference is not None, "this stage has no reference"
         return self._per_token(batch, reference, lambda micro: reference(micro, None, None, temperature)[1].logp)
 
-    def values(self, batch: Batch) -> NDArray[np.float32]:
+    def values(self, batch: Batch) -> NDArray[Any]:
         """[T] the critic's estimate before every loss token of the batch (0 elsewhere), whole on every rank."""
         assert self.critic is not None, "this stage has no critic"
         return self._per_token(batch, self.critic.module, self.critic.module)
 
     @torch.no_grad()
-    def _per_token(
-        self, batch: Batch, module: nn.Module, look: Callable[[MicroBatchTensors], Tensor]
-    ) -> NDArray[np.float32]:
+    def _per_token(self, batch: Batch, module: nn.Module, look: Callable[[MicroBatchTensors], Tensor]) -> NDArray[Any]:
         from torch.distributed.fsdp import FSDPModule
 
-        values_T = torch.zeros(batch.num_tokens, dtype=torch.float32, device=self.device)
+        values_T = torch.zeros(batch.num_tokens, dtype=self.master, device=self.device)
         for micro in self._micro_batches(batch, module, gradient=False):
-            values_T[micro.index_n] = look(micro).float()
+            values_T[micro.index_n] = look(micro).to(self.master)
         for part in module.modules():
             # without a backward pass gathered copies would stay, and go stale at the next step
             if isinstance(part, FSDPModule):
@@ -367,13 +374,19 @@ class LearnerRank:
         return os.getpid()
 
 
-def mismatch(logp: Tensor, behaviour_logp: Tensor) -> dict[str, Tensor]:
-    """Per-token distance between what the learner and the engine say of the same tokens; the k3 form of the divergence
-    KL(engine || learner) is never negative (Schulman 2020, http://joschu.net/blog/kl-approx.html)."""
-    log_ratio = logp - behaviour_logp
-    return {
-        "training/rollout_probs_diff_mean": (logp.exp() - behaviour_logp.exp()).abs(),
-        "rollout_corr/kl": -log_ratio,
-        "rollout_corr/k3_kl": log_ratio.expm1() - log_ratio,
-        "rollout_corr/log_ppl_abs_diff": log_ratio.abs(),
-    }
+def token_means(sums: dict[str, float], batch: Batch, loss: BatchLoss) -> dict[str, float]:
+    """Metrics from their sums over the tokens of the passes. The terms of the loss are sums already, but for the entropy,
+    which sequences that were left out have too; the others are means over the tokens that train. `actor/nonfinite_logp` and
+    the clip fractions of a loss that cannot clip tokens left out are shares of more than these."""
+    passed = max(1, int(batch.loss_mask_T.sum()))
+    counted = sums.pop(COUNTED, 0.0) or float(passed)
+    every = counted + batch.num_loss_tokens - passed if loss.clips_by_advantage else counted
+    found = {}
+    for name, total in sums.items():
+        if name in PARTS:
+            found[name] = total / batch.share if name == "actor/entropy" else total
+        elif name in ("actor/nonfinite_logp", "actor/head_recomputed"):
+            found[name] = total / passed
+        else:
+            found[name] = total / (every if name in CLIPPED else counted)
+    return found

@@ -97,6 +97,12 @@ class Tracker:
         """One line for the person who watches."""
         self.console.print(text, highlight=False)
 
+    def alert(self, title: str, text: str) -> None:
+        """One line of warning, and an alert of W&B."""
+        self.console.print(f"warning: {title}: {text}", highlight=False, markup=False)
+        if self._wandb is not None:
+            self._wandb.alert(title=title, text=text, level="WARN")
+
     def close(self) -> None:
         self.end()
         self._file.close()

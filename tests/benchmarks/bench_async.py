@@ -70,7 +70,7 @@ def run(folder: Path, staleness: int, steps: int, *overrides: str) -> list[dict[
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, float]:
     seconds = sum(row["timing_s/step"] for row in rows)
-    tokens = sum(row["perf/throughput"] * row["timing_s/step"] for row in rows)
+    tokens = sum(row["perf/sampled_tokens_per_second"] * row["timing_s/step"] for row in rows)
 
     def mean(name: str) -> float:
         return float(np.average([row[name] for row in rows], weights=[row["timing_s/step"] for row in rows]))

@@ -44,8 +44,6 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
     report = Report("learning", options.json, "transformers", "ray")
-    from emberl.rl.config.presets import preset
-
     seeds = (0,) if options.quick else (0, 1, 2)
     fewer = ("sft.steps=50", "schedule.steps=2", "eval.size=64") if options.quick else (f"schedule.steps={STEPS}",)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in options.only.split(",")}
@@ -55,11 +53,10 @@ def main() -> None:
             if not (start / "model").exists():
                 emberl("stages=[sft]", f"seed={seed}", f"run_dir={start}", *fewer)
             for name, found in results.items():
-                aggregation = preset(name)["loss"]["aggregation"]  # the quickstart file sets one of its own
                 found.append(
                     emberl(
                         "stages=[rl]", "model.tiny=null", f"model.path={start / 'model'}", f"seed={seed}", f"algorithm={name}",
-                        f"loss.aggregation={aggregation}", f"run_dir={Path(folder) / f'{name}{seed}'}", "eval.every=0",
+                        f"run_dir={Path(folder) / f'{name}{seed}'}", "eval.every=0",
                         "checkpoint.every=0", *OVERRIDES[name], *fewer,
                     )
                 )  # fmt: skip

@@ -179,7 +179,7 @@ def exposed(report: harness.Report, size: str, steps: int) -> None:
                 f"reward.parts.answer.use={reward}:noise", f"run_dir={folder}/run",
             )[2:]  # fmt: skip
         seconds = sum(row["timing_s/step"] for row in rows)
-        tokens = sum(row["perf/throughput"] * row["timing_s/step"] for row in rows)
+        tokens = sum(row["perf/sampled_tokens_per_second"] * row["timing_s/step"] for row in rows)
         speeds[link] = tokens / seconds
         mean = {
             name: sum(row[name] for row in rows) / len(rows)

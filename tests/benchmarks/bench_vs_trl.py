@@ -71,7 +71,9 @@ def run_emberl(folder: Path, steps: int) -> tuple[float, float]:
     command = [str(Path(sys.executable).with_name("emberl")), "train", str(folder / "bench.yaml"), f"run_dir={run_dir}"]
     subprocess.run(command, check=True, timeout=900, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][2:]
-    return median([r["perf/throughput"] for r in rows]), median([r["response_length/mean"] for r in rows])
+    return median([r["perf/sampled_tokens_per_second"] for r in rows]), median(
+        [r["response_length/mean"] for r in rows]
+    )
 
 
 def run_trl(folder: Path, steps: int) -> tuple[float, float]:

@@ -79,3 +79,66 @@ def test_rows_that_will_be_written_again_are_dropped(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     p.trim_metrics(tmp_path, "rl", 1, ("sft", "rl"))
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == rows[:3]
+
+
+def kept(where: Path, **extra: object) -> Path:
+    """A checkpoint of a run with these settings."""
+    folder = p.begin_checkpoint(where, "rl-000003")
+    progress = p.Progress(stage=0, step=3, updates=3, warnings=("no update: step 1",))
+    return p.finish_checkpoint(folder, progress, keep=2, config=config(**extra))
+
+
+def test_what_was_said_and_done_goes_on_with_the_run(tmp_path: Path) -> None:
+    progress = p.read_progress(kept(tmp_path))
+    assert (progress.updates, progress.warnings) == (3, ("no update: step 1",))
+
+
+def test_an_unchanged_run_is_resumed_without_a_word(tmp_path: Path) -> None:
+    checkpoint = kept(tmp_path, optim={"betas": [0.9, 0.99]}, run_dir="a")
+    assert p.check_resumed(config(optim={"betas": [0.9, 0.99]}, run_dir="b"), checkpoint, override=False) == []
+
+
+def test_what_is_not_the_checkpoints_is_printed(tmp_path: Path) -> None:
+    checkpoint = kept(tmp_path, optim={"lr": 1e-6})
+    found = p.check_resumed(
+        config(optim={"lr": 1e-5}, schedule={"steps": 7}, reward={"parts": {"x": {"use": "math"}}}),
+        checkpoint,
+        override=False,
+    )
+    assert "optim.lr: 1e-06, now 1e-05" in found and "schedule.steps: 100, now 7" in found
+    assert 'reward.parts.x.use: unset, now "math"' in found
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"stages": ["sft", "rl"]}, 'stages: ["rl"], now ["sft", "rl"]'),
+        ({"data": {"source": "arithmetic", "terms": [2, 3]}}, "data.terms: [4, 6], now [2, 3]"),
+        ({"model": {"path": "elsewhere"}}, 'model.path: "somewhere", now "elsewhere"'),
+        ({"seed": 1}, "seed: 0, now 1"),
+    ],
+)
+def test_another_run_is_resumed_only_when_asked(tmp_path: Path, change: dict[str, object], line: str) -> None:
+    checkpoint = kept(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        p.check_resumed(config(**change), checkpoint, override=False)
+    assert f"rl-000003 is of another run ({line})" in str(error.value) and "--override" in str(error.value)
+    assert p.check_resumed(config(**change), checkpoint, override=True) == [line]
+
+
+def test_how_a_model_is_computed_may_change(tmp_path: Path) -> None:
+    change = {"model": {"path": "somewhere", "packing": "off", "gradient_checkpointing": True}}
+    assert len(p.check_resumed(config(**change), kept(tmp_path), override=False)) == 2
+
+
+@pytest.mark.parametrize("changed", [{"tiny": {"hidden": 32}}, {"tiny": {"hidden": 64}, "lora": {"rank": 4}}])
+def test_a_model_of_another_shape_is_never_resumed(tmp_path: Path, changed: dict[str, object]) -> None:
+    """The run would go on with the checkpoint's, and its configuration would name another."""
+    checkpoint = kept(tmp_path, model={"tiny": {"hidden": 64}})
+    with pytest.raises(ConfigError, match="the model of rl-000003 is another"):
+        p.check_resumed(config(model=changed), checkpoint, override=True)
+
+
+def test_an_older_checkpoint_cannot_be_compared(tmp_path: Path) -> None:
+    checkpoint = save(tmp_path, "rl-000007", stage=0, step=7)
+    assert "nothing can be compared" in p.check_resumed(config(), checkpoint, override=False)[0]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from emberl.rl.config.data import DataConfig, TinyConfig
+from emberl.rl.config.load import resolve
 from emberl.rl.data.arithmetic import ProblemMaker
 from emberl.rl.data.tiny import tiny_tokenizer
-from emberl.rl.recipe import demonstration
+from emberl.rl.recipe import demonstration, prepare_model
 from emberl.rl.run import conversation
 from emberl.rollout.samples import Prompt
 
@@ -45,3 +49,17 @@ def test_reward_functions_see_messages_only_where_the_model_does() -> None:
     prompt = Prompt(id="p", token_ids=(1,), answer="", source="s", messages=({"role": "user", "content": "1+1?"},))
     assert conversation(prompt, tiny_tokenizer(TinyConfig(vocabulary="bytes", chat_template=True))) == prompt.messages
     assert conversation(prompt, tiny_tokenizer(TinyConfig())) == ()
+
+
+def test_a_new_run_trains_the_model_that_its_configuration_names(tmp_path: Path) -> None:
+    """A try that failed may have left a model of other settings in the folder; a resumed run keeps its own."""
+
+    def hidden(size: int, *, anew: bool) -> int:
+        tiny = {"hidden": size, "layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 8, "intermediate": 16}
+        config = resolve({"name": "t", "model": {"tiny": tiny}, "data": {"source": "arithmetic"}})
+        made: int = json.loads((Path(prepare_model(config, tmp_path, anew=anew)) / "config.json").read_text())[
+            "hidden_size"
+        ]
+        return made
+
+    assert [hidden(16, anew=True), hidden(32, anew=True), hidden(16, anew=False)] == [16, 32, 32]

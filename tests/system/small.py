@@ -96,6 +96,8 @@ def timeless(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         "sched/rollout_idle",
         "sched/learner_idle",
         "perf/throughput",
+        "perf/time_per_step",
+        "perf/sampled_tokens_per_second",
         "perf/actor/",
         "sync/",  # how weights travel is decided by the clock, and another sitting begins with whole ones
         "reward/answer/seconds",

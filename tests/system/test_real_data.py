@@ -65,4 +65,4 @@ def test_verls_layout_is_read_as_it_is(emberl: Emberl) -> None:
         "schedule.steps=1", "schedule.prompts_per_step=4", "eval.size=4", "run_dir=run",
     )  # fmt: skip
     (evaluation, *_) = read_metrics(emberl.folder / "run", "eval")
-    assert "val-core/sums/mean@1" in evaluation, "data_source names the metric"
+    assert "val-core/sums/acc/mean@1" in evaluation, "data_source names the metric"

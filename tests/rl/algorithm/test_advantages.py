@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 from emberl.rl.algorithm.advantages import (
+    all_equal,
     batch_advantages,
     centred,
     deviation,
     gae,
     gpg_rescale,
     group_advantages,
+    kl_estimate,
     length_adaptive_lambda,
     overlong_penalty,
     token_rewards,
@@ -161,15 +163,16 @@ def test_returns_to_go_and_whitening() -> None:
     """REINFORCE++: scores 1 and -.5, penalties .1 a token; then mean 0, variance 1 over the four loss tokens."""
     config = AdvantageConfig(kind="return", std="none")
     penalty = np.where(MASK, 0.1, NAN)
-    returns, targets = batch_advantages(SCORES, MASK, IDS, config, kl_penalty=penalty)
+    returns, same = batch_advantages(SCORES, MASK, IDS, config, kl_penalty=penalty)
     np.testing.assert_allclose(returns, [0, 0.7, 0.8, 0, 0.9, 0, -0.6])
-    assert targets is None
-    white, _ = batch_advantages(SCORES, MASK, IDS, AdvantageConfig(kind="return", whiten=True), kl_penalty=penalty)
+    np.testing.assert_array_equal(same, returns)
+    white, plain = batch_advantages(SCORES, MASK, IDS, AdvantageConfig(kind="return", whiten=True), kl_penalty=penalty)
     known = np.array(
         [0.7, 0.8, 0.9, -0.6]
     )  # mean .45, variance with N - 1 (.0625 + .1225 + .2025 + 1.1025) / 3 = .4966667
     np.testing.assert_allclose(white[MASK], (known - 0.45) / math.sqrt(0.4966666667 + 1e-8), atol=1e-8)
     assert not white[~MASK].any()
+    np.testing.assert_array_equal(plain, returns)
 
 
 def test_whitening_with_n_and_without_spread() -> None:
@@ -217,3 +220,40 @@ def test_the_soft_punishment_of_long_answers(length: int, expected: float) -> No
 def test_a_buffer_that_does_not_fit(buffer: int) -> None:
     with pytest.raises(ValueError, match=f"is {buffer}; it must be in 1..100"):
         overlong_penalty(np.array([1]), 100, buffer)
+
+
+@pytest.mark.parametrize(
+    "scores", [[0.1 + 0.2, 0.3], [0.3 - 0.1 - 0.2, 0.0], [1e6 / 3, 1e6 / 3 + 1e-10], [1.0, math.nan]]
+)
+def test_scores_that_differ_by_rounding_are_no_signal(scores: list[float]) -> None:
+    row = np.array(scores)
+    assert all_equal(row)
+    for config in (AdvantageConfig(), AdvantageConfig(std="none", leave_one_out=True), AdvantageConfig(std="batch")):
+        assert not group_advantages([row], config)[0].any()
+    assert gpg_rescale([row, np.array([0.0, 1.0])], "signal") == pytest.approx((np.isfinite(row).sum() + 2) / 2)
+
+
+def test_scores_that_differ_a_little_are_a_signal() -> None:
+    assert not all_equal(np.array([0.0, 1e-6])) and not all_equal(np.array([1e6, 1e6 + 1]))
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "bound", "expected"),
+    [
+        (-25.0, 10.0, 10.0),
+        (-5.0, 10.0, 10.0),
+        (-2.62, 10.0, 10.0),
+        (-2.5, 10.0, math.exp(2.5) - 3.5),
+        (-5.0, None, math.exp(5) - 6),
+        (-25.0, None, math.exp(20) - 21),
+        (-800.0, 10.0, 10.0),
+        (5.0, 10.0, math.exp(-5) + 4),
+        (math.nan, 10.0, 0.0),
+        (math.inf, 10.0, 0.0),
+    ],
+)
+def test_the_penalty_in_the_reward_is_bounded(log_ratio: float, bound: float | None, expected: float) -> None:
+    logp = np.array([log_ratio - 1.0])
+    for estimator in ("k3", "k3+"):
+        found = kl_estimate(logp, np.array([-1.0]), estimator, bound=bound)  # type: ignore[arg-type]
+        assert found[0] == pytest.approx(expected, rel=1e-9)

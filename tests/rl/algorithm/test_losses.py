@@ -12,7 +12,10 @@ import pytest
 import torch
 from emberl.kernels.loss.fused_loss import linear_loss
 from emberl.rl.algorithm.losses import Objective, token_loss
-from emberl.rl.config.algorithm import LossConfig
+from emberl.rl.algorithm.surrogates import kl_penalty, sapo
+from emberl.rl.algorithm.token_batch import TokenBatch
+from emberl.rl.config.algorithm import KLConfig, LossConfig, OffPolicyConfig
+from emberl.rl.config.presets import PRESETS, preset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -62,7 +65,8 @@ def plain(logp: Tensor, old: Tensor, advantage: Tensor, loss: LossConfig) -> Ten
     if loss.kind == "reinforce":
         return -advantage * logp
     if loss.kind == "sapo":
-        tau = torch.where(advantage > 0, loss.sapo_tau_positive, loss.sapo_tau_negative)
+        taus = torch.tensor([loss.sapo_tau_negative, loss.sapo_tau_positive], dtype=logp.dtype)
+        tau = taus[(advantage > 0).long()]
         return -advantage * 4 / tau * torch.sigmoid(tau * (ratio - 1))
     if loss.kind == "dppo_tv":
         moved = (logp.exp() - old.exp()).detach()
@@ -238,7 +242,7 @@ def test_the_kl_penalty(
         np.testing.assert_allclose(slopes, 0.5 / 14 * ratio * log_ratio, atol=1e-12)
         return
     assert added.sum() == pytest.approx(0.5 * value, abs=5e-8)
-    assert terms.metrics["actor/kl_loss"].mean().item() == pytest.approx(value, abs=1e-7)
+    assert terms.metrics["actor/kl_loss"].sum().item() == pytest.approx(value, abs=1e-7), "averaged as the loss is"
     expected = 0.5 * slope if slope is not None else 0.5 * np.mean(1 - np.exp(-log_ratio))
     assert slopes.sum() == pytest.approx(expected, abs=5e-8)
 
@@ -544,3 +548,67 @@ def test_what_an_objective_asks_for(objective: Callable[..., Objective]) -> None
     assert not objective(kl={"place": "loss", "coef": 0.0}).needs_reference
     assert Objective.sft().needs_all_tokens
     assert not Objective.sft().on_samples
+
+
+@pytest.mark.parametrize(
+    ("gap", "bound", "value", "slope"),
+    [
+        (-5.0, 10.0, 10.0, 0.0),
+        (-2.0, 10.0, math.exp(2) - 3, 1 - math.exp(2)),
+        (-5.0, None, math.exp(5) - 6, 1 - math.exp(5)),
+        (-20.0, 10.0, 10.0, 0.0),
+        (12.0, 10.0, 10.0, 0.0),
+        (5.0, 10.0, math.exp(-5) + 4, 1 - math.exp(-5)),
+        (-5.0, 3.0, 3.0, 0.0),
+    ],
+)
+def test_k3_is_bounded_and_has_no_gradient_beyond(gap: float, bound: float | None, value: float, slope: float) -> None:
+    """log(policy / reference) = -5 gave a loss of 142 with a slope of -147."""
+    logp, reference = torch.tensor([gap - 1.0], dtype=torch.float64), torch.tensor([-1.0], dtype=torch.float64)
+    found = kl_penalty(logp, reference, "k3", bound=bound)
+    assert (found.loss.item(), found.dlogp.item()) == (pytest.approx(value), pytest.approx(slope))
+    through = kl_penalty(logp, reference, "k3+", bound=bound)
+    assert (through.loss.item(), through.dlogp.item()) == (pytest.approx(value), pytest.approx(gap)), (
+        "the slope is k2's"
+    )
+    unbiased = kl_penalty(logp, reference, "k3", bound=bound, old_logp=logp)  # r = 1: the value is differentiated, too
+    assert unbiased.dlogp.item() == pytest.approx(slope + value)
+
+
+def test_sapos_constants_are_of_the_batchs_dtype() -> None:
+    """A negative advantage, l = .3: 1.05 rounded to float32 first would be off by 4e-8."""
+    ratio = math.exp(0.3)
+    found = sapo(torch.tensor([0.3], dtype=torch.float64), torch.tensor([-1.0], dtype=torch.float64))
+    assert found.loss.item() == pytest.approx(4 / 1.05 / (1 + math.exp(-1.05 * (ratio - 1))), rel=1e-14)
+
+
+def test_sums_over_a_long_answer_are_exact() -> None:
+    """A hundred thousand tokens in float32, whose sum in float64 is rounded once."""
+    values = torch.linspace(-1, 1.001, 100_000)
+    zeros = torch.zeros_like(values)
+    batch = TokenBatch(
+        old_logp=zeros,
+        behaviour_logp=zeros,
+        advantages=zeros,
+        sequence=torch.zeros(100_000, dtype=torch.int64),
+        length=zeros,
+    )
+    expected = values.double().sum()
+    assert batch.sums(values)[0].item() == pytest.approx(expected.item(), rel=1e-7)
+    assert batch.sums(values).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_shows_its_entropy(name: str, columns: Callable[..., Any]) -> None:
+    tree = preset(name)
+    loss = LossConfig(**tree["loss"])
+    policy = OffPolicyConfig(**tree.get("offpolicy", {}))
+    ids = np.array([0, 0, 1])
+    rows = {key: np.array([-1.0, -2.0, -0.5]) for key in ("logp", "old", "behaviour", "reference")}
+    step = columns(ids, np.ones(3, bool), advantages=np.ones(3), entropy=np.array([0.3, 0.6, 0.9]), **rows)
+    batch = replace(step.batch, correct_T=np.ones(3, bool))
+    function = token_loss(Objective.of(loss, KLConfig(), policy), batch, torch.device("cpu"), old_logp=step.old)
+    assert function.needs_entropy
+    terms = function(step.stats(np.arange(3)), torch.arange(3))
+    assert terms.metrics["actor/entropy_per_token"].tolist() == pytest.approx([0.3, 0.6, 0.9])
+    assert terms.dentropy is None, "only shown"

@@ -15,7 +15,7 @@ from emberl.rl.config.algorithm import (
     OffPolicyConfig,
     check_algorithm,
 )
-from emberl.rl.config.load import CriticConfig
+from emberl.rl.config.load import CriticConfig, ScheduleConfig
 from emberl.rl.config.presets import PRESETS, preset
 
 GROUPS: dict[str, Any] = {
@@ -25,6 +25,7 @@ GROUPS: dict[str, Any] = {
     "offpolicy": OffPolicyConfig,
     "filter": FilterConfig,
     "critic": CriticConfig,
+    "schedule": ScheduleConfig,
 }
 NAMES = [
     "grpo",

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from emberl.rl.algorithm.losses import Objective
+from emberl.rl.algorithm.offpolicy import mismatch_metrics
 from emberl.rl.batch import sft_batch
 from emberl.rl.config.algorithm import KLConfig, LossConfig, OffPolicyConfig
 from emberl.rl.config.data import TinyConfig
 from emberl.rl.config.load import ModelConfig, OptimConfig
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.learner.rank import LearnerRank, RankSpec
+from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
 SMALL = TinyConfig(hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate=48)
@@ -98,3 +100,46 @@ def test_what_an_update_cost(make: Callable[..., LearnerRank]) -> None:
     assert metrics["perf/actor/tflops_per_device"] * 1e12 * seconds == pytest.approx(expected)
     assert metrics["perf/actor/tokens_per_second_per_device"] * seconds == pytest.approx(8)
     assert "perf/mfu/actor" not in metrics, "the peak of a CPU is not known"
+
+
+def test_the_figures_of_an_update(make: Callable[..., LearnerRank]) -> None:
+    """Entropy is that of the model's own logits; how far the engine is, is told of the policy before the update, from all
+    tokens but the one whose log-prob is NaN, and old log-probs are of the masters' dtype, so that the ratio is 1 exactly."""
+    rank = make()
+    old = rank.logprobs(BATCH)
+    assert old.dtype == np.float64
+    behaviour = np.where(BATCH.loss_mask_T, old + np.linspace(-0.2, 0.3, BATCH.num_tokens), np.nan)
+    place = np.flatnonzero(BATCH.loss_mask_T)[0]
+    behaviour[place] = np.nan
+    batch = replace(BATCH, behaviour_logp_T=behaviour)
+    mask = BATCH.loss_mask_T & np.isfinite(behaviour)
+    entropies = []
+    model = AutoModelForCausalLM.from_pretrained(rank.model_path, dtype=torch.float64)
+    with torch.no_grad():
+        for sequence in (BATCH.token_ids_T[:5], BATCH.token_ids_T[5:]):
+            logits = model(input_ids=torch.from_numpy(sequence.astype(np.int64))[None]).logits[0]
+            entropies.append(torch.distributions.Categorical(logits=logits).entropy().numpy())
+    before = np.concatenate([np.roll(row, 1) for row in entropies])  # of the distribution that a token was drawn from
+    objective = Objective.of(LossConfig(), KLConfig(), OffPolicyConfig(old_logp="recompute"))
+    metrics = rank.step(batch, objective)
+    assert metrics["actor/entropy_per_token"] == pytest.approx(before[mask].mean(), rel=1e-5)
+    assert metrics["actor/ratio"] == pytest.approx(1.0, abs=1e-12)
+    assert abs(metrics["actor/ppo_kl"]) < 1e-12
+    assert metrics["actor/nonfinite_logp"] == pytest.approx(1 / 5)
+    expected = mismatch_metrics(old, behaviour, mask, BATCH.sequence_ids_T)
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-9)
+    again = rank.step(batch, objective)
+    moved = mismatch_metrics(rank.logprobs(BATCH), behaviour, mask, BATCH.sequence_ids_T)
+    assert again["rollout_corr/kl"] != pytest.approx(moved["rollout_corr/kl"]), "not of the policy after the update"
+
+
+def test_parts_of_a_step_say_together_how_far_the_engine_is(make: Callable[..., LearnerRank]) -> None:
+    rank = make()
+    objective = Objective.of(LossConfig(), KLConfig(), OffPolicyConfig())
+    batch = replace(BATCH, behaviour_logp_T=np.linspace(-3, -1, BATCH.num_tokens))
+    old = rank.logprobs(batch)
+    for sequence in (1, 0):
+        assert "rollout_corr/kl" not in rank.accumulate(batch.select([sequence]), objective)
+    expected = mismatch_metrics(old, batch.behaviour_logp_T, BATCH.loss_mask_T, BATCH.sequence_ids_T)
+    found = rank.finish(1.0)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-9)

@@ -1,0 +1,233 @@
+"""What a configuration would do that its reader may not expect: settings that cannot train are refused, doubtful ones are
+said, and so is what a file changes of the preset that it names. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .algorithm import (
+    ADVANTAGES,
+    LOSSES,
+    AdvantageConfig,
+    FilterConfig,
+    KLConfig,
+    LossConfig,
+    OffPolicyConfig,
+)
+from .base import Settings
+from .presets import preset
+
+if TYPE_CHECKING:
+    from .load import Config
+
+GREEDY = 0.01
+"""Temperatures below this sample one answer again and again."""
+_GROUPS: Mapping[str, type[Settings]] = {
+    "advantage": AdvantageConfig,
+    "loss": LossConfig,
+    "kl": KLConfig,
+    "offpolicy": OffPolicyConfig,
+    "filter": FilterConfig,
+}
+
+
+def trains_rl(config: Config) -> bool:
+    """Whether there will be an RL step at all."""
+    return "rl" in config.stages and config.schedule.steps > 0
+
+
+def changes(config: Config) -> list[str]:
+    """A line for each setting of the algorithm that is not what its preset makes it, e.g. `loss.aggregation=token-mean
+    overrides gspo's seq-mean-token-mean`."""
+    tree = preset(config.algorithm)
+    lines = []
+    for group in [*_GROUPS, *(name for name in tree if name not in _GROUPS)]:
+        given = getattr(config, group)
+        values = tree.get(group, {})
+        if group in _GROUPS:
+            meant = _GROUPS[group].model_validate(values)
+            values = {key: getattr(meant, key) for key in _GROUPS[group].model_fields}
+        for key, value in values.items():
+            now = getattr(given, key)
+            if now != value:
+                lines.append(f"{group}.{key}={shown(now)} overrides {config.algorithm}'s {shown(value)}")
+    return lines
+
+
+def said_at_start(config: Config) -> list[str]:
+    """What `--dry-run` and the start of a run print for a person."""
+    return [*(f"note: {line}" for line in changes(config)), *(f"warning: {line}" for line in cautions(config))]
+
+
+def shown(value: Any) -> str:
+    """A value as one writes it in an override."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(shown(part) for part in value) + "]"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) if isinstance(value, str | int) else json.dumps(dict(value))
+
+
+def refuse_what_cannot_train(config: Config) -> None:
+    """ValueError for settings with which no weight would ever move, or with which the loss is another than its name."""
+    for check in (_stages, _signal, _critic, _old_policy, _ratio, _masks):
+        check(config)
+
+
+def _stages(config: Config) -> None:
+    stages = config.stages
+    if not stages or len(set(stages)) < len(stages):
+        raise ValueError(f"stages={shown(stages)} must name sft, rl or both, each once, e.g. stages=[sft,rl]")
+
+
+def _signal(config: Config) -> None:
+    """Answers of a group that cannot differ, or have nothing to be compared with."""
+    if not trains_rl(config):
+        return
+    rollout, kind = config.rollout, config.advantage.kind
+    compares = kind not in ("return", "gae")
+    if rollout.group_size == 1 and compares:
+        raise ValueError(
+            f"rollout.group_size=1 leaves an answer nothing to be compared with (advantage.kind={kind}): every advantage is 0 "
+            "and nothing trains; set rollout.group_size=8, or an algorithm without groups, e.g. reinforce_pp or ppo"
+        )
+    if rollout.temperature < GREEDY:
+        raise ValueError(
+            f"rollout.temperature={rollout.temperature:g} draws the same answer every time, so there is nothing to learn from; "
+            "set rollout.temperature=1.0 (eval.temperature is that of evaluations)"
+        )
+
+
+def _critic(config: Config) -> None:
+    warmup, steps = config.critic.warmup, config.schedule.steps
+    if trains_rl(config) and config.advantage.needs_critic and warmup >= steps:
+        raise ValueError(
+            f"critic.warmup={warmup} trains the critic alone for all of schedule.steps={steps}: the policy would never move; "
+            f"set critic.warmup={steps // 10} or more steps"
+        )
+
+
+def _old_policy(config: Config) -> None:
+    """Engine log-probs of a cut distribution are no old policy for the learner, whose distribution is whole."""
+    rollout, offpolicy = config.rollout, config.offpolicy
+    cut = f"rollout.top_p={rollout.top_p:g}" if rollout.top_p < 1 else f"rollout.top_k={rollout.top_k}"
+    if not trains_rl(config) or (rollout.top_p == 1 and rollout.top_k == 0):
+        return
+    if offpolicy.old_logp == "rollout" and config.loss.kind != "reinforce":
+        raise ValueError(
+            f"{cut} cuts the distribution that the engine samples from, and its log-probs are of what is left, while the "
+            "learner's are of the whole: every ratio between them would be too small. Set offpolicy.old_logp=recompute, or "
+            "rollout.top_p=1 and rollout.top_k=0"
+        )
+    if offpolicy.active or offpolicy.opsm_delta is not None:
+        raise ValueError(
+            f"{cut} cuts the distribution that the engine samples from, so that offpolicy.weight, seq_mask_* and opsm_delta "
+            "would take the cut for a difference of policies; set rollout.top_p=1 and rollout.top_k=0, or leave them out"
+        )
+
+
+def _ratio(config: Config) -> None:
+    """REINFORCE has no ratio, so it is right for tokens of the newest policy alone, or with weights of their own."""
+    schedule, offpolicy = config.schedule, config.offpolicy
+    if config.loss.kind != "reinforce" or not trains_rl(config):
+        return
+    again = {"schedule.epochs": schedule.epochs, "schedule.minibatches": schedule.minibatches}
+    stale = {"schedule.max_staleness": schedule.max_staleness + 1} if offpolicy.weight == "none" else {}
+    moved = [
+        f"{key}={count - (key == 'schedule.max_staleness')}" for key, count in (again | stale).items() if count > 1
+    ]
+    if moved:
+        raise ValueError(
+            f"loss.kind=reinforce (algorithm={config.algorithm}) has no ratio between the policy and the one that sampled, but "
+            f"with {', '.join(moved)} the two differ; set loss.kind=ppo_clip, which is how verl and OpenRLHF run RLOO, or train "
+            "each answer once with the weights that sampled it"
+        )
+
+
+def _masks(config: Config) -> None:
+    """A mask that rejects w = 1 rejects what the engine got right."""
+    offpolicy = config.offpolicy
+    if offpolicy.weight != "none" and offpolicy.mode == "mask" and not offpolicy.low <= 1 <= offpolicy.high:
+        raise ValueError(
+            f"offpolicy.low={offpolicy.low:g} and offpolicy.high={offpolicy.high:g} reject tokens on which engine and learner "
+            "agree (w = 1); set bounds around 1, e.g. 0.5 and 5"
+        )
+    low, high = offpolicy.seq_mask_low, offpolicy.seq_mask_high
+    if (low is not None and low > 1) or (high is not None and high < 1):
+        raise ValueError(
+            f"offpolicy.seq_mask_low={shown(low)} and offpolicy.seq_mask_high={shown(high)} reject sequences on which engine "
+            "and learner agree (w = 1); set bounds around 1"
+        )
+
+
+def cautions(config: Config) -> list[str]:
+    """A line for each setting that trains less, or something else, than one may think."""
+    found = [*_cautions_of_schedule(config), *_cautions_of_algorithm(config)]
+    sft = config.sft
+    if "sft" in config.stages and sft.warmup_steps >= sft.steps:
+        found.append(
+            f"sft.warmup_steps={sft.warmup_steps} is the whole of sft.steps={sft.steps}: the learning rate never reaches sft.lr"
+        )
+    return found
+
+
+def _cautions_of_schedule(config: Config) -> list[str]:
+    if not trains_rl(config):
+        return []
+    schedule, optim, found = config.schedule, config.optim, []
+    warmup = config.critic.warmup if config.advantage.needs_critic else 0
+    if 2 * warmup > schedule.steps:
+        found.append(
+            f"critic.warmup={warmup} leaves the policy {schedule.steps - warmup} of schedule.steps={schedule.steps} to train"
+        )
+    updates = config.updates - warmup * schedule.minibatches * schedule.epochs
+    if updates <= optim.warmup_steps:
+        found.append(
+            f"optim.warmup_steps={optim.warmup_steps} is the whole of the {updates} updates: the learning rate never reaches "
+            "optim.lr" + (", and the only update has the rate 0" if updates == 1 else "")
+        )
+    if optim.lr < 1e-10:
+        found.append(f"optim.lr={optim.lr:g} is too small to move a float32 weight")
+    if schedule.minibatches > schedule.prompts_per_step:
+        found.append(
+            f"schedule.minibatches={schedule.minibatches} is more than schedule.prompts_per_step="
+            f"{schedule.prompts_per_step}: a part holds whole groups, so there will be fewer updates"
+        )
+    stale = schedule.max_staleness
+    if stale and config.offpolicy.old_logp == "recompute" and config.offpolicy.weight == "none":
+        found.append(
+            f"schedule.max_staleness={stale} with offpolicy.old_logp=recompute takes the newest weights for the policy that "
+            "sampled; set offpolicy.weight=token to correct for the older ones"
+        )
+    return found
+
+
+def _cautions_of_algorithm(config: Config) -> list[str]:
+    if not trains_rl(config):
+        return []
+    kl, loss, found = config.kl, config.loss, []
+    if kl.place != "none" and kl.coef == 0:
+        found.append(f"kl.place={kl.place} with kl.coef=0 penalises nothing")
+    if kl.ref_refresh_steps and not kl.active:
+        found.append(f"kl.ref_refresh_steps={kl.ref_refresh_steps} without a KL penalty refreshes nothing")
+    once = config.schedule.minibatches == config.schedule.epochs == 1 and config.schedule.max_staleness == 0
+    narrow = loss.kind == "ppo_clip" and loss.ratio_level != "token" and loss.clip_high < 0.01
+    if narrow and config.offpolicy.old_logp == "rollout":
+        found.append(
+            f"loss.clip_high={loss.clip_high:g} at loss.ratio_level={loss.ratio_level} is narrower than an engine's rounding: "
+            "many sequences are clipped before the policy has moved; set offpolicy.old_logp=recompute"
+        )
+    elif narrow and once:
+        found.append(
+            "one update a step: the policy is the one that sampled, so that no sequence is ever clipped; GSPO's paper has "
+            "schedule.minibatches=4"
+        )
+    unknown = config.advantage.kind not in ADVANTAGES or loss.kind not in LOSSES
+    if not unknown and loss.kind == "ppo_clip" and loss.clip_low == loss.clip_high == 0 and not once:
+        found.append("loss.clip_low=0 and loss.clip_high=0 clip whatever moves away from the old policy at once")
+    return found

@@ -1,0 +1,166 @@
+"""Signs that a run does not learn: one line each, with the likely cause and the fix, once a run.
+
+A sign must hold for `tracking.warn_after` steps in a row; one that held in every step of a shorter run is said at its end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ..algorithm.advantages import ROUNDING
+from ..config.load import Config
+
+Metrics = Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alarm:
+    """What is said, e.g. `Alarm(title="no update", text="no weight has moved in 5 steps (1 to 5): ...")`."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sign:
+    """One way in which a run does not learn."""
+
+    title: str
+    shows: Callable[[Metrics], bool]
+    """Whether a step's metrics have it."""
+    cause: Callable[[Metrics], str]
+    """What it means and what may be done, from the last step's metrics."""
+
+
+class Alarms:
+    """Sees the metrics of each step in turn."""
+
+    def __init__(self, config: Config) -> None:
+        self._signs = signs(config)
+        self._patience = config.tracking.warn_after
+        self._streak = {sign.title: 0 for sign in self._signs}
+        self._said: set[str] = set()
+        self._seen = 0
+        self._last: Metrics = {}
+        self._step = 0
+
+    def after(self, step: int, metrics: Metrics) -> list[Alarm]:
+        """The signs that have now held for long enough, and were not said before."""
+        self._seen, self._step, self._last = self._seen + 1, step, metrics
+        for sign in self._signs:
+            self._streak[sign.title] = self._streak[sign.title] + 1 if sign.shows(metrics) else 0
+        return self._say(self._patience)
+
+    def at_end(self) -> list[Alarm]:
+        """The signs that held in every step of a run that was too short for `after`."""
+        return self._say(self._seen) if self._seen < self._patience else []
+
+    def _say(self, steps: int) -> list[Alarm]:
+        if not self._patience or not steps:
+            return []
+        found = [s for s in self._signs if self._streak[s.title] >= steps and s.title not in self._said]
+        self._said |= {sign.title for sign in found}
+        return [Alarm(title=sign.title, text=self._text(sign)) for sign in found]
+
+    def _text(self, sign: Sign) -> str:
+        count = self._streak[sign.title]
+        when = f"steps {self._step - count + 1} to {self._step}" if count > 1 else f"step {self._step}"
+        return f"{when}: {sign.cause(self._last)}"
+
+
+def signs(config: Config) -> list[Sign]:
+    """What is looked for in a run of this configuration."""
+    floor, longest = config.tracking.entropy_floor, config.rollout.max_response_length
+    return [
+        Sign(title="reward stuck at 0", shows=_all_zero, cause=lambda m: _cause_of_zero(m, longest)),
+        Sign(title="all rewards equal", shows=lambda m: _all_equal(m) and not _all_zero(m), cause=_cause_of_equal),
+        Sign(title="no update", shows=_no_update, cause=_cause_of_no_update),
+        Sign(
+            title="answers all cut off",
+            shows=lambda m: m.get("training/cut_fraction", 0.0) >= 0.99,
+            cause=lambda m: (
+                f"every answer reaches rollout.max_response_length={longest} and is cut; raise it, or check that the model ends "
+                "its answers (chat template, end token)"
+            ),
+        ),
+        Sign(
+            title="entropy collapsed",
+            shows=lambda m: m.get("actor/entropy_per_token", float("inf")) < floor,
+            cause=lambda m: (
+                f"the policy's entropy is {m['actor/entropy_per_token']:.2g} nats a token, below "
+                f"tracking.entropy_floor={floor:g}: it gives one answer to each problem and explores no more; lower optim.lr, "
+                "raise loss.clip_high, or set loss.entropy_coef=0.001"
+            ),
+        ),
+        Sign(
+            title="no gradient",
+            shows=lambda m: m.get("training/updates", 0) > 0 and m.get("actor/grad_norm") == 0,
+            cause=lambda m: (
+                "updates are made with a gradient of exactly 0: every token is masked or clipped (actor/pg_clipfrac, "
+                "rollout_corr/rollout_rs_masked_fraction); widen loss.clip_* or the bounds of offpolicy"
+            ),
+        ),
+        Sign(
+            title="log-probs are not finite",
+            shows=lambda m: m.get("actor/nonfinite_logp", 0.0) > 0.01,
+            cause=lambda m: (
+                f"{m['actor/nonfinite_logp']:.1%} of the tokens have log-probs that are NaN or infinite and do not train; check "
+                "the engine (model.dtype, rollout.engine_args) and actor/grad_norm"
+            ),
+        ),
+        Sign(
+            title="gradients are not finite",
+            shows=lambda m: not math.isfinite(m.get("actor/grad_norm", 0.0)),
+            cause=lambda m: (
+                f"{m.get('actor/steps_skipped', 0):.0f} updates were left out because their gradient was NaN or infinite; lower "
+                "optim.lr, or bound the loss (kl.bound, loss.dual_clip)"
+            ),
+        ),
+    ]
+
+
+def _all_equal(metrics: Metrics) -> bool:
+    if "critic/score/max" not in metrics:
+        return False
+    high, low = metrics["critic/score/max"], metrics["critic/score/min"]
+    return high - low <= ROUNDING * max(1.0, abs(high), abs(low))
+
+
+def _all_zero(metrics: Metrics) -> bool:
+    return _all_equal(metrics) and abs(metrics["critic/score/max"]) <= ROUNDING
+
+
+def _no_update(metrics: Metrics) -> bool:
+    """While the critic warms up no update is expected."""
+    return metrics.get("training/updates", 0.0) == 0 and "critic/vf_loss" not in metrics
+
+
+def _cause_of_zero(metrics: Metrics, longest: int) -> str:
+    if metrics.get("training/cut_fraction", 0.0) > 0.5:
+        cut = f"{metrics['training/cut_fraction']:.0%} of the answers are cut at rollout.max_response_length={longest}"
+        return f"no answer has scored above 0, and {cut}; raise it first"
+    return (
+        "no answer has scored above 0: the problems are too hard for this model, or its answers are not in the form that the "
+        "reward reads; look at samples.md, try easier data or a cold start (stages=[sft,rl]), or `emberl audit` the reward"
+    )
+
+
+def _cause_of_equal(metrics: Metrics) -> str:
+    value = metrics["critic/score/max"]
+    return (
+        f"every answer scores {value:.4g}, so that none is better than another; the problems are solved, or the reward does not "
+        "look at the answer: check reward.parts, or take harder data"
+    )
+
+
+def _cause_of_no_update(metrics: Metrics) -> str:
+    solved, failed = (metrics.get(f"training/filter_groups/solved_{which}", 0.0) for which in ("all", "none"))
+    dropped = metrics.get("training/filter_groups/dropped", 0.0)
+    if dropped:
+        return (
+            f"no weight has moved: all {dropped:.0f} groups have equal scores ({solved:.0f} solved by every answer, {failed:.0f} "
+            "by none); raise rollout.group_size, take problems of another difficulty, or set filter.dynamic_sampling=true"
+        )
+    return "no weight has moved: no token had an advantage; check that answers are not empty and that rewards differ"

@@ -1,0 +1,202 @@
+"""The figures of an RL step, from its graded samples, from the batch that trains and from its updates.
+
+Names are verl's where it has one, with its definition (`verl/trainer/ppo/metric_utils.py`, `rollout_corr_helper.py`). What
+is of samples is over all that were sampled; what is of tokens is over the loss tokens of the groups that train.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..algorithm.losses import CLIPPED, PARTS
+from ..algorithm.offpolicy import correction, mismatch_metrics
+from ..config.algorithm import OffPolicyConfig
+from ..groups import Batch, Group
+
+Array = NDArray[Any]
+VARIANCE_EPS = 1e-5
+"""verl adds it to the variance of the returns."""
+_LARGEST, _SMALLEST = re.compile(r"[_/]max($|[_/])"), re.compile(r"[_/]min($|[_/])")
+_ONCE = ("rollout_corr/", "training/rollout_")
+
+
+def spread(name: str, values: Array) -> dict[str, float]:
+    """Mean, largest and smallest of the values that are not NaN; nothing where there is none."""
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return {}
+    return {
+        f"{name}/mean": float(known.mean()),
+        f"{name}/max": float(known.max()),
+        f"{name}/min": float(known.min()),
+    }
+
+
+def sample_metrics(
+    groups: Sequence[Group], trained: Sequence[Group], shaped: Sequence[Array], *, longest: int, longest_prompt: int
+) -> dict[str, float]:
+    """Of a step's samples. `shaped`: the scores of each group as they are trained on, overlong penalty included; `longest`:
+    the most tokens of an answer."""
+    lengths = np.array([len(c) for group in groups for c in group.completions], np.float64)
+    prompts = np.repeat([len(group.prompt.token_ids) for group in groups], [len(group.completions) for group in groups])
+    finish = [c.finish_reason for group in groups for c in group.completions]
+    found = {
+        **spread("critic/score", np.concatenate([group.scores for group in groups])),
+        **spread("critic/rewards", np.concatenate(shaped)),
+        **spread("response_length", lengths),
+        "response_length/clip_ratio": (lengths == longest).mean(),
+        "response/aborted_ratio": (lengths == 0).mean(),
+        **spread("prompt_length", prompts.astype(np.float64)),
+        "prompt_length/clip_ratio": (prompts == longest_prompt).mean(),
+        "training/cut_fraction": np.mean([reason == "length" for reason in finish]),
+        "training/accuracy": correct(groups),
+        "training/filter_groups/dropped": len(groups) - len(trained),
+        "training/filter_groups/solved_all": sum(not g.has_signal and bool((g.scores > 0).all()) for g in groups),
+        "training/filter_groups/solved_none": sum(not g.has_signal and bool((g.scores <= 0).all()) for g in groups),
+        "training/verifier_errors": sum(not v.trains for group in groups for v in group.verdicts),
+        "perf/total_num_tokens": lengths.sum() + prompts.sum(),
+    }
+    return {name: float(value) for name, value in found.items()}
+
+
+def correct(groups: Sequence[Group]) -> float:
+    """The fraction of completions whose verdict is correct."""
+    return float(np.mean([v.status == "correct" for group in groups for v in group.verdicts]))
+
+
+def speed_metrics(tokens: float, sampled: int, seconds: float, devices: int) -> dict[str, float]:
+    """tokens: of prompts and answers (`perf/total_num_tokens`); sampled: of answers alone, of the whole system."""
+    return {
+        "perf/time_per_step": seconds,
+        "perf/throughput": tokens / (seconds * devices),
+        "perf/sampled_tokens_per_second": sampled / seconds,
+        "timing_s/step": seconds,
+    }
+
+
+def batch_metrics(batches: Sequence[Batch], offpolicy: OffPolicyConfig, kl_coef: float) -> dict[str, float]:
+    """Of the tokens that train, before any update: advantages as the loss sees them, returns, rewards of tokens, the critic's
+    values, and how far the rollouts' policy is from the old one where that was recomputed."""
+    if not batches:
+        return {}
+    mask = np.concatenate([b.loss_mask_T for b in batches])
+    advantages = _column(batches, "advantages_T")
+    assert advantages is not None
+    returns, values = _column(batches, "returns_T"), _column(batches, "values_T")
+    found = spread("critic/advantages", advantages[mask])
+    found |= spread("critic/returns", (advantages if returns is None else returns)[mask])
+    if values is not None and returns is not None:
+        found |= spread("critic/values", values[mask])
+        found["critic/vf_explained_var"] = explained_variance(values[mask], returns[mask])
+    ids = _numbered(batches)
+    if (rewards := _column(batches, "rewards_T")) is not None:
+        found |= spread("critic/rewards", _per_sequence(rewards, mask, ids))
+    if (kl := _column(batches, "kl_T")) is not None:
+        counts = _per_sequence(np.ones(len(mask)), mask, ids)
+        found["actor/reward_kl_penalty"] = float((_per_sequence(kl, mask, ids) / counts).mean())
+        found["actor/reward_kl_penalty_coeff"] = kl_coef
+    old, behaviour = _column(batches, "old_logp_T"), _column(batches, "behaviour_logp_T")
+    if old is not None and behaviour is not None:
+        if offpolicy.active:
+            found |= correction(old, behaviour, mask, ids, offpolicy).metrics
+        else:
+            found |= mismatch_metrics(old, behaviour, mask, ids)
+    return found
+
+
+def explained_variance(values: Array, returns: Array) -> float:
+    """1 - var(returns - values) / (var(returns) + 1e-5), both with N - 1 as in verl; 0 for fewer than two tokens."""
+    if len(values) < 2:
+        return 0.0
+    return float(1 - np.var(returns - values, ddof=1) / (np.var(returns, ddof=1) + VARIANCE_EPS))
+
+
+def _column(batches: Sequence[Batch], name: str) -> Array | None:
+    rows = [getattr(batch, name) for batch in batches]
+    return None if any(row is None for row in rows) else np.concatenate(rows)
+
+
+def _numbered(batches: Sequence[Batch]) -> Array:
+    """Sequence ids over all batches."""
+    starts = np.cumsum([0, *(len(b.sequence_lengths) for b in batches)])
+    return np.concatenate([b.sequence_ids_T + start for b, start in zip(batches, starts, strict=False)])
+
+
+def _per_sequence(values: Array, mask: Array, ids: Array) -> Array:
+    """[S] sums over the loss tokens of each sequence that has any."""
+    _, dense = np.unique(ids[mask], return_inverse=True)
+    return np.bincount(dense, weights=values[mask])
+
+
+def check_engine_logprobs(batches: Sequence[Batch]) -> None:
+    """ValueError where not one token came with a log-prob that is a number: then nothing can train, and the engines hold
+    broken weights. Single ones cost their own tokens (`actor/nonfinite_logp`)."""
+    given = [batch.behaviour_logp_T[batch.loss_mask_T] for batch in batches]
+    total = sum(len(row) for row in given)
+    if total and not any(np.isfinite(row).any() for row in given):
+        raise ValueError(
+            f"all {total} log-probs that the engine gave for this step are NaN or infinite, so that no token can train; its "
+            "weights or its arithmetic are broken: look at actor/grad_norm and actor/loss of the steps before, and try "
+            "model.dtype=float32"
+        )
+
+
+def averages(done: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of a step's updates: means, the largest of maxima and the smallest of minima. Times are sums, learning rates and counts
+    the last one's; how far the rollouts' policy was is the first one's, when the policy was still the old one."""
+    metrics = {name: _over(name, [each[name] for each in done if name in each]) for name in done[0]}
+    for name, first in done[0].items():
+        if name.endswith(("/lr", "/steps_skipped")):
+            metrics[name] = done[-1][name]
+        elif name.startswith("timing_s/"):
+            metrics[name] = sum(each[name] for each in done)
+        elif name.startswith(_ONCE) and not name.endswith("opsm_masked_fraction"):
+            metrics[name] = first
+    return metrics
+
+
+def _over(name: str, values: Sequence[float]) -> float:
+    if _LARGEST.search(name):
+        return float(np.max(values))
+    return float(np.min(values)) if _SMALLEST.search(name) else float(np.mean(values))
+
+
+def pooled(done: Sequence[Mapping[str, float]], weights: Sequence[int]) -> dict[str, float]:
+    """A step's metrics from those of its parts: means over the tokens that part i has weights[i] of; sums of times and of
+    the terms of the loss, which hold their weights; the largest of maxima, the smallest of minima."""
+    metrics: dict[str, float] = {}
+    for name in done[0]:
+        values = [each[name] for each in done]
+        if name in PARTS or name == "actor/loss" or name.startswith("timing_s/"):
+            metrics[name] = sum(values)
+        elif _LARGEST.search(name) or _SMALLEST.search(name):
+            metrics[name] = _over(name, values)
+        else:
+            metrics[name] = float(np.average(values, weights=weights))
+    return metrics
+
+
+def of_whole_step(
+    metrics: Mapping[str, float],
+    done: Sequence[Mapping[str, float]],
+    tokens: Sequence[int],
+    *,
+    whole: int,
+    trained: int,
+    every: int | None,
+) -> dict[str, float]:
+    """`pooled` metrics of parts whose loss terms still hold the parts' denominators. whole: the sum of these over all parts;
+    trained: over the parts that made a pass; tokens: loss tokens of each of these parts; every: of all parts, where a token
+    that was left out is known not to be clipped."""
+    found = dict(metrics)
+    for name in found.keys() & {*PARTS, "actor/loss"}:
+        found[name] /= trained if name == "actor/entropy" else whole
+    if every is not None:
+        for name in found.keys() & set(CLIPPED):
+            found[name] = sum(each[name] * count for each, count in zip(done, tokens, strict=True)) / every
+    return found
