@@ -33,7 +33,7 @@ from . import checkpoint, memory
 from .batching import plan_micro_batches
 from .critic import Critic
 from .flops import ModelFlops, peak_flops, speed
-from .layers import replace_layers
+from .layers import ATTENTION, replace_layers
 from .lora import inject_adapters, merged_shards
 from .policy import MicroBatchTensors, Policy, pick_attention, takes_packed, to_tensors
 from .publisher import Order, Parts, Published, Publisher, shards_of
@@ -122,7 +122,9 @@ class LearnerRank:
             inject_adapters(model, self.spec.model.lora, self.spec.seed)
         if self.fused:
             self.fused = replace_layers(model, getattr(model, model.base_model_prefix).layers)
-            self.packed |= self.fused and self.spec.model.packing == "auto"
+            if self.fused:  # also of what is loaded later
+                self.attention = ATTENTION
+                self.packed |= self.spec.model.packing == "auto"
         policy = Policy(model).train()
         self._shard(policy, getattr(model, model.base_model_prefix).layers, offload=offload)
         return policy
@@ -183,7 +185,10 @@ class LearnerRank:
         """From `critic.path`, or with the policy's body of this moment, adapters merged in."""
         from transformers import AutoModel
 
-        critic = Critic(self._load(AutoModel, settings.path or self.model_path), self.master).to(self.device).train()
+        body = self._load(AutoModel, settings.path or self.model_path)
+        if self.fused:
+            replace_layers(body, body.layers)
+        critic = Critic(body, self.master).to(self.device).train()
         shard(critic.value, [], self.mesh, self.master, reduce=self.master)
         self._shard(critic, critic.body.layers)
         if settings.path is None:
