@@ -156,7 +156,7 @@ class LearnerRank:
 
     def _pass_tokens(self, optim: OptimConfig) -> int:
         """`optim.micro_batch_tokens`, or what fits; an architecture whose need is not known gets the largest."""
-        if optim.micro_batch_tokens != "auto":
+        if isinstance(optim.micro_batch_tokens, int):
             return optim.micro_batch_tokens
         largest = memory.largest_pass(self.platform)
         if self.flops is None:
