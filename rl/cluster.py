@@ -195,6 +195,7 @@ class Cluster:
                     model=config.model,
                     timeout=config.cluster.step_timeout,
                     seed=config.seed,
+                    longest=config.max_model_length,
                 )
                 ranks.append(self._spawn(LearnerRank, seat, rank))
             else:

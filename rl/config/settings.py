@@ -38,8 +38,8 @@ class ModelConfig(Settings):
     """What forward and backward passes compute in, and what the engines serve; master weights are float32 (float64 with
     float64). `auto`: bfloat16 where the hardware multiplies it, else float32."""
     attention: str = "auto"
-    """transformers' `attn_implementation`; `auto`: flash attention on an accelerator that has it, else sdpa; eager on a CPU
-    (faster at short lengths)."""
+    """transformers' `attn_implementation`; `auto`: flash attention on an accelerator that has it, else sdpa. On a CPU
+    in bfloat16 the learner's own packed layers for Llama, Qwen2 and Qwen3, else eager (faster at short lengths)."""
     gradient_checkpointing: bool = False
     packing: Literal["auto", "on", "off"] = "auto"
     """Sequences of a pass end to end in one row instead of padded; `auto`: where the attention passes over other
@@ -215,8 +215,9 @@ class OptimConfig(Settings):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Over all updates that RL can make. A part of a step without any signal makes none and counts all the same (TRL updates
     there, with advantages of 0); the critic's warm-up does not count for the policy (as in verl)."""
-    micro_batch_tokens: int = Field(default=16384, ge=1, le=1_000_000_000)
-    """Padded tokens of one forward and backward pass on one rank. Loss and gradient do not depend on it."""
+    micro_batch_tokens: Annotated[int, Field(ge=1, le=1_000_000_000)] | Literal["auto"] = "auto"
+    """Padded tokens of one forward and backward pass on one rank. Loss and gradient do not depend on it. `auto`: as many as
+    the free memory holds, at most 16384, on a CPU 2048 (which is quicker there)."""
 
 
 class CriticConfig(Settings):

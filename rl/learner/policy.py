@@ -73,7 +73,7 @@ def pick_attention(target: platform.Platform, dtype: torch.dtype) -> str:
 def takes_packed(attention: str) -> bool:
     """Whether this `attn_implementation` of transformers passes over other sequences' tokens in a packed row, rather than
     multiplying them and masking the product, as eager and sdpa do: only then does packing save anything."""
-    return any(family in attention for family in ("flash", "flex"))
+    return any(family in attention for family in ("flash", "flex", "packed"))
 
 
 def _round_up(size: int, multiple: int) -> int:

@@ -30,10 +30,11 @@ from ..algorithm.offpolicy import mismatch_metrics
 from ..algorithm.surrogates import value_loss
 from ..config.load import CriticConfig, ModelConfig, OptimConfig
 from ..groups import Batch
-from . import checkpoint
+from . import checkpoint, memory
 from .batching import plan_micro_batches
 from .critic import Critic
 from .flops import ModelFlops, peak_flops, speed
+from .layers import ATTENTION, replace_layers
 from .lora import inject_adapters, merged_shards
 from .policy import MicroBatchTensors, Policy, pick_attention, takes_packed, to_tensors
 from .publisher import Order, Parts, Published, Publisher, shards_of
@@ -57,6 +58,8 @@ class RankSpec:
     """Seconds after which a collective gives up on a lost peer."""
     seed: int = 0
     """Of new adapters."""
+    longest: int = memory.SMALLEST
+    """Tokens of the longest sequence that a run may train on; what cannot hold it is refused before the first step."""
 
 
 class LearnerRank:
@@ -74,6 +77,8 @@ class LearnerRank:
             self.attention = pick_attention(self.platform, self.dtype)
         packing = spec.model.packing
         self.packed = takes_packed(self.attention) if packing == "auto" else packing == "on"
+        self.fused = self.platform.is_cpu and self.dtype == torch.bfloat16 and spec.model.attention == "auto"
+        """Whether the policy's layers are run by `layers.py`."""
         self.peak = peak_flops(platform.device_name(self.platform))
         self.publisher = Publisher(rank=spec.rank, world=spec.world, threads=spec.threads)
         self.critic: Trainable | None = None
@@ -118,6 +123,11 @@ class LearnerRank:
             _log.warning("no TFLOP/s and MFU will be logged: %s", error)
         if self.spec.model.lora is not None:
             inject_adapters(model, self.spec.model.lora, self.spec.seed)
+        if self.fused:
+            self.fused = replace_layers(model, getattr(model, model.base_model_prefix).layers)
+            if self.fused:  # also of what is loaded later
+                self.attention = ATTENTION
+                self.packed |= self.spec.model.packing == "auto"
         policy = Policy(model).train()
         self._shard(policy, getattr(model, model.base_model_prefix).layers, offload=offload)
         return policy
@@ -130,7 +140,7 @@ class LearnerRank:
         return model
 
     def _shard(self, module: nn.Module, layers: Any, *, offload: bool = False) -> None:
-        shard(module, layers, self.mesh, self.dtype, reduce=self.master, offload=offload)
+        shard(module, layers, self.mesh, self.dtype, reduce=self.master, offload=offload, keep=self.platform.is_cpu)
 
     def begin_stage(
         self, optim: OptimConfig, total_steps: int, critic: CriticConfig | None = None, reference: bool = False
@@ -138,6 +148,7 @@ class LearnerRank:
         """A fresh optimizer and learning-rate schedule for `total_steps` updates, and what goes with the policy: a critic,
         and the policy of this moment as a frozen reference."""
         self.optim = optim
+        self.micro_batch_tokens = self._pass_tokens(optim)
         self.actor = Trainable(self.policy, optim, total_steps)
         self.critic = self._make_critic(critic, total_steps) if critic is not None else None
         self.reference = None
@@ -146,11 +157,41 @@ class LearnerRank:
             self.reference.eval().requires_grad_(False)
             self.refresh_reference()
 
+    def _pass_tokens(self, optim: OptimConfig) -> int:
+        """`optim.micro_batch_tokens`, or what fits; an architecture whose need is not known gets the largest."""
+        if isinstance(optim.micro_batch_tokens, int):
+            return optim.micro_batch_tokens
+        largest = memory.largest_pass(self.platform)
+        if self.flops is None:
+            return largest
+        sizes = [(p.numel(), p.requires_grad) for p in self.policy.parameters()]
+        needed = memory.need(
+            self.flops,
+            parameters=sum(size for size, _ in sizes),
+            trained=sum(size for size, trained in sizes if trained),
+            world=self.spec.world,
+            dtype=self.dtype,
+            attention=self.attention,
+            checkpointing=self.spec.model.gradient_checkpointing,
+            fused=self.fused,
+        )
+        free = torch.tensor(memory.free_memory(self.platform), device=self.device)
+        dist.all_reduce(free, op=dist.ReduceOp.MIN)  # every rank must cut the same passes
+        return memory.tokens_that_fit(
+            needed,
+            int(free) // (self.spec.world if self.platform.is_cpu else 1),
+            longest=memory.SMALLEST,
+            largest=largest,
+        )
+
     def _make_critic(self, settings: CriticConfig, total_steps: int) -> Trainable:
         """From `critic.path`, or with the policy's body of this moment, adapters merged in."""
         from transformers import AutoModel
 
-        critic = Critic(self._load(AutoModel, settings.path or self.model_path), self.master).to(self.device).train()
+        body = self._load(AutoModel, settings.path or self.model_path)
+        if self.fused:
+            replace_layers(body, body.layers)
+        critic = Critic(body, self.master).to(self.device).train()
         shard(critic.value, [], self.mesh, self.master, reduce=self.master)
         self._shard(critic, critic.body.layers)
         if settings.path is None:
@@ -283,14 +324,17 @@ class LearnerRank:
         plan = plan_micro_batches(
             batch.sequence_lengths,
             self.spec.world,
-            self.optim.micro_batch_tokens,
+            self.micro_batch_tokens,
             packed=self.packed,
             cost=float if self.flops is None else self.flops.sequence,
         )
         mine = plan[self.spec.rank]
         for i, sequences in enumerate(mine):
             if gradient:
-                module.set_requires_gradient_sync(i == len(mine) - 1)
+                last = i == len(mine) - 1
+                module.set_requires_gradient_sync(last)
+                # on a CPU to gather is to cast, which costs more than the room; the optimizer makes the copies stale
+                module.set_reshard_after_backward(last or not self.platform.is_cpu)
             yield to_tensors(batch, sequences, self.device, packed=self.packed)
 
     def _on_device(self, row_T: NDArray[Any]) -> Tensor:

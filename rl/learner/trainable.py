@@ -24,15 +24,19 @@ def shard(
     *,
     reduce: torch.dtype,
     offload: bool = False,
+    keep: bool = False,
 ) -> None:
     """Shards `parts`, then what is left of `module`, by FSDP2: passes gather parameters in `compute`, gradients are summed
-    over ranks in `reduce`. With `offload` the shards lie in host memory between passes."""
+    over ranks in `reduce`. With `offload` the shards lie in host memory between passes; with `keep` what a pass gathered
+    stays until it is resharded (`set_reshard_after_backward`, `reshard`)."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
     where = CPUOffloadPolicy() if offload else OffloadPolicy()
     for part in [*parts, module]:
-        sharded: Any = fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=where)
+        sharded: Any = fully_shard(
+            part, mesh=mesh, mp_policy=precision, offload_policy=where, reshard_after_forward=not keep
+        )
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
 

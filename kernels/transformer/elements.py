@@ -1,0 +1,239 @@
+"""Element-wise parts of a transformer layer on a CPU, each in one pass over bfloat16 rows with float32 arithmetic.
+
+torch takes a pass, and a float32 copy, for every cast, product and sum of these. bfloat16 stands here as uint16.
+
+What is compiled is kept between processes; see `kernels/patch_coding/lanes.py`.
+Shape legend: T tokens, H features of a row, I features of the MLP, D features of a head.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+# (numba infers the types of what it compiles)
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from llvmlite import ir
+from numba import extending, float32, njit, types, uint16
+
+intrinsic: Any = extending.intrinsic
+
+_options = {"nogil": True, "cache": os.access(Path(__file__).parent, os.W_OK)}
+compiled = njit(**_options, error_model="numpy", fastmath={"reassoc", "contract"})
+inlined = njit(**_options, inline="always")
+
+
+@intrinsic
+def widen(_context, x):
+    """A bfloat16's bits as float32."""
+
+    def emit(_c, builder, _s, args):
+        bits = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(types.uint16), emit
+
+
+@intrinsic
+def narrow(_context, x):
+    """The bits of the nearest bfloat16, ties to even; what is not a number stays so."""
+
+    def emit(_c, builder, _s, args):
+        word, short = ir.IntType(32), ir.IntType(16)
+        bits = builder.bitcast(args[0], word)
+        odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
+        rounded = builder.add(bits, builder.add(odd, ir.Constant(word, 0x7FFF)))
+        found = builder.trunc(builder.lshr(rounded, ir.Constant(word, 16)), short)
+        return builder.select(builder.fcmp_unordered("uno", args[0], args[0]), ir.Constant(short, 0x7FC0), found)
+
+    return types.uint16(types.float32), emit
+
+
+@intrinsic
+def nearest(_context, x):
+    """Rounded to a whole number."""
+
+    def emit(_c, builder, _s, args):
+        return builder.call(builder.module.declare_intrinsic("llvm.rint", [ir.FloatType()]), [args[0]])
+
+    return types.float32(types.float32), emit
+
+
+@intrinsic
+def power_of_two(_context, n):
+    """2^n of a whole float32 between -126 and 127."""
+
+    def emit(_c, builder, _s, args):
+        word = ir.IntType(32)
+        exponent = builder.add(builder.fptosi(args[0], word), ir.Constant(word, 127))
+        return builder.bitcast(builder.shl(exponent, ir.Constant(word, 23)), ir.FloatType())
+
+    return types.float32(types.float32), emit
+
+
+@inlined
+def exp(x):
+    """Of a float32 between -87 and 88, beyond which it stays what it is there. To 1e-5 relative, where bfloat16 rounds to 4e-3,
+    and in operations that LLVM vectorises."""
+    t = min(max(x, float32(-87.0)), float32(88.0)) * float32(math.log2(math.e))
+    n = nearest(t)
+    f = (t - n) * float32(math.log(2))
+    p = float32(1 / 720)
+    p = p * f + float32(1 / 120)
+    p = p * f + float32(1 / 24)
+    p = p * f + float32(1 / 6)
+    p = p * f + float32(0.5)
+    p = p * f + float32(1.0)
+    p = p * f + float32(1.0)
+    return p * power_of_two(n)
+
+
+@compiled
+def norm(x, weight, eps, out, scales):
+    """x / rms(x) * weight of every row; `scales` [T] receives 1 / rms."""
+    rows, width = x.shape
+    for t in range(rows):
+        squares = float32(0.0)
+        for i in range(width):
+            v = widen(x[t, i])
+            squares += v * v
+        scale = float32(1.0) / float32(math.sqrt(squares / float32(width) + float32(eps)))
+        scales[t] = scale
+        for i in range(width):
+            out[t, i] = narrow(widen(x[t, i]) * scale * widen(weight[i]))
+
+
+@compiled
+def add_norm(x, y, weight, eps, total, out, scales):
+    """`norm` of x + y, which `total` receives."""
+    rows, width = x.shape
+    for t in range(rows):
+        squares = float32(0.0)
+        for i in range(width):
+            bits = narrow(widen(x[t, i]) + widen(y[t, i]))
+            total[t, i] = bits
+            v = widen(bits)
+            squares += v * v
+        scale = float32(1.0) / float32(math.sqrt(squares / float32(width) + float32(eps)))
+        scales[t] = scale
+        for i in range(width):
+            out[t, i] = narrow(widen(total[t, i]) * scale * widen(weight[i]))
+
+
+@compiled
+def norm_backward(x, weight, scales, dout, dx, dweight):
+    """Adds x's gradient to `dx` and the weight's to the float32 row `dweight`."""
+    rows, width = x.shape
+    for t in range(rows):
+        scale = scales[t]
+        dot = float32(0.0)
+        for i in range(width):
+            dot += widen(dout[t, i]) * widen(weight[i]) * widen(x[t, i])
+        factor = dot * scale * scale * scale / float32(width)
+        for i in range(width):
+            v = widen(x[t, i])
+            d = widen(dout[t, i])
+            dweight[i] += d * v * scale
+            dx[t, i] = narrow(widen(dx[t, i]) + d * widen(weight[i]) * scale - v * factor)
+
+
+@compiled
+def gated(gate, up, out):
+    """silu(gate) * up."""
+    rows, width = gate.shape
+    for t in range(rows):
+        for i in range(width):
+            g = widen(gate[t, i])
+            out[t, i] = narrow(g / (float32(1.0) + exp(-g)) * widen(up[t, i]))
+
+
+@compiled
+def gated_backward(gate, up, dout, out, dgate, dup):
+    """The gradients, and the product once more."""
+    rows, width = gate.shape
+    for t in range(rows):
+        for i in range(width):
+            g = widen(gate[t, i])
+            u = widen(up[t, i])
+            d = widen(dout[t, i])
+            s = float32(1.0) / (float32(1.0) + exp(-g))
+            silu = g * s
+            out[t, i] = narrow(silu * u)
+            dup[t, i] = narrow(d * silu)
+            dgate[t, i] = narrow(d * u * (s + silu * (float32(1.0) - s)))
+
+
+@compiled
+def rotate(x, cos, sin, out):
+    """Rotary embedding of rows [T, heads * D] by the token's angles [T, D / 2], into `out` [heads, T, D]."""
+    heads, rows, width = out.shape
+    half = width // 2
+    for t in range(rows):
+        for h in range(heads):
+            for i in range(half):
+                a = widen(x[t, h * width + i])
+                b = widen(x[t, h * width + half + i])
+                c = cos[t, i]
+                s = sin[t, i]
+                out[h, t, i] = narrow(a * c - b * s)
+                out[h, t, half + i] = narrow(b * c + a * s)
+
+
+@compiled
+def rotate_back(x, cos, sin, out):
+    """The inverse rotation of [heads, T, D] into rows [T, heads * D]."""
+    heads, rows, width = x.shape
+    half = width // 2
+    for t in range(rows):
+        for h in range(heads):
+            for i in range(half):
+                a = widen(x[h, t, i])
+                b = widen(x[h, t, half + i])
+                c = cos[t, i]
+                s = sin[t, i]
+                out[t, h * width + i] = narrow(a * c + b * s)
+                out[t, h * width + half + i] = narrow(b * c - a * s)
+
+
+@compiled
+def causal_softmax(scores, scale, sums):
+    """Softmax over the first t + 1 of a row's scores, in place, for scores [heads, L, L]; `sums` [heads, L] receives the
+    logarithm of the denominators, scores taken times `scale`."""
+    heads, length, _ = scores.shape
+    for h in range(heads):
+        for t in range(length):
+            row = scores[h, t]
+            top = float32(-3.0e38)
+            for j in range(t + 1):
+                top = max(top, widen(row[j]))
+            total = float32(0.0)
+            for j in range(t + 1):
+                total += exp((widen(row[j]) - top) * scale)
+            log_sum = top * scale + float32(math.log(total))
+            sums[h, t] = log_sum
+            for j in range(t + 1):
+                row[j] = narrow(exp(widen(row[j]) * scale - log_sum))
+            for j in range(t + 1, length):
+                row[j] = uint16(0)
+
+
+@compiled
+def causal_softmax_backward(scores, dprobs, scale, sums, deltas):
+    """In place: `scores` become the probabilities again, and `dprobs` the scores' gradient; `deltas` [heads, L] is the sum of
+    out * dout of each query."""
+    heads, length, _ = scores.shape
+    for h in range(heads):
+        for t in range(length):
+            row = scores[h, t]
+            slope = dprobs[h, t]
+            log_sum = sums[h, t]
+            delta = deltas[h, t]
+            for j in range(t + 1):
+                p = exp(widen(row[j]) * scale - log_sum)
+                row[j] = narrow(p)
+                slope[j] = narrow(p * (widen(slope[j]) - delta) * scale)
+            for j in range(t + 1, length):
+                row[j] = uint16(0)
+                slope[j] = uint16(0)
