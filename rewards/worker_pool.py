@@ -26,6 +26,8 @@ from typing import Any
 
 START_SECONDS = 120.0
 """How long a worker may take to import what it needs."""
+PATIENCE = 10
+"""How many times a limit of processor time a task may take by the clock."""
 ATTEMPTS = 3
 """How many workers may die under one task before it is given up."""
 MAX_REPLY = 64 * 2**20
@@ -62,7 +64,8 @@ class WorkerPool:
     The factory gets `arguments` and returns a function from one (pickled) task to a JSON value. `memory_bytes` limits the
     address space, `network=False` takes the network away where the kernel allows it, `environment` replaces the
     worker's environment (None: inherit), its output goes to our standard error, or nowhere with `output=False`.
-    Thread-safe; usable from asyncio through a thread.
+    `processor_time`: a task's limit is of its worker's processor time, so that a loaded machine changes no verdict (at most
+    `PATIENCE` times as long by the clock). Thread-safe; usable from asyncio through a thread.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class WorkerPool:
         recycle: int = 5000,
         spare: bool = True,
         output: bool = True,
+        processor_time: bool = False,
     ) -> None:
         if workers < 1:
             raise ValueError(f"concurrency is {workers}; it must be at least 1")
@@ -88,6 +92,7 @@ class WorkerPool:
         }
         self._environment, self._output = environment, output
         self._workers, self._recycle, self._spare = workers, recycle, spare
+        self._processor_time = processor_time
         self._free = threading.Condition()
         self._idle: list[_Worker] = []
         self._running = 0
@@ -232,6 +237,13 @@ class _Worker:
             else:
                 self.failure = str(reply.get("error")) if isinstance(reply, dict) else "a bad greeting"
 
+    def processor_seconds(self) -> float:
+        """Processor time that the process has used; 0 when it is gone."""
+        try:  # the clock of another process, as clock_getcpuclockid(3) computes its id
+            return time.clock_gettime((~self.process.pid << 3) | 2)
+        except OSError:
+            return 0.0
+
     def kill(self) -> int:
         """Ends the process and all that it started; the exit status."""
         if self.process.poll() is None:
@@ -251,6 +263,8 @@ class _Job:
     index: int
     assigned: float
     sent: float | None = None
+    used: float = 0.0
+    """Processor time of the worker when the task was sent."""
 
 
 class _Run:
@@ -291,7 +305,7 @@ class _Run:
 
     def _send(self, worker: _Worker) -> None:
         job = self.busy[worker]
-        job.sent = time.monotonic()
+        job.sent, job.used = time.monotonic(), worker.processor_seconds()
         worker.send({"task": self.tasks[job.index], "timeout": self.timeout})
 
     def _limit(self, job: _Job) -> float:
@@ -299,6 +313,16 @@ class _Run:
         if job.sent is None:
             return job.assigned + START_SECONDS
         return max(job.assigned + self.timeout, job.sent + self.timeout / 2)
+
+    def _has_time(self, worker: _Worker, job: _Job, now: float) -> bool:
+        """Whether a task past its limit by the clock has processor time left; it is then given that much more."""
+        if not self.pool._processor_time or job.sent is None or now > job.sent + PATIENCE * self.timeout:
+            return False
+        left = self.timeout - (worker.processor_seconds() - job.used)
+        if left <= 0.0:
+            return False
+        job.assigned = now - self.timeout + max(left, 0.01)
+        return True
 
     def _wait(self) -> None:
         if not self.busy:
@@ -313,7 +337,7 @@ class _Run:
             self._look_at(worker)
         now = time.monotonic()
         for worker, job in list(self.busy.items()):
-            if now < self._limit(job):
+            if now < self._limit(job) or self._has_time(worker, job, now):
                 continue
             if job.sent is None:
                 worker.failure = f"the worker did not start within {START_SECONDS:g} s"

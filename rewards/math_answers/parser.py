@@ -1,64 +1,157 @@
-"""A small parser for final answers.
+"""The parser of final answers, and its grammar.
 
-It runs in the trainer's process on text that a model wrote, so it evaluates nothing, bounds its length and depth, and
-takes linear time. What it cannot read raises `Unreadable` and is left to the symbolic back end.
+    answer     := choice | clock | text | items
+    items      := item (("," | ";" | "and" | "or") item)*
+    item       := [label] chain [modulus] [condition]
+    label      := text (":" | "=")
+    chain      := ratio (sign ratio)*              sign: = < > <= >= != ~ equiv in notin subset to
+    modulus    := "(mod" sum ")"
+    condition  := ("for" | "where" | "if" | "when" | "otherwise" | ...) any tokens up to the next ";"
+    ratio      := union (":" union)*
+    union      := sum (("cup" | "cap" | "setminus") sum)*
+    sum        := ["+" | "-" | "+-"] term (("+" | "-" | "+-" | "-+") term)*
+    term       := factor (["*" | "/"] factor)* [unit]
+    factor     := "-" factor | atom postfix*
+    postfix    := "^" argument | "!" | "!!" | "%" | degree | "'"
+    argument   := "{" items "}" | one token         \\frac12 and x^23: one digit of LaTeX's, but x^10 is meant as written
+    atom       := number | name ["_" argument] | name "(" items ")" | function | brackets | bars | "..."
+                | \\frac argument argument | \\sqrt ["[" sum "]"] argument | big operator | matrix | cases | derivative
+    brackets   := "(" items ")" | "[" items "]" | "(" items "]" | "\\{" items [("|" | ":") items] "\\}" | "{" items "}"
+    unit       := (text | upright letter) ["^" number] (("/" | "*") ...)*
+
+Side by side stands for a product, except that a number may follow nothing but a power, `1\\frac45` and `1 4/5` are mixed
+numbers, and `f(2)` is an application (`values.py` says when it is a product). What does not fit becomes VERBATIM and equals
+only the same tokens. The parser evaluates nothing, its depth and length are bounded and it takes linear time.
 """
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
-from typing import NamedTuple
 
-from .lexer import FUNCTIONS, Token, Unreadable, clean, tokenise
+from .lexer import FUNCTIONS, Token, tokenise
+from .tree import INFINITY, Kind, Node, negative, number, number_of, walk
+from .units import DEGREE, MULTIPLIERS, PERCENT, Unit, read_unit
 
 MAX_CHARS = 1000
 """Longer answers are refused: no reference answer of a public data set comes near."""
-MAX_DEPTH = 40
-_GREEK = frozenset((
-    "alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "kappa", "lambda", "mu", "nu", "xi",
-    "rho", "sigma", "tau", "phi", "varphi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Sigma", "Phi",
-    "Psi", "Omega", "ell",
-))  # fmt: skip
+MAX_DEPTH = 30
+"""Brackets, arguments and signs within each other."""
+MAX_EXPONENT = 4000
+"""Digits that a number in e-notation may have."""
 _RELATIONS = {
-    "=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\approx": "~", r"\equiv": "=",
+    "=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\approx": "~", r"\sim": "sim", r"\equiv": "equiv",
+    r"\in": "in", r"\notin": "notin", r"\subset": "subset", r"\subseteq": "subseteq", r"\to": "to", r"\iff": "iff",
+    r"\perp": "perp", r"\parallel": "parallel", r"\cong": "cong", r"\propto": "propto", r"\implies": "implies",
 }  # fmt: skip
-_CLOSERS = {"(": ")]", "[": ")]", r"\{": r"\}"}
+_GREEK = frozenset(
+    "alpha beta gamma delta epsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho sigma tau upsilon varphi chi psi omega "
+    "Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega Pi ell hbar nabla partial Re Im aleph imath jmath".split()
+)
+_ACCENTS = frozenset("hat bar vec dot ddot tilde overline overrightarrow underline overleftrightarrow overset".split())
+_BIG = {r"\sum": "sum", r"\prod": "prod", r"\int": "int", r"\lim": "lim", r"\iint": "iint", r"\iiint": "iiint", r"\oint": "oint"}
+_CLOSERS = {"(": ")]", "[": ")]", r"\{": r"\}", r"\langle": r"\rangle"}
+_CONDITIONS = (
+    "if when where for unless otherwise with such provided given whenever while assuming otherwise. as else because since is are was "
+    "but not it can could may".split()
+)
+_CHOICE = re.compile(
+    r"\s*(?:\\(?:text(?:bf|rm)?|mathrm|mathbf|boldsymbol|rm|bf|mbox)\s*\{\s*)?(?:(?:option|choice|选项)\s*)?"
+    r"(?P<open>[(（]?)\s*(?:\\(?:text(?:bf|rm)?|mathrm|mathbf)\s*\{)?\s*(?P<letter>[A-J])\s*\}?\s*(?P<close>[)）.:：、]?)\s*\}?"
+    r"(?P<mark>[)）.:：、]?)\s*\}?(?:\\[ ,;:~]|\\q?quad|[\s~])*(?P<rest>.*)\Z",
+    re.DOTALL,
+)
+_CLOCK = re.compile(
+    r"\s*(\d{1,2})(?::(\d{2}))?\s*(?:\\[ ,;]|~)*\s*(?:\\(?:text|mathrm|mbox)\s*\{)?[\s~]*([AaPp])\.?\s*[Mm]\.?\s*\}?\s*\Z"
+)
 
 
-class Node(NamedTuple):
-    """`kind` with `args`: child nodes, and for leaves the payload.
+class Unreadable(ValueError):
+    """The text is outside the grammar (it may still be mathematics)."""
 
-    num(Fraction, digits after the point or -1) var(name) const(name) text(words) add(..) mul(..) neg(a) div(a, b)
-    pow(a, b) call(name, a[, b]) fact(a) pm(a, b) deg(a) pct(a) unit(a, words) base(digits, radix) apply(name, arg)
-    group(open + close, items..) set(items..) list(items..) union(items..) ratio(items..) matrix(rows of items..)
-    rel(ops, sides..) member(a, b) such(a, b)
-    """
 
-    kind: str
-    args: tuple[object, ...]
+class TooDeep(ValueError):
+    """More levels than anyone writes: a degenerate text."""
 
 
 def parse(text: str) -> Node:
-    """The tree of an answer, e.g. `parse("x=5, y=2")` is a list of two relations. Raises Unreadable."""
+    """The tree of an answer, VERBATIM if it is outside the grammar. Raises TooDeep, and Unreadable if it is empty or too long."""
     if len(text) > MAX_CHARS:
         raise Unreadable(f"longer than {MAX_CHARS} characters")
-    tokens = tokenise(clean(text))
+    if (clock := _CLOCK.match(text)) is not None and int(clock.group(1)) <= 24:
+        hours = int(clock.group(1)) % 12 + (12 if clock.group(3) in "Pp" else 0)
+        return Node(Kind.CLOCK, (), hours * 60 + int(clock.group(2) or 0))
+    choice = _read_choice(text)
+    return choice if choice is not None else _parse_tokens(_trimmed(tokenise(text)))
+
+
+def _trimmed(tokens: list[Token]) -> list[Token]:
+    """Without a full stop or comma at the end, or a sign that waits for something on either side."""
+    start, end = 0, len(tokens)
+    while end > start and tokens[end - 1].text in (".", ",", ";", "=", ":", "!") and tokens[end - 1].kind == "sign":
+        if tokens[end - 1].text == "!" and end - start > 1 and tokens[end - 2].kind != "text":
+            break
+        end -= 1
+    while start < end and tokens[start].text in ("=", ":", ",", r"\therefore", r"\Rightarrow", r"\implies"):
+        start += 1
+    return tokens[start:end]
+
+
+def _parse_tokens(tokens: list[Token]) -> Node:
     if not tokens:
         raise Unreadable("empty")
-    if all(token.kind == "text" or (token.kind == "op" and token.text in ",.'!-") for token in tokens):
-        phrases = re.split(r"\s*,\s*|\band\b", " ".join(t.text for t in tokens))
-        found = tuple(Node("text", (phrase.strip(),)) for phrase in phrases if phrase.strip())
-        if found:
-            return found[0] if len(found) == 1 else Node("list", found)
+    if (words := _words(tokens)) is not None:
+        return words
     parser = _Parser(tokens)
-    tree = parser.items()
-    if parser.at < len(tokens):
-        raise Unreadable(f"unexpected {tokens[parser.at].text!r}")
-    return tree
+    try:
+        tree = parser.items()
+        if parser.at < len(tokens):
+            raise Unreadable(f"unexpected {tokens[parser.at].text!r}")
+        return tree
+    except Unreadable:
+        return Node(Kind.VERBATIM, (), _spelled(tokens))
+
+
+def _spelled(tokens: list[Token]) -> tuple[str, ...]:
+    return tuple(t.text.casefold() if t.kind == "text" else t.text for t in tokens)
+
+
+def _words(tokens: list[Token]) -> Node | None:
+    """A text of words alone, or a list of such."""
+    if not all(t.kind in ("text", "run") or (t.kind == "sign" and t.text in ",.'!-\"()") for t in tokens):
+        return None
+    if not any(t.kind == "text" for t in tokens):
+        return None
+    items: list[list[str]] = [[]]
+    for token in tokens:
+        if token.text == ",":
+            items.append([])
+        elif token.kind != "sign":
+            items[-1].append(token.text)
+    found = tuple(Node(Kind.TEXT, (), " ".join(words)) for words in items if words)
+    return found[0] if len(found) == 1 else Node(Kind.LIST, found)
+
+
+def _read_choice(text: str) -> Node | None:
+    """`C`, `(C)`, `\\textbf{(C)} 12`, `C. 12`: the letter and what stands beside it."""
+    if len(text) > 300 or (match := _CHOICE.match(text)) is None:
+        return None
+    marked = bool(match["close"] or match["mark"])
+    rest = match["rest"].strip().strip(".").strip()
+    if match["open"] and not marked:
+        return None
+    if not rest:
+        return Node(Kind.CHOICE, (), match["letter"])
+    if not marked or re.match(r"[=<>+\-*/^_,|:;)]|\\(?:cdot|times|le|ge|in|cup|frac|sqrt|pm|to)\b|\(|and\b|or\b|\d*\s*[(]?[A-J][).]", rest):
+        return None
+    if match["open"] == "" and (match["close"] or match["mark"]) in (")", "）"):
+        return None if "(" in rest else Node(Kind.CHOICE, (parse(rest),), match["letter"])
+    return Node(Kind.CHOICE, (parse(rest),), match["letter"])
 
 
 class _Parser:
+    """Recursive descent over tokens. `bars`: how many `|` are open; `depth`: levels open now."""
+
     def __init__(self, tokens: list[Token]) -> None:
         self.tokens, self.at, self.depth, self.bars = tokens, 0, 0, 0
 
@@ -70,235 +163,470 @@ class _Parser:
         index = self.at + ahead
         return self.tokens[index].kind if index < len(self.tokens) else ""
 
-    def take(self, expected: str | None = None) -> str:
+    def spaced(self) -> bool:
+        return self.at < len(self.tokens) and self.tokens[self.at].spaced
+
+    def take(self, *expected: str) -> str:
         text = self.peek()
-        if not text or (expected is not None and text != expected):
+        if not text or (expected and text not in expected):
             raise Unreadable(f"expected {expected!r}, found {text!r}")
         self.at += 1
         return text
 
     def skip(self, *texts: str) -> bool:
         """Whether the next token is one of these, which is then taken."""
-        found = self.peek() in texts
+        found = self.kind() not in ("text", "") and self.peek() in texts
         self.at += found
         return found
 
     def enter(self) -> None:
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise Unreadable("nested too deeply")
+            raise TooDeep("nested too deeply")
+
+    # items and statements
 
     def items(self) -> Node:
-        """statement (sep statement)*"""
-        found = [self.statement()]
+        found = [self.item()]
         while self.skip(",", ";"):
             while self.skip(",", ";"):
                 pass
-            if not self.peek() or self.peek() in (")", "]", "}", r"\}"):
+            if not self.peek() or self.peek() in (")", "]", "}", r"\}", r"\rangle", "|"):
                 break
-            found.append(self.statement())
-        return found[0] if len(found) == 1 else Node("list", tuple(found))
+            found.append(self.item())
+        return found[0] if len(found) == 1 else Node(Kind.LIST, tuple(found))
 
-    def statement(self) -> Node:
-        """[label:] union (relation union)*, or `x in S`, or a ratio."""
-        if self.kind() == "text" and self.peek(1) in (":", "="):
-            label = self.take()
+    def item(self) -> Node:
+        self.enter()
+        if self.kind() == "text" and self.peek(1) in (":", "=") and self.kind(1) == "sign":
+            name = Node(Kind.TEXT, (), self.take())
             self.at += 1
-            return Node("rel", ("=", Node("var", (label.lower(),)), self.union()))
-        sides, ops = [self.ratio()], []
-        while (op := self.peek()) in _RELATIONS:
+            result = Node(Kind.RELATION, (name, self.chain()), ("=",))
+        elif self.kind() == "text" and self.starts_atom(1) and _is_lead(self.peek()):
             self.at += 1
-            ops.append(_RELATIONS[op])
+            result = self.chain()
+        else:
+            result = self.chain()
+        if (modulus := self.modulus()) is not None:
+            result = Node(Kind.MODULO, (result, modulus))
+        if self.kind() == "text" and self.peek().split()[0].lower().strip(",.") in _CONDITIONS:
+            result = Node(Kind.QUALIFIED, (result,), self.condition())
+        elif self.peek() == "," and self.kind(1) == "text" and self.peek(1).split()[0].lower() in _CONDITIONS[:14]:
+            self.at += 1
+            result = Node(Kind.QUALIFIED, (result,), self.condition())
+        elif self.peek() == "(" and self.kind(1) in ("name", "text"):
+            result = self.remark(result)
+        elif self.peek() in (r"\forall",):
+            result = Node(Kind.QUALIFIED, (result,), self.condition())
+        self.depth -= 1
+        return result
+
+    def remark(self, result: Node) -> Node:
+        """A condition in brackets behind the answer: `k\\pi (k \\in \\mathbb{Z})`."""
+        end = self.at + 1
+        while end < len(self.tokens) and self.tokens[end].text not in "()":
+            end += 1
+        if end != len(self.tokens) - 1 or self.tokens[end].text != ")":
+            return result
+        condition = _spelled(self.tokens[self.at + 1 : end])
+        self.at = end + 1
+        return Node(Kind.QUALIFIED, (result,), condition)
+
+    def condition(self) -> tuple[str, ...]:
+        start = self.at
+        while self.peek() and self.peek() not in (";", r"\\", "&", r"\end", r"\}"):
+            self.at += 1
+        return _spelled(self.tokens[start : self.at])
+
+    def modulus(self) -> Node | None:
+        if self.skip(r"\pmod"):
+            return self.argument()
+        if self.skip(r"\bmod", r"\mod"):
+            return self.product()
+        if self.peek() == "(" and self.peek(1) in (r"\bmod", r"\mod"):
+            self.at += 2
+            inner = self.sum()
+            self.take(")")
+            return inner
+        return None
+
+    def chain(self) -> Node:
+        sides, signs = [self.ratio()], []
+        while self.kind() != "text" and (sign := self.peek()) in _RELATIONS:
+            self.at += 1
+            signs.append(_RELATIONS[sign])
             sides.append(self.ratio())
-        if ops:
-            return Node("rel", (",".join(ops), *sides))
-        if self.skip(r"\in"):
-            return Node("member", (sides[0], self.union()))
-        return sides[0]
+        return Node(Kind.RELATION, tuple(sides), tuple(signs)) if signs else sides[0]
 
     def ratio(self) -> Node:
         found = [self.union()]
-        while self.skip(":"):
+        while self.bars == 0 and self.peek() == ":" and self.kind() == "sign":
+            self.at += 1
             found.append(self.union())
-        return found[0] if len(found) == 1 else Node("ratio", tuple(found))
+        return found[0] if len(found) == 1 else Node(Kind.RATIO, tuple(found))
 
     def union(self) -> Node:
-        found = [self.sum()]
-        while self.skip(r"\cup", r"\bigcup"):
+        found, signs = [self.sum()], set()
+        while (sign := self.peek()) in (r"\cup", r"\cap", r"\setminus"):
+            self.at += 1
+            signs.add({r"\cup": "union", r"\cap": "intersection", r"\setminus": "without"}[sign])
             found.append(self.sum())
-        return found[0] if len(found) == 1 else Node("union", tuple(found))
+        if len(signs) > 1:
+            raise Unreadable("unions and intersections side by side")
+        return found[0] if len(found) == 1 else Node(Kind.UNION, tuple(found), signs.pop())
+
+    # sums and products
 
     def sum(self) -> Node:
         self.enter()
-        result: Node | None = None
+        terms: list[Node] = []
         while True:
-            sign = self.peek()
-            if not self.skip("+", "-", r"\pm", r"\mp") and result is not None:
+            sign = self.peek() if self.kind() != "text" else ""
+            if not self.skip("+", "-", r"\pm", r"\mp") and terms:
                 break
+            if not terms and sign == "+" and not self.peek():
+                raise Unreadable("a sign alone")
             term = self.product()
             if sign in (r"\pm", r"\mp"):
-                result = Node("pm", (result, term) if result is not None else (Node("num", (Fraction(0), -1)), term))
-                continue
-            term = Node("neg", (term,)) if sign == "-" else term
-            result = term if result is None else Node("add", (result, term))
+                term = Node(Kind.PLUS_MINUS, (term,), "+-" if sign == r"\pm" else "-+")
+            terms.append(_negated(term) if sign == "-" else term)
         self.depth -= 1
-        return result
+        return terms[0] if len(terms) == 1 else Node(Kind.SUM, tuple(terms))
 
     def product(self) -> Node:
-        result = self.factor()
+        factors = [self.factor()]
         while True:
-            token, kind = self.peek(), self.kind()
-            if self.skip("*", r"\cdot", r"\times", r"\ast"):
-                result = Node("mul", (result, self.factor()))
-            elif self.skip("/", r"\div"):
-                result = Node("div", (result, self.factor()))
-            elif kind == "text":
-                self.at += 1
-                result = Node("unit", (result, token))
-                if self.skip("^"):
-                    self.argument()
-            elif token == "(" and result.kind == "var" and not self.tokens[self.at].spaced:
-                result = Node("apply", (result, self.brackets()))
-            elif self.starts_factor(result):
-                factor = self.factor()
-                mixed = _is_integer(result) and factor.kind == "div" and all(_is_integer(a) for a in factor.args)
-                result = Node("mixed" if mixed else "mul", (result, factor))
+            if self.skip("*"):
+                factors.append(self.factor())
+            elif self.skip("/"):
+                bottom = self.factor()
+                if len(factors) == 1:
+                    factors = [Node(Kind.QUOTIENT, (factors[0], bottom))]
+                else:
+                    factors.append(Node(Kind.INVERSE, (bottom,)))
+            elif (unit := self.unit(factors)) is not None:
+                body = factors[0] if len(factors) == 1 else Node(Kind.PRODUCT, tuple(factors))
+                factors = [Node(Kind.QUANTITY, (body,), unit)]
+            elif (mixed := self.mixed(factors[-1])) is not None:
+                factors[-1] = mixed
+            elif self.starts_atom():
+                if self.kind() == "number" and factors[-1].kind is not Kind.POWER:
+                    raise Unreadable("numbers side by side")
+                factor = self.postfix(self.atom())
+                if factors[-1].kind is Kind.NUMBER and factor.kind is Kind.QUOTIENT and _whole(factor.args[0]):
+                    raise Unreadable("a number beside a fraction")
+                factors.append(factor)
             else:
-                return result
+                break
+        return factors[0] if len(factors) == 1 else Node(Kind.PRODUCT, _flat(factors))
 
-    def starts_factor(self, before: Node) -> bool:
-        token, kind = self.peek(), self.kind()
-        if kind == "num":  # `6 1/64` is a mixed number; other juxtaposed numbers are not a product
-            if _is_integer(before) and self.tokens[self.at].spaced and self.peek(1) == "/" and self.kind(2) == "num":
-                numerator, denominator = Fraction(token), Fraction(self.peek(2))
-                self.tokens[self.at : self.at + 3] = [Token("fraction", f"{numerator}/{denominator}", True)]
-                return True
-            return before.kind not in ("num", "div", "mixed")
-        if kind in ("var", "fraction"):
+    def mixed(self, before: Node) -> Node | None:
+        """`1\\frac45`, `1 4/5`: an integer and a proper fraction of integers."""
+        if not _whole(before):
+            return None
+        start = self.at
+        if self.skip(r"\frac"):
+            fraction = Node(Kind.QUOTIENT, (self.argument(), self.argument()))
+        elif self.kind() == "number" and self.spaced() and self.peek(1) == "/" and self.kind(2) == "number":
+            top = self.numeral()
+            self.at += 1
+            fraction = Node(Kind.QUOTIENT, (top, self.numeral()))
+        else:
+            return None
+        top, bottom = fraction.args
+        if _whole(top) and _whole(bottom) and 0 < number_of(top) < number_of(bottom) and not (self.peek() == "/"):
+            return Node(Kind.MIXED, (before, fraction))
+        self.at = start
+        return None
+
+    def unit(self, factors: list[Node]) -> Unit | None:
+        """The unit after a number, if the text there is one."""
+        if self.kind() not in ("text", "letter", "run", "sign", "name") or len(factors) > 8:
+            return None
+        text = self.peek()
+        if self.kind() == "text":
+            if self.peek().lower() in MULTIPLIERS:
+                self.at += 1
+                factors.append(number(MULTIPLIERS[text.lower()]))
+                return None if not self.peek() else self.unit(factors)
+        elif self.kind() == "sign":
+            if text not in "$€£¥₹" or not _is_numeric(factors):
+                return None
+        elif not _is_numeric(factors) or (self.kind() == "name" and not self._last_letter()):
+            return None
+        start, pieces, noun = self.at, list[str](), True
+        while self.peek():
+            noun &= self.kind() in ("text", "sign")
+            if self.kind() in ("text", "letter", "run", "name"):
+                pieces.append(self.take())
+            elif self.peek() in "$€£¥₹":
+                pieces.append(self.take())
+            elif self.peek() in ("/", "*") and (self.kind(1) in ("text", "letter", "run", "name")):
+                pieces.append(self.take())
+            elif self.peek() == "^" and pieces and pieces[-1] not in "/*":
+                self.at += 1
+                exponent = self.argument()
+                value = exponent.args[0] if exponent.kind is Kind.NEGATIVE else exponent
+                if not _whole(value):
+                    raise Unreadable("a unit with an odd exponent")
+                pieces[-1] += f"^{'-' if exponent.kind is Kind.NEGATIVE else ''}{number_of(value)}"
+            elif self.peek() in (r"\mu", r"\Omega", r"\degree") and self.peek(1) in ("C", "F", "m", "s", "g", ""):
+                symbol = {r"\mu": "µ", r"\Omega": "Ω", r"\degree": "°"}[self.take()]
+                pieces.append(symbol + (self.take() if self.peek() else ""))
+            else:
+                break
+        unit = read_unit(" ".join(pieces))
+        if unit is None or not (noun or unit.measures):
+            self.at = start
+            return None
+        return unit
+
+    def _last_letter(self) -> bool:
+        """Whether a plain letter with a blank before it ends the answer: `5 m`."""
+        return self.spaced() and self.at == len(self.tokens) - 1 and self.peek() in "msgLNVJWKhl"
+
+    def starts_atom(self, ahead: int = 0) -> bool:
+        token, kind = self.peek(ahead), self.kind(ahead)
+        if kind in ("number", "name", "run", "letter"):
             return True
-        if token in ("(", "[", "{"):
-            return True
-        if token == "|":
-            return self.bars == 0 and self.peek(1) != "" and self.peek(1) != "|"
-        return kind == "cmd" and (token[1:] in FUNCTIONS or token[1:] in _GREEK or token in _ATOMS)
+        if kind == "sign":
+            if token == "|":
+                return self.bars == 0 and self.peek(ahead + 1) not in ("", "|")
+            if token == "(":
+                return self.peek(ahead + 1) not in (r"\bmod", r"\mod")
+            return token in ("[", "{")
+        return kind == "command" and (
+            token[1:] in FUNCTIONS or token[1:] in _GREEK or token in _STARTERS or token[1:] in _ACCENTS or token in _BIG
+        )
 
     def factor(self) -> Node:
-        self.enter()
-        if self.peek() in ("-", "+"):
-            sign = self.take()
-            inner = self.factor()
-            self.depth -= 1
-            return Node("neg", (inner,)) if sign == "-" else inner
+        minus, seen = False, 0
+        while self.peek() in ("-", "+") and self.kind() == "sign":
+            minus ^= self.take() == "-"
+            seen += 1
+            if seen > 4:
+                raise TooDeep("signs in a row")
         result = self.postfix(self.atom())
-        self.depth -= 1
-        return result
+        return _negated(result) if minus else result
 
     def postfix(self, result: Node) -> Node:
-        while True:
+        for _ in range(6):
             if self.skip("^"):
-                result = Node("pow", (result, self.argument()))
-            elif self.skip("!"):
-                result = Node("fact", (result,))
-            elif self.skip("%", r"\%"):
-                result = Node("pct", (result,))
-            elif self.skip(r"\deg"):
-                result = Node("deg", (result,))
-            elif result.kind in ("num", "var") and self.skip("_"):
-                result = self.subscript(result)
+                if result.kind is Kind.POWER and self.peek(-2) != "}":
+                    result = Node(Kind.POWER, (result.args[0], Node(Kind.POWER, (result.args[1], self.argument()))))
+                else:
+                    result = Node(Kind.POWER, (result, self.argument()))
+            elif self.peek() == "!" and self.peek(1) != "=":
+                self.at += 1
+                double = self.peek() == "!"
+                self.at += double
+                result = Node(Kind.CALL, (result,), "double factorial" if double else "factorial")
+            elif self.skip("%"):
+                result = Node(Kind.QUANTITY, (result,), PERCENT)
+            elif self.peek() == r"\degree":
+                result = self.degree(result)
+            elif self.skip("'") and result.kind in (Kind.NAME, Kind.RUN):
+                result = Node(result.kind, (), f"{result.data}'")
+            elif self.peek() == "(" and result.kind is Kind.NAME and str(result.data).endswith("'"):
+                result = Node(Kind.APPLY, (result, self.brackets()))
             else:
                 return result
+        raise TooDeep("signs in a row")
 
-    def subscript(self, before: Node) -> Node:
-        braced = self.peek() == "{"
-        start = self.at
-        if braced:
-            depth = 0
-            while True:
-                depth += {"{": 1, "}": -1}.get(self.take(), 0)
-                if depth == 0:
-                    break
-        else:
-            self.take()
-        name = "".join(t.text for t in self.tokens[start : self.at]).strip("{}")
-        if before.kind == "num":
-            value = before.args[0]
-            assert isinstance(value, Fraction)
-            if value.denominator != 1 or not name.isdigit():
-                raise Unreadable("a number with a subscript that is no base")
-            return Node("base", (value.numerator, int(name)))
-        return Node("var", (f"{before.args[0]}_{name}",))
+    def degree(self, result: Node) -> Node:
+        self.at += 1
+        if self.peek() in ("C", "F") and self.kind() in ("letter", "name"):
+            return Node(Kind.QUANTITY, (result,), read_unit("°" + self.take()))
+        return Node(Kind.QUANTITY, (result,), DEGREE)
 
     def argument(self) -> Node:
-        """What follows ^, \\frac or \\sqrt: a braced expression or one token (`\\frac12`, `x^2`)."""
+        """What follows ^, _, \\frac or \\sqrt: a braced expression, or one token (`\\frac12`, `x^2`)."""
         self.enter()
         if self.skip("{"):
             inner = self.items()
             self.take("}")
-        elif self.kind() == "num" and len(self.peek()) > 1 and self.peek(-1) != "^" and self.peek().isdigit():
+        elif self.kind() == "number" and len(self.peek()) > 1 and self.peek(-1) != "^" and self.peek().isdigit():
             token = self.tokens[self.at]
-            self.tokens[self.at : self.at + 1] = [Token("num", c, False) for c in token.text]
-            inner = self.atom()
+            self.tokens = [*self.tokens[: self.at], *(Token("number", c) for c in token.text), *self.tokens[self.at + 1 :]]
+            inner = self.numeral()
         elif self.peek() in ("-", "+"):
-            sign = self.take()
-            inner = self.atom()
-            inner = Node("neg", (inner,)) if sign == "-" else inner
+            inner = _negated(self.atom()) if self.take() == "-" else self.atom()
         else:
             inner = self.atom()
         self.depth -= 1
         return inner
 
+    # atoms
+
+    def numeral(self) -> Node:
+        text = self.take()
+        mantissa, _, exponent = text.lower().partition("e")
+        if exponent:
+            if abs(int(exponent)) > MAX_EXPONENT:
+                raise TooDeep("a number of too many digits")
+            return Node(Kind.NUMBER, (), (Fraction(mantissa) * Fraction(10) ** int(exponent), -1))
+        digits = len(text.split(".")[1]) if "." in text else -1
+        if (repeating := self.repeating(text)) is not None:
+            return repeating
+        if self.peek() == "_" and digits < 0:
+            return self.based(text)
+        if self.kind() == "text" and self.peek() == "th" and not self.tokens[self.at].spaced:
+            self.at += 1
+        return Node(Kind.NUMBER, (), (Fraction(text), digits))
+
+    def repeating(self, text: str) -> Node | None:
+        """`0.\\overline{3}`, `0.1\\dot{6}`, `0.\\dot{1}4285\\dot{7}`, `0.(3)`."""
+        start, sign = self.at, self.peek()
+        if sign == "." and self.peek(1) in (r"\overline", r"\dot", r"\bar"):
+            self.at += 1
+            text += "."
+        elif sign not in (r"\overline", r"\dot", r"\bar") or "." not in text:
+            if sign != "(" or "." not in text or self.kind(1) != "number" or self.peek(2) != ")" or self.spaced():
+                return None
+            digits = self.peek(1)
+            self.at += 3
+            return _repeating(text, digits) if digits.isdigit() else None
+        opening = self.take()
+        digits = self.digits()
+        if opening == r"\dot" and self.kind() == "number" and self.peek(1) == r"\dot":
+            digits += self.take()
+            self.at += 1
+            digits += self.digits()
+        elif opening == r"\dot" and self.peek() == r"\dot":
+            self.at += 1
+            digits += self.digits()
+        if not digits.isdigit():
+            self.at = start
+            return None
+        return _repeating(text, digits)
+
+    def digits(self) -> str:
+        if self.skip("{"):
+            found = self.take()
+            self.take("}")
+            return found
+        found = self.take()
+        if len(found) > 1 and found.isdigit():
+            self.at -= 1
+            self.tokens = [*self.tokens[: self.at], Token("number", found[1:]), *self.tokens[self.at + 1 :]]
+            return found[0]
+        return found
+
+    def based(self, text: str) -> Node:
+        self.take("_")
+        base = self.argument()
+        if base.kind is Kind.TEXT or not _whole(base) or not 2 <= number_of(base) <= 36:
+            raise Unreadable("a number with a subscript that is no base")
+        return Node(Kind.BASED, (), (text.lstrip("0") or "0", int(number_of(base))))
+
     def atom(self) -> Node:
         token, kind = self.peek(), self.kind()
-        if kind == "num":
+        if kind == "number":
+            return self.numeral()
+        if kind in ("name", "letter"):
+            return self.name()
+        if kind == "run":
             self.at += 1
-            digits = len(token.split(".")[1]) if "." in token else -1
-            return Node("num", (Fraction(token.rstrip(".")), digits))
-        if kind == "fraction":
-            self.at += 1
-            top, bottom = token.split("/")
-            return Node("div", (Node("num", (Fraction(top), -1)), Node("num", (Fraction(bottom), -1))))
-        if kind == "var":
-            self.at += 1
-            return Node("const", (token,)) if token in ("e", "i") else Node("var", (token,))
+            return Node(Kind.RUN, (), token + self.subscript())
         if kind == "text":
             self.at += 1
-            return Node("text", (token,))
-        if token in ("(", "[", "{", r"\{"):
+            return Node(Kind.TEXT, (), token)
+        if kind == "sign" and token in "$€£¥₹" and self.kind(1) == "number":
+            self.at += 1
+            return Node(Kind.QUANTITY, (self.numeral(),), read_unit(token))
+        if token in ("(", "[", "{", r"\{", r"\langle"):
             return self.brackets()
         if token in ("|", r"\|"):
             return self.absolute()
-        if kind == "cmd":
+        if kind == "command":
             return self.command()
+        if token == "." and self.peek(1) == "." and self.peek(2) == ".":
+            self.at += 3
+            return Node(Kind.DOTS)
         raise Unreadable(f"unexpected {token!r}" if token else "ends too early")
+
+    def name(self) -> Node:
+        token = self.take()
+        if token in ("mathbb R", "mathbb Z", "mathbb N", "mathbb Q", "mathbb C"):
+            return Node(Kind.NAME, (), token + self.superscript_sign())
+        if token in ("e", "i") and self.peek() != "_":
+            return Node(Kind.CONSTANT, (), token)
+        result = Node(Kind.NAME, (), token + self.subscript())
+        if self.peek() == "(" and not self.spaced():
+            return self.application(result)
+        return result
+
+    def superscript_sign(self) -> str:
+        """`\\mathbb{R}^+`, `\\mathbb{Z}_{>0}`."""
+        start = self.at
+        if self.peek() in ("^", "_"):
+            self.at += 1
+            self.braced_tokens()
+        return "".join(t.text for t in self.tokens[start : self.at])
+
+    def subscript(self) -> str:
+        if self.peek() != "_":
+            return ""
+        self.at += 1
+        return "_" + self.braced_tokens()
+
+    def braced_tokens(self) -> str:
+        """The spelling of a subscript, without the braces around the whole."""
+        if self.peek() != "{":
+            return self.take()
+        start, depth = self.at, 0
+        while True:
+            depth += {"{": 1, "}": -1}.get(self.take(), 0)
+            if depth == 0:
+                return "".join(t.text for t in self.tokens[start + 1 : self.at - 1])
+
+    def application(self, name: Node) -> Node:
+        if self.peek(1) in (r"\bmod", r"\mod") or self.peek(1) == ")":
+            return name
+        inner = self.brackets()
+        if inner.kind is Kind.GROUP and inner.data != "()":
+            raise Unreadable("a half-open bracket after a name")
+        return Node(Kind.APPLY, (name, inner))
 
     def brackets(self) -> Node:
         opening = self.take()
         bars, self.bars = self.bars, 0
+        self.enter()
         if opening == "{":
             inner = self.items()
             self.take("}")
-            self.bars = bars
-            return inner
-        self.enter()
-        if opening == r"\{":
-            self.bars = 1  # a bar inside a set means `such that`
-        inner = self.items()
-        if opening == r"\{" and self.skip("|", ":", r"\mid"):
-            inner = Node("such", (inner, self.items()))
-        closing = self.take()
-        if closing not in _CLOSERS[opening]:
-            raise Unreadable(f"{opening!r} closed by {closing!r}")
+        elif opening == r"\{":
+            inner = self.braces()
+        else:
+            if opening in "([" and self.peek() in (")", "]"):
+                raise Unreadable("empty brackets")
+            inner = self.items()
+            closing = self.take()
+            if closing not in (_CLOSERS[opening] if opening != r"\langle" else (r"\rangle",)):
+                raise Unreadable(f"{opening!r} closed by {closing!r}")
+            if inner.kind is Kind.LIST:
+                inner = Node(Kind.GROUP, inner.args, "()" if opening == r"\langle" else opening + closing)
+            elif opening + closing not in ("()", "[]"):
+                raise Unreadable("unbalanced brackets")
+            elif inner.kind is Kind.RELATION and opening == "[":
+                raise Unreadable("a relation in square brackets")
         self.depth -= 1
         self.bars = bars
-        if opening == r"\{":
-            if inner.kind == "such":
-                return inner
-            return Node("set", inner.args if inner.kind == "list" else (inner,))
-        if inner.kind == "list":
-            return Node("group", (opening + closing, *inner.args))
-        if opening + closing in ("()", "[]"):
+        return inner
+
+    def braces(self) -> Node:
+        """A set: its items, or an element and its condition."""
+        self.bars = 1  # a bar or a colon inside means `such that`
+        if self.skip(r"\}"):
+            return Node(Kind.SET)
+        inner = self.items()
+        if self.skip("|", ":"):
+            self.bars = 0
+            inner = Node(Kind.BUILDER, (inner, self.items()))
+        self.take(r"\}")
+        if inner.kind is Kind.BUILDER:
             return inner
-        raise Unreadable("unbalanced brackets")
+        return Node(Kind.SET, inner.args if inner.kind is Kind.LIST else (inner,))
 
     def absolute(self) -> Node:
         bar = self.take()
@@ -306,36 +634,50 @@ class _Parser:
         inner = self.sum()
         self.bars -= 1
         self.take(bar)
-        return Node("call", ("abs", inner))
+        return Node(Kind.CALL, (inner,), "abs" if bar == "|" else "norm")
 
     def command(self) -> Node:
         token = self.take()
         name = token[1:]
         if token in (r"\pi", r"\infty"):
-            return Node("const", (name,))
+            return Node(Kind.CONSTANT, (), name)
         if name in _GREEK:
-            return Node("var", (name,))
+            result = Node(Kind.NAME, (), name + self.subscript())
+            return self.application(result) if self.peek() == "(" and name in ("varphi", "psi", "Phi", "Psi", "Gamma") else result
         if token == r"\frac":
-            return Node("div", (self.argument(), self.argument()))
+            return _fraction(self.argument(), self.argument())
         if token == r"\binom":
-            return Node("call", ("binom", self.argument(), self.argument()))
-        if token == r"\sqrt":
-            if self.skip("["):
-                degree = self.sum()
-                self.take("]")
-                return Node("pow", (self.argument(), Node("div", (Node("num", (Fraction(1), -1)), degree))))
-            return Node("call", ("sqrt", self.argument()))
+            return Node(Kind.CALL, (self.argument(), self.argument()), "binom")
+        if token in (r"\sqrt", r"\cbrt"):
+            return self.root(token)
         if token in (r"\lfloor", r"\lceil"):
             inner = self.sum()
             self.take(r"\rfloor" if token == r"\lfloor" else r"\rceil")
-            return Node("call", ("floor" if token == r"\lfloor" else "ceil", inner))
+            return Node(Kind.CALL, (inner,), "floor" if token == r"\lfloor" else "ceil")
         if token == r"\begin":
-            return self.matrix()
-        if token in (r"\emptyset", r"\varnothing"):
-            return Node("set", ())
+            return self.environment()
+        if token == r"\emptyset":
+            return Node(Kind.SET)
+        if token == r"\ldots":
+            return Node(Kind.DOTS)
+        if token in _BIG:
+            return self.big(_BIG[token])
+        if token in (r"\angle", r"\triangle", r"\measuredangle"):
+            return Node(Kind.RUN, (), f"{name} {self.braced_tokens()}")
+        if name in _ACCENTS and name != "overset":
+            return Node(Kind.NAME, (), f"{name} {self.braced_tokens()}{self.subscript()}")
         if name in FUNCTIONS:
             return self.function(name)
         raise Unreadable(f"unknown command {token}")
+
+    def root(self, token: str) -> Node:
+        if token == r"\cbrt":
+            return Node(Kind.POWER, (self.argument(), Node(Kind.QUOTIENT, (number(1), number(3)))))
+        if self.skip("["):
+            degree = self.sum()
+            self.take("]")
+            return Node(Kind.POWER, (self.argument(), Node(Kind.QUOTIENT, (number(1), degree))))
+        return Node(Kind.CALL, (self.argument(),), "sqrt")
 
     def function(self, name: str) -> Node:
         base: Node | None = None
@@ -345,51 +687,158 @@ class _Parser:
                 base = self.argument()
             else:
                 power = self.argument()
-        if self.peek() in ("(", "[", "{"):
+        if self.peek() in ("(", "[", "{", r"\{"):
             inner = self.brackets()
         else:  # \sin 2x \cos y: the argument is the product up to the next function
-            inner = self.factor()
-            while self.kind() in ("num", "var") or self.peek() in (r"\pi", r"\frac", "/") or self.peek()[1:] in _GREEK:
-                if self.skip("/"):
-                    inner = Node("div", (inner, self.factor()))
-                else:
-                    inner = Node("mul", (inner, self.factor()))
-        if inner.kind in ("list", "group"):
-            call = Node("call", (name, *(a for a in inner.args if isinstance(a, Node))))
-        else:
-            call = Node("call", (name, inner) if base is None else (name, inner, base))
-        if power is not None:
-            if power == Node("neg", (Node("num", (Fraction(1), -1)),)):
-                return Node("call", ("arc" + name, inner))
-            return Node("pow", (call, power))
-        return call
+            inner = self.function_argument()
+        arguments = inner.args if inner.kind in (Kind.LIST, Kind.GROUP, Kind.SET) else (inner,)
+        call = Node(Kind.CALL, arguments if base is None else (*arguments, base), name if base is None or name == "log" else f"{name}_")
+        if power is None:
+            return call
+        if power == negative(number(1)) and name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh"):
+            return Node(Kind.CALL, arguments, "arc" + name)
+        return Node(Kind.POWER, (call, power))
 
-    def matrix(self) -> Node:
+    def function_argument(self) -> Node:
+        factors = [self.factor()]
+        while self.kind() in ("number", "name") or self.peek() in (r"\pi", r"\frac", r"\sqrt") or self.peek()[1:] in _GREEK:
+            if self.kind() == "number" and factors[-1].kind is not Kind.POWER:
+                raise Unreadable("numbers side by side")
+            if self.peek(1) == "(" and self.kind() == "name":
+                break
+            factors.append(self.postfix(self.atom()))
+        if self.peek() == "/" and all(f.kind in (Kind.NUMBER, Kind.NAME, Kind.CONSTANT) for f in factors) and self.kind(1) == "number":
+            self.at += 1
+            factors.append(Node(Kind.INVERSE, (self.factor(),)))
+        return factors[0] if len(factors) == 1 else Node(Kind.PRODUCT, tuple(factors))
+
+    def big(self, name: str) -> Node:
+        """\\sum_{k=1}^{n} body, \\int_a^b body dx, \\lim_{x \\to a} body; the body is the product that follows."""
+        lower = upper = Node(Kind.LIST)
+        variable = ""
+        while self.peek() in ("_", "^"):
+            if self.take() == "^":
+                upper = self.argument()
+                continue
+            lower = self.argument()
+            if lower.kind is Kind.RELATION and lower.args[0].kind is Kind.NAME and lower.data in (("=",), ("to",)):
+                variable, lower = str(lower.args[0].data), lower.args[1]
+        self.enter()
+        if name in ("int", "iint", "iiint", "oint"):
+            body = self.sum()
+            body, variable = _integrand(body)
+        else:
+            body = self.product()
+        self.depth -= 1
+        return Node(Kind.BIG, (body, lower, upper), (name, variable))
+
+    def environment(self) -> Node:
         self.take("{")
         name = ""
         while self.peek() != "}":
             name += self.take()
         self.take("}")
-        if not name.endswith("matrix"):
+        if name == "array" and self.peek() == "{":
+            self.braced_tokens()
+        if not name.endswith("matrix") and name not in ("cases", "array", "rcases", "dcases"):
             raise Unreadable(f"environment {name}")
-        rows: list[tuple[Node, ...]] = []
-        row: list[Node] = []
+        self.enter()
+        rows: list[list[Node]] = [[]]
         while self.peek() != r"\end":
             if self.skip(r"\\"):
-                rows.append(tuple(row))
-                row = []
+                rows.append([])
             elif not self.skip("&"):
-                row.append(self.sum())
+                rows[-1].append(self.cell(name.endswith("cases")))
         self.take(r"\end")
         while self.take() != "}":
             pass
-        if row:
-            rows.append(tuple(row))
-        return Node("matrix", tuple(rows))
+        self.depth -= 1
+        found = tuple(Node(Kind.LIST, tuple(row)) for row in rows if row)
+        if name.endswith("cases"):
+            if all(len(row.args) == 1 and row.args[0].kind is Kind.RELATION for row in found):
+                return Node(Kind.LIST, tuple(row.args[0] for row in found))
+            return Node(Kind.CASES, found)
+        return Node(Kind.MATRIX, found, name if name in ("vmatrix", "Vmatrix") else "matrix")
+
+    def cell(self, free: bool) -> Node:
+        """A cell of a matrix; in cases, also a condition in words."""
+        start = self.at
+        if free and self.kind() == "text":
+            while self.peek() and self.peek() not in (r"\\", "&", r"\end"):
+                self.at += 1
+            tokens = [t for t in self.tokens[start : self.at] if t.text.lower() not in ("if", "when", "for", ",", ".", "if ")]
+            return _parse_tokens(tokens) if tokens else Node(Kind.TEXT, (), "")
+        found = self.chain() if free else self.sum()
+        while free and self.skip(",", "."):
+            pass
+        return found
 
 
-_ATOMS = frozenset((r"\pi", r"\infty", r"\frac", r"\sqrt", r"\binom", r"\lfloor", r"\lceil", r"\{", r"\begin"))
+_STARTERS = frozenset((
+    r"\pi", r"\infty", r"\frac", r"\sqrt", r"\cbrt", r"\binom", r"\lfloor", r"\lceil", r"\{", r"\begin", r"\angle", r"\triangle", r"\langle",
+    r"\ldots", r"\emptyset", r"\|",
+))  # fmt: skip
+_LEAD = frozenset("共 共有 一共 约 大约 约为 approximately about roughly exactly total 有 为 是 得".split())
 
 
-def _is_integer(node: object) -> bool:
-    return isinstance(node, Node) and node.kind == "num" and node.args[1] == -1
+def _is_lead(text: str) -> bool:
+    return text.lower().strip() in _LEAD
+
+
+def _whole(node: Node) -> bool:
+    return node.kind is Kind.NUMBER and isinstance(node.data, tuple) and node.data[1] == -1 and node.data[0].denominator == 1
+
+
+def _is_numeric(factors: list[Node]) -> bool:
+    """Whether these can be the amount of a unit: no variables."""
+    return not any(n.kind in (Kind.NAME, Kind.RUN, Kind.TEXT, Kind.QUANTITY) for f in factors for n in walk(f))
+
+
+def _negated(node: Node) -> Node:
+    """The sign goes inside a quantity: -5 cm is minus five, in centimetres."""
+    if node.kind is Kind.QUANTITY:
+        return Node(Kind.QUANTITY, (_negated(node.args[0]),), node.data)
+    return negative(node)
+
+
+def _flat(factors: list[Node]) -> tuple[Node, ...]:
+    found: list[Node] = []
+    for factor in factors:
+        found += factor.args if factor.kind is Kind.PRODUCT else (factor,)
+    return tuple(found)
+
+
+def _repeating(text: str, digits: str) -> Node:
+    before, _, after = text.partition(".")
+    period = Fraction(int(digits), (10 ** len(digits) - 1) * 10 ** len(after))
+    return number(Fraction(f"{before or 0}.{after or 0}") + period)
+
+
+def _fraction(top: Node, bottom: Node) -> Node:
+    """A quotient, or a derivative in Leibniz's form: `\\frac{dv}{dt}`, `\\frac{\\partial^2 u}{\\partial x^2}`."""
+
+    def is_differential(node: Node) -> bool:
+        first = node.args[0] if node.kind is Kind.PRODUCT else node
+        if first.kind is Kind.POWER:
+            first = first.args[0]
+        return first.kind is Kind.NAME and first.data in ("d", "partial")
+
+    if is_differential(bottom) and bottom.kind is Kind.PRODUCT and is_differential(top):
+        return Node(Kind.DERIVATIVE, (top, bottom))
+    return Node(Kind.QUOTIENT, (top, bottom))
+
+
+def _integrand(body: Node) -> tuple[Node, str]:
+    """The body without its `dx`, and x."""
+    terms = body.args if body.kind is Kind.SUM else (body,)
+    last = terms[-1]
+    factors = last.args if last.kind is Kind.PRODUCT else (last,)
+    if len(factors) < 2 or factors[-2] != Node(Kind.NAME, (), "d") or factors[-1].kind is not Kind.NAME:
+        raise Unreadable("an integral without its variable")
+    rest = factors[:-2]
+    last = number(1) if not rest else rest[0] if len(rest) == 1 else Node(Kind.PRODUCT, rest)
+    body = last if len(terms) == 1 else Node(Kind.SUM, (*terms[:-1], last))
+    return body, str(factors[-1].data)
+
+
+__all__ = ["INFINITY", "MAX_CHARS", "TooDeep", "Unreadable", "parse"]
