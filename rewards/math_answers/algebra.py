@@ -12,7 +12,7 @@ from typing import Any
 
 import sympy
 
-from .tree import Kind, Node, number_of
+from .tree import Kind, Node, number_of, walk
 
 DIGITS = 30
 _CONSTANTS = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "infty": sympy.oo}
@@ -99,6 +99,8 @@ def _big(node: Node, bound: dict[str, Any]) -> Any:
     (name, variable), (body, lower, upper) = node.data, node.args
     if not variable:
         raise NoMeaning("no bound variable")
+    if any(n.kind is Kind.NAME and "_" in str(n.data) and variable in str(n.data).split("_", 1)[1] for n in walk(body)):
+        raise NoMeaning("a sequence")
     symbol = sympy.Dummy(variable, integer=True) if name in ("sum", "prod") else sympy.Dummy(variable, real=True)
     expression = translate(body, {**bound, variable: symbol})
     if name == "lim":

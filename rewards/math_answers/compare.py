@@ -15,8 +15,8 @@ from .lexer import squeeze
 from .options import Outcome, Policy
 from .parser import TooDeep, Unreadable, parse
 from .scalars import amount, is_literal, outcome, same_scalar, same_value
-from .shapes import as_interval, expanded, is_name, items_of, state, without_declarations
-from .tree import Kind, Node, has, negative, number_of, rename, variables
+from .shapes import Statement, as_interval, expanded, independent, is_name, items_of, state, without_declarations
+from .tree import Kind, Node, has, negative, number, number_of, rename, substitute, variables
 from .values import Reading, TooBig, Undefined, exact, signature
 
 MAX_ITEMS = 64
@@ -58,8 +58,11 @@ def read_reference(text: str) -> Reference:
 def compare(gold: Reference, answer: str, policy: Policy) -> Outcome:
     """Whether `answer` is the reference. A degenerate answer is TOO_BIG, and never raises."""
     answer = answer.strip()
-    if gold.number is not None and (number := plain_number(answer)) is not None and number == gold.number:
-        return Outcome.EQUAL
+    if gold.number is not None and (number := plain_number(answer)) is not None:
+        if number == gold.number:
+            return Outcome.EQUAL
+        if "." not in answer or "." not in gold.text:
+            return Outcome.DIFFERENT  # no decimal that could round the other
     if not answer:
         return Outcome.DIFFERENT
     try:
@@ -97,6 +100,7 @@ def same(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Ou
     if (found := _conditions(gold, ours, theirs)) is not Outcome.EQUAL:
         return found
     gold, answer = _align_arguments(gold, answer)
+    answer = _same_parameter(gold, answer, (*ours, *theirs))
     left = state(gold, _agree, True, False)
     right = state(answer, _agree, policy.chains == "last", is_plain(left.body))
     if right.false:
@@ -104,7 +108,7 @@ def same(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Ou
     if right.unproved:
         return Outcome.UNKNOWN
     if left.equation or right.equation:
-        return _same_equations(gold, answer, left.equation, left.body)
+        return _same_equations(gold, answer, left, right)
     if _names_differ(left.name, right.name):
         return Outcome.DIFFERENT
     return _same_bodies(left.body, right.body, policy, computed)
@@ -142,6 +146,16 @@ def _conditions(gold: Node, ours: tuple[tuple[str, ...], ...], theirs: tuple[tup
     return Outcome.EQUAL if all(declared) else Outcome.UNKNOWN
 
 
+def _same_parameter(gold: Node, answer: Node, conditions: Sequence[tuple[str, ...]]) -> Node:
+    """The answer with its parameter named as the reference's, where a condition declares it: `for some integer t`."""
+    free, theirs = variables(gold) - variables(answer), variables(answer) - variables(gold)
+    if len(free) != 1 or len(theirs) != 1:
+        return answer
+    (name,), (other,) = free, theirs
+    declared = any(n in token.split() for condition in conditions for token in condition for n in (name, other))
+    return rename(answer, {other: name}) if declared else answer
+
+
 _FILLER = frozenset("for all any every each some where with when if is are a an the , such that given".split())
 
 
@@ -154,7 +168,7 @@ def _is_declaration(condition: Sequence[str]) -> bool:
     words = [word for token in condition for word in token.split()]
     if any(word in ("if", "when", "unless", "otherwise", "else", "but", "not", "is", "could", "can", "may") for word in words[:1]):
         return False
-    return not any(re.search(r"\d|[<>=|]|\\(?:le|ge|ne|notin)\b|^(?:if|otherwise|but|not|or|odd|even|positive|negative)$", w) for w in words)
+    return not any(re.search(r"\d|[<>=|]|\\(?:le|ge|ne|notin)\b|^(?:if|otherwise|but|not|or|odd|even)$", w) for w in words)
 
 
 def _names_differ(gold: Node | None, answer: Node | None) -> bool:
@@ -207,6 +221,8 @@ def _same_choice(gold: Node, answer: Node, policy: Policy) -> Outcome | None:
 
 
 def _same_bodies(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Outcome:
+    if gold.kind is answer.kind is Kind.RELATION and as_interval(gold).kind is not as_interval(answer).kind:
+        return _same_relation(gold, answer, policy)
     gold, answer = as_interval(gold), as_interval(answer)
     kinds = {gold.kind, answer.kind}
     if Kind.RUN in kinds and (found := _same_letters(gold, answer)) is not None:
@@ -353,7 +369,10 @@ def _same_ordered(gold: Node, answer: Node, policy: Policy) -> Outcome:
     if gold.kind is not answer.kind:
         plus_minus = expanded(gold) or expanded(answer)
         if plus_minus is not None and gold.kind is not Kind.RATIO:
-            return _same_multiset(items_of(gold) or [gold], items_of(answer) or [answer], policy, True)
+            ours, theirs = items_of(gold) or [gold], items_of(answer) or [answer]
+            if len(ours) != len(theirs):
+                ours, theirs = (independent(n) or side for n, side in ((gold, ours), (answer, theirs)))
+            return _same_multiset(ours, theirs, policy, True)
         other, group = (answer, gold) if gold.kind in _ORDERED else (gold, answer)
         if other.kind is not Kind.LIST or group.data not in ("()", None):
             return Outcome.DIFFERENT
@@ -405,13 +424,29 @@ def _same_multiset(gold: list[Node], answers: list[Node], policy: Policy, comput
     return Outcome.UNKNOWN if uncertain else Outcome.EQUAL
 
 
-def _same_equations(gold: Node, answer: Node, gold_is_equation: bool, body: Node) -> Outcome:
-    """a = b and c = d are the same if a - b is a constant multiple of c - d."""
+def _same_equations(gold: Node, answer: Node, left: Statement, right: Statement) -> Outcome:
+    """a = b and c = d are the same if a - b is a constant multiple of c - d. A scalar may stand for what the other solves for."""
+    if left.equation and answer.kind not in (Kind.RELATION, Kind.LIST, Kind.GROUP, Kind.SET):
+        missing = variables(gold) - variables(answer)
+        if len(missing) == 1 and variables(answer):
+            return outcome(_solves(gold, next(iter(missing)), answer))
     if any(n.kind is not Kind.RELATION or n.data != ("=",) for n in (gold, answer)):
         return Outcome.DIFFERENT
-    if not gold_is_equation and not variables(body):
+    if not left.equation and not variables(left.body):
         return Outcome.DIFFERENT  # `2x = 10` is no answer to x = 5
     return _proportional(gold, answer, False)
+
+
+def _solves(equation: Node, name: str, solution: Node) -> bool:
+    """Whether an equation, which is of the first degree in a name, says that it is `solution`: xy = 6 and 6/x."""
+    sides = []
+    for shift in range(3):
+        value = Node(Kind.SUM, (solution, number(shift)))
+        left, right = (substitute(side, name, value) for side in equation.args)
+        sides.append(Node(Kind.SUM, (left, negative(right))))
+    bend = Node(Kind.SUM, (sides[0], Node(Kind.PRODUCT, (number(-2), sides[1])), sides[2]))
+    zero = number(0)
+    return same_value(sides[0], zero, None) is same_value(bend, zero, None) is Outcome.EQUAL
 
 
 def _proportional(gold: Node, answer: Node, positive: bool) -> Outcome:

@@ -42,6 +42,10 @@ _THOUGHT = re.compile(
     r"|(?P<open2>\[THINK\]|<\|begin_of_thought\|>|◁think▷)|(?P<close2>\[/THINK\]|<\|end_of_thought\|>|◁/think▷)",
     re.IGNORECASE,
 )
+_THOUGHT_PARTS = ("hink", "HINK", "hought", "HOUGHT", "reasoning>", "reflection>", "scratchpad>", "easoning>", "REASONING>", "_of_thought")
+"""What a text with thoughts has in it: looking for these costs less than the expression."""
+_MARKER_PARTS = ("nswer", "NSWER", "esult", "olution", "ption", "hoice", "A:", "A：", "答", "选", "结果")
+_BARE_LINE = re.compile(r"(?:A:|####)?[ \t]*(-?[\d,]*\.?\d+)")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,8}\{|\\(?:boxed|fbox)\s{0,8}(?P<bare>\d+|[A-Za-z](?![A-Za-z]))|\\[{}\\]|[{}]")
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _FORMULA = re.compile(
@@ -65,6 +69,7 @@ _EQUATION = re.compile(r"[\d .,()\[\]+*/×÷·^%$−=xX-]+")
 _SENTENCE = re.compile(r"(?:[.!?](?=[\s*_)\"]|$)|[。！？])[*_)\"]*")
 _LINES = re.compile(r"\n+")
 _VERB = re.compile(r"\b(?:is|are|was|equals?|equal to|gives?|becomes?|get|to be|as|=)(?:\s+exactly|\s+equal\s+to)?\b[:\s]*|[=＝]|(?:是|为|等于|得)[:：]?")
+_CONTINUED = re.compile(r"\b(?:then|plus|minus|add|subtract|multiply|divide|times)\b", re.IGNORECASE)
 _REASON = re.compile(r",?\s+(?:because|since|where|so that|as (?:we|the|it)|which|for)\b|(?:，|,)\s*(?:因为|由于|其中)")
 _REVISED = re.compile(r"\b(?:wait|actually|correction|sorry|hold on|in fact|no,)|不对|更正|等等", re.IGNORECASE)
 _HEDGED = re.compile(r"\b(?:maybe|perhaps|possibly|alternatively|could also|or it|or,|^or)\b|\bor\b(?=\s+(?:maybe|perhaps|possibly))|或者|也许|可能", re.IGNORECASE)
@@ -90,7 +95,9 @@ def extract(completion: str, opened: bool = False) -> Extracted:
 
 def final_text(completion: str, opened: bool = False) -> str | None:
     """What follows the last thought; None if one was opened and never closed."""
-    if not opened and not ("<" in completion or "[" in completion or "◁" in completion):
+    if not opened and not (
+        ("<" in completion and any(part in completion for part in _THOUGHT_PARTS)) or "THINK]" in completion or "◁" in completion
+    ):
         return completion
     open_now, after = opened, 0
     for tag in _THOUGHT.finditer(completion):
@@ -135,6 +142,8 @@ def _in_boxes(text: str) -> list[str]:
 
 def _in_tag(text: str) -> list[str]:
     """What the last `<answer>...</answer>` holds; of a sentence in it, what it states."""
+    if "nswer>" not in text and "NSWER>" not in text:
+        return []
     start, span = -1, (-1, -1)
     for tag in _TAG.finditer(text):
         if not tag.group(1):
@@ -158,8 +167,10 @@ def _tail(text: str) -> str:
     return text.rstrip()[-TAIL:].strip()
 
 
-def _after_hashes(text: str) -> list[str]:
+def _in_last_line(text: str) -> list[str]:
     text = _tail(text)
+    if (line := _BARE_LINE.fullmatch(text, text.rfind("\n") + 1)) is not None:
+        return [line.group(1)]
     at = text.rfind("####")
     if at < 0:
         return []
@@ -169,7 +180,9 @@ def _after_hashes(text: str) -> list[str]:
 
 def _after_marker(text: str) -> list[str]:
     text = _tail(text)
-    for marker in reversed(list(_MARKER.finditer(text))[-8:]):
+    if not (parts := [at for part in _MARKER_PARTS if (at := text.find(part)) >= 0]):
+        return []
+    for marker in reversed(list(_MARKER.finditer(text, max(0, min(parts) - 80)))[-8:]):
         rest = text[marker.end() :]
         stated, end = _stated(rest)
         if not stated:
@@ -195,7 +208,8 @@ def _whole(text: str) -> list[str]:
     latin = [w for w in words if w.isascii()]
     if not re.search(r"\d|\$|\\", bare):
         return [bare] if len(words) <= 3 or not _VERB.search(bare) else _last_statement(bare) or [bare]
-    if not words or (len(latin) <= 2 and len("".join(w for w in words if not w.isascii())) <= 3 and not _VERB.search(" ".join(words))):
+    plain = len(words) <= 1 or bare[0] in "+-−.([\\" or bare[0].isdigit() or re.match(r"\w+\s?[:：=]\s?[-\d]", bare) is not None
+    if not words or (plain and len(latin) <= 2 + bare.count(":") + bare.count("=") and len("".join(w for w in words if not w.isascii())) <= 3 and not _VERB.search(" ".join(words))):
         if _FORMULA.search(bare) is None or len(words) == 0:
             return [bare]
     return []
@@ -230,7 +244,7 @@ def _last_statement(text: str) -> list[str]:
 RULES = (
     Rule("box", "MATH, NuminaMath, Qwen2.5-Math, DeepSeek-R1: \\boxed{x}, \\fbox{x}; all of them, and the tag", _in_boxes),
     Rule("answer_tag", "R1-Zero, TinyZero, Open-Reasoner-Zero: <answer>x</answer>", _in_tag),
-    Rule("hashes", "GSM8K and what is tuned on it: #### x", _after_hashes),
+    Rule("last_line", "GSM8K and what is tuned on it: #### x, A: x, or x alone in the last line", _in_last_line),
     Rule("marker", "Minerva, Llama 3, OLMo, GLM, Qwen: Final Answer:, The answer is, Answer:, 答案, 故选, 答", _after_marker),
     Rule("whole", "short completions: the text is the answer", _whole),
     Rule("bold", "Gemma, GPT-4o, Llama 3: **x** in the last line", _in_bold),
@@ -304,6 +318,8 @@ def _of_sentence(sentence: str) -> str:
     verbs = [m for m in _VERB.finditer(plain) if m.end() <= chosen.start()]
     if verbs and (first := _NUMBER.search(plain, verbs[-1].end())) is not None:
         chosen = first
+        if _CONTINUED.search(plain, chosen.end(), numbers[-1].start()):
+            chosen = numbers[-1]
     if (hedge := _near_hedge(plain, chosen.start(), chosen.end())) is not None:
         return hedge
     if (variable := re.search(r"(?<![A-Za-z])([A-Za-z])\s?=\s?$", plain[: chosen.start()])) is not None:

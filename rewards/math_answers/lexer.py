@@ -13,7 +13,7 @@ from .units import MEASURE_WORDS, MULTIPLIERS, is_unit
 
 
 class Token(NamedTuple):
-    """`kind` is number, name, run, word, text, command or sign; `spaced`: a blank stands before it."""
+    """`kind` is number, name, letter (upright), run, text, command, join ("and", "or") or sign; `spaced`: a blank stands before it."""
 
     kind: str
     text: str
@@ -49,6 +49,8 @@ _DAMAGED = re.compile("\f(?=rac)|\t(?=ext|imes|frac|heta|an)|\b(?=oxed|egin|inom
 """What `\\f`, `\\t`, `\\b` and `\\r` of a command became in a string that was unescaped twice."""
 _DOUBLED = re.compile(r"\\\\(?=[a-zA-Z])")
 _BLOCKS = (
+    (re.compile(r"<su(p|b)>([^<]*)</su[pb]>"), lambda m: ("^" if m.group(1) == "p" else "_") + "{" + m.group(2) + "}"),
+    (re.compile(r"\\q?quad(?=[A-Za-z])"), " "),
     (re.compile(r"\\(mathbb|mathbf|mathrm|mathcal|mathit|boldsymbol|bm|text)\s+([A-Za-z])(?![A-Za-z])"), r"\\\1{\2}"),
     (re.compile(r"\\(?:begin|end)\s*\{(?:aligned|align\*?|equation\*?|gathered|split|center|displaymath)\}"), " "),
     (re.compile(r"\\(?:boxed|fbox|displaystyle|textstyle|limits|nolimits|rm|bf|it|tiny|small|large|Large)(?![A-Za-z])"), " "),
@@ -136,6 +138,7 @@ def spell(text: str) -> str:
     text = _GROUPED.sub(_plain_number, text)
     text = _DECIMAL_COMMA.sub(".", text)
     if "," in text and not any(c in text for c in "([{"):
+        text = re.sub(r"(?<![\d.,])0,(?=\d{3,}(?![\d,.]))", "0.", text)
         text = _COMMAS.sub(lambda m: m.group().replace(",", ""), text)  # inside brackets a comma separates
     return text
 
@@ -223,7 +226,7 @@ def _styled(style: str, content: str, spaced: bool) -> list[Token]:
     if not inner:
         return []
     if inner.lower() in SEPARATORS:
-        return [Token("sign", ",", spaced)]
+        return [Token("join", ",", spaced)]
     if len(inner) == 1 and inner.isascii() and inner.isalpha():
         return [Token("letter" if style not in ("boldsymbol", "bm", "mathbf", "mathit") else "name", inner, spaced)]
     if inner in FUNCTIONS:
@@ -240,7 +243,7 @@ def _styled(style: str, content: str, spaced: bool) -> list[Token]:
         found: list[Token] = []
         for part in parts:
             found += [Token("text", part.strip(), spaced)] if part.strip() else []
-            found.append(Token("sign", ",", spaced))
+            found.append(Token("join", ",", spaced))
         return found[:-1]
     return [Token("text", inner, spaced)] if not re.match(r"[\d.]", inner) else _scan(inner)
 
@@ -252,7 +255,7 @@ def _word(value: str, spaced: bool, before: list[Token]) -> list[Token]:
     lower = value.lower()
     after_number = bool(before) and before[-1].kind == "number"
     if lower in SEPARATORS:
-        return [Token("sign", ",", spaced)]
+        return [Token("join", ",", spaced)]
     if value in _WORD_FUNCTIONS and not (after_number and value in ("min", "sec")):
         return [Token("command", "\\" + {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}.get(value, value), spaced)]
     if lower in ("degrees", "degree", "deg"):
@@ -276,7 +279,7 @@ def _word(value: str, spaced: bool, before: list[Token]) -> list[Token]:
 def _other(value: str, spaced: bool) -> list[Token]:
     """Letters of other scripts: Chinese separators, numerals and words."""
     if value in SEPARATORS:
-        return [Token("sign", ",", spaced)]
+        return [Token("join", ",", spaced)]
     for separator in ("或者", "或", "和", "与"):
         if len(value) > len(separator) and value.endswith(separator):
             return [*_other(value[: -len(separator)], spaced), Token("sign", ",")]

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from functools import lru_cache
 
 from .lexer import FUNCTIONS, Token, tokenise
 from .tree import INFINITY, Kind, Node, negative, number, number_of, walk
@@ -74,6 +75,7 @@ class TooDeep(ValueError):
     """More levels than anyone writes: a degenerate text."""
 
 
+@lru_cache(maxsize=32768)
 def parse(text: str) -> Node:
     """The tree of an answer, VERBATIM if it is outside the grammar. Raises TooDeep, and Unreadable if it is empty or too long."""
     if len(text) > MAX_CHARS:
@@ -113,7 +115,11 @@ def _parse_tokens(tokens: list[Token]) -> Node:
 
 
 def _spelled(tokens: list[Token]) -> tuple[str, ...]:
-    return tuple(t.text.casefold() if t.kind == "text" else t.text for t in tokens)
+    found = [t.text.casefold() if t.kind == "text" else t.text for t in tokens]
+    for at in range(len(found) - 3):  # the braces of one token after ^ and _ say nothing
+        if found[at] in ("^", "_") and found[at + 1] == "{" and found[at + 3] == "}":
+            found[at + 1] = found[at + 3] = ""
+    return tuple(text for text in found if text)
 
 
 def _words(tokens: list[Token]) -> Node | None:
@@ -127,7 +133,9 @@ def _words(tokens: list[Token]) -> Node | None:
         if token.text == ",":
             items.append([])
         elif token.kind != "sign":
-            items[-1].append(token.text)
+            first, *more = re.split(r"\s+and\s+|，|、", token.text)
+            items[-1].append(first)
+            items += [[words] for words in more]
     found = tuple(Node(Kind.TEXT, (), " ".join(words)) for words in items if words)
     return found[0] if len(found) == 1 else Node(Kind.LIST, found)
 
@@ -235,7 +243,11 @@ class _Parser:
     def condition(self) -> tuple[str, ...]:
         start = self.at
         while self.peek() and self.peek() not in (";", r"\\", "&", r"\end", r"\}"):
+            if self.kind() == "join" and any(t.text == "=" for t in self.tokens[self.at :]):
+                break
             self.at += 1
+        if self.peek(-1) == ",":
+            self.at -= 1
         return _spelled(self.tokens[start : self.at])
 
     def modulus(self) -> Node | None:
@@ -601,6 +613,7 @@ class _Parser:
             if opening in "([" and self.peek() in (")", "]"):
                 raise Unreadable("empty brackets")
             inner = self.items()
+            self.skip(".")
             closing = self.take()
             if closing not in (_CLOSERS[opening] if opening != r"\langle" else (r"\rangle",)):
                 raise Unreadable(f"{opening!r} closed by {closing!r}")
@@ -778,7 +791,7 @@ _STARTERS = frozenset((
     r"\pi", r"\infty", r"\frac", r"\sqrt", r"\cbrt", r"\binom", r"\lfloor", r"\lceil", r"\{", r"\begin", r"\angle", r"\triangle", r"\langle",
     r"\ldots", r"\emptyset", r"\|",
 ))  # fmt: skip
-_LEAD = frozenset("共 共有 一共 约 大约 约为 approximately about roughly exactly total 有 为 是 得".split())
+_LEAD = frozenset("only exactly 共 共有 一共 约 大约 约为 approximately about roughly exactly total 有 为 是 得".split())
 
 
 def _is_lead(text: str) -> bool:

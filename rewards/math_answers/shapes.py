@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 from .tree import INFINITY, Kind, Node, negative, variables
 
@@ -139,6 +140,14 @@ def expanded(node: Node) -> list[Node] | None:
     if not _has_sign(node):
         return None
     return [_signed(node, upper) for upper in (True, False)]
+
+
+def independent(node: Node) -> list[Node] | None:
+    """All values of a tuple with several `+-` in different places, each taken for itself: (+-1, +-2) are four."""
+    if node.kind is not Kind.GROUP or sum(_has_sign(a) for a in node.args) < 2 or len(node.args) > 5:
+        return None
+    choices = [expanded(a) or [a] for a in node.args]
+    return [Node(Kind.GROUP, tuple(parts), node.data) for parts in product(*choices)]
 
 
 def _has_sign(node: Node) -> bool:

@@ -99,4 +99,11 @@ def rename(node: Node, names: dict[str, str]) -> Node:
     return Node(node.kind, tuple(rename(a, names) for a in node.args), node.data)
 
 
+def substitute(node: Node, name: str, value: Node) -> Node:
+    """The tree with a variable replaced."""
+    if node.kind is Kind.NAME:
+        return value if node.data == name else node
+    return Node(node.kind, tuple(substitute(a, name, value) for a in node.args), node.data) if node.args else node
+
+
 INFINITY = Node(Kind.CONSTANT, (), "infty")
