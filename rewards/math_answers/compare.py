@@ -14,7 +14,7 @@ from fractions import Fraction
 from .lexer import squeeze
 from .options import Outcome, Policy
 from .parser import TooDeep, Unreadable, parse
-from .scalars import amount, is_literal, outcome, same_scalar, same_value
+from .scalars import amount, is_literal, outcome, rename_parameter, same_scalar, same_value
 from .shapes import Statement, as_interval, expanded, independent, is_name, items_of, state, without_declarations
 from .tree import Kind, Node, has, negative, number, number_of, rename, substitute, variables
 from .values import Reading, TooBig, Undefined, exact, signature
@@ -101,6 +101,8 @@ def same(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Ou
         return found
     gold, answer = _align_arguments(gold, answer)
     answer = _same_parameter(gold, answer, (*ours, *theirs))
+    if variables(gold) != variables(answer):
+        answer = rename_parameter(gold, answer)
     left = state(gold, _agree, True, False)
     right = state(answer, _agree, policy.chains == "last", is_plain(left.body))
     if right.false:
@@ -141,6 +143,8 @@ def _conditions(gold: Node, ours: tuple[tuple[str, ...], ...], theirs: tuple[tup
             return Outcome.EQUAL
     if is_plain(gold):
         return Outcome.DIFFERENT
+    if ours and theirs and len({tuple(sorted(_number_sets(side))) for side in (ours, theirs)}) > 1:
+        return Outcome.DIFFERENT
     stated = [c for side in (ours, theirs) for c in ([side] if isinstance(side, str) else side)]
     declared = [_is_declaration(c.split() if isinstance(c, str) else c) for c in stated]
     return Outcome.EQUAL if all(declared) else Outcome.UNKNOWN
@@ -154,6 +158,10 @@ def _same_parameter(gold: Node, answer: Node, conditions: Sequence[tuple[str, ..
     (name,), (other,) = free, theirs
     declared = any(n in token.split() for condition in conditions for token in condition for n in (name, other))
     return rename(answer, {other: name}) if declared else answer
+
+
+def _number_sets(conditions: Sequence[object]) -> list[str]:
+    return re.findall(r"mathbb [A-Z]|integers?|naturals?|reals?|rationals?", str(conditions))
 
 
 _FILLER = frozenset("for all any every each some where with when if is are a an the , such that given".split())
@@ -172,15 +180,13 @@ def _is_declaration(condition: Sequence[str]) -> bool:
 
 
 def _names_differ(gold: Node | None, answer: Node | None) -> bool:
-    """Whether two statements are about different things: y = 5 for x = 5, f'(x) for f(x)."""
+    """Whether two statements are about different things: y = 5 for x = 5, f'(x) for f(x). Words may differ."""
     if gold is None or answer is None or gold == answer:
         return False
-    if gold.kind is Kind.APPLY and answer.kind is Kind.APPLY:
-        return gold.args[0] != answer.args[0] or (gold.args[1].kind is Kind.NUMBER and gold.args[1] != answer.args[1])
-    if gold.kind is Kind.NAME and answer.kind is Kind.NAME:
-        a, b = str(gold.data), str(answer.data)
-        return a.islower() and b.islower() and a[0] != b[0] and len(a) == len(b) == 1
-    return Kind.DERIVATIVE in (gold.kind, answer.kind) and gold.kind is answer.kind
+    kinds = {gold.kind, answer.kind}
+    if kinds == {Kind.NAME, Kind.APPLY}:  # y = 2x and f(x) = 2x
+        return "y" not in (gold.data, answer.data)
+    return Kind.TEXT not in kinds
 
 
 def _align_arguments(gold: Node, answer: Node) -> tuple[Node, Node]:
@@ -201,7 +207,9 @@ def _align_arguments(gold: Node, answer: Node) -> tuple[Node, Node]:
 def _same_choice(gold: Node, answer: Node, policy: Policy) -> Outcome | None:
     """`C`, `(C) 12` and, where the reference has both, `12`; several letters in any order."""
     if gold.kind is answer.kind is Kind.CHOICE:
-        return outcome(gold.data == answer.data)
+        if gold.data != answer.data or not gold.args or not answer.args or Kind.TEXT in (gold.args[0].kind, answer.args[0].kind):
+            return outcome(gold.data == answer.data)
+        return same(gold.args[0], answer.args[0], policy)
     if gold.kind is Kind.CHOICE:
         if answer.kind is Kind.TEXT or answer.kind is Kind.RUN or answer.kind is Kind.VERBATIM:
             return Outcome.DIFFERENT
@@ -221,6 +229,9 @@ def _same_choice(gold: Node, answer: Node, policy: Policy) -> Outcome | None:
 
 
 def _same_bodies(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Outcome:
+    if all(n.kind is Kind.RELATION or (n.kind is Kind.LIST and _is_system(n)) for n in (gold, answer)):
+        if variables(gold) != variables(answer):
+            return Outcome.DIFFERENT
     if gold.kind is answer.kind is Kind.RELATION and as_interval(gold).kind is not as_interval(answer).kind:
         return _same_relation(gold, answer, policy)
     gold, answer = as_interval(gold), as_interval(answer)
@@ -248,6 +259,11 @@ def _same_bodies(gold: Node, answer: Node, policy: Policy, computed: bool = Fals
     return same_scalar(gold, answer, policy, computed)
 
 
+def _is_system(node: Node) -> bool:
+    """Inequalities in a list."""
+    return all(a.kind is Kind.RELATION and a.data != ("=",) for a in node.args)
+
+
 def _words(node: Node) -> list[str]:
     words = re.findall(r"[^\W_]+", str(node.data).casefold())
     return [word for word in words if word not in ("the", "a", "an", "only")]
@@ -258,6 +274,8 @@ def _same_letters(gold: Node, answer: Node) -> Outcome | None:
     if gold.kind is Kind.RUN and answer.kind is Kind.RUN:
         return outcome(gold.data == answer.data)
     run, other = (gold, answer) if gold.kind is Kind.RUN else (answer, gold)
+    if other.kind is Kind.TEXT:
+        return outcome(str(other.data).casefold() == str(run.data).casefold())
     if other.kind is Kind.LIST and all(i.kind in (Kind.NAME, Kind.CHOICE, Kind.CONSTANT) for i in other.args):
         letters = [str(i.data) for i in other.args]
         choices = all("A" <= c <= "H" for c in letters) and sorted(letters) == letters
@@ -299,6 +317,10 @@ def _same_parts(gold: Node, answer: Node, policy: Policy) -> Outcome:
         if len(gold.args) != len(answer.args):
             return Outcome.UNKNOWN
         return _same_multiset(list(gold.args), list(answer.args), replace(policy, list_order="keep"), False)
+    if gold.data == "intersection":
+        return _same_multiset(list(gold.args), list(answer.args), policy, False)
+    if len(gold.args) != len(answer.args):
+        return Outcome.UNKNOWN
     return _all([_same_condition(a, b, policy) for a, b in zip(gold.args, answer.args, strict=True)])
 
 
@@ -335,8 +357,8 @@ def _same_collection(gold: Node, answer: Node, policy: Policy) -> Outcome:
             return same_scalar(gold, answer, policy)
     if Kind.UNION in (gold.kind, answer.kind) and gold.kind is answer.kind and gold.data != answer.data:
         return Outcome.UNKNOWN
-    if gold.kind is answer.kind is Kind.UNION and gold.data == "without":
-        return _all([same(a, b, policy) for a, b in zip(gold.args, answer.args, strict=False)]) if len(gold.args) == len(answer.args) else Outcome.UNKNOWN
+    if Kind.UNION in (gold.kind, answer.kind) and {gold.data, answer.data} & {"without", "intersection"}:
+        return _same_parts(gold, answer, policy) if gold.data == answer.data else Outcome.UNKNOWN
     if any(ordered):
         return _same_ordered(gold, answer, policy)
     ours, theirs = items_of(gold), items_of(answer)

@@ -134,10 +134,17 @@ def boxes(text: str) -> list[str]:
 
 
 def _in_boxes(text: str) -> list[str]:
-    found = [box for box in dict.fromkeys(boxes(text)) if _CONTENT.search(_PHANTOM.sub("", box[:TAIL]))]
+    found = [_box_content(box) for box in dict.fromkeys(boxes(text)) if _CONTENT.search(_PHANTOM.sub("", box[:TAIL]))]
     if found and "<" in text:
         found += [tag for tag in _in_tag(text) if "\\boxed" not in tag]
     return found
+
+
+def _box_content(box: str) -> str:
+    """What a box says; of a sentence in it, such as `the answer is 5`, what it states."""
+    if len(box) < 400 and any(part in box for part in ("nswer is", "答案", "答：", "答:")) and (marker := _MARKER.search(box)) is not None:
+        return _stated(box[marker.end() :])[0].strip("{} ") or box
+    return box
 
 
 def _in_tag(text: str) -> list[str]:

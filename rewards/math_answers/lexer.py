@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from .units import MEASURE_WORDS, MULTIPLIERS, is_unit
+from .units import MEASURE_WORDS, MULTIPLIERS, is_unit, is_unit_word, read_unit
 
 
 class Token(NamedTuple):
-    """`kind` is number, name, letter (upright), run, text, command, join ("and", "or") or sign; `spaced`: a blank stands before it."""
+    """`kind` is number, name, letter (upright), run, text, command, join ("or"), both ("and") or sign; `spaced`: a blank stands before it."""
 
     kind: str
     text: str
@@ -24,7 +24,7 @@ _UNICODE = str.maketrans(
     {
         "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≦": r"\le ", "≧": r"\ge ",
         "≠": r"\ne ", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "−": "-", "–": "-",
-        "—": "-", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∉": r"\notin ", "√": r"\sqrt ", "°": r"\degree ", "º": r"\degree ",
+        "—": "-", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∉": r"\notin ", "°": r"\degree ", "º": r"\degree ",
         "±": r"\pm ", "∓": r"\mp ", "≈": r"\approx ", "≡": r"\equiv ", "∠": r"\angle ", "△": r"\triangle ", "…": r"\ldots ",
         "⋯": r"\ldots ", "′": "'", "’": "'", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}",
         "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
@@ -54,11 +54,16 @@ _BLOCKS = (
     (re.compile(r"\\(mathbb|mathbf|mathrm|mathcal|mathit|boldsymbol|bm|text)\s+([A-Za-z])(?![A-Za-z])"), r"\\\1{\2}"),
     (re.compile(r"\\(?:begin|end)\s*\{(?:aligned|align\*?|equation\*?|gathered|split|center|displaymath)\}"), " "),
     (re.compile(r"\\(?:boxed|fbox|displaystyle|textstyle|limits|nolimits|rm|bf|it|tiny|small|large|Large)(?![A-Za-z])"), " "),
-    (re.compile(r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*(?:\.(?=\s|\\end|$))?"), " "),
+    (re.compile(r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*(?:\.(?=\s|\\end|$))?"), ""),
+    (re.compile(r"\.{3,}"), r"\\ldots "),
+    (re.compile(r"\\(?:textcolor|color)\s*\{[A-Za-z]+\}"), " "),
+    (re.compile(r"√\s*(\d+(?:\.\d+)?)"), r"\\sqrt{\1}"),
     (re.compile(r"\\(?:hspace|vspace|color|tag|label)\*?\s*\{[^{}]*\}|\\(?:hline|qedhere|notag|nonumber|par|newline)(?![A-Za-z])"), " "),
-    (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}?|\\(?:degree|textdegree)(?![A-Za-z])"), r"\\degree "),
-    (re.compile(r"\^\s*\{?\s*\\(?:text|mathrm|rm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?"), "th "),
-    (re.compile(r"\^\s*\{?\s*\\(?:prime|dagger)(?![A-Za-z])\s*\}?"), "'"),
+    (re.compile(r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![A-Za-z]))|\\(?:degree|textdegree)(?![A-Za-z])"), r"\\degree "),
+    (re.compile(r"\^\s*(?:\{\s*\\(?:text|mathrm|rm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}|\\(?:text|mathrm|rm)\s*\{\s*(?:st|nd|rd|th)\s*\}|\{\s*(?:st|nd|rd|th)\s*\})"), "th "),
+    (re.compile(r"\^\s*(?:\{\s*\\prime\s*\}|\\prime(?![A-Za-z]))"), "'"),
+    (re.compile(r"(?<=\d)\{\s*\}|(?<=\\degree )\{\s*\}"), ""),
+    (re.compile(r"^\s*\*\*(.+)\*\*\s*$"), r"\1"),
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"<=>|<->"), r"\\iff "),
     (re.compile(r"->"), r"\\to "),
@@ -67,8 +72,9 @@ _BLOCKS = (
     (re.compile(r"!=(?!=)|<>"), r"\\ne "),
     (re.compile(r"(?<=\d)\s*\\times(?=\s*10\s*\^)"), r"\\times "),
 )  # fmt: skip
+_WRAPPER = re.compile(r"\s*(?:\\(?:boldsymbol|bm|math(?:bf|it|sf)|text(?:bf|it)|underline))?\s*\{(?!,)")
 _GROUPED = re.compile(
-    r"(?<![\d.,])(?:\d{1,3}(?:(?:\{,\}|,\\!|,\\,|\\,|\\ |[ '](?=\d{3}))\s?\d{3})+(?!\d)(?:\.\d+)?"
+    r"(?<![\d.,])(?:\d{1,3}(?:(?:\{,\}|,\\!|,\\,|\\,|\\ |[ '~](?=\d{3}))\s?\d{3})+(?!\d)(?:\.\d+)?"
     r"|\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:\.\d{3}){2,}(?![\d.]))"
 )
 """Thousands set apart by `{,}`, `,\\!`, a thin or plain blank, an apostrophe or full stops."""
@@ -78,7 +84,7 @@ _TOKEN = re.compile(
     r"(?P<space>\s+|\\[,;:! ]|~|\\q?quad(?![A-Za-z])|\\(?=\s|$))"
     r"|(?P<styled>\\(?:text(?:bf|it|rm|sf|tt|normal|color)?|mbox|hbox|math(?:rm|bf|it|sf|bb|cal|frak|scr)|boldsymbol|bm"
     r"|operatorname\*?|emph|underline)\s*\{)"
-    r"|(?P<command>\\(?:[A-Za-z]+|.))|(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?![\w.]))?)"
+    r"|(?P<command>\\(?:[A-Za-z]+|.))|(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?!\w|\.\d))?)"
     r"|(?P<word>[A-Za-z]+)|(?P<other>[^\W\d_a-zA-Z]+)|(?P<sign>.)",
     re.DOTALL,
 )  # fmt: skip
@@ -133,24 +139,13 @@ def spell(text: str) -> str:
     text = re.sub(r"\\\$(?=\s*[-\d.])", "¤", text)
     text = re.sub(r"\$\s*([-\d.,]+)\s*$", r"¤\1", text) if text.count("$") == 1 else text
     text = text.replace("$", " ").replace("¤", "$")
-    if text[:1] == "{" and not text.startswith("{,"):
-        text = _unwrapped(text)
+    while (found := _WRAPPER.match(text)) is not None and _closing(text, found.end()) == len(text.rstrip()) - 1:
+        text = text.rstrip()[found.end() : -1]
     text = _GROUPED.sub(_plain_number, text)
     text = _DECIMAL_COMMA.sub(".", text)
     if "," in text and not any(c in text for c in "([{"):
         text = re.sub(r"(?<![\d.,])0,(?=\d{3,}(?![\d,.]))", "0.", text)
         text = _COMMAS.sub(lambda m: m.group().replace(",", ""), text)  # inside brackets a comma separates
-    return text
-
-
-def _unwrapped(text: str) -> str:
-    """Without the braces around the whole."""
-    stripped = text.strip()
-    depth = 0
-    for at, character in enumerate(stripped):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return stripped[1:-1] if at == len(stripped) - 1 else text
     return text
 
 
@@ -160,7 +155,7 @@ def _plain_number(match: re.Match[str]) -> str:
         return found.replace(".", "").replace(",", ".")
     if re.fullmatch(r"\d{1,3}(?:\.\d{3}){2,}", found):
         return found.replace(".", "")
-    return re.sub(r"\{,\}|\\[!, ]|[,' ]", "", found)
+    return re.sub(r"\{,\}|\\[!, ]|[,' ~]", "", found)
 
 
 def tokenise(text: str) -> list[Token]:
@@ -206,12 +201,13 @@ def _closing(text: str, at: int) -> int:
 
 
 def _command(name: str, spaced: bool) -> list[Token]:
+    bar = name == "|"
     name = _SYNONYMS.get(name, name)
     if name.startswith("mathbb "):
         return [Token("name", name, spaced)]
     if name == "\\":
         return [Token("command", r"\\", spaced)]
-    if len(name) == 1 and not name.isalpha() and name not in "{}|\\":
+    if len(name) == 1 and not name.isalpha() and name not in "{}" and not bar:
         return [Token("sign", name, spaced)]
     return [Token("command", name if name.startswith("\\") else "\\" + name, spaced)]
 
@@ -226,16 +222,20 @@ def _styled(style: str, content: str, spaced: bool) -> list[Token]:
     if not inner:
         return []
     if inner.lower() in SEPARATORS:
-        return [Token("join", ",", spaced)]
+        return [_separator(inner.lower(), spaced)]
     if len(inner) == 1 and inner.isascii() and inner.isalpha():
         return [Token("letter" if style not in ("boldsymbol", "bm", "mathbf", "mathit") else "name", inner, spaced)]
     if inner in FUNCTIONS:
         return _word(inner, spaced, [])
+    if not style.startswith("math") and style[:4] == "text" and re.search(r"\\[A-Za-z]", inner) and "$" not in inner:
+        return [Token("text", inner, spaced)]
+    if style == "mathrm" and (unit := read_unit(inner)) is not None and unit.measures and inner not in FUNCTIONS:
+        return [Token("text", inner, spaced)]
     if re.search(r"[$\\]", inner) or not re.search(r"[^\W\d_]", inner):
         return _scan(inner)
     if style.startswith("math") and re.search(r"[\d=+^_]", inner) or style in ("boldsymbol", "bm", "underline"):
         return _scan(inner)
-    if re.fullmatch(r"[A-Z]{2,}", inner):
+    if re.fullmatch(r"[A-Z]{2,4}", inner):
         return [Token("run", inner, spaced)]
     bare = re.sub(r"^(?:,\s*)?(and|or)\b", r"\1", inner)
     parts = re.split(r"^(?:and|or)\b|\b(?:and|or)$|^[，,、]|[，,、]$", bare)
@@ -255,7 +255,7 @@ def _word(value: str, spaced: bool, before: list[Token]) -> list[Token]:
     lower = value.lower()
     after_number = bool(before) and before[-1].kind == "number"
     if lower in SEPARATORS:
-        return [Token("join", ",", spaced)]
+        return [_separator(lower, spaced)]
     if value in _WORD_FUNCTIONS and not (after_number and value in ("min", "sec")):
         return [Token("command", "\\" + {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}.get(value, value), spaced)]
     if lower in ("degrees", "degree", "deg"):
@@ -267,8 +267,8 @@ def _word(value: str, spaced: bool, before: list[Token]) -> list[Token]:
     if value in ("am", "pm", "AM", "PM", "th", "st", "nd", "rd") and (after_number or (value.isupper() or value[1] == "m")):
         return [Token("text", lower, spaced)]
     if value.isupper():
-        return [Token("run" if not (after_number and is_unit(value)) else "text", value, spaced)]
-    if len(value) >= 4 or is_unit(value) or lower in _COMMON or (len(value) == 3 and value.istitle()) or lower in MULTIPLIERS:
+        return [Token("run" if not (after_number and is_unit_word(value)) else "text", value, spaced)]
+    if len(value) >= 4 or (after_number and is_unit_word(value)) or lower in _COMMON or (len(value) == 3 and value.istitle()) or lower in MULTIPLIERS:
         return [Token("text", value, spaced)]
     for name in ("sin", "cos", "tan", "ln", "log"):
         if value.startswith(name):
@@ -276,10 +276,14 @@ def _word(value: str, spaced: bool, before: list[Token]) -> list[Token]:
     return [Token("name", letter, spaced and i == 0) for i, letter in enumerate(value)]
 
 
+def _separator(word: str, spaced: bool) -> Token:
+    return Token("both" if word in ("and", "且", "并且") else "join", ",", spaced)
+
+
 def _other(value: str, spaced: bool) -> list[Token]:
     """Letters of other scripts: Chinese separators, numerals and words."""
     if value in SEPARATORS:
-        return [Token("join", ",", spaced)]
+        return [_separator(value, spaced)]
     for separator in ("或者", "或", "和", "与"):
         if len(value) > len(separator) and value.endswith(separator):
             return [*_other(value[: -len(separator)], spaced), Token("sign", ",")]

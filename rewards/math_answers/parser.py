@@ -30,7 +30,7 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from .lexer import FUNCTIONS, Token, tokenise
+from .lexer import FUNCTIONS, Token, spell, tokenise
 from .tree import INFINITY, Kind, Node, negative, number, number_of, walk
 from .units import DEGREE, MULTIPLIERS, PERCENT, Unit, read_unit
 
@@ -62,6 +62,7 @@ _CHOICE = re.compile(
     r"(?P<mark>[)）.:：、]?)\s*\}?(?:\\[ ,;:~]|\\q?quad|[\s~])*(?P<rest>.*)\Z",
     re.DOTALL,
 )
+_CHOICE_LETTER = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])")
 _CLOCK = re.compile(
     r"\s*(\d{1,2})(?::(\d{2}))?\s*(?:\\[ ,;]|~)*\s*(?:\\(?:text|mathrm|mbox)\s*\{)?[\s~]*([AaPp])\.?\s*[Mm]\.?\s*\}?\s*\Z"
 )
@@ -83,14 +84,14 @@ def parse(text: str) -> Node:
     if (clock := _CLOCK.match(text)) is not None and int(clock.group(1)) <= 24:
         hours = int(clock.group(1)) % 12 + (12 if clock.group(3) in "Pp" else 0)
         return Node(Kind.CLOCK, (), hours * 60 + int(clock.group(2) or 0))
-    choice = _read_choice(text)
+    choice = _read_choice(spell(text)) if _CHOICE_LETTER.search(text) else None
     return choice if choice is not None else _parse_tokens(_trimmed(tokenise(text)))
 
 
 def _trimmed(tokens: list[Token]) -> list[Token]:
     """Without a full stop or comma at the end, or a sign that waits for something on either side."""
     start, end = 0, len(tokens)
-    while end > start and tokens[end - 1].text in (".", ",", ";", "=", ":", "!") and tokens[end - 1].kind == "sign":
+    while end > start and tokens[end - 1].text in (".", ",", ";", "=", ":", "!", r"\\") and tokens[end - 1].kind != "text":
         if tokens[end - 1].text == "!" and end - start > 1 and tokens[end - 2].kind != "text":
             break
         end -= 1
@@ -106,7 +107,7 @@ def _parse_tokens(tokens: list[Token]) -> Node:
         return words
     parser = _Parser(tokens)
     try:
-        tree = parser.items()
+        tree = parser.quotient_items()
         if parser.at < len(tokens):
             raise Unreadable(f"unexpected {tokens[parser.at].text!r}")
         return tree
@@ -150,6 +151,8 @@ def _read_choice(text: str) -> Node | None:
         return None
     if not rest:
         return Node(Kind.CHOICE, (), match["letter"])
+    if match["mark"] == ":" and "=" in rest:
+        return None
     if not marked or re.match(r"[=<>+\-*/^_,|:;)]|\\(?:cdot|times|le|ge|in|cup|frac|sqrt|pm|to)\b|\(|and\b|or\b|\d*\s*[(]?[A-J][).]", rest):
         return None
     if match["open"] == "" and (match["close"] or match["mark"]) in (")", "）"):
@@ -195,14 +198,15 @@ class _Parser:
     # items and statements
 
     def items(self) -> Node:
-        found = [self.item()]
-        while self.skip(",", ";"):
-            while self.skip(",", ";"):
-                pass
+        found, both = [self.item()], False
+        while self.peek() in (",", ";") and self.kind() != "text":
+            while self.peek() in (",", ";") and self.kind() != "text":
+                both |= self.kind() == "both"
+                self.at += 1
             if not self.peek() or self.peek() in (")", "]", "}", r"\}", r"\rangle", "|"):
                 break
             found.append(self.item())
-        return found[0] if len(found) == 1 else Node(Kind.LIST, tuple(found))
+        return found[0] if len(found) == 1 else Node(Kind.LIST, tuple(found), "and" if both else None)
 
     def item(self) -> Node:
         self.enter()
@@ -243,7 +247,7 @@ class _Parser:
     def condition(self) -> tuple[str, ...]:
         start = self.at
         while self.peek() and self.peek() not in (";", r"\\", "&", r"\end", r"\}"):
-            if self.kind() == "join" and any(t.text == "=" for t in self.tokens[self.at :]):
+            if self.kind() in ("join", "both") and any(t.text == "=" for t in self.tokens[self.at :]):
                 break
             self.at += 1
         if self.peek(-1) == ",":
@@ -322,9 +326,10 @@ class _Parser:
             elif (mixed := self.mixed(factors[-1])) is not None:
                 factors[-1] = mixed
             elif self.starts_atom():
-                if self.kind() == "number" and factors[-1].kind is not Kind.POWER:
-                    raise Unreadable("numbers side by side")
+                bare = self.kind() == "number" or self.peek() == "{"
                 factor = self.postfix(self.atom())
+                if bare and factor.kind is Kind.NUMBER and factors[-1].kind is not Kind.POWER:
+                    raise Unreadable("numbers side by side")
                 if factors[-1].kind is Kind.NUMBER and factor.kind is Kind.QUOTIENT and _whole(factor.args[0]):
                     raise Unreadable("a number beside a fraction")
                 factors.append(factor)
@@ -433,6 +438,10 @@ class _Parser:
                 double = self.peek() == "!"
                 self.at += double
                 result = Node(Kind.CALL, (result,), "double factorial" if double else "factorial")
+            elif self.peek() == "_" and _whole(result) and self.peek(-1) == ")":
+                result = self.based(str(number_of(result)))
+            elif self.peek() == "(" and result.kind is Kind.POWER and _is_inverse(result):
+                result = Node(Kind.APPLY, (Node(Kind.NAME, (), f"{result.args[0].data}^-1"), self.brackets()))
             elif self.skip("%"):
                 result = Node(Kind.QUANTITY, (result,), PERCENT)
             elif self.peek() == r"\degree":
@@ -455,8 +464,11 @@ class _Parser:
         """What follows ^, _, \\frac or \\sqrt: a braced expression, or one token (`\\frac12`, `x^2`)."""
         self.enter()
         if self.skip("{"):
-            inner = self.items()
-            self.take("}")
+            inner = self.braced()
+        elif self.kind() == "command" and self.peek()[1:] in FUNCTIONS:
+            raise Unreadable("a function without its argument")
+        elif self.kind() in ("name", "letter"):
+            inner = self.name(applied=False)
         elif self.kind() == "number" and len(self.peek()) > 1 and self.peek(-1) != "^" and self.peek().isdigit():
             token = self.tokens[self.at]
             self.tokens = [*self.tokens[: self.at], *(Token("number", c) for c in token.text), *self.tokens[self.at + 1 :]]
@@ -527,7 +539,9 @@ class _Parser:
     def based(self, text: str) -> Node:
         self.take("_")
         base = self.argument()
-        if base.kind is Kind.TEXT or not _whole(base) or not 2 <= number_of(base) <= 36:
+        if base.kind is Kind.TEXT and str(base.data).lower() in _BASES:
+            base = number(_BASES[str(base.data).lower()])
+        if not _whole(base) or not 2 <= number_of(base) <= 36:
             raise Unreadable("a number with a subscript that is no base")
         return Node(Kind.BASED, (), (text.lstrip("0") or "0", int(number_of(base))))
 
@@ -557,16 +571,14 @@ class _Parser:
             return Node(Kind.DOTS)
         raise Unreadable(f"unexpected {token!r}" if token else "ends too early")
 
-    def name(self) -> Node:
+    def name(self, applied: bool = True) -> Node:
         token = self.take()
         if token in ("mathbb R", "mathbb Z", "mathbb N", "mathbb Q", "mathbb C"):
             return Node(Kind.NAME, (), token + self.superscript_sign())
         if token in ("e", "i") and self.peek() != "_":
             return Node(Kind.CONSTANT, (), token)
         result = Node(Kind.NAME, (), token + self.subscript())
-        if self.peek() == "(" and not self.spaced():
-            return self.application(result)
-        return result
+        return self.application(result) if applied and self.peek() == "(" else result
 
     def superscript_sign(self) -> str:
         """`\\mathbb{R}^+`, `\\mathbb{Z}_{>0}`."""
@@ -605,8 +617,7 @@ class _Parser:
         bars, self.bars = self.bars, 0
         self.enter()
         if opening == "{":
-            inner = self.items()
-            self.take("}")
+            inner = self.braced()
         elif opening == r"\{":
             inner = self.braces()
         else:
@@ -625,6 +636,20 @@ class _Parser:
                 raise Unreadable("a relation in square brackets")
         self.depth -= 1
         self.bars = bars
+        return inner
+
+    def braced(self) -> Node:
+        inner = self.quotient_items()
+        self.take("}")
+        return inner
+
+    def quotient_items(self) -> Node:
+        """Items, or `a \\over b` and `n \\choose k` of two such."""
+        inner = self.items()
+        if self.skip(r"\over"):
+            return Node(Kind.QUOTIENT, (inner, self.items()))
+        if self.skip(r"\choose"):
+            return Node(Kind.CALL, (inner, self.items()), "binom")
         return inner
 
     def braces(self) -> Node:
@@ -713,13 +738,11 @@ class _Parser:
         return Node(Kind.POWER, (call, power))
 
     def function_argument(self) -> Node:
-        factors = [self.factor()]
+        factors = [self.postfix(self.name(applied=False)) if self.kind() in ("name", "letter") else self.factor()]
         while self.kind() in ("number", "name") or self.peek() in (r"\pi", r"\frac", r"\sqrt") or self.peek()[1:] in _GREEK:
             if self.kind() == "number" and factors[-1].kind is not Kind.POWER:
                 raise Unreadable("numbers side by side")
-            if self.peek(1) == "(" and self.kind() == "name":
-                break
-            factors.append(self.postfix(self.atom()))
+            factors.append(self.postfix(self.name(applied=False) if self.kind() == "name" else self.atom()))
         if self.peek() == "/" and all(f.kind in (Kind.NUMBER, Kind.NAME, Kind.CONSTANT) for f in factors) and self.kind(1) == "number":
             self.at += 1
             factors.append(Node(Kind.INVERSE, (self.factor(),)))
@@ -760,8 +783,10 @@ class _Parser:
         while self.peek() != r"\end":
             if self.skip(r"\\"):
                 rows.append([])
+            elif name.endswith("cases") and rows[-1]:
+                rows[-1].append(self.case_condition())
             elif not self.skip("&"):
-                rows[-1].append(self.cell(name.endswith("cases")))
+                rows[-1].append(self.chain() if name.endswith("cases") else self.sum())
         self.take(r"\end")
         while self.take() != "}":
             pass
@@ -773,20 +798,21 @@ class _Parser:
             return Node(Kind.CASES, found)
         return Node(Kind.MATRIX, found, name if name in ("vmatrix", "Vmatrix") else "matrix")
 
-    def cell(self, free: bool) -> Node:
-        """A cell of a matrix; in cases, also a condition in words."""
-        start = self.at
-        if free and self.kind() == "text":
-            while self.peek() and self.peek() not in (r"\\", "&", r"\end"):
-                self.at += 1
-            tokens = [t for t in self.tokens[start : self.at] if t.text.lower() not in ("if", "when", "for", ",", ".", "if ")]
-            return _parse_tokens(tokens) if tokens else Node(Kind.TEXT, (), "")
-        found = self.chain() if free else self.sum()
-        while free and self.skip(",", "."):
-            pass
-        return found
+    def case_condition(self) -> Node:
+        """The rest of a row of cases: a relation, or words without `if`, `is` and the like."""
+        words: list[Token] = []
+        while self.peek() and self.peek() not in (r"\\", r"\end"):
+            token = self.tokens[self.at]
+            self.at += 1
+            if token.kind == "text":
+                kept = [w for w in re.split(r"[\s,.]+", token.text) if w.lower() not in _CASE_FILLER]
+                words += [Token("text", word) for word in kept]
+            elif token.text not in ("&", ",", "."):
+                words.append(token)
+        return _parse_tokens(words) if words else Node(Kind.TEXT, (), "")
 
 
+_CASE_FILLER = frozenset(("if", "when", "for", "is", "are", "", "where", "and"))
 _STARTERS = frozenset((
     r"\pi", r"\infty", r"\frac", r"\sqrt", r"\cbrt", r"\binom", r"\lfloor", r"\lceil", r"\{", r"\begin", r"\angle", r"\triangle", r"\langle",
     r"\ldots", r"\emptyset", r"\|",
@@ -794,8 +820,16 @@ _STARTERS = frozenset((
 _LEAD = frozenset("only exactly 共 共有 一共 约 大约 约为 approximately about roughly exactly total 有 为 是 得".split())
 
 
+_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "twelve": 12, "sixteen": 16}
+
+
+def _is_inverse(node: Node) -> bool:
+    return node.args[0].kind is Kind.NAME and node.args[0].data in ("f", "g", "h", "F", "G", "H") and node.args[1] == negative(number(1))
+
+
 def _is_lead(text: str) -> bool:
-    return text.lower().strip() in _LEAD
+    text = text.lower().strip()
+    return text in _LEAD or (len(text) <= 8 and not text.isascii() and text[-1] in "有是为得共约需要了于")
 
 
 def _whole(node: Node) -> bool:

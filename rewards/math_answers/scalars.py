@@ -54,27 +54,43 @@ def has_unit(nodes: tuple[Node, ...]) -> bool:
 def same_scalar(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Outcome:
     """`computed`: the answer's value was worked out here, from `+-`, so that it need not be written as a plain number."""
     ours, theirs = amount(gold), amount(answer)
-    if ours.unit is not None and theirs.unit is None and variables(answer) - variables(gold):
-        theirs = _with_letter_unit(answer, ours.unit) or theirs
-    elif theirs.unit is not None and ours.unit is None and (split := _with_letter_unit(gold, theirs.unit)) is not None:
-        ours = split
+    if theirs.unit is None and variables(answer) and not variables(ours.core):
+        theirs = _lettered(answer) or theirs
+    elif theirs.unit is not None and ours.unit is None and variables(gold):
+        ours = _lettered(gold) or ours
     if policy.units == "ignore":
         ours = Amount(ours.core, ours.unit if ours.unit in (PERCENT, DEGREE) else None)
         theirs = Amount(theirs.core, theirs.unit if theirs.unit in (PERCENT, DEGREE) else None)
     core = theirs.core
-    if variables(ours.core) != variables(core):
-        core = _rename_parameter(ours.core, core)
     if policy.unsimplified == "reject" and is_literal(ours.core) and not computed and not is_literal(core, ours.core):
         return Outcome.DIFFERENT
     return _same_amount(ours, Amount(core, theirs.unit), policy)
 
 
-def _with_letter_unit(node: Node, unit: Unit) -> Amount | None:
-    """`5m` where the other side says that m is a metre."""
-    if node.kind is Kind.PRODUCT and node.args[-1].kind is Kind.NAME and not variables(Node(Kind.PRODUCT, node.args[:-1])):
-        if (stated := read_unit(str(node.args[-1].data))) is not None and stated.measures and stated.dimension == unit.dimension:
-            rest = node.args[:-1]
-            return Amount(rest[0] if len(rest) == 1 else Node(Kind.PRODUCT, rest), stated)
+def _lettered(node: Node) -> Amount | None:
+    """`9.8 m/s^2` without a font: a number times letters that spell a unit."""
+    factors = list(node.args) if node.kind is Kind.PRODUCT else [node]
+    if node.kind is Kind.QUOTIENT:
+        top = node.args[0]
+        factors = [*(top.args if top.kind is Kind.PRODUCT else (top,)), Node(Kind.INVERSE, (node.args[1],))]
+    amount_ = [f for f in factors if not variables(f)]
+    spelled = [_spell_unit(f) for f in factors[len(amount_) :]]
+    if not amount_ or not spelled or None in spelled or any(variables(f) for f in factors[: len(amount_)]):
+        return None
+    unit = read_unit(" ".join(str(s) for s in spelled))
+    if unit is None or not unit.measures:
+        return None
+    return Amount(amount_[0] if len(amount_) == 1 else Node(Kind.PRODUCT, tuple(amount_)), unit)
+
+
+def _spell_unit(node: Node) -> str | None:
+    if node.kind in (Kind.NAME, Kind.RUN):
+        return str(node.data)
+    if node.kind is Kind.POWER and node.args[0].kind is Kind.NAME and _integral(node.args[1]):
+        return f"{node.args[0].data}^{exact(node.args[1])}"
+    if node.kind is Kind.INVERSE:
+        inner = _spell_unit(node.args[0])
+        return None if inner is None else "/" + inner
     return None
 
 
@@ -117,12 +133,14 @@ def _same_scaled(ours: Amount, theirs: Amount) -> Outcome:
 _FREE = frozenset("n k m l j p N K Z t C c A B c_1 c_2 C_1 C_2 K_1 K_2 k_1 k_2".split())
 
 
-def _rename_parameter(gold: Node, answer: Node) -> Node:
+def rename_parameter(gold: Node, answer: Node) -> Node:
     """A free parameter may have any name: n pi is k pi, x^2 + C is x^2 + c."""
     free, theirs = variables(gold) - variables(answer), variables(answer) - variables(gold)
     if len(free) != 1 or len(theirs) != 1 or not free | theirs <= _FREE:
         return answer
     ours, other = next(iter(free)), next(iter(theirs))
+    if ("_" in ours) != ("_" in other):
+        return answer
     periodic = Node(Kind.CONSTANT, (), "pi") in _below(gold) and {ours, other} <= set("nkmljpNKZt")
     constant = ours.lower()[0] in "ck" and other.lower()[0] in "ck" and (_is_term(gold, ours) or ours[0] in "cC")
     return rename(answer, {other: ours}) if periodic or constant else answer

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 from .tree import INFINITY, Kind, Node, negative, variables
+from .values import Reading, Undefined, exact, signature
 
 _NUMBER_SETS = ("mathbb R", "mathbb Z", "mathbb N", "mathbb Q", "mathbb C")
 _REAL_LINE = Node(Kind.GROUP, (negative(INFINITY), INFINITY), "()")
@@ -39,8 +40,8 @@ def is_name(node: Node) -> bool:
 
 def is_expression_of_names(node: Node) -> bool:
     """x + y, m n, a^2 + b^2: what a problem asks for, without a number as a factor or term."""
-    if node.kind in (Kind.SUM, Kind.PRODUCT, Kind.QUOTIENT, Kind.INVERSE, Kind.NEGATIVE):
-        return all(is_expression_of_names(a) for a in node.args)
+    if node.kind in (Kind.SUM, Kind.PRODUCT, Kind.QUOTIENT, Kind.INVERSE):
+        return all(is_expression_of_names(a.args[0] if a.kind is Kind.NEGATIVE else a) for a in node.args)
     if node.kind is Kind.POWER:
         return is_expression_of_names(node.args[0])
     return is_name(node)
@@ -81,8 +82,6 @@ def state(node: Node, agree: Callable[[Node, Node], bool | None], take_last: boo
 
 
 def _roughly(exact: Node, rounded: Node, agree: Callable[[Node, Node], bool | None]) -> bool:
-    from .values import Reading, Undefined, signature
-
     try:
         a, b = (signature(side, Reading()) for side in (exact, rounded))
     except (Undefined, ArithmeticError):
@@ -113,9 +112,11 @@ def as_interval(node: Node) -> Node:
     """An inequality in one name as its interval, a list of such as their union; other nodes unchanged."""
     if node.kind is Kind.LIST and len(node.args) > 1:
         pieces = [as_interval(a) for a in node.args]
-        if all(p.kind is Kind.GROUP for p in pieces) and all(a.kind is Kind.RELATION for a in node.args):
-            return Node(Kind.UNION, tuple(pieces), "union")
-        return node
+        if not (all(p.kind is Kind.GROUP for p in pieces) and all(a.kind is Kind.RELATION for a in node.args)):
+            return node
+        return _overlap(pieces) or node if node.data == "and" else Node(Kind.UNION, tuple(pieces), "union")
+    if node.kind is Kind.UNION and node.data == "without":
+        return _without_points(node)
     if node.kind is not Kind.RELATION or not isinstance(node.data, tuple):
         return node
     signs, sides = list(node.data), list(node.args)
@@ -133,6 +134,29 @@ def as_interval(node: Node) -> Node:
     if len(sides) == 2 and is_name(sides[1]) and not variables(sides[0]):
         return Node(Kind.GROUP, (sides[0], INFINITY), left + ")")
     return node
+
+
+def _overlap(pieces: list[Node]) -> Node | None:
+    """Where two half-lines meet: x > 2 and x < 5."""
+    if len(pieces) != 2:
+        return None
+    pieces = sorted(pieces, key=lambda p: p.args[0] == negative(INFINITY))
+    right, left = pieces
+    if left.args[0] != negative(INFINITY) or right.args[1] != INFINITY or right.args[0] == negative(INFINITY):
+        return None
+    return Node(Kind.GROUP, (right.args[0], left.args[1]), str(right.data)[0] + str(left.data)[1])
+
+
+def _without_points(node: Node) -> Node:
+    """The real line without numbers, as a union of open intervals."""
+    line, *others = (_whole(a) for a in node.args)
+    if line != _REAL_LINE or len(others) != 1 or others[0].kind is not Kind.SET:
+        return node
+    points = sorted(((exact(p), p) for p in others[0].args), key=lambda pair: pair[0] or 0)
+    if any(value is None for value, _ in points):
+        return node
+    ends = [negative(INFINITY), *(p for _, p in points), INFINITY]
+    return Node(Kind.UNION, tuple(Node(Kind.GROUP, pair, "()") for pair in pairwise(ends)), "union")
 
 
 def expanded(node: Node) -> list[Node] | None:

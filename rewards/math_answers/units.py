@@ -112,6 +112,8 @@ def _build() -> tuple[dict[str, _Entry], dict[str, _Entry]]:
         if "P" in flags:
             symbol, *long = aliases
             for prefix, scale in _PREFIXES.items():
+                if prefix == "d" and symbol != "m":
+                    continue
                 exact.setdefault(prefix + symbol, (scale * size, {dimension: 1}))
             for prefix, scale in _LONG_PREFIXES.items():
                 for name in long:
@@ -124,6 +126,8 @@ def _build() -> tuple[dict[str, _Entry], dict[str, _Entry]]:
             exact[alias] = (factor_ * (scale[0] if scale else 1.0), dims)
     for symbol in _PREFIXED_SYMBOLS:
         for prefix, scale_ in (_PREFIXES | _LONG_PREFIXES if len(symbol) > 2 else _PREFIXES).items():
+            if prefix == "d" and symbol not in "Ll":
+                continue
             exact.setdefault(prefix + symbol, (scale_ * exact[symbol][0], exact[symbol][1]))
     lower: dict[str, _Entry] = {}
     for alias, entry in exact.items():
@@ -182,6 +186,13 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = (
 def is_unit(word: str) -> bool:
     """Whether one word is a unit by itself."""
     return word in _EXACT or (len(word) > 1 and word.lower() in _LOWER)
+
+
+def is_unit_word(word: str) -> bool:
+    """Whether plain letters after a number are a unit: mg, Km and CM are, the product mv is not."""
+    if len(word) == 2:
+        return word in _EXACT or (word[0].isupper() and word.lower() in _EXACT)
+    return is_unit(word)
 
 
 @lru_cache(maxsize=4096)

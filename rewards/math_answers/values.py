@@ -276,8 +276,8 @@ class _Evaluator:
         letter = str(name.data)
         single = inner.kind in (Kind.NUMBER, Kind.NAME) or (inner.kind is Kind.NEGATIVE and inner.args[0].kind is Kind.NUMBER)
         if not single and inner.kind is not Kind.GROUP:
-            known = letter.rstrip("'") in _FUNCTION_LETTERS or letter.endswith("'")
-            if letter in self.reading.quantities or not known:
+            always = letter in _ALWAYS_FUNCTIONS or not letter.isalpha()
+            if not always and (letter in self.reading.quantities or letter not in _FUNCTION_LETTERS):
                 value = self.value(inner)
                 here = self.env[letter]
                 return value * here if isinstance(value, Fraction) else value * self.inexact(here)
@@ -358,7 +358,9 @@ def _exact_call(name: str, args: list[Fraction]) -> Fraction | None:
     return None
 
 
-_FUNCTION_LETTERS = frozenset("f g h F G H u p q P Q".split()) | {"varphi", "psi", "Phi", "Psi", "Gamma"}
+_ALWAYS_FUNCTIONS = frozenset("f varphi psi Phi Psi Gamma".split())
+_FUNCTION_LETTERS = frozenset("g h F G H u p q P Q".split())
+"""Functions where the letter does not stand alone on either side."""
 _FUNCTIONS = {
     "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot", "sec": "sec", "csc": "csc", "exp": "exp", "abs": "fabs", "floor": "floor",
     "ceil": "ceil", "binom": "binomial", "sgn": "sign", "arcsin": "asin", "arccos": "acos", "arctan": "atan", "arccot": "acot",
