@@ -218,9 +218,23 @@ class _Call:
                 verdicts = self._failed(f"returned {len(verdicts)} verdicts for {len(self.inputs)} completions")
             self.result = verdicts
         except Exception as error:  # a reward is untrusted: its fault costs its samples, never the run
-            self.result = self._failed(f"raised {type(error).__name__}: {error}")
+            self.result = self._one_by_one(error) if len(self.inputs) > 1 else [_raised(error)]
         finally:
             self.done.set()
+
+    def _one_by_one(self, error: Exception) -> list[Verdict]:
+        """Each row for itself, after a batch raised, so that no row costs its neighbours their verdicts."""
+        if not getattr(self.part.reward, "by_row", False):
+            return [_raised(error) for _ in self.inputs]
+        found: list[Verdict] = []
+        for row in self.inputs:
+            if self.abandoned:
+                return found + [_raised(error) for _ in self.inputs[len(found) :]]
+            try:
+                found += self.part.reward([row])
+            except Exception as alone:  # as above
+                found.append(_raised(alone))
+        return found
 
     def verdicts(self, start: float) -> list[Verdict]:
         remaining = self.part.deadline - (time.perf_counter() - start)
@@ -232,6 +246,10 @@ class _Call:
 
     def _failed(self, message: str) -> list[Verdict]:
         return [verifier_error(message) for _ in self.inputs]
+
+
+def _raised(error: Exception) -> Verdict:
+    return verifier_error(f"raised {type(error).__name__}: {error}")
 
 
 @dataclass(slots=True)

@@ -89,6 +89,8 @@ def translate(node: Node, bound: dict[str, Any]) -> Any:
             return inner(0) ** inner(1)
         case Kind.CALL if node.data in _FUNCTIONS:
             return _FUNCTIONS[str(node.data)](*(translate(a, bound) for a in node.args))
+        case Kind.APPLY if str(node.args[0].data).isalpha() and node.args[0].data not in ("f", "g", "h", "F", "G", "H"):
+            return inner(0) * inner(1)
         case Kind.BIG:
             return _big(node, bound)
     raise NoMeaning(node.kind)

@@ -373,8 +373,8 @@ class _Parser:
             return None
         start, pieces, noun = self.at, list[str](), True
         while self.peek():
-            noun &= self.kind() in ("text", "sign")
             if self.kind() in ("text", "letter", "run", "name"):
+                noun &= self.kind() == "text"
                 pieces.append(self.take())
             elif self.peek() in "$€£¥₹":
                 pieces.append(self.take())

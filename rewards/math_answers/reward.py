@@ -45,6 +45,9 @@ class MathReward:
     `Policy`, e.g. `units="ignore"`. Thread-safe. Raises ValueError for an unknown option.
     """
 
+    by_row = True
+    """Rows have nothing to do with each other: where a batch raises, each may be graded for itself."""
+
     def __init__(self, *, timeout: float = 5.0, concurrency: int = 4, **options: Any) -> None:
         if not timeout > 0:
             raise ValueError(f"timeout is {timeout}; it must be positive seconds")

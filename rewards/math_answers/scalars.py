@@ -135,8 +135,8 @@ _FREE = frozenset("n k m l j p N K Z t C c A B c_1 c_2 C_1 C_2 K_1 K_2 k_1 k_2".
 
 def rename_parameter(gold: Node, answer: Node) -> Node:
     """A free parameter may have any name: n pi is k pi, x^2 + C is x^2 + c."""
-    free, theirs = variables(gold) - variables(answer), variables(answer) - variables(gold)
-    if len(free) != 1 or len(theirs) != 1 or not free | theirs <= _FREE:
+    free, theirs = (variables(gold) - variables(answer)) & _FREE, variables(answer) - variables(gold)
+    if len(free) != 1 or len(theirs) != 1 or not theirs <= _FREE:
         return answer
     ours, other = next(iter(free)), next(iter(theirs))
     if ("_" in ours) != ("_" in other):
