@@ -269,7 +269,9 @@ def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> Rewar
         message = f"{len(ids)} of {len(rows)} references of data.source={config.data.source!r} cannot be graded against: {shown}"
         if config.data.bad_references == "error" or not isinstance(source, TableSource) or 2 * len(ids) > len(rows):
             suite.close()
-            fix = "mend them, or set data.bad_references=drop" if 2 * len(ids) <= len(rows) else "is it the right column?"
+            fix = (
+                "mend them, or set data.bad_references=drop" if 2 * len(ids) <= len(rows) else "is it the right column?"
+            )
             raise ConfigError(f"{message}; {fix}")
         source.leave_out(ids)
         source.notes = (*source.notes, f"left out: {message}")

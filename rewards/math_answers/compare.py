@@ -104,7 +104,8 @@ def same(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Ou
     if variables(gold) != variables(answer):
         answer = rename_parameter(gold, answer)
     left = state(gold, _agree, True, False)
-    right = state(answer, _agree, policy.chains == "last", is_plain(left.body))
+    constant = not variables(left.body) and left.body.kind not in (Kind.TEXT, Kind.VERBATIM, Kind.RELATION)
+    right = state(answer, _agree, policy.chains == "last", constant)
     if right.false:
         return Outcome.DIFFERENT
     if right.unproved:
@@ -174,9 +175,14 @@ def _essence(condition: tuple[str, ...]) -> list[str]:
 def _is_declaration(condition: Sequence[str]) -> bool:
     """`where n is an integer`, `for all k in Z`: no number, no inequality, no case."""
     words = [word for token in condition for word in token.split()]
-    if any(word in ("if", "when", "unless", "otherwise", "else", "but", "not", "is", "could", "can", "may") for word in words[:1]):
+    if any(
+        word in ("if", "when", "unless", "otherwise", "else", "but", "not", "is", "could", "can", "may")
+        for word in words[:1]
+    ):
         return False
-    return not any(re.search(r"\d|[<>=|]|\\(?:le|ge|ne|notin)\b|^(?:if|otherwise|but|not|or|odd|even)$", w) for w in words)
+    return not any(
+        re.search(r"\d|[<>=|]|\\(?:le|ge|ne|notin)\b|^(?:if|otherwise|but|not|or|odd|even)$", w) for w in words
+    )
 
 
 def _names_differ(gold: Node | None, answer: Node | None) -> bool:
@@ -207,7 +213,12 @@ def _align_arguments(gold: Node, answer: Node) -> tuple[Node, Node]:
 def _same_choice(gold: Node, answer: Node, policy: Policy) -> Outcome | None:
     """`C`, `(C) 12` and, where the reference has both, `12`; several letters in any order."""
     if gold.kind is answer.kind is Kind.CHOICE:
-        if gold.data != answer.data or not gold.args or not answer.args or Kind.TEXT in (gold.args[0].kind, answer.args[0].kind):
+        if (
+            gold.data != answer.data
+            or not gold.args
+            or not answer.args
+            or Kind.TEXT in (gold.args[0].kind, answer.args[0].kind)
+        ):
             return outcome(gold.data == answer.data)
         return same(gold.args[0], answer.args[0], policy)
     if gold.kind is Kind.CHOICE:
@@ -250,7 +261,11 @@ def _same_bodies(gold: Node, answer: Node, policy: Policy, computed: bool = Fals
         return _same_clock(gold, answer)
     if Kind.MATRIX in kinds:
         return _same_matrix(gold, answer, policy)
-    if kinds & {*_ORDERED, Kind.LIST, Kind.SET, Kind.UNION} or expanded(gold) is not None or expanded(answer) is not None:
+    if (
+        kinds & {*_ORDERED, Kind.LIST, Kind.SET, Kind.UNION}
+        or expanded(gold) is not None
+        or expanded(answer) is not None
+    ):
         return _same_collection(gold, answer, policy)
     if Kind.TEXT in kinds:
         return outcome(len(kinds) == 1 and _words(gold) == _words(answer))
@@ -337,11 +352,22 @@ def _same_matrix(gold: Node, answer: Node, policy: Policy) -> Outcome:
     if gold.kind is answer.kind:
         if gold.data != answer.data or [len(r.args) for r in gold.args] != [len(r.args) for r in answer.args]:
             return Outcome.DIFFERENT
-        return _all([same(a, b, policy) for r, s in zip(gold.args, answer.args, strict=True) for a, b in zip(r.args, s.args, strict=True)])
+        return _all(
+            [
+                same(a, b, policy)
+                for r, s in zip(gold.args, answer.args, strict=True)
+                for a, b in zip(r.args, s.args, strict=True)
+            ]
+        )
     matrix, other = (gold, answer) if gold.kind is Kind.MATRIX else (answer, gold)
     cells = [cell for row in matrix.args for cell in row.args]
     vector = len(matrix.args) == 1 or all(len(row.args) == 1 for row in matrix.args)
-    if matrix.data != "matrix" or not vector or other.kind not in (Kind.GROUP, Kind.LIST) or other.data not in ("()", None, "[]"):
+    if (
+        matrix.data != "matrix"
+        or not vector
+        or other.kind not in (Kind.GROUP, Kind.LIST)
+        or other.data not in ("()", None, "[]")
+    ):
         return Outcome.UNKNOWN if matrix.data != "matrix" else Outcome.DIFFERENT
     if len(cells) != len(other.args):
         return Outcome.DIFFERENT
@@ -376,7 +402,12 @@ def _same_collection(gold: Node, answer: Node, policy: Policy) -> Outcome:
     if len(ours) > MAX_ITEMS:
         return outcome(ours == theirs) if ours == theirs else Outcome.UNKNOWN
     if has(gold, Kind.DOTS) or has(answer, Kind.DOTS):
-        return _all([outcome(a.kind is b.kind) if Kind.DOTS in (a.kind, b.kind) else same(a, b, policy) for a, b in zip(ours, theirs, strict=True)])
+        return _all(
+            [
+                outcome(a.kind is b.kind) if Kind.DOTS in (a.kind, b.kind) else same(a, b, policy)
+                for a, b in zip(ours, theirs, strict=True)
+            ]
+        )
     computed = expanded(answer) is not None or any(expanded(a) is not None for a in answer.args)
     keep = policy.list_order == "keep" and gold.kind is answer.kind is Kind.LIST and not computed
     if keep:
@@ -405,7 +436,12 @@ def _same_ordered(gold: Node, answer: Node, policy: Policy) -> Outcome:
         return Outcome.DIFFERENT
     if gold.kind is Kind.RATIO and not has(gold, Kind.DOTS) and not has(answer, Kind.DOTS):
         return _same_ratio(gold, answer)
-    return _all([outcome(a.kind is b.kind) if Kind.DOTS in (a.kind, b.kind) else same(a, b, policy) for a, b in zip(gold.args, answer.args, strict=True)])
+    return _all(
+        [
+            outcome(a.kind is b.kind) if Kind.DOTS in (a.kind, b.kind) else same(a, b, policy)
+            for a, b in zip(gold.args, answer.args, strict=True)
+        ]
+    )
 
 
 def _same_ratio(gold: Node, answer: Node) -> Outcome:
@@ -431,9 +467,15 @@ def _same_multiset(gold: list[Node], answers: list[Node], policy: Policy, comput
     if len(gold) != len(answers):
         return Outcome.DIFFERENT
     names = [[_label(item) for item in side] for side in (gold, answers)]
-    if None not in names[0] and set(map(str, names[0])) == set(map(str, names[1])) and len({*map(str, names[0])}) == len(gold):
+    if (
+        None not in names[0]
+        and set(map(str, names[0])) == set(map(str, names[1]))
+        and len({*map(str, names[0])}) == len(gold)
+    ):
         by_name = {str(name): item for name, item in zip(names[1], answers, strict=True)}
-        return _all([same(item, by_name[str(name)], policy, computed) for name, item in zip(names[0], gold, strict=True)])
+        return _all(
+            [same(item, by_name[str(name)], policy, computed) for name, item in zip(names[0], gold, strict=True)]
+        )
     left, uncertain = list(answers), False
     for item in gold:
         outcomes = [same(item, other, policy, computed) for other in left]
@@ -502,8 +544,20 @@ def _same_relation(gold: Node, answer: Node, policy: Policy) -> Outcome:
     free = replace(policy, unsimplified="accept")
     sides = [same(a, b, free) for a, b in zip(gold.args, answer.args, strict=True)]
     found = _all(sides)
-    if found is not Outcome.EQUAL and gold.data in (("equiv",), ("!=",), ("perp",), ("parallel",), ("cong",), ("sim",), ("=",)):
-        found = Outcome.EQUAL if _all([same(a, b, free) for a, b in zip(gold.args, answer.args[::-1], strict=True)]) is Outcome.EQUAL else found
+    if found is not Outcome.EQUAL and gold.data in (
+        ("equiv",),
+        ("!=",),
+        ("perp",),
+        ("parallel",),
+        ("cong",),
+        ("sim",),
+        ("=",),
+    ):
+        found = (
+            Outcome.EQUAL
+            if _all([same(a, b, free) for a, b in zip(gold.args, answer.args[::-1], strict=True)]) is Outcome.EQUAL
+            else found
+        )
     if found is not Outcome.EQUAL and gold.data in (("<",), ("<=",), ("!=",), ("=",)):
         return _proportional(gold, answer, gold.data not in (("!=",), ("=",)))
     return found

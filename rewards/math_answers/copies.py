@@ -7,6 +7,7 @@ from .parser import TooDeep, Unreadable, parse
 from .scalars import amount, is_literal
 from .shapes import state
 from .tree import Kind, Node, negative, number, number_of
+from .units import PERCENT
 
 _OPERATORS = "+-*/^_=<>!"
 _FREE = (Kind.TEXT, Kind.CHOICE, Kind.CLOCK, Kind.RUN, Kind.NAME, Kind.BASED)
@@ -22,7 +23,8 @@ def is_copy(reference: Node | None, answer: str, prompt: str) -> bool:
     except (Unreadable, TooDeep):
         return False
     ours, theirs = essence(reference), essence(tree)
-    if ours == theirs or theirs.kind in _FREE:
+    percent = amount(tree).unit is PERCENT and amount(reference).unit is not PERCENT
+    if (ours == theirs and not percent) or theirs.kind in _FREE:
         return False
     needle = squeeze(answer).strip(".,;")
     if not needle:
@@ -36,7 +38,9 @@ def _stands_in(needle: str, text: str, alone: bool) -> bool:
     at = text.find(needle)
     while at >= 0:
         before, after = text[at - 1 : at], text[at + len(needle) : at + len(needle) + 1]
-        cut = (before.isalnum() and needle[0].isalnum() and before.isdigit() == needle[0].isdigit()) or (after.isdigit() and needle[-1].isdigit())
+        cut = (before.isalnum() and needle[0].isalnum() and before.isdigit() == needle[0].isdigit()) or (
+            after.isdigit() and needle[-1].isdigit()
+        )
         if not cut and (not before or before not in forbidden) and (not after or after not in forbidden):
             return True
         at = text.find(needle, at + 1)
@@ -53,5 +57,9 @@ def essence(node: Node) -> Node:
         return essence(negative(Node(Kind.QUOTIENT, (core.args[0].args[0], core.args[1]))))
     if core.kind in (Kind.LIST, Kind.SET, Kind.UNION, Kind.GROUP):
         parts = sorted((essence(a) for a in core.args), key=repr)
-        return Node(Kind.LIST if core.kind is not Kind.GROUP else Kind.GROUP, tuple(parts), core.data if core.kind is Kind.GROUP else None)
+        return Node(
+            Kind.LIST if core.kind is not Kind.GROUP else Kind.GROUP,
+            tuple(parts),
+            core.data if core.kind is Kind.GROUP else None,
+        )
     return Node(core.kind, tuple(essence(a) for a in core.args), core.data) if core.args else core

@@ -42,7 +42,18 @@ _THOUGHT = re.compile(
     r"|(?P<open2>\[THINK\]|<\|begin_of_thought\|>|◁think▷)|(?P<close2>\[/THINK\]|<\|end_of_thought\|>|◁/think▷)",
     re.IGNORECASE,
 )
-_THOUGHT_PARTS = ("hink", "HINK", "hought", "HOUGHT", "reasoning>", "reflection>", "scratchpad>", "easoning>", "REASONING>", "_of_thought")
+_THOUGHT_PARTS = (
+    "hink",
+    "HINK",
+    "hought",
+    "HOUGHT",
+    "reasoning>",
+    "reflection>",
+    "scratchpad>",
+    "easoning>",
+    "REASONING>",
+    "_of_thought",
+)
 """What a text with thoughts has in it: looking for these costs less than the expression."""
 _MARKER_PARTS = ("nswer", "NSWER", "esult", "olution", "ption", "hoice", "A:", "A：", "答", "选", "结果")
 _BARE_LINE = re.compile(r"(?:A:|####)?[ \t]*(-?[\d,]*\.?\d+)")
@@ -60,19 +71,35 @@ _MARKER = re.compile(
     r"|^[ \t]{0,4}答[:：]|(?<=[。\n])答[:：]",
     re.IGNORECASE | re.MULTILINE,
 )
+_MONEY = re.compile(r"(?<![\\$])\$(?=\d[\d,]*(?:\.\d+)?(?:\s+[A-Za-z]{2,}|[.,;!?]?(?:\s|$)))")
+_ASIDE = re.compile(r"(?<=[\w$%)}])\s?[(（][^()（）$]*(?:[A-Za-z]{2}|[\u4e00-\u9fff])[^()（）$]*[)）]")
+_NEGATED = re.compile(r",?\s*\b(?:and\s+)?(?:not|rather than|instead of)\s+\\?\$?[\d.,]*\d%?(?:\s+but\b)?|(?:，|,)?而?不是\s?\d+")
+_DENIED = re.compile(r"\b(?:is|are|be)\s+(?:not|false|less than|more than|greater than|incorrect|wrong)\b|不是|不等于|\b(?:do not|don't|cannot) (?:know|say|tell)|give up", re.I)
+_CONDITIONAL = re.compile(r"\bif\b.*\b(?:otherwise|else)\b|如果.*否则", re.I)
+_UNFINISHED = re.compile(r"\b(?:and|then|but|the|of|to|from|with|or|so|a|an|is|that)\s*$", re.I)
+_LISTED = re.compile(r"^\s*\d{1,2}[.)、]\s+(?=\D)", re.M)
+_ASSIGNED = re.compile(r"(?<![A-Za-z])[A-Za-z]\s?=\s?[-−]?[\d./]+(?:\s?(?:,|，|、|and|or|或|和)\s?[A-Za-z]\s?=\s?[-−]?[\d./]+)+")
 _BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*|__([^_\n]{1,200})__")
 _NUMBER = re.compile(
-    r"(?:(?<![\w)\]}])[-−])?(?:[$€£¥￥]\s?)?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:[eE][+-]?\d+(?!\w))?"
-    r"(?:\s?/\s?\d+(?![\w.]))?(?:\s?(?:\\?%|°|％))?|(?<!\d)[-−]?\.\d+"
+    r"\d+(?:\.\d+)?\s?(?:[x×]|\\times)\s?10\s?\^\s?\{?-?\d+\}?"  # scientific notation
+    r"|(?<![\d:])\d+(?::\d+)+(?:\s?[AaPp]\.?[Mm]\b)?"  # a ratio or a time
+    r"|(?:(?<![\w)\]}])[-−])?\d+\s\d+/\d+(?![\w/])"  # a mixed number
+    r"|(?:(?<![\w)\]}])[-−])?(?:\\?[$€£¥￥]\s?)?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:[eE][+-]?\d+(?!\w))?"
+    r"(?:\s?/\s?\d+(?![\w.]))?[½⅓⅔¼¾]?(?:\s?(?:\\?%|°|％))?|(?<!\d)[-−]?\.\d+"
 )
 _EQUATION = re.compile(r"[\d .,()\[\]+*/×÷·^%$−=xX-]+")
 _SENTENCE = re.compile(r"(?:[.!?](?=[\s*_)\"]|$)|[。！？])[*_)\"]*")
 _LINES = re.compile(r"\n+")
-_VERB = re.compile(r"\b(?:is|are|was|equals?|equal to|gives?|becomes?|get|to be|as|=)(?:\s+exactly|\s+equal\s+to)?\b[:\s]*|[=＝]|(?:是|为|等于|得)[:：]?")
+_VERB = re.compile(
+    r"\b(?:is|are|was|equals?|equal to|gives?|becomes?|get|to be|as|=)(?:\s+exactly|\s+equal\s+to)?\b[:\s]*|[=＝]|(?:是|为|等于|得)[:：]?"
+)
 _CONTINUED = re.compile(r"\b(?:then|plus|minus|add|subtract|multiply|divide|times)\b", re.IGNORECASE)
 _REASON = re.compile(r",?\s+(?:because|since|where|so that|as (?:we|the|it)|which|for)\b|(?:，|,)\s*(?:因为|由于|其中)")
 _REVISED = re.compile(r"\b(?:wait|actually|correction|sorry|hold on|in fact|no,)|不对|更正|等等", re.IGNORECASE)
-_HEDGED = re.compile(r"\b(?:maybe|perhaps|possibly|alternatively|could also|or it|or,|^or)\b|\bor\b(?=\s+(?:maybe|perhaps|possibly))|或者|也许|可能", re.IGNORECASE)
+_HEDGED = re.compile(
+    r"\b(?:maybe|perhaps|possibly|alternatively|could also|or it|or,|^or)\b|\bor\b(?=\s+(?:maybe|perhaps|possibly))|或者|也许|可能",
+    re.IGNORECASE,
+)
 _JOINED = re.compile(r"[\s,;、，；]*(?:and|or|和|或|与)?[\s,;、，；]*", re.IGNORECASE)
 _CHOICE = re.compile(r"(?:option|choice)?\s*[(（]?([A-J])(?:[)）](?=\W|$)|[.:：、](?=\s|$)|(?=\s*[,.。;；!]?\s*$))")
 _GROUPED_TEXT = re.compile(r"\\(?:text|mathrm|mbox|operatorname|begin|end)\s?\{[^{}]*\}")
@@ -96,7 +123,9 @@ def extract(completion: str, opened: bool = False) -> Extracted:
 def final_text(completion: str, opened: bool = False) -> str | None:
     """What follows the last thought; None if one was opened and never closed."""
     if not opened and not (
-        ("<" in completion and any(part in completion for part in _THOUGHT_PARTS)) or "THINK]" in completion or "◁" in completion
+        ("<" in completion and any(part in completion for part in _THOUGHT_PARTS))
+        or "THINK]" in completion
+        or "◁" in completion
     ):
         return completion
     open_now, after = opened, 0
@@ -142,8 +171,14 @@ def _in_boxes(text: str) -> list[str]:
 
 def _box_content(box: str) -> str:
     """What a box says; of a sentence in it, such as `the answer is 5`, what it states."""
-    if len(box) < 400 and any(part in box for part in ("nswer is", "答案", "答：", "答:")) and (marker := _MARKER.search(box)) is not None:
-        return _stated(box[marker.end() :])[0].strip("{} ") or box
+    if (
+        len(box) < 400
+        and any(part in box for part in ("nswer is", "答案", "答：", "答:"))
+        and (marker := _MARKER.search(box)) is not None
+    ):
+        rest = box[marker.end() :].strip(" :：。.")
+        few = len(_WORD.findall(_GROUPED_TEXT.sub("", rest))) <= 2 and len(rest) < 60
+        return (rest if few else _stated(rest)[0].strip("{} ")) or box
     return box
 
 
@@ -171,7 +206,9 @@ def _of_text(text: str) -> list[str]:
 
 
 def _tail(text: str) -> str:
-    return text.rstrip()[-TAIL:].strip()
+    """The end of a text, its dollars of money told from those around formulas."""
+    text = text.rstrip()[-TAIL:].strip()
+    return _MONEY.sub(r"\\$", text) if "$" in text else text
 
 
 def _in_last_line(text: str) -> list[str]:
@@ -211,12 +248,24 @@ def _whole(text: str) -> list[str]:
         return [] if not bare or re.search(r"\d|\$|\\|[\u4e00-\u9fff]", bare) else [bare]
     if (formula := _FORMULA.fullmatch(bare.rstrip("."))) is not None:
         return [formula.group(formula.lastindex or 0)]
+    if "=" in bare and re.search(r"\d (?:of|times|by) |\d, \d", bare):
+        return []  # `15% of 200 = 30`, and one equation after the other
     words = [w for w in _WORD.findall(_FORMULA.sub(" ", _GROUPED_TEXT.sub("", bare))) if w.lower() not in ("and", "or")]
     latin = [w for w in words if w.isascii()]
     if not re.search(r"\d|\$|\\", bare):
         return [bare] if len(words) <= 3 or not _VERB.search(bare) else _last_statement(bare) or [bare]
-    plain = len(words) <= 1 or bare[0] in "+-−.([\\" or bare[0].isdigit() or re.match(r"\w+\s?[:：=]\s?[-\d]", bare) is not None
-    if not words or (plain and len(latin) <= 2 + bare.count(":") + bare.count("=") and len("".join(w for w in words if not w.isascii())) <= 3 and not _VERB.search(" ".join(words))):
+    plain = (
+        len(words) <= 1
+        or bare[0] in "+-−.([\\"
+        or bare[0].isdigit()
+        or re.match(r"\w+\s?[:：=]\s?[-\d]", bare) is not None
+    )
+    if not words or (
+        plain
+        and len(latin) <= 2 + bare.count(":") + bare.count("=")
+        and len("".join(w for w in words if not w.isascii())) <= 3
+        and not _VERB.search(" ".join(words))
+    ):
         if _FORMULA.search(bare) is None or len(words) == 0:
             return [bare]
     return []
@@ -230,13 +279,22 @@ def _in_bold(text: str) -> list[str]:
     inner = next(part for part in bold[-1] if part).strip().strip(":：")
     if not re.search(r"\d|\\|\$|^\(?[A-J]\)?$", inner) or (len(_WORD.findall(_GROUPED_TEXT.sub("", inner))) > 3):
         return []
-    return _last_statement(inner) if "=" in inner and _FORMULA.search(inner) is None and _WORD.search(inner) else [_bare(inner)]
+    return (
+        _last_statement(inner)
+        if "=" in inner and _FORMULA.search(inner) is None and _WORD.search(inner)
+        else [_bare(inner)]
+    )
 
 
 def _last_statement(text: str) -> list[str]:
     """What the last sentence with a number, a formula or a choice states."""
     text = _tail(text)
-    for sentence in reversed(_sentences(text)):
+    sentences = _sentences(_LISTED.sub("", text))
+    if sentences and (sentences[-1].endswith(("?", "？")) or _DENIED.search(_NEGATED.sub("", sentences[-1]))):
+        return []
+    for sentence in reversed(sentences):
+        if sentence is sentences[-1] and _UNFINISHED.search(sentence):
+            continue
         if (option := re.search(r"\b(?:option|choice)\s*[(（]?([A-J])\b", sentence)) is not None:
             return [option.group(1)]
         if re.search(r"\d|\$[^$]|\\", sentence) and (stated := _of_sentence(sentence)):
@@ -249,13 +307,23 @@ def _last_statement(text: str) -> list[str]:
 
 
 RULES = (
-    Rule("box", "MATH, NuminaMath, Qwen2.5-Math, DeepSeek-R1: \\boxed{x}, \\fbox{x}; all of them, and the tag", _in_boxes),
+    Rule(
+        "box", "MATH, NuminaMath, Qwen2.5-Math, DeepSeek-R1: \\boxed{x}, \\fbox{x}; all of them, and the tag", _in_boxes
+    ),
     Rule("answer_tag", "R1-Zero, TinyZero, Open-Reasoner-Zero: <answer>x</answer>", _in_tag),
     Rule("last_line", "GSM8K and what is tuned on it: #### x, A: x, or x alone in the last line", _in_last_line),
-    Rule("marker", "Minerva, Llama 3, OLMo, GLM, Qwen: Final Answer:, The answer is, Answer:, 答案, 故选, 答", _after_marker),
+    Rule(
+        "marker",
+        "Minerva, Llama 3, OLMo, GLM, Qwen: Final Answer:, The answer is, Answer:, 答案, 故选, 答",
+        _after_marker,
+    ),
     Rule("whole", "short completions: the text is the answer", _whole),
     Rule("bold", "Gemma, GPT-4o, Llama 3: **x** in the last line", _in_bold),
-    Rule("sentence", "SmolLM2, Qwen2.5 without a prompt for boxes: the last sentence, `So there are x left.`", _last_statement),
+    Rule(
+        "sentence",
+        "SmolLM2, Qwen2.5 without a prompt for boxes: the last sentence, `So there are x left.`",
+        _last_statement,
+    ),
 )
 """The ways of stating an answer, the strongest first."""
 
@@ -270,7 +338,9 @@ def _sentences(text: str) -> list[str]:
         if at < len(spans) and spans[at][0] <= end[0] < spans[at][1]:
             continue
         piece = text[start : end[1]].strip()
-        if text[end[0]] == "\n" and re.match(r"\s*(?:\\\[|\$\$|\\begin\{(?:equation|align))", text[end[1] : end[1] + 20]):
+        if text[end[0]] == "\n" and re.match(
+            r"\s*(?:\\\[|\$\$|\\begin\{(?:equation|align))", text[end[1] : end[1] + 20]
+        ):
             continue  # `The result is` and a display formula below it
         if piece:
             found.append(piece)
@@ -294,9 +364,11 @@ def _stated(rest: str) -> tuple[str, int]:
         return choice.group(1), end
     if (reason := _REASON.search(sentence)) is not None and re.search(r"\d|\$|\\", sentence[: reason.start()]):
         sentence = sentence[: reason.start()]
-    bare = _bare(sentence)
+    bare = _bare(_ASIDE.sub("", _NEGATED.sub(" ", sentence))) or _bare(sentence)
+    if (word := re.match(r"(?:Yes|No|True|False)\b", bare, re.I)) is not None:
+        return word.group(), end
     if not _FORMULA.search(bare) and (len(_WORD.findall(_GROUPED_TEXT.sub("", bare))) <= 3 or not _NUMBER.search(bare)):
-        if not _VERB.search(" ".join(_WORD.findall(bare))) and not re.search(r"[\u4e00-\u9fff]{4,}.*\d", bare):
+        if not _VERB.search(" ".join(_WORD.findall(bare))) and not re.search(r"[\u4e00-\u9fff]{2,}.*\d", bare):
             return bare, end
     return _of_sentence(sentence), end
 
@@ -304,6 +376,14 @@ def _stated(rest: str) -> tuple[str, int]:
 def _of_sentence(sentence: str) -> str:
     """The answer in a sentence: its last formulas, else its equation, else what follows the verb, else its last number."""
     text = _bare(sentence)
+    if _CONDITIONAL.search(text):
+        return text
+    if re.search(r"\d", kept := _NEGATED.sub(" ", text)):
+        text = kept.strip()
+    elif kept != text:
+        return ""
+    if re.search(r"\d|\$|\\", kept := _ASIDE.sub("", text)):
+        text = kept.strip()
     formulas = list(_FORMULA.finditer(text))
     plain = _FORMULA.sub(lambda m: " " * len(m.group()), text)
     numbers = list(_NUMBER.finditer(plain))
@@ -318,13 +398,20 @@ def _of_sentence(sentence: str) -> str:
         return _last_line(run[0].group(run[0].lastindex or 0))
     if not numbers:
         return text if "\\" in text else ""
-    runs = [m for m in _EQUATION.finditer(plain) if re.search(r"\d.*=.*\d", m.group()) and m.end() >= numbers[-1].start()]
+    runs = [
+        m for m in _EQUATION.finditer(plain) if re.search(r"\d.*=.*\d", m.group()) and m.end() >= numbers[-1].start()
+    ]
     if runs:
-        return _of_equation(runs[-1].group(), plain)
+        return _of_equation(runs[-1].group(), plain[: runs[-1].start()])
     chosen = numbers[-1]
+    if (assigned := _ASSIGNED.search(plain)) is not None:
+        return assigned.group()
     verbs = [m for m in _VERB.finditer(plain) if m.end() <= chosen.start()]
     if verbs and (first := _NUMBER.search(plain, verbs[-1].end())) is not None:
         chosen = first
+        after = [n for n in numbers if n.start() >= first.start()]
+        if len(after) > 1 and all(_JOINED.fullmatch(plain[a.end() : b.start()]) for a, b in pairwise(after)):
+            return plain[first.start() : after[-1].end()]
         if _CONTINUED.search(plain, chosen.end(), numbers[-1].start()):
             chosen = numbers[-1]
     if (hedge := _near_hedge(plain, chosen.start(), chosen.end())) is not None:
@@ -334,12 +421,13 @@ def _of_sentence(sentence: str) -> str:
     return chosen.group() + _unit_after(plain, chosen.end())
 
 
-def _of_equation(equation: str, sentence: str) -> str:
-    """The equation, for its truth to be checked; a slip in the working of a sentence counts by the result that it states."""
+def _of_equation(equation: str, before: str) -> str:
+    """The equation, for its truth to be checked. Where it is the end of a step (`we have 2 + 5 + 9 = 21`), or its left side began
+    in words (`15% of 200 = 30`), what it arrives at counts."""
     equation = re.sub(r"(?<=[\d)])\s?[xX]\s?(?=[\d(])", "*", equation.strip(" .,xX"))
+    equation = next(part for part in reversed(equation.split(", ")) if "=" in part)
     sides = equation.split("=")
-    sides[0] = sides[0].split(", ")[-1]
-    if len(sides) == 2 and re.search(r"\d\s*[-+*/×÷].*\d", sides[0]) and len(_WORD.findall(sentence)) >= 2:
+    if len(sides) == 2 and (re.search(r"\bwe (?:have|get|obtain)\s*$", before) or re.search(r"\b(?:of|from|by|times)\s*$", before)):
         return sides[1].strip()
     return "=".join(sides)
 
@@ -355,6 +443,8 @@ def _last_line(formula: str) -> str:
 
 def _unit_after(text: str, end: int) -> str:
     """The known unit after a number: ` km`, ` square meters`."""
+    if (many := re.match(r"\s?(?:thousand|million|billion|trillion|dozen|万|亿)\b", text[end : end + 20])) is not None:
+        return many.group()
     words = re.match(r"[\s-]?([A-Za-z\u4e00-\u9fff°²³^/·]+\d?(?:\s(?:per\s)?[A-Za-z]+){0,2})", text[end : end + 40])
     if words is None:
         return ""

@@ -70,7 +70,7 @@ _BLOCKS = (
     (re.compile(r">=|=>"), r"\\ge "),
     (re.compile(r"<=|=<"), r"\\le "),
     (re.compile(r"!=(?!=)|<>"), r"\\ne "),
-    (re.compile(r"(?<=\d)\s*\\times(?=\s*10\s*\^)"), r"\\times "),
+    (re.compile(r"(?<=\d)\s?[xX](?=\s?10\s?\^)"), r"\\times "),
 )  # fmt: skip
 _WRAPPER = re.compile(r"\s*(?:\\(?:boldsymbol|bm|math(?:bf|it|sf)|text(?:bf|it)|underline))?\s*\{(?!,)")
 _GROUPED = re.compile(
@@ -104,7 +104,18 @@ FUNCTIONS = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth sech csch log ln lg exp floor ceil abs min "
     "max gcd lcm det arg Re Im sgn dim deg ker rank tr Pr arcsinh arccosh arctanh erf Gamma".split()
 ) - {"Gamma"}
-_WORD_FUNCTIONS = FUNCTIONS | {"asin", "acos", "atan", "sqrt", "cbrt"} - {"deg", "dim", "ker", "tr", "rank", "det", "arg", "Pr", "Re", "Im"}
+_WORD_FUNCTIONS = FUNCTIONS | {"asin", "acos", "atan", "sqrt", "cbrt"} - {
+    "deg",
+    "dim",
+    "ker",
+    "tr",
+    "rank",
+    "det",
+    "arg",
+    "Pr",
+    "Re",
+    "Im",
+}
 _WORDS = {"pi": r"\pi", "infty": r"\infty", "infinity": r"\infty", "inf": r"\infty", "oo": r"\infty", "asin": r"\arcsin",
           "acos": r"\arccos", "atan": r"\arctan", "theta": r"\theta", "alpha": r"\alpha", "beta": r"\beta", "lambda": r"\lambda",
           "omega": r"\omega", "mod": r"\bmod", "union": r"\cup", "cup": r"\cup"}  # fmt: skip
@@ -257,18 +268,28 @@ def _word(value: str, spaced: bool, before: list[Token]) -> list[Token]:
     if lower in SEPARATORS:
         return [_separator(lower, spaced)]
     if value in _WORD_FUNCTIONS and not (after_number and value in ("min", "sec")):
-        return [Token("command", "\\" + {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}.get(value, value), spaced)]
+        return [
+            Token("command", "\\" + {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}.get(value, value), spaced)
+        ]
     if lower in ("degrees", "degree", "deg"):
         return [Token("command", r"\degree", spaced)]
     if lower in ("percent", "percentage", "pct"):
         return [Token("sign", "%", spaced)]
     if value in _WORDS or lower in ("infinity", "pi"):
         return [Token("command", _WORDS[value if value in _WORDS else lower], spaced)]
-    if value in ("am", "pm", "AM", "PM", "th", "st", "nd", "rd") and (after_number or (value.isupper() or value[1] == "m")):
+    if value in ("am", "pm", "AM", "PM", "th", "st", "nd", "rd") and (
+        after_number or (value.isupper() or value[1] == "m")
+    ):
         return [Token("text", lower, spaced)]
     if value.isupper():
         return [Token("run" if not (after_number and is_unit_word(value)) else "text", value, spaced)]
-    if len(value) >= 4 or (after_number and is_unit_word(value)) or lower in _COMMON or (len(value) == 3 and value.istitle()) or lower in MULTIPLIERS:
+    if (
+        len(value) >= 4
+        or (after_number and is_unit_word(value))
+        or lower in _COMMON
+        or (len(value) == 3 and value.istitle())
+        or lower in MULTIPLIERS
+    ):
         return [Token("text", value, spaced)]
     for name in ("sin", "cos", "tan", "ln", "log"):
         if value.startswith(name):
@@ -292,7 +313,14 @@ def _other(value: str, spaced: bool) -> list[Token]:
     if _CHINESE_NUMBER.fullmatch(value) and not all(c in _CHINESE_POWERS for c in value):
         return [Token("number", str(chinese_number(value)), spaced)]
     head = _CHINESE_NUMBER.match(value)
-    if head is not None and not is_unit(value) and not all(c in _CHINESE_POWERS for c in head.group()) and head.end() < len(value) and (len(value) - head.end()) <= 2 and is_counting(value[head.end() :]):
+    if (
+        head is not None
+        and not is_unit(value)
+        and not all(c in _CHINESE_POWERS for c in head.group())
+        and head.end() < len(value)
+        and (len(value) - head.end()) <= 2
+        and is_counting(value[head.end() :])
+    ):
         return [Token("number", str(chinese_number(head.group())), spaced), Token("text", value[head.end() :])]
     if value.startswith("百分之"):
         rest = value[3:]

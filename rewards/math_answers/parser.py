@@ -50,7 +50,15 @@ _GREEK = frozenset(
     "Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega Pi ell hbar nabla partial Re Im aleph imath jmath".split()
 )
 _ACCENTS = frozenset("hat bar vec dot ddot tilde overline overrightarrow underline overleftrightarrow overset".split())
-_BIG = {r"\sum": "sum", r"\prod": "prod", r"\int": "int", r"\lim": "lim", r"\iint": "iint", r"\iiint": "iiint", r"\oint": "oint"}
+_BIG = {
+    r"\sum": "sum",
+    r"\prod": "prod",
+    r"\int": "int",
+    r"\lim": "lim",
+    r"\iint": "iint",
+    r"\iiint": "iiint",
+    r"\oint": "oint",
+}
 _CLOSERS = {"(": ")]", "[": ")]", r"\{": r"\}", r"\langle": r"\rangle"}
 _CONDITIONS = (
     "if when where for unless otherwise with such provided given whenever while assuming otherwise. as else because since is are was "
@@ -62,6 +70,7 @@ _CHOICE = re.compile(
     r"(?P<mark>[)）.:：、]?)\s*\}?(?:\\[ ,;:~]|\\q?quad|[\s~])*(?P<rest>.*)\Z",
     re.DOTALL,
 )
+_EDGES = re.compile(r"^(?:\\[,;:! ]|[\s~])+|(?:\\[,;:! ]|\\\\|[\s~])+$")
 _CHOICE_LETTER = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])")
 _CLOCK = re.compile(
     r"\s*(\d{1,2})(?::(\d{2}))?\s*(?:\\[ ,;]|~)*\s*(?:\\(?:text|mathrm|mbox)\s*\{)?[\s~]*([AaPp])\.?\s*[Mm]\.?\s*\}?\s*\Z"
@@ -84,14 +93,18 @@ def parse(text: str) -> Node:
     if (clock := _CLOCK.match(text)) is not None and int(clock.group(1)) <= 24:
         hours = int(clock.group(1)) % 12 + (12 if clock.group(3) in "Pp" else 0)
         return Node(Kind.CLOCK, (), hours * 60 + int(clock.group(2) or 0))
-    choice = _read_choice(spell(text)) if _CHOICE_LETTER.search(text) else None
+    choice = _read_choice(_EDGES.sub("", spell(text))) if _CHOICE_LETTER.search(text) else None
     return choice if choice is not None else _parse_tokens(_trimmed(tokenise(text)))
 
 
 def _trimmed(tokens: list[Token]) -> list[Token]:
     """Without a full stop or comma at the end, or a sign that waits for something on either side."""
     start, end = 0, len(tokens)
-    while end > start and tokens[end - 1].text in (".", ",", ";", "=", ":", "!", r"\\") and tokens[end - 1].kind != "text":
+    while (
+        end > start and tokens[end - 1].text in (".", ",", ";", "=", ":", "!", r"\\") and tokens[end - 1].kind != "text"
+    ):
+        if tokens[end - 1].text == ":" and end - start > 1 and tokens[end - 2].kind != "text":
+            break
         if tokens[end - 1].text == "!" and end - start > 1 and tokens[end - 2].kind != "text":
             break
         end -= 1
@@ -127,7 +140,7 @@ def _words(tokens: list[Token]) -> Node | None:
     """A text of words alone, or a list of such."""
     if not all(t.kind in ("text", "run") or (t.kind == "sign" and t.text in ",.'!-\"()") for t in tokens):
         return None
-    if not any(t.kind == "text" for t in tokens):
+    if not any(t.kind == "text" for t in tokens) or tokens[0].text == "-":
         return None
     items: list[list[str]] = [[]]
     for token in tokens:
@@ -153,7 +166,9 @@ def _read_choice(text: str) -> Node | None:
         return Node(Kind.CHOICE, (), match["letter"])
     if match["mark"] == ":" and "=" in rest:
         return None
-    if not marked or re.match(r"[=<>+\-*/^_,|:;)]|\\(?:cdot|times|le|ge|in|cup|frac|sqrt|pm|to)\b|\(|and\b|or\b|\d*\s*[(]?[A-J][).]", rest):
+    if not marked or re.match(
+        r"[=<>+\-*/^_,|:;)]|\\(?:cdot|times|le|ge|in|cup|frac|sqrt|pm|to)\b|\(|and\b|or\b|\d*\s*[(]?[A-J][).]", rest
+    ):
         return None
     if match["open"] == "" and (match["close"] or match["mark"]) in (")", "）"):
         return None if "(" in rest else Node(Kind.CHOICE, (parse(rest),), match["letter"])
@@ -214,7 +229,7 @@ class _Parser:
             name = Node(Kind.TEXT, (), self.take())
             self.at += 1
             result = Node(Kind.RELATION, (name, self.chain()), ("=",))
-        elif self.kind() == "text" and self.starts_atom(1) and _is_lead(self.peek()):
+        elif self.kind() == "text" and (self.starts_atom(1) or self.peek(1) in ("-", "+")) and _is_lead(self.peek()):
             self.at += 1
             result = self.chain()
         else:
@@ -365,6 +380,8 @@ class _Parser:
             if self.peek().lower() in MULTIPLIERS:
                 self.at += 1
                 factors.append(number(MULTIPLIERS[text.lower()]))
+                if len(factors) == 2 and factors[0].kind is Kind.NUMBER:
+                    factors[:] = [number(number_of(factors[0]) * number_of(factors[1]))]
                 return None if not self.peek() else self.unit(factors)
         elif self.kind() == "sign":
             if text not in "$€£¥₹" or not _is_numeric(factors):
@@ -413,7 +430,11 @@ class _Parser:
                 return self.peek(ahead + 1) not in (r"\bmod", r"\mod")
             return token in ("[", "{")
         return kind == "command" and (
-            token[1:] in FUNCTIONS or token[1:] in _GREEK or token in _STARTERS or token[1:] in _ACCENTS or token in _BIG
+            token[1:] in FUNCTIONS
+            or token[1:] in _GREEK
+            or token in _STARTERS
+            or token[1:] in _ACCENTS
+            or token in _BIG
         )
 
     def factor(self) -> Node:
@@ -429,10 +450,9 @@ class _Parser:
     def postfix(self, result: Node) -> Node:
         for _ in range(6):
             if self.skip("^"):
-                if result.kind is Kind.POWER and self.peek(-2) != "}":
-                    result = Node(Kind.POWER, (result.args[0], Node(Kind.POWER, (result.args[1], self.argument()))))
-                else:
-                    result = Node(Kind.POWER, (result, self.argument()))
+                if result.kind is Kind.POWER and self.peek(-2) != ")":
+                    raise Unreadable("two exponents")
+                result = Node(Kind.POWER, (result, self.argument()))
             elif self.peek() == "!" and self.peek(1) != "=":
                 self.at += 1
                 double = self.peek() == "!"
@@ -471,7 +491,11 @@ class _Parser:
             inner = self.name(applied=False)
         elif self.kind() == "number" and len(self.peek()) > 1 and self.peek(-1) != "^" and self.peek().isdigit():
             token = self.tokens[self.at]
-            self.tokens = [*self.tokens[: self.at], *(Token("number", c) for c in token.text), *self.tokens[self.at + 1 :]]
+            self.tokens = [
+                *self.tokens[: self.at],
+                *(Token("number", c) for c in token.text),
+                *self.tokens[self.at + 1 :],
+            ]
             inner = self.numeral()
         elif self.peek() in ("-", "+"):
             inner = _negated(self.atom()) if self.take() == "-" else self.atom()
@@ -681,7 +705,11 @@ class _Parser:
             return Node(Kind.CONSTANT, (), name)
         if name in _GREEK:
             result = Node(Kind.NAME, (), name + self.subscript())
-            return self.application(result) if self.peek() == "(" and name in ("varphi", "psi", "Phi", "Psi", "Gamma") else result
+            return (
+                self.application(result)
+                if self.peek() == "(" and name in ("varphi", "psi", "Phi", "Psi", "Gamma")
+                else result
+            )
         if token == r"\frac":
             return _fraction(self.argument(), self.argument())
         if token == r"\binom":
@@ -730,7 +758,11 @@ class _Parser:
         else:  # \sin 2x \cos y: the argument is the product up to the next function
             inner = self.function_argument()
         arguments = inner.args if inner.kind in (Kind.LIST, Kind.GROUP, Kind.SET) else (inner,)
-        call = Node(Kind.CALL, arguments if base is None else (*arguments, base), name if base is None or name == "log" else f"{name}_")
+        call = Node(
+            Kind.CALL,
+            arguments if base is None else (*arguments, base),
+            name if base is None or name == "log" else f"{name}_",
+        )
         if power is None:
             return call
         if power == negative(number(1)) and name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh"):
@@ -739,11 +771,19 @@ class _Parser:
 
     def function_argument(self) -> Node:
         factors = [self.postfix(self.name(applied=False)) if self.kind() in ("name", "letter") else self.factor()]
-        while self.kind() in ("number", "name") or self.peek() in (r"\pi", r"\frac", r"\sqrt") or self.peek()[1:] in _GREEK:
+        while (
+            self.kind() in ("number", "name")
+            or self.peek() in (r"\pi", r"\frac", r"\sqrt")
+            or self.peek()[1:] in _GREEK
+        ):
             if self.kind() == "number" and factors[-1].kind is not Kind.POWER:
                 raise Unreadable("numbers side by side")
             factors.append(self.postfix(self.name(applied=False) if self.kind() == "name" else self.atom()))
-        if self.peek() == "/" and all(f.kind in (Kind.NUMBER, Kind.NAME, Kind.CONSTANT) for f in factors) and self.kind(1) == "number":
+        if (
+            self.peek() == "/"
+            and all(f.kind in (Kind.NUMBER, Kind.NAME, Kind.CONSTANT) for f in factors)
+            and self.kind(1) == "number"
+        ):
             self.at += 1
             factors.append(Node(Kind.INVERSE, (self.factor(),)))
         return factors[0] if len(factors) == 1 else Node(Kind.PRODUCT, tuple(factors))
@@ -817,23 +857,46 @@ _STARTERS = frozenset((
     r"\pi", r"\infty", r"\frac", r"\sqrt", r"\cbrt", r"\binom", r"\lfloor", r"\lceil", r"\{", r"\begin", r"\angle", r"\triangle", r"\langle",
     r"\ldots", r"\emptyset", r"\|",
 ))  # fmt: skip
-_LEAD = frozenset("only exactly 共 共有 一共 约 大约 约为 approximately about roughly exactly total 有 为 是 得".split())
+_LEAD = frozenset(
+    "only exactly 共 共有 一共 约 大约 约为 approximately about roughly exactly total 有 为 是 得".split()
+)
 
 
-_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "twelve": 12, "sixteen": 16}
+_BASES = {
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "seven": 7,
+    "eight": 8,
+    "nine": 9,
+    "ten": 10,
+    "twelve": 12,
+    "sixteen": 16,
+}
 
 
 def _is_inverse(node: Node) -> bool:
-    return node.args[0].kind is Kind.NAME and node.args[0].data in ("f", "g", "h", "F", "G", "H") and node.args[1] == negative(number(1))
+    return (
+        node.args[0].kind is Kind.NAME
+        and node.args[0].data in ("f", "g", "h", "F", "G", "H")
+        and node.args[1] == negative(number(1))
+    )
 
 
 def _is_lead(text: str) -> bool:
     text = text.lower().strip()
-    return text in _LEAD or (len(text) <= 8 and not text.isascii() and text[-1] in "有是为得共约需要了于")
+    return text in _LEAD or text.endswith((":", "：")) or (len(text) <= 8 and not text.isascii() and text[-1] in "有是为得共约需要了于")
 
 
 def _whole(node: Node) -> bool:
-    return node.kind is Kind.NUMBER and isinstance(node.data, tuple) and node.data[1] == -1 and node.data[0].denominator == 1
+    return (
+        node.kind is Kind.NUMBER
+        and isinstance(node.data, tuple)
+        and node.data[1] == -1
+        and node.data[0].denominator == 1
+    )
 
 
 def _is_numeric(factors: list[Node]) -> bool:

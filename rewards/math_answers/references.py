@@ -10,7 +10,9 @@ from .extract import boxes, extract
 
 _LONG = 200
 """A longer reference is a whole solution, whose answer is found as in a completion."""
-_NO_ANSWER = frozenset(("proof", "notfound", "not found", "none", "null", "nan", "n/a", "-", "?", "", "answer", "see solution"))
+_NO_ANSWER = frozenset(
+    ("proof", "notfound", "not found", "none", "null", "nan", "n/a", "-", "?", "", "answer", "see solution")
+)
 """What data sets write where a problem has no answer (NuminaMath-1.5: proof, notfound)."""
 
 

@@ -94,7 +94,9 @@ class MathReward:
         reference = self._reference(row.answer)
         for rewritten in rewritings(reference.text):
             if (verdict := self([RewardInput(completion=rewritten, answer=row.answer)])[0]).score != 1.0:
-                return f"{reference.problem or 'it is refused against itself'}: {rewritten[:80]} is {verdict.status.value}"
+                return (
+                    f"{reference.problem or 'it is refused against itself'}: {rewritten[:80]} is {verdict.status.value}"
+                )
         return None
 
     def close(self) -> None:
@@ -163,9 +165,24 @@ def needs_algebra(reference: Reference, answer: str, policy: Policy) -> bool:
 
 def scalar(node: Node | None) -> Node | None:
     """The scalar that `name = scalar` states, else the tree; None for a shape."""
-    if node is not None and node.kind is Kind.RELATION and node.data == ("=",) and node.args[0].kind in (Kind.NAME, Kind.APPLY):
+    if (
+        node is not None
+        and node.kind is Kind.RELATION
+        and node.data == ("=",)
+        and node.args[0].kind in (Kind.NAME, Kind.APPLY)
+    ):
         node = node.args[1]
-    shapes = (Kind.RELATION, Kind.TEXT, Kind.VERBATIM, Kind.DOTS, Kind.GROUP, Kind.SET, Kind.QUALIFIED, Kind.UNION, Kind.MATRIX)
+    shapes = (
+        Kind.RELATION,
+        Kind.TEXT,
+        Kind.VERBATIM,
+        Kind.DOTS,
+        Kind.GROUP,
+        Kind.SET,
+        Kind.QUALIFIED,
+        Kind.UNION,
+        Kind.MATRIX,
+    )
     return None if node is None or has(node, *shapes) or node.kind is Kind.LIST else node
 
 
@@ -178,7 +195,9 @@ _STATUS = {
 
 
 def _verdict(status: Status, message: str, start: float) -> Verdict:
-    return Verdict(status=status, score=float(status is Status.CORRECT), message=message, seconds=time.perf_counter() - start)
+    return Verdict(
+        status=status, score=float(status is Status.CORRECT), message=message, seconds=time.perf_counter() - start
+    )
 
 
 def _algebraic_verdict(answers: Sequence[Answer], seconds: float) -> Verdict:

@@ -238,7 +238,9 @@ def _rounds(gold: Node, answer: Node, a: Value, b: Value, policy: Policy) -> boo
     if ours is not None and ours.significant >= 3:
         if theirs is None:  # rounded or cut off: the exact answer lies within one unit of the last digit
             return not _integral(answer) and not _terminates(b) and abs(x - y) < ours.unit * (1 - 1e-9)
-        return ours.significant >= policy.rounding and theirs.unit < ours.unit and abs(x - y) <= ours.unit / 2 * (1 + 1e-9)
+        return (
+            ours.significant >= policy.rounding and theirs.unit < ours.unit and abs(x - y) <= ours.unit / 2 * (1 + 1e-9)
+        )
     if ours is None and theirs is not None and not _integral(gold) and not _terminates(a):
         return theirs.significant >= policy.rounding and abs(x - y) <= theirs.unit / 2 * (1 + 1e-9)
     return False
@@ -310,5 +312,9 @@ def is_literal(node: Node, like: Node | None = None) -> bool:
 def _power_of_ten(node: Node) -> int | None:
     if node.kind is not Kind.POWER or node.args[0] != number(10):
         return None
-    exponent = exact(node.args[1]) if not variables(node.args[1]) and node.args[1].kind in (Kind.NUMBER, Kind.NEGATIVE) else None
+    exponent = (
+        exact(node.args[1])
+        if not variables(node.args[1]) and node.args[1].kind in (Kind.NUMBER, Kind.NEGATIVE)
+        else None
+    )
     return int(exponent) if exponent is not None and exponent.denominator == 1 else None

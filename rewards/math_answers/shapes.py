@@ -30,7 +30,9 @@ def is_name(node: Node) -> bool:
     if node.kind in (Kind.NAME, Kind.RUN, Kind.TEXT, Kind.APPLY, Kind.DERIVATIVE, Kind.CHOICE):
         return True
     if node.kind is Kind.CALL:
-        return node.data in ("abs", "norm", "det", "arg", "Pr", "Re", "Im", "deg", "dim", "tr", "rank") and is_name(node.args[0])
+        return node.data in ("abs", "norm", "det", "arg", "Pr", "Re", "Im", "deg", "dim", "tr", "rank") and is_name(
+            node.args[0]
+        )
     if node.kind in (Kind.GROUP, Kind.RATIO, Kind.LIST, Kind.QUOTIENT):
         return all(is_name(a) for a in node.args)
     if node.kind is Kind.BIG:
@@ -44,7 +46,7 @@ def is_expression_of_names(node: Node) -> bool:
         return all(is_expression_of_names(a.args[0] if a.kind is Kind.NEGATIVE else a) for a in node.args)
     if node.kind is Kind.POWER:
         return is_expression_of_names(node.args[0])
-    return is_name(node)
+    return is_name(node) or node.kind is Kind.CONSTANT
 
 
 def state(node: Node, agree: Callable[[Node, Node], bool | None], take_last: bool, loose: bool) -> Statement:

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 _PREFIXES = {"n": 1e-9, "µ": 1e-6, "μ": 1e-6, "m": 1e-3, "c": 1e-2, "d": 0.1, "k": 1e3, "M": 1e6, "G": 1e9}
-_LONG_PREFIXES = {"nano": 1e-9, "micro": 1e-6, "milli": 1e-3, "centi": 1e-2, "deci": 0.1, "kilo": 1e3, "mega": 1e6, "giga": 1e9}
+_LONG_PREFIXES = {
+    "nano": 1e-9,
+    "micro": 1e-6,
+    "milli": 1e-3,
+    "centi": 1e-2,
+    "deci": 0.1,
+    "kilo": 1e3,
+    "mega": 1e6,
+    "giga": 1e9,
+}
 
 _TABLE = """
 length m meter meters metre metres 米 | 1 | P
@@ -119,7 +128,9 @@ def _build() -> tuple[dict[str, _Entry], dict[str, _Entry]]:
                 for name in long:
                     exact[prefix + name] = (scale * size, {dimension: 1})
             for prefix, scale in _CHINESE_PREFIX.items():
-                exact.setdefault(prefix + long[-1] if long[-1] > "\u4e00" else prefix + "!", (scale * size, {dimension: 1}))
+                exact.setdefault(
+                    prefix + long[-1] if long[-1] > "\u4e00" else prefix + "!", (scale * size, {dimension: 1})
+                )
     for aliases_text, (definition, *scale) in _DERIVED.items():
         factor_, dims = _compound(definition, exact, {}) or (1.0, {})
         for alias in aliases_text.split():

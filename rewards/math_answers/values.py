@@ -274,7 +274,9 @@ class _Evaluator:
         """A function's value; a product where the name stands alone elsewhere and this looks like one."""
         name, inner = node.args
         letter = str(name.data)
-        single = inner.kind in (Kind.NUMBER, Kind.NAME) or (inner.kind is Kind.NEGATIVE and inner.args[0].kind is Kind.NUMBER)
+        single = inner.kind in (Kind.NUMBER, Kind.NAME) or (
+            inner.kind is Kind.NEGATIVE and inner.args[0].kind is Kind.NUMBER
+        )
         if not single and inner.kind is not Kind.GROUP:
             always = letter in _ALWAYS_FUNCTIONS or not letter.isalpha()
             if not always and (letter in self.reading.quantities or letter not in _FUNCTION_LETTERS):
@@ -286,7 +288,9 @@ class _Evaluator:
     def made(self, node: Node, env: Mapping[str, Fraction] | None = None) -> Value:
         """A number that depends on the values of the parts alone."""
         inner = self if env is None else _Evaluator({**self.env, **env}, self.reading, _fast, False, self.point)
-        key = f"{self.point}/{node.kind}/{node.data if env is None else node.data[0]}/" + ";".join(inner.key(a) for a in node.args)  # type: ignore[index]
+        key = f"{self.point}/{node.kind}/{node.data if env is None else node.data[0]}/" + ";".join(
+            inner.key(a) for a in node.args
+        )  # type: ignore[index]
         return Fraction(1000 + zlib.crc32(key.encode()) % 1_000_003, 100_003)
 
     def key(self, node: Node) -> str:
