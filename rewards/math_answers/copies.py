@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from .lexer import squeeze
+from .lexer import tokenise
 from .parser import TooDeep, Unreadable, parse
 from .scalars import amount, is_literal
 from .shapes import state
 from .tree import Kind, Node, negative, number, number_of
 from .units import PERCENT
 
-_OPERATORS = "+-*/^_=<>!"
+_OPERATORS = frozenset("+-*/^_=<>!")
 _FREE = (Kind.TEXT, Kind.CHOICE, Kind.CLOCK, Kind.RUN, Kind.NAME, Kind.BASED)
 """What a problem names, and an answer must name as well."""
 
@@ -26,24 +26,18 @@ def is_copy(reference: Node | None, answer: str, prompt: str) -> bool:
     percent = amount(tree).unit is PERCENT and amount(reference).unit is not PERCENT
     if (ours == theirs and not percent) or theirs.kind in _FREE:
         return False
-    needle = squeeze(answer).strip(".,;")
-    if not needle:
-        return False
-    return _stands_in(needle, squeeze(prompt), is_literal(theirs))
+    needle = [token.text for token in tokenise(answer) if token.text not in ".,;"]
+    return bool(needle) and _stands_in(needle, [token.text for token in tokenise(prompt)], is_literal(theirs))
 
 
-def _stands_in(needle: str, text: str, alone: bool) -> bool:
-    """Whether a text has these tokens, not as a part of longer ones (`alone`: nor as a part of a formula)."""
-    forbidden = _OPERATORS if alone else ""
-    at = text.find(needle)
-    while at >= 0:
-        before, after = text[at - 1 : at], text[at + len(needle) : at + len(needle) + 1]
-        cut = (before.isalnum() and needle[0].isalnum() and before.isdigit() == needle[0].isdigit()) or (
-            after.isdigit() and needle[-1].isdigit()
-        )
-        if not cut and (not before or before not in forbidden) and (not after or after not in forbidden):
-            return True
-        at = text.find(needle, at + 1)
+def _stands_in(needle: list[str], text: list[str], alone: bool) -> bool:
+    """Whether a text has these tokens in a row (`alone`: not as a part of a formula)."""
+    first, size = needle[0], len(needle)
+    for at, token in enumerate(text):
+        if token == first and text[at : at + size] == needle:
+            around = {*text[max(0, at - 1) : at], *text[at + size : at + size + 1]}
+            if not alone or not around & _OPERATORS:
+                return True
     return False
 
 

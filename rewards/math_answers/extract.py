@@ -248,7 +248,7 @@ def _whole(text: str) -> list[str]:
         return [] if not bare or re.search(r"\d|\$|\\|[\u4e00-\u9fff]", bare) else [bare]
     if (formula := _FORMULA.fullmatch(bare.rstrip("."))) is not None:
         return [formula.group(formula.lastindex or 0)]
-    if "=" in bare and re.search(r"\d (?:of|times|by) |\d, \d", bare):
+    if "=" in bare and re.search(r"[\d%] (?:of|times|by) |\d, \d", bare):
         return []  # `15% of 200 = 30`, and one equation after the other
     words = [w for w in _WORD.findall(_FORMULA.sub(" ", _GROUPED_TEXT.sub("", bare))) if w.lower() not in ("and", "or")]
     latin = [w for w in words if w.isascii()]

@@ -18,7 +18,7 @@ from emberl.rewards.inputs import RewardInput
 from emberl.rewards.math_answers.reward import MathReward
 from emberl.rewards.verdict import Status
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
+DATA = Path(__file__).parents[3].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the recorded data is not at ../shared/data")
 LABEL_ERRORS = {
     "qm72_7": "10000 is 10{,}000",
