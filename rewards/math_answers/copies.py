@@ -26,7 +26,9 @@ def is_copy(reference: Node | None, answer: str, prompt: str) -> bool:
     percent = amount(tree).unit is PERCENT and amount(reference).unit is not PERCENT
     if (ours == theirs and not percent) or theirs.kind in _FREE:
         return False
-    needle = [token.text for token in tokenise(answer) if token.text not in ".,;"]
+    needle = [token.text for token in tokenise(answer)]
+    while needle and needle[-1] in (".", ",", ";"):
+        needle.pop()
     return bool(needle) and _stands_in(needle, [token.text for token in tokenise(prompt)], is_literal(theirs))
 
 

@@ -97,6 +97,7 @@ def test_a_thought_that_the_prompt_opened_must_be_closed() -> None:
         "\\begin{align}" * 30_000,
         "答案是" * 100_000,
     ],
+    ids=lambda text: repr(text[:12]),
 )
 def test_long_degenerate_texts_take_linear_time(text: str) -> None:
     start = time.process_time()
