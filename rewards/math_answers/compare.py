@@ -17,6 +17,7 @@ from .parser import TooDeep, Unreadable, parse
 from .scalars import amount, is_literal, outcome, rename_parameter, same_scalar, same_value
 from .shapes import Statement, as_interval, expanded, independent, is_name, items_of, state, without_declarations
 from .tree import Kind, Node, has, negative, number, number_of, rename, substitute, variables
+from .units import words
 from .values import Reading, TooBig, Undefined, exact, signature
 
 MAX_ITEMS = 64
@@ -165,7 +166,7 @@ def _number_sets(conditions: Sequence[object]) -> list[str]:
     return re.findall(r"mathbb [A-Z]|integers?|naturals?|reals?|rationals?", str(conditions))
 
 
-_FILLER = frozenset("for all any every each some where with when if is are a an the , such that given".split())
+_FILLER = words("for all any every each some where with when if is are a an the , such that given")
 
 
 def _essence(condition: tuple[str, ...]) -> list[str]:

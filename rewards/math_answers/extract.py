@@ -73,12 +73,19 @@ _MARKER = re.compile(
 )
 _MONEY = re.compile(r"(?<![\\$])\$(?=\d[\d,]*(?:\.\d+)?(?:\s+[A-Za-z]{2,}|[.,;!?]?(?:\s|$)))")
 _ASIDE = re.compile(r"(?<=[\w$%)}])\s?[(（][^()（）$]*(?:[A-Za-z]{2}|[\u4e00-\u9fff])[^()（）$]*[)）]")
-_NEGATED = re.compile(r",?\s*\b(?:and\s+)?(?:not|rather than|instead of)\s+\\?\$?[\d.,]*\d%?(?:\s+but\b)?|(?:，|,)?而?不是\s?\d+")
-_DENIED = re.compile(r"\b(?:is|are|be)\s+(?:not|false|less than|more than|greater than|incorrect|wrong)\b|不是|不等于|\b(?:do not|don't|cannot) (?:know|say|tell)|give up", re.I)
+_NEGATED = re.compile(
+    r",?\s*\b(?:and\s+)?(?:not|rather than|instead of)\s+\\?\$?[\d.,]*\d%?(?:\s+but\b)?|(?:，|,)?而?不是\s?\d+"
+)
+_DENIED = re.compile(
+    r"\b(?:is|are|be)\s+(?:not|false|less than|more than|greater than|incorrect|wrong)\b|不是|不等于|\b(?:do not|don't|cannot) (?:know|say|tell)|give up",
+    re.I,
+)
 _CONDITIONAL = re.compile(r"\bif\b.*\b(?:otherwise|else)\b|如果.*否则", re.I)
 _UNFINISHED = re.compile(r"\b(?:and|then|but|the|of|to|from|with|or|so|a|an|is|that)\s*$", re.I)
 _LISTED = re.compile(r"^\s*\d{1,2}[.)、]\s+(?=\D)", re.M)
-_ASSIGNED = re.compile(r"(?<![A-Za-z])[A-Za-z]\s?=\s?[-−]?[\d./]+(?:\s?(?:,|，|、|and|or|或|和)\s?[A-Za-z]\s?=\s?[-−]?[\d./]+)+")
+_ASSIGNED = re.compile(
+    r"(?<![A-Za-z])[A-Za-z]\s?=\s?[-−]?[\d./]+(?:\s?(?:,|，|、|and|or|或|和)\s?[A-Za-z]\s?=\s?[-−]?[\d./]+)+"
+)
 _BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*|__([^_\n]{1,200})__")
 _NUMBER = re.compile(
     r"\d+(?:\.\d+)?\s?(?:[x×]|\\times)\s?10\s?\^\s?\{?-?\d+\}?"  # scientific notation
@@ -427,7 +434,9 @@ def _of_equation(equation: str, before: str) -> str:
     equation = re.sub(r"(?<=[\d)])\s?[xX]\s?(?=[\d(])", "*", equation.strip(" .,xX"))
     equation = next(part for part in reversed(equation.split(", ")) if "=" in part)
     sides = equation.split("=")
-    if len(sides) == 2 and (re.search(r"\bwe (?:have|get|obtain)\s*$", before) or re.search(r"\b(?:of|from|by|times)\s*$", before)):
+    if len(sides) == 2 and (
+        re.search(r"\bwe (?:have|get|obtain)\s*$", before) or re.search(r"\b(?:of|from|by|times)\s*$", before)
+    ):
         return sides[1].strip()
     return "=".join(sides)
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from .units import MEASURE_WORDS, MULTIPLIERS, is_unit, is_unit_word, read_unit
+from .units import MEASURE_WORDS, MULTIPLIERS, is_unit, is_unit_word, read_unit, words
 
 
 class Token(NamedTuple):
-    """`kind` is number, name, letter (upright), run, text, command, join ("or"), both ("and") or sign; `spaced`: a blank stands before it."""
+    """`kind` is number, name, letter (upright), run, text, command, join ("or"),
+    both ("and") or sign; `spaced`: a blank stands before it."""
 
     kind: str
     text: str
@@ -31,7 +32,8 @@ _UNICODE = str.maketrans(
         "⌈": r"\lceil ", "⌉": r"\rceil ", "→": r"\to ", "∑": r"\sum ", "∫": r"\int ", "∂": r"\partial ", "ℏ": r"\hbar ",
         "。": ".", "、": ",", "；": ";", "，": ",", "：": ":", "【": " ", "】": " ", "「": " ", "」": " ", "￥": "¥", "“": '"',
         "”": '"', "﹣": "-", "〜": "~", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ",
-        "λ": r"\lambda ", "μ": r"\mu ", "σ": r"\sigma ", "τ": r"\tau ", "φ": r"\varphi ", "ω": r"\omega ", "ρ": r"\rho ", "ε": r"\epsilon ",
+        "λ": r"\lambda ", "μ": r"\mu ", "σ": r"\sigma ", "τ": r"\tau ", "φ": r"\varphi ", "ω": r"\omega ",
+        "ρ": r"\rho ", "ε": r"\epsilon ",
         "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u2003": " ", "\u3000": " ",
     }
     | {chr(0xFEE0 + c): chr(c) for c in range(0x21, 0x7F) if chr(c) not in ",;:"}
@@ -58,9 +60,18 @@ _BLOCKS = (
     (re.compile(r"\.{3,}"), r"\\ldots "),
     (re.compile(r"\\(?:textcolor|color)\s*\{[A-Za-z]+\}"), " "),
     (re.compile(r"√\s*(\d+(?:\.\d+)?)"), r"\\sqrt{\1}"),
-    (re.compile(r"\\(?:hspace|vspace|color|tag|label)\*?\s*\{[^{}]*\}|\\(?:hline|qedhere|notag|nonumber|par|newline)(?![A-Za-z])"), " "),
-    (re.compile(r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![A-Za-z]))|\\(?:degree|textdegree)(?![A-Za-z])"), r"\\degree "),
-    (re.compile(r"\^\s*(?:\{\s*\\(?:text|mathrm|rm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}|\\(?:text|mathrm|rm)\s*\{\s*(?:st|nd|rd|th)\s*\}|\{\s*(?:st|nd|rd|th)\s*\})"), "th "),
+    (re.compile(
+        r"\\(?:hspace|vspace|color|tag|label)\*?\s*\{[^{}]*\}|\\(?:hline|qedhere|notag|nonumber|par|newlin"
+        r"e)(?![A-Za-z])"
+    ), " "),
+    (re.compile(
+        r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![A-Za-z]))|\\(?:degree|textdegree)(?![A-"
+        r"Za-z])"
+    ), r"\\degree "),
+    (re.compile(
+        r"\^\s*(?:\{\s*\\(?:text|mathrm|rm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}|\\(?:text|mathrm|rm)\s*\{\s*"
+        r"(?:st|nd|rd|th)\s*\}|\{\s*(?:st|nd|rd|th)\s*\})"
+    ), "th "),
     (re.compile(r"\^\s*(?:\{\s*\\prime\s*\}|\\prime(?![A-Za-z]))"), "'"),
     (re.compile(r"(?<=\d)\{\s*\}|(?<=\\degree )\{\s*\}"), ""),
     (re.compile(r"^\s*\*\*(.+)\*\*\s*$"), r"\1"),
@@ -90,19 +101,27 @@ _TOKEN = re.compile(
 )  # fmt: skip
 _SYNONYMS = {
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom", "choose": "choose", "geq": "ge",
-    "geqslant": "ge", "leq": "le", "leqslant": "le", "neq": "ne", "lt": "<", "gt": ">", "colon": ":", "ast": "*", "cdot": "*", "times": "*",
-    "bullet": "*", "div": "/", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "vert": "|", "mid": "|", "lvert": "|",
-    "rvert": "|", "Vert": r"\|", "lVert": r"\|", "rVert": r"\|", "%": "%", "$": "$", "#": "#", "_": "_", "dots": "ldots", "cdots": "ldots",
+    "geqslant": "ge", "leq": "le", "leqslant": "le", "neq": "ne", "lt": "<", "gt": ">", "colon": ":", "ast": "*",
+    "cdot": "*", "times": "*",
+    "bullet": "*", "div": "/", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "vert": "|",
+    "mid": "|", "lvert": "|",
+    "rvert": "|", "Vert": r"\|", "lVert": r"\|", "rVert": r"\|", "%": "%", "$": "$", "#": "#", "_": "_",
+    "dots": "ldots", "cdots": "ldots",
     "dotsc": "ldots", "dotsb": "ldots", "varnothing": "emptyset", "rightarrow": "to", "longrightarrow": "to", "bigcup": "cup",
-    "bigcap": "cap", "backslash": "setminus", "land": ",", "wedge": ",", "lor": ",", "vee": ",", "arccot": "arccot", "tg": "tan", "ctg": "cot",
-    "arctg": "arctan", "varepsilon": "epsilon", "phi": "varphi", "ldotp": "ldots", "infin": "infty", "infinity": "infty", "euro": "€",
-    "pounds": "£", "yen": "¥", "textdollar": "$", "sim": "sim", "approxeq": "approx", "simeq": "approx", "thickapprox": "approx", "cdotp": "*",
-    "overrightarrow": "vec", "widehat": "hat", "widetilde": "tilde", "And": "&", "&": "&", "iiint": "iiint", "R": "mathbb R", "Z": "mathbb Z",
+    "bigcap": "cap", "backslash": "setminus", "land": ",", "wedge": ",", "lor": ",", "vee": ",",
+    "arccot": "arccot", "tg": "tan", "ctg": "cot",
+    "arctg": "arctan", "varepsilon": "epsilon", "phi": "varphi", "ldotp": "ldots", "infin": "infty",
+    "infinity": "infty", "euro": "€",
+    "pounds": "£", "yen": "¥", "textdollar": "$", "sim": "sim", "approxeq": "approx", "simeq": "approx",
+    "thickapprox": "approx", "cdotp": "*",
+    "overrightarrow": "vec", "widehat": "hat", "widetilde": "tilde", "And": "&", "&": "&", "iiint": "iiint",
+    "R": "mathbb R", "Z": "mathbb Z",
     "N": "mathbb N", "Q": "mathbb Q", "C": "mathbb C", "middot": "*", "lg": "lg", "log": "log", "Re": "Re", "Im": "Im",
 }  # fmt: skip
-FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth sech csch log ln lg exp floor ceil abs min "
-    "max gcd lcm det arg Re Im sgn dim deg ker rank tr Pr arcsinh arccosh arctanh erf Gamma".split()
+FUNCTIONS = words(
+    "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth sech csch log ln lg "
+    "exp floor ceil abs min max gcd lcm det arg Re Im sgn dim deg ker rank tr Pr arcsinh arccosh arctanh erf "
+    "Gamma"
 ) - {"Gamma"}
 _WORD_FUNCTIONS = FUNCTIONS | {"asin", "acos", "atan", "sqrt", "cbrt"} - {
     "deg",
@@ -120,9 +139,9 @@ _WORDS = {"pi": r"\pi", "infty": r"\infty", "infinity": r"\infty", "inf": r"\inf
           "acos": r"\arccos", "atan": r"\arctan", "theta": r"\theta", "alpha": r"\alpha", "beta": r"\beta", "lambda": r"\lambda",
           "omega": r"\omega", "mod": r"\bmod", "union": r"\cup", "cup": r"\cup"}  # fmt: skip
 SEPARATORS = frozenset(("and", "or", "或", "和", "与", "及", "或者", "以及", "且", "并且"))
-_COMMON = frozenset(
-    "yes no odd all one two six ten the day per for if is are was not but it in of to at by on as its be an so due any has can may won "
-    "new top bag box car dog cat man men her his she him they day end east west".split()
+_COMMON = words(
+    "yes no odd all one two six ten the day per for if is are was not but it in of to at by on as its be an so "
+    "due any has can may won new top bag box car dog cat man men her his she him they day end east west"
 )
 _CHINESE_DIGITS = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
 _CHINESE_POWERS = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}

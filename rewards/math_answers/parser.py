@@ -32,7 +32,7 @@ from functools import lru_cache
 
 from .lexer import FUNCTIONS, Token, spell, tokenise
 from .tree import INFINITY, Kind, Node, negative, number, number_of, walk
-from .units import DEGREE, MULTIPLIERS, PERCENT, Unit, read_unit
+from .units import DEGREE, MULTIPLIERS, PERCENT, Unit, read_unit, words
 
 MAX_CHARS = 1000
 """Longer answers are refused: no reference answer of a public data set comes near."""
@@ -45,11 +45,12 @@ _RELATIONS = {
     r"\in": "in", r"\notin": "notin", r"\subset": "subset", r"\subseteq": "subseteq", r"\to": "to", r"\iff": "iff",
     r"\perp": "perp", r"\parallel": "parallel", r"\cong": "cong", r"\propto": "propto", r"\implies": "implies",
 }  # fmt: skip
-_GREEK = frozenset(
-    "alpha beta gamma delta epsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho sigma tau upsilon varphi chi psi omega "
-    "Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega Pi ell hbar nabla partial Re Im aleph imath jmath".split()
+_GREEK = words(
+    "alpha beta gamma delta epsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho sigma tau "
+    "upsilon varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega Pi ell hbar nabla "
+    "partial Re Im aleph imath jmath"
 )
-_ACCENTS = frozenset("hat bar vec dot ddot tilde overline overrightarrow underline overleftrightarrow overset".split())
+_ACCENTS = words("hat bar vec dot ddot tilde overline overrightarrow underline overleftrightarrow overset")
 _BIG = {
     r"\sum": "sum",
     r"\prod": "prod",
@@ -60,10 +61,8 @@ _BIG = {
     r"\oint": "oint",
 }
 _CLOSERS = {"(": ")]", "[": ")]", r"\{": r"\}", r"\langle": r"\rangle"}
-_CONDITIONS = (
-    "if when where for unless otherwise with such provided given whenever while assuming otherwise. as else because since is are was "
-    "but not it can could may".split()
-)
+_DECLARING = words("if when where for unless otherwise with such provided given whenever while assuming else")
+_CONDITIONS = _DECLARING | words("as because since is are was but not it can could may")
 _CHOICE = re.compile(
     r"\s*(?:\\(?:text(?:bf|rm)?|mathrm|mathbf|boldsymbol|rm|bf|mbox)\s*\{\s*)?(?:(?:option|choice|选项)\s*)?"
     r"(?P<open>[(（]?)\s*(?:\\(?:text(?:bf|rm)?|mathrm|mathbf)\s*\{)?\s*(?P<letter>[A-J])\s*\}?\s*(?P<close>[)）.:：、]?)\s*\}?"
@@ -238,7 +237,7 @@ class _Parser:
             result = Node(Kind.MODULO, (result, modulus))
         if self.kind() == "text" and self.peek().split()[0].lower().strip(",.") in _CONDITIONS:
             result = Node(Kind.QUALIFIED, (result,), self.condition())
-        elif self.peek() == "," and self.kind(1) == "text" and self.peek(1).split()[0].lower() in _CONDITIONS[:14]:
+        elif self.peek() == "," and self.kind(1) == "text" and self.peek(1).split()[0].lower() in _DECLARING:
             self.at += 1
             result = Node(Kind.QUALIFIED, (result,), self.condition())
         elif self.peek() == "(" and self.kind(1) in ("name", "text"):
@@ -857,9 +856,7 @@ _STARTERS = frozenset((
     r"\pi", r"\infty", r"\frac", r"\sqrt", r"\cbrt", r"\binom", r"\lfloor", r"\lceil", r"\{", r"\begin", r"\angle", r"\triangle", r"\langle",
     r"\ldots", r"\emptyset", r"\|",
 ))  # fmt: skip
-_LEAD = frozenset(
-    "only exactly 共 共有 一共 约 大约 约为 approximately about roughly exactly total 有 为 是 得".split()
-)
+_LEAD = words("only exactly 共 共有 一共 约 大约 约为 approximately about roughly exactly total 有 为 是 得")
 
 
 _BASES = {
@@ -887,7 +884,11 @@ def _is_inverse(node: Node) -> bool:
 
 def _is_lead(text: str) -> bool:
     text = text.lower().strip()
-    return text in _LEAD or text.endswith((":", "：")) or (len(text) <= 8 and not text.isascii() and text[-1] in "有是为得共约需要了于")
+    return (
+        text in _LEAD
+        or text.endswith((":", "："))
+        or (len(text) <= 8 and not text.isascii() and text[-1] in "有是为得共约需要了于")
+    )
 
 
 def _whole(node: Node) -> bool:

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from .options import Outcome, Policy
 from .tree import Kind, Node, has, number, number_of, rename, variables
-from .units import DEGREE, PERCENT, Unit, read_unit, same_count
+from .units import DEGREE, PERCENT, Unit, read_unit, same_count, words
 from .values import Reading, Value, exact, precise, signature
 
 PLAIN_POWER = 4
@@ -130,7 +130,7 @@ def _same_scaled(ours: Amount, theirs: Amount) -> Outcome:
     return Outcome.EQUAL
 
 
-_FREE = frozenset("n k m l j p N K Z t C c A B c_1 c_2 C_1 C_2 K_1 K_2 k_1 k_2".split())
+_FREE = words("n k m l j p N K Z t C c A B c_1 c_2 C_1 C_2 K_1 K_2 k_1 k_2")
 
 
 def rename_parameter(gold: Node, answer: Node) -> Node:

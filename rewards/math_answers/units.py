@@ -8,6 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text, for tables of them."""
+    return frozenset(text.split())
+
+
 _PREFIXES = {"n": 1e-9, "µ": 1e-6, "μ": 1e-6, "m": 1e-3, "c": 1e-2, "d": 0.1, "k": 1e3, "M": 1e6, "G": 1e9}
 _LONG_PREFIXES = {
     "nano": 1e-9,
@@ -74,16 +80,17 @@ _CHINESE_PREFIX = {"千": 1e3, "公": 1e3, "厘": 1e-2, "毫": 1e-3, "分": 0.1,
 _PREFIXED_SYMBOLS = ("Hz", "N", "J", "W", "Pa", "V", "C", "Ω", "T", "F", "L", "l", "eV", "cal", "bar", "pc", "ohm", "hertz",
                      "watt", "watts", "joule", "joules", "volt", "volts", "newton", "newtons", "pascal", "calorie", "calories",
                      "parsec", "parsecs")  # fmt: skip
-MEASURE_WORDS = frozenset(
-    "个 只 本 人 名 条 块 张 种 次 组 件 辆 棵 支 箱 袋 页 岁 头 匹 位 朵 袋 盒 道 题 层 排 行 列 颗 根 把 台 套 份 倍 分 对 双 枚 台 座 "
-    "所 间 户 家 班 瓶 杯 碗 筐 桶 步 站 点 片 束 串 封 面 幅 架 艘 枝 株 粒 滴 段 圈 项 位数 个数 种方法 种可能 人次 名学生 个苹果".split()
+MEASURE_WORDS = words(
+    "个 只 本 人 名 条 块 张 种 次 组 件 辆 棵 支 箱 袋 页 岁 头 匹 位 朵 袋 盒 道 题 层 排 行 列 颗 根 把 台 套 份 倍 分 对 双 枚 台 座 所 间 户 家 班 瓶 杯 碗 筐 桶 "
+    "步 站 点 片 束 串 封 面 幅 架 艘 枝 株 粒 滴 段 圈 项 位数 个数 种方法 种可能 人次 名学生 个苹果"
 )
-_NOT_A_NOUN = frozenset(
-    "is are was were be been not no nor false true wrong right correct incorrect if but or and could can may might maybe "
-    "perhaps when where unless otherwise except less more than plus minus times over under about only either neither both "
-    "else instead cannot never then so because since which that it this does do did has have possibly probably through to "
-    "with without for in of as another other different any some all none per thousand million billion trillion dozen hundred "
-    "half twice double triple squared cubed first second third at by from vs versus mod modulo equals equal".split()
+_NOT_A_NOUN = words(
+    "is are was were be been not no nor false true wrong right correct incorrect if but or and could can may "
+    "might maybe perhaps when where unless otherwise except less more than plus minus times over under about only "
+    "either neither both else instead cannot never then so because since which that it this does do did has have "
+    "possibly probably through to with without for in of as another other different any some all none per "
+    "thousand million billion trillion dozen hundred half twice double triple squared cubed first second third at "
+    "by from vs versus mod modulo equals equal"
 )
 MULTIPLIERS = {
     "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,

@@ -18,7 +18,7 @@ from typing import Any
 import mpmath
 
 from .tree import Kind, Node, has, number_of, variables, walk
-from .units import Unit
+from .units import Unit, words
 
 MAX_BITS = 40_000
 """Enough for 3000!; multiplying two such integers takes about 0.2 ms."""
@@ -362,13 +362,15 @@ def _exact_call(name: str, args: list[Fraction]) -> Fraction | None:
     return None
 
 
-_ALWAYS_FUNCTIONS = frozenset("f varphi psi Phi Psi Gamma".split())
-_FUNCTION_LETTERS = frozenset("g h F G H u p q P Q".split())
+_ALWAYS_FUNCTIONS = words("f varphi psi Phi Psi Gamma")
+_FUNCTION_LETTERS = words("g h F G H u p q P Q")
 """Functions where the letter does not stand alone on either side."""
 _FUNCTIONS = {
-    "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot", "sec": "sec", "csc": "csc", "exp": "exp", "abs": "fabs", "floor": "floor",
+    "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot", "sec": "sec", "csc": "csc", "exp": "exp",
+    "abs": "fabs", "floor": "floor",
     "ceil": "ceil", "binom": "binomial", "sgn": "sign", "arcsin": "asin", "arccos": "acos", "arctan": "atan", "arccot": "acot",
-    "arcsec": "asec", "arccsc": "acsc", "sinh": "sinh", "cosh": "cosh", "tanh": "tanh", "coth": "coth", "sech": "sech", "csch": "csch",
+    "arcsec": "asec", "arccsc": "acsc", "sinh": "sinh", "cosh": "cosh", "tanh": "tanh", "coth": "coth",
+    "sech": "sech", "csch": "csch",
     "arcsinh": "asinh", "arccosh": "acosh", "arctanh": "atanh", "erf": "erf", "arg": "arg", "Re": "re", "Im": "im",
 }  # fmt: skip
 _OPERATIONS: dict[Kind, Callable[[_Evaluator, Node], Value]] = {

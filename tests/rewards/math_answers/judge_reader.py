@@ -177,9 +177,7 @@ class Reader:
         if self.peek() in ("\\pm", "\\mp"):
             self.take()
             other = self.sum()
-            both = _scalar(lambda env: value(env) + other(env)), _scalar(
-                lambda env: value(env) - other(env)
-            )
+            both = _scalar(lambda env: value(env) + other(env)), _scalar(lambda env: value(env) - other(env))
             return Form("list", both), None
         return _scalar(value), value
 

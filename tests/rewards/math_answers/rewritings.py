@@ -51,7 +51,11 @@ ANY: dict[str, Rewriting] = {
 
 
 def _spaced(a: str) -> str | None:
-    return re.sub(r"\s*([=+,])\s*", r" \1 ", a) if "\\text" not in a and "\\!" not in a and not re.search("[,<>!]", a) else None
+    return (
+        re.sub(r"\s*([=+,])\s*", r" \1 ", a)
+        if "\\text" not in a and "\\!" not in a and not re.search("[,<>!]", a)
+        else None
+    )
 
 
 def _tight(a: str) -> str | None:
@@ -70,9 +74,11 @@ FORM: dict[str, Rewriting] = {
     "dfrac": _replaced("\\frac", "\\dfrac"),
     "tfrac": _replaced("\\frac", "\\tfrac"),
     "cfrac": _replaced("\\frac", "\\cfrac"),
-    "left right": lambda a: a.replace("(", "\\left(").replace(")", "\\right)") if "(" in a and "\\left" not in a and "text" not in a and balanced(a) else None,
+    "left right": lambda a: a.replace("(", "\\left(").replace(")",
+    "\\right)") if "(" in a and "\\left" not in a and "text" not in a and balanced(a) else None,
     "no left right": lambda a: re.sub(r"\\(?:left|right)", "", a) if "\\left" in a else None,
-    "big": lambda a: a.replace("(", "\\big(").replace(")", "\\big)") if "(" in a and "\\left" not in a and "text" not in a else None,
+    "big": lambda a: a.replace("(", "\\big(").replace(")",
+    "\\big)") if "(" in a and "\\left" not in a and "text" not in a else None,
     "le to leq": lambda a: re.sub(r"\\le(?![a-z])", r"\\leq", a) if re.search(r"\\le(?![a-z])", a) else None,
     "leq to sign": lambda a: re.sub(r"\\leq?(?![a-z])", "≤", a) if re.search(r"\\leq?(?![a-z])", a) else None,
     "geq to sign": lambda a: re.sub(r"\\geq?(?![a-z])", "≥", a) if re.search(r"\\geq?(?![a-z])", a) else None,
@@ -95,10 +101,12 @@ FORM: dict[str, Rewriting] = {
     "text to textbf": lambda a: a.replace("\\text{", "\\textbf{") if re.fullmatch(r"\\text\{[^{}]*\}", a) else None,
     "capitals": lambda a: a.upper().replace("\\TEXT", "\\text") if re.fullmatch(r"\\text\{[a-z]{3,}\}", a) else None,
     "matrix to brackets": _replaced("pmatrix", "bmatrix"),
-    "set sides": lambda a: a.replace("\\{", "\\left\\{").replace("\\}", "\\right\\}") if "\\{" in a and "\\left" not in a else None,
+    "set sides": lambda a: a.replace("\\{", "\\left\\{").replace("\\}",
+    "\\right\\}") if "\\{" in a and "\\left" not in a else None,
     "lbrace": lambda a: a.replace("\\{", "\\lbrace ").replace("\\}", "\\rbrace ") if "\\{" in a and "\\left" not in a else None,
     "wide digits": lambda a: a.translate(_WIDE) if re.fullmatch(r"[\d()+=,\-]+", a) else None,
-    "superscripts": lambda a: re.sub(r"\^(?:\{(\d+)\}|(\d))", lambda m: (m[1] or m[2]).translate(_SUPERSCRIPTS), a) if re.search(r"[a-z)]\^(?:\d(?!\d)|\{\d+\})", a) else None,
+    "superscripts": lambda a: re.sub(r"\^(?:\{(\d+)\}|(\d))", lambda m: (m[1] or m[2]).translate(_SUPERSCRIPTS),
+    a) if re.search(r"[a-z)]\^(?:\d(?!\d)|\{\d+\})", a) else None,
     "root sign": lambda a: re.sub(r"\\sqrt\{(\d+)\}", r"√\1", a) if re.search(r"(?<![\\{])\\sqrt\{\d+\}\Z", a) else None,
     "with name": lambda a: f"x = {a}" if not re.search(r"[=<>,≥≠≤^]\Z|[=<>,≥≠≤]|\\(?:le|ge|text|in|ne|begin|cup|mbox|pm)|[a-zA-Z]{3,}|^[A-E]\Z", re.sub(r"\\(?:frac|sqrt|left|right|pi|cdot|sin|cos|tan|ln|log)", "", a)) else None,
 }  # fmt: skip

@@ -96,7 +96,9 @@ def test_depth_and_length_are_bounded(text: str) -> None:
         parse(text)
 
 
-@pytest.mark.parametrize("text", ["+".join("1" * 500), "1" + "!" * 499, "5" + "%" * 499, "2-1" * 300, "-" * 900 + "1", "x" * 900])
+@pytest.mark.parametrize(
+    "text", ["+".join("1" * 500), "1" + "!" * 499, "5" + "%" * 499, "2-1" * 300, "-" * 900 + "1", "x" * 900]
+)
 def test_repetitions_cost_one_answer_only(text: str) -> None:
     assert compare(read_reference("500"), text, DEFAULT) is not Outcome.EQUAL
 
