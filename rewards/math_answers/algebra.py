@@ -1,7 +1,7 @@
 """Algebra by sympy, for worker processes only: sums, products, integrals and limits, which have no value by themselves.
 
-Trees come from our own parser, so that nothing is read twice in two ways, and whatever sympy makes of them is evaluated at points:
-a difference there is a difference.
+Trees come from our own parser, so that nothing is read twice in two ways, and whatever sympy makes of them is evaluated
+at points: a difference there is a difference.
 """
 
 from __future__ import annotations

@@ -139,17 +139,13 @@ def _conditions(gold: Node, ours: tuple[tuple[str, ...], ...], theirs: tuple[tup
     """Conditions must be the same. One that only says what a letter stands for may be left out, or said."""
     if ours == theirs:
         return Outcome.EQUAL
-    if ours and theirs:
-        ours, theirs = (tuple(" ".join(_essence(c)) for c in side) for side in (ours, theirs))  # type: ignore[assignment]
-        if sorted(ours) == sorted(theirs):
-            return Outcome.EQUAL
+    if ours and theirs and sorted(map(_essence, ours)) == sorted(map(_essence, theirs)):
+        return Outcome.EQUAL
     if is_plain(gold):
         return Outcome.DIFFERENT
     if ours and theirs and len({tuple(sorted(_number_sets(side))) for side in (ours, theirs)}) > 1:
         return Outcome.DIFFERENT
-    stated = [c for side in (ours, theirs) for c in ([side] if isinstance(side, str) else side)]
-    declared = [_is_declaration(c.split() if isinstance(c, str) else c) for c in stated]
-    return Outcome.EQUAL if all(declared) else Outcome.UNKNOWN
+    return Outcome.EQUAL if all(_is_declaration(condition) for condition in (*ours, *theirs)) else Outcome.UNKNOWN
 
 
 def _same_parameter(gold: Node, answer: Node, conditions: Sequence[tuple[str, ...]]) -> Node:
@@ -241,9 +237,9 @@ def _same_choice(gold: Node, answer: Node, policy: Policy) -> Outcome | None:
 
 
 def _same_bodies(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Outcome:
-    if all(n.kind is Kind.RELATION or (n.kind is Kind.LIST and _is_system(n)) for n in (gold, answer)):
-        if variables(gold) != variables(answer):
-            return Outcome.DIFFERENT
+    systems = all(n.kind is Kind.RELATION or (n.kind is Kind.LIST and _is_system(n)) for n in (gold, answer))
+    if systems and variables(gold) != variables(answer):
+        return Outcome.DIFFERENT
     if gold.kind is answer.kind is Kind.RELATION and as_interval(gold).kind is not as_interval(answer).kind:
         return _same_relation(gold, answer, policy)
     gold, answer = as_interval(gold), as_interval(answer)

@@ -65,7 +65,8 @@ _FORMULA = re.compile(
     re.DOTALL,
 )
 _MARKER = re.compile(
-    r"\*{0,2}\b(?:final\s+|correct\s+)?(?:answers?|result|solution)\b(?:\s+to\s+[^.:\n=]{1,60}?)?\*{0,2}(?:\s{0,4}[:=：]+\*{0,2}|\s+(?:is|are|was|would be|must be)\b\s{0,4}[:：]?|\*{0,2}[ \t]{0,4}\n)"
+    r"\*{0,2}\b(?:final\s+|correct\s+)?(?:answers?|result|solution)\b(?:\s+to\s+[^.:\n=]{1,60}?)?"
+    r"\*{0,2}(?:\s{0,4}[:=：]+\*{0,2}|\s+(?:is|are|was|would be|must be)\b\s{0,4}[:：]?|\*{0,2}[ \t]{0,4}\n)"
     r"|\b(?:correct\s+)?(?:option|choice)\s+is\b\s{0,4}[:：]?|^[ \t]{0,4}A[:：]"
     r"|【(?:答案|解答结果)】|(?:最终|正确|最后)?(?:答案|结果)(?:应该|应)?(?:是|为|：|:|＝|=)+|故(?:答案)?(?:应?选|为)[:：]?|(?:因此|所以)?(?:应|本题)?选(?:择)?[:：]?(?=\s{0,4}[(（]?[A-J])"
     r"|^[ \t]{0,4}答[:：]|(?<=[。\n])答[:：]",
@@ -77,7 +78,8 @@ _NEGATED = re.compile(
     r",?\s*\b(?:and\s+)?(?:not|rather than|instead of)\s+\\?\$?[\d.,]*\d%?(?:\s+but\b)?|(?:，|,)?而?不是\s?\d+"
 )
 _DENIED = re.compile(
-    r"\b(?:is|are|be)\s+(?:not|false|less than|more than|greater than|incorrect|wrong)\b|不是|不等于|\b(?:do not|don't|cannot) (?:know|say|tell)|give up",
+    r"\b(?:is|are|be)\s+(?:not|false|less than|more than|greater than|incorrect|wrong)\b"
+    r"|不是|不等于|\b(?:do not|don't|cannot) (?:know|say|tell)|give up",
     re.I,
 )
 _CONDITIONAL = re.compile(r"\bif\b.*\b(?:otherwise|else)\b|如果.*否则", re.I)
@@ -98,13 +100,15 @@ _EQUATION = re.compile(r"[\d .,()\[\]+*/×÷·^%$−=xX-]+")
 _SENTENCE = re.compile(r"(?:[.!?](?=[\s*_)\"]|$)|[。！？])[*_)\"]*")
 _LINES = re.compile(r"\n+")
 _VERB = re.compile(
-    r"\b(?:is|are|was|equals?|equal to|gives?|becomes?|get|to be|as|=)(?:\s+exactly|\s+equal\s+to)?\b[:\s]*|[=＝]|(?:是|为|等于|得)[:：]?"
+    r"\b(?:is|are|was|equals?|equal to|gives?|becomes?|get|to be|as|=)(?:\s+exactly|\s+equal\s+to)?"
+    r"\b[:\s]*|[=＝]|(?:是|为|等于|得)[:：]?"
 )
 _CONTINUED = re.compile(r"\b(?:then|plus|minus|add|subtract|multiply|divide|times)\b", re.IGNORECASE)
 _REASON = re.compile(r",?\s+(?:because|since|where|so that|as (?:we|the|it)|which|for)\b|(?:，|,)\s*(?:因为|由于|其中)")
 _REVISED = re.compile(r"\b(?:wait|actually|correction|sorry|hold on|in fact|no,)|不对|更正|等等", re.IGNORECASE)
 _HEDGED = re.compile(
-    r"\b(?:maybe|perhaps|possibly|alternatively|could also|or it|or,|^or)\b|\bor\b(?=\s+(?:maybe|perhaps|possibly))|或者|也许|可能",
+    r"\b(?:maybe|perhaps|possibly|alternatively|could also|or it|or,|^or)\b"
+    r"|\bor\b(?=\s+(?:maybe|perhaps|possibly))|或者|也许|可能",
     re.IGNORECASE,
 )
 _JOINED = re.compile(r"[\s,;、，；]*(?:and|or|和|或|与)?[\s,;、，；]*", re.IGNORECASE)
@@ -220,8 +224,8 @@ def _tail(text: str) -> str:
 
 def _in_last_line(text: str) -> list[str]:
     text = _tail(text)
-    if (line := _BARE_LINE.fullmatch(text, text.rfind("\n") + 1)) is not None:
-        return [line.group(1)]
+    if (number := _BARE_LINE.fullmatch(text, text.rfind("\n") + 1)) is not None:
+        return [number.group(1)]
     at = text.rfind("####")
     if at < 0:
         return []
@@ -267,15 +271,14 @@ def _whole(text: str) -> list[str]:
         or bare[0].isdigit()
         or re.match(r"\w+\s?[:：=]\s?[-\d]", bare) is not None
     )
-    if not words or (
+    short = (
         plain
         and len(latin) <= 2 + bare.count(":") + bare.count("=")
         and len("".join(w for w in words if not w.isascii())) <= 3
         and not _VERB.search(" ".join(words))
-    ):
-        if _FORMULA.search(bare) is None or len(words) == 0:
-            return [bare]
-    return []
+        and _FORMULA.search(bare) is None
+    )
+    return [bare] if not words or short else []
 
 
 def _in_bold(text: str) -> list[str]:
@@ -374,9 +377,10 @@ def _stated(rest: str) -> tuple[str, int]:
     bare = _bare(_ASIDE.sub("", _NEGATED.sub(" ", sentence))) or _bare(sentence)
     if (word := re.match(r"(?:Yes|No|True|False)\b", bare, re.I)) is not None:
         return word.group(), end
-    if not _FORMULA.search(bare) and (len(_WORD.findall(_GROUPED_TEXT.sub("", bare))) <= 3 or not _NUMBER.search(bare)):
-        if not _VERB.search(" ".join(_WORD.findall(bare))) and not re.search(r"[\u4e00-\u9fff]{2,}.*\d", bare):
-            return bare, end
+    short = len(_WORD.findall(_GROUPED_TEXT.sub("", bare))) <= 3 or not _NUMBER.search(bare)
+    clause = _VERB.search(" ".join(_WORD.findall(bare))) or re.search(r"[\u4e00-\u9fff]{2,}.*\d", bare)
+    if short and not clause and not _FORMULA.search(bare):
+        return bare, end
     return _of_sentence(sentence), end
 
 
@@ -416,9 +420,9 @@ def _of_sentence(sentence: str) -> str:
     verbs = [m for m in _VERB.finditer(plain) if m.end() <= chosen.start()]
     if verbs and (first := _NUMBER.search(plain, verbs[-1].end())) is not None:
         chosen = first
-        after = [n for n in numbers if n.start() >= first.start()]
-        if len(after) > 1 and all(_JOINED.fullmatch(plain[a.end() : b.start()]) for a, b in pairwise(after)):
-            return plain[first.start() : after[-1].end()]
+        rest = [n for n in numbers if n.start() >= first.start()]
+        if len(rest) > 1 and all(_JOINED.fullmatch(plain[a.end() : b.start()]) for a, b in pairwise(rest)):
+            return plain[first.start() : rest[-1].end()]
         if _CONTINUED.search(plain, chosen.end(), numbers[-1].start()):
             chosen = numbers[-1]
     if (hedge := _near_hedge(plain, chosen.start(), chosen.end())) is not None:

@@ -40,7 +40,8 @@ _UNICODE = str.maketrans(
     | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u200e\u200f\u00ad\u2061\u2062\u2063\u2064", "")
 )  # fmt: skip
 _VULGAR = {c: (a, b) for c, a, b in (
-    ("½", 1, 2), ("⅓", 1, 3), ("⅔", 2, 3), ("¼", 1, 4), ("¾", 3, 4), ("⅕", 1, 5), ("⅖", 2, 5), ("⅗", 3, 5), ("⅘", 4, 5), ("⅙", 1, 6),
+    ("½", 1, 2), ("⅓", 1, 3), ("⅔", 2, 3), ("¼", 1, 4), ("¾", 3, 4), ("⅕", 1, 5), ("⅖", 2, 5), ("⅗", 3, 5),
+    ("⅘", 4, 5), ("⅙", 1, 6),
     ("⅚", 5, 6), ("⅐", 1, 7), ("⅛", 1, 8), ("⅜", 3, 8), ("⅝", 5, 8), ("⅞", 7, 8), ("⅑", 1, 9), ("⅒", 1, 10),
 )}  # fmt: skip
 _SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
@@ -263,7 +264,7 @@ def _styled(style: str, content: str, spaced: bool) -> list[Token]:
         return [Token("text", inner, spaced)]
     if re.search(r"[$\\]", inner) or not re.search(r"[^\W\d_]", inner):
         return _scan(inner)
-    if style.startswith("math") and re.search(r"[\d=+^_]", inner) or style in ("boldsymbol", "bm", "underline"):
+    if (style.startswith("math") and re.search(r"[\d=+^_]", inner)) or style in ("boldsymbol", "bm", "underline"):
         return _scan(inner)
     if re.fullmatch(r"[A-Z]{2,4}", inner):
         return [Token("run", inner, spaced)]

@@ -365,7 +365,7 @@ class _Parser:
         else:
             return None
         top, bottom = fraction.args
-        if _whole(top) and _whole(bottom) and 0 < number_of(top) < number_of(bottom) and not (self.peek() == "/"):
+        if _whole(top) and _whole(bottom) and 0 < number_of(top) < number_of(bottom) and self.peek() != "/":
             return Node(Kind.MIXED, (before, fraction))
         self.at = start
         return None
@@ -392,9 +392,9 @@ class _Parser:
             if self.kind() in ("text", "letter", "run", "name"):
                 noun &= self.kind() == "text"
                 pieces.append(self.take())
-            elif self.peek() in "$€£¥₹":
-                pieces.append(self.take())
-            elif self.peek() in ("/", "*") and (self.kind(1) in ("text", "letter", "run", "name")):
+            elif self.peek() in "$€£¥₹" or (
+                self.peek() in ("/", "*") and self.kind(1) in ("text", "letter", "run", "name")
+            ):
                 pieces.append(self.take())
             elif self.peek() == "^" and pieces and pieces[-1] not in "/*":
                 self.at += 1
@@ -853,7 +853,8 @@ class _Parser:
 
 _CASE_FILLER = frozenset(("if", "when", "for", "is", "are", "", "where", "and"))
 _STARTERS = frozenset((
-    r"\pi", r"\infty", r"\frac", r"\sqrt", r"\cbrt", r"\binom", r"\lfloor", r"\lceil", r"\{", r"\begin", r"\angle", r"\triangle", r"\langle",
+    r"\pi", r"\infty", r"\frac", r"\sqrt", r"\cbrt", r"\binom", r"\lfloor", r"\lceil", r"\{", r"\begin", r"\angle", r"\triangle",
+    r"\langle",
     r"\ldots", r"\emptyset", r"\|",
 ))  # fmt: skip
 _LEAD = words("only exactly 共 共有 一共 约 大约 约为 approximately about roughly exactly total 有 为 是 得")

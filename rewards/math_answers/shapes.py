@@ -35,9 +35,7 @@ def is_name(node: Node) -> bool:
         )
     if node.kind in (Kind.GROUP, Kind.RATIO, Kind.LIST, Kind.QUOTIENT):
         return all(is_name(a) for a in node.args)
-    if node.kind is Kind.BIG:
-        return True
-    return False
+    return node.kind is Kind.BIG
 
 
 def is_expression_of_names(node: Node) -> bool:
@@ -77,7 +75,7 @@ def state(node: Node, agree: Callable[[Node, Node], bool | None], take_last: boo
         return Statement(_whole(sides[0]), name)
     if len(sides) == 2 and name is None and variables(node):
         return Statement(node, equation=True)
-    checks = [agree(a, b) for a, b in zip(sides, sides[1:], strict=False)]
+    checks = [agree(a, b) for a, b in pairwise(sides)]
     return Statement(
         _whole(sides[-1]), name, false=False in checks and not take_last, unproved=None in checks and not take_last
     )

@@ -63,15 +63,15 @@ amount mol mole moles | 1 | P
 bit bit bits | 1
 bit byte bytes | 8
 """
-_DERIVED = {
-    "mph": ("mi/h",), "kmh": ("km/h",), "kph": ("km/h",),
-    "L l liter liters litre litres 升": ("dm^3",), "mL ml milliliter milliliters millilitre millilitres 毫升": ("cm^3",),
+_DERIVED: dict[str, tuple[str, float]] = {
+    "mph": ("mi/h", 1.0), "kmh": ("km/h", 1.0), "kph": ("km/h", 1.0),
+    "L l liter liters litre litres 升": ("dm^3", 1.0), "mL ml milliliter milliliters millilitre millilitres 毫升": ("cm^3", 1.0),
     "ha hectare hectares 公顷": ("m^2", 1e4), "acre acres": ("m^2", 4046.8564224), "亩": ("m^2", 2000 / 3),
     "gal gallon gallons": ("L", 3.785411784), "quart quarts": ("L", 0.946352946),
-    "Hz hertz 赫兹": ("s^-1",), "N newton newtons 牛 牛顿": ("kg m s^-2",), "J joule joules 焦 焦耳": ("kg m^2 s^-2",),
-    "W watt watts 瓦 瓦特": ("kg m^2 s^-3",), "Pa pascal pascals 帕": ("kg m^-1 s^-2",),
-    "V volt volts 伏 伏特": ("kg m^2 s^-3 A^-1",), "C coulomb coulombs 库仑": ("A s",),
-    "Ω ohm ohms 欧姆": ("kg m^2 s^-3 A^-2",), "T tesla teslas": ("kg s^-2 A^-1",), "F farad farads": ("kg^-1 m^-2 s^4 A^2",),
+    "Hz hertz 赫兹": ("s^-1", 1.0), "N newton newtons 牛 牛顿": ("kg m s^-2", 1.0), "J joule joules 焦 焦耳": ("kg m^2 s^-2", 1.0),
+    "W watt watts 瓦 瓦特": ("kg m^2 s^-3", 1.0), "Pa pascal pascals 帕": ("kg m^-1 s^-2", 1.0),
+    "V volt volts 伏 伏特": ("kg m^2 s^-3 A^-1", 1.0), "C coulomb coulombs 库仑": ("A s", 1.0),
+    "Ω ohm ohms 欧姆": ("kg m^2 s^-3 A^-2", 1.0), "T tesla teslas": ("kg s^-2 A^-1", 1.0), "F farad farads": ("kg^-1 m^-2 s^4 A^2", 1.0),
     "eV": ("J", 1.602176634e-19), "cal calorie calories": ("J", 4.184), "erg ergs": ("J", 1e-7), "dyn dyne dynes": ("N", 1e-5),
     "atm": ("Pa", 101325.0), "bar bars": ("Pa", 1e5), "au AU": ("m", 1.495978707e11), "pc parsec parsecs": ("m", 3.0857e16),
     "Å angstrom angstroms": ("m", 1e-10), "ly": ("m", 9.4607e15),
@@ -81,8 +81,9 @@ _PREFIXED_SYMBOLS = ("Hz", "N", "J", "W", "Pa", "V", "C", "Ω", "T", "F", "L", "
                      "watt", "watts", "joule", "joules", "volt", "volts", "newton", "newtons", "pascal", "calorie", "calories",
                      "parsec", "parsecs")  # fmt: skip
 MEASURE_WORDS = words(
-    "个 只 本 人 名 条 块 张 种 次 组 件 辆 棵 支 箱 袋 页 岁 头 匹 位 朵 袋 盒 道 题 层 排 行 列 颗 根 把 台 套 份 倍 分 对 双 枚 台 座 所 间 户 家 班 瓶 杯 碗 筐 桶 "
-    "步 站 点 片 束 串 封 面 幅 架 艘 枝 株 粒 滴 段 圈 项 位数 个数 种方法 种可能 人次 名学生 个苹果"
+    "个 只 本 人 名 条 块 张 种 次 组 件 辆 棵 支 箱 袋 页 岁 头 匹 位 朵 盒 道 题 层 排 行 列 "
+    "颗 根 把 台 套 份 倍 分 对 双 枚 座 所 间 户 家 班 瓶 杯 碗 筐 桶 步 站 点 片 束 串 封 面 "
+    "幅 架 艘 枝 株 粒 滴 段 圈 项 位数 个数 种方法 种可能 人次 名学生 个苹果 "
 )
 _NOT_A_NOUN = words(
     "is are was were be been not no nor false true wrong right correct incorrect if but or and could can may "
@@ -138,10 +139,10 @@ def _build() -> tuple[dict[str, _Entry], dict[str, _Entry]]:
                 exact.setdefault(
                     prefix + long[-1] if long[-1] > "\u4e00" else prefix + "!", (scale * size, {dimension: 1})
                 )
-    for aliases_text, (definition, *scale) in _DERIVED.items():
+    for aliases_text, (definition, times) in _DERIVED.items():
         factor_, dims = _compound(definition, exact, {}) or (1.0, {})
         for alias in aliases_text.split():
-            exact[alias] = (factor_ * (scale[0] if scale else 1.0), dims)
+            exact[alias] = (factor_ * times, dims)
     for symbol in _PREFIXED_SYMBOLS:
         for prefix, scale_ in (_PREFIXES | _LONG_PREFIXES if len(symbol) > 2 else _PREFIXES).items():
             if prefix == "d" and symbol not in "Ll":

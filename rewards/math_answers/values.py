@@ -288,9 +288,8 @@ class _Evaluator:
     def made(self, node: Node, env: Mapping[str, Fraction] | None = None) -> Value:
         """A number that depends on the values of the parts alone."""
         inner = self if env is None else _Evaluator({**self.env, **env}, self.reading, _fast, False, self.point)
-        key = f"{self.point}/{node.kind}/{node.data if env is None else node.data[0]}/" + ";".join(
-            inner.key(a) for a in node.args
-        )  # type: ignore[index]
+        what = node.data if not isinstance(node.data, tuple) else node.data[0]  # not the name of the bound variable
+        key = f"{self.point}/{node.kind}/{what}/" + ";".join(inner.key(a) for a in node.args)
         return Fraction(1000 + zlib.crc32(key.encode()) % 1_000_003, 100_003)
 
     def key(self, node: Node) -> str:

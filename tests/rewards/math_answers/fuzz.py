@@ -5,14 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-PIECES = (
-    r"\frac { } ( ) [ ] ^ _ + - * / = < > , ; : ! | & % $ # ' ~ \\ \left \right \sqrt \sum \int \lim \prod \infty"
-    r" \pi \theta \sin \cos \log \ln \exp \text \mathrm \begin{pmatrix} \end{pmatrix} \begin{cases} \end{cases}"
-    r" \cup \cap \in \le \ge \ne \pm \mp \cdot \times \div \to \circ \overline \binom \lfloor \rceil \mid \{ \}"
-    r" \boxed{ \boxed{5} x y n e i f( 0 1 2 5 7 12 3.5 1e5 1e999 9^9 5! !! .. ... \ldots \dots ** #### <think>"
-    r" </think> <answer> </answer> \mathbb{R} \equiv \pmod \bmod \angle \vec \dot \prime 1,234 { } ( ) cm m/s km^2"
-    r" 答案 是 。 、 元 或 ½ ² √ ∞ π − ≤ ∈ ∪ 5 （ ） 【 】 and or if otherwise Answer: the is not"
-).split(" ") + ["\x00", "\u200b", "\u202e", "\ud800", "\n", " ", "\t", "\ufeff", "\U0001f600"]
+_TEXT = (
+    r"\frac { } ( ) [ ] ^ _ + - * / = < > , ; : ! | & % $ # ' ~ \\ \left \right \sqrt \sum \int "
+    r"\lim \prod \infty \pi \theta \sin \cos \log \ln \exp \text \mathrm \begin{pmatrix} "
+    r"\end{pmatrix} \begin{cases} \end{cases} \cup \cap \in \le \ge \ne \pm \mp \cdot \times "
+    r"\div \to \circ \overline \binom \lfloor \rceil \mid \{ \} \boxed{ \boxed{5} x y n e i f( 0 "
+    r"1 2 5 7 12 3.5 1e5 1e999 9^9 5! !! .. ... \ldots \dots ** #### <think> </think> <answer> "
+    r"</answer> \mathbb{R} \equiv \pmod \bmod \angle \vec \dot \prime 1,234 cm m/s km^2 答案 是 。 、 "
+    r"元 或 ½ ² √ ∞ π − ≤ ∈ ∪ （ ） 【 】 and or if otherwise Answer: the is not 😀 "
+)
+PIECES = [*_TEXT.split(), *["\x00", "\u200b", "\u202e", "\ud800", "\n", " ", "\t", "\ufeff"]]
 
 
 def soups(count: int, seed: int = 1) -> Iterator[str]:

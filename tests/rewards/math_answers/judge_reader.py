@@ -146,9 +146,9 @@ class Reader:
             before = self.tokens[:first]
             if len(before) == 1 and re.match(r"[a-zA-Z]\Z", before[0]) and sides[1][1] is None:
                 return Form("value", (before[0], sides[1][0]))
-            if len(before) == 1 and re.match(r"[a-zA-Z]\Z", before[0]):
-                if not any(re.match(r"[a-df-hj-zA-Z]\Z", t) for t in self.tokens[first:]):
-                    return Form("value", (before[0], sides[1][0]))
+            free = any(re.match(r"[a-df-hj-zA-Z]\Z", t) for t in self.tokens[first:])
+            if len(before) == 1 and re.match(r"[a-zA-Z]\Z", before[0]) and not free:
+                return Form("value", (before[0], sides[1][0]))
             return self._equation(sides)
         if all(op[0] == ">" for op in ops):
             ops, sides = ["<" + op[1:] for op in reversed(ops)], sides[::-1]
@@ -467,9 +467,9 @@ class Reader:
             name += "_" + self.subscript()
         while self.peek() in ("'", "\\prime"):
             name += self.take()
-        if re.match(r"[a-zA-Z]\Z", self.peek()) and re.match(r"[a-zA-Z]\Z", self.peek(1)):
-            if name.isalpha() and len(name) == 1 and name not in "xyzabcnmktr":
-                raise Unknown("a word")
+        followed = re.match(r"[a-zA-Z]\Z", self.peek()) and re.match(r"[a-zA-Z]\Z", self.peek(1))
+        if followed and name.isalpha() and len(name) == 1 and name not in "xyzabcnmktr":
+            raise Unknown("a word")
         if name == "e":
             return lambda env: +mp.e
         if name == "i":

@@ -50,6 +50,12 @@ ANY: dict[str, Rewriting] = {
 }
 
 
+def _named(a: str) -> str | None:
+    bare = re.sub(r"\\(?:frac|sqrt|left|right|pi|cdot|sin|cos|tan|ln|log)", "", a)
+    shape = re.search(r"[=<>,≥≠≤]|\^\Z|\\(?:le|ge|text|in|ne|begin|cup|mbox|pm)|[a-zA-Z]{3,}|^[A-E]\Z", bare)
+    return None if shape else f"x = {a}"
+
+
 def _spaced(a: str) -> str | None:
     return (
         re.sub(r"\s*([=+,])\s*", r" \1 ", a)
@@ -108,7 +114,7 @@ FORM: dict[str, Rewriting] = {
     "superscripts": lambda a: re.sub(r"\^(?:\{(\d+)\}|(\d))", lambda m: (m[1] or m[2]).translate(_SUPERSCRIPTS),
     a) if re.search(r"[a-z)]\^(?:\d(?!\d)|\{\d+\})", a) else None,
     "root sign": lambda a: re.sub(r"\\sqrt\{(\d+)\}", r"√\1", a) if re.search(r"(?<![\\{])\\sqrt\{\d+\}\Z", a) else None,
-    "with name": lambda a: f"x = {a}" if not re.search(r"[=<>,≥≠≤^]\Z|[=<>,≥≠≤]|\\(?:le|ge|text|in|ne|begin|cup|mbox|pm)|[a-zA-Z]{3,}|^[A-E]\Z", re.sub(r"\\(?:frac|sqrt|left|right|pi|cdot|sin|cos|tan|ln|log)", "", a)) else None,
+    "with name": _named,
 }  # fmt: skip
 
 
