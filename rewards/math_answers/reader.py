@@ -81,6 +81,15 @@ class Reader(ABC):
     def atom(self) -> Node: ...
 
     @abstractmethod
+    def name(self, applied: bool = True) -> Node: ...
+
+    @abstractmethod
+    def brackets(self) -> Node: ...
+
+    @abstractmethod
+    def braced_tokens(self) -> str: ...
+
+    @abstractmethod
     def inner(self, tokens: list[Token]) -> Node:
         """The tree of tokens by themselves."""
 
