@@ -72,14 +72,16 @@ _MARKER = re.compile(
     r"|^[ \t]{0,4}答[:：]|(?<=[。\n])答[:：]",
     re.IGNORECASE | re.MULTILINE,
 )
-_MONEY = re.compile(r"(?<![\\$])\$(?=\d[\d,]*(?:\.\d+)?(?:\s+[A-Za-z]{2,}|[.,;!?]?(?:\s|$)))")
-_ASIDE = re.compile(r"(?<=[\w$%)}])\s?[(（][^()（）$]*(?:[A-Za-z]{2}|[\u4e00-\u9fff])[^()（）$]*[)）]")
+_END_TOKENS = re.compile(r"(?:\s?(?:<\|[\w-]+\|>|</s>|<end_of_turn>|<eos>))+\s*\Z")
+_ASIDE = re.compile(
+    r"(?<=[\w$%)}])\s?[(（](?!\s?(?:or|或))[^()（）$\\]*(?:[A-Za-z]{2}|[\u4e00-\u9fff])[^()（）$\\]*[)）]"
+)
 _NEGATED = re.compile(
     r",?\s*\b(?:and\s+)?(?:not|rather than|instead of)\s+\\?\$?[\d.,]*\d%?(?:\s+but\b)?|(?:，|,)?而?不是\s?\d+"
 )
 _DENIED = re.compile(
-    r"\b(?:is|are|be)\s+(?:not|false|less than|more than|greater than|incorrect|wrong)\b"
-    r"|不是|不等于|\b(?:do not|don't|cannot) (?:know|say|tell)|give up",
+    r"\b(?:is|are|be)\s+(?:not|false|less than|more than|greater than|at least|at most|incorrect|wrong)\b"
+    r"|不是|不等于|大于|小于|\bcannot be\b|\b(?:do not|don't|cannot) (?:know|say|tell)|give up",
     re.I,
 )
 _CONDITIONAL = re.compile(r"\bif\b.*\b(?:otherwise|else)\b|如果.*否则", re.I)
@@ -111,11 +113,16 @@ _HEDGED = re.compile(
     r"|\bor\b(?=\s+(?:maybe|perhaps|possibly))|或者|也许|可能",
     re.IGNORECASE,
 )
+_OPTION = re.compile(
+    r"\b(?:[Oo]ption|[Cc]hoice)\s?[(（]?([A-J])\b|(?<![A-Za-z])([A-J])[)）]? is (?:the )?(?:correct|right)"
+    r"|选项?(?:为|是)?\s?[(（]?([A-J])(?![A-Za-z])"
+)
 _JOINED = re.compile(r"[\s,;、，；]*(?:and|or|和|或|与)?[\s,;、，；]*", re.IGNORECASE)
-_CHOICE = re.compile(r"(?:option|choice)?\s*[(（]?([A-J])(?:[)）](?=\W|$)|[.:：、](?=\s|$)|(?=\s*[,.。;；!]?\s*$))")
+_CHOICE = re.compile(r"(?:option|choice)?\s*[(（]?([A-J])(?:[)）](?=\W|$)|[.:：、](?=\s|$)|(?=\s*[,.。;；!]?\s*$|，))")
 _GROUPED_TEXT = re.compile(r"\\(?:text|mathrm|mbox|operatorname|begin|end)\s?\{[^{}]*\}")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}|[\u4e00-\u9fff]+")
 _PHANTOM = re.compile(r"\\(?:[hv]?phantom|hspace|vspace)\*?\s?\{[^{}]*\}|\\q?quad")
+_MATH_WORDS = frozenset(("sqrt", "pi", "sin", "cos", "tan", "log", "ln", "infinity", "exp"))
 _CONTENT = re.compile(r"[^\W_]|\\[a-z]|\\\{\s*\\\}")
 """An empty box, `\\boxed{?}` or a box of blanks belongs to the problem; it is no answer."""
 
@@ -125,6 +132,7 @@ def extract(completion: str, opened: bool = False) -> Extracted:
     text = final_text(completion, opened)
     if text is None:
         return NOTHING
+    text = text[:-200] + _END_TOKENS.sub("", text[-200:])
     for rule in RULES:
         if found := list(dict.fromkeys(rule.find(text))):
             return Extracted(tuple(found[: MAX_ANSWERS + 1]), rule.name)
@@ -219,7 +227,23 @@ def _of_text(text: str) -> list[str]:
 def _tail(text: str) -> str:
     """The end of a text, its dollars of money told from those around formulas."""
     text = text.rstrip()[-TAIL:].strip()
-    return _MONEY.sub(r"\\$", text) if "$" in text else text
+    return _money_told(text) if "$" in text else text
+
+
+def _money_told(text: str) -> str:
+    """The text with `\\$` for every dollar of money: one before a number that no formula can begin with."""
+    pieces = re.split(r"(?<!\\)\$", text)
+    told, at = pieces[0], 1
+    while at < len(pieces):
+        inside = pieces[at]
+        words = re.search(r"\s[A-Za-z]{2,}", inside) is not None and re.search(r"[\\=^]", inside) is None
+        if inside[:1].isdigit() and (words or at == len(pieces) - 1):
+            told += "\\$" + inside
+            at += 1
+        else:  # a formula, with what follows it
+            told += "$" + inside + ("$" + pieces[at + 1] if at + 1 < len(pieces) else "")
+            at += 2
+    return told
 
 
 def _in_last_line(text: str) -> list[str]:
@@ -259,17 +283,21 @@ def _whole(text: str) -> list[str]:
         return [] if not bare or re.search(r"\d|\$|\\|[\u4e00-\u9fff]", bare) else [bare]
     if (formula := _FORMULA.fullmatch(bare.rstrip("."))) is not None:
         return [formula.group(formula.lastindex or 0)]
-    if "=" in bare and re.search(r"[\d%] (?:of|times|by) |\d, \d", bare):
+    if "=" in bare and re.search(r"[\d%] (?:of|times|by|plus|minus) |\d, \d", bare):
         return []  # `15% of 200 = 30`, and one equation after the other
     words = [w for w in _WORD.findall(_FORMULA.sub(" ", _GROUPED_TEXT.sub("", bare))) if w.lower() not in ("and", "or")]
     latin = [w for w in words if w.isascii()]
+    if _OPTION.search(bare) is not None:
+        return []
     if not re.search(r"\d|\$|\\", bare):
         return [bare] if len(words) <= 3 or not _VERB.search(bare) else _last_statement(bare) or [bare]
+    lead = re.match(r"[A-Za-z]{2,}|[\u4e00-\u9fff]", bare)
     plain = (
-        len(words) <= 1
+        (lead is None and len(words) <= 1)
         or bare[0] in "+-−.([\\"
         or bare[0].isdigit()
-        or re.match(r"\w+\s?[:：=]\s?[-\d]", bare) is not None
+        or (lead is not None and lead.group() in _MATH_WORDS and len(words) <= 1)
+        or (re.match(r"\w+\s?[:：=]\s?[-\d]", bare) is not None and not ("=" in bare and ":" in bare))
     )
     short = (
         plain
@@ -305,8 +333,8 @@ def _last_statement(text: str) -> list[str]:
     for sentence in reversed(sentences):
         if sentence is sentences[-1] and _UNFINISHED.search(sentence):
             continue
-        if (option := re.search(r"\b(?:option|choice)\s*[(（]?([A-J])\b", sentence)) is not None:
-            return [option.group(1)]
+        if (option := _OPTION.search(sentence)) is not None:
+            return [next(letter for letter in option.groups() if letter)]
         if re.search(r"\d|\$[^$]|\\", sentence) and (stated := _of_sentence(sentence)):
             return [stated]
     if re.search(r"\d|\\", text) or len(text) > 400:
@@ -387,7 +415,10 @@ def _stated(rest: str) -> tuple[str, int]:
 def _of_sentence(sentence: str) -> str:
     """The answer in a sentence: its last formulas, else its equation, else what follows the verb, else its last number."""
     text = _bare(sentence)
-    if _CONDITIONAL.search(text):
+    numbers = list(_NUMBER.finditer(text))
+    if _CONDITIONAL.search(text) or (
+        len(numbers) > 1 and _HEDGED.search(text, numbers[0].end(), numbers[-1].end()) is not None
+    ):
         return text
     if re.search(r"\d", kept := _NEGATED.sub(" ", text)):
         text = kept.strip()
@@ -439,7 +470,8 @@ def _of_equation(equation: str, before: str) -> str:
     equation = next(part for part in reversed(equation.split(", ")) if "=" in part)
     sides = equation.split("=")
     if len(sides) == 2 and (
-        re.search(r"\bwe (?:have|get|obtain)\s*$", before) or re.search(r"\b(?:of|from|by|times)\s*$", before)
+        re.search(r"\bwe (?:have|get|obtain)\s*$", before)
+        or re.search(r"\b(?:of|from|by|times|plus|minus)\s*$", before)
     ):
         return sides[1].strip()
     return "=".join(sides)
@@ -472,8 +504,8 @@ def _unit_after(text: str, end: int) -> str:
 def _near_hedge(text: str, start: int, end: int) -> str | None:
     """`4 or 5` around the candidate, which is then taken whole and equals no single answer."""
     before, after = text[max(0, start - 40) : start], text[end : end + 40]
-    if re.search(r"\d\W{0,4}\s+or\s+(?:\w+\s+){0,2}\W{0,4}$|\d\s?或\s?$", before) or re.match(
-        r"\W{0,4}\s+or\s+(?:\w+\s+){0,2}\W{0,4}\d|\s?或\s?\d", after
+    if re.search(r"\d\W{0,4}\s+or\s+(?:\w+\s+){0,2}\W{0,4}$|\d\s?或者?\s?$", before) or re.match(
+        r"\W{0,4}\s+or\s+(?:\w+\s+){0,2}\W{0,4}\d|\s?或者?\s?\d", after
     ):
         found = [m.group() for m in _NUMBER.finditer(before[-20:] + text[start:end] + after[:20])]
         return " or ".join(found)

@@ -95,6 +95,8 @@ class Functions(Numerals):
         self.enter()
         rows: list[list[Node]] = [[]]
         while self.peek() != r"\end":
+            if not self.peek():
+                raise Unreadable("an environment without its end")
             if self.skip(r"\\"):
                 rows.append([])
             elif name.endswith("cases") and rows[-1]:

@@ -175,6 +175,7 @@ class TableSource:
         """Drops problems by their ids, those of training as in the first epoch. Call it before the first problem is used."""
         self._rows = [number for number in self._rows if f"{self.name}/{number}" not in ids]
         self.size = len(self._rows)
+        self._order.cache_clear()  # orders of as many rows as there were
         self.heldout = [prompt for prompt in self.heldout if prompt.id not in ids]
 
     def solution(self, prompt: Prompt) -> str | None:
