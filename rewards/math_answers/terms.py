@@ -157,6 +157,10 @@ class Terms(Atoms):
     def postfix(self, result: Node) -> Node:
         for _ in range(6):
             if self.skip("^"):
+                if _is_product(result):  # a(x - y)^2 raises the bracket alone
+                    name, inner = result.args
+                    result = Node(Kind.PRODUCT, (name, Node(Kind.POWER, (inner, self.argument()))))
+                    continue
                 if result.kind is Kind.POWER and self.peek(-2) != ")":
                     raise Unreadable("two exponents")
                 result = Node(Kind.POWER, (result, self.argument()))
@@ -210,6 +214,13 @@ class Terms(Atoms):
             inner = self.atom()
         self.depth -= 1
         return inner
+
+
+def _is_product(node: Node) -> bool:
+    """Whether `name(argument)` looks like a quantity times a bracket: a(x + 1), not f(x + 1) nor a(2)."""
+    if node.kind is not Kind.APPLY or node.args[1].kind in (Kind.NUMBER, Kind.NAME, Kind.NEGATIVE, Kind.GROUP):
+        return False
+    return str(node.args[0].data) not in ("f", "g", "h", "F", "G", "H", "varphi", "psi", "Phi", "Psi", "Gamma")
 
 
 def _is_inverse(node: Node) -> bool:
