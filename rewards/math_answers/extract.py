@@ -291,7 +291,9 @@ def _whole(text: str) -> list[str]:
         return []
     if not re.search(r"\d|\$|\\", bare):
         return [bare] if len(words) <= 3 or not _VERB.search(bare) else _last_statement(bare) or [bare]
-    lead = re.match(r"[A-Za-z]{2,}|[\u4e00-\u9fff]", bare)
+    lead = re.match(
+        r"[A-Za-z]{3,}|(?:[Ss]o|[Ww]e|[Ii]t|[Hh]e|[Ii]s|[Aa]s|[Bb]y|[Tt]o|[Ii]n|[Ii]f)\b|[\u4e00-\u9fff]", bare
+    )
     plain = (
         (lead is None and len(words) <= 1)
         or bare[0] in "+-−.([\\"
@@ -415,6 +417,8 @@ def _stated(rest: str) -> tuple[str, int]:
 def _of_sentence(sentence: str) -> str:
     """The answer in a sentence: its last formulas, else its equation, else what follows the verb, else its last number."""
     text = _bare(sentence)
+    if "\\" not in text and "$" not in text and re.search(r"[{}@]", text):
+        return ""  # neither a sentence nor mathematics
     numbers = list(_NUMBER.finditer(text))
     if _CONDITIONAL.search(text) or (
         len(numbers) > 1 and _HEDGED.search(text, numbers[0].end(), numbers[-1].end()) is not None
