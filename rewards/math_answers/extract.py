@@ -182,7 +182,12 @@ def boxes(text: str) -> list[str]:
 
 
 def _in_boxes(text: str) -> list[str]:
-    found = [_box_content(box) for box in dict.fromkeys(boxes(text)) if _CONTENT.search(_PHANTOM.sub("", box[:TAIL]))]
+    found: list[str] = []
+    for box in dict.fromkeys(boxes(text)):
+        if _CONTENT.search(_PHANTOM.sub("", box[:TAIL])):
+            found.append(_box_content(box))
+            if len(found) > MAX_ANSWERS:
+                return found
     if found and "<" in text:
         found += [tag for tag in _in_tag(text) if "\\boxed" not in tag]
     return found
