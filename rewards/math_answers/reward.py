@@ -77,6 +77,8 @@ class MathReward:
                 verdict, decision = self._grade(row, start)
             except (RecursionError, MemoryError) as error:  # one degenerate answer costs no other row
                 verdict, decision = _verdict(Status.OVER_LIMIT, type(error).__name__, start), None
+            except Exception as error:  # a text that no test has thought of: it costs its own row, and is counted
+                verdict, decision = _verdict(Status.UNKNOWN, f"{type(error).__name__}: {error}"[:200], start), None
             found.append(verdict)
             if verdict is None and decision is not None:
                 waiting.append((index, row, decision, time.perf_counter() - start))

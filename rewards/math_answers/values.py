@@ -92,7 +92,7 @@ def _value_at(node: Node, point: int, reading: Reading, context: Any) -> Value |
 
 
 def sample(name: str, point: int) -> Fraction:
-    seed = zlib.crc32(f"{name}/{point}".encode())
+    seed = zlib.crc32(f"{name}/{point}".encode(errors="surrogatepass"))
     if point < 3:
         return Fraction(100 + seed % 800, 1013)
     if point < 6:
@@ -290,7 +290,7 @@ class _Evaluator:
         inner = self if env is None else _Evaluator({**self.env, **env}, self.reading, _fast, False, self.point)
         what = node.data if not isinstance(node.data, tuple) else node.data[0]  # not the name of the bound variable
         key = f"{self.point}/{node.kind}/{what}/" + ";".join(inner.key(a) for a in node.args)
-        return Fraction(1000 + zlib.crc32(key.encode()) % 1_000_003, 100_003)
+        return Fraction(1000 + zlib.crc32(key.encode(errors="surrogatepass")) % 1_000_003, 100_003)
 
     def key(self, node: Node) -> str:
         if node.kind in (Kind.NAME, Kind.RUN) and node.data not in self.env:
@@ -306,7 +306,7 @@ class _Evaluator:
     def derivative(self, node: Node) -> Value:
         names = sorted(variables(node))
         key = f"{self.point}/{node}/{[str(self.env[name]) for name in names]}"
-        return Fraction(1000 + zlib.crc32(key.encode()) % 1_000_003, 100_003)
+        return Fraction(1000 + zlib.crc32(key.encode(errors="surrogatepass")) % 1_000_003, 100_003)
 
     def big(self, node: Node) -> Value:
         """A sum, product, integral or limit: of its parts, the bound variable by another name."""

@@ -99,7 +99,14 @@ def test_references_are_checked(math) -> None:
 
 def test_one_answer_costs_no_other(math) -> None:
     rows = [RewardInput(completion="\\boxed{500}", answer="500")] * 7
-    for bad in ("+".join("1" * 500), "(" * 300 + "1" + ")" * 300, "\\boxed{" * 2000, "1" + "!" * 900, "x" * 10**6):
+    for bad in (
+        "+".join("1" * 500),
+        "(" * 300 + "1" + ")" * 300,
+        "\\boxed{" * 2000,
+        "1" + "!" * 900,
+        "x" * 10**6,
+        "\ud800+x",
+    ):
         verdicts = math([*rows, RewardInput(completion=f"\\boxed{{{bad}}}", answer="500")])
         assert [v.status for v in verdicts[:7]] == [Status.CORRECT] * 7
         assert verdicts[7].score == 0.0
