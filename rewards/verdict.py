@@ -19,6 +19,7 @@ class Status(StrEnum):
     WRONG = "wrong"
     PARTIAL = "partial"  # some of the named parts or tests passed, or the score is graded rather than binary
     UNPARSEABLE = "unparseable"  # the completion holds nothing that could be an answer
+    UNKNOWN = "unknown"  # an answer that cannot be compared with the reference: scored as wrong, counted by itself
     OVER_LIMIT = "over_limit"  # the model's own doing: a bomb, or its program's time or memory
     VERIFIER_ERROR = "verifier_error"  # ours: a killed worker, a broken plugin, a sandbox that failed
 

@@ -35,6 +35,7 @@ from .cluster import Cluster
 from .config.cautions import cautions, said_at_start
 from .config.load import Config, ConfigError, user_errors
 from .data.sources import PromptSource, check_data, open_source
+from .data.table import TableSource
 from .data.templates import supervised_ids
 from .model_files import check_adapters, check_model, load_tokenizer, prepare_model
 from .run import Interrupted, Run, conversation, stop_on_signal
@@ -235,11 +236,17 @@ def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> Rewar
     rows = [*source.heldout, *(source.train(i) for i in range(source.size or 0))]
     bad = suite.check_references([_as_input(prompt, "", tokenizer) for prompt in rows])
     if bad:
-        suite.close()
+        ids = {rows[b.row].id for b in bad}
         shown = "; ".join(f"{rows[b.row].id}: {b}" for b in bad[:3])
-        raise ConfigError(
-            f"{len(bad)} references of data.source={config.data.source!r} cannot be graded against: {shown}"
-        )
+        message = f"{len(ids)} of {len(rows)} references of data.source={config.data.source!r} cannot be graded against: {shown}"
+        if config.data.bad_references == "error" or not isinstance(source, TableSource) or 2 * len(ids) > len(rows):
+            suite.close()
+            fix = (
+                "mend them, or set data.bad_references=drop" if 2 * len(ids) <= len(rows) else "is it the right column?"
+            )
+            raise ConfigError(f"{message}; {fix}")
+        source.leave_out(ids)
+        source.notes = (*source.notes, f"left out: {message}")
     return suite
 
 

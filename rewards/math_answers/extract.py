@@ -1,74 +1,167 @@
-"""Finding the final answer in a completion, in linear time.
+"""Finding the final answer in a completion, as a person reads it, in linear time.
 
-Only what stands after the last `</think>` counts. There, in this order: `\\boxed{...}` (or `\\fbox`) with balanced braces,
-`<answer>...</answer>`, and the fallbacks: GSM8K's `#### x`, a phrase such as `Answer: x`, a text that is short enough to
-be the answer itself, the last formula in `$...$`, `\\(...\\)` or `\\[...\\]`, and the last number of the last line.
+Only what stands after the thoughts counts. `RULES` is the table of the ways in which an answer is stated, in the order in which
+they are tried; the first that finds something decides. Every rule but the first two looks at the end of the text only.
 """
 
 from __future__ import annotations
 
 import re
-from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
-How = Literal["box", "answer_tag", "marker", "whole", "formula", "number", "none"]
+from .units import read_unit
+
+TAIL = 4000
+"""Characters at the end of a text in which the rules after the first two look."""
+MAX_ANSWERS = 64
+"""More different final answers than this are not looked at: no list of answers is that long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Extracted:
-    """Every distinct candidate in order (more than one means that all must be right, or be a list), and how found."""
+    """Every distinct candidate in order (more than one means that all must be right, or be a list), and the rule's name."""
 
     candidates: tuple[str, ...]
-    how: How
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A way of stating an answer: its name, who writes so, and the function that finds it (an empty list: not there)."""
+
+    name: str
+    source: str
+    find: Callable[[str], list[str]]
 
 
 NOTHING = Extracted((), "none")
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|[{}]")
-_ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
-_MARKER = re.compile(
-    r"####|^[ \t]*A:|\b(?:final\s+)?answer\**(?:\s*[:=]|\s+(?:is|are|was)\b\s*:?|\s*\n)", re.IGNORECASE | re.MULTILINE
+_THOUGHT = re.compile(
+    r"<(?P<close>/?)(?P<tag>think|thinking|thought|thoughts|reasoning|reflection|scratchpad|seed:think)>"
+    r"|(?P<open2>\[THINK\]|<\|begin_of_thought\|>|◁think▷)|(?P<close2>\[/THINK\]|<\|end_of_thought\|>|◁/think▷)",
+    re.IGNORECASE,
 )
-_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?|-?\.\d+")
-_HEDGE = re.compile(r"\bor\b", re.IGNORECASE)
+_THOUGHT_PARTS = (
+    "hink",
+    "HINK",
+    "hought",
+    "HOUGHT",
+    "reasoning>",
+    "reflection>",
+    "scratchpad>",
+    "easoning>",
+    "REASONING>",
+    "_of_thought",
+)
+"""What a text with thoughts has in it: looking for these costs less than the expression."""
+_MARKER_PARTS = ("nswer", "NSWER", "esult", "olution", "ption", "hoice", "A:", "A：", "答", "选", "结果")
 _BARE_LINE = re.compile(r"(?:A:|####)?[ \t]*(-?[\d,]*\.?\d+)")
-_FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\(((?:(?!\\\().)+?)\\\)|\\\[((?:(?!\\\[).)+?)\\\]", re.DOTALL)
-_PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-_GROUPED_TEXT = re.compile(r"\\(?:text|mathrm|mbox|operatorname|begin|end)\s*\{[^{}]*\}")
-_PHANTOM = re.compile(r"\\(?:[hv]?phantom|hspace|vspace)\*?\s*\{[^{}]*\}|\\q?quad")
-_CONTENT = re.compile(r"[^\W_]|\\[a-z]")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,8}\{|\\(?:boxed|fbox)\s{0,8}(?P<bare>\d+|[A-Za-z](?![A-Za-z]))|\\[{}\\]|[{}]")
+_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+_FORMULA = re.compile(
+    r"(?<!\\)\$\$([^$]+)\$\$|(?<!\\)\$([^$]+)(?<!\\)\$|\\\(((?:(?!\\\(|\\\)).)+)\\\)|\\\[((?:(?!\\\[|\\\]).)+)\\\]"
+    r"|\\begin\{(?:equation|align|gather)\*?\}((?:(?!\\end|\\begin).)+)\\end\{(?:equation|align|gather)\*?\}",
+    re.DOTALL,
+)
+_MARKER = re.compile(
+    r"\*{0,2}\b(?:final\s+|correct\s+)?(?:answers?|result|solution)\b(?:\s+to\s+[^.:\n=]{1,60}?)?"
+    r"\*{0,2}(?:\s{0,4}[:=：]+\*{0,2}|\s+(?:is|are|was|would be|must be)\b\s{0,4}[:：]?|\*{0,2}[ \t]{0,4}\n)"
+    r"|\b(?:correct\s+)?(?:option|choice)\s+is\b\s{0,4}[:：]?|^[ \t]{0,4}A[:：]"
+    r"|【(?:答案|解答结果)】|(?:最终|正确|最后)?(?:答案|结果)(?:应该|应)?(?:是|为|：|:|＝|=)+|故(?:答案)?(?:应?选|为)[:：]?|(?:因此|所以)?(?:应|本题)?选(?:择)?[:：]?(?=\s{0,4}[(（]?[A-J])"
+    r"|^[ \t]{0,4}答[:：]|(?<=[。\n])答[:：]",
+    re.IGNORECASE | re.MULTILINE,
+)
+_END_TOKENS = re.compile(r"(?:\s?(?:<\|[\w-]+\|>|</s>|<end_of_turn>|<eos>))+\s*\Z")
+_ASIDE = re.compile(
+    r"(?<=[\w$%)}])\s?[(（](?!\s?(?:or|或))[^()（）$\\]*(?:[A-Za-z]{2}|[\u4e00-\u9fff])[^()（）$\\]*[)）]"
+)
+_NEGATED = re.compile(
+    r",?\s*\b(?:and\s+)?(?:not|rather than|instead of)\s+\\?\$?[\d.,]*\d%?(?:\s+but\b)?|(?:，|,)?而?不是\s?\d+"
+)
+_DENIED = re.compile(
+    r"\b(?:is|are|be)\s+(?:not|false|less than|more than|greater than|at least|at most|incorrect|wrong)\b"
+    r"|不是|不等于|大于|小于|\bcannot be\b|\b(?:do not|don't|cannot) (?:know|say|tell)|give up",
+    re.I,
+)
+_CONDITIONAL = re.compile(r"\bif\b.*\b(?:otherwise|else)\b|如果.*否则", re.I)
+_UNFINISHED = re.compile(r"\b(?:and|then|but|the|of|to|from|with|or|so|a|an|is|that)\s*$", re.I)
+_LISTED = re.compile(r"^\s*\d{1,2}[.)、]\s+(?=\D)", re.M)
+_ASSIGNED = re.compile(
+    r"(?<![A-Za-z])[A-Za-z]\s?=\s?[-−]?[\d./]+(?:\s?(?:,|，|、|and|or|或|和)\s?[A-Za-z]\s?=\s?[-−]?[\d./]+)+"
+)
+_BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*|__([^_\n]{1,200})__")
+_NUMBER = re.compile(
+    r"\d+(?:\.\d+)?\s?(?:[x×]|\\times)\s?10\s?\^\s?\{?-?\d+\}?"  # scientific notation
+    r"|(?<![\d:])\d+(?::\d+)+(?:\s?[AaPp]\.?[Mm]\b)?"  # a ratio or a time
+    r"|(?:(?<![\w)\]}])[-−])?\d+\s\d+/\d+(?![\w/])"  # a mixed number
+    r"|(?<![A-Za-z_])(?:(?<![\w)\]}])[-−])?(?:\\?[$€£¥￥]\s?)?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:[eE][+-]?\d+(?!\w))?"
+    r"(?:\s?/\s?\d+(?![\w.]))?[½⅓⅔¼¾]?(?:\s?(?:\\?%|°|％))?|(?<!\d)[-−]?\.\d+"
+)
+_EQUATION = re.compile(r"[\d .,()\[\]+*/×÷·^%$−=xX-]+")
+_SENTENCE = re.compile(r"(?:[.!?](?=[\s*_)\"]|$)|[。！？])[*_)\"]*")
+_LINES = re.compile(r"\n+")
+_VERB = re.compile(
+    r"\b(?:is|are|was|equals?|equal to|gives?|becomes?|get|to be|as|=)(?:\s+exactly|\s+equal\s+to)?"
+    r"\b[:\s]*|[=＝]|(?:是|为|等于|得)[:：]?"
+)
+_CONTINUED = re.compile(r"\b(?:then|plus|minus|add|subtract|multiply|divide|times)\b", re.IGNORECASE)
+_REASON = re.compile(r",?\s+(?:because|since|where|so that|as (?:we|the|it)|which|for)\b|(?:，|,)\s*(?:因为|由于|其中)")
+_REVISED = re.compile(r"\b(?:wait|actually|correction|sorry|hold on|in fact|no,)|不对|更正|等等", re.IGNORECASE)
+_HEDGED = re.compile(
+    r"\b(?:maybe|perhaps|possibly|alternatively|could also|or it|or,|^or)\b"
+    r"|\bor\b(?=\s+(?:maybe|perhaps|possibly))|或者|也许|可能",
+    re.IGNORECASE,
+)
+_OPTION = re.compile(
+    r"\b(?:[Oo]ption|[Cc]hoice)\s?[(（]?([A-J])\b|(?<![A-Za-z])([A-J])[)）]? is (?:the )?(?:correct|right)"
+    r"|选项?(?:为|是)?\s?[(（]?([A-J])(?![A-Za-z])"
+)
+_JOINED = re.compile(r"[\s,;、，；]*(?:and|or|和|或|与)?[\s,;、，；]*", re.IGNORECASE)
+_CHOICE = re.compile(r"(?:option|choice)?\s*[(（]?([A-J])(?:[)）](?=\W|$)|[.:：、](?=\s|$)|(?=\s*[,.。;；!]?\s*$|，))")
+_GROUPED_TEXT = re.compile(r"\\(?:text|mathrm|mbox|operatorname|begin|end)\s?\{[^{}]*\}")
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}|[\u4e00-\u9fff]+")
+_PHANTOM = re.compile(r"\\(?:[hv]?phantom|hspace|vspace)\*?\s?\{[^{}]*\}|\\q?quad")
+_MATH_WORDS = frozenset(("sqrt", "pi", "sin", "cos", "tan", "log", "ln", "infinity", "exp"))
+_CONTENT = re.compile(r"[^\W_]|\\[a-z]|\\\{\s*\\\}")
 """An empty box, `\\boxed{?}` or a box of blanks belongs to the problem; it is no answer."""
-_SENTENCE = re.compile(r"[.!?](?=\s|$)")
-_JOINED = re.compile(r"[\s,;]*(?:and|or)?[\s,;]*", re.IGNORECASE)
-TAIL = 3000
-"""Characters at the end of a text in which the fallbacks look."""
-
-
-def final_text(completion: str, opened: bool = False) -> str | None:
-    """What follows the last `</think>`; None if thinking was opened (by the prompt, with `opened`) and never closed."""
-    if (end := completion.rfind("</think>")) >= 0:
-        return completion[end + len("</think>") :]
-    return None if opened or "<think>" in completion else completion
 
 
 def extract(completion: str, opened: bool = False) -> Extracted:
-    """The candidates for the final answer of a completion."""
+    """The candidates for the final answer of a completion. `opened`: the prompt opened a thought."""
     text = final_text(completion, opened)
     if text is None:
         return NOTHING
-    found = [box for box in boxes(text) if _CONTENT.search(_PHANTOM.sub("", box))]
-    if "<answer>" in text:
-        found += [tag for tag in _ANSWER_TAG.findall(text)[-1:] if tag.strip() and "\\boxed" not in tag]
-    if found:
-        return Extracted(tuple(dict.fromkeys(found)), "box" if "\\boxed" in text or "\\fbox" in text else "answer_tag")
-    return _fallback(text)
+    text = text[:-200] + _END_TOKENS.sub("", text[-200:])
+    for rule in RULES:
+        if found := list(dict.fromkeys(rule.find(text))):
+            return Extracted(tuple(found[: MAX_ANSWERS + 1]), rule.name)
+    return NOTHING
+
+
+def final_text(completion: str, opened: bool = False) -> str | None:
+    """What follows the last thought; None if one was opened and never closed."""
+    if not opened and not (
+        ("<" in completion and any(part in completion for part in _THOUGHT_PARTS))
+        or "THINK]" in completion
+        or "◁" in completion
+    ):
+        return completion
+    open_now, after = opened, 0
+    for tag in _THOUGHT.finditer(completion):
+        if tag["close"] == "/" or tag["close2"]:
+            open_now, after = False, tag.end()
+        else:
+            open_now = True
+    return None if open_now else completion[after:]
 
 
 def boxes(text: str) -> list[str]:
     """The contents of the balanced boxes in order; of a box within a box only the outer one."""
     at = text.find("\\boxed")
-    if at < 0 and (at := text.find("\\fbox")) < 0:
+    if at < 0 or (0 <= text.find("\\fbox") < at):
+        at = text.find("\\fbox")
+    if at < 0:
         return []
     found: list[tuple[int, int]] = []
     stack: list[int] = []  # for each open brace: where its content starts if it is a box's, else -1
@@ -76,67 +169,362 @@ def boxes(text: str) -> list[str]:
         token = match.group()
         if token == "{":
             stack.append(-1)
-        elif token != "}":
+        elif token == "}":
+            if stack and (start := stack.pop()) >= 0:
+                while found and found[-1][0] > start:
+                    found.pop()
+                found.append((start, match.start()))
+        elif match["bare"]:
+            found.append(match.span("bare"))
+        elif len(token) > 2:
             stack.append(match.end())
-        elif stack and (start := stack.pop()) >= 0:
-            while found and found[-1][0] > start:
-                found.pop()
-            found.append((start, match.start()))
     return [text[start:end] for start, end in found]
 
 
-def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    return deque(pattern.finditer(text), maxlen=1).pop() if pattern.search(text) else None
+def _in_boxes(text: str) -> list[str]:
+    found: list[str] = []
+    for box in dict.fromkeys(boxes(text)):
+        if _CONTENT.search(_PHANTOM.sub("", box[:TAIL])):
+            found.append(_box_content(box))
+            if len(found) > MAX_ANSWERS:
+                return found
+    if found and "<" in text:
+        found += [tag for tag in _in_tag(text) if "\\boxed" not in tag]
+    return found
 
 
-def _fallback(text: str) -> Extracted:
-    text = text[-TAIL:].strip()
-    if not text:
-        return NOTHING
-    if (plain_line := _BARE_LINE.fullmatch(text, text.rfind("\n") + 1)) is not None:
-        return Extracted((plain_line.group(1),), "marker")
-    marker = _last(_MARKER, text)
-    if marker is not None and (stated := _stated(text[marker.end() :])):
-        return Extracted((stated,), "marker")
-    plain = _FORMULA.sub(" ", _GROUPED_TEXT.sub("", text))
-    words = [word for word in _PROSE.findall(plain) if word.lower() not in ("and", "or")]
-    mixed = bool(words) and _FORMULA.search(text) is not None
-    if (len(text) <= 400 and len(words) <= 5 and not mixed) or not re.search(r"\d|\$|\\", text):
-        return Extracted((text,), "whole")
-    last_line = text[text.rfind("\n") + 1 :]
-    if (formula := _last(_FORMULA, text)) is not None and formula.end() >= len(text) - len(last_line):
-        return Extracted((_stated(last_line) or formula.group(formula.lastindex or 0),), "formula")
-    if (number := _last(_NUMBER, text)) is not None:
-        return Extracted((_near_hedge(text, number.start(), number.end()) or number.group(),), "number")
-    return Extracted((text,), "whole")
+def _box_content(box: str) -> str:
+    """What a box says; of a sentence in it, such as `the answer is 5`, what it states."""
+    if (
+        len(box) < 400
+        and any(part in box for part in ("nswer is", "答案", "答：", "答:"))
+        and (marker := _MARKER.search(box)) is not None
+    ):
+        rest = box[marker.end() :].strip(" :：。.")
+        few = len(_WORD.findall(_GROUPED_TEXT.sub("", rest))) <= 2 and len(rest) < 60
+        return (rest if few else _stated(rest)[0].strip("{} ")) or box
+    return box
 
 
-def _stated(rest: str) -> str:
-    """The answer of the first line or sentence with content: its formulas, else all of it if short, else its number."""
-    line = next((line for line in rest.split("\n") if line.strip(" *:.")), "").strip().strip("*:").strip()
-    if (end := _SENTENCE.search(line, 1)) is not None and line[: end.start()].count("$") % 2 == 0:
-        line = line[: end.start()]
-    formulas = list(_FORMULA.finditer(line))
-    numbers = [n for n in _NUMBER.finditer(line) if not any(f.start() <= n.start() < f.end() for f in formulas)]
+def _in_tag(text: str) -> list[str]:
+    """What the last `<answer>...</answer>` holds; of a sentence in it, what it states."""
+    if "nswer>" not in text and "NSWER>" not in text:
+        return []
+    start, span = -1, (-1, -1)
+    for tag in _TAG.finditer(text):
+        if not tag.group(1):
+            start = tag.end()
+        elif start >= 0:
+            span, start = (start, tag.start()), -1
+    inner = text[span[0] : span[1]].strip() if span[0] >= 0 else ""
+    return _of_text(inner) if inner else []
+
+
+def _of_text(text: str) -> list[str]:
+    """The answer that a text without a box states."""
+    text = text[:20_000].strip() if len(text) <= 20_000 else text.rstrip()[-TAIL:]
+    for rule in RULES[2:]:
+        if found := rule.find(text):
+            return found
+    return []
+
+
+def _tail(text: str) -> str:
+    """The end of a text, its dollars of money told from those around formulas."""
+    text = text.rstrip()[-TAIL:].strip()
+    return _money_told(text) if "$" in text else text
+
+
+def _money_told(text: str) -> str:
+    """The text with `\\$` for every dollar of money: one before a number that no formula can begin with."""
+    pieces = re.split(r"(?<!\\)\$", text)
+    told, at = pieces[0], 1
+    while at < len(pieces):
+        inside = pieces[at]
+        words = re.search(r"\s[A-Za-z]{2,}", inside) is not None and re.search(r"[\\=^]", inside) is None
+        if inside[:1].isdigit() and (words or at == len(pieces) - 1):
+            told += "\\$" + inside
+            at += 1
+        else:  # a formula, with what follows it
+            told += "$" + inside + ("$" + pieces[at + 1] if at + 1 < len(pieces) else "")
+            at += 2
+    return told
+
+
+def _in_last_line(text: str) -> list[str]:
+    text = _tail(text)
+    if (number := _BARE_LINE.fullmatch(text, text.rfind("\n") + 1)) is not None:
+        return [number.group(1)]
+    at = text.rfind("####")
+    if at < 0:
+        return []
+    line = text[at:].lstrip("#").strip().split("\n")[0].strip()
+    return [line] if line else []
+
+
+def _after_marker(text: str) -> list[str]:
+    text = _tail(text)
+    if not (parts := [at for part in _MARKER_PARTS if (at := text.find(part)) >= 0]):
+        return []
+    for marker in reversed(list(_MARKER.finditer(text, max(0, min(parts) - 80)))[-8:]):
+        rest = text[marker.end() :]
+        stated, end = _stated(rest)
+        if not stated:
+            continue
+        tail = rest[end:]
+        if (hedge := _HEDGED.search(tail)) is not None and _NUMBER.search(tail, hedge.end()):
+            return [stated, *_last_statement(tail)]
+        if (revised := _REVISED.search(tail)) is not None and _NUMBER.search(tail, revised.end()):
+            return _last_statement(tail)
+        return [stated]
+    return []
+
+
+def _whole(text: str) -> list[str]:
+    """A text that is the answer itself."""
+    text = _tail(text)
+    bare = _unbold(text)
+    if not bare or "\n" in bare or len(bare) > 400:
+        return [] if not bare or re.search(r"\d|\$|\\|[\u4e00-\u9fff]", bare) else [bare]
+    if (formula := _FORMULA.fullmatch(bare.rstrip("."))) is not None:
+        return [formula.group(formula.lastindex or 0)]
+    if "=" in bare and re.search(r"[\d%] (?:of|times|by|plus|minus) |\d, \d", bare):
+        return []  # `15% of 200 = 30`, and one equation after the other
+    words = [w for w in _WORD.findall(_FORMULA.sub(" ", _GROUPED_TEXT.sub("", bare))) if w.lower() not in ("and", "or")]
+    latin = [w for w in words if w.isascii()]
+    if _OPTION.search(bare) is not None:
+        return []
+    if not re.search(r"\d|\$|\\", bare):
+        return [bare] if len(words) <= 3 or not _VERB.search(bare) else _last_statement(bare) or [bare]
+    lead = re.match(
+        r"[A-Za-z]{3,}|(?:[Ss]o|[Ww]e|[Ii]t|[Hh]e|[Ii]s|[Aa]s|[Bb]y|[Tt]o|[Ii]n|[Ii]f)\b|[\u4e00-\u9fff]", bare
+    )
+    plain = (
+        (lead is None and len(words) <= 1)
+        or bare[0] in "+-−.([\\"
+        or bare[0].isdigit()
+        or (lead is not None and lead.group() in _MATH_WORDS and len(words) <= 1)
+        or (re.match(r"\w+\s?[:：=]\s?[-\d]", bare) is not None and not ("=" in bare and ":" in bare))
+    )
+    short = (
+        plain
+        and len(latin) <= 2 + bare.count(":") + bare.count("=")
+        and len("".join(w for w in words if not w.isascii())) <= 3
+        and not _VERB.search(" ".join(words))
+        and _FORMULA.search(bare) is None
+    )
+    return [bare] if not words or short else []
+
+
+def _in_bold(text: str) -> list[str]:
+    """Bold at the end: in the last line that has content."""
+    lines = [line for line in _tail(text).split("\n") if line.strip()]
+    if not lines or not (bold := _BOLD.findall(lines[-1])):
+        return []
+    inner = next(part for part in bold[-1] if part).strip().strip(":：")
+    if not re.search(r"\d|\\|\$|^\(?[A-J]\)?$", inner) or (len(_WORD.findall(_GROUPED_TEXT.sub("", inner))) > 3):
+        return []
+    return (
+        _last_statement(inner)
+        if "=" in inner and _FORMULA.search(inner) is None and _WORD.search(inner)
+        else [_bare(inner)]
+    )
+
+
+def _last_statement(text: str) -> list[str]:
+    """What the last sentence with a number, a formula or a choice states."""
+    text = _tail(text)
+    sentences = _sentences(_LISTED.sub("", text))
+    if sentences and (sentences[-1].endswith(("?", "？")) or _DENIED.search(_NEGATED.sub("", sentences[-1]))):
+        return []
+    for sentence in reversed(sentences):
+        if sentence is sentences[-1] and _UNFINISHED.search(sentence):
+            continue
+        if (option := _OPTION.search(sentence)) is not None:
+            return [next(letter for letter in option.groups() if letter)]
+        if re.search(r"\d|\$[^$]|\\", sentence) and (stated := _of_sentence(sentence)):
+            return [stated]
+    if re.search(r"\d|\\", text) or len(text) > 400:
+        return []
+    last = _sentences(text)[-1:] or [""]
+    cut = _VERB.split(last[0])[-1].strip().strip("*.。") if len(_WORD.findall(last[0])) > 3 else text
+    return [cut] if cut else []
+
+
+RULES = (
+    Rule(
+        "box", "MATH, NuminaMath, Qwen2.5-Math, DeepSeek-R1: \\boxed{x}, \\fbox{x}; all of them, and the tag", _in_boxes
+    ),
+    Rule("answer_tag", "R1-Zero, TinyZero, Open-Reasoner-Zero: <answer>x</answer>", _in_tag),
+    Rule("last_line", "GSM8K and what is tuned on it: #### x, A: x, or x alone in the last line", _in_last_line),
+    Rule(
+        "marker",
+        "Minerva, Llama 3, OLMo, GLM, Qwen: Final Answer:, The answer is, Answer:, 答案, 故选, 答",
+        _after_marker,
+    ),
+    Rule("whole", "short completions: the text is the answer", _whole),
+    Rule("bold", "Gemma, GPT-4o, Llama 3: **x** in the last line", _in_bold),
+    Rule(
+        "sentence",
+        "SmolLM2, Qwen2.5 without a prompt for boxes: the last sentence, `So there are x left.`",
+        _last_statement,
+    ),
+)
+"""The ways of stating an answer, the strongest first."""
+
+
+def _sentences(text: str) -> list[str]:
+    """The sentences in order; a formula is never cut, a display formula belongs to the sentence before."""
+    spans = [m.span() for m in _FORMULA.finditer(text)]
+    found, start, at = list[str](), 0, 0
+    for end in sorted(m.span() for pattern in (_SENTENCE, _LINES) for m in pattern.finditer(text)):
+        while at < len(spans) and spans[at][1] <= end[0]:
+            at += 1
+        if at < len(spans) and spans[at][0] <= end[0] < spans[at][1]:
+            continue
+        piece = text[start : end[1]].strip()
+        if text[end[0]] == "\n" and re.match(
+            r"\s*(?:\\\[|\$\$|\\begin\{(?:equation|align))", text[end[1] : end[1] + 20]
+        ):
+            continue  # `The result is` and a display formula below it
+        if piece:
+            found.append(piece)
+        start = end[1]
+    if text[start:].strip():
+        found.append(text[start:].strip())
+    return found
+
+
+def _stated(rest: str) -> tuple[str, int]:
+    """What a marker announces, and where that ends: formulas, a choice, a short phrase, or the number of the sentence."""
+    lead = re.match(r"[\s*:：_>]*", rest)
+    start = lead.end() if lead is not None else 0
+    body = rest[start : start + 1500]
+    if not body:
+        return "", 0
+    sentences = _sentences(body)
+    sentence = sentences[0] if sentences else ""
+    end = start + body.find(sentence) + len(sentence)
+    if (choice := _CHOICE.match(_unbold(sentence))) is not None:
+        return choice.group(1), end
+    if (reason := _REASON.search(sentence)) is not None and re.search(r"\d|\$|\\", sentence[: reason.start()]):
+        sentence = sentence[: reason.start()]
+    bare = _bare(_ASIDE.sub("", _NEGATED.sub(" ", sentence))) or _bare(sentence)
+    if (word := re.match(r"(?:Yes|No|True|False)\b", bare, re.I)) is not None:
+        return word.group(), end
+    short = len(_WORD.findall(_GROUPED_TEXT.sub("", bare))) <= 3 or not _NUMBER.search(bare)
+    clause = _VERB.search(" ".join(_WORD.findall(bare))) or re.search(r"[\u4e00-\u9fff]{2,}.*\d", bare)
+    if short and not clause and not _FORMULA.search(bare):
+        return bare, end
+    return _of_sentence(sentence), end
+
+
+def _of_sentence(sentence: str) -> str:
+    """The answer in a sentence: its last formulas, else its equation, else what follows the verb, else its last number."""
+    text = _bare(sentence)
+    if "\\" not in text and "$" not in text and re.search(r"[{}@]", text):
+        return ""  # neither a sentence nor mathematics
+    numbers = list(_NUMBER.finditer(text))
+    if _CONDITIONAL.search(text) or (
+        len(numbers) > 1 and _HEDGED.search(text, numbers[0].end(), numbers[-1].end()) is not None
+    ):
+        return text
+    if re.search(r"\d", kept := _NEGATED.sub(" ", text)):
+        text = kept.strip()
+    elif kept != text:
+        return ""
+    if re.search(r"\d|\$|\\", kept := _ASIDE.sub("", text)):
+        text = kept.strip()
+    formulas = list(_FORMULA.finditer(text))
+    plain = _FORMULA.sub(lambda m: " " * len(m.group()), text)
+    numbers = list(_NUMBER.finditer(plain))
     if formulas and not (numbers and numbers[-1].start() > formulas[-1].end()):
-        first, last = formulas[0], formulas[-1]
-        gaps = [line[a.end() : b.start()] for a, b in pairwise(formulas)]
-        if len(formulas) > 1 and all(_JOINED.fullmatch(gap) for gap in gaps):
-            return line[first.start() : last.end()]  # a list or a hedge; either way all of it
-        return last.group(last.lastindex or 0)
-    if not formulas and (len(_PROSE.findall(line)) <= 3 or not numbers):
-        return line
-    if len(numbers) > 1 and _HEDGE.search(line, numbers[0].end(), numbers[-1].start()):
-        return line
-    return numbers[-1].group()
+        run = [formulas[-1]]
+        for before, after in reversed(list(pairwise(formulas))):
+            if _JOINED.fullmatch(text[before.end() : after.start()]) is None:
+                break
+            run.insert(0, before)
+        if len(run) > 1:  # a list or a hedge; either way all of it
+            return text[run[0].start() : run[-1].end()]
+        return _last_line(run[0].group(run[0].lastindex or 0))
+    if not numbers:
+        return text if "\\" in text else ""
+    runs = [
+        m for m in _EQUATION.finditer(plain) if re.search(r"\d.*=.*\d", m.group()) and m.end() >= numbers[-1].start()
+    ]
+    if runs:
+        return _of_equation(runs[-1].group(), plain[: runs[-1].start()])
+    chosen = numbers[-1]
+    if (assigned := _ASSIGNED.search(plain)) is not None:
+        return assigned.group()
+    verbs = [m for m in _VERB.finditer(plain) if m.end() <= chosen.start()]
+    if verbs and (first := _NUMBER.search(plain, verbs[-1].end())) is not None:
+        chosen = first
+        rest = [n for n in numbers if n.start() >= first.start()]
+        if len(rest) > 1 and all(_JOINED.fullmatch(plain[a.end() : b.start()]) for a, b in pairwise(rest)):
+            return plain[first.start() : rest[-1].end()]
+        if _CONTINUED.search(plain, chosen.end(), numbers[-1].start()):
+            chosen = numbers[-1]
+    if (hedge := _near_hedge(plain, chosen.start(), chosen.end())) is not None:
+        return hedge
+    if (variable := re.search(r"(?<![A-Za-z])([A-Za-z])\s?=\s?$", plain[: chosen.start()])) is not None:
+        return f"{variable.group(1)} = {chosen.group()}"
+    return chosen.group() + _unit_after(plain, chosen.end())
 
 
-def _near_hedge(text: str, start: int, end: int) -> str:
+def _of_equation(equation: str, before: str) -> str:
+    """The equation, for its truth to be checked. Where it is the end of a step (`we have 2 + 5 + 9 = 21`), or its left side began
+    in words (`15% of 200 = 30`), what it arrives at counts."""
+    equation = re.sub(r"(?<=[\d)])\s?[xX]\s?(?=[\d(])", "*", equation.strip(" .,xX"))
+    equation = next(part for part in reversed(equation.split(", ")) if "=" in part)
+    sides = equation.split("=")
+    if len(sides) == 2 and (
+        re.search(r"\bwe (?:have|get|obtain)\s*$", before)
+        or re.search(r"\b(?:of|from|by|times|plus|minus)\s*$", before)
+    ):
+        return sides[1].strip()
+    return "=".join(sides)
+
+
+def _last_line(formula: str) -> str:
+    """The last line of a derivation, which starts with a sign."""
+    if "\\begin" in formula.replace("\\begin{aligned}", "").replace("\\begin{align", "") or "\\\\" not in formula:
+        return formula
+    lines = [line for line in re.sub(r"\\(?:begin|end)\{align(?:ed)?\*?\}", "", formula).split("\\\\") if line.strip()]
+    last = lines[-1].replace("&", " ").strip() if lines else formula
+    return last if last.startswith("=") or len(lines) == 1 or all("=" in line for line in lines) else formula
+
+
+def _unit_after(text: str, end: int) -> str:
+    """The known unit after a number: ` km`, ` square meters`."""
+    if (many := re.match(r"\s?(?:thousand|million|billion|trillion|dozen|万|亿)\b", text[end : end + 20])) is not None:
+        return many.group()
+    words = re.match(r"[\s-]?([A-Za-z\u4e00-\u9fff°²³^/·]+\d?(?:\s(?:per\s)?[A-Za-z]+){0,2})", text[end : end + 40])
+    if words is None:
+        return ""
+    pieces = words.group(1).split()
+    for count in range(len(pieces), 0, -1):
+        unit = read_unit(" ".join(pieces[:count]))
+        if unit is not None and unit.measures and (len(pieces[0]) > 1 or not pieces[0].isascii()):
+            return " " + " ".join(pieces[:count])
+    return ""
+
+
+def _near_hedge(text: str, start: int, end: int) -> str | None:
     """`4 or 5` around the candidate, which is then taken whole and equals no single answer."""
     before, after = text[max(0, start - 40) : start], text[end : end + 40]
-    if re.search(r"\d\W{0,4}\s+or\s+(?:\w+\s+){0,2}\W{0,4}$", before) or re.match(
-        r"\W{0,4}\s+or\s+(?:\w+\s+){0,2}\W{0,4}\d", after
+    if re.search(r"\d\W{0,4}\s+or\s+(?:\w+\s+){0,2}\W{0,4}$|\d\s?或者?\s?$", before) or re.match(
+        r"\W{0,4}\s+or\s+(?:\w+\s+){0,2}\W{0,4}\d|\s?或者?\s?\d", after
     ):
         found = [m.group() for m in _NUMBER.finditer(before[-20:] + text[start:end] + after[:20])]
         return " or ".join(found)
-    return ""
+    return None
+
+
+def _unbold(text: str) -> str:
+    return text.replace("**", "").replace("__", "").strip() if "**" in text or "__" in text else text.strip()
+
+
+def _bare(text: str) -> str:
+    """Without bold, and without the full stop at the end."""
+    return _unbold(text).strip().rstrip("。！").strip().removesuffix(".").strip()

@@ -1,395 +1,263 @@
-"""A small parser for final answers.
+"""The parser of final answers, and its grammar.
 
-It runs in the trainer's process on text that a model wrote, so it evaluates nothing, bounds its length and depth, and
-takes linear time. What it cannot read raises `Unreadable` and is left to the symbolic back end.
+    answer     := choice | clock | text | items
+    items      := item (("," | ";" | "and" | "or") item)*
+    item       := [label] chain [modulus] [condition]
+    label      := text (":" | "=")
+    chain      := ratio (sign ratio)*              sign: = < > <= >= != ~ equiv in notin subset to
+    modulus    := "(mod" sum ")"
+    condition  := ("for" | "where" | "if" | "when" | "otherwise" | ...) any tokens up to the next ";"
+    ratio      := union (":" union)*
+    union      := sum (("cup" | "cap" | "setminus") sum)*
+    sum        := ["+" | "-" | "+-"] term (("+" | "-" | "+-" | "-+") term)*
+    term       := factor (["*" | "/"] factor)* [unit]
+    factor     := "-" factor | atom postfix*
+    postfix    := "^" argument | "!" | "!!" | "%" | degree | "'"
+    argument   := "{" items "}" | one token         \\frac12 and x^23: one digit of LaTeX's, but x^10 is meant as written
+    atom       := number | name ["_" argument] | name "(" items ")" | function | brackets | bars | "..."
+                | \\frac argument argument | \\sqrt ["[" sum "]"] argument | big operator | matrix | cases | derivative
+    brackets   := "(" items ")" | "[" items "]" | "(" items "]" | "\\{" items [("|" | ":") items] "\\}" | "{" items "}"
+    unit       := (text | upright letter) ["^" number] (("/" | "*") ...)*
+
+Side by side stands for a product, except that a number may follow nothing but a power, `1\\frac45` and `1 4/5` are mixed
+numbers, and `f(2)` is an application (`values.py` says when it is a product). What does not fit becomes VERBATIM and equals
+only the same tokens. The parser evaluates nothing, its depth and length are bounded and it takes linear time.
 """
 
 from __future__ import annotations
 
 import re
-from fractions import Fraction
-from typing import NamedTuple
+from functools import lru_cache
 
-from .lexer import FUNCTIONS, Token, Unreadable, clean, tokenise
+from .lexer import Token, spell, tokenise
+from .reader import TooDeep, Unreadable
+from .terms import Terms
+from .tree import Kind, Node
+from .units import words
 
 MAX_CHARS = 1000
 """Longer answers are refused: no reference answer of a public data set comes near."""
-MAX_DEPTH = 40
-_GREEK = frozenset((
-    "alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "kappa", "lambda", "mu", "nu", "xi",
-    "rho", "sigma", "tau", "phi", "varphi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Sigma", "Phi",
-    "Psi", "Omega", "ell",
-))  # fmt: skip
 _RELATIONS = {
-    "=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\approx": "~", r"\equiv": "=",
+    "=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\approx": "~", r"\sim": "sim", r"\equiv": "equiv",
+    r"\in": "in", r"\notin": "notin", r"\subset": "subset", r"\subseteq": "subseteq", r"\to": "to", r"\iff": "iff",
+    r"\perp": "perp", r"\parallel": "parallel", r"\cong": "cong", r"\propto": "propto", r"\implies": "implies",
 }  # fmt: skip
-_CLOSERS = {"(": ")]", "[": ")]", r"\{": r"\}"}
+_DECLARING = words("if when where for unless otherwise with such provided given whenever while assuming else")
+_CONDITIONS = _DECLARING | words("as because since is are was but not it can could may")
+_CHOICE = re.compile(
+    r"\s*(?:\\(?:text(?:bf|rm)?|mathrm|mathbf|boldsymbol|rm|bf|mbox)\s*\{\s*)?(?:(?:option|choice|选项)\s*)?"
+    r"(?P<open>[(（]?)\s*(?:\\(?:text(?:bf|rm)?|mathrm|mathbf)\s*\{)?\s*(?P<letter>[A-J])\s*\}?\s*(?P<close>[)）.:：、]?)\s*\}?"
+    r"(?P<mark>[)）.:：、]?)\s*\}?(?:\\[ ,;:~]|\\q?quad|[\s~])*(?P<rest>.*)\Z",
+    re.DOTALL,
+)
+_EDGES = re.compile(r"^(?:\\[,;:! ]|[\s~])+|(?:\\[,;:! ]|\\\\|[\s~])+$")
+_CHOICE_LETTER = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])")
+_CLOCK = re.compile(
+    r"\s*(\d{1,2})(?::(\d{2}))?\s*(?:\\[ ,;]|~)*\s*(?:\\(?:text|mathrm|mbox)\s*\{)?[\s~]*([AaPp])\.?\s*[Mm]\.?\s*\}?\s*\Z"
+)
 
 
-class Node(NamedTuple):
-    """`kind` with `args`: child nodes, and for leaves the payload.
-
-    num(Fraction, digits after the point or -1) var(name) const(name) text(words) add(..) mul(..) neg(a) div(a, b)
-    pow(a, b) call(name, a[, b]) fact(a) pm(a, b) deg(a) pct(a) unit(a, words) base(digits, radix) apply(name, arg)
-    group(open + close, items..) set(items..) list(items..) union(items..) ratio(items..) matrix(rows of items..)
-    rel(ops, sides..) member(a, b) such(a, b)
-    """
-
-    kind: str
-    args: tuple[object, ...]
-
-
+@lru_cache(maxsize=32768)
 def parse(text: str) -> Node:
-    """The tree of an answer, e.g. `parse("x=5, y=2")` is a list of two relations. Raises Unreadable."""
+    """The tree of an answer, VERBATIM if it is outside the grammar. Raises TooDeep, and Unreadable if it is empty or too long."""
     if len(text) > MAX_CHARS:
         raise Unreadable(f"longer than {MAX_CHARS} characters")
-    tokens = tokenise(clean(text))
+    if (clock := _CLOCK.match(text)) is not None and int(clock.group(1)) <= 24:
+        hours = int(clock.group(1)) % 12 + (12 if clock.group(3) in "Pp" else 0)
+        return Node(Kind.CLOCK, (), hours * 60 + int(clock.group(2) or 0))
+    choice = _read_choice(_EDGES.sub("", spell(text))) if _CHOICE_LETTER.search(text) else None
+    return choice if choice is not None else _parse_tokens(_trimmed(tokenise(text)))
+
+
+def _trimmed(tokens: list[Token]) -> list[Token]:
+    """Without a full stop or comma at the end, or a sign that waits for something on either side."""
+    start, end = 0, len(tokens)
+    while (
+        end > start and tokens[end - 1].text in (".", ",", ";", "=", ":", "!", r"\\") and tokens[end - 1].kind != "text"
+    ):
+        if tokens[end - 1].text == ":" and end - start > 1 and tokens[end - 2].kind != "text":
+            break
+        if tokens[end - 1].text == "!" and end - start > 1 and tokens[end - 2].kind != "text":
+            break
+        end -= 1
+    while start < end and tokens[start].text in ("=", ":", ",", r"\therefore", r"\Rightarrow", r"\implies"):
+        start += 1
+    return tokens[start:end]
+
+
+def _parse_tokens(tokens: list[Token]) -> Node:
     if not tokens:
         raise Unreadable("empty")
-    if all(token.kind == "text" or (token.kind == "op" and token.text in ",.'!-") for token in tokens):
-        phrases = re.split(r"\s*,\s*|\band\b", " ".join(t.text for t in tokens))
-        found = tuple(Node("text", (phrase.strip(),)) for phrase in phrases if phrase.strip())
-        if found:
-            return found[0] if len(found) == 1 else Node("list", found)
+    if (words := _words(tokens)) is not None:
+        return words
     parser = _Parser(tokens)
-    tree = parser.items()
-    if parser.at < len(tokens):
-        raise Unreadable(f"unexpected {tokens[parser.at].text!r}")
-    return tree
+    try:
+        tree = parser.quotient_items()
+        if parser.at < len(tokens):
+            raise Unreadable(f"unexpected {tokens[parser.at].text!r}")
+        return tree
+    except Unreadable:
+        return Node(Kind.VERBATIM, (), _spelled(tokens))
 
 
-class _Parser:
-    def __init__(self, tokens: list[Token]) -> None:
-        self.tokens, self.at, self.depth, self.bars = tokens, 0, 0, 0
+def _spelled(tokens: list[Token]) -> tuple[str, ...]:
+    found = [t.text.casefold() if t.kind == "text" else t.text for t in tokens]
+    for at in range(len(found) - 3):  # the braces of one token after ^ and _ say nothing
+        if found[at] in ("^", "_") and found[at + 1] == "{" and found[at + 3] == "}":
+            found[at + 1] = found[at + 3] = ""
+    return tuple(text for text in found if text)
 
-    def peek(self, ahead: int = 0) -> str:
-        index = self.at + ahead
-        return self.tokens[index].text if index < len(self.tokens) else ""
 
-    def kind(self, ahead: int = 0) -> str:
-        index = self.at + ahead
-        return self.tokens[index].kind if index < len(self.tokens) else ""
+def _words(tokens: list[Token]) -> Node | None:
+    """A text of words alone, or a list of such."""
+    if not all(t.kind in ("text", "run") or (t.kind == "sign" and t.text in ",.'!-\"()") for t in tokens):
+        return None
+    if not any(t.kind == "text" for t in tokens) or tokens[0].text == "-":
+        return None
+    items: list[list[str]] = [[]]
+    for token in tokens:
+        if token.text == ",":
+            items.append([])
+        elif token.kind != "sign":
+            first, *more = re.split(r"\s+and\s+|，|、", token.text)
+            items[-1].append(first)
+            items += [[words] for words in more]
+    found = tuple(Node(Kind.TEXT, (), " ".join(words)) for words in items if words)
+    return found[0] if len(found) == 1 else Node(Kind.LIST, found)
 
-    def take(self, expected: str | None = None) -> str:
-        text = self.peek()
-        if not text or (expected is not None and text != expected):
-            raise Unreadable(f"expected {expected!r}, found {text!r}")
-        self.at += 1
-        return text
 
-    def skip(self, *texts: str) -> bool:
-        """Whether the next token is one of these, which is then taken."""
-        found = self.peek() in texts
-        self.at += found
-        return found
+def _read_choice(text: str) -> Node | None:
+    """`C`, `(C)`, `\\textbf{(C)} 12`, `C. 12`: the letter and what stands beside it."""
+    if len(text) > 300 or (match := _CHOICE.match(text)) is None:
+        return None
+    marked = bool(match["close"] or match["mark"])
+    rest = match["rest"].strip().strip(".").strip()
+    if match["open"] and not marked:
+        return None
+    if not rest:
+        return Node(Kind.CHOICE, (), match["letter"])
+    if match["mark"] == ":" and "=" in rest:
+        return None
+    if not marked or re.match(
+        r"[=<>+\-*/^_,|:;)]|\\(?:cdot|times|le|ge|in|cup|frac|sqrt|pm|to)\b|\(|and\b|or\b|\d*\s*[(]?[A-J][).]", rest
+    ):
+        return None
+    if match["open"] == "" and (match["close"] or match["mark"]) in (")", "）"):
+        return None if "(" in rest else Node(Kind.CHOICE, (parse(rest),), match["letter"])
+    return Node(Kind.CHOICE, (parse(rest),), match["letter"])
 
-    def enter(self) -> None:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise Unreadable("nested too deeply")
+
+class _Parser(Terms):
+    """items, statements and their conditions: the top of the grammar."""
+
+    def inner(self, tokens: list[Token]) -> Node:
+        return _parse_tokens(tokens)
 
     def items(self) -> Node:
-        """statement (sep statement)*"""
-        found = [self.statement()]
-        while self.skip(",", ";"):
-            while self.skip(",", ";"):
-                pass
-            if not self.peek() or self.peek() in (")", "]", "}", r"\}"):
+        found, both = [self.item()], False
+        while self.peek() in (",", ";") and self.kind() != "text":
+            while self.peek() in (",", ";") and self.kind() != "text":
+                both |= self.kind() == "both"
+                self.at += 1
+            if not self.peek() or self.peek() in (")", "]", "}", r"\}", r"\rangle", "|"):
                 break
-            found.append(self.statement())
-        return found[0] if len(found) == 1 else Node("list", tuple(found))
+            found.append(self.item())
+        return found[0] if len(found) == 1 else Node(Kind.LIST, tuple(found), "and" if both else None)
 
-    def statement(self) -> Node:
-        """[label:] union (relation union)*, or `x in S`, or a ratio."""
-        if self.kind() == "text" and self.peek(1) in (":", "="):
-            label = self.take()
+    def item(self) -> Node:
+        self.enter()
+        if self.kind() == "text" and self.peek(1) in (":", "=") and self.kind(1) == "sign":
+            name = Node(Kind.TEXT, (), self.take())
             self.at += 1
-            return Node("rel", ("=", Node("var", (label.lower(),)), self.union()))
-        sides, ops = [self.ratio()], []
-        while (op := self.peek()) in _RELATIONS:
+            result = Node(Kind.RELATION, (name, self.chain()), ("=",))
+        elif self.kind() == "text" and (self.starts_atom(1) or self.peek(1) in ("-", "+")) and _is_lead(self.peek()):
             self.at += 1
-            ops.append(_RELATIONS[op])
+            result = self.chain()
+        else:
+            result = self.chain()
+        if (modulus := self.modulus()) is not None:
+            result = Node(Kind.MODULO, (result, modulus))
+        if self.kind() == "text" and self.peek().split()[0].lower().strip(",.") in _CONDITIONS:
+            result = Node(Kind.QUALIFIED, (result,), self.condition())
+        elif self.peek() == "," and self.kind(1) == "text" and self.peek(1).split()[0].lower() in _DECLARING:
+            self.at += 1
+            result = Node(Kind.QUALIFIED, (result,), self.condition())
+        elif self.peek() == "(" and self.kind(1) in ("name", "text"):
+            result = self.remark(result)
+        elif self.peek() in (r"\forall",):
+            result = Node(Kind.QUALIFIED, (result,), self.condition())
+        self.depth -= 1
+        return result
+
+    def remark(self, result: Node) -> Node:
+        """A condition in brackets behind the answer: `k\\pi (k \\in \\mathbb{Z})`."""
+        end = self.at + 1
+        while end < len(self.tokens) and self.tokens[end].text not in "()":
+            end += 1
+        if end != len(self.tokens) - 1 or self.tokens[end].text != ")":
+            return result
+        condition = _spelled(self.tokens[self.at + 1 : end])
+        self.at = end + 1
+        return Node(Kind.QUALIFIED, (result,), condition)
+
+    def condition(self) -> tuple[str, ...]:
+        start = self.at
+        while self.peek() and self.peek() not in (";", r"\\", "&", r"\end", r"\}"):
+            if self.kind() in ("join", "both") and any(t.text == "=" for t in self.tokens[self.at :]):
+                break
+            self.at += 1
+        if self.peek(-1) == ",":
+            self.at -= 1
+        return _spelled(self.tokens[start : self.at])
+
+    def modulus(self) -> Node | None:
+        if self.skip(r"\pmod"):
+            return self.argument()
+        if self.skip(r"\bmod", r"\mod"):
+            return self.product()
+        if self.peek() == "(" and self.peek(1) in (r"\bmod", r"\mod"):
+            self.at += 2
+            inner = self.sum()
+            self.take(")")
+            return inner
+        return None
+
+    def chain(self) -> Node:
+        sides, signs = [self.ratio()], []
+        while self.kind() != "text" and (sign := self.peek()) in _RELATIONS:
+            self.at += 1
+            signs.append(_RELATIONS[sign])
             sides.append(self.ratio())
-        if ops:
-            return Node("rel", (",".join(ops), *sides))
-        if self.skip(r"\in"):
-            return Node("member", (sides[0], self.union()))
-        return sides[0]
+        return Node(Kind.RELATION, tuple(sides), tuple(signs)) if signs else sides[0]
 
     def ratio(self) -> Node:
         found = [self.union()]
-        while self.skip(":"):
+        while self.bars == 0 and self.peek() == ":" and self.kind() == "sign":
+            self.at += 1
             found.append(self.union())
-        return found[0] if len(found) == 1 else Node("ratio", tuple(found))
+        return found[0] if len(found) == 1 else Node(Kind.RATIO, tuple(found))
 
     def union(self) -> Node:
-        found = [self.sum()]
-        while self.skip(r"\cup", r"\bigcup"):
+        found, signs = [self.sum()], set()
+        while (sign := self.peek()) in (r"\cup", r"\cap", r"\setminus"):
+            self.at += 1
+            signs.add({r"\cup": "union", r"\cap": "intersection", r"\setminus": "without"}[sign])
             found.append(self.sum())
-        return found[0] if len(found) == 1 else Node("union", tuple(found))
-
-    def sum(self) -> Node:
-        self.enter()
-        result: Node | None = None
-        while True:
-            sign = self.peek()
-            if not self.skip("+", "-", r"\pm", r"\mp") and result is not None:
-                break
-            term = self.product()
-            if sign in (r"\pm", r"\mp"):
-                result = Node("pm", (result, term) if result is not None else (Node("num", (Fraction(0), -1)), term))
-                continue
-            term = Node("neg", (term,)) if sign == "-" else term
-            result = term if result is None else Node("add", (result, term))
-        self.depth -= 1
-        return result
-
-    def product(self) -> Node:
-        result = self.factor()
-        while True:
-            token, kind = self.peek(), self.kind()
-            if self.skip("*", r"\cdot", r"\times", r"\ast"):
-                result = Node("mul", (result, self.factor()))
-            elif self.skip("/", r"\div"):
-                result = Node("div", (result, self.factor()))
-            elif kind == "text":
-                self.at += 1
-                result = Node("unit", (result, token))
-                if self.skip("^"):
-                    self.argument()
-            elif token == "(" and result.kind == "var" and not self.tokens[self.at].spaced:
-                result = Node("apply", (result, self.brackets()))
-            elif self.starts_factor(result):
-                factor = self.factor()
-                mixed = _is_integer(result) and factor.kind == "div" and all(_is_integer(a) for a in factor.args)
-                result = Node("mixed" if mixed else "mul", (result, factor))
-            else:
-                return result
-
-    def starts_factor(self, before: Node) -> bool:
-        token, kind = self.peek(), self.kind()
-        if kind == "num":  # `6 1/64` is a mixed number; other juxtaposed numbers are not a product
-            if _is_integer(before) and self.tokens[self.at].spaced and self.peek(1) == "/" and self.kind(2) == "num":
-                numerator, denominator = Fraction(token), Fraction(self.peek(2))
-                self.tokens[self.at : self.at + 3] = [Token("fraction", f"{numerator}/{denominator}", True)]
-                return True
-            return before.kind not in ("num", "div", "mixed")
-        if kind in ("var", "fraction"):
-            return True
-        if token in ("(", "[", "{"):
-            return True
-        if token == "|":
-            return self.bars == 0 and self.peek(1) != "" and self.peek(1) != "|"
-        return kind == "cmd" and (token[1:] in FUNCTIONS or token[1:] in _GREEK or token in _ATOMS)
-
-    def factor(self) -> Node:
-        self.enter()
-        if self.peek() in ("-", "+"):
-            sign = self.take()
-            inner = self.factor()
-            self.depth -= 1
-            return Node("neg", (inner,)) if sign == "-" else inner
-        result = self.postfix(self.atom())
-        self.depth -= 1
-        return result
-
-    def postfix(self, result: Node) -> Node:
-        while True:
-            if self.skip("^"):
-                result = Node("pow", (result, self.argument()))
-            elif self.skip("!"):
-                result = Node("fact", (result,))
-            elif self.skip("%", r"\%"):
-                result = Node("pct", (result,))
-            elif self.skip(r"\deg"):
-                result = Node("deg", (result,))
-            elif result.kind in ("num", "var") and self.skip("_"):
-                result = self.subscript(result)
-            else:
-                return result
-
-    def subscript(self, before: Node) -> Node:
-        braced = self.peek() == "{"
-        start = self.at
-        if braced:
-            depth = 0
-            while True:
-                depth += {"{": 1, "}": -1}.get(self.take(), 0)
-                if depth == 0:
-                    break
-        else:
-            self.take()
-        name = "".join(t.text for t in self.tokens[start : self.at]).strip("{}")
-        if before.kind == "num":
-            value = before.args[0]
-            assert isinstance(value, Fraction)
-            if value.denominator != 1 or not name.isdigit():
-                raise Unreadable("a number with a subscript that is no base")
-            return Node("base", (value.numerator, int(name)))
-        return Node("var", (f"{before.args[0]}_{name}",))
-
-    def argument(self) -> Node:
-        """What follows ^, \\frac or \\sqrt: a braced expression or one token (`\\frac12`, `x^2`)."""
-        self.enter()
-        if self.skip("{"):
-            inner = self.items()
-            self.take("}")
-        elif self.kind() == "num" and len(self.peek()) > 1 and self.peek(-1) != "^" and self.peek().isdigit():
-            token = self.tokens[self.at]
-            self.tokens[self.at : self.at + 1] = [Token("num", c, False) for c in token.text]
-            inner = self.atom()
-        elif self.peek() in ("-", "+"):
-            sign = self.take()
-            inner = self.atom()
-            inner = Node("neg", (inner,)) if sign == "-" else inner
-        else:
-            inner = self.atom()
-        self.depth -= 1
-        return inner
-
-    def atom(self) -> Node:
-        token, kind = self.peek(), self.kind()
-        if kind == "num":
-            self.at += 1
-            digits = len(token.split(".")[1]) if "." in token else -1
-            return Node("num", (Fraction(token.rstrip(".")), digits))
-        if kind == "fraction":
-            self.at += 1
-            top, bottom = token.split("/")
-            return Node("div", (Node("num", (Fraction(top), -1)), Node("num", (Fraction(bottom), -1))))
-        if kind == "var":
-            self.at += 1
-            return Node("const", (token,)) if token in ("e", "i") else Node("var", (token,))
-        if kind == "text":
-            self.at += 1
-            return Node("text", (token,))
-        if token in ("(", "[", "{", r"\{"):
-            return self.brackets()
-        if token in ("|", r"\|"):
-            return self.absolute()
-        if kind == "cmd":
-            return self.command()
-        raise Unreadable(f"unexpected {token!r}" if token else "ends too early")
-
-    def brackets(self) -> Node:
-        opening = self.take()
-        bars, self.bars = self.bars, 0
-        if opening == "{":
-            inner = self.items()
-            self.take("}")
-            self.bars = bars
-            return inner
-        self.enter()
-        if opening == r"\{":
-            self.bars = 1  # a bar inside a set means `such that`
-        inner = self.items()
-        if opening == r"\{" and self.skip("|", ":", r"\mid"):
-            inner = Node("such", (inner, self.items()))
-        closing = self.take()
-        if closing not in _CLOSERS[opening]:
-            raise Unreadable(f"{opening!r} closed by {closing!r}")
-        self.depth -= 1
-        self.bars = bars
-        if opening == r"\{":
-            if inner.kind == "such":
-                return inner
-            return Node("set", inner.args if inner.kind == "list" else (inner,))
-        if inner.kind == "list":
-            return Node("group", (opening + closing, *inner.args))
-        if opening + closing in ("()", "[]"):
-            return inner
-        raise Unreadable("unbalanced brackets")
-
-    def absolute(self) -> Node:
-        bar = self.take()
-        self.bars += 1
-        inner = self.sum()
-        self.bars -= 1
-        self.take(bar)
-        return Node("call", ("abs", inner))
-
-    def command(self) -> Node:
-        token = self.take()
-        name = token[1:]
-        if token in (r"\pi", r"\infty"):
-            return Node("const", (name,))
-        if name in _GREEK:
-            return Node("var", (name,))
-        if token == r"\frac":
-            return Node("div", (self.argument(), self.argument()))
-        if token == r"\binom":
-            return Node("call", ("binom", self.argument(), self.argument()))
-        if token == r"\sqrt":
-            if self.skip("["):
-                degree = self.sum()
-                self.take("]")
-                return Node("pow", (self.argument(), Node("div", (Node("num", (Fraction(1), -1)), degree))))
-            return Node("call", ("sqrt", self.argument()))
-        if token in (r"\lfloor", r"\lceil"):
-            inner = self.sum()
-            self.take(r"\rfloor" if token == r"\lfloor" else r"\rceil")
-            return Node("call", ("floor" if token == r"\lfloor" else "ceil", inner))
-        if token == r"\begin":
-            return self.matrix()
-        if token in (r"\emptyset", r"\varnothing"):
-            return Node("set", ())
-        if name in FUNCTIONS:
-            return self.function(name)
-        raise Unreadable(f"unknown command {token}")
-
-    def function(self, name: str) -> Node:
-        base: Node | None = None
-        power: Node | None = None
-        while self.peek() in ("^", "_"):
-            if self.take() == "_":
-                base = self.argument()
-            else:
-                power = self.argument()
-        if self.peek() in ("(", "[", "{"):
-            inner = self.brackets()
-        else:  # \sin 2x \cos y: the argument is the product up to the next function
-            inner = self.factor()
-            while self.kind() in ("num", "var") or self.peek() in (r"\pi", r"\frac", "/") or self.peek()[1:] in _GREEK:
-                if self.skip("/"):
-                    inner = Node("div", (inner, self.factor()))
-                else:
-                    inner = Node("mul", (inner, self.factor()))
-        if inner.kind in ("list", "group"):
-            call = Node("call", (name, *(a for a in inner.args if isinstance(a, Node))))
-        else:
-            call = Node("call", (name, inner) if base is None else (name, inner, base))
-        if power is not None:
-            if power == Node("neg", (Node("num", (Fraction(1), -1)),)):
-                return Node("call", ("arc" + name, inner))
-            return Node("pow", (call, power))
-        return call
-
-    def matrix(self) -> Node:
-        self.take("{")
-        name = ""
-        while self.peek() != "}":
-            name += self.take()
-        self.take("}")
-        if not name.endswith("matrix"):
-            raise Unreadable(f"environment {name}")
-        rows: list[tuple[Node, ...]] = []
-        row: list[Node] = []
-        while self.peek() != r"\end":
-            if self.skip(r"\\"):
-                rows.append(tuple(row))
-                row = []
-            elif not self.skip("&"):
-                row.append(self.sum())
-        self.take(r"\end")
-        while self.take() != "}":
-            pass
-        if row:
-            rows.append(tuple(row))
-        return Node("matrix", tuple(rows))
+        if len(signs) > 1:
+            raise Unreadable("unions and intersections side by side")
+        return found[0] if len(found) == 1 else Node(Kind.UNION, tuple(found), signs.pop())
 
 
-_ATOMS = frozenset((r"\pi", r"\infty", r"\frac", r"\sqrt", r"\binom", r"\lfloor", r"\lceil", r"\{", r"\begin"))
+_LEAD = words("only exactly 共 共有 一共 约 大约 约为 approximately about roughly exactly total 有 为 是 得")
 
 
-def _is_integer(node: object) -> bool:
-    return isinstance(node, Node) and node.kind == "num" and node.args[1] == -1
+def _is_lead(text: str) -> bool:
+    text = text.lower().strip()
+    return (
+        text in _LEAD
+        or text.endswith((":", "："))
+        or (len(text) <= 8 and not text.isascii() and text[-1] in "有是为得共约需要了于")
+    )
+
+
+__all__ = ["MAX_CHARS", "TooDeep", "Unreadable", "parse"]

@@ -1,4 +1,4 @@
-"""Whether two scalars are the same: exactly where both are rational, else at sample points; rounding, units, percent."""
+"""Whether two scalars are the same: exactly where both are rational, else at sample points; percent, units, rounding."""
 
 from __future__ import annotations
 
@@ -6,109 +6,256 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .lexer import UNITS
 from .options import Outcome, Policy
-from .parser import Node
-from .shapes import rename
-from .values import Value, real, signature, variables
+from .tree import Kind, Node, has, number, number_of, rename, variables
+from .units import DEGREE, PERCENT, Unit, read_unit, same_count, words
+from .values import Reading, Value, exact, precise, signature
+
+PLAIN_POWER = 4
+"""From this exponent on (and below 0) a power of ten alone is a number as one writes it."""
 
 
 def outcome(equal: bool) -> Outcome:
     return Outcome.EQUAL if equal else Outcome.DIFFERENT
 
 
-def same_scalar(gold: Node, answer: Node, policy: Policy) -> Outcome:
-    if policy.units == "match" and (a := _unit(gold)) and (b := _unit(answer)) and a != b:
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """A scalar without its unit, and the unit that it states."""
+
+    core: Node
+    unit: Unit | None
+
+
+def amount(node: Node) -> Amount:
+    if node.kind is Kind.QUANTITY:
+        inner = amount(node.args[0])
+        assert isinstance(node.data, Unit)
+        return Amount(inner.core, node.data if inner.unit is None else inner.unit)
+    if node.kind is Kind.NEGATIVE and node.args[0].kind is Kind.QUANTITY:
+        inner = amount(node.args[0])
+        return Amount(Node(Kind.NEGATIVE, (inner.core,)), inner.unit)
+    if node.kind is Kind.PRODUCT and node.args[-1].kind is Kind.QUANTITY and not has_unit(node.args[:-1]):
+        last = node.args[-1]
+        assert isinstance(last.data, Unit)
+        return Amount(Node(Kind.PRODUCT, (*node.args[:-1], last.args[0])), last.data)
+    if node.kind is Kind.SUM and node.args[-1].kind is Kind.QUANTITY and not has_unit(node.args[:-1]):
+        last = node.args[-1]
+        assert isinstance(last.data, Unit)
+        if last.data not in (PERCENT, DEGREE):
+            return Amount(Node(Kind.SUM, (*node.args[:-1], last.args[0])), last.data)
+    return Amount(node, None)
+
+
+def has_unit(nodes: tuple[Node, ...]) -> bool:
+    return any(has(node, Kind.QUANTITY) for node in nodes)
+
+
+def same_scalar(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Outcome:
+    """`computed`: the answer's value was worked out here, from `+-`, so that it need not be written as a plain number."""
+    ours, theirs = amount(gold), amount(answer)
+    if theirs.unit is None and variables(answer) and not variables(ours.core):
+        theirs = _lettered(answer) or theirs
+    elif theirs.unit is not None and ours.unit is None and variables(gold):
+        ours = _lettered(gold) or ours
+    if policy.units == "ignore":
+        ours = Amount(ours.core, ours.unit if ours.unit in (PERCENT, DEGREE) else None)
+        theirs = Amount(theirs.core, theirs.unit if theirs.unit in (PERCENT, DEGREE) else None)
+    core = theirs.core
+    if policy.unsimplified == "reject" and is_literal(ours.core) and not computed and not is_literal(core, ours.core):
         return Outcome.DIFFERENT
-    gold, answer = _bare(gold), _bare(answer)
-    if variables(gold) != variables(answer):
-        answer = _rename_parameter(gold, answer)
-    pairs = [(gold, answer)]
-    for kind in ("pct", "deg"):
-        if (gold.kind == kind) != (answer.kind == kind) and (kind == "deg" or policy.percent == "either"):
-            inner_gold, inner = (inner_of(n) if n.kind == kind else n for n in (gold, answer))
-            pairs.append((inner_gold, inner))
-    outcomes = [_same_value(g, a, policy) for g, a in pairs]
-    return Outcome.EQUAL if Outcome.EQUAL in outcomes else outcomes[0]
+    return _same_amount(ours, Amount(core, theirs.unit), policy)
 
 
-def _rename_parameter(gold: Node, answer: Node) -> Node:
-    """A free integer parameter may have any name: n*pi is k*pi."""
-    free, theirs = variables(gold) - variables(answer), variables(answer) - variables(gold)
-    if len(free) == len(theirs) == 1 and "pi" in str(gold) and free | theirs <= set("nkmlNKZt"):
-        return rename(answer, {next(iter(theirs)): next(iter(free))})
-    return answer
+def _lettered(node: Node) -> Amount | None:
+    """`9.8 m/s^2` without a font: a number times letters that spell a unit."""
+    factors = list(node.args) if node.kind is Kind.PRODUCT else [node]
+    if node.kind is Kind.QUOTIENT:
+        top = node.args[0]
+        factors = [*(top.args if top.kind is Kind.PRODUCT else (top,)), Node(Kind.INVERSE, (node.args[1],))]
+    amount_ = [f for f in factors if not variables(f)]
+    spelled = [_spell_unit(f) for f in factors[len(amount_) :]]
+    if not amount_ or not spelled or None in spelled or any(variables(f) for f in factors[: len(amount_)]):
+        return None
+    unit = read_unit(" ".join(str(s) for s in spelled))
+    if unit is None or not unit.measures:
+        return None
+    return Amount(amount_[0] if len(amount_) == 1 else Node(Kind.PRODUCT, tuple(amount_)), unit)
 
 
-def _bare(node: Node) -> Node:
-    while node.kind == "unit":
-        node = inner_of(node)
-    return node
+def _spell_unit(node: Node) -> str | None:
+    if node.kind in (Kind.NAME, Kind.RUN):
+        return str(node.data)
+    if node.kind is Kind.POWER and node.args[0].kind is Kind.NAME and _integral(node.args[1]):
+        return f"{node.args[0].data}^{exact(node.args[1])}"
+    if node.kind is Kind.INVERSE:
+        inner = _spell_unit(node.args[0])
+        return None if inner is None else "/" + inner
+    return None
 
 
-def inner_of(node: Node) -> Node:
-    inner = node.args[0]
-    assert isinstance(inner, Node)
-    return inner
+def _same_amount(ours: Amount, theirs: Amount, policy: Policy) -> Outcome:
+    a, b = ours.unit, theirs.unit
+    if a is not None and b is not None and (a.measures or b.measures):
+        if a.measures and b.measures:
+            if a.dimension != b.dimension:
+                return Outcome.DIFFERENT
+            if math.isclose(a.factor, b.factor, rel_tol=1e-12):
+                return same_value(ours.core, theirs.core, policy)
+            return _same_scaled(ours, theirs)
+        return same_value(ours.core, theirs.core, policy)
+    if a is not None and b is not None and not same_count(a, b):
+        return Outcome.DIFFERENT
+    found = [] if policy.percent == "exact" and PERCENT in (a, b) else [same_value(ours.core, theirs.core, policy)]
+    if (PERCENT in (a, b) or DEGREE in (a, b)) and a != b:  # 10% is 1/10 as well as 10, 180 degrees are pi
+        sides = [_scaled(side) for side in (ours, theirs)]
+        found.append(same_value(sides[0], sides[1], policy))
+    return Outcome.EQUAL if Outcome.EQUAL in found else found[0]
 
 
-def _unit(node: Node) -> str | None:
-    return UNITS.get(str(node.args[1]).strip(" .").lower()) if node.kind == "unit" else None
+def _scaled(side: Amount) -> Node:
+    return Node(Kind.QUANTITY, (side.core,), side.unit) if side.unit in (PERCENT, DEGREE) else side.core
 
 
-def _same_value(gold: Node, answer: Node, policy: Policy) -> Outcome:
-    ours, theirs = signature(gold), signature(answer)
+def _same_scaled(ours: Amount, theirs: Amount) -> Outcome:
+    """5 m and 500 cm."""
+    assert ours.unit is not None and theirs.unit is not None
+    reading = Reading.of(ours.core, theirs.core)
+    for x, y in zip(signature(ours.core, reading), signature(theirs.core, reading), strict=False):
+        if x is None or y is None:
+            return Outcome.UNKNOWN
+        a, b = complex(x) * ours.unit.factor, complex(y) * theirs.unit.factor
+        if abs(a - b) > 1e-9 * max(abs(a), abs(b)):
+            return Outcome.DIFFERENT
+    return Outcome.EQUAL
+
+
+_FREE = words("n k m l j p N K Z t C c A B c_1 c_2 C_1 C_2 K_1 K_2 k_1 k_2")
+
+
+def rename_parameter(gold: Node, answer: Node) -> Node:
+    """A free parameter may have any name: n pi is k pi, x^2 + C is x^2 + c."""
+    free, theirs = (variables(gold) - variables(answer)) & _FREE, variables(answer) - variables(gold)
+    if len(free) != 1 or len(theirs) != 1 or not theirs <= _FREE:
+        return answer
+    ours, other = next(iter(free)), next(iter(theirs))
+    if ("_" in ours) != ("_" in other):
+        return answer
+    periodic = Node(Kind.CONSTANT, (), "pi") in _below(gold) and {ours, other} <= set("nkmljpNKZt")
+    constant = ours.lower()[0] in "ck" and other.lower()[0] in "ck" and (_is_term(gold, ours) or ours[0] in "cC")
+    return rename(answer, {other: ours}) if periodic or constant else answer
+
+
+def _below(node: Node) -> list[Node]:
+    from .tree import walk
+
+    return list(walk(node))
+
+
+def _is_term(node: Node, name: str) -> bool:
+    return node.kind is Kind.SUM and any(term == Node(Kind.NAME, (), name) for term in node.args)
+
+
+def same_value(gold: Node, answer: Node, policy: Policy | None) -> Outcome:
+    """Whether two scalars without units have the same value, up to rounding as `policy` allows. Raises TooBig."""
+    if gold == answer:
+        return Outcome.EQUAL
+    if gold.kind is answer.kind is Kind.NUMBER:
+        if number_of(gold) == number_of(answer):
+            return Outcome.EQUAL
+        return outcome(policy is not None and _rounds(gold, answer, number_of(gold), number_of(answer), policy))
+    if has(gold, Kind.DOTS, Kind.TEXT, Kind.VERBATIM) or has(answer, Kind.DOTS, Kind.TEXT, Kind.VERBATIM):
+        return Outcome.UNKNOWN
+    reading = Reading.of(gold, answer)
+    ours, theirs = signature(gold, reading), signature(answer, reading)
     if len(ours) == 1 and len(theirs) == 1:
-        return _same_constant(gold, answer, ours[0], theirs[0], policy)
+        a, b = ours[0], theirs[0]
+        if a is None or b is None:
+            return Outcome.UNKNOWN
+        if _close(a, b) and _confirmed(gold, answer, 0, reading):
+            return Outcome.EQUAL
+        return outcome(policy is not None and _rounds(gold, answer, a, b, policy))
+    opaque = Outcome.UNKNOWN if has(gold, Kind.BIG) or has(answer, Kind.BIG) else Outcome.DIFFERENT
     count = max(len(ours), len(theirs))  # a variable on one side only: the other side is the same at every point
-    ours, theirs = (side * count if len(side) == 1 else side for side in (ours, theirs))
-    agreed = disagreed = negative = 0
-    for point, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+    agreed = []
+    for point in range(count):
+        a, b = ours[point % len(ours)], theirs[point % len(theirs)]
         if a is None or b is None:
             continue
-        if _close(a, b):
-            agreed += 1
-        elif point == len(ours) - 1:
-            negative += 1
-        else:
-            disagreed += 1
-    if disagreed:
-        return Outcome.DIFFERENT
-    return Outcome.EQUAL if agreed >= 2 and not negative else Outcome.UNKNOWN
-
-
-def _same_constant(gold: Node, answer: Node, a: Value | None, b: Value | None, policy: Policy) -> Outcome:
-    if a is None or b is None:
+        if not _close(a, b):
+            return opaque
+        agreed.append(point)
+    if len(agreed) < 2:
         return Outcome.UNKNOWN
-    if policy.unsimplified == "reject" and is_literal(gold) and isinstance(b, Fraction) and not is_literal(answer):
-        return Outcome.DIFFERENT
-    return outcome(_close(a, b) or _rounds(gold, answer, a, b, policy))
+    if not all(_confirmed(gold, answer, point, reading) for point in agreed[:: max(1, len(agreed) // 3)]):
+        return opaque
+    return Outcome.EQUAL
 
 
-def _close(a: Value, b: Value) -> bool:
+def _confirmed(gold: Node, answer: Node, point: int, reading: Reading) -> bool:
+    """Whether two values that agree as floats agree in 50 digits."""
+    a, b = precise(gold, point, reading), precise(answer, point, reading)
+    if a is None or b is None:
+        return False
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a == b
-    x, y = complex(a), complex(b)
-    if math.isinf(x.real) or math.isinf(y.real):
-        return x == y
-    return abs(x - y) <= 1e-10 * max(abs(x), abs(y)) or (max(abs(x), abs(y)) < 1e-12 and not (a == 0) ^ (b == 0))
+    return _close(a, b, 1e-30)
+
+
+def _close(a: Value, b: Value, tolerance: float = 1e-9) -> bool:
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return a == b
+    x, y = (v if not isinstance(v, Fraction) else _inexact(v, a if isinstance(b, Fraction) else b) for v in (a, b))
+    largest = max(abs(x), abs(y))
+    if largest == math.inf:
+        return bool(x == y)
+    return bool(abs(x - y) <= tolerance * max(largest, 1e-3 if tolerance < 1e-20 else 1e-6))
+
+
+def _inexact(value: Fraction, like: Value) -> Value:
+    """A fraction as a number of the other's kind."""
+    if isinstance(like, (float, complex)):
+        try:
+            return value.numerator / value.denominator
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
+    return like.context.mpf(value.numerator) / like.context.mpf(value.denominator)
 
 
 def _rounds(gold: Node, answer: Node, a: Value, b: Value, policy: Policy) -> bool:
-    """Whether one is a decimal that the other rounds to."""
+    """Whether a decimal stands for a number that it rounds: for an exact reference the answer needs `policy.rounding`
+    significant digits, and must not be a short decimal itself; for a decimal reference the answer must be exact, or round to
+    it in its last digit."""
     if not policy.rounding:
         return False
     ours, theirs = _decimals(gold), _decimals(answer)
-    x, y = real(a), real(b)
-    if math.isnan(x) or math.isnan(y) or ours is theirs is None:
+    try:
+        x, y = _real(a), _real(b)
+    except OverflowError:
+        return False
+    if math.isnan(x) or math.isnan(y) or math.isinf(x) or math.isinf(y):
         return False
     if ours is not None and ours.significant >= 3:
-        if theirs is None:  # the reference is rounded or cut: the exact answer lies within one unit of its last digit
-            return not is_literal(answer, integers=True) and abs(x - y) < ours.unit * (1 - 1e-9)
-        return theirs.unit < ours.unit and abs(x - y) <= ours.unit / 2 * (1 + 1e-9)
-    if ours is None and theirs is not None and not is_literal(gold, integers=True):
+        if theirs is None:  # rounded or cut off: the exact answer lies within one unit of the last digit
+            return not _integral(answer) and not _terminates(b) and abs(x - y) < ours.unit * (1 - 1e-9)
+        return (
+            ours.significant >= policy.rounding and theirs.unit < ours.unit and abs(x - y) <= ours.unit / 2 * (1 + 1e-9)
+        )
+    if ours is None and theirs is not None and not _integral(gold) and not _terminates(a):
         return theirs.significant >= policy.rounding and abs(x - y) <= theirs.unit / 2 * (1 + 1e-9)
     return False
+
+
+def _terminates(value: Value) -> bool:
+    """Whether a number is a decimal of at most six places, which nobody needs to round."""
+    return isinstance(value, Fraction) and 10**6 % value.denominator == 0
+
+
+def _real(value: Value) -> float:
+    if isinstance(value, Fraction):
+        return float(value)
+    number = complex(value)
+    return number.real if abs(number.imag) <= 1e-9 * max(1.0, abs(number.real)) else math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,32 +267,54 @@ class _Decimal:
 def _decimals(node: Node) -> _Decimal | None:
     """The last place and the number of significant digits of a decimal literal."""
     scale = 1.0
-    while node.kind in ("neg", "pct", "deg", "unit"):
-        scale *= {"pct": 0.01, "deg": math.pi / 180}.get(node.kind, 1.0)
-        node = inner_of(node)
-    if node.kind != "num" or not isinstance(digits := node.args[1], int) or digits < 1:
+    if node.kind is Kind.QUANTITY and node.data in (PERCENT, DEGREE):
+        assert isinstance(node.data, Unit)
+        scale, node = node.data.factor, node.args[0]
+    node = node.args[0] if node.kind is Kind.NEGATIVE else node
+    if node.kind is not Kind.NUMBER or not isinstance(node.data, tuple) or node.data[1] < 1:
         return None
-    number = node.args[0]
-    assert isinstance(number, Fraction)
-    return _Decimal(scale * 10.0**-digits, len(str(abs(number.numerator * 10**digits // number.denominator))))
+    value, digits = node.data
+    return _Decimal(scale * 10.0**-digits, len(str(abs(value.numerator * 10**digits // value.denominator))))
 
 
-def is_literal(node: Node, integers: bool = False) -> bool:
-    """A number as one writes a result: 12, -0.5, 3/4, 1 4/5, 25%, 2 x 10^{-10} (with `integers`: only a whole number)."""
-    if node.kind in ("neg", "pct", "deg", "unit"):
-        return is_literal(inner_of(node), integers)
-    if integers:
-        return node.kind == "num" and node.args[1] == -1
-    if node.kind in ("num", "mixed"):
+def _integral(node: Node) -> bool:
+    """Whether a tree is an integer as written."""
+    node = node.args[0] if node.kind in (Kind.NEGATIVE, Kind.QUANTITY) else node
+    return node.kind is Kind.NUMBER and isinstance(node.data, tuple) and node.data[0].denominator == 1
+
+
+def is_literal(node: Node, like: Node | None = None) -> bool:
+    """A number as one writes a result: 12, -0.5, 3/4, 1 4/5, 25 %, 2 x 10^{-10}; not 30/6, which is left to work out.
+
+    `like`: the literal that it is compared with; what is written in the same way is a result too."""
+    if node.kind is Kind.QUANTITY:
+        return node.data in (PERCENT, DEGREE) and is_literal(node.args[0], like)
+    if node.kind is Kind.NEGATIVE:
+        inner = like.args[0] if like is not None and like.kind is Kind.NEGATIVE else like
+        return node.args[0].kind is not Kind.NEGATIVE and is_literal(node.args[0], inner)
+    if node.kind in (Kind.NUMBER, Kind.MIXED, Kind.CLOCK):
         return True
-    if node.kind in ("div", "ratio"):
-        return all(isinstance(a, Node) and a.kind in ("num", "neg") and is_literal(a) for a in node.args)
-    if node.kind == "mul":
+    if node.kind in (Kind.QUOTIENT, Kind.RATIO):
+        if len(node.args) != 2 or not all(_integral(a) or a.kind is Kind.NUMBER for a in node.args):
+            return False
+        top, bottom = (exact(a) for a in node.args)
+        if top is None or not bottom:
+            return False
+        return (top / bottom).denominator != 1 or (like is not None and like.kind in (Kind.QUOTIENT, Kind.RATIO))
+    if node.kind is Kind.PRODUCT and len(node.args) == 2:
         mantissa, power = node.args
-        assert isinstance(mantissa, Node) and isinstance(power, Node)
-        return is_literal(mantissa) and mantissa.kind != "mul" and _is_power_of_ten(power)
+        return (is_literal(mantissa) and mantissa.kind is not Kind.PRODUCT) and _power_of_ten(power) is not None
+    if (power_of := _power_of_ten(node)) is not None:
+        return power_of < 0 or power_of >= PLAIN_POWER or (like is not None and like.kind is Kind.POWER)
     return False
 
 
-def _is_power_of_ten(node: Node) -> bool:
-    return node.kind == "pow" and isinstance(base := node.args[0], Node) and base.kind == "num" and base.args[0] == 10
+def _power_of_ten(node: Node) -> int | None:
+    if node.kind is not Kind.POWER or node.args[0] != number(10):
+        return None
+    exponent = (
+        exact(node.args[1])
+        if not variables(node.args[1]) and node.args[1].kind in (Kind.NUMBER, Kind.NEGATIVE)
+        else None
+    )
+    return int(exponent) if exponent is not None and exponent.denominator == 1 else None

@@ -1,152 +1,225 @@
-"""The shape of a parsed answer: names and what they are said to be, inequalities as intervals, items of collections."""
+"""What a tree states: a name and what it is said to be, chains of equations, inequalities as intervals, items of collections."""
 
 from __future__ import annotations
 
-from .lexer import UNITS
-from .parser import Node
-from .values import Undefined, real, value, variables
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise, product
+
+from .tree import INFINITY, Kind, Node, negative, variables
+from .values import Reading, Undefined, exact, signature
+
+_NUMBER_SETS = ("mathbb R", "mathbb Z", "mathbb N", "mathbb Q", "mathbb C")
+_REAL_LINE = Node(Kind.GROUP, (negative(INFINITY), INFINITY), "()")
+_ALL_REALS = ("all real numbers", "all reals", "real numbers", "全体实数", "一切实数", "任意实数", "all real values")
 
 
-def whole(node: Node) -> Node:
-    """`x in S` and `{x | condition}` stand for S and the condition."""
-    while node.kind in ("member", "such"):
-        inner = node.args[1]
-        assert isinstance(inner, Node)
-        node = inner
-    return node
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """`name = body`; an `equation` that defines no name is its own body. `false`: a chain whose sides differ."""
+
+    body: Node
+    name: Node | None = None
+    equation: bool = False
+    false: bool = False
+    unproved: bool = False
 
 
 def is_name(node: Node) -> bool:
-    """Something that an equation can define: x, a_n, f(x), AB, |AB|, (x, y), A:B, T(10)."""
-    if node.kind == "var":
+    """Something that an equation can define: x, a_n, f(x), AB, |AB|, (x, y), A:B, dy/dx, \\text{Area}."""
+    if node.kind in (Kind.NAME, Kind.RUN, Kind.TEXT, Kind.APPLY, Kind.DERIVATIVE, Kind.CHOICE):
         return True
-    if node.kind == "apply":
-        return isinstance(node.args[0], Node) and node.args[0].kind == "var"
-    if node.kind == "mul":
-        return all(
-            isinstance(a, Node) and (is_name(a) and (a.kind == "mul" or str(a.args[0]).isupper())) for a in node.args
+    if node.kind is Kind.CALL:
+        return node.data in ("abs", "norm", "det", "arg", "Pr", "Re", "Im", "deg", "dim", "tr", "rank") and is_name(
+            node.args[0]
         )
-    if node.kind == "call":
-        return node.args[0] == "abs" and isinstance(node.args[1], Node) and is_name(node.args[1])
-    if node.kind in ("group", "ratio", "div", "list"):
-        return all(is_name(a) for a in node.args if isinstance(a, Node))
-    return False
+    if node.kind in (Kind.GROUP, Kind.RATIO, Kind.LIST, Kind.QUOTIENT):
+        return all(is_name(a) for a in node.args)
+    return node.kind is Kind.BIG
 
 
-def right_side(node: Node, chains: str) -> tuple[Node | None, bool]:
-    """(what a statement says, whether it is an equation that defines no name); None for a chain that is refused."""
-    if node.kind != "rel":
-        return node, False
-    ops = str(node.args[0]).split(",")
-    sides = [a for a in node.args[1:] if isinstance(a, Node)]
-    if "~" in ops:  # `exact = value \approx rounded`: what stands before the sign counts
-        cut = ops.index("~")
-        if cut == 0 and is_name(sides[0]):
-            return sides[1], False
-        if len(sides) == cut + 2 and not _roughly(sides[cut], sides[cut + 1]):
-            return None, False
-        if cut == 0:
-            return sides[0], False
-        ops, sides = ops[:cut], sides[: cut + 1]
-    if any(op != "=" for op in ops):
-        return node, False
+def is_expression_of_names(node: Node) -> bool:
+    """x + y, m n, a^2 + b^2: what a problem asks for, without a number as a factor or term."""
+    if node.kind in (Kind.SUM, Kind.PRODUCT, Kind.QUOTIENT, Kind.INVERSE):
+        return all(is_expression_of_names(a.args[0] if a.kind is Kind.NEGATIVE else a) for a in node.args)
+    if node.kind is Kind.POWER:
+        return is_expression_of_names(node.args[0])
+    return is_name(node) or node.kind is Kind.CONSTANT
+
+
+def state(node: Node, agree: Callable[[Node, Node], bool | None], take_last: bool, loose: bool) -> Statement:
+    """What a tree states. `agree`: whether two scalars are the same (None: unknown); `take_last`: whether a chain that is
+    false counts by its last side; `loose`: whether `x + y = 5` states 5."""
+    if node.kind is not Kind.RELATION or not isinstance(node.data, tuple):
+        return Statement(_whole(node))
+    signs, sides = list(node.data), list(node.args)
+    if signs == ["in"] and is_name(sides[0]):
+        return Statement(_whole(sides[1]), sides[0])
+    if any(sign not in ("=", "~") for sign in signs):
+        return Statement(node)
+    if "~" in signs:
+        cut = signs.index("~")
+        if len(sides) == 2 and (is_name(sides[0]) or (loose and is_expression_of_names(sides[0]))):
+            return Statement(_whole(sides[1]), sides[0])
+        if len(sides) > cut + 1 and not _roughly(sides[cut], sides[cut + 1], agree):
+            return Statement(node, false=True)
+        signs, sides = signs[:cut], sides[: cut + 1]
+        if len(sides) == 1:
+            return Statement(_whole(sides[0]))
+    name: Node | None = None
+    if is_name(sides[0]) or (loose and len(sides) == 2 and is_expression_of_names(sides[0])):
+        name, sides = sides[0], sides[1:]
+    elif len(sides) == 2 and is_name(sides[1]) and not variables(sides[0]):
+        name, sides = sides[1], sides[:1]
     if len(sides) == 1:
-        return sides[0], False
-    named = is_name(sides[0])
-    if len(sides) == 2:
-        if named:
-            return sides[1], False
-        if variables(node) or chains == "last":
-            return (node, True) if variables(node) else (sides[-1], False)
-        return None, False
-    return (sides[-1], False) if chains == "last" else (None, False)
+        return Statement(_whole(sides[0]), name)
+    if len(sides) == 2 and name is None and variables(node):
+        return Statement(node, equation=True)
+    checks = [agree(a, b) for a, b in pairwise(sides)]
+    return Statement(
+        _whole(sides[-1]), name, false=False in checks and not take_last, unproved=None in checks and not take_last
+    )
 
 
-def _roughly(exact: Node, rounded: Node) -> bool:
+def _roughly(exact: Node, rounded: Node, agree: Callable[[Node, Node], bool | None]) -> bool:
     try:
-        a, b = real(value(exact, {})), real(value(rounded, {}))
-    except (Undefined, KeyError):
+        a, b = (signature(side, Reading()) for side in (exact, rounded))
+    except (Undefined, ArithmeticError):
         return True
-    return abs(a - b) <= 0.05 * max(abs(a), abs(b))
+    if len(a) != 1 or len(b) != 1 or a[0] is None or b[0] is None:
+        return True
+    return abs(complex(a[0]) - complex(b[0])) <= 0.05 * max(abs(complex(a[0])), abs(complex(b[0])))
 
 
-def align_arguments(gold: Node, answer: Node) -> tuple[Node, Node]:
-    """f(z) = z and f(x) = x are the same: the argument is renamed where both sides define a function of one variable."""
-
-    def argument(node: Node) -> str | None:
-        if node.kind == "rel" and node.args[0] == "=" and isinstance(lhs := node.args[1], Node) and lhs.kind == "apply":
-            inner = lhs.args[1]
-            if isinstance(inner, Node) and inner.kind == "var":
-                return str(inner.args[0])
-        return None
-
-    old, new = argument(answer), argument(gold)
-    if old is None or new is None or old == new or new in variables(answer):
-        return gold, answer
-    return gold, rename(answer, {old: new})
-
-
-def rename(node: Node, names: dict[str, str]) -> Node:
-    if node.kind == "var":
-        return Node("var", (names.get(str(node.args[0]), node.args[0]),))
-    return Node(node.kind, tuple(rename(a, names) if isinstance(a, Node) else a for a in node.args))
-
-
-def interval(node: Node) -> Node:
-    """An inequality in one name as its interval; other nodes unchanged."""
-    if (
-        node.kind == "unit"
-        and node.args[1] not in UNITS
-        and isinstance(node.args[0], Node)
-        and node.args[0].kind != "num"
-    ):
-        return node
-    if node.kind == "list" and all(isinstance(a, Node) and a.kind == "rel" for a in node.args):
-        pieces = [interval(a) for a in node.args if isinstance(a, Node)]
-        if all(p.kind == "group" for p in pieces):
-            return Node("union", tuple(pieces))
-        return node
-    if node.kind != "rel":
-        return node
-    ops = str(node.args[0]).split(",")
-    sides = [a for a in node.args[1:] if isinstance(a, Node)]
-    if ops[0][0] == ">" and all(op[0] == ">" for op in ops):
-        ops, sides = ["<" + op[1:] for op in reversed(ops)], sides[::-1]
-    if not all(op[0] == "<" for op in ops):
-        return node
-    infinite = Node("const", ("infty",))
-    if len(sides) == 3 and is_name(sides[1]) and not is_name(sides[0]) and not is_name(sides[2]):
-        return Node("group", (("[" if ops[0] == "<=" else "(") + ("]" if ops[1] == "<=" else ")"), sides[0], sides[2]))
-    if len(sides) == 2 and is_name(sides[0]) and not variables(sides[1]):
-        return Node("group", ("(" + ("]" if ops[0] == "<=" else ")"), Node("neg", (infinite,)), sides[1]))
-    if len(sides) == 2 and is_name(sides[1]) and not variables(sides[0]):
-        return Node("group", (("[" if ops[0] == "<=" else "(") + ")", sides[0], infinite))
+def _whole(node: Node) -> Node:
+    """The set that a builder of inequalities in a lone name spells; the real line by its names."""
+    if node.kind is Kind.BUILDER:
+        element, condition = node.args
+        if element.kind is Kind.RELATION and element.data == ("in",):
+            if element.args[1] != Node(Kind.NAME, (), "mathbb R"):
+                return node
+            element = element.args[0]
+        if element.kind is Kind.NAME:
+            found = as_interval(condition)
+            if found.kind in (Kind.GROUP, Kind.UNION) and variables(condition) == {element.data}:
+                return found
+    if node == Node(Kind.NAME, (), "mathbb R") or (node.kind is Kind.TEXT and str(node.data).lower() in _ALL_REALS):
+        return _REAL_LINE
     return node
 
 
+def as_interval(node: Node) -> Node:
+    """An inequality in one name as its interval, a list of such as their union; other nodes unchanged."""
+    if node.kind is Kind.LIST and len(node.args) > 1:
+        pieces = [as_interval(a) for a in node.args]
+        if not (all(p.kind is Kind.GROUP for p in pieces) and all(a.kind is Kind.RELATION for a in node.args)):
+            return node
+        return _overlap(pieces) or node if node.data == "and" else Node(Kind.UNION, tuple(pieces), "union")
+    if node.kind is Kind.UNION and node.data == "without":
+        return _without_points(node)
+    if node.kind is not Kind.RELATION or not isinstance(node.data, tuple):
+        return node
+    signs, sides = list(node.data), list(node.args)
+    if signs == ["in"] and is_name(sides[0]):
+        return _whole(sides[1])
+    if all(sign in (">", ">=") for sign in signs):
+        signs, sides = ["<" + sign[1:] for sign in reversed(signs)], sides[::-1]
+    if not all(sign in ("<", "<=") for sign in signs):
+        return node
+    left, right = ("[" if signs[0] == "<=" else "("), ("]" if signs[-1] == "<=" else ")")
+    if len(sides) == 3 and is_name(sides[1]) and not is_name(sides[0]) and not is_name(sides[2]):
+        return Node(Kind.GROUP, (sides[0], sides[2]), left + right)
+    if len(sides) == 2 and is_name(sides[0]) and not variables(sides[1]):
+        return Node(Kind.GROUP, (negative(INFINITY), sides[1]), "(" + right)
+    if len(sides) == 2 and is_name(sides[1]) and not variables(sides[0]):
+        return Node(Kind.GROUP, (sides[0], INFINITY), left + ")")
+    return node
+
+
+def _overlap(pieces: list[Node]) -> Node | None:
+    """Where two half-lines meet: x > 2 and x < 5."""
+    if len(pieces) != 2:
+        return None
+    pieces = sorted(pieces, key=lambda p: p.args[0] == negative(INFINITY))
+    right, left = pieces
+    if left.args[0] != negative(INFINITY) or right.args[1] != INFINITY or right.args[0] == negative(INFINITY):
+        return None
+    return Node(Kind.GROUP, (right.args[0], left.args[1]), str(right.data)[0] + str(left.data)[1])
+
+
+def _without_points(node: Node) -> Node:
+    """The real line without numbers, as a union of open intervals."""
+    line, *others = (_whole(a) for a in node.args)
+    if line != _REAL_LINE or len(others) != 1 or others[0].kind is not Kind.SET:
+        return node
+    points = sorted(((exact(p), p) for p in others[0].args), key=lambda pair: pair[0] or 0)
+    if any(value is None for value, _ in points):
+        return node
+    ends = [negative(INFINITY), *(p for _, p in points), INFINITY]
+    return Node(Kind.UNION, tuple(Node(Kind.GROUP, pair, "()") for pair in pairwise(ends)), "union")
+
+
+def expanded(node: Node) -> list[Node] | None:
+    """Both values of a tree with `+-` in it, the upper signs first; None without."""
+    if not _has_sign(node):
+        return None
+    return [_signed(node, upper) for upper in (True, False)]
+
+
+def independent(node: Node) -> list[Node] | None:
+    """All values of a tuple with several `+-` in different places, each taken for itself: (+-1, +-2) are four."""
+    if node.kind is not Kind.GROUP or sum(_has_sign(a) for a in node.args) < 2 or len(node.args) > 5:
+        return None
+    choices = [expanded(a) or [a] for a in node.args]
+    return [Node(Kind.GROUP, tuple(parts), node.data) for parts in product(*choices)]
+
+
+def _has_sign(node: Node) -> bool:
+    return node.kind is Kind.PLUS_MINUS or (
+        node.kind not in (Kind.LIST, Kind.SET, Kind.UNION) and any(_has_sign(a) for a in node.args)
+    )
+
+
+def _signed(node: Node, upper: bool) -> Node:
+    if node.kind is Kind.PLUS_MINUS:
+        inner = _signed(node.args[0], upper)
+        return inner if (node.data == "+-") == upper else negative(inner)
+    return Node(node.kind, tuple(_signed(a, upper) for a in node.args), node.data) if node.args else node
+
+
 def items_of(node: Node) -> list[Node] | None:
-    """The items of a collection, +- expanded; None for a scalar."""
-    if node.kind == "pm":
-        left, right = node.args
-        assert isinstance(left, Node) and isinstance(right, Node)
-        return [Node("add", (left, right)), Node("add", (left, Node("neg", (right,))))]
-    if node.kind in ("list", "set", "group", "union"):
-        found: list[Node] = []
-        for item in node.args:
-            if not isinstance(item, Node):
-                continue
-            spread = node.kind != "group" and (item.kind == "pm" or (item.kind == "set" and node.kind == "union"))
-            found += (items_of(item) or []) if spread else [item]
-        return found
-    if node.kind == "matrix":
-        return [cell for row in node.args if isinstance(row, tuple) for cell in row]
-    if node.kind == "ratio" and len(node.args) > 2:
-        return [a for a in node.args if isinstance(a, Node)]
-    return None
+    """The items of a collection without order, `+-` expanded; None for anything else."""
+    if node.kind not in (Kind.LIST, Kind.SET) and not (node.kind is Kind.UNION and node.data == "union"):
+        return expanded(node)
+    found: list[Node] = []
+    for item in node.args:
+        nested = item.kind is Kind.SET and node.kind is Kind.UNION
+        inner = items_of(item) if nested or _has_sign(item) else None
+        found += [item] if inner is None else inner
+    return found
 
 
-def label(node: Node) -> Node | None:
-    """What an item `x = 1` names."""
-    if node.kind == "rel" and node.args[0] == "=" and isinstance(name := node.args[1], Node) and is_name(name):
-        return name
-    return None
+def without_declarations(node: Node) -> tuple[Node, tuple[tuple[str, ...], ...]]:
+    """A statement and its conditions: `k\\pi, k \\in \\mathbb{Z}` and `k\\pi \\text{ for } k \\in \\mathbb{Z}`."""
+    if node.kind is Kind.QUALIFIED:
+        inner, conditions = without_declarations(node.args[0])
+        assert isinstance(node.data, tuple)
+        return inner, (*conditions, node.data)
+    if node.kind is Kind.LIST:
+        kept = [a for a in node.args if not _declares(a)]
+        if 0 < len(kept) < len(node.args):
+            conditions = tuple((str(a.args[1].data),) for a in node.args if _declares(a))
+            last, more = without_declarations(kept[-1])
+            body = last if len(kept) == 1 else Node(Kind.LIST, (*kept[:-1], last))
+            return body, (*conditions, *more)
+    return node, ()
+
+
+def _declares(node: Node) -> bool:
+    """`k \\in \\mathbb{Z}`."""
+    return (
+        node.kind is Kind.RELATION
+        and node.data == ("in",)
+        and node.args[0].kind is Kind.NAME
+        and str(node.args[1].data).startswith(_NUMBER_SETS)
+    )

@@ -46,6 +46,9 @@ class DataConfig(Settings):
     answer_column: str | None = None
     """The reference answer; empty: `reward_model.ground_truth` where rows have it (verl's layout), else `answer`.
     With `""` there is no reference."""
+    bad_references: Literal["drop", "error"] = "drop"
+    """What becomes of a row whose reference the reward refuses against itself or its usual spellings: it is left out, counted
+    and shown, or it ends the run before training. Where it is more than half of the rows, the run ends in either case."""
     answer_pattern: str | None = None
     """A regular expression whose group 1, of its last match in the answer column, is the reference: `#### (.+)`."""
     solution_column: str | None = None

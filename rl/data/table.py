@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -170,6 +170,13 @@ class TableSource:
         # Two epochs can meet within one step, and ids must not.
         name = f"{self.name}/{number}" + (f"@{epoch}" if epoch else "")
         return self._prompt(self._table, self._mapper, number, name)
+
+    def leave_out(self, ids: Set[str]) -> None:
+        """Drops problems by their ids, those of training as in the first epoch. Call it before the first problem is used."""
+        self._rows = [number for number in self._rows if f"{self.name}/{number}" not in ids]
+        self.size = len(self._rows)
+        self._order.cache_clear()  # orders of as many rows as there were
+        self.heldout = [prompt for prompt in self.heldout if prompt.id not in ids]
 
     def solution(self, prompt: Prompt) -> str | None:
         return self._mapper.solution(prompt.columns, prompt.answer)

@@ -79,7 +79,7 @@ def accuracy(report: Report, rows: Sequence[dict[str, Any]], name: str) -> None:
         ],
     }
     for impl, values in accepted.items():
-        for label, case, floor in ((True, "accepted of right", 0.75), (False, "accepted of wrong", 0.008)):
+        for label, case, floor in ((True, "accepted of right", 0.80), (False, "accepted of wrong", 0.005)):
             chosen = [value for row, value in zip(rows, values, strict=True) if row["label"] is label]
             report.record(f"{name}: {case}", impl, sum(chosen) / len(chosen), "share", floor=floor, pairs=len(chosen))
 

@@ -143,6 +143,18 @@ def test_references_that_cannot_be_used_are_named_with_their_row() -> None:
     graded.close()
 
 
+def test_a_batch_that_raises_is_graded_row_by_row() -> None:
+    class Fragile:
+        def __call__(self, batch: Sequence[RewardInput]) -> list[Verdict]:
+            if any(row.completion == "bad" for row in batch):
+                raise RecursionError("too deep")
+            return [Verdict(status=Status.CORRECT, score=1.0) for _ in batch]
+
+    rows = [RewardInput(completion=text, answer="7") for text in ("7", "bad", "7")]
+    graded = RewardSuite([Part(name="answer", reward=Fragile())])
+    assert [v.status for v in graded.grade(rows)] == [Status.CORRECT, Status.VERIFIER_ERROR, Status.CORRECT]
+
+
 def test_a_suite_from_a_configuration() -> None:
     built = build_suite(
         {

@@ -188,6 +188,14 @@ def test_overlong_prompts_are_an_error_or_dropped_and_counted(tmp_path: Path) ->
         opened(file, max_prompt_length=2, overlong="drop")
 
 
+def test_rows_that_cannot_be_graded_are_left_out(tmp_path: Path) -> None:
+    source = opened(write(tmp_path / "rows.jsonl", numbered(5)))
+    bad = {source.train(i).id for i in range(5) if source.train(i).answer in ("1", "3")}
+    source.leave_out(bad)
+    assert source.size == 3
+    assert sorted(source.train(i).answer for i in range(3)) == ["0", "2", "4"]
+
+
 ROWS = [{"question": "1+1=?", "answer": "2"}, {"question": "1+2=?", "answer": ""}]
 
 

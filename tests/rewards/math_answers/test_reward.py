@@ -18,7 +18,7 @@ from emberl.rewards.inputs import RewardInput
 from emberl.rewards.math_answers.reward import MathReward
 from emberl.rewards.verdict import Status
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
+DATA = Path(__file__).parents[3].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the recorded data is not at ../shared/data")
 LABEL_ERRORS = {
     "qm72_7": "10000 is 10{,}000",
@@ -48,7 +48,7 @@ def test_verdicts(math) -> None:
     assert grade(math, "<think>7+5=12,12-3=8</think>8", "9").status is Status.WRONG
     assert grade(math, "<think>\\boxed{9}", "9").status is Status.UNPARSEABLE
     assert grade(math, "\\boxed{9}", "9", prompt="<think>\n").status is Status.UNPARSEABLE
-    bomb = grade(math, "\\boxed{9^{9^{9}}}", "9")
+    bomb = grade(math, "\\boxed{9^{9^{9}}}", "\\sqrt{9+x}")
     assert (bomb.status, bomb.score) == (Status.OVER_LIMIT, 0.0)
     assert grade(math, "\\boxed{2} and \\boxed{3}", "2, 3").status is Status.CORRECT
     assert grade(math, "x", "GSM8K style solution\n#### 1,000").status is Status.WRONG
@@ -82,8 +82,9 @@ def test_hacks_earn_nothing(math, hack) -> None:
 @pytest.mark.slow
 def test_the_symbolic_back_end_decides_what_is_left(math) -> None:
     assert grade(math, "\\boxed{\\sum_{k=1}^{n} k}", "$\\sum_{j=1}^{n} j$").status is Status.CORRECT
-    assert grade(math, "\\boxed{-x > -1}", "x < 1").status is Status.CORRECT
-    assert grade(math, "\\boxed{-x > -2}", "x < 1").status is Status.WRONG
+    assert grade(math, "\\boxed{\\frac{n(n+1)}{2}}", "$\\sum_{j=1}^{n} j$").status is Status.CORRECT
+    assert grade(math, "\\boxed{\\frac{n(n-1)}{2}}", "$\\sum_{j=1}^{n} j$").status is Status.WRONG
+    assert grade(math, "\\boxed{\\lim_{n\\to0} a_n}", "\\lim_{n\\to\\infty} a_n").status is Status.UNKNOWN
     assert math._pool.started >= 1
 
 
@@ -92,7 +93,23 @@ def test_references_are_checked(math) -> None:
     assert math.check_reference(RewardInput(completion="", answer="\\int_0^1 x dx")) is None
     assert math.check_reference(RewardInput(completion="", answer="x, where x is what was asked for")) is None
     assert "empty" in math.check_reference(RewardInput(completion="", answer=""))
+    assert "no answer" in math.check_reference(RewardInput(completion="", answer="proof"))
     assert math.check_reference(RewardInput(completion="", answer="{{{((")) is not None
+
+
+def test_one_answer_costs_no_other(math) -> None:
+    rows = [RewardInput(completion="\\boxed{500}", answer="500")] * 7
+    for bad in (
+        "+".join("1" * 500),
+        "(" * 300 + "1" + ")" * 300,
+        "\\boxed{" * 2000,
+        "1" + "!" * 900,
+        "x" * 10**6,
+        "\ud800+x",
+    ):
+        verdicts = math([*rows, RewardInput(completion=f"\\boxed{{{bad}}}", answer="500")])
+        assert [v.status for v in verdicts[:7]] == [Status.CORRECT] * 7
+        assert verdicts[7].score == 0.0
 
 
 @pytest.mark.slow
@@ -151,8 +168,8 @@ def test_hard_pairs(math, form: str) -> None:
     accepted = {
         label: [v.score for r, v in zip(rows, verdicts, strict=True) if r["label"] is label] for label in (True, False)
     }
-    assert sum(accepted[True]) / len(accepted[True]) >= 0.75
-    assert sum(accepted[False]) / len(accepted[False]) <= 0.008
+    assert sum(accepted[True]) / len(accepted[True]) >= 0.80
+    assert sum(accepted[False]) / len(accepted[False]) <= 0.005
 
 
 @needs_data
@@ -161,6 +178,13 @@ def test_every_reference_of_math500_verifies_itself(math) -> None:
     verdicts = math([RewardInput(completion=f"\\boxed{{{a}}}", answer=a) for a in answers])
     assert [a for a, v in zip(answers, verdicts, strict=True) if v.score != 1] == []
     assert [a for a in answers if math.check_reference(RewardInput(completion="", answer=a))] == []
+
+
+@needs_data
+def test_answers_of_a_small_model(math) -> None:
+    rows = [json.loads(line) for line in (DATA / "real_answers" / "answers.jsonl").open()]
+    verdicts = math([RewardInput(prompt=r["prompt"], completion=r["completion"], answer=r["answer"]) for r in rows])
+    assert [r for r, v in zip(rows, verdicts, strict=True) if (v.score == 1) != r["right"]] == []
 
 
 def bombs() -> list[dict]:

@@ -1,0 +1,215 @@
+"""Names, brackets and commands: the smallest parts of the grammar."""
+
+from __future__ import annotations
+
+from .functions import GREEK, Functions
+from .lexer import FUNCTIONS
+from .reader import Unreadable
+from .tree import Kind, Node, number
+from .units import read_unit, words
+
+ACCENTS = words("hat bar vec dot ddot tilde overline overrightarrow underline overleftrightarrow overset")
+BIG = {
+    r"\sum": "sum",
+    r"\prod": "prod",
+    r"\int": "int",
+    r"\lim": "lim",
+    r"\iint": "iint",
+    r"\iiint": "iiint",
+    r"\oint": "oint",
+}
+_CLOSERS = {"(": ")]", "[": ")]", r"\{": r"\}", r"\langle": r"\rangle"}
+
+
+class Atoms(Functions):
+    """atom := number | name | brackets | bars | command"""
+
+    def atom(self) -> Node:
+        token, kind = self.peek(), self.kind()
+        if kind == "number":
+            return self.numeral()
+        if kind in ("name", "letter"):
+            return self.name()
+        if kind == "run":
+            self.at += 1
+            return Node(Kind.RUN, (), token + self.subscript())
+        if kind == "text":
+            self.at += 1
+            return Node(Kind.TEXT, (), token)
+        if kind == "sign" and token in "$€£¥₹" and self.kind(1) == "number":
+            self.at += 1
+            return Node(Kind.QUANTITY, (self.numeral(),), read_unit(token))
+        if token in ("(", "[", "{", r"\{", r"\langle"):
+            return self.brackets()
+        if token in ("|", r"\|"):
+            return self.absolute()
+        if kind == "command":
+            return self.command()
+        if token == "." and self.peek(1) == "." and self.peek(2) == ".":
+            self.at += 3
+            return Node(Kind.DOTS)
+        raise Unreadable(f"unexpected {token!r}" if token else "ends too early")
+
+    def name(self, applied: bool = True) -> Node:
+        token = self.take()
+        if token in ("mathbb R", "mathbb Z", "mathbb N", "mathbb Q", "mathbb C"):
+            return Node(Kind.NAME, (), token + self.superscript_sign())
+        if token in ("e", "i") and self.peek() != "_":
+            return Node(Kind.CONSTANT, (), token)
+        result = Node(Kind.NAME, (), token + self.subscript())
+        return self.application(result) if applied and self.peek() == "(" else result
+
+    def superscript_sign(self) -> str:
+        """`\\mathbb{R}^+`, `\\mathbb{Z}_{>0}`."""
+        start = self.at
+        if self.peek() in ("^", "_"):
+            self.at += 1
+            self.braced_tokens()
+        return "".join(t.text for t in self.tokens[start : self.at])
+
+    def subscript(self) -> str:
+        if self.peek() != "_":
+            return ""
+        self.at += 1
+        return "_" + self.braced_tokens()
+
+    def braced_tokens(self) -> str:
+        """The spelling of a subscript, without the braces around the whole."""
+        if self.peek() != "{":
+            return self.take()
+        start, depth = self.at, 0
+        while True:
+            depth += {"{": 1, "}": -1}.get(self.take(), 0)
+            if depth == 0:
+                return "".join(t.text for t in self.tokens[start + 1 : self.at - 1])
+
+    def application(self, name: Node) -> Node:
+        if self.peek(1) in (r"\bmod", r"\mod") or self.peek(1) == ")":
+            return name
+        inner = self.brackets()
+        if inner.kind is Kind.GROUP and inner.data != "()":
+            raise Unreadable("a half-open bracket after a name")
+        return Node(Kind.APPLY, (name, inner))
+
+    def brackets(self) -> Node:
+        opening = self.take()
+        bars, self.bars = self.bars, 0
+        self.enter()
+        if opening == "{":
+            inner = self.braced()
+        elif opening == r"\{":
+            inner = self.braces()
+        else:
+            if opening in "([" and self.peek() in (")", "]"):
+                raise Unreadable("empty brackets")
+            inner = self.items()
+            self.skip(".")
+            closing = self.take()
+            if closing not in (_CLOSERS[opening] if opening != r"\langle" else (r"\rangle",)):
+                raise Unreadable(f"{opening!r} closed by {closing!r}")
+            if inner.kind is Kind.LIST:
+                inner = Node(Kind.GROUP, inner.args, "()" if opening == r"\langle" else opening + closing)
+            elif opening + closing not in ("()", "[]"):
+                raise Unreadable("unbalanced brackets")
+            elif inner.kind is Kind.RELATION and opening == "[":
+                raise Unreadable("a relation in square brackets")
+        self.depth -= 1
+        self.bars = bars
+        return inner
+
+    def braced(self) -> Node:
+        inner = self.quotient_items()
+        self.take("}")
+        return inner
+
+    def quotient_items(self) -> Node:
+        """Items, or `a \\over b` and `n \\choose k` of two such."""
+        inner = self.items()
+        if self.skip(r"\over"):
+            return Node(Kind.QUOTIENT, (inner, self.items()))
+        if self.skip(r"\choose"):
+            return Node(Kind.CALL, (inner, self.items()), "binom")
+        return inner
+
+    def braces(self) -> Node:
+        """A set: its items, or an element and its condition."""
+        self.bars = 1  # a bar or a colon inside means `such that`
+        if self.skip(r"\}"):
+            return Node(Kind.SET)
+        inner = self.items()
+        if self.skip("|", ":"):
+            self.bars = 0
+            inner = Node(Kind.BUILDER, (inner, self.items()))
+        self.take(r"\}")
+        if inner.kind is Kind.BUILDER:
+            return inner
+        return Node(Kind.SET, inner.args if inner.kind is Kind.LIST else (inner,))
+
+    def absolute(self) -> Node:
+        bar = self.take()
+        self.bars += 1
+        inner = self.sum()
+        self.bars -= 1
+        self.take(bar)
+        return Node(Kind.CALL, (inner,), "abs" if bar == "|" else "norm")
+
+    def command(self) -> Node:
+        token = self.take()
+        name = token[1:]
+        if token in (r"\pi", r"\infty"):
+            return Node(Kind.CONSTANT, (), name)
+        if name in GREEK:
+            result = Node(Kind.NAME, (), name + self.subscript())
+            return (
+                self.application(result)
+                if self.peek() == "(" and name in ("varphi", "psi", "Phi", "Psi", "Gamma")
+                else result
+            )
+        if token == r"\frac":
+            return _fraction(self.argument(), self.argument())
+        if token == r"\binom":
+            return Node(Kind.CALL, (self.argument(), self.argument()), "binom")
+        if token in (r"\sqrt", r"\cbrt"):
+            return self.root(token)
+        if token in (r"\lfloor", r"\lceil"):
+            inner = self.sum()
+            self.take(r"\rfloor" if token == r"\lfloor" else r"\rceil")
+            return Node(Kind.CALL, (inner,), "floor" if token == r"\lfloor" else "ceil")
+        if token == r"\begin":
+            return self.environment()
+        if token == r"\emptyset":
+            return Node(Kind.SET)
+        if token == r"\ldots":
+            return Node(Kind.DOTS)
+        if token in BIG:
+            return self.big(BIG[token])
+        if token in (r"\angle", r"\triangle", r"\measuredangle"):
+            return Node(Kind.RUN, (), f"{name} {self.braced_tokens()}")
+        if name in ACCENTS and name != "overset":
+            return Node(Kind.NAME, (), f"{name} {self.braced_tokens()}{self.subscript()}")
+        if name in FUNCTIONS:
+            return self.function(name)
+        raise Unreadable(f"unknown command {token}")
+
+    def root(self, token: str) -> Node:
+        if token == r"\cbrt":
+            return Node(Kind.POWER, (self.argument(), Node(Kind.QUOTIENT, (number(1), number(3)))))
+        if self.skip("["):
+            degree = self.sum()
+            self.take("]")
+            return Node(Kind.POWER, (self.argument(), Node(Kind.QUOTIENT, (number(1), degree))))
+        return Node(Kind.CALL, (self.argument(),), "sqrt")
+
+
+def _fraction(top: Node, bottom: Node) -> Node:
+    """A quotient, or a derivative in Leibniz's form: `\\frac{dv}{dt}`, `\\frac{\\partial^2 u}{\\partial x^2}`."""
+
+    def is_differential(node: Node) -> bool:
+        first = node.args[0] if node.kind is Kind.PRODUCT else node
+        if first.kind is Kind.POWER:
+            first = first.args[0]
+        return first.kind is Kind.NAME and first.data in ("d", "partial")
+
+    if is_differential(bottom) and bottom.kind is Kind.PRODUCT and is_differential(top):
+        return Node(Kind.DERIVATIVE, (top, bottom))
+    return Node(Kind.QUOTIENT, (top, bottom))
