@@ -11,13 +11,13 @@ import zlib
 from pathlib import Path
 
 import pytest
-from emberl.rewards.audit.attacks import _descendants
 from emberl.rewards.code_tests.compare import Reply, canonical, equal, is_plain, parse_reply, same_output
 from emberl.rewards.code_tests.extract import extract_program
-from emberl.rewards.code_tests.reward import CodeReward
 from emberl.rewards.code_tests.plans import Call, FunctionPlan, JudgePlan, ProgramPlan
+from emberl.rewards.code_tests.reward import CodeReward
 from emberl.rewards.code_tests.tests import plan_of
 from emberl.rewards.inputs import RewardInput
+from emberl.rewards.processes import descendants
 from emberl.rewards.sandbox import backends as walls
 from emberl.rewards.sandbox.child import encode, source_of
 from emberl.rewards.sandbox.pool import SandboxUnavailable
@@ -416,7 +416,7 @@ def test_killed_mother_processes_lose_no_sample(reward) -> None:
     code = "import time\ndef add(a, b):\n    time.sleep(0.15)\n    return a + b"
 
     def kill() -> None:
-        for pid in list(_descendants(os.getpid())):
+        for pid in list(descendants(os.getpid())):
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
