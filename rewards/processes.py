@@ -68,7 +68,8 @@ def _quotas(root: Path) -> Iterator[float]:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return
-    paths = {name: path for _, names, path in (line.split(":", 2) for line in lines) for name in names.split(",")}
+    words = [line.split(":", 2) for line in lines]
+    paths = {name: found[2] for found in words if len(found) == 3 for name in found[1].split(",")}
     for base, point, kind, options in mounts:
         if kind == "cgroup" and "cpu" not in options.split(","):
             continue

@@ -154,7 +154,8 @@ class Mother:
     def _run(self, limits: Limits, status: int, seconds: float, cpu: float, peak: int, cause: int, locked: int) -> Run:
         code = os.waitstatus_to_exitcode(status)
         used_up = cpu > limits.seconds or code in (-signal.SIGPROF, -signal.SIGXCPU)
-        if used_up or (code == -signal.SIGKILL and cpu > limits.seconds - 0.1) or self._overslept:
+        nearly = cpu > 0.9 * limits.seconds and cpu > limits.seconds - 0.1  # as the kernel's own limit counts
+        if used_up or (code == -signal.SIGKILL and nearly) or self._overslept:
             outcome = Outcome.TIME_LIMIT
         elif cause == ON_REQUEST:
             outcome = Outcome.STOPPED
@@ -178,6 +179,8 @@ class Mother:
 
     def close(self) -> None:
         """Ends the process and with it everything behind the walls."""
+        with contextlib.suppress(OSError):  # a process that was forked from this one may hold a copy open
+            self._control.shutdown(socket.SHUT_RDWR)
         self._control.close()
         if self._folder:  # it ends what it has started, when it sees that we are gone
             with contextlib.suppress(subprocess.TimeoutExpired):

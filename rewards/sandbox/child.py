@@ -330,7 +330,9 @@ def _leave(code: Any = None) -> NoReturn:
 def _stack_size(size: int = 0, _set: Callable[..., int] = _thread.stack_size) -> int:
     """Programs ask for stacks as large as all memory that they may have; a thread gets a quarter of it at most."""
     most = resource.getrlimit(resource.RLIMIT_AS)[0] // 4
-    return _set(min(size, most) & ~0xFFFF if most > 0 else size) if size else _set()
+    if not size:
+        return _set()
+    return _set(max(min(size, most) & ~0xFFFF, min(size, 0x10000)) if most > 0 else size)  # 0 would be the default
 
 
 builtins.exit = builtins.quit = _leave  # type: ignore[assignment]

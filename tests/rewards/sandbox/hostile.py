@@ -370,6 +370,8 @@ CPP = {
     ("constructor_exit", "forge"): _CPP + "__attribute__((constructor)) void f(){_exit(0);} int main(){}",
     ("echo", "forge"): _IO + _CPP + "int main(){string s; while(getline(cin,s)) cout<<s<<'\\n';}",
     ("empty", "forge"): "",
+    ("interpreter", "forge"): 'const char i[] __attribute__((section(".interp"))) = "/lib/none";\nint main(){}',
+    ("interpreter_file", "forge"): 'const char i[] __attribute__((section(".interp"))) = "/etc/passwd";\nint main(){}',
     ("nonsense", "forge"): "this is no C++",
     ("include_secret", "escape"): '#include "@SECRETFILE@"\nint main(){}',
     ("include_passwd", "escape"): '#include "/etc/passwd"\nint main(){}',
