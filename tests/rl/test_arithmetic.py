@@ -46,7 +46,8 @@ def told(story: str) -> str:
     start, *events = story.split(".")[0].split(", then ")
     [total] = re.findall(r"^[A-Z][a-z]+ has (\d+) [a-z]+s$", start)
     signs = {"gets": "+", "finds": "+", "buys": "+", "gives": "-", "loses": "-", "sells": "-"}
-    return total + "".join(signs[event.split()[0]] + event.split()[1] for event in events) + "=?"
+    told = [signs[event.split()[0]] + event.split()[1] for event in events]
+    return f"{total}{''.join(told)}=?"
 
 
 any_settings = st.builds(
