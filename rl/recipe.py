@@ -106,9 +106,7 @@ def sitting(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | 
     if checkpoint and progress.stage < len(config.stages):
         trim_metrics(run_dir, config.stages[progress.stage], progress.step, config.stages)
     console = make_console()
-    model_path = prepare_model(
-        config, run_dir, lambda text: console.print(text, markup=False), anew=checkpoint is None
-    )
+    model_path = prepare_model(config, run_dir, lambda text: console.print(text, markup=False), anew=checkpoint is None)
     check_adapters(config, model_path)
     with cluster, stop_on_signal() as stop:  # in this order: Ray's start sets a SIGTERM handler of its own
         # the actors load while this process reads the data: both take seconds

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .scalars import UNIT, compiled, dot_rows, exp, load, mix_rows, store
+from ..compiled_loops import UNIT, compiled, dot_rows, exp, load, mix_rows, store
 
 BLOCK = 512
 """Vocabulary entries whose probability is summed before a draw looks inside."""

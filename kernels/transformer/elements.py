@@ -2,7 +2,7 @@
 
 torch takes a pass, and a float32 copy, for every cast, product and sum of these. bfloat16 stands here as uint16.
 
-What is compiled is kept between processes; see `kernels/patch_coding/lanes.py`.
+What is compiled is kept between processes; see `kernels/compiled_loops.py`.
 Shape legend: T tokens, H features of a row, I features of the MLP, D features of a head.
 """
 
@@ -11,83 +11,12 @@ Shape legend: T tokens, H features of a row, I features of the MLP, D features o
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
-from typing import Any
 
-from llvmlite import ir
-from numba import extending, float32, njit, types, uint16
+from numba import float32, uint16
 
-intrinsic: Any = extending.intrinsic
-
-_options = {"nogil": True, "cache": os.access(Path(__file__).parent, os.W_OK)}
-compiled = njit(**_options, error_model="numpy", fastmath={"reassoc", "contract"})
-inlined = njit(**_options, inline="always")
-
-
-@intrinsic
-def widen(_context, x):
-    """A bfloat16's bits as float32."""
-
-    def emit(_c, builder, _s, args):
-        bits = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-        return builder.bitcast(bits, ir.FloatType())
-
-    return types.float32(types.uint16), emit
-
-
-@intrinsic
-def narrow(_context, x):
-    """The bits of the nearest bfloat16, ties to even; what is not a number stays so."""
-
-    def emit(_c, builder, _s, args):
-        word, short = ir.IntType(32), ir.IntType(16)
-        bits = builder.bitcast(args[0], word)
-        odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
-        rounded = builder.add(bits, builder.add(odd, ir.Constant(word, 0x7FFF)))
-        found = builder.trunc(builder.lshr(rounded, ir.Constant(word, 16)), short)
-        return builder.select(builder.fcmp_unordered("uno", args[0], args[0]), ir.Constant(short, 0x7FC0), found)
-
-    return types.uint16(types.float32), emit
-
-
-@intrinsic
-def nearest(_context, x):
-    """Rounded to a whole number."""
-
-    def emit(_c, builder, _s, args):
-        return builder.call(builder.module.declare_intrinsic("llvm.rint", [ir.FloatType()]), [args[0]])
-
-    return types.float32(types.float32), emit
-
-
-@intrinsic
-def power_of_two(_context, n):
-    """2^n of a whole float32 between -126 and 127."""
-
-    def emit(_c, builder, _s, args):
-        word = ir.IntType(32)
-        exponent = builder.add(builder.fptosi(args[0], word), ir.Constant(word, 127))
-        return builder.bitcast(builder.shl(exponent, ir.Constant(word, 23)), ir.FloatType())
-
-    return types.float32(types.float32), emit
-
-
-@inlined
-def exp(x):
-    """Of a float32 between -87 and 88, beyond which it stays what it is there. To 1e-5 relative, where bfloat16 rounds to 4e-3,
-    and in operations that LLVM vectorises."""
-    t = min(max(x, float32(-87.0)), float32(88.0)) * float32(math.log2(math.e))
-    n = nearest(t)
-    f = (t - n) * float32(math.log(2))
-    p = float32(1 / 720)
-    p = p * f + float32(1 / 120)
-    p = p * f + float32(1 / 24)
-    p = p * f + float32(1 / 6)
-    p = p * f + float32(0.5)
-    p = p * f + float32(1.0)
-    p = p * f + float32(1.0)
-    return p * power_of_two(n)
+from ..compiled_loops import compiled, exp
+from ..compiled_loops import from_bfloat16 as widen
+from ..compiled_loops import to_bfloat16 as narrow
 
 
 @compiled

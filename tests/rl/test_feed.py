@@ -89,7 +89,7 @@ def fake_run(
 
     return SimpleNamespace(
         config=config, progress=Progress(pending=pending, position=1 + max((p for p, _ in pending), default=-1)),
-        pool=Pool(), source=Source(), grade=grade, check_delivery=lambda: None,
+        pool=Pool(), source=Source(), grade=grade, check_delivery=lambda: None, suite=SimpleNamespace(finished=0),
         sampling=lambda step: Sampling(max_tokens=4, seed=step),
     )  # fmt: skip
 

@@ -209,6 +209,7 @@ def test_wrong_weights_in_a_real_engine(pair: tuple[Path, list[Weights], list[An
     def serve(weights: Weights) -> Any:
         for name, tensor in weights.items():
             engine.weights[name].copy_(tensor)
+        engine.pack()
         with torch.no_grad():
             return engine.token_logprobs(IDS[None])[0].numpy()
 

@@ -10,7 +10,8 @@ from emberl.rl.config.data import DataConfig, TinyConfig
 from emberl.rl.config.load import resolve
 from emberl.rl.data.arithmetic import ProblemMaker
 from emberl.rl.data.tiny import tiny_tokenizer
-from emberl.rl.recipe import demonstration, prepare_model
+from emberl.rl.model_files import prepare_model
+from emberl.rl.recipe import demonstration
 from emberl.rl.run import conversation
 from emberl.rollout.samples import Prompt
 
@@ -57,9 +58,8 @@ def test_a_new_run_trains_the_model_that_its_configuration_names(tmp_path: Path)
     def hidden(size: int, *, anew: bool) -> int:
         tiny = {"hidden": size, "layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 8, "intermediate": 16}
         config = resolve({"name": "t", "model": {"tiny": tiny}, "data": {"source": "arithmetic"}})
-        made: int = json.loads((Path(prepare_model(config, tmp_path, anew=anew)) / "config.json").read_text())[
-            "hidden_size"
-        ]
+        folder = prepare_model(config, tmp_path, print, anew=anew)
+        made: int = json.loads((Path(folder) / "config.json").read_text())["hidden_size"]
         return made
 
     assert [hidden(16, anew=True), hidden(32, anew=True), hidden(16, anew=False)] == [16, 32, 32]

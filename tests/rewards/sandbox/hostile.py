@@ -310,7 +310,8 @@ PYTHON_ESCAPES = {
             if number and found: print("SECRET", number, found)""",
     "folders_of_other_runs": """
         import glob, os
-        for pattern in ("/tmp/*", "/tmp/emberl-*/*", "/var/tmp/*", "/dev/shm/*", "/run/*", "/home/*", "/root/*"):
+        homes = [f"/{name}/*" for name in ("run", "home", "root")]
+        for pattern in ("/tmp/*", "/tmp/emberl-*/*", "/var/tmp/*", "/dev/shm/*", *homes):
             if found := glob.glob(pattern): print("LISTED", found)""",
     "sockets": """
         import socket

@@ -43,7 +43,7 @@ _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 
 
 @_intrinsic
-def _from_bfloat16(_context, x):
+def from_bfloat16(_context, x):
     def emit(_context, builder, _signature, args):
         return builder.bitcast(builder.shl(builder.zext(args[0], _INT), _INT(16)), ir.FloatType())
 
@@ -51,14 +51,15 @@ def _from_bfloat16(_context, x):
 
 
 @_intrinsic
-def _to_bfloat16(_context, x):
-    """Rounds to nearest, ties to even."""
+def to_bfloat16(_context, x):
+    """Rounds to nearest, ties to even; NaN stays NaN."""
 
     def emit(_context, builder, _signature, args):
         bits = builder.bitcast(args[0], _INT)
         odd = builder.and_(builder.lshr(bits, _INT(16)), _INT(1))
         rounded = builder.add(bits, builder.add(odd, _INT(0x7FFF)))
-        return builder.trunc(builder.lshr(rounded, _INT(16)), ir.IntType(16))
+        result = builder.trunc(builder.lshr(rounded, _INT(16)), ir.IntType(16))
+        return builder.select(builder.fcmp_unordered("uno", args[0], args[0]), ir.IntType(16)(0x7FC0), result)
 
     return types.uint16(types.float32), emit
 
@@ -87,7 +88,7 @@ def store(row, i, x):
 @overload(load, inline="always")
 def _load(x):
     if isinstance(x, types.Integer):
-        return lambda x: _from_bfloat16(x)  # noqa: PLW0108 (numba takes no intrinsic in its place)
+        return lambda x: from_bfloat16(x)  # noqa: PLW0108 (numba takes no intrinsic in its place)
     return lambda x: x
 
 
@@ -96,7 +97,7 @@ def _store(row, i, x):
     if isinstance(row.dtype, types.Integer):
 
         def bfloat16(row, i, x):
-            row[i] = _to_bfloat16(np.float32(x))
+            row[i] = to_bfloat16(np.float32(x))
 
         return bfloat16
 
