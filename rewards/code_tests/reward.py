@@ -22,11 +22,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..inputs import RewardInput
 from ..sandbox.pool import COMPILER_LIMITS, Limits, Outcome, ProgramEnded, Run, Sandbox, SandboxError, Session, twice
-from ..sandbox.remote import RemoteSandbox, RemoteSession
 from ..sandbox.runs import OVER_LIMIT
 from ..sandbox.view import compiler
 from ..verdict import Status, Verdict, verifier_error
@@ -35,6 +34,9 @@ from .extract import Program, completed, extract_program
 from .plans import Call, FunctionPlan, JudgePlan, Plan, ProgramPlan
 from .references import solutions_of
 from .tests import plan_of
+
+if TYPE_CHECKING:
+    from ..sandbox.remote import RemoteSandbox, RemoteSession
 
 _HERE = Path(__file__).resolve().parent
 _MOST_OUTPUT = 1 << 28
@@ -92,6 +94,8 @@ class CodeReward:
         self.packages, self.reference_seconds = tuple(packages), reference_seconds
         self._start: Callable[..., Sandbox | RemoteSandbox]
         if url is not None:
+            from ..sandbox.remote import RemoteSandbox  # needs httpx, which no sandbox of our own does
+
             self._start = functools.partial(RemoteSandbox, url, workers=concurrency)
         else:
             self._start = functools.partial(Sandbox, workers=concurrency, backend=backend, allow_unsafe=allow_unsafe)

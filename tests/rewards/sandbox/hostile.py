@@ -281,8 +281,9 @@ PYTHON_ESCAPES = {
         import os
         for pid in (1, os.getppid(), "self/..", *range(max(os.getppid() - 50, 2), os.getppid() + 50)):
             for name in ("mem", "environ", "maps", "cmdline", "root/etc/passwd", "cwd/.", "fd/0", "fdinfo/0", "task", "stat"):
-                try: os.open(f"/proc/{pid}/{name}", os.O_RDONLY); print("OPENED", pid, name)
-                except OSError: pass
+                try: os.open(f"/proc/{pid}/{name}", os.O_RDONLY)
+                except OSError: continue
+                if pid != os.getpid(): print("OPENED", pid, name)  # its own descriptors it has anyway
         for pid in (1, os.getppid()):
             for name in ("cwd", "exe", "root", "fd/0"):
                 try: print("LINK", pid, os.readlink(f"/proc/{pid}/{name}"))
