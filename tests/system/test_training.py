@@ -36,7 +36,7 @@ def test_reward_rises_and_anybody_can_load_the_model(emberl: Emberl) -> None:
     assert 0 <= result["accuracy_start"] <= 1 and 0 <= result["accuracy_end"] <= 1
     assert result["tokens_per_second"] > 0
     assert (run_dir / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
-    assert "| problem | answer | reference | verdict |" in (run_dir / "samples.md").read_text()
+    assert "| problem | answer | reference | verdict | score | parts |" in (run_dir / "samples.md").read_text()
     assert list((run_dir / "wandb").glob("offline-run-*/*.wandb"))
 
     import torch

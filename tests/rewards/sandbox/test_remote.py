@@ -48,13 +48,16 @@ class _Handler(BaseHTTPRequestHandler):
             service.at_once += 1
             service.most_at_once = max(service.most_at_once, service.at_once)
             fault = service.faults.pop(0) if service.faults else None
-        try:
-            self._answer(body, fault)
-        finally:
-            with service.lock:
-                service.at_once -= 1
+        status, payload = self._answer(body, fault)
+        with service.lock:  # before the client sees the answer and sends its next request
+            service.at_once -= 1
+        with contextlib.suppress(OSError):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
 
-    def _answer(self, body: dict, fault) -> None:
+    def _answer(self, body: dict, fault) -> tuple[int, bytes]:
         status, answer = 200, fault
         if self.path != "/run_code":
             status, answer = 404, {}
@@ -62,12 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
             status, answer = fault, {}
         elif fault is None:
             answer = _run(body)
-        payload = json.dumps(answer).encode() if not isinstance(answer, bytes) else answer
-        with contextlib.suppress(OSError):
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(payload)))
-            self.end_headers()
-            self.wfile.write(payload)
+        return status, json.dumps(answer).encode() if not isinstance(answer, bytes) else answer
 
 
 def _run(body: dict) -> dict:
