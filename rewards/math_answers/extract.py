@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
+from .clauses import as_equations, choices, main_clause, names_choice, without_labels
 from .units import read_unit
 
 TAIL = 4000
@@ -59,6 +60,7 @@ _MARKER_PARTS = ("nswer", "NSWER", "esult", "olution", "ption", "hoice", "A:", "
 _BARE_LINE = re.compile(r"(?:A:|####)?[ \t]*(-?[\d,]*\.?\d+)")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,8}\{|\\(?:boxed|fbox)\s{0,8}(?P<bare>\d+|[A-Za-z](?![A-Za-z]))|\\[{}\\]|[{}]")
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+_PLACEHOLDER = re.compile(r"(?:(?:your|the|final|short)\s)*answer(?:\s(?:goes\s)?here)?\.?", re.IGNORECASE)
 _FORMULA = re.compile(
     r"(?<!\\)\$\$([^$]+)\$\$|(?<!\\)\$([^$]+)(?<!\\)\$|\\\(((?:(?!\\\(|\\\)).)+)\\\)|\\\[((?:(?!\\\[|\\\]).)+)\\\]"
     r"|\\begin\{(?:equation|align|gather)\*?\}((?:(?!\\end|\\begin).)+)\\end\{(?:equation|align|gather)\*?\}",
@@ -72,6 +74,7 @@ _MARKER = re.compile(
     r"|^[ \t]{0,4}答[:：]|(?<=[。\n])答[:：]",
     re.IGNORECASE | re.MULTILINE,
 )
+_NUMBERED = re.compile(r"^\W{0,4}(?:answer|答案)\s?\(?\d{1,2}\)?\*{0,2}[:：](.*)$", re.IGNORECASE | re.MULTILINE)
 _END_TOKENS = re.compile(r"(?:\s?(?:<\|[\w-]+\|>|</s>|<end_of_turn>|<eos>))+\s*\Z")
 _ASIDE = re.compile(
     r"(?<=[\w$%)}])\s?[(（](?!\s?(?:or|或))[^()（）$\\]*(?:[A-Za-z]{2}|[\u4e00-\u9fff])[^()（）$\\]*[)）]"
@@ -81,21 +84,27 @@ _NEGATED = re.compile(
 )
 _DENIED = re.compile(
     r"\b(?:is|are|be)\s+(?:not|false|less than|more than|greater than|at least|at most|incorrect|wrong)\b"
-    r"|不是|不等于|大于|小于|\bcannot be\b|\b(?:do not|don't|cannot) (?:know|say|tell)|give up",
+    r"|不是|不等于|大于|小于|\bcannot be\b|\b(?:do not|don't|cannot) (?:know|say|tell)|give up|\bno answer\b",
     re.I,
 )
-_CONDITIONAL = re.compile(r"\bif\b.*\b(?:otherwise|else)\b|如果.*否则", re.I)
-_UNFINISHED = re.compile(r"\b(?:and|then|but|the|of|to|from|with|or|so|a|an|is|that)\s*$", re.I)
+_CONDITIONAL = re.compile(
+    r"\bif\b.*\b(?:otherwise|else)\b|如果.*否则|\d\S*\s(?:if|when)\b.*\d\S*\s(?:if|when)\b|当.*时.*\d.*当.*时.*\d", re.I
+)
+_UNFINISHED = re.compile(r"\b(?:and|then|but|the|of|to|from|with|or|so|a|an|is|that|we|he|she|they|it|I)\s*$", re.I)
+_COUNTED = re.compile(r"(?<=\d)\s?[(（][\u4e00-\u9fff]{1,3}[)）]")
+"""What is counted, as it is noted in brackets behind a number."""
 _LISTED = re.compile(r"^\s*\d{1,2}[.)、]\s+(?=\D)", re.M)
 _ASSIGNED = re.compile(
     r"(?<![A-Za-z])[A-Za-z]\s?=\s?[-−]?[\d./]+(?:\s?(?:,|，|、|and|or|或|和)\s?[A-Za-z]\s?=\s?[-−]?[\d./]+)+"
 )
 _BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*|__([^_\n]{1,200})__")
 _NUMBER = re.compile(
+    r"\b(?:Jan|Febr|Septem|Octo|Novem|Decem)[a-z]*\s\d{1,2}(?:,?\s\d{4})?(?!\d)"  # a date
+    r"|\b(?:March|April|May|June|July|August)\s\d{1,2}(?:,?\s\d{4})?(?!\d)|"
     r"\d+(?:\.\d+)?\s?(?:[x×]|\\times)\s?10\s?\^\s?\{?-?\d+\}?"  # scientific notation
     r"|(?<![\d:])\d+(?::\d+)+(?:\s?[AaPp]\.?[Mm]\b)?"  # a ratio or a time
     r"|(?:(?<![\w)\]}])[-−])?\d+\s\d+/\d+(?![\w/])"  # a mixed number
-    r"|(?<![A-Za-z_])(?:(?<![\w)\]}])[-−])?(?:\\?[$€£¥￥]\s?)?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:[eE][+-]?\d+(?!\w))?"
+    r"|(?<![A-Za-z_])(?:(?<![\w)\]}])[-−])?(?:\\?[$€£¥￥]\s?)?(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d+(?!\w))?"
     r"(?:\s?/\s?\d+(?![\w.]))?[½⅓⅔¼¾]?(?:\s?(?:\\?%|°|％))?|(?<!\d)[-−]?\.\d+"
 )
 _EQUATION = re.compile(r"[\d .,()\[\]+*/×÷·^%$−=xX-]+")
@@ -112,10 +121,6 @@ _HEDGED = re.compile(
     r"\b(?:maybe|perhaps|possibly|alternatively|could also|or it|or,|^or)\b"
     r"|\bor\b(?=\s+(?:maybe|perhaps|possibly))|或者|也许|可能",
     re.IGNORECASE,
-)
-_OPTION = re.compile(
-    r"\b(?:[Oo]ption|[Cc]hoice)\s?[(（]?([A-J])\b|(?<![A-Za-z])([A-J])[)）]? is (?:the )?(?:correct|right)"
-    r"|选项?(?:为|是)?\s?[(（]?([A-J])(?![A-Za-z])"
 )
 _JOINED = re.compile(r"[\s,;、，；]*(?:and|or|和|或|与)?[\s,;、，；]*", re.IGNORECASE)
 _CHOICE = re.compile(r"(?:option|choice)?\s*[(（]?([A-J])(?:[)）](?=\W|$)|[.:：、](?=\s|$)|(?=\s*[,.。;；!]?\s*$|，))")
@@ -207,17 +212,20 @@ def _box_content(box: str) -> str:
 
 
 def _in_tag(text: str) -> list[str]:
-    """What the last `<answer>...</answer>` holds; of a sentence in it, what it states."""
+    """What every `<answer>...</answer>` holds; of a sentence in it, what it states."""
     if "nswer>" not in text and "NSWER>" not in text:
         return []
-    start, span = -1, (-1, -1)
+    start, found = -1, list[str]()
     for tag in _TAG.finditer(text):
         if not tag.group(1):
             start = tag.end()
         elif start >= 0:
-            span, start = (start, tag.start()), -1
-    inner = text[span[0] : span[1]].strip() if span[0] >= 0 else ""
-    return _of_text(inner) if inner else []
+            inner, start = text[start : tag.start()].strip(), -1
+            if _CONTENT.search(inner[:TAIL]) and _PLACEHOLDER.fullmatch(inner) is None:
+                found.append(inner)
+                if len(found) > MAX_ANSWERS:
+                    break
+    return [stated for inner in dict.fromkeys(found) for stated in _of_text(inner)]
 
 
 def _of_text(text: str) -> list[str]:
@@ -266,6 +274,8 @@ def _after_marker(text: str) -> list[str]:
     text = _tail(text)
     if not (parts := [at for part in _MARKER_PARTS if (at := text.find(part)) >= 0]):
         return []
+    if len(numbered := _NUMBERED.findall(text)) > 1:
+        return [_stated(rest)[0] for rest in numbered if rest.strip()]
     for marker in reversed(list(_MARKER.finditer(text, max(0, min(parts) - 80)))[-8:]):
         rest = text[marker.end() :]
         stated, end = _stated(rest)
@@ -283,7 +293,9 @@ def _after_marker(text: str) -> list[str]:
 def _whole(text: str) -> list[str]:
     """A text that is the answer itself."""
     text = _tail(text)
-    bare = _unbold(text)
+    bare = _COUNTED.sub("", _unbold(text))
+    if (word := re.match(r"(Yes|No)\b\s?,", bare)) is not None and "\n" not in bare:
+        return [word.group(1)]
     if not bare or "\n" in bare or len(bare) > 400:
         return [] if not bare or re.search(r"\d|\$|\\|[\u4e00-\u9fff]", bare) else [bare]
     if (formula := _FORMULA.fullmatch(bare.rstrip("."))) is not None:
@@ -292,7 +304,7 @@ def _whole(text: str) -> list[str]:
         return []  # `15% of 200 = 30`, and one equation after the other
     words = [w for w in _WORD.findall(_FORMULA.sub(" ", _GROUPED_TEXT.sub("", bare))) if w.lower() not in ("and", "or")]
     latin = [w for w in words if w.isascii()]
-    if _OPTION.search(bare) is not None:
+    if names_choice(bare):
         return []
     if not re.search(r"\d|\$|\\", bare):
         return [bare] if len(words) <= 3 or not _VERB.search(bare) else _last_statement(bare) or [bare]
@@ -335,19 +347,21 @@ def _last_statement(text: str) -> list[str]:
     """What the last sentence with a number, a formula or a choice states."""
     text = _tail(text)
     sentences = _sentences(_LISTED.sub("", text))
-    if sentences and (sentences[-1].endswith(("?", "？")) or _DENIED.search(_NEGATED.sub("", sentences[-1]))):
+    last = sentences[-1] if sentences else ""
+    if last.endswith(("?", "？")) or (_DENIED.search(_NEGATED.sub("", last)) and not choices(last)):
         return []
     for sentence in reversed(sentences):
         if sentence is sentences[-1] and _UNFINISHED.search(sentence):
+            return []  # the text was cut off
+        if names_choice(sentence):
+            if found := choices(sentence):
+                return [", ".join(found)]
             continue
-        if (option := _OPTION.search(sentence)) is not None:
-            return [next(letter for letter in option.groups() if letter)]
         if re.search(r"\d|\$[^$]|\\", sentence) and (stated := _of_sentence(sentence)):
             return [stated]
     if re.search(r"\d|\\", text) or len(text) > 400:
         return []
-    last = _sentences(text)[-1:] or [""]
-    cut = _VERB.split(last[0])[-1].strip().strip("*.。") if len(_WORD.findall(last[0])) > 3 else text
+    cut = _VERB.split(last)[-1].strip().strip("*.。") if len(_WORD.findall(last)) > 3 else text
     return [cut] if cut else []
 
 
@@ -421,7 +435,7 @@ def _stated(rest: str) -> tuple[str, int]:
 
 def _of_sentence(sentence: str) -> str:
     """The answer in a sentence: its last formulas, else its equation, else what follows the verb, else its last number."""
-    text = _bare(sentence)
+    text = as_equations(without_labels(_bare(sentence)))
     if "\\" not in text and "$" not in text and re.search(r"[{}@]", text):
         return ""  # neither a sentence nor mathematics
     numbers = list(_NUMBER.finditer(text))
@@ -435,6 +449,7 @@ def _of_sentence(sentence: str) -> str:
         return ""
     if re.search(r"\d|\$|\\", kept := _ASIDE.sub("", text)):
         text = kept.strip()
+    text = main_clause(text)
     formulas = list(_FORMULA.finditer(text))
     plain = _FORMULA.sub(lambda m: " " * len(m.group()), text)
     numbers = list(_NUMBER.finditer(plain))
