@@ -199,13 +199,15 @@ def _in_boxes(text: str) -> list[str]:
 
 
 def _box_content(box: str) -> str:
-    """What a box says; of a sentence in it, such as `the answer is 5`, what it states."""
+    """What a box says; of a sentence in it, such as `the answer is 5`, what it states; an aligned line by itself."""
+    if "{align" in box and "\\\\" not in box:
+        return re.sub(r"\\(?:begin|end)\{align(?:ed)?\*?\}|(?<!\\)&", " ", box).strip()
     if (
         len(box) < 400
         and any(part in box for part in ("nswer is", "答案", "答：", "答:"))
         and (marker := _MARKER.search(box)) is not None
     ):
-        rest = box[marker.end() :].strip(" :：。.")
+        rest = box[marker.end() :].lstrip(" :：").rstrip(" 。.")
         few = len(_WORD.findall(_GROUPED_TEXT.sub("", rest))) <= 2 and len(rest) < 60
         return (rest if few else _stated(rest)[0].strip("{} ")) or box
     return box
