@@ -87,9 +87,15 @@ _DENIED = re.compile(
     r"|不是|不等于|大于|小于|\bcannot be\b|\b(?:do not|don't|cannot) (?:know|say|tell)|give up|\bno answer\b",
     re.I,
 )
-_CONDITIONAL = re.compile(
-    r"\bif\b.*\b(?:otherwise|else)\b|如果.*否则|\d\S*\s(?:if|when)\b.*\d\S*\s(?:if|when)\b|当.*时.*\d.*当.*时.*\d", re.I
+_EXCLUDED = re.compile(
+    r"(\d\s?[-+*/×÷–]\s?\d[^=]{0,80}=\s?\$?\d.{0,80}?)\b(?:is|are)\snot\s(?!right|correct|true|the\b|possible|equal|valid|an?\b)"
+    r"(?=[a-z])"
 )
+"""`12 - 8 = 4 girls are not in the team` denies nothing."""
+_GAP = re.compile(r"[^\S\n]{3,}")
+_CONDITIONAL = re.compile(r"\bif\b.*\b(?:otherwise|else)\b|如果.*否则", re.I)
+_CASE = re.compile(r"\d\S{0,20}\s(?:if|when)\b|当[^当时\d]{1,40}时[^当\d]{0,40}\d", re.I)
+"""`3 when n is even`: two of these are no single answer."""
 _UNFINISHED = re.compile(r"\b(?:and|then|but|the|of|to|from|with|or|so|a|an|is|that|we|he|she|they|it|I)\s*$", re.I)
 _COUNTED = re.compile(r"(?<=\d)\s?[(（][\u4e00-\u9fff]{1,3}[)）]")
 """What is counted, as it is noted in brackets behind a number."""
@@ -107,7 +113,7 @@ _NUMBER = re.compile(
     r"|(?<![A-Za-z_])(?:(?<![\w)\]}])[-−])?(?:\\?[$€£¥￥]\s?)?(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d+(?!\w))?"
     r"(?:\s?/\s?\d+(?![\w.]))?[½⅓⅔¼¾]?(?:\s?(?:\\?%|°|％))?|(?<!\d)[-−]?\.\d+"
 )
-_EQUATION = re.compile(r"[\d .,()\[\]+*/×÷·^%$−=xX-]+")
+_EQUATION = re.compile(r"[\d .,()\[\]+*/×÷·^%$−–=xX-]+")
 _SENTENCE = re.compile(r"(?:[.!?](?=[\s*_)\"]|$)|[。！？])[*_)\"]*")
 _LINES = re.compile(r"\n+")
 _VERB = re.compile(
@@ -240,19 +246,21 @@ def _of_text(text: str) -> list[str]:
 
 
 def _tail(text: str) -> str:
-    """The end of a text, its dollars of money told from those around formulas."""
-    text = text.rstrip()[-TAIL:].strip()
+    """The end of a text, its dollars of money told from those around formulas, and no long gaps in it."""
+    text = _GAP.sub("  ", text.rstrip()[-TAIL:].strip())
     return _money_told(text) if "$" in text else text
 
 
 def _money_told(text: str) -> str:
-    """The text with `\\$` for every dollar of money: one before a number that no formula can begin with."""
+    """The text with `\\$` for every dollar of money: one before a number, where the next dollar closes no formula, for it
+    stands before a number too (`$20 / 4 = $5`) or has words in front."""
     pieces = re.split(r"(?<!\\)\$", text)
     told, at = pieces[0], 1
     while at < len(pieces):
         inside = pieces[at]
-        words = re.search(r"\s[A-Za-z]{2,}", inside) is not None and re.search(r"[\\=^]", inside) is None
-        if inside[:1].isdigit() and (words or at == len(pieces) - 1):
+        words = re.search(r"\s[A-Za-z]{2,}", inside) is not None and re.search(r"[\\^]", inside) is None
+        last = at == len(pieces) - 1
+        if re.match(r"\.?\d", inside) is not None and (last or words or re.match(r"\.?\d", pieces[at + 1]) is not None):
             told += "\\$" + inside
             at += 1
         else:  # a formula, with what follows it
@@ -345,12 +353,18 @@ def _in_bold(text: str) -> list[str]:
     )
 
 
+def _is_denied(sentence: str) -> bool:
+    """Whether a sentence says only what the answer is not: `it is less than 5`, but not `what is not used is 16`."""
+    ends = [match.end() for match in _DENIED.finditer(_EXCLUDED.sub(r"\1", sentence))]
+    return bool(ends) and re.search(r"(?:=|\b(?:is|are|has|have)\b|是)[^=]{0,80}\d", sentence[ends[-1] :]) is None
+
+
 def _last_statement(text: str) -> list[str]:
     """What the last sentence with a number, a formula or a choice states."""
     text = _tail(text)
     sentences = _sentences(_LISTED.sub("", text))
     last = sentences[-1] if sentences else ""
-    if last.endswith(("?", "？")) or (_DENIED.search(_NEGATED.sub("", last)) and not choices(last)):
+    if last.endswith(("?", "？")) or (_is_denied(_NEGATED.sub("", last)) and not choices(last)):
         return []
     for sentence in reversed(sentences):
         if sentence is sentences[-1] and _UNFINISHED.search(sentence):
@@ -441,8 +455,10 @@ def _of_sentence(sentence: str) -> str:
     if "\\" not in text and "$" not in text and re.search(r"[{}@]", text):
         return ""  # neither a sentence nor mathematics
     numbers = list(_NUMBER.finditer(text))
-    if _CONDITIONAL.search(text) or (
-        len(numbers) > 1 and _HEDGED.search(text, numbers[0].end(), numbers[-1].end()) is not None
+    if (
+        _CONDITIONAL.search(text)
+        or len(_CASE.findall(text)) > 1
+        or (len(numbers) > 1 and _HEDGED.search(text, numbers[0].end(), numbers[-1].end()) is not None)
     ):
         return text
     if re.search(r"\d", kept := _NEGATED.sub(" ", text)):
@@ -453,7 +469,7 @@ def _of_sentence(sentence: str) -> str:
         text = kept.strip()
     text = main_clause(text)
     formulas = list(_FORMULA.finditer(text))
-    plain = _FORMULA.sub(lambda m: " " * len(m.group()), text)
+    plain = _FORMULA.sub(lambda m: " " * len(m.group()), text).replace("\\$", "$ ")
     numbers = list(_NUMBER.finditer(plain))
     if formulas and not (numbers and numbers[-1].start() > formulas[-1].end()):
         run = [formulas[-1]]
@@ -485,19 +501,26 @@ def _of_sentence(sentence: str) -> str:
     if (hedge := _near_hedge(plain, chosen.start(), chosen.end())) is not None:
         return hedge
     if (variable := re.search(r"(?<![A-Za-z])([A-Za-z])\s?=\s?$", plain[: chosen.start()])) is not None:
-        return f"{variable.group(1)} = {chosen.group()}"
-    return chosen.group() + _unit_after(plain, chosen.end())
+        return f"{variable.group(1)} = {_amount(chosen)}"
+    return _amount(chosen) + _unit_after(plain, chosen.end())
+
+
+def _amount(number: re.Match[str]) -> str:
+    return number.group().replace("$ ", "$")
 
 
 def _of_equation(equation: str, before: str) -> str:
     """The equation, for its truth to be checked. Where it is the end of a step (`we have 2 + 5 + 9 = 21`), or its left side began
     in words (`15% of 200 = 30`), what it arrives at counts."""
-    equation = re.sub(r"(?<=[\d)])\s?[xX]\s?(?=[\d(])", "*", equation.strip(" .,xX"))
+    worded = re.match(r"\s*[xX*/×÷+]", equation) is not None  # words stand in the left side: 80 minutes / 4 = 20
+    equation = equation.replace("$", "").replace("–", "-").strip(" .,/xX")
+    equation = re.sub(r"(?<=[\d)])\s*[xX]\s*(?=[\d(.])", "*", equation)
     equation = next(part for part in reversed(equation.split(", ")) if "=" in part)
     sides = equation.split("=")
     if len(sides) == 2 and (
         re.search(r"\bwe (?:have|get|obtain)\s*$", before)
         or re.search(r"\b(?:of|from|by|times|plus|minus)\s*$", before)
+        or worded
     ):
         return sides[1].strip()
     return "=".join(sides)
@@ -516,7 +539,9 @@ def _unit_after(text: str, end: int) -> str:
     """The known unit after a number: ` km`, ` square meters`."""
     if (many := re.match(r"\s?(?:thousand|million|billion|trillion|dozen|万|亿)\b", text[end : end + 20])) is not None:
         return many.group()
-    words = re.match(r"[\s-]?([A-Za-z\u4e00-\u9fff°²³^/·]+\d?(?:\s(?:per\s)?[A-Za-z]+){0,2})", text[end : end + 40])
+    words = re.match(
+        r"[\s-]?(?!/)([A-Za-z\u4e00-\u9fff°²³^/·]+\d?(?:\s(?:per\s)?[A-Za-z]+){0,2})", text[end : end + 40]
+    )
     if words is None:
         return ""
     pieces = words.group(1).split()
