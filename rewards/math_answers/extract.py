@@ -104,6 +104,8 @@ _ASSIGNED = re.compile(
     r"(?<![A-Za-z])[A-Za-z]\s?=\s?[-−]?[\d./]+(?:\s?(?:,|，|、|and|or|或|和)\s?[A-Za-z]\s?=\s?[-−]?[\d./]+)+"
 )
 _BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*|__([^_\n]{1,200})__")
+_HEADING = re.compile(r"(?::\*\*|\*\*:)[^*]*\d[^*]*$")
+"""`**2. Total:** 7 pens`: the answer stands behind the bold."""
 _NUMBER = re.compile(
     r"\b(?:Jan|Febr|Septem|Octo|Novem|Decem)[a-z]*\s\d{1,2}(?:,?\s\d{4})?(?!\d)"  # a date
     r"|\b(?:March|April|May|June|July|August)\s\d{1,2}(?:,?\s\d{4})?(?!\d)|"
@@ -341,7 +343,7 @@ def _whole(text: str) -> list[str]:
 def _in_bold(text: str) -> list[str]:
     """Bold at the end: in the last line that has content."""
     lines = [line for line in _tail(text).split("\n") if line.strip()]
-    if not lines or not (bold := _BOLD.findall(lines[-1])):
+    if not lines or not (bold := _BOLD.findall(lines[-1])) or _HEADING.search(lines[-1]) is not None:
         return []
     inner = next(part for part in bold[-1] if part).strip().strip(":：")
     if not re.search(r"\d|\\|\$|^\(?[A-J]\)?$", inner) or (len(_WORD.findall(_GROUPED_TEXT.sub("", inner))) > 3):

@@ -31,7 +31,7 @@ from functools import lru_cache
 
 from .lexer import Token, spell, tokenise
 from .reader import TooDeep, Unreadable
-from .terms import Terms
+from .terms import MODULO, Terms
 from .tree import Kind, Node
 from .units import words
 
@@ -225,7 +225,7 @@ class _Parser(Terms):
             return self.argument()
         if self.skip(r"\bmod", r"\mod"):
             return self.product()
-        if self.peek() == "(" and self.peek(1) in (r"\bmod", r"\mod"):
+        if self.peek() == "(" and self.peek(1) in MODULO:
             self.at += 2
             inner = self.sum()
             self.take(")")
