@@ -16,10 +16,11 @@ _PARTS = (
         re.IGNORECASE,
     ),
     re.compile(
-        r"^\W*(?:(?:because|since|given that|when|as)\b(?:[^,，]|(?<=\d),(?=\d))*,(?=\s)|(?:因为|由于)[^,，]*[,，])",
+        r"^\W*(?:(?:(?:so|therefore|thus|hence|then|and|now),?\s+)?"
+        r"(?:because|since|given that|when|as)\b(?:[^,，]|(?<=\d),(?=\d))*,(?=\s)|(?:因为|由于)[^,，]*[,，])",
         re.I,
     ),
-    re.compile(r",?\s+(?:because|since)\b.*$|[,，]?\s*(?:因为|由于).*$", re.IGNORECASE),
+    re.compile(r",?\s+(?:because|since)\b.*$|,\s+who\b[^,=]*$|[,，]?\s*(?:因为|由于).*$", re.IGNORECASE),
     re.compile(
         rf"\b(?:(?:after|before)\s+(?:(?:he|she|they|it|we)\s+)?{_NO_CLAUSE}{{0,4}}{_AMOUNT}"
         rf"|(?:[a-z]+er|more|less|worse) than\s+{_NO_CLAUSE}{{0,3}}{_AMOUNT}"

@@ -437,7 +437,7 @@ def _stated(rest: str) -> tuple[str, int]:
     sentences = _sentences(body)
     sentence = sentences[0] if sentences else ""
     end = start + body.find(sentence) + len(sentence)
-    if (choice := _CHOICE.match(_unbold(sentence))) is not None:
+    if (choice := _CHOICE.match(_unbold(_REASON.split(sentence, maxsplit=1)[0]))) is not None:
         return choice.group(1), end
     if (reason := _REASON.search(sentence)) is not None and re.search(r"\d|\$|\\", sentence[: reason.start()]):
         sentence = sentence[: reason.start()]
