@@ -244,6 +244,10 @@ def _same_bodies(gold: Node, answer: Node, policy: Policy, computed: bool = Fals
         return _same_relation(gold, answer, policy)
     gold, answer = as_interval(gold), as_interval(answer)
     kinds = {gold.kind, answer.kind}
+    if kinds == {Kind.LIST, Kind.UNION}:
+        items = (gold if gold.kind is Kind.LIST else answer).args
+        if all(i.kind is Kind.RELATION and as_interval(i).kind is Kind.GROUP for i in items):
+            return Outcome.DIFFERENT  # a > 1, b > 4 are about two things
     if Kind.RUN in kinds and (found := _same_letters(gold, answer)) is not None:
         return found
     if Kind.MODULO in kinds:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
+from .clauses import as_equations, choices, main_clause, names_choice, without_labels
 from .units import read_unit
 
 TAIL = 4000
@@ -59,6 +60,7 @@ _MARKER_PARTS = ("nswer", "NSWER", "esult", "olution", "ption", "hoice", "A:", "
 _BARE_LINE = re.compile(r"(?:A:|####)?[ \t]*(-?[\d,]*\.?\d+)")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,8}\{|\\(?:boxed|fbox)\s{0,8}(?P<bare>\d+|[A-Za-z](?![A-Za-z]))|\\[{}\\]|[{}]")
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+_PLACEHOLDER = re.compile(r"(?:(?:your|the|final|short)\s)*answer(?:\s(?:goes\s)?here)?\.?", re.IGNORECASE)
 _FORMULA = re.compile(
     r"(?<!\\)\$\$([^$]+)\$\$|(?<!\\)\$([^$]+)(?<!\\)\$|\\\(((?:(?!\\\(|\\\)).)+)\\\)|\\\[((?:(?!\\\[|\\\]).)+)\\\]"
     r"|\\begin\{(?:equation|align|gather)\*?\}((?:(?!\\end|\\begin).)+)\\end\{(?:equation|align|gather)\*?\}",
@@ -72,6 +74,7 @@ _MARKER = re.compile(
     r"|^[ \t]{0,4}答[:：]|(?<=[。\n])答[:：]",
     re.IGNORECASE | re.MULTILINE,
 )
+_NUMBERED = re.compile(r"^\W{0,4}(?:answer|答案)\s?\(?\d{1,2}\)?\*{0,2}[:：](.*)$", re.IGNORECASE | re.MULTILINE)
 _END_TOKENS = re.compile(r"(?:\s?(?:<\|[\w-]+\|>|</s>|<end_of_turn>|<eos>))+\s*\Z")
 _ASIDE = re.compile(
     r"(?<=[\w$%)}])\s?[(（](?!\s?(?:or|或))[^()（）$\\]*(?:[A-Za-z]{2}|[\u4e00-\u9fff])[^()（）$\\]*[)）]"
@@ -81,24 +84,38 @@ _NEGATED = re.compile(
 )
 _DENIED = re.compile(
     r"\b(?:is|are|be)\s+(?:not|false|less than|more than|greater than|at least|at most|incorrect|wrong)\b"
-    r"|不是|不等于|大于|小于|\bcannot be\b|\b(?:do not|don't|cannot) (?:know|say|tell)|give up",
+    r"|不是|不等于|大于|小于|\bcannot be\b|\b(?:do not|don't|cannot) (?:know|say|tell)|give up|\bno answer\b",
     re.I,
 )
+_EXCLUDED = re.compile(
+    r"(\d\s?[-+*/×÷–]\s?\d[^=]{0,80}=\s?\$?\d.{0,80}?)\b(?:is|are)\snot\s(?!right|correct|true|the\b|possible|equal|valid|an?\b)"
+    r"(?=[a-z])"
+)
+"""`12 - 8 = 4 girls are not in the team` denies nothing."""
+_GAP = re.compile(r"[^\S\n]{3,}")
 _CONDITIONAL = re.compile(r"\bif\b.*\b(?:otherwise|else)\b|如果.*否则", re.I)
-_UNFINISHED = re.compile(r"\b(?:and|then|but|the|of|to|from|with|or|so|a|an|is|that)\s*$", re.I)
+_CASE = re.compile(r"\d\S{0,20}\s(?:if|when)\b|当[^当时\d]{1,40}时[^当\d]{0,40}\d", re.I)
+"""`3 when n is even`: two of these are no single answer."""
+_UNFINISHED = re.compile(r"\b(?:and|then|but|the|of|to|from|with|or|so|a|an|is|that|we|he|she|they|it|I)\s*$", re.I)
+_COUNTED = re.compile(r"(?<=\d)\s?[(（][\u4e00-\u9fff]{1,3}[)）]")
+"""What is counted, as it is noted in brackets behind a number."""
 _LISTED = re.compile(r"^\s*\d{1,2}[.)、]\s+(?=\D)", re.M)
 _ASSIGNED = re.compile(
     r"(?<![A-Za-z])[A-Za-z]\s?=\s?[-−]?[\d./]+(?:\s?(?:,|，|、|and|or|或|和)\s?[A-Za-z]\s?=\s?[-−]?[\d./]+)+"
 )
 _BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*|__([^_\n]{1,200})__")
+_HEADING = re.compile(r"(?::\*\*|\*\*:)[^*]*\d[^*]*$")
+"""`**2. Total:** 7 pens`: the answer stands behind the bold."""
 _NUMBER = re.compile(
+    r"\b(?:Jan|Febr|Septem|Octo|Novem|Decem)[a-z]*\s\d{1,2}(?:,?\s\d{4})?(?!\d)"  # a date
+    r"|\b(?:March|April|May|June|July|August)\s\d{1,2}(?:,?\s\d{4})?(?!\d)|"
     r"\d+(?:\.\d+)?\s?(?:[x×]|\\times)\s?10\s?\^\s?\{?-?\d+\}?"  # scientific notation
     r"|(?<![\d:])\d+(?::\d+)+(?:\s?[AaPp]\.?[Mm]\b)?"  # a ratio or a time
     r"|(?:(?<![\w)\]}])[-−])?\d+\s\d+/\d+(?![\w/])"  # a mixed number
-    r"|(?<![A-Za-z_])(?:(?<![\w)\]}])[-−])?(?:\\?[$€£¥￥]\s?)?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:[eE][+-]?\d+(?!\w))?"
+    r"|(?<![A-Za-z_])(?:(?<![\w)\]}])[-−])?(?:\\?[$€£¥￥]\s?)?(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d+(?!\w))?"
     r"(?:\s?/\s?\d+(?![\w.]))?[½⅓⅔¼¾]?(?:\s?(?:\\?%|°|％))?|(?<!\d)[-−]?\.\d+"
 )
-_EQUATION = re.compile(r"[\d .,()\[\]+*/×÷·^%$−=xX-]+")
+_EQUATION = re.compile(r"[\d .,()\[\]+*/×÷·^%$−–=xX-]+")
 _SENTENCE = re.compile(r"(?:[.!?](?=[\s*_)\"]|$)|[。！？])[*_)\"]*")
 _LINES = re.compile(r"\n+")
 _VERB = re.compile(
@@ -112,10 +129,6 @@ _HEDGED = re.compile(
     r"\b(?:maybe|perhaps|possibly|alternatively|could also|or it|or,|^or)\b"
     r"|\bor\b(?=\s+(?:maybe|perhaps|possibly))|或者|也许|可能",
     re.IGNORECASE,
-)
-_OPTION = re.compile(
-    r"\b(?:[Oo]ption|[Cc]hoice)\s?[(（]?([A-J])\b|(?<![A-Za-z])([A-J])[)）]? is (?:the )?(?:correct|right)"
-    r"|选项?(?:为|是)?\s?[(（]?([A-J])(?![A-Za-z])"
 )
 _JOINED = re.compile(r"[\s,;、，；]*(?:and|or|和|或|与)?[\s,;、，；]*", re.IGNORECASE)
 _CHOICE = re.compile(r"(?:option|choice)?\s*[(（]?([A-J])(?:[)）](?=\W|$)|[.:：、](?=\s|$)|(?=\s*[,.。;；!]?\s*$|，))")
@@ -194,30 +207,35 @@ def _in_boxes(text: str) -> list[str]:
 
 
 def _box_content(box: str) -> str:
-    """What a box says; of a sentence in it, such as `the answer is 5`, what it states."""
+    """What a box says; of a sentence in it, such as `the answer is 5`, what it states; an aligned line by itself."""
+    if "{align" in box and "\\\\" not in box:
+        return re.sub(r"\\(?:begin|end)\{align(?:ed)?\*?\}|(?<!\\)&", " ", box).strip()
     if (
         len(box) < 400
         and any(part in box for part in ("nswer is", "答案", "答：", "答:"))
         and (marker := _MARKER.search(box)) is not None
     ):
-        rest = box[marker.end() :].strip(" :：。.")
+        rest = box[marker.end() :].lstrip(" :：").rstrip(" 。.")
         few = len(_WORD.findall(_GROUPED_TEXT.sub("", rest))) <= 2 and len(rest) < 60
         return (rest if few else _stated(rest)[0].strip("{} ")) or box
     return box
 
 
 def _in_tag(text: str) -> list[str]:
-    """What the last `<answer>...</answer>` holds; of a sentence in it, what it states."""
+    """What every `<answer>...</answer>` holds; of a sentence in it, what it states."""
     if "nswer>" not in text and "NSWER>" not in text:
         return []
-    start, span = -1, (-1, -1)
+    start, found = -1, list[str]()
     for tag in _TAG.finditer(text):
         if not tag.group(1):
             start = tag.end()
         elif start >= 0:
-            span, start = (start, tag.start()), -1
-    inner = text[span[0] : span[1]].strip() if span[0] >= 0 else ""
-    return _of_text(inner) if inner else []
+            inner, start = text[start : tag.start()].strip(), -1
+            if _CONTENT.search(inner[:TAIL]) and _PLACEHOLDER.fullmatch(inner) is None:
+                found.append(inner)
+                if len(found) > MAX_ANSWERS:
+                    break
+    return [stated for inner in dict.fromkeys(found) for stated in _of_text(inner)]
 
 
 def _of_text(text: str) -> list[str]:
@@ -230,19 +248,21 @@ def _of_text(text: str) -> list[str]:
 
 
 def _tail(text: str) -> str:
-    """The end of a text, its dollars of money told from those around formulas."""
-    text = text.rstrip()[-TAIL:].strip()
+    """The end of a text, its dollars of money told from those around formulas, and no long gaps in it."""
+    text = _GAP.sub("  ", text.rstrip()[-TAIL:].strip())
     return _money_told(text) if "$" in text else text
 
 
 def _money_told(text: str) -> str:
-    """The text with `\\$` for every dollar of money: one before a number that no formula can begin with."""
+    """The text with `\\$` for every dollar of money: one before a number, where the next dollar closes no formula, for it
+    stands before a number too (`$20 / 4 = $5`) or has words in front."""
     pieces = re.split(r"(?<!\\)\$", text)
     told, at = pieces[0], 1
     while at < len(pieces):
         inside = pieces[at]
-        words = re.search(r"\s[A-Za-z]{2,}", inside) is not None and re.search(r"[\\=^]", inside) is None
-        if inside[:1].isdigit() and (words or at == len(pieces) - 1):
+        words = re.search(r"\s[A-Za-z]{2,}", inside) is not None and re.search(r"[\\^]", inside) is None
+        last = at == len(pieces) - 1
+        if re.match(r"\.?\d", inside) is not None and (last or words or re.match(r"\.?\d", pieces[at + 1]) is not None):
             told += "\\$" + inside
             at += 1
         else:  # a formula, with what follows it
@@ -266,6 +286,8 @@ def _after_marker(text: str) -> list[str]:
     text = _tail(text)
     if not (parts := [at for part in _MARKER_PARTS if (at := text.find(part)) >= 0]):
         return []
+    if len(numbered := _NUMBERED.findall(text)) > 1:
+        return [_stated(rest)[0] for rest in numbered if rest.strip()]
     for marker in reversed(list(_MARKER.finditer(text, max(0, min(parts) - 80)))[-8:]):
         rest = text[marker.end() :]
         stated, end = _stated(rest)
@@ -283,7 +305,9 @@ def _after_marker(text: str) -> list[str]:
 def _whole(text: str) -> list[str]:
     """A text that is the answer itself."""
     text = _tail(text)
-    bare = _unbold(text)
+    bare = _COUNTED.sub("", _unbold(text))
+    if (word := re.match(r"(Yes|No)\b\s?,", bare)) is not None and "\n" not in bare:
+        return [word.group(1)]
     if not bare or "\n" in bare or len(bare) > 400:
         return [] if not bare or re.search(r"\d|\$|\\|[\u4e00-\u9fff]", bare) else [bare]
     if (formula := _FORMULA.fullmatch(bare.rstrip("."))) is not None:
@@ -292,7 +316,7 @@ def _whole(text: str) -> list[str]:
         return []  # `15% of 200 = 30`, and one equation after the other
     words = [w for w in _WORD.findall(_FORMULA.sub(" ", _GROUPED_TEXT.sub("", bare))) if w.lower() not in ("and", "or")]
     latin = [w for w in words if w.isascii()]
-    if _OPTION.search(bare) is not None:
+    if names_choice(bare):
         return []
     if not re.search(r"\d|\$|\\", bare):
         return [bare] if len(words) <= 3 or not _VERB.search(bare) else _last_statement(bare) or [bare]
@@ -319,7 +343,7 @@ def _whole(text: str) -> list[str]:
 def _in_bold(text: str) -> list[str]:
     """Bold at the end: in the last line that has content."""
     lines = [line for line in _tail(text).split("\n") if line.strip()]
-    if not lines or not (bold := _BOLD.findall(lines[-1])):
+    if not lines or not (bold := _BOLD.findall(lines[-1])) or _HEADING.search(lines[-1]) is not None:
         return []
     inner = next(part for part in bold[-1] if part).strip().strip(":：")
     if not re.search(r"\d|\\|\$|^\(?[A-J]\)?$", inner) or (len(_WORD.findall(_GROUPED_TEXT.sub("", inner))) > 3):
@@ -331,23 +355,31 @@ def _in_bold(text: str) -> list[str]:
     )
 
 
+def _is_denied(sentence: str) -> bool:
+    """Whether a sentence says only what the answer is not: `it is less than 5`, but not `what is not used is 16`."""
+    ends = [match.end() for match in _DENIED.finditer(_EXCLUDED.sub(r"\1", sentence))]
+    return bool(ends) and re.search(r"(?:=|\b(?:is|are|has|have)\b|是)[^=]{0,80}\d", sentence[ends[-1] :]) is None
+
+
 def _last_statement(text: str) -> list[str]:
     """What the last sentence with a number, a formula or a choice states."""
     text = _tail(text)
     sentences = _sentences(_LISTED.sub("", text))
-    if sentences and (sentences[-1].endswith(("?", "？")) or _DENIED.search(_NEGATED.sub("", sentences[-1]))):
+    last = sentences[-1] if sentences else ""
+    if last.endswith(("?", "？")) or (_is_denied(_NEGATED.sub("", last)) and not choices(last)):
         return []
     for sentence in reversed(sentences):
         if sentence is sentences[-1] and _UNFINISHED.search(sentence):
+            return []  # the text was cut off
+        if names_choice(sentence):
+            if found := choices(sentence):
+                return [", ".join(found)]
             continue
-        if (option := _OPTION.search(sentence)) is not None:
-            return [next(letter for letter in option.groups() if letter)]
         if re.search(r"\d|\$[^$]|\\", sentence) and (stated := _of_sentence(sentence)):
             return [stated]
     if re.search(r"\d|\\", text) or len(text) > 400:
         return []
-    last = _sentences(text)[-1:] or [""]
-    cut = _VERB.split(last[0])[-1].strip().strip("*.。") if len(_WORD.findall(last[0])) > 3 else text
+    cut = _VERB.split(last)[-1].strip().strip("*.。") if len(_WORD.findall(last)) > 3 else text
     return [cut] if cut else []
 
 
@@ -405,7 +437,7 @@ def _stated(rest: str) -> tuple[str, int]:
     sentences = _sentences(body)
     sentence = sentences[0] if sentences else ""
     end = start + body.find(sentence) + len(sentence)
-    if (choice := _CHOICE.match(_unbold(sentence))) is not None:
+    if (choice := _CHOICE.match(_unbold(_REASON.split(sentence, maxsplit=1)[0]))) is not None:
         return choice.group(1), end
     if (reason := _REASON.search(sentence)) is not None and re.search(r"\d|\$|\\", sentence[: reason.start()]):
         sentence = sentence[: reason.start()]
@@ -421,12 +453,14 @@ def _stated(rest: str) -> tuple[str, int]:
 
 def _of_sentence(sentence: str) -> str:
     """The answer in a sentence: its last formulas, else its equation, else what follows the verb, else its last number."""
-    text = _bare(sentence)
+    text = as_equations(without_labels(_bare(sentence)))
     if "\\" not in text and "$" not in text and re.search(r"[{}@]", text):
         return ""  # neither a sentence nor mathematics
     numbers = list(_NUMBER.finditer(text))
-    if _CONDITIONAL.search(text) or (
-        len(numbers) > 1 and _HEDGED.search(text, numbers[0].end(), numbers[-1].end()) is not None
+    if (
+        _CONDITIONAL.search(text)
+        or len(_CASE.findall(text)) > 1
+        or (len(numbers) > 1 and _HEDGED.search(text, numbers[0].end(), numbers[-1].end()) is not None)
     ):
         return text
     if re.search(r"\d", kept := _NEGATED.sub(" ", text)):
@@ -435,8 +469,9 @@ def _of_sentence(sentence: str) -> str:
         return ""
     if re.search(r"\d|\$|\\", kept := _ASIDE.sub("", text)):
         text = kept.strip()
+    text = main_clause(text)
     formulas = list(_FORMULA.finditer(text))
-    plain = _FORMULA.sub(lambda m: " " * len(m.group()), text)
+    plain = _FORMULA.sub(lambda m: " " * len(m.group()), text).replace("\\$", "$ ")
     numbers = list(_NUMBER.finditer(plain))
     if formulas and not (numbers and numbers[-1].start() > formulas[-1].end()):
         run = [formulas[-1]]
@@ -468,19 +503,26 @@ def _of_sentence(sentence: str) -> str:
     if (hedge := _near_hedge(plain, chosen.start(), chosen.end())) is not None:
         return hedge
     if (variable := re.search(r"(?<![A-Za-z])([A-Za-z])\s?=\s?$", plain[: chosen.start()])) is not None:
-        return f"{variable.group(1)} = {chosen.group()}"
-    return chosen.group() + _unit_after(plain, chosen.end())
+        return f"{variable.group(1)} = {_amount(chosen)}"
+    return _amount(chosen) + _unit_after(plain, chosen.end())
+
+
+def _amount(number: re.Match[str]) -> str:
+    return number.group().replace("$ ", "$")
 
 
 def _of_equation(equation: str, before: str) -> str:
     """The equation, for its truth to be checked. Where it is the end of a step (`we have 2 + 5 + 9 = 21`), or its left side began
     in words (`15% of 200 = 30`), what it arrives at counts."""
-    equation = re.sub(r"(?<=[\d)])\s?[xX]\s?(?=[\d(])", "*", equation.strip(" .,xX"))
+    worded = re.match(r"\s*[xX*/×÷+]", equation) is not None  # words stand in the left side: 80 minutes / 4 = 20
+    equation = equation.replace("$", "").replace("–", "-").strip(" .,/xX")
+    equation = re.sub(r"(?<=[\d)])\s*[xX]\s*(?=[\d(.])", "*", equation)
     equation = next(part for part in reversed(equation.split(", ")) if "=" in part)
     sides = equation.split("=")
     if len(sides) == 2 and (
         re.search(r"\bwe (?:have|get|obtain)\s*$", before)
         or re.search(r"\b(?:of|from|by|times|plus|minus)\s*$", before)
+        or worded
     ):
         return sides[1].strip()
     return "=".join(sides)
@@ -499,7 +541,9 @@ def _unit_after(text: str, end: int) -> str:
     """The known unit after a number: ` km`, ` square meters`."""
     if (many := re.match(r"\s?(?:thousand|million|billion|trillion|dozen|万|亿)\b", text[end : end + 20])) is not None:
         return many.group()
-    words = re.match(r"[\s-]?([A-Za-z\u4e00-\u9fff°²³^/·]+\d?(?:\s(?:per\s)?[A-Za-z]+){0,2})", text[end : end + 40])
+    words = re.match(
+        r"[\s-]?(?!/)([A-Za-z\u4e00-\u9fff°²³^/·]+\d?(?:\s(?:per\s)?[A-Za-z]+){0,2})", text[end : end + 40]
+    )
     if words is None:
         return ""
     pieces = words.group(1).split()

@@ -31,7 +31,7 @@ from functools import lru_cache
 
 from .lexer import Token, spell, tokenise
 from .reader import TooDeep, Unreadable
-from .terms import Terms
+from .terms import MODULO, Terms
 from .tree import Kind, Node
 from .units import words
 
@@ -51,6 +51,10 @@ _CHOICE = re.compile(
     re.DOTALL,
 )
 _EDGES = re.compile(r"^(?:\\[,;:! ]|[\s~])+|(?:\\[,;:! ]|\\\\|[\s~])+$")
+_PROSE = re.compile(r"(?:(?:[A-Za-z]{2,}|[aA])\s+){2,30}[A-Za-z]{2,}\.?")
+_SAYING = frozenset(("the", "is", "are", "has", "have", "than", "not", "no", "never", "always", "a"))
+"""A sentence of plain words, of which none is a name, is compared word by word: it holds one of these, and no list."""
+_JOINS = frozenset(("and", "or"))
 _CHOICE_LETTER = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])")
 _CLOCK = re.compile(
     r"\s*(\d{1,2})(?::(\d{2}))?\s*(?:\\[ ,;]|~)*\s*(?:\\(?:text|mathrm|mbox)\s*\{)?[\s~]*([AaPp])\.?\s*[Mm]\.?\s*\}?\s*\Z"
@@ -65,8 +69,14 @@ def parse(text: str) -> Node:
     if (clock := _CLOCK.match(text)) is not None and int(clock.group(1)) <= 24:
         hours = int(clock.group(1)) % 12 + (12 if clock.group(3) in "Pp" else 0)
         return Node(Kind.CLOCK, (), hours * 60 + int(clock.group(2) or 0))
+    if _PROSE.fullmatch(text) is not None and _is_sentence(text.lower().split()):
+        return Node(Kind.TEXT, (), " ".join(text.rstrip(".").split()))
     choice = _read_choice(_EDGES.sub("", spell(text))) if _CHOICE_LETTER.search(text) else None
     return choice if choice is not None else _parse_tokens(_trimmed(tokenise(text)))
+
+
+def _is_sentence(words: list[str]) -> bool:
+    return not _SAYING.isdisjoint(words) and _JOINS.isdisjoint(words)
 
 
 def _trimmed(tokens: list[Token]) -> list[Token]:
@@ -215,7 +225,7 @@ class _Parser(Terms):
             return self.argument()
         if self.skip(r"\bmod", r"\mod"):
             return self.product()
-        if self.peek() == "(" and self.peek(1) in (r"\bmod", r"\mod"):
+        if self.peek() == "(" and self.peek(1) in MODULO:
             self.at += 2
             inner = self.sum()
             self.take(")")

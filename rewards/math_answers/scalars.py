@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from .options import Outcome, Policy
 from .tree import Kind, Node, has, number, number_of, rename, variables
-from .units import DEGREE, PERCENT, Unit, read_unit, same_count, words
+from .units import DEGREE, PERCENT, Unit, may_be, read_unit, same_count, words
 from .values import Reading, Value, exact, precise, signature
 
 PLAIN_POWER = 4
@@ -103,6 +103,9 @@ def _same_amount(ours: Amount, theirs: Amount, policy: Policy) -> Outcome:
             if math.isclose(a.factor, b.factor, rel_tol=1e-12):
                 return same_value(ours.core, theirs.core, policy)
             return _same_scaled(ours, theirs)
+        counted, measured = (b, a) if a.measures else (a, b)
+        if not may_be(counted, measured):
+            return Outcome.DIFFERENT
         return same_value(ours.core, theirs.core, policy)
     if a is not None and b is not None and not same_count(a, b):
         return Outcome.DIFFERENT

@@ -75,10 +75,21 @@ def state(node: Node, agree: Callable[[Node, Node], bool | None], take_last: boo
         return Statement(_whole(sides[0]), name)
     if len(sides) == 2 and name is None and variables(node):
         return Statement(node, equation=True)
+    if _is_system(name, sides):
+        return Statement(node)
+    if name is not None and not variables(sides[-1]):  # A = bh/2 = 12: the formula between is no number
+        sides = [side for side in sides if not variables(side)]
     checks = [agree(a, b) for a, b in pairwise(sides)]
     return Statement(
         _whole(sides[-1]), name, false=False in checks and not take_last, unproved=None in checks and not take_last
     )
+
+
+def _is_system(name: Node | None, sides: list[Node]) -> bool:
+    """A chain that relates unknowns, x/2 = y/3 = z/4, and computes none of them."""
+    if name is not None:
+        return all(is_name(side) and variables(side) for side in sides)
+    return len({frozenset(variables(side)) for side in sides if variables(side)}) > 1
 
 
 def _roughly(exact: Node, rounded: Node, agree: Callable[[Node, Node], bool | None]) -> bool:
@@ -114,7 +125,11 @@ def as_interval(node: Node) -> Node:
         pieces = [as_interval(a) for a in node.args]
         if not (all(p.kind is Kind.GROUP for p in pieces) and all(a.kind is Kind.RELATION for a in node.args)):
             return node
-        return _overlap(pieces) or node if node.data == "and" else Node(Kind.UNION, tuple(pieces), "union")
+        if len({_subject(a) for a in node.args}) > 1:
+            return node  # a > 1, b > 4: each says something of its own
+        if node.data == "and":
+            return _overlap(pieces) or Node(Kind.UNION, tuple(pieces), "intersection")
+        return Node(Kind.UNION, tuple(pieces), "union")
     if node.kind is Kind.UNION and node.data == "without":
         return _without_points(node)
     if node.kind is not Kind.RELATION or not isinstance(node.data, tuple):
@@ -134,6 +149,12 @@ def as_interval(node: Node) -> Node:
     if len(sides) == 2 and is_name(sides[1]) and not variables(sides[0]):
         return Node(Kind.GROUP, (sides[0], INFINITY), left + ")")
     return node
+
+
+def _subject(relation: Node) -> Node:
+    """The name whose interval a relation gives."""
+    sides = relation.args
+    return sides[1] if len(sides) == 3 or not is_name(sides[0]) else sides[0]
 
 
 def _overlap(pieces: list[Node]) -> Node | None:

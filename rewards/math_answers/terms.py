@@ -16,6 +16,9 @@ _STARTERS = frozenset((
 ))  # fmt: skip
 
 
+MODULO = (r"\bmod", r"\mod", "mod")
+
+
 class Terms(Atoms):
     """sum := [sign] term ((sign) term)*, term := factor (["*" | "/"] factor)* [unit]"""
 
@@ -138,7 +141,7 @@ class Terms(Atoms):
             if token == "|":
                 return self.bars == 0 and self.peek(ahead + 1) not in ("", "|")
             if token == "(":
-                return self.peek(ahead + 1) not in (r"\bmod", r"\mod")
+                return self.peek(ahead + 1) not in MODULO and self.peek(ahead + 2) != r"\in"
             return token in ("[", "{")
         return kind == "command" and (
             token[1:] in FUNCTIONS or token[1:] in GREEK or token in _STARTERS or token[1:] in ACCENTS or token in BIG

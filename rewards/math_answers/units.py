@@ -75,6 +75,8 @@ _DERIVED: dict[str, tuple[str, float]] = {
     "Ω ohm ohms 欧姆": ("kg m^2 s^-3 A^-2", 1.0), "T tesla teslas": ("kg s^-2 A^-1", 1.0),
     "F farad farads": ("kg^-1 m^-2 s^4 A^2", 1.0),
     "eV": ("J", 1.602176634e-19), "cal calorie calories": ("J", 4.184), "erg ergs": ("J", 1e-7), "dyn dyne dynes": ("N", 1e-5),
+    "Nm": ("N m", 1.0), "pm picometer picometers picometre picometres": ("m", 1e-12), "ps picosecond picoseconds": ("s", 1e-12),
+    "pF": ("F", 1e-12), "THz terahertz": ("Hz", 1e12), "TW": ("W", 1e12), "TJ": ("J", 1e12), "TeV": ("J", 1.602176634e-7),
     "atm": ("Pa", 101325.0), "bar bars": ("Pa", 1e5), "au AU": ("m", 1.495978707e11), "pc parsec parsecs": ("m", 3.0857e16),
     "Å angstrom angstroms": ("m", 1e-10), "ly": ("m", 9.4607e15),
 }  # fmt: skip
@@ -212,7 +214,7 @@ def is_unit(word: str) -> bool:
 def is_unit_word(word: str) -> bool:
     """Whether plain letters after a number are a unit: mg, Km and CM are, the product mv is not."""
     if len(word) == 2:
-        return word in _EXACT or (word[0].isupper() and word.lower() in _EXACT)
+        return (word in _EXACT and word not in ("pm", "ps")) or (word[0].isupper() and word.lower() in _EXACT)
     return is_unit(word)
 
 
@@ -226,6 +228,8 @@ def read_unit(text: str) -> Unit | None:
         return Unit(entry[0], tuple(sorted((n, e) for n, e in entry[1].items() if e)))
     if text in MEASURE_WORDS or (text[:1] in MEASURE_WORDS and len(text) <= 6 and not text.isascii()):
         return Unit(1.0, (), (text,))
+    if re.fullmatch(r"units?(?:\^[23])?", text) is not None:  # square units
+        return Unit(1.0, (), (text.replace("units", "unit"),))
     words = re.findall(r"[^\W\d_]+", text.lower())
     if not 1 <= len(words) <= 4 or re.search(r"[^\w\s'\-/]|\d", text):
         return None
@@ -241,3 +245,11 @@ def same_count(a: Unit, b: Unit) -> bool:
     """Whether two counted things may be the same: they share a word, plural or not."""
     stems = [{word.rstrip("s") for word in unit.words} for unit in (a, b)]
     return bool(stems[0] & stems[1])
+
+
+def may_be(counted: Unit, measured: Unit) -> bool:
+    """Whether words may stand for a measure: `school days` for days. A `unit` may be any; other scripts are not looked into."""
+    if not all(word.isascii() for word in counted.words) or counted.words[0].startswith("unit"):
+        return True
+    found = [read_unit(word) for word in counted.words]
+    return any(unit is not None and unit.measures and unit.dimension == measured.dimension for unit in found)

@@ -278,7 +278,7 @@ class _Evaluator:
             inner.kind is Kind.NEGATIVE and inner.args[0].kind is Kind.NUMBER
         )
         if not single and inner.kind is not Kind.GROUP:
-            always = letter in _ALWAYS_FUNCTIONS or not letter.isalpha()
+            always = letter in _ALWAYS_FUNCTIONS or not letter.isalpha() or _is_shift(letter, inner)
             if not always and (letter in self.reading.quantities or letter not in _FUNCTION_LETTERS):
                 value = self.value(inner)
                 here = self.env[letter]
@@ -361,7 +361,14 @@ def _exact_call(name: str, args: list[Fraction]) -> Fraction | None:
     return None
 
 
+def _is_shift(letter: str, inner: Node) -> bool:
+    """Whether `u(t - 2)` takes the function u at a shifted place, rather than u times a difference."""
+    names = variables(inner)
+    return letter in _FUNCTION_LETTERS and len(names) == 1 and names <= _ARGUMENTS
+
+
 _ALWAYS_FUNCTIONS = words("f varphi psi Phi Psi Gamma")
+_ARGUMENTS = words("t x z s")
 _FUNCTION_LETTERS = words("g h F G H u p q P Q")
 """Functions where the letter does not stand alone on either side."""
 _FUNCTIONS = {

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -157,6 +158,21 @@ def test_natural_responses_agree(math) -> None:
     differ = [name for name in differ if name not in LABEL_ERRORS]
     assert len(differ) <= 0.001 * len(rows), differ
     assert all(v.score is not None for v in verdicts)
+
+
+@needs_data
+@pytest.mark.slow
+def test_the_last_sentence_of_a_solution_is_read(math) -> None:
+    """Solutions whose line `A: x` is taken away; a few of the wrong ones get their last sentence right."""
+    rows = pairs("gsm8k_openai_solutions")
+    bare = [re.sub(r"<<[^>]*>>", "", row["pred"]) for row in rows]
+    texts = [re.sub(r"(?:\n?A:|####)[^\n]*\Z", "", text.strip()).strip() for text in bare]
+    verdicts = math([RewardInput(completion=t, answer=r["gold"]) for t, r in zip(texts, rows, strict=True)])
+    accepted = {
+        label: [v.score for r, v in zip(rows, verdicts, strict=True) if r["label"] is label] for label in (True, False)
+    }
+    assert sum(accepted[True]) >= 0.98 * len(accepted[True])
+    assert sum(accepted[False]) <= 0.005 * len(accepted[False])
 
 
 @needs_data

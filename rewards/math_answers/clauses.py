@@ -1,0 +1,100 @@
+"""What a sentence says besides its answer: reasons, origins, comparisons, labels and the choices that it rules out."""
+
+from __future__ import annotations
+
+import re
+
+_AMOUNT = r"\\?\$?\d++(?:[.,:]\d++)*+%?+\$?+(?!\s?[=+*/×÷^<>−:-]|\w)"
+_NO_CLAUSE = (
+    r"(?:(?!(?:that|this|which|he|she|it|they|we|you|there|has|have|had|is|are|was|were|will|gets?|needs?)\b)"
+    r"[A-Za-z']+\s+)"
+)
+_PARTS = (
+    re.compile(  # all before the conclusion
+        r"^.*[\s,;，；](?:so(?!\s+(?:that|far|many|much|on)\b)(?![\w-])|(?:therefore|thus|hence)\b)"
+        r"|^.*(?:所以|因此|从而)",
+        re.IGNORECASE,
+    ),
+    re.compile(
+        r"^\W*(?:(?:(?:so|therefore|thus|hence|then|and|now),?\s+)?"
+        r"(?:because|since|given that|when|as)\b(?:[^,，]|(?<=\d),(?=\d))*,(?=\s)|(?:因为|由于)[^,，]*[,，])",
+        re.I,
+    ),
+    re.compile(r",?\s+(?:because|since)\b.*$|,\s+who\b[^,=]*$|[,，]?\s*(?:因为|由于).*$", re.IGNORECASE),
+    re.compile(
+        rf"\b(?:(?:after|before)\s+(?:(?:he|she|they|it|we)\s+)?{_NO_CLAUSE}{{0,4}}{_AMOUNT}"
+        rf"|(?:[a-z]+er|more|less|worse) than\s+{_NO_CLAUSE}{{0,3}}{_AMOUNT}"
+        rf"|out of\s+{_NO_CLAUSE}{{0,3}}{_AMOUNT}"
+        rf"|of (?:the|these|those|all|his|her|their|its|our|my)\s+{_NO_CLAUSE}?{_AMOUNT}"
+        rf"|(?:from|by|among)\s+{_NO_CLAUSE}{{0,2}}{_AMOUNT})",
+        re.IGNORECASE,
+    ),
+)
+"""Parts of a sentence that hold numbers but not its answer, in the order in which they are left out."""
+_LABEL = re.compile(
+    r"\b(?:step|equation|eqn?\.?|formula|question|problem|exercise|figure|fig\.|case|section|theorem|lemma|chapter"
+    r"|example|table|method|part|rule)\s?[(#]?\d{1,3}(?:\.\d+)*\)?(?!\s?[=+*/^×÷]|\w)"
+    r"|第\d+[步题章节问]|(?:步骤|问题|例)\d+",
+    re.IGNORECASE,
+)
+_SAID_TO_BE = re.compile(
+    r"(?<![\w+*/×÷^)=.-])(?<![+*/×÷^)=-]\s)(\d+(?:\.\d+)?(?:\s?[+*/×÷-]\s?\d+(?:\.\d+)?)+)"
+    r"\s(?:is|are|equals|gives|makes)\s(?=-?\d)"
+)
+_CHOICES = re.compile(
+    r"(?:\b(?P<concluded>so|therefore|thus|hence|choose|chose|pick|select)\s(?:the\s)?(?:answer\sis\s)?)?"
+    r"\b(?:[Oo]ption|[Cc]hoice)\s?[(（]?(?P<named>[A-J])\b[)）]?"
+    r"|\b(?:so|therefore|thus|hence|choose|chose|pick|select),?\s(?:[(（](?P<brackets>[A-J])[)）]|(?P<bare>[B-HJ])(?=\s?[.,;]|$))"
+    r"|(?<![A-Za-z])(?P<before>[A-J])[)）]? (?=is (?:the )?(?:correct|right))"
+    r"|选项?(?:为|是)?\s?[(（]?(?P<chosen>[A-J])(?![A-Za-z])"
+)
+_RULED_OUT = re.compile(
+    r"\s?(?:fails?\b|(?:is|are|was)\s(?:not\b|false|wrong|incorrect|impossible|excluded|out\b)|cannot|can't|doesn't|does not)"
+    r"|\s?(?:错|不|排除)"
+)
+_HELD = re.compile(r"\s?(?:is|must be)\s(?:the\s)?(?:only\s)?(?:correct|right|true|answer)")
+
+
+def main_clause(sentence: str) -> str:
+    """The part that states the answer: without its reasons, what it was taken from and what it is compared with.
+
+    A part stays where no number or formula would be left without it.
+    """
+    for part in _PARTS:
+        origin = part is _PARTS[-1]
+        if origin and "=" in sentence:
+            break
+        kept = part.sub(" ", sentence)
+        if (
+            re.search(r"\d" if origin else r"\d|\$[^$]|\\[a-z]", kept)
+            and kept.count("$") % 2 == sentence.count("$") % 2
+        ):
+            sentence = kept.strip()
+    return sentence
+
+
+def without_labels(sentence: str) -> str:
+    """`Step 3` and `equation (3)` are names, not amounts."""
+    return _LABEL.sub(" ", sentence)
+
+
+def as_equations(sentence: str) -> str:
+    """`2 + 2 is 5` as `2 + 2 = 5`, for its truth to be checked."""
+    return _SAID_TO_BE.sub(r"\1 = ", sentence)
+
+
+def choices(sentence: str) -> list[str]:
+    """The choices that a sentence makes: those it says are right or concludes, else all that it does not rule out."""
+    named, made = list[str](), list[str]()
+    for match in _CHOICES.finditer(sentence):
+        letter = next(group for name, group in match.groupdict().items() if group and name != "concluded")
+        if _RULED_OUT.match(sentence, match.end()):
+            continue
+        named.append(letter)
+        if match["concluded"] or not match["named"] or _HELD.match(sentence, match.end()):
+            made.append(letter)
+    return list(dict.fromkeys(made or named))
+
+
+def names_choice(sentence: str) -> bool:
+    return _CHOICES.search(sentence) is not None
