@@ -244,7 +244,7 @@ def test_bombs_are_answered_in_time(way: str) -> None:
 
 @pytest.mark.slow
 def test_fuzz() -> None:
-    """`EMBERL_FUZZ=1000000 pytest tests/rewards/test_maths.py -k fuzz` is the long form."""
+    """`EMBERL_FUZZ=1000000 pytest tests/rewards/math_answers -k fuzz` is the long form."""
     count = int(os.environ.get("EMBERL_FUZZ", "500"))
     rng = random.Random(count)
     pieces = [
