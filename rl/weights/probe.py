@@ -12,8 +12,8 @@ of the log-probs of the three quarters of the tokens that differ least, and the 
 What is found, and what is not. Found: whatever moves the log-probs by more than about twice the noise of so many tokens, and
 an engine that goes on computing with any earlier version as a whole, however near, where its results repeat bit for bit (on
 a CPU they do). Not found: a part of the weights that is stale, while what it would change is smaller than the noise. In
-float32 one step of one tensor is well above it; in bfloat16 a single stale layer may stay below it for sixty steps, which is as far as was tried of
-lr=1e-5, as may a slow drift that is spread over hundreds of versions.
+float32 one step of one tensor is well above it; in bfloat16 a single stale layer stayed below it for the sixty steps of
+lr=1e-5 that were tried, as may a slow drift that is spread over hundreds of versions.
 """
 
 from __future__ import annotations
