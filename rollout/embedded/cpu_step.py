@@ -116,8 +116,5 @@ class CPUStep:
         for other in others:
             other.result()
 
-    def close(self) -> None:
-        self._pool.shutdown(wait=False)
-
 
 __all__ = ["CPUStep", "as_array", "supports"]

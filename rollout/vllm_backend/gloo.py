@@ -83,7 +83,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # t
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
         """Asked of every engine to vLLM 0.27."""
-        raise NotImplementedError("learners send by `native.open_group`")
+        raise NotImplementedError("learners send by `transfer.open_group`")
 
 
 __all__ = ["GlooWeightTransferEngine"]

@@ -9,6 +9,7 @@ the median of those of the rounds. Nothing else may run meanwhile.
 - decode: chat prompts in groups of 8, forced response lengths of 16 to 128, temperature 1, log-probs of the sampled tokens.
   `generate` has one left-padded batch in the order of the lengths that suits it best, each sequence counted to its own length.
   vLLM: `LLM.generate` with n=8, compiled; `--vllm` is the interpreter that has it (`make test-vllm` makes one).
+  VLLM_EAGER=1 leaves its compiler out.
 - step: 32 prompts x 8 answers, TRL's GRPOTrainer beside `emberl train`, both on every answer.
 - learner: `real_learner.py`.
 """
