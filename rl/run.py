@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,9 @@ from .learner.group import LearnerGroup
 from .watch.tracking import Tracker
 from .weights.probe import Level, Probe, as_batch, probe_ids, tolerance_of
 from .weights.sync import WeightSync
+
+if TYPE_CHECKING:
+    from .eval_sets import EvalSet
 
 
 class Interrupted(Exception):
@@ -53,6 +56,7 @@ class Run:
     stop: threading.Event
     started: float
     progress: Progress
+    eval_sets: tuple[EvalSet, ...] = ()
     _delivery: Future[dict[str, float]] | None = None
     _courier: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="courier"))
 
@@ -68,31 +72,43 @@ class Run:
             seed=self.config.seed * 1_000_003 + step,
         )
 
-    def sample_groups(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[Group]:
-        """n graded answers to each prompt, in the order of the prompts; graded while others are still decoded."""
+    def sample_groups(
+        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, suite: RewardSuite | None = None
+    ) -> list[Group]:
+        """n answers to each prompt, in the order of the prompts, marked by `suite` (None: the run's) while others are still
+        decoded."""
         groups: dict[int, Group] = {}
         for index, completions in self.pool.generate(prompts, n, sampling):
-            groups[index] = self.grade(prompts[index], completions)
+            groups[index] = self.grade(prompts[index], completions, suite, sampling.max_tokens)
         assert len(groups) == len(prompts), f"{len(prompts)} prompts went out, {len(groups)} groups came back"
         return [groups[i] for i in range(len(prompts))]
 
-    def grade(self, prompt: Prompt, completions: Sequence[Completion]) -> Group:
-        shown = self.tokenizer.decode(list(prompt.token_ids))
+    def grade(
+        self,
+        prompt: Prompt,
+        completions: Sequence[Completion],
+        suite: RewardSuite | None = None,
+        max_tokens: int = 0,
+    ) -> Group:
+        """The completions with their verdicts, by `suite` (None: the run's reward)."""
+        unmarked = replace(
+            reward_input(prompt, self.tokenizer, ""),
+            prompt=self.tokenizer.decode(list(prompt.token_ids)),
+            max_tokens=max_tokens or self.config.rollout.max_response_length,
+            step=self.progress.step,
+            max_steps=self.config.schedule.steps,
+        )
         inputs = [
-            RewardInput(
-                prompt=shown,
-                messages=conversation(prompt, self.tokenizer),
+            replace(
+                unmarked,
                 completion=self.text(completion),
-                answer=prompt.answer,
-                source=prompt.source,
-                columns=prompt.columns,
                 token_ids=tuple(completion.token_ids.tolist()),
                 finish_reason=completion.finish_reason,
-                max_tokens=self.config.rollout.max_response_length,
             )
             for completion in completions
         ]
-        return Group(prompt=prompt, completions=tuple(completions), verdicts=tuple(self.suite.grade(inputs)))
+        verdicts = tuple((suite or self.suite).grade(inputs))
+        return Group(prompt=prompt, completions=tuple(completions), verdicts=verdicts)
 
     def text(self, completion: Completion) -> str:
         """A completion as the grader and a person read it, without its end token and what else frames a conversation."""
@@ -211,6 +227,34 @@ def conversation(prompt: Prompt, tokenizer: Any) -> tuple[Mapping[str, str], ...
     """The messages that reward functions see; none where the model reads plain text, since without a chat template peers
     hand their functions texts."""
     return prompt.messages if tokenizer.chat_template is not None else ()
+
+
+def reward_input(prompt: Prompt, tokenizer: Any, completion: str) -> RewardInput:
+    """What is known of a problem before its answer is sampled, as rewards see it."""
+    return RewardInput(
+        completion=completion,
+        answer=prompt.answer,
+        messages=conversation(prompt, tokenizer),
+        plain_prompt=plain_prompt(prompt),
+        source=prompt.source,
+        columns=prompt.columns,
+    )
+
+
+def plain_prompt(prompt: Prompt) -> str | None:
+    """The prompt of a row that holds a text; None for a row of messages, or where there is no conversation."""
+    if not prompt.messages or any(_is_conversation(value) for value in prompt.columns.values()):
+        return None
+    return prompt.messages[-1]["content"]
+
+
+def _is_conversation(value: Any) -> bool:
+    """Whether a column holds messages, of OpenAI's form or ShareGPT's."""
+    return (
+        isinstance(value, Sequence)
+        and bool(value)
+        and all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in value)
+    )
 
 
 def stop_tokens(tokenizer: Any) -> tuple[int, ...]:

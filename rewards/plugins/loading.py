@@ -76,9 +76,11 @@ def describe(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     users = [f for f in frames if not f.filename.startswith((*_HOUSE, "<")) and not _in_library(f.filename)]
     others = [f for f in frames if not f.filename.startswith((*_HOUSE, "<"))]  # a plugin may be installed itself
-    last = (users or others or [None])[-1]
     text = f"{type(error).__name__}: {str(error)[:1000]}"
-    return text if last is None else f"{text} ({last.filename}:{last.lineno} in {last.name})"
+    if not (users or others):
+        return text
+    last = (users or others)[-1]
+    return f"{text} ({last.filename}:{last.lineno} in {last.name})"
 
 
 def _in_library(filename: str) -> bool:

@@ -36,8 +36,9 @@ def result(value: Any, extras: Mapping[str, Any] | None = None) -> dict[str, Any
         return {"none": True, "parts": parts}
     if (score := number(value)) is None:
         return {"error": f"returned {short(value)}, which is no finite number"}
-    right = {"right": parts[name] >= 1 for name in _RIGHT if name in parts}
-    return {"score": score, "parts": parts, "message": ", ".join(texts)} | right
+    found = {"score": score, "parts": parts, "message": ", ".join(texts)}
+    right = next((parts[name] >= 1 for name in _RIGHT if name in parts), None)
+    return found if right is None else found | {"right": right}
 
 
 def batch_results(values: Any, count: int, logged: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

@@ -52,7 +52,11 @@ class PluginReward(Reward):
         self._inline: Adapted | None = None
         self._pool: WorkerPool | None = None
         self._workers, self._memory_bytes = concurrency, memory_bytes
-        self._setup = {"target": target, "style": style, "keywords": dict(kwargs or {})}
+        self._setup: dict[str, Any] = {
+            "target": target,
+            "style": style,
+            "keywords": dict(kwargs or {}),
+        }
         if isolation == "inline":
             self._inline = make(**self._setup)
             self.style, self.batched = self._inline.style, self._inline.batched
@@ -199,7 +203,7 @@ def _needs_main_thread(adapted: Adapted, example: RewardInput, timeout: float) -
         return real(*arguments)
 
     thread = threading.Thread(target=lambda: attempt(adapted, [example]), daemon=True)
-    signal.signal = noted
+    signal.signal = noted  # type: ignore[assignment]
     try:
         thread.start()
         thread.join(timeout)

@@ -239,7 +239,7 @@ def _verl_batch(batch: Sequence[RewardInput]) -> Call:
 
 def _trl(batch: Sequence[RewardInput]) -> Call:
     pairs = [_as_in_the_row(row) for row in batch]
-    arguments = {name: [row.answer for row in batch] for name in _ANSWERS}
+    arguments: dict[str, Any] = {name: [row.answer for row in batch] for name in _ANSWERS}
     arguments |= {name: [ground_truth(row) for row in batch] for name in _TRUTHS}
     for name in {name for row in batch for name in row.columns}:
         arguments[name] = [row.columns.get(name) for row in batch]

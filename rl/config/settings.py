@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from .base import LONGEST, Settings
-from .data import TinyConfig
+from .data import DataConfig, TinyConfig
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 MOST_STEPS, MOST_ANSWERS, MOST_TOKENS = 100_000_000, 10_000_000, 10_000_000
@@ -279,17 +279,63 @@ class CriticConfig(Settings):
         return policy.model_copy(update={"lr": self.lr, "warmup_steps": self.lr_warmup_steps})
 
 
+class EvalSetConfig(DataConfig):
+    """A set of problems to be evaluated on, all of it: the keys of `data`, with `path` for `source`, and its own answers.
+    Empty: as in `eval` and `rollout`."""
+
+    heldout: int = Field(default=0, ge=0, le=0)
+    size: int | None = Field(default=None, ge=1, le=100_000_000)
+    """The first so many problems; empty: all, of a generated source 512."""
+    samples: int | None = Field(default=None, ge=1, le=65_536)
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0, le=MOST_TOKENS)
+    max_response_length: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
+    verifier: RewardPart | None = None
+    """What marks the answers: a name such as `math`, or the keys of a part of the reward; empty: the run's reward."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"source": value}
+        if not isinstance(value, Mapping) or "path" not in value:
+            return value
+        if "source" in value:
+            raise ValueError("path is another word for source; set one of them")
+        return {"source": value["path"], **{key: v for key, v in value.items() if key != "path"}}
+
+    @model_validator(mode="after")
+    def _whole(self) -> EvalSetConfig:
+        if self.eval_path is not None or self.eval_split is not None:
+            raise ValueError("a set is evaluated whole: name its file in path, or its split in split")
+        return self
+
+    @property
+    def generated(self) -> bool:
+        """Whether its problems are made rather than read."""
+        return isinstance(self.source, str) and self.source.startswith(("arithmetic", "reasoning_gym:"))
+
+
 class EvalConfig(Settings):
     """Held-out problems, before, during and after RL."""
 
     every: int = Field(default=25, ge=0)
     """RL steps between evaluations; 0: only before and after."""
-    size: int = Field(default=512, ge=0, le=100_000_000)
-    """Held-out problems; 0: never evaluate."""
+    size: int | None = Field(default=None, ge=0, le=100_000_000)
+    """The first so many of the problems that `data` holds out; empty: all of them; 0: none."""
     samples: int = Field(default=1, ge=1, le=65_536)
     """Answers to each problem (`mean@N`)."""
     temperature: float = Field(default=0.0, ge=0, le=100)
     """0: greedy."""
+    sets: Mapping[str, EvalSetConfig] = Field(default_factory=dict)
+    """Further sets by name, each with the keys of `data` and answers of its own, e.g. {aime24: {path: aime24.parquet,
+    prompt_column: problem, samples: 16, temperature: 0.6, verifier: math}}; `val-core/aime24/acc/mean@16`."""
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return self.size != 0 or bool(self.sets)
 
 
 class CheckpointConfig(Settings):
