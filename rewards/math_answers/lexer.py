@@ -74,7 +74,7 @@ _BLOCKS = (
         r"(?:st|nd|rd|th)\s*\}|\{\s*(?:st|nd|rd|th)\s*\})"
     ), "th "),
     (re.compile(r"\^\s*(?:\{\s*\\prime\s*\}|\\prime(?![A-Za-z]))"), "'"),
-    (re.compile(r"(?<=\d)\{\s*\}|(?<=\\degree )\{\s*\}"), ""),
+    (re.compile(r"(?<=\d)\{\s*\}(?!\s*\{)|(?<=\\degree )\{\s*\}"), ""),
     (re.compile(r"^\s*\*\*(.+)\*\*\s*$"), r"\1"),
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"<=>|<->"), r"\\iff "),

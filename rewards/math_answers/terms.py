@@ -55,11 +55,11 @@ class Terms(Atoms):
             elif (mixed := self.mixed(factors[-1])) is not None:
                 factors[-1] = mixed
             elif self.starts_atom():
-                bare = self.kind() == "number" or self.peek() == "{"
+                bare, fraction = self.kind() == "number" or self.peek() == "{", self.peek() != "("
                 factor = self.postfix(self.atom())
                 if bare and factor.kind is Kind.NUMBER and factors[-1].kind is not Kind.POWER:
                     raise Unreadable("numbers side by side")
-                if factors[-1].kind is Kind.NUMBER and factor.kind is Kind.QUOTIENT and whole(factor.args[0]):
+                if fraction and factors[-1].kind is Kind.NUMBER and factor.kind is Kind.QUOTIENT and whole(factor.args[0]):
                     raise Unreadable("a number beside a fraction")
                 factors.append(factor)
             else:
@@ -211,8 +211,11 @@ class Terms(Atoms):
                 *self.tokens[self.at + 1 :],
             ]
             inner = self.numeral()
-        elif self.peek() in ("-", "+"):
-            inner = negated(self.atom()) if self.take() == "-" else self.atom()
+        elif self.peek() in ("-", "+"):  # x^-2; but e^-{2t} is e to the minus sign, beside 2t
+            minus = self.take() == "-"
+            if self.peek() == "{" or self.peek()[1:] in FUNCTIONS:
+                raise Unreadable("a sign as an argument")
+            inner = negated(self.atom()) if minus else self.atom()
         else:
             inner = self.atom()
         self.depth -= 1
