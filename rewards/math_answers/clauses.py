@@ -12,6 +12,7 @@ _NO_CLAUSE = (
 _PARTS = (
     re.compile(  # all before the conclusion
         r"^.*[\s,;，；](?:so(?!\s+(?:that|far|many|much|on)\b)(?![\w-])|(?:therefore|thus|hence)\b)"
+        r"|^.*\brounds?\s(?:(?:up|down|off)\s)?to\b(?!\sthe\b|\s\d+\s(?:decimal|significant))"
         r"|^.*(?:所以|因此|从而)",
         re.IGNORECASE,
     ),

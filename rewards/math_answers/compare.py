@@ -187,6 +187,9 @@ def _names_differ(gold: Node | None, answer: Node | None) -> bool:
     if gold is None or answer is None or gold == answer:
         return False
     kinds = {gold.kind, answer.kind}
+    if kinds == {Kind.NAME}:  # the solutions of an equation in x are x_1, x_2, ...
+        short, long = sorted((str(gold.data), str(answer.data)), key=len)
+        return re.fullmatch(rf"{re.escape(short)}_\d", long) is None
     if kinds == {Kind.NAME, Kind.APPLY}:  # y = 2x and f(x) = 2x
         return "y" not in (gold.data, answer.data)
     return Kind.TEXT not in kinds
@@ -392,6 +395,8 @@ def _same_collection(gold: Node, answer: Node, policy: Policy) -> Outcome:
     if ours is None or theirs is None:  # a single item and a collection of one
         many = theirs if ours is None else ours
         assert many is not None
+        if ours is None and answer.kind is Kind.LIST and _are_spellings(gold, answer.args, policy):
+            return Outcome.EQUAL
         if len(many) != 1:
             return Outcome.DIFFERENT if is_plain(gold) or Kind.BIG not in (gold.kind, answer.kind) else Outcome.UNKNOWN
         return same(gold, many[0], policy) if ours is None else same(many[0], answer, policy)
@@ -414,6 +419,19 @@ def _same_collection(gold: Node, answer: Node, policy: Policy) -> Outcome:
     if keep:
         return _all([same(a, b, policy) for a, b in zip(ours, theirs, strict=True)])
     return _same_multiset(ours, theirs, policy, computed)
+
+
+def _are_spellings(gold: Node, items: Sequence[Node], policy: Policy) -> bool:
+    """Whether `1/4 or 0.25`, `1/3, or 0.33`, `3/5, i.e. 60%` all say the same, which is the reference."""
+    first = items[0]
+    if has(first, Kind.RELATION) or len(items) > 3:
+        return False
+    rounded = replace(policy, rounding=1)
+    agree = all(
+        _agree(first, item) is True or same_value(amount(first).core, amount(item).core, rounded) is Outcome.EQUAL
+        for item in items[1:]
+    )
+    return agree and any(same(gold, item, policy) is Outcome.EQUAL for item in items)
 
 
 def _same_ordered(gold: Node, answer: Node, policy: Policy) -> Outcome:

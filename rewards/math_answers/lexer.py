@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from .number_words import CHINESE_NUMBER, chinese_number, is_power
 from .units import MEASURE_WORDS, MULTIPLIERS, is_unit, is_unit_word, read_unit, words
 
 
@@ -144,9 +145,6 @@ _COMMON = words(
     "yes no odd all one two six ten the day per for if is are was not but it in of to at by on as its be an so "
     "due any has can may won new top bag box car dog cat man men her his she him they day end east west"
 )
-_CHINESE_DIGITS = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
-_CHINESE_POWERS = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
-_CHINESE_NUMBER = re.compile("[零〇一二两三四五六七八九十百千万亿]+")
 
 
 def spell(text: str) -> str:
@@ -330,13 +328,13 @@ def _other(value: str, spaced: bool) -> list[Token]:
             return [*_other(value[: -len(separator)], spaced), Token("sign", ",")]
         if len(value) > len(separator) and value.startswith(separator):
             return [Token("sign", ",", spaced), *_other(value[len(separator) :], False)]
-    if _CHINESE_NUMBER.fullmatch(value) and not all(c in _CHINESE_POWERS for c in value):
+    if CHINESE_NUMBER.fullmatch(value) and not is_power(value):
         return [Token("number", str(chinese_number(value)), spaced)]
-    head = _CHINESE_NUMBER.match(value)
+    head = CHINESE_NUMBER.match(value)
     if (
         head is not None
         and not is_unit(value)
-        and not all(c in _CHINESE_POWERS for c in head.group())
+        and not is_power(head.group())
         and head.end() < len(value)
         and (len(value) - head.end()) <= 2
         and is_counting(value[head.end() :])
@@ -344,30 +342,13 @@ def _other(value: str, spaced: bool) -> list[Token]:
         return [Token("number", str(chinese_number(head.group())), spaced), Token("text", value[head.end() :])]
     if value.startswith("百分之"):
         rest = value[3:]
-        if _CHINESE_NUMBER.fullmatch(rest):
+        if CHINESE_NUMBER.fullmatch(rest):
             return [Token("number", str(chinese_number(rest)), spaced), Token("sign", "%")]
     return [Token("text", value, spaced)]
 
 
 def is_counting(word: str) -> bool:
     return word in MEASURE_WORDS or is_unit(word)
-
-
-def chinese_number(text: str) -> int:
-    """`一百二十三` is 123, `三万` 30000."""
-    if all(c in _CHINESE_DIGITS for c in text):
-        return int("".join(str(_CHINESE_DIGITS[c]) for c in text))
-    total = section = digit = 0
-    for character in text:
-        if (value := _CHINESE_DIGITS.get(character)) is not None:
-            digit = value
-        elif (power := _CHINESE_POWERS[character]) >= 10**4:
-            total = (total + section + digit) * power
-            section = digit = 0
-        else:
-            section += (digit or 1) * power
-            digit = 0
-    return total + section + digit
 
 
 def squeeze(text: str) -> str:

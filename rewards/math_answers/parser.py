@@ -179,7 +179,10 @@ class _Parser(Terms):
         if self.kind() == "text" and self.peek(1) in (":", "=") and self.kind(1) == "sign":
             name = Node(Kind.TEXT, (), self.take())
             self.at += 1
-            result = Node(Kind.RELATION, (name, self.chain()), ("=",))
+            result = self.chain()
+            sides, signs = (result.args, result.data) if result.kind is Kind.RELATION else ((result,), ())
+            assert isinstance(signs, tuple)
+            result = Node(Kind.RELATION, (name, *sides), ("=", *signs))
         elif self.kind() == "text" and (self.starts_atom(1) or self.peek(1) in ("-", "+")) and _is_lead(self.peek()):
             self.at += 1
             result = self.chain()
