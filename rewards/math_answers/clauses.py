@@ -13,7 +13,7 @@ _PARTS = (
     re.compile(  # all before the conclusion
         r"^.*[\s,;，；](?:so(?!\s+(?:that|far|many|much|on)\b)(?![\w-])|(?:therefore|thus|hence)\b)"
         r"|^.*\brounds?\s(?:(?:up|down|off)\s)?to\b(?!\sthe\b|\s\d+\s(?:decimal|significant))"
-        r"|^.*(?:所以|因此|从而)",
+        r"|^.*[,;]\s(?:and|but)\s(?:since|because|as)\b[^,]*,(?=\s)|^.*(?:所以|因此|从而)",
         re.IGNORECASE,
     ),
     re.compile(

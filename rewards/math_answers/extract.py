@@ -70,6 +70,7 @@ _THOUGHT_PARTS = (
 _MARKER_PARTS = ("nswer", "NSWER", "esult", "olution", "ption", "hoice", "A:", "A：", "答", "选", "结果")
 _BARE_LINE = re.compile(r"(?:A:|####)?[ \t]*(-?[\d,]*\.?\d+)")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,8}\{|\\(?:boxed|fbox)\s{0,8}(?P<bare>\d+|[A-Za-z](?![A-Za-z]))|\\[{}\\]|[{}]")
+_BOX_DENIED = re.compile(r"\\f?box(?:ed)?\s*\{[^{}]*\}[\s$\\)\]]*(?:is|was)\s(?:wrong|incorrect|not)\b")
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _PLACEHOLDER = re.compile(r"(?:(?:your|the|final|short)\s)*answer(?:\s(?:goes\s)?here)?\.?", re.IGNORECASE)
 _MARKER = re.compile(
@@ -169,6 +170,8 @@ def _in_boxes(text: str) -> list[str]:
     if found and "<" in text:
         found += [tag for tag in _in_tag(text) if "\\boxed" not in tag]
     after = text[max(text.rfind("\\boxed"), text.rfind("\\fbox"), len(text) - TAIL) :]
+    if _BOX_DENIED.match(after) is not None:
+        found.pop()
     if found and (revised := _REVISED.search(after)) is not None:
         found += _after_marker(after[revised.end() :])
     return found
@@ -184,8 +187,9 @@ def _box_content(box: str) -> str:
         and (marker := _MARKER.search(box)) is not None
     ):
         rest = box[marker.end() :].lstrip(" :：").rstrip(" 。.")
+        rest = rest if rest.count("{") == rest.count("}") else rest.strip("{} ")
         few = len(WORD.findall(GROUPED_TEXT.sub("", rest))) <= 2 and len(rest) < 60
-        return (rest if few else announced(rest)[0].strip("{} ")) or box
+        return (rest if few else announced(rest)[0]) or box
     return box
 
 
@@ -218,7 +222,9 @@ def _of_text(text: str) -> list[str]:
 def _in_last_line(text: str) -> list[str]:
     text = tail(text)
     if (number := _BARE_LINE.fullmatch(text, text.rfind("\n") + 1)) is not None:
-        return [number.group(1)]
+        lines = text.split("\n")
+        alone = len(lines) > 1 and all(_BARE_LINE.fullmatch(line) or not line for line in lines)
+        return [line for line in lines if line] if alone else [number.group(1)]
     at = text.rfind("####")
     if at < 0:
         return []

@@ -82,7 +82,7 @@ _BLOCKS = (
     (re.compile(r"->"), r"\\to "),
     (re.compile(r">=|=>"), r"\\ge "),
     (re.compile(r"<=|=<"), r"\\le "),
-    (re.compile(r"!=(?!=)|<>"), r"\\ne "),
+    (re.compile(r"(?<![\d)])!=(?!=)|<>"), r"\\ne "),
     (re.compile(r"(?<=\d)\s?[xX](?=\s?10\s?\^)"), r"\\times "),
 )  # fmt: skip
 _WRAPPER = re.compile(r"\s*(?:\\(?:boldsymbol|bm|math(?:bf|it|sf)|text(?:bf|it)|underline))?\s*\{(?!,)")

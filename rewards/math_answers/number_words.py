@@ -20,8 +20,8 @@ _WORD = "|".join([*sorted(_VALUES, key=len, reverse=True), *_LARGE])
 _ENGLISH = re.compile(
     rf"(?P<sign>(?:negative|minus)\s)?\b(?P<number>(?:{_WORD})"
     rf"(?:(?:\s|-|(?<=hundred)\sand\s|(?<=thousand)\sand\s)(?:{_WORD})\b)*)\b"
-    rf"(?:(?P<half>\sand\sa\shalf)\b|[\s-](?P<part>{'|'.join(_PARTS)})s?\b)?"
-    r"(?!-|\sof\s(?:the|these|those|them)\b)",
+    rf"(?:(?P<half>\sand\sa\shalf)\b|[\s-](?P<part>{'|'.join(_PARTS)})s?\b"
+    r"|(?!-|\sof\s(?:the|these|those|them)\b))",
     re.IGNORECASE,
 )
 _DIGITS = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
@@ -35,7 +35,9 @@ _CHINESE = re.compile(
     r"|[元次](?:\W|\Z)))"
 )
 _STATING = re.compile(
-    r"(?:\b(?:is|are|was|were|has|have|had|be|equals?|gets?|needs?|exactly|only|with|of|make[s]?)\s"
+    r"(?:\b(?:is|are|was|were|has|have|had|be|equals?|gets?|needs?|exactly|only|with|of|makes?|made"
+    r"|earn(?:s|ed)|pa(?:ys|id)|spen(?:ds|t)|sold|bought|ate|read|costs?|t(?:akes|ook)|gave|saved"
+    r"|received|contains?|remain)\s"
     r"|[是为有共得到剩于需负要了]|^\W*)\Z",
     re.IGNORECASE,
 )
@@ -80,7 +82,9 @@ def in_digits(sentence: str) -> str:
 
     def written(match: re.Match[str]) -> str:
         before = sentence[max(0, match.start() - 12) : match.start()]
-        found = _value(match) if _STATING.search(before) is not None else None
+        groups = match.groupdict()
+        part = groups.get("part") or groups.get("half") or groups.get("bottom")
+        found = _value(match) if part or _STATING.search(before) is not None else None
         return match.group() if found is None else found
 
     pattern = _ENGLISH if sentence.isascii() else _CHINESE

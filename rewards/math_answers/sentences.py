@@ -41,11 +41,12 @@ _OTHERWISE_PUT = re.compile(r"\s?[(（]\s?(?:or|或)\s([^()（）]{1,30})[)）]"
 """`3/4 (or 0.75)`"""
 _NEGATED = re.compile(
     r",?\s*\b(?:and\s+)?(?:not|rather than|instead of)\s+\\?\$?[\d.,]*\d%?(?:\s+but\b)?"
+    r"|\bnot\s+[(（]?[A-J][)）]?,?\s+but\b"
     r"|(?:，|,)?而?不是\s?\d+"
 )
 _DENIED = re.compile(
     r"\b(?:is|are|be)\s+(?:not|false|less than|more than|greater than|at least|at most|incorrect|wrong)\b"
-    r"|不是|不等于|大于|小于|\bcannot be\b|\b(?:do not|don't|cannot) (?:know|say|tell)|give up|\bno answer\b",
+    r"|不是|不等于|大于|小于|\b(?:cannot|could|might|may) be\b|可能是|\b(?:do not|don't|cannot) (?:know|say|tell)|give up|\bno answer\b",
     re.I,
 )
 _EXCLUDED = re.compile(
@@ -83,7 +84,7 @@ _CHOICE = re.compile(
     r"(?:[)）](?=\W|$)|[.:：、](?=\s|$)|(?=\s*[,.。;；!]?\s*$|，))"
 )
 _RANGE = re.compile(
-    r"\b[Bb]etween\s(?P<low>\d+(?:\.\d+)?)\sand\s(?P<high>\d+(?:\.\d+)?)"
+    r"\b[Bb]etween\s(?:\$\s)?(?P<low>\d+(?:\.\d+)?)\sand\s(?:\$\s)?(?P<high>\d+(?:\.\d+)?)"
     r"|(?<![\d./^*+=-])\d+(?:\.\d+)?(?:\s?[-–~～至到]\s?|\sto\s|\sthrough\s)\d+(?:\.\d+)?"
     r"(?![\d/]|\s?[=+*×÷^])"
 )

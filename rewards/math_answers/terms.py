@@ -167,8 +167,7 @@ class Terms(Atoms):
                 if result.kind is Kind.POWER and self.peek(-2) != ")":
                     raise Unreadable("two exponents")
                 result = Node(Kind.POWER, (result, self.argument()))
-            elif self.peek() == "!" and self.peek(1) != "=":
-                self.at += 1
+            elif self.skip("!"):
                 double = self.peek() == "!"
                 self.at += double
                 result = Node(Kind.CALL, (result,), "double factorial" if double else "factorial")
