@@ -37,7 +37,7 @@ class Reference:
     """Its value if it is a plain integer or decimal."""
 
 
-_PLAIN = re.compile(r"[-+]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?\Z")
+_PLAIN = re.compile(r"[-+]?(?:\d+|[1-9]\d{0,2}(?:,\d{3})+)(?:\.\d+)?\Z")
 
 
 def plain_number(text: str) -> Fraction | None:
@@ -410,7 +410,8 @@ def _same_collection(gold: Node, answer: Node, policy: Policy) -> Outcome:
         return same(gold, many[0], policy) if ours is None else same(many[0], answer, policy)
     if len(ours) != len(theirs):
         distinct = list(dict.fromkeys(theirs))
-        if Kind.SET not in (gold.kind, answer.kind) or len(distinct) != len(ours):
+        solutions = all(item.kind is Kind.GROUP for item in theirs)
+        if not (solutions or Kind.SET in (gold.kind, answer.kind)) or len(distinct) != len(ours):
             return Outcome.DIFFERENT
         theirs = distinct
     if len(ours) > MAX_ITEMS:

@@ -71,6 +71,7 @@ _MARKER_PARTS = ("nswer", "NSWER", "esult", "olution", "ption", "hoice", "A:", "
 _BARE_LINE = re.compile(r"(?:A:|####)?[ \t]*(-?[\d,]*\.?\d+)")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,8}\{|\\(?:boxed|fbox)\s{0,8}(?P<bare>\d+|[A-Za-z](?![A-Za-z]))|\\[{}\\]|[{}]")
 _BOX_DENIED = re.compile(r"\\f?box(?:ed)?\s*\{[^{}]*\}[\s$\\)\]]*(?:is|was)\s(?:wrong|incorrect|not)\b")
+_FINAL = re.compile(r"final answer|最终答案", re.IGNORECASE)
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _PLACEHOLDER = re.compile(r"(?:(?:your|the|final|short)\s)*answer(?:\s(?:goes\s)?here)?\.?", re.IGNORECASE)
 _MARKER = re.compile(
@@ -172,8 +173,12 @@ def _in_boxes(text: str) -> list[str]:
     after = text[max(text.rfind("\\boxed"), text.rfind("\\fbox"), len(text) - TAIL) :]
     if _BOX_DENIED.match(after) is not None:
         found.pop()
-    if found and (revised := _REVISED.search(after)) is not None:
-        found += _after_marker(after[revised.end() :])
+    if not found or not any(part in after for part in ("nswer", "NSWER", "答案")):
+        return found
+    stated = _after_marker(after[after.find("}") + 1 :])
+    if len(found) > 1 and stated and _FINAL.search(after) is not None:
+        return stated  # boxes around what was found on the way
+    found += stated
     return found
 
 

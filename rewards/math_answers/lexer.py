@@ -87,11 +87,13 @@ _BLOCKS = (
 )  # fmt: skip
 _WRAPPER = re.compile(r"\s*(?:\\(?:boldsymbol|bm|math(?:bf|it|sf)|text(?:bf|it)|underline))?\s*\{(?!,)")
 _GROUPED = re.compile(
-    r"(?<![\d.,])(?:\d{1,3}(?:(?:\{,\}|,\\!|,\\,|\\,|\\ |[ '~](?=\d{3}))\s?\d{3})+(?!\d)(?:\.\d+)?"
+    r"(?<![\d.,])(?:\d{1,3}(?:(?:\s?\{\s?,\s?\}|,\\!|,\\,|\\,|\\ |[ '~](?=\d{3}))\s?\d{3})+(?!\d)(?:\.\d+)?"
     r"|\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:\.\d{3}){2,}(?![\d.]))"
 )
 """Thousands set apart by `{,}`, `,\\!`, a thin or plain blank, an apostrophe or full stops."""
 _COMMAS = re.compile(r"(?<![\d.,])(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d?(?:,\d{2})+,\d{3})(?![\d,]|\s*,\s*\d)")
+_SEPARATING = re.compile(r"[(\[]|\\\{|(?<![\^_}A-Za-z])\{")
+"""Brackets of a tuple or set; in braces of a fraction or a power a comma separates thousands."""
 _DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
 _TOKEN = re.compile(
     r"(?P<space>\s+|\\[,;:! ]|~|\\q?quad(?![A-Za-z])|\\(?=\s|$))"
@@ -172,7 +174,7 @@ def spell(text: str) -> str:
         text = text.rstrip()[found.end() : -1]
     text = _GROUPED.sub(_plain_number, text)
     text = _DECIMAL_COMMA.sub(".", text)
-    if "," in text and not any(c in text for c in "([{"):
+    if "," in text and _SEPARATING.search(text) is None:
         text = re.sub(r"(?<![\d.,])0,(?=\d{3,}(?![\d,.]))", "0.", text)
         text = _COMMAS.sub(lambda m: m.group().replace(",", ""), text)  # inside brackets a comma separates
     return text
@@ -184,7 +186,7 @@ def _plain_number(match: re.Match[str]) -> str:
         return found.replace(".", "").replace(",", ".")
     if re.fullmatch(r"\d{1,3}(?:\.\d{3}){2,}", found):
         return found.replace(".", "")
-    return re.sub(r"\{,\}|\\[!, ]|[,' ~]", "", found)
+    return re.sub(r"\{\s?,\s?\}|\\[!, ]|[,' ~]", "", found)
 
 
 def tokenise(text: str) -> list[Token]:

@@ -158,15 +158,16 @@ class Terms(Atoms):
         return negated(result) if minus else result
 
     def postfix(self, result: Node) -> Node:
+        raised = False
         for _ in range(6):
             if self.skip("^"):
                 if _is_product(result):  # a(x - y)^2 raises the bracket alone
                     name, inner = result.args
                     result = Node(Kind.PRODUCT, (name, Node(Kind.POWER, (inner, self.argument()))))
                     continue
-                if result.kind is Kind.POWER and self.peek(-2) != ")":
+                if raised:
                     raise Unreadable("two exponents")
-                result = Node(Kind.POWER, (result, self.argument()))
+                result, raised = Node(Kind.POWER, (result, self.argument())), True
             elif self.skip("!"):
                 double = self.peek() == "!"
                 self.at += double
