@@ -8,52 +8,33 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from dataclasses import replace
 
 from .lexer import squeeze
 from .options import Outcome, Policy
 from .parser import TooDeep, Unreadable, parse
-from .scalars import amount, is_literal, outcome, rename_parameter, same_scalar, same_value
-from .shapes import Statement, as_interval, expanded, independent, is_name, items_of, state, without_declarations
-from .tree import Kind, Node, has, negative, number, number_of, rename, substitute, variables
-from .units import words
-from .values import Reading, TooBig, Undefined, exact, signature
+from .references import MAX_TEXT, Reference, plain_number
+from .scalars import all_of, amount, outcome, rename_parameter, same_scalar, same_value
+from .shapes import as_interval, expanded, independent, is_name, items_of
+from .statements import (
+    Statement,
+    agree,
+    is_plain,
+    names_differ,
+    proportional,
+    same_conditions,
+    solves,
+    state,
+    with_same_argument,
+    with_same_parameter,
+    without_declarations,
+)
+from .tree import Kind, Node, has, variables
+from .values import TooBig, Undefined, exact
 
 MAX_ITEMS = 64
-MAX_TEXT = 4000
-"""Characters up to which a text outside the grammar is compared by its tokens."""
 _ORDERED = (Kind.GROUP, Kind.RATIO)
-
-
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """A reference answer, parsed once. `tree` is None where it cannot be read at all, and `problem` says why."""
-
-    text: str
-    tree: Node | None
-    problem: str = ""
-    number: Fraction | None = None
-    """Its value if it is a plain integer or decimal."""
-
-
-_PLAIN = re.compile(r"[-+]?(?:\d+|[1-9]\d{0,2}(?:,\d{3})+)(?:\.\d+)?\Z")
-
-
-def plain_number(text: str) -> Fraction | None:
-    """An integer or decimal, thousands separators allowed, else None."""
-    if len(text) > 400 or _PLAIN.match(text) is None:
-        return None
-    return Fraction(text.replace(",", ""))
-
-
-def read_reference(text: str) -> Reference:
-    if not (stripped := text.strip()):
-        return Reference(text, None, "it is empty")
-    try:
-        return Reference(text, parse(stripped), number=plain_number(stripped))
-    except (Unreadable, TooDeep) as error:
-        return Reference(text, None, f"it cannot be read: {error}")
+_SYMMETRIC = tuple((sign,) for sign in ("equiv", "!=", "perp", "parallel", "cong", "sim", "="))
 
 
 def compare(gold: Reference, answer: str, policy: Policy) -> Outcome:
@@ -98,22 +79,22 @@ def same(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Ou
         return Outcome.EQUAL if gold == answer else Outcome.UNKNOWN
     gold, ours = without_declarations(gold)
     answer, theirs = without_declarations(answer)
-    if (found := _conditions(gold, ours, theirs)) is not Outcome.EQUAL:
+    if (found := same_conditions(gold, ours, theirs)) is not Outcome.EQUAL:
         return found
-    gold, answer = _align_arguments(gold, answer)
-    answer = _same_parameter(gold, answer, (*ours, *theirs))
+    gold, answer = with_same_argument(gold, answer)
+    answer = with_same_parameter(gold, answer, (*ours, *theirs))
     if variables(gold) != variables(answer):
         answer = rename_parameter(gold, answer)
-    left = state(gold, _agree, True, False)
+    left = state(gold, True, False)
     constant = not variables(left.body) and left.body.kind not in (Kind.TEXT, Kind.VERBATIM, Kind.RELATION)
-    right = state(answer, _agree, policy.chains == "last", constant)
+    right = state(answer, policy.chains == "last", constant)
     if right.false:
         return Outcome.DIFFERENT
     if right.unproved:
         return Outcome.UNKNOWN
     if left.equation or right.equation:
         return _same_equations(gold, answer, left, right)
-    if _names_differ(left.name, right.name):
+    if names_differ(left.name, right.name):
         return Outcome.DIFFERENT
     found = _same_bodies(left.body, right.body, policy, computed)
     if found is Outcome.DIFFERENT and is_plain(gold) and _is_rounded(answer):  # x = 300/7 = 42.857 ~ 43
@@ -126,119 +107,21 @@ def _is_rounded(node: Node) -> bool:
     return node.kind is Kind.RELATION and isinstance(node.data, tuple) and node.data[-1] == "~"
 
 
-def is_plain(node: Node) -> bool:
-    """Whether a reference is a plain number, with or without a unit."""
-    return is_literal(amount(node).core)
-
-
-def _agree(a: Node, b: Node) -> bool | None:
-    """Whether two sides of a chain are equal, a rounded last side included; None if that cannot be told."""
-    try:
-        ours, theirs = amount(a), amount(b)
-        found = same_value(ours.core, theirs.core, Policy())
-        if found is Outcome.DIFFERENT and ours.unit != theirs.unit:
-            found = same_scalar(a, b, Policy(unsimplified="accept"))
-    except Undefined:
-        return None
-    return None if found is Outcome.UNKNOWN else found is Outcome.EQUAL
-
-
-def _conditions(gold: Node, ours: tuple[tuple[str, ...], ...], theirs: tuple[tuple[str, ...], ...]) -> Outcome:
-    """Conditions must be the same. One that only says what a letter stands for may be left out, or said."""
-    if ours == theirs:
-        return Outcome.EQUAL
-    if ours and theirs and sorted(map(_essence, ours)) == sorted(map(_essence, theirs)):
-        return Outcome.EQUAL
-    if is_plain(gold):
-        return Outcome.DIFFERENT
-    if ours and theirs and len({tuple(sorted(_number_sets(side))) for side in (ours, theirs)}) > 1:
-        return Outcome.DIFFERENT
-    return Outcome.EQUAL if all(_is_declaration(condition) for condition in (*ours, *theirs)) else Outcome.UNKNOWN
-
-
-def _same_parameter(gold: Node, answer: Node, conditions: Sequence[tuple[str, ...]]) -> Node:
-    """The answer with its parameter named as the reference's, where a condition declares it: `for some integer t`."""
-    free, theirs = variables(gold) - variables(answer), variables(answer) - variables(gold)
-    if len(free) != 1 or len(theirs) != 1:
-        return answer
-    (name,), (other,) = free, theirs
-    declared = any(n in token.split() for condition in conditions for token in condition for n in (name, other))
-    return rename(answer, {other: name}) if declared else answer
-
-
-def _number_sets(conditions: Sequence[object]) -> list[str]:
-    return re.findall(r"mathbb [A-Z]|integers?|naturals?|reals?|rationals?", str(conditions))
-
-
-_FILLER = words("for all any every each some where with when if is are a an the , such that given")
-
-
-def _essence(condition: tuple[str, ...]) -> list[str]:
-    return [word for token in condition for word in token.split() if word not in _FILLER]
-
-
-def _is_declaration(condition: Sequence[str]) -> bool:
-    """`where n is an integer`, `for all k in Z`: no number, no inequality, no case."""
-    words = [word for token in condition for word in token.split()]
-    if any(
-        word in ("if", "when", "unless", "otherwise", "else", "but", "not", "is", "could", "can", "may")
-        for word in words[:1]
-    ):
-        return False
-    return not any(
-        re.search(r"\d|[<>=|]|\\(?:le|ge|ne|notin)\b|^(?:if|otherwise|but|not|or|odd|even)$", w) for w in words
-    )
-
-
-def _names_differ(gold: Node | None, answer: Node | None) -> bool:
-    """Whether two statements are about different things: y = 5 for x = 5, f'(x) for f(x). Words may differ."""
-    if gold is None or answer is None or gold == answer:
-        return False
-    kinds = {gold.kind, answer.kind}
-    if kinds == {Kind.NAME}:  # the solutions of an equation in x are x_1, x_2, ...
-        short, long = sorted((str(gold.data), str(answer.data)), key=len)
-        return re.fullmatch(rf"{re.escape(short)}_\d", long) is None
-    if kinds == {Kind.NAME, Kind.APPLY}:  # y = 2x and f(x) = 2x
-        return "y" not in (gold.data, answer.data)
-    return Kind.TEXT not in kinds
-
-
-def _align_arguments(gold: Node, answer: Node) -> tuple[Node, Node]:
-    """f(z) = z and f(x) = x are the same: the argument is renamed where both sides define a function of one variable."""
-
-    def argument(node: Node) -> str | None:
-        if node.kind is Kind.RELATION and node.data == ("=",) and node.args[0].kind is Kind.APPLY:
-            inner = node.args[0].args[1]
-            return str(inner.data) if inner.kind is Kind.NAME else None
-        return None
-
-    old, new = argument(answer), argument(gold)
-    if old is None or new is None or old == new or new in variables(answer):
-        return gold, answer
-    return gold, rename(answer, {old: new})
-
-
 def _same_choice(gold: Node, answer: Node, policy: Policy) -> Outcome | None:
-    """`C`, `(C) 12` and, where the reference has both, `12`; several letters in any order."""
+    """`C`, `(C) 12` and, where the reference has both, `12`; several letters in any order. None: no choice is meant."""
     if gold.kind is answer.kind is Kind.CHOICE:
-        if (
-            gold.data != answer.data
-            or not gold.args
-            or not answer.args
-            or Kind.TEXT in (gold.args[0].kind, answer.args[0].kind)
-        ):
+        if gold.data != answer.data or not (gold.args and answer.args) or Kind.TEXT in (gold.args[0].kind, answer.args[0].kind):
             return outcome(gold.data == answer.data)
         return same(gold.args[0], answer.args[0], policy)
     if gold.kind is Kind.CHOICE:
-        if answer.kind is Kind.TEXT or answer.kind is Kind.RUN or answer.kind is Kind.VERBATIM:
+        if answer.kind in (Kind.TEXT, Kind.RUN, Kind.VERBATIM):
             return Outcome.DIFFERENT
         if gold.args:
             return same(gold.args[0], answer, policy)
-        right = state(answer, _agree, False, False)
-        if right.name is not None and right.body.kind is Kind.NAME:
-            return outcome(right.body.data == gold.data)
-        if answer.kind is Kind.NAME:
-            return outcome(answer.data == gold.data)
+        stated = state(answer, False, False)
+        body = stated.body if stated.name is not None else answer
+        if body.kind is Kind.NAME:
+            return outcome(body.data == gold.data)
         return same(Node(Kind.NAME, (), gold.data), answer, policy)
     if gold.kind is Kind.RUN or (gold.kind is Kind.LIST and all(i.kind in (Kind.NAME, Kind.CHOICE) for i in gold.args)):
         return None
@@ -348,7 +231,7 @@ def _same_parts(gold: Node, answer: Node, policy: Policy) -> Outcome:
         return _same_multiset(list(gold.args), list(answer.args), policy, False)
     if len(gold.args) != len(answer.args):
         return Outcome.UNKNOWN
-    return _all([_same_condition(a, b, policy) for a, b in zip(gold.args, answer.args, strict=True)])
+    return all_of([_same_condition(a, b, policy) for a, b in zip(gold.args, answer.args, strict=True)])
 
 
 def _same_condition(a: Node, b: Node, policy: Policy) -> Outcome:
@@ -364,27 +247,30 @@ def _same_matrix(gold: Node, answer: Node, policy: Policy) -> Outcome:
     if gold.kind is answer.kind:
         if gold.data != answer.data or [len(r.args) for r in gold.args] != [len(r.args) for r in answer.args]:
             return Outcome.DIFFERENT
-        return _all(
-            [
-                same(a, b, policy)
-                for r, s in zip(gold.args, answer.args, strict=True)
-                for a, b in zip(r.args, s.args, strict=True)
-            ]
-        )
+        return _side_by_side(_cells(gold), _cells(answer), policy)
     matrix, other = (gold, answer) if gold.kind is Kind.MATRIX else (answer, gold)
-    cells = [cell for row in matrix.args for cell in row.args]
-    vector = len(matrix.args) == 1 or all(len(row.args) == 1 for row in matrix.args)
-    if (
-        matrix.data != "matrix"
-        or not vector
-        or other.kind not in (Kind.GROUP, Kind.LIST)
-        or other.data not in ("()", None, "[]")
-    ):
-        return Outcome.UNKNOWN if matrix.data != "matrix" else Outcome.DIFFERENT
-    if len(cells) != len(other.args):
+    if matrix.data != "matrix":
+        return Outcome.UNKNOWN
+    is_vector = len(matrix.args) == 1 or all(len(row.args) == 1 for row in matrix.args)
+    if not is_vector or other.kind not in (Kind.GROUP, Kind.LIST) or other.data not in ("()", None, "[]"):
         return Outcome.DIFFERENT
-    pairs = zip(cells, other.args, strict=True) if matrix is gold else zip(other.args, cells, strict=True)
-    return _all([same(a, b, policy) for a, b in pairs])
+    sides = (_cells(matrix), other.args) if matrix is gold else (other.args, _cells(matrix))
+    return _side_by_side(*sides, policy)
+
+
+def _cells(matrix: Node) -> list[Node]:
+    return [cell for row in matrix.args for cell in row.args]
+
+
+def _side_by_side(gold: Sequence[Node], answers: Sequence[Node], policy: Policy) -> Outcome:
+    """Items in order; dots stand for dots."""
+    if len(gold) != len(answers):
+        return Outcome.DIFFERENT
+    found = []
+    for a, b in zip(gold, answers, strict=True):
+        dots = Kind.DOTS in (a.kind, b.kind)
+        found.append(outcome(a.kind is b.kind) if dots else same(a, b, policy))
+    return all_of(found)
 
 
 def _same_collection(gold: Node, answer: Node, policy: Policy) -> Outcome:
@@ -416,17 +302,10 @@ def _same_collection(gold: Node, answer: Node, policy: Policy) -> Outcome:
         theirs = distinct
     if len(ours) > MAX_ITEMS:
         return outcome(ours == theirs) if ours == theirs else Outcome.UNKNOWN
-    if has(gold, Kind.DOTS) or has(answer, Kind.DOTS):
-        return _all(
-            [
-                outcome(a.kind is b.kind) if Kind.DOTS in (a.kind, b.kind) else same(a, b, policy)
-                for a, b in zip(ours, theirs, strict=True)
-            ]
-        )
     computed = expanded(answer) is not None or any(expanded(a) is not None for a in answer.args)
     keep = policy.list_order == "keep" and gold.kind is answer.kind is Kind.LIST and not computed
-    if keep:
-        return _all([same(a, b, policy) for a, b in zip(ours, theirs, strict=True)])
+    if keep or has(gold, Kind.DOTS) or has(answer, Kind.DOTS):
+        return _side_by_side(ours, theirs, policy)
     return _same_multiset(ours, theirs, policy, computed)
 
 
@@ -436,11 +315,11 @@ def _are_spellings(gold: Node, items: Sequence[Node], policy: Policy) -> bool:
     if has(first, Kind.RELATION) or len(items) > 3:
         return False
     rounded = replace(policy, rounding=1)
-    agree = all(
-        _agree(first, item) is True or same_value(amount(first).core, amount(item).core, rounded) is Outcome.EQUAL
-        for item in items[1:]
-    )
-    return agree and any(same(gold, item, policy) is Outcome.EQUAL for item in items)
+    for item in items[1:]:
+        near = same_value(amount(first).core, amount(item).core, rounded) is Outcome.EQUAL
+        if not near and agree(first, item) is not True:
+            return False
+    return any(same(gold, item, policy) is Outcome.EQUAL for item in items)
 
 
 def _same_ordered(gold: Node, answer: Node, policy: Policy) -> Outcome:
@@ -464,26 +343,13 @@ def _same_ordered(gold: Node, answer: Node, policy: Policy) -> Outcome:
         return Outcome.DIFFERENT
     if gold.kind is Kind.RATIO and not has(gold, Kind.DOTS) and not has(answer, Kind.DOTS):
         return _same_ratio(gold, answer)
-    return _all(
-        [
-            outcome(a.kind is b.kind) if Kind.DOTS in (a.kind, b.kind) else same(a, b, policy)
-            for a, b in zip(gold.args, answer.args, strict=True)
-        ]
-    )
+    return _side_by_side(gold.args, answer.args, policy)
 
 
 def _same_ratio(gold: Node, answer: Node) -> Outcome:
     """4:6 is 2:3."""
-    found = []
-    for a, b in zip(gold.args[1:], answer.args[1:], strict=True):
-        found.append(same_value(Node(Kind.QUOTIENT, (a, gold.args[0])), Node(Kind.QUOTIENT, (b, answer.args[0])), None))
-    return _all(found)
-
-
-def _all(outcomes: Sequence[Outcome]) -> Outcome:
-    if Outcome.DIFFERENT in outcomes:
-        return Outcome.DIFFERENT
-    return Outcome.UNKNOWN if Outcome.UNKNOWN in outcomes else Outcome.EQUAL
+    ours, theirs = ([Node(Kind.QUOTIENT, (part, n.args[0])) for part in n.args[1:]] for n in (gold, answer))
+    return all_of([same_value(a, b, None) for a, b in zip(ours, theirs, strict=True)])
 
 
 def _label(node: Node) -> Node | None:
@@ -495,15 +361,9 @@ def _same_multiset(gold: list[Node], answers: list[Node], policy: Policy, comput
     if len(gold) != len(answers):
         return Outcome.DIFFERENT
     names = [[_label(item) for item in side] for side in (gold, answers)]
-    if (
-        None not in names[0]
-        and set(map(str, names[0])) == set(map(str, names[1]))
-        and len({*map(str, names[0])}) == len(gold)
-    ):
-        by_name = {str(name): item for name, item in zip(names[1], answers, strict=True)}
-        return _all(
-            [same(item, by_name[str(name)], policy, computed) for name, item in zip(names[0], gold, strict=True)]
-        )
+    if None not in names[0] and set(names[0]) == set(names[1]) and len(set(names[0])) == len(gold):
+        by_name = dict(zip(names[1], answers, strict=True))
+        return all_of([same(item, by_name[name], policy, computed) for name, item in zip(names[0], gold, strict=True)])
     left, uncertain = list(answers), False
     for item in gold:
         outcomes = [same(item, other, policy, computed) for other in left]
@@ -521,47 +381,12 @@ def _same_equations(gold: Node, answer: Node, left: Statement, right: Statement)
     if left.equation and answer.kind not in (Kind.RELATION, Kind.LIST, Kind.GROUP, Kind.SET):
         missing = variables(gold) - variables(answer)
         if len(missing) == 1 and variables(answer):
-            return outcome(_solves(gold, next(iter(missing)), answer))
+            return outcome(solves(gold, next(iter(missing)), answer))
     if any(n.kind is not Kind.RELATION or n.data != ("=",) for n in (gold, answer)):
         return Outcome.DIFFERENT
     if not left.equation and not variables(left.body):
         return Outcome.DIFFERENT  # `2x = 10` is no answer to x = 5
-    return _proportional(gold, answer, False)
-
-
-def _solves(equation: Node, name: str, solution: Node) -> bool:
-    """Whether an equation, which is of the first degree in a name, says that it is `solution`: xy = 6 and 6/x."""
-    sides = []
-    for shift in range(3):
-        value = Node(Kind.SUM, (solution, number(shift)))
-        left, right = (substitute(side, name, value) for side in equation.args)
-        sides.append(Node(Kind.SUM, (left, negative(right))))
-    bend = Node(Kind.SUM, (sides[0], Node(Kind.PRODUCT, (number(-2), sides[1])), sides[2]))
-    zero = number(0)
-    return same_value(sides[0], zero, None) is same_value(bend, zero, None) is Outcome.EQUAL
-
-
-def _proportional(gold: Node, answer: Node, positive: bool) -> Outcome:
-    """Whether left minus right of one is a (positive) constant times that of the other."""
-    if variables(gold) != variables(answer):
-        return Outcome.DIFFERENT
-    sides = [Node(Kind.SUM, (n.args[0], negative(n.args[1]))) for n in (gold, answer)]
-    reading = Reading.of(gold, answer)
-    ratios: list[complex] = []
-    for a, b in zip(signature(sides[0], reading), signature(sides[1], reading), strict=True):
-        if a is None or b is None:
-            continue
-        x, y = complex(a), complex(b)
-        if abs(x) < 1e-9 or abs(y) < 1e-9:
-            if abs(x) > 1e-6 or abs(y) > 1e-6:
-                return Outcome.DIFFERENT
-            continue
-        ratios.append(x / y)
-    if len(ratios) < 2:
-        return Outcome.UNKNOWN
-    if any(abs(r - ratios[0]) > 1e-9 * abs(ratios[0]) for r in ratios):
-        return Outcome.UNKNOWN if has(gold, Kind.BIG) or has(answer, Kind.BIG) else Outcome.DIFFERENT
-    return outcome(not positive or ratios[0].real > 0)
+    return proportional(gold, answer, False)
 
 
 def _same_relation(gold: Node, answer: Node, policy: Policy) -> Outcome:
@@ -570,24 +395,12 @@ def _same_relation(gold: Node, answer: Node, policy: Policy) -> Outcome:
     if gold.data != answer.data or len(gold.args) != len(answer.args):
         return Outcome.DIFFERENT
     free = replace(policy, unsimplified="accept")
-    sides = [same(a, b, free) for a, b in zip(gold.args, answer.args, strict=True)]
-    found = _all(sides)
-    if found is not Outcome.EQUAL and gold.data in (
-        ("equiv",),
-        ("!=",),
-        ("perp",),
-        ("parallel",),
-        ("cong",),
-        ("sim",),
-        ("=",),
-    ):
-        found = (
-            Outcome.EQUAL
-            if _all([same(a, b, free) for a, b in zip(gold.args, answer.args[::-1], strict=True)]) is Outcome.EQUAL
-            else found
-        )
+    found = _side_by_side(gold.args, answer.args, free)
+    if found is not Outcome.EQUAL and gold.data in _SYMMETRIC:
+        turned = _side_by_side(gold.args, answer.args[::-1], free)
+        found = turned if turned is Outcome.EQUAL else found
     if found is not Outcome.EQUAL and gold.data in (("<",), ("<=",), ("!=",), ("=",)):
-        return _proportional(gold, answer, gold.data not in (("!=",), ("=",)))
+        return proportional(gold, answer, gold.data not in (("!=",), ("=",)))
     return found
 
 
@@ -596,5 +409,3 @@ def _turned(node: Node) -> Node:
         return Node(Kind.RELATION, node.args[::-1], tuple("<" + sign[1:] for sign in reversed(node.data)))
     return node
 
-
-__all__ = ["Outcome", "Reference", "compare", "number_of", "plain_number", "read_reference", "same"]

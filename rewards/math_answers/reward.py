@@ -17,12 +17,11 @@ from typing import Any, get_args, get_type_hints
 from ..inputs import RewardInput
 from ..verdict import Status, Verdict, verifier_error
 from ..worker_pool import Answer, Ended, WorkerPool
-from .compare import MAX_TEXT, Reference, compare, read_reference
-from .copies import is_copy
+from .compare import compare
 from .extract import MAX_ANSWERS, extract
 from .options import Outcome, Policy
 from .parser import TooDeep, Unreadable, parse
-from .references import read_gold, rewritings, why_no_answer
+from .references import MAX_TEXT, Reference, is_copy, read_gold, rewritings, why_no_answer
 from .tree import Kind, Node, has
 
 MEMORY_BYTES = 2**30
@@ -227,5 +226,3 @@ def _policy(options: dict[str, Any]) -> Policy:
             )
     return Policy(**options)
 
-
-__all__ = ["MathReward", "read_gold", "read_reference"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from .options import Outcome, Policy
-from .tree import Kind, Node, has, number, number_of, rename, variables
+from .tree import Kind, Node, has, number, number_of, rename, variables, walk
 from .units import DEGREE, PERCENT, Unit, may_be, read_unit, same_count, words
 from .values import Reading, Value, exact, precise, signature
 
@@ -17,6 +18,12 @@ PLAIN_POWER = 4
 
 def outcome(equal: bool) -> Outcome:
     return Outcome.EQUAL if equal else Outcome.DIFFERENT
+
+
+def all_of(outcomes: Sequence[Outcome]) -> Outcome:
+    if Outcome.DIFFERENT in outcomes:
+        return Outcome.DIFFERENT
+    return Outcome.UNKNOWN if Outcome.UNKNOWN in outcomes else Outcome.EQUAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +151,9 @@ def rename_parameter(gold: Node, answer: Node) -> Node:
     ours, other = next(iter(free)), next(iter(theirs))
     if ("_" in ours) != ("_" in other):
         return answer
-    periodic = Node(Kind.CONSTANT, (), "pi") in _below(gold) and {ours, other} <= set("nkmljpNKZt")
+    periodic = Node(Kind.CONSTANT, (), "pi") in walk(gold) and {ours, other} <= set("nkmljpNKZt")
     constant = ours.lower()[0] in "ck" and other.lower()[0] in "ck" and (_is_term(gold, ours) or ours[0] in "cC")
     return rename(answer, {other: ours}) if periodic or constant else answer
-
-
-def _below(node: Node) -> list[Node]:
-    from .tree import walk
-
-    return list(walk(node))
 
 
 def _is_term(node: Node, name: str) -> bool:

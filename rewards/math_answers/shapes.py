@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise, product
 
 from .tree import INFINITY, Kind, Node, negative, variables
-from .values import Reading, Undefined, exact, signature
+from .values import exact
 
-_NUMBER_SETS = ("mathbb R", "mathbb Z", "mathbb N", "mathbb Q", "mathbb C")
+NUMBER_SETS = ("mathbb R", "mathbb Z", "mathbb N", "mathbb Q", "mathbb C")
 _REAL_LINE = Node(Kind.GROUP, (negative(INFINITY), INFINITY), "()")
 _ALL_REALS = ("all real numbers", "all reals", "real numbers", "全体实数", "一切实数", "任意实数", "all real values")
-
-
-@dataclass(frozen=True, slots=True)
-class Statement:
-    """`name = body`; an `equation` that defines no name is its own body. `false`: a chain whose sides differ."""
-
-    body: Node
-    name: Node | None = None
-    equation: bool = False
-    false: bool = False
-    unproved: bool = False
 
 
 def is_name(node: Node) -> bool:
@@ -38,71 +25,7 @@ def is_name(node: Node) -> bool:
     return node.kind is Kind.BIG
 
 
-def is_expression_of_names(node: Node) -> bool:
-    """x + y, m n, a^2 + b^2: what a problem asks for, without a number as a factor or term."""
-    if node.kind in (Kind.SUM, Kind.PRODUCT, Kind.QUOTIENT, Kind.INVERSE):
-        return all(is_expression_of_names(a.args[0] if a.kind is Kind.NEGATIVE else a) for a in node.args)
-    if node.kind is Kind.POWER:
-        return is_expression_of_names(node.args[0])
-    return is_name(node) or node.kind is Kind.CONSTANT
-
-
-def state(node: Node, agree: Callable[[Node, Node], bool | None], take_last: bool, loose: bool) -> Statement:
-    """What a tree states. `agree`: whether two scalars are the same (None: unknown); `take_last`: whether a chain that is
-    false counts by its last side; `loose`: whether `x + y = 5` states 5."""
-    if node.kind is not Kind.RELATION or not isinstance(node.data, tuple):
-        return Statement(_whole(node))
-    signs, sides = list(node.data), list(node.args)
-    if signs == ["in"] and is_name(sides[0]):
-        return Statement(_whole(sides[1]), sides[0])
-    if any(sign not in ("=", "~") for sign in signs):
-        return Statement(node)
-    if "~" in signs:
-        cut = signs.index("~")
-        if len(sides) == 2 and (is_name(sides[0]) or (loose and is_expression_of_names(sides[0]))):
-            return Statement(_whole(sides[1]), sides[0])
-        if len(sides) > cut + 1 and not _roughly(sides[cut], sides[cut + 1], agree):
-            return Statement(node, false=True)
-        signs, sides = signs[:cut], sides[: cut + 1]
-        if len(sides) == 1:
-            return Statement(_whole(sides[0]))
-    name: Node | None = None
-    if is_name(sides[0]) or (loose and len(sides) == 2 and is_expression_of_names(sides[0])):
-        name, sides = sides[0], sides[1:]
-    elif len(sides) == 2 and is_name(sides[1]) and not variables(sides[0]):
-        name, sides = sides[1], sides[:1]
-    if len(sides) == 1:
-        return Statement(_whole(sides[0]), name)
-    if len(sides) == 2 and name is None and variables(node):
-        return Statement(node, equation=True)
-    if _is_system(name, sides):
-        return Statement(node)
-    if name is not None and not variables(sides[-1]):  # A = bh/2 = 12: the formula between is no number
-        sides = [side for side in sides if not variables(side)]
-    checks = [agree(a, b) for a, b in pairwise(sides)]
-    return Statement(
-        _whole(sides[-1]), name, false=False in checks and not take_last, unproved=None in checks and not take_last
-    )
-
-
-def _is_system(name: Node | None, sides: list[Node]) -> bool:
-    """A chain that relates unknowns, x/2 = y/3 = z/4, and computes none of them."""
-    if name is not None:
-        return all(is_name(side) and variables(side) for side in sides)
-    return len({frozenset(variables(side)) for side in sides if variables(side)}) > 1
-
-
-def _roughly(exact: Node, rounded: Node, agree: Callable[[Node, Node], bool | None]) -> bool:
-    try:
-        a, b = (signature(side, Reading()) for side in (exact, rounded))
-    except (Undefined, ArithmeticError):
-        return True
-    if len(a) != 1 or len(b) != 1 or a[0] is None or b[0] is None:
-        return True
-    return abs(complex(a[0]) - complex(b[0])) <= 0.05 * max(abs(complex(a[0])), abs(complex(b[0])))
-
-
-def _whole(node: Node) -> Node:
+def whole_set(node: Node) -> Node:
     """The set that a builder of inequalities in a lone name spells; the real line by its names."""
     if node.kind is Kind.BUILDER:
         element, condition = node.args
@@ -136,7 +59,7 @@ def as_interval(node: Node) -> Node:
         return node
     signs, sides = list(node.data), list(node.args)
     if signs == ["in"] and is_name(sides[0]):
-        return _whole(sides[1])
+        return whole_set(sides[1])
     if all(sign in (">", ">=") for sign in signs):
         signs, sides = ["<" + sign[1:] for sign in reversed(signs)], sides[::-1]
     if not all(sign in ("<", "<=") for sign in signs):
@@ -170,7 +93,7 @@ def _overlap(pieces: list[Node]) -> Node | None:
 
 def _without_points(node: Node) -> Node:
     """The real line without numbers, as a union of open intervals."""
-    line, *others = (_whole(a) for a in node.args)
+    line, *others = (whole_set(a) for a in node.args)
     if line != _REAL_LINE or len(others) != 1 or others[0].kind is not Kind.SET:
         return node
     points = sorted(((exact(p), p) for p in others[0].args), key=lambda pair: pair[0] or 0)
@@ -218,29 +141,3 @@ def items_of(node: Node) -> list[Node] | None:
         inner = items_of(item) if nested or _has_sign(item) else None
         found += [item] if inner is None else inner
     return found
-
-
-def without_declarations(node: Node) -> tuple[Node, tuple[tuple[str, ...], ...]]:
-    """A statement and its conditions: `k\\pi, k \\in \\mathbb{Z}` and `k\\pi \\text{ for } k \\in \\mathbb{Z}`."""
-    if node.kind is Kind.QUALIFIED:
-        inner, conditions = without_declarations(node.args[0])
-        assert isinstance(node.data, tuple)
-        return inner, (*conditions, node.data)
-    if node.kind is Kind.LIST:
-        kept = [a for a in node.args if not _declares(a)]
-        if 0 < len(kept) < len(node.args):
-            conditions = tuple((str(a.args[1].data),) for a in node.args if _declares(a))
-            last, more = without_declarations(kept[-1])
-            body = last if len(kept) == 1 else Node(Kind.LIST, (*kept[:-1], last))
-            return body, (*conditions, *more)
-    return node, ()
-
-
-def _declares(node: Node) -> bool:
-    """`k \\in \\mathbb{Z}`."""
-    return (
-        node.kind is Kind.RELATION
-        and node.data == ("in",)
-        and node.args[0].kind is Kind.NAME
-        and str(node.args[1].data).startswith(_NUMBER_SETS)
-    )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from .atoms import ACCENTS, BIG, Atoms
-from .functions import GREEK
+from .atoms import ACCENTS, BIG, GREEK, Atoms
 from .lexer import FUNCTIONS, Token
 from .reader import TooDeep, Unreadable, negated, whole
 from .tree import Kind, Node, negative, number, number_of, walk
