@@ -1,4 +1,5 @@
-"""The smallest parts of the grammar: names, brackets, functions, big operators, matrices and cases."""
+"""The smallest parts of the grammar: names, brackets, functions, big operators, matrices and
+cases."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ GREEK = words(
     "partial Re Im aleph imath jmath"
 )
 _CASE_FILLER = frozenset(("if", "when", "for", "is", "are", "", "where", "and"))
-ACCENTS = words("hat bar vec dot ddot tilde overline overrightarrow underline overleftrightarrow overset")
+ACCENTS = words(
+    "hat bar vec dot ddot tilde overline overrightarrow underline overleftrightarrow overset"
+)
 BIG = {"\\" + name: name for name in ("sum", "prod", "int", "lim", "iint", "iiint", "oint")}
 _CLOSERS = {"(": ")]", "[": ")]", r"\{": r"\}", r"\langle": r"\rangle"}
 
@@ -107,7 +110,9 @@ class Atoms(Reader):
             if closing not in (_CLOSERS[opening] if opening != r"\langle" else (r"\rangle",)):
                 raise Unreadable(f"{opening!r} closed by {closing!r}")
             if inner.kind is Kind.LIST:
-                inner = Node(Kind.GROUP, inner.args, "()" if opening == r"\langle" else opening + closing)
+                inner = Node(
+                    Kind.GROUP, inner.args, "()" if opening == r"\langle" else opening + closing
+                )
             elif opening + closing not in ("()", "[]"):
                 raise Unreadable("unbalanced brackets")
             elif inner.kind is Kind.RELATION and opening == "[":
@@ -219,18 +224,36 @@ class Atoms(Reader):
         )
         if power is None:
             return call
-        if power == negative(number(1)) and name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh"):
+        if power == negative(number(1)) and name in (
+            "sin",
+            "cos",
+            "tan",
+            "cot",
+            "sec",
+            "csc",
+            "sinh",
+            "cosh",
+            "tanh",
+        ):
             return Node(Kind.CALL, arguments, "arc" + name)
         return Node(Kind.POWER, (call, power))
 
     def function_argument(self) -> Node:
-        factors = [self.postfix(self.name(applied=False)) if self.kind() in ("name", "letter") else self.factor()]
+        factors = [
+            self.postfix(self.name(applied=False))
+            if self.kind() in ("name", "letter")
+            else self.factor()
+        ]
         while (
-            self.kind() in ("number", "name") or self.peek() in (r"\pi", r"\frac", r"\sqrt") or self.peek()[1:] in GREEK
+            self.kind() in ("number", "name")
+            or self.peek() in (r"\pi", r"\frac", r"\sqrt")
+            or self.peek()[1:] in GREEK
         ):
             if self.kind() == "number" and factors[-1].kind is not Kind.POWER:
                 raise Unreadable("numbers side by side")
-            factors.append(self.postfix(self.name(applied=False) if self.kind() == "name" else self.atom()))
+            factors.append(
+                self.postfix(self.name(applied=False) if self.kind() == "name" else self.atom())
+            )
         if (
             self.peek() == "/"
             and all(f.kind in (Kind.NUMBER, Kind.NAME, Kind.CONSTANT) for f in factors)
@@ -241,7 +264,8 @@ class Atoms(Reader):
         return factors[0] if len(factors) == 1 else Node(Kind.PRODUCT, tuple(factors))
 
     def big(self, name: str) -> Node:
-        """\\sum_{k=1}^{n} body, \\int_a^b body dx, \\lim_{x \\to a} body; the body is the product that follows."""
+        """\\sum_{k=1}^{n} body, \\int_a^b body dx, \\lim_{x \\to a} body; the body is the product
+        that follows."""
         lower = upper = Node(Kind.LIST)
         variable = ""
         while self.peek() in ("_", "^"):
@@ -249,7 +273,11 @@ class Atoms(Reader):
                 upper = self.argument()
                 continue
             lower = self.argument()
-            if lower.kind is Kind.RELATION and lower.args[0].kind is Kind.NAME and lower.data in (("=",), ("to",)):
+            if (
+                lower.kind is Kind.RELATION
+                and lower.args[0].kind is Kind.NAME
+                and lower.data in (("=",), ("to",))
+            ):
                 variable, lower = str(lower.args[0].data), lower.args[1]
         self.enter()
         if name in ("int", "iint", "iiint", "oint"):
@@ -299,7 +327,9 @@ class Atoms(Reader):
             token = self.tokens[self.at]
             self.at += 1
             if token.kind == "text":
-                kept = [w for w in re.split(r"[\s,.]+", token.text) if w.lower() not in _CASE_FILLER]
+                kept = [
+                    w for w in re.split(r"[\s,.]+", token.text) if w.lower() not in _CASE_FILLER
+                ]
                 words += [Token("text", word) for word in kept]
             elif token.text not in ("&", ",", "."):
                 words.append(token)
@@ -307,7 +337,8 @@ class Atoms(Reader):
 
 
 def _fraction(top: Node, bottom: Node) -> Node:
-    """A quotient, or a derivative in Leibniz's form: `\\frac{dv}{dt}`, `\\frac{\\partial^2 u}{\\partial x^2}`."""
+    """A quotient, or a derivative in Leibniz's form: `\\frac{dv}{dt}`, `\\frac{\\partial^2
+    u}{\\partial x^2}`."""
 
     def is_differential(node: Node) -> bool:
         first = node.args[0] if node.kind is Kind.PRODUCT else node
@@ -325,7 +356,11 @@ def _integrand(body: Node) -> tuple[Node, str]:
     terms = body.args if body.kind is Kind.SUM else (body,)
     last = terms[-1]
     factors = last.args if last.kind is Kind.PRODUCT else (last,)
-    if len(factors) < 2 or factors[-2] != Node(Kind.NAME, (), "d") or factors[-1].kind is not Kind.NAME:
+    if (
+        len(factors) < 2
+        or factors[-2] != Node(Kind.NAME, (), "d")
+        or factors[-1].kind is not Kind.NAME
+    ):
         raise Unreadable("an integral without its variable")
     rest = factors[:-2]
     last = number(1) if not rest else rest[0] if len(rest) == 1 else Node(Kind.PRODUCT, rest)

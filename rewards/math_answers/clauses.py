@@ -1,4 +1,5 @@
-"""What a sentence says besides its answer: reasons, origins, comparisons, labels and the choices that it rules out."""
+"""What a sentence says besides its answer: reasons, origins, comparisons, labels and the choices
+that it rules out."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ _PARTS = (
         r"(?:because|since|given that|when|as)\b(?:[^,，]|(?<=\d),(?=\d))*,(?=\s)|(?:因为|由于)[^,，]*[,，])",
         re.I,
     ),
-    re.compile(r",?\s+(?:because|since)\b.*$|,\s+who\b[^,=]*$|[,，]?\s*(?:因为|由于).*$", re.IGNORECASE),
+    re.compile(
+        r",?\s+(?:because|since)\b.*$|,\s+who\b[^,=]*$|[,，]?\s*(?:因为|由于).*$", re.IGNORECASE
+    ),
     re.compile(
         rf"\b(?:(?:after|before)\s+(?:(?:he|she|they|it|we)\s+)?{_NO_CLAUSE}{{0,4}}{_AMOUNT}"
         rf"|(?:[a-z]+er|more|less|worse) than\s+{_NO_CLAUSE}{{0,3}}{_AMOUNT}"
@@ -31,7 +34,8 @@ _PARTS = (
         re.IGNORECASE,
     ),
 )
-"""Parts of a sentence that hold numbers but not its answer, in the order in which they are left out."""
+"""Parts of a sentence that hold numbers but not its answer, in the order in which they are left
+out."""
 _LABEL = re.compile(
     r"\b(?:step|equation|eqn?\.?|formula|question|problem|exercise|figure|fig\.|case|section|theorem|lemma|chapter"
     r"|example|table|method|part|rule)\s?[(#]?\d{1,3}(?:\.\d+)*\)?(?!\s?[=+*/^×÷]|\w)"
@@ -57,7 +61,8 @@ _HELD = re.compile(r"\s?(?:is|must be)\s(?:the\s)?(?:only\s)?(?:correct|right|tr
 
 
 def main_clause(sentence: str) -> str:
-    """The part that states the answer: without its reasons, what it was taken from and what it is compared with.
+    """The part that states the answer: without its reasons, what it was taken from and what it is
+    compared with.
 
     A part stays where no number or formula would be left without it.
     """
@@ -85,10 +90,13 @@ def as_equations(sentence: str) -> str:
 
 
 def choices(sentence: str) -> list[str]:
-    """The choices that a sentence makes: those it says are right or concludes, else all that it does not rule out."""
+    """The choices that a sentence makes: those it says are right or concludes, else all that it
+    does not rule out."""
     named, made = list[str](), list[str]()
     for match in _CHOICES.finditer(sentence):
-        letter = next(group for name, group in match.groupdict().items() if group and name != "concluded")
+        letter = next(
+            group for name, group in match.groupdict().items() if group and name != "concluded"
+        )
         if _RULED_OUT.match(sentence, match.end()):
             continue
         named.append(letter)

@@ -1,21 +1,32 @@
 """Whether two answers are the same, decided in this process in microseconds where that is certain.
 
-Trees are compared by what they are: rationals exactly, other scalars at sample points in 50 digits, lists, tuples, intervals,
-inequalities, equations, matrices, sets, cases and texts by their structure. What cannot be decided is UNKNOWN.
+Trees are compared by what they are: rationals exactly, other scalars at sample points in 50 digits,
+lists, tuples, intervals,
+inequalities, equations, matrices, sets, cases and texts by their structure. What cannot be decided
+is UNKNOWN.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 
 from .lexer import squeeze
-from .options import Outcome, Policy
+from .options import Outcome, Policy, all_of, outcome
 from .parser import TooDeep, Unreadable, parse
+from .rationals import TooBig, Undefined
 from .references import MAX_TEXT, Reference, plain_number
-from .scalars import all_of, amount, outcome, rename_parameter, same_scalar, same_value
-from .shapes import as_interval, expanded, independent, is_name, items_of
+from .scalars import amount, rename_parameter, same_scalar, same_value
+from .shapes import (
+    as_interval,
+    expanded,
+    independent,
+    is_name,
+    items_of,
+    same_clock,
+    same_letters,
+    words_of,
+)
 from .statements import (
     Statement,
     agree,
@@ -30,10 +41,11 @@ from .statements import (
     without_declarations,
 )
 from .tree import Kind, Node, has, variables
-from .values import TooBig, Undefined, exact
+from .values import exact
 
 MAX_ITEMS = 64
 _ORDERED = (Kind.GROUP, Kind.RATIO)
+_COLLECTIONS = frozenset((*_ORDERED, Kind.LIST, Kind.SET, Kind.UNION))
 _SYMMETRIC = tuple((sign,) for sign in ("equiv", "!=", "perp", "parallel", "cong", "sim", "="))
 
 
@@ -63,7 +75,9 @@ def compare(gold: Reference, answer: str, policy: Policy) -> Outcome:
 def _same_text(gold: str, answer: str) -> Outcome:
     """What is outside the grammar equals only what is spelled with the same tokens."""
     if len(answer) > MAX_TEXT or len(gold) > MAX_TEXT:
-        return outcome(gold.split() == answer.split()) if len(answer) == len(gold) else Outcome.UNKNOWN
+        return (
+            outcome(gold.split() == answer.split()) if len(answer) == len(gold) else Outcome.UNKNOWN
+        )
     return Outcome.EQUAL if squeeze(gold) == squeeze(answer) else Outcome.UNKNOWN
 
 
@@ -71,7 +85,10 @@ def same(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Ou
     """Raises TooBig, Undefined."""
     if gold == answer and not has(answer, Kind.RELATION):
         return Outcome.EQUAL
-    if Kind.CHOICE in (gold.kind, answer.kind) and (found := _same_choice(gold, answer, policy)) is not None:
+    if (
+        Kind.CHOICE in (gold.kind, answer.kind)
+        and (found := _same_choice(gold, answer, policy)) is not None
+    ):
         return found
     if Kind.VERBATIM in (gold.kind, answer.kind):
         if is_plain(gold):
@@ -86,7 +103,11 @@ def same(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Ou
     if variables(gold) != variables(answer):
         answer = rename_parameter(gold, answer)
     left = state(gold, True, False)
-    constant = not variables(left.body) and left.body.kind not in (Kind.TEXT, Kind.VERBATIM, Kind.RELATION)
+    constant = not variables(left.body) and left.body.kind not in (
+        Kind.TEXT,
+        Kind.VERBATIM,
+        Kind.RELATION,
+    )
     right = state(answer, policy.chains == "last", constant)
     if right.false:
         return Outcome.DIFFERENT
@@ -97,7 +118,9 @@ def same(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Ou
     if names_differ(left.name, right.name):
         return Outcome.DIFFERENT
     found = _same_bodies(left.body, right.body, policy, computed)
-    if found is Outcome.DIFFERENT and is_plain(gold) and _is_rounded(answer):  # x = 300/7 = 42.857 ~ 43
+    if (
+        found is Outcome.DIFFERENT and is_plain(gold) and _is_rounded(answer)
+    ):  # x = 300/7 = 42.857 ~ 43
         return _same_bodies(left.body, answer.args[-1], policy, computed)
     return found
 
@@ -108,11 +131,17 @@ def _is_rounded(node: Node) -> bool:
 
 
 def _same_choice(gold: Node, answer: Node, policy: Policy) -> Outcome | None:
-    """`C`, `(C) 12` and, where the reference has both, `12`; several letters in any order. None: no choice is meant."""
+    """`C`, `(C) 12` and, where the reference has both, `12`; several letters in any order. None: no
+    choice is meant."""
     if gold.kind is answer.kind is Kind.CHOICE:
-        if gold.data != answer.data or not (gold.args and answer.args) or Kind.TEXT in (gold.args[0].kind, answer.args[0].kind):
-            return outcome(gold.data == answer.data)
-        return same(gold.args[0], answer.args[0], policy)
+        contents = [*gold.args, *answer.args]
+        if (
+            gold.data == answer.data
+            and len(contents) == 2
+            and Kind.TEXT not in {c.kind for c in contents}
+        ):
+            return same(*contents, policy)
+        return outcome(gold.data == answer.data)
     if gold.kind is Kind.CHOICE:
         if answer.kind in (Kind.TEXT, Kind.RUN, Kind.VERBATIM):
             return Outcome.DIFFERENT
@@ -123,26 +152,29 @@ def _same_choice(gold: Node, answer: Node, policy: Policy) -> Outcome | None:
         if body.kind is Kind.NAME:
             return outcome(body.data == gold.data)
         return same(Node(Kind.NAME, (), gold.data), answer, policy)
-    if gold.kind is Kind.RUN or (gold.kind is Kind.LIST and all(i.kind in (Kind.NAME, Kind.CHOICE) for i in gold.args)):
+    letters = all(item.kind in (Kind.NAME, Kind.CHOICE) for item in gold.args)
+    if gold.kind is Kind.RUN or (gold.kind is Kind.LIST and letters):
         return None
     if gold.kind is Kind.NAME:
         return outcome(gold.data == answer.data and not answer.args)
-    return same(gold, answer.args[0], policy) if answer.args and not is_plain(gold) else Outcome.DIFFERENT
+    if not answer.args or is_plain(gold):
+        return Outcome.DIFFERENT
+    return same(gold, answer.args[0], policy)
 
 
 def _same_bodies(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Outcome:
-    systems = all(n.kind is Kind.RELATION or (n.kind is Kind.LIST and _is_system(n)) for n in (gold, answer))
-    if systems and variables(gold) != variables(answer):
+    if all(_is_system(n) for n in (gold, answer)) and variables(gold) != variables(answer):
         return Outcome.DIFFERENT
-    if gold.kind is answer.kind is Kind.RELATION and as_interval(gold).kind is not as_interval(answer).kind:
+    intervals = as_interval(gold), as_interval(answer)
+    kinds = {node.kind for node in intervals}
+    if gold.kind is answer.kind is Kind.RELATION and len(kinds) == 2:
         return _same_relation(gold, answer, policy)
-    gold, answer = as_interval(gold), as_interval(answer)
-    kinds = {gold.kind, answer.kind}
+    gold, answer = intervals
     if kinds == {Kind.LIST, Kind.UNION}:
         items = (gold if gold.kind is Kind.LIST else answer).args
         if all(i.kind is Kind.RELATION and as_interval(i).kind is Kind.GROUP for i in items):
             return Outcome.DIFFERENT  # a > 1, b > 4 are about two things
-    if Kind.RUN in kinds and (found := _same_letters(gold, answer)) is not None:
+    if Kind.RUN in kinds and (found := same_letters(gold, answer)) is not None:
         return found
     if Kind.MODULO in kinds:
         return _same_congruence(gold, answer, policy) if len(kinds) == 1 else Outcome.DIFFERENT
@@ -153,57 +185,23 @@ def _same_bodies(gold: Node, answer: Node, policy: Policy, computed: bool = Fals
     if kinds & {Kind.CASES, Kind.BUILDER}:
         return _same_parts(gold, answer, policy) if len(kinds) == 1 else Outcome.UNKNOWN
     if Kind.CLOCK in kinds:
-        return _same_clock(gold, answer)
+        return same_clock(gold, answer)
     if Kind.MATRIX in kinds:
         return _same_matrix(gold, answer, policy)
-    if (
-        kinds & {*_ORDERED, Kind.LIST, Kind.SET, Kind.UNION}
-        or expanded(gold) is not None
-        or expanded(answer) is not None
-    ):
+    if kinds & _COLLECTIONS or expanded(gold) is not None or expanded(answer) is not None:
         return _same_collection(gold, answer, policy)
     if Kind.TEXT in kinds:
-        return outcome(len(kinds) == 1 and _words(gold) == _words(answer))
+        return outcome(len(kinds) == 1 and words_of(gold) == words_of(answer))
     if Kind.BASED in kinds:
         return outcome(gold == answer)
     return same_scalar(gold, answer, policy, computed)
 
 
 def _is_system(node: Node) -> bool:
-    """Inequalities in a list."""
+    """A relation, or inequalities in a list."""
+    if node.kind is not Kind.LIST:
+        return node.kind is Kind.RELATION
     return all(a.kind is Kind.RELATION and a.data != ("=",) for a in node.args)
-
-
-def _words(node: Node) -> list[str]:
-    words = re.findall(r"[^\W_]+", str(node.data).casefold())
-    return [word for word in words if word not in ("the", "a", "an", "only")]
-
-
-def _same_letters(gold: Node, answer: Node) -> Outcome | None:
-    """AB for A, B; AB is no other order of letters. None: compare by value."""
-    if gold.kind is Kind.RUN and answer.kind is Kind.RUN:
-        return outcome(gold.data == answer.data)
-    run, other = (gold, answer) if gold.kind is Kind.RUN else (answer, gold)
-    if other.kind is Kind.TEXT:
-        return outcome(str(other.data).casefold() == str(run.data).casefold())
-    if other.kind is Kind.LIST and all(i.kind in (Kind.NAME, Kind.CHOICE, Kind.CONSTANT) for i in other.args):
-        letters = [str(i.data) for i in other.args]
-        choices = all("A" <= c <= "H" for c in letters) and sorted(letters) == letters
-        return outcome(choices and "".join(letters) == run.data)
-    return None
-
-
-def _same_clock(gold: Node, answer: Node) -> Outcome:
-    """10:30 AM and, with less said, 10:30."""
-    if gold.kind is answer.kind is Kind.CLOCK:
-        return outcome(gold.data == answer.data)
-    clock, other = (gold, answer) if gold.kind is Kind.CLOCK else (answer, gold)
-    if other.kind is not Kind.RATIO or len(other.args) != 2 or not isinstance(clock.data, int):
-        return Outcome.DIFFERENT
-    hours, minutes = (exact(a) for a in other.args)
-    if hours is None or minutes is None:
-        return Outcome.DIFFERENT
-    return outcome(minutes == clock.data % 60 and hours in (clock.data // 60, (clock.data // 60 - 1) % 12 + 1))
 
 
 def _same_congruence(gold: Node, answer: Node, policy: Policy) -> Outcome:
@@ -213,7 +211,8 @@ def _same_congruence(gold: Node, answer: Node, policy: Policy) -> Outcome:
         return Outcome.DIFFERENT
     if same(ours, theirs, policy) is Outcome.EQUAL:
         return Outcome.EQUAL
-    if ours.kind is not Kind.RELATION or theirs.kind is not Kind.RELATION or ours.args[:-1] != theirs.args[:-1]:
+    relations = ours.kind is theirs.kind is Kind.RELATION
+    if not relations or ours.args[:-1] != theirs.args[:-1]:
         return Outcome.UNKNOWN if variables(ours) == variables(theirs) else Outcome.DIFFERENT
     a, b, m = exact(ours.args[-1]), exact(theirs.args[-1]), exact(modulus)
     if a is None or b is None or not m:
@@ -223,15 +222,14 @@ def _same_congruence(gold: Node, answer: Node, policy: Policy) -> Outcome:
 
 def _same_parts(gold: Node, answer: Node, policy: Policy) -> Outcome:
     """Cases in any order, and set builders: part by part."""
-    if gold.kind is Kind.CASES:
-        if len(gold.args) != len(answer.args):
-            return Outcome.UNKNOWN
-        return _same_multiset(list(gold.args), list(answer.args), replace(policy, list_order="keep"), False)
-    if gold.data == "intersection":
-        return _same_multiset(list(gold.args), list(answer.args), policy, False)
     if len(gold.args) != len(answer.args):
-        return Outcome.UNKNOWN
-    return all_of([_same_condition(a, b, policy) for a, b in zip(gold.args, answer.args, strict=True)])
+        return Outcome.DIFFERENT if gold.data == "intersection" else Outcome.UNKNOWN
+    if gold.kind is Kind.CASES:
+        policy = replace(policy, list_order="keep")
+    if gold.kind is Kind.CASES or gold.data == "intersection":
+        return _same_multiset(gold.args, answer.args, policy, False)
+    pairs = zip(gold.args, answer.args, strict=True)
+    return all_of([_same_condition(a, b, policy) for a, b in pairs])
 
 
 def _same_condition(a: Node, b: Node, policy: Policy) -> Outcome:
@@ -245,14 +243,16 @@ def _same_condition(a: Node, b: Node, policy: Policy) -> Outcome:
 def _same_matrix(gold: Node, answer: Node, policy: Policy) -> Outcome:
     """The kind of bars counts; a row or column may be written as a tuple."""
     if gold.kind is answer.kind:
-        if gold.data != answer.data or [len(r.args) for r in gold.args] != [len(r.args) for r in answer.args]:
+        sizes = [[len(row.args) for row in matrix.args] for matrix in (gold, answer)]
+        if gold.data != answer.data or sizes[0] != sizes[1]:
             return Outcome.DIFFERENT
         return _side_by_side(_cells(gold), _cells(answer), policy)
     matrix, other = (gold, answer) if gold.kind is Kind.MATRIX else (answer, gold)
     if matrix.data != "matrix":
         return Outcome.UNKNOWN
     is_vector = len(matrix.args) == 1 or all(len(row.args) == 1 for row in matrix.args)
-    if not is_vector or other.kind not in (Kind.GROUP, Kind.LIST) or other.data not in ("()", None, "[]"):
+    is_tuple = other.kind in (Kind.GROUP, Kind.LIST) and other.data in ("()", None, "[]")
+    if not (is_vector and is_tuple):
         return Outcome.DIFFERENT
     sides = (_cells(matrix), other.args) if matrix is gold else (other.args, _cells(matrix))
     return _side_by_side(*sides, policy)
@@ -274,43 +274,47 @@ def _side_by_side(gold: Sequence[Node], answers: Sequence[Node], policy: Policy)
 
 
 def _same_collection(gold: Node, answer: Node, policy: Policy) -> Outcome:
-    ordered = [n.kind in _ORDERED for n in (gold, answer)]
-    if Kind.RATIO in (gold.kind, answer.kind) and (len(gold.args) == 2 or len(answer.args) == 2):
-        other = answer if gold.kind is Kind.RATIO else gold
-        if other.kind not in (Kind.RATIO, Kind.GROUP, Kind.LIST, Kind.SET, Kind.UNION):
-            return same_scalar(gold, answer, policy)
-    if Kind.UNION in (gold.kind, answer.kind) and gold.kind is answer.kind and gold.data != answer.data:
+    kinds = {gold.kind, answer.kind}
+    if Kind.RATIO in kinds and 2 in (len(gold.args), len(answer.args)) and kinds - _COLLECTIONS:
+        return same_scalar(gold, answer, policy)
+    if kinds == {Kind.UNION} and gold.data != answer.data:
         return Outcome.UNKNOWN
-    if Kind.UNION in (gold.kind, answer.kind) and {gold.data, answer.data} & {"without", "intersection"}:
+    if Kind.UNION in kinds and {gold.data, answer.data} & {"without", "intersection"}:
         return _same_parts(gold, answer, policy) if gold.data == answer.data else Outcome.UNKNOWN
-    if any(ordered):
+    if kinds & set(_ORDERED):
         return _same_ordered(gold, answer, policy)
     ours, theirs = items_of(gold), items_of(answer)
-    if ours is None or theirs is None:  # a single item and a collection of one
-        many = theirs if ours is None else ours
-        assert many is not None
-        if ours is None and answer.kind is Kind.LIST and _are_spellings(gold, answer.args, policy):
-            return Outcome.EQUAL
-        if len(many) != 1:
-            return Outcome.DIFFERENT if is_plain(gold) or Kind.BIG not in (gold.kind, answer.kind) else Outcome.UNKNOWN
-        return same(gold, many[0], policy) if ours is None else same(many[0], answer, policy)
+    if ours is None or theirs is None:
+        return _same_single(gold, answer, theirs if ours is None else ours, policy)
+    if len(ours) != len(theirs):  # in a set, and among solutions, a repeated one says nothing
+        sets = Kind.SET in kinds or all(item.kind is Kind.GROUP for item in theirs)
+        theirs = list(dict.fromkeys(theirs)) if sets else theirs
     if len(ours) != len(theirs):
-        distinct = list(dict.fromkeys(theirs))
-        solutions = all(item.kind is Kind.GROUP for item in theirs)
-        if not (solutions or Kind.SET in (gold.kind, answer.kind)) or len(distinct) != len(ours):
-            return Outcome.DIFFERENT
-        theirs = distinct
+        return Outcome.DIFFERENT
     if len(ours) > MAX_ITEMS:
-        return outcome(ours == theirs) if ours == theirs else Outcome.UNKNOWN
+        return Outcome.EQUAL if ours == theirs else Outcome.UNKNOWN
     computed = expanded(answer) is not None or any(expanded(a) is not None for a in answer.args)
-    keep = policy.list_order == "keep" and gold.kind is answer.kind is Kind.LIST and not computed
+    keep = policy.list_order == "keep" and kinds == {Kind.LIST} and not computed
     if keep or has(gold, Kind.DOTS) or has(answer, Kind.DOTS):
         return _side_by_side(ours, theirs, policy)
     return _same_multiset(ours, theirs, policy, computed)
 
 
+def _same_single(gold: Node, answer: Node, many: list[Node] | None, policy: Policy) -> Outcome:
+    """A single item on one side, a collection on the other: one of one item, or of spellings."""
+    assert many is not None
+    if answer.kind is Kind.LIST and _are_spellings(gold, answer.args, policy):
+        return Outcome.EQUAL
+    if len(many) == 1:
+        single = items_of(gold) is None
+        return same(gold, many[0], policy) if single else same(many[0], answer, policy)
+    big = Kind.BIG in (gold.kind, answer.kind) and not is_plain(gold)
+    return Outcome.UNKNOWN if big else Outcome.DIFFERENT
+
+
 def _are_spellings(gold: Node, items: Sequence[Node], policy: Policy) -> bool:
-    """Whether `1/4 or 0.25`, `1/3, or 0.33`, `3/5, i.e. 60%` all say the same, which is the reference."""
+    """Whether `1/4 or 0.25`, `1/3, or 0.33`, `3/5, i.e. 60%` all say the same, which is the
+    reference."""
     first = items[0]
     if has(first, Kind.RELATION) or len(items) > 3:
         return False
@@ -323,7 +327,8 @@ def _are_spellings(gold: Node, items: Sequence[Node], policy: Policy) -> bool:
 
 
 def _same_ordered(gold: Node, answer: Node, policy: Policy) -> Outcome:
-    """Tuples, intervals and ratios: the brackets and the order count. A list may stand for a tuple, `a = 1, b = 2` too."""
+    """Tuples, intervals and ratios: the brackets and the order count. A list may stand for a tuple,
+    `a = 1, b = 2` too."""
     if gold.kind is answer.kind and gold.data != answer.data:
         return Outcome.DIFFERENT
     if gold.kind is not answer.kind:
@@ -331,7 +336,7 @@ def _same_ordered(gold: Node, answer: Node, policy: Policy) -> Outcome:
         if plus_minus is not None and gold.kind is not Kind.RATIO:
             ours, theirs = items_of(gold) or [gold], items_of(answer) or [answer]
             if len(ours) != len(theirs):
-                ours, theirs = (independent(n) or side for n, side in ((gold, ours), (answer, theirs)))
+                ours, theirs = independent(gold) or ours, independent(answer) or theirs
             return _same_multiset(ours, theirs, policy, True)
         other, group = (answer, gold) if gold.kind in _ORDERED else (gold, answer)
         if other.kind is not Kind.LIST or group.data not in ("()", None):
@@ -348,22 +353,32 @@ def _same_ordered(gold: Node, answer: Node, policy: Policy) -> Outcome:
 
 def _same_ratio(gold: Node, answer: Node) -> Outcome:
     """4:6 is 2:3."""
-    ours, theirs = ([Node(Kind.QUOTIENT, (part, n.args[0])) for part in n.args[1:]] for n in (gold, answer))
-    return all_of([same_value(a, b, None) for a, b in zip(ours, theirs, strict=True)])
+    found = []
+    for a, b in zip(gold.args[1:], answer.args[1:], strict=True):
+        ours, theirs = (
+            Node(Kind.QUOTIENT, (part, n.args[0])) for part, n in ((a, gold), (b, answer))
+        )
+        found.append(same_value(ours, theirs, None))
+    return all_of(found)
 
 
 def _label(node: Node) -> Node | None:
     """What an item `x = 1` names."""
-    return node.args[0] if node.kind is Kind.RELATION and node.data == ("=",) and is_name(node.args[0]) else None
+    equation = node.kind is Kind.RELATION and node.data == ("=",)
+    return node.args[0] if equation and is_name(node.args[0]) else None
 
 
-def _same_multiset(gold: list[Node], answers: list[Node], policy: Policy, computed: bool) -> Outcome:
+def _same_multiset(
+    gold: Sequence[Node], answers: Sequence[Node], policy: Policy, computed: bool
+) -> Outcome:
+    """Items in any order; those that have names, `a = 1, b = 2`, by their names."""
     if len(gold) != len(answers):
         return Outcome.DIFFERENT
     names = [[_label(item) for item in side] for side in (gold, answers)]
     if None not in names[0] and set(names[0]) == set(names[1]) and len(set(names[0])) == len(gold):
         by_name = dict(zip(names[1], answers, strict=True))
-        return all_of([same(item, by_name[name], policy, computed) for name, item in zip(names[0], gold, strict=True)])
+        pairs = [(item, by_name[name]) for name, item in zip(names[0], gold, strict=True)]
+        return all_of([same(item, other, policy, computed) for item, other in pairs])
     left, uncertain = list(answers), False
     for item in gold:
         outcomes = [same(item, other, policy, computed) for other in left]
@@ -377,7 +392,8 @@ def _same_multiset(gold: list[Node], answers: list[Node], policy: Policy, comput
 
 
 def _same_equations(gold: Node, answer: Node, left: Statement, right: Statement) -> Outcome:
-    """a = b and c = d are the same if a - b is a constant multiple of c - d. A scalar may stand for what the other solves for."""
+    """a = b and c = d are the same if a - b is a constant multiple of c - d. A scalar may stand for
+    what the other solves for."""
     if left.equation and answer.kind not in (Kind.RELATION, Kind.LIST, Kind.GROUP, Kind.SET):
         missing = variables(gold) - variables(answer)
         if len(missing) == 1 and variables(answer):
@@ -390,7 +406,8 @@ def _same_equations(gold: Node, answer: Node, left: Statement, right: Statement)
 
 
 def _same_relation(gold: Node, answer: Node, policy: Policy) -> Outcome:
-    """Inequalities, memberships, chains of them: side by side, or as one difference that is above 0."""
+    """Inequalities, memberships, chains of them: side by side, or as one difference that is above
+    0."""
     gold, answer = _turned(gold), _turned(answer)
     if gold.data != answer.data or len(gold.args) != len(answer.args):
         return Outcome.DIFFERENT
@@ -405,7 +422,8 @@ def _same_relation(gold: Node, answer: Node, policy: Policy) -> Outcome:
 
 
 def _turned(node: Node) -> Node:
-    if isinstance(node.data, tuple) and all(sign in (">", ">=") for sign in node.data):
-        return Node(Kind.RELATION, node.args[::-1], tuple("<" + sign[1:] for sign in reversed(node.data)))
-    return node
-
+    """`a > b` as `b < a`."""
+    if not isinstance(node.data, tuple) or not all(sign in (">", ">=") for sign in node.data):
+        return node
+    signs = tuple("<" + sign[1:] for sign in reversed(node.data))
+    return Node(Kind.RELATION, node.args[::-1], signs)

@@ -1,7 +1,9 @@
 """Finding the final answer in a completion, as a person reads it, in linear time.
 
-Only what stands after the thoughts counts. `RULES` is the table of the ways in which an answer is stated, in the order in which
-they are tried; the first that finds something decides. Every rule but the first two looks at the end of the text only.
+Only what stands after the thoughts counts. `RULES` is the table of the ways in which an answer is
+stated, in the order in which
+they are tried; the first that finds something decides. Every rule but the first two looks at the
+end of the text only.
 """
 
 from __future__ import annotations
@@ -12,20 +14,8 @@ from dataclasses import dataclass
 
 from .clauses import names_choice
 from .number_words import in_digits
-from .sentences import (
-    FORMULA,
-    GROUPED_TEXT,
-    NUMBER,
-    TAIL,
-    VERB,
-    WORD,
-    announced,
-    bare,
-    hedge_after,
-    last_statement,
-    tail,
-    unbold,
-)
+from .prose import VERB, announced, hedge_after, last_statement
+from .sentences import FORMULA, GROUPED_TEXT, NUMBER, TAIL, WORD, bare, tail, unbold
 
 MAX_ANSWERS = 64
 """More different final answers than this are not looked at: no list of answers is that long."""
@@ -33,7 +23,8 @@ MAX_ANSWERS = 64
 
 @dataclass(frozen=True, slots=True)
 class Extracted:
-    """Every distinct candidate in order (more than one means that all must be right, or be a list), and the rule's name."""
+    """Every distinct candidate in order (more than one means that all must be right, or be a list),
+    and the rule's name."""
 
     candidates: tuple[str, ...]
     how: str
@@ -41,7 +32,8 @@ class Extracted:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A way of stating an answer: its name, who writes so, and the function that finds it (an empty list: not there)."""
+    """A way of stating an answer: its name, who writes so, and the function that finds it (an empty
+    list: not there)."""
 
     name: str
     source: str
@@ -67,13 +59,31 @@ _THOUGHT_PARTS = (
     "_of_thought",
 )
 """What a text with thoughts has in it: looking for these costs less than the expression."""
-_MARKER_PARTS = ("nswer", "NSWER", "esult", "olution", "ption", "hoice", "A:", "A：", "答", "选", "结果")
+_MARKER_PARTS = (
+    "nswer",
+    "NSWER",
+    "esult",
+    "olution",
+    "ption",
+    "hoice",
+    "A:",
+    "A：",
+    "答",
+    "选",
+    "结果",
+)
 _BARE_LINE = re.compile(r"(?:A:|####)?[ \t]*(-?[\d,]*\.?\d+)")
-_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,8}\{|\\(?:boxed|fbox)\s{0,8}(?P<bare>\d+|[A-Za-z](?![A-Za-z]))|\\[{}\\]|[{}]")
-_BOX_DENIED = re.compile(r"\\f?box(?:ed)?\s*\{[^{}]*\}[\s$\\)\]]*(?:is|was)\s(?:wrong|incorrect|not)\b")
+_BOX = re.compile(
+    r"\\(?:boxed|fbox)\s{0,8}\{|\\(?:boxed|fbox)\s{0,8}(?P<bare>\d+|[A-Za-z](?![A-Za-z]))|\\[{}\\]|[{}]"
+)
+_BOX_DENIED = re.compile(
+    r"\\f?box(?:ed)?\s*\{[^{}]*\}[\s$\\)\]]*(?:is|was)\s(?:wrong|incorrect|not)\b"
+)
 _FINAL = re.compile(r"final answer|最终答案", re.IGNORECASE)
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
-_PLACEHOLDER = re.compile(r"(?:(?:your|the|final|short)\s)*answer(?:\s(?:goes\s)?here)?\.?", re.IGNORECASE)
+_PLACEHOLDER = re.compile(
+    r"(?:(?:your|the|final|short)\s)*answer(?:\s(?:goes\s)?here)?\.?", re.IGNORECASE
+)
 _MARKER = re.compile(
     r"\*{0,2}\b(?:final\s+|correct\s+)?(?:answers?|result|solution)\b(?:\s+to\s+[^.:\n=]{1,60}?)?"
     r"\*{0,2}(?:\s{0,4}[:=：]+\*{0,2}|\s+(?:is|are|was|would be|must be|should be)\b\s{0,4}[:：]?|\*{0,2}[ \t]{0,4}\n)"
@@ -82,7 +92,9 @@ _MARKER = re.compile(
     r"|^[ \t]{0,4}答[:：]|(?<=[。\n])答[:：]",
     re.IGNORECASE | re.MULTILINE,
 )
-_NUMBERED = re.compile(r"^\W{0,4}(?:answer|答案)\s?\(?\d{1,2}\)?\*{0,2}[:：](.*)$", re.IGNORECASE | re.MULTILINE)
+_NUMBERED = re.compile(
+    r"^\W{0,4}(?:answer|答案)\s?\(?\d{1,2}\)?\*{0,2}[:：](.*)$", re.IGNORECASE | re.MULTILINE
+)
 _END_TOKENS = re.compile(r"(?:\s?(?:<\|[\w-]+\|>|</s>|<end_of_turn>|<eos>))+\s*\Z")
 _JSON = re.compile(
     r'"(?:final_?|correct_?)?(?:answer|result|solution)"\s{0,4}:\s{0,4}'
@@ -98,7 +110,10 @@ _COUNTED = re.compile(r"(?<=\d)\s?[(（][\u4e00-\u9fff]{1,3}[)）]")
 _BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*|__([^_\n]{1,200})__")
 _HEADING = re.compile(r"(?::\*\*|\*\*:)[^*]*\d[^*]*$")
 """`**2. Total:** 7 pens`: the answer stands behind the bold."""
-_REVISED = re.compile(r"\b(?:wait|actually|correction|sorry|hold on|in fact|no,|however|re-?check(?:ing|ed)?|mistake|second thought)|不对|更正|等等", re.IGNORECASE)
+_REVISED = re.compile(
+    r"\b(?:wait|actually|correction|sorry|hold on|in fact|no,|however|re-?check(?:ing|ed)?|mistake|second thought)|不对|更正|等等",
+    re.IGNORECASE,
+)
 _PHANTOM = re.compile(r"\\(?:[hv]?phantom|hspace|vspace)\*?\s?\{[^{}]*\}|\\q?quad")
 _MATH_WORDS = frozenset(("sqrt", "pi", "sin", "cos", "tan", "log", "ln", "infinity", "exp"))
 _CONTENT = re.compile(r"[^\W_]|\\[a-z]|\\\{\s*\\\}")
@@ -106,7 +121,8 @@ _CONTENT = re.compile(r"[^\W_]|\\[a-z]|\\\{\s*\\\}")
 
 
 def extract(completion: str, opened: bool = False) -> Extracted:
-    """The candidates for the final answer of a completion. `opened`: the prompt opened a thought."""
+    """The candidates for the final answer of a completion. `opened`: the prompt opened a
+    thought."""
     text = final_text(completion, opened)
     if text is None:
         return NOTHING
@@ -114,7 +130,11 @@ def extract(completion: str, opened: bool = False) -> Extracted:
     for rule in RULES:
         if found := list(dict.fromkeys(rule.find(text))):
             return Extracted(tuple(found[: MAX_ANSWERS + 1]), rule.name)
-        if rule is RULES[0] and (at := text.rfind("\\boxed")) >= 0 and text.count("{", at) > text.count("}", at):
+        if (
+            rule is RULES[0]
+            and (at := text.rfind("\\boxed")) >= 0
+            and text.count("{", at) > text.count("}", at)
+        ):
             text = text[:at]  # a box that was cut off: half an answer
     return NOTHING
 
@@ -183,7 +203,8 @@ def _in_boxes(text: str) -> list[str]:
 
 
 def _box_content(box: str) -> str:
-    """What a box says; of a sentence in it, such as `the answer is 5`, what it states; an aligned line by itself."""
+    """What a box says; of a sentence in it, such as `the answer is 5`, what it states; an aligned
+    line by itself."""
     if "{align" in box and "\\\\" not in box:
         return re.sub(r"\\(?:begin|end)\{align(?:ed)?\*?\}|(?<!\\)&", " ", box).strip()
     if (
@@ -274,7 +295,9 @@ def _whole(text: str) -> list[str]:
         return [] if not text or re.search(r"\d|\$|\\|[\u4e00-\u9fff]", text) else [text]
     if (formula := FORMULA.fullmatch(text.rstrip("."))) is not None:
         return [formula.group(formula.lastindex or 0)]
-    if "=" in text and re.search(r"[\d%] (?:of|times|by|plus|minus) |\d, \d|\d\s?[A-Za-z]{3,}[^=]*\Z", text):
+    if "=" in text and re.search(
+        r"[\d%] (?:of|times|by|plus|minus) |\d, \d|\d\s?[A-Za-z]{3,}[^=]*\Z", text
+    ):
         return []  # `15% of 200 = 30`, `3 * 4 = 12 pens`, one equation after the other
     if names_choice(text):
         return []
@@ -283,14 +306,19 @@ def _whole(text: str) -> list[str]:
     if not re.search(r"\d|\$|\\", text):
         if in_digits(text) != text:
             return last_statement(in_digits(text))
-        return [text] if len(words) <= 3 or not VERB.search(text) else last_statement(text) or [text]
+        return (
+            [text] if len(words) <= 3 or not VERB.search(text) else last_statement(text) or [text]
+        )
     return [text] if not words or _is_plain(text, words) else []
 
 
 def _is_plain(text: str, words: list[str]) -> bool:
-    """Whether a short text with a number is an answer by itself: `5 cm`, `x: 5`; no sentence, as `in 5 days`."""
+    """Whether a short text with a number is an answer by itself: `5 cm`, `x: 5`; no sentence, as
+    `in 5 days`."""
     lead = _LEAD.match(text)
-    named = re.match(r"\w+\s?[:：=]\s?[-\d]", text) is not None and not ("=" in text and ":" in text)
+    named = re.match(r"\w+\s?[:：=]\s?[-\d]", text) is not None and not (
+        "=" in text and ":" in text
+    )
     starts = text[0] in "+-−.([\\" or text[0].isdigit() or named
     if not starts and (len(words) > 1 or (lead is not None and lead.group() not in _MATH_WORDS)):
         return False
@@ -306,10 +334,16 @@ def _is_plain(text: str, words: list[str]) -> bool:
 def _in_bold(text: str) -> list[str]:
     """Bold at the end: in the last line that has content."""
     lines = [line for line in tail(text).split("\n") if line.strip()]
-    if not lines or not (bold := _BOLD.findall(lines[-1])) or _HEADING.search(lines[-1]) is not None:
+    if (
+        not lines
+        or not (bold := _BOLD.findall(lines[-1]))
+        or _HEADING.search(lines[-1]) is not None
+    ):
         return []
     inner = next(part for part in bold[-1] if part).strip().strip(":：")
-    if not re.search(r"\d|\\|\$|^\(?[A-J]\)?$", inner) or (len(WORD.findall(GROUPED_TEXT.sub("", inner))) > 3):
+    if not re.search(r"\d|\\|\$|^\(?[A-J]\)?$", inner) or (
+        len(WORD.findall(GROUPED_TEXT.sub("", inner))) > 3
+    ):
         return []
     return (
         last_statement(inner)
@@ -320,11 +354,17 @@ def _in_bold(text: str) -> list[str]:
 
 RULES = (
     Rule(
-        "box", "MATH, NuminaMath, Qwen2.5-Math, DeepSeek-R1: \\boxed{x}, \\fbox{x}; all of them, and the tag", _in_boxes
+        "box",
+        "MATH, NuminaMath, Qwen2.5-Math, DeepSeek-R1: \\boxed{x}, \\fbox{x}; all of them, and the tag",
+        _in_boxes,
     ),
     Rule("answer_tag", "R1-Zero, TinyZero, Open-Reasoner-Zero: <answer>x</answer>", _in_tag),
-    Rule("json", "prompts for structured output: {\"answer\": x}", _in_json),
-    Rule("last_line", "GSM8K and what is tuned on it: #### x, A: x, or x alone in the last line", _in_last_line),
+    Rule("json", 'prompts for structured output: {"answer": x}', _in_json),
+    Rule(
+        "last_line",
+        "GSM8K and what is tuned on it: #### x, A: x, or x alone in the last line",
+        _in_last_line,
+    ),
     Rule(
         "marker",
         "Minerva, Llama 3, OLMo, GLM, Qwen: Final Answer:, The answer is, Answer:, 答案, 故选, 答",
@@ -339,5 +379,3 @@ RULES = (
     ),
 )
 """The ways of stating an answer, the strongest first."""
-
-

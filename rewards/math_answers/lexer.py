@@ -1,6 +1,8 @@
-"""Tokens of an answer: LaTeX, plain text, Chinese, and the mixtures that models and data sets write.
+"""Tokens of an answer: LaTeX, plain text, Chinese, and the mixtures that models and data sets
+write.
 
-Only spelling is evened out here: sizes of delimiters, spaces, fonts, synonyms of commands, separators of thousands, Unicode.
+Only spelling is evened out here: sizes of delimiters, spaces, fonts, synonyms of commands,
+separators of thousands, Unicode.
 Braces, and all else that carries structure, stay. Any text has tokens, and they take linear time.
 """
 
@@ -85,13 +87,17 @@ _BLOCKS = (
     (re.compile(r"(?<![\d)])!=(?!=)|<>"), r"\\ne "),
     (re.compile(r"(?<=\d)\s?[xX](?=\s?10\s?\^)"), r"\\times "),
 )  # fmt: skip
-_WRAPPER = re.compile(r"\s*(?:\\(?:boldsymbol|bm|math(?:bf|it|sf)|text(?:bf|it)|underline))?\s*\{(?!,)")
+_WRAPPER = re.compile(
+    r"\s*(?:\\(?:boldsymbol|bm|math(?:bf|it|sf)|text(?:bf|it)|underline))?\s*\{(?!,)"
+)
 _GROUPED = re.compile(
     r"(?<![\d.,])(?:\d{1,3}(?:(?:\s?\{\s?,\s?\}|,\\!|,\\,|\\,|\\ |[ '~](?=\d{3}))\s?\d{3})+(?!\d)(?:\.\d+)?"
     r"|\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:\.\d{3}){2,}(?![\d.]))"
 )
 """Thousands set apart by `{,}`, `,\\!`, a thin or plain blank, an apostrophe or full stops."""
-_COMMAS = re.compile(r"(?<![\d.,])(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d?(?:,\d{2})+,\d{3})(?![\d,]|\s*,\s*\d)")
+_COMMAS = re.compile(
+    r"(?<![\d.,])(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d?(?:,\d{2})+,\d{3})(?![\d,]|\s*,\s*\d)"
+)
 _SEPARATING = re.compile(r"[(\[]|\\\{|(?<![\^_}A-Za-z])\{")
 """Brackets of a tuple or set; in braces of a fraction or a power a comma separates thousands."""
 _DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
@@ -159,7 +165,9 @@ def spell(text: str) -> str:
         text = _LOWERED.sub(lambda m: "_{" + m.group().translate(_SUBSCRIPT) + "}", text)
         text = text.translate(_UNICODE)
     if not text.isprintable():
-        text = _DAMAGED.sub(lambda match: repr(match.group())[1:-1].replace("x0c", "f").replace("x08", "b"), text)
+        text = _DAMAGED.sub(
+            lambda match: repr(match.group())[1:-1].replace("x0c", "f").replace("x08", "b"), text
+        )
     text = " ".join(text.split())
     if "\\" in text:
         if "\\\\" in text and "\\begin" not in text:
@@ -170,13 +178,17 @@ def spell(text: str) -> str:
     text = re.sub(r"\\\$(?=\s*[-\d.])", "¤", text)
     text = re.sub(r"\$\s*([-\d.,]+)\s*$", r"¤\1", text) if text.count("$") == 1 else text
     text = text.replace("$", " ").replace("¤", "$")
-    while (found := _WRAPPER.match(text)) is not None and _closing(text, found.end()) == len(text.rstrip()) - 1:
+    while (found := _WRAPPER.match(text)) is not None and _closing(text, found.end()) == len(
+        text.rstrip()
+    ) - 1:
         text = text.rstrip()[found.end() : -1]
     text = _GROUPED.sub(_plain_number, text)
     text = _DECIMAL_COMMA.sub(".", text)
     if "," in text and _SEPARATING.search(text) is None:
         text = re.sub(r"(?<![\d.,])0,(?=\d{3,}(?![\d,.]))", "0.", text)
-        text = _COMMAS.sub(lambda m: m.group().replace(",", ""), text)  # inside brackets a comma separates
+        text = _COMMAS.sub(
+            lambda m: m.group().replace(",", ""), text
+        )  # inside brackets a comma separates
     return text
 
 
@@ -255,16 +267,36 @@ def _styled(style: str, content: str, spaced: bool) -> list[Token]:
     if inner.lower() in SEPARATORS:
         return [_separator(inner.lower(), spaced)]
     if len(inner) == 1 and inner.isascii() and inner.isalpha():
-        return [Token("letter" if style not in ("boldsymbol", "bm", "mathbf", "mathit") else "name", inner, spaced)]
+        return [
+            Token(
+                "letter" if style not in ("boldsymbol", "bm", "mathbf", "mathit") else "name",
+                inner,
+                spaced,
+            )
+        ]
     if inner in FUNCTIONS:
         return _word(inner, spaced, [])
-    if not style.startswith("math") and style[:4] == "text" and re.search(r"\\[A-Za-z]", inner) and "$" not in inner:
+    if (
+        not style.startswith("math")
+        and style[:4] == "text"
+        and re.search(r"\\[A-Za-z]", inner)
+        and "$" not in inner
+    ):
         return [Token("text", inner, spaced)]
-    if style == "mathrm" and (unit := read_unit(inner)) is not None and unit.measures and inner not in FUNCTIONS:
+    if (
+        style == "mathrm"
+        and (unit := read_unit(inner)) is not None
+        and unit.measures
+        and inner not in FUNCTIONS
+    ):
         return [Token("text", inner, spaced)]
     if re.search(r"[$\\]", inner) or not re.search(r"[^\W\d_]", inner):
         return _scan(inner)
-    if (style.startswith("math") and re.search(r"[\d=+^_]", inner)) or style in ("boldsymbol", "bm", "underline"):
+    if (style.startswith("math") and re.search(r"[\d=+^_]", inner)) or style in (
+        "boldsymbol",
+        "bm",
+        "underline",
+    ):
         return _scan(inner)
     if re.fullmatch(r"[A-Z]{2,4}", inner):
         return [Token("run", inner, spaced)]
@@ -280,7 +312,8 @@ def _styled(style: str, content: str, spaced: bool) -> list[Token]:
 
 
 def _word(value: str, spaced: bool, before: list[Token]) -> list[Token]:
-    """A run of Latin letters: a function, a separator, a constant, a unit, a word, or letters side by side."""
+    """A run of Latin letters: a function, a separator, a constant, a unit, a word, or letters side
+    by side."""
     if len(value) == 1:
         return [Token("name", value, spaced)]
     lower = value.lower()
@@ -289,7 +322,11 @@ def _word(value: str, spaced: bool, before: list[Token]) -> list[Token]:
         return [_separator(lower, spaced)]
     if value in _WORD_FUNCTIONS and not (after_number and value in ("min", "sec")):
         return [
-            Token("command", "\\" + {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}.get(value, value), spaced)
+            Token(
+                "command",
+                "\\" + {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}.get(value, value),
+                spaced,
+            )
         ]
     if lower in ("degrees", "degree", "deg"):
         return [Token("command", r"\degree", spaced)]
@@ -302,7 +339,9 @@ def _word(value: str, spaced: bool, before: list[Token]) -> list[Token]:
     ):
         return [Token("text", lower, spaced)]
     if value.isupper():
-        return [Token("run" if not (after_number and is_unit_word(value)) else "text", value, spaced)]
+        return [
+            Token("run" if not (after_number and is_unit_word(value)) else "text", value, spaced)
+        ]
     if (
         len(value) >= 4
         or (after_number and is_unit_word(value))
@@ -341,7 +380,10 @@ def _other(value: str, spaced: bool) -> list[Token]:
         and (len(value) - head.end()) <= 2
         and is_counting(value[head.end() :])
     ):
-        return [Token("number", str(chinese_number(head.group())), spaced), Token("text", value[head.end() :])]
+        return [
+            Token("number", str(chinese_number(head.group())), spaced),
+            Token("text", value[head.end() :]),
+        ]
     if value.startswith("百分之"):
         rest = value[3:]
         if CHINESE_NUMBER.fullmatch(rest):

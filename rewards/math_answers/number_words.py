@@ -41,9 +41,14 @@ _STATING = re.compile(
     r"|[是为有共得到剩于需负要了]|^\W*)\Z",
     re.IGNORECASE,
 )
-"""What stands before a number that a sentence states: `there are two left`, not `both of the two`."""
-_SIGNED = re.compile(r"(?<![\d)}\]])(?<![\d)}\]]\s)\b(?:negative|minus)\s(?=\$?\.?\d)|负(?=\d)", re.I)
-_BELOW_ZERO = re.compile(r"(?<![\d-])(\d+(?:\.\d+)?)(?=\s?(?:degrees?|°\s?[CF]?)?\sbelow zero)|零下(?=\d)")
+"""What stands before a number that a sentence states: `there are two left`, not `both of the
+two`."""
+_SIGNED = re.compile(
+    r"(?<![\d)}\]])(?<![\d)}\]]\s)\b(?:negative|minus)\s(?=\$?\.?\d)|负(?=\d)", re.I
+)
+_BELOW_ZERO = re.compile(
+    r"(?<![\d-])(\d+(?:\.\d+)?)(?=\s?(?:degrees?|°\s?[CF]?)?\sbelow zero)|零下(?=\d)"
+)
 
 
 def chinese_number(text: str) -> int:

@@ -6,22 +6,30 @@
     label      := text (":" | "=")
     chain      := ratio (sign ratio)*              sign: = < > <= >= != ~ equiv in notin subset to
     modulus    := "(mod" sum ")"
-    condition  := ("for" | "where" | "if" | "when" | "otherwise" | ...) any tokens up to the next ";"
+    condition  := ("for" | "where" | "if" | "when" | "otherwise" | ...) any tokens up to the next
+    ";"
     ratio      := union (":" union)*
     union      := sum (("cup" | "cap" | "setminus") sum)*
     sum        := ["+" | "-" | "+-"] term (("+" | "-" | "+-" | "-+") term)*
     term       := factor (["*" | "/"] factor)* [unit]
     factor     := "-" factor | atom postfix*
     postfix    := "^" argument | "!" | "!!" | "%" | degree | "'"
-    argument   := "{" items "}" | one token         \\frac12 and x^23: one digit of LaTeX's, but x^10 is meant as written
-    atom       := number | name ["_" argument] | name "(" items ")" | function | brackets | bars | "..."
-                | \\frac argument argument | \\sqrt ["[" sum "]"] argument | big operator | matrix | cases | derivative
-    brackets   := "(" items ")" | "[" items "]" | "(" items "]" | "\\{" items [("|" | ":") items] "\\}" | "{" items "}"
+    argument   := "{" items "}" | one token         \\frac12 and x^23: one digit of LaTeX's, but
+    x^10 is meant as written
+    atom       := number | name ["_" argument] | name "(" items ")" | function | brackets | bars |
+    "..."
+                | \\frac argument argument | \\sqrt ["[" sum "]"] argument | big operator | matrix |
+                cases | derivative
+    brackets   := "(" items ")" | "[" items "]" | "(" items "]" | "\\{" items [("|" | ":") items]
+    "\\}" | "{" items "}"
     unit       := (text | upright letter) ["^" number] (("/" | "*") ...)*
 
-Side by side stands for a product, except that a number may follow nothing but a power, `1\\frac45` and `1 4/5` are mixed
-numbers, and `f(2)` is an application (`values.py` says when it is a product). What does not fit becomes VERBATIM and equals
-only the same tokens. The parser evaluates nothing, its depth and length are bounded and it takes linear time.
+Side by side stands for a product, except that a number may follow nothing but a power, `1\\frac45`
+and `1 4/5` are mixed
+numbers, and `f(2)` is an application (`values.py` says when it is a product). What does not fit
+becomes VERBATIM and equals
+only the same tokens. The parser evaluates nothing, its depth and length are bounded and it takes
+linear time.
 """
 
 from __future__ import annotations
@@ -42,7 +50,9 @@ _RELATIONS = {
     r"\in": "in", r"\notin": "notin", r"\subset": "subset", r"\subseteq": "subseteq", r"\to": "to", r"\iff": "iff",
     r"\perp": "perp", r"\parallel": "parallel", r"\cong": "cong", r"\propto": "propto", r"\implies": "implies",
 }  # fmt: skip
-_DECLARING = words("if when where for unless otherwise with such provided given whenever while assuming else")
+_DECLARING = words(
+    "if when where for unless otherwise with such provided given whenever while assuming else"
+)
 _CONDITIONS = _DECLARING | words("as because since is are was but not it can could may")
 _CHOICE = re.compile(
     r"\s*(?:\\(?:text(?:bf|rm)?|mathrm|mathbf|boldsymbol|rm|bf|mbox)\s*\{\s*)?(?:(?:option|choice|选项)\s*)?"
@@ -52,8 +62,11 @@ _CHOICE = re.compile(
 )
 _EDGES = re.compile(r"^(?:\\[,;:! ]|[\s~])+|(?:\\[,;:! ]|\\\\|[\s~])+$")
 _PROSE = re.compile(r"(?:(?:[A-Za-z]{2,}|[aA])\s+){2,30}[A-Za-z]{2,}\.?")
-_SAYING = frozenset(("the", "is", "are", "has", "have", "than", "not", "no", "never", "always", "a"))
-"""A sentence of plain words, of which none is a name, is compared word by word: it holds one of these, and no list."""
+_SAYING = frozenset(
+    ("the", "is", "are", "has", "have", "than", "not", "no", "never", "always", "a")
+)
+"""A sentence of plain words, of which none is a name, is compared word by word: it holds one of
+these, and no list."""
 _JOINS = frozenset(("and", "or"))
 _CHOICE_LETTER = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])")
 _CLOCK = re.compile(
@@ -63,7 +76,8 @@ _CLOCK = re.compile(
 
 @lru_cache(maxsize=32768)
 def parse(text: str) -> Node:
-    """The tree of an answer, VERBATIM if it is outside the grammar. Raises TooDeep, and Unreadable if it is empty or too long."""
+    """The tree of an answer, VERBATIM if it is outside the grammar. Raises TooDeep, and Unreadable
+    if it is empty or too long."""
     if len(text) > MAX_CHARS:
         raise Unreadable(f"longer than {MAX_CHARS} characters")
     if (clock := _CLOCK.match(text)) is not None and int(clock.group(1)) <= 24:
@@ -80,17 +94,27 @@ def _is_sentence(words: list[str]) -> bool:
 
 
 def _trimmed(tokens: list[Token]) -> list[Token]:
-    """Without a full stop or comma at the end, or a sign that waits for something on either side."""
+    """Without a full stop or comma at the end, or a sign that waits for something on either
+    side."""
     start, end = 0, len(tokens)
     while (
-        end > start and tokens[end - 1].text in (".", ",", ";", "=", ":", "!", r"\\") and tokens[end - 1].kind != "text"
+        end > start
+        and tokens[end - 1].text in (".", ",", ";", "=", ":", "!", r"\\")
+        and tokens[end - 1].kind != "text"
     ):
         if tokens[end - 1].text == ":" and end - start > 1 and tokens[end - 2].kind != "text":
             break
         if tokens[end - 1].text == "!" and end - start > 1 and tokens[end - 2].kind != "text":
             break
         end -= 1
-    while start < end and tokens[start].text in ("=", ":", ",", r"\therefore", r"\Rightarrow", r"\implies"):
+    while start < end and tokens[start].text in (
+        "=",
+        ":",
+        ",",
+        r"\therefore",
+        r"\Rightarrow",
+        r"\implies",
+    ):
         start += 1
     return tokens[start:end]
 
@@ -120,7 +144,9 @@ def _spelled(tokens: list[Token]) -> tuple[str, ...]:
 
 def _words(tokens: list[Token]) -> Node | None:
     """A text of words alone, or a list of such."""
-    if not all(t.kind in ("text", "run") or (t.kind == "sign" and t.text in ",.'!-\"()") for t in tokens):
+    if not all(
+        t.kind in ("text", "run") or (t.kind == "sign" and t.text in ",.'!-\"()") for t in tokens
+    ):
         return None
     if not any(t.kind == "text" for t in tokens) or tokens[0].text == "-":
         return None
@@ -149,7 +175,8 @@ def _read_choice(text: str) -> Node | None:
     if match["mark"] == ":" and "=" in rest:
         return None
     if not marked or re.match(
-        r"[=<>+\-*/^_,|:;)]|\\(?:cdot|times|le|ge|in|cup|frac|sqrt|pm|to)\b|\(|and\b|or\b|\d*\s*[(]?[A-J][).]", rest
+        r"[=<>+\-*/^_,|:;)]|\\(?:cdot|times|le|ge|in|cup|frac|sqrt|pm|to)\b|\(|and\b|or\b|\d*\s*[(]?[A-J][).]",
+        rest,
     ):
         return None
     if match["open"] == "" and (match["close"] or match["mark"]) in (")", "）"):
@@ -172,7 +199,9 @@ class _Parser(Terms):
             if not self.peek() or self.peek() in (")", "]", "}", r"\}", r"\rangle", "|"):
                 break
             found.append(self.item())
-        return found[0] if len(found) == 1 else Node(Kind.LIST, tuple(found), "and" if both else None)
+        return (
+            found[0] if len(found) == 1 else Node(Kind.LIST, tuple(found), "and" if both else None)
+        )
 
     def item(self) -> Node:
         self.enter()
@@ -180,10 +209,16 @@ class _Parser(Terms):
             name = Node(Kind.TEXT, (), self.take())
             self.at += 1
             result = self.chain()
-            sides, signs = (result.args, result.data) if result.kind is Kind.RELATION else ((result,), ())
+            sides, signs = (
+                (result.args, result.data) if result.kind is Kind.RELATION else ((result,), ())
+            )
             assert isinstance(signs, tuple)
             result = Node(Kind.RELATION, (name, *sides), ("=", *signs))
-        elif self.kind() == "text" and (self.starts_atom(1) or self.peek(1) in ("-", "+")) and _is_lead(self.peek()):
+        elif (
+            self.kind() == "text"
+            and (self.starts_atom(1) or self.peek(1) in ("-", "+"))
+            and _is_lead(self.peek())
+        ):
             self.at += 1
             result = self.chain()
         else:
@@ -192,7 +227,11 @@ class _Parser(Terms):
             result = Node(Kind.MODULO, (result, modulus))
         if self.kind() == "text" and self.peek().split()[0].lower().strip(",.") in _CONDITIONS:
             result = Node(Kind.QUALIFIED, (result,), self.condition())
-        elif self.peek() == "," and self.kind(1) == "text" and self.peek(1).split()[0].lower() in _DECLARING:
+        elif (
+            self.peek() == ","
+            and self.kind(1) == "text"
+            and self.peek(1).split()[0].lower() in _DECLARING
+        ):
             self.at += 1
             result = Node(Kind.QUALIFIED, (result,), self.condition())
         elif self.peek() == "(" and self.kind(1) in ("name", "text"):
@@ -216,7 +255,9 @@ class _Parser(Terms):
     def condition(self) -> tuple[str, ...]:
         start = self.at
         while self.peek() and self.peek() not in (";", r"\\", "&", r"\end", r"\}"):
-            if self.kind() in ("join", "both") and any(t.text == "=" for t in self.tokens[self.at :]):
+            if self.kind() in ("join", "both") and any(
+                t.text == "=" for t in self.tokens[self.at :]
+            ):
                 break
             self.at += 1
         if self.peek(-1) == ",":
@@ -261,7 +302,9 @@ class _Parser(Terms):
         return found[0] if len(found) == 1 else Node(Kind.UNION, tuple(found), signs.pop())
 
 
-_LEAD = words("only exactly 共 共有 一共 约 大约 约为 approximately about roughly exactly total 有 为 是 得")
+_LEAD = words(
+    "only exactly 共 共有 一共 约 大约 约为 approximately about roughly exactly total 有 为 是 得"
+)
 
 
 def _is_lead(text: str) -> bool:

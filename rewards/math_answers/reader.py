@@ -1,4 +1,5 @@
-"""Reading tokens one after the other, and numbers as they are written: what every level of the grammar shares."""
+"""Reading tokens one after the other, and numbers as they are written: what every level of the
+grammar shares."""
 
 from __future__ import annotations
 
@@ -86,7 +87,13 @@ class Reader(ABC):
             self.at += 1
             text += "."
         elif sign not in (r"\overline", r"\dot", r"\bar") or "." not in text:
-            if sign != "(" or "." not in text or self.kind(1) != "number" or self.peek(2) != ")" or self.spaced():
+            if (
+                sign != "("
+                or "." not in text
+                or self.kind(1) != "number"
+                or self.peek(2) != ")"
+                or self.spaced()
+            ):
                 return None
             digits = self.peek(1)
             self.at += 3
@@ -113,7 +120,11 @@ class Reader(ABC):
         found = self.take()
         if len(found) > 1 and found.isdigit():
             self.at -= 1
-            self.tokens = [*self.tokens[: self.at], Token("number", found[1:]), *self.tokens[self.at + 1 :]]
+            self.tokens = [
+                *self.tokens[: self.at],
+                Token("number", found[1:]),
+                *self.tokens[self.at + 1 :],
+            ]
             return found[0]
         return found
 

@@ -1,4 +1,5 @@
-"""Reference answers: read from what a data row holds, proved usable, and told from copies of the problem."""
+"""Reference answers: read from what a data row holds, proved usable, and told from copies of the
+problem."""
 
 from __future__ import annotations
 
@@ -21,14 +22,28 @@ MAX_TEXT = 4000
 _LONG = 200
 """A longer reference is a whole solution, whose answer is found as in a completion."""
 _NO_ANSWER = frozenset(
-    ("proof", "notfound", "not found", "none", "null", "nan", "n/a", "-", "?", "", "answer", "see solution")
+    (
+        "proof",
+        "notfound",
+        "not found",
+        "none",
+        "null",
+        "nan",
+        "n/a",
+        "-",
+        "?",
+        "",
+        "answer",
+        "see solution",
+    )
 )
 """What data sets write where a problem has no answer (NuminaMath-1.5: proof, notfound)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A reference answer, parsed once. `tree` is None where it cannot be read at all, and `problem` says why."""
+    """A reference answer, parsed once. `tree` is None where it cannot be read at all, and `problem`
+    says why."""
 
     text: str
     tree: Node | None
@@ -57,11 +72,14 @@ def read_reference(text: str) -> Reference:
 
 
 def read_gold(gold: str) -> Reference:
-    """The reference of a data row: an answer, a solution with a box or `#### x`, or a list of answers as JSON writes it."""
+    """The reference of a data row: an answer, a solution with a box or `#### x`, or a list of
+    answers as JSON writes it."""
     text = _listed(gold.strip())
     if boxes(text) or "####" in text or len(text) > _LONG:
         candidates = extract(text).candidates
-        return read_reference(", ".join(candidates[:8]) if candidates and len(candidates) <= 8 else text)
+        return read_reference(
+            ", ".join(candidates[:8]) if candidates and len(candidates) <= 8 else text
+        )
     return read_reference(text)
 
 
@@ -89,13 +107,19 @@ def why_no_answer(gold: str) -> str | None:
 
 
 def rewritings(text: str) -> list[str]:
-    """Completions that anyone would mark right, whatever the reference: the text in a box, and spelled in usual other ways."""
+    """Completions that anyone would mark right, whatever the reference: the text in a box, and
+    spelled in usual other ways."""
     forms = [text, text.strip().rstrip(".") + "."]
     if "$" not in text:
         forms.append(f"${text}$")
     if re.search(r"\\frac(?![A-Za-z])", text):
         forms.append(re.sub(r"\\frac(?![A-Za-z])", r"\\dfrac", text))
-    if "(" in text and text.count("(") == text.count(")") and "\\left" not in text and "\\text" not in text:
+    if (
+        "(" in text
+        and text.count("(") == text.count(")")
+        and "\\left" not in text
+        and "\\text" not in text
+    ):
         forms.append(text.replace("(", "\\left(").replace(")", "\\right)"))
     return [f"\\boxed{{{form}}}" for form in dict.fromkeys(forms)]
 
@@ -106,7 +130,8 @@ _FREE = (Kind.TEXT, Kind.CHOICE, Kind.CLOCK, Kind.RUN, Kind.NAME, Kind.BASED)
 
 
 def is_copy(reference: Node | None, answer: str, prompt: str) -> bool:
-    """Whether `answer`, which equals the reference, only repeats the problem, e.g. `\\log_2 8` for 3."""
+    """Whether `answer`, which equals the reference, only repeats the problem, e.g. `\\log_2 8` for
+    3."""
     if reference is None or not prompt:
         return False
     try:
@@ -120,7 +145,9 @@ def is_copy(reference: Node | None, answer: str, prompt: str) -> bool:
     needle = [token.text for token in tokenise(answer)]
     while needle and needle[-1] in (".", ",", ";"):
         needle.pop()
-    return bool(needle) and _stands_in(needle, [token.text for token in tokenise(prompt)], is_literal(theirs))
+    return bool(needle) and _stands_in(
+        needle, [token.text for token in tokenise(prompt)], is_literal(theirs)
+    )
 
 
 def _stands_in(needle: list[str], text: list[str], alone: bool) -> bool:
@@ -135,7 +162,8 @@ def _stands_in(needle: list[str], text: list[str], alone: bool) -> bool:
 
 
 def essence(node: Node) -> Node:
-    """An answer without the name, the unit and the order of a list; decimals by their value, signs in front."""
+    """An answer without the name, the unit and the order of a list; decimals by their value, signs
+    in front."""
     body = state(node, True, True).body
     core = amount(body).core
     if core.kind is Kind.NUMBER:

@@ -1,25 +1,47 @@
-"""What a tree states: a name and what it is said to be, chains of equations, inequalities as intervals, items of collections."""
+"""What a tree states: a name and what it is said to be, chains of equations, inequalities as
+intervals, items of collections."""
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise, product
 
+from .options import Outcome, outcome
 from .tree import INFINITY, Kind, Node, negative, variables
 from .values import exact
 
 NUMBER_SETS = ("mathbb R", "mathbb Z", "mathbb N", "mathbb Q", "mathbb C")
 _REAL_LINE = Node(Kind.GROUP, (negative(INFINITY), INFINITY), "()")
-_ALL_REALS = ("all real numbers", "all reals", "real numbers", "全体实数", "一切实数", "任意实数", "all real values")
+_ALL_REALS = (
+    "all real numbers",
+    "all reals",
+    "real numbers",
+    "全体实数",
+    "一切实数",
+    "任意实数",
+    "all real values",
+)
 
 
 def is_name(node: Node) -> bool:
-    """Something that an equation can define: x, a_n, f(x), AB, |AB|, (x, y), A:B, dy/dx, \\text{Area}."""
+    """Something that an equation can define: x, a_n, f(x), AB, |AB|, (x, y), A:B, dy/dx,
+    \\text{Area}."""
     if node.kind in (Kind.NAME, Kind.RUN, Kind.TEXT, Kind.APPLY, Kind.DERIVATIVE, Kind.CHOICE):
         return True
     if node.kind is Kind.CALL:
-        return node.data in ("abs", "norm", "det", "arg", "Pr", "Re", "Im", "deg", "dim", "tr", "rank") and is_name(
-            node.args[0]
-        )
+        return node.data in (
+            "abs",
+            "norm",
+            "det",
+            "arg",
+            "Pr",
+            "Re",
+            "Im",
+            "deg",
+            "dim",
+            "tr",
+            "rank",
+        ) and is_name(node.args[0])
     if node.kind in (Kind.GROUP, Kind.RATIO, Kind.LIST, Kind.QUOTIENT):
         return all(is_name(a) for a in node.args)
     return node.kind is Kind.BIG
@@ -37,16 +59,22 @@ def whole_set(node: Node) -> Node:
             found = as_interval(condition)
             if found.kind in (Kind.GROUP, Kind.UNION) and variables(condition) == {element.data}:
                 return found
-    if node == Node(Kind.NAME, (), "mathbb R") or (node.kind is Kind.TEXT and str(node.data).lower() in _ALL_REALS):
+    if node == Node(Kind.NAME, (), "mathbb R") or (
+        node.kind is Kind.TEXT and str(node.data).lower() in _ALL_REALS
+    ):
         return _REAL_LINE
     return node
 
 
 def as_interval(node: Node) -> Node:
-    """An inequality in one name as its interval, a list of such as their union; other nodes unchanged."""
+    """An inequality in one name as its interval, a list of such as their union; other nodes
+    unchanged."""
     if node.kind is Kind.LIST and len(node.args) > 1:
         pieces = [as_interval(a) for a in node.args]
-        if not (all(p.kind is Kind.GROUP for p in pieces) and all(a.kind is Kind.RELATION for a in node.args)):
+        if not (
+            all(p.kind is Kind.GROUP for p in pieces)
+            and all(a.kind is Kind.RELATION for a in node.args)
+        ):
             return node
         if len({_subject(a) for a in node.args}) > 1:
             return node  # a > 1, b > 4: each says something of its own
@@ -86,7 +114,11 @@ def _overlap(pieces: list[Node]) -> Node | None:
         return None
     pieces = sorted(pieces, key=lambda p: p.args[0] == negative(INFINITY))
     right, left = pieces
-    if left.args[0] != negative(INFINITY) or right.args[1] != INFINITY or right.args[0] == negative(INFINITY):
+    if (
+        left.args[0] != negative(INFINITY)
+        or right.args[1] != INFINITY
+        or right.args[0] == negative(INFINITY)
+    ):
         return None
     return Node(Kind.GROUP, (right.args[0], left.args[1]), str(right.data)[0] + str(left.data)[1])
 
@@ -111,8 +143,13 @@ def expanded(node: Node) -> list[Node] | None:
 
 
 def independent(node: Node) -> list[Node] | None:
-    """All values of a tuple with several `+-` in different places, each taken for itself: (+-1, +-2) are four."""
-    if node.kind is not Kind.GROUP or sum(_has_sign(a) for a in node.args) < 2 or len(node.args) > 5:
+    """All values of a tuple with several `+-` in different places, each taken for itself: (+-1,
+    +-2) are four."""
+    if (
+        node.kind is not Kind.GROUP
+        or sum(_has_sign(a) for a in node.args) < 2
+        or len(node.args) > 5
+    ):
         return None
     choices = [expanded(a) or [a] for a in node.args]
     return [Node(Kind.GROUP, tuple(parts), node.data) for parts in product(*choices)]
@@ -128,12 +165,18 @@ def _signed(node: Node, upper: bool) -> Node:
     if node.kind is Kind.PLUS_MINUS:
         inner = _signed(node.args[0], upper)
         return inner if (node.data == "+-") == upper else negative(inner)
-    return Node(node.kind, tuple(_signed(a, upper) for a in node.args), node.data) if node.args else node
+    return (
+        Node(node.kind, tuple(_signed(a, upper) for a in node.args), node.data)
+        if node.args
+        else node
+    )
 
 
 def items_of(node: Node) -> list[Node] | None:
     """The items of a collection without order, `+-` expanded; None for anything else."""
-    if node.kind not in (Kind.LIST, Kind.SET) and not (node.kind is Kind.UNION and node.data == "union"):
+    if node.kind not in (Kind.LIST, Kind.SET) and not (
+        node.kind is Kind.UNION and node.data == "union"
+    ):
         return expanded(node)
     found: list[Node] = []
     for item in node.args:
@@ -141,3 +184,35 @@ def items_of(node: Node) -> list[Node] | None:
         inner = items_of(item) if nested or _has_sign(item) else None
         found += [item] if inner is None else inner
     return found
+
+
+def words_of(node: Node) -> list[str]:
+    words = re.findall(r"[^\W_]+", str(node.data).casefold())
+    return [word for word in words if word not in ("the", "a", "an", "only")]
+
+
+def same_letters(gold: Node, answer: Node) -> Outcome | None:
+    """AB for A, B; AB is no other order of letters. None: compare by value."""
+    if gold.kind is Kind.RUN and answer.kind is Kind.RUN:
+        return outcome(gold.data == answer.data)
+    run, other = (gold, answer) if gold.kind is Kind.RUN else (answer, gold)
+    if other.kind is Kind.TEXT:
+        return outcome(str(other.data).casefold() == str(run.data).casefold())
+    names = (Kind.NAME, Kind.CHOICE, Kind.CONSTANT)
+    if other.kind is Kind.LIST and all(i.kind in names for i in other.args):
+        letters = [str(i.data) for i in other.args]
+        choices = all("A" <= c <= "H" for c in letters) and sorted(letters) == letters
+        return outcome(choices and "".join(letters) == run.data)
+    return None
+
+
+def same_clock(gold: Node, answer: Node) -> Outcome:
+    """10:30 AM and, with less said, 10:30."""
+    if gold.kind is answer.kind is Kind.CLOCK:
+        return outcome(gold.data == answer.data)
+    clock, other = (gold, answer) if gold.kind is Kind.CLOCK else (answer, gold)
+    if other.kind is not Kind.RATIO or len(other.args) != 2 or not isinstance(clock.data, int):
+        return Outcome.DIFFERENT
+    hour, minute = divmod(clock.data, 60)
+    hours, minutes = (exact(a) for a in other.args)
+    return outcome(minutes == minute and hours in (hour, (hour - 1) % 12 + 1))

@@ -1,4 +1,5 @@
-"""What a tree states: a name and what it is said to be, chains of equations, conditions; and when two state the same."""
+"""What a tree states: a name and what it is said to be, chains of equations, conditions; and when
+two state the same."""
 
 from __future__ import annotations
 
@@ -7,17 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .options import Outcome, Policy
-from .scalars import amount, is_literal, outcome, same_scalar, same_value
+from .options import Outcome, Policy, outcome
+from .rationals import Undefined
+from .scalars import amount, is_literal, same_scalar, same_value
 from .shapes import NUMBER_SETS, is_name, whole_set
 from .tree import Kind, Node, has, negative, number, rename, substitute, variables
 from .units import words
-from .values import Reading, Undefined, signature
+from .values import Reading, signature
 
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """`name = body`; an `equation` that defines no name is its own body. `false`: a chain whose sides differ."""
+    """`name = body`; an `equation` that defines no name is its own body. `false`: a chain whose
+    sides differ."""
 
     body: Node
     name: Node | None = None
@@ -29,14 +32,17 @@ class Statement:
 def is_expression_of_names(node: Node) -> bool:
     """x + y, m n, a^2 + b^2: what a problem asks for, without a number as a factor or term."""
     if node.kind in (Kind.SUM, Kind.PRODUCT, Kind.QUOTIENT, Kind.INVERSE):
-        return all(is_expression_of_names(a.args[0] if a.kind is Kind.NEGATIVE else a) for a in node.args)
+        return all(
+            is_expression_of_names(a.args[0] if a.kind is Kind.NEGATIVE else a) for a in node.args
+        )
     if node.kind is Kind.POWER:
         return is_expression_of_names(node.args[0])
     return is_name(node) or node.kind is Kind.CONSTANT
 
 
 def state(node: Node, take_last: bool, loose: bool) -> Statement:
-    """What a tree states. `take_last`: whether a chain counts by its last side, true or false; `loose`: whether
+    """What a tree states. `take_last`: whether a chain counts by its last side, true or false;
+    `loose`: whether
     `x + y = 5` states 5."""
     if node.kind is not Kind.RELATION or not isinstance(node.data, tuple):
         return Statement(whole_set(node))
@@ -65,7 +71,9 @@ def state(node: Node, take_last: bool, loose: bool) -> Statement:
         return Statement(node, equation=True)
     if _is_system(name, sides):
         return Statement(node)
-    if name is not None and not variables(sides[-1]):  # A = bh/2 = 12: the formula between is no number
+    if name is not None and not variables(
+        sides[-1]
+    ):  # A = bh/2 = 12: the formula between is no number
         sides = [side for side in sides if not variables(side)]
     checks = [] if take_last else [agree(a, b) for a, b in pairwise(sides)]
     return Statement(whole_set(sides[-1]), name, false=False in checks, unproved=None in checks)
@@ -90,7 +98,8 @@ def _roughly(exact: Node, rounded: Node) -> bool:
 
 
 def without_declarations(node: Node) -> tuple[Node, tuple[tuple[str, ...], ...]]:
-    """A statement and its conditions: `k\\pi, k \\in \\mathbb{Z}` and `k\\pi \\text{ for } k \\in \\mathbb{Z}`."""
+    """A statement and its conditions: `k\\pi, k \\in \\mathbb{Z}` and `k\\pi \\text{ for } k \\in
+    \\mathbb{Z}`."""
     if node.kind is Kind.QUALIFIED:
         inner, conditions = without_declarations(node.args[0])
         assert isinstance(node.data, tuple)
@@ -115,8 +124,11 @@ def _declares(node: Node) -> bool:
     )
 
 
-def same_conditions(gold: Node, ours: tuple[tuple[str, ...], ...], theirs: tuple[tuple[str, ...], ...]) -> Outcome:
-    """Conditions must be the same. One that only says what a letter stands for may be left out, or said."""
+def same_conditions(
+    gold: Node, ours: tuple[tuple[str, ...], ...], theirs: tuple[tuple[str, ...], ...]
+) -> Outcome:
+    """Conditions must be the same. One that only says what a letter stands for may be left out, or
+    said."""
     if ours == theirs:
         return Outcome.EQUAL
     if ours and theirs and sorted(map(_essence, ours)) == sorted(map(_essence, theirs)):
@@ -125,16 +137,23 @@ def same_conditions(gold: Node, ours: tuple[tuple[str, ...], ...], theirs: tuple
         return Outcome.DIFFERENT
     if ours and theirs and len({tuple(sorted(_number_sets(side))) for side in (ours, theirs)}) > 1:
         return Outcome.DIFFERENT
-    return Outcome.EQUAL if all(_is_declaration(condition) for condition in (*ours, *theirs)) else Outcome.UNKNOWN
+    return (
+        Outcome.EQUAL
+        if all(_is_declaration(condition) for condition in (*ours, *theirs))
+        else Outcome.UNKNOWN
+    )
 
 
 def with_same_parameter(gold: Node, answer: Node, conditions: Sequence[tuple[str, ...]]) -> Node:
-    """The answer with its parameter named as the reference's, where a condition declares it: `for some integer t`."""
+    """The answer with its parameter named as the reference's, where a condition declares it: `for
+    some integer t`."""
     free, theirs = variables(gold) - variables(answer), variables(answer) - variables(gold)
     if len(free) != 1 or len(theirs) != 1:
         return answer
     (name,), (other,) = free, theirs
-    declared = any(n in token.split() for condition in conditions for token in condition for n in (name, other))
+    declared = any(
+        n in token.split() for condition in conditions for token in condition for n in (name, other)
+    )
     return rename(answer, {other: name}) if declared else answer
 
 
@@ -153,17 +172,20 @@ def _is_declaration(condition: Sequence[str]) -> bool:
     """`where n is an integer`, `for all k in Z`: no number, no inequality, no case."""
     words = [word for token in condition for word in token.split()]
     if any(
-        word in ("if", "when", "unless", "otherwise", "else", "but", "not", "is", "could", "can", "may")
+        word
+        in ("if", "when", "unless", "otherwise", "else", "but", "not", "is", "could", "can", "may")
         for word in words[:1]
     ):
         return False
     return not any(
-        re.search(r"\d|[<>=|]|\\(?:le|ge|ne|notin)\b|^(?:if|otherwise|but|not|or|odd|even)$", w) for w in words
+        re.search(r"\d|[<>=|]|\\(?:le|ge|ne|notin)\b|^(?:if|otherwise|but|not|or|odd|even)$", w)
+        for w in words
     )
 
 
 def names_differ(gold: Node | None, answer: Node | None) -> bool:
-    """Whether two statements are about different things: y = 5 for x = 5, f'(x) for f(x). Words may differ."""
+    """Whether two statements are about different things: y = 5 for x = 5, f'(x) for f(x). Words may
+    differ."""
     if gold is None or answer is None or gold == answer:
         return False
     kinds = {gold.kind, answer.kind}
@@ -176,7 +198,8 @@ def names_differ(gold: Node | None, answer: Node | None) -> bool:
 
 
 def with_same_argument(gold: Node, answer: Node) -> tuple[Node, Node]:
-    """f(z) = z and f(x) = x are the same: the argument is renamed where both sides define a function of one variable."""
+    """f(z) = z and f(x) = x are the same: the argument is renamed where both sides define a
+    function of one variable."""
 
     def argument(node: Node) -> str | None:
         if node.kind is Kind.RELATION and node.data == ("=",) and node.args[0].kind is Kind.APPLY:
@@ -191,7 +214,8 @@ def with_same_argument(gold: Node, answer: Node) -> tuple[Node, Node]:
 
 
 def solves(equation: Node, name: str, solution: Node) -> bool:
-    """Whether an equation, which is of the first degree in a name, says that it is `solution`: xy = 6 and 6/x."""
+    """Whether an equation, which is of the first degree in a name, says that it is `solution`: xy =
+    6 and 6/x."""
     sides = []
     for shift in range(3):
         value = Node(Kind.SUM, (solution, number(shift)))
@@ -221,7 +245,9 @@ def proportional(gold: Node, answer: Node, positive: bool) -> Outcome:
     if len(ratios) < 2:
         return Outcome.UNKNOWN
     if any(abs(r - ratios[0]) > 1e-9 * abs(ratios[0]) for r in ratios):
-        return Outcome.UNKNOWN if has(gold, Kind.BIG) or has(answer, Kind.BIG) else Outcome.DIFFERENT
+        return (
+            Outcome.UNKNOWN if has(gold, Kind.BIG) or has(answer, Kind.BIG) else Outcome.DIFFERENT
+        )
     return outcome(not positive or ratios[0].real > 0)
 
 
@@ -231,7 +257,8 @@ def is_plain(node: Node) -> bool:
 
 
 def agree(a: Node, b: Node) -> bool | None:
-    """Whether two sides of a chain are equal, a rounded last side included; None if that cannot be told."""
+    """Whether two sides of a chain are equal, a rounded last side included; None if that cannot be
+    told."""
     try:
         ours, theirs = amount(a), amount(b)
         found = same_value(ours.core, theirs.core, Policy())

@@ -58,7 +58,12 @@ class Terms(Atoms):
                 factor = self.postfix(self.atom())
                 if bare and factor.kind is Kind.NUMBER and factors[-1].kind is not Kind.POWER:
                     raise Unreadable("numbers side by side")
-                if fraction and factors[-1].kind is Kind.NUMBER and factor.kind is Kind.QUOTIENT and whole(factor.args[0]):
+                if (
+                    fraction
+                    and factors[-1].kind is Kind.NUMBER
+                    and factor.kind is Kind.QUOTIENT
+                    and whole(factor.args[0])
+                ):
                     raise Unreadable("a number beside a fraction")
                 factors.append(factor)
             else:
@@ -72,14 +77,24 @@ class Terms(Atoms):
         start = self.at
         if self.skip(r"\frac"):
             fraction = Node(Kind.QUOTIENT, (self.argument(), self.argument()))
-        elif self.kind() == "number" and self.spaced() and self.peek(1) == "/" and self.kind(2) == "number":
+        elif (
+            self.kind() == "number"
+            and self.spaced()
+            and self.peek(1) == "/"
+            and self.kind(2) == "number"
+        ):
             top = self.numeral()
             self.at += 1
             fraction = Node(Kind.QUOTIENT, (top, self.numeral()))
         else:
             return None
         top, bottom = fraction.args
-        if whole(top) and whole(bottom) and 0 < number_of(top) < number_of(bottom) and self.peek() != "/":
+        if (
+            whole(top)
+            and whole(bottom)
+            and 0 < number_of(top) < number_of(bottom)
+            and self.peek() != "/"
+        ):
             return Node(Kind.MIXED, (before, fraction))
         self.at = start
         return None
@@ -117,7 +132,14 @@ class Terms(Atoms):
                 if not whole(value):
                     raise Unreadable("a unit with an odd exponent")
                 pieces[-1] += f"^{'-' if exponent.kind is Kind.NEGATIVE else ''}{number_of(value)}"
-            elif self.peek() in (r"\mu", r"\Omega", r"\degree") and self.peek(1) in ("C", "F", "m", "s", "g", ""):
+            elif self.peek() in (r"\mu", r"\Omega", r"\degree") and self.peek(1) in (
+                "C",
+                "F",
+                "m",
+                "s",
+                "g",
+                "",
+            ):
                 symbol = {r"\mu": "µ", r"\Omega": "Ω", r"\degree": "°"}[self.take()]
                 pieces.append(symbol + (self.take() if self.peek() else ""))
             else:
@@ -143,7 +165,11 @@ class Terms(Atoms):
                 return self.peek(ahead + 1) not in MODULO and self.peek(ahead + 2) != r"\in"
             return token in ("[", "{")
         return kind == "command" and (
-            token[1:] in FUNCTIONS or token[1:] in GREEK or token in _STARTERS or token[1:] in ACCENTS or token in BIG
+            token[1:] in FUNCTIONS
+            or token[1:] in GREEK
+            or token in _STARTERS
+            or token[1:] in ACCENTS
+            or token in BIG
         )
 
     def factor(self) -> Node:
@@ -174,7 +200,9 @@ class Terms(Atoms):
             elif self.peek() == "_" and whole(result) and self.peek(-1) == ")":
                 result = self.based(str(number_of(result)))
             elif self.peek() == "(" and result.kind is Kind.POWER and _is_inverse(result):
-                result = Node(Kind.APPLY, (Node(Kind.NAME, (), f"{result.args[0].data}^-1"), self.brackets()))
+                result = Node(
+                    Kind.APPLY, (Node(Kind.NAME, (), f"{result.args[0].data}^-1"), self.brackets())
+                )
             elif self.skip("%"):
                 result = Node(Kind.QUANTITY, (result,), PERCENT)
             elif self.peek() == r"\degree":
@@ -194,7 +222,8 @@ class Terms(Atoms):
         return Node(Kind.QUANTITY, (result,), DEGREE)
 
     def argument(self) -> Node:
-        """What follows ^, _, \\frac or \\sqrt: a braced expression, or one token (`\\frac12`, `x^2`)."""
+        """What follows ^, _, \\frac or \\sqrt: a braced expression, or one token (`\\frac12`,
+        `x^2`)."""
         self.enter()
         if self.skip("{"):
             inner = self.braced()
@@ -202,7 +231,12 @@ class Terms(Atoms):
             raise Unreadable("a function without its argument")
         elif self.kind() in ("name", "letter"):
             inner = self.name(applied=False)
-        elif self.kind() == "number" and len(self.peek()) > 1 and self.peek(-1) != "^" and self.peek().isdigit():
+        elif (
+            self.kind() == "number"
+            and len(self.peek()) > 1
+            and self.peek(-1) != "^"
+            and self.peek().isdigit()
+        ):
             token = self.tokens[self.at]
             self.tokens = [
                 *self.tokens[: self.at],
@@ -222,10 +256,28 @@ class Terms(Atoms):
 
 
 def _is_product(node: Node) -> bool:
-    """Whether `name(argument)` looks like a quantity times a bracket: a(x + 1), not f(x + 1) nor a(2)."""
-    if node.kind is not Kind.APPLY or node.args[1].kind in (Kind.NUMBER, Kind.NAME, Kind.NEGATIVE, Kind.GROUP):
+    """Whether `name(argument)` looks like a quantity times a bracket: a(x + 1), not f(x + 1) nor
+    a(2)."""
+    if node.kind is not Kind.APPLY or node.args[1].kind in (
+        Kind.NUMBER,
+        Kind.NAME,
+        Kind.NEGATIVE,
+        Kind.GROUP,
+    ):
         return False
-    return str(node.args[0].data) not in ("f", "g", "h", "F", "G", "H", "varphi", "psi", "Phi", "Psi", "Gamma")
+    return str(node.args[0].data) not in (
+        "f",
+        "g",
+        "h",
+        "F",
+        "G",
+        "H",
+        "varphi",
+        "psi",
+        "Phi",
+        "Psi",
+        "Gamma",
+    )
 
 
 def _is_inverse(node: Node) -> bool:
@@ -238,7 +290,9 @@ def _is_inverse(node: Node) -> bool:
 
 def _is_numeric(factors: list[Node]) -> bool:
     """Whether these can be the amount of a unit: no variables."""
-    return not any(n.kind in (Kind.NAME, Kind.RUN, Kind.TEXT, Kind.QUANTITY) for f in factors for n in walk(f))
+    return not any(
+        n.kind in (Kind.NAME, Kind.RUN, Kind.TEXT, Kind.QUANTITY) for f in factors for n in walk(f)
+    )
 
 
 def _flat(factors: list[Node]) -> tuple[Node, ...]:

@@ -1,4 +1,5 @@
-"""Units of measurement: what they measure and how large they are, and the words that only count things."""
+"""Units of measurement: what they measure and how large they are, and the words that only count
+things."""
 
 from __future__ import annotations
 
@@ -14,7 +15,17 @@ def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_PREFIXES = {"n": 1e-9, "µ": 1e-6, "μ": 1e-6, "m": 1e-3, "c": 1e-2, "d": 0.1, "k": 1e3, "M": 1e6, "G": 1e9}
+_PREFIXES = {
+    "n": 1e-9,
+    "µ": 1e-6,
+    "μ": 1e-6,
+    "m": 1e-3,
+    "c": 1e-2,
+    "d": 0.1,
+    "k": 1e3,
+    "M": 1e6,
+    "G": 1e9,
+}
 _LONG_PREFIXES = {
     "nano": 1e-9,
     "micro": 1e-6,
@@ -105,7 +116,8 @@ MULTIPLIERS = {
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A measure (`dimension` with `factor`), e.g. km/h; or words that only say what is counted, with no dimension."""
+    """A measure (`dimension` with `factor`), e.g. km/h; or words that only say what is counted,
+    with no dimension."""
 
     factor: float
     dimension: tuple[tuple[str, int], ...]
@@ -141,14 +153,17 @@ def _build() -> tuple[dict[str, _Entry], dict[str, _Entry]]:
                     exact[prefix + name] = (scale * size, {dimension: 1})
             for prefix, scale in _CHINESE_PREFIX.items():
                 exact.setdefault(
-                    prefix + long[-1] if long[-1] > "\u4e00" else prefix + "!", (scale * size, {dimension: 1})
+                    prefix + long[-1] if long[-1] > "\u4e00" else prefix + "!",
+                    (scale * size, {dimension: 1}),
                 )
     for aliases_text, (definition, times) in _DERIVED.items():
         factor_, dims = _compound(definition, exact, {}) or (1.0, {})
         for alias in aliases_text.split():
             exact[alias] = (factor_ * times, dims)
     for symbol in _PREFIXED_SYMBOLS:
-        for prefix, scale_ in (_PREFIXES | _LONG_PREFIXES if len(symbol) > 2 else _PREFIXES).items():
+        for prefix, scale_ in (
+            _PREFIXES | _LONG_PREFIXES if len(symbol) > 2 else _PREFIXES
+        ).items():
             if prefix == "d" and symbol not in "Ll":
                 continue
             exact.setdefault(prefix + symbol, (scale_ * exact[symbol][0], exact[symbol][1]))
@@ -156,7 +171,12 @@ def _build() -> tuple[dict[str, _Entry], dict[str, _Entry]]:
     for alias, entry in exact.items():
         if len(alias) > 1:
             lower.setdefault(alias.lower(), entry)
-    lower["mm"], lower["ms"], lower["mg"], lower["ml"] = exact["mm"], exact["ms"], exact["mg"], exact["mL"]
+    lower["mm"], lower["ms"], lower["mg"], lower["ml"] = (
+        exact["mm"],
+        exact["ms"],
+        exact["mg"],
+        exact["mL"],
+    )
     return exact, lower
 
 
@@ -214,19 +234,24 @@ def is_unit(word: str) -> bool:
 def is_unit_word(word: str) -> bool:
     """Whether plain letters after a number are a unit: mg, Km and CM are, the product mv is not."""
     if len(word) == 2:
-        return (word in _EXACT and word not in ("pm", "ps")) or (word[0].isupper() and word.lower() in _EXACT)
+        return (word in _EXACT and word not in ("pm", "ps")) or (
+            word[0].isupper() and word.lower() in _EXACT
+        )
     return is_unit(word)
 
 
 @lru_cache(maxsize=4096)
 def read_unit(text: str) -> Unit | None:
-    """The unit that a text after a number states: a measure, or one to four words that count something; else None."""
+    """The unit that a text after a number states: a measure, or one to four words that count
+    something; else None."""
     text = text.strip().strip(",;").strip()
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
     if (entry := _compound(text, _EXACT, _LOWER)) is not None:
         return Unit(entry[0], tuple(sorted((n, e) for n, e in entry[1].items() if e)))
-    if text in MEASURE_WORDS or (text[:1] in MEASURE_WORDS and len(text) <= 6 and not text.isascii()):
+    if text in MEASURE_WORDS or (
+        text[:1] in MEASURE_WORDS and len(text) <= 6 and not text.isascii()
+    ):
         return Unit(1.0, (), (text,))
     if re.fullmatch(r"units?(?:\^[23])?", text) is not None:  # square units
         return Unit(1.0, (), (text.replace("units", "unit"),))
@@ -248,8 +273,12 @@ def same_count(a: Unit, b: Unit) -> bool:
 
 
 def may_be(counted: Unit, measured: Unit) -> bool:
-    """Whether words may stand for a measure: `school days` for days. A `unit` may be any; other scripts are not looked into."""
+    """Whether words may stand for a measure: `school days` for days. A `unit` may be any; other
+    scripts are not looked into."""
     if not all(word.isascii() for word in counted.words) or counted.words[0].startswith("unit"):
         return True
     found = [read_unit(word) for word in counted.words]
-    return any(unit is not None and unit.measures and unit.dimension == measured.dimension for unit in found)
+    return any(
+        unit is not None and unit.measures and unit.dimension == measured.dimension
+        for unit in found
+    )
