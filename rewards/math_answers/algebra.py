@@ -19,10 +19,13 @@ from .tree import Kind, Node, number_of, walk
 DIGITS = 30
 _CONSTANTS = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "infty": sympy.oo}
 _FUNCTIONS = {
-    "abs": sympy.Abs, "sqrt": sympy.sqrt, "ln": sympy.log, "log": sympy.log, "exp": sympy.exp, "factorial": sympy.factorial,
-    "binom": sympy.binomial, "floor": sympy.floor, "ceil": sympy.ceiling, "max": sympy.Max, "min": sympy.Min,
-    **{name: getattr(sympy, name) for name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh")},
-    **{"arc" + name: getattr(sympy, "a" + name) for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh")},
+    "abs": sympy.Abs, "sqrt": sympy.sqrt, "ln": sympy.log, "log": sympy.log, "exp": sympy.exp,
+    "factorial": sympy.factorial, "binom": sympy.binomial, "floor": sympy.floor,
+    "ceil": sympy.ceiling, "max": sympy.Max, "min": sympy.Min,
+    **{name: getattr(sympy, name) for name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh",
+    "cosh", "tanh")},
+    **{"arc" + name: getattr(sympy, "a" + name) for name in ("sin", "cos", "tan", "sinh", "cosh",
+    "tanh")},
 }  # fmt: skip
 
 

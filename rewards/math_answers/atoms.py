@@ -11,9 +11,9 @@ from .tree import Kind, Node, negative, number
 from .units import read_unit, words
 
 GREEK = words(
-    "alpha beta gamma delta epsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho sigma tau "
-    "upsilon varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega Pi ell hbar nabla "
-    "partial Re Im aleph imath jmath"
+    "alpha beta gamma delta epsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho "
+    "sigma tau upsilon varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi "
+    "Omega Pi ell hbar nabla partial Re Im aleph imath jmath"
 )
 _CASE_FILLER = frozenset(("if", "when", "for", "is", "are", "", "where", "and"))
 ACCENTS = words(

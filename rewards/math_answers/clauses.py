@@ -19,7 +19,8 @@ _PARTS = (
     ),
     re.compile(
         r"^\W*(?:(?:(?:so|therefore|thus|hence|then|and|now),?\s+)?"
-        r"(?:because|since|given that|when|as)\b(?:[^,，]|(?<=\d),(?=\d))*,(?=\s)|(?:因为|由于)[^,，]*[,，])",
+        r"(?:because|since|given that|when|as)\b(?:[^,，]|(?<=\d),(?=\d))*,(?=\s)"
+        r"|(?:因为|由于)[^,，]*[,，])",
         re.I,
     ),
     re.compile(
@@ -54,7 +55,8 @@ _CHOICES = re.compile(
     r"|选项?(?:为|是)?\s?[(（]?(?P<chosen>[A-J])(?![A-Za-z])"
 )
 _RULED_OUT = re.compile(
-    r"\s?(?:fails?\b|(?:is|are|was)\s(?:not\b|false|wrong|incorrect|impossible|excluded|out\b)|cannot|can't|doesn't|does not)"
+    r"\s?(?:fails?\b|(?:is|are|was)\s(?:not\b|false|wrong|incorrect|impossible|excluded|out\b)"
+    r"|cannot|can't|doesn't|does not)"
     r"|\s?(?:错|不|排除)"
 )
 _HELD = re.compile(r"\s?(?:is|must be)\s(?:the\s)?(?:only\s)?(?:correct|right|true|answer)")

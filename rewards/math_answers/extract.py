@@ -86,7 +86,8 @@ _PLACEHOLDER = re.compile(
 )
 _MARKER = re.compile(
     r"\*{0,2}\b(?:final\s+|correct\s+)?(?:answers?|result|solution)\b(?:\s+to\s+[^.:\n=]{1,60}?)?"
-    r"\*{0,2}(?:\s{0,4}[:=：]+\*{0,2}|\s+(?:is|are|was|would be|must be|should be)\b\s{0,4}[:：]?|\*{0,2}[ \t]{0,4}\n)"
+    r"\*{0,2}(?:\s{0,4}[:=：]+\*{0,2}"
+    r"|\s+(?:is|are|was|would be|must be|should be)\b\s{0,4}[:：]?|\*{0,2}[ \t]{0,4}\n)"
     r"|\b(?:correct\s+)?(?:option|choice)\s+is\b\s{0,4}[:：]?|^[ \t]{0,4}A[:：]"
     r"|【(?:答案|解答结果)】|(?:最终|正确|最后)?(?:答案|结果)(?:应该|应)?(?:是|为|：|:|＝|=)+|故(?:答案)?(?:应?选|为)[:：]?|(?:因此|所以)?(?:应|本题)?选(?:择)?[:：]?(?=\s{0,4}[(（]?[A-J])"
     r"|^[ \t]{0,4}答[:：]|(?<=[。\n])答[:：]",
@@ -111,7 +112,8 @@ _BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*|__([^_\n]{1,200})__")
 _HEADING = re.compile(r"(?::\*\*|\*\*:)[^*]*\d[^*]*$")
 """`**2. Total:** 7 pens`: the answer stands behind the bold."""
 _REVISED = re.compile(
-    r"\b(?:wait|actually|correction|sorry|hold on|in fact|no,|however|re-?check(?:ing|ed)?|mistake|second thought)|不对|更正|等等",
+    r"\b(?:wait|actually|correction|sorry|hold on|in fact|no,|however"
+    r"|re-?check(?:ing|ed)?|mistake|second thought)|不对|更正|等等",
     re.IGNORECASE,
 )
 _PHANTOM = re.compile(r"\\(?:[hv]?phantom|hspace|vspace)\*?\s?\{[^{}]*\}|\\q?quad")
@@ -355,7 +357,7 @@ def _in_bold(text: str) -> list[str]:
 RULES = (
     Rule(
         "box",
-        "MATH, NuminaMath, Qwen2.5-Math, DeepSeek-R1: \\boxed{x}, \\fbox{x}; all of them, and the tag",
+        "MATH, NuminaMath, Qwen2.5-Math, DeepSeek-R1: \\boxed{x}, \\fbox{x}; all of them",
         _in_boxes,
     ),
     Rule("answer_tag", "R1-Zero, TinyZero, Open-Reasoner-Zero: <answer>x</answer>", _in_tag),

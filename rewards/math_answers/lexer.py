@@ -26,26 +26,30 @@ class Token(NamedTuple):
 
 _UNICODE = str.maketrans(
     {
-        "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≦": r"\le ", "≧": r"\ge ",
-        "≠": r"\ne ", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "−": "-", "–": "-",
-        "—": "-", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∉": r"\notin ", "°": r"\degree ", "º": r"\degree ",
-        "±": r"\pm ", "∓": r"\mp ", "≈": r"\approx ", "≡": r"\equiv ", "∠": r"\angle ", "△": r"\triangle ", "…": r"\ldots ",
-        "⋯": r"\ldots ", "′": "'", "’": "'", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}",
-        "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
-        "⌈": r"\lceil ", "⌉": r"\rceil ", "→": r"\to ", "∑": r"\sum ", "∫": r"\int ", "∂": r"\partial ", "ℏ": r"\hbar ",
-        "。": ".", "、": ",", "；": ";", "，": ",", "：": ":", "【": " ", "】": " ", "「": " ", "」": " ", "￥": "¥", "“": '"',
-        "”": '"', "﹣": "-", "〜": "~", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ",
+        "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ",
+        "≦": r"\le ", "≧": r"\ge ", "≠": r"\ne ", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ",
+        "⋅": r"\cdot ", "∙": r"\cdot ", "−": "-", "–": "-", "—": "-", "∪": r"\cup ", "∩": r"\cap ",
+        "∈": r"\in ", "∉": r"\notin ", "°": r"\degree ", "º": r"\degree ", "±": r"\pm ",
+        "∓": r"\mp ", "≈": r"\approx ", "≡": r"\equiv ", "∠": r"\angle ", "△": r"\triangle ",
+        "…": r"\ldots ", "⋯": r"\ldots ", "′": "'", "’": "'", "∅": r"\emptyset ",
+        "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}",
+        "ℂ": r"\mathbb{C}", "⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
+        "⌈": r"\lceil ", "⌉": r"\rceil ", "→": r"\to ", "∑": r"\sum ", "∫": r"\int ",
+        "∂": r"\partial ", "ℏ": r"\hbar ", "。": ".", "、": ",", "；": ";", "，": ",", "：": ":",
+        "【": " ", "】": " ", "「": " ", "」": " ", "￥": "¥", "“": '"', "”": '"', "﹣": "-",
+        "〜": "~",
+        "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ",
         "λ": r"\lambda ", "μ": r"\mu ", "σ": r"\sigma ", "τ": r"\tau ", "φ": r"\varphi ", "ω": r"\omega ",
-        "ρ": r"\rho ", "ε": r"\epsilon ",
-        "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u2003": " ", "\u3000": " ",
+        "ρ": r"\rho ", "ε": r"\epsilon ", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u2003": " ", "\u3000": " ",
     }
     | {chr(0xFEE0 + c): chr(c) for c in range(0x21, 0x7F) if chr(c) not in ",;:"}
     | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u200e\u200f\u00ad\u2061\u2062\u2063\u2064", "")
 )  # fmt: skip
 _VULGAR = {c: (a, b) for c, a, b in (
-    ("½", 1, 2), ("⅓", 1, 3), ("⅔", 2, 3), ("¼", 1, 4), ("¾", 3, 4), ("⅕", 1, 5), ("⅖", 2, 5), ("⅗", 3, 5),
-    ("⅘", 4, 5), ("⅙", 1, 6),
-    ("⅚", 5, 6), ("⅐", 1, 7), ("⅛", 1, 8), ("⅜", 3, 8), ("⅝", 5, 8), ("⅞", 7, 8), ("⅑", 1, 9), ("⅒", 1, 10),
+    ("½", 1, 2), ("⅓", 1, 3), ("⅔", 2, 3), ("¼", 1, 4), ("¾", 3, 4), ("⅕", 1, 5), ("⅖", 2, 5),
+    ("⅗", 3, 5), ("⅘", 4, 5), ("⅙", 1, 6),
+    ("⅚", 5, 6), ("⅐", 1, 7), ("⅛", 1, 8), ("⅜", 3, 8), ("⅝", 5, 8), ("⅞", 7, 8), ("⅑", 1, 9),
+    ("⅒", 1, 10),
 )}  # fmt: skip
 _SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SUBSCRIPT = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "0123456789+-n")
@@ -55,11 +59,19 @@ _DAMAGED = re.compile("\f(?=rac)|\t(?=ext|imes|frac|heta|an)|\b(?=oxed|egin|inom
 """What `\\f`, `\\t`, `\\b` and `\\r` of a command became in a string that was unescaped twice."""
 _DOUBLED = re.compile(r"\\\\(?=[a-zA-Z])")
 _BLOCKS = (
-    (re.compile(r"<su(p|b)>([^<]*)</su[pb]>"), lambda m: ("^" if m.group(1) == "p" else "_") + "{" + m.group(2) + "}"),
+    (re.compile(r"<sup>([^<]*)</sup>"), r"^{\1}"),
+    (re.compile(r"<sub>([^<]*)</sub>"), r"_{\1}"),
     (re.compile(r"\\q?quad(?=[A-Za-z])"), " "),
-    (re.compile(r"\\(mathbb|mathbf|mathrm|mathcal|mathit|boldsymbol|bm|text)\s+([A-Za-z])(?![A-Za-z])"), r"\\\1{\2}"),
-    (re.compile(r"\\(?:begin|end)\s*\{(?:aligned|align\*?|equation\*?|gathered|split|center|displaymath)\}"), " "),
-    (re.compile(r"\\(?:boxed|fbox|displaystyle|textstyle|limits|nolimits|rm|bf|it|tiny|small|large|Large)(?![A-Za-z])"), " "),
+    (re.compile(
+        r"\\(mathbb|mathbf|mathrm|mathcal|mathit|boldsymbol|bm|text)\s+([A-Za-z])(?![A-Za-z])"
+    ), r"\\\1{\2}"),
+    (re.compile(
+        r"\\(?:begin|end)\s*\{(?:align(?:ed|\*)?|equation\*?|gathered|split|center|displaymath)\}"
+    ), " "),
+    (re.compile(
+        r"\\(?:boxed|fbox|displaystyle|textstyle|limits|nolimits|rm|bf|it|tiny|small|large|Large)"
+        r"(?![A-Za-z])"
+    ), " "),
     (re.compile(r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*(?:\.(?=\s|\\end|$))?"), ""),
     (re.compile(r"\.{3,}"), r"\\ldots "),
     (re.compile(r"\\(?:textcolor|color)\s*\{[A-Za-z]+\}"), " "),
@@ -91,7 +103,8 @@ _WRAPPER = re.compile(
     r"\s*(?:\\(?:boldsymbol|bm|math(?:bf|it|sf)|text(?:bf|it)|underline))?\s*\{(?!,)"
 )
 _GROUPED = re.compile(
-    r"(?<![\d.,])(?:\d{1,3}(?:(?:\s?\{\s?,\s?\}|,\\!|,\\,|\\,|\\ |[ '~](?=\d{3}))\s?\d{3})+(?!\d)(?:\.\d+)?"
+    r"(?<![\d.,])(?:\d{1,3}(?:(?:\s?\{\s?,\s?\}|,\\!|,\\,|\\,|\\ |[ '~](?=\d{3}))\s?\d{3})+"
+    r"(?!\d)(?:\.\d+)?"
     r"|\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:\.\d{3}){2,}(?![\d.]))"
 )
 """Thousands set apart by `{,}`, `,\\!`, a thin or plain blank, an apostrophe or full stops."""
@@ -110,28 +123,29 @@ _TOKEN = re.compile(
     re.DOTALL,
 )  # fmt: skip
 _SYNONYMS = {
-    "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom", "choose": "choose", "geq": "ge",
-    "geqslant": "ge", "leq": "le", "leqslant": "le", "neq": "ne", "lt": "<", "gt": ">", "colon": ":", "ast": "*",
-    "cdot": "*", "times": "*",
-    "bullet": "*", "div": "/", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "vert": "|",
-    "mid": "|", "lvert": "|",
-    "rvert": "|", "Vert": r"\|", "lVert": r"\|", "rVert": r"\|", "%": "%", "$": "$", "#": "#", "_": "_",
-    "dots": "ldots", "cdots": "ldots",
-    "dotsc": "ldots", "dotsb": "ldots", "varnothing": "emptyset", "rightarrow": "to", "longrightarrow": "to", "bigcup": "cup",
-    "bigcap": "cap", "backslash": "setminus", "land": ",", "wedge": ",", "lor": ",", "vee": ",",
-    "arccot": "arccot", "tg": "tan", "ctg": "cot",
+    "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom",
+    "choose": "choose", "geq": "ge", "geqslant": "ge", "leq": "le", "leqslant": "le", "neq": "ne",
+    "lt": "<", "gt": ">", "colon": ":", "ast": "*", "cdot": "*", "times": "*",
+    "bullet": "*", "div": "/", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]",
+    "vert": "|", "mid": "|", "lvert": "|",
+    "rvert": "|", "Vert": r"\|", "lVert": r"\|", "rVert": r"\|", "%": "%", "$": "$", "#": "#",
+    "_": "_", "dots": "ldots", "cdots": "ldots",
+    "dotsc": "ldots", "dotsb": "ldots", "varnothing": "emptyset", "rightarrow": "to",
+    "longrightarrow": "to", "bigcup": "cup", "bigcap": "cap", "backslash": "setminus", "land": ",",
+    "wedge": ",", "lor": ",", "vee": ",", "arccot": "arccot", "tg": "tan", "ctg": "cot",
     "arctg": "arctan", "varepsilon": "epsilon", "phi": "varphi", "ldotp": "ldots", "infin": "infty",
     "infinity": "infty", "euro": "€",
-    "pounds": "£", "yen": "¥", "textdollar": "$", "sim": "sim", "approxeq": "approx", "simeq": "approx",
-    "thickapprox": "approx", "cdotp": "*",
-    "overrightarrow": "vec", "widehat": "hat", "widetilde": "tilde", "And": "&", "&": "&", "iiint": "iiint",
-    "R": "mathbb R", "Z": "mathbb Z",
-    "N": "mathbb N", "Q": "mathbb Q", "C": "mathbb C", "middot": "*", "lg": "lg", "log": "log", "Re": "Re", "Im": "Im",
+    "pounds": "£", "yen": "¥", "textdollar": "$", "sim": "sim", "approxeq": "approx",
+    "simeq": "approx", "thickapprox": "approx", "cdotp": "*",
+    "overrightarrow": "vec", "widehat": "hat", "widetilde": "tilde", "And": "&", "&": "&",
+    "iiint": "iiint", "R": "mathbb R", "Z": "mathbb Z",
+    "N": "mathbb N", "Q": "mathbb Q", "C": "mathbb C", "middot": "*", "lg": "lg", "log": "log",
+    "Re": "Re", "Im": "Im",
 }  # fmt: skip
 FUNCTIONS = words(
-    "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth sech csch log ln lg "
-    "exp floor ceil abs min max gcd lcm det arg Re Im sgn dim deg ker rank tr Pr arcsinh arccosh arctanh erf "
-    "Gamma"
+    "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth sech "
+    "csch log ln lg exp floor ceil abs min max gcd lcm det arg Re Im sgn dim deg ker rank tr Pr "
+    "arcsinh arccosh arctanh erf Gamma"
 ) - {"Gamma"}
 _WORD_FUNCTIONS = FUNCTIONS | {"asin", "acos", "atan", "sqrt", "cbrt"} - {
     "deg",
@@ -145,13 +159,16 @@ _WORD_FUNCTIONS = FUNCTIONS | {"asin", "acos", "atan", "sqrt", "cbrt"} - {
     "Re",
     "Im",
 }
-_WORDS = {"pi": r"\pi", "infty": r"\infty", "infinity": r"\infty", "inf": r"\infty", "oo": r"\infty", "asin": r"\arcsin",
-          "acos": r"\arccos", "atan": r"\arctan", "theta": r"\theta", "alpha": r"\alpha", "beta": r"\beta", "lambda": r"\lambda",
+_WORDS = {"pi": r"\pi", "infty": r"\infty", "infinity": r"\infty", "inf": r"\infty",
+"oo": r"\infty", "asin": r"\arcsin",
+          "acos": r"\arccos", "atan": r"\arctan", "theta": r"\theta", "alpha": r"\alpha",
+          "beta": r"\beta", "lambda": r"\lambda",
           "omega": r"\omega", "mod": r"\bmod", "union": r"\cup", "cup": r"\cup"}  # fmt: skip
 SEPARATORS = frozenset(("and", "or", "或", "和", "与", "及", "或者", "以及", "且", "并且"))
 _COMMON = words(
-    "yes no odd all one two six ten the day per for if is are was not but it in of to at by on as its be an so "
-    "due any has can may won new top bag box car dog cat man men her his she him they day end east west"
+    "yes no odd all one two six ten the day per for if is are was not but it in of to at by on as "
+    "its be an so due any has can may won new top bag box car dog cat man men her his she him they "
+    "day end east west"
 )
 
 

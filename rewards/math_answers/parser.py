@@ -46,9 +46,11 @@ from .units import words
 MAX_CHARS = 1000
 """Longer answers are refused: no reference answer of a public data set comes near."""
 _RELATIONS = {
-    "=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\approx": "~", r"\sim": "sim", r"\equiv": "equiv",
-    r"\in": "in", r"\notin": "notin", r"\subset": "subset", r"\subseteq": "subseteq", r"\to": "to", r"\iff": "iff",
-    r"\perp": "perp", r"\parallel": "parallel", r"\cong": "cong", r"\propto": "propto", r"\implies": "implies",
+    "=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\approx": "~",
+    r"\sim": "sim", r"\equiv": "equiv", r"\in": "in", r"\notin": "notin", r"\subset": "subset", r"\subseteq": "subseteq",
+    r"\to": "to", r"\iff": "iff",
+    r"\perp": "perp", r"\parallel": "parallel", r"\cong": "cong", r"\propto": "propto",
+    r"\implies": "implies",
 }  # fmt: skip
 _DECLARING = words(
     "if when where for unless otherwise with such provided given whenever while assuming else"
@@ -70,7 +72,8 @@ these, and no list."""
 _JOINS = frozenset(("and", "or"))
 _CHOICE_LETTER = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])")
 _CLOCK = re.compile(
-    r"\s*(\d{1,2})(?::(\d{2}))?\s*(?:\\[ ,;]|~)*\s*(?:\\(?:text|mathrm|mbox)\s*\{)?[\s~]*([AaPp])\.?\s*[Mm]\.?\s*\}?\s*\Z"
+    r"\s*(\d{1,2})(?::(\d{2}))?\s*(?:\\[ ,;]|~)*\s*"
+    r"(?:\\(?:text|mathrm|mbox)\s*\{)?[\s~]*([AaPp])\.?\s*[Mm]\.?\s*\}?\s*\Z"
 )
 
 

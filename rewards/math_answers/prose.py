@@ -25,8 +25,10 @@ _NEGATED = re.compile(
     r"|(?:，|,)?而?不是\s?\d+"
 )
 _DENIED = re.compile(
-    r"\b(?:is|are|be)\s+(?:not|false|less than|more than|greater than|at least|at most|incorrect|wrong)\b"
-    r"|不是|不等于|大于|小于|\b(?:cannot|could|might|may) be\b|可能是|\b(?:do not|don't|cannot) (?:know|say|tell)|give up|\bno answer\b",
+    r"\b(?:is|are|be)\s+(?:not|false|less than|more than|greater than|at least|at most"
+    r"|incorrect|wrong)\b"
+    r"|不是|不等于|大于|小于|\b(?:cannot|could|might|may) be\b|可能是"
+    r"|\b(?:do not|don't|cannot) (?:know|say|tell)|give up|\bno answer\b",
     re.I,
 )
 _EXCLUDED = re.compile(
@@ -45,18 +47,21 @@ _ASSIGNED = re.compile(
     r"(?<![A-Za-z])[A-Za-z]\s?=\s?[-−]?[\d./]+"
     r"(?:\s?(?:,|，|、|and|or|或|和)\s?[A-Za-z]\s?=\s?[-−]?[\d./]+)+"
 )
+_STEP = re.compile(r"\b(?:we (?:have|get|obtain)|of|from|by|times|plus|minus)\s*$")
 _EQUATION = re.compile(r"[\d .,()\[\]+*/×÷·^%$−–=xX-]+")
 _CONTINUED = re.compile(
     r"\b(?:then|plus|minus|add|subtract|multiply|divide|times)\b", re.IGNORECASE
 )
 _REASON = re.compile(
-    r",?\s+(?:because|since|where|so that|as (?:we|the|it)|which|for)\b|(?:，|,)\s*(?:因为|由于|其中)"
+    r",?\s+(?:because|since|where|so that|as (?:we|the|it)|which|for)\b"
+    r"|(?:，|,)\s*(?:因为|由于|其中)"
 )
 _HEDGED = re.compile(
     r"\b(?:maybe|perhaps|possibly|alternatively|could also|or it|or,|^or)\b"
     r"|\bor\b(?=\s+(?:maybe|perhaps|possibly))|或者|也许|可能",
     re.IGNORECASE,
 )
+_CHINESE_CLAUSE = re.compile(r"[\u4e00-\u9fff]{2,}.*\d")
 _JOINED = re.compile(r"[\s,;、，；]*(?:and|or|和|或|与)?[\s,;、，；]*", re.IGNORECASE)
 _CHOICE = re.compile(
     r"(?:option|choice)?\s*[(（]?([A-J])"
@@ -80,6 +85,13 @@ _NO_CONTEXT = re.compile(
     r"\s(?:\w+\s){0,3}\Z",
     re.IGNORECASE,
 )
+_IN_TOTAL = re.compile(r".{0,30}\b(?:in total|altogether|in all|total)\b")
+_MANY = re.compile(r"\s?(?:thousand|million|billion|trillion|dozen|万|亿)\b")
+_UNIT_WORDS = re.compile(
+    r"[\s-]?(?!/)([A-Za-z\u4e00-\u9fff°²³^/·]+\d?(?:\s(?:per\s)?[A-Za-z]+){0,2})"
+)
+_OR_BEFORE = re.compile(r"\d\W{0,4}\s+or\s+(?:\w+\s+){0,2}\W{0,4}$|\d\s?或者?\s?$")
+_OR_AFTER = re.compile(r"\W{0,4}\s+or\s+(?:\w+\s+){0,2}\W{0,4}\d|\s?或者?\s?\d")
 _LISTED_WITH = re.compile(r"\s[A-Za-z\s']{0,40}(?:,|,?\sand)\s(?:\$\s)?\Z")
 """`for 3 shirts and 2 hats`"""
 
@@ -112,10 +124,8 @@ def _is_denied(sentence: str) -> bool:
     """Whether a sentence says only what the answer is not: `it is less than 5`, but not `what is
     not used is 16`."""
     ends = [match.end() for match in _DENIED.finditer(_EXCLUDED.sub(r"\1", sentence))]
-    return (
-        bool(ends)
-        and re.search(r"(?:=|\b(?:is|are|has|have)\b|是)[^=]{0,80}\d", sentence[ends[-1] :]) is None
-    )
+    rest = sentence[ends[-1] :] if ends else "= 0"
+    return re.search(r"(?:=|\b(?:is|are|has|have)\b|是)[^=]{0,80}\d", rest) is None
 
 
 def announced(rest: str) -> tuple[str, int]:
@@ -141,9 +151,7 @@ def announced(rest: str) -> tuple[str, int]:
     if re.search(r"[\d$\\]", bare_) is None:
         bare_ = sentence = in_digits(bare_)
     short = len(WORD.findall(GROUPED_TEXT.sub("", bare_))) <= 3 or not NUMBER.search(bare_)
-    clause = VERB.search(" ".join(WORD.findall(bare_))) or re.search(
-        r"[\u4e00-\u9fff]{2,}.*\d", bare_
-    )
+    clause = VERB.search(" ".join(WORD.findall(bare_))) or _CHINESE_CLAUSE.search(bare_)
     if short and not clause and not FORMULA.search(bare_):
         return bare_, end
     return of_sentence(sentence), end
@@ -162,14 +170,9 @@ def of_sentence(sentence: str) -> str:
     if "\\" not in text and "$" not in text and re.search(r"[{}@]", text):
         return ""  # neither a sentence nor mathematics
     numbers = list(NUMBER.finditer(text))
-    if (
-        _CONDITIONAL.search(text)
-        or len(_CASE.findall(text)) > 1
-        or (
-            len(numbers) > 1
-            and _HEDGED.search(text, numbers[0].end(), numbers[-1].end()) is not None
-        )
-    ):
+    if _CONDITIONAL.search(text) or len(_CASE.findall(text)) > 1:
+        return text
+    if len(numbers) > 1 and _HEDGED.search(text, numbers[0].end(), numbers[-1].end()) is not None:
         return text
     if re.search(r"\d", kept := _NEGATED.sub(" ", text)):
         text = kept.strip()
@@ -204,31 +207,19 @@ def _of_formulas(text: str, formulas: list[re.Match[str]]) -> str:
 
 def _of_numbers(plain: str, numbers: list[re.Match[str]]) -> str:
     """The answer in a sentence with numbers and no formula."""
-    runs = [
-        m
-        for m in _EQUATION.finditer(plain)
-        if re.search(r"\d.*=.*\d", m.group()) and m.end() >= numbers[-1].start()
-    ]
-    if runs:
+    runs = [m for m in _EQUATION.finditer(plain) if re.search(r"\d.*=.*\d", m.group())]
+    if runs and runs[-1].end() >= numbers[-1].start():
         return _of_equation(runs[-1].group(), plain[: runs[-1].start()])
     if (assigned := _ASSIGNED.search(plain)) is not None:
         return assigned.group()
     if (ranges := list(_RANGE.finditer(plain))) and ranges[-1].end() >= numbers[-1].end():
-        found = ranges[-1]
-        if found["low"]:
-            return f"({found['low']}, {found['high']})"
-        return (
-            re.sub(r"\sto\s", ":", found.group())
-            if re.search(r"\bratio\b", plain, re.I)
-            else found.group()
-        )
+        return _of_range(ranges[-1], plain)
     verbs = [m for m in VERB.finditer(plain) if m.end() <= numbers[-1].start()]
     if verbs and (first := NUMBER.search(plain, verbs[-1].end())) is not None:
         chosen = first
         rest = [n for n in numbers if n.start() >= first.start()]
-        if len(rest) > 1 and all(
-            _JOINED.fullmatch(plain[a.end() : b.start()]) for a, b in pairwise(rest)
-        ):
+        gaps = [plain[a.end() : b.start()] for a, b in pairwise(rest)]
+        if gaps and all(_JOINED.fullmatch(gap) for gap in gaps):
             return plain[first.start() : rest[-1].end()]
         if _CONTINUED.search(plain, chosen.end(), numbers[-1].start()):
             chosen = numbers[-1]
@@ -236,21 +227,24 @@ def _of_numbers(plain: str, numbers: list[re.Match[str]]) -> str:
         chosen = _object(plain, numbers)
     if (hedge := _near_hedge(plain, chosen.start(), chosen.end())) is not None:
         return hedge
-    if (
-        variable := re.search(r"(?<![A-Za-z])([A-Za-z])\s?=\s?$", plain[: chosen.start()])
-    ) is not None:
-        return f"{variable.group(1)} = {_amount(chosen)}"
-    return _amount(chosen) + _unit_after(plain, chosen.end())
+    variable = re.search(r"(?<![A-Za-z])[A-Za-z]\s?=\s?$", plain[: chosen.start()])
+    named = variable.group() if variable is not None else ""
+    return named + _amount(chosen) + ("" if named else _unit_after(plain, chosen.end()))
+
+
+def _of_range(found: re.Match[str], sentence: str) -> str:
+    """`3 to 5 days` is neither 3 nor 5; `the ratio is 3 to 5` is 3:5."""
+    if found["low"]:
+        return f"({found['low']}, {found['high']})"
+    is_ratio = re.search(r"\bratio\b", sentence, re.IGNORECASE) is not None
+    return re.sub(r"\sto\s", ":", found.group()) if is_ratio else found.group()
 
 
 def _object(plain: str, numbers: list[re.Match[str]]) -> re.Match[str]:
     """The number that the verb is about: `he paid $40 for 5 shirts`, `60 miles in 1 hour`; else the
     last one."""
     last = numbers[-1]
-    if (
-        re.match(r".{0,30}\b(?:in total|altogether|in all|total)\b", plain[last.end() :])
-        is not None
-    ):
+    if _IN_TOTAL.match(plain, last.end()) is not None:
         return last
     free, before = list[re.Match[str]](), None
     for number in numbers:
@@ -282,52 +276,33 @@ def _of_equation(equation: str, before: str) -> str:
     equation = re.sub(r"^(?:[ ,/xX]|\.(?!\d))+", "", equation).rstrip(" .,/xX")
     equation = re.sub(r"(?<=[\d)])\s*[xX]\s*(?=[\d(.])", "*", equation)
     equation = next(part for part in reversed(equation.split(", ")) if "=" in part)
-    sides = equation.split("=")
-    if len(sides) == 2 and (
-        re.search(r"\bwe (?:have|get|obtain)\s*$", before)
-        or re.search(r"\b(?:of|from|by|times|plus|minus)\s*$", before)
-        or worded
-    ):
-        return sides[1].strip()
-    return "=".join(sides)
+    if equation.count("=") == 1 and (worded or _STEP.search(before)):
+        return equation.partition("=")[2].strip()
+    return equation
 
 
 def _last_line(formula: str) -> str:
     """The last line of a derivation, which starts with a sign."""
-    if (
-        "\\begin" in formula.replace("\\begin{aligned}", "").replace("\\begin{align", "")
-        or "\\\\" not in formula
-    ):
+    inner = re.sub(r"\\(?:begin|end)\{align(?:ed)?\*?\}", "", formula)
+    lines = [line for line in inner.split("\\\\") if line.strip()]
+    if "\\begin" in inner or len(lines) < 2:
         return formula
-    lines = [
-        line
-        for line in re.sub(r"\\(?:begin|end)\{align(?:ed)?\*?\}", "", formula).split("\\\\")
-        if line.strip()
-    ]
-    last = lines[-1].replace("&", " ").strip() if lines else formula
-    return (
-        last
-        if last.startswith("=") or len(lines) == 1 or all("=" in line for line in lines)
-        else formula
-    )
+    last = lines[-1].replace("&", " ").strip()
+    return last if last.startswith("=") or all("=" in line for line in lines) else formula
 
 
 def _unit_after(text: str, end: int) -> str:
     """The known unit after a number: ` km`, ` square meters`."""
-    many = re.match(r"\s?(?:thousand|million|billion|trillion|dozen|万|亿)\b", text[end : end + 20])
-    if many is not None:
+    if (many := _MANY.match(text, end)) is not None:
         return many.group()
-    words = re.match(
-        r"[\s-]?(?!/)([A-Za-z\u4e00-\u9fff°²³^/·]+\d?(?:\s(?:per\s)?[A-Za-z]+){0,2})",
-        text[end : end + 40],
-    )
+    words = _UNIT_WORDS.match(text[end : end + 40])
     if words is None:
         return ""
     pieces = words.group(1).split()
+    if pieces[0] == "in" and text[end + 3 : end + 4].isspace():
+        return ""  # `$4 in change`
     for count in range(len(pieces), 0, -1):
         unit = read_unit(" ".join(pieces[:count]))
-        if pieces[0] == "in" and text[end + 3 : end + 4].isspace():
-            return ""  # `$4 in change`
         if unit is not None and unit.measures and (len(pieces[0]) > 1 or not pieces[0].isascii()):
             return " " + " ".join(pieces[:count])
     return ""
@@ -336,9 +311,7 @@ def _unit_after(text: str, end: int) -> str:
 def _near_hedge(text: str, start: int, end: int) -> str | None:
     """`4 or 5` around the candidate, which is then taken whole and equals no single answer."""
     before, after = text[max(0, start - 40) : start], text[end : end + 40]
-    if re.search(r"\d\W{0,4}\s+or\s+(?:\w+\s+){0,2}\W{0,4}$|\d\s?或者?\s?$", before) or re.match(
-        r"\W{0,4}\s+or\s+(?:\w+\s+){0,2}\W{0,4}\d|\s?或者?\s?\d", after
-    ):
-        found = [m.group() for m in NUMBER.finditer(before[-20:] + text[start:end] + after[:20])]
-        return " or ".join(found)
-    return None
+    if _OR_BEFORE.search(before) is None and _OR_AFTER.match(after) is None:
+        return None
+    found = NUMBER.findall(before[-20:] + text[start:end] + after[:20])
+    return " or ".join(found)

@@ -34,6 +34,11 @@ _CODE = re.compile(
 )
 _FENCE = re.compile(r"^[ \t]*```[\w-]*[ \t]*$", re.M)
 _SENTENCE = re.compile(r"(?:[.!?](?=[\s*_)\"]|$)|[。！？])[*_)\"]*")
+_DISPLAY = re.compile(r"\s{0,9}(?:\\\[|\$\$|\\begin\{(?:equation|align))")
+_DOLLAR = re.compile(r"(?<!\\)\$")
+_WORDS = re.compile(r"\s[A-Za-z]{2,}")
+_MATHEMATICS = re.compile(r"[\\^]")
+_NUMBER_FIRST = re.compile(r"\.?\d")
 _LINES = re.compile(r"\n+")
 
 
@@ -49,23 +54,18 @@ def tail(text: str) -> str:
 
 def _money_told(text: str) -> str:
     """The text with `\\$` for every dollar of money: one before a number, where the next dollar
-    closes no formula, for it
-    stands before a number too (`$20 / 4 = $5`) or has words in front."""
-    pieces = re.split(r"(?<!\\)\$", text)
+    closes no formula, for it stands before a number too (`$20 / 4 = $5`) or has words in front."""
+    pieces = _DOLLAR.split(text)
     told, at = pieces[0], 1
     while at < len(pieces):
-        inside = pieces[at]
-        words = (
-            re.search(r"\s[A-Za-z]{2,}", inside) is not None and re.search(r"[\\^]", inside) is None
-        )
-        last = at == len(pieces) - 1
-        if re.match(r"\.?\d", inside) is not None and (
-            last or words or re.match(r"\.?\d", pieces[at + 1]) is not None
-        ):
+        inside, after = pieces[at], pieces[at + 1] if at + 1 < len(pieces) else None
+        prose = _WORDS.search(inside) is not None and _MATHEMATICS.search(inside) is None
+        opens_number = after is None or _NUMBER_FIRST.match(after) is not None
+        if _NUMBER_FIRST.match(inside) is not None and (prose or opens_number):
             told += "\\$" + inside
             at += 1
         else:  # a formula, with what follows it
-            told += "$" + inside + ("$" + pieces[at + 1] if at + 1 < len(pieces) else "")
+            told += "$" + inside + ("$" + after if after is not None else "")
             at += 2
     return told
 
@@ -81,10 +81,7 @@ def sentences(text: str) -> list[str]:
         if at < len(spans) and spans[at][0] <= end[0] < spans[at][1]:
             continue
         piece = text[start : end[1]].strip()
-        display = re.match(
-            r"\s*(?:\\\[|\$\$|\\begin\{(?:equation|align))", text[end[1] : end[1] + 20]
-        )
-        if text[end[0]] == "\n" and display is not None:
+        if text[end[0]] == "\n" and _DISPLAY.match(text, end[1]) is not None:
             continue  # `The result is` and a display formula below it
         if piece:
             found.append(piece)
@@ -95,11 +92,7 @@ def sentences(text: str) -> list[str]:
 
 
 def unbold(text: str) -> str:
-    return (
-        text.replace("**", "").replace("__", "").strip()
-        if "**" in text or "__" in text
-        else text.strip()
-    )
+    return text.replace("**", "").replace("__", "").strip()
 
 
 def bare(text: str) -> str:

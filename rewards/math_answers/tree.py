@@ -15,8 +15,8 @@ class Kind(StrEnum):
     NUMBER = (
         "number"  # data (Fraction, digits after the point, -1 for an integer or an exact decimal)
     )
-    NAME = "name"  # a variable, data its spelling with subscript, accent and primes: "x", "a_{n+1}", "hat x"
-    RUN = "run"  # capital letters in a row: AB is a segment, BAC an order, RT a product; data the letters
+    NAME = "name"  # a variable, data its spelling with subscript, accent, primes: "x", "a_{n+1}"
+    RUN = "run"  # capitals in a row: AB is a segment, BAC an order, RT a product; data the letters
     CONSTANT = "constant"  # data "pi", "e", "i", "infty"
     SUM = "sum"  # (terms)
     PRODUCT = "product"  # (factors)

@@ -76,24 +76,29 @@ bit byte bytes | 8
 """
 _DERIVED: dict[str, tuple[str, float]] = {
     "mph": ("mi/h", 1.0), "kmh": ("km/h", 1.0), "kph": ("km/h", 1.0),
-    "L l liter liters litre litres 升": ("dm^3", 1.0), "mL ml milliliter milliliters millilitre millilitres 毫升": ("cm^3", 1.0),
-    "ha hectare hectares 公顷": ("m^2", 1e4), "acre acres": ("m^2", 4046.8564224), "亩": ("m^2", 2000 / 3),
-    "gal gallon gallons": ("L", 3.785411784), "quart quarts": ("L", 0.946352946),
+    "L l liter liters litre litres 升": ("dm^3", 1.0),
+    "mL ml milliliter milliliters millilitre millilitres 毫升": ("cm^3", 1.0),
+    "ha hectare hectares 公顷": ("m^2", 1e4), "acre acres": ("m^2", 4046.8564224), "亩": ("m^2",
+    2000 / 3), "gal gallon gallons": ("L", 3.785411784), "quart quarts": ("L", 0.946352946),
     "Hz hertz 赫兹": ("s^-1", 1.0), "N newton newtons 牛 牛顿": ("kg m s^-2", 1.0),
-    "J joule joules 焦 焦耳": ("kg m^2 s^-2", 1.0),
-    "W watt watts 瓦 瓦特": ("kg m^2 s^-3", 1.0), "Pa pascal pascals 帕": ("kg m^-1 s^-2", 1.0),
-    "V volt volts 伏 伏特": ("kg m^2 s^-3 A^-1", 1.0), "C coulomb coulombs 库仑": ("A s", 1.0),
-    "Ω ohm ohms 欧姆": ("kg m^2 s^-3 A^-2", 1.0), "T tesla teslas": ("kg s^-2 A^-1", 1.0),
-    "F farad farads": ("kg^-1 m^-2 s^4 A^2", 1.0),
-    "eV": ("J", 1.602176634e-19), "cal calorie calories": ("J", 4.184), "erg ergs": ("J", 1e-7), "dyn dyne dynes": ("N", 1e-5),
-    "Nm": ("N m", 1.0), "pm picometer picometers picometre picometres": ("m", 1e-12), "ps picosecond picoseconds": ("s", 1e-12),
-    "pF": ("F", 1e-12), "THz terahertz": ("Hz", 1e12), "TW": ("W", 1e12), "TJ": ("J", 1e12), "TeV": ("J", 1.602176634e-7),
-    "atm": ("Pa", 101325.0), "bar bars": ("Pa", 1e5), "au AU": ("m", 1.495978707e11), "pc parsec parsecs": ("m", 3.0857e16),
+    "J joule joules 焦 焦耳": ("kg m^2 s^-2", 1.0), "W watt watts 瓦 瓦特": ("kg m^2 s^-3", 1.0),
+    "Pa pascal pascals 帕": ("kg m^-1 s^-2", 1.0),
+    "V volt volts 伏 伏特": ("kg m^2 s^-3 A^-1", 1.0),
+    "C coulomb coulombs 库仑": ("A s", 1.0), "Ω ohm ohms 欧姆": ("kg m^2 s^-3 A^-2", 1.0),
+    "T tesla teslas": ("kg s^-2 A^-1", 1.0), "F farad farads": ("kg^-1 m^-2 s^4 A^2", 1.0),
+    "eV": ("J", 1.602176634e-19), "cal calorie calories": ("J", 4.184), "erg ergs": ("J", 1e-7),
+    "dyn dyne dynes": ("N", 1e-5), "Nm": ("N m", 1.0),
+    "pm picometer picometers picometre picometres": ("m", 1e-12),
+    "ps picosecond picoseconds": ("s", 1e-12), "pF": ("F", 1e-12), "THz terahertz": ("Hz", 1e12),
+    "TW": ("W", 1e12), "TJ": ("J", 1e12), "TeV": ("J", 1.602176634e-7), "atm": ("Pa", 101325.0),
+    "bar bars": ("Pa", 1e5), "au AU": ("m", 1.495978707e11), "pc parsec parsecs": ("m", 3.0857e16),
     "Å angstrom angstroms": ("m", 1e-10), "ly": ("m", 9.4607e15),
 }  # fmt: skip
 _CHINESE_PREFIX = {"千": 1e3, "公": 1e3, "厘": 1e-2, "毫": 1e-3, "分": 0.1, "微": 1e-6}
-_PREFIXED_SYMBOLS = ("Hz", "N", "J", "W", "Pa", "V", "C", "Ω", "T", "F", "L", "l", "eV", "cal", "bar", "pc", "ohm", "hertz",
-                     "watt", "watts", "joule", "joules", "volt", "volts", "newton", "newtons", "pascal", "calorie", "calories",
+_PREFIXED_SYMBOLS = ("Hz", "N", "J", "W", "Pa", "V", "C", "Ω", "T", "F", "L", "l", "eV", "cal",
+"bar", "pc", "ohm", "hertz",
+                     "watt", "watts", "joule", "joules", "volt", "volts", "newton", "newtons",
+                     "pascal", "calorie", "calories",
                      "parsec", "parsecs")  # fmt: skip
 MEASURE_WORDS = words(
     "个 只 本 人 名 条 块 张 种 次 组 件 辆 棵 支 箱 袋 页 岁 头 匹 位 朵 盒 道 题 层 排 行 列 "
@@ -101,16 +106,17 @@ MEASURE_WORDS = words(
     "幅 架 艘 枝 株 粒 滴 段 圈 项 位数 个数 种方法 种可能 人次 名学生 个苹果 "
 )
 _NOT_A_NOUN = words(
-    "is are was were be been not no nor false true wrong right correct incorrect if but or and could can may "
-    "might maybe perhaps when where unless otherwise except less more than plus minus times over under about only "
-    "either neither both else instead cannot never then so because since which that it this does do did has have "
-    "possibly probably through to with without for in of as another other different any some all none per "
-    "thousand million billion trillion dozen hundred half twice double triple squared cubed first second third at "
-    "by from vs versus mod modulo equals equal"
+    "is are was were be been not no nor false true wrong right correct incorrect if but or and "
+    "could can may might maybe perhaps when where unless otherwise except less more than plus "
+    "minus times over under about only either neither both else instead cannot never then so "
+    "because since which that it this does do did has have possibly probably through to with "
+    "without for in of as another other different any some all none per thousand million billion "
+    "trillion dozen hundred half twice double triple squared cubed first second third at by "
+    "from vs versus mod modulo equals equal"
 )
 MULTIPLIERS = {
-    "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
-    "百": 100, "千": 1000, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
+    "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12,
+    "dozen": 12, "百": 100, "千": 1000, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
 }  # fmt: skip
 
 

@@ -357,12 +357,13 @@ _ARGUMENTS = words("t x z s")
 _FUNCTION_LETTERS = words("g h F G H u p q P Q")
 """Functions where the letter does not stand alone on either side."""
 _FUNCTIONS = {
-    "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot", "sec": "sec", "csc": "csc", "exp": "exp",
-    "abs": "fabs", "floor": "floor",
-    "ceil": "ceil", "binom": "binomial", "sgn": "sign", "arcsin": "asin", "arccos": "acos", "arctan": "atan", "arccot": "acot",
-    "arcsec": "asec", "arccsc": "acsc", "sinh": "sinh", "cosh": "cosh", "tanh": "tanh", "coth": "coth",
-    "sech": "sech", "csch": "csch",
-    "arcsinh": "asinh", "arccosh": "acosh", "arctanh": "atanh", "erf": "erf", "arg": "arg", "Re": "re", "Im": "im",
+    "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot", "sec": "sec", "csc": "csc",
+    "exp": "exp", "abs": "fabs", "floor": "floor",
+    "ceil": "ceil", "binom": "binomial", "sgn": "sign", "arcsin": "asin", "arccos": "acos",
+    "arctan": "atan", "arccot": "acot", "arcsec": "asec", "arccsc": "acsc", "sinh": "sinh",
+    "cosh": "cosh", "tanh": "tanh", "coth": "coth", "sech": "sech", "csch": "csch",
+    "arcsinh": "asinh", "arccosh": "acosh", "arctanh": "atanh", "erf": "erf", "arg": "arg",
+    "Re": "re", "Im": "im",
 }  # fmt: skip
 _OPERATIONS: dict[Kind, Callable[[_Evaluator, Node], Value]] = {
     Kind.NUMBER: _Evaluator.leaf,
