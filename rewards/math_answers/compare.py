@@ -140,7 +140,7 @@ def _same_choice(gold: Node, answer: Node, policy: Policy) -> Outcome | None:
             and len(contents) == 2
             and Kind.TEXT not in {c.kind for c in contents}
         ):
-            return same(*contents, policy)
+            return same(contents[0], contents[1], policy)
         return outcome(gold.data == answer.data)
     if gold.kind is Kind.CHOICE:
         if answer.kind in (Kind.TEXT, Kind.RUN, Kind.VERBATIM):
@@ -254,8 +254,9 @@ def _same_matrix(gold: Node, answer: Node, policy: Policy) -> Outcome:
     is_tuple = other.kind in (Kind.GROUP, Kind.LIST) and other.data in ("()", None, "[]")
     if not (is_vector and is_tuple):
         return Outcome.DIFFERENT
-    sides = (_cells(matrix), other.args) if matrix is gold else (other.args, _cells(matrix))
-    return _side_by_side(*sides, policy)
+    if matrix is gold:
+        return _side_by_side(_cells(matrix), other.args, policy)
+    return _side_by_side(other.args, _cells(matrix), policy)
 
 
 def _cells(matrix: Node) -> list[Node]:

@@ -39,8 +39,9 @@ _UNICODE = str.maketrans(
         "【": " ", "】": " ", "「": " ", "」": " ", "￥": "¥", "“": '"', "”": '"', "﹣": "-",
         "〜": "~",
         "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ",
-        "λ": r"\lambda ", "μ": r"\mu ", "σ": r"\sigma ", "τ": r"\tau ", "φ": r"\varphi ", "ω": r"\omega ",
-        "ρ": r"\rho ", "ε": r"\epsilon ", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u2003": " ", "\u3000": " ",
+        "λ": r"\lambda ", "μ": r"\mu ", "σ": r"\sigma ", "τ": r"\tau ", "φ": r"\varphi ",
+        "ω": r"\omega ", "ρ": r"\rho ", "ε": r"\epsilon ",
+        "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u2003": " ", "\u3000": " ",
     }
     | {chr(0xFEE0 + c): chr(c) for c in range(0x21, 0x7F) if chr(c) not in ",;:"}
     | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u200e\u200f\u00ad\u2061\u2062\u2063\u2064", "")

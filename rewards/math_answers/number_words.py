@@ -1,4 +1,4 @@
-"""Numbers in words: `forty-two`, `negative five`, `three fourths`, 二十五, 负三, 二分之一, 三点五."""
+"""Numbers in words: `forty-two`, `negative five`, `three fourths`, 二十五, 二分之一."""
 
 from __future__ import annotations
 

@@ -47,7 +47,8 @@ MAX_CHARS = 1000
 """Longer answers are refused: no reference answer of a public data set comes near."""
 _RELATIONS = {
     "=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\approx": "~",
-    r"\sim": "sim", r"\equiv": "equiv", r"\in": "in", r"\notin": "notin", r"\subset": "subset", r"\subseteq": "subseteq",
+    r"\sim": "sim", r"\equiv": "equiv", r"\in": "in", r"\notin": "notin", r"\subset": "subset",
+    r"\subseteq": "subseteq",
     r"\to": "to", r"\iff": "iff",
     r"\perp": "perp", r"\parallel": "parallel", r"\cong": "cong", r"\propto": "propto",
     r"\implies": "implies",

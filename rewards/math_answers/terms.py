@@ -9,9 +9,8 @@ from .tree import Kind, Node, negative, number, number_of, walk
 from .units import DEGREE, MULTIPLIERS, PERCENT, Unit, read_unit
 
 _STARTERS = frozenset((
-    r"\pi", r"\infty", r"\frac", r"\sqrt", r"\cbrt", r"\binom", r"\lfloor", r"\lceil", r"\{", r"\begin", r"\angle",
-    r"\triangle", r"\langle",
-    r"\ldots", r"\emptyset", r"\|",
+    r"\pi", r"\infty", r"\frac", r"\sqrt", r"\cbrt", r"\binom", r"\lfloor", r"\lceil", r"\{",
+    r"\begin", r"\angle", r"\triangle", r"\langle", r"\ldots", r"\emptyset", r"\|",
 ))  # fmt: skip
 
 
