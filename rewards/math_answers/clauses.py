@@ -24,7 +24,8 @@ _PARTS = (
         re.I,
     ),
     re.compile(
-        r",?\s+(?:because|since)\b.*$|,\s+who\b[^,=]*$|[,，]?\s*(?:因为|由于).*$", re.IGNORECASE
+        r",?\s+(?:because|since)\b.*$|,\s+who\b[^,=]*$|\swhen\s[^,.]*\b(?:is|are)\s\w+ed\b.*$|[,，]?\s*(?:因为|由于).*$",
+        re.IGNORECASE,
     ),
     re.compile(
         rf"\b(?:(?:after|before)\s+(?:(?:he|she|they|it|we)\s+)?{_NO_CLAUSE}{{0,4}}{_AMOUNT}"

@@ -250,9 +250,9 @@ def _of_text(text: str) -> list[str]:
 def _in_last_line(text: str) -> list[str]:
     text = tail(text)
     if (number := _BARE_LINE.fullmatch(text, text.rfind("\n") + 1)) is not None:
-        lines = text.split("\n")
-        alone = len(lines) > 1 and all(_BARE_LINE.fullmatch(line) or not line for line in lines)
-        return [line for line in lines if line] if alone else [number.group(1)]
+        lines = [_BARE_LINE.fullmatch(line) for line in text.split("\n") if line]
+        alone = [line.group(1) for line in lines if line is not None]  # one answer above the other
+        return alone if len(alone) == len(lines) else [number.group(1)]
     at = text.rfind("####")
     if at < 0:
         return []

@@ -35,10 +35,10 @@ _CHINESE = re.compile(
     r"|[元次](?:\W|\Z)))"
 )
 _STATING = re.compile(
-    r"(?:\b(?:is|are|was|were|has|have|had|be|equals?|gets?|needs?|exactly|only|with|of|makes?|made"
+    r"(?:\b(?:is|are|was|were|has|have|had|be|equals?|gets?|needs?|exactly|only|with|of|or|and|makes?|made"
     r"|earn(?:s|ed)|pa(?:ys|id)|spen(?:ds|t)|sold|bought|ate|read|costs?|t(?:akes|ook)|gave|saved"
     r"|received|contains?|remain)\s"
-    r"|[是为有共得到剩于需负要了]|^\W*)\Z",
+    r"|[是为有共得到剩于需负要了或和]|^\W*)\Z",
     re.IGNORECASE,
 )
 """What stands before a number that a sentence states: `there are two left`, not `both of the

@@ -38,6 +38,7 @@ import re
 from functools import lru_cache
 
 from .lexer import Token, spell, tokenise
+from .number_words import read_number
 from .reader import TooDeep, Unreadable
 from .terms import MODULO, Terms
 from .tree import Kind, Node
@@ -162,6 +163,8 @@ def _words(tokens: list[Token]) -> Node | None:
             first, *more = re.split(r"\s+and\s+|，|、", token.text)
             items[-1].append(first)
             items += [[words] for words in more]
+    if len(items) == 1 and (digits := read_number(" ".join(items[0]))) is not None:
+        return parse(digits)
     found = tuple(Node(Kind.TEXT, (), " ".join(words)) for words in items if words)
     return found[0] if len(found) == 1 else Node(Kind.LIST, found)
 

@@ -359,9 +359,9 @@ def is_literal(node: Node, like: Node | None = None) -> bool:
         top, bottom = (exact(a) for a in node.args)
         if top is None or not bottom:
             return False
-        return (top / bottom).denominator != 1 or (
-            like is not None and like.kind in (Kind.QUOTIENT, Kind.RATIO)
-        )
+        if bottom == 1 or (top / bottom).denominator != 1:
+            return True
+        return like is not None and like.kind in (Kind.QUOTIENT, Kind.RATIO)
     if node.kind is Kind.PRODUCT and len(node.args) == 2:
         mantissa, power = node.args
         return (is_literal(mantissa) and mantissa.kind is not Kind.PRODUCT) and _power_of_ten(
