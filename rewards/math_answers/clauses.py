@@ -51,7 +51,8 @@ _SAID_TO_BE = re.compile(
 _CHOICES = re.compile(
     r"(?:\b(?P<concluded>so|therefore|thus|hence|choose|chose|pick|select)\s(?:the\s)?(?:answer\sis\s)?)?"
     r"\b(?:[Oo]ption|[Cc]hoice)\s?[(（]?(?P<named>[A-J])\b[)）]?"
-    r"|\b(?:so|therefore|thus|hence|choose|chose|pick|select),?\s(?:[(（](?P<brackets>[A-J])[)）]|(?P<bare>[B-HJ])(?=\s?[.,;]|$))"
+    r"|\b(?:so|therefore|thus|hence|choose|chose|pick|select),?\s(?:[(（](?P<brackets>[A-J])[)）]|(?P<bare>[B-HJ])"
+    r"(?=\s?[.,;]|\s(?:because|since|as)\b|$))"
     r"|(?<![A-Za-z])(?P<before>[A-J])[)）]? (?=is (?:the )?(?:correct|right))"
     r"|选项?(?:为|是)?\s?[(（]?(?P<chosen>[A-J])(?![A-Za-z])"
 )

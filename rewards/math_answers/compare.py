@@ -157,9 +157,7 @@ def _same_choice(gold: Node, answer: Node, policy: Policy) -> Outcome | None:
         return None
     if gold.kind is Kind.NAME:
         return outcome(gold.data == answer.data and not answer.args)
-    if not answer.args or is_plain(gold):
-        return Outcome.DIFFERENT
-    return same(gold, answer.args[0], policy)
+    return same(gold, answer.args[0], policy) if answer.args else Outcome.DIFFERENT
 
 
 def _same_bodies(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Outcome:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from .clauses import names_choice
 from .number_words import in_digits
 from .prose import VERB, announced, hedge_after, last_statement
-from .sentences import FORMULA, GROUPED_TEXT, NUMBER, TAIL, WORD, bare, tail, unbold
+from .sentences import FORMULA, GROUPED_TEXT, NUMBER, TAIL, WORD, bare, sentences, tail
 
 MAX_ANSWERS = 64
 """More different final answers than this are not looked at: no list of answers is that long."""
@@ -106,6 +106,7 @@ _LEAD = re.compile(
     r"[A-Za-z]{3,}|(?:[Ss]o|[Ww]e|[Ii]t|[Hh]e|[Ii]s|[Aa]s|[Bb]y|[Tt]o|[Ii]n|[Ii]f)\b|[\u4e00-\u9fff]"
 )
 _RANGE_WORD = re.compile(r"\d\s(?:to|through)\s\d")
+_LETTERED = re.compile(r"[(（]?[A-J][)）.]")
 _COUNTED = re.compile(r"(?<=\d)\s?[(（][\u4e00-\u9fff]{1,3}[)）]")
 """What is counted, as it is noted in brackets behind a number."""
 _BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*|__([^_\n]{1,200})__")
@@ -128,7 +129,8 @@ def extract(completion: str, opened: bool = False) -> Extracted:
     text = final_text(completion, opened)
     if text is None:
         return NOTHING
-    text = text[:-200] + _END_TOKENS.sub("", text[-200:])
+    if ">" in text[-20:]:
+        text = text[:-200] + _END_TOKENS.sub("", text[-200:])
     for rule in RULES:
         if found := list(dict.fromkeys(rule.find(text))):
             return Extracted(tuple(found[: MAX_ANSWERS + 1]), rule.name)
@@ -190,18 +192,19 @@ def _in_boxes(text: str) -> list[str]:
             found.append(_box_content(box))
             if len(found) > MAX_ANSWERS:
                 return found
-    if found and "<" in text:
+    if not found:
+        return []
+    if "<" in text:
         found += [tag for tag in _in_tag(text) if "\\boxed" not in tag]
     after = text[max(text.rfind("\\boxed"), text.rfind("\\fbox"), len(text) - TAIL) :]
     if _BOX_DENIED.match(after) is not None:
         found.pop()
-    if not found or not any(part in after for part in ("nswer", "NSWER", "答案")):
+    if "nswer" not in after and "NSWER" not in after and "答案" not in after:
         return found
     stated = _after_marker(after[after.find("}") + 1 :])
     if len(found) > 1 and stated and _FINAL.search(after) is not None:
         return stated  # boxes around what was found on the way
-    found += stated
-    return found
+    return found + stated
 
 
 def _box_content(box: str) -> str:
@@ -248,15 +251,14 @@ def _of_text(text: str) -> list[str]:
 
 
 def _in_last_line(text: str) -> list[str]:
-    text = tail(text)
+    text = text[-TAIL:].strip()
     if (number := _BARE_LINE.fullmatch(text, text.rfind("\n") + 1)) is not None:
-        lines = [_BARE_LINE.fullmatch(line) for line in text.split("\n") if line]
+        lines = [_BARE_LINE.fullmatch(line.strip()) for line in text.split("\n") if line.strip()]
         alone = [line.group(1) for line in lines if line is not None]  # one answer above the other
         return alone if len(alone) == len(lines) else [number.group(1)]
-    at = text.rfind("####")
-    if at < 0:
+    if (at := text.rfind("####")) < 0:
         return []
-    line = text[at:].lstrip("#").strip().split("\n")[0].strip()
+    line = tail(text[at:].lstrip("#")).partition("\n")[0].strip()
     return [line] if line else []
 
 
@@ -290,7 +292,7 @@ def _after_marker(text: str) -> list[str]:
 
 def _whole(text: str) -> list[str]:
     """A text that is the answer itself."""
-    text = _COUNTED.sub("", unbold(tail(text)))
+    text = _COUNTED.sub("", bare(tail(text)))
     if (word := re.match(r"(Yes|No)\b\s?,", text)) is not None and "\n" not in text:
         return [word.group(1)]
     if not text or "\n" in text or len(text) > 400:
@@ -301,7 +303,7 @@ def _whole(text: str) -> list[str]:
         r"[\d%] (?:of|times|by|plus|minus) |\d, \d|\d\s?[A-Za-z]{3,}[^=]*\Z", text
     ):
         return []  # `15% of 200 = 30`, `3 * 4 = 12 pens`, one equation after the other
-    if names_choice(text):
+    if names_choice(text) or (len(sentences(text)) > 1 and _LETTERED.match(text) is None):
         return []
     plain = FORMULA.sub(" ", GROUPED_TEXT.sub("", text))
     words = [word for word in WORD.findall(plain) if word.lower() not in ("and", "or")]

@@ -335,7 +335,7 @@ def _word(value: str, spaced: bool, before: list[Token]) -> list[Token]:
     if len(value) == 1:
         return [Token("name", value, spaced)]
     lower = value.lower()
-    after_number = bool(before) and before[-1].kind == "number"
+    after_number = bool(before) and (before[-1].kind == "number" or before[-1].text == r"\pi")
     if lower in SEPARATORS:
         return [_separator(lower, spaced)]
     if value in _WORD_FUNCTIONS and not (after_number and value in ("min", "sec")):

@@ -67,6 +67,9 @@ _CHOICE = re.compile(
     r"(?:option|choice)?\s*[(（]?([A-J])"
     r"(?:[)）](?=\W|$)|[.:：、](?=\s|$)|(?=\s*[,.。;；!]?\s*$|，))"
 )
+_INEQUALITY = re.compile(
+    r"(?:(?<![\w.])[-−]?\d+(?:\.\d+)?\s?[<>≤≥]=?\s?)?(?<![A-Za-z])[A-Za-z]\s?[<>≤≥]=?\s?[-−]?\d+(?:\.\d+)?"
+)
 _RANGE = re.compile(
     r"\b[Bb]etween\s(?:\$\s)?(?P<low>\d+(?:\.\d+)?)\sand\s(?:\$\s)?(?P<high>\d+(?:\.\d+)?)"
     r"|(?<![\d./^*+=-])\d+(?:\.\d+)?(?:\s?[-–~～至到]\s?|\sto\s|\sthrough\s)\d+(?:\.\d+)?"
@@ -85,6 +88,7 @@ _NO_CONTEXT = re.compile(
     r"\s(?:\w+\s){0,3}\Z",
     re.IGNORECASE,
 )
+_ROUNDED = re.compile(r"\s?≈\s?-?\d+(?:\.\d+)?")
 _IN_TOTAL = re.compile(r".{0,30}\b(?:in total|altogether|in all|total)\b")
 _MANY = re.compile(r"\s?(?:thousand|million|billion|trillion|dozen|万|亿)\b")
 _UNIT_WORDS = re.compile(
@@ -139,8 +143,11 @@ def announced(rest: str) -> tuple[str, int]:
     found = sentences(body)
     sentence = found[0] if found else ""
     end = start + body.find(sentence) + len(sentence)
-    if (choice := _CHOICE.match(unbold(_REASON.split(sentence, maxsplit=1)[0]))) is not None:
-        return choice.group(1), end
+    named = unbold(_REASON.split(sentence, maxsplit=1)[0])
+    if (choice := _CHOICE.match(named)) is not None:
+        content = bare(named[choice.end() :])
+        both = content and len(content) < 40 and NUMBER.match(content) is not None
+        return f"({choice.group(1)}) {content}" if both else choice.group(1), end
     reason = _REASON.search(sentence)
     if reason is not None and re.search(r"\d|\$|\\", sentence[: reason.start()]):
         sentence = sentence[: reason.start()]
@@ -212,6 +219,9 @@ def _of_numbers(plain: str, numbers: list[re.Match[str]]) -> str:
         return _of_equation(runs[-1].group(), plain[: runs[-1].start()])
     if (assigned := _ASSIGNED.search(plain)) is not None:
         return assigned.group()
+    inequalities = list(_INEQUALITY.finditer(plain))
+    if inequalities and inequalities[-1].end() >= numbers[-1].end():
+        return inequalities[-1].group()
     if (ranges := list(_RANGE.finditer(plain))) and ranges[-1].end() >= numbers[-1].end():
         return _of_range(ranges[-1], plain)
     verbs = [m for m in VERB.finditer(plain) if m.end() <= numbers[-1].start()]
@@ -229,6 +239,8 @@ def _of_numbers(plain: str, numbers: list[re.Match[str]]) -> str:
         return hedge
     variable = re.search(r"(?<![A-Za-z])[A-Za-z]\s?=\s?$", plain[: chosen.start()])
     named = variable.group() if variable is not None else ""
+    if (rounded := _ROUNDED.match(plain, chosen.end())) is not None:
+        return named + _amount(chosen) + rounded.group()
     return named + _amount(chosen) + ("" if named else _unit_after(plain, chosen.end()))
 
 

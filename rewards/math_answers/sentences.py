@@ -23,7 +23,8 @@ NUMBER = re.compile(
     r"|(?:(?<![\w)\]}])[-−])?\d+\s\d+/\d+(?![\w/])"  # a mixed number
     r"|(?<![A-Za-z_])(?:(?<![\w)\]}])[-−])?(?:\\?[$€£¥￥]\s?)?"
     r"(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d+(?!\w))?"
-    r"(?:\s?/\s?\d+(?![\w.]))?[½⅓⅔¼¾]?(?:\s?(?:\\?%|°|％))?|(?<!\d)[-−]?\.\d+"
+    r"(?:\s?/\s?\d+(?![\w.]))?[½⅓⅔¼¾]?(?:√\d+)?π?(?:\s?(?:\\?%|°|％))?"
+    r"|(?<!\d)[-−]?\.\d+|[-−]?√\d+π?|(?<!\d)[-−]?π(?:/\d+)?"
 )
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}|[\u4e00-\u9fff]+")
 GROUPED_TEXT = re.compile(r"\\(?:text|mathrm|mbox|operatorname|begin|end)\s?\{[^{}]*\}")
@@ -48,6 +49,7 @@ def tail(text: str) -> str:
     text = text.rstrip()[-TAIL:].strip()
     if "```" in text:
         text = _FENCE.sub("", _CODE.sub("", text)).strip()
+    text = text.replace("`", "")
     text = with_signs(_GAP.sub("  ", text))
     return _money_told(text) if "$" in text else text
 
@@ -96,5 +98,7 @@ def unbold(text: str) -> str:
 
 
 def bare(text: str) -> str:
-    """Without bold, and without the full stop at the end."""
-    return unbold(text).strip().rstrip("。！").strip().removesuffix(".").strip()
+    """Without bold, quotes, and the full stop at the end."""
+    text = unbold(text).rstrip("。！").strip().removesuffix(".").strip()
+    quoted = len(text) > 2 and text[0] + text[-1] in ('""', "“”")
+    return text[1:-1].strip(" .") if quoted else text

@@ -68,6 +68,8 @@ def state(node: Node, take_last: bool, loose: bool) -> Statement:
     if len(sides) == 1:
         return Statement(whole_set(sides[0]), name)
     if len(sides) == 2 and name is None and variables(node):
+        if agree(*sides) is True:  # an identity: (x + 1)(x + 2) = x^2 + 3x + 2
+            return Statement(whole_set(sides[1]))
         return Statement(node, equation=True)
     if _is_system(name, sides):
         return Statement(node)
