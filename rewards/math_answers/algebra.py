@@ -65,9 +65,9 @@ def at_points(gold: Any, answer: Any) -> str:
 
 def _sample(name: str, point: int) -> Any:
     seed = zlib.crc32(f"{name}/{point}".encode())
-    return (
-        sympy.Integer(2 + seed % 5 + point) if point < 3 else sympy.Rational(300 + seed % 500, 1009)
-    )
+    if point < 3:
+        return sympy.Integer(2 + seed % 5 + point)
+    return sympy.Rational(300 + seed % 500, 1009)
 
 
 def translate(node: Node, bound: dict[str, Any]) -> Any:
@@ -122,19 +122,13 @@ def _big(node: Node, bound: dict[str, Any]) -> Any:
         for n in walk(body)
     ):
         raise NoMeaning("a sequence")
-    symbol = (
-        sympy.Dummy(variable, integer=True)
-        if name in ("sum", "prod")
-        else sympy.Dummy(variable, real=True)
-    )
+    symbol = sympy.Dummy(variable, **{"integer" if name in ("sum", "prod") else "real": True})
     expression = translate(body, {**bound, variable: symbol})
     if name == "lim":
-        return sympy.Limit(
-            expression, symbol, translate(lower, bound), "+-" if lower.data != "infty" else "-"
-        )
+        side = "+-" if lower.data != "infty" else "-"
+        return sympy.Limit(expression, symbol, translate(lower, bound), side)
     if Kind.LIST in (lower.kind, upper.kind):
         raise NoMeaning("no bounds")
     limits = (symbol, translate(lower, bound), translate(upper, bound))
-    return {"sum": sympy.Sum, "prod": sympy.Product, "int": sympy.Integral}[name](
-        expression, limits
-    )
+    operator = {"sum": sympy.Sum, "prod": sympy.Product, "int": sympy.Integral}[name]
+    return operator(expression, limits)

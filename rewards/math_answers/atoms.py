@@ -16,6 +16,8 @@ GREEK = words(
     "Omega Pi ell hbar nabla partial Re Im aleph imath jmath"
 )
 _CASE_FILLER = frozenset(("if", "when", "for", "is", "are", "", "where", "and"))
+GREEK_FUNCTIONS = ("varphi", "psi", "Phi", "Psi", "Gamma")
+_INVERTED = words("sin cos tan cot sec csc sinh cosh tanh")
 ACCENTS = words(
     "hat bar vec dot ddot tilde overline overrightarrow underline overleftrightarrow overset"
 )
@@ -164,11 +166,8 @@ class Atoms(Reader):
             return Node(Kind.CONSTANT, (), name)
         if name in GREEK:
             result = Node(Kind.NAME, (), name + self.subscript())
-            return (
-                self.application(result)
-                if self.peek() == "(" and name in ("varphi", "psi", "Phi", "Psi", "Gamma")
-                else result
-            )
+            applied = self.peek() == "(" and name in GREEK_FUNCTIONS
+            return self.application(result) if applied else result
         if token == r"\frac":
             return _fraction(self.argument(), self.argument())
         if token == r"\binom":
@@ -224,44 +223,28 @@ class Atoms(Reader):
         )
         if power is None:
             return call
-        if power == negative(number(1)) and name in (
-            "sin",
-            "cos",
-            "tan",
-            "cot",
-            "sec",
-            "csc",
-            "sinh",
-            "cosh",
-            "tanh",
-        ):
+        if power == negative(number(1)) and name in _INVERTED:
             return Node(Kind.CALL, arguments, "arc" + name)
         return Node(Kind.POWER, (call, power))
 
     def function_argument(self) -> Node:
-        factors = [
-            self.postfix(self.name(applied=False))
-            if self.kind() in ("name", "letter")
-            else self.factor()
-        ]
-        while (
-            self.kind() in ("number", "name")
-            or self.peek() in (r"\pi", r"\frac", r"\sqrt")
-            or self.peek()[1:] in GREEK
-        ):
+        named = self.kind() in ("name", "letter")
+        factors = [self.postfix(self.name(applied=False)) if named else self.factor()]
+        while self._goes_on():
             if self.kind() == "number" and factors[-1].kind is not Kind.POWER:
                 raise Unreadable("numbers side by side")
-            factors.append(
-                self.postfix(self.name(applied=False) if self.kind() == "name" else self.atom())
-            )
-        if (
-            self.peek() == "/"
-            and all(f.kind in (Kind.NUMBER, Kind.NAME, Kind.CONSTANT) for f in factors)
-            and self.kind(1) == "number"
-        ):
-            self.at += 1
+            part = self.name(applied=False) if self.kind() == "name" else self.atom()
+            factors.append(self.postfix(part))
+        simple = all(f.kind in (Kind.NUMBER, Kind.NAME, Kind.CONSTANT) for f in factors)
+        if simple and self.kind(1) == "number" and self.skip("/"):
             factors.append(Node(Kind.INVERSE, (self.factor(),)))
         return factors[0] if len(factors) == 1 else Node(Kind.PRODUCT, tuple(factors))
+
+    def _goes_on(self) -> bool:
+        """Whether the argument of a function without brackets goes on: `\\sin 2x`."""
+        token = self.peek()
+        starts = token in (r"\pi", r"\frac", r"\sqrt") or token[1:] in GREEK
+        return starts or self.kind() in ("number", "name")
 
     def big(self, name: str) -> Node:
         """\\sum_{k=1}^{n} body, \\int_a^b body dx, \\lim_{x \\to a} body; the body is the product
@@ -273,11 +256,8 @@ class Atoms(Reader):
                 upper = self.argument()
                 continue
             lower = self.argument()
-            if (
-                lower.kind is Kind.RELATION
-                and lower.args[0].kind is Kind.NAME
-                and lower.data in (("=",), ("to",))
-            ):
+            bound = lower.kind is Kind.RELATION and lower.data in (("=",), ("to",))
+            if bound and lower.args[0].kind is Kind.NAME:
                 variable, lower = str(lower.args[0].data), lower.args[1]
         self.enter()
         if name in ("int", "iint", "iiint", "oint"):
@@ -356,11 +336,8 @@ def _integrand(body: Node) -> tuple[Node, str]:
     terms = body.args if body.kind is Kind.SUM else (body,)
     last = terms[-1]
     factors = last.args if last.kind is Kind.PRODUCT else (last,)
-    if (
-        len(factors) < 2
-        or factors[-2] != Node(Kind.NAME, (), "d")
-        or factors[-1].kind is not Kind.NAME
-    ):
+    differential = len(factors) > 1 and factors[-2] == Node(Kind.NAME, (), "d")
+    if not differential or factors[-1].kind is not Kind.NAME:
         raise Unreadable("an integral without its variable")
     rest = factors[:-2]
     last = number(1) if not rest else rest[0] if len(rest) == 1 else Node(Kind.PRODUCT, rest)

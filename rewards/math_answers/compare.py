@@ -75,9 +75,7 @@ def compare(gold: Reference, answer: str, policy: Policy) -> Outcome:
 def _same_text(gold: str, answer: str) -> Outcome:
     """What is outside the grammar equals only what is spelled with the same tokens."""
     if len(answer) > MAX_TEXT or len(gold) > MAX_TEXT:
-        return (
-            outcome(gold.split() == answer.split()) if len(answer) == len(gold) else Outcome.UNKNOWN
-        )
+        return Outcome.EQUAL if gold.split() == answer.split() else Outcome.UNKNOWN
     return Outcome.EQUAL if squeeze(gold) == squeeze(answer) else Outcome.UNKNOWN
 
 
@@ -85,11 +83,10 @@ def same(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Ou
     """Raises TooBig, Undefined."""
     if gold == answer and not has(answer, Kind.RELATION):
         return Outcome.EQUAL
-    if (
-        Kind.CHOICE in (gold.kind, answer.kind)
-        and (found := _same_choice(gold, answer, policy)) is not None
-    ):
-        return found
+    if Kind.CHOICE in (gold.kind, answer.kind):
+        choice = _same_choice(gold, answer, policy)
+        if choice is not None:
+            return choice
     if Kind.VERBATIM in (gold.kind, answer.kind):
         if is_plain(gold):
             return Outcome.DIFFERENT
@@ -118,15 +115,13 @@ def same(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Ou
     if names_differ(left.name, right.name):
         return Outcome.DIFFERENT
     found = _same_bodies(left.body, right.body, policy, computed)
-    if (
-        found is Outcome.DIFFERENT and is_plain(gold) and _is_rounded(answer)
-    ):  # x = 300/7 = 42.857 ~ 43
+    if found is Outcome.DIFFERENT and is_plain(gold) and _is_rounded(answer):
         return _same_bodies(left.body, answer.args[-1], policy, computed)
     return found
 
 
 def _is_rounded(node: Node) -> bool:
-    """Whether a chain ends in what it rounds to."""
+    """Whether a chain ends in what it rounds to: x = 300/7 = 42.857 ~ 43."""
     return node.kind is Kind.RELATION and isinstance(node.data, tuple) and node.data[-1] == "~"
 
 
@@ -354,9 +349,8 @@ def _same_ratio(gold: Node, answer: Node) -> Outcome:
     """4:6 is 2:3."""
     found = []
     for a, b in zip(gold.args[1:], answer.args[1:], strict=True):
-        ours, theirs = (
-            Node(Kind.QUOTIENT, (part, n.args[0])) for part, n in ((a, gold), (b, answer))
-        )
+        ours = Node(Kind.QUOTIENT, (a, gold.args[0]))
+        theirs = Node(Kind.QUOTIENT, (b, answer.args[0]))
         found.append(same_value(ours, theirs, None))
     return all_of(found)
 

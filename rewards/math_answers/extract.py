@@ -47,30 +47,12 @@ _THOUGHT = re.compile(
     re.IGNORECASE,
 )
 _THOUGHT_PARTS = (
-    "hink",
-    "HINK",
-    "hought",
-    "HOUGHT",
-    "reasoning>",
-    "reflection>",
-    "scratchpad>",
-    "easoning>",
-    "REASONING>",
-    "_of_thought",
+    *("hink", "HINK", "hought", "HOUGHT", "reasoning>", "reflection>", "scratchpad>"),
+    *("easoning>", "REASONING>", "_of_thought"),
 )
 """What a text with thoughts has in it: looking for these costs less than the expression."""
 _MARKER_PARTS = (
-    "nswer",
-    "NSWER",
-    "esult",
-    "olution",
-    "ption",
-    "hoice",
-    "A:",
-    "A：",
-    "答",
-    "选",
-    "结果",
+    *("nswer", "NSWER", "esult", "olution", "ption", "hoice", "A:", "A：", "答", "选", "结果"),
 )
 _BARE_LINE = re.compile(r"(?:A:|####)?[ \t]*(-?[\d,]*\.?\d+)")
 _BOX = re.compile(
@@ -134,13 +116,15 @@ def extract(completion: str, opened: bool = False) -> Extracted:
     for rule in RULES:
         if found := list(dict.fromkeys(rule.find(text))):
             return Extracted(tuple(found[: MAX_ANSWERS + 1]), rule.name)
-        if (
-            rule is RULES[0]
-            and (at := text.rfind("\\boxed")) >= 0
-            and text.count("{", at) > text.count("}", at)
-        ):
-            text = text[:at]  # a box that was cut off: half an answer
+        if rule is RULES[0]:
+            text = _without_cut_off_box(text)
     return NOTHING
+
+
+def _without_cut_off_box(text: str) -> str:
+    """What stands before a box that is never closed: it holds half an answer."""
+    at = text.rfind("\\boxed")
+    return text[:at] if at >= 0 and text.count("{", at) > text.count("}", at) else text
 
 
 def final_text(completion: str, opened: bool = False) -> str | None:
@@ -212,11 +196,9 @@ def _box_content(box: str) -> str:
     line by itself."""
     if "{align" in box and "\\\\" not in box:
         return re.sub(r"\\(?:begin|end)\{align(?:ed)?\*?\}|(?<!\\)&", " ", box).strip()
-    if (
-        len(box) < 400
-        and any(part in box for part in ("nswer is", "答案", "答：", "答:"))
-        and (marker := _MARKER.search(box)) is not None
-    ):
+    stating = any(part in box for part in ("nswer is", "答案", "答：", "答:"))
+    marker = _MARKER.search(box) if stating and len(box) < 400 else None
+    if marker is not None:
         rest = box[marker.end() :].lstrip(" :：").rstrip(" 。.")
         rest = rest if rest.count("{") == rest.count("}") else rest.strip("{} ")
         few = len(WORD.findall(GROUPED_TEXT.sub("", rest))) <= 2 and len(rest) < 60
@@ -310,9 +292,8 @@ def _whole(text: str) -> list[str]:
     if not re.search(r"\d|\$|\\", text):
         if in_digits(text) != text:
             return last_statement(in_digits(text))
-        return (
-            [text] if len(words) <= 3 or not VERB.search(text) else last_statement(text) or [text]
-        )
+        clause = len(words) > 3 and VERB.search(text) is not None
+        return last_statement(text) or [text] if clause else [text]
     return [text] if not words or _is_plain(text, words) else []
 
 
@@ -320,9 +301,8 @@ def _is_plain(text: str, words: list[str]) -> bool:
     """Whether a short text with a number is an answer by itself: `5 cm`, `x: 5`; no sentence, as
     `in 5 days`."""
     lead = _LEAD.match(text)
-    named = re.match(r"\w+\s?[:：=]\s?[-\d]", text) is not None and not (
-        "=" in text and ":" in text
-    )
+    one_sign = not ("=" in text and ":" in text)
+    named = one_sign and re.match(r"\w+\s?[:：=]\s?[-\d]", text) is not None
     starts = text[0] in "+-−.([\\" or text[0].isdigit() or named
     if not starts and (len(words) > 1 or (lead is not None and lead.group() not in _MATH_WORDS)):
         return False
@@ -338,22 +318,15 @@ def _is_plain(text: str, words: list[str]) -> bool:
 def _in_bold(text: str) -> list[str]:
     """Bold at the end: in the last line that has content."""
     lines = [line for line in tail(text).split("\n") if line.strip()]
-    if (
-        not lines
-        or not (bold := _BOLD.findall(lines[-1]))
-        or _HEADING.search(lines[-1]) is not None
-    ):
+    bold = _BOLD.findall(lines[-1]) if lines else []
+    if not bold or _HEADING.search(lines[-1]) is not None:
         return []
     inner = next(part for part in bold[-1] if part).strip().strip(":：")
-    if not re.search(r"\d|\\|\$|^\(?[A-J]\)?$", inner) or (
-        len(WORD.findall(GROUPED_TEXT.sub("", inner))) > 3
-    ):
+    words = WORD.findall(GROUPED_TEXT.sub("", inner))
+    if len(words) > 3 or not re.search(r"\d|\\|\$|^\(?[A-J]\)?$", inner):
         return []
-    return (
-        last_statement(inner)
-        if "=" in inner and FORMULA.search(inner) is None and WORD.search(inner)
-        else [bare(inner)]
-    )
+    worded_equation = "=" in inner and words and FORMULA.search(inner) is None
+    return last_statement(inner) if worded_equation else [bare(inner)]
 
 
 RULES = (

@@ -285,36 +285,19 @@ def _styled(style: str, content: str, spaced: bool) -> list[Token]:
     if inner.lower() in SEPARATORS:
         return [_separator(inner.lower(), spaced)]
     if len(inner) == 1 and inner.isascii() and inner.isalpha():
-        return [
-            Token(
-                "letter" if style not in ("boldsymbol", "bm", "mathbf", "mathit") else "name",
-                inner,
-                spaced,
-            )
-        ]
+        upright = style not in ("boldsymbol", "bm", "mathbf", "mathit")
+        return [Token("letter" if upright else "name", inner, spaced)]
     if inner in FUNCTIONS:
         return _word(inner, spaced, [])
-    if (
-        not style.startswith("math")
-        and style[:4] == "text"
-        and re.search(r"\\[A-Za-z]", inner)
-        and "$" not in inner
-    ):
+    if style[:4] == "text" and re.search(r"\\[A-Za-z]", inner) and "$" not in inner:
         return [Token("text", inner, spaced)]
-    if (
-        style == "mathrm"
-        and (unit := read_unit(inner)) is not None
-        and unit.measures
-        and inner not in FUNCTIONS
-    ):
+    unit = read_unit(inner) if style == "mathrm" else None
+    if unit is not None and unit.measures:
         return [Token("text", inner, spaced)]
     if re.search(r"[$\\]", inner) or not re.search(r"[^\W\d_]", inner):
         return _scan(inner)
-    if (style.startswith("math") and re.search(r"[\d=+^_]", inner)) or style in (
-        "boldsymbol",
-        "bm",
-        "underline",
-    ):
+    formula = style.startswith("math") and re.search(r"[\d=+^_]", inner)
+    if formula or style in ("boldsymbol", "bm", "underline"):
         return _scan(inner)
     if re.fullmatch(r"[A-Z]{2,4}", inner):
         return [Token("run", inner, spaced)]
@@ -339,34 +322,21 @@ def _word(value: str, spaced: bool, before: list[Token]) -> list[Token]:
     if lower in SEPARATORS:
         return [_separator(lower, spaced)]
     if value in _WORD_FUNCTIONS and not (after_number and value in ("min", "sec")):
-        return [
-            Token(
-                "command",
-                "\\" + {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}.get(value, value),
-                spaced,
-            )
-        ]
+        name = "arc" + value[1:] if value in ("asin", "acos", "atan") else value
+        return [Token("command", "\\" + name, spaced)]
     if lower in ("degrees", "degree", "deg"):
         return [Token("command", r"\degree", spaced)]
     if lower in ("percent", "percentage", "pct"):
         return [Token("sign", "%", spaced)]
     if value in _WORDS or lower in ("infinity", "pi"):
         return [Token("command", _WORDS[value if value in _WORDS else lower], spaced)]
-    if value in ("am", "pm", "AM", "PM", "th", "st", "nd", "rd") and (
-        after_number or (value.isupper() or value[1] == "m")
-    ):
+    if value in ("am", "pm", "AM", "PM") or (after_number and value in ("th", "st", "nd", "rd")):
         return [Token("text", lower, spaced)]
+    unit = after_number and is_unit_word(value)
     if value.isupper():
-        return [
-            Token("run" if not (after_number and is_unit_word(value)) else "text", value, spaced)
-        ]
-    if (
-        len(value) >= 4
-        or (after_number and is_unit_word(value))
-        or lower in _COMMON
-        or (len(value) == 3 and value.istitle())
-        or lower in MULTIPLIERS
-    ):
+        return [Token("text" if unit else "run", value, spaced)]
+    is_word = len(value) >= 4 or lower in _COMMON or lower in MULTIPLIERS
+    if unit or is_word or (len(value) == 3 and value.istitle()):
         return [Token("text", value, spaced)]
     for name in ("sin", "cos", "tan", "ln", "log"):
         if value.startswith(name):
@@ -390,27 +360,16 @@ def _other(value: str, spaced: bool) -> list[Token]:
     if CHINESE_NUMBER.fullmatch(value) and not is_power(value):
         return [Token("number", str(chinese_number(value)), spaced)]
     head = CHINESE_NUMBER.match(value)
-    if (
-        head is not None
-        and not is_unit(value)
-        and not is_power(head.group())
-        and head.end() < len(value)
-        and (len(value) - head.end()) <= 2
-        and is_counting(value[head.end() :])
-    ):
-        return [
-            Token("number", str(chinese_number(head.group())), spaced),
-            Token("text", value[head.end() :]),
-        ]
+    if head is not None and not is_unit(value) and not is_power(head.group()):
+        rest = value[head.end() :]
+        if len(rest) <= 2 and (rest in MEASURE_WORDS or is_unit(rest)):
+            digits = str(chinese_number(head.group()))
+            return [Token("number", digits, spaced), Token("text", rest)]
     if value.startswith("百分之"):
         rest = value[3:]
         if CHINESE_NUMBER.fullmatch(rest):
             return [Token("number", str(chinese_number(rest)), spaced), Token("sign", "%")]
     return [Token("text", value, spaced)]
-
-
-def is_counting(word: str) -> bool:
-    return word in MEASURE_WORDS or is_unit(word)
 
 
 def squeeze(text: str) -> str:

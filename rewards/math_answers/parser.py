@@ -98,28 +98,20 @@ def _is_sentence(words: list[str]) -> bool:
     return not _SAYING.isdisjoint(words) and _JOINS.isdisjoint(words)
 
 
+_LOOSE_ENDS = frozenset((".", ",", ";", "=", ":", "!", r"\\"))
+_LOOSE_STARTS = frozenset(("=", ":", ",", r"\therefore", r"\Rightarrow", r"\implies"))
+
+
 def _trimmed(tokens: list[Token]) -> list[Token]:
     """Without a full stop or comma at the end, or a sign that waits for something on either
     side."""
     start, end = 0, len(tokens)
-    while (
-        end > start
-        and tokens[end - 1].text in (".", ",", ";", "=", ":", "!", r"\\")
-        and tokens[end - 1].kind != "text"
-    ):
-        if tokens[end - 1].text == ":" and end - start > 1 and tokens[end - 2].kind != "text":
-            break
-        if tokens[end - 1].text == "!" and end - start > 1 and tokens[end - 2].kind != "text":
+    while end > start and tokens[end - 1].text in _LOOSE_ENDS and tokens[end - 1].kind != "text":
+        meant = end - start > 1 and tokens[end - 2].kind != "text"
+        if tokens[end - 1].text in (":", "!") and meant:
             break
         end -= 1
-    while start < end and tokens[start].text in (
-        "=",
-        ":",
-        ",",
-        r"\therefore",
-        r"\Rightarrow",
-        r"\implies",
-    ):
+    while start < end and tokens[start].text in _LOOSE_STARTS:
         start += 1
     return tokens[start:end]
 
@@ -206,39 +198,25 @@ class _Parser(Terms):
             if not self.peek() or self.peek() in (")", "]", "}", r"\}", r"\rangle", "|"):
                 break
             found.append(self.item())
-        return (
-            found[0] if len(found) == 1 else Node(Kind.LIST, tuple(found), "and" if both else None)
-        )
+        if len(found) == 1:
+            return found[0]
+        return Node(Kind.LIST, tuple(found), "and" if both else None)
 
     def item(self) -> Node:
         self.enter()
         if self.kind() == "text" and self.peek(1) in (":", "=") and self.kind(1) == "sign":
             name = Node(Kind.TEXT, (), self.take())
             self.at += 1
-            result = self.chain()
-            sides, signs = (
-                (result.args, result.data) if result.kind is Kind.RELATION else ((result,), ())
-            )
-            assert isinstance(signs, tuple)
-            result = Node(Kind.RELATION, (name, *sides), ("=", *signs))
-        elif (
-            self.kind() == "text"
-            and (self.starts_atom(1) or self.peek(1) in ("-", "+"))
-            and _is_lead(self.peek())
-        ):
-            self.at += 1
-            result = self.chain()
+            result = self.chain(name)
         else:
+            starts = self.starts_atom(1) or self.peek(1) in ("-", "+")
+            self.at += self.kind() == "text" and starts and _is_lead(self.peek())
             result = self.chain()
         if (modulus := self.modulus()) is not None:
             result = Node(Kind.MODULO, (result, modulus))
         if self.kind() == "text" and self.peek().split()[0].lower().strip(",.") in _CONDITIONS:
             result = Node(Kind.QUALIFIED, (result,), self.condition())
-        elif (
-            self.peek() == ","
-            and self.kind(1) == "text"
-            and self.peek(1).split()[0].lower() in _DECLARING
-        ):
+        elif self.peek() == "," and self._declares_after():
             self.at += 1
             result = Node(Kind.QUALIFIED, (result,), self.condition())
         elif self.peek() == "(" and self.kind(1) in ("name", "text"):
@@ -247,6 +225,9 @@ class _Parser(Terms):
             result = Node(Kind.QUALIFIED, (result,), self.condition())
         self.depth -= 1
         return result
+
+    def _declares_after(self) -> bool:
+        return self.kind(1) == "text" and self.peek(1).split()[0].lower() in _DECLARING
 
     def remark(self, result: Node) -> Node:
         """A condition in brackets behind the answer: `k\\pi (k \\in \\mathbb{Z})`."""
@@ -283,8 +264,9 @@ class _Parser(Terms):
             return inner
         return None
 
-    def chain(self) -> Node:
-        sides, signs = [self.ratio()], []
+    def chain(self, label: Node | None = None) -> Node:
+        """Sides and the signs between them; `Area = 2 + 3 = 5` begins with its label."""
+        sides, signs = ([self.ratio()], []) if label is None else ([label, self.ratio()], ["="])
         while self.kind() != "text" and (sign := self.peek()) in _RELATIONS:
             self.at += 1
             signs.append(_RELATIONS[sign])

@@ -31,10 +31,8 @@ def integer_power(base: Fraction, exponent: int) -> Fraction:
 def exact_root(base: Fraction, degree: int) -> Fraction | None:
     if (base < 0 and degree % 2 == 0) or degree > 64:
         return None
-    top, bottom = (
-        _integer_root(abs(base.numerator), degree),
-        _integer_root(base.denominator, degree),
-    )
+    top = _integer_root(abs(base.numerator), degree)
+    bottom = _integer_root(base.denominator, degree)
     if top is None or bottom is None:
         return None
     return Fraction(-top if base < 0 else top, bottom)

@@ -87,13 +87,8 @@ class Reader(ABC):
             self.at += 1
             text += "."
         elif sign not in (r"\overline", r"\dot", r"\bar") or "." not in text:
-            if (
-                sign != "("
-                or "." not in text
-                or self.kind(1) != "number"
-                or self.peek(2) != ")"
-                or self.spaced()
-            ):
+            bracketed = sign == "(" and self.kind(1) == "number" and self.peek(2) == ")"
+            if not bracketed or "." not in text or self.spaced():
                 return None
             digits = self.peek(1)
             self.at += 3
@@ -166,12 +161,11 @@ class Reader(ABC):
 
 
 def whole(node: Node) -> bool:
-    return (
-        node.kind is Kind.NUMBER
-        and isinstance(node.data, tuple)
-        and node.data[1] == -1
-        and node.data[0].denominator == 1
-    )
+    """Whether a node is an integer without a point."""
+    if node.kind is not Kind.NUMBER or not isinstance(node.data, tuple):
+        return False
+    value, digits = node.data
+    return bool(digits == -1 and value.denominator == 1)
 
 
 def negated(node: Node) -> Node:

@@ -114,12 +114,8 @@ def rewritings(text: str) -> list[str]:
         forms.append(f"${text}$")
     if re.search(r"\\frac(?![A-Za-z])", text):
         forms.append(re.sub(r"\\frac(?![A-Za-z])", r"\\dfrac", text))
-    if (
-        "(" in text
-        and text.count("(") == text.count(")")
-        and "\\left" not in text
-        and "\\text" not in text
-    ):
+    plain = "\\left" not in text and "\\text" not in text
+    if plain and text.count("(") == text.count(")") > 0:
         forms.append(text.replace("(", "\\left(").replace(")", "\\right)"))
     return [f"\\boxed{{{form}}}" for form in dict.fromkeys(forms)]
 

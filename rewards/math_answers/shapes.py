@@ -114,11 +114,8 @@ def _overlap(pieces: list[Node]) -> Node | None:
         return None
     pieces = sorted(pieces, key=lambda p: p.args[0] == negative(INFINITY))
     right, left = pieces
-    if (
-        left.args[0] != negative(INFINITY)
-        or right.args[1] != INFINITY
-        or right.args[0] == negative(INFINITY)
-    ):
+    lowest = negative(INFINITY)
+    if left.args[0] != lowest or right.args[0] == lowest or right.args[1] != INFINITY:
         return None
     return Node(Kind.GROUP, (right.args[0], left.args[1]), str(right.data)[0] + str(left.data)[1])
 
@@ -145,11 +142,8 @@ def expanded(node: Node) -> list[Node] | None:
 def independent(node: Node) -> list[Node] | None:
     """All values of a tuple with several `+-` in different places, each taken for itself: (+-1,
     +-2) are four."""
-    if (
-        node.kind is not Kind.GROUP
-        or sum(_has_sign(a) for a in node.args) < 2
-        or len(node.args) > 5
-    ):
+    signs = sum(_has_sign(a) for a in node.args)
+    if node.kind is not Kind.GROUP or signs < 2 or len(node.args) > 5:
         return None
     choices = [expanded(a) or [a] for a in node.args]
     return [Node(Kind.GROUP, tuple(parts), node.data) for parts in product(*choices)]
@@ -165,11 +159,9 @@ def _signed(node: Node, upper: bool) -> Node:
     if node.kind is Kind.PLUS_MINUS:
         inner = _signed(node.args[0], upper)
         return inner if (node.data == "+-") == upper else negative(inner)
-    return (
-        Node(node.kind, tuple(_signed(a, upper) for a in node.args), node.data)
-        if node.args
-        else node
-    )
+    if not node.args:
+        return node
+    return Node(node.kind, tuple(_signed(a, upper) for a in node.args), node.data)
 
 
 def items_of(node: Node) -> list[Node] | None:

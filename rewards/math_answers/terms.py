@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .atoms import ACCENTS, BIG, GREEK, Atoms
+from .atoms import ACCENTS, BIG, GREEK, GREEK_FUNCTIONS, Atoms
 from .lexer import FUNCTIONS, Token
 from .reader import TooDeep, Unreadable, negated, whole
 from .tree import Kind, Node, negative, number, number_of, walk
@@ -14,6 +14,7 @@ _STARTERS = frozenset((
 ))  # fmt: skip
 
 
+_FUNCTION_NAMES = ("f", "g", "h", "F", "G", "H")
 MODULO = (r"\bmod", r"\mod", "mod")
 
 
@@ -230,18 +231,9 @@ class Terms(Atoms):
             raise Unreadable("a function without its argument")
         elif self.kind() in ("name", "letter"):
             inner = self.name(applied=False)
-        elif (
-            self.kind() == "number"
-            and len(self.peek()) > 1
-            and self.peek(-1) != "^"
-            and self.peek().isdigit()
-        ):
-            token = self.tokens[self.at]
-            self.tokens = [
-                *self.tokens[: self.at],
-                *(Token("number", c) for c in token.text),
-                *self.tokens[self.at + 1 :],
-            ]
+        elif self.peek().isdigit() and self.peek(-1) != "^":  # \\frac12
+            digits = [Token("number", digit) for digit in self.peek()]
+            self.tokens = [*self.tokens[: self.at], *digits, *self.tokens[self.at + 1 :]]
             inner = self.numeral()
         elif self.peek() in ("-", "+"):  # x^-2; but e^-{2t} is e to the minus sign, beside 2t
             minus = self.take() == "-"
@@ -257,33 +249,17 @@ class Terms(Atoms):
 def _is_product(node: Node) -> bool:
     """Whether `name(argument)` looks like a quantity times a bracket: a(x + 1), not f(x + 1) nor
     a(2)."""
-    if node.kind is not Kind.APPLY or node.args[1].kind in (
-        Kind.NUMBER,
-        Kind.NAME,
-        Kind.NEGATIVE,
-        Kind.GROUP,
-    ):
+    single = (Kind.NUMBER, Kind.NAME, Kind.NEGATIVE, Kind.GROUP)
+    if node.kind is not Kind.APPLY or node.args[1].kind in single:
         return False
-    return str(node.args[0].data) not in (
-        "f",
-        "g",
-        "h",
-        "F",
-        "G",
-        "H",
-        "varphi",
-        "psi",
-        "Phi",
-        "Psi",
-        "Gamma",
-    )
+    return str(node.args[0].data) not in (*_FUNCTION_NAMES, *GREEK_FUNCTIONS)
 
 
 def _is_inverse(node: Node) -> bool:
+    """Whether a power is f^{-1}, the inverse of a function."""
+    base, exponent = node.args
     return (
-        node.args[0].kind is Kind.NAME
-        and node.args[0].data in ("f", "g", "h", "F", "G", "H")
-        and node.args[1] == negative(number(1))
+        base.kind is Kind.NAME and base.data in _FUNCTION_NAMES and exponent == negative(number(1))
     )
 
 

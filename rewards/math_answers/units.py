@@ -27,16 +27,9 @@ _PREFIXES = {
     "G": 1e9,
 }
 _LONG_PREFIXES = {
-    "nano": 1e-9,
-    "micro": 1e-6,
-    "milli": 1e-3,
-    "centi": 1e-2,
-    "deci": 0.1,
-    "kilo": 1e3,
-    "mega": 1e6,
-    "giga": 1e9,
+    **{"nano": 1e-9, "micro": 1e-6, "milli": 1e-3, "centi": 1e-2, "deci": 0.1},
+    **{"kilo": 1e3, "mega": 1e6, "giga": 1e9},
 }
-
 _TABLE = """
 length m meter meters metre metres 米 | 1 | P
 length in inch inches 英寸 | 0.0254
@@ -157,19 +150,15 @@ def _build() -> tuple[dict[str, _Entry], dict[str, _Entry]]:
             for prefix, scale in _LONG_PREFIXES.items():
                 for name in long:
                     exact[prefix + name] = (scale * size, {dimension: 1})
-            for prefix, scale in _CHINESE_PREFIX.items():
-                exact.setdefault(
-                    prefix + long[-1] if long[-1] > "\u4e00" else prefix + "!",
-                    (scale * size, {dimension: 1}),
-                )
+            for prefix, scale in _CHINESE_PREFIX.items() if long[-1] > "\u4e00" else ():
+                exact.setdefault(prefix + long[-1], (scale * size, {dimension: 1}))
     for aliases_text, (definition, times) in _DERIVED.items():
         factor_, dims = _compound(definition, exact, {}) or (1.0, {})
         for alias in aliases_text.split():
             exact[alias] = (factor_ * times, dims)
     for symbol in _PREFIXED_SYMBOLS:
-        for prefix, scale_ in (
-            _PREFIXES | _LONG_PREFIXES if len(symbol) > 2 else _PREFIXES
-        ).items():
+        prefixes = _PREFIXES | _LONG_PREFIXES if len(symbol) > 2 else _PREFIXES
+        for prefix, scale_ in prefixes.items():
             if prefix == "d" and symbol not in "Ll":
                 continue
             exact.setdefault(prefix + symbol, (scale_ * exact[symbol][0], exact[symbol][1]))
@@ -177,12 +166,7 @@ def _build() -> tuple[dict[str, _Entry], dict[str, _Entry]]:
     for alias, entry in exact.items():
         if len(alias) > 1:
             lower.setdefault(alias.lower(), entry)
-    lower["mm"], lower["ms"], lower["mg"], lower["ml"] = (
-        exact["mm"],
-        exact["ms"],
-        exact["mg"],
-        exact["mL"],
-    )
+    lower |= {name: exact[name] for name in ("mm", "ms", "mg")} | {"ml": exact["mL"]}
     return exact, lower
 
 
@@ -240,9 +224,8 @@ def is_unit(word: str) -> bool:
 def is_unit_word(word: str) -> bool:
     """Whether plain letters after a number are a unit: mg, Km and CM are, the product mv is not."""
     if len(word) == 2:
-        return (word in _EXACT and word not in ("pm", "ps")) or (
-            word[0].isupper() and word.lower() in _EXACT
-        )
+        known = word in _EXACT and word not in ("pm", "ps")
+        return known or (word[0].isupper() and word.lower() in _EXACT)
     return is_unit(word)
 
 
@@ -255,9 +238,8 @@ def read_unit(text: str) -> Unit | None:
         text = pattern.sub(replacement, text)
     if (entry := _compound(text, _EXACT, _LOWER)) is not None:
         return Unit(entry[0], tuple(sorted((n, e) for n, e in entry[1].items() if e)))
-    if text in MEASURE_WORDS or (
-        text[:1] in MEASURE_WORDS and len(text) <= 6 and not text.isascii()
-    ):
+    counts = text[:1] in MEASURE_WORDS and len(text) <= 6 and not text.isascii()
+    if counts or text in MEASURE_WORDS:
         return Unit(1.0, (), (text,))
     if re.fullmatch(r"units?(?:\^[23])?", text) is not None:  # square units
         return Unit(1.0, (), (text.replace("units", "unit"),))
@@ -283,8 +265,5 @@ def may_be(counted: Unit, measured: Unit) -> bool:
     scripts are not looked into."""
     if not all(word.isascii() for word in counted.words) or counted.words[0].startswith("unit"):
         return True
-    found = [read_unit(word) for word in counted.words]
-    return any(
-        unit is not None and unit.measures and unit.dimension == measured.dimension
-        for unit in found
-    )
+    units = [unit for word in counted.words if (unit := read_unit(word)) is not None]
+    return any(unit.measures and unit.dimension == measured.dimension for unit in units)

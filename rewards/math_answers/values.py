@@ -122,13 +122,8 @@ class _Evaluator:
     def __init__(
         self, env: Mapping[str, Fraction], reading: Reading, context: Any, real: bool, point: int
     ) -> None:
-        self.env, self.reading, self.context, self.real, self.point = (
-            env,
-            reading,
-            context,
-            real,
-            point,
-        )
+        self.env, self.reading, self.context = env, reading, context
+        self.real, self.point = real, point
 
     def value(self, node: Node) -> Value:
         if (operate := _OPERATIONS.get(node.kind)) is None:
@@ -142,10 +137,7 @@ class _Evaluator:
 
     def bounded(self, result: Value) -> Value:
         if isinstance(result, Fraction):
-            if (
-                result.numerator.bit_length() > MAX_BITS
-                or result.denominator.bit_length() > MAX_BITS
-            ):
+            if max(result.numerator.bit_length(), result.denominator.bit_length()) > MAX_BITS:
                 raise TooBig("an exact number of too many digits")
             return result
         if self.context.isnan(result):
@@ -258,11 +250,10 @@ class _Evaluator:
         if name in ("factorial", "double factorial"):
             return self.factorial(self.value(node.args[0]), 2 if name.startswith("double") else 1)
         args = [self.value(arg) for arg in node.args]
-        if (
-            all(isinstance(a, Fraction) for a in args)
-            and (known := exact_call(name, args)) is not None
-        ):
-            return known
+        if all(isinstance(a, Fraction) for a in args):
+            known = exact_call(name, args)
+            if known is not None:
+                return known
         if name == "sqrt":
             return self.raised(args[0], Fraction(1, 2))
         if name in ("log", "ln", "lg"):
@@ -296,14 +287,12 @@ class _Evaluator:
         one."""
         name, inner = node.args
         letter = str(name.data)
-        single = inner.kind in (Kind.NUMBER, Kind.NAME) or (
-            inner.kind is Kind.NEGATIVE and inner.args[0].kind is Kind.NUMBER
-        )
+        unsigned = inner.args[0] if inner.kind is Kind.NEGATIVE else inner
+        single = unsigned.kind is Kind.NUMBER or inner.kind is Kind.NAME
         if not single and inner.kind is not Kind.GROUP:
             always = letter in _ALWAYS_FUNCTIONS or not letter.isalpha() or _is_shift(letter, inner)
-            if not always and (
-                letter in self.reading.quantities or letter not in _FUNCTION_LETTERS
-            ):
+            quantity = letter in self.reading.quantities or letter not in _FUNCTION_LETTERS
+            if quantity and not always:
                 value = self.value(inner)
                 here = self.env[letter]
                 return value * here if isinstance(value, Fraction) else value * self.inexact(here)
@@ -311,14 +300,10 @@ class _Evaluator:
 
     def made(self, node: Node, env: Mapping[str, Fraction] | None = None) -> Value:
         """A number that depends on the values of the parts alone."""
-        inner = (
-            self
-            if env is None
-            else _Evaluator({**self.env, **env}, self.reading, _fast, False, self.point)
-        )
-        what = (
-            node.data if not isinstance(node.data, tuple) else node.data[0]
-        )  # not the name of the bound variable
+        inner = self
+        if env is not None:
+            inner = _Evaluator({**self.env, **env}, self.reading, _fast, False, self.point)
+        what = node.data[0] if isinstance(node.data, tuple) else node.data  # no bound variable
         key = f"{self.point}/{node.kind}/{what}/" + ";".join(inner.key(a) for a in node.args)
         return Fraction(1000 + zlib.crc32(key.encode(errors="surrogatepass")) % 1_000_003, 100_003)
 
