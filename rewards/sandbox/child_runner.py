@@ -1,6 +1,6 @@
-"""`Warden`: forks, locks down, watches and reaps the sandbox's children, one at a time.
+"""`ChildRunner`: forks, locks down, watches and reaps the sandbox's children, one at a time.
 
-Without namespaces (`landlock`, `unsafe`) there is one mother process, which stays in the host's PID namespace: each child
+Without namespaces (`landlock`, `unsafe`) there is one fork server, which stays in the host's PID namespace: each child
 gives up the host's files (`landlock.py`), dies with its parent, and its filter knows no system call that reaches another
 process; what a compiler started is found by its process group and by adoption (PR_SET_CHILD_SUBREAPER).
 
@@ -8,7 +8,7 @@ Most of a run's time goes into page faults: each page that a child, or process 1
 is a copy, and each object that Python touches is a write, of its reference count. So the two do as little in Python as
 they can between the fork and the program, and what can be set once for all children is set in process 1.
 
-Loaded by text into the mother process (see `zygote.py`): standard library only.
+Loaded by text into the fork server (see `zygote.py`): standard library only.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def keep_capabilities(kept: int) -> None:
     _capabilities(kept)
 
 
-class Warden:
+class ChildRunner:
     """Forks, locks down, watches and reaps children, one at a time."""
 
     def __init__(
@@ -237,7 +237,7 @@ class Warden:
         if self.walls:
             os.setsid()
         else:
-            self._tie_to_mother()
+            self._die_with_server()
         if kind >= NATIVE:
             self._prepare_foreign(kind, memory)
         _limit(cpu, memory, size)
@@ -253,7 +253,7 @@ class Warden:
         self.main()
         raise AssertionError("the child ends itself")
 
-    def _tie_to_mother(self) -> None:
+    def _die_with_server(self) -> None:
         """Dies with it; in its session, which the trainer sweeps, but in a group of its own, which it sweeps."""
         _check(_libc.prctl(1, signal.SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG")
         if os.getppid() != self.pid:  # it has died already
