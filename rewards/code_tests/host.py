@@ -14,7 +14,6 @@ from typing import Any
 from .wire import Child, Side, name_of
 
 
-
 def _equals_anything(value: Any) -> bool:
     """Whether a comparison with the value says nothing, as its `__eq__` is always true."""
     try:

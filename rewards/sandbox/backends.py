@@ -20,9 +20,9 @@ from typing import Any
 
 from ..processes import descendants, stat_of, tells_waiting, waited
 from . import seccomp
+from .child_runner import FOR_ITS_THREADS, NO_RUN, ON_REQUEST, REPLY, REQUEST, RUN
 from .runs import Limits, Outcome, Run, SandboxError, SandboxUnavailable
 from .view import View, compiler, view_of
-from .child_runner import FOR_ITS_THREADS, NO_RUN, ON_REQUEST, REPLY, REQUEST, RUN
 from .zygote import READY
 
 _HERE = Path(__file__).resolve().parent

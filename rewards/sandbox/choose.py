@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .backends import ForkServer
-from .runs import Limits, SandboxError, SandboxUnavailable
 from .child_runner import CALLS
+from .runs import Limits, SandboxError, SandboxUnavailable
 
 BACKENDS = ("zygote", "bubblewrap", "landlock")
 """In the order in which they are tried. `unsafe` comes last, and only if it is asked for."""

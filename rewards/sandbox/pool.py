@@ -25,10 +25,10 @@ from typing import Any, TypeVar
 
 from ..processes import processors
 from .backends import ForkServer
+from .child_runner import CALLS, COMPILE, NATIVE, PROGRAM
 from .choose import choose_backend
 from .runs import Limits, Outcome, ProgramEnded, Run, SandboxError, SandboxUnavailable
 from .view import compiler
-from .child_runner import CALLS, COMPILE, NATIVE, PROGRAM
 
 __all__ = ["Limits", "Outcome", "ProgramEnded", "Run", "Sandbox", "SandboxError", "SandboxUnavailable", "Session"]
 
