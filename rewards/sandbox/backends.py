@@ -1,5 +1,5 @@
-"""`ForkServer`: the parent's handle on one fork server (`zygote.py`), and the command that starts it behind each back end's
-walls."""
+"""`ForkServer`: the parent's handle on one fork server (`zygote.py`), and the command that
+starts it for each back end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .view import View, compiler, view_of
 from .zygote import READY
 
 _HERE = Path(__file__).resolve().parent
-_START_SECONDS = 30.0  # to build the walls, on a machine however loaded
+_START_SECONDS = 30.0  # to isolate itself, on a machine however loaded
 _GRACE_SECONDS = 10.0  # beyond a run's own deadline, until the fork server counts as lost
 _LOOK_SECONDS = 0.5  # between two looks at a run that takes long
 _BINDING = {"LD_BIND_NOW": "1"}  # the fork server looks every symbol up once, or its children would
@@ -36,9 +36,9 @@ WITH_NAMESPACES = ("zygote", "bubblewrap")
 
 
 class ForkServer:
-    """One fork server behind finished walls. Not thread-safe: one run at a time.
+    """One fork server, isolated and ready. Not thread-safe: one run at a time.
 
-    Raises SandboxUnavailable if the walls cannot be built.
+    Raises SandboxUnavailable if it cannot isolate itself.
     """
 
     def __init__(self, backend: str, preload: Sequence[str] = ()) -> None:
@@ -86,7 +86,7 @@ class ForkServer:
             raise SandboxUnavailable(str(error)) from None
         if answer != READY:
             why = answer.removeprefix(NO_RUN).decode(errors="replace")
-            raise SandboxUnavailable(why or "the process ended while it built its walls")
+            raise SandboxUnavailable(why or "the process ended while it isolated itself")
 
     def start(self, kind: int, limits: Limits, fds: Sequence[int]) -> None:
         """Starts a child on `fds`: its channel, source or program at 3, then 0, 1 and 2. Raises SandboxError."""
@@ -183,7 +183,7 @@ class ForkServer:
         return self._process.pid
 
     def close(self) -> None:
-        """Ends the process and with it everything behind the walls."""
+        """Ends the process and with it everything in the sandbox."""
         with contextlib.suppress(OSError):  # a process that was forked from this one may hold a copy open
             self._control.shutdown(socket.SHUT_RDWR)
         self._control.close()
@@ -257,7 +257,7 @@ def _filters() -> list[str]:
 def _command(backend: str, fd: int, view: View) -> list[str]:
     python, script = os.path.realpath(sys.executable), str(_HERE / "zygote.py")
     flags = ["-I", "-S", "-B", "-X", "utf8"]
-    if backend != "bubblewrap":  # the others put up their walls themselves
+    if backend != "bubblewrap":  # the others isolate themselves
         return [python, *flags, script, str(fd)]
     command = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--clearenv"]
     command += ["--die-with-parent", "--as-pid-1", "--new-session", "--cap-drop", "ALL", "--hostname", "box"]

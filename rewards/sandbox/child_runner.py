@@ -82,13 +82,13 @@ class ChildRunner:
         self, control: _socket.socket, config: dict[str, Any], privileges: str, main: Callable[[], NoReturn]
     ) -> None:
         self.control, self.pid = control, os.getpid()
-        self.walls: bool = config["kind"] in ("zygote", "bubblewrap")
+        self.namespaces: bool = config["kind"] in ("zygote", "bubblewrap")
         self.nobody, self.may_chroot = privileges == "two ids", privileges != "none"
         self.locked = mmap.mmap(-1, 1)  # shared with the child until it is locked down
         self.filters = [self._filter(bytes.fromhex(text)) for text in config["filters"]]
         self.compiler: list[str] = config["compiler"]
         self.scratch: str = config["scratch"]
-        self.trainer = [config["trainer"]] if not self.walls else []
+        self.trainer = [config["trainer"]] if not self.namespaces else []
         self.ruleset: int | None = config.get("ruleset")
         self._for_all()
         if self.nobody:  # the open file keeps the kernel's record of this user, which would be made anew for every run
@@ -121,7 +121,7 @@ class ChildRunner:
             resource.RLIMIT_MEMLOCK: 0,
             resource.RLIMIT_MSGQUEUE: 0,
         }
-        if self.walls and (self.nobody or _kernel() >= (5, 14)):
+        if self.namespaces and (self.nobody or _kernel() >= (5, 14)):
             limits[resource.RLIMIT_NPROC] = _THREADS  # elsewhere all of the user's processes count
         for which, most in limits.items():
             resource.setrlimit(which, (most, most))
@@ -159,7 +159,7 @@ class ChildRunner:
             os.close(fd)
         cause = self._wait(pid, wall)
         _, status, usage = os.wait4(pid, 0)
-        if self.walls:
+        if self.namespaces:
             self._sweep()
         elif kind == COMPILE:
             self._sweep_group(pid)
@@ -173,7 +173,7 @@ class ChildRunner:
         """Until the child ends, or is ended: for whom or what."""
         watched = os.pidfd_open(pid)
         files = [watched, self.control.fileno(), *self.trainer]
-        if self.walls:
+        if self.namespaces:
             ready, _, _ = select.select(files, (), (), seconds)
             cause = AT_THE_DEADLINE if not ready else ON_REQUEST
         else:
@@ -234,7 +234,7 @@ class ChildRunner:
             os.dup2(source, place)
         if fds[0] != 3:
             os.dup2(fds[0], 3)
-        if self.walls:
+        if self.namespaces:
             os.setsid()
         else:
             self._die_with_server()
@@ -281,7 +281,7 @@ class ChildRunner:
         os.set_inheritable(3, False)
         number = _EXECVEAT[os.uname().machine]
         _libc.syscall(number, 3, b"", argv, (ctypes.c_char_p * 1)(None), 0x1000)
-        if self.walls and ctypes.get_errno() in (errno.EACCES, errno.EPERM):
+        if self.namespaces and ctypes.get_errno() in (errno.EACCES, errno.EPERM):
             raise PermissionError("execveat")  # a policy of the machine's: no path that a program names is in sight
         os._exit(127)  # a file that asks for an interpreter, or for more memory than it may have: the program's doing
 

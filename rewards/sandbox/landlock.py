@@ -1,4 +1,4 @@
-"""The walls of the landlock back end: a process gives up the files of the host, for good and without any privilege.
+"""The landlock back end: a process gives up the files of the host, for good and without any privilege.
 
 For containers that allow no namespaces (Docker, containerd and Kubernetes as they come). Linux 5.13 and later; what a
 kernel knows beyond that (TCP ports, signals and abstract sockets, devices' ioctl) is given up where it is known, and the

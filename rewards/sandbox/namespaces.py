@@ -1,4 +1,4 @@
-"""The walls of the zygote back end: namespaces, the id maps, a root of its own.
+"""The zygote back end: namespaces, the id maps, a root file system of its own.
 
 Loaded by path into the launcher and into process 1 (see `zygote.py`) and forgotten there before the first run: standard
 library only.

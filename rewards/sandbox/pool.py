@@ -1,7 +1,7 @@
 """`Sandbox`: runs a model's programs where they can reach nothing, at less than two milliseconds a run.
 
 Back ends, the first that works: `zygote` (own namespaces, `zygote.py`), `bubblewrap` (the same fork server behind
-walls that `bwrap` builds, for machines that let only a setuid helper make them), `landlock` (without namespaces, for
+isolation that `bwrap` sets up, for machines that let only a setuid helper make them), `landlock` (without namespaces, for
 containers that allow none; a program can ask whether a path of the host exists), and otherwise a refusal. A plain process
 with limits and a system-call filter, but the host's files in sight, runs only with `allow_unsafe=True`.
 

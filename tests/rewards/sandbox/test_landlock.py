@@ -1,4 +1,4 @@
-"""The walls without privileges: what each version of Landlock is asked, and every hostile program in a simulated container."""
+"""The back end without privileges: what each version of Landlock is asked, and every hostile program in a simulated container."""
 
 import os
 import signal
