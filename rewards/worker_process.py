@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from .processes import waited
+from .processes import asleep, cpu_seconds, waited
 
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 CPU_SLACK = 10
@@ -125,7 +125,8 @@ class WorkerProcess:
         """What became of the task. A worker at its limit is ended, and so is one of which the
         machine makes nothing."""
         self.served += 1
-        sent, before = time.monotonic(), waited(self.process.pid)
+        pid, sent = self.process.pid, time.monotonic()
+        waited_before, used_before = waited(pid), cpu_seconds(pid)
         self._send({"task": task, "timeout": timeout, "number": self.served})
         look = timeout  # its time cannot be over before that
         while True:
@@ -135,7 +136,9 @@ class WorkerProcess:
                 if not isinstance(reply, dict) or reply.get("number") != self.served:
                     raise WorkerLost("an answer that was not asked for")
                 return _read_reply(reply, wall)
-            own = wall - (waited(self.process.pid) - before)
+            own = wall - (waited(pid) - waited_before)
+            if not asleep(pid):  # how long it has waited just now is not known
+                own = min(own, cpu_seconds(pid) - used_before)
             if own >= timeout:
                 self.stop()
                 return Answer(Ended.TIMEOUT, None, f"stopped at the limit of {timeout:g} s", wall)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..processes import descendants, stat_of, tells_waiting, waited
+from ..processes import asleep, descendants, stat_of, tells_waiting, waited
 from . import seccomp
 from .child_runner import FOR_ITS_THREADS, NO_RUN, ON_REQUEST, REPLY, REQUEST, RUN
 from .runs import Limits, Outcome, Run, SandboxError, SandboxUnavailable
@@ -119,17 +119,19 @@ class ForkServer:
             raise SandboxError("the sandbox process did not end a run at its deadline")
         if elapsed > limits.own_seconds and not self._overslept:
             if tells_waiting():
-                self._overslept = elapsed - self._waited() > limits.own_seconds
+                pids = self._run_processes()
+                slept = elapsed - sum(map(waited, pids))
+                self._overslept = slept > limits.own_seconds and all(map(asleep, pids))
             else:  # all that is known is the time on the wall
                 self._overslept = elapsed > limits.wall_seconds / 3
             if self._overslept:
                 self.stop()
 
-    def _waited(self) -> float:
-        """Seconds for which the run's processes (those that have no children) waited for a processor."""
+    def _run_processes(self) -> set[int]:
+        """The processes of the run: those below the fork server that have no children."""
         below = set(descendants(self._process.pid))
         parents = {int(found[1]) for pid in below if (found := stat_of(pid)) is not None}
-        return sum(waited(pid) for pid in below - parents)
+        return below - parents
 
     def finish(self, limits: Limits, patience: float | None = None) -> Run:
         """Waits for the child's end, with `patience` no longer than so many seconds (TimeoutError). Raises SandboxError

@@ -73,10 +73,9 @@ def test_programs(sandbox) -> None:
     ],
 )
 def test_outcomes(sandbox, code: str, outcome: Outcome) -> None:
-    start = time.monotonic()
     run = sandbox.run_program(code, limits=Limits(seconds=0.5, memory_mb=256))
     assert run.outcome is outcome
-    assert run.seconds < 2.5 and time.monotonic() - start < 5
+    assert run.cpu_seconds < 1.0 and run.seconds < Limits(seconds=0.5).wall_seconds
     assert len(run.stdout) <= 1 << 20
 
 
