@@ -16,7 +16,7 @@ from typing import Any
 from ..rewards.inputs import RewardInput
 from ..rewards.suite import RewardSuite, build_suite
 from ..rollout.actors import ActorLostError
-from ..rollout.engines import check_engine
+from ..rollout.engine import check_engine
 from ..rollout.samples import Prompt
 from ..rollout.vllm_backend.compat import transfer_backend
 from .algorithm.losses import Objective

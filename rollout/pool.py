@@ -17,8 +17,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from .actors import ActorLostError, cause
-from .delivery import LOST, WorkerLostError, call, catch_up
+from .actors import LOST, ActorLostError, WorkerLostError, call, catch_up, cause
 from .samples import Completion, Prompt, Sampling
 from .weights.transport import Notice
 

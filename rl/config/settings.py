@@ -74,7 +74,7 @@ class RolloutConfig(Settings):
     engine: str = "embedded"
     """`embedded`: in-process PyTorch with continuous batching, for Llama, Qwen2 and Qwen3 architectures. `vllm`: vLLM, which
     has to be installed; with vllm-ascend beside it, on NPUs. `package.module:factory`: an engine of your own, made by
-    factory(spec: emberl.rollout.engines.WorkerSpec, cards), with the methods of `emberl.rollout.engine.Engine`."""
+    factory(spec: emberl.rollout.engine.WorkerSpec, cards), with the methods of `emberl.rollout.engine.Engine`."""
     engine_args: Mapping[str, Any] = Field(default_factory=dict)
     """vLLM's engine arguments by its own names, e.g. {gpu_memory_utilization: 0.8, enforce_eager: true}."""
     servers: tuple[str, ...] = ()
