@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import ray
 
 from .actors import LOST, ActorLostError, WorkerLostError, call, catch_up, cause
+from .environments import Episodes, GroupEpisodes
 from .samples import Completion, Prompt, Sampling
 from .weights.transport import Notice
 
@@ -41,6 +42,12 @@ class Job:
     tokens: float = 0.0
     """What it is expected to cost, for balance."""
     cut: bool = False
+    episodes: GroupEpisodes = field(default_factory=GroupEpisodes)
+
+    @property
+    def left(self) -> int:
+        """Samples that are to be decoded in this turn."""
+        return len(self.episodes.going_on) or self.n
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -62,7 +69,7 @@ class _Seat:
 
     @property
     def samples(self) -> int:
-        return sum(job.n for job in self.jobs)
+        return sum(job.left for job in self.jobs)
 
     def take(self, job: Job) -> None:
         if not self.jobs:
@@ -98,6 +105,10 @@ class RolloutPool:
         self._respawn, self._max_restarts = respawn, max_restarts if respawn is not None else 0
         self._seats = [_Seat(worker=worker) for worker in workers]
         self._backlog: deque[Job] = deque()
+        self.episodes: Episodes | None = None
+        """Where an environment answers the model: the loop over turns."""
+        self._between: set[Job] = set()  # groups that no worker has and that are to have another turn, or may have one
+        self._next: list[Job] = []  # of these, those whose environments have answered
         self._latest: Notice | None = None
         self.served = -1
         """The version that every worker serves at least."""
@@ -194,7 +205,7 @@ class RolloutPool:
         """Gives jobs to the workers that have the least to do; what they may not take yet stays in the backlog."""
         expected = self._lengths / self._answers if self._answers else None
         for job in jobs:
-            job.tokens = job.n * (job.sampling.max_tokens if expected is None else expected)
+            job.tokens = job.left * (job.sampling.max_tokens if expected is None else expected)
         self._backlog.extend(jobs)
         if self._failure is not None:
             self._fail(self._failure)
@@ -227,7 +238,8 @@ class RolloutPool:
         worker, deadline = seat.worker, time.monotonic() + self._timeout
         try:
             stream = worker.generate.options(num_returns="streaming").remote(
-                [(job.prompt, job.n, job.sampling) for job in share]
+                [(job.prompt, job.left, job.sampling) for job in share],
+                {job.prompt.id: job.episodes.going_on for job in share},
             )
             while left:
                 reference = await asyncio.wait_for(anext(stream), deadline - time.monotonic())
@@ -254,7 +266,8 @@ class RolloutPool:
                 return
             lost = [job for job in lost if not job.cut]
             for job in lost:
-                job.reissued()
+                if not job.episodes.going_on:  # else it goes on from its last turn, as old as it is
+                    job.reissued()
             self._deal(lost)
         except ray.exceptions.RayError as error:
             self._fail(ActorLostError(f"rollout worker {i}: {cause(error)}"))
@@ -263,22 +276,56 @@ class RolloutPool:
         if self._failure is not None:  # everybody was told already
             return
         seat.leave(job)
-        self._lengths += sum(len(completion) for completion in completions)
+        had = sum(len(completion) for completion in job.episodes.going_on)
+        self._lengths += sum(len(completion) for completion in completions) - had
         self._answers += len(completions)
-        job.deliver(completions)
+        if self.episodes is None:
+            job.deliver(completions)
+        else:
+            self._between.add(job)
+            self._begin(self._answer(self.episodes, job, completions))
         if self._backlog:
             self._deal([])
+
+    async def _answer(self, episodes: Episodes, job: Job, completions: tuple[Completion, ...]) -> None:
+        """The environments answer a group's turn; then it is to have another, or is there."""
+        await episodes.advance(job.episodes, job.prompt, job.sampling, completions)
+        if job not in self._between:  # it was cut meanwhile, or everything failed
+            return
+        if job.episodes.going_on:
+            self._next.append(job)
+        else:
+            self._between.remove(job)
+            job.deliver(tuple(sorted(job.episodes.ended, key=lambda completion: completion.sample)))
+        self._next_turns()
+
+    def _next_turns(self) -> None:
+        """Deals the groups that go on, before new ones. Where everything was asked for at once, they wait for each other, so
+        that what decodes together does not depend on the clock and a synchronous run repeats bit for bit."""
+        under_way = self._backlog or any(seat.jobs for seat in self._seats) or len(self._next) < len(self._between)
+        if not self._next or (self._max_samples is None and under_way):
+            return
+        jobs = sorted(self._next, key=lambda job: job.prompt.id)
+        self._between.difference_update(jobs)
+        self._next, waiting = [], list(self._backlog)
+        self._backlog.clear()
+        self._deal([*jobs, *waiting])
 
     def _cut(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             job.cut = True
         self._backlog = deque(job for job in self._backlog if not job.cut)
+        for job in [job for job in self._between if job.cut]:
+            self._between.remove(job)
+            job.was_cut((*job.episodes.ended, *job.episodes.going_on))
+        self._next = [job for job in self._next if not job.cut]
         for seat in self._seats:
             if mine := [job for job in seat.jobs if job.cut]:
                 for job in mine:
                     seat.leave(job)
                 self._begin(self._end(seat.worker, {job.prompt.id: job for job in mine}))
         self._deal([])
+        self._next_turns()
 
     async def _end(self, worker: Any, jobs: dict[str, Job]) -> None:
         try:
@@ -286,13 +333,16 @@ class RolloutPool:
         except LOST:  # whoever waits for its other groups finds that out
             return
         for parts in ended:
-            jobs[parts[0].prompt_id].was_cut(parts)
+            job = jobs[parts[0].prompt_id]
+            job.was_cut((*job.episodes.ended, *parts))
 
     def _fail(self, failure: ActorLostError) -> None:
         """Nothing more will come: tells everybody who waits."""
         self._failure = self._failure or failure  # the first is the cause
-        jobs = [*self._backlog, *(job for seat in self._seats for job in seat.jobs)]
+        jobs = [*self._backlog, *self._between, *(job for seat in self._seats for job in seat.jobs)]
         self._backlog.clear()
+        self._between.clear()
+        self._next.clear()
         for seat in self._seats:
             seat.jobs.clear()
         for job in jobs:

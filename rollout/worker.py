@@ -48,9 +48,11 @@ class RolloutWorker:
         """The process id, once the engine is up."""
         return os.getpid()
 
-    async def generate(self, requests: Sequence[Request]) -> AsyncIterator[Finished]:
-        """Groups as they become complete."""
-        async for groups in self.service.generate(requests):
+    async def generate(
+        self, requests: Sequence[Request], begun: Mapping[str, Sequence[Completion]] | None = None
+    ) -> AsyncIterator[Finished]:
+        """Groups as they become complete; begun: as of `GroupService.generate`."""
+        async for groups in self.service.generate(requests, begun):
             yield groups
 
     async def cut(self, prompt_ids: Collection[str]) -> list[tuple[Completion, ...]]:
@@ -124,9 +126,13 @@ class GroupService:
         self._open = asyncio.Condition()
         self._updating = asyncio.Lock()
 
-    async def generate(self, requests: Sequence[Request]) -> AsyncIterator[Finished]:
+    async def generate(
+        self, requests: Sequence[Request], begun: Mapping[str, Sequence[Completion]] | None = None
+    ) -> AsyncIterator[Finished]:
         """All samples of every request, submitted at once; yields groups as they become complete, those together that do so
-        within `LINGER`. A group that is cut does not come."""
+        within `LINGER`. A group that is cut does not come. begun: prompt id -> as many samples as are asked for, which are
+        to go on from where they stand; none: from the prompt."""
+        self._begun |= {name: list(parts) for name, parts in (begun or {}).items() if parts}
         ready: Finished = []
         some = asyncio.Event()
         work = asyncio.create_task(self._decode(requests, ready, some))
