@@ -37,7 +37,7 @@ from .config.load import Config, ConfigError, user_errors
 from .data.sources import PromptSource, check_data, open_source
 from .data.table import TableSource
 from .data.templates import supervised_ids
-from .environments import load_environment
+from .environments import episodes_of, load_environment
 from .model_files import check_adapters, check_model, load_tokenizer, prepare_model
 from .run import Interrupted, Run, conversation, stop_on_signal
 from .trainer import train_rl
@@ -135,6 +135,8 @@ def sitting(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | 
                 learners=learners, pool=pool, sync=sync, tracker=tracker, stop=stop, started=started,
                 progress=progress,
             )  # fmt: skip
+            with user_errors():
+                pool.episodes = episodes_of(config, tokenizer, run.said)
             return go(run, checkpoint)
 
 

@@ -26,7 +26,6 @@ from .checkpoints import Progress, begin_checkpoint, finish_checkpoint
 from .config.load import Config
 from .data.sources import PromptSource
 from .data.templates import framing_ids
-from .environments import episodes_of
 from .groups import Group
 from .learner.group import LearnerGroup
 from .watch.tracking import Tracker
@@ -60,9 +59,6 @@ class Run:
     progress: Progress
     _delivery: Future[dict[str, float]] | None = None
     _courier: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="courier"))
-
-    def __post_init__(self) -> None:
-        self.pool.episodes = episodes_of(self.config, self.tokenizer, self.said)
 
     def sampling(self, step: int) -> Sampling:
         """How this step's answers are drawn: with the prompt and the sample's index the step fixes every draw."""
