@@ -9,7 +9,8 @@ from .verdict import Status, Verdict, verifier_error
 
 
 class EnvironmentReward:
-    """The sum of the rewards of an episode's turns, from the column `episode`: 1 or more is correct, 0 or less is wrong."""
+    """The sum of the rewards of an episode's turns, from the column `episode`: 1 or more is
+    correct, 0 or less is wrong."""
 
     inline = True
 
@@ -20,6 +21,6 @@ class EnvironmentReward:
 def _verdict(episode: object) -> Verdict:
     reward = episode.get("reward") if isinstance(episode, dict) else None
     if not isinstance(reward, (int, float)):
-        return verifier_error("the environment gave no reward; return one from step, or use another reward")
+        return verifier_error("the environment gave no reward: return one from its step")
     status = Status.CORRECT if reward >= 1 else Status.WRONG if reward <= 0 else Status.PARTIAL
     return Verdict(status=status, score=float(reward))

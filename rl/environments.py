@@ -1,4 +1,5 @@
-"""What `rollout.environment` names, ready for the pool: the user's class, and observations as tokens."""
+"""What `rollout.environment` names, ready for the pool: the user's class, and observations as
+tokens."""
 
 from __future__ import annotations
 
@@ -20,16 +21,16 @@ def load_environment(name: str) -> Callable[[], Any]:
         environment = make()
     except Exception as error:  # a user's code may fail in any way
         raise ValueError(f"rollout.environment={name}: {error or type(error).__name__}") from error
-    if missing := [method for method in ("reset", "step") if not callable(getattr(environment, method, None))]:
-        raise ValueError(
-            f"rollout.environment={name} has no method {' and '.join(missing)}; see rollout/environments.py"
-        )
+    for method in ("reset", "step"):
+        if not callable(getattr(environment, method, None)):
+            raise ValueError(f"rollout.environment={name} has no method {method}; give it one")
     return make
 
 
 def episodes_of(config: Config, tokenizer: Any, text: Callable[..., str]) -> Episodes | None:
-    """The loop over turns; None where there is no environment. ValueError where the class cannot be used, or the chat template
-    has no place for what it says. text: of the tokens of a turn and why it ended."""
+    """The loop over turns; None where there is no environment. ValueError where the class cannot be
+    used, or the chat template has no place for what it says. text: of the tokens of a turn and why
+    it ended."""
     rollout = config.rollout
     if rollout.environment is None:
         return None
@@ -45,28 +46,36 @@ def episodes_of(config: Config, tokenizer: Any, text: Callable[..., str]) -> Epi
     )
 
 
-def observer(tokenizer: Any, role: str, arguments: Mapping[str, Any]) -> Callable[[str, int], list[int]]:
-    """(observation, last token of the turn before) -> the tokens that stand between that turn and the next.
+def observer(
+    tokenizer: Any,
+    role: str,
+    arguments: Mapping[str, Any],
+) -> Callable[[str, int], list[int]]:
+    """(observation, last token of the turn before) -> the tokens that stand between that turn and
+    the next.
 
-    The text is what the chat template writes there, end of the turn included, less the end token that the model said itself;
-    without a template it is the observation alone. It is tokenised by itself, so no token of an earlier turn can change.
-    """
+    The text is what the chat template writes there, end of the turn included, less the end token
+    that the model said itself; without a template it is the observation alone. It is tokenised by
+    itself, so no token of an earlier turn can change."""
     before = after = ""
     if tokenizer.chat_template is not None:
         problem, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": _TURN}
-        shown = render([problem, answer, {"role": role, "content": _OBSERVATION}], tokenizer, arguments)
+        observed = {"role": role, "content": _OBSERVATION}
+        shown = render([problem, answer, observed], tokenizer, arguments)
         before, seen, after = shown.rpartition(_TURN)[2].partition(_OBSERVATION)
         if _TURN not in shown or not seen:
-            raise ValueError(f"the chat template of the model shows no observation of the role {role!r} after a turn")
+            raise ValueError(
+                f"the chat template of the model shows no message of the role {role!r} after an answer; "
+                "set the environment's `role` to one that it knows"
+            )
 
     def observe(observation: str, last: int) -> list[int]:
         text = before.removeprefix(tokenizer.decode([last])) + observation + after
         try:
             ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-        except (
-            Exception
-        ) as error:  # tokenizers raises nothing more precise, and the text is whatever a user's code says
-            raise ValueError(f"the tokenizer cannot encode the observation {observation[:200]!r}: {error}") from error
+        except Exception as error:  # tokenizers raises nothing more precise, for any text
+            shown = repr(observation[:200])
+            raise ValueError(f"the tokenizer cannot encode the observation {shown}: {error}") from error
         return ids
 
     return observe

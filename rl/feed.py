@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 
 from ..rollout.actors import ActorLostError
-from ..rollout.pool import Job, Outcome
+from ..rollout.jobs import Job, Outcome
 from ..rollout.samples import Completion, Prompt
 from ..rollout.schedule import Schedule
 from .groups import Group

@@ -1,21 +1,21 @@
 """Environments: what answers the model between its turns, and the loop over the turns of a group.
 
     class Dice(Environment):
-        def step(self, text: str) -> Step:          # what the model said -> (observation, reward, done)
-            return "you threw a 4", None, False
+        def step(self, text: str) -> Step:      # what the model said
+            return "you threw a 4", None, False     # observation, reward, done
 
-An environment that ends after one step is the plain case, and the base class is just that. Every sample of a group has an
-environment of its own.
+An environment that ends after one step is the plain case, and the base class is just that. Every
+sample of a group has an environment of its own.
 
-The loop stands on the driver, beside the pool, and not in the worker: there a user's code would share a process with the
-engine and its weights, and a lost worker would take the state of the game along. Here it finds the files and packages that
-the rewards find, and a turn whose worker was lost is sampled anew with the same draws, from where the turn before ended. What
-the engine sees is a continuation as it knows them from parked requests: the sample's own tokens, then those of the
+The loop stands on the driver, beside the pool, and not in the worker: there a user's code would
+share a process with the engine and its weights, and a lost worker would take the state of the game
+along. Here it finds the files and packages that the rewards find, and a turn whose worker was lost
+is sampled anew with the same draws, from where the turn before ended. What the engine sees is a
+continuation as it knows them from parked requests: the sample's own tokens, then those of the
 observation, never tokenised again. The price: a group's samples go through their turns together.
 
-Environments are untrusted: `reset` and `step` run in threads with a deadline, and what they raise ends their episode, which
-then has a status and no verdict.
-"""
+Environments are untrusted: `reset` and `step` run in threads with a deadline, and what they raise
+ends their episode, which then has a status and no verdict."""
 
 from __future__ import annotations
 
@@ -28,29 +28,40 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .samples import Completion, Episode, EpisodeStatus, FinishReason, Prompt, Sampling, Span, merge_spans
+from .samples import (
+    Completion,
+    Episode,
+    EpisodeStatus,
+    FinishReason,
+    Prompt,
+    Sampling,
+    Span,
+    merge_spans,
+)
 
 Step = tuple[str, float | None, bool]
-"""(observation, reward, done): what the environment says next, what the turn was worth (None: nothing yet), and whether the
-episode is over, in which case nobody reads the observation."""
+"""(observation, reward, done): what the environment says next, what the turn was worth (None:
+nothing yet), and whether the episode is over, in which case nobody reads the observation."""
 
 AT_ONCE = 16
-"""Steps that run at the same time; as many that are late and still run are the end of stepping, since no thread can be
-stopped."""
+"""Steps that run at the same time; as many that are late and still run are the end of stepping,
+since no thread can be stopped."""
 
 
 class Environment:
-    """One episode. Any class with these methods will do; this one ends after the first turn, as without an environment."""
+    """One episode. Any class with these methods will do; this one ends after the first turn, as
+    without an environment."""
 
     role = "user"
     """Of the observations in the chat template; `tool` where the template knows that."""
 
     def reset(self, prompt: Prompt) -> None:
-        """Called once, before the first `step`; the prompt has the row's `answer`, `messages` and `columns`."""
+        """Called once, before the first `step`; the prompt has the row's `answer`, `messages` and
+        `columns`."""
 
     def step(self, text: str) -> Step:
-        """Takes what the model said in this turn, end token left out. The last turn of an episode is stepped, too, also where
-        it was cut at the most tokens."""
+        """Takes what the model said in this turn, end token left out. The last turn of an episode
+        is stepped, too, also where it was cut at the most tokens."""
         return "", None, True
 
 
@@ -87,30 +98,44 @@ class Episodes:
         max_turns: int,
         timeout: float,
     ) -> None:
-        """make: an environment for one episode. text: of the tokens of a turn. observe: the tokens of an observation up to
-        where the model's next turn begins, after a turn that ended with this token; ValueError if it cannot be tokenised.
-        role: of the observations. timeout: seconds for one `step`."""
+        """make: an environment for one episode. text: of the tokens of a turn. observe: the tokens
+        of an observation up to where the model's next turn begins, after a turn that ended with
+        this token; ValueError if it cannot be tokenised. role: of the observations. timeout:
+        seconds for one `step`."""
         self._make, self._text, self._observe, self._role = make, text, observe, role
         self._max_turns, self._timeout = max_turns, timeout
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._late: list[threading.Thread] = []
 
     async def advance(
-        self, group: GroupEpisodes, prompt: Prompt, sampling: Sampling, completions: Sequence[Completion]
+        self,
+        group: GroupEpisodes,
+        prompt: Prompt,
+        sampling: Sampling,
+        completions: Sequence[Completion],
     ) -> None:
-        """Shows a turn of the group's samples to their environments, and sorts them into `going_on` and `ended`."""
+        """Shows a turn of the group's samples to their environments, and sorts them into `going_on`
+        and `ended`."""
         before = {completion.sample: completion for completion in group.going_on}
         for completion in completions:
             session = group.sessions.setdefault(completion.sample, Session())
             session.turns.append(len(before[completion.sample]) if before else 0)
-        whole = [_whole(c, before.get(c.sample)) for c in completions]
-        after = await asyncio.gather(*(self._step(group.sessions[c.sample], prompt, sampling, c) for c in whole))
+        known = [whole(c, before.get(c.sample)) for c in completions]
+        steps = [self._step(group.sessions[c.sample], prompt, sampling, c) for c in known]
+        after = await asyncio.gather(*steps)
         group.going_on = tuple(c for c in after if c.episode is None)
         group.ended += [c for c in after if c.episode is not None]
 
-    async def _step(self, session: Session, prompt: Prompt, sampling: Sampling, completion: Completion) -> Completion:
+    async def _step(
+        self,
+        session: Session,
+        prompt: Prompt,
+        sampling: Sampling,
+        completion: Completion,
+    ) -> Completion:
         """The completion with its episode, or, without one, with an observation to go on from."""
-        text = self._text(completion.token_ids[session.turns[-1] :].tolist(), completion.finish_reason)
+        turn = completion.token_ids[session.turns[-1] :].tolist()
+        text = self._text(turn, completion.finish_reason)
         session.messages.append({"role": "assistant", "content": text})
 
         def play() -> Step:
@@ -158,7 +183,7 @@ class Episodes:
                     result: Step | _StepError = work()
                 except _StepError as error:
                     result = error
-                except BaseException as error:  # untrusted; SystemExit would end this thread without a word
+                except BaseException as error:  # untrusted, SystemExit included
                     result = _StepError("error", f"{type(error).__name__}: {error}")
                 loop.call_soon_threadsafe(settle, result)
 
@@ -185,7 +210,8 @@ class _StepError(Exception):
 
 def _checked(reply: Any) -> Step:
     if not isinstance(reply, (tuple, list)) or len(reply) != 3:
-        raise _StepError("bad_reply", f"step must return (observation, reward, done), not {reply!r}")
+        message = f"step must return (observation, reward, done), not {reply!r}"
+        raise _StepError("bad_reply", message)
     observation, reward, done = reply
     try:
         worth = None if reward is None else float(reward)
@@ -200,31 +226,40 @@ def _checked(reply: Any) -> Step:
     return observation, worth, bool(done)
 
 
-def _whole(completion: Completion, before: Completion | None) -> Completion:
+def whole(completion: Completion, before: Completion | None) -> Completion:
     """What an engine made of `before`, with the mask, which engines know nothing of."""
     if before is None:
         return completion
     had = len(before)
-    assert np.array_equal(completion.token_ids[:had], before.token_ids), "an engine changed the tokens of earlier turns"
+    kept = np.array_equal(completion.token_ids[:had], before.token_ids)
+    assert kept, "an engine changed the tokens of earlier turns"
     mask = np.concatenate([before.mask, np.ones(len(completion) - had, bool)])
     return replace(completion, loss_mask=mask, started=before.started)
 
 
 def _with_observation(completion: Completion, tokens: Sequence[int]) -> Completion:
-    """The tokens are of the version before them, since nobody sampled them, and neither have a log-prob nor train."""
+    """The tokens are of the version before them, since nobody sampled them, and neither have a
+    log-prob nor train."""
     count, total = len(tokens), len(completion) + len(tokens)
-    last = completion.spans[-1].version
+    spans = [*completion.spans]
+    if count:
+        spans.append(Span(spans[-1].version, len(completion), total))
     return replace(
         completion,
         token_ids=np.concatenate([completion.token_ids, np.array(tokens, np.int32)]),
         logprobs=np.concatenate([completion.logprobs, np.zeros(count, np.float32)]),
-        spans=merge_spans([*completion.spans, *([Span(last, len(completion), total)] if count else [])]),
+        spans=merge_spans(spans),
         loss_mask=np.concatenate([completion.mask, np.zeros(count, bool)]),
         finish_reason="abort",
     )
 
 
-def _ended(completion: Completion, session: Session, status: EpisodeStatus, message: str = "") -> Completion:
+def _ended(
+    completion: Completion,
+    session: Session,
+    status: EpisodeStatus,
+    message: str = "",
+) -> Completion:
     episode = Episode(
         turns=tuple(session.turns),
         messages=tuple(session.messages),
@@ -235,4 +270,4 @@ def _ended(completion: Completion, session: Session, status: EpisodeStatus, mess
     return replace(completion, episode=episode)
 
 
-__all__ = ["Environment", "Episodes", "GroupEpisodes", "Session", "Step"]
+__all__ = ["Environment", "Episodes", "GroupEpisodes", "Session", "Step", "whole"]

@@ -12,77 +12,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import ray
 
 from .actors import LOST, ActorLostError, WorkerLostError, call, catch_up, cause
-from .environments import Episodes, GroupEpisodes
+from .environments import Episodes
+from .jobs import Job, Outcome, WorkerState
 from .samples import Completion, Prompt, Sampling
 from .weights.transport import Notice
 
 T = TypeVar("T")
-Outcome = tuple[Completion, ...] | ActorLostError
-
-
-@dataclass(kw_only=True, slots=True, eq=False)
-class Job:
-    """A group that is asked for, and whom to tell."""
-
-    prompt: Prompt
-    n: int
-    sampling: Sampling
-    deliver: Callable[[Outcome], None]
-    """Called once, in the pool's thread: the completions in sample order, or why there will be none."""
-    reissued: Callable[[], None] = lambda: None
-    """Called when the group is asked for again because its worker was lost."""
-    was_cut: Callable[[tuple[Completion, ...]], None] = lambda parts: None
-    """Called when a group that `RolloutPool.cut` ended had begun: its samples as far as they had come."""
-    tokens: float = 0.0
-    """What it is expected to cost, for balance."""
-    cut: bool = False
-    episodes: GroupEpisodes = field(default_factory=GroupEpisodes)
-
-    @property
-    def left(self) -> int:
-        """Samples that are to be decoded in this turn."""
-        return len(self.episodes.going_on) or self.n
-
-
-@dataclass(kw_only=True, slots=True, eq=False)
-class _Seat:
-    """One worker's place in the pool; the actor on it may be replaced."""
-
-    worker: Any
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while the actor is replaced or its weights are."""
-    jobs: set[Job] = field(default_factory=set)
-    load: float = 0.0
-    up: bool = True
-    report: dict[str, float] = field(default_factory=dict)
-    """What it took to bring the actor that replaced another to the newest weights."""
-    restarts: int = 0
-    idle: float = 0.0
-    """Seconds without a job."""
-    idle_since: float = field(default_factory=time.monotonic)
-
-    @property
-    def samples(self) -> int:
-        return sum(job.left for job in self.jobs)
-
-    def take(self, job: Job) -> None:
-        if not self.jobs:
-            self.idle += time.monotonic() - self.idle_since
-        self.jobs.add(job)
-        self.load += job.tokens
-
-    def leave(self, job: Job) -> None:
-        self.jobs.remove(job)
-        self.load -= job.tokens
-        if not self.jobs:
-            self.load = 0.0  # not what rounding leaves of it: a tie must be one
-            self.idle_since = time.monotonic()
 
 
 class RolloutPool:
@@ -103,7 +43,7 @@ class RolloutPool:
         given to a worker at a time; None: all. respawn: a new actor in the place of a lost one, `max_restarts` times."""
         self._timeout, self._sync_timeout, self._max_samples = timeout, sync_timeout, max_samples
         self._respawn, self._max_restarts = respawn, max_restarts if respawn is not None else 0
-        self._seats = [_Seat(worker=worker) for worker in workers]
+        self._seats = [WorkerState(worker=worker) for worker in workers]
         self._backlog: deque[Job] = deque()
         self.episodes: Episodes | None = None
         """Where an environment answers the model: the loop over turns."""
@@ -229,7 +169,7 @@ class RolloutPool:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._fail(ActorLostError(f"the rollout pool failed: {type(error).__name__}: {error}"))
 
-    def _takes(self, seat: _Seat) -> bool:
+    def _takes(self, seat: WorkerState) -> bool:
         return seat.up and (self._max_samples is None or not seat.jobs or seat.samples < self._max_samples)
 
     async def _serve(self, i: int, share: Sequence[Job]) -> None:
@@ -269,10 +209,11 @@ class RolloutPool:
                 if not job.episodes.going_on:  # else it goes on from its last turn, as old as it is
                     job.reissued()
             self._deal(lost)
+            self._next_turns()
         except ray.exceptions.RayError as error:
             self._fail(ActorLostError(f"rollout worker {i}: {cause(error)}"))
 
-    def _finish(self, seat: _Seat, job: Job, completions: tuple[Completion, ...]) -> None:
+    def _finish(self, seat: WorkerState, job: Job, completions: tuple[Completion, ...]) -> None:
         if self._failure is not None:  # everybody was told already
             return
         seat.leave(job)

@@ -101,7 +101,8 @@ class RolloutConfig(Settings):
     """Seconds within which a step's answers must arrive; later the run ends and says which worker is late."""
     environment: str | None = None
     """`package.module:Class` or `./file.py:Class` that answers the model between its turns, as `emberl.rollout.environments`
-    says; max_response_length then counts all turns and observations. Empty: every answer is one turn."""
+    says; max_response_length then counts all turns and observations, and timeout each turn. Empty: every answer is one
+    turn."""
     max_turns: int = Field(default=8, ge=1, le=10_000)
     """Turns of the model in an episode at most."""
     environment_timeout: float = Field(default=60.0, gt=0, le=LONGEST)

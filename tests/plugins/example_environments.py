@@ -21,8 +21,8 @@ OPERATORS: dict[type, Any] = {
 
 
 class Calculator(Environment):
-    """Works out what the model puts between `<calc>` and `</calc>`; a turn without that is the answer, which a verifier
-    marks."""
+    """Works out what the model puts between `<calc>` and `</calc>`; a turn without that is the
+    answer, which a verifier marks."""
 
     role = "tool"
 
@@ -32,7 +32,8 @@ class Calculator(Environment):
 
 
 def work_out(expression: str) -> str:
-    """The value as text, or what is wrong; four operations of numbers and brackets, nothing else."""
+    """The value as text, or what is wrong; four operations of numbers and brackets, nothing
+    else."""
     try:
         return f"{_value(ast.parse(expression.strip()[:200], mode='eval').body):.10g}"
     except (SyntaxError, ValueError, ArithmeticError) as error:
@@ -51,9 +52,9 @@ def _value(node: ast.AST) -> float:
 
 
 class GuessGame(Environment):
-    """The row's answer is a number from 0 to 9. The model guesses, hears `+` (it is more) or `-` (less), and guesses once
-    more. Right at once pays 1, right the second time 0.8; else the second guess pays the less the farther it is off, and
-    something without a digit pays nothing."""
+    """The row's answer is a number from 0 to 9. The model guesses, hears `+` (it is more) or `-`
+    (less), and guesses once more. Right at once pays 1, right the second time 0.8; else the second
+    guess pays the less the farther it is off, and something without a digit pays nothing."""
 
     def reset(self, prompt: Prompt) -> None:
         self.secret, self.turn = int(prompt.answer), 0

@@ -1,4 +1,5 @@
-"""Observations as tokens by the chat template's own markers, and what of an episode trains, is marked and is counted."""
+"""Observations as tokens by the chat template's own markers, and what of an episode trains, is
+marked and is counted."""
 
 from __future__ import annotations
 
@@ -31,7 +32,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "plugins/example_environments.py"
 SMALL = TinyConfig(
-    hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate=48, vocabulary="bytes", chat_template=True
+    hidden=32,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    head_dim=16,
+    intermediate=48,
+    vocabulary="bytes",
+    chat_template=True,
 )
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<eos>\n{% endfor %}"
@@ -58,14 +66,34 @@ ANSWERS_ONLY = "{% for m in messages %}{% if m.role != 'tool' %}{{ m.content }}\
     ("template", "role", "arguments", "last", "expected"),
     [
         (CHATML, "user", {}, "<eos>", "\n<|im_start|>user\nNOW<eos>\n<|im_start|>assistant\n"),
-        (CHATML, "user", {"think": 1}, "<eos>", "\n<|im_start|>user\nNOW<eos>\n<|im_start|>assistant\n<think>"),
+        (
+            CHATML,
+            "user",
+            {"think": 1},
+            "<eos>",
+            "\n<|im_start|>user\nNOW<eos>\n<|im_start|>assistant\n<think>",
+        ),
         (CHATML, "tool", {}, "x", "<eos>\n<|im_start|>tool\nNOW<eos>\n<|im_start|>assistant\n"),
         (LLAMA, "user", {}, "<eos>", "<eot><h>user</h>\n\nNOW<eot><h>assistant</h>\n\n"),
         (GEMMA, "user", {}, "<eos>", "<end>\n<turn>user\nNOW<end>\n<turn>model\n"),
-        (TOOLS, "tool", {}, "<eos>", "<s>user\n<tool_response>NOW</tool_response><eos><s>assistant\n"),
+        (
+            TOOLS,
+            "tool",
+            {},
+            "<eos>",
+            "<s>user\n<tool_response>NOW</tool_response><eos><s>assistant\n",
+        ),
         (None, "user", {}, "<eos>", "NOW"),
     ],
-    ids=["chatml", "arguments", "a turn without its end", "another end token", "gemma", "tools", "no template"],
+    ids=[
+        "chatml",
+        "arguments",
+        "a turn without its end",
+        "another end token",
+        "gemma",
+        "tools",
+        "no template",
+    ],
 )
 def test_an_observation_stands_between_the_templates_own_markers(
     template: str | None, role: str, arguments: dict[str, Any], last: str, expected: str
@@ -102,7 +130,7 @@ def test_qwen3s_own_template(qwen3_tokenizer: Path) -> None:
         ("no.such:Thing", "cannot be imported"),
         (f"{EXAMPLES}:Missing", "has no function 'Missing'"),
         ("emberl.rollout.samples:Span", "missing 3 required positional arguments"),
-        ("builtins:dict", "has no method reset and step"),
+        ("builtins:dict", "has no method reset"),
     ],
 )
 def test_what_is_no_environment_is_said_before_the_run(name: str, message: str) -> None:
@@ -164,7 +192,10 @@ def two_turns() -> Group:
             answer([40, 41, 1, 50, 51, 42, 1], [1, 1, 1, 0, 0, 1, 1], turns=(0, 5), **DONE),
             answer([43, 1], [1, 1], 1, **DONE),
         ),
-        verdicts=(Verdict(status=Status.CORRECT, score=1.0), Verdict(status=Status.WRONG, score=0.0)),
+        verdicts=(
+            Verdict(status=Status.CORRECT, score=1.0),
+            Verdict(status=Status.WRONG, score=0.0),
+        ),
         advantages=np.array([0.5, -2.0]),
     )
 
@@ -212,7 +243,8 @@ def resolve_empty() -> Any:
 
 
 def test_the_gradient_is_plain_torchs_with_the_mask(tmp_path: Path) -> None:
-    """REINFORCE on both sequences, whose tokens are in one context each: the observation is read, and never predicted."""
+    """REINFORCE on both sequences, whose tokens are in one context each: the observation is read,
+    and never predicted."""
     folder = make_tiny(tmp_path, SMALL, seed=3)
     loss = LossConfig(kind="reinforce", aggregation="token-mean", entropy_coef=0.01)
     batch = make_batch([two_turns()], loss, AdvantageConfig(), max_length=8)
@@ -254,7 +286,8 @@ def test_observations_are_in_no_figure_but_their_own(tmp_path: Path) -> None:
 
 
 def test_the_last_turn_is_marked_and_the_environment_may_be_a_part() -> None:
-    """Both at once: half the environment's reward, half the verifier's; a failed environment has no verdict."""
+    """Both at once: half the environment's reward, half the verifier's; a failed environment has no
+    verdict."""
     tokenizer = tiny_tokenizer(SMALL)
     said = ("is it 3?", "more", "\\boxed{4}")
     turns = [tokenizer.encode(text, add_special_tokens=False) for text in said]
@@ -268,7 +301,10 @@ def test_the_last_turn_is_marked_and_the_environment_may_be_a_part() -> None:
     good = replace(good, episode=replace(good.episode, messages=messages))
     bad = answer(tokens, mask, 1, turns=(0, last), reward=0.5, status="timeout", message="no step within 1 s")
     prompt = replace(PROMPT, messages=({"role": "user", "content": "which number?"},))
-    parts = {"answer": {"use": "math", "weight": 0.5}, "game": {"use": "environment", "weight": 0.5}}
+    parts = {
+        "answer": {"use": "math", "weight": 0.5},
+        "game": {"use": "environment", "weight": 0.5},
+    }
     suite = build_suite(parts)
     run: Any = SimpleNamespace(tokenizer=tokenizer, suite=suite, config=resolve_empty(), _framing=frozenset({1}))
     for name in ("text", "said", "_reward_input"):

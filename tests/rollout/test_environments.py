@@ -1,5 +1,6 @@
-"""Episodes of several turns on one loop: the pool, a worker without Ray, and the embedded engine or one that says what it is
-told; which tokens are whose, what a broken environment costs, and that one turn is the plain case."""
+"""Episodes of several turns on one loop: the pool, a worker without Ray, and the embedded engine or
+one that says what it is told; which tokens are whose, what a broken environment costs, and that one
+turn is the plain case."""
 
 from __future__ import annotations
 
@@ -15,9 +16,11 @@ import torch
 from emberl.rollout.embedded.engine import EmbeddedEngine
 from emberl.rollout.embedded.model import Decoder
 from emberl.rollout.engine import Request
-from emberl.rollout.environments import Environment, Episodes, Step
-from emberl.rollout.pool import Job, RolloutPool
+from emberl.rollout.environments import Environment, Episodes, Step, whole
+from emberl.rollout.jobs import Job
+from emberl.rollout.pool import RolloutPool
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span, merge_spans
+from emberl.rollout.vllm_backend.requests import Decoded, samples_of
 from emberl.rollout.weights.patch import WeightPatch, dense_patch
 from emberl.rollout.worker import GroupService
 from hypothesis import given, settings
@@ -30,7 +33,8 @@ MakePrompt = Callable[..., Prompt]
 
 
 class Scripted:
-    """An engine that gives each sample what `script` has for it next, token by token, and looks at what it is to go on from."""
+    """An engine that gives each sample what `script` has for it next, token by token, and looks at
+    what it is to go on from."""
 
     joined = None
 
@@ -117,7 +121,12 @@ class Listener(Environment):
 
 
 def play(
-    engine: Any, make: Callable[[], Any], prompts: Sequence[Prompt], n: int, sampling: Sampling, **more: Any
+    engine: Any,
+    make: Callable[[], Any],
+    prompts: Sequence[Prompt],
+    n: int,
+    sampling: Sampling,
+    **more: Any,
 ) -> Any:
     pool = pool_of(engine)
     pool.episodes = episodes(make, **more)
@@ -142,6 +151,30 @@ def test_a_two_turn_episode_token_by_token(make_prompt: MakePrompt) -> None:
     assert sorted(Listener.heard) == ["4", "7 5", "8"]
     assert short.token_ids.tolist() == [8, END] and short.mask.all() and short.episode is not None
     assert (short.episode.turns, short.episode.reward) == ((0,), 0.25)
+
+
+def test_vllm_reads_the_same_tokens_and_keeps_them(make_prompt: MakePrompt) -> None:
+    """What is sent to its processes for a second turn, and what is made of their answer; a turn has
+    draws of its own."""
+    prompt, sampling = make_prompt("a", 3), Sampling(max_tokens=20, seed=3)
+    first = replace(
+        empty(prompt, 1),
+        token_ids=np.array([7, END, ASK, 2], np.int32),
+        logprobs=np.array([-1, -2, 0, 0], np.float32),
+        spans=(Span(4, 0, 4),),
+        loss_mask=np.array([True, True, False, False]),
+    )
+    none: asyncio.Queue[Any] = asyncio.Queue()
+    (second,) = samples_of([(prompt, 1, sampling)], {"a": [first]}, none)
+    fresh = next(iter(samples_of([(prompt, 2, sampling)], {}, none)))
+    assert second.token_ids == [*prompt.token_ids, 7, END, ASK, 2] and second.wanted == 16 and second.number == 1
+    assert second.seed != fresh.seed
+    second.tokens = 2
+    made = second.completion(Decoded([5, END], [-0.5, -0.25], "stop"), 6)
+    assert made.token_ids.tolist() == [7, END, ASK, 2, 5, END]
+    assert made.logprobs.tolist() == [-1, -2, 0, 0, -0.5, -0.25]
+    assert made.spans == (Span(4, 0, 4), Span(6, 4, 6))
+    assert whole(made, first).mask.tolist() == [True, True, False, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +254,10 @@ def test_a_broken_environment_costs_its_own_episode(
     bad, fine = play(engine, Bad, prompts, 2, limit, timeout=0.3 if how == "sleeps" else 10.0)
     for completion in bad:
         assert completion.episode is not None and completion.episode.status == status
-        assert completion.episode.message.startswith(message) and completion.token_ids.tolist() == [5, END]
+        assert completion.episode.message.startswith(message) and completion.token_ids.tolist() == [
+            5,
+            END,
+        ]
     assert [c.episode.status for c in fine if c.episode] == ["done", "done"]
 
 
@@ -232,7 +268,10 @@ def test_environments_that_hang_stop_being_called(make_prompt: MakePrompt, monke
     start = time.monotonic()
     [group] = play(engine, Bad, [prompt], 6, Sampling(max_tokens=9, stop_token_ids=(END,)), timeout=0.2)
     assert time.monotonic() - start < 5
-    assert {c.episode.message for c in group if c.episode} == {"no step within 0.2 s", "2 earlier steps are stuck"}
+    assert {c.episode.message for c in group if c.episode} == {
+        "no step within 0.2 s",
+        "2 earlier steps are stuck",
+    }
 
 
 class Talks(Environment):
@@ -274,9 +313,19 @@ def test_the_embedded_engine_goes_on_as_one_long_sequence(make_decoder: MakeDeco
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 2**32), n=st.integers(1, 4), groups=st.integers(1, 4), max_tokens=st.integers(1, 30))
+@given(
+    seed=st.integers(0, 2**32),
+    n=st.integers(1, 4),
+    groups=st.integers(1, 4),
+    max_tokens=st.integers(1, 30),
+)
 def test_one_turn_is_the_plain_case(
-    seed: int, n: int, groups: int, max_tokens: int, make_decoder: MakeDecoder, make_prompt: MakePrompt
+    seed: int,
+    n: int,
+    groups: int,
+    max_tokens: int,
+    make_decoder: MakeDecoder,
+    make_prompt: MakePrompt,
 ) -> None:
     sampling = Sampling(max_tokens=max_tokens, stop_token_ids=(END, 2, 3), seed=seed)
     prompts = [make_prompt(f"p{i}", 3 + i) for i in range(groups)]
@@ -311,7 +360,11 @@ def test_weights_that_change_between_turns_are_recorded_for_each_turn(
     assert completion.episode is not None
     _, second, third = completion.episode.turns
     assert [span.version for span in completion.spans] == [0, 1, 2]
-    assert [span.start for span in completion.spans] == [0, second, third] and completion.oldest_version == 0
+    assert [span.start for span in completion.spans] == [
+        0,
+        second,
+        third,
+    ] and completion.oldest_version == 0
 
 
 class Dies(Remote):
@@ -332,7 +385,11 @@ def test_a_lost_worker_costs_one_turn_which_is_drawn_again(make_decoder: MakeDec
     Dies.requests = 0
     service = GroupService(embedded(make_decoder))
     pool = RolloutPool(
-        [Dies(service)], timeout=20.0, sync_timeout=20.0, respawn=lambda i: Remote(service), max_restarts=1
+        [Dies(service)],
+        timeout=20.0,
+        sync_timeout=20.0,
+        respawn=lambda i: Remote(service),
+        max_restarts=1,
     )
     pool.episodes = episodes(Talks)
     [(_, group)] = pool.generate([make_prompt("a")], 3, SEEDED)
