@@ -9,8 +9,10 @@ from .verdict import Status, Verdict, verifier_error
 
 
 class EnvironmentReward:
-    """The sum of the rewards of an episode's turns, from the column `episode`: 1 or more is
-    correct, 0 or less is wrong."""
+    """The sum of the rewards of an episode's turns, from the column `episode`: 1 or more is correct, 0 or less is wrong.
+
+    An episode that ran out of tokens or turns before it was paid is worth 0.
+    """
 
     inline = True
 
@@ -19,8 +21,13 @@ class EnvironmentReward:
 
 
 def _verdict(episode: object) -> Verdict:
-    reward = episode.get("reward") if isinstance(episode, dict) else None
-    if not isinstance(reward, (int, float)):
-        return verifier_error("the environment gave no reward: return one from its step")
-    status = Status.CORRECT if reward >= 1 else Status.WRONG if reward <= 0 else Status.PARTIAL
+    if not isinstance(episode, dict):
+        return verifier_error("there is no episode: set rollout.environment, or use another reward")
+    reward, status = episode["reward"], Status.PARTIAL
+    if reward is None:
+        if episode["status"] == "done":
+            return verifier_error("the environment ended the episode without any reward")
+        return Verdict(status=Status.OVER_LIMIT, score=0.0, message=f"ended by {episode['status']}")
+    if reward >= 1 or reward <= 0:
+        status = Status.CORRECT if reward >= 1 else Status.WRONG
     return Verdict(status=status, score=float(reward))

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from emberl.rewards.episode import EnvironmentReward
+from emberl.rewards.inputs import RewardInput
 from emberl.rewards.suite import build_suite
 from emberl.rewards.verdict import Status, Verdict
 from emberl.rl.algorithm.losses import Objective
@@ -283,6 +285,25 @@ def test_observations_are_in_no_figure_but_their_own(tmp_path: Path) -> None:
     rows = read_lengths(record_lengths(tmp_path, 1, 3, [group])).to_pylist()
     assert [row["response_length"] for row in rows] == [5, 2]
     assert (rows[0]["versions"], rows[0]["version_tokens"]) == ([1, 3], [3, 2])
+
+
+@pytest.mark.parametrize(
+    ("reward", "ended", "status", "score"),
+    [
+        (1.0, "done", Status.CORRECT, 1.0),
+        (2.5, "max_turns", Status.CORRECT, 2.5),
+        (0.4, "done", Status.PARTIAL, 0.4),
+        (-1.0, "length", Status.WRONG, -1.0),
+        (None, "length", Status.OVER_LIMIT, 0.0),
+        (None, "max_turns", Status.OVER_LIMIT, 0.0),
+        (None, "done", Status.VERIFIER_ERROR, None),
+        ("no episode", "done", Status.VERIFIER_ERROR, None),
+    ],
+)
+def test_the_environments_reward(reward: Any, ended: str, status: Status, score: float | None) -> None:
+    column = {} if reward == "no episode" else {"episode": {"reward": reward, "status": ended}}
+    (verdict,) = EnvironmentReward()([RewardInput(completion="", columns=column)])
+    assert (verdict.status, verdict.score) == (status, score)
 
 
 def test_the_last_turn_is_marked_and_the_environment_may_be_a_part() -> None:
