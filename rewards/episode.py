@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from .inputs import RewardInput
 from .verdict import Status, Verdict, verifier_error
 
+EPISODE = "episode"
+"""The column in which every reward finds `{"reward", "turns", "status"}` of an episode."""
+
 
 class EnvironmentReward:
-    """The sum of the rewards of an episode's turns, from the column `episode`: 1 or more is correct, 0 or less is wrong.
+    """The sum of the rewards of an episode's turns, from the column `EPISODE`: 1 or more is correct, 0 or less is wrong.
 
     An episode that ran out of tokens or turns before it was paid is worth 0.
     """
@@ -17,7 +20,7 @@ class EnvironmentReward:
     inline = True
 
     def __call__(self, batch: Sequence[RewardInput], /) -> list[Verdict]:
-        return [_verdict(row.columns.get("episode")) for row in batch]
+        return [_verdict(row.columns.get(EPISODE)) for row in batch]
 
 
 def _verdict(episode: object) -> Verdict:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..rewards.episode import EPISODE
 from ..rewards.inputs import RewardInput
 from ..rewards.suite import RewardSuite
 from ..rewards.verdict import verifier_error
@@ -31,9 +32,6 @@ from .learner.group import LearnerGroup
 from .watch.tracking import Tracker
 from .weights.probe import Level, Probe, as_batch, probe_ids, tolerance_of
 from .weights.sync import WeightSync
-
-EPISODE = "episode"
-"""The column in which rewards find `{"reward", "turns", "status"}` of an episode."""
 
 
 class Interrupted(Exception):
@@ -83,8 +81,9 @@ class Run:
     def grade(self, prompt: Prompt, completions: Sequence[Completion]) -> Group:
         """Marks the last turn of each completion, which has the earlier ones before it as its prompt does; what a broken
         environment cut short has no verdict."""
+        shown = self.tokenizer.decode(list(prompt.token_ids))
         sound = [c for c in completions if c.episode is None or not c.episode.failed]
-        graded = iter(self.suite.grade([self._reward_input(prompt, completion) for completion in sound]))
+        graded = iter(self.suite.grade([self._reward_input(prompt, shown, c) for c in sound]))
         verdicts = [
             verifier_error(f"rollout.environment, {c.episode.status}: {c.episode.message}")
             if c.episode is not None and c.episode.failed
@@ -93,18 +92,20 @@ class Run:
         ]
         return Group(prompt=prompt, completions=tuple(completions), verdicts=tuple(verdicts))
 
-    def _reward_input(self, prompt: Prompt, completion: Completion) -> RewardInput:
+    def _reward_input(self, prompt: Prompt, shown: str, completion: Completion) -> RewardInput:
+        """shown: the prompt as text."""
         start, episode = completion.last_turn, completion.episode
+        if start:
+            before = completion.token_ids[:start].tolist()
+            shown = self.tokenizer.decode([*prompt.token_ids, *before])
         messages, columns = conversation(prompt, self.tokenizer), prompt.columns
         if episode is not None:
             if self.tokenizer.chat_template is not None:
                 messages = (*messages, *episode.messages[:-1])
-            columns = {
-                **columns,
-                EPISODE: {"reward": episode.reward, "turns": len(episode.turns), "status": episode.status},
-            }
+            told = {"reward": episode.reward, "turns": len(episode.turns), "status": episode.status}
+            columns = {**columns, EPISODE: told}
         return RewardInput(
-            prompt=self.tokenizer.decode([*prompt.token_ids, *completion.token_ids[:start].tolist()]),
+            prompt=shown,
             messages=messages,
             completion=self.text(completion),
             answer=prompt.answer,

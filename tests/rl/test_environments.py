@@ -330,7 +330,7 @@ def test_the_last_turn_is_marked_and_the_environment_may_be_a_part() -> None:
     run: Any = SimpleNamespace(tokenizer=tokenizer, suite=suite, config=resolve_empty(), _framing=frozenset({1}))
     for name in ("text", "said", "_reward_input"):
         setattr(run, name, getattr(Run, name).__get__(run))
-    row = run._reward_input(prompt, good)
+    row = run._reward_input(prompt, "the prompt", good)
     assert row.completion == "\\boxed{4}" and row.token_ids == tuple(turns[2])
     assert [m["content"] for m in row.messages] == ["which number?", "is it 3?", "more"]
     assert row.prompt == tokenizer.decode([30, 31, *turns[0], *turns[1]])
