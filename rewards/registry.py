@@ -17,6 +17,7 @@ BUILT_IN = {
     "math": ".math_answers.reward:MathReward",
     "code": ".code_tests.reward:CodeReward",
     "gym": ".gym:GymReward",
+    "environment": ".episode:EnvironmentReward",
     "format": ".shaping:FormatReward",
     "language": ".shaping:LanguageReward",
     "overlong": ".shaping:OverlongReward",

@@ -74,6 +74,7 @@ def make_batches(
         [float(advantage_of) for _, _, _, advantage_of, _ in rows],
         loss,
         norm_const,
+        [completion.mask for _, _, completion, _, _ in rows],
     )
     right = np.array([correct for _, _, _, _, correct in rows])
     whole = replace(whole, correct_T=right[whole.sequence_ids_T])
@@ -97,7 +98,7 @@ def denominator(groups: Sequence[Group], loss: LossConfig, *, mask_cut: bool = F
     """What the weights of these groups' tokens were divided by that depends on how many there are: their loss tokens with
     `token-mean`, else their completions. With it parts of a step add up to the whole: sum_p D_p loss_p / sum_p D_p."""
     lengths = [
-        len(completion)
+        completion.num_sampled
         for group in groups
         for completion, verdict in zip(group.completions, group.verdicts, strict=True)
         if _trains(completion, verdict, mask_cut)
@@ -106,7 +107,7 @@ def denominator(groups: Sequence[Group], loss: LossConfig, *, mask_cut: bool = F
 
 
 def _trains(completion: Completion, verdict: Verdict, mask_cut: bool) -> bool:
-    return verdict.trains and len(completion) > 0 and not (mask_cut and completion.finish_reason == "length")
+    return verdict.trains and completion.num_sampled > 0 and not (mask_cut and completion.finish_reason == "length")
 
 
 def with_token_advantages(batch: Batch, advantage: AdvantageConfig, kl: KLConfig | None) -> Batch:
@@ -175,12 +176,17 @@ def _flat(
     advantages: Sequence[float],
     loss: LossConfig,
     norm_const: float,
+    masks: Sequence[np.ndarray] | None = None,
 ) -> Batch:
+    """logprobs, masks: of the tokens after the prompt; masks: which of them train (None: all)."""
     lengths = [len(s) for s in sequences]
-    mask = np.concatenate([np.arange(n) >= start for n, start in zip(lengths, prompt_lengths, strict=True)])
+    answers = np.concatenate([np.arange(n) >= start for n, start in zip(lengths, prompt_lengths, strict=True)])
+    mask, behaviour = answers.copy(), np.zeros(len(answers), np.float32)
+    if masks is not None:
+        mask[answers] = np.concatenate(masks)
+    behaviour[answers] = np.concatenate(logprobs)
+    behaviour[~mask] = 0.0
     sequence_ids = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    behaviour = np.zeros(len(mask), np.float32)
-    behaviour[mask] = np.concatenate(logprobs)
     return Batch(
         token_ids_T=np.concatenate(sequences),
         positions_T=np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),

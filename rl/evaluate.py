@@ -115,7 +115,7 @@ def summarise(groups: Sequence[Group], texts: Sequence[Sequence[str]], same: Sam
         metrics[f"val-aux/{kind}/accuracy"] = float(np.mean(members_right))
     metrics["val-core/accuracy"] = float(np.mean(rights))
     metrics["val-aux/verifier_errors"] = float(sum(not v.trains for group in groups for v in group.verdicts))
-    lengths = [len(c) for group in groups for c in group.completions]
+    lengths = [c.num_sampled for group in groups for c in group.completions]
     metrics["val-aux/response_length/mean"] = float(np.mean(lengths))
     return Evaluation(accuracy=metrics["val-core/accuracy"], reward=_mean_score(groups), metrics=metrics)
 

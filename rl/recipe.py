@@ -16,7 +16,7 @@ from typing import Any
 from ..rewards.inputs import RewardInput
 from ..rewards.suite import RewardSuite, build_suite
 from ..rollout.actors import ActorLostError
-from ..rollout.engines import check_engine
+from ..rollout.engine import check_engine
 from ..rollout.samples import Prompt
 from ..rollout.vllm_backend.compat import transfer_backend
 from .algorithm.losses import Objective
@@ -37,6 +37,7 @@ from .config.load import Config, ConfigError, user_errors
 from .data.sources import PromptSource, check_data, open_source
 from .data.table import TableSource
 from .data.templates import supervised_ids
+from .environments import episodes_of, load_environment
 from .model_files import check_adapters, check_model, load_tokenizer, prepare_model
 from .run import Interrupted, Run, conversation, stop_on_signal
 from .trainer import train_rl
@@ -78,6 +79,8 @@ def train(config: Config, *, resume: bool = False, override: bool = False) -> Re
     with user_errors():
         check_data(config.data)
         check_engine(config.rollout.engine, config.rollout.engine_args, config.rollout.servers)
+        if config.rollout.environment is not None:
+            load_environment(config.rollout.environment)
         Objective.of(config.loss, config.kl, config.offpolicy)  # tries a user's own loss on a tiny batch
     check_model(config)
     cluster = Cluster(config)
@@ -132,6 +135,8 @@ def sitting(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | 
                 learners=learners, pool=pool, sync=sync, tracker=tracker, stop=stop, started=started,
                 progress=progress,
             )  # fmt: skip
+            with user_errors():
+                pool.episodes = episodes_of(config, tokenizer, run.said)
             return go(run, checkpoint)
 
 

@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..rewards.episode import EPISODE
 from ..rewards.inputs import RewardInput
 from ..rewards.suite import RewardSuite
+from ..rewards.verdict import verifier_error
 from ..rollout.pool import RolloutPool
-from ..rollout.samples import Completion, Prompt, Sampling
+from ..rollout.samples import Completion, FinishReason, Prompt, Sampling
 from .checkpoints import Progress, begin_checkpoint, finish_checkpoint
 from .config.load import Config
 from .data.sources import PromptSource
@@ -77,29 +79,54 @@ class Run:
         return [groups[i] for i in range(len(prompts))]
 
     def grade(self, prompt: Prompt, completions: Sequence[Completion]) -> Group:
+        """Marks the last turn of each completion, which has the earlier ones before it as its prompt does; what a broken
+        environment cut short has no verdict."""
         shown = self.tokenizer.decode(list(prompt.token_ids))
-        inputs = [
-            RewardInput(
-                prompt=shown,
-                messages=conversation(prompt, self.tokenizer),
-                completion=self.text(completion),
-                answer=prompt.answer,
-                source=prompt.source,
-                columns=prompt.columns,
-                token_ids=tuple(completion.token_ids.tolist()),
-                finish_reason=completion.finish_reason,
-                max_tokens=self.config.rollout.max_response_length,
-            )
-            for completion in completions
+        sound = [c for c in completions if c.episode is None or not c.episode.failed]
+        graded = iter(self.suite.grade([self._reward_input(prompt, shown, c) for c in sound]))
+        verdicts = [
+            verifier_error(f"rollout.environment, {c.episode.status}: {c.episode.message}")
+            if c.episode is not None and c.episode.failed
+            else next(graded)
+            for c in completions
         ]
-        return Group(prompt=prompt, completions=tuple(completions), verdicts=tuple(self.suite.grade(inputs)))
+        return Group(prompt=prompt, completions=tuple(completions), verdicts=tuple(verdicts))
+
+    def _reward_input(self, prompt: Prompt, shown: str, completion: Completion) -> RewardInput:
+        """shown: the prompt as text."""
+        start, episode = completion.last_turn, completion.episode
+        if start:
+            before = completion.token_ids[:start].tolist()
+            shown = self.tokenizer.decode([*prompt.token_ids, *before])
+        messages, columns = conversation(prompt, self.tokenizer), prompt.columns
+        if episode is not None:
+            if self.tokenizer.chat_template is not None:
+                messages = (*messages, *episode.messages[:-1])
+            told = {"reward": episode.reward, "turns": len(episode.turns), "status": episode.status}
+            columns = {**columns, EPISODE: told}
+        return RewardInput(
+            prompt=shown,
+            messages=messages,
+            completion=self.text(completion),
+            answer=prompt.answer,
+            source=prompt.source,
+            columns=columns,
+            token_ids=tuple(completion.token_ids[start:].tolist()),
+            finish_reason=completion.finish_reason,
+            max_tokens=self.config.rollout.max_response_length - start,
+        )
 
     def text(self, completion: Completion) -> str:
-        """A completion as the grader and a person read it, without its end token and what else frames a conversation."""
-        token_ids = completion.token_ids
-        if completion.finish_reason == "stop":
+        """A completion as the grader and a person read it; of an episode its last turn."""
+        if completion.episode is not None:
+            return completion.episode.messages[-1]["content"]
+        return self.said(completion.token_ids.tolist(), completion.finish_reason)
+
+    def said(self, token_ids: Sequence[int], finish_reason: FinishReason) -> str:
+        """A turn as text, without its end token and what else frames a conversation."""
+        if finish_reason == "stop":
             token_ids = token_ids[:-1]
-        text: str = self.tokenizer.decode([t for t in token_ids.tolist() if t not in self._framing])
+        text: str = self.tokenizer.decode([t for t in token_ids if t not in self._framing])
         return text
 
     @cached_property

@@ -50,11 +50,36 @@ class Sampling:
 
 
 class Span(NamedTuple):
-    """Tokens `start:stop` of a completion were sampled by weights of `version`."""
+    """Tokens `start:stop` of a completion were sampled by weights of `version` (or stand among such tokens)."""
 
     version: int
     start: int
     stop: int
+
+
+EpisodeStatus = Literal["done", "max_turns", "length", "error", "timeout", "bad_reply"]
+"""Why an episode ended: the environment said so; `rollout.max_turns`; no room for another turn; or the environment raised,
+was late, or returned something else than (observation, reward, done)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Episode:
+    """What an environment made of a completion that has turns."""
+
+    turns: tuple[int, ...]
+    """Where each turn of the model begins among the completion's tokens."""
+    messages: tuple[Mapping[str, str], ...]
+    """What was said after the prompt, as text: the model's turns, and the observations between them."""
+    reward: float | None
+    """The sum of the turns' rewards; None where the environment gave none."""
+    status: EpisodeStatus
+    message: str = ""
+    """What went wrong, in one line."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it was the environment that failed: such an episode says nothing about the policy."""
+        return self.status in ("error", "timeout", "bad_reply")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -67,17 +92,22 @@ class Completion:
     token_ids: NDArray[np.int32]
     """[T]"""
     logprobs: NDArray[np.float32]
-    """[T] log-prob of each token under the distribution it was drawn from."""
+    """[T] log-prob of each token under the distribution it was drawn from; 0 for a token that was not drawn."""
     spans: tuple[Span, ...]
     """Cover 0..T in order without a gap; more than one if weights changed in flight."""
     finish_reason: FinishReason
     started: float = 0.0
     """Wall-clock time (`time.time()`) of admission to the engine."""
     finished: float = 0.0
+    loss_mask: NDArray[np.bool_] | None = None
+    """[T] whether the token was drawn from the policy, and so trains; None: all were. Others are an environment's words."""
+    episode: Episode | None = None
+    """Its turns, where there is an environment."""
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
         assert len(self.logprobs) == n, f"{n} tokens but {len(self.logprobs)} log-probs"
+        assert self.loss_mask is None or len(self.loss_mask) == n, f"{n} tokens but a mask of {len(self.loss_mask)}"
         edge = 0
         for span in self.spans:
             assert span.start == edge and span.stop > edge, f"spans {self.spans} do not tile {n} tokens"
@@ -86,6 +116,27 @@ class Completion:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """[T] `loss_mask` in full."""
+        return np.ones(len(self), bool) if self.loss_mask is None else self.loss_mask
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that were drawn from the policy."""
+        return len(self) if self.loss_mask is None else int(self.loss_mask.sum())
+
+    @property
+    def sampled_by_version(self) -> list[tuple[int, int]]:
+        """(version, tokens that it sampled) of each span that has any."""
+        counts = [(span.version, int(self.mask[span.start : span.stop].sum())) for span in self.spans]
+        return [(version, count) for version, count in counts if count]
+
+    @property
+    def last_turn(self) -> int:
+        """Where the model's last turn begins."""
+        return 0 if self.episode is None else self.episode.turns[-1]
 
     @property
     def oldest_version(self) -> int:
@@ -104,4 +155,4 @@ def merge_spans(spans: Sequence[Span]) -> tuple[Span, ...]:
     return tuple(merged)
 
 
-__all__ = ["Completion", "FinishReason", "Prompt", "Sampling", "Span", "merge_spans"]
+__all__ = ["Completion", "Episode", "EpisodeStatus", "FinishReason", "Prompt", "Sampling", "Span", "merge_spans"]

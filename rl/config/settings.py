@@ -74,7 +74,7 @@ class RolloutConfig(Settings):
     engine: str = "embedded"
     """`embedded`: in-process PyTorch with continuous batching, for Llama, Qwen2 and Qwen3 architectures. `vllm`: vLLM, which
     has to be installed; with vllm-ascend beside it, on NPUs. `package.module:factory`: an engine of your own, made by
-    factory(spec: emberl.rollout.engines.WorkerSpec, cards), with the methods of `emberl.rollout.engine.Engine`."""
+    factory(spec: emberl.rollout.engine.WorkerSpec, cards), with the methods of `emberl.rollout.engine.Engine`."""
     engine_args: Mapping[str, Any] = Field(default_factory=dict)
     """vLLM's engine arguments by its own names, e.g. {gpu_memory_utilization: 0.8, enforce_eager: true}."""
     servers: tuple[str, ...] = ()
@@ -99,6 +99,14 @@ class RolloutConfig(Settings):
     cores decide in tests and benchmarks; empty: as fast as it goes."""
     timeout: float = Field(default=1800.0, gt=0, le=LONGEST)
     """Seconds within which a step's answers must arrive; later the run ends and says which worker is late."""
+    environment: str | None = None
+    """`package.module:Class` or `./file.py:Class` that answers the model between its turns, as `emberl.rollout.environments`
+    says; max_response_length then counts all turns and observations, and timeout each turn. Empty: every answer is one
+    turn."""
+    max_turns: int = Field(default=8, ge=1, le=10_000)
+    """Turns of the model in an episode at most."""
+    environment_timeout: float = Field(default=60.0, gt=0, le=LONGEST)
+    """Seconds for one step of an environment; what is late ends its episode."""
 
     @property
     def cards(self) -> int:

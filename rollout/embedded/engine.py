@@ -64,6 +64,8 @@ class _Stream:
 class EmbeddedEngine:
     """Implements `Engine`. `submit`/`run` and the coroutines must not be mixed while requests are in flight."""
 
+    joined = None  # weights come through the worker alone
+
     def __init__(
         self,
         model: Path | str | Decoder,

@@ -143,9 +143,9 @@ async def worker(settings: dict[str, Any]) -> None:
     import torch
     from emberl.rollout.embedded.engine import EmbeddedEngine
     from emberl.rollout.samples import Prompt, Sampling
-    from emberl.rollout.updates import WeightUpdates
     from emberl.rollout.weights.receiver import Receiver
     from emberl.rollout.weights.transport import Link
+    from emberl.rollout.worker import WeightUpdates
 
     torch.set_num_threads(1)
     engine = EmbeddedEngine(

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from emberl.kernels import platform
-from emberl.rollout.updates import WeightUpdates
 from emberl.rollout.vllm_backend import compat as vllm_compat
 from emberl.rollout.vllm_backend import transfer as native
 from emberl.rollout.vllm_backend.transfer import InEngines, Seat, Sender
@@ -23,6 +22,7 @@ from emberl.rollout.weights.patch import TensorBytes, WeightPatch, dense_patch, 
 from emberl.rollout.weights.receiver import Receiver
 from emberl.rollout.weights.transport import Directory, Link, Notice, TransferError
 from emberl.rollout.weights.wire_format import pieces
+from emberl.rollout.worker import WeightUpdates
 
 WAIT = 10.0
 

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from emberl.rollout.actors import ActorLostError
-from emberl.rollout.delivery import WorkerLostError, call, catch_up
+from emberl.rollout.actors import ActorLostError, WorkerLostError, call, catch_up
 from emberl.rollout.weights.transport import (
     Directory,
     InFile,
