@@ -21,6 +21,7 @@ from ..rewards.inputs import RewardInput
 from ..rewards.suite import RewardSuite
 from ..rollout.pool import RolloutPool
 from ..rollout.samples import Completion, Prompt, Sampling
+from ..rollout.stops import cut
 from .checkpoints import Progress, begin_checkpoint, finish_checkpoint
 from .config.load import Config
 from .data.sources import PromptSource
@@ -53,6 +54,8 @@ class Run:
     stop: threading.Event
     started: float
     progress: Progress
+    stop_token_ids: tuple[int, ...] = ()
+    """As `model_files.stop_tokens` finds them."""
     _delivery: Future[dict[str, float]] | None = None
     _courier: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="courier"))
 
@@ -62,9 +65,9 @@ class Run:
         return Sampling(
             max_tokens=rollout.max_response_length,
             temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            stop_token_ids=stop_tokens(self.tokenizer),
+            **rollout.cuts,
+            stop_token_ids=self.stop_token_ids,
+            stop=rollout.stop,
             seed=self.config.seed * 1_000_003 + step,
         )
 
@@ -77,12 +80,12 @@ class Run:
         return [groups[i] for i in range(len(prompts))]
 
     def grade(self, prompt: Prompt, completions: Sequence[Completion]) -> Group:
-        shown = self.tokenizer.decode(list(prompt.token_ids))
+        shown = self.tokenizer.decode(list(prompt.token_ids)).removesuffix(prompt.prefix)
         inputs = [
             RewardInput(
                 prompt=shown,
                 messages=conversation(prompt, self.tokenizer),
-                completion=self.text(completion),
+                completion=self.text(prompt, completion),
                 answer=prompt.answer,
                 source=prompt.source,
                 columns=prompt.columns,
@@ -94,13 +97,16 @@ class Run:
         ]
         return Group(prompt=prompt, completions=tuple(completions), verdicts=tuple(self.suite.grade(inputs)))
 
-    def text(self, completion: Completion) -> str:
-        """A completion as the grader and a person read it, without its end token and what else frames a conversation."""
-        token_ids = completion.token_ids
-        if completion.finish_reason == "stop":
-            token_ids = token_ids[:-1]
-        text: str = self.tokenizer.decode([t for t in token_ids.tolist() if t not in self._framing])
-        return text
+    def text(self, prompt: Prompt, completion: Completion) -> str:
+        """An answer as the grader and a person read it: what the prompt has of it already, then what was sampled, without its
+        end token and what else frames a conversation, and up to a stop string (`rollout.include_stop`)."""
+        token_ids, rollout = completion.token_ids.tolist(), self.config.rollout
+        stopped = completion.finish_reason == "stop"
+        by_string = stopped and rollout.stop and token_ids[-1] not in self.stop_token_ids
+        if stopped and not by_string:
+            token_ids.pop()
+        text: str = self.tokenizer.decode([t for t in token_ids if t not in self._framing])
+        return prompt.prefix + (cut(text, rollout.stop, keep=rollout.include_stop) if by_string else text)
 
     @cached_property
     def _framing(self) -> frozenset[int]:
@@ -211,16 +217,6 @@ def conversation(prompt: Prompt, tokenizer: Any) -> tuple[Mapping[str, str], ...
     """The messages that reward functions see; none where the model reads plain text, since without a chat template peers
     hand their functions texts."""
     return prompt.messages if tokenizer.chat_template is not None else ()
-
-
-def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end an answer: the tokenizer's end token, and a chat model's end of turn where it is another."""
-    found = [tokenizer.eos_token_id]
-    for name in ("<|im_end|>", "<|eot_id|>", "<|end|>"):
-        token = tokenizer.convert_tokens_to_ids(name)
-        if token is not None and token != tokenizer.unk_token_id:
-            found.append(token)
-    return tuple(dict.fromkeys(t for t in found if t is not None))
 
 
 @contextmanager

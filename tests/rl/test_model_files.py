@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emberl.rl.config.data import TinyConfig
+from emberl.rl.config.data import DataConfig, TinyConfig
 from emberl.rl.config.load import Config, ConfigError, resolve
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.model_files import check_files, check_model, load_tokenizer, prepare_model
@@ -144,4 +144,4 @@ def test_a_tokenizer_that_cannot_be_read_is_named(whole: Path, tmp_path: Path) -
     shutil.copytree(whole, folder)
     (folder / "tokenizer.json").write_text('{"model": 1}')
     with pytest.raises(ConfigError, match=r"model\.path=.*cannot be loaded"):
-        load_tokenizer(str(folder))
+        load_tokenizer(str(folder), DataConfig(source="arithmetic"))
