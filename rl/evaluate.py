@@ -75,9 +75,10 @@ def evaluate(run: Run) -> Evaluation:
     config = run.config
     run.settle()
     problems = list(run.source.heldout[: config.eval.size])
-    sampling = replace(run.sampling(0), temperature=config.eval.temperature, top_p=1.0, top_k=0, seed=config.seed)
+    settings = config.eval
+    sampling = replace(run.sampling(0), temperature=settings.temperature, **settings.cuts, seed=config.seed)
     groups = run.sample_groups(problems, config.eval.samples, sampling)
-    texts = [[run.text(c) for c in group.completions] for group in groups]
+    texts = [[run.text(group.prompt, c) for c in group.completions] for group in groups]
     result = summarise(groups, texts, by_reward(run.suite))
     run.suite.metrics()  # a training step's figures of the reward are to be its own
     step = run.progress.step
@@ -90,7 +91,7 @@ def evaluate(run: Run) -> Evaluation:
         step,
         sample_rows(
             shown,
-            [run.text(g.completions[0]) for g in shown],
+            [run.text(g.prompt, g.completions[0]) for g in shown],
             [run.problem(g.prompt) for g in shown],
         ),
     )

@@ -36,9 +36,9 @@ from .config.cautions import cautions, said_at_start
 from .config.load import Config, ConfigError, user_errors
 from .data.sources import PromptSource, check_data, open_source
 from .data.table import TableSource
-from .data.templates import supervised_ids
+from .data.templates import end_token, supervised_ids
 from .environments import episodes_of, load_environment
-from .model_files import check_adapters, check_model, load_tokenizer, prepare_model
+from .model_files import check_adapters, check_model, load_tokenizer, prepare_model, stop_tokens
 from .run import Interrupted, Run, conversation, stop_on_signal
 from .trainer import train_rl
 from .watch.tracking import Tracker, make_console
@@ -114,7 +114,7 @@ def sitting(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | 
     with cluster, stop_on_signal() as stop:  # in this order: Ray's start sets a SIGTERM handler of its own
         # the actors load while this process reads the data: both take seconds
         learners, pool = cluster.spawn(model_path, run_id := uuid.uuid4().hex)
-        tokenizer = load_tokenizer(model_path)
+        tokenizer = load_tokenizer(model_path, config.data)
         with user_errors():
             source = open_source(config.data, tokenizer, config.seed)
         with ExitStack() as opened:
@@ -133,7 +133,7 @@ def sitting(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | 
             run = Run(
                 config=config, run_id=run_id, run_dir=run_dir, tokenizer=tokenizer, source=source, suite=suite,
                 learners=learners, pool=pool, sync=sync, tracker=tracker, stop=stop, started=started,
-                progress=progress,
+                progress=progress, stop_token_ids=stop_tokens(tokenizer, model_path),
             )  # fmt: skip
             with user_errors():
                 pool.episodes = episodes_of(config, tokenizer, run.said)
@@ -195,6 +195,8 @@ def finish(run: Run) -> None:
 def train_sft(run: Run) -> None:
     """The cold start: supervised steps on worked solutions, each problem once."""
     config = run.config.sft
+    with user_errors():
+        end = end_token(run.tokenizer)
     run.tracker.begin("sft", run.progress.step, config.steps)
     while run.progress.step < config.steps:
         run.stop_if_asked()
@@ -209,7 +211,7 @@ def train_sft(run: Run) -> None:
                     "set data.solution_column, or leave sft out of stages"
                 )
             shown = demonstration(solution, i, config.direct)
-            examples.append((supervised_ids(prompt, shown, run.tokenizer), len(prompt.token_ids)))
+            examples.append((supervised_ids(prompt, shown, run.tokenizer, end), len(prompt.token_ids)))
         metrics = run.learners.step(sft_batch(examples), Objective.sft())
         run.progress = run.progress.advance(step=run.progress.step + 1, position=position + config.batch_size)
         run.tracker.log(

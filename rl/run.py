@@ -23,6 +23,7 @@ from ..rewards.suite import RewardSuite
 from ..rewards.verdict import verifier_error
 from ..rollout.pool import RolloutPool
 from ..rollout.samples import Completion, FinishReason, Prompt, Sampling
+from ..rollout.stops import cut
 from .checkpoints import Progress, begin_checkpoint, finish_checkpoint
 from .config.load import Config
 from .data.sources import PromptSource
@@ -55,6 +56,8 @@ class Run:
     stop: threading.Event
     started: float
     progress: Progress
+    stop_token_ids: tuple[int, ...] = ()
+    """As `model_files.stop_tokens` finds them."""
     _delivery: Future[dict[str, float]] | None = None
     _courier: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="courier"))
 
@@ -64,9 +67,9 @@ class Run:
         return Sampling(
             max_tokens=rollout.max_response_length,
             temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            stop_token_ids=stop_tokens(self.tokenizer),
+            **rollout.cuts,
+            stop_token_ids=self.stop_token_ids,
+            stop=rollout.stop,
             seed=self.config.seed * 1_000_003 + step,
         )
 
@@ -79,9 +82,9 @@ class Run:
         return [groups[i] for i in range(len(prompts))]
 
     def grade(self, prompt: Prompt, completions: Sequence[Completion]) -> Group:
-        """Marks the last turn of each completion, which has the earlier ones before it as its prompt does; what a broken
-        environment cut short has no verdict."""
-        shown = self.tokenizer.decode(list(prompt.token_ids))
+        """Marks the last turn of each completion, which has the earlier ones before it as its prompt
+        does; what a broken environment cut short has no verdict."""
+        shown = self.tokenizer.decode(list(prompt.token_ids)).removesuffix(prompt.prefix)
         sound = [c for c in completions if c.episode is None or not c.episode.failed]
         graded = iter(self.suite.grade([self._reward_input(prompt, shown, c) for c in sound]))
         verdicts = [
@@ -107,7 +110,7 @@ class Run:
         return RewardInput(
             prompt=shown,
             messages=messages,
-            completion=self.text(completion),
+            completion=self.text(prompt, completion),
             answer=prompt.answer,
             source=prompt.source,
             columns=columns,
@@ -116,18 +119,23 @@ class Run:
             max_tokens=self.config.rollout.max_response_length - start,
         )
 
-    def text(self, completion: Completion) -> str:
-        """A completion as the grader and a person read it; of an episode its last turn."""
+    def text(self, prompt: Prompt, completion: Completion) -> str:
+        """An answer as the grader and a person read it: what the prompt has of it already, then what
+        was sampled; of an episode its last turn."""
         if completion.episode is not None:
             return completion.episode.messages[-1]["content"]
-        return self.said(completion.token_ids.tolist(), completion.finish_reason)
+        return prompt.prefix + self.said(completion.token_ids.tolist(), completion.finish_reason)
 
     def said(self, token_ids: Sequence[int], finish_reason: FinishReason) -> str:
-        """A turn as text, without its end token and what else frames a conversation."""
-        if finish_reason == "stop":
+        """Sampled tokens as text, without the end token and what else frames a conversation, and up
+        to a stop string (`rollout.include_stop`)."""
+        rollout = self.config.rollout
+        stopped = finish_reason == "stop"
+        by_string = stopped and rollout.stop and token_ids[-1] not in self.stop_token_ids
+        if stopped and not by_string:
             token_ids = token_ids[:-1]
         text: str = self.tokenizer.decode([t for t in token_ids if t not in self._framing])
-        return text
+        return cut(text, rollout.stop, keep=rollout.include_stop) if by_string else text
 
     @cached_property
     def _framing(self) -> frozenset[int]:
@@ -238,16 +246,6 @@ def conversation(prompt: Prompt, tokenizer: Any) -> tuple[Mapping[str, str], ...
     """The messages that reward functions see; none where the model reads plain text, since without a chat template peers
     hand their functions texts."""
     return prompt.messages if tokenizer.chat_template is not None else ()
-
-
-def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end an answer: the tokenizer's end token, and a chat model's end of turn where it is another."""
-    found = [tokenizer.eos_token_id]
-    for name in ("<|im_end|>", "<|eot_id|>", "<|end|>"):
-        token = tokenizer.convert_tokens_to_ids(name)
-        if token is not None and token != tokenizer.unk_token_id:
-            found.append(token)
-    return tuple(dict.fromkeys(t for t in found if t is not None))
 
 
 @contextmanager

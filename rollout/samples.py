@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 FinishReason = Literal["stop", "length", "abort"]
-"""`stop`: an end token (which is part of the completion); `length`: `max_tokens` reached; `abort`: cut short by us."""
+"""`stop`: an end token, or the token that completes a stop string (either is part of the completion); `length`:
+`max_tokens` reached; `abort`: cut short by us."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,13 +30,20 @@ class Prompt:
     """The data source, as in `val-core/{source}/acc/mean@1`."""
     messages: tuple[Mapping[str, str], ...] = ()
     """The conversation before the chat template, each `{"role": ..., "content": ...}`."""
+    prefix: str = ""
+    """The beginning of the answer, where the prompt has it already: its last tokens. Verifiers read it before what was
+    sampled."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Every other column of the data row, handed to reward functions by name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How tokens are drawn; log-probs are of the distribution really sampled, after temperature, top-k and top-p."""
+    """How tokens are drawn, in this order: repetition penalty, temperature, min-p, top-k, top-p.
+
+    Log-probs are of the distribution that is left after all of them, renormalised, so the one really sampled. A learner,
+    which knows the temperature alone, cannot take them for its old policy where anything else is set.
+    """
 
     max_tokens: int
     temperature: float = 1.0
@@ -43,8 +51,16 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     """0 means all."""
+    min_p: float = 0.0
+    """Tokens less likely than this share of the likeliest are never drawn; 0 means all. Greedy answers know no min-p,
+    top-k and top-p."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that are in the prompt or the answer so far are divided by it, or multiplied where they are
+    negative (CTRL, arXiv 1909.05858); 1 means none."""
     stop_token_ids: tuple[int, ...] = ()
     """Any of these ends a completion and is its last token."""
+    stop: tuple[str, ...] = ()
+    """The token that completes one of these texts ends a completion and is its last. Only sampled tokens count."""
     seed: int = 0
     """With the prompt's id and the sample's index it fixes every draw, whatever else shares the batch."""
 

@@ -68,7 +68,30 @@ class SFTConfig(Settings):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
 
 
-class RolloutConfig(Settings):
+class SamplingConfig(Settings):
+    """What is left of the model's distribution before a token is drawn; the defaults leave all of it."""
+
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0, le=MOST_TOKENS)
+    """0: all."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Tokens less likely than this share of the likeliest are never drawn; 0: none."""
+    repetition_penalty: float = Field(default=1.0, gt=0, le=100)
+    """Divides the logits of tokens that the prompt or the answer has already (multiplies negative ones); 1: none."""
+
+    @property
+    def cuts(self) -> dict[str, Any]:
+        """These settings by name, as `Sampling` takes them."""
+        return {name: getattr(self, name) for name in SamplingConfig.model_fields}
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """Those of them that make it another distribution than the model's own."""
+        own = SamplingConfig.model_fields
+        return {name: value for name, value in self.cuts.items() if value != own[name].default}
+
+
+class RolloutConfig(SamplingConfig):
     """How answers are sampled."""
 
     engine: str = "embedded"
@@ -88,8 +111,11 @@ class RolloutConfig(Settings):
     group_size: int = Field(default=8, ge=1, le=65_536)
     """G, the number of answers to each prompt."""
     temperature: float = Field(default=1.0, ge=0, le=100)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0, le=MOST_TOKENS)
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer beside the model's own end tokens, e.g. [</answer>]; they may begin and end within tokens."""
+    include_stop: bool = True
+    """Whether rewards read the text that ended the answer, e.g. a closing tag, or the answer up to there. All tokens that
+    were sampled train in either case."""
     max_response_length: int = Field(default=512, ge=1, le=MOST_TOKENS)
     """Tokens; an answer that reaches it is cut (`response_length/clip_ratio`)."""
     max_num_seqs: int = Field(default=256, ge=1, le=MOST_ANSWERS)
@@ -107,6 +133,18 @@ class RolloutConfig(Settings):
     """Turns of the model in an episode at most."""
     environment_timeout: float = Field(default=60.0, gt=0, le=LONGEST)
     """Seconds for one step of an environment; what is late ends its episode."""
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_or_more(cls, stop: Any) -> Any:
+        return (stop,) if isinstance(stop, str) else stop
+
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_text(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(stop):
+            raise ValueError("an empty text would end every answer; leave it out")
+        return stop
 
     @property
     def cards(self) -> int:
@@ -247,7 +285,7 @@ class CriticConfig(Settings):
         return policy.model_copy(update={"lr": self.lr, "warmup_steps": self.lr_warmup_steps})
 
 
-class EvalConfig(Settings):
+class EvalConfig(SamplingConfig):
     """Held-out problems, before, during and after RL."""
 
     every: int = Field(default=25, ge=0)

@@ -17,7 +17,7 @@ from emberl.rl.data.sources import open_source
 from emberl.rl.groups import Group
 from emberl.rl.learner.checkpoint import full_tensors
 from emberl.rl.learner.rank import LearnerRank, RankSpec
-from emberl.rl.run import stop_tokens
+from emberl.rl.model_files import stop_tokens
 from emberl.rollout.embedded.engine import EmbeddedEngine
 from emberl.rollout.samples import Sampling
 from emberl.rollout.weights.patch import TensorBytes, WeightPatch, dense_patch
@@ -61,7 +61,7 @@ def plain_loop(config: Config, model: str) -> tuple[dict[str, str], dict[str, st
     for step in range(1, config.schedule.steps + 1):
         sampling = Sampling(
             max_tokens=config.rollout.max_response_length,
-            stop_token_ids=stop_tokens(tokenizer),
+            stop_token_ids=stop_tokens(tokenizer, model),
             seed=config.seed * 1_000_003 + step,
         )
         prompts = [source.train(i) for i in range((step - 1) * per_step, step * per_step)]
