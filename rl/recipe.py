@@ -13,11 +13,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from ..rewards.inputs import RewardInput
 from ..rewards.suite import RewardSuite, build_suite
 from ..rollout.actors import ActorLostError
 from ..rollout.engine import check_engine
-from ..rollout.samples import Prompt
 from ..rollout.vllm_backend.compat import transfer_backend
 from .algorithm.losses import Objective
 from .batch import sft_batch
@@ -38,8 +36,9 @@ from .data.sources import PromptSource, check_data, open_source
 from .data.table import TableSource
 from .data.templates import end_token, supervised_ids
 from .environments import episodes_of, load_environment
+from .eval_sets import check_eval_sets, open_eval_sets
 from .model_files import check_adapters, check_model, load_tokenizer, prepare_model, stop_tokens
-from .run import Interrupted, Run, conversation, stop_on_signal
+from .run import Interrupted, Run, reward_input, stop_on_signal
 from .trainer import train_rl
 from .watch.tracking import Tracker, make_console
 from .weights.sync import WeightSync
@@ -78,6 +77,7 @@ def train(config: Config, *, resume: bool = False, override: bool = False) -> Re
         console.print(line, highlight=False, markup=False)
     with user_errors():
         check_data(config.data)
+        check_eval_sets(config)
         check_engine(config.rollout.engine, config.rollout.engine_args, config.rollout.servers)
         if config.rollout.environment is not None:
             load_environment(config.rollout.environment)
@@ -124,6 +124,7 @@ def sitting(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | 
             opened.callback(tracker.close)
             for note in source.notes:
                 tracker.note(note)
+            sets = open_eval_sets(config, source, suite, lambda _: tokenizer, tracker.note, opened)
             cluster.wait()
             sync = WeightSync(
                 config.sync, learners, pool, run_id=run_id, run_dir=run_dir, history=config.checkpoint.history,
@@ -133,7 +134,7 @@ def sitting(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | 
             run = Run(
                 config=config, run_id=run_id, run_dir=run_dir, tokenizer=tokenizer, source=source, suite=suite,
                 learners=learners, pool=pool, sync=sync, tracker=tracker, stop=stop, started=started,
-                progress=progress, stop_token_ids=stop_tokens(tokenizer, model_path),
+                progress=progress, eval_sets=sets, stop_token_ids=stop_tokens(tokenizer, model_path),
             )  # fmt: skip
             with user_errors():
                 pool.episodes = episodes_of(config, tokenizer, run.said)
@@ -230,16 +231,16 @@ def demonstration(solution: str, position: int, direct: float) -> str:
 
 def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> RewardSuite:
     """The reward suite, tried on one problem, with every reference of a finite data set checked before training."""
-    if config.eval.size and not source.heldout:
+    if config.eval.size != 0 and not source.heldout and not (config.eval.sets and config.eval.size is None):
         raise ConfigError(
-            f"eval.size={config.eval.size}, but data.heldout={config.data.heldout} leaves no held-out problems; "
+            f"there is nothing to evaluate on: data.heldout={config.data.heldout} leaves no held-out problems; "
             "raise data.heldout, name data.eval_path or data.eval_split, or set eval.size=0"
         )
     with user_errors():
         suite = build_suite({name: part.model_dump() for name, part in config.reward.parts.items()})
-        suite.trial(_as_input(source.train(0), "0", tokenizer))
-    rows = [*source.heldout, *(source.train(i) for i in range(source.size or 0))]
-    bad = suite.check_references([_as_input(prompt, "", tokenizer) for prompt in rows])
+        suite.trial(reward_input(source.train(0), tokenizer, "0"))
+        rows = [*source.heldout, *(source.train(i) for i in range(source.size or 0))]
+        bad = suite.check_references([reward_input(prompt, tokenizer, "") for prompt in rows])
     if bad:
         ids = {rows[b.row].id for b in bad}
         shown = "; ".join(f"{rows[b.row].id}: {b}" for b in bad[:3])
@@ -253,13 +254,3 @@ def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> Rewar
         source.leave_out(ids)
         source.notes = (*source.notes, f"left out: {message}")
     return suite
-
-
-def _as_input(prompt: Prompt, completion: str, tokenizer: Any) -> RewardInput:
-    return RewardInput(
-        completion=completion,
-        answer=prompt.answer,
-        messages=conversation(prompt, tokenizer),
-        source=prompt.source,
-        columns=prompt.columns,
-    )

@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,9 @@ from .learner.group import LearnerGroup
 from .watch.tracking import Tracker
 from .weights.probe import Level, Probe, as_batch, probe_ids, tolerance_of
 from .weights.sync import WeightSync
+
+if TYPE_CHECKING:
+    from .eval_sets import EvalSet
 
 
 class Interrupted(Exception):
@@ -56,6 +59,7 @@ class Run:
     stop: threading.Event
     started: float
     progress: Progress
+    eval_sets: tuple[EvalSet, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     """As `model_files.stop_tokens` finds them."""
     _delivery: Future[dict[str, float]] | None = None
@@ -73,20 +77,36 @@ class Run:
             seed=self.config.seed * 1_000_003 + step,
         )
 
-    def sample_groups(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[Group]:
-        """n graded answers to each prompt, in the order of the prompts; graded while others are still decoded."""
+    def sample_groups(
+        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, suite: RewardSuite | None = None
+    ) -> list[Group]:
+        """n answers to each prompt, in the order of the prompts, marked by `suite` (None: the run's) while others are still
+        decoded."""
         groups: dict[int, Group] = {}
         for index, completions in self.pool.generate(prompts, n, sampling):
-            groups[index] = self.grade(prompts[index], completions)
+            groups[index] = self.grade(prompts[index], completions, suite, sampling.max_tokens)
         assert len(groups) == len(prompts), f"{len(prompts)} prompts went out, {len(groups)} groups came back"
         return [groups[i] for i in range(len(prompts))]
 
-    def grade(self, prompt: Prompt, completions: Sequence[Completion]) -> Group:
+    def grade(
+        self,
+        prompt: Prompt,
+        completions: Sequence[Completion],
+        suite: RewardSuite | None = None,
+        max_tokens: int = 0,
+    ) -> Group:
         """Marks the last turn of each completion, which has the earlier ones before it as its prompt
-        does; what a broken environment cut short has no verdict."""
-        shown = self.tokenizer.decode(list(prompt.token_ids)).removesuffix(prompt.prefix)
+        does, by `suite` (None: the run's reward); what a broken environment cut short has no verdict."""
+        unmarked = replace(
+            reward_input(prompt, self.tokenizer, ""),
+            prompt=self.tokenizer.decode(list(prompt.token_ids)).removesuffix(prompt.prefix),
+            max_tokens=max_tokens or self.config.rollout.max_response_length,
+            step=self.progress.step,
+            max_steps=self.config.schedule.steps,
+        )
         sound = [c for c in completions if c.episode is None or not c.episode.failed]
-        graded = iter(self.suite.grade([self._reward_input(prompt, shown, c) for c in sound]))
+        inputs = [self._marked(unmarked, prompt, completion) for completion in sound]
+        graded = iter((suite or self.suite).grade(inputs))
         verdicts = [
             verifier_error(f"rollout.environment, {c.episode.status}: {c.episode.message}")
             if c.episode is not None and c.episode.failed
@@ -95,28 +115,26 @@ class Run:
         ]
         return Group(prompt=prompt, completions=tuple(completions), verdicts=tuple(verdicts))
 
-    def _reward_input(self, prompt: Prompt, shown: str, completion: Completion) -> RewardInput:
-        """shown: the prompt as text."""
+    def _marked(self, asked: RewardInput, prompt: Prompt, completion: Completion) -> RewardInput:
+        """The problem `asked` with an answer to it; of an episode, its last turn after the others."""
         start, episode = completion.last_turn, completion.episode
-        if start:
-            before = completion.token_ids[:start].tolist()
-            shown = self.tokenizer.decode([*prompt.token_ids, *before])
-        messages, columns = conversation(prompt, self.tokenizer), prompt.columns
-        if episode is not None:
-            if self.tokenizer.chat_template is not None:
-                messages = (*messages, *episode.messages[:-1])
-            told = {"reward": episode.reward, "turns": len(episode.turns), "status": episode.status}
-            columns = {**columns, EPISODE: told}
-        return RewardInput(
-            prompt=shown,
-            messages=messages,
+        answered = replace(
+            asked,
             completion=self.text(prompt, completion),
-            answer=prompt.answer,
-            source=prompt.source,
-            columns=columns,
             token_ids=tuple(completion.token_ids[start:].tolist()),
             finish_reason=completion.finish_reason,
-            max_tokens=self.config.rollout.max_response_length - start,
+            max_tokens=asked.max_tokens - start,
+        )
+        if episode is None:
+            return answered
+        before = [*prompt.token_ids, *completion.token_ids[:start].tolist()]
+        told = {"reward": episode.reward, "turns": len(episode.turns), "status": episode.status}
+        earlier = episode.messages[:-1] if self.tokenizer.chat_template is not None else ()
+        return replace(
+            answered,
+            prompt=self.tokenizer.decode(before) if start else asked.prompt,
+            messages=(*asked.messages, *earlier),
+            columns={**asked.columns, EPISODE: told},
         )
 
     def text(self, prompt: Prompt, completion: Completion) -> str:
@@ -246,6 +264,34 @@ def conversation(prompt: Prompt, tokenizer: Any) -> tuple[Mapping[str, str], ...
     """The messages that reward functions see; none where the model reads plain text, since without a chat template peers
     hand their functions texts."""
     return prompt.messages if tokenizer.chat_template is not None else ()
+
+
+def reward_input(prompt: Prompt, tokenizer: Any, completion: str) -> RewardInput:
+    """What is known of a problem before its answer is sampled, as rewards see it."""
+    return RewardInput(
+        completion=completion,
+        answer=prompt.answer,
+        messages=conversation(prompt, tokenizer),
+        plain_prompt=plain_prompt(prompt),
+        source=prompt.source,
+        columns=prompt.columns,
+    )
+
+
+def plain_prompt(prompt: Prompt) -> str | None:
+    """The prompt of a row that holds a text; None for a row of messages, or where there is no conversation."""
+    if not prompt.messages or any(_is_conversation(value) for value in prompt.columns.values()):
+        return None
+    return prompt.messages[-1]["content"]
+
+
+def _is_conversation(value: Any) -> bool:
+    """Whether a column holds messages, of OpenAI's form or ShareGPT's."""
+    return (
+        isinstance(value, Sequence)
+        and bool(value)
+        and all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in value)
+    )
 
 
 @contextmanager
