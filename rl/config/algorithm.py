@@ -192,6 +192,7 @@ class KLConfig(Settings):
     """k3 and k3+ of a token are at most this, and k3 has no gradient beyond (verl, AReaL, NeMo-RL: 10, which is reached
     where the reference gives a token 13.6 times the policy's probability). Empty: free, as in TRL, but for l within +-20."""
     coef: float = Field(default=0.001, ge=0)
+    """Weight of the penalty."""
     unbiased: bool = False
     """Multiplies the estimate by policy / old policy and differentiates that too (DeepSeek-V3.2): the gradient is then
     right for tokens of an older policy also."""
@@ -224,11 +225,13 @@ class OffPolicyConfig(Settings):
     mode: Literal["truncate", "mask"] = "truncate"
     """A weight outside [low, high] is cut to it (TIS), or becomes 0 (MIS; IcePop: token, 0.5, 5.0)."""
     low: float = Field(default=0.0, ge=0)
-    """OpenRLHF: 0.5."""
+    """The smallest weight, or the smallest that is not masked (OpenRLHF: 0.5)."""
     high: float = Field(default=2.0, gt=0)
+    """The largest weight, or the largest that is not masked (verl: 2.0; IcePop: 5.0)."""
     seq_mask_low: float | None = Field(default=None, ge=0)
     """A sequence whose geometric mean of w is outside [seq_mask_low, seq_mask_high] is dropped; empty: no bound."""
     seq_mask_high: float | None = Field(default=None, gt=0)
+    """The upper bound of the same."""
     opsm_delta: float | None = Field(default=None, gt=0)
     """DeepSeek-V3.2's off-policy sequence mask: a sequence of negative advantage is dropped once the mean of
     log(rollout / policy) over its tokens exceeds this (TRL suggests 0.5)."""
@@ -267,6 +270,7 @@ class FilterConfig(Settings):
     """DAPO's soft punishment: the score falls by up to `overlong_penalty` over this last share of
     rollout.max_response_length (paper: 4096 of 20480, 0.2); 0: off."""
     overlong_penalty: float = Field(default=1.0, gt=0)
+    """The largest punishment."""
     overlong_mask: bool = False
     """A completion that was cut at max_response_length does not train (its score still counts in the baseline)."""
 
