@@ -12,7 +12,7 @@ from typing import Any
 
 from .inputs import BadReference, Reward, RewardInput
 from .registry import load_reward
-from .verdict import Status, Verdict, verifier_error
+from .verdict import LARGEST_SCORE, Status, Verdict, verifier_error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,8 +93,8 @@ class RewardSuite:
                 seconds=seconds,
             )
         score = sum(p.weight * scores[p.name] for p in counted if p.name in scores)
-        if not math.isfinite(score):
-            message = f"the weighted sum of {scores} is not finite"
+        if not abs(score) <= LARGEST_SCORE:  # also what is no number
+            message = f"the weighted sum of {scores} is not within +-{LARGEST_SCORE:g}; set other weights"
             return Verdict(status=Status.VERIFIER_ERROR, score=None, message=message, seconds=seconds)
         return Verdict(status=main.status, score=score, parts=scores, message=main.message, seconds=seconds)
 

@@ -24,6 +24,10 @@ class Status(StrEnum):
     VERIFIER_ERROR = "verifier_error"  # ours: a killed worker, a broken plugin, a sandbox that failed
 
 
+LARGEST_SCORE = 1e9
+"""A score beyond this, in either direction, is a fault of its grader: squares and sums of such overflow."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
     """A grader's word on one completion, e.g. `Verdict(status=Status.CORRECT, score=1.0, seconds=4e-6)`."""

@@ -55,6 +55,8 @@ class Progress:
     probe_noise_p: float | None = None
     updates: int = 0
     """Optimizer steps of the policy in RL."""
+    entropy_start: float | None = None
+    """Nats a token in the first RL step that trained, which `Alarms` compares with."""
     warnings: tuple[str, ...] = ()
     """What was said of a run that does not learn."""
 

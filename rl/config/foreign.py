@@ -1,7 +1,7 @@
 """What verl, TRL and OpenRLHF call our keys, so that a name of theirs is answered with ours.
 
 Left: a name as its owner writes it, group and all. Right: our key; or, where there is no such key,
-what to do, after `-`. verl's are of `verl/trainer/config` (January 2026), TRL's of `GRPOConfig`
+what to do, after `-`. verl's are of `verl/trainer/config` (August 2026), TRL's of `GRPOConfig`
 (July 2026), OpenRLHF's of `train_ppo_ray` (August 2026) and of its versions with flat names.
 """
 
@@ -30,6 +30,11 @@ VERL: Mapping[str, str] = {
     "actor_rollout_ref.model.lora_rank": "model.lora.rank",
     "actor_rollout_ref.model.lora_alpha": "model.lora.alpha",
     "actor_rollout_ref.model.target_modules": "model.lora.targets",
+    "actor_rollout_ref.model.lora.rank": "model.lora.rank",
+    "actor_rollout_ref.model.lora.alpha": "model.lora.alpha",
+    "actor_rollout_ref.rollout.dtype": "model.dtype",
+    "actor_rollout_ref.rollout.data_parallel_size": "cluster.rollouts",
+    "actor_rollout_ref.rollout.seed": "seed",
     "actor_rollout_ref.model.enable_gradient_checkpointing": "model.gradient_checkpointing",
     "actor_rollout_ref.model.use_remove_padding": "model.packing",
     "actor_rollout_ref.actor.optim.lr": "optim.lr",
@@ -305,14 +310,15 @@ PEERS: Mapping[str, Mapping[str, str]] = {"verl": VERL, "TRL": TRL, "OpenRLHF": 
 
 def our_name(key: str) -> str | None:
     """What to write for a peer's name: whole (`actor_rollout_ref.rollout.n`), from any group on
-    (`rollout.n`), or under a group of ours (`schedule.total_epochs`), with Hydra's plus signs or
+    (`rollout.n`), or under another group (`schedule.total_epochs`), with Hydra's plus signs or
     dashes. None for a name that nobody has, or that means several things."""
-    key = key.lstrip("+-~").replace("-", "_")
-    if key in _BY_ENDING:
-        return _BY_ENDING[key]
-    last = key.rpartition(".")[2]
-    telling = "_" in last or any(last in names for names in PEERS.values())
-    return _BY_ENDING.get(last) if telling else None
+    parts = key.lstrip("+-~").replace("-", "_").split(".")
+    for start in range(len(parts)):
+        ending = ".".join(parts[start:])
+        telling = start == 0 or start < len(parts) - 1 or "_" in ending
+        if ending in _BY_ENDING and (telling or any(ending in names for names in PEERS.values())):
+            return _BY_ENDING[ending]
+    return None
 
 
 def _by_ending() -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from .algorithm import MOST
 from .base import LONGEST, Settings
 from .data import TinyConfig
 
@@ -121,7 +122,7 @@ class RewardPart(Settings):
 
     use: str
     """`math`, `package.module:function`, `./file.py:function`, or an entry point of the group `emberl.rewards`."""
-    weight: float = 1.0
+    weight: float = Field(default=1.0, ge=-MOST, le=MOST)
     """How often the part counts in the score."""
     gate: str | None = None
     """Another part's name: this one counts only where that one scored above 0."""
@@ -293,8 +294,10 @@ class TrackingConfig(Settings):
     warn_after: int = Field(default=5, ge=0)
     """Steps in a row without a sign of learning (no update, equal rewards, answers all cut off, ...) after which one line
     says so, on the console and as an alert of W&B; 0: never."""
-    entropy_floor: float = Field(default=0.003, ge=0)
-    """Nats a token below which the policy is said to have collapsed."""
+    entropy_floor: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the entropy of the first step below which a policy that does not solve its problems is said to have collapsed.
+    Over eleven models and three algorithms nearly all of the gain was had by when 94 % of the entropy was gone
+    (arXiv 2505.22617); 0: never said."""
 
 
 class ClusterConfig(Settings):

@@ -38,6 +38,7 @@ def said(*overrides: str) -> str:
         ("optim.learning_rate=1e-5", "optim.lr"),
         ("eval.n_samples_per_prompt=4", "eval.samples"),
         ("algorithm.adv_estimator=grpo", "algorithm"),
+        ("reward.custom_reward_function.path=f.py", "reward.parts.answer.use"),
     ],
 )
 def test_a_peers_name_is_answered_with_ours(name: str, ours: str) -> None:

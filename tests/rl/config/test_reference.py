@@ -23,7 +23,7 @@ QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
         "data.source  text = required",
         "model.lora.targets  text or [text, ...] = all-linear  # Names of the adapted layers, e.g. [q_proj, v_proj]; "
         "`all-linear`: every linear layer but the output head",
-        "reward.parts.NAME.weight  number = 1  # How often the part counts in the score",
+        "reward.parts.NAME.weight  number (>= -1e+06, <= 1e+06) = 1  # How often the part counts in the score",
         "cluster.sleep_level  1|2 = 1",
         "kl.bound  number or null (> 0) = 10",
         "data.kinds  {name: number} = {\"chain\": 1.0}",
