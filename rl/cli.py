@@ -200,13 +200,17 @@ def plan(
 
 def show_plan(settings: Config, like: str | None = None) -> None:
     """What `--dry-run` prints: the configuration, the placement, what a file changes of its preset, and doubtful settings."""
+    from ..rollout.engines import check_engine
     from .cluster import plan_placement
     from .config.cautions import said_at_start
     from .config.likeness import describe
-    from .config.load import to_yaml
+    from .config.load import to_yaml, user_errors
     from .model_files import check_files
 
     check_files(settings)
+    if settings.rollout.engine != "vllm" or settings.rollout.servers:  # where it will run, vLLM may be installed
+        with user_errors():
+            check_engine(settings.rollout.engine, settings.rollout.engine_args, settings.rollout.servers)
     print(to_yaml(settings).rstrip())
     print("---")
     print(plan_placement(settings).describe())

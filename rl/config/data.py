@@ -23,7 +23,7 @@ def endless(source: str) -> bool:
 class DataConfig(Settings):
     """Where problems come from, and how a row becomes a prompt with a reference answer."""
 
-    source: str
+    source: str = Field(min_length=1)
     """`arithmetic` (built in), a .jsonl, .json or .parquet file, a Hub data set `owner/name` (or a local directory of
     one), or `reasoning_gym:<task>`."""
     name: str | None = None

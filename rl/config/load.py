@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
-from pydantic import ValidationError, model_validator
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, ValidationError, model_validator
 from yaml import YAMLError
 
 from .algorithm import AdvantageConfig, FilterConfig, KLConfig, LossConfig, OffPolicyConfig, check_algorithm
@@ -24,7 +24,7 @@ from .base import Settings
 from .cautions import refuse_what_cannot_train
 from .data import DataConfig, endless
 from .mistakes import explain
-from .overrides import tree_of
+from .overrides import OverrideError, merged, tree_of
 from .presets import preset
 from .reference import entries
 from .settings import (
@@ -63,9 +63,9 @@ def user_errors() -> Iterator[None]:
 class Config(Settings):
     """One experiment."""
 
-    name: str
+    name: str = Field(min_length=1, max_length=200, pattern="^[^/]*$")
     """Names the run's directory, and the run in W&B."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Fixes every draw: the data's order, sampled tokens, the weights of what is made here."""
     run_dir: str = ""
     """Where everything is written; empty: `runs/<name>`."""
@@ -181,22 +181,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The validated configuration of one YAML file with `key=value` overrides; raises `ConfigError`."""
     file = Path(path)
     if not file.is_file():
-        raise ConfigError(f"configuration file {str(path)!r} does not exist{_nearby(file)}")
+        fault = "is no file" if file.exists() else "does not exist"
+        raise ConfigError(f"configuration file {str(path)!r} {fault}{_nearby(file)}")
     try:
         loaded = OmegaConf.load(file)
         if not isinstance(loaded, DictConfig):
             raise ConfigError(f"{path}: the file must be a mapping of groups such as model, data, rollout")
-        with user_errors():
-            trees = [tree_of(override, Config) for override in overrides]
-        tree = OmegaConf.to_container(OmegaConf.merge(loaded, *trees), resolve=True)
+        tree = OmegaConf.to_container(loaded)
+        for override in overrides:
+            tree = merged(tree, tree_of(override, Config))
+        tree = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except ConfigError:
         raise
     except YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    except InterpolationResolutionError as error:
-        said = f"{path}: {' '.join(str(error).split())}"
-        raise ConfigError(f"{said}; a text with a dollar sign and a brace is written \\${{...}}") from error
-    except (OmegaConfBaseException, OSError, ValueError) as error:
+    except OverrideError as error:
+        raise ConfigError(str(error)) from error
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        said = str(error).split("\n", 1)[0]
+        hint = "; in a text write \\${ for a dollar sign and a brace" if "$" in said or "nterpolation" in said else ""
+        raise ConfigError(f"{path}: {key}{said}{hint}") from error
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     assert isinstance(tree, dict)
     return resolve({str(key): value for key, value in tree.items()})
@@ -206,13 +212,11 @@ def resolve(tree: Mapping[str, Any]) -> Config:
     """Merges a plain tree over the preset it names and validates it; raises `ConfigError`."""
     named = tree.get("algorithm", "grpo")
     try:
-        base = {} if isinstance(named, Mapping) else preset(str(named))  # a group of verl's: validation says so
+        base = preset(named) if isinstance(named, str) else {}  # what is no text, validation refuses
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(dict(base)), OmegaConf.create(dict(tree))))
-    assert isinstance(merged, dict)
     try:
-        return Config.model_validate(merged)
+        return Config.model_validate(merged(base, tree))
     except ValidationError as error:
         raise ConfigError(explain(error, Config)) from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -14,6 +14,8 @@ from .reference import entries
 
 _FIXES = {
     "string_type": "a text goes here; put it in quotes",
+    "string_too_short": "it must not be empty",
+    "string_pattern_mismatch": "it must hold no slash",
     "tuple_type": "a list goes here, e.g. [a,b]",
     "dict_type": "a mapping goes here, e.g. {{a: 1}}",
     "mapping_type": "a mapping goes here, e.g. {{a: 1}}",
@@ -32,10 +34,13 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         path = _path(item["loc"], model)
         key = ".".join(path)
         nested = isinstance(item["input"], Mapping) and len(item["input"]) > 0
-        if item["type"] == "extra_forbidden" or (nested and path and not _holds_keys(path, model)):
-            lines = list(_unknown(path, item["input"], model))
+        if item["type"] in ("missing", "too_long") and (count := _count(path, model)):
+            key = key.rstrip(".0123456789")
+            lines = [_wrong(key, list(item["input"]), f"a list of {count} values goes here")]
         elif item["type"] == "missing":
             lines = [f"{key} is required but missing; add it to the file or pass {key}=..."]
+        elif item["type"] == "extra_forbidden" or (nested and path and not _holds_keys(path, model)):
+            lines = list(_unknown(path, item["input"], model))
         else:
             lines = [_wrong(key, item["input"], _message(item, path, model))]
         problems.setdefault(key, []).extend(lines)
@@ -51,6 +56,14 @@ def _path(location: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
         if not names_a_member or part.isdigit():
             path.append(part)
     return path
+
+
+def _count(path: list[str], model: type[BaseModel]) -> int:
+    """Values of the list of a fixed length at, or around, this path; 0 where there is none."""
+    around = path[:-1] if path[-1].isdigit() else path
+    kinds = [kind for found in kinds_at(model, around) for kind in members(found)]
+    sizes = [len(get_args(kind)) for kind in kinds if get_origin(kind) is tuple and Ellipsis not in get_args(kind)]
+    return max(sizes, default=0)
 
 
 def _holds_keys(path: list[str], model: type[BaseModel]) -> bool:
@@ -79,10 +92,14 @@ def _wrong(key: str, value: Any, message: str) -> str:
     shown = repr(value)
     if len(shown) > MOST_SHOWN:
         shown = f"{shown[:MOST_SHOWN]}..."
+    if message.startswith(f"{key}.") or message.startswith(f"{key}="):
+        return message
     return f"{key}: {message}" if isinstance(value, Mapping) else f"{key}={shown}: {message}"
 
 
 def _message(item: Any, path: list[str], model: type[BaseModel]) -> str:
+    if item["type"] == "string_type" and item["input"] is None:
+        return "a text goes here, and null is none; write 'null' in quotes if that is the text"
     if fix := _FIXES.get(item["type"]):
         return fix.format(keys=", ".join(".".join([*path, name]) for name in _names(path, model)[:4]))
     message: str = item["msg"].removeprefix("Value error, ")

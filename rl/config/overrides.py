@@ -2,7 +2,7 @@
 
     data.answer_pattern=#### (.+)      the text as it stands, also with : [ {, yes or 1e3
     data.system_prompt=                the empty text
-    data.system_prompt=null            none, where a text is optional; 'null' in quotes is the text
+    data.system_prompt=null            none; 'null' in quotes is the text
     rollout.servers=[http://a:8000,b]  a list of texts
     optim.lr=1e-4  stages=[sft,rl]  data.kinds={chain: 1, solve: 2}
 
@@ -19,18 +19,17 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 
-MISSING = "???"
-"""OmegaConf's mark of a value that is not there: it would leave the file's in its place."""
+
+class OverrideError(ValueError):
+    """An override that is no `key=value`."""
 
 
 def tree_of(override: str, model: type[BaseModel]) -> dict[str, Any]:
-    """`a.b=value` as {a: {b: value}}, of the type that `model` has there; else ValueError."""
+    """`a.b=value` as {a: {b: value}}, of the type that `model` has there; else `OverrideError`."""
     key, equals, value = override.partition("=")
     path = key.split(".")
     if not equals or not all(path) or not key.strip():
-        raise ValueError(f"override {override!r} must have the form key=value, e.g. optim.lr=1e-4")
-    if value.strip() == MISSING:
-        raise ValueError(f"{override}: {MISSING} stands for a missing value in OmegaConf; give a value")
+        raise OverrideError(f"override {override!r} must have the form key=value, e.g. optim.lr=1e-4")
     tree: Any = read(value, [kind for found in kinds_at(model, path) for kind in members(found)])
     for part in reversed(path):
         tree = {part: tree}
@@ -38,17 +37,22 @@ def tree_of(override: str, model: type[BaseModel]) -> dict[str, Any]:
     return tree
 
 
+def merged(tree: Any, over: Any) -> Any:
+    """`over` where it says something, else `tree`: mappings key by key, all else as a whole."""
+    if not isinstance(tree, Mapping) or not isinstance(over, Mapping):
+        return over
+    both = {key: merged(tree[key], over[key]) for key in tree.keys() & over.keys()}
+    return {**tree, **over, **both}
+
+
 def read(value: str, kinds: Sequence[Any]) -> Any:
     """A value as its key's types want it; `kinds` is empty for a key that does not exist."""
-    optional = NoneType in kinds
     given = [kind for kind in kinds if kind is not NoneType]
     texts = [kind for kind in given if is_text(kind)]
     if given and len(texts) == len(given):
-        return None if optional and value == "null" else _unquoted(value)
+        return None if value == "null" else _unquoted(value)
     lists = [kind for kind in given if is_list_of_texts(kind)]
     if given and len(texts) + len(lists) == len(given):
-        if optional and value == "null":
-            return None
         items = _texts(value)
         return items if items is not None else (_unquoted(value) if texts else value)
     return _yaml(value)

@@ -144,7 +144,7 @@ PAPERS: Mapping[str, str] = {
 def preset(name: str) -> Tree:
     """The groups that `algorithm: name` stands for, as a tree of its own; ValueError with the nearest name if unknown."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 1, cutoff=0.4)
+        near = difflib.get_close_matches(name.lower(), PRESETS, 1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"algorithm={name!r} is no preset{hint} (known: {', '.join(PRESETS)})")
     return copy.deepcopy(dict(PRESETS[name]))

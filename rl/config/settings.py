@@ -110,6 +110,15 @@ class RolloutConfig(Settings):
     timeout: float = Field(default=1800.0, gt=0, le=LONGEST)
     """Seconds within which a step's answers must arrive; later the run ends and says which worker is late."""
 
+    @field_validator("engine_args")
+    @classmethod
+    def _sizes(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        for key in ("tensor_parallel_size", "pipeline_parallel_size"):
+            size = given.get(key, 1)
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"rollout.engine_args.{key}={size!r} must be a number of devices, 1 or more")
+        return given
+
     @property
     def cards(self) -> int:
         """Devices of one worker: an engine's tensor parallel ranks have one each."""
@@ -120,7 +129,7 @@ class RolloutConfig(Settings):
 class RewardPart(Settings):
     """One named part of the reward."""
 
-    use: str
+    use: str = Field(min_length=1)
     """`math`, `package.module:function`, `./file.py:function`, or an entry point of the group `emberl.rewards`."""
     weight: float = Field(default=1.0, ge=-MOST, le=MOST)
     """How often the part counts in the score."""
@@ -149,9 +158,14 @@ class RewardConfig(Settings):
 
     @field_validator("parts")
     @classmethod
-    def _some_weight(cls, parts: Mapping[str, RewardPart]) -> Mapping[str, RewardPart]:
+    def _parts(cls, parts: Mapping[str, RewardPart]) -> Mapping[str, RewardPart]:
         if not any(part.weight for part in parts.values()):
             raise ValueError("no part of the reward has a weight, so every score is 0; give reward.parts one")
+        for name, part in parts.items():
+            if part.gate is not None and part.gate not in parts.keys() - {name}:
+                raise ValueError(
+                    f"reward.parts.{name}.gate={part.gate} names no other part; there are {', '.join(parts)}"
+                )
         return parts
 
 

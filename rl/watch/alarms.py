@@ -190,7 +190,7 @@ def _cause_of_no_update(metrics: Metrics) -> str:
     dropped = metrics.get("training/filter_groups/dropped", 0.0)
     if dropped:
         return (
-            f"no weight has moved: all {dropped:.0f} groups have equal scores ({solved:.0f} solved by every answer, {failed:.0f} "
-            "by none); raise rollout.group_size, take problems of another difficulty, or set filter.dynamic_sampling=true"
+            f"no weight has moved: all {dropped:.0f} groups have equal scores ({solved:.0f} all above 0, {failed:.0f} all 0 or "
+            "less); raise rollout.group_size, take problems of another difficulty, or set filter.dynamic_sampling=true"
         )
     return "no weight has moved: no token had an advantage; check that answers are not empty and that rewards differ"

@@ -81,8 +81,8 @@ def test_doctor_gives_every_line_a_level() -> None:
     [
         (["--version"], f"emberl {version('emberl')}"),
         (["presets"], "topr  # arXiv 2503.14286"),
-        (["keys"], "seed  int = 0  # Fixes every draw"),
-        (["keys", "kl.coef"], "kl.coef  number (>= 0) = 0.001  # Weight of the penalty."),
+        (["keys"], "seed  int (>= 0, < 4294967296) = 0  # Fixes every draw"),
+        (["keys", "kl.coef"], "kl.coef  number (>= 0, <= 1e+06) = 0.001  # Weight of the penalty."),
     ],
 )
 def test_what_a_configuration_may_hold(arguments: list[str], line: str) -> None:

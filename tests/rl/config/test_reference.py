@@ -16,7 +16,7 @@ QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 @pytest.mark.parametrize(
     "line",
     [
-        "seed  int = 0  # Fixes every draw: the data's order, sampled tokens, the weights of what is made here",
+        "seed  int (>= 0, < 4294967296) = 0  # Fixes every draw: the data's order, sampled tokens,",
         "stages  [sft|rl, ...] = [rl]  # What is done, in this order: a cold start on worked solutions (`sft`), "
         "reinforcement learning (`rl`)",
         "optim.lr  number (> 0, <= 1) = 1e-06  # The largest learning rate",

@@ -64,7 +64,7 @@ def said(*steps: dict[str, float], **tracking: Any) -> list[tuple[int, str, str]
                 "training/filter_groups/solved_none": 4.0,
             },
             "no update",
-            "all 64 groups have equal scores (60 solved by every answer, 4 by none)",
+            "all 64 groups have equal scores (60 all above 0, 4 all 0 or less)",
         ),
         ({"training/updates": 0.0}, "no update", "no token had an advantage"),
         ({"training/cut_fraction": 1.0}, "answers all cut off", "rollout.max_response_length=512 and is cut; raise it"),
@@ -227,11 +227,11 @@ ONE_RIGHT = {"score": lambda problem, sample: float(sample == 0)}
         ),
         (
             {"score": lambda problem, sample: 0.0},
-            ["reward stuck at 0", "no update"], 0, "all 2 groups have equal scores (0 solved by every answer, 2 by none)",
+            ["reward stuck at 0", "no update"], 0, "all 2 groups have equal scores (0 all above 0, 2 all 0 or less)",
         ),
         (
             {"score": lambda problem, sample: float(problem % 2)},
-            ["no update"], 0, "all 2 groups have equal scores (1 solved by every answer, 1 by none)",
+            ["no update"], 0, "all 2 groups have equal scores (1 all above 0, 1 all 0 or less)",
         ),
         (ONE_RIGHT | {"length": LONGEST}, ["answers all cut off"], 4, "every answer reaches rollout.max_response_length=4"),
         (ONE_RIGHT | {"entropy": (0.4, 0.01)}, ["entropy collapsed"], 4, "2.5% of what it was at the start"),
