@@ -139,6 +139,8 @@ def _load(text: str, *, plain: bool = False) -> Any:
     try:
         if plain:
             return yaml.load(text, Loader=yaml.BaseLoader)
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"x={text}"]))["x"]
+        tree = OmegaConf.to_container(OmegaConf.from_dotlist([f"x={text}"]))
     except (OmegaConfBaseException, yaml.YAMLError):
         return None
+    assert isinstance(tree, dict)
+    return tree["x"]
