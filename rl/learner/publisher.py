@@ -151,7 +151,7 @@ class Publisher:
         changed = self._guess() if whole else None
         parts = [self.part(whole=whole), *others]
         if whole and self.world == 1:
-            patch = dense_patch(order.run_id, order.version, _tensors(self._old or {}))
+            patch = dense_patch(order.run_id, order.version, tensor_bytes(self._old or {}))
         else:
             patch = join(parts, None if whole else self._base, run_id=order.run_id, version=order.version)
         if not whole:
@@ -212,7 +212,7 @@ class Publisher:
     def _advance(self, patch: WeightPatch) -> Weights:
         """The whole of the new version, verified: the base of the next patch."""
         if self.world == 1:  # rank 0's own shards are the whole, and nobody writes to them any more
-            tensors = dict(_tensors(self._old or {}))
+            tensors = dict(tensor_bytes(self._old or {}))
             self._base = Weights(run_id=patch.run_id, version=patch.version, tensors=tensors, digests=patch.digests)
         else:
             base = None if patch.base_version is None else self._base
@@ -247,7 +247,7 @@ def _anchor(weights: Weights) -> WeightPatch:
     return WeightPatch(run_id=weights.run_id, version=weights.version, tensors=weights.tensors, digests=weights.digests)
 
 
-def _tensors(shards: Shards) -> Iterator[tuple[str, TensorBytes]]:
+def tensor_bytes(shards: Shards) -> Iterator[tuple[str, TensorBytes]]:
     for name, shard in shards.items():
         yield name, TensorBytes(dtype=shard.dtype, shape=shard.shape, data=shard.data)
 
@@ -274,4 +274,12 @@ def _num_elements(parts: Sequence[Parts]) -> int:
     return sum(piece.count for part in parts for piece in part.values())
 
 
-__all__ = ["SAFETENSORS_DTYPES", "Order", "Published", "Publisher", "first_row", "shards_of"]
+__all__ = [
+    "SAFETENSORS_DTYPES",
+    "Order",
+    "Published",
+    "Publisher",
+    "first_row",
+    "shards_of",
+    "tensor_bytes",
+]
