@@ -10,9 +10,11 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 
 from ..rewards.inputs import RewardInput
@@ -44,7 +46,7 @@ async def train(config: Config, model: str) -> AsyncIterator[tuple[list[Group], 
     framing = framing_ids(tokenizer)
     source = open_source(config.data, tokenizer, config.seed)
     suite = build_suite({name: part.model_dump() for name, part in config.reward.parts.items()})
-    room = {"max_num_seqs": config.rollout.max_num_seqs, "max_model_len": config.max_model_length}
+    room: Any = dict(max_num_seqs=config.rollout.max_num_seqs, max_model_len=config.max_model_length)
     engine = EmbeddedEngine(model, dtype=torch.float32, version=-1, **room)
     policy = load_policy(model)
     position = 0
@@ -63,14 +65,12 @@ async def train(config: Config, model: str) -> AsyncIterator[tuple[list[Group], 
         sampling = Sampling(max_tokens=limit, stop_token_ids=(tokenizer.eos_token_id,), seed=seed)
         requests = [(prompt, config.rollout.group_size, sampling) for prompt in prompts]
         sampled = [completion async for completion in engine.generate_all(requests)]
-
         groups = []
         for prompt in prompts:
             own = sorted((c for c in sampled if c.prompt_id == prompt.id), key=lambda c: c.sample)
             texts = [tokenizer.decode([t for t in c.token_ids if t not in framing]) for c in own]
             verdicts = suite.grade([RewardInput(completion=t, answer=prompt.answer) for t in texts])
             groups.append(Group(prompt=prompt, completions=tuple(own), verdicts=tuple(verdicts)))
-
         kept = [g for g in groups if g.has_signal or not config.filter.zero_variance]
         advantages = group_advantages([g.scores for g in kept], config.advantage)
         kept = [g.with_advantages(a) for g, a in zip(kept, advantages, strict=True)]
@@ -86,9 +86,9 @@ async def train(config: Config, model: str) -> AsyncIterator[tuple[list[Group], 
 
 def load_policy(model: str) -> Policy:
     """Sharded over a process group of one, since the optimizer knows shards only."""
-    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
     policy = Policy(AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager"))
-    mesh = dist.init_device_mesh(DEVICE.type, (1,))
+    mesh = init_device_mesh(DEVICE.type, (1,))
     shard(policy, policy.model.model.layers, mesh, torch.float32, reduce=torch.float32, keep=True)
     return policy.train()
 
@@ -97,8 +97,9 @@ def learn(optimizer: Trainable, batch: Batch, objective: Objective) -> None:
     """One optimizer step. A token's weight holds its denominator, so the passes' losses add up."""
     loss_of = token_loss(objective, batch, DEVICE)
     behaviour_T = torch.from_numpy(batch.behaviour_logp_T)
-    for row in plan_micro_batches(batch.sequence_lengths, 1, optimizer.optim.micro_batch_tokens)[0]:
-        micro = to_tensors(batch, row, DEVICE)
+    room = int(optimizer.optim.micro_batch_tokens)
+    for sequences in plan_micro_batches(batch.sequence_lengths, 1, room)[0]:
+        micro = to_tensors(batch, sequences, DEVICE)
         shift = behaviour_T[micro.index_n] if objective.on_samples else None
         optimizer.module(micro, loss_of, shift, objective.temperature)[0].backward()
     optimizer.update("actor")
