@@ -1,16 +1,14 @@
 """emberl on one page: a cold start, then GRPO (arXiv 2402.03300), in one process and without Ray.
 
-    python -m emberl.rl.minimal [key=value ...]     # a tiny model learns to think before it answers
-
 A verifier marks G answers to each prompt; those above their group's mean become more likely.
 `trainer.py` adds actors, staleness, a critic and more; a test holds the two equal, bit for bit.
+Run: python -m emberl.rl.minimal [key=value ...]
 """
 
 import asyncio
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,6 +36,7 @@ from .model_files import load_tokenizer, prepare_model
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 EASIER = ("data.kinds={chain: 1}", "data.terms=[2,4]", "sft.steps=400", "optim.lr=4e-4")
 DEVICE = torch.device("cpu")
+F32 = torch.float32
 
 
 async def train(config: Config, model: str) -> AsyncIterator[tuple[list[Group], WeightPatch]]:
@@ -46,8 +45,9 @@ async def train(config: Config, model: str) -> AsyncIterator[tuple[list[Group], 
     framing = framing_ids(tokenizer)
     source = open_source(config.data, tokenizer, config.seed)
     suite = build_suite({name: part.model_dump() for name, part in config.reward.parts.items()})
-    room: Any = dict(max_num_seqs=config.rollout.max_num_seqs, max_model_len=config.max_model_length)
-    engine = EmbeddedEngine(model, dtype=torch.float32, version=-1, **room)
+    slots = config.rollout.max_num_seqs
+    length = config.max_model_length
+    engine = EmbeddedEngine(model, max_num_seqs=slots, max_model_len=length, dtype=F32, version=-1)
     policy = load_policy(model)
     position = 0
     optimizer = Trainable(policy, config.sft_optim, config.sft.steps)
@@ -89,25 +89,24 @@ def load_policy(model: str) -> Policy:
     dist.init_process_group(init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
     policy = Policy(AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager"))
     mesh = init_device_mesh(DEVICE.type, (1,))
-    shard(policy, policy.model.model.layers, mesh, torch.float32, reduce=torch.float32, keep=True)
+    shard(policy, policy.model.model.layers, mesh, F32, reduce=F32, keep=True)
     return policy.train()
 
 
 def learn(optimizer: Trainable, batch: Batch, objective: Objective) -> None:
     """One optimizer step. A token's weight holds its denominator, so the passes' losses add up."""
     loss_of = token_loss(objective, batch, DEVICE)
-    behaviour_T = torch.from_numpy(batch.behaviour_logp_T)
     room = int(optimizer.optim.micro_batch_tokens)
     for sequences in plan_micro_batches(batch.sequence_lengths, 1, room)[0]:
         micro = to_tensors(batch, sequences, DEVICE)
-        shift = behaviour_T[micro.index_n] if objective.on_samples else None
+        shift = torch.from_numpy(batch.behaviour_logp_T)[micro.index_n]
         optimizer.module(micro, loss_of, shift, objective.temperature)[0].backward()
     optimizer.update("actor")
 
 
 def weights_of(policy: Policy, version: int) -> WeightPatch:
     """All weights and their digests, by which the engine proves what it serves."""
-    return dense_patch("page", version, tensor_bytes(shards_of(policy.model, torch.float32, 0, 1)))
+    return dense_patch("page", version, tensor_bytes(shards_of(policy.model, F32, 0, 1)))
 
 
 async def main() -> None:

@@ -10,10 +10,11 @@ from dataclasses import replace
 import ray
 
 from .engine import Engine
-from .vllm_backend.transfer import InEngines, Seat, Transfer
-from .weights.patch import Bytes, DigestMismatchError, TensorBytes, WeightPatch
+from .vllm_backend.transfer import GroupMember
+from .weights.engine_transfer import EngineTransfer
+from .weights.patch import Bytes, DigestMismatchError, TensorBytes, Transfer, WeightPatch
 from .weights.receiver import Receiver
-from .weights.transport import Notice, TransferError
+from .weights.transport import WeightUpdate, TransferError
 
 NOTHING = -1
 """The version of an engine that serves none."""
@@ -28,11 +29,11 @@ class WeightUpdates:
         """apply: what stands for the engine's own, where somebody has to know before."""
         self._engine, self._receiver, self._apply = engine, receiver, apply or engine.apply
         self._turn = asyncio.Lock()
-        self._seat = Seat()
-        self._coming: Notice | None = None
-        self._came: tuple[Notice, dict[str, float]] | None = None  # what the engine received last, and its figures
+        self._member = GroupMember()
+        self._coming: WeightUpdate | None = None
+        self._came: tuple[WeightUpdate, dict[str, float]] | None = None  # what the engine received last, and its figures
 
-    async def prepare(self, notice: Notice) -> None:
+    async def prepare(self, notice: WeightUpdate) -> None:
         if self._came is not None and _same(notice, self._came[0]):
             return
         self._coming = notice if notice.engines is not None and notice.version > self._engine.version else None
@@ -58,34 +59,34 @@ class WeightUpdates:
                 served = await self._apply(await asyncio.to_thread(self._receiver.patch, version, NOTHING))
             return self._receiver.commit(served, time.perf_counter() - start).as_dict()
 
-    async def apply(self, notice: Notice) -> dict[str, float]:
+    async def apply(self, notice: WeightUpdate) -> dict[str, float]:
         """Both, for a worker that has to catch up: without the others."""
         await self.prepare(replace(notice, engines=None))
         return await self.commit(notice.version)
 
-    async def _receive(self, notice: Notice, place: InEngines) -> dict[str, float]:
+    async def _receive(self, notice: WeightUpdate, version: EngineTransfer) -> dict[str, float]:
         """The engine's own processes receive from the learners; `TransferError` if not all workers come to that."""
         missed = False
 
-        def instead() -> Mapping[str, TensorBytes]:
+        def fallback() -> Mapping[str, TensorBytes]:
             nonlocal missed
             missed = True
             self._receiver.prepare(notice)
             return self._receiver.patch(notice.version, NOTHING).tensors
 
         start = time.perf_counter()
-        rank = await asyncio.to_thread(self._seat.come, place, getattr(self._engine, "joined", None))
+        rank = await asyncio.to_thread(self._member.join, version.broadcast, getattr(self._engine, "joined", None))
         met = time.perf_counter()
-        transfer = Transfer(place=place, rank=rank, instead=instead)
+        transfer = Transfer(version=version, rank=rank, fallback=fallback)
         served = await self._apply(
             WeightPatch(
-                run_id=notice.run_id, version=notice.version, tensors={}, digests=place.digests, transfer=transfer
+                run_id=notice.run_id, version=notice.version, tensors={}, digests=version.digests, transfer=transfer
             )
         )
         now = time.perf_counter()
         if missed:
             return self._receiver.commit(served, now - met).as_dict()
-        report = self._receiver.received(notice, place.num_bytes, now - start, now - met).as_dict()
+        report = self._receiver.received(notice, version.num_bytes, now - start, now - met).as_dict()
         self._came = notice, report
         return report
 
@@ -96,11 +97,11 @@ class WeightUpdates:
         return node(), -1 if held is None else held.version, size
 
     async def export(self) -> Bytes:
-        """What is held as the bytes of an anchor."""
+        """The bytes of an anchor of the held version."""
         return await asyncio.to_thread(self._receiver.export)
 
 
-def _same(one: Notice, other: Notice) -> bool:
+def _same(one: WeightUpdate, other: WeightUpdate) -> bool:
     return (one.sitting, one.version, one.root) == (other.sitting, other.version, other.root)
 
 

@@ -76,7 +76,9 @@ class _LogProb(torch.autograd.Function):
         for part, values in zip(chunks, torch.split(raw, [len(c) for c in chunks]), strict=True):
             collected.take(forward(job, part, usable_shift(shift, part, raw), values, buffer, keep=False))
         stats = collected.stats()
-        ctx.job, ctx.index, ctx.chunk_bytes = job, index, chunk_bytes
+        ctx.job = job
+        ctx.index = index
+        ctx.chunk_bytes = chunk_bytes
         ctx.save_for_backward(hidden, weight, bias, raw, stats.logp)
         ctx.mark_non_differentiable(stats.one_minus_p)
         ctx.set_materialize_grads(False)
@@ -122,7 +124,10 @@ class _Run:
     """One pass over a batch: what the chunks add to."""
 
     def __init__(self, job: Job, loss: TokenLoss, shift: Tensor | None, raw: Tensor) -> None:
-        self.job, self.loss, self.shift, self.raw = job, loss, shift, raw
+        self.job = job
+        self.loss = loss
+        self.shift = shift
+        self.raw = raw
         self.value = raw.new_zeros(())
         self.collected = _Collected(job, raw.dtype)
         self.metrics: dict[str, Tensor] = {}

@@ -37,7 +37,7 @@ COMPACT_BELOW = 0.75
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What stays the same over all chunks of a call. `hidden` [N, H], `targets` [N] int64 vocabulary ids."""
+    """The operands that all chunks of a call share. `hidden` [N, H], `targets` [N] int64 vocabulary ids."""
 
     hidden: Tensor
     targets: Tensor

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from ..embedded.sampling import check_request
 from ..engine import Request
 from ..samples import Completion, Prompt, Sampling
-from ..weights.broadcast import Ticket
+from ..weights.engine_transfer import BroadcastGroup
 from ..weights.patch import DigestMismatchError, WeightPatch
 from . import compat as vllm_compat
 from .process import EngineLostError, RunningLLM
@@ -130,7 +130,7 @@ class VLLMEngine:
         return self._weights.restarts
 
     @property
-    def joined(self) -> Ticket | None:
+    def joined(self) -> BroadcastGroup | None:
         """The group through which the learners can send weights into vLLM's processes."""
         return self._weights.joined
 
