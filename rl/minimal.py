@@ -1,8 +1,7 @@
-"""emberl on one page: a cold start, then GRPO (arXiv 2402.03300), in one process and without Ray.
+"""GRPO (arXiv 2402.03300) on one page and without Ray: python -m emberl.rl.minimal [key=value ...]
 
 A verifier marks G answers to each prompt; those above their group's mean become more likely.
 `trainer.py` adds actors, staleness, a critic and more; a test holds the two equal, bit for bit.
-Run: python -m emberl.rl.minimal [key=value ...]
 """
 
 import asyncio
@@ -31,7 +30,7 @@ from .learner.batching import plan_micro_batches
 from .learner.policy import Policy, to_tensors
 from .learner.publisher import shards_of, tensor_bytes
 from .learner.trainable import Trainable, shard
-from .model_files import load_tokenizer, prepare_model
+from .model_files import load_tokenizer, prepare_model, stop_tokens
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 EASIER = ("data.kinds={chain: 1}", "data.terms=[2,4]", "sft.steps=400", "optim.lr=4e-4")
@@ -43,6 +42,7 @@ async def train(config: Config, model: str) -> AsyncIterator[tuple[list[Group], 
     """Trains the model of a directory; yields each step's groups and the weights after it."""
     tokenizer = load_tokenizer(model)
     framing = framing_ids(tokenizer)
+    stop = stop_tokens(tokenizer, model)
     source = open_source(config.data, tokenizer, config.seed)
     suite = build_suite({name: part.model_dump() for name, part in config.reward.parts.items()})
     slots = config.rollout.max_num_seqs
@@ -62,7 +62,7 @@ async def train(config: Config, model: str) -> AsyncIterator[tuple[list[Group], 
         prompts = [source.train(position + i) for i in range(config.schedule.prompts_per_step)]
         position += len(prompts)
         seed = config.seed * 1_000_003 + step
-        sampling = Sampling(max_tokens=limit, stop_token_ids=(tokenizer.eos_token_id,), seed=seed)
+        sampling = Sampling(max_tokens=limit, stop_token_ids=stop, seed=seed)
         requests = [(prompt, config.rollout.group_size, sampling) for prompt in prompts]
         sampled = [completion async for completion in engine.generate_all(requests)]
         groups = []

@@ -174,8 +174,14 @@ class Config(Settings):
 
     @property
     def max_model_length(self) -> int:
-        """Tokens of the longest prompt and the longest answer together."""
-        return self.data.max_prompt_length + self.rollout.max_response_length
+        """Tokens of the longest prompt and the longest answer together, in training or evaluation."""
+        longest = self.rollout.max_response_length
+        sets = self.eval.sets.values()
+        return max(
+            self.data.max_prompt_length + longest,
+            *(s.max_prompt_length + (s.max_response_length or longest) for s in sets),
+            0,
+        )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

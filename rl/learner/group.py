@@ -13,7 +13,7 @@ from ...rollout.weights.engine_transfer import BroadcastGroup
 from ..algorithm.losses import Objective
 from ..config.load import CriticConfig, OptimConfig
 from ..groups import Batch
-from .publisher import PublishRequest, Published
+from .publisher import Published, PublishRequest
 
 PUBLISHING = "publishing"
 """The thread of an actor that publishes weights, beside the one that trains."""

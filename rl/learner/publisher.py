@@ -39,7 +39,7 @@ from ...rollout.weights.patch import (
 )
 from ...rollout.weights.stats import changed_elements
 from ...rollout.weights.tensors import dtype_name
-from ...rollout.weights.transport import Directory, ObjectStore, PatchStore, PatchRef
+from ...rollout.weights.transport import Directory, ObjectStore, PatchRef, PatchStore
 from ...rollout.weights.wire_format import pieces
 from .lora import merged_shards
 

@@ -37,7 +37,7 @@ from .flops import ModelFlops, peak_flops, speed
 from .layers import ATTENTION, replace_layers
 from .lora import inject_adapters, merged_shards
 from .policy import MicroBatchTensors, Policy, pick_attention, takes_packed, to_tensors
-from .publisher import PublishRequest, Parts, Published, Publisher, shards_of
+from .publisher import Parts, Published, Publisher, PublishRequest, shards_of
 from .shards import Shards
 from .trainable import Trainable, shard
 

@@ -19,10 +19,10 @@ import ray
 from ...rollout.actors import cause
 from ...rollout.pool import RolloutPool
 from ...rollout.weights.engine_transfer import Broadcast, BroadcastGroup
-from ...rollout.weights.transport import Directory, WeightUpdate, PatchRef, list_patches
+from ...rollout.weights.transport import Directory, PatchRef, WeightUpdate, list_patches
 from ..config.load import SyncConfig
 from ..learner.group import LearnerGroup
-from ..learner.publisher import PublishRequest, Published
+from ..learner.publisher import Published, PublishRequest
 
 Mode = Literal["dense", "patch"]
 Transport = Literal["object_store", "collective", "directory"]

@@ -6,7 +6,7 @@ Everything here happens in one turn after the other (`VLLMEngine` holds the lock
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -29,8 +29,8 @@ class Requests(Protocol):
     sent: dict[str, LiveSample]
     """By request id, those that vLLM has."""
 
-    def count(self, request_id: str, tokens: int) -> None:
-        """So many more tokens have come."""
+    def count(self, request_id: str, token_ids: Sequence[int]) -> None:
+        """These tokens have come."""
         ...
 
     async def fail(self, error: Exception) -> None:

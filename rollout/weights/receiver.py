@@ -18,7 +18,7 @@ import numpy as np
 
 from .apply import commit, prepare
 from .patch import Bytes, CorruptPatchError, DigestMismatchError, VersionError, WeightPatch, Weights, dense_patch
-from .transport import FetchContext, WeightUpdate, PatchRef, TransferError
+from .transport import FetchContext, PatchRef, TransferError, WeightUpdate
 from .wire_format import from_bytes, pieces
 
 RECOVERABLE = (CorruptPatchError, DigestMismatchError, VersionError, TransferError, ValueError)

@@ -158,7 +158,7 @@ LINKS = {
 }
 REWARD = """
 import zlib
-from emberl.rewards.plugins.styles import reward
+from emberl.rewards import reward
 @reward
 def noise(row):
     return zlib.crc32(row.completion.encode()) % 2

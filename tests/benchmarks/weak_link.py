@@ -115,7 +115,7 @@ def learner(settings: dict[str, Any]) -> None:
     from emberl.rollout.weights.diff import encode
     from emberl.rollout.weights.patch import TensorBytes, Weights, dense_patch
     from emberl.rollout.weights.tensors import checkpoint_tensors
-    from emberl.rollout.weights.transport import WeightUpdate, PatchRef
+    from emberl.rollout.weights.transport import PatchRef, WeightUpdate
     from emberl.rollout.weights.wire_format import pieces
 
     torch.set_num_threads(1)
@@ -164,9 +164,9 @@ async def worker(settings: dict[str, Any]) -> None:
     import torch
     from emberl.rollout.embedded.engine import EmbeddedEngine
     from emberl.rollout.samples import Prompt, Sampling
-    from emberl.rollout.updates import WeightUpdates
     from emberl.rollout.weights.receiver import Receiver
     from emberl.rollout.weights.transport import FetchContext
+    from emberl.rollout.worker import WeightUpdates
 
     torch.set_num_threads(1)
     engine = EmbeddedEngine(

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from emberl.rl.config.load import SyncConfig
-from emberl.rl.learner.publisher import PublishRequest, Published
+from emberl.rl.learner.publisher import Published, PublishRequest
 from emberl.rl.weights.sync import Measured, WeightSync, choose, choose_transport
 from emberl.rollout.weights.engine_transfer import BroadcastGroup
-from emberl.rollout.weights.transport import WeightUpdate, PatchRef
+from emberl.rollout.weights.transport import PatchRef, WeightUpdate
 
 MB = 1e6
 

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 from emberl.kernels import platform
-from emberl.rollout.updates import WeightUpdates
 from emberl.rollout.vllm_backend import compat as vllm_compat
 from emberl.rollout.vllm_backend import transfer as native
 from emberl.rollout.vllm_backend.transfer import GroupMember, Rendezvous, Sender
 from emberl.rollout.weights.engine_transfer import Broadcast, BroadcastGroup, EngineTransfer
 from emberl.rollout.weights.patch import TensorBytes, WeightPatch, dense_patch, verify
 from emberl.rollout.weights.receiver import Receiver
-from emberl.rollout.weights.transport import Directory, FetchContext, WeightUpdate, TransferError
+from emberl.rollout.weights.transport import Directory, FetchContext, TransferError, WeightUpdate
 from emberl.rollout.weights.wire_format import pieces
+from emberl.rollout.worker import WeightUpdates
 
 WAIT = 10.0
 
@@ -139,7 +139,9 @@ def test_a_worker_serves_the_version_whatever_becomes_of_the_broadcast(
         whole = patch(number)
         anchor = Directory(tmp_path).put(number, None, pieces(whole))
         place = learner.place(number, timeout=0.3 if case == "never sent" else WAIT)
-        notice = WeightUpdate(run_id="run", sitting=0, version=number, root=whole.root, anchors=(anchor,), engines=place)
+        notice = WeightUpdate(
+            run_id="run", sitting=0, version=number, root=whole.root, anchors=(anchor,), engines=place
+        )
 
         async def scenario(notice: WeightUpdate = notice, place: EngineTransfer = place) -> dict[str, float]:
             await worker.prepare(notice)

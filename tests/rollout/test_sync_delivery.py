@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from emberl.rollout.actors import ActorLostError
-from emberl.rollout.delivery import WorkerLostError, call, catch_up
+from emberl.rollout.actors import ActorLostError, WorkerLostError, call, catch_up
 from emberl.rollout.weights.transport import (
     Directory,
+    FetchContext,
     FileSource,
     ObjectStoreSource,
-    FetchContext,
-    WeightUpdate,
     PatchRef,
     TokenBucket,
     TransferError,
+    WeightUpdate,
 )
 
 

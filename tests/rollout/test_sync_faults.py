@@ -26,7 +26,7 @@ from emberl.rollout.weights.patch import (
     verify,
 )
 from emberl.rollout.weights.receiver import Receiver, UnrecoverableError
-from emberl.rollout.weights.transport import FetchContext, WeightUpdate, PatchRef, TransferError
+from emberl.rollout.weights.transport import FetchContext, PatchRef, TransferError, WeightUpdate
 from emberl.rollout.weights.wire_format import pieces
 from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st

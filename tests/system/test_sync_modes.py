@@ -15,7 +15,7 @@ SHORT = ("sft.steps=20", "schedule.steps=3", "model.dtype=bfloat16", "optim.lr=1
 RECORDER = """\
 import json
 from pathlib import Path
-from emberl.rewards.plugins.styles import reward
+from emberl.rewards import reward
 
 @reward
 def streams(row):

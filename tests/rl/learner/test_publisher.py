@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from emberl.rl.learner.publisher import PublishRequest, Published, Publisher, first_row, shards_of
+from emberl.rl.learner.publisher import Published, Publisher, PublishRequest, first_row, shards_of
 from emberl.rollout.vllm_backend import transfer as native
 from emberl.rollout.vllm_backend.transfer import GroupMember
 from emberl.rollout.weights.diff import Shard
 from emberl.rollout.weights.engine_transfer import Broadcast
 from emberl.rollout.weights.receiver import Receiver
-from emberl.rollout.weights.transport import FileSource, FetchContext, WeightUpdate
+from emberl.rollout.weights.transport import FetchContext, FileSource, WeightUpdate
 from torch import nn
 
 SHAPES = {"up": (5, 300), "norm": (3,), "one": (1, 8), "none": (0, 4)}
@@ -60,7 +60,9 @@ def ranks(world: int) -> list[Publisher]:
 def notice(found: Published) -> WeightUpdate:
     patches = () if found.patch is None else (found.patch,)
     anchors = () if found.anchor is None else (found.anchor,)
-    return WeightUpdate(run_id="run", sitting=0, version=found.version, root=found.root, patches=patches, anchors=anchors)
+    return WeightUpdate(
+        run_id="run", sitting=0, version=found.version, root=found.root, patches=patches, anchors=anchors
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -113,7 +115,9 @@ def test_a_thousand_versions_in_a_chain(tmp_path: Path) -> None:
         for rank, publisher in enumerate(publishers):
             data = values[2 * rank : 2 * rank + 2].copy().reshape(-1).view(np.uint8)
             publisher.take({"w": Shard(dtype="BF16", shape=(4, 60), start=120 * rank, data=data)})
-        order = PublishRequest(run_id="run", version=version, patch=version > 0, anchor=version == 0, directory=str(tmp_path))
+        order = PublishRequest(
+            run_id="run", version=version, patch=version > 0, anchor=version == 0, directory=str(tmp_path)
+        )
         found = publishers[0].publish(order, [publishers[1].part(whole=version == 0)])
         first = first or found.anchor
         patches += [found.patch] if found.patch is not None else []
