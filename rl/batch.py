@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from random import Random
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +15,12 @@ from ..rollout.samples import Completion
 from .algorithm.advantages import batch_advantages, kl_estimate, token_rewards
 from .algorithm.aggregation import token_weights
 from .config.algorithm import AdvantageConfig, KLConfig, LossConfig
+from .config.load import Config, ConfigError, user_errors
+from .data.sources import PromptSource
+from .data.templates import end_token, supervised_ids
 from .groups import Batch, Group
+
+_WORK = re.compile(r"(?<=<think>).*(?=</think>)", re.DOTALL)
 
 
 def make_batch(
@@ -153,6 +161,35 @@ def _live(batch: Batch, counts_tokens: bool) -> Batch:
 def _sequences(batch: Batch) -> int:
     """Sequences with a loss token."""
     return len(np.unique(batch.sequence_ids_T[batch.loss_mask_T]))
+
+
+def demonstrations(source: PromptSource, tokenizer: Any, config: Config, position: int) -> Batch:
+    """The worked solutions of the `sft.batch_size` problems from `position` on, as a batch.
+
+    Raises:
+        ConfigError: the source has no solution to one of them, or the tokenizer no end token.
+    """
+    with user_errors():
+        end = end_token(tokenizer)
+    examples = []
+    for i in range(position, position + config.sft.batch_size):
+        prompt = source.train(i)
+        solution = source.solution(prompt)
+        if solution is None:
+            raise ConfigError(
+                f"stages has sft, but problem {prompt.id} of data.source={config.data.source!r} has no "
+                "worked solution; set data.solution_column, or leave sft out of stages"
+            )
+        shown = demonstration(solution, i, config.sft.direct)
+        examples.append((supervised_ids(prompt, shown, tokenizer, end), len(prompt.token_ids)))
+    return sft_batch(examples)
+
+
+def demonstration(solution: str, position: int, direct: float) -> str:
+    """The solution as it is shown: a share `direct` of all positions has an empty `<think></think>`."""
+    # a stream of its own: a problem must not tell whether its work is shown
+    draw = Random(f"demonstration {position}").random()
+    return _WORK.sub("", solution) if draw < direct else solution
 
 
 def sft_batch(examples: Sequence[tuple[Sequence[int], int]]) -> Batch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 import uuid
@@ -10,7 +9,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from random import Random
 from typing import Any
 
 from ..rewards.suite import RewardSuite, build_suite
@@ -18,7 +16,7 @@ from ..rollout.actors import ActorLostError
 from ..rollout.engine import check_engine
 from ..rollout.vllm_backend.compat import transfer_backend
 from .algorithm.losses import Objective
-from .batch import sft_batch
+from .batch import demonstrations
 from .checkpoints import (
     PROGRESS,
     SETTINGS,
@@ -34,7 +32,6 @@ from .config.cautions import cautions, said_at_start
 from .config.load import Config, ConfigError, user_errors, with_steps
 from .data.sources import PromptSource, check_data, open_source
 from .data.table import TableSource
-from .data.templates import end_token, supervised_ids
 from .environments import episodes_of, load_environment
 from .eval_sets import check_eval_sets, open_eval_sets
 from .model_files import check_adapters, check_model, load_tokenizer, prepare_model, stop_tokens
@@ -42,8 +39,6 @@ from .run import Interrupted, Run, reward_input, stop_on_signal
 from .trainer import train_rl
 from .watch.tracking import Tracker, make_console
 from .weights.sync import WeightSync
-
-_WORK = re.compile(r"(?<=<think>).*(?=</think>)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,24 +192,12 @@ def finish(run: Run) -> None:
 def train_sft(run: Run) -> None:
     """The cold start: supervised steps on worked solutions, each problem once."""
     config = run.config.sft
-    with user_errors():
-        end = end_token(run.tokenizer)
     run.tracker.begin("sft", run.progress.step, config.steps)
     while run.progress.step < config.steps:
         run.stop_if_asked()
         position = run.progress.position
-        examples = []
-        for i in range(position, position + config.batch_size):
-            prompt = run.source.train(i)
-            solution = run.source.solution(prompt)
-            if solution is None:
-                raise ConfigError(
-                    f"stages has sft, but problem {prompt.id} of data.source={run.config.data.source!r} has no worked solution; "
-                    "set data.solution_column, or leave sft out of stages"
-                )
-            shown = demonstration(solution, i, config.direct)
-            examples.append((supervised_ids(prompt, shown, run.tokenizer, end), len(prompt.token_ids)))
-        metrics = run.learners.step(sft_batch(examples), Objective.sft())
+        batch = demonstrations(run.source, run.tokenizer, run.config, position)
+        metrics = run.learners.step(batch, Objective.sft())
         run.progress = run.progress.advance(step=run.progress.step + 1, position=position + config.batch_size)
         run.tracker.log(
             run.progress.step,
@@ -222,12 +205,6 @@ def train_sft(run: Run) -> None:
             show={"loss": f"{metrics['actor/loss']:.3f}"},
         )
     run.save()
-
-
-def demonstration(solution: str, position: int, direct: float) -> str:
-    """The solution as it is shown: a share `direct` of all positions gets an empty `<think></think>` and the answer."""
-    draw = Random(f"demonstration {position}").random()  # of a stream of its own: what a problem is must not tell
-    return _WORK.sub("", solution) if draw < direct else solution
 
 
 def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> RewardSuite:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from .weights.transport import InStore, Notice, Parcel
+from .weights.transport import ObjectStoreSource, PatchRef, WeightUpdate
 
 T = TypeVar("T")
 
@@ -80,7 +80,9 @@ async def call(work: Awaitable[T], *, who: str, what: str, timeout: float) -> T:
         raise ActorLostError(f"{who} failed in {what!r}: {cause(error)}") from error
 
 
-async def catch_up(worker: Any, notice: Notice, peers: Sequence[Any], *, who: str, timeout: float) -> dict[str, float]:
+async def catch_up(
+    worker: Any, notice: WeightUpdate, peers: Sequence[Any], *, who: str, timeout: float
+) -> dict[str, float]:
     """Brings a worker that holds nothing to what the notice announces: from a peer on its node, if one holds that,
     else from the nearest anchor and the patches after it."""
     anchor = await _from_peer(worker, notice, peers, timeout)
@@ -88,7 +90,7 @@ async def catch_up(worker: Any, notice: Notice, peers: Sequence[Any], *, who: st
     return await call(worker.apply.remote(known), who=who, what="catch up", timeout=timeout)
 
 
-async def _from_peer(worker: Any, notice: Notice, peers: Sequence[Any], timeout: float) -> Parcel | None:
+async def _from_peer(worker: Any, notice: WeightUpdate, peers: Sequence[Any], timeout: float) -> PatchRef | None:
     """The anchor that a peer makes of what it holds; None where none on the worker's node can."""
     node, _, _ = await call(worker.offer.remote(), who="the new worker", what="offer", timeout=timeout)
     for peer in peers:
@@ -97,6 +99,6 @@ async def _from_peer(worker: Any, notice: Notice, peers: Sequence[Any], timeout:
         except ActorLostError:  # it may be what is lost next; the learners' own anchor remains
             continue
         if there == node and 0 <= version <= notice.version:
-            place = InStore(reference=peer.export.remote())
-            return Parcel(version=version, base_version=None, size=size, places=(place,))
+            place = ObjectStoreSource(reference=peer.export.remote())
+            return PatchRef(version=version, base_version=None, size=size, places=(place,))
     return None

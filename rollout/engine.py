@@ -18,9 +18,9 @@ from ..kernels import platform
 from .model_directory import model_directory
 from .samples import Completion, Prompt, Sampling
 from .vllm_backend import compat as vllm_compat
-from .weights.broadcast import Ticket
+from .weights.engine_transfer import BroadcastGroup
 from .weights.patch import WeightPatch
-from .weights.transport import Link, TokenBucket
+from .weights.transport import FetchContext, TokenBucket
 
 Request = tuple[Prompt, int, Sampling]
 """A prompt, how many samples of it, and how they are drawn."""
@@ -38,7 +38,7 @@ class Engine(Protocol):
         ...
 
     @property
-    def joined(self) -> Ticket | None:
+    def joined(self) -> BroadcastGroup | None:
         """The group through which the learners can send weights into the engine's own processes; None where there is none."""
         ...
 
@@ -135,9 +135,11 @@ class WorkerSpec:
     rate_limit: float | None = None
     """As in `sync.rate_limit`."""
 
-    def link(self) -> Link:
+    def link(self) -> FetchContext:
         """The worker's end of the way that weights take."""
-        return Link(timeout=self.timeout, bucket=None if self.rate_limit is None else TokenBucket(self.rate_limit))
+        return FetchContext(
+            timeout=self.timeout, bucket=None if self.rate_limit is None else TokenBucket(self.rate_limit)
+        )
 
 
 def check_engine(engine: str, engine_args: Mapping[str, Any], servers: Sequence[str] = ()) -> None:

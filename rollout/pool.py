@@ -20,7 +20,7 @@ from .actors import LOST, ActorLostError, WorkerLostError, call, catch_up, cause
 from .environments import Episodes
 from .jobs import Job, Outcome, WorkerState
 from .samples import Completion, Prompt, Sampling
-from .weights.transport import Notice
+from .weights.transport import WeightUpdate
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ class RolloutPool:
         """Where an environment answers the model: the loop over turns."""
         self._between: set[Job] = set()  # groups that no worker has and that are to have another turn, or may have one
         self._next: list[Job] = []  # of these, those whose environments have answered
-        self._latest: Notice | None = None
+        self._latest: WeightUpdate | None = None
         self.served = -1
         """The version that every worker serves at least."""
         self.on_served: Callable[[], None] = lambda: None
@@ -90,12 +90,12 @@ class RolloutPool:
         """Ends these groups, of which nothing more will be delivered; returns at once."""
         self._loop.call_soon_threadsafe(self._cut, list(jobs))
 
-    def apply(self, notice: Notice) -> list[dict[str, float]]:
+    def apply(self, notice: WeightUpdate) -> list[dict[str, float]]:
         """Has every worker serve the version that is announced: all prepare it while they decode, then all commit. Returns
         the figures of each (`receiver.Report`), with the version that it serves."""
         return self._call(self._apply_all(notice, self._sync_timeout))
 
-    def apply_later(self, notice: Notice) -> None:
+    def apply_later(self, notice: WeightUpdate) -> None:
         """As `apply`, but returns at once: each worker serves the new version when it has finished what it decodes, and
         begins nothing before. What fails is raised by whatever is asked for next."""
 
@@ -311,7 +311,7 @@ class RolloutPool:
                     continue
                 seat.worker, seat.up = fresh, True
 
-    async def _apply_all(self, notice: Notice, timeout: float) -> list[dict[str, float]]:
+    async def _apply_all(self, notice: WeightUpdate, timeout: float) -> list[dict[str, float]]:
         self._latest = notice
         seats = range(len(self._seats))
         await asyncio.gather(*(self._ask(i, "prepare", notice, self._sync_timeout) for i in seats))

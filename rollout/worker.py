@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from ..kernels import platform
 from .engine import Engine, InFlight, Request, WorkerSpec, make_engine
 from .samples import Completion
-from .vllm_backend.transfer import InEngines, Seat, Transfer
-from .weights.patch import Bytes, DigestMismatchError, TensorBytes, WeightPatch
+from .vllm_backend.transfer import GroupMember
+from .weights.engine_transfer import EngineTransfer
+from .weights.patch import Bytes, DigestMismatchError, TensorBytes, Transfer, WeightPatch
 from .weights.receiver import Receiver
-from .weights.transport import Notice, TransferError
+from .weights.transport import TransferError, WeightUpdate
 
 Finished = list[tuple[int, tuple[Completion, ...]]]
 """Prompts (by their index in the request) whose samples are all there, each with its completions in sample order."""
@@ -59,7 +60,7 @@ class RolloutWorker:
         """Ends these groups; returns what they had."""
         return await self.service.cut(prompt_ids)
 
-    async def prepare(self, notice: Notice) -> None:
+    async def prepare(self, notice: WeightUpdate) -> None:
         """Makes a version ready while the old one is decoded with; raises if no bytes that can be had are the learners'."""
         await self.updates.prepare(notice)
 
@@ -67,7 +68,7 @@ class RolloutWorker:
         """Serves what was prepared; the figures of it (`receiver.Report`), with the version that is served from now on."""
         return await self.updates.commit(version)
 
-    async def apply(self, notice: Notice) -> dict[str, float]:
+    async def apply(self, notice: WeightUpdate) -> dict[str, float]:
         """Both at once, for a worker that was restarted or joins late."""
         return await self.updates.apply(notice)
 
@@ -213,28 +214,30 @@ class WeightUpdates:
         """apply: what stands for the engine's own, where somebody has to know before."""
         self._engine, self._receiver, self._apply = engine, receiver, apply or engine.apply
         self._turn = asyncio.Lock()
-        self._seat = Seat()
-        self._coming: Notice | None = None
-        self._came: tuple[Notice, dict[str, float]] | None = None  # what the engine received last, and its figures
+        self._member = GroupMember()
+        self._pending: WeightUpdate | None = None
+        self._last_received: tuple[WeightUpdate, dict[str, float]] | None = (
+            None  # what the engine received last, and its figures
+        )
 
-    async def prepare(self, notice: Notice) -> None:
-        if self._came is not None and _same(notice, self._came[0]):
+    async def prepare(self, notice: WeightUpdate) -> None:
+        if self._last_received is not None and _same(notice, self._last_received[0]):
             return
-        self._coming = notice if notice.engines is not None and notice.version > self._engine.version else None
-        if self._coming is None:
+        self._pending = notice if notice.engines is not None and notice.version > self._engine.version else None
+        if self._pending is None:
             await asyncio.to_thread(self._receiver.prepare, notice)
 
     async def commit(self, version: int) -> dict[str, float]:
         """Serves what was prepared, of at least this version; what the update cost (`Report`)."""
         async with self._turn:
-            notice, self._coming = self._coming, None
+            notice, self._pending = self._pending, None
             if notice is not None and notice.engines is not None:
                 try:
                     return await self._receive(notice, notice.engines)
                 except TransferError:  # nothing has begun
                     await asyncio.to_thread(self._receiver.prepare, notice)
-            if self._came is not None and self._came[0].version == version == self._engine.version:
-                return self._came[1]
+            if self._last_received is not None and self._last_received[0].version == version == self._engine.version:
+                return self._last_received[1]
             patch = await asyncio.to_thread(self._receiver.patch, version, self._engine.version)
             start = time.perf_counter()
             try:
@@ -243,35 +246,35 @@ class WeightUpdates:
                 served = await self._apply(await asyncio.to_thread(self._receiver.patch, version, NOTHING))
             return self._receiver.commit(served, time.perf_counter() - start).as_dict()
 
-    async def apply(self, notice: Notice) -> dict[str, float]:
+    async def apply(self, notice: WeightUpdate) -> dict[str, float]:
         """Both, for a worker that has to catch up: without the others."""
         await self.prepare(replace(notice, engines=None))
         return await self.commit(notice.version)
 
-    async def _receive(self, notice: Notice, place: InEngines) -> dict[str, float]:
+    async def _receive(self, notice: WeightUpdate, version: EngineTransfer) -> dict[str, float]:
         """The engine's own processes receive from the learners; `TransferError` if not all workers come to that."""
         missed = False
 
-        def instead() -> Mapping[str, TensorBytes]:
+        def fallback() -> Mapping[str, TensorBytes]:
             nonlocal missed
             missed = True
             self._receiver.prepare(notice)
             return self._receiver.patch(notice.version, NOTHING).tensors
 
         start = time.perf_counter()
-        rank = await asyncio.to_thread(self._seat.come, place, self._engine.joined)
+        rank = await asyncio.to_thread(self._member.join, version.broadcast, self._engine.joined)
         met = time.perf_counter()
-        transfer = Transfer(place=place, rank=rank, instead=instead)
+        transfer = Transfer(version=version, rank=rank, fallback=fallback)
         served = await self._apply(
             WeightPatch(
-                run_id=notice.run_id, version=notice.version, tensors={}, digests=place.digests, transfer=transfer
+                run_id=notice.run_id, version=notice.version, tensors={}, digests=version.digests, transfer=transfer
             )
         )
         now = time.perf_counter()
         if missed:
             return self._receiver.commit(served, now - met).as_dict()
-        report = self._receiver.received(notice, place.num_bytes, now - start, now - met).as_dict()
-        self._came = notice, report
+        report = self._receiver.received(notice, version.num_bytes, now - start, now - met).as_dict()
+        self._last_received = (notice, report)
         return report
 
     def offer(self) -> tuple[str, int, int]:
@@ -281,11 +284,11 @@ class WeightUpdates:
         return node(), -1 if held is None else held.version, size
 
     async def export(self) -> Bytes:
-        """What is held as the bytes of an anchor."""
+        """The bytes of an anchor of the held version."""
         return await asyncio.to_thread(self._receiver.export)
 
 
-def _same(one: Notice, other: Notice) -> bool:
+def _same(one: WeightUpdate, other: WeightUpdate) -> bool:
     return (one.sitting, one.version, one.root) == (other.sitting, other.version, other.root)
 
 

@@ -297,9 +297,10 @@ class SyncConfig(Settings):
     """`dense`: whole weights; `patch`: what changed since the last version, bit for bit the same result. `auto`: whichever
     takes less time at the bandwidth and the share of changed weights that are measured; a change is logged with its reason."""
     transport: Literal["auto", "object_store", "collective", "directory"] = "auto"
-    """How the bytes travel. `object_store`: Ray's, with one copy a node. `collective`: a broadcast over the devices' fabric; of
-    whole weights into vLLM's own processes, where rollout.engine_args.weight_transfer_config names vLLM's engine for that.
-    `directory`: files in `sync.directory`. `auto`: the object store, or the collective where cards measure it to be faster."""
+    """How the bytes travel. `object_store`: Ray's, with one copy a node. `collective`: whole weights go from the learners
+    into vLLM's own processes, over the devices' fabric; rollout.engine_args.weight_transfer_config must name vLLM's engine
+    for that. `directory`: files in `sync.directory`. `auto`: the object store, or the collective where that is configured
+    and cards measure it to be faster."""
     directory: str | None = None
     """A directory that the learners and all workers see, for transport=directory; empty: `sync` in the run's."""
     anchor_every: int = Field(default=50, ge=1)

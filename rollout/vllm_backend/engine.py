@@ -39,7 +39,7 @@ from ..embedded.sampling import check_request
 from ..engine import Request
 from ..samples import Completion, Prompt, Sampling
 from ..stops import StopStrings
-from ..weights.broadcast import Ticket
+from ..weights.engine_transfer import BroadcastGroup
 from ..weights.patch import DigestMismatchError, WeightPatch
 from . import compat as vllm_compat
 from .process import EngineLostError, RunningLLM
@@ -135,7 +135,7 @@ class VLLMEngine:
         return self._weights.restarts
 
     @property
-    def joined(self) -> Ticket | None:
+    def joined(self) -> BroadcastGroup | None:
         """The group through which the learners can send weights into vLLM's processes."""
         return self._weights.joined
 
