@@ -16,6 +16,7 @@ BUILT_IN = {
     "math": ".math_answers.reward:MathReward",
     "code": ".code_tests.reward:CodeReward",
     "gym": ".gym:GymReward",
+    "environment": ".episode:EnvironmentReward",
     "judge": ".judge_model:JudgeReward",
     "format": ".shaping:FormatReward",
     "language": ".shaping:LanguageReward",

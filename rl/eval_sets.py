@@ -144,13 +144,9 @@ def _cut(prompts: Sequence[Prompt], size: int | None, key: str, what: str, tell:
 
 def _sampling(config: Config, own: EvalSetConfig | None) -> dict[str, Any]:
     """Fields of `Sampling` in an evaluation: those of `eval`, then the set's own where it has any."""
-    found: dict[str, Any] = {
-        "temperature": config.eval.temperature,
-        "top_p": 1.0,
-        "top_k": 0,
-        "seed": config.seed,
-    }
+    found = {"temperature": config.eval.temperature, **config.eval.cuts, "seed": config.seed}
     if own is not None:
-        names = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "max_response_length": "max_tokens"}
+        names = {"temperature": "temperature", "max_response_length": "max_tokens"}
+        names |= {name: name for name in config.eval.cuts}
         found |= {field: value for key, field in names.items() if (value := getattr(own, key)) is not None}
     return found

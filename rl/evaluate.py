@@ -82,7 +82,7 @@ def evaluate(run: Run) -> Evaluation:
     for problems in run.eval_sets:
         sampling = problems.sampled(run.sampling(0))
         groups = run.sample_groups(problems.prompts, problems.samples, sampling, problems.suite)
-        texts = [[run.text(c) for c in group.completions] for group in groups]
+        texts = [[run.text(group.prompt, c) for c in group.completions] for group in groups]
         result = summarise(groups, texts, by_reward(problems.suite), problems.name)
         problems.suite.metrics()  # a training step's figures of the reward are to be its own
         metrics |= result.metrics
@@ -96,9 +96,7 @@ def evaluate(run: Run) -> Evaluation:
         metrics["val-core/reward"] = float(np.mean([r.reward for r in results]))
     run.tracker.log(step, metrics, "eval", show)
     run.tracker.samples(step, rows)
-    return Evaluation(
-        accuracy=metrics["val-core/accuracy"], reward=metrics["val-core/reward"], metrics=metrics
-    )
+    return Evaluation(accuracy=metrics["val-core/accuracy"], reward=metrics["val-core/reward"], metrics=metrics)
 
 
 def _line(name: str, result: Evaluation) -> dict[str, str]:
@@ -136,7 +134,7 @@ def summarise(
             metrics[f"val-aux/{kind}/accuracy"] = float(np.mean(members_right))
         metrics |= {"val-core/accuracy": accuracy, "val-core/reward": reward}
     metrics[f"{place}/verifier_errors"] = float(sum(not v.trains for group in groups for v in group.verdicts))
-    lengths = [len(c) for group in groups for c in group.completions]
+    lengths = [c.num_sampled for group in groups for c in group.completions]
     metrics[f"{place}/response_length/mean"] = float(np.mean(lengths))
     return Evaluation(accuracy=accuracy, reward=reward, metrics=metrics)
 

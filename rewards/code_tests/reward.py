@@ -208,7 +208,7 @@ class CodeReward(Reward):
         return verdict(Status.OVER_LIMIT if result.over_limit else Status.WRONG, 0.0, result.message)
 
     def _tested(self, plan: Plan, program: Program) -> Result:
-        """A killed mother process costs a second try, not the sample."""
+        """A killed fork server costs a second try, not the sample."""
         if isinstance(plan, ProgramPlan):
             return self._run_program(plan, program)
         action: Callable[[], Result]
