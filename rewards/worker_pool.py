@@ -71,7 +71,9 @@ class WorkerPool:
         self.broken = ""
         """Why workers cannot start, once that is known."""
 
-    def run(self, tasks: Sequence[Any], timeout: float, deadline: float | None = None) -> list[Answer]:
+    def run(
+        self, tasks: Sequence[Any], timeout: float, deadline: float | None = None
+    ) -> list[Answer]:
         """One answer per task, in order.
 
         `timeout`: seconds of its own time for one task; `deadline`: seconds on the wall for all of
@@ -131,7 +133,9 @@ class WorkerPool:
             self._give_back(worker)
             self._slots.release()
 
-    def _answer(self, batch: _Batch, task: Any, worker: WorkerProcess | None) -> tuple[Answer, WorkerProcess | None]:
+    def _answer(
+        self, batch: _Batch, task: Any, worker: WorkerProcess | None
+    ) -> tuple[Answer, WorkerProcess | None]:
         """The answer, and the worker if it can take another task. A worker that ends under a task
         is replaced, and the task asked again, unless it seems to be the task's doing."""
         start = time.monotonic()

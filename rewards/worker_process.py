@@ -71,7 +71,9 @@ class WorkerProcess:
 
     Raises WorkerLost where the process ends or does not keep to the protocol."""
 
-    def __init__(self, setup: Mapping[str, Any], environment: Mapping[str, str] | None, output: bool) -> None:
+    def __init__(
+        self, setup: Mapping[str, Any], environment: Mapping[str, str] | None, output: bool
+    ) -> None:
         self.socket, theirs = socket.socketpair()
         self.ready, self.served, self.stopped = False, 0, False
         self._buffer = bytearray()
@@ -236,11 +238,17 @@ def main(descriptor: int) -> None:
             resource.setrlimit(resource.RLIMIT_AS, (setup["memory_bytes"], setup["memory_bytes"]))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         module, _, name = setup["target"].partition(":")
-        serve: Callable[[Any], Any] = getattr(importlib.import_module(module), name)(**setup["arguments"])
-    except BaseException as error:  # whatever a plugin's import does, the other side must hear of it
+        serve: Callable[[Any], Any] = getattr(importlib.import_module(module), name)(
+            **setup["arguments"]
+        )
+    except (
+        BaseException
+    ) as error:  # whatever a plugin's import does, the other side must hear of it
         _reply(channel, {"error": describe(error)})
         os._exit(1)
-    os.register_at_fork(after_in_child=channel.close)  # a child of a plugin's must not answer in our place
+    os.register_at_fork(
+        after_in_child=channel.close
+    )  # a child of a plugin's must not answer in our place
     _reply(channel, {"ready": True})
     while True:
         request = _receive(channel)
@@ -296,4 +304,6 @@ def _limit_processor(timeout: float) -> None:
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     soft = math.ceil(used + timeout) + CPU_SLACK
-    resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard)
+    )

@@ -230,12 +230,7 @@ def _config(backend: str, view: View, preload: Sequence[str], folder: str) -> di
     scratch = f"{folder}/scratch" if folder else "/tmp"
     isolated = backend in WITH_NAMESPACES
     flags = ["-O2", "-std=gnu++17", "-static", "-pipe", "-w", "-x", "c++", "-", "-o"]
-    names = {
-        "child": "child.py",
-        "namespaces": "namespaces.py",
-        "child_runner": "child_runner.py",
-        "landlock": "landlock.py",
-    }
+    names = {"child": "child.py", "namespaces": "namespaces.py", "child_runner": "child_runner.py", "landlock": "landlock.py"}
     return {
         "kind": backend,
         "binds": (*view.binds, *view.packages),

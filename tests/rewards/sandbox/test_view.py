@@ -42,9 +42,7 @@ def installed(tmp_path: Path, monkeypatch) -> Path:
         "asked_data/table.txt": "1",
         "space/mine/__init__.py": "",
     }
-    requires = (
-        'Requires-Dist: Needed (>=1)\nRequires-Dist: extra; extra == "all"\nRequires-Dist: absent; python_version<"3"\n'
-    )
+    requires = 'Requires-Dist: Needed (>=1)\nRequires-Dist: extra; extra == "all"\nRequires-Dist: absent; python_version<"3"\n'
     _install(folder, "asked", asked, requires)
     _install(folder, "needed", {"needed.py": ""})
     _install(folder, "extra", {"extra/__init__.py": ""})
