@@ -34,10 +34,11 @@ from .checkpoints import (
 from .cluster import Cluster
 from .config.cautions import cautions, said_at_start
 from .config.load import Config, ConfigError, user_errors
-from .data.sources import PromptSource, check_data, open_source
+from .data.sources import PromptSource, open_source
 from .data.table import TableSource
 from .data.templates import supervised_ids
 from .model_files import check_adapters, check_model, load_tokenizer, prepare_model
+from .preflight import check_inputs
 from .run import Interrupted, Run, conversation, stop_on_signal
 from .trainer import train_rl
 from .watch.tracking import Tracker, make_console
@@ -75,8 +76,8 @@ def train(config: Config, *, resume: bool = False, override: bool = False) -> Re
     console = make_console()
     for line in said_at_start(config):
         console.print(line, highlight=False, markup=False)
+    check_inputs(config, hub=True)
     with user_errors():
-        check_data(config.data)
         check_engine(config.rollout.engine, config.rollout.engine_args, config.rollout.servers)
         Objective.of(config.loss, config.kl, config.offpolicy)  # tries a user's own loss on a tiny batch
     check_model(config)
@@ -231,17 +232,15 @@ def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> Rewar
     with user_errors():
         suite = build_suite({name: part.model_dump() for name, part in config.reward.parts.items()})
         suite.trial(_as_input(source.train(0), "0", tokenizer))
-    rows = [*source.heldout, *(source.train(i) for i in range(source.size or 0))]
+    rows = list(source.examples())
     bad = suite.check_references([_as_input(prompt, "", tokenizer) for prompt in rows])
     if bad:
         ids = {rows[b.row].id for b in bad}
         shown = "; ".join(f"{rows[b.row].id}: {b}" for b in bad[:3])
         message = f"{len(ids)} of {len(rows)} references of data.source={config.data.source!r} cannot be graded against: {shown}"
-        if config.data.bad_references == "error" or not isinstance(source, TableSource) or 2 * len(ids) > len(rows):
+        if config.data.drop == "none" or not isinstance(source, TableSource) or 2 * len(ids) > len(rows):
             suite.close()
-            fix = (
-                "mend them, or set data.bad_references=drop" if 2 * len(ids) <= len(rows) else "is it the right column?"
-            )
+            fix = "mend them, or set data.drop=bad" if 2 * len(ids) <= len(rows) else "is it the right column?"
             raise ConfigError(f"{message}; {fix}")
         source.leave_out(ids)
         source.notes = (*source.notes, f"left out: {message}")

@@ -162,11 +162,11 @@ def _arrow(path: Path, rows: int) -> Iterator[Piece]:
     try:
         with pyarrow.memory_map(str(path)) as file:
             try:
-                reader = pyarrow.ipc.open_stream(file)
+                batches = iter(pyarrow.ipc.open_stream(file))
             except pyarrow.ArrowInvalid:
                 reader = pyarrow.ipc.open_file(file)
-                reader = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            for batch in reader:
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+            for batch in batches:
                 yield from (batch.slice(at, rows) for at in range(0, batch.num_rows, rows))
     except pyarrow.ArrowException as error:
         raise ValueError(f"it is no readable Arrow file: {error}") from error

@@ -72,6 +72,9 @@ class GymSource:
                 return prompt
         raise ValueError(self._writer.too_long(f"none of {_TRIES} problems of {self._task}", None))
 
+    def examples(self) -> Sequence[Prompt]:
+        return self.heldout
+
     def solution(self, prompt: Prompt) -> str | None:
         return None
 

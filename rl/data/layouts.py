@@ -272,7 +272,7 @@ def _named(head: Sequence[Row]) -> dict[str, str]:
     for row in head[:20]:
         for column in row:
             found.setdefault(_normal(column), column)
-    for column in sorted(list(found.values()), key=lambda c: (_order(c), c)):
+    for column in sorted(found.values(), key=lambda c: (_order(c), c)):
         for row in head[:20]:
             value = lookup(row, column)
             if isinstance(value, str) and value.lstrip()[:1] == "{":

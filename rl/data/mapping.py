@@ -18,6 +18,7 @@ _COUNTED = re.compile(r"(-?[\d.,/]+) \([A-Za-z ]+\)")
 _LETTERED = re.compile(r"\s*\(?([A-Ja-j1-9])\s*[).:]")
 _KEYS = ("value", "answer", "ground_truth", "target", "solution_text_format", "text", "final_answer", "label")
 _ALTERNATIVES = ("answers", "golden_answers", "aliases", "text", "target", "targets")
+_SEEN = 64  # rows by which the layout is recognised
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -45,7 +46,7 @@ class Mapper:
     """
 
     def __init__(self, settings: DataConfig, head: Sequence[Mapping[str, Any]], key: str, where: str) -> None:
-        self._settings, self._head, self._key, self._where = settings, head, key, where
+        self._settings, self._head, self._key, self._where = settings, head[:_SEEN], key, where
         for name in fields(settings.prompt_template or ""):
             self._require("prompt_template", name)
         named = ("prompt_column", "answer_column", "tests_column", "solution_column")
@@ -169,7 +170,9 @@ class Mapper:
                 more["tests"]["fn_name"] = name
         elif layout.tests and layout.tests[0] not in _KNOWN_TESTS:
             tests = lookup(row, layout.tests[0])
-            asserts = isinstance(tests, Sequence) and not isinstance(tests, str) and all(isinstance(t, str) for t in tests)
+            asserts = (
+                isinstance(tests, Sequence) and not isinstance(tests, str) and all(isinstance(t, str) for t in tests)
+            )
             more["test_list" if asserts else "tests"] = tests
         if layout.metadata:
             more["metadata"] = {
@@ -268,7 +271,7 @@ def final_answer(text: str) -> str:
     if "####" in text:
         return text.rpartition("####")[2].strip()
     if "\\boxed" in text:
-        return text if text.startswith("\\boxed") or text.count("\\boxed") > 1 else _boxed(text) or text
+        return text if text.count("\\boxed") > 1 else _boxed(text) or text
     if match := _COUNTED.fullmatch(text):
         return match[1]
     if len(text) > 40 and (match := _MARKED.search(text)) and len(match[1]) <= 200:

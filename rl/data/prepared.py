@@ -172,25 +172,39 @@ def key_of(mapped: Mapped) -> tuple[bytes, bytes]:
 def _taken(piece: Any, chosen: Sequence[int]) -> Any:
     import pyarrow
 
-    if isinstance(piece, list):
-        lines = pyarrow.array([as_json(piece[at]) for at in chosen], pyarrow.large_binary())
-        return pyarrow.table({_JSON: lines})
-    # through Table: a record batch of dictionaries or of nested views cannot be taken from by itself
-    return pyarrow.Table.from_batches([piece]).take(pyarrow.array(chosen, pyarrow.int64()))
+    if not isinstance(piece, list):
+        return pyarrow.Table.from_batches([piece]).take(_array(pyarrow.int64(), np.array(chosen, np.int64)))
+    lines = [as_json(piece[at]) for at in chosen]
+    ends = np.cumsum([0, *map(len, lines)], dtype=np.int64)
+    buffers = [None, pyarrow.py_buffer(ends.tobytes()), pyarrow.py_buffer(b"".join(lines))]
+    return pyarrow.Table.from_arrays([pyarrow.Array.from_buffers(pyarrow.large_binary(), len(lines), buffers)], [_JSON])
 
 
 def _with_figures(rows: Any, found: Sequence[tuple[int, bytes, int, int]]) -> Any:
     import pyarrow
 
-    types = (pyarrow.int64(), pyarrow.binary(16), pyarrow.int32(), pyarrow.int16())
-    for name, kind, values in zip(_OWN, types, zip(*found, strict=True), strict=True):
-        rows = rows.append_column(name, pyarrow.array(values, kind))
+    numbers, keys, sizes, turns = zip(*found, strict=True)
+    figures = (
+        _array(pyarrow.int64(), np.array(numbers, np.int64)),
+        _array(pyarrow.binary(16), np.frombuffer(b"".join(keys), "V16")),
+        _array(pyarrow.int32(), np.array(sizes, np.int32)),
+        _array(pyarrow.int16(), np.array(turns, np.int16)),
+    )
+    for name, figure in zip(_OWN, figures, strict=True):
+        rows = rows.append_column(name, figure)
     return rows
+
+
+def _array(kind: Any, values: NDArray[Any]) -> Any:
+    """`pyarrow.array` would import pandas, for seconds."""
+    import pyarrow
+
+    return pyarrow.Array.from_buffers(kind, len(values), [None, pyarrow.py_buffer(values.tobytes())])
 
 
 def _prepared(table: Any, counts: Counts) -> Prepared:
     arrays = [table.column(name).combine_chunks() for name in _OWN]
-    keys = np.frombuffer(b"".join(arrays[1].to_pylist()), dtype="V16")
+    keys = np.frombuffer(b"".join(arrays[1].to_pylist()), "V16")
     return Prepared(
         rows=Rows(table.drop_columns(list(_OWN))),
         numbers=arrays[0].to_numpy(zero_copy_only=False),

@@ -65,7 +65,7 @@ def check_source(settings: DataConfig) -> None:
         files = find_files(name, "data.source", settings.split, settings.subset)
         if files is not None or (_HUB_ID.fullmatch(name) and not _is_file_name(name)):
             continue
-        if _is_file_name(name) or "/" in name and not _HUB_ID.fullmatch(name) and " " not in name:
+        if _is_file_name(name) or ("/" in name and not _HUB_ID.fullmatch(name) and " " not in name):
             raise ValueError(f"data.source={name!r} does not exist{nearby(Path(name).expanduser())}")
         near = difflib.get_close_matches(name, ["arithmetic", GYM + "chain_sum"], n=1)
         raise ValueError(
@@ -235,4 +235,14 @@ def batched(rows: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-__all__ = ["GYM", "HEAD", "Table", "as_json", "check_source", "eval_tables", "file_tables", "piece_rows", "train_tables"]
+__all__ = [
+    "GYM",
+    "HEAD",
+    "Table",
+    "as_json",
+    "check_source",
+    "eval_tables",
+    "file_tables",
+    "piece_rows",
+    "train_tables",
+]

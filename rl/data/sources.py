@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from ...rollout.samples import Prompt
@@ -35,6 +35,9 @@ class PromptSource(Protocol):
 
     def train(self, i: int) -> Prompt:
         """The problem at position i >= 0 of the run, the same whenever it is asked for."""
+
+    def examples(self) -> Iterable[Prompt]:
+        """Every problem that is known beforehand, once; perhaps without token ids."""
 
     def solution(self, prompt: Prompt) -> str | None:
         """The worked solution that supervised learning imitates; None if the source has none."""

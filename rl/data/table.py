@@ -144,7 +144,9 @@ class TableSource:
     def _id(self, part: _Part, index: int, heldout: bool = False) -> str:
         return f"{part.prefix}{'/heldout' if heldout else ''}/{part.problems.numbers[index]}"
 
-    def _prompt(self, parts: Sequence[_Part], row: tuple[int, int], *, heldout: bool = False, suffix: str = "") -> Prompt:
+    def _prompt(
+        self, parts: Sequence[_Part], row: tuple[int, int], *, heldout: bool = False, suffix: str = ""
+    ) -> Prompt:
         part, index = parts[row[0]], row[1]
         bare = self._bare(part, index, part.problems.rows[index], self._id(part, index, heldout) + suffix)
         return self._writer.conversation(

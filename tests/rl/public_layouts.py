@@ -157,7 +157,8 @@ CASES: Mapping[str, Case] = {
         right=lambda i: boxed(f"{KNAVES[i]} is a knave, and Oliver is a knight."),
         wrong=lambda i: boxed(f"{KNAVES[i]} is a knight, and Oliver is a knight."),
         row=lambda i: {
-            "quiz": f"{KNAVES[i]} says that Oliver lies. Who is who?", "names": [f"{KNAVES[i]}", "Oliver"], "solution": [False, True],
+            "quiz": f"{KNAVES[i]} says that Oliver lies. Who is who?", "names": [KNAVES[i], "Oliver"],
+            "solution": [False, True],
             "solution_text": f"{KNAVES[i]} is a knave, and Oliver is a knight.",
             "solution_text_format": f"(1) {KNAVES[i]} is a knave\n(2) Oliver is a knight", "index": i,
         },
@@ -167,7 +168,7 @@ CASES: Mapping[str, Case] = {
         right=lambda i: f"<think>Hm.</think><answer>(1) {KNAVES[i]} is a knave\n(2) Oliver is a knight</answer>",
         wrong=lambda i: f"<think>Hm.</think><answer>(1) {KNAVES[i]} is a knight\n(2) Oliver is a knight</answer>",
         row=lambda i: distinct(
-            verl("kk_logic", {"solution_text_format": f"(1) {KNAVES[i]} is a knave\n(2) Oliver is a knight", "statements": "(...)"}), i
+            verl("kk_logic", {"solution_text_format": f"(1) {KNAVES[i]} is a knave\n(2) Oliver is a knight"}), i
         ),
     ),
     "countdown-raw": Case(

@@ -148,9 +148,7 @@ def test_held_out_rows_are_the_same_for_every_seed_and_never_trained_on(tmp_path
         assert source.size is not None
         assert not set(questions(source, source.size)) & set(heldout)
     assert sources[0].size == 60 - 20
-    assert sources[0].notes[1:] == (
-        f"90 rows of {file} hold 60 problems; each counts once",
-    )
+    assert sources[0].notes[1:] == (f"90 rows of {file} hold 60 problems; each counts once",)
 
 
 def test_more_rows_move_few_held_out_problems(tmp_path: Path) -> None:
@@ -213,7 +211,12 @@ ROWS = [{"question": "1+1=?", "answer": "2"}, {"question": "1+2=?", "answer": ""
         ("d.jsonl", '{"prompt": 1}\n{"prompt"', {}, r"data\.source='.*': line 2 is not JSON"),
         ("d.jsonl", '{"prompt": 1}\n7', {}, r"line 2 must be an object"),
         ("d.json", '[{"prompt": "a"},\n{]', {}, r"line 2 is not JSON .*; correct or remove it"),
-        ("d.json", '{"prompt": "a"}', {}, r"no column is known to be the answer, there is only prompt; set data\.answer"),
+        (
+            "d.json",
+            '{"prompt": "a"}',
+            {},
+            r"no column is known to be the answer, there is only prompt; set data\.answer",
+        ),
         ("d.json", '["a", "b"]', {}, r"line 1 must be an object"),
         ("d.parquet", "no parquet", {}, r"it is no readable Parquet file"),
         (
@@ -251,7 +254,12 @@ ROWS = [{"question": "1+1=?", "answer": "2"}, {"question": "1+2=?", "answer": ""
         ),
         ("d.jsonl", [{"prompt": "a", "answer": None}], {}, r"row 1: no answer"),
         ("d.jsonl", [{"prompt": "a", "answer": " "}], {}, r"row 1: no answer"),
-        ("d.jsonl", [{"prompt": "a", "answer": "1"}, {"prompt": "b"}], {"drop": "none"}, r"row 2: no answer in the column"),
+        (
+            "d.jsonl",
+            [{"prompt": "a", "answer": "1"}, {"prompt": "b"}],
+            {"drop": "none"},
+            r"row 2: no answer in the column",
+        ),
         (
             "d.jsonl",
             [{"prompt": "a", "answer": "1"}, {"prompt": "b"}, {"prompt": "c"}],
