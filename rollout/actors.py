@@ -36,6 +36,12 @@ def gather(refs: Sequence[Any], *, who: str, what: str, timeout: float, key: str
 
 
 def cause(error: Exception) -> str:
-    """The last line that says something: Ray wraps an actor's own traceback around it."""
+    """The last line that says something: Ray wraps an actor's own traceback around it. Where Ray ended
+    the actor because memory ran out, which it says on a page of advice, the settings that need less."""
+    if isinstance(error, ray.exceptions.OutOfMemoryError) or "running low on memory" in str(error):
+        return (
+            "Ray's memory monitor ended it, since this machine's memory was nearly full; set a smaller "
+            "optim.micro_batch_tokens, rollout.max_num_seqs or cluster.learners, or end other programs"
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

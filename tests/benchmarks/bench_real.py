@@ -215,7 +215,7 @@ optim: {{lr: 1.0e-6}}
 eval: {{size: 0}}
 checkpoint: {{every: 0}}
 tracking: {{wandb: disabled}}
-cluster: {{device: cpu, learners: 1, rollouts: 1, cpus_per_learner: 1, cpus_per_rollout: 1}}
+cluster: {{device: cpu, learners: 2, rollouts: 1, cpus_per_learner: 0.5, cpus_per_rollout: 1}}
 """
 
 
@@ -332,7 +332,19 @@ def main() -> None:
     if "learner" in parts:
         import real_learner
 
-        real_learner.measure(report, args.model, 1 if args.quick else 3)
+        found = real_learner.measure(
+            Path(args.model), threads=os.cpu_count() or 1, tokens="auto", sequences=64, rounds=1 if args.quick else 3
+        )
+        for side, ratio in (("plain", 1.0), ("learner", found["speed ratio"])):
+            report.record(
+                "learner",
+                side,
+                found[f"{side} tokens/s"],
+                "tokens/s",
+                ratio=ratio,
+                floor=1.5 if side == "learner" else None,
+                peak_gb=found[f"{side} peak bytes"] / 1e9,
+            )
 
 
 if __name__ == "__main__":
