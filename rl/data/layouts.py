@@ -138,28 +138,32 @@ _PROMPTS = (
     "problem_description", "question_stem", "query", "instruction", "quiz", "puzzle", "prompts", "questions", "task",
     "input", "inputs", "description", "statement", "stem", "exercise", "sentence", "original_question", "user",
     "user_prompt", "content", "conversations", "conversation", "messages", "context_messages", "chat", "dialogue", "text",
-    "body", "ctx", "goal", "hypothesis",
+    "body", "ctx", "goal", "hypothesis", "instruct_prompt", "complete_prompt", "问题", "题目",
 )  # fmt: skip
 _ANSWERS = (
     "ground_truth", "final_answer", "expected_answer", "reference_answer", "gold_answer", "gt_answer", "true_answer",
     "correct_answer", "verified_answer", "short_answer", "answer_number", "numerical_answer", "answer_value",
-    "golden_answers", "correct_option", "answerkey", "answer_key", "answer_idx", "answer_index", "cop", "correct",
+    "golden_answers", "correct_option", "answer_key", "answer_idx", "answer_index", "cop", "correct",
     "answer", "gold", "gt", "label", "labels", "target", "targets", "final_ans", "ans", "answers", "result",
     "ref_answer", "reference", "references", "expected", "expected_output", "correct_answers", "solution", "solutions",
-    "response", "output", "completion", "rationale", "explanation", "generated_solution", "chosen",
+    "response", "output", "completion", "rationale", "explanation", "generated_solution", "chosen", "答案",
 )  # fmt: skip
 _TESTS = (
     "tests", "test", "test_cases", "test_list", "input_output", "official_tests", "private_test_cases",
     "public_test_cases", "private_tests", "public_tests", "generated_tests", "unit_tests", "unit_test", "testcases",
     "test_case", "test_code", "hidden_tests", "assertions", "asserts", "check", "examples_tests",
 )  # fmt: skip
-_BEFORE = ("passage", "context", "article", "story", "body", "background", "premise", "premises", "facts")
+_BEFORE = ("passage", "context", "article", "story", "body", "background", "premise", "premises")
 _AFTER = {
     "instruction": ("input",),
     "description": ("input_format", "output_format", "input_specification", "output_specification", "constraints"),
 }
 _OPTIONS = ("choices", "options", "endings", "candidates", "answer_choices", "multiple_choice_options", "option")
 _LETTERED = (("a", "b", "c", "d"), ("opa", "opb", "opc", "opd"), ("option_a", "option_b", "option_c", "option_d"))
+# Of names that are in no list: words in them, the likeliest first.
+_PROMPT_WORDS = ("prompt", "problem", "question", "query", "instruction", "puzzle", "task", "text")
+_ANSWER_WORDS = ("truth", "answer", "gold", "target", "label", "expected", "solution", "result", "output", "response")
+_TEST_WORDS = ("tests", "test", "testcases", "asserts", "assertions", "cases")
 _NESTED_FIRST = ("reward_model", "verification_info", "reward", "extra_info", "metadata", "meta", "info")
 
 
@@ -238,6 +242,7 @@ def _guess(head: Sequence[Row]) -> Layout | None:
     names = _named(head)
     tests = _tests(names, head)
     prompts = [names[name] for name in _PROMPTS if name in names]
+    prompts = [path for path in prompts if _some(head, path)] or _loosely(names, _PROMPT_WORDS) or prompts
     prompt = _likeliest(head, [path for path in prompts if not _is_number(head, path)] or prompts)
     if prompt is None:
         return None
@@ -247,7 +252,11 @@ def _guess(head: Sequence[Row]) -> Layout | None:
     lettered = next((group for group in _LETTERED if all(key in names for key in group)), ())
     if not options and lettered:
         options = "|".join(names[key] for key in lettered)
-    answer = _likeliest(head, [path for path in _answers(names) if path not in (prompt, options)])
+    answers = [path for path in _answers(names) if path not in (prompt, options)]
+    if not any(_some(head, path) for path in answers):
+        loose = [path for path in _loosely(names, _ANSWER_WORDS) if path not in (prompt, options)]
+        answers = [path for path in loose if _some(head, path)] or answers
+    answer = _likeliest(head, answers)
     turns = name in ("conversations", "conversation", "messages", "chat", "dialogue")
     if answer is None and not tests and turns:
         answer = prompt
@@ -302,13 +311,19 @@ def _answers(names: Mapping[str, str]) -> list[str]:
 def _tests(names: Mapping[str, str], head: Sequence[Row]) -> tuple[str, ...]:
     found = [names[name] for name in _TESTS if name in names and _some(head, names[name])]
     flat = [path for path in found if "." not in path]
-    chosen = [path for path in flat or found if any(_tests_something(lookup(row, path)) for row in head)]
+    found = flat or found or [path for path in _loosely(names, _TEST_WORDS) if "." not in path]
+    chosen = [path for path in found if any(_tests_something(lookup(row, path)) for row in head)]
     if not any(_most(head, path) for path in chosen):
         chosen = []
     if not chosen and {"inputs", "outputs"} <= set(names) and _some(head, names["inputs"]):
         return (f"{names['inputs']}|{names['outputs']}",)
     info = [path for path in ("messages.0.info.test_case", "messages.-1.info.test_case") if _some(head, path)]
     return tuple(chosen or info[:1])
+
+
+def _loosely(names: Mapping[str, str], words: Sequence[str]) -> list[str]:
+    """Paths whose names have one of these words in them."""
+    return [names[name] for word in words for name in names if word in name.split("_")]
 
 
 def _tests_something(value: Any) -> bool:
@@ -339,7 +354,8 @@ def _some(head: Sequence[Row], path: str) -> bool:
 
 
 def _normal(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", name.rsplit(".", 1)[-1].lower()).strip("_")
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.rsplit(".", 1)[-1])  # answerKey
+    return re.sub(r"\W+", "_", words.lower()).strip("_")
 
 
 def columns_text(head: Sequence[Row]) -> str:

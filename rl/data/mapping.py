@@ -165,15 +165,16 @@ class Mapper:
         layout, more = self.layout, {}
         if len(layout.tests) == 1 and "|" in layout.tests[0]:
             names = dict(zip(("inputs", "outputs"), layout.tests[0].split("|"), strict=True))
-            more["tests"] = {key: lookup(row, path) for key, path in names.items()}
+            more["tests"] = {key: _list_of(lookup(row, path)) for key, path in names.items()}
             if name := row.get("fn_name") or row.get("func_name"):
                 more["tests"]["fn_name"] = name
-        elif layout.tests and layout.tests[0] not in _KNOWN_TESTS:
-            tests = lookup(row, layout.tests[0])
-            asserts = (
-                isinstance(tests, Sequence) and not isinstance(tests, str) and all(isinstance(t, str) for t in tests)
-            )
-            more["test_list" if asserts else "tests"] = tests
+        elif layout.tests:
+            tests = _list_of(lookup(row, layout.tests[0]))
+            asserts = isinstance(tests, Sequence) and not isinstance(tests, str)
+            if asserts and tests and all(isinstance(test, str) for test in tests):
+                more["test_list"] = tests
+            elif layout.tests[0] not in _KNOWN_TESTS:
+                more["tests"] = tests
         if layout.metadata:
             more["metadata"] = {
                 "source_dataset": "countdown",
@@ -269,7 +270,7 @@ def final_answer(text: str) -> str:
     """What a worked solution comes to: behind `####`, in its last box, or after `The answer is`; a short text is its own."""
     text = text.strip()
     if "####" in text:
-        return text.rpartition("####")[2].strip()
+        return text.rpartition("####")[2].strip().partition("\n")[0].strip()
     if "\\boxed" in text:
         return text if text.count("\\boxed") > 1 else _boxed(text) or text
     if match := _COUNTED.fullmatch(text):
@@ -342,9 +343,20 @@ def _first_assertion(tests: Any, prompt: str) -> str:
 
 
 def _plain(value: Any) -> str:
+    """Text, or lines of it; of anything else nothing."""
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return "\n".join(str(each) for each in value)
-    return "" if value is None else str(value).strip("\n")
+        return "\n".join(each for each in value if isinstance(each, str))
+    return "" if value is None or isinstance(value, Mapping) else str(value).strip("\n")
+
+
+def _list_of(value: Any) -> Any:
+    """The list that a text spells as JSON; everything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
 
 
 __all__ = ["BadRow", "Mapped", "Mapper", "final_answer"]
