@@ -85,7 +85,7 @@ def _of_folder(folder: Path, key: str, split: str, subset: str | None) -> list[P
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
         if split not in splits:
-            raise ValueError(f"{key}={str(folder)!r} has the splits {', '.join(splits)}, but no {split!r}; name one")
+            raise ValueError(_no_split(key, split, folder, splits))
         folder = folder / split
     if (folder / "state.json").is_file():
         state = json.loads((folder / "state.json").read_text())
@@ -113,9 +113,13 @@ def _of_folder(folder: Path, key: str, split: str, subset: str | None) -> list[P
     own = [file for file in files if split.lower() in _words(file.relative_to(folder))]
     wanted = by_split.get(split) or own or (by_split.get("") if split == "train" else None)
     if not wanted:
-        known = ", ".join(sorted(name for name in by_split if name))
-        raise ValueError(f"{key}={str(folder)!r} has files of the splits {known}, but none of {split!r}; name one")
+        raise ValueError(_no_split(key, split, folder, sorted(name for name in by_split if name)))
     return wanted
+
+
+def _no_split(key: str, split: str, folder: Path, known: Sequence[str]) -> str:
+    option = key if key.endswith("split") else "data.split"
+    return f"{option}={split!r} is no split of {str(folder)!r}, which has {', '.join(known)}; name one"
 
 
 def _words(path: Path, *, whole: bool = False) -> set[str]:
@@ -139,7 +143,8 @@ def _opened(path: Path) -> IO[bytes]:
     if suffix == ".zst":
         import zstandard
 
-        return zstandard.open(path, "rb")  # type: ignore[return-value]
+        packed: IO[bytes] = zstandard.open(path, "rb")
+        return packed
     opens: Mapping[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     file: IO[bytes] = opens[suffix](path) if suffix in opens else path.open("rb")
     return file

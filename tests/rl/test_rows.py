@@ -108,7 +108,7 @@ def test_several_files_folders_globs_and_the_home(tmp_path: Path, monkeypatch: p
     assert answers(opened("~/shards", split="test")) == {"5?": "5"}
     assert [p.answer for p in opened("~/shards", eval_split="test").heldout] == ["5"]
     assert [p.answer for p in opened("~/shards", eval_path=["~/shards/test-00000.jsonl"]).heldout] == ["5"]
-    with pytest.raises(ValueError, match=r"has files of the splits test, train, but none of 'validation'"):
+    with pytest.raises(ValueError, match=r"data\.split='validation' is no split of '.*shards', which has test, train; name one"):
         opened("~/shards", split="validation")
     mixed = opened(["~/shards", "~/code.json"])
     assert mixed.size == 5
@@ -127,7 +127,7 @@ def test_folders_of_save_to_disk(tmp_path: Path) -> None:
     datasets.DatasetDict(train=rows, test=rows.select([2])).save_to_disk(tmp_path / "two")
     source = opened(str(tmp_path / "two"), eval_split="test")
     assert (source.size, [p.answer for p in source.heldout]) == (3, ["2"])
-    with pytest.raises(ValueError, match=r"has the splits train, test, but no 'dev'"):
+    with pytest.raises(ValueError, match=r"data\.split='dev' is no split of '.*two', which has train, test; name one"):
         opened(str(tmp_path / "two"), split="dev")
 
 
