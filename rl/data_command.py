@@ -67,7 +67,7 @@ def _tokenizer(config: Config, model: str | None) -> Any:
         return None
     from .model_files import load_tokenizer
 
-    return load_tokenizer(config.model.path)
+    return load_tokenizer(config.model.path, config.data)
 
 
 def _table(config: Config, settings: DataConfig, head: Head, tokenizer: Tokenizer | None) -> Iterator[str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..rewards.by_source import BySource
 from ..rewards.inputs import RewardInput
 from ..rewards.suite import RewardSuite, build_suite
 from ..rollout.samples import Prompt
@@ -18,6 +19,8 @@ from .data.templates import PromptWriter
 
 _REFERENCES = 256
 """Rows of a table whose references are tried."""
+_RUN = 16
+"""Of these, where that may run programs."""
 _RENDERED = 64
 """Rows of a table that go through the chat template."""
 
@@ -28,6 +31,11 @@ def check_inputs(config: Config, *, hub: bool = False) -> list[str]:
     with user_errors():
         if not is_table(config.data):
             check_data(config.data)
+        for name, settings in config.eval.sets.items():
+            try:
+                check_data(settings)
+            except ValueError as error:
+                raise ValueError(f"eval.sets.{name}: {error}") from error
         heads = _heads(config.data, hub)
         said = [head.mapper.describe() for head in (*heads[0], *heads[1])]
         for head in (*heads[0], *heads[1]):
@@ -117,9 +125,12 @@ def _refusals(suite: RewardSuite, inputs: Sequence[RewardInput]) -> list[str | N
     """Why a reference is refused by the first part that says so; programs are not run for it, only their tests read."""
     found: list[str | None] = [None] * len(inputs)
     for part in suite.parts:
-        check = getattr(part.reward, "check_reference", None)
-        for i, row in enumerate(inputs if check is not None else ()):
-            found[i] = found[i] or check(row)  # type: ignore[misc]
+        if isinstance(part.reward, BySource):  # which runs what its code rows have of solutions
+            messages = part.reward.check_references(inputs[:_RUN])
+        else:
+            messages = [part.reward.check_reference(row) for row in inputs]
+        for i, message in enumerate(messages):
+            found[i] = found[i] or message
     return found
 
 

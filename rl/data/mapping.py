@@ -127,6 +127,8 @@ class Mapper:
             parts.append(f"answer {'+'.join(layout.answer) or 'none'}")
         if layout.system:
             parts.append(f"system {layout.system}")
+        if settings.final_answer == "cut" and any(_replied(lookup(row, layout.prompt)) for row in self._head):
+            parts.append("the assistant's last words left out: data.final_answer")
         return f"{self._where}: layout {layout.name} ({', '.join(parts)})"
 
     @property
@@ -147,10 +149,13 @@ class Mapper:
             if not content.strip():
                 raise BadRow(f"the column {self.layout.prompt!r} (data.prompt_column) is empty")
         else:
-            content, reply = split_off_reply(content)
-            if not any(message["content"].strip() for message in content if message["role"] != "system"):
+            asked, reply = split_off_reply(content)
+            if not any(message["content"].strip() for message in asked if message["role"] != "system"):
                 raise BadRow(f"the column {self.layout.prompt!r} (data.prompt_column) has no question")
-            if self.layout.answer == (self.layout.prompt,):
+            replies = self.layout.answer == (self.layout.prompt,)
+            if replies or self._settings.final_answer == "cut":
+                content = asked
+            if replies:
                 answer = final_answer(reply.strip())
                 if not answer:
                     raise BadRow(f"no answer in the column {self.layout.prompt!r}: no reply ends it")
@@ -340,6 +345,15 @@ def _first_assertion(tests: Any, prompt: str) -> str:
         return ""
     names = re.findall(r"\b([A-Za-z_]\w*)\s*\(", tests[0].partition("assert")[2])
     return "" if not names or any(name in prompt for name in names) else tests[0]
+
+
+def _replied(prompt: Any) -> bool:
+    """Whether a prompt is a conversation that ends with what the assistant says."""
+    try:
+        turns = read_messages(prompt)
+    except ValueError:
+        return False
+    return not isinstance(turns, str) and turns[-1]["role"] == "assistant"
 
 
 def _plain(value: Any) -> str:

@@ -35,19 +35,12 @@ def read_messages(value: Any) -> str | tuple[Message, ...]:
 
 
 def split_off_reply(messages: Sequence[Message]) -> tuple[tuple[Message, ...], str]:
-    """The conversation up to the last turn that is not the assistant's, and what the assistant says after it.
-
-    A last assistant turn that only opens its thinking (`<think>`) stays: the model is to go on from it.
-    """
+    """The conversation up to the last turn that is not the assistant's, and what the assistant says after it."""
     kept = list(messages)
     reply: list[str] = []
-    while kept and kept[-1]["role"] == "assistant" and not _opens_thinking(kept[-1]["content"]):
+    while kept and kept[-1]["role"] == "assistant":
         reply.insert(0, kept.pop()["content"])
     return tuple(kept), "\n".join(reply)
-
-
-def _opens_thinking(text: str) -> bool:
-    return text.count("<think>") > text.count("</think>") and not text.rpartition("<think>")[2].strip()
 
 
 def _message(message: Mapping[str, Any]) -> Message:
