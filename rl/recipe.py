@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def sitting(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | 
             opened.callback(tracker.close)
             for note in (*source.notes, *([passes] if passes else [])):
                 tracker.note(note)
-            sets = open_eval_sets(config, source, suite, lambda _: tokenizer, tracker.note, opened)
+            sets = open_eval_sets(config, source, suite, partial(load_tokenizer, model_path), tracker.note, opened)
             cluster.wait()
             sync = WeightSync(
                 config.sync, learners, pool, run_id=run_id, run_dir=run_dir, history=config.checkpoint.history,
