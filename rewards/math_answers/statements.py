@@ -61,7 +61,8 @@ def state(node: Node, take_last: bool, loose: bool) -> Statement:
         if len(sides) == 1:
             return Statement(whole_set(sides[0]))
     name: Node | None = None
-    if is_name(sides[0]) or (loose and len(sides) == 2 and is_expression_of_names(sides[0])):
+    computed = len(sides) == 2 or not any(variables(side) for side in sides[1:])
+    if is_name(sides[0]) or (loose and computed and is_expression_of_names(sides[0])):
         name, sides = sides[0], sides[1:]
     elif len(sides) == 2 and is_name(sides[1]) and not variables(sides[0]):
         name, sides = sides[1], sides[:1]
