@@ -123,6 +123,8 @@ def last_statement(text: str) -> list[str]:
     for sentence in reversed(found):
         if sentence is found[-1] and _UNFINISHED.search(sentence):
             return []  # the text was cut off
+        if sentence.endswith(("?", "？")):
+            return []  # what the problem asks, without an answer behind it
         if names_choice(sentence):
             if chosen := choices(sentence):
                 return [", ".join(chosen)]
