@@ -255,10 +255,10 @@ def _of_numbers(plain: str, numbers: list[re.Match[str]]) -> str:
     if (hedge := _near_hedge(plain, chosen.start(), chosen.end())) is not None:
         return hedge
     variable = re.search(r"(?<![A-Za-z])[A-Za-z]\s?=\s?$", plain[: chosen.start()])
-    named = variable.group() if variable is not None else ""
+    prefix = variable.group() if variable is not None else ""
     if (rounded := _ROUNDED.match(plain, chosen.end())) is not None:
-        return named + _amount(chosen) + rounded.group()
-    return named + _amount(chosen) + ("" if named else _unit_after(plain, chosen.end()))
+        return prefix + _amount(chosen) + rounded.group()
+    return prefix + _amount(chosen) + ("" if prefix else _unit_after(plain, chosen.end()))
 
 
 def _of_range(found: re.Match[str], sentence: str) -> str:
