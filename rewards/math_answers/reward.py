@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, get_args, get_type_hints
 
-from ..inputs import RewardInput
+from ..inputs import Reward, RewardInput
 from ..verdict import Status, Verdict, verifier_error
 from ..worker_pool import Answer, Ended, WorkerPool
 from .compare import compare
@@ -42,7 +42,7 @@ class _Decision:
     open: tuple[str, ...] = ()
 
 
-class MathReward:
+class MathReward(Reward):
     """Score 1.0 for a completion whose final answer is the reference, else 0.0.
 
     `timeout`: seconds of processor time for one comparison by algebra; `concurrency`: worker
