@@ -163,7 +163,7 @@ def _watched(reward: CodeReward, code: str, language: str, host: _Host, details:
         run = sandbox.run_program(code, b"2 3\n", limits)
     details.append("" if run.outcome is Outcome.EXITED and not run.exit_code else str(run))
     problems += _problems(run, host)
-    if run.cpu_seconds > limits.seconds + 1.0 or run.seconds > limits.wall_seconds:
+    if run.cpu_seconds > 1.3 * limits.seconds + 1.3 or run.seconds > limits.wall_seconds:
         problems.append(f"ran {run.seconds:.1f} s with a limit of {limits.seconds:g} s")
     if run.peak_bytes > (limits.memory_mb << 20) * 1.1:
         problems.append(f"used {run.peak_bytes >> 20} MiB with a limit of {limits.memory_mb}")

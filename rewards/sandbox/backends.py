@@ -161,8 +161,7 @@ class ForkServer:
     def _run(self, limits: Limits, status: int, seconds: float, cpu: float, peak: int, cause: int, locked: int) -> Run:
         code = os.waitstatus_to_exitcode(status)
         used_up = cpu > limits.seconds or code in (-signal.SIGPROF, -signal.SIGXCPU)
-        nearly = cpu > 0.9 * limits.seconds and cpu > limits.seconds - 0.1  # as the kernel's own limit counts
-        if used_up or (code == -signal.SIGKILL and nearly) or self._overslept:
+        if used_up or self._overslept:
             outcome = Outcome.TIME_LIMIT
         elif cause == ON_REQUEST:
             outcome = Outcome.STOPPED
