@@ -90,7 +90,10 @@ def _tried(backend: str, preload: Sequence[str]) -> ForkServer:
         raise SandboxUnavailable(f"{backend}: only Linux has what it needs")
     if backend == "bubblewrap" and shutil.which("bwrap") is None:
         raise SandboxUnavailable("bubblewrap: bwrap is not installed")
-    server = ForkServer(backend, preload)
+    try:
+        server = ForkServer(backend, preload)
+    except OSError as error:  # no descriptor, process or room on disk
+        raise SandboxUnavailable(f"{backend}: {error}") from None
     limits = Limits()
     try:
         ours, theirs = socket.socketpair()

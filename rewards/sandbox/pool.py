@@ -98,7 +98,8 @@ class Sandbox:
         `first` is the first message of the talk: sent along, it saves a turn of the processes. `upcoming`, those that
         will follow, are for a remote sandbox: here a program sees one message at a time."""
         with self._server(limits) as server:
-            ours, theirs = socket.socketpair()
+            with _our_own_errors():
+                ours, theirs = socket.socketpair()
             with ours:
                 with theirs:
                     server.start(CALLS, limits, [theirs.fileno()])
@@ -124,10 +125,17 @@ class Sandbox:
     def compile_cpp(self, source: str, limits: Limits = COMPILER_LIMITS) -> tuple[bytes, Run]:
         """Compiles C++ (g++ -O2 -std=gnu++17 -static) in the sandbox: the binary, empty if that failed, and the run.
 
-        Raises SandboxUnavailable where there is no g++."""
+        Raises SandboxUnavailable where there is no g++, SandboxError where it compiles nothing, as
+        on a full disk."""
         if compiler() is None:
             raise SandboxUnavailable("C++ needs g++ (apt install g++)")
-        return twice(lambda: self._compile(source.encode("utf-8", "replace"), limits))
+        binary, run = twice(lambda: self._compile(source.encode("utf-8", "replace"), limits))
+        if not binary and run.outcome is Outcome.EXITED:
+            control, failure = twice(lambda: self._compile(b"int main() {}", limits))
+            if not control:
+                said = failure.stderr.decode("utf-8", "replace").strip()[:300]
+                raise SandboxError(f"the compiler does not work here: {failure}: {said}")
+        return binary, run
 
     def _compile(self, source: bytes, limits: Limits) -> tuple[bytes, Run]:
         with _sealed(source) as text, _memfd() as binary, _memfd() as errors, self._server(limits) as server:
@@ -156,7 +164,8 @@ class Sandbox:
             raise SandboxError("the sandbox is closed")
         server = self._free(limits)
         try:
-            server = server or ForkServer(self.backend, self.preload)
+            with _our_own_errors():
+                server = server or ForkServer(self.backend, self.preload)
             yield server
         finally:
             if server is not None and (server.busy or self._closed.is_set()):
@@ -242,14 +251,25 @@ class Session:
             return self._server.finish(self._limits)
 
 
+@contextlib.contextmanager
+def _our_own_errors() -> Iterator[None]:
+    """What the trainer's side cannot have (descriptors, memory, processes, room on disk) says
+    nothing about a program."""
+    try:
+        yield
+    except OSError as error:
+        raise SandboxError(f"{type(error).__name__}: {error}") from None
+
+
 def twice(action: Callable[[], T]) -> T:
     """A killed fork server loses no run: the second try starts a fresh one."""
-    try:
-        return action()
-    except SandboxUnavailable:
-        raise
-    except SandboxError:
-        return action()
+    with _our_own_errors():
+        try:
+            return action()
+        except SandboxUnavailable:
+            raise
+        except SandboxError:
+            return action()
 
 
 @contextlib.contextmanager
