@@ -73,7 +73,9 @@ def asleep(pid: int) -> bool:
 def processors(root: Path = Path("/")) -> int:
     """How many processors this process may use: those of its affinity, or fewer by a CPU quota of its cgroups
     (v1 or v2, the tightest on the way up), rounded up. `root`: where /proc and /sys are found."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     quotas = list(_quotas(root))
     return max(1, min(allowed, *(int(-(-quota // 1)) for quota in quotas))) if quotas else allowed
 
@@ -113,5 +115,9 @@ def _quota(folder: Path, kind: str) -> float | None:
             most = (folder / "cpu.cfs_quota_us").read_text().strip()
             period = (folder / "cpu.cfs_period_us").read_text().strip()
         return None if most in ("max", "-1") else int(most) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):  # no such controller here, or the root group, which has no limit
+    except (
+        OSError,
+        ValueError,
+        ZeroDivisionError,
+    ):  # no such controller here, or the root group, which has no limit
         return None

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 FLOAT_TOLERANCE = 1e-6  # relative to max(1, |expected|)
-_MOST_DIGITS = 1300  # `child.encode` sends longer ints as hexadecimal; int() of decimal digits is quadratic
+_MOST_DIGITS = (
+    1300  # `child.encode` sends longer ints as hexadecimal; int() of decimal digits is quadratic
+)
 _WHOLE = re.compile(rb"-?\d+")
 _ZEROS = re.compile(rb"\.0+")
 _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -34,10 +36,16 @@ def parse_reply(line: bytes) -> Reply:
     try:
         data = json.loads(line, parse_int=_bounded_int, parse_constant=_refused)
     except (ValueError, RecursionError) as error:
-        return Reply(error="Unreadable", text=f"the returned value is no plain value: {type(error).__name__}")
+        return Reply(
+            error="Unreadable", text=f"the returned value is no plain value: {type(error).__name__}"
+        )
     if type(data) is dict and data.keys() == {"ok"}:
         return Reply(value=data["ok"])
-    if type(data) is dict and data.keys() == {"error", "text"} and all(type(part) is str for part in data.values()):
+    if (
+        type(data) is dict
+        and data.keys() == {"error", "text"}
+        and all(type(part) is str for part in data.values())
+    ):
         return Reply(error=printable(data["error"]) or "Exception", text=printable(data["text"]))
     return Reply(error="Unreadable", text="the reply has no value")
 
@@ -54,7 +62,9 @@ def _refused(name: str) -> float:
 
 def printable(text: str) -> str:
     """For messages and logs: no lone surrogates, no control characters, at most 300 characters."""
-    return "".join(c if c.isprintable() else " " for c in text[:300].encode("utf-8", "replace").decode())
+    return "".join(
+        c if c.isprintable() else " " for c in text[:300].encode("utf-8", "replace").decode()
+    )
 
 
 def equal(expected: Any, got: Any, tolerance: float = FLOAT_TOLERANCE) -> bool:
@@ -76,7 +86,9 @@ def equal(expected: Any, got: Any, tolerance: float = FLOAT_TOLERANCE) -> bool:
     if type(expected) is not type(got):
         return False
     if type(expected) is list:
-        return len(expected) == len(got) and all(equal(e, g, tolerance) for e, g in zip(expected, got, strict=True))
+        return len(expected) == len(got) and all(
+            equal(e, g, tolerance) for e, g in zip(expected, got, strict=True)
+        )
     if type(expected) is dict:
         ((kind, body),) = expected.items()
         if got.keys() != {kind} or type(body) is not type(got[kind]):
@@ -129,7 +141,9 @@ def _sets_equal(expected: list[Any], got: list[Any], tolerance: float) -> bool:
         return True
     if not all(type(item) in (int, float) for item in (*expected, *got)):
         return False
-    return all(_numbers_equal(e, g, tolerance) for e, g in zip(sorted(expected), sorted(got), strict=True))
+    return all(
+        _numbers_equal(e, g, tolerance) for e, g in zip(sorted(expected), sorted(got), strict=True)
+    )
 
 
 def canonical(value: Any) -> str:
@@ -163,13 +177,19 @@ def is_plain(value: Any) -> bool:
         return False
     ((kind, body),) = value.items()
     if kind == "dict":
-        return type(body) is list and all(type(p) is list and len(p) == 2 and is_plain(p) for p in body)
+        return type(body) is list and all(
+            type(p) is list and len(p) == 2 and is_plain(p) for p in body
+        )
     if kind in ("tuple", "set"):
         return type(body) is list and is_plain(body)
     if kind == "complex":
         return type(body) is list and len(body) == 2 and all(type(p) in (int, float) for p in body)
     if kind == "ratio":
-        return type(body) is list and len(body) == 2 and all(type(p) is int or _is_long(p) for p in body)
+        return (
+            type(body) is list
+            and len(body) == 2
+            and all(type(p) is int or _is_long(p) for p in body)
+        )
     return kind in ("int", "float", "bytes") and type(body) is str
 
 

@@ -36,8 +36,12 @@ _WRAPPERS = (
     ("<code>", "</code>"),
     ("<python>", "</python>"),
 )
-_CODE_LINE = re.compile(r"(?:import |from \w[\w.]* import |(?:async )?def \w|class \w|@\w|#!|#include)")
-_READS = re.compile(r"\binput\s*\(|\bstdin\b|\bopen\s*\(\s*0|\bos\.read\b|\bfileinput\b|\braw_input\b")
+_CODE_LINE = re.compile(
+    r"(?:import |from \w[\w.]* import |(?:async )?def \w|class \w|@\w|#!|#include)"
+)
+_READS = re.compile(
+    r"\binput\s*\(|\bstdin\b|\bopen\s*\(\s*0|\bos\.read\b|\bfileinput\b|\braw_input\b"
+)
 _PRINTS = re.compile(r"\bprint\b|\bstdout\b|\bos\.write\b")
 _QUOTES = re.compile(r'"""|\'\'\'')
 _DEFINED = re.compile(r"^(?:async[ \t]+def|def|class)[ \t]+(\w+)", re.M)
@@ -62,7 +66,9 @@ class Block:
     source: str
 
 
-def extract_program(completion: str, language: str = "auto", entries: Collection[str] = ()) -> Program | None:
+def extract_program(
+    completion: str, language: str = "auto", entries: Collection[str] = ()
+) -> Program | None:
     """The program that the final answer of a completion holds, None if there is none.
 
     `language`: "python", "cpp", or "auto", which goes by the fence's tag. `entries`: names that the tests use; without
@@ -77,10 +83,16 @@ def extract_program(completion: str, language: str = "auto", entries: Collection
     blocks = fenced_blocks(answer)
     if not blocks:
         source = _bare_code(answer)
-        return Program(source, "cpp" if language == "cpp" else _guess(source, language), False) if source else None
+        return (
+            Program(source, "cpp" if language == "cpp" else _guess(source, language), False)
+            if source
+            else None
+        )
     wanted = {"python": ("python",), "cpp": ("cpp",), "auto": ("python", "cpp")}[language]
     fitting = [block for block in blocks if block.kind in wanted and block.source.strip()]
-    fitting = fitting or [block for block in blocks if block.kind == "untagged" and block.source.strip()]
+    fitting = fitting or [
+        block for block in blocks if block.kind == "untagged" and block.source.strip()
+    ]
     if not fitting:
         return None
     chosen = _choose(fitting, entries)
@@ -130,7 +142,9 @@ def fenced_blocks(text: str) -> list[Block]:
         first = min(fences)
         head = next((line for line in lines[:first] if line.strip()), "")
         bare = not fences[first][3].strip()
-        if bare and len(fences) % 2 and (_CODE_LINE.match(head) or head[:4].isspace()):  # the prompt opened it
+        if (
+            bare and len(fences) % 2 and (_CODE_LINE.match(head) or head[:4].isspace())
+        ):  # the prompt opened it
             blocks.append(Block("python", "\n".join(lines[:first]) + "\n"))
             number = first + 1
     while number < len(lines):
@@ -180,13 +194,19 @@ def _bare_code(text: str) -> str:
         return text if text.strip() else ""
     start = next((i for i, line in enumerate(lines) if _CODE_LINE.match(line)), 0)
     prose = all(re.search(r"[.:!?]\s*$|^\s*$", line) for line in lines[:start])
-    return "\n".join(lines[start:] if prose else lines).strip() and "\n".join(lines[start:] if prose else lines)
+    return "\n".join(lines[start:] if prose else lines).strip() and "\n".join(
+        lines[start:] if prose else lines
+    )
 
 
 def defines(source: str, name: str) -> bool:
     """Whether the code binds a name with def or class, or at the start of a line."""
     word = re.escape(name)
-    return bool(re.search(rf"^[ \t]*(?:(?:async[ \t]+)?def|class)[ \t]+{word}\b|^{word}[ \t]*[=:]", source, re.M))
+    return bool(
+        re.search(
+            rf"^[ \t]*(?:(?:async[ \t]+)?def|class)[ \t]+{word}\b|^{word}[ \t]*[=:]", source, re.M
+        )
+    )
 
 
 def _choose(blocks: Sequence[Block], entries: Collection[str]) -> Block:
@@ -216,7 +236,12 @@ def _joined(blocks: Sequence[Block], chosen: Block, entries: Collection[str]) ->
         for i in (*range(main - 1, -1, -1), *range(main + 1, len(sources))):
             bound = _bound(sources[i])
             again = bound & have & set(_DEFINED.findall(sources[i]))
-            if i in taken or not (bound - have) & uses or again or (not entries and _READS.search(sources[i])):
+            if (
+                i in taken
+                or not (bound - have) & uses
+                or again
+                or (not entries and _READS.search(sources[i]))
+            ):
                 continue
             taken.add(i)
             have |= bound
@@ -253,6 +278,14 @@ def completed(source: str, entry: str, prompt: str) -> str:
     head, rest = lines[0], [line for line in lines[1:] if line.strip()]
     if not head[:1].isspace():
         depths = [len(line) - len(line.lstrip()) for line in rest]
-        lost = bool(depths) and min(depths) >= 4 and (not head.rstrip().endswith(":") or depths[0] >= 8)
-        lines = [f"    {head}", *lines[1:]] if lost else [f"    {line}" if line.strip() else line for line in lines]
+        lost = (
+            bool(depths)
+            and min(depths) >= 4
+            and (not head.rstrip().endswith(":") or depths[0] >= 8)
+        )
+        lines = (
+            [f"    {head}", *lines[1:]]
+            if lost
+            else [f"    {line}" if line.strip() else line for line in lines]
+        )
     return f"{prompt.rstrip()}\n" + "\n".join(lines) + "\n"

@@ -5,6 +5,7 @@ Runs inside the sandbox beside the model's code (see `wire.py`): nothing here is
 
 from __future__ import annotations
 
+import builtins
 import operator
 import sys
 import types
@@ -31,33 +32,11 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     "equal": lambda left, right: bool(left == right) and not _equals_anything(left),
     "contains": operator.contains,
 }
-_BUILT_IN: tuple[Callable[..., Any], ...] = (
-    len,
-    iter,
-    next,
-    str,
-    repr,
-    format,
-    hash,
-    bool,
-    abs,
-    round,
-    int,
-    float,
-    complex,
-    isinstance,
-    issubclass,
+_BUILT_IN = (
+    "len iter next str repr format hash bool abs round int float complex isinstance issubclass "
+    "divmod reversed dir"
 )
-_BUILT_IN += (divmod, reversed, dir)
-_ABILITIES = {
-    "c": "__call__",
-    "i": "__iter__",
-    "n": "__next__",
-    "l": "__len__",
-    "x": "__index__",
-    "a": "__await__",
-    "s": "__aiter__",
-}
+_ABILITIES = {"c": "call", "i": "iter", "n": "next", "l": "len", "x": "index", "a": "await"}
 
 
 async def _awaiting(coroutine: Any) -> Any:
@@ -72,7 +51,7 @@ class Host(Side):
         self.shared = {name: namespace[name] for name in request["shared"] if name in namespace}
         self.held: list[Any] = []
         self.places: dict[int, int] = {}
-        self.operations = _SPECIAL | {function.__name__: function for function in _BUILT_IN}
+        self.operations = _SPECIAL | {name: getattr(builtins, name) for name in _BUILT_IN.split()}
         self.operations["await"] = self._await
         self.printed = _Printed() if request["printing"] else None
         if self.printed is not None:
@@ -84,7 +63,9 @@ class Host(Side):
         if place == len(self.held):
             self.held.append(value)
         kind = type(value)
-        able = "".join(letter for letter, method in _ABILITIES.items() if hasattr(kind, method))
+        able = "".join(
+            letter for letter, name in _ABILITIES.items() if hasattr(kind, f"__{name}__")
+        )
         kinds = [name_of(each) for each in value.__mro__] if isinstance(value, type) else []
         return {"ref": [place, able, kind.__name__, name_of(kind), kinds]}
 
@@ -123,7 +104,9 @@ class Host(Side):
         self.child.offline_loop()
         return __import__("asyncio").run(_awaiting(coroutine))
 
-    def perform(self, request: dict[str, Any], arguments: list[Any], keywords: dict[str, Any]) -> Any:
+    def perform(
+        self, request: dict[str, Any], arguments: list[Any], keywords: dict[str, Any]
+    ) -> Any:
         name = request["do"]
         found = self.operations.get(name) or getattr(operator, name)
         return found(*arguments, **keywords)
@@ -170,5 +153,10 @@ def main(request: dict[str, Any], child: types.SimpleNamespace) -> None:
         message = answer(read_line())
         try:
             send(message)
-        except (ValueError, MemoryError, RecursionError, TypeError) as error:  # deeper than JSON goes
+        except (
+            ValueError,
+            MemoryError,
+            RecursionError,
+            TypeError,
+        ) as error:  # deeper than JSON goes
             send(host.describe(error, None))

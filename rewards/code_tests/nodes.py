@@ -72,14 +72,18 @@ class Signature:
         """The source of a call, its value made plain again."""
         forms = dict(self.arguments)
         order = [form for _, form in self.arguments]
-        made = [_made(word, form) for word, form in zip(words, [*order, *[""] * len(words)], strict=False)]
+        made = [
+            _made(word, form)
+            for word, form in zip(words, [*order, *[""] * len(words)], strict=False)
+        ]
         named = [(key, _made(word, forms.get(key, ""))) for key, word in keywords.items()]
         if self.in_place and (made or named):
             first = made[0] if made else named[0][1]
             rest = ["_first", *made[1:]] if made else [f"{named.pop(0)[0]}=_first"]
             rest += [f"{key}={word}" for key, word in named]
             return _plain(
-                f"(lambda _first: ({callee}({', '.join(rest)}), _first)[1])({first})", order[0] if order else ""
+                f"(lambda _first: ({callee}({', '.join(rest)}), _first)[1])({first})",
+                order[0] if order else "",
             )
         words = [*made, *(f"{key}={word}" for key, word in named)]
         return _plain(f"{callee}({', '.join(words)})", self.value)
@@ -103,7 +107,10 @@ def signature_of(starter: str, name: str) -> Signature:
     if function is None:
         return Signature()
     arguments = tuple((a.arg, _form(a.annotation)) for a in function.args.args if a.arg != "self")
-    value, in_place = _form(function.returns), ast.unparse(function.returns) == "None" if function.returns else False
+    value, in_place = (
+        _form(function.returns),
+        ast.unparse(function.returns) == "None" if function.returns else False,
+    )
     if not in_place and not value and not any(form for _, form in arguments):
         return Signature()
     return Signature(arguments, value, in_place)
@@ -125,4 +132,6 @@ def _form(annotation: ast.expr | None) -> str:
         return ""
     text = ast.unparse(annotation).strip("'\"")
     name = next((name for name in ("ListNode", "TreeNode") if name in text), "")
-    return f"*{name}" if name and text.lower().replace("optional[", "").startswith("list[") else name
+    return (
+        f"*{name}" if name and text.lower().replace("optional[", "").startswith("list[") else name
+    )

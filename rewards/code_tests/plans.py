@@ -77,7 +77,11 @@ class JudgePlan:
     @property
     def entries(self) -> tuple[str, ...]:
         """Names that the model's code is to define."""
-        return (self.entry,) if self.entry else tuple(name.split("(")[0] for name in self.names.values())
+        return (
+            (self.entry,)
+            if self.entry
+            else tuple(name.split("(")[0] for name in self.names.values())
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,7 +18,19 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 _LONGEST = 1 << 4096  # longer ints go as hexadecimal, which is linear in both directions
-_SUBCLASSED: tuple[Any, ...] = (int, float, complex, str, bytes, bytearray, tuple, list, dict, set, frozenset)
+_SUBCLASSED: tuple[Any, ...] = (
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    bytearray,
+    tuple,
+    list,
+    dict,
+    set,
+    frozenset,
+)
 _MAPPINGS: dict[str, Any] = {
     "dict": dict,
     "collections.Counter": collections.Counter,
@@ -110,7 +122,11 @@ class Table:
             return [name, [self.pack(item) for item in value]]
         if name == "collections.deque":
             return [name, [self.pack(item) for item in value], value.maxlen]
-        return ["object", [[key, self.pack(item)] for key, item in _attributes(value)], type(value).__name__]
+        return [
+            "object",
+            [[key, self.pack(item)] for key, item in _attributes(value)],
+            type(value).__name__,
+        ]
 
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
@@ -125,18 +141,29 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
 def _array(table: Table, value: Any) -> list[Any]:
     if value.dtype.kind not in "biufcSU":
         raise CannotPass(f"an array of {value.dtype}")
-    return [value.dtype.str, list(value.shape), [table.pack(item) for item in value.ravel().tolist()]]
+    return [
+        value.dtype.str,
+        list(value.shape),
+        [table.pack(item) for item in value.ravel().tolist()],
+    ]
 
 
 _PACKED: dict[str, Callable[[Table, Any], Any]] = {
     "bytes": lambda table, value: value.hex(),
     "complex": lambda table, value: [table.pack(value.real), table.pack(value.imag)],
-    "range": lambda table, value: [table.pack(part) for part in (value.start, value.stop, value.step)],
-    "slice": lambda table, value: [table.pack(part) for part in (value.start, value.stop, value.step)],
+    "range": lambda table, value: [
+        table.pack(part) for part in (value.start, value.stop, value.step)
+    ],
+    "slice": lambda table, value: [
+        table.pack(part) for part in (value.start, value.stop, value.step)
+    ],
     "dict_keys": lambda table, value: [table.pack(item) for item in value],
     "dict_values": lambda table, value: [table.pack(item) for item in value],
     "dict_items": lambda table, value: [table.pack(item) for item in value],
-    "fractions.Fraction": lambda table, value: [table.pack(value.numerator), table.pack(value.denominator)],
+    "fractions.Fraction": lambda table, value: [
+        table.pack(value.numerator),
+        table.pack(value.denominator),
+    ],
     "decimal.Decimal": lambda table, value: str(value),
     "datetime.date": lambda table, value: value.isoformat(),
     "datetime.time": lambda table, value: value.isoformat(),
@@ -220,12 +247,18 @@ class Side:
 
     def _part(self, part: Any, objects: list[Any]) -> Any:
         """A value, or a list of values where a form has lists in it."""
-        return [self._part(each, objects) for each in part] if isinstance(part, list) else self.unpack(part, objects)
+        return (
+            [self._part(each, objects) for each in part]
+            if isinstance(part, list)
+            else self.unpack(part, objects)
+        )
 
     def fill(self, bodies: list[Any], objects: list[Any]) -> None:
         """Brings `objects` to what `bodies` say (None: as it was), the new ones among them made first."""
         objects += [self._empty(body) for body in bodies[len(objects) :]]
-        changed = [(body, value) for body, value in zip(bodies, objects, strict=True) if body is not None]
+        changed = [
+            (body, value) for body, value in zip(bodies, objects, strict=True) if body is not None
+        ]
         for hashing in (False, True):  # keys need what they hold first
             for body, value in changed:
                 if (body[0] == "set" or body[0] in _MAPPINGS) is hashing:
@@ -290,16 +323,23 @@ class Side:
             known = len(objects)
             try:
                 answer = {"ok": table.pack(self.perform(request, arguments, keywords))}
-            except BaseException as error:  # whatever the model's code raises, SystemExit included, is its result
+            except (
+                BaseException
+            ) as error:  # whatever the model's code raises, SystemExit included, is its result
                 answer = self.describe(error, table)
             bodies: list[Any] = table.bodies()
         except BaseException as error:  # a value without a form, or nested beyond all reason
             return self.describe(error, None)
-        bodies[:known] = [None if new == old else new for new, old in zip(bodies, request["objects"], strict=False)]
+        bodies[:known] = [
+            None if new == old else new
+            for new, old in zip(bodies, request["objects"], strict=False)
+        ]
         answer["objects"] = bodies
         return answer
 
-    def perform(self, request: dict[str, Any], arguments: list[Any], keywords: dict[str, Any]) -> Any:
+    def perform(
+        self, request: dict[str, Any], arguments: list[Any], keywords: dict[str, Any]
+    ) -> Any:
         raise NotImplementedError
 
     def heard(self, answer: dict[str, Any]) -> None:
@@ -327,7 +367,12 @@ class Side:
         for key, item in answer["held"]:
             try:
                 setattr(error, key, self.unpack(item, objects))
-            except (AttributeError, TypeError, ValueError, KeyError):  # a read-only one of a built-in exception
+            except (
+                AttributeError,
+                TypeError,
+                ValueError,
+                KeyError,
+            ):  # a read-only one of a built-in exception
                 continue
         error.__dict__["_of_the_model"] = str(answer["text"])
         return error

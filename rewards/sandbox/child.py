@@ -37,7 +37,9 @@ class ChannelClosed(BaseException):
     """The parent has heard enough."""
 
 
-def read_line(read: Callable[..., bytes] = os.read, parse: Callable[..., Any] = _parse) -> dict[str, Any]:
+def read_line(
+    read: Callable[..., bytes] = os.read, parse: Callable[..., Any] = _parse
+) -> dict[str, Any]:
     """The next message. Raises ChannelClosed."""
     while (end := _received.find(b"\n")) < 0:
         if not (chunk := read(CHANNEL, 1 << 13)):
@@ -125,7 +127,9 @@ def source_of(value: Any) -> str:
         return f"{kind.__name__}([{', '.join(map(source_of, value))}])"
     if kind is complex:
         return f"complex({source_of(value.real)}, {source_of(value.imag)})"
-    raise TypeError(f"a test passes a {kind.__name__} to the tested function; only plain values can be passed")
+    raise TypeError(
+        f"a test passes a {kind.__name__} to the tested function; only plain values can be passed"
+    )
 
 
 def _module(name: str) -> dict[str, Any]:
@@ -158,9 +162,7 @@ _USUAL = {
     "io": "StringIO BytesIO",
     "statistics": "mean median",
 }
-_MODULES = (
-    "bisect collections copy datetime functools heapq io itertools json math operator os random re string sys time"
-)
+_MODULES = "bisect collections copy datetime functools heapq io itertools json math operator os random re string sys time"
 _HOME = {name: module for module, names in _USUAL.items() for name in names.split()}
 _HOME |= dict.fromkeys(_MODULES.split(), "")
 
@@ -231,7 +233,9 @@ def load_solution(request: dict[str, Any]) -> dict[str, Any] | None:
     try:
         for part in request["code"]:
             exec(_compiled(part, "<solution>", namespace, request.get("usual", False)), namespace)
-    except BaseException as error:  # whatever the model's code raises, SystemExit included, is its result
+    except (
+        BaseException
+    ) as error:  # whatever the model's code raises, SystemExit included, is its result
         return describe(error)
     return None
 
@@ -274,7 +278,9 @@ def run_library(request: dict[str, Any]) -> None:
 
 
 _STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
-_STANDARD |= {f"{folder}/{number}": number for folder in ("/dev/fd", "/proc/self/fd") for number in range(3)}
+_STANDARD |= {
+    f"{folder}/{number}": number for folder in ("/dev/fd", "/proc/self/fd") for number in range(3)
+}
 
 
 def _open_by_name() -> None:
@@ -313,7 +319,9 @@ def run_program(request: dict[str, Any]) -> NoReturn:
         exec(_compiled(text, "<program>", namespace, request.get("usual", False)), namespace)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:  # what a script raises is its own; the interpreter would print it and exit with 1
+    except (
+        BaseException
+    ):  # what a script raises is its own; the interpreter would print it and exit with 1
         import traceback
 
         traceback.print_exc(limit=-5)
@@ -341,7 +349,9 @@ def _stack_size(size: int = 0, _set: Callable[..., int] = _thread.stack_size) ->
     most = resource.getrlimit(resource.RLIMIT_AS)[0] // 4
     if not size:
         return _set()
-    return _set(max(min(size, most) & ~0xFFFF, min(size, 0x10000)) if most > 0 else size)  # 0 would be the default
+    return _set(
+        max(min(size, most) & ~0xFFFF, min(size, 0x10000)) if most > 0 else size
+    )  # 0 would be the default
 
 
 builtins.exit = builtins.quit = _leave  # type: ignore[assignment]

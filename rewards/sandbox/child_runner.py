@@ -30,8 +30,12 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-REQUEST = struct.Struct("<Bdd2Q")  # kind, wall s, CPU s, bytes of memory, bytes of output and of any file
-REPLY = struct.Struct("<4siddQ2B")  # RUN, wait status, wall s, CPU s, peak resident bytes, who ended it, locked down
+REQUEST = struct.Struct(
+    "<Bdd2Q"
+)  # kind, wall s, CPU s, bytes of memory, bytes of output and of any file
+REPLY = struct.Struct(
+    "<4siddQ2B"
+)  # RUN, wait status, wall s, CPU s, peak resident bytes, who ended it, locked down
 RUN, NO_RUN = b"run\n", b"no\n"  # how replies begin; after NO_RUN comes why there was none
 BY_ITSELF, AT_THE_DEADLINE, ON_REQUEST, FOR_ITS_THREADS = range(4)
 CALLS, PROGRAM, NATIVE, COMPILE = range(4)
@@ -41,12 +45,18 @@ _EXECVEAT = {"x86_64": 322, "aarch64": 281}
 _RESTRICT_SELF = 446  # landlock_restrict_self, on every machine
 _NOBODY = 65534
 _THREADS = 64  # of one run
-_LOOK_SECONDS = 0.01  # between two counts of a run's threads, where no limit of the kernel's does it
+_LOOK_SECONDS = (
+    0.01  # between two counts of a run's threads, where no limit of the kernel's does it
+)
 _ROOM = _socket.CMSG_SPACE(4 * struct.calcsize("i"))
 
 
 class _Cap(ctypes.Structure):
-    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+    _fields_ = (
+        ("effective", ctypes.c_uint32),
+        ("permitted", ctypes.c_uint32),
+        ("inheritable", ctypes.c_uint32),
+    )
 
 
 class _CapHeader(ctypes.Structure):
@@ -79,7 +89,11 @@ class ChildRunner:
     """Forks, locks down, watches and reaps children, one at a time."""
 
     def __init__(
-        self, control: _socket.socket, config: dict[str, Any], privileges: str, main: Callable[[], NoReturn]
+        self,
+        control: _socket.socket,
+        config: dict[str, Any],
+        privileges: str,
+        main: Callable[[], NoReturn],
     ) -> None:
         self.control, self.pid = control, os.getpid()
         self.namespaces: bool = config["kind"] in ("zygote", "bubblewrap")
@@ -114,7 +128,9 @@ class ChildRunner:
         if self.nobody:
             os.setgroups([])
             os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it; a child over its output ends by it
+        signal.signal(
+            signal.SIGXFSZ, signal.SIG_DFL
+        )  # Python ignores it; a child over its output ends by it
         limits = {
             resource.RLIMIT_NOFILE: 64,
             resource.RLIMIT_CORE: 0,
@@ -143,7 +159,9 @@ class ChildRunner:
         self.locked[0] = 0
         try:
             pid = os.fork()
-        except OSError as error:  # a limit on processes, or no memory: says nothing about the program
+        except (
+            OSError
+        ) as error:  # a limit on processes, or no memory: says nothing about the program
             for fd in fds:
                 os.close(fd)
             return NO_RUN + f"no process for the run: {error}".encode()
@@ -197,7 +215,9 @@ class ChildRunner:
 
     def _sweep(self) -> None:
         """Nothing outlives its run: process 1 kills all that is left in its namespace (a compiler's children)."""
-        if _libc.kill(-1, 9) < 0:  # nobody is left, which os.kill would raise an exception for, at a dozen pages
+        if (
+            _libc.kill(-1, 9) < 0
+        ):  # nobody is left, which os.kill would raise an exception for, at a dozen pages
             return
         while True:
             try:
@@ -276,14 +296,22 @@ class ChildRunner:
     def _become_foreign(self, kind: int) -> NoReturn:
         if kind == COMPILE:
             os.close(3)
-            os.execve(self.compiler[0], self.compiler, {"PATH": "/usr/bin", "TMPDIR": self.scratch, "LC_ALL": "C"})
+            os.execve(
+                self.compiler[0],
+                self.compiler,
+                {"PATH": "/usr/bin", "TMPDIR": self.scratch, "LC_ALL": "C"},
+            )
         argv = (ctypes.c_char_p * 2)(b"program", None)
         os.set_inheritable(3, False)
         number = _EXECVEAT[os.uname().machine]
         _libc.syscall(number, 3, b"", argv, (ctypes.c_char_p * 1)(None), 0x1000)
         if self.namespaces and ctypes.get_errno() in (errno.EACCES, errno.EPERM):
-            raise PermissionError("execveat")  # a policy of the machine's: no path that a program names is in sight
-        os._exit(127)  # a file that asks for an interpreter, or for more memory than it may have: the program's doing
+            raise PermissionError(
+                "execveat"
+            )  # a policy of the machine's: no path that a program names is in sight
+        os._exit(
+            127
+        )  # a file that asks for an interpreter, or for more memory than it may have: the program's doing
 
     def _lock(self, program: _Filter, user: int) -> None:
         """Nobody's id, no capability, no file of the host, no open file of ours, then the filter: from here on there is
@@ -329,7 +357,9 @@ def _threads(pid: int) -> int:
 def _open_standard_files() -> None:
     sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, "r")), encoding="utf-8")
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w")), encoding="utf-8")
-    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w"), encoding="utf-8", errors="backslashreplace", write_through=True)
+    sys.stderr = io.TextIOWrapper(
+        io.FileIO(2, "w"), encoding="utf-8", errors="backslashreplace", write_through=True
+    )
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         setattr(getattr(sys, name), "mode", mode)  # noqa: B010 (typeshed's is read-only; the interpreter's own have it)
         setattr(sys, f"__{name}__", getattr(sys, name))

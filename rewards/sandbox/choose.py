@@ -45,17 +45,24 @@ def fix(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> 
     """What to do on this kind of machine: a host, a container, a pod."""
     if "KUBERNETES_SERVICE_HOST" in environment:
         place = _KUBERNETES
-    elif any((root / name).exists() for name in (".dockerenv", "run/.containerenv")) or "container" in environment:
+    elif (
+        any((root / name).exists() for name in (".dockerenv", "run/.containerenv"))
+        or "container" in environment
+    ):
         place = _CONTAINER
     else:
         place = f"{_HOST}; inside a container, {_CONTAINER}"
     return f"{_KERNEL}; {place}; {_REMOTE}"
 
 
-def choose_backend(backend: str | None, allow_unsafe: bool, preload: Sequence[str] = ()) -> ForkServer:
+def choose_backend(
+    backend: str | None, allow_unsafe: bool, preload: Sequence[str] = ()
+) -> ForkServer:
     """A fork server of the first back end that works and passes a trial run; SandboxUnavailable if none does."""
     if backend not in (None, *BACKENDS, "unsafe"):
-        raise ValueError(f"sandbox backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}, or leave it out")
+        raise ValueError(
+            f"sandbox backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}, or leave it out"
+        )
     if backend == "unsafe" and not allow_unsafe:
         raise ValueError("sandbox backend 'unsafe' needs allow_unsafe: true")
     failures: list[str] = []

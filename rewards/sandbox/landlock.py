@@ -20,7 +20,15 @@ _libc.syscall.restype = ctypes.c_long
 _CREATE_RULESET, _ADD_RULE = 444, 445  # restrict_self: see `child_runner.py`
 _RULE_PATH_BENEATH, _ASK_VERSION = 1, 1
 
-EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, MAKE_REG, TRUNCATE = 1, 2, 4, 8, 1 << 5, 1 << 8, 1 << 14
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, MAKE_REG, TRUNCATE = (
+    1,
+    2,
+    4,
+    8,
+    1 << 5,
+    1 << 8,
+    1 << 14,
+)
 _FILES = {
     1: (1 << 13) - 1,
     2: (1 << 14) - 1,
@@ -29,7 +37,9 @@ _FILES = {
 }  # rights by the version that brought them
 _TCP = 0b11  # bind, connect: version 4
 _SCOPES = 0b11  # abstract unix sockets, signals: version 6
-_FOR_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | 1 << 15  # the others make sense for folders only
+_FOR_FILES = (
+    EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | 1 << 15
+)  # the others make sense for folders only
 
 
 def _checked(result: int, what: str) -> int:
@@ -41,8 +51,12 @@ def _checked(result: int, what: str) -> int:
 
 def version() -> int:
     """Landlock's version in this kernel. Raises OSError if it has none, or if it is switched off."""
-    found: int = _libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(_ASK_VERSION))
-    return _checked(found, "landlock_create_ruleset (Linux 5.13 with landlock among its security modules)")
+    found: int = _libc.syscall(
+        _CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(_ASK_VERSION)
+    )
+    return _checked(
+        found, "landlock_create_ruleset (Linux 5.13 with landlock among its security modules)"
+    )
 
 
 def handled(abi: int) -> tuple[int, int, int]:
@@ -58,7 +72,9 @@ def ruleset(readable: list[str], writable: list[str]) -> int:
     files, tcp, scopes = handled(abi)
     words = (files, tcp, scopes)[: 1 if abi < 4 else 2 if abi < 6 else 3]
     attributes = struct.pack(f"<{len(words)}Q", *words)
-    found: int = _libc.syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint32(0))
+    found: int = _libc.syscall(
+        _CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint32(0)
+    )
     ruleset = _checked(found, "landlock_create_ruleset")
     for path in readable:
         _allow(ruleset, path, files & (EXECUTE | READ_FILE | READ_DIR))

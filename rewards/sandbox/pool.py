@@ -30,7 +30,16 @@ from .choose import choose_backend
 from .runs import Limits, Outcome, ProgramEnded, Run, SandboxError, SandboxUnavailable
 from .view import compiler
 
-__all__ = ["Limits", "Outcome", "ProgramEnded", "Run", "Sandbox", "SandboxError", "SandboxUnavailable", "Session"]
+__all__ = [
+    "Limits",
+    "Outcome",
+    "ProgramEnded",
+    "Run",
+    "Sandbox",
+    "SandboxError",
+    "SandboxUnavailable",
+    "Session",
+]
 
 _DEFAULT = Limits()
 COMPILER_LIMITS = Limits(seconds=30.0, memory_mb=1536, output_bytes=64 << 20)
@@ -110,10 +119,14 @@ class Sandbox:
                 finally:
                     if server.busy:
                         server.stop()
-                        with contextlib.suppress(SandboxError):  # a lost fork server is replaced; the talk is over
+                        with contextlib.suppress(
+                            SandboxError
+                        ):  # a lost fork server is replaced; the talk is over
                             server.finish(limits)
 
-    def run_program(self, code: str, stdin: bytes = b"", limits: Limits = _DEFAULT, *, usual: bool = False) -> Run:
+    def run_program(
+        self, code: str, stdin: bytes = b"", limits: Limits = _DEFAULT, *, usual: bool = False
+    ) -> Run:
         """Runs a Python script on `stdin`; `usual`: with the usual imports of contest programs made for it."""
         request = json.dumps({"task": "program", "code": [code], "usual": usual}).encode() + b"\n"
         return twice(lambda: self._run(PROGRAM, request, stdin, limits))
@@ -138,7 +151,12 @@ class Sandbox:
         return binary, run
 
     def _compile(self, source: bytes, limits: Limits) -> tuple[bytes, Run]:
-        with _sealed(source) as text, _memfd() as binary, _memfd() as errors, self._server(limits) as server:
+        with (
+            _sealed(source) as text,
+            _memfd() as binary,
+            _memfd() as errors,
+            self._server(limits) as server,
+        ):
             server.start(COMPILE, limits, [binary, text, errors, errors])
             run = server.finish(limits)
             stderr = os.pread(errors, 1 << 16, 0)

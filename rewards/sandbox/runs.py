@@ -32,11 +32,17 @@ class Limits:
 
     def __post_init__(self) -> None:
         if not 0 < self.seconds <= 3600:
-            raise ValueError(f"limits.seconds is {self.seconds}; it must be above 0 and at most 3600")
+            raise ValueError(
+                f"limits.seconds is {self.seconds}; it must be above 0 and at most 3600"
+            )
         if self.memory_mb < 64:
-            raise ValueError(f"limits.memory_mb is {self.memory_mb}; an interpreter needs at least 64")
+            raise ValueError(
+                f"limits.memory_mb is {self.memory_mb}; an interpreter needs at least 64"
+            )
         if not 0 < self.output_bytes <= 1 << 28:
-            raise ValueError(f"limits.output_bytes is {self.output_bytes}; it must be between 1 and 2**28")
+            raise ValueError(
+                f"limits.output_bytes is {self.output_bytes}; it must be between 1 and 2**28"
+            )
 
     @property
     def own_seconds(self) -> float:
@@ -81,7 +87,9 @@ class Run:
         if self.outcome is Outcome.CRASHED:
             names = {entry.value: entry.name for entry in signal.Signals}
             return f"ended by {names.get(-self.exit_code, 'a signal')}"
-        return f"exit code {self.exit_code}" if self.outcome is Outcome.EXITED else str(self.outcome)
+        return (
+            f"exit code {self.exit_code}" if self.outcome is Outcome.EXITED else str(self.outcome)
+        )
 
 
 class ProgramEnded(Exception):

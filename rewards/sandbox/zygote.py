@@ -26,7 +26,9 @@ from typing import Any, NoReturn
 READY, NO_RUN = b"ready\n", b"no\n"  # how messages to the trainer begin; after NO_RUN comes why
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_KEPT_CAPABILITIES = 0b11 | (0b111 << 5) | (1 << 18)  # CHOWN, DAC_OVERRIDE; KILL, SETGID, SETUID; SYS_CHROOT
+_KEPT_CAPABILITIES = (
+    0b11 | (0b111 << 5) | (1 << 18)
+)  # CHOWN, DAC_OVERRIDE; KILL, SETGID, SETUID; SYS_CHROOT
 
 
 _WARM_UP_RUNS = 30  # beyond all counters of CPython's specialising interpreter
@@ -57,16 +59,22 @@ def _freeze_heap() -> None:
     gc.collect()
     gc.freeze()
     gc.disable()
-    if hasattr(_libc, "malloc_trim"):  # what is not mapped is neither copied by fork nor freed by exit
+    if hasattr(
+        _libc, "malloc_trim"
+    ):  # what is not mapped is neither copied by fork nor freed by exit
         _libc.malloc_trim(0)
 
 
 def _serve(control: _socket.socket, config: dict[str, Any], privileges: str) -> None:
     """Process 1 once it is isolated, or the only process where there are none."""
     child = _module(config, "child")
-    runner = _module(config, "child_runner")["ChildRunner"](control, config, privileges, child["main"])
+    runner = _module(config, "child_runner")["ChildRunner"](
+        control, config, privileges, child["main"]
+    )
     null = os.open("/dev/null", os.O_WRONLY)
-    os.dup2(null, 2)  # what reads errors of the start reads no more, and a full pipe would block every later run
+    os.dup2(
+        null, 2
+    )  # what reads errors of the start reads no more, and a full pipe would block every later run
     os.close(null)
     _warm_up(child)
     _freeze_heap()
@@ -112,7 +120,9 @@ def _launch(control: _socket.socket, config: dict[str, Any], parent: int) -> Non
     if (pid := os.fork()) == 0:
         try:
             os.close(parent)
-            _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # the launcher has one thread, so its end is the process's end
+            _libc.prctl(
+                1, signal.SIGKILL, 0, 0, 0
+            )  # the launcher has one thread, so its end is the process's end
             _begin_anew(control, config, privileges)
         finally:
             os._exit(1)
@@ -127,7 +137,9 @@ def _launch(control: _socket.socket, config: dict[str, Any], parent: int) -> Non
 
 def _stay(config: dict[str, Any]) -> None:
     """What takes the place of namespaces: see `child_runner.py`."""
-    config["trainer"] = os.pidfd_open(os.getppid())  # readable when it ends, whoever holds its sockets
+    config["trainer"] = os.pidfd_open(
+        os.getppid()
+    )  # readable when it ends, whoever holds its sockets
     if _libc.prctl(36, 1, 0, 0, 0) < 0:  # PR_SET_CHILD_SUBREAPER
         raise OSError(ctypes.get_errno(), "PR_SET_CHILD_SUBREAPER")
     _module(config, "child_runner")["keep_capabilities"](0)

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from emberl.rewards.code_tests import running
 from emberl.rewards.code_tests.reward import CodeReward
 from emberl.rewards.code_tests.tests import plan_of
 from emberl.rewards.inputs import RewardInput
@@ -91,6 +92,18 @@ def test_what_is_no_program_and_what_is_no_test(reward) -> None:
     assert reward.check_reference(rows[3]) and reward.check_reference(rows[0]) is None
     with pytest.raises(ValueError, match="no tests"):
         reward.trial(rows[3])
+
+
+@slow
+def test_a_judge_that_does_not_come_up_is_no_verdict(reward, monkeypatch) -> None:
+    library = running._library
+
+    def broken(*names: str):
+        return library(*names[:1]) if "judge" in names else library(*names)  # it has no `main`
+
+    monkeypatch.setattr(running, "_library", broken)
+    row = item("def f(x): return x", {"test_list": ["assert f(1) in (1, 2)"]})
+    assert [v.status for v in reward([row])] == [Status.VERIFIER_ERROR]
 
 
 @slow
