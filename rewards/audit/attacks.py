@@ -1,9 +1,10 @@
 """Runs a file of hostile programs against the sandbox and says of each whether it was contained.
 
-One JSON object a line: `id`, `category` (`forge`, `resource` or `escape`), `language` (`python` or `cpp`), `code`. In the
-code, @PORT@ becomes a port that the host listens on (and `\\0rew@PORT@` an abstract socket), @SECRETFILE@ a file that must
-not be read, @CANARY@ one that must not change. A program that got somewhere says so on stdout, in a line that starts with
-a word in capitals (`CONNECTED`, `UID 0`); a word followed by a negative number (`MOUNT -1`) is a failed system call.
+One JSON object a line: `id`, `category` (`forge`, `resource` or `escape`), `language` (`python` or
+`cpp`), `code`. In the code, @PORT@ becomes a port that the host listens on (and `\\0rew@PORT@` an
+abstract socket), @SECRETFILE@ a file that must not be read, @CANARY@ one that must not change. A
+program that got somewhere says so on stdout, in a line that starts with a word in capitals
+(`CONNECTED`, `UID 0`); a word followed by a negative number (`MOUNT -1`) is a failed system call.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ class AttackReport:
 def audit_sandbox(
     path: str | Path, *, seconds: float = 2.0, backend: str | None = None
 ) -> AttackReport:
-    """Runs every program of the file. Raises ValueError if the file holds none, SandboxUnavailable without a sandbox."""
+    """Runs every program of the file. Raises ValueError if the file holds none, SandboxUnavailable
+    without a sandbox."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         rows = [json.loads(line) for line in text.splitlines() if line.strip()]
@@ -170,7 +172,8 @@ def _run_one(row: Mapping[str, str], host: _Host, reward: CodeReward) -> Attack:
 def _paid(
     reward: CodeReward, code: str, language: str, tests: Mapping[str, object], details: list[str]
 ) -> list[str]:
-    """A hostile program must earn a scored nothing: neither the reward nor an excuse from being graded."""
+    """A hostile program must earn a scored nothing: neither the reward nor an excuse from being
+    graded."""
     verdict = reward(
         [RewardInput(completion=f"~~~~~~{language}\n{code}\n~~~~~~", columns=dict(tests))]
     )[0]
@@ -222,8 +225,8 @@ def _problems(run: Run, host: _Host) -> list[str]:
 
 
 class _Host:
-    """What the programs would like to reach: a listener, a secret (file and environment), a canary; and a look at what
-    they left behind."""
+    """What the programs would like to reach: a listener, a secret (file and environment), a canary;
+    and a look at what they left behind."""
 
     def __enter__(self) -> _Host:
         self.secret = secrets.token_hex(16)
@@ -268,7 +271,8 @@ class _Host:
         return code
 
     def state(self, code: str) -> tuple[int, set[str], set[str]]:
-        """Processes below this one, files that the program might have named, System V shared memory."""
+        """Processes below this one, files that the program might have named, System V shared
+        memory."""
         return len(list(descendants(os.getpid()))), set(_files(code)), _segments()
 
     def changes(self, before: tuple[int, set[str], set[str]], code: str) -> list[str]:
@@ -292,7 +296,8 @@ class _Host:
 
 
 def _files(code: str) -> Iterator[str]:
-    """Entries of the places that a program could try to write to, if their names occur in its text."""
+    """Entries of the places that a program could try to write to, if their names occur in its
+    text."""
     for folder in ("/", "/tmp", "/dev/shm", "/dev/mqueue", "."):
         with contextlib.suppress(OSError):
             yield from (f"{folder}/{name}" for name in os.listdir(folder) if name in code)

@@ -1,8 +1,10 @@
-"""Auditing a reward: recorded completions and a corpus of hacks go through it, and its disagreements are set down.
+"""Auditing a reward: recorded completions and a corpus of hacks go through it, and its
+disagreements are set down.
 
-`audit(use, data)` is what `emberl audit` calls. The data is JSONL or JSONL.gz; a row has the completion (`pred`,
-`completion` or `response`), the reference (`gold`, `answer`, `reference` or `ground_truth`), and optionally `label`
-(whether the completion is right), `prompt`, `source`, `id`; other columns reach the reward by name.
+`audit(use, data)` is what `emberl audit` calls. The data is JSONL or JSONL.gz; a row has the
+completion (`pred`, `completion` or `response`), the reference (`gold`, `answer`, `reference` or
+`ground_truth`), and optionally `label` (whether the completion is right), `prompt`, `source`, `id`;
+other columns reach the reward by name.
 """
 
 from __future__ import annotations
@@ -67,9 +69,11 @@ def audit(
     options: Mapping[str, Any] | None = None,
     limit: int = 0,
 ) -> Audit:
-    """Audits the reward that `use` names on a file (None: on the hack corpus alone) and writes the HTML report.
+    """Audits the reward that `use` names on a file (None: on the hack corpus alone) and writes the
+    HTML report.
 
-    `second`: another reward to compare with, None for none. Raises ValueError for a bad file, row or reward.
+    `second`: another reward to compare with, None for none. Raises ValueError for a bad file, row
+    or reward.
     """
     rows = read_rows(data, limit) if data is not None else []
     reward = load_reward(use, style=style, options=options)
@@ -96,7 +100,8 @@ def audit(
 
 
 def read_rows(path: Path | str, limit: int = 0) -> list[Row]:
-    """The rows of a JSONL or JSONL.gz file. Raises ValueError naming the line that cannot be used."""
+    """The rows of a JSONL or JSONL.gz file. Raises ValueError naming the line that cannot be
+    used."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no file {path}")
@@ -299,7 +304,8 @@ summary{cursor:pointer;font-weight:600}.kind{white-space:nowrap;font-weight:600}
 
 
 def to_html(found: Audit) -> str:
-    """One page without scripts or outside resources: the figures, then each disagreement for a person to judge."""
+    """One page without scripts or outside resources: the figures, then each disagreement for a
+    person to judge."""
     escape = html.escape
     rows = []
     for item in found.disagreements[:_SHOWN]:

@@ -1,4 +1,5 @@
-"""Completions that must earn nothing from a reward for mathematics: what policies have tried, or will."""
+"""Completions that must earn nothing from a reward for mathematics: what policies have tried, or
+will."""
 
 from __future__ import annotations
 

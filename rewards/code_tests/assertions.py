@@ -1,7 +1,9 @@
-"""Tests that are Python code, as plans: assertions, `check(candidate)`, pytest's and unittest's modules.
+"""Tests that are Python code, as plans: assertions, `check(candidate)`, pytest's and unittest's
+modules.
 
-Plain assertions, a call and a literal, become a `FunctionPlan`. Whatever is more than that goes to the judge. The model's
-names are those that the test uses and nobody binds; what can be known to be ungradable is a ValueError here.
+Plain assertions, a call and a literal, become a `FunctionPlan`. Whatever is more than that goes to
+the judge. The model's names are those that the test uses and nobody binds; what can be known to be
+ungradable is a ValueError here.
 """
 
 from __future__ import annotations
@@ -48,9 +50,11 @@ def asserts_plan(
     entry: str,
     defined: frozenset[str],
 ) -> Plan:
-    """MBPP: assertions on functions that they name. The set-up stands behind the code, whose classes it may use.
+    """MBPP: assertions on functions that they name. The set-up stands behind the code, whose
+    classes it may use.
 
-    `defined`: what the row's own solution defines, if it has one: a tested function may be named like a built-in."""
+    `defined`: what the row's own solution defines, if it has one: a tested function may be named
+    like a built-in."""
     before, source = "\n".join(imports), "\n".join(tests)
     tree = parsed(source, "test_list")
     given = bound(parsed(before, "test_imports")) | bound(parsed(setup, "test_setup_code"))
@@ -78,7 +82,8 @@ def asserts_plan(
 
 @functools.lru_cache(maxsize=4096)
 def check_plan(prompt: str, test: str, entry: str) -> Plan:
-    """HumanEval and LeetCode: a function `check(candidate)`. The prompt's imports and helpers stand in front of the code."""
+    """HumanEval and LeetCode: a function `check(candidate)`. The prompt's imports and helpers stand
+    in front of the code."""
     tree = parsed(test, "test")
     check = next(
         (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "check"), None
@@ -119,8 +124,8 @@ def check_plan(prompt: str, test: str, entry: str) -> Plan:
 def module_plan(
     test: str, before: str, setup: str, entry: str, defined: frozenset[str], hints: frozenset[str]
 ) -> Plan:
-    """KodCode, BigCodeBench, MBPP+: a module that tests the model's code when it runs, or through functions and classes
-    that pytest or unittest would collect."""
+    """KodCode, BigCodeBench, MBPP+: a module that tests the model's code when it runs, or through
+    functions and classes that pytest or unittest would collect."""
     return judge_plan(
         test,
         before=before,
@@ -275,7 +280,8 @@ def _call(test: ast.expr, names: set[str]) -> Call | None:
 
 
 def _outermost(tree: ast.Module) -> set[str]:
-    """The one function that every assertion compares the value of: a tested function may be named like a built-in."""
+    """The one function that every assertion compares the value of: a tested function may be named
+    like a built-in."""
     sides = [
         n.test.left if isinstance(n.test, ast.Compare) else n.test
         for n in tree.body
@@ -323,7 +329,8 @@ def _arguments(tree: ast.AST) -> set[str]:
 
 
 def _without_runners(tree: ast.Module) -> ast.Module:
-    """Without `unittest.main()`, `pytest.main()` and what stands under `if __name__ == "__main__"` with them."""
+    """Without `unittest.main()`, `pytest.main()` and what stands under `if __name__ == "__main__"`
+    with them."""
 
     def runs(node: ast.stmt) -> bool:
         if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
@@ -368,8 +375,9 @@ def _acts(tree: ast.Module) -> bool:
 def _sort_classes(
     tree: ast.Module, names: set[str]
 ) -> tuple[ast.Module, list[tuple[str, str]], set[str]]:
-    """The test without the classes that go to the model's side: those built on a class of the model's. Helper classes
-    stand on both sides. Returns also the texts of both, the former with their name, and the names of the latter."""
+    """The test without the classes that go to the model's side: those built on a class of the
+    model's. Helper classes stand on both sides. Returns also the texts of both, the former with
+    their name, and the names of the latter."""
     kept: list[ast.stmt] = []
     extras: list[tuple[str, str]] = []
     shared: set[str] = set()

@@ -1,8 +1,10 @@
-"""Tests that are inputs and outputs, as plans: of whole programs on stdin and stdout, or of functions with JSON values.
+"""Tests that are inputs and outputs, as plans: of whole programs on stdin and stdout, or of
+functions with JSON values.
 
-Forms, and who writes so: `{"inputs", "outputs", "fn_name"}` (APPS, TACO, Eurus-2, verl); lists of `{"input", "output"}` with
-`testtype` or `type`, `fn_name` or `metadata.func_name` in each (LiveCodeBench, DeepCoder, PRIME's SYNTHETIC-1);
-`{"input": [...], "output": [...]}` (CodeContests); base64 of zlib of JSON or of a pickle of plain values (LiveCodeBench).
+Forms, and who writes so: `{"inputs", "outputs", "fn_name"}` (APPS, TACO, Eurus-2, verl); lists of
+`{"input", "output"}` with `testtype` or `type`, `fn_name` or `metadata.func_name` in each
+(LiveCodeBench, DeepCoder, PRIME's SYNTHETIC-1); `{"input": [...], "output": [...]}` (CodeContests);
+base64 of zlib of JSON or of a pickle of plain values (LiveCodeBench).
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ _MOST_DIGITS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One input and output, as the data has them, and the function to call with the input, if any."""
+    """One input and output, as the data has them, and the function to call with the input, if
+    any."""
 
     given: Any
     wanted: Any
@@ -97,7 +100,8 @@ def named_in_metadata(metadata: Any) -> str:
 
 
 def plan_of_cases(cases: Sequence[Case], name: str = "", starter: str = "") -> Plan:
-    """`name`: of the function, where the row and not the case says so; `starter`: the signature that the model was given."""
+    """`name`: of the function, where the row and not the case says so; `starter`: the signature
+    that the model was given."""
     names = {case.name or name for case in cases}
     if len(names) > 1:
         raise ValueError(f"the tests call different functions: {', '.join(sorted(names))}")
@@ -107,7 +111,8 @@ def plan_of_cases(cases: Sequence[Case], name: str = "", starter: str = "") -> P
 
 
 def text_of(value: Any) -> str:
-    """What a program reads or prints: text, a list of lines, or either behind a key or in a list of one."""
+    """What a program reads or prints: text, a list of lines, or either behind a key or in a list of
+    one."""
     if isinstance(value, str):
         return value
     if value is None:
@@ -206,7 +211,8 @@ def _integer(digits: str) -> int:
 
 
 def unpacked(text: str) -> Any:
-    """JSON, or JSON or plain lists behind base64, zlib and perhaps pickle, as LiveCodeBench ships its private tests."""
+    """JSON, or JSON or plain lists behind base64, zlib and perhaps pickle, as LiveCodeBench ships
+    its private tests."""
     if text.lstrip()[:1] in ("[", "{"):
         return _value(text, "a column")
     try:

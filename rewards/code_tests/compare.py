@@ -1,7 +1,9 @@
-"""Comparison of what a model's program gave with what a data set expects; every byte of the former is hostile.
+"""Comparison of what a model's program gave with what a data set expects; every byte of the former
+is hostile.
 
-Values are compared in the plain JSON form of `child.encode`, never as live objects: no pickle, no `__eq__`, no hashing of
-the model's numbers (equal hashes by design would make a dict quadratic), and no deeper than the expected value goes.
+Values are compared in the plain JSON form of `child.encode`, never as live objects: no pickle, no
+`__eq__`, no hashing of the model's numbers (equal hashes by design would make a dict quadratic),
+and no deeper than the expected value goes.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A child's answer to one call: a value in plain JSON form, or the name and text of what it raised."""
+    """A child's answer to one call: a value in plain JSON form, or the name and text of what it
+    raised."""
 
     value: Any = None
     error: str = ""
@@ -32,7 +35,8 @@ class Reply:
 
 
 def parse_reply(line: bytes) -> Reply:
-    """Reads one line from a child. Whatever is no well-formed reply is an error of the program's own."""
+    """Reads one line from a child. Whatever is no well-formed reply is an error of the program's
+    own."""
     try:
         data = json.loads(line, parse_int=_bounded_int, parse_constant=_refused)
     except (ValueError, RecursionError) as error:
@@ -70,10 +74,10 @@ def printable(text: str) -> str:
 def equal(expected: Any, got: Any, tolerance: float = FLOAT_TOLERANCE) -> bool:
     """Whether two values in plain JSON form are the same value of the same type.
 
-    Types are exact (True is not 1, a tuple is not a list), with the exceptions that Python's `==` makes too: a whole
-    float equals the int and the reverse, a fraction its value, and 0 or 1 will do where a bool is expected (MBPP's own
-    solutions do so). Where a float is expected, a number may differ by `tolerance * max(1, |expected|)`. NaN equals NaN
-    only.
+    Types are exact (True is not 1, a tuple is not a list), with the exceptions that Python's `==`
+    makes too: a whole float equals the int and the reverse, a fraction its value, and 0 or 1 will
+    do where a bool is expected (MBPP's own solutions do so). Where a float is expected, a number
+    may differ by `tolerance * max(1, |expected|)`. NaN equals NaN only.
     """
     if type(got) is dict and got.keys() == {"ratio"}:
         got = _quotient(got["ratio"], exact=type(expected) is int)
@@ -102,7 +106,8 @@ def equal(expected: Any, got: Any, tolerance: float = FLOAT_TOLERANCE) -> bool:
 
 
 def _quotient(parts: list[Any], exact: bool) -> int | float | None:
-    """The number behind a fraction; None if it is none, or where an int is expected and it is not whole."""
+    """The number behind a fraction; None if it is none, or where an int is expected and it is not
+    whole."""
     above, below = (int(part["int"], 16) if type(part) is dict else part for part in parts)
     if type(above) is not int or type(below) is not int or below == 0:
         return None
@@ -202,8 +207,9 @@ def _is_long(value: Any) -> bool:
 def same_output(expected: str, got: bytes, tolerance: float = FLOAT_TOLERANCE) -> bool:
     """Whether a program printed what was expected: the same lines of the same tokens.
 
-    White space between tokens and at line ends does not count, nor do blank lines at either end; where the expected
-    token is a decimal fraction, a number within `tolerance` will do; where it is a whole number, also `3.0` for `3`.
+    White space between tokens and at line ends does not count, nor do blank lines at either end;
+    where the expected token is a decimal fraction, a number within `tolerance` will do; where it is
+    a whole number, also `3.0` for `3`.
     """
     wanted, printed = _lines(expected.encode("utf-8", "surrogatepass")), _lines(got)
     return len(wanted) == len(printed) and all(

@@ -1,8 +1,10 @@
-"""The program in a completion: which fenced blocks it is made of, or which part of a text without fences.
+"""The program in a completion: which fenced blocks it is made of, or which part of a text without
+fences.
 
-A fence is read as CommonMark has it (indented, longer, with `~~~`, with an info string), by lines and so in linear time,
-with what models do on top: a fence inside a docstring ends nothing, a new tagged fence ends an open block, the last block
-may stay open, and a prompt may have opened the first one.
+A fence is read as CommonMark has it (indented, longer, with `~~~`, with an info string), by lines
+and so in linear time, with what models do on top: a fence inside a docstring ends nothing, a new
+tagged fence ends an open block, the last block may stay open, and a prompt may have opened the
+first one.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ _QUOTED = re.compile(r"[ \t]*>[ \t]?")
 _PYTHON = re.compile(r"\{?[.:]?(i?python|py|pycon|cpython|sage)[\d.]*\b", re.I)
 _CPP = re.compile(r"\{?[.:]?(c\+\+|cpp|cc|cxx|c)[\d.]*(?![\w+#])", re.I)
 _UNTAGGED = re.compile(r"(code|solution|answer|program)?$", re.I)
-# Ends of a model's thoughts; the first word opens them. Sources: DeepSeek-R1 and Qwen; Kimi; Sky-T1; Seed; Magistral.
+# Ends of a model's thoughts; the first word opens them. Sources: DeepSeek-R1 and Qwen; Kimi;
+# Sky-T1; Seed; Magistral.
 _THOUGHTS = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
@@ -28,7 +31,8 @@ _THOUGHTS = (
     ("<seed:think>", "</seed:think>"),
     ("[THINK]", "[/THINK]"),
 )
-# Tags that some prompts ask for around code. Sources: R1-Zero; CodeLlama and CRUXEval; MBPP's own few-shot prompt.
+# Tags that some prompts ask for around code. Sources: R1-Zero; CodeLlama and CRUXEval; MBPP's own
+# few-shot prompt.
 _WRAPPERS = (
     ("<answer>", "</answer>"),
     ("[PYTHON]", "[/PYTHON]"),
@@ -71,10 +75,11 @@ def extract_program(
 ) -> Program | None:
     """The program that the final answer of a completion holds, None if there is none.
 
-    `language`: "python", "cpp", or "auto", which goes by the fence's tag. `entries`: names that the tests use; without
-    them a program on stdin is looked for. The block is the last one that defines such a name (or reads its input); other
-    blocks are put in front of it, or behind, only where they define what it uses. A tagged block goes before an
-    untagged one. Without fences, the text is the program, from its first line of code on.
+    `language`: "python", "cpp", or "auto", which goes by the fence's tag. `entries`: names that the
+    tests use; without them a program on stdin is looked for. The block is the last one that defines
+    such a name (or reads its input); other blocks are put in front of it, or behind, only where
+    they define what it uses. A tagged block goes before an untagged one. Without fences, the text
+    is the program, from its first line of code on.
     """
     answer = _after_thoughts(completion.replace("\r\n", "\n"))
     if answer is None:
@@ -166,7 +171,8 @@ def fenced_blocks(text: str) -> list[Block]:
 
 
 def _end(lines: Sequence[str], fences: dict[int, re.Match[str]], start: int) -> int:
-    """The line of the fence that ends the block opened at `start`: outside a docstring, or the first if none is."""
+    """The line of the fence that ends the block opened at `start`: outside a docstring, or the
+    first if none is."""
     mark = fences[start][2]
     quote, first = "", None
     for number in range(start + 1, len(lines)):
@@ -188,7 +194,8 @@ def _guess(source: str, language: str) -> str:
 
 
 def _bare_code(text: str) -> str:
-    """A text without fences from its first line of code on: all of it, if that is where it begins."""
+    """A text without fences from its first line of code on: all of it, if that is where it
+    begins."""
     lines = text.strip("\n").split("\n")
     if lines[0][:1].isspace() or _CODE_LINE.match(lines[0]):
         return text if text.strip() else ""
@@ -271,7 +278,8 @@ def _dedented(source: str, entries: Collection[str]) -> str:
 
 
 def completed(source: str, entry: str, prompt: str) -> str:
-    """The program; a bare body behind the prompt whose function it continues, whatever became of its indentation."""
+    """The program; a bare body behind the prompt whose function it continues, whatever became of
+    its indentation."""
     if not entry or not prompt or defines(source, entry):
         return source
     lines = source.strip("\n").split("\n")

@@ -1,6 +1,8 @@
-"""The model's end of the line to a judge: holds the model's functions and objects and does with them what the test asks.
+"""The model's end of the line to a judge: holds the model's functions and objects and does with
+them what the test asks.
 
-Runs inside the sandbox beside the model's code (see `wire.py`): nothing here is trusted by the judge.
+Runs inside the sandbox beside the model's code (see `wire.py`): nothing here is trusted by the
+judge.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ class Host(Side):
             sys.stdout = self.printed
 
     def pack_other(self, value: Any) -> Any:
-        """A reference: number, what can be done with it, name of its class, and the kind of thing that it is."""
+        """A reference: number, what can be done with it, name of its class, and the kind of thing
+        that it is."""
         place = self.places.setdefault(id(value), len(self.held))
         if place == len(self.held):
             self.held.append(value)

@@ -1,5 +1,6 @@
-"""The judge: runs a data set's test code in a sandbox of its own, where the model's functions and objects are remote ones
-(`remote.py`). The test compares plain values here, out of the model's reach.
+"""The judge: runs a data set's test code in a sandbox of its own, where the model's functions and
+objects are remote ones (`remote.py`). The test compares plain values here, out of the model's
+reach.
 """
 
 from __future__ import annotations
@@ -124,7 +125,8 @@ def _own_text(error: BaseException) -> str:
 
 
 def main(request: dict[str, Any], child: types.SimpleNamespace) -> NoReturn:
-    """Runs the test and sends the verdict: `{"verdict": {"passed", "total", "failed", "asked"}}` or `{"broken": ...}`."""
+    """Runs the test and sends the verdict: `{"verdict": {"passed", "total", "failed", "asked"}}` or
+    `{"broken": ...}`."""
     judge = Judge(child, set(request["named"]))
     namespace = child.module("judge")
     try:
@@ -183,7 +185,8 @@ def _run(request: dict[str, Any], namespace: dict[str, Any]) -> tuple[int, int, 
 
 
 def _outcome(action: Callable[[], Any]) -> dict[str, str]:
-    """What went wrong, or nothing. A test may leave by `sys.exit(0)`; the model's code may not end it."""
+    """What went wrong, or nothing. A test may leave by `sys.exit(0)`; the model's code may not end
+    it."""
     try:
         action()
     except SystemExit as error:
@@ -199,7 +202,8 @@ def _outcome(action: Callable[[], Any]) -> dict[str, str]:
 
 
 def _collected(namespace: dict[str, Any]) -> list[Callable[[], Any]]:
-    """The module's tests as pytest finds them: functions, methods of Test classes, and unittest's cases."""
+    """The module's tests as pytest finds them: functions, methods of Test classes, and unittest's
+    cases."""
     found: list[Callable[[], Any]] = []
     unittest, pytest = sys.modules.get("unittest"), sys.modules.get("pytest")
     for name, value in list(namespace.items()):

@@ -45,7 +45,8 @@ def called_names(tree: ast.AST) -> set[str]:
 
 
 def syntax_tree(source: str) -> ast.Module:
-    """`ast.parse`, which some releases of CPython 3.11 and 3.12 let fail where another thread parses (gh-106905)."""
+    """`ast.parse`, which some releases of CPython 3.11 and 3.12 let fail where another thread
+    parses (gh-106905)."""
     for _ in range(20):
         try:
             return ast.parse(source)

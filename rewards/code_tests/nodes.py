@@ -1,4 +1,5 @@
-"""LeetCode's lists and trees: tests hold them as plain lists, and the signature says which arguments they are."""
+"""LeetCode's lists and trees: tests hold them as plain lists, and the signature says which
+arguments they are."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def _from_TreeNode(node):
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What is to be made of a function's arguments and value, by their places: "", a class, or "*" and a class for a list."""
+    """What is to be made of a function's arguments and value, by their places: "", a class, or "*"
+    and a class for a list."""
 
     arguments: tuple[tuple[str, str], ...] = ()
     """Name and form of each."""
@@ -102,7 +104,8 @@ def _plain(source: str, form: str) -> str:
 
 
 def signature_of(starter: str, name: str) -> Signature:
-    """From code like `class Solution: def f(self, head: Optional[ListNode]) -> None:`, with or without a body."""
+    """From code like `class Solution: def f(self, head: Optional[ListNode]) -> None:`, with or
+    without a body."""
     function = next((n for n in _functions(starter) if n.name == name), None)
     if function is None:
         return Signature()

@@ -1,6 +1,7 @@
 """What tests of data sets use of pytest, for the judge: pytest itself is not in sight there.
 
-`raises`, `approx`, `mark.parametrize` (other marks do nothing), fixtures of functions, `fail`, `skip`, `capsys`.
+`raises`, `approx`, `mark.parametrize` (other marks do nothing), fixtures of functions, `fail`,
+`skip`, `capsys`.
 """
 
 from __future__ import annotations

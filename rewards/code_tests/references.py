@@ -1,4 +1,5 @@
-"""A row's own solutions: what they define, and the programs to prove its tests with before training."""
+"""A row's own solutions: what they define, and the programs to prove its tests with before
+training."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from typing import Any
 
 from .names import syntax_tree
 
-# Columns and who writes so: HumanEval; MBPP; KodCode; SYNTHETIC-1; LeetCodeDataset; APPS, TACO, CodeContests.
+# Columns and who writes so: HumanEval; MBPP; KodCode; SYNTHETIC-1; LeetCodeDataset; APPS, TACO,
+# CodeContests.
 _ONE = (
     "canonical_solution",
     "code",
@@ -70,7 +72,8 @@ def defined_names(columns: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _is_program(text: str) -> bool:
-    """Whether a text does something: some files have a stub such as `sys.exit(0)` in the place of a solution."""
+    """Whether a text does something: some files have a stub such as `sys.exit(0)` in the place of a
+    solution."""
     return any(
         word in text
         for word in ("def ", "class ", "print", "return", "write", "lambda", "cout", "printf")

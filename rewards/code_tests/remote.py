@@ -1,9 +1,12 @@
-"""Remote objects: what a test sees of the model's functions and objects, inside the judge's sandbox.
+"""Remote objects: what a test sees of the model's functions and objects, inside the judge's
+sandbox.
 
-A `Remote` does what the model's object does, by asking for it, with
-these exceptions, since the other end may be hostile and must not be asked about an answer that it is then told:
-- it equals no plain value and is not ordered against one; remote objects are compared with each other by their own `==`;
-- operators with a plain value work for instances of classes that the test itself names, and only yield objects;
+A `Remote` does what the model's object does, by asking for it, with these exceptions, since the
+other end may be hostile and must not be asked about an answer that it is then told:
+- it equals no plain value and is not ordered against one; remote objects are compared with each
+  other by their own `==`;
+- operators with a plain value work for instances of classes that the test itself names, and only
+  yield objects;
 - yes-or-no questions of plain values (`startswith`, `issubset`) are not put to it.
 """
 
@@ -169,7 +172,8 @@ _made: dict[str, type] = {}
 
 
 def remote_type(able: str) -> type:
-    """The class of remote objects with just these abilities, so that `callable` and `Iterator` tell the truth."""
+    """The class of remote objects with just these abilities, so that `callable` and `Iterator` tell
+    the truth."""
     if able not in _made:
         _made[able] = type(
             "Remote", (Remote,), {"__slots__": (), **dict(_ABLE[c] for c in able if c in _ABLE)}

@@ -34,14 +34,16 @@ if TYPE_CHECKING:
 class CodeReward:
     """Scores 1 if every test passes, else 0; with `partial`, the fraction that passes. Thread-safe.
 
-    Tests: whatever `plan_of` reads from `columns` or `answer`. Programs are Python, or C++ where stdin and stdout are
-    tested (`language` "cpp", or "auto" with a C++ fence). `packages`: installed packages that programs may import, for
-    example `["numpy"]`; tests may import numpy and these. `timeout` (s), `memory_mb` and `output_bytes` (see `Limits`;
-    more where a test expects more) hold for a function's calls together and for each run of a program; `total_seconds`
-    for all runs of one completion, `compile_seconds` for the compiler, `reference_seconds` for all runs of
-    `check_references`. `concurrency`: runs at the same time, by default one a core. `url`: a remote sandbox in
-    the place of this machine's (see `sandbox/remote.py`). Raises SandboxUnavailable, a ValueError, where the machine has
-    no sandbox and `allow_unsafe` is not set.
+    Tests: whatever `plan_of` reads from `columns` or `answer`. Programs are Python, or C++ where
+    stdin and stdout are tested (`language` "cpp", or "auto" with a C++ fence). `packages`:
+    installed packages that programs may import, for example `["numpy"]`; tests may import numpy and
+    these. `timeout` (s), `memory_mb` and `output_bytes` (see `Limits`; more where a test expects
+    more) hold for a function's calls together and for each run of a program; `total_seconds` for
+    all runs of one completion, `compile_seconds` for the compiler, `reference_seconds` for all runs
+    of `check_references`. `concurrency`: runs at the same time, by default one a core. `url`: a
+    remote sandbox in the place of this machine's (see `sandbox/remote.py`). Raises
+    SandboxUnavailable, a ValueError, where the machine has no sandbox and `allow_unsafe` is not
+    set.
     """
 
     def __init__(
@@ -88,9 +90,8 @@ class CodeReward:
         self.packages, self.reference_seconds = tuple(packages), reference_seconds
         start: Callable[..., Sandbox | RemoteSandbox]
         if url is not None:
-            from ..sandbox.remote import (
-                RemoteSandbox,
-            )  # needs httpx, which no sandbox of our own does
+            # needs httpx, which no sandbox of our own does
+            from ..sandbox.remote import RemoteSandbox
 
             start = functools.partial(RemoteSandbox, url, workers=concurrency)
         else:
@@ -128,9 +129,11 @@ class CodeReward:
         return None
 
     def check_references(self, rows: Sequence[RewardInput]) -> list[str | None]:
-        """What is wrong with each row's tests, or None: they cannot be graded, or refuse the row's own solution.
+        """What is wrong with each row's tests, or None: they cannot be graded, or refuse the row's
+        own solution.
 
-        Rows whose turn has not come after `reference_seconds` are not run, and a warning says how many."""
+        Rows whose turn has not come after `reference_seconds` are not run, and a warning says how
+        many."""
         found = [self.check_reference(row) for row in rows]
         own = [
             (i, texts)
@@ -153,7 +156,8 @@ class CodeReward:
         return found
 
     def _refused(self, row: RewardInput, solutions: Sequence[str], end: float) -> str | None:
-        """Why the row's tests accept none of its solutions; empty if they do, None if the time is over."""
+        """Why the row's tests accept none of its solutions; empty if they do, None if the time is
+        over."""
         first = ""
         for solution in solutions:
             if time.monotonic() > end:

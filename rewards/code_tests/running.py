@@ -1,7 +1,7 @@
 """`Tester`: runs a program under a plan of tests.
 
-The expected answers stay here, or in the judge's sandbox: the program's own gets inputs, one call at
-a time, and gives plain values or bytes back.
+The expected answers stay here, or in the judge's sandbox: the program's own gets inputs, one call
+at a time, and gives plain values or bytes back.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def _ended(run: Run, total: int) -> Result:
 
 
 def _relay(judge: Session | RemoteSession, talk: Session | RemoteSession) -> Result:
-    """Carries the lines of judge and model to each other until the judge has its verdict. Raises ProgramEnded for the
-    model's program, SandboxError where the test itself is at fault."""
+    """Carries the lines of judge and model to each other until the judge has its verdict. Raises
+    ProgramEnded for the model's program, SandboxError where the test itself is at fault."""
     asked = False
     while True:
         try:
@@ -198,7 +198,8 @@ class Tester:
         return dataclasses.replace(self.limits, output_bytes=most)
 
     def _judged(self, plan: JudgePlan, program: Program) -> Result:
-        """Runs the data set's test code in its own sandbox; what it asks of the model's code goes to the other one."""
+        """Runs the data set's test code in its own sandbox; what it asks of the model's code goes
+        to the other one."""
         with self._lock:
             packages = tuple(sorted({*self.packages, *plan.packages}))
             if packages not in self._judges:

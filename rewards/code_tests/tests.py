@@ -20,12 +20,14 @@ _CASE_COLUMNS = [
 
 
 def plan_of(columns: Mapping[str, Any], answer: str = "") -> Plan:
-    """The plan for a data row. Raises ValueError if the row holds no tests, or tests that cannot be graded.
+    """The plan for a data row. Raises ValueError if the row holds no tests, or tests that cannot be
+    graded.
 
-    Python: MBPP and MBPP+ (`test_list`, `test`, `test_setup_code`, `test_imports`), AceCode (`test_cases`), HumanEval,
-    HumanEval+ and LeetCodeDataset (`prompt`, `test`, `entry_point`), KodCode and BigCodeBench (`test`, a module for pytest
-    or unittest), verl's `assert_case`. Inputs and outputs: any of `_CASE_COLUMNS` together, or else the `answer`, in the
-    forms of `cases_of`, with `fn_name` or `metadata.func_name` where a function and not a program is tested.
+    Python: MBPP and MBPP+ (`test_list`, `test`, `test_setup_code`, `test_imports`), AceCode
+    (`test_cases`), HumanEval, HumanEval+ and LeetCodeDataset (`prompt`, `test`, `entry_point`),
+    KodCode and BigCodeBench (`test`, a module for pytest or unittest), verl's `assert_case`. Inputs
+    and outputs: any of `_CASE_COLUMNS` together, or else the `answer`, in the forms of `cases_of`,
+    with `fn_name` or `metadata.func_name` where a function and not a program is tested.
     """
     entry = str(columns.get("entry_point") or "")
     defined = defined_names(columns)

@@ -1,11 +1,14 @@
-"""Values and objects as JSON lines between two sandboxes: one runs the model's code, one a data set's tests.
+"""Values and objects as JSON lines between two sandboxes: one runs the model's code, one a data
+set's tests.
 
-Runs inside both (`child.py` loads the compiled text of this file and `judge.py`), so: standard library only, no imports of
-ours. `Side` is one end. Immutable values go as they are or as an object with one key that names the type, for example
-`{"tuple": [1, 2]}`; mutable ones go as `{"at": number}`, a place in the message's table of objects, so that sharing and
-cycles survive, and so that the answer to a call can say what has become of its arguments.
+Runs inside both (`child.py` loads the compiled text of this file and `judge.py`), so: standard
+library only, no imports of ours. `Side` is one end. Immutable values go as they are or as an object
+with one key that names the type, for example `{"tuple": [1, 2]}`; mutable ones go as `{"at":
+number}`, a place in the message's table of objects, so that sharing and cycles survive, and so that
+the answer to a call can say what has become of its arguments.
 
-What the model's side sends is as untrusted as anything: no form makes more than plain values and objects of listed types.
+What the model's side sends is as untrusted as anything: no form makes more than plain values and
+objects of listed types.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ class Child(Protocol):
 
 
 class CannotPass(Exception):
-    """The test passes something that has no form on the wire: the test's fault, never the model's."""
+    """The test passes something that has no form on the wire: the test's fault, never the
+    model's."""
 
 
 def name_of(kind: type) -> str:
@@ -59,7 +63,8 @@ def name_of(kind: type) -> str:
 
 
 class Table:
-    """The mutable objects of one message, by number; the first ones are those of the message that it answers."""
+    """The mutable objects of one message, by number; the first ones are those of the message that
+    it answers."""
 
     def __init__(self, side: Side, objects: list[Any]) -> None:
         self.side = side
@@ -214,8 +219,8 @@ _MADE: dict[str, Callable[..., Any]] = {
 
 
 class Side:
-    """One end of the line. `shared`: classes that both ends have, whose instances go by value; `named`: the names of the
-    model that the test uses, whose instances stay where they are."""
+    """One end of the line. `shared`: classes that both ends have, whose instances go by value;
+    `named`: the names of the model that the test uses, whose instances stay where they are."""
 
     shared: dict[str, type]
     named: set[str]
@@ -254,7 +259,8 @@ class Side:
         )
 
     def fill(self, bodies: list[Any], objects: list[Any]) -> None:
-        """Brings `objects` to what `bodies` say (None: as it was), the new ones among them made first."""
+        """Brings `objects` to what `bodies` say (None: as it was), the new ones among them made
+        first."""
         objects += [self._empty(body) for body in bodies[len(objects) :]]
         changed = [
             (body, value) for body, value in zip(bodies, objects, strict=True) if body is not None
@@ -294,7 +300,8 @@ class Side:
     # --- requests and answers
 
     def request(self, message: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
-        """Asks the other end and returns its value, or raises its exception; serves its questions meanwhile."""
+        """Asks the other end and returns its value, or raises its exception; serves its questions
+        meanwhile."""
         table = Table(self, [])
         message["args"] = [table.pack(each) for each in arguments]
         message["kwargs"] = {key: table.pack(each) for key, each in keywords.items()}
@@ -346,7 +353,8 @@ class Side:
         """Whatever else an answer brings."""
 
     def describe(self, error: BaseException, table: Table | None) -> dict[str, Any]:
-        """An exception as an answer; name, text and attributes may be the model's own code, so each may fail."""
+        """An exception as an answer; name, text and attributes may be the model's own code, so each
+        may fail."""
         answer: dict[str, Any] = {"error": "Exception", "text": "", "kinds": [], "held": []}
         try:
             kinds = type(error).__mro__
@@ -360,7 +368,8 @@ class Side:
         return answer
 
     def exception(self, answer: dict[str, Any], objects: list[Any]) -> BaseException:
-        """The exception that an answer describes: of the built-in type that it is, or of the test's own."""
+        """The exception that an answer describes: of the built-in type that it is, or of the test's
+        own."""
         kind = self.exception_type([str(name) for name in answer["kinds"]])
         error = kind.__new__(kind)
         error.args = (str(answer["text"]),)
@@ -378,7 +387,8 @@ class Side:
         return error
 
     def exception_type(self, kinds: list[str]) -> type[BaseException]:
-        """The nearest known type of an exception whose types, from itself upwards, have these names."""
+        """The nearest known type of an exception whose types, from itself upwards, have these
+        names."""
         for name in kinds:
             module, _, attribute = name.rpartition(".")
             found = getattr(sys.modules.get(module) if module else builtins, attribute, None)

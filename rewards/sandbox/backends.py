@@ -89,7 +89,8 @@ class ForkServer:
             raise SandboxUnavailable(why or "the process ended while it isolated itself")
 
     def start(self, kind: int, limits: Limits, fds: Sequence[int]) -> None:
-        """Starts a child on `fds`: its channel, source or program at 3, then 0, 1 and 2. Raises SandboxError."""
+        """Starts a child on `fds`: its channel, source or program at 3, then 0, 1 and 2. Raises
+        SandboxError."""
         assert not self.busy, "a fork server does one run at a time"
         self.busy, self._overslept = True, False
         memory = limits.memory_mb << 20
@@ -136,8 +137,9 @@ class ForkServer:
         return below - parents
 
     def finish(self, limits: Limits, patience: float | None = None) -> Run:
-        """Waits for the child's end, with `patience` no longer than so many seconds (TimeoutError). Raises SandboxError
-        if the fork server was lost or the child ended through no doing of its own."""
+        """Waits for the child's end, with `patience` no longer than so many seconds (TimeoutError).
+        Raises SandboxError if the fork server was lost or the child ended through no doing of its
+        own."""
         self._control.settimeout(limits.seconds + _LOOK_SECONDS if patience is None else patience)
         while True:
             try:
@@ -202,18 +204,16 @@ class ForkServer:
 
     def close(self) -> None:
         """Ends the process and with it everything in the sandbox."""
-        with contextlib.suppress(
-            OSError
-        ):  # a process that was forked from this one may hold a copy open
+        # a process that was forked from this one may hold a copy open
+        with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_RDWR)
         self._control.close()
         if self._folder:  # it ends what it has started, when it sees that we are gone
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_GRACE_SECONDS)
         self._process.kill()
-        with contextlib.suppress(
-            subprocess.TimeoutExpired
-        ):  # a process stuck in the kernel is the kernel's to end
+        # a process stuck in the kernel is the kernel's to end
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_GRACE_SECONDS)
         if self._folder:
             if self._process.returncode != 0:
@@ -222,7 +222,8 @@ class ForkServer:
 
 
 def _end_session(leader: int) -> None:
-    """Kills what a lost fork server without namespaces has left: a compiler's children, which are in its session."""
+    """Kills what a lost fork server without namespaces has left: a compiler's children, which are
+    in its session."""
     for _ in range(100):  # they may fork while we look
         left = [
             int(entry.name)
@@ -238,8 +239,8 @@ def _end_session(leader: int) -> None:
 
 
 def _link_packages(view: View, folder: str) -> None:
-    """Makes what stands in the place of `/packages` where programs see the host's own file system: a folder without the
-    packages that are installed beside those that were asked for."""
+    """Makes what stands in the place of `/packages` where programs see the host's own file system:
+    a folder without the packages that are installed beside those that were asked for."""
     for path, target in view.packages:
         os.makedirs(os.path.dirname(folder + target), exist_ok=True)
         os.symlink(path, folder + target)

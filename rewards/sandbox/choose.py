@@ -58,7 +58,8 @@ def fix(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> 
 def choose_backend(
     backend: str | None, allow_unsafe: bool, preload: Sequence[str] = ()
 ) -> ForkServer:
-    """A fork server of the first back end that works and passes a trial run; SandboxUnavailable if none does."""
+    """A fork server of the first back end that works and passes a trial run; SandboxUnavailable if
+    none does."""
     if backend not in (None, *BACKENDS, "unsafe"):
         raise ValueError(
             f"sandbox backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}, or leave it out"
@@ -86,13 +87,15 @@ def choose_backend(
 
 
 def _hide_memory() -> None:
-    """Closes /proc/PID/mem and /proc/PID/environ of this process, which holds the expected answers, to its own user."""
+    """Closes /proc/PID/mem and /proc/PID/environ of this process, which holds the expected answers,
+    to its own user."""
     if ctypes.CDLL(None).prctl(4, 0, 0, 0, 0) < 0:  # PR_SET_DUMPABLE
         raise SandboxUnavailable("unsafe: this process cannot hide its memory (PR_SET_DUMPABLE)")
 
 
 def _tried(backend: str, preload: Sequence[str]) -> ForkServer:
-    """Starts a fork server and runs an empty child, so that a filter that the kernel refuses shows now."""
+    """Starts a fork server and runs an empty child, so that a filter that the kernel refuses shows
+    now."""
     if not sys.platform.startswith("linux"):
         raise SandboxUnavailable(f"{backend}: only Linux has what it needs")
     if backend == "bubblewrap" and shutil.which("bwrap") is None:

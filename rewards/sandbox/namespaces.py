@@ -1,7 +1,7 @@
 """The zygote back end: namespaces, the id maps, a root file system of its own.
 
-Loaded by path into the launcher and into process 1 (see `zygote.py`) and forgotten there before the first run: standard
-library only.
+Loaded by path into the launcher and into process 1 (see `zygote.py`) and forgotten there before the
+first run: standard library only.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def _mount(
 
 
 def _map_ids(pid: int) -> None:
-    """Writes the id maps of `pid` from outside its user namespace. As root: 0 and nobody, so that a child can be
-    nobody; otherwise (or where root may not map two ids) the own id alone."""
+    """Writes the id maps of `pid` from outside its user namespace. As root: 0 and nobody, so that a
+    child can be nobody; otherwise (or where root may not map two ids) the own id alone."""
     uid, gid = os.getuid(), os.getgid()
     if uid == 0:
         try:
@@ -103,10 +103,11 @@ def enter_namespaces() -> None:
 
 
 def build_root(binds: list[tuple[str, str]], masks: list[str]) -> None:
-    """A read-only root of nothing but `binds` (from, to), `masks` inside them hidden, four devices and a /tmp that only
-    the compiler's filter lets anybody write to. The old root, /proc included, is gone afterwards."""
+    """A read-only root of nothing but `binds` (from, to), `masks` inside them hidden, four devices
+    and a /tmp that only the compiler's filter lets anybody write to. The old root, /proc included,
+    is gone afterwards."""
     os.umask(0o022)
-    root = "/proc"  # always there, never bound: nothing has to be made on the host, so nothing is left behind
+    root = "/proc"  # always there, never bound: nothing is made on the host and left behind
     _mount("none", "/", None, _REC | _PRIVATE)
     _mount("tmpfs", root, "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")
     for path, target in binds:
@@ -164,14 +165,12 @@ def move(old: str, new: str) -> None:
 
 def _read_only(path: str) -> None:
     attributes = struct.pack("<4Q", _RDONLY | _NOSUID | _NODEV, 0, 0, 0)
-    if (
-        _libc.syscall(_MOUNT_SETATTR, -100, path.encode(), 0x8000, attributes, len(attributes)) == 0
-    ):  # AT_RECURSIVE
+    # AT_RECURSIVE
+    if _libc.syscall(_MOUNT_SETATTR, -100, path.encode(), 0x8000, attributes, len(attributes)) == 0:
         return
     flags = os.statvfs(
         path
     ).f_flag  # before Linux 5.12: the top mount only, its locked flags repeated
-    kept = flags & (_NOEXEC | 1024 | 2048) | (
-        1 << 21 if flags & 4096 else 0
-    )  # noexec, noatime, nodiratime, relatime
+    # noexec, noatime, nodiratime, relatime
+    kept = flags & (_NOEXEC | 1024 | 2048) | (1 << 21 if flags & 4096 else 0)
     _mount("none", path, None, _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV | kept)

@@ -1,12 +1,15 @@
-"""`Sandbox`: runs a model's programs where they can reach nothing, at less than two milliseconds a run.
+"""`Sandbox`: runs a model's programs where they can reach nothing, at less than two milliseconds a
+run.
 
-Back ends, the first that works: `zygote` (own namespaces, `zygote.py`), `bubblewrap` (the same fork server behind
-isolation that `bwrap` sets up, for machines that let only a setuid helper make them), `landlock` (without namespaces, for
-containers that allow none; a program can ask whether a path of the host exists), and otherwise a refusal. A plain process
-with limits and a system-call filter, but the host's files in sight, runs only with `allow_unsafe=True`.
+Back ends, the first that works: `zygote` (own namespaces, `zygote.py`), `bubblewrap` (the same fork
+server behind isolation that `bwrap` sets up, for machines that let only a setuid helper make them),
+`landlock` (without namespaces, for containers that allow none; a program can ask whether a path of
+the host exists), and otherwise a refusal. A plain process with limits and a system-call filter, but
+the host's files in sight, runs only with `allow_unsafe=True`.
 
-A run that fails through the sandbox's own fault raises `SandboxError`, after a second try on a fresh fork server where
-nobody has talked to the program yet; whatever a program does to itself is a `Run`.
+A run that fails through the sandbox's own fault raises `SandboxError`, after a second try on a
+fresh fork server where nobody has talked to the program yet; whatever a program does to itself is a
+`Run`.
 """
 
 from __future__ import annotations
@@ -51,11 +54,13 @@ T = TypeVar("T")
 
 
 class Sandbox:
-    """A pool of fork servers, each doing one run at a time. Thread-safe; starts the others when they are needed.
+    """A pool of fork servers, each doing one run at a time. Thread-safe; starts the others when
+    they are needed.
 
-    `workers`: runs at the same time, by default one a core of those that a CPU quota leaves. `backend`: None tries them
-    in order. `preload`: modules that every child has imported before it is locked down; of the installed packages
-    only these and what they depend on are in sight. Raises SandboxUnavailable at once where the machine gives no back end.
+    `workers`: runs at the same time, by default one a core of those that a CPU quota leaves.
+    `backend`: None tries them in order. `preload`: modules that every child has imported before it
+    is locked down; of the installed packages only these and what they depend on are in sight.
+    Raises SandboxUnavailable at once where the machine gives no back end.
     """
 
     def __init__(
@@ -102,10 +107,12 @@ class Sandbox:
         first: Mapping[str, Any] | None = None,
         upcoming: Sequence[Mapping[str, Any]] = (),
     ) -> Iterator[Session]:
-        """Starts a child on `request` (see `child.py`) for a talk line by line; kills it on leaving.
+        """Starts a child on `request` (see `child.py`) for a talk line by line; kills it on
+        leaving.
 
-        `first` is the first message of the talk: sent along, it saves a turn of the processes. `upcoming`, those that
-        will follow, are for a remote sandbox: here a program sees one message at a time."""
+        `first` is the first message of the talk: sent along, it saves a turn of the processes.
+        `upcoming`, those that will follow, are for a remote sandbox: here a program sees one
+        message at a time."""
         with self._server(limits) as server:
             with _our_own_errors():
                 ours, theirs = socket.socketpair()
@@ -119,15 +126,15 @@ class Sandbox:
                 finally:
                     if server.busy:
                         server.stop()
-                        with contextlib.suppress(
-                            SandboxError
-                        ):  # a lost fork server is replaced; the talk is over
+                        # a lost fork server is replaced; the talk is over
+                        with contextlib.suppress(SandboxError):
                             server.finish(limits)
 
     def run_program(
         self, code: str, stdin: bytes = b"", limits: Limits = _DEFAULT, *, usual: bool = False
     ) -> Run:
-        """Runs a Python script on `stdin`; `usual`: with the usual imports of contest programs made for it."""
+        """Runs a Python script on `stdin`; `usual`: with the usual imports of contest programs made
+        for it."""
         request = json.dumps({"task": "program", "code": [code], "usual": usual}).encode() + b"\n"
         return twice(lambda: self._run(PROGRAM, request, stdin, limits))
 
@@ -136,7 +143,8 @@ class Sandbox:
         return twice(lambda: self._run(NATIVE, binary, stdin, limits))
 
     def compile_cpp(self, source: str, limits: Limits = COMPILER_LIMITS) -> tuple[bytes, Run]:
-        """Compiles C++ (g++ -O2 -std=gnu++17 -static) in the sandbox: the binary, empty if that failed, and the run.
+        """Compiles C++ (g++ -O2 -std=gnu++17 -static) in the sandbox: the binary, empty if that
+        failed, and the run.
 
         Raises SandboxUnavailable where there is no g++, SandboxError where it compiles nothing, as
         on a full disk."""
@@ -204,8 +212,8 @@ class Sandbox:
 
 
 class Session:
-    """A talk with one child, line by line. The run's own limit ends every wait; a fork server that does not keep to it
-    is found out after a grace."""
+    """A talk with one child, line by line. The run's own limit ends every wait; a fork server that
+    does not keep to it is found out after a grace."""
 
     def __init__(self, server: ForkServer, channel: socket.socket, limits: Limits) -> None:
         self._server, self._channel, self._limits = server, channel, limits
@@ -234,7 +242,8 @@ class Session:
                 raise ProgramEnded(self._server.finish(self._limits)) from None
 
     def receive(self) -> bytes:
-        """The child's next line, of at most `output_bytes`: as untrusted as anything. Raises ProgramEnded, SandboxError."""
+        """The child's next line, of at most `output_bytes`: as untrusted as anything. Raises
+        ProgramEnded, SandboxError."""
         while (end := self._received.find(b"\n")) < 0:
             if len(self._received) > self._limits.output_bytes:
                 self._server.stop()
@@ -260,8 +269,9 @@ class Session:
         self._channel.settimeout(_LOOK_SECONDS)
 
     def _end(self) -> Run:
-        """How a child ended that has closed its channel. One that only closed it, which is no way to stay, is ended; but
-        first it gets the time to end, as one that is killed from outside is not stopped by us."""
+        """How a child ended that has closed its channel. One that only closed it, which is no way
+        to stay, is ended; but first it gets the time to end, as one that is killed from outside is
+        not stopped by us."""
         try:
             return self._server.finish(self._limits, patience=_LOOK_SECONDS)
         except TimeoutError:

@@ -1,11 +1,13 @@
-"""`RemoteSandbox`: runs programs on another machine, by Sandbox Fusion's protocol (`POST URL/run_code`).
+"""`RemoteSandbox`: runs programs on another machine, by Sandbox Fusion's protocol (`POST
+URL/run_code`).
 
-For machines without a sandbox of their own. What differs from the local one: the far side's isolation and limits are its own
-(its time is on the wall, so its load can change a verdict), a function test sends its inputs all at once, and a program
-that kills itself there cannot be told from one that is killed.
+For machines without a sandbox of their own. What differs from the local one: the far side's
+isolation and limits are its own (its time is on the wall, so its load can change a verdict), a
+function test sends its inputs all at once, and a program that kills itself there cannot be told
+from one that is killed.
 
-A far side that is busy (429), broken (5xx, `SandboxError`) or cannot be reached is asked again for a while; then the run
-fails with SandboxError, which is nobody's verdict.
+A far side that is busy (429), broken (5xx, `SandboxError`) or cannot be reached is asked again for
+a while; then the run fails with SandboxError, which is nobody's verdict.
 """
 
 from __future__ import annotations
@@ -50,10 +52,11 @@ names["run_program"]({"code": [CODE], "usual": True})
 
 
 class RemoteSandbox:
-    """The same methods as `Sandbox`, for a service at `url`, e.g. `http://10.0.0.5:8080`. Thread-safe.
+    """The same methods as `Sandbox`, for a service at `url`, e.g. `http://10.0.0.5:8080`.
+    Thread-safe.
 
-    `workers`: requests at the same time; `preload`: modules that have to be installed there. Raises SandboxUnavailable at
-    once if nothing answers there, or if it lacks one.
+    `workers`: requests at the same time; `preload`: modules that have to be installed there. Raises
+    SandboxUnavailable at once if nothing answers there, or if it lacks one.
     """
 
     backend = "remote"
@@ -95,7 +98,8 @@ class RemoteSandbox:
     def run_program(
         self, code: str, stdin: bytes = b"", limits: Limits = _DEFAULT, *, usual: bool = False
     ) -> Run:
-        """Runs a Python script on `stdin`; `usual`: with the usual imports of contest programs made for it."""
+        """Runs a Python script on `stdin`; `usual`: with the usual imports of contest programs made
+        for it."""
         if usual:
             code = f"CHILD, CODE = {_CHILD!r}, {code!r}\n{_USUAL}"
         _, run = self._post("python", code, stdin, limits)
@@ -103,7 +107,8 @@ class RemoteSandbox:
         return run
 
     def compile_cpp(self, source: str, limits: Limits = _COMPILING) -> tuple[bytes, Run]:
-        """Whether C++ compiles there: the source for `run_native`, empty if not, and the run of the compiler."""
+        """Whether C++ compiles there: the source for `run_native`, empty if not, and the run of the
+        compiler."""
         compilation, _ = self._post("cpp", source, b"", _DEFAULT, limits.own_seconds)
         assert compilation is not None, "C++ is compiled"
         return (source.encode() if compilation.exit_code == 0 else b""), compilation
@@ -123,7 +128,8 @@ class RemoteSandbox:
         first: Mapping[str, Any] | None = None,
         upcoming: Sequence[Mapping[str, Any]] = (),
     ) -> Iterator[RemoteSession]:
-        """A talk as with a local child. With the messages that are to come, in `upcoming`, it takes one request."""
+        """A talk as with a local child. With the messages that are to come, in `upcoming`, it takes
+        one request."""
         talk = RemoteSession(
             self, request, limits, [*([] if first is None else [first]), *upcoming]
         )
@@ -134,7 +140,8 @@ class RemoteSandbox:
     def _post(
         self, language: str, code: str, stdin: bytes, limits: Limits, compile_seconds: float = 10.0
     ) -> tuple[Run | None, Run | None]:
-        """The runs of the compiler, if the language has one, and of the program, if it came to that."""
+        """The runs of the compiler, if the language has one, and of the program, if it came to
+        that."""
         body = {
             "language": language,
             "code": code,
@@ -179,7 +186,8 @@ class RemoteSandbox:
 
 
 class RemoteSession:
-    """A talk with a program that runs anew for every message that was not foreseen, with all messages up to it."""
+    """A talk with a program that runs anew for every message that was not foreseen, with all
+    messages up to it."""
 
     def __init__(
         self,

@@ -1,4 +1,5 @@
-"""The nouns of the sandbox: `Limits` of a run, the finished `Run` and its `Outcome`, and what can go wrong with neither."""
+"""The nouns of the sandbox: `Limits` of a run, the finished `Run` and its `Outcome`, and what can
+go wrong with neither."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ class SandboxUnavailable(SandboxError, ValueError):
 class Limits:
     """What one run may use.
 
-    Time is the program's own, so that a loaded machine changes no verdict: that in which it waits for a processor does
-    not count.
+    Time is the program's own, so that a loaded machine changes no verdict: that in which it waits
+    for a processor does not count.
     """
 
     seconds: float = 5.0
@@ -51,7 +52,8 @@ class Limits:
 
     @property
     def wall_seconds(self) -> float:
-        """When a run is given up whatever it did: a machine that gave it so little time gives no verdict either."""
+        """When a run is given up whatever it did: a machine that gave it so little time gives no
+        verdict either."""
         return 30 * self.seconds + 60
 
 
@@ -93,7 +95,8 @@ class Run:
 
 
 class ProgramEnded(Exception):
-    """The program of a session ended, or broke the protocol, instead of answering; `run` says how it ended."""
+    """The program of a session ended, or broke the protocol, instead of answering; `run` says how
+    it ended."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(str(run))

@@ -1,8 +1,9 @@
 """Seccomp allow-lists as classic BPF, assembled by hand: no compiled helper, no dependency.
 
-A filter sees the number and the raw arguments of each system call (`struct seccomp_data`: nr at 0, arch at 4, six
-64-bit arguments from 16). What no rule allows fails with EPERM; a foreign architecture (32-bit code, x32) dies.
-Numbers: Linux `asm/unistd_64.h` (x86-64) and `asm-generic/unistd.h` (aarch64).
+A filter sees the number and the raw arguments of each system call (`struct seccomp_data`: nr at 0,
+arch at 4, six 64-bit arguments from 16). What no rule allows fails with EPERM; a foreign
+architecture (32-bit code, x32) dies. Numbers: Linux `asm/unistd_64.h` (x86-64) and
+`asm-generic/unistd.h` (aarch64).
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ NUMBERS: Mapping[str, Mapping[str, int]] = {"x86_64": _table(_X86_64), "aarch64"
 
 @dataclass(frozen=True, slots=True)
 class When:
-    """Allow only if the low 32 bits of argument `index`, under `mask`, are one of `values` (and, if `null`, the high
-    half is zero). Every argument compared here is an int or a flag word for the kernel, which ignores the high half."""
+    """Allow only if the low 32 bits of argument `index`, under `mask`, are one of `values` (and, if
+    `null`, the high half is zero). Every argument compared here is an int or a flag word for the
+    kernel, which ignores the high half."""
 
     index: int
     mask: int
@@ -56,19 +58,14 @@ class When:
     null: bool = False
 
 
-_THREAD, _NAMESPACES = (
-    0x00010000,
-    0x7E020080,
-)  # CLONE_THREAD; CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET} and NEWTIME
-_WRITING = (
-    0o1 | 0o2 | 0o100 | 0o1000 | 0o20000000
-)  # O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, __O_TMPFILE
+# CLONE_THREAD; CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET} and NEWTIME
+_THREAD, _NAMESPACES = 0x00010000, 0x7E020080
+# O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, __O_TMPFILE
+_WRITING = 0o1 | 0o2 | 0o100 | 0o1000 | 0o20000000
 _SAFE_FCNTL = (0, 1, 2, 3, 4, 1030)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC
 _SAFE_IOCTL = (0x5401, 0x5413, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ, FIONCLEX, FIOCLEX
-_READ_LIMITS = (
-    When(0, 0xFFFFFFFF, (0,)),
-    When(2, 0xFFFFFFFF, (0,), null=True),
-)  # own process, no new limit
+# own process, no new limit
+_READ_LIMITS = (When(0, 0xFFFFFFFF, (0,)), When(2, 0xFFFFFFFF, (0,), null=True))
 
 _CHUNK = 8  # rules between two looks at the order of the numbers
 
@@ -126,7 +123,8 @@ COMPILER: Rules = {
 
 
 def assemble(rules: Rules, machine: str | None = None) -> bytes:
-    """The filter program, 8 bytes an instruction. Raises ValueError for a machine that it has no numbers for."""
+    """The filter program, 8 bytes an instruction. Raises ValueError for a machine that it has no
+    numbers for."""
     machine = machine or platform.machine()
     if machine not in NUMBERS:
         raise ValueError(
@@ -147,9 +145,8 @@ def assemble(rules: Rules, machine: str | None = None) -> bytes:
         (numbers[name], conditions) for name, conditions in rules.items() if name in numbers
     )
     blocks = [(number, _block(number, conditions)) for number, conditions in known]
-    for start in range(
-        0, len(blocks), _CHUNK
-    ):  # the kernel tries every number when a filter is installed
+    # the kernel tries every number when a filter is installed
+    for start in range(0, len(blocks), _CHUNK):
         chunk = [step for _, block in blocks[start : start + _CHUNK] for step in block] + [
             (RETURN, 0, 0, EPERM)
         ]
@@ -173,9 +170,8 @@ def _check(condition: When) -> list[tuple[int, int, int, int]]:
     offset = 16 + 8 * condition.index
     steps = [(LOAD, 0, 0, offset), (AND, 0, 0, condition.mask)]
     last = len(condition.values) - 1
-    for i, value in enumerate(
-        condition.values
-    ):  # a match jumps over the other values and the refusal
+    # a match jumps over the other values and the refusal
+    for i, value in enumerate(condition.values):
         steps.append((JUMP_EQUAL, last - i + 1, 0, value))
     steps.append((RETURN, 0, 0, EPERM))
     if condition.null:
