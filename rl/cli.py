@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .config.cautions import said_at_start
-from .config.likeness import PEERS, describe
-from .config.load import Config, ConfigError, load_config, to_yaml
 from .weights.history_commands import app as patches
+
+if TYPE_CHECKING:
+    from .config.load import Config
 
 app = typer.Typer(
     help="Trains a language model to reason, with reinforcement learning.", no_args_is_help=True, add_completion=False,
@@ -22,8 +22,18 @@ app = typer.Typer(
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"emberl {version('emberl')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
     """Each command has --help with an example."""
 
 
@@ -44,6 +54,9 @@ def train(
     ] = None,
 ) -> None:
     """Runs an experiment; the last line of stdout is one JSON object with the result."""
+    from .config.likeness import PEERS
+    from .config.load import ConfigError, load_config
+
     try:
         settings = load_config(config, overrides or ())
         if like is not None and (not dry_run or like not in PEERS):
@@ -69,6 +82,28 @@ def train(
     print(json.dumps(result.as_json()), flush=True)
     if result.status == "interrupted":
         raise typer.Exit(INTERRUPTED)
+
+
+@app.command(epilog="Example: emberl presets")
+def presets() -> None:
+    """The values of `algorithm`: each with its paper and the settings that it stands for."""
+    from .config.cautions import describe_presets
+
+    print("\n".join(describe_presets()))
+
+
+@app.command(name="keys", epilog="Example: emberl keys rollout")
+def reference(
+    within: Annotated[str, typer.Argument(help="A key or a group; with it the whole of what is said of each.")] = "",
+) -> None:
+    """Every key of a configuration: its type, its default and what it means."""
+    from .config.load import Config
+    from .config.reference import table
+
+    try:
+        print("\n".join(table(Config, within)))
+    except ValueError as error:
+        fail(str(error), USAGE)
 
 
 @app.command(epilog="Example: emberl audit math --data graded.jsonl.gz --html report.html")
@@ -125,7 +160,7 @@ def plan(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings as key=value, e.g. link.bandwidth=3; --keys lists them.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="910B, 910C, H200 or CPU (this one); default 910B.")] = None,
+    device: Annotated[str | None, typer.Option(help="910B, 910C or H200; default 910B.")] = None,
     devices: Annotated[int | None, typer.Option(help="How many; default 1024.")] = None,
     learners: Annotated[int | None, typer.Option(help="Of these, how many learn; default: the best split.")] = None,
     model: Annotated[str | None, typer.Option(help="0.6m, 7b, 32b or 72b; default 32b.")] = None,
@@ -138,7 +173,6 @@ def plan(
         typer.Option(help="Runs like it with other batch sizes: they tell the learners' fixed time from the tokens'."),
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="Answer lengths: a run's folder or a Parquet file.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Where to draw timeline, staleness and splits, a PNG.")] = None,
     keys: Annotated[bool, typer.Option("--keys", help="Print all settings with their defaults and sources.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line.")] = False,
 ) -> None:
@@ -153,8 +187,6 @@ def plan(
             return
         options = {"device": device, "devices": devices, "learners": learners, "model": model}
         found = planning.plan(overrides or (), options=options, from_run=from_run, trace=trace, also=also or ())
-        if picture is not None:
-            planning.draw(found, picture)
     except (ValueError, OSError) as error:
         fail(str(error), USAGE)
     if as_json:
@@ -165,10 +197,17 @@ def plan(
 
 def show_plan(settings: Config, like: str | None = None) -> None:
     """What `--dry-run` prints: the configuration, the placement, what a file changes of its preset, and doubtful settings."""
+    from ..rollout.engine import check_engine
     from .cluster import plan_placement
+    from .config.cautions import said_at_start
+    from .config.likeness import describe
+    from .config.load import to_yaml, user_errors
     from .model_files import check_files
 
     check_files(settings)
+    if settings.rollout.engine != "vllm" or settings.rollout.servers:  # where it will run, vLLM may be installed
+        with user_errors():
+            check_engine(settings.rollout.engine, settings.rollout.engine_args, settings.rollout.servers)
     print(to_yaml(settings).rstrip())
     print("---")
     print(plan_placement(settings).describe())

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from ..inputs import RewardInput
+from ..inputs import Reward, RewardInput
 from ..sandbox.pool import COMPILER_LIMITS, Limits, Sandbox, SandboxError
 from ..sandbox.view import compiler
 from ..verdict import Status, Verdict, verifier_error
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..sandbox.remote import RemoteSandbox
 
 
-class CodeReward:
+class CodeReward(Reward):
     """Scores 1 if every test passes, else 0; with `partial`, the fraction that passes. Thread-safe.
 
     Tests: whatever `plan_of` reads from `columns` or `answer`. Programs are Python, or C++ where

@@ -13,12 +13,22 @@ from .base import Settings
 
 KINDS = ("chain", "products", "brackets", "solve", "story")
 """The kinds of problems of the built-in source; `rl/data/arithmetic.py` shows one of each."""
+SET_BY_EMBERL = (
+    "conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message", "padding",
+    "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+)  # fmt: skip
+"""Arguments of `apply_chat_template` that a user may not give."""
+
+
+def endless(source: str) -> bool:
+    """Whether the source makes problems that never repeat by design, rather than reading a data set."""
+    return source == "arithmetic" or source.startswith("reasoning_gym:")
 
 
 class DataConfig(Settings):
     """Where problems come from, and how a row becomes a prompt with a reference answer."""
 
-    source: str
+    source: str = Field(min_length=1)
     """`arithmetic` (built in), a .jsonl, .json or .parquet file, a Hub data set `owner/name` (or a local directory of
     one), or `reasoning_gym:<task>`."""
     name: str | None = None
@@ -41,6 +51,7 @@ class DataConfig(Settings):
     subset: str | None = None
     """The configuration of a Hub data set, e.g. `main` of openai/gsm8k."""
     split: str = "train"
+    """The split of a Hub data set to train on."""
     prompt_column: str | None = None
     """Text, or a list of messages with `role` and `content`; empty: `prompt`. A dot goes into a nested column."""
     answer_column: str | None = None
@@ -59,8 +70,21 @@ class DataConfig(Settings):
     """The user's message, `{name}` standing for a column; `{{` and `}}` are braces, and so are those around no name."""
     system_prompt: str | None = None
     """Goes before messages that have no system message."""
-    template_args: Mapping[str, Any] = Field(default_factory=dict)
-    """Arguments of the model's chat template, e.g. `{enable_thinking: false}` for Qwen3."""
+    merge_system: bool = False
+    """Puts the system message before the first user's, in one message, for templates without such a role (Gemma)."""
+    template: Literal["auto", "chat", "none", "raw"] = "auto"
+    """`chat`: the chat template makes a prompt of the messages. `none`: their texts alone, one below the other, after the
+    tokenizer's own beginning. `raw`: a text that is a rendered prompt already, special tokens and all. `auto`: chat, or
+    none where the model has no template."""
+    chat_template: str | None = None
+    """Another chat template than the model's: a file, or the text of one."""
+    chat_template_kwargs: Mapping[str, Any] = Field(default_factory=dict)
+    """What the template is given beside the messages, e.g. `{enable_thinking: false}` for Qwen3."""
+    assistant_prefix: str = ""
+    """How every answer begins, e.g. "<think>\n": the end of the prompt, from which the model goes on. It does not train;
+    rewards read it before what was sampled."""
+    final_answer: Literal["cut", "continue"] = "cut"
+    """Of messages that end with the assistant's: whether that answer is left out of the prompt, or begins the model's."""
 
     kinds: Mapping[str, float] = Field(default_factory=lambda: {"chain": 1.0})
     """arithmetic: the kinds of problems (chain, products, brackets, solve, story) and their weights."""
@@ -97,6 +121,14 @@ class DataConfig(Settings):
             raise ValueError("data.terms must be [fewest, most] with 2 <= fewest <= most <= 32, e.g. [4, 6]")
         return terms
 
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _not_ours(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        for name in given:
+            if name in SET_BY_EMBERL:
+                raise ValueError(f"{name} is no variable of a template, and set by emberl; leave it out")
+        return given
+
     @field_validator("answer_pattern")
     @classmethod
     def _pattern(cls, pattern: str | None) -> str | None:
@@ -117,6 +149,16 @@ class DataConfig(Settings):
                 f"data.largest_total={self.largest_total} must be at least twice data.largest_term={self.largest_term}, "
                 "so that any number can be added or taken away"
             )
+        if self.template in ("none", "raw") and (self.chat_template is not None or self.chat_template_kwargs):
+            raise ValueError(
+                f"data.template={self.template} uses no chat template, so data.chat_template and chat_template_kwargs would "
+                "do nothing; leave them out, or set data.template=chat"
+            )
+        if self.template == "raw" and (self.system_prompt is not None or self.merge_system):
+            raise ValueError(
+                "data.template=raw takes a prompt as it is, with no place for data.system_prompt and merge_system; leave them "
+                "out, or set data.template=chat or none"
+            )
         if self.eval_path is not None and self.eval_split is not None:
             raise ValueError("set data.eval_path (a file) or data.eval_split (a split of data.source), not both")
         return self
@@ -126,12 +168,19 @@ class TinyConfig(Settings):
     """A small Qwen3-architecture model with one token for each character, made here from a seed."""
 
     hidden: int = Field(default=128, ge=8, le=65_536)
+    """Width of the model."""
     layers: int = Field(default=3, ge=1, le=1_000)
+    """Layers of attention and feed-forward."""
     heads: int = Field(default=2, ge=1, le=4_096)
+    """Heads of attention."""
     kv_heads: int = Field(default=1, ge=1)
+    """Heads of keys and values; `heads` must be a multiple."""
     head_dim: int = Field(default=64, ge=2, le=4_096)
+    """Width of a head, an even number."""
     intermediate: int = Field(default=384, ge=8, le=1_000_000)
+    """Width of the feed-forward layers."""
     max_positions: int = Field(default=2048, ge=16, le=10_000_000)
+    """Tokens of the longest sequence."""
     init_std: float = Field(default=0.06, gt=0, le=10)
     """Standard deviation of the initial weights. The usual 0.02 is meant for widths of thousands: at 128 a model learns
     more slowly from it (the built-in mix, 200 supervised steps of 128 problems: loss 0.48, against 0.36 from 0.06)."""
