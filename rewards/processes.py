@@ -64,14 +64,15 @@ def cpu_seconds(pid: int) -> float:
 
 
 def asleep(pid: int) -> bool:
-    """Whether no thread of a process has or wants a processor. One that has waited long for a
-    processor, and waits still, shows in no count of the kernel's yet: time in which it wants one is
-    not to be taken for sleep."""
-    with contextlib.suppress(OSError):  # it may end while we look
-        for thread in (_PROC / str(pid) / "task").iterdir():
-            if (thread / "stat").read_text().rpartition(")")[2].split()[0] == "R":
-                return False
-    return True
+    """Whether a process lives and none of its threads has or wants a processor.
+
+    A thread that has waited long for a processor, and waits still, shows in no count of the
+    kernel's yet: time in which it wants one is not to be taken for sleep."""
+    try:
+        threads = [stat_of(int(thread.name)) for thread in (_PROC / str(pid) / "task").iterdir()]
+    except OSError:  # it has ended
+        return False
+    return bool(threads) and all(words is not None and words[0] not in "RZX" for words in threads)
 
 
 def processors(root: Path = Path("/")) -> int:

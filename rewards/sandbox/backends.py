@@ -124,7 +124,8 @@ class ForkServer:
             if tells_waiting():
                 pids = self._run_processes()
                 slept = elapsed - sum(map(waited, pids))
-                self._overslept = slept > limits.own_seconds and all(map(asleep, pids))
+                asleep_now = bool(pids) and all(map(asleep, pids))  # else it has just ended
+                self._overslept = slept > limits.own_seconds and asleep_now
             else:  # all that is known is the time on the wall
                 self._overslept = elapsed > limits.wall_seconds / 3
             if self._overslept:

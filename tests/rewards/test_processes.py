@@ -88,5 +88,7 @@ def test_who_wants_a_processor_is_not_asleep(code: str, sleeps: bool) -> None:
             rival.wait()
     finally:
         child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert not asleep(child.pid)  # a zombie
         child.wait()
-    assert asleep(child.pid) and cpu_seconds(child.pid) == 0
+    assert not asleep(child.pid) and cpu_seconds(child.pid) == 0  # it has ended
