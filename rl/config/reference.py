@@ -42,7 +42,8 @@ class Entry:
     @property
     def group(self) -> type[BaseModel] | None:
         """The keys below this one."""
-        return next((k for k in self._kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        models = (k for k in self._kinds if isinstance(k, type) and issubclass(k, BaseModel))
+        return next(models, None)
 
     @property
     def _kinds(self) -> list[Any]:
@@ -67,10 +68,7 @@ class Entry:
         if isinstance(value, BaseModel):
             return ""
         if isinstance(value, Mapping):
-            inner = {
-                k: v.model_dump(exclude_defaults=True) if isinstance(v, BaseModel) else v for k, v in value.items()
-            }
-            return shown(inner)
+            return shown({name: _plain(inner) for name, inner in value.items()})
         return shown(value) or '""'
 
     @property
@@ -88,7 +86,8 @@ def entries(model: type[BaseModel], prefix: str = "") -> Iterator[Entry]:
         entry = Entry(key=prefix + name, owner=model, field=field)
         yield entry
         if entry.group is not None:
-            yield from entries(entry.group, f"{entry.key}.{NAME}." if entry.is_mapping else f"{entry.key}.")
+            name = f"{NAME}." if entry.is_mapping else ""
+            yield from entries(entry.group, f"{entry.key}.{name}")
 
 
 def table(model: type[BaseModel], within: str = "") -> list[str]:
@@ -101,7 +100,7 @@ def table(model: type[BaseModel], within: str = "") -> list[str]:
 
 
 def line_of(entry: Entry, *, whole: bool = False) -> str:
-    """`optim.lr  number (> 0, <= 1) = 1e-06  # Learning rate`: the meaning's first sentence, or all."""
+    """`optim.lr  number (> 0, <= 1) = 1e-06  # Learning rate`, with the first sentence or all."""
     head = entry.key
     if entry.group is None or entry.default:
         head += f"  {entry.type} = {entry.default}"
@@ -139,6 +138,10 @@ def _bounds(field: FieldInfo) -> str:
     return f" ({', '.join(found)})" if found else ""
 
 
+def _plain(value: Any) -> Any:
+    return value.model_dump(exclude_defaults=True) if isinstance(value, BaseModel) else value
+
+
 def _is_mapping(kind: Any) -> bool:
     origin = get_origin(kind)
     return isinstance(origin, type) and issubclass(origin, Mapping)
@@ -147,7 +150,8 @@ def _is_mapping(kind: Any) -> bool:
 @cache
 def docstrings(model: type[BaseModel]) -> dict[str, str]:
     """What stands below each field of a model in its source."""
-    [body] = [node for node in ast.parse(inspect.getsource(model)).body if isinstance(node, ast.ClassDef)]
+    [body] = ast.parse(inspect.getsource(model)).body
+    assert isinstance(body, ast.ClassDef)
     found = {}
     for field, below in zip(body.body, body.body[1:], strict=False):
         if (
