@@ -119,7 +119,7 @@ def device_of_process(platform: Platform) -> torch.device:
 
 
 def device_name(platform: Platform) -> str | None:
-    """What this process's device calls itself, such as `NVIDIA H200` or `Ascend910B3`; None for a CPU."""
+    """The name of this process's device as torch reports it, such as `NVIDIA H200` or `Ascend910B3`; None for a CPU."""
     import torch
 
     return None if platform.is_cpu else str(torch.get_device_module(platform.device).get_device_name())
@@ -135,8 +135,8 @@ def supports_bf16(platform: Platform) -> bool:
 
 
 def compute_dtype(name: str, platform: Platform) -> torch.dtype:
-    """The dtype called `name` (`auto`, `bfloat16`, `float32`, `float64`); auto is bfloat16 where it is fast, and who asks for
-    bfloat16 elsewhere is warned."""
+    """The dtype called `name` (`auto`, `bfloat16`, `float32`, `float64`); auto is bfloat16 where it is fast. Warns when
+    bfloat16 is requested without hardware support."""
     import torch
 
     if name == "bfloat16" and not supports_bf16(platform):
@@ -195,7 +195,8 @@ def broadcast(group: Any, tensor: torch.Tensor, timeout: float) -> None:
     import torch.distributed
 
     options: Any = torch.distributed.distributed_c10d.BroadcastOptions()
-    options.rootRank, options.rootTensor = 0, 0
+    options.rootRank = 0
+    options.rootTensor = 0
     group.broadcast([tensor], options).wait(timedelta(seconds=timeout))
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .gym_answers import EXACT, REFUSED, is_right
-from .inputs import RewardInput
+from .inputs import Reward, RewardInput
 from .math_answers.extract import extract
 from .sandbox.pool import Limits, Run, Sandbox, SandboxError
 from .sandbox.runs import OVER_LIMIT
@@ -32,7 +32,7 @@ sys.stdout.write(json.dumps(float(score)))
 """
 
 
-class GymReward:
+class GymReward(Reward):
     """1.0 for a right answer, else 0.0. With `binary=False` a task that was allowed by name gives its scorer's own number.
 
     A row names its task in `columns["metadata"]["source_dataset"]` (as reasoning-gym's items do), else in its source.

@@ -1,12 +1,16 @@
-"""The noun `RewardInput`: all that a reward may look at, and `Reward`, the shape of everything that grades."""
+"""The nouns `RewardInput`, all that a reward may look at, and `Reward`, the base of everything that grades."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from .verdict import Verdict
+
+MARK = "__emberl_reward__"
+"""The attribute in which `reward` leaves the style of a function."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +25,8 @@ class RewardInput:
     """The prompt as text, chat template applied."""
     messages: tuple[Mapping[str, str], ...] = ()
     """The conversation before the template, each `{"role": ..., "content": ...}`."""
+    plain_prompt: str | None = None
+    """The row's prompt where that is a text; None where the row holds messages."""
     source: str = ""
     """The data source; verl's `data_source`."""
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -31,18 +37,46 @@ class RewardInput:
     """`stop`, `length` or `abort`."""
     max_tokens: int = 0
     """The most tokens that the completion could have; 0 when unknown."""
+    step: int = 0
+    """RL steps done when it is graded; TRL's `trainer_state.global_step`."""
+    max_steps: int = 0
+    """RL steps of the whole run; 0 when unknown."""
 
 
-class Reward(Protocol):
+class Reward(ABC):
     """Grades a batch: one verdict for each input, in order. Blocks, is thread-safe and bounds its own time.
 
-    A reward may also have `check_reference(input) -> str | None` (what is wrong with the reference, before training), or
-    `check_references(inputs) -> list[str | None]` where the rows are better looked at together, `trial(input) -> None`
-    (raises ValueError if it cannot grade), `finished` (a count that grows while it grades, so that a long queue is told
-    from a stuck grader) and `close()`.
+    Only `__call__` has to be written; everything else has a default that does nothing.
     """
 
-    def __call__(self, batch: Sequence[RewardInput], /) -> Sequence[Verdict]: ...
+    inline = False
+    """Whether a batch takes so little time that a thread would cost more than the work."""
+
+    @abstractmethod
+    def __call__(self, batch: Sequence[RewardInput], /) -> Sequence[Verdict]:
+        """One verdict for each input, in order."""
+
+    @property
+    def finished(self) -> int:
+        """A count that grows while a batch is graded, so that a long queue is told from a stuck grader."""
+        return 0
+
+    def check_reference(self, row: RewardInput) -> str | None:
+        """What is wrong with a row's reference, before training; None if it can be graded against."""
+        return None
+
+    def check_references(self, rows: Sequence[RewardInput]) -> Sequence[str | None]:
+        """The same of many rows, for rewards that better look at them together. ValueError for what no row's
+        removal would mend."""
+        return [self.check_reference(row) for row in rows]
+
+    def trial(self, example: RewardInput) -> None:
+        """Grades one example before training. ValueError if it cannot."""
+        return
+
+    def close(self) -> None:
+        """Ends what it started."""
+        return
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,3 +90,17 @@ class BadReference:
 
     def __str__(self) -> str:
         return f"row {self.row}: the reference {self.answer[:80]!r} cannot be used by {self.part!r}: {self.message}"
+
+
+def reward(function: Callable[..., Any] | None = None, *, batched: bool = False) -> Any:
+    """Marks a function of `RewardInput`s as a reward: one input in and a score out, or with `batched=True` lists of
+    them. A score is a number, a bool, a `Verdict`, a mapping with `score`, or None where the reward does not apply.
+
+    The function may be `async`. Use it as `@reward` or `@reward(batched=True)`.
+    """
+
+    def mark(inner: Callable[..., Any]) -> Callable[..., Any]:
+        setattr(inner, MARK, "native_batch" if batched else "native")
+        return inner
+
+    return mark if function is None else mark(function)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _PROC = Path("/proc")
+_TICKS = os.sysconf("SC_CLK_TCK")
 _CGROUPS = re.compile(r"^\d+ \d+ \S+ (\S+) (\S+) .* - (cgroup2?) \S+ (\S+)$", re.M)
 
 
@@ -51,6 +52,22 @@ def waited(pid: int) -> float:
         for thread in (_PROC / str(pid) / "task").iterdir():
             total += int((thread / "schedstat").read_text().split()[1])
     return total * 1e-9
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process so far, of all its threads; 0 if it has ended."""
+    words = stat_of(pid)
+    return (int(words[11]) + int(words[12])) / _TICKS if words else 0.0
+
+
+def asleep(pid: int) -> bool:
+    """Whether no thread of a process has or wants a processor. One that has waited long for a processor, and waits
+    still, shows in no count of the kernel's yet: time in which it wants one is not to be taken for sleep."""
+    with contextlib.suppress(OSError):  # it may end while we look
+        for thread in (_PROC / str(pid) / "task").iterdir():
+            if (thread / "stat").read_text().rpartition(")")[2].split()[0] == "R":
+                return False
+    return True
 
 
 def processors(root: Path = Path("/")) -> int:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 from typing import Any
 
 from .inputs import Reward
+from .plugins.loading import resolve
 from .plugins.reward import PluginReward
 
 GROUP = "emberl.rewards"
@@ -17,6 +16,8 @@ BUILT_IN = {
     "math": ".math_answers.reward:MathReward",
     "code": ".code_tests.reward:CodeReward",
     "gym": ".gym:GymReward",
+    "environment": ".episode:EnvironmentReward",
+    "judge": ".judge_model:JudgeReward",
     "format": ".shaping:FormatReward",
     "language": ".shaping:LanguageReward",
     "overlong": ".shaping:OverlongReward",
@@ -32,34 +33,32 @@ def load_reward(
     concurrency: int | None = None,
     isolation: str | None = None,
     options: Mapping[str, Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Reward:
     """The reward that `use` names, e.g. `load_reward("math")` or `load_reward("./mine.py:score", style="verl")`.
 
     `options` are the reward's own keywords; `timeout` (s per sample or call) and `concurrency` (processes) go to
-    rewards that have them; `style` and `isolation` are for functions of others. Raises ValueError that says what is
-    wrong: no such reward, an import that fails, a signature of no known style, an option that does not exist.
+    rewards that have them; `style`, `isolation` and `kwargs` (given to every call of the function) are for functions of a
+    user's own. Raises ValueError that says what is wrong: no such reward, an import that fails, a signature of no known
+    style, an option that does not exist.
     """
     limits = {"timeout": timeout, "concurrency": concurrency}
     keywords = dict(options or {}) | {key: value for key, value in limits.items() if value is not None}
-    plugin = {key: value for key, value in (("style", style), ("isolation", isolation)) if value is not None}
+    plugin = {"style": style, "isolation": isolation, "kwargs": kwargs or None}
+    plugin = {key: value for key, value in plugin.items() if value is not None}
     if use in BUILT_IN:
         if plugin:
-            raise ValueError(f"{use!r} is built in and takes no {' or '.join(plugin)}")
+            raise ValueError(f"{use!r} is built in and takes no {' or '.join(plugin)}; its keywords are options")
         return _construct(use, keywords)
-    target = use if ":" in use else _entry_point(use)
-    return PluginReward(target, **_checked(PluginReward, keywords | plugin, use))
+    target = resolve(use, GROUP, tuple(BUILT_IN))
+    try:
+        return PluginReward(target, **_checked(PluginReward, keywords | plugin, use))
+    except UnknownOption as error:
+        raise ValueError(f"{error}; keywords of your function itself go into kwargs") from error
 
 
-def _entry_point(name: str) -> str:
-    found = {point.name: point.value for point in entry_points(group=GROUP)}
-    if name in found:
-        return found[name]
-    known = sorted({*BUILT_IN, *found})
-    near = difflib.get_close_matches(name, known, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(
-        f"there is no reward {name!r}{hint} (known: {', '.join(known)}; or name package.module:function or ./file.py:function)"
-    )
+class UnknownOption(ValueError):
+    """An option that a reward does not have."""
 
 
 def _construct(name: str, keywords: dict[str, Any]) -> Reward:
@@ -77,7 +76,8 @@ def _checked(factory: Any, keywords: dict[str, Any], name: str) -> dict[str, Any
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return keywords
     if unknown := sorted(set(keywords) - set(parameters)):
-        raise ValueError(f"{name!r} has no option {', '.join(unknown)}; it takes {', '.join(parameters) or 'none'}")
+        known = ", ".join(p for p in parameters if p != "target") or "none"
+        raise UnknownOption(f"{name!r} has no option {', '.join(unknown)}; it takes {known}")
     missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in (*keywords, "target")]
     if missing:
         raise ValueError(f"{name!r} needs the option {', '.join(missing)}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 
-from .inputs import RewardInput
+from .inputs import Reward, RewardInput
 from .verdict import Status, Verdict
 
 FORMATS = {
@@ -31,7 +31,7 @@ def _graded(score: float, best: float = 1.0) -> Verdict:
     return Verdict(status=status, score=score)
 
 
-class _Inline(ABC):
+class _Inline(Reward):
     """Grades one completion after the other, in the calling thread."""
 
     inline = True

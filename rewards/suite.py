@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .by_source import BySource
 from .inputs import BadReference, Reward, RewardInput
 from .registry import load_reward
 from .verdict import LARGEST_SCORE, Status, Verdict, verifier_error
@@ -31,10 +32,13 @@ class Part:
 
 
 class RewardSuite:
-    """Grades completions by weighted parts: score = sum of weight x score over the parts whose gate is open.
+    """Grades completions by weighted parts: score = sum of weight x score over the parts that apply to the sample and
+    whose gate is open.
 
-    The first part is the main one: its status is the verdict's status. A part that failed (`verifier_error`) and counts
-    leaves the completion without a score. Thread-safe; `grade` never raises for a part's fault.
+    A part that does not apply (`not_applicable`) adds nothing, and the weights of the others stay what they are, as in
+    TRL, whose sum passes over None. Where no part applies the completion has no score. The first part that applies is the
+    main one: its status is the verdict's status. A part that failed (`verifier_error`) and counts leaves the completion
+    without a score. Thread-safe; `grade` never raises for a part's fault.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -61,7 +65,7 @@ class RewardSuite:
         with self._lock:
             for name, verdicts in graded.items():
                 self._tally[name].add(verdicts, time.perf_counter() - start)
-        return [self._combine({name: graded[name][i] for name in graded}) for i in range(len(inputs))]
+        return [self._combine({name: graded[name][i] for name in graded}, row.source) for i, row in enumerate(inputs)]
 
     def _call(self, part: Part, inputs: Sequence[RewardInput]) -> _Call:
         """Starts a part on a batch, unless earlier calls of it are stuck: threads cannot be killed, only not added to."""
@@ -73,39 +77,41 @@ class RewardSuite:
         call.start(f"{stuck} earlier calls are stuck" if stuck >= _MAX_STUCK else "")
         return call
 
-    def _combine(self, verdicts: Mapping[str, Verdict]) -> Verdict:
-        main = verdicts[self.parts[0].name]
-        counted = [p for p in self.parts if p.gate is None or _open(verdicts[p.gate])]
-        seconds = max(v.seconds for v in verdicts.values())
+    def _combine(self, verdicts: Mapping[str, Verdict], source: str) -> Verdict:
         scores = {name: v.score for name, v in verdicts.items() if v.score is not None}
-        failed = next((p for p in counted if p.weight and verdicts[p.name].score is None), None)
-        failed = failed or next(
-            (p for p in self.parts if p.gate and p.weight and verdicts[p.gate].score is None), None
-        )  # a gate without a verdict is neither open nor shut
-        if failed is not None or main.score is None:
-            name = self.parts[0].name if failed is None else failed.name
-            culprit = verdicts[name] if verdicts[name].score is None else main
-            return Verdict(
-                status=Status.VERIFIER_ERROR,
-                score=None,
-                parts=scores,
-                message=f"{name}: {culprit.message}",
-                seconds=seconds,
-            )
+        seconds = max(v.seconds for v in verdicts.values())
+
+        def failed(message: str) -> Verdict:
+            return Verdict(status=Status.VERIFIER_ERROR, score=None, parts=scores, message=message, seconds=seconds)
+
+        applying = [p for p in self.parts if _applies(verdicts[p.name])]
+        if not any(p.weight and (p.gate is None or _applies(verdicts[p.gate])) for p in applying):
+            why = next((v.message for v in verdicts.values() if v.message), "")
+            return failed(f"no part of the reward applies to this sample of source {source!r}; {why}")
+        counted = [p for p in applying if p.gate is None or _open(verdicts[p.gate])]
+        # a gate without a verdict is neither open nor shut
+        gates = [p.gate for p in applying if p.gate is not None and p.weight]
+        needed = [applying[0].name, *(p.name for p in counted if p.weight), *gates]
+        for name in needed:
+            if verdicts[name].status is Status.VERIFIER_ERROR:
+                return failed(f"{name}: {verdicts[name].message}")
         score = sum(p.weight * scores[p.name] for p in counted if p.name in scores)
         if not abs(score) <= LARGEST_SCORE:  # also what is no number
-            message = f"the weighted sum of {scores} is not within +-{LARGEST_SCORE:g}; set other weights"
-            return Verdict(status=Status.VERIFIER_ERROR, score=None, message=message, seconds=seconds)
+            return failed(
+                f"the weighted sum of {scores} is not within +-{LARGEST_SCORE:g}; set other weights"
+            )
+        main = verdicts[applying[0].name]
         return Verdict(status=main.status, score=score, parts=scores, message=main.message, seconds=seconds)
 
     @property
     def finished(self) -> int:
         """The sum of the parts' counts (see `Reward`): it grows while a long queue is graded."""
-        return sum(getattr(part.reward, "finished", 0) for part in self.parts)
+        return sum(part.reward.finished for part in self.parts)
 
     def metrics(self) -> dict[str, float]:
-        """Figures since the last call, then starts anew: `reward/<part>/{mean,std,seconds_mean,seconds_max}` and the
-        count of each status, `reward/<part>/status/<status>`."""
+        """Figures since the last call, then starts anew: `reward/<part>/{mean,std,seconds_mean,seconds_max}`, the count of
+        each status, `reward/<part>/status/<status>`, and `reward/<part>/extra/<name>`, the mean of what a reward gave or
+        logged beside its score."""
         with self._lock:
             found: dict[str, float] = {}
             for name, tally in self._tally.items():
@@ -114,34 +120,36 @@ class RewardSuite:
         return found
 
     def check_references(self, rows: Sequence[str | RewardInput]) -> list[BadReference]:
-        """The references that some part cannot grade against, with their row (the index in `rows`)."""
+        """The references that some part cannot grade against, with their row (the index in `rows`). ValueError for
+        rows that no reward is for."""
         inputs = [RewardInput(completion="", answer=row) if isinstance(row, str) else row for row in rows]
         found: list[BadReference] = []
         for part in self.parts:
-            if (together := getattr(part.reward, "check_references", None)) is not None:
-                messages = together(inputs)
-            elif (check := getattr(part.reward, "check_reference", None)) is not None:
-                messages = [check(row) for row in inputs]
-            else:
-                continue
+            try:
+                messages = part.reward.check_references(inputs)
+            except ValueError as error:
+                raise ValueError(f"reward.{part.name}: {error}") from error
             for index, (row, message) in enumerate(zip(inputs, messages, strict=True)):
                 if message is not None:
                     found.append(BadReference(row=index, answer=row.answer, part=part.name, message=message))
         return sorted(found, key=lambda bad: bad.row)
 
     def trial(self, example: RewardInput) -> None:
-        """Calls every plugin once, before training. Raises ValueError naming the part that cannot grade."""
+        """Calls every plugin once, before training. Raises ValueError naming the part that cannot grade, or if no part
+        that counts applies to the example."""
         for part in self.parts:
-            if (trial := getattr(part.reward, "trial", None)) is not None:
-                try:
-                    trial(example)
-                except ValueError as error:
-                    raise ValueError(f"reward.{part.name}: {error}") from error
+            try:
+                part.reward.trial(example)
+            except ValueError as error:
+                raise ValueError(f"reward.{part.name}: {error}") from error
+        tried = {p.name: grade_each(p.reward, [example])[0] for p in self.parts if p.weight}
+        if tried and not any(_applies(verdict) for verdict in tried.values()):
+            why = "; ".join(f"reward.{name}: {verdict.message}" for name, verdict in tried.items())
+            raise ValueError(f"no part of the reward applies to the first problem: {why}")
 
     def close(self) -> None:
         for part in self.parts:
-            if (close := getattr(part.reward, "close", None)) is not None:
-                close()
+            part.reward.close()
 
 
 _MAX_STUCK = 4
@@ -168,9 +176,10 @@ def check_errors(verdicts: Sequence[Verdict], limit: float = 0.01) -> None:
 def build_suite(specs: Mapping[str, Mapping[str, Any]]) -> RewardSuite:
     """A suite from plain mappings, as a configuration file holds them.
 
-    Each part: `use` (a built-in name, `package.module:function` or `./file.py:function`), `weight` (1.0), `gate`,
-    `deadline` (s per batch), and what `load_reward` takes: `timeout` (s per sample), `concurrency` (processes), `style`,
-    `isolation`, `options` (the reward's own keywords). Raises ValueError naming the key that does not fit.
+    Each part: `use` (a built-in name, `package.module:function` or `./file.py:function`) or `by_source` (patterns of data
+    sources to such mappings), `weight` (1.0), `gate`, `deadline` (s per batch), and what `load_reward` takes: `timeout` (s
+    per sample), `concurrency` (processes), `style`, `isolation`, `options` (the reward's own keywords), `kwargs` (those of
+    a user's function). Raises ValueError naming the key that does not fit.
     """
     parts: list[Part] = []
     try:
@@ -182,23 +191,49 @@ def build_suite(specs: Mapping[str, Mapping[str, Any]]) -> RewardSuite:
     return RewardSuite(parts)
 
 
+LOADER_KEYS = ("timeout", "concurrency", "style", "isolation", "options", "kwargs")
+
+
 def _build_part(name: str, spec: dict[str, Any]) -> Part:
-    if not isinstance(use := spec.pop("use", None), str):
-        raise ValueError(f"reward.{name}.use is missing: name a reward such as 'math' or './file.py:function'")
     weight, gate, deadline = spec.pop("weight", 1.0), spec.pop("gate", None), spec.pop("deadline", 600.0)
     if not math.isfinite(weight):
         raise ValueError(f"reward.{name}.weight is {weight}; it must be finite")
     if not deadline > 0:
         raise ValueError(f"reward.{name}.deadline is {deadline}; it must be positive seconds")
-    loader_keys = ("timeout", "concurrency", "style", "isolation", "options")
-    if unknown := sorted(set(spec) - set(loader_keys)):
-        known = ", ".join(("use", "weight", "gate", "deadline", *loader_keys))
-        raise ValueError(f"reward.{name} has unknown keys {unknown}; it takes {known}")
-    try:
-        reward = load_reward(use, **{key: value for key, value in spec.items() if value is not None})
-    except ValueError as error:
-        raise ValueError(f"reward.{name}: {error}") from error
+    if by_source := spec.pop("by_source", None):
+        reward: Reward = _by_source(name, by_source)
+    else:
+        reward = _load(f"reward.{name}", spec)
     return Part(name=name, reward=reward, weight=float(weight), gate=gate, deadline=float(deadline))
+
+
+def _load(key: str, spec: Mapping[str, Any]) -> Reward:
+    """The reward of one specification; `key`: where it stands, for messages."""
+    if not isinstance(use := spec.get("use"), str) or not use:
+        raise ValueError(f"{key}.use is missing: name a reward such as 'math' or './file.py:function'")
+    given = {name: value for name, value in spec.items() if name != "use" and value is not None}
+    if unknown := sorted(set(given) - set(LOADER_KEYS)):
+        known = ", ".join(("use", "by_source", "weight", "gate", "deadline", *LOADER_KEYS))
+        raise ValueError(f"{key} has unknown keys {unknown}; it takes {known}")
+    try:
+        return load_reward(use, **given)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def _by_source(name: str, specs: Mapping[str, str | Mapping[str, Any]]) -> BySource:
+    """One reward for each specification: patterns that say the same share it, and its processes."""
+    plain = {pattern: {"use": s} if isinstance(s, str) else dict(s) for pattern, s in specs.items()}
+    rewards: dict[str, Reward] = {}
+    try:
+        for pattern, spec in plain.items():
+            same = next((p for p in rewards if plain[p] == spec), None)
+            key = f"reward.{name}.by_source[{pattern!r}]"
+            rewards[pattern] = rewards[same] if same is not None else _load(key, spec)
+    except ValueError:
+        BySource(rewards).close()
+        raise
+    return BySource(rewards)
 
 
 def grade_each(reward: Reward, inputs: Sequence[RewardInput]) -> list[Verdict]:
@@ -214,6 +249,10 @@ def grade_each(reward: Reward, inputs: Sequence[RewardInput]) -> list[Verdict]:
         message = f"returned {len(verdicts)} verdicts for {len(inputs)} completions"
         return [verifier_error(message) for _ in inputs]
     return verdicts
+
+
+def _applies(verdict: Verdict) -> bool:
+    return verdict.status is not Status.NOT_APPLICABLE
 
 
 def _open(gate: Verdict) -> bool:
@@ -234,7 +273,7 @@ class _Call:
         if refusal:
             self.result = self._failed(refusal)
             self.done.set()
-        elif getattr(part.reward, "inline", False):
+        elif part.reward.inline:
             self._run()  # microseconds of our own code: a thread would cost more than the work
         else:
             threading.Thread(target=self._run, daemon=True, name=f"reward-{part.name}").start()
@@ -246,9 +285,9 @@ class _Call:
             self.done.set()
 
     def verdicts(self, start: float) -> list[Verdict]:
-        before = getattr(self.part.reward, "finished", 0)
+        before = self.part.reward.finished
         while not self.done.wait(max(start + self.part.deadline - time.perf_counter(), 0.0)):
-            finished = getattr(self.part.reward, "finished", 0)
+            finished = self.part.reward.finished
             if finished == before:
                 self.abandoned = True
                 return self._failed(f"no verdict within the deadline of {self.part.deadline:g} s")
@@ -266,12 +305,15 @@ class _Tally:
 
     statuses: Counter[str] = field(default_factory=Counter)
     scores: list[float] = field(default_factory=list)
+    extras: dict[str, list[float]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     batch_seconds: float = 0.0
 
     def add(self, verdicts: Sequence[Verdict], batch_seconds: float) -> None:
         self.statuses.update(v.status.value for v in verdicts)
         self.scores += [v.score for v in verdicts if v.score is not None]
+        for name, value in ((n, x) for v in verdicts for n, x in v.parts.items()):
+            self.extras.setdefault(name, []).append(value)
         self.seconds += [v.seconds for v in verdicts]
         self.batch_seconds = max(self.batch_seconds, batch_seconds)
 
@@ -280,6 +322,7 @@ class _Tally:
         if self.scores:
             mean = sum(self.scores) / len(self.scores)
             found |= {"mean": mean, "std": math.sqrt(sum((s - mean) ** 2 for s in self.scores) / len(self.scores))}
+        found |= {f"extra/{name}": sum(values) / len(values) for name, values in self.extras.items()}
         if self.seconds:
             found |= {"seconds_mean": sum(self.seconds) / len(self.seconds), "seconds_max": max(self.seconds)}
             found["batch_seconds_max"] = self.batch_seconds

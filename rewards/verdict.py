@@ -13,7 +13,8 @@ from enum import StrEnum
 
 
 class Status(StrEnum):
-    """What happened. Only `VERIFIER_ERROR` carries no score: such a completion never enters a loss or a baseline."""
+    """What happened. Two carry no score: after `VERIFIER_ERROR` a completion never enters a loss or a baseline, and
+    `NOT_APPLICABLE` is said by one part of a reward and leaves the score to the others."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -21,9 +22,11 @@ class Status(StrEnum):
     UNPARSEABLE = "unparseable"  # the completion holds nothing that could be an answer
     UNKNOWN = "unknown"  # an answer that cannot be compared with the reference: scored as wrong, counted by itself
     OVER_LIMIT = "over_limit"  # the model's own doing: a bomb, or its program's time or memory
+    NOT_APPLICABLE = "not_applicable"  # this reward does not mark such samples (TRL's None)
     VERIFIER_ERROR = "verifier_error"  # ours: a killed worker, a broken plugin, a sandbox that failed
 
 
+UNSCORED = (Status.NOT_APPLICABLE, Status.VERIFIER_ERROR)
 LARGEST_SCORE = 1e9
 """A score beyond this, in either direction, is a fault of its grader: squares and sums of such overflow."""
 
@@ -34,17 +37,18 @@ class Verdict:
 
     status: Status
     score: float | None
-    """The reward; finite for every status but `VERIFIER_ERROR`, where it is None."""
+    """The reward; finite for every status but those of `UNSCORED`, where it is None."""
     parts: Mapping[str, float] = field(default_factory=dict)
-    """Named components before weighting, e.g. `{"answer": 1.0, "format": 0.5}`."""
+    """Named components before weighting, e.g. `{"answer": 1.0, "format": 0.5}`; of one part, further numbers that it
+    gave beside its score."""
     message: str = ""
     """For a person: why, in one line."""
     seconds: float = 0.0
     """Wall time that the grading took."""
 
     def __post_init__(self) -> None:
-        if self.status is Status.VERIFIER_ERROR:
-            assert self.score is None, f"a verifier_error carries no score, got {self.score}"
+        if self.status in UNSCORED:
+            assert self.score is None, f"{self.status} carries no score, got {self.score}"
         else:
             assert self.score is not None and math.isfinite(self.score), (
                 f"{self.status} needs a finite score, got {self.score}"
@@ -59,3 +63,8 @@ class Verdict:
 def verifier_error(message: str, seconds: float = 0.0) -> Verdict:
     """The verdict of a grader that failed through no fault of the model."""
     return Verdict(status=Status.VERIFIER_ERROR, score=None, message=message, seconds=seconds)
+
+
+def not_applicable(message: str = "", seconds: float = 0.0) -> Verdict:
+    """The verdict of a reward that does not mark samples of this kind."""
+    return Verdict(status=Status.NOT_APPLICABLE, score=None, message=message, seconds=seconds)

@@ -1,7 +1,12 @@
-"""The process at the other end of a `WorkerPool`: one task at a time, limits set before anything is imported."""
+"""One process of a `WorkerPool`: our handle on it, `WorkerProcess`, and `main`, its own side.
+
+It does one task at a time; its limits are set before it imports anything. Requests are pickled by
+us; replies are JSON, as what runs there is not trusted.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import json
@@ -9,15 +14,217 @@ import math
 import os
 import pickle
 import resource
+import signal
 import socket
 import struct
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
+
+from .processes import asleep, cpu_seconds, waited
 
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 CPU_SLACK = 10
 """Processor seconds beyond a task's limit after which the kernel ends a worker whose parent is gone."""
+MAX_REPLY = 64 * 2**20
+_BOOT = (
+    "import sys, json, os; sys.path[:] = json.loads(os.environ.pop('EMBERL_WORKER_PATH')); "
+    "from {package}.worker_process import main; main(int(sys.argv[1]))"
+)
+
+
+class Ended(StrEnum):
+    """How a task ended."""
+
+    DONE = "done"
+    TIMEOUT = "timeout"
+    MEMORY = "memory"
+    CRASHED = "crashed"  # the task brought its worker down each time: a signal such as SIGSEGV, or an exit
+    RAISED = "raised"
+    LOST = "lost"  # no worker could be had, or every one was killed from outside
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of one task: the JSON value that the worker returned if `ended` is DONE, else a message."""
+
+    ended: Ended
+    value: Any = None
+    message: str = ""
+    seconds: float = 0.0
+
+
+class WorkerLost(Exception):
+    """A worker ended, or broke the protocol. `final`: it said why it cannot start at all."""
+
+    def __init__(self, why: str, final: bool = False) -> None:
+        super().__init__(why)
+        self.final = final
+
+
+class WorkerProcess:
+    """One process and the socket to it, for one thread at a time, but for `stop`.
+
+    Raises WorkerLost where the process ends or does not keep to the protocol."""
+
+    def __init__(
+        self, setup: Mapping[str, Any], environment: Mapping[str, str] | None, output: bool
+    ) -> None:
+        self.socket, theirs = socket.socketpair()
+        self.ready, self.served, self.stopped = False, 0, False
+        self._buffer = bytearray()
+        environment = dict(os.environ if environment is None else environment)
+        environment["EMBERL_WORKER_PATH"] = json.dumps([path or os.getcwd() for path in sys.path])
+        boot = _BOOT.format(package=__name__.rpartition(".")[0])
+        with theirs:
+            try:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", boot, str(theirs.fileno())],
+                    pass_fds=(theirs.fileno(),),
+                    stdin=subprocess.DEVNULL,
+                    stdout=2 if output else subprocess.DEVNULL,
+                    stderr=None if output else subprocess.DEVNULL,
+                    env=environment,
+                    start_new_session=True,  # one signal to the group ends what the worker started
+                )
+            except OSError:
+                self.socket.close()
+                raise
+        with contextlib.suppress(WorkerLost):  # `wait_ready` says why it is gone
+            self._send(setup)
+
+    def quiet(self) -> bool:
+        """Whether nothing came that was not asked for: neither words nor the end."""
+        if not self.ready:
+            return True
+        self.socket.settimeout(0.0)
+        try:
+            self.socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return not self._buffer
+        except OSError:  # the connection is broken
+            return False
+        return False
+
+    def wait_ready(self, timeout: float) -> None:
+        if self.ready:
+            return
+        reply = self._receive(timeout)
+        if reply is None:
+            raise WorkerLost(f"the worker did not start within {timeout:g} s", final=True)
+        if not isinstance(reply, dict) or not reply.get("ready"):
+            said = str(reply.get("error")) if isinstance(reply, dict) else "a bad greeting"
+            raise WorkerLost(said, final=True)
+        self.ready = True
+
+    def ask(self, task: Any, timeout: float) -> Answer:
+        """What became of the task. A worker at its limit is ended, and so is one of which the
+        machine makes nothing."""
+        self.served += 1
+        pid, sent = self.process.pid, time.monotonic()
+        waited_before, used_before = waited(pid), cpu_seconds(pid)
+        self._send({"task": task, "timeout": timeout, "number": self.served})
+        look = timeout  # its time cannot be over before that
+        while True:
+            reply = self._receive(look)
+            wall = time.monotonic() - sent
+            if reply is not None:
+                if not isinstance(reply, dict) or reply.get("number") != self.served:
+                    raise WorkerLost("an answer that was not asked for")
+                return _read_reply(reply, wall)
+            own = wall - (waited(pid) - waited_before)
+            if not asleep(pid):  # how long it has waited just now is not known
+                own = min(own, cpu_seconds(pid) - used_before)
+            if own >= timeout:
+                self.stop()
+                return Answer(Ended.TIMEOUT, None, f"stopped at the limit of {timeout:g} s", wall)
+            if wall >= wall_limit(timeout):
+                self.stop()
+                message = f"the machine gave it only {own:.1f} s in {wall:.0f} s"
+                return Answer(Ended.LOST, None, message, wall)
+            look = max(timeout - own, 0.02)
+
+    def _send(self, message: Any) -> None:
+        payload = pickle.dumps(message)
+        self.socket.settimeout(10.0)
+        try:
+            self.socket.sendall(struct.pack(">I", len(payload)) + payload)
+        except OSError as error:  # it died, or does not read
+            raise WorkerLost(f"the worker does not take tasks: {error}") from None
+
+    def _receive(self, timeout: float) -> Any:
+        """The next message, None if it is not here in time."""
+        end = time.monotonic() + timeout
+        while (size := self._size()) is None or len(self._buffer) < 4 + size:
+            self.socket.settimeout(max(end - time.monotonic(), 0.001))
+            try:
+                chunk = self.socket.recv(1 << 16)
+            except TimeoutError:
+                return None
+            except OSError as error:
+                raise WorkerLost(f"the worker is gone: {error}") from None
+            if not chunk:
+                raise WorkerLost("the worker ended")
+            self._buffer += chunk
+        payload = bytes(self._buffer[4 : 4 + size])
+        del self._buffer[: 4 + size]
+        try:
+            return json.loads(payload, parse_constant=_refuse)
+        except (ValueError, RecursionError) as error:
+            raise WorkerLost(f"a reply that is no JSON: {error}", final=True) from None
+
+    def _size(self) -> int | None:
+        """Bytes of the message that comes next."""
+        if len(self._buffer) < 4:
+            return None
+        size = int.from_bytes(self._buffer[:4], "big")
+        if size > MAX_REPLY:
+            raise WorkerLost(f"a reply of {size} bytes", final=True)
+        return size
+
+    def stop(self) -> None:
+        """Ends the process and all that it started, from whatever thread."""
+        self.stopped = True
+        with contextlib.suppress(OSError):  # wakes the thread that waits for a reply
+            self.socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(ProcessLookupError):
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+    def close(self) -> int:
+        """Ends the process, if it has not ended by itself; its exit status."""
+        if not self.stopped:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a dead one has a status to say
+                self.process.wait(0.0 if self.quiet() else 0.2)
+        self.stop()
+        self.socket.close()
+        try:
+            return self.process.wait(10.0)
+        except subprocess.TimeoutExpired:  # stuck in the kernel; no more can be done from here
+            return -int(signal.SIGKILL)
+
+
+def wall_limit(timeout: float) -> float:
+    """Seconds on the wall after which a task is given up, however little of its own time it has had."""
+    return 30 * timeout + 60
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} in a reply")
+
+
+def _read_reply(reply: Mapping[str, Any], seconds: float) -> Answer:
+    if "value" in reply:
+        return Answer(Ended.DONE, value=reply["value"], seconds=seconds)
+    ended = Ended.MEMORY if reply.get("memory") else Ended.RAISED
+    return Answer(ended, message=str(reply.get("error", ""))[:2000], seconds=seconds)
+
+
+# --- the process itself
 
 
 def main(descriptor: int) -> None:
@@ -31,11 +238,17 @@ def main(descriptor: int) -> None:
             resource.setrlimit(resource.RLIMIT_AS, (setup["memory_bytes"], setup["memory_bytes"]))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         module, _, name = setup["target"].partition(":")
-        serve: Callable[[Any], Any] = getattr(importlib.import_module(module), name)(**setup["arguments"])
-    except BaseException as error:  # whatever a plugin's import does, the other side must hear of it
+        serve: Callable[[Any], Any] = getattr(importlib.import_module(module), name)(
+            **setup["arguments"]
+        )
+    except (
+        BaseException
+    ) as error:  # whatever a plugin's import does, the other side must hear of it
         _reply(channel, {"error": describe(error)})
         os._exit(1)
-    os.register_at_fork(after_in_child=channel.close)  # a child of a plugin's must not answer in our place
+    os.register_at_fork(
+        after_in_child=channel.close
+    )  # a child of a plugin's must not answer in our place
     _reply(channel, {"ready": True})
     while True:
         request = _receive(channel)
@@ -91,4 +304,6 @@ def _limit_processor(timeout: float) -> None:
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     soft = math.ceil(used + timeout) + CPU_SLACK
-    resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard)
+    )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from random import Random
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +15,12 @@ from ..rollout.samples import Completion
 from .algorithm.advantages import batch_advantages, kl_estimate, token_rewards
 from .algorithm.aggregation import token_weights
 from .config.algorithm import AdvantageConfig, KLConfig, LossConfig
+from .config.load import Config, ConfigError, user_errors
+from .data.sources import PromptSource
+from .data.templates import end_token, supervised_ids
 from .groups import Batch, Group
+
+_WORK = re.compile(r"(?<=<think>).*(?=</think>)", re.DOTALL)
 
 
 def make_batch(
@@ -74,6 +82,7 @@ def make_batches(
         [float(advantage_of) for _, _, _, advantage_of, _ in rows],
         loss,
         norm_const,
+        [completion.mask for _, _, completion, _, _ in rows],
     )
     right = np.array([correct for _, _, _, _, correct in rows])
     whole = replace(whole, correct_T=right[whole.sequence_ids_T])
@@ -97,7 +106,7 @@ def denominator(groups: Sequence[Group], loss: LossConfig, *, mask_cut: bool = F
     """What the weights of these groups' tokens were divided by that depends on how many there are: their loss tokens with
     `token-mean`, else their completions. With it parts of a step add up to the whole: sum_p D_p loss_p / sum_p D_p."""
     lengths = [
-        len(completion)
+        completion.num_sampled
         for group in groups
         for completion, verdict in zip(group.completions, group.verdicts, strict=True)
         if _trains(completion, verdict, mask_cut)
@@ -106,7 +115,7 @@ def denominator(groups: Sequence[Group], loss: LossConfig, *, mask_cut: bool = F
 
 
 def _trains(completion: Completion, verdict: Verdict, mask_cut: bool) -> bool:
-    return verdict.trains and len(completion) > 0 and not (mask_cut and completion.finish_reason == "length")
+    return verdict.trains and completion.num_sampled > 0 and not (mask_cut and completion.finish_reason == "length")
 
 
 def with_token_advantages(batch: Batch, advantage: AdvantageConfig, kl: KLConfig | None) -> Batch:
@@ -154,6 +163,35 @@ def _sequences(batch: Batch) -> int:
     return len(np.unique(batch.sequence_ids_T[batch.loss_mask_T]))
 
 
+def demonstrations(source: PromptSource, tokenizer: Any, config: Config, position: int) -> Batch:
+    """The worked solutions of the `sft.batch_size` problems from `position` on, as a batch.
+
+    Raises:
+        ConfigError: the source has no solution to one of them, or the tokenizer no end token.
+    """
+    with user_errors():
+        end = end_token(tokenizer)
+    examples = []
+    for i in range(position, position + config.sft.batch_size):
+        prompt = source.train(i)
+        solution = source.solution(prompt)
+        if solution is None:
+            raise ConfigError(
+                f"stages has sft, but problem {prompt.id} of data.source={config.data.source!r} has no "
+                "worked solution; set data.solution_column, or leave sft out of stages"
+            )
+        shown = demonstration(solution, i, config.sft.direct)
+        examples.append((supervised_ids(prompt, shown, tokenizer, end), len(prompt.token_ids)))
+    return sft_batch(examples)
+
+
+def demonstration(solution: str, position: int, direct: float) -> str:
+    """The solution as it is shown: a share `direct` of all positions has an empty `<think></think>`."""
+    # a stream of its own: a problem must not tell whether its work is shown
+    draw = Random(f"demonstration {position}").random()
+    return _WORK.sub("", solution) if draw < direct else solution
+
+
 def sft_batch(examples: Sequence[tuple[Sequence[int], int]]) -> Batch:
     """(token ids, length of the prompt in them) pairs as a batch whose loss is the answers' mean negative log-likelihood."""
     sequences = [np.array(token_ids, dtype=np.int32) for token_ids, _ in examples]
@@ -175,12 +213,17 @@ def _flat(
     advantages: Sequence[float],
     loss: LossConfig,
     norm_const: float,
+    masks: Sequence[np.ndarray] | None = None,
 ) -> Batch:
+    """logprobs, masks: of the tokens after the prompt; masks: which of them train (None: all)."""
     lengths = [len(s) for s in sequences]
-    mask = np.concatenate([np.arange(n) >= start for n, start in zip(lengths, prompt_lengths, strict=True)])
+    answers = np.concatenate([np.arange(n) >= start for n, start in zip(lengths, prompt_lengths, strict=True)])
+    mask, behaviour = answers.copy(), np.zeros(len(answers), np.float32)
+    if masks is not None:
+        mask[answers] = np.concatenate(masks)
+    behaviour[answers] = np.concatenate(logprobs)
+    behaviour[~mask] = 0.0
     sequence_ids = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    behaviour = np.zeros(len(mask), np.float32)
-    behaviour[mask] = np.concatenate(logprobs)
     return Batch(
         token_ids_T=np.concatenate(sequences),
         positions_T=np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),

@@ -160,7 +160,7 @@ def plan(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings as key=value, e.g. link.bandwidth=3; --keys lists them.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="910B, 910C, H200 or CPU (this one); default 910B.")] = None,
+    device: Annotated[str | None, typer.Option(help="910B, 910C or H200; default 910B.")] = None,
     devices: Annotated[int | None, typer.Option(help="How many; default 1024.")] = None,
     learners: Annotated[int | None, typer.Option(help="Of these, how many learn; default: the best split.")] = None,
     model: Annotated[str | None, typer.Option(help="0.6m, 7b, 32b or 72b; default 32b.")] = None,
@@ -173,7 +173,6 @@ def plan(
         typer.Option(help="Runs like it with other batch sizes: they tell the learners' fixed time from the tokens'."),
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="Answer lengths: a run's folder or a Parquet file.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Where to draw timeline, staleness and splits, a PNG.")] = None,
     keys: Annotated[bool, typer.Option("--keys", help="Print all settings with their defaults and sources.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line.")] = False,
 ) -> None:
@@ -188,8 +187,6 @@ def plan(
             return
         options = {"device": device, "devices": devices, "learners": learners, "model": model}
         found = planning.plan(overrides or (), options=options, from_run=from_run, trace=trace, also=also or ())
-        if picture is not None:
-            planning.draw(found, picture)
     except (ValueError, OSError) as error:
         fail(str(error), USAGE)
     if as_json:
@@ -200,7 +197,7 @@ def plan(
 
 def show_plan(settings: Config, like: str | None = None) -> None:
     """What `--dry-run` prints: the configuration, the placement, what a file changes of its preset, and doubtful settings."""
-    from ..rollout.engines import check_engine
+    from ..rollout.engine import check_engine
     from .cluster import plan_placement
     from .config.cautions import said_at_start
     from .config.likeness import describe

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..kernels import platform
 from ..rollout.actors import gather
-from ..rollout.engines import WorkerSpec
+from ..rollout.engine import WorkerSpec
 from ..rollout.pool import RolloutPool
 from ..rollout.schedule import GIVEN
 from ..rollout.worker import RolloutWorker

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import comb
 
 import numpy as np
@@ -22,6 +22,7 @@ import numpy as np
 from ..rewards.inputs import RewardInput
 from ..rewards.suite import RewardSuite
 from ..rewards.verdict import Status
+from .eval_sets import HELD_OUT
 from .groups import Group
 from .run import Run
 from .watch.tracking import sample_rows
@@ -71,53 +72,71 @@ def majority_at_k(answers: Sequence[Hashable], correct: Sequence[bool]) -> float
 
 
 def evaluate(run: Run) -> Evaluation:
-    """Samples answers to the held-out problems with the weights that the engines serve, marks and logs them."""
-    config = run.config
+    """Samples answers to all sets of held-out problems with the weights that the engines serve, marks and logs them."""
     run.settle()
-    problems = list(run.source.heldout[: config.eval.size])
-    sampling = replace(run.sampling(0), temperature=config.eval.temperature, top_p=1.0, top_k=0, seed=config.seed)
-    groups = run.sample_groups(problems, config.eval.samples, sampling)
-    texts = [[run.text(c) for c in group.completions] for group in groups]
-    result = summarise(groups, texts, by_reward(run.suite))
-    run.suite.metrics()  # a training step's figures of the reward are to be its own
-    step = run.progress.step
-    show = {"held-out accuracy": f"{result.accuracy:.1%}"}
+    step, shown = run.progress.step, run.config.tracking.samples
+    metrics: dict[str, float] = {}
+    show: dict[str, str] = {}
+    rows: list[dict[str, str]] = []
+    results: list[Evaluation] = []
+    for problems in run.eval_sets:
+        sampling = problems.sampled(run.sampling(0))
+        groups = run.sample_groups(problems.prompts, problems.samples, sampling, problems.suite)
+        texts = [[run.text(group.prompt, c) for c in group.completions] for group in groups]
+        result = summarise(groups, texts, by_reward(problems.suite), problems.name)
+        problems.suite.metrics()  # a training step's figures of the reward are to be its own
+        metrics |= result.metrics
+        results.append(result)
+        show |= _line(problems.name or "held-out", result)
+        first = groups[:shown]
+        answers, questions = [t[0] for t in texts[:shown]], [run.problem(g.prompt) for g in first]
+        rows += sample_rows(first, answers, questions)
+    if not any(problems.name == HELD_OUT for problems in run.eval_sets):
+        metrics["val-core/accuracy"] = float(np.mean([r.accuracy for r in results]))
+        metrics["val-core/reward"] = float(np.mean([r.reward for r in results]))
+    run.tracker.log(step, metrics, "eval", show)
+    run.tracker.samples(step, rows)
+    return Evaluation(accuracy=metrics["val-core/accuracy"], reward=metrics["val-core/reward"], metrics=metrics)
+
+
+def _line(name: str, result: Evaluation) -> dict[str, str]:
+    """What the console shows of a set."""
+    line = {f"{name} accuracy": f"{result.accuracy:.1%}"}
     if abs(result.reward - result.accuracy) > 1e-9:  # a graded reward, of which "correct" says little
-        show["held-out reward"] = f"{result.reward:.3f}"
-    run.tracker.log(step, result.metrics, "eval", show)
-    shown = groups[: config.tracking.samples]
-    run.tracker.samples(
-        step,
-        sample_rows(
-            shown,
-            [run.text(g.completions[0]) for g in shown],
-            [run.problem(g.prompt) for g in shown],
-        ),
-    )
-    return result
+        line[f"{name} reward"] = f"{result.reward:.3f}"
+    return line
 
 
-def summarise(groups: Sequence[Group], texts: Sequence[Sequence[str]], same: Same | None = None) -> Evaluation:
+def summarise(
+    groups: Sequence[Group],
+    texts: Sequence[Sequence[str]],
+    same: Same | None = None,
+    name: str = HELD_OUT,
+) -> Evaluation:
     """Metrics of graded groups of n answers each; an answer without a verdict counts as not correct and is counted. `same`
-    is asked where a majority depends on whether wrong answers are one."""
+    is asked where a majority depends on whether wrong answers are one. `name`: of the whole set, in the metrics; without
+    one they go by the problems' data sources."""
     n = len(groups[0].completions)
     rights = [[v.status == Status.CORRECT for v in g.verdicts] for g in groups]
     majorities = majority_votes(groups, texts, rights, same) if n > 1 else [0.0] * len(groups)
     by_source: dict[str, list[int]] = defaultdict(list)
     for i, group in enumerate(groups):
-        by_source[group.prompt.source].append(i)
+        by_source[name or group.prompt.source].append(i)
     metrics: dict[str, float] = {}
     for source, members in by_source.items():
         metrics |= _of_source(source, [groups[i] for i in members], [rights[i] for i in members])
         if n > 1:
             metrics[f"val-core/{source}/acc/maj@{n}"] = float(np.mean([majorities[i] for i in members]))
-    for kind, members_right in _by_kind(groups).items():
-        metrics[f"val-aux/{kind}/accuracy"] = float(np.mean(members_right))
-    metrics["val-core/accuracy"] = float(np.mean(rights))
-    metrics["val-aux/verifier_errors"] = float(sum(not v.trains for group in groups for v in group.verdicts))
-    lengths = [len(c) for group in groups for c in group.completions]
-    metrics["val-aux/response_length/mean"] = float(np.mean(lengths))
-    return Evaluation(accuracy=metrics["val-core/accuracy"], reward=_mean_score(groups), metrics=metrics)
+    accuracy, reward = float(np.mean(rights)), _mean_score(groups)
+    place = f"val-aux/{name}" if name else "val-aux"
+    if not name:
+        for kind, members_right in _by_kind(groups).items():
+            metrics[f"val-aux/{kind}/accuracy"] = float(np.mean(members_right))
+        metrics |= {"val-core/accuracy": accuracy, "val-core/reward": reward}
+    metrics[f"{place}/verifier_errors"] = float(sum(not v.trains for group in groups for v in group.verdicts))
+    lengths = [c.num_sampled for group in groups for c in group.completions]
+    metrics[f"{place}/response_length/mean"] = float(np.mean(lengths))
+    return Evaluation(accuracy=accuracy, reward=reward, metrics=metrics)
 
 
 def _of_source(source: str, groups: Sequence[Group], rights: Sequence[Sequence[bool]]) -> dict[str, float]:

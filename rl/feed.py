@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 
 from ..rollout.actors import ActorLostError
-from ..rollout.pool import Job, Outcome
+from ..rollout.jobs import Job, Outcome
 from ..rollout.samples import Completion, Prompt
 from ..rollout.schedule import Schedule
 from .groups import Group
@@ -67,7 +67,9 @@ class GroupFeed:
         # the pool and the graders have deadlines of their own and report; this one finds what those forget
         graded = sum(part.deadline for part in run.config.reward.parts.values())
         replaced = run.config.cluster.start_timeout + run.config.sync.timeout
-        self._patience = run.config.rollout.timeout + 2 * replaced + graded
+        rollout = run.config.rollout
+        turns = 1 if rollout.environment is None else rollout.max_turns
+        self._patience = turns * (rollout.timeout + rollout.environment_timeout) + 2 * replaced + graded
         self._changed = threading.Condition(threading.RLock())
         self._graders = ThreadPoolExecutor(GRADERS, thread_name_prefix="grader")
         run.pool.on_served = partial(self._locked, self._admit)

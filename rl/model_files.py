@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ..rollout.model_directory import model_directory
+from .config.data import DataConfig
 from .config.load import Config, ConfigError, user_errors
+from .data.templates import end_of_turn, template_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken", "spiece.model")
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+ENDS_OF_TURNS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
+"""Of a model that was taught to chat, whatever template a run gives it."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -71,15 +75,47 @@ def prepare_model(config: Config, run_dir: Path, tell: Callable[[str], None], *,
     return str(made)
 
 
-def load_tokenizer(model_path: str) -> Any:
-    """The model's tokenizer; `ConfigError` where it has none."""
+def load_tokenizer(model_path: str, settings: DataConfig) -> Any:
+    """The model's tokenizer with the chat template that the settings of the data choose; `ConfigError` where there is none.
+
+    What it decodes is what the tokens say: no spaces are taken out before full stops and the like.
+    """
     from transformers import AutoTokenizer
 
     _quiet()
     try:
-        return AutoTokenizer.from_pretrained(model_path)
+        tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
     except Exception as error:  # of any kind: the files are whatever the user has
         raise _not_a_model("model.path", model_path, error) from error
+    tokenizer.clean_up_tokenization_spaces = False
+    with user_errors():
+        tokenizer.chat_template = template_of(settings, tokenizer)
+    return tokenizer
+
+
+def stop_tokens(tokenizer: Any, model_path: str) -> tuple[int, ...]:
+    """The tokens that end an answer: the tokenizer's end token, all that the model's generation_config.json and config.json
+    name, and those that end an assistant's turn by the chat template or by their name."""
+    found = [tokenizer.eos_token_id, end_of_turn(tokenizer), *_end_tokens(model_path)]
+    found += [tokenizer.get_vocab().get(name) for name in ENDS_OF_TURNS]
+    return tuple(dict.fromkeys(t for t in found if t is not None))
+
+
+def _end_tokens(model_path: str) -> list[int]:
+    """`eos_token_id`, a number or a list of them, of the model's configurations."""
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        file = model_directory(model_path) / name
+        if not file.exists():
+            continue
+        try:
+            config = json.loads(file.read_text())
+        except ValueError as error:
+            raise ConfigError(f"model.path={model_path!r}: {name} is not JSON ({error}); mend or remove it") from error
+        for part in (config, config.get("text_config") or {}):  # a model of texts and pictures has one inside
+            end = part.get("eos_token_id")
+            found += end if isinstance(end, list) else [] if end is None else [end]
+    return found
 
 
 def check_adapters(config: Config, model_path: str) -> None:
@@ -194,4 +230,12 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-__all__ = ["check_adapters", "check_files", "check_model", "gguf_file", "load_tokenizer", "prepare_model"]
+__all__ = [
+    "check_adapters",
+    "check_files",
+    "check_model",
+    "gguf_file",
+    "load_tokenizer",
+    "prepare_model",
+    "stop_tokens",
+]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 import uuid
@@ -10,17 +9,14 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from random import Random
 from typing import Any
 
-from ..rewards.inputs import RewardInput
 from ..rewards.suite import RewardSuite, build_suite
 from ..rollout.actors import ActorLostError
-from ..rollout.engines import check_engine
-from ..rollout.samples import Prompt
+from ..rollout.engine import check_engine
 from ..rollout.vllm_backend.compat import transfer_backend
 from .algorithm.losses import Objective
-from .batch import sft_batch
+from .batch import demonstrations
 from .checkpoints import (
     PROGRESS,
     SETTINGS,
@@ -36,14 +32,13 @@ from .config.cautions import cautions, said_at_start
 from .config.load import Config, ConfigError, user_errors, with_steps
 from .data.sources import PromptSource, check_data, open_source
 from .data.table import TableSource
-from .data.templates import supervised_ids
-from .model_files import check_adapters, check_model, load_tokenizer, prepare_model
-from .run import Interrupted, Run, conversation, stop_on_signal
+from .environments import episodes_of, load_environment
+from .eval_sets import check_eval_sets, open_eval_sets
+from .model_files import check_adapters, check_model, load_tokenizer, prepare_model, stop_tokens
+from .run import Interrupted, Run, reward_input, stop_on_signal
 from .trainer import train_rl
 from .watch.tracking import Tracker, make_console
 from .weights.sync import WeightSync
-
-_WORK = re.compile(r"(?<=<think>).*(?=</think>)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +72,10 @@ def train(config: Config, *, resume: bool = False, override: bool = False) -> Re
         console.print(line, highlight=False, markup=False)
     with user_errors():
         check_data(config.data)
+        check_eval_sets(config)
         check_engine(config.rollout.engine, config.rollout.engine_args, config.rollout.servers)
+        if config.rollout.environment is not None:
+            load_environment(config.rollout.environment)
         Objective.of(config.loss, config.kl, config.offpolicy)  # tries a user's own loss on a tiny batch
     check_model(config)
     cluster = Cluster(config)
@@ -111,7 +109,7 @@ def sitting(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | 
     with cluster, stop_on_signal() as stop:  # in this order: Ray's start sets a SIGTERM handler of its own
         # the actors load while this process reads the data: both take seconds
         learners, pool = cluster.spawn(model_path, run_id := uuid.uuid4().hex)
-        tokenizer = load_tokenizer(model_path)
+        tokenizer = load_tokenizer(model_path, config.data)
         with user_errors():
             source = open_source(config.data, tokenizer, config.seed)
         with ExitStack() as opened:
@@ -122,6 +120,7 @@ def sitting(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | 
             opened.callback(tracker.close)
             for note in (*source.notes, *([passes] if passes else [])):
                 tracker.note(note)
+            sets = open_eval_sets(config, source, suite, lambda _: tokenizer, tracker.note, opened)
             cluster.wait()
             sync = WeightSync(
                 config.sync, learners, pool, run_id=run_id, run_dir=run_dir, history=config.checkpoint.history,
@@ -131,8 +130,10 @@ def sitting(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | 
             run = Run(
                 config=config, run_id=run_id, run_dir=run_dir, tokenizer=tokenizer, source=source, suite=suite,
                 learners=learners, pool=pool, sync=sync, tracker=tracker, stop=stop, started=started,
-                progress=progress,
+                progress=progress, eval_sets=sets, stop_token_ids=stop_tokens(tokenizer, model_path),
             )  # fmt: skip
+            with user_errors():
+                pool.episodes = episodes_of(config, tokenizer, run.said)
             return go(run, checkpoint)
 
 
@@ -195,18 +196,8 @@ def train_sft(run: Run) -> None:
     while run.progress.step < config.steps:
         run.stop_if_asked()
         position = run.progress.position
-        examples = []
-        for i in range(position, position + config.batch_size):
-            prompt = run.source.train(i)
-            solution = run.source.solution(prompt)
-            if solution is None:
-                raise ConfigError(
-                    f"stages has sft, but problem {prompt.id} of data.source={run.config.data.source!r} has no worked solution; "
-                    "set data.solution_column, or leave sft out of stages"
-                )
-            shown = demonstration(solution, i, config.direct)
-            examples.append((supervised_ids(prompt, shown, run.tokenizer), len(prompt.token_ids)))
-        metrics = run.learners.step(sft_batch(examples), Objective.sft())
+        batch = demonstrations(run.source, run.tokenizer, run.config, position)
+        metrics = run.learners.step(batch, Objective.sft())
         run.progress = run.progress.advance(step=run.progress.step + 1, position=position + config.batch_size)
         run.tracker.log(
             run.progress.step,
@@ -216,24 +207,18 @@ def train_sft(run: Run) -> None:
     run.save()
 
 
-def demonstration(solution: str, position: int, direct: float) -> str:
-    """The solution as it is shown: a share `direct` of all positions gets an empty `<think></think>` and the answer."""
-    draw = Random(f"demonstration {position}").random()  # of a stream of its own: what a problem is must not tell
-    return _WORK.sub("", solution) if draw < direct else solution
-
-
 def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> RewardSuite:
     """The reward suite, tried on one problem, with every reference of a finite data set checked before training."""
-    if config.eval.size and not source.heldout:
+    if config.eval.size != 0 and not source.heldout and not (config.eval.sets and config.eval.size is None):
         raise ConfigError(
-            f"eval.size={config.eval.size}, but data.heldout={config.data.heldout} leaves no held-out problems; "
+            f"there is nothing to evaluate on: data.heldout={config.data.heldout} leaves no held-out problems; "
             "raise data.heldout, name data.eval_path or data.eval_split, or set eval.size=0"
         )
     with user_errors():
         suite = build_suite({name: part.model_dump() for name, part in config.reward.parts.items()})
-        suite.trial(_as_input(source.train(0), "0", tokenizer))
-    rows = [*source.heldout, *(source.train(i) for i in range(source.size or 0))]
-    bad = suite.check_references([_as_input(prompt, "", tokenizer) for prompt in rows])
+        suite.trial(reward_input(source.train(0), tokenizer, "0"))
+        rows = [*source.heldout, *(source.train(i) for i in range(source.size or 0))]
+        bad = suite.check_references([reward_input(prompt, tokenizer, "") for prompt in rows])
     if bad:
         ids = {rows[b.row].id for b in bad}
         shown = "; ".join(f"{rows[b.row].id}: {b}" for b in bad[:3])
@@ -247,13 +232,3 @@ def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> Rewar
         source.leave_out(ids)
         source.notes = (*source.notes, f"left out: {message}")
     return suite
-
-
-def _as_input(prompt: Prompt, completion: str, tokenizer: Any) -> RewardInput:
-    return RewardInput(
-        completion=completion,
-        answer=prompt.answer,
-        messages=conversation(prompt, tokenizer),
-        source=prompt.source,
-        columns=prompt.columns,
-    )

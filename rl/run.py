@@ -8,19 +8,22 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..rewards.episode import EPISODE
 from ..rewards.inputs import RewardInput
 from ..rewards.suite import RewardSuite
+from ..rewards.verdict import verifier_error
 from ..rollout.pool import RolloutPool
-from ..rollout.samples import Completion, Prompt, Sampling
+from ..rollout.samples import Completion, FinishReason, Prompt, Sampling
+from ..rollout.stops import cut
 from .checkpoints import Progress, begin_checkpoint, finish_checkpoint
 from .config.load import Config
 from .data.sources import PromptSource
@@ -30,6 +33,9 @@ from .learner.group import LearnerGroup
 from .watch.tracking import Tracker
 from .weights.probe import Level, Probe, as_batch, probe_ids, tolerance_of
 from .weights.sync import WeightSync
+
+if TYPE_CHECKING:
+    from .eval_sets import EvalSet
 
 
 class Interrupted(Exception):
@@ -53,6 +59,9 @@ class Run:
     stop: threading.Event
     started: float
     progress: Progress
+    eval_sets: tuple[EvalSet, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    """As `model_files.stop_tokens` finds them."""
     _delivery: Future[dict[str, float]] | None = None
     _courier: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="courier"))
 
@@ -62,45 +71,89 @@ class Run:
         return Sampling(
             max_tokens=rollout.max_response_length,
             temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            stop_token_ids=stop_tokens(self.tokenizer),
+            **rollout.cuts,
+            stop_token_ids=self.stop_token_ids,
+            stop=rollout.stop,
             seed=self.config.seed * 1_000_003 + step,
         )
 
-    def sample_groups(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[Group]:
-        """n graded answers to each prompt, in the order of the prompts; graded while others are still decoded."""
+    def sample_groups(
+        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, suite: RewardSuite | None = None
+    ) -> list[Group]:
+        """n answers to each prompt, in the order of the prompts, marked by `suite` (None: the run's) while others are still
+        decoded."""
         groups: dict[int, Group] = {}
         for index, completions in self.pool.generate(prompts, n, sampling):
-            groups[index] = self.grade(prompts[index], completions)
+            groups[index] = self.grade(prompts[index], completions, suite, sampling.max_tokens)
         assert len(groups) == len(prompts), f"{len(prompts)} prompts went out, {len(groups)} groups came back"
         return [groups[i] for i in range(len(prompts))]
 
-    def grade(self, prompt: Prompt, completions: Sequence[Completion]) -> Group:
-        shown = self.tokenizer.decode(list(prompt.token_ids))
-        inputs = [
-            RewardInput(
-                prompt=shown,
-                messages=conversation(prompt, self.tokenizer),
-                completion=self.text(completion),
-                answer=prompt.answer,
-                source=prompt.source,
-                columns=prompt.columns,
-                token_ids=tuple(completion.token_ids.tolist()),
-                finish_reason=completion.finish_reason,
-                max_tokens=self.config.rollout.max_response_length,
-            )
-            for completion in completions
+    def grade(
+        self,
+        prompt: Prompt,
+        completions: Sequence[Completion],
+        suite: RewardSuite | None = None,
+        max_tokens: int = 0,
+    ) -> Group:
+        """Marks the last turn of each completion, which has the earlier ones before it as its prompt
+        does, by `suite` (None: the run's reward); what a broken environment cut short has no verdict."""
+        unmarked = replace(
+            reward_input(prompt, self.tokenizer, ""),
+            prompt=self.tokenizer.decode(list(prompt.token_ids)).removesuffix(prompt.prefix),
+            max_tokens=max_tokens or self.config.rollout.max_response_length,
+            step=self.progress.step,
+            max_steps=self.config.schedule.steps,
+        )
+        sound = [c for c in completions if c.episode is None or not c.episode.failed]
+        inputs = [self._marked(unmarked, prompt, completion) for completion in sound]
+        graded = iter((suite or self.suite).grade(inputs))
+        verdicts = [
+            verifier_error(f"rollout.environment, {c.episode.status}: {c.episode.message}")
+            if c.episode is not None and c.episode.failed
+            else next(graded)
+            for c in completions
         ]
-        return Group(prompt=prompt, completions=tuple(completions), verdicts=tuple(self.suite.grade(inputs)))
+        return Group(prompt=prompt, completions=tuple(completions), verdicts=tuple(verdicts))
 
-    def text(self, completion: Completion) -> str:
-        """A completion as the grader and a person read it, without its end token and what else frames a conversation."""
-        token_ids = completion.token_ids
-        if completion.finish_reason == "stop":
+    def _marked(self, asked: RewardInput, prompt: Prompt, completion: Completion) -> RewardInput:
+        """The problem `asked` with an answer to it; of an episode, its last turn after the others."""
+        start, episode = completion.last_turn, completion.episode
+        answered = replace(
+            asked,
+            completion=self.text(prompt, completion),
+            token_ids=tuple(completion.token_ids[start:].tolist()),
+            finish_reason=completion.finish_reason,
+            max_tokens=asked.max_tokens - start,
+        )
+        if episode is None:
+            return answered
+        before = [*prompt.token_ids, *completion.token_ids[:start].tolist()]
+        told = {"reward": episode.reward, "turns": len(episode.turns), "status": episode.status}
+        earlier = episode.messages[:-1] if self.tokenizer.chat_template is not None else ()
+        return replace(
+            answered,
+            prompt=self.tokenizer.decode(before) if start else asked.prompt,
+            messages=(*asked.messages, *earlier),
+            columns={**asked.columns, EPISODE: told},
+        )
+
+    def text(self, prompt: Prompt, completion: Completion) -> str:
+        """An answer as the grader and a person read it: what the prompt has of it already, then what
+        was sampled; of an episode its last turn."""
+        if completion.episode is not None:
+            return completion.episode.messages[-1]["content"]
+        return prompt.prefix + self.said(completion.token_ids.tolist(), completion.finish_reason)
+
+    def said(self, token_ids: Sequence[int], finish_reason: FinishReason) -> str:
+        """Sampled tokens as text, without the end token and what else frames a conversation, and up
+        to a stop string (`rollout.include_stop`)."""
+        rollout = self.config.rollout
+        stopped = finish_reason == "stop"
+        by_string = stopped and rollout.stop and token_ids[-1] not in self.stop_token_ids
+        if stopped and not by_string:
             token_ids = token_ids[:-1]
-        text: str = self.tokenizer.decode([t for t in token_ids.tolist() if t not in self._framing])
-        return text
+        text: str = self.tokenizer.decode([t for t in token_ids if t not in self._framing])
+        return cut(text, rollout.stop, keep=rollout.include_stop) if by_string else text
 
     @cached_property
     def _framing(self) -> frozenset[int]:
@@ -213,14 +266,32 @@ def conversation(prompt: Prompt, tokenizer: Any) -> tuple[Mapping[str, str], ...
     return prompt.messages if tokenizer.chat_template is not None else ()
 
 
-def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end an answer: the tokenizer's end token, and a chat model's end of turn where it is another."""
-    found = [tokenizer.eos_token_id]
-    for name in ("<|im_end|>", "<|eot_id|>", "<|end|>"):
-        token = tokenizer.convert_tokens_to_ids(name)
-        if token is not None and token != tokenizer.unk_token_id:
-            found.append(token)
-    return tuple(dict.fromkeys(t for t in found if t is not None))
+def reward_input(prompt: Prompt, tokenizer: Any, completion: str) -> RewardInput:
+    """What is known of a problem before its answer is sampled, as rewards see it."""
+    return RewardInput(
+        completion=completion,
+        answer=prompt.answer,
+        messages=conversation(prompt, tokenizer),
+        plain_prompt=plain_prompt(prompt),
+        source=prompt.source,
+        columns=prompt.columns,
+    )
+
+
+def plain_prompt(prompt: Prompt) -> str | None:
+    """The prompt of a row that holds a text; None for a row of messages, or where there is no conversation."""
+    if not prompt.messages or any(_is_conversation(value) for value in prompt.columns.values()):
+        return None
+    return prompt.messages[-1]["content"]
+
+
+def _is_conversation(value: Any) -> bool:
+    """Whether a column holds messages, of OpenAI's form or ShareGPT's."""
+    return (
+        isinstance(value, Sequence)
+        and bool(value)
+        and all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in value)
+    )
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def train_rl(run: Run) -> None:
     objective = Objective.of(config.loss, config.kl, config.offpolicy, temperature=config.rollout.temperature)
     alarms = Alarms(config, run.progress.entropy_start)
     run.tracker.begin("rl", run.progress.step, schedule.steps)
-    if run.progress.step == 0 and config.eval.size:
+    if run.progress.step == 0 and config.eval.active:
         run.progress = run.progress.advance(accuracy_start=evaluate(run).accuracy)
 
     with GroupFeed(run) as feed:
@@ -50,7 +50,7 @@ def train_rl(run: Run) -> None:
                 run.tracker.alert(alarm.title, alarm.text)
                 run.progress = run.progress.advance(warnings=(*run.progress.warnings, f"{alarm.title}: {alarm.text}"))
             run.progress = run.progress.advance(entropy_start=alarms.entropy_start)
-            if config.eval.size and (last or (config.eval.every and step % config.eval.every == 0)):
+            if config.eval.active and (last or (config.eval.every and step % config.eval.every == 0)):
                 run.progress = run.progress.advance(accuracy_end=evaluate(run).accuracy)
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 run.save()
@@ -65,7 +65,7 @@ def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, float]
     fed, trained, metrics = train(run, feed, step, objective)
     sampled = fed.groups
     record_lengths(run.run_dir, step, run.progress.version, sampled)
-    tokens = sum(len(c) for group in sampled for c in group.completions)
+    tokens = sum(c.num_sampled for group in sampled for c in group.completions)
     seconds = time.perf_counter() - start
     run.progress = run.progress.advance(
         step=step,
@@ -168,11 +168,11 @@ def admitted(run: Run, sampled: Sequence[Group]) -> tuple[dict[str, float], list
 
 def staleness(groups: Sequence[Group], version: int, bound: int) -> dict[str, float]:
     """How many versions older than `version` the tokens are: mean and maximum over all; none is above `bound`."""
-    spans = [span for group in groups for completion in group.completions for span in completion.spans]
-    if not spans:
+    sampled = [pair for group in groups for completion in group.completions for pair in completion.sampled_by_version]
+    if not sampled:
         return {}
-    ages = np.array([version - span.version for span in spans])
-    counts = np.array([span.stop - span.start for span in spans])
+    ages = np.array([version - by for by, _ in sampled])
+    counts = np.array([count for _, count in sampled])
     assert ages.min() >= 0 and ages.max() <= bound, f"tokens are {ages.max()} versions old, the bound is {bound}"
     mean = float((ages * counts).sum() / counts.sum())
     return {"sched/staleness/mean": mean, "sched/staleness/max": float(ages.max())}

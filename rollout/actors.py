@@ -1,12 +1,25 @@
-"""Waiting for Ray actors: always with a deadline, and the first failure ends the wait."""
+"""Waiting for Ray actors: always with a deadline that names the actor.
+
+gather(...)               of a group of actors: the first failure ends the wait
+await call(...)           of one rollout worker
+await catch_up(...)       of one that was restarted or joins late: weights from a peer, or from the learners
+"""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Sequence
+from typing import Any, TypeVar
 
 import ray
+
+from .weights.transport import ObjectStoreSource, PatchRef, WeightUpdate
+
+T = TypeVar("T")
+
+LOST = (TimeoutError, ray.exceptions.RayActorError, ray.exceptions.RaySystemError, ray.exceptions.WorkerCrashedError)
+"""What says that an actor is gone or stuck; any other error is its answer."""
 
 
 class ActorLostError(RuntimeError):
@@ -45,3 +58,47 @@ def cause(error: Exception) -> str:
         )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+class WorkerLostError(ActorLostError):
+    """It is gone or late, and another may take its place."""
+
+
+async def call(work: Awaitable[T], *, who: str, what: str, timeout: float) -> T:
+    """A worker's answer; `WorkerLostError` if it is gone or late, `ActorLostError` if it refuses. Both name it."""
+    try:
+        return await asyncio.wait_for(work, timeout)
+    except LOST as error:
+        late = isinstance(error, TimeoutError) and not isinstance(error, ray.exceptions.RayError)
+        why = (
+            f": no answer to {what!r} within sync.timeout={timeout:g} s"
+            if late
+            else f" failed in {what!r}: {cause(error)}"
+        )
+        raise WorkerLostError(f"{who}{why}") from error
+    except ray.exceptions.RayError as error:
+        raise ActorLostError(f"{who} failed in {what!r}: {cause(error)}") from error
+
+
+async def catch_up(
+    worker: Any, notice: WeightUpdate, peers: Sequence[Any], *, who: str, timeout: float
+) -> dict[str, float]:
+    """Brings a worker that holds nothing to what the notice announces: from a peer on its node, if one holds that,
+    else from the nearest anchor and the patches after it."""
+    anchor = await _from_peer(worker, notice, peers, timeout)
+    known = notice if anchor is None else notice.with_anchor(anchor)
+    return await call(worker.apply.remote(known), who=who, what="catch up", timeout=timeout)
+
+
+async def _from_peer(worker: Any, notice: WeightUpdate, peers: Sequence[Any], timeout: float) -> PatchRef | None:
+    """The anchor that a peer makes of what it holds; None where none on the worker's node can."""
+    node, _, _ = await call(worker.offer.remote(), who="the new worker", what="offer", timeout=timeout)
+    for peer in peers:
+        try:
+            there, version, size = await call(peer.offer.remote(), who="a peer", what="offer", timeout=timeout / 4)
+        except ActorLostError:  # it may be what is lost next; the learners' own anchor remains
+            continue
+        if there == node and 0 <= version <= notice.version:
+            place = ObjectStoreSource(reference=peer.export.remote())
+            return PatchRef(version=version, base_version=None, size=size, places=(place,))
+    return None

@@ -1,21 +1,32 @@
-"""The protocol `Engine`: what a rollout worker asks of whatever decodes its prompts.
+"""The protocol `Engine`, what a rollout worker asks of whatever decodes its prompts, and the engines by name.
 
 Every coroutine runs on one event loop; an engine does its computing elsewhere, so the loop stays free.
+`make_engine` is the only place that knows all engines (`rollout.engine`).
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from typing import Protocol
+import importlib
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernels import platform
+from .model_directory import model_directory
 from .samples import Completion, Prompt, Sampling
+from .vllm_backend import compat as vllm_compat
+from .weights.engine_transfer import BroadcastGroup
 from .weights.patch import WeightPatch
+from .weights.transport import FetchContext, TokenBucket
 
 Request = tuple[Prompt, int, Sampling]
 """A prompt, how many samples of it, and how they are drawn."""
+
+InFlight = Literal["update", "finish", "park"]
+"""As in `schedule.in_flight`."""
 
 
 class Engine(Protocol):
@@ -26,18 +37,19 @@ class Engine(Protocol):
         """The version of the weights that the next token is sampled from."""
         ...
 
-    def generate(self, prompt: Prompt, n: int, sampling: Sampling) -> AsyncIterator[Completion]:
-        """Yields the n completions of `prompt` as they finish (samples 0..n-1, in any order), the prompt computed once.
-
-        ValueError if the request cannot be served (prompt and `max_tokens` beyond the engine's length, a bad sampling
-        value). Requests that are aborted leave the stream: it ends after those that were not.
-        """
+    @property
+    def joined(self) -> BroadcastGroup | None:
+        """The group through which the learners can send weights into the engine's own processes; None where there is none."""
         ...
 
     def generate_all(
         self, requests: Sequence[Request], begun: Mapping[str, Sequence[Completion]] | None = None
     ) -> AsyncIterator[Completion]:
-        """As `generate`, of many requests submitted at once; ValueError before any of them is taken.
+        """Yields the n completions of each request as they finish (samples 0..n-1, in any order), each prompt computed once.
+
+        All requests are submitted at once. ValueError, before any of them is taken, if one cannot be served (prompt and
+        `max_tokens` beyond the engine's length, a bad sampling value). Requests that are aborted leave the stream: it ends
+        after those that were not.
 
         begun: prompt id -> aborted completions of it. Of such a request only these samples are decoded, from where they
         stand (none of them at `max_tokens`): what they have keeps its log-probs and spans, and is read with the weights of
@@ -45,16 +57,8 @@ class Engine(Protocol):
         """
         ...
 
-    async def pause(self) -> None:
-        """Returns at the next token boundary; requests are kept where they are until `resume`. Idempotent."""
-        ...
-
-    async def resume(self) -> None:
-        """Goes on with the kept requests. Idempotent."""
-        ...
-
     async def apply(self, patch: WeightPatch) -> int:
-        """Swaps the weights at a token boundary, paused or not, and returns the version now served.
+        """Swaps the weights at a token boundary and returns the version now served.
 
         Tokens sampled before keep the old version in their spans, those after carry the new one. A patch of the version
         already served changes nothing. VersionError: another run, a version that goes backwards, or a patch on another
@@ -65,7 +69,7 @@ class Engine(Protocol):
     async def abort(self, prompt_ids: Collection[str]) -> list[Completion]:
         """Ends every unfinished sample of these prompts; returns what each had decoded (`finish_reason` "abort").
 
-        They come from here only, not from the streams of `generate`. A sample not yet started comes without a token.
+        They come from here only, not from the streams of `generate_all`. A sample not yet started comes without a token.
         """
         ...
 
@@ -73,7 +77,7 @@ class Engine(Protocol):
         """[T] tokens -> [T-1] log-probs of all but the first, by the weights that are served, without a temperature.
 
         An end-to-end proof that digests cannot give: an engine that goes on multiplying by a packed copy of old weights
-        holds the right bytes. Not while paused.
+        holds the right bytes.
         """
         ...
 
@@ -99,4 +103,130 @@ class Engine(Protocol):
         ...
 
 
-__all__ = ["Engine", "Request"]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerSpec:
+    """What a rollout worker needs to start its engine."""
+
+    model_path: str
+    """A local directory or a Hub id."""
+    device: str
+    """A platform's name, as in `cluster.device`."""
+    dtype: str
+    """As in `model.dtype`."""
+    threads: int
+    max_num_seqs: int
+    max_model_len: int
+    run_id: str
+    timeout: float
+    """Seconds that one burst of decoding or one weight update may take."""
+    in_flight: InFlight = "update"
+    """As in `schedule.in_flight`."""
+    engine: str = "embedded"
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    """vLLM's own, by its names; or what a user's engine makes of them."""
+    token_rate: float | None = None
+    """As in `rollout.token_rate`."""
+    max_restarts: int = 0
+    """How often vLLM's processes are started anew."""
+    server: str = ""
+    """Address of a running vLLM to use instead of starting one."""
+    servers_directory: str | None = None
+    """As in `rollout.servers_directory`."""
+    rate_limit: float | None = None
+    """As in `sync.rate_limit`."""
+
+    def link(self) -> FetchContext:
+        """The worker's end of the way that weights take."""
+        return FetchContext(
+            timeout=self.timeout, bucket=None if self.rate_limit is None else TokenBucket(self.rate_limit)
+        )
+
+
+def check_engine(engine: str, engine_args: Mapping[str, Any], servers: Sequence[str] = ()) -> None:
+    """ValueError for what can be known to be wrong before an engine starts; loads neither torch nor vLLM, but a user's own."""
+    if servers:
+        check_servers(engine, engine_args, servers)
+    elif engine == "vllm":
+        vllm_compat.check_installed()
+        vllm_compat.check_engine_args(engine_args)
+    elif engine not in BUILT_IN:
+        _own(engine)
+    elif engine_args:
+        raise ValueError(
+            f"rollout.engine_args has {', '.join(engine_args)}, which are vLLM's; set rollout.engine=vllm or leave them out"
+        )
+
+
+def check_servers(engine: str, engine_args: Mapping[str, Any], servers: Sequence[str]) -> None:
+    """vLLM itself is not needed here."""
+    if engine != "vllm":
+        raise ValueError(f"rollout.servers are vLLM's, but rollout.engine={engine}; set rollout.engine=vllm")
+    if engine_args:
+        raise ValueError(
+            f"rollout.engine_args has {', '.join(engine_args)}, but rollout.servers run already: give them to `vllm serve`"
+        )
+    for url in servers:
+        if not url.startswith(("http://", "https://")) or servers.count(url) > 1:
+            raise ValueError(f"rollout.servers: {url!r} must be an address like http://host:8000, and stand there once")
+
+
+def make_engine(spec: WorkerSpec, cards: tuple[str, ...]) -> Engine:
+    """The engine of a rollout worker, up and ready; its version is -1 until the first patch. cards: the worker's own."""
+    return (BUILT_IN.get(spec.engine) or _own(spec.engine))(spec, cards)
+
+
+def _own(engine: str) -> Callable[[WorkerSpec, tuple[str, ...]], Engine]:
+    """A user's factory; ValueError where there is none of that name."""
+    module, _, name = engine.partition(":")
+    try:
+        factory: Any = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"rollout.engine={engine!r} cannot be loaded ({error}); give {', '.join(BUILT_IN)}, or package.module:factory"
+        ) from error
+    made: Callable[[WorkerSpec, tuple[str, ...]], Engine] = factory
+    return made
+
+
+def _embedded(spec: WorkerSpec, cards: tuple[str, ...]) -> Engine:
+    from .embedded.engine import EmbeddedEngine
+
+    target = platform.named(spec.device)
+    return EmbeddedEngine(
+        model_directory(spec.model_path),
+        max_num_seqs=spec.max_num_seqs,
+        max_model_len=spec.max_model_len,
+        dtype=platform.compute_dtype(spec.dtype, target),
+        device=str(platform.device_of_process(target)),
+        run_id=spec.run_id,
+        version=-1,
+        deadline_s=spec.timeout,
+        token_rate=spec.token_rate,
+    )
+
+
+def _vllm(spec: WorkerSpec, cards: tuple[str, ...]) -> Engine:
+    from .vllm_backend.engine import VLLMEngine
+
+    dtype = platform.compute_dtype(spec.dtype, platform.named(spec.device))
+    return VLLMEngine(
+        spec.model_path,
+        max_num_seqs=spec.max_num_seqs,
+        max_model_len=spec.max_model_len,
+        dtype=str(dtype).removeprefix("torch."),
+        device=spec.device,
+        threads=spec.threads,
+        cards=cards,
+        run_id=spec.run_id,
+        version=-1,
+        deadline_s=spec.timeout,
+        max_restarts=spec.max_restarts,
+        engine_args=spec.engine_args,
+        server=spec.server,
+        servers_directory=spec.servers_directory,
+    )
+
+
+BUILT_IN: Mapping[str, Callable[[WorkerSpec, tuple[str, ...]], Engine]] = {"embedded": _embedded, "vllm": _vllm}
+
+__all__ = ["Engine", "InFlight", "Request", "WorkerSpec", "check_engine", "make_engine"]

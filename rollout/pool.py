@@ -12,71 +12,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import ray
 
-from .actors import ActorLostError, cause
-from .delivery import LOST, WorkerLostError, call, catch_up
+from .actors import LOST, ActorLostError, WorkerLostError, call, catch_up, cause
+from .environments import Episodes
+from .jobs import Job, Outcome, WorkerState
 from .samples import Completion, Prompt, Sampling
-from .weights.transport import Notice
+from .weights.transport import WeightUpdate
 
 T = TypeVar("T")
-Outcome = tuple[Completion, ...] | ActorLostError
-
-
-@dataclass(kw_only=True, slots=True, eq=False)
-class Job:
-    """A group that is asked for, and whom to tell."""
-
-    prompt: Prompt
-    n: int
-    sampling: Sampling
-    deliver: Callable[[Outcome], None]
-    """Called once, in the pool's thread: the completions in sample order, or why there will be none."""
-    reissued: Callable[[], None] = lambda: None
-    """Called when the group is asked for again because its worker was lost."""
-    was_cut: Callable[[tuple[Completion, ...]], None] = lambda parts: None
-    """Called when a group that `RolloutPool.cut` ended had begun: its samples as far as they had come."""
-    tokens: float = 0.0
-    """What it is expected to cost, for balance."""
-    cut: bool = False
-
-
-@dataclass(kw_only=True, slots=True, eq=False)
-class _Seat:
-    """One worker's place in the pool; the actor on it may be replaced."""
-
-    worker: Any
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while the actor is replaced or its weights are."""
-    jobs: set[Job] = field(default_factory=set)
-    load: float = 0.0
-    up: bool = True
-    report: dict[str, float] = field(default_factory=dict)
-    """What it took to bring the actor that replaced another to the newest weights."""
-    restarts: int = 0
-    idle: float = 0.0
-    """Seconds without a job."""
-    idle_since: float = field(default_factory=time.monotonic)
-
-    @property
-    def samples(self) -> int:
-        return sum(job.n for job in self.jobs)
-
-    def take(self, job: Job) -> None:
-        if not self.jobs:
-            self.idle += time.monotonic() - self.idle_since
-        self.jobs.add(job)
-        self.load += job.tokens
-
-    def leave(self, job: Job) -> None:
-        self.jobs.remove(job)
-        self.load -= job.tokens
-        if not self.jobs:
-            self.load = 0.0  # not what rounding leaves of it: a tie must be one
-            self.idle_since = time.monotonic()
 
 
 class RolloutPool:
@@ -97,9 +43,13 @@ class RolloutPool:
         given to a worker at a time; None: all. respawn: a new actor in the place of a lost one, `max_restarts` times."""
         self._timeout, self._sync_timeout, self._max_samples = timeout, sync_timeout, max_samples
         self._respawn, self._max_restarts = respawn, max_restarts if respawn is not None else 0
-        self._seats = [_Seat(worker=worker) for worker in workers]
+        self._seats = [WorkerState(worker=worker) for worker in workers]
         self._backlog: deque[Job] = deque()
-        self._latest: Notice | None = None
+        self.episodes: Episodes | None = None
+        """Where an environment answers the model: the loop over turns."""
+        self._between: set[Job] = set()  # groups that no worker has and that are to have another turn, or may have one
+        self._next: list[Job] = []  # of these, those whose environments have answered
+        self._latest: WeightUpdate | None = None
         self.served = -1
         """The version that every worker serves at least."""
         self.on_served: Callable[[], None] = lambda: None
@@ -140,12 +90,12 @@ class RolloutPool:
         """Ends these groups, of which nothing more will be delivered; returns at once."""
         self._loop.call_soon_threadsafe(self._cut, list(jobs))
 
-    def apply(self, notice: Notice) -> list[dict[str, float]]:
+    def apply(self, notice: WeightUpdate) -> list[dict[str, float]]:
         """Has every worker serve the version that is announced: all prepare it while they decode, then all commit. Returns
         the figures of each (`receiver.Report`), with the version that it serves."""
         return self._call(self._apply_all(notice, self._sync_timeout))
 
-    def apply_later(self, notice: Notice) -> None:
+    def apply_later(self, notice: WeightUpdate) -> None:
         """As `apply`, but returns at once: each worker serves the new version when it has finished what it decodes, and
         begins nothing before. What fails is raised by whatever is asked for next."""
 
@@ -195,7 +145,7 @@ class RolloutPool:
         """Gives jobs to the workers that have the least to do; what they may not take yet stays in the backlog."""
         expected = self._lengths / self._answers if self._answers else None
         for job in jobs:
-            job.tokens = job.n * (job.sampling.max_tokens if expected is None else expected)
+            job.tokens = job.left * (job.sampling.max_tokens if expected is None else expected)
         self._backlog.extend(jobs)
         if self._failure is not None:
             self._fail(self._failure)
@@ -219,7 +169,7 @@ class RolloutPool:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._fail(ActorLostError(f"the rollout pool failed: {type(error).__name__}: {error}"))
 
-    def _takes(self, seat: _Seat) -> bool:
+    def _takes(self, seat: WorkerState) -> bool:
         return seat.up and (self._max_samples is None or not seat.jobs or seat.samples < self._max_samples)
 
     async def _serve(self, i: int, share: Sequence[Job]) -> None:
@@ -228,7 +178,8 @@ class RolloutPool:
         worker, deadline = seat.worker, time.monotonic() + self._timeout
         try:
             stream = worker.generate.options(num_returns="streaming").remote(
-                [(job.prompt, job.n, job.sampling) for job in share]
+                [(job.prompt, job.left, job.sampling) for job in share],
+                {job.prompt.id: job.episodes.going_on for job in share},
             )
             while left:
                 reference = await asyncio.wait_for(anext(stream), deadline - time.monotonic())
@@ -255,31 +206,67 @@ class RolloutPool:
                 return
             lost = [job for job in lost if not job.cut]
             for job in lost:
-                job.reissued()
+                if not job.episodes.going_on:  # else it goes on from its last turn, as old as it is
+                    job.reissued()
             self._deal(lost)
+            self._next_turns()
         except ray.exceptions.RayError as error:
             self._fail(ActorLostError(f"rollout worker {i}: {cause(error)}"))
 
-    def _finish(self, seat: _Seat, job: Job, completions: tuple[Completion, ...]) -> None:
+    def _finish(self, seat: WorkerState, job: Job, completions: tuple[Completion, ...]) -> None:
         if self._failure is not None:  # everybody was told already
             return
         seat.leave(job)
-        self._lengths += sum(len(completion) for completion in completions)
+        had = sum(len(completion) for completion in job.episodes.going_on)
+        self._lengths += sum(len(completion) for completion in completions) - had
         self._answers += len(completions)
-        job.deliver(completions)
+        if self.episodes is None:
+            job.deliver(completions)
+        else:
+            self._between.add(job)
+            self._begin(self._answer(self.episodes, job, completions))
         if self._backlog:
             self._deal([])
+
+    async def _answer(self, episodes: Episodes, job: Job, completions: tuple[Completion, ...]) -> None:
+        """The environments answer a group's turn; then it is to have another, or is there."""
+        await episodes.advance(job.episodes, job.prompt, job.sampling, completions)
+        if job not in self._between:  # it was cut meanwhile, or everything failed
+            return
+        if job.episodes.going_on:
+            self._next.append(job)
+        else:
+            self._between.remove(job)
+            job.deliver(tuple(sorted(job.episodes.ended, key=lambda completion: completion.sample)))
+        self._next_turns()
+
+    def _next_turns(self) -> None:
+        """Deals the groups that go on, before new ones. Where everything was asked for at once, they wait for each other, so
+        that what decodes together does not depend on the clock and a synchronous run repeats bit for bit."""
+        under_way = self._backlog or any(seat.jobs for seat in self._seats) or len(self._next) < len(self._between)
+        if not self._next or (self._max_samples is None and under_way):
+            return
+        jobs = sorted(self._next, key=lambda job: job.prompt.id)
+        self._between.difference_update(jobs)
+        self._next, waiting = [], list(self._backlog)
+        self._backlog.clear()
+        self._deal([*jobs, *waiting])
 
     def _cut(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             job.cut = True
         self._backlog = deque(job for job in self._backlog if not job.cut)
+        for job in [job for job in self._between if job.cut]:
+            self._between.remove(job)
+            job.was_cut((*job.episodes.ended, *job.episodes.going_on))
+        self._next = [job for job in self._next if not job.cut]
         for seat in self._seats:
             if mine := [job for job in seat.jobs if job.cut]:
                 for job in mine:
                     seat.leave(job)
                 self._begin(self._end(seat.worker, {job.prompt.id: job for job in mine}))
         self._deal([])
+        self._next_turns()
 
     async def _end(self, worker: Any, jobs: dict[str, Job]) -> None:
         try:
@@ -287,13 +274,16 @@ class RolloutPool:
         except LOST:  # whoever waits for its other groups finds that out
             return
         for parts in ended:
-            jobs[parts[0].prompt_id].was_cut(parts)
+            job = jobs[parts[0].prompt_id]
+            job.was_cut((*job.episodes.ended, *parts))
 
     def _fail(self, failure: ActorLostError) -> None:
         """Nothing more will come: tells everybody who waits."""
         self._failure = self._failure or failure  # the first is the cause
-        jobs = [*self._backlog, *(job for seat in self._seats for job in seat.jobs)]
+        jobs = [*self._backlog, *self._between, *(job for seat in self._seats for job in seat.jobs)]
         self._backlog.clear()
+        self._between.clear()
+        self._next.clear()
         for seat in self._seats:
             seat.jobs.clear()
         for job in jobs:
@@ -321,7 +311,7 @@ class RolloutPool:
                     continue
                 seat.worker, seat.up = fresh, True
 
-    async def _apply_all(self, notice: Notice, timeout: float) -> list[dict[str, float]]:
+    async def _apply_all(self, notice: WeightUpdate, timeout: float) -> list[dict[str, float]]:
         self._latest = notice
         seats = range(len(self._seats))
         await asyncio.gather(*(self._ask(i, "prepare", notice, self._sync_timeout) for i in seats))

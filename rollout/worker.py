@@ -1,23 +1,38 @@
-"""The rollout worker: a Ray actor around one engine, on a device of its own."""
+"""The rollout worker: a Ray actor around one engine, on a device of its own.
+
+`RolloutWorker` is the actor, `GroupService` makes whole groups of the engine's completions, and `WeightUpdates` is the
+receiver of weights beside the engine; all on one event loop.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import AsyncIterator, Collection, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 
 from ..kernels import platform
-from .engine import Request
-from .engines import WorkerSpec, make_engine
+from .engine import Engine, InFlight, Request, WorkerSpec, make_engine
 from .samples import Completion
-from .service import Finished, GroupService
-from .updates import WeightUpdates
-from .weights.patch import Bytes
+from .vllm_backend.transfer import GroupMember
+from .weights.engine_transfer import EngineTransfer
+from .weights.patch import Bytes, DigestMismatchError, TensorBytes, Transfer, WeightPatch
 from .weights.receiver import Receiver
-from .weights.transport import Notice
+from .weights.transport import TransferError, WeightUpdate
+
+Finished = list[tuple[int, tuple[Completion, ...]]]
+"""Prompts (by their index in the request) whose samples are all there, each with its completions in sample order."""
+
+LINGER = 0.05
+"""Seconds that a finished group waits for others to come along: little enough to grade early, and messages cost time."""
+
+NOTHING = -1
+"""The version of an engine that serves none."""
 
 
 class RolloutWorker:
@@ -34,16 +49,18 @@ class RolloutWorker:
         """The process id, once the engine is up."""
         return os.getpid()
 
-    async def generate(self, requests: Sequence[Request]) -> AsyncIterator[Finished]:
-        """Groups as they become complete."""
-        async for groups in self.service.generate(requests):
+    async def generate(
+        self, requests: Sequence[Request], begun: Mapping[str, Sequence[Completion]] | None = None
+    ) -> AsyncIterator[Finished]:
+        """Groups as they become complete; begun: as of `GroupService.generate`."""
+        async for groups in self.service.generate(requests, begun):
             yield groups
 
     async def cut(self, prompt_ids: Collection[str]) -> list[tuple[Completion, ...]]:
         """Ends these groups; returns what they had."""
         return await self.service.cut(prompt_ids)
 
-    async def prepare(self, notice: Notice) -> None:
+    async def prepare(self, notice: WeightUpdate) -> None:
         """Makes a version ready while the old one is decoded with; raises if no bytes that can be had are the learners'."""
         await self.updates.prepare(notice)
 
@@ -51,7 +68,7 @@ class RolloutWorker:
         """Serves what was prepared; the figures of it (`receiver.Report`), with the version that is served from now on."""
         return await self.updates.commit(version)
 
-    async def apply(self, notice: Notice) -> dict[str, float]:
+    async def apply(self, notice: WeightUpdate) -> dict[str, float]:
         """Both at once, for a worker that was restarted or joins late."""
         return await self.updates.apply(notice)
 
@@ -88,3 +105,197 @@ class RolloutWorker:
 def _own_cards(target: platform.Platform) -> tuple[str, ...]:
     """Ids of the cards that Ray gave this actor."""
     return tuple(ray.get_runtime_context().get_accelerator_ids().get(target.resource, ()))
+
+
+class GroupService:
+    """Whole groups from an engine, and what becomes of those in flight when new weights come; all on one event loop.
+
+    `schedule.in_flight` decides:
+    - `update`: they go on with the new weights at the next token (PipelineRL, arXiv 2509.19128).
+    - `finish`: they are finished with the old ones; the update waits for that, and new groups wait for the update.
+    - `park`: they are set aside, and go on from where they stood, read anew by the new weights.
+    Either way every token keeps the version and the log-prob that it was drawn with.
+    """
+
+    def __init__(self, engine: Engine, in_flight: InFlight = "update") -> None:
+        self.engine, self._in_flight = engine, in_flight
+        self._samples: dict[str, list[Completion]] = {}  # of each unfinished group by its prompt's id: what is finished
+        self._begun: dict[str, list[Completion]] = {}  # of each group that was parked: what was not
+        self._streams = 0
+        self._quiet = asyncio.Condition()
+        self._updates = 0
+        self._open = asyncio.Condition()
+        self._updating = asyncio.Lock()
+
+    async def generate(
+        self, requests: Sequence[Request], begun: Mapping[str, Sequence[Completion]] | None = None
+    ) -> AsyncIterator[Finished]:
+        """All samples of every request, submitted at once; yields groups as they become complete, those together that do so
+        within `LINGER`. A group that is cut does not come. begun: prompt id -> as many samples as are asked for, which are
+        to go on from where they stand; none: from the prompt."""
+        self._begun |= {name: list(parts) for name, parts in (begun or {}).items() if parts}
+        ready: Finished = []
+        some = asyncio.Event()
+        work = asyncio.create_task(self._decode(requests, ready, some))
+        try:
+            while not work.done() or ready:
+                await asyncio.wait({work, waiting := asyncio.create_task(some.wait())}, return_when="FIRST_COMPLETED")
+                waiting.cancel()
+                if not work.done():
+                    await asyncio.wait({work}, timeout=LINGER)
+                some.clear()
+                if ready:
+                    groups = list(ready)
+                    ready.clear()
+                    yield groups
+            work.result()
+        finally:
+            work.cancel()
+            for prompt, _, _ in requests:
+                self._samples.pop(prompt.id, None)
+                self._begun.pop(prompt.id, None)
+
+    async def _decode(self, requests: Sequence[Request], ready: Finished, some: asyncio.Event) -> None:
+        index = {prompt.id: i for i, (prompt, _, _) in enumerate(requests)}
+        self._samples |= {name: [] for name in index}
+        while left := [request for request in requests if request[0].id in self._samples]:
+            async with self._open:
+                await self._open.wait_for(lambda: not self._updates)
+            self._streams += 1
+            try:
+                begun = {prompt.id: self._begun.pop(prompt.id, []) for prompt, _, _ in left}
+                async for completion in self.engine.generate_all(left, begun):
+                    name = completion.prompt_id
+                    if (group := self._samples.get(name)) is None:
+                        continue  # it was cut
+                    group.append(completion)
+                    if len(group) == requests[index[name]][1]:
+                        del self._samples[name]
+                        ready.append((index[name], tuple(sorted(group, key=lambda c: c.sample))))
+                        some.set()
+            finally:
+                self._streams -= 1
+                async with self._quiet:
+                    self._quiet.notify_all()
+
+    async def apply(self, patch: WeightPatch) -> int:
+        """The version served from now on; raises if a single byte differs from what the learners hold."""
+        if self._in_flight == "update":
+            return await self.engine.apply(patch)
+        self._updates += 1
+        try:
+            async with self._updating:
+                if self._in_flight == "park":
+                    for completion in await self.engine.abort(list(self._samples)):
+                        self._begun.setdefault(completion.prompt_id, []).append(completion)
+                async with self._quiet:
+                    await self._quiet.wait_for(lambda: not self._streams)
+                return await self.engine.apply(patch)
+        finally:
+            self._updates -= 1
+            async with self._open:
+                self._open.notify_all()
+
+    async def cut(self, prompt_ids: Collection[str]) -> list[tuple[Completion, ...]]:
+        """Ends these groups; returns the samples of each that was still under way, as far as they had come."""
+        groups = {name: group for name in prompt_ids if (group := self._samples.pop(name, None)) is not None}
+        parts = [*await self.engine.abort(list(groups)), *(c for name in groups for c in self._begun.pop(name, ()))]
+        for completion in parts:
+            groups[completion.prompt_id].append(completion)
+        return [tuple(group) for group in groups.values()]
+
+
+class WeightUpdates:
+    """PREPARE works in a thread of its own while the engine decodes; COMMIT is one `apply` of the engine."""
+
+    def __init__(
+        self, engine: Engine, receiver: Receiver, apply: Callable[[WeightPatch], Awaitable[int]] | None = None
+    ) -> None:
+        """apply: what stands for the engine's own, where somebody has to know before."""
+        self._engine, self._receiver, self._apply = engine, receiver, apply or engine.apply
+        self._turn = asyncio.Lock()
+        self._member = GroupMember()
+        self._pending: WeightUpdate | None = None
+        self._last_received: tuple[WeightUpdate, dict[str, float]] | None = (
+            None  # what the engine received last, and its figures
+        )
+
+    async def prepare(self, notice: WeightUpdate) -> None:
+        if self._last_received is not None and _same(notice, self._last_received[0]):
+            return
+        self._pending = notice if notice.engines is not None and notice.version > self._engine.version else None
+        if self._pending is None:
+            await asyncio.to_thread(self._receiver.prepare, notice)
+
+    async def commit(self, version: int) -> dict[str, float]:
+        """Serves what was prepared, of at least this version; what the update cost (`Report`)."""
+        async with self._turn:
+            notice, self._pending = self._pending, None
+            if notice is not None and notice.engines is not None:
+                try:
+                    return await self._receive(notice, notice.engines)
+                except TransferError:  # nothing has begun
+                    await asyncio.to_thread(self._receiver.prepare, notice)
+            if self._last_received is not None and self._last_received[0].version == version == self._engine.version:
+                return self._last_received[1]
+            patch = await asyncio.to_thread(self._receiver.patch, version, self._engine.version)
+            start = time.perf_counter()
+            try:
+                served = await self._apply(patch)
+            except DigestMismatchError:  # what the engine held is damaged: everything anew, once
+                served = await self._apply(await asyncio.to_thread(self._receiver.patch, version, NOTHING))
+            return self._receiver.commit(served, time.perf_counter() - start).as_dict()
+
+    async def apply(self, notice: WeightUpdate) -> dict[str, float]:
+        """Both, for a worker that has to catch up: without the others."""
+        await self.prepare(replace(notice, engines=None))
+        return await self.commit(notice.version)
+
+    async def _receive(self, notice: WeightUpdate, version: EngineTransfer) -> dict[str, float]:
+        """The engine's own processes receive from the learners; `TransferError` if not all workers come to that."""
+        missed = False
+
+        def fallback() -> Mapping[str, TensorBytes]:
+            nonlocal missed
+            missed = True
+            self._receiver.prepare(notice)
+            return self._receiver.patch(notice.version, NOTHING).tensors
+
+        start = time.perf_counter()
+        rank = await asyncio.to_thread(self._member.join, version.broadcast, self._engine.joined)
+        met = time.perf_counter()
+        transfer = Transfer(version=version, rank=rank, fallback=fallback)
+        served = await self._apply(
+            WeightPatch(
+                run_id=notice.run_id, version=notice.version, tensors={}, digests=version.digests, transfer=transfer
+            )
+        )
+        now = time.perf_counter()
+        if missed:
+            return self._receiver.commit(served, now - met).as_dict()
+        report = self._receiver.received(notice, version.num_bytes, now - start, now - met).as_dict()
+        self._last_received = (notice, report)
+        return report
+
+    def offer(self) -> tuple[str, int, int]:
+        """(the node, the version that is held or -1, bytes of its anchor or a little less) for a peer."""
+        held = self._receiver.held
+        size = 0 if held is None else sum(tensor.data.nbytes for tensor in held.tensors.values())
+        return node(), -1 if held is None else held.version, size
+
+    async def export(self) -> Bytes:
+        """The bytes of an anchor of the held version."""
+        return await asyncio.to_thread(self._receiver.export)
+
+
+def _same(one: WeightUpdate, other: WeightUpdate) -> bool:
+    return (one.sitting, one.version, one.root) == (other.sitting, other.version, other.root)
+
+
+def node() -> str:
+    """The id of the Ray node that this process runs on."""
+    name: str = ray.get_runtime_context().get_node_id()
+    return name
+
+
+__all__ = ["Finished", "GroupService", "RolloutWorker", "WeightUpdates"]

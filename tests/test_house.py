@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
 import re
 import shutil
@@ -71,6 +72,119 @@ def test_arrows_run_downwards_only() -> None:
 def test_the_arrow_check_itself(path: str, line: str, problem: str | None) -> None:
     found = broken_arrows(Path(path), line)
     assert found == [] if problem is None else len(found) == 1 and problem in found[0]
+
+
+LAYERS: dict[str, tuple[set[str], ...]] = {
+    "rl": (
+        {"cli"},
+        {"recipe"},
+        {"trainer", "minimal"},
+        {"feed", "evaluate"},
+        {"run"},
+        {"cluster", "weights", "plan"},
+        {"model_files", "gguf_conversion"},
+        {"learner", "batch", "watch"},
+        {"data", "checkpoints"},
+        {"algorithm", "groups"},
+        {"config"},
+    ),
+    "rollout": (
+        {"worker", "vllm_extension"},
+        {"engines", "updates"},
+        {"vllm_backend", "embedded"},
+        {"engine", "service", "pool", "delivery", "model_directory"},
+        {"weights", "samples", "actors", "schedule"},
+    ),
+    "rewards": (
+        {"audit"},
+        {"suite"},
+        {"registry"},
+        {"math_answers", "code_tests", "plugins", "shaping", "gym"},
+        {"sandbox", "worker_pool", "worker_process", "gym_answers"},
+        {"processes"},
+        {"inputs"},
+        {"verdict"},
+    ),
+    "kernels": (
+        {"loss", "decoding", "transformer", "patch_coding"},
+        {"platform", "compiled_loops"},
+    ),
+}
+"""Of each folder, its files and sub-folders from the top down. Imports go to the same layer or to one below."""
+MODULES = {".".join(path.with_suffix("").parts): path for path in SOURCES if path.parts[0] in LAYERS}
+
+
+def module_imports(module: str) -> set[str]:
+    """Our modules that this one imports anywhere in its text, `TYPE_CHECKING` included."""
+    path = MODULES[module]
+    names = [name.split(".")[1:] for _, name, _ in imports(path, (ROOT / path).read_text())]
+    known = [".".join(name) for name in names] + [".".join(name[:-1]) for name in names]
+    return {name for name in known if name in MODULES} - {module}
+
+
+def layer(folder: str, unit: str) -> int:
+    """0: the top, where what no layer names yet belongs, too."""
+    return next((i for i, units in enumerate(LAYERS[folder]) if unit in units), 0)
+
+
+def test_arrows_run_downwards_within_a_folder_too() -> None:
+    upwards = [
+        f"{module} imports {other}; give both their place in LAYERS, or turn the arrow round"
+        for module in MODULES
+        for other in module_imports(module)
+        if (folder := module.split(".")[0]) == other.split(".")[0]
+        and layer(folder, module.split(".")[1]) > layer(folder, other.split(".")[1])
+    ]
+    assert upwards == []
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {module: module_imports(module) for module in MODULES}
+    # `cautions` names the type of what it looks at, and `load` asks it
+    graph["rl.config.cautions"] = graph["rl.config.cautions"] - {"rl.config.load"}
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
+    graphlib.TopologicalSorter(graph).prepare()  # a CycleError names the modules
+
+
+BUDGET = {
+    "kernels": 420,
+    "kernels/decoding": 200,
+    "kernels/loss": 1_590,
+    "kernels/patch_coding": 670,
+    "kernels/transformer": 390,
+    "rewards": 1_610,
+    "rewards/audit": 610,
+    "rewards/code_tests": 3_020,
+    "rewards/math_answers": 4_540,
+    "rewards/plugins": 510,
+    "rewards/sandbox": 2_330,
+    "rl": 2_850,
+    "rl/algorithm": 1_420,
+    "rl/config": 1_820,
+    "rl/data": 1_330,
+    "rl/learner": 2_040,
+    "rl/plan": 1_830,
+    "rl/watch": 820,
+    "rl/weights": 710,
+    "rollout": 1_580,
+    "rollout/embedded": 1_740,
+    "rollout/vllm_backend": 2_600,
+    "rollout/weights": 1_850,
+}
+"""Lines of a folder's own Python files, or of a sub-folder's; `rl` and so on are the files at the top."""
+ROOM = 1.1
+
+
+def test_no_folder_outgrows_its_budget() -> None:
+    lines = dict.fromkeys(BUDGET, 0)
+    for path in MODULES.values():
+        folder = "/".join(path.parts[:2]) if len(path.parts) > 2 else path.parts[0]
+        assert folder in BUDGET, f"{folder} has no budget; give it one"
+        lines[folder] += len((ROOT / path).read_text().splitlines())
+    for folder, count in lines.items():
+        print(f"{folder:24}{count:7,} of {BUDGET[folder]:,} lines")
+    assert [folder for folder, count in lines.items() if count > ROOM * BUDGET[folder]] == []
 
 
 DEVICE_NAMES = {"cuda", "npu", "nccl", "hccl", "torch_npu"}

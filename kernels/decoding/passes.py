@@ -1,4 +1,4 @@
-"""What a decoding step does between its matrix products, on a CPU: one pass over memory each.
+"""The operations of a decoding step between its matrix products, on a CPU: one pass over memory each.
 
 torch has an operator for every addition and cast; at a few dozen rows a step of a real model spends more time on these
 than on its products. Arrays are C-contiguous float32, or bfloat16 as uint16; sums are float32 or better. Every function

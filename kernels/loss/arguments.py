@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from .head import Head
 
@@ -20,14 +19,11 @@ class Call:
     hidden: Tensor
     targets: Tensor
     head: Head
-    active: Tensor
-    """[N] bool"""
-    index: Tensor
-    """[n] int64: the active tokens in order."""
 
-    def indices(self, mask: Tensor) -> Tensor:
-        """The tokens of `mask` [N] in order, whose targets are in range; ValueError names the first that is not."""
-        return _indices(mask, self.targets, self.head)
+    @property
+    def index(self) -> Tensor:
+        """[N] int64: all tokens in order."""
+        return torch.arange(len(self.hidden), device=self.hidden.device)
 
 
 def prepare(
@@ -40,15 +36,12 @@ def prepare(
     logit_scale: float,
     softcap: float | None,
     shift: Tensor | None,
-    active: Tensor | None,
-    group: ProcessGroup | None,
 ) -> Call:
     """Checks the arguments that both public functions share, and applies autocast as a linear layer would."""
     _check_operands(hidden, weight, bias)
     count = (len(hidden),)
     check("targets", targets, count, torch.int64, hidden.device)
     check("shift", shift, count, None, hidden.device)
-    check("active", active, count, torch.bool, hidden.device)
     _check_scaling(temperature, logit_scale, softcap, hidden)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -62,10 +55,9 @@ def prepare(
         temperature=temperature,
         logit_scale=logit_scale,
         softcap=softcap,
-        group=group,
     )
-    mask = torch.ones(count, dtype=torch.bool, device=hidden.device) if active is None else active
-    return Call(hidden=hidden, targets=targets, head=head, active=mask, index=_indices(mask, targets, head))
+    _check_targets(targets, len(weight))
+    return Call(hidden=hidden, targets=targets, head=head)
 
 
 def check(
@@ -82,20 +74,18 @@ def check(
         raise ValueError(f"{name} is on {value.device}; wanted {device}, where hidden is")
 
 
-def refuse_not_finite(call: Call, logp: Tensor, index: Tensor) -> None:
-    """ValueError if a log-prob [n] of the tokens `index` is not a number below infinity."""
-    if bool(torch.isfinite(logp).all()):
-        return
-    row = int(index[~torch.isfinite(logp)][0])
-    raise not_finite(call.hidden, row)
+def refuse_not_finite(call: Call, logp: Tensor) -> None:
+    """ValueError if a log-prob [N] is not a number below infinity."""
+    broken = (~torch.isfinite(logp)).nonzero()
+    if len(broken):
+        raise not_finite(call.hidden, int(broken[0]))
 
 
 def not_finite(hidden: Tensor, row: int) -> ValueError:
     """The error for a token whose logits are not finite."""
     culprit = "weight or bias" if bool(torch.isfinite(hidden[row]).all()) else "hidden"
     return ValueError(
-        f"{culprit} is not finite, which makes the logits of row {row} not finite; every active row must be finite. "
-        "Leave broken tokens out with `active`, or look for a step that diverged"
+        f"{culprit} is not finite, which makes the logits of row {row} not finite; look for a step that diverged"
     )
 
 
@@ -131,13 +121,8 @@ def _check_scaling(temperature: float | Tensor, logit_scale: float, softcap: flo
             raise ValueError(f"{name} is {value}; wanted a finite number above 0")
 
 
-def _indices(mask: Tensor, targets: Tensor, head: Head) -> Tensor:
-    index = mask.nonzero()[:, 0]
-    chosen = targets[index]
-    outside = (chosen < 0) | (chosen >= head.vocabulary)
-    if bool(outside.any()):
-        row = int(index[outside][0])
-        raise ValueError(
-            f"targets[{row}] is {int(targets[row])}; wanted an id from 0 to {head.vocabulary - 1} in every active row"
-        )
-    return index
+def _check_targets(targets: Tensor, vocabulary: int) -> None:
+    outside = ((targets < 0) | (targets >= vocabulary)).nonzero()
+    if len(outside):
+        row = int(outside[0])
+        raise ValueError(f"targets[{row}] is {int(targets[row])}; wanted an id from 0 to {vocabulary - 1} in every row")

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .head import accumulator
 from .shifted_exp import (
     Gradients,
     Job,
@@ -77,7 +76,9 @@ class _LogProb(torch.autograd.Function):
         for part, values in zip(chunks, torch.split(raw, [len(c) for c in chunks]), strict=True):
             collected.take(forward(job, part, usable_shift(shift, part, raw), values, buffer, keep=False))
         stats = collected.stats()
-        ctx.job, ctx.index, ctx.chunk_bytes = job, index, chunk_bytes
+        ctx.job = job
+        ctx.index = index
+        ctx.chunk_bytes = chunk_bytes
         ctx.save_for_backward(hidden, weight, bias, raw, stats.logp)
         ctx.mark_non_differentiable(stats.one_minus_p)
         ctx.set_materialize_grads(False)
@@ -91,7 +92,7 @@ class _LogProb(torch.autograd.Function):
         job = ctx.job
         chunks = plan(ctx.index, chunk_size(job, ctx.chunk_bytes, keep=True))
         raw, logp = ctx.saved_tensors[3:]
-        grads = Gradients(job, ctx.needs_input_grad[:3], len(chunks), None)
+        grads = Gradients(job, ctx.needs_input_grad[:3], len(chunks))
         buffer = flat_buffer(job, chunks, keep=True)
         dlogp = torch.zeros_like(logp) if dlogp is None else dlogp
         for part, values in zip(chunks, torch.split(raw, [len(c) for c in chunks]), strict=True):
@@ -123,7 +124,10 @@ class _Run:
     """One pass over a batch: what the chunks add to."""
 
     def __init__(self, job: Job, loss: TokenLoss, shift: Tensor | None, raw: Tensor) -> None:
-        self.job, self.loss, self.shift, self.raw = job, loss, shift, raw
+        self.job = job
+        self.loss = loss
+        self.shift = shift
+        self.raw = raw
         self.value = raw.new_zeros(())
         self.collected = _Collected(job, raw.dtype)
         self.metrics: dict[str, Tensor] = {}
@@ -140,15 +144,15 @@ class _Run:
             whole.index_copy_(0, index, values.to(whole.dtype))
         return terms
 
-    def fused(self, part: Tensor, buffer: Tensor, *, gradients: bool) -> None:
-        keep = gradients and self.grads is not None
+    def fused(self, part: Tensor, buffer: Tensor) -> None:
+        keep = self.grads is not None
         scored = self.score(part, usable_shift(self.shift, part, self.raw), buffer, keep=keep)
         self.collected.take(scored)
         terms = self.evaluate(scored.stats, part, scored.recomputed)
-        if gradients and self.grads is not None:
+        if self.grads is not None:
             backward(self.job, scored, terms.dlogp, terms.dentropy, self.grads)
 
-    def two_pass(self, parts: Sequence[Tensor], buffer: Tensor, *, gradients: bool) -> None:
+    def two_pass(self, parts: Sequence[Tensor], buffer: Tensor) -> None:
         """A sequence longer than a chunk whose tokens are coupled: score all of it, then score again for gradients."""
         index = torch.cat(list(parts))
         recomputed = []
@@ -160,7 +164,7 @@ class _Run:
         entropy = None if stats.entropy is None else stats.entropy[index]
         stats = TokenStats(logp=stats.logp[index], one_minus_p=stats.one_minus_p[index], entropy=entropy)
         terms = self.evaluate(stats, index, torch.cat(recomputed))
-        if not gradients or self.grads is None:
+        if self.grads is None:
             return
         lengths = [len(part) for part in parts]
         slopes = [None] * len(parts) if terms.dentropy is None else torch.split(terms.dentropy, lengths)
@@ -176,39 +180,31 @@ def formed_loss(
     loss: TokenLoss,
     *,
     needs: tuple[bool, bool, bool],
-    measured: Tensor,
     sequence_ids: Tensor | None,
     shift: Tensor | None,
     chunk_bytes: int,
-    weight_out: Tensor | None,
 ) -> FormedLoss:
-    """Loss over the tokens `index` and, without gradients, over the tokens `measured`; gradients for the operands that
-    `needs` names. `weight_out` [V, H] receives the weight's gradient instead of a new tensor."""
-    everything = torch.cat([index, measured])
-    raw = torch.zeros(len(job.hidden), dtype=accumulator(job.hidden.dtype), device=job.hidden.device)
-    raw.index_copy_(0, everything, target_logits(job, everything))
-    run = _Run(job, loss, shift, raw)
+    """Loss over the tokens `index` [N], all of them, and gradients for the operands that `needs`
+    names."""
+    run = _Run(job, loss, shift, target_logits(job, index))
     limit = chunk_size(job, chunk_bytes, keep=any(needs))
-    units, quiet = (_units(part, loss, sequence_ids, limit) for part in (index, measured))
+    units = _units(index, loss, sequence_ids, limit)
+    chunks = [chunk for unit in units for chunk in unit]
     if any(needs):
-        chunks = sum(len(unit) for unit in units)
-        run.grads = Gradients(job, needs, chunks, weight_out)
-    chunks_of = [chunk for unit in (*units, *quiet) for chunk in unit]
-    buffer = flat_buffer(job, chunks_of, keep=any(needs))
-    for gradients, batch in ((True, units), (False, quiet)):
-        for unit in batch:
-            if len(unit) == 1:
-                run.fused(unit[0], buffer, gradients=gradients)
-            else:
-                log_once(
-                    f"fused loss: a sequence of {sum(map(len, unit))} coupled tokens does not fit into a chunk of "
-                    f"{limit}; it takes four matrix products instead of three (raise chunk_bytes={chunk_bytes})"
-                )
-                run.two_pass(unit, buffer, gradients=gradients)
-    gradients_of = (None, None, None) if run.grads is None else run.grads.finished(job)
-    if weight_out is not None:
-        gradients_of = (gradients_of[0], None, gradients_of[2])
-    return FormedLoss(value=run.value, stats=run.collected.stats(), metrics=run.metrics, gradients=gradients_of)
+        run.grads = Gradients(job, needs, len(chunks))
+    buffer = flat_buffer(job, chunks, keep=any(needs))
+    for unit in units:
+        if len(unit) == 1:
+            run.fused(unit[0], buffer)
+        else:
+            log_once(
+                f"fused loss: a sequence of {sum(map(len, unit))} coupled tokens does not fit into a "
+                f"chunk of {limit}; it takes four matrix products instead of three"
+            )
+            run.two_pass(unit, buffer)
+    gradients = (None, None, None) if run.grads is None else run.grads.finished(job)
+    stats = run.collected.stats()
+    return FormedLoss(value=run.value, stats=stats, metrics=run.metrics, gradients=gradients)
 
 
 def _units(index: Tensor, loss: TokenLoss, sequence_ids: Tensor | None, limit: int) -> list[list[Tensor]]:
@@ -222,10 +218,7 @@ class Formed(torch.autograd.Function):
     """A scalar whose gradients exist already; backward multiplies them by the upstream scalar."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, formed: FormedLoss, fixed: bool
-    ) -> Tensor:
-        ctx.fixed = fixed
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, formed: FormedLoss) -> Tensor:
         ctx.save_for_backward(*formed.gradients)
         return formed.value.clone()
 
@@ -233,12 +226,7 @@ class Formed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         factor = float(upstream)
-        if ctx.fixed and factor != 1.0:
-            raise ValueError(
-                f"grad_weight_out received its gradient in forward, for an upstream gradient of 1, but backward came "
-                f"with {factor}; scale the loss's own terms instead of the loss"
-            )
         grads = ctx.saved_tensors
         if factor != 1.0:
             grads = tuple(None if grad is None else grad * upstream.to(grad.dtype) for grad in grads)
-        return (*grads, None, None)
+        return (*grads, None)

@@ -5,7 +5,7 @@
 
 Kernels never store x. They store u = h . W[v] - r, with a shift r per token that is folded into the matrix product, so
 that the rounding to the operands' dtype falls on a number near the log-prob instead of on a large logit.
-Shape legend: n tokens of one chunk, V vocabulary entries of this rank, H hidden size.
+Shape legend: n tokens of one chunk, V vocabulary entries, H hidden size.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from ..platform import PLATFORMS
 
@@ -51,27 +50,15 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False) -> No
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
-    """The output layer. `temperature` is a number or [N], one per token; `group` are the ranks that share the
-    vocabulary in equal contiguous slices, in rank order."""
+    """The output layer. `temperature` is a number or [N], one per token."""
 
     weight: Tensor
     bias: Tensor | None = None
     temperature: float | Tensor = 1.0
     logit_scale: float = 1.0
     softcap: float | None = None
-    group: ProcessGroup | None = None
 
-    @property
-    def first_target(self) -> int:
-        """The vocabulary id of this rank's row 0."""
-        return 0 if self.group is None else self.group.rank() * self.weight.shape[0]
-
-    @property
-    def vocabulary(self) -> int:
-        """Entries over all ranks of the group."""
-        return self.weight.shape[0] * (1 if self.group is None else self.group.size())
-
-    def scale(self, index: Tensor) -> float | Tensor:
+    def scale(self, index: Tensor | slice) -> float | Tensor:
         """logit_scale / T of the tokens `index`: a number, or [n] in float32."""
         if isinstance(self.temperature, Tensor):
             return self.logit_scale / self.temperature[index].to(accumulator(self.weight.dtype))

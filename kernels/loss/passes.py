@@ -24,7 +24,7 @@ FLOOR = 1e-37
 
 
 class Passes(Protocol):
-    """What an implementation of the element work offers."""
+    """The element passes that an implementation offers."""
 
     column_multiple: int
     """A tile's rows are stored with a stride that is a multiple of this; the columns in between may hold anything."""

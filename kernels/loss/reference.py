@@ -6,7 +6,6 @@ vocabulary of a few hundred entries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,15 +15,13 @@ from .head import Head, accumulator
 from .terms import TokenLoss, TokenStats, TokenTerms
 
 
-def logprob(hidden: Tensor, targets: Tensor, head: Head, *, entropy: bool, index: Tensor) -> TokenStats:
-    """Statistics of the tokens `index` [n], differentiable. `hidden` [N, H], `targets` [N] int64."""
+def logprob(hidden: Tensor, targets: Tensor, head: Head, *, entropy: bool) -> TokenStats:
+    """Statistics of all tokens, differentiable. `hidden` [N, H], `targets` [N] int64."""
     wide = accumulator(hidden.dtype)
-    if len(index) < len(hidden):  # else the index is every token in order, and the copy is most of a small head's time
-        hidden, targets = hidden[index], targets[index]
     logits = hidden.to(wide) @ head.weight.to(wide).t()
     if head.bias is not None:
         logits = logits + head.bias.to(wide)
-    scale = head.scale(index)
+    scale = head.scale(slice(None))
     scale = scale[:, None] if isinstance(scale, Tensor) else scale
     return from_logits(head.logits(logits, scale), targets, entropy=entropy)
 
@@ -79,20 +76,3 @@ class _Stated(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None, None]:
         dlogp, dentropy = ctx.saved_tensors
         return dlogp * upstream, None if dentropy is None else dentropy * upstream, None
-
-
-def spread(values: Tensor, index: Tensor, count: int) -> Tensor:
-    """`values` [n] at the places `index` of a [count] tensor of zeros; differentiable."""
-    return values.new_zeros(count).index_copy(0, index, values)
-
-
-def spread_stats(stats: TokenStats, index: Tensor, count: int) -> TokenStats:
-    return TokenStats(
-        logp=spread(stats.logp, index, count),
-        one_minus_p=spread(stats.one_minus_p, index, count),
-        entropy=None if stats.entropy is None else spread(stats.entropy, index, count),
-    )
-
-
-def spread_metrics(metrics: Mapping[str, Tensor], index: Tensor, count: int) -> dict[str, Tensor]:
-    return {name: spread(values, index, count) for name, values in metrics.items()}

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,17 +27,17 @@ from .passes import LOWEST, Passes
 from .terms import TokenStats
 from .tiling import COLUMNS
 
-FAR = 40.0
+MAX_SHIFT_ERROR = 40.0
 """Nats by which a shift may be off: float32 and bfloat16 hold e^40 with all their digits."""
-AGAIN = 512
+RECOMPUTE_ROWS = 512
 """Rows recomputed at once: a tile of their own beside the chunk's."""
-COMPACT = 0.75
+COMPACT_BELOW = 0.75
 """Rows without gradient are cut out of the products when fewer than this share is left; below it the copy pays."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What stays the same over all chunks of a call. `hidden` [N, H], `targets` [N] int64 vocabulary ids."""
+    """The operands that all chunks of a call share. `hidden` [N, H], `targets` [N] int64 vocabulary ids."""
 
     hidden: Tensor
     targets: Tensor
@@ -84,26 +83,16 @@ class Scored:
     """[n] 1 where the shift was unusable."""
 
 
-def reduce_sum(head: Head, tensor: Tensor) -> Tensor:
-    """`tensor` summed in place over the ranks that share the vocabulary."""
-    if head.group is not None:
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=head.group)
-    return tensor
-
-
 def target_logits(job: Job, index: Tensor) -> Tensor:
     """Raw logits [n] of the targets, each as one dot product in float32; the only place that sees a NaN row early."""
     head, wide = job.head, accumulator(job.hidden.dtype)
-    local = job.targets[index] - head.first_target
-    mine = (local >= 0) & (local < head.weight.shape[0])
-    local = torch.where(mine, local, 0)
+    local = job.targets[index]
     raw = torch.empty(len(index), dtype=wide, device=job.hidden.device)
     for start in range(0, len(index), 2048):
         part = slice(start, start + 2048)
         torch.sum(job.hidden[index[part]].to(wide) * head.weight[local[part]].to(wide), -1, out=raw[part])
     if head.bias is not None:
         raw += head.bias[local].to(wide)
-    raw = reduce_sum(head, torch.where(mine, raw, 0))
     if not bool(torch.isfinite(raw).all()):
         raise not_finite(job.hidden, int(index[~torch.isfinite(raw)][0]))
     return raw
@@ -113,12 +102,12 @@ def forward(job: Job, index: Tensor, shift: Tensor, raw: Tensor, buffer: Tensor,
     """Scores the tokens `index` [n] with log-prob estimates `shift` [n] and target logits `raw` [n]; E is written to
     the front of the flat `buffer`, whole if `keep` says that gradients follow, else block over block."""
     scored = _forward(job, index, shift, raw, buffer, keep)
-    unusable = (~(scored.total.abs() <= FAR)).nonzero()[:, 0]
-    for start in range(0, len(unusable), AGAIN):
-        rows = unusable[start : start + AGAIN]
+    unusable = (~(scored.total.abs() <= MAX_SHIFT_ERROR)).nonzero()[:, 0]
+    for start in range(0, len(unusable), RECOMPUTE_ROWS):
+        rows = unusable[start : start + RECOMPUTE_ROWS]
         better = _estimate(job, index[rows], raw[rows])
         again = _forward(job, index[rows], better, raw[rows], torch.empty_like(buffer[:0]), keep)
-        hopeless = ~(again.total.abs() <= FAR)
+        hopeless = ~(again.total.abs() <= MAX_SHIFT_ERROR)
         if bool(hopeless.any()):
             raise not_finite(job.hidden, int(again.index[hopeless][0]))
         scored = _merge(scored, again, rows, keep)
@@ -133,7 +122,7 @@ def _forward(job: Job, index: Tensor, shift: Tensor, raw: Tensor, buffer: Tensor
     scale = head.scale(index)
     transform = Transform.around(head, raw, shift, scale, job.tile)
     rows = job.rows(index)
-    local = job.targets[index] - head.first_target
+    local = job.targets[index]
     order = torch.argsort(local, stable=True)
     edges = torch.tensor([0, *(stop for _, stop in job.blocks())], device=local.device)
     bounds = torch.searchsorted(local[order], edges).tolist()
@@ -146,7 +135,6 @@ def _forward(job: Job, index: Tensor, shift: Tensor, raw: Tensor, buffer: Tensor
         block[local[here] - start, here] = float("-inf")
         bias = None if head.bias is None else head.bias[start:stop].to(wide)
         job.passes.exp_stats(block, transform, bias, sums[0], sums[1] if job.entropy else None)
-    reduce_sum(head, sums)
     return _scored(index, e, transform, transform.at(raw), sums)
 
 
@@ -178,10 +166,6 @@ def _estimate(job: Job, index: Tensor, raw: Tensor) -> Tensor:
         if head.bias is not None:
             z += head.bias[start:stop, None].to(raw.dtype)
         total = torch.logaddexp(total, torch.logsumexp(transform.at(z), 0))
-    if head.group is not None:
-        slots = total.new_zeros(head.group.size(), len(total))
-        slots[head.group.rank()] = total
-        total = torch.logsumexp(reduce_sum(head, slots), 0)
     return (transform.at(raw) - total).nan_to_num(nan=0.0, neginf=LOWEST).clamp(max=0.0)
 
 
@@ -215,17 +199,18 @@ class Gradients:
     One chunk writes the weight's gradient straight in the weight's dtype, rounded once; several add up in float32.
     """
 
-    def __init__(self, job: Job, needs: tuple[bool, bool, bool], chunks: int, weight_out: Tensor | None) -> None:
+    def __init__(self, job: Job, needs: tuple[bool, bool, bool], chunks: int) -> None:
         weight, wide = job.head.weight, accumulator(job.hidden.dtype)
         self.hidden = torch.zeros_like(job.hidden) if needs[0] else None
         self.bias = torch.zeros(len(weight), dtype=wide, device=weight.device) if needs[2] else None
-        self.weight, self.fresh = weight_out, weight_out is None
-        if self.fresh and needs[1]:
+        self.weight: Tensor | None = None
+        self.fresh = True
+        if needs[1]:
             make = torch.empty_like if chunks else torch.zeros_like
             self.weight = make(weight, dtype=weight.dtype if chunks <= 1 else wide)
 
     def finished(self, job: Job) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients in the operands' dtypes; the weight's is None where it went to the caller's buffer."""
+        """Gradients in the operands' dtypes."""
         weight = None if self.weight is None else self.weight.to(job.head.weight.dtype)
         bias = None if self.bias is None or job.head.bias is None else self.bias.to(job.head.bias.dtype)
         return self.hidden, weight, bias
@@ -236,7 +221,7 @@ class Gradients:
         add_product(self.weight[start:stop], e, rows, fresh=self.fresh)
 
     def add_targets(self, ids: Tensor, rows: Tensor) -> None:
-        """Adds `rows` [k, H] (in full precision) at the local vocabulary entries `ids` [k], repeated ones summed before
+        """Adds `rows` [k, H] (in full precision) at the vocabulary entries `ids` [k], repeated ones summed before
         they are rounded."""
         assert self.weight is not None
         unique, places = torch.unique(ids, return_inverse=True)
@@ -263,16 +248,15 @@ def backward(job: Job, scored: Scored, dlogp: Tensor, dentropy: Tensor | None, g
         if dx is not None:
             _add_hidden(dx, e, job.weights(start, stop))
     grads.fresh = False
-    local = job.targets[index] - job.head.first_target
-    mine = ((local >= 0) & (local < len(job.head.weight))).nonzero()[:, 0]
-    local, on_target = local[mine], target[mine, None]
+    local = job.targets[index]
+    on_target = target[:, None]
     if grads.weight is not None:
-        grads.add_targets(local, wide[mine] * on_target)
+        grads.add_targets(local, wide * on_target)
     if grads.bias is not None:
         grads.bias.index_add_(0, local, on_target[:, 0])
     if grads.hidden is not None and dx is not None:
-        dx = (dx * row[:, None]).index_add_(0, mine, job.head.weight[local].to(row.dtype) * on_target)
-        grads.hidden.index_copy_(0, index, reduce_sum(job.head, dx).to(hidden.dtype))
+        dx = (dx * row[:, None]).add_(job.head.weight[local].to(row.dtype) * on_target)
+        grads.hidden.index_copy_(0, index, dx.to(hidden.dtype))
 
 
 def _hidden_accumulator(hidden: Tensor, row: Tensor) -> Tensor:
@@ -316,7 +300,7 @@ def _kept(row: Tensor) -> Tensor | None:
     """The rows worth multiplying, or None for all of them. A row without gradient is dropped, not multiplied by zero,
     wherever that is cheaper."""
     keep = row.nonzero()[:, 0]
-    return keep if len(keep) < COMPACT * len(row) else None
+    return keep if len(keep) < COMPACT_BELOW * len(row) else None
 
 
 def tile_rows(job: Job, keep: bool) -> int:

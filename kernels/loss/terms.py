@@ -1,4 +1,4 @@
-"""What passes between a head (hidden states to log-probs) and a loss: the kernels know no algorithm.
+"""The interface between a head (hidden states to log-probs) and a loss: the kernels know no algorithm.
 
 Shape legend: n tokens of one chunk, T tokens of a batch.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenStats:
-    """What the head says of n tokens; float32, or float64 where the hidden states are."""
+    """A head's statistics of n tokens; float32, or float64 where the hidden states are."""
 
     logp: Tensor
     """[n] log-prob of the target, never above 0."""
@@ -26,7 +26,7 @@ class TokenStats:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenTerms:
-    """What a loss says of n tokens. The total loss is the plain sum over all tokens of `loss`: every mask, weight and
+    """A loss of n tokens with its derivatives. The total loss is the plain sum over all tokens of `loss`: every mask, weight and
     denominator is already multiplied in, so that micro-batches and ranks simply add up."""
 
     loss: Tensor

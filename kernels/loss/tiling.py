@@ -28,7 +28,7 @@ REGISTER_TILE = 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Footprint:
-    """What one kernel keeps on the chip."""
+    """The buffers that one kernel keeps on the chip."""
 
     moved: int
     """Tiles loaded or stored in the operands' dtype; double-buffered."""

@@ -145,7 +145,9 @@ class _Attention(torch.autograd.Function):
             answer = torch.bmm(scores.view(kv, -1, b - a), values).view(heads, b - a, size)
             out[a:b].view(b - a, heads, size).copy_(answer.transpose(0, 1))
         ctx.save_for_backward(turned_q, turned_k, v, cos, sin, out, sums)
-        ctx.borders, ctx.size, ctx.scale = borders, size, scale
+        ctx.borders = borders
+        ctx.size = size
+        ctx.scale = scale
         return out
 
     @staticmethod

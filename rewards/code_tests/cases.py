@@ -7,7 +7,6 @@ Forms, and who writes so: `{"inputs", "outputs", "fn_name"}` (APPS, TACO, Eurus-
 
 from __future__ import annotations
 
-import ast
 import base64
 import binascii
 import dataclasses
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..sandbox.child import encode, source_of
+from .names import literal
 from .nodes import HELPERS, Signature, signature_of
 from .plans import Call, FunctionPlan, Plan, ProgramPlan
 
@@ -154,7 +154,7 @@ def _value(text: str, what: str) -> Any:
         return json.loads(text, parse_int=_integer)
     except ValueError as error:
         try:
-            return ast.literal_eval(text.strip())
+            return literal(text.strip())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise ValueError(f"{what} of a functional test is no JSON: {error}: {text[:100]!r}") from None
 

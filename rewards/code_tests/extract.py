@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 _FENCE = re.compile(r"([ \t]*(?:[-*>][ \t]+|\d{1,3}[.)][ \t]+)?)(`{3,}|~{3,})[ \t]*([^`\n]*)")
+_QUOTED = re.compile(r"[ \t]*>[ \t]?")
 _PYTHON = re.compile(r"\{?[.:]?(i?python|py|pycon|cpython|sage)[\d.]*\b", re.I)
 _CPP = re.compile(r"\{?[.:]?(c\+\+|cpp|cc|cxx|c)[\d.]*(?![\w+#])", re.I)
 _UNTAGGED = re.compile(r"(code|solution|answer|program)?$", re.I)
@@ -139,7 +140,9 @@ def fenced_blocks(text: str) -> list[Block]:
             continue
         end = _end(lines, fences, number)
         body = lines[number + 1 : end]
-        if (indent := len(opening[1].expandtabs())) and body:
+        if ">" in opening[1]:  # the block stands in a quotation
+            body = [_QUOTED.sub("", line) for line in body]
+        elif (indent := len(opening[1].expandtabs())) and body:
             body = [line[min(indent, len(line) - len(line.lstrip())) :] for line in body]
         text = "\n".join(body) + ("\n" if body and end < len(lines) else "")
         blocks.append(Block(_kind(opening[3].strip()), text))
@@ -156,7 +159,7 @@ def _end(lines: Sequence[str], fences: dict[int, re.Match[str]], start: int) -> 
         fence = fences.get(number)
         if fence is not None and fence[2][0] == mark[0] and len(fence[2]) >= len(mark):
             info = fence[3].strip()
-            if (not info and not fence[1].strip()) or _kind(info) in ("python", "cpp"):
+            if (not info and not fence[1].strip(" \t>")) or _kind(info) in ("python", "cpp"):
                 if not quote:
                     return number
                 first = number if first is None else first

@@ -13,15 +13,22 @@ from typing import Any
 
 from .wire import Child, Side, name_of
 
+
+def _equals_anything(value: Any) -> bool:
+    """Whether a comparison with the value says nothing, as its `__eq__` is always true."""
+    try:
+        return value.__eq__(object()) is True
+    except Exception:  # it looks into what it is compared with
+        return False
+
+
 _SPECIAL: dict[str, Callable[..., Any]] = {
     "call": lambda function, *arguments, **keywords: function(*arguments, **keywords),
     "value": lambda value: value,
     "get": getattr,
     "set": setattr,
     "del": delattr,
-    "equal": lambda left, right: bool(
-        left == right and left.__eq__(object()) is not True
-    ),  # one always true says nothing
+    "equal": lambda left, right: bool(left == right) and not _equals_anything(left),
     "contains": operator.contains,
 }
 _BUILT_IN: tuple[Callable[..., Any], ...] = (

@@ -6,6 +6,7 @@ import ast
 import importlib
 import symtable
 import sys
+from typing import Any
 
 _MODEL_MODULES = {
     *("solution", "solutions", "main", "answer", "submission", "candidate", "program", "code_solution", "my_module"),
@@ -25,16 +26,35 @@ def called_names(tree: ast.AST) -> set[str]:
     return found
 
 
+def syntax_tree(source: str) -> ast.Module:
+    """`ast.parse`, which some releases of CPython 3.11 and 3.12 let fail where another thread parses (gh-106905)."""
+    for _ in range(20):
+        try:
+            return ast.parse(source)
+        except SystemError:
+            continue
+    raise ValueError("the interpreter cannot parse now")
+
+
+def literal(text: str) -> Any:
+    """The value of a Python literal. Raises what `ast.literal_eval` does."""
+    body = syntax_tree(text.lstrip(" \t")).body
+    if len(body) != 1 or not isinstance(body[0], ast.Expr):
+        raise ValueError("no literal")
+    return ast.literal_eval(body[0].value)
+
+
 def parsed(source: str, what: str) -> ast.Module:
+    """The tree of a column's code. Raises ValueError if it is no Python."""
     try:
-        return ast.parse(source)
+        return syntax_tree(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"the column {what!r} is no Python: {error}") from None
 
 
 def parses(source: str) -> bool:
     try:
-        ast.parse(source)
+        syntax_tree(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return True
@@ -49,7 +69,7 @@ def free_names(source: str) -> set[str]:
         table = tables.pop()
         tables += table.get_children()
         read |= {s.get_name() for s in table.get_symbols() if s.is_referenced() and (table is top or s.is_global())}
-    return read - bound(ast.parse(source))
+    return read - bound(syntax_tree(source))
 
 
 def bound(tree: ast.Module) -> set[str]:
@@ -77,7 +97,7 @@ def imported(tree: ast.AST) -> list[tuple[str, list[str]]]:
 
 def packages_of(source: str) -> tuple[str, ...]:
     """The modules beyond the standard library that code imports."""
-    roots = {name.partition(".")[0] for name, _ in imported(ast.parse(source))}
+    roots = {name.partition(".")[0] for name, _ in imported(syntax_tree(source))}
     return tuple(sorted(roots - set(sys.stdlib_module_names) - {"", "pytest"}))
 
 

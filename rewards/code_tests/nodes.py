@@ -6,6 +6,8 @@ import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .names import syntax_tree
+
 HELPERS = """
 class ListNode:
     def __init__(self, val=0, next=None):
@@ -112,7 +114,7 @@ def _functions(starter: str) -> list[ast.FunctionDef]:
     indent = len(lines[-1]) - len(lines[-1].lstrip())
     for text in (starter, f"{starter.rstrip()}\n{' ' * (indent + 4)}pass\n"):
         try:
-            return [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
+            return [n for n in ast.walk(syntax_tree(text)) if isinstance(n, ast.FunctionDef)]
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             continue
     return []

@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .names import syntax_tree
+
 # Columns and who writes so: HumanEval; MBPP; KodCode; SYNTHETIC-1; LeetCodeDataset; APPS, TACO, CodeContests.
 _ONE = ("canonical_solution", "code", "solution", "gold_standard_solution", "reference_solution", "completion")
 _MANY = "solutions"
@@ -39,7 +41,7 @@ def defined_names(columns: Mapping[str, Any]) -> frozenset[str]:
         text = columns.get(key)
         if isinstance(text, str) and _is_program(text) and "```" not in text:
             try:
-                body = ast.parse(text).body
+                body = syntax_tree(text).body
             except (SyntaxError, ValueError, RecursionError, MemoryError):  # a body that continues a prompt
                 continue
             kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)

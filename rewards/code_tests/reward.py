@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..inputs import RewardInput
+from ..inputs import Reward, RewardInput
 from ..sandbox.pool import COMPILER_LIMITS, Limits, Outcome, ProgramEnded, Run, Sandbox, SandboxError, Session, twice
 from ..sandbox.runs import OVER_LIMIT
 from ..sandbox.view import compiler
@@ -42,7 +42,7 @@ _HERE = Path(__file__).resolve().parent
 _MOST_OUTPUT = 1 << 28
 
 
-class CodeReward:
+class CodeReward(Reward):
     """Scores 1 if every test passes, else 0; with `partial`, the fraction that passes. Thread-safe.
 
     Tests: whatever `plan_of` reads from `columns` or `answer`. Programs are Python, or C++ where stdin and stdout are
@@ -208,7 +208,7 @@ class CodeReward:
         return verdict(Status.OVER_LIMIT if result.over_limit else Status.WRONG, 0.0, result.message)
 
     def _tested(self, plan: Plan, program: Program) -> Result:
-        """A killed mother process costs a second try, not the sample."""
+        """A killed fork server costs a second try, not the sample."""
         if isinstance(plan, ProgramPlan):
             return self._run_program(plan, program)
         action: Callable[[], Result]

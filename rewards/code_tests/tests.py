@@ -8,7 +8,7 @@ from typing import Any
 
 from .assertions import asserts_plan, check_plan, module_plan
 from .cases import Case, cases_of, named_in_metadata, plan_of_cases, unpacked
-from .names import parsed
+from .names import literal, parsed
 from .plans import Plan
 from .references import defined_names
 
@@ -76,7 +76,7 @@ def _texts(value: Any, what: str) -> tuple[str, ...]:
     """A list of texts; some files keep such a list as the text of one."""
     if isinstance(value, str):
         try:
-            value = ast.literal_eval(value)
+            value = literal(value)
         except (ValueError, SyntaxError):
             value = [value]
     if not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):

@@ -1,6 +1,8 @@
-"""Algebra by sympy, for worker processes only: sums, products, integrals and limits, which have no value by themselves.
+"""Algebra by sympy, for worker processes only: sums, products, integrals and limits, which have no
+value by themselves.
 
-Trees come from our own parser, so that nothing is read twice in two ways, and whatever sympy makes of them is evaluated
+Trees come from our own parser, so that nothing is read twice in two ways, and whatever sympy makes
+of them is evaluated
 at points: a difference there is a difference.
 """
 
@@ -17,10 +19,13 @@ from .tree import Kind, Node, number_of, walk
 DIGITS = 30
 _CONSTANTS = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "infty": sympy.oo}
 _FUNCTIONS = {
-    "abs": sympy.Abs, "sqrt": sympy.sqrt, "ln": sympy.log, "log": sympy.log, "exp": sympy.exp, "factorial": sympy.factorial,
-    "binom": sympy.binomial, "floor": sympy.floor, "ceil": sympy.ceiling, "max": sympy.Max, "min": sympy.Min,
-    **{name: getattr(sympy, name) for name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh")},
-    **{"arc" + name: getattr(sympy, "a" + name) for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh")},
+    "abs": sympy.Abs, "sqrt": sympy.sqrt, "ln": sympy.log, "log": sympy.log, "exp": sympy.exp,
+    "factorial": sympy.factorial, "binom": sympy.binomial, "floor": sympy.floor,
+    "ceil": sympy.ceiling, "max": sympy.Max, "min": sympy.Min,
+    **{name: getattr(sympy, name) for name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh",
+    "cosh", "tanh")},
+    **{"arc" + name: getattr(sympy, "a" + name) for name in ("sin", "cos", "tan", "sinh", "cosh",
+    "tanh")},
 }  # fmt: skip
 
 
@@ -29,7 +34,8 @@ class NoMeaning(ValueError):
 
 
 def serve() -> Callable[[dict[str, Any]], str]:
-    """A function of `{"gold": Node, "answer": Node}` that says `equal`, `different` or `unknown`."""
+    """A function of `{"gold": Node, "answer": Node}` that says `equal`, `different` or
+    `unknown`."""
 
     def answer(task: dict[str, Any]) -> str:
         try:
@@ -42,7 +48,8 @@ def serve() -> Callable[[dict[str, Any]], str]:
 
 
 def at_points(gold: Any, answer: Any) -> str:
-    """Both sides at four points of positive integers and fractions; `unknown` where fewer than two have a value."""
+    """Both sides at four points of positive integers and fractions; `unknown` where fewer than two
+    have a value."""
     names = sorted(gold.free_symbols | answer.free_symbols, key=str)
     agreed = 0
     for point in range(4 if names else 1):
@@ -58,7 +65,9 @@ def at_points(gold: Any, answer: Any) -> str:
 
 def _sample(name: str, point: int) -> Any:
     seed = zlib.crc32(f"{name}/{point}".encode())
-    return sympy.Integer(2 + seed % 5 + point) if point < 3 else sympy.Rational(300 + seed % 500, 1009)
+    if point < 3:
+        return sympy.Integer(2 + seed % 5 + point)
+    return sympy.Rational(300 + seed % 500, 1009)
 
 
 def translate(node: Node, bound: dict[str, Any]) -> Any:
@@ -89,7 +98,14 @@ def translate(node: Node, bound: dict[str, Any]) -> Any:
             return inner(0) ** inner(1)
         case Kind.CALL if node.data in _FUNCTIONS:
             return _FUNCTIONS[str(node.data)](*(translate(a, bound) for a in node.args))
-        case Kind.APPLY if str(node.args[0].data).isalpha() and node.args[0].data not in ("f", "g", "h", "F", "G", "H"):
+        case Kind.APPLY if str(node.args[0].data).isalpha() and node.args[0].data not in (
+            "f",
+            "g",
+            "h",
+            "F",
+            "G",
+            "H",
+        ):
             return inner(0) * inner(1)
         case Kind.BIG:
             return _big(node, bound)
@@ -101,13 +117,18 @@ def _big(node: Node, bound: dict[str, Any]) -> Any:
     (name, variable), (body, lower, upper) = node.data, node.args
     if not variable:
         raise NoMeaning("no bound variable")
-    if any(n.kind is Kind.NAME and "_" in str(n.data) and variable in str(n.data).split("_", 1)[1] for n in walk(body)):
+    if any(
+        n.kind is Kind.NAME and "_" in str(n.data) and variable in str(n.data).split("_", 1)[1]
+        for n in walk(body)
+    ):
         raise NoMeaning("a sequence")
-    symbol = sympy.Dummy(variable, integer=True) if name in ("sum", "prod") else sympy.Dummy(variable, real=True)
+    symbol = sympy.Dummy(variable, **{"integer" if name in ("sum", "prod") else "real": True})
     expression = translate(body, {**bound, variable: symbol})
     if name == "lim":
-        return sympy.Limit(expression, symbol, translate(lower, bound), "+-" if lower.data != "infty" else "-")
+        side = "+-" if lower.data != "infty" else "-"
+        return sympy.Limit(expression, symbol, translate(lower, bound), side)
     if Kind.LIST in (lower.kind, upper.kind):
         raise NoMeaning("no bounds")
     limits = (symbol, translate(lower, bound), translate(upper, bound))
-    return {"sum": sympy.Sum, "prod": sympy.Product, "int": sympy.Integral}[name](expression, limits)
+    operator = {"sum": sympy.Sum, "prod": sympy.Product, "int": sympy.Integral}[name]
+    return operator(expression, limits)

@@ -1,27 +1,31 @@
-"""Names, brackets and commands: the smallest parts of the grammar."""
+"""The smallest parts of the grammar: names, brackets, functions, big operators, matrices and
+cases."""
 
 from __future__ import annotations
 
-from .functions import GREEK, Functions
-from .lexer import FUNCTIONS
-from .reader import Unreadable
-from .tree import Kind, Node, number
+import re
+
+from .lexer import FUNCTIONS, Token
+from .reader import Reader, Unreadable
+from .tree import Kind, Node, negative, number
 from .units import read_unit, words
 
-ACCENTS = words("hat bar vec dot ddot tilde overline overrightarrow underline overleftrightarrow overset")
-BIG = {
-    r"\sum": "sum",
-    r"\prod": "prod",
-    r"\int": "int",
-    r"\lim": "lim",
-    r"\iint": "iint",
-    r"\iiint": "iiint",
-    r"\oint": "oint",
-}
+GREEK = words(
+    "alpha beta gamma delta epsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho "
+    "sigma tau upsilon varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi "
+    "Omega Pi ell hbar nabla partial Re Im aleph imath jmath"
+)
+_CASE_FILLER = frozenset(("if", "when", "for", "is", "are", "", "where", "and"))
+GREEK_FUNCTIONS = ("varphi", "psi", "Phi", "Psi", "Gamma")
+_INVERTED = words("sin cos tan cot sec csc sinh cosh tanh")
+ACCENTS = words(
+    "hat bar vec dot ddot tilde overline overrightarrow underline overleftrightarrow overset"
+)
+BIG = {"\\" + name: name for name in ("sum", "prod", "int", "lim", "iint", "iiint", "oint")}
 _CLOSERS = {"(": ")]", "[": ")]", r"\{": r"\}", r"\langle": r"\rangle"}
 
 
-class Atoms(Functions):
+class Atoms(Reader):
     """atom := number | name | brackets | bars | command"""
 
     def atom(self) -> Node:
@@ -108,7 +112,9 @@ class Atoms(Functions):
             if closing not in (_CLOSERS[opening] if opening != r"\langle" else (r"\rangle",)):
                 raise Unreadable(f"{opening!r} closed by {closing!r}")
             if inner.kind is Kind.LIST:
-                inner = Node(Kind.GROUP, inner.args, "()" if opening == r"\langle" else opening + closing)
+                inner = Node(
+                    Kind.GROUP, inner.args, "()" if opening == r"\langle" else opening + closing
+                )
             elif opening + closing not in ("()", "[]"):
                 raise Unreadable("unbalanced brackets")
             elif inner.kind is Kind.RELATION and opening == "[":
@@ -160,11 +166,8 @@ class Atoms(Functions):
             return Node(Kind.CONSTANT, (), name)
         if name in GREEK:
             result = Node(Kind.NAME, (), name + self.subscript())
-            return (
-                self.application(result)
-                if self.peek() == "(" and name in ("varphi", "psi", "Phi", "Psi", "Gamma")
-                else result
-            )
+            applied = self.peek() == "(" and name in GREEK_FUNCTIONS
+            return self.application(result) if applied else result
         if token == r"\frac":
             return _fraction(self.argument(), self.argument())
         if token == r"\binom":
@@ -200,9 +203,122 @@ class Atoms(Functions):
             return Node(Kind.POWER, (self.argument(), Node(Kind.QUOTIENT, (number(1), degree))))
         return Node(Kind.CALL, (self.argument(),), "sqrt")
 
+    def function(self, name: str) -> Node:
+        base: Node | None = None
+        power: Node | None = None
+        while self.peek() in ("^", "_"):
+            if self.take() == "_":
+                base = self.argument()
+            else:
+                power = self.argument()
+        if self.peek() in ("(", "[", "{", r"\{"):
+            inner = self.brackets()
+        else:  # \sin 2x \cos y: the argument is the product up to the next function
+            inner = self.function_argument()
+        arguments = inner.args if inner.kind in (Kind.LIST, Kind.GROUP, Kind.SET) else (inner,)
+        call = Node(
+            Kind.CALL,
+            arguments if base is None else (*arguments, base),
+            name if base is None or name == "log" else f"{name}_",
+        )
+        if power is None:
+            return call
+        if power == negative(number(1)) and name in _INVERTED:
+            return Node(Kind.CALL, arguments, "arc" + name)
+        return Node(Kind.POWER, (call, power))
+
+    def function_argument(self) -> Node:
+        named = self.kind() in ("name", "letter")
+        factors = [self.postfix(self.name(applied=False)) if named else self.factor()]
+        while self._goes_on():
+            if self.kind() == "number" and factors[-1].kind is not Kind.POWER:
+                raise Unreadable("numbers side by side")
+            part = self.name(applied=False) if self.kind() == "name" else self.atom()
+            factors.append(self.postfix(part))
+        simple = all(f.kind in (Kind.NUMBER, Kind.NAME, Kind.CONSTANT) for f in factors)
+        if simple and self.kind(1) == "number" and self.skip("/"):
+            factors.append(Node(Kind.INVERSE, (self.factor(),)))
+        return factors[0] if len(factors) == 1 else Node(Kind.PRODUCT, tuple(factors))
+
+    def _goes_on(self) -> bool:
+        """Whether the argument of a function without brackets goes on: `\\sin 2x`."""
+        token = self.peek()
+        starts = token in (r"\pi", r"\frac", r"\sqrt") or token[1:] in GREEK
+        return starts or self.kind() in ("number", "name")
+
+    def big(self, name: str) -> Node:
+        """\\sum_{k=1}^{n} body, \\int_a^b body dx, \\lim_{x \\to a} body; the body is the product
+        that follows."""
+        lower = upper = Node(Kind.LIST)
+        variable = ""
+        while self.peek() in ("_", "^"):
+            if self.take() == "^":
+                upper = self.argument()
+                continue
+            lower = self.argument()
+            bound = lower.kind is Kind.RELATION and lower.data in (("=",), ("to",))
+            if bound and lower.args[0].kind is Kind.NAME:
+                variable, lower = str(lower.args[0].data), lower.args[1]
+        self.enter()
+        if name in ("int", "iint", "iiint", "oint"):
+            body = self.sum()
+            body, variable = _integrand(body)
+        else:
+            body = self.product()
+        self.depth -= 1
+        return Node(Kind.BIG, (body, lower, upper), (name, variable))
+
+    def environment(self) -> Node:
+        self.take("{")
+        name = ""
+        while self.peek() != "}":
+            name += self.take()
+        self.take("}")
+        if name == "array" and self.peek() == "{":
+            self.braced_tokens()
+        if not name.endswith("matrix") and name not in ("cases", "array", "rcases", "dcases"):
+            raise Unreadable(f"environment {name}")
+        self.enter()
+        rows: list[list[Node]] = [[]]
+        while self.peek() != r"\end":
+            if not self.peek():
+                raise Unreadable("an environment without its end")
+            if self.skip(r"\\"):
+                rows.append([])
+            elif name.endswith("cases") and rows[-1]:
+                rows[-1].append(self.case_condition())
+            elif not self.skip("&"):
+                rows[-1].append(self.chain() if name.endswith("cases") else self.sum())
+        self.take(r"\end")
+        while self.take() != "}":
+            pass
+        self.depth -= 1
+        found = tuple(Node(Kind.LIST, tuple(row)) for row in rows if row)
+        if name.endswith("cases"):
+            if all(len(row.args) == 1 and row.args[0].kind is Kind.RELATION for row in found):
+                return Node(Kind.LIST, tuple(row.args[0] for row in found))
+            return Node(Kind.CASES, found)
+        return Node(Kind.MATRIX, found, name if name in ("vmatrix", "Vmatrix") else "matrix")
+
+    def case_condition(self) -> Node:
+        """The rest of a row of cases: a relation, or words without `if`, `is` and the like."""
+        words: list[Token] = []
+        while self.peek() and self.peek() not in (r"\\", r"\end"):
+            token = self.tokens[self.at]
+            self.at += 1
+            if token.kind == "text":
+                kept = [
+                    w for w in re.split(r"[\s,.]+", token.text) if w.lower() not in _CASE_FILLER
+                ]
+                words += [Token("text", word) for word in kept]
+            elif token.text not in ("&", ",", "."):
+                words.append(token)
+        return self.inner(words) if words else Node(Kind.TEXT, (), "")
+
 
 def _fraction(top: Node, bottom: Node) -> Node:
-    """A quotient, or a derivative in Leibniz's form: `\\frac{dv}{dt}`, `\\frac{\\partial^2 u}{\\partial x^2}`."""
+    """A quotient, or a derivative in Leibniz's form: `\\frac{dv}{dt}`, `\\frac{\\partial^2
+    u}{\\partial x^2}`."""
 
     def is_differential(node: Node) -> bool:
         first = node.args[0] if node.kind is Kind.PRODUCT else node
@@ -213,3 +329,17 @@ def _fraction(top: Node, bottom: Node) -> Node:
     if is_differential(bottom) and bottom.kind is Kind.PRODUCT and is_differential(top):
         return Node(Kind.DERIVATIVE, (top, bottom))
     return Node(Kind.QUOTIENT, (top, bottom))
+
+
+def _integrand(body: Node) -> tuple[Node, str]:
+    """The body without its `dx`, and x."""
+    terms = body.args if body.kind is Kind.SUM else (body,)
+    last = terms[-1]
+    factors = last.args if last.kind is Kind.PRODUCT else (last,)
+    differential = len(factors) > 1 and factors[-2] == Node(Kind.NAME, (), "d")
+    if not differential or factors[-1].kind is not Kind.NAME:
+        raise Unreadable("an integral without its variable")
+    rest = factors[:-2]
+    last = number(1) if not rest else rest[0] if len(rest) == 1 else Node(Kind.PRODUCT, rest)
+    body = last if len(terms) == 1 else Node(Kind.SUM, (*terms[:-1], last))
+    return body, str(factors[-1].data)

@@ -1,4 +1,5 @@
-"""What a sentence says besides its answer: reasons, origins, comparisons, labels and the choices that it rules out."""
+"""What a sentence says besides its answer: reasons, origins, comparisons, labels and the choices
+that it rules out."""
 
 from __future__ import annotations
 
@@ -12,15 +13,20 @@ _NO_CLAUSE = (
 _PARTS = (
     re.compile(  # all before the conclusion
         r"^.*[\s,;，；](?:so(?!\s+(?:that|far|many|much|on)\b)(?![\w-])|(?:therefore|thus|hence)\b)"
-        r"|^.*(?:所以|因此|从而)",
+        r"|^.*\brounds?\s(?:(?:up|down|off)\s)?to\b(?!\sthe\b|\s\d+\s(?:decimal|significant))"
+        r"|^.*[,;]\s(?:and|but)\s(?:since|because|as)\b[^,]*,(?=\s)|^.*(?:所以|因此|从而)",
         re.IGNORECASE,
     ),
     re.compile(
         r"^\W*(?:(?:(?:so|therefore|thus|hence|then|and|now),?\s+)?"
-        r"(?:because|since|given that|when|as)\b(?:[^,，]|(?<=\d),(?=\d))*,(?=\s)|(?:因为|由于)[^,，]*[,，])",
+        r"(?:because|since|given that|when|as)\b(?:[^,，]|(?<=\d),(?=\d))*,(?=\s)"
+        r"|(?:因为|由于)[^,，]*[,，])",
         re.I,
     ),
-    re.compile(r",?\s+(?:because|since)\b.*$|,\s+who\b[^,=]*$|[,，]?\s*(?:因为|由于).*$", re.IGNORECASE),
+    re.compile(
+        r",?\s+(?:because|since)\b.*$|,\s+who\b[^,=]*$|\swhen\s[^,.]*\b(?:is|are)\s\w+ed\b.*$|[,，]?\s*(?:因为|由于).*$",
+        re.IGNORECASE,
+    ),
     re.compile(
         rf"\b(?:(?:after|before)\s+(?:(?:he|she|they|it|we)\s+)?{_NO_CLAUSE}{{0,4}}{_AMOUNT}"
         rf"|(?:[a-z]+er|more|less|worse) than\s+{_NO_CLAUSE}{{0,3}}{_AMOUNT}"
@@ -30,7 +36,8 @@ _PARTS = (
         re.IGNORECASE,
     ),
 )
-"""Parts of a sentence that hold numbers but not its answer, in the order in which they are left out."""
+"""Parts of a sentence that hold numbers but not its answer, in the order in which they are left
+out."""
 _LABEL = re.compile(
     r"\b(?:step|equation|eqn?\.?|formula|question|problem|exercise|figure|fig\.|case|section|theorem|lemma|chapter"
     r"|example|table|method|part|rule)\s?[(#]?\d{1,3}(?:\.\d+)*\)?(?!\s?[=+*/^×÷]|\w)"
@@ -44,19 +51,22 @@ _SAID_TO_BE = re.compile(
 _CHOICES = re.compile(
     r"(?:\b(?P<concluded>so|therefore|thus|hence|choose|chose|pick|select)\s(?:the\s)?(?:answer\sis\s)?)?"
     r"\b(?:[Oo]ption|[Cc]hoice)\s?[(（]?(?P<named>[A-J])\b[)）]?"
-    r"|\b(?:so|therefore|thus|hence|choose|chose|pick|select),?\s(?:[(（](?P<brackets>[A-J])[)）]|(?P<bare>[B-HJ])(?=\s?[.,;]|$))"
+    r"|\b(?:so|therefore|thus|hence|choose|chose|pick|select),?\s(?:[(（](?P<brackets>[A-J])[)）]|(?P<bare>[B-HJ])"
+    r"(?=\s?[.,;]|\s(?:because|since|as)\b|$))"
     r"|(?<![A-Za-z])(?P<before>[A-J])[)）]? (?=is (?:the )?(?:correct|right))"
     r"|选项?(?:为|是)?\s?[(（]?(?P<chosen>[A-J])(?![A-Za-z])"
 )
 _RULED_OUT = re.compile(
-    r"\s?(?:fails?\b|(?:is|are|was)\s(?:not\b|false|wrong|incorrect|impossible|excluded|out\b)|cannot|can't|doesn't|does not)"
+    r"\s?(?:fails?\b|(?:is|are|was)\s(?:not\b|false|wrong|incorrect|impossible|excluded|out\b)"
+    r"|cannot|can't|doesn't|does not)"
     r"|\s?(?:错|不|排除)"
 )
 _HELD = re.compile(r"\s?(?:is|must be)\s(?:the\s)?(?:only\s)?(?:correct|right|true|answer)")
 
 
 def main_clause(sentence: str) -> str:
-    """The part that states the answer: without its reasons, what it was taken from and what it is compared with.
+    """The part that states the answer: without its reasons, what it was taken from and what it is
+    compared with.
 
     A part stays where no number or formula would be left without it.
     """
@@ -84,10 +94,13 @@ def as_equations(sentence: str) -> str:
 
 
 def choices(sentence: str) -> list[str]:
-    """The choices that a sentence makes: those it says are right or concludes, else all that it does not rule out."""
+    """The choices that a sentence makes: those it says are right or concludes, else all that it
+    does not rule out."""
     named, made = list[str](), list[str]()
     for match in _CHOICES.finditer(sentence):
-        letter = next(group for name, group in match.groupdict().items() if group and name != "concluded")
+        letter = next(
+            group for name, group in match.groupdict().items() if group and name != "concluded"
+        )
         if _RULED_OUT.match(sentence, match.end()):
             continue
         named.append(letter)

@@ -6,22 +6,30 @@
     label      := text (":" | "=")
     chain      := ratio (sign ratio)*              sign: = < > <= >= != ~ equiv in notin subset to
     modulus    := "(mod" sum ")"
-    condition  := ("for" | "where" | "if" | "when" | "otherwise" | ...) any tokens up to the next ";"
+    condition  := ("for" | "where" | "if" | "when" | "otherwise" | ...) any tokens up to the next
+    ";"
     ratio      := union (":" union)*
     union      := sum (("cup" | "cap" | "setminus") sum)*
     sum        := ["+" | "-" | "+-"] term (("+" | "-" | "+-" | "-+") term)*
     term       := factor (["*" | "/"] factor)* [unit]
     factor     := "-" factor | atom postfix*
     postfix    := "^" argument | "!" | "!!" | "%" | degree | "'"
-    argument   := "{" items "}" | one token         \\frac12 and x^23: one digit of LaTeX's, but x^10 is meant as written
-    atom       := number | name ["_" argument] | name "(" items ")" | function | brackets | bars | "..."
-                | \\frac argument argument | \\sqrt ["[" sum "]"] argument | big operator | matrix | cases | derivative
-    brackets   := "(" items ")" | "[" items "]" | "(" items "]" | "\\{" items [("|" | ":") items] "\\}" | "{" items "}"
+    argument   := "{" items "}" | one token         \\frac12 and x^23: one digit of LaTeX's, but
+    x^10 is meant as written
+    atom       := number | name ["_" argument] | name "(" items ")" | function | brackets | bars |
+    "..."
+                | \\frac argument argument | \\sqrt ["[" sum "]"] argument | big operator | matrix |
+                cases | derivative
+    brackets   := "(" items ")" | "[" items "]" | "(" items "]" | "\\{" items [("|" | ":") items]
+    "\\}" | "{" items "}"
     unit       := (text | upright letter) ["^" number] (("/" | "*") ...)*
 
-Side by side stands for a product, except that a number may follow nothing but a power, `1\\frac45` and `1 4/5` are mixed
-numbers, and `f(2)` is an application (`values.py` says when it is a product). What does not fit becomes VERBATIM and equals
-only the same tokens. The parser evaluates nothing, its depth and length are bounded and it takes linear time.
+Side by side stands for a product, except that a number may follow nothing but a power, `1\\frac45`
+and `1 4/5` are mixed
+numbers, and `f(2)` is an application (`values.py` says when it is a product). What does not fit
+becomes VERBATIM and equals
+only the same tokens. The parser evaluates nothing, its depth and length are bounded and it takes
+linear time.
 """
 
 from __future__ import annotations
@@ -30,6 +38,7 @@ import re
 from functools import lru_cache
 
 from .lexer import Token, spell, tokenise
+from .number_words import read_number
 from .reader import TooDeep, Unreadable
 from .terms import MODULO, Terms
 from .tree import Kind, Node
@@ -38,11 +47,16 @@ from .units import words
 MAX_CHARS = 1000
 """Longer answers are refused: no reference answer of a public data set comes near."""
 _RELATIONS = {
-    "=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\approx": "~", r"\sim": "sim", r"\equiv": "equiv",
-    r"\in": "in", r"\notin": "notin", r"\subset": "subset", r"\subseteq": "subseteq", r"\to": "to", r"\iff": "iff",
-    r"\perp": "perp", r"\parallel": "parallel", r"\cong": "cong", r"\propto": "propto", r"\implies": "implies",
+    "=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\approx": "~",
+    r"\sim": "sim", r"\equiv": "equiv", r"\in": "in", r"\notin": "notin", r"\subset": "subset",
+    r"\subseteq": "subseteq",
+    r"\to": "to", r"\iff": "iff",
+    r"\perp": "perp", r"\parallel": "parallel", r"\cong": "cong", r"\propto": "propto",
+    r"\implies": "implies",
 }  # fmt: skip
-_DECLARING = words("if when where for unless otherwise with such provided given whenever while assuming else")
+_DECLARING = words(
+    "if when where for unless otherwise with such provided given whenever while assuming else"
+)
 _CONDITIONS = _DECLARING | words("as because since is are was but not it can could may")
 _CHOICE = re.compile(
     r"\s*(?:\\(?:text(?:bf|rm)?|mathrm|mathbf|boldsymbol|rm|bf|mbox)\s*\{\s*)?(?:(?:option|choice|选项)\s*)?"
@@ -52,18 +66,23 @@ _CHOICE = re.compile(
 )
 _EDGES = re.compile(r"^(?:\\[,;:! ]|[\s~])+|(?:\\[,;:! ]|\\\\|[\s~])+$")
 _PROSE = re.compile(r"(?:(?:[A-Za-z]{2,}|[aA])\s+){2,30}[A-Za-z]{2,}\.?")
-_SAYING = frozenset(("the", "is", "are", "has", "have", "than", "not", "no", "never", "always", "a"))
-"""A sentence of plain words, of which none is a name, is compared word by word: it holds one of these, and no list."""
+_SAYING = frozenset(
+    ("the", "is", "are", "has", "have", "than", "not", "no", "never", "always", "a")
+)
+"""A sentence of plain words, of which none is a name, is compared word by word: it holds one of
+these, and no list."""
 _JOINS = frozenset(("and", "or"))
 _CHOICE_LETTER = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])")
 _CLOCK = re.compile(
-    r"\s*(\d{1,2})(?::(\d{2}))?\s*(?:\\[ ,;]|~)*\s*(?:\\(?:text|mathrm|mbox)\s*\{)?[\s~]*([AaPp])\.?\s*[Mm]\.?\s*\}?\s*\Z"
+    r"\s*(\d{1,2})(?::(\d{2}))?\s*(?:\\[ ,;]|~)*\s*"
+    r"(?:\\(?:text|mathrm|mbox)\s*\{)?[\s~]*([AaPp])\.?\s*[Mm]\.?\s*\}?\s*\Z"
 )
 
 
 @lru_cache(maxsize=32768)
 def parse(text: str) -> Node:
-    """The tree of an answer, VERBATIM if it is outside the grammar. Raises TooDeep, and Unreadable if it is empty or too long."""
+    """The tree of an answer, VERBATIM if it is outside the grammar. Raises TooDeep, and Unreadable
+    if it is empty or too long."""
     if len(text) > MAX_CHARS:
         raise Unreadable(f"longer than {MAX_CHARS} characters")
     if (clock := _CLOCK.match(text)) is not None and int(clock.group(1)) <= 24:
@@ -79,18 +98,20 @@ def _is_sentence(words: list[str]) -> bool:
     return not _SAYING.isdisjoint(words) and _JOINS.isdisjoint(words)
 
 
+_LOOSE_ENDS = frozenset((".", ",", ";", "=", ":", "!", r"\\"))
+_LOOSE_STARTS = frozenset(("=", ":", ",", r"\therefore", r"\Rightarrow", r"\implies"))
+
+
 def _trimmed(tokens: list[Token]) -> list[Token]:
-    """Without a full stop or comma at the end, or a sign that waits for something on either side."""
+    """Without a full stop or comma at the end, or a sign that waits for something on either
+    side."""
     start, end = 0, len(tokens)
-    while (
-        end > start and tokens[end - 1].text in (".", ",", ";", "=", ":", "!", r"\\") and tokens[end - 1].kind != "text"
-    ):
-        if tokens[end - 1].text == ":" and end - start > 1 and tokens[end - 2].kind != "text":
-            break
-        if tokens[end - 1].text == "!" and end - start > 1 and tokens[end - 2].kind != "text":
+    while end > start and tokens[end - 1].text in _LOOSE_ENDS and tokens[end - 1].kind != "text":
+        meant = end - start > 1 and tokens[end - 2].kind != "text"
+        if tokens[end - 1].text in (":", "!") and meant:
             break
         end -= 1
-    while start < end and tokens[start].text in ("=", ":", ",", r"\therefore", r"\Rightarrow", r"\implies"):
+    while start < end and tokens[start].text in _LOOSE_STARTS:
         start += 1
     return tokens[start:end]
 
@@ -120,7 +141,9 @@ def _spelled(tokens: list[Token]) -> tuple[str, ...]:
 
 def _words(tokens: list[Token]) -> Node | None:
     """A text of words alone, or a list of such."""
-    if not all(t.kind in ("text", "run") or (t.kind == "sign" and t.text in ",.'!-\"()") for t in tokens):
+    if not all(
+        t.kind in ("text", "run") or (t.kind == "sign" and t.text in ",.'!-\"()") for t in tokens
+    ):
         return None
     if not any(t.kind == "text" for t in tokens) or tokens[0].text == "-":
         return None
@@ -132,6 +155,8 @@ def _words(tokens: list[Token]) -> Node | None:
             first, *more = re.split(r"\s+and\s+|，|、", token.text)
             items[-1].append(first)
             items += [[words] for words in more]
+    if len(items) == 1 and (digits := read_number(" ".join(items[0]))) is not None:
+        return parse(digits)
     found = tuple(Node(Kind.TEXT, (), " ".join(words)) for words in items if words)
     return found[0] if len(found) == 1 else Node(Kind.LIST, found)
 
@@ -149,7 +174,8 @@ def _read_choice(text: str) -> Node | None:
     if match["mark"] == ":" and "=" in rest:
         return None
     if not marked or re.match(
-        r"[=<>+\-*/^_,|:;)]|\\(?:cdot|times|le|ge|in|cup|frac|sqrt|pm|to)\b|\(|and\b|or\b|\d*\s*[(]?[A-J][).]", rest
+        r"[=<>+\-*/^_,|:;)]|\\(?:cdot|times|le|ge|in|cup|frac|sqrt|pm|to)\b|\(|and\b|or\b|\d*\s*[(]?[A-J][).]",
+        rest,
     ):
         return None
     if match["open"] == "" and (match["close"] or match["mark"]) in (")", "）"):
@@ -172,24 +198,25 @@ class _Parser(Terms):
             if not self.peek() or self.peek() in (")", "]", "}", r"\}", r"\rangle", "|"):
                 break
             found.append(self.item())
-        return found[0] if len(found) == 1 else Node(Kind.LIST, tuple(found), "and" if both else None)
+        if len(found) == 1:
+            return found[0]
+        return Node(Kind.LIST, tuple(found), "and" if both else None)
 
     def item(self) -> Node:
         self.enter()
         if self.kind() == "text" and self.peek(1) in (":", "=") and self.kind(1) == "sign":
             name = Node(Kind.TEXT, (), self.take())
             self.at += 1
-            result = Node(Kind.RELATION, (name, self.chain()), ("=",))
-        elif self.kind() == "text" and (self.starts_atom(1) or self.peek(1) in ("-", "+")) and _is_lead(self.peek()):
-            self.at += 1
-            result = self.chain()
+            result = self.chain(name)
         else:
+            starts = self.starts_atom(1) or self.peek(1) in ("-", "+")
+            self.at += self.kind() == "text" and starts and _is_lead(self.peek())
             result = self.chain()
         if (modulus := self.modulus()) is not None:
             result = Node(Kind.MODULO, (result, modulus))
         if self.kind() == "text" and self.peek().split()[0].lower().strip(",.") in _CONDITIONS:
             result = Node(Kind.QUALIFIED, (result,), self.condition())
-        elif self.peek() == "," and self.kind(1) == "text" and self.peek(1).split()[0].lower() in _DECLARING:
+        elif self.peek() == "," and self._declares_after():
             self.at += 1
             result = Node(Kind.QUALIFIED, (result,), self.condition())
         elif self.peek() == "(" and self.kind(1) in ("name", "text"):
@@ -198,6 +225,9 @@ class _Parser(Terms):
             result = Node(Kind.QUALIFIED, (result,), self.condition())
         self.depth -= 1
         return result
+
+    def _declares_after(self) -> bool:
+        return self.kind(1) == "text" and self.peek(1).split()[0].lower() in _DECLARING
 
     def remark(self, result: Node) -> Node:
         """A condition in brackets behind the answer: `k\\pi (k \\in \\mathbb{Z})`."""
@@ -213,7 +243,9 @@ class _Parser(Terms):
     def condition(self) -> tuple[str, ...]:
         start = self.at
         while self.peek() and self.peek() not in (";", r"\\", "&", r"\end", r"\}"):
-            if self.kind() in ("join", "both") and any(t.text == "=" for t in self.tokens[self.at :]):
+            if self.kind() in ("join", "both") and any(
+                t.text == "=" for t in self.tokens[self.at :]
+            ):
                 break
             self.at += 1
         if self.peek(-1) == ",":
@@ -232,8 +264,9 @@ class _Parser(Terms):
             return inner
         return None
 
-    def chain(self) -> Node:
-        sides, signs = [self.ratio()], []
+    def chain(self, label: Node | None = None) -> Node:
+        """Sides and the signs between them; `Area = 2 + 3 = 5` begins with its label."""
+        sides, signs = ([self.ratio()], []) if label is None else ([label, self.ratio()], ["="])
         while self.kind() != "text" and (sign := self.peek()) in _RELATIONS:
             self.at += 1
             signs.append(_RELATIONS[sign])
@@ -258,7 +291,9 @@ class _Parser(Terms):
         return found[0] if len(found) == 1 else Node(Kind.UNION, tuple(found), signs.pop())
 
 
-_LEAD = words("only exactly 共 共有 一共 约 大约 约为 approximately about roughly exactly total 有 为 是 得")
+_LEAD = words(
+    "only exactly 共 共有 一共 约 大约 约为 approximately about roughly exactly total 有 为 是 得"
+)
 
 
 def _is_lead(text: str) -> bool:

@@ -1,14 +1,22 @@
-"""Reading tokens one after the other: what every level of the grammar shares."""
+"""Reading tokens one after the other, and numbers as they are written: what every level of the
+grammar shares."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from fractions import Fraction
 
 from .lexer import Token
-from .tree import Kind, Node, negative
+from .tree import Kind, Node, negative, number, number_of
 
 MAX_DEPTH = 30
 """Brackets, arguments and signs within each other."""
+MAX_EXPONENT = 4000
+"""Digits that a number in e-notation may have."""
+_BASES = {
+    **{"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9},
+    **{"ten": 10, "twelve": 12, "sixteen": 16},
+}
 
 
 class Unreadable(ValueError):
@@ -54,6 +62,76 @@ class Reader(ABC):
         if self.depth > MAX_DEPTH:
             raise TooDeep("nested too deeply")
 
+    # numeral := digits ["." digits] ["e" digits] | digits "." "\\overline" digits | digits "_" base
+
+    def numeral(self) -> Node:
+        text = self.take()
+        mantissa, _, exponent = text.lower().partition("e")
+        if exponent:
+            if abs(int(exponent)) > MAX_EXPONENT:
+                raise TooDeep("a number of too many digits")
+            return Node(Kind.NUMBER, (), (Fraction(mantissa) * Fraction(10) ** int(exponent), -1))
+        digits = len(text.split(".")[1]) if "." in text else -1
+        if (repeating := self.repeating(text)) is not None:
+            return repeating
+        if self.peek() == "_" and digits < 0:
+            return self.based(text)
+        if self.kind() == "text" and self.peek() == "th" and not self.tokens[self.at].spaced:
+            self.at += 1
+        return Node(Kind.NUMBER, (), (Fraction(text), digits))
+
+    def repeating(self, text: str) -> Node | None:
+        """`0.\\overline{3}`, `0.1\\dot{6}`, `0.\\dot{1}4285\\dot{7}`, `0.(3)`."""
+        start, sign = self.at, self.peek()
+        if sign == "." and self.peek(1) in (r"\overline", r"\dot", r"\bar"):
+            self.at += 1
+            text += "."
+        elif sign not in (r"\overline", r"\dot", r"\bar") or "." not in text:
+            bracketed = sign == "(" and self.kind(1) == "number" and self.peek(2) == ")"
+            if not bracketed or "." not in text or self.spaced():
+                return None
+            digits = self.peek(1)
+            self.at += 3
+            return _repeating(text, digits) if digits.isdigit() else None
+        opening = self.take()
+        digits = self.digits()
+        if opening == r"\dot" and self.kind() == "number" and self.peek(1) == r"\dot":
+            digits += self.take()
+            self.at += 1
+            digits += self.digits()
+        elif opening == r"\dot" and self.peek() == r"\dot":
+            self.at += 1
+            digits += self.digits()
+        if not digits.isdigit():
+            self.at = start
+            return None
+        return _repeating(text, digits)
+
+    def digits(self) -> str:
+        if self.skip("{"):
+            found = self.take()
+            self.take("}")
+            return found
+        found = self.take()
+        if len(found) > 1 and found.isdigit():
+            self.at -= 1
+            self.tokens = [
+                *self.tokens[: self.at],
+                Token("number", found[1:]),
+                *self.tokens[self.at + 1 :],
+            ]
+            return found[0]
+        return found
+
+    def based(self, text: str) -> Node:
+        self.take("_")
+        base = self.argument()
+        if base.kind is Kind.TEXT and str(base.data).lower() in _BASES:
+            base = number(_BASES[str(base.data).lower()])
+        if not whole(base) or not 2 <= number_of(base) <= 36:
+            raise Unreadable("a number with a subscript that is no base")
+        return Node(Kind.BASED, (), (text.lstrip("0") or "0", int(number_of(base))))
+
     # what a lower level asks of a higher one
 
     @abstractmethod
@@ -78,29 +156,16 @@ class Reader(ABC):
     def argument(self) -> Node: ...
 
     @abstractmethod
-    def atom(self) -> Node: ...
-
-    @abstractmethod
-    def name(self, applied: bool = True) -> Node: ...
-
-    @abstractmethod
-    def brackets(self) -> Node: ...
-
-    @abstractmethod
-    def braced_tokens(self) -> str: ...
-
-    @abstractmethod
     def inner(self, tokens: list[Token]) -> Node:
         """The tree of tokens by themselves."""
 
 
 def whole(node: Node) -> bool:
-    return (
-        node.kind is Kind.NUMBER
-        and isinstance(node.data, tuple)
-        and node.data[1] == -1
-        and node.data[0].denominator == 1
-    )
+    """Whether a node is an integer without a point."""
+    if node.kind is not Kind.NUMBER or not isinstance(node.data, tuple):
+        return False
+    value, digits = node.data
+    return bool(digits == -1 and value.denominator == 1)
 
 
 def negated(node: Node) -> Node:
@@ -108,3 +173,9 @@ def negated(node: Node) -> Node:
     if node.kind is Kind.QUANTITY:
         return Node(Kind.QUANTITY, (negated(node.args[0]),), node.data)
     return negative(node)
+
+
+def _repeating(text: str, digits: str) -> Node:
+    before, _, after = text.partition(".")
+    period = Fraction(int(digits), (10 ** len(digits) - 1) * 10 ** len(after))
+    return number(Fraction(f"{before or 0}.{after or 0}") + period)

@@ -1,27 +1,85 @@
-"""Reference answers: read from what a data row holds, and proved usable before training."""
+"""Reference answers: read from what a data row holds, proved usable, and told from copies of the
+problem."""
 
 from __future__ import annotations
 
 import ast
 import re
+from dataclasses import dataclass
+from fractions import Fraction
 
-from .compare import MAX_TEXT, Reference, read_reference
 from .extract import boxes, extract
+from .lexer import tokenise
+from .parser import TooDeep, Unreadable, parse
+from .scalars import amount, is_literal
+from .statements import state
+from .tree import Kind, Node, negative, number, number_of
+from .units import PERCENT
+
+MAX_TEXT = 4000
+"""Characters up to which a text outside the grammar is compared by its tokens."""
 
 _LONG = 200
 """A longer reference is a whole solution, whose answer is found as in a completion."""
 _NO_ANSWER = frozenset(
-    ("proof", "notfound", "not found", "none", "null", "nan", "n/a", "-", "?", "", "answer", "see solution")
+    (
+        "proof",
+        "notfound",
+        "not found",
+        "none",
+        "null",
+        "nan",
+        "n/a",
+        "-",
+        "?",
+        "",
+        "answer",
+        "see solution",
+    )
 )
 """What data sets write where a problem has no answer (NuminaMath-1.5: proof, notfound)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A reference answer, parsed once. `tree` is None where it cannot be read at all, and `problem`
+    says why."""
+
+    text: str
+    tree: Node | None
+    problem: str = ""
+    number: Fraction | None = None
+    """Its value if it is a plain integer or decimal."""
+
+
+_PLAIN = re.compile(r"[-+]?(?:\d+|[1-9]\d{0,2}(?:,\d{3})+)(?:\.\d+)?\Z")
+
+
+def plain_number(text: str) -> Fraction | None:
+    """An integer or decimal, thousands separators allowed, else None."""
+    if len(text) > 400 or _PLAIN.match(text) is None:
+        return None
+    return Fraction(text.replace(",", ""))
+
+
+def read_reference(text: str) -> Reference:
+    if not (stripped := text.strip()):
+        return Reference(text, None, "it is empty")
+    try:
+        return Reference(text, parse(stripped), number=plain_number(stripped))
+    except (Unreadable, TooDeep) as error:
+        return Reference(text, None, f"it cannot be read: {error}")
+
+
 def read_gold(gold: str) -> Reference:
-    """The reference of a data row: an answer, a solution with a box or `#### x`, or a list of answers as JSON writes it."""
+    """The reference of a data row: an answer, a solution with a box or `#### x`, or a list of
+    answers as JSON writes it."""
     text = _listed(gold.strip())
     if boxes(text) or "####" in text or len(text) > _LONG:
         candidates = extract(text).candidates
-        return read_reference(", ".join(candidates[:8]) if candidates and len(candidates) <= 8 else text)
+        return read_reference(
+            ", ".join(candidates[:8]) if candidates and len(candidates) <= 8 else text
+        )
     return read_reference(text)
 
 
@@ -49,12 +107,70 @@ def why_no_answer(gold: str) -> str | None:
 
 
 def rewritings(text: str) -> list[str]:
-    """Completions that anyone would mark right, whatever the reference: the text in a box, and spelled in usual other ways."""
+    """Completions that anyone would mark right, whatever the reference: the text in a box, and
+    spelled in usual other ways."""
     forms = [text, text.strip().rstrip(".") + "."]
     if "$" not in text:
         forms.append(f"${text}$")
     if re.search(r"\\frac(?![A-Za-z])", text):
         forms.append(re.sub(r"\\frac(?![A-Za-z])", r"\\dfrac", text))
-    if "(" in text and text.count("(") == text.count(")") and "\\left" not in text and "\\text" not in text:
+    plain = "\\left" not in text and "\\text" not in text
+    if plain and text.count("(") == text.count(")") > 0:
         forms.append(text.replace("(", "\\left(").replace(")", "\\right)"))
     return [f"\\boxed{{{form}}}" for form in dict.fromkeys(forms)]
+
+
+_OPERATORS = frozenset("+-*/^_=<>!")
+_FREE = (Kind.TEXT, Kind.CHOICE, Kind.CLOCK, Kind.RUN, Kind.NAME, Kind.BASED)
+"""What a problem names, and an answer must name as well."""
+
+
+def is_copy(reference: Node | None, answer: str, prompt: str) -> bool:
+    """Whether `answer`, which equals the reference, only repeats the problem, e.g. `\\log_2 8` for
+    3."""
+    if reference is None or not prompt:
+        return False
+    try:
+        tree = parse(answer)
+    except (Unreadable, TooDeep):
+        return False
+    ours, theirs = essence(reference), essence(tree)
+    percent = amount(tree).unit is PERCENT and amount(reference).unit is not PERCENT
+    if (ours == theirs and not percent) or theirs.kind in _FREE:
+        return False
+    needle = [token.text for token in tokenise(answer)]
+    while needle and needle[-1] in (".", ",", ";"):
+        needle.pop()
+    return bool(needle) and _stands_in(
+        needle, [token.text for token in tokenise(prompt)], is_literal(theirs)
+    )
+
+
+def _stands_in(needle: list[str], text: list[str], alone: bool) -> bool:
+    """Whether a text has these tokens in a row (`alone`: not as a part of a formula)."""
+    first, size = needle[0], len(needle)
+    for at, token in enumerate(text):
+        if token == first and text[at : at + size] == needle:
+            around = {*text[max(0, at - 1) : at], *text[at + size : at + size + 1]}
+            if not alone or not around & _OPERATORS:
+                return True
+    return False
+
+
+def essence(node: Node) -> Node:
+    """An answer without the name, the unit and the order of a list; decimals by their value, signs
+    in front."""
+    body = state(node, True, True).body
+    core = amount(body).core
+    if core.kind is Kind.NUMBER:
+        return number(number_of(core))
+    if core.kind is Kind.QUOTIENT and core.args[0].kind is Kind.NEGATIVE:
+        return essence(negative(Node(Kind.QUOTIENT, (core.args[0].args[0], core.args[1]))))
+    if core.kind in (Kind.LIST, Kind.SET, Kind.UNION, Kind.GROUP):
+        parts = sorted((essence(a) for a in core.args), key=repr)
+        return Node(
+            Kind.LIST if core.kind is not Kind.GROUP else Kind.GROUP,
+            tuple(parts),
+            core.data if core.kind is Kind.GROUP else None,
+        )
+    return Node(core.kind, tuple(essence(a) for a in core.args), core.data) if core.args else core

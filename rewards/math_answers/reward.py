@@ -1,7 +1,9 @@
 """`MathReward`: right or wrong by the final answer.
 
-Nearly all answers are decided here, in microseconds. Sums, integrals and limits go to sympy in worker processes with a kill
-deadline, a memory limit and no network; they start when the first such answer comes, so many runs never start them. What neither
+Nearly all answers are decided here, in microseconds. Sums, integrals and limits go to sympy in
+worker processes with a kill
+deadline, a memory limit and no network; they start when the first such answer comes, so many runs
+never start them. What neither
 can compare is `unknown`: it scores 0, under a status of its own.
 """
 
@@ -14,34 +16,37 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, get_args, get_type_hints
 
-from ..inputs import RewardInput
+from ..inputs import Reward, RewardInput
 from ..verdict import Status, Verdict, verifier_error
 from ..worker_pool import Answer, Ended, WorkerPool
-from .compare import MAX_TEXT, Reference, compare, read_reference
-from .copies import is_copy
+from .compare import compare
 from .extract import MAX_ANSWERS, extract
-from .options import Outcome, Policy
+from .options import Outcome, Policy, all_of
 from .parser import TooDeep, Unreadable, parse
-from .references import read_gold, rewritings, why_no_answer
+from .references import MAX_TEXT, Reference, is_copy, read_gold, rewritings, why_no_answer
 from .tree import Kind, Node, has
 
 MEMORY_BYTES = 2**30
 """Address space of a symbolic worker; sympy itself takes about 200 MB of it."""
 _CACHE = 65536
+_Pair = tuple[str, str]
+"""A reference and an answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Decision:
-    """What is known of a reference and the candidates: an outcome, or the answers that need algebra."""
+    """What is known of a reference and the candidates: an outcome, or the answers that need
+    algebra."""
 
     outcome: Outcome
     open: tuple[str, ...] = ()
 
 
-class MathReward:
+class MathReward(Reward):
     """Score 1.0 for a completion whose final answer is the reference, else 0.0.
 
-    `timeout`: seconds of processor time for one comparison by algebra; `concurrency`: worker processes; `options`: fields of
+    `timeout`: seconds of processor time for one comparison by algebra; `concurrency`: worker
+    processes; `options`: fields of
     `Policy`, e.g. `units="ignore"`. Thread-safe. Raises ValueError for an unknown option.
     """
 
@@ -52,7 +57,8 @@ class MathReward:
         self.timeout = timeout
         self._reference = lru_cache(maxsize=_CACHE)(read_gold)
         self._decide = lru_cache(maxsize=_CACHE)(self._decide_exactly)
-        self._algebra: dict[tuple[str, str], Answer] = {}
+        self._algebra: dict[_Pair, Answer] = {}
+        kept = [name for name in ("PATH", "LD_LIBRARY_PATH", "HOME", "LANG") if name in os.environ]
         self._pool = WorkerPool(
             f"{__name__.rpartition('.')[0]}.algebra:serve",
             {},
@@ -60,94 +66,100 @@ class MathReward:
             memory_bytes=MEMORY_BYTES,
             network=False,
             output=False,
-            environment={k: os.environ[k] for k in ("PATH", "LD_LIBRARY_PATH", "HOME", "LANG") if k in os.environ},
+            environment={name: os.environ[name] for name in kept},
         )
 
     def __call__(self, batch: Sequence[RewardInput], /) -> list[Verdict]:
-        found: list[Verdict | None] = []
-        waiting: list[tuple[int, RewardInput, _Decision, float]] = []
-        for index, row in enumerate(batch):
-            start = time.perf_counter()
-            verdict: Verdict | None
-            try:
-                verdict, decision = self._grade(row, start)
-            except (RecursionError, MemoryError) as error:  # one degenerate answer costs no other row
-                verdict, decision = _verdict(Status.OVER_LIMIT, type(error).__name__, start), None
-            except Exception as error:  # a text that no test has thought of: it costs its own row, and is counted
-                verdict, decision = _verdict(Status.UNKNOWN, f"{type(error).__name__}: {error}"[:200], start), None
-            found.append(verdict)
-            if verdict is None and decision is not None:
-                waiting.append((index, row, decision, time.perf_counter() - start))
-        if waiting:
-            answers = self._compare_by_algebra([(row.answer, a) for _, row, d, _ in waiting for a in d.open])
-            for index, row, decision, seconds in waiting:
-                found[index] = _algebraic_verdict([answers[row.answer, a] for a in decision.open], seconds)
-        assert all(verdict is not None for verdict in found)
-        return [verdict for verdict in found if verdict is not None]
+        graded = [(row, *self._graded(row)) for row in batch]
+        pairs = [(row.answer, answer) for row, _, open_ in graded for answer in open_]
+        answers = self._compare_by_algebra(pairs) if pairs else {}
+        found = []
+        for row, verdict, open_ in graded:
+            own = [answers[row.answer, answer] for answer in open_]
+            found.append(_algebraic_verdict(own, verdict.seconds) if own else verdict)
+        return found
+
+    def _graded(self, row: RewardInput) -> tuple[Verdict, tuple[str, ...]]:
+        """The verdict, and the answers that only algebra can decide. No answer raises."""
+        start = time.perf_counter()
+        open_: tuple[str, ...] = ()
+        try:
+            status, message, open_ = self._grade(row)
+        except (RecursionError, MemoryError) as error:  # one degenerate answer costs no other row
+            status, message = Status.OVER_LIMIT, type(error).__name__
+        except Exception as error:  # a text that no test has thought of costs its own row
+            status, message = Status.UNKNOWN, f"{type(error).__name__}: {error}"[:200]
+        return _timed(status, message, time.perf_counter() - start), open_
 
     def check_reference(self, row: RewardInput) -> str | None:
-        """What is wrong with a reference, in words; None if it is accepted against itself and its usual rewritings."""
+        """What is wrong with a reference, in words; None if it is accepted against itself and its
+        usual rewritings."""
         if (problem := why_no_answer(row.answer)) is not None:
             return problem
         reference = self._reference(row.answer)
         for rewritten in rewritings(reference.text):
-            if (verdict := self([RewardInput(completion=rewritten, answer=row.answer)])[0]).score != 1.0:
-                return (
-                    f"{reference.problem or 'it is refused against itself'}: {rewritten[:80]} is {verdict.status.value}"
-                )
+            verdict = self([RewardInput(completion=rewritten, answer=row.answer)])[0]
+            if verdict.score != 1.0:
+                problem = reference.problem or "it is refused against itself"
+                return f"{problem}: {rewritten[:80]} is {verdict.status.value}"
         return None
 
     def close(self) -> None:
         self._pool.close()
 
-    def _grade(self, row: RewardInput, start: float) -> tuple[Verdict | None, _Decision | None]:
-        """The verdict, or what algebra has to decide."""
-        extracted = extract(row.completion, row.prompt.rstrip()[-16:].lower().endswith(("<think>", "<thinking>")))
-        candidates = extracted.candidates[-1:] if self.policy.boxes == "last" else extracted.candidates
+    def _grade(self, row: RewardInput) -> tuple[Status, str, tuple[str, ...]]:
+        """Status, message, and what algebra has to decide."""
+        opened = row.prompt.rstrip()[-16:].lower().endswith(("<think>", "<thinking>"))
+        candidates = extract(row.completion, opened).candidates
+        if self.policy.boxes == "last":
+            candidates = candidates[-1:]
         if not candidates:
-            return _verdict(Status.UNPARSEABLE, "no answer found", start), None
+            return Status.UNPARSEABLE, "no answer found", ()
         if len(candidates) > MAX_ANSWERS:
-            return _verdict(Status.WRONG, f"more than {MAX_ANSWERS} different final answers", start), None
+            return Status.WRONG, f"more than {MAX_ANSWERS} different final answers", ()
         decision = self._decide(row.answer, candidates)
-        if decision.open:
-            return None, decision
         if decision.outcome is Outcome.EQUAL and row.prompt:
             reference = self._reference(row.answer)
             if any(is_copy(reference.tree, answer, row.prompt) for answer in candidates):
-                return _verdict(Status.WRONG, "the answer is copied from the problem", start), None
+                return Status.WRONG, "the answer is copied from the problem", ()
         status, message = _STATUS[decision.outcome]
         if len(candidates) > 1 and status is not Status.CORRECT:
             message = f"{len(candidates)} different final answers"
-        return _verdict(status, message, start), None
+        return status, message, decision.open
 
     def _decide_exactly(self, gold: str, candidates: tuple[str, ...]) -> _Decision:
         reference, policy = self._reference(gold), self.policy
-        if len(candidates) > 1 and compare(reference, ", ".join(candidates), policy) is Outcome.EQUAL:
+        whole = ", ".join(candidates)
+        if len(candidates) > 1 and compare(reference, whole, policy) is Outcome.EQUAL:
             return _Decision(Outcome.EQUAL)
         outcomes = [compare(reference, text, policy) for text in candidates]
         for decided in (Outcome.TOO_BIG, Outcome.DIFFERENT):
             if decided in outcomes:
                 return _Decision(decided)
-        unknown = tuple(t for t, o in zip(candidates, outcomes, strict=True) if o is Outcome.UNKNOWN)
+        decided_texts = zip(candidates, outcomes, strict=True)
+        unknown = tuple(text for text, found in decided_texts if found is Outcome.UNKNOWN)
         if not unknown:
             return _Decision(Outcome.EQUAL)
         if not all(needs_algebra(reference, answer, policy) for answer in unknown):
             return _Decision(Outcome.UNKNOWN)
         return _Decision(Outcome.UNKNOWN, unknown)
 
-    def _compare_by_algebra(self, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Answer]:
+    def _compare_by_algebra(self, pairs: Sequence[_Pair]) -> dict[_Pair, Answer]:
         known = {pair: self._algebra[pair] for pair in pairs if pair in self._algebra}
         new = [pair for pair in dict.fromkeys(pairs) if pair not in known]
-        tasks = [{"gold": scalar(self._reference(gold).tree), "answer": scalar(parse(answer))} for gold, answer in new]
+        trees = [(self._reference(gold).tree, parse(answer)) for gold, answer in new]
+        tasks = [{"gold": scalar(gold), "answer": scalar(answer)} for gold, answer in trees]
         found = dict(zip(new, self._pool.run(tasks, self.timeout), strict=True))
         if len(self._algebra) > _CACHE:
             self._algebra.clear()
-        self._algebra.update({p: a for p, a in found.items() if a.ended not in (Ended.LOST, Ended.RAISED)})
+        lost = (Ended.LOST, Ended.RAISED)
+        self._algebra.update({p: a for p, a in found.items() if a.ended not in lost})
         return known | found
 
 
 def needs_algebra(reference: Reference, answer: str, policy: Policy) -> bool:
-    """Whether algebra can decide what evaluation cannot: a sum, integral or limit for a reference that has one."""
+    """Whether algebra can decide what evaluation cannot: a sum, integral or limit for a reference
+    that has one."""
     if reference.tree is None or len(answer) > MAX_TEXT:
         return False
     try:
@@ -156,34 +168,23 @@ def needs_algebra(reference: Reference, answer: str, policy: Policy) -> bool:
         return False
     if gold is None or tree is None:
         return False
-    if policy.unsimplified == "reject" and not has(gold, Kind.BIG):
-        return False
-    return has(gold, Kind.BIG) or has(tree, Kind.BIG)
+    return has(gold, Kind.BIG) or (policy.unsimplified == "accept" and has(tree, Kind.BIG))
 
 
 def scalar(node: Node | None) -> Node | None:
     """The scalar that `name = scalar` states, else the tree; None for a shape."""
-    if (
-        node is not None
-        and node.kind is Kind.RELATION
-        and node.data == ("=",)
-        and node.args[0].kind in (Kind.NAME, Kind.APPLY)
-    ):
+    if node is None:
+        return None
+    equation = node.kind is Kind.RELATION and node.data == ("=",)
+    if equation and node.args[0].kind in (Kind.NAME, Kind.APPLY):
         node = node.args[1]
-    shapes = (
-        Kind.RELATION,
-        Kind.TEXT,
-        Kind.VERBATIM,
-        Kind.DOTS,
-        Kind.GROUP,
-        Kind.SET,
-        Kind.QUALIFIED,
-        Kind.UNION,
-        Kind.MATRIX,
-    )
-    return None if node is None or has(node, *shapes) or node.kind is Kind.LIST else node
+    return None if node.kind is Kind.LIST or has(node, *_SHAPES) else node
 
 
+_SHAPES = (
+    *(Kind.RELATION, Kind.TEXT, Kind.VERBATIM, Kind.DOTS, Kind.GROUP, Kind.SET, Kind.QUALIFIED),
+    *(Kind.UNION, Kind.MATRIX),
+)
 _STATUS = {
     Outcome.EQUAL: (Status.CORRECT, ""),
     Outcome.DIFFERENT: (Status.WRONG, ""),
@@ -192,40 +193,33 @@ _STATUS = {
 }
 
 
-def _verdict(status: Status, message: str, start: float) -> Verdict:
-    return Verdict(
-        status=status, score=float(status is Status.CORRECT), message=message, seconds=time.perf_counter() - start
-    )
+def _timed(status: Status, message: str, seconds: float) -> Verdict:
+    score = float(status is Status.CORRECT)
+    return Verdict(status=status, score=score, message=message, seconds=seconds)
 
 
 def _algebraic_verdict(answers: Sequence[Answer], seconds: float) -> Verdict:
-    """All open comparisons must hold. What ran out of time or memory, or took its worker down, is the model's doing."""
+    """All open comparisons must hold. What ran out of time or memory, or took its worker down, is
+    the model's doing."""
     seconds += max(answer.seconds for answer in answers)
     ends = {answer.ended: answer for answer in answers}
     if (lost := ends.get(Ended.LOST) or ends.get(Ended.RAISED)) is not None:
         return verifier_error(f"comparison by algebra: {lost.message}", seconds)
     for ended in (Ended.TIMEOUT, Ended.MEMORY, Ended.CRASHED):
         if ended in ends:
-            return Verdict(status=Status.OVER_LIMIT, score=0.0, message=ends[ended].message, seconds=seconds)
-    words = {answer.value for answer in answers}
-    outcome = Outcome.DIFFERENT if "different" in words else Outcome.UNKNOWN if words != {"equal"} else Outcome.EQUAL
-    status, message = _STATUS[outcome]
-    return Verdict(status=status, score=float(status is Status.CORRECT), message=message, seconds=seconds)
+            return _timed(Status.OVER_LIMIT, ends[ended].message, seconds)
+    return _timed(*_STATUS[all_of([Outcome(str(answer.value)) for answer in answers])], seconds)
 
 
 def _policy(options: dict[str, Any]) -> Policy:
     hints = get_type_hints(Policy)
     for name, value in options.items():
         if name not in hints:
-            raise ValueError(
-                f"the math reward has no option {name!r}; it has {', '.join(f.name for f in fields(Policy))}"
-            )
+            known = ", ".join(field.name for field in fields(Policy))
+            raise ValueError(f"the math reward has no option {name!r}; it has {known}")
         allowed = get_args(hints[name])
-        if (allowed and value not in allowed) or (not allowed and (not isinstance(value, int) or value < 0)):
-            raise ValueError(
-                f"{name} is {value!r}; it must be {' or '.join(map(repr, allowed)) or 'a count, 0 or more'}"
-            )
+        valid = value in allowed if allowed else isinstance(value, int) and value >= 0
+        if not valid:
+            choice = " or ".join(map(repr, allowed)) or "a count, 0 or more"
+            raise ValueError(f"{name} is {value!r}; it must be {choice}")
     return Policy(**options)
-
-
-__all__ = ["MathReward", "read_gold", "read_reference"]

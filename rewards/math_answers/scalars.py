@@ -1,4 +1,5 @@
-"""Whether two scalars are the same: exactly where both are rational, else at sample points; percent, units, rounding."""
+"""Whether two scalars are the same: exactly where both are rational, else at sample points;
+percent, units, rounding."""
 
 from __future__ import annotations
 
@@ -6,17 +7,13 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .options import Outcome, Policy
-from .tree import Kind, Node, has, number, number_of, rename, variables
+from .options import Outcome, Policy, outcome
+from .tree import Kind, Node, has, number, number_of, rename, variables, walk
 from .units import DEGREE, PERCENT, Unit, may_be, read_unit, same_count, words
 from .values import Reading, Value, exact, precise, signature
 
 PLAIN_POWER = 4
 """From this exponent on (and below 0) a power of ten alone is a number as one writes it."""
-
-
-def outcome(equal: bool) -> Outcome:
-    return Outcome.EQUAL if equal else Outcome.DIFFERENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +32,19 @@ def amount(node: Node) -> Amount:
     if node.kind is Kind.NEGATIVE and node.args[0].kind is Kind.QUANTITY:
         inner = amount(node.args[0])
         return Amount(Node(Kind.NEGATIVE, (inner.core,)), inner.unit)
-    if node.kind is Kind.PRODUCT and node.args[-1].kind is Kind.QUANTITY and not has_unit(node.args[:-1]):
-        last = node.args[-1]
-        assert isinstance(last.data, Unit)
-        return Amount(Node(Kind.PRODUCT, (*node.args[:-1], last.args[0])), last.data)
-    if node.kind is Kind.SUM and node.args[-1].kind is Kind.QUANTITY and not has_unit(node.args[:-1]):
-        last = node.args[-1]
-        assert isinstance(last.data, Unit)
-        if last.data not in (PERCENT, DEGREE):
-            return Amount(Node(Kind.SUM, (*node.args[:-1], last.args[0])), last.data)
-    return Amount(node, None)
-
-
-def has_unit(nodes: tuple[Node, ...]) -> bool:
-    return any(has(node, Kind.QUANTITY) for node in nodes)
+    if node.kind not in (Kind.PRODUCT, Kind.SUM) or node.args[-1].kind is not Kind.QUANTITY:
+        return Amount(node, None)
+    *others, last = node.args
+    assert isinstance(last.data, Unit)
+    of_last_term = node.kind is Kind.SUM and last.data in (PERCENT, DEGREE)
+    if of_last_term or any(has(other, Kind.QUANTITY) for other in others):
+        return Amount(node, None)
+    return Amount(Node(node.kind, (*others, last.args[0])), last.data)
 
 
 def same_scalar(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Outcome:
-    """`computed`: the answer's value was worked out here, from `+-`, so that it need not be written as a plain number."""
+    """`computed`: the answer's value was worked out here, from `+-`, so that it need not be written
+    as a plain number."""
     ours, theirs = amount(gold), amount(answer)
     if theirs.unit is None and variables(answer) and not variables(ours.core):
         theirs = _lettered(answer) or theirs
@@ -61,26 +53,30 @@ def same_scalar(gold: Node, answer: Node, policy: Policy, computed: bool = False
     if policy.units == "ignore":
         ours = Amount(ours.core, ours.unit if ours.unit in (PERCENT, DEGREE) else None)
         theirs = Amount(theirs.core, theirs.unit if theirs.unit in (PERCENT, DEGREE) else None)
-    core = theirs.core
-    if policy.unsimplified == "reject" and is_literal(ours.core) and not computed and not is_literal(core, ours.core):
+    strict = policy.unsimplified == "reject" and not computed
+    if strict and is_literal(ours.core) and not is_literal(theirs.core, ours.core):
         return Outcome.DIFFERENT
-    return _same_amount(ours, Amount(core, theirs.unit), policy)
+    return _same_amount(ours, theirs, policy)
 
 
 def _lettered(node: Node) -> Amount | None:
     """`9.8 m/s^2` without a font: a number times letters that spell a unit."""
-    factors = list(node.args) if node.kind is Kind.PRODUCT else [node]
+    factors = list(_factors(node))
     if node.kind is Kind.QUOTIENT:
-        top = node.args[0]
-        factors = [*(top.args if top.kind is Kind.PRODUCT else (top,)), Node(Kind.INVERSE, (node.args[1],))]
+        factors = [*_factors(node.args[0]), Node(Kind.INVERSE, (node.args[1],))]
     amount_ = [f for f in factors if not variables(f)]
     spelled = [_spell_unit(f) for f in factors[len(amount_) :]]
-    if not amount_ or not spelled or None in spelled or any(variables(f) for f in factors[: len(amount_)]):
+    ordered = amount_ == factors[: len(amount_)]
+    if not amount_ or not spelled or None in spelled or not ordered:
         return None
     unit = read_unit(" ".join(str(s) for s in spelled))
     if unit is None or not unit.measures:
         return None
     return Amount(amount_[0] if len(amount_) == 1 else Node(Kind.PRODUCT, tuple(amount_)), unit)
+
+
+def _factors(node: Node) -> tuple[Node, ...]:
+    return node.args if node.kind is Kind.PRODUCT else (node,)
 
 
 def _spell_unit(node: Node) -> str | None:
@@ -109,15 +105,17 @@ def _same_amount(ours: Amount, theirs: Amount, policy: Policy) -> Outcome:
         return same_value(ours.core, theirs.core, policy)
     if a is not None and b is not None and not same_count(a, b):
         return Outcome.DIFFERENT
-    found = [] if policy.percent == "exact" and PERCENT in (a, b) else [same_value(ours.core, theirs.core, policy)]
-    if (PERCENT in (a, b) or DEGREE in (a, b)) and a != b:  # 10% is 1/10 as well as 10, 180 degrees are pi
-        sides = [_scaled(side) for side in (ours, theirs)]
-        found.append(same_value(sides[0], sides[1], policy))
+    found = []
+    if policy.percent == "either" or PERCENT not in (a, b):
+        found.append(same_value(ours.core, theirs.core, policy))
+    if a != b and {a, b} & {PERCENT, DEGREE}:  # 10% is 1/10 as well as 10, 180 degrees are pi
+        found.append(same_value(_scaled(ours), _scaled(theirs), policy))
     return Outcome.EQUAL if Outcome.EQUAL in found else found[0]
 
 
 def _scaled(side: Amount) -> Node:
-    return Node(Kind.QUANTITY, (side.core,), side.unit) if side.unit in (PERCENT, DEGREE) else side.core
+    scaled = side.unit in (PERCENT, DEGREE)
+    return Node(Kind.QUANTITY, (side.core,), side.unit) if scaled else side.core
 
 
 def _same_scaled(ours: Amount, theirs: Amount) -> Outcome:
@@ -138,21 +136,17 @@ _FREE = words("n k m l j p N K Z t C c A B c_1 c_2 C_1 C_2 K_1 K_2 k_1 k_2")
 
 def rename_parameter(gold: Node, answer: Node) -> Node:
     """A free parameter may have any name: n pi is k pi, x^2 + C is x^2 + c."""
-    free, theirs = (variables(gold) - variables(answer)) & _FREE, variables(answer) - variables(gold)
+    free = (variables(gold) - variables(answer)) & _FREE
+    theirs = variables(answer) - variables(gold)
     if len(free) != 1 or len(theirs) != 1 or not theirs <= _FREE:
         return answer
     ours, other = next(iter(free)), next(iter(theirs))
     if ("_" in ours) != ("_" in other):
         return answer
-    periodic = Node(Kind.CONSTANT, (), "pi") in _below(gold) and {ours, other} <= set("nkmljpNKZt")
-    constant = ours.lower()[0] in "ck" and other.lower()[0] in "ck" and (_is_term(gold, ours) or ours[0] in "cC")
+    periodic = Node(Kind.CONSTANT, (), "pi") in walk(gold) and {ours, other} <= set("nkmljpNKZt")
+    constant = ours[0] in "cC" or (ours[0] in "kK" and _is_term(gold, ours))
+    constant &= other[0] in "cCkK"
     return rename(answer, {other: ours}) if periodic or constant else answer
-
-
-def _below(node: Node) -> list[Node]:
-    from .tree import walk
-
-    return list(walk(node))
 
 
 def _is_term(node: Node, name: str) -> bool:
@@ -160,14 +154,19 @@ def _is_term(node: Node, name: str) -> bool:
 
 
 def same_value(gold: Node, answer: Node, policy: Policy | None) -> Outcome:
-    """Whether two scalars without units have the same value, up to rounding as `policy` allows. Raises TooBig."""
+    """Whether two scalars without units have the same value, up to rounding as `policy` allows.
+    Raises TooBig."""
     if gold == answer:
         return Outcome.EQUAL
     if gold.kind is answer.kind is Kind.NUMBER:
         if number_of(gold) == number_of(answer):
             return Outcome.EQUAL
-        return outcome(policy is not None and _rounds(gold, answer, number_of(gold), number_of(answer), policy))
-    if has(gold, Kind.DOTS, Kind.TEXT, Kind.VERBATIM) or has(answer, Kind.DOTS, Kind.TEXT, Kind.VERBATIM):
+        return outcome(
+            policy is not None and _rounds(gold, answer, number_of(gold), number_of(answer), policy)
+        )
+    if has(gold, Kind.DOTS, Kind.TEXT, Kind.VERBATIM) or has(
+        answer, Kind.DOTS, Kind.TEXT, Kind.VERBATIM
+    ):
         return Outcome.UNKNOWN
     reading = Reading.of(gold, answer)
     ours, theirs = signature(gold, reading), signature(answer, reading)
@@ -179,7 +178,9 @@ def same_value(gold: Node, answer: Node, policy: Policy | None) -> Outcome:
             return Outcome.EQUAL
         return outcome(policy is not None and _rounds(gold, answer, a, b, policy))
     opaque = Outcome.UNKNOWN if has(gold, Kind.BIG) or has(answer, Kind.BIG) else Outcome.DIFFERENT
-    count = max(len(ours), len(theirs))  # a variable on one side only: the other side is the same at every point
+    count = max(
+        len(ours), len(theirs)
+    )  # a variable on one side only: the other side is the same at every point
     agreed = []
     for point in range(count):
         a, b = ours[point % len(ours)], theirs[point % len(theirs)]
@@ -190,7 +191,9 @@ def same_value(gold: Node, answer: Node, policy: Policy | None) -> Outcome:
         agreed.append(point)
     if len(agreed) < 2:
         return Outcome.UNKNOWN
-    if not all(_confirmed(gold, answer, point, reading) for point in agreed[:: max(1, len(agreed) // 3)]):
+    if not all(
+        _confirmed(gold, answer, point, reading) for point in agreed[:: max(1, len(agreed) // 3)]
+    ):
         return opaque
     return Outcome.EQUAL
 
@@ -208,7 +211,8 @@ def _confirmed(gold: Node, answer: Node, point: int, reading: Reading) -> bool:
 def _close(a: Value, b: Value, tolerance: float = 1e-9) -> bool:
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a == b
-    x, y = (v if not isinstance(v, Fraction) else _inexact(v, a if isinstance(b, Fraction) else b) for v in (a, b))
+    x = _inexact(a, b) if isinstance(a, Fraction) else a
+    y = _inexact(b, a) if isinstance(b, Fraction) else b
     largest = max(abs(x), abs(y))
     if largest == math.inf:
         return bool(x == y)
@@ -226,9 +230,9 @@ def _inexact(value: Fraction, like: Value) -> Value:
 
 
 def _rounds(gold: Node, answer: Node, a: Value, b: Value, policy: Policy) -> bool:
-    """Whether a decimal stands for a number that it rounds: for an exact reference the answer needs `policy.rounding`
-    significant digits, and must not be a short decimal itself; for a decimal reference the answer must be exact, or round to
-    it in its last digit."""
+    """Whether a decimal stands for a number that it rounds: for an exact reference the answer needs
+    `policy.rounding` significant digits, and must not be a short decimal itself; for a decimal
+    reference the answer must be exact, or round to it in its last digit."""
     if not policy.rounding:
         return False
     ours, theirs = _decimals(gold), _decimals(answer)
@@ -239,11 +243,11 @@ def _rounds(gold: Node, answer: Node, a: Value, b: Value, policy: Policy) -> boo
     if math.isnan(x) or math.isnan(y) or math.isinf(x) or math.isinf(y):
         return False
     if ours is not None and ours.significant >= 3:
-        if theirs is None:  # rounded or cut off: the exact answer lies within one unit of the last digit
-            return not _integral(answer) and not _terminates(b) and abs(x - y) < ours.unit * (1 - 1e-9)
-        return (
-            ours.significant >= policy.rounding and theirs.unit < ours.unit and abs(x - y) <= ours.unit / 2 * (1 + 1e-9)
-        )
+        if theirs is None:  # rounded or cut off: the exact answer is within one unit at the end
+            exact_answer = not _integral(answer) and not _terminates(b)
+            return exact_answer and abs(x - y) < ours.unit * (1 - 1e-9)
+        finer = ours.significant >= policy.rounding and theirs.unit < ours.unit
+        return finer and abs(x - y) <= ours.unit / 2 * (1 + 1e-9)
     if ours is None and theirs is not None and not _integral(gold) and not _terminates(a):
         return theirs.significant >= policy.rounding and abs(x - y) <= theirs.unit / 2 * (1 + 1e-9)
     return False
@@ -277,19 +281,22 @@ def _decimals(node: Node) -> _Decimal | None:
     if node.kind is not Kind.NUMBER or not isinstance(node.data, tuple) or node.data[1] < 1:
         return None
     value, digits = node.data
-    return _Decimal(scale * 10.0**-digits, len(str(abs(value.numerator * 10**digits // value.denominator))))
+    significant = str(abs(value.numerator * 10**digits // value.denominator))
+    return _Decimal(scale * 10.0**-digits, len(significant))
 
 
 def _integral(node: Node) -> bool:
     """Whether a tree is an integer as written."""
     node = node.args[0] if node.kind in (Kind.NEGATIVE, Kind.QUANTITY) else node
-    return node.kind is Kind.NUMBER and isinstance(node.data, tuple) and node.data[0].denominator == 1
+    return node.kind is Kind.NUMBER and number_of(node).denominator == 1
 
 
 def is_literal(node: Node, like: Node | None = None) -> bool:
-    """A number as one writes a result: 12, -0.5, 3/4, 1 4/5, 25 %, 2 x 10^{-10}; not 30/6, which is left to work out.
+    """A number as one writes a result: 12, -0.5, 3/4, 1 4/5, 25 %, 2 x 10^{-10}; not 30/6, which is
+    left to work out.
 
-    `like`: the literal that it is compared with; what is written in the same way is a result too."""
+    `like`: the literal that it is compared with; what is written in the same way is a result
+    too."""
     if node.kind is Kind.QUANTITY:
         return node.data in (PERCENT, DEGREE) and is_literal(node.args[0], like)
     if node.kind is Kind.NEGATIVE:
@@ -303,21 +310,23 @@ def is_literal(node: Node, like: Node | None = None) -> bool:
         top, bottom = (exact(a) for a in node.args)
         if top is None or not bottom:
             return False
-        return (top / bottom).denominator != 1 or (like is not None and like.kind in (Kind.QUOTIENT, Kind.RATIO))
+        if bottom == 1 or (top / bottom).denominator != 1:
+            return True
+        return like is not None and like.kind in (Kind.QUOTIENT, Kind.RATIO)
     if node.kind is Kind.PRODUCT and len(node.args) == 2:
         mantissa, power = node.args
-        return (is_literal(mantissa) and mantissa.kind is not Kind.PRODUCT) and _power_of_ten(power) is not None
-    if (power_of := _power_of_ten(node)) is not None:
-        return power_of < 0 or power_of >= PLAIN_POWER or (like is not None and like.kind is Kind.POWER)
-    return False
+        scaled = mantissa.kind is not Kind.PRODUCT and _power_of_ten(power) is not None
+        return scaled and is_literal(mantissa)
+    if (exponent := _power_of_ten(node)) is None:
+        return False
+    written_so = like is not None and like.kind is Kind.POWER
+    return exponent < 0 or exponent >= PLAIN_POWER or written_so
 
 
 def _power_of_ten(node: Node) -> int | None:
     if node.kind is not Kind.POWER or node.args[0] != number(10):
         return None
-    exponent = (
-        exact(node.args[1])
-        if not variables(node.args[1]) and node.args[1].kind in (Kind.NUMBER, Kind.NEGATIVE)
-        else None
-    )
+    if node.args[1].kind not in (Kind.NUMBER, Kind.NEGATIVE):
+        return None
+    exponent = exact(node.args[1])
     return int(exponent) if exponent is not None and exponent.denominator == 1 else None

@@ -1,108 +1,53 @@
-"""What a tree states: a name and what it is said to be, chains of equations, inequalities as intervals, items of collections."""
+"""What a tree states: a name and what it is said to be, chains of equations, inequalities as
+intervals, items of collections."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
 from itertools import pairwise, product
 
+from .options import Outcome, outcome
 from .tree import INFINITY, Kind, Node, negative, variables
-from .values import Reading, Undefined, exact, signature
+from .values import exact
 
-_NUMBER_SETS = ("mathbb R", "mathbb Z", "mathbb N", "mathbb Q", "mathbb C")
+NUMBER_SETS = ("mathbb R", "mathbb Z", "mathbb N", "mathbb Q", "mathbb C")
 _REAL_LINE = Node(Kind.GROUP, (negative(INFINITY), INFINITY), "()")
-_ALL_REALS = ("all real numbers", "all reals", "real numbers", "全体实数", "一切实数", "任意实数", "all real values")
-
-
-@dataclass(frozen=True, slots=True)
-class Statement:
-    """`name = body`; an `equation` that defines no name is its own body. `false`: a chain whose sides differ."""
-
-    body: Node
-    name: Node | None = None
-    equation: bool = False
-    false: bool = False
-    unproved: bool = False
+_ALL_REALS = (
+    "all real numbers",
+    "all reals",
+    "real numbers",
+    "全体实数",
+    "一切实数",
+    "任意实数",
+    "all real values",
+)
 
 
 def is_name(node: Node) -> bool:
-    """Something that an equation can define: x, a_n, f(x), AB, |AB|, (x, y), A:B, dy/dx, \\text{Area}."""
+    """Something that an equation can define: x, a_n, f(x), AB, |AB|, (x, y), A:B, dy/dx,
+    \\text{Area}."""
     if node.kind in (Kind.NAME, Kind.RUN, Kind.TEXT, Kind.APPLY, Kind.DERIVATIVE, Kind.CHOICE):
         return True
     if node.kind is Kind.CALL:
-        return node.data in ("abs", "norm", "det", "arg", "Pr", "Re", "Im", "deg", "dim", "tr", "rank") and is_name(
-            node.args[0]
-        )
+        return node.data in (
+            "abs",
+            "norm",
+            "det",
+            "arg",
+            "Pr",
+            "Re",
+            "Im",
+            "deg",
+            "dim",
+            "tr",
+            "rank",
+        ) and is_name(node.args[0])
     if node.kind in (Kind.GROUP, Kind.RATIO, Kind.LIST, Kind.QUOTIENT):
         return all(is_name(a) for a in node.args)
     return node.kind is Kind.BIG
 
 
-def is_expression_of_names(node: Node) -> bool:
-    """x + y, m n, a^2 + b^2: what a problem asks for, without a number as a factor or term."""
-    if node.kind in (Kind.SUM, Kind.PRODUCT, Kind.QUOTIENT, Kind.INVERSE):
-        return all(is_expression_of_names(a.args[0] if a.kind is Kind.NEGATIVE else a) for a in node.args)
-    if node.kind is Kind.POWER:
-        return is_expression_of_names(node.args[0])
-    return is_name(node) or node.kind is Kind.CONSTANT
-
-
-def state(node: Node, agree: Callable[[Node, Node], bool | None], take_last: bool, loose: bool) -> Statement:
-    """What a tree states. `agree`: whether two scalars are the same (None: unknown); `take_last`: whether a chain that is
-    false counts by its last side; `loose`: whether `x + y = 5` states 5."""
-    if node.kind is not Kind.RELATION or not isinstance(node.data, tuple):
-        return Statement(_whole(node))
-    signs, sides = list(node.data), list(node.args)
-    if signs == ["in"] and is_name(sides[0]):
-        return Statement(_whole(sides[1]), sides[0])
-    if any(sign not in ("=", "~") for sign in signs):
-        return Statement(node)
-    if "~" in signs:
-        cut = signs.index("~")
-        if len(sides) == 2 and (is_name(sides[0]) or (loose and is_expression_of_names(sides[0]))):
-            return Statement(_whole(sides[1]), sides[0])
-        if len(sides) > cut + 1 and not _roughly(sides[cut], sides[cut + 1], agree):
-            return Statement(node, false=True)
-        signs, sides = signs[:cut], sides[: cut + 1]
-        if len(sides) == 1:
-            return Statement(_whole(sides[0]))
-    name: Node | None = None
-    if is_name(sides[0]) or (loose and len(sides) == 2 and is_expression_of_names(sides[0])):
-        name, sides = sides[0], sides[1:]
-    elif len(sides) == 2 and is_name(sides[1]) and not variables(sides[0]):
-        name, sides = sides[1], sides[:1]
-    if len(sides) == 1:
-        return Statement(_whole(sides[0]), name)
-    if len(sides) == 2 and name is None and variables(node):
-        return Statement(node, equation=True)
-    if _is_system(name, sides):
-        return Statement(node)
-    if name is not None and not variables(sides[-1]):  # A = bh/2 = 12: the formula between is no number
-        sides = [side for side in sides if not variables(side)]
-    checks = [agree(a, b) for a, b in pairwise(sides)]
-    return Statement(
-        _whole(sides[-1]), name, false=False in checks and not take_last, unproved=None in checks and not take_last
-    )
-
-
-def _is_system(name: Node | None, sides: list[Node]) -> bool:
-    """A chain that relates unknowns, x/2 = y/3 = z/4, and computes none of them."""
-    if name is not None:
-        return all(is_name(side) and variables(side) for side in sides)
-    return len({frozenset(variables(side)) for side in sides if variables(side)}) > 1
-
-
-def _roughly(exact: Node, rounded: Node, agree: Callable[[Node, Node], bool | None]) -> bool:
-    try:
-        a, b = (signature(side, Reading()) for side in (exact, rounded))
-    except (Undefined, ArithmeticError):
-        return True
-    if len(a) != 1 or len(b) != 1 or a[0] is None or b[0] is None:
-        return True
-    return abs(complex(a[0]) - complex(b[0])) <= 0.05 * max(abs(complex(a[0])), abs(complex(b[0])))
-
-
-def _whole(node: Node) -> Node:
+def whole_set(node: Node) -> Node:
     """The set that a builder of inequalities in a lone name spells; the real line by its names."""
     if node.kind is Kind.BUILDER:
         element, condition = node.args
@@ -114,16 +59,22 @@ def _whole(node: Node) -> Node:
             found = as_interval(condition)
             if found.kind in (Kind.GROUP, Kind.UNION) and variables(condition) == {element.data}:
                 return found
-    if node == Node(Kind.NAME, (), "mathbb R") or (node.kind is Kind.TEXT and str(node.data).lower() in _ALL_REALS):
+    if node == Node(Kind.NAME, (), "mathbb R") or (
+        node.kind is Kind.TEXT and str(node.data).lower() in _ALL_REALS
+    ):
         return _REAL_LINE
     return node
 
 
 def as_interval(node: Node) -> Node:
-    """An inequality in one name as its interval, a list of such as their union; other nodes unchanged."""
+    """An inequality in one name as its interval, a list of such as their union; other nodes
+    unchanged."""
     if node.kind is Kind.LIST and len(node.args) > 1:
         pieces = [as_interval(a) for a in node.args]
-        if not (all(p.kind is Kind.GROUP for p in pieces) and all(a.kind is Kind.RELATION for a in node.args)):
+        if not (
+            all(p.kind is Kind.GROUP for p in pieces)
+            and all(a.kind is Kind.RELATION for a in node.args)
+        ):
             return node
         if len({_subject(a) for a in node.args}) > 1:
             return node  # a > 1, b > 4: each says something of its own
@@ -136,7 +87,7 @@ def as_interval(node: Node) -> Node:
         return node
     signs, sides = list(node.data), list(node.args)
     if signs == ["in"] and is_name(sides[0]):
-        return _whole(sides[1])
+        return whole_set(sides[1])
     if all(sign in (">", ">=") for sign in signs):
         signs, sides = ["<" + sign[1:] for sign in reversed(signs)], sides[::-1]
     if not all(sign in ("<", "<=") for sign in signs):
@@ -163,14 +114,15 @@ def _overlap(pieces: list[Node]) -> Node | None:
         return None
     pieces = sorted(pieces, key=lambda p: p.args[0] == negative(INFINITY))
     right, left = pieces
-    if left.args[0] != negative(INFINITY) or right.args[1] != INFINITY or right.args[0] == negative(INFINITY):
+    lowest = negative(INFINITY)
+    if left.args[0] != lowest or right.args[0] == lowest or right.args[1] != INFINITY:
         return None
     return Node(Kind.GROUP, (right.args[0], left.args[1]), str(right.data)[0] + str(left.data)[1])
 
 
 def _without_points(node: Node) -> Node:
     """The real line without numbers, as a union of open intervals."""
-    line, *others = (_whole(a) for a in node.args)
+    line, *others = (whole_set(a) for a in node.args)
     if line != _REAL_LINE or len(others) != 1 or others[0].kind is not Kind.SET:
         return node
     points = sorted(((exact(p), p) for p in others[0].args), key=lambda pair: pair[0] or 0)
@@ -188,8 +140,10 @@ def expanded(node: Node) -> list[Node] | None:
 
 
 def independent(node: Node) -> list[Node] | None:
-    """All values of a tuple with several `+-` in different places, each taken for itself: (+-1, +-2) are four."""
-    if node.kind is not Kind.GROUP or sum(_has_sign(a) for a in node.args) < 2 or len(node.args) > 5:
+    """All values of a tuple with several `+-` in different places, each taken for itself: (+-1,
+    +-2) are four."""
+    signs = sum(_has_sign(a) for a in node.args)
+    if node.kind is not Kind.GROUP or signs < 2 or len(node.args) > 5:
         return None
     choices = [expanded(a) or [a] for a in node.args]
     return [Node(Kind.GROUP, tuple(parts), node.data) for parts in product(*choices)]
@@ -205,12 +159,16 @@ def _signed(node: Node, upper: bool) -> Node:
     if node.kind is Kind.PLUS_MINUS:
         inner = _signed(node.args[0], upper)
         return inner if (node.data == "+-") == upper else negative(inner)
-    return Node(node.kind, tuple(_signed(a, upper) for a in node.args), node.data) if node.args else node
+    if not node.args:
+        return node
+    return Node(node.kind, tuple(_signed(a, upper) for a in node.args), node.data)
 
 
 def items_of(node: Node) -> list[Node] | None:
     """The items of a collection without order, `+-` expanded; None for anything else."""
-    if node.kind not in (Kind.LIST, Kind.SET) and not (node.kind is Kind.UNION and node.data == "union"):
+    if node.kind not in (Kind.LIST, Kind.SET) and not (
+        node.kind is Kind.UNION and node.data == "union"
+    ):
         return expanded(node)
     found: list[Node] = []
     for item in node.args:
@@ -220,27 +178,33 @@ def items_of(node: Node) -> list[Node] | None:
     return found
 
 
-def without_declarations(node: Node) -> tuple[Node, tuple[tuple[str, ...], ...]]:
-    """A statement and its conditions: `k\\pi, k \\in \\mathbb{Z}` and `k\\pi \\text{ for } k \\in \\mathbb{Z}`."""
-    if node.kind is Kind.QUALIFIED:
-        inner, conditions = without_declarations(node.args[0])
-        assert isinstance(node.data, tuple)
-        return inner, (*conditions, node.data)
-    if node.kind is Kind.LIST:
-        kept = [a for a in node.args if not _declares(a)]
-        if 0 < len(kept) < len(node.args):
-            conditions = tuple((str(a.args[1].data),) for a in node.args if _declares(a))
-            last, more = without_declarations(kept[-1])
-            body = last if len(kept) == 1 else Node(Kind.LIST, (*kept[:-1], last))
-            return body, (*conditions, *more)
-    return node, ()
+def words_of(node: Node) -> list[str]:
+    words = re.findall(r"[^\W_]+", str(node.data).casefold())
+    return [word for word in words if word not in ("the", "a", "an", "only")]
 
 
-def _declares(node: Node) -> bool:
-    """`k \\in \\mathbb{Z}`."""
-    return (
-        node.kind is Kind.RELATION
-        and node.data == ("in",)
-        and node.args[0].kind is Kind.NAME
-        and str(node.args[1].data).startswith(_NUMBER_SETS)
-    )
+def same_letters(gold: Node, answer: Node) -> Outcome | None:
+    """AB for A, B; AB is no other order of letters. None: compare by value."""
+    if gold.kind is Kind.RUN and answer.kind is Kind.RUN:
+        return outcome(gold.data == answer.data)
+    run, other = (gold, answer) if gold.kind is Kind.RUN else (answer, gold)
+    if other.kind is Kind.TEXT:
+        return outcome(str(other.data).casefold() == str(run.data).casefold())
+    names = (Kind.NAME, Kind.CHOICE, Kind.CONSTANT)
+    if other.kind is Kind.LIST and all(i.kind in names for i in other.args):
+        letters = [str(i.data) for i in other.args]
+        choices = all("A" <= c <= "H" for c in letters) and sorted(letters) == letters
+        return outcome(choices and "".join(letters) == run.data)
+    return None
+
+
+def same_clock(gold: Node, answer: Node) -> Outcome:
+    """10:30 AM and, with less said, 10:30."""
+    if gold.kind is answer.kind is Kind.CLOCK:
+        return outcome(gold.data == answer.data)
+    clock, other = (gold, answer) if gold.kind is Kind.CLOCK else (answer, gold)
+    if other.kind is not Kind.RATIO or len(other.args) != 2 or not isinstance(clock.data, int):
+        return Outcome.DIFFERENT
+    hour, minute = divmod(clock.data, 60)
+    hours, minutes = (exact(a) for a in other.args)
+    return outcome(minutes == minute and hours in (hour, (hour - 1) % 12 + 1))

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from .atoms import ACCENTS, BIG, Atoms
-from .functions import GREEK
+from .atoms import ACCENTS, BIG, GREEK, GREEK_FUNCTIONS, Atoms
 from .lexer import FUNCTIONS, Token
 from .reader import TooDeep, Unreadable, negated, whole
 from .tree import Kind, Node, negative, number, number_of, walk
 from .units import DEGREE, MULTIPLIERS, PERCENT, Unit, read_unit
 
 _STARTERS = frozenset((
-    r"\pi", r"\infty", r"\frac", r"\sqrt", r"\cbrt", r"\binom", r"\lfloor", r"\lceil", r"\{", r"\begin", r"\angle", r"\triangle",
-    r"\langle",
-    r"\ldots", r"\emptyset", r"\|",
+    r"\pi", r"\infty", r"\frac", r"\sqrt", r"\cbrt", r"\binom", r"\lfloor", r"\lceil", r"\{",
+    r"\begin", r"\angle", r"\triangle", r"\langle", r"\ldots", r"\emptyset", r"\|",
 ))  # fmt: skip
 
 
+_FUNCTION_NAMES = ("f", "g", "h", "F", "G", "H")
 MODULO = (r"\bmod", r"\mod", "mod")
 
 
@@ -55,11 +54,16 @@ class Terms(Atoms):
             elif (mixed := self.mixed(factors[-1])) is not None:
                 factors[-1] = mixed
             elif self.starts_atom():
-                bare = self.kind() == "number" or self.peek() == "{"
+                bare, fraction = self.kind() == "number" or self.peek() == "{", self.peek() != "("
                 factor = self.postfix(self.atom())
                 if bare and factor.kind is Kind.NUMBER and factors[-1].kind is not Kind.POWER:
                     raise Unreadable("numbers side by side")
-                if factors[-1].kind is Kind.NUMBER and factor.kind is Kind.QUOTIENT and whole(factor.args[0]):
+                if (
+                    fraction
+                    and factors[-1].kind is Kind.NUMBER
+                    and factor.kind is Kind.QUOTIENT
+                    and whole(factor.args[0])
+                ):
                     raise Unreadable("a number beside a fraction")
                 factors.append(factor)
             else:
@@ -73,14 +77,24 @@ class Terms(Atoms):
         start = self.at
         if self.skip(r"\frac"):
             fraction = Node(Kind.QUOTIENT, (self.argument(), self.argument()))
-        elif self.kind() == "number" and self.spaced() and self.peek(1) == "/" and self.kind(2) == "number":
+        elif (
+            self.kind() == "number"
+            and self.spaced()
+            and self.peek(1) == "/"
+            and self.kind(2) == "number"
+        ):
             top = self.numeral()
             self.at += 1
             fraction = Node(Kind.QUOTIENT, (top, self.numeral()))
         else:
             return None
         top, bottom = fraction.args
-        if whole(top) and whole(bottom) and 0 < number_of(top) < number_of(bottom) and self.peek() != "/":
+        if (
+            whole(top)
+            and whole(bottom)
+            and 0 < number_of(top) < number_of(bottom)
+            and self.peek() != "/"
+        ):
             return Node(Kind.MIXED, (before, fraction))
         self.at = start
         return None
@@ -118,7 +132,14 @@ class Terms(Atoms):
                 if not whole(value):
                     raise Unreadable("a unit with an odd exponent")
                 pieces[-1] += f"^{'-' if exponent.kind is Kind.NEGATIVE else ''}{number_of(value)}"
-            elif self.peek() in (r"\mu", r"\Omega", r"\degree") and self.peek(1) in ("C", "F", "m", "s", "g", ""):
+            elif self.peek() in (r"\mu", r"\Omega", r"\degree") and self.peek(1) in (
+                "C",
+                "F",
+                "m",
+                "s",
+                "g",
+                "",
+            ):
                 symbol = {r"\mu": "µ", r"\Omega": "Ω", r"\degree": "°"}[self.take()]
                 pieces.append(symbol + (self.take() if self.peek() else ""))
             else:
@@ -144,7 +165,11 @@ class Terms(Atoms):
                 return self.peek(ahead + 1) not in MODULO and self.peek(ahead + 2) != r"\in"
             return token in ("[", "{")
         return kind == "command" and (
-            token[1:] in FUNCTIONS or token[1:] in GREEK or token in _STARTERS or token[1:] in ACCENTS or token in BIG
+            token[1:] in FUNCTIONS
+            or token[1:] in GREEK
+            or token in _STARTERS
+            or token[1:] in ACCENTS
+            or token in BIG
         )
 
     def factor(self) -> Node:
@@ -158,24 +183,26 @@ class Terms(Atoms):
         return negated(result) if minus else result
 
     def postfix(self, result: Node) -> Node:
+        raised = False
         for _ in range(6):
             if self.skip("^"):
                 if _is_product(result):  # a(x - y)^2 raises the bracket alone
                     name, inner = result.args
                     result = Node(Kind.PRODUCT, (name, Node(Kind.POWER, (inner, self.argument()))))
                     continue
-                if result.kind is Kind.POWER and self.peek(-2) != ")":
+                if raised:
                     raise Unreadable("two exponents")
-                result = Node(Kind.POWER, (result, self.argument()))
-            elif self.peek() == "!" and self.peek(1) != "=":
-                self.at += 1
+                result, raised = Node(Kind.POWER, (result, self.argument())), True
+            elif self.skip("!"):
                 double = self.peek() == "!"
                 self.at += double
                 result = Node(Kind.CALL, (result,), "double factorial" if double else "factorial")
             elif self.peek() == "_" and whole(result) and self.peek(-1) == ")":
                 result = self.based(str(number_of(result)))
             elif self.peek() == "(" and result.kind is Kind.POWER and _is_inverse(result):
-                result = Node(Kind.APPLY, (Node(Kind.NAME, (), f"{result.args[0].data}^-1"), self.brackets()))
+                result = Node(
+                    Kind.APPLY, (Node(Kind.NAME, (), f"{result.args[0].data}^-1"), self.brackets())
+                )
             elif self.skip("%"):
                 result = Node(Kind.QUANTITY, (result,), PERCENT)
             elif self.peek() == r"\degree":
@@ -195,7 +222,8 @@ class Terms(Atoms):
         return Node(Kind.QUANTITY, (result,), DEGREE)
 
     def argument(self) -> Node:
-        """What follows ^, _, \\frac or \\sqrt: a braced expression, or one token (`\\frac12`, `x^2`)."""
+        """What follows ^, _, \\frac or \\sqrt: a braced expression, or one token (`\\frac12`,
+        `x^2`)."""
         self.enter()
         if self.skip("{"):
             inner = self.braced()
@@ -203,16 +231,15 @@ class Terms(Atoms):
             raise Unreadable("a function without its argument")
         elif self.kind() in ("name", "letter"):
             inner = self.name(applied=False)
-        elif self.kind() == "number" and len(self.peek()) > 1 and self.peek(-1) != "^" and self.peek().isdigit():
-            token = self.tokens[self.at]
-            self.tokens = [
-                *self.tokens[: self.at],
-                *(Token("number", c) for c in token.text),
-                *self.tokens[self.at + 1 :],
-            ]
+        elif self.peek().isdigit() and self.peek(-1) != "^":  # \\frac12
+            digits = [Token("number", digit) for digit in self.peek()]
+            self.tokens = [*self.tokens[: self.at], *digits, *self.tokens[self.at + 1 :]]
             inner = self.numeral()
-        elif self.peek() in ("-", "+"):
-            inner = negated(self.atom()) if self.take() == "-" else self.atom()
+        elif self.peek() in ("-", "+"):  # x^-2; but e^-{2t} is e to the minus sign, beside 2t
+            minus = self.take() == "-"
+            if self.peek() == "{" or self.peek()[1:] in FUNCTIONS:
+                raise Unreadable("a sign as an argument")
+            inner = negated(self.atom()) if minus else self.atom()
         else:
             inner = self.atom()
         self.depth -= 1
@@ -220,23 +247,27 @@ class Terms(Atoms):
 
 
 def _is_product(node: Node) -> bool:
-    """Whether `name(argument)` looks like a quantity times a bracket: a(x + 1), not f(x + 1) nor a(2)."""
-    if node.kind is not Kind.APPLY or node.args[1].kind in (Kind.NUMBER, Kind.NAME, Kind.NEGATIVE, Kind.GROUP):
+    """Whether `name(argument)` looks like a quantity times a bracket: a(x + 1), not f(x + 1) nor
+    a(2)."""
+    single = (Kind.NUMBER, Kind.NAME, Kind.NEGATIVE, Kind.GROUP)
+    if node.kind is not Kind.APPLY or node.args[1].kind in single:
         return False
-    return str(node.args[0].data) not in ("f", "g", "h", "F", "G", "H", "varphi", "psi", "Phi", "Psi", "Gamma")
+    return str(node.args[0].data) not in (*_FUNCTION_NAMES, *GREEK_FUNCTIONS)
 
 
 def _is_inverse(node: Node) -> bool:
+    """Whether a power is f^{-1}, the inverse of a function."""
+    base, exponent = node.args
     return (
-        node.args[0].kind is Kind.NAME
-        and node.args[0].data in ("f", "g", "h", "F", "G", "H")
-        and node.args[1] == negative(number(1))
+        base.kind is Kind.NAME and base.data in _FUNCTION_NAMES and exponent == negative(number(1))
     )
 
 
 def _is_numeric(factors: list[Node]) -> bool:
     """Whether these can be the amount of a unit: no variables."""
-    return not any(n.kind in (Kind.NAME, Kind.RUN, Kind.TEXT, Kind.QUANTITY) for f in factors for n in walk(f))
+    return not any(
+        n.kind in (Kind.NAME, Kind.RUN, Kind.TEXT, Kind.QUANTITY) for f in factors for n in walk(f)
+    )
 
 
 def _flat(factors: list[Node]) -> tuple[Node, ...]:

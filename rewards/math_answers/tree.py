@@ -12,9 +12,9 @@ class Kind(StrEnum):
     """What a node is. In brackets: what `args` and `data` hold; a kind without `data` has none."""
 
     # scalars
-    NUMBER = "number"  # data (Fraction, digits after the point, -1 for an integer or an exact decimal)
-    NAME = "name"  # a variable, data its spelling with subscript, accent and primes: "x", "a_{n+1}", "hat x"
-    RUN = "run"  # capital letters in a row: AB is a segment, BAC an order, RT a product; data the letters
+    NUMBER = "number"  # data (Fraction, digits after the point; -1: an integer, or exact)
+    NAME = "name"  # a variable, data its spelling with subscript, accent, primes: "x", "a_{n+1}"
+    RUN = "run"  # capitals in a row: AB is a segment, BAC an order, RT a product; data the letters
     CONSTANT = "constant"  # data "pi", "e", "i", "infty"
     SUM = "sum"  # (terms)
     PRODUCT = "product"  # (factors)
@@ -52,7 +52,8 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One node, e.g. `Node(Kind.POWER, (x, two))`. Sums and products are flat, so depth is that of the brackets."""
+    """One node, e.g. `Node(Kind.POWER, (x, two))`. Sums and products are flat, so depth is that of
+    the brackets."""
 
     kind: Kind
     args: tuple[Node, ...] = ()
@@ -103,7 +104,9 @@ def substitute(node: Node, name: str, value: Node) -> Node:
     """The tree with a variable replaced."""
     if node.kind is Kind.NAME:
         return value if node.data == name else node
-    return Node(node.kind, tuple(substitute(a, name, value) for a in node.args), node.data) if node.args else node
+    if not node.args:
+        return node
+    return Node(node.kind, tuple(substitute(a, name, value) for a in node.args), node.data)
 
 
 INFINITY = Node(Kind.CONSTANT, (), "infty")

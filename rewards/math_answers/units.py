@@ -1,4 +1,5 @@
-"""Units of measurement: what they measure and how large they are, and the words that only count things."""
+"""Units of measurement: what they measure and how large they are, and the words that only count
+things."""
 
 from __future__ import annotations
 
@@ -14,18 +15,21 @@ def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_PREFIXES = {"n": 1e-9, "µ": 1e-6, "μ": 1e-6, "m": 1e-3, "c": 1e-2, "d": 0.1, "k": 1e3, "M": 1e6, "G": 1e9}
-_LONG_PREFIXES = {
-    "nano": 1e-9,
-    "micro": 1e-6,
-    "milli": 1e-3,
-    "centi": 1e-2,
-    "deci": 0.1,
-    "kilo": 1e3,
-    "mega": 1e6,
-    "giga": 1e9,
+_PREFIXES = {
+    "n": 1e-9,
+    "µ": 1e-6,
+    "μ": 1e-6,
+    "m": 1e-3,
+    "c": 1e-2,
+    "d": 0.1,
+    "k": 1e3,
+    "M": 1e6,
+    "G": 1e9,
 }
-
+_LONG_PREFIXES = {
+    **{"nano": 1e-9, "micro": 1e-6, "milli": 1e-3, "centi": 1e-2, "deci": 0.1},
+    **{"kilo": 1e3, "mega": 1e6, "giga": 1e9},
+}
 _TABLE = """
 length m meter meters metre metres 米 | 1 | P
 length in inch inches 英寸 | 0.0254
@@ -65,24 +69,29 @@ bit byte bytes | 8
 """
 _DERIVED: dict[str, tuple[str, float]] = {
     "mph": ("mi/h", 1.0), "kmh": ("km/h", 1.0), "kph": ("km/h", 1.0),
-    "L l liter liters litre litres 升": ("dm^3", 1.0), "mL ml milliliter milliliters millilitre millilitres 毫升": ("cm^3", 1.0),
-    "ha hectare hectares 公顷": ("m^2", 1e4), "acre acres": ("m^2", 4046.8564224), "亩": ("m^2", 2000 / 3),
-    "gal gallon gallons": ("L", 3.785411784), "quart quarts": ("L", 0.946352946),
+    "L l liter liters litre litres 升": ("dm^3", 1.0),
+    "mL ml milliliter milliliters millilitre millilitres 毫升": ("cm^3", 1.0),
+    "ha hectare hectares 公顷": ("m^2", 1e4), "acre acres": ("m^2", 4046.8564224), "亩": ("m^2",
+    2000 / 3), "gal gallon gallons": ("L", 3.785411784), "quart quarts": ("L", 0.946352946),
     "Hz hertz 赫兹": ("s^-1", 1.0), "N newton newtons 牛 牛顿": ("kg m s^-2", 1.0),
-    "J joule joules 焦 焦耳": ("kg m^2 s^-2", 1.0),
-    "W watt watts 瓦 瓦特": ("kg m^2 s^-3", 1.0), "Pa pascal pascals 帕": ("kg m^-1 s^-2", 1.0),
-    "V volt volts 伏 伏特": ("kg m^2 s^-3 A^-1", 1.0), "C coulomb coulombs 库仑": ("A s", 1.0),
-    "Ω ohm ohms 欧姆": ("kg m^2 s^-3 A^-2", 1.0), "T tesla teslas": ("kg s^-2 A^-1", 1.0),
-    "F farad farads": ("kg^-1 m^-2 s^4 A^2", 1.0),
-    "eV": ("J", 1.602176634e-19), "cal calorie calories": ("J", 4.184), "erg ergs": ("J", 1e-7), "dyn dyne dynes": ("N", 1e-5),
-    "Nm": ("N m", 1.0), "pm picometer picometers picometre picometres": ("m", 1e-12), "ps picosecond picoseconds": ("s", 1e-12),
-    "pF": ("F", 1e-12), "THz terahertz": ("Hz", 1e12), "TW": ("W", 1e12), "TJ": ("J", 1e12), "TeV": ("J", 1.602176634e-7),
-    "atm": ("Pa", 101325.0), "bar bars": ("Pa", 1e5), "au AU": ("m", 1.495978707e11), "pc parsec parsecs": ("m", 3.0857e16),
+    "J joule joules 焦 焦耳": ("kg m^2 s^-2", 1.0), "W watt watts 瓦 瓦特": ("kg m^2 s^-3", 1.0),
+    "Pa pascal pascals 帕": ("kg m^-1 s^-2", 1.0),
+    "V volt volts 伏 伏特": ("kg m^2 s^-3 A^-1", 1.0),
+    "C coulomb coulombs 库仑": ("A s", 1.0), "Ω ohm ohms 欧姆": ("kg m^2 s^-3 A^-2", 1.0),
+    "T tesla teslas": ("kg s^-2 A^-1", 1.0), "F farad farads": ("kg^-1 m^-2 s^4 A^2", 1.0),
+    "eV": ("J", 1.602176634e-19), "cal calorie calories": ("J", 4.184), "erg ergs": ("J", 1e-7),
+    "dyn dyne dynes": ("N", 1e-5), "Nm": ("N m", 1.0),
+    "pm picometer picometers picometre picometres": ("m", 1e-12),
+    "ps picosecond picoseconds": ("s", 1e-12), "pF": ("F", 1e-12), "THz terahertz": ("Hz", 1e12),
+    "TW": ("W", 1e12), "TJ": ("J", 1e12), "TeV": ("J", 1.602176634e-7), "atm": ("Pa", 101325.0),
+    "bar bars": ("Pa", 1e5), "au AU": ("m", 1.495978707e11), "pc parsec parsecs": ("m", 3.0857e16),
     "Å angstrom angstroms": ("m", 1e-10), "ly": ("m", 9.4607e15),
 }  # fmt: skip
 _CHINESE_PREFIX = {"千": 1e3, "公": 1e3, "厘": 1e-2, "毫": 1e-3, "分": 0.1, "微": 1e-6}
-_PREFIXED_SYMBOLS = ("Hz", "N", "J", "W", "Pa", "V", "C", "Ω", "T", "F", "L", "l", "eV", "cal", "bar", "pc", "ohm", "hertz",
-                     "watt", "watts", "joule", "joules", "volt", "volts", "newton", "newtons", "pascal", "calorie", "calories",
+_PREFIXED_SYMBOLS = ("Hz", "N", "J", "W", "Pa", "V", "C", "Ω", "T", "F", "L", "l", "eV", "cal",
+"bar", "pc", "ohm", "hertz",
+                     "watt", "watts", "joule", "joules", "volt", "volts", "newton", "newtons",
+                     "pascal", "calorie", "calories",
                      "parsec", "parsecs")  # fmt: skip
 MEASURE_WORDS = words(
     "个 只 本 人 名 条 块 张 种 次 组 件 辆 棵 支 箱 袋 页 岁 头 匹 位 朵 盒 道 题 层 排 行 列 "
@@ -90,22 +99,24 @@ MEASURE_WORDS = words(
     "幅 架 艘 枝 株 粒 滴 段 圈 项 位数 个数 种方法 种可能 人次 名学生 个苹果 "
 )
 _NOT_A_NOUN = words(
-    "is are was were be been not no nor false true wrong right correct incorrect if but or and could can may "
-    "might maybe perhaps when where unless otherwise except less more than plus minus times over under about only "
-    "either neither both else instead cannot never then so because since which that it this does do did has have "
-    "possibly probably through to with without for in of as another other different any some all none per "
-    "thousand million billion trillion dozen hundred half twice double triple squared cubed first second third at "
-    "by from vs versus mod modulo equals equal"
+    "is are was were be been not no nor false true wrong right correct incorrect if but or and "
+    "could can may might maybe perhaps when where unless otherwise except less more than plus "
+    "minus times over under about only either neither both else instead cannot never then so "
+    "because since which that it this does do did has have possibly probably through to with "
+    "without for in of as another other different any some all none per thousand million billion "
+    "trillion dozen hundred half twice double triple squared cubed first second third at by "
+    "from vs versus mod modulo equals equal"
 )
 MULTIPLIERS = {
-    "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
-    "百": 100, "千": 1000, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
+    "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12,
+    "dozen": 12, "百": 100, "千": 1000, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
 }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A measure (`dimension` with `factor`), e.g. km/h; or words that only say what is counted, with no dimension."""
+    """A measure (`dimension` with `factor`), e.g. km/h; or words that only say what is counted,
+    with no dimension."""
 
     factor: float
     dimension: tuple[tuple[str, int], ...]
@@ -139,16 +150,15 @@ def _build() -> tuple[dict[str, _Entry], dict[str, _Entry]]:
             for prefix, scale in _LONG_PREFIXES.items():
                 for name in long:
                     exact[prefix + name] = (scale * size, {dimension: 1})
-            for prefix, scale in _CHINESE_PREFIX.items():
-                exact.setdefault(
-                    prefix + long[-1] if long[-1] > "\u4e00" else prefix + "!", (scale * size, {dimension: 1})
-                )
+            for prefix, scale in _CHINESE_PREFIX.items() if long[-1] > "\u4e00" else ():
+                exact.setdefault(prefix + long[-1], (scale * size, {dimension: 1}))
     for aliases_text, (definition, times) in _DERIVED.items():
         factor_, dims = _compound(definition, exact, {}) or (1.0, {})
         for alias in aliases_text.split():
             exact[alias] = (factor_ * times, dims)
     for symbol in _PREFIXED_SYMBOLS:
-        for prefix, scale_ in (_PREFIXES | _LONG_PREFIXES if len(symbol) > 2 else _PREFIXES).items():
+        prefixes = _PREFIXES | _LONG_PREFIXES if len(symbol) > 2 else _PREFIXES
+        for prefix, scale_ in prefixes.items():
             if prefix == "d" and symbol not in "Ll":
                 continue
             exact.setdefault(prefix + symbol, (scale_ * exact[symbol][0], exact[symbol][1]))
@@ -156,7 +166,7 @@ def _build() -> tuple[dict[str, _Entry], dict[str, _Entry]]:
     for alias, entry in exact.items():
         if len(alias) > 1:
             lower.setdefault(alias.lower(), entry)
-    lower["mm"], lower["ms"], lower["mg"], lower["ml"] = exact["mm"], exact["ms"], exact["mg"], exact["mL"]
+    lower |= {name: exact[name] for name in ("mm", "ms", "mg")} | {"ml": exact["mL"]}
     return exact, lower
 
 
@@ -214,19 +224,22 @@ def is_unit(word: str) -> bool:
 def is_unit_word(word: str) -> bool:
     """Whether plain letters after a number are a unit: mg, Km and CM are, the product mv is not."""
     if len(word) == 2:
-        return (word in _EXACT and word not in ("pm", "ps")) or (word[0].isupper() and word.lower() in _EXACT)
+        known = word in _EXACT and word not in ("pm", "ps")
+        return known or (word[0].isupper() and word.lower() in _EXACT)
     return is_unit(word)
 
 
 @lru_cache(maxsize=4096)
 def read_unit(text: str) -> Unit | None:
-    """The unit that a text after a number states: a measure, or one to four words that count something; else None."""
+    """The unit that a text after a number states: a measure, or one to four words that count
+    something; else None."""
     text = text.strip().strip(",;").strip()
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
     if (entry := _compound(text, _EXACT, _LOWER)) is not None:
         return Unit(entry[0], tuple(sorted((n, e) for n, e in entry[1].items() if e)))
-    if text in MEASURE_WORDS or (text[:1] in MEASURE_WORDS and len(text) <= 6 and not text.isascii()):
+    counts = text[:1] in MEASURE_WORDS and len(text) <= 6 and not text.isascii()
+    if counts or text in MEASURE_WORDS:
         return Unit(1.0, (), (text,))
     if re.fullmatch(r"units?(?:\^[23])?", text) is not None:  # square units
         return Unit(1.0, (), (text.replace("units", "unit"),))
@@ -248,8 +261,9 @@ def same_count(a: Unit, b: Unit) -> bool:
 
 
 def may_be(counted: Unit, measured: Unit) -> bool:
-    """Whether words may stand for a measure: `school days` for days. A `unit` may be any; other scripts are not looked into."""
+    """Whether words may stand for a measure: `school days` for days. A `unit` may be any; other
+    scripts are not looked into."""
     if not all(word.isascii() for word in counted.words) or counted.words[0].startswith("unit"):
         return True
-    found = [read_unit(word) for word in counted.words]
-    return any(unit is not None and unit.measures and unit.dimension == measured.dimension for unit in found)
+    units = [unit for word in counted.words if (unit := read_unit(word)) is not None]
+    return any(unit.measures and unit.dimension == measured.dimension for unit in units)

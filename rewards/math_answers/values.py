@@ -1,8 +1,11 @@
 """Values of trees: exact rationals where that is cheap, else numbers of mpmath at fixed points.
 
-First in floats, which are fast and overflow before anything grows; where they agree, once more in 50 digits, so that a
-difference is never hidden by rounding. An integer beyond `MAX_BITS` raises `TooBig` before it is computed. What has no value
-but has parts (f(2), a derivative, a sum) gets a number made from its parts' values: equal parts, equal numbers.
+First in floats, which are fast and overflow before anything grows; where they agree, once more in
+50 digits, so that a
+difference is never hidden by rounding. An integer beyond `MAX_BITS` raises `TooBig` before it is
+computed. What has no value
+but has parts (f(2), a derivative, a sum) gets a number made from its parts' values: equal parts,
+equal numbers.
 """
 
 from __future__ import annotations
@@ -17,13 +20,13 @@ from typing import Any
 
 import mpmath
 
+from .rationals import MAX_BITS, TooBig, Undefined, exact_call, exact_root, integer_power
 from .tree import Kind, Node, has, number_of, variables, walk
 from .units import Unit, words
 
-MAX_BITS = 40_000
-"""Enough for 3000!; multiplying two such integers takes about 0.2 ms."""
 POINTS = 10
-"""Sample points: three in (0, 1), three above, two of integers (one odd, one even), two negative."""
+"""Sample points: three in (0, 1), three above, two of integers (one odd, one even), two
+negative."""
 _precise = mpmath.mp.clone()
 _precise.dps = 50
 _fast = mpmath.fp
@@ -31,20 +34,14 @@ Value = Any
 """A Fraction, or a real or complex number of one of mpmath's contexts."""
 
 
-class TooBig(ArithmeticError):
-    """The value cannot be held: an exponent tower, a factorial of a large number, a float that overflows."""
-
-
-class Undefined(ArithmeticError):
-    """No value here: division by zero, the root of a negative number among reals, or a kind of node that has none."""
-
-
 @dataclass(frozen=True, slots=True)
 class Reading:
     """What two trees that are compared agree upon.
 
-    `quantities`: names that stand alone on either side, so that `a(b+c)` is a product where `a` is one of them;
-    `letters`: whether AB is A times B, as it is where A stands alone; `real`: variables are real numbers, and so are roots.
+    `quantities`: names that stand alone on either side, so that `a(b+c)` is a product where `a` is
+    one of them;
+    `letters`: whether AB is A times B, as it is where A stands alone; `real`: variables are real
+    numbers, and so are roots.
     """
 
     quantities: frozenset[str] = frozenset()
@@ -65,7 +62,8 @@ class Reading:
 
 @lru_cache(maxsize=4096)
 def signature(node: Node, reading: Reading) -> tuple[Value | None, ...]:
-    """The value of a scalar in floats at every point (one entry if it has no variable); None where undefined. Raises TooBig."""
+    """The value of a scalar in floats at every point (one entry if it has no variable); None where
+    undefined. Raises TooBig."""
     return tuple(_value_at(node, point, reading, _fast) for point in _points(node))
 
 
@@ -75,14 +73,18 @@ def precise(node: Node, point: int, reading: Reading) -> Value | None:
 
 
 def _points(node: Node) -> range:
-    return range(POINTS if variables(node) or has(node, Kind.APPLY, Kind.BIG, Kind.DERIVATIVE) else 1)
+    return range(
+        POINTS if variables(node) or has(node, Kind.APPLY, Kind.BIG, Kind.DERIVATIVE) else 1
+    )
 
 
 def _value_at(node: Node, point: int, reading: Reading, context: Any) -> Value | None:
     names = variables(node)
     try:
         real = reading.real and bool(names)
-        return _Evaluator({name: sample(name, point) for name in names}, reading, context, real, point).value(node)
+        return _Evaluator(
+            {name: sample(name, point) for name in names}, reading, context, real, point
+        ).value(node)
     except Undefined:
         return None
     except TooBig:
@@ -103,7 +105,8 @@ def sample(name: str, point: int) -> Fraction:
 
 
 def exact(node: Node) -> Fraction | None:
-    """The value of a tree without variables if it is a rational that needs no mpmath, else None. Raises TooBig."""
+    """The value of a tree without variables if it is a rational that needs no mpmath, else None.
+    Raises TooBig."""
     if variables(node):
         return None
     try:
@@ -116,8 +119,11 @@ def exact(node: Node) -> Fraction | None:
 class _Evaluator:
     """The value of a tree where variables have values. `value` raises Undefined and TooBig."""
 
-    def __init__(self, env: Mapping[str, Fraction], reading: Reading, context: Any, real: bool, point: int) -> None:
-        self.env, self.reading, self.context, self.real, self.point = env, reading, context, real, point
+    def __init__(
+        self, env: Mapping[str, Fraction], reading: Reading, context: Any, real: bool, point: int
+    ) -> None:
+        self.env, self.reading, self.context = env, reading, context
+        self.real, self.point = real, point
 
     def value(self, node: Node) -> Value:
         if (operate := _OPERATIONS.get(node.kind)) is None:
@@ -131,7 +137,7 @@ class _Evaluator:
 
     def bounded(self, result: Value) -> Value:
         if isinstance(result, Fraction):
-            if result.numerator.bit_length() > MAX_BITS or result.denominator.bit_length() > MAX_BITS:
+            if max(result.numerator.bit_length(), result.denominator.bit_length()) > MAX_BITS:
                 raise TooBig("an exact number of too many digits")
             return result
         if self.context.isnan(result):
@@ -154,7 +160,9 @@ class _Evaluator:
             return self.run(node) if node.kind is Kind.RUN else self.env[str(node.data)]
         if node.data == "infty":
             return self.context.inf
-        return {"pi": +self.context.pi, "e": +self.context.e, "i": self.context.mpc(0, 1)}[str(node.data)]
+        return {"pi": +self.context.pi, "e": +self.context.e, "i": self.context.mpc(0, 1)}[
+            str(node.data)
+        ]
 
     def run(self, node: Node) -> Value:
         """AB is A times B where A or B stands alone on either side."""
@@ -172,7 +180,9 @@ class _Evaluator:
     def product(self, node: Node) -> Value:
         return self.fold(node.args, Fraction(1), lambda a, b: a * b)
 
-    def fold(self, args: tuple[Node, ...], start: Fraction, join: Callable[[Any, Any], Any]) -> Value:
+    def fold(
+        self, args: tuple[Node, ...], start: Fraction, join: Callable[[Any, Any], Any]
+    ) -> Value:
         result: Value = start
         for arg in args:
             value = self.value(arg)
@@ -211,9 +221,9 @@ class _Evaluator:
     def raised(self, base: Value, exponent: Value) -> Value:
         if isinstance(base, Fraction) and isinstance(exponent, Fraction):
             if exponent.denominator == 1:
-                return _integer_power(base, exponent.numerator)
-            if (root := _exact_root(base, exponent.denominator)) is not None:
-                return _integer_power(root, exponent.numerator)
+                return integer_power(base, exponent.numerator)
+            if (root := exact_root(base, exponent.denominator)) is not None:
+                return integer_power(root, exponent.numerator)
             if base < 0 and exponent.denominator % 2:  # the real root of a negative number
                 magnitude = self.context.power(self.inexact(-base), self.inexact(exponent))
                 return -magnitude if exponent.numerator % 2 else magnitude
@@ -240,8 +250,10 @@ class _Evaluator:
         if name in ("factorial", "double factorial"):
             return self.factorial(self.value(node.args[0]), 2 if name.startswith("double") else 1)
         args = [self.value(arg) for arg in node.args]
-        if all(isinstance(a, Fraction) for a in args) and (known := _exact_call(name, args)) is not None:
-            return known
+        if all(isinstance(a, Fraction) for a in args):
+            known = exact_call(name, args)
+            if known is not None:
+                return known
         if name == "sqrt":
             return self.raised(args[0], Fraction(1, 2))
         if name in ("log", "ln", "lg"):
@@ -271,15 +283,16 @@ class _Evaluator:
         return Fraction(math.factorial(int(n)))
 
     def apply(self, node: Node) -> Value:
-        """A function's value; a product where the name stands alone elsewhere and this looks like one."""
+        """A function's value; a product where the name stands alone elsewhere and this looks like
+        one."""
         name, inner = node.args
         letter = str(name.data)
-        single = inner.kind in (Kind.NUMBER, Kind.NAME) or (
-            inner.kind is Kind.NEGATIVE and inner.args[0].kind is Kind.NUMBER
-        )
+        unsigned = inner.args[0] if inner.kind is Kind.NEGATIVE else inner
+        single = unsigned.kind is Kind.NUMBER or inner.kind is Kind.NAME
         if not single and inner.kind is not Kind.GROUP:
             always = letter in _ALWAYS_FUNCTIONS or not letter.isalpha() or _is_shift(letter, inner)
-            if not always and (letter in self.reading.quantities or letter not in _FUNCTION_LETTERS):
+            quantity = letter in self.reading.quantities or letter not in _FUNCTION_LETTERS
+            if quantity and not always:
                 value = self.value(inner)
                 here = self.env[letter]
                 return value * here if isinstance(value, Fraction) else value * self.inexact(here)
@@ -287,8 +300,10 @@ class _Evaluator:
 
     def made(self, node: Node, env: Mapping[str, Fraction] | None = None) -> Value:
         """A number that depends on the values of the parts alone."""
-        inner = self if env is None else _Evaluator({**self.env, **env}, self.reading, _fast, False, self.point)
-        what = node.data if not isinstance(node.data, tuple) else node.data[0]  # not the name of the bound variable
+        inner = self
+        if env is not None:
+            inner = _Evaluator({**self.env, **env}, self.reading, _fast, False, self.point)
+        what = node.data[0] if isinstance(node.data, tuple) else node.data  # no bound variable
         key = f"{self.point}/{node.kind}/{what}/" + ";".join(inner.key(a) for a in node.args)
         return Fraction(1000 + zlib.crc32(key.encode(errors="surrogatepass")) % 1_000_003, 100_003)
 
@@ -315,54 +330,9 @@ class _Evaluator:
         return self.made(node, {bound: sample("the bound variable", self.point)} if bound else {})
 
 
-def _integer_power(base: Fraction, exponent: int) -> Fraction:
-    size = max(base.numerator.bit_length(), base.denominator.bit_length())
-    if size > 1 and abs(exponent) * (size - 1) > MAX_BITS:
-        raise TooBig("a power of too many digits")
-    if abs(base) == 1:
-        return base if exponent % 2 else abs(base)
-    return Fraction(base**exponent)
-
-
-def _exact_root(base: Fraction, degree: int) -> Fraction | None:
-    if (base < 0 and degree % 2 == 0) or degree > 64:
-        return None
-    top, bottom = _integer_root(abs(base.numerator), degree), _integer_root(base.denominator, degree)
-    if top is None or bottom is None:
-        return None
-    return Fraction(-top if base < 0 else top, bottom)
-
-
-def _integer_root(number: int, degree: int) -> int | None:
-    if degree == 2:
-        root = math.isqrt(number)
-    elif number.bit_length() > 900:
-        return None
-    else:
-        root = round(number ** (1.0 / degree)) if number else 0
-    return root if root**degree == number else None
-
-
-def _exact_call(name: str, args: list[Fraction]) -> Fraction | None:
-    if name == "abs" and len(args) == 1:
-        return abs(args[0])
-    if name in ("floor", "ceil") and len(args) == 1:
-        return Fraction(math.floor(args[0]) if name == "floor" else math.ceil(args[0]))
-    if name in ("max", "min") and args:
-        return max(args) if name == "max" else min(args)
-    if all(a.denominator == 1 for a in args):
-        if name in ("gcd", "lcm") and args:
-            return Fraction((math.gcd if name == "gcd" else math.lcm)(*(int(a) for a in args)))
-        if name == "binom" and len(args) == 2 and args[0] >= 0:
-            n, k = int(args[0]), int(args[1])
-            if min(k, n - k) * max(n.bit_length(), 1) > MAX_BITS:
-                raise TooBig("a binomial of too many digits")
-            return Fraction(math.comb(n, k)) if 0 <= k <= n else Fraction(0)
-    return None
-
-
 def _is_shift(letter: str, inner: Node) -> bool:
-    """Whether `u(t - 2)` takes the function u at a shifted place, rather than u times a difference."""
+    """Whether `u(t - 2)` takes the function u at a shifted place, rather than u times a
+    difference."""
     names = variables(inner)
     return letter in _FUNCTION_LETTERS and len(names) == 1 and names <= _ARGUMENTS
 
@@ -372,12 +342,13 @@ _ARGUMENTS = words("t x z s")
 _FUNCTION_LETTERS = words("g h F G H u p q P Q")
 """Functions where the letter does not stand alone on either side."""
 _FUNCTIONS = {
-    "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot", "sec": "sec", "csc": "csc", "exp": "exp",
-    "abs": "fabs", "floor": "floor",
-    "ceil": "ceil", "binom": "binomial", "sgn": "sign", "arcsin": "asin", "arccos": "acos", "arctan": "atan", "arccot": "acot",
-    "arcsec": "asec", "arccsc": "acsc", "sinh": "sinh", "cosh": "cosh", "tanh": "tanh", "coth": "coth",
-    "sech": "sech", "csch": "csch",
-    "arcsinh": "asinh", "arccosh": "acosh", "arctanh": "atanh", "erf": "erf", "arg": "arg", "Re": "re", "Im": "im",
+    "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot", "sec": "sec", "csc": "csc",
+    "exp": "exp", "abs": "fabs", "floor": "floor",
+    "ceil": "ceil", "binom": "binomial", "sgn": "sign", "arcsin": "asin", "arccos": "acos",
+    "arctan": "atan", "arccot": "acot", "arcsec": "asec", "arccsc": "acsc", "sinh": "sinh",
+    "cosh": "cosh", "tanh": "tanh", "coth": "coth", "sech": "sech", "csch": "csch",
+    "arcsinh": "asinh", "arccosh": "acosh", "arctanh": "atanh", "erf": "erf", "arg": "arg",
+    "Re": "re", "Im": "im",
 }  # fmt: skip
 _OPERATIONS: dict[Kind, Callable[[_Evaluator, Node], Value]] = {
     Kind.NUMBER: _Evaluator.leaf,

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import math
+import os
+import signal
+import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..inputs import RewardInput
-from ..verdict import Status, Verdict, verifier_error
+from ..inputs import Reward, RewardInput
+from ..verdict import Status, Verdict, not_applicable, verifier_error
 from ..worker_pool import Answer, Ended, WorkerPool
-from .styles import Adapted, adapt, import_function
+from .loading import describe, import_function
+from .styles import Adapted, adapt
 
 ISOLATION = ("process", "inline")
 
 
-class PluginReward:
+class PluginReward(Reward):
     """`target` (`package.module:function` or `./file.py:function`) as a reward.
 
     `isolation="process"` (default): it runs in up to `concurrency` processes that are killed when one call of the
-    function takes more than `timeout` seconds; `"inline"`: in this process, for functions known to be quick and sound.
-    A fault of the plugin (it raises, hangs, returns no finite number) is `verifier_error` for the samples of that call.
-    Raises ValueError at once if the function cannot be imported or called.
+    function takes more than `timeout` seconds; `"inline"`: in this process, for functions known to be quick and sound. A
+    function that sets signal handlers (math_verify's limits do) needs a main thread, which no grader is: the trial finds
+    that out and gives it a process. `kwargs` go to every call of the function, or to a class or a factory once.
+    A fault of the plugin (it raises, hangs, returns no finite number) is `verifier_error` for the samples of that call;
+    None is `not_applicable`. Raises ValueError at once if the function cannot be imported or called.
     """
 
     def __init__(
@@ -30,6 +38,7 @@ class PluginReward:
         target: str,
         *,
         style: str | None = None,
+        kwargs: Mapping[str, Any] | None = None,
         timeout: float = 60.0,
         concurrency: int = 2,
         isolation: str = "process",
@@ -42,24 +51,34 @@ class PluginReward:
         self.target, self.timeout = target, timeout
         self._inline: Adapted | None = None
         self._pool: WorkerPool | None = None
+        self._workers, self._memory_bytes = concurrency, memory_bytes
+        self._setup: dict[str, Any] = {
+            "target": target,
+            "style": style,
+            "keywords": dict(kwargs or {}),
+        }
         if isolation == "inline":
-            self._inline = adapt(import_function(target), style)
+            self._inline = make(**self._setup)
             self.style, self.batched = self._inline.style, self._inline.batched
-            return
+        else:
+            self._start()
+
+    def _start(self) -> None:
+        """Processes, one of which says what the function is."""
         self._pool = WorkerPool(
-            f"{__name__.rpartition('.')[0]}.styles:serve",
-            {"target": target, "style": style},
-            workers=concurrency,
-            memory_bytes=memory_bytes,
+            f"{__name__}:serve",
+            self._setup,
+            workers=self._workers,
+            memory_bytes=self._memory_bytes,
             spare=False,
         )
-        if failure := self._pool.check():
-            self._pool.close()
-            raise ValueError(f"{target}: {failure}")
-        described = self._pool.run(["describe"], timeout)[0]
-        if described.ended is not Ended.DONE:
-            self._pool.close()
-            raise ValueError(f"{target}: {described.message}")
+        message = self._pool.check()
+        if not message:
+            described = self._pool.run(["describe"], self.timeout)[0]
+            message = described.message if described.ended is not Ended.DONE else ""
+        if message:
+            self.close()
+            raise ValueError(f"{self.target}: {message.removeprefix('ValueError: ')}")
         self.style, self.batched = described.value["style"], described.value["batched"]
 
     def __call__(self, batch: Sequence[RewardInput], /) -> list[Verdict]:
@@ -70,9 +89,17 @@ class PluginReward:
         return verdicts
 
     def trial(self, example: RewardInput) -> None:
-        """One call. Raises ValueError if that gives no score."""
+        """One call. Raises ValueError if it fails or gives neither a score nor None."""
+        if self._inline is not None and _needs_main_thread(self._inline, example, self.timeout):
+            warnings.warn(
+                f"{self.target} sets signal handlers, which only a main thread may: it runs in a process of its own, "
+                "not inline",
+                stacklevel=2,
+            )
+            self._inline = None
+            self._start()
         (verdict,) = self([example])
-        if verdict.score is None:
+        if verdict.status is Status.VERIFIER_ERROR:
             raise ValueError(f"{verdict.message} (trial call on {example.completion[:80]!r})")
 
     def close(self) -> None:
@@ -84,41 +111,104 @@ class PluginReward:
             plain = [[replace(row, columns=dict(row.columns)) for row in rows] for rows in calls]
             return self._pool.run(plain, self.timeout)
         assert self._inline is not None
-        found = []
+        answers = []
         for rows in calls:
             start = time.perf_counter()
-            try:
-                value, message = self._inline(rows), ""
-            except Exception as error:  # untrusted
-                value, message = None, f"{type(error).__name__}: {error}"
-            seconds = time.perf_counter() - start
-            found.append(Answer(Ended.RAISED if value is None else Ended.DONE, value, message, seconds))
-        return found
+            value = attempt(self._inline, rows)
+            answers.append(Answer(Ended.DONE, value, seconds=time.perf_counter() - start))
+        return answers
 
     def _verdicts(self, rows: Sequence[RewardInput], answer: Answer) -> list[Verdict]:
         seconds = answer.seconds / max(len(rows), 1)
+        results = answer.value
         if answer.ended is not Ended.DONE:
-            failed = verifier_error(f"{self.target}: {answer.message or answer.ended.value}", seconds)
-            return [failed] * len(rows)
-        if not isinstance(answer.value, list) or len(answer.value) != len(rows):
-            return [verifier_error(f"{self.target}: a reply of the wrong form", seconds)] * len(rows)
-        return [self._verdict(found, seconds) for found in answer.value]
+            results = {"failed": answer.message or answer.ended.value}
+        if isinstance(results, Mapping) and "failed" in results:
+            return [verifier_error(f"{self.target}: {results['failed']}", seconds)] * len(rows)
+        if not isinstance(results, list) or len(results) != len(rows):
+            message = f"{self.target}: a reply of the wrong form"
+            return [verifier_error(message, seconds)] * len(rows)
+        return [self._verdict(one, seconds) for one in results]
 
-    def _verdict(self, found: Any, seconds: float) -> Verdict:
-        if not isinstance(found, Mapping) or not isinstance(found.get("score"), (int, float)):
-            message = found.get("error") or found.get("message") if isinstance(found, Mapping) else "a bad reply"
-            return verifier_error(f"{self.target}: {message}", seconds)
+    def _verdict(self, given: Any, seconds: float) -> Verdict:
+        """The reply is untrusted: a plugin may have written to the socket itself."""
         try:
-            score = float(found["score"])
-            parts = {str(k): float(v) for k, v in dict(found.get("parts") or {}).items()}
-            status = Status(found.get("status", _status(score)))
-        except (ValueError, TypeError, OverflowError) as error:  # a plugin may have written to the socket itself
+            if given.get("none") is True:
+                return not_applicable(f"{self.target} returned None", seconds)
+            if given.get("score") is None:
+                message = given.get("error") or given.get("message") or "no finite score"
+                return verifier_error(f"{self.target}: {message}", seconds)
+            score = float(given["score"])
+            return Verdict(
+                status=Status(given.get("status") or status_of(score, given.get("right"))),
+                score=score,
+                parts={str(k): float(v) for k, v in given.get("parts", {}).items()},
+                message=str(given.get("message", "")),
+                seconds=seconds,
+            )
+        except (ValueError, TypeError, OverflowError, AttributeError, AssertionError) as error:
             return verifier_error(f"{self.target}: a bad reply: {error}", seconds)
-        if status is Status.VERIFIER_ERROR or not math.isfinite(score):
-            return verifier_error(f"{self.target}: {found.get('message') or 'no finite score'}", seconds)
-        message = str(found.get("message", ""))
-        return Verdict(status=status, score=score, parts=parts, message=message, seconds=seconds)
 
 
-def _status(score: float) -> Status:
-    return Status.CORRECT if score >= 1 else Status.WRONG if score <= 0 else Status.PARTIAL
+def make(target: str, style: str | None, keywords: Mapping[str, Any]) -> Adapted:
+    """The function that `target` names, ready to be called. ValueError as of `import_function` and `adapt`."""
+    return adapt(import_function(target), style, keywords)
+
+
+def serve(target: str, style: str | None, keywords: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """For worker processes: answers "describe" with what the function is, and a batch with its results."""
+    adapted = make(target, style, keywords)
+
+    def answer(task: str | list[RewardInput]) -> Any:
+        if isinstance(task, str):
+            return {"style": adapted.style, "batched": adapted.batched, "pid": os.getpid()}
+        return attempt(adapted, task)
+
+    return answer
+
+
+_told: set[str] = set()
+"""Errors whose whole traceback stands on stderr already."""
+
+
+def attempt(adapted: Adapted, rows: Sequence[RewardInput]) -> Any:
+    """The results of one call, or `{"failed": why}` with the user's file and line; the traceback goes to stderr once."""
+    try:
+        return adapted(rows)
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # untrusted, and time limits of libraries derive from BaseException
+        message = describe(error)
+        place = message.rpartition("(")[2]
+        if place not in _told:
+            _told.add(place)
+            traceback.print_exception(error, file=sys.stderr)
+        return {"failed": message}
+
+
+def status_of(score: float, right: bool | None = None) -> Status:
+    """`right`: the function's own word on it, where the score has more in it than that."""
+    if score >= 1 if right is None else right:
+        return Status.CORRECT
+    return Status.WRONG if score <= 0 else Status.PARTIAL
+
+
+def _needs_main_thread(adapted: Adapted, example: RewardInput, timeout: float) -> bool:
+    """Whether the function sets a signal handler when it is called in a thread, as graders call it. ValueError if it hangs."""
+    real, used = signal.signal, threading.Event()
+
+    def noted(*arguments: Any) -> Any:
+        if threading.current_thread() is thread:
+            used.set()
+        return real(*arguments)
+
+    thread = threading.Thread(target=lambda: attempt(adapted, [example]), daemon=True)
+    signal.signal = noted  # type: ignore[assignment]
+    try:
+        thread.start()
+        thread.join(timeout)
+    finally:
+        signal.signal = real
+    if thread.is_alive():
+        raise ValueError(f"{adapted.function!r}: stopped at the limit of {timeout:g} s (trial call)")
+    return used.is_set()

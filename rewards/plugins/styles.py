@@ -2,85 +2,118 @@
 
 The style is recognised from the names of the parameters: **verl** `compute_score(data_source, solution_str,
 ground_truth, extra_info)` and its batched form, **TRL** `f(prompts, completions, **columns)`, **OpenRLHF**
-`reward_func(queries, prompts, labels)`, **slime** `f(args, sample)`, **verifiers** `f(prompt, completion, answer, ...)`,
-and **native** functions of `RewardInput`, marked by `@reward`.
+`reward_func(queries, prompts, labels)`, **slime** `f(args, sample)`, **verifiers** `f(prompt, completion, answer, ...)`
+and its form for groups, and **native** functions of `RewardInput`, marked by `@reward`. One is not seen from a
+signature: `verl_full` is verl's with the prompt in front of `solution_str`, as its old forks had it (TinyZero,
+Logic-RL). A class, or a function that returns a reward function, is called once with the keywords.
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.util
 import inspect
-import math
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
-from ..inputs import RewardInput
-from ..verdict import Verdict
+from ..inputs import MARK, Reward, RewardInput
+from .loading import Function
+from .results import batch_results, result
 
-Function = Callable[..., Any]
-STYLES = ("native", "native_batch", "verl", "verl_batch", "trl", "openrlhf", "slime", "slime_batch", "verifiers")
-_BATCHED = frozenset(("native_batch", "verl_batch", "trl", "openrlhf", "slime_batch"))
-_ANSWER_NAMES = frozenset(("answer", "answers", "solution", "solutions", "ground_truth", "label", "labels", "target"))
-_MARK = "__emberl_reward__"
+_ANSWERS = ("answer", "answers", "solution", "solutions")
+_TRUTHS = ("ground_truth", "label", "labels", "target")
+"""Names by which TRL functions ask for the reference where the rows have no column of that name."""
+_VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
-def reward(function: Function | None = None, *, batched: bool = False) -> Any:
-    """Marks a native reward function: `RewardInput -> float | bool | Verdict`, or lists of them with `batched=True`.
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a style gives to one call: by place, by name, and to parameters that have no default by a column's name."""
 
-    It may be `async`. Use it as `@reward` or `@reward(batched=True)`.
-    """
-
-    def mark(inner: Function) -> Function:
-        setattr(inner, _MARK, "native_batch" if batched else "native")
-        return inner
-
-    return mark if function is None else mark(function)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    positional: tuple[Any, ...] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """A function of some style behind one call: inputs in, one result for each out (see `result`)."""
+    """A function of some style behind one call: inputs in, one result for each out (see `results.py`)."""
 
     function: Function
     style: str
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+    """Go to every call of the function, before what the style gives."""
 
     @property
     def batched(self) -> bool:
         """Whether one call of the function takes the whole batch."""
-        return self.style in _BATCHED
+        return self.style in _MANY
 
     def __call__(self, batch: Sequence[RewardInput]) -> list[dict[str, Any]]:
         """Raises what the function raises, and ValueError for the wrong number of results."""
-        found = _CALLS[self.style](self.function, batch) if self.batched else None
-        if found is None:
-            return [result(_await(_CALLS[self.style](self.function, row))) for row in batch]
-        return [result(value) for value in _many(_await(found), len(batch))]
+        if not self.batched:
+            return [result(_awaited(self._call(_ONE[self.style](row)))) for row in batch]
+        logs = _Logs(len(batch))
+        call = _MANY[self.style](batch)
+        if self.style == "trl":
+            call.arguments.update(log_metric=logs.metric, log_extra=logs.extra)
+        return batch_results(_awaited(self._call(call)), len(batch), logs.columns)
+
+    def _call(self, call: Call) -> Any:
+        """Hands the function what it asks for by name; all of it if it has `**kwargs`."""
+        parameters = _parameters(self.function)[len(call.positional) :]
+        needed = [p.name for p in parameters if p.default is p.empty and p.kind not in _VARIADIC]
+        given = {name: value for name, value in call.columns.items() if name in needed}
+        given |= call.arguments
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            given = {p.name: given[p.name] for p in parameters if p.name in given}
+        given |= self.keywords
+        if missing := [name for name in needed if name not in given]:
+            raise ValueError(
+                f"takes {', '.join(missing)}, which style {self.style} does not give and no column of the row is; "
+                "reward.parts.<name>.kwargs are given to every call"
+            )
+        only = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.name in given]
+        positional = [*call.positional, *(given.pop(name) for name in only)]
+        return self.function(*positional, **given)
 
 
-def adapt(function: Function, style: str | None = None) -> Adapted:
-    """Raises ValueError if the style is unknown or cannot be told from the signature."""
+def adapt(function: Function, style: str | None = None, keywords: Mapping[str, Any] | None = None) -> Adapted:
+    """Raises ValueError if the style is unknown or cannot be told from the signature, or a keyword is not taken."""
     if style is not None and style not in STYLES:
         raise ValueError(f"style is {style!r}; it must be one of {', '.join(STYLES)}")
     if not callable(function):
         raise ValueError(f"{function!r} is no function")
-    return Adapted(function, style or recognise(function))
+    given = dict(keywords or {})
+    if isinstance(function, type) or (style is None and _is_factory(function, given)):
+        function, given = _made(function, given), {}
+    taken = _parameters(function)
+    names = [p.name for p in taken]
+    if not any(p.kind is p.VAR_KEYWORD for p in taken) and (wrong := sorted(set(given) - set(names))):
+        raise ValueError(f"kwargs has {', '.join(wrong)}, but the function takes {', '.join(names)}")
+    return Adapted(function, style or recognise(function), given)
 
 
 def recognise(function: Function) -> str:
     """The style of a function by its mark or its parameters. Raises ValueError."""
-    if (mark := getattr(function, _MARK, None)) is not None:
+    if (style := _style_of(function)) is not None:
+        return style
+    names = [p.name for p in _parameters(function)]
+    raise ValueError(
+        f"no known style has the parameters ({', '.join(sorted(names))}): mark a function of RewardInput with @reward "
+        f"(from emberl.rewards import reward), or give style= one of {', '.join(STYLES)}"
+    )
+
+
+def _style_of(function: Function) -> str | None:
+    if (mark := getattr(function, MARK, None)) is not None:
         return str(mark)
-    try:
-        names = set(inspect.signature(function).parameters)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the signature of {function!r} cannot be read ({error}); give style=") from error
+    if isinstance(function, Reward):
+        return "native_batch"
+    names = {p.name for p in _parameters(function)}
+    if "completions" in names and names & {"states", "infos", "tasks"}:
+        return "verifiers_batch"
     for style, needed in (
         ("verl_batch", {"solution_strs"}),
         ("verl", {"solution_str"}),
@@ -94,101 +127,58 @@ def recognise(function: Function) -> str:
     ):
         if needed <= names:
             return style
-    raise ValueError(
-        f"no known style has the parameters ({', '.join(sorted(names))}): mark a native function with @reward, or give "
-        f"style= one of {', '.join(STYLES)}"
-    )
+    return None
 
 
-def import_function(target: str) -> Function:
-    """`package.module:function` or `./file.py:function`. Raises ValueError that says what is missing."""
-    place, _, name = target.rpartition(":")
-    if not place or not name:
-        raise ValueError(f"{target!r} must be package.module:function or ./file.py:function")
+def _is_factory(function: Function, keywords: Mapping[str, Any]) -> bool:
+    """Whether a function of no style can be called with the keywords alone, to give one that has a style."""
+    parameters = _parameters(function)
+    named = [p for p in parameters if p.kind not in _VARIADIC]
+    needed = {p.name for p in named if p.default is p.empty}
+    only_variadic = bool(parameters) and not named
+    return _style_of(function) is None and not only_variadic and needed <= set(keywords)
+
+
+def _made(factory: Function, keywords: Mapping[str, Any]) -> Function:
+    """A reward function or object from what makes one. Raises ValueError if it does not."""
+    name = getattr(factory, "__name__", repr(factory))
     try:
-        module = _import_file(place) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:  # a plugin's import may fail in any way
-        raise ValueError(f"{place} cannot be imported: {type(error).__name__}: {error}") from error
-    if not callable(found := getattr(module, name, None)):
-        raise ValueError(f"{place} has no function {name!r}")
-    function: Function = found
+        made = factory(**keywords)
+    except Exception as error:  # a user's constructor
+        raise ValueError(
+            f"{name} cannot be called with kwargs ({', '.join(keywords) or 'none'}) to give a reward function: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not callable(made):
+        raise ValueError(
+            f"{name} returned {type(made).__name__} instead of a reward function; if it is one, give style="
+        )
+    function: Function = made
     return function
 
 
-def _import_file(place: str) -> ModuleType:
-    path = Path(place).expanduser().resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    name = f"_emberl_plugin_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    sys.path.insert(0, str(path.parent))  # a plugin may import its neighbours
-    spec.loader.exec_module(module)
-    return module
-
-
-def serve(target: str, style: str | None) -> Callable[[Any], Any]:
-    """For worker processes: answers "describe" with what the function is, and a batch with its results."""
-    adapted = adapt(import_function(target), style)
-
-    def answer(task: str | list[RewardInput]) -> Any:
-        if isinstance(task, str):
-            return {"style": adapted.style, "batched": adapted.batched, "pid": os.getpid()}
-        return adapted(task)
-
-    return answer
-
-
-def result(value: Any) -> dict[str, Any]:
-    """What a function returned for one completion: `{"score", "parts", ...}`, or `{"error"}` if that is no score."""
-    if isinstance(value, Verdict):
-        return {
-            "status": value.status.value,
-            "score": value.score,
-            "parts": dict(value.parts),
-            "message": value.message,
-        }
-    parts: dict[str, float] = {}
-    if isinstance(value, Mapping):
-        parts = {str(k): number for k, v in value.items() if k != "score" and (number := _number(v)) is not None}
-        key = next((key for key in ("score", "reward") if key in value), None)
-        if key is None:
-            return {"error": f"returned a mapping without 'score': {_short(value)}"}
-        value = value[key]
-    if (number := _number(value)) is None:
-        return {"error": f"returned {_short(value)}, which is no finite number"}
-    return {"score": number, "parts": parts}
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, (str, bytes)) or value is None:
-        return None
+def _parameters(function: Function) -> list[inspect.Parameter]:
     try:
-        number = float(value.item() if hasattr(value, "item") else value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the signature of {function!r} cannot be read: {error}") from error
 
 
-def _short(value: Any) -> str:
-    try:
-        return f"{type(value).__name__} {value!r}"[:200]
-    except Exception:  # a plugin's __repr__
-        return type(value).__name__
+class _Logs:
+    """What a TRL function logs while it runs: a metric of the batch, or a column with a value for each sample."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self.columns: dict[str, list[Any]] = {}
+
+    def metric(self, name: str, value: float) -> None:
+        self.columns[str(name)] = [value] * self._count
+
+    def extra(self, column: str, values: Sequence[Any]) -> None:
+        self.columns[str(column)] = list(values)
 
 
-def _many(values: Any, count: int) -> list[Any]:
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__len__"):
-        raise ValueError(f"returned {_short(values)} instead of a list of {count} scores")
-    if len(values) != count:
-        raise ValueError(f"returned {len(values)} scores for {count} completions")
-    return list(values)
-
-
-def _await(value: Any) -> Any:
+def _awaited(value: Any) -> Any:
     return asyncio.run(_finish(value)) if inspect.isawaitable(value) else value
 
 
@@ -196,95 +186,107 @@ async def _finish(value: Any) -> Any:
     return await value
 
 
-def _accepted(function: Function, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that the function takes: all if it has `**kwargs`."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return arguments
-    names = {p.name for p in parameters}
-    return {name: value for name, value in arguments.items() if name in names}
+def ground_truth(row: RewardInput) -> Any:
+    """The reference as the row has it: a mapping or a list where it is one, else the answer as verifiers read it."""
+    nested = row.columns.get("reward_model")
+    given = row.columns.get("ground_truth")
+    if given is None and isinstance(nested, Mapping):
+        given = nested.get("ground_truth")
+    return row.answer if given is None or (isinstance(given, str) and row.answer) else given
 
 
-def _conversation(row: RewardInput) -> tuple[Any, Any]:
-    """Prompt and completion as a trainer of its data would hand them: messages if the row has them, else texts."""
+def _messages(row: RewardInput) -> tuple[Any, Any]:
+    """Prompt and completion as messages where there are any, else as texts."""
     if row.messages:
         return [dict(m) for m in row.messages], [{"role": "assistant", "content": row.completion}]
     return row.prompt, row.completion
 
 
-def _native(function: Function, row: RewardInput) -> Any:
-    return function(row)
+def _as_in_the_row(row: RewardInput) -> tuple[Any, Any]:
+    """Prompt and completion as TRL hands them: texts for a row whose prompt is a text, else messages."""
+    return _messages(row) if row.plain_prompt is None else (row.plain_prompt, row.completion)
 
 
-def _native_batch(function: Function, batch: Sequence[RewardInput]) -> Any:
-    return function(list(batch))
+def _native(row: RewardInput) -> Call:
+    return Call(positional=(row,))
 
 
-def _verl(function: Function, row: RewardInput) -> Any:
+def _native_batch(batch: Sequence[RewardInput]) -> Call:
+    return Call(positional=(list(batch),))
+
+
+def _verl(row: RewardInput) -> Call:
     arguments = {
         "data_source": row.source,
         "solution_str": row.completion,
-        "ground_truth": row.columns.get("ground_truth", row.answer),
+        "ground_truth": ground_truth(row),
         "extra_info": row.columns.get("extra_info", dict(row.columns)),
     }
-    return function(**_accepted(function, arguments))
+    return Call(arguments, columns=row.columns)
 
 
-def _verl_batch(function: Function, batch: Sequence[RewardInput]) -> Any:
-    arguments = {
-        "data_sources": [row.source for row in batch],
-        "solution_strs": [row.completion for row in batch],
-        "ground_truths": [row.columns.get("ground_truth", row.answer) for row in batch],
-        "extra_infos": [row.columns.get("extra_info", dict(row.columns)) for row in batch],
-    }
-    return function(**_accepted(function, arguments))
+def _verl_full(row: RewardInput) -> Call:
+    call = _verl(row)
+    call.arguments["solution_str"] = row.prompt + row.completion
+    return call
 
 
-def _trl(function: Function, batch: Sequence[RewardInput]) -> Any:
-    pairs = [_conversation(row) for row in batch]
-    columns = {name: [row.columns.get(name) for row in batch] for row in batch for name in row.columns}
-    named = {p for p in inspect.signature(function).parameters if p in _ANSWER_NAMES} | {"answer"}
-    answers = {name: [row.answer for row in batch] for name in named if name not in columns}
-    arguments = answers | columns | {
-        "prompts": [prompt for prompt, _ in pairs],
-        "completions": [completion for _, completion in pairs],
-        "completion_ids": [list(row.token_ids) for row in batch],
-        "trainer_state": None,
-        "log_extra": lambda *_: None,
-        "log_metric": lambda *_: None,
-    }  # fmt: skip
-    return function(**_accepted(function, arguments))
+def _verl_batch(batch: Sequence[RewardInput]) -> Call:
+    rows = [_verl(row).arguments for row in batch]
+    names = ("data_source", "solution_str", "ground_truth", "extra_info")
+    return Call({f"{name}s": [row[name] for row in rows] for name in names})
 
 
-def _openrlhf(function: Function, batch: Sequence[RewardInput]) -> Any:
-    arguments = {
-        "queries": [row.prompt + row.completion for row in batch],
-        "prompts": [row.prompt for row in batch],
-        "labels": [row.columns.get("label", row.answer) for row in batch],
-    }
-    found = function(**_accepted(function, arguments))
-    if isinstance(found, Mapping):
-        if (scores := found.get("rewards", found.get("scores"))) is None:
-            raise ValueError("returned a mapping without 'rewards'")
-        return scores
-    return found
+def _trl(batch: Sequence[RewardInput]) -> Call:
+    pairs = [_as_in_the_row(row) for row in batch]
+    arguments: dict[str, Any] = {name: [row.answer for row in batch] for name in _ANSWERS}
+    arguments |= {name: [ground_truth(row) for row in batch] for name in _TRUTHS}
+    for name in {name for row in batch for name in row.columns}:
+        arguments[name] = [row.columns.get(name) for row in batch]
+    first = batch[0]
+    return Call(
+        arguments
+        | {
+            "prompts": [prompt for prompt, _ in pairs],
+            "completions": [completion for _, completion in pairs],
+            "completion_ids": [list(row.token_ids) for row in batch],
+            "trainer_state": SimpleNamespace(global_step=first.step, max_steps=first.max_steps),
+        }
+    )
+
+
+def _openrlhf(batch: Sequence[RewardInput]) -> Call:
+    return Call(
+        {
+            "queries": [row.prompt + row.completion for row in batch],
+            "prompts": [row.prompt for row in batch],
+            "labels": [row.columns.get("label", ground_truth(row)) for row in batch],
+        }
+    )
 
 
 def _slime_sample(row: RewardInput) -> SimpleNamespace:
-    prompt, _ = _conversation(row)
+    prompt, _ = _messages(row)
     return SimpleNamespace(
-        prompt=prompt, response=row.completion, label=row.columns.get("label", row.answer), metadata=dict(row.columns),
-        tokens=list(row.token_ids), response_length=len(row.token_ids), index=0, group_index=0, reward=None,
+        prompt=prompt,
+        response=row.completion,
+        label=row.columns.get("label", ground_truth(row)),
+        metadata=dict(row.columns),
+        tokens=list(row.token_ids),
+        response_length=len(row.token_ids),
+        index=0,
+        group_index=0,
+        reward=None,
         status="truncated" if row.finish_reason == "length" else "completed",
-    )  # fmt: skip
+    )
 
 
-def _slime(function: Function, row: RewardInput) -> Any:
-    return function(SimpleNamespace(reward_key=None), _slime_sample(row))
+def _slime(row: RewardInput) -> Call:
+    return Call(positional=(SimpleNamespace(reward_key=None), _slime_sample(row)))
 
 
-def _slime_batch(function: Function, batch: Sequence[RewardInput]) -> Any:
-    return function(SimpleNamespace(reward_key=None), [_slime_sample(row) for row in batch])
+def _slime_batch(batch: Sequence[RewardInput]) -> Call:
+    return Call(positional=(SimpleNamespace(reward_key=None), [_slime_sample(r) for r in batch]))
 
 
 class _Parser:
@@ -297,15 +299,38 @@ class _Parser:
         return str(completion if isinstance(completion, str) else completion[-1]["content"])
 
 
-def _verifiers(function: Function, row: RewardInput) -> Any:
-    prompt, completion = _conversation(row)
-    info = row.columns.get("info", dict(row.columns))
-    arguments = {"prompt": prompt, "completion": completion, "answer": row.answer, "task": row.source, "info": info}
+def _verifiers(row: RewardInput) -> Call:
+    prompt, completion = _messages(row)
+    arguments = {
+        "prompt": prompt,
+        "completion": completion,
+        "answer": row.answer or ground_truth(row),
+        "task": row.source,
+        "info": row.columns.get("info", dict(row.columns)),
+    }
     state = arguments | {"responses": [], "turn": 1, "timing": {}}
-    return function(**_accepted(function, arguments | {"state": state, "parser": _Parser()}))
+    return Call(arguments | {"state": state, "parser": _Parser()}, columns=row.columns)
 
 
-_CALLS: dict[str, Callable[[Function, Any], Any]] = {
-    "native": _native, "native_batch": _native_batch, "verl": _verl, "verl_batch": _verl_batch, "trl": _trl,
-    "openrlhf": _openrlhf, "slime": _slime, "slime_batch": _slime_batch, "verifiers": _verifiers,
-}  # fmt: skip
+def _verifiers_batch(batch: Sequence[RewardInput]) -> Call:
+    rows = [_verifiers(row).arguments for row in batch]
+    names = ("prompt", "completion", "answer", "task", "info", "state")
+    return Call({f"{name}s": [row[name] for row in rows] for name in names} | {"parser": _Parser()})
+
+
+_ONE: dict[str, Callable[[RewardInput], Call]] = {
+    "native": _native,
+    "verl": _verl,
+    "verl_full": _verl_full,
+    "slime": _slime,
+    "verifiers": _verifiers,
+}
+_MANY: dict[str, Callable[[Sequence[RewardInput]], Call]] = {
+    "native_batch": _native_batch,
+    "verl_batch": _verl_batch,
+    "trl": _trl,
+    "openrlhf": _openrlhf,
+    "slime_batch": _slime_batch,
+    "verifiers_batch": _verifiers_batch,
+}
+STYLES = (*_ONE, *_MANY)

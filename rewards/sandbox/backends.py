@@ -1,5 +1,5 @@
-"""`Mother`: the parent's handle on one mother process (`zygote.py`), and the command that starts it behind each back end's
-walls."""
+"""`ForkServer`: the parent's handle on one fork server (`zygote.py`), and the command that
+starts it for each back end."""
 
 from __future__ import annotations
 
@@ -18,35 +18,40 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..processes import descendants, stat_of, tells_waiting, waited
+from ..processes import asleep, descendants, stat_of, tells_waiting, waited
 from . import seccomp
+from .child_runner import FOR_ITS_THREADS, NO_RUN, ON_REQUEST, REPLY, REQUEST, RUN
 from .runs import Limits, Outcome, Run, SandboxError, SandboxUnavailable
 from .view import View, compiler, view_of
-from .warden import FOR_ITS_THREADS, NO_RUN, ON_REQUEST, REPLY, REQUEST, RUN
 from .zygote import READY
 
 _HERE = Path(__file__).resolve().parent
-_START_SECONDS = 30.0  # to build the walls, on a machine however loaded
-_GRACE_SECONDS = 10.0  # beyond a run's own deadline, until the mother process counts as lost
+_START_SECONDS = 30.0  # to isolate itself, on a machine however loaded
+_GRACE_SECONDS = 10.0  # beyond a run's own deadline, until the fork server counts as lost
 _LOOK_SECONDS = 0.5  # between two looks at a run that takes long
-_BINDING = {"LD_BIND_NOW": "1"}  # the mother process looks every symbol up once, or its children would
+_BINDING = {"LD_BIND_NOW": "1"}  # the fork server looks every symbol up once, or its children would
 _FOR_PRELOADED = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-WALLED = ("zygote", "bubblewrap")
+WITH_NAMESPACES = ("zygote", "bubblewrap")
 """Back ends with namespaces, whose processes end with process 1."""
 
 
-class Mother:
-    """One mother process behind finished walls. Not thread-safe: one run at a time.
+class ForkServer:
+    """One fork server, isolated and ready. Not thread-safe: one run at a time.
 
-    Raises SandboxUnavailable if the walls cannot be built.
+    Raises SandboxUnavailable if it cannot isolate itself.
     """
 
     def __init__(self, backend: str, preload: Sequence[str] = ()) -> None:
         self.backend = backend
         self.busy = False
         self._overslept, self._started = False, 0.0
-        self._folder = "" if backend in WALLED else tempfile.mkdtemp(prefix="emberl-sandbox-")
-        view = view_of(preload)
+        self._folder = ""
+        if backend not in WITH_NAMESPACES:
+            self._folder = tempfile.mkdtemp(prefix="emberl-sandbox-")
+            os.mkdir(f"{self._folder}/scratch")
+        view = view_of(tuple(preload))
+        if backend == "landlock":
+            _link_packages(view, self._folder)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, open(os.memfd_create("errors"), "w+b") as errors:
             self._process = subprocess.Popen(
@@ -81,11 +86,11 @@ class Mother:
             raise SandboxUnavailable(str(error)) from None
         if answer != READY:
             why = answer.removeprefix(NO_RUN).decode(errors="replace")
-            raise SandboxUnavailable(why or "the process ended while it built its walls")
+            raise SandboxUnavailable(why or "the process ended while it isolated itself")
 
     def start(self, kind: int, limits: Limits, fds: Sequence[int]) -> None:
         """Starts a child on `fds`: its channel, source or program at 3, then 0, 1 and 2. Raises SandboxError."""
-        assert not self.busy, "a mother process does one run at a time"
+        assert not self.busy, "a fork server does one run at a time"
         self.busy, self._overslept = True, False
         memory = limits.memory_mb << 20
         message = REQUEST.pack(kind, limits.wall_seconds, limits.seconds, memory, limits.output_bytes)
@@ -98,7 +103,7 @@ class Mother:
 
     def stop(self) -> None:
         """Kills the child now; `finish` still tells how it ended."""
-        with contextlib.suppress(OSError):  # `finish` reports a mother process that is gone
+        with contextlib.suppress(OSError):  # `finish` reports a fork server that is gone
             self._control.send(b"K")
 
     def excuse(self, seconds: float) -> None:
@@ -108,27 +113,29 @@ class Mother:
     def watch(self, limits: Limits) -> None:
         """A look at a run that takes long: one that has slept beyond its limit is ended.
 
-        Raises SandboxError if the mother process does not end a run that it had to end."""
+        Raises SandboxError if the fork server does not end a run that it had to end."""
         elapsed = time.monotonic() - self._started
         if elapsed > limits.wall_seconds + _GRACE_SECONDS:
             raise SandboxError("the sandbox process did not end a run at its deadline")
         if elapsed > limits.own_seconds and not self._overslept:
             if tells_waiting():
-                self._overslept = elapsed - self._waited() > limits.own_seconds
+                pids = self._run_processes()
+                slept = elapsed - sum(map(waited, pids))
+                self._overslept = slept > limits.own_seconds and all(map(asleep, pids))
             else:  # all that is known is the time on the wall
                 self._overslept = elapsed > limits.wall_seconds / 3
             if self._overslept:
                 self.stop()
 
-    def _waited(self) -> float:
-        """Seconds for which the run's processes (those that have no children) waited for a processor."""
+    def _run_processes(self) -> set[int]:
+        """The processes of the run: those below the fork server that have no children."""
         below = set(descendants(self._process.pid))
         parents = {int(found[1]) for pid in below if (found := stat_of(pid)) is not None}
-        return sum(waited(pid) for pid in below - parents)
+        return below - parents
 
     def finish(self, limits: Limits, patience: float | None = None) -> Run:
         """Waits for the child's end, with `patience` no longer than so many seconds (TimeoutError). Raises SandboxError
-        if the mother process was lost or the child ended through no doing of its own."""
+        if the fork server was lost or the child ended through no doing of its own."""
         self._control.settimeout(limits.seconds + _LOOK_SECONDS if patience is None else patience)
         while True:
             try:
@@ -178,7 +185,7 @@ class Mother:
         return self._process.pid
 
     def close(self) -> None:
-        """Ends the process and with it everything behind the walls."""
+        """Ends the process and with it everything in the sandbox."""
         with contextlib.suppress(OSError):  # a process that was forked from this one may hold a copy open
             self._control.shutdown(socket.SHUT_RDWR)
         self._control.close()
@@ -195,7 +202,7 @@ class Mother:
 
 
 def _end_session(leader: int) -> None:
-    """Kills what a lost mother process without namespaces has left: a compiler's children, which are in its session."""
+    """Kills what a lost fork server without namespaces has left: a compiler's children, which are in its session."""
     for _ in range(100):  # they may fork while we look
         left = [
             int(entry.name)
@@ -210,24 +217,33 @@ def _end_session(leader: int) -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
+def _link_packages(view: View, folder: str) -> None:
+    """Makes what stands in the place of `/packages` where programs see the host's own file system: a folder without the
+    packages that are installed beside those that were asked for."""
+    for path, target in view.packages:
+        os.makedirs(os.path.dirname(folder + target), exist_ok=True)
+        os.symlink(path, folder + target)
+
+
 def _config(backend: str, view: View, preload: Sequence[str], folder: str) -> dict[str, Any]:
-    """What the mother process has to know, and the files that it cannot see itself."""
-    scratch = f"{folder}/run" if folder else "/tmp/run"
-    packages = {"landlock": view.host_packages, "unsafe": tuple(sys.path)}.get(backend, view.packages)
+    """What the fork server has to know, and the files that it cannot see itself."""
+    scratch = f"{folder}/scratch" if folder else "/tmp"
+    isolated = backend in WITH_NAMESPACES
     flags = ["-O2", "-std=gnu++17", "-static", "-pipe", "-w", "-x", "c++", "-", "-o"]
-    names = {"inmate": "child.py", "namespaces": "namespaces.py", "warden": "warden.py", "landlock": "landlock.py"}
+    names = {"child": "child.py", "namespaces": "namespaces.py", "child_runner": "child_runner.py", "landlock": "landlock.py"}
     return {
         "kind": backend,
-        "binds": view.binds,
-        "masks": view.host_masks if backend == "landlock" else view.masks,
-        "readable": view.readable,
-        "writable": [folder],
-        "packages": packages,
+        "binds": (*view.binds, *view.packages),
+        "masks": [pair[isolated] for pair in view.masks],
+        "readable": [*view.readable, f"{folder}/packages"],
+        "writable": [scratch],
+        "folder": folder,
+        "packages": sys.path if backend == "unsafe" else [folder + each for each in view.search_path],
         "moved": view.moved,
         "preload": list(preload),
         "filters": _filters(),
-        "compiler": [compiler() or "", *flags, f"{scratch}/program"],
-        "scratch": scratch,
+        "compiler": [compiler() or "", *flags, f"{scratch}/run/program"],
+        "scratch": f"{scratch}/run",
         **{name: (_HERE / file).read_text() for name, file in names.items()},
     }
 
@@ -243,14 +259,14 @@ def _filters() -> list[str]:
 def _command(backend: str, fd: int, view: View) -> list[str]:
     python, script = os.path.realpath(sys.executable), str(_HERE / "zygote.py")
     flags = ["-I", "-S", "-B", "-X", "utf8"]
-    if backend != "bubblewrap":  # the others put up their walls themselves
+    if backend != "bubblewrap":  # the others isolate themselves
         return [python, *flags, script, str(fd)]
     command = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--clearenv"]
     command += ["--die-with-parent", "--as-pid-1", "--new-session", "--cap-drop", "ALL", "--hostname", "box"]
     command += ["--setenv", *next(iter(_BINDING.items())), "--uid", "65534", "--gid", "65534"]
-    for path, target in view.binds:
+    for path, target in (*view.binds, *view.packages):
         command += ["--symlink", os.readlink(path), target] if os.path.islink(path) else ["--ro-bind", path, target]
-    for path in view.masks:
+    for _, path in view.masks:
         command += ["--tmpfs", path, "--remount-ro", path]
     for name in ("null", "zero", "random", "urandom"):
         command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]

@@ -278,18 +278,27 @@ _STANDARD |= {f"{folder}/{number}": number for folder in ("/dev/fd", "/proc/self
 
 
 def _open_by_name() -> None:
-    """`open("/dev/stdin")` and its kin, which are no files here."""
+    """`open("/dev/stdin")`, `os.open` and their kin: these are no files here."""
     import io
 
     plain: Callable[..., Any] = io.open
+    plain_descriptor: Callable[..., int] = os.open
+
+    def number_of(file: Any) -> int | None:
+        return _STANDARD.get(os.fsdecode(file)) if type(file) is not int else None
 
     def open(file: Any, *arguments: Any, **keywords: Any) -> Any:
-        number = _STANDARD.get(str(file)) if type(file) is not int else None
+        number = number_of(file)
         if number is None:
             return plain(file, *arguments, **keywords)
-        return plain(number, *arguments, **keywords, **({} if "closefd" in keywords else {"closefd": False}))
+        return plain(number, *arguments, **({"closefd": False} | keywords))
+
+    def open_descriptor(path: Any, *arguments: Any, **keywords: Any) -> int:
+        number = number_of(path)
+        return plain_descriptor(path, *arguments, **keywords) if number is None else os.dup(number)
 
     builtins.open = io.open = open
+    os.open = open_descriptor
 
 
 def run_program(request: dict[str, Any]) -> NoReturn:

@@ -11,9 +11,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .backends import Mother
+from .backends import ForkServer
+from .child_runner import CALLS
 from .runs import Limits, SandboxError, SandboxUnavailable
-from .warden import CALLS
 
 BACKENDS = ("zygote", "bubblewrap", "landlock")
 """In the order in which they are tried. `unsafe` comes last, and only if it is asked for."""
@@ -52,8 +52,8 @@ def fix(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> 
     return f"{_KERNEL}; {place}; {_REMOTE}"
 
 
-def choose_backend(backend: str | None, allow_unsafe: bool, preload: Sequence[str] = ()) -> Mother:
-    """A mother process of the first back end that works and passes a trial run; SandboxUnavailable if none does."""
+def choose_backend(backend: str | None, allow_unsafe: bool, preload: Sequence[str] = ()) -> ForkServer:
+    """A fork server of the first back end that works and passes a trial run; SandboxUnavailable if none does."""
     if backend not in (None, *BACKENDS, "unsafe"):
         raise ValueError(f"sandbox backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}, or leave it out")
     if backend == "unsafe" and not allow_unsafe:
@@ -61,7 +61,7 @@ def choose_backend(backend: str | None, allow_unsafe: bool, preload: Sequence[st
     failures: list[str] = []
     for name in (backend,) if backend else (*BACKENDS, *(("unsafe",) if allow_unsafe else ())):
         try:
-            mother = _tried(name, preload)
+            server = _tried(name, preload)
         except SandboxUnavailable as error:
             failures.append(str(error))
             continue
@@ -74,7 +74,7 @@ def choose_backend(backend: str | None, allow_unsafe: bool, preload: Sequence[st
                 RuntimeWarning,
                 stacklevel=3,
             )
-        return mother
+        return server
     raise SandboxUnavailable(f"no sandbox on this machine: {'; '.join(failures)}. To fix: {fix()}")
 
 
@@ -84,24 +84,24 @@ def _hide_memory() -> None:
         raise SandboxUnavailable("unsafe: this process cannot hide its memory (PR_SET_DUMPABLE)")
 
 
-def _tried(backend: str, preload: Sequence[str]) -> Mother:
-    """Starts a mother process and runs an empty child, so that a filter that the kernel refuses shows now."""
+def _tried(backend: str, preload: Sequence[str]) -> ForkServer:
+    """Starts a fork server and runs an empty child, so that a filter that the kernel refuses shows now."""
     if not sys.platform.startswith("linux"):
         raise SandboxUnavailable(f"{backend}: only Linux has what it needs")
     if backend == "bubblewrap" and shutil.which("bwrap") is None:
         raise SandboxUnavailable("bubblewrap: bwrap is not installed")
-    mother = Mother(backend, preload)
+    server = ForkServer(backend, preload)
     limits = Limits()
     try:
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            mother.start(CALLS, limits, [theirs.fileno()])
+            server.start(CALLS, limits, [theirs.fileno()])
             ours.shutdown(socket.SHUT_WR)  # the child reads the end of its channel and leaves
             theirs.close()
-            run = mother.finish(limits)
+            run = server.finish(limits)
         if run.exit_code != 0:
             raise SandboxError(f"the trial run gave {run}")
     except SandboxError as error:
-        mother.close()
+        server.close()
         raise SandboxUnavailable(f"{backend}: {error}") from None
-    return mother
+    return server

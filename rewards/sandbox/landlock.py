@@ -1,11 +1,11 @@
-"""The walls of the landlock back end: a process gives up the files of the host, for good and without any privilege.
+"""The landlock back end: a process gives up the files of the host, for good and without any privilege.
 
 For containers that allow no namespaces (Docker, containerd and Kubernetes as they come). Linux 5.13 and later; what a
 kernel knows beyond that (TCP ports, signals and abstract sockets, devices' ioctl) is given up where it is known, and the
 filter of system calls (`seccomp.py`) forbids it in any case. Landlock does not hide that a path exists, its size and its
 times; contents and lists of folders it does.
 
-Loaded by text into the mother process (see `zygote.py`): standard library only.
+Loaded by text into the fork server (see `zygote.py`): standard library only.
 Numbers: Linux `asm-generic/unistd.h` (the same on every machine) and `uapi/linux/landlock.h`.
 """
 
@@ -17,7 +17,7 @@ import struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
-_CREATE_RULESET, _ADD_RULE = 444, 445  # restrict_self: see `warden.py`
+_CREATE_RULESET, _ADD_RULE = 444, 445  # restrict_self: see `child_runner.py`
 _RULE_PATH_BENEATH, _ASK_VERSION = 1, 1
 
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, MAKE_REG, TRUNCATE = 1, 2, 4, 8, 1 << 5, 1 << 8, 1 << 14

@@ -1,4 +1,4 @@
-"""The walls of the zygote back end: namespaces, the id maps, a root of its own.
+"""The zygote back end: namespaces, the id maps, a root file system of its own.
 
 Loaded by path into the launcher and into process 1 (see `zygote.py`) and forgotten there before the first run: standard
 library only.
@@ -102,7 +102,7 @@ def build_root(binds: list[tuple[str, str]], masks: list[str]) -> None:
         if os.path.islink(path):  # /lib64 and the like on a merged /usr
             os.symlink(os.readlink(path), root + target)
             continue
-        os.makedirs(root + target, exist_ok=True)
+        _make_place(path, root + target)
         _mount(path, root + target, None, _BIND | _REC)
         _read_only(root + target)
     for path in masks:
@@ -110,7 +110,7 @@ def build_root(binds: list[tuple[str, str]], masks: list[str]) -> None:
     for path in ("/dev", "/tmp", "/empty", "/old"):
         os.mkdir(root + path)
     for name in ("null", "zero", "random", "urandom"):
-        os.close(os.open(f"{root}/dev/{name}", os.O_CREAT | os.O_WRONLY))
+        _make_place(f"/dev/{name}", f"{root}/dev/{name}")
         _mount(f"/dev/{name}", f"{root}/dev/{name}", None, _BIND)
     _mount("tmpfs", root + "/tmp", "tmpfs", _NOSUID | _NODEV | _NOEXEC, "size=128m,nr_inodes=4k,mode=1777")
     os.chdir(root)
@@ -121,6 +121,14 @@ def build_root(binds: list[tuple[str, str]], masks: list[str]) -> None:
     _mount("none", "/", None, _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV)
     _libc.sethostname(b"box", 3)
     os.umask(0o077)
+
+
+def _make_place(path: str, target: str) -> None:
+    """An empty folder or file to mount `path` on."""
+    folder = target if os.path.isdir(path) else os.path.dirname(target)
+    os.makedirs(folder, exist_ok=True)
+    if folder != target:
+        os.close(os.open(target, os.O_CREAT | os.O_WRONLY))
 
 
 def move(old: str, new: str) -> None:

@@ -1,11 +1,11 @@
 """`Sandbox`: runs a model's programs where they can reach nothing, at less than two milliseconds a run.
 
-Back ends, the first that works: `zygote` (own namespaces, `zygote.py`), `bubblewrap` (the same mother process behind
-walls that `bwrap` builds, for machines that let only a setuid helper make them), `landlock` (without namespaces, for
+Back ends, the first that works: `zygote` (own namespaces, `zygote.py`), `bubblewrap` (the same fork server behind
+isolation that `bwrap` sets up, for machines that let only a setuid helper make them), `landlock` (without namespaces, for
 containers that allow none; a program can ask whether a path of the host exists), and otherwise a refusal. A plain process
 with limits and a system-call filter, but the host's files in sight, runs only with `allow_unsafe=True`.
 
-A run that fails through the sandbox's own fault raises `SandboxError`, after a second try on a fresh mother process where
+A run that fails through the sandbox's own fault raises `SandboxError`, after a second try on a fresh fork server where
 nobody has talked to the program yet; whatever a program does to itself is a `Run`.
 """
 
@@ -24,11 +24,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..processes import processors
-from .backends import Mother
+from .backends import ForkServer
+from .child_runner import CALLS, COMPILE, NATIVE, PROGRAM
 from .choose import choose_backend
 from .runs import Limits, Outcome, ProgramEnded, Run, SandboxError, SandboxUnavailable
 from .view import compiler
-from .warden import CALLS, COMPILE, NATIVE, PROGRAM
 
 __all__ = ["Limits", "Outcome", "ProgramEnded", "Run", "Sandbox", "SandboxError", "SandboxUnavailable", "Session"]
 
@@ -42,11 +42,11 @@ T = TypeVar("T")
 
 
 class Sandbox:
-    """A pool of mother processes, each doing one run at a time. Thread-safe; starts the others when they are needed.
+    """A pool of fork servers, each doing one run at a time. Thread-safe; starts the others when they are needed.
 
     `workers`: runs at the same time, by default one a core of those that a CPU quota leaves. `backend`: None tries them
-    in order. `preload`: modules that every child has imported before it is locked down; installed packages are in sight
-    only then. Raises SandboxUnavailable at once where the machine gives no back end.
+    in order. `preload`: modules that every child has imported before it is locked down; of the installed packages
+    only these and what they depend on are in sight. Raises SandboxUnavailable at once where the machine gives no back end.
     """
 
     def __init__(
@@ -61,22 +61,22 @@ class Sandbox:
             raise ValueError(f"workers is {workers}; the sandbox needs at least 1")
         self.workers = workers or processors()
         self.preload = tuple(preload)
-        mother = choose_backend(backend, allow_unsafe, self.preload)
-        self.backend = mother.backend
-        self._idle: queue.LifoQueue[Mother | None] = queue.LifoQueue()
-        for each in (*[None] * (self.workers - 1), mother):
+        server = choose_backend(backend, allow_unsafe, self.preload)
+        self.backend = server.backend
+        self._idle: queue.LifoQueue[ForkServer | None] = queue.LifoQueue()
+        for each in (*[None] * (self.workers - 1), server):
             self._idle.put(each)
         self._closed = threading.Event()
         self.finished = 0
         """Runs that have ended so far, or nearly: threads may count two as one."""
 
     def close(self) -> None:
-        """Ends the mother processes that are idle; a busy one ends with its run."""
+        """Ends the fork servers that are idle; a busy one ends with its run."""
         self._closed.set()
         with contextlib.suppress(queue.Empty):
             while True:
-                if (mother := self._idle.get_nowait()) is not None:
-                    mother.close()
+                if (server := self._idle.get_nowait()) is not None:
+                    server.close()
 
     def __enter__(self) -> Sandbox:
         return self
@@ -97,20 +97,20 @@ class Sandbox:
 
         `first` is the first message of the talk: sent along, it saves a turn of the processes. `upcoming`, those that
         will follow, are for a remote sandbox: here a program sees one message at a time."""
-        with self._mother(limits) as mother:
+        with self._server(limits) as server:
             ours, theirs = socket.socketpair()
             with ours:
                 with theirs:
-                    mother.start(CALLS, limits, [theirs.fileno()])
-                talk = Session(mother, ours, limits)
+                    server.start(CALLS, limits, [theirs.fileno()])
+                talk = Session(server, ours, limits)
                 try:
                     talk.send(request, *(() if first is None else (first,)))
                     yield talk
                 finally:
-                    if mother.busy:
-                        mother.stop()
-                        with contextlib.suppress(SandboxError):  # a lost mother process is replaced; the talk is over
-                            mother.finish(limits)
+                    if server.busy:
+                        server.stop()
+                        with contextlib.suppress(SandboxError):  # a lost fork server is replaced; the talk is over
+                            server.finish(limits)
 
     def run_program(self, code: str, stdin: bytes = b"", limits: Limits = _DEFAULT, *, usual: bool = False) -> Run:
         """Runs a Python script on `stdin`; `usual`: with the usual imports of contest programs made for it."""
@@ -130,17 +130,17 @@ class Sandbox:
         return twice(lambda: self._compile(source.encode("utf-8", "replace"), limits))
 
     def _compile(self, source: bytes, limits: Limits) -> tuple[bytes, Run]:
-        with _sealed(source) as text, _memfd() as binary, _memfd() as errors, self._mother(limits) as mother:
-            mother.start(COMPILE, limits, [binary, text, errors, errors])
-            run = mother.finish(limits)
+        with _sealed(source) as text, _memfd() as binary, _memfd() as errors, self._server(limits) as server:
+            server.start(COMPILE, limits, [binary, text, errors, errors])
+            run = server.finish(limits)
             stderr = os.pread(errors, 1 << 16, 0)
             return os.pread(binary, limits.output_bytes, 0), dataclasses.replace(run, stderr=stderr)
 
     def _run(self, kind: int, first: bytes, stdin: bytes, limits: Limits) -> Run:
         with _sealed(first) as lead, _sealed(stdin) as source, _memfd() as out, _memfd() as errors:
-            with self._mother(limits) as mother:
-                mother.start(kind, limits, [lead, source, out, errors])
-                run = mother.finish(limits)
+            with self._server(limits) as server:
+                server.start(kind, limits, [lead, source, out, errors])
+                run = server.finish(limits)
             most = limits.output_bytes
             run = dataclasses.replace(
                 run, stdout=os.pread(out, most, 0), stderr=os.pread(errors, min(most, 1 << 16), 0)
@@ -150,23 +150,23 @@ class Sandbox:
         return run
 
     @contextlib.contextmanager
-    def _mother(self, limits: Limits) -> Iterator[Mother]:
-        """A mother process for one run; one that was lost in it is replaced at its next use."""
+    def _server(self, limits: Limits) -> Iterator[ForkServer]:
+        """A fork server for one run; one that was lost in it is replaced at its next use."""
         if self._closed.is_set():
             raise SandboxError("the sandbox is closed")
-        mother = self._free(limits)
+        server = self._free(limits)
         try:
-            mother = mother or Mother(self.backend, self.preload)
-            yield mother
+            server = server or ForkServer(self.backend, self.preload)
+            yield server
         finally:
-            if mother is not None and (mother.busy or self._closed.is_set()):
-                mother.close()
-                mother = None
+            if server is not None and (server.busy or self._closed.is_set()):
+                server.close()
+                server = None
             self.finished += 1
-            self._idle.put(mother)
+            self._idle.put(server)
 
-    def _free(self, limits: Limits) -> Mother | None:
-        """The next mother process that becomes free: a queue may be long, but it has to move."""
+    def _free(self, limits: Limits) -> ForkServer | None:
+        """The next fork server that becomes free: a queue may be long, but it has to move."""
         while True:
             finished = self.finished
             try:
@@ -177,11 +177,11 @@ class Sandbox:
 
 
 class Session:
-    """A talk with one child, line by line. The run's own limit ends every wait; a mother process that does not keep to it
+    """A talk with one child, line by line. The run's own limit ends every wait; a fork server that does not keep to it
     is found out after a grace."""
 
-    def __init__(self, mother: Mother, channel: socket.socket, limits: Limits) -> None:
-        self._mother, self._channel, self._limits = mother, channel, limits
+    def __init__(self, server: ForkServer, channel: socket.socket, limits: Limits) -> None:
+        self._server, self._channel, self._limits = server, channel, limits
         self._received = bytearray()
         self._our_turn = 0.0  # when it began
         channel.settimeout(limits.seconds + _LOOK_SECONDS)
@@ -196,7 +196,7 @@ class Session:
 
     def _send(self, lines: bytes) -> None:
         if self._our_turn:
-            self._mother.excuse(time.monotonic() - self._our_turn)
+            self._server.excuse(time.monotonic() - self._our_turn)
         rest = memoryview(lines)
         while rest:
             try:
@@ -204,14 +204,14 @@ class Session:
             except TimeoutError:
                 self._look()
             except OSError:  # the child is gone
-                raise ProgramEnded(self._mother.finish(self._limits)) from None
+                raise ProgramEnded(self._server.finish(self._limits)) from None
 
     def receive(self) -> bytes:
         """The child's next line, of at most `output_bytes`: as untrusted as anything. Raises ProgramEnded, SandboxError."""
         while (end := self._received.find(b"\n")) < 0:
             if len(self._received) > self._limits.output_bytes:
-                self._mother.stop()
-                run = self._mother.finish(self._limits)
+                self._server.stop()
+                run = self._server.finish(self._limits)
                 raise ProgramEnded(dataclasses.replace(run, outcome=Outcome.OUTPUT_LIMIT))
             try:
                 chunk = self._channel.recv(1 << 16)
@@ -229,21 +229,21 @@ class Session:
         return line
 
     def _look(self) -> None:
-        self._mother.watch(self._limits)
+        self._server.watch(self._limits)
         self._channel.settimeout(_LOOK_SECONDS)
 
     def _end(self) -> Run:
         """How a child ended that has closed its channel. One that only closed it, which is no way to stay, is ended; but
         first it gets the time to end, as one that is killed from outside is not stopped by us."""
         try:
-            return self._mother.finish(self._limits, patience=_LOOK_SECONDS)
+            return self._server.finish(self._limits, patience=_LOOK_SECONDS)
         except TimeoutError:
-            self._mother.stop()
-            return self._mother.finish(self._limits)
+            self._server.stop()
+            return self._server.finish(self._limits)
 
 
 def twice(action: Callable[[], T]) -> T:
-    """A killed mother process loses no run: the second try starts a fresh one."""
+    """A killed fork server loses no run: the second try starts a fresh one."""
     try:
         return action()
     except SandboxUnavailable:

@@ -1,6 +1,6 @@
 """`RemoteSandbox`: runs programs on another machine, by Sandbox Fusion's protocol (`POST URL/run_code`).
 
-For machines without a sandbox of their own. What differs from the local one: the far side's walls and limits are its own
+For machines without a sandbox of their own. What differs from the local one: the far side's isolation and limits are its own
 (its time is on the wall, so its load can change a verdict), a function test sends its inputs all at once, and a program
 that kills itself there cannot be told from one that is killed.
 

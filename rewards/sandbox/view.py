@@ -1,14 +1,21 @@
-"""`View`: the files that stay in sight behind the walls."""
+"""`View`: which files of the host a sandboxed program can see, all of them read-only."""
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+import importlib.util
 import os
+import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+_INSTALLED = ("site-packages", "dist-packages")
 
 
 def compiler() -> str | None:
@@ -18,41 +25,31 @@ def compiler() -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What stays in sight behind the walls, all of it read-only."""
+    """Pairs of paths: on the host, and in the sandbox where the back end has a root of its own."""
 
     binds: tuple[tuple[str, str], ...]
-    """Path on the host and behind the walls."""
-    masks: tuple[str, ...]
+    masks: tuple[tuple[str, str], ...]
     """Folders hidden inside the binds: installed packages may hold a benchmark's answers."""
-    packages: tuple[str, ...]
-    """Additions to sys.path."""
+    packages: tuple[tuple[str, str], ...]
+    """Files and folders of the packages that were asked for."""
     moved: tuple[str, str]
-    """The interpreter's prefix on the host and behind the walls, which show no user's name."""
+    """The interpreter's prefix: in the sandbox it shows no user's name."""
 
     @property
     def readable(self) -> tuple[str, ...]:
-        """The same for walls that move nothing: paths on the host. Devices are files of their own."""
-        paths = tuple(path for path, _ in self.binds if not os.path.islink(path))
-        return (*paths, "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+        """The same as paths of the host. Devices are files of their own."""
+        pairs = (*self.binds, *self.packages)
+        return (*(path for path, _ in pairs if not os.path.islink(path)), *_DEVICES)
 
     @property
-    def host_masks(self) -> tuple[str, ...]:
-        """The masks, but for packages that are to be seen, as paths on the host."""
-        found = (
-            path + mask[len(target) :]
-            for path, target in self.binds
-            for mask in self.masks
-            if mask.startswith(f"{target}/") and not os.path.islink(path)
-        )
-        return tuple(mask for mask in found if mask not in self.host_packages)
-
-    @property
-    def host_packages(self) -> tuple[str, ...]:
-        return tuple(path for path, target in self.binds if target in self.packages)
+    def search_path(self) -> list[str]:
+        """Additions to `sys.path` by which the packages are found in the sandbox."""
+        return sorted({"/".join(target.split("/")[:3]) for _, target in self.packages})
 
 
-def view_of(preload: Sequence[str]) -> View:
-    """The standard library, shared libraries and the compiler; with `preload`, the installed packages as well."""
+@functools.cache
+def view_of(preload: tuple[str, ...]) -> View:
+    """The standard library, shared libraries and the compiler; the packages in `preload` with what they depend on."""
     triple = str(sysconfig.get_config_var("MULTIARCH") or "none")
     wanted = ["/lib64", "/usr/lib64"]
     for library in ("/lib", "/usr/lib"):
@@ -62,20 +59,15 @@ def view_of(preload: Sequence[str]) -> View:
         wanted += ["/bin", "/usr/bin", "/usr/include", "/usr/lib/gcc", "/usr/libexec/gcc"]
         wanted += ["/usr/local"] if str(compiler()).startswith("/usr/local") else []
     stdlib = os.path.realpath(sysconfig.get_path("stdlib"))
-    prefix, place = os.path.dirname(os.path.dirname(stdlib)), "/python"
     library = os.path.dirname(stdlib)
+    prefix, place = os.path.dirname(library), "/python"
     pairs = {path: path for path in wanted if os.path.exists(path)}
     if prefix == "/usr":
         place = prefix
-        pairs[stdlib] = stdlib
-        pairs |= {path: path for path in ("/usr/lib/python3", f"{stdlib}/lib-dynload") if os.path.isdir(path)}
+        more = (stdlib, "/usr/lib/python3", f"{stdlib}/lib-dynload")
+        pairs |= {path: path for path in more if os.path.isdir(path)}
     else:
         pairs[library] = place + "/lib"
-    packages: list[str] = []
-    for number, path in enumerate(p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")):
-        if preload and os.path.isdir(path):
-            packages.append(f"/packages/{number}")
-            pairs[os.path.realpath(path)] = packages[-1]
     binds = tuple(
         (path, target)
         for path, target in sorted(pairs.items())
@@ -84,11 +76,60 @@ def view_of(preload: Sequence[str]) -> View:
         or not any(path.startswith(f"{above}/") for above in pairs if above != path)
     )
     masks = tuple(
-        target + str(found)[len(path) :]
+        (str(folder), target + str(folder)[len(path) :])
         for path, target in binds
-        if not os.path.islink(path) and not target.startswith("/packages/")
-        for pattern in ("site-packages", "dist-packages", "python*/site-packages", "python*/dist-packages")
-        for found in sorted(Path(path).glob(pattern))
-        if found.is_dir() and not found.is_symlink()
+        if not os.path.islink(path)
+        for pattern in (*_INSTALLED, *(f"python*/{name}" for name in _INSTALLED))
+        for folder in sorted(Path(path).glob(pattern))
+        if folder.is_dir() and not folder.is_symlink()
     )
-    return View(binds, masks, tuple(packages), (prefix, place))
+    roots: dict[str, str] = {}
+    packages: dict[str, str] = {}
+    for root, entry in _package_entries(preload):
+        roots.setdefault(root, f"/packages/{len(roots)}")
+        packages[f"{root}/{entry}"] = f"{roots[root]}/{entry}"
+    return View(binds, masks, tuple(packages.items()), (prefix, place))
+
+
+def _package_entries(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Folder and entry in it, such as `(".../site-packages", "numpy.libs")`, of all that the modules `names` need: the
+    files of their distributions and of those that these depend on, extras left out."""
+    names = [name for name in names if name not in sys.stdlib_module_names]
+    if not names:
+        return
+    owners = importlib.metadata.packages_distributions()
+    waiting = [owner for name in names for owner in owners.get(name, ())]
+    seen: set[str] = set()
+    entries: dict[tuple[str, str], None] = {}
+    while waiting:
+        key = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
+        if key in seen:
+            continue
+        seen.add(key)
+        try:
+            distribution = importlib.metadata.distribution(key)
+        except importlib.metadata.PackageNotFoundError:  # a dependency of another platform
+            continue
+        entries |= dict.fromkeys(_files(distribution, owners))
+        for requirement in distribution.requires or ():
+            found = re.match(r"[\w.-]+", requirement)
+            if found and "extra ==" not in requirement.partition(";")[2]:
+                waiting.append(found[0])
+    for name in names:  # one that was not installed, or only linked to its source
+        spec = importlib.util.find_spec(name)
+        places = spec and (spec.submodule_search_locations or [str(spec.origin)])
+        entries |= dict.fromkeys(os.path.split(os.path.realpath(place)) for place in places or ())
+    yield from entries
+
+
+def _files(
+    distribution: importlib.metadata.Distribution, owners: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[str, str]]:
+    root = os.path.realpath(str(distribution.locate_file("")))
+    for file in distribution.files or ():
+        if file.parts[0] in ("..", "__pycache__") or file.suffix == ".pth":
+            continue
+        shared = len(set(owners.get(file.parts[0], ()))) > 1  # a namespace package of several
+        entry = "/".join(file.parts[: 2 if shared else 1])
+        if os.path.exists(f"{root}/{entry}"):
+            yield root, entry

@@ -1,13 +1,13 @@
-"""The sandbox's mother process: builds the walls once, then forks one locked-down child a run.
+"""The sandbox's fork server: isolates itself once, then forks one locked-down child a run.
 
 Started by `backends.py` as `python -I -S -B zygote.py FD`: standard library only, empty environment. It never sees a
 program, an input or an answer, only limits and open files: the child reads its request itself, after the lock-down
-(`warden.py`).
+(`child_runner.py`).
 
 Stages: the launcher makes new namespaces and forks; its child, a fresh interpreter, is process 1 of the new PID
 namespace, so that one SIGKILL of it takes every descendant along, and it dies with the launcher, which dies with the
 trainer. Process 1 replaces the file system by a read-only tmpfs with a few read-only binds, forgets its own privileges
-but those that it needs to drop a child's (`namespaces.py`), rehearses a run and serves requests on a SOCK_SEQPACKET socket.
+but those that it needs to drop a child's (`namespaces.py`), warms up and serves requests on a SOCK_SEQPACKET socket.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _KEPT_CAPABILITIES = 0b11 | (0b111 << 5) | (1 << 18)  # CHOWN, DAC_OVERRIDE; KILL, SETGID, SETUID; SYS_CHROOT
 
 
-_REHEARSALS = 30  # beyond all counters of CPython's specialising interpreter
+_WARM_UP_RUNS = 30  # beyond all counters of CPython's specialising interpreter
 _REQUEST = {"task": "calls", "code": ["def f(a, b):\n    return [a + 1, *map(len, b)]\n"]}
 _CALL = {"eval": "f(1, ['x'])"}
 
 
-def _rehearse(inmate: dict[str, Any]) -> None:
+def _warm_up(child: dict[str, Any]) -> None:
     """Talks with the children's code as a parent does: what is specialised and cached here need not be in every child,
     where each first use is a write to a page that it shares."""
-    for _ in range(_REHEARSALS):
+    for _ in range(_WARM_UP_RUNS):
         ours, theirs = _socket.socketpair()
         ours.sendall("".join(json.dumps(each) + "\n" for each in (_REQUEST, _CALL, _CALL)).encode())
         ours.shutdown(_socket.SHUT_WR)
-        inmate["CHANNEL"] = theirs.fileno()
-        with contextlib.suppress(inmate["ChannelClosed"]):
-            inmate["serve_calls"](inmate["read_line"]())
+        child["CHANNEL"] = theirs.fileno()
+        with contextlib.suppress(child["ChannelClosed"]):
+            child["serve_calls"](child["read_line"]())
         ours.close()
         theirs.close()
-    inmate["CHANNEL"] = 3
+    child["CHANNEL"] = 3
     del sys.modules["solution"]
 
 
-def _settle() -> None:
+def _freeze_heap() -> None:
     """Imports what programs like to use; then garbage collector and allocator leave these pages alone."""
     # not threading and random: each does work of its own in every forked child
     exec("import bisect, collections, copy, functools, heapq, itertools, math, re, string, typing")
@@ -62,20 +62,20 @@ def _settle() -> None:
 
 
 def _serve(control: _socket.socket, config: dict[str, Any], privileges: str) -> None:
-    """Process 1 behind finished walls, or the only process where there are none."""
-    inmate = _module(config, "inmate")
-    warden = _module(config, "warden")["Warden"](control, config, privileges, inmate["main"])
+    """Process 1 once it is isolated, or the only process where there are none."""
+    child = _module(config, "child")
+    runner = _module(config, "child_runner")["ChildRunner"](control, config, privileges, child["main"])
     null = os.open("/dev/null", os.O_WRONLY)
     os.dup2(null, 2)  # what reads errors of the start reads no more, and a full pipe would block every later run
     os.close(null)
-    _rehearse(inmate)
-    _settle()
+    _warm_up(child)
+    _freeze_heap()
     control.send(READY)
-    warden.serve()
+    runner.serve()
 
 
 def _module(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """One of this file's companions, by its text: behind bubblewrap's walls no other file is in sight."""
+    """One of this file's companions, by its text: behind bubblewrap no other file is in sight."""
     names: dict[str, Any] = {"__name__": name}
     exec(compile(config[name], f"<{name}>", "exec"), names)
     return names
@@ -92,15 +92,15 @@ def _begin_anew(control: _socket.socket, config: dict[str, Any], privileges: str
 
 
 def _first_process(control: _socket.socket, memory: int) -> None:
-    """Process 1 of the new namespaces: puts up the walls around itself and serves."""
+    """Process 1 of the new namespaces: isolates itself and serves."""
     with open(memory, "rb") as file:
         config, privileges = json.load(file)
     os.set_inheritable(control.fileno(), False)
-    walls = _module(config, "namespaces")
-    walls["build_root"](config["binds"], config["masks"])
-    walls["move"](*config["moved"])
-    _module(config, "warden")["keep_capabilities"](_KEPT_CAPABILITIES)
-    del walls
+    namespaces = _module(config, "namespaces")
+    namespaces["build_root"](config["binds"], config["masks"])
+    namespaces["move"](*config["moved"])
+    _module(config, "child_runner")["keep_capabilities"](_KEPT_CAPABILITIES)
+    del namespaces
     _serve(control, config, privileges)
 
 
@@ -126,11 +126,11 @@ def _launch(control: _socket.socket, config: dict[str, Any], parent: int) -> Non
 
 
 def _stay(config: dict[str, Any]) -> None:
-    """What takes the place of namespaces: see `warden.py`."""
+    """What takes the place of namespaces: see `child_runner.py`."""
     config["trainer"] = os.pidfd_open(os.getppid())  # readable when it ends, whoever holds its sockets
     if _libc.prctl(36, 1, 0, 0, 0) < 0:  # PR_SET_CHILD_SUBREAPER
         raise OSError(ctypes.get_errno(), "PR_SET_CHILD_SUBREAPER")
-    _module(config, "warden")["keep_capabilities"](0)
+    _module(config, "child_runner")["keep_capabilities"](0)
     if config["kind"] == "landlock":
         landlock = _module(config, "landlock")
         below, masks = landlock["readable_below"], config["masks"]
@@ -151,6 +151,8 @@ def main() -> int:
             if config["kind"] != "bubblewrap":
                 _stay(config)
             _serve(control, config, "none")
+            if config["folder"]:  # the trainer may have been killed
+                __import__("shutil").rmtree(config["folder"], ignore_errors=True)
     except Exception as error:  # reported to the parent, which falls back or refuses
         with contextlib.suppress(OSError):  # the trainer is gone
             control.send(NO_RUN + f"{type(error).__name__}: {error}".encode())

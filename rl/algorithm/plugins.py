@@ -16,20 +16,15 @@ An advantage is `f(scores, **options)`: a list of [G] arrays in, NaN for no verd
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
-from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...rewards.plugins.loading import load_function
 from ..config.algorithm import ADVANTAGE_PLUGINS, LOSS_PLUGINS
 
 if TYPE_CHECKING:  # an advantage needs no torch
@@ -190,35 +185,7 @@ def _run(call: Callable[[], Any], name: str) -> Any:
 
 def _find(kind: str, group: str) -> Callable[..., Any]:
     """The function of `package.module:function`, `./file.py:function` or an entry point."""
-    target = kind
-    if ":" not in kind:
-        points = {point.name: point.value for point in entry_points(group=group)}
-        if kind not in points:
-            raise ValueError(f"there is no {kind!r} among the entry points of {group} ({', '.join(points) or 'none'})")
-        target = points[kind]
-    place, _, attribute = target.rpartition(":")
-    module = _module(place, kind)
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        names = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
-        raise ValueError(f"{kind!r}: {place} has no function {attribute!r}; it has {', '.join(names) or 'none'}")
-    return function  # type: ignore[no-any-return]
-
-
-def _module(place: str, kind: str) -> ModuleType:
     try:
-        if not place.endswith(".py"):
-            return importlib.import_module(place)
-        path = Path(place).expanduser().resolve()
-        if not path.is_file():
-            raise ValueError(f"{kind!r}: there is no file {path}")
-        spec = importlib.util.spec_from_file_location(f"emberl_user_{path.stem}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
-        spec.loader.exec_module(module)
-        return module
-    except ValueError:
-        raise
-    except Exception as error:  # a user's file may raise anything
-        raise ValueError(f"{kind!r} could not be imported: {type(error).__name__}: {error}") from error
+        return load_function(kind, group)
+    except ValueError as error:
+        raise ValueError(f"{kind!r}: {error}") from error

@@ -128,21 +128,21 @@ def _critic(config: Config) -> None:
 
 
 def _old_policy(config: Config) -> None:
-    """Engine log-probs of a cut distribution are no old policy for the learner, whose distribution is whole."""
-    rollout, offpolicy = config.rollout, config.offpolicy
-    cut = f"rollout.top_p={rollout.top_p:g}" if rollout.top_p < 1 else f"rollout.top_k={rollout.top_k}"
-    if not trains_rl(config) or (rollout.top_p == 1 and rollout.top_k == 0):
+    """Engine log-probs of a changed distribution are no old policy for the learner, whose distribution is the model's."""
+    changed, offpolicy = config.rollout.changed, config.offpolicy
+    if not trains_rl(config) or not changed:
         return
+    keys = ", ".join(f"rollout.{key}={value:g}" for key, value in changed.items())
+    fix = "leave " + ", ".join(f"rollout.{key}" for key in changed) + " out"
     if offpolicy.old_logp == "rollout" and config.loss.kind != "reinforce":
         raise ValueError(
-            f"{cut} cuts the distribution that the engine samples from, and its log-probs are of what is left, while the "
-            "learner's are of the whole: every ratio between them would be too small. Set offpolicy.old_logp=recompute, or "
-            "rollout.top_p=1 and rollout.top_k=0"
+            f"{keys}: the engine samples from a changed distribution, and its log-probs are of that one, while the learner's "
+            "are of the model's own: no ratio between them would be right. Set offpolicy.old_logp=recompute, or " + fix
         )
     if offpolicy.active or offpolicy.opsm_delta is not None:
         raise ValueError(
-            f"{cut} cuts the distribution that the engine samples from, so that offpolicy.weight, seq_mask_* and opsm_delta "
-            "would take the cut for a difference of policies; set rollout.top_p=1 and rollout.top_k=0, or leave them out"
+            f"{keys}: the engine samples from a changed distribution, so that offpolicy.weight, seq_mask_* and opsm_delta "
+            f"would take the change for a difference of policies; {fix}, or leave these out"
         )
 
 

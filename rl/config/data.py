@@ -13,6 +13,11 @@ from .base import Settings
 
 KINDS = ("chain", "products", "brackets", "solve", "story")
 """The kinds of problems of the built-in source; `rl/data/arithmetic.py` shows one of each."""
+SET_BY_EMBERL = (
+    "conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message", "padding",
+    "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+)  # fmt: skip
+"""Arguments of `apply_chat_template` that a user may not give."""
 
 
 def endless(source: str) -> bool:
@@ -65,8 +70,21 @@ class DataConfig(Settings):
     """The user's message, `{name}` standing for a column; `{{` and `}}` are braces, and so are those around no name."""
     system_prompt: str | None = None
     """Goes before messages that have no system message."""
-    template_args: Mapping[str, Any] = Field(default_factory=dict)
-    """Arguments of the model's chat template, e.g. `{enable_thinking: false}` for Qwen3."""
+    merge_system: bool = False
+    """Puts the system message before the first user's, in one message, for templates without such a role (Gemma)."""
+    template: Literal["auto", "chat", "none", "raw"] = "auto"
+    """`chat`: the chat template makes a prompt of the messages. `none`: their texts alone, one below the other, after the
+    tokenizer's own beginning. `raw`: a text that is a rendered prompt already, special tokens and all. `auto`: chat, or
+    none where the model has no template."""
+    chat_template: str | None = None
+    """Another chat template than the model's: a file, or the text of one."""
+    chat_template_kwargs: Mapping[str, Any] = Field(default_factory=dict)
+    """What the template is given beside the messages, e.g. `{enable_thinking: false}` for Qwen3."""
+    assistant_prefix: str = ""
+    """How every answer begins, e.g. "<think>\n": the end of the prompt, from which the model goes on. It does not train;
+    rewards read it before what was sampled."""
+    final_answer: Literal["cut", "continue"] = "cut"
+    """Of messages that end with the assistant's: whether that answer is left out of the prompt, or begins the model's."""
 
     kinds: Mapping[str, float] = Field(default_factory=lambda: {"chain": 1.0})
     """arithmetic: the kinds of problems (chain, products, brackets, solve, story) and their weights."""
@@ -103,6 +121,14 @@ class DataConfig(Settings):
             raise ValueError("data.terms must be [fewest, most] with 2 <= fewest <= most <= 32, e.g. [4, 6]")
         return terms
 
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _not_ours(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        for name in given:
+            if name in SET_BY_EMBERL:
+                raise ValueError(f"{name} is no variable of a template, and set by emberl; leave it out")
+        return given
+
     @field_validator("answer_pattern")
     @classmethod
     def _pattern(cls, pattern: str | None) -> str | None:
@@ -122,6 +148,16 @@ class DataConfig(Settings):
             raise ValueError(
                 f"data.largest_total={self.largest_total} must be at least twice data.largest_term={self.largest_term}, "
                 "so that any number can be added or taken away"
+            )
+        if self.template in ("none", "raw") and (self.chat_template is not None or self.chat_template_kwargs):
+            raise ValueError(
+                f"data.template={self.template} uses no chat template, so data.chat_template and chat_template_kwargs would "
+                "do nothing; leave them out, or set data.template=chat"
+            )
+        if self.template == "raw" and (self.system_prompt is not None or self.merge_system):
+            raise ValueError(
+                "data.template=raw takes a prompt as it is, with no place for data.system_prompt and merge_system; leave them "
+                "out, or set data.template=chat or none"
             )
         if self.eval_path is not None and self.eval_split is not None:
             raise ValueError("set data.eval_path (a file) or data.eval_split (a split of data.source), not both")

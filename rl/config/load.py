@@ -98,6 +98,7 @@ class Config(Settings):
         check_algorithm(self.advantage, self.kl, self.filter)
         refuse_what_cannot_train(self)
         self._check_colocated()
+        self._check_collective()
         if self.schedule.stream_parts > 1:
             self._check_streaming()
         if self.schedule.oversample > 1 and self.schedule.max_staleness:
@@ -132,6 +133,21 @@ class Config(Settings):
             if not met:
                 raise ValueError(
                     f"cluster.colocated shares each device between one learner and one engine; it needs {what}"
+                )
+
+    def _check_collective(self) -> None:
+        if self.sync.transport != "collective":
+            return
+        wanted = {
+            "rollout.engine=vllm": self.rollout.engine == "vllm",
+            "rollout.engine_args.weight_transfer_config": ("weight_transfer_config" in self.rollout.engine_args),
+            "sync.mode=dense or auto": self.sync.mode != "patch",
+        }
+        for what, met in wanted.items():
+            if not met:
+                raise ValueError(
+                    "sync.transport=collective sends whole weights into vLLM's own processes; it needs "
+                    f"{what}, or set sync.transport=object_store"
                 )
 
     def _check_streaming(self) -> None:
@@ -173,8 +189,14 @@ class Config(Settings):
 
     @property
     def max_model_length(self) -> int:
-        """Tokens of the longest prompt and the longest answer together."""
-        return self.data.max_prompt_length + self.rollout.max_response_length
+        """Tokens of the longest prompt and the longest answer together, in training or evaluation."""
+        longest = self.rollout.max_response_length
+        sets = self.eval.sets.values()
+        return max(
+            self.data.max_prompt_length + longest,
+            *(s.max_prompt_length + (s.max_response_length or longest) for s in sets),
+            0,
+        )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from .algorithm import MOST
 from .base import LONGEST, Settings
-from .data import TinyConfig
+from .data import DataConfig, TinyConfig
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 MOST_STEPS, MOST_ANSWERS, MOST_TOKENS = 100_000_000, 10_000_000, 10_000_000
@@ -75,13 +75,37 @@ class SFTConfig(Settings):
     """How the rate falls after that: not at all, to 0 in a line, or to 0 along a cosine."""
 
 
-class RolloutConfig(Settings):
+class SamplingConfig(Settings):
+    """What is left of the model's distribution before a token is drawn; the defaults leave all of it."""
+
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Draws from the smallest set of tokens that has this share of the probability; 1: from all."""
+    top_k: int = Field(default=0, ge=0, le=MOST_TOKENS)
+    """Draws from this many of the likeliest tokens; 0: from all."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Tokens less likely than this share of the likeliest are never drawn; 0: none."""
+    repetition_penalty: float = Field(default=1.0, gt=0, le=100)
+    """Divides the logits of tokens that the prompt or the answer has already (multiplies negative ones); 1: none."""
+
+    @property
+    def cuts(self) -> dict[str, Any]:
+        """These settings by name, as `Sampling` takes them."""
+        return {name: getattr(self, name) for name in SamplingConfig.model_fields}
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """Those of them that make it another distribution than the model's own."""
+        own = SamplingConfig.model_fields
+        return {name: value for name, value in self.cuts.items() if value != own[name].default}
+
+
+class RolloutConfig(SamplingConfig):
     """How answers are sampled."""
 
     engine: str = "embedded"
     """`embedded`: in-process PyTorch with continuous batching, for Llama, Qwen2 and Qwen3 architectures. `vllm`: vLLM, which
     has to be installed; with vllm-ascend beside it, on NPUs. `package.module:factory`: an engine of your own, made by
-    factory(spec: emberl.rollout.engines.WorkerSpec, cards), with the methods of `emberl.rollout.engine.Engine`."""
+    factory(spec: emberl.rollout.engine.WorkerSpec, cards), with the methods of `emberl.rollout.engine.Engine`."""
     engine_args: Mapping[str, Any] = Field(default_factory=dict)
     """vLLM's engine arguments by its own names, e.g. {gpu_memory_utilization: 0.8, enforce_eager: true}."""
     servers: tuple[str, ...] = ()
@@ -95,11 +119,14 @@ class RolloutConfig(Settings):
     group_size: int = Field(default=8, ge=1, le=65_536)
     """G, the number of answers to each prompt."""
     temperature: float = Field(default=1.0, ge=0, le=100)
-    """Of the distribution that answers are drawn from; the log-probs of learners are taken under the same one."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Draws from the smallest set of tokens that has this share of the probability; 1: from all."""
-    top_k: int = Field(default=0, ge=0, le=MOST_TOKENS)
-    """Draws from this many of the likeliest tokens; 0: from all."""
+    """Of the distribution that answers are drawn from; the log-probs of learners are taken under the
+    same one."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer beside the model's own end tokens, e.g. [</answer>]; they may begin
+    and end within tokens."""
+    include_stop: bool = True
+    """Whether rewards read the text that ended the answer, e.g. a closing tag, or the answer up to
+    there. All tokens that were sampled train in either case."""
     max_response_length: int = Field(default=512, ge=1, le=MOST_TOKENS)
     """Tokens; an answer that reaches it is cut (`response_length/clip_ratio`)."""
     max_num_seqs: int = Field(default=256, ge=1, le=MOST_ANSWERS)
@@ -109,6 +136,26 @@ class RolloutConfig(Settings):
     cores decide in tests and benchmarks; empty: as fast as it goes."""
     timeout: float = Field(default=1800.0, gt=0, le=LONGEST)
     """Seconds within which a step's answers must arrive; later the run ends and says which worker is late."""
+    environment: str | None = None
+    """`package.module:Class` or `./file.py:Class` that answers the model between its turns, as `emberl.rollout.environments`
+    says; max_response_length then counts all turns and observations, and timeout each turn. Empty: every answer is one
+    turn."""
+    max_turns: int = Field(default=8, ge=1, le=10_000)
+    """Turns of the model in an episode at most."""
+    environment_timeout: float = Field(default=60.0, gt=0, le=LONGEST)
+    """Seconds for one step of an environment; what is late ends its episode."""
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_or_more(cls, stop: Any) -> Any:
+        return (stop,) if isinstance(stop, str) else stop
+
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_text(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(stop):
+            raise ValueError("an empty text would end every answer; leave it out")
+        return stop
 
     @field_validator("engine_args")
     @classmethod
@@ -126,35 +173,75 @@ class RolloutConfig(Settings):
         return math.prod(int(size) for size in sizes)
 
 
-class RewardPart(Settings):
+class RewardSpec(Settings):
+    """What marks answers; `math` alone stands for `{use: math}`."""
+
+    use: str = ""
+    """`math`, `code`, `gym`, `judge`, `format`, `language`, `overlong`, `repetition`,
+    `package.module:function`, `./file.py:function`, or an entry point of the group `emberl.rewards`."""
+    timeout: float = Field(default=10.0, gt=0, le=LONGEST)
+    """Seconds for one completion."""
+    concurrency: int | None = Field(default=None, ge=1)
+    """Grading processes (of `judge`: requests at a time); empty: the reward's own choice."""
+    style: str | None = None
+    """A user's function is of this style: native, verl, verl_full, trl, openrlhf, slime, verifiers, ...; empty: seen from
+    its signature."""
+    isolation: Literal["process", "inline"] | None = None
+    """Where a user's function runs; empty: in a process of its own."""
+    options: Mapping[str, Any] = Field(default_factory=dict)
+    """Arguments of the reward itself, e.g. of `judge` {base_url, model, prompt, pattern}."""
+    kwargs: Mapping[str, Any] = Field(default_factory=dict)
+    """Keywords for every call of a user's function (verl's reward_kwargs), or of the class or factory that makes it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"use": value} if isinstance(value, str) else value
+
+
+class RewardPart(RewardSpec):
     """One named part of the reward."""
 
-    use: str = Field(min_length=1)
-    """`math`, `package.module:function`, `./file.py:function`, or an entry point of the group `emberl.rewards`."""
+    by_source: Mapping[str, RewardSpec] = Field(default_factory=dict)
+    """Instead of `use`: what marks the rows of each data source, a name or a pattern of it, e.g.
+    {openai/gsm8k: math, taco*: code, "*": ./mine.py:score}. A source without a pattern ends the run before training."""
     weight: float = Field(default=1.0, ge=-MOST, le=MOST)
     """How often the part counts in the score."""
     gate: str | None = None
     """Another part's name: this one counts only where that one scored above 0."""
-    timeout: float = Field(default=10.0, gt=0, le=LONGEST)
-    """Seconds for one completion."""
     deadline: float = Field(default=600.0, gt=0, le=LONGEST)
     """Seconds for a batch; what has no verdict by then is a verifier error."""
-    concurrency: int | None = Field(default=None, ge=1)
-    """Grading processes; empty: the reward's own choice."""
-    style: str | None = None
-    """A user's function is of this style: native, verl, trl, openrlhf, slime, verifiers; empty: seen from its signature."""
-    isolation: Literal["process", "inline"] | None = None
-    """Where a user's function runs; empty: in a process of its own."""
-    options: Mapping[str, Any] = Field(default_factory=dict)
-    """Arguments of the reward itself."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> RewardPart:
+        if bool(self.use) == bool(self.by_source):
+            raise ValueError(
+                "a part of the reward has either use, e.g. math, or by_source, e.g. {taco: code, '*': math}"
+            )
+        return self
 
 
 class RewardConfig(Settings):
-    """How answers are marked."""
+    """How answers are marked; `reward: ./mine.py:score` alone is one part of that name, and `reward.by_source` the same for
+    `reward.parts.answer.by_source`. The score is the sum of weight x score over the parts that apply to a sample; a part
+    that returns None does not, and the others' weights stay (as in TRL)."""
 
     parts: Mapping[str, RewardPart] = Field(default_factory=lambda: {"answer": RewardPart(use="math")})
     max_error_fraction: float = Field(default=0.01, ge=0, le=1)
     """A step with more than this share of verifier errors ends the run with the cause."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"parts": {"answer": value}}
+        if not isinstance(value, Mapping) or not (by_source := value.get("by_source")):
+            return value
+        rest = {key: part for key, part in value.items() if key != "by_source"}
+        parts = rest.get("parts") or {}
+        if "answer" in parts:
+            raise ValueError("reward.by_source is reward.parts.answer.by_source: set one of them")
+        return rest | {"parts": {"answer": {"by_source": by_source}, **parts}}
 
     @field_validator("parts")
     @classmethod
@@ -210,9 +297,10 @@ class SyncConfig(Settings):
     """`dense`: whole weights; `patch`: what changed since the last version, bit for bit the same result. `auto`: whichever
     takes less time at the bandwidth and the share of changed weights that are measured; a change is logged with its reason."""
     transport: Literal["auto", "object_store", "collective", "directory"] = "auto"
-    """How the bytes travel. `object_store`: Ray's, with one copy a node. `collective`: a broadcast over the devices' fabric; of
-    whole weights into vLLM's own processes, where rollout.engine_args.weight_transfer_config names vLLM's engine for that.
-    `directory`: files in `sync.directory`. `auto`: the object store, or the collective where cards measure it to be faster."""
+    """How the bytes travel. `object_store`: Ray's, with one copy a node. `collective`: whole weights go from the learners
+    into vLLM's own processes, over the devices' fabric; rollout.engine_args.weight_transfer_config must name vLLM's engine
+    for that. `directory`: files in `sync.directory`. `auto`: the object store, or the collective where that is configured
+    and cards measure it to be faster."""
     directory: str | None = None
     """A directory that the learners and all workers see, for transport=directory; empty: `sync` in the run's."""
     anchor_every: int = Field(default=50, ge=1)
@@ -272,17 +360,65 @@ class CriticConfig(Settings):
         return policy.model_copy(update={"lr": self.lr, "warmup_steps": self.lr_warmup_steps})
 
 
-class EvalConfig(Settings):
+class EvalSetConfig(DataConfig):
+    """A set of problems to be evaluated on, all of it: the keys of `data`, with `path` for `source`, and its own answers.
+    Empty: as in `eval` and `rollout`."""
+
+    heldout: int = Field(default=0, ge=0, le=0)
+    size: int | None = Field(default=None, ge=1, le=100_000_000)
+    """The first so many problems; empty: all, of a generated source 512."""
+    samples: int | None = Field(default=None, ge=1, le=65_536)
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0, le=MOST_TOKENS)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=100)
+    max_response_length: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
+    verifier: RewardPart | None = None
+    """What marks the answers: a name such as `math`, or the keys of a part of the reward; empty: the run's reward."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"source": value}
+        if not isinstance(value, Mapping) or "path" not in value:
+            return value
+        if "source" in value:
+            raise ValueError("path is another word for source; set one of them")
+        return {"source": value["path"], **{key: v for key, v in value.items() if key != "path"}}
+
+    @model_validator(mode="after")
+    def _whole(self) -> EvalSetConfig:
+        if self.eval_path is not None or self.eval_split is not None:
+            raise ValueError("a set is evaluated whole: name its file in path, or its split in split")
+        return self
+
+    @property
+    def generated(self) -> bool:
+        """Whether its problems are made rather than read."""
+        return isinstance(self.source, str) and self.source.startswith(("arithmetic", "reasoning_gym:"))
+
+
+class EvalConfig(SamplingConfig):
     """Held-out problems, before, during and after RL."""
 
     every: int = Field(default=25, ge=0)
     """RL steps between evaluations; 0: only before and after."""
-    size: int = Field(default=512, ge=0, le=100_000_000)
-    """Held-out problems; 0: never evaluate."""
+    size: int | None = Field(default=None, ge=0, le=100_000_000)
+    """The first so many of the problems that `data` holds out; empty: all of them; 0: none."""
     samples: int = Field(default=1, ge=1, le=65_536)
     """Answers to each problem (`mean@N`)."""
     temperature: float = Field(default=0.0, ge=0, le=100)
     """0: greedy."""
+    sets: Mapping[str, EvalSetConfig] = Field(default_factory=dict)
+    """Further sets by name, each with the keys of `data` and answers of its own, e.g. {aime24: {path: aime24.parquet,
+    prompt_column: problem, samples: 16, temperature: 0.6, verifier: math}}; `val-core/aime24/acc/mean@16`."""
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return self.size != 0 or bool(self.sets)
 
 
 class CheckpointConfig(Settings):

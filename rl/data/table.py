@@ -150,6 +150,7 @@ class TableSource:
             by_row = self._keys(evaluation, held_mapper, notes)
             held_rows, held_keys = list(by_row), set(by_row.values())
         self._rows = [number for number, key in keys.items() if key not in held_keys]
+        notes += self._writer.notes
         dropped = len(keys) - len(self._rows) - (len(held_rows) if evaluation is None else 0)
         if dropped:
             notes.append(f"{dropped} rows of {self._table.where} left out of training: they are held-out problems too")

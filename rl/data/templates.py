@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from ...rollout.samples import Prompt
@@ -20,27 +21,108 @@ class Tokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
     def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool, **arguments: Any
+        self,
+        conversation: list[dict[str, str]],
+        *,
+        chat_template: Any,
+        tokenize: bool,
+        add_generation_prompt: bool,
+        **arguments: Any,
     ) -> Any: ...
 
 
-def render(
-    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, arguments: Mapping[str, Any] | None = None
-) -> str:
-    """The text that the model continues: by the chat template, or the plain contents where there is none.
+def template_of(settings: DataConfig, tokenizer: Tokenizer) -> Any:
+    """The chat template that `data.template` and `data.chat_template` choose, as transformers has it: a text, or several by
+    name. None: prompts are plain text. ValueError where there is none, or where it knows no such argument."""
+    if settings.template in ("none", "raw"):
+        return None
+    template, given = tokenizer.chat_template, settings.chat_template
+    if given is not None:
+        template = given if "{%" in given or "{{" in given else _template_file(given)
+    if template is None and settings.template == "chat":
+        raise ValueError(
+            "data.template=chat, but the tokenizer of model.path has no chat template; give one in data.chat_template, or set "
+            "data.template=none"
+        )
+    for name in settings.chat_template_kwargs:
+        if template is None or not re.search(rf"\b{re.escape(name)}\b", str(template)):
+            raise ValueError(
+                f"data.chat_template_kwargs: the chat template of the model uses no {name}, so it would change nothing; "
+                "leave it out, or give a template that does in data.chat_template"
+            )
+    return template
 
-    arguments: of the template, as in `data.template_args`. ValueError where the template refuses the messages.
+
+def _template_file(name: str) -> str:
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"data.chat_template={name[:200]!r} is no Jinja template (it has no {{{{ }}}} or {{% %}}), and no file that can "
+            f"be read: {error}"
+        ) from error
+
+
+def render(
+    messages: Sequence[Mapping[str, str]],
+    tokenizer: Tokenizer,
+    template: Any,
+    arguments: Mapping[str, Any] | None = None,
+) -> str:
+    """The text that the model continues: by the chat template, or where that is None the contents, one below the other.
+
+    arguments: of the template, as in `data.chat_template_kwargs`. ValueError where the template refuses the messages, or
+    leaves out what a user or the system says.
     """
-    if tokenizer.chat_template is None:
+    if template is None:
         return "\n".join(message["content"] for message in messages)
     conversation = [dict(message) for message in messages]
+    merge = "; for a template without a system role set data.merge_system=true"
+    hint = merge if messages[0]["role"] == "system" else ""
     try:
-        return str(
-            tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, **(arguments or {}))
+        text = str(
+            tokenizer.apply_chat_template(
+                conversation,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=True,
+                **(arguments or {}),
+            )
         )
     except Exception as error:  # jinja's own, and whatever a template raises: it is code that came with the model
+        line = f"line {number}: " if (number := getattr(error, "lineno", None)) else ""
         roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(f"the chat template of the model refuses messages of {roles}: {error}") from error
+        raise ValueError(f"the chat template refuses messages of {roles}: {line}{error}{hint}") from error
+    for role, content in ((message["role"], message["content"].strip()) for message in messages):
+        if role in ("system", "user") and content not in text:
+            raise ValueError(f"the chat template leaves out the {role}'s message {content[:80]!r}{hint}")
+    return text
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The token with which the chat template ends an assistant's turn; None where it has none, or there is no template."""
+    if tokenizer.chat_template is None:
+        return None
+    answer = "Here it ends."
+    turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:  # whatever a template raises: some take other turns than these
+        return None
+    rest = text.rpartition(answer)[2].lstrip() if answer in text else ""
+    added = {str(token.content): int(id) for id, token in tokenizer.added_tokens_decoder.items()}
+    found = [content for content in added if rest.startswith(content)]
+    return added[max(found, key=len)] if found else None
+
+
+def end_token(tokenizer: Any) -> int:
+    """What ends a worked solution: the end of a turn, or the tokenizer's end token; ValueError where it has neither."""
+    end = end_of_turn(tokenizer)
+    if end is None:
+        end = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError("the tokenizer of model.path has no eos_token, so a solution could never end; set one in it")
+    return int(end)
 
 
 def framing_ids(tokenizer: Any) -> frozenset[int]:
@@ -65,17 +147,30 @@ def _is_tag(text: str, others: Collection[str]) -> bool:
     return text in (f"<{name}>", f"</{name}>") and {f"<{name}>", f"</{name}>"} <= set(others)
 
 
-def prompt_ids(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids of a rendered prompt. A chat template writes its own special tokens; plain text gets the tokenizer's."""
-    return _encode(text, tokenizer, add_special_tokens=tokenizer.chat_template is None)
+def prompt_ids(text: str, tokenizer: Tokenizer, *, chat: bool) -> tuple[int, ...]:
+    """The ids of a rendered prompt. A chat template writes its own special tokens; plain text gets the tokenizer's at its
+    beginning, where it has not got them already, and no end token, after which there would be nothing to say."""
+    ids = _encode(text, tokenizer, add_special_tokens=not chat)
+    if chat:
+        return ids
+    begin, end = getattr(tokenizer, "bos_token_id", None), tokenizer.eos_token_id
+    if begin is not None and ids[:2] == (begin, begin):
+        ids = ids[1:]
+    if end is not None and ids[-1:] == (end,) and not text.endswith(str(getattr(tokenizer, "eos_token", ""))):
+        ids = ids[:-1]
+    return ids
 
 
-def supervised_ids(prompt: Prompt, solution: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The prompt, the solution and the end token; the first `len(prompt.token_ids)` of them are not learnt."""
+def supervised_ids(prompt: Prompt, solution: str, tokenizer: Tokenizer, end: int) -> tuple[int, ...]:
+    """The prompt, the solution and the token that ends it; the first `len(prompt.token_ids)` of them are not learnt, nor is
+    what the prompt has of the solution already."""
+    begun = prompt.prefix.strip()
+    if begun and solution.lstrip().startswith(begun):
+        solution = solution.lstrip()[len(begun) :]
+        if prompt.prefix.endswith("\n"):
+            solution = solution.removeprefix("\n")
     ids = _encode(solution, tokenizer, add_special_tokens=False)
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer of model.path has no eos_token, so a solution could never end; set one in it")
-    return (*prompt.token_ids, *ids, int(tokenizer.eos_token_id))
+    return (*prompt.token_ids, *ids, end)
 
 
 class PromptWriter:
@@ -84,6 +179,18 @@ class PromptWriter:
     def __init__(self, settings: DataConfig, tokenizer: Tokenizer) -> None:
         self._settings = settings
         self._tokenizer = tokenizer
+        self._template = template_of(settings, tokenizer)
+        self._answered = 0
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of the prompts made so far."""
+        if not self._answered:
+            return []
+        return [
+            f"{self._answered} conversations end with the assistant's answer, which is left out of the prompt; "
+            "data.final_answer=continue lets the model go on from it"
+        ]
 
     def question(self, question: str, *, id: str, answer: str, source: str, columns: Mapping[str, Any]) -> Prompt:
         """A single user's message: the question, or `data.prompt_template` filled with the columns."""
@@ -96,12 +203,39 @@ class PromptWriter:
     def conversation(
         self, messages: Sequence[Mapping[str, str]], *, id: str, answer: str, source: str, columns: Mapping[str, Any]
     ) -> Prompt:
-        system = self._settings.system_prompt
-        if system is not None and messages[0]["role"] != "system":
-            messages = ({"role": "system", "content": system}, *messages)
-        text = render(messages, self._tokenizer, self._settings.template_args)
-        ids = prompt_ids(text, self._tokenizer)
-        return Prompt(id=id, token_ids=ids, answer=answer, source=source, messages=tuple(messages), columns=columns)
+        settings = self._settings
+        messages, prefix = self._open(messages)
+        if settings.system_prompt is not None and messages[0]["role"] != "system":
+            messages = ({"role": "system", "content": settings.system_prompt}, *messages)
+        if settings.merge_system:
+            messages = _merged(messages)
+        if settings.template == "raw" and len(messages) > 1:
+            raise ValueError("data.template=raw takes a text, but here are several messages; set data.template=chat")
+        text = render(messages, self._tokenizer, self._template, settings.chat_template_kwargs)
+        text, prefix = _begun(text, prefix)
+        return Prompt(
+            id=id,
+            token_ids=prompt_ids(text, self._tokenizer, chat=self._template is not None),
+            answer=answer,
+            source=source,
+            messages=tuple(messages),
+            prefix=prefix,
+            columns=columns,
+        )
+
+    def _open(self, messages: Sequence[Mapping[str, str]]) -> tuple[Sequence[Mapping[str, str]], str]:
+        """The messages up to the answer that is asked for, and how it begins."""
+        prefix, asked = self._settings.assistant_prefix, len(messages)
+        while asked and messages[asked - 1]["role"] == "assistant":
+            asked -= 1
+        if not asked:
+            raise ValueError("the conversation is the assistant's alone, so nothing is asked; remove the row")
+        if asked == len(messages):
+            return messages, prefix
+        if self._settings.final_answer == "continue":
+            return messages[:-1], messages[-1]["content"] or prefix
+        self._answered += 1
+        return messages[:asked], prefix
 
     def fits(self, prompt: Prompt) -> bool:
         return len(prompt.token_ids) <= self._settings.max_prompt_length
@@ -112,6 +246,24 @@ class PromptWriter:
         return f"{what} {has} data.max_prompt_length={self._settings.max_prompt_length}; raise it" + (
             "" if self._settings.overlong == "drop" else ", or set data.overlong=drop"
         )
+
+
+def _merged(messages: Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:
+    """With the system's message, where there is one, before the user's in one."""
+    if len(messages) < 2 or messages[0]["role"] != "system":
+        return messages
+    system, first, *others = messages
+    if first["role"] != "user":
+        raise ValueError(f"data.merge_system=true, but the system's message is followed by one of {first['role']}")
+    return ({**first, "content": f"{system['content']}\n\n{first['content']}"}, *others)
+
+
+def _begun(text: str, prefix: str) -> tuple[str, str]:
+    """A rendered prompt with the beginning of the answer, and this as it stands there: some templates write it themselves."""
+    begun = prefix.strip()
+    if begun and text.rstrip().endswith(begun):
+        return text, text[text.rindex(begun) :]
+    return text + prefix, prefix
 
 
 _FIELD = re.compile(r"\{\{|\}\}|\{([A-Za-z_][\w.]*)\}")
@@ -165,6 +317,8 @@ __all__ = [
     "PromptWriter",
     "Tokenizer",
     "column",
+    "end_of_turn",
+    "end_token",
     "fields",
     "fill",
     "framing_ids",
@@ -172,4 +326,5 @@ __all__ = [
     "prompt_ids",
     "render",
     "supervised_ids",
+    "template_of",
 ]

@@ -1,4 +1,4 @@
-"""What a model's passes cost in floating-point operations, and what share of a device's peak that is (MFU).
+"""The floating-point operations of a model's passes, and their share of a device's peak (MFU).
 
 MFU counts what the model needs, not what the hardware happens to do: recomputation under gradient checkpointing, padding
 and masked products are left out, so doing less of them raises it.

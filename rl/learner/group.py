@@ -9,11 +9,11 @@ from typing import Any
 import ray
 
 from ...rollout.actors import gather
-from ...rollout.weights.broadcast import Ticket
+from ...rollout.weights.engine_transfer import BroadcastGroup
 from ..algorithm.losses import Objective
 from ..config.load import CriticConfig, OptimConfig
 from ..groups import Batch
-from .publisher import Order, Published
+from .publisher import Published, PublishRequest
 
 PUBLISHING = "publishing"
 """The thread of an actor that publishes weights, beside the one that trains."""
@@ -81,7 +81,7 @@ class LearnerGroup:
         """Copies the weights aside, as the next version to be published."""
         self._call("take_weights")
 
-    def publish(self, order: Order) -> Published:
+    def publish(self, order: PublishRequest) -> Published:
         """Hands what was taken to the transport; the ranks may make their next step meanwhile."""
         beside = {"concurrency_group": PUBLISHING}
         whole = not order.patch
@@ -91,11 +91,11 @@ class LearnerGroup:
         )[0]
         return published
 
-    def meet(self, workers: int, timeout: float, backend: str = "", ranks: int = 1) -> Ticket:
-        """A new group of rank 0 and so many workers, for broadcasts (`Publisher.meet`)."""
+    def meet(self, workers: int, timeout: float, backend: str, ranks: int) -> BroadcastGroup:
+        """A new group of rank 0 and the engines of so many workers (`Publisher.meet`)."""
         meet = self.ranks[0].meet.options(concurrency_group=PUBLISHING)
-        ticket: Ticket = self._wait([meet.remote(workers, timeout, backend, ranks)], "meet")[0]
-        return ticket
+        group: BroadcastGroup = self._wait([meet.remote(workers, timeout, backend, ranks)], "meet")[0]
+        return group
 
     def broadcast(self) -> Any:
         """Begins to send what was last published to the workers that wait for it; the reference to the end of it."""

@@ -24,14 +24,14 @@ TOLERANCE = 0.02
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearHead:
-    """What the kernels call `logit_scale` and `softcap`."""
+    """The kernels' `logit_scale` and `softcap` of a model."""
 
     scale: float = 1.0
     softcap: float | None = None
 
 
 def linear_head(model: Any) -> LinearHead | None:
-    """What turns the output layer's product into the model's logits; None where it is not that simple (adapters in the output
+    """The scaling from the output layer's product to the model's logits; None where it is not that simple (adapters in the output
     layer, a family with a formula of its own), and the model must make its logits itself (`own_logits`)."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:

@@ -1,4 +1,4 @@
-"""What an update takes of a device's memory, how many tokens a pass may therefore hold, and a refusal of what cannot fit.
+"""The memory that an update takes, how many tokens a pass may therefore hold, and a refusal of what cannot fit.
 
 Estimates, from the shape of the model: activations of a dense decoder layer as plain transformers keeps them for the
 backward pass, or a layer's input alone under gradient checkpointing, and the fused loss's tile.

@@ -14,7 +14,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +22,12 @@ import torch
 from torch import nn
 
 from ...rollout.vllm_backend.compat import check_sender
-from ...rollout.vllm_backend.transfer import InEngines, Sender
+from ...rollout.vllm_backend.transfer import Rendezvous, Sender
 from ...rollout.weights.apply import commit, prepare
-from ...rollout.weights.broadcast import InBroadcast, Meeting, Ticket
 from ...rollout.weights.codec import CHUNK_BYTES, spread
 from ...rollout.weights.diff import Shard, TensorPart, diff, join
+from ...rollout.weights.engine_transfer import Broadcast, BroadcastGroup, EngineTransfer
 from ...rollout.weights.patch import (
-    Bytes,
     Chunk,
     Mode,
     TensorBytes,
@@ -39,11 +38,11 @@ from ...rollout.weights.patch import (
     element_bytes,
 )
 from ...rollout.weights.stats import changed_elements
-from ...rollout.weights.transport import Directory, ObjectStore, Outbox, Parcel
+from ...rollout.weights.tensors import dtype_name
+from ...rollout.weights.transport import Directory, ObjectStore, PatchRef, PatchStore
 from ...rollout.weights.wire_format import pieces
 from .lora import merged_shards
 
-SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 SAMPLE = 4096
 """Elements of a tensor that are looked at to guess how many changed."""
 
@@ -52,8 +51,8 @@ Parts = Mapping[str, TensorPart]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Order:
-    """What the driver wants of one version."""
+class PublishRequest:
+    """How one version is to be published."""
 
     run_id: str
     version: int
@@ -65,8 +64,8 @@ class Order:
     """The workers take the anchor even where there is a patch: that is for the history, and tells how small one is."""
     directory: str | None = None
     """Where the files go; None: into Ray's object store."""
-    broadcast: InBroadcast | None = None
-    """The workers wait for the bytes here first (its size is not known yet); `Publisher.broadcast` sends them."""
+    broadcast: Broadcast | None = None
+    """The engines' own processes wait for the whole weights here first; `Publisher.broadcast` sends them."""
     history: str | None = None
     """A directory that gets a copy of each patch, or of the anchor where there is no patch."""
 
@@ -79,11 +78,11 @@ class Published:
     root: str
     num_bytes: int
     """Of the whole weights."""
-    patch: Parcel | None
-    anchor: Parcel | None
+    patch: PatchRef | None
+    anchor: PatchRef | None
     changed: float | None
     """The share of elements that differ from the last version: counted in a patch, guessed from a sample without one."""
-    engines: InEngines | None = None
+    engines: EngineTransfer | None = None
     """It will be sent into the engines' own processes."""
     encode_s: float
     """Diff, encoding, digests and the way into the transport, all off the learner's own thread."""
@@ -99,7 +98,7 @@ def shards_of(model: nn.Module, dtype: torch.dtype, rank: int, world: int) -> di
         host = torch.empty(local.shape, dtype=dtype, pin_memory=local.device.type != "cpu")
         host.copy_(local, non_blocking=True)
         found[name] = Shard(
-            dtype=SAFETENSORS_DTYPES[dtype],
+            dtype=dtype_name(dtype),
             shape=shape,
             start=first_row(shape, rank, world) * int(np.prod(shape[1:], dtype=np.int64)),
             data=host.view(-1).view(torch.uint8).numpy(),
@@ -119,13 +118,15 @@ class Publisher:
     """One rank's. `take` belongs to the thread that trains; the rest to one other thread."""
 
     def __init__(self, *, rank: int, world: int, threads: int) -> None:
-        self.rank, self.world, self.threads = rank, world, threads
+        self.rank = rank
+        self.world = world
+        self.threads = threads
         self._new: dict[str, Shard] = {}
         self._old: dict[str, Shard] | None = None
         self._base: Weights | None = None
         self._taken = threading.Lock()
-        self._outgoing: tuple[InBroadcast, Bytes] | tuple[InEngines, Mapping[str, TensorBytes]] | None = None
-        self._meeting: Meeting | None = None
+        self._outgoing: tuple[EngineTransfer, Mapping[str, TensorBytes]] | None = None
+        self._rendezvous: Rendezvous | None = None
         self._sender: Sender | None = None
 
     def take(self, shards: dict[str, Shard]) -> None:
@@ -144,31 +145,30 @@ class Publisher:
         self._old = new
         return parts
 
-    def publish(self, order: Order, others: Sequence[Parts] = ()) -> Published:
+    def publish(self, order: PublishRequest, others: Sequence[Parts] = ()) -> Published:
         """Rank 0: the parts of all ranks put together and handed to the transport."""
         start = time.perf_counter()
         whole = not order.patch or self._base is None
         changed = self._guess() if whole else None
         parts = [self.part(whole=whole), *others]
         if whole and self.world == 1:
-            patch = dense_patch(order.run_id, order.version, _tensors(self._old or {}))
+            patch = dense_patch(order.run_id, order.version, tensor_bytes(self._old or {}))
         else:
             patch = join(parts, None if whole else self._base, run_id=order.run_id, version=order.version)
         if not whole:
             changed = changed_elements(patch) / max(1, _num_elements(parts))
         weights = self._advance(patch)
-        broadcast, engines = order.broadcast, None
-        if broadcast is not None and broadcast.ticket.backend:
-            engines = _into_engines(broadcast, weights)
-            self._outgoing, broadcast = (engines, weights.tensors), None
-        outbox: Outbox = Directory(Path(order.directory)) if order.directory is not None else ObjectStore()
-        of_patch, of_anchor = (None, broadcast) if whole or order.dense else (broadcast, None)
-        sent = None if whole else self._put(outbox, patch, of_patch)
+        engines = None
+        if order.broadcast is not None:
+            engines = _into_engines(order.broadcast, weights)
+            self._outgoing = (engines, weights.tensors)
+        store: PatchStore = Directory(Path(order.directory)) if order.directory is not None else ObjectStore()
+        sent = None if whole else _put(store, patch)
         anchor = None
         if whole or order.anchor:
-            anchor = self._put(outbox, patch if whole else _anchor(weights), of_anchor)
+            anchor = _put(store, patch if whole else _anchor(weights))
         if order.history is not None:
-            self._put(Directory(Path(order.history)), patch)
+            _put(Directory(Path(order.history)), patch)
         return Published(
             version=order.version,
             root=weights.root,
@@ -180,39 +180,28 @@ class Publisher:
             encode_s=time.perf_counter() - start,
         )
 
-    def meet(self, device: str, workers: int, timeout: float, backend: str = "", ranks: int = 1) -> Ticket:
-        """Rank 0: a new group of this process and so many workers, for broadcasts; of their engines' processes (`ranks`
-        each), where there is a `backend`. ValueError if this process cannot send through that."""
+    def meet(self, device: str, workers: int, timeout: float, backend: str, ranks: int = 1) -> BroadcastGroup:
+        """Rank 0: a new group of this process and `ranks` processes of each of so many workers' engines, which receive
+        through `backend`. ValueError if this process cannot send through that."""
         check_sender(backend)
-        if self._meeting is None:
-            self._meeting = Meeting(device, timeout)
-        return self._meeting.ticket(workers, backend, ranks)
+        if self._rendezvous is None:
+            self._rendezvous = Rendezvous(device, timeout)
+        return self._rendezvous.group(workers, backend, ranks)
 
     def broadcast(self) -> None:
-        """Rank 0: sends what was last published to the workers that wait for it; TransferError if not all came."""
-        assert self._meeting is not None and self._outgoing is not None, "nothing was published for a broadcast"
-        outgoing, self._outgoing = self._outgoing, None
-        if isinstance(outgoing[0], InEngines):
-            place, tensors = outgoing
-            if self._sender is None or self._sender.ticket != place.ticket:
-                self._sender = Sender(self._meeting.store, place.ticket)
-            self._sender.send(place, tensors)
-        else:
-            self._meeting.send(outgoing[0].ticket, outgoing[1])
-
-    def _put(self, outbox: Outbox, patch: WeightPatch, broadcast: InBroadcast | None = None) -> Parcel:
-        if broadcast is None:
-            return outbox.put(patch.version, patch.base_version, pieces(patch))
-        data = np.frombuffer(b"".join(pieces(patch)), np.uint8)
-        parcel = outbox.put(patch.version, patch.base_version, [data.data])
-        place = replace(broadcast, size=data.nbytes)
-        self._outgoing = place, data
-        return replace(parcel, places=(place, *parcel.places))
+        """Rank 0: sends what was last published to the engines that wait for it; TransferError if not all came."""
+        assert self._rendezvous is not None and self._outgoing is not None, "nothing was published for a broadcast"
+        version, tensors = self._outgoing
+        self._outgoing = None
+        group = version.broadcast.group
+        if self._sender is None or self._sender.group != group:
+            self._sender = Sender(self._rendezvous.store, group)
+        self._sender.send(version, tensors)
 
     def _advance(self, patch: WeightPatch) -> Weights:
         """The whole of the new version, verified: the base of the next patch."""
         if self.world == 1:  # rank 0's own shards are the whole, and nobody writes to them any more
-            tensors = dict(_tensors(self._old or {}))
+            tensors = dict(tensor_bytes(self._old or {}))
             self._base = Weights(run_id=patch.run_id, version=patch.version, tensors=tensors, digests=patch.digests)
         else:
             base = None if patch.base_version is None else self._base
@@ -233,21 +222,23 @@ class Publisher:
         return changed / max(1, total)
 
 
-def _into_engines(broadcast: InBroadcast, weights: Weights) -> InEngines:
-    return InEngines(
-        ticket=broadcast.ticket,
-        number=broadcast.number,
-        timeout=broadcast.timeout,
+def _into_engines(broadcast: Broadcast, weights: Weights) -> EngineTransfer:
+    return EngineTransfer(
+        broadcast=broadcast,
         tensors={name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.tensors.items()},
         digests=weights.digests,
     )
+
+
+def _put(store: PatchStore, patch: WeightPatch) -> PatchRef:
+    return store.put(patch.version, patch.base_version, pieces(patch))
 
 
 def _anchor(weights: Weights) -> WeightPatch:
     return WeightPatch(run_id=weights.run_id, version=weights.version, tensors=weights.tensors, digests=weights.digests)
 
 
-def _tensors(shards: Shards) -> Iterator[tuple[str, TensorBytes]]:
+def tensor_bytes(shards: Shards) -> Iterator[tuple[str, TensorBytes]]:
     for name, shard in shards.items():
         yield name, TensorBytes(dtype=shard.dtype, shape=shard.shape, data=shard.data)
 
@@ -274,4 +265,11 @@ def _num_elements(parts: Sequence[Parts]) -> int:
     return sum(piece.count for part in parts for piece in part.values())
 
 
-__all__ = ["SAFETENSORS_DTYPES", "Order", "Published", "Publisher", "first_row", "shards_of"]
+__all__ = [
+    "PublishRequest",
+    "Published",
+    "Publisher",
+    "first_row",
+    "shards_of",
+    "tensor_bytes",
+]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...kernels import platform
-from ...rollout.weights.broadcast import Ticket
+from ...rollout.weights.engine_transfer import BroadcastGroup
 from ..algorithm.losses import CLIPPED, COUNTED, PARTS, BatchLoss, Objective, token_loss
 from ..algorithm.offpolicy import mismatch_metrics
 from ..algorithm.surrogates import value_loss
@@ -37,7 +37,7 @@ from .flops import ModelFlops, peak_flops, speed
 from .layers import ATTENTION, replace_layers
 from .lora import inject_adapters, merged_shards
 from .policy import MicroBatchTensors, Policy, pick_attention, takes_packed, to_tensors
-from .publisher import Order, Parts, Published, Publisher, shards_of
+from .publisher import Parts, Published, Publisher, PublishRequest, shards_of
 from .shards import Shards
 from .trainable import Trainable, shard
 
@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankSpec:
-    """What an actor must know before it meets the others."""
+    """The settings of one rank, known before it meets the others."""
 
     rank: int
     world: int
@@ -380,16 +380,16 @@ class LearnerRank:
         """How this rank's shard changed since the last version, for rank 0."""
         return self.publisher.part(whole=whole)
 
-    def publish(self, order: Order, *others: Parts) -> Published:
+    def publish(self, order: PublishRequest, *others: Parts) -> Published:
         """Rank 0: what was taken, handed to the transport."""
         return self.publisher.publish(order, others)
 
-    def meet(self, workers: int, timeout: float, backend: str = "", ranks: int = 1) -> Ticket:
-        """Rank 0: a new group for broadcasts to so many workers."""
+    def meet(self, workers: int, timeout: float, backend: str, ranks: int) -> BroadcastGroup:
+        """Rank 0: a new group for broadcasts to so many workers' engines."""
         return self.publisher.meet(self.platform.device, workers, timeout, backend, ranks)
 
     def broadcast(self) -> None:
-        """Rank 0: sends what was last published to the workers that wait for it."""
+        """Rank 0: sends what was last published to the engines that wait for it."""
         self.publisher.broadcast()
 
     def save(self, folder: str) -> None:

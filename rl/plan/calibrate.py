@@ -102,7 +102,7 @@ def tokens_by_step(table: pa.Table) -> dict[int, int]:
 
 
 class LearnerStep(NamedTuple):
-    """What a step's tokens cost."""
+    """A step's tokens and the time that they took."""
 
     tokens: int
     seconds: float
@@ -140,7 +140,7 @@ def learner_time(steps: Sequence[LearnerStep]) -> tuple[float, float]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoding:
-    """What recorded answers say of an engine's speed."""
+    """An engine's speed, estimated from recorded answers."""
 
     table: DecodeTable
     offset: float
@@ -221,7 +221,7 @@ def recorded_lengths(table: pa.Table, longest: int | None = None) -> TraceLength
 
 
 def trace_lengths(source: Path) -> TraceLengths:
-    """What `--trace` names."""
+    """The lengths in the folder or file of `--trace`."""
     table = read_lengths(source)
     if "response_length" not in table.column_names or not table.num_rows:
         raise ValueError(

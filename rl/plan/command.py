@@ -1,10 +1,10 @@
-"""`emberl plan`: how many devices should roll out and how many should learn, and what to expect of them.
+"""`emberl plan`: how many devices should roll out, how many should learn, and what to expect of them.
 
     emberl plan --device 910B --devices 1024 link.bandwidth=3 link.mode=dense
-    emberl plan --from-run runs/quickstart --also runs/large-batch schedule.max_staleness=2 cluster.rollouts=4
+    emberl plan --from-run runs/quickstart --also runs/large-batch schedule.max_staleness=2
 
-The first plans from data sheets (`plan_devices`), the second from what a run measured (`plan_calibrate`). Both simulate the
-schedule that runs really follow (`plan_simulator`); what is printed is an expectation, not a measurement.
+The first plans from data sheets (`devices`), the second from what a run measured (`calibrate`).
+Both simulate the schedule that runs really follow; the result is an expectation, not a measurement.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Plan:
     title: str
     scenario: Scenario
     figures: Figures
-    learners: int | None
+    learners: int | None = None
     """Devices; None where a run's own layout was simulated."""
     splits: dict[int, Figures]
     """Of each number of learner devices that was tried."""
@@ -44,49 +44,62 @@ class Plan:
         """For `--json`."""
         rates = {str(n): tried["tokens_per_s"] for n, tried in self.splits.items()}
         return {
-            "simulated": True, "title": self.title, "learners": self.learners, "engines": self.scenario.workers,
-            "slots": self.scenario.slots, **self.figures, "splits_tokens_per_s": rates, "sources": self.sources,
-        }  # fmt: skip
+            "simulated": True,
+            "title": self.title,
+            "learners": self.learners,
+            "engines": self.scenario.workers,
+            "slots": self.scenario.slots,
+            **self.figures,
+            "splits_tokens_per_s": rates,
+            "sources": self.sources,
+        }
 
 
 def plan_devices(settings: PlanSettings, trace: Path | None = None) -> Plan:
     """Plans from data sheets; searches the best split unless `learners` is set."""
     lengths = trace_lengths(trace) if trace is not None else None
     settings.check_split(settings.learners or 1)
+
+    def tried(learners: int) -> Figures:
+        return figures(simulate(_scenario(settings, learners, lengths)))
+
     if settings.learners is not None:
         learners = settings.learners
-        tried = {learners: figures(simulate(scenario_of(settings, learners, lengths)))}
+        splits = {learners: tried(learners)}
     else:
         node = settings.hardware.per_node
         most = settings.devices - settings.cards
         candidates = list(range(node, most + 1, node)) or [most]
-        guess = balanced(settings, candidates)
-        learners, tried = best_split(lambda n: figures(simulate(scenario_of(settings, n, lengths))), candidates, guess)
-    hardware = settings.hardware
+        learners, splits = best_split(tried, candidates, _balanced(settings, candidates))
+    name = settings.hardware.name
+    sources = {f"{name} {figure}": text for figure, text in settings.hardware.sources.items()}
+    sources["model"] = settings.shape.source
+    sources["learner.fixed, link.*, reward.*"] = "assumptions; see emberl plan --keys"
+    link = settings.link
+    title = f"{settings.model} on {settings.devices} x {name}"
     return Plan(
-        title=f"{settings.model} on {settings.devices} x {hardware.name}, {settings.link.mode} weights at "
-        f"{settings.link.bandwidth:g} GB/s a node",
-        scenario=scenario_of(settings, learners, lengths),
-        figures=tried[learners],
+        title=f"{title}, {link.mode} weights at {link.bandwidth:g} GB/s a node",
+        scenario=_scenario(settings, learners, lengths),
+        figures=splits[learners],
         learners=learners,
-        splits=tried,
-        sources={f"{hardware.name} {name}": source for name, source in hardware.sources.items()}
-        | {"model": settings.shape.source, "learner.fixed, link.*, reward.*": "assumptions; see emberl plan --keys"},
+        splits=splits,
+        sources=sources,
     )
 
 
-def scenario_of(settings: PlanSettings, learners: int, lengths: TraceLengths | None) -> Scenario:
+def _scenario(settings: PlanSettings, learners: int, lengths: TraceLengths | None) -> Scenario:
     scenario = make_scenario(settings, learners)
     return scenario if lengths is None else replace(scenario, lengths=lengths)
 
 
-def balanced(settings: PlanSettings, candidates: Sequence[int]) -> int:
-    """The split at which full engines would decode as many tokens as the learners train; a first guess."""
+def _balanced(settings: PlanSettings, candidates: Sequence[int]) -> int:
+    """The split at which full engines would decode as many tokens as the learners train."""
 
     def gap(learners: int) -> float:
         scenario = make_scenario(settings, learners)
         row = scenario.table.rows(scenario.slots)[-1]
-        step = row[min(len(row) - 1, int(settings.mean_context / scenario.table.context[-1] * (len(row) - 1)))]
+        share = settings.mean_context / scenario.table.context[-1]
+        step = row[min(len(row) - 1, int(share * (len(row) - 1)))]
         decoded = scenario.workers * scenario.slots / step
         return abs(decoded * scenario.learner_per_token - 1)
 
@@ -94,27 +107,28 @@ def balanced(settings: PlanSettings, candidates: Sequence[int]) -> int:
 
 
 def plan_run(run_dir: Path, overrides: Sequence[str], also: Sequence[Path] = ()) -> Plan:
-    """Plans from what a run measured, at its own settings or at others that are given as key=value; `also`: see `calibrate`."""
+    """Plans from what a run measured, at its own settings or with some of them changed by
+    key=value; `also`: see `calibrate`."""
     scenario, sources = calibrate(run_dir, overrides, also)
-    return Plan(
-        title=f"as {run_dir}" + (f" with {' '.join(overrides)}" if overrides else ""),
-        scenario=scenario,
-        figures=figures(simulate(scenario)),
-        learners=None,
-        splits={},
-        sources=sources,
-    )
+    title = f"as {run_dir}" + (f" with {' '.join(overrides)}" if overrides else "")
+    found = figures(simulate(scenario))
+    return Plan(title=title, scenario=scenario, figures=found, splits={}, sources=sources)
 
 
 def plan(
-    overrides: Sequence[str], *, options: dict[str, Any], from_run: Path | None, trace: Path | None,
+    overrides: Sequence[str],
+    *,
+    options: dict[str, Any],
+    from_run: Path | None,
+    trace: Path | None,
     also: Sequence[Path] = (),
-) -> Plan:  # fmt: skip
-    """What the command does; `ConfigError` or `ValueError` for what a person must change."""
+) -> Plan:
+    """The command; `ConfigError` or `ValueError` for what a person must change."""
     if from_run is not None:
         given = [name for name, value in options.items() if value is not None]
         if given or trace is not None:
-            raise ValueError(f"--from-run plans with the run's own devices: leave out {', '.join(given) or '--trace'}")
+            extra = ", ".join(given) or "--trace"
+            raise ValueError(f"--from-run plans with the run's own devices: leave out {extra}")
         return plan_run(from_run, overrides, also)
     if also:
         raise ValueError("--also adds to what --from-run measured: name that run, too")
@@ -124,15 +138,8 @@ def plan(
 def describe_keys() -> str:
     """All settings with their defaults, and the data sheets."""
     settings = OmegaConf.to_yaml(OmegaConf.create(PlanSettings().model_dump(mode="json")))
-    sheets = [f"# {d.name}: {name}: {source}" for d in DEVICES.values() for name, source in d.sources.items()]
+    sheets = [f"# {d.name}: {name}: {text}" for d in DEVICES.values() for name, text in d.sources.items()]
     return "\n".join([settings.rstrip(), *sheets])
-
-
-def draw(found: Plan, picture: Path) -> Path:
-    """Simulates the plan once more with its timeline kept, and draws it."""
-    from .picture import draw_plan
-
-    return draw_plan(simulate(found.scenario, timeline=True), found.figures, found.splits, picture, found.title)
 
 
 def show(found: Plan, console: Console) -> None:
@@ -142,13 +149,15 @@ def show(found: Plan, console: Console) -> None:
         table.add_row(name, value)
     console.print(table)
     if len(found.splits) > 1:
-        splits = Table("learner devices", "tokens/s", "step, s", "learners idle", "rollouts idle", title_justify="left")
+        splits = Table("learner devices", "tokens/s", "step, s", "learners idle", "rollouts idle")
         for n, tried in found.splits.items():
-            mark = " *" if n == found.learners else ""
             splits.add_row(
-                f"{n}{mark}", f"{tried['tokens_per_s']:,.0f}", f"{tried['step_s']:.4g}", f"{tried['learner_idle']:.1%}",
+                f"{n} *" if n == found.learners else str(n),
+                f"{tried['tokens_per_s']:,.0f}",
+                f"{tried['step_s']:.4g}",
+                f"{tried['learner_idle']:.1%}",
                 f"{tried['rollout_idle']:.1%}",
-            )  # fmt: skip
+            )
         console.print(splits)
     for name, source in found.sources.items():
         console.print(f"  {name}: {source}", style="dim", highlight=False)
@@ -157,18 +166,16 @@ def show(found: Plan, console: Console) -> None:
 def _lines(found: Plan) -> list[tuple[str, str]]:
     f, scenario = found.figures, found.scenario
     split = "" if found.learners is None else f"{found.learners} devices learn; "
-    shares = ", ".join(f"{lag}: {share:.1%}" for lag, share in f["staleness"].items() if share >= 0.0005)
+    lags = ", ".join(f"{lag}: {share:.1%}" for lag, share in f["staleness"].items() if share >= 5e-4)
+    exposed = f["sync_exposed_learner_s"], f["sync_exposed_rollout_s"]
     return [
         ("split", f"{split}{scenario.workers} engines of {scenario.slots} slots roll out"),
         ("step", f"{f['step_s']:.4g} s"),
         ("trained tokens (answers)", f"{f['tokens_per_s']:,.0f} a second"),
         ("rollouts idle", f"{f['rollout_idle']:.1%}; {f['slots_used']:.1%} of the slots in use"),
         ("learners idle", f"{f['learner_idle']:.1%}; {f['learner_busy']:.1%} training"),
-        (
-            "sync exposed",
-            f"learners {f['sync_exposed_learner_s']:.3g} s, rollouts {f['sync_exposed_rollout_s']:.3g} s a step",
-        ),
-        ("staleness of tokens", shares),
+        ("sync exposed", "learners {:.3g} s, rollouts {:.3g} s a step".format(*exposed)),
+        ("staleness of tokens", lags),
         ("evicted groups", f"{f['evicted_groups']:.3g} a step"),
         ("workers lost", f"{f['workers_lost']}, groups asked for again {f['groups_reissued']}"),
     ]

@@ -1,4 +1,4 @@
-"""What a simulated run says: its figures, and the split of the devices that trains the most tokens."""
+"""The figures of a simulated run, and the split of the devices that trains the most tokens."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ class RewardTime:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Publication:
-    """What a new version of the weights costs. The learners wait until every worker serves it."""
+    """The times of publishing a new version of the weights. The learners wait until every worker serves it."""
 
     encode: float = 0.0
     """Finding and coding what changed, on the learners."""
@@ -196,10 +196,6 @@ class Scenario:
     overdue: Overdue = "wait"
     in_flight: InFlight = "update"
     oversample: float = 1.0
-    room: int | None = None
-    """Open groups at most, instead of what the schedule allows; to try an admission rule without its bound."""
-    bound: bool = True
-    """False: nothing is ever too old."""
     reward: RewardTime = field(default_factory=RewardTime)
     publication: Publication = field(default_factory=Publication)
     failures: Failures = field(default_factory=Failures)
@@ -217,7 +213,7 @@ class Scenario:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepRecord:
-    """What happened in one simulated step; times are on the simulation's clock."""
+    """One simulated step; times are on the simulation's clock."""
 
     start: float
     """The learners begin to wait for groups."""
@@ -246,18 +242,6 @@ class Usage:
     """Tokens, those that were thrown away included."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Interval:
-    """For the picture: what a device did."""
-
-    lane: str
-    kind: str
-    start: float
-    end: float
-    level: float = 1.0
-    """Share of its slots in use."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Trace:
     """A simulated run."""
@@ -272,4 +256,3 @@ class Trace:
     """Workers."""
     reissued: int
     """Groups that were decoded again because their worker was lost."""
-    timeline: tuple[Interval, ...]

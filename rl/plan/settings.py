@@ -1,4 +1,4 @@
-"""What a person may set for `emberl plan`, and the scenario that follows from it for a given split of the devices."""
+"""The settings of `emberl plan`, and the scenario that follows from them for a given split of the devices."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def _problem(item: Mapping[str, Any]) -> str:
 
 
 def publication(settings: PlanSettings, learners: int) -> Publication:
-    """What a version costs when `learners` devices publish it to the others."""
+    """The times of one version when `learners` devices publish it to the others."""
     link, weights = settings.link, settings.shape.weight_bytes / GB
     per_node = settings.hardware.per_node
     senders, receivers = max(1, learners // per_node), max(1, ceil((settings.devices - learners) / per_node))

@@ -9,55 +9,48 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator
-from functools import partial
 from typing import Any
 
 import numpy as np
 import simpy
 
 from ...rollout.schedule import Schedule
-from .scenario import Interval, Scenario, StepRecord, Trace, Usage
+from .scenario import Scenario, StepRecord, Trace, Usage
 from .worker import SimGroup, SimWorker
 
-UNBOUND = 1 << 20
-"""A staleness that nothing reaches."""
-SHOWN = 8
-"""Workers in the picture."""
+UNLIMITED = 1 << 20
+"""Answers that no worker reaches."""
 
 Waits = Generator[simpy.Event, Any, None]
 
 
-def simulate(scenario: Scenario, *, timeline: bool = False) -> Trace:
-    """Runs the scenario to its last step; deterministic in its seed. timeline: keeps what the devices did, for a picture."""
-    return _Simulation(scenario, timeline).run()
+def simulate(scenario: Scenario) -> Trace:
+    """Runs the scenario to its last step; deterministic in its seed."""
+    return _Simulation(scenario).run()
 
 
 class _Simulation:
-    def __init__(self, scenario: Scenario, timeline: bool) -> None:
+    def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
         self.env = simpy.Environment()
         lengths, failures = (np.random.default_rng([scenario.seed, i]) for i in range(2))
-        self._lengths, self._rewards = lengths, np.random.default_rng([scenario.seed, 2])
+        self._lengths = lengths
+        self._rewards = np.random.default_rng([scenario.seed, 2])
         self.schedule: Schedule[SimGroup] = Schedule(
             groups_per_step=scenario.prompts_per_step,
-            max_staleness=scenario.max_staleness if scenario.bound else UNBOUND,
-            overdue=scenario.overdue if scenario.bound else "evict",
+            max_staleness=scenario.max_staleness,
+            overdue=scenario.overdue,
             oversample=scenario.oversample,
         )
-        if scenario.room is not None:
-            self.schedule.width = scenario.room
-        elif not scenario.bound:
-            self.schedule.width = (scenario.max_staleness + 1) * scenario.prompts_per_step
         self.workers = [
             SimWorker(self.env, scenario.table, scenario.slots, self._decoded) for _ in range(scenario.workers)
         ]
-        for worker in self.workers[: SHOWN if timeline else 0]:
-            worker.levels = []
         count = scenario.workers
         self._groups: list[dict[int, SimGroup]] = [{} for _ in range(count)]  # what each worker has
-        self._load, self._samples = np.zeros(count), np.zeros(count, np.int64)
+        self._load = np.zeros(count)
+        self._samples = np.zeros(count, np.int64)
         self._up = np.ones(count, np.bool_)
-        self._most = scenario.given or UNBOUND
+        self._most = scenario.given or UNLIMITED
         self._expected = scenario.lengths.mean
         self._backlog: deque[SimGroup] = deque()
         self._admitted = self._served = self._lost = self._reissued = 0
@@ -71,7 +64,6 @@ class _Simulation:
         steps: list[StepRecord] = []
         usage = [self._usage()]
         self.env.run(until=self.env.process(self._learn(steps, usage)))
-        shown = [worker.levels for worker in self.workers if worker.levels is not None]
         return Trace(
             scenario=self.scenario,
             steps=tuple(steps),
@@ -79,7 +71,6 @@ class _Simulation:
             counts=self.schedule.counts,
             lost=self._lost,
             reissued=self._reissued,
-            timeline=tuple(_learner_lane(steps) + _worker_lanes(shown, self.scenario.slots, self.env.now)),
         )
 
     # The learners
@@ -168,7 +159,8 @@ class _Simulation:
         load = np.where(self._up & ((self._samples < self._most) | (self._samples == 0)), self._load, np.inf)
         while self._backlog and np.isfinite(load[i := int(load.argmin())]):
             group = self._backlog.popleft()
-            group.worker, self._groups[i][group.number] = i, group
+            group.worker = i
+            self._groups[i][group.number] = group
             shares.setdefault(i, []).append(group)
             self._load[i] += tokens
             self._samples[i] += len(group.lengths)
@@ -244,26 +236,3 @@ def _lags(groups: list[SimGroup], version: int) -> dict[int, float]:
             lag = version - sampled_by
             lags[lag] = lags.get(lag, 0.0) + tokens
     return lags
-
-
-def _learner_lane(steps: list[StepRecord]) -> list[Interval]:
-    lane = partial(Interval, lane="learners")
-    found = []
-    for step in steps:
-        found += [
-            lane(kind="wait", start=step.start, end=step.trained_from),
-            lane(kind="train", start=step.trained_from, end=step.published_from),
-            lane(kind="publish", start=step.published_from, end=step.end),
-        ]
-    return found
-
-
-def _worker_lanes(shown: list[list[tuple[float, int]]], slots: int, end: float) -> list[Interval]:
-    found = []
-    for i, levels in enumerate(shown):
-        ends = [time for time, _ in levels[1:]] + [end]
-        for (start, running), stop in zip(levels, ends, strict=True):
-            if stop > start and running:
-                interval = Interval(lane=f"rollout {i}", kind="decode", start=start, end=stop, level=running / slots)
-                found.append(interval)
-    return found

@@ -62,32 +62,29 @@ class SimWorker:
     def __init__(
         self, env: simpy.Environment, table: DecodeTable, slots: int, finished: Callable[[SimGroup], None]
     ) -> None:
-        self._env, self._slots, self._finished = env, slots, finished
-        self._rows, self._contexts = table.rows(slots), [float(c) for c in table.context]
+        self._env = env
+        self._slots = slots
+        self._finished = finished
+        self._rows = table.rows(slots)
+        self._contexts = [float(c) for c in table.context]
         self._prefill = table.prefill
         self._running: list[tuple[float, int, _Answer]] = []  # a heap by the mark at which an answer ends
         self._waiting: deque[_Answer] = deque()
         self._numbers = count()
-        self._mark, self._context = 0.0, 0.0  # the latter: tokens that all running answers read
-        self._since = self._stalled = 0.0  # when the two were true; until when nothing is decoded (prefill, commit)
+        self._mark = 0.0
+        self._context = 0.0  # tokens that all running answers read
+        self._since = 0.0  # the time of these two
+        self._stalled = 0.0  # until then nothing is decoded (prefill, commit)
         self._held = False
         self._late: list[SimGroup] = []  # submitted while an update waits for what is running
         self._drained: list[simpy.Event] = []
         self._updates = 0  # that wait for this
         self._turn = 0  # wake-ups of earlier turns are void
-        self._first, self._slope = 1.0, 0.0  # seconds of the next token, and how they grow with each token
+        # seconds of the next token, and how they grow with each token
+        self._first = 1.0
+        self._slope = 0.0
         self._changes = [(0.0, 0)]  # (mark, version) of each update
         self._idle = self._stood = self._slot_seconds = self._decoded = 0.0
-        self.levels: list[tuple[float, int]] | None = None
-        """(time, running answers) of every change, where a picture is wanted."""
-
-    @property
-    def version(self) -> int:
-        return self._changes[-1][1]
-
-    @property
-    def running(self) -> int:
-        return len(self._running)
 
     def submit(self, groups: Sequence[SimGroup]) -> None:
         if self._updates:
@@ -151,7 +148,9 @@ class SimWorker:
     def lose(self) -> None:
         """The process is gone, with all that it was decoding."""
         self._advance()
-        self._running, self._context, self._held = [], 0.0, True
+        self._running = []
+        self._context = 0.0
+        self._held = True
         self._waiting.clear()
         self._late.clear()
         self._plan()
@@ -231,8 +230,6 @@ class SimWorker:
         """Sets the clock for the next answer that ends."""
         self._turn += 1
         n = len(self._running)
-        if self.levels is not None:
-            self.levels.append((self._env.now, 0 if self._held else n))
         if n == 0 or self._held:
             return
         end = self._running[0][0]

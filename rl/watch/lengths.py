@@ -43,12 +43,12 @@ def record_lengths(run_dir: Path, step: int, version: int, groups: Sequence[Grou
             "prompt_id": group.prompt.id,
             "sample": completion.sample,
             "prompt_length": len(group.prompt.token_ids),
-            "response_length": len(completion),
+            "response_length": completion.num_sampled,
             "started": completion.started,
             "decode_s": completion.finished - completion.started,
             "grade_s": verdict.seconds,
-            "versions": [span.version for span in completion.spans],
-            "version_tokens": [span.stop - span.start for span in completion.spans],
+            "versions": [version for version, _ in completion.sampled_by_version],
+            "version_tokens": [count for _, count in completion.sampled_by_version],
         }
         for group in groups
         for completion, verdict in zip(group.completions, group.verdicts, strict=True)

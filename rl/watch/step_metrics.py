@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...rollout.samples import EpisodeStatus
 from ..algorithm.losses import CLIPPED, PARTS
 from ..algorithm.offpolicy import correction, mismatch_metrics
 from ..config.algorithm import OffPolicyConfig
@@ -42,14 +43,15 @@ def sample_metrics(
 ) -> dict[str, float]:
     """Of a step's samples. `shaped`: the scores of each group as they are trained on, overlong penalty included; `longest`:
     the most tokens of an answer."""
-    lengths = np.array([len(c) for group in groups for c in group.completions], np.float64)
+    whole = np.array([len(c) for group in groups for c in group.completions], np.float64)
+    lengths = np.array([c.num_sampled for group in groups for c in group.completions], np.float64)
     prompts = np.repeat([len(group.prompt.token_ids) for group in groups], [len(group.completions) for group in groups])
     finish = [c.finish_reason for group in groups for c in group.completions]
     found = {
         **spread("critic/score", np.concatenate([group.scores for group in groups])),
         **spread("critic/rewards", np.concatenate(shaped)),
         **spread("response_length", lengths),
-        "response_length/clip_ratio": (lengths == longest).mean(),
+        "response_length/clip_ratio": (whole == longest).mean(),
         "response/aborted_ratio": (lengths == 0).mean(),
         **spread("prompt_length", prompts.astype(np.float64)),
         "prompt_length/clip_ratio": (prompts == longest_prompt).mean(),
@@ -59,9 +61,22 @@ def sample_metrics(
         "training/filter_groups/solved_all": sum(not g.has_signal and bool((g.scores > 0).all()) for g in groups),
         "training/filter_groups/solved_none": sum(not g.has_signal and bool((g.scores <= 0).all()) for g in groups),
         "training/verifier_errors": sum(not v.trains for group in groups for v in group.verdicts),
-        "perf/total_num_tokens": lengths.sum() + prompts.sum(),
+        "perf/total_num_tokens": whole.sum() + prompts.sum(),
     }
-    return {name: float(value) for name, value in found.items()}
+    return {name: float(value) for name, value in (found | episode_metrics(groups)).items()}
+
+
+def episode_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Of samples that an environment answered: turns, tokens of observations (which are in no other figure of lengths but
+    `clip_ratio`), and the share of each way in which episodes ended. Nothing where there is no environment."""
+    played = [(c, c.episode) for group in groups for c in group.completions if c.episode is not None]
+    if not played:
+        return {}
+    observed = np.array([len(completion) - completion.num_sampled for completion, _ in played], np.float64)
+    found = spread("num_turns", np.array([len(episode.turns) for _, episode in played], np.float64))
+    found |= spread("observation_length", observed)
+    statuses = [episode.status for _, episode in played]
+    return found | {f"episode/{name}": statuses.count(name) / len(played) for name in get_args(EpisodeStatus)}
 
 
 def correct(groups: Sequence[Group]) -> float:

@@ -25,7 +25,7 @@ from ...rollout.weights.transport import list_patches
 from ...rollout.weights.wire_format import from_bytes
 
 BROKEN = (CorruptPatchError, DigestMismatchError, VersionError, ValueError, OSError)
-"""What is wrong with a file or with the order of several; each message names the file or the tensor."""
+"""Errors of a file or of the order of several; each message names the file or the tensor."""
 
 
 def examine(file: Path) -> dict[str, Any]:

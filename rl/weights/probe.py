@@ -175,7 +175,7 @@ class Probe:
         return Level(logp=min(most.logp, logp), p=min(most.p, p))
 
     def _fault(self, found: Values, expected: Values, bound: Level, changed: float | None) -> str | None:
-        """What is wrong with an engine's log-probs, if anything."""
+        """A description of the fault in an engine's log-probs; None if there is none."""
         level = Level.between(found, expected)
         if not level.within(bound):
             at = int(np.argmax(np.abs(found - expected))) + 1

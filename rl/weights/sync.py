@@ -3,7 +3,7 @@
     sync.begin(version)              between two steps: the learners copy their shards aside
     figures = sync.deliver()         diff, encoding, PREPARE on every worker, then COMMIT; learners and engines may work meanwhile
 
-The driver handles announcements only (`transport.Notice`); the bytes go from rank 0 to the nodes.
+The driver handles announcements only (`transport.WeightUpdate`); the bytes go from rank 0 to the nodes.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import ray
 
 from ...rollout.actors import cause
 from ...rollout.pool import RolloutPool
-from ...rollout.weights.broadcast import InBroadcast, Ticket
-from ...rollout.weights.transport import Directory, Notice, Parcel, list_patches
+from ...rollout.weights.engine_transfer import Broadcast, BroadcastGroup
+from ...rollout.weights.transport import Directory, PatchRef, WeightUpdate, list_patches
 from ..config.load import SyncConfig
 from ..learner.group import LearnerGroup
-from ..learner.publisher import Order, Published
+from ..learner.publisher import Published, PublishRequest
 
 Mode = Literal["dense", "patch"]
 Transport = Literal["object_store", "collective", "directory"]
@@ -41,7 +41,7 @@ ADVANTAGE = 0.8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """What `auto` decides by; None until it has been measured."""
+    """The measurements by which `auto` decides; None until taken."""
 
     num_bytes: float
     """Of the whole weights."""
@@ -78,8 +78,8 @@ def choose(measured: Measured, now: Mode) -> Choice:
 
 
 def choose_transport(rates: Mapping[Transport, float], now: Transport, *, fabric: bool) -> Transport:
-    """The faster of Ray's object store and the devices' collective; rates: bytes a second, of those that were tried. Only
-    where devices have a fabric of their own (`fabric`) the collective is tried at all."""
+    """The faster of Ray's object store and the broadcast into vLLM's processes; rates: bytes a second, of those that were
+    tried. Only where vLLM has its engine for that and devices a fabric of their own (`fabric`) is it tried at all."""
     if not fabric:
         return "object_store"
     if now not in rates or (other := _OTHER[now]) not in rates:
@@ -115,22 +115,27 @@ class WeightSync:
         """history: keep every version in `run_dir`. fabric: the devices have one, for transport=auto to try. tell: where a
         person reads why `auto` changed over. backend: the weight-transfer engine of vLLM by which the `ranks` processes of
         each engine take a broadcast of whole weights themselves."""
-        self._backend, self._ranks = backend, ranks
+        self._backend = backend
+        self._ranks = ranks
         self._fabric = fabric
-        self._settings, self._learners, self._pool, self._tell = settings, learners, pool, tell
-        self._run_id, self._sitting = run_id, time.time_ns()
+        self._settings = settings
+        self._learners = learners
+        self._pool = pool
+        self._tell = tell
+        self._run_id = run_id
+        self._sitting = time.time_ns()
         self._mode: Mode = settings.mode if settings.mode != "auto" else "dense"
         self._transport: Transport = "object_store" if settings.transport == "auto" else settings.transport
         self._rates: dict[Transport, float] = {}
-        self._ticket: Ticket | None = None
+        self._group: BroadcastGroup | None = None
         self._broadcasts = self._restarts = 0
         self._folder = Path(settings.directory) if settings.directory else run_dir / "sync"
         self._history = run_dir / "history" if history else None
-        self._anchors: tuple[Parcel, ...] = ()
-        self._patches: tuple[Parcel, ...] = ()
+        self._anchors: tuple[PatchRef, ...] = ()
+        self._patches: tuple[PatchRef, ...] = ()
         self._measured: Measured | None = None
         self._begun: list[tuple[int, float]] = []
-        self.notice: Notice | None = None
+        self.notice: WeightUpdate | None = None
 
     def begin(self, version: int) -> None:
         """The learners copy aside what is to be version `version`."""
@@ -145,7 +150,7 @@ class WeightSync:
         if self._history is not None and self.notice is None:
             self._forget_from(version)
         start = time.perf_counter()
-        broadcast = self._next_broadcast(later) if self._transport == "collective" else None
+        broadcast = self._next_broadcast() if self._into_engines and not later else None
         published = self._learners.publish(self._order(version, broadcast))
         self.notice = self._announce(published)
         sending = self._learners.broadcast() if broadcast is not None else None
@@ -162,27 +167,33 @@ class WeightSync:
         seconds = taken_s + time.perf_counter() - start
         return {**_figures(published, reports), "sync/diff_s": taken_s, "timing_s/update_weights": seconds}
 
-    def _next_broadcast(self, later: bool) -> InBroadcast:
-        """Of the group that stands, or of a new one where a worker was replaced or the last broadcast failed. Engines that
-        are not all updated at the same time (`later`) cannot receive together."""
+    @property
+    def _into_engines(self) -> bool:
+        """Whether versions go into the engines' processes: whole ones only, and where all change at once (engines that are
+        updated one after another cannot receive together)."""
+        return self._transport == "collective" and self._mode == "dense" and bool(self._backend)
+
+    def _next_broadcast(self) -> Broadcast:
+        """Of the group that stands, or of a new one where a worker was replaced or the last broadcast failed."""
         timeout = min(self._settings.timeout / 4, BROADCAST_TIMEOUT)
-        backend = self._backend if self._mode == "dense" and not later else ""
-        if self._ticket is None or self._pool.restarts != self._restarts or self._ticket.backend != backend:
-            self._ticket = self._learners.meet(len(self._pool.workers), timeout, backend, self._ranks)
-            self._broadcasts, self._restarts = 0, self._pool.restarts
+        if self._group is None or self._pool.restarts != self._restarts:
+            workers = len(self._pool.workers)
+            self._group = self._learners.meet(workers, timeout, self._backend, self._ranks)
+            self._broadcasts = 0
+            self._restarts = self._pool.restarts
         self._broadcasts += 1
-        return InBroadcast(ticket=self._ticket, number=self._broadcasts - 1, size=0, timeout=timeout)
+        return Broadcast(group=self._group, number=self._broadcasts - 1, timeout=timeout)
 
     def _end_broadcast(self, sending: Any) -> None:
         try:
             ray.get(sending, timeout=self._settings.timeout)
         except ray.exceptions.RayError as error:  # the workers had another place to take the bytes from
-            self._ticket = None
+            self._group = None
             self._tell(f"weight sync: {cause(error)}; the version went through Ray's object store instead")
 
-    def _order(self, version: int, broadcast: InBroadcast | None) -> Order:
+    def _order(self, version: int, broadcast: Broadcast | None) -> PublishRequest:
         patch = self.notice is not None and (self._mode == "patch" or self._history is not None)
-        return Order(
+        return PublishRequest(
             run_id=self._run_id,
             version=version,
             patch=patch,
@@ -196,15 +207,15 @@ class WeightSync:
     def _anchor_due(self, version: int) -> bool:
         if not self._anchors or self._measured is None:
             return True
-        since = [parcel.size for parcel in self._patches if parcel.version > self._anchors[0].version]
+        since = [ref.size for ref in self._patches if ref.version > self._anchors[0].version]
         old = version - self._anchors[0].version >= self._settings.anchor_every
         return old or sum(since) > CHAIN_SHARE * self._measured.num_bytes
 
-    def _announce(self, published: Published) -> Notice:
+    def _announce(self, published: Published) -> WeightUpdate:
         """Patches are kept back to the anchor before the newest, for a worker that missed a version."""
         if published.anchor is not None:
             oldest = self._anchors[0].version if self._anchors else published.version
-            self._patches = tuple(parcel for parcel in self._patches if parcel.version > oldest)
+            self._patches = tuple(ref for ref in self._patches if ref.version > oldest)
             self._anchors = (published.anchor,)
         if published.patch is None or self._mode == "dense":
             self._patches = ()
@@ -212,7 +223,7 @@ class WeightSync:
             self._patches = (*self._patches, published.patch)
         if self._transport == "directory":
             Directory(self._folder).keep([*self._anchors, *self._patches])
-        return Notice(
+        return WeightUpdate(
             run_id=self._run_id,
             sitting=self._sitting,
             version=published.version,
@@ -238,7 +249,7 @@ class WeightSync:
             now = replace(now, ratio=guessed_ratio(published.changed))
         self._measured = now
         if self._settings.transport == "auto":
-            fabric = self._fabric and self._mode == "dense"
+            fabric = self._fabric and self._mode == "dense" and bool(self._backend)
             transport = choose_transport(self._rates, self._transport, fabric=fabric)
             if transport != self._transport:
                 measured = ", ".join(f"{name} {rate / 1e6:.3g} MB/s" for name, rate in self._rates.items())

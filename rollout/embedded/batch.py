@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from ..samples import Completion, FinishReason, Prompt, Sampling, Span, merge_spans
+from ..stops import StopMatcher, StopStrings
 from .cpu_step import CPUStep, supports
 from .kv_cache import KVCache, PromptState
 from .model import Decoder, causal_attention
-from .sampling import SlotSampling, check_request, sample, stream_key, uniforms
+from .sampling import SlotSampling, check_request, penalised, sample, stream_key, uniforms
 
 PREFILL_TOKENS = 4096
 """Padded prompt tokens of one prefill pass: enough to fill the matrix units, little enough to stay in cache."""
@@ -40,6 +41,7 @@ class _Request:
     """Indices within the group."""
     sampling: Sampling
     deliver: Deliver
+    stop: StopMatcher | None = None
     begun: Completion | None = None
     """What the only sample of this request has already."""
     placed: int = 0
@@ -66,6 +68,8 @@ class _Sequence:
     started: float
     spans: list[Span] = field(default_factory=list)
     """Tokens of earlier weight versions."""
+    tail: bytes | None = b""
+    """What its stop strings remember of the answer."""
 
 
 @dataclass(slots=True)
@@ -81,8 +85,17 @@ class Counters:
 class ContinuousBatch:
     """Decodes submitted requests over `max_num_seqs` slots. Not thread-safe: one call at a time."""
 
-    def __init__(self, decoder: Decoder, *, max_num_seqs: int, max_model_len: int, threads: int = 1) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        threads: int = 1,
+        stop_strings: StopStrings | None = None,
+    ) -> None:
         self.decoder, self.max_model_len = decoder, max_model_len
+        self._stop_strings = stop_strings or StopStrings(None)
         self.version = 0
         self.counters = Counters()
         slots, device = max_num_seqs, decoder.device
@@ -105,6 +118,8 @@ class ContinuousBatch:
         self._logprobs = zeros(max_model_len, dtype=real)
         self._uniforms = zeros(max_model_len, dtype=torch.float64)
         self._sampling = SlotSampling.empty(slots, real, device)
+        self._seen: Tensor | None = None  # [S, V] tokens of prompts and answers, once a repetition penalty needs them
+        self._any_stop_string = False
         self._rows = torch.arange(slots, device=device)
 
     @property
@@ -122,16 +137,18 @@ class ContinuousBatch:
         ends, within `step`. A beginning keeps its tokens, log-probs and spans, and its next draws are those that it would
         have had."""
         self.check(prompt, n, sampling)
+        stop = self._stop_strings.matcher(sampling.stop)
         if not begun:
-            self._waiting.append(_Request(prompt, range(n), sampling, deliver))
+            self._waiting.append(_Request(prompt, range(n), sampling, deliver, stop))
         for part in begun:
             assert part.prompt_id == prompt.id and len(part) < sampling.max_tokens
-            self._waiting.append(_Request(prompt, (part.sample,), sampling, deliver, part))
+            self._waiting.append(_Request(prompt, (part.sample,), sampling, deliver, stop, part))
 
     def check(self, prompt: Prompt, n: int, sampling: Sampling) -> None:
         """ValueError if such a request could not be served."""
         vocab_size = self.decoder.arch.vocab_size
         check_request(prompt, n, sampling, max_model_len=self.max_model_len, vocab_size=vocab_size)
+        self._stop_strings.matcher(sampling.stop)
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -223,11 +240,19 @@ class ContinuousBatch:
             self._active[start].spans, self._active[start].started = list(begun.spans), begun.started
             self._tokens[start, length : length + have] = torch.from_numpy(begun.token_ids)
             self._logprobs[start, length : length + have] = torch.from_numpy(begun.logprobs)
+            if request.stop is not None:
+                self._active[start].tail = request.stop.tail(begun.token_ids.tolist())
         self._uniforms[rows, length : length + sampling.max_tokens] = torch.from_numpy(draws)
         self._positions[rows] = length + have
         self._last[rows] = length + sampling.max_tokens - 1
         self._sampling.fill(start, stop, sampling, self.decoder.arch.vocab_size)
-        self._sampling.note(sequence.request.sampling for sequence in self._active)
+        self._note_settings()
+        if sampling.repetition_penalty != 1:
+            if self._seen is None:
+                size = (self.slots, self.decoder.arch.vocab_size)
+                self._seen = torch.zeros(size, dtype=torch.bool, device=self.decoder.device)
+            self._seen[rows] = False
+            self._seen[rows, list(request.token_ids)] = True
         stops = sampling.stop_token_ids
         if len(stops) > self._stops.shape[1]:
             self._stops = torch.nn.functional.pad(self._stops, (0, len(stops) - self._stops.shape[1]), value=-1)
@@ -275,11 +300,19 @@ class ContinuousBatch:
         stop = len(self._active)
         span, rows, positions = slice(start, stop), self._rows[start:stop], self._positions[start:stop]
         settings = self._sampling.slots(start, stop)
-        draw = sample if self._step is None or settings.any_cut else self._step.draw
+        seen = self._seen if settings.any_penalty else None
+        if seen is not None:
+            logits = penalised(logits, seen[span], settings)
+        whole = seen is None and not settings.any_cut
+        draw = self._step.draw if self._step is not None and whole else sample
         tokens, logprobs = draw(logits, self._uniforms[rows, positions], settings)
         self._tokens[rows, positions] = tokens
         self._logprobs[rows, positions] = logprobs
+        if seen is not None:
+            seen[rows, tokens] = True
         stopped = (tokens[:, None] == self._stops[span]).any(1)
+        if self._any_stop_string:
+            stopped |= torch.tensor(self._complete_stop_strings(start, tokens.tolist()), device=stopped.device)
         ended = stopped | (positions == self._last[span])
         if bool(ended.any()):
             slots = (ended.nonzero().squeeze(1) + start).tolist()
@@ -288,6 +321,22 @@ class ContinuousBatch:
                 completion = self._completion(slot, "stop" if reasons[slot - start] else "length")
                 self._active[slot].request.deliver(completion)
             self._free(slots)
+
+    def _complete_stop_strings(self, start: int, tokens: Sequence[int]) -> list[bool]:
+        """Of the newest tokens, those of slots start, start + 1, ...: whether each completes a stop string."""
+        ended = []
+        for sequence, token in zip(self._active[start:], tokens, strict=True):
+            if (stop := sequence.request.stop) is not None:
+                assert sequence.tail is not None
+                sequence.tail = stop.step(sequence.tail, token)
+            ended.append(sequence.tail is None)
+        return ended
+
+    def _note_settings(self) -> None:
+        """Which settings the sequences in slots use."""
+        used = {sequence.request.sampling for sequence in self._active}
+        self._sampling.note(used)
+        self._any_stop_string = any(sampling.stop for sampling in used)
 
     def _count(self, slot: int) -> int:
         """Tokens drawn so far by the sequence in `slot`."""
@@ -317,10 +366,12 @@ class ContinuousBatch:
                 for held in (self._positions, self._last, self._stops, self._tokens, self._logprobs, self._uniforms):
                     held[slot] = held[last]
                 self._sampling.move(last, slot)
+                if self._seen is not None:
+                    self._seen[slot] = self._seen[last]
                 self._active[slot] = self._active[last]
             self._active.pop()
             self._positions[last] = 0
-        self._sampling.note(sequence.request.sampling for sequence in self._active)
+        self._note_settings()
 
 
 def _rounded(count: int) -> int:

@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 
 from ..engine import Request
 from ..samples import Completion, Prompt, Sampling
+from ..stops import StopStrings
 from ..weights.patch import DigestMismatchError, VersionError, WeightPatch, digest, verify
 from .batch import ContinuousBatch, Counters, Deliver
 from .model import Decoder
@@ -64,6 +65,8 @@ class _Stream:
 class EmbeddedEngine:
     """Implements `Engine`. `submit`/`run` and the coroutines must not be mixed while requests are in flight."""
 
+    joined = None  # weights come through the worker alone
+
     def __init__(
         self,
         model: Path | str | Decoder,
@@ -77,7 +80,7 @@ class EmbeddedEngine:
         deadline_s: float = 120.0,
         token_rate: float | None = None,
     ) -> None:
-        """`model` is a Hugging Face directory (or a decoder, which brings its own dtype and device).
+        """`model` is a Hugging Face directory (or a decoder, which brings its own dtype and device, and has no tokenizer).
 
         run_id: patches of other runs are refused; empty adopts the first patch's. version: of the weights in `model`;
         -1 says that nobody published them, so the first patch is taken whatever it holds. deadline_s: the longest that
@@ -99,6 +102,7 @@ class EmbeddedEngine:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             threads=self._threads,
+            stop_strings=StopStrings(None if isinstance(model, Decoder) else model),
         )
         self._batch.version = version
         self._run_id, self._deadline = run_id, deadline_s

@@ -8,24 +8,22 @@ Shape legend: N tokens of a flat batch, E hidden, H query heads, K key/value hea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 
 from ..weights.patch import Bytes, TensorBytes, digest
+from ..weights.tensors import checkpoint_tensors, dtype_name
 from .architecture import Architecture, inverse_frequencies, read_architecture
 from .matrix import Matrix
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [N, H, D], k [N, K, D], v [N, K, D]) -> [N, H * D]; decides what each token may see, and what is cached."""
 
-DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+DTYPE_NAMES = {dtype: dtype_name(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)}
 
 
 class Layer:
@@ -236,19 +234,4 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, batch: int) -> Tensor:
     return out.transpose(1, 2).reshape(q.shape[0], -1)
 
 
-def checkpoint_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of model.safetensors, or of the shards that model.safetensors.index.json lists."""
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    elif (path / "model.safetensors").exists():
-        files = ["model.safetensors"]
-    else:
-        raise ValueError(f"{path} has neither model.safetensors nor model.safetensors.index.json")
-    for file in files:
-        with safe_open(path / file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                yield name, tensors.get_tensor(name)
-
-
-__all__ = ["DTYPE_NAMES", "TORCH_DTYPES", "Attend", "Decoder", "causal_attention", "checkpoint_tensors"]
+__all__ = ["DTYPE_NAMES", "Attend", "Decoder", "causal_attention"]

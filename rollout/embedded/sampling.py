@@ -5,8 +5,10 @@ Shape legend: n sequences, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +29,14 @@ def check_sampling(sampling: Sampling) -> None:
         raise ValueError(f"sampling.top_p={sampling.top_p}: must be above 0 and at most 1 (1 means all)")
     if sampling.top_k < 0:
         raise ValueError(f"sampling.top_k={sampling.top_k}: must be at least 0 (0 means all)")
+    if not 0 <= sampling.min_p <= 1:
+        raise ValueError(f"sampling.min_p={sampling.min_p}: must be from 0 (which means all) to 1")
+    if not 0 < sampling.repetition_penalty < math.inf:
+        raise ValueError(
+            f"sampling.repetition_penalty={sampling.repetition_penalty}: must be a positive number (1 means none)"
+        )
+    if not all(sampling.stop):
+        raise ValueError(f"sampling.stop={sampling.stop}: an empty string would end every answer; leave it out")
 
 
 def check_request(prompt: Prompt, n: int, sampling: Sampling, *, max_model_len: int, vocab_size: int) -> None:
@@ -79,25 +89,39 @@ class SlotSampling:
     """[n] int64, V where all."""
     top_p: Tensor
     """[n]"""
+    min_p: Tensor
+    """[n]"""
+    penalty: Tensor
+    """[n]"""
     any_temperature: bool = False
     any_greedy: bool = False
     any_cut: bool = False
+    any_penalty: bool = False
 
     @classmethod
     def empty(cls, slots: int, dtype: torch.dtype, device: torch.device) -> SlotSampling:
         def zeros(kind: torch.dtype) -> Tensor:
             return torch.zeros(slots, dtype=kind, device=device)
 
-        return cls(temperature=zeros(dtype), greedy=zeros(torch.bool), top_k=zeros(torch.int64), top_p=zeros(dtype))
+        return cls(
+            temperature=zeros(dtype),
+            greedy=zeros(torch.bool),
+            top_k=zeros(torch.int64),
+            top_p=zeros(dtype),
+            min_p=zeros(dtype),
+            penalty=zeros(dtype),
+        )
 
     def fill(self, start: int, stop: int, sampling: Sampling, vocab_size: int) -> None:
         self.temperature[start:stop] = sampling.temperature or 1.0
         self.greedy[start:stop] = sampling.temperature == 0
         self.top_k[start:stop] = sampling.top_k or vocab_size
         self.top_p[start:stop] = sampling.top_p
+        self.min_p[start:stop] = sampling.min_p
+        self.penalty[start:stop] = sampling.repetition_penalty
 
     def move(self, source: int, target: int) -> None:
-        for held in (self.temperature, self.greedy, self.top_k, self.top_p):
+        for held in self._tensors().values():
             held[target] = held[source]
 
     def note(self, used: Iterable[Sampling]) -> None:
@@ -105,30 +129,29 @@ class SlotSampling:
         settings = set(used)
         self.any_temperature = any(s.temperature not in (0, 1) for s in settings)
         self.any_greedy = any(s.temperature == 0 for s in settings)
-        self.any_cut = any(s.top_p < 1 or s.top_k > 0 for s in settings)
+        self.any_cut = any(s.top_p < 1 or s.top_k > 0 or s.min_p > 0 for s in settings)
+        self.any_penalty = any(s.repetition_penalty != 1 for s in settings)
 
     def slots(self, start: int, stop: int) -> SlotSampling:
         """A view of slots start..stop-1."""
-        return replace(
-            self,
-            temperature=self.temperature[start:stop],
-            greedy=self.greedy[start:stop],
-            top_k=self.top_k[start:stop],
-            top_p=self.top_p[start:stop],
-        )
+        return replace(self, **{name: tensor[start:stop] for name, tensor in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Any]:
+        named = {held.name: getattr(self, held.name) for held in fields(self)}
+        return {name: held for name, held in named.items() if isinstance(held, Tensor)}
 
 
 def sample(logits: Tensor, uniform: Tensor, settings: SlotSampling) -> tuple[Tensor, Tensor]:
     """logits [n, V], uniform [n] float64 in [0, 1) -> (tokens [n] int64, log-probs [n] of the temperature's dtype).
 
-    The log-prob is of the distribution drawn from: after temperature, then top-k, then top-p, renormalised. A greedy
-    token (temperature 0) is the argmax, and its log-prob is the untempered, uncut model's.
+    The log-prob is of the distribution drawn from: after temperature, min-p, top-k and then top-p, renormalised. A greedy
+    token (temperature 0) is the argmax, and its log-prob is that of the untempered, uncut logits.
     """
     logits = logits.to(settings.temperature.dtype)
     if settings.any_temperature:
         logits = logits / settings.temperature[:, None]
     logp = torch.log_softmax(logits, -1)
-    drawn = _cut(logp, settings.top_k, settings.top_p) if settings.any_cut else logp
+    drawn = _cut(logp, settings) if settings.any_cut else logp
     mass = drawn.exp().cumsum(-1, dtype=torch.float64)
     tokens = torch.searchsorted(mass, (uniform * mass[:, -1])[:, None], right=True)
     if settings.any_greedy:
@@ -138,11 +161,21 @@ def sample(logits: Tensor, uniform: Tensor, settings: SlotSampling) -> tuple[Ten
     return tokens.squeeze(1), drawn.gather(1, tokens).squeeze(1)
 
 
-def _cut(logp: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Keeps the top_k likeliest tokens, of these the fewest whose mass reaches top_p, and renormalises."""
+def penalised(logits: Tensor, seen: Tensor, settings: SlotSampling) -> Tensor:
+    """logits [n, V] with the repetition penalty of the tokens that are `seen` [n, V], in the temperature's dtype."""
+    logits = logits.to(settings.temperature.dtype)
+    penalty = settings.penalty[:, None]
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def _cut(logp: Tensor, settings: SlotSampling) -> Tensor:
+    """Of the tokens that have min_p of the likeliest one's probability keeps the top_k likeliest, of these the fewest whose
+    mass reaches top_p, and renormalises."""
+    top_p = settings.top_p
     ordered, order = logp.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logp.shape[1], device=logp.device)
-    ordered = ordered.masked_fill(rank >= top_k[:, None], -torch.inf)
+    unlikely = (ordered - ordered[:, :1]).exp() < settings.min_p[:, None]
+    ordered = ordered.masked_fill((rank >= settings.top_k[:, None]) | unlikely, -torch.inf)
     ordered = torch.log_softmax(ordered, -1)
     mass = ordered.exp()
     before = mass.cumsum(-1) - mass
@@ -152,4 +185,12 @@ def _cut(logp: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     return torch.empty_like(logp).scatter_(1, order, ordered)
 
 
-__all__ = ["SlotSampling", "check_request", "check_sampling", "sample", "stream_key", "uniforms"]
+__all__ = [
+    "SlotSampling",
+    "check_request",
+    "check_sampling",
+    "penalised",
+    "sample",
+    "stream_key",
+    "uniforms",
+]

@@ -6,8 +6,10 @@ The same protocol as `EmbeddedEngine`. Choices that a user can see:
 
 - Every sample is a request of its own, with a seed of its own; vLLM's prefix cache computes the whole blocks of a prompt
   once for its group (`rollout.engine_args.block_size`), the tokens after the last whole block for each sample.
-- Log-probs are `processed_logprobs`: of the distribution really sampled, after temperature, top-k and top-p. A temperature
-  of 0 is greedy; the log-prob is then that of the untempered model.
+- Log-probs are `processed_logprobs`: of the distribution really sampled (`samples.Sampling`). A temperature of 0 is greedy;
+  the log-prob is then that of the untempered model.
+- Stop strings are found here, in the tokens as they come, by the embedded engine's rule; the request is then aborted and what
+  vLLM decoded beyond the string is dropped.
 - An update in flight keeps the key-value cache: a sequence goes on with what the old weights made of its older tokens (as
   in PipelineRL, arXiv 2509.19128). What has no token yet starts anew, and each version looks prompts up under a salt of its
   own, so no prompt is ever continued from another version's cache.
@@ -36,7 +38,8 @@ from numpy.typing import NDArray
 from ..embedded.sampling import check_request
 from ..engine import Request
 from ..samples import Completion, Prompt, Sampling
-from ..weights.broadcast import Ticket
+from ..stops import StopStrings
+from ..weights.engine_transfer import BroadcastGroup
 from ..weights.patch import DigestMismatchError, WeightPatch
 from . import compat as vllm_compat
 from .process import EngineLostError, RunningLLM
@@ -110,6 +113,8 @@ class VLLMEngine:
         self._closed = False
         self._ids = itertools.count()
         self._tasks: dict[asyncio.Task[None], LiveSample] = {}
+        self._endings: set[asyncio.Task[None]] = set()
+        self._stop_strings = StopStrings(model)
         self._watch: asyncio.Task[None] | None = None
         self._rescue: asyncio.Task[None] | None = None
         self._served_s = 0.0
@@ -130,7 +135,7 @@ class VLLMEngine:
         return self._weights.restarts
 
     @property
-    def joined(self) -> Ticket | None:
+    def joined(self) -> BroadcastGroup | None:
         """The group through which the learners can send weights into vLLM's processes."""
         return self._weights.joined
 
@@ -156,7 +161,7 @@ class VLLMEngine:
             check_request(*request, max_model_len=self._settings.max_model_len, vocab_size=self._llm.vocab_size)
         outcomes: asyncio.Queue[Completion | BaseException] = asyncio.Queue()
         tasks = []
-        for sample in samples_of(requests, begun or {}, outcomes):
+        for sample in samples_of(requests, begun or {}, outcomes, self._stop_strings):
             tasks.append(task := asyncio.create_task(self._serve(sample)))
             self._tasks[task] = sample
             task.add_done_callback(self._tasks.pop)
@@ -282,13 +287,21 @@ class VLLMEngine:
         finally:
             del self.sent[sample.request_id]
 
-    def count(self, request_id: str, tokens: int) -> None:
+    def count(self, request_id: str, token_ids: Sequence[int]) -> None:
         sample = self.sent.get(request_id)
         if sample is not None:
             if sample.tokens == 0:
                 sample.came = self._served_s
-            sample.tokens += tokens
-            self.tokens_decoded += tokens
+            self.tokens_decoded += len(token_ids)
+            if sample.take(token_ids):
+                ending = asyncio.create_task(self._end_early(request_id))
+                self._endings.add(ending)
+                ending.add_done_callback(self._endings.discard)
+
+    async def _end_early(self, request_id: str) -> None:
+        """Of a sample that has its stop string, and would go on. What is lost or refused here, who waits for it finds out."""
+        with suppress(EngineLostError, RuntimeError):
+            await self._llm.abort([request_id])
 
     async def _look(self) -> None:
         """While there is something to decode: does it go on?"""

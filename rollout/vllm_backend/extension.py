@@ -1,4 +1,4 @@
-"""What emberl adds to vLLM's worker processes (`worker_extension_cls`): loading weights from the mirror, with proof.
+"""emberl's methods in vLLM's worker processes (`worker_extension_cls`): loading weights from the mirror, with proof.
 
 vLLM makes this class a base of its own worker class, so its names must be none of the worker's. Its methods are called by
 `collective_rpc`: arguments and results are plain lists, dicts, strings and numbers.
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..embedded.model import TORCH_DTYPES
 from ..weights.patch import Bytes, TensorBytes, digest
+from ..weights.tensors import as_tensor
 from .compat import (
     OWNER,
     check_communicator,
@@ -43,7 +43,7 @@ class WeightExtension:
     finish_weight_update: Callable[[], None]
 
     def emberl_describe(self) -> dict[str, Any]:
-        """What a server that already runs was started with."""
+        """The settings with which a running server was started."""
         model, scheduler = self.vllm_config.model_config, self.vllm_config.scheduler_config
         return {
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -121,7 +121,7 @@ def _entries(listed: Sequence[Sequence[Any]]) -> dict[str, Entry]:
 
 def _as_torch(tensors: Iterable[tuple[str, TensorBytes]]) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
-        yield name, torch.from_numpy(tensor.data).view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
+        yield name, as_tensor(tensor)
 
 
 def end_with(owner: int) -> None:

@@ -35,7 +35,7 @@ class InitInfo(WeightTransferInitInfo):  # type: ignore[misc]
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """What is sent, in this order."""
+    """The tensors that are sent, in this order."""
 
     names: list[str]
     dtype_names: list[str]

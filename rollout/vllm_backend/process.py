@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ from ..samples import Sampling
 from . import compat as vllm_compat
 from .compat import EngineSettings
 from .log_tail import LogTail
-from .requests import Decoded
+from .requests import Count, Decoded, parameters
 
 T = TypeVar("T")
 
@@ -59,13 +59,13 @@ class RunningLLM:
     def __init__(self, llm: Any, tail: LogTail) -> None:
         self._llm, self._tail = llm, tail
         self.vocab_size: int = llm.model_config.get_vocab_size()
-        self._count: Callable[[str, int], None] = lambda _request_id, _tokens: None
+        self._count: Count = lambda _request_id, _tokens: None
         self._waiting = False
         self._ended = asyncio.Event()
         self._down = False
         self._watch()
 
-    def on_tokens(self, count: Callable[[str, int], None]) -> None:
+    def on_tokens(self, count: Count) -> None:
         """From now on `count(request id, new tokens)` is called for whatever the engine's process sends, in its order."""
         self._count = count
 
@@ -77,20 +77,12 @@ class RunningLLM:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        parameters = SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_tokens,
-            stop_token_ids=list(sampling.stop_token_ids),
-            ignore_eos=True,  # what ends a completion is said by stop_token_ids alone
-            seed=sampling.seed,
-            logprobs=0,
+        wanted = SamplingParams(
+            **parameters(sampling),
             flat_logprobs=True,
-            detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        sample = (await self._final(request_id, token_ids, parameters, salt)).outputs[0]
+        sample = (await self._final(request_id, token_ids, wanted, salt)).outputs[0]
         return Decoded(list(sample.token_ids), list(sample.logprobs.logprobs), str(sample.finish_reason))
 
     async def prompt_logprobs(self, request_id: str, token_ids: list[int], salt: str) -> list[float]:
@@ -98,17 +90,18 @@ class RunningLLM:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        parameters = SamplingParams(
+        wanted = SamplingParams(
             max_tokens=1,
             prompt_logprobs=0,
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        return list((await self._final(request_id, token_ids, parameters, salt)).prompt_logprobs.logprobs)
+        return list((await self._final(request_id, token_ids, wanted, salt)).prompt_logprobs.logprobs)
 
     async def abort(self, request_ids: Collection[str]) -> None:
-        """Those that vLLM knows end with the tokens that have arrived; others are passed over."""
+        """Those that vLLM knows end with the tokens that have been counted; others are passed over."""
+        await self._handled()
         with suppress(EngineLostError), self._alive():
             await self._llm.abort(list(request_ids))
 
@@ -116,10 +109,8 @@ class RunningLLM:
         """Returns once no step runs, all requests are kept, and every token of earlier steps has been counted."""
         with self._alive():
             await self._llm.pause_generation(mode="keep", clear_cache=False)
-        # The answer came after those tokens through the same socket, so they lie at most one queue away. vLLM starts the
-        # handler that empties it with the first request.
-        while self._llm.output_handler is not None and not self._waiting:
-            await asyncio.sleep(0)
+        # the answer came after those tokens through the same socket, so they lie at most one queue away
+        await self._handled()
 
     async def resume(self) -> None:
         with self._alive():
@@ -186,6 +177,12 @@ class RunningLLM:
         except EngineDeadError:
             raise self._end() from None
 
+    async def _handled(self) -> None:
+        """Returns once vLLM's own handler, which starts with the first request, has dealt with all that came."""
+        handler = self._llm.output_handler
+        while handler is not None and not handler.done() and not self._waiting:
+            await asyncio.sleep(0)
+
     def _end(self) -> EngineLostError:
         return EngineLostError(f"vLLM's engine process has ended: {self._tail.cause()}")
 
@@ -216,7 +213,7 @@ class RunningLLM:
             for output in outputs.outputs:
                 if output.new_token_ids:
                     # vLLM's own id is ours, a hyphen and random letters
-                    self._count(output.request_id.partition("-")[0], len(output.new_token_ids))
+                    self._count(output.request_id.partition("-")[0], output.new_token_ids)
             return outputs
 
         core.get_output_async = receive_and_count

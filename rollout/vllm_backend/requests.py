@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..embedded.sampling import stream_key
 from ..engine import Request
 from ..samples import Completion, FinishReason, Prompt, Sampling, Span, merge_spans
+from ..stops import StopMatcher, StopStrings
 
+Count = Callable[[str, Sequence[int]], None]
+"""Is told of new tokens as they come: the id of their request, and they."""
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
@@ -30,6 +33,23 @@ class Decoded(NamedTuple):
 NOTHING = Decoded((), (), "abort")
 
 
+def parameters(sampling: Sampling) -> dict[str, Any]:
+    """vLLM's sampling parameters. Stop strings are not among them: `LiveSample` finds these in the tokens that come."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "max_tokens": sampling.max_tokens,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": True,  # what ends a completion is said by stop_token_ids alone
+        "seed": sampling.seed,
+        "logprobs": 0,
+        "detokenize": False,
+    }
+
+
 @dataclass(kw_only=True, eq=False)
 class LiveSample:
     """One sample. It may be sent more than once: anew when its engine was lost, or had no token of it at an update."""
@@ -40,11 +60,16 @@ class LiveSample:
     sampling: Sampling
     outcomes: asyncio.Queue[Completion | BaseException]
     """Where its completion, or the error that ended it, goes."""
+    stop: StopMatcher | None = None
     begun: Completion | None = None
     """What it had already when it was asked for; it goes on from there."""
     request_id: str = ""
     tokens: int = 0
     """Decoded so far beyond `begun`, as far as this process has heard."""
+    tail: bytes | None = b""
+    """What its stop strings remember of the answer; None: one is complete."""
+    stopped: int | None = None
+    """How many of the tokens there are up to the one that completed a stop string; engines run ahead of that."""
     came: float = 0.0
     """When the first of them came, in seconds that the engine has served."""
     spans: list[Span] = field(default_factory=list)
@@ -78,6 +103,21 @@ class LiveSample:
     def send_as(self, request_id: str) -> None:
         """It starts from what it was asked for with, under this id."""
         self.request_id, self.tokens, self.spans, self.restart = request_id, 0, [], False
+        self.tail, self.stopped = b"", None
+        if self.stop is not None and self.begun is not None:
+            self.tail = self.stop.tail(self.begun.token_ids.tolist())
+
+    def take(self, token_ids: Sequence[int]) -> bool:
+        """Notes tokens as they come; whether one of them completes a stop string, so that no more are wanted."""
+        before, self.tokens = self.tokens, self.tokens + len(token_ids)
+        if self.stop is None or self.tail is None:
+            return False
+        for count, token in enumerate(token_ids, before + 1):
+            self.tail = self.stop.step(self.tail, token)
+            if self.tail is None:
+                self.stopped = count
+                return True
+        return False
 
     def take_back(self) -> None:
         """Its present request is lost; it is to be sent anew."""
@@ -101,6 +141,11 @@ class LiveSample:
         )
         token_ids, logprobs = np.array(decoded.token_ids, np.int32), np.array(decoded.logprobs, np.float32)
         spans = [*self.spans, Span(version, start, count)] if decoded.spans is None else [*decoded.spans]
+        if self.stopped is not None:
+            reason, end = "stop", self.stopped
+            assert end <= count, f"{count} tokens came of {end} up to a stop string"
+            token_ids, logprobs = token_ids[:end], logprobs[:end]
+            spans = [Span(v, first, min(last, end)) for v, first, last in spans]
         started, before = self.started, self.begun
         if before is not None:
             had = len(before)
@@ -127,14 +172,16 @@ def samples_of(
     requests: Sequence[Request],
     begun: Mapping[str, Sequence[Completion]],
     outcomes: asyncio.Queue[Completion | BaseException],
+    stop_strings: StopStrings,
 ) -> Iterator[LiveSample]:
     """Every sample of these requests; of a prompt in `begun` only those that it has, each from where it stands."""
     for prompt, n, sampling in requests:
+        stop = stop_strings.matcher(sampling.stop)
         parts: Sequence[Completion | None] = begun.get(prompt.id) or [None] * n
         for index, part in enumerate(parts):
             assert part is None or (part.prompt_id == prompt.id and len(part) < sampling.max_tokens)
             number = index if part is None else part.sample
-            yield LiveSample(prompt=prompt, number=number, sampling=sampling, outcomes=outcomes, begun=part)
+            yield LiveSample(prompt=prompt, number=number, sampling=sampling, outcomes=outcomes, stop=stop, begun=part)
 
 
-__all__ = ["NOTHING", "Decoded", "LiveSample", "samples_of"]
+__all__ = ["NOTHING", "Count", "Decoded", "LiveSample", "parameters", "samples_of"]

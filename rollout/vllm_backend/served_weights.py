@@ -6,32 +6,31 @@ Everything here happens in one turn after the other (`VLLMEngine` holds the lock
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from ..weights.broadcast import Ticket
-from ..weights.patch import DigestMismatchError, TensorBytes, VersionError, WeightPatch, verify
+from ..weights.engine_transfer import BroadcastGroup
+from ..weights.patch import DigestMismatchError, TensorBytes, Transfer, VersionError, WeightPatch, verify
 from . import compat as vllm_compat
 from .process import EngineLostError, RunningLLM, start
 from .requests import LiveSample
 from .server import RunningServer, connect
 from .shared_memory import Mirror, checkpoint_bytes
-from .transfer import Transfer
 from .update_order import UpdateOrder
 
 T = TypeVar("T")
 
 
 class Requests(Protocol):
-    """What is being decoded, as far as its weights' changes concern it."""
+    """The requests under way, as far as a change of weights concerns them."""
 
     sent: dict[str, LiveSample]
     """By request id, those that vLLM has."""
 
-    def count(self, request_id: str, tokens: int) -> None:
-        """So many more tokens have come."""
+    def count(self, request_id: str, token_ids: Sequence[int]) -> None:
+        """These tokens have come."""
         ...
 
     async def fail(self, error: Exception) -> None:
@@ -55,11 +54,15 @@ class ServedWeights:
         servers_directory: str | None,
     ) -> None:
         """As of `VLLMEngine`."""
-        self._settings, self._requests = settings, requests
-        self._deadline, self._max_restarts, self.restarts = deadline_s, max_restarts, 0
-        self.run_id, self.version = run_id, version
+        self._settings = settings
+        self._requests = requests
+        self._deadline = deadline_s
+        self._max_restarts = max_restarts
+        self.restarts = 0
+        self.run_id = run_id
+        self.version = version
         self._server = server
-        self.joined: Ticket | None = None
+        self.joined: BroadcastGroup | None = None
         """The group in which the learners and these processes are."""
         self._start()
         self.mirror = Mirror(vllm_compat.DTYPES[settings.dtype], servers_directory)
@@ -80,7 +83,9 @@ class ServedWeights:
         if await asyncio.to_thread(self._is_new, patch):
             target = replace(patch, tensors={}, transfer=None)
             await self.bring(target, patch.tensors, transfer=patch.transfer)
-            self.run_id, self.version, self._proved = patch.run_id, patch.version, target
+            self.run_id = patch.run_id
+            self.version = patch.version
+            self._proved = target
 
     async def settle(self, *, stale: bool = False, lost: Exception | None = None) -> None:
         """Brings the engine to what is served already: `bring`."""
@@ -120,7 +125,8 @@ class ServedWeights:
                         stale, lost = target is not None, None
                     if stale and target is not None:
                         await self._exchange(target, tensors, transfer)
-                        self.corrupt, stale = None, False
+                        self.corrupt = None
+                        stale = False
                     if self.held and self.order.state == "serving":
                         await self._pause()
                     if not self.held and self.order.state == "paused":
@@ -133,7 +139,7 @@ class ServedWeights:
                         raise
                     differed = True
                 if transfer is not None:
-                    tensors, transfer = await asyncio.to_thread(transfer.instead), None
+                    tensors, transfer = await asyncio.to_thread(transfer.fallback), None
         except BaseException as error:
             failure = error if isinstance(error, Exception) else RuntimeError("a weight update was interrupted")
             self.corrupt = self.corrupt or failure
@@ -158,7 +164,7 @@ class ServedWeights:
         if patch.transfer is None:
             self.mirror.check(patch)
         else:
-            self.mirror.expect(patch.transfer.place.tensors)
+            self.mirror.expect(patch.transfer.version.tensors)
         return True
 
     async def _exchange(
@@ -187,16 +193,16 @@ class ServedWeights:
 
     async def _receive(self, transfer: Transfer) -> list[dict[str, str]]:
         """The digests of what each process received; EngineLostError if it did not go well: then layers are half loaded."""
-        place = transfer.place
+        version = transfer.version
+        group = version.broadcast.group
         try:
-            if self.joined != place.ticket:
-                t = place.ticket
-                size = 1 + t.workers * t.ranks
-                joining = vllm_compat.transfer_init(t.backend, t.host, t.engine_port, transfer.rank, size)
+            if self.joined != group:
+                size = 1 + group.workers * group.ranks
+                joining = vllm_compat.transfer_init(group.backend, group.host, group.engine_port, transfer.rank, size)
                 await self._within("join", self.llm.call_workers("emberl_join", joining))
-                self.joined = place.ticket
-            await asyncio.to_thread(self.mirror.lay_out, place.tensors)
-            update = vllm_compat.transfer_update(place.ticket.backend, place.described)
+                self.joined = group
+            await asyncio.to_thread(self.mirror.lay_out, version.tensors)
+            update = vllm_compat.transfer_update(group.backend, version.described)
             return await self._within("receive", self._call_workers("emberl_receive", update))
         except Exception as error:
             raise EngineLostError(f"the weight transfer into vLLM's processes failed: {error}") from error

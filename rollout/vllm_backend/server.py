@@ -18,7 +18,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Collection
 from typing import Any, TypeVar
 
 import httpx
@@ -26,7 +26,7 @@ import httpx
 from ..samples import Sampling, Span
 from .compat import NO_CHUNKS, EngineSettings, model_config
 from .process import EngineLostError
-from .requests import Decoded
+from .requests import Count, Decoded, parameters
 
 T = TypeVar("T")
 
@@ -99,26 +99,15 @@ class RunningServer:
         self._mine = uuid.uuid4().hex[:12]  # others may use the server too
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         self._client = httpx.AsyncClient(base_url=url, timeout=None, limits=limits)
-        self._count: Callable[[str, int], None] = lambda _request_id, _tokens: None
+        self._count: Count = lambda _request_id, _tokens: None
 
-    def on_tokens(self, count: Callable[[str, int], None]) -> None:
+    def on_tokens(self, count: Count) -> None:
         """From now on `count(request id, new tokens)` is called as they come."""
         self._count = count
 
     async def decode(self, request_id: str, token_ids: list[int], sampling: Sampling, salt: str) -> Decoded:
         """One sample to its end, with the version of every token; as `RunningLLM.decode`."""
-        parameters = {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "max_tokens": sampling.max_tokens,
-            "stop_token_ids": list(sampling.stop_token_ids),
-            "ignore_eos": True,
-            "seed": sampling.seed,
-            "logprobs": 0,
-            "detokenize": False,
-        }
-        body = self._request(request_id, token_ids, parameters, salt) | {"stream": True}
+        body = self._request(request_id, token_ids, parameters(sampling), salt) | {"stream": True}
         drawn: list[int] = []
         logprobs: list[float] = []
         try:
@@ -136,7 +125,7 @@ class RunningServer:
                         if new:
                             logprobs += [entry["logprob"] for entry in choice["logprobs"]["content"]]
                             drawn += new
-                            self._count(request_id, len(new))
+                            self._count(request_id, new)
                         if choice["finish_reason"] is not None:
                             spans = [
                                 Span(int(s["version"]), s["start"], s["end"]) for s in choice["weight_versions"] or ()
@@ -148,8 +137,8 @@ class RunningServer:
 
     async def prompt_logprobs(self, request_id: str, token_ids: list[int], salt: str) -> list[float]:
         """log-prob of every token but the first, given those before it, by the model without a temperature."""
-        parameters = {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
-        answer = await self._post(GENERATE, self._request(request_id, token_ids, parameters, salt))
+        wanted = {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
+        answer = await self._post(GENERATE, self._request(request_id, token_ids, wanted, salt))
         return [
             float(entry[str(token)]["logprob"])
             for token, entry in zip(token_ids[1:], answer["prompt_logprobs"][1:], strict=True)
@@ -203,12 +192,12 @@ class RunningServer:
         """Lets go of the server, which goes on. Idempotent."""
         await self._client.aclose()
 
-    def _request(self, request_id: str, token_ids: list[int], parameters: dict[str, Any], salt: str) -> dict[str, Any]:
+    def _request(self, request_id: str, token_ids: list[int], sampling: dict[str, Any], salt: str) -> dict[str, Any]:
         salted = f"{self._mine}-{salt}"
         return {
             "request_id": self._name(request_id),
             "token_ids": token_ids,
-            "sampling_params": parameters,
+            "sampling_params": sampling,
             "cache_salt": salted,
         }
 

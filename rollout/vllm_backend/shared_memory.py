@@ -20,16 +20,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..embedded.model import DTYPE_NAMES, TORCH_DTYPES, checkpoint_tensors
+from ..weights.dtypes import ELEMENT_BYTES
+from ..weights.engine_transfer import Layout
 from ..weights.patch import Bytes, TensorBytes, WeightPatch, digest, verify
+from ..weights.tensors import checkpoint_tensors, dtype_name
 
 ALIGNMENT = 64
 """Bytes; a tensor starts where any processor may load it from."""
-ITEM_BYTES = {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()}
-
-
-Layout = Mapping[str, tuple[str, tuple[int, ...]]]
-"""name -> dtype (as safetensors spells it) and shape."""
 
 
 class Entry(NamedTuple):
@@ -73,7 +70,7 @@ class Mirror:
         model or has another dtype or shape, DigestMismatchError where applying it would not give the patch's digests."""
         self.expect({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in patch.tensors.items()})
         for name, tensor in patch.tensors.items():
-            size = math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+            size = math.prod(tensor.shape) * ELEMENT_BYTES[tensor.dtype]
             if tensor.data.nbytes != size:
                 raise ValueError(f"{name}: {tensor.dtype} {tensor.shape} is {size} bytes, got {tensor.data.nbytes}")
         arrived = {name: digest(tensor.data) for name, tensor in patch.tensors.items()}
@@ -101,7 +98,7 @@ class Mirror:
             return
         position = 0
         for name, (dtype, shape) in tensors.items():
-            size = math.prod(shape) * ITEM_BYTES[dtype]
+            size = math.prod(shape) * ELEMENT_BYTES[dtype]
             self.entries[name] = Entry(dtype, shape, position, size)
             position += -(-size // ALIGNMENT) * ALIGNMENT
         os.ftruncate(self._descriptor, position)
@@ -114,7 +111,9 @@ class Mirror:
     def close(self) -> None:
         """Gives the memory back once no other process has it mapped. Idempotent."""
         if self._descriptor >= 0:
-            self._memory, self.entries = None, {}  # the map is freed with the last view of it
+            # the map is freed with the last view of it
+            self._memory = None
+            self.entries = {}
             os.close(self._descriptor)
             self._descriptor = -1
             if self._file is not None:
@@ -149,8 +148,8 @@ def checkpoint_bytes(path: Path, dtype: str) -> dict[str, TensorBytes]:
     for name, tensor in checkpoint_tensors(path):
         if name != "lm_head.weight" or not tied:
             data = tensor.to(kind).contiguous().view(-1).view(torch.uint8).numpy()
-            tensors[name] = TensorBytes(dtype=DTYPE_NAMES[kind], shape=tuple(tensor.shape), data=data)
+            tensors[name] = TensorBytes(dtype=dtype_name(kind), shape=tuple(tensor.shape), data=data)
     return tensors
 
 
-__all__ = ["Entry", "Layout", "Mirror", "checkpoint_bytes", "read_mirror", "write_mirror"]
+__all__ = ["Entry", "Mirror", "checkpoint_bytes", "read_mirror", "write_mirror"]

@@ -35,7 +35,7 @@ from .patch import (
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Prepared:
-    """What `prepare` verified, ready for `commit`."""
+    """The verified result of `prepare`, ready for `commit`."""
 
     patch: WeightPatch
     """The same patch with every tensor that it changes whole. If there is nothing to do it has none, and leads from the
@@ -102,7 +102,7 @@ def _nothing(held: Weights) -> Prepared:
 
 
 def _check_base(patch: WeightPatch, held: Weights | None) -> Weights:
-    """What is held, if the patch builds on it."""
+    """`held`, if the patch builds on it; else VersionGap."""
     if held is None or held.version != patch.base_version:
         here = "nothing" if held is None else f"version {held.version}"
         raise VersionGap(f"patch {patch.version} builds on version {patch.base_version}, but {here} is held")

@@ -5,23 +5,22 @@ carries the digest of each tensor *after* applying it, so an engine can prove th
 hold. An **anchor** carries every tensor and needs nothing before it; any other patch changes the weights of its base
 version. Tensors come whole (`tensors`) or as what changed in them (`deltas`).
 
-`patch_codec` codes deltas, `patch_encode` makes patches of weights, `patch_apply` makes weights of patches, and
-`patch_format` is a patch as bytes. Engines take whole tensors only: `patch_apply.prepare` makes them.
+`codec` codes deltas, `diff` makes patches of weights, `apply` makes weights of patches, and `wire_format` is a patch as
+bytes. Engines take whole tensors only: `apply.prepare` makes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from ..vllm_backend.transfer import Transfer
+from .dtypes import ELEMENT_BYTES
+from .engine_transfer import EngineTransfer
 
 Bytes = NDArray[np.uint8]
 
@@ -40,26 +39,6 @@ class VersionGap(VersionError):
 
 class CorruptPatchError(RuntimeError):
     """A patch that is not what was sent: cut short, or with bits that differ."""
-
-
-ELEMENT_BYTES = {
-    "BF16": 2,
-    "F16": 2,
-    "F32": 4,
-    "F64": 8,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "U16": 2,
-    "I16": 2,
-    "U32": 4,
-    "I32": 4,
-    "U64": 8,
-    "I64": 8,
-}
-"""Bytes of an element of safetensors' dtypes. Patches read them all as unsigned integers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -107,6 +86,17 @@ class TensorDelta:
     @property
     def num_bytes(self) -> int:
         return sum(chunk.payload.nbytes for chunk in self.chunks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Transfer:
+    """All that one engine has to know to receive a version in its own processes."""
+
+    version: EngineTransfer
+    rank: int
+    """In the group, of the first of the engine's processes; the others follow it."""
+    fallback: Callable[[], Mapping[str, TensorBytes]]
+    """Has the tensors another way; to be called in a thread."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -18,11 +18,11 @@ import numpy as np
 
 from .apply import commit, prepare
 from .patch import Bytes, CorruptPatchError, DigestMismatchError, VersionError, WeightPatch, Weights, dense_patch
-from .transport import Link, Notice, Parcel, TransferError
+from .transport import FetchContext, PatchRef, TransferError, WeightUpdate
 from .wire_format import from_bytes, pieces
 
 RECOVERABLE = (CorruptPatchError, DigestMismatchError, VersionError, TransferError, ValueError)
-"""What another patch may mend: damaged, of other weights, of another base, of other shapes, or not to be had."""
+"""Errors after which the next route is tried."""
 
 
 class UnrecoverableError(RuntimeError):
@@ -31,7 +31,7 @@ class UnrecoverableError(RuntimeError):
 
 @dataclass(kw_only=True, slots=True)
 class Report:
-    """What the last update cost on one worker."""
+    """The cost of the last update on one worker."""
 
     version: int = -1
     wire_bytes: int = 0
@@ -39,7 +39,7 @@ class Report:
     prepare_s: float = 0.0
     """Verifying and materialising."""
     apply_s: float = 0.0
-    """What decoding waited for."""
+    """Seconds for which decoding stood still."""
     digest_failures: int = 0
     """Patches that were refused: damaged, or not giving the digests of the learners."""
     replays: int = 0
@@ -52,22 +52,23 @@ class Report:
 class Receiver:
     """One engine's. Thread-safe."""
 
-    def __init__(self, link: Link, *, threads: int = 1) -> None:
-        self._link, self._threads = link, threads
+    def __init__(self, link: FetchContext, *, threads: int = 1) -> None:
+        self._link = link
+        self._threads = threads
         self._lock = threading.Lock()
         self._held: Weights | None = None
         self._ready: Weights | None = None
         self._given: Weights | None = None
-        """What the engine was last given, and may still be waiting to serve."""
+        """The version last handed to the engine, which it may not serve yet."""
         self._sitting = -1
         self._report = Report()
 
     @property
     def held(self) -> Weights | None:
-        """What was committed."""
+        """The version last committed."""
         return self._held
 
-    def prepare(self, notice: Notice) -> Report:
+    def prepare(self, notice: WeightUpdate) -> Report:
         """Makes the announced version ready. `UnrecoverableError` if no announced way leads there."""
         with self._lock:
             newest = self._ready or self._held
@@ -79,7 +80,7 @@ class Receiver:
             return self._report
 
     def patch(self, version: int, served: int) -> WeightPatch:
-        """What takes an engine that serves version `served` to what is ready, of at least this version.
+        """The patch from version `served` to the version that is ready, which is at least `version`.
 
         VersionGap: that is not ready; `prepare` must come first.
         """
@@ -110,7 +111,7 @@ class Receiver:
             self._report.apply_s += seconds
             return replace(self._report, version=version)
 
-    def received(self, notice: Notice, size: int, transfer_s: float, seconds: float) -> Report:
+    def received(self, notice: WeightUpdate, size: int, transfer_s: float, seconds: float) -> Report:
         """The engine has the announced version, of so many bytes, from the learners themselves, and what is held here is
         older; decoding waited so many seconds."""
         with self._lock:
@@ -120,14 +121,14 @@ class Receiver:
             return self._report
 
     def export(self) -> Bytes:
-        """What is held as the bytes of an anchor, for a peer that has nothing. VersionError if nothing is held."""
+        """The bytes of an anchor of the held version, for a peer that has nothing. VersionError if nothing is held."""
         held = self._held
         if held is None:
             raise VersionError("nothing is held here yet")
         anchor = dense_patch(held.run_id, held.version, held.tensors.items())
         return np.frombuffer(b"".join(pieces(anchor)), np.uint8)
 
-    def _reach(self, notice: Notice, newest: Weights | None) -> Weights:
+    def _reach(self, notice: WeightUpdate, newest: Weights | None) -> Weights:
         failures = []
         held = newest.version if newest is not None and newest.run_id == notice.run_id else None
         for route in notice.routes(held):
@@ -143,22 +144,22 @@ class Receiver:
         here = "nothing" if newest is None else f"version {newest.version}"
         raise UnrecoverableError(f"version {notice.version} cannot be reached from {here}: {reasons}")
 
-    def _follow(self, route: Sequence[Parcel], held: Weights | None) -> Weights:
+    def _follow(self, route: Sequence[PatchRef], held: Weights | None) -> Weights:
         weights = held
-        for number, parcel in enumerate(route):
-            data = self._fetch(parcel)
+        for number, ref in enumerate(route):
+            data = self._fetch(ref)
             start = time.perf_counter()
             patch = from_bytes(data)
             base = None if patch.base_version is None else weights
             weights = commit(base, prepare(patch, base, threads=self._threads))
             self._report.prepare_s += time.perf_counter() - start
             self._report.replays += number > 0 or (patch.base_version is None and held is not None)
-        assert weights is not None, "a route has a parcel or starts from what is held"
+        assert weights is not None, "a route has a ref or starts from what is held"
         return weights
 
-    def _fetch(self, parcel: Parcel) -> Bytes:
+    def _fetch(self, ref: PatchRef) -> Bytes:
         start, failures = time.perf_counter(), []
-        for place in parcel.places:
+        for place in ref.places:
             try:
                 data = place.fetch(self._link)
                 self._report.wire_bytes += data.nbytes
@@ -170,14 +171,14 @@ class Receiver:
         raise TransferError("; ".join(failures) or "it is nowhere to be had")
 
 
-def _covers(held: Weights, notice: Notice) -> bool:
+def _covers(held: Weights, notice: WeightUpdate) -> bool:
     """Whether there is nothing to do: the notice was followed already, or a later one of its run was."""
     if held.run_id != notice.run_id or held.version < notice.version:
         return False
     return held.version > notice.version or held.root == notice.root
 
 
-def _name(route: Sequence[Parcel]) -> str:
+def _name(route: Sequence[PatchRef]) -> str:
     return " -> ".join(f"{'anchor' if p.base_version is None else 'patch'} {p.version}" for p in route)
 
 

@@ -1,4 +1,4 @@
-"""What is in a patch, counted."""
+"""Counts of a patch: changed elements, bytes by mode."""
 
 from __future__ import annotations
 

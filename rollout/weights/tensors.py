@@ -1,17 +1,22 @@
-"""A model's tensors as safetensors files, byte for byte and without torch (https://github.com/huggingface/safetensors:
+"""A model's tensors as safetensors files, byte for byte; torch is loaded for `as_tensor` alone (https://github.com/huggingface/safetensors:
 u64 length of a JSON header, the header, then the tensors)."""
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .dtypes import TORCH_NAMES
 from .patch import TensorBytes
+
+if TYPE_CHECKING:
+    import torch
 
 LENGTH = struct.Struct("<Q")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -60,4 +65,26 @@ def write_model(path: Path, tensors: Mapping[str, TensorBytes]) -> None:
     partial.rename(path)
 
 
-__all__ = ["read_model", "write_model"]
+def as_tensor(tensor: TensorBytes) -> torch.Tensor:
+    """A view of its bytes."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
+    if not tensor.data.size:  # torch views nothing as nothing else
+        return torch.empty(tensor.shape, dtype=dtype)
+    return torch.from_numpy(tensor.data).view(dtype).view(tensor.shape)
+
+
+def checkpoint_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of `read_model`, a copy that may be written to."""
+    for name, tensor in read_model(path).items():
+        yield name, as_tensor(replace(tensor, data=np.array(tensor.data)))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As safetensors spells it."""
+    spelt = str(dtype).removeprefix("torch.")
+    return next(name for name, torch_name in TORCH_NAMES.items() if torch_name == spelt)
+
+
+__all__ = ["as_tensor", "checkpoint_tensors", "dtype_name", "read_model", "write_model"]

@@ -1,7 +1,7 @@
 """How a patch's bytes reach the engines: what the learners announce, and the places where the bytes can be had.
 
-    parcel = outbox.put(version, base_version, pieces)     # the learners' side: `ObjectStore` or `Directory`
-    data = place.fetch(link)                               # an engine's side; place is one of the parcel's
+    ref = store.put(version, base_version, pieces)     # the learners' side: `ObjectStore` or `Directory`
+    data = place.fetch(link)                               # an engine's side; place is one of the ref's
 
 Nothing here is trusted: what is fetched is verified by `patch_format` and `patch_apply`.
 """
@@ -11,17 +11,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import ray
 
+from .engine_transfer import EngineTransfer
 from .patch import Bytes
-
-if TYPE_CHECKING:
-    from ..vllm_backend.transfer import InEngines
 
 READ_BYTES = 1 << 20
 
@@ -34,8 +32,10 @@ class TokenBucket:
     """Lets `rate` bytes a second through, and `burst` at once: a weak link for tests."""
 
     def __init__(self, rate: float, burst: float = 1 << 16) -> None:
-        self.rate, self.burst = rate, burst
-        self._tokens, self._at = burst, time.monotonic()
+        self.rate = rate
+        self.burst = burst
+        self._tokens = burst
+        self._at = time.monotonic()
 
     def take(self, size: int) -> None:
         """Returns when the link would have carried them."""
@@ -47,31 +47,29 @@ class TokenBucket:
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
-class Link:
+class FetchContext:
     """An engine's end of the way to the learners."""
 
     timeout: float
     """Seconds for one patch."""
     bucket: TokenBucket | None = None
-    memory: dict[str, Any] = field(default_factory=dict)
-    """What a transport keeps from one patch to the next."""
 
 
-class Place(Protocol):
+class PatchSource(Protocol):
     """Where the bytes of one patch can be had."""
 
-    def fetch(self, link: Link) -> Bytes:
+    def fetch(self, link: FetchContext) -> Bytes:
         """All of them; `TransferError` if they do not come within the link's deadline."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class InStore:
+class ObjectStoreSource:
     """Ray's object store: of what several engines of a node fetch, the node gets one copy."""
 
     reference: Any
 
-    def fetch(self, link: Link) -> Bytes:
+    def fetch(self, link: FetchContext) -> Bytes:
         try:
             data: Bytes = ray.get(self.reference, timeout=link.timeout)
         except ray.exceptions.RayError as error:  # lost with its node, or late: the same to us
@@ -82,12 +80,12 @@ class InStore:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class InFile:
+class FileSource:
     """A file that the learners and the engines both see."""
 
     path: str
 
-    def fetch(self, link: Link) -> Bytes:
+    def fetch(self, link: FetchContext) -> Bytes:
         deadline = time.monotonic() + link.timeout
         try:
             with Path(self.path).open("rb") as file:
@@ -106,20 +104,20 @@ class InFile:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Parcel:
+class PatchRef:
     """One patch that can be had."""
 
     version: int
     base_version: int | None
     size: int
     """Bytes of the file."""
-    places: tuple[Place, ...]
+    places: tuple[PatchSource, ...]
     """To be tried in this order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Notice:
-    """What the learners tell every engine: the version that is to be served, and all that may be needed to get there."""
+class WeightUpdate:
+    """The announcement to every engine: the version that is to be served, and all patches that may lead there."""
 
     run_id: str
     sitting: int
@@ -127,18 +125,18 @@ class Notice:
     one comes late."""
     version: int
     root: str
-    patches: tuple[Parcel, ...] = ()
+    patches: tuple[PatchRef, ...] = ()
     """Each builds on the one before it."""
-    anchors: tuple[Parcel, ...] = ()
+    anchors: tuple[PatchRef, ...] = ()
     """To be tried in this order where the patches do not lead on from what is held."""
-    engines: InEngines | None = None
+    engines: EngineTransfer | None = None
     """The learners send this version into the engines' own processes; what else is here is for who misses it."""
 
-    def with_anchor(self, anchor: Parcel) -> Notice:
+    def with_anchor(self, anchor: PatchRef) -> WeightUpdate:
         """The same with an anchor that is tried before the others."""
         return replace(self, anchors=(anchor, *self.anchors))
 
-    def routes(self, held: int | None) -> Iterator[tuple[Parcel, ...]]:
+    def routes(self, held: int | None) -> Iterator[tuple[PatchRef, ...]]:
         """Ways from the version that is held (None: nothing) to the new one, in the order in which to try them."""
         direct = self._onward(held)
         if direct is not None:
@@ -148,31 +146,31 @@ class Notice:
             if onward is not None:
                 yield (anchor, *onward)
 
-    def _onward(self, version: int | None) -> tuple[Parcel, ...] | None:
+    def _onward(self, version: int | None) -> tuple[PatchRef, ...] | None:
         """The patches that lead from there to the new version; None if they do not."""
         if version is None:
             return None
-        found: list[Parcel] = []
-        for parcel in self.patches:
-            if parcel.base_version == version:
-                found.append(parcel)
-                version = parcel.version
+        found: list[PatchRef] = []
+        for ref in self.patches:
+            if ref.base_version == version:
+                found.append(ref)
+                version = ref.version
         return tuple(found) if version == self.version else None
 
 
-class Outbox(Protocol):
+class PatchStore(Protocol):
     """The learners' side of a transport."""
 
-    def put(self, version: int, base_version: int | None, pieces: Iterable[bytes | memoryview]) -> Parcel: ...
+    def put(self, version: int, base_version: int | None, pieces: Iterable[bytes | memoryview]) -> PatchRef: ...
 
 
 class ObjectStore:
-    """Ray's; an object lives as long as anybody holds its parcel."""
+    """Ray's; an object lives as long as anybody holds its ref."""
 
-    def put(self, version: int, base_version: int | None, pieces: Iterable[bytes | memoryview]) -> Parcel:
+    def put(self, version: int, base_version: int | None, pieces: Iterable[bytes | memoryview]) -> PatchRef:
         data = np.frombuffer(b"".join(pieces), np.uint8)
-        place = InStore(reference=ray.put(data))
-        return Parcel(version=version, base_version=base_version, size=data.nbytes, places=(place,))
+        place = ObjectStoreSource(reference=ray.put(data))
+        return PatchRef(version=version, base_version=base_version, size=data.nbytes, places=(place,))
 
 
 class Directory:
@@ -182,7 +180,7 @@ class Directory:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def put(self, version: int, base_version: int | None, pieces: Iterable[bytes | memoryview]) -> Parcel:
+    def put(self, version: int, base_version: int | None, pieces: Iterable[bytes | memoryview]) -> PatchRef:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"{version:08}.anchor" if base_version is None else f"{version:08}-from-{base_version:08}.patch"
         path, partial, size = self.folder / name, self.folder / f".{name}.{os.getpid()}", 0
@@ -190,12 +188,12 @@ class Directory:
             for piece in pieces:
                 size += file.write(piece)
         partial.rename(path)  # an engine sees all of it or nothing
-        place = InFile(path=str(path.absolute()))
-        return Parcel(version=version, base_version=base_version, size=size, places=(place,))
+        place = FileSource(path=str(path.absolute()))
+        return PatchRef(version=version, base_version=base_version, size=size, places=(place,))
 
-    def keep(self, parcels: Iterable[Parcel]) -> None:
+    def keep(self, refs: Iterable[PatchRef]) -> None:
         """Deletes every other patch."""
-        wanted = {Path(place.path).name for parcel in parcels for place in parcel.places if isinstance(place, InFile)}
+        wanted = {Path(place.path).name for ref in refs for place in ref.places if isinstance(place, FileSource)}
         for path in list_patches(self.folder):
             if path.name not in wanted:
                 path.unlink(missing_ok=True)
@@ -209,14 +207,14 @@ def list_patches(folder: Path) -> list[Path]:
 
 __all__ = [
     "Directory",
-    "InFile",
-    "InStore",
-    "Link",
-    "Notice",
+    "FileSource",
+    "ObjectStoreSource",
+    "FetchContext",
+    "WeightUpdate",
     "ObjectStore",
-    "Outbox",
-    "Parcel",
-    "Place",
+    "PatchStore",
+    "PatchRef",
+    "PatchSource",
     "TokenBucket",
     "TransferError",
     "list_patches",

@@ -92,8 +92,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from .codec import CHUNK_BYTES
+from .dtypes import ELEMENT_BYTES
 from .patch import (
-    ELEMENT_BYTES,
     Bytes,
     Chunk,
     CorruptPatchError,
@@ -281,7 +281,8 @@ class _Reader:
     """Takes one field after another; ValueError beyond the end."""
 
     def __init__(self, data: bytes) -> None:
-        self.data, self.at = data, 0
+        self.data = data
+        self.at = 0
 
     def take(self, size: int) -> bytes:
         self.at += size

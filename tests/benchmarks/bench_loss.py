@@ -213,8 +213,7 @@ def runs(p: Problem, case: Case) -> dict[str, Callable[[], Any]]:
             return
         h, w = leaves(p, case)
         loss = SequenceClip(p=p) if case.sequences else TokenClip(p=p)
-        active = p.advantage != 0 if case.half else None
-        linear_loss(h, w, p.targets, loss, shift=p.old, sequence_ids=p.ids, active=active)[0].backward()
+        linear_loss(h, w, p.targets, loss, shift=p.old, sequence_ids=p.ids)[0].backward()
 
     def peer(logprob: LogProb) -> Callable[[], None]:
         def run() -> None:

@@ -40,8 +40,6 @@ TOY = Scenario(
 TOY_CASES: dict[str, tuple[dict[str, Any], float]] = {
     "synchronous": ({}, 640.0),
     "oversample 1.25": ({"oversample": 1.25, "overdue": "evict"}, 283.0),
-    "eta 1, no bound": ({"max_staleness": 1, "bound": False}, 147.0),
-    "eta 2, no bound": ({"max_staleness": 2, "bound": False}, 92.0),
 }
 """Changes -> seconds a step of the other simulation."""
 

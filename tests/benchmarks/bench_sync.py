@@ -29,7 +29,8 @@ import zstandard
 from emberl.rollout.weights.apply import prepare
 from emberl.rollout.weights.codec import decode_chunk, encode_chunk
 from emberl.rollout.weights.diff import encode
-from emberl.rollout.weights.patch import ELEMENT_BYTES, Weights, digest
+from emberl.rollout.weights.dtypes import ELEMENT_BYTES
+from emberl.rollout.weights.patch import Weights, digest
 from emberl.rollout.weights.stats import changed_elements
 from emberl.rollout.weights.wire_format import from_bytes, to_bytes
 
@@ -157,7 +158,7 @@ LINKS = {
 }
 REWARD = """
 import zlib
-from emberl.rewards.plugins.styles import reward
+from emberl.rewards import reward
 @reward
 def noise(row):
     return zlib.crc32(row.completion.encode()) % 2

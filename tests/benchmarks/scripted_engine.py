@@ -13,7 +13,7 @@ import math
 from typing import Any
 
 import numpy as np
-from emberl.rollout import engines
+from emberl.rollout import engine as engines
 from emberl.rollout.embedded.batch import ContinuousBatch
 from emberl.rollout.embedded.engine import EmbeddedEngine
 from emberl.rollout.embedded.sampling import stream_key

@@ -20,12 +20,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 HOST, FAR = "10.77.9.1", "10.77.9.2"
+PORT = 29471
 NEAR_NS, FAR_NS = "emberl-near", "emberl-far"
 
 
@@ -88,13 +90,32 @@ def _pump(worker: Any, learner: Any) -> None:
             learner.stdin.write(line)
 
 
+@dataclass(frozen=True)
+class OverLink:
+    """The next gloo broadcast over the link."""
+
+    size: int
+    group: ClassVar[Any] = None
+
+    def fetch(self, link: Any) -> np.ndarray[Any, Any]:
+        import torch
+        from emberl.kernels import platform
+
+        if OverLink.group is None:
+            OverLink.group = platform.meet(platform.CPU, HOST, PORT, 1, 2, 120.0)
+        data = torch.empty(self.size, dtype=torch.uint8)
+        platform.broadcast(OverLink.group, data, 120.0)
+        found: np.ndarray[Any, Any] = data.numpy()
+        return found
+
+
 def learner(settings: dict[str, Any]) -> None:
     import torch
-    from emberl.rollout.embedded.model import checkpoint_tensors
-    from emberl.rollout.weights.broadcast import InBroadcast, Meeting
+    from emberl.kernels import platform
     from emberl.rollout.weights.diff import encode
     from emberl.rollout.weights.patch import TensorBytes, Weights, dense_patch
-    from emberl.rollout.weights.transport import Notice, Parcel
+    from emberl.rollout.weights.tensors import checkpoint_tensors
+    from emberl.rollout.weights.transport import PatchRef, WeightUpdate
     from emberl.rollout.weights.wire_format import pieces
 
     torch.set_num_threads(1)
@@ -107,8 +128,7 @@ def learner(settings: dict[str, Any]) -> None:
         while line not in heard:
             heard.add(sys.stdin.readline().strip())
 
-    meeting = Meeting("cpu", 120.0, HOST)
-    ticket, base = meeting.ticket(1), None
+    group, base = None, None
     for version in range(settings["steps"] + 1):
         if version:
             wait_for(f"batch {version - 1}")
@@ -129,13 +149,14 @@ def learner(settings: dict[str, Any]) -> None:
         )
         data = np.frombuffer(b"".join(pieces(patch)), np.uint8)
         base = Weights(run_id="link", version=version, tensors=tensors, digests=patch.digests)
-        place = InBroadcast(ticket=ticket, number=version, size=data.nbytes, timeout=120.0)
-        parcel = Parcel(version=version, base_version=patch.base_version, size=data.nbytes, places=(place,))
+        place = OverLink(size=data.nbytes)
+        parcel = PatchRef(version=version, base_version=patch.base_version, size=data.nbytes, places=(place,))
         sent = {"patches": (parcel,)} if patched else {"anchors": (parcel,)}
-        notice = Notice(run_id="link", sitting=0, version=version, root=patch.root, **sent)
+        notice = WeightUpdate(run_id="link", sitting=0, version=version, root=patch.root, **sent)
         encoded = time.monotonic() - begun
         print(base64.b64encode(pickle.dumps((notice, encoded))).decode(), flush=True)
-        meeting.send(ticket, data)
+        group = group or platform.meet(platform.CPU, HOST, PORT, 0, 2, 120.0)
+        platform.broadcast(group, torch.from_numpy(data.copy()), 120.0)
         wait_for(f"served {version}")
 
 
@@ -143,15 +164,15 @@ async def worker(settings: dict[str, Any]) -> None:
     import torch
     from emberl.rollout.embedded.engine import EmbeddedEngine
     from emberl.rollout.samples import Prompt, Sampling
-    from emberl.rollout.updates import WeightUpdates
     from emberl.rollout.weights.receiver import Receiver
-    from emberl.rollout.weights.transport import Link
+    from emberl.rollout.weights.transport import FetchContext
+    from emberl.rollout.worker import WeightUpdates
 
     torch.set_num_threads(1)
     engine = EmbeddedEngine(
         settings["model"], max_num_seqs=settings["slots"], max_model_len=160, run_id="link", version=-1
     )
-    updates = WeightUpdates(engine, Receiver(Link(timeout=120.0)))
+    updates = WeightUpdates(engine, Receiver(FetchContext(timeout=120.0)))
     served = [asyncio.Event() for _ in range(settings["steps"] + 1)]
     sums = dict.fromkeys(("encode_s", "transfer_s", "prepare_s", "apply_s", "wire_bytes"), 0.0)
     marks: list[tuple[float, int]] = []

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from emberl.kernels.loss.fused_loss import linear_loss
+from emberl.kernels.loss import fused_loss
 from emberl.kernels.loss.terms import TokenStats, TokenTerms
 from torch import Tensor
 
 torch.set_num_threads(1)
+
+
+def forced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with the backend and the size of a chunk as arguments, which it chooses itself."""
+
+    def call(*arguments: Any, backend: str = "auto", chunk_bytes: int | None = None, **named: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            if backend != "auto":
+                patch.setattr(fused_loss, "choose", lambda *_: backend)
+            if chunk_bytes is not None:
+                patch.setattr(fused_loss, "chunk_bytes", lambda _: chunk_bytes)
+            return function(*arguments, **named)
+
+    return call
+
+
+linear_logprob = forced(fused_loss.linear_logprob)
+linear_loss = forced(fused_loss.linear_loss)
+forced_loss: Any = ModuleType("forced_loss")
+forced_loss.linear_logprob = linear_logprob
+forced_loss.linear_loss = linear_loss
+sys.modules["forced_loss"] = forced_loss
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ import torch
 os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before the import below
 pytest.importorskip("triton", reason="stock Triton is not installed")
 
-from emberl.kernels.loss.fused_loss import linear_logprob
 from emberl.kernels.loss.head import Head, Transform
 from emberl.kernels.loss.passes import TorchPasses
 from emberl.kernels.loss.triton_exp import TritonPasses
+from forced_loss import linear_logprob
 
 
 def tile(rows: int, n: int, dtype: torch.dtype) -> torch.Tensor:

@@ -7,9 +7,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-from emberl.rewards.inputs import RewardInput
+from emberl.rewards import RewardInput, reward
+from emberl.rewards.plugins.results import result
 from emberl.rewards.plugins.reward import PluginReward
-from emberl.rewards.plugins.styles import adapt, recognise, result, reward
+from emberl.rewards.plugins.styles import adapt, recognise
 from emberl.rewards.registry import load_reward
 from emberl.rewards.suite import Part, RewardSuite, build_suite
 from emberl.rewards.verdict import Status, Verdict
@@ -90,7 +91,7 @@ def test_styles_are_recognised_or_forced() -> None:
     assert (recognise(marked), recognise(trl), recognise(lengths)) == ("native", "trl", "trl")
     with pytest.raises(ValueError, match=r"no known style has the parameters \(alpha\)"):
         recognise(unknown)
-    assert adapt(lambda x: 0.5, "native")([row("x")]) == [{"score": 0.5, "parts": {}}]
+    assert adapt(lambda x: 0.5, "native")([row("x")]) == [{"score": 0.5, "parts": {}, "message": ""}]
     with pytest.raises(ValueError, match="style is 'vrl'"):
         adapt(unknown, "vrl")
 
@@ -102,7 +103,7 @@ def test_styles_are_recognised_or_forced() -> None:
         ("example_rewards.verl_style:nothing", "has no function 'nothing'"),
         ("example_rewards.broken:odd_signature", r"no known style has the parameters \(alpha, beta\)"),
         ("./no/such/file.py:f", "no file"),
-        ("./no/such/file.py", "there is no reward"),
+        ("./no/such/file.py", "names no function and cannot be imported: .*there is no file"),
         ("maths", "did you mean 'math'"),
         ("example_rewards.broken:", "must be package.module:function"),
     ],
@@ -126,7 +127,7 @@ def test_the_same_errors_come_out_of_the_process() -> None:
     [
         ("raises", "KeyError"),
         ("returns_nan", "nan, which is no finite number"),
-        ("returns_none", "None, which is no finite number"),
+        ("returns_none", "returned None"),
         ("returns_text", "str '1.0', which is no finite number"),
         ("wrong_count", "returned 1 scores for 2"),
     ],

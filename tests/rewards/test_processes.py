@@ -1,10 +1,13 @@
 """Processors that a quota leaves, in the trees of files that kernels and containers show."""
 
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from emberl.rewards.processes import descendants, processors, stat_of, tells_waiting, waited
+from emberl.rewards.processes import asleep, cpu_seconds, descendants, processors, stat_of, tells_waiting, waited
 
 V1 = (
     "33 31 0:30 {base} /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu,cpuacct\n"
@@ -56,3 +59,35 @@ def test_the_machine_itself() -> None:
     if tells_waiting():
         assert 0 <= waited(os.getpid()) < 10**6
     assert waited(2**22 + 1) == 0
+
+
+@pytest.mark.parametrize(("code", "sleeps"), [("import time; time.sleep(60)", True), ("while True: pass", False)])
+def test_who_wants_a_processor_is_not_asleep(code: str, sleeps: bool) -> None:
+    """Also one that gets none: it shares its processor with a process that has precedence."""
+    place = {min(os.sched_getaffinity(0))}
+    child = subprocess.Popen([sys.executable, "-c", code], preexec_fn=lambda: os.sched_setaffinity(0, place))
+    try:
+        deadline = time.monotonic() + 30
+        while asleep(child.pid) is not sleeps or waited(child.pid) == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.sched_setscheduler(child.pid, os.SCHED_IDLE, os.sched_param(0))
+        rival = subprocess.Popen(
+            [sys.executable, "-c", "while True: pass"],
+            preexec_fn=lambda: os.sched_setaffinity(0, place),
+        )
+        try:
+            time.sleep(0.5)
+            used = cpu_seconds(child.pid)
+            looks = []
+            for _ in range(10):
+                looks.append(asleep(child.pid))
+                time.sleep(0.05)
+            assert looks == [sleeps] * 10 and cpu_seconds(child.pid) - used < 0.25
+        finally:
+            rival.kill()
+            rival.wait()
+    finally:
+        child.kill()
+        child.wait()
+    assert asleep(child.pid) and cpu_seconds(child.pid) == 0

@@ -2,28 +2,43 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
-from emberl.rewards.inputs import RewardInput
+from emberl.rewards.inputs import Reward, RewardInput
 from emberl.rewards.suite import Part, RewardSuite, TooManyErrors, build_suite, check_errors
-from emberl.rewards.verdict import Status, Verdict, verifier_error
+from emberl.rewards.verdict import Status, Verdict, not_applicable, verifier_error
 
 
-def fixed(*scores: float | None):
-    """A reward that gives these scores in turn; None is a failure."""
+class Calls(Reward):
+    """A function of a batch as a reward."""
+
+    def __init__(self, function: Callable[[Sequence[RewardInput]], list[Verdict]]) -> None:
+        self.function = function
+
+    def __call__(self, batch: Sequence[RewardInput], /) -> list[Verdict]:
+        return self.function(batch)
+
+
+NA = "not applicable"
+
+
+def fixed(*scores: float | str | None) -> Reward:
+    """A reward that gives these scores in turn; None is a failure, and NA does not apply."""
 
     def grade(batch: Sequence[RewardInput]) -> list[Verdict]:
         found = []
         for score in scores[: len(batch)]:
             if score is None:
                 found.append(verifier_error("broke"))
+            elif isinstance(score, str):
+                found.append(not_applicable("not mine"))
             else:
                 status = Status.CORRECT if score >= 1 else Status.WRONG if score <= 0 else Status.PARTIAL
                 found.append(Verdict(status=status, score=score, seconds=0.5))
         return found
 
-    return grade
+    return Calls(grade)
 
 
 ROWS = [RewardInput(completion=str(i)) for i in range(3)]
@@ -63,7 +78,7 @@ def test_a_part_that_raises_or_miscounts_costs_only_its_samples() -> None:
     def raises(batch: Sequence[RewardInput]) -> list[Verdict]:
         raise RuntimeError("no more")
 
-    verdicts = suite(answer=(raises, 1.0)).grade(ROWS)
+    verdicts = suite(answer=(Calls(raises), 1.0)).grade(ROWS)
     assert [v.status for v in verdicts] == [Status.VERIFIER_ERROR] * 3
     assert "RuntimeError: no more" in verdicts[0].message
     assert "1 verdicts for 3" in suite(answer=(fixed(1), 1.0)).grade(ROWS)[0].message
@@ -74,9 +89,9 @@ def test_a_stuck_part_is_left_behind_at_its_deadline() -> None:
 
     def stuck(batch: Sequence[RewardInput]) -> list[Verdict]:
         release.wait(30)
-        return fixed(1, 1, 1)(batch)
+        return list(fixed(1, 1, 1)(batch))
 
-    held = RewardSuite([Part(name="answer", reward=stuck, deadline=0.2)])
+    held = RewardSuite([Part(name="answer", reward=Calls(stuck), deadline=0.2)])
     start = time.perf_counter()
     verdicts = held.grade(ROWS)
     release.set()
@@ -90,9 +105,9 @@ def test_calls_do_not_pile_up_behind_a_stuck_part() -> None:
     def stuck(batch: Sequence[RewardInput]) -> list[Verdict]:
         calls.append(1)
         release.wait(30)
-        return fixed(1)(batch)
+        return list(fixed(1)(batch))
 
-    held = RewardSuite([Part(name="answer", reward=stuck, deadline=0.05)])
+    held = RewardSuite([Part(name="answer", reward=Calls(stuck), deadline=0.05)])
     messages = [held.grade(ROWS[:1])[0].message for _ in range(6)]
     assert len(calls) == 4
     assert "4 earlier calls are stuck" in messages[-1]
@@ -108,9 +123,9 @@ def test_parts_run_side_by_side() -> None:
 
     def meets(batch: Sequence[RewardInput]) -> list[Verdict]:
         meeting.wait()
-        return fixed(1, 1, 1)(batch)
+        return list(fixed(1, 1, 1)(batch))
 
-    assert [v.score for v in suite(a=(meets, 1.0), b=(meets, 1.0)).grade(ROWS)] == [2.0] * 3
+    assert [v.score for v in suite(a=(Calls(meets), 1.0), b=(Calls(meets), 1.0)).grade(ROWS)] == [2.0] * 3
 
 
 def test_figures_are_per_part_and_start_anew() -> None:
@@ -144,7 +159,7 @@ def test_references_that_cannot_be_used_are_named_with_their_row() -> None:
 
 
 def test_a_batch_that_raises_is_graded_row_by_row() -> None:
-    class Fragile:
+    class Fragile(Reward):
         def __call__(self, batch: Sequence[RewardInput]) -> list[Verdict]:
             if any(row.completion == "bad" for row in batch):
                 raise RecursionError("too deep")
@@ -197,17 +212,19 @@ def test_bad_configurations_are_named(specs: dict, message: str) -> None:
 def test_a_long_queue_is_no_stuck_grader() -> None:
     """Slow programs of the model's own making take long; only a grader that stands still loses its samples."""
 
-    class Slow:
-        finished = 0
-
+    class Slow(Reward):
         def __call__(self, batch):
             for _ in range(10):
                 time.sleep(0.1)
-                self.finished += self.moves
+                self.count += self.moves
             return [Verdict(status=Status.OVER_LIMIT, score=0.0) for _ in batch]
 
         def __init__(self, moves: int) -> None:
-            self.moves = moves
+            self.moves, self.count = moves, 0
+
+        @property
+        def finished(self) -> int:
+            return self.count
 
     for moves, status in ((1, Status.OVER_LIMIT), (0, Status.VERIFIER_ERROR)):
         suite = RewardSuite([Part(name="slow", reward=Slow(moves), deadline=0.4)])
@@ -222,7 +239,7 @@ def test_a_row_that_raises_costs_no_neighbour() -> None:
             raise SystemExit(3)
         return [Verdict(status=Status.CORRECT, score=1.0) for _ in batch]
 
-    suite = RewardSuite([Part(name="p", reward=grade)])
+    suite = RewardSuite([Part(name="p", reward=Calls(grade))])
     found = suite.grade([RewardInput(completion=text) for text in ("a", "bomb", "b", "exit")])
     assert [verdict.score for verdict in found] == [1.0, None, 1.0, None]
     assert "RecursionError" in found[1].message and "SystemExit" in found[3].message

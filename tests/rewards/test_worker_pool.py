@@ -12,6 +12,7 @@ import threading
 import time
 
 import pytest
+from emberl.rewards.processes import descendants
 from emberl.rewards.worker_pool import Ended, WorkerPool
 
 pytestmark = pytest.mark.slow  # every test starts processes
@@ -213,8 +214,7 @@ def test_killing_workers_all_the_time_loses_no_sample(make) -> None:
 
 
 def _children() -> list[int]:
-    with open(f"/proc/{os.getpid()}/task/{threading.main_thread().native_id}/children") as file:
-        return [int(p) for p in file.read().split() if "emberl.rewards.worker_process" in _command(p)]
+    return [pid for pid in descendants(os.getpid()) if "emberl.rewards.worker_process" in _command(str(pid))]
 
 
 def test_workers_are_recycled(make) -> None:

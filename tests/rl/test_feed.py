@@ -17,7 +17,7 @@ from emberl.rl.config.load import resolve
 from emberl.rl.feed import GroupFeed
 from emberl.rl.groups import Group
 from emberl.rollout.actors import ActorLostError
-from emberl.rollout.pool import Job
+from emberl.rollout.jobs import Job
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
 
 

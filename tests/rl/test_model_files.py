@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emberl.rl.config.data import TinyConfig
+from emberl.rl.config.data import DataConfig, TinyConfig
 from emberl.rl.config.load import Config, ConfigError, resolve
 from emberl.rl.data.tiny import make_tiny
-from emberl.rl.model_files import check_files, check_model, load_tokenizer, prepare_model
+from emberl.rl.model_files import check_files, check_model, load_tokenizer, prepare_model, stop_tokens
 from emberl.rollout.embedded.model import Decoder
 from emberl.rollout.model_directory import model_directory
+from transformers import AutoTokenizer
 
 TINY = TinyConfig(hidden=32, layers=1, heads=2, kv_heads=1, head_dim=16, intermediate=32)
 
@@ -144,4 +145,43 @@ def test_a_tokenizer_that_cannot_be_read_is_named(whole: Path, tmp_path: Path) -
     shutil.copytree(whole, folder)
     (folder / "tokenizer.json").write_text('{"model": 1}')
     with pytest.raises(ConfigError, match=r"model\.path=.*cannot be loaded"):
-        load_tokenizer(str(folder))
+        load_tokenizer(str(folder), DataConfig(source="arithmetic"))
+
+
+def test_stop_tokens_are_all_that_the_models_files_name(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(whole, folder)
+    settings = DataConfig(source="arithmetic")
+    assert stop_tokens(load_tokenizer(str(folder), settings), str(folder)) == (1,)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 5, 7]}')
+    config = json.loads((folder / "config.json").read_text())
+    inside = {"eos_token_id": None, "text_config": {"eos_token_id": 9}}
+    (folder / "config.json").write_text(json.dumps(config | inside))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>", "<end_of_turn>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    found = stop_tokens(load_tokenizer(str(folder), settings), str(folder))
+    assert set(found) == {1, 5, 7, 9, *tokenizer.convert_tokens_to_ids(["<|end|>", "<end_of_turn>"])}
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"generation_config\.json is not JSON .*; mend or remove it"):
+        stop_tokens(tokenizer, str(folder))
+
+
+def test_what_is_decoded_keeps_its_spaces(whole: Path, tmp_path: Path) -> None:
+    """Some Llama tokenizers are set up to take them out before marks, also in `a != b`."""
+    folder = tmp_path / "model"
+    make_tiny(folder, TINY.model_copy(update={"vocabulary": "bytes"}), seed=0)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text()) | {
+        "clean_up_tokenization_spaces": True,
+        "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True,
+    }
+    file.write_text(json.dumps(config))
+    eager, tokenizer = (
+        AutoTokenizer.from_pretrained(folder),
+        load_tokenizer(str(folder), DataConfig(source="arithmetic")),
+    )
+    text = "' '.join(x) if a != b do n't ."
+    assert eager.decode(eager.encode(text)) != text, "the setting that is overruled does something"
+    assert tokenizer.decode(tokenizer.encode(text)) == text

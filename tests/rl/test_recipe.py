@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from emberl.rl.batch import demonstration
 from emberl.rl.config.data import DataConfig, TinyConfig
 from emberl.rl.config.load import resolve
 from emberl.rl.data.arithmetic import ProblemMaker
 from emberl.rl.data.tiny import tiny_tokenizer
 from emberl.rl.model_files import prepare_model
-from emberl.rl.recipe import demonstration
 from emberl.rl.run import conversation
 from emberl.rollout.samples import Prompt
 

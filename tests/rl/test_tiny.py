@@ -9,7 +9,7 @@ import pytest
 import torch
 from emberl.rl.config.data import KINDS, DataConfig, TinyConfig
 from emberl.rl.data.arithmetic import ProblemMaker
-from emberl.rl.data.templates import prompt_ids, render, supervised_ids
+from emberl.rl.data.templates import end_token, prompt_ids, render, supervised_ids
 from emberl.rl.data.tiny import make_tiny, tiny_model, tiny_tokenizer
 from emberl.rollout.samples import Prompt
 from hypothesis import given, settings
@@ -61,19 +61,19 @@ def test_bytes_round_trip_of_any_text(text: str) -> None:
 
 def test_a_character_outside_the_vocabulary_is_an_error_not_a_gap() -> None:
     with pytest.raises(ValueError, match="cannot encode 'seven'"):
-        prompt_ids("seven", tiny_tokenizer(TinyConfig()))
+        prompt_ids("seven", tiny_tokenizer(TinyConfig()), chat=False)
 
 
 def test_chat_template() -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
-    assert render(messages, BYTES) == "system: Be brief.\nuser: 1+1?\nassistant: "
-    assert render(messages, tiny_tokenizer(TinyConfig())) == "Be brief.\n1+1?"
+    assert render(messages, BYTES, BYTES.chat_template) == "system: Be brief.\nuser: 1+1?\nassistant: "
+    assert render(messages, tiny_tokenizer(TinyConfig()), None) == "Be brief.\n1+1?"
 
 
 def test_supervised_tokens_are_prompt_solution_and_end() -> None:
     prompt = Prompt(id="a", token_ids=(11, 14, 13), answer="2", source="arithmetic")
     tokenizer = tiny_tokenizer(TinyConfig())
-    ids = supervised_ids(prompt, "<think>2</think>2", tokenizer)
+    ids = supervised_ids(prompt, "<think>2</think>2", tokenizer, end_token(tokenizer))
     assert ids[:3] == prompt.token_ids
     assert tokenizer.convert_ids_to_tokens(ids[3:]) == ["<think>", "2", "</think>", "2", "<eos>"]
 
@@ -88,7 +88,7 @@ class WithBos:
         return ([7] if add_special_tokens else []) + [len(word) for word in text.split()]
 
     def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+        self, conversation: list[dict[str, str]], *, chat_template: Any, tokenize: bool, add_generation_prompt: bool
     ) -> Any:
         assert not tokenize and add_generation_prompt
         return f"{conversation[-1]['content']} now"
@@ -96,15 +96,16 @@ class WithBos:
 
 def test_a_plain_prompt_begins_as_the_tokenizer_wants_and_a_solution_adds_nothing() -> None:
     tokenizer = WithBos()
-    ids = prompt_ids(render([{"role": "user", "content": "one three"}], tokenizer), tokenizer)
+    ids = prompt_ids(render([{"role": "user", "content": "one three"}], tokenizer, None), tokenizer, chat=False)
     assert ids == (7, 3, 5)
     prompt = Prompt(id="a", token_ids=ids, answer="", source="s")
-    assert supervised_ids(prompt, "it is", tokenizer) == (7, 3, 5, 2, 2, 9)
-    tokenizer.chat_template = "it writes its own special tokens"
-    assert prompt_ids(render([{"role": "user", "content": "one"}], tokenizer), tokenizer) == (3, 3)
+    assert supervised_ids(prompt, "it is", tokenizer, end_token(tokenizer)) == (7, 3, 5, 2, 2, 9)
+    template = "it writes its own special tokens"
+    text = render([{"role": "user", "content": "one"}], tokenizer, template)
+    assert prompt_ids(text, tokenizer, chat=True) == (3, 3)
     tokenizer.eos_token_id = None
     with pytest.raises(ValueError, match="no eos_token"):
-        supervised_ids(prompt, "it is", tokenizer)
+        end_token(tokenizer)
 
 
 @pytest.mark.parametrize("vocabulary", ["arithmetic", "bytes"])

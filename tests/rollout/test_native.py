@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 from emberl.kernels import platform
-from emberl.rollout.updates import WeightUpdates
 from emberl.rollout.vllm_backend import compat as vllm_compat
 from emberl.rollout.vllm_backend import transfer as native
-from emberl.rollout.vllm_backend.transfer import InEngines, Seat, Sender
-from emberl.rollout.weights.broadcast import Meeting, Ticket
+from emberl.rollout.vllm_backend.transfer import GroupMember, Rendezvous, Sender
+from emberl.rollout.weights.engine_transfer import Broadcast, BroadcastGroup, EngineTransfer
 from emberl.rollout.weights.patch import TensorBytes, WeightPatch, dense_patch, verify
 from emberl.rollout.weights.receiver import Receiver
-from emberl.rollout.weights.transport import Directory, Link, Notice, TransferError
+from emberl.rollout.weights.transport import Directory, FetchContext, TransferError, WeightUpdate
 from emberl.rollout.weights.wire_format import pieces
+from emberl.rollout.worker import WeightUpdates
 
 WAIT = 10.0
 
@@ -36,9 +36,9 @@ class Learner:
     """What is sent lies in `sent`: no collective is entered here."""
 
     def __init__(self, workers: int, monkeypatch: pytest.MonkeyPatch, ranks: int = 1) -> None:
-        self.meeting = Meeting("cpu", WAIT, "127.0.0.1")
-        self.ticket: Ticket = self.meeting.ticket(workers, "gloo", ranks)
-        self.sender = Sender(self.meeting.store, self.ticket)
+        self.rendezvous = Rendezvous("cpu", WAIT, "127.0.0.1")
+        self.group: BroadcastGroup = self.rendezvous.group(workers, "gloo", ranks)
+        self.sender = Sender(self.rendezvous.store, self.group)
         self.sent: list[dict[str, list[float]]] = []
         monkeypatch.setattr(native, "open_group", lambda ticket, timeout: self._keep)
         self.threads = ThreadPoolExecutor(8)
@@ -46,26 +46,27 @@ class Learner:
     def _keep(self, tensors: dict[str, torch.Tensor]) -> None:
         self.sent.append({name: tensor.tolist() for name, tensor in tensors.items()})
 
-    def place(self, number: int, timeout: float = WAIT) -> InEngines:
+    def place(self, number: int, timeout: float = WAIT) -> EngineTransfer:
         whole = patch(number)
-        return InEngines(
-            ticket=self.ticket, number=number, timeout=timeout, tensors={"a": ("F32", (2,))}, digests=whole.digests
-        )
+        broadcast = Broadcast(group=self.group, number=number, timeout=timeout)
+        return EngineTransfer(broadcast=broadcast, tensors={"a": ("F32", (2,))}, digests=whole.digests)
 
-    def send(self, place: InEngines) -> Future[None]:
-        return self.threads.submit(self.sender.send, place, patch(place.number).tensors)
+    def send(self, place: EngineTransfer) -> Future[None]:
+        return self.threads.submit(self.sender.send, place, patch(place.broadcast.number).tensors)
 
 
 def test_ranks_follow_one_another_and_all_begin_together(monkeypatch: pytest.MonkeyPatch) -> None:
     learner = Learner(2, monkeypatch, ranks=4)
-    seats = [Seat(), Seat()]
+    members = [GroupMember(), GroupMember()]
     for number in range(2):
         place = learner.place(number)
         sending = learner.send(place)
         time.sleep(0.05)
         assert not sending.done()
-        joined = learner.ticket if number else None
-        ranks = [work.result(WAIT) for work in [learner.threads.submit(s.come, place, joined) for s in seats]]
+        joined = learner.group if number else None
+        ranks = [
+            work.result(WAIT) for work in [learner.threads.submit(s.join, place.broadcast, joined) for s in members]
+        ]
         sending.result(WAIT)
         assert sorted(ranks) == [1, 5]
     assert learner.sent == [{"a": [0.0, 2.0]}, {"a": [1.0, 2.0]}]
@@ -74,10 +75,10 @@ def test_ranks_follow_one_another_and_all_begin_together(monkeypatch: pytest.Mon
 
 def test_nobody_begins_where_an_engine_was_started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     learner, start = Learner(2, monkeypatch), time.monotonic()
-    seats = [Seat(), Seat()]
-    for number, joined in ((0, (None, None)), (1, (learner.ticket, None))):
+    members = [GroupMember(), GroupMember()]
+    for number, joined in ((0, (None, None)), (1, (learner.group, None))):
         place = learner.place(number)
-        coming = [learner.threads.submit(s.come, place, j) for s, j in zip(seats, joined, strict=True)]
+        coming = [learner.threads.submit(s.join, place.broadcast, j) for s, j in zip(members, joined, strict=True)]
         sending = learner.send(place)
         if number == 0:
             sending.result(WAIT)
@@ -90,14 +91,14 @@ def test_nobody_begins_where_an_engine_was_started_anew(monkeypatch: pytest.Monk
 def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     learner = Learner(2, monkeypatch)
     place = learner.place(0, timeout=0.5)
-    coming, sending = learner.threads.submit(Seat().come, place, None), learner.send(place)
+    coming, sending = learner.threads.submit(GroupMember().join, place.broadcast, None), learner.send(place)
     with pytest.raises(TransferError, match=r"1 of 2 engines were ready to receive within 0\.5 s"):
         sending.result(WAIT)
     with pytest.raises(TransferError, match="did not begin"):
         coming.result(WAIT)
-    gone = replace(place, ticket=replace(learner.ticket, port=1))
+    gone = replace(place.broadcast, group=replace(learner.group, port=1))
     with pytest.raises(TransferError, match="did not begin"):
-        Seat().come(gone, None)
+        GroupMember().join(gone, None)
 
 
 class FakeEngine:
@@ -112,18 +113,18 @@ class FakeEngine:
         tensors = found.tensors
         if found.transfer is not None:
             assert not tensors and found.base_version is None
-            place = found.transfer.place
-            tensors = patch(place.number).tensors
-            self.joined = place.ticket
+            place = found.transfer.version
+            tensors = patch(place.broadcast.number).tensors
+            self.joined = place.broadcast.group
             if self.damaged:
-                tensors = await asyncio.to_thread(found.transfer.instead)
+                tensors = await asyncio.to_thread(found.transfer.fallback)
         verify(dense_patch("run", found.version, tensors.items()).digests, found)
         self.served, self.version = tensors["a"].data.view(np.float32).tolist(), found.version
         return self.version
 
 
 def updates(engine: Any) -> tuple[WeightUpdates, Receiver]:
-    receiver = Receiver(Link(timeout=WAIT))
+    receiver = Receiver(FetchContext(timeout=WAIT))
     return WeightUpdates(engine, receiver), receiver
 
 
@@ -138,9 +139,11 @@ def test_a_worker_serves_the_version_whatever_becomes_of_the_broadcast(
         whole = patch(number)
         anchor = Directory(tmp_path).put(number, None, pieces(whole))
         place = learner.place(number, timeout=0.3 if case == "never sent" else WAIT)
-        notice = Notice(run_id="run", sitting=0, version=number, root=whole.root, anchors=(anchor,), engines=place)
+        notice = WeightUpdate(
+            run_id="run", sitting=0, version=number, root=whole.root, anchors=(anchor,), engines=place
+        )
 
-        async def scenario(notice: Notice = notice, place: InEngines = place) -> dict[str, float]:
+        async def scenario(notice: WeightUpdate = notice, place: EngineTransfer = place) -> dict[str, float]:
             await worker.prepare(notice)
             if case != "never sent":
                 learner.send(place)
@@ -159,7 +162,7 @@ def test_who_catches_up_does_not_wait_for_a_broadcast(monkeypatch: pytest.Monkey
     learner = Learner(1, monkeypatch)
     engine, whole = FakeEngine(learner), patch(3)
     anchor = Directory(tmp_path).put(3, None, pieces(whole))
-    notice = Notice(
+    notice = WeightUpdate(
         run_id="run", sitting=0, version=3, root=whole.root, anchors=(anchor,), engines=learner.place(3, timeout=60.0)
     )
     start = time.monotonic()

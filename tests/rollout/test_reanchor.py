@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emberl.rollout.updates import WeightUpdates
 from emberl.rollout.weights.patch import DigestMismatchError, TensorBytes, WeightPatch, dense_patch
 from emberl.rollout.weights.receiver import Report
+from emberl.rollout.worker import WeightUpdates
 
 A, B = (TensorBytes(dtype="F32", shape=(2,), data=np.array([x, 1.0], "<f4").view(np.uint8)) for x in (0.0, 5.0))
 ANCHOR = dense_patch("run", 4, {"a": A, "b": B}.items())

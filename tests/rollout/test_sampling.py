@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from emberl.rollout.embedded.sampling import SlotSampling, check_sampling, sample, stream_key, uniforms
+from emberl.rollout.embedded.sampling import SlotSampling, check_sampling, penalised, sample, stream_key, uniforms
 from emberl.rollout.samples import Sampling
+from transformers import RepetitionPenaltyLogitsProcessor
 
 PROBS = (0.4, 0.3, 0.15, 0.1, 0.05)
 LOGITS = torch.tensor([[math.log(p) + 3 for p in PROBS]])
@@ -36,6 +37,14 @@ def draw(sampling: Sampling, count: int) -> tuple[np.ndarray, np.ndarray]:
         # of the top three (0.85) the first two hold 82 %
         ({"top_k": 3, "top_p": 0.8}, (4 / 7, 3 / 7, 0, 0, 0)),
         ({"top_p": 1e-6}, (1, 0, 0, 0, 0)),
+        # 0.1 is a quarter of 0.4, 0.05 an eighth
+        ({"min_p": 0.2}, (0.4 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0.1 / 0.95, 0)),
+        ({"min_p": 1.0}, (1, 0, 0, 0, 0)),
+        # squared, the second has 9/16 of the first, the third 9/64
+        ({"temperature": 0.5, "min_p": 0.2}, (16 / 25, 9 / 25, 0, 0, 0)),
+        # of what min-p leaves (0.85) the first two hold 82 %; of all they hold 70 %
+        ({"min_p": 0.3, "top_p": 0.8}, (4 / 7, 3 / 7, 0, 0, 0)),
+        ({"min_p": 0.3, "top_k": 4}, (0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85, 0, 0)),
     ],
 )
 def test_frequencies_and_logprobs_are_of_the_same_distribution(
@@ -54,24 +63,25 @@ def test_frequencies_and_logprobs_are_of_the_same_distribution(
 
 
 def test_greedy_takes_the_likeliest_with_the_untempered_logprob() -> None:
-    tokens, logprobs = draw(Sampling(max_tokens=1, temperature=0, top_k=1), 4)
+    tokens, logprobs = draw(Sampling(max_tokens=1, temperature=0, top_k=1, min_p=0.9), 4)
     assert tokens.tolist() == [0, 0, 0, 0]
     np.testing.assert_allclose(logprobs, math.log(0.4), atol=1e-6)
 
 
 def test_a_batch_may_mix_settings() -> None:
-    settings = SlotSampling.empty(3, torch.float32, torch.device("cpu"))
+    settings = SlotSampling.empty(4, torch.float32, torch.device("cpu"))
     mix = [
         Sampling(max_tokens=1),
         Sampling(max_tokens=1, temperature=0),
         Sampling(max_tokens=1, temperature=0.5, top_k=2),
+        Sampling(max_tokens=1, min_p=0.5),
     ]
     for row, sampling in enumerate(mix):
         settings.fill(row, row + 1, sampling, len(PROBS))
     settings.note(mix)
-    tokens, logprobs = sample(LOGITS.expand(3, -1), torch.full((3,), 0.8, dtype=torch.float64), settings)
-    assert tokens.tolist() == [2, 0, 1]  # 0.4 + 0.3 < 0.8 <= 0.85; the argmax; 16 / 25 < 0.8
-    np.testing.assert_allclose(logprobs.numpy(), np.log([0.15, 0.4, 9 / 25]), atol=1e-6)
+    tokens, logprobs = sample(LOGITS.expand(4, -1), torch.full((4,), 0.8, dtype=torch.float64), settings)
+    assert tokens.tolist() == [2, 0, 1, 1]  # 0.4 + 0.3 < 0.8 <= 0.85; the argmax; 16 / 25 < 0.8; 4 / 7 < 0.8
+    np.testing.assert_allclose(logprobs.numpy(), np.log([0.15, 0.4, 9 / 25, 3 / 7]), atol=1e-6)
 
 
 def test_the_ends_of_the_unit_interval_never_draw_an_impossible_token() -> None:
@@ -109,8 +119,29 @@ def test_streams_differ_by_seed_prompt_and_sample() -> None:
         ({"top_p": 0.0}, "top_p=0"),
         ({"top_p": 1.5}, r"top_p=1\.5"),
         ({"top_k": -1}, "top_k=-1"),
+        ({"min_p": -0.1}, r"min_p=-0\.1"),
+        ({"min_p": 1.01}, r"min_p=1\.01"),
+        ({"min_p": math.nan}, "min_p=nan"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty=0\.0"),
+        ({"repetition_penalty": math.nan}, "repetition_penalty=nan"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty=inf"),
     ],
 )
 def test_bad_settings_are_named(setting: dict[str, float], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         check_sampling(Sampling(**{"max_tokens": 4} | setting))
+
+
+def test_the_repetition_penalty_is_transformers() -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(6, 40, generator=generator)
+    ids = torch.randint(0, 40, (6, 30), generator=generator)
+    seen = torch.zeros(6, 40, dtype=torch.bool).scatter_(1, ids, True)
+    for penalty in (1.3, 0.8, 1.0):
+        sampling = Sampling(max_tokens=1, repetition_penalty=penalty)
+        settings = SlotSampling.empty(6, torch.float32, torch.device("cpu"))
+        settings.fill(0, 6, sampling, 40)
+        settings.note([sampling])
+        assert settings.any_penalty == (penalty != 1)
+        theirs = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
+        torch.testing.assert_close(penalised(logits, seen, settings), theirs, rtol=0, atol=0)

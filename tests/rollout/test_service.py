@@ -11,8 +11,8 @@ import pytest
 from emberl.rollout.embedded.engine import EmbeddedEngine
 from emberl.rollout.embedded.model import Decoder
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
-from emberl.rollout.service import GroupService
 from emberl.rollout.weights.patch import WeightPatch, dense_patch
+from emberl.rollout.worker import GroupService
 
 MakeDecoder = Callable[..., Decoder]
 MakePrompt = Callable[..., Prompt]

@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from emberl.rollout.actors import ActorLostError
-from emberl.rollout.delivery import WorkerLostError, call, catch_up
+from emberl.rollout.actors import ActorLostError, WorkerLostError, call, catch_up
 from emberl.rollout.weights.transport import (
     Directory,
-    InFile,
-    InStore,
-    Link,
-    Notice,
-    Parcel,
+    FetchContext,
+    FileSource,
+    ObjectStoreSource,
+    PatchRef,
     TokenBucket,
     TransferError,
+    WeightUpdate,
 )
 
 
@@ -37,14 +36,14 @@ class FakeWorker:
     """Holds `version` on `node`; tells what it was asked to follow."""
 
     def __init__(self, node: str, version: int, *, dead: bool = False) -> None:
-        self.notice: Notice | None = None
+        self.notice: WeightUpdate | None = None
 
         async def offer() -> tuple[str, int, int]:
             if dead:
                 raise ray.exceptions.RayActorError(error_msg="it is dead")
             return node, version, 100
 
-        async def apply(notice: Notice) -> dict[str, float]:
+        async def apply(notice: WeightUpdate) -> dict[str, float]:
             self.notice = notice
             return {"version": float(notice.version)}
 
@@ -52,12 +51,12 @@ class FakeWorker:
         self.export: Any = type("Export", (), {"remote": lambda _: f"anchor of {node}"})()
 
 
-ANCHOR = Parcel(version=3, base_version=None, size=9, places=())
-PATCHES = tuple(Parcel(version=v, base_version=v - 1, size=1, places=()) for v in (4, 5, 6))
-NOTICE = Notice(run_id="run", sitting=0, version=6, root="", patches=PATCHES, anchors=(ANCHOR,))
+ANCHOR = PatchRef(version=3, base_version=None, size=9, places=())
+PATCHES = tuple(PatchRef(version=v, base_version=v - 1, size=1, places=()) for v in (4, 5, 6))
+NOTICE = WeightUpdate(run_id="run", sitting=0, version=6, root="", patches=PATCHES, anchors=(ANCHOR,))
 
 
-def followed(peers: list[FakeWorker]) -> Notice:
+def followed(peers: list[FakeWorker]) -> WeightUpdate:
     fresh = FakeWorker("here", -1)
     report = asyncio.run(catch_up(fresh, NOTICE, peers, who="rollout worker 1", timeout=5.0))
     assert report == {"version": 6.0} and fresh.notice is not None
@@ -68,7 +67,7 @@ def test_a_late_joiner_asks_a_peer_on_its_node_first() -> None:
     peers = [FakeWorker("here", 6, dead=True), FakeWorker("there", 6), FakeWorker("here", 5), FakeWorker("here", 6)]
     notice = followed(peers)
     first, second = notice.anchors
-    assert isinstance(first.places[0], InStore) and first.places[0].reference == "anchor of here"
+    assert isinstance(first.places[0], ObjectStoreSource) and first.places[0].reference == "anchor of here"
     assert (first.version, second) == (5, ANCHOR)
     assert [[p.version for p in route] for route in notice.routes(None)] == [[5, 6], [3, 4, 5, 6]]
 
@@ -107,18 +106,18 @@ def test_files_appear_whole_and_go_when_nobody_may_need_them(tmp_path: Path) -> 
     old = outbox.put(0, None, [b"abc", memoryview(b"de")])
     new = outbox.put(1, 0, [b"patch"])
     assert (old.size, new.size) == (5, 5)
-    assert bytes(old.places[0].fetch(Link(timeout=1.0))) == b"abcde"
+    assert bytes(old.places[0].fetch(FetchContext(timeout=1.0))) == b"abcde"
     outbox.keep([new])
     assert [path.name for path in (tmp_path / "sync").iterdir()] == ["00000001-from-00000000.patch"]
     with pytest.raises(TransferError, match=r"00000000.anchor cannot be read: No such file"):
-        old.places[0].fetch(Link(timeout=1.0))
+        old.places[0].fetch(FetchContext(timeout=1.0))
 
 
 def test_a_token_bucket_is_as_slow_as_it_says(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(np.zeros(3 << 20, np.uint8).tobytes())
-    link = Link(timeout=10.0, bucket=TokenBucket(rate=10e6))
+    link = FetchContext(timeout=10.0, bucket=TokenBucket(rate=10e6))
     start = time.monotonic()
-    InFile(path=str(tmp_path / "file")).fetch(link)
+    FileSource(path=str(tmp_path / "file")).fetch(link)
     assert 0.28 < time.monotonic() - start < 2.0, "3.1 MB at 10 MB/s"
     with pytest.raises(TransferError, match=r"within 0\.1 s"):
-        InFile(path=str(tmp_path / "file")).fetch(Link(timeout=0.1, bucket=TokenBucket(rate=10e6)))
+        FileSource(path=str(tmp_path / "file")).fetch(FetchContext(timeout=0.1, bucket=TokenBucket(rate=10e6)))

@@ -26,7 +26,7 @@ from emberl.rollout.weights.patch import (
     verify,
 )
 from emberl.rollout.weights.receiver import Receiver, UnrecoverableError
-from emberl.rollout.weights.transport import Link, Notice, Parcel, TransferError
+from emberl.rollout.weights.transport import FetchContext, PatchRef, TransferError, WeightUpdate
 from emberl.rollout.weights.wire_format import pieces
 from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
@@ -61,7 +61,7 @@ class OnWire:
     wire: Wire
     number: int
 
-    def fetch(self, link: Link) -> np.ndarray[Any, Any]:
+    def fetch(self, link: FetchContext) -> np.ndarray[Any, Any]:
         data = self.wire.data[self.number]
         fault, at = self.wire.faults.pop(0) if self.wire.faults else ("none", 0)
         self.wire.injected += fault != "none"
@@ -99,10 +99,10 @@ class TableEngine:
 class Worker:
     """A receiver and its engine: what one actor is."""
 
-    receiver: Receiver = field(default_factory=lambda: Receiver(Link(timeout=1.0)))
+    receiver: Receiver = field(default_factory=lambda: Receiver(FetchContext(timeout=1.0)))
     engine: TableEngine = field(default_factory=TableEngine)
 
-    def prepare(self, notice: Notice) -> None:
+    def prepare(self, notice: WeightUpdate) -> None:
         self.receiver.prepare(notice)
 
     def commit(self, version: int, crash: str) -> None:
@@ -124,10 +124,10 @@ class Learner:
         self.values = {"up": self.rng.integers(0x3C00, 0x3D00, 40), "norm": self.rng.integers(0, 1 << 15, 5)}
         self.base: Weights | None = None
         self.version = version
-        self.patches: list[Parcel] = []
-        self.anchors: list[Parcel] = []
+        self.patches: list[PatchRef] = []
+        self.anchors: list[PatchRef] = []
 
-    def publish(self, *, anchor: bool) -> tuple[Notice, Weights]:
+    def publish(self, *, anchor: bool) -> tuple[WeightUpdate, Weights]:
         flips = self.rng.choice([-1, 0, 0, 0, 1], 40)
         self.values["up"] = self.values["up"] + flips
         tensors = {name: _tensor(values) for name, values in self.values.items()} | {"rope": _tensor(np.arange(3))}
@@ -143,9 +143,9 @@ class Learner:
         self.base = weights
         return self.notice(), weights
 
-    def notice(self) -> Notice:
+    def notice(self) -> WeightUpdate:
         assert self.base is not None
-        return Notice(
+        return WeightUpdate(
             run_id=self.run_id,
             sitting=self.sitting,
             version=self.version,
@@ -154,15 +154,15 @@ class Learner:
             anchors=tuple(self.anchors),
         )
 
-    def _send(self, patch: WeightPatch) -> Parcel:
+    def _send(self, patch: WeightPatch) -> PatchRef:
         return _send(self.wire, patch)
 
 
-def _send(wire: Wire, patch: WeightPatch) -> Parcel:
+def _send(wire: Wire, patch: WeightPatch) -> PatchRef:
     data = np.frombuffer(b"".join(pieces(patch)), np.uint8)
     wire.data.append(data)
     place = OnWire(wire, len(wire.data) - 1)
-    return Parcel(version=patch.version, base_version=patch.base_version, size=data.nbytes, places=(place,))
+    return PatchRef(version=patch.version, base_version=patch.base_version, size=data.nbytes, places=(place,))
 
 
 def _tensor(values: Iterable[int]) -> TensorBytes:
@@ -187,20 +187,20 @@ class SyncMachine(RuleBasedStateMachine):
         self.truth: dict[tuple[str, int], Weights] = {}
 
     @rule(target=notices, anchor=st.booleans())
-    def publish(self, anchor: bool) -> Notice:
+    def publish(self, anchor: bool) -> WeightUpdate:
         notice, weights = self.learner.publish(anchor=anchor)
         self.truth[notice.run_id, notice.version] = weights
         return notice
 
     @rule(notice=notices, who=st.integers(0, 1), faults=faults, crash=st.sampled_from(["no", "no", "before", "after"]))
-    def deliver(self, notice: Notice, who: int, faults: list[tuple[str, int]], crash: str) -> None:
+    def deliver(self, notice: WeightUpdate, who: int, faults: list[tuple[str, int]], crash: str) -> None:
         """PREPARE and COMMIT of any notice on one worker, with faults on the way. Whatever fails leaves it serving what it
         served; a crash leaves a new, empty worker."""
         SyncMachine.faults_injected += crash != "no"
         self._attempt(notice, who, faults, crash)
 
     @rule(notice=notices, who=st.integers(0, 1), faults=faults)
-    def prepare_only(self, notice: Notice, who: int, faults: list[tuple[str, int]]) -> None:
+    def prepare_only(self, notice: WeightUpdate, who: int, faults: list[tuple[str, int]]) -> None:
         """The learner is lost between PREPARE and COMMIT."""
         self._attempt(notice, who, faults, None)
 
@@ -222,7 +222,7 @@ class SyncMachine(RuleBasedStateMachine):
         self.workers[who] = Worker()
 
     @rule(target=notices, back=st.integers(0, 3))
-    def restart_learner(self, back: int) -> Notice:
+    def restart_learner(self, back: int) -> WeightUpdate:
         """From an older checkpoint: a new run id, version numbers that were used before, other weights."""
         SyncMachine.faults_injected += 1
         self.runs += 1
@@ -240,7 +240,7 @@ class SyncMachine(RuleBasedStateMachine):
             held = peer.held
             self.wire.data.append(peer.export())
             place = OnWire(self.wire, len(self.wire.data) - 1)
-            parcel = Parcel(version=held.version, base_version=None, size=0, places=(place,))
+            parcel = PatchRef(version=held.version, base_version=None, size=0, places=(place,))
             notice = notice.with_anchor(parcel)
         self.workers[who] = Worker()
         self._attempt(notice, who, [], "no")
@@ -263,7 +263,7 @@ class SyncMachine(RuleBasedStateMachine):
             served = {name: tensor.data.tobytes() for name, tensor in engine.tensors.items()}
             assert served == {name: tensor.data.tobytes() for name, tensor in truth.items()}
 
-    def _attempt(self, notice: Notice, who: int, faults: list[tuple[str, int]], crash: str | None) -> None:
+    def _attempt(self, notice: WeightUpdate, who: int, faults: list[tuple[str, int]], crash: str | None) -> None:
         self.wire.faults, before, start = list(faults), self.wire.injected, time.monotonic()
         worker = self.workers[who]
         try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from emberl.kernels import platform
-from emberl.rollout.engines import check_engine
+from emberl.rollout.engine import check_engine
 from emberl.rollout.vllm_backend import compat as vllm_compat
 from emberl.rollout.vllm_backend.compat import EngineSettings, kv_cache_bytes, prepare
 

@@ -9,13 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from emberl.rl.config.data import DataConfig
+from emberl.rl.data.templates import PromptWriter
 from emberl.rl.weights.probe import Level
 from emberl.rollout.embedded.engine import EmbeddedEngine
 from emberl.rollout.embedded.model import Decoder
 from emberl.rollout.samples import Prompt, Sampling
 from small_system import Emberl, read_metrics
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -85,6 +93,64 @@ def test_greedy_tokens_are_transformers_in_float32(smollm2: Path, reference: Any
         assert logits.argmax(-1).tolist() == answer, f"prompt {i}"
         theirs = torch.log_softmax(logits, -1).gather(-1, torch.tensor(answer)[:, None])[:, 0].numpy()
         np.testing.assert_allclose(done[i].logprobs, theirs, atol=1e-4, rtol=0)
+
+
+ASKED = ["Name two animals.", "What is 7+5?", "Write a line about rain.", "Is 9 larger than 4?", "Say hello in French."]
+STOP = ("list. Th", "animal n", "ssic", "bé", "</answer>")
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.2])
+def test_stops_prefixes_and_the_penalty_are_transformers(
+    smollm2: Path, tokenizer: Any, reference: Any, penalty: float
+) -> None:
+    """Greedy answers that go on from a beginning, up to strings that begin and end within tokens, as `generate` has them."""
+    settings = DataConfig(source="arithmetic", system_prompt="Be brief.", assistant_prefix="Well,")
+    writer = PromptWriter(settings, tokenizer)
+    asked = [writer.question(q, id=str(i), answer="", source="s", columns={}) for i, q in enumerate(ASKED)]
+    engine = EmbeddedEngine(smollm2, dtype="float32", max_num_seqs=4, max_model_len=96)
+    sampling = Sampling(max_tokens=16, temperature=0.0, repetition_penalty=penalty, stop_token_ids=(END,), stop=STOP)
+    for prompt in asked:
+        engine.submit(prompt, 1, sampling)
+    done = {completion.prompt_id: completion for completion in engine.run()}
+    ends = set()
+    for prompt in asked:
+        ids = torch.tensor([prompt.token_ids])
+        said = reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=16,
+            do_sample=False,
+            repetition_penalty=penalty,
+            stop_strings=list(STOP),
+            tokenizer=tokenizer,
+        )[0, ids.shape[1] :]
+        completion = done[prompt.id]
+        assert completion.token_ids.tolist() == said.tolist(), prompt.messages
+        text = tokenizer.decode(completion.token_ids)
+        ends |= {stop for stop in STOP if stop in text}
+        assert (completion.finish_reason == "stop") == (END in said or any(stop in text for stop in STOP))
+    assert len(ends) >= 2, "strings that ended answers"
+
+
+def test_logprobs_after_min_p_and_the_penalty_are_transformers(
+    smollm2: Path, reference: Any, prompts: list[list[int]]
+) -> None:
+    """Of sampled tokens under their warpers; every token is one that these leave."""
+    warpers = [RepetitionPenaltyLogitsProcessor(1.15), TemperatureLogitsWarper(1.3), MinPLogitsWarper(0.1)]
+    sampling = Sampling(max_tokens=12, temperature=1.3, min_p=0.1, repetition_penalty=1.15, seed=11)
+    engine = EmbeddedEngine(smollm2, dtype="float32", max_num_seqs=8, max_model_len=96)
+    for i, ids in enumerate(prompts[:8]):
+        engine.submit(Prompt(id=str(i), token_ids=tuple(ids), answer="", source=""), 1, sampling)
+    for completion in engine.run():
+        ids, answer = prompts[int(completion.prompt_id)], completion.token_ids.tolist()
+        with torch.no_grad():
+            logits = reference(torch.tensor([ids + answer]), logits_to_keep=len(answer) + 1).logits[0, :-1]
+        rows = []
+        for i, row in enumerate(logits):
+            for warper in warpers:
+                row = warper(torch.tensor([ids + answer[:i]]), row.view(1, -1))
+            rows.append(torch.log_softmax(row[0], -1)[answer[i]].item())
+        np.testing.assert_allclose(completion.logprobs, rows, atol=2e-4, rtol=0)
 
 
 def logprobs(model: Any, ids: Tensor) -> np.ndarray[Any, Any]:

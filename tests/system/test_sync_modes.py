@@ -15,7 +15,7 @@ SHORT = ("sft.steps=20", "schedule.steps=3", "model.dtype=bfloat16", "optim.lr=1
 RECORDER = """\
 import json
 from pathlib import Path
-from emberl.rewards.plugins.styles import reward
+from emberl.rewards import reward
 
 @reward
 def streams(row):
@@ -48,13 +48,13 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def test_patches_and_whole_weights_train_the_same_model(emberl: Emberl) -> None:
     dense, patch = emberl.folder / "dense", emberl.folder / "patch"
-    whole = train(emberl, "dense", "sync.mode=dense", "sync.transport=collective", "checkpoint.history=true")
+    whole = train(emberl, "dense", "sync.mode=dense", "sync.transport=object_store", "checkpoint.history=true")
     assert len(whole) > 3 * 16 * 4, "the evaluations' are among them"
     patched = train(
         emberl,
         "patch",
         "sync.mode=patch",
-        "sync.transport=collective",
+        "sync.transport=directory",
         "sync.anchor_every=2",
         "checkpoint.history=true",
     )
@@ -68,7 +68,6 @@ def test_patches_and_whole_weights_train_the_same_model(emberl: Emberl) -> None:
     assert [row["sync/replays"] for row in sent] == [0, 0, 0], "nobody had to catch up"
     sent = [row for row in read_metrics(dense) if "sync/ratio" in row]
     assert all(row["sync/ratio"] < 1.01 for row in sent), "patches are made for the history only"
-    assert all(row["timing_s/update_weights"] < 20 for row in sent), "nobody waited for a broadcast that did not come"
     names = sorted(path.name for path in (patch / "history").iterdir())
     assert names[0] == "00000000.anchor" and names[-1] == "00000004-from-00000003.patch"
 

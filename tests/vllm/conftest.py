@@ -20,10 +20,11 @@ import torch
 from emberl.rl.config.data import TinyConfig
 from emberl.rl.data.tiny import make_tiny
 from emberl.rollout.embedded.engine import EmbeddedEngine
-from emberl.rollout.embedded.model import DTYPE_NAMES, checkpoint_tensors
+from emberl.rollout.embedded.model import DTYPE_NAMES
 from emberl.rollout.samples import Prompt
 from emberl.rollout.vllm_backend.compat import installed_version, labels_tokens
 from emberl.rollout.weights.patch import TensorBytes, WeightPatch, dense_patch
+from emberl.rollout.weights.tensors import checkpoint_tensors
 
 T = TypeVar("T")
 

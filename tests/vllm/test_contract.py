@@ -13,6 +13,7 @@ import pytest
 import torch
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
 from emberl.rollout.weights.patch import DigestMismatchError, VersionError, WeightPatch
+from transformers import AutoTokenizer, RepetitionPenaltyLogitsProcessor
 
 MakePrompt = Callable[..., Prompt]
 GREEDY = Sampling(max_tokens=40, temperature=0.0)
@@ -32,9 +33,21 @@ def tokens(completions: Sequence[Completion]) -> list[list[int]]:
     return [completion.token_ids.tolist() for completion in completions]
 
 
-def sampled_logprobs(logits: torch.Tensor, token_ids: list[int], sampling: Sampling) -> np.ndarray:
-    """[T, V] -> [T] log-prob of each token under temperature, then top-k, then top-p."""
-    logits = logits.double() / (sampling.temperature or 1.0)
+def sampled_logprobs(
+    logits: torch.Tensor, token_ids: list[int], sampling: Sampling, before: Sequence[int] = ()
+) -> np.ndarray:
+    """[T, V] -> [T] log-prob of each token after repetition penalty, temperature, min-p, top-k and top-p; `before` are the
+    prompt's tokens."""
+    logits = logits.double()
+    if sampling.repetition_penalty != 1:
+        ids = [[*before, *token_ids[:i]] for i in range(len(token_ids))]
+        penalty = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
+        logits = torch.cat([penalty(torch.tensor([i]), row[None]) for i, row in zip(ids, logits, strict=True)])
+    logits = logits / (sampling.temperature or 1.0)
+    if sampling.min_p:
+        probabilities = logits.softmax(-1)
+        unlikely = probabilities < sampling.min_p * probabilities.max(-1, keepdim=True).values
+        logits = logits.masked_fill(unlikely, -torch.inf)
     if sampling.top_k:
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k, -1).values[:, -1:], -torch.inf)
     if sampling.top_p < 1:
@@ -48,7 +61,7 @@ def sampled_logprobs(logits: torch.Tensor, token_ids: list[int], sampling: Sampl
 def expected_logprobs(model: Any, prompt: Prompt, completion: Completion, sampling: Sampling) -> np.ndarray:
     ids = completion.token_ids.tolist()
     logits = model.logits([*prompt.token_ids, *ids])[len(prompt.token_ids) - 1 : -1]
-    return sampled_logprobs(logits, ids, sampling)
+    return sampled_logprobs(logits, ids, sampling, prompt.token_ids)
 
 
 @torch.no_grad()
@@ -86,6 +99,9 @@ def test_greedy_tokens_are_those_of_transformers(rig: Any, make_prompt: MakeProm
         Sampling(max_tokens=60, temperature=1.3, top_k=5),
         Sampling(max_tokens=60, temperature=1.1, top_p=0.8),
         Sampling(max_tokens=60, top_k=8, top_p=0.7),
+        Sampling(max_tokens=60, temperature=1.2, min_p=0.1),
+        Sampling(max_tokens=60, min_p=0.05, top_k=9, top_p=0.9, repetition_penalty=1.3),
+        Sampling(max_tokens=60, temperature=0.0, repetition_penalty=1.1),
     ],
 )
 def test_logprobs_are_of_the_distribution_that_was_sampled(
@@ -153,6 +169,42 @@ def test_only_the_given_tokens_stop(rig: Any, make_prompt: MakePrompt) -> None:
     assert completion.finish_reason == "stop" and len(completion) == 1
 
 
+STOPPED = [
+    ({"temperature": 0.0, "repetition_penalty": 1.2}, (8, 11), ()),
+    ({"seed": 5}, (60, 64), ()),
+    ({"seed": 6, "min_p": 0.02}, (120, 123), (1,)),
+    ({"seed": 7}, (197, 200), ()),
+]
+
+
+@pytest.mark.parametrize(("changes", "stops_at", "stop_token_ids"), STOPPED)
+def test_strings_stop_where_the_text_has_them(
+    changes: dict[str, Any],
+    stops_at: tuple[int, int],
+    stop_token_ids: tuple[int, ...],
+    rig: Any,
+    make_prompt: MakePrompt,
+) -> None:
+    """The tokens are those of answers without a stop string, up to the one that completes it, over characters and a tag."""
+    rig.serve(rig.old)
+    tokenizer = AutoTokenizer.from_pretrained(rig.old.folder)
+    prompt, sampling = make_prompt("string", 9), replace(LONG, **changes)
+    free = rig.run(collect(rig.engine, prompt, 4, sampling))
+    said = [[tokenizer.decode(c.token_ids[:n]) for n in range(201)] for c in free]
+    start, end = stops_at
+    stop = (tokenizer.decode(free[0].token_ids[start:end]), tokenizer.decode(prompt.token_ids) + "x", "</think>")
+    wanted = replace(sampling, stop=stop, stop_token_ids=stop_token_ids)
+    for whole, texts, completion in zip(free, said, rig.run(collect(rig.engine, prompt, 4, wanted)), strict=True):
+        ends = [n for n in range(201) if any(string in texts[n] for string in stop)]
+        ends += [n + 1 for n in np.flatnonzero(whole.token_ids == 1) if stop_token_ids]
+        count = min(ends, default=200)
+        assert completion.token_ids.tolist() == whole.token_ids[:count].tolist()
+        assert completion.finish_reason == ("stop" if ends else "length")
+        np.testing.assert_allclose(completion.logprobs, whole.logprobs[:count], atol=CLOSE, rtol=0)
+        assert completion.spans == (Span(rig.engine.version, 0, count),)
+        assert completion.sample or (completion.finish_reason == "stop" and count <= end)
+
+
 BAD_REQUESTS: list[tuple[dict[str, Any], int, Sampling, str]] = [
     ({}, 1, Sampling(max_tokens=252), "above max_model_len=256"),
     ({"token_ids": ()}, 1, GREEDY, "has no tokens"),
@@ -160,6 +212,9 @@ BAD_REQUESTS: list[tuple[dict[str, Any], int, Sampling, str]] = [
     ({}, 0, GREEDY, "n=0"),
     ({}, 1, replace(GREEDY, temperature=-1.0), "temperature=-1"),
     ({}, 1, replace(GREEDY, top_p=0.0), "top_p=0"),
+    ({}, 1, replace(GREEDY, min_p=2.0), "min_p=2"),
+    ({}, 1, replace(GREEDY, repetition_penalty=0.0), "repetition_penalty=0"),
+    ({}, 1, replace(GREEDY, stop=("a", "")), "an empty string would end every answer"),
 ]
 
 

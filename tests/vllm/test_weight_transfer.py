@@ -19,9 +19,10 @@ import pytest
 import torch
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
 from emberl.rollout.vllm_backend import compat as vllm_compat
-from emberl.rollout.vllm_backend.transfer import InEngines, Seat, Sender, Transfer, as_tensor
-from emberl.rollout.weights.broadcast import Meeting, Ticket
-from emberl.rollout.weights.patch import TensorBytes, WeightPatch, dense_patch
+from emberl.rollout.vllm_backend.transfer import GroupMember, Rendezvous, Sender
+from emberl.rollout.weights.engine_transfer import Broadcast, BroadcastGroup, EngineTransfer
+from emberl.rollout.weights.patch import TensorBytes, Transfer, WeightPatch, dense_patch
+from emberl.rollout.weights.tensors import as_tensor
 from emberl.rollout.weights.transport import TransferError
 
 pytestmark = [
@@ -46,23 +47,22 @@ class Learner:
     """Rank 0's end: one group, and the versions that go through it."""
 
     def __init__(self) -> None:
-        self.meeting = Meeting("cpu", WAIT, "127.0.0.1")
+        self.rendezvous = Rendezvous("cpu", WAIT, "127.0.0.1")
         self.meet()
 
     def meet(self) -> None:
-        self.ticket: Ticket = self.meeting.ticket(1, "gloo", 2)
-        self.sender, self.sent = Sender(self.meeting.store, self.ticket), 0
-        self.seat = Seat()
+        self.group: BroadcastGroup = self.rendezvous.group(1, "gloo", 2)
+        self.sender, self.sent = Sender(self.rendezvous.store, self.group), 0
+        self.member = GroupMember()
 
-    def place(self, patch: WeightPatch, timeout: float = WAIT) -> InEngines:
+    def place(self, patch: WeightPatch, timeout: float = WAIT) -> EngineTransfer:
         layout = {name: (tensor.dtype, tensor.shape) for name, tensor in patch.tensors.items()}
         self.sent += 1
-        return InEngines(
-            ticket=self.ticket, number=self.sent - 1, timeout=timeout, tensors=layout, digests=patch.digests
-        )
+        broadcast = Broadcast(group=self.group, number=self.sent - 1, timeout=timeout)
+        return EngineTransfer(broadcast=broadcast, tensors=layout, digests=patch.digests)
 
     @contextmanager
-    def sending(self, place: InEngines, tensors: dict[str, TensorBytes]) -> Iterator[None]:
+    def sending(self, place: EngineTransfer, tensors: dict[str, TensorBytes]) -> Iterator[None]:
         failures: list[BaseException] = []
 
         def send() -> None:
@@ -90,8 +90,8 @@ def never() -> dict[str, TensorBytes]:
 async def receive(rig: Any, learner: Learner, whole: WeightPatch, instead: Callable[[], Any] = never) -> int:
     place = learner.place(whole)
     with learner.sending(place, dict(whole.tensors)):
-        rank = await asyncio.to_thread(learner.seat.come, place, rig.engine.joined)
-        transfer = Transfer(place=place, rank=rank, instead=instead)
+        rank = await asyncio.to_thread(learner.member.join, place.broadcast, rig.engine.joined)
+        transfer = Transfer(version=place, rank=rank, fallback=instead)
         return int(await rig.engine.apply(replace(whole, tensors={}, transfer=transfer)))
 
 
@@ -139,7 +139,7 @@ def test_what_the_learners_send_is_served_and_proved(rig: Any, learner: Learner,
         rig.run(receive(rig, learner, model.patch(rig.engine.version + 1)))
         found = rig.run(rig.engine.probe(probe))
         np.testing.assert_allclose(found, expected_logprobs(model, probe, 1), atol=1e-4, rtol=0)
-    assert learner.seat.rank == 1 and rig.engine.joined == learner.ticket
+    assert learner.member.rank == 1 and rig.engine.joined == learner.group
 
 
 def test_a_patch_builds_on_what_was_sent(rig: Any, learner: Learner) -> None:
@@ -171,8 +171,8 @@ def test_bytes_that_differ_are_had_another_way(rig: Any, learner: Learner, make_
         task = asyncio.create_task(collect(rig.engine, make_prompt("differ"), 1, LONG))
         await rig.until_tokens(20)
         with learner.sending(place, rig.old.tensors()):
-            rank = await asyncio.to_thread(learner.seat.come, place, rig.engine.joined)
-            transfer = Transfer(place=place, rank=rank, instead=lambda: whole.tensors)
+            rank = await asyncio.to_thread(learner.member.join, place.broadcast, rig.engine.joined)
+            transfer = Transfer(version=place, rank=rank, fallback=lambda: whole.tensors)
             await rig.engine.apply(replace(whole, tensors={}, transfer=transfer))
         [completion] = await task
         return completion
@@ -201,16 +201,16 @@ def test_a_learner_that_dies_while_it_sends(rig: Any, learner: Learner) -> None:
     learner.meet()
     place = learner.place(whole)
     shape = next(iter(whole.tensors.values())).shape
-    command = [sys.executable, "-c", DYING, str(learner.ticket.engine_port), *map(str, shape)]
+    command = [sys.executable, "-c", DYING, str(learner.group.engine_port), *map(str, shape)]
     with subprocess.Popen(command) as dying:
-        transfer = Transfer(place=place, rank=1, instead=lambda: whole.tensors)
+        transfer = Transfer(version=place, rank=1, fallback=lambda: whole.tensors)
         head = replace(whole, tensors={}, transfer=transfer)
         assert rig.run(rig.engine.apply(head), timeout=300) == whole.version
         assert dying.wait(WAIT) == 0
     assert rig.engine.restarts == 1 and rig.engine.joined is None
     assert rig.engine.digests() == whole.digests
     with pytest.raises(TransferError, match="an engine has left"):
-        learner.seat.come(learner.place(whole), rig.engine.joined)
+        learner.member.join(learner.place(whole).broadcast, rig.engine.joined)
     learner.meet()
     rig.run(receive(rig, learner, rig.old.patch(whole.version + 1)))
     assert rig.engine.digests() == rig.old.patch(0).digests

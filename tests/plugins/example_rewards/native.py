@@ -1,6 +1,6 @@
 """Written for emberl."""
 
-from emberl.rewards.plugins.styles import reward
+from emberl.rewards import reward
 
 
 @reward

@@ -16,6 +16,8 @@ class Layout(NamedTuple):
     columns: dict[str, Any]
     right: list[str]
     wrong: list[str]
+    whole: bool = False
+    """The programs are whole completions, fences included."""
 
 
 _DIGITS = "7" * 5000
@@ -42,7 +44,7 @@ LONG = [
 
 
 def layouts() -> dict[str, list[Layout]]:
-    """By group: programs, cases, python, and numpy (whose programs import it)."""
+    """By group: programs, cases, python, more (of all kinds), and numpy (whose programs import it)."""
     text = (Path(__file__).parent / "layouts.yaml").read_text()
     found = {group: [Layout(**row) for row in rows] for group, rows in yaml.safe_load(text).items()}
     found["cases"] += LONG

@@ -13,8 +13,8 @@ from emberl.rewards.code_tests.reward import CodeReward
 from emberl.rewards.code_tests.tests import plan_of
 from emberl.rewards.inputs import RewardInput
 from emberl.rewards.processes import descendants
-from emberl.rewards.sandbox import backends as walls
 from emberl.rewards.sandbox.pool import SandboxUnavailable
+from emberl.rewards.sandbox.view import compiler
 from emberl.rewards.verdict import Status
 
 HERE = Path(__file__).parent
@@ -132,7 +132,7 @@ def test_functions_with_json_tests(reward) -> None:
 
 
 @slow
-def test_killed_mother_processes_lose_no_sample(reward) -> None:
+def test_killed_fork_servers_lose_no_sample(reward) -> None:
     code = "import time\ndef add(a, b):\n    time.sleep(0.15)\n    return a + b"
 
     def kill() -> None:
@@ -150,7 +150,7 @@ def test_killed_mother_processes_lose_no_sample(reward) -> None:
 
 
 @slow
-@pytest.mark.skipif(walls.compiler() is None, reason="g++ is not installed (apt install g++)")
+@pytest.mark.skipif(compiler() is None, reason="g++ is not installed (apt install g++)")
 def test_cpp(reward) -> None:
     columns = {"tests": [{"input": "1 2\n", "output": "3\n"}]}
     head = '#include <cstdio>\nint main(){long a,b;scanf("%ld %ld",&a,&b);'
@@ -224,7 +224,7 @@ def test_programs_of_the_contests(reward) -> None:
 
 
 @slow
-@pytest.mark.parametrize("group", ["programs", "cases", "python", "numpy"])
+@pytest.mark.parametrize("group", ["programs", "cases", "python", "more", "numpy"])
 def test_layouts(group: str) -> None:
     """Every right program is paid, no wrong one, and every one has a verdict."""
     table: list[Layout] = layouts()[group]
@@ -234,7 +234,12 @@ def test_layouts(group: str) -> None:
     answers = [str(each.columns.get("answer", "")) for each, *_ in cases]
     try:
         rows = zip(cases, columns, answers, strict=True)
-        verdicts = graded([item(code, row, answer=answer) for (_, code, _), row, answer in rows])
+        verdicts = graded(
+            [
+                RewardInput(completion=code if each.whole else fenced(code), columns=row, answer=answer)
+                for (each, code, _), row, answer in rows
+            ]
+        )
     finally:
         graded.close()
     wrong = [

@@ -1,5 +1,6 @@
 """The forms of tests that data sets have, as plans; what cannot be graded is named."""
 
+import ast
 import base64
 import json
 import os
@@ -130,3 +131,17 @@ class Evil:
 def test_tests_that_cannot_be_read(columns: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_of(columns)
+
+
+def test_a_parser_that_another_thread_disturbs_is_asked_again(monkeypatch) -> None:
+    parse, failures = ast.parse, iter([SystemError("recursion depth mismatch")] * 3)
+
+    def disturbed(*arguments, **keywords):
+        if (error := next(failures, None)) is not None:
+            raise error
+        return parse(*arguments, **keywords)
+
+    monkeypatch.setattr(ast, "parse", disturbed)
+    plan = plan_of({"test_list": ["assert disturbed_once(2) == [4]"]})
+    assert [(call.source, call.expected) for call in plan.calls] == [("disturbed_once(2)", [4])]
+    assert next(failures, None) is None

@@ -5,9 +5,10 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from emberl.rewards.math_answers.compare import compare, plain_number, read_reference
+from emberl.rewards.math_answers.compare import compare
 from emberl.rewards.math_answers.options import Outcome, Policy
 from emberl.rewards.math_answers.parser import TooDeep, Unreadable, parse
+from emberl.rewards.math_answers.references import plain_number, read_reference
 from emberl.rewards.math_answers.values import Reading, signature
 from hypothesis import given
 from hypothesis import strategies as st

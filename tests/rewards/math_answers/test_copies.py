@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 from emberl.rewards.inputs import RewardInput
-from emberl.rewards.math_answers.compare import read_reference
-from emberl.rewards.math_answers.copies import is_copy
+from emberl.rewards.math_answers.references import is_copy, read_reference
 from emberl.rewards.math_answers.reward import MathReward
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"

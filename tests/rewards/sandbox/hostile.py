@@ -110,7 +110,7 @@ PYTHON_FORGERIES = {
         def add(a, b):
             threading.Thread(target=lambda: (time.sleep(0.1), os.write(3, b'{"ok": 5}\\n'))).start()
             return 0""",
-    "reply_of_the_mother": """
+    "reply_of_the_server": """
         import os
         def add(a, b):
             os.write(3, b'run\\n' + bytes(40))

@@ -1,4 +1,4 @@
-"""The walls without privileges: what each version of Landlock is asked, and every hostile program in a simulated container."""
+"""The back end without privileges: what each version of Landlock is asked, and every hostile program in a simulated container."""
 
 import os
 import signal
@@ -126,8 +126,8 @@ print("all")"""
 
 @slow
 @pytest.mark.skipif(compiler() is None, reason="g++ is not installed (apt install g++)")
-@pytest.mark.parametrize("lost", ["mother", "trainer"])
-def test_a_compiler_ends_with_its_mother_process_and_with_the_trainer(lost: str) -> None:
+@pytest.mark.parametrize("lost", ["server", "trainer"])
+def test_a_compiler_ends_with_its_fork_server_and_with_the_trainer(lost: str) -> None:
     source = (
         b"constexpr long f(long n) { return n < 2 ? n : f(n - 1) + f(n - 2); }\nconstexpr long x = f(60); int main() {}"
     )
@@ -148,8 +148,8 @@ sys.stdin.read()"""
         while len(below := list(descendants(trainer.pid))) < 3:
             assert time.monotonic() < deadline, "no compiler has started"
             time.sleep(0.01)
-        (mother,) = [pid for pid in below if int(stat_of(pid)[1]) == trainer.pid]
-        os.kill(mother if lost == "mother" else trainer.pid, signal.SIGKILL)
+        (server,) = [pid for pid in below if int(stat_of(pid)[1]) == trainer.pid]
+        os.kill(server if lost == "server" else trainer.pid, signal.SIGKILL)
         while [pid for pid in below if (stat := stat_of(pid)) and stat[0] not in "ZX"]:
             assert time.monotonic() < deadline, f"a compiler outlives the {lost}"
             time.sleep(0.02)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from emberl.rewards.processes import descendants, stat_of
-from emberl.rewards.sandbox.backends import Mother
+from emberl.rewards.sandbox.backends import ForkServer
 from emberl.rewards.sandbox.pool import Limits, Outcome, ProgramEnded, Sandbox, SandboxError, SandboxUnavailable
 from emberl.rewards.sandbox.view import compiler
 
@@ -73,10 +73,9 @@ def test_programs(sandbox) -> None:
     ],
 )
 def test_outcomes(sandbox, code: str, outcome: Outcome) -> None:
-    start = time.monotonic()
     run = sandbox.run_program(code, limits=Limits(seconds=0.5, memory_mb=256))
     assert run.outcome is outcome
-    assert run.seconds < 2.5 and time.monotonic() - start < 5
+    assert run.cpu_seconds < 1.0 and run.seconds < Limits(seconds=0.5).wall_seconds
     assert len(run.stdout) <= 1 << 20
 
 
@@ -101,7 +100,7 @@ def test_a_load_that_fails_is_answered_before_the_first_call_runs(sandbox) -> No
 
 
 @slow
-def test_children_see_nothing_of_the_mother_process_own_talk(sandbox) -> None:
+def test_children_see_nothing_of_the_fork_server_own_talk(sandbox) -> None:
     code = "import os, sys\ndef f(): return ['solution' in sys.modules, sorted(os.environ), 'f' in vars(sys.modules['__main__'])]"
     with sandbox.session({"task": "calls", "code": [code]}, first={"eval": "f()"}) as talk:
         assert json.loads(talk.receive()) == {"ok": None}
@@ -237,7 +236,7 @@ def _kill(pid: int) -> None:
 
 
 @slow
-def test_a_killed_mother_process_loses_no_run(sandbox) -> None:
+def test_a_killed_fork_server_loses_no_run(sandbox) -> None:
     pids = list(descendants(os.getpid()))
     timer = threading.Timer(0.2, lambda: [_kill(pid) for pid in pids])
     timer.start()
@@ -318,13 +317,13 @@ def test_what_goes_wrong_in_process_1_is_no_verdict(sandbox, monkeypatch) -> Non
         pytest.skip("no pids cgroup that we may write to")
     home = Path("/sys/fs/cgroup/pids") / Path("/proc/self/cgroup").read_text().partition(":pids:")[2].split("\n")[0][1:]
     sandbox.run_program("print(1)")
-    mother = _leaf(os.getpid())
+    server = _leaf(os.getpid())
     try:
-        (folder / "cgroup.procs").write_text(str(mother))
+        (folder / "cgroup.procs").write_text(str(server))
         with pytest.raises(SandboxError, match="no process for the run"):
             sandbox.run_program("print(3)")
     finally:
-        (home / "cgroup.procs").write_text(str(mother))
+        (home / "cgroup.procs").write_text(str(server))
         folder.rmdir()
     assert sandbox.run_program("print(3)").stdout == b"3\n"
 
@@ -334,12 +333,12 @@ def test_what_goes_wrong_in_process_1_is_no_verdict(sandbox, monkeypatch) -> Non
 )
 def test_only_a_reply_is_read_as_one(reply: bytes) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    mother = Mother.__new__(Mother)
-    mother._control, mother._started, mother._overslept = ours, time.monotonic(), False
+    server = ForkServer.__new__(ForkServer)
+    server._control, server._started, server._overslept = ours, time.monotonic(), False
     with ours, theirs:
         theirs.send(reply) if reply else theirs.close()
         with pytest.raises(SandboxError):
-            mother.finish(Limits())
+            server.finish(Limits())
 
 
 @slow

@@ -522,7 +522,6 @@ def test_the_gradient_that_reaches_a_head_through_the_fused_loss(
         head,
         targets,
         whole_batch(objective(**CASES[name]), moved),
-        active=torch.from_numpy(batch.loss_mask_T),
         sequence_ids=torch.from_numpy(batch.sequence_ids_T),
     )
     (found,) = torch.autograd.grad(value, head)

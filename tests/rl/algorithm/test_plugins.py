@@ -150,7 +150,7 @@ def test_an_option_that_does_not_exist(objective: Callable[..., Objective], at: 
     ("kind", "message"),
     [
         ("./nowhere.py:f", "there is no file"),
-        ("no_such_package.module:f", "could not be imported: ModuleNotFoundError"),
+        ("no_such_package.module:f", "cannot be imported: ModuleNotFoundError"),
         ("math:tau", "math has no function 'tau'"),
     ],
 )
@@ -161,7 +161,7 @@ def test_a_function_that_is_not_there(objective: Callable[..., Objective], kind:
 
 def test_a_file_that_does_not_load(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text("def f(:\n")
-    with pytest.raises(ValueError, match="could not be imported: SyntaxError"):
+    with pytest.raises(ValueError, match="cannot be imported: SyntaxError"):
         plugins.load_loss(f"{tmp_path}/bad.py:f", {})
 
 

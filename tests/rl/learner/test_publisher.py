@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from emberl.rl.learner.publisher import Order, Published, Publisher, first_row, shards_of
+from emberl.rl.learner.publisher import Published, Publisher, PublishRequest, first_row, shards_of
 from emberl.rollout.vllm_backend import transfer as native
-from emberl.rollout.vllm_backend.transfer import Seat
-from emberl.rollout.weights.broadcast import InBroadcast
+from emberl.rollout.vllm_backend.transfer import GroupMember
 from emberl.rollout.weights.diff import Shard
+from emberl.rollout.weights.engine_transfer import Broadcast
 from emberl.rollout.weights.receiver import Receiver
-from emberl.rollout.weights.transport import InFile, Link, Notice
+from emberl.rollout.weights.transport import FetchContext, FileSource, WeightUpdate
 from torch import nn
 
 SHAPES = {"up": (5, 300), "norm": (3,), "one": (1, 8), "none": (0, 4)}
@@ -49,7 +49,7 @@ def shard(version: int, rank: int, world: int) -> dict[str, Shard]:
 def publish(ranks: Sequence[Publisher], version: int, folder: Path, *, patch: bool, anchor: bool = False) -> Published:
     for rank, publisher in enumerate(ranks):
         publisher.take(shard(version, rank, len(ranks)))
-    order = Order(run_id="run", version=version, patch=patch, anchor=anchor, directory=str(folder))
+    order = PublishRequest(run_id="run", version=version, patch=patch, anchor=anchor, directory=str(folder))
     return ranks[0].publish(order, [publisher.part(whole=not patch) for publisher in ranks[1:]])
 
 
@@ -57,15 +57,17 @@ def ranks(world: int) -> list[Publisher]:
     return [Publisher(rank=rank, world=world, threads=1) for rank in range(world)]
 
 
-def notice(found: Published) -> Notice:
+def notice(found: Published) -> WeightUpdate:
     patches = () if found.patch is None else (found.patch,)
     anchors = () if found.anchor is None else (found.anchor,)
-    return Notice(run_id="run", sitting=0, version=found.version, root=found.root, patches=patches, anchors=anchors)
+    return WeightUpdate(
+        run_id="run", sitting=0, version=found.version, root=found.root, patches=patches, anchors=anchors
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_any_number_of_ranks_publishes_the_same_weights(world: int, tmp_path: Path) -> None:
-    publishers, receiver = ranks(world), Receiver(Link(timeout=5.0))
+    publishers, receiver = ranks(world), Receiver(FetchContext(timeout=5.0))
     for version in range(4):
         found = publish(publishers, version, tmp_path, patch=version in (1, 3))
         assert (found.patch is None, found.anchor is None) == (version not in (1, 3), version in (1, 3))
@@ -94,8 +96,8 @@ def test_an_anchor_beside_a_patch_holds_the_new_weights(tmp_path: Path) -> None:
     publishers = ranks(2)
     publish(publishers, 0, tmp_path, patch=False)
     found = publish(publishers, 1, tmp_path, patch=True, anchor=True)
-    assert found.patch is not None and found.anchor is not None and isinstance(found.anchor.places[0], InFile)
-    late = Receiver(Link(timeout=5.0))
+    assert found.patch is not None and found.anchor is not None and isinstance(found.anchor.places[0], FileSource)
+    late = Receiver(FetchContext(timeout=5.0))
     report = late.prepare(notice(found))
     assert report.wire_bytes == found.anchor.size and late.patch(1, -1).root == found.root
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -103,35 +105,19 @@ def test_an_anchor_beside_a_patch_holds_the_new_weights(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dense", [True, False])
-def test_a_broadcast_is_of_what_the_workers_take(tmp_path: Path, dense: bool) -> None:
-    """Both are made: whole weights beside a patch for the history, or a patch beside an anchor for those who come late."""
-    publishers = ranks(1)
-    publish(publishers, 0, tmp_path, patch=False)
-    publishers[0].take(shard(1, 0, 1))
-    place = InBroadcast(ticket=publishers[0].meet("cpu", 1, 5.0), number=0, size=0, timeout=5.0)
-    order = Order(
-        run_id="run", version=1, patch=True, anchor=True, dense=dense, directory=str(tmp_path), broadcast=place
-    )
-    found = publishers[0].publish(order)
-    assert found.patch is not None and found.anchor is not None
-    taken, beside = (found.anchor, found.patch) if dense else (found.patch, found.anchor)
-    assert [type(place) for place in taken.places] == [InBroadcast, InFile]
-    assert taken.places[0].size == taken.size
-    assert [type(place) for place in beside.places] == [InFile]
-
-
 @pytest.mark.slow
 def test_a_thousand_versions_in_a_chain(tmp_path: Path) -> None:
     """Two ranks, patches only: every version bit for bit, the last one reached from version 0 in 1,000 steps too."""
-    publishers, receiver = ranks(2), Receiver(Link(timeout=5.0))
+    publishers, receiver = ranks(2), Receiver(FetchContext(timeout=5.0))
     rng, values = np.random.default_rng(0), np.random.default_rng(1).integers(0x3C00, 0x3D00, (4, 60)).astype(np.uint16)
     patches, first = [], None
     for version in range(1001):
         for rank, publisher in enumerate(publishers):
             data = values[2 * rank : 2 * rank + 2].copy().reshape(-1).view(np.uint8)
             publisher.take({"w": Shard(dtype="BF16", shape=(4, 60), start=120 * rank, data=data)})
-        order = Order(run_id="run", version=version, patch=version > 0, anchor=version == 0, directory=str(tmp_path))
+        order = PublishRequest(
+            run_id="run", version=version, patch=version > 0, anchor=version == 0, directory=str(tmp_path)
+        )
         found = publishers[0].publish(order, [publishers[1].part(whole=version == 0)])
         first = first or found.anchor
         patches += [found.patch] if found.patch is not None else []
@@ -141,8 +127,8 @@ def test_a_thousand_versions_in_a_chain(tmp_path: Path) -> None:
         assert receiver.held is not None and bytes(receiver.held.tensors["w"].data) == values.tobytes()
         values = (values + rng.choice(np.array([-1, 0, 0, 0, 1]), (4, 60))).astype(np.uint16)
     assert first is not None and receiver.held is not None
-    late = Receiver(Link(timeout=5.0))
-    whole = Notice(
+    late = Receiver(FetchContext(timeout=5.0))
+    whole = WeightUpdate(
         run_id="run", sitting=0, version=1000, root=receiver.held.root, patches=tuple(patches), anchors=(first,)
     )
     assert late.prepare(whole).replays == 1000
@@ -169,23 +155,25 @@ def test_a_version_is_sent_into_the_engines_and_lies_ready_for_who_misses_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[dict[str, torch.Tensor]] = []
-    monkeypatch.setattr(native, "open_group", lambda ticket, timeout: sent.append)
+    monkeypatch.setattr(native, "open_group", lambda group, timeout: sent.append)
     (publisher,) = ranks(1)
-    ticket = publisher.meet("cpu", 1, 10.0, "gloo", 2)
+    group = publisher.meet("cpu", 1, 10.0, "gloo", 2)
     for version in range(2):
         publisher.take(shard(version, 0, 1))
-        place = InBroadcast(ticket=ticket, number=version, size=0, timeout=10.0)
-        order = Order(run_id="run", version=version, patch=False, anchor=True, directory=str(tmp_path), broadcast=place)
+        broadcast = Broadcast(group=group, number=version, timeout=10.0)
+        order = PublishRequest(
+            run_id="run", version=version, patch=False, anchor=True, directory=str(tmp_path), broadcast=broadcast
+        )
         found = publisher.publish(order)
         engines = found.engines
-        assert engines is not None and (engines.ticket, engines.number) == (ticket, version)
+        assert engines is not None and engines.broadcast == broadcast
         assert engines.tensors == {name: ("BF16", shape) for name, shape in SHAPES.items()}
         with ThreadPoolExecutor() as threads:
-            coming = threads.submit(Seat().come, engines, ticket)
+            coming = threads.submit(GroupMember().join, broadcast, group)
             publisher.broadcast()
             coming.result(10.0)
         assert all(torch.equal(sent[version][name], tensor) for name, tensor in weights(version).items())
-        assert found.anchor is not None and [type(place) for place in found.anchor.places] == [InFile]
-        receiver = Receiver(Link(timeout=10.0))
+        assert found.anchor is not None and [type(place) for place in found.anchor.places] == [FileSource]
+        receiver = Receiver(FetchContext(timeout=10.0))
         receiver.prepare(notice(found))
         assert receiver.patch(version, -1).digests == engines.digests

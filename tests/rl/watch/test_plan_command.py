@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from emberl.rl.cli import app
@@ -23,8 +22,7 @@ SMALL = (
 )
 
 
-def test_the_command_searches_the_split_and_draws_it(tmp_path: Path) -> None:
-    picture = tmp_path / "plan.png"
+def test_the_command_searches_the_split() -> None:
     words = [
         "plan",
         "--device",
@@ -33,8 +31,6 @@ def test_the_command_searches_the_split_and_draws_it(tmp_path: Path) -> None:
         "64",
         "--model",
         "7b",
-        "--picture",
-        str(picture),
         "--json",
         *SMALL,
     ]
@@ -46,7 +42,6 @@ def test_the_command_searches_the_split_and_draws_it(tmp_path: Path) -> None:
     assert rates[found["learners"]] == found["tokens_per_s"]
     assert found["engines"] == 64 - found["learners"], "a 7B model fits one card"
     assert "arXiv" in found["sources"]["910B flops"]
-    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -69,7 +64,7 @@ def test_a_model_that_does_not_fit_is_refused() -> None:
         make_scenario(load_plan(["engine.cards=1"], {"devices": 16}), 8)
     with pytest.raises(ConfigError, match="leave no engine of 4 devices"):
         make_scenario(load_plan([], {"devices": 8}), 6)
-    with pytest.raises(ValueError, match="is none of 910B, 910C, H200, CPU"):
+    with pytest.raises(ValueError, match="is none of 910B, 910C, H200"):
         make_scenario(load_plan([], {"device": "910D"}), 8)
 
 

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 from emberl.rewards.verdict import Status, Verdict, verifier_error
 from emberl.rl.config.data import TinyConfig
+from emberl.rl.config.settings import RolloutConfig
 from emberl.rl.data.tiny import tiny_tokenizer
 from emberl.rl.groups import Group
 from emberl.rl.run import Run
 from emberl.rl.watch.tracking import HALF_CELL, Tracker, sample_rows
 from emberl.rollout.samples import Completion, Prompt, Span
 
+PROMPT = Prompt(id="p", token_ids=(5,), answer="2", source="s")
 TOKENIZER = tiny_tokenizer(TinyConfig(vocabulary="bytes", chat_template=True))
 
 
-def run() -> Any:
+def run(**rollout: Any) -> Any:
     """As much of a run as reads tokens."""
     parts: dict[str, Any] = dict.fromkeys(
         ("config", "run_id", "run_dir", "source", "suite", "learners", "pool", "sync", "tracker", "stop"), None
     )
-    return Run(**parts, tokenizer=TOKENIZER, started=0.0, progress=None)  # type: ignore[arg-type]
+    parts["config"] = SimpleNamespace(rollout=RolloutConfig(**rollout))
+    return Run(**parts, tokenizer=TOKENIZER, started=0.0, progress=None, stop_token_ids=(1,))  # type: ignore[arg-type]
 
 
 def completion(text: str, reason: Any = "stop") -> Completion:
@@ -35,8 +40,29 @@ def completion(text: str, reason: Any = "stop") -> Completion:
 
 
 def test_an_answer_keeps_its_thinking_and_loses_what_frames_it() -> None:
-    assert run().text(completion("<think>1+1</think>2<eos>")) == "<think>1+1</think>2"
-    assert run().text(completion("2<pad><eos>3", "length")) == "23"
+    assert run().text(PROMPT, completion("<think>1+1</think>2<eos>")) == "<think>1+1</think>2"
+    assert run().text(PROMPT, completion("2<pad><eos>3", "length")) == "23"
+
+
+def test_an_answer_begins_in_its_prompt() -> None:
+    begun = replace(PROMPT, prefix="<think>\n")
+    assert run().text(begun, completion("1+1</think>2<eos>")) == "<think>\n1+1</think>2"
+
+
+@pytest.mark.parametrize(
+    ("said", "reason", "kept", "cut"),
+    [
+        ("1+1</a>", "stop", "1+1</a>", "1+1"),
+        ("1\nQ:</a>", "stop", "1\nQ:", "1"),  # the first of two
+        ("1+1</a<eos>", "stop", "1+1</a", "1+1</a"),  # the end token came before the string was whole
+        ("1+1</a", "length", "1+1</a", "1+1</a"),
+        ("</a>", "stop", "</a>", ""),
+    ],
+)
+def test_an_answer_ends_with_or_before_the_string_that_stopped_it(said: str, reason: str, kept: str, cut: str) -> None:
+    stop = ("</a>", "\nQ:")
+    assert run(stop=stop).text(PROMPT, completion(said, reason)) == kept
+    assert run(stop=stop, include_stop=False).text(PROMPT, completion(said, reason)) == cut
 
 
 def test_the_problem_is_what_was_asked() -> None:

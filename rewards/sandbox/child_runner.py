@@ -1,6 +1,6 @@
-"""`Warden`: forks, locks down, watches and reaps the sandbox's children, one at a time.
+"""`ChildRunner`: forks, locks down, watches and reaps the sandbox's children, one at a time.
 
-Without namespaces (`landlock`, `unsafe`) there is one mother process, which stays in the host's PID namespace: each child
+Without namespaces (`landlock`, `unsafe`) there is one fork server, which stays in the host's PID namespace: each child
 gives up the host's files (`landlock.py`), dies with its parent, and its filter knows no system call that reaches another
 process; what a compiler started is found by its process group and by adoption (PR_SET_CHILD_SUBREAPER).
 
@@ -8,7 +8,7 @@ Most of a run's time goes into page faults: each page that a child, or process 1
 is a copy, and each object that Python touches is a write, of its reference count. So the two do as little in Python as
 they can between the fork and the program, and what can be set once for all children is set in process 1.
 
-Loaded by text into the mother process (see `zygote.py`): standard library only.
+Loaded by text into the fork server (see `zygote.py`): standard library only.
 """
 
 from __future__ import annotations
@@ -75,20 +75,20 @@ def keep_capabilities(kept: int) -> None:
     _capabilities(kept)
 
 
-class Warden:
+class ChildRunner:
     """Forks, locks down, watches and reaps children, one at a time."""
 
     def __init__(
         self, control: _socket.socket, config: dict[str, Any], privileges: str, main: Callable[[], NoReturn]
     ) -> None:
         self.control, self.pid = control, os.getpid()
-        self.walls: bool = config["kind"] in ("zygote", "bubblewrap")
+        self.namespaces: bool = config["kind"] in ("zygote", "bubblewrap")
         self.nobody, self.may_chroot = privileges == "two ids", privileges != "none"
         self.locked = mmap.mmap(-1, 1)  # shared with the child until it is locked down
         self.filters = [self._filter(bytes.fromhex(text)) for text in config["filters"]]
         self.compiler: list[str] = config["compiler"]
         self.scratch: str = config["scratch"]
-        self.trainer = [config["trainer"]] if not self.walls else []
+        self.trainer = [config["trainer"]] if not self.namespaces else []
         self.ruleset: int | None = config.get("ruleset")
         self._for_all()
         if self.nobody:  # the open file keeps the kernel's record of this user, which would be made anew for every run
@@ -121,7 +121,7 @@ class Warden:
             resource.RLIMIT_MEMLOCK: 0,
             resource.RLIMIT_MSGQUEUE: 0,
         }
-        if self.walls and (self.nobody or _kernel() >= (5, 14)):
+        if self.namespaces and (self.nobody or _kernel() >= (5, 14)):
             limits[resource.RLIMIT_NPROC] = _THREADS  # elsewhere all of the user's processes count
         for which, most in limits.items():
             resource.setrlimit(which, (most, most))
@@ -159,7 +159,7 @@ class Warden:
             os.close(fd)
         cause = self._wait(pid, wall)
         _, status, usage = os.wait4(pid, 0)
-        if self.walls:
+        if self.namespaces:
             self._sweep()
         elif kind == COMPILE:
             self._sweep_group(pid)
@@ -173,7 +173,7 @@ class Warden:
         """Until the child ends, or is ended: for whom or what."""
         watched = os.pidfd_open(pid)
         files = [watched, self.control.fileno(), *self.trainer]
-        if self.walls:
+        if self.namespaces:
             ready, _, _ = select.select(files, (), (), seconds)
             cause = AT_THE_DEADLINE if not ready else ON_REQUEST
         else:
@@ -234,10 +234,10 @@ class Warden:
             os.dup2(source, place)
         if fds[0] != 3:
             os.dup2(fds[0], 3)
-        if self.walls:
+        if self.namespaces:
             os.setsid()
         else:
-            self._tie_to_mother()
+            self._die_with_server()
         if kind >= NATIVE:
             self._prepare_foreign(kind, memory)
         _limit(cpu, memory, size)
@@ -253,7 +253,7 @@ class Warden:
         self.main()
         raise AssertionError("the child ends itself")
 
-    def _tie_to_mother(self) -> None:
+    def _die_with_server(self) -> None:
         """Dies with it; in its session, which the trainer sweeps, but in a group of its own, which it sweeps."""
         _check(_libc.prctl(1, signal.SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG")
         if os.getppid() != self.pid:  # it has died already
@@ -281,7 +281,7 @@ class Warden:
         os.set_inheritable(3, False)
         number = _EXECVEAT[os.uname().machine]
         _libc.syscall(number, 3, b"", argv, (ctypes.c_char_p * 1)(None), 0x1000)
-        if self.walls and ctypes.get_errno() in (errno.EACCES, errno.EPERM):
+        if self.namespaces and ctypes.get_errno() in (errno.EACCES, errno.EPERM):
             raise PermissionError("execveat")  # a policy of the machine's: no path that a program names is in sight
         os._exit(127)  # a file that asks for an interpreter, or for more memory than it may have: the program's doing
 

@@ -1,0 +1,81 @@
+"""What `rollout.environment` names, ready for the pool: the user's class, and observations as
+tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..rewards.plugins.loading import import_function
+from ..rollout.environments import Episodes
+from .config.load import Config
+from .data.templates import render
+
+_TURN, _OBSERVATION = "THE TURN", "THE OBSERVATION"
+
+
+def load_environment(name: str) -> Callable[[], Any]:
+    """The class, `package.module:Class` or `./file.py:Class`; ValueError where it cannot be one."""
+    try:
+        make: Callable[[], Any] = import_function(name)
+        environment = make()
+    except Exception as error:  # a user's code may fail in any way
+        raise ValueError(f"rollout.environment={name}: {error or type(error).__name__}") from error
+    for method in ("reset", "step"):
+        if not callable(getattr(environment, method, None)):
+            raise ValueError(f"rollout.environment={name} has no method {method}; give it one")
+    return make
+
+
+def episodes_of(config: Config, tokenizer: Any, text: Callable[..., str]) -> Episodes | None:
+    """The loop over turns; None where there is no environment. ValueError where the class cannot be
+    used, or the chat template has no place for what it says. text: of the tokens of a turn and why
+    it ended."""
+    rollout = config.rollout
+    if rollout.environment is None:
+        return None
+    make = load_environment(rollout.environment)
+    role = str(getattr(make, "role", "user"))
+    return Episodes(
+        make,
+        text=text,
+        observe=observer(tokenizer, role, config.data.chat_template_kwargs),
+        role=role,
+        max_turns=rollout.max_turns,
+        timeout=rollout.environment_timeout,
+    )
+
+
+def observer(
+    tokenizer: Any,
+    role: str,
+    arguments: Mapping[str, Any],
+) -> Callable[[str, int], list[int]]:
+    """(observation, last token of the turn before) -> the tokens that stand between that turn and
+    the next.
+
+    The text is what the chat template writes there, end of the turn included, less the end token
+    that the model said itself; without a template it is the observation alone. It is tokenised by
+    itself, so no token of an earlier turn can change."""
+    before = after = ""
+    if tokenizer.chat_template is not None:
+        problem, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": _TURN}
+        observed = {"role": role, "content": _OBSERVATION}
+        shown = render([problem, answer, observed], tokenizer, arguments)
+        before, seen, after = shown.rpartition(_TURN)[2].partition(_OBSERVATION)
+        if _TURN not in shown or not seen:
+            raise ValueError(
+                f"the chat template of the model shows no message of the role {role!r} after an answer; "
+                "set the environment's `role` to one that it knows"
+            )
+
+    def observe(observation: str, last: int) -> list[int]:
+        text = before.removeprefix(tokenizer.decode([last])) + observation + after
+        try:
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # tokenizers raises nothing more precise, for any text
+            shown = repr(observation[:200])
+            raise ValueError(f"the tokenizer cannot encode the observation {shown}: {error}") from error
+        return ids
+
+    return observe

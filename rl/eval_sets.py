@@ -1,0 +1,152 @@
+"""`EvalSet`: problems that the policy is evaluated on, with their own prompts, sampling and verifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..rewards.suite import RewardSuite, build_suite
+from ..rollout.samples import Prompt, Sampling
+from .config.data import DataConfig
+from .config.load import Config, ConfigError, user_errors
+from .config.settings import EvalSetConfig
+from .data.sources import PromptSource, check_data, open_source
+from .run import reward_input
+
+GENERATED_SIZE = 512
+"""Problems of a set that is generated rather than read, where its `size` is empty."""
+HELD_OUT = ""
+"""The name of the set that `data` itself holds out, whose metrics go by its data sources."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalSet:
+    """A set of problems and how answers to them are drawn and marked."""
+
+    name: str
+    """As in `val-core/{name}/acc/mean@N`; `HELD_OUT` for the problems that `data` holds out."""
+    prompts: Sequence[Prompt]
+    samples: int
+    """Answers to each problem."""
+    sampling: Mapping[str, Any]
+    """Fields of `Sampling` that are this set's own."""
+    suite: RewardSuite
+    tokenizer: Any
+
+    def sampled(self, sampling: Sampling) -> Sampling:
+        """The run's sampling with what is this set's own."""
+        return replace(sampling, **self.sampling)
+
+
+def check_eval_sets(config: Config) -> None:
+    """What can be known of `eval.sets` without tokenizer and network. ValueError names the set."""
+    for name, settings in config.eval.sets.items():
+        try:
+            check_data(settings)
+        except ValueError as error:
+            raise ValueError(f"eval.sets.{name}: {error}") from error
+
+
+def open_eval_sets(
+    config: Config,
+    source: PromptSource,
+    suite: RewardSuite,
+    tokenizer_of: Callable[[DataConfig], Any],
+    tell: Callable[[str], None],
+    opened: ExitStack,
+) -> tuple[EvalSet, ...]:
+    """The held-out problems of `source` and every set of `eval.sets`; suites of their own are closed by `opened`.
+
+    tell: says what was left out. Raises ConfigError for a set that cannot be read or graded.
+    """
+    sets = []
+    if config.eval.size != 0 and source.heldout:
+        prompts = _cut(source.heldout, config.eval.size, "eval.size", "held-out problems", tell)
+        sets.append(
+            EvalSet(
+                name=HELD_OUT,
+                prompts=prompts,
+                samples=config.eval.samples,
+                sampling=_sampling(config, None),
+                suite=suite,
+                tokenizer=tokenizer_of(config.data),
+            )
+        )
+    sources = {prompt.source for each in sets for prompt in each.prompts} | {source.name}
+    for name, settings in config.eval.sets.items():
+        if name in sources:
+            raise ConfigError(f"eval.sets.{name} has the name of a data source; rename it, or set data.name")
+        with user_errors():
+            try:
+                sets.append(_open(name, settings, config, suite, tokenizer_of(settings), tell, opened))
+            except ValueError as error:
+                raise ValueError(f"eval.sets.{name}: {error}") from error
+    return tuple(sets)
+
+
+def _open(
+    name: str,
+    settings: EvalSetConfig,
+    config: Config,
+    suite: RewardSuite,
+    tokenizer: Any,
+    tell: Callable[[str], None],
+    opened: ExitStack,
+) -> EvalSet:
+    key = f"eval.sets.{name}"
+    generated = settings.generated
+    if generated:
+        settings = settings.model_copy(update={"heldout": settings.size or GENERATED_SIZE})
+    source = open_source(settings, tokenizer, config.seed)
+    prompts = list(source.heldout) if generated else _all_of(source)
+    for note in source.notes:
+        tell(f"{key}: {note}")
+    prompts = _cut(prompts, settings.size, f"{key}.size", f"problems of {name}", tell)
+    if settings.verifier is not None:
+        suite = build_suite({"answer": settings.verifier.model_dump()})
+        opened.callback(suite.close)
+        suite.trial(reward_input(prompts[0], tokenizer, "0"))
+    bad = suite.check_references([reward_input(prompt, tokenizer, "") for prompt in prompts])
+    if 2 * len({b.row for b in bad}) > len(prompts):
+        raise ValueError(f"{len(bad)} of {len(prompts)} references cannot be graded against: {bad[0]}")
+    if bad:
+        tell(f"{key}: {len(bad)} of {len(prompts)} references cannot be graded against: {bad[0]}")
+    return EvalSet(
+        name=name,
+        prompts=prompts,
+        samples=settings.samples or config.eval.samples,
+        sampling=_sampling(config, settings),
+        suite=suite,
+        tokenizer=tokenizer,
+    )
+
+
+def _all_of(source: PromptSource) -> list[Prompt]:
+    """Every problem of a data set, in the order of its rows."""
+    prompts = [source.train(i) for i in range(source.size or 0)]
+    return sorted(prompts, key=_row)
+
+
+def _row(prompt: Prompt) -> tuple[int, str]:
+    number = prompt.id.rpartition("/")[2]
+    return (int(number) if number.isdigit() else 0, prompt.id)
+
+
+def _cut(prompts: Sequence[Prompt], size: int | None, key: str, what: str, tell: Callable[[str], None]) -> list[Prompt]:
+    """The first `size` of them (None: all); a cut is said."""
+    if size is not None and size < len(prompts):
+        tell(f"{key}={size}: the first {size} of {len(prompts)} {what} are evaluated")
+        return list(prompts[:size])
+    return list(prompts)
+
+
+def _sampling(config: Config, own: EvalSetConfig | None) -> dict[str, Any]:
+    """Fields of `Sampling` in an evaluation: those of `eval`, then the set's own where it has any."""
+    found = {"temperature": config.eval.temperature, **config.eval.cuts, "seed": config.seed}
+    if own is not None:
+        names = {"temperature": "temperature", "max_response_length": "max_tokens"}
+        names |= {name: name for name in config.eval.cuts}
+        found |= {field: value for key, field in names.items() if (value := getattr(own, key)) is not None}
+    return found
