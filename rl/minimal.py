@@ -40,7 +40,7 @@ F32 = torch.float32
 
 async def train(config: Config, model: str) -> AsyncIterator[tuple[list[Group], WeightPatch]]:
     """Trains the model of a directory; yields each step's groups and the weights after it."""
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, config.data)
     framing = framing_ids(tokenizer)
     stop = stop_tokens(tokenizer, model)
     source = open_source(config.data, tokenizer, config.seed)
