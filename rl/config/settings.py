@@ -368,12 +368,19 @@ class EvalSetConfig(DataConfig):
     size: int | None = Field(default=None, ge=1, le=100_000_000)
     """The first so many problems; empty: all, of a generated source 512."""
     samples: int | None = Field(default=None, ge=1, le=65_536)
+    """Answers to each problem."""
     temperature: float | None = Field(default=None, ge=0, le=100)
+    """That of sampling; 0: greedy."""
     top_p: float | None = Field(default=None, gt=0, le=1)
+    """As `rollout.top_p`."""
     top_k: int | None = Field(default=None, ge=0, le=MOST_TOKENS)
+    """As `rollout.top_k`."""
     min_p: float | None = Field(default=None, ge=0, le=1)
+    """As `rollout.min_p`."""
     repetition_penalty: float | None = Field(default=None, gt=0, le=100)
+    """As `rollout.repetition_penalty`."""
     max_response_length: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
+    """As `rollout.max_response_length`."""
     verifier: RewardPart | None = None
     """What marks the answers: a name such as `math`, or the keys of a part of the reward; empty: the run's reward."""
 
