@@ -35,7 +35,8 @@ from .data.table import TableSource
 from .environments import episodes_of, load_environment
 from .eval_sets import check_eval_sets, open_eval_sets
 from .model_files import check_adapters, check_model, load_tokenizer, prepare_model, stop_tokens
-from .run import Interrupted, Run, reward_input, stop_on_signal
+from .reward_inputs import reward_input
+from .run import Interrupted, Run, stop_on_signal
 from .trainer import train_rl
 from .watch.tracking import Tracker, make_console
 from .weights.sync import WeightSync
