@@ -13,7 +13,7 @@ from typing import Any
 from .by_source import BySource
 from .inputs import BadReference, Reward, RewardInput
 from .registry import load_reward
-from .verdict import Status, Verdict, verifier_error
+from .verdict import LARGEST_SCORE, Status, Verdict, verifier_error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,8 +96,10 @@ class RewardSuite:
             if verdicts[name].status is Status.VERIFIER_ERROR:
                 return failed(f"{name}: {verdicts[name].message}")
         score = sum(p.weight * scores[p.name] for p in counted if p.name in scores)
-        if not math.isfinite(score):
-            return failed(f"the weighted sum of {scores} is not finite")
+        if not abs(score) <= LARGEST_SCORE:  # also what is no number
+            return failed(
+                f"the weighted sum of {scores} is not within +-{LARGEST_SCORE:g}; set other weights"
+            )
         main = verdicts[applying[0].name]
         return Verdict(status=main.status, score=score, parts=scores, message=main.message, seconds=seconds)
 

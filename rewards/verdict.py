@@ -27,6 +27,8 @@ class Status(StrEnum):
 
 
 UNSCORED = (Status.NOT_APPLICABLE, Status.VERIFIER_ERROR)
+LARGEST_SCORE = 1e9
+"""A score beyond this, in either direction, is a fault of its grader: squares and sums of such overflow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -55,6 +55,8 @@ class Progress:
     probe_noise_p: float | None = None
     updates: int = 0
     """Optimizer steps of the policy in RL."""
+    entropy_start: float | None = None
+    """Nats a token in the first RL step that trained, which `Alarms` compares with."""
     warnings: tuple[str, ...] = ()
     """What was said of a run that does not learn."""
 
@@ -129,10 +131,11 @@ def check_resumed(config: Config, checkpoint: Path, override: bool) -> list[str]
         return [f"{checkpoint.name} holds no {SETTINGS} (an older emberl wrote it): nothing can be compared with it"]
     before, now = _leaves(json.loads(file.read_text())), _leaves(config.model_dump(mode="json"))
     missing = object()
+    counted = ("schedule.passes", "schedule.steps") if config.schedule.passes is not None else ()
     changed = {
         key: (before.get(key, missing), now.get(key, missing))
         for key in sorted(before.keys() | now.keys())
-        if before.get(key, missing) != now.get(key, missing) and key not in ("run_dir", "name")
+        if before.get(key, missing) != now.get(key, missing) and key not in ("run_dir", "name", *counted)
     }
     lines = {
         key: f"{key}: {'unset' if was is missing else json.dumps(was)}, now {'unset' if is_ is missing else json.dumps(is_)}"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .config.cautions import said_at_start
-from .config.likeness import PEERS, describe
-from .config.load import Config, ConfigError, load_config, to_yaml
 from .weights.history_commands import app as patches
+
+if TYPE_CHECKING:
+    from .config.load import Config
 
 app = typer.Typer(
     help="Trains a language model to reason, with reinforcement learning.", no_args_is_help=True, add_completion=False,
@@ -22,8 +22,18 @@ app = typer.Typer(
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"emberl {version('emberl')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
     """Each command has --help with an example."""
 
 
@@ -44,6 +54,9 @@ def train(
     ] = None,
 ) -> None:
     """Runs an experiment; the last line of stdout is one JSON object with the result."""
+    from .config.likeness import PEERS
+    from .config.load import ConfigError, load_config
+
     try:
         settings = load_config(config, overrides or ())
         if like is not None and (not dry_run or like not in PEERS):
@@ -69,6 +82,28 @@ def train(
     print(json.dumps(result.as_json()), flush=True)
     if result.status == "interrupted":
         raise typer.Exit(INTERRUPTED)
+
+
+@app.command(epilog="Example: emberl presets")
+def presets() -> None:
+    """The values of `algorithm`: each with its paper and the settings that it stands for."""
+    from .config.cautions import describe_presets
+
+    print("\n".join(describe_presets()))
+
+
+@app.command(name="keys", epilog="Example: emberl keys rollout")
+def reference(
+    within: Annotated[str, typer.Argument(help="A key or a group; with it the whole of what is said of each.")] = "",
+) -> None:
+    """Every key of a configuration: its type, its default and what it means."""
+    from .config.load import Config
+    from .config.reference import table
+
+    try:
+        print("\n".join(table(Config, within)))
+    except ValueError as error:
+        fail(str(error), USAGE)
 
 
 @app.command(epilog="Example: emberl audit math --data graded.jsonl.gz --html report.html")
@@ -162,10 +197,17 @@ def plan(
 
 def show_plan(settings: Config, like: str | None = None) -> None:
     """What `--dry-run` prints: the configuration, the placement, what a file changes of its preset, and doubtful settings."""
+    from ..rollout.engine import check_engine
     from .cluster import plan_placement
+    from .config.cautions import said_at_start
+    from .config.likeness import describe
+    from .config.load import to_yaml, user_errors
     from .model_files import check_files
 
     check_files(settings)
+    if settings.rollout.engine != "vllm" or settings.rollout.servers:  # where it will run, vLLM may be installed
+        with user_errors():
+            check_engine(settings.rollout.engine, settings.rollout.engine_args, settings.rollout.servers)
     print(to_yaml(settings).rstrip())
     print("---")
     print(plan_placement(settings).describe())

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..rewards.plugins.styles import import_function
+from ..rewards.plugins.loading import import_function
 from ..rollout.environments import Episodes
 from .config.load import Config
 from .data.templates import render
@@ -39,7 +39,7 @@ def episodes_of(config: Config, tokenizer: Any, text: Callable[..., str]) -> Epi
     return Episodes(
         make,
         text=text,
-        observe=observer(tokenizer, role, config.data.template_args),
+        observe=observer(tokenizer, role, config.data.chat_template_kwargs),
         role=role,
         max_turns=rollout.max_turns,
         timeout=rollout.environment_timeout,

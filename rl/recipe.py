@@ -29,7 +29,7 @@ from .checkpoints import (
 )
 from .cluster import Cluster
 from .config.cautions import cautions, said_at_start
-from .config.load import Config, ConfigError, user_errors
+from .config.load import Config, ConfigError, user_errors, with_steps
 from .data.sources import PromptSource, check_data, open_source
 from .data.table import TableSource
 from .environments import episodes_of, load_environment
@@ -116,9 +116,10 @@ def sitting(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | 
         with ExitStack() as opened:
             suite = build_rewards(config, source, tokenizer)
             opened.callback(suite.close)
+            config, passes = with_steps(config, source.size)
             tracker = Tracker(config, run_dir, console)
             opened.callback(tracker.close)
-            for note in source.notes:
+            for note in (*source.notes, *([passes] if passes else [])):
                 tracker.note(note)
             sets = open_eval_sets(config, source, suite, lambda _: tokenizer, tracker.note, opened)
             cluster.wait()

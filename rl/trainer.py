@@ -36,7 +36,7 @@ def train_rl(run: Run) -> None:
     than the weights that it trains (0: on-policy, rollouts and learners take turns)."""
     config, schedule = run.config, run.config.schedule
     objective = Objective.of(config.loss, config.kl, config.offpolicy, temperature=config.rollout.temperature)
-    alarms = Alarms(config)
+    alarms = Alarms(config, run.progress.entropy_start)
     run.tracker.begin("rl", run.progress.step, schedule.steps)
     if run.progress.step == 0 and config.eval.active:
         run.progress = run.progress.advance(accuracy_start=evaluate(run).accuracy)
@@ -49,6 +49,7 @@ def train_rl(run: Run) -> None:
             for alarm in [*alarms.after(step, metrics), *(alarms.at_end() if last else [])]:
                 run.tracker.alert(alarm.title, alarm.text)
                 run.progress = run.progress.advance(warnings=(*run.progress.warnings, f"{alarm.title}: {alarm.text}"))
+            run.progress = run.progress.advance(entropy_start=alarms.entropy_start)
             if config.eval.active and (last or (config.eval.every and step % config.eval.every == 0)):
                 run.progress = run.progress.advance(accuracy_end=evaluate(run).accuracy)
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):

@@ -16,6 +16,8 @@ from pydantic import Field, field_validator, model_validator
 from .base import Settings
 
 LOSSES = ("ppo_clip", "cispo", "reinforce", "sapo", "dppo_tv", "topr", "k1_5", "k2_5")
+MOST = 1e6
+"""The largest coefficient: beyond it float32 does not hold the loss."""
 ADVANTAGES = ("group", "return", "gae")
 LOSS_PLUGINS, ADVANTAGE_PLUGINS = "emberl.losses", "emberl.advantages"
 
@@ -60,7 +62,7 @@ class AdvantageConfig(Settings):
     of all scores of the step (LitePPO; TRL's scale_rewards=batch)."""
     std_unbiased: bool = True
     """Standard deviation with G - 1 (verl, TRL) or with G. At G = 2 this is a factor of 1.41."""
-    eps: float = Field(default=1e-6, ge=0)
+    eps: float = Field(default=1e-6, ge=0, le=1)
     """Added to the standard deviation: 1e-6 in verl, 1e-4 in TRL, 1e-9 in OpenRLHF."""
     rescale: Literal["none", "signal", "nonzero-score"] = "none"
     """GPG's factor for completions that teach nothing: B / (B - those in groups of equal scores) as in the paper, or
@@ -126,7 +128,7 @@ class LossConfig(Settings):
     dual_clip: float | None = Field(default=None, gt=1)
     """Bound c of ppo_clip's loss where the advantage is negative: at most -c A. Empty: off, as in the papers and TRL;
     verl: 3.0."""
-    tau: float = Field(default=0.0, ge=0)
+    tau: float = Field(default=0.0, ge=0, le=MOST)
     """Weight of the squared log-ratio in k1_5, k2_5 and dppo_tv."""
     sapo_tau_positive: float = Field(default=1.0, gt=0)
     """Steepness of sapo's gate where the advantage is positive."""
@@ -140,9 +142,9 @@ class LossConfig(Settings):
     denominator: Literal["all", "kept"] = "all"
     """What a mean divides by once off-policy masks have rejected tokens: the count before (AReaL, TRL, OpenRLHF), or
     what was kept, so that kept tokens weigh more (as in code that narrows its loss mask first)."""
-    entropy_coef: float = Field(default=0.0, ge=0)
+    entropy_coef: float = Field(default=0.0, ge=0, le=MOST)
     """Weight of the entropy bonus, averaged like the loss over the whole step."""
-    nll_coef: float = Field(default=0.0, ge=0)
+    nll_coef: float = Field(default=0.0, ge=0, le=MOST)
     """Weight of VAPO's imitation term: the mean negative log-likelihood of the tokens of correct answers (paper: 0.1)."""
     options: Mapping[str, Any] = Field(default_factory=dict)
     """Keywords of a function of yours."""
@@ -191,7 +193,8 @@ class KLConfig(Settings):
     bound: float | None = Field(default=10.0, gt=0)
     """k3 and k3+ of a token are at most this, and k3 has no gradient beyond (verl, AReaL, NeMo-RL: 10, which is reached
     where the reference gives a token 13.6 times the policy's probability). Empty: free, as in TRL, but for l within +-20."""
-    coef: float = Field(default=0.001, ge=0)
+    coef: float = Field(default=0.001, ge=0, le=MOST)
+    """Weight of the penalty."""
     unbiased: bool = False
     """Multiplies the estimate by policy / old policy and differentiates that too (DeepSeek-V3.2): the gradient is then
     right for tokens of an older policy also."""
@@ -224,11 +227,13 @@ class OffPolicyConfig(Settings):
     mode: Literal["truncate", "mask"] = "truncate"
     """A weight outside [low, high] is cut to it (TIS), or becomes 0 (MIS; IcePop: token, 0.5, 5.0)."""
     low: float = Field(default=0.0, ge=0)
-    """OpenRLHF: 0.5."""
+    """The smallest weight, or the smallest that is not masked (OpenRLHF: 0.5)."""
     high: float = Field(default=2.0, gt=0)
+    """The largest weight, or the largest that is not masked (verl: 2.0; IcePop: 5.0)."""
     seq_mask_low: float | None = Field(default=None, ge=0)
     """A sequence whose geometric mean of w is outside [seq_mask_low, seq_mask_high] is dropped; empty: no bound."""
     seq_mask_high: float | None = Field(default=None, gt=0)
+    """The upper bound of the same."""
     opsm_delta: float | None = Field(default=None, gt=0)
     """DeepSeek-V3.2's off-policy sequence mask: a sequence of negative advantage is dropped once the mean of
     log(rollout / policy) over its tokens exceeds this (TRL suggests 0.5)."""
@@ -266,7 +271,8 @@ class FilterConfig(Settings):
     overlong_share: float = Field(default=0.0, ge=0, lt=1)
     """DAPO's soft punishment: the score falls by up to `overlong_penalty` over this last share of
     rollout.max_response_length (paper: 4096 of 20480, 0.2); 0: off."""
-    overlong_penalty: float = Field(default=1.0, gt=0)
+    overlong_penalty: float = Field(default=1.0, gt=0, le=MOST)
+    """The largest punishment."""
     overlong_mask: bool = False
     """A completion that was cut at max_response_length does not train (its score still counts in the baseline)."""
 

@@ -18,7 +18,7 @@ from .algorithm import (
     OffPolicyConfig,
 )
 from .base import Settings
-from .presets import preset
+from .presets import PAPERS, PRESETS, preset
 
 if TYPE_CHECKING:
     from .load import Config
@@ -36,7 +36,7 @@ _GROUPS: Mapping[str, type[Settings]] = {
 
 def trains_rl(config: Config) -> bool:
     """Whether there will be an RL step at all."""
-    return "rl" in config.stages and config.schedule.steps > 0
+    return "rl" in config.stages and (config.schedule.steps > 0 or config.schedule.passes is not None)
 
 
 def changes(config: Config) -> list[str]:
@@ -57,9 +57,23 @@ def changes(config: Config) -> list[str]:
     return lines
 
 
+def describe_presets() -> list[str]:
+    """For each preset where it comes from, and the overrides that it stands for."""
+    lines = []
+    for name, tree in PRESETS.items():
+        values = [f"{group}.{key}={shown(value)}" for group, keys in tree.items() for key, value in keys.items()]
+        lines += [f"{name}  # {PAPERS[name]}", f"    {' '.join(values)}"]
+    return lines
+
+
 def said_at_start(config: Config) -> list[str]:
     """What `--dry-run` and the start of a run print for a person."""
-    return [*(f"note: {line}" for line in changes(config)), *(f"warning: {line}" for line in cautions(config))]
+    notes = changes(config)
+    if config.schedule.passes is not None:
+        notes.append(
+            f"schedule.passes={shown(config.schedule.passes)} decides schedule.steps once the data are counted"
+        )
+    return [*(f"note: {line}" for line in notes), *(f"warning: {line}" for line in cautions(config))]
 
 
 def shown(value: Any) -> str:
@@ -105,7 +119,8 @@ def _signal(config: Config) -> None:
 
 def _critic(config: Config) -> None:
     warmup, steps = config.critic.warmup, config.schedule.steps
-    if trains_rl(config) and config.advantage.needs_critic and warmup >= steps:
+    known = config.schedule.passes is None
+    if known and trains_rl(config) and config.advantage.needs_critic and warmup >= steps:
         raise ValueError(
             f"critic.warmup={warmup} trains the critic alone for all of schedule.steps={steps}: the policy would never move; "
             f"set critic.warmup={steps // 10} or more steps"
@@ -181,12 +196,13 @@ def _cautions_of_schedule(config: Config) -> list[str]:
         return []
     schedule, optim, found = config.schedule, config.optim, []
     warmup = config.critic.warmup if config.advantage.needs_critic else 0
-    if 2 * warmup > schedule.steps:
+    known = schedule.passes is None
+    if known and 2 * warmup > schedule.steps:
         found.append(
             f"critic.warmup={warmup} leaves the policy {schedule.steps - warmup} of schedule.steps={schedule.steps} to train"
         )
     updates = config.updates - warmup * schedule.minibatches * schedule.epochs
-    if updates <= optim.warmup_steps:
+    if known and updates <= optim.warmup_steps:
         found.append(
             f"optim.warmup_steps={optim.warmup_steps} is the whole of the {updates} updates: the learning rate never reaches "
             "optim.lr" + (", and the only update has the rate 0" if updates == 1 else "")

@@ -20,10 +20,15 @@ SET_BY_EMBERL = (
 """Arguments of `apply_chat_template` that a user may not give."""
 
 
+def endless(source: str) -> bool:
+    """Whether the source makes problems that never repeat by design, rather than reading a data set."""
+    return source == "arithmetic" or source.startswith("reasoning_gym:")
+
+
 class DataConfig(Settings):
     """Where problems come from, and how a row becomes a prompt with a reference answer."""
 
-    source: str
+    source: str = Field(min_length=1)
     """`arithmetic` (built in), a .jsonl, .json or .parquet file, a Hub data set `owner/name` (or a local directory of
     one), or `reasoning_gym:<task>`."""
     name: str | None = None
@@ -46,6 +51,7 @@ class DataConfig(Settings):
     subset: str | None = None
     """The configuration of a Hub data set, e.g. `main` of openai/gsm8k."""
     split: str = "train"
+    """The split of a Hub data set to train on."""
     prompt_column: str | None = None
     """Text, or a list of messages with `role` and `content`; empty: `prompt`. A dot goes into a nested column."""
     answer_column: str | None = None
@@ -162,12 +168,19 @@ class TinyConfig(Settings):
     """A small Qwen3-architecture model with one token for each character, made here from a seed."""
 
     hidden: int = Field(default=128, ge=8, le=65_536)
+    """Width of the model."""
     layers: int = Field(default=3, ge=1, le=1_000)
+    """Layers of attention and feed-forward."""
     heads: int = Field(default=2, ge=1, le=4_096)
+    """Heads of attention."""
     kv_heads: int = Field(default=1, ge=1)
+    """Heads of keys and values; `heads` must be a multiple."""
     head_dim: int = Field(default=64, ge=2, le=4_096)
+    """Width of a head, an even number."""
     intermediate: int = Field(default=384, ge=8, le=1_000_000)
+    """Width of the feed-forward layers."""
     max_positions: int = Field(default=2048, ge=16, le=10_000_000)
+    """Tokens of the longest sequence."""
     init_std: float = Field(default=0.06, gt=0, le=10)
     """Standard deviation of the initial weights. The usual 0.02 is meant for widths of thousands: at 128 a model learns
     more slowly from it (the built-in mix, 200 supervised steps of 128 problems: loss 0.48, against 0.36 from 0.06)."""

@@ -8,22 +8,25 @@ file is for; `emberl train CONFIG --dry-run` prints the whole resolved configura
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import Field, ValidationError, model_validator
+from yaml import YAMLError
 
 from .algorithm import AdvantageConfig, FilterConfig, KLConfig, LossConfig, OffPolicyConfig, check_algorithm
 from .base import Settings
 from .cautions import refuse_what_cannot_train
-from .data import DataConfig
+from .data import DataConfig, endless
+from .mistakes import explain
+from .overrides import OverrideError, merged, tree_of
 from .presets import preset
+from .reference import entries
 from .settings import (
     CheckpointConfig,
     ClusterConfig,
@@ -60,11 +63,14 @@ def user_errors() -> Iterator[None]:
 class Config(Settings):
     """One experiment."""
 
-    name: str
-    seed: int = 0
+    name: str = Field(min_length=1, max_length=200, pattern="^[^/]*$")
+    """Names the run's directory, and the run in W&B."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Fixes every draw: the data's order, sampled tokens, the weights of what is made here."""
     run_dir: str = ""
     """Where everything is written; empty: `runs/<name>`."""
     stages: tuple[Literal["sft", "rl"], ...] = ("rl",)
+    """What is done, in this order: a cold start on worked solutions (`sft`), reinforcement learning (`rl`)."""
     algorithm: str = "grpo"
     """A preset for `advantage`, `loss`, `kl`, `offpolicy`, `filter`, `critic` and `schedule`; what those groups set themselves
     wins, and is said at the start (`cautions.changes`)."""
@@ -99,6 +105,15 @@ class Config(Settings):
             raise ValueError(
                 f"schedule.oversample={self.schedule.oversample:g} is for max_staleness=0: with "
                 f"schedule.max_staleness={self.schedule.max_staleness} long answers go on anyway; set one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _finite(self) -> Config:
+        if self.schedule.passes is not None and endless(self.data.source):
+            raise ValueError(
+                f"schedule.passes={self.schedule.passes:g} counts passes over a data set, but "
+                f"data.source={self.data.source} makes problems without end; set schedule.steps"
             )
         return self
 
@@ -188,40 +203,62 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The validated configuration of one YAML file with `key=value` overrides; raises `ConfigError`."""
     file = Path(path)
     if not file.is_file():
-        raise ConfigError(f"configuration file {str(path)!r} does not exist{_nearby(file)}")
+        fault = "is no file" if file.exists() else "does not exist"
+        raise ConfigError(f"configuration file {str(path)!r} {fault}{_nearby(file)}")
     try:
         loaded = OmegaConf.load(file)
         if not isinstance(loaded, DictConfig):
             raise ConfigError(f"{path}: the file must be a mapping of groups such as model, data, rollout")
+        tree = OmegaConf.to_container(loaded)
         for override in overrides:
-            if "=" not in override:
-                raise ConfigError(f"override {override!r} must have the form key=value, e.g. optim.lr=1e-4")
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        tree = OmegaConf.to_container(merged, resolve=True)
+            tree = merged(tree, tree_of(override, Config))
+        tree = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except ConfigError:
         raise
-    except (OmegaConfBaseException, OSError, ValueError) as error:
+    except YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except OverrideError as error:
+        raise ConfigError(str(error)) from error
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        said = str(error).split("\n", 1)[0]
+        hint = "; in a text write \\${ for a dollar sign and a brace" if "$" in said or "nterpolation" in said else ""
+        raise ConfigError(f"{path}: {key}{said}{hint}") from error
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
-    except Exception as error:  # the YAML scanner's errors have no common base that can be imported without it
-        if type(error).__module__.startswith("yaml"):
-            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-        raise
     assert isinstance(tree, dict)
     return resolve({str(key): value for key, value in tree.items()})
 
 
 def resolve(tree: Mapping[str, Any]) -> Config:
     """Merges a plain tree over the preset it names and validates it; raises `ConfigError`."""
+    named = tree.get("algorithm", "grpo")
     try:
-        base = preset(str(tree.get("algorithm", "grpo")))
+        base = preset(named) if isinstance(named, str) else {}  # what is no text, validation refuses
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(dict(base)), OmegaConf.create(dict(tree))))
-    assert isinstance(merged, dict)
     try:
-        return Config.model_validate(merged)
+        return Config.model_validate(merged(base, tree))
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(explain(error, Config)) from error
+
+
+def with_steps(config: Config, problems: int | None) -> tuple[Config, str | None]:
+    """The configuration with the steps that `schedule.passes` asks for, and a line that says how many passes over so many
+    problems (None: without end) its steps make."""
+    schedule = config.schedule
+    if problems is None or "rl" not in config.stages:
+        return config, None
+    if schedule.passes is not None:
+        steps = math.ceil(schedule.passes * problems / schedule.prompts_per_step - 1e-9)
+        changed = schedule.model_copy(update={"passes": None, "steps": steps})
+        config = resolve(config.model_copy(update={"schedule": changed}).model_dump())
+    least = "at least " if config.filter.dynamic_sampling or schedule.oversample > 1 else ""
+    asked = config.schedule.steps * schedule.prompts_per_step
+    return config, (
+        f"schedule.steps={config.schedule.steps} of {schedule.prompts_per_step} prompts are {least}"
+        f"{asked / problems:.3g} passes over {problems:,} problems"
+    )
 
 
 def to_yaml(config: Config) -> str:
@@ -229,69 +266,9 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
 
 
-def _explain(error: ValidationError) -> str:
-    """All problems in one line, each with its key, its value and what would be right."""
-    problems = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            problems.append(_unknown_key(item["loc"]))
-        elif item["type"] == "missing":
-            problems.append(f"{key} is required but missing; add it to the file or pass {key}=...")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            shown = "" if isinstance(item["input"], Mapping) or not key else f"{key}={item['input']!r}: "
-            problems.append(f"{shown or (key + ': ' if key else '')}{message[0].lower() + message[1:]}")
-    return "; ".join(problems)
-
-
-def _unknown_key(location: tuple[int | str, ...]) -> str:
-    key = ".".join(str(part) for part in location)
-    parent: Any = Config
-    for part in location[:-1]:
-        parent = _child(parent, str(part))
-    siblings = list(parent.model_fields) if parent is not None else []
-    prefix = key[: -len(str(location[-1]))]
-    near = difflib.get_close_matches(str(location[-1]), siblings, n=1, cutoff=0.5)
-    if near:
-        return f"unknown key {key}; did you mean {prefix}{near[0]}?"
-    elsewhere = difflib.get_close_matches(str(location[-1]), [k.rsplit(".", 1)[-1] for k in keys()], n=1, cutoff=0.8)
-    full = [k for k in keys() if elsewhere and k.rsplit(".", 1)[-1] == elsewhere[0]]
-    return f"unknown key {key}; " + (
-        f"did you mean {full[0]}?" if full else f"{prefix or 'the top level '}has {', '.join(siblings)}"
-    )
-
-
 def keys() -> list[str]:
     """Every key that a file may set, dotted."""
-    return list(_keys(Config, ""))
-
-
-def _keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        child = _model_of(field)
-        if child is not None:
-            yield from _keys(child, f"{prefix}{name}.")
-
-
-def _child(model: type[BaseModel] | None, name: str) -> type[BaseModel] | None:
-    if model is None:
-        return None
-    field = model.model_fields.get(name)
-    return _model_of(field) if field is not None else model  # a name chosen by the user, as in reward.parts.<name>
-
-
-def _model_of(field: FieldInfo) -> type[BaseModel] | None:
-    pending: list[Any] = [field.annotation]
-    while pending:
-        kind = pending.pop()
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-        origin = get_origin(kind)
-        if origin in (Union, UnionType) or (isinstance(origin, type) and issubclass(origin, Mapping)):
-            pending.extend(get_args(kind))
-    return None
+    return [entry.key for entry in entries(Config)]
 
 
 def _nearby(file: Path) -> str:

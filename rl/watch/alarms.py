@@ -1,6 +1,7 @@
 """Signs that a run does not learn: one line each, with the likely cause and the fix, once a run.
 
-A sign must hold for `tracking.warn_after` steps in a row; one that held in every step of a shorter run is said at its end.
+A sign must hold for `tracking.warn_after` steps in a row, those left out in which its figure is not
+known; one that held in every step of a shorter run is said at its end.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from ..algorithm.advantages import ROUNDING
 from ..config.load import Config
 
 Metrics = Mapping[str, float]
+ENTROPY = "actor/entropy_per_token"
+ENTROPY_LEFT = "its share of the start's"
+SOLVED = 0.9
+"""Share of right answers from which low entropy is no loss."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,8 +33,8 @@ class Sign:
     """One way in which a run does not learn."""
 
     title: str
-    shows: Callable[[Metrics], bool]
-    """Whether a step's metrics have it."""
+    shows: Callable[[Metrics], bool | None]
+    """Whether a step's metrics have it; None where they do not tell."""
     cause: Callable[[Metrics], str]
     """What it means and what may be done, from the last step's metrics."""
 
@@ -37,36 +42,54 @@ class Sign:
 class Alarms:
     """Sees the metrics of each step in turn."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, entropy_start: float | None = None) -> None:
+        """entropy_start: as `self.entropy_start` was in the run's earlier sitting."""
+        self.entropy_start = entropy_start
+        """Nats a token in the first step that trained: what a collapse is measured by."""
         self._signs = signs(config)
         self._patience = config.tracking.warn_after
-        self._streak = {sign.title: 0 for sign in self._signs}
+        self._seen: dict[str, list[int]] = {sign.title: [] for sign in self._signs}
+        """The steps in a row that have each sign."""
+        self._told: dict[str, int] = {sign.title: 0 for sign in self._signs}
+        """Of all steps, those that told."""
         self._said: set[str] = set()
-        self._seen = 0
         self._last: Metrics = {}
-        self._step = 0
 
     def after(self, step: int, metrics: Metrics) -> list[Alarm]:
         """The signs that have now held for long enough, and were not said before."""
-        self._seen, self._step, self._last = self._seen + 1, step, metrics
+        entropy = metrics.get(ENTROPY)
+        if self.entropy_start is None and entropy and math.isfinite(entropy):
+            self.entropy_start = entropy
+        if entropy is not None and self.entropy_start:
+            metrics = {**metrics, ENTROPY_LEFT: entropy / self.entropy_start}
+        self._last = metrics
         for sign in self._signs:
-            self._streak[sign.title] = self._streak[sign.title] + 1 if sign.shows(metrics) else 0
-        return self._say(self._patience)
+            shows = sign.shows(metrics)
+            if shows is None:
+                continue
+            self._told[sign.title] += 1
+            self._seen[sign.title] = [*self._seen[sign.title], step] if shows else []
+        return self._say(lambda seen, told: seen >= self._patience)
 
     def at_end(self) -> list[Alarm]:
         """The signs that held in every step of a run that was too short for `after`."""
-        return self._say(self._seen) if self._seen < self._patience else []
+        return self._say(lambda seen, told: seen == told < self._patience)
 
-    def _say(self, steps: int) -> list[Alarm]:
-        if not self._patience or not steps:
-            return []
-        found = [s for s in self._signs if self._streak[s.title] >= steps and s.title not in self._said]
+    def _say(self, holds: Callable[[int, int], bool]) -> list[Alarm]:
+        found = [
+            sign
+            for sign in self._signs
+            if self._patience
+            and self._seen[sign.title]
+            and sign.title not in self._said
+            and holds(len(self._seen[sign.title]), self._told[sign.title])
+        ]
         self._said |= {sign.title for sign in found}
         return [Alarm(title=sign.title, text=self._text(sign)) for sign in found]
 
     def _text(self, sign: Sign) -> str:
-        count = self._streak[sign.title]
-        when = f"steps {self._step - count + 1} to {self._step}" if count > 1 else f"step {self._step}"
+        first, last = self._seen[sign.title][0], self._seen[sign.title][-1]
+        when = f"step {last}" if first == last else f"steps {first} to {last}"
         return f"{when}: {sign.cause(self._last)}"
 
 
@@ -87,16 +110,16 @@ def signs(config: Config) -> list[Sign]:
         ),
         Sign(
             title="entropy collapsed",
-            shows=lambda m: m.get("actor/entropy_per_token", float("inf")) < floor,
+            shows=lambda m: _collapsed(m, floor),
             cause=lambda m: (
-                f"the policy's entropy is {m['actor/entropy_per_token']:.2g} nats a token, below "
-                f"tracking.entropy_floor={floor:g}: it gives one answer to each problem and explores no more; lower optim.lr, "
-                "raise loss.clip_high, or set loss.entropy_coef=0.001"
+                f"the policy's entropy is {m[ENTROPY]:.2g} nats a token, {m[ENTROPY_LEFT]:.1%} of what it was at the start "
+                f"(tracking.entropy_floor={floor:g}), and {m['training/accuracy']:.0%} of the answers are right: it explores no "
+                "more; lower optim.lr, raise loss.clip_high, or set loss.entropy_coef=0.001"
             ),
         ),
         Sign(
             title="no gradient",
-            shows=lambda m: m.get("training/updates", 0) > 0 and m.get("actor/grad_norm") == 0,
+            shows=lambda m: m["actor/grad_norm"] == 0 if "actor/grad_norm" in m else None,
             cause=lambda m: (
                 "updates are made with a gradient of exactly 0: every token is masked or clipped (actor/pg_clipfrac, "
                 "rollout_corr/rollout_rs_masked_fraction); widen loss.clip_* or the bounds of offpolicy"
@@ -104,7 +127,7 @@ def signs(config: Config) -> list[Sign]:
         ),
         Sign(
             title="log-probs are not finite",
-            shows=lambda m: m.get("actor/nonfinite_logp", 0.0) > 0.01,
+            shows=lambda m: m["actor/nonfinite_logp"] > 0.01 if "actor/nonfinite_logp" in m else None,
             cause=lambda m: (
                 f"{m['actor/nonfinite_logp']:.1%} of the tokens have log-probs that are NaN or infinite and do not train; check "
                 "the engine (model.dtype, rollout.engine_args) and actor/grad_norm"
@@ -112,13 +135,20 @@ def signs(config: Config) -> list[Sign]:
         ),
         Sign(
             title="gradients are not finite",
-            shows=lambda m: not math.isfinite(m.get("actor/grad_norm", 0.0)),
+            shows=lambda m: not math.isfinite(m["actor/grad_norm"]) if "actor/grad_norm" in m else None,
             cause=lambda m: (
                 f"{m.get('actor/steps_skipped', 0):.0f} updates were left out because their gradient was NaN or infinite; lower "
                 "optim.lr, or bound the loss (kl.bound, loss.dual_clip)"
             ),
         ),
     ]
+
+
+def _collapsed(metrics: Metrics, floor: float) -> bool | None:
+    """A policy that has solved its problems has no need to explore, and a step without an update does not tell."""
+    if ENTROPY_LEFT not in metrics:
+        return None
+    return metrics[ENTROPY_LEFT] < floor and metrics.get("training/accuracy", 0.0) < SOLVED
 
 
 def _all_equal(metrics: Metrics) -> bool:
@@ -160,7 +190,7 @@ def _cause_of_no_update(metrics: Metrics) -> str:
     dropped = metrics.get("training/filter_groups/dropped", 0.0)
     if dropped:
         return (
-            f"no weight has moved: all {dropped:.0f} groups have equal scores ({solved:.0f} solved by every answer, {failed:.0f} "
-            "by none); raise rollout.group_size, take problems of another difficulty, or set filter.dynamic_sampling=true"
+            f"no weight has moved: all {dropped:.0f} groups have equal scores ({solved:.0f} all above 0, {failed:.0f} all 0 or "
+            "less); raise rollout.group_size, take problems of another difficulty, or set filter.dynamic_sampling=true"
         )
     return "no weight has moved: no token had an advantage; check that answers are not empty and that rewards differ"

@@ -245,6 +245,12 @@ def test_a_row_that_raises_costs_no_neighbour() -> None:
     assert "RecursionError" in found[1].message and "SystemExit" in found[3].message
 
 
-def test_a_sum_that_is_not_finite_is_no_score() -> None:
-    suite = RewardSuite([Part(name="p", reward=fixed(1e308), weight=100.0)])
-    assert suite.grade([RewardInput(completion="")])[0].status is Status.VERIFIER_ERROR
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [((1e308, 1e308), None), ((1e300, 0.0), None), ((-1.1e9, 0.0), None), ((1e9, 0.0), 1e9), ((1e308, -1e308), 0.0)],
+)
+def test_a_sum_beyond_reason_is_no_score(scores: tuple[float, float], expected: float | None) -> None:
+    """Its square would overflow in the deviation of its group."""
+    [verdict] = suite(a=(fixed(scores[0]), 1.0), b=(fixed(scores[1]), 1.0)).grade(ROWS[:1])
+    assert verdict.score == expected
+    assert expected is not None or "is not within +-1e+09; set other weights" in verdict.message

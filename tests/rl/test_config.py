@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from emberl.rl.config.load import ConfigError, keys, load_config, to_yaml
+from emberl.rl.config.cautions import said_at_start
+from emberl.rl.config.load import ConfigError, keys, load_config, to_yaml, with_steps
 
 MINIMAL = "name: t\nmodel: {path: somewhere}\ndata: {source: arithmetic}\n"
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -43,7 +44,7 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
     [
         ("rollout.group_sze=8", "unknown key rollout.group_sze; did you mean rollout.group_size?"),
         ("rollot.group_size=8", "unknown key rollot; did you mean rollout?"),
-        ("weight_decay=0.1", "unknown key weight_decay; did you mean optim.weight_decay?"),
+        ("weight_decay=0.1", "unknown key weight_decay: emberl calls it optim.weight_decay"),
         (
             "reward.parts.answer.wieght=1",
             "unknown key reward.parts.answer.wieght; did you mean reward.parts.answer.weight?",
@@ -84,6 +85,36 @@ def test_a_file_that_is_no_mapping(file: Path, text: str) -> None:
 
 def test_keys_lists_nested_keys() -> None:
     assert {"optim.lr", "cluster.rollouts", "data.source", "model.tiny.hidden"} <= set(keys())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problems", "steps", "said"),
+    [
+        (["schedule.passes=2"], 7473, 234, "schedule.steps=234 of 64 prompts are 2 passes over 7,473 problems"),
+        (["schedule.passes=0.5"], 128, 1, "schedule.steps=1 of 64 prompts are 0.5 passes over 128 problems"),
+        (["schedule.passes=3", "schedule.prompts_per_step=7"], 7, 3, "are 3 passes over 7 problems"),
+        (["schedule.steps=10"], 640, 10, "schedule.steps=10 of 64 prompts are 1 passes over 640 problems"),
+        (["schedule.steps=10", "algorithm=dapo"], 1000, 10, "are at least 0.64 passes over 1,000 problems"),
+        (["schedule.steps=10"], None, 10, None),
+        (["stages=[sft]", "schedule.steps=10"], 640, 10, None),
+    ],
+)
+def test_passes_over_the_data(
+    file: Path, overrides: list[str], problems: int | None, steps: int, said: str | None
+) -> None:
+    file.write_text(MINIMAL.replace("arithmetic", "rows.jsonl"))
+    config, line = with_steps(load_config(file, overrides), problems)
+    assert (config.schedule.steps, config.schedule.passes) == (steps, None)
+    assert (line is None) if said is None else (line is not None and line.endswith(said))
+
+
+def test_passes_are_of_a_data_set_and_are_checked_once_they_are_counted(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.source=arithmetic makes problems without end; set schedule.steps"):
+        load_config(file, ["schedule.passes=2"])
+    vapo = load_config(file, ["data.source=rows.jsonl", "schedule.passes=1", "algorithm=vapo", "schedule.steps=10"])
+    assert said_at_start(vapo) == ["note: schedule.passes=1 decides schedule.steps once the data are counted"]
+    with pytest.raises(ConfigError, match=r"critic.warmup=50 trains the critic alone for all of schedule.steps=4"):
+        with_steps(vapo, 256)
 
 
 @pytest.mark.slow

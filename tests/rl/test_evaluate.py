@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from emberl.rewards.inputs import RewardInput
+from emberl.rewards.suite import build_suite
 from emberl.rewards.verdict import Status, Verdict, verifier_error
-from emberl.rl.evaluate import Pair, best_at_k, final_answer, majority_at_k, pass_at_k, summarise
+from emberl.rl.evaluate import Pair, best_at_k, by_reward, final_answer, majority_at_k, pass_at_k, summarise
 from emberl.rl.groups import Group
 from emberl.rollout.samples import Completion, Prompt, Span
 
@@ -104,6 +106,53 @@ def test_wrong_answers_are_one_where_the_reward_says_so() -> None:
     asked.clear()
     summarise([group("m", *[True] * 3, False, False), group("m", *[False] * 5)], [texts, texts], same)
     assert asked == []
+
+
+RIGHT = [
+    "We get \\boxed{42}.",
+    "so the total is $42$",
+    "<think>40, no</think>It is \\boxed{42.0}",
+    "\\boxed{\\frac{84}{2}}",
+    "#### 42",
+    "The answer is **42**.",
+]
+WRONG = ["The same words: \\boxed{7}", "The same words: \\boxed{7}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("answers", "reference", "expected"),
+    [
+        ([*RIGHT, *WRONG], "42", 1.0),
+        ([*RIGHT[:2], "\\boxed{1/2}", "\\boxed{0.5}", "so it is 50\\%: \\boxed{\\frac12}"], "42", 0.0),
+        ([*RIGHT[:3], "\\boxed{1/2}", "\\boxed{0.5}", "\\boxed{\\frac12}"], "42", 0.5),
+        ([*RIGHT[:1], "I do not know", "no idea at all", "nobody can tell"], "42", 0.25),
+        (
+            ["\\boxed{x^2+2x+1}", "\\boxed{(x+1)^2}", "\\boxed{1+2x+x^2}", "\\boxed{x^2}", "\\boxed{x^2}"],
+            "(x+1)^2",
+            1.0,
+        ),
+        (["\\boxed{x^2+2x+1}", "\\boxed{x(x+1)}", "\\boxed{x^2+x}", "\\boxed{x+x^2}"], "(x+1)^2", 0.0),
+    ],
+    ids=[
+        "six wordings",
+        "wrong ones unite",
+        "a tie",
+        "prose does not unite",
+        "forms of a polynomial",
+        "wrong forms unite",
+    ],
+)
+def test_a_majority_by_the_math_reward(answers: list[str], reference: str, expected: float) -> None:
+    """Verdicts and likenesses are the reward's own, as in an evaluation of a run."""
+    suite = build_suite({"answer": {"use": "math"}})
+    try:
+        verdicts = suite.grade([RewardInput(completion=text, answer=reference) for text in answers])
+        problem = replace(group("m", *[True] * len(answers)), verdicts=tuple(verdicts))
+        found = summarise([problem], [answers], by_reward(suite)).metrics
+    finally:
+        suite.close()
+    assert found[f"val-core/m/acc/maj@{len(answers)}"] == expected
 
 
 def test_what_has_no_answer_does_not_vote() -> None:

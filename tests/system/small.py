@@ -63,7 +63,7 @@ class Emberl:
     def train(
         self, *arguments: str, status: int = 0, config: Path | None = None, fresh: bool = False, **environment: str
     ) -> dict[str, Any]:
-        """The JSON line with which the run ends."""
+        """The JSON line with which the run ends; what it told a person is in `stderr.txt`."""
         if fresh:
             process = self.start(*arguments, config=config, **environment)
             try:
@@ -79,6 +79,7 @@ class Emberl:
             with contextlib.chdir(self.folder):
                 ran = CliRunner().invoke(app, ["train", str(config or self.config), *arguments])
             out, err, code = ran.stdout, ran.stderr, ran.exit_code
+        (self.folder / "stderr.txt").write_text(err)
         assert code == status, f"exit status {code}\n{out[-2000:]}\n{err[-4000:]}"
         result: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
         return result

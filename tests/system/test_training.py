@@ -66,6 +66,9 @@ def test_a_resumed_run_is_the_uninterrupted_run(emberl: Emberl, algorithm: tuple
     shutil.copytree(whole, part, ignore=shutil.ignore_patterns("rl-000004", "model"))
     done = json.loads((part / "checkpoints/rl-000002/progress.json").read_text())
     assert (done["stage"], done["step"]) == (1, 2)
+    for change, line in {} if algorithm else ANOTHER_RUN.items():
+        refused = emberl.train("run_dir=part", "--resume", change, status=2)
+        assert line in refused["error"], "before Ray or any actor starts"
     result = emberl.train(*algorithm, "run_dir=part", "--resume", fresh=True)
     assert result["steps"] == 4
     assert weights(whole / "model") == weights(part / "model")
@@ -82,6 +85,29 @@ def test_a_resumed_run_is_the_uninterrupted_run(emberl: Emberl, algorithm: tuple
             "engine and learner disagree at the first step of a version"
         )
         assert row["actor/pg_clipfrac"] == 0.0
+    further = emberl.train(
+        "run_dir=part", "--resume", "--override", "seed=5", "data.terms=[2,3]", "schedule.steps=5", "optim.lr=2e-3"
+    )
+    said = (emberl.folder / "stderr.txt").read_text()
+    for line in (
+        "seed: 0, now 5",
+        "data.terms: [2, 2], now [2, 3]",
+        "schedule.steps: 4, now 5",
+        "optim.lr: 0.001, now 0.002",
+    ):
+        assert f"resumed with {line}\n" in said
+    assert (further["steps"], further["updates"]) == (5, result["updates"] + 1)
+    again = emberl.train("run_dir=part", "--resume", "seed=5", "data.terms=[2,3]", "schedule.steps=5", "optim.lr=2e-3")
+    assert again["steps"] == 5, "the newest checkpoint is of the new settings"
+
+
+ANOTHER_RUN = {
+    "seed=5": "rl-000002 is of another run (seed: 0, now 5); give its settings, add --override",
+    "data.terms=[2,3]": "data.terms: [2, 2], now [2, 3]",
+    "stages=[rl]": 'stages: ["sft", "rl"], now ["rl"]',
+    "model.tiny.hidden=32": "the model of rl-000002 is another (model.tiny.hidden: 64, now 32)",
+    "model={path: elsewhere, tiny: null}": "the model of rl-000002 is another",
+}
 
 
 def test_two_workers_and_two_ranks_run_the_same_problem(emberl: Emberl) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from emberl.rewards.verdict import LARGEST_SCORE
 from emberl.rl.algorithm.advantages import (
     all_equal,
     batch_advantages,
@@ -22,7 +26,9 @@ from emberl.rl.algorithm.advantages import (
     value_targets,
     whiten,
 )
-from emberl.rl.config.algorithm import AdvantageConfig
+from emberl.rl.algorithm.losses import Objective
+from emberl.rl.config.algorithm import AdvantageConfig, KLConfig, LossConfig, OffPolicyConfig
+from emberl.rl.config.presets import PRESETS, preset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -102,6 +108,31 @@ def test_a_completion_without_a_verdict_changes_no_other(group: list[float], whe
         alone, beside = centred(np.array(group), **options), centred(np.array(more), **options)
         assert beside[place] == 0.0
         np.testing.assert_array_equal(np.delete(beside, place), alone)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("size", [1e-6, 1.0, LARGEST_SCORE])
+def test_the_largest_scores_train_without_an_overflow(name: str, size: float, columns: Callable[..., Any]) -> None:
+    """From scores to the loss in float32, also where the policy has moved as far as a log-ratio is followed."""
+    tree = preset(name)
+    advantage, loss = AdvantageConfig(**tree["advantage"]), LossConfig(**tree["loss"])
+    policy = OffPolicyConfig(**tree.get("offpolicy", {}))
+    per_answer = np.concatenate(
+        group_advantages([np.array([size, 0.0, -size]), np.array([NAN, size, size])], advantage)
+    )
+    ids = np.repeat(np.arange(6), 2)
+    mask = np.repeat(~np.isnan([1, 1, 1, NAN, 1, 1]), 2)
+    given, _ = batch_advantages(per_answer[ids], mask, ids, advantage, values=np.zeros(12))
+    logp = np.linspace(-12.0, -0.1, 12)
+    rows = dict.fromkeys(("old", "behaviour", "reference"), logp[::-1].copy())
+    step = columns(ids, mask, loss.aggregation, logp=logp, advantages=given, entropy=np.ones(12), **rows)
+    step = replace(step, batch=replace(step.batch, correct_T=mask))
+    terms = step.terms(Objective.of(loss, KLConfig(place="loss"), policy), dtype=torch.float32)
+    assert torch.isfinite(terms.loss).all() and torch.isfinite(terms.dlogp).all()
+    assert terms.dlogp.abs().max() > 0
+    if advantage.std == "group" or advantage.whiten:
+        assert np.abs(given[mask]).max() < 3, "of one size whatever the scores' size is"
 
 
 # Token rewards, GAE ---------------------------------------------------------------------------------------------------

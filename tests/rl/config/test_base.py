@@ -18,7 +18,6 @@ QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
             "rollout.group_size=True: a boolean does not go here (YAML reads yes and on as true)",
         ),
         ("seed=no", "seed=False: a boolean does not go here (YAML reads no and off as false); write a number"),
-        ("name=on", "name=True: a boolean does not go here (YAML reads yes and on as true); put the word in quotes"),
         ("loss.clip_low=true", "loss.clip_low=True: a boolean"),
         ("optim.betas=[yes,0.9]", "optim.betas=[True, 0.9]: a boolean"),
         ("data.terms=[4,on]", "data.terms=[4, True]: a boolean"),
@@ -67,3 +66,14 @@ def test_a_file_may_say_off(tmp_path: Path) -> None:
     file.write_text("name: t\nmodel: {path: x, packing: off}\ndata: {source: arithmetic}\nschedule: {steps: 1e2}\n")
     config = load_config(file)
     assert (config.model.packing, config.schedule.steps) == ("off", 100)
+
+
+def test_a_file_must_quote_a_word_that_yaml_takes_for_a_boolean(tmp_path: Path) -> None:
+    file = tmp_path / "t.yaml"
+    file.write_text("name: on\nmodel: {path: 5}\ndata: {source: arithmetic}\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(file)
+    assert "name=True: a boolean does not go here (YAML reads yes and on as true); put the word in quotes" in str(
+        error.value
+    )
+    assert "model.path=5: a text goes here; put it in quotes" in str(error.value)
