@@ -36,7 +36,7 @@ SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Seat:
+class ActorSlot:
     """Where one actor sits: its bundle of the placement group and the threads of its process."""
 
     role: Role
@@ -54,7 +54,7 @@ class Placement:
     """One seat for every actor."""
 
     device: str
-    seats: tuple[Seat, ...]
+    seats: tuple[ActorSlot, ...]
 
     def bundles(self) -> list[dict[str, float]]:
         """Of the placement group: what the seats of each place need together."""
@@ -96,7 +96,7 @@ def plan_placement(config: Config) -> Placement:
         bundle = {"CPU": cpus[role]} if cardless else {target.resource: cards, "CPU": cpus[role]}
         first = 0 if cluster.colocated or role == "learner" else cluster.learners
         seats += [
-            Seat(role=role, index=i, bundle=bundle, threads=max(1, threads), place=first + i)
+            ActorSlot(role=role, index=i, bundle=bundle, threads=max(1, threads), place=first + i)
             for i in range(counts[role])
         ]
     return Placement(device=target.device, seats=tuple(seats))
@@ -184,7 +184,7 @@ class Cluster:
         config, seats = self.config, self.placement.seats
         world = sum(seat.role == "learner" for seat in seats)
         ranks: list[Any] = []
-        self._specs: list[tuple[Seat, WorkerSpec]] = []
+        self._specs: list[tuple[ActorSlot, WorkerSpec]] = []
         for seat in seats:
             if seat.role == "learner":
                 rank = RankSpec(
@@ -252,12 +252,12 @@ class Cluster:
         self.learners.connect(self._model_path, timeout)
         gather(self._ready, who="rollout worker", what="ready", timeout=timeout, key="cluster.start_timeout")
 
-    def _spawn(self, actor: type, seat: Seat, spec: RankSpec | WorkerSpec) -> Any:
+    def _spawn(self, actor: type, seat: ActorSlot, spec: RankSpec | WorkerSpec) -> Any:
         handle = self.options(actor, seat).remote(spec)
         self._actors.append(handle)
         return handle
 
-    def options(self, actor: type, seat: Seat) -> Any:
+    def options(self, actor: type, seat: ActorSlot) -> Any:
         """The Ray actor class bound to its bundle, its resources and its thread environment."""
         others = {name: amount for name, amount in seat.bundle.items() if name not in ("CPU", "GPU")}
         remote: Any = ray.remote  # its types know no concurrency groups

@@ -88,7 +88,7 @@ def train(config: Config, *, resume: bool = False, override: bool = False) -> Re
     restarts = config.cluster.max_restarts
     while True:
         try:
-            return sitting(config, cluster, run_dir, checkpoint, started)
+            return run_attempt(config, cluster, run_dir, checkpoint, started)
         except ActorLostError as error:
             checkpoint = latest_checkpoint(run_dir)
             if not restarts or checkpoint is None:
@@ -98,7 +98,7 @@ def train(config: Config, *, resume: bool = False, override: bool = False) -> Re
             cluster = Cluster(config)
 
 
-def sitting(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | None, started: float) -> Result:
+def run_attempt(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | None, started: float) -> Result:
     """The run from a checkpoint, or from the beginning, to its end, with actors of its own. started: when the run began, less
     the time in which it did not run."""
     progress = read_progress(checkpoint) if checkpoint else Progress()
@@ -156,7 +156,7 @@ def go(run: Run, checkpoint: Path | None) -> Result:
                 checkpoint = None
             if published:
                 run.probe.begin_stage()
-            run.publish(new_version=published)  # an earlier stage of this sitting has changed the weights
+            run.publish(new_version=published)  # an earlier stage of this attempt has changed the weights
             published = True
             stages[name](run)
             run.progress = run.progress.advance(

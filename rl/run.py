@@ -64,7 +64,9 @@ class Run:
     stop_token_ids: tuple[int, ...] = ()
     """As `model_files.stop_tokens` finds them."""
     _delivery: Future[dict[str, float]] | None = None
-    _courier: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="courier"))
+    _publish_executor: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="publish")
+    )
 
     def sampling(self, step: int) -> Sampling:
         """How this step's answers are drawn: with the prompt and the sample's index the step fixes every draw."""
@@ -173,7 +175,7 @@ class Run:
         before."""
         schedule, version = self.config.schedule, self.progress.version + new_version
         start = time.perf_counter()  # to wait for the version before is the learners' loss, too
-        figures = self.settle()
+        figures = self.wait_published()
         self.sync.begin(version)
         ahead = not wait and schedule.max_staleness > 0
         later = ahead and schedule.in_flight == "finish"
@@ -181,11 +183,11 @@ class Run:
         self.progress = self.progress.advance(version=version)
         if not ahead:
             return self._deliver(version, probe, later)
-        self._delivery = self._courier.submit(self._deliver, version, probe, later)
+        self._delivery = self._publish_executor.submit(self._deliver, version, probe, later)
         self._delivery.add_done_callback(lambda _: self.pool.on_served())
         return figures | {"sync/exposed_s": time.perf_counter() - start}
 
-    def settle(self) -> dict[str, float]:
+    def wait_published(self) -> dict[str, float]:
         """Waits until the workers have what was published, if that is under way; returns its figures and raises its errors."""
         delivery, self._delivery = self._delivery, None
         return {} if delivery is None else delivery.result()  # every wait inside has a deadline
@@ -234,7 +236,7 @@ class Run:
 
     @cached_property
     def probe(self) -> Probe:
-        """Knows how far engines and learners were apart before, also in the run's earlier sittings."""
+        """Knows how far engines and learners were apart before, also in the run's earlier attempts."""
         logp, p = self.progress.probe_noise_logp, self.progress.probe_noise_p
         level = None if logp is None or p is None else Level(logp=logp, p=p)
         return Probe(tolerance_of(self.config.model.dtype), level)
@@ -256,7 +258,7 @@ class Run:
     def stop_if_asked(self) -> None:
         """Between two steps: saves and raises `Interrupted` if a signal came."""
         if self.stop.is_set():
-            self.settle()
+            self.wait_published()
             self.save()
             raise Interrupted
 

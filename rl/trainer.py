@@ -54,7 +54,7 @@ def train_rl(run: Run) -> None:
                 run.progress = run.progress.advance(accuracy_end=evaluate(run).accuracy)
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 run.save()
-        run.settle()
+        run.wait_published()
 
 
 def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, float]:
