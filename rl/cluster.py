@@ -24,7 +24,7 @@ from ..kernels import platform
 from ..rollout.actors import gather
 from ..rollout.engine import WorkerSpec
 from ..rollout.pool import RolloutPool
-from ..rollout.schedule import GIVEN
+from ..rollout.schedule import QUEUE_DEPTH
 from ..rollout.worker import RolloutWorker
 from .config.load import Config, ConfigError
 from .learner.group import PUBLISHING, LearnerGroup
@@ -226,7 +226,7 @@ class Cluster:
             workers,
             timeout=config.rollout.timeout,
             sync_timeout=config.sync.timeout,
-            max_samples=GIVEN * config.rollout.max_num_seqs if config.schedule.max_staleness else None,
+            max_samples=QUEUE_DEPTH * config.rollout.max_num_seqs if config.schedule.max_staleness else None,
             respawn=self.respawn,
             max_restarts=config.rollout.max_restarts,
         )
