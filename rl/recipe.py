@@ -18,6 +18,7 @@ from ..rewards.suite import RewardSuite, build_suite
 from ..rollout.actors import ActorLostError
 from ..rollout.engines import check_engine
 from ..rollout.samples import Prompt
+from ..rollout.stops import token_bytes
 from ..rollout.vllm_backend.compat import transfer_backend
 from .algorithm.losses import Objective
 from .batch import sft_batch
@@ -113,6 +114,8 @@ def sitting(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | 
         learners, pool = cluster.spawn(model_path, run_id := uuid.uuid4().hex)
         tokenizer = load_tokenizer(model_path, config.data)
         with user_errors():
+            if config.rollout.stop:
+                token_bytes(tokenizer)  # says whether the engines can find these in its tokens
             source = open_source(config.data, tokenizer, config.seed)
         with ExitStack() as opened:
             suite = build_rewards(config, source, tokenizer)
