@@ -12,8 +12,8 @@ from ..rollout.samples import Prompt, Sampling
 from .config.data import DataConfig
 from .config.load import Config, ConfigError, user_errors
 from .config.settings import EvalSetConfig
-from .data.sources import PromptSource, check_data, open_source
-from .run import reward_input
+from .data.sources import PromptSource, open_source
+from .reward_inputs import reward_input
 
 GENERATED_SIZE = 512
 """Problems of a set that is generated rather than read, where its `size` is empty."""
@@ -37,15 +37,6 @@ class EvalSet:
     def sampled(self, sampling: Sampling) -> Sampling:
         """The run's sampling with what is this set's own."""
         return replace(sampling, **self.sampling)
-
-
-def check_eval_sets(config: Config) -> None:
-    """What can be known of `eval.sets` without tokenizer and network. ValueError names the set."""
-    for name, settings in config.eval.sets.items():
-        try:
-            check_data(settings)
-        except ValueError as error:
-            raise ValueError(f"eval.sets.{name}: {error}") from error
 
 
 def open_eval_sets(
