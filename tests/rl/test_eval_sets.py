@@ -60,7 +60,7 @@ def opened(settings: Config) -> tuple[dict[str, EvalSet], list[str]]:
     with ExitStack() as stack:
         stack.callback(suite.close)
         sets = open_eval_sets(settings, source, suite, lambda _: CHAT, said.append, stack)
-        return {each.name: each for each in sets}, said
+        return {each.name: each for each in sets}, [line for line in said if "layout" not in line]
 
 
 AIME = {"prompt_column": "Problem", "answer_column": "Answer"}
@@ -169,7 +169,7 @@ def test_every_set_is_in_the_metrics_by_its_name(files: dict[str, str], size: in
         run = FakeRun(
             config=settings,
             eval_sets=open_eval_sets(settings, source, suite, lambda _: CHAT, print, stack),
-            settle=lambda: {},
+            wait_published=lambda: {},
             progress=SimpleNamespace(step=7),
             sampling=lambda step: Sampling(max_tokens=32),
             text=lambda prompt, completion: "\\boxed{1}",
