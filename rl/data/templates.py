@@ -212,7 +212,7 @@ class PromptWriter:
         if settings.template == "raw" and len(messages) > 1:
             raise ValueError("data.template=raw takes a text, but here are several messages; set data.template=chat")
         text = render(messages, self._tokenizer, self._template, settings.chat_template_kwargs)
-        text, prefix = _begun(text, prefix)
+        text, prefix = with_prefix(text, prefix)
         return Prompt(
             id=id,
             token_ids=prompt_ids(text, self._tokenizer, chat=self._template is not None),
@@ -258,7 +258,7 @@ def _merged(messages: Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]
     return ({**first, "content": f"{system['content']}\n\n{first['content']}"}, *others)
 
 
-def _begun(text: str, prefix: str) -> tuple[str, str]:
+def with_prefix(text: str, prefix: str) -> tuple[str, str]:
     """A rendered prompt with the beginning of the answer, and this as it stands there: some templates write it themselves."""
     begun = prefix.strip()
     if begun and text.rstrip().endswith(begun):
@@ -327,4 +327,5 @@ __all__ = [
     "render",
     "supervised_ids",
     "template_of",
+    "with_prefix",
 ]
