@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .inputs import RewardInput
+from .inputs import Reward, RewardInput
 from .verdict import Status, Verdict, verifier_error
 
 EPISODE = "episode"
 """The column in which every reward finds `{"reward", "turns", "status"}` of an episode."""
 
 
-class EnvironmentReward:
+class EnvironmentReward(Reward):
     """The sum of the rewards of an episode's turns, from the column `EPISODE`: 1 or more is correct, 0 or less is wrong.
 
     An episode that ran out of tokens or turns before it was paid is worth 0.

@@ -3,13 +3,14 @@ tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from ..rewards.plugins.loading import import_function
+from ..rewards.plugins.loading import describe, import_function
 from ..rollout.environments import Episodes
+from .config.data import DataConfig
 from .config.load import Config
-from .data.templates import render
+from .data.templates import render, with_prefix
 
 _TURN, _OBSERVATION = "THE TURN", "THE OBSERVATION"
 
@@ -18,9 +19,12 @@ def load_environment(name: str) -> Callable[[], Any]:
     """The class, `package.module:Class` or `./file.py:Class`; ValueError where it cannot be one."""
     try:
         make: Callable[[], Any] = import_function(name)
+    except ValueError as error:
+        raise ValueError(f"rollout.environment={name}: {error}") from error
+    try:
         environment = make()
     except Exception as error:  # a user's code may fail in any way
-        raise ValueError(f"rollout.environment={name}: {error or type(error).__name__}") from error
+        raise ValueError(f"rollout.environment={name}: {describe(error)}") from error
     for method in ("reset", "step"):
         if not callable(getattr(environment, method, None)):
             raise ValueError(f"rollout.environment={name} has no method {method}; give it one")
@@ -39,8 +43,9 @@ def episodes_of(config: Config, tokenizer: Any, text: Callable[..., str]) -> Epi
     return Episodes(
         make,
         text=text,
-        observe=observer(tokenizer, role, config.data.chat_template_kwargs),
+        observe=observer(tokenizer, role, config.data),
         role=role,
+        prefix=config.data.assistant_prefix,
         max_turns=rollout.max_turns,
         timeout=rollout.environment_timeout,
     )
@@ -49,25 +54,33 @@ def episodes_of(config: Config, tokenizer: Any, text: Callable[..., str]) -> Epi
 def observer(
     tokenizer: Any,
     role: str,
-    arguments: Mapping[str, Any],
+    settings: DataConfig,
 ) -> Callable[[str, int], list[int]]:
     """(observation, last token of the turn before) -> the tokens that stand between that turn and
     the next.
 
     The text is what the chat template writes there, end of the turn included, less the end token
-    that the model said itself; without a template it is the observation alone. It is tokenised by
-    itself, so no token of an earlier turn can change."""
+    that the model said itself, and the beginning of every answer (`data.assistant_prefix`); without
+    a template it is the observation and that. It is tokenised by itself, so no token of an earlier
+    turn can change."""
     before = after = ""
     if tokenizer.chat_template is not None:
         problem, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": _TURN}
         observed = {"role": role, "content": _OBSERVATION}
-        shown = render([problem, answer, observed], tokenizer, arguments)
+        shown = render(
+            [problem, answer, observed],
+            tokenizer,
+            tokenizer.chat_template,
+            settings.chat_template_kwargs,
+        )
         before, seen, after = shown.rpartition(_TURN)[2].partition(_OBSERVATION)
         if _TURN not in shown or not seen:
             raise ValueError(
                 f"the chat template of the model shows no message of the role {role!r} after an answer; "
                 "set the environment's `role` to one that it knows"
             )
+
+    after, _ = with_prefix(after, settings.assistant_prefix)
 
     def observe(observation: str, last: int) -> list[int]:
         text = before.removeprefix(tokenizer.decode([last])) + observation + after

@@ -95,14 +95,17 @@ class Episodes:
         text: Callable[[Sequence[int], FinishReason], str],
         observe: Callable[[str, int], Sequence[int]],
         role: str = "user",
+        prefix: str = "",
         max_turns: int,
         timeout: float,
     ) -> None:
-        """make: an environment for one episode. text: of the tokens of a turn. observe: the tokens
-        of an observation up to where the model's next turn begins, after a turn that ended with
-        this token; ValueError if it cannot be tokenised. role: of the observations. timeout:
-        seconds for one `step`."""
-        self._make, self._text, self._observe, self._role = make, text, observe, role
+        """make: an environment for one episode. text: of the tokens of a turn. observe: the tokens of
+        an observation up to where the model's next turn begins, after a turn that ended with this
+        token; ValueError if it cannot be tokenised. role: of the observations. prefix: how turns
+        after the first begin, where an observation's tokens have that already. timeout: seconds for
+        one `step`."""
+        self._make, self._text, self._observe = make, text, observe
+        self._role, self._prefix = role, prefix
         self._max_turns, self._timeout = max_turns, timeout
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._late: list[threading.Thread] = []
@@ -135,7 +138,8 @@ class Episodes:
     ) -> Completion:
         """The completion with its episode, or, without one, with an observation to go on from."""
         turn = completion.token_ids[session.turns[-1] :].tolist()
-        text = self._text(turn, completion.finish_reason)
+        begun = self._prefix if session.messages else prompt.prefix
+        text = begun + self._text(turn, completion.finish_reason)
         session.messages.append({"role": "assistant", "content": text})
 
         def play() -> Step:
@@ -160,6 +164,8 @@ class Episodes:
             tokens = self._observe(observation, int(completion.token_ids[-1]))
         except ValueError as error:
             return _ended(completion, session, "bad_reply", str(error))
+        if not tokens:
+            return _ended(completion, session, "bad_reply", "an observation without any token")
         if len(completion) + len(tokens) >= sampling.max_tokens:
             return _ended(replace(completion, finish_reason="length"), session, "length")
         session.messages.append({"role": self._role, "content": observation})
@@ -241,9 +247,7 @@ def _with_observation(completion: Completion, tokens: Sequence[int]) -> Completi
     """The tokens are of the version before them, since nobody sampled them, and neither have a
     log-prob nor train."""
     count, total = len(tokens), len(completion) + len(tokens)
-    spans = [*completion.spans]
-    if count:
-        spans.append(Span(spans[-1].version, len(completion), total))
+    spans = [*completion.spans, Span(completion.spans[-1].version, len(completion), total)]
     return replace(
         completion,
         token_ids=np.concatenate([completion.token_ids, np.array(tokens, np.int32)]),

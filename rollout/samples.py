@@ -144,6 +144,14 @@ class Completion:
         return len(self) if self.loss_mask is None else int(self.loss_mask.sum())
 
     @property
+    def open_turn(self) -> list[int]:
+        """The tokens sampled after the last one that was not."""
+        others = np.flatnonzero(~self.mask)
+        start = int(others[-1]) + 1 if len(others) else 0
+        tokens: list[int] = self.token_ids[start:].tolist()
+        return tokens
+
+    @property
     def sampled_by_version(self) -> list[tuple[int, int]]:
         """(version, tokens that it sampled) of each span that has any."""
         counts = [(span.version, int(self.mask[span.start : span.stop].sum())) for span in self.spans]

@@ -34,11 +34,11 @@ class StopMatcher:
         return self._known[key]
 
     def tail(self, tokens: Sequence[int]) -> bytes:
-        """The tail of an answer in which no stop string is complete."""
+        """The tail of a turn in which no stop string is complete."""
         tail = b""
         for token in tokens:
             after = self.step(tail, token)
-            assert after is not None, "a stop string ended the answer before"
+            assert after is not None, "a stop string ended the turn before"
             tail = after
         return tail
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..kernels import platform
 from .engine import Engine, InFlight, Request, WorkerSpec, make_engine
+from .environments import whole
 from .samples import Completion
 from .vllm_backend.transfer import GroupMember
 from .weights.engine_transfer import EngineTransfer
@@ -121,6 +122,7 @@ class GroupService:
         self.engine, self._in_flight = engine, in_flight
         self._samples: dict[str, list[Completion]] = {}  # of each unfinished group by its prompt's id: what is finished
         self._begun: dict[str, list[Completion]] = {}  # of each group that was parked: what was not
+        self._given: dict[tuple[str, int], Completion] = {}  # what samples were given with a mask
         self._streams = 0
         self._quiet = asyncio.Condition()
         self._updates = 0
@@ -133,7 +135,9 @@ class GroupService:
         """All samples of every request, submitted at once; yields groups as they become complete, those together that do so
         within `LINGER`. A group that is cut does not come. begun: prompt id -> as many samples as are asked for, which are
         to go on from where they stand; none: from the prompt."""
-        self._begun |= {name: list(parts) for name, parts in (begun or {}).items() if parts}
+        given = {name: list(parts) for name, parts in (begun or {}).items() if parts}
+        self._begun |= given
+        self._given |= {(c.prompt_id, c.sample): c for parts in given.values() for c in parts}
         ready: Finished = []
         some = asyncio.Event()
         work = asyncio.create_task(self._decode(requests, ready, some))
@@ -154,6 +158,8 @@ class GroupService:
             for prompt, _, _ in requests:
                 self._samples.pop(prompt.id, None)
                 self._begun.pop(prompt.id, None)
+            done = {prompt.id for prompt, _, _ in requests}
+            self._given = {key: c for key, c in self._given.items() if key[0] not in done}
 
     async def _decode(self, requests: Sequence[Request], ready: Finished, some: asyncio.Event) -> None:
         index = {prompt.id: i for i, (prompt, _, _) in enumerate(requests)}
@@ -186,8 +192,9 @@ class GroupService:
         try:
             async with self._updating:
                 if self._in_flight == "park":
-                    for completion in await self.engine.abort(list(self._samples)):
-                        self._begun.setdefault(completion.prompt_id, []).append(completion)
+                    for parked in await self.engine.abort(list(self._samples)):
+                        given = self._given.get((parked.prompt_id, parked.sample))
+                        self._begun.setdefault(parked.prompt_id, []).append(whole(parked, given))
                 async with self._quiet:
                     await self._quiet.wait_for(lambda: not self._streams)
                 return await self.engine.apply(patch)
@@ -289,7 +296,7 @@ class WeightUpdates:
 
 
 def _same(one: WeightUpdate, other: WeightUpdate) -> bool:
-    return (one.sitting, one.version, one.root) == (other.sitting, other.version, other.root)
+    return (one.attempt, one.version, one.root) == (other.attempt, other.version, other.root)
 
 
 def node() -> str:

@@ -241,7 +241,7 @@ class ContinuousBatch:
             self._tokens[start, length : length + have] = torch.from_numpy(begun.token_ids)
             self._logprobs[start, length : length + have] = torch.from_numpy(begun.logprobs)
             if request.stop is not None:
-                self._active[start].tail = request.stop.tail(begun.token_ids.tolist())
+                self._active[start].tail = request.stop.tail(begun.open_turn)
         self._uniforms[rows, length : length + sampling.max_tokens] = torch.from_numpy(draws)
         self._positions[rows] = length + have
         self._last[rows] = length + sampling.max_tokens - 1

@@ -105,7 +105,7 @@ class LiveSample:
         self.request_id, self.tokens, self.spans, self.restart = request_id, 0, [], False
         self.tail, self.stopped = b"", None
         if self.stop is not None and self.begun is not None:
-            self.tail = self.stop.tail(self.begun.token_ids.tolist())
+            self.tail = self.stop.tail(self.begun.open_turn)
 
     def take(self, token_ids: Sequence[int]) -> bool:
         """Notes tokens as they come; whether one of them completes a stop string, so that no more are wanted."""

@@ -18,13 +18,15 @@ from emberl.rewards.suite import build_suite
 from emberl.rewards.verdict import Status, Verdict
 from emberl.rl.algorithm.losses import Objective
 from emberl.rl.batch import denominator, make_batch
+from emberl.rl.checkpoints import Progress
 from emberl.rl.config.algorithm import AdvantageConfig, LossConfig
-from emberl.rl.config.data import TinyConfig
+from emberl.rl.config.data import DataConfig, TinyConfig
 from emberl.rl.config.load import ModelConfig, OptimConfig, resolve
 from emberl.rl.data.tiny import make_tiny, tiny_tokenizer
 from emberl.rl.environments import load_environment, observer
 from emberl.rl.groups import Batch, Group
 from emberl.rl.learner.rank import LearnerRank, RankSpec
+from emberl.rl.reward_inputs import reward_input
 from emberl.rl.run import Run
 from emberl.rl.trainer import staleness
 from emberl.rl.watch.lengths import read_lengths, record_lengths
@@ -62,6 +64,10 @@ TOOLS = (
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
 ANSWERS_ONLY = "{% for m in messages %}{% if m.role != 'tool' %}{{ m.content }}\n{% endif %}{% endfor %}"
+
+
+def given(arguments: dict[str, Any] | None = None, **more: Any) -> DataConfig:
+    return DataConfig(source="arithmetic", chat_template_kwargs=arguments or {}, **more)
 
 
 @pytest.mark.parametrize(
@@ -102,16 +108,27 @@ def test_an_observation_stands_between_the_templates_own_markers(
 ) -> None:
     tokenizer = tiny_tokenizer(SMALL)
     tokenizer.chat_template = template
-    ids = observer(tokenizer, role, arguments)("NOW", tokenizer.encode(last)[0])
+    ids = observer(tokenizer, role, given(arguments))("NOW", tokenizer.encode(last)[0])
     assert tokenizer.decode(ids) == expected and ids == tokenizer.encode(expected, add_special_tokens=False)
+
+
+def test_every_turn_begins_as_answers_begin() -> None:
+    tokenizer = tiny_tokenizer(SMALL)
+    tokenizer.chat_template = GEMMA
+    end = tokenizer.encode("<eos>")[0]
+    ids = observer(tokenizer, "user", given(assistant_prefix="<think>\n"))("NOW", end)
+    assert tokenizer.decode(ids).endswith("<turn>model\n<think>\n")
+    tokenizer.chat_template = CHATML
+    written = given({"think": 1}, assistant_prefix="<think>")
+    assert tokenizer.decode(observer(tokenizer, "user", written)("NOW", end)).count("<think>") == 1
 
 
 @pytest.mark.parametrize(("template", "role"), [(GEMMA, "tool"), (ANSWERS_ONLY, "tool")])
 def test_a_template_without_a_place_for_observations_is_refused_at_once(template: str, role: str) -> None:
     tokenizer = tiny_tokenizer(SMALL)
     tokenizer.chat_template = template
-    with pytest.raises(ValueError, match="chat template of the model"):
-        observer(tokenizer, role, {})
+    with pytest.raises(ValueError, match="the chat template"):
+        observer(tokenizer, role, given())
 
 
 def test_qwen3s_own_template(qwen3_tokenizer: Path) -> None:
@@ -119,7 +136,7 @@ def test_qwen3s_own_template(qwen3_tokenizer: Path) -> None:
     if tokenizer.chat_template is None:
         pytest.skip("this copy of the tokenizer has no chat template")
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    ids = observer(tokenizer, "tool", {"enable_thinking": False})("42", end)
+    ids = observer(tokenizer, "tool", given({"enable_thinking": False}))("42", end)
     assert tokenizer.decode(ids) == (
         "\n<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )
@@ -327,10 +344,17 @@ def test_the_last_turn_is_marked_and_the_environment_may_be_a_part() -> None:
         "game": {"use": "environment", "weight": 0.5},
     }
     suite = build_suite(parts)
-    run: Any = SimpleNamespace(tokenizer=tokenizer, suite=suite, config=resolve_empty(), _framing=frozenset({1}))
-    for name in ("text", "said", "_reward_input"):
+    run: Any = SimpleNamespace(
+        tokenizer=tokenizer,
+        suite=suite,
+        config=resolve_empty(),
+        progress=Progress(),
+        stop_token_ids=(1,),
+        _framing=frozenset({1}),
+    )
+    for name in ("text", "said", "_marked"):
         setattr(run, name, getattr(Run, name).__get__(run))
-    row = run._reward_input(prompt, "the prompt", good)
+    row = run._marked(reward_input(prompt, tokenizer, ""), prompt, good)
     assert row.completion == "\\boxed{4}" and row.token_ids == tuple(turns[2])
     assert [m["content"] for m in row.messages] == ["which number?", "is it 3?", "more"]
     assert row.prompt == tokenizer.decode([30, 31, *turns[0], *turns[1]])

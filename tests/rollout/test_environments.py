@@ -8,11 +8,15 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from emberl.rl.config.data import TinyConfig
+from emberl.rl.data.tiny import make_tiny, tiny_tokenizer
 from emberl.rollout.embedded.engine import EmbeddedEngine
 from emberl.rollout.embedded.model import Decoder
 from emberl.rollout.engine import Request
@@ -20,6 +24,7 @@ from emberl.rollout.environments import Environment, Episodes, Step, whole
 from emberl.rollout.jobs import Job
 from emberl.rollout.pool import RolloutPool
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span, merge_spans
+from emberl.rollout.stops import StopStrings
 from emberl.rollout.vllm_backend.requests import Decoded, samples_of
 from emberl.rollout.weights.patch import WeightPatch, dense_patch
 from emberl.rollout.worker import GroupService
@@ -96,14 +101,14 @@ class Remote:
 
 
 def pool_of(engine: Any, **settings: Any) -> RolloutPool:
-    return RolloutPool([Remote(GroupService(engine))], timeout=20.0, sync_timeout=20.0, **settings)
+    return RolloutPool([Remote(GroupService(engine))], timeout=120.0, sync_timeout=120.0, **settings)
 
 
-def episodes(make: Callable[[], Any], *, max_turns: int = 4, timeout: float = 10.0) -> Episodes:
+def episodes(make: Callable[[], Any], *, max_turns: int = 4, timeout: float = 60.0) -> Episodes:
     return Episodes(
         make,
         text=lambda tokens, reason: " ".join(map(str, tokens[:-1] if reason == "stop" else tokens)),
-        observe=lambda observation, last: [ASK, *map(int, observation.split())],
+        observe=lambda observation, last: [ASK, *map(int, observation.split())] if observation else [],
         max_turns=max_turns,
         timeout=timeout,
     )
@@ -165,8 +170,8 @@ def test_vllm_reads_the_same_tokens_and_keeps_them(make_prompt: MakePrompt) -> N
         loss_mask=np.array([True, True, False, False]),
     )
     none: asyncio.Queue[Any] = asyncio.Queue()
-    (second,) = samples_of([(prompt, 1, sampling)], {"a": [first]}, none)
-    fresh = next(iter(samples_of([(prompt, 2, sampling)], {}, none)))
+    (second,) = samples_of([(prompt, 1, sampling)], {"a": [first]}, none, StopStrings(None))
+    fresh = next(iter(samples_of([(prompt, 2, sampling)], {}, none, StopStrings(None))))
     assert second.token_ids == [*prompt.token_ids, 7, END, ASK, 2] and second.wanted == 16 and second.number == 1
     assert second.seed != fresh.seed
     second.tokens = 2
@@ -221,10 +226,18 @@ class Bad(Environment):
             case "sleeps":
                 time.sleep(60)
         return {
-            "none": None, "two": ("a", 1.0), "nan": ("", float("nan"), True), "text": ("", "1.0", True),
-            "done": ("", 1.0, "yes"), "number": (5, 1.0, False), "unreadable": ("x", None, False), "fine": ("", 1.0, True),
-            "array": ("", np.ones(3), True), "numpy": ("", np.float32(1.0), np.bool_(True)),
-        }[self.how]  # fmt: skip
+            "none": None,
+            "two": ("a", 1.0),
+            "nan": ("", float("nan"), True),
+            "text": ("", "1.0", True),
+            "array": ("", np.ones(3), True),
+            "done": ("", 1.0, "yes"),
+            "number": (5, 1.0, False),
+            "unreadable": ("x", None, False),
+            "silent": ("", None, False),
+            "numpy": ("", np.float32(1.0), np.bool_(True)),
+            "fine": ("", 1.0, True),
+        }[self.how]
 
 
 @pytest.mark.parametrize(
@@ -242,6 +255,7 @@ class Bad(Environment):
         ("done", "bad_reply", "done must be true or false, not 'yes'"),
         ("number", "bad_reply", "an observation must be a text, not 5"),
         ("unreadable", "bad_reply", "invalid literal"),
+        ("silent", "bad_reply", "an observation without any token"),
         ("numpy", "done", ""),
     ],
 )
@@ -251,7 +265,7 @@ def test_a_broken_environment_costs_its_own_episode(
     engine = Scripted({0: [[5, END]], 1: [[5, END]]})
     prompts = [replace(make_prompt("bad"), answer=how), replace(make_prompt("fine"), answer="fine")]
     limit = Sampling(max_tokens=20, stop_token_ids=(END,))
-    bad, fine = play(engine, Bad, prompts, 2, limit, timeout=0.3 if how == "sleeps" else 10.0)
+    bad, fine = play(engine, Bad, prompts, 2, limit, timeout=0.3 if how == "sleeps" else 60.0)
     for completion in bad:
         assert completion.episode is not None and completion.episode.status == status
         assert completion.episode.message.startswith(message) and completion.token_ids.tolist() == [
@@ -310,6 +324,31 @@ def test_the_embedded_engine_goes_on_as_one_long_sequence(make_decoder: MakeDeco
             assert not completion.logprobs[~mask].any()
             seen += int((~mask).sum())
     assert seen > 30, "observations were among them"
+
+
+def test_a_stop_string_ends_its_own_turn_only(tmp_path: Path) -> None:
+    """Also where the observation has one, or the beginning of one; its last token is part of the turn."""
+    model = make_tiny(tmp_path, TinyConfig(hidden=32, head_dim=16, intermediate=48, layers=2), seed=2)
+    tokenizer = tiny_tokenizer(TinyConfig())
+    digits = set(tokenizer.encode("0123456789"))
+
+    class Asks(Talks):
+        def step(self, text: str) -> Step:
+            said = tokenizer.encode("12+")
+            return " ".join(map(str, said)), *super().step(text)[1:]
+
+    engine = EmbeddedEngine(model, max_num_seqs=8, max_model_len=64, dtype="float32")
+    sampling = Sampling(max_tokens=50, stop=tuple("0123456789"), stop_token_ids=(END,), seed=1)
+    [group] = play(engine, Asks, [Prompt(id="a", token_ids=(4, 5), answer="", source="t")], 6, sampling)
+    turns = 0
+    for completion in group:
+        assert completion.episode is not None
+        tokens, mask = completion.token_ids.tolist(), completion.mask
+        for start, stop in pairwise([*completion.episode.turns, len(tokens)]):
+            turn = [t for t, known in zip(tokens[start:stop], mask[start:stop], strict=True) if known]
+            assert not digits & set(turn[:-1]), "none ended late"
+            turns += turn[-1] in digits
+    assert turns > 6, "several turns of a sample ended so"
 
 
 @settings(max_examples=15, deadline=None)
