@@ -163,8 +163,10 @@ _LETTERED = (("a", "b", "c", "d"), ("opa", "opb", "opc", "opd"), ("option_a", "o
              ("option1", "option2"), ("sol1", "sol2"))  # fmt: skip
 # Of names that are in no list: words in them, the likeliest first.
 _PROMPT_WORDS = ("prompt", "problem", "question", "query", "instruction", "puzzle", "task", "text")
-_ANSWER_WORDS = ("truth", "answer", "answers", "gold", "golden", "target", "label", "expected", "solution", "solutions", "result", "output",
-                 "response")  # fmt: skip
+_ANSWER_WORDS = (
+    "truth", "answer", "answers", "gold", "golden", "target", "label", "expected", "solution", "solutions", "result",
+    "output", "response",
+)  # fmt: skip
 _TEST_WORDS = ("tests", "test", "testcases", "asserts", "assertions", "cases")
 _NESTED_FIRST = ("reward_model", "verification_info", "reward", "extra_info", "metadata", "meta", "info")
 
