@@ -77,13 +77,13 @@ def test_the_arrow_check_itself(path: str, line: str, problem: str | None) -> No
 LAYERS: dict[str, tuple[set[str], ...]] = {
     "rl": (
         {"cli"},
-        {"recipe"},
+        {"recipe", "data_command"},
         {"trainer", "minimal"},
         {"feed", "evaluate"},
         {"run"},
         {"cluster", "weights", "plan"},
         {"model_files", "gguf_conversion", "eval_sets", "environments"},
-        {"learner", "batch", "watch", "reward_inputs"},
+        {"learner", "batch", "watch", "reward_inputs", "preflight", "placement"},
         {"data", "checkpoints"},
         {"algorithm", "groups"},
         {"config"},
