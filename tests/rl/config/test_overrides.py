@@ -65,7 +65,7 @@ def read(override: str) -> Any:
         ("model.tiny={}", {}),
         ("data.kinds={chain: 1, solve: 0.5}", {"chain": 1, "solve": 0.5}),
         ("data.kinds.solve=2", 2),
-        ("data.template_args.enable_thinking=false", False),
+        ("data.chat_template_kwargs.enable_thinking=false", False),
         ("reward.parts.answer.options={a: {b: [1, x # y]}}", "{a: {b: [1, x # y]}}"),
         ('reward.parts.answer.options={a: {b: [1, "x # y"]}}', {"a": {"b": [1, "x # y"]}}),
         ("reward.parts.answer.options.pattern=#### (.+)", "#### (.+)"),
