@@ -17,7 +17,7 @@ from emberl.rl.config.data import TinyConfig
 from emberl.rl.config.load import Config, ConfigError, resolve
 from emberl.rl.data.sources import open_source
 from emberl.rl.data.tiny import tiny_tokenizer
-from emberl.rl.eval_sets import HELD_OUT, EvalSet, check_eval_sets, open_eval_sets
+from emberl.rl.eval_sets import HELD_OUT, EvalSet, open_eval_sets
 from emberl.rl.evaluate import evaluate
 from emberl.rl.groups import Group
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
@@ -111,7 +111,7 @@ def test_a_cut_is_said_and_nothing_else_is_cut(files: dict[str, str]) -> None:
     ("sets", "message"),
     [
         ({"a": {"path": "nowhere.jsonl"}}, r"eval\.sets\.a: .*nowhere\.jsonl"),
-        ({"a": {"path": "AIME"}}, r"eval\.sets\.a: .*there is no column 'prompt'"),
+        ({"a": {"path": "AIME", "prompt_column": "nope"}}, r"eval\.sets\.a: .*nope"),
         ({"train": {"path": "AIME", **AIME}}, r"eval\.sets\.train has the name of a data source"),
         ({"a": {"path": "CODE", "verifier": "maths"}}, r"eval\.sets\.a: .*did you mean 'math'"),
         ({"a": {"path": "CODE", "verifier": {"by_source": {"math*": "math"}}}}, r"eval\.sets\.a: .*no pattern.*'taco'"),
@@ -126,9 +126,7 @@ def test_a_set_that_cannot_be_used_is_named(files: dict[str, str], sets: dict[st
     named = {k: {**v, "path": real.get(v["path"], v["path"])} for k, v in sets.items()}
 
     def start() -> None:
-        settings = config(files, named)
-        check_eval_sets(settings)
-        opened(settings)
+        opened(config(files, named))
 
     with pytest.raises((ConfigError, ValueError), match=message):
         start()
