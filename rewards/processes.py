@@ -1,8 +1,9 @@
-"""What the kernel says of processes: how long they waited for a processor, who descends from whom, and how many
-processors there are for us.
+"""What the kernel says of processes: how long they waited for a processor, who descends from whom,
+and how many processors there are for us.
 
-A limit on wall time makes a verdict depend on the load of the machine. A limit on *own time* does not: the time in which
-a process runs or sleeps, that in which it is ready and waits for a processor left out (`/proc/PID/schedstat`).
+A limit on wall time makes a verdict depend on the load of the machine. A limit on *own time* does
+not: the time in which a process runs or sleeps, that in which it is ready and waits for a processor
+left out (`/proc/PID/schedstat`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def descendants(root: int) -> Iterator[int]:
 
 
 def stat_of(pid: int) -> list[str] | None:
-    """The words of `/proc/PID/stat` from the state on (state, parent, group, session, ...), or None if it has ended."""
+    """The words of `/proc/PID/stat` from the state on (state, parent, group, session, ...), or None
+    if it has ended."""
     try:
         return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -46,7 +48,8 @@ def tells_waiting() -> bool:
 
 
 def waited(pid: int) -> float:
-    """Seconds for which the threads of a process have been ready to run and had no processor; 0 if it has ended."""
+    """Seconds for which the threads of a process have been ready to run and had no processor; 0 if
+    it has ended."""
     total = 0
     with contextlib.suppress(OSError, IndexError, ValueError):  # it may end while we look
         for thread in (_PROC / str(pid) / "task").iterdir():
@@ -61,19 +64,24 @@ def cpu_seconds(pid: int) -> float:
 
 
 def asleep(pid: int) -> bool:
-    """Whether no thread of a process has or wants a processor. One that has waited long for a processor, and waits
-    still, shows in no count of the kernel's yet: time in which it wants one is not to be taken for sleep."""
-    with contextlib.suppress(OSError):  # it may end while we look
-        for thread in (_PROC / str(pid) / "task").iterdir():
-            if (thread / "stat").read_text().rpartition(")")[2].split()[0] == "R":
-                return False
-    return True
+    """Whether a process lives and none of its threads has or wants a processor.
+
+    A thread that has waited long for a processor, and waits still, shows in no count of the
+    kernel's yet: time in which it wants one is not to be taken for sleep."""
+    try:
+        threads = [stat_of(int(thread.name)) for thread in (_PROC / str(pid) / "task").iterdir()]
+    except OSError:  # it has ended
+        return False
+    return bool(threads) and all(words is not None and words[0] not in "RZX" for words in threads)
 
 
 def processors(root: Path = Path("/")) -> int:
-    """How many processors this process may use: those of its affinity, or fewer by a CPU quota of its cgroups
-    (v1 or v2, the tightest on the way up), rounded up. `root`: where /proc and /sys are found."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many processors this process may use: those of its affinity, or fewer by a CPU quota of
+    its cgroups (v1 or v2, the tightest on the way up), rounded up. `root`: where /proc and /sys are
+    found."""
+    allowed = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     quotas = list(_quotas(root))
     return max(1, min(allowed, *(int(-(-quota // 1)) for quota in quotas))) if quotas else allowed
 
@@ -113,5 +121,9 @@ def _quota(folder: Path, kind: str) -> float | None:
             most = (folder / "cpu.cfs_quota_us").read_text().strip()
             period = (folder / "cpu.cfs_period_us").read_text().strip()
         return None if most in ("max", "-1") else int(most) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):  # no such controller here, or the root group, which has no limit
+    except (
+        OSError,
+        ValueError,
+        ZeroDivisionError,
+    ):  # no such controller here, or the root group, which has no limit
         return None

@@ -97,9 +97,7 @@ class RewardSuite:
                 return failed(f"{name}: {verdicts[name].message}")
         score = sum(p.weight * scores[p.name] for p in counted if p.name in scores)
         if not abs(score) <= LARGEST_SCORE:  # also what is no number
-            return failed(
-                f"the weighted sum of {scores} is not within +-{LARGEST_SCORE:g}; set other weights"
-            )
+            return failed(f"the weighted sum of {scores} is not within +-{LARGEST_SCORE:g}; set other weights")
         main = verdicts[applying[0].name]
         return Verdict(status=main.status, score=score, parts=scores, message=main.message, seconds=seconds)
 

@@ -29,7 +29,8 @@ from .processes import asleep, cpu_seconds, waited
 
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 CPU_SLACK = 10
-"""Processor seconds beyond a task's limit after which the kernel ends a worker whose parent is gone."""
+"""Processor seconds beyond a task's limit after which the kernel ends a worker whose parent is
+gone."""
 MAX_REPLY = 64 * 2**20
 _BOOT = (
     "import sys, json, os; sys.path[:] = json.loads(os.environ.pop('EMBERL_WORKER_PATH')); "
@@ -43,14 +44,15 @@ class Ended(StrEnum):
     DONE = "done"
     TIMEOUT = "timeout"
     MEMORY = "memory"
-    CRASHED = "crashed"  # the task brought its worker down each time: a signal such as SIGSEGV, or an exit
+    CRASHED = "crashed"  # the task brought its worker down each time: by a signal or an exit
     RAISED = "raised"
     LOST = "lost"  # no worker could be had, or every one was killed from outside
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of one task: the JSON value that the worker returned if `ended` is DONE, else a message."""
+    """What became of one task: the JSON value that the worker returned if `ended` is DONE, else a
+    message."""
 
     ended: Ended
     value: Any = None
@@ -209,7 +211,8 @@ class WorkerProcess:
 
 
 def wall_limit(timeout: float) -> float:
-    """Seconds on the wall after which a task is given up, however little of its own time it has had."""
+    """Seconds on the wall after which a task is given up, however little of its own time it has
+    had."""
     return 30 * timeout + 60
 
 
@@ -246,9 +249,8 @@ def main(descriptor: int) -> None:
     ) as error:  # whatever a plugin's import does, the other side must hear of it
         _reply(channel, {"error": describe(error)})
         os._exit(1)
-    os.register_at_fork(
-        after_in_child=channel.close
-    )  # a child of a plugin's must not answer in our place
+    # a child of a plugin's must not answer in our place
+    os.register_at_fork(after_in_child=channel.close)
     _reply(channel, {"ready": True})
     while True:
         request = _receive(channel)
@@ -292,7 +294,8 @@ def _reply(channel: socket.socket, value: dict[str, Any]) -> None:
 
 
 def _leave_network() -> None:
-    """An empty network namespace, where the kernel lets us have one; else the worker stays as it is."""
+    """An empty network namespace, where the kernel lets us have one; else the worker stays as it
+    is."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None, use_errno=True)

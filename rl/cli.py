@@ -195,23 +195,49 @@ def plan(
         planning.show(found, Console())
 
 
+@app.command(epilog="Example: emberl data train.parquet layout=dapo -m Qwen/Qwen3-0.6B")
+def data(
+    source: Annotated[
+        str, typer.Argument(help="Files, a folder, a Hub data set, or a configuration (.yaml) whose data is meant.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Keys of data, e.g. layout=gsm8k, or others, e.g. reward.parts.answer.use=code."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", help="Whose tokenizer and template; default: the configuration's.")
+    ] = None,
+) -> None:
+    """Shows a data set as a run would see it: three rows as prompts, what the reward says of their own references, lengths."""
+    from .data_command import show_data
+
+    try:
+        for line in show_data(source, overrides or (), model):
+            print(line)
+    except ValueError as error:
+        fail(str(error), USAGE)
+
+
 def show_plan(settings: Config, like: str | None = None) -> None:
-    """What `--dry-run` prints: the configuration, the placement, what a file changes of its preset, and doubtful settings."""
+    """What `--dry-run` prints: the configuration, the placement, what a file changes of its preset, doubtful settings, and
+    what the first rows of the data show."""
     from ..rollout.engine import check_engine
-    from .cluster import plan_placement
     from .config.cautions import said_at_start
     from .config.likeness import describe
     from .config.load import to_yaml, user_errors
     from .model_files import check_files
+    from .placement import plan_placement
+    from .preflight import check_inputs
 
     check_files(settings)
     if settings.rollout.engine != "vllm" or settings.rollout.servers:  # where it will run, vLLM may be installed
         with user_errors():
             check_engine(settings.rollout.engine, settings.rollout.engine_args, settings.rollout.servers)
+    said = check_inputs(settings)
     print(to_yaml(settings).rstrip())
     print("---")
     print(plan_placement(settings).describe())
-    for line in said_at_start(settings):
+    for line in [*said_at_start(settings), *(f"data: {line}" for line in said)]:
         print(line)
     if like is not None:
         print("---")

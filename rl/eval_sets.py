@@ -12,7 +12,7 @@ from ..rollout.samples import Prompt, Sampling
 from .config.data import DataConfig
 from .config.load import Config, ConfigError, user_errors
 from .config.settings import EvalSetConfig
-from .data.sources import PromptSource, check_data, open_source
+from .data.sources import PromptSource, open_source
 from .run import reward_input
 
 GENERATED_SIZE = 512
@@ -33,20 +33,10 @@ class EvalSet:
     sampling: Mapping[str, Any]
     """Fields of `Sampling` that are this set's own."""
     suite: RewardSuite
-    tokenizer: Any
 
     def sampled(self, sampling: Sampling) -> Sampling:
         """The run's sampling with what is this set's own."""
         return replace(sampling, **self.sampling)
-
-
-def check_eval_sets(config: Config) -> None:
-    """What can be known of `eval.sets` without tokenizer and network. ValueError names the set."""
-    for name, settings in config.eval.sets.items():
-        try:
-            check_data(settings)
-        except ValueError as error:
-            raise ValueError(f"eval.sets.{name}: {error}") from error
 
 
 def open_eval_sets(
@@ -71,11 +61,11 @@ def open_eval_sets(
                 samples=config.eval.samples,
                 sampling=_sampling(config, None),
                 suite=suite,
-                tokenizer=tokenizer_of(config.data),
             )
         )
     sources = {prompt.source for each in sets for prompt in each.prompts} | {source.name}
-    for name, settings in config.eval.sets.items():
+    for name, own in config.eval.sets.items():
+        settings = own.beside(config.data)
         if name in sources:
             raise ConfigError(f"eval.sets.{name} has the name of a data source; rename it, or set data.name")
         with user_errors():
@@ -119,7 +109,6 @@ def _open(
         samples=settings.samples or config.eval.samples,
         sampling=_sampling(config, settings),
         suite=suite,
-        tokenizer=tokenizer,
     )
 
 

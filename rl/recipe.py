@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ from .checkpoints import (
 from .cluster import Cluster
 from .config.cautions import cautions, said_at_start
 from .config.load import Config, ConfigError, user_errors, with_steps
-from .data.sources import PromptSource, check_data, open_source
+from .data.sources import PromptSource, open_source
 from .data.table import TableSource
 from .environments import episodes_of, load_environment
-from .eval_sets import check_eval_sets, open_eval_sets
+from .eval_sets import open_eval_sets
 from .model_files import check_adapters, check_model, load_tokenizer, prepare_model, stop_tokens
+from .preflight import check_inputs
 from .run import Interrupted, Run, reward_input, stop_on_signal
 from .trainer import train_rl
 from .watch.tracking import Tracker, make_console
@@ -70,9 +72,8 @@ def train(config: Config, *, resume: bool = False, override: bool = False) -> Re
     console = make_console()
     for line in said_at_start(config):
         console.print(line, highlight=False, markup=False)
+    check_inputs(config, hub=True)
     with user_errors():
-        check_data(config.data)
-        check_eval_sets(config)
         check_engine(config.rollout.engine, config.rollout.engine_args, config.rollout.servers)
         if config.rollout.environment is not None:
             load_environment(config.rollout.environment)
@@ -120,7 +121,7 @@ def sitting(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | 
             opened.callback(tracker.close)
             for note in (*source.notes, *([passes] if passes else [])):
                 tracker.note(note)
-            sets = open_eval_sets(config, source, suite, lambda _: tokenizer, tracker.note, opened)
+            sets = open_eval_sets(config, source, suite, partial(load_tokenizer, model_path), tracker.note, opened)
             cluster.wait()
             sync = WeightSync(
                 config.sync, learners, pool, run_id=run_id, run_dir=run_dir, history=config.checkpoint.history,
@@ -217,17 +218,15 @@ def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> Rewar
     with user_errors():
         suite = build_suite({name: part.model_dump() for name, part in config.reward.parts.items()})
         suite.trial(reward_input(source.train(0), tokenizer, "0"))
-        rows = [*source.heldout, *(source.train(i) for i in range(source.size or 0))]
+        rows = list(source.examples())
         bad = suite.check_references([reward_input(prompt, tokenizer, "") for prompt in rows])
     if bad:
         ids = {rows[b.row].id for b in bad}
         shown = "; ".join(f"{rows[b.row].id}: {b}" for b in bad[:3])
         message = f"{len(ids)} of {len(rows)} references of data.source={config.data.source!r} cannot be graded against: {shown}"
-        if config.data.bad_references == "error" or not isinstance(source, TableSource) or 2 * len(ids) > len(rows):
+        if config.data.drop == "none" or not isinstance(source, TableSource) or 2 * len(ids) > len(rows):
             suite.close()
-            fix = (
-                "mend them, or set data.bad_references=drop" if 2 * len(ids) <= len(rows) else "is it the right column?"
-            )
+            fix = "mend them, or set data.drop=bad" if 2 * len(ids) <= len(rows) else "is it the right column?"
             raise ConfigError(f"{message}; {fix}")
         source.leave_out(ids)
         source.notes = (*source.notes, f"left out: {message}")

@@ -1,7 +1,9 @@
-"""Tests that are Python code, as plans: assertions, `check(candidate)`, pytest's and unittest's modules.
+"""Tests that are Python code, as plans: assertions, `check(candidate)`, pytest's and unittest's
+modules.
 
-Plain assertions, a call and a literal, become a `FunctionPlan`. Whatever is more than that goes to the judge. The model's
-names are those that the test uses and nobody binds; what can be known to be ungradable is a ValueError here.
+Plain assertions, a call and a literal, become a `FunctionPlan`. Whatever is more than that goes to
+the judge. The model's names are those that the test uses and nobody binds; what can be known to be
+ungradable is a ValueError here.
 """
 
 from __future__ import annotations
@@ -16,28 +18,57 @@ from ..sandbox.child import encode
 from .names import Imports, bound, called_names, free_names, imported, packages_of, parsed, parses
 from .plans import Call, FunctionPlan, JudgePlan, Plan
 
-_REFUSED = {"subprocess", "socket", "requests", "tempfile", "multiprocessing", "mock", "shutil", "urllib", "http"}
-_FIXTURES = {"tmp_path", "tmpdir", "monkeypatch", "mocker", "caplog", "capfd", "request", "benchmark"}
+_REFUSED = {
+    "subprocess",
+    "socket",
+    "requests",
+    "tempfile",
+    "multiprocessing",
+    "mock",
+    "shutil",
+    "urllib",
+    "http",
+}
+_FIXTURES = {
+    "tmp_path",
+    "tmpdir",
+    "monkeypatch",
+    "mocker",
+    "caplog",
+    "capfd",
+    "request",
+    "benchmark",
+}
 _BUILT_IN = frozenset(dir(builtins)) | {"__file__"}
 
 
 @functools.lru_cache(maxsize=4096)
 def asserts_plan(
-    tests: tuple[str, ...], imports: tuple[str, ...], setup: str, entry: str, defined: frozenset[str]
+    tests: tuple[str, ...],
+    imports: tuple[str, ...],
+    setup: str,
+    entry: str,
+    defined: frozenset[str],
 ) -> Plan:
-    """MBPP: assertions on functions that they name. The set-up stands behind the code, whose classes it may use.
+    """MBPP: assertions on functions that they name. The set-up stands behind the code, whose
+    classes it may use.
 
-    `defined`: what the row's own solution defines, if it has one: a tested function may be named like a built-in."""
+    `defined`: what the row's own solution defines, if it has one: a tested function may be named
+    like a built-in."""
     before, source = "\n".join(imports), "\n".join(tests)
     tree = parsed(source, "test_list")
     given = bound(parsed(before, "test_imports")) | bound(parsed(setup, "test_setup_code"))
     free = free_names(source)
     names = {entry} if entry else (free - given - _BUILT_IN) | (free & defined) or _outermost(tree)
     if not names:
-        raise ValueError(f"the tests call no function that they do not define: {source[:200]!r}; give entry_point")
+        raise ValueError(
+            f"the tests call no function that they do not define: {source[:200]!r}; give entry_point"
+        )
     if (calls := _calls(tree.body, names)) is not None:
         needs = packages_of(f"{before}\n{setup}")
-        return FunctionPlan(calls=calls, before=before, after=setup, functions=tuple(sorted(names)), needs=needs)
+        return FunctionPlan(
+            calls=calls, before=before, after=setup, functions=tuple(sorted(names)), needs=needs
+        )
     return judge_plan(
         source,
         before=before,
@@ -51,9 +82,12 @@ def asserts_plan(
 
 @functools.lru_cache(maxsize=4096)
 def check_plan(prompt: str, test: str, entry: str) -> Plan:
-    """HumanEval and LeetCode: a function `check(candidate)`. The prompt's imports and helpers stand in front of the code."""
+    """HumanEval and LeetCode: a function `check(candidate)`. The prompt's imports and helpers stand
+    in front of the code."""
     tree = parsed(test, "test")
-    check = next((n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "check"), None)
+    check = next(
+        (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "check"), None
+    )
     if check is None:
         raise ValueError("the column 'test' defines no function check(candidate)")
     whole = next((text for text in (prompt, f"{prompt.rstrip()}\n    pass\n") if parses(text)), "")
@@ -66,7 +100,13 @@ def check_plan(prompt: str, test: str, entry: str) -> Plan:
         after = f"{check.args.args[0].arg} = {entry}"
         functions = () if bare else (entry.split("(")[0],)
         return FunctionPlan(
-            calls=calls, before=before, after=after, functions=functions, entry=bare, prompt=prompt, needs=needs
+            calls=calls,
+            before=before,
+            after=after,
+            functions=functions,
+            entry=bare,
+            prompt=prompt,
+            needs=needs,
         )
     return judge_plan(
         f"{test}\ncheck(candidate)\n",
@@ -81,9 +121,11 @@ def check_plan(prompt: str, test: str, entry: str) -> Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def module_plan(test: str, before: str, setup: str, entry: str, defined: frozenset[str], hints: frozenset[str]) -> Plan:
-    """KodCode, BigCodeBench, MBPP+: a module that tests the model's code when it runs, or through functions and classes
-    that pytest or unittest would collect."""
+def module_plan(
+    test: str, before: str, setup: str, entry: str, defined: frozenset[str], hints: frozenset[str]
+) -> Plan:
+    """KodCode, BigCodeBench, MBPP+: a module that tests the model's code when it runs, or through
+    functions and classes that pytest or unittest would collect."""
     return judge_plan(
         test,
         before=before,
@@ -117,17 +159,25 @@ def judge_plan(
     aliases = aliases or {}
     # what the model's code was to import for the test
     modules = {name for name in free - given - defined if name in sys.stdlib_module_names}
-    names = (free - given - _BUILT_IN - modules) | (free & defined - given) | imports.names | set(hints)
+    names = (
+        (free - given - _BUILT_IN - modules) | (free & defined - given) | imports.names | set(hints)
+    )
     names -= aliases.keys()
     called = called_names(tree) | imports.names | set(hints) | defined
     if unknown := {name for name in names - called if not name[:1].isupper()}:
-        raise ValueError(f"the tests use {', '.join(sorted(unknown))}, which nobody defines: {source[:200]!r}")
+        raise ValueError(
+            f"the tests use {', '.join(sorted(unknown))}, which nobody defines: {source[:200]!r}"
+        )
     if not names and not aliases:
-        raise ValueError(f"the tests call no function that they do not define: {source[:200]!r}; give entry_point")
+        raise ValueError(
+            f"the tests call no function that they do not define: {source[:200]!r}; give entry_point"
+        )
     kept, extras, shared = _sort_classes(tree, names)
     collected = _collected(kept)
     if not collected and not _acts(kept):
-        raise ValueError(f"the tests define functions and call none, nor are they named test_...: {source[:200]!r}")
+        raise ValueError(
+            f"the tests define functions and call none, nor are they named test_...: {source[:200]!r}"
+        )
     words = {n.id for n in ast.walk(kept) if isinstance(n, ast.Name)} | {
         n.attr for n in ast.walk(kept) if isinstance(n, ast.Attribute)
     }
@@ -136,7 +186,11 @@ def judge_plan(
     return JudgePlan(
         test=ast.unparse(kept),
         names={name: name for name in sorted(names | {e for e, _ in extras if e})} | aliases,
-        setup=tuple(part for part in (*(f"import {name}" for name in sorted(modules)), *setup) if part.strip()),
+        setup=tuple(
+            part
+            for part in (*(f"import {name}" for name in sorted(modules)), *setup)
+            if part.strip()
+        ),
         before=before,
         after=after,
         entry=entry,
@@ -145,7 +199,10 @@ def judge_plan(
         shared=tuple(sorted(shared)),
         modules=tuple(sorted(imports.modules)),
         collect=bool(collected),
-        printing=bool(words & {"stdout", "StringIO", "capsys", "redirect_stdout"} or _arguments(kept) & {"capsys"}),
+        printing=bool(
+            words & {"stdout", "StringIO", "capsys", "redirect_stdout"}
+            or _arguments(kept) & {"capsys"}
+        ),
         packages=tuple(sorted(imports.packages)),
         stubs=("pytest",) if imports.pytest or _arguments(kept) - {"self"} else (),
         needs=packages_of(f"{before}\n{after}"),
@@ -185,17 +242,27 @@ def _is_text(node: ast.stmt) -> bool:
 
 def _call(test: ast.expr, names: set[str]) -> Call | None:
     def tested(node: ast.expr) -> bool:
-        return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
+        return (
+            isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
+        )
 
     def of_instance(node: ast.expr) -> bool:
         """`Solution().method(...)`"""
-        return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and tested(node.func.value)
+        return (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and tested(node.func.value)
+        )
 
     if tested(test):  # only the value's truth counts, and every object has one
         return Call(source=f"not not {ast.unparse(test)}", expected=True)
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not) and tested(test.operand):
         return Call(source=ast.unparse(test), expected=True)
-    if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.Eq | ast.Is):
+    if (
+        isinstance(test, ast.Compare)
+        and len(test.ops) == 1
+        and isinstance(test.ops[0], ast.Eq | ast.Is)
+    ):
         left, right = test.left, test.comparators[0]
         if not tested(left) and not of_instance(left):
             left, right = right, left
@@ -204,14 +271,27 @@ def _call(test: ast.expr, names: set[str]) -> Call | None:
                 expected = encode(ast.literal_eval(right))
             except (ValueError, TypeError):  # the expected side is more than a literal
                 return None
-            return Call(source=ast.unparse(left), expected=expected, identical=isinstance(test.ops[0], ast.Is))
+            return Call(
+                source=ast.unparse(left),
+                expected=expected,
+                identical=isinstance(test.ops[0], ast.Is),
+            )
     return None
 
 
 def _outermost(tree: ast.Module) -> set[str]:
-    """The one function that every assertion compares the value of: a tested function may be named like a built-in."""
-    sides = [n.test.left if isinstance(n.test, ast.Compare) else n.test for n in tree.body if isinstance(n, ast.Assert)]
-    names = {side.func.id for side in sides if isinstance(side, ast.Call) and isinstance(side.func, ast.Name)}
+    """The one function that every assertion compares the value of: a tested function may be named
+    like a built-in."""
+    sides = [
+        n.test.left if isinstance(n.test, ast.Compare) else n.test
+        for n in tree.body
+        if isinstance(n, ast.Assert)
+    ]
+    names = {
+        side.func.id
+        for side in sides
+        if isinstance(side, ast.Call) and isinstance(side.func, ast.Name)
+    }
     return names if len(names) == 1 else set()
 
 
@@ -222,38 +302,61 @@ def _refuse(tree: ast.Module) -> None:
     """What a test does that the judge has no means for."""
     for module, names in imported(tree):
         root = module.partition(".")[0]
-        if root in _REFUSED or module == "unittest.mock" or (module == "unittest" and "mock" in names):
+        if (
+            root in _REFUSED
+            or module == "unittest.mock"
+            or (module == "unittest" and "mock" in names)
+        ):
             raise ValueError(f"the tests import {module}, which the judge cannot give them")
     if fixtures := _arguments(tree) & _FIXTURES:
-        raise ValueError(f"the tests need pytest's {', '.join(sorted(fixtures))}, which the judge does not have")
+        raise ValueError(
+            f"the tests need pytest's {', '.join(sorted(fixtures))}, which the judge does not have"
+        )
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "open":
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "open"
+        ):
             raise ValueError("the tests open a file, and there are none in the sandbox")
 
 
 def _arguments(tree: ast.AST) -> set[str]:
-    tests = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name.startswith("test")]
+    tests = [
+        n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name.startswith("test")
+    ]
     return {argument.arg for test in tests for argument in test.args.args}
 
 
 def _without_runners(tree: ast.Module) -> ast.Module:
-    """Without `unittest.main()`, `pytest.main()` and what stands under `if __name__ == "__main__"` with them."""
+    """Without `unittest.main()`, `pytest.main()` and what stands under `if __name__ == "__main__"`
+    with them."""
 
     def runs(node: ast.stmt) -> bool:
         if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
-            return any(word in ast.unparse(node) for word in ("unittest.main", "pytest.main")) or _collected(tree)
-        return isinstance(node, ast.Expr) and ast.unparse(node).startswith(("unittest.main(", "pytest.main("))
+            return any(
+                word in ast.unparse(node) for word in ("unittest.main", "pytest.main")
+            ) or _collected(tree)
+        return isinstance(node, ast.Expr) and ast.unparse(node).startswith(
+            ("unittest.main(", "pytest.main(")
+        )
 
     body: list[ast.stmt] = []
     for node in tree.body:
         if runs(node):
             continue
-        body += node.body if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test) else [node]
+        body += (
+            node.body
+            if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
+            else [node]
+        )
     return ast.Module(body=body, type_ignores=[])
 
 
 def _is_case(node: ast.ClassDef) -> bool:
-    return node.name.startswith("Test") or any("TestCase" in ast.unparse(base) for base in node.bases)
+    return node.name.startswith("Test") or any(
+        "TestCase" in ast.unparse(base) for base in node.bases
+    )
 
 
 def _collected(tree: ast.Module) -> bool:
@@ -269,9 +372,12 @@ def _acts(tree: ast.Module) -> bool:
     return not all(isinstance(node, quiet) or _is_text(node) for node in tree.body)
 
 
-def _sort_classes(tree: ast.Module, names: set[str]) -> tuple[ast.Module, list[tuple[str, str]], set[str]]:
-    """The test without the classes that go to the model's side: those built on a class of the model's. Helper classes
-    stand on both sides. Returns also the texts of both, the former with their name, and the names of the latter."""
+def _sort_classes(
+    tree: ast.Module, names: set[str]
+) -> tuple[ast.Module, list[tuple[str, str]], set[str]]:
+    """The test without the classes that go to the model's side: those built on a class of the
+    model's. Helper classes stand on both sides. Returns also the texts of both, the former with
+    their name, and the names of the latter."""
     kept: list[ast.stmt] = []
     extras: list[tuple[str, str]] = []
     shared: set[str] = set()

@@ -1,8 +1,10 @@
-"""Tests that are inputs and outputs, as plans: of whole programs on stdin and stdout, or of functions with JSON values.
+"""Tests that are inputs and outputs, as plans: of whole programs on stdin and stdout, or of
+functions with JSON values.
 
-Forms, and who writes so: `{"inputs", "outputs", "fn_name"}` (APPS, TACO, Eurus-2, verl); lists of `{"input", "output"}` with
-`testtype` or `type`, `fn_name` or `metadata.func_name` in each (LiveCodeBench, DeepCoder, PRIME's SYNTHETIC-1);
-`{"input": [...], "output": [...]}` (CodeContests); base64 of zlib of JSON or of a pickle of plain values (LiveCodeBench).
+Forms, and who writes so: `{"inputs", "outputs", "fn_name"}` (APPS, TACO, Eurus-2, verl); lists of
+`{"input", "output"}` with `testtype` or `type`, `fn_name` or `metadata.func_name` in each
+(LiveCodeBench, DeepCoder, PRIME's SYNTHETIC-1); `{"input": [...], "output": [...]}` (CodeContests);
+base64 of zlib of JSON or of a pickle of plain values (LiveCodeBench).
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ _MOST_DIGITS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One input and output, as the data has them, and the function to call with the input, if any."""
+    """One input and output, as the data has them, and the function to call with the input, if
+    any."""
 
     given: Any
     wanted: Any
@@ -49,10 +52,14 @@ def cases_of(value: Any, name: str = "") -> list[Case]:
         for given, wanted in (("inputs", "outputs"), ("input", "output")):
             if isinstance(value.get(given), list) and isinstance(value.get(wanted), list):
                 if len(value[given]) != len(value[wanted]):
-                    raise ValueError(f"{len(value[given])} inputs but {len(value[wanted])} outputs in the tests")
+                    raise ValueError(
+                        f"{len(value[given])} inputs but {len(value[wanted])} outputs in the tests"
+                    )
                 return [Case(g, w, name) for g, w in zip(value[given], value[wanted], strict=True)]
         value = [value]
-    if isinstance(value, list) and all(isinstance(case, Mapping) and _sides(case) for case in value):
+    if isinstance(value, list) and all(
+        isinstance(case, Mapping) and _sides(case) for case in value
+    ):
         found = []
         for case in value:
             given, wanted = _sides(case)
@@ -63,14 +70,24 @@ def cases_of(value: Any, name: str = "") -> list[Case]:
 
 
 def _sides(case: Mapping[str, Any]) -> tuple[str, ...]:
-    for names in (("input", "output"), ("inputs", "outputs"), ("stdin", "stdout"), ("input", "expected_output")):
+    for names in (
+        ("input", "output"),
+        ("inputs", "outputs"),
+        ("stdin", "stdout"),
+        ("input", "expected_output"),
+    ):
         if all(name in case for name in names):
             return names
     return ()
 
 
 def _name_in(value: Mapping[str, Any]) -> str:
-    return str(value.get("fn_name") or value.get("func_name") or named_in_metadata(value.get("metadata")) or "")
+    return str(
+        value.get("fn_name")
+        or value.get("func_name")
+        or named_in_metadata(value.get("metadata"))
+        or ""
+    )
 
 
 def named_in_metadata(metadata: Any) -> str:
@@ -83,7 +100,8 @@ def named_in_metadata(metadata: Any) -> str:
 
 
 def plan_of_cases(cases: Sequence[Case], name: str = "", starter: str = "") -> Plan:
-    """`name`: of the function, where the row and not the case says so; `starter`: the signature that the model was given."""
+    """`name`: of the function, where the row and not the case says so; `starter`: the signature
+    that the model was given."""
     names = {case.name or name for case in cases}
     if len(names) > 1:
         raise ValueError(f"the tests call different functions: {', '.join(sorted(names))}")
@@ -93,7 +111,8 @@ def plan_of_cases(cases: Sequence[Case], name: str = "", starter: str = "") -> P
 
 
 def text_of(value: Any) -> str:
-    """What a program reads or prints: text, a list of lines, or either behind a key or in a list of one."""
+    """What a program reads or prints: text, a list of lines, or either behind a key or in a list of
+    one."""
     if isinstance(value, str):
         return value
     if value is None:
@@ -101,9 +120,13 @@ def text_of(value: Any) -> str:
     if isinstance(value, Mapping) and len(value) == 1 and set(value) <= {"stdin", "stdout"}:
         return text_of(next(iter(value.values())))
     if isinstance(value, list):
-        return "\n".join(text_of(line).removesuffix("\n") if len(value) > 1 else text_of(line) for line in value)
+        return "\n".join(
+            text_of(line).removesuffix("\n") if len(value) > 1 else text_of(line) for line in value
+        )
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"a test on stdin and stdout is neither text nor lines: {str(value)[:100]!r}")
+        raise ValueError(
+            f"a test on stdin and stdout is neither text nor lines: {str(value)[:100]!r}"
+        )
     return str(value)
 
 
@@ -115,19 +138,27 @@ def _function_plan(cases: Sequence[Case], name: str, starter: str) -> FunctionPl
     if all(case.wanted in (None, "null", "None") for case in cases):
         signature = dataclasses.replace(signature, in_place=False)
     native = [not isinstance(case.given, str) for case in cases]
-    wrapped = all(native) and all(isinstance(case.wanted, list) and len(case.wanted) == 1 for case in cases)
+    wrapped = all(native) and all(
+        isinstance(case.wanted, list) and len(case.wanted) == 1 for case in cases
+    )
     calls = []
     for case in cases:
         text = isinstance(case.given, str)
         words, keywords = _arguments(case.given)
-        value = _value(case.wanted, "the output") if text and isinstance(case.wanted, str) else case.wanted
+        value = (
+            _value(case.wanted, "the output")
+            if text and isinstance(case.wanted, str)
+            else case.wanted
+        )
         if not text:  # APPS's own harness does so
             words, value = [_with_numbers(word) for word in words], _with_numbers(value)
             if wrapped:
                 value = [_with_numbers(value[0])]
         try:
             source = signature.call(
-                callee, [source_of(w) for w in words], {k: source_of(v) for k, v in keywords.items()}
+                callee,
+                [source_of(w) for w in words],
+                {k: source_of(v) for k, v in keywords.items()},
             )
         except TypeError as error:
             raise ValueError(str(error)) from None
@@ -156,12 +187,18 @@ def _value(text: str, what: str) -> Any:
         try:
             return literal(text.strip())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            raise ValueError(f"{what} of a functional test is no JSON: {error}: {text[:100]!r}") from None
+            raise ValueError(
+                f"{what} of a functional test is no JSON: {error}: {text[:100]!r}"
+            ) from None
 
 
 def _with_numbers(value: Any) -> Any:
     """Keys of digits as numbers: JSON has none."""
-    if isinstance(value, Mapping) and value and all(str(key).lstrip("-").isdecimal() for key in value):
+    if (
+        isinstance(value, Mapping)
+        and value
+        and all(str(key).lstrip("-").isdecimal() for key in value)
+    ):
         return {int(key): item for key, item in value.items()}
     return value
 
@@ -174,7 +211,8 @@ def _integer(digits: str) -> int:
 
 
 def unpacked(text: str) -> Any:
-    """JSON, or JSON or plain lists behind base64, zlib and perhaps pickle, as LiveCodeBench ships its private tests."""
+    """JSON, or JSON or plain lists behind base64, zlib and perhaps pickle, as LiveCodeBench ships
+    its private tests."""
     if text.lstrip()[:1] in ("[", "{"):
         return _value(text, "a column")
     try:
@@ -183,10 +221,22 @@ def unpacked(text: str) -> Any:
         if opened.unconsumed_tail:
             raise ValueError(f"packed tests of more than {_MOST_PACKED >> 20} MiB")
         found = (
-            _PlainUnpickler(io.BytesIO(data)).load() if data[:1] == b"\x80" else json.loads(data, parse_int=_integer)
+            _PlainUnpickler(io.BytesIO(data)).load()
+            if data[:1] == b"\x80"
+            else json.loads(data, parse_int=_integer)
         )
-    except (binascii.Error, zlib.error, ValueError, pickle.UnpicklingError, EOFError, IndexError, KeyError) as error:
-        raise ValueError(f"the tests are neither JSON nor packed JSON: {error}: {text[:60]!r}") from None
+    except (
+        binascii.Error,
+        zlib.error,
+        ValueError,
+        pickle.UnpicklingError,
+        EOFError,
+        IndexError,
+        KeyError,
+    ) as error:
+        raise ValueError(
+            f"the tests are neither JSON nor packed JSON: {error}: {text[:60]!r}"
+        ) from None
     return found
 
 
@@ -194,4 +244,6 @@ class _PlainUnpickler(pickle.Unpickler):
     """Plain containers and scalars only: a pickle that names any class or function is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"the tests' pickle asks for {module}.{name}; only plain values are read")
+        raise pickle.UnpicklingError(
+            f"the tests' pickle asks for {module}.{name}; only plain values are read"
+        )

@@ -1,7 +1,9 @@
-"""Comparison of what a model's program gave with what a data set expects; every byte of the former is hostile.
+"""Comparison of what a model's program gave with what a data set expects; every byte of the former
+is hostile.
 
-Values are compared in the plain JSON form of `child.encode`, never as live objects: no pickle, no `__eq__`, no hashing of
-the model's numbers (equal hashes by design would make a dict quadratic), and no deeper than the expected value goes.
+Values are compared in the plain JSON form of `child.encode`, never as live objects: no pickle, no
+`__eq__`, no hashing of the model's numbers (equal hashes by design would make a dict quadratic),
+and no deeper than the expected value goes.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 FLOAT_TOLERANCE = 1e-6  # relative to max(1, |expected|)
-_MOST_DIGITS = 1300  # `child.encode` sends longer ints as hexadecimal; int() of decimal digits is quadratic
+_MOST_DIGITS = (
+    1300  # `child.encode` sends longer ints as hexadecimal; int() of decimal digits is quadratic
+)
 _WHOLE = re.compile(rb"-?\d+")
 _ZEROS = re.compile(rb"\.0+")
 _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -22,7 +26,8 @@ _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A child's answer to one call: a value in plain JSON form, or the name and text of what it raised."""
+    """A child's answer to one call: a value in plain JSON form, or the name and text of what it
+    raised."""
 
     value: Any = None
     error: str = ""
@@ -30,14 +35,21 @@ class Reply:
 
 
 def parse_reply(line: bytes) -> Reply:
-    """Reads one line from a child. Whatever is no well-formed reply is an error of the program's own."""
+    """Reads one line from a child. Whatever is no well-formed reply is an error of the program's
+    own."""
     try:
         data = json.loads(line, parse_int=_bounded_int, parse_constant=_refused)
     except (ValueError, RecursionError) as error:
-        return Reply(error="Unreadable", text=f"the returned value is no plain value: {type(error).__name__}")
+        return Reply(
+            error="Unreadable", text=f"the returned value is no plain value: {type(error).__name__}"
+        )
     if type(data) is dict and data.keys() == {"ok"}:
         return Reply(value=data["ok"])
-    if type(data) is dict and data.keys() == {"error", "text"} and all(type(part) is str for part in data.values()):
+    if (
+        type(data) is dict
+        and data.keys() == {"error", "text"}
+        and all(type(part) is str for part in data.values())
+    ):
         return Reply(error=printable(data["error"]) or "Exception", text=printable(data["text"]))
     return Reply(error="Unreadable", text="the reply has no value")
 
@@ -54,16 +66,18 @@ def _refused(name: str) -> float:
 
 def printable(text: str) -> str:
     """For messages and logs: no lone surrogates, no control characters, at most 300 characters."""
-    return "".join(c if c.isprintable() else " " for c in text[:300].encode("utf-8", "replace").decode())
+    return "".join(
+        c if c.isprintable() else " " for c in text[:300].encode("utf-8", "replace").decode()
+    )
 
 
 def equal(expected: Any, got: Any, tolerance: float = FLOAT_TOLERANCE) -> bool:
     """Whether two values in plain JSON form are the same value of the same type.
 
-    Types are exact (True is not 1, a tuple is not a list), with the exceptions that Python's `==` makes too: a whole
-    float equals the int and the reverse, a fraction its value, and 0 or 1 will do where a bool is expected (MBPP's own
-    solutions do so). Where a float is expected, a number may differ by `tolerance * max(1, |expected|)`. NaN equals NaN
-    only.
+    Types are exact (True is not 1, a tuple is not a list), with the exceptions that Python's `==`
+    makes too: a whole float equals the int and the reverse, a fraction its value, and 0 or 1 will
+    do where a bool is expected (MBPP's own solutions do so). Where a float is expected, a number
+    may differ by `tolerance * max(1, |expected|)`. NaN equals NaN only.
     """
     if type(got) is dict and got.keys() == {"ratio"}:
         got = _quotient(got["ratio"], exact=type(expected) is int)
@@ -76,7 +90,9 @@ def equal(expected: Any, got: Any, tolerance: float = FLOAT_TOLERANCE) -> bool:
     if type(expected) is not type(got):
         return False
     if type(expected) is list:
-        return len(expected) == len(got) and all(equal(e, g, tolerance) for e, g in zip(expected, got, strict=True))
+        return len(expected) == len(got) and all(
+            equal(e, g, tolerance) for e, g in zip(expected, got, strict=True)
+        )
     if type(expected) is dict:
         ((kind, body),) = expected.items()
         if got.keys() != {kind} or type(body) is not type(got[kind]):
@@ -90,7 +106,8 @@ def equal(expected: Any, got: Any, tolerance: float = FLOAT_TOLERANCE) -> bool:
 
 
 def _quotient(parts: list[Any], exact: bool) -> int | float | None:
-    """The number behind a fraction; None if it is none, or where an int is expected and it is not whole."""
+    """The number behind a fraction; None if it is none, or where an int is expected and it is not
+    whole."""
     above, below = (int(part["int"], 16) if type(part) is dict else part for part in parts)
     if type(above) is not int or type(below) is not int or below == 0:
         return None
@@ -129,7 +146,9 @@ def _sets_equal(expected: list[Any], got: list[Any], tolerance: float) -> bool:
         return True
     if not all(type(item) in (int, float) for item in (*expected, *got)):
         return False
-    return all(_numbers_equal(e, g, tolerance) for e, g in zip(sorted(expected), sorted(got), strict=True))
+    return all(
+        _numbers_equal(e, g, tolerance) for e, g in zip(sorted(expected), sorted(got), strict=True)
+    )
 
 
 def canonical(value: Any) -> str:
@@ -163,13 +182,19 @@ def is_plain(value: Any) -> bool:
         return False
     ((kind, body),) = value.items()
     if kind == "dict":
-        return type(body) is list and all(type(p) is list and len(p) == 2 and is_plain(p) for p in body)
+        return type(body) is list and all(
+            type(p) is list and len(p) == 2 and is_plain(p) for p in body
+        )
     if kind in ("tuple", "set"):
         return type(body) is list and is_plain(body)
     if kind == "complex":
         return type(body) is list and len(body) == 2 and all(type(p) in (int, float) for p in body)
     if kind == "ratio":
-        return type(body) is list and len(body) == 2 and all(type(p) is int or _is_long(p) for p in body)
+        return (
+            type(body) is list
+            and len(body) == 2
+            and all(type(p) is int or _is_long(p) for p in body)
+        )
     return kind in ("int", "float", "bytes") and type(body) is str
 
 
@@ -182,8 +207,9 @@ def _is_long(value: Any) -> bool:
 def same_output(expected: str, got: bytes, tolerance: float = FLOAT_TOLERANCE) -> bool:
     """Whether a program printed what was expected: the same lines of the same tokens.
 
-    White space between tokens and at line ends does not count, nor do blank lines at either end; where the expected
-    token is a decimal fraction, a number within `tolerance` will do; where it is a whole number, also `3.0` for `3`.
+    White space between tokens and at line ends does not count, nor do blank lines at either end;
+    where the expected token is a decimal fraction, a number within `tolerance` will do; where it is
+    a whole number, also `3.0` for `3`.
     """
     wanted, printed = _lines(expected.encode("utf-8", "surrogatepass")), _lines(got)
     return len(wanted) == len(printed) and all(

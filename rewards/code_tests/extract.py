@@ -1,8 +1,10 @@
-"""The program in a completion: which fenced blocks it is made of, or which part of a text without fences.
+"""The program in a completion: which fenced blocks it is made of, or which part of a text without
+fences.
 
-A fence is read as CommonMark has it (indented, longer, with `~~~`, with an info string), by lines and so in linear time,
-with what models do on top: a fence inside a docstring ends nothing, a new tagged fence ends an open block, the last block
-may stay open, and a prompt may have opened the first one.
+A fence is read as CommonMark has it (indented, longer, with `~~~`, with an info string), by lines
+and so in linear time, with what models do on top: a fence inside a docstring ends nothing, a new
+tagged fence ends an open block, the last block may stay open, and a prompt may have opened the
+first one.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ _QUOTED = re.compile(r"[ \t]*>[ \t]?")
 _PYTHON = re.compile(r"\{?[.:]?(i?python|py|pycon|cpython|sage)[\d.]*\b", re.I)
 _CPP = re.compile(r"\{?[.:]?(c\+\+|cpp|cc|cxx|c)[\d.]*(?![\w+#])", re.I)
 _UNTAGGED = re.compile(r"(code|solution|answer|program)?$", re.I)
-# Ends of a model's thoughts; the first word opens them. Sources: DeepSeek-R1 and Qwen; Kimi; Sky-T1; Seed; Magistral.
+# Ends of a model's thoughts; the first word opens them. Sources: DeepSeek-R1 and Qwen; Kimi;
+# Sky-T1; Seed; Magistral.
 _THOUGHTS = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
@@ -28,7 +31,8 @@ _THOUGHTS = (
     ("<seed:think>", "</seed:think>"),
     ("[THINK]", "[/THINK]"),
 )
-# Tags that some prompts ask for around code. Sources: R1-Zero; CodeLlama and CRUXEval; MBPP's own few-shot prompt.
+# Tags that some prompts ask for around code. Sources: R1-Zero; CodeLlama and CRUXEval; MBPP's own
+# few-shot prompt.
 _WRAPPERS = (
     ("<answer>", "</answer>"),
     ("[PYTHON]", "[/PYTHON]"),
@@ -36,8 +40,12 @@ _WRAPPERS = (
     ("<code>", "</code>"),
     ("<python>", "</python>"),
 )
-_CODE_LINE = re.compile(r"(?:import |from \w[\w.]* import |(?:async )?def \w|class \w|@\w|#!|#include)")
-_READS = re.compile(r"\binput\s*\(|\bstdin\b|\bopen\s*\(\s*0|\bos\.read\b|\bfileinput\b|\braw_input\b")
+_CODE_LINE = re.compile(
+    r"(?:import |from \w[\w.]* import |(?:async )?def \w|class \w|@\w|#!|#include)"
+)
+_READS = re.compile(
+    r"\binput\s*\(|\bstdin\b|\bopen\s*\(\s*0|\bos\.read\b|\bfileinput\b|\braw_input\b"
+)
 _PRINTS = re.compile(r"\bprint\b|\bstdout\b|\bos\.write\b")
 _QUOTES = re.compile(r'"""|\'\'\'')
 _DEFINED = re.compile(r"^(?:async[ \t]+def|def|class)[ \t]+(\w+)", re.M)
@@ -62,13 +70,16 @@ class Block:
     source: str
 
 
-def extract_program(completion: str, language: str = "auto", entries: Collection[str] = ()) -> Program | None:
+def extract_program(
+    completion: str, language: str = "auto", entries: Collection[str] = ()
+) -> Program | None:
     """The program that the final answer of a completion holds, None if there is none.
 
-    `language`: "python", "cpp", or "auto", which goes by the fence's tag. `entries`: names that the tests use; without
-    them a program on stdin is looked for. The block is the last one that defines such a name (or reads its input); other
-    blocks are put in front of it, or behind, only where they define what it uses. A tagged block goes before an
-    untagged one. Without fences, the text is the program, from its first line of code on.
+    `language`: "python", "cpp", or "auto", which goes by the fence's tag. `entries`: names that the
+    tests use; without them a program on stdin is looked for. The block is the last one that defines
+    such a name (or reads its input); other blocks are put in front of it, or behind, only where
+    they define what it uses. A tagged block goes before an untagged one. Without fences, the text
+    is the program, from its first line of code on.
     """
     answer = _after_thoughts(completion.replace("\r\n", "\n"))
     if answer is None:
@@ -77,10 +88,16 @@ def extract_program(completion: str, language: str = "auto", entries: Collection
     blocks = fenced_blocks(answer)
     if not blocks:
         source = _bare_code(answer)
-        return Program(source, "cpp" if language == "cpp" else _guess(source, language), False) if source else None
+        return (
+            Program(source, "cpp" if language == "cpp" else _guess(source, language), False)
+            if source
+            else None
+        )
     wanted = {"python": ("python",), "cpp": ("cpp",), "auto": ("python", "cpp")}[language]
     fitting = [block for block in blocks if block.kind in wanted and block.source.strip()]
-    fitting = fitting or [block for block in blocks if block.kind == "untagged" and block.source.strip()]
+    fitting = fitting or [
+        block for block in blocks if block.kind == "untagged" and block.source.strip()
+    ]
     if not fitting:
         return None
     chosen = _choose(fitting, entries)
@@ -130,7 +147,9 @@ def fenced_blocks(text: str) -> list[Block]:
         first = min(fences)
         head = next((line for line in lines[:first] if line.strip()), "")
         bare = not fences[first][3].strip()
-        if bare and len(fences) % 2 and (_CODE_LINE.match(head) or head[:4].isspace()):  # the prompt opened it
+        if (
+            bare and len(fences) % 2 and (_CODE_LINE.match(head) or head[:4].isspace())
+        ):  # the prompt opened it
             blocks.append(Block("python", "\n".join(lines[:first]) + "\n"))
             number = first + 1
     while number < len(lines):
@@ -152,7 +171,8 @@ def fenced_blocks(text: str) -> list[Block]:
 
 
 def _end(lines: Sequence[str], fences: dict[int, re.Match[str]], start: int) -> int:
-    """The line of the fence that ends the block opened at `start`: outside a docstring, or the first if none is."""
+    """The line of the fence that ends the block opened at `start`: outside a docstring, or the
+    first if none is."""
     mark = fences[start][2]
     quote, first = "", None
     for number in range(start + 1, len(lines)):
@@ -174,19 +194,26 @@ def _guess(source: str, language: str) -> str:
 
 
 def _bare_code(text: str) -> str:
-    """A text without fences from its first line of code on: all of it, if that is where it begins."""
+    """A text without fences from its first line of code on: all of it, if that is where it
+    begins."""
     lines = text.strip("\n").split("\n")
     if lines[0][:1].isspace() or _CODE_LINE.match(lines[0]):
         return text if text.strip() else ""
     start = next((i for i, line in enumerate(lines) if _CODE_LINE.match(line)), 0)
     prose = all(re.search(r"[.:!?]\s*$|^\s*$", line) for line in lines[:start])
-    return "\n".join(lines[start:] if prose else lines).strip() and "\n".join(lines[start:] if prose else lines)
+    return "\n".join(lines[start:] if prose else lines).strip() and "\n".join(
+        lines[start:] if prose else lines
+    )
 
 
 def defines(source: str, name: str) -> bool:
     """Whether the code binds a name with def or class, or at the start of a line."""
     word = re.escape(name)
-    return bool(re.search(rf"^[ \t]*(?:(?:async[ \t]+)?def|class)[ \t]+{word}\b|^{word}[ \t]*[=:]", source, re.M))
+    return bool(
+        re.search(
+            rf"^[ \t]*(?:(?:async[ \t]+)?def|class)[ \t]+{word}\b|^{word}[ \t]*[=:]", source, re.M
+        )
+    )
 
 
 def _choose(blocks: Sequence[Block], entries: Collection[str]) -> Block:
@@ -216,7 +243,12 @@ def _joined(blocks: Sequence[Block], chosen: Block, entries: Collection[str]) ->
         for i in (*range(main - 1, -1, -1), *range(main + 1, len(sources))):
             bound = _bound(sources[i])
             again = bound & have & set(_DEFINED.findall(sources[i]))
-            if i in taken or not (bound - have) & uses or again or (not entries and _READS.search(sources[i])):
+            if (
+                i in taken
+                or not (bound - have) & uses
+                or again
+                or (not entries and _READS.search(sources[i]))
+            ):
                 continue
             taken.add(i)
             have |= bound
@@ -246,13 +278,22 @@ def _dedented(source: str, entries: Collection[str]) -> str:
 
 
 def completed(source: str, entry: str, prompt: str) -> str:
-    """The program; a bare body behind the prompt whose function it continues, whatever became of its indentation."""
+    """The program; a bare body behind the prompt whose function it continues, whatever became of
+    its indentation."""
     if not entry or not prompt or defines(source, entry):
         return source
     lines = source.strip("\n").split("\n")
     head, rest = lines[0], [line for line in lines[1:] if line.strip()]
     if not head[:1].isspace():
         depths = [len(line) - len(line.lstrip()) for line in rest]
-        lost = bool(depths) and min(depths) >= 4 and (not head.rstrip().endswith(":") or depths[0] >= 8)
-        lines = [f"    {head}", *lines[1:]] if lost else [f"    {line}" if line.strip() else line for line in lines]
+        lost = (
+            bool(depths)
+            and min(depths) >= 4
+            and (not head.rstrip().endswith(":") or depths[0] >= 8)
+        )
+        lines = (
+            [f"    {head}", *lines[1:]]
+            if lost
+            else [f"    {line}" if line.strip() else line for line in lines]
+        )
     return f"{prompt.rstrip()}\n" + "\n".join(lines) + "\n"

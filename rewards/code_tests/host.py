@@ -1,10 +1,13 @@
-"""The model's end of the line to a judge: holds the model's functions and objects and does with them what the test asks.
+"""The model's end of the line to a judge: holds the model's functions and objects and does with
+them what the test asks.
 
-Runs inside the sandbox beside the model's code (see `wire.py`): nothing here is trusted by the judge.
+Runs inside the sandbox beside the model's code (see `wire.py`): nothing here is trusted by the
+judge.
 """
 
 from __future__ import annotations
 
+import builtins
 import operator
 import sys
 import types
@@ -31,33 +34,11 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     "equal": lambda left, right: bool(left == right) and not _equals_anything(left),
     "contains": operator.contains,
 }
-_BUILT_IN: tuple[Callable[..., Any], ...] = (
-    len,
-    iter,
-    next,
-    str,
-    repr,
-    format,
-    hash,
-    bool,
-    abs,
-    round,
-    int,
-    float,
-    complex,
-    isinstance,
-    issubclass,
+_BUILT_IN = (
+    "len iter next str repr format hash bool abs round int float complex isinstance issubclass "
+    "divmod reversed dir"
 )
-_BUILT_IN += (divmod, reversed, dir)
-_ABILITIES = {
-    "c": "__call__",
-    "i": "__iter__",
-    "n": "__next__",
-    "l": "__len__",
-    "x": "__index__",
-    "a": "__await__",
-    "s": "__aiter__",
-}
+_ABILITIES = {"c": "call", "i": "iter", "n": "next", "l": "len", "x": "index", "a": "await"}
 
 
 async def _awaiting(coroutine: Any) -> Any:
@@ -72,19 +53,22 @@ class Host(Side):
         self.shared = {name: namespace[name] for name in request["shared"] if name in namespace}
         self.held: list[Any] = []
         self.places: dict[int, int] = {}
-        self.operations = _SPECIAL | {function.__name__: function for function in _BUILT_IN}
+        self.operations = _SPECIAL | {name: getattr(builtins, name) for name in _BUILT_IN.split()}
         self.operations["await"] = self._await
         self.printed = _Printed() if request["printing"] else None
         if self.printed is not None:
             sys.stdout = self.printed
 
     def pack_other(self, value: Any) -> Any:
-        """A reference: number, what can be done with it, name of its class, and the kind of thing that it is."""
+        """A reference: number, what can be done with it, name of its class, and the kind of thing
+        that it is."""
         place = self.places.setdefault(id(value), len(self.held))
         if place == len(self.held):
             self.held.append(value)
         kind = type(value)
-        able = "".join(letter for letter, method in _ABILITIES.items() if hasattr(kind, method))
+        able = "".join(
+            letter for letter, name in _ABILITIES.items() if hasattr(kind, f"__{name}__")
+        )
         kinds = [name_of(each) for each in value.__mro__] if isinstance(value, type) else []
         return {"ref": [place, able, kind.__name__, name_of(kind), kinds]}
 
@@ -123,7 +107,9 @@ class Host(Side):
         self.child.offline_loop()
         return __import__("asyncio").run(_awaiting(coroutine))
 
-    def perform(self, request: dict[str, Any], arguments: list[Any], keywords: dict[str, Any]) -> Any:
+    def perform(
+        self, request: dict[str, Any], arguments: list[Any], keywords: dict[str, Any]
+    ) -> Any:
         name = request["do"]
         found = self.operations.get(name) or getattr(operator, name)
         return found(*arguments, **keywords)
@@ -170,5 +156,10 @@ def main(request: dict[str, Any], child: types.SimpleNamespace) -> None:
         message = answer(read_line())
         try:
             send(message)
-        except (ValueError, MemoryError, RecursionError, TypeError) as error:  # deeper than JSON goes
+        except (
+            ValueError,
+            MemoryError,
+            RecursionError,
+            TypeError,
+        ) as error:  # deeper than JSON goes
             send(host.describe(error, None))

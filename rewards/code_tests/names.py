@@ -9,8 +9,26 @@ import sys
 from typing import Any
 
 _MODEL_MODULES = {
-    *("solution", "solutions", "main", "answer", "submission", "candidate", "program", "code_solution", "my_module"),
-    *("your_module", "your_solution", "your_code", "your_module_name", "module_name", "module", "user_solution"),
+    *(
+        "solution",
+        "solutions",
+        "main",
+        "answer",
+        "submission",
+        "candidate",
+        "program",
+        "code_solution",
+        "my_module",
+    ),
+    *(
+        "your_module",
+        "your_solution",
+        "your_code",
+        "your_module_name",
+        "module_name",
+        "module",
+        "user_solution",
+    ),
 }
 
 
@@ -27,7 +45,8 @@ def called_names(tree: ast.AST) -> set[str]:
 
 
 def syntax_tree(source: str) -> ast.Module:
-    """`ast.parse`, which some releases of CPython 3.11 and 3.12 let fail where another thread parses (gh-106905)."""
+    """`ast.parse`, which some releases of CPython 3.11 and 3.12 let fail where another thread
+    parses (gh-106905)."""
     for _ in range(20):
         try:
             return ast.parse(source)
@@ -68,7 +87,11 @@ def free_names(source: str) -> set[str]:
     while tables:
         table = tables.pop()
         tables += table.get_children()
-        read |= {s.get_name() for s in table.get_symbols() if s.is_referenced() and (table is top or s.is_global())}
+        read |= {
+            s.get_name()
+            for s in table.get_symbols()
+            if s.is_referenced() and (table is top or s.is_global())
+        }
     return read - bound(syntax_tree(source))
 
 
@@ -76,11 +99,19 @@ def bound(tree: ast.Module) -> set[str]:
     """The names that a module's code binds at its top level."""
     found: set[str] = set()
     symbols = symtable.symtable(ast.unparse(tree), "<test>", "exec").get_symbols()
-    found |= {s.get_name() for s in symbols if s.is_assigned() or s.is_imported() or s.is_namespace()}
+    found |= {
+        s.get_name() for s in symbols if s.is_assigned() or s.is_imported() or s.is_namespace()
+    }
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module in sys.stdlib_module_names and node.names[0].name == "*":
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module in sys.stdlib_module_names
+            and node.names[0].name == "*"
+        ):
             module = importlib.import_module(node.module)
-            found |= set(getattr(module, "__all__", ())) or {name for name in dir(module) if name[:1] != "_"}
+            found |= set(getattr(module, "__all__", ())) or {
+                name for name in dir(module) if name[:1] != "_"
+            }
     return found
 
 
@@ -134,5 +165,7 @@ def _attributes(tree: ast.Module, module: str) -> set[str]:
     return {
         node.attr
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in aliases
     }

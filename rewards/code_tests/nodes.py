@@ -1,4 +1,5 @@
-"""LeetCode's lists and trees: tests hold them as plain lists, and the signature says which arguments they are."""
+"""LeetCode's lists and trees: tests hold them as plain lists, and the signature says which
+arguments they are."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def _from_TreeNode(node):
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What is to be made of a function's arguments and value, by their places: "", a class, or "*" and a class for a list."""
+    """What is to be made of a function's arguments and value, by their places: "", a class, or "*"
+    and a class for a list."""
 
     arguments: tuple[tuple[str, str], ...] = ()
     """Name and form of each."""
@@ -72,14 +74,18 @@ class Signature:
         """The source of a call, its value made plain again."""
         forms = dict(self.arguments)
         order = [form for _, form in self.arguments]
-        made = [_made(word, form) for word, form in zip(words, [*order, *[""] * len(words)], strict=False)]
+        made = [
+            _made(word, form)
+            for word, form in zip(words, [*order, *[""] * len(words)], strict=False)
+        ]
         named = [(key, _made(word, forms.get(key, ""))) for key, word in keywords.items()]
         if self.in_place and (made or named):
             first = made[0] if made else named[0][1]
             rest = ["_first", *made[1:]] if made else [f"{named.pop(0)[0]}=_first"]
             rest += [f"{key}={word}" for key, word in named]
             return _plain(
-                f"(lambda _first: ({callee}({', '.join(rest)}), _first)[1])({first})", order[0] if order else ""
+                f"(lambda _first: ({callee}({', '.join(rest)}), _first)[1])({first})",
+                order[0] if order else "",
             )
         words = [*made, *(f"{key}={word}" for key, word in named)]
         return _plain(f"{callee}({', '.join(words)})", self.value)
@@ -98,12 +104,16 @@ def _plain(source: str, form: str) -> str:
 
 
 def signature_of(starter: str, name: str) -> Signature:
-    """From code like `class Solution: def f(self, head: Optional[ListNode]) -> None:`, with or without a body."""
+    """From code like `class Solution: def f(self, head: Optional[ListNode]) -> None:`, with or
+    without a body."""
     function = next((n for n in _functions(starter) if n.name == name), None)
     if function is None:
         return Signature()
     arguments = tuple((a.arg, _form(a.annotation)) for a in function.args.args if a.arg != "self")
-    value, in_place = _form(function.returns), ast.unparse(function.returns) == "None" if function.returns else False
+    value, in_place = (
+        _form(function.returns),
+        ast.unparse(function.returns) == "None" if function.returns else False,
+    )
     if not in_place and not value and not any(form for _, form in arguments):
         return Signature()
     return Signature(arguments, value, in_place)
@@ -125,4 +135,6 @@ def _form(annotation: ast.expr | None) -> str:
         return ""
     text = ast.unparse(annotation).strip("'\"")
     name = next((name for name in ("ListNode", "TreeNode") if name in text), "")
-    return f"*{name}" if name and text.lower().replace("optional[", "").startswith("list[") else name
+    return (
+        f"*{name}" if name and text.lower().replace("optional[", "").startswith("list[") else name
+    )

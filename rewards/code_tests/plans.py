@@ -1,4 +1,5 @@
-"""Plans: what a data set's tests ask for, in three forms that keep every expected answer out of the model's sandbox."""
+"""Plans: what a data set's tests ask for, in three forms that keep every expected answer out of the
+model's sandbox."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class FunctionPlan:
     after: str = ""
     """Code in front of and behind the model's, e.g. imports and a test's set-up."""
     from_json: bool = False
-    """The expected values come from JSON, which has no tuples: a list will do for one and the reverse."""
+    """The expected values come from JSON, which has no tuples: a list will do for one and the
+    reverse."""
     usual: bool = False
     """With the imports that the data set's own harness puts in front."""
     functions: tuple[str, ...] = ()
@@ -47,7 +49,8 @@ class FunctionPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgePlan:
-    """Test code for the judge (`judge.py`), and the names in it that stand for the model's functions and classes."""
+    """Test code for the judge (`judge.py`), and the names in it that stand for the model's
+    functions and classes."""
 
     test: str
     names: Mapping[str, str]
@@ -77,7 +80,11 @@ class JudgePlan:
     @property
     def entries(self) -> tuple[str, ...]:
         """Names that the model's code is to define."""
-        return (self.entry,) if self.entry else tuple(name.split("(")[0] for name in self.names.values())
+        return (
+            (self.entry,)
+            if self.entry
+            else tuple(name.split("(")[0] for name in self.names.values())
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

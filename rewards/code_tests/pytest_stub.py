@@ -1,6 +1,7 @@
 """What tests of data sets use of pytest, for the judge: pytest itself is not in sight there.
 
-`raises`, `approx`, `mark.parametrize` (other marks do nothing), fixtures of functions, `fail`, `skip`, `capsys`.
+`raises`, `approx`, `mark.parametrize` (other marks do nothing), fixtures of functions, `fail`,
+`skip`, `capsys`.
 """
 
 from __future__ import annotations
@@ -74,7 +75,13 @@ class raises(contextlib.AbstractContextManager[_Caught]):
 class approx:
     """Equals numbers, and lists, tuples, mappings and arrays of them, within a tolerance."""
 
-    def __init__(self, expected: Any, rel: float | None = None, abs: float | None = None, nan_ok: bool = False) -> None:
+    def __init__(
+        self,
+        expected: Any,
+        rel: float | None = None,
+        abs: float | None = None,
+        nan_ok: bool = False,
+    ) -> None:
         self.expected, self.nan_ok = expected, nan_ok
         self.rel = 1e-6 if rel is None and abs is None else (rel or 0.0)
         self.abs = 1e-12 if abs is None else abs
@@ -124,10 +131,14 @@ def param(*values: Any, **_: Any) -> Any:
 
 class _Marks:
     def parametrize(self, names: Any, values: Any, **_: Any) -> Callable[[Any], Any]:
-        words = [word.strip() for word in names.split(",")] if isinstance(names, str) else list(names)
+        words = (
+            [word.strip() for word in names.split(",")] if isinstance(names, str) else list(names)
+        )
 
         def mark(function: Any) -> Any:
-            rows = [dict(zip(words, each if len(words) > 1 else [each], strict=True)) for each in values]
+            rows = [
+                dict(zip(words, each if len(words) > 1 else [each], strict=True)) for each in values
+            ]
             function.parameters = [*getattr(function, "parameters", []), rows]
             return function
 
@@ -167,7 +178,9 @@ def variants(test: Any, owner: type | None, namespace: dict[str, Any]) -> list[C
     """One function without arguments for each combination of the test's parameters."""
     fixtures = {name: each for name, each in namespace.items() if hasattr(each, "is_fixture")}
     if owner is not None:
-        fixtures |= {name: each for name, each in vars(owner).items() if hasattr(each, "is_fixture")}
+        fixtures |= {
+            name: each for name, each in vars(owner).items() if hasattr(each, "is_fixture")
+        }
     rows = [*getattr(owner, "parameters", []), *getattr(test, "parameters", [])]
     return [
         _bound(test, owner, fixtures, {key: value for row in chosen for key, value in row.items()})
@@ -175,7 +188,9 @@ def variants(test: Any, owner: type | None, namespace: dict[str, Any]) -> list[C
     ]
 
 
-def _bound(test: Any, owner: type | None, fixtures: dict[str, Any], given: dict[str, Any]) -> Callable[[], Any]:
+def _bound(
+    test: Any, owner: type | None, fixtures: dict[str, Any], given: dict[str, Any]
+) -> Callable[[], Any]:
     def run() -> None:
         made = owner() if owner is not None else None
         values = dict(given)
@@ -203,7 +218,9 @@ def _bound(test: Any, owner: type | None, fixtures: dict[str, Any], given: dict[
                 if fixtures[each].is_fixture.get("autouse"):
                     value(each)
             if made is not None and hasattr(made, "setup_method"):
-                made.setup_method(*([None] * (len(inspect.signature(made.setup_method).parameters) > 0)))
+                made.setup_method(
+                    *([None] * (len(inspect.signature(made.setup_method).parameters) > 0))
+                )
             result = call(test)
             if inspect.iscoroutine(result):
                 __import__("asyncio").run(result)

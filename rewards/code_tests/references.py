@@ -1,4 +1,5 @@
-"""A row's own solutions: what they define, and the programs to prove its tests with before training."""
+"""A row's own solutions: what they define, and the programs to prove its tests with before
+training."""
 
 from __future__ import annotations
 
@@ -9,8 +10,16 @@ from typing import Any
 
 from .names import syntax_tree
 
-# Columns and who writes so: HumanEval; MBPP; KodCode; SYNTHETIC-1; LeetCodeDataset; APPS, TACO, CodeContests.
-_ONE = ("canonical_solution", "code", "solution", "gold_standard_solution", "reference_solution", "completion")
+# Columns and who writes so: HumanEval; MBPP; KodCode; SYNTHETIC-1; LeetCodeDataset; APPS, TACO,
+# CodeContests.
+_ONE = (
+    "canonical_solution",
+    "code",
+    "solution",
+    "gold_standard_solution",
+    "reference_solution",
+    "completion",
+)
 _MANY = "solutions"
 _MOST = 3  # of many solutions: where none of three passes, the tests are to blame
 _PYTHON3, _CPP = 3, 2  # CodeContests' numbers of languages
@@ -18,7 +27,9 @@ _PYTHON3, _CPP = 3, 2  # CodeContests' numbers of languages
 
 def solutions_of(columns: Mapping[str, Any]) -> list[str]:
     """The row's own solutions as completions, the most trusted first; none where it has none."""
-    found = [text for key in _ONE if isinstance(text := columns.get(key), str) and _is_program(text)][:1]
+    found = [
+        text for key in _ONE if isinstance(text := columns.get(key), str) and _is_program(text)
+    ][:1]
     if not found:
         found = [text for text in _many(columns.get(_MANY)) if _is_program(text)][:_MOST]
     if not found:
@@ -42,18 +53,31 @@ def defined_names(columns: Mapping[str, Any]) -> frozenset[str]:
         if isinstance(text, str) and _is_program(text) and "```" not in text:
             try:
                 body = syntax_tree(text).body
-            except (SyntaxError, ValueError, RecursionError, MemoryError):  # a body that continues a prompt
+            except (
+                SyntaxError,
+                ValueError,
+                RecursionError,
+                MemoryError,
+            ):  # a body that continues a prompt
                 continue
             kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
             found = {node.name for node in body if isinstance(node, kinds)}
-            targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
-            return frozenset(found | {target.id for target in targets if isinstance(target, ast.Name)})
+            targets = [
+                target for node in body if isinstance(node, ast.Assign) for target in node.targets
+            ]
+            return frozenset(
+                found | {target.id for target in targets if isinstance(target, ast.Name)}
+            )
     return frozenset()
 
 
 def _is_program(text: str) -> bool:
-    """Whether a text does something: some files have a stub such as `sys.exit(0)` in the place of a solution."""
-    return any(word in text for word in ("def ", "class ", "print", "return", "write", "lambda", "cout", "printf"))
+    """Whether a text does something: some files have a stub such as `sys.exit(0)` in the place of a
+    solution."""
+    return any(
+        word in text
+        for word in ("def ", "class ", "print", "return", "write", "lambda", "cout", "printf")
+    )
 
 
 def _tag(text: str) -> str:
@@ -69,7 +93,11 @@ def _many(value: Any) -> Sequence[str]:
     if isinstance(value, Mapping) and isinstance(value.get("solution"), list):  # CodeContests
         pairs = list(zip(value.get("language", []), value["solution"], strict=False))
         names = {_PYTHON3: 0, "PYTHON3": 0, _CPP: 1, "CPP": 1}
-        return [text for language, text in sorted(pairs, key=lambda p: names.get(p[0], 2)) if language in names]
+        return [
+            text
+            for language, text in sorted(pairs, key=lambda p: names.get(p[0], 2))
+            if language in names
+        ]
     return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
 
 

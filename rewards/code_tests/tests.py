@@ -20,12 +20,14 @@ _CASE_COLUMNS = [
 
 
 def plan_of(columns: Mapping[str, Any], answer: str = "") -> Plan:
-    """The plan for a data row. Raises ValueError if the row holds no tests, or tests that cannot be graded.
+    """The plan for a data row. Raises ValueError if the row holds no tests, or tests that cannot be
+    graded.
 
-    Python: MBPP and MBPP+ (`test_list`, `test`, `test_setup_code`, `test_imports`), AceCode (`test_cases`), HumanEval,
-    HumanEval+ and LeetCodeDataset (`prompt`, `test`, `entry_point`), KodCode and BigCodeBench (`test`, a module for pytest
-    or unittest), verl's `assert_case`. Inputs and outputs: any of `_CASE_COLUMNS` together, or else the `answer`, in the
-    forms of `cases_of`, with `fn_name` or `metadata.func_name` where a function and not a program is tested.
+    Python: MBPP and MBPP+ (`test_list`, `test`, `test_setup_code`, `test_imports`), AceCode
+    (`test_cases`), HumanEval, HumanEval+ and LeetCodeDataset (`prompt`, `test`, `entry_point`),
+    KodCode and BigCodeBench (`test`, a module for pytest or unittest), verl's `assert_case`. Inputs
+    and outputs: any of `_CASE_COLUMNS` together, or else the `answer`, in the forms of `cases_of`,
+    with `fn_name` or `metadata.func_name` where a function and not a program is tested.
     """
     entry = str(columns.get("entry_point") or "")
     defined = defined_names(columns)
@@ -45,9 +47,18 @@ def plan_of(columns: Mapping[str, Any], answer: str = "") -> Plan:
             return check_plan(prompt, code, entry)
         return module_plan(code, "", "", entry, defined, frozenset())
     if entry and isinstance(test, str) and test.lstrip()[:1] not in ("[", "{") and " " in test:
-        raise ValueError("the column 'test' defines no function check(candidate) and asserts nothing")
-    for asserted in (columns.get("test_cases"), _assert_case(columns.get("input_output") or answer)):
-        if isinstance(asserted, Sequence) and asserted and all(isinstance(t, str) and "assert" in t for t in asserted):
+        raise ValueError(
+            "the column 'test' defines no function check(candidate) and asserts nothing"
+        )
+    for asserted in (
+        columns.get("test_cases"),
+        _assert_case(columns.get("input_output") or answer),
+    ):
+        if (
+            isinstance(asserted, Sequence)
+            and asserted
+            and all(isinstance(t, str) and "assert" in t for t in asserted)
+        ):
             return asserts_plan(tuple(asserted), (), "", entry, defined)
     if code:
         return module_plan(code, "", "", "", defined, frozenset())
@@ -57,7 +68,9 @@ def plan_of(columns: Mapping[str, Any], answer: str = "") -> Plan:
 def _plan_of_cases(columns: Mapping[str, Any], answer: str) -> Plan:
     name = str(columns.get("fn_name") or named_in_metadata(columns.get("metadata")))
     cases: list[Case] = []
-    for value in [columns[key] for key in _CASE_COLUMNS if columns.get(key)] or ([answer] if answer else []):
+    for value in [columns[key] for key in _CASE_COLUMNS if columns.get(key)] or (
+        [answer] if answer else []
+    ):
         if found := cases_of(value):
             cases += found
     if not cases:
@@ -94,5 +107,11 @@ def _assert_case(value: Any) -> Any:
 def _outermost(tests: Sequence[str]) -> frozenset[str]:
     """The functions that assertions call first, e.g. `f` in `assert f(g(1)) == 2`."""
     tree = parsed("\n".join(tests), "test_list")
-    calls = [n.test.left if isinstance(n.test, ast.Compare) else n.test for n in tree.body if isinstance(n, ast.Assert)]
-    return frozenset(c.func.id for c in calls if isinstance(c, ast.Call) and isinstance(c.func, ast.Name))
+    calls = [
+        n.test.left if isinstance(n.test, ast.Compare) else n.test
+        for n in tree.body
+        if isinstance(n, ast.Assert)
+    ]
+    return frozenset(
+        c.func.id for c in calls if isinstance(c, ast.Call) and isinstance(c.func, ast.Name)
+    )

@@ -1,11 +1,14 @@
-"""Values and objects as JSON lines between two sandboxes: one runs the model's code, one a data set's tests.
+"""Values and objects as JSON lines between two sandboxes: one runs the model's code, one a data
+set's tests.
 
-Runs inside both (`child.py` loads the compiled text of this file and `judge.py`), so: standard library only, no imports of
-ours. `Side` is one end. Immutable values go as they are or as an object with one key that names the type, for example
-`{"tuple": [1, 2]}`; mutable ones go as `{"at": number}`, a place in the message's table of objects, so that sharing and
-cycles survive, and so that the answer to a call can say what has become of its arguments.
+Runs inside both (`child.py` loads the compiled text of this file and `judge.py`), so: standard
+library only, no imports of ours. `Side` is one end. Immutable values go as they are or as an object
+with one key that names the type, for example `{"tuple": [1, 2]}`; mutable ones go as `{"at":
+number}`, a place in the message's table of objects, so that sharing and cycles survive, and so that
+the answer to a call can say what has become of its arguments.
 
-What the model's side sends is as untrusted as anything: no form makes more than plain values and objects of listed types.
+What the model's side sends is as untrusted as anything: no form makes more than plain values and
+objects of listed types.
 """
 
 from __future__ import annotations
@@ -18,7 +21,19 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 _LONGEST = 1 << 4096  # longer ints go as hexadecimal, which is linear in both directions
-_SUBCLASSED: tuple[Any, ...] = (int, float, complex, str, bytes, bytearray, tuple, list, dict, set, frozenset)
+_SUBCLASSED: tuple[Any, ...] = (
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    bytearray,
+    tuple,
+    list,
+    dict,
+    set,
+    frozenset,
+)
 _MAPPINGS: dict[str, Any] = {
     "dict": dict,
     "collections.Counter": collections.Counter,
@@ -36,7 +51,8 @@ class Child(Protocol):
 
 
 class CannotPass(Exception):
-    """The test passes something that has no form on the wire: the test's fault, never the model's."""
+    """The test passes something that has no form on the wire: the test's fault, never the
+    model's."""
 
 
 def name_of(kind: type) -> str:
@@ -47,7 +63,8 @@ def name_of(kind: type) -> str:
 
 
 class Table:
-    """The mutable objects of one message, by number; the first ones are those of the message that it answers."""
+    """The mutable objects of one message, by number; the first ones are those of the message that
+    it answers."""
 
     def __init__(self, side: Side, objects: list[Any]) -> None:
         self.side = side
@@ -110,7 +127,11 @@ class Table:
             return [name, [self.pack(item) for item in value]]
         if name == "collections.deque":
             return [name, [self.pack(item) for item in value], value.maxlen]
-        return ["object", [[key, self.pack(item)] for key, item in _attributes(value)], type(value).__name__]
+        return [
+            "object",
+            [[key, self.pack(item)] for key, item in _attributes(value)],
+            type(value).__name__,
+        ]
 
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
@@ -125,18 +146,29 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
 def _array(table: Table, value: Any) -> list[Any]:
     if value.dtype.kind not in "biufcSU":
         raise CannotPass(f"an array of {value.dtype}")
-    return [value.dtype.str, list(value.shape), [table.pack(item) for item in value.ravel().tolist()]]
+    return [
+        value.dtype.str,
+        list(value.shape),
+        [table.pack(item) for item in value.ravel().tolist()],
+    ]
 
 
 _PACKED: dict[str, Callable[[Table, Any], Any]] = {
     "bytes": lambda table, value: value.hex(),
     "complex": lambda table, value: [table.pack(value.real), table.pack(value.imag)],
-    "range": lambda table, value: [table.pack(part) for part in (value.start, value.stop, value.step)],
-    "slice": lambda table, value: [table.pack(part) for part in (value.start, value.stop, value.step)],
+    "range": lambda table, value: [
+        table.pack(part) for part in (value.start, value.stop, value.step)
+    ],
+    "slice": lambda table, value: [
+        table.pack(part) for part in (value.start, value.stop, value.step)
+    ],
     "dict_keys": lambda table, value: [table.pack(item) for item in value],
     "dict_values": lambda table, value: [table.pack(item) for item in value],
     "dict_items": lambda table, value: [table.pack(item) for item in value],
-    "fractions.Fraction": lambda table, value: [table.pack(value.numerator), table.pack(value.denominator)],
+    "fractions.Fraction": lambda table, value: [
+        table.pack(value.numerator),
+        table.pack(value.denominator),
+    ],
     "decimal.Decimal": lambda table, value: str(value),
     "datetime.date": lambda table, value: value.isoformat(),
     "datetime.time": lambda table, value: value.isoformat(),
@@ -187,8 +219,8 @@ _MADE: dict[str, Callable[..., Any]] = {
 
 
 class Side:
-    """One end of the line. `shared`: classes that both ends have, whose instances go by value; `named`: the names of the
-    model that the test uses, whose instances stay where they are."""
+    """One end of the line. `shared`: classes that both ends have, whose instances go by value;
+    `named`: the names of the model that the test uses, whose instances stay where they are."""
 
     shared: dict[str, type]
     named: set[str]
@@ -220,12 +252,19 @@ class Side:
 
     def _part(self, part: Any, objects: list[Any]) -> Any:
         """A value, or a list of values where a form has lists in it."""
-        return [self._part(each, objects) for each in part] if isinstance(part, list) else self.unpack(part, objects)
+        return (
+            [self._part(each, objects) for each in part]
+            if isinstance(part, list)
+            else self.unpack(part, objects)
+        )
 
     def fill(self, bodies: list[Any], objects: list[Any]) -> None:
-        """Brings `objects` to what `bodies` say (None: as it was), the new ones among them made first."""
+        """Brings `objects` to what `bodies` say (None: as it was), the new ones among them made
+        first."""
         objects += [self._empty(body) for body in bodies[len(objects) :]]
-        changed = [(body, value) for body, value in zip(bodies, objects, strict=True) if body is not None]
+        changed = [
+            (body, value) for body, value in zip(bodies, objects, strict=True) if body is not None
+        ]
         for hashing in (False, True):  # keys need what they hold first
             for body, value in changed:
                 if (body[0] == "set" or body[0] in _MAPPINGS) is hashing:
@@ -261,7 +300,8 @@ class Side:
     # --- requests and answers
 
     def request(self, message: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
-        """Asks the other end and returns its value, or raises its exception; serves its questions meanwhile."""
+        """Asks the other end and returns its value, or raises its exception; serves its questions
+        meanwhile."""
         table = Table(self, [])
         message["args"] = [table.pack(each) for each in arguments]
         message["kwargs"] = {key: table.pack(each) for key, each in keywords.items()}
@@ -290,23 +330,31 @@ class Side:
             known = len(objects)
             try:
                 answer = {"ok": table.pack(self.perform(request, arguments, keywords))}
-            except BaseException as error:  # whatever the model's code raises, SystemExit included, is its result
+            except (
+                BaseException
+            ) as error:  # whatever the model's code raises, SystemExit included, is its result
                 answer = self.describe(error, table)
             bodies: list[Any] = table.bodies()
         except BaseException as error:  # a value without a form, or nested beyond all reason
             return self.describe(error, None)
-        bodies[:known] = [None if new == old else new for new, old in zip(bodies, request["objects"], strict=False)]
+        bodies[:known] = [
+            None if new == old else new
+            for new, old in zip(bodies, request["objects"], strict=False)
+        ]
         answer["objects"] = bodies
         return answer
 
-    def perform(self, request: dict[str, Any], arguments: list[Any], keywords: dict[str, Any]) -> Any:
+    def perform(
+        self, request: dict[str, Any], arguments: list[Any], keywords: dict[str, Any]
+    ) -> Any:
         raise NotImplementedError
 
     def heard(self, answer: dict[str, Any]) -> None:
         """Whatever else an answer brings."""
 
     def describe(self, error: BaseException, table: Table | None) -> dict[str, Any]:
-        """An exception as an answer; name, text and attributes may be the model's own code, so each may fail."""
+        """An exception as an answer; name, text and attributes may be the model's own code, so each
+        may fail."""
         answer: dict[str, Any] = {"error": "Exception", "text": "", "kinds": [], "held": []}
         try:
             kinds = type(error).__mro__
@@ -320,20 +368,27 @@ class Side:
         return answer
 
     def exception(self, answer: dict[str, Any], objects: list[Any]) -> BaseException:
-        """The exception that an answer describes: of the built-in type that it is, or of the test's own."""
+        """The exception that an answer describes: of the built-in type that it is, or of the test's
+        own."""
         kind = self.exception_type([str(name) for name in answer["kinds"]])
         error = kind.__new__(kind)
         error.args = (str(answer["text"]),)
         for key, item in answer["held"]:
             try:
                 setattr(error, key, self.unpack(item, objects))
-            except (AttributeError, TypeError, ValueError, KeyError):  # a read-only one of a built-in exception
+            except (
+                AttributeError,
+                TypeError,
+                ValueError,
+                KeyError,
+            ):  # a read-only one of a built-in exception
                 continue
         error.__dict__["_of_the_model"] = str(answer["text"])
         return error
 
     def exception_type(self, kinds: list[str]) -> type[BaseException]:
-        """The nearest known type of an exception whose types, from itself upwards, have these names."""
+        """The nearest known type of an exception whose types, from itself upwards, have these
+        names."""
         for name in kinds:
             module, _, attribute = name.rpartition(".")
             found = getattr(sys.modules.get(module) if module else builtins, attribute, None)

@@ -24,7 +24,8 @@ _PARTS = (
         re.I,
     ),
     re.compile(
-        r",?\s+(?:because|since)\b.*$|,\s+who\b[^,=]*$|\swhen\s[^,.]*\b(?:is|are)\s\w+ed\b.*$|[,，]?\s*(?:因为|由于).*$",
+        r",?\s+(?:because|since)\b.*$|,\s+who\b[^,=]*$|,\s+from\s\S+\sto\s\S+\s*$"
+        r"|,\s+which\s(?:is|was)\s[^,]*\b(?:than|higher|lower|more|less|fewer)\b.*$|\swhen\s[^,.]*\b(?:is|are)\s\w+ed\b.*$|[,，]?\s*(?:因为|由于).*$",
         re.IGNORECASE,
     ),
     re.compile(

@@ -88,6 +88,8 @@ _LEAD = re.compile(
     r"[A-Za-z]{3,}|(?:[Ss]o|[Ww]e|[Ii]t|[Hh]e|[Ii]s|[Aa]s|[Bb]y|[Tt]o|[Ii]n|[Ii]f)\b|[\u4e00-\u9fff]"
 )
 _RANGE_WORD = re.compile(r"\d\s(?:to|through)\s\d")
+_LETTERED_PARTS = re.compile(r"^\s*\([a-e]\)\s+(\S.{0,200})$", re.MULTILINE)
+"""`(a) 2` and, in the next line, `(b) 3`"""
 _LETTERED = re.compile(r"[(（]?[A-J][)）.]")
 _COUNTED = re.compile(r"(?<=\d)\s?[(（][\u4e00-\u9fff]{1,3}[)）]")
 """What is counted, as it is noted in brackets behind a number."""
@@ -238,6 +240,8 @@ def _in_last_line(text: str) -> list[str]:
         lines = [_BARE_LINE.fullmatch(line.strip()) for line in text.split("\n") if line.strip()]
         alone = [line.group(1) for line in lines if line is not None]  # one answer above the other
         return alone if len(alone) == len(lines) else [number.group(1)]
+    if len(parts := _LETTERED_PARTS.findall(text)) > 1:
+        return [announced(part)[0] for part in parts]
     if (at := text.rfind("####")) < 0:
         return []
     line = tail(text[at:].lstrip("#")).partition("\n")[0].strip()
@@ -292,6 +296,8 @@ def _whole(text: str) -> list[str]:
     if not re.search(r"\d|\$|\\", text):
         if in_digits(text) != text:
             return last_statement(in_digits(text))
+        if "solution" in text and (none := last_statement(text)):
+            return none
         clause = len(words) > 3 and VERB.search(text) is not None
         return last_statement(text) or [text] if clause else [text]
     return [text] if not words or _is_plain(text, words) else []

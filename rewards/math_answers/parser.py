@@ -206,8 +206,10 @@ class _Parser(Terms):
         self.enter()
         if self.kind() == "text" and self.peek(1) in (":", "=") and self.kind(1) == "sign":
             name = Node(Kind.TEXT, (), self.take())
-            self.at += 1
-            result = self.chain(name)
+            if self.take() == "=":
+                result = self.chain(name)
+            else:
+                result = Node(Kind.RELATION, (name, self.chain()), ("=",))
         else:
             starts = self.starts_atom(1) or self.peek(1) in ("-", "+")
             self.at += self.kind() == "text" and starts and _is_lead(self.peek())

@@ -42,9 +42,18 @@ _CASE = re.compile(r"\d\S{0,20}\s(?:if|when)\b|当[^当时\d]{1,40}时[^当\d]{0
 _UNFINISHED = re.compile(
     r"\b(?:and|then|but|the|of|to|from|with|or|so|a|an|is|that|we|he|she|they|I)\s*$", re.I
 )
+_NO_SOLUTION = re.compile(r"\b(?:has|have|is|are)\s(no\s(?:real\s|integer\s)?solutions?)\b", re.I)
 _LISTED = re.compile(r"^\s*\d{1,2}[.)、]\s+(?=\D)", re.M)
+_CHANCE = re.compile(r"\b(?:probability|chance|fraction)\b", re.IGNORECASE)
+_OUT_OF = re.compile(r"(\d+) out of (\d+)")
+_PLAIN_EQUATION = re.compile(
+    r"(?<![A-Za-z\d])[A-Za-z](?:\([a-z]\))?\s?=\s?(?=[^=]*[a-z])[-−]?\d*(?:[a-z](?:\^?\d|[²³])?)?"
+    r"(?:\s?[-+*/−]\s?(?:\d+(?:\.\d+)?)?(?:[a-z](?:\^?\d|[²³])?)?)+(?=\s*[.。]?\s*\Z)"
+)
+"""`y = 2x + 1` without dollars"""
+_NAMED_AT_END = re.compile(r"\b(?:is|was)\s(?:a\s)?([A-Z][a-z]+)\.?\s*\Z")
 _ASSIGNED = re.compile(
-    r"(?<![A-Za-z])[A-Za-z]\s?=\s?[-−]?[\d./]+"
+    r"(?<![A-Za-z\d])[A-Za-z]\s?=\s?[-−]?[\d./]+"
     r"(?:\s?(?:,|，|、|and|or|或|和)\s?[A-Za-z]\s?=\s?[-−]?[\d./]+)+"
 )
 _STEP = re.compile(r"\b(?:we (?:have|get|obtain)|of|from|by|times|plus|minus)\s*$")
@@ -96,7 +105,7 @@ _UNIT_WORDS = re.compile(
 )
 _OR_BEFORE = re.compile(r"\d\W{0,4}\s+or\s+(?:\w+\s+){0,2}\W{0,4}$|\d\s?或者?\s?$")
 _OR_AFTER = re.compile(r"\W{0,4}\s+or\s+(?:\w+\s+){0,2}\W{0,4}\d|\s?或者?\s?\d")
-_LISTED_WITH = re.compile(r"\s[A-Za-z\s']{0,40}(?:,|,?\sand)\s(?:\$\s)?\Z")
+_LISTED_WITH = re.compile(r"\s[A-Za-z\s']{0,40}(?:,|,?\sand)\s(?:\$\s)?\Z|\sto\s\Z")
 """`for 3 shirts and 2 hats`"""
 
 
@@ -107,11 +116,15 @@ def last_statement(text: str) -> list[str]:
     last = found[-1] if found else ""
     if last.endswith(("?", "？")) or (_is_denied(_NEGATED.sub("", last)) and not choices(last)):
         return []
+    if (nothing := _NO_SOLUTION.search(last)) is not None:
+        return [nothing.group(1)]
     if last and re.search(r"\d|\$|\\", last) is None:
         found[-1] = last = in_digits(last)
     for sentence in reversed(found):
         if sentence is found[-1] and _UNFINISHED.search(sentence):
             return []  # the text was cut off
+        if sentence.endswith(("?", "？")):
+            return []  # what the problem asks, without an answer behind it
         if names_choice(sentence):
             if chosen := choices(sentence):
                 return [", ".join(chosen)]
@@ -176,6 +189,8 @@ def of_sentence(sentence: str) -> str:
     text = as_equations(without_labels(bare(_OTHERWISE_PUT.sub(r" or \1", sentence))))
     if "\\" not in text and "$" not in text and re.search(r"[{}@]", text):
         return ""  # neither a sentence nor mathematics
+    if _CHANCE.search(text) is not None:
+        text = _OUT_OF.sub(r"\1/\2", text)
     numbers = list(NUMBER.finditer(text))
     if _CONDITIONAL.search(text) or len(_CASE.findall(text)) > 1:
         return text
@@ -217,8 +232,10 @@ def _of_numbers(plain: str, numbers: list[re.Match[str]]) -> str:
     runs = [m for m in _EQUATION.finditer(plain) if re.search(r"\d.*=.*\d", m.group())]
     if runs and runs[-1].end() >= numbers[-1].start():
         return _of_equation(runs[-1].group(), plain[: runs[-1].start()])
-    if (assigned := _ASSIGNED.search(plain)) is not None:
+    if (assigned := _PLAIN_EQUATION.search(plain) or _ASSIGNED.search(plain)) is not None:
         return assigned.group()
+    if (named := _NAMED_AT_END.search(plain)) is not None and named.start() > numbers[-1].end():
+        return named.group(1)
     inequalities = list(_INEQUALITY.finditer(plain))
     if inequalities and inequalities[-1].end() >= numbers[-1].end():
         return inequalities[-1].group()
@@ -238,10 +255,10 @@ def _of_numbers(plain: str, numbers: list[re.Match[str]]) -> str:
     if (hedge := _near_hedge(plain, chosen.start(), chosen.end())) is not None:
         return hedge
     variable = re.search(r"(?<![A-Za-z])[A-Za-z]\s?=\s?$", plain[: chosen.start()])
-    named = variable.group() if variable is not None else ""
+    prefix = variable.group() if variable is not None else ""
     if (rounded := _ROUNDED.match(plain, chosen.end())) is not None:
-        return named + _amount(chosen) + rounded.group()
-    return named + _amount(chosen) + ("" if named else _unit_after(plain, chosen.end()))
+        return prefix + _amount(chosen) + rounded.group()
+    return prefix + _amount(chosen) + ("" if prefix else _unit_after(plain, chosen.end()))
 
 
 def _of_range(found: re.Match[str], sentence: str) -> str:
@@ -288,6 +305,7 @@ def _of_equation(equation: str, before: str) -> str:
     equation = re.sub(r"^(?:[ ,/xX]|\.(?!\d))+", "", equation).rstrip(" .,/xX")
     equation = re.sub(r"(?<=[\d)])\s*[xX]\s*(?=[\d(.])", "*", equation)
     equation = next(part for part in reversed(equation.split(", ")) if "=" in part)
+    worded |= equation.count("(") != equation.count(")")
     if equation.count("=") == 1 and (worded or _STEP.search(before)):
         return equation.partition("=")[2].strip()
     return equation
@@ -297,8 +315,10 @@ def _last_line(formula: str) -> str:
     """The last line of a derivation, which starts with a sign."""
     inner = re.sub(r"\\(?:begin|end)\{align(?:ed)?\*?\}", "", formula)
     lines = [line for line in inner.split("\\\\") if line.strip()]
-    if "\\begin" in inner or len(lines) < 2:
+    if "\\begin" in inner:
         return formula
+    if len(lines) < 2:
+        return inner.replace("&", " ").strip() if "\\&" not in inner else formula
     last = lines[-1].replace("&", " ").strip()
     return last if last.startswith("=") or all("=" in line for line in lines) else formula
 
@@ -315,7 +335,8 @@ def _unit_after(text: str, end: int) -> str:
         return ""  # `$4 in change`
     for count in range(len(pieces), 0, -1):
         unit = read_unit(" ".join(pieces[:count]))
-        if unit is not None and unit.measures and (len(pieces[0]) > 1 or not pieces[0].isascii()):
+        letter = len(pieces[0]) == 1 and pieces[0].isascii() and text[end:].strip(" .") != pieces[0]
+        if unit is not None and unit.measures and not letter:
             return " " + " ".join(pieces[:count])
     return ""
 

@@ -61,7 +61,8 @@ def state(node: Node, take_last: bool, loose: bool) -> Statement:
         if len(sides) == 1:
             return Statement(whole_set(sides[0]))
     name: Node | None = None
-    if is_name(sides[0]) or (loose and len(sides) == 2 and is_expression_of_names(sides[0])):
+    computed = len(sides) == 2 or not any(variables(side) for side in sides[1:])
+    if is_name(sides[0]) or (loose and computed and is_expression_of_names(sides[0])):
         name, sides = sides[0], sides[1:]
     elif len(sides) == 2 and is_name(sides[1]) and not variables(sides[0]):
         name, sides = sides[1], sides[:1]
@@ -192,8 +193,8 @@ def names_differ(gold: Node | None, answer: Node | None) -> bool:
         return False
     kinds = {gold.kind, answer.kind}
     if kinds == {Kind.NAME}:  # the solutions of an equation in x are x_1, x_2, ...
-        short, long = sorted((str(gold.data), str(answer.data)), key=len)
-        return re.fullmatch(rf"{re.escape(short)}_\d", long) is None
+        solution = re.fullmatch(r"([xyzt])_[1-4]", str(answer.data))
+        return solution is None or solution.group(1) != gold.data
     if kinds == {Kind.NAME, Kind.APPLY}:  # y = 2x and f(x) = 2x
         return "y" not in (gold.data, answer.data)
     return Kind.TEXT not in kinds

@@ -89,11 +89,14 @@ class ForkServer:
             raise SandboxUnavailable(why or "the process ended while it isolated itself")
 
     def start(self, kind: int, limits: Limits, fds: Sequence[int]) -> None:
-        """Starts a child on `fds`: its channel, source or program at 3, then 0, 1 and 2. Raises SandboxError."""
+        """Starts a child on `fds`: its channel, source or program at 3, then 0, 1 and 2. Raises
+        SandboxError."""
         assert not self.busy, "a fork server does one run at a time"
         self.busy, self._overslept = True, False
         memory = limits.memory_mb << 20
-        message = REQUEST.pack(kind, limits.wall_seconds, limits.seconds, memory, limits.output_bytes)
+        message = REQUEST.pack(
+            kind, limits.wall_seconds, limits.seconds, memory, limits.output_bytes
+        )
         self._control.settimeout(_GRACE_SECONDS)
         self._started = time.monotonic()
         try:
@@ -121,7 +124,8 @@ class ForkServer:
             if tells_waiting():
                 pids = self._run_processes()
                 slept = elapsed - sum(map(waited, pids))
-                self._overslept = slept > limits.own_seconds and all(map(asleep, pids))
+                asleep_now = bool(pids) and all(map(asleep, pids))  # else it has just ended
+                self._overslept = slept > limits.own_seconds and asleep_now
             else:  # all that is known is the time on the wall
                 self._overslept = elapsed > limits.wall_seconds / 3
             if self._overslept:
@@ -134,8 +138,9 @@ class ForkServer:
         return below - parents
 
     def finish(self, limits: Limits, patience: float | None = None) -> Run:
-        """Waits for the child's end, with `patience` no longer than so many seconds (TimeoutError). Raises SandboxError
-        if the fork server was lost or the child ended through no doing of its own."""
+        """Waits for the child's end, with `patience` no longer than so many seconds (TimeoutError).
+        Raises SandboxError if the fork server was lost or the child ended through no doing of its
+        own."""
         self._control.settimeout(limits.seconds + _LOOK_SECONDS if patience is None else patience)
         while True:
             try:
@@ -158,11 +163,19 @@ class ForkServer:
         self.busy = False
         return self._run(limits, *REPLY.unpack(reply)[1:])
 
-    def _run(self, limits: Limits, status: int, seconds: float, cpu: float, peak: int, cause: int, locked: int) -> Run:
+    def _run(
+        self,
+        limits: Limits,
+        status: int,
+        seconds: float,
+        cpu: float,
+        peak: int,
+        cause: int,
+        locked: int,
+    ) -> Run:
         code = os.waitstatus_to_exitcode(status)
         used_up = cpu > limits.seconds or code in (-signal.SIGPROF, -signal.SIGXCPU)
-        nearly = cpu > 0.9 * limits.seconds and cpu > limits.seconds - 0.1  # as the kernel's own limit counts
-        if used_up or (code == -signal.SIGKILL and nearly) or self._overslept:
+        if used_up or self._overslept:
             outcome = Outcome.TIME_LIMIT
         elif cause == ON_REQUEST:
             outcome = Outcome.STOPPED
@@ -171,14 +184,20 @@ class ForkServer:
         elif cause == FOR_ITS_THREADS:
             outcome = Outcome.THREAD_LIMIT
         elif code == -signal.SIGKILL and seconds > limits.wall_seconds:
-            raise SandboxError(f"the machine gave a run {cpu:.1f} s of a processor in {seconds:.0f} s")
+            raise SandboxError(
+                f"the machine gave a run {cpu:.1f} s of a processor in {seconds:.0f} s"
+            )
         elif code == -signal.SIGKILL:  # no program in here can send a signal
-            raise SandboxError("a run was killed from outside, perhaps because the machine is out of memory")
+            raise SandboxError(
+                "a run was killed from outside, perhaps because the machine is out of memory"
+            )
         elif code == -signal.SIGXFSZ:
             outcome = Outcome.OUTPUT_LIMIT
         else:
             outcome = Outcome.CRASHED if code < 0 else Outcome.EXITED
-        return Run(outcome=outcome, exit_code=code, seconds=seconds, cpu_seconds=cpu, peak_bytes=peak)
+        return Run(
+            outcome=outcome, exit_code=code, seconds=seconds, cpu_seconds=cpu, peak_bytes=peak
+        )
 
     @property
     def pid(self) -> int:
@@ -186,14 +205,16 @@ class ForkServer:
 
     def close(self) -> None:
         """Ends the process and with it everything in the sandbox."""
-        with contextlib.suppress(OSError):  # a process that was forked from this one may hold a copy open
+        # a process that was forked from this one may hold a copy open
+        with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_RDWR)
         self._control.close()
         if self._folder:  # it ends what it has started, when it sees that we are gone
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_GRACE_SECONDS)
         self._process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a process stuck in the kernel is the kernel's to end
+        # a process stuck in the kernel is the kernel's to end
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_GRACE_SECONDS)
         if self._folder:
             if self._process.returncode != 0:
@@ -202,7 +223,8 @@ class ForkServer:
 
 
 def _end_session(leader: int) -> None:
-    """Kills what a lost fork server without namespaces has left: a compiler's children, which are in its session."""
+    """Kills what a lost fork server without namespaces has left: a compiler's children, which are
+    in its session."""
     for _ in range(100):  # they may fork while we look
         left = [
             int(entry.name)
@@ -218,8 +240,8 @@ def _end_session(leader: int) -> None:
 
 
 def _link_packages(view: View, folder: str) -> None:
-    """Makes what stands in the place of `/packages` where programs see the host's own file system: a folder without the
-    packages that are installed beside those that were asked for."""
+    """Makes what stands in the place of `/packages` where programs see the host's own file system:
+    a folder without the packages that are installed beside those that were asked for."""
     for path, target in view.packages:
         os.makedirs(os.path.dirname(folder + target), exist_ok=True)
         os.symlink(path, folder + target)
@@ -230,7 +252,12 @@ def _config(backend: str, view: View, preload: Sequence[str], folder: str) -> di
     scratch = f"{folder}/scratch" if folder else "/tmp"
     isolated = backend in WITH_NAMESPACES
     flags = ["-O2", "-std=gnu++17", "-static", "-pipe", "-w", "-x", "c++", "-", "-o"]
-    names = {"child": "child.py", "namespaces": "namespaces.py", "child_runner": "child_runner.py", "landlock": "landlock.py"}
+    names = {
+        "child": "child.py",
+        "namespaces": "namespaces.py",
+        "child_runner": "child_runner.py",
+        "landlock": "landlock.py",
+    }
     return {
         "kind": backend,
         "binds": (*view.binds, *view.packages),
@@ -238,7 +265,9 @@ def _config(backend: str, view: View, preload: Sequence[str], folder: str) -> di
         "readable": [*view.readable, f"{folder}/packages"],
         "writable": [scratch],
         "folder": folder,
-        "packages": sys.path if backend == "unsafe" else [folder + each for each in view.search_path],
+        "packages": sys.path
+        if backend == "unsafe"
+        else [folder + each for each in view.search_path],
         "moved": view.moved,
         "preload": list(preload),
         "filters": _filters(),
@@ -251,7 +280,9 @@ def _config(backend: str, view: View, preload: Sequence[str], folder: str) -> di
 def _filters() -> list[str]:
     """One filter for each kind of run: calls, program, native, compile."""
     if platform.machine() not in seccomp.NUMBERS:
-        raise SandboxUnavailable(f"no system-call table for {platform.machine()}, only {', '.join(seccomp.NUMBERS)}")
+        raise SandboxUnavailable(
+            f"no system-call table for {platform.machine()}, only {', '.join(seccomp.NUMBERS)}"
+        )
     rules = (seccomp.PYTHON, seccomp.PYTHON, seccomp.NATIVE, seccomp.COMPILER)
     return [seccomp.assemble(each).hex() for each in rules]
 
@@ -261,16 +292,44 @@ def _command(backend: str, fd: int, view: View) -> list[str]:
     flags = ["-I", "-S", "-B", "-X", "utf8"]
     if backend != "bubblewrap":  # the others isolate themselves
         return [python, *flags, script, str(fd)]
-    command = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--clearenv"]
-    command += ["--die-with-parent", "--as-pid-1", "--new-session", "--cap-drop", "ALL", "--hostname", "box"]
+    command = [
+        shutil.which("bwrap") or "bwrap",
+        "--unshare-all",
+        "--unshare-user",
+        "--disable-userns",
+        "--clearenv",
+    ]
+    command += [
+        "--die-with-parent",
+        "--as-pid-1",
+        "--new-session",
+        "--cap-drop",
+        "ALL",
+        "--hostname",
+        "box",
+    ]
     command += ["--setenv", *next(iter(_BINDING.items())), "--uid", "65534", "--gid", "65534"]
     for path, target in (*view.binds, *view.packages):
-        command += ["--symlink", os.readlink(path), target] if os.path.islink(path) else ["--ro-bind", path, target]
+        command += (
+            ["--symlink", os.readlink(path), target]
+            if os.path.islink(path)
+            else ["--ro-bind", path, target]
+        )
     for _, path in view.masks:
         command += ["--tmpfs", path, "--remount-ro", path]
     for name in ("null", "zero", "random", "urandom"):
         command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
     inside = f"{view.moved[1]}/bin/{Path(python).name}"
-    command += ["--ro-bind", python, inside, "--ro-bind", script, "/zygote.py", "--perms", "1777", "--size"]
+    command += [
+        "--ro-bind",
+        python,
+        inside,
+        "--ro-bind",
+        script,
+        "/zygote.py",
+        "--perms",
+        "1777",
+        "--size",
+    ]
     command += [str(128 << 20), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/"]
     return [*command, "--", inside, *flags, "/zygote.py", str(fd)]

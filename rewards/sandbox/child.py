@@ -1,11 +1,14 @@
-"""What runs inside a locked-down child: the model's program, its calls one at a time, or a data set's test code.
+"""What runs inside a locked-down child: the model's program, its calls one at a time, or a data
+set's test code.
 
-Standard library only; `zygote.py` loads this file by path. Everything the model's program can reach here it can also
-replace, so nothing here is trusted by the parent: a reply is a value that the model's program chose, and no more.
+Standard library only; `zygote.py` loads this file by path. Everything the model's program can reach
+here it can also replace, so nothing here is trusted by the parent: a reply is a value that the
+model's program chose, and no more.
 
-Lines of JSON on the channel (file descriptor 3). The parent sends one request, then for functions `{"eval": source}` one
-call at a time; each is answered by `{"ok": value}` or `{"error": type name, "text": ...}`. Values are plain JSON: lists
-and scalars as themselves, everything else as an object with one key that names the type, e.g. `{"tuple": [1, 2]}`.
+Lines of JSON on the channel (file descriptor 3). The parent sends one request, then for functions
+`{"eval": source}` one call at a time; each is answered by `{"ok": value}` or `{"error": type name,
+"text": ...}`. Values are plain JSON: lists and scalars as themselves, everything else as an object
+with one key that names the type, e.g. `{"tuple": [1, 2]}`.
 """
 
 from __future__ import annotations
@@ -24,10 +27,8 @@ from typing import Any, NoReturn
 CHANNEL = 3
 _JSON_DIGITS = 1 << 4096  # longer ints go as hexadecimal, which is linear in both directions
 
-_parse, _dump = (
-    json.JSONDecoder().raw_decode,
-    json.JSONEncoder(check_circular=False).encode,
-)  # `encode` makes no circles
+# `encode` makes no circles
+_parse, _dump = (json.JSONDecoder().raw_decode, json.JSONEncoder(check_circular=False).encode)
 
 _received = bytearray()
 _unsent = bytearray()
@@ -37,7 +38,9 @@ class ChannelClosed(BaseException):
     """The parent has heard enough."""
 
 
-def read_line(read: Callable[..., bytes] = os.read, parse: Callable[..., Any] = _parse) -> dict[str, Any]:
+def read_line(
+    read: Callable[..., bytes] = os.read, parse: Callable[..., Any] = _parse
+) -> dict[str, Any]:
     """The next message. Raises ChannelClosed."""
     while (end := _received.find(b"\n")) < 0:
         if not (chunk := read(CHANNEL, 1 << 13)):
@@ -62,7 +65,8 @@ def send(
 
 
 def encode(value: Any) -> Any:
-    """A value as plain JSON. Subclasses are sent as their base; what is no plain value as `{"other": type name}`."""
+    """A value as plain JSON. Subclasses are sent as their base; what is no plain value as
+    `{"other": type name}`."""
     kind = type(value)
     if value is None or kind is bool or kind is str:
         return value
@@ -86,7 +90,8 @@ def encode(value: Any) -> Any:
 
 
 def _encode_other(value: Any) -> Any:
-    """Values that equal plain ones: fractions, decimals, numpy's numbers, the keys of a dict; then subclasses."""
+    """Values that equal plain ones: fractions, decimals, numpy's numbers, the keys of a dict; then
+    subclasses."""
     module, name = type(value).__module__, type(value).__name__
     if module in ("fractions", "decimal") and name in ("Fraction", "Decimal") and value == value:
         above, below = value.as_integer_ratio()
@@ -125,17 +130,20 @@ def source_of(value: Any) -> str:
         return f"{kind.__name__}([{', '.join(map(source_of, value))}])"
     if kind is complex:
         return f"complex({source_of(value.real)}, {source_of(value.imag)})"
-    raise TypeError(f"a test passes a {kind.__name__} to the tested function; only plain values can be passed")
+    raise TypeError(
+        f"a test passes a {kind.__name__} to the tested function; only plain values can be passed"
+    )
 
 
 def _module(name: str) -> dict[str, Any]:
-    """A fresh module to run code in: dataclasses, pickle and typing look a class's module up by its name."""
+    """A fresh module to run code in: dataclasses, pickle and typing look a class's module up by its
+    name."""
     module = types.ModuleType(name)
     sys.modules[name] = module
     return module.__dict__
 
 
-# What contest programs use without importing it; the harnesses of their data sets put the imports in front.
+# What contest programs use without importing it: their data sets' harnesses make the imports.
 _USUAL = {
     "collections": "deque defaultdict Counter OrderedDict namedtuple ChainMap",
     "heapq": "heappush heappop heapify heapreplace heappushpop nlargest nsmallest merge",
@@ -159,7 +167,8 @@ _USUAL = {
     "statistics": "mean median",
 }
 _MODULES = (
-    "bisect collections copy datetime functools heapq io itertools json math operator os random re string sys time"
+    "bisect collections copy datetime functools heapq io itertools json math operator os random re "
+    "string sys time"
 )
 _HOME = {name: module for module, names in _USUAL.items() for name in names.split()}
 _HOME |= dict.fromkeys(_MODULES.split(), "")
@@ -189,8 +198,8 @@ def _compiled(text: str, name: str, namespace: dict[str, Any], usual: bool) -> t
 
 
 def _offline_loop() -> None:
-    """An event loop for coroutines that wait for each other and for time: there is no other device, and no socket for
-    the standard loop's own wake-up."""
+    """An event loop for coroutines that wait for each other and for time: there is no other device,
+    and no socket for the standard loop's own wake-up."""
     import asyncio
     import time
 
@@ -216,7 +225,8 @@ def _offline_loop() -> None:
 
 
 def failure(error: BaseException) -> dict[str, str]:
-    """An exception's name and text; both may be the model's own code, so each may fail in its turn."""
+    """An exception's name and text; both may be the model's own code, so each may fail in its
+    turn."""
     try:
         name = type.__getattribute__(type(error), "__name__")
         text = str(error)[:300]
@@ -226,18 +236,22 @@ def failure(error: BaseException) -> dict[str, str]:
 
 
 def load_solution(request: dict[str, Any]) -> dict[str, Any] | None:
-    """Runs the model's code and the test's set-up in the module `solution`; what it raised, or None."""
+    """Runs the model's code and the test's set-up in the module `solution`; what it raised, or
+    None."""
     describe, namespace = failure, _module("solution")
     try:
         for part in request["code"]:
             exec(_compiled(part, "<solution>", namespace, request.get("usual", False)), namespace)
-    except BaseException as error:  # whatever the model's code raises, SystemExit included, is its result
+    except (
+        BaseException
+    ) as error:  # whatever the model's code raises, SystemExit included, is its result
         return describe(error)
     return None
 
 
 def serve_calls(request: dict[str, Any]) -> None:
-    """Runs the model's code and the test's set-up, then answers calls until the parent closes the channel."""
+    """Runs the model's code and the test's set-up, then answers calls until the parent closes the
+    channel."""
     reply, pack, describe, next_call = send, encode, failure, read_line
     result: dict[str, Any] = load_solution(request) or {"ok": None}
     namespace = sys.modules["solution"].__dict__
@@ -257,7 +271,8 @@ def serve_calls(request: dict[str, Any]) -> None:
 
 
 def run_library(request: dict[str, Any]) -> None:
-    """Runs code of the parent's, `[[name, marshalled code], ...]`, and its last part's `main` (`rewards/code_tests`)."""
+    """Runs code of the parent's, `[[name, marshalled code], ...]`, and its last part's `main`
+    (`rewards/code_tests`)."""
     import binascii
     import marshal
 
@@ -274,7 +289,9 @@ def run_library(request: dict[str, Any]) -> None:
 
 
 _STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
-_STANDARD |= {f"{folder}/{number}": number for folder in ("/dev/fd", "/proc/self/fd") for number in range(3)}
+_STANDARD |= {
+    f"{folder}/{number}": number for folder in ("/dev/fd", "/proc/self/fd") for number in range(3)
+}
 
 
 def _open_by_name() -> None:
@@ -302,7 +319,8 @@ def _open_by_name() -> None:
 
 
 def run_program(request: dict[str, Any]) -> NoReturn:
-    """Runs the model's code as a script on file descriptors 0, 1 and 2, with a script's exit codes."""
+    """Runs the model's code as a script on file descriptors 0, 1 and 2, with a script's exit
+    codes."""
     os.close(CHANNEL)
     leave, code = os._exit, 0
     namespace = _module("__main__")
@@ -313,7 +331,8 @@ def run_program(request: dict[str, Any]) -> NoReturn:
         exec(_compiled(text, "<program>", namespace, request.get("usual", False)), namespace)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:  # what a script raises is its own; the interpreter would print it and exit with 1
+    # what a script raises is its own; the interpreter would print it and exit with 1
+    except BaseException:
         import traceback
 
         traceback.print_exc(limit=-5)
@@ -337,11 +356,13 @@ def _leave(code: Any = None) -> NoReturn:
 
 
 def _stack_size(size: int = 0, _set: Callable[..., int] = _thread.stack_size) -> int:
-    """Programs ask for stacks as large as all memory that they may have; a thread gets a quarter of it at most."""
+    """Programs ask for stacks as large as all memory that they may have; a thread gets a quarter of
+    it at most."""
     most = resource.getrlimit(resource.RLIMIT_AS)[0] // 4
     if not size:
         return _set()
-    return _set(max(min(size, most) & ~0xFFFF, min(size, 0x10000)) if most > 0 else size)  # 0 would be the default
+    # 0 would be the default
+    return _set(max(min(size, most) & ~0xFFFF, min(size, 0x10000)) if most > 0 else size)
 
 
 builtins.exit = builtins.quit = _leave  # type: ignore[assignment]

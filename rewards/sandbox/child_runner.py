@@ -1,12 +1,14 @@
 """`ChildRunner`: forks, locks down, watches and reaps the sandbox's children, one at a time.
 
-Without namespaces (`landlock`, `unsafe`) there is one fork server, which stays in the host's PID namespace: each child
-gives up the host's files (`landlock.py`), dies with its parent, and its filter knows no system call that reaches another
-process; what a compiler started is found by its process group and by adoption (PR_SET_CHILD_SUBREAPER).
+Without namespaces (`landlock`, `unsafe`) there is one fork server, which stays in the host's PID
+namespace: each child gives up the host's files (`landlock.py`), dies with its parent, and its
+filter knows no system call that reaches another process; what a compiler started is found by its
+process group and by adoption (PR_SET_CHILD_SUBREAPER).
 
-Most of a run's time goes into page faults: each page that a child, or process 1 after a fork, writes for the first time
-is a copy, and each object that Python touches is a write, of its reference count. So the two do as little in Python as
-they can between the fork and the program, and what can be set once for all children is set in process 1.
+Most of a run's time goes into page faults: each page that a child, or process 1 after a fork,
+writes for the first time is a copy, and each object that Python touches is a write, of its
+reference count. So the two do as little in Python as they can between the fork and the program, and
+what can be set once for all children is set in process 1.
 
 Loaded by text into the fork server (see `zygote.py`): standard library only.
 """
@@ -30,8 +32,10 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-REQUEST = struct.Struct("<Bdd2Q")  # kind, wall s, CPU s, bytes of memory, bytes of output and of any file
-REPLY = struct.Struct("<4siddQ2B")  # RUN, wait status, wall s, CPU s, peak resident bytes, who ended it, locked down
+# kind, wall s, CPU s, bytes of memory, bytes of output and of any file
+REQUEST = struct.Struct("<Bdd2Q")
+# RUN, wait status, wall s, CPU s, peak resident bytes, who ended it, locked down
+REPLY = struct.Struct("<4siddQ2B")
 RUN, NO_RUN = b"run\n", b"no\n"  # how replies begin; after NO_RUN comes why there was none
 BY_ITSELF, AT_THE_DEADLINE, ON_REQUEST, FOR_ITS_THREADS = range(4)
 CALLS, PROGRAM, NATIVE, COMPILE = range(4)
@@ -41,12 +45,18 @@ _EXECVEAT = {"x86_64": 322, "aarch64": 281}
 _RESTRICT_SELF = 446  # landlock_restrict_self, on every machine
 _NOBODY = 65534
 _THREADS = 64  # of one run
-_LOOK_SECONDS = 0.01  # between two counts of a run's threads, where no limit of the kernel's does it
+_LOOK_SECONDS = (
+    0.01  # between two counts of a run's threads, where no limit of the kernel's does it
+)
 _ROOM = _socket.CMSG_SPACE(4 * struct.calcsize("i"))
 
 
 class _Cap(ctypes.Structure):
-    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+    _fields_ = (
+        ("effective", ctypes.c_uint32),
+        ("permitted", ctypes.c_uint32),
+        ("inheritable", ctypes.c_uint32),
+    )
 
 
 class _CapHeader(ctypes.Structure):
@@ -79,7 +89,11 @@ class ChildRunner:
     """Forks, locks down, watches and reaps children, one at a time."""
 
     def __init__(
-        self, control: _socket.socket, config: dict[str, Any], privileges: str, main: Callable[[], NoReturn]
+        self,
+        control: _socket.socket,
+        config: dict[str, Any],
+        privileges: str,
+        main: Callable[[], NoReturn],
     ) -> None:
         self.control, self.pid = control, os.getpid()
         self.namespaces: bool = config["kind"] in ("zygote", "bubblewrap")
@@ -91,7 +105,7 @@ class ChildRunner:
         self.trainer = [config["trainer"]] if not self.namespaces else []
         self.ruleset: int | None = config.get("ruleset")
         self._for_all()
-        if self.nobody:  # the open file keeps the kernel's record of this user, which would be made anew for every run
+        if self.nobody:  # the open file keeps the kernel's record of this user from run to run
             os.setresuid(_NOBODY, 0, 0)
             self.record = os.open("/dev/null", os.O_RDONLY)
             os.setresuid(0, 0, 0)
@@ -114,7 +128,8 @@ class ChildRunner:
         if self.nobody:
             os.setgroups([])
             os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it; a child over its output ends by it
+        # Python ignores it; a child over its output ends by it
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         limits = {
             resource.RLIMIT_NOFILE: 64,
             resource.RLIMIT_CORE: 0,
@@ -143,7 +158,9 @@ class ChildRunner:
         self.locked[0] = 0
         try:
             pid = os.fork()
-        except OSError as error:  # a limit on processes, or no memory: says nothing about the program
+        except (
+            OSError
+        ) as error:  # a limit on processes, or no memory: says nothing about the program
             for fd in fds:
                 os.close(fd)
             return NO_RUN + f"no process for the run: {error}".encode()
@@ -196,8 +213,10 @@ class ChildRunner:
         return [], AT_THE_DEADLINE
 
     def _sweep(self) -> None:
-        """Nothing outlives its run: process 1 kills all that is left in its namespace (a compiler's children)."""
-        if _libc.kill(-1, 9) < 0:  # nobody is left, which os.kill would raise an exception for, at a dozen pages
+        """Nothing outlives its run: process 1 kills all that is left in its namespace (a compiler's
+        children)."""
+        # nobody is left, which os.kill would raise an exception for, at a dozen pages
+        if _libc.kill(-1, 9) < 0:
             return
         while True:
             try:
@@ -206,7 +225,8 @@ class ChildRunner:
                 return
 
     def _sweep_group(self, group: int) -> None:
-        """The same without a PID namespace: a compiler's children cannot leave its group, and orphans become ours."""
+        """The same without a PID namespace: a compiler's children cannot leave its group, and
+        orphans become ours."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
         while True:
@@ -254,14 +274,16 @@ class ChildRunner:
         raise AssertionError("the child ends itself")
 
     def _die_with_server(self) -> None:
-        """Dies with it; in its session, which the trainer sweeps, but in a group of its own, which it sweeps."""
+        """Dies with it; in its session, which the trainer sweeps, but in a group of its own, which
+        it sweeps."""
         _check(_libc.prctl(1, signal.SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG")
         if os.getppid() != self.pid:  # it has died already
             os._exit(125)
         os.setpgid(0, 0)
 
     def _prepare_foreign(self, kind: int, memory: int) -> None:
-        """What a process that is no longer this interpreter needs: the compiler's directory, or no directory at all."""
+        """What a process that is no longer this interpreter needs: the compiler's directory, or no
+        directory at all."""
         if kind == COMPILE:
             os.mkdir(self.scratch, 0o700)
             if self.nobody:
@@ -276,18 +298,24 @@ class ChildRunner:
     def _become_foreign(self, kind: int) -> NoReturn:
         if kind == COMPILE:
             os.close(3)
-            os.execve(self.compiler[0], self.compiler, {"PATH": "/usr/bin", "TMPDIR": self.scratch, "LC_ALL": "C"})
+            os.execve(
+                self.compiler[0],
+                self.compiler,
+                {"PATH": "/usr/bin", "TMPDIR": self.scratch, "LC_ALL": "C"},
+            )
         argv = (ctypes.c_char_p * 2)(b"program", None)
         os.set_inheritable(3, False)
         number = _EXECVEAT[os.uname().machine]
         _libc.syscall(number, 3, b"", argv, (ctypes.c_char_p * 1)(None), 0x1000)
         if self.namespaces and ctypes.get_errno() in (errno.EACCES, errno.EPERM):
-            raise PermissionError("execveat")  # a policy of the machine's: no path that a program names is in sight
-        os._exit(127)  # a file that asks for an interpreter, or for more memory than it may have: the program's doing
+            # a policy of the machine's: no path that a program names is in sight
+            raise PermissionError("execveat")
+        # a file that asks for an interpreter, or for more memory than it may have
+        os._exit(127)
 
     def _lock(self, program: _Filter, user: int) -> None:
-        """Nobody's id, no capability, no file of the host, no open file of ours, then the filter: from here on there is
-        no way back."""
+        """Nobody's id, no capability, no file of the host, no open file of ours, then the filter:
+        from here on there is no way back."""
         if self.nobody:
             os.setresuid(user, user, user)
         elif self.may_chroot:  # leaving id 0 drops them
@@ -299,11 +327,13 @@ class ChildRunner:
 
 
 def _limit(cpu: float, memory: int, size: int) -> None:
+    """Both clocks of the kernel count ticks: on a busy machine they may run a tenth ahead of the
+    exact time, by which the parent judges. So they end a run that is certainly over its limit."""
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    whole = int(-(-cpu // 1))
-    resource.setrlimit(resource.RLIMIT_CPU, (whole, whole))  # for those who ignore the signal of the timer
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    signal.setitimer(signal.ITIMER_PROF, cpu)
+    signal.setitimer(signal.ITIMER_PROF, 1.1 * cpu + 0.1)
+    whole = int(-(-(1.3 * cpu + 0.3) // 1))  # for those who ignore the signal of the timer
+    resource.setrlimit(resource.RLIMIT_CPU, (whole, whole))
 
 
 def _stack(size: int) -> None:
@@ -327,7 +357,9 @@ def _threads(pid: int) -> int:
 def _open_standard_files() -> None:
     sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, "r")), encoding="utf-8")
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w")), encoding="utf-8")
-    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w"), encoding="utf-8", errors="backslashreplace", write_through=True)
+    sys.stderr = io.TextIOWrapper(
+        io.FileIO(2, "w"), encoding="utf-8", errors="backslashreplace", write_through=True
+    )
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        setattr(getattr(sys, name), "mode", mode)  # noqa: B010 (typeshed's is read-only; the interpreter's own have it)
+        setattr(getattr(sys, name), "mode", mode)  # noqa: B010 (read-only in typeshed)
         setattr(sys, f"__{name}__", getattr(sys, name))

@@ -45,17 +45,25 @@ def fix(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> 
     """What to do on this kind of machine: a host, a container, a pod."""
     if "KUBERNETES_SERVICE_HOST" in environment:
         place = _KUBERNETES
-    elif any((root / name).exists() for name in (".dockerenv", "run/.containerenv")) or "container" in environment:
+    elif (
+        any((root / name).exists() for name in (".dockerenv", "run/.containerenv"))
+        or "container" in environment
+    ):
         place = _CONTAINER
     else:
         place = f"{_HOST}; inside a container, {_CONTAINER}"
     return f"{_KERNEL}; {place}; {_REMOTE}"
 
 
-def choose_backend(backend: str | None, allow_unsafe: bool, preload: Sequence[str] = ()) -> ForkServer:
-    """A fork server of the first back end that works and passes a trial run; SandboxUnavailable if none does."""
+def choose_backend(
+    backend: str | None, allow_unsafe: bool, preload: Sequence[str] = ()
+) -> ForkServer:
+    """A fork server of the first back end that works and passes a trial run; SandboxUnavailable if
+    none does."""
     if backend not in (None, *BACKENDS, "unsafe"):
-        raise ValueError(f"sandbox backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}, or leave it out")
+        raise ValueError(
+            f"sandbox backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}, or leave it out"
+        )
     if backend == "unsafe" and not allow_unsafe:
         raise ValueError("sandbox backend 'unsafe' needs allow_unsafe: true")
     failures: list[str] = []
@@ -79,18 +87,23 @@ def choose_backend(backend: str | None, allow_unsafe: bool, preload: Sequence[st
 
 
 def _hide_memory() -> None:
-    """Closes /proc/PID/mem and /proc/PID/environ of this process, which holds the expected answers, to its own user."""
+    """Closes /proc/PID/mem and /proc/PID/environ of this process, which holds the expected answers,
+    to its own user."""
     if ctypes.CDLL(None).prctl(4, 0, 0, 0, 0) < 0:  # PR_SET_DUMPABLE
         raise SandboxUnavailable("unsafe: this process cannot hide its memory (PR_SET_DUMPABLE)")
 
 
 def _tried(backend: str, preload: Sequence[str]) -> ForkServer:
-    """Starts a fork server and runs an empty child, so that a filter that the kernel refuses shows now."""
+    """Starts a fork server and runs an empty child, so that a filter that the kernel refuses shows
+    now."""
     if not sys.platform.startswith("linux"):
         raise SandboxUnavailable(f"{backend}: only Linux has what it needs")
     if backend == "bubblewrap" and shutil.which("bwrap") is None:
         raise SandboxUnavailable("bubblewrap: bwrap is not installed")
-    server = ForkServer(backend, preload)
+    try:
+        server = ForkServer(backend, preload)
+    except OSError as error:  # no descriptor, process or room on disk
+        raise SandboxUnavailable(f"{backend}: {error}") from None
     limits = Limits()
     try:
         ours, theirs = socket.socketpair()

@@ -1,9 +1,11 @@
-"""The landlock back end: a process gives up the files of the host, for good and without any privilege.
+"""The landlock back end: a process gives up the files of the host, for good and without any
+privilege.
 
-For containers that allow no namespaces (Docker, containerd and Kubernetes as they come). Linux 5.13 and later; what a
-kernel knows beyond that (TCP ports, signals and abstract sockets, devices' ioctl) is given up where it is known, and the
-filter of system calls (`seccomp.py`) forbids it in any case. Landlock does not hide that a path exists, its size and its
-times; contents and lists of folders it does.
+For containers that allow no namespaces (Docker, containerd and Kubernetes as they come). Linux 5.13
+and later; what a kernel knows beyond that (TCP ports, signals and abstract sockets, devices' ioctl)
+is given up where it is known, and the filter of system calls (`seccomp.py`) forbids it in any case.
+Landlock does not hide that a path exists, its size and its times; contents and lists of folders it
+does.
 
 Loaded by text into the fork server (see `zygote.py`): standard library only.
 Numbers: Linux `asm-generic/unistd.h` (the same on every machine) and `uapi/linux/landlock.h`.
@@ -20,16 +22,21 @@ _libc.syscall.restype = ctypes.c_long
 _CREATE_RULESET, _ADD_RULE = 444, 445  # restrict_self: see `child_runner.py`
 _RULE_PATH_BENEATH, _ASK_VERSION = 1, 1
 
-EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, MAKE_REG, TRUNCATE = 1, 2, 4, 8, 1 << 5, 1 << 8, 1 << 14
-_FILES = {
-    1: (1 << 13) - 1,
-    2: (1 << 14) - 1,
-    3: (1 << 15) - 1,
-    5: (1 << 16) - 1,
-}  # rights by the version that brought them
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, MAKE_REG, TRUNCATE = (
+    1,
+    2,
+    4,
+    8,
+    1 << 5,
+    1 << 8,
+    1 << 14,
+)
+# rights by the version that brought them
+_FILES = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
 _TCP = 0b11  # bind, connect: version 4
 _SCOPES = 0b11  # abstract unix sockets, signals: version 6
-_FOR_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | 1 << 15  # the others make sense for folders only
+# the others make sense for folders only
+_FOR_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | 1 << 15
 
 
 def _checked(result: int, what: str) -> int:
@@ -40,9 +47,14 @@ def _checked(result: int, what: str) -> int:
 
 
 def version() -> int:
-    """Landlock's version in this kernel. Raises OSError if it has none, or if it is switched off."""
-    found: int = _libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(_ASK_VERSION))
-    return _checked(found, "landlock_create_ruleset (Linux 5.13 with landlock among its security modules)")
+    """Landlock's version in this kernel. Raises OSError if it has none, or if it is switched
+    off."""
+    found: int = _libc.syscall(
+        _CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(_ASK_VERSION)
+    )
+    return _checked(
+        found, "landlock_create_ruleset (Linux 5.13 with landlock among its security modules)"
+    )
 
 
 def handled(abi: int) -> tuple[int, int, int]:
@@ -52,13 +64,16 @@ def handled(abi: int) -> tuple[int, int, int]:
 
 
 def ruleset(readable: list[str], writable: list[str]) -> int:
-    """A descriptor of a ruleset, to restrict processes by. It leaves `readable` paths to be read and executed, and files
-    to be made, written and removed below `writable` ones. Raises OSError."""
+    """A descriptor of a ruleset, to restrict processes by. It leaves `readable` paths to be read
+    and executed, and files to be made, written and removed below `writable` ones. Raises
+    OSError."""
     abi = version()
     files, tcp, scopes = handled(abi)
     words = (files, tcp, scopes)[: 1 if abi < 4 else 2 if abi < 6 else 3]
     attributes = struct.pack(f"<{len(words)}Q", *words)
-    found: int = _libc.syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint32(0))
+    found: int = _libc.syscall(
+        _CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint32(0)
+    )
     ruleset = _checked(found, "landlock_create_ruleset")
     for path in readable:
         _allow(ruleset, path, files & (EXECUTE | READ_FILE | READ_DIR))
@@ -84,9 +99,11 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
 
 
 def readable_below(path: str, masks: list[str]) -> list[str]:
-    """`path`, or its entries one by one as far as needed to leave `masks` out: a rule can only allow.
+    """`path`, or its entries one by one as far as needed to leave `masks` out: a rule can only
+    allow.
 
-    A folder that holds a mask cannot be listed then. An interpreter that has looked it up once can still import from it.
+    A folder that holds a mask cannot be listed then. An interpreter that has looked it up once can
+    still import from it.
     """
     if path in masks:
         return []

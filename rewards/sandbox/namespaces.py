@@ -1,7 +1,7 @@
 """The zygote back end: namespaces, the id maps, a root file system of its own.
 
-Loaded by path into the launcher and into process 1 (see `zygote.py`) and forgotten there before the first run: standard
-library only.
+Loaded by path into the launcher and into process 1 (see `zygote.py`) and forgotten there before the
+first run: standard library only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ import sys
 _libc = ctypes.CDLL(None, use_errno=True)
 _NEWNS, _NEWCGROUP, _NEWUTS, _NEWIPC = 0x20000, 0x2000000, 0x4000000, 0x8000000
 _NEWUSER, _NEWPID, _NEWNET = 0x10000000, 0x20000000, 0x40000000
-_RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
+_RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND, _REC, _PRIVATE = (
+    1,
+    2,
+    4,
+    8,
+    32,
+    4096,
+    16384,
+    1 << 18,
+)
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _MOUNT_SETATTR = 442  # the same number everywhere
 _NOBODY = 65534
@@ -27,7 +36,9 @@ def _check(result: int, what: str) -> None:
         raise OSError(number, f"{what}: {os.strerror(number)}")
 
 
-def _mount(source: str, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
+def _mount(
+    source: str, target: str, kind: str | None, flags: int, options: str | None = None
+) -> None:
     words = (
         source.encode(),
         target.encode(),
@@ -39,8 +50,8 @@ def _mount(source: str, target: str, kind: str | None, flags: int, options: str 
 
 
 def _map_ids(pid: int) -> None:
-    """Writes the id maps of `pid` from outside its user namespace. As root: 0 and nobody, so that a child can be
-    nobody; otherwise (or where root may not map two ids) the own id alone."""
+    """Writes the id maps of `pid` from outside its user namespace. As root: 0 and nobody, so that a
+    child can be nobody; otherwise (or where root may not map two ids) the own id alone."""
     uid, gid = os.getuid(), os.getgid()
     if uid == 0:
         try:
@@ -92,10 +103,11 @@ def enter_namespaces() -> None:
 
 
 def build_root(binds: list[tuple[str, str]], masks: list[str]) -> None:
-    """A read-only root of nothing but `binds` (from, to), `masks` inside them hidden, four devices and a /tmp that only
-    the compiler's filter lets anybody write to. The old root, /proc included, is gone afterwards."""
+    """A read-only root of nothing but `binds` (from, to), `masks` inside them hidden, four devices
+    and a /tmp that only the compiler's filter lets anybody write to. The old root, /proc included,
+    is gone afterwards."""
     os.umask(0o022)
-    root = "/proc"  # always there, never bound: nothing has to be made on the host, so nothing is left behind
+    root = "/proc"  # always there, never bound: nothing is made on the host and left behind
     _mount("none", "/", None, _REC | _PRIVATE)
     _mount("tmpfs", root, "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")
     for path, target in binds:
@@ -106,13 +118,21 @@ def build_root(binds: list[tuple[str, str]], masks: list[str]) -> None:
         _mount(path, root + target, None, _BIND | _REC)
         _read_only(root + target)
     for path in masks:
-        _mount("tmpfs", root + path, "tmpfs", _RDONLY | _NOSUID | _NODEV | _NOEXEC, "size=4k,mode=755")
+        _mount(
+            "tmpfs", root + path, "tmpfs", _RDONLY | _NOSUID | _NODEV | _NOEXEC, "size=4k,mode=755"
+        )
     for path in ("/dev", "/tmp", "/empty", "/old"):
         os.mkdir(root + path)
     for name in ("null", "zero", "random", "urandom"):
         _make_place(f"/dev/{name}", f"{root}/dev/{name}")
         _mount(f"/dev/{name}", f"{root}/dev/{name}", None, _BIND)
-    _mount("tmpfs", root + "/tmp", "tmpfs", _NOSUID | _NODEV | _NOEXEC, "size=128m,nr_inodes=4k,mode=1777")
+    _mount(
+        "tmpfs",
+        root + "/tmp",
+        "tmpfs",
+        _NOSUID | _NODEV | _NOEXEC,
+        "size=128m,nr_inodes=4k,mode=1777",
+    )
     os.chdir(root)
     _check(_libc.syscall(_PIVOT_ROOT[os.uname().machine], b".", b"old"), "pivot_root")
     os.chdir("/")
@@ -133,7 +153,9 @@ def _make_place(path: str, target: str) -> None:
 
 def move(old: str, new: str) -> None:
     """Tells the running interpreter that its library has another path now."""
-    sys.path[:] = [new + path[len(old) :] if path.startswith(old + "/") else path for path in sys.path]
+    sys.path[:] = [
+        new + path[len(old) :] if path.startswith(old + "/") else path for path in sys.path
+    ]
     sys.prefix = sys.base_prefix = sys.exec_prefix = sys.base_exec_prefix = new
     sys.path_importer_cache.clear()
     for finder in sys.meta_path:
@@ -143,8 +165,12 @@ def move(old: str, new: str) -> None:
 
 def _read_only(path: str) -> None:
     attributes = struct.pack("<4Q", _RDONLY | _NOSUID | _NODEV, 0, 0, 0)
-    if _libc.syscall(_MOUNT_SETATTR, -100, path.encode(), 0x8000, attributes, len(attributes)) == 0:  # AT_RECURSIVE
+    # AT_RECURSIVE
+    if _libc.syscall(_MOUNT_SETATTR, -100, path.encode(), 0x8000, attributes, len(attributes)) == 0:
         return
-    flags = os.statvfs(path).f_flag  # before Linux 5.12: the top mount only, its locked flags repeated
-    kept = flags & (_NOEXEC | 1024 | 2048) | (1 << 21 if flags & 4096 else 0)  # noexec, noatime, nodiratime, relatime
+    flags = os.statvfs(
+        path
+    ).f_flag  # before Linux 5.12: the top mount only, its locked flags repeated
+    # noexec, noatime, nodiratime, relatime
+    kept = flags & (_NOEXEC | 1024 | 2048) | (1 << 21 if flags & 4096 else 0)
     _mount("none", path, None, _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV | kept)

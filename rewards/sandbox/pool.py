@@ -1,12 +1,15 @@
-"""`Sandbox`: runs a model's programs where they can reach nothing, at less than two milliseconds a run.
+"""`Sandbox`: runs a model's programs where they can reach nothing, at less than two milliseconds a
+run.
 
-Back ends, the first that works: `zygote` (own namespaces, `zygote.py`), `bubblewrap` (the same fork server behind
-isolation that `bwrap` sets up, for machines that let only a setuid helper make them), `landlock` (without namespaces, for
-containers that allow none; a program can ask whether a path of the host exists), and otherwise a refusal. A plain process
-with limits and a system-call filter, but the host's files in sight, runs only with `allow_unsafe=True`.
+Back ends, the first that works: `zygote` (own namespaces, `zygote.py`), `bubblewrap` (the same fork
+server behind isolation that `bwrap` sets up, for machines that let only a setuid helper make them),
+`landlock` (without namespaces, for containers that allow none; a program can ask whether a path of
+the host exists), and otherwise a refusal. A plain process with limits and a system-call filter, but
+the host's files in sight, runs only with `allow_unsafe=True`.
 
-A run that fails through the sandbox's own fault raises `SandboxError`, after a second try on a fresh fork server where
-nobody has talked to the program yet; whatever a program does to itself is a `Run`.
+A run that fails through the sandbox's own fault raises `SandboxError`, after a second try on a
+fresh fork server where nobody has talked to the program yet; whatever a program does to itself is a
+`Run`.
 """
 
 from __future__ import annotations
@@ -30,7 +33,16 @@ from .choose import choose_backend
 from .runs import Limits, Outcome, ProgramEnded, Run, SandboxError, SandboxUnavailable
 from .view import compiler
 
-__all__ = ["Limits", "Outcome", "ProgramEnded", "Run", "Sandbox", "SandboxError", "SandboxUnavailable", "Session"]
+__all__ = [
+    "Limits",
+    "Outcome",
+    "ProgramEnded",
+    "Run",
+    "Sandbox",
+    "SandboxError",
+    "SandboxUnavailable",
+    "Session",
+]
 
 _DEFAULT = Limits()
 COMPILER_LIMITS = Limits(seconds=30.0, memory_mb=1536, output_bytes=64 << 20)
@@ -42,11 +54,13 @@ T = TypeVar("T")
 
 
 class Sandbox:
-    """A pool of fork servers, each doing one run at a time. Thread-safe; starts the others when they are needed.
+    """A pool of fork servers, each doing one run at a time. Thread-safe; starts the others when
+    they are needed.
 
-    `workers`: runs at the same time, by default one a core of those that a CPU quota leaves. `backend`: None tries them
-    in order. `preload`: modules that every child has imported before it is locked down; of the installed packages
-    only these and what they depend on are in sight. Raises SandboxUnavailable at once where the machine gives no back end.
+    `workers`: runs at the same time, by default one a core of those that a CPU quota leaves.
+    `backend`: None tries them in order. `preload`: modules that every child has imported before it
+    is locked down; of the installed packages only these and what they depend on are in sight.
+    Raises SandboxUnavailable at once where the machine gives no back end.
     """
 
     def __init__(
@@ -93,12 +107,15 @@ class Sandbox:
         first: Mapping[str, Any] | None = None,
         upcoming: Sequence[Mapping[str, Any]] = (),
     ) -> Iterator[Session]:
-        """Starts a child on `request` (see `child.py`) for a talk line by line; kills it on leaving.
+        """Starts a child on `request` (see `child.py`) for a talk line by line; kills it on
+        leaving.
 
-        `first` is the first message of the talk: sent along, it saves a turn of the processes. `upcoming`, those that
-        will follow, are for a remote sandbox: here a program sees one message at a time."""
+        `first` is the first message of the talk: sent along, it saves a turn of the processes.
+        `upcoming`, those that will follow, are for a remote sandbox: here a program sees one
+        message at a time."""
         with self._server(limits) as server:
-            ours, theirs = socket.socketpair()
+            with _our_own_errors():
+                ours, theirs = socket.socketpair()
             with ours:
                 with theirs:
                     server.start(CALLS, limits, [theirs.fileno()])
@@ -109,11 +126,15 @@ class Sandbox:
                 finally:
                     if server.busy:
                         server.stop()
-                        with contextlib.suppress(SandboxError):  # a lost fork server is replaced; the talk is over
+                        # a lost fork server is replaced; the talk is over
+                        with contextlib.suppress(SandboxError):
                             server.finish(limits)
 
-    def run_program(self, code: str, stdin: bytes = b"", limits: Limits = _DEFAULT, *, usual: bool = False) -> Run:
-        """Runs a Python script on `stdin`; `usual`: with the usual imports of contest programs made for it."""
+    def run_program(
+        self, code: str, stdin: bytes = b"", limits: Limits = _DEFAULT, *, usual: bool = False
+    ) -> Run:
+        """Runs a Python script on `stdin`; `usual`: with the usual imports of contest programs made
+        for it."""
         request = json.dumps({"task": "program", "code": [code], "usual": usual}).encode() + b"\n"
         return twice(lambda: self._run(PROGRAM, request, stdin, limits))
 
@@ -122,15 +143,28 @@ class Sandbox:
         return twice(lambda: self._run(NATIVE, binary, stdin, limits))
 
     def compile_cpp(self, source: str, limits: Limits = COMPILER_LIMITS) -> tuple[bytes, Run]:
-        """Compiles C++ (g++ -O2 -std=gnu++17 -static) in the sandbox: the binary, empty if that failed, and the run.
+        """Compiles C++ (g++ -O2 -std=gnu++17 -static) in the sandbox: the binary, empty if that
+        failed, and the run.
 
-        Raises SandboxUnavailable where there is no g++."""
+        Raises SandboxUnavailable where there is no g++, SandboxError where it compiles nothing, as
+        on a full disk."""
         if compiler() is None:
             raise SandboxUnavailable("C++ needs g++ (apt install g++)")
-        return twice(lambda: self._compile(source.encode("utf-8", "replace"), limits))
+        binary, run = twice(lambda: self._compile(source.encode("utf-8", "replace"), limits))
+        if not binary and run.outcome is Outcome.EXITED:
+            control, failure = twice(lambda: self._compile(b"int main() {}", limits))
+            if not control:
+                said = failure.stderr.decode("utf-8", "replace").strip()[:300]
+                raise SandboxError(f"the compiler does not work here: {failure}: {said}")
+        return binary, run
 
     def _compile(self, source: bytes, limits: Limits) -> tuple[bytes, Run]:
-        with _sealed(source) as text, _memfd() as binary, _memfd() as errors, self._server(limits) as server:
+        with (
+            _sealed(source) as text,
+            _memfd() as binary,
+            _memfd() as errors,
+            self._server(limits) as server,
+        ):
             server.start(COMPILE, limits, [binary, text, errors, errors])
             run = server.finish(limits)
             stderr = os.pread(errors, 1 << 16, 0)
@@ -156,7 +190,8 @@ class Sandbox:
             raise SandboxError("the sandbox is closed")
         server = self._free(limits)
         try:
-            server = server or ForkServer(self.backend, self.preload)
+            with _our_own_errors():
+                server = server or ForkServer(self.backend, self.preload)
             yield server
         finally:
             if server is not None and (server.busy or self._closed.is_set()):
@@ -177,8 +212,8 @@ class Sandbox:
 
 
 class Session:
-    """A talk with one child, line by line. The run's own limit ends every wait; a fork server that does not keep to it
-    is found out after a grace."""
+    """A talk with one child, line by line. The run's own limit ends every wait; a fork server that
+    does not keep to it is found out after a grace."""
 
     def __init__(self, server: ForkServer, channel: socket.socket, limits: Limits) -> None:
         self._server, self._channel, self._limits = server, channel, limits
@@ -207,7 +242,8 @@ class Session:
                 raise ProgramEnded(self._server.finish(self._limits)) from None
 
     def receive(self) -> bytes:
-        """The child's next line, of at most `output_bytes`: as untrusted as anything. Raises ProgramEnded, SandboxError."""
+        """The child's next line, of at most `output_bytes`: as untrusted as anything. Raises
+        ProgramEnded, SandboxError."""
         while (end := self._received.find(b"\n")) < 0:
             if len(self._received) > self._limits.output_bytes:
                 self._server.stop()
@@ -233,8 +269,9 @@ class Session:
         self._channel.settimeout(_LOOK_SECONDS)
 
     def _end(self) -> Run:
-        """How a child ended that has closed its channel. One that only closed it, which is no way to stay, is ended; but
-        first it gets the time to end, as one that is killed from outside is not stopped by us."""
+        """How a child ended that has closed its channel. One that only closed it, which is no way
+        to stay, is ended; but first it gets the time to end, as one that is killed from outside is
+        not stopped by us."""
         try:
             return self._server.finish(self._limits, patience=_LOOK_SECONDS)
         except TimeoutError:
@@ -242,14 +279,25 @@ class Session:
             return self._server.finish(self._limits)
 
 
+@contextlib.contextmanager
+def _our_own_errors() -> Iterator[None]:
+    """What the trainer's side cannot have (descriptors, memory, processes, room on disk) says
+    nothing about a program."""
+    try:
+        yield
+    except OSError as error:
+        raise SandboxError(f"{type(error).__name__}: {error}") from None
+
+
 def twice(action: Callable[[], T]) -> T:
     """A killed fork server loses no run: the second try starts a fresh one."""
-    try:
-        return action()
-    except SandboxUnavailable:
-        raise
-    except SandboxError:
-        return action()
+    with _our_own_errors():
+        try:
+            return action()
+        except SandboxUnavailable:
+            raise
+        except SandboxError:
+            return action()
 
 
 @contextlib.contextmanager

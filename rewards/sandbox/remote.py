@@ -1,11 +1,13 @@
-"""`RemoteSandbox`: runs programs on another machine, by Sandbox Fusion's protocol (`POST URL/run_code`).
+"""`RemoteSandbox`: runs programs on another machine, by Sandbox Fusion's protocol (`POST
+URL/run_code`).
 
-For machines without a sandbox of their own. What differs from the local one: the far side's isolation and limits are its own
-(its time is on the wall, so its load can change a verdict), a function test sends its inputs all at once, and a program
-that kills itself there cannot be told from one that is killed.
+For machines without a sandbox of their own. What differs from the local one: the far side's
+isolation and limits are its own (its time is on the wall, so its load can change a verdict), a
+function test sends its inputs all at once, and a program that kills itself there cannot be told
+from one that is killed.
 
-A far side that is busy (429), broken (5xx, `SandboxError`) or cannot be reached is asked again for a while; then the run
-fails with SandboxError, which is nobody's verdict.
+A far side that is busy (429), broken (5xx, `SandboxError`) or cannot be reached is asked again for
+a while; then the run fails with SandboxError, which is nobody's verdict.
 """
 
 from __future__ import annotations
@@ -50,15 +52,18 @@ names["run_program"]({"code": [CODE], "usual": True})
 
 
 class RemoteSandbox:
-    """The same methods as `Sandbox`, for a service at `url`, e.g. `http://10.0.0.5:8080`. Thread-safe.
+    """The same methods as `Sandbox`, for a service at `url`, e.g. `http://10.0.0.5:8080`.
+    Thread-safe.
 
-    `workers`: requests at the same time; `preload`: modules that have to be installed there. Raises SandboxUnavailable at
-    once if nothing answers there, or if it lacks one.
+    `workers`: requests at the same time; `preload`: modules that have to be installed there. Raises
+    SandboxUnavailable at once if nothing answers there, or if it lacks one.
     """
 
     backend = "remote"
 
-    def __init__(self, url: str, *, workers: int | None = None, preload: Sequence[str] = ()) -> None:
+    def __init__(
+        self, url: str, *, workers: int | None = None, preload: Sequence[str] = ()
+    ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url is {url!r}; it must be one such as http://HOST:8080")
         if workers is not None and workers < 1:
@@ -77,7 +82,9 @@ class RemoteSandbox:
             raise SandboxUnavailable(f"no sandbox at {url}: {error}") from None
         if run.stdout.strip() != b"42":
             self.close()
-            raise SandboxUnavailable(f"the sandbox at {url} does not run Python: {run} {run.stderr[:200]!r}")
+            raise SandboxUnavailable(
+                f"the sandbox at {url} does not run Python: {run} {run.stderr[:200]!r}"
+            )
 
     def close(self) -> None:
         self._client.close()
@@ -88,8 +95,11 @@ class RemoteSandbox:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run_program(self, code: str, stdin: bytes = b"", limits: Limits = _DEFAULT, *, usual: bool = False) -> Run:
-        """Runs a Python script on `stdin`; `usual`: with the usual imports of contest programs made for it."""
+    def run_program(
+        self, code: str, stdin: bytes = b"", limits: Limits = _DEFAULT, *, usual: bool = False
+    ) -> Run:
+        """Runs a Python script on `stdin`; `usual`: with the usual imports of contest programs made
+        for it."""
         if usual:
             code = f"CHILD, CODE = {_CHILD!r}, {code!r}\n{_USUAL}"
         _, run = self._post("python", code, stdin, limits)
@@ -97,7 +107,8 @@ class RemoteSandbox:
         return run
 
     def compile_cpp(self, source: str, limits: Limits = _COMPILING) -> tuple[bytes, Run]:
-        """Whether C++ compiles there: the source for `run_native`, empty if not, and the run of the compiler."""
+        """Whether C++ compiles there: the source for `run_native`, empty if not, and the run of the
+        compiler."""
         compilation, _ = self._post("cpp", source, b"", _DEFAULT, limits.own_seconds)
         assert compilation is not None, "C++ is compiled"
         return (source.encode() if compilation.exit_code == 0 else b""), compilation
@@ -117,8 +128,11 @@ class RemoteSandbox:
         first: Mapping[str, Any] | None = None,
         upcoming: Sequence[Mapping[str, Any]] = (),
     ) -> Iterator[RemoteSession]:
-        """A talk as with a local child. With the messages that are to come, in `upcoming`, it takes one request."""
-        talk = RemoteSession(self, request, limits, [*([] if first is None else [first]), *upcoming])
+        """A talk as with a local child. With the messages that are to come, in `upcoming`, it takes
+        one request."""
+        talk = RemoteSession(
+            self, request, limits, [*([] if first is None else [first]), *upcoming]
+        )
         if first is not None:
             talk.send(first)
         yield talk
@@ -126,7 +140,8 @@ class RemoteSandbox:
     def _post(
         self, language: str, code: str, stdin: bytes, limits: Limits, compile_seconds: float = 10.0
     ) -> tuple[Run | None, Run | None]:
-        """The runs of the compiler, if the language has one, and of the program, if it came to that."""
+        """The runs of the compiler, if the language has one, and of the program, if it came to
+        that."""
         body = {
             "language": language,
             "code": code,
@@ -151,7 +166,9 @@ class RemoteSandbox:
                 time.sleep(min(pause, _MOST_PAUSE))
                 pause *= 2
             try:
-                reply = self._client.post(self._address, json=body, timeout=httpx.Timeout(seconds, connect=10.0))
+                reply = self._client.post(
+                    self._address, json=body, timeout=httpx.Timeout(seconds, connect=10.0)
+                )
                 if reply.status_code == 429 or reply.status_code >= 500:
                     problem = f"it answered {reply.status_code}"
                     pause = max(pause, _seconds(reply.headers.get("Retry-After")))
@@ -169,10 +186,15 @@ class RemoteSandbox:
 
 
 class RemoteSession:
-    """A talk with a program that runs anew for every message that was not foreseen, with all messages up to it."""
+    """A talk with a program that runs anew for every message that was not foreseen, with all
+    messages up to it."""
 
     def __init__(
-        self, box: RemoteSandbox, request: Mapping[str, Any], limits: Limits, foreseen: Sequence[Mapping[str, Any]]
+        self,
+        box: RemoteSandbox,
+        request: Mapping[str, Any],
+        limits: Limits,
+        foreseen: Sequence[Mapping[str, Any]],
     ) -> None:
         self._box, self._request, self._limits = box, request, limits
         self._foreseen = list(foreseen)
@@ -193,7 +215,11 @@ class RemoteSession:
         """The program's next line: as untrusted as anything. Raises ProgramEnded, SandboxError."""
         if self._asked is None or self._asked[: len(self._sent)] != self._sent:
             foreseen = self._foreseen[: len(self._sent)] == self._sent
-            self._ask(self._foreseen if foreseen and len(self._foreseen) > len(self._sent) else list(self._sent))
+            self._ask(
+                self._foreseen
+                if foreseen and len(self._foreseen) > len(self._sent)
+                else list(self._sent)
+            )
         if self._received >= len(self._replies):
             assert self._run is not None, "it was asked"
             raise ProgramEnded(self._run)
@@ -210,12 +236,17 @@ class RemoteSession:
 
 def _read(result: Any, limits: Limits) -> Run:
     """One command's result. Raises SandboxError if it says nothing about a program."""
-    if not isinstance(result, dict) or result.get("status") not in ("Finished", "TimeLimitExceeded"):
+    if not isinstance(result, dict) or result.get("status") not in (
+        "Finished",
+        "TimeLimitExceeded",
+    ):
         raise SandboxError(f"the remote sandbox did not run the program: {str(result)[:200]}")
     late, code = result["status"] == "TimeLimitExceeded", result.get("return_code")
     if not late and type(code) is not int:
         raise SandboxError(f"the remote sandbox sent no exit code: {str(result)[:200]}")
-    stdout, stderr = (str(result.get(name) or "").encode("utf-8", "replace") for name in ("stdout", "stderr"))
+    stdout, stderr = (
+        str(result.get(name) or "").encode("utf-8", "replace") for name in ("stdout", "stderr")
+    )
     outcome = Outcome.EXITED if type(code) is int and code >= 0 else Outcome.CRASHED
     if late:
         outcome = Outcome.TIME_LIMIT

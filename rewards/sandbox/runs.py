@@ -1,4 +1,5 @@
-"""The nouns of the sandbox: `Limits` of a run, the finished `Run` and its `Outcome`, and what can go wrong with neither."""
+"""The nouns of the sandbox: `Limits` of a run, the finished `Run` and its `Outcome`, and what can
+go wrong with neither."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ class SandboxUnavailable(SandboxError, ValueError):
 class Limits:
     """What one run may use.
 
-    Time is the program's own, so that a loaded machine changes no verdict: that in which it waits for a processor does
-    not count.
+    Time is the program's own, so that a loaded machine changes no verdict: that in which it waits
+    for a processor does not count.
     """
 
     seconds: float = 5.0
@@ -32,11 +33,17 @@ class Limits:
 
     def __post_init__(self) -> None:
         if not 0 < self.seconds <= 3600:
-            raise ValueError(f"limits.seconds is {self.seconds}; it must be above 0 and at most 3600")
+            raise ValueError(
+                f"limits.seconds is {self.seconds}; it must be above 0 and at most 3600"
+            )
         if self.memory_mb < 64:
-            raise ValueError(f"limits.memory_mb is {self.memory_mb}; an interpreter needs at least 64")
+            raise ValueError(
+                f"limits.memory_mb is {self.memory_mb}; an interpreter needs at least 64"
+            )
         if not 0 < self.output_bytes <= 1 << 28:
-            raise ValueError(f"limits.output_bytes is {self.output_bytes}; it must be between 1 and 2**28")
+            raise ValueError(
+                f"limits.output_bytes is {self.output_bytes}; it must be between 1 and 2**28"
+            )
 
     @property
     def own_seconds(self) -> float:
@@ -45,7 +52,8 @@ class Limits:
 
     @property
     def wall_seconds(self) -> float:
-        """When a run is given up whatever it did: a machine that gave it so little time gives no verdict either."""
+        """When a run is given up whatever it did: a machine that gave it so little time gives no
+        verdict either."""
         return 30 * self.seconds + 60
 
 
@@ -81,11 +89,14 @@ class Run:
         if self.outcome is Outcome.CRASHED:
             names = {entry.value: entry.name for entry in signal.Signals}
             return f"ended by {names.get(-self.exit_code, 'a signal')}"
-        return f"exit code {self.exit_code}" if self.outcome is Outcome.EXITED else str(self.outcome)
+        return (
+            f"exit code {self.exit_code}" if self.outcome is Outcome.EXITED else str(self.outcome)
+        )
 
 
 class ProgramEnded(Exception):
-    """The program of a session ended, or broke the protocol, instead of answering; `run` says how it ended."""
+    """The program of a session ended, or broke the protocol, instead of answering; `run` says how
+    it ended."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(str(run))

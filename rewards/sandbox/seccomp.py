@@ -1,8 +1,9 @@
 """Seccomp allow-lists as classic BPF, assembled by hand: no compiled helper, no dependency.
 
-A filter sees the number and the raw arguments of each system call (`struct seccomp_data`: nr at 0, arch at 4, six
-64-bit arguments from 16). What no rule allows fails with EPERM; a foreign architecture (32-bit code, x32) dies.
-Numbers: Linux `asm/unistd_64.h` (x86-64) and `asm-generic/unistd.h` (aarch64).
+A filter sees the number and the raw arguments of each system call (`struct seccomp_data`: nr at 0,
+arch at 4, six 64-bit arguments from 16). What no rule allows fails with EPERM; a foreign
+architecture (32-bit code, x32) dies. Numbers: Linux `asm/unistd_64.h` (x86-64) and
+`asm-generic/unistd.h` (aarch64).
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ NUMBERS: Mapping[str, Mapping[str, int]] = {"x86_64": _table(_X86_64), "aarch64"
 
 @dataclass(frozen=True, slots=True)
 class When:
-    """Allow only if the low 32 bits of argument `index`, under `mask`, are one of `values` (and, if `null`, the high
-    half is zero). Every argument compared here is an int or a flag word for the kernel, which ignores the high half."""
+    """Allow only if the low 32 bits of argument `index`, under `mask`, are one of `values` (and, if
+    `null`, the high half is zero). Every argument compared here is an int or a flag word for the
+    kernel, which ignores the high half."""
 
     index: int
     mask: int
@@ -56,11 +58,14 @@ class When:
     null: bool = False
 
 
-_THREAD, _NAMESPACES = 0x00010000, 0x7E020080  # CLONE_THREAD; CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET} and NEWTIME
-_WRITING = 0o1 | 0o2 | 0o100 | 0o1000 | 0o20000000  # O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, __O_TMPFILE
+# CLONE_THREAD; CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET} and NEWTIME
+_THREAD, _NAMESPACES = 0x00010000, 0x7E020080
+# O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, __O_TMPFILE
+_WRITING = 0o1 | 0o2 | 0o100 | 0o1000 | 0o20000000
 _SAFE_FCNTL = (0, 1, 2, 3, 4, 1030)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC
 _SAFE_IOCTL = (0x5401, 0x5413, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ, FIONCLEX, FIOCLEX
-_READ_LIMITS = (When(0, 0xFFFFFFFF, (0,)), When(2, 0xFFFFFFFF, (0,), null=True))  # own process, no new limit
+# own process, no new limit
+_READ_LIMITS = (When(0, 0xFFFFFFFF, (0,)), When(2, 0xFFFFFFFF, (0,), null=True))
 
 _CHUNK = 8  # rules between two looks at the order of the numbers
 
@@ -82,7 +87,9 @@ _BASE: Rules = _free(
     "prlimit64": _READ_LIMITS,
     "setitimer": (When(0, 0xFFFFFFFF, (0, 1)),),  # not ITIMER_PROF, which ends the run
 }
-_LOOKING: Rules = _free("stat lstat newfstatat statx access faccessat faccessat2 readlink readlinkat getdents64 getcwd")
+_LOOKING: Rules = _free(
+    "stat lstat newfstatat statx access faccessat faccessat2 readlink readlinkat getdents64 getcwd"
+)
 _DUPLICATING: Rules = _free("pread64 dup dup2 dup3 poll ppoll select pselect6")
 
 # A Python program or function: reads files, starts threads; opens nothing for writing, starts no process.
@@ -116,20 +123,33 @@ COMPILER: Rules = {
 
 
 def assemble(rules: Rules, machine: str | None = None) -> bytes:
-    """The filter program, 8 bytes an instruction. Raises ValueError for a machine that it has no numbers for."""
+    """The filter program, 8 bytes an instruction. Raises ValueError for a machine that it has no
+    numbers for."""
     machine = machine or platform.machine()
     if machine not in NUMBERS:
-        raise ValueError(f"no system-call table for {machine!r}; the sandbox knows {sorted(NUMBERS)}")
+        raise ValueError(
+            f"no system-call table for {machine!r}; the sandbox knows {sorted(NUMBERS)}"
+        )
     numbers = NUMBERS[machine]
-    program = [(LOAD, 0, 0, 4), (JUMP_EQUAL, 1, 0, AUDIT_ARCH[machine]), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
+    program = [
+        (LOAD, 0, 0, 4),
+        (JUMP_EQUAL, 1, 0, AUDIT_ARCH[machine]),
+        (RETURN, 0, 0, KILL),
+        (LOAD, 0, 0, 0),
+    ]
     if machine == "x86_64":  # the x32 numbers share the architecture word
         program += [(JUMP_GREATER_EQUAL, 0, 1, 0x40000000), (RETURN, 0, 0, KILL)]
     # clone3 hides its flags behind a pointer: "not implemented" makes the C library fall back to clone
     program += [(JUMP_EQUAL, 0, 1, numbers["clone3"]), (RETURN, 0, 0, ENOSYS)]
-    known = sorted((numbers[name], conditions) for name, conditions in rules.items() if name in numbers)
+    known = sorted(
+        (numbers[name], conditions) for name, conditions in rules.items() if name in numbers
+    )
     blocks = [(number, _block(number, conditions)) for number, conditions in known]
-    for start in range(0, len(blocks), _CHUNK):  # the kernel tries every number when a filter is installed
-        chunk = [step for _, block in blocks[start : start + _CHUNK] for step in block] + [(RETURN, 0, 0, EPERM)]
+    # the kernel tries every number when a filter is installed
+    for start in range(0, len(blocks), _CHUNK):
+        chunk = [step for _, block in blocks[start : start + _CHUNK] for step in block] + [
+            (RETURN, 0, 0, EPERM)
+        ]
         if start + _CHUNK < len(blocks):
             program.append((JUMP_GREATER_EQUAL, len(chunk), 0, blocks[start + _CHUNK][0]))
         program += chunk
@@ -139,7 +159,9 @@ def assemble(rules: Rules, machine: str | None = None) -> bytes:
 
 def _block(number: int, conditions: Sequence[When]) -> list[tuple[int, int, int, int]]:
     """Decides on one system call, and jumps over itself for the others."""
-    steps = [step for condition in conditions for step in _check(condition)] + [(RETURN, 0, 0, ALLOW)]
+    steps = [step for condition in conditions for step in _check(condition)] + [
+        (RETURN, 0, 0, ALLOW)
+    ]
     return [(JUMP_EQUAL, 0, len(steps), number), *steps]
 
 
@@ -148,7 +170,8 @@ def _check(condition: When) -> list[tuple[int, int, int, int]]:
     offset = 16 + 8 * condition.index
     steps = [(LOAD, 0, 0, offset), (AND, 0, 0, condition.mask)]
     last = len(condition.values) - 1
-    for i, value in enumerate(condition.values):  # a match jumps over the other values and the refusal
+    # a match jumps over the other values and the refusal
+    for i, value in enumerate(condition.values):
         steps.append((JUMP_EQUAL, last - i + 1, 0, value))
     steps.append((RETURN, 0, 0, EPERM))
     if condition.null:

@@ -49,7 +49,8 @@ class View:
 
 @functools.cache
 def view_of(preload: tuple[str, ...]) -> View:
-    """The standard library, shared libraries and the compiler; the packages in `preload` with what they depend on."""
+    """The standard library, shared libraries and the compiler; the packages in `preload` with what
+    they depend on."""
     triple = str(sysconfig.get_config_var("MULTIARCH") or "none")
     wanted = ["/lib64", "/usr/lib64"]
     for library in ("/lib", "/usr/lib"):
@@ -92,8 +93,9 @@ def view_of(preload: tuple[str, ...]) -> View:
 
 
 def _package_entries(names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Folder and entry in it, such as `(".../site-packages", "numpy.libs")`, of all that the modules `names` need: the
-    files of their distributions and of those that these depend on, extras left out."""
+    """Folder and entry in it, such as `(".../site-packages", "numpy.libs")`, of all that the
+    modules `names` need: the files of their distributions and of those that these depend on, extras
+    left out."""
     names = [name for name in names if name not in sys.stdlib_module_names]
     if not names:
         return

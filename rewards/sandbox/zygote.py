@@ -1,13 +1,14 @@
 """The sandbox's fork server: isolates itself once, then forks one locked-down child a run.
 
-Started by `backends.py` as `python -I -S -B zygote.py FD`: standard library only, empty environment. It never sees a
-program, an input or an answer, only limits and open files: the child reads its request itself, after the lock-down
-(`child_runner.py`).
+Started by `backends.py` as `python -I -S -B zygote.py FD`: standard library only, empty
+environment. It never sees a program, an input or an answer, only limits and open files: the child
+reads its request itself, after the lock-down (`child_runner.py`).
 
-Stages: the launcher makes new namespaces and forks; its child, a fresh interpreter, is process 1 of the new PID
-namespace, so that one SIGKILL of it takes every descendant along, and it dies with the launcher, which dies with the
-trainer. Process 1 replaces the file system by a read-only tmpfs with a few read-only binds, forgets its own privileges
-but those that it needs to drop a child's (`namespaces.py`), warms up and serves requests on a SOCK_SEQPACKET socket.
+Stages: the launcher makes new namespaces and forks; its child, a fresh interpreter, is process 1 of
+the new PID namespace, so that one SIGKILL of it takes every descendant along, and it dies with the
+launcher, which dies with the trainer. Process 1 replaces the file system by a read-only tmpfs with
+a few read-only binds, forgets its own privileges but those that it needs to drop a child's
+(`namespaces.py`), warms up and serves requests on a SOCK_SEQPACKET socket.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from typing import Any, NoReturn
 READY, NO_RUN = b"ready\n", b"no\n"  # how messages to the trainer begin; after NO_RUN comes why
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_KEPT_CAPABILITIES = 0b11 | (0b111 << 5) | (1 << 18)  # CHOWN, DAC_OVERRIDE; KILL, SETGID, SETUID; SYS_CHROOT
+# CHOWN, DAC_OVERRIDE; KILL, SETGID, SETUID; SYS_CHROOT
+_KEPT_CAPABILITIES = 0b11 | (0b111 << 5) | (1 << 18)
 
 
 _WARM_UP_RUNS = 30  # beyond all counters of CPython's specialising interpreter
@@ -35,8 +37,8 @@ _CALL = {"eval": "f(1, ['x'])"}
 
 
 def _warm_up(child: dict[str, Any]) -> None:
-    """Talks with the children's code as a parent does: what is specialised and cached here need not be in every child,
-    where each first use is a write to a page that it shares."""
+    """Talks with the children's code as a parent does: what is specialised and cached here need not
+    be in every child, where each first use is a write to a page that it shares."""
     for _ in range(_WARM_UP_RUNS):
         ours, theirs = _socket.socketpair()
         ours.sendall("".join(json.dumps(each) + "\n" for each in (_REQUEST, _CALL, _CALL)).encode())
@@ -51,22 +53,27 @@ def _warm_up(child: dict[str, Any]) -> None:
 
 
 def _freeze_heap() -> None:
-    """Imports what programs like to use; then garbage collector and allocator leave these pages alone."""
+    """Imports what programs like to use; then garbage collector and allocator leave these pages
+    alone."""
     # not threading and random: each does work of its own in every forked child
     exec("import bisect, collections, copy, functools, heapq, itertools, math, re, string, typing")
     gc.collect()
     gc.freeze()
     gc.disable()
-    if hasattr(_libc, "malloc_trim"):  # what is not mapped is neither copied by fork nor freed by exit
+    # what is not mapped is neither copied by fork nor freed by exit
+    if hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)
 
 
 def _serve(control: _socket.socket, config: dict[str, Any], privileges: str) -> None:
     """Process 1 once it is isolated, or the only process where there are none."""
     child = _module(config, "child")
-    runner = _module(config, "child_runner")["ChildRunner"](control, config, privileges, child["main"])
+    runner = _module(config, "child_runner")["ChildRunner"](
+        control, config, privileges, child["main"]
+    )
     null = os.open("/dev/null", os.O_WRONLY)
-    os.dup2(null, 2)  # what reads errors of the start reads no more, and a full pipe would block every later run
+    # what reads errors of the start reads no more, and a full pipe would block every later run
+    os.dup2(null, 2)
     os.close(null)
     _warm_up(child)
     _freeze_heap()
@@ -82,8 +89,9 @@ def _module(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _begin_anew(control: _socket.socket, config: dict[str, Any], privileges: str) -> NoReturn:
-    """Replaces the forked process by a fresh interpreter: it would drag the launcher's memory map, which it shares page by
-    page, through every fork of its own, and runs would cost a twentieth more."""
+    """Replaces the forked process by a fresh interpreter: it would drag the launcher's memory map,
+    which it shares page by page, through every fork of its own, and runs would cost a twentieth
+    more."""
     memory = os.memfd_create("config", 0)
     os.write(memory, json.dumps([config, privileges]).encode())
     os.lseek(memory, 0, os.SEEK_SET)
@@ -112,7 +120,8 @@ def _launch(control: _socket.socket, config: dict[str, Any], parent: int) -> Non
     if (pid := os.fork()) == 0:
         try:
             os.close(parent)
-            _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # the launcher has one thread, so its end is the process's end
+            # the launcher has one thread, so its end is the process's end
+            _libc.prctl(1, signal.SIGKILL, 0, 0, 0)
             _begin_anew(control, config, privileges)
         finally:
             os._exit(1)
@@ -127,7 +136,8 @@ def _launch(control: _socket.socket, config: dict[str, Any], parent: int) -> Non
 
 def _stay(config: dict[str, Any]) -> None:
     """What takes the place of namespaces: see `child_runner.py`."""
-    config["trainer"] = os.pidfd_open(os.getppid())  # readable when it ends, whoever holds its sockets
+    # readable when it ends, whoever holds its sockets
+    config["trainer"] = os.pidfd_open(os.getppid())
     if _libc.prctl(36, 1, 0, 0, 0) < 0:  # PR_SET_CHILD_SUBREAPER
         raise OSError(ctypes.get_errno(), "PR_SET_CHILD_SUBREAPER")
     _module(config, "child_runner")["keep_capabilities"](0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,6 +13,12 @@ from .base import Settings
 
 KINDS = ("chain", "products", "brackets", "solve", "story")
 """The kinds of problems of the built-in source; `rl/data/arithmetic.py` shows one of each."""
+LAYOUTS = (
+    "gsm8k", "math", "dapo", "deepscaler", "numina", "openr1", "big_math", "orz", "simplerl", "logic_rl", "countdown",
+    "eurus", "taco", "apps", "livecodebench", "deepcoder", "kodcode", "acecode", "leetcode", "verl", "openrlhf", "trl",
+    "sharegpt",
+)  # fmt: skip
+"""The layouts that `data.layout` may name; `rl/data/layouts.py` has them as a table."""
 SET_BY_EMBERL = (
     "conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message", "padding",
     "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
@@ -20,17 +26,21 @@ SET_BY_EMBERL = (
 """Arguments of `apply_chat_template` that a user may not give."""
 
 
-def endless(source: str) -> bool:
+def endless(source: str | tuple[str, ...]) -> bool:
     """Whether the source makes problems that never repeat by design, rather than reading a data set."""
-    return source == "arithmetic" or source.startswith("reasoning_gym:")
+    return isinstance(source, str) and (source == "arithmetic" or source.startswith("reasoning_gym:"))
 
 
 class DataConfig(Settings):
     """Where problems come from, and how a row becomes a prompt with a reference answer."""
 
-    source: str = Field(min_length=1)
-    """`arithmetic` (built in), a .jsonl, .json or .parquet file, a Hub data set `owner/name` (or a local directory of
-    one), or `reasoning_gym:<task>`."""
+    source: Annotated[str, Field(min_length=1)] | tuple[str, ...]
+    """`arithmetic` (built in), `reasoning_gym:<task>`, a Hub data set `owner/name`, or files: Parquet, Arrow, JSON, JSON
+    lines, CSV or TSV (the texts also as .gz, .bz2, .xz, .zst), by name, as a glob, a folder of shards, a folder of
+    `save_to_disk`, or a list of any of these. Rows of one prompt and answer count as one problem."""
+    layout: str = "auto"
+    """Where rows have prompt, answer and tests: recognised from the columns, or that of a public data set by name. What
+    `prompt_column`, `prompt_template`, `answer_column` and `tests_column` say comes first."""
     name: str | None = None
     """As in `val-core/{name}/acc/mean@1`; empty: the file's, data set's or task's. A row's own `data_source` comes first."""
     max_prompt_length: int = Field(default=1024, ge=1, le=10_000_000)
@@ -43,23 +53,28 @@ class DataConfig(Settings):
     heldout: int = Field(default=512, ge=0)
     """Problems never trained on, chosen by a hash of their text and so the same for every seed. Not used where
     `eval_path` or `eval_split` names the held-out set."""
-    eval_path: str | None = None
-    """A file with the held-out problems, of the same columns."""
+    eval_path: str | tuple[str, ...] | None = None
+    """Files with the held-out problems, named as in `source`; their layout is recognised on its own."""
     eval_split: str | None = None
     """The split of a Hub data set with the held-out problems."""
 
     subset: str | None = None
     """The configuration of a Hub data set, e.g. `main` of openai/gsm8k."""
     split: str = "train"
-    """The split of a Hub data set to train on."""
+    """Of a Hub data set, a folder whose files are named by their splits, or one of `save_to_disk`."""
+    revision: str | None = None
+    """A Hub data set's branch, tag or commit."""
     prompt_column: str | None = None
-    """Text, or a list of messages with `role` and `content`; empty: `prompt`. A dot goes into a nested column."""
+    """Text, or a list of messages; empty: what the layout says. A dot goes into a nested column, list or JSON text."""
     answer_column: str | None = None
-    """The reference answer; empty: `reward_model.ground_truth` where rows have it (verl's layout), else `answer`.
+    """The reference answer as it stands there; empty: what the layout says, and of a worked solution what it comes to.
     With `""` there is no reference."""
-    bad_references: Literal["drop", "error"] = "drop"
-    """What becomes of a row whose reference the reward refuses against itself or its usual spellings: it is left out, counted
-    and shown, or it ends the run before training. Where it is more than half of the rows, the run ends in either case."""
+    tests_column: str | None = None
+    """The tests of programs; empty: what the layout says."""
+    drop: Literal["bad", "none"] = "bad"
+    """`bad`: a row without prompt or answer, or with a reference that the reward refuses against itself, is left out,
+    counted and shown; `none`: it ends the run before training. Where it is more than half of the rows, the run ends in
+    either case."""
     answer_pattern: str | None = None
     """A regular expression whose group 1, of its last match in the answer column, is the reference: `#### (.+)`."""
     solution_column: str | None = None
@@ -100,6 +115,13 @@ class DataConfig(Settings):
     gym: Mapping[str, Any] = Field(default_factory=dict)
     """reasoning_gym: arguments of the task, e.g. `{min_terms: 2}`."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "bad_references" in values:
+            raise ValueError("data.bad_references is data.drop now: drop is data.drop=bad, error is data.drop=none")
+        return values
+
     @field_validator("kinds")
     @classmethod
     def _kinds(cls, kinds: Mapping[str, float]) -> Mapping[str, float]:
@@ -113,6 +135,15 @@ class DataConfig(Settings):
         if not any(kinds.values()):
             raise ValueError(f"data.kinds needs one kind with a positive weight, of {', '.join(KINDS)}")
         return kinds
+
+    @field_validator("layout")
+    @classmethod
+    def _layout(cls, layout: str) -> str:
+        if layout not in ("auto", *LAYOUTS):
+            near = difflib.get_close_matches(layout, LAYOUTS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"data.layout is auto or one of {', '.join(LAYOUTS)}{hint}")
+        return layout
 
     @field_validator("terms")
     @classmethod
@@ -142,8 +173,15 @@ class DataConfig(Settings):
             raise ValueError(r"data.answer_pattern needs a group around the reference, e.g. '#### (.+)'")
         return pattern
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names in `source`."""
+        return (self.source,) if isinstance(self.source, str) else self.source
+
     @model_validator(mode="after")
     def _together(self) -> DataConfig:
+        if not self.sources:
+            raise ValueError("data.source is an empty list; name at least one file")
         if self.largest_total < 2 * self.largest_term:
             raise ValueError(
                 f"data.largest_total={self.largest_total} must be at least twice data.largest_term={self.largest_term}, "
@@ -200,4 +238,4 @@ class TinyConfig(Settings):
         return self
 
 
-__all__ = ["KINDS", "DataConfig", "TinyConfig"]
+__all__ = ["KINDS", "LAYOUTS", "DataConfig", "TinyConfig"]

@@ -191,7 +191,7 @@ class Config(Settings):
     def max_model_length(self) -> int:
         """Tokens of the longest prompt and the longest answer together, in training or evaluation."""
         longest = self.rollout.max_response_length
-        sets = self.eval.sets.values()
+        sets = [each.beside(self.data) for each in self.eval.sets.values()]
         return max(
             self.data.max_prompt_length + longest,
             *(s.max_prompt_length + (s.max_response_length or longest) for s in sets),

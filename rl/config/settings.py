@@ -360,20 +360,34 @@ class CriticConfig(Settings):
         return policy.model_copy(update={"lr": self.lr, "warmup_steps": self.lr_warmup_steps})
 
 
+_FORM_OF_PROMPTS = (
+    "max_prompt_length", "system_prompt", "merge_system", "template", "chat_template", "chat_template_kwargs",
+    "assistant_prefix",
+)  # fmt: skip
+
+
 class EvalSetConfig(DataConfig):
     """A set of problems to be evaluated on, all of it: the keys of `data`, with `path` for `source`, and its own answers.
-    Empty: as in `eval` and `rollout`."""
+    What is not set is as in `eval` and `rollout`, and the template, the system prompt and the longest prompt as in `data`."""
 
     heldout: int = Field(default=0, ge=0, le=0)
+    """0: nothing of a set is trained on."""
     size: int | None = Field(default=None, ge=1, le=100_000_000)
     """The first so many problems; empty: all, of a generated source 512."""
     samples: int | None = Field(default=None, ge=1, le=65_536)
+    """Answers to each problem."""
     temperature: float | None = Field(default=None, ge=0, le=100)
+    """0: greedy."""
     top_p: float | None = Field(default=None, gt=0, le=1)
+    """Empty: `eval.top_p`."""
     top_k: int | None = Field(default=None, ge=0, le=MOST_TOKENS)
+    """Empty: `eval.top_k`."""
     min_p: float | None = Field(default=None, ge=0, le=1)
+    """Empty: `eval.min_p`."""
     repetition_penalty: float | None = Field(default=None, gt=0, le=100)
+    """Empty: `eval.repetition_penalty`."""
     max_response_length: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
+    """Tokens; the engines are made for it. Empty: `rollout.max_response_length`."""
     verifier: RewardPart | None = None
     """What marks the answers: a name such as `math`, or the keys of a part of the reward; empty: the run's reward."""
 
@@ -393,6 +407,11 @@ class EvalSetConfig(DataConfig):
         if self.eval_path is not None or self.eval_split is not None:
             raise ValueError("a set is evaluated whole: name its file in path, or its split in split")
         return self
+
+    def beside(self, data: DataConfig) -> EvalSetConfig:
+        """The set with the prompts' form of the training data where it sets none of its own."""
+        own = self.model_fields_set
+        return self.model_copy(update={k: getattr(data, k) for k in _FORM_OF_PROMPTS if k not in own})
 
     @property
     def generated(self) -> bool:

@@ -268,6 +268,9 @@ class ArithmeticSource:
                 return prompt
         raise ValueError(self._writer.too_long(f"none of {_TRIES} problems", None))
 
+    def examples(self) -> Sequence[Prompt]:
+        return self.heldout
+
     def solution(self, prompt: Prompt) -> str | None:
         return str(prompt.columns["solution"])
 

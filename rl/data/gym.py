@@ -28,7 +28,7 @@ def task_of(settings: DataConfig) -> str:
             f"data.source={settings.source!r} needs reasoning-gym: pip install 'emberl[gym]' (one of its dependencies "
             f"is built with a C compiler); {error}"
         ) from error
-    task = settings.source.removeprefix(GYM)
+    task = str(settings.source).removeprefix(GYM)
     if task not in DATASETS:
         near = difflib.get_close_matches(task, list(DATASETS), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else f"; it has {len(DATASETS)}, such as chain_sum"
@@ -71,6 +71,9 @@ class GymSource:
             if not is_heldout(prompt.columns["question"]) and self._writer.fits(prompt):
                 return prompt
         raise ValueError(self._writer.too_long(f"none of {_TRIES} problems of {self._task}", None))
+
+    def examples(self) -> Sequence[Prompt]:
+        return self.heldout
 
     def solution(self, prompt: Prompt) -> str | None:
         return None

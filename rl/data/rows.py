@@ -1,165 +1,248 @@
-"""Reading the rows of a data set: a .jsonl, .json or .parquet file, or a Hub data set."""
+"""Reading the rows of a data set: files, or a data set of the Hub."""
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config.data import DataConfig
+from .files import SUFFIXES, Piece, Row, find_files, format_of, nearby, pieces
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
 GYM = "reasoning_gym:"
+HEAD = 2048
+"""Rows by which a table is judged before all of it is read."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """Rows, and how to speak of them: `key` is the setting that named them, `where` the file or data set."""
+    """Rows of one kind, not read yet, and how to speak of them."""
 
-    rows: Sequence[Mapping[str, Any]]
-    columns: tuple[str, ...]
     key: str
+    """The setting that named them."""
     where: str
+    """The file, files or data set."""
+    name: str
+    """Short."""
+    files: tuple[Path, ...]
+    """What the rows are made of; of the Hub, the files of its cache."""
+    pieces: Callable[[], Iterator[tuple[str, Piece]]]
+    """The rows in order, and the name of the file that each piece is of."""
+    rows: int | None = None
+    """How many there are, where that is known without reading them."""
+
+    def head(self, rows: int = HEAD) -> list[Row]:
+        """The first rows. ValueError if there is none."""
+        found: list[Row] = []
+        for _, piece in self.pieces():
+            found += piece_rows(piece if isinstance(piece, list) else piece.slice(0, rows - len(found)))
+            if len(found) >= rows:
+                break
+        if not found:
+            raise ValueError(f"{self.key}={self.where!r} has no rows; give a data set with at least one")
+        return found[:rows]
 
 
-def is_file(source: str) -> bool:
-    """Whether `data.source` means a file rather than a data set of the Hub (or a local directory of one)."""
-    return Path(source).suffix in SUFFIXES or Path(source).is_file()
+def piece_rows(piece: Piece, columns: Sequence[str] | None = None) -> list[Row]:
+    """The rows of a piece, or only these of their columns (of rows that are read already: all)."""
+    if isinstance(piece, list):
+        return piece
+    if columns is not None:
+        piece = piece.select([name for name in columns if name in piece.schema.names])
+    rows: list[Row] = piece.to_pylist()
+    return rows
 
 
-def check_source(source: str) -> None:
+def check_source(settings: DataConfig) -> None:
     """What can be said of `data.source` without reading it; ValueError names what it may be."""
-    if is_file(source) or Path(source).is_dir() or _HUB_ID.fullmatch(source):
-        return
-    near = difflib.get_close_matches(source, ["arithmetic", GYM + "chain_sum"], n=1)
-    raise ValueError(
-        f"data.source={source!r} is neither arithmetic, a file ({', '.join(SUFFIXES)}), a Hub data set owner/name nor "
-        f"{GYM}<task>" + (f"; did you mean {near[0]}?" if near else "")
-    )
+    for name in settings.sources:
+        files = find_files(name, "data.source", settings.split, settings.subset)
+        if files is not None or (_HUB_ID.fullmatch(name) and not _is_file_name(name)):
+            continue
+        if _is_file_name(name) or ("/" in name and not _HUB_ID.fullmatch(name) and " " not in name):
+            raise ValueError(f"data.source={name!r} does not exist{nearby(Path(name).expanduser())}")
+        near = difflib.get_close_matches(name, ["arithmetic", GYM + "chain_sum"], n=1)
+        raise ValueError(
+            f"data.source={name!r} is neither arithmetic, a file ({', '.join(SUFFIXES)}), a folder of files, a Hub data "
+            f"set owner/name nor {GYM}<task>" + (f"; did you mean {near[0]}?" if near else "")
+        )
 
 
-def read_train(settings: DataConfig) -> Table:
-    """The rows of `data.source`; ValueError says what is wrong with the source."""
-    check_source(settings.source)
-    if is_file(settings.source):
-        return read_file(settings.source, "data.source")
-    return _read_hub(settings, settings.split, "data.split")
+def train_tables(settings: DataConfig, *, hub: bool = True) -> list[Table]:
+    """The tables of `data.source`. hub: those of the Hub too, which may download them."""
+    check_source(settings)
+    found: list[Table] = []
+    for name in settings.sources:
+        files = find_files(name, "data.source", settings.split, settings.subset)
+        if files is not None:
+            found += file_tables(files, "data.source", name)
+        elif hub:
+            found.append(_hub_table(settings, name, settings.split, "data.split"))
+    return found
 
 
-def read_eval(settings: DataConfig) -> Table | None:
-    """The held-out rows that `data.eval_path` or `data.eval_split` names; None if they come from the source itself."""
+def eval_tables(settings: DataConfig, *, hub: bool = True) -> list[Table] | None:
+    """The tables that `data.eval_path` or `data.eval_split` names; None if held-out rows come from the source itself."""
     if settings.eval_path is not None:
-        return read_file(settings.eval_path, "data.eval_path")
+        paths = (settings.eval_path,) if isinstance(settings.eval_path, str) else settings.eval_path
+        return [table for path in paths for table in _eval_files(path)]
     if settings.eval_split is None:
         return None
-    if is_file(settings.source):
-        raise ValueError(
-            f"data.eval_split={settings.eval_split!r} needs a Hub data set, but data.source={settings.source!r} is a "
-            "file; name a file of held-out rows in data.eval_path, or set data.heldout"
+    found: list[Table] = []
+    for name in settings.sources:
+        if Path(name).expanduser().is_dir():
+            files = find_files(name, "data.eval_split", settings.eval_split, settings.subset)
+            found += file_tables(files or [], "data.eval_split", name)
+        elif find_files(name, "data.source") is not None or _is_file_name(name):
+            raise ValueError(
+                f"data.eval_split={settings.eval_split!r} needs a Hub data set or a folder, but data.source={name!r} is a "
+                "file; name a file of held-out rows in data.eval_path, or set data.heldout"
+            )
+        elif hub:
+            found.append(_hub_table(settings, name, settings.eval_split, "data.eval_split"))
+    return found
+
+
+def _eval_files(path: str) -> list[Table]:
+    files = next((found for split in ("test", "train") if (found := _try(path, split)) is not None), None)
+    if files is None:
+        raise ValueError(f"data.eval_path={path!r} does not exist{nearby(Path(path).expanduser())}")
+    return file_tables(files, "data.eval_path", path)
+
+
+def _try(path: str, split: str) -> list[Path] | None:
+    try:
+        return find_files(path, "data.eval_path", split)
+    except ValueError:
+        if split == "train":
+            raise
+        return None
+
+
+def file_tables(files: Sequence[Path], key: str, where: str) -> list[Table]:
+    """A table for each run of files with the same columns: shards are one, a file of mathematics and one of code are two."""
+    groups: list[tuple[frozenset[str], list[Path]]] = []
+    for file in files:
+        columns = frozenset(_columns(file, key))
+        known = next((group for names, group in groups if names == columns), None)
+        if known is None:
+            groups.append((columns, [file]))
+        else:
+            known.append(file)
+    tables = []
+    for _, group in groups:
+        shown = where if len(groups) == 1 else str(group[0]) + (f" and {len(group) - 1} more" if group[1:] else "")
+        folder = len(groups) == 1 and (Path(where).expanduser().is_dir() or len(group) > 1)
+        name = Path(where).name if folder else group[0].name
+        counts = [_row_count(file) for file in group]
+        tables.append(
+            Table(
+                key=key,
+                where=shown,
+                name=re.sub(r"(\.[A-Za-z]+)+$", "", name) or name,
+                files=tuple(group),
+                pieces=lambda group=group: _file_pieces(group, key),  # type: ignore[misc]
+                rows=sum(count for count in counts if count is not None) if None not in counts else None,
+            )
         )
-    return _read_hub(settings, settings.eval_split, "data.eval_split")
+    if not any(_columns(file, key) for file in files):
+        raise ValueError(f"{key}={where!r} has no rows; give a data set with at least one")
+    return tables
 
 
-def read_file(name: str, key: str) -> Table:
-    """The rows of a file. ValueError for a missing file, an unknown suffix, broken JSON (with its line), no rows."""
-    path = Path(name)
-    if not path.is_file():
-        raise ValueError(f"{key}={name!r} does not exist{_nearby(path)}")
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{key}={name!r} must end in {', '.join(SUFFIXES)}; convert it, e.g. with pandas")
-    try:
-        rows = _READ[path.suffix](path)
-    except OSError as error:
-        raise ValueError(f"{key}={name!r} cannot be read: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{key}={name!r}: {error}") from error
-    return _table(rows, key, name)
+def _file_pieces(files: Sequence[Path], key: str) -> Iterator[tuple[str, Piece]]:
+    for file in files:
+        try:
+            for piece in pieces(file):
+                yield str(file), piece
+        except ValueError as error:
+            raise ValueError(f"{key}={str(file)!r}: {error}") from error
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"line {number} is not JSON ({error}); correct or remove it") from error
-            if not isinstance(row, dict):
-                raise ValueError(f'line {number} must be an object such as {{"prompt": ..., "answer": ...}}')
-            rows.append(row)
-    return rows
+def _columns(file: Path, key: str) -> list[str]:
+    """The names of the first row's columns, none of a file without rows."""
+    first = next((piece for _, piece in _file_pieces([file], key)), None)
+    if first is None:
+        return []
+    return list(first[0]) if isinstance(first, list) else list(first.schema.names) if first.num_rows else []
 
 
-def _read_json(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"line {error.lineno} is not JSON ({error}); if each line is an object of its own, name the file .jsonl"
-        ) from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("it must be a list of objects, [{...}, {...}]")
-    return rows
+def _row_count(file: Path) -> int | None:
+    if format_of(file) != ".parquet":
+        return None
+    from pyarrow import parquet
+
+    return int(parquet.read_metadata(file).num_rows)
 
 
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    from pyarrow import ArrowException, parquet  # here, because it takes a second to load
-
-    try:
-        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
-    except ArrowException as error:
-        raise ValueError(f"it is no readable Parquet file: {error}") from error
-    return rows
-
-
-_READ = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
-
-
-def _read_hub(settings: DataConfig, split: str, key: str) -> Table:
+def _hub_table(settings: DataConfig, name: str, split: str, key: str) -> Table:
     import datasets  # here, because it takes seconds to load and most runs do without
 
-    where = f"{settings.source} ({split})"
     try:
-        rows = datasets.load_dataset(settings.source, settings.subset, split=split)
+        rows = datasets.load_dataset(name, settings.subset, split=split, revision=settings.revision)
     except Exception as error:  # the Hub client and the builders have dozens of error types, none of them ours
-        raise ValueError(_hub_problem(settings, split, key, error)) from error
+        raise ValueError(_hub_problem(settings, name, split, key, error)) from error
     if not isinstance(rows, datasets.Dataset):
         raise ValueError(f"{key}={split!r} gives {type(rows).__name__}; name one split, e.g. train")
-    return _table(rows, "data.source", where)
+    where = f"{name} ({split})"
+    if len(rows) == 0:
+        raise ValueError(f"data.source={where!r} has no rows; give a data set with at least one")
+
+    def read() -> Iterator[tuple[str, Piece]]:
+        for table in rows.with_format("arrow").iter(batch_size=8192):  # memory-mapped: read as it is asked for
+            yield from ((where, batch) for batch in table.to_batches())
+
+    files = tuple(Path(file["filename"]) for file in rows.cache_files)
+    short = name.rstrip("/").rsplit("/", 1)[-1]
+    return Table(key="data.source", where=where, name=short, files=files, pieces=read, rows=len(rows))
 
 
-def _hub_problem(settings: DataConfig, split: str, key: str, error: Exception) -> str:
+def _hub_problem(settings: DataConfig, name: str, split: str, key: str, error: Exception) -> str:
     reason = " ".join(str(error).split())[:400]
+    if settings.revision is not None and "revision" in reason.lower():
+        return f"data.revision={settings.revision!r} is none of {name!r}: {reason}"
     if "split" in reason.lower():
-        return f"{key}={split!r} is no split of {settings.source!r}: {reason}"
+        return f"{key}={split!r} is no split of {name!r}: {reason}"
     if "config name" in reason.lower() or "BuilderConfig" in reason:
-        return f"data.subset={settings.subset!r} does not fit {settings.source!r}: {reason}"
+        return f"data.subset={settings.subset!r} does not fit {name!r}: {reason}"
     return (
-        f"data.source={settings.source!r} cannot be loaded from the Hub ({type(error).__name__}: {reason}); check the "
+        f"data.source={name!r} cannot be loaded from the Hub ({type(error).__name__}: {reason}); check the "
         "name and the network, or download it and give a file"
     )
 
 
-def _table(rows: Sequence[Mapping[str, Any]], key: str, where: str) -> Table:
-    if len(rows) == 0:
-        raise ValueError(f"{key}={where!r} has no rows; give a data set with at least one")
-    return Table(rows=rows, columns=tuple(rows[0]), key=key, where=where)
+def _is_file_name(name: str) -> bool:
+    return bool(format_of(Path(name))) or name.startswith(("~", "./", "../", "/"))
 
 
-def _nearby(path: Path) -> str:
-    folder = path.parent
-    if not folder.is_dir():
-        return f"; nor does its folder {str(folder)!r}"
-    names = sorted(p.name for p in folder.iterdir() if p.suffix in SUFFIXES)
-    near = difflib.get_close_matches(path.name, names, n=1) or names[:5]
-    return f"; {str(folder)!r} has {', '.join(near)}" if near else f"; {str(folder.resolve())!r} has no data file"
+def as_json(row: Mapping[str, Any]) -> bytes:
+    """A row as one line; what JSON has no word for (a date, a decimal number) becomes text."""
+    return json.dumps(row, default=_worded).encode()
 
 
-__all__ = ["GYM", "SUFFIXES", "Table", "check_source", "is_file", "read_eval", "read_file", "read_train"]
+def _worded(value: Any) -> Any:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def batched(rows: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while batch := list(itertools.islice(rows, size)):
+        yield batch
+
+
+__all__ = [
+    "GYM",
+    "HEAD",
+    "Table",
+    "as_json",
+    "check_source",
+    "eval_tables",
+    "file_tables",
+    "piece_rows",
+    "train_tables",
+]

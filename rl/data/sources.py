@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from ...rollout.samples import Prompt
 from ..config.data import DataConfig
 from .arithmetic import ArithmeticSource
 from .gym import GymSource, task_of
-from .rows import GYM, check_source
-from .table import TableSource, check_rows
+from .rows import GYM, check_source, eval_tables, train_tables
+from .table import TableSource, read_head
 from .templates import Tokenizer
 
 
@@ -36,6 +36,9 @@ class PromptSource(Protocol):
     def train(self, i: int) -> Prompt:
         """The problem at position i >= 0 of the run, the same whenever it is asked for."""
 
+    def examples(self) -> Iterable[Prompt]:
+        """Every problem that is known beforehand, once; perhaps without token ids."""
+
     def solution(self, prompt: Prompt) -> str | None:
         """The worked solution that supervised learning imitates; None if the source has none."""
 
@@ -43,27 +46,36 @@ class PromptSource(Protocol):
 def open_source(settings: DataConfig, tokenizer: Tokenizer, seed: int = 0) -> PromptSource:
     """The source that `data.source` names; `seed` is the run's, used unless `data.seed` is set.
 
-    Reads and tokenizes every row of a data set once. ValueError names the key, its value and the fix.
+    Reads every row of a data set once. ValueError names the key, its value and the fix.
     """
     seed = seed if settings.seed is None else settings.seed
     if seed < 0:
         raise ValueError(f"seed={seed} must be 0 or more")
     if settings.source == "arithmetic":
         return ArithmeticSource(settings, tokenizer, seed)
-    if settings.source.startswith(GYM):
+    if is_gym(settings):
         return GymSource(settings, tokenizer, seed)
     return TableSource(settings, tokenizer, seed)
 
 
+def is_gym(settings: DataConfig) -> bool:
+    """Whether problems are made by reasoning-gym."""
+    return isinstance(settings.source, str) and settings.source.startswith(GYM)
+
+
+def is_table(settings: DataConfig) -> bool:
+    """Whether problems are rows of files or of the Hub."""
+    return settings.source != "arithmetic" and not is_gym(settings)
+
+
 def check_data(settings: DataConfig) -> None:
-    """What can be known without tokenizer and network: files, columns, answers, task names. ValueError as above."""
-    if settings.source == "arithmetic":
-        return
-    if settings.source.startswith(GYM):
+    """What can be known without tokenizer and network: files, the first rows of each, task names. ValueError as above."""
+    if is_gym(settings):
         task_of(settings)
-        return
-    check_source(settings.source)
-    check_rows(settings)
+    elif is_table(settings):
+        check_source(settings)
+        for table in [*train_tables(settings, hub=False), *(eval_tables(settings, hub=False) or [])]:
+            read_head(settings, table)
 
 
-__all__ = ["PromptSource", "check_data", "open_source"]
+__all__ = ["PromptSource", "check_data", "is_gym", "is_table", "open_source"]

@@ -65,18 +65,17 @@ def test_the_machine_itself() -> None:
 def test_who_wants_a_processor_is_not_asleep(code: str, sleeps: bool) -> None:
     """Also one that gets none: it shares its processor with a process that has precedence."""
     place = {min(os.sched_getaffinity(0))}
-    child = subprocess.Popen([sys.executable, "-c", code], preexec_fn=lambda: os.sched_setaffinity(0, place))
+    child = subprocess.Popen([sys.executable, "-c", code])
     try:
+        os.sched_setaffinity(child.pid, place)
         deadline = time.monotonic() + 30
         while asleep(child.pid) is not sleeps or waited(child.pid) == 0:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         os.sched_setscheduler(child.pid, os.SCHED_IDLE, os.sched_param(0))
-        rival = subprocess.Popen(
-            [sys.executable, "-c", "while True: pass"],
-            preexec_fn=lambda: os.sched_setaffinity(0, place),
-        )
+        rival = subprocess.Popen([sys.executable, "-c", "while True: pass"])
         try:
+            os.sched_setaffinity(rival.pid, place)
             time.sleep(0.5)
             used = cpu_seconds(child.pid)
             looks = []
@@ -89,5 +88,7 @@ def test_who_wants_a_processor_is_not_asleep(code: str, sleeps: bool) -> None:
             rival.wait()
     finally:
         child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert not asleep(child.pid)  # a zombie
         child.wait()
-    assert asleep(child.pid) and cpu_seconds(child.pid) == 0
+    assert not asleep(child.pid) and cpu_seconds(child.pid) == 0  # it has ended

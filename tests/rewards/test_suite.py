@@ -254,3 +254,63 @@ def test_a_sum_beyond_reason_is_no_score(scores: tuple[float, float], expected: 
     [verdict] = suite(a=(fixed(scores[0]), 1.0), b=(fixed(scores[1]), 1.0)).grade(ROWS[:1])
     assert verdict.score == expected
     assert expected is not None or "is not within +-1e+09; set other weights" in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("parts", "scores"),
+    [
+        # (each part's scores, weight, gate); TRL passes over None in the sum and does not rescale the weights
+        ({"math": (fixed(1, NA), 1.0), "code": (fixed(NA, 0.5), 2.0)}, [1.0, 1.0]),
+        ({"math": (fixed(NA, 1), 1.0), "form": (fixed(0.5, 0.5), 0.2)}, [0.1, 1.1]),
+        ({"math": (fixed(NA, NA), 1.0), "code": (fixed(1, NA), 1.0)}, [1.0, None]),
+        ({"math": (fixed(NA, 1), 1.0), "seen": (fixed(1, 1), 0.0)}, [None, 1.0]),
+        ({"math": (fixed(NA, 1), 1.0), "short": (fixed(1, 1), 0.5, "math"), "any": (fixed(1, 1), 1.0)}, [1.0, 2.5]),
+        ({"math": (fixed(NA, 1), 1.0), "short": (fixed(1, 1), 0.5, "math")}, [None, 1.5]),
+        ({"math": (fixed(NA, NA), 1.0), "code": (fixed(None, 1), 1.0)}, [None, 1.0]),
+    ],
+)
+def test_a_part_that_does_not_apply_leaves_the_sample_to_the_others(parts: dict, scores: list) -> None:
+    verdicts = suite(**parts).grade(ROWS[:2])
+    assert [v.score for v in verdicts] == [None if s is None else pytest.approx(s) for s in scores]
+    assert all(v.status is Status.VERIFIER_ERROR for v in verdicts if v.score is None)
+
+
+def test_where_nothing_applies_the_sample_is_named() -> None:
+    nothing = suite(math=(fixed(NA), 1.0))
+    (verdict,) = nothing.grade([RewardInput(completion="x", source="apps")])
+    assert "no part of the reward applies to this sample of source 'apps'; not mine" in verdict.message
+    with pytest.raises(ValueError, match=r"no part of the reward applies to the first problem: reward\.math: not mine"):
+        nothing.trial(ROWS[0])
+    first = suite(math=(fixed(NA), 1.0), code=(fixed(0.5), 1.0)).grade(ROWS[:1])[0]
+    assert first.status is Status.PARTIAL, "the first part that applies gives the status"
+
+
+BY_SOURCE = {"openai/gsm8k": "math", "dapo*": {"use": "math"}, "*": {"use": "format", "options": {"pattern": "boxed"}}}
+
+
+def of(source: str, completion: str = "\\boxed{7}", answer: str = "7") -> RewardInput:
+    return RewardInput(completion=completion, answer=answer, source=source)
+
+
+def test_each_source_has_its_reward() -> None:
+    graded = build_suite({"answer": {"by_source": BY_SOURCE}})
+    rows = [of("openai/gsm8k"), of("dapo_17k", answer="8"), of("else", answer="8"), of("else", "7")]
+    assert [v.score for v in graded.grade(rows)] == [1.0, 0.0, 1.0, 0.0]
+    metrics = graded.metrics()
+    assert metrics["reward/answer/extra/openai/gsm8k"] == 1.0
+    assert metrics["reward/answer/extra/*"] == 0.5
+    assert graded.check_references(rows) == []
+    graded.close()
+
+
+def test_a_source_without_a_reward_is_named_before_training() -> None:
+    graded = build_suite({"answer": {"by_source": {"math*": "math"}}})
+    with pytest.raises(
+        ValueError, match=r"reward.answer: by_source has no pattern for the data source 'taco' \(2 rows\)"
+    ):
+        graded.check_references([of("math500"), of("taco"), of("taco")])
+    with pytest.raises(ValueError, match="'taco'"):
+        graded.trial(of("taco"))
+    assert graded.grade([of("taco")])[0].status is Status.VERIFIER_ERROR
+    with pytest.raises(ValueError, match=r"reward.answer.by_source\['\*'\]: there is no 'maths'; did you mean 'math'"):
+        build_suite({"answer": {"by_source": {"*": "maths"}}})

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import ray
-from emberl.rl.cluster import Cluster, check_capacity, plan_placement
+from emberl.rl.cluster import Cluster
 from emberl.rl.config.load import Config, ConfigError, load_config, resolve
+from emberl.rl.placement import check_capacity, plan_placement
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -175,7 +175,7 @@ def test_an_answer_that_is_cut_is_said_of_a_table(tmp_path: Path) -> None:
     )
     tokenizer = tokenizer_of("llama3")
     source = open_source(DataConfig(source=str(tmp_path / "d.json"), heldout=0), tokenizer)
-    assert any("1 conversations end with the assistant's answer" in note for note in source.notes)
+    assert "the assistant's last words left out: data.final_answer" in source.notes[0]
     assert tokenizer.decode(source.train(0).token_ids).endswith(
         "1+1?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     )

@@ -24,12 +24,12 @@ BEFORE_RAY = [
     (["stages=[rl]", "model.tiny=null", "model.path=broken.gguf"], "damaged or cut short"),
     (["model.lora.targets=[nonsense]"], "model.lora.targets"),
     (["algorithm=grop"], "did you mean 'grpo'"),
+    (["data={source: rows.jsonl, prompt_column: quesion, max_prompt_length: 16}"], "data.prompt_column"),
+    (["reward.parts.answer.use=no_such_reward"], "no_such_reward"),
     (["schedule.max_staleness=-1"], "schedule.max_staleness=-1"),
 ]
 AFTER = [
-    (["data={source: rows.jsonl, prompt_column: quesion, max_prompt_length: 16}"], "data.prompt_column"),
     (["data.max_prompt_length=4"], "data.max_prompt_length"),
-    (["reward.parts.answer.use=no_such_reward"], "no_such_reward"),
 ]
 
 

@@ -49,8 +49,9 @@ cluster: {{device: cpu, cpus_per_learner: 0.5, cpus_per_rollout: 0.5}}
     )
 
 
-def test_verls_layout_is_read_as_it_is(emberl: Emberl) -> None:
-    rows = [
+def test_two_layouts_in_one_run(emberl: Emberl) -> None:
+    """Mathematics of verl's layout and programs with assertions, each graded by its own reward, for two steps."""
+    sums = [
         {
             "prompt": [{"role": "user", "content": f"What is {a}+1?"}],
             "reward_model": {"ground_truth": str(a + 1), "style": "rule"},
@@ -59,10 +60,17 @@ def test_verls_layout_is_read_as_it_is(emberl: Emberl) -> None:
         }
         for a in range(12)
     ]
-    (emberl.folder / "verl.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    programs = [
+        {"question": f"Write add{a}(x).", "test_list": [f"assert add{a}(1) == {a + 1}"], "code": "-"} for a in range(12)
+    ]
+    for name, rows in (("verl.jsonl", sums), ("programs.jsonl", programs)):
+        (emberl.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     emberl.train(
-        "stages=[rl]", "model.tiny.vocabulary=bytes", "data={source: verl.jsonl, heldout: 4, max_prompt_length: 64}",
-        "schedule.steps=1", "schedule.prompts_per_step=4", "eval.size=4", "run_dir=run",
+        "stages=[rl]", "model.tiny.vocabulary=bytes",
+        "data={source: [verl.jsonl, programs.jsonl], heldout: 8, max_prompt_length: 96}",
+        "reward={by_source: {sums: math, programs: code}}",
+        "schedule.steps=2", "schedule.prompts_per_step=4", "eval.size=8", "run_dir=run",
     )  # fmt: skip
     (evaluation, *_) = read_metrics(emberl.folder / "run", "eval")
-    assert "val-core/sums/acc/mean@1" in evaluation, "data_source names the metric"
+    assert {"val-core/sums/acc/mean@1", "val-core/programs/acc/mean@1"} <= set(evaluation)
+    assert [row["step"] for row in read_metrics(emberl.folder / "run")] == [1, 2]

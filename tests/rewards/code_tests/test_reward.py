@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from emberl.rewards.code_tests import running
 from emberl.rewards.code_tests.reward import CodeReward
 from emberl.rewards.code_tests.tests import plan_of
 from emberl.rewards.inputs import RewardInput
@@ -91,6 +92,49 @@ def test_what_is_no_program_and_what_is_no_test(reward) -> None:
     assert reward.check_reference(rows[3]) and reward.check_reference(rows[0]) is None
     with pytest.raises(ValueError, match="no tests"):
         reward.trial(rows[3])
+
+
+@slow
+def test_a_judge_that_does_not_come_up_is_no_verdict(reward, monkeypatch) -> None:
+    library = running._library
+
+    def broken(*names: str):
+        return library(*names[:1]) if "judge" in names else library(*names)  # it has no `main`
+
+    monkeypatch.setattr(running, "_library", broken)
+    row = item("def f(x): return x", {"test_list": ["assert f(1) in (1, 2)"]})
+    assert [v.status for v in reward([row])] == [Status.VERIFIER_ERROR]
+
+
+STACK = "import os, sys, signal\nclass Stack(list):\n    def push(self, x):\n        {}\n    pop = list.pop\n"
+IN_THE_CALL = [
+    "os.write(3, b'x' * 70000 + b'\\n')",
+    "os.write(3, bytes(range(128, 256)) + b'\\n')",
+    "os.write(3, b'[' * 100000 + b'\\n')",
+    "os.write(3, b'{\"broken\": {\"error\": \"x\", \"text\": \"y\"}}\\n')",
+    "os.write(3, b'{\"verdict\": {\"passed\": 1, \"total\": 1, \"failed\": {}, \"asked\": 1}}\\n')",
+    "os.closerange(0, 64)",
+    "os.dup2(os.open('/dev/null', os.O_RDONLY), 3)",
+    "[os.kill(pid, 9) for pid in (os.getppid(), 1, -1)]",
+    "os.fork()",
+    "os._exit(137)",
+    "os.abort()",
+    "signal.raise_signal(signal.SIGSTOP)",
+    "raise type('E', (Exception,), {'__str__': lambda e: 1 / 0, '__repr__': lambda e: 1 / 0})",
+    "sys.modules.clear(); os.write = os.read = None",
+    "self.append([0] * (1 << 40))",
+    "return 1 << (1 << 24)",
+    "y = []\n        for _ in range(100000): y = [y]\n        return y",
+]
+
+
+@slow
+@pytest.mark.parametrize("code", [*(STACK.format(each) for each in IN_THE_CALL), *IN_THE_CALL[:10]])
+def test_whatever_a_program_does_in_front_of_the_judge_is_its_own_doing(reward, code: str) -> None:
+    """At its start, and in a call: it is scored, with nothing."""
+    tests = {"test_list": ["s = Stack()", "s.push(1)", "s.push(2)", "assert s.pop() == 2 and len(s) == 1"]}
+    code = code if "Stack" in code else f"import os, sys, signal\n{code}"
+    assert [verdict.score for verdict in reward([item(code, tests)])] == [0]
 
 
 @slow

@@ -3,10 +3,12 @@
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -178,6 +180,7 @@ with Sandbox(workers=1, backend=sys.argv[1]) as box:
                 talk.send({"eval": f"f({at * 0.025})"})
                 replies.append(talk.receive())
                 time.sleep(0.1)
+        outcomes.append(str(box.run_program("while True: pass", limits=Limits(seconds=1.0)).outcome))
         found.append([outcomes, [json.loads(reply) for reply in replies] == [{"ok": None}] + [{"ok": 1}] * 10])
         for other in others:
             other.kill()
@@ -193,7 +196,7 @@ def test_a_loaded_machine_changes_no_verdict(backend: str) -> None:
         pytest.skip(done.stderr.decode().splitlines()[-1])
     assert done.returncode == 0, done.stderr.decode()
     alone, loaded = json.loads(done.stdout)
-    assert alone == [["exited", "time limit", "exited", "time limit"], True]
+    assert alone == [["exited", "time limit", "exited", "time limit", "time limit"], True]
     assert loaded == alone
 
 
@@ -326,6 +329,42 @@ def test_what_goes_wrong_in_process_1_is_no_verdict(sandbox, monkeypatch) -> Non
         (home / "cgroup.procs").write_text(str(server))
         folder.rmdir()
     assert sandbox.run_program("print(3)").stdout == b"3\n"
+
+
+@slow
+def test_no_descriptor_left_is_no_verdict(sandbox) -> None:
+    sandbox.run_program("print(1)")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = [os.open("/dev/null", os.O_RDONLY) for _ in range(2)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(taken) + 2, hard))
+    try:
+        for act in (sandbox.run_program, lambda code: sandbox.session({"code": [code]}).__enter__()):
+            with pytest.raises(SandboxError, match="open files"):
+                act("print(2)")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in taken:
+            os.close(fd)
+    assert sandbox.run_program("print(3)").stdout == b"3\n"
+
+
+@slow
+@needs_cpp
+def test_a_full_disk_is_no_program_that_does_not_compile(tmp_path: Path, monkeypatch) -> None:
+    """Where the compiler's folder is on the host's disk."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8k", "none", str(tmp_path)]
+    if os.getuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        with Sandbox(workers=1, backend="landlock") as box:
+            for source in ("int main() {}", "int main("):
+                with pytest.raises(SandboxError, match="compiler does not work"):
+                    box.compile_cpp(source)
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=False)
 
 
 @pytest.mark.parametrize(

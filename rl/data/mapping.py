@@ -1,0 +1,376 @@
+"""A row as a problem: its prompt, its reference answer and its columns, as layout and settings say."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..config.data import DataConfig
+from .layouts import Layout, by_name, columns_text, given, lookup, recognise
+from .messages import Message, read_messages, split_off_reply
+from .templates import fields, fill, missing
+
+_MARKED = re.compile(r"(?:final |correct )?answer is:?\s*(.+?)\s*\.?\s*$", re.IGNORECASE)
+_COUNTED = re.compile(r"(-?[\d.,/]+) \([A-Za-z ]+\)")
+_LETTERED = re.compile(r"\s*\(?([A-Ja-j1-9])\s*[).:]")
+_KEYS = ("value", "answer", "ground_truth", "target", "solution_text_format", "text", "final_answer", "label")
+_ALTERNATIVES = ("answers", "golden_answers", "aliases", "text", "target", "targets")
+_SEEN = 64  # rows by which the layout is recognised
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mapped:
+    """What a row says: a question or messages, and a reference answer."""
+
+    content: str | tuple[Message, ...]
+    answer: str
+
+    @property
+    def text(self) -> str:
+        """All that is said, for telling problems apart."""
+        return self.content if isinstance(self.content, str) else "\0".join(m["content"] for m in self.content)
+
+
+class BadRow(ValueError):
+    """A row that no problem can be made of; the text says why."""
+
+
+class Mapper:
+    """Finds prompt, answer and tests in the rows of one table. ValueError names the setting that is wrong.
+
+    head: the first rows, by whose columns the layout is recognised. key, where: how to speak of the table.
+    """
+
+    def __init__(self, settings: DataConfig, head: Sequence[Mapping[str, Any]], key: str, where: str) -> None:
+        self._settings, self._head, self._key, self._where = settings, head[:_SEEN], key, where
+        for name in fields(settings.prompt_template or ""):
+            self._require("prompt_template", name)
+        named = ("prompt_column", "answer_column", "tests_column", "solution_column")
+        for option in named:
+            if path := getattr(settings, option):
+                self._require(option, path)
+        self.layout = self._find_layout()
+        explicit = settings.prompt_column is not None or settings.prompt_template is not None
+        self._composed = not explicit and not self.layout.template
+        self._stated = settings.answer_column is not None
+        for name in fields(settings.prompt_template or ""):
+            if self.layout.answer == (name,):
+                raise ValueError(
+                    f"data.prompt_template shows the model {{{name}}}, the reference answer; take it out, or write "
+                    f"{{{{{name}}}}} if the braces are meant"
+                )
+        self._options = self._find_options()
+
+    def _find_layout(self) -> Layout:
+        settings = self._settings
+        try:
+            found = recognise(self._head) if settings.layout == "auto" else by_name(settings.layout, self._head)
+        except ValueError as error:
+            raise ValueError(f"{self._key}={self._where!r}: {error}") from None
+        known = found is not None
+        layout = found or Layout(name="auto")
+        if settings.tests_column is not None:
+            layout = replace(layout, tests=(settings.tests_column,) if settings.tests_column else (), answer=())
+        if settings.answer_column is not None:
+            layout = replace(layout, answer=(settings.answer_column,) if settings.answer_column else (), options="")
+        if settings.prompt_column is not None:
+            layout = replace(layout, prompt=settings.prompt_column, template="", options="", name=layout.name)
+        has = columns_text(self._head)
+        if not (layout.prompt or layout.template or settings.prompt_template):
+            raise ValueError(
+                f"{self._key}={self._where!r}: no column is known to be the prompt, there is only {has}; set "
+                "data.prompt_column, or data.prompt_template to make it of several"
+            )
+        if not layout.answer and not layout.tests and settings.answer_column != "":
+            what = "no column is known to be the answer" if known else "no column is known to be prompt or answer"
+            raise ValueError(
+                f"{self._key}={self._where!r}: {what}, there is only {has}; set data.answer_column (or data.tests_column "
+                "for programs), or data.answer_column='\"\"' for a reward that needs no reference"
+            )
+        return layout
+
+    def _find_options(self) -> str:
+        """The options' path; empty where the prompts show them already."""
+        path = self.layout.options if self._composed else ""
+        if not path:
+            return ""
+        shown = [_shows(lookup(row, self.layout.prompt), _options(row, path)[1]) for row in self._head]
+        return "" if all(shown) else path
+
+    def _require(self, key: str, path: str) -> None:
+        if all(lookup(row, path) is None and path not in row for row in self._head):
+            shown, holder = path, self._head[0]
+            if "." in path:
+                inner = lookup(holder, path.rpartition(".")[0])
+                holder = inner if isinstance(inner, Mapping) else holder
+            raise ValueError(f"data.{key}={path!r}: in {self._where!r} {missing(shown, list(holder))}")
+
+    @property
+    def task(self) -> str:
+        """`code` where rows have tests, `gym` where only reasoning-gym's rule can tell, else `math`."""
+        return "code" if self.layout.tests else "gym" if self.layout.metadata else "math"
+
+    def describe(self) -> str:
+        """One line for the start of a run."""
+        layout, settings = self.layout, self._settings
+        prompt = "data.prompt_template" if settings.prompt_template else layout.prompt or "a template"
+        parts = [f"prompt {'+'.join((*layout.before, prompt, *layout.after)) if self._composed else prompt}"]
+        if self._options:
+            parts.append(f"choices {self._options}")
+        if layout.tests:
+            parts.append(f"tests {'+'.join(layout.tests)}")
+        else:
+            parts.append(f"answer {'+'.join(layout.answer) or 'none'}")
+        if layout.system:
+            parts.append(f"system {layout.system}")
+        if settings.final_answer == "cut" and any(_replied(lookup(row, layout.prompt)) for row in self._head):
+            parts.append("the assistant's last words left out: data.final_answer")
+        return f"{self._where}: layout {layout.name} ({', '.join(parts)})"
+
+    @property
+    def needed(self) -> set[str]:
+        """The columns that a prompt and an answer are made of."""
+        layout = self.layout
+        paths = [*layout.answer, *layout.before, *layout.after, *layout.starter, layout.prompt, layout.system]
+        paths += [*layout.options.split("|"), *fields(layout.template), *fields(self._settings.prompt_template or "")]
+        paths += [path for tests in layout.tests for path in tests.split("|") if len(layout.tests) == 1]
+        columns = {column for row in self._head for column in row}
+        return {path if path in columns else path.split(".")[0] for path in paths if path}
+
+    def __call__(self, row: Mapping[str, Any]) -> Mapped:
+        """Raises BadRow."""
+        content = self._content(row)
+        answer = self._answer(row)
+        if isinstance(content, str):
+            if not content.strip():
+                raise BadRow(f"the column {self.layout.prompt!r} (data.prompt_column) is empty")
+        else:
+            asked, reply = split_off_reply(content)
+            if not any(message["content"].strip() for message in asked if message["role"] != "system"):
+                raise BadRow(f"the column {self.layout.prompt!r} (data.prompt_column) has no question")
+            replies = self.layout.answer == (self.layout.prompt,)
+            if replies or self._settings.final_answer == "cut":
+                content = asked
+            if replies:
+                answer = final_answer(reply.strip())
+                if not answer:
+                    raise BadRow(f"no answer in the column {self.layout.prompt!r}: no reply ends it")
+        system = lookup(row, self.layout.system) if self.layout.system else None
+        if isinstance(system, str) and system.strip():
+            turns = ({"role": "user", "content": content},) if isinstance(content, str) else content
+            content = turns if turns[0]["role"] == "system" else ({"role": "system", "content": system}, *turns)
+        return Mapped(content=content, answer=answer)
+
+    def columns(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The row's columns, with tests and metadata also where the rewards look for them."""
+        layout, more = self.layout, {}
+        if len(layout.tests) == 1 and "|" in layout.tests[0]:
+            names = dict(zip(("inputs", "outputs"), layout.tests[0].split("|"), strict=True))
+            more["tests"] = {key: _list_of(lookup(row, path)) for key, path in names.items()}
+            if name := row.get("fn_name") or row.get("func_name"):
+                more["tests"]["fn_name"] = name
+        elif layout.tests:
+            tests = _list_of(lookup(row, layout.tests[0]))
+            asserts = isinstance(tests, Sequence) and not isinstance(tests, str)
+            if asserts and tests and all(isinstance(test, str) for test in tests):
+                more["test_list"] = tests
+            elif layout.tests[0] not in _KNOWN_TESTS:
+                more["tests"] = tests
+        if layout.metadata:
+            more["metadata"] = {
+                "source_dataset": "countdown",
+                **{key: lookup(row, path) for key, path in layout.metadata},
+            }
+        return {**row, **more} if more else row
+
+    def solution(self, row: Mapping[str, Any], answer: str) -> str | None:
+        if self._settings.solution_column is None:
+            return None
+        value = lookup(row, self._settings.solution_column)
+        return None if not value else fill(self._settings.solution_template, {"solution": value, "answer": answer})
+
+    def _content(self, row: Mapping[str, Any]) -> str | tuple[Message, ...]:
+        template = self._settings.prompt_template
+        try:
+            if template is not None:
+                return fill(template, row)
+            if self.layout.template:
+                return fill(self.layout.template, row)
+        except KeyError as error:
+            raise BadRow(error.args[0]) from None
+        value = lookup(row, self.layout.prompt)
+        if value is None:
+            raise BadRow(f"the column {self.layout.prompt!r} (data.prompt_column) is empty")
+        try:
+            content = read_messages(value)
+        except ValueError as error:
+            raise BadRow(f"the column {self.layout.prompt!r} (data.prompt_column) {error}") from None
+        return self._compose(content, row) if isinstance(content, str) and self._composed else content
+
+    def _compose(self, prompt: str, row: Mapping[str, Any]) -> str:
+        """The prompt with what belongs to it: passage, input, choices, signature."""
+        layout = self.layout
+        parts = [_plain(lookup(row, path)) for path in layout.before]
+        parts = [part for part in parts if part and part not in prompt] + [prompt]
+        for path in layout.after:
+            if text := _plain(lookup(row, path)):
+                parts.append(text if path in ("input",) else f"{path.replace('_', ' ').capitalize()}:\n{text}")
+        if self._options:
+            labels, texts = _options(row, self._options)
+            parts.append("\n".join(f"{a}. {b}" if a else b for a, b in zip(labels, texts, strict=True)))
+        elif layout.answer and isinstance(lookup(row, layout.answer[0]), bool):
+            parts.append("Answer yes or no.")
+        for path in layout.starter:
+            if (text := _plain(lookup(row, path))) and text.strip() not in prompt:
+                parts.append(f"Use this signature:\n```python\n{text.strip()}\n```")
+        if layout.tests and (shown := _first_assertion(lookup(row, layout.tests[0]), prompt)):
+            parts.append(f"Your code should pass this test:\n{shown}")
+        return "\n\n".join(parts)
+
+    def _answer(self, row: Mapping[str, Any]) -> str:
+        if not self.layout.answer:
+            return ""
+        path = self.layout.answer[0]
+        value = lookup(row, path)
+        if not given(value):
+            raise BadRow(f"no answer in the column {path!r} (data.answer_column)")
+        if self.layout.options:
+            return _letter(value, *_options(row, self.layout.options))
+        text = self._text(value, path)
+        pattern = self._settings.answer_pattern
+        if pattern is None:
+            return text if self._stated else final_answer(text)
+        found = list(re.finditer(pattern, text))
+        if not found or not found[-1].group(1):
+            raise BadRow(f"data.answer_pattern={pattern!r} finds nothing in the column {path!r}: {text[-80:]!r}")
+        return str(found[-1].group(1)).strip()
+
+    def _text(self, value: Any, path: str) -> str:
+        """An answer as text: a number as it is, the one item of a list, a mapping's own answer, else JSON."""
+        if isinstance(value, str):
+            return value.strip()
+        if isinstance(value, bool) and not self._stated:
+            return "yes" if value else "no"
+        if isinstance(value, Mapping) and "inputs" not in value:
+            inner = [key for key in _KEYS if given(value.get(key))]
+            if inner:
+                return self._text(value[inner[0]], inner[0])
+        if isinstance(value, Sequence) and (len(value) == 1 or path.rsplit(".", 1)[-1].lower() in _ALTERNATIVES):
+            return self._text(value[0], path)
+        return json.dumps(value, ensure_ascii=False, default=str)
+
+
+_KNOWN_TESTS = frozenset((
+    "tests", "test", "test_list", "test_cases", "input_output", "verification_info", "public_test_cases",
+    "private_test_cases", "official_tests", "public_tests", "private_tests", "generated_tests",
+))  # fmt: skip
+"""Where the code reward looks by itself."""
+
+
+def final_answer(text: str) -> str:
+    """What a worked solution comes to: behind `####`, in its last box, or after `The answer is`; a short text is its own."""
+    text = text.strip()
+    if "####" in text:
+        return text.rpartition("####")[2].strip().partition("\n")[0].strip()
+    if "\\boxed" in text:
+        return text if text.count("\\boxed") > 1 else _boxed(text) or text
+    if match := _COUNTED.fullmatch(text):
+        return match[1]
+    if len(text) > 40 and (match := _MARKED.search(text)) and len(match[1]) <= 200:
+        return match[1].strip("$* ") if match[1].count("$") in (0, 2) else match[1]
+    return text
+
+
+def _boxed(text: str) -> str:
+    """The content of the last box; empty where its braces do not close."""
+    start = text.rindex("\\boxed") + len("\\boxed")
+    depth = 0
+    for at in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[at], 0)
+        if depth == 0:
+            return text[start + 1 : at].strip() if text[at] == "}" else ""
+    return ""
+
+
+def _options(row: Mapping[str, Any], path: str) -> tuple[list[str], list[str]]:
+    """Labels and texts of a question's choices; a label is empty where the text shows one already."""
+    value: Any = [row.get(name) for name in path.split("|")] if "|" in path else lookup(row, path)
+    if isinstance(value, Mapping) and isinstance(value.get("text"), Sequence) and "label" in value:  # ARC
+        return [str(label) for label in value["label"]], [str(text) for text in value["text"]]
+    if isinstance(value, Mapping):
+        pairs = [(str(key), str(text)) for key, text in value.items() if text is not None]
+        return [key for key, _ in pairs], [text for _, text in pairs]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if value and all(isinstance(each, Mapping) for each in value):
+            return ([str(each.get("label", each.get("key", ""))) for each in value],
+                    [str(each.get("text", each.get("content", ""))) for each in value])  # fmt: skip
+        texts = [str(text) for text in value]
+        if texts and all(_LETTERED.match(text) for text in texts):
+            return [""] * len(texts), texts
+        return list(_LETTERS[: len(texts)]), texts[: len(_LETTERS)]
+    return ([""], [_plain(value)]) if _plain(value) else ([], [])
+
+
+def _letter(value: Any, labels: Sequence[str], texts: Sequence[str]) -> str:
+    """The label of the right choice, of a label, an index counted from 0, or the choice's text."""
+    if isinstance(value, Mapping):
+        value = next((value[key] for key in _KEYS if given(value.get(key))), "")
+    said = str(value).strip()
+    if isinstance(value, float) and value.is_integer():
+        said = str(int(value))
+    folded = {label.casefold(): label for label in labels if label}
+    if said.casefold() in folded:
+        return folded[said.casefold()]
+    if said in texts:
+        return labels[texts.index(said)] or _LETTERED.sub(r"\1", said)[:1]
+    if said.isdecimal() and int(said) < len(labels):
+        shown = _LETTERED.match(texts[int(said)])
+        return labels[int(said)] or (shown[1] if shown else said)
+    return said
+
+
+def _shows(prompt: Any, options: Sequence[str]) -> bool:
+    """Whether a prompt lists its choices itself."""
+    text = prompt if isinstance(prompt, str) else str(prompt)
+    return bool(options) and all(option.strip() in text for option in options)
+
+
+def _first_assertion(tests: Any, prompt: str) -> str:
+    """The first of a list of assertions, where the prompt does not name the function that it calls."""
+    if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests or not isinstance(tests[0], str):
+        return ""
+    names = re.findall(r"\b([A-Za-z_]\w*)\s*\(", tests[0].partition("assert")[2])
+    return "" if not names or any(name in prompt for name in names) else tests[0]
+
+
+def _replied(prompt: Any) -> bool:
+    """Whether a prompt is a conversation that ends with what the assistant says."""
+    try:
+        turns = read_messages(prompt)
+    except ValueError:
+        return False
+    return not isinstance(turns, str) and turns[-1]["role"] == "assistant"
+
+
+def _plain(value: Any) -> str:
+    """Text, or lines of it; of anything else nothing."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "\n".join(each for each in value if isinstance(each, str))
+    return "" if value is None or isinstance(value, Mapping) else str(value).strip("\n")
+
+
+def _list_of(value: Any) -> Any:
+    """The list that a text spells as JSON; everything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+__all__ = ["BadRow", "Mapped", "Mapper", "final_answer"]

@@ -1,0 +1,294 @@
+"""A table's problems, each once: read in pieces, rows of one prompt and answer folded, kept column by column.
+
+What was made of a large table is kept in `$XDG_CACHE_HOME/emberl/data` (or `~/.cache`), under a hash of the files' content
+and of the settings, and opened as a memory map: a table may be larger than the memory. Files there may be deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config.data import DataConfig
+from .mapping import BadRow, Mapped, Mapper
+from .rows import Table, as_json, piece_rows
+
+CACHED_BYTES = 16 << 20
+"""Files of fewer bytes are read anew each time, which takes less than a second or two."""
+_VERSION = 1
+"""Of the cached form, and of what layouts make of rows: count up when either changes."""
+_JSON, _NUMBER, _KEY, _SIZE, _TURNS = (f"emberl {what}" for what in ("json", "number", "key", "size", "turns"))
+_OWN = (_NUMBER, _KEY, _SIZE, _TURNS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """What became of a table's rows."""
+
+    read: int
+    folded: int
+    """Rows that say what an earlier one says."""
+    bad: int
+    example: str = ""
+    """The first bad row, and what is wrong with it."""
+
+
+class Rows(Sequence[Mapping[str, Any]]):
+    """Rows kept in Arrow's columns, or, where they came from a text, as JSON: each is made when it is asked for."""
+
+    def __init__(self, table: Any) -> None:
+        self._table = table
+        self._json = _JSON in table.column_names
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return next(iter(self._rows(self._table.slice(index, 1))))
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for batch in self._table.to_batches(max_chunksize=512):
+            yield from self._rows(batch)
+
+    def _rows(self, part: Any) -> Iterator[Mapping[str, Any]]:
+        rows = part.to_pylist()
+        if self._json:
+            return (json.loads(row[_JSON]) for row in rows)
+        return (json.loads(as_json(row)) if _has_objects(row) else row for row in rows)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Prepared:
+    """The problems of one table: aligned arrays and rows."""
+
+    rows: Rows
+    numbers: NDArray[np.int64]
+    """[N] the row's place in its table, from 0."""
+    keys: NDArray[np.void]
+    """[N] 16 bytes, a hash of what the prompt says: the same for every data set that has the problem."""
+    sizes: NDArray[np.int32]
+    """[N] bytes of the prompt, in UTF-8, without a template."""
+    turns: NDArray[np.int16]
+    """[N] messages."""
+    counts: Counts
+
+
+def prepare(table: Table, mapper: Mapper, settings: DataConfig) -> Prepared:
+    """Reads a table once. ValueError for its first bad row where `data.drop` is none, or where most rows are bad."""
+    import pyarrow
+
+    cached = _cache_file(table, settings)
+    if cached is not None:
+        found = _load(cached)
+        if found is None and _save(_Fold(table, mapper, settings), cached):
+            found = _load(cached)
+        if found is not None:
+            return found
+    fold = _Fold(table, mapper, settings)
+    parts = list(fold.parts())
+    counts = fold.counts()
+    return _prepared(pyarrow.concat_tables(parts, promote_options="permissive"), counts)
+
+
+class _Fold:
+    """One pass over a table: its problems in parts, and what became of the rows."""
+
+    def __init__(self, table: Table, mapper: Mapper, settings: DataConfig) -> None:
+        self._table, self._mapper, self._drop = table, mapper, settings.drop == "bad"
+        self._needed = sorted(mapper.needed)
+        self._seen: set[bytes] = set()
+        self._read = self._folded = self._bad = 0
+        self._example = ""
+
+    def parts(self) -> Iterator[Any]:
+        """Arrow tables of those rows that say something new, with a column for each figure."""
+        start, current = 0, ""
+        for where, piece in self._table.pieces():
+            if where != current:
+                start, current = self._read, where
+            chosen: list[int] = []
+            figures: list[tuple[int, bytes, int, int]] = []
+            for at, row in enumerate(piece_rows(piece, self._needed)):
+                number = self._read + at
+                try:
+                    found = self._figures(row)
+                except BadRow as error:
+                    self._note_bad(f"{self._table.key}={where!r}, row {number + 1 - start}: {error}")
+                    continue
+                if found is not None:
+                    chosen.append(at)
+                    figures.append((number, *found))
+            self._read += len(piece)
+            if chosen:
+                yield _with_figures(_taken(piece, chosen), figures)
+
+    def _figures(self, row: Mapping[str, Any]) -> tuple[bytes, int, int] | None:
+        """Key, size and turns; None where an earlier row says the same."""
+        mapped = self._mapper(row)
+        key, text = key_of(mapped)
+        whole = blake2b(key + mapped.answer.encode(errors="surrogatepass"), digest_size=16).digest()
+        if whole in self._seen:
+            self._folded += 1
+            return None
+        self._seen.add(whole)
+        turns = 1 if isinstance(mapped.content, str) else min(len(mapped.content), 32_000)
+        return key, len(text), turns
+
+    def _note_bad(self, example: str) -> None:
+        self._bad += 1
+        self._example = self._example or example
+        if not self._drop:
+            raise ValueError(f"{example}; mend or remove the row, or set data.drop=bad")
+
+    def counts(self) -> Counts:
+        """Once all parts are through."""
+        if self._read == 0:
+            raise ValueError(f"{self._table.key}={self._table.where!r} has no rows; give a data set with at least one")
+        if 2 * self._bad > self._read:
+            raise ValueError(
+                f"{self._bad} of {self._read} rows have no prompt or no answer; is it the right layout? {self._example}"
+            )
+        return Counts(read=self._read, folded=self._folded, bad=self._bad, example=self._example)
+
+
+def key_of(mapped: Mapped) -> tuple[bytes, bytes]:
+    """The hash of what a prompt says, blanks around it left out, and that text."""
+    text = mapped.text.encode(errors="surrogatepass")
+    parts = [part.strip() for part in text.split(b"\0")]
+    return blake2b(b"\0".join(parts), digest_size=16).digest(), text
+
+
+def _taken(piece: Any, chosen: Sequence[int]) -> Any:
+    import pyarrow
+
+    if not isinstance(piece, list):
+        return pyarrow.Table.from_batches([piece]).take(_array(pyarrow.int64(), np.array(chosen, np.int64)))
+    lines = [as_json(piece[at]) for at in chosen]
+    ends = np.cumsum([0, *map(len, lines)], dtype=np.int64)
+    buffers = [None, pyarrow.py_buffer(ends.tobytes()), pyarrow.py_buffer(b"".join(lines))]
+    return pyarrow.Table.from_arrays([pyarrow.Array.from_buffers(pyarrow.large_binary(), len(lines), buffers)], [_JSON])
+
+
+def _with_figures(rows: Any, found: Sequence[tuple[int, bytes, int, int]]) -> Any:
+    import pyarrow
+
+    numbers, keys, sizes, turns = zip(*found, strict=True)
+    figures = (
+        _array(pyarrow.int64(), np.array(numbers, np.int64)),
+        _array(pyarrow.binary(16), np.frombuffer(b"".join(keys), "V16")),
+        _array(pyarrow.int32(), np.array(sizes, np.int32)),
+        _array(pyarrow.int16(), np.array(turns, np.int16)),
+    )
+    for name, figure in zip(_OWN, figures, strict=True):
+        rows = rows.append_column(name, figure)
+    return rows
+
+
+def _array(kind: Any, values: NDArray[Any]) -> Any:
+    """`pyarrow.array` would import pandas, for seconds."""
+    import pyarrow
+
+    return pyarrow.Array.from_buffers(kind, len(values), [None, pyarrow.py_buffer(values.tobytes())])
+
+
+def _prepared(table: Any, counts: Counts) -> Prepared:
+    arrays = [table.column(name).combine_chunks() for name in _OWN]
+    keys = np.frombuffer(b"".join(arrays[1].to_pylist()), "V16")
+    return Prepared(
+        rows=Rows(table.drop_columns(list(_OWN))),
+        numbers=arrays[0].to_numpy(zero_copy_only=False),
+        keys=keys,
+        sizes=arrays[2].to_numpy(zero_copy_only=False),
+        turns=arrays[3].to_numpy(zero_copy_only=False),
+        counts=counts,
+    )
+
+
+def cache_folder() -> Path:
+    """Where prepared tables are kept."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "emberl" / "data"
+
+
+def _cache_file(table: Table, settings: DataConfig) -> Path | None:
+    """None for small tables, and for those that are made of no files."""
+    if not table.files or sum(file.stat().st_size for file in table.files) < CACHED_BYTES:
+        return None
+    import xxhash
+
+    names = ("layout", "prompt_column", "answer_column", "tests_column", "answer_pattern", "prompt_template", "drop")
+    parts = [str(_VERSION), table.where, *(repr(getattr(settings, name)) for name in names)]
+    digest = xxhash.xxh3_128("\0".join(parts).encode())
+    for path in table.files:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return cache_folder() / f"{digest.hexdigest()}.arrow"
+
+
+def _save(fold: _Fold, path: Path) -> bool:
+    """Writes the parts as they come, so that they need not fit into memory; whole or not at all, whoever else writes the
+    same. False where the folder cannot be written to, or where the parts have types that do not go together."""
+    import pyarrow
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="making-") as folder:
+            file = Path(folder) / path.name
+            _write(fold, file)
+            notes = file.with_suffix(".json")
+            notes.write_text(json.dumps(asdict(fold.counts())))
+            os.replace(file, path)
+            os.replace(notes, path.with_suffix(".json"))
+    except (OSError, pyarrow.ArrowException):
+        return False
+    return True
+
+
+def _write(fold: _Fold, file: Path) -> None:
+    import pyarrow
+
+    parts = fold.parts()
+    first = next(parts, None)
+    if first is None:
+        fold.counts()
+        raise AssertionError("rows without a problem are an error")
+    with pyarrow.ipc.new_file(str(file), first.schema) as writer:
+        writer.write_table(first)
+        for part in parts:
+            writer.write_table(part.cast(first.schema))
+
+
+def _load(path: Path) -> Prepared | None:
+    """None where there is no such file, or one that cannot be read."""
+    import pyarrow
+
+    try:
+        counts = Counts(**json.loads(path.with_suffix(".json").read_text()))
+        return _prepared(pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all(), counts)
+    except (OSError, pyarrow.ArrowException, KeyError, TypeError, ValueError):
+        return None
+
+
+def _has_objects(value: Any) -> bool:
+    """Whether there is a value in it that JSON has no word for, such as a date."""
+    if isinstance(value, Mapping):
+        return any(_has_objects(each) for each in value.values())
+    if isinstance(value, list):
+        return any(_has_objects(each) for each in value)
+    return not (value is None or isinstance(value, str | int | float))
+
+
+__all__ = ["Counts", "Prepared", "Rows", "cache_folder", "key_of", "prepare"]

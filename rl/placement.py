@@ -1,0 +1,109 @@
+"""Which actor sits where, as plain numbers: needs neither Ray nor torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from ..kernels import platform
+from .config.load import Config, ConfigError
+
+Role = Literal["learner", "rollout"]
+SHARE = 0.5
+"""Of a device, for Ray, that a learner and a rollout worker share."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seat:
+    """Where one actor sits: its bundle of the placement group and the threads of its process."""
+
+    role: Role
+    index: int
+    """Rank of the learner, or number of the worker."""
+    bundle: dict[str, float]
+    """Ray resources, e.g. `{"NPU": 1, "CPU": 4}`."""
+    threads: int
+    place: int
+    """Which bundle of the placement group; a colocated learner and rollout worker are in one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """One seat for every actor."""
+
+    device: str
+    seats: tuple[Seat, ...]
+
+    def bundles(self) -> list[dict[str, float]]:
+        """Of the placement group: what the seats of each place need together."""
+        places = sorted({seat.place for seat in self.seats})
+        return [_sum(seat.bundle for seat in self.seats if seat.place == place) for place in places]
+
+    def total(self) -> dict[str, float]:
+        """Ray resources of all seats together."""
+        return _sum(seat.bundle for seat in self.seats)
+
+    def describe(self) -> str:
+        """A table for a person, one line per actor."""
+        lines = [f"placement on {self.device}: {resources_text(self.total())}"]
+        lines += [
+            f"  bundle {seat.place:2}  {seat.role} {seat.index}  {resources_text(seat.bundle)}, {seat.threads} threads"
+            for seat in self.seats
+        ]
+        return "\n".join(lines)
+
+
+def plan_placement(config: Config) -> Placement:
+    """The seats of a configuration.
+
+    An actor's threads are its bundle's CPUs. On a CPU-only cluster that trains on-policy, learners and rollouts take
+    turns, so each side may use the CPUs of both.
+    """
+    cluster = config.cluster
+    target = platform.named(cluster.device)
+    counts = {"learner": cluster.learners, "rollout": len(config.rollout.servers) or cluster.rollouts}
+    cpus = {"learner": cluster.cpus_per_learner, "rollout": cluster.cpus_per_rollout}
+    everything = sum(counts[role] * cpus[role] for role in counts)
+    seats = []
+    roles: tuple[Role, ...] = ("learner", "rollout")
+    for role in roles:
+        alone = target.is_cpu and config.schedule.max_staleness == 0
+        threads = int(everything / counts[role] if alone else cpus[role])
+        cardless = target.is_cpu or (role == "rollout" and bool(config.rollout.servers))
+        cards = SHARE if cluster.colocated else 1.0 if role == "learner" else float(config.rollout.cards)
+        bundle = {"CPU": cpus[role]} if cardless else {target.resource: cards, "CPU": cpus[role]}
+        first = 0 if cluster.colocated or role == "learner" else cluster.learners
+        seats += [
+            Seat(role=role, index=i, bundle=bundle, threads=max(1, threads), place=first + i)
+            for i in range(counts[role])
+        ]
+    return Placement(device=target.device, seats=tuple(seats))
+
+
+def check_capacity(placement: Placement, available: dict[str, float], where: str) -> None:
+    """`ConfigError` if the placement asks for more than there is."""
+    for name, wanted in placement.total().items():
+        have = available.get(name, 0.0)
+        if wanted > have + 1e-9:
+            other = "cluster.cpus_per_learner and cluster.cpus_per_rollout" if name == "CPU" else "cluster.device"
+            learners, rollouts = (sum(seat.role == role for seat in placement.seats) for role in ("learner", "rollout"))
+            raise ConfigError(
+                f"the placement needs {wanted:g} {name} but {where} has {have:g}: lower cluster.learners={learners} "
+                f"or cluster.rollouts={rollouts}, or change {other}"
+            )
+
+
+def resources_text(bundle: dict[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+
+
+def _sum(bundles: Iterable[dict[str, float]]) -> dict[str, float]:
+    counted: dict[str, float] = {}
+    for bundle in bundles:
+        for name, amount in bundle.items():
+            counted[name] = counted.get(name, 0.0) + amount
+    return dict(sorted(counted.items()))
+
+
+__all__ = ["Placement", "Seat", "check_capacity", "plan_placement", "resources_text"]
