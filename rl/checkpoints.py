@@ -47,7 +47,7 @@ class Progress:
     train_seconds: float = 0.0
     """Wall time of the RL steps that gave these tokens."""
     seconds: float = 0.0
-    """Wall time of the whole run, set-up included, over all its sittings."""
+    """Wall time of the whole run, set-up included, over all its attempts."""
     accuracy_start: float | None = None
     accuracy_end: float | None = None
     probe_noise_logp: float | None = None

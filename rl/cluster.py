@@ -23,12 +23,12 @@ from ..kernels import platform
 from ..rollout.actors import gather
 from ..rollout.engine import WorkerSpec
 from ..rollout.pool import RolloutPool
-from ..rollout.schedule import GIVEN
+from ..rollout.schedule import QUEUE_DEPTH
 from ..rollout.worker import RolloutWorker
 from .config.load import Config, ConfigError
 from .learner.group import PUBLISHING, LearnerGroup
 from .learner.rank import LearnerRank, RankSpec
-from .placement import Seat, check_capacity, plan_placement, resources_text
+from .placement import ActorSlot, check_capacity, plan_placement, resources_text
 
 
 class Cluster:
@@ -100,7 +100,7 @@ class Cluster:
         config, seats = self.config, self.placement.seats
         world = sum(seat.role == "learner" for seat in seats)
         ranks: list[Any] = []
-        self._specs: list[tuple[Seat, WorkerSpec]] = []
+        self._specs: list[tuple[ActorSlot, WorkerSpec]] = []
         for seat in seats:
             if seat.role == "learner":
                 rank = RankSpec(
@@ -142,7 +142,7 @@ class Cluster:
             workers,
             timeout=config.rollout.timeout,
             sync_timeout=config.sync.timeout,
-            max_samples=GIVEN * config.rollout.max_num_seqs if config.schedule.max_staleness else None,
+            max_samples=QUEUE_DEPTH * config.rollout.max_num_seqs if config.schedule.max_staleness else None,
             respawn=self.respawn,
             max_restarts=config.rollout.max_restarts,
         )
@@ -168,12 +168,12 @@ class Cluster:
         self.learners.connect(self._model_path, timeout)
         gather(self._ready, who="rollout worker", what="ready", timeout=timeout, key="cluster.start_timeout")
 
-    def _spawn(self, actor: type, seat: Seat, spec: RankSpec | WorkerSpec) -> Any:
+    def _spawn(self, actor: type, seat: ActorSlot, spec: RankSpec | WorkerSpec) -> Any:
         handle = self.options(actor, seat).remote(spec)
         self._actors.append(handle)
         return handle
 
-    def options(self, actor: type, seat: Seat) -> Any:
+    def options(self, actor: type, seat: ActorSlot) -> Any:
         """The Ray actor class bound to its bundle, its resources and its thread environment."""
         others = {name: amount for name, amount in seat.bundle.items() if name not in ("CPU", "GPU")}
         remote: Any = ray.remote  # its types know no concurrency groups

@@ -13,7 +13,7 @@ from .config.data import DataConfig
 from .config.load import Config, ConfigError, user_errors
 from .config.settings import EvalSetConfig
 from .data.sources import PromptSource, open_source
-from .run import reward_input
+from .reward_inputs import reward_input
 
 GENERATED_SIZE = 512
 """Problems of a set that is generated rather than read, where its `size` is empty."""

@@ -73,7 +73,7 @@ def majority_at_k(answers: Sequence[Hashable], correct: Sequence[bool]) -> float
 
 def evaluate(run: Run) -> Evaluation:
     """Samples answers to all sets of held-out problems with the weights that the engines serve, marks and logs them."""
-    run.settle()
+    run.wait_published()
     step, shown = run.progress.step, run.config.tracking.samples
     metrics: dict[str, float] = {}
     show: dict[str, str] = {}

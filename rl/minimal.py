@@ -33,7 +33,6 @@ from .learner.trainable import Trainable, shard
 from .model_files import load_tokenizer, prepare_model, stop_tokens
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
-EASIER = ("data.kinds={chain: 1}", "data.terms=[2,4]", "sft.steps=400", "optim.lr=4e-4")
 DEVICE = torch.device("cpu")
 F32 = torch.float32
 
@@ -110,7 +109,7 @@ def weights_of(policy: Policy, version: int) -> WeightPatch:
 
 
 async def main() -> None:
-    config = load_config(QUICKSTART, ["name=minimal", *EASIER, *sys.argv[1:]])
+    config = load_config(QUICKSTART, ["name=minimal", "schedule.steps=30", *sys.argv[1:]])
     async for groups, weights in train(config, prepare_model(config, config.output, print)):
         rewards = [verdict.score or 0.0 for group in groups for verdict in group.verdicts]
         print(f"version {weights.version}: reward {sum(rewards) / len(rewards):.3f}", flush=True)

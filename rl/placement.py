@@ -15,7 +15,7 @@ SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Seat:
+class ActorSlot:
     """Where one actor sits: its bundle of the placement group and the threads of its process."""
 
     role: Role
@@ -33,7 +33,7 @@ class Placement:
     """One seat for every actor."""
 
     device: str
-    seats: tuple[Seat, ...]
+    seats: tuple[ActorSlot, ...]
 
     def bundles(self) -> list[dict[str, float]]:
         """Of the placement group: what the seats of each place need together."""
@@ -75,7 +75,7 @@ def plan_placement(config: Config) -> Placement:
         bundle = {"CPU": cpus[role]} if cardless else {target.resource: cards, "CPU": cpus[role]}
         first = 0 if cluster.colocated or role == "learner" else cluster.learners
         seats += [
-            Seat(role=role, index=i, bundle=bundle, threads=max(1, threads), place=first + i)
+            ActorSlot(role=role, index=i, bundle=bundle, threads=max(1, threads), place=first + i)
             for i in range(counts[role])
         ]
     return Placement(device=target.device, seats=tuple(seats))
@@ -106,4 +106,4 @@ def _sum(bundles: Iterable[dict[str, float]]) -> dict[str, float]:
     return dict(sorted(counted.items()))
 
 
-__all__ = ["Placement", "Seat", "check_capacity", "plan_placement", "resources_text"]
+__all__ = ["Placement", "ActorSlot", "check_capacity", "plan_placement", "resources_text"]

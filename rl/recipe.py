@@ -15,6 +15,7 @@ from typing import Any
 from ..rewards.suite import RewardSuite, build_suite
 from ..rollout.actors import ActorLostError
 from ..rollout.engine import check_engine
+from ..rollout.stops import token_bytes
 from ..rollout.vllm_backend.compat import transfer_backend
 from .algorithm.losses import Objective
 from .batch import demonstrations
@@ -37,7 +38,8 @@ from .environments import episodes_of, load_environment
 from .eval_sets import open_eval_sets
 from .model_files import check_adapters, check_model, load_tokenizer, prepare_model, stop_tokens
 from .preflight import check_inputs
-from .run import Interrupted, Run, reward_input, stop_on_signal
+from .reward_inputs import reward_input
+from .run import Interrupted, Run, stop_on_signal
 from .trainer import train_rl
 from .watch.tracking import Tracker, make_console
 from .weights.sync import WeightSync
@@ -88,7 +90,7 @@ def train(config: Config, *, resume: bool = False, override: bool = False) -> Re
     restarts = config.cluster.max_restarts
     while True:
         try:
-            return sitting(config, cluster, run_dir, checkpoint, started)
+            return run_attempt(config, cluster, run_dir, checkpoint, started)
         except ActorLostError as error:
             checkpoint = latest_checkpoint(run_dir)
             if not restarts or checkpoint is None:
@@ -98,7 +100,7 @@ def train(config: Config, *, resume: bool = False, override: bool = False) -> Re
             cluster = Cluster(config)
 
 
-def sitting(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | None, started: float) -> Result:
+def run_attempt(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | None, started: float) -> Result:
     """The run from a checkpoint, or from the beginning, to its end, with actors of its own. started: when the run began, less
     the time in which it did not run."""
     progress = read_progress(checkpoint) if checkpoint else Progress()
@@ -112,6 +114,8 @@ def sitting(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | 
         learners, pool = cluster.spawn(model_path, run_id := uuid.uuid4().hex)
         tokenizer = load_tokenizer(model_path, config.data)
         with user_errors():
+            if config.rollout.stop:
+                token_bytes(tokenizer)  # says whether the engines can find these in its tokens
             source = open_source(config.data, tokenizer, config.seed)
         with ExitStack() as opened:
             suite = build_rewards(config, source, tokenizer)
@@ -156,7 +160,7 @@ def go(run: Run, checkpoint: Path | None) -> Result:
                 checkpoint = None
             if published:
                 run.probe.begin_stage()
-            run.publish(new_version=published)  # an earlier stage of this sitting has changed the weights
+            run.publish(new_version=published)  # an earlier stage of this attempt has changed the weights
             published = True
             stages[name](run)
             run.progress = run.progress.advance(

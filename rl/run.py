@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,6 +30,7 @@ from .data.sources import PromptSource
 from .data.templates import framing_ids
 from .groups import Group
 from .learner.group import LearnerGroup
+from .reward_inputs import reward_input
 from .watch.tracking import Tracker
 from .weights.probe import Level, Probe, as_batch, probe_ids, tolerance_of
 from .weights.sync import WeightSync
@@ -63,7 +64,9 @@ class Run:
     stop_token_ids: tuple[int, ...] = ()
     """As `model_files.stop_tokens` finds them."""
     _delivery: Future[dict[str, float]] | None = None
-    _courier: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="courier"))
+    _publish_executor: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="publish")
+    )
 
     def sampling(self, step: int) -> Sampling:
         """How this step's answers are drawn: with the prompt and the sample's index the step fixes every draw."""
@@ -172,7 +175,7 @@ class Run:
         before."""
         schedule, version = self.config.schedule, self.progress.version + new_version
         start = time.perf_counter()  # to wait for the version before is the learners' loss, too
-        figures = self.settle()
+        figures = self.wait_published()
         self.sync.begin(version)
         ahead = not wait and schedule.max_staleness > 0
         later = ahead and schedule.in_flight == "finish"
@@ -180,11 +183,11 @@ class Run:
         self.progress = self.progress.advance(version=version)
         if not ahead:
             return self._deliver(version, probe, later)
-        self._delivery = self._courier.submit(self._deliver, version, probe, later)
+        self._delivery = self._publish_executor.submit(self._deliver, version, probe, later)
         self._delivery.add_done_callback(lambda _: self.pool.on_served())
         return figures | {"sync/exposed_s": time.perf_counter() - start}
 
-    def settle(self) -> dict[str, float]:
+    def wait_published(self) -> dict[str, float]:
         """Waits until the workers have what was published, if that is under way; returns its figures and raises its errors."""
         delivery, self._delivery = self._delivery, None
         return {} if delivery is None else delivery.result()  # every wait inside has a deadline
@@ -233,7 +236,7 @@ class Run:
 
     @cached_property
     def probe(self) -> Probe:
-        """Knows how far engines and learners were apart before, also in the run's earlier sittings."""
+        """Knows how far engines and learners were apart before, also in the run's earlier attempts."""
         logp, p = self.progress.probe_noise_logp, self.progress.probe_noise_p
         level = None if logp is None or p is None else Level(logp=logp, p=p)
         return Probe(tolerance_of(self.config.model.dtype), level)
@@ -255,43 +258,9 @@ class Run:
     def stop_if_asked(self) -> None:
         """Between two steps: saves and raises `Interrupted` if a signal came."""
         if self.stop.is_set():
-            self.settle()
+            self.wait_published()
             self.save()
             raise Interrupted
-
-
-def conversation(prompt: Prompt, tokenizer: Any) -> tuple[Mapping[str, str], ...]:
-    """The messages that reward functions see; none where the model reads plain text, since without a chat template peers
-    hand their functions texts."""
-    return prompt.messages if tokenizer.chat_template is not None else ()
-
-
-def reward_input(prompt: Prompt, tokenizer: Any, completion: str) -> RewardInput:
-    """What is known of a problem before its answer is sampled, as rewards see it."""
-    return RewardInput(
-        completion=completion,
-        answer=prompt.answer,
-        messages=conversation(prompt, tokenizer),
-        plain_prompt=plain_prompt(prompt),
-        source=prompt.source,
-        columns=prompt.columns,
-    )
-
-
-def plain_prompt(prompt: Prompt) -> str | None:
-    """The prompt of a row that holds a text; None for a row of messages, or where there is no conversation."""
-    if not prompt.messages or any(_is_conversation(value) for value in prompt.columns.values()):
-        return None
-    return prompt.messages[-1]["content"]
-
-
-def _is_conversation(value: Any) -> bool:
-    """Whether a column holds messages, of OpenAI's form or ShareGPT's."""
-    return (
-        isinstance(value, Sequence)
-        and bool(value)
-        and all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in value)
-    )
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def train_rl(run: Run) -> None:
                 run.progress = run.progress.advance(accuracy_end=evaluate(run).accuracy)
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 run.save()
-        run.settle()
+        run.wait_published()
 
 
 def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, float]:
@@ -100,7 +100,8 @@ def train_in_parts(
     """As `train_whole`, but the learners begin as soon as the first part's groups are there, with the same gradient.
 
     A part's loss has the part's own denominator D_p (tokens or completions), so the step's gradient is
-    sum_p D_p g_p / sum_p D_p: each part is weighted by its D_p, and one factor mends the sum at the end.
+    sum_p D_p g_p / sum_p D_p: each part is weighted by its D_p, and the accumulated
+    gradient is rescaled once.
     """
     config, learners = run.config, run.learners
     feeds: list[Feed] = []

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 Overdue = Literal["wait", "evict"]
 
-GIVEN = 4
+QUEUE_DEPTH = 4
 """Answers that a worker is given for each of its slots when rollouts run ahead. A group counts whole until its last answer is
 there, by when most of a long-tailed group's slots are long free: at 1 two thirds of them would stand empty."""
 
@@ -175,4 +175,4 @@ class Schedule(Generic[T]):
         assert counts.finished == ended + kept, f"{counts} with {kept} kept: finished groups and their ends differ"
 
 
-__all__ = ["GIVEN", "Counts", "Overdue", "Schedule"]
+__all__ = ["QUEUE_DEPTH", "Counts", "Overdue", "Schedule"]

@@ -318,7 +318,7 @@ class WeightUpdates:
 
 
 def _same(one: WeightUpdate, other: WeightUpdate) -> bool:
-    return (one.sitting, one.version, one.root) == (other.sitting, other.version, other.root)
+    return (one.attempt, one.version, one.root) == (other.attempt, other.version, other.root)
 
 
 def node() -> str:

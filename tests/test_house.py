@@ -82,27 +82,27 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
         {"feed", "evaluate"},
         {"run"},
         {"cluster", "weights", "plan"},
-        {"model_files", "gguf_conversion"},
-        {"learner", "batch", "watch"},
+        {"model_files", "gguf_conversion", "eval_sets", "environments"},
+        {"learner", "batch", "watch", "reward_inputs"},
         {"data", "checkpoints"},
         {"algorithm", "groups"},
         {"config"},
     ),
     "rollout": (
         {"worker", "vllm_extension"},
-        {"engines", "updates"},
-        {"vllm_backend", "embedded"},
-        {"engine", "service", "pool", "delivery", "model_directory"},
-        {"weights", "samples", "actors", "schedule"},
+        {"pool"},
+        {"environments", "jobs"},
+        {"vllm_backend", "embedded", "engine", "model_directory"},
+        {"weights", "samples", "stops", "actors", "schedule"},
     ),
     "rewards": (
         {"audit"},
         {"suite"},
-        {"registry"},
-        {"math_answers", "code_tests", "plugins", "shaping", "gym"},
+        {"registry", "by_source"},
+        {"math_answers", "code_tests", "plugins", "shaping", "gym", "judge_model"},
         {"sandbox", "worker_pool", "worker_process", "gym_answers"},
         {"processes"},
-        {"inputs"},
+        {"inputs", "episode"},
         {"verdict"},
     ),
     "kernels": (
@@ -115,9 +115,12 @@ MODULES = {".".join(path.with_suffix("").parts): path for path in SOURCES if pat
 
 
 def module_imports(module: str) -> set[str]:
-    """Our modules that this one imports anywhere in its text, `TYPE_CHECKING` included."""
+    """Our modules that this one imports when it is loaded, and under `TYPE_CHECKING`. What a function loads on demand, as
+    the factories of the engines do, is no arrow."""
     path = MODULES[module]
-    names = [name.split(".")[1:] for _, name, _ in imports(path, (ROOT / path).read_text())]
+    tree = ast.parse((ROOT / path).read_text())
+    tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom | ast.If | ast.Try)]
+    names = [name.split(".")[1:] for _, name, _ in imports(path, ast.unparse(tree))]
     known = [".".join(name) for name in names] + [".".join(name[:-1]) for name in names]
     return {name for name in known if name in MODULES} - {module}
 
@@ -150,27 +153,27 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 BUDGET = {
     "kernels": 420,
     "kernels/decoding": 200,
-    "kernels/loss": 1_590,
+    "kernels/loss": 1_600,
     "kernels/patch_coding": 670,
     "kernels/transformer": 390,
-    "rewards": 1_610,
+    "rewards": 2_100,
     "rewards/audit": 610,
-    "rewards/code_tests": 3_020,
-    "rewards/math_answers": 4_540,
-    "rewards/plugins": 510,
-    "rewards/sandbox": 2_330,
-    "rl": 2_850,
-    "rl/algorithm": 1_420,
-    "rl/config": 1_820,
-    "rl/data": 1_330,
+    "rewards/code_tests": 3_050,
+    "rewards/math_answers": 5_180,
+    "rewards/plugins": 910,
+    "rewards/sandbox": 2_400,
+    "rl": 3_230,
+    "rl/algorithm": 1_380,
+    "rl/config": 2_020,
+    "rl/data": 1_510,
     "rl/learner": 2_040,
-    "rl/plan": 1_830,
-    "rl/watch": 820,
-    "rl/weights": 710,
-    "rollout": 1_580,
-    "rollout/embedded": 1_740,
-    "rollout/vllm_backend": 2_600,
-    "rollout/weights": 1_850,
+    "rl/plan": 1_680,
+    "rl/watch": 840,
+    "rl/weights": 720,
+    "rollout": 2_160,
+    "rollout/embedded": 1_850,
+    "rollout/vllm_backend": 2_670,
+    "rollout/weights": 1_860,
 }
 """Lines of a folder's own Python files, or of a sub-folder's; `rl` and so on are the files at the top."""
 ROOM = 1.1

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _NO_MICRO_BATCHES = "- tokens count, not sequences: set optim.micro_batch_tokens"
+_GPU_MEMORY = "rollout.engine_args.gpu_memory_utilization"
+_TENSOR_PARALLEL = "rollout.engine_args.tensor_parallel_size"
 _NO_WORKERS = "- there is one device count for each side: set cluster.learners and cluster.rollouts"
 _WARMUP_RATIO = "- a number of updates, not a share: set optim.warmup_steps"
 
@@ -18,7 +20,7 @@ VERL: Mapping[str, str] = {
     "data.val_files": "data.eval_path",
     "data.prompt_key": "data.prompt_column",
     "data.train_batch_size": "schedule.prompts_per_step",
-    "data.val_batch_size": "- held-out problems are all sampled at once: set eval.size for how many",
+    "data.val_batch_size": "- all held-out problems are sampled at once: set eval.size for how many",
     "data.val_max_samples": "eval.size",
     "data.max_response_length": "rollout.max_response_length",
     "data.filter_overlong_prompts": "data.overlong",
@@ -60,7 +62,7 @@ VERL: Mapping[str, str] = {
     "actor_rollout_ref.actor.kl_loss_type": "kl.estimator",
     "actor_rollout_ref.actor.ppo_epochs": "schedule.epochs",
     "actor_rollout_ref.actor.ppo_mini_batch_size": (
-        "- a number of parts, not a size: schedule.minibatches is train_batch_size / ppo_mini_batch_size"
+        "- parts, not a size: schedule.minibatches is train_batch_size / ppo_mini_batch_size"
     ),
     "actor_rollout_ref.actor.ppo_micro_batch_size": _NO_MICRO_BATCHES,
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": _NO_MICRO_BATCHES,
@@ -75,10 +77,10 @@ VERL: Mapping[str, str] = {
     "actor_rollout_ref.rollout.response_length": "rollout.max_response_length",
     "actor_rollout_ref.rollout.prompt_length": "data.max_prompt_length",
     "actor_rollout_ref.rollout.max_num_seqs": "rollout.max_num_seqs",
-    "actor_rollout_ref.rollout.gpu_memory_utilization": "rollout.engine_args.gpu_memory_utilization",
+    "actor_rollout_ref.rollout.gpu_memory_utilization": _GPU_MEMORY,
     "actor_rollout_ref.rollout.enforce_eager": "rollout.engine_args.enforce_eager",
     "actor_rollout_ref.rollout.max_model_len": "rollout.engine_args.max_model_len",
-    "actor_rollout_ref.rollout.tensor_model_parallel_size": "rollout.engine_args.tensor_parallel_size",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": _TENSOR_PARALLEL,
     "actor_rollout_ref.rollout.engine_kwargs.vllm": "rollout.engine_args",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": _NO_MICRO_BATCHES,
     "actor_rollout_ref.rollout.over_sample_rate": "schedule.oversample",
@@ -121,7 +123,7 @@ VERL: Mapping[str, str] = {
     "trainer.test_freq": "eval.every",
     "trainer.critic_warmup": "critic.warmup",
     "trainer.max_actor_ckpt_to_keep": "checkpoint.keep",
-    "trainer.val_before_train": "- held-out problems are always tried before and after: set eval.size=0 for never",
+    "trainer.val_before_train": "- it always is, and after: set eval.size=0 for never",
     "trainer.resume_mode": "- give the option --resume",
     "trainer.nnodes": _NO_WORKERS,
     "trainer.n_gpus_per_node": _NO_WORKERS,
@@ -174,12 +176,12 @@ TRL: Mapping[str, str] = {
     "scale_rewards": "advantage.std",
     "num_iterations": "schedule.epochs",
     "steps_per_generation": "schedule.minibatches",
-    "generation_batch_size": "- answers, not prompts: schedule.prompts_per_step is generation_batch_size / num_generations",
+    "generation_batch_size": ("- prompts count: schedule.prompts_per_step is generation_batch_size / num_generations"),
     "per_device_train_batch_size": (
-        "- the whole step counts, not a device: set schedule.prompts_per_step, and optim.micro_batch_tokens for memory"
+        "- the whole step counts: set schedule.prompts_per_step, for memory optim.micro_batch_tokens"
     ),
     "gradient_accumulation_steps": (
-        "- the whole step counts: set schedule.prompts_per_step; optim.micro_batch_tokens says how much goes in a pass"
+        "- the whole step counts: set schedule.prompts_per_step, for memory optim.micro_batch_tokens"
     ),
     "mask_truncated_completions": "filter.overlong_mask",
     "reward_funcs": "reward.parts.answer.use",
@@ -228,9 +230,7 @@ OPENRLHF: Mapping[str, str] = {
     "rollout_batch_size": "schedule.prompts_per_step",
     "rollout.batch_size": "schedule.prompts_per_step",
     "rollout.micro_batch_size": _NO_MICRO_BATCHES,
-    "train.batch_size": (
-        "- a number of parts, not a size: schedule.minibatches is rollout.batch_size x n_samples_per_prompt / train.batch_size"
-    ),
+    "train.batch_size": ("- parts, not a size: schedule.minibatches is the answers of a step / train.batch_size"),
     "micro_train_batch_size": _NO_MICRO_BATCHES,
     "train.micro_batch_size": _NO_MICRO_BATCHES,
     "train.max_tokens_per_gpu": "optim.micro_batch_tokens",

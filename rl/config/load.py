@@ -51,7 +51,7 @@ class ConfigError(ValueError):
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """What is reported as a ValueError in here is for the user to mend, and is told without a traceback."""
+    """Turns a ValueError into a ConfigError, which the CLI prints without a traceback."""
     try:
         yield
     except ConfigError:

@@ -39,7 +39,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             lines = [_wrong(key, list(item["input"]), f"a list of {count} values goes here")]
         elif item["type"] == "missing":
             lines = [f"{key} is required but missing; add it to the file or pass {key}=..."]
-        elif item["type"] == "extra_forbidden" or (nested and path and not _holds_keys(path, model)):
+        elif item["type"] == "extra_forbidden" or (nested and not _holds_keys(path, model)):
             lines = list(_unknown(path, item["input"], model))
         else:
             lines = [_wrong(key, item["input"], _message(item, path, model))]
@@ -62,8 +62,8 @@ def _count(path: list[str], model: type[BaseModel]) -> int:
     """Values of the list of a fixed length at, or around, this path; 0 where there is none."""
     around = path[:-1] if path[-1].isdigit() else path
     kinds = [kind for found in kinds_at(model, around) for kind in members(found)]
-    sizes = [len(get_args(kind)) for kind in kinds if get_origin(kind) is tuple and Ellipsis not in get_args(kind)]
-    return max(sizes, default=0)
+    lists = [get_args(kind) for kind in kinds if get_origin(kind) is tuple]
+    return max((len(parts) for parts in lists if Ellipsis not in parts), default=0)
 
 
 def _holds_keys(path: list[str], model: type[BaseModel]) -> bool:
@@ -101,26 +101,29 @@ def _message(item: Any, path: list[str], model: type[BaseModel]) -> str:
     if item["type"] == "string_type" and item["input"] is None:
         return "a text goes here, and null is none; write 'null' in quotes if that is the text"
     if fix := _FIXES.get(item["type"]):
-        return fix.format(keys=", ".join(".".join([*path, name]) for name in _names(path, model)[:4]))
+        below = [".".join([*path, name]) for name in _names(path, model)[:4]]
+        return fix.format(keys=", ".join(below))
     message: str = item["msg"].removeprefix("Value error, ")
     return message[0].lower() + message[1:]
 
 
 def _alternatives(lines: list[str]) -> list[str]:
     """The members of a union complain one by one of the same value."""
-    heads = {line.split(": ", 1)[0] for line in lines}
-    if len(lines) > 1 and len(heads) == 1 and all(": " in line for line in lines):
-        return [f"{lines[0].split(': ', 1)[0]}: {', or '.join(line.split(': ', 1)[1] for line in lines)}"]
+    split = [line.partition(": ") for line in lines]
+    if len(lines) > 1 and len({head for head, _, _ in split}) == 1 and all(tail for _, _, tail in split):
+        return [f"{split[0][0]}: {', or '.join(tail for _, _, tail in split)}"]
     return lines
 
 
 def _unknown(path: list[str], value: Any, model: type[BaseModel]) -> Iterator[str]:
     """A line for each key below an unknown one that a peer has, else one for the key itself."""
     below = list(_leaves(path, value))
-    foreign = {key: ours for key in below if (ours := our_name(key)) is not None and not _near_own(key, model)}
+    answers = {key: our_name(key) for key in below if not _near_own(key, model)}
+    foreign = {key: ours for key, ours in answers.items() if ours is not None}
     for key, ours in foreign.items():
         fix = ours.removeprefix("- ")
-        yield (f"unknown key {key}: emberl calls it {ours}" if fix == ours else f"unknown key {key}: {fix}")
+        said = f"emberl calls it {ours}" if fix == ours else fix
+        yield f"unknown key {key}: {said}"
     if not foreign and kinds_at(model, path):
         key = ".".join(path)
         yield f"unknown key {below[0]}; {key} has no keys below it, give {key} itself a value"

@@ -29,7 +29,8 @@ def tree_of(override: str, model: type[BaseModel]) -> dict[str, Any]:
     key, equals, value = override.partition("=")
     path = key.split(".")
     if not equals or not all(path) or not key.strip():
-        raise OverrideError(f"override {override!r} must have the form key=value, e.g. optim.lr=1e-4")
+        form = "must have the form key=value, e.g. optim.lr=1e-4"
+        raise OverrideError(f"override {override!r} {form}")
     tree: Any = read(value, [kind for found in kinds_at(model, path) for kind in members(found)])
     for part in reversed(path):
         tree = {part: tree}
@@ -59,10 +60,11 @@ def read(value: str, kinds: Sequence[Any]) -> Any:
 
 
 def kinds_at(model: Any, path: Sequence[str]) -> list[Any]:
-    """The annotations of the key at this path, one for each way through a union; none for no key."""
+    """The annotations of the key at this path, one for each way through a union; [] for no key."""
     found = [model]
     for part in path:
-        found = [inner for kind in found for member in members(kind) for inner in _inside(member, part)]
+        inside = [_inside(member, part) for kind in found for member in members(kind)]
+        found = [inner for kinds in inside for inner in kinds]
     return found
 
 
@@ -122,7 +124,7 @@ def _texts(value: str) -> list[str] | None:
 
 
 def _yaml(value: str) -> Any:
-    """What YAML reads, where it reads all of it: in brackets or quotes, or one word; else the text."""
+    """What YAML reads, where it reads it whole: in brackets or quotes, or a word; else the text."""
     stripped = value.strip()
     closed = len(stripped) > 1 and stripped[0] + stripped[-1] in ("[]", "{}", "''", '""')
     if not closed and (len(stripped.split()) != 1 or "#" in stripped):

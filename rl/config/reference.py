@@ -42,7 +42,8 @@ class Entry:
     @property
     def group(self) -> type[BaseModel] | None:
         """The keys below this one."""
-        return next((k for k in self._kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        models = (k for k in self._kinds if isinstance(k, type) and issubclass(k, BaseModel))
+        return next(models, None)
 
     @property
     def _kinds(self) -> list[Any]:
@@ -67,10 +68,7 @@ class Entry:
         if isinstance(value, BaseModel):
             return ""
         if isinstance(value, Mapping):
-            inner = {
-                k: v.model_dump(exclude_defaults=True) if isinstance(v, BaseModel) else v for k, v in value.items()
-            }
-            return shown(inner)
+            return shown({name: _plain(inner) for name, inner in value.items()})
         return shown(value) or '""'
 
     @property
@@ -88,7 +86,8 @@ def entries(model: type[BaseModel], prefix: str = "") -> Iterator[Entry]:
         entry = Entry(key=prefix + name, owner=model, field=field)
         yield entry
         if entry.group is not None:
-            yield from entries(entry.group, f"{entry.key}.{NAME}." if entry.is_mapping else f"{entry.key}.")
+            name = f"{NAME}." if entry.is_mapping else ""
+            yield from entries(entry.group, f"{entry.key}.{name}")
 
 
 def table(model: type[BaseModel], within: str = "") -> list[str]:
@@ -101,7 +100,7 @@ def table(model: type[BaseModel], within: str = "") -> list[str]:
 
 
 def line_of(entry: Entry, *, whole: bool = False) -> str:
-    """`optim.lr  number (> 0, <= 1) = 1e-06  # Learning rate`: the meaning's first sentence, or all."""
+    """`optim.lr  number (> 0, <= 1) = 1e-06  # Learning rate`, with the first sentence or all."""
     head = entry.key
     if entry.group is None or entry.default:
         head += f"  {entry.type} = {entry.default}"
@@ -139,6 +138,10 @@ def _bounds(field: FieldInfo) -> str:
     return f" ({', '.join(found)})" if found else ""
 
 
+def _plain(value: Any) -> Any:
+    return value.model_dump(exclude_defaults=True) if isinstance(value, BaseModel) else value
+
+
 def _is_mapping(kind: Any) -> bool:
     origin = get_origin(kind)
     return isinstance(origin, type) and issubclass(origin, Mapping)
@@ -146,15 +149,22 @@ def _is_mapping(kind: Any) -> bool:
 
 @cache
 def docstrings(model: type[BaseModel]) -> dict[str, str]:
-    """What stands below each field of a model in its source."""
-    [body] = [node for node in ast.parse(inspect.getsource(model)).body if isinstance(node, ast.ClassDef)]
-    found = {}
-    for field, below in zip(body.body, body.body[1:], strict=False):
-        if (
-            isinstance(field, ast.AnnAssign)
-            and isinstance(field.target, ast.Name)
-            and isinstance(below, ast.Expr)
-            and isinstance(below.value, ast.Constant)
-        ):
-            found[field.target.id] = inspect.cleandoc(str(below.value.value))
+    """What stands below each field of a model, or of one that it extends, in its source."""
+    found: dict[str, str] = {}
+    for owner in reversed(model.__mro__):
+        if issubclass(owner, BaseModel) and owner is not BaseModel:
+            found |= _of_source(inspect.getsource(owner))
     return found
+
+
+def _of_source(source: str) -> dict[str, str]:
+    [body] = ast.parse(source).body
+    assert isinstance(body, ast.ClassDef)
+    return {
+        field.target.id: inspect.cleandoc(str(below.value.value))
+        for field, below in zip(body.body, body.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(below, ast.Expr)
+        and isinstance(below.value, ast.Constant)
+    }

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute  # `pa.compute` is there only then
 
-from ...rollout.schedule import GIVEN
+from ...rollout.schedule import QUEUE_DEPTH
 from ..checkpoints import METRICS
 from ..config.load import load_config
 from ..watch.lengths import read_lengths
@@ -59,7 +59,7 @@ def calibrate(
     scenario = Scenario(
         workers=target.cluster.rollouts,
         slots=target.rollout.max_num_seqs,
-        given=GIVEN * target.rollout.max_num_seqs if target.schedule.max_staleness else None,
+        given=QUEUE_DEPTH * target.rollout.max_num_seqs if target.schedule.max_staleness else None,
         table=measured.table,
         lengths=recorded_lengths(table, target.rollout.max_response_length),
         prompts_per_step=target.schedule.prompts_per_step,

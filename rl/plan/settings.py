@@ -12,7 +12,7 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 from pydantic import Field, ValidationError, model_validator
 
-from ...rollout.schedule import GIVEN
+from ...rollout.schedule import QUEUE_DEPTH
 from ..config.load import ConfigError, Settings
 from .devices import MODELS, Device, ModelShape, decode_table, device, most_slots
 from .scenario import Failures, InFlight, LognormalLengths, Publication, RewardTime, Scenario
@@ -221,7 +221,7 @@ def make_scenario(settings: PlanSettings, learners: int) -> Scenario:
     return Scenario(
         workers=max(1, (settings.devices - learners) // settings.cards),
         slots=settings.slots,
-        given=GIVEN * settings.slots if schedule.max_staleness else None,
+        given=QUEUE_DEPTH * settings.slots if schedule.max_staleness else None,
         table=decode_table(hardware, shape, settings.cards, slots=settings.slots, longest=lengths.prompt + lengths.cap),
         lengths=source,
         prompts_per_step=schedule.prompts_per_step,

@@ -150,9 +150,9 @@ class _Simulation:
             self.schedule.admit(group.number)
             self._backlog.append(group)
         if self._backlog:
-            self._deal()
+            self._dispatch()
 
-    def _deal(self) -> None:
+    def _dispatch(self) -> None:
         """To the workers that have the least to do, as the pool does."""
         shares: dict[int, list[SimGroup]] = {}
         tokens = self.scenario.group_size * self._expected
@@ -177,7 +177,7 @@ class _Simulation:
     def _decoded(self, group: SimGroup) -> None:
         self._leave(group)
         if self._backlog:
-            self._deal()
+            self._dispatch()
         if self.scenario.reward.seconds == 0:
             self._marked(group)
         else:
@@ -221,7 +221,7 @@ class _Simulation:
                 self.schedule.reissue(group.number)
                 self._backlog.append(SimGroup(number=group.number, problem=group.problem, lengths=group.lengths))
             self._reissued += len(lost)
-            self._deal()
+            self._dispatch()
 
     def _usage(self) -> Usage:
         each = [worker.usage() for worker in self.workers]

@@ -43,7 +43,7 @@ class Alarms:
     """Sees the metrics of each step in turn."""
 
     def __init__(self, config: Config, entropy_start: float | None = None) -> None:
-        """entropy_start: as `self.entropy_start` was in the run's earlier sitting."""
+        """entropy_start: as `self.entropy_start` was in the run's earlier attempt."""
         self.entropy_start = entropy_start
         """Nats a token in the first step that trained: what a collapse is measured by."""
         self._signs = signs(config)

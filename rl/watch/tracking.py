@@ -26,7 +26,7 @@ HALF_CELL = 400
 
 
 class Tracker:
-    """Opened once per sitting of a run; every row names its stage and step."""
+    """Opened once per attempt of a run; every row names its stage and step."""
 
     def __init__(self, config: Config, run_dir: Path, console: Console) -> None:
         self.config, self.run_dir, self.console = config, run_dir, console

@@ -46,7 +46,7 @@ LEAST, SLACK, MOST_LOGP, MOST_P = 1e-4, 100.0, 0.03, 0.01
 """Below 100 times the first version's figures (within 1e-4 and these) nothing is an alarm: noise grows as a small model becomes
 sure of its answers."""
 SETTLED = 8
-"""How many versions a level that was measured in an earlier sitting stands for."""
+"""How many versions a level that was measured in an earlier attempt stands for."""
 REMEMBERED = 256
 """Versions whose results are kept, to know them again."""
 
@@ -102,7 +102,7 @@ class Probe:
     """Holds every version against the noise of those before it."""
 
     def __init__(self, tolerance: float, level: Level | None = None) -> None:
-        """tolerance: the absolute bound. level: the noise that an earlier sitting of the run has measured."""
+        """tolerance: the absolute bound. level: the noise that an earlier attempt of the run has measured."""
         self._tolerance = tolerance
         self._levels: list[Level] = [] if level is None else [level] * SETTLED
         self._seen: dict[bytes, tuple[int, Values]] = {}

@@ -123,7 +123,7 @@ class WeightSync:
         self._pool = pool
         self._tell = tell
         self._run_id = run_id
-        self._sitting = time.time_ns()
+        self._attempt = time.time_ns()
         self._mode: Mode = settings.mode if settings.mode != "auto" else "dense"
         self._transport: Transport = "object_store" if settings.transport == "auto" else settings.transport
         self._rates: dict[Transport, float] = {}
@@ -225,7 +225,7 @@ class WeightSync:
             Directory(self._folder).keep([*self._anchors, *self._patches])
         return WeightUpdate(
             run_id=self._run_id,
-            sitting=self._sitting,
+            attempt=self._attempt,
             version=published.version,
             root=published.root,
             patches=self._patches,

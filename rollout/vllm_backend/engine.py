@@ -188,7 +188,7 @@ class VLLMEngine:
         async with self._turn:
             self._weights.held = held
             if self._weights.order.state != "asleep":
-                await self._weights.settle()
+                await self._weights.reconcile_served()
 
     async def apply(self, patch: WeightPatch) -> int:
         async with self._turn:
@@ -230,12 +230,12 @@ class VLLMEngine:
     async def wake(self) -> None:
         async with self._turn:
             if self._weights.can_wake:
-                await self._weights.settle(stale=True)
+                await self._weights.reconcile_served(stale=True)
 
     async def reload(self) -> None:
         async with self._turn:
             self._check_serving()
-            await self._weights.settle(stale=True)
+            await self._weights.reconcile_served(stale=True)
 
     async def close(self) -> None:
         async with self._turn:
@@ -334,7 +334,7 @@ class VLLMEngine:
         async with self._turn:
             if llm is self._llm and not self._closed and self._weights.corrupt is None:
                 with suppress(Exception):  # every stream has it by now
-                    await self._weights.settle(lost=error)
+                    await self._weights.reconcile_served(lost=error)
 
     async def fail(self, error: Exception) -> None:
         """Ends every stream with `error` and takes its requests back from vLLM."""

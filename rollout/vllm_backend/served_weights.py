@@ -82,14 +82,14 @@ class ServedWeights:
     async def apply(self, patch: WeightPatch) -> None:
         if await asyncio.to_thread(self._is_new, patch):
             target = replace(patch, tensors={}, transfer=None)
-            await self.bring(target, patch.tensors, transfer=patch.transfer)
+            await self.reconcile(target, patch.tensors, transfer=patch.transfer)
             self.run_id = patch.run_id
             self.version = patch.version
             self._proved = target
 
-    async def settle(self, *, stale: bool = False, lost: Exception | None = None) -> None:
-        """Brings the engine to what is served already: `bring`."""
-        await self.bring(self._proved, {}, stale=stale, lost=lost)
+    async def reconcile_served(self, *, stale: bool = False, lost: Exception | None = None) -> None:
+        """Brings the engine to what is served already: `reconcile`."""
+        await self.reconcile(self._proved, {}, stale=stale, lost=lost)
 
     async def sleep(self, level: int) -> None:
         """Nothing may be under way."""
@@ -102,7 +102,7 @@ class ServedWeights:
     def can_wake(self) -> bool:
         return self.order.state == "asleep" and self._proved is not None
 
-    async def bring(
+    async def reconcile(
         self,
         target: WeightPatch | None,
         tensors: Mapping[str, TensorBytes],

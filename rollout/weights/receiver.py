@@ -60,7 +60,7 @@ class Receiver:
         self._ready: Weights | None = None
         self._given: Weights | None = None
         """The version last handed to the engine, which it may not serve yet."""
-        self._sitting = -1
+        self._attempt = -1
         self._report = Report()
 
     @property
@@ -72,11 +72,11 @@ class Receiver:
         """Makes the announced version ready. `UnrecoverableError` if no announced way leads there."""
         with self._lock:
             newest = self._ready or self._held
-            if newest is not None and (notice.sitting < self._sitting or _covers(newest, notice)):
+            if newest is not None and (notice.attempt < self._attempt or _covers(newest, notice)):
                 return self._report
             self._report = Report(version=notice.version)
             self._ready = self._reach(notice, newest)
-            self._sitting = notice.sitting
+            self._attempt = notice.attempt
             return self._report
 
     def patch(self, version: int, served: int) -> WeightPatch:
@@ -116,7 +116,7 @@ class Receiver:
         older; decoding waited so many seconds."""
         with self._lock:
             self._held = self._ready = self._given = None
-            self._sitting = max(self._sitting, notice.sitting)
+            self._attempt = max(self._attempt, notice.attempt)
             self._report = Report(version=notice.version, wire_bytes=size, transfer_s=transfer_s, apply_s=seconds)
             return self._report
 

@@ -28,7 +28,8 @@ def read_model(path: Path) -> dict[str, TensorBytes]:
         index = path / INDEX
         names = {WEIGHTS} if not index.exists() else set(json.loads(index.read_text())["weight_map"].values())
         if not all((path / name).is_file() for name in names):
-            raise ValueError(f"{path} has no {WEIGHTS}")
+            missing = f"neither {WEIGHTS} nor {INDEX}" if not index.exists() else "not all of its shards"
+            raise ValueError(f"{path} has {missing}")
         return {key: tensor for name in sorted(names) for key, tensor in read_model(path / name).items()}
     data = np.memmap(path, np.uint8, "r")
     try:

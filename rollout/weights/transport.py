@@ -120,7 +120,7 @@ class WeightUpdate:
     """The announcement to every engine: the version that is to be served, and all patches that may lead there."""
 
     run_id: str
-    sitting: int
+    attempt: int
     """Grows from one start of the learners to the next, which may begin at an older version: what is announced by an earlier
     one comes late."""
     version: int

@@ -152,7 +152,7 @@ def learner(settings: dict[str, Any]) -> None:
         place = OverLink(size=data.nbytes)
         parcel = PatchRef(version=version, base_version=patch.base_version, size=data.nbytes, places=(place,))
         sent = {"patches": (parcel,)} if patched else {"anchors": (parcel,)}
-        notice = WeightUpdate(run_id="link", sitting=0, version=version, root=patch.root, **sent)
+        notice = WeightUpdate(run_id="link", attempt=0, version=version, root=patch.root, **sent)
         encoded = time.monotonic() - begun
         print(base64.b64encode(pickle.dumps((notice, encoded))).decode(), flush=True)
         group = group or platform.meet(platform.CPU, HOST, PORT, 0, 2, 120.0)

@@ -56,6 +56,10 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
         ("algorithm=grop", "did you mean"),
         ("group_size", "override 'group_size' must have the form key=value"),
         ("cluster.device=tpu", "cluster.device='tpu'"),
+        (
+            "sync.transport=collective",
+            "into vLLM's own processes; it needs rollout.engine=vllm, or set sync.transport=object_store",
+        ),
     ],
 )
 def test_a_wrong_key_or_value(file: Path, override: str, message: str) -> None:

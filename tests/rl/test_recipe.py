@@ -12,7 +12,7 @@ from emberl.rl.config.load import resolve
 from emberl.rl.data.arithmetic import ProblemMaker
 from emberl.rl.data.tiny import tiny_tokenizer
 from emberl.rl.model_files import prepare_model
-from emberl.rl.run import conversation
+from emberl.rl.reward_inputs import conversation
 from emberl.rollout.samples import Prompt
 
 WORKED = "<think>7+5=12,12-3=9</think>9"

@@ -140,7 +140,7 @@ def test_a_worker_serves_the_version_whatever_becomes_of_the_broadcast(
         anchor = Directory(tmp_path).put(number, None, pieces(whole))
         place = learner.place(number, timeout=0.3 if case == "never sent" else WAIT)
         notice = WeightUpdate(
-            run_id="run", sitting=0, version=number, root=whole.root, anchors=(anchor,), engines=place
+            run_id="run", attempt=0, version=number, root=whole.root, anchors=(anchor,), engines=place
         )
 
         async def scenario(notice: WeightUpdate = notice, place: EngineTransfer = place) -> dict[str, float]:
@@ -163,7 +163,7 @@ def test_who_catches_up_does_not_wait_for_a_broadcast(monkeypatch: pytest.Monkey
     engine, whole = FakeEngine(learner), patch(3)
     anchor = Directory(tmp_path).put(3, None, pieces(whole))
     notice = WeightUpdate(
-        run_id="run", sitting=0, version=3, root=whole.root, anchors=(anchor,), engines=learner.place(3, timeout=60.0)
+        run_id="run", attempt=0, version=3, root=whole.root, anchors=(anchor,), engines=learner.place(3, timeout=60.0)
     )
     start = time.monotonic()
     assert asyncio.run(updates(engine)[0].apply(notice))["version"] == 3 and engine.joined is None

@@ -53,7 +53,7 @@ class FakeWorker:
 
 ANCHOR = PatchRef(version=3, base_version=None, size=9, places=())
 PATCHES = tuple(PatchRef(version=v, base_version=v - 1, size=1, places=()) for v in (4, 5, 6))
-NOTICE = WeightUpdate(run_id="run", sitting=0, version=6, root="", patches=PATCHES, anchors=(ANCHOR,))
+NOTICE = WeightUpdate(run_id="run", attempt=0, version=6, root="", patches=PATCHES, anchors=(ANCHOR,))
 
 
 def followed(peers: list[FakeWorker]) -> WeightUpdate:

@@ -120,7 +120,7 @@ class Learner:
 
     def __init__(self, seed: int, run: int, wire: Wire, version: int = 0) -> None:
         self.rng = np.random.default_rng((seed, run))
-        self.run_id, self.sitting, self.wire = f"run-{run}", run, wire
+        self.run_id, self.attempt, self.wire = f"run-{run}", run, wire
         self.values = {"up": self.rng.integers(0x3C00, 0x3D00, 40), "norm": self.rng.integers(0, 1 << 15, 5)}
         self.base: Weights | None = None
         self.version = version
@@ -147,7 +147,7 @@ class Learner:
         assert self.base is not None
         return WeightUpdate(
             run_id=self.run_id,
-            sitting=self.sitting,
+            attempt=self.attempt,
             version=self.version,
             root=self.base.root,
             patches=tuple(self.patches),

@@ -100,7 +100,7 @@ def timeless(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         "perf/time_per_step",
         "perf/sampled_tokens_per_second",
         "perf/actor/",
-        "sync/",  # how weights travel is decided by the clock, and another sitting begins with whole ones
+        "sync/",  # how weights travel is decided by the clock, and another attempt begins with whole ones
         "reward/answer/seconds",
         "reward/answer/batch_seconds",
     )

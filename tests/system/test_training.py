@@ -106,7 +106,6 @@ ANOTHER_RUN = {
     "data.terms=[2,3]": "data.terms: [2, 2], now [2, 3]",
     "stages=[rl]": 'stages: ["sft", "rl"], now ["rl"]',
     "model.tiny.hidden=32": "the model of rl-000002 is another (model.tiny.hidden: 64, now 32)",
-    "model={path: elsewhere, tiny: null}": "the model of rl-000002 is another",
 }
 
 

@@ -61,7 +61,7 @@ def notice(found: Published) -> WeightUpdate:
     patches = () if found.patch is None else (found.patch,)
     anchors = () if found.anchor is None else (found.anchor,)
     return WeightUpdate(
-        run_id="run", sitting=0, version=found.version, root=found.root, patches=patches, anchors=anchors
+        run_id="run", attempt=0, version=found.version, root=found.root, patches=patches, anchors=anchors
     )
 
 
@@ -129,7 +129,7 @@ def test_a_thousand_versions_in_a_chain(tmp_path: Path) -> None:
     assert first is not None and receiver.held is not None
     late = Receiver(FetchContext(timeout=5.0))
     whole = WeightUpdate(
-        run_id="run", sitting=0, version=1000, root=receiver.held.root, patches=tuple(patches), anchors=(first,)
+        run_id="run", attempt=0, version=1000, root=receiver.held.root, patches=tuple(patches), anchors=(first,)
     )
     assert late.prepare(whole).replays == 1000
     assert bytes(late.patch(1000, -1).tensors["w"].data) == bytes(receiver.held.tensors["w"].data)

@@ -206,7 +206,8 @@ def loop(
         config=config, run_dir=folder, progress=Progress(), started=0.0, tracker=tracker, learners=learners,
         pool=Engine(length), suite=SimpleNamespace(finished=0, metrics=dict), grade=grade, save=lambda: None,
         source=SimpleNamespace(train=lambda i: Prompt(id=f"p{i}", token_ids=(3,), answer="", source="s")),
-        publish=lambda **_: {}, learning=nullcontext, stop_if_asked=lambda: None, settle=dict, check_delivery=lambda: None,
+        publish=lambda **_: {}, learning=nullcontext, stop_if_asked=lambda: None, wait_published=dict,
+        check_delivery=lambda: None,
         sampling=lambda step: Sampling(max_tokens=LONGEST, seed=step),
     )  # fmt: skip
     result = go(run, None)
