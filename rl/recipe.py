@@ -15,6 +15,7 @@ from typing import Any
 from ..rewards.suite import RewardSuite, build_suite
 from ..rollout.actors import ActorLostError
 from ..rollout.engine import check_engine
+from ..rollout.stops import token_bytes
 from ..rollout.vllm_backend.compat import transfer_backend
 from .algorithm.losses import Objective
 from .batch import demonstrations
@@ -113,6 +114,8 @@ def run_attempt(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Pat
         learners, pool = cluster.spawn(model_path, run_id := uuid.uuid4().hex)
         tokenizer = load_tokenizer(model_path, config.data)
         with user_errors():
+            if config.rollout.stop:
+                token_bytes(tokenizer)  # says whether the engines can find these in its tokens
             source = open_source(config.data, tokenizer, config.seed)
         with ExitStack() as opened:
             suite = build_rewards(config, source, tokenizer)

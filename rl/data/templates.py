@@ -11,6 +11,11 @@ from typing import Any, Protocol
 from ...rollout.samples import Prompt
 from ..config.data import DataConfig
 
+ASSISTANTS = ("assistant", "model", "gpt", "bot")
+"""What data sets call whoever answers."""
+TOOLS = ("tool", "function", "ipython", "observation")
+"""Whose messages some templates write in another form."""
+
 
 class Tokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
@@ -31,26 +36,30 @@ class Tokenizer(Protocol):
     ) -> Any: ...
 
 
-def template_of(settings: DataConfig, tokenizer: Tokenizer) -> Any:
-    """The chat template that `data.template` and `data.chat_template` choose, as transformers has it: a text, or several by
-    name. None: prompts are plain text. ValueError where there is none, or where it knows no such argument."""
+def template_of(settings: DataConfig, tokenizer: Tokenizer) -> str | None:
+    """The text of the chat template that `data.template` and `data.chat_template` choose; None: prompts are plain text.
+
+    ValueError where there is none, or where it knows no such argument."""
     if settings.template in ("none", "raw"):
         return None
     template, given = tokenizer.chat_template, settings.chat_template
     if given is not None:
         template = given if "{%" in given or "{{" in given else _template_file(given)
+    if isinstance(template, Mapping):  # of a model that has several
+        name = "tool_use" if "tools" in settings.chat_template_kwargs else "default"
+        template = template.get(name, template.get("default"))
     if template is None and settings.template == "chat":
         raise ValueError(
             "data.template=chat, but the tokenizer of model.path has no chat template; give one in data.chat_template, or set "
             "data.template=none"
         )
     for name in settings.chat_template_kwargs:
-        if template is None or not re.search(rf"\b{re.escape(name)}\b", str(template)):
+        if template is None or not re.search(rf"\b{re.escape(name)}\b", template):
             raise ValueError(
                 f"data.chat_template_kwargs: the chat template of the model uses no {name}, so it would change nothing; "
                 "leave it out, or give a template that does in data.chat_template"
             )
-    return template
+    return None if template is None else str(template)
 
 
 def _template_file(name: str) -> str:
@@ -66,13 +75,13 @@ def _template_file(name: str) -> str:
 def render(
     messages: Sequence[Mapping[str, str]],
     tokenizer: Tokenizer,
-    template: Any,
+    template: str | None,
     arguments: Mapping[str, Any] | None = None,
 ) -> str:
     """The text that the model continues: by the chat template, or where that is None the contents, one below the other.
 
     arguments: of the template, as in `data.chat_template_kwargs`. ValueError where the template refuses the messages, or
-    leaves out what a user or the system says.
+    leaves out what anybody but the assistant or a tool says.
     """
     if template is None:
         return "\n".join(message["content"] for message in messages)
@@ -94,7 +103,7 @@ def render(
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(f"the chat template refuses messages of {roles}: {line}{error}{hint}") from error
     for role, content in ((message["role"], message["content"].strip()) for message in messages):
-        if role in ("system", "user") and content not in text:
+        if role not in ASSISTANTS + TOOLS and content not in text:
             raise ValueError(f"the chat template leaves out the {role}'s message {content[:80]!r}{hint}")
     return text
 
@@ -204,7 +213,7 @@ class PromptWriter:
         self, messages: Sequence[Mapping[str, str]], *, id: str, answer: str, source: str, columns: Mapping[str, Any]
     ) -> Prompt:
         settings = self._settings
-        messages, prefix = self._open(messages)
+        messages, prefix, continued = self._open(messages)
         if settings.system_prompt is not None and messages[0]["role"] != "system":
             messages = ({"role": "system", "content": settings.system_prompt}, *messages)
         if settings.merge_system:
@@ -212,6 +221,8 @@ class PromptWriter:
         if settings.template == "raw" and len(messages) > 1:
             raise ValueError("data.template=raw takes a text, but here are several messages; set data.template=chat")
         text = render(messages, self._tokenizer, self._template, settings.chat_template_kwargs)
+        if continued and self._template is None:
+            text += "\n"
         text, prefix = with_prefix(text, prefix)
         return Prompt(
             id=id,
@@ -223,19 +234,19 @@ class PromptWriter:
             columns=columns,
         )
 
-    def _open(self, messages: Sequence[Mapping[str, str]]) -> tuple[Sequence[Mapping[str, str]], str]:
-        """The messages up to the answer that is asked for, and how it begins."""
+    def _open(self, messages: Sequence[Mapping[str, str]]) -> tuple[Sequence[Mapping[str, str]], str, bool]:
+        """The messages up to the answer that is asked for, how it begins, and whether that is another message of the row."""
         prefix, asked = self._settings.assistant_prefix, len(messages)
-        while asked and messages[asked - 1]["role"] == "assistant":
+        while asked and messages[asked - 1]["role"] in ASSISTANTS:
             asked -= 1
         if not asked:
             raise ValueError("the conversation is the assistant's alone, so nothing is asked; remove the row")
         if asked == len(messages):
-            return messages, prefix
+            return messages, prefix, False
         if self._settings.final_answer == "continue":
-            return messages[:-1], messages[-1]["content"] or prefix
+            return messages[:-1], messages[-1]["content"] or prefix, True
         self._answered += 1
-        return messages[:asked], prefix
+        return messages[:asked], prefix, False
 
     def fits(self, prompt: Prompt) -> bool:
         return len(prompt.token_ids) <= self._settings.max_prompt_length

@@ -181,6 +181,28 @@ def test_an_answer_that_is_cut_is_said_of_a_table(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("role", ["model", "gpt", "bot"])
+def test_others_names_for_the_assistant_leak_nothing(role: str) -> None:
+    tokenizer = tokenizer_of("phi")
+    assert written(tokenizer, [*USER, {"role": role, "content": "36"}]).token_ids == written(tokenizer).token_ids
+
+
+def test_of_several_templates_the_default_one() -> None:
+    tokenizer = tokenizer_of("phi")
+    expected = written(tokenizer).token_ids
+    tokenizer.chat_template = {"default": PHI, "tool_use": GLM4}
+    assert written(tokenizer).token_ids == expected
+    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|end|>")
+    with pytest.raises(ValueError, match="uses no enable_thinking"):
+        written(tokenizer, chat_template_kwargs={"enable_thinking": False})
+
+
+@pytest.mark.parametrize("role", ["developer", "human"])
+def test_a_role_that_a_template_passes_over_is_seen(qwen3: Any, role: str) -> None:
+    with pytest.raises(ValueError, match=f"leaves out the {role}'s message 'Be brief"):
+        written(qwen3, [{"role": role, "content": "Be brief."}, *USER])
+
+
 def test_an_answer_alone_asks_nothing() -> None:
     with pytest.raises(ValueError, match="the assistant's alone, so nothing is asked; remove the row"):
         written(tokenizer_of("llama3"), [GOLD[-1]])
@@ -220,6 +242,7 @@ def test_thinking_begins_in_qwens_prompt(qwen3: Any) -> None:
         (SYSTEM, {"template": "none"}, "{bos}Be brief.\nWhat is 12*3?"),
         (USER, {"template": "none", "assistant_prefix": "\nAnswer:"}, "{bos}What is 12*3?\nAnswer:"),
         (GOLD[2:], {"template": "none"}, "{bos}+1?"),
+        (GOLD[2:], {"template": "none", "final_answer": "continue"}, "{bos}+1?\nThe answer is 37."),
         (USER, {"template": "raw"}, "{bos}What is 12*3?"),
         ([{"role": "user", "content": "{bos}Q: 1?\nA:"}], {"template": "raw"}, "{bos}Q: 1?\nA:"),
         (

@@ -235,6 +235,32 @@ def test_an_answer_that_goes_on_remembers_where_it_stood(folder: Path) -> None:
     assert completion.token_ids.tolist() == free.token_ids[:12].tolist()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_settings_of_one_answer_are_not_anothers(folder: Path, dtype: str) -> None:
+    """Twelve groups with penalties, cuts and strings of their own, of which some end early: alone and in shared slots."""
+    mix = [
+        replace(
+            FREE,
+            max_tokens=10 + 7 * (i % 5),
+            seed=i,
+            temperature=(1.0, 0.0, 1.4)[i % 3],
+            repetition_penalty=(1.0, 1.3, 0.7)[i % 3],
+            min_p=(0.0, 0.05)[i % 2],
+            stop=("7",) if i % 4 == 0 else (),
+        )
+        for i in range(12)
+    ]
+    found = []
+    for slots in (1, 5):
+        engine = EmbeddedEngine(folder, dtype=dtype, max_num_seqs=slots, max_model_len=160)
+        for i, sampling in enumerate(mix):
+            token_ids = tuple(4 + (i * j) % 18 for j in range(1, 5 + i % 4))
+            engine.submit(replace(PROMPT, id=f"{i:02}", token_ids=token_ids), 2, sampling)
+        found.append(sorted((c.prompt_id, c.sample, c.token_ids.tolist(), c.finish_reason) for c in engine.run()))
+    assert found[0] == found[1]
+    assert {reason for *_, reason in found[0]} == {"stop", "length"}
+
+
 @pytest.mark.parametrize("stop", [("",), ("a", "")])
 def test_an_empty_string_is_refused(folder: Path, stop: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="an empty string would end every answer"):
