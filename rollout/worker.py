@@ -108,6 +108,23 @@ def _own_cards(target: platform.Platform) -> tuple[str, ...]:
     return tuple(ray.get_runtime_context().get_accelerator_ids().get(target.resource, ()))
 
 
+class _Group:
+    """One group in one turn: the samples that are finished, and those that wait with a beginning."""
+
+    def __init__(self, given: Sequence[Completion]) -> None:
+        self.finished: list[Completion] = []
+        self.begun = list(given)
+        self._given = {completion.sample: completion for completion in given}
+
+    def take(self) -> list[Completion]:
+        begun, self.begun = self.begun, []
+        return begun
+
+    def park(self, part: Completion) -> None:
+        """As an engine gives it back, which knows of no masks."""
+        self.begun.append(whole(part, self._given.get(part.sample)))
+
+
 class GroupService:
     """Whole groups from an engine, and what becomes of those in flight when new weights come; all on one event loop.
 
@@ -120,9 +137,7 @@ class GroupService:
 
     def __init__(self, engine: Engine, in_flight: InFlight = "update") -> None:
         self.engine, self._in_flight = engine, in_flight
-        self._samples: dict[str, list[Completion]] = {}  # of each unfinished group by its prompt's id: what is finished
-        self._begun: dict[str, list[Completion]] = {}  # of each group that was parked: what was not
-        self._given: dict[tuple[str, int], Completion] = {}  # what samples were given with a mask
+        self._groups: dict[str, _Group] = {}  # those under way, by their prompt's id
         self._streams = 0
         self._quiet = asyncio.Condition()
         self._updates = 0
@@ -135,12 +150,12 @@ class GroupService:
         """All samples of every request, submitted at once; yields groups as they become complete, those together that do so
         within `LINGER`. A group that is cut does not come. begun: prompt id -> as many samples as are asked for, which are
         to go on from where they stand; none: from the prompt."""
-        given = {name: list(parts) for name, parts in (begun or {}).items() if parts}
-        self._begun |= given
-        self._given |= {(c.prompt_id, c.sample): c for parts in given.values() for c in parts}
+        given = begun or {}
+        mine = {prompt.id: _Group(given.get(prompt.id, ())) for prompt, _, _ in requests}
+        self._groups |= mine
         ready: Finished = []
         some = asyncio.Event()
-        work = asyncio.create_task(self._decode(requests, ready, some))
+        work = asyncio.create_task(self._decode(requests, mine, ready, some))
         try:
             while not work.done() or ready:
                 await asyncio.wait({work, waiting := asyncio.create_task(some.wait())}, return_when="FIRST_COMPLETED")
@@ -155,29 +170,37 @@ class GroupService:
             work.result()
         finally:
             work.cancel()
-            for prompt, _, _ in requests:
-                self._samples.pop(prompt.id, None)
-                self._begun.pop(prompt.id, None)
-            done = {prompt.id for prompt, _, _ in requests}
-            self._given = {key: c for key, c in self._given.items() if key[0] not in done}
+            for name, group in mine.items():
+                if self._groups.get(name) is group:  # not its next turn, which may have begun
+                    del self._groups[name]
 
-    async def _decode(self, requests: Sequence[Request], ready: Finished, some: asyncio.Event) -> None:
+    async def _decode(
+        self,
+        requests: Sequence[Request],
+        mine: Mapping[str, _Group],
+        ready: Finished,
+        some: asyncio.Event,
+    ) -> None:
         index = {prompt.id: i for i, (prompt, _, _) in enumerate(requests)}
-        self._samples |= {name: [] for name in index}
-        while left := [request for request in requests if request[0].id in self._samples]:
+
+        def under_way(name: str) -> bool:
+            return self._groups.get(name) is mine[name]
+
+        while left := [request for request in requests if under_way(request[0].id)]:
             async with self._open:
                 await self._open.wait_for(lambda: not self._updates)
             self._streams += 1
             try:
-                begun = {prompt.id: self._begun.pop(prompt.id, []) for prompt, _, _ in left}
+                begun = {prompt.id: mine[prompt.id].take() for prompt, _, _ in left}
                 async for completion in self.engine.generate_all(left, begun):
                     name = completion.prompt_id
-                    if (group := self._samples.get(name)) is None:
+                    if not under_way(name):
                         continue  # it was cut
-                    group.append(completion)
-                    if len(group) == requests[index[name]][1]:
-                        del self._samples[name]
-                        ready.append((index[name], tuple(sorted(group, key=lambda c: c.sample))))
+                    finished = mine[name].finished
+                    finished.append(completion)
+                    if len(finished) == requests[index[name]][1]:
+                        del self._groups[name]
+                        ready.append((index[name], tuple(sorted(finished, key=lambda c: c.sample))))
                         some.set()
             finally:
                 self._streams -= 1
@@ -192,9 +215,9 @@ class GroupService:
         try:
             async with self._updating:
                 if self._in_flight == "park":
-                    for parked in await self.engine.abort(list(self._samples)):
-                        given = self._given.get((parked.prompt_id, parked.sample))
-                        self._begun.setdefault(parked.prompt_id, []).append(whole(parked, given))
+                    for parked in await self.engine.abort(list(self._groups)):
+                        if (group := self._groups.get(parked.prompt_id)) is not None:
+                            group.park(parked)
                 async with self._quiet:
                     await self._quiet.wait_for(lambda: not self._streams)
                 return await self.engine.apply(patch)
@@ -205,11 +228,10 @@ class GroupService:
 
     async def cut(self, prompt_ids: Collection[str]) -> list[tuple[Completion, ...]]:
         """Ends these groups; returns the samples of each that was still under way, as far as they had come."""
-        groups = {name: group for name in prompt_ids if (group := self._samples.pop(name, None)) is not None}
-        parts = [*await self.engine.abort(list(groups)), *(c for name in groups for c in self._begun.pop(name, ()))]
-        for completion in parts:
-            groups[completion.prompt_id].append(completion)
-        return [tuple(group) for group in groups.values()]
+        groups = {name: self._groups.pop(name) for name in prompt_ids if name in self._groups}
+        for completion in await self.engine.abort(list(groups)):
+            groups[completion.prompt_id].park(completion)
+        return [(*group.finished, *group.begun) for group in groups.values()]
 
 
 class WeightUpdates:

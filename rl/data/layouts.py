@@ -138,7 +138,7 @@ _PROMPTS = (
     "problem_description", "question_stem", "query", "instruction", "quiz", "puzzle", "prompts", "questions", "task",
     "input", "inputs", "description", "statement", "stem", "exercise", "sentence", "original_question", "user",
     "user_prompt", "content", "conversations", "conversation", "messages", "context_messages", "chat", "dialogue", "text",
-    "body", "ctx", "goal", "hypothesis", "instruct_prompt", "complete_prompt", "问题", "题目",
+    "body", "ctx", "goal", "hypothesis", "conclusion", "instruct_prompt", "complete_prompt", "问题", "题目",
 )  # fmt: skip
 _ANSWERS = (
     "ground_truth", "final_answer", "expected_answer", "reference_answer", "gold_answer", "gt_answer", "true_answer",
@@ -151,18 +151,22 @@ _ANSWERS = (
 _TESTS = (
     "tests", "test", "test_cases", "test_list", "input_output", "official_tests", "private_test_cases",
     "public_test_cases", "private_tests", "public_tests", "generated_tests", "unit_tests", "unit_test", "testcases",
-    "test_case", "test_code", "hidden_tests", "assertions", "asserts", "check", "examples_tests",
+    "test_case", "testcase", "test_code", "hidden_tests", "assertions", "asserts", "check", "examples_tests",
 )  # fmt: skip
-_BEFORE = ("passage", "context", "article", "story", "body", "background", "premise", "premises")
+_BEFORE = ("passage", "context", "article", "story", "body", "background", "premise", "premises", "puzzle")
 _AFTER = {
     "instruction": ("input",),
     "description": ("input_format", "output_format", "input_specification", "output_specification", "constraints"),
 }
 _OPTIONS = ("choices", "options", "endings", "candidates", "answer_choices", "multiple_choice_options", "option")
-_LETTERED = (("a", "b", "c", "d"), ("opa", "opb", "opc", "opd"), ("option_a", "option_b", "option_c", "option_d"))
+_LETTERED = (("a", "b", "c", "d"), ("opa", "opb", "opc", "opd"), ("option_a", "option_b", "option_c", "option_d"),
+             ("option1", "option2"), ("sol1", "sol2"))  # fmt: skip
 # Of names that are in no list: words in them, the likeliest first.
 _PROMPT_WORDS = ("prompt", "problem", "question", "query", "instruction", "puzzle", "task", "text")
-_ANSWER_WORDS = ("truth", "answer", "gold", "target", "label", "expected", "solution", "result", "output", "response")
+_ANSWER_WORDS = (
+    "truth", "answer", "answers", "gold", "golden", "target", "label", "expected", "solution", "solutions", "result",
+    "output", "response",
+)  # fmt: skip
 _TEST_WORDS = ("tests", "test", "testcases", "asserts", "assertions", "cases")
 _NESTED_FIRST = ("reward_model", "verification_info", "reward", "extra_info", "metadata", "meta", "info")
 

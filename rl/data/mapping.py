@@ -16,8 +16,10 @@ from .templates import fields, fill, missing
 _MARKED = re.compile(r"(?:final |correct )?answer is:?\s*(.+?)\s*\.?\s*$", re.IGNORECASE)
 _COUNTED = re.compile(r"(-?[\d.,/]+) \([A-Za-z ]+\)")
 _LETTERED = re.compile(r"\s*\(?([A-Ja-j1-9])\s*[).:]")
-_KEYS = ("value", "answer", "ground_truth", "target", "solution_text_format", "text", "final_answer", "label")
-_ALTERNATIVES = ("answers", "golden_answers", "aliases", "text", "target", "targets")
+_KEYS = ("value", "answer", "ground_truth", "target", "solution_text_format", "text", "final_answer", "label", "spans")
+_ALTERNATIVES = frozenset(
+    ("answers", "aliases", "spans", "text", "target", "targets")
+)  # words in names: one of them will do
 _SEEN = 64  # rows by which the layout is recognised
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -180,6 +182,8 @@ class Mapper:
                 more["test_list"] = tests
             elif layout.tests[0] not in _KNOWN_TESTS:
                 more["tests"] = tests
+        elif layout.answer and (test := lookup(row, f"{layout.answer[0]}.functional")):  # code-r1
+            more["tests"] = test
         if layout.metadata:
             more["metadata"] = {
                 "source_dataset": "countdown",
@@ -251,6 +255,9 @@ class Mapper:
 
     def _text(self, value: Any, path: str) -> str:
         """An answer as text: a number as it is, the one item of a list, a mapping's own answer, else JSON."""
+        several = bool(_ALTERNATIVES & set(path.rsplit(".", 1)[-1].lower().split("_")))
+        if several and not self._stated:
+            value = _list_of(value)
         if isinstance(value, str):
             return value.strip()
         if isinstance(value, bool) and not self._stated:
@@ -259,7 +266,7 @@ class Mapper:
             inner = [key for key in _KEYS if given(value.get(key))]
             if inner:
                 return self._text(value[inner[0]], inner[0])
-        if isinstance(value, Sequence) and (len(value) == 1 or path.rsplit(".", 1)[-1].lower() in _ALTERNATIVES):
+        if isinstance(value, Sequence) and value and (len(value) == 1 or several):
             return self._text(value[0], path)
         return json.dumps(value, ensure_ascii=False, default=str)
 
@@ -309,6 +316,8 @@ def _options(row: Mapping[str, Any], path: str) -> tuple[list[str], list[str]]:
             return ([str(each.get("label", each.get("key", ""))) for each in value],
                     [str(each.get("text", each.get("content", ""))) for each in value])  # fmt: skip
         texts = [str(text) for text in value]
+        if "option1" in path:
+            return [str(i + 1) for i in range(len(texts))], texts
         if texts and all(_LETTERED.match(text) for text in texts):
             return [""] * len(texts), texts
         return list(_LETTERS[: len(texts)]), texts[: len(_LETTERS)]

@@ -84,7 +84,7 @@ def test_a_right_answer_is_paid_and_a_wrong_one_is_not(name: str, tmp_path: Path
         assert case.shown in said
         assert case.reward != "math" or prompt.answer not in said.split("assistant")[-1], f"row {i} shows its answer"
     verdicts = reward(inputs)
-    assert [v.status.value for v in verdicts] == ["correct"] * 5 + ["wrong"] * 5, [str(v) for v in verdicts]
+    assert [v.score for v in verdicts] == [1.0] * 5 + [0.0] * 5, [str(v) for v in verdicts]
     if (check := getattr(reward, "check_reference", None)) is not None:
         assert [check(row) for row in inputs[:5]] == [None] * 5
 

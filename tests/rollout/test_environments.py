@@ -158,6 +158,31 @@ def test_a_two_turn_episode_token_by_token(make_prompt: MakePrompt) -> None:
     assert (short.episode.turns, short.episode.reward) == ((0,), 0.25)
 
 
+def test_a_turn_may_begin_before_the_one_before_has_left_the_worker(make_prompt: MakePrompt) -> None:
+    prompt, limit = make_prompt("a"), Sampling(max_tokens=20, stop_token_ids=(END,))
+
+    async def two_turns() -> tuple[list[Any], Any]:
+        service = GroupService(Scripted({0: [[8, END]], 1: [[7, END], [4, END]]}))
+        first = service.generate([(prompt, 2, limit)])
+        [(_, group)] = await anext(first)
+        asked = replace(
+            group[1],
+            token_ids=np.append(group[1].token_ids, np.int32(ASK)),
+            logprobs=np.append(group[1].logprobs, np.float32(0)),
+            spans=(Span(0, 0, 3),),
+            loss_mask=np.array([True, True, False]),
+        )
+        second = service.generate([(prompt, 1, limit)], {"a": [asked]})
+        turn = asyncio.create_task(anext(second))  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        left = [groups async for groups in first]
+        return left, await turn
+
+    left, [(_, (went_on,))] = asyncio.run(asyncio.wait_for(two_turns(), 60))
+    assert left == [] and went_on.sample == 1
+    assert went_on.token_ids.tolist() == [7, END, ASK, 4, END]
+
+
 def test_vllm_reads_the_same_tokens_and_keeps_them(make_prompt: MakePrompt) -> None:
     """What is sent to its processes for a second turn, and what is made of their answer; a turn has
     draws of its own."""

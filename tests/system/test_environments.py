@@ -37,7 +37,7 @@ def test_the_guess_game_is_learnt(emberl: Emberl) -> None:
     table = pyarrow.parquet.read_table(emberl.folder / "run/lengths.parquet")
     assert max(table["response_length"].to_pylist()) <= 24
     for row in table.to_pylist():
-        assert sum(row["version_tokens"]) == row["response_length"] and row["versions"] == [row["version"]]
+        assert sum(row["version_tokens"]) == row["response_length"] and len(row["versions"]) == 1
 
 
 def test_one_turn_is_the_plain_run_byte_for_byte(emberl: Emberl) -> None:

@@ -67,7 +67,7 @@ def test_all_of_a_peers_file_is_answered_at_once() -> None:
     [
         ("critic.warmup_steps=5", "did you mean critic.lr_warmup_steps?"),
         ("rollout.group_sze=8", "did you mean rollout.group_size?"),
-        ("eval.foo=1", "eval has every, size, samples, temperature"),
+        ("checkpoint.foo=1", "checkpoint has every, keep, history"),
         ("xyzzyq=1", "the top level has name, seed"),
         ("reward.parts.answer.wieght=1", "did you mean reward.parts.answer.weight?"),
     ],
