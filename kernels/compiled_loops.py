@@ -1,8 +1,10 @@
-"""Elements of bfloat16 and float32 arrays inside compiled loops, and an exponential that vectorises.
+"""Elements of bfloat16 and float32 arrays inside compiled loops, and an exponential that
+vectorises.
 
-numba knows no bfloat16: such an array comes as uint16, the upper halves of float32 numbers. The conversions are written as
-instructions since numba widens integers to 64 bits, which keeps loops from being vectorised. What is compiled is kept between
-processes, and numba sees a change of a function's own file only: whoever edits this one has to delete the `.nbi` files.
+numba knows no bfloat16: such an array comes as uint16, the upper halves of float32 numbers. The
+conversions are written as instructions since numba widens integers to 64 bits, which keeps loops
+from being vectorised. What is compiled is kept between processes, and numba sees a change of a
+function's own file only: whoever edits this one has to delete the `.nbi` files.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -21,11 +23,15 @@ from numba.extending import intrinsic, overload
 from numba.np import arrayobj
 
 FASTMATH = {"reassoc", "contract", "arcp", "nsz", "afn"}
-"""Sums may be reordered, which is what lets them be vectorised; NaN and infinity keep their meaning."""
+"""Sums may be reordered, which is what lets them be vectorised; NaN and infinity keep their
+meaning."""
 
 # kept between processes where the installation may be written to: compiling takes seconds
 compiled: Any = njit(
-    nogil=True, fastmath=FASTMATH, cache=os.access(Path(__file__).parent, os.W_OK), error_model="numpy"
+    nogil=True,
+    fastmath=FASTMATH,
+    cache=os.access(Path(__file__).parent, os.W_OK),
+    error_model="numpy",
 )
 
 _intrinsic: Any = intrinsic  # it rewrites what it decorates in a way that no annotation tells
@@ -59,7 +65,9 @@ def to_bfloat16(_context, x):
         odd = builder.and_(builder.lshr(bits, _INT(16)), _INT(1))
         rounded = builder.add(bits, builder.add(odd, _INT(0x7FFF)))
         result = builder.trunc(builder.lshr(rounded, _INT(16)), ir.IntType(16))
-        return builder.select(builder.fcmp_unordered("uno", args[0], args[0]), ir.IntType(16)(0x7FC0), result)
+        return builder.select(
+            builder.fcmp_unordered("uno", args[0], args[0]), ir.IntType(16)(0x7FC0), result
+        )
 
     return types.uint16(types.float32), emit
 
@@ -153,14 +161,19 @@ class _Row:
 
 @_intrinsic
 def dot_rows(_context, query, rows, length, out):
-    """out[w] = rows[w] . query for w below `length`; rows [W, D] contiguous, D a multiple of `UNIT`."""
+    """out[w] = rows[w] . query for w below `length`; rows [W, D] contiguous, D a multiple of
+    `UNIT`."""
 
     def emit(context, builder, signature, args):
-        query_row, row, result = (_Row(context, builder, signature.args[i], args[i]) for i in (0, 1, 3))
+        query_row, row, result = (
+            _Row(context, builder, signature.args[i], args[i]) for i in (0, 1, 3)
+        )
         size = _last_dimension(context, builder, signature.args[1], args[1])
         totals = [cgutils.alloca_once(builder, _FLOATS) for _ in range(VECTORS)]
         adds = ir.FunctionType(ir.FloatType(), [ir.FloatType(), _FLOATS])
-        reduce = cgutils.get_or_insert_function(builder.module, adds, "llvm.vector.reduce.fadd.v16f32")
+        reduce = cgutils.get_or_insert_function(
+            builder.module, adds, "llvm.vector.reduce.fadd.v16f32"
+        )
         with cgutils.for_range(builder, args[2]) as row_loop:
             begin = builder.mul(row_loop.index, size)
             for total in totals:
@@ -169,7 +182,9 @@ def dot_rows(_context, query, rows, length, out):
                 for number, total in enumerate(totals):
                     at = builder.add(d, size.type(number * LANES))
                     left = _vector(builder, query_row, at)
-                    _add_product(builder, total, left, _vector(builder, row, builder.add(begin, at)))
+                    _add_product(
+                        builder, total, left, _vector(builder, row, builder.add(begin, at))
+                    )
             a, b, c, e = (builder.load(total) for total in totals)
             pairs = builder.fadd(builder.fadd(a, b), builder.fadd(c, e))
             summed = builder.call(reduce, [ir.FloatType()(0.0), pairs], fastmath=("reassoc",))
@@ -181,7 +196,8 @@ def dot_rows(_context, query, rows, length, out):
 
 @_intrinsic
 def mix_rows(_context, shares, rows, length, out):
-    """out [D] = sum of shares[w] rows[w] over w below `length`; rows [W, D] contiguous, D a multiple of `UNIT`."""
+    """out [D] = sum of shares[w] rows[w] over w below `length`; rows [W, D] contiguous, D a
+    multiple of `UNIT`."""
 
     def emit(context, builder, signature, args):
         share, row, result = (_Row(context, builder, signature.args[i], args[i]) for i in (0, 1, 3))
@@ -201,7 +217,9 @@ def mix_rows(_context, shares, rows, length, out):
                     _add_product(builder, total, spread, _vector(builder, row, at))
             for number, total in enumerate(totals):
                 where = builder.gep(result.data, [builder.add(d, size.type(number * LANES))])
-                stored = builder.store(builder.load(total), builder.bitcast(where, _FLOATS.as_pointer()))
+                stored = builder.store(
+                    builder.load(total), builder.bitcast(where, _FLOATS.as_pointer())
+                )
                 stored.align = 4
         return context.get_dummy_value()
 

@@ -1,7 +1,7 @@
 """The only file that knows the names of devices, collectives and their environment variables.
 
-One table row is one kind of machine. torch is imported inside the functions that need it, so that the configuration
-can name Ray resources without loading it.
+One table row is one kind of machine. torch is imported inside the functions that need it, so that
+the configuration can name Ray resources without loading it.
 """
 
 from __future__ import annotations
@@ -36,14 +36,18 @@ class Platform:
     module: str | None = None
     """The package whose import registers the device with torch."""
     weight_transfer: str = ""
-    """The weight-transfer engine by which vLLM's processes receive weights over the devices' fabric; ours on a CPU."""
+    """The weight-transfer engine by which vLLM's processes receive weights over the devices'
+    fabric; ours on a CPU."""
     flash_built_in: bool = False
-    """Whether transformers' flash_attention_2 needs no package of its own: on NPUs it is the fused attention of torch_npu."""
+    """Whether transformers' flash_attention_2 needs no package of its own: on NPUs it is the fused
+    attention of torch_npu."""
     wide_products: bool = False
-    """Whether torch multiplies bfloat16 matrices here into a float32 result, or onto one, rounding nothing (`out_dtype`)."""
+    """Whether torch multiplies bfloat16 matrices here into a float32 result, or onto one, rounding
+    nothing (`out_dtype`)."""
     lengths_on_host: bool = False
-    """Whether its attention over packed sequences reads their lengths on the host: transformers' for NPUs makes a list
-    of them twice in every layer, which waits for the device unless they are on the host already."""
+    """Whether its attention over packed sequences reads their lengths on the host: transformers'
+    for NPUs makes a list of them twice in every layer, which waits for the device unless they are
+    on the host already."""
 
     @property
     def is_cpu(self) -> bool:
@@ -75,22 +79,30 @@ PLATFORMS = {p.device: p for p in (CPU, CUDA, NPU)}
 
 
 def named(device: str) -> Platform:
-    """The platform called `device`; `auto` is this machine's accelerator, or the CPU where it has none."""
+    """The platform called `device`; `auto` is this machine's accelerator, or the CPU where it has
+    none."""
     if device == "auto":
         return detect()
     if device not in PLATFORMS:
-        raise ValueError(f"cluster.device={device!r} is not known; choose one of auto, {', '.join(PLATFORMS)}")
+        raise ValueError(
+            f"cluster.device={device!r} is not known; choose one of auto, {', '.join(PLATFORMS)}"
+        )
     return PLATFORMS[device]
 
 
 @lru_cache(maxsize=1)
 def detect() -> Platform:
-    """This process's platform, by `torch.accelerator`; an NPU shows only once torch_npu is imported."""
+    """This process's platform, by `torch.accelerator`; an NPU shows only once torch_npu is
+    imported."""
     import torch
 
     _register(NPU)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return PLATFORMS[accelerator.type] if accelerator is not None and accelerator.type in PLATFORMS else CPU
+    return (
+        PLATFORMS[accelerator.type]
+        if accelerator is not None and accelerator.type in PLATFORMS
+        else CPU
+    )
 
 
 def _register(platform: Platform) -> bool:
@@ -112,21 +124,26 @@ def device_of_process(platform: Platform) -> torch.device:
         return torch.device("cpu")
     if not _register(platform):
         raise ValueError(
-            f"cluster.device={platform.device!r} needs the package {platform.module}, which is not installed"
+            f"cluster.device={platform.device!r} needs the package {platform.module}, which is not"
+            " installed"
         )
     torch.accelerator.set_device_index(0)
     return torch.device(platform.device, 0)
 
 
 def device_name(platform: Platform) -> str | None:
-    """The name of this process's device as torch reports it, such as `NVIDIA H200` or `Ascend910B3`; None for a CPU."""
+    """The name of this process's device as torch reports it, such as `NVIDIA H200` or
+    `Ascend910B3`; None for a CPU."""
     import torch
 
-    return None if platform.is_cpu else str(torch.get_device_module(platform.device).get_device_name())
+    return (
+        None if platform.is_cpu else str(torch.get_device_module(platform.device).get_device_name())
+    )
 
 
 def supports_bf16(platform: Platform) -> bool:
-    """Whether bfloat16 matrix products run in hardware: every supported card; a CPU with AMX or AVX512-BF16."""
+    """Whether bfloat16 matrix products run in hardware: every supported card; a CPU with AMX or
+    AVX512-BF16."""
     if not platform.is_cpu:
         return True
     info = Path("/proc/cpuinfo")
@@ -135,13 +152,14 @@ def supports_bf16(platform: Platform) -> bool:
 
 
 def compute_dtype(name: str, platform: Platform) -> torch.dtype:
-    """The dtype called `name` (`auto`, `bfloat16`, `float32`, `float64`); auto is bfloat16 where it is fast. Warns when
-    bfloat16 is requested without hardware support."""
+    """The dtype called `name` (`auto`, `bfloat16`, `float32`, `float64`); auto is bfloat16 where it
+    is fast. Warns when bfloat16 is requested without hardware support."""
     import torch
 
     if name == "bfloat16" and not supports_bf16(platform):
         _log.warning(
-            "model.dtype=bfloat16: this CPU has no bfloat16 products; float32, which auto takes, is faster here"
+            "model.dtype=bfloat16: this CPU has no bfloat16 products; float32, which auto takes, is"
+            " faster here"
         )
     if name == "auto":
         return torch.bfloat16 if supports_bf16(platform) else torch.float32
@@ -150,34 +168,44 @@ def compute_dtype(name: str, platform: Platform) -> torch.dtype:
 
 
 def set_threads(count: int) -> None:
-    """Fixes this process's thread pools. Pools of several actors that fight for the cores slow each other 10-20 times,
-    so every actor calls this before its first operation, with the CPUs that Ray gave it."""
+    """Fixes this process's thread pools. Pools of several actors that fight for the cores slow each
+    other 10-20 times, so every actor calls this before its first operation, with the CPUs that Ray
+    gave it."""
     import torch
 
     torch.set_num_threads(max(1, count))
 
 
 def thread_environment(count: int) -> dict[str, str]:
-    """The environment with which an actor's process must start so that its OpenMP pool is small and sleeps, not spins,
-    between parallel regions."""
-    return {"OMP_NUM_THREADS": str(max(1, count)), "MKL_NUM_THREADS": str(max(1, count)), "OMP_WAIT_POLICY": "PASSIVE"}
+    """The environment with which an actor's process must start so that its OpenMP pool is small and
+    sleeps, not spins, between parallel regions."""
+    return {
+        "OMP_NUM_THREADS": str(max(1, count)),
+        "MKL_NUM_THREADS": str(max(1, count)),
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
 
 
-def process_group(platform: Platform, store: Any, rank: int, size: int, name: str, timeout: float) -> Any:
-    """A group of processes beside torch.distributed's default one, which not all of them need to have; returns once all
-    have come. What does not happen within `timeout` seconds raises a RuntimeError."""
+def process_group(
+    platform: Platform, store: Any, rank: int, size: int, name: str, timeout: float
+) -> Any:
+    """A group of processes beside torch.distributed's default one, which not all of them need to
+    have; returns once all have come. What does not happen within `timeout` seconds raises a
+    RuntimeError."""
     from datetime import timedelta
 
     from torch.distributed import distributed_c10d as c10d
 
     within = timedelta(seconds=timeout)
-    helper: Any = c10d._new_process_group_helper  # what new_group calls, without its demand for a default group
+    # what new_group calls, without its demand for a default group
+    helper: Any = c10d._new_process_group_helper
     group, _ = helper(size, rank, [], platform.collective, store, group_name=name, timeout=within)
     return group
 
 
 def meet(platform: Platform, host: str, port: int, rank: int, size: int, timeout: float) -> Any:
-    """`process_group` of processes that know an address of rank 0's machine, where that one keeps the store."""
+    """`process_group` of processes that know an address of rank 0's machine, where that one keeps
+    the store."""
     from datetime import timedelta
 
     import torch.distributed
@@ -189,7 +217,8 @@ def meet(platform: Platform, host: str, port: int, rank: int, size: int, timeout
 
 
 def broadcast(group: Any, tensor: torch.Tensor, timeout: float) -> None:
-    """From rank 0 of a `process_group`, into `tensor` on the others; RuntimeError after `timeout` seconds."""
+    """From rank 0 of a `process_group`, into `tensor` on the others; RuntimeError after `timeout`
+    seconds."""
     from datetime import timedelta
 
     import torch.distributed
@@ -202,4 +231,6 @@ def broadcast(group: Any, tensor: torch.Tensor, timeout: float) -> None:
 
 def local_cpus() -> int:
     """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    )

@@ -12,10 +12,12 @@ from .verdict import Verdict, verifier_error
 
 
 class BySource(Reward):
-    """Hands each row to the reward of the first pattern (`*`, `?`, `[...]`) that its source matches.
+    """Hands each row to the reward of the first pattern (`*`, `?`, `[...]`) that its source
+    matches.
 
-    A source that stands there by its own name goes to that one, and `*` comes last, wherever they stand. A row of
-    another source is `verifier_error`, and ValueError from `check_references`, before training.
+    A source that stands there by its own name goes to that one, and `*` comes last, wherever they
+    stand. A row of another source is `verifier_error`, and ValueError from `check_references`,
+    before training.
     """
 
     def __init__(self, rewards: Mapping[str, Reward]) -> None:
@@ -27,7 +29,9 @@ class BySource(Reward):
         for pattern, numbers in self._split(batch).items():
             if pattern is None:
                 for i in numbers:
-                    verdicts[i] = verifier_error(f"by_source has no pattern for {batch[i].source!r}")
+                    verdicts[i] = verifier_error(
+                        f"by_source has no pattern for {batch[i].source!r}"
+                    )
                 continue
             graded = self._rewards[pattern]([batch[i] for i in numbers])
             for i, verdict in zip(numbers, graded, strict=True):
@@ -44,17 +48,21 @@ class BySource(Reward):
         split = self._split(rows)
         if None in split:
             counts = Counter(rows[i].source for i in split[None])
-            named = ", ".join(f"{source!r} ({count} rows)" for source, count in counts.most_common(5))
+            named = ", ".join(
+                f"{source!r} ({count} rows)" for source, count in counts.most_common(5)
+            )
             raise ValueError(
-                f"by_source has no pattern for the data source {named}; it has {', '.join(self._patterns)}: add it, or "
-                "'*' for all others"
+                f"by_source has no pattern for the data source {named}; it has"
+                f" {', '.join(self._patterns)}: add it, or '*' for all others"
             )
         messages: list[str | None] = [None] * len(rows)
         for pattern, numbers in split.items():
             assert pattern is not None
             reward = self._rewards[pattern]
             reward.trial(replace(rows[numbers[0]], completion="0"))
-            for i, message in zip(numbers, reward.check_references([rows[i] for i in numbers]), strict=True):
+            for i, message in zip(
+                numbers, reward.check_references([rows[i] for i in numbers]), strict=True
+            ):
                 messages[i] = message
         return messages
 

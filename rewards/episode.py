@@ -12,7 +12,8 @@ EPISODE = "episode"
 
 
 class EnvironmentReward(Reward):
-    """The sum of the rewards of an episode's turns, from the column `EPISODE`: 1 or more is correct, 0 or less is wrong.
+    """The sum of the rewards of an episode's turns, from the column `EPISODE`: 1 or more is
+    correct, 0 or less is wrong.
 
     An episode that ran out of tokens or turns before it was paid is worth 0.
     """

@@ -1,5 +1,5 @@
-"""`GymReward`: tasks of reasoning-gym, compared exactly where the right answer is one value (`gym_answers.py`), else scored
-by the package's own scorers inside the sandbox."""
+"""`GymReward`: tasks of reasoning-gym, compared exactly where the right answer is one value
+(`gym_answers.py`), else scored by the package's own scorers inside the sandbox."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from .sandbox.runs import OVER_LIMIT
 from .verdict import Status, Verdict, verifier_error
 
 TASKS = frozenset(EXACT)
-"""Tasks that are always allowed: 1 to right answers only. Others may be allowed by name, with `tasks`."""
+"""Tasks that are always allowed: 1 to right answers only. Others may be allowed by name, with
+`tasks`."""
 _SCORER = """
 import json, sys
 from reasoning_gym import get_score_answer_fn
@@ -33,26 +34,36 @@ sys.stdout.write(json.dumps(float(score)))
 
 
 class GymReward(Reward):
-    """1.0 for a right answer, else 0.0. With `binary=False` a task that was allowed by name gives its scorer's own number.
+    """1.0 for a right answer, else 0.0. With `binary=False` a task that was allowed by name gives
+    its scorer's own number.
 
-    A row names its task in `columns["metadata"]["source_dataset"]` (as reasoning-gym's items do), else in its source.
-    `tasks`: more task names to allow, scored by the package (right from 0.999 on). Raises ValueError for those whose
-    scorer cannot be trusted, and where such tasks are allowed but reasoning-gym is missing; SandboxUnavailable where
-    there is no sandbox for them.
+    A row names its task in `columns["metadata"]["source_dataset"]` (as reasoning-gym's items do),
+    else in its source. `tasks`: more task names to allow, scored by the package (right from 0.999
+    on). Raises ValueError for those whose scorer cannot be trusted, and where such tasks are
+    allowed but reasoning-gym is missing; SandboxUnavailable where there is no sandbox for them.
     """
 
     def __init__(
-        self, *, binary: bool = True, tasks: Sequence[str] = (), timeout: float = 5.0, concurrency: int = 2
+        self,
+        *,
+        binary: bool = True,
+        tasks: Sequence[str] = (),
+        timeout: float = 5.0,
+        concurrency: int = 2,
     ) -> None:
         for task in tasks:
             if task in REFUSED:
-                raise ValueError(f"options.tasks allows {task!r}, which cannot be graded: {REFUSED[task]}")
+                raise ValueError(
+                    f"options.tasks allows {task!r}, which cannot be graded: {REFUSED[task]}"
+                )
         self._binary, self._tasks = binary, TASKS | set(tasks)
         self._limits = Limits(seconds=timeout, memory_mb=2048)
         self._sandbox: Sandbox | None = None
         if set(tasks) - TASKS:
             if importlib.util.find_spec("reasoning_gym") is None:
-                raise ValueError("reward 'gym' needs reasoning-gym for options.tasks: pip install 'emberl[gym]'")
+                raise ValueError(
+                    "reward 'gym' needs reasoning-gym for options.tasks: pip install 'emberl[gym]'"
+                )
             self._sandbox = Sandbox(workers=concurrency, preload=("reasoning_gym",))
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="gym")
 
@@ -69,12 +80,17 @@ class GymReward(Reward):
         if task in REFUSED:
             return f"the task {task!r} cannot be graded: {REFUSED[task]}"
         if task not in self._tasks:
-            return f"the task {task!r} is not among those allowed; name it in options.tasks to allow it"
+            return (
+                f"the task {task!r} is not among those allowed; name it in options.tasks to"
+                " allow it"
+            )
         # Many solve a countdown: data sets give its target in place of an answer.
         if task == "countdown" and row.answer == str(_entry(row)["metadata"].get("target")):
             return None
         if task in EXACT and not is_right(task, row.answer, _entry(row)):
-            return f"the reference {row.answer[:80]!r} is no answer to a problem of the task {task!r}"
+            return (
+                f"the reference {row.answer[:80]!r} is no answer to a problem of the task {task!r}"
+            )
         return None
 
     def trial(self, row: RewardInput) -> None:
@@ -125,9 +141,15 @@ class GymReward(Reward):
 
 
 def _entry(row: RewardInput) -> dict[str, Any]:
-    return {"question": row.prompt, "answer": row.answer, "metadata": row.columns.get("metadata", {})}
+    return {
+        "question": row.prompt,
+        "answer": row.answer,
+        "metadata": row.columns.get("metadata", {}),
+    }
 
 
 def _task(row: RewardInput) -> str:
     metadata: Any = row.columns.get("metadata")
-    return str(metadata.get("source_dataset", row.source) if isinstance(metadata, dict) else row.source)
+    return str(
+        metadata.get("source_dataset", row.source) if isinstance(metadata, dict) else row.source
+    )

@@ -1,8 +1,10 @@
-"""Answers to reasoning-gym's tasks compared exactly: what the package's own scorers pay for is wider than what is right.
+"""Answers to reasoning-gym's tasks compared exactly: what the package's own scorers pay for is
+wider than what is right.
 
-Its scorers accept NaN for every complex number, any four numbers that make 24, a number list whose members are off by one,
-times that differ by a minute, a right list with more words behind it; some run the answer as Python. So a task whose right
-answer is one value is compared here with the reference, and an expression is evaluated here.
+Its scorers accept NaN for every complex number, any four numbers that make 24, a number list whose
+members are off by one, times that differ by a minute, a right list with more words behind it; some
+run the answer as Python. So a task whose right answer is one value is compared here with the
+reference, and an expression is evaluated here.
 """
 
 from __future__ import annotations
@@ -23,10 +25,17 @@ _MOST_CHARS = 10_000
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,4})?")
 _HEXADECIMAL = re.compile(r"[+-]?0x[0-9a-f]+", re.I)
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_FRACTION = re.compile(r"\$?\s*(?:\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(-?\d+)\s*\}|(-?\d+)\s*/\s*(-?\d+))\s*\$?")
+_FRACTION = re.compile(
+    r"\$?\s*(?:\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(-?\d+)\s*\}|(-?\d+)\s*/\s*(-?\d+))\s*\$?"
+)
 _COMPLEX = re.compile(r"(?:([+-]?[\d.]+)(?![\d.]*[ij]))?(?:([+-]?[\d.]*)[ij])?")
 _POWER_DIGITS = 3
-_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+_OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 
 
 def is_right(task: str, answer: str, entry: Entry) -> bool:
@@ -36,7 +45,8 @@ def is_right(task: str, answer: str, entry: Entry) -> bool:
         return False
     try:
         return EXACT[task](answer, entry)
-    except (ValueError, ArithmeticError, KeyError, TypeError, RecursionError):  # an answer of no known form
+    # an answer of no known form
+    except (ValueError, ArithmeticError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -98,7 +108,8 @@ def _rounded(value: Fraction) -> Decimal:
 
 
 def _fraction(answer: str, entry: Entry) -> bool:
-    """The reference's numerator and denominator: a fraction that can be reduced further is not simplified."""
+    """The reference's numerator and denominator: a fraction that can be reduced further is not
+    simplified."""
     return _parts(answer) == _parts(_reference(entry))
 
 
@@ -147,7 +158,11 @@ def _cells(text: str) -> list[list[int]]:
         if not all(type(cell) is int for row in rows for cell in row):
             raise ValueError("a matrix of something else")
         return [list(row) for row in rows]
-    return [[int(word) for word in line.replace(",", " ").split()] for line in text.splitlines() if line.strip()]
+    return [
+        [int(word) for word in line.replace(",", " ").split()]
+        for line in text.splitlines()
+        if line.strip()
+    ]
 
 
 def _factors(answer: str, entry: Entry) -> bool:
@@ -180,7 +195,8 @@ def _letters(answer: str, entry: Entry) -> bool:
 
 
 def _makes(target: str | int) -> Check:
-    """An expression of exactly the row's numbers with + - * / that is worth the target (a number, or a key)."""
+    """An expression of exactly the row's numbers with + - * / that is worth the target (a number,
+    or a key)."""
 
     def check(answer: str, entry: Entry) -> bool:
         metadata = entry["metadata"]
@@ -193,7 +209,9 @@ def _makes(target: str | int) -> Check:
         except (SyntaxError, MemoryError) as error:
             raise ValueError("no arithmetic expression") from error
         wanted = Fraction(str(metadata[target] if isinstance(target, str) else target))
-        return value == wanted and sorted(used) == sorted(int(number) for number in metadata["numbers"])
+        return value == wanted and sorted(used) == sorted(
+            int(number) for number in metadata["numbers"]
+        )
 
     return check
 
@@ -215,8 +233,16 @@ def _for(check: Check, names: str) -> dict[str, Check]:
 
 
 EXACT: Mapping[str, Check] = {
-    **_for(_value, "aiw basic_arithmetic bitwise_arithmetic calendar_arithmetic chain_sum count_bits count_primes"),
-    **_for(_value, "decimal_chain_sum gcd gsm_symbolic lcm leg_counting letter_counting number_sequence products"),
+    **_for(
+        _value,
+        "aiw basic_arithmetic bitwise_arithmetic calendar_arithmetic chain_sum count_bits"
+        " count_primes",
+    ),
+    **_for(
+        _value,
+        "decimal_chain_sum gcd gsm_symbolic lcm leg_counting letter_counting number_sequence"
+        " products",
+    ),
     **_for(_value, "self_reference simple_equations simple_geometry"),
     **_for(_text, "isomorphic_strings spell_backward syllogism"),
     **_for(_numeral, "base_conversion"),
@@ -238,7 +264,10 @@ EXACT: Mapping[str, Check] = {
 _RUNS = "its scorer runs the answer as code"
 _CONSTANT = "its scorer pays an answer that does not depend on the problem"
 REFUSED: Mapping[str, str] = {
-    **dict.fromkeys(("intermediate_integration", "n_queens", "polynomial_multiplication", "simple_integration"), _RUNS),
+    **dict.fromkeys(
+        ("intermediate_integration", "n_queens", "polynomial_multiplication", "simple_integration"),
+        _RUNS,
+    ),
     **dict.fromkeys(("coin_flip", "game_of_life_halting", "polynomial_equations"), _CONSTANT),
     "composite": "its items name a task of their own, which is the one to allow",
 }

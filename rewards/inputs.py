@@ -1,4 +1,5 @@
-"""The nouns `RewardInput`, all that a reward may look at, and `Reward`, the base of everything that grades."""
+"""The nouns `RewardInput`, all that a reward may look at, and `Reward`, the base of everything that
+grades."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ MARK = "__emberl_reward__"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardInput:
-    """One completion with its problem, e.g. `RewardInput(prompt="7+5-3=", completion="<think>..</think>9", answer="9")`."""
+    """One completion with its problem, e.g.
+    `RewardInput(prompt="7+5-3=", completion="<think>..</think>9", answer="9")`."""
 
     completion: str
     """The decoded completion, end token left out."""
@@ -44,7 +46,8 @@ class RewardInput:
 
 
 class Reward(ABC):
-    """Grades a batch: one verdict for each input, in order. Blocks, is thread-safe and bounds its own time.
+    """Grades a batch: one verdict for each input, in order. Blocks, is thread-safe and bounds its
+    own time.
 
     Only `__call__` has to be written; everything else has a default that does nothing.
     """
@@ -58,16 +61,18 @@ class Reward(ABC):
 
     @property
     def finished(self) -> int:
-        """A count that grows while a batch is graded, so that a long queue is told from a stuck grader."""
+        """A count that grows while a batch is graded, so that a long queue is told from a stuck
+        grader."""
         return 0
 
     def check_reference(self, row: RewardInput) -> str | None:
-        """What is wrong with a row's reference, before training; None if it can be graded against."""
+        """What is wrong with a row's reference, before training; None if it can be graded
+        against."""
         return None
 
     def check_references(self, rows: Sequence[RewardInput]) -> Sequence[str | None]:
-        """The same of many rows, for rewards that better look at them together. ValueError for what no row's
-        removal would mend."""
+        """The same of many rows, for rewards that better look at them together. ValueError for what
+        no row's removal would mend."""
         return [self.check_reference(row) for row in rows]
 
     def trial(self, example: RewardInput) -> None:
@@ -89,12 +94,16 @@ class BadReference:
     message: str
 
     def __str__(self) -> str:
-        return f"row {self.row}: the reference {self.answer[:80]!r} cannot be used by {self.part!r}: {self.message}"
+        return (
+            f"row {self.row}: the reference {self.answer[:80]!r} cannot be used by {self.part!r}:"
+            f" {self.message}"
+        )
 
 
 def reward(function: Callable[..., Any] | None = None, *, batched: bool = False) -> Any:
-    """Marks a function of `RewardInput`s as a reward: one input in and a score out, or with `batched=True` lists of
-    them. A score is a number, a bool, a `Verdict`, a mapping with `score`, or None where the reward does not apply.
+    """Marks a function of `RewardInput`s as a reward: one input in and a score out, or with
+    `batched=True` lists of them. A score is a number, a bool, a `Verdict`, a mapping with `score`,
+    or None where the reward does not apply.
 
     The function may be `async`. Use it as `@reward` or `@reward(batched=True)`.
     """

@@ -1,7 +1,9 @@
-"""`JudgeReward`: a model behind an OpenAI-compatible URL (vLLM's own server, for example) marks the answers.
+"""`JudgeReward`: a model behind an OpenAI-compatible URL (vLLM's own server, for example) marks the
+answers.
 
-All requests go through one event loop in a thread of its own, at most `concurrency` at a time. A judge that is down,
-slow or says nothing readable is an infrastructure error (`verifier_error`), never a wrong answer.
+All requests go through one event loop in a thread of its own, at most `concurrency` at a time. A
+judge that is down, slow or says nothing readable is an infrastructure error (`verifier_error`),
+never a wrong answer.
 """
 
 from __future__ import annotations
@@ -43,13 +45,15 @@ _BACKOFF, _LONGEST_BACKOFF = 0.5, 30.0
 class JudgeReward(Reward):
     """The score that a judge gives, `best` being full marks: score = number / best.
 
-    `base_url` (e.g. `http://host:8000/v1`), `model`: as its server names it. `prompt`: the judge's user message, with
-    {question}, {answer} and {completion}; other braces stay. `system`: its system message. `pattern`: a regular
-    expression whose last match in the reply has the score as group 1, a number or a word of `scores`, e.g.
-    `{yes: 1, no: 0}`. `request`: further fields of the request, e.g. `{max_tokens: 2048}`; the temperature is 0.
-    `api_key_env`: the environment variable with the key. `timeout`: seconds of one request; `retries`: further ones after
-    a refused connection, a time-out or HTTP 408, 409, 425, 429 and 5xx, after 0.5, 1, 2, ... s or what `Retry-After` says.
-    The same request is made once: replies are cached. Raises ValueError for an option that does not fit.
+    `base_url` (e.g. `http://host:8000/v1`), `model`: as its server names it. `prompt`: the judge's
+    user message, with {question}, {answer} and {completion}; other braces stay. `system`: its
+    system message. `pattern`: a regular expression whose last match in the reply has the score as
+    group 1, a number or a word of `scores`, e.g. `{yes: 1, no: 0}`. `request`: further fields of
+    the request, e.g. `{max_tokens: 2048}`; the temperature is 0. `api_key_env`: the environment
+    variable with the key. `timeout`: seconds of one request; `retries`: further ones after a
+    refused connection, a time-out or HTTP 408, 409, 425, 429 and 5xx, after 0.5, 1, 2, ... s or
+    what `Retry-After` says. The same request is made once: replies are cached. Raises ValueError
+    for an option that does not fit.
     """
 
     def __init__(
@@ -69,11 +73,17 @@ class JudgeReward(Reward):
         concurrency: int = 32,
     ) -> None:
         if not base_url.startswith(("http://", "https://")):
-            raise ValueError(f"base_url is {base_url!r}; it must be an address like http://host:8000/v1")
+            raise ValueError(
+                f"base_url is {base_url!r}; it must be an address like http://host:8000/v1"
+            )
         if "{completion}" not in prompt:
-            raise ValueError("prompt shows the judge no {completion}; it may have {question} and {answer} too")
+            raise ValueError(
+                "prompt shows the judge no {completion}; it may have {question} and {answer} too"
+            )
         if not timeout > 0 or retries < 0 or concurrency < 1 or not best > 0:
-            raise ValueError("timeout and best must be positive, retries at least 0 and concurrency at least 1")
+            raise ValueError(
+                "timeout and best must be positive, retries at least 0 and concurrency at least 1"
+            )
         self._pattern = _compiled(pattern)
         self._url, self._prompt, self._timeout, self._retries = base_url, prompt, timeout, retries
         self._scores = {str(word).lower(): float(value) for word, value in (scores or {}).items()}
@@ -96,7 +106,8 @@ class JudgeReward(Reward):
         future = asyncio.run_coroutine_threadsafe(self._grade(batch), loop)
         waves = -(-len(batch) // self._concurrency)
         one = (self._retries + 1) * (self._timeout + _LONGEST_BACKOFF)
-        # other batches may stand in front of this one, so that only a loop that is stuck takes longer
+        # other batches may stand in front of this one, so that only a loop that is stuck takes
+        # longer
         return future.result(8 * waves * one)
 
     def trial(self, example: RewardInput) -> None:
@@ -130,7 +141,8 @@ class JudgeReward(Reward):
         return list(await asyncio.gather(*(self._cached(row) for row in batch)))
 
     async def _cached(self, row: RewardInput) -> Verdict:
-        """The verdict on a row; the same row that is asked for at the same time, or again, costs no request."""
+        """The verdict on a row; the same row that is asked for at the same time, or again, costs no
+        request."""
         text = self._shown(row)
         key = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         task = self._cache.get(key)
@@ -184,7 +196,8 @@ class JudgeReward(Reward):
         try:
             reply = response.json()["choices"][0]["message"]["content"]
             said = list(self._pattern.finditer(reply))[-1][1].strip()
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):  # another's server, a model's words
+        # another's server, a model's words
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             message = f"judge at {self._url}: no score in the reply {response.text[-200:]!r}"
             return verifier_error(message, seconds)
         try:

@@ -1,4 +1,5 @@
-"""Rewards by name: the built-in ones, installed entry points (group `emberl.rewards`), and functions of a package or file."""
+"""Rewards by name: the built-in ones, installed entry points (group `emberl.rewards`), and
+functions of a package or file."""
 
 from __future__ import annotations
 
@@ -35,20 +36,26 @@ def load_reward(
     options: Mapping[str, Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> Reward:
-    """The reward that `use` names, e.g. `load_reward("math")` or `load_reward("./mine.py:score", style="verl")`.
+    """The reward that `use` names, e.g. `load_reward("math")` or
+    `load_reward("./mine.py:score", style="verl")`.
 
-    `options` are the reward's own keywords; `timeout` (s per sample or call) and `concurrency` (processes) go to
-    rewards that have them; `style`, `isolation` and `kwargs` (given to every call of the function) are for functions of a
-    user's own. Raises ValueError that says what is wrong: no such reward, an import that fails, a signature of no known
-    style, an option that does not exist.
+    `options` are the reward's own keywords; `timeout` (s per sample or call) and `concurrency`
+    (processes) go to rewards that have them; `style`, `isolation` and `kwargs` (given to every call
+    of the function) are for functions of a user's own. Raises ValueError that says what is wrong:
+    no such reward, an import that fails, a signature of no known style, an option that does not
+    exist.
     """
     limits = {"timeout": timeout, "concurrency": concurrency}
-    keywords = dict(options or {}) | {key: value for key, value in limits.items() if value is not None}
+    keywords = dict(options or {}) | {
+        key: value for key, value in limits.items() if value is not None
+    }
     plugin = {"style": style, "isolation": isolation, "kwargs": kwargs or None}
     plugin = {key: value for key, value in plugin.items() if value is not None}
     if use in BUILT_IN:
         if plugin:
-            raise ValueError(f"{use!r} is built in and takes no {' or '.join(plugin)}; its keywords are options")
+            raise ValueError(
+                f"{use!r} is built in and takes no {' or '.join(plugin)}; its keywords are options"
+            )
         return _construct(use, keywords)
     target = resolve(use, GROUP, tuple(BUILT_IN))
     try:
@@ -78,7 +85,11 @@ def _checked(factory: Any, keywords: dict[str, Any], name: str) -> dict[str, Any
     if unknown := sorted(set(keywords) - set(parameters)):
         known = ", ".join(p for p in parameters if p != "target") or "none"
         raise UnknownOption(f"{name!r} has no option {', '.join(unknown)}; it takes {known}")
-    missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in (*keywords, "target")]
+    missing = [
+        p.name
+        for p in parameters.values()
+        if p.default is p.empty and p.name not in (*keywords, "target")
+    ]
     if missing:
         raise ValueError(f"{name!r} needs the option {', '.join(missing)}")
     return keywords

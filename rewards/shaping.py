@@ -1,4 +1,5 @@
-"""Rewards for form: format, language, length, repetition. Cheap, inline, and `partial` where they are graded."""
+"""Rewards for form: format, language, length, repetition. Cheap, inline, and `partial` where they
+are graded."""
 
 from __future__ import annotations
 
@@ -11,10 +12,14 @@ from .verdict import Status, Verdict
 
 FORMATS = {
     "think": r"<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)+",
-    "think_answer": r"<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>|</?think>).)+</answer>\s*",
+    "think_answer": (
+        r"<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>|</?think>).)+</answer>\s*"
+    ),
     "boxed": r".*\\boxed\{.*",
 }
-_WORD = re.compile(r"[A-Za-z]{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[\u0400-\u04ff]{2,}|[\u0600-\u06ff]{2,}")
+_WORD = re.compile(
+    r"[A-Za-z]{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[\u0400-\u04ff]{2,}|[\u0600-\u06ff]{2,}"
+)
 _SCRIPTS = {
     "en": re.compile(r"[A-Za-z]"),
     "zh": re.compile(r"[\u3400-\u9fff]"),
@@ -27,7 +32,9 @@ _NOT_PROSE = re.compile(r"```.*?```|\$[^$]*\$|\\[A-Za-z]+|<[^<>]*>", re.DOTALL)
 
 
 def _graded(score: float, best: float = 1.0) -> Verdict:
-    status = Status.CORRECT if score >= best else Status.WRONG if score <= best - 1.0 else Status.PARTIAL
+    status = (
+        Status.CORRECT if score >= best else Status.WRONG if score <= best - 1.0 else Status.PARTIAL
+    )
     return Verdict(status=status, score=score)
 
 
@@ -49,8 +56,9 @@ class _Inline(Reward):
 class FormatReward(_Inline):
     """1.0 if the whole completion has the form, else 0.0 (DeepSeek-R1, section 2.2.2).
 
-    `pattern`: `think` (`<think>..</think>` and an answer), `think_answer` (as in R1, with `<answer>..</answer>`), `boxed`,
-    or a regular expression for the whole completion. A `<think>` that the prompt opened counts as the completion's.
+    `pattern`: `think` (`<think>..</think>` and an answer), `think_answer` (as in R1, with
+    `<answer>..</answer>`), `boxed`, or a regular expression for the whole completion. A `<think>`
+    that the prompt opened counts as the completion's.
     """
 
     def __init__(self, pattern: str = "think") -> None:
@@ -58,7 +66,9 @@ class FormatReward(_Inline):
             self._pattern = re.compile(FORMATS.get(pattern, pattern), re.DOTALL)
         except re.error as error:
             known = ", ".join(FORMATS)
-            raise ValueError(f"pattern {pattern!r} is neither {known} nor a regular expression: {error}") from error
+            raise ValueError(
+                f"pattern {pattern!r} is neither {known} nor a regular expression: {error}"
+            ) from error
 
     def score(self, row: RewardInput) -> float:
         opened = row.prompt.rstrip().endswith("<think>")
@@ -67,9 +77,11 @@ class FormatReward(_Inline):
 
 
 class LanguageReward(_Inline):
-    """The share of words in the target language (DeepSeek-R1, section 2.3.2); 1.0 where there are no words.
+    """The share of words in the target language (DeepSeek-R1, section 2.3.2); 1.0 where there are
+    no words.
 
-    Formulas, code and tags do not count. A CJK character counts as a word. `language`: en, zh, ja, ko, ru or ar.
+    Formulas, code and tags do not count. A CJK character counts as a word. `language`: en, zh, ja,
+    ko, ru or ar.
     """
 
     def __init__(self, language: str = "en") -> None:
@@ -79,21 +91,28 @@ class LanguageReward(_Inline):
 
     def score(self, row: RewardInput) -> float:
         words = _WORD.findall(_NOT_PROSE.sub(" ", row.completion))
-        return sum(self._script.match(word) is not None for word in words) / len(words) if words else 1.0
+        return (
+            sum(self._script.match(word) is not None for word in words) / len(words)
+            if words
+            else 1.0
+        )
 
 
 class OverlongReward(_Inline):
-    """The soft punishment of long completions (DAPO, arXiv 2503.14476, equation 13): from 0 down to -1.
+    """The soft punishment of long completions (DAPO, arXiv 2503.14476, equation 13): from 0 down to
+    -1.
 
-    0 up to `max_tokens - buffer` tokens, then linear to -1 at `max_tokens` and beyond. `max_tokens=0` takes each
-    completion's own limit.
+    0 up to `max_tokens - buffer` tokens, then linear to -1 at `max_tokens` and beyond.
+    `max_tokens=0` takes each completion's own limit.
     """
 
     best = 0.0
 
     def __init__(self, buffer: int, max_tokens: int = 0) -> None:
         if buffer < 1 or (max_tokens and buffer > max_tokens):
-            raise ValueError(f"buffer is {buffer}; it must be between 1 and max_tokens ({max_tokens})")
+            raise ValueError(
+                f"buffer is {buffer}; it must be between 1 and max_tokens ({max_tokens})"
+            )
         self._buffer, self._max_tokens = buffer, max_tokens
 
     def score(self, row: RewardInput) -> float:
@@ -105,9 +124,11 @@ class OverlongReward(_Inline):
 
 
 class RepetitionReward(_Inline):
-    """From 0 down to `-penalty` with the share of repeated n-grams of words: -penalty x (1 - distinct / all).
+    """From 0 down to `-penalty` with the share of repeated n-grams of words: -penalty x (1 -
+    distinct / all).
 
-    The form of Yeo et al., "Demystifying Long Chain-of-Thought Reasoning" (arXiv 2502.03373) without their decay.
+    The form of Yeo et al., "Demystifying Long Chain-of-Thought Reasoning" (arXiv 2502.03373)
+    without their decay.
     """
 
     best = 0.0
@@ -118,6 +139,8 @@ class RepetitionReward(_Inline):
         self._ngram, self._penalty = ngram, penalty
 
     def score(self, row: RewardInput) -> float:
-        words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+", row.completion.lower())
+        words = re.findall(
+            r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+", row.completion.lower()
+        )
         grams = list(zip(*(words[i:] for i in range(self._ngram)), strict=False))
         return -self._penalty * (1.0 - len(set(grams)) / len(grams)) if grams else 0.0

@@ -1,4 +1,5 @@
-"""`RewardSuite`: named parts with weights and gates, graded side by side, each with its own deadline and figures."""
+"""`RewardSuite`: named parts with weights and gates, graded side by side, each with its own
+deadline and figures."""
 
 from __future__ import annotations
 
@@ -26,37 +27,45 @@ class Part:
     gate: str | None = None
     """Another part's name: this part counts only where that one scored above 0."""
     deadline: float = 600.0
-    """Seconds for one batch; what has no verdict by then gets `verifier_error`. A reward's own limit per sample is
-    tighter and tells a bomb from a stuck grader; this one is the last resort. For a reward that counts what it has
-    finished (`Reward`), seconds in which that count stands still: a long queue of slow programs is no stuck grader."""
+    """Seconds for one batch; what has no verdict by then gets `verifier_error`. A reward's own
+    limit per sample is tighter and tells a bomb from a stuck grader; this one is the last resort.
+    For a reward that counts what it has finished (`Reward`), seconds in which that count stands
+    still: a long queue of slow programs is no stuck grader."""
 
 
 class RewardSuite:
-    """Grades completions by weighted parts: score = sum of weight x score over the parts that apply to the sample and
-    whose gate is open.
+    """Grades completions by weighted parts: score = sum of weight x score over the parts that apply
+    to the sample and whose gate is open.
 
-    A part that does not apply (`not_applicable`) adds nothing, and the weights of the others stay what they are, as in
-    TRL, whose sum passes over None. Where no part applies the completion has no score. The first part that applies is the
-    main one: its status is the verdict's status. A part that failed (`verifier_error`) and counts leaves the completion
-    without a score. Thread-safe; `grade` never raises for a part's fault.
+    A part that does not apply (`not_applicable`) adds nothing, and the weights of the others stay
+    what they are, as in TRL, whose sum passes over None. Where no part applies the completion has
+    no score. The first part that applies is the main one: its status is the verdict's status. A
+    part that failed (`verifier_error`) and counts leaves the completion without a score.
+    Thread-safe; `grade` never raises for a part's fault.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
         names = [part.name for part in parts]
         if not parts:
-            raise ValueError("a reward suite needs at least one part, e.g. {'answer': {'use': 'math'}}")
+            raise ValueError(
+                "a reward suite needs at least one part, e.g. {'answer': {'use': 'math'}}"
+            )
         if len(set(names)) < len(names):
             raise ValueError(f"the parts of a reward need different names, got {names}")
         for part in parts:
             if part.gate is not None and (part.gate not in names or part.gate == part.name):
-                raise ValueError(f"reward.{part.name}.gate is {part.gate!r}; it must name another part of {names}")
+                raise ValueError(
+                    f"reward.{part.name}.gate is {part.gate!r}; it must name another part of"
+                    f" {names}"
+                )
         self.parts = tuple(parts)
         self._tally = {part.name: _Tally() for part in parts}
         self._under_way: dict[str, list[_Call]] = {part.name: [] for part in parts}
         self._lock = threading.Lock()
 
     def grade(self, inputs: Sequence[RewardInput]) -> list[Verdict]:
-        """One verdict per input, in order. Blocks no longer than the longest deadline of the parts."""
+        """One verdict per input, in order. Blocks no longer than the longest deadline of the
+        parts."""
         if not inputs:
             return []
         start = time.perf_counter()
@@ -65,10 +74,14 @@ class RewardSuite:
         with self._lock:
             for name, verdicts in graded.items():
                 self._tally[name].add(verdicts, time.perf_counter() - start)
-        return [self._combine({name: graded[name][i] for name in graded}, row.source) for i, row in enumerate(inputs)]
+        return [
+            self._combine({name: graded[name][i] for name in graded}, row.source)
+            for i, row in enumerate(inputs)
+        ]
 
     def _call(self, part: Part, inputs: Sequence[RewardInput]) -> _Call:
-        """Starts a part on a batch, unless earlier calls of it are stuck: threads cannot be killed, only not added to."""
+        """Starts a part on a batch, unless earlier calls of it are stuck: threads cannot be killed,
+        only not added to."""
         call = _Call(part, inputs)
         with self._lock:
             under_way = [c for c in self._under_way[part.name] if not c.done.is_set()]
@@ -82,12 +95,20 @@ class RewardSuite:
         seconds = max(v.seconds for v in verdicts.values())
 
         def failed(message: str) -> Verdict:
-            return Verdict(status=Status.VERIFIER_ERROR, score=None, parts=scores, message=message, seconds=seconds)
+            return Verdict(
+                status=Status.VERIFIER_ERROR,
+                score=None,
+                parts=scores,
+                message=message,
+                seconds=seconds,
+            )
 
         applying = [p for p in self.parts if _applies(verdicts[p.name])]
         if not any(p.weight and (p.gate is None or _applies(verdicts[p.gate])) for p in applying):
             why = next((v.message for v in verdicts.values() if v.message), "")
-            return failed(f"no part of the reward applies to this sample of source {source!r}; {why}")
+            return failed(
+                f"no part of the reward applies to this sample of source {source!r}; {why}"
+            )
         counted = [p for p in applying if p.gate is None or _open(verdicts[p.gate])]
         # a gate without a verdict is neither open nor shut
         gates = [p.gate for p in applying if p.gate is not None and p.weight]
@@ -97,9 +118,13 @@ class RewardSuite:
                 return failed(f"{name}: {verdicts[name].message}")
         score = sum(p.weight * scores[p.name] for p in counted if p.name in scores)
         if not abs(score) <= LARGEST_SCORE:  # also what is no number
-            return failed(f"the weighted sum of {scores} is not within +-{LARGEST_SCORE:g}; set other weights")
+            return failed(
+                f"the weighted sum of {scores} is not within +-{LARGEST_SCORE:g}; set other weights"
+            )
         main = verdicts[applying[0].name]
-        return Verdict(status=main.status, score=score, parts=scores, message=main.message, seconds=seconds)
+        return Verdict(
+            status=main.status, score=score, parts=scores, message=main.message, seconds=seconds
+        )
 
     @property
     def finished(self) -> int:
@@ -107,9 +132,10 @@ class RewardSuite:
         return sum(part.reward.finished for part in self.parts)
 
     def metrics(self) -> dict[str, float]:
-        """Figures since the last call, then starts anew: `reward/<part>/{mean,std,seconds_mean,seconds_max}`, the count of
-        each status, `reward/<part>/status/<status>`, and `reward/<part>/extra/<name>`, the mean of what a reward gave or
-        logged beside its score."""
+        """Figures since the last call, then starts anew:
+        `reward/<part>/{mean,std,seconds_mean,seconds_max}`, the count of each status,
+        `reward/<part>/status/<status>`, and `reward/<part>/extra/<name>`, the mean of what a reward
+        gave or logged beside its score."""
         with self._lock:
             found: dict[str, float] = {}
             for name, tally in self._tally.items():
@@ -118,9 +144,11 @@ class RewardSuite:
         return found
 
     def check_references(self, rows: Sequence[str | RewardInput]) -> list[BadReference]:
-        """The references that some part cannot grade against, with their row (the index in `rows`). ValueError for
-        rows that no reward is for."""
-        inputs = [RewardInput(completion="", answer=row) if isinstance(row, str) else row for row in rows]
+        """The references that some part cannot grade against, with their row (the index in `rows`).
+        ValueError for rows that no reward is for."""
+        inputs = [
+            RewardInput(completion="", answer=row) if isinstance(row, str) else row for row in rows
+        ]
         found: list[BadReference] = []
         for part in self.parts:
             try:
@@ -129,12 +157,14 @@ class RewardSuite:
                 raise ValueError(f"reward.{part.name}: {error}") from error
             for index, (row, message) in enumerate(zip(inputs, messages, strict=True)):
                 if message is not None:
-                    found.append(BadReference(row=index, answer=row.answer, part=part.name, message=message))
+                    found.append(
+                        BadReference(row=index, answer=row.answer, part=part.name, message=message)
+                    )
         return sorted(found, key=lambda bad: bad.row)
 
     def trial(self, example: RewardInput) -> None:
-        """Calls every plugin once, before training. Raises ValueError naming the part that cannot grade, or if no part
-        that counts applies to the example."""
+        """Calls every plugin once, before training. Raises ValueError naming the part that cannot
+        grade, or if no part that counts applies to the example."""
         for part in self.parts:
             try:
                 part.reward.trial(example)
@@ -154,30 +184,36 @@ _MAX_STUCK = 4
 
 
 class TooManyErrors(RuntimeError):
-    """More completions than allowed came back without a verdict; the message holds the most common causes."""
+    """More completions than allowed came back without a verdict; the message holds the most common
+    causes."""
 
 
 def check_errors(verdicts: Sequence[Verdict], limit: float = 0.01) -> None:
     """Raises `TooManyErrors` if more than `limit` (a fraction) of a batch has no verdict.
 
-    One failure is forgiven in a batch of any size unless `limit` is 0, so that small batches are not stopped by one.
+    One failure is forgiven in a batch of any size unless `limit` is 0, so that small batches are
+    not stopped by one.
     """
     failed = [v.message or "no cause given" for v in verdicts if v.status is Status.VERIFIER_ERROR]
     if len(failed) <= max(limit * len(verdicts), 1 if limit > 0 else 0):
         return
-    causes = "; ".join(f"{count} x {cause[:300]}" for cause, count in Counter(failed).most_common(3))
+    causes = "; ".join(
+        f"{count} x {cause[:300]}" for cause, count in Counter(failed).most_common(3)
+    )
     raise TooManyErrors(
-        f"{len(failed)} of {len(verdicts)} completions have no verdict (limit {limit:.1%}); the causes: {causes}"
+        f"{len(failed)} of {len(verdicts)} completions have no verdict (limit {limit:.1%}); the"
+        f" causes: {causes}"
     )
 
 
 def build_suite(specs: Mapping[str, Mapping[str, Any]]) -> RewardSuite:
     """A suite from plain mappings, as a configuration file holds them.
 
-    Each part: `use` (a built-in name, `package.module:function` or `./file.py:function`) or `by_source` (patterns of data
-    sources to such mappings), `weight` (1.0), `gate`, `deadline` (s per batch), and what `load_reward` takes: `timeout` (s
-    per sample), `concurrency` (processes), `style`, `isolation`, `options` (the reward's own keywords), `kwargs` (those of
-    a user's function). Raises ValueError naming the key that does not fit.
+    Each part: `use` (a built-in name, `package.module:function` or `./file.py:function`) or
+    `by_source` (patterns of data sources to such mappings), `weight` (1.0), `gate`, `deadline` (s
+    per batch), and what `load_reward` takes: `timeout` (s per sample), `concurrency` (processes),
+    `style`, `isolation`, `options` (the reward's own keywords), `kwargs` (those of a user's
+    function). Raises ValueError naming the key that does not fit.
     """
     parts: list[Part] = []
     try:
@@ -193,7 +229,11 @@ LOADER_KEYS = ("timeout", "concurrency", "style", "isolation", "options", "kwarg
 
 
 def _build_part(name: str, spec: dict[str, Any]) -> Part:
-    weight, gate, deadline = spec.pop("weight", 1.0), spec.pop("gate", None), spec.pop("deadline", 600.0)
+    weight, gate, deadline = (
+        spec.pop("weight", 1.0),
+        spec.pop("gate", None),
+        spec.pop("deadline", 600.0),
+    )
     if not math.isfinite(weight):
         raise ValueError(f"reward.{name}.weight is {weight}; it must be finite")
     if not deadline > 0:
@@ -208,7 +248,9 @@ def _build_part(name: str, spec: dict[str, Any]) -> Part:
 def _load(key: str, spec: Mapping[str, Any]) -> Reward:
     """The reward of one specification; `key`: where it stands, for messages."""
     if not isinstance(use := spec.get("use"), str) or not use:
-        raise ValueError(f"{key}.use is missing: name a reward such as 'math' or './file.py:function'")
+        raise ValueError(
+            f"{key}.use is missing: name a reward such as 'math' or './file.py:function'"
+        )
     given = {name: value for name, value in spec.items() if name != "use" and value is not None}
     if unknown := sorted(set(given) - set(LOADER_KEYS)):
         known = ", ".join(("use", "by_source", "weight", "gate", "deadline", *LOADER_KEYS))
@@ -235,11 +277,12 @@ def _by_source(name: str, specs: Mapping[str, str | Mapping[str, Any]]) -> BySou
 
 
 def grade_each(reward: Reward, inputs: Sequence[RewardInput]) -> list[Verdict]:
-    """One verdict per input, whatever the reward does. If it raises on a batch, rows are graded one by one, so that no
-    row costs its neighbours their verdicts."""
+    """One verdict per input, whatever the reward does. If it raises on a batch, rows are graded one
+    by one, so that no row costs its neighbours their verdicts."""
     try:
         verdicts = list(reward(inputs))
-    except (Exception, SystemExit) as error:  # a reward is untrusted: its fault costs its samples, never the run
+    # a reward is untrusted: its fault costs its samples, never the run
+    except (Exception, SystemExit) as error:
         if len(inputs) > 1:
             return [verdict for row in inputs for verdict in grade_each(reward, [row])]
         return [verifier_error(f"raised {type(error).__name__}: {error}")]
@@ -258,7 +301,8 @@ def _open(gate: Verdict) -> bool:
 
 
 class _Call:
-    """One part grading one batch in a daemon thread, so that a stuck part cannot hold up the caller or the exit."""
+    """One part grading one batch in a daemon thread, so that a stuck part cannot hold up the caller
+    or the exit."""
 
     def __init__(self, part: Part, inputs: Sequence[RewardInput]) -> None:
         self.part, self.inputs = part, inputs
@@ -319,9 +363,17 @@ class _Tally:
         found = {f"status/{status.value}": float(self.statuses[status.value]) for status in Status}
         if self.scores:
             mean = sum(self.scores) / len(self.scores)
-            found |= {"mean": mean, "std": math.sqrt(sum((s - mean) ** 2 for s in self.scores) / len(self.scores))}
-        found |= {f"extra/{name}": sum(values) / len(values) for name, values in self.extras.items()}
+            found |= {
+                "mean": mean,
+                "std": math.sqrt(sum((s - mean) ** 2 for s in self.scores) / len(self.scores)),
+            }
+        found |= {
+            f"extra/{name}": sum(values) / len(values) for name, values in self.extras.items()
+        }
         if self.seconds:
-            found |= {"seconds_mean": sum(self.seconds) / len(self.seconds), "seconds_max": max(self.seconds)}
+            found |= {
+                "seconds_mean": sum(self.seconds) / len(self.seconds),
+                "seconds_max": max(self.seconds),
+            }
             found["batch_seconds_max"] = self.batch_seconds
         return found

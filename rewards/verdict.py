@@ -1,7 +1,8 @@
 """The noun `Verdict`: what a grader says of one completion.
 
-A float cannot say why it is zero. A wrong answer, an answer that could not be parsed, a program that ran out of time
-and a grader that was killed are four different things, and only the first three say anything about the policy.
+A float cannot say why it is zero. A wrong answer, an answer that could not be parsed, a program
+that ran out of time and a grader that was killed are four different things, and only the first
+three say anything about the policy.
 """
 
 from __future__ import annotations
@@ -13,34 +14,40 @@ from enum import StrEnum
 
 
 class Status(StrEnum):
-    """What happened. Two carry no score: after `VERIFIER_ERROR` a completion never enters a loss or a baseline, and
-    `NOT_APPLICABLE` is said by one part of a reward and leaves the score to the others."""
+    """What happened. Two carry no score: after `VERIFIER_ERROR` a completion never enters a loss or
+    a baseline, and `NOT_APPLICABLE` is said by one part of a reward and leaves the score to the
+    others."""
 
     CORRECT = "correct"
     WRONG = "wrong"
-    PARTIAL = "partial"  # some of the named parts or tests passed, or the score is graded rather than binary
+    # some of the named parts or tests passed, or the score is graded rather than binary
+    PARTIAL = "partial"
     UNPARSEABLE = "unparseable"  # the completion holds nothing that could be an answer
-    UNKNOWN = "unknown"  # an answer that cannot be compared with the reference: scored as wrong, counted by itself
+    # an answer that cannot be compared with the reference: scored as wrong, counted by itself
+    UNKNOWN = "unknown"
     OVER_LIMIT = "over_limit"  # the model's own doing: a bomb, or its program's time or memory
     NOT_APPLICABLE = "not_applicable"  # this reward does not mark such samples (TRL's None)
-    VERIFIER_ERROR = "verifier_error"  # ours: a killed worker, a broken plugin, a sandbox that failed
+    # ours: a killed worker, a broken plugin, a sandbox that failed
+    VERIFIER_ERROR = "verifier_error"
 
 
 UNSCORED = (Status.NOT_APPLICABLE, Status.VERIFIER_ERROR)
 LARGEST_SCORE = 1e9
-"""A score beyond this, in either direction, is a fault of its grader: squares and sums of such overflow."""
+"""A score beyond this, in either direction, is a fault of its grader: squares and sums of such
+overflow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """A grader's word on one completion, e.g. `Verdict(status=Status.CORRECT, score=1.0, seconds=4e-6)`."""
+    """A grader's word on one completion, e.g.
+    `Verdict(status=Status.CORRECT, score=1.0, seconds=4e-6)`."""
 
     status: Status
     score: float | None
     """The reward; finite for every status but those of `UNSCORED`, where it is None."""
     parts: Mapping[str, float] = field(default_factory=dict)
-    """Named components before weighting, e.g. `{"answer": 1.0, "format": 0.5}`; of one part, further numbers that it
-    gave beside its score."""
+    """Named components before weighting, e.g. `{"answer": 1.0, "format": 0.5}`; of one part,
+    further numbers that it gave beside its score."""
     message: str = ""
     """For a person: why, in one line."""
     seconds: float = 0.0

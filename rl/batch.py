@@ -35,7 +35,13 @@ def make_batch(
 ) -> Batch | None:
     """`make_batches` for one update; None if no token is left that could train."""
     batches = make_batches(
-        groups, loss, advantage, max_length=max_length, keep_all=keep_all, mask_cut=mask_cut, observe=observe
+        groups,
+        loss,
+        advantage,
+        max_length=max_length,
+        keep_all=keep_all,
+        mask_cut=mask_cut,
+        observe=observe,
     )
     return batches[0] if batches else None
 
@@ -53,30 +59,38 @@ def make_batches(
     estimate: Callable[[Batch], Batch] | None = None,
     observe: Callable[[Batch], None] | None = None,
 ) -> list[Batch]:
-    """All completions that have a verdict as up to `parts` batches, one for each update, of whole groups in their order.
+    """All completions that have a verdict as up to `parts` batches, one for each update, of whole
+    groups in their order.
 
-    Advantages are whitened over all parts together; weights and denominators are a part's own (as verl's mini-batches).
-    After that, a completion whose advantage is exactly 0 is left out of the passes, since its gradient is exactly 0
-    (`keep_all` keeps it, for a loss with a KL or entropy term); the denominators still count it. A part in which no
-    token is left that could train is left out.
+    Advantages are whitened over all parts together; weights and denominators are a part's own (as
+    verl's mini-batches). After that, a completion whose advantage is exactly 0 is left out of the
+    passes, since its gradient is exactly 0 (`keep_all` keeps it, for a loss with a KL or entropy
+    term); the denominators still count it. A part in which no token is left that could train is
+    left out.
 
-    max_length: the longest answer, `seq-mean-token-sum-norm`'s constant where `loss.norm_const` is empty.
-    mask_cut: completions that were cut at that length do not train (`filter.overlong_mask`).
+    max_length: the longest answer, `seq-mean-token-sum-norm`'s constant where `loss.norm_const` is
+    empty. mask_cut: completions that were cut at that length do not train (`filter.overlong_mask`).
     kl: with kl.place=reward the penalty is taken from the rewards of tokens.
-    estimate: adds to the whole batch what only the learners can say: old and reference log-probs, values.
-    observe: is shown the whole batch, advantages and all, before anything is split or left out.
+    estimate: adds to the whole batch what only the learners can say: old and reference log-probs,
+    values. observe: is shown the whole batch, advantages and all, before anything is split or left
+    out.
     """
     rows = [
         (number, group.prompt.token_ids, completion, advantage_of, verdict.status == Status.CORRECT)
         for number, group in enumerate(groups)
-        for completion, verdict, advantage_of in zip(group.completions, group.verdicts, _advantages(group), strict=True)
+        for completion, verdict, advantage_of in zip(
+            group.completions, group.verdicts, _advantages(group), strict=True
+        )
         if _trains(completion, verdict, mask_cut)
     ]
     if not rows:
         return []
     norm_const = float(loss.norm_const or max_length)
     whole = _flat(
-        [np.concatenate([prompt, completion.token_ids]).astype(np.int32) for _, prompt, completion, _, _ in rows],
+        [
+            np.concatenate([prompt, completion.token_ids]).astype(np.int32)
+            for _, prompt, completion, _, _ in rows
+        ],
         [len(prompt) for _, prompt, _, _, _ in rows],
         [completion.logprobs for _, _, completion, _, _ in rows],
         [float(advantage_of) for _, _, _, advantage_of, _ in rows],
@@ -96,15 +110,27 @@ def make_batches(
         batches = [whole]
     else:
         owner = np.array([number for number, *_ in rows])
-        shares = [np.flatnonzero(np.isin(owner, share)) for share in np.array_split(np.arange(len(groups)), parts)]
-        batches = [_own_weights(whole.select(share.tolist()), loss, norm_const) for share in shares if len(share)]
+        shares = [
+            np.flatnonzero(np.isin(owner, share))
+            for share in np.array_split(np.arange(len(groups)), parts)
+        ]
+        batches = [
+            _own_weights(whole.select(share.tolist()), loss, norm_const)
+            for share in shares
+            if len(share)
+        ]
     counts_tokens = loss.aggregation == "token-mean"
-    return [live for batch in batches if (live := batch if keep_all else _live(batch, counts_tokens)).num_tokens]
+    return [
+        live
+        for batch in batches
+        if (live := batch if keep_all else _live(batch, counts_tokens)).num_tokens
+    ]
 
 
 def denominator(groups: Sequence[Group], loss: LossConfig, *, mask_cut: bool = False) -> int:
-    """What the weights of these groups' tokens were divided by that depends on how many there are: their loss tokens with
-    `token-mean`, else their completions. With it parts of a step add up to the whole: sum_p D_p loss_p / sum_p D_p."""
+    """What the weights of these groups' tokens were divided by that depends on how many there are:
+    their loss tokens with `token-mean`, else their completions. With it parts of a step add up to
+    the whole: sum_p D_p loss_p / sum_p D_p."""
     lengths = [
         completion.num_sampled
         for group in groups
@@ -115,11 +141,16 @@ def denominator(groups: Sequence[Group], loss: LossConfig, *, mask_cut: bool = F
 
 
 def _trains(completion: Completion, verdict: Verdict, mask_cut: bool) -> bool:
-    return verdict.trains and completion.num_sampled > 0 and not (mask_cut and completion.finish_reason == "length")
+    return (
+        verdict.trains
+        and completion.num_sampled > 0
+        and not (mask_cut and completion.finish_reason == "length")
+    )
 
 
 def with_token_advantages(batch: Batch, advantage: AdvantageConfig, kl: KLConfig | None) -> Batch:
-    """The batch, whose advantages are scores so far, with the advantage of each token and, with a critic, its targets."""
+    """The batch, whose advantages are scores so far, with the advantage of each token and, with a
+    critic, its targets."""
     penalty = None
     if kl is not None and kl.active and kl.place == "reward":
         assert batch.reference_logp_T is not None, "kl.place=reward, but there is no reference"
@@ -128,7 +159,9 @@ def with_token_advantages(batch: Batch, advantage: AdvantageConfig, kl: KLConfig
         batch = replace(batch, kl_T=np.where(batch.loss_mask_T, estimate, 0.0))
         penalty = kl.coef * estimate
     if advantage.kind in ("return", "gae"):
-        rewards = token_rewards(batch.advantages_T, batch.loss_mask_T, batch.sequence_ids_T, penalty)
+        rewards = token_rewards(
+            batch.advantages_T, batch.loss_mask_T, batch.sequence_ids_T, penalty
+        )
         batch = replace(batch, rewards_T=rewards)
     advantages, returns = batch_advantages(
         batch.advantages_T,
@@ -142,7 +175,9 @@ def with_token_advantages(batch: Batch, advantage: AdvantageConfig, kl: KLConfig
 
 
 def _own_weights(batch: Batch, loss: LossConfig, norm_const: float) -> Batch:
-    weights = token_weights(batch.loss_mask_T, batch.sequence_ids_T, loss.aggregation, norm_const=norm_const)
+    weights = token_weights(
+        batch.loss_mask_T, batch.sequence_ids_T, loss.aggregation, norm_const=norm_const
+    )
     return replace(batch, weights_T=weights, num_loss_tokens=int(batch.loss_mask_T.sum()))
 
 
@@ -177,8 +212,8 @@ def demonstrations(source: PromptSource, tokenizer: Any, config: Config, positio
         solution = source.solution(prompt)
         if solution is None:
             raise ConfigError(
-                f"stages has sft, but problem {prompt.id} of data.source={config.data.source!r} has no "
-                "worked solution; set data.solution_column, or leave sft out of stages"
+                f"stages has sft, but problem {prompt.id} of data.source={config.data.source!r} has"
+                " no worked solution; set data.solution_column, or leave sft out of stages"
             )
         shown = demonstration(solution, i, config.sft.direct)
         examples.append((supervised_ids(prompt, shown, tokenizer, end), len(prompt.token_ids)))
@@ -186,14 +221,16 @@ def demonstrations(source: PromptSource, tokenizer: Any, config: Config, positio
 
 
 def demonstration(solution: str, position: int, direct: float) -> str:
-    """The solution as it is shown: a share `direct` of all positions has an empty `<think></think>`."""
+    """The solution as it is shown: a share `direct` of all positions has an empty
+    `<think></think>`."""
     # a stream of its own: a problem must not tell whether its work is shown
     draw = Random(f"demonstration {position}").random()
     return _WORK.sub("", solution) if draw < direct else solution
 
 
 def sft_batch(examples: Sequence[tuple[Sequence[int], int]]) -> Batch:
-    """(token ids, length of the prompt in them) pairs as a batch whose loss is the answers' mean negative log-likelihood."""
+    """(token ids, length of the prompt in them) pairs as a batch whose loss is the answers' mean
+    negative log-likelihood."""
     sequences = [np.array(token_ids, dtype=np.int32) for token_ids, _ in examples]
     zeros = [np.zeros(len(token_ids) - start, np.float32) for token_ids, start in examples]
     return _flat(
@@ -217,7 +254,9 @@ def _flat(
 ) -> Batch:
     """logprobs, masks: of the tokens after the prompt; masks: which of them train (None: all)."""
     lengths = [len(s) for s in sequences]
-    answers = np.concatenate([np.arange(n) >= start for n, start in zip(lengths, prompt_lengths, strict=True)])
+    answers = np.concatenate(
+        [np.arange(n) >= start for n, start in zip(lengths, prompt_lengths, strict=True)]
+    )
     mask, behaviour = answers.copy(), np.zeros(len(answers), np.float32)
     if masks is not None:
         mask[answers] = np.concatenate(masks)

@@ -1,7 +1,8 @@
 """How far a run has come, and the directory that it may go on from.
 
-<run_dir>/config.yaml  metrics.jsonl  samples.md  learning_curve.png  model/          what a person looks at
-<run_dir>/checkpoints/sft-000200/{model.safetensors, config.json, ..., learner/, progress.json}
+<run_dir>/config.yaml  metrics.jsonl  samples.md  learning_curve.png  model/          what a person
+looks at <run_dir>/checkpoints/sft-000200/{model.safetensors, config.json, ..., learner/,
+progress.json}
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from .config.load import Config, ConfigError
 
 CHECKPOINTS, PROGRESS, METRICS = "checkpoints", "progress.json", "metrics.jsonl"
 SETTINGS = "settings.json"
-"""The run's configuration, in each checkpoint; named apart from the model's own config.json beside it."""
+"""The run's configuration, in each checkpoint; named apart from the model's own config.json beside
+it."""
 FIXED = ("stages", "data", "model", "seed")
 """Groups that say what a checkpoint is of. A run that goes on with others is another run."""
 SHAPE = ("model.tiny", "model.lora", "model.dtype")
@@ -29,7 +31,8 @@ HOW = ("model.attention", "model.packing", "model.gradient_checkpointing")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """All that the driver must remember; with the learner's state it determines the rest of the run."""
+    """All that the driver must remember; with the learner's state it determines the rest of the
+    run."""
 
     stage: int = 0
     """Index into `stages`; equal to their number when the run is done."""
@@ -40,8 +43,8 @@ class Progress:
     position: int = 0
     """Problems taken from the source so far."""
     pending: tuple[tuple[int, int], ...] = ()
-    """Of these, the ones whose groups have not trained yet: (position, RL step of admission). A resumed run asks for them
-    again, before any new ones."""
+    """Of these, the ones whose groups have not trained yet: (position, RL step of admission). A
+    resumed run asks for them again, before any new ones."""
     tokens: int = 0
     """Completion tokens sampled for training."""
     train_seconds: float = 0.0
@@ -65,16 +68,18 @@ class Progress:
 
 
 def open_run_dir(config: Config, resume: bool) -> tuple[Path, Path | None]:
-    """The run's directory, and the checkpoint to go on from if `resume`; `ConfigError` where that cannot be.
+    """The run's directory, and the checkpoint to go on from if `resume`; `ConfigError` where that
+    cannot be.
 
-    A new run never writes into an old one: without `run_dir` it takes the next free of `runs/<name>`, `runs/<name>-2`, ...,
-    and a resumed run the newest of these.
+    A new run never writes into an old one: without `run_dir` it takes the next free of
+    `runs/<name>`, `runs/<name>-2`, ..., and a resumed run the newest of these.
     """
     if config.run_dir:
         folder = Path(config.run_dir)
         if not resume and (folder / METRICS).exists():
             raise ConfigError(
-                f"run_dir={config.run_dir} already holds a run; pass --resume to go on with it, or another run_dir"
+                f"run_dir={config.run_dir} already holds a run; pass --resume to go on with it, or"
+                " another run_dir"
             )
     else:
         base = config.output
@@ -83,13 +88,16 @@ def open_run_dir(config: Config, resume: bool) -> tuple[Path, Path | None]:
             key=lambda p: _number(p, base) or 0,
         )
         if resume and not taken:
-            raise ConfigError(f"--resume found no run named {base}; leave the flag out, or set run_dir")
+            raise ConfigError(
+                f"--resume found no run named {base}; leave the flag out, or set run_dir"
+            )
         number = (_number(taken[-1], base) or 0) + (not resume) if taken else 1
         folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
     checkpoint = latest_checkpoint(folder) if resume else None
     if resume and checkpoint is None:
         raise ConfigError(
-            f"--resume found no checkpoint under {folder / CHECKPOINTS}; leave the flag out to start anew"
+            f"--resume found no checkpoint under {folder / CHECKPOINTS}; leave the flag out to"
+            " start anew"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +106,8 @@ def open_run_dir(config: Config, resume: bool) -> tuple[Path, Path | None]:
         probe.unlink()
     except OSError as error:
         raise ConfigError(
-            f"run_dir={folder} cannot be written ({error.strerror}); set run_dir to a directory that can"
+            f"run_dir={folder} cannot be written ({error.strerror}); set run_dir to a directory"
+            " that can"
         ) from error
     return folder, checkpoint
 
@@ -124,34 +133,42 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 def check_resumed(config: Config, checkpoint: Path, override: bool) -> list[str]:
-    """A line for each setting that is not the checkpoint's, e.g. `optim.lr: 1e-06, now 1e-05`. `ConfigError` where the run
-    would be another one, unless `override`, and always where the checkpoint's tensors would not fit."""
+    """A line for each setting that is not the checkpoint's, e.g. `optim.lr: 1e-06, now 1e-05`.
+    `ConfigError` where the run would be another one, unless `override`, and always where the
+    checkpoint's tensors would not fit."""
     file = checkpoint / SETTINGS
     if not file.is_file():
-        return [f"{checkpoint.name} holds no {SETTINGS} (an older emberl wrote it): nothing can be compared with it"]
+        return [
+            f"{checkpoint.name} holds no {SETTINGS} (an older emberl wrote it): nothing can be"
+            " compared with it"
+        ]
     before, now = _leaves(json.loads(file.read_text())), _leaves(config.model_dump(mode="json"))
     missing = object()
     counted = ("schedule.passes", "schedule.steps") if config.schedule.passes is not None else ()
     changed = {
         key: (before.get(key, missing), now.get(key, missing))
         for key in sorted(before.keys() | now.keys())
-        if before.get(key, missing) != now.get(key, missing) and key not in ("run_dir", "name", *counted)
+        if before.get(key, missing) != now.get(key, missing)
+        and key not in ("run_dir", "name", *counted)
     }
     lines = {
-        key: f"{key}: {'unset' if was is missing else json.dumps(was)}, now {'unset' if is_ is missing else json.dumps(is_)}"
+        key: (
+            f"{key}: {'unset' if was is missing else json.dumps(was)}, now"
+            f" {'unset' if is_ is missing else json.dumps(is_)}"
+        )
         for key, (was, is_) in changed.items()
     }
     broken = [line for key, line in lines.items() if _under(key, SHAPE)]
     if broken:
         raise ConfigError(
-            f"--resume: the model of {checkpoint.name} is another ({'; '.join(broken)}); give its settings, or start a new run "
-            "without --resume"
+            f"--resume: the model of {checkpoint.name} is another ({'; '.join(broken)}); give its"
+            " settings, or start a new run without --resume"
         )
     other = [line for key, line in lines.items() if _under(key, FIXED) and not _under(key, HOW)]
     if other and not override:
         raise ConfigError(
-            f"--resume: {checkpoint.name} is of another run ({'; '.join(other)}); give its settings, add --override to go on all "
-            "the same, or start a new run without --resume"
+            f"--resume: {checkpoint.name} is of another run ({'; '.join(other)}); give its"
+            " settings, add --override to go on all the same, or start a new run without --resume"
         )
     return list(lines.values())
 
@@ -179,9 +196,11 @@ def begin_checkpoint(run_dir: Path, name: str) -> Path:
     return folder
 
 
-def finish_checkpoint(folder: Path, progress: Progress, keep: int, config: Config | None = None) -> Path:
-    """Names the directory for good in one rename, so that a checkpoint is whole or absent; then drops the oldest. `config` is
-    kept beside it, for `check_resumed`."""
+def finish_checkpoint(
+    folder: Path, progress: Progress, keep: int, config: Config | None = None
+) -> Path:
+    """Names the directory for good in one rename, so that a checkpoint is whole or absent; then
+    drops the oldest. `config` is kept beside it, for `check_resumed`."""
     (folder / PROGRESS).write_text(json.dumps(asdict(progress), indent=1))
     if config is not None:
         (folder / SETTINGS).write_text(json.dumps(config.model_dump(mode="json"), indent=1))

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from .config.load import Config
 
 app = typer.Typer(
-    help="Trains a language model to reason, with reinforcement learning.", no_args_is_help=True, add_completion=False,
+    help="Trains a language model to reason, with reinforcement learning.",
+    no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
-)  # fmt: skip
+)
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -32,7 +34,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
 ) -> None:
     """Each command has --help with an example."""
 
@@ -40,17 +44,27 @@ def _root(
 @app.command(epilog="Example: emberl train configs/quickstart.yaml schedule.steps=50 seed=1")
 def train(
     config: Annotated[Path, typer.Argument(help="The experiment, a YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, e.g. optim.lr=1e-4.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, e.g. optim.lr=1e-4.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option(help="Print the resolved configuration and the placement, and stop.")
     ] = False,
     resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint.")] = False,
     override: Annotated[
-        bool, typer.Option(help="With --resume: go on although stages, data, model or seed are not the checkpoint's.")
+        bool,
+        typer.Option(
+            help=(
+                "With --resume: go on although stages, data, model or seed are not the"
+                " checkpoint's."
+            )
+        ),
     ] = False,
     like: Annotated[
         str | None,
-        typer.Option(help="With --dry-run: the overrides that give the defaults of `verl` or of `trl`."),
+        typer.Option(
+            help="With --dry-run: the overrides that give the defaults of `verl` or of `trl`."
+        ),
     ] = None,
 ) -> None:
     """Runs an experiment; the last line of stdout is one JSON object with the result."""
@@ -60,7 +74,9 @@ def train(
     try:
         settings = load_config(config, overrides or ())
         if like is not None and (not dry_run or like not in PEERS):
-            raise ConfigError(f"--like {like}: give --dry-run --like {' or --dry-run --like '.join(PEERS)}")
+            raise ConfigError(
+                f"--like {like}: give --dry-run --like {' or --dry-run --like '.join(PEERS)}"
+            )
         if dry_run:
             show_plan(settings, like)
             return
@@ -71,7 +87,8 @@ def train(
         fail(str(error), USAGE)
     except KeyboardInterrupt:
         fail(
-            "interrupted before anything could be saved; --resume goes on from the last checkpoint, if there is one",
+            "interrupted before anything could be saved; --resume goes on from the last checkpoint,"
+            " if there is one",
             INTERRUPTED,
         )
     except Exception as error:  # the last line of a run must say why it failed, whatever failed
@@ -94,7 +111,9 @@ def presets() -> None:
 
 @app.command(name="keys", epilog="Example: emberl keys rollout")
 def reference(
-    within: Annotated[str, typer.Argument(help="A key or a group; with it the whole of what is said of each.")] = "",
+    within: Annotated[
+        str, typer.Argument(help="A key or a group; with it the whole of what is said of each.")
+    ] = "",
 ) -> None:
     """Every key of a configuration: its type, its default and what it means."""
     from .config.load import Config
@@ -109,19 +128,35 @@ def reference(
 @app.command(epilog="Example: emberl audit math --data graded.jsonl.gz --html report.html")
 def audit(
     reward: Annotated[
-        str, typer.Argument(help="A reward's name or path to a function; `sandbox` runs hostile programs.")
+        str,
+        typer.Argument(
+            help="A reward's name or path to a function; `sandbox` runs hostile programs."
+        ),
     ],
-    data: Annotated[Path | None, typer.Option(help="Graded pairs or recorded completions, JSONL or JSONL.gz.")] = None,
-    attacks: Annotated[Path | None, typer.Option(help="With `sandbox`: the hostile programs, JSONL.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Where to write the disagreements for a person to read.")] = None,
-    style: Annotated[str | None, typer.Option(help="Force a function's style: verl, trl, openrlhf, slime, ...")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON line.")] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="Graded pairs or recorded completions, JSONL or JSONL.gz.")
+    ] = None,
+    attacks: Annotated[
+        Path | None, typer.Option(help="With `sandbox`: the hostile programs, JSONL.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Where to write the disagreements for a person to read.")
+    ] = None,
+    style: Annotated[
+        str | None, typer.Option(help="Force a function's style: verl, trl, openrlhf, slime, ...")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the figures as one JSON line.")
+    ] = False,
 ) -> None:
-    """Measures a reward against labels and a second grader, or the sandbox against programs that try to break out."""
+    """Measures a reward against labels and a second grader, or the sandbox against programs that
+    try to break out."""
     try:
         if reward == "sandbox":
             if attacks is None:
-                raise ValueError("audit sandbox needs --attacks FILE, a JSONL file of hostile programs")
+                raise ValueError(
+                    "audit sandbox needs --attacks FILE, a JSONL file of hostile programs"
+                )
             from ..rewards.audit.attacks import audit_sandbox
 
             report = audit_sandbox(attacks)
@@ -139,7 +174,8 @@ def audit(
 
 @app.command(epilog="Example: emberl doctor")
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON line.")] = False) -> None:
-    """Examines this machine: versions, sandbox, shared memory, open files; each line with its fix."""
+    """Examines this machine: versions, sandbox, shared memory, open files; each line with its
+    fix."""
     from .watch.doctor import Level, examine, worst
 
     checks = examine()
@@ -155,28 +191,45 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON line."
 app.add_typer(patches, name="patches")
 
 
-@app.command(epilog="Example: emberl plan --device 910B --devices 1024 link.bandwidth=3 link.mode=dense")
+@app.command(
+    epilog="Example: emberl plan --device 910B --devices 1024 link.bandwidth=3 link.mode=dense"
+)
 def plan(
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings as key=value, e.g. link.bandwidth=3; --keys lists them.")
+        list[str] | None,
+        typer.Argument(help="Settings as key=value, e.g. link.bandwidth=3; --keys lists them."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="910B, 910C or H200; default 910B.")] = None,
     devices: Annotated[int | None, typer.Option(help="How many; default 1024.")] = None,
-    learners: Annotated[int | None, typer.Option(help="Of these, how many learn; default: the best split.")] = None,
+    learners: Annotated[
+        int | None, typer.Option(help="Of these, how many learn; default: the best split.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="0.6m, 7b, 32b or 72b; default 32b.")] = None,
     from_run: Annotated[
         Path | None,
-        typer.Option(help="A run's folder: plan with what it measured; settings are then a run's own keys."),
+        typer.Option(
+            help="A run's folder: plan with what it measured; settings are then a run's own keys."
+        ),
     ] = None,
     also: Annotated[
         list[Path] | None,
-        typer.Option(help="Runs like it with other batch sizes: they tell the learners' fixed time from the tokens'."),
+        typer.Option(
+            help=(
+                "Runs like it with other batch sizes: they tell the learners' fixed time from the"
+                " tokens'."
+            )
+        ),
     ] = None,
-    trace: Annotated[Path | None, typer.Option(help="Answer lengths: a run's folder or a Parquet file.")] = None,
-    keys: Annotated[bool, typer.Option("--keys", help="Print all settings with their defaults and sources.")] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="Answer lengths: a run's folder or a Parquet file.")
+    ] = None,
+    keys: Annotated[
+        bool, typer.Option("--keys", help="Print all settings with their defaults and sources.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line.")] = False,
 ) -> None:
-    """Simulates the schedule: step time, idle devices, staleness and exposed sync, and the best split of the devices."""
+    """Simulates the schedule: step time, idle devices, staleness and exposed sync, and the best
+    split of the devices."""
     from rich.console import Console
 
     from .plan import command as planning
@@ -186,7 +239,9 @@ def plan(
             print(planning.describe_keys())
             return
         options = {"device": device, "devices": devices, "learners": learners, "model": model}
-        found = planning.plan(overrides or (), options=options, from_run=from_run, trace=trace, also=also or ())
+        found = planning.plan(
+            overrides or (), options=options, from_run=from_run, trace=trace, also=also or ()
+        )
     except (ValueError, OSError) as error:
         fail(str(error), USAGE)
     if as_json:
@@ -198,17 +253,26 @@ def plan(
 @app.command(epilog="Example: emberl data train.parquet layout=dapo -m Qwen/Qwen3-0.6B")
 def data(
     source: Annotated[
-        str, typer.Argument(help="Files, a folder, a Hub data set, or a configuration (.yaml) whose data is meant.")
+        str,
+        typer.Argument(
+            help="Files, a folder, a Hub data set, or a configuration (.yaml) whose data is meant."
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Keys of data, e.g. layout=gsm8k, or others, e.g. reward.parts.answer.use=code."),
+        typer.Argument(
+            help="Keys of data, e.g. layout=gsm8k, or others, e.g. reward.parts.answer.use=code."
+        ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("-m", "--model", help="Whose tokenizer and template; default: the configuration's.")
+        str | None,
+        typer.Option(
+            "-m", "--model", help="Whose tokenizer and template; default: the configuration's."
+        ),
     ] = None,
 ) -> None:
-    """Shows a data set as a run would see it: three rows as prompts, what the reward says of their own references, lengths."""
+    """Shows a data set as a run would see it: three rows as prompts, what the reward says of their
+    own references, lengths."""
     from .data_command import show_data
 
     try:
@@ -219,8 +283,8 @@ def data(
 
 
 def show_plan(settings: Config, like: str | None = None) -> None:
-    """What `--dry-run` prints: the configuration, the placement, what a file changes of its preset, doubtful settings, and
-    what the first rows of the data show."""
+    """What `--dry-run` prints: the configuration, the placement, what a file changes of its preset,
+    doubtful settings, and what the first rows of the data show."""
     from ..rollout.engine import check_engine
     from .config.cautions import said_at_start
     from .config.likeness import describe
@@ -230,9 +294,12 @@ def show_plan(settings: Config, like: str | None = None) -> None:
     from .preflight import check_inputs
 
     check_files(settings)
-    if settings.rollout.engine != "vllm" or settings.rollout.servers:  # where it will run, vLLM may be installed
+    # where it will run, vLLM may be installed
+    if settings.rollout.engine != "vllm" or settings.rollout.servers:
         with user_errors():
-            check_engine(settings.rollout.engine, settings.rollout.engine_args, settings.rollout.servers)
+            check_engine(
+                settings.rollout.engine, settings.rollout.engine_args, settings.rollout.servers
+            )
     said = check_inputs(settings)
     print(to_yaml(settings).rstrip())
     print("---")

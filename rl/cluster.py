@@ -1,7 +1,8 @@
-"""Ray: who runs where. Starts or joins a cluster, lays out one placement group, and brings up the actors.
+"""Ray: who runs where. Starts or joins a cluster, lays out one placement group, and brings up the
+actors.
 
-Each actor has a bundle of the placement group: first the learner ranks, then the rollout workers; colocated, worker i is in
-the bundle of rank i.
+Each actor has a bundle of the placement group: first the learner ranks, then the rollout workers;
+colocated, worker i is in the bundle of rank i.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from .placement import ActorSlot, check_capacity, plan_placement, resources_text
 
 
 class Cluster:
-    """A context: Ray joined or started on entry; actors, placement group and, if it was started here, Ray gone on exit."""
+    """A context: Ray joined or started on entry; actors, placement group and, if it was started
+    here, Ray gone on exit."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -51,14 +53,20 @@ class Cluster:
         if not ray.is_initialized():
             self._owns_ray = True
             if self.address:
-                ray.init(address=self.address, namespace=f"emberl-{uuid.uuid4().hex[:8]}", log_to_driver=False)
+                ray.init(
+                    address=self.address,
+                    namespace=f"emberl-{uuid.uuid4().hex[:8]}",
+                    log_to_driver=False,
+                )
             else:
-                # Ray guards a new cluster by a token; one of this run's own leaves no file in the user's home, which
-                # would switch authentication on for every cluster that they start later
+                # Ray guards a new cluster by a token; one of this run's own leaves no file in the
+                # user's home, which would switch authentication on for every cluster that they
+                # start later
                 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
                 with another_process_group():
                     ray.init(
-                        address="local",  # never a cluster that happens to run here: it was not asked for
+                        # never a cluster that happens to run here: it was not asked for
+                        address="local",
                         num_cpus=platform.local_cpus(),
                         include_dashboard=False,
                         log_to_driver=False,
@@ -73,8 +81,9 @@ class Cluster:
             self._group = placement_group(self.placement.bundles(), strategy="PACK")
             if not self._group.wait(timeout_seconds=self.config.cluster.start_timeout):
                 raise ConfigError(
-                    f"the cluster did not grant {resources_text(self.placement.total())} within cluster.start_timeout="
-                    f"{self.config.cluster.start_timeout:g} s; something else holds them: {ray.available_resources()}"
+                    f"the cluster did not grant {resources_text(self.placement.total())} within"
+                    f" cluster.start_timeout={self.config.cluster.start_timeout:g} s; something"
+                    f" else holds them: {ray.available_resources()}"
                 )
         except BaseException:
             self.close()
@@ -85,7 +94,8 @@ class Cluster:
         self.close()
 
     def close(self) -> None:
-        """Ends every actor of ours, gives the placement back, and shuts Ray down if it was started here. Idempotent."""
+        """Ends every actor of ours, gives the placement back, and shuts Ray down if it was started
+        here. Idempotent."""
         if ray.is_initialized():
             for actor in self._actors:
                 ray.kill(actor)
@@ -96,7 +106,8 @@ class Cluster:
         self._actors, self._group = [], None
 
     def spawn(self, model_path: str, run_id: str) -> tuple[LearnerGroup, RolloutPool]:
-        """Starts all actors; they load while the caller does other things, until it calls `wait`."""
+        """Starts all actors; they load while the caller does other things, until it calls
+        `wait`."""
         config, seats = self.config, self.placement.seats
         world = sum(seat.role == "learner" for seat in seats)
         ranks: list[Any] = []
@@ -142,20 +153,26 @@ class Cluster:
             workers,
             timeout=config.rollout.timeout,
             sync_timeout=config.sync.timeout,
-            max_samples=QUEUE_DEPTH * config.rollout.max_num_seqs if config.schedule.max_staleness else None,
+            max_samples=(
+                QUEUE_DEPTH * config.rollout.max_num_seqs if config.schedule.max_staleness else None
+            ),
             respawn=self.respawn,
             max_restarts=config.rollout.max_restarts,
         )
         return self.learners, self.pool
 
     def _engine_args(self) -> dict[str, Any]:
-        """With what a colocated engine needs to leave its device; on a CPU vLLM cannot, and need not."""
+        """With what a colocated engine needs to leave its device; on a CPU vLLM cannot, and need
+        not."""
         sleeps = self.config.cluster.colocated and self.placement.device != "cpu"
-        return {**self.config.rollout.engine_args, **({"enable_sleep_mode": True} if sleeps else {})}
+        return {
+            **self.config.rollout.engine_args,
+            **({"enable_sleep_mode": True} if sleeps else {}),
+        }
 
     def respawn(self, index: int) -> Any:
-        """A new actor in the place of a rollout worker that is lost or stuck; returns when it has its model. What Ray raises
-        where that fails is the caller's."""
+        """A new actor in the place of a rollout worker that is lost or stuck; returns when it has
+        its model. What Ray raises where that fails is the caller's."""
         seat, spec = self._specs[index]
         ray.kill(self.pool.workers[index])
         handle = self._spawn(RolloutWorker, seat, spec)
@@ -166,7 +183,13 @@ class Cluster:
         """Until every actor has its model and the learners have met."""
         timeout = self.config.cluster.start_timeout
         self.learners.connect(self._model_path, timeout)
-        gather(self._ready, who="rollout worker", what="ready", timeout=timeout, key="cluster.start_timeout")
+        gather(
+            self._ready,
+            who="rollout worker",
+            what="ready",
+            timeout=timeout,
+            key="cluster.start_timeout",
+        )
 
     def _spawn(self, actor: type, seat: ActorSlot, spec: RankSpec | WorkerSpec) -> Any:
         handle = self.options(actor, seat).remote(spec)
@@ -175,7 +198,9 @@ class Cluster:
 
     def options(self, actor: type, seat: ActorSlot) -> Any:
         """The Ray actor class bound to its bundle, its resources and its thread environment."""
-        others = {name: amount for name, amount in seat.bundle.items() if name not in ("CPU", "GPU")}
+        others = {
+            name: amount for name, amount in seat.bundle.items() if name not in ("CPU", "GPU")
+        }
         remote: Any = ray.remote  # its types know no concurrency groups
         publishing = {PUBLISHING: 1} if seat.role == "learner" else None
         return remote(concurrency_groups=publishing)(actor).options(
@@ -192,10 +217,12 @@ class Cluster:
 
 @contextmanager
 def another_process_group() -> Iterator[None]:
-    """What is started within belongs to another process group than this process. `timeout`, a shell's job control and service
-    managers signal a group: SIGTERM would end Ray under a driver that still has to save."""
+    """What is started within belongs to another process group than this process. `timeout`, a
+    shell's job control and service managers signal a group: SIGTERM would end Ray under a driver
+    that still has to save."""
     ours = os.getpgrp()
-    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, process_group=0) as first:  # ends with its input
+    # ends with its input
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, process_group=0) as first:
         with suppress(PermissionError):  # the leader of a session cannot leave its group
             os.setpgid(0, first.pid)
         try:

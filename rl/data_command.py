@@ -1,4 +1,5 @@
-"""`emberl data`: a data set as a run would see it, its first rows as prompts and what the reward says of their references."""
+"""`emberl data`: a data set as a run would see it, its first rows as prompts and what the reward
+says of their references."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def show_data(source: str, overrides: Sequence[str], model: str | None) -> Itera
     settings = config.data
     if not is_table(settings):
         raise ValueError(
-            f"data.source={settings.source!r} is generated; emberl data shows rows of files and of the Hub"
+            f"data.source={settings.source!r} is generated; emberl data shows rows of files and of"
+            " the Hub"
         )
     heads = [read_head(settings, table) for table in train_tables(settings)]
     tokenizer = _tokenizer(config, model)
@@ -49,14 +51,22 @@ def _config(source: str, overrides: Sequence[str], model: str | None) -> Config:
     from omegaconf import OmegaConf
 
     tree: dict[str, Any] = {
-        "name": "data", "data": {"source": source}, "model": {} if model else {"tiny": {"vocabulary": "bytes"}}
-    }  # fmt: skip
-    changes = [change if "." in change.partition("=")[0] or change.startswith("reward=") else f"data.{change}"
-               for change in changes]  # fmt: skip
+        "name": "data",
+        "data": {"source": source},
+        "model": {} if model else {"tiny": {"vocabulary": "bytes"}},
+    }
+    changes = [
+        change
+        if "." in change.partition("=")[0] or change.startswith("reward=")
+        else f"data.{change}"
+        for change in changes
+    ]
     for change in changes:
         if "=" not in change:
             raise ValueError(f"{change!r} must have the form key=value, e.g. layout=gsm8k")
-    merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(tree), OmegaConf.from_dotlist(changes)))
+    merged = OmegaConf.to_container(
+        OmegaConf.merge(OmegaConf.create(tree), OmegaConf.from_dotlist(changes))
+    )
     assert isinstance(merged, dict)
     return resolve({str(key): value for key, value in merged.items()})
 
@@ -70,12 +80,21 @@ def _tokenizer(config: Config, model: str | None) -> Any:
     return load_tokenizer(config.model.path, config.data)
 
 
-def _table(config: Config, settings: DataConfig, head: Head, tokenizer: Tokenizer | None) -> Iterator[str]:
+def _table(
+    config: Config, settings: DataConfig, head: Head, tokenizer: Tokenizer | None
+) -> Iterator[str]:
     counts = head.problems.counts
     yield head.mapper.describe()
     known = head.table.rows
-    size = f"{counts.read} rows" if head.whole else f"the first {counts.read} of {known or 'more'} rows"
-    yield f"{size}: {len(head.problems.rows)} problems, {counts.folded} repeated, {counts.bad} left out"
+    size = (
+        f"{counts.read} rows"
+        if head.whole
+        else f"the first {counts.read} of {known or 'more'} rows"
+    )
+    yield (
+        f"{size}: {len(head.problems.rows)} problems, {counts.folded} repeated, {counts.bad}"
+        " left out"
+    )
     if counts.bad:
         yield f"left out: {counts.example}"
     writer = None if tokenizer is None else PromptWriter(settings, tokenizer)
@@ -92,17 +111,26 @@ def _table(config: Config, settings: DataConfig, head: Head, tokenizer: Tokenize
             refusal = suite.check_references([as_input(prompt, "")])
             used = ", ".join(str(spec["use"] or "by source") for spec in specs.values())
             why = f" ({verdict.message})" if verdict.message else ""
-            yield f"--- {used}: {verdict.status.value}{why}" + (f"; unfit: {refusal[0]}" if refusal else "")
+            yield f"--- {used}: {verdict.status.value}{why}" + (
+                f"; unfit: {refusal[0]}" if refusal else ""
+            )
     finally:
         suite.close()
     yield "---"
-    yield from _histogram([_length(p, writer) for p in prompts], "bytes" if writer is None else "tokens", settings)
+    yield from _histogram(
+        [_length(p, writer) for p in prompts], "bytes" if writer is None else "tokens", settings
+    )
 
 
 def _specs(config: Config, head: Head) -> Mapping[str, Mapping[str, Any]]:
-    """The configuration's rewards; where a layout asks for programs and nothing else was chosen, `code`."""
+    """The configuration's rewards; where a layout asks for programs and nothing else was chosen,
+    `code`."""
     specs = {name: part.model_dump() for name, part in config.reward.parts.items()}
-    if set(specs) == {"answer"} and specs["answer"]["use"] == "math" and "reward" not in config.model_fields_set:
+    if (
+        set(specs) == {"answer"}
+        and specs["answer"]["use"] == "math"
+        and "reward" not in config.model_fields_set
+    ):
         specs["answer"]["use"] = head.mapper.task
     return specs
 
@@ -111,7 +139,11 @@ def _own_answer(prompt: Prompt, head: Head) -> tuple[str, str]:
     """The reference as an answer, and how to speak of it: a program where rows have tests."""
     if head.mapper.task == "code" or not prompt.answer:
         own = solutions_of(prompt.columns)
-        return (own[0], f"its own solution\n{own[0]}") if own else ("", "the row has no solution of its own to try")
+        return (
+            (own[0], f"its own solution\n{own[0]}")
+            if own
+            else ("", "the row has no solution of its own to try")
+        )
     return f"\\boxed{{{prompt.answer}}}", f"reference {prompt.answer}"
 
 
@@ -125,7 +157,11 @@ def _shown(prompt: Prompt, writer: PromptWriter | None, tokenizer: Any) -> str:
 
 def _made(prompt: Prompt, writer: PromptWriter) -> Prompt:
     return writer.conversation(
-        prompt.messages, id=prompt.id, answer=prompt.answer, source=prompt.source, columns=prompt.columns
+        prompt.messages,
+        id=prompt.id,
+        answer=prompt.answer,
+        source=prompt.source,
+        columns=prompt.columns,
     )
 
 
@@ -138,8 +174,8 @@ def _length(prompt: Prompt, writer: PromptWriter | None) -> int:
 def _histogram(lengths: Sequence[int], unit: str, settings: DataConfig) -> Iterator[str]:
     counts, edges = np.histogram(lengths, bins=min(_BARS, max(1, len(set(lengths)))))
     yield (
-        f"prompts have {min(lengths)} to {max(lengths)} {unit}, half of them up to {int(np.median(lengths))} "
-        f"(data.max_prompt_length={settings.max_prompt_length} tokens)"
+        f"prompts have {min(lengths)} to {max(lengths)} {unit}, half of them up to"
+        f" {int(np.median(lengths))} (data.max_prompt_length={settings.max_prompt_length} tokens)"
     )
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         bar = "#" * round(_WIDTH * count / max(counts))

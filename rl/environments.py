@@ -51,11 +51,7 @@ def episodes_of(config: Config, tokenizer: Any, text: Callable[..., str]) -> Epi
     )
 
 
-def observer(
-    tokenizer: Any,
-    role: str,
-    settings: DataConfig,
-) -> Callable[[str, int], list[int]]:
+def observer(tokenizer: Any, role: str, settings: DataConfig) -> Callable[[str, int], list[int]]:
     """(observation, last token of the turn before) -> the tokens that stand between that turn and
     the next.
 
@@ -76,8 +72,8 @@ def observer(
         before, seen, after = shown.rpartition(_TURN)[2].partition(_OBSERVATION)
         if _TURN not in shown or not seen:
             raise ValueError(
-                f"the chat template of the model shows no message of the role {role!r} after an answer; "
-                "set the environment's `role` to one that it knows"
+                f"the chat template of the model shows no message of the role {role!r} after an"
+                " answer; set the environment's `role` to one that it knows"
             )
 
     after, _ = with_prefix(after, settings.assistant_prefix)
@@ -88,7 +84,9 @@ def observer(
             ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
         except Exception as error:  # tokenizers raises nothing more precise, for any text
             shown = repr(observation[:200])
-            raise ValueError(f"the tokenizer cannot encode the observation {shown}: {error}") from error
+            raise ValueError(
+                f"the tokenizer cannot encode the observation {shown}: {error}"
+            ) from error
         return ids
 
     return observe

@@ -1,4 +1,5 @@
-"""`EvalSet`: problems that the policy is evaluated on, with their own prompts, sampling and verifier."""
+"""`EvalSet`: problems that the policy is evaluated on, with their own prompts, sampling and
+verifier."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def open_eval_sets(
     tell: Callable[[str], None],
     opened: ExitStack,
 ) -> tuple[EvalSet, ...]:
-    """The held-out problems of `source` and every set of `eval.sets`; suites of their own are closed by `opened`.
+    """The held-out problems of `source` and every set of `eval.sets`; suites of their own are
+    closed by `opened`.
 
     tell: says what was left out. Raises ConfigError for a set that cannot be read or graded.
     """
@@ -67,10 +69,14 @@ def open_eval_sets(
     for name, own in config.eval.sets.items():
         settings = own.beside(config.data)
         if name in sources:
-            raise ConfigError(f"eval.sets.{name} has the name of a data source; rename it, or set data.name")
+            raise ConfigError(
+                f"eval.sets.{name} has the name of a data source; rename it, or set data.name"
+            )
         with user_errors():
             try:
-                sets.append(_open(name, settings, config, suite, tokenizer_of(settings), tell, opened))
+                sets.append(
+                    _open(name, settings, config, suite, tokenizer_of(settings), tell, opened)
+                )
             except ValueError as error:
                 raise ValueError(f"eval.sets.{name}: {error}") from error
     return tuple(sets)
@@ -100,7 +106,9 @@ def _open(
         suite.trial(reward_input(prompts[0], tokenizer, "0"))
     bad = suite.check_references([reward_input(prompt, tokenizer, "") for prompt in prompts])
     if 2 * len({b.row for b in bad}) > len(prompts):
-        raise ValueError(f"{len(bad)} of {len(prompts)} references cannot be graded against: {bad[0]}")
+        raise ValueError(
+            f"{len(bad)} of {len(prompts)} references cannot be graded against: {bad[0]}"
+        )
     if bad:
         tell(f"{key}: {len(bad)} of {len(prompts)} references cannot be graded against: {bad[0]}")
     return EvalSet(
@@ -123,7 +131,9 @@ def _row(prompt: Prompt) -> tuple[int, str]:
     return (int(number) if number.isdigit() else 0, prompt.id)
 
 
-def _cut(prompts: Sequence[Prompt], size: int | None, key: str, what: str, tell: Callable[[str], None]) -> list[Prompt]:
+def _cut(
+    prompts: Sequence[Prompt], size: int | None, key: str, what: str, tell: Callable[[str], None]
+) -> list[Prompt]:
     """The first `size` of them (None: all); a cut is said."""
     if size is not None and size < len(prompts):
         tell(f"{key}={size}: the first {size} of {len(prompts)} {what} are evaluated")
@@ -132,10 +142,13 @@ def _cut(prompts: Sequence[Prompt], size: int | None, key: str, what: str, tell:
 
 
 def _sampling(config: Config, own: EvalSetConfig | None) -> dict[str, Any]:
-    """Fields of `Sampling` in an evaluation: those of `eval`, then the set's own where it has any."""
+    """Fields of `Sampling` in an evaluation: those of `eval`, then the set's own where it has
+    any."""
     found = {"temperature": config.eval.temperature, **config.eval.cuts, "seed": config.seed}
     if own is not None:
         names = {"temperature": "temperature", "max_response_length": "max_tokens"}
         names |= {name: name for name in config.eval.cuts}
-        found |= {field: value for key, field in names.items() if (value := getattr(own, key)) is not None}
+        found |= {
+            field: value for key, field in names.items() if (value := getattr(own, key)) is not None
+        }
     return found

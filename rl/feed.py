@@ -1,7 +1,8 @@
-"""The feed: keeps the rollout workers busy, has their answers marked as they come in, and hands the loop its groups.
+"""The feed: keeps the rollout workers busy, has their answers marked as they come in, and hands the
+loop its groups.
 
-The loop calls `take` once a step; between two calls the workers decode on, as far ahead as `schedule.max_staleness` lets
-them, and graders mark what they finish.
+The loop calls `take` once a step; between two calls the workers decode on, as far ahead as
+`schedule.max_staleness` lets them, and graders mark what they finish.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ GRADERS = 8
 """Groups that are marked at the same time; rewards have processes of their own."""
 
 Ticket = tuple[int, int]
-"""What determines a group before it is sampled: the position of its problem in the source, and the RL step in which it was
-admitted, which gives the seed of its draws."""
+"""What determines a group before it is sampled: the position of its problem in the source, and the
+RL step in which it was admitted, which gives the seed of its draws."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +36,8 @@ class Feed:
     """What one step, or a part of it, got."""
 
     groups: list[Group]
-    """In order of admission; with dynamic sampling those without a signal too, for the step's figures."""
+    """In order of admission; with dynamic sampling those without a signal too, for the step's
+    figures."""
     waited: float
     """Seconds in which the learners had nothing to do."""
     metrics: dict[str, float]
@@ -43,7 +45,8 @@ class Feed:
 
 
 class GroupFeed:
-    """A context. Nothing is asked for before the first `take`; what is under way at the end is left alone."""
+    """A context. Nothing is asked for before the first `take`; what is under way at the end is left
+    alone."""
 
     def __init__(self, run: Run) -> None:
         schedule, filtered = run.config.schedule, run.config.filter
@@ -64,12 +67,15 @@ class GroupFeed:
         self._without_signal = 0  # groups that were dropped since the step began
         self._figures = _Figures(run)
         self._failure: BaseException | None = None
-        # the pool and the graders have deadlines of their own and report; this one finds what those forget
+        # the pool and the graders have deadlines of their own and report; this one finds what those
+        # forget
         graded = sum(part.deadline for part in run.config.reward.parts.values())
         replaced = run.config.cluster.start_timeout + run.config.sync.timeout
         rollout = run.config.rollout
         turns = 1 if rollout.environment is None else rollout.max_turns
-        self._patience = turns * (rollout.timeout + rollout.environment_timeout) + 2 * replaced + graded
+        self._patience = (
+            turns * (rollout.timeout + rollout.environment_timeout) + 2 * replaced + graded
+        )
         self._changed = threading.Condition(threading.RLock())
         self._graders = ThreadPoolExecutor(GRADERS, thread_name_prefix="grader")
         run.pool.on_served = partial(self._locked, self._admit)
@@ -84,7 +90,8 @@ class GroupFeed:
         self._graders.shutdown(wait=False, cancel_futures=True)
 
     def take(self, step: int) -> Feed:
-        """The groups of this step, fresh enough to train on the version that is served now; asks for more first.
+        """The groups of this step, fresh enough to train on the version that is served now; asks
+        for more first.
 
         Raises what made a worker, or the marking of its answers, fail.
         """
@@ -92,7 +99,8 @@ class GroupFeed:
         return feed
 
     def stream(self, step: int, parts: int) -> Iterator[Feed]:
-        """The same in so many parts, each as soon as there are enough groups for it, whichever these are."""
+        """The same in so many parts, each as soon as there are enough groups for it, whichever
+        these are."""
         with self._changed:
             if self._failure is not None:
                 raise self._failure
@@ -116,14 +124,17 @@ class GroupFeed:
                 graded = self._run.suite.finished
                 if not self._changed.wait(self._patience) and self._run.suite.finished == graded:
                     raise ActorLostError(
-                        f"no group came within {self._patience:g} s, though {self._schedule.running} are under way"
+                        f"no group came within {self._patience:g} s, though"
+                        f" {self._schedule.running} are under way"
                     )
             sampled = sorted([*taken, *self._dropped], key=lambda pair: pair[0])
             self._dropped = []
             for number, _ in taken:
                 del self._open[number]
             pending = (*self._again, *(self._open[number][0] for number in self._schedule.open))
-            self._run.progress = self._run.progress.advance(position=self._position, pending=pending)
+            self._run.progress = self._run.progress.advance(
+                position=self._position, pending=pending
+            )
             waited = time.perf_counter() - start
             metrics = self._figures.of_step(self._schedule)
             self._figures.took([group for _, group in taken])
@@ -136,7 +147,8 @@ class GroupFeed:
         self._open = {number: self._open[number] for number in self._schedule.open}
 
     def _at_most(self, size: int) -> int:
-        """How many groups there will be for a part of this size: fewer where too many had no signal."""
+        """How many groups there will be for a part of this size: fewer where too many had no
+        signal."""
         exhausted = self._without_signal > self._most_dropped and not self._schedule.running
         return min(size, self._schedule.ready) if exhausted else size
 
@@ -145,7 +157,9 @@ class GroupFeed:
         schedule = self._schedule
         schedule.served = min(self._run.pool.served, schedule.version)
         if schedule.max_staleness == 0 and schedule.running:
-            return  # a second round starts when the first is done, so that a synchronous run repeats bit for bit
+            # a second round starts when the first is done, so that a synchronous run repeats bit
+            # for bit
+            return
         if self._without_signal > self._most_dropped:
             return
         jobs = []
@@ -185,7 +199,9 @@ class GroupFeed:
             return
         marking.add_done_callback(partial(self._marked, number, outcome))
 
-    def _marked(self, number: int, completions: tuple[Completion, ...], marking: Future[Group]) -> None:
+    def _marked(
+        self, number: int, completions: tuple[Completion, ...], marking: Future[Group]
+    ) -> None:
         if marking.cancelled():
             return
         if (error := marking.exception()) is not None:
@@ -196,7 +212,9 @@ class GroupFeed:
         def enter() -> None:
             if number not in self._open:  # it was cut while it was marked
                 return
-            self._schedule.finish(number, (number, group), min(c.oldest_version for c in completions))
+            self._schedule.finish(
+                number, (number, group), min(c.oldest_version for c in completions)
+            )
             if self._dynamic and not group.has_signal:
                 self._schedule.drop(number)
                 self._dropped.append((number, group))
@@ -213,7 +231,8 @@ class GroupFeed:
         with self._changed:
             try:
                 change()
-            except Exception as error:  # this runs in others' threads, which would swallow it: the loop must get it
+            # this runs in others' threads, which would swallow it: the loop must get it
+            except Exception as error:
                 self._failure = self._failure or error
             self._changed.notify_all()
 
@@ -225,8 +244,9 @@ class GroupFeed:
 
 
 def censored_mean(finished: Sequence[int], cut: Sequence[int]) -> float:
-    """The mean length that answers would have if none were cut: the area under Kaplan and Meier's (1958) estimate of the
-    share of answers longer than x, up to the longest. `cut` are the lengths at which answers were cut."""
+    """The mean length that answers would have if none were cut: the area under Kaplan and Meier's
+    (1958) estimate of the share of answers longer than x, up to the longest. `cut` are the lengths
+    at which answers were cut."""
     lengths = np.array([*finished, *cut])
     ended = np.array([True] * len(finished) + [False] * len(cut))
     mean, alive, at = 0.0, 1.0, 0
@@ -265,13 +285,18 @@ class _Figures:
         found = {name: float(total - self._before.get(name, 0)) for name, total in totals.items()}
         self._before = dict(totals)
         now, idle = time.monotonic(), pool.idle_seconds()
-        spent = [(after - before) / max(now - self._at, 1e-9) for after, before in zip(idle, self._idle, strict=True)]
+        spent = [
+            (after - before) / max(now - self._at, 1e-9)
+            for after, before in zip(idle, self._idle, strict=True)
+        ]
         self._at, self._idle = now, idle
         if self._run.config.schedule.oversample > 1 and self._finished and self._partial:
             cut = [len(c) for c in self._partial if c.finish_reason == "abort"]
             whole = self._finished + [len(c) for c in self._partial if c.finish_reason != "abort"]
             expected = censored_mean(whole, cut)
-            found["sched/oversample/length_bias"] = sum(self._finished) / len(self._finished) / expected - 1
+            found["sched/oversample/length_bias"] = (
+                sum(self._finished) / len(self._finished) / expected - 1
+            )
         self._partial = []
         return found | {
             "sched/groups_running": float(schedule.running),

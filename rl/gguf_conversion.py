@@ -1,7 +1,9 @@
-"""GGUF, the one-file format of llama.cpp, to a Hugging Face directory that everything else here reads.
+"""GGUF, the one-file format of llama.cpp, to a Hugging Face directory that everything else here
+reads.
 
-Of the architectures that the engines and the learner are tested with. Whatever of a file would be lost on the way is refused
-by name: a tensor without a place, a rotation for long contexts, a way of splitting text that is not known.
+Of the architectures that the engines and the learner are tested with. Whatever of a file would be
+lost on the way is refused by name: a tensor without a place, a rotation for long contexts, a way of
+splitting text that is not known.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from typing import Any
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 SPLIT_FILE = re.compile(r"-\d{5}-of-\d{5}$")
 
-# How text is cut before byte-pair merges, by llama.cpp's name for it (`tokenizer.ggml.pre`). A GGUF file has no more than the
-# name, and transformers cuts as GPT-2 did where it does not know it: other tokens than the model was trained on.
+# How text is cut before byte-pair merges, by llama.cpp's name for it (`tokenizer.ggml.pre`). A GGUF
+# file has no more than the name, and transformers cuts as GPT-2 did where it does not know it:
+# other tokens than the model was trained on.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _WORDS + r"\p{N}{1,3}" + _REST
@@ -52,17 +55,25 @@ def read_header(file: Path) -> GgufHeader:
     from gguf import GGUFReader
 
     if SPLIT_FILE.search(file.stem):
-        raise ValueError(f"{file} is one part of a model split over several files; join them with llama-gguf-split")
+        raise ValueError(
+            f"{file} is one part of a model split over several files; join them with"
+            " llama-gguf-split"
+        )
     if file.open("rb").read(4) != b"GGUF":
         raise ValueError(f"{file} is not a GGUF file: it does not begin with the letters GGUF")
     try:
         reader = GGUFReader(file)
-        fields = {name: field.contents() for name, field in reader.fields.items() if name not in _LONG}
-    except Exception as error:  # numpy's own, of many kinds, where a cut or damaged file is read past its end
+        fields = {
+            name: field.contents() for name, field in reader.fields.items() if name not in _LONG
+        }
+    # numpy's own, of many kinds, where a cut or damaged file is read past its end
+    except Exception as error:
         raise ValueError(f"{file} is damaged or cut short ({error}); fetch it again") from error
     end = max((int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors), default=0)
     if end > file.stat().st_size:
-        raise ValueError(f"{file} is cut short: {file.stat().st_size} bytes instead of {end}; fetch it again")
+        raise ValueError(
+            f"{file} is cut short: {file.stat().st_size} bytes instead of {end}; fetch it again"
+        )
     architecture = str(fields.get("general.architecture", "(none)"))
     _refuse(file, architecture, fields, {tensor.name for tensor in reader.tensors})
     types = [tensor.tensor_type.name for tensor in reader.tensors]
@@ -76,36 +87,53 @@ def read_header(file: Path) -> GgufHeader:
     )
 
 
-_LONG = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.token_type", "tokenizer.ggml.scores")
+_LONG = (
+    "tokenizer.ggml.tokens",
+    "tokenizer.ggml.merges",
+    "tokenizer.ggml.token_type",
+    "tokenizer.ggml.scores",
+)
 ELSEWHERE = "give the model's Hugging Face directory or Hub id instead"
 
 
 def _refuse(file: Path, architecture: str, fields: dict[str, Any], tensors: set[str]) -> None:
     if architecture not in ARCHITECTURES:
         raise ValueError(
-            f"{file} holds a model of architecture {architecture!r}, not one of {', '.join(ARCHITECTURES)}; {ELSEWHERE}"
+            f"{file} holds a model of architecture {architecture!r}, not one of"
+            f" {', '.join(ARCHITECTURES)}; {ELSEWHERE}"
         )
     if fields.get("general.type", "model") != "model" or "token_embd.weight" not in tensors:
-        raise ValueError(f"{file} holds no whole model ({fields.get('general.type', 'no embedding')}); {ELSEWHERE}")
+        raise ValueError(
+            f"{file} holds no whole model ({fields.get('general.type', 'no embedding')});"
+            f" {ELSEWHERE}"
+        )
     if f"{architecture}.context_length" not in fields:
         raise ValueError(f"{file} does not say {architecture}.context_length; {ELSEWHERE}")
     if fields.get(f"{architecture}.expert_count"):
         raise ValueError(f"{file} is a mixture of experts; {ELSEWHERE}")
     scaling = fields.get(f"{architecture}.rope.scaling.type", "none")
     if "rope_freqs.weight" in tensors or scaling != "none":
-        raise ValueError(f"{file} stretches its rotary positions (rope scaling), which is not converted; {ELSEWHERE}")
+        raise ValueError(
+            f"{file} stretches its rotary positions (rope scaling), which is not converted;"
+            f" {ELSEWHERE}"
+        )
     model = fields.get("tokenizer.ggml.model")
     if model not in ("gpt2", "llama"):
-        raise ValueError(f"{file} has {f'a tokenizer of kind {model!r}' if model else 'no tokenizer'}; {ELSEWHERE}")
+        raise ValueError(
+            f"{file} has {f'a tokenizer of kind {model!r}' if model else 'no tokenizer'};"
+            f" {ELSEWHERE}"
+        )
     split = fields.get("tokenizer.ggml.pre", "default")
     if model == "gpt2" and split not in TEXT_SPLITS:
         raise ValueError(
-            f"{file} splits text in a way that is not known here (tokenizer.ggml.pre={split!r}); {ELSEWHERE}"
+            f"{file} splits text in a way that is not known here (tokenizer.ggml.pre={split!r});"
+            f" {ELSEWHERE}"
         )
 
 
 def convert(file: Path, folder: Path, dtype: str = "float32") -> str:
-    """Writes weights in `dtype`, config and tokenizer to `folder`, which appears whole or not at all; says what was done."""
+    """Writes weights in `dtype`, config and tokenizer to `folder`, which appears whole or not at
+    all; says what was done."""
     header = read_header(file)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -132,15 +160,26 @@ def _save_model(file: Path, header: GgufHeader, folder: Path, dtype: str) -> Non
     if header.head_dim is not None:  # which transformers does not read for Qwen3
         config.head_dim = header.head_dim
     with torch.device("meta"):
-        wanted = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+        wanted = {
+            name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()
+        }
     tensors = {}
     for name, tensor in _tensors(file, config):
         if name not in wanted or tensor.shape != wanted[name]:
-            place = f"where {tuple(wanted[name])} is expected" if name in wanted else "which has no place"
-            raise ValueError(f"{file} has {name} of shape {tuple(tensor.shape)}, {place} in the model; {ELSEWHERE}")
+            place = (
+                f"where {tuple(wanted[name])} is expected"
+                if name in wanted
+                else "which has no place"
+            )
+            raise ValueError(
+                f"{file} has {name} of shape {tuple(tensor.shape)}, {place} in the model;"
+                f" {ELSEWHERE}"
+            )
         tensors[name] = tensor.to(getattr(torch, dtype))
     if missing := sorted(set(wanted) - set(tensors)):
-        raise ValueError(f"{file} lacks {len(missing)} tensors of the model, e.g. {missing[0]}; {ELSEWHERE}")
+        raise ValueError(
+            f"{file} lacks {len(missing)} tensors of the model, e.g. {missing[0]}; {ELSEWHERE}"
+        )
     save_torch_state_dict(tensors, folder)
     config.architectures = [_CLASSES[config.model_type]]
     config.save_pretrained(folder)
@@ -167,8 +206,8 @@ def _tensors(file: Path, config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _halves(tensor: Any, heads: int) -> Any:
-    """Rows [H * D, ...] of a head from the order of llama.cpp, which rotates neighbours, to that of Hugging Face, which
-    rotates the halves against each other."""
+    """Rows [H * D, ...] of a head from the order of llama.cpp, which rotates neighbours, to that of
+    Hugging Face, which rotates the halves against each other."""
     pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape).contiguous()
 
@@ -176,11 +215,18 @@ def _halves(tensor: Any, heads: int) -> Any:
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)")
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _PARTS = {
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
@@ -195,7 +241,9 @@ def _save_tokenizer(file: Path, header: GgufHeader, folder: Path) -> None:
             from tokenizers import normalizers
 
             backend.normalizer = normalizers.NFC()
-    special = {name: getattr(read, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    special = {
+        name: getattr(read, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+    }
     wrap: Any = PreTrainedTokenizerFast  # transformers leaves it untyped
     tokenizer = wrap(
         tokenizer_object=backend,
@@ -210,7 +258,9 @@ def _save_tokenizer(file: Path, header: GgufHeader, folder: Path) -> None:
 def _splitter(split: str) -> Any:
     from tokenizers import Regex, pre_tokenizers
 
-    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split in (_GPT2, _SINGLE_DIGITS))
+    whole = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=split in (_GPT2, _SINGLE_DIGITS)
+    )
     if split == _GPT2:
         return whole
     if split == _SINGLE_DIGITS:

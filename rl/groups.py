@@ -1,4 +1,5 @@
-"""The nouns `Group` and `Batch`: a prompt's G graded completions, and the flat tokens that a learner trains on.
+"""The nouns `Group` and `Batch`: a prompt's G graded completions, and the flat tokens that a
+learner trains on.
 
 Shape legend: G completions of a group, T tokens of a batch, S sequences of a batch.
 """
@@ -39,11 +40,14 @@ class Group:
     @property
     def scores(self) -> NDArray[np.float64]:
         """[G] with NaN for a completion that has no verdict."""
-        return np.array([np.nan if v.score is None else v.score for v in self.verdicts], dtype=np.float64)
+        return np.array(
+            [np.nan if v.score is None else v.score for v in self.verdicts], dtype=np.float64
+        )
 
     @property
     def has_signal(self) -> bool:
-        """Whether any two scores differ by more than rounding: without that every group-relative advantage is 0."""
+        """Whether any two scores differ by more than rounding: without that every group-relative
+        advantage is 0."""
         return not all_equal(self.scores)
 
     def with_advantages(self, advantages: Floats) -> Group:
@@ -54,8 +58,9 @@ class Group:
 class Batch:
     """Flat aligned arrays over the T tokens of S sequences, prompt tokens included.
 
-    Position t holds what concerns token t *as a target*: `behaviour_logp_T[t]` is the log-prob with which token t was
-    sampled, and `loss_mask_T[t]` says whether it trains. The learner predicts it from the hidden state at t - 1.
+    Position t holds what concerns token t *as a target*: `behaviour_logp_T[t]` is the log-prob with
+    which token t was sampled, and `loss_mask_T[t]` says whether it trains. The learner predicts it
+    from the hidden state at t - 1.
     """
 
     token_ids_T: Ints
@@ -67,13 +72,14 @@ class Batch:
     behaviour_logp_T: Floats
     advantages_T: Floats
     weights_T: Floats
-    """The share of each loss token in the batch's loss: masks, denominators and the aggregation in one number, computed
-    over the *whole* step before it is split over ranks and micro-batches, so that partial losses simply add up."""
+    """The share of each loss token in the batch's loss: masks, denominators and the aggregation in
+    one number, computed over the *whole* step before it is split over ranks and micro-batches, so
+    that partial losses simply add up."""
     num_loss_tokens: int
     """Loss tokens of the whole step, over all ranks and micro-batches."""
     share: float = 1.0
-    """How much of what the weights' denominators count is here: less than 1 where sequences without a gradient were left
-    out of the passes."""
+    """How much of what the weights' denominators count is here: less than 1 where sequences without
+    a gradient were left out of the passes."""
     correct_T: Bools | None = None
     """Whether the token's completion was marked correct."""
     old_logp_T: Floats | None = None
@@ -87,7 +93,8 @@ class Batch:
     rewards_T: Floats | None = None
     """The reward of each token, KL penalty included, where rewards are of tokens."""
     kl_T: Floats | None = None
-    """The estimate of KL(policy || reference) that the reward of each token was lowered by (times kl.coef)."""
+    """The estimate of KL(policy || reference) that the reward of each token was lowered by (times
+    kl.coef)."""
 
     def __post_init__(self) -> None:
         lengths = {name: len(array) for name, array in self._arrays()}
@@ -107,10 +114,13 @@ class Batch:
         return np.bincount(self.sequence_ids_T) if self.num_tokens else np.zeros(0, np.int64)
 
     def select(self, sequences: Sequence[int]) -> Batch:
-        """The batch of these sequences in this order, renumbered from 0; weights stay those of the whole step."""
+        """The batch of these sequences in this order, renumbered from 0; weights stay those of the
+        whole step."""
         starts = np.concatenate(([0], np.cumsum(self.sequence_lengths)))
         rows = [np.arange(starts[s], starts[s + 1]) for s in sequences]
         index = np.concatenate(rows) if rows else np.zeros(0, np.int64)
         arrays = {name: array[index] for name, array in self._arrays()}
-        arrays["sequence_ids_T"] = np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows])
+        arrays["sequence_ids_T"] = np.repeat(
+            np.arange(len(rows), dtype=np.int32), [len(r) for r in rows]
+        )
         return replace(self, **arrays)

@@ -1,4 +1,5 @@
-"""The model that a run starts from: what `model.path` names, looked at before Ray starts, and made ready for the actors."""
+"""The model that a run starts from: what `model.path` names, looked at before Ray starts, and made
+ready for the actors."""
 
 from __future__ import annotations
 
@@ -14,7 +15,14 @@ from .config.data import DataConfig
 from .config.load import Config, ConfigError, user_errors
 from .data.templates import end_of_turn, template_of
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken", "spiece.model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "*.tiktoken",
+    "spiece.model",
+)
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 ENDS_OF_TURNS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 """Of a model that was taught to chat, whatever template a run gives it."""
@@ -22,7 +30,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def check_model(config: Config) -> None:
-    """`ConfigError` for what the actors would stumble over, of local files and of what the Hub says of an id."""
+    """`ConfigError` for what the actors would stumble over, of local files and of what the Hub says
+    of an id."""
     check_files(config)
     path, critic = config.model.path, config.critic.path
     if path is not None and _local(path) is None:
@@ -41,10 +50,13 @@ def check_files(config: Config) -> None:
         _check_path("critic.path", config.critic.path, engine=None)
 
 
-def prepare_model(config: Config, run_dir: Path, tell: Callable[[str], None], *, anew: bool = True) -> str:
-    """What the actors load: an absolute directory or a Hub id. A GGUF file is converted, a tiny model made, once, in the run's
-    `model_init`, `anew` where an earlier try may have left one of other settings there; a Hub id's files are fetched into
-    Hugging Face's cache. tell: a person reads what takes its time."""
+def prepare_model(
+    config: Config, run_dir: Path, tell: Callable[[str], None], *, anew: bool = True
+) -> str:
+    """What the actors load: an absolute directory or a Hub id. A GGUF file is converted, a tiny
+    model made, once, in the run's `model_init`, `anew` where an earlier try may have left one of
+    other settings there; a Hub id's files are fetched into Hugging Face's cache. tell: a person
+    reads what takes its time."""
     path, made = config.model.path, (run_dir / "model_init").absolute()
     if anew:
         shutil.rmtree(made, ignore_errors=True)
@@ -60,7 +72,8 @@ def prepare_model(config: Config, run_dir: Path, tell: Callable[[str], None], *,
         tell(f"model.path={path}: its files come from the Hub, or from the cache of earlier runs")
         try:
             model_directory(path)
-        except (OSError, ValueError) as error:  # huggingface_hub's, for no such model and for no way to it
+        # huggingface_hub's, for no such model and for no way to it
+        except (OSError, ValueError) as error:
             raise _not_a_model("model.path", path, error) from error
         return path
     file = gguf_file("model.path", found)
@@ -76,7 +89,8 @@ def prepare_model(config: Config, run_dir: Path, tell: Callable[[str], None], *,
 
 
 def load_tokenizer(model_path: str, settings: DataConfig) -> Any:
-    """The model's tokenizer with the chat template that the settings of the data choose; `ConfigError` where there is none.
+    """The model's tokenizer with the chat template that the settings of the data choose;
+    `ConfigError` where there is none.
 
     What it decodes is what the tokens say: no spaces are taken out before full stops and the like.
     """
@@ -94,8 +108,9 @@ def load_tokenizer(model_path: str, settings: DataConfig) -> Any:
 
 
 def stop_tokens(tokenizer: Any, model_path: str) -> tuple[int, ...]:
-    """The tokens that end an answer: the tokenizer's end token, all that the model's generation_config.json and config.json
-    name, and those that end an assistant's turn by the chat template or by their name."""
+    """The tokens that end an answer: the tokenizer's end token, all that the model's
+    generation_config.json and config.json name, and those that end an assistant's turn by the chat
+    template or by their name."""
     found = [tokenizer.eos_token_id, end_of_turn(tokenizer), *_end_tokens(model_path)]
     found += [tokenizer.get_vocab().get(name) for name in ENDS_OF_TURNS]
     return tuple(dict.fromkeys(t for t in found if t is not None))
@@ -111,8 +126,11 @@ def _end_tokens(model_path: str) -> list[int]:
         try:
             config = json.loads(file.read_text())
         except ValueError as error:
-            raise ConfigError(f"model.path={model_path!r}: {name} is not JSON ({error}); mend or remove it") from error
-        for part in (config, config.get("text_config") or {}):  # a model of texts and pictures has one inside
+            raise ConfigError(
+                f"model.path={model_path!r}: {name} is not JSON ({error}); mend or remove it"
+            ) from error
+        # a model of texts and pictures has one inside
+        for part in (config, config.get("text_config") or {}):
             end = part.get("eos_token_id")
             found += end if isinstance(end, list) else [] if end is None else [end]
     return found
@@ -137,18 +155,25 @@ def gguf_file(key: str, path: Path) -> Path | None:
     """The GGUF file that an existing path is or holds; None for a Hugging Face directory."""
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ConfigError(f"{key}={str(path)!r} is a file, but no .gguf; give a directory, a GGUF file or a Hub id")
+            raise ConfigError(
+                f"{key}={str(path)!r} is a file, but no .gguf; give a directory, a GGUF file or a"
+                " Hub id"
+            )
         return path
     if (path / "config.json").exists():
         return None
     files = sorted(path.glob("*.gguf"))
     if not files:
         raise ConfigError(
-            f"{key}={str(path)!r} is a directory with neither config.json nor a GGUF file; give a Hugging Face model"
+            f"{key}={str(path)!r} is a directory with neither config.json nor a GGUF file; give a"
+            " Hugging Face model"
         )
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
-        raise ConfigError(f"{key}={str(path)!r} holds {len(files)} GGUF files ({names}); give the path of one of them")
+        raise ConfigError(
+            f"{key}={str(path)!r} holds {len(files)} GGUF files ({names}); give the path of one of"
+            " them"
+        )
     return files[0]
 
 
@@ -163,7 +188,10 @@ def _check_path(key: str, path: str, engine: str | None) -> None:
     found = _local(path)
     if found is None:
         if _HUB_ID.fullmatch(path) is None or path.endswith(".gguf"):
-            raise ConfigError(f"{key}={path!r} does not exist; give a directory, a GGUF file or a Hub id (owner/name)")
+            raise ConfigError(
+                f"{key}={path!r} does not exist; give a directory, a GGUF file or a Hub id"
+                " (owner/name)"
+            )
         return
     file = gguf_file(key, found)
     if file is None:
@@ -187,10 +215,14 @@ def _check_directory(key: str, folder: Path, engine: str | None) -> None:
         raise ConfigError(f"{key}={str(folder)!r}: config.json cannot be read ({error})") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{key}={str(folder)!r}: config.json holds no mapping")
-    wanted = {"weights": WEIGHT_FILES} | ({"tokenizer": TOKENIZER_FILES} if engine is not None else {})
+    wanted = {"weights": WEIGHT_FILES} | (
+        {"tokenizer": TOKENIZER_FILES} if engine is not None else {}
+    )
     for what, patterns in wanted.items():
         if not any(found for pattern in patterns for found in folder.glob(pattern)):
-            raise ConfigError(f"{key}={str(folder)!r} has no {what}: none of {', '.join(patterns)}; add the files")
+            raise ConfigError(
+                f"{key}={str(folder)!r} has no {what}: none of {', '.join(patterns)}; add the files"
+            )
     if engine == "embedded":
         _check_architecture(key, str(folder), config)
 
@@ -211,7 +243,8 @@ def _hub_config(key: str, path: str) -> Any:
 
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:  # what transformers raises for a missing model, and for a broken one
+    # what transformers raises for a missing model, and for a broken one
+    except (OSError, ValueError) as error:
         raise _not_a_model(key, path, error) from error
 
 
@@ -219,9 +252,12 @@ def _not_a_model(key: str, path: str, error: Exception) -> ConfigError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if _local(path) is None:
         return ConfigError(
-            f"{key}={path!r}: there is no such file or directory, and no such model from the Hub ({reason})"
+            f"{key}={path!r}: there is no such file or directory, and no such model from the Hub"
+            f" ({reason})"
         )
-    return ConfigError(f"{key}={path!r} cannot be loaded: {reason}; give a Hub id, a directory or a GGUF file")
+    return ConfigError(
+        f"{key}={path!r} cannot be loaded: {reason}; give a Hub id, a directory or a GGUF file"
+    )
 
 
 def _quiet() -> None:

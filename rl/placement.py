@@ -48,7 +48,8 @@ class Placement:
         """A table for a person, one line per actor."""
         lines = [f"placement on {self.device}: {resources_text(self.total())}"]
         lines += [
-            f"  bundle {seat.place:2}  {seat.role} {seat.index}  {resources_text(seat.bundle)}, {seat.threads} threads"
+            f"  bundle {seat.place:2}  {seat.role} {seat.index}  {resources_text(seat.bundle)},"
+            f" {seat.threads} threads"
             for seat in self.seats
         ]
         return "\n".join(lines)
@@ -57,12 +58,15 @@ class Placement:
 def plan_placement(config: Config) -> Placement:
     """The seats of a configuration.
 
-    An actor's threads are its bundle's CPUs. On a CPU-only cluster that trains on-policy, learners and rollouts take
-    turns, so each side may use the CPUs of both.
+    An actor's threads are its bundle's CPUs. On a CPU-only cluster that trains on-policy, learners
+    and rollouts take turns, so each side may use the CPUs of both.
     """
     cluster = config.cluster
     target = platform.named(cluster.device)
-    counts = {"learner": cluster.learners, "rollout": len(config.rollout.servers) or cluster.rollouts}
+    counts = {
+        "learner": cluster.learners,
+        "rollout": len(config.rollout.servers) or cluster.rollouts,
+    }
     cpus = {"learner": cluster.cpus_per_learner, "rollout": cluster.cpus_per_rollout}
     everything = sum(counts[role] * cpus[role] for role in counts)
     seats = []
@@ -71,7 +75,13 @@ def plan_placement(config: Config) -> Placement:
         alone = target.is_cpu and config.schedule.max_staleness == 0
         threads = int(everything / counts[role] if alone else cpus[role])
         cardless = target.is_cpu or (role == "rollout" and bool(config.rollout.servers))
-        cards = SHARE if cluster.colocated else 1.0 if role == "learner" else float(config.rollout.cards)
+        cards = (
+            SHARE
+            if cluster.colocated
+            else 1.0
+            if role == "learner"
+            else float(config.rollout.cards)
+        )
         bundle = {"CPU": cpus[role]} if cardless else {target.resource: cards, "CPU": cpus[role]}
         first = 0 if cluster.colocated or role == "learner" else cluster.learners
         seats += [
@@ -86,11 +96,18 @@ def check_capacity(placement: Placement, available: dict[str, float], where: str
     for name, wanted in placement.total().items():
         have = available.get(name, 0.0)
         if wanted > have + 1e-9:
-            other = "cluster.cpus_per_learner and cluster.cpus_per_rollout" if name == "CPU" else "cluster.device"
-            learners, rollouts = (sum(seat.role == role for seat in placement.seats) for role in ("learner", "rollout"))
+            other = (
+                "cluster.cpus_per_learner and cluster.cpus_per_rollout"
+                if name == "CPU"
+                else "cluster.device"
+            )
+            learners, rollouts = (
+                sum(seat.role == role for seat in placement.seats)
+                for role in ("learner", "rollout")
+            )
             raise ConfigError(
-                f"the placement needs {wanted:g} {name} but {where} has {have:g}: lower cluster.learners={learners} "
-                f"or cluster.rollouts={rollouts}, or change {other}"
+                f"the placement needs {wanted:g} {name} but {where} has {have:g}: lower"
+                f" cluster.learners={learners} or cluster.rollouts={rollouts}, or change {other}"
             )
 
 

@@ -1,4 +1,5 @@
-"""What can be found out about data, rewards and template before Ray and the actors start, and by `--dry-run`."""
+"""What can be found out about data, rewards and template before Ray and the actors start, and by
+`--dry-run`."""
 
 from __future__ import annotations
 
@@ -26,8 +27,9 @@ _RENDERED = 64
 
 
 def check_inputs(config: Config, *, hub: bool = False) -> list[str]:
-    """Reads the first rows of every file, imports the rewards and tries both on each other. Returns what a person should
-    know; `ConfigError` for what would end the run. hub: data sets and models of the Hub too, which may be fetched."""
+    """Reads the first rows of every file, imports the rewards and tries both on each other. Returns
+    what a person should know; `ConfigError` for what would end the run. hub: data sets and models
+    of the Hub too, which may be fetched."""
     with user_errors():
         if not is_table(config.data):
             check_data(config.data)
@@ -55,7 +57,8 @@ def check_inputs(config: Config, *, hub: bool = False) -> list[str]:
 
 
 def _heads(settings: DataConfig, hub: bool) -> tuple[list[Head], list[Head]]:
-    """Of the problems to train on, and of those to be evaluated on where they have tables of their own."""
+    """Of the problems to train on, and of those to be evaluated on where they have tables of their
+    own."""
     if not is_table(settings):
         return [], []
     return tuple(  # type: ignore[return-value]
@@ -69,52 +72,72 @@ def _said_of(head: Head) -> list[str]:
     some = "" if head.whole else "the first "
     if counts.bad:
         lines.append(
-            f"{counts.bad} of {some}{counts.read} rows of {head.table.where} will be left out: {counts.example}"
+            f"{counts.bad} of {some}{counts.read} rows of {head.table.where} will be left out:"
+            f" {counts.example}"
         )
     if counts.folded:
         left = counts.read - counts.bad
-        lines.append(f"{some}{left} rows of {head.table.where} hold {left - counts.folded} problems; each counts once")
+        lines.append(
+            f"{some}{left} rows of {head.table.where} hold {left - counts.folded} problems; each"
+            " counts once"
+        )
     return lines
 
 
 def _said_of_sizes(config: Config, train: Sequence[Head], evaluation: Sequence[Head]) -> list[str]:
-    """A held-out side that takes too much, an evaluation that takes too little, a set smaller than a step."""
+    """A held-out side that takes too much, an evaluation that takes too little, a set smaller than
+    a step."""
     data, lines = config.data, []
     problems = sum(len(head.problems.rows) for head in train)
     if train and all(head.whole for head in train):
         own = not evaluation and data.eval_path is None and data.eval_split is None
         if own and data.heldout >= problems:
             raise ValueError(
-                f"data.heldout={data.heldout} leaves nothing to train on of the {problems} problems; lower it, or name a "
-                "held-out set in data.eval_path"
+                f"data.heldout={data.heldout} leaves nothing to train on of the {problems}"
+                " problems; lower it, or name a held-out set in data.eval_path"
             )
         if own and 3 * data.heldout > problems:
             lines.append(heldout_note(data, problems))
         left, step = problems - (data.heldout if own else 0), config.schedule.prompts_per_step
         if left < step:
             lines.append(
-                f"{left} problems to train on are fewer than schedule.prompts_per_step={step}: every step has each of them "
-                f"{step / left:.1f} times"
+                f"{left} problems to train on are fewer than schedule.prompts_per_step={step}:"
+                f" every step has each of them {step / left:.1f} times"
             )
     held = sum(len(head.problems.rows) for head in evaluation)
     size = config.eval.size
     if evaluation and size and held > size:
         more = "" if all(head.whole for head in evaluation) else "or more "
-        lines.append(f"eval.size={size} takes the first {size} of {held} {more}held-out problems; raise it to take all")
+        lines.append(
+            f"eval.size={size} takes the first {size} of {held} {more}held-out problems; raise it"
+            " to take all"
+        )
     return lines
 
 
 def check_references(settings: DataConfig, suite: RewardSuite, head: Head) -> list[str]:
-    """Tries the first problem and the first references. ValueError where the reward cannot grade most of them."""
-    prompts = [prompt for prompt, _ in zip(head.prompts(settings.name), range(_REFERENCES), strict=False)]
+    """Tries the first problem and the first references. ValueError where the reward cannot grade
+    most of them."""
+    prompts = [
+        prompt for prompt, _ in zip(head.prompts(settings.name), range(_REFERENCES), strict=False)
+    ]
     inputs = [as_input(prompt, "") for prompt in prompts]
     suite.trial(as_input(prompts[0], "0"))
-    bad = [(prompts[i].id, why) for i, why in enumerate(_refusals(suite, inputs)) if why is not None]
+    bad = [
+        (prompts[i].id, why) for i, why in enumerate(_refusals(suite, inputs)) if why is not None
+    ]
     if not bad:
         return []
-    line = f"{len(bad)} of {len(inputs)} references of {head.table.where} cannot be graded against: {': '.join(bad[0])}"
+    line = (
+        f"{len(bad)} of {len(inputs)} references of {head.table.where} cannot be graded against:"
+        f" {': '.join(bad[0])}"
+    )
     if 2 * len(bad) > len(inputs):
-        hint = "; its rows have tests, for reward.parts.<name>.use=code" if head.mapper.layout.tests else ""
+        hint = (
+            "; its rows have tests, for reward.parts.<name>.use=code"
+            if head.mapper.layout.tests
+            else ""
+        )
         raise ValueError(f"{line}; is it the right column, and the right reward?{hint}")
     if settings.drop == "none":
         raise ValueError(f"{line}; mend them, or set data.drop=bad")
@@ -122,7 +145,8 @@ def check_references(settings: DataConfig, suite: RewardSuite, head: Head) -> li
 
 
 def _refusals(suite: RewardSuite, inputs: Sequence[RewardInput]) -> list[str | None]:
-    """Why a reference is refused by the first part that says so; programs are not run for it, only their tests read."""
+    """Why a reference is refused by the first part that says so; programs are not run for it, only
+    their tests read."""
     found: list[str | None] = [None] * len(inputs)
     for part in suite.parts:
         if isinstance(part.reward, BySource):  # which runs what its code rows have of solutions
@@ -146,7 +170,8 @@ def as_input(prompt: Prompt, completion: str) -> RewardInput:
 
 
 def _tokenizer(config: Config, hub: bool) -> Any:
-    """The tokenizer of a directory that has a tokenizer.json (of the Hub, with `hub`), else None: it is seen later."""
+    """The tokenizer of a directory that has a tokenizer.json (of the Hub, with `hub`), else None:
+    it is seen later."""
     path = config.model.path
     if path is None:
         return None
@@ -157,7 +182,8 @@ def _tokenizer(config: Config, hub: bool) -> Any:
 
     try:
         return PreTrainedTokenizerFast.from_pretrained(str(folder) if folder.exists() else path)
-    except Exception:  # of any kind, since the files are the user's: `load_tokenizer` says what is wrong with them
+    # of any kind, since the files are the user's: `load_tokenizer` says what is wrong with them
+    except Exception:
         return None
 
 
@@ -166,9 +192,13 @@ def _render(settings: DataConfig, tokenizer: Any, head: Head) -> None:
     writer = PromptWriter(settings, tokenizer)
     for prompt, _ in zip(head.prompts(settings.name), range(_RENDERED), strict=False):
         try:
-            writer.conversation(prompt.messages, id="", answer="", source="", columns=prompt.columns)
+            writer.conversation(
+                prompt.messages, id="", answer="", source="", columns=prompt.columns
+            )
         except ValueError as error:
-            raise ConfigError(f"{head.table.key}={head.table.where!r}, {prompt.id}: {error}") from error
+            raise ConfigError(
+                f"{head.table.key}={head.table.where!r}, {prompt.id}: {error}"
+            ) from error
 
 
 __all__ = ["as_input", "check_inputs", "check_references"]

@@ -69,7 +69,8 @@ class Result:
 
 
 def train(config: Config, *, resume: bool = False, override: bool = False) -> Result:
-    """Runs all stages. Raises `ConfigError` before Ray starts where the fault can be known by then."""
+    """Runs all stages. Raises `ConfigError` before Ray starts where the fault can be known by
+    then."""
     started = time.time()
     console = make_console()
     for line in said_at_start(config):
@@ -79,7 +80,8 @@ def train(config: Config, *, resume: bool = False, override: bool = False) -> Re
         check_engine(config.rollout.engine, config.rollout.engine_args, config.rollout.servers)
         if config.rollout.environment is not None:
             load_environment(config.rollout.environment)
-        Objective.of(config.loss, config.kl, config.offpolicy)  # tries a user's own loss on a tiny batch
+        # tries a user's own loss on a tiny batch
+        Objective.of(config.loss, config.kl, config.offpolicy)
     check_model(config)
     cluster = Cluster(config)
     run_dir, checkpoint = open_run_dir(config, resume)
@@ -96,20 +98,27 @@ def train(config: Config, *, resume: bool = False, override: bool = False) -> Re
             if not restarts or checkpoint is None:
                 raise
             restarts -= 1
-            make_console().print(f"{error}; all actors are started anew from {checkpoint.name}", markup=False)
+            make_console().print(
+                f"{error}; all actors are started anew from {checkpoint.name}", markup=False
+            )
             cluster = Cluster(config)
 
 
-def run_attempt(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | None, started: float) -> Result:
-    """The run from a checkpoint, or from the beginning, to its end, with actors of its own. started: when the run began, less
-    the time in which it did not run."""
+def run_attempt(
+    config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | None, started: float
+) -> Result:
+    """The run from a checkpoint, or from the beginning, to its end, with actors of its own.
+    started: when the run began, less the time in which it did not run."""
     progress = read_progress(checkpoint) if checkpoint else Progress()
     if checkpoint and progress.stage < len(config.stages):
         trim_metrics(run_dir, config.stages[progress.stage], progress.step, config.stages)
     console = make_console()
-    model_path = prepare_model(config, run_dir, lambda text: console.print(text, markup=False), anew=checkpoint is None)
+    model_path = prepare_model(
+        config, run_dir, lambda text: console.print(text, markup=False), anew=checkpoint is None
+    )
     check_adapters(config, model_path)
-    with cluster, stop_on_signal() as stop:  # in this order: Ray's start sets a SIGTERM handler of its own
+    # in this order: Ray's start sets a SIGTERM handler of its own
+    with cluster, stop_on_signal() as stop:
         # the actors load while this process reads the data: both take seconds
         learners, pool = cluster.spawn(model_path, run_id := uuid.uuid4().hex)
         tokenizer = load_tokenizer(model_path, config.data)
@@ -125,18 +134,39 @@ def run_attempt(config: Config, cluster: Cluster, run_dir: Path, checkpoint: Pat
             opened.callback(tracker.close)
             for note in (*source.notes, *([passes] if passes else [])):
                 tracker.note(note)
-            sets = open_eval_sets(config, source, suite, partial(load_tokenizer, model_path), tracker.note, opened)
+            sets = open_eval_sets(
+                config, source, suite, partial(load_tokenizer, model_path), tracker.note, opened
+            )
             cluster.wait()
             sync = WeightSync(
-                config.sync, learners, pool, run_id=run_id, run_dir=run_dir, history=config.checkpoint.history,
-                fabric=cluster.placement.device != "cpu", tell=tracker.note,
-                backend=transfer_backend(config.rollout.engine_args), ranks=config.rollout.cards,
-            )  # fmt: skip
+                config.sync,
+                learners,
+                pool,
+                run_id=run_id,
+                run_dir=run_dir,
+                history=config.checkpoint.history,
+                fabric=cluster.placement.device != "cpu",
+                tell=tracker.note,
+                backend=transfer_backend(config.rollout.engine_args),
+                ranks=config.rollout.cards,
+            )
             run = Run(
-                config=config, run_id=run_id, run_dir=run_dir, tokenizer=tokenizer, source=source, suite=suite,
-                learners=learners, pool=pool, sync=sync, tracker=tracker, stop=stop, started=started,
-                progress=progress, eval_sets=sets, stop_token_ids=stop_tokens(tokenizer, model_path),
-            )  # fmt: skip
+                config=config,
+                run_id=run_id,
+                run_dir=run_dir,
+                tokenizer=tokenizer,
+                source=source,
+                suite=suite,
+                learners=learners,
+                pool=pool,
+                sync=sync,
+                tracker=tracker,
+                stop=stop,
+                started=started,
+                progress=progress,
+                eval_sets=sets,
+                stop_token_ids=stop_tokens(tokenizer, model_path),
+            )
             with user_errors():
                 pool.episodes = episodes_of(config, tokenizer, run.said)
             return go(run, checkpoint)
@@ -152,7 +182,9 @@ def go(run: Run, checkpoint: Path | None) -> Result:
             name = names[run.progress.stage]
             if name == "rl":
                 critic = run.config.critic if run.config.advantage.needs_critic else None
-                run.learners.begin_stage(run.config.optim, run.config.updates, critic, run.config.kl.active)
+                run.learners.begin_stage(
+                    run.config.optim, run.config.updates, critic, run.config.kl.active
+                )
             else:
                 run.learners.begin_stage(run.config.sft_optim, run.config.sft.steps)
             if checkpoint is not None:
@@ -160,7 +192,8 @@ def go(run: Run, checkpoint: Path | None) -> Result:
                 checkpoint = None
             if published:
                 run.probe.begin_stage()
-            run.publish(new_version=published)  # an earlier stage of this attempt has changed the weights
+            # an earlier stage of this attempt has changed the weights
+            run.publish(new_version=published)
             published = True
             stages[name](run)
             run.progress = run.progress.advance(
@@ -177,7 +210,9 @@ def go(run: Run, checkpoint: Path | None) -> Result:
         accuracy_end=progress.accuracy_end,
         steps=progress.step if "rl" in names[: progress.stage + 1] else 0,
         seconds=round(time.time() - run.started, 1),
-        tokens_per_second=round(progress.tokens / progress.train_seconds, 1) if progress.train_seconds else 0.0,
+        tokens_per_second=(
+            round(progress.tokens / progress.train_seconds, 1) if progress.train_seconds else 0.0
+        ),
         run_dir=str(run.run_dir),
         updates=progress.updates,
         warnings=(*cautions(run.config), *progress.warnings),
@@ -203,7 +238,9 @@ def train_sft(run: Run) -> None:
         position = run.progress.position
         batch = demonstrations(run.source, run.tokenizer, run.config, position)
         metrics = run.learners.step(batch, Objective.sft())
-        run.progress = run.progress.advance(step=run.progress.step + 1, position=position + config.batch_size)
+        run.progress = run.progress.advance(
+            step=run.progress.step + 1, position=position + config.batch_size
+        )
         run.tracker.log(
             run.progress.step,
             {"sft/loss": metrics["actor/loss"], **metrics},
@@ -213,11 +250,17 @@ def train_sft(run: Run) -> None:
 
 
 def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> RewardSuite:
-    """The reward suite, tried on one problem, with every reference of a finite data set checked before training."""
-    if config.eval.size != 0 and not source.heldout and not (config.eval.sets and config.eval.size is None):
+    """The reward suite, tried on one problem, with every reference of a finite data set checked
+    before training."""
+    if (
+        config.eval.size != 0
+        and not source.heldout
+        and not (config.eval.sets and config.eval.size is None)
+    ):
         raise ConfigError(
-            f"there is nothing to evaluate on: data.heldout={config.data.heldout} leaves no held-out problems; "
-            "raise data.heldout, name data.eval_path or data.eval_split, or set eval.size=0"
+            f"there is nothing to evaluate on: data.heldout={config.data.heldout} leaves no"
+            " held-out problems; raise data.heldout, name data.eval_path or data.eval_split, or"
+            " set eval.size=0"
         )
     with user_errors():
         suite = build_suite({name: part.model_dump() for name, part in config.reward.parts.items()})
@@ -227,10 +270,21 @@ def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> Rewar
     if bad:
         ids = {rows[b.row].id for b in bad}
         shown = "; ".join(f"{rows[b.row].id}: {b}" for b in bad[:3])
-        message = f"{len(ids)} of {len(rows)} references of data.source={config.data.source!r} cannot be graded against: {shown}"
-        if config.data.drop == "none" or not isinstance(source, TableSource) or 2 * len(ids) > len(rows):
+        message = (
+            f"{len(ids)} of {len(rows)} references of data.source={config.data.source!r} cannot be"
+            f" graded against: {shown}"
+        )
+        if (
+            config.data.drop == "none"
+            or not isinstance(source, TableSource)
+            or 2 * len(ids) > len(rows)
+        ):
             suite.close()
-            fix = "mend them, or set data.drop=bad" if 2 * len(ids) <= len(rows) else "is it the right column?"
+            fix = (
+                "mend them, or set data.drop=bad"
+                if 2 * len(ids) <= len(rows)
+                else "is it the right column?"
+            )
             raise ConfigError(f"{message}; {fix}")
         source.leave_out(ids)
         source.notes = (*source.notes, f"left out: {message}")

@@ -10,8 +10,8 @@ from ..rollout.samples import Prompt
 
 
 def conversation(prompt: Prompt, tokenizer: Any) -> tuple[Mapping[str, str], ...]:
-    """The messages that reward functions see; none where the model reads plain text, since without a chat template peers
-    hand their functions texts."""
+    """The messages that reward functions see; none where the model reads plain text, since without
+    a chat template peers hand their functions texts."""
     return prompt.messages if tokenizer.chat_template is not None else ()
 
 
@@ -28,7 +28,8 @@ def reward_input(prompt: Prompt, tokenizer: Any, completion: str) -> RewardInput
 
 
 def plain_prompt(prompt: Prompt) -> str | None:
-    """The prompt of a row that holds a text; None for a row of messages, or where there is no conversation."""
+    """The prompt of a row that holds a text; None for a row of messages, or where there is no
+    conversation."""
     if not prompt.messages or any(_is_conversation(value) for value in prompt.columns.values()):
         return None
     return prompt.messages[-1]["content"]

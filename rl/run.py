@@ -69,7 +69,8 @@ class Run:
     )
 
     def sampling(self, step: int) -> Sampling:
-        """How this step's answers are drawn: with the prompt and the sample's index the step fixes every draw."""
+        """How this step's answers are drawn: with the prompt and the sample's index the step fixes
+        every draw."""
         rollout = self.config.rollout
         return Sampling(
             max_tokens=rollout.max_response_length,
@@ -81,14 +82,20 @@ class Run:
         )
 
     def sample_groups(
-        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, suite: RewardSuite | None = None
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        sampling: Sampling,
+        suite: RewardSuite | None = None,
     ) -> list[Group]:
-        """n answers to each prompt, in the order of the prompts, marked by `suite` (None: the run's) while others are still
-        decoded."""
+        """n answers to each prompt, in the order of the prompts, marked by `suite` (None: the
+        run's) while others are still decoded."""
         groups: dict[int, Group] = {}
         for index, completions in self.pool.generate(prompts, n, sampling):
             groups[index] = self.grade(prompts[index], completions, suite, sampling.max_tokens)
-        assert len(groups) == len(prompts), f"{len(prompts)} prompts went out, {len(groups)} groups came back"
+        assert len(groups) == len(prompts), (
+            f"{len(prompts)} prompts went out, {len(groups)} groups came back"
+        )
         return [groups[i] for i in range(len(prompts))]
 
     def grade(
@@ -98,8 +105,9 @@ class Run:
         suite: RewardSuite | None = None,
         max_tokens: int = 0,
     ) -> Group:
-        """Marks the last turn of each completion, which has the earlier ones before it as its prompt
-        does, by `suite` (None: the run's reward); what a broken environment cut short has no verdict."""
+        """Marks the last turn of each completion, which has the earlier ones before it as its
+        prompt does, by `suite` (None: the run's reward); what a broken environment cut short has no
+        verdict."""
         unmarked = replace(
             reward_input(prompt, self.tokenizer, ""),
             prompt=self.tokenizer.decode(list(prompt.token_ids)).removesuffix(prompt.prefix),
@@ -111,15 +119,18 @@ class Run:
         inputs = [self._marked(unmarked, prompt, completion) for completion in sound]
         graded = iter((suite or self.suite).grade(inputs))
         verdicts = [
-            verifier_error(f"rollout.environment, {c.episode.status}: {c.episode.message}")
-            if c.episode is not None and c.episode.failed
-            else next(graded)
+            (
+                verifier_error(f"rollout.environment, {c.episode.status}: {c.episode.message}")
+                if c.episode is not None and c.episode.failed
+                else next(graded)
+            )
             for c in completions
         ]
         return Group(prompt=prompt, completions=tuple(completions), verdicts=tuple(verdicts))
 
     def _marked(self, asked: RewardInput, prompt: Prompt, completion: Completion) -> RewardInput:
-        """The problem `asked` with an answer to it; of an episode, its last turn after the others."""
+        """The problem `asked` with an answer to it; of an episode, its last turn after the
+        others."""
         start, episode = completion.last_turn, completion.episode
         answered = replace(
             asked,
@@ -141,8 +152,8 @@ class Run:
         )
 
     def text(self, prompt: Prompt, completion: Completion) -> str:
-        """An answer as the grader and a person read it: what the prompt has of it already, then what
-        was sampled; of an episode its last turn."""
+        """An answer as the grader and a person read it: what the prompt has of it already, then
+        what was sampled; of an episode its last turn."""
         if completion.episode is not None:
             return completion.episode.messages[-1]["content"]
         return prompt.prefix + self.said(completion.token_ids.tolist(), completion.finish_reason)
@@ -163,16 +174,17 @@ class Run:
         return framing_ids(self.tokenizer)
 
     def problem(self, prompt: Prompt) -> str:
-        """What was asked, as a person reads it: the last message, without what the chat template puts around it."""
+        """What was asked, as a person reads it: the last message, without what the chat template
+        puts around it."""
         if prompt.messages:
             return prompt.messages[-1]["content"]
         text: str = self.tokenizer.decode([t for t in prompt.token_ids if t not in self._framing])
         return text
 
     def publish(self, *, new_version: bool = True, wait: bool = True) -> dict[str, float]:
-        """Has every worker serve the learners' weights, proved by digest; returns the figures of the transfer. Without `wait`,
-        where rollouts run ahead, it goes on while the learners make their next step, and the figures are those of the version
-        before."""
+        """Has every worker serve the learners' weights, proved by digest; returns the figures of
+        the transfer. Without `wait`, where rollouts run ahead, it goes on while the learners make
+        their next step, and the figures are those of the version before."""
         schedule, version = self.config.schedule, self.progress.version + new_version
         start = time.perf_counter()  # to wait for the version before is the learners' loss, too
         figures = self.wait_published()
@@ -188,7 +200,8 @@ class Run:
         return figures | {"sync/exposed_s": time.perf_counter() - start}
 
     def wait_published(self) -> dict[str, float]:
-        """Waits until the workers have what was published, if that is under way; returns its figures and raises its errors."""
+        """Waits until the workers have what was published, if that is under way; returns its
+        figures and raises its errors."""
         delivery, self._delivery = self._delivery, None
         return {} if delivery is None else delivery.result()  # every wait inside has a deadline
 
@@ -203,7 +216,9 @@ class Run:
         start = time.perf_counter()
         figures = self.sync.deliver(later=later)
         if probe is not None:
-            figures |= self._compare(*probe, version=version, changed=figures.get("sync/changed_fraction"))
+            figures |= self._compare(
+                *probe, version=version, changed=figures.get("sync/changed_fraction")
+            )
         return figures | {"sync/exposed_s": time.perf_counter() - start}
 
     @contextmanager
@@ -217,13 +232,18 @@ class Run:
             self.pool.wake()  # which changes nothing where a new version has woken them
 
     def _expected(self) -> tuple[tuple[int, ...], NDArray[np.float32]]:
-        """Tokens to probe with, and what the learners say of all but the first before they make their next step."""
+        """Tokens to probe with, and what the learners say of all but the first before they make
+        their next step."""
         count = min(self.config.sync.probe_tokens, self.config.max_model_length - 1)
         token_ids = probe_ids(self.source, count)
         return token_ids, self.learners.logprobs(as_batch(token_ids), temperature=1.0)[1:]
 
     def _compare(
-        self, token_ids: tuple[int, ...], expected: NDArray[np.float32], version: int, changed: float | None
+        self,
+        token_ids: tuple[int, ...],
+        expected: NDArray[np.float32],
+        version: int,
+        changed: float | None,
     ) -> dict[str, float]:
         """Engines and learners side by side on the same tokens."""
         return self.probe.check(
@@ -236,7 +256,8 @@ class Run:
 
     @cached_property
     def probe(self) -> Probe:
-        """Knows how far engines and learners were apart before, also in the run's earlier attempts."""
+        """Knows how far engines and learners were apart before, also in the run's earlier
+        attempts."""
         logp, p = self.progress.probe_noise_logp, self.progress.probe_noise_p
         level = None if logp is None or p is None else Level(logp=logp, p=p)
         return Probe(tolerance_of(self.config.model.dtype), level)
@@ -265,7 +286,8 @@ class Run:
 
 @contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; a second one interrupts whatever is running."""
+    """An event that the first Ctrl-C or SIGTERM sets; a second one interrupts whatever is
+    running."""
     stop = threading.Event()
 
     def ask(number: int, frame: FrameType | None) -> None:

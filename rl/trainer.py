@@ -1,4 +1,5 @@
-"""The loop: sample groups with the newest weights, mark them, keep those with a signal, step, publish, log."""
+"""The loop: sample groups with the newest weights, mark them, keep those with a signal, step,
+publish, log."""
 
 from __future__ import annotations
 
@@ -32,10 +33,13 @@ from .watch.step_metrics import (
 
 
 def train_rl(run: Run) -> None:
-    """RL steps from where the run stands to `schedule.steps`; every token is at most `schedule.max_staleness` versions older
-    than the weights that it trains (0: on-policy, rollouts and learners take turns)."""
+    """RL steps from where the run stands to `schedule.steps`; every token is at most
+    `schedule.max_staleness` versions older than the weights that it trains (0: on-policy, rollouts
+    and learners take turns)."""
     config, schedule = run.config, run.config.schedule
-    objective = Objective.of(config.loss, config.kl, config.offpolicy, temperature=config.rollout.temperature)
+    objective = Objective.of(
+        config.loss, config.kl, config.offpolicy, temperature=config.rollout.temperature
+    )
     alarms = Alarms(config, run.progress.entropy_start)
     run.tracker.begin("rl", run.progress.step, schedule.steps)
     if run.progress.step == 0 and config.eval.active:
@@ -48,9 +52,13 @@ def train_rl(run: Run) -> None:
             step, last = run.progress.step, run.progress.step == schedule.steps
             for alarm in [*alarms.after(step, metrics), *(alarms.at_end() if last else [])]:
                 run.tracker.alert(alarm.title, alarm.text)
-                run.progress = run.progress.advance(warnings=(*run.progress.warnings, f"{alarm.title}: {alarm.text}"))
+                run.progress = run.progress.advance(
+                    warnings=(*run.progress.warnings, f"{alarm.title}: {alarm.text}")
+                )
             run.progress = run.progress.advance(entropy_start=alarms.entropy_start)
-            if config.eval.active and (last or (config.eval.every and step % config.eval.every == 0)):
+            if config.eval.active and (
+                last or (config.eval.every and step % config.eval.every == 0)
+            ):
                 run.progress = run.progress.advance(accuracy_end=evaluate(run).accuracy)
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 run.save()
@@ -58,8 +66,8 @@ def train_rl(run: Run) -> None:
 
 
 def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, float]:
-    """Takes the groups of one step, trains on them, publishes and logs; returns what was logged. Raises `TooManyErrors` where
-    graders rather than answers fail."""
+    """Takes the groups of one step, trains on them, publishes and logs; returns what was logged.
+    Raises `TooManyErrors` where graders rather than answers fail."""
     config, step, start = run.config, run.progress.step + 1, time.perf_counter()
     train = train_whole if config.schedule.stream_parts == 1 else train_in_parts
     fed, trained, metrics = train(run, feed, step, objective)
@@ -74,12 +82,19 @@ def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, float]
         updates=run.progress.updates + int(metrics["training/updates"]),
     )
     shaped = [shaped_scores(group, config) for group in sampled]
-    limits = {"longest": config.rollout.max_response_length, "longest_prompt": config.data.max_prompt_length}
+    limits = {
+        "longest": config.rollout.max_response_length,
+        "longest_prompt": config.data.max_prompt_length,
+    }
     of_samples = sample_metrics(sampled, trained, shaped, **limits)
-    metrics = fed.metrics | of_samples | metrics | run.suite.metrics()  # rewards of tokens have the KL penalty in them
+    # rewards of tokens have the KL penalty in them
+    metrics = fed.metrics | of_samples | metrics | run.suite.metrics()
     metrics |= {"timing_s/gen": fed.waited, "sched/learner_idle": fed.waited / seconds}
     metrics |= speed_metrics(metrics["perf/total_num_tokens"], tokens, seconds, devices(config))
-    show = {"reward": f"{metrics['critic/score/mean']:.3f}", "accuracy": f"{metrics['training/accuracy']:.1%}"}
+    show = {
+        "reward": f"{metrics['critic/score/mean']:.3f}",
+        "accuracy": f"{metrics['training/accuracy']:.1%}",
+    }
     run.tracker.log(step, metrics, show=show | {"tokens/s": f"{tokens / seconds:,.0f}"})
     return metrics
 
@@ -87,7 +102,8 @@ def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, float]
 def train_whole(
     run: Run, feed: GroupFeed, step: int, objective: Objective
 ) -> tuple[Feed, list[Group], dict[str, float]]:
-    """Waits for all groups of the step, trains on them and publishes: what was sampled, what trained, and the metrics."""
+    """Waits for all groups of the step, trains on them and publishes: what was sampled, what
+    trained, and the metrics."""
     fed = feed.take(step)
     ages, trained = admitted(run, fed.groups)
     with run.learning():
@@ -97,10 +113,11 @@ def train_whole(
 def train_in_parts(
     run: Run, feed: GroupFeed, step: int, objective: Objective
 ) -> tuple[Feed, list[Group], dict[str, float]]:
-    """As `train_whole`, but the learners begin as soon as the first part's groups are there, with the same gradient.
+    """As `train_whole`, but the learners begin as soon as the first part's groups are there, with
+    the same gradient.
 
-    A part's loss has the part's own denominator D_p (tokens or completions), so the step's gradient is
-    sum_p D_p g_p / sum_p D_p: each part is weighted by its D_p, and the accumulated
+    A part's loss has the part's own denominator D_p (tokens or completions), so the step's gradient
+    is sum_p D_p g_p / sum_p D_p: each part is weighted by its D_p, and the accumulated
     gradient is rescaled once.
     """
     config, learners = run.config, run.learners
@@ -139,12 +156,16 @@ def train_in_parts(
     )
     metrics = staleness(fed.groups, run.progress.version, config.schedule.max_staleness)
     check_engine_logprobs(seen)
-    metrics |= batch_metrics(seen, config.offpolicy, config.kl.coef) | {"training/updates": float(bool(done))}
+    metrics |= batch_metrics(seen, config.offpolicy, config.kl.coef) | {
+        "training/updates": float(bool(done))
+    }
     if not done:
         learners.skip(1)
     else:
         every = sum(b.num_loss_tokens for b in seen) if config.loss.kind == "ppo_clip" else None
-        metrics |= of_whole_step(pooled(done, weights), done, counts, whole=whole, trained=passed, every=every)
+        metrics |= of_whole_step(
+            pooled(done, weights), done, counts, whole=whole, trained=passed, every=every
+        )
         metrics |= learners.finish(1 / whole)
         refresh_reference(run)
         metrics |= run.publish(wait=False)
@@ -152,7 +173,8 @@ def train_in_parts(
 
 
 def summed(feeds: Sequence[Feed]) -> dict[str, float]:
-    """The schedule's figures of a step from those of its parts: counts add up, what describes a moment is the last one's."""
+    """The schedule's figures of a step from those of its parts: counts add up, what describes a
+    moment is the last one's."""
     found = dict(feeds[-1].metrics)
     for name in ("groups_issued", "groups_reissued", "groups_evicted", "workers_restarted"):
         found[f"sched/{name}"] = sum(feed.metrics[f"sched/{name}"] for feed in feeds)
@@ -168,19 +190,28 @@ def admitted(run: Run, sampled: Sequence[Group]) -> tuple[dict[str, float], list
 
 
 def staleness(groups: Sequence[Group], version: int, bound: int) -> dict[str, float]:
-    """How many versions older than `version` the tokens are: mean and maximum over all; none is above `bound`."""
-    sampled = [pair for group in groups for completion in group.completions for pair in completion.sampled_by_version]
+    """How many versions older than `version` the tokens are: mean and maximum over all; none is
+    above `bound`."""
+    sampled = [
+        pair
+        for group in groups
+        for completion in group.completions
+        for pair in completion.sampled_by_version
+    ]
     if not sampled:
         return {}
     ages = np.array([version - by for by, _ in sampled])
     counts = np.array([count for _, count in sampled])
-    assert ages.min() >= 0 and ages.max() <= bound, f"tokens are {ages.max()} versions old, the bound is {bound}"
+    assert ages.min() >= 0 and ages.max() <= bound, (
+        f"tokens are {ages.max()} versions old, the bound is {bound}"
+    )
     mean = float((ages * counts).sum() / counts.sum())
     return {"sched/staleness/mean": mean, "sched/staleness/max": float(ages.max())}
 
 
 def update(run: Run, trained: Sequence[Group], objective: Objective) -> dict[str, float]:
-    """The optimizer steps of one RL step, then a new version of the weights if there were any, and their figures."""
+    """The optimizer steps of one RL step, then a new version of the weights if there were any, and
+    their figures."""
     config, schedule, learners = run.config, run.config.schedule, run.learners
     has_critic = config.advantage.needs_critic
     seen: list[Batch] = []
@@ -207,7 +238,9 @@ def update(run: Run, trained: Sequence[Group], objective: Objective) -> dict[str
     if missing := schedule.minibatches * schedule.epochs - len(done):
         learners.skip(missing)
     # the whole batch's figures come last: those of updates are of parts of it
-    metrics |= (averages(done) if done else {}) | batch_metrics(seen, config.offpolicy, config.kl.coef)
+    metrics |= (averages(done) if done else {}) | batch_metrics(
+        seen, config.offpolicy, config.kl.coef
+    )
     if not done:
         return metrics
     refresh_reference(run)
@@ -222,21 +255,25 @@ def refresh_reference(run: Run) -> None:
 
 
 def with_estimates(run: Run, objective: Objective, batch: Batch) -> Batch:
-    """The step's batch with what the learners say of it before its first update: the critic's values, and log-probs of
-    the reference and of the old policy where these are needed."""
+    """The step's batch with what the learners say of it before its first update: the critic's
+    values, and log-probs of the reference and of the old policy where these are needed."""
     config, learners = run.config, run.learners
     updates = config.schedule.minibatches * config.schedule.epochs
-    if objective.needs_old_logp and (updates > 1 or config.kl.place == "reward"):  # a single update does this by itself
+    # a single update does this by itself
+    if objective.needs_old_logp and (updates > 1 or config.kl.place == "reward"):
         batch = replace(batch, old_logp_T=learners.logprobs(batch, objective.temperature))
     if config.kl.active:
-        batch = replace(batch, reference_logp_T=learners.reference_logprobs(batch, objective.temperature))
+        batch = replace(
+            batch, reference_logp_T=learners.reference_logprobs(batch, objective.temperature)
+        )
     if config.advantage.needs_critic:
         batch = replace(batch, values_T=learners.values(batch))
     return batch
 
 
 def with_advantages(config: Config, sampled: Sequence[Group]) -> list[Group]:
-    """The groups that train, with the advantage of each completion, NaN scores (no verdict) at 0."""
+    """The groups that train, with the advantage of each completion, NaN scores (no verdict) at
+    0."""
     kept = [g.has_signal or not config.filter.zero_variance for g in sampled]
     # the deviation of a step is of all its scores; everything else compares within a group
     whole = config.advantage.std == "batch"
@@ -261,4 +298,6 @@ def devices(config: Config) -> int:
     cluster = config.cluster
     if cluster.colocated:
         return cluster.learners
-    return cluster.learners + (len(config.rollout.servers) or cluster.rollouts * config.rollout.cards)
+    return cluster.learners + (
+        len(config.rollout.servers) or cluster.rollouts * config.rollout.cards
+    )

@@ -2,7 +2,8 @@
 
 gather(...)               of a group of actors: the first failure ends the wait
 await call(...)           of one rollout worker
-await catch_up(...)       of one that was restarted or joins late: weights from a peer, or from the learners
+await catch_up(...)       of one that was restarted or joins late: weights from a peer, or from the
+learners
 """
 
 from __future__ import annotations
@@ -18,25 +19,34 @@ from .weights.transport import ObjectStoreSource, PatchRef, WeightUpdate
 
 T = TypeVar("T")
 
-LOST = (TimeoutError, ray.exceptions.RayActorError, ray.exceptions.RaySystemError, ray.exceptions.WorkerCrashedError)
+LOST = (
+    TimeoutError,
+    ray.exceptions.RayActorError,
+    ray.exceptions.RaySystemError,
+    ray.exceptions.WorkerCrashedError,
+)
 """What says that an actor is gone or stuck; any other error is its answer."""
 
 
 class ActorLostError(RuntimeError):
-    """An actor died, failed or did not answer within its deadline; the message names it and the cause."""
+    """An actor died, failed or did not answer within its deadline; the message names it and the
+    cause."""
 
 
 def gather(refs: Sequence[Any], *, who: str, what: str, timeout: float, key: str) -> list[Any]:
     """The results of one call to each actor of a group, in order.
 
-    who: how the message calls an actor ("learner rank"); what: the call; key: the setting that holds `timeout` (seconds).
-    Raises `ActorLostError`. A failure is raised at once, though its peers may wait in a collective for the one that failed.
+    who: how the message calls an actor ("learner rank"); what: the call; key: the setting that
+    holds `timeout` (seconds). Raises `ActorLostError`. A failure is raised at once, though its
+    peers may wait in a collective for the one that failed.
     """
     deadline = time.monotonic() + timeout
     results: dict[Any, Any] = {}
     pending = list(refs)
     while pending:
-        done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        done, pending = ray.wait(
+            pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic())
+        )
         if not done:
             late = ", ".join(str(i) for i, ref in enumerate(refs) if ref not in results)
             raise ActorLostError(f"{who} {late}: no answer to {what!r} within {key}={timeout:g} s")
@@ -44,17 +54,21 @@ def gather(refs: Sequence[Any], *, who: str, what: str, timeout: float, key: str
             try:
                 results[ref] = ray.get(ref, timeout=timeout)
             except ray.exceptions.RayError as error:
-                raise ActorLostError(f"{who} {list(refs).index(ref)} failed in {what!r}: {cause(error)}") from error
+                raise ActorLostError(
+                    f"{who} {list(refs).index(ref)} failed in {what!r}: {cause(error)}"
+                ) from error
     return [results[ref] for ref in refs]
 
 
 def cause(error: Exception) -> str:
-    """The last line that says something: Ray wraps an actor's own traceback around it. Where Ray ended
-    the actor because memory ran out, which it says on a page of advice, the settings that need less."""
+    """The last line that says something: Ray wraps an actor's own traceback around it. Where Ray
+    ended the actor because memory ran out, which it says on a page of advice, the settings that
+    need less."""
     if isinstance(error, ray.exceptions.OutOfMemoryError) or "running low on memory" in str(error):
         return (
-            "Ray's memory monitor ended it, since this machine's memory was nearly full; set a smaller "
-            "optim.micro_batch_tokens, rollout.max_num_seqs or cluster.learners, or end other programs"
+            "Ray's memory monitor ended it, since this machine's memory was nearly full; set a"
+            " smaller optim.micro_batch_tokens, rollout.max_num_seqs or cluster.learners, or end"
+            " other programs"
         )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
@@ -65,7 +79,8 @@ class WorkerLostError(ActorLostError):
 
 
 async def call(work: Awaitable[T], *, who: str, what: str, timeout: float) -> T:
-    """A worker's answer; `WorkerLostError` if it is gone or late, `ActorLostError` if it refuses. Both name it."""
+    """A worker's answer; `WorkerLostError` if it is gone or late, `ActorLostError` if it refuses.
+    Both name it."""
     try:
         return await asyncio.wait_for(work, timeout)
     except LOST as error:
@@ -83,19 +98,25 @@ async def call(work: Awaitable[T], *, who: str, what: str, timeout: float) -> T:
 async def catch_up(
     worker: Any, notice: WeightUpdate, peers: Sequence[Any], *, who: str, timeout: float
 ) -> dict[str, float]:
-    """Brings a worker that holds nothing to what the notice announces: from a peer on its node, if one holds that,
-    else from the nearest anchor and the patches after it."""
+    """Brings a worker that holds nothing to what the notice announces: from a peer on its node, if
+    one holds that, else from the nearest anchor and the patches after it."""
     anchor = await _from_peer(worker, notice, peers, timeout)
     known = notice if anchor is None else notice.with_anchor(anchor)
     return await call(worker.apply.remote(known), who=who, what="catch up", timeout=timeout)
 
 
-async def _from_peer(worker: Any, notice: WeightUpdate, peers: Sequence[Any], timeout: float) -> PatchRef | None:
+async def _from_peer(
+    worker: Any, notice: WeightUpdate, peers: Sequence[Any], timeout: float
+) -> PatchRef | None:
     """The anchor that a peer makes of what it holds; None where none on the worker's node can."""
-    node, _, _ = await call(worker.offer.remote(), who="the new worker", what="offer", timeout=timeout)
+    node, _, _ = await call(
+        worker.offer.remote(), who="the new worker", what="offer", timeout=timeout
+    )
     for peer in peers:
         try:
-            there, version, size = await call(peer.offer.remote(), who="a peer", what="offer", timeout=timeout / 4)
+            there, version, size = await call(
+                peer.offer.remote(), who="a peer", what="offer", timeout=timeout / 4
+            )
         except ActorLostError:  # it may be what is lost next; the learners' own anchor remains
             continue
         if there == node and 0 <= version <= notice.version:

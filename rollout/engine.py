@@ -1,7 +1,8 @@
-"""The protocol `Engine`, what a rollout worker asks of whatever decodes its prompts, and the engines by name.
+"""The protocol `Engine`, what a rollout worker asks of whatever decodes its prompts, and the
+engines by name.
 
-Every coroutine runs on one event loop; an engine does its computing elsewhere, so the loop stays free.
-`make_engine` is the only place that knows all engines (`rollout.engine`).
+Every coroutine runs on one event loop; an engine does its computing elsewhere, so the loop stays
+free. `make_engine` is the only place that knows all engines (`rollout.engine`).
 """
 
 from __future__ import annotations
@@ -39,59 +40,68 @@ class Engine(Protocol):
 
     @property
     def joined(self) -> BroadcastGroup | None:
-        """The group through which the learners can send weights into the engine's own processes; None where there is none."""
+        """The group through which the learners can send weights into the engine's own processes;
+        None where there is none."""
         ...
 
     def generate_all(
         self, requests: Sequence[Request], begun: Mapping[str, Sequence[Completion]] | None = None
     ) -> AsyncIterator[Completion]:
-        """Yields the n completions of each request as they finish (samples 0..n-1, in any order), each prompt computed once.
+        """Yields the n completions of each request as they finish (samples 0..n-1, in any order),
+        each prompt computed once.
 
-        All requests are submitted at once. ValueError, before any of them is taken, if one cannot be served (prompt and
-        `max_tokens` beyond the engine's length, a bad sampling value). Requests that are aborted leave the stream: it ends
-        after those that were not.
+        All requests are submitted at once. ValueError, before any of them is taken, if one cannot
+        be served (prompt and `max_tokens` beyond the engine's length, a bad sampling value).
+        Requests that are aborted leave the stream: it ends after those that were not.
 
-        begun: prompt id -> aborted completions of it. Of such a request only these samples are decoded, from where they
-        stand (none of them at `max_tokens`): what they have keeps its log-probs and spans, and is read with the weights of
-        now. They come back whole.
+        begun: prompt id -> aborted completions of it. Of such a request only these samples are
+        decoded, from where they stand (none of them at `max_tokens`): what they have keeps its
+        log-probs and spans, and is read with the weights of now. They come back whole.
         """
         ...
 
     async def apply(self, patch: WeightPatch) -> int:
         """Swaps the weights at a token boundary and returns the version now served.
 
-        Tokens sampled before keep the old version in their spans, those after carry the new one. A patch of the version
-        already served changes nothing. VersionError: another run, a version that goes backwards, or a patch on another
-        base. DigestMismatchError: the bytes are not those of the learners; such bytes are never served.
+        Tokens sampled before keep the old version in their spans, those after carry the new one. A
+        patch of the version already served changes nothing. VersionError: another run, a version
+        that goes backwards, or a patch on another base. DigestMismatchError: the bytes are not
+        those of the learners; such bytes are never served.
         """
         ...
 
     async def abort(self, prompt_ids: Collection[str]) -> list[Completion]:
-        """Ends every unfinished sample of these prompts; returns what each had decoded (`finish_reason` "abort").
+        """Ends every unfinished sample of these prompts; returns what each had decoded
+        (`finish_reason` "abort").
 
-        They come from here only, not from the streams of `generate_all`. A sample not yet started comes without a token.
+        They come from here only, not from the streams of `generate_all`. A sample not yet started
+        comes without a token.
         """
         ...
 
     async def probe(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """[T] tokens -> [T-1] log-probs of all but the first, by the weights that are served, without a temperature.
+        """[T] tokens -> [T-1] log-probs of all but the first, by the weights that are served,
+        without a temperature.
 
-        An end-to-end proof that digests cannot give: an engine that goes on multiplying by a packed copy of old weights
-        holds the right bytes.
+        An end-to-end proof that digests cannot give: an engine that goes on multiplying by a packed
+        copy of old weights holds the right bytes.
         """
         ...
 
     async def sleep(self, level: int) -> None:
-        """Leaves the device to the learners once nothing is decoded: level 1 keeps the weights in the machine's memory,
-        level 2 drops them. Requests wait; the next `apply` wakes it, or `wake`. Idempotent."""
+        """Leaves the device to the learners once nothing is decoded: level 1 keeps the weights in
+        the machine's memory, level 2 drops them. Requests wait; the next `apply` wakes it, or
+        `wake`. Idempotent."""
         ...
 
     async def wake(self) -> None:
-        """Serves what it served before it slept, loaded and proved anew. Nothing to do where it does not sleep."""
+        """Serves what it served before it slept, loaded and proved anew. Nothing to do where it
+        does not sleep."""
         ...
 
     async def reload(self) -> None:
-        """Loads all that it was given to serve once more, where a probe says that it computes with something else."""
+        """Loads all that it was given to serve once more, where a probe says that it computes with
+        something else."""
         ...
 
     def digests(self) -> dict[str, str]:
@@ -138,12 +148,14 @@ class WorkerSpec:
     def link(self) -> FetchContext:
         """The worker's end of the way that weights take."""
         return FetchContext(
-            timeout=self.timeout, bucket=None if self.rate_limit is None else TokenBucket(self.rate_limit)
+            timeout=self.timeout,
+            bucket=None if self.rate_limit is None else TokenBucket(self.rate_limit),
         )
 
 
 def check_engine(engine: str, engine_args: Mapping[str, Any], servers: Sequence[str] = ()) -> None:
-    """ValueError for what can be known to be wrong before an engine starts; loads neither torch nor vLLM, but a user's own."""
+    """ValueError for what can be known to be wrong before an engine starts; loads neither torch nor
+    vLLM, but a user's own."""
     if servers:
         check_servers(engine, engine_args, servers)
     elif engine == "vllm":
@@ -153,25 +165,33 @@ def check_engine(engine: str, engine_args: Mapping[str, Any], servers: Sequence[
         _own(engine)
     elif engine_args:
         raise ValueError(
-            f"rollout.engine_args has {', '.join(engine_args)}, which are vLLM's; set rollout.engine=vllm or leave them out"
+            f"rollout.engine_args has {', '.join(engine_args)}, which are vLLM's; set"
+            " rollout.engine=vllm or leave them out"
         )
 
 
 def check_servers(engine: str, engine_args: Mapping[str, Any], servers: Sequence[str]) -> None:
     """vLLM itself is not needed here."""
     if engine != "vllm":
-        raise ValueError(f"rollout.servers are vLLM's, but rollout.engine={engine}; set rollout.engine=vllm")
+        raise ValueError(
+            f"rollout.servers are vLLM's, but rollout.engine={engine}; set rollout.engine=vllm"
+        )
     if engine_args:
         raise ValueError(
-            f"rollout.engine_args has {', '.join(engine_args)}, but rollout.servers run already: give them to `vllm serve`"
+            f"rollout.engine_args has {', '.join(engine_args)}, but rollout.servers run already:"
+            " give them to `vllm serve`"
         )
     for url in servers:
         if not url.startswith(("http://", "https://")) or servers.count(url) > 1:
-            raise ValueError(f"rollout.servers: {url!r} must be an address like http://host:8000, and stand there once")
+            raise ValueError(
+                f"rollout.servers: {url!r} must be an address like http://host:8000, and stand"
+                " there once"
+            )
 
 
 def make_engine(spec: WorkerSpec, cards: tuple[str, ...]) -> Engine:
-    """The engine of a rollout worker, up and ready; its version is -1 until the first patch. cards: the worker's own."""
+    """The engine of a rollout worker, up and ready; its version is -1 until the first patch. cards:
+    the worker's own."""
     return (BUILT_IN.get(spec.engine) or _own(spec.engine))(spec, cards)
 
 
@@ -182,7 +202,8 @@ def _own(engine: str) -> Callable[[WorkerSpec, tuple[str, ...]], Engine]:
         factory: Any = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"rollout.engine={engine!r} cannot be loaded ({error}); give {', '.join(BUILT_IN)}, or package.module:factory"
+            f"rollout.engine={engine!r} cannot be loaded ({error}); give {', '.join(BUILT_IN)}, or"
+            " package.module:factory"
         ) from error
     made: Callable[[WorkerSpec, tuple[str, ...]], Engine] = factory
     return made
@@ -227,6 +248,9 @@ def _vllm(spec: WorkerSpec, cards: tuple[str, ...]) -> Engine:
     )
 
 
-BUILT_IN: Mapping[str, Callable[[WorkerSpec, tuple[str, ...]], Engine]] = {"embedded": _embedded, "vllm": _vllm}
+BUILT_IN: Mapping[str, Callable[[WorkerSpec, tuple[str, ...]], Engine]] = {
+    "embedded": _embedded,
+    "vllm": _vllm,
+}
 
 __all__ = ["Engine", "InFlight", "Request", "WorkerSpec", "check_engine", "make_engine"]

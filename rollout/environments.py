@@ -99,11 +99,11 @@ class Episodes:
         max_turns: int,
         timeout: float,
     ) -> None:
-        """make: an environment for one episode. text: of the tokens of a turn. observe: the tokens of
-        an observation up to where the model's next turn begins, after a turn that ended with this
-        token; ValueError if it cannot be tokenised. role: of the observations. prefix: how turns
-        after the first begin, where an observation's tokens have that already. timeout: seconds for
-        one `step`."""
+        """make: an environment for one episode. text: of the tokens of a turn. observe: the tokens
+        of an observation up to where the model's next turn begins, after a turn that ended with
+        this token; ValueError if it cannot be tokenised. role: of the observations. prefix: how
+        turns after the first begin, where an observation's tokens have that already. timeout:
+        seconds for one `step`."""
         self._make, self._text, self._observe = make, text, observe
         self._role, self._prefix = role, prefix
         self._max_turns, self._timeout = max_turns, timeout
@@ -130,11 +130,7 @@ class Episodes:
         group.ended += [c for c in after if c.episode is not None]
 
     async def _step(
-        self,
-        session: Session,
-        prompt: Prompt,
-        sampling: Sampling,
-        completion: Completion,
+        self, session: Session, prompt: Prompt, sampling: Sampling, completion: Completion
     ) -> Completion:
         """The completion with its episode, or, without one, with an observation to go on from."""
         turn = completion.token_ids[session.turns[-1] :].tolist()
@@ -259,10 +255,7 @@ def _with_observation(completion: Completion, tokens: Sequence[int]) -> Completi
 
 
 def _ended(
-    completion: Completion,
-    session: Session,
-    status: EpisodeStatus,
-    message: str = "",
+    completion: Completion, session: Session, status: EpisodeStatus, message: str = ""
 ) -> Completion:
     episode = Episode(
         turns=tuple(session.turns),

@@ -23,11 +23,13 @@ class Job:
     n: int
     sampling: Sampling
     deliver: Callable[[Outcome], None]
-    """Called once, in the pool's thread: the completions in sample order, or why there will be none."""
+    """Called once, in the pool's thread: the completions in sample order, or why there will be
+    none."""
     reissued: Callable[[], None] = lambda: None
     """Called when the group is asked for again because its worker was lost."""
     was_cut: Callable[[tuple[Completion, ...]], None] = lambda parts: None
-    """Called when a group that `RolloutPool.cut` ended had begun: its samples as far as they had come."""
+    """Called when a group that `RolloutPool.cut` ended had begun: its samples as far as they had
+    come."""
     tokens: float = 0.0
     """What it is expected to cost, for balance."""
     cut: bool = False

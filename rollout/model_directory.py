@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
-"""What is fetched of a repository: weights, configuration, tokenizer; not the same weights in other formats."""
+"""What is fetched of a repository: weights, configuration, tokenizer; not the same weights in other
+formats."""
 
 
 def model_directory(name: str) -> Path:
-    """A local directory as it is; for a Hub id its snapshot in Hugging Face's cache, fetched where it is not there yet.
+    """A local directory as it is; for a Hub id its snapshot in Hugging Face's cache, fetched where
+    it is not there yet.
 
     OSError and ValueError are huggingface_hub's, where there is no such repository or no way to it.
     """

@@ -1,7 +1,9 @@
-"""The rollout pool: deals groups to the workers, gathers what they decode, and replaces a worker that is lost.
+"""The rollout pool: deals groups to the workers, gathers what they decode, and replaces a worker
+that is lost.
 
-It lives on an event loop in a thread of its own, so that answers come in while the learners work. Every request has an
-owner and a deadline; what a lost worker had not answered is asked again of another.
+It lives on an event loop in a thread of its own, so that answers come in while the learners work.
+Every request has an owner and a deadline; what a lost worker had not answered is asked again of
+another.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ T = TypeVar("T")
 
 
 class RolloutPool:
-    """Groups go to the worker with the fewest tokens to decode, so equal groups are dealt in turn and the same prompts go
-    to the same workers in the same order: a synchronous run repeats bit for bit."""
+    """Groups go to the worker with the fewest tokens to decode, so equal groups are dealt in turn
+    and the same prompts go to the same workers in the same order: a synchronous run repeats bit for
+    bit."""
 
     def __init__(
         self,
@@ -39,15 +42,17 @@ class RolloutPool:
         respawn: Callable[[int], Any] | None = None,
         max_restarts: int = 0,
     ) -> None:
-        """timeout: seconds for one request; sync_timeout: for an update of the weights. max_samples: answers that are
-        given to a worker at a time; None: all. respawn: a new actor in the place of a lost one, `max_restarts` times."""
+        """timeout: seconds for one request; sync_timeout: for an update of the weights.
+        max_samples: answers that are given to a worker at a time; None: all. respawn: a new actor
+        in the place of a lost one, `max_restarts` times."""
         self._timeout, self._sync_timeout, self._max_samples = timeout, sync_timeout, max_samples
         self._respawn, self._max_restarts = respawn, max_restarts if respawn is not None else 0
         self._seats = [WorkerState(worker=worker) for worker in workers]
         self._backlog: deque[Job] = deque()
         self.episodes: Episodes | None = None
         """Where an environment answers the model: the loop over turns."""
-        self._between: set[Job] = set()  # groups that no worker has and that are to have another turn, or may have one
+        # groups that no worker has and that are to have another turn, or may have one
+        self._between: set[Job] = set()
         self._next: list[Job] = []  # of these, those whose environments have answered
         self._latest: WeightUpdate | None = None
         self.served = -1
@@ -73,15 +78,22 @@ class RolloutPool:
     def generate(
         self, prompts: Sequence[Prompt], n: int, sampling: Sampling
     ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
-        """Yields (index of the prompt, its n completions) as groups become complete, in no particular order."""
+        """Yields (index of the prompt, its n completions) as groups become complete, in no
+        particular order."""
         outcomes: queue.SimpleQueue[tuple[int, Outcome]] = queue.SimpleQueue()
 
         def deliver(index: int) -> Callable[[Outcome], None]:
             return lambda outcome: outcomes.put((index, outcome))
 
-        self.submit([Job(prompt=p, n=n, sampling=sampling, deliver=deliver(index)) for index, p in enumerate(prompts)])
+        self.submit(
+            [
+                Job(prompt=p, n=n, sampling=sampling, deliver=deliver(index))
+                for index, p in enumerate(prompts)
+            ]
+        )
         for _ in prompts:
-            index, outcome = outcomes.get()  # each request has a deadline of its own, and then an outcome
+            # each request has a deadline of its own, and then an outcome
+            index, outcome = outcomes.get()
             if isinstance(outcome, ActorLostError):
                 raise outcome
             yield index, outcome
@@ -91,13 +103,15 @@ class RolloutPool:
         self._loop.call_soon_threadsafe(self._cut, list(jobs))
 
     def apply(self, notice: WeightUpdate) -> list[dict[str, float]]:
-        """Has every worker serve the version that is announced: all prepare it while they decode, then all commit. Returns
-        the figures of each (`receiver.Report`), with the version that it serves."""
+        """Has every worker serve the version that is announced: all prepare it while they decode,
+        then all commit. Returns the figures of each (`receiver.Report`), with the version that it
+        serves."""
         return self._call(self._apply_all(notice, self._sync_timeout))
 
     def apply_later(self, notice: WeightUpdate) -> None:
-        """As `apply`, but returns at once: each worker serves the new version when it has finished what it decodes, and
-        begins nothing before. What fails is raised by whatever is asked for next."""
+        """As `apply`, but returns at once: each worker serves the new version when it has finished
+        what it decodes, and begins nothing before. What fails is raised by whatever is asked for
+        next."""
 
         async def work() -> None:
             try:
@@ -115,7 +129,11 @@ class RolloutPool:
         """What each worker gives these tokens: [T-1] log-probs of all but the first."""
 
         async def work() -> list[Any]:
-            return list(await asyncio.gather(*(self._probe(i, token_ids, False) for i in range(len(self._seats)))))
+            return list(
+                await asyncio.gather(
+                    *(self._probe(i, token_ids, False) for i in range(len(self._seats)))
+                )
+            )
 
         return self._call(work())
 
@@ -124,7 +142,8 @@ class RolloutPool:
         return self._call(self._probe(worker, token_ids, True))
 
     def sleep(self, level: int) -> None:
-        """Every worker leaves its device to the learners, once nothing is decoded; `apply` or `wake` ends that."""
+        """Every worker leaves its device to the learners, once nothing is decoded; `apply` or
+        `wake` ends that."""
         self._call(self._everybody("sleep", level))
 
     def wake(self) -> None:
@@ -137,12 +156,14 @@ class RolloutPool:
         return [seat.idle + (0.0 if seat.jobs else now - seat.idle_since) for seat in self._seats]
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()  # every wait inside has a deadline
+        # every wait inside has a deadline
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     # Below, everything runs in the pool's thread.
 
     def _deal(self, jobs: Sequence[Job]) -> None:
-        """Gives jobs to the workers that have the least to do; what they may not take yet stays in the backlog."""
+        """Gives jobs to the workers that have the least to do; what they may not take yet stays in
+        the backlog."""
         expected = self._lengths / self._answers if self._answers else None
         for job in jobs:
             job.tokens = job.left * (job.sampling.max_tokens if expected is None else expected)
@@ -150,7 +171,9 @@ class RolloutPool:
         if self._failure is not None:
             self._fail(self._failure)
         shares: dict[int, list[Job]] = {}
-        while self._backlog and (free := [i for i, seat in enumerate(self._seats) if self._takes(seat)]):
+        while self._backlog and (
+            free := [i for i, seat in enumerate(self._seats) if self._takes(seat)]
+        ):
             i = min(free, key=lambda i: (self._seats[i].load, i))
             job = self._backlog.popleft()
             self._seats[i].take(job)
@@ -170,7 +193,9 @@ class RolloutPool:
             self._fail(ActorLostError(f"the rollout pool failed: {type(error).__name__}: {error}"))
 
     def _takes(self, seat: WorkerState) -> bool:
-        return seat.up and (self._max_samples is None or not seat.jobs or seat.samples < self._max_samples)
+        return seat.up and (
+            self._max_samples is None or not seat.jobs or seat.samples < self._max_samples
+        )
 
     async def _serve(self, i: int, share: Sequence[Job]) -> None:
         """One request of a worker: all its groups, within the deadline."""
@@ -183,17 +208,22 @@ class RolloutPool:
             )
             while left:
                 reference = await asyncio.wait_for(anext(stream), deadline - time.monotonic())
-                for index, completions in await asyncio.wait_for(reference, deadline - time.monotonic()):
+                for index, completions in await asyncio.wait_for(
+                    reference, deadline - time.monotonic()
+                ):
                     if not (job := left.pop(index)).cut:
                         self._finish(seat, job, completions)
         except StopAsyncIteration:
-            assert all(job.cut for job in left.values()), f"rollout worker {i} left out groups that were not cut"
+            assert all(job.cut for job in left.values()), (
+                f"rollout worker {i} left out groups that were not cut"
+            )
         except LOST as error:
             why = f"rollout worker {i}: {cause(error)}"
             if _late(error):
                 why = (
-                    f"rollout worker {i} has not finished its answers within rollout.timeout={self._timeout:g} s; "
-                    "raise it, or lower rollout.max_response_length"
+                    f"rollout worker {i} has not finished its answers within"
+                    f" rollout.timeout={self._timeout:g} s; raise it, or lower"
+                    " rollout.max_response_length"
                 )
             lost = [job for job in left.values() if not job.cut]
             for job in lost:
@@ -228,7 +258,9 @@ class RolloutPool:
         if self._backlog:
             self._deal([])
 
-    async def _answer(self, episodes: Episodes, job: Job, completions: tuple[Completion, ...]) -> None:
+    async def _answer(
+        self, episodes: Episodes, job: Job, completions: tuple[Completion, ...]
+    ) -> None:
         """The environments answer a group's turn; then it is to have another, or is there."""
         await episodes.advance(job.episodes, job.prompt, job.sampling, completions)
         if job not in self._between:  # it was cut meanwhile, or everything failed
@@ -241,9 +273,14 @@ class RolloutPool:
         self._next_turns()
 
     def _next_turns(self) -> None:
-        """Deals the groups that go on, before new ones. Where everything was asked for at once, they wait for each other, so
-        that what decodes together does not depend on the clock and a synchronous run repeats bit for bit."""
-        under_way = self._backlog or any(seat.jobs for seat in self._seats) or len(self._next) < len(self._between)
+        """Deals the groups that go on, before new ones. Where everything was asked for at once,
+        they wait for each other, so that what decodes together does not depend on the clock and a
+        synchronous run repeats bit for bit."""
+        under_way = (
+            self._backlog
+            or any(seat.jobs for seat in self._seats)
+            or len(self._next) < len(self._between)
+        )
         if not self._next or (self._max_samples is None and under_way):
             return
         jobs = sorted(self._next, key=lambda job: job.prompt.id)
@@ -290,8 +327,8 @@ class RolloutPool:
             job.deliver(self._failure)
 
     async def _replace(self, i: int, lost: Any, why: str) -> None:
-        """A new actor on the seat, with the weights that are served now; ActorLostError where that is not allowed or does
-        not help."""
+        """A new actor on the seat, with the weights that are served now; ActorLostError where that
+        is not allowed or does not help."""
         seat = self._seats[i]
         async with seat.lock:
             while seat.worker is lost:
@@ -303,9 +340,13 @@ class RolloutPool:
                 try:
                     fresh = await self._loop.run_in_executor(None, self._respawn, i)
                     if self._latest is not None:
-                        peers = [other.worker for other in self._seats if other is not seat and other.up]
+                        peers = [
+                            other.worker for other in self._seats if other is not seat and other.up
+                        ]
                         who, timeout = f"rollout worker {i}", self._sync_timeout
-                        seat.report = await catch_up(fresh, self._latest, peers, who=who, timeout=timeout)
+                        seat.report = await catch_up(
+                            fresh, self._latest, peers, who=who, timeout=timeout
+                        )
                 except (*LOST, WorkerLostError) as error:
                     why = f"rollout worker {i}, restarted: {cause(error)}"
                     continue
@@ -315,7 +356,9 @@ class RolloutPool:
         self._latest = notice
         seats = range(len(self._seats))
         await asyncio.gather(*(self._ask(i, "prepare", notice, self._sync_timeout) for i in seats))
-        reports = list(await asyncio.gather(*(self._ask(i, "commit", notice.version, timeout) for i in seats)))
+        reports = list(
+            await asyncio.gather(*(self._ask(i, "commit", notice.version, timeout) for i in seats))
+        )
         self.served = max(self.served, notice.version)
         self.on_served()
         return reports
@@ -337,7 +380,9 @@ class RolloutPool:
                 worker = self._seats[i].worker
             try:
                 work = worker.probe.remote(token_ids, reload)
-                return await call(work, who=f"rollout worker {i}", what="probe", timeout=self._sync_timeout)
+                return await call(
+                    work, who=f"rollout worker {i}", what="probe", timeout=self._sync_timeout
+                )
             except WorkerLostError as error:
                 await self._replace(i, worker, str(error))
 

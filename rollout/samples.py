@@ -1,6 +1,8 @@
-"""The nouns `Prompt`, `Sampling` and `Completion`: what goes into an engine and what comes out of it.
+"""The nouns `Prompt`, `Sampling` and `Completion`: what goes into an engine and what comes out of
+it.
 
-Token ids are the truth from here to the learner: text is decoded once for the grader and never tokenised again.
+Token ids are the truth from here to the learner: text is decoded once for the grader and never
+tokenised again.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 FinishReason = Literal["stop", "length", "abort"]
-"""`stop`: an end token, or the token that completes a stop string (either is part of the completion); `length`:
-`max_tokens` reached; `abort`: cut short by us."""
+"""`stop`: an end token, or the token that completes a stop string (either is part of the
+completion); `length`: `max_tokens` reached; `abort`: cut short by us."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """One problem, e.g. `Prompt(id="arithmetic/17", token_ids=(9, 14, 8, 18), answer="12", source="arithmetic")`."""
+    """One problem, e.g.
+    `Prompt(id="arithmetic/17", token_ids=(9, 14, 8, 18), answer="12", source="arithmetic")`."""
 
     id: str
     """Unique within a run; names the problem, not the attempt."""
@@ -31,8 +34,8 @@ class Prompt:
     messages: tuple[Mapping[str, str], ...] = ()
     """The conversation before the chat template, each `{"role": ..., "content": ...}`."""
     prefix: str = ""
-    """The beginning of the answer, where the prompt has it already: its last tokens. Verifiers read it before what was
-    sampled."""
+    """The beginning of the answer, where the prompt has it already: its last tokens. Verifiers read
+    it before what was sampled."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Every other column of the data row, handed to reward functions by name."""
 
@@ -41,8 +44,9 @@ class Prompt:
 class Sampling:
     """How tokens are drawn, in this order: repetition penalty, temperature, min-p, top-k, top-p.
 
-    Log-probs are of the distribution that is left after all of them, renormalised, so the one really sampled. A learner,
-    which knows the temperature alone, cannot take them for its old policy where anything else is set.
+    Log-probs are of the distribution that is left after all of them, renormalised, so the one
+    really sampled. A learner, which knows the temperature alone, cannot take them for its old
+    policy where anything else is set.
     """
 
     max_tokens: int
@@ -52,21 +56,24 @@ class Sampling:
     top_k: int = 0
     """0 means all."""
     min_p: float = 0.0
-    """Tokens less likely than this share of the likeliest are never drawn; 0 means all. Greedy answers know no min-p,
-    top-k and top-p."""
+    """Tokens less likely than this share of the likeliest are never drawn; 0 means all. Greedy
+    answers know no min-p, top-k and top-p."""
     repetition_penalty: float = 1.0
-    """Logits of tokens that are in the prompt or the answer so far are divided by it, or multiplied where they are
-    negative (CTRL, arXiv 1909.05858); 1 means none."""
+    """Logits of tokens that are in the prompt or the answer so far are divided by it, or multiplied
+    where they are negative (CTRL, arXiv 1909.05858); 1 means none."""
     stop_token_ids: tuple[int, ...] = ()
     """Any of these ends a completion and is its last token."""
     stop: tuple[str, ...] = ()
-    """The token that completes one of these texts ends a completion and is its last. Only sampled tokens count."""
+    """The token that completes one of these texts ends a completion and is its last. Only sampled
+    tokens count."""
     seed: int = 0
-    """With the prompt's id and the sample's index it fixes every draw, whatever else shares the batch."""
+    """With the prompt's id and the sample's index it fixes every draw, whatever else shares the
+    batch."""
 
 
 class Span(NamedTuple):
-    """Tokens `start:stop` of a completion were sampled by weights of `version` (or stand among such tokens)."""
+    """Tokens `start:stop` of a completion were sampled by weights of `version` (or stand among such
+    tokens)."""
 
     version: int
     start: int
@@ -74,8 +81,8 @@ class Span(NamedTuple):
 
 
 EpisodeStatus = Literal["done", "max_turns", "length", "error", "timeout", "bad_reply"]
-"""Why an episode ended: the environment said so; `rollout.max_turns`; no room for another turn; or the environment raised,
-was late, or returned something else than (observation, reward, done)."""
+"""Why an episode ended: the environment said so; `rollout.max_turns`; no room for another turn; or
+the environment raised, was late, or returned something else than (observation, reward, done)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +92,8 @@ class Episode:
     turns: tuple[int, ...]
     """Where each turn of the model begins among the completion's tokens."""
     messages: tuple[Mapping[str, str], ...]
-    """What was said after the prompt, as text: the model's turns, and the observations between them."""
+    """What was said after the prompt, as text: the model's turns, and the observations between
+    them."""
     reward: float | None
     """The sum of the turns' rewards; None where the environment gave none."""
     status: EpisodeStatus
@@ -94,13 +102,15 @@ class Episode:
 
     @property
     def failed(self) -> bool:
-        """Whether it was the environment that failed: such an episode says nothing about the policy."""
+        """Whether it was the environment that failed: such an episode says nothing about the
+        policy."""
         return self.status in ("error", "timeout", "bad_reply")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Completion:
-    """One sampled answer: aligned arrays over its T tokens, and where each token's weights came from."""
+    """One sampled answer: aligned arrays over its T tokens, and where each token's weights came
+    from."""
 
     prompt_id: str
     sample: int
@@ -108,7 +118,8 @@ class Completion:
     token_ids: NDArray[np.int32]
     """[T]"""
     logprobs: NDArray[np.float32]
-    """[T] log-prob of each token under the distribution it was drawn from; 0 for a token that was not drawn."""
+    """[T] log-prob of each token under the distribution it was drawn from; 0 for a token that was
+    not drawn."""
     spans: tuple[Span, ...]
     """Cover 0..T in order without a gap; more than one if weights changed in flight."""
     finish_reason: FinishReason
@@ -116,17 +127,22 @@ class Completion:
     """Wall-clock time (`time.time()`) of admission to the engine."""
     finished: float = 0.0
     loss_mask: NDArray[np.bool_] | None = None
-    """[T] whether the token was drawn from the policy, and so trains; None: all were. Others are an environment's words."""
+    """[T] whether the token was drawn from the policy, and so trains; None: all were. Others are an
+    environment's words."""
     episode: Episode | None = None
     """Its turns, where there is an environment."""
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
         assert len(self.logprobs) == n, f"{n} tokens but {len(self.logprobs)} log-probs"
-        assert self.loss_mask is None or len(self.loss_mask) == n, f"{n} tokens but a mask of {len(self.loss_mask)}"
+        assert self.loss_mask is None or len(self.loss_mask) == n, (
+            f"{n} tokens but a mask of {len(self.loss_mask)}"
+        )
         edge = 0
         for span in self.spans:
-            assert span.start == edge and span.stop > edge, f"spans {self.spans} do not tile {n} tokens"
+            assert span.start == edge and span.stop > edge, (
+                f"spans {self.spans} do not tile {n} tokens"
+            )
             edge = span.stop
         assert edge == n, f"spans {self.spans} do not tile {n} tokens"
 
@@ -154,7 +170,9 @@ class Completion:
     @property
     def sampled_by_version(self) -> list[tuple[int, int]]:
         """(version, tokens that it sampled) of each span that has any."""
-        counts = [(span.version, int(self.mask[span.start : span.stop].sum())) for span in self.spans]
+        counts = [
+            (span.version, int(self.mask[span.start : span.stop].sum())) for span in self.spans
+        ]
         return [(version, count) for version, count in counts if count]
 
     @property
@@ -179,4 +197,13 @@ def merge_spans(spans: Sequence[Span]) -> tuple[Span, ...]:
     return tuple(merged)
 
 
-__all__ = ["Completion", "Episode", "EpisodeStatus", "FinishReason", "Prompt", "Sampling", "Span", "merge_spans"]
+__all__ = [
+    "Completion",
+    "Episode",
+    "EpisodeStatus",
+    "FinishReason",
+    "Prompt",
+    "Sampling",
+    "Span",
+    "merge_spans",
+]

@@ -1,18 +1,21 @@
-"""The schedule: which groups may start, which are ready to train on, and which have become too old. Pure bookkeeping.
+"""The schedule: which groups may start, which are ready to train on, and which have become too old.
+Pure bookkeeping.
 
-A step trains B groups on weights of some version v and publishes version v + 1. With `max_staleness` k a token sampled by
-version w may train up to version w + k, its group's *deadline*. Three rules keep that for every token, at every k:
+A step trains B groups on weights of some version v and publishes version v + 1. With
+`max_staleness` k a token sampled by version w may train up to version w + k, its group's
+*deadline*. Three rules keep that for every token, at every k:
 
-- *Room.* At most (k + 1) B groups are open (admitted and not trained yet), so one that starts now can be used in time if
-  groups are used in their order (AReaL's rule, arXiv 2505.24298, section 5.1); B fewer for each version that workers are
-  behind.
-- *Waiting.* Groups become ready in another order than they start, so that rule alone lets a slow one grow older than k.
-  `take` therefore hands out ready groups only if those left behind can still all be used in time: for each deadline d, at
-  most B (d - v) of them may be due by d. With k = 0 this waits for all B: the synchronous loop is the special case.
+- *Room.* At most (k + 1) B groups are open (admitted and not trained yet), so one that starts now
+  can be used in time if groups are used in their order (AReaL's rule, arXiv 2505.24298, section
+  5.1); B fewer for each version that workers are behind.
+- *Waiting.* Groups become ready in another order than they start, so that rule alone lets a slow
+  one grow older than k. `take` therefore hands out ready groups only if those left behind can still
+  all be used in time: for each deadline d, at most B (d - v) of them may be due by d. With k = 0
+      this waits for all B: the synchronous loop is the special case.
 - *Eviction* (`overdue="evict"`). Nobody is waited for; what is past its deadline is thrown away.
 
-The group's age is counted from the version at which it was handed to a worker, and once it is finished from the oldest of
-its tokens, which is what the bound is about.
+The group's age is counted from the version at which it was handed to a worker, and once it is
+finished from the oldest of its tokens, which is what the bound is about.
 """
 
 from __future__ import annotations
@@ -28,13 +31,15 @@ T = TypeVar("T")
 Overdue = Literal["wait", "evict"]
 
 QUEUE_DEPTH = 4
-"""Answers that a worker is given for each of its slots when rollouts run ahead. A group counts whole until its last answer is
-there, by when most of a long-tailed group's slots are long free: at 1 two thirds of them would stand empty."""
+"""Answers that a worker is given for each of its slots when rollouts run ahead. A group counts
+whole until its last answer is there, by when most of a long-tailed group's slots are long free: at
+1 two thirds of them would stand empty."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Counts:
-    """Groups since the schedule began. Each issue ends in one of four ways; each finished group in one of four others."""
+    """Groups since the schedule began. Each issue ends in one of four ways; each finished group in
+    one of four others."""
 
     issued: int = 0
     """Handed to a worker, again after a loss included."""
@@ -51,23 +56,34 @@ class Counts:
 
 
 class Schedule(Generic[T]):
-    """Groups by number (the order of admission) from admission to training; T is what a finished group is.
+    """Groups by number (the order of admission) from admission to training; T is what a finished
+    group is.
 
     Not thread-safe.
     """
 
     def __init__(
-        self, *, groups_per_step: int, max_staleness: int, overdue: Overdue = "wait", oversample: float = 1.0
+        self,
+        *,
+        groups_per_step: int,
+        max_staleness: int,
+        overdue: Overdue = "wait",
+        oversample: float = 1.0,
     ) -> None:
-        self.groups_per_step, self.max_staleness, self.overdue = groups_per_step, max_staleness, overdue
+        self.groups_per_step, self.max_staleness, self.overdue = (
+            groups_per_step,
+            max_staleness,
+            overdue,
+        )
         self.width = ceil(groups_per_step * oversample) + groups_per_step * max_staleness
         """Open groups at most."""
         self.version = self.served = 0
-        """What the learners train, and what a group that is admitted now may start with: older while workers finish what they
-        decode before they take an update."""
+        """What the learners train, and what a group that is admitted now may start with: older
+        while workers finish what they decode before they take an update."""
         self.counts = Counts()
         self._started: dict[int, int] = {}  # number -> version at which a worker got it
-        self._ready: dict[int, tuple[int, T]] = {}  # number -> (version of the oldest token, the group)
+        # number -> (version of the oldest token, the group)
+        self._ready: dict[int, tuple[int, T]] = {}
         self._training: list[int] = []
 
     @property
@@ -83,7 +99,9 @@ class Schedule(Generic[T]):
     def room(self) -> int:
         """How many groups may be admitted now."""
         behind = self.groups_per_step * (self.version - self.served)
-        return max(0, self.width - behind - len(self._started) - len(self._ready) - len(self._training))
+        return max(
+            0, self.width - behind - len(self._started) - len(self._ready) - len(self._training)
+        )
 
     @property
     def open(self) -> list[int]:
@@ -92,7 +110,9 @@ class Schedule(Generic[T]):
 
     def admit(self, number: int) -> None:
         assert self.room > 0, f"group {number} was admitted to a full schedule"
-        assert number not in self._started and number not in self._ready, f"group {number} was admitted twice"
+        assert number not in self._started and number not in self._ready, (
+            f"group {number} was admitted twice"
+        )
         self._started[number] = self.served
         self.counts.issued += 1
 
@@ -120,8 +140,9 @@ class Schedule(Generic[T]):
             self.counts.dropped += 1
 
     def take(self, wanted: int) -> list[T] | None:
-        """The `wanted` ready groups that are due first, in order of admission, to train on the present version; None while
-        there are fewer, or while the learner has to wait for one that is due. A step may take its groups in parts."""
+        """The `wanted` ready groups that are due first, in order of admission, to train on the
+        present version; None while there are fewer, or while the learner has to wait for one that
+        is due. A step may take its groups in parts."""
         wait = self.overdue == "wait"
         later = max(0, self.groups_per_step - len(self._training) - wanted)
         if len(self._ready) < wanted or (wait and not self._in_time((), later)):
@@ -136,12 +157,14 @@ class Schedule(Generic[T]):
         return [self._ready.pop(number)[1] for number in chosen]
 
     def _in_time(self, left: Iterable[int], later: int) -> bool:
-        """Whether all running groups, and ready ones of the versions `left`, can train by their deadlines: `later` of them in
-        this step, and B in each step from the next version on. What ready groups are too many by, no waiting saves: then they
-        may become too old."""
+        """Whether all running groups, and ready ones of the versions `left`, can train by their
+        deadlines: `later` of them in this step, and B in each step from the next version on. What
+        ready groups are too many by, no waiting saves: then they may become too old."""
         running, ready = Counter(self._started.values()), Counter(left)
         before = self.version - self.max_staleness
-        due_running, due = (sum(c[version] for version in c if version < before) for c in (running, ready))
+        due_running, due = (
+            sum(c[version] for version in c if version < before) for c in (running, ready)
+        )
         for ahead in range(self.max_staleness + 1):
             due_running += running[before + ahead]
             due += ready[before + ahead]
@@ -150,16 +173,29 @@ class Schedule(Generic[T]):
         return True
 
     def close(self, version: int, served: int | None = None) -> list[int]:
-        """Ends the step whose groups were taken: the learners are at `version` from now on, and, unless `served` is older, so
-        are the workers. Returns the running groups that are now too old, for their workers to stop."""
+        """Ends the step whose groups were taken: the learners are at `version` from now on, and,
+        unless `served` is older, so are the workers. Returns the running groups that are now too
+        old, for their workers to stop."""
         assert version >= self.version, f"the version went from {self.version} to {version}"
         self.counts.trained += len(self._training)
-        self._training, self.version, self.served = [], version, version if served is None else served
-        late = [number for number, (oldest, _) in self._ready.items() if oldest + self.max_staleness < version]
+        self._training, self.version, self.served = (
+            [],
+            version,
+            version if served is None else served,
+        )
+        late = [
+            number
+            for number, (oldest, _) in self._ready.items()
+            if oldest + self.max_staleness < version
+        ]
         for number in late:
             del self._ready[number]
         self.counts.stale += len(late)
-        cut = [number for number, started in self._started.items() if started + self.max_staleness < version]
+        cut = [
+            number
+            for number, started in self._started.items()
+            if started + self.max_staleness < version
+        ]
         for number in cut:
             del self._started[number]
         self.counts.cut += len(cut)
@@ -169,10 +205,14 @@ class Schedule(Generic[T]):
         """The books must balance: no group is lost, and none is counted twice."""
         counts, running = self.counts, len(self._started)
         ended = counts.finished + counts.reissued + counts.cut
-        assert counts.issued == ended + running, f"{counts} with {running} running: issues and their ends differ"
+        assert counts.issued == ended + running, (
+            f"{counts} with {running} running: issues and their ends differ"
+        )
         kept = len(self._ready) + len(self._training)
         ended = counts.trained + counts.dropped + counts.stale
-        assert counts.finished == ended + kept, f"{counts} with {kept} kept: finished groups and their ends differ"
+        assert counts.finished == ended + kept, (
+            f"{counts} with {kept} kept: finished groups and their ends differ"
+        )
 
 
 __all__ = ["QUEUE_DEPTH", "Counts", "Overdue", "Schedule"]

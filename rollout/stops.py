@@ -1,8 +1,10 @@
-"""Stop strings: where an answer ends, found in the bytes of its tokens, so that every engine ends it at the same token.
+"""Stop strings: where an answer ends, found in the bytes of its tokens, so that every engine ends
+it at the same token.
 
-A string may begin in the middle of a token, go over several, and hold characters whose bytes are in different tokens.
-Only what was sampled counts: a string in the prompt, or one that begins there, ends nothing. Text of special tokens
-counts as it is written, so `<|im_end|>` may be a stop string too.
+A string may begin in the middle of a token, go over several, and hold characters whose bytes are in
+different tokens. Only what was sampled counts: a string in the prompt, or one that begins there,
+ends nothing. Text of special tokens counts as it is written, so `<|im_end|>` may be a stop string
+too.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from typing import Any
 class StopMatcher:
     """Finds the first of some strings in an answer that comes token by token.
 
-    What it remembers of an answer is a `tail`: the bytes at its end that begin a stop string, b"" at first.
+    What it remembers of an answer is a `tail`: the bytes at its end that begin a stop string, b""
+    at first.
     """
 
     def __init__(self, stop: Sequence[str], token_bytes: Sequence[bytes]) -> None:
@@ -52,7 +55,8 @@ class StopMatcher:
 
 
 class StopStrings:
-    """Matchers for the answers of one model, whose tokenizer is read when the first is asked for."""
+    """Matchers for the answers of one model, whose tokenizer is read when the first is asked
+    for."""
 
     def __init__(self, model: str | Path | None) -> None:
         """model: a Hugging Face directory or a Hub id; None: there is no tokenizer."""
@@ -66,7 +70,9 @@ class StopStrings:
             return None
         if stop not in self._matchers:
             if self._model is None:
-                raise ValueError("stop strings need a model with a tokenizer; leave rollout.stop out")
+                raise ValueError(
+                    "stop strings need a model with a tokenizer; leave rollout.stop out"
+                )
             if self._token_bytes is None:
                 from transformers import AutoTokenizer
 
@@ -76,7 +82,8 @@ class StopStrings:
 
 
 def cut(text: str, stop: Sequence[str], *, keep: bool) -> str:
-    """The text up to the stop string that begins first, of several that begin there the shortest; `keep`: with it."""
+    """The text up to the stop string that begins first, of several that begin there the shortest;
+    `keep`: with it."""
     found = [(at, len(string)) for string in stop if (at := text.find(string)) >= 0]
     if not found:
         return text
@@ -85,7 +92,8 @@ def cut(text: str, stop: Sequence[str], *, keep: bool) -> str:
 
 
 def token_bytes(tokenizer: Any) -> list[bytes]:
-    """What each token id adds to a text, by id; ValueError for a tokenizer whose tokens add no fixed bytes."""
+    """What each token id adds to a text, by id; ValueError for a tokenizer whose tokens add no
+    fixed bytes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     pieces = {id: piece for piece, id in tokenizer.get_vocab().items()}
     added = {int(id): str(token) for id, token in tokenizer.added_tokens_decoder.items()}
@@ -100,7 +108,8 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
 
 
 def _check(tokenizer: Any, id: int, piece: bytes) -> None:
-    """That the tokenizer itself reads a token as these bytes, but for a space before it, which it may leave out."""
+    """That the tokenizer itself reads a token as these bytes, but for a space before it, which it
+    may leave out."""
     try:
         expected = piece.decode()
     except UnicodeDecodeError:  # a part of a character, of which a tokenizer shows nothing
@@ -108,8 +117,9 @@ def _check(tokenizer: Any, id: int, piece: bytes) -> None:
     said = tokenizer.decode([id], clean_up_tokenization_spaces=False)
     if said.lstrip(" ") != expected.lstrip(" "):
         raise ValueError(
-            f"rollout.stop: the tokenizer of the model reads token {id} as {said!r}, not as {expected!r} as its vocabulary "
-            "has it, so stop strings cannot be found in its tokens; leave rollout.stop out"
+            f"rollout.stop: the tokenizer of the model reads token {id} as {said!r}, not as"
+            f" {expected!r} as its vocabulary has it, so stop strings cannot be found in its"
+            " tokens; leave rollout.stop out"
         )
 
 
@@ -130,7 +140,9 @@ def _sentence_piece(piece: str) -> bytes:
 def _alphabet() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
 
 
 _BYTE_OF = _alphabet()

@@ -1,4 +1,5 @@
-"""The old name of `emberl.rollout.vllm_backend.extension`, for servers that were started with it; it goes in the next release."""
+"""The old name of `emberl.rollout.vllm_backend.extension`, for servers that were started with it;
+it goes in the next release."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ import warnings
 from .vllm_backend.extension import WeightExtension
 
 warnings.warn(
-    "emberl.rollout.vllm_extension is now emberl.rollout.vllm_backend.extension; "
-    "start servers with --worker-extension-cls emberl.rollout.vllm_backend.extension.WeightExtension",
+    "emberl.rollout.vllm_extension is now emberl.rollout.vllm_backend.extension; start servers with"
+    " --worker-extension-cls emberl.rollout.vllm_backend.extension.WeightExtension",
     FutureWarning,
     stacklevel=2,
 )

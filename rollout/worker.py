@@ -1,7 +1,7 @@
 """The rollout worker: a Ray actor around one engine, on a device of its own.
 
-`RolloutWorker` is the actor, `GroupService` makes whole groups of the engine's completions, and `WeightUpdates` is the
-receiver of weights beside the engine; all on one event loop.
+`RolloutWorker` is the actor, `GroupService` makes whole groups of the engine's completions, and
+`WeightUpdates` is the receiver of weights beside the engine; all on one event loop.
 """
 
 from __future__ import annotations
@@ -27,17 +27,20 @@ from .weights.receiver import Receiver
 from .weights.transport import TransferError, WeightUpdate
 
 Finished = list[tuple[int, tuple[Completion, ...]]]
-"""Prompts (by their index in the request) whose samples are all there, each with its completions in sample order."""
+"""Prompts (by their index in the request) whose samples are all there, each with its completions in
+sample order."""
 
 LINGER = 0.05
-"""Seconds that a finished group waits for others to come along: little enough to grade early, and messages cost time."""
+"""Seconds that a finished group waits for others to come along: little enough to grade early, and
+messages cost time."""
 
 NOTHING = -1
 """The version of an engine that serves none."""
 
 
 class RolloutWorker:
-    """Serves prompts with the newest weights that it was given; all methods but the first run on one event loop."""
+    """Serves prompts with the newest weights that it was given; all methods but the first run on
+    one event loop."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         platform.set_threads(spec.threads)
@@ -62,11 +65,13 @@ class RolloutWorker:
         return await self.service.cut(prompt_ids)
 
     async def prepare(self, notice: WeightUpdate) -> None:
-        """Makes a version ready while the old one is decoded with; raises if no bytes that can be had are the learners'."""
+        """Makes a version ready while the old one is decoded with; raises if no bytes that can be
+        had are the learners'."""
         await self.updates.prepare(notice)
 
     async def commit(self, version: int) -> dict[str, float]:
-        """Serves what was prepared; the figures of it (`receiver.Report`), with the version that is served from now on."""
+        """Serves what was prepared; the figures of it (`receiver.Report`), with the version that is
+        served from now on."""
         return await self.updates.commit(version)
 
     async def apply(self, notice: WeightUpdate) -> dict[str, float]:
@@ -82,7 +87,8 @@ class RolloutWorker:
         return await self.updates.export()
 
     async def probe(self, token_ids: Sequence[int], reload: bool = False) -> NDArray[np.float32]:
-        """[T] tokens -> [T-1] log-probs of all but the first; `reload`: after the engine has loaded everything once more."""
+        """[T] tokens -> [T-1] log-probs of all but the first; `reload`: after the engine has loaded
+        everything once more."""
         if reload:
             await self.engine.reload()
         return await self.engine.probe(token_ids)
@@ -109,7 +115,8 @@ def _own_cards(target: platform.Platform) -> tuple[str, ...]:
 
 
 class _Group:
-    """One group in one turn: the samples that are finished, and those that wait with a beginning."""
+    """One group in one turn: the samples that are finished, and those that wait with a
+    beginning."""
 
     def __init__(self, given: Sequence[Completion]) -> None:
         self.finished: list[Completion] = []
@@ -126,11 +133,13 @@ class _Group:
 
 
 class GroupService:
-    """Whole groups from an engine, and what becomes of those in flight when new weights come; all on one event loop.
+    """Whole groups from an engine, and what becomes of those in flight when new weights come; all
+    on one event loop.
 
     `schedule.in_flight` decides:
     - `update`: they go on with the new weights at the next token (PipelineRL, arXiv 2509.19128).
-    - `finish`: they are finished with the old ones; the update waits for that, and new groups wait for the update.
+    - `finish`: they are finished with the old ones; the update waits for that, and new groups wait
+      for the update.
     - `park`: they are set aside, and go on from where they stood, read anew by the new weights.
     Either way every token keeps the version and the log-prob that it was drawn with.
     """
@@ -147,9 +156,10 @@ class GroupService:
     async def generate(
         self, requests: Sequence[Request], begun: Mapping[str, Sequence[Completion]] | None = None
     ) -> AsyncIterator[Finished]:
-        """All samples of every request, submitted at once; yields groups as they become complete, those together that do so
-        within `LINGER`. A group that is cut does not come. begun: prompt id -> as many samples as are asked for, which are
-        to go on from where they stand; none: from the prompt."""
+        """All samples of every request, submitted at once; yields groups as they become complete,
+        those together that do so within `LINGER`. A group that is cut does not come. begun: prompt
+        id -> as many samples as are asked for, which are to go on from where they stand; none: from
+        the prompt."""
         given = begun or {}
         mine = {prompt.id: _Group(given.get(prompt.id, ())) for prompt, _, _ in requests}
         self._groups |= mine
@@ -158,7 +168,10 @@ class GroupService:
         work = asyncio.create_task(self._decode(requests, mine, ready, some))
         try:
             while not work.done() or ready:
-                await asyncio.wait({work, waiting := asyncio.create_task(some.wait())}, return_when="FIRST_COMPLETED")
+                await asyncio.wait(
+                    {work, waiting := asyncio.create_task(some.wait())},
+                    return_when="FIRST_COMPLETED",
+                )
                 waiting.cancel()
                 if not work.done():
                     await asyncio.wait({work}, timeout=LINGER)
@@ -208,7 +221,8 @@ class GroupService:
                     self._quiet.notify_all()
 
     async def apply(self, patch: WeightPatch) -> int:
-        """The version served from now on; raises if a single byte differs from what the learners hold."""
+        """The version served from now on; raises if a single byte differs from what the learners
+        hold."""
         if self._in_flight == "update":
             return await self.engine.apply(patch)
         self._updates += 1
@@ -227,7 +241,8 @@ class GroupService:
                 self._open.notify_all()
 
     async def cut(self, prompt_ids: Collection[str]) -> list[tuple[Completion, ...]]:
-        """Ends these groups; returns the samples of each that was still under way, as far as they had come."""
+        """Ends these groups; returns the samples of each that was still under way, as far as they
+        had come."""
         groups = {name: self._groups.pop(name) for name in prompt_ids if name in self._groups}
         for completion in await self.engine.abort(list(groups)):
             groups[completion.prompt_id].park(completion)
@@ -235,10 +250,14 @@ class GroupService:
 
 
 class WeightUpdates:
-    """PREPARE works in a thread of its own while the engine decodes; COMMIT is one `apply` of the engine."""
+    """PREPARE works in a thread of its own while the engine decodes; COMMIT is one `apply` of the
+    engine."""
 
     def __init__(
-        self, engine: Engine, receiver: Receiver, apply: Callable[[WeightPatch], Awaitable[int]] | None = None
+        self,
+        engine: Engine,
+        receiver: Receiver,
+        apply: Callable[[WeightPatch], Awaitable[int]] | None = None,
     ) -> None:
         """apply: what stands for the engine's own, where somebody has to know before."""
         self._engine, self._receiver, self._apply = engine, receiver, apply or engine.apply
@@ -252,7 +271,9 @@ class WeightUpdates:
     async def prepare(self, notice: WeightUpdate) -> None:
         if self._last_received is not None and _same(notice, self._last_received[0]):
             return
-        self._pending = notice if notice.engines is not None and notice.version > self._engine.version else None
+        self._pending = (
+            notice if notice.engines is not None and notice.version > self._engine.version else None
+        )
         if self._pending is None:
             await asyncio.to_thread(self._receiver.prepare, notice)
 
@@ -265,14 +286,19 @@ class WeightUpdates:
                     return await self._receive(notice, notice.engines)
                 except TransferError:  # nothing has begun
                     await asyncio.to_thread(self._receiver.prepare, notice)
-            if self._last_received is not None and self._last_received[0].version == version == self._engine.version:
+            if (
+                self._last_received is not None
+                and self._last_received[0].version == version == self._engine.version
+            ):
                 return self._last_received[1]
             patch = await asyncio.to_thread(self._receiver.patch, version, self._engine.version)
             start = time.perf_counter()
             try:
                 served = await self._apply(patch)
             except DigestMismatchError:  # what the engine held is damaged: everything anew, once
-                served = await self._apply(await asyncio.to_thread(self._receiver.patch, version, NOTHING))
+                served = await self._apply(
+                    await asyncio.to_thread(self._receiver.patch, version, NOTHING)
+                )
             return self._receiver.commit(served, time.perf_counter() - start).as_dict()
 
     async def apply(self, notice: WeightUpdate) -> dict[str, float]:
@@ -281,7 +307,8 @@ class WeightUpdates:
         return await self.commit(notice.version)
 
     async def _receive(self, notice: WeightUpdate, version: EngineTransfer) -> dict[str, float]:
-        """The engine's own processes receive from the learners; `TransferError` if not all workers come to that."""
+        """The engine's own processes receive from the learners; `TransferError` if not all workers
+        come to that."""
         missed = False
 
         def fallback() -> Mapping[str, TensorBytes]:
@@ -296,18 +323,25 @@ class WeightUpdates:
         transfer = Transfer(version=version, rank=rank, fallback=fallback)
         served = await self._apply(
             WeightPatch(
-                run_id=notice.run_id, version=notice.version, tensors={}, digests=version.digests, transfer=transfer
+                run_id=notice.run_id,
+                version=notice.version,
+                tensors={},
+                digests=version.digests,
+                transfer=transfer,
             )
         )
         now = time.perf_counter()
         if missed:
             return self._receiver.commit(served, now - met).as_dict()
-        report = self._receiver.received(notice, version.num_bytes, now - start, now - met).as_dict()
+        report = self._receiver.received(
+            notice, version.num_bytes, now - start, now - met
+        ).as_dict()
         self._last_received = (notice, report)
         return report
 
     def offer(self) -> tuple[str, int, int]:
-        """(the node, the version that is held or -1, bytes of its anchor or a little less) for a peer."""
+        """(the node, the version that is held or -1, bytes of its anchor or a little less) for a
+        peer."""
         held = self._receiver.held
         size = 0 if held is None else sum(tensor.data.nbytes for tensor in held.tensors.values())
         return node(), -1 if held is None else held.version, size

@@ -1,4 +1,5 @@
-"""Real models and tokenizers for tests that need one; skipped with a reason where it cannot be had."""
+"""Real models and tokenizers for tests that need one; skipped with a reason where it cannot be
+had."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The house: which folder imports which, what an installed package looks like, and where device names may stand."""
+"""The house: which folder imports which, what an installed package looks like, and where device
+names may stand."""
 
 from __future__ import annotations
 
@@ -24,11 +25,14 @@ MAY_IMPORT = {
     "rl": {"rl", "rollout", "rewards", "kernels", "configs"},
     "configs": set[str](),
 }
-SOURCES = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(
+    path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")
+)
 
 
 def imports(path: Path, source: str) -> Iterator[tuple[int, str, bool]]:
-    """(line, absolute name of what is imported, whether it was written relatively) for every import in a file."""
+    """(line, absolute name of what is imported, whether it was written relatively) for every import
+    in a file."""
     package = ["emberl", *path.parent.parts]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -36,7 +40,10 @@ def imports(path: Path, source: str) -> Iterator[tuple[int, str, bool]]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = [*base, *([node.module] if node.module else [])]
-            yield from ((node.lineno, ".".join([*module, alias.name]), node.level > 0) for alias in node.names)
+            yield from (
+                (node.lineno, ".".join([*module, alias.name]), node.level > 0)
+                for alias in node.names
+            )
 
 
 def broken_arrows(path: Path, source: str) -> list[str]:
@@ -53,14 +60,20 @@ def broken_arrows(path: Path, source: str) -> list[str]:
 
 
 def test_arrows_run_downwards_only() -> None:
-    assert [problem for path in SOURCES for problem in broken_arrows(path, (ROOT / path).read_text())] == []
+    assert [
+        problem for path in SOURCES for problem in broken_arrows(path, (ROOT / path).read_text())
+    ] == []
 
 
 @pytest.mark.parametrize(
     ("path", "line", "problem"),
     [
         ("kernels/a.py", "from ..rl import groups", "emberl.rl.groups; kernels may not"),
-        ("rollout/a.py", "from ..rewards.verdict import Verdict", "emberl.rewards.verdict.Verdict; rollout may not"),
+        (
+            "rollout/a.py",
+            "from ..rewards.verdict import Verdict",
+            "emberl.rewards.verdict.Verdict; rollout may not",
+        ),
         ("rewards/a.py", "from .. import kernels", "emberl.kernels; rewards may not"),
         ("rl/learner/a.py", "from emberl.rollout import samples", "imports are relative"),
         ("rl/a.py", "import kernels.terms", "by its bare name"),
@@ -110,16 +123,23 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
         {"platform", "compiled_loops"},
     ),
 }
-"""Of each folder, its files and sub-folders from the top down. Imports go to the same layer or to one below."""
-MODULES = {".".join(path.with_suffix("").parts): path for path in SOURCES if path.parts[0] in LAYERS}
+"""Of each folder, its files and sub-folders from the top down. Imports go to the same layer or to
+one below."""
+MODULES = {
+    ".".join(path.with_suffix("").parts): path for path in SOURCES if path.parts[0] in LAYERS
+}
 
 
 def module_imports(module: str) -> set[str]:
-    """Our modules that this one imports when it is loaded, and under `TYPE_CHECKING`. What a function loads on demand, as
-    the factories of the engines do, is no arrow."""
+    """Our modules that this one imports when it is loaded, and under `TYPE_CHECKING`. What a
+    function loads on demand, as the factories of the engines do, is no arrow."""
     path = MODULES[module]
     tree = ast.parse((ROOT / path).read_text())
-    tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom | ast.If | ast.Try)]
+    tree.body = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom | ast.If | ast.Try)
+    ]
     names = [name.split(".")[1:] for _, name, _ in imports(path, ast.unparse(tree))]
     known = [".".join(name) for name in names] + [".".join(name[:-1]) for name in names]
     return {name for name in known if name in MODULES} - {module}
@@ -175,7 +195,8 @@ BUDGET = {
     "rollout/vllm_backend": 2_670,
     "rollout/weights": 1_860,
 }
-"""Lines of a folder's own Python files, or of a sub-folder's; `rl` and so on are the files at the top."""
+"""Lines of a folder's own Python files, or of a sub-folder's; `rl` and so on are the files at the
+top."""
 ROOM = 1.1
 
 
@@ -196,17 +217,23 @@ PLATFORM = Path("kernels/platform.py")
 
 
 def device_names(source: str) -> list[int]:
-    """Lines with a device's or a collective's name in a string, an attribute or an import. Docstrings are prose, and
-    `Literal[...]` is a type: neither does anything."""
+    """Lines with a device's or a collective's name in a string, an attribute or an import.
+    Docstrings are prose, and `Literal[...]` is a type: neither does anything."""
     tree = ast.parse(source)
     prose = {id(part) for node in ast.walk(tree) for part in _prose(node)}
-    return [node.lineno for node in ast.walk(tree) if id(node) not in prose and _names_a_device(node)]  # type: ignore[attr-defined]
+    return [
+        node.lineno for node in ast.walk(tree) if id(node) not in prose and _names_a_device(node)
+    ]  # type: ignore[attr-defined]
 
 
 def _prose(node: ast.AST) -> Iterator[ast.AST]:
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         yield node.value
-    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "Literal":
+    if (
+        isinstance(node, ast.Subscript)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "Literal"
+    ):
         yield from ast.walk(node.slice)
 
 
@@ -222,7 +249,9 @@ def _names_a_device(node: ast.AST) -> bool:
 
 
 def test_one_file_names_devices_and_collectives() -> None:
-    strays = {str(path): device_names((ROOT / path).read_text()) for path in SOURCES if path != PLATFORM}
+    strays = {
+        str(path): device_names((ROOT / path).read_text()) for path in SOURCES if path != PLATFORM
+    }
     assert {path: lines for path, lines in strays.items() if lines} == {}
     assert device_names((ROOT / PLATFORM).read_text())
 
@@ -250,19 +279,25 @@ def test_the_device_check_itself(source: str, stray: bool) -> None:
 
 
 def test_kernels_is_no_regular_package() -> None:
-    """With an `__init__.py` it would beat Hugging Face's `kernels` wherever the repository's root is on the path."""
+    """With an `__init__.py` it would beat Hugging Face's `kernels` wherever the repository's root
+    is on the path."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
 def test_no_module_is_named_like_one_of_the_standard_library() -> None:
     ours = {path.stem for path in SOURCES if path.stem != "__init__"}
-    # `platform` is imported as emberl.kernels.platform only, and nothing runs with kernels/ itself on its path
+    # `platform` is imported as emberl.kernels.platform only, and nothing runs with kernels/ itself
+    # on its path
     assert ours & sys.stdlib_module_names <= {"platform"}
 
 
 def run(code: str, cwd: Path, **environment: str) -> str:
     """What a fresh interpreter prints; as with any `-c`, its directory is on the path."""
-    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "PYTHONSAFEPATH")
+    }
     done = subprocess.run(
         [sys.executable, "-c", code],
         check=False,
@@ -277,7 +312,10 @@ def run(code: str, cwd: Path, **environment: str) -> str:
 
 
 def test_the_configuration_loads_no_torch(tmp_path: Path) -> None:
-    code = "import sys, emberl.rl.config.load; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys, emberl.rl.config.load; print([m for m in ('torch', 'ray', 'transformers') if m"
+        " in sys.modules])"
+    )
     assert run(code, tmp_path) == "[]"
 
 
@@ -310,8 +348,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pip(cwd: Path, *arguments: str) -> None:
-    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input", *arguments]
-    done = subprocess.run(command, check=False, cwd=cwd, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-input",
+        *arguments,
+    ]
+    done = subprocess.run(
+        command, check=False, cwd=cwd, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -330,12 +378,14 @@ def test_an_installed_package_has_no_bare_names(wheel: Path, tmp_path: Path) -> 
     elsewhere.mkdir()
     pip(elsewhere, "install", "--no-deps", "--target", str(site), str(wheel))
     code = (
-        "from importlib.util import find_spec\n"
-        f"for name in {FOLDERS}:\n"
-        "    ours, bare = find_spec('emberl.' + name), find_spec(name)\n"
-        "    print(next(iter(ours.submodule_search_locations)), *(bare.submodule_search_locations or () if bare else ()))"
+        f"from importlib.util import find_spec\nfor name in {FOLDERS}:\n    ours, bare ="
+        " find_spec('emberl.' + name), find_spec(name)\n   "
+        " print(next(iter(ours.submodule_search_locations)), *(bare.submodule_search_locations or"
+        " () if bare else ()))"
     )
-    for folder, line in zip(FOLDERS, run(code, elsewhere, PYTHONPATH=str(site)).splitlines(), strict=True):
+    for folder, line in zip(
+        FOLDERS, run(code, elsewhere, PYTHONPATH=str(site)).splitlines(), strict=True
+    ):
         ours, *bare = line.split(" ")
         assert ours == str(site / "emberl" / folder)
         assert not [place for place in bare if place.startswith((str(site), str(ROOT / folder)))]
@@ -345,7 +395,11 @@ MACHINE = re.compile("/" + r"(?:work|home|root)/(?!\.\.)|\bpypi" + r"\.org|pytho
 
 
 def test_no_file_knows_one_machine_or_a_package_index() -> None:
-    top = [path for path in ROOT.iterdir() if path.suffix in (".md", ".toml") or path.name == "Makefile"]
+    top = [
+        path
+        for path in ROOT.iterdir()
+        if path.suffix in (".md", ".toml") or path.name == "Makefile"
+    ]
     texts = [
         p
         for f in (*FOLDERS, "tests", ".ci")
@@ -359,6 +413,8 @@ def test_no_file_knows_one_machine_or_a_package_index() -> None:
         except UnicodeDecodeError:
             continue  # an image
         found += [
-            f"{path.relative_to(ROOT)}:{n}: {line.strip()}" for n, line in enumerate(lines, 1) if MACHINE.search(line)
+            f"{path.relative_to(ROOT)}:{n}: {line.strip()}"
+            for n, line in enumerate(lines, 1)
+            if MACHINE.search(line)
         ]
     assert found == []

@@ -1,10 +1,13 @@
-"""The operations of a decoding step between its matrix products, on a CPU: one pass over memory each.
+"""The operations of a decoding step between its matrix products, on a CPU: one pass over memory
+each.
 
-torch has an operator for every addition and cast; at a few dozen rows a step of a real model spends more time on these
-than on its products. Arrays are C-contiguous float32, or bfloat16 as uint16; sums are float32 or better. Every function
-does rows start..stop-1 and releases the GIL, so that threads may share a step.
+torch has an operator for every addition and cast; at a few dozen rows a step of a real model spends
+more time on these than on its products. Arrays are C-contiguous float32, or bfloat16 as uint16;
+sums are float32 or better. Every function does rows start..stop-1 and releases the GIL, so that
+threads may share a step.
 
-Shape legend: n sequences, E hidden, H query heads, K key/value heads, D head size, W longest sequence, I MLP, V vocabulary.
+Shape legend: n sequences, E hidden, H query heads, K key/value heads, D head size, W longest
+sequence, I MLP, V vocabulary.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -21,8 +24,9 @@ BLOCK = 512
 
 @compiled
 def add_norm(x, delta, weight, eps, out, start, stop):
-    """x [n, E] += delta, rounded; out = RMSNorm(x) * weight (arXiv 1910.07467), rounded as transformers does, before and
-    after the product with the weight. `delta` with 0 columns adds nothing."""
+    """x [n, E] += delta, rounded; out = RMSNorm(x) * weight (arXiv 1910.07467), rounded as
+    transformers does, before and after the product with the weight. `delta` with 0 columns adds
+    nothing."""
     size = x.shape[1]
     for i in range(start, stop):
         row, result = x[i], out[i]
@@ -54,7 +58,8 @@ def silu_product(gate_up, out, start, stop):
 
 @compiled
 def _rotated(head, norm, eps, cos, sin, into):
-    """into [D] float32 = the head, normalised where `norm` has a weight, then rotated (arXiv 2104.09864)."""
+    """into [D] float32 = the head, normalised where `norm` has a weight, then rotated (arXiv
+    2104.09864)."""
     size = head.shape[0]
     half = size // 2
     scale = np.float32(1)
@@ -108,10 +113,12 @@ def _softmax(scores, length):
 
 @compiled
 def attend(qkv, q_norm, k_norm, eps, cos, sin, keys, values, positions, out, start, stop):
-    """One new token of each sequence: stores its key and value at its position and attends to all up to it.
+    """One new token of each sequence: stores its key and value at its position and attends to all
+    up to it.
 
-    qkv [n, (H + 2 K) D], before norm and rotation; q_norm, k_norm [D], or empty; cos, sin [longest, D] float32 with the
-    sign of the rotation in `sin`; keys, values [S, K, W, D]; positions [n] int64; out [n, H D].
+    qkv [n, (H + 2 K) D], before norm and rotation; q_norm, k_norm [D], or empty; cos, sin [longest,
+    D] float32 with the sign of the rotation in `sin`; keys, values [S, K, W, D]; positions [n]
+    int64; out [n, H D].
     """
     kv_heads, size = values.shape[1], values.shape[3]
     heads = out.shape[1] // size
@@ -150,11 +157,12 @@ def attend(qkv, q_norm, k_norm, eps, cos, sin, keys, values, positions, out, sta
 
 @compiled
 def draw(logits, temperature, greedy, uniform, tokens, logprobs, start, stop):
-    """One token of each distribution: logits [n, V] -> tokens [n] int64 and their log-probs [n] float32.
+    """One token of each distribution: logits [n, V] -> tokens [n] int64 and their log-probs [n]
+    float32.
 
-    temperature [n] float32 divides the logits; uniform [n] float64 in [0, 1) is where in the cumulated probabilities the
-    token lies; greedy [n] bool takes the likeliest, whose log-prob is that of the untempered model. A row whose logits
-    are not finite gives a NaN.
+    temperature [n] float32 divides the logits; uniform [n] float64 in [0, 1) is where in the
+    cumulated probabilities the token lies; greedy [n] bool takes the likeliest, whose log-prob is
+    that of the untempered model. A row whose logits are not finite gives a NaN.
     """
     size = logits.shape[1]
     blocks = (size + BLOCK - 1) // BLOCK

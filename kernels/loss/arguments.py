@@ -1,4 +1,5 @@
-"""The arguments of the fused loss, checked: every error names the argument, what was seen and what is wanted."""
+"""The arguments of the fused loss, checked: every error names the argument, what was seen and what
+is wanted."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def prepare(
     softcap: float | None,
     shift: Tensor | None,
 ) -> Call:
-    """Checks the arguments that both public functions share, and applies autocast as a linear layer would."""
+    """Checks the arguments that both public functions share, and applies autocast as a linear layer
+    would."""
     _check_operands(hidden, weight, bias)
     count = (len(hidden),)
     check("targets", targets, count, torch.int64, hidden.device)
@@ -50,18 +52,18 @@ def prepare(
     if isinstance(temperature, Tensor) and temperature.ndim == 0:
         temperature = float(temperature)
     head = Head(
-        weight=weight,
-        bias=bias,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
+        weight=weight, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap
     )
     _check_targets(targets, len(weight))
     return Call(hidden=hidden, targets=targets, head=head)
 
 
 def check(
-    name: str, value: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device
+    name: str,
+    value: Tensor | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None,
+    device: torch.device,
 ) -> None:
     """An optional tensor's shape, dtype (None for any) and device."""
     if value is None:
@@ -85,38 +87,50 @@ def not_finite(hidden: Tensor, row: int) -> ValueError:
     """The error for a token whose logits are not finite."""
     culprit = "weight or bias" if bool(torch.isfinite(hidden[row]).all()) else "hidden"
     return ValueError(
-        f"{culprit} is not finite, which makes the logits of row {row} not finite; look for a step that diverged"
+        f"{culprit} is not finite, which makes the logits of row {row} not finite; look for a step"
+        " that diverged"
     )
 
 
 def _check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}; wanted [N, H] and [V, H] "
-            "(flatten batch and time first)"
+            f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}; wanted [N,"
+            " H] and [V, H] (flatten batch and time first)"
         )
     if len(weight) == 0:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; wanted [V, H] with V at least 1")
     if hidden.dtype not in DTYPES:
-        raise ValueError(f"hidden has dtype {hidden.dtype}; wanted one of {', '.join(map(str, DTYPES))}")
+        raise ValueError(
+            f"hidden has dtype {hidden.dtype}; wanted one of {', '.join(map(str, DTYPES))}"
+        )
     if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
         raise ValueError(
-            f"weight has dtype {weight.dtype}; wanted {hidden.dtype}, as hidden (cast one, or use autocast)"
+            f"weight has dtype {weight.dtype}; wanted {hidden.dtype}, as hidden (cast one, or use"
+            " autocast)"
         )
     check("weight", weight, tuple(weight.shape), None, hidden.device)
     check("bias", bias, (len(weight),), None, hidden.device)
 
 
-def _check_scaling(temperature: float | Tensor, logit_scale: float, softcap: float | None, hidden: Tensor) -> None:
+def _check_scaling(
+    temperature: float | Tensor, logit_scale: float, softcap: float | None, hidden: Tensor
+) -> None:
     if isinstance(temperature, Tensor):
         if temperature.requires_grad:
-            raise ValueError("temperature requires a gradient, which the fused loss does not give; detach it")
+            raise ValueError(
+                "temperature requires a gradient, which the fused loss does not give; detach it"
+            )
         if temperature.ndim:
             check("temperature", temperature, (len(hidden),), None, hidden.device)
         lowest = float(temperature.min()) if temperature.numel() else 1.0
     else:
         lowest = temperature
-    for name, value in (("temperature", lowest), ("logit_scale", logit_scale), ("softcap", softcap)):
+    for name, value in (
+        ("temperature", lowest),
+        ("logit_scale", logit_scale),
+        ("softcap", softcap),
+    ):
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name} is {value}; wanted a finite number above 0")
 
@@ -125,4 +139,7 @@ def _check_targets(targets: Tensor, vocabulary: int) -> None:
     outside = ((targets < 0) | (targets >= vocabulary)).nonzero()
     if len(outside):
         row = int(outside[0])
-        raise ValueError(f"targets[{row}] is {int(targets[row])}; wanted an id from 0 to {vocabulary - 1} in every row")
+        raise ValueError(
+            f"targets[{row}] is {int(targets[row])}; wanted an id from 0 to {vocabulary - 1} in"
+            " every row"
+        )

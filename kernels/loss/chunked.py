@@ -1,7 +1,9 @@
-"""The shifted-exp scheme over whole batches: log-probs in one product, a loss with its gradients in three.
+"""The shifted-exp scheme over whole batches: log-probs in one product, a loss with its gradients in
+three.
 
-`logprob` is differentiable by recomputation (four products over forward and backward). `formed_loss` calls the loss
-chunk by chunk and forms the gradients in the forward pass, so that backward only scales them.
+`logprob` is differentiable by recomputation (four products over forward and backward).
+`formed_loss` calls the loss chunk by chunk and forms the gradients in the forward pass, so that
+backward only scales them.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def log_once(message: str) -> None:
 
 
 def usable_shift(shift: Tensor | None, index: Tensor, like: Tensor) -> Tensor:
-    """Log-prob estimates of the tokens `index`; 0 where there is none, which suits every token above e^-40."""
+    """Log-prob estimates of the tokens `index`; 0 where there is none, which suits every token
+    above e^-40."""
     if shift is None:
         return like.new_zeros(len(index))
     return shift[index].to(like.dtype).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(max=0.0)
@@ -48,21 +51,30 @@ class _Collected:
     """Statistics of all N tokens, 0 where a token was not scored."""
 
     def __init__(self, job: Job, dtype: torch.dtype) -> None:
-        self.rows = torch.zeros(3 if job.entropy else 2, len(job.hidden), dtype=dtype, device=job.hidden.device)
+        self.rows = torch.zeros(
+            3 if job.entropy else 2, len(job.hidden), dtype=dtype, device=job.hidden.device
+        )
 
     def take(self, scored: Scored) -> None:
         stats = scored.stats
-        values = [stats.logp, stats.one_minus_p, *([] if stats.entropy is None else [stats.entropy])]
+        values = [
+            stats.logp,
+            stats.one_minus_p,
+            *([] if stats.entropy is None else [stats.entropy]),
+        ]
         self.rows.index_copy_(1, scored.index, torch.stack(values))
 
     def stats(self) -> TokenStats:
         return TokenStats(
-            logp=self.rows[0], one_minus_p=self.rows[1], entropy=self.rows[2] if len(self.rows) == 3 else None
+            logp=self.rows[0],
+            one_minus_p=self.rows[1],
+            entropy=self.rows[2] if len(self.rows) == 3 else None,
         )
 
 
 class _LogProb(torch.autograd.Function):
-    """Statistics [2 or 3, N]; backward scores every chunk again, with the log-prob itself as the shift."""
+    """Statistics [2 or 3, N]; backward scores every chunk again, with the log-prob itself as the
+    shift."""
 
     @staticmethod
     def forward(
@@ -74,7 +86,9 @@ class _LogProb(torch.autograd.Function):
         chunks = plan(index, chunk_size(job, chunk_bytes, keep=False))
         buffer = flat_buffer(job, chunks, keep=False)
         for part, values in zip(chunks, torch.split(raw, [len(c) for c in chunks]), strict=True):
-            collected.take(forward(job, part, usable_shift(shift, part, raw), values, buffer, keep=False))
+            collected.take(
+                forward(job, part, usable_shift(shift, part, raw), values, buffer, keep=False)
+            )
         stats = collected.stats()
         ctx.job = job
         ctx.index = index
@@ -102,7 +116,8 @@ class _LogProb(torch.autograd.Function):
 
 
 def logprob(job: Job, index: Tensor, *, shift: Tensor | None, chunk_bytes: int) -> TokenStats:
-    """Statistics [N] of the tokens `index`, 0 elsewhere; differentiable by hidden, weight and bias."""
+    """Statistics [N] of the tokens `index`, 0 elsewhere; differentiable by hidden, weight and
+    bias."""
     head = job.head
     logp, rest, entropy = _LogProb.apply(  # type: ignore[no-untyped-call]
         job.hidden, head.weight, head.bias, job, index, shift, chunk_bytes
@@ -153,7 +168,8 @@ class _Run:
             backward(self.job, scored, terms.dlogp, terms.dentropy, self.grads)
 
     def two_pass(self, parts: Sequence[Tensor], buffer: Tensor) -> None:
-        """A sequence longer than a chunk whose tokens are coupled: score all of it, then score again for gradients."""
+        """A sequence longer than a chunk whose tokens are coupled: score all of it, then score
+        again for gradients."""
         index = torch.cat(list(parts))
         recomputed = []
         for part in parts:
@@ -162,14 +178,22 @@ class _Run:
             recomputed.append(scored.recomputed)
         stats = self.collected.stats()
         entropy = None if stats.entropy is None else stats.entropy[index]
-        stats = TokenStats(logp=stats.logp[index], one_minus_p=stats.one_minus_p[index], entropy=entropy)
+        stats = TokenStats(
+            logp=stats.logp[index], one_minus_p=stats.one_minus_p[index], entropy=entropy
+        )
         terms = self.evaluate(stats, index, torch.cat(recomputed))
         if self.grads is None:
             return
         lengths = [len(part) for part in parts]
-        slopes = [None] * len(parts) if terms.dentropy is None else torch.split(terms.dentropy, lengths)
+        slopes = (
+            [None] * len(parts) if terms.dentropy is None else torch.split(terms.dentropy, lengths)
+        )
         for part, dlogp, logp, slope in zip(
-            parts, torch.split(terms.dlogp, lengths), torch.split(stats.logp, lengths), slopes, strict=True
+            parts,
+            torch.split(terms.dlogp, lengths),
+            torch.split(stats.logp, lengths),
+            slopes,
+            strict=True,
         ):
             backward(self.job, self.score(part, logp, buffer, keep=True), dlogp, slope, self.grads)
 
@@ -198,8 +222,8 @@ def formed_loss(
             run.fused(unit[0], buffer)
         else:
             log_once(
-                f"fused loss: a sequence of {sum(map(len, unit))} coupled tokens does not fit into a "
-                f"chunk of {limit}; it takes four matrix products instead of three"
+                f"fused loss: a sequence of {sum(map(len, unit))} coupled tokens does not fit into"
+                f" a chunk of {limit}; it takes four matrix products instead of three"
             )
             run.two_pass(unit, buffer)
     gradients = (None, None, None) if run.grads is None else run.grads.finished(job)
@@ -207,7 +231,9 @@ def formed_loss(
     return FormedLoss(value=run.value, stats=stats, metrics=run.metrics, gradients=gradients)
 
 
-def _units(index: Tensor, loss: TokenLoss, sequence_ids: Tensor | None, limit: int) -> list[list[Tensor]]:
+def _units(
+    index: Tensor, loss: TokenLoss, sequence_ids: Tensor | None, limit: int
+) -> list[list[Tensor]]:
     if loss.whole_sequences:
         assert sequence_ids is not None
         return plan_sequences(index, sequence_ids, limit)
@@ -218,7 +244,9 @@ class Formed(torch.autograd.Function):
     """A scalar whose gradients exist already; backward multiplies them by the upstream scalar."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, formed: FormedLoss) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, formed: FormedLoss
+    ) -> Tensor:
         ctx.save_for_backward(*formed.gradients)
         return formed.value.clone()
 
@@ -228,5 +256,7 @@ class Formed(torch.autograd.Function):
         factor = float(upstream)
         grads = ctx.saved_tensors
         if factor != 1.0:
-            grads = tuple(None if grad is None else grad * upstream.to(grad.dtype) for grad in grads)
+            grads = tuple(
+                None if grad is None else grad * upstream.to(grad.dtype) for grad in grads
+            )
         return (*grads, None)

@@ -1,8 +1,9 @@
 """Log-probs and losses of an output layer without its logits in memory: the public functions.
 
-`linear_loss` takes three matrix products where the usual four (forward, recomputed forward, two gradients) are the
-time of a step with a large vocabulary; `linear_logprob` takes one without gradients. Which implementation runs follows
-from device, dtype and size (`choose`), and the reason for anything unusual is logged once.
+`linear_loss` takes three matrix products where the usual four (forward, recomputed forward, two
+gradients) are the time of a step with a large vocabulary; `linear_logprob` takes one without
+gradients. Which implementation runs follows from device, dtype and size (`choose`), and the reason
+for anything unusual is logged once.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def linear_logprob(
     shift: Tensor | None = None,
     entropy: bool = False,
 ) -> TokenStats:
-    """Log-probs of `targets` under softmax(head(hidden) / T), differentiable by hidden, weight and bias.
+    """Log-probs of `targets` under softmax(head(hidden) / T), differentiable by hidden, weight and
+    bias.
 
     One matrix product without gradients, four over forward and backward with them.
 
@@ -119,7 +121,10 @@ def linear_loss(
     )
     check("sequence_ids", sequence_ids, (len(hidden),), None, hidden.device)
     if loss.whole_sequences and sequence_ids is None:
-        raise ValueError("sequence_ids is None, but the loss couples the tokens of a sequence; give one id per token")
+        raise ValueError(
+            "sequence_ids is None, but the loss couples the tokens of a sequence; give one id per"
+            " token"
+        )
     size = chunk_bytes(call)
     backend = choose(call, size)
     if backend == "reference":
@@ -156,16 +161,18 @@ def logits_logprob(
     is not a plain linear layer. All logits stay in memory, which is warned of once."""
     _warn_of_logits()
     check("targets", targets, (len(logits),), torch.int64, logits.device)
-    scale = temperature[:, None] if isinstance(temperature, Tensor) and temperature.ndim else temperature
-    return reference.from_logits(logits.to(accumulator(logits.dtype)) / scale, targets, entropy=entropy)
+    scale = (
+        temperature[:, None]
+        if isinstance(temperature, Tensor) and temperature.ndim
+        else temperature
+    )
+    return reference.from_logits(
+        logits.to(accumulator(logits.dtype)) / scale, targets, entropy=entropy
+    )
 
 
 def logits_loss(
-    logits: Tensor,
-    targets: Tensor,
-    loss: TokenLoss,
-    *,
-    temperature: float | Tensor = 1.0,
+    logits: Tensor, targets: Tensor, loss: TokenLoss, *, temperature: float | Tensor = 1.0
 ) -> tuple[Tensor, TokenStats, dict[str, Tensor]]:
     """`linear_loss` for finished logits [N, V]: the same results, by autograd, with all logits in
     memory."""
@@ -175,9 +182,9 @@ def logits_loss(
 
 def _warn_of_logits() -> None:
     log_once(
-        "fused loss: this model's head is not a plain linear layer, so that all its logits are held "
-        "in memory and the loss takes autograd's four passes; give linear_loss the hidden states "
-        "where you can"
+        "fused loss: this model's head is not a plain linear layer, so that all its logits are held"
+        " in memory and the loss takes autograd's four passes; give linear_loss the hidden states"
+        " where you can"
     )
 
 

@@ -1,11 +1,13 @@
-"""A language model's output layer as the loss sees it, and the shifted logits that every kernel works with.
+"""A language model's output layer as the loss sees it, and the shifted logits that every kernel
+works with.
 
     x[v] = h . W[v] + b[v]                         raw logit
     z[v] = cap * tanh(logit_scale * x[v] / cap) / T  (logit_scale * x[v] / T without a soft-cap)
 
-Kernels never store x. They store u = h . W[v] - r, with a shift r per token that is folded into the matrix product, so
-that the rounding to the operands' dtype falls on a number near the log-prob instead of on a large logit.
-Shape legend: n tokens of one chunk, V vocabulary entries, H hidden size.
+Kernels never store x. They store u = h . W[v] - r, with a shift r per token that is folded into the
+matrix product, so that the rounding to the operands' dtype falls on a number near the log-prob
+instead of on a large logit. Shape legend: n tokens of one chunk, V vocabulary entries, H hidden
+size.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which matrix products of operands of `dtype` are made: float32 for bfloat16 on a CPU for which oneDNN has
-    no bfloat16 product (x86 without AVX-512), where torch's own takes eight times as long."""
+    """The dtype in which matrix products of operands of `dtype` are made: float32 for bfloat16 on a
+    CPU for which oneDNN has no bfloat16 product (x86 without AVX-512), where torch's own takes
+    eight times as long."""
     if device.type != "cpu" or dtype != torch.bfloat16:
         return dtype
     built = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -34,11 +37,16 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False) -> None:
-    """out += a b, or out = a b where `fresh`; a [m, k] and b [k, n] of one dtype, out [m, n] of any. Where the library can,
-    a wider result takes the sums as the multipliers have them, else the product is rounded to a's dtype between."""
+    """out += a b, or out = a b where `fresh`; a [m, k] and b [k, n] of one dtype, out [m, n] of
+    any. Where the library can, a wider result takes the sums as the multipliers have them, else the
+    product is rounded to a's dtype between."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out) if fresh else out.addmm_(a, b)
-    elif out.dtype == torch.float32 and a.device.type in PLATFORMS and PLATFORMS[a.device.type].wide_products:
+    elif (
+        out.dtype == torch.float32
+        and a.device.type in PLATFORMS
+        and PLATFORMS[a.device.type].wide_products
+    ):
         if fresh:
             torch.mm(a, b, out_dtype=torch.float32, out=out)
         else:
@@ -74,9 +82,11 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Transform:
-    """How the stored u [V, n] becomes a shifted logit z' = z - m, and how E = exp(z') becomes a gradient again.
+    """How the stored u [V, n] becomes a shifted logit z' = z - m, and how E = exp(z') becomes a
+    gradient again.
 
-    Linear: z' = scale * (u + b). Soft-capped: z' = scale / inner * tanh(inner * (u + raw + b)) - level.
+    Linear: z' = scale * (u + b). Soft-capped: z' = scale / inner * tanh(inner * (u + raw + b)) -
+    level.
     """
 
     scale: float | Tensor
@@ -89,15 +99,22 @@ class Transform:
     """logit_scale / cap, or None without a soft-cap."""
 
     @staticmethod
-    def around(head: Head, target: Tensor, shift: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Transform:
-        """The transform that puts the log-prob estimates `shift` [n] at z' of the raw target logits `target` [n], for tiles
-        of `dtype`."""
+    def around(
+        head: Head, target: Tensor, shift: Tensor, scale: float | Tensor, dtype: torch.dtype
+    ) -> Transform:
+        """The transform that puts the log-prob estimates `shift` [n] at z' of the raw target logits
+        `target` [n], for tiles of `dtype`."""
         wide = target.dtype
         if head.softcap is None:
             raw = (target - shift / scale).to(dtype).to(wide)
             return Transform(scale=scale, raw=raw, level=raw * scale, inner=None)
         level = head.logits(target, scale) - shift
-        return Transform(scale=scale, raw=target.to(dtype).to(wide), level=level, inner=head.logit_scale / head.softcap)
+        return Transform(
+            scale=scale,
+            raw=target.to(dtype).to(wide),
+            level=level,
+            inner=head.logit_scale / head.softcap,
+        )
 
     def at(self, target: Tensor) -> Tensor:
         """z' of raw logits [n] that were computed apart, in full precision."""

@@ -1,7 +1,8 @@
-"""The two element passes over a chunk's [V, n] tile in torch operations: any device, and the CPU's default.
+"""The two element passes over a chunk's [V, n] tile in torch operations: any device, and the CPU's
+default.
 
-They work in blocks of rows that stay in the cache, because on a CPU the same chain of operations over a whole chunk is
-bound by memory (four times slower).
+They work in blocks of rows that stay in the cache, because on a CPU the same chain of operations
+over a whole chunk is bound by memory (four times slower).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ BLOCK_ELEMENTS = 1 << 17
 CARD_ELEMENTS = 1 << 26
 """The same on a card, where it bounds the temporaries (256 MiB each)."""
 LOWEST = -1e4
-"""Stands in for the -inf of an excluded column, so that 0 * z' is 0; exp of it is 0 in every dtype."""
+"""Stands in for the -inf of an excluded column, so that 0 * z' is 0; exp of it is 0 in every
+dtype."""
 FLOOR = 1e-37
 """Smallest E whose logarithm is taken; below lies only what rounds to a zero gradient."""
 
@@ -27,15 +29,19 @@ class Passes(Protocol):
     """The element passes that an implementation offers."""
 
     column_multiple: int
-    """A tile's rows are stored with a stride that is a multiple of this; the columns in between may hold anything."""
+    """A tile's rows are stored with a stride that is a multiple of this; the columns in between may
+    hold anything."""
 
-    def exp_stats(self, u: Tensor, t: Transform, bias: Tensor | None, sums: Tensor, moments: Tensor | None) -> None:
-        """E = exp(z') in place of `u` [V, n]; adds each column's sum of E to `sums` [n] and of E z' to `moments` [n].
-        An entry of -inf is an excluded one: it gives E = 0."""
+    def exp_stats(
+        self, u: Tensor, t: Transform, bias: Tensor | None, sums: Tensor, moments: Tensor | None
+    ) -> None:
+        """E = exp(z') in place of `u` [V, n]; adds each column's sum of E to `sums` [n] and of E z'
+        to `moments` [n]. An entry of -inf is an excluded one: it gives E = 0."""
         ...
 
     def factor(self, e: Tensor, t: Transform, constant: Tensor, slope: Tensor) -> None:
-        """E (constant + slope z') dz'/dx / scale in place of E [V, n]; `constant` and `slope` are [n]."""
+        """E (constant + slope z') dz'/dx / scale in place of E [V, n]; `constant` and `slope` are
+        [n]."""
         ...
 
 
@@ -44,7 +50,9 @@ class TorchPasses:
 
     column_multiple = 1
 
-    def exp_stats(self, u: Tensor, t: Transform, bias: Tensor | None, sums: Tensor, moments: Tensor | None) -> None:
+    def exp_stats(
+        self, u: Tensor, t: Transform, bias: Tensor | None, sums: Tensor, moments: Tensor | None
+    ) -> None:
         for start, block in _row_blocks(u):
             z = block.to(accumulator(u.dtype))  # the block itself where it is as wide
             if bias is not None:

@@ -1,7 +1,8 @@
-"""The specification: log-probs and loss of a linear head in plain torch, by autograd alone, in float32 or float64.
+"""The specification: log-probs and loss of a linear head in plain torch, by autograd alone, in
+float32 or float64.
 
-Everything faster is tested against this file. It holds all [N, V] logits, so it is also the quickest way for a
-vocabulary of a few hundred entries.
+Everything faster is tested against this file. It holds all [N, V] logits, so it is also the
+quickest way for a vocabulary of a few hundred entries.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ def from_logits(logits: Tensor, targets: Tensor, *, entropy: bool) -> TokenStats
 
 
 class _Entropy(torch.autograd.Function):
-    """-sum p log p over rows of log-probs [n, V]. Nothing is kept for a gradient but the log-probs, which log_softmax keeps
-    anyway, and none is formed unless it is asked for: most losses only look at the entropy."""
+    """-sum p log p over rows of log-probs [n, V]. Nothing is kept for a gradient but the log-probs,
+    which log_softmax keeps anyway, and none is formed unless it is asked for: most losses only look
+    at the entropy."""
 
     @staticmethod
     def forward(ctx: Any, logp: Tensor) -> Tensor:
@@ -57,9 +59,12 @@ class _Entropy(torch.autograd.Function):
 
 
 def loss_of(stats: TokenStats, loss: TokenLoss, index: Tensor) -> tuple[Tensor, TokenTerms]:
-    """The total loss of differentiable `stats` as a scalar whose gradient is the one that `loss` states."""
+    """The total loss of differentiable `stats` as a scalar whose gradient is the one that `loss`
+    states."""
     entropy = None if stats.entropy is None else stats.entropy.detach()
-    terms = loss(TokenStats(logp=stats.logp.detach(), one_minus_p=stats.one_minus_p, entropy=entropy), index)
+    terms = loss(
+        TokenStats(logp=stats.logp.detach(), one_minus_p=stats.one_minus_p, entropy=entropy), index
+    )
     total: Tensor = _Stated.apply(stats.logp, stats.entropy, terms)  # type: ignore[no-untyped-call]
     return total, terms
 

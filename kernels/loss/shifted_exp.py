@@ -1,15 +1,18 @@
-"""The shifted-exp scheme: loss and gradients of a linear head in three matrix products, on any device.
+"""The shifted-exp scheme: loss and gradients of a linear head in three matrix products, on any
+device.
 
-For the tokens of a chunk, with E = exp(z') and z' the logits shifted by an estimate of the token's log-prob (the
-behaviour log-prob, which a learner already has), the target's column being kept out of the exponentials:
+For the tokens of a chunk, with E = exp(z') and z' the logits shifted by an estimate of the token's
+log-prob (the behaviour log-prob, which a learner already has), the target's column being kept out
+of the exponentials:
 
     s = sum(E) + exp(z'[y])      logp = -log1p(sum(E) / exp(z'[y]))      1 - p = sum(E) / s
     dh = -(g / s) E W + g (1 - p) W[y]      dW = E^T (-(g / s) h), dW[y] += g (1 - p) h
 
-g is the loss's derivative by the log-prob, so E is never normalised nor rewritten, no maximum is searched, and nothing
-cancels where p is near 1. E is laid out [V, n]: the shift is then the bias of the product W h^T, which every BLAS adds
-before it rounds, and on a CPU both E h and W h^T run at full speed.
-A row whose shift turns out to be far off is recomputed, so that the estimate decides speed and rounding, never the result.
+g is the loss's derivative by the log-prob, so E is never normalised nor rewritten, no maximum is
+searched, and nothing cancels where p is near 1. E is laid out [V, n]: the shift is then the bias of
+the product W h^T, which every BLAS adds before it rounds, and on a CPU both E h and W h^T run at
+full speed. A row whose shift turns out to be far off is recomputed, so that the estimate decides
+speed and rounding, never the result.
 """
 
 from __future__ import annotations
@@ -32,12 +35,14 @@ MAX_SHIFT_ERROR = 40.0
 RECOMPUTE_ROWS = 512
 """Rows recomputed at once: a tile of their own beside the chunk's."""
 COMPACT_BELOW = 0.75
-"""Rows without gradient are cut out of the products when fewer than this share is left; below it the copy pays."""
+"""Rows without gradient are cut out of the products when fewer than this share is left; below it
+the copy pays."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """The operands that all chunks of a call share. `hidden` [N, H], `targets` [N] int64 vocabulary ids."""
+    """The operands that all chunks of a call share. `hidden` [N, H], `targets` [N] int64 vocabulary
+    ids."""
 
     hidden: Tensor
     targets: Tensor
@@ -52,12 +57,14 @@ class Job:
         return self.hidden[index].to(self.tile)
 
     def weights(self, start: int, stop: int) -> Tensor:
-        """Vocabulary rows [stop - start, H] as the products take them: a copy of a block at most."""
+        """Vocabulary rows [stop - start, H] as the products take them: a copy of a block at
+        most."""
         return self.head.weight[start:stop].to(self.tile)
 
     @property
     def step(self) -> int:
-        """Vocabulary rows of one product. Small on a CPU so that the element pass finds its block in the cache."""
+        """Vocabulary rows of one product. Small on a CPU so that the element pass finds its block
+        in the cache."""
         return 4096 if self.hidden.device.type == "cpu" else 32768
 
     def blocks(self) -> list[tuple[int, int]]:
@@ -84,13 +91,16 @@ class Scored:
 
 
 def target_logits(job: Job, index: Tensor) -> Tensor:
-    """Raw logits [n] of the targets, each as one dot product in float32; the only place that sees a NaN row early."""
+    """Raw logits [n] of the targets, each as one dot product in float32; the only place that sees a
+    NaN row early."""
     head, wide = job.head, accumulator(job.hidden.dtype)
     local = job.targets[index]
     raw = torch.empty(len(index), dtype=wide, device=job.hidden.device)
     for start in range(0, len(index), 2048):
         part = slice(start, start + 2048)
-        torch.sum(job.hidden[index[part]].to(wide) * head.weight[local[part]].to(wide), -1, out=raw[part])
+        torch.sum(
+            job.hidden[index[part]].to(wide) * head.weight[local[part]].to(wide), -1, out=raw[part]
+        )
     if head.bias is not None:
         raw += head.bias[local].to(wide)
     if not bool(torch.isfinite(raw).all()):
@@ -98,9 +108,12 @@ def target_logits(job: Job, index: Tensor) -> Tensor:
     return raw
 
 
-def forward(job: Job, index: Tensor, shift: Tensor, raw: Tensor, buffer: Tensor, *, keep: bool) -> Scored:
-    """Scores the tokens `index` [n] with log-prob estimates `shift` [n] and target logits `raw` [n]; E is written to
-    the front of the flat `buffer`, whole if `keep` says that gradients follow, else block over block."""
+def forward(
+    job: Job, index: Tensor, shift: Tensor, raw: Tensor, buffer: Tensor, *, keep: bool
+) -> Scored:
+    """Scores the tokens `index` [n] with log-prob estimates `shift` [n] and target logits `raw`
+    [n]; E is written to the front of the flat `buffer`, whole if `keep` says that gradients follow,
+    else block over block."""
     scored = _forward(job, index, shift, raw, buffer, keep)
     unusable = (~(scored.total.abs() <= MAX_SHIFT_ERROR)).nonzero()[:, 0]
     for start in range(0, len(unusable), RECOMPUTE_ROWS):
@@ -114,7 +127,9 @@ def forward(job: Job, index: Tensor, shift: Tensor, raw: Tensor, buffer: Tensor,
     return scored
 
 
-def _forward(job: Job, index: Tensor, shift: Tensor, raw: Tensor, buffer: Tensor, keep: bool) -> Scored:
+def _forward(
+    job: Job, index: Tensor, shift: Tensor, raw: Tensor, buffer: Tensor, keep: bool
+) -> Scored:
     head, count, wide = job.head, len(index), raw.dtype
     size = tile_size(job, count, keep)
     e = (buffer if buffer.numel() >= size else buffer.new_empty(size))[:size]
@@ -143,10 +158,15 @@ def _scored(index: Tensor, e: Tensor, transform: Transform, target: Tensor, sums
     total = torch.logaddexp(sums[0].log(), target)
     entropy = None
     if len(sums) == 2:
-        entropy = (total - sums[1] * torch.exp(-total) - torch.sigmoid(-ratio) * target).clamp(min=0)
-    # softplus is log1p(exp(.)) and does not overflow; past its threshold the difference is below float64's rounding
+        entropy = (total - sums[1] * torch.exp(-total) - torch.sigmoid(-ratio) * target).clamp(
+            min=0
+        )
+    # softplus is log1p(exp(.)) and does not overflow; past its threshold the difference is below
+    # float64's rounding
     stats = TokenStats(
-        logp=-functional.softplus(ratio, threshold=60.0), one_minus_p=torch.sigmoid(ratio), entropy=entropy
+        logp=-functional.softplus(ratio, threshold=60.0),
+        one_minus_p=torch.sigmoid(ratio),
+        entropy=entropy,
     )
     return Scored(
         index=index, e=e, transform=transform, total=total, target=target, stats=stats,
@@ -155,7 +175,8 @@ def _scored(index: Tensor, e: Tensor, transform: Transform, target: Tensor, sums
 
 
 def _estimate(job: Job, index: Tensor, raw: Tensor) -> Tensor:
-    """Log-probs [n] by a running log-sum-exp over blocks: one more product, for the rows that need it."""
+    """Log-probs [n] by a running log-sum-exp over blocks: one more product, for the rows that need
+    it."""
     head = job.head
     transform = Transform.around(head, raw, torch.zeros_like(raw), head.scale(index), job.tile)
     rows = job.rows(index).t()
@@ -170,7 +191,8 @@ def _estimate(job: Job, index: Tensor, raw: Tensor) -> Tensor:
 
 
 def _merge(scored: Scored, again: Scored, rows: Tensor, keep: bool) -> Scored:
-    """`scored` with the columns `rows` replaced, in place where the tensors are this module's own."""
+    """`scored` with the columns `rows` replaced, in place where the tensors are this module's
+    own."""
     if keep:
         scored.e[:, rows] = again.e
     old, new = scored.transform, again.transform
@@ -180,7 +202,10 @@ def _merge(scored: Scored, again: Scored, rows: Tensor, keep: bool) -> Scored:
         level=old.level.index_copy(0, rows, new.level),
         inner=old.inner,
     )
-    pairs = [(scored.stats.logp, again.stats.logp), (scored.stats.one_minus_p, again.stats.one_minus_p)]
+    pairs = [
+        (scored.stats.logp, again.stats.logp),
+        (scored.stats.one_minus_p, again.stats.one_minus_p),
+    ]
     if scored.stats.entropy is not None and again.stats.entropy is not None:
         pairs.append((scored.stats.entropy, again.stats.entropy))
     pairs += [(scored.total, again.total), (scored.target, again.target)]
@@ -194,9 +219,11 @@ def _merge(scored: Scored, again: Scored, rows: Tensor, keep: bool) -> Scored:
 
 
 class Gradients:
-    """The gradients of one call, filled chunk by chunk. `None` stands for an operand that needs none.
+    """The gradients of one call, filled chunk by chunk. `None` stands for an operand that needs
+    none.
 
-    One chunk writes the weight's gradient straight in the weight's dtype, rounded once; several add up in float32.
+    One chunk writes the weight's gradient straight in the weight's dtype, rounded once; several add
+    up in float32.
     """
 
     def __init__(self, job: Job, needs: tuple[bool, bool, bool], chunks: int) -> None:
@@ -212,7 +239,11 @@ class Gradients:
     def finished(self, job: Job) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients in the operands' dtypes."""
         weight = None if self.weight is None else self.weight.to(job.head.weight.dtype)
-        bias = None if self.bias is None or job.head.bias is None else self.bias.to(job.head.bias.dtype)
+        bias = (
+            None
+            if self.bias is None or job.head.bias is None
+            else self.bias.to(job.head.bias.dtype)
+        )
         return self.hidden, weight, bias
 
     def add_weight(self, start: int, stop: int, e: Tensor, rows: Tensor) -> None:
@@ -221,16 +252,19 @@ class Gradients:
         add_product(self.weight[start:stop], e, rows, fresh=self.fresh)
 
     def add_targets(self, ids: Tensor, rows: Tensor) -> None:
-        """Adds `rows` [k, H] (in full precision) at the vocabulary entries `ids` [k], repeated ones summed before
-        they are rounded."""
+        """Adds `rows` [k, H] (in full precision) at the vocabulary entries `ids` [k], repeated ones
+        summed before they are rounded."""
         assert self.weight is not None
         unique, places = torch.unique(ids, return_inverse=True)
         total = rows.new_zeros(len(unique), rows.shape[1]).index_add_(0, places, rows)
         self.weight[unique] = (self.weight[unique].to(rows.dtype) + total).to(self.weight.dtype)
 
 
-def backward(job: Job, scored: Scored, dlogp: Tensor, dentropy: Tensor | None, grads: Gradients) -> None:
-    """Adds the gradients of a chunk whose loss has the derivatives `dlogp` and `dentropy` [n]; consumes `scored.e`."""
+def backward(
+    job: Job, scored: Scored, dlogp: Tensor, dentropy: Tensor | None, grads: Gradients
+) -> None:
+    """Adds the gradients of a chunk whose loss has the derivatives `dlogp` and `dentropy` [n];
+    consumes `scored.e`."""
     row, target = _factors(job, scored, dlogp, dentropy)
     keep = _kept(row)
     index, hidden = scored.index, job.hidden[scored.index]
@@ -275,9 +309,12 @@ def _add_hidden(dx: Tensor, e: Tensor, weight: Tensor) -> None:
         add_product(dx.t(), weight.t() if e.dtype == dx.dtype else weight.t().contiguous(), e)
 
 
-def _factors(job: Job, scored: Scored, dlogp: Tensor, dentropy: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Turns `scored.e` into the columns of the gradient by the raw logits, up to a factor per token [n], which comes
-    first; the gradient by the target's raw logit [n] comes second and stays apart, in full precision."""
+def _factors(
+    job: Job, scored: Scored, dlogp: Tensor, dentropy: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Turns `scored.e` into the columns of the gradient by the raw logits, up to a factor per token
+    [n], which comes first; the gradient by the target's raw logit [n] comes second and stays apart,
+    in full precision."""
     t, stats, total = scored.transform, scored.stats, scored.total
     dlogp = dlogp.to(total.dtype)
     if dentropy is None and t.inner is None:
@@ -288,7 +325,9 @@ def _factors(job: Job, scored: Scored, dlogp: Tensor, dentropy: Tensor | None) -
         size = torch.maximum(dlogp.abs(), de.abs())
         unit = torch.where(size == 0, 1.0, size)
         job.passes.factor(scored.e, t, -(dlogp + de * (h - total)) / unit, -de / unit)
-        target = dlogp * stats.one_minus_p - de * torch.exp(stats.logp) * (stats.logp.clamp(min=LOWEST) + h)
+        target = dlogp * stats.one_minus_p - de * torch.exp(stats.logp) * (
+            stats.logp.clamp(min=LOWEST) + h
+        )
         if t.inner is not None:
             target = target * (1 - ((scored.target + t.level) * t.inner / t.scale) ** 2)
         row = size * torch.exp(-total)
@@ -297,8 +336,8 @@ def _factors(job: Job, scored: Scored, dlogp: Tensor, dentropy: Tensor | None) -
 
 
 def _kept(row: Tensor) -> Tensor | None:
-    """The rows worth multiplying, or None for all of them. A row without gradient is dropped, not multiplied by zero,
-    wherever that is cheaper."""
+    """The rows worth multiplying, or None for all of them. A row without gradient is dropped, not
+    multiplied by zero, wherever that is cheaper."""
     keep = row.nonzero()[:, 0]
     return keep if len(keep) < COMPACT_BELOW * len(row) else None
 
@@ -309,13 +348,15 @@ def tile_rows(job: Job, keep: bool) -> int:
 
 
 def chunk_size(job: Job, chunk_bytes: int, *, keep: bool) -> int:
-    """Tokens whose tile fits into `chunk_bytes`; a tile that is not kept should also stay in a CPU's cache."""
+    """Tokens whose tile fits into `chunk_bytes`; a tile that is not kept should also stay in a
+    CPU's cache."""
     fits = max(1, chunk_bytes // (tile_rows(job, keep) * job.tile.itemsize))
     return fits if keep else min(fits, 2048 if job.hidden.device.type == "cpu" else 8192)
 
 
 def plan(index: Tensor, limit: int) -> list[Tensor]:
-    """`index` in equal chunks of at most `limit` tokens, of whole multiples of `COLUMNS` where that fits."""
+    """`index` in equal chunks of at most `limit` tokens, of whole multiples of `COLUMNS` where that
+    fits."""
     count = len(index)
     if count == 0:
         return []
@@ -326,8 +367,8 @@ def plan(index: Tensor, limit: int) -> list[Tensor]:
 
 
 def plan_sequences(index: Tensor, sequence_ids: Tensor, limit: int) -> list[list[Tensor]]:
-    """`index` in units that hold whole sequences. A unit is one chunk, or the several chunks of a sequence that is
-    longer than `limit`."""
+    """`index` in units that hold whole sequences. A unit is one chunk, or the several chunks of a
+    sequence that is longer than `limit`."""
     _, counts = torch.unique_consecutive(sequence_ids[index], return_counts=True)
     units: list[list[Tensor]] = []
     start = stop = 0
@@ -351,4 +392,6 @@ def tile_size(job: Job, count: int, keep: bool) -> int:
 
 def flat_buffer(job: Job, chunks: Sequence[Tensor], *, keep: bool) -> Tensor:
     """Room for the largest chunk's tile."""
-    return job.hidden.new_empty(tile_size(job, max((len(chunk) for chunk in chunks), default=0), keep), dtype=job.tile)
+    return job.hidden.new_empty(
+        tile_size(job, max((len(chunk) for chunk in chunks), default=0), keep), dtype=job.tile
+    )

@@ -1,4 +1,5 @@
-"""The interface between a head (hidden states to log-probs) and a loss: the kernels know no algorithm.
+"""The interface between a head (hidden states to log-probs) and a loss: the kernels know no
+algorithm.
 
 Shape legend: n tokens of one chunk, T tokens of a batch.
 """
@@ -26,25 +27,30 @@ class TokenStats:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenTerms:
-    """A loss of n tokens with its derivatives. The total loss is the plain sum over all tokens of `loss`: every mask, weight and
-    denominator is already multiplied in, so that micro-batches and ranks simply add up."""
+    """A loss of n tokens with its derivatives. The total loss is the plain sum over all tokens of
+    `loss`: every mask, weight and denominator is already multiplied in, so that micro-batches and
+    ranks simply add up."""
 
     loss: Tensor
     """[n]"""
     dlogp: Tensor
-    """[n] derivative of the *total* loss by this token's log-prob; for a sequence-coupled loss not d loss[t]."""
+    """[n] derivative of the *total* loss by this token's log-prob; for a sequence-coupled loss not
+    d loss[t]."""
     dentropy: Tensor | None = None
     """[n] derivative of the total loss by this token's entropy."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """name -> [n] per-token values to be averaged over loss tokens, e.g. `{"pg_clipfrac": clipped.float()}`."""
+    """name -> [n] per-token values to be averaged over loss tokens, e.g.
+    `{"pg_clipfrac": clipped.float()}`."""
 
 
 class TokenLoss(Protocol):
-    """A loss as the kernels see it: a pure function of the tokens' statistics, called once per chunk."""
+    """A loss as the kernels see it: a pure function of the tokens' statistics, called once per
+    chunk."""
 
     @property
     def whole_sequences(self) -> bool:
-        """True if tokens of one sequence are coupled (GSPO): a chunk must then hold whole sequences."""
+        """True if tokens of one sequence are coupled (GSPO): a chunk must then hold whole
+        sequences."""
 
     @property
     def needs_entropy(self) -> bool:

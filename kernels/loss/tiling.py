@@ -1,9 +1,10 @@
 """Tiles of the element kernels, planned against the memory that one core has.
 
-An NPU's vector core works in a Unified Buffer (192 KiB on Ascend 910B and 910C) that holds everything a tile needs at
-once, twice over for what is loaded and stored because the compiler double-buffers those. A kernel that asks for more
-does not compile there. On CUDA the same tile lives in registers, for which the plan is smaller.
-Shape legend: V vocabulary rows of the tile's matrix, n its token columns.
+An NPU's vector core works in a Unified Buffer (192 KiB on Ascend 910B and 910C) that holds
+everything a tile needs at once, twice over for what is loaded and stored because the compiler
+double-buffers those. A kernel that asks for more does not compile there. On CUDA the same tile
+lives in registers, for which the plan is smaller. Shape legend: V vocabulary rows of the tile's
+matrix, n its token columns.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ KIB = 1024
 UNIFIED_BUFFER = 192 * KIB
 """Bytes of one vector core of an Ascend 910B or 910C."""
 RESERVE = 0.15
-"""Share of the budget that is left to the compiler: scalars, alignment gaps, the reduction's scratch."""
+"""Share of the budget that is left to the compiler: scalars, alignment gaps, the reduction's
+scratch."""
 ROW_BYTES = 32
 """A row of a tile must start on such a boundary to be moved in one burst."""
 GRID_LIMIT = 65535
 """coreDim is 16 bits wide."""
 COLUMNS = 128
-"""Tokens of a tile, the contiguous direction: 256 bytes of bfloat16, several bursts long. Chunks are cut at multiples of it, and
-a chunk without padding is what cuBLAS adds the shift to in the product itself."""
+"""Tokens of a tile, the contiguous direction: 256 bytes of bfloat16, several bursts long. Chunks
+are cut at multiples of it, and a chunk without padding is what cuBLAS adds the shift to in the
+product itself."""
 REGISTER_TILE = 4096
 """Elements of a tile on CUDA: 32 float32 registers in each of 128 threads."""
 
@@ -61,14 +64,22 @@ def bytes_of(footprint: Footprint, tile: Tile, itemsize: int) -> int:
     """Bytes that a kernel with `footprint` needs on the chip for `tile`."""
     moved = 2 * footprint.moved * tile.elements * itemsize
     wide = 4 * footprint.wide * tile.elements
-    return moved + wide + 4 * footprint.vectors * tile.columns + 2 * 4 * footprint.row_vectors * tile.rows
+    return (
+        moved
+        + wide
+        + 4 * footprint.vectors * tile.columns
+        + 2 * 4 * footprint.row_vectors * tile.rows
+    )
 
 
-def plan(footprint: Footprint, itemsize: int, *, budget: int = UNIFIED_BUFFER, limit: int = 1 << 20) -> Tile:
-    """The largest tile, in powers of two, that fits `budget` bytes and has at most `limit` elements.
+def plan(
+    footprint: Footprint, itemsize: int, *, budget: int = UNIFIED_BUFFER, limit: int = 1 << 20
+) -> Tile:
+    """The largest tile, in powers of two, that fits `budget` bytes and has at most `limit`
+    elements.
 
-    It is `COLUMNS` wide, or narrower where too little fits; rows fill what is left. ValueError if not even two rows of one
-    burst fit.
+    It is `COLUMNS` wide, or narrower where too little fits; rows fill what is left. ValueError if
+    not even two rows of one burst fit.
     """
     room = int(budget * (1 - RESERVE))
     columns = COLUMNS
@@ -80,12 +91,15 @@ def plan(footprint: Footprint, itemsize: int, *, budget: int = UNIFIED_BUFFER, l
                 return tile
             rows //= 2
         columns //= 2
-    raise ValueError(f"a budget of {budget} bytes holds no tile of {footprint} at {itemsize} bytes an element")
+    raise ValueError(
+        f"a budget of {budget} bytes holds no tile of {footprint} at {itemsize} bytes an element"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launch:
-    """How a [V, n] matrix is dealt out: items are (slice of rows, block of columns), taken in turns by `programs`."""
+    """How a [V, n] matrix is dealt out: items are (slice of rows, block of columns), taken in turns
+    by `programs`."""
 
     tile: Tile
     column_blocks: int
@@ -101,7 +115,8 @@ class Launch:
 
 
 def launch(tile: Tile, rows: int, columns: int, cores: int) -> Launch:
-    """Deals `rows` x `columns` out over `cores`: enough slices that every core has work, one program per core."""
+    """Deals `rows` x `columns` out over `cores`: enough slices that every core has work, one
+    program per core."""
     column_blocks = max(1, -(-columns // tile.columns))
     tiles = max(1, -(-rows // tile.rows))
     splits = min(tiles, max(1, -(-4 * cores // column_blocks)))

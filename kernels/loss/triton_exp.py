@@ -1,12 +1,15 @@
-"""The element passes as two Triton kernels, the same source for stock Triton (CUDA) and for triton-ascend (NPU).
+"""The element passes as two Triton kernels, the same source for stock Triton (CUDA) and for
+triton-ascend (NPU).
 
-Matrix products stay with torch: on an NPU a product written in Triton is a thousand times slower than the library's.
-What an NPU's vector core cannot do well does not occur: the grid is one-dimensional with one program per core that
-loops over its items, there is no early return, no integer comparison in the inner loop (it would run as scalar code),
-arithmetic is float32, offsets inside a tile are 32-bit on top of 64-bit bases, and tiles are planned (`tiling`).
-Columns beyond n are padding that may hold anything; rows beyond V are handled by one masked tile after the loop. Its
-mask must be the plain integer comparison: triton-ascend turns that into a shorter transfer, while for any other mask
-(one compared as float32, say) it moves the whole tile and writes back what it read, over a neighbour's rows.
+Matrix products stay with torch: on an NPU a product written in Triton is a thousand times slower
+than the library's. What an NPU's vector core cannot do well does not occur: the grid is
+one-dimensional with one program per core that loops over its items, there is no early return, no
+integer comparison in the inner loop (it would run as scalar code), arithmetic is float32, offsets
+inside a tile are 32-bit on top of 64-bit bases, and tiles are planned (`tiling`). Columns beyond n
+are padding that may hold anything; rows beyond V are handled by one masked tile after the loop. Its
+mask must be the plain integer comparison: triton-ascend turns that into a shorter transfer, while
+for any other mask (one compared as float32, say) it moves the whole tile and writes back what it
+read, over a neighbour's rows.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -39,7 +42,8 @@ def _exp_tile(
     else:
         u = tl.load(tile).to(tl.float32)
     if SOFTCAP:
-        # tanh by exp saturates to -1 and 1; an excluded entry (-inf) would come back as -1, so it is subtracted again
+        # tanh by exp saturates to -1 and 1; an excluded entry (-inf) would come back as -1, so it
+        # is subtracted again
         tanh = 2.0 / (1.0 + tl.exp(-2.0 * inner * (u + bias + raw))) - 1.0
         z = tanh * (scale / inner) - level + tl.minimum(u * 2.0 + BIG, 0.0)
     else:
@@ -54,10 +58,26 @@ def _exp_tile(
 
 @triton.jit
 def emberl_exp_stats(
-    e_ptr, scale_ptr, raw_ptr, level_ptr, bias_ptr, sums_ptr, moments_ptr,
-    inner, rows, stride, column_blocks, items, slice_rows, padded,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, MOMENTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    e_ptr,
+    scale_ptr,
+    raw_ptr,
+    level_ptr,
+    bias_ptr,
+    sums_ptr,
+    moments_ptr,
+    inner,
+    rows,
+    stride,
+    column_blocks,
+    items,
+    slice_rows,
+    padded,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """E = exp(z') in place of u [rows, padded], and each slice's column sums [splits, padded]."""
     local = tl.arange(0, ROWS)
     offsets = local[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
@@ -116,7 +136,8 @@ def emberl_factor(
     inner, rows, stride, column_blocks, items, slice_rows,
     SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """E [rows, padded] to gradient columns in place: the path of the soft-cap and of the entropy's gradient."""
+    """E [rows, padded] to gradient columns in place: the path of the soft-cap and of the entropy's
+    gradient."""
     local = tl.arange(0, ROWS)
     offsets = local[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
@@ -140,7 +161,8 @@ def emberl_factor(
 
 @lru_cache(maxsize=8)
 def cores(device: torch.device) -> int:
-    """Programs that run at once: an NPU's vector cores, a GPU's multiprocessors times four, or 4 in the interpreter."""
+    """Programs that run at once: an NPU's vector cores, a GPU's multiprocessors times four, or 4 in
+    the interpreter."""
     if device.type == "cpu":
         return 4
     properties = torch.get_device_module(device).get_device_properties(device)
@@ -151,21 +173,40 @@ def cores(device: torch.device) -> int:
 
 
 class TritonPasses:
-    """The passes on Triton. Tiles fit both a Unified Buffer and a GPU's registers, so one plan serves both."""
+    """The passes on Triton. Tiles fit both a Unified Buffer and a GPU's registers, so one plan
+    serves both."""
 
     column_multiple = COLUMNS
 
-    def exp_stats(self, u: Tensor, t: Transform, bias: Tensor | None, sums: Tensor, moments: Tensor | None) -> None:
+    def exp_stats(
+        self, u: Tensor, t: Transform, bias: Tensor | None, sums: Tensor, moments: Tensor | None
+    ) -> None:
         deal = _deal(EXP_STATS, u)
         padded = deal.column_blocks * deal.tile.columns
-        parts = sums.new_empty(1 if moments is None else 2, deal.splits, padded, dtype=torch.float32)
+        parts = sums.new_empty(
+            1 if moments is None else 2, deal.splits, padded, dtype=torch.float32
+        )
         emberl_exp_stats[(deal.programs,)](
-            u, _padded(t.scale, u, padded), _padded(t.raw, u, padded), _padded(t.level, u, padded),
-            u if bias is None else bias, parts[0], parts[-1],
-            t.inner or 0.0, u.shape[0], u.stride(0), deal.column_blocks, deal.items, deal.slice_rows, padded,
-            BIAS=bias is not None, SOFTCAP=t.inner is not None, MOMENTS=moments is not None,
-            ROWS=deal.tile.rows, COLUMNS=deal.tile.columns,
-        )  # fmt: skip
+            u,
+            _padded(t.scale, u, padded),
+            _padded(t.raw, u, padded),
+            _padded(t.level, u, padded),
+            u if bias is None else bias,
+            parts[0],
+            parts[-1],
+            t.inner or 0.0,
+            u.shape[0],
+            u.stride(0),
+            deal.column_blocks,
+            deal.items,
+            deal.slice_rows,
+            padded,
+            BIAS=bias is not None,
+            SOFTCAP=t.inner is not None,
+            MOMENTS=moments is not None,
+            ROWS=deal.tile.rows,
+            COLUMNS=deal.tile.columns,
+        )
         sums += parts[0].sum(0)[: len(sums)]
         if moments is not None:
             moments += parts[1].sum(0)[: len(sums)]
@@ -175,14 +216,25 @@ class TritonPasses:
         padded = deal.column_blocks * deal.tile.columns
         vectors = [_padded(x, e, padded) for x in (t.scale, t.level, constant, slope)]
         emberl_factor[(deal.programs,)](
-            e, *vectors, t.inner or 0.0, e.shape[0], e.stride(0), deal.column_blocks, deal.items, deal.slice_rows,
-            SOFTCAP=t.inner is not None, ROWS=deal.tile.rows, COLUMNS=deal.tile.columns,
-        )  # fmt: skip
+            e,
+            *vectors,
+            t.inner or 0.0,
+            e.shape[0],
+            e.stride(0),
+            deal.column_blocks,
+            deal.items,
+            deal.slice_rows,
+            SOFTCAP=t.inner is not None,
+            ROWS=deal.tile.rows,
+            COLUMNS=deal.tile.columns,
+        )
 
 
 def _deal(footprint: Footprint, tile: Tensor) -> Launch:
     plan_ = tile_for(footprint, tile.element_size())
-    assert tile.stride(1) == 1 and tile.stride(0) % plan_.columns == 0, "columns must be padded to whole tiles"
+    assert tile.stride(1) == 1 and tile.stride(0) % plan_.columns == 0, (
+        "columns must be padded to whole tiles"
+    )
     return launch(plan_, tile.shape[0], tile.shape[1], cores(tile.device))
 
 
@@ -192,7 +244,8 @@ def tile_for(footprint: Footprint, itemsize: int) -> Tile:
 
 
 def _padded(values: float | Tensor, like: Tensor, padded: int) -> Tensor:
-    """A float32 vector [padded] of a number or of [n] values; the padding is 1, which no operation minds."""
+    """A float32 vector [padded] of a number or of [n] values; the padding is 1, which no operation
+    minds."""
     out = torch.ones(padded, dtype=torch.float32, device=like.device)
     out[: like.shape[1]] = values
     return out

@@ -1,8 +1,10 @@
-"""Streams of bits for weight patches: fields, numbers of unknown size, and Golomb-Rice codes that adapt.
+"""Streams of bits for weight patches: fields, numbers of unknown size, and Golomb-Rice codes that
+adapt.
 
-Bit i of a stream is bit i % 64 of word i // 64. `put` functions append to a stream, whose first word begins as 0, and return
-where they stopped. `get` functions return what they read and where it ends; what they read has `SLACK` words of zeros behind
-it. All numbers are int64: mixed operations would fall back to floating point.
+Bit i of a stream is bit i % 64 of word i // 64. `put` functions append to a stream, whose first
+word begins as 0, and return where they stopped. `get` functions return what they read and where it
+ends; what they read has `SLACK` words of zeros behind it. All numbers are int64: mixed operations
+would fall back to floating point.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -20,15 +22,17 @@ WINDOW = 5
 LARGEST_PARAMETER = 38
 """So that quotient, end mark and remainder fit into 63 bits."""
 SLACK = 6
-"""Zero words after a stream: what one turn of a reading loop takes before it looks at where it stands is shorter."""
+"""Zero words after a stream: what one turn of a reading loop takes before it looks at where it
+stands is shorter."""
 
 assert sys.byteorder == "little", "streams are little-endian words"
 
 
 @compiled
 def put(words, at, value, width):
-    """Appends the low `width` bits (at most 63) of `value`, which has none above them. Nothing behind the word that `at` is
-    in has to be set before; of that word, the bits from `at` on are 0."""
+    """Appends the low `width` bits (at most 63) of `value`, which has none above them. Nothing
+    behind the word that `at` is in has to be set before; of that word, the bits from `at` on are
+    0."""
     word, shift = at >> 6, at & 63
     words[word] |= value << shift
     words[word + 1] = shift_right(shift_right(value, 1), 63 - shift)
@@ -79,7 +83,8 @@ def get_rice(words, at, parameter):
 
 @compiled
 def adapt(mean, parameter, value):
-    """The running mean (times 2^WINDOW) and the parameter, floor(log2(mean)), once `value` has been coded."""
+    """The running mean (times 2^WINDOW) and the parameter, floor(log2(mean)), once `value` has been
+    coded."""
     mean += min(value, UNARY << parameter) - (mean >> WINDOW)
     while parameter < LARGEST_PARAMETER and mean >> WINDOW >> parameter > 1:
         parameter += 1

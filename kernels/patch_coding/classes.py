@@ -1,12 +1,13 @@
 """Elements by class, and their ranks: how many elements of its own class come before one.
 
-An element's magnitude is the number that its bits but the highest make: of floating-point numbers it ascends with the
-absolute value. Class c is what lies below the c-th threshold and not below the one before it; what lies below none is the
-last class. There are three thresholds, of which the first may be 0, with no element below. Masks tell the classes of 64
-elements at a time, and a rank is a count of bits.
+An element's magnitude is the number that its bits but the highest make: of floating-point numbers
+it ascends with the absolute value. Class c is what lies below the c-th threshold and not below the
+one before it; what lies below none is the last class. There are three thresholds, of which the
+first may be 0, with no element below. Masks tell the classes of 64 elements at a time, and a rank
+is a count of bits.
 
-No function that takes an array is called in the loops over elements: numba counts references to arrays at each call, which
-takes longer than the work.
+No function that takes an array is called in the loops over elements: numba counts references to
+arrays at each call, which takes longer than the work.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -15,27 +16,40 @@ from __future__ import annotations
 
 import numpy as np
 
-from .lanes import compiled, lanes_below, lanes_copy, lanes_differ, popcount, shift_right, trailing_zeros
+from .lanes import (
+    compiled,
+    lanes_below,
+    lanes_copy,
+    lanes_differ,
+    popcount,
+    shift_right,
+    trailing_zeros,
+)
 
 CLASS_BITS = 2
 CLASSES = 1 << CLASS_BITS
-"""Of an optimizer's step four tell nearly all that sixteen do. The loops over elements are written out for four."""
+"""Of an optimizer's step four tell nearly all that sixteen do. The loops over elements are written
+out for four."""
 SAMPLE, STRIDE = 128, 16
-"""Thresholds are chosen by so many changes, looked for in one of so many words of 64 elements, then in all. With fewer, what
-classes save is less than what starting them costs."""
+"""Thresholds are chosen by so many changes, looked for in one of so many words of 64 elements, then
+in all. With fewer, what classes save is less than what starting them costs."""
 ROOM = 32
-"""Lists begin with room for one element in so many: the system would have to clear the pages of longer ones."""
+"""Lists begin with room for one element in so many: the system would have to clear the pages of
+longer ones."""
 LAST = 1 << 62
 HIGH_BITS = -0x7F7F7F7F7F7F7F80
 """The highest bit of each byte of a word."""
-SELECT = np.array([[*[i for i in range(8) if byte >> i & 1], *[0] * 8][:8] for byte in range(256)], np.int64)
+SELECT = np.array(
+    [[*[i for i in range(8) if byte >> i & 1], *[0] * 8][:8] for byte in range(256)], np.int64
+)
 """[256, 8] where a byte's set bits are, from the lowest."""
 
 
 @compiled
 def choose_thresholds(old, new):
-    """[3] magnitudes that part the changed ones of [n] unsigned integers into groups of about the same number. Where they are
-    few, or many of them equal, the first are 0; from there on they ascend."""
+    """[3] magnitudes that part the changed ones of [n] unsigned integers into groups of about the
+    same number. Where they are few, or many of them equal, the first are 0; from there on they
+    ascend."""
     found, count, low = np.empty(SAMPLE + 64, np.int64), 0, _low_bits(old.itemsize)
     for stride in (STRIDE, 1):
         count = 0
@@ -62,24 +76,40 @@ def choose_thresholds(old, new):
 
 @compiled
 def find_changes(old, new, thresholds):
-    """Which elements differ and by how much: ([k] keys, [k] new minus old as signed numbers of the elements' width, [4] how
-    many elements each class has). A key is the rank * 4 + the class; those of one class ascend."""
+    """Which elements differ and by how much: ([k] keys, [k] new minus old as signed numbers of the
+    elements' width, [4] how many elements each class has). A key is the rank * 4 + the class; those
+    of one class ascend."""
     size, count, low, above = len(old), 0, _low_bits(old.itemsize), 64 - 8 * old.itemsize
     keys, differences = np.empty(size // ROOM + 64, np.int64), np.empty(size // ROOM + 64, np.int64)
-    seen, members, (t0, t1, t2) = np.zeros(CLASSES, np.int64), np.zeros(CLASSES, np.int64), thresholds
+    seen, members, (t0, t1, t2) = (
+        np.zeros(CLASSES, np.int64),
+        np.zeros(CLASSES, np.int64),
+        thresholds,
+    )
     n0 = n1 = n2 = 0  # how many elements so far are below each threshold
     for word in range(size >> 6):
         if count + 64 > len(keys):
             keys, differences = _longer(keys), _longer(differences)
         start = word << 6
-        below0, below1, below2 = lanes_below(old, start, t0), lanes_below(old, start, t1), lanes_below(old, start, t2)
+        below0, below1, below2 = (
+            lanes_below(old, start, t0),
+            lanes_below(old, start, t1),
+            lanes_below(old, start, t2),
+        )
         left = lanes_differ(old, new, start)
         if left:
-            members[0], members[1], members[2], members[3] = below0, below1 & ~below0, below2 & ~below1, ~below2
+            members[0], members[1], members[2], members[3] = (
+                below0,
+                below1 & ~below0,
+                below2 & ~below1,
+                ~below2,
+            )
             seen[0], seen[1], seen[2], seen[3] = n0, n1 - n0, n2 - n1, start - n2
         while left:
             bit, position = left & -left, start | trailing_zeros(left)
-            number = CLASSES - 1 - ((below0 & bit) != 0) - ((below1 & bit) != 0) - ((below2 & bit) != 0)
+            number = (
+                CLASSES - 1 - ((below0 & bit) != 0) - ((below1 & bit) != 0) - ((below2 & bit) != 0)
+            )
             keys[count] = seen[number] + popcount(members[number] & bit - 1) << CLASS_BITS | number
             differences[count] = np.int64(new[position]) - np.int64(old[position]) << above >> above
             count += 1
@@ -100,11 +130,16 @@ def find_changes(old, new, thresholds):
 
 @compiled
 def place_changes(old, out, thresholds, bounds, ranks, differences):
-    """Makes `out` what `old` becomes: the changes of class c are `bounds[c]:bounds[c + 1]`, with ascending ranks. False if a
-    class has no such rank."""
+    """Makes `out` what `old` becomes: the changes of class c are `bounds[c]:bounds[c + 1]`, with
+    ascending ranks. False if a class has no such rank."""
     size, low, (t0, t1, t2) = len(old), _low_bits(old.itemsize), thresholds
-    at, following = bounds[:-1].copy(), np.full(CLASSES, LAST)  # each class's next change, and its rank
-    seen, members, ends = np.zeros(CLASSES, np.int64), np.zeros(CLASSES, np.int64), np.zeros(CLASSES, np.int64)
+    # each class's next change, and its rank
+    at, following = bounds[:-1].copy(), np.full(CLASSES, LAST)
+    seen, members, ends = (
+        np.zeros(CLASSES, np.int64),
+        np.zeros(CLASSES, np.int64),
+        np.zeros(CLASSES, np.int64),
+    )
     for number in range(CLASSES):
         if at[number] < bounds[number + 1]:
             following[number] = ranks[at[number]]
@@ -113,10 +148,19 @@ def place_changes(old, out, thresholds, bounds, ranks, differences):
     for word in range(size >> 6):
         start = word << 6
         lanes_copy(old, out, start)
-        below0, below1, below2 = lanes_below(old, start, t0), lanes_below(old, start, t1), lanes_below(old, start, t2)
+        below0, below1, below2 = (
+            lanes_below(old, start, t0),
+            lanes_below(old, start, t1),
+            lanes_below(old, start, t2),
+        )
         m0, m1, m2 = n0 + popcount(below0), n1 + popcount(below1), n2 + popcount(below2)
         if (next0 < m0) | (next1 < m1 - m0) | (next2 < m2 - m1) | (next3 < start + 64 - m2):
-            members[0], members[1], members[2], members[3] = below0, below1 & ~below0, below2 & ~below1, ~below2
+            members[0], members[1], members[2], members[3] = (
+                below0,
+                below1 & ~below0,
+                below2 & ~below1,
+                ~below2,
+            )
             seen[0], seen[1], seen[2], seen[3] = n0, n1 - n0, n2 - n1, start - n2
             ends[0], ends[1], ends[2], ends[3] = m0, m1 - m0, m2 - m1, start + 64 - m2
             for number in range(CLASSES):
@@ -124,7 +168,9 @@ def place_changes(old, out, thresholds, bounds, ranks, differences):
                     position = start | _select(members[number], following[number] - seen[number])
                     out[position] = np.int64(old[position]) + differences[at[number]]
                     at[number] += 1
-                    following[number] = ranks[at[number]] if at[number] < bounds[number + 1] else LAST
+                    following[number] = (
+                        ranks[at[number]] if at[number] < bounds[number + 1] else LAST
+                    )
             next0, next1, next2, next3 = following
         n0, n1, n2 = m0, m1, m2
     seen[0], seen[1], seen[2], seen[3] = n0, n1 - n0, n2 - n1, (size & -64) - n2
@@ -140,8 +186,13 @@ def place_changes(old, out, thresholds, bounds, ranks, differences):
 
 @compiled
 def by_class(keys, differences):
-    """Both class by class: ([k] ranks, [k] differences, [5] where each class begins and the last ends)."""
-    bounds, ranks, ordered = np.zeros(CLASSES + 1, np.int64), np.empty_like(keys), np.empty_like(differences)
+    """Both class by class: ([k] ranks, [k] differences, [5] where each class begins and the last
+    ends)."""
+    bounds, ranks, ordered = (
+        np.zeros(CLASSES + 1, np.int64),
+        np.empty_like(keys),
+        np.empty_like(differences),
+    )
     for key in keys:
         bounds[(key & (CLASSES - 1)) + 1] += 1
     bounds = np.cumsum(bounds)
@@ -177,8 +228,9 @@ def _longer(numbers):
 
 @compiled
 def _select(word, rank):
-    """The number of the set bit of `word` that has `rank` set bits below it: its byte by counting all bytes' bits at once
-    (Vigna 2008, "Broadword implementation of rank/select queries"), the bit by a table."""
+    """The number of the set bit of `word` that has `rank` set bits below it: its byte by counting
+    all bytes' bits at once (Vigna 2008, "Broadword implementation of rank/select queries"), the bit
+    by a table."""
     counts = word - (shift_right(word, 1) & 0x5555555555555555)
     counts = (counts & 0x3333333333333333) + (shift_right(counts, 2) & 0x3333333333333333)
     counts = (
@@ -189,4 +241,11 @@ def _select(word, rank):
     return start + SELECT[shift_right(word, start) & 255, rank - below]
 
 
-__all__ = ["CLASSES", "CLASS_BITS", "by_class", "choose_thresholds", "find_changes", "place_changes"]
+__all__ = [
+    "CLASSES",
+    "CLASS_BITS",
+    "by_class",
+    "choose_thresholds",
+    "find_changes",
+    "place_changes",
+]

@@ -1,19 +1,23 @@
-"""The coding loops of weight patches: where a tensor's elements changed and by how much, as a stream of bits.
+"""The coding loops of weight patches: where a tensor's elements changed and by how much, as a
+stream of bits.
 
     stream = encode_changes(old, new)
     decode_changes(stream, old, out)           # out == new
 
-The stream is specified in `rollout/weights/wire_format.py`. Three things make it small. An optimizer's steps are about equally
-large everywhere, so whether a weight crosses to the next representable number depends on how far apart those stand at
-its size: elements are dealt into four classes by their old magnitude, each with its own density of changes. Changes are
-coded as differences of the bit patterns read as integers, which are nearly always 1 or -1. And every number is a
-Golomb-Rice code whose parameter follows the running mean (Rice 1979; adapted as in JPEG-LS, ITU-T T.87, with an exponential
-window), so there are no tables, and a list costs about its entropy wherever its numbers cluster.
+The stream is specified in `rollout/weights/wire_format.py`. Three things make it small. An
+optimizer's steps are about equally large everywhere, so whether a weight crosses to the next
+representable number depends on how far apart those stand at its size: elements are dealt into four
+classes by their old magnitude, each with its own density of changes. Changes are coded as
+differences of the bit patterns read as integers, which are nearly always 1 or -1. And every number
+is a Golomb-Rice code whose parameter follows the running mean (Rice 1979; adapted as in JPEG-LS,
+ITU-T T.87, with an exponential window), so there are no tables, and a list costs about its entropy
+wherever its numbers cluster.
 
-It is fast because each side passes over the elements once, 64 at a time (`classes.py`), and all else is done for changes
-only. The loops are compiled by numba on first use and run without the interpreter's lock. `_put` and `_get` functions go
-with those of `bitstream.py`; a `_get` returns -1 for where once a stream cannot be valid, and whatever it holds they touch
-nothing outside their arrays.
+It is fast because each side passes over the elements once, 64 at a time (`classes.py`), and all
+else is done for changes only. The loops are compiled by numba on first use and run without the
+interpreter's lock. `_put` and `_get` functions go with those of `bitstream.py`; a `_get` returns -1
+for where once a stream cannot be valid, and whatever it holds they touch nothing outside their
+arrays.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -59,13 +63,18 @@ def encode_changes(old: Elements, new: Elements) -> NDArray[np.uint8]:
 
 
 def decode_changes(stream: NDArray[np.uint8], old: Elements, out: Elements) -> bool:
-    """Writes to `out` what `old` becomes; False, with `out` in any state, if this is no stream for [n] elements."""
+    """Writes to `out` what `old` becomes; False, with `out` in any state, if this is no stream for
+    [n] elements."""
     words, end = np.zeros(SLACK + -(-len(stream) // 8), np.int64), 8 * len(stream)
     words.view(np.uint8)[: len(stream)] = stream
     count, at, thresholds = _get_head(words, 8 * old.itemsize - 1)
     if count > len(old) or at > end:
         return False
-    ranks, differences, bounds = np.empty(count, np.int64), np.empty(count, np.int64), np.zeros(CLASSES + 1, np.int64)
+    ranks, differences, bounds = (
+        np.empty(count, np.int64),
+        np.empty(count, np.int64),
+        np.zeros(CLASSES + 1, np.int64),
+    )
     at = _get_classes(words, at, end, len(old), thresholds, ranks, differences, bounds)
     if at < 0 or -(-at // 8) != len(stream):
         return False
@@ -155,15 +164,18 @@ def _run(differences, first):
 
 @compiled
 def _put_differences(words, at, differences):
-    """Appends one bit for how, two parameters, and the differences: wide ones each with a sign and |difference| - 1;
-    narrow ones, of which most are 1 or -1, each with a sign, and all others with |difference| - 2 and the run to the next."""
+    """Appends one bit for how, two parameters, and the differences: wide ones each with a sign and
+    |difference| - 1; narrow ones, of which most are 1 or -1, each with a sign, and all others with
+    |difference| - 2 and the run to the next."""
     others, beyond = 0, 0.0
     for i in range(len(differences)):
         others += _steps(differences[i]) > 0
         beyond += max(0, _steps(differences[i]) - 1)
     wide = 2 * others > len(differences)
     run_parameter = first_parameter(len(differences) - others, others + 1)
-    parameter = first_parameter(np.int64(min(beyond, 1e18)) + (others if wide else 0), max(1, others))
+    parameter = first_parameter(
+        np.int64(min(beyond, 1e18)) + (others if wide else 0), max(1, others)
+    )
     at = put(words, put(words, put(words, at, wide, 1), run_parameter, 6), parameter, 6)
     mean, run_mean, run = 1 << parameter << WINDOW, 1 << run_parameter << WINDOW, 0
     if not wide:
@@ -216,8 +228,9 @@ def _get_differences(words, at, end, differences):
 
 @compiled
 def _put_classes(words, at, thresholds, totals, ranks, differences, bounds):
-    """Appends every class that is used: how many of its elements changed, whether the unchanged ones are marked instead (and
-    how many those are), which they are, and the differences. Class c's changes are `bounds[c]:bounds[c + 1]`."""
+    """Appends every class that is used: how many of its elements changed, whether the unchanged
+    ones are marked instead (and how many those are), which they are, and the differences. Class c's
+    changes are `bounds[c]:bounds[c + 1]`."""
     for number in range(_unused(thresholds), CLASSES):
         changes = slice(bounds[number], bounds[number + 1])
         marks, total, count = ranks[changes], totals[number], bounds[number + 1] - bounds[number]

@@ -1,8 +1,8 @@
-"""Instructions that numba has no words for: of one 64-bit word, and of the 64 elements of an array that a word's bits stand
-for.
+"""Instructions that numba has no words for: of one 64-bit word, and of the 64 elements of an array
+that a word's bits stand for.
 
-What is compiled is kept between processes. numba sees a change of a function's own file only: whoever edits this one,
-`bitstream.py` or `classes.py` has to delete `__pycache__/*.nbi`.
+What is compiled is kept between processes. numba sees a change of a function's own file only:
+whoever edits this one, `bitstream.py` or `classes.py` has to delete `__pycache__/*.nbi`.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -16,7 +16,8 @@ from typing import Any
 from llvmlite import ir
 from numba import extending, njit, types
 
-intrinsic: Any = extending.intrinsic  # it rewrites what it decorates in a way that no annotation tells
+# it rewrites what it decorates in a way that no annotation tells
+intrinsic: Any = extending.intrinsic
 
 LANES = 64
 
@@ -40,15 +41,20 @@ def trailing_zeros(_context, x):
 @intrinsic
 def shift_right(_context, x, by):
     """Fills with zeros, unlike `>>` of a signed number."""
-    return types.int64(types.int64, types.int64), lambda _c, builder, _s, args: builder.lshr(args[0], args[1])
+    return types.int64(types.int64, types.int64), lambda _c, builder, _s, args: builder.lshr(
+        args[0], args[1]
+    )
 
 
 @intrinsic
 def lanes_differ(_context, a, b, start):
-    """Bit i: whether element start + i of `a` and of `b`, arrays of unsigned integers, are different. All 64 must exist."""
+    """Bit i: whether element start + i of `a` and of `b`, arrays of unsigned integers, are
+    different. All 64 must exist."""
 
     def emit(context, builder, signature, args):
-        left, right = (_load(context, builder, signature.args[i], args[i], args[2]) for i in range(2))
+        left, right = (
+            _load(context, builder, signature.args[i], args[i], args[2]) for i in range(2)
+        )
         return _bits(builder, builder.icmp_unsigned("!=", left, right))
 
     return types.int64(a, b, types.int64), emit
@@ -56,12 +62,18 @@ def lanes_differ(_context, a, b, start):
 
 @intrinsic
 def lanes_below(_context, a, start, bound):
-    """Bit i: whether element start + i, without its highest bit, is less than the bound. All 64 must exist."""
+    """Bit i: whether element start + i, without its highest bit, is less than the bound. All 64
+    must exist."""
 
     def emit(context, builder, signature, args):
         lanes = _load(context, builder, signature.args[0], args[0], args[1])
         low = ir.Constant(lanes.type, [(1 << lanes.type.element.width - 1) - 1] * LANES)
-        return _bits(builder, builder.icmp_signed("<", builder.and_(lanes, low), _splat(builder, lanes.type, args[2])))
+        return _bits(
+            builder,
+            builder.icmp_signed(
+                "<", builder.and_(lanes, low), _splat(builder, lanes.type, args[2])
+            ),
+        )
 
     return types.int64(a, types.int64, types.int64), emit
 
@@ -72,14 +84,17 @@ def lanes_copy(_context, source, target, start):
 
     def emit(context, builder, signature, args):
         lanes = _load(context, builder, signature.args[0], args[0], args[2])
-        builder.store(lanes, _address(context, builder, signature.args[1], args[1], args[2]), align=1)
+        builder.store(
+            lanes, _address(context, builder, signature.args[1], args[1], args[2]), align=1
+        )
         return context.get_dummy_value()
 
     return types.void(source, target, types.int64), emit
 
 
 def _address(context, builder, array_type, array, start):
-    """Vectors of 64 lanes have no instructions of their own anywhere: LLVM makes as many of what the machine has."""
+    """Vectors of 64 lanes have no instructions of their own anywhere: LLVM makes as many of what
+    the machine has."""
     assert array_type.layout == "C", "elements have to lie side by side"
     element = context.get_value_type(array_type.dtype)
     data = context.make_array(array_type)(context, builder, array).data
@@ -94,7 +109,9 @@ def _load(context, builder, array_type, array, start):
 def _splat(builder, lanes, number):
     number = builder.trunc(number, lanes.element) if lanes.element.width < 64 else number
     one = builder.insert_element(ir.Constant(lanes, ir.Undefined), number, ir.IntType(32)(0))
-    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
+    return builder.shuffle_vector(
+        one, one, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+    )
 
 
 def _bits(builder, flags):

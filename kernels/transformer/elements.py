@@ -1,6 +1,8 @@
-"""Element-wise parts of a transformer layer on a CPU, each in one pass over bfloat16 rows with float32 arithmetic.
+"""Element-wise parts of a transformer layer on a CPU, each in one pass over bfloat16 rows with
+float32 arithmetic.
 
-torch takes a pass, and a float32 copy, for every cast, product and sum of these. bfloat16 stands here as uint16.
+torch takes a pass, and a float32 copy, for every cast, product and sum of these. bfloat16 stands
+here as uint16.
 
 What is compiled is kept between processes; see `kernels/compiled_loops.py`.
 Shape legend: T tokens, H features of a row, I features of the MLP, D features of a head.
@@ -96,7 +98,8 @@ def gated_backward(gate, up, dout, out, dgate, dup):
 
 @compiled
 def rotate(x, cos, sin, out):
-    """Rotary embedding of rows [T, heads * D] by the token's angles [T, D / 2], into `out` [heads, T, D]."""
+    """Rotary embedding of rows [T, heads * D] by the token's angles [T, D / 2], into `out` [heads,
+    T, D]."""
     heads, rows, width = out.shape
     half = width // 2
     for t in range(rows):
@@ -128,8 +131,8 @@ def rotate_back(x, cos, sin, out):
 
 @compiled
 def causal_softmax(scores, scale, sums):
-    """Softmax over the first t + 1 of a row's scores, in place, for scores [heads, L, L]; `sums` [heads, L] receives the
-    logarithm of the denominators, scores taken times `scale`."""
+    """Softmax over the first t + 1 of a row's scores, in place, for scores [heads, L, L]; `sums`
+    [heads, L] receives the logarithm of the denominators, scores taken times `scale`."""
     heads, length, _ = scores.shape
     for h in range(heads):
         for t in range(length):
@@ -150,8 +153,8 @@ def causal_softmax(scores, scale, sums):
 
 @compiled
 def causal_softmax_backward(scores, dprobs, scale, sums, deltas):
-    """In place: `scores` become the probabilities again, and `dprobs` the scores' gradient; `deltas` [heads, L] is the sum of
-    out * dout of each query."""
+    """In place: `scores` become the probabilities again, and `dprobs` the scores' gradient;
+    `deltas` [heads, L] is the sum of out * dout of each query."""
     heads, length, _ = scores.shape
     for h in range(heads):
         for t in range(length):

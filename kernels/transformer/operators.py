@@ -1,8 +1,9 @@
-"""Differentiable parts of a transformer layer on a CPU in bfloat16, which keep for the backward pass only what cannot be
-formed anew from the operands: no float32 copies, no scores, no product of a gate.
+"""Differentiable parts of a transformer layer on a CPU in bfloat16, which keep for the backward
+pass only what cannot be formed anew from the operands: no float32 copies, no scores, no product of
+a gate.
 
-Shape legend: T tokens of a pass, sequences one behind the other; H, I features; D features of a head; L tokens of one
-sequence; heads query heads, kv heads of keys and values.
+Shape legend: T tokens of a pass, sequences one behind the other; H, I features; D features of a
+head; L tokens of one sequence; heads query heads, kv heads of keys and values.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ FEW_ROWS = 128
 
 
 def bits(tensor: Tensor) -> NDArray[Any]:
-    """A contiguous bfloat16 tensor as uint16, sharing its memory, which cannot be resized afterwards: so never a parameter,
-    whose gathered copy FSDP frees in that way."""
+    """A contiguous bfloat16 tensor as uint16, sharing its memory, which cannot be resized
+    afterwards: so never a parameter, whose gathered copy FSDP frees in that way."""
     return tensor.detach().view(torch.uint16).numpy()
 
 
@@ -65,10 +66,22 @@ class _Norm(torch.autograd.Function):
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
         total, out, scales = torch.empty_like(x), torch.empty_like(x), torch.empty(len(x))
-        a, b, w, t, o, s = bits(x), bits(y), bits(weight.clone()), bits(total), bits(out), scales.numpy()
-        over_rows(len(x), lambda _, i, j: elements.add_norm(a[i:j], b[i:j], w, eps, t[i:j], o[i:j], s[i:j]))
+        a, b, w, t, o, s = (
+            bits(x),
+            bits(y),
+            bits(weight.clone()),
+            bits(total),
+            bits(out),
+            scales.numpy(),
+        )
+        over_rows(
+            len(x),
+            lambda _, i, j: elements.add_norm(a[i:j], b[i:j], w, eps, t[i:j], o[i:j], s[i:j]),
+        )
         ctx.save_for_backward(total, weight, scales)
         return total, out
 
@@ -84,8 +97,17 @@ class _AddNorm(torch.autograd.Function):
 def _norm_backward(x: Tensor, weight: Tensor, scales: Tensor, dout: Tensor, dx: Tensor) -> Tensor:
     """Adds to `dx`; returns the weight's gradient."""
     parts = torch.zeros(torch.get_num_threads(), x.shape[1])
-    a, w, s, d, out, rows = bits(x), bits(weight.clone()), scales.numpy(), bits(dout), bits(dx), parts.numpy()
-    over_rows(len(x), lambda n, i, j: elements.norm_backward(a[i:j], w, s[i:j], d[i:j], out[i:j], rows[n]))
+    a, w, s, d, out, rows = (
+        bits(x),
+        bits(weight.clone()),
+        scales.numpy(),
+        bits(dout),
+        bits(dx),
+        parts.numpy(),
+    )
+    over_rows(
+        len(x), lambda n, i, j: elements.norm_backward(a[i:j], w, s[i:j], d[i:j], out[i:j], rows[n])
+    )
     return parts.sum(0).to(weight.dtype)
 
 
@@ -104,7 +126,12 @@ class _GatedMlp(torch.autograd.Function):
         inner, dgate, dup = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
         g, u, d = bits(gate), bits(up), bits(dout @ down_w)
         o, dg, du = bits(inner), bits(dgate), bits(dup)
-        over_rows(len(x), lambda _, i, j: elements.gated_backward(g[i:j], u[i:j], d[i:j], o[i:j], dg[i:j], du[i:j]))
+        over_rows(
+            len(x),
+            lambda _, i, j: elements.gated_backward(
+                g[i:j], u[i:j], d[i:j], o[i:j], dg[i:j], du[i:j]
+            ),
+        )
         wanted = ctx.needs_input_grad
         dx = torch.addmm(dgate @ gate_w, dup, up_w) if wanted[0] else None
         return (
@@ -123,14 +150,22 @@ def _gated(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """Each sequence's queries lie as a block [heads, L, D], so that the heads of a group are rows of one product with the
-    keys that they share. Scores are formed anew in backward, in room for one sequence."""
+    """Each sequence's queries lie as a block [heads, L, D], so that the heads of a group are rows
+    of one product with the keys that they share. Scores are formed anew in backward, in room for
+    one sequence."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, borders: tuple[int, ...], size: int,
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        borders: tuple[int, ...],
+        size: int,
         scale: float,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         heads, kv, count = q.shape[1] // size, k.shape[1] // size, len(q)
         turned_q, turned_k, out = torch.empty_like(q), torch.empty_like(k), torch.empty_like(q)
         sums = torch.empty(count * heads)
@@ -138,7 +173,9 @@ class _Attention(torch.autograd.Function):
             block_q, block_k = _block(turned_q, a, b, heads), _block(turned_k, a, b, kv)
             _rotate(q[a:b], cos[a:b], sin[a:b], block_q)
             _rotate(k[a:b], cos[a:b], sin[a:b], block_k)
-            scores = torch.bmm(block_q.view(kv, -1, size), block_k.transpose(1, 2)).view(heads, b - a, b - a)
+            scores = torch.bmm(block_q.view(kv, -1, size), block_k.transpose(1, 2)).view(
+                heads, b - a, b - a
+            )
             row = sums[a * heads : b * heads].view(heads, b - a).numpy()
             elements.causal_softmax(bits(scores), np.float32(scale), row)
             values = v[a:b].view(b - a, kv, size).transpose(0, 1)
@@ -166,9 +203,13 @@ class _Attention(torch.autograd.Function):
             probs = torch.bmm(q, k.transpose(1, 2)).view(heads, length, length)
             dscores = torch.bmm(slope, values.transpose(1, 2)).view(heads, length, length)
             row = sums[a * heads : b * heads].view(heads, length).numpy()
-            elements.causal_softmax_backward(bits(probs), bits(dscores), np.float32(ctx.scale), row, deltas.numpy())
+            elements.causal_softmax_backward(
+                bits(probs), bits(dscores), np.float32(ctx.scale), row, deltas.numpy()
+            )
             by_group, dscores = probs.view(kv, -1, length), dscores.view(kv, -1, length)
-            dv[a:b].view(length, kv, size).copy_(torch.bmm(by_group.transpose(1, 2), slope).transpose(0, 1))
+            dv[a:b].view(length, kv, size).copy_(
+                torch.bmm(by_group.transpose(1, 2), slope).transpose(0, 1)
+            )
             turns = cos[a:b].numpy(), sin[a:b].numpy()
             dblock = torch.bmm(dscores, k).view(heads, length, size)
             elements.rotate_back(bits(dblock), *turns, bits(dq[a:b]))
@@ -203,7 +244,15 @@ def gated_mlp(x_TH: Tensor, gate_w: Tensor, up_w: Tensor, down_w: Tensor) -> Ten
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, borders: tuple[int, ...], *, size: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    borders: tuple[int, ...],
+    *,
+    size: int,
+    scale: float,
 ) -> Tensor:
     """[T, heads * D] causal attention within each sequence, after the rotary embedding.
 

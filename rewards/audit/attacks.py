@@ -1,9 +1,10 @@
 """Runs a file of hostile programs against the sandbox and says of each whether it was contained.
 
-One JSON object a line: `id`, `category` (`forge`, `resource` or `escape`), `language` (`python` or `cpp`), `code`. In the
-code, @PORT@ becomes a port that the host listens on (and `\\0rew@PORT@` an abstract socket), @SECRETFILE@ a file that must
-not be read, @CANARY@ one that must not change. A program that got somewhere says so on stdout, in a line that starts with
-a word in capitals (`CONNECTED`, `UID 0`); a word followed by a negative number (`MOUNT -1`) is a failed system call.
+One JSON object a line: `id`, `category` (`forge`, `resource` or `escape`), `language` (`python` or
+`cpp`), `code`. In the code, @PORT@ becomes a port that the host listens on (and `\\0rew@PORT@` an
+abstract socket), @SECRETFILE@ a file that must not be read, @CANARY@ one that must not change. A
+program that got somewhere says so on stdout, in a line that starts with a word in capitals
+(`CONNECTED`, `UID 0`); a word followed by a negative number (`MOUNT -1`) is a failed system call.
 """
 
 from __future__ import annotations
@@ -29,8 +30,16 @@ from ..sandbox.view import compiler
 
 _CLAIM = re.compile(r"^[A-Z][A-Z0-9_]{2,}\b(?!\s+-\d)", re.M)
 _NUMBERS = re.compile(r"^\[[-\d, ]*\]$", re.M)
-_SUMS = {"test_list": [f"assert add({a}, {b}) == {a + b}" for a, b in ((2, 3), (-7, 4), (0, 1), (10**9, 17))]}
-_PRINTED_SUMS = {"tests": [{"input": f"{a} {b}\n", "output": f"{a + b}\n"} for a, b in ((2, 3), (-7, 4), (10**9, 17))]}
+_SUMS = {
+    "test_list": [
+        f"assert add({a}, {b}) == {a + b}" for a, b in ((2, 3), (-7, 4), (0, 1), (10**9, 17))
+    ]
+}
+_PRINTED_SUMS = {
+    "tests": [
+        {"input": f"{a} {b}\n", "output": f"{a + b}\n"} for a, b in ((2, 3), (-7, 4), (10**9, 17))
+    ]
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +75,10 @@ class AttackReport:
         held = sum(attack.contained for attack in self.attacks)
         found = [str(attack) for attack in self.attacks]
         if self.skipped:
-            found.append(f"skipped, without a program or without g++ here (apt install g++): {', '.join(self.skipped)}")
+            found.append(
+                "skipped, without a program or without g++ here (apt install g++):"
+                f" {', '.join(self.skipped)}"
+            )
         return [*found, f"{held} of {len(self.attacks)} contained, back end {self.backend}"]
 
     def record(self) -> dict[str, object]:
@@ -80,8 +92,11 @@ class AttackReport:
         }
 
 
-def audit_sandbox(path: str | Path, *, seconds: float = 2.0, backend: str | None = None) -> AttackReport:
-    """Runs every program of the file. Raises ValueError if the file holds none, SandboxUnavailable without a sandbox."""
+def audit_sandbox(
+    path: str | Path, *, seconds: float = 2.0, backend: str | None = None
+) -> AttackReport:
+    """Runs every program of the file. Raises ValueError if the file holds none, SandboxUnavailable
+    without a sandbox."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         rows = [json.loads(line) for line in text.splitlines() if line.strip()]
@@ -89,7 +104,9 @@ def audit_sandbox(path: str | Path, *, seconds: float = 2.0, backend: str | None
         raise ValueError(f"{path} is no file of hostile programs: {error}") from None
     whole = all(isinstance(row, dict) and {"id", "code"} <= row.keys() for row in rows)
     if not whole or not any(isinstance(row["code"], str) for row in rows):
-        raise ValueError(f"{path} holds no hostile programs; each line needs id, category, language and code")
+        raise ValueError(
+            f"{path} holds no hostile programs; each line needs id, category, language and code"
+        )
     return run_attacks(rows, seconds=seconds, backend=backend)
 
 
@@ -110,11 +127,19 @@ def run_attacks(
                 skipped.append(row["id"])
             else:
                 found.append(_run_one(row, host, reward))
-        return AttackReport(backend=reward.sandbox.backend, attacks=tuple(found), skipped=tuple(skipped))
+        return AttackReport(
+            backend=reward.sandbox.backend, attacks=tuple(found), skipped=tuple(skipped)
+        )
 
 
 def _reward(seconds: float, compile_seconds: float, backend: str | None) -> CodeReward:
-    return CodeReward(timeout=seconds, memory_mb=256, compile_seconds=compile_seconds, concurrency=1, backend=backend)
+    return CodeReward(
+        timeout=seconds,
+        memory_mb=256,
+        compile_seconds=compile_seconds,
+        concurrency=1,
+        backend=backend,
+    )
 
 
 def _run_one(row: Mapping[str, str], host: _Host, reward: CodeReward) -> Attack:
@@ -137,18 +162,33 @@ def _run_one(row: Mapping[str, str], host: _Host, reward: CodeReward) -> Attack:
     problems += host.changes(before, code)
     detail = "; ".join(problems or filter(None, dict.fromkeys(details)))[:200]
     return Attack(
-        id=row["id"], category=category, contained=not problems, detail=detail, seconds=time.monotonic() - start
+        id=row["id"],
+        category=category,
+        contained=not problems,
+        detail=detail,
+        seconds=time.monotonic() - start,
     )
 
 
-def _paid(reward: CodeReward, code: str, language: str, tests: Mapping[str, object], details: list[str]) -> list[str]:
-    """A hostile program must earn a scored nothing: neither the reward nor an excuse from being graded."""
-    verdict = reward([RewardInput(completion=f"~~~~~~{language}\n{code}\n~~~~~~", columns=dict(tests))])[0]
+def _paid(
+    reward: CodeReward, code: str, language: str, tests: Mapping[str, object], details: list[str]
+) -> list[str]:
+    """A hostile program must earn a scored nothing: neither the reward nor an excuse from being
+    graded."""
+    verdict = reward(
+        [RewardInput(completion=f"~~~~~~{language}\n{code}\n~~~~~~", columns=dict(tests))]
+    )[0]
     details.append(verdict.message)
-    return [] if verdict.score == 0 else [f"was graded {verdict.status} with {verdict.score}: {verdict.message}"]
+    return (
+        []
+        if verdict.score == 0
+        else [f"was graded {verdict.status} with {verdict.score}: {verdict.message}"]
+    )
 
 
-def _watched(reward: CodeReward, code: str, language: str, host: _Host, details: list[str]) -> list[str]:
+def _watched(
+    reward: CodeReward, code: str, language: str, host: _Host, details: list[str]
+) -> list[str]:
     """Runs the program with its output in view."""
     limits, sandbox = reward.limits, reward.sandbox
     problems: list[str] = []
@@ -176,14 +216,18 @@ def _problems(run: Run, host: _Host) -> list[str]:
     printed = run.stdout.decode("utf-8", "replace")
     if (claim := _CLAIM.search(printed)) is not None:
         found.append(f"claims success: {printed[claim.start() :][:60]!r}")
-    if any("-" not in number for line in _NUMBERS.findall(printed) for number in re.findall(r"-?\d+", line)):
+    if any(
+        "-" not in number
+        for line in _NUMBERS.findall(printed)
+        for number in re.findall(r"-?\d+", line)
+    ):
         found.append(f"a forbidden system call worked: {printed[:60]!r}")
     return found
 
 
 class _Host:
-    """What the programs would like to reach: a listener, a secret (file and environment), a canary; and a look at what
-    they left behind."""
+    """What the programs would like to reach: a listener, a secret (file and environment), a canary;
+    and a look at what they left behind."""
 
     def __enter__(self) -> _Host:
         self.secret = secrets.token_hex(16)
@@ -219,12 +263,17 @@ class _Host:
                 connection.close()
 
     def filled(self, code: str) -> str:
-        for name, value in (("PORT", self.port), ("SECRETFILE", self._secret_file), ("CANARY", self._canary)):
+        for name, value in (
+            ("PORT", self.port),
+            ("SECRETFILE", self._secret_file),
+            ("CANARY", self._canary),
+        ):
             code = code.replace(f"@{name}@", str(value))
         return code
 
     def state(self, code: str) -> tuple[int, set[str], set[str]]:
-        """Processes below this one, files that the program might have named, System V shared memory."""
+        """Processes below this one, files that the program might have named, System V shared
+        memory."""
         return len(list(descendants(os.getpid()))), set(_files(code)), _segments()
 
     def changes(self, before: tuple[int, set[str], set[str]], code: str) -> list[str]:
@@ -234,7 +283,9 @@ class _Host:
             found.append("overwrote a file of the host")
             self._canary.write_text("untouched")
         deadline = time.monotonic() + 2.0
-        while (count := len(list(descendants(os.getpid())))) > before[0] and time.monotonic() < deadline:
+        while (count := len(list(descendants(os.getpid())))) > before[
+            0
+        ] and time.monotonic() < deadline:
             time.sleep(0.02)  # a reaped process may still be listed for a moment
         if count > before[0]:
             found.append(f"left {count - before[0]} processes behind")
@@ -246,7 +297,8 @@ class _Host:
 
 
 def _files(code: str) -> Iterator[str]:
-    """Entries of the places that a program could try to write to, if their names occur in its text."""
+    """Entries of the places that a program could try to write to, if their names occur in its
+    text."""
     for folder in ("/", "/tmp", "/dev/shm", "/dev/mqueue", "."):
         with contextlib.suppress(OSError):
             yield from (f"{folder}/{name}" for name in os.listdir(folder) if name in code)
@@ -254,5 +306,8 @@ def _files(code: str) -> Iterator[str]:
 
 def _segments() -> set[str]:
     with contextlib.suppress(OSError):
-        return {" ".join(line.split()[:2]) for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]}
+        return {
+            " ".join(line.split()[:2])
+            for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]
+        }
     return set()

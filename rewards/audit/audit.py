@@ -1,8 +1,10 @@
-"""Auditing a reward: recorded completions and a corpus of hacks go through it, and its disagreements are set down.
+"""Auditing a reward: recorded completions and a corpus of hacks go through it, and its
+disagreements are set down.
 
-`audit(use, data)` is what `emberl audit` calls. The data is JSONL or JSONL.gz; a row has the completion (`pred`,
-`completion` or `response`), the reference (`gold`, `answer`, `reference` or `ground_truth`), and optionally `label`
-(whether the completion is right), `prompt`, `source`, `id`; other columns reach the reward by name.
+`audit(use, data)` is what `emberl audit` calls. The data is JSONL or JSONL.gz; a row has the
+completion (`pred`, `completion` or `response`), the reference (`gold`, `answer`, `reference` or
+`ground_truth`), and optionally `label` (whether the completion is right), `prompt`, `source`, `id`;
+other columns reach the reward by name.
 """
 
 from __future__ import annotations
@@ -67,9 +69,11 @@ def audit(
     options: Mapping[str, Any] | None = None,
     limit: int = 0,
 ) -> Audit:
-    """Audits the reward that `use` names on a file (None: on the hack corpus alone) and writes the HTML report.
+    """Audits the reward that `use` names on a file (None: on the hack corpus alone) and writes the
+    HTML report.
 
-    `second`: another reward to compare with, None for none. Raises ValueError for a bad file, row or reward.
+    `second`: another reward to compare with, None for none. Raises ValueError for a bad file, row
+    or reward.
     """
     rows = read_rows(data, limit) if data is not None else []
     reward = load_reward(use, style=style, options=options)
@@ -80,21 +84,34 @@ def audit(
         for graded in (reward, other):
             if (close := getattr(graded, "close", None)) is not None:
                 close()
-    named = {"reward": use, "second": second if other is not None else None, "data": str(data) if data else None}
-    found = Audit(figures=named | dict(found.figures), disagreements=found.disagreements, paid_hacks=found.paid_hacks)
+    named = {
+        "reward": use,
+        "second": second if other is not None else None,
+        "data": str(data) if data else None,
+    }
+    found = Audit(
+        figures=named | dict(found.figures),
+        disagreements=found.disagreements,
+        paid_hacks=found.paid_hacks,
+    )
     if html_path is not None:
         Path(html_path).write_text(to_html(found), encoding="utf-8")
     return found
 
 
 def read_rows(path: Path | str, limit: int = 0) -> list[Row]:
-    """The rows of a JSONL or JSONL.gz file. Raises ValueError naming the line that cannot be used."""
+    """The rows of a JSONL or JSONL.gz file. Raises ValueError naming the line that cannot be
+    used."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no file {path}")
     rows: list[Row] = []
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with (
+            gzip.open(path, "rt", encoding="utf-8")
+            if path.suffix == ".gz"
+            else path.open(encoding="utf-8")
+        ) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     rows.append(_read_row(line, f"{path}:{number}", str(number)))
@@ -114,7 +131,9 @@ def _read_row(line: str, place: str, name: str) -> Row:
         raise ValueError(f"{place} is no JSON: {error}") from error
     if not isinstance(columns, dict):
         raise ValueError(f"{place} is no JSON object")
-    completion = next((columns.pop(key) for key in _COMPLETION if isinstance(columns.get(key), str)), None)
+    completion = next(
+        (columns.pop(key) for key in _COMPLETION if isinstance(columns.get(key), str)), None
+    )
     if completion is None:
         raise ValueError(f"{place} has no completion: a text under one of {', '.join(_COMPLETION)}")
     reference = next((columns.pop(key) for key in _REFERENCE if key in columns), "")
@@ -131,11 +150,18 @@ def _read_row(line: str, place: str, name: str) -> Row:
         source=str(columns.pop("source", columns.pop("data_source", ""))),
         columns=columns,
     )
-    return Row(id=str(columns.get("id", name)), input=row, label=None if label is None else bool(label))
+    return Row(
+        id=str(columns.get("id", name)), input=row, label=None if label is None else bool(label)
+    )
 
 
 def audit_reward(
-    reward: Reward, rows: Sequence[Row], *, second: Reward | None = None, hacks: bool = True, batch: int = 256
+    reward: Reward,
+    rows: Sequence[Row],
+    *,
+    second: Reward | None = None,
+    hacks: bool = True,
+    batch: int = 256,
 ) -> Audit:
     """Runs a reward over rows; a score above 0.5 counts as accepted."""
     start = time.perf_counter()
@@ -152,11 +178,19 @@ def audit_reward(
         "per_second": round(len(rows) / seconds, 1) if rows else None,
         "seconds_max": max((v.seconds for v in verdicts), default=0.0),
         "statuses": {s.value: n for s, n in Counter(v.status for v in verdicts).items()},
-        "errors": dict(Counter(v.message[:200] for v in verdicts if v.status is Status.VERIFIER_ERROR).most_common(5)),
+        "errors": dict(
+            Counter(
+                v.message[:200] for v in verdicts if v.status is Status.VERIFIER_ERROR
+            ).most_common(5)
+        ),
         **_agreement(rows, verdicts),
     }
     if second is not None:
-        accepted = [(_accepted(v), _accepted(o)) for v, o in zip(verdicts, others, strict=True) if o is not None]
+        accepted = [
+            (_accepted(v), _accepted(o))
+            for v, o in zip(verdicts, others, strict=True)
+            if o is not None
+        ]
         figures["second"] = {
             "agreement": sum(a == b for a, b in accepted) / max(len(accepted), 1),
             "only_first_accepts": sum(a and not b for a, b in accepted),
@@ -165,14 +199,18 @@ def audit_reward(
     paid: tuple[str, ...] = ()
     if hacks:
         graded = _grade(reward, [Row(id=h.name, input=h.input, label=False) for h in HACKS], batch)
-        paid = tuple(hack.name for hack, verdict in zip(HACKS, graded, strict=True) if _accepted(verdict))
+        paid = tuple(
+            hack.name for hack, verdict in zip(HACKS, graded, strict=True) if _accepted(verdict)
+        )
         figures["hacks"] = {"tried": len(HACKS), "paid": list(paid)}
     return Audit(figures=figures, disagreements=disagreements, paid_hacks=paid)
 
 
 def _grade(reward: Reward, rows: Sequence[Row], batch: int) -> list[Verdict]:
     inputs = [row.input for row in rows]
-    return [v for at in range(0, len(rows), batch) for v in grade_each(reward, inputs[at : at + batch])]
+    return [
+        v for at in range(0, len(rows), batch) for v in grade_each(reward, inputs[at : at + batch])
+    ]
 
 
 def _accepted(verdict: Verdict) -> bool:
@@ -192,7 +230,9 @@ def _kind(row: Row, verdict: Verdict, other: Verdict | None) -> str:
 
 
 def _agreement(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    labelled = [(row, _accepted(v)) for row, v in zip(rows, verdicts, strict=True) if row.label is not None]
+    labelled = [
+        (row, _accepted(v)) for row, v in zip(rows, verdicts, strict=True) if row.label is not None
+    ]
     if not labelled:
         return {"labelled": 0}
     by_source: dict[str, list[tuple[bool, bool]]] = {}
@@ -201,7 +241,10 @@ def _agreement(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> dict[str, An
     return {
         "labelled": len(labelled),
         **_rates([(bool(row.label), accepted) for row, accepted in labelled]),
-        "sources": {source: {"rows": len(pairs), **_rates(pairs)} for source, pairs in sorted(by_source.items())},
+        "sources": {
+            source: {"rows": len(pairs), **_rates(pairs)}
+            for source, pairs in sorted(by_source.items())
+        },
     }
 
 
@@ -219,15 +262,27 @@ def _rates(pairs: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
 def to_text(found: Audit) -> str:
     """The figures for a terminal."""
     figures = found.figures
-    lines = [f"{figures.get('reward', 'reward')} on {figures['rows']} rows, {figures['per_second'] or 0:,} a second"]
-    lines.append("  statuses: " + ", ".join(f"{name} {count}" for name, count in figures["statuses"].items()))
-    for source, rates in ({"all": figures, **figures["sources"]} if figures.get("labelled") else {}).items():
+    lines = [
+        f"{figures.get('reward', 'reward')} on {figures['rows']} rows,"
+        f" {figures['per_second'] or 0:,} a second"
+    ]
+    lines.append(
+        "  statuses: " + ", ".join(f"{name} {count}" for name, count in figures["statuses"].items())
+    )
+    for source, rates in (
+        {"all": figures, **figures["sources"]} if figures.get("labelled") else {}
+    ).items():
         right, wrong = rates["accepted_of_right"], rates["accepted_of_wrong"]
-        shown = [f"{name} {rate:.2%}" for name, rate in (("right", right), ("wrong", wrong)) if rate is not None]
+        shown = [
+            f"{name} {rate:.2%}"
+            for name, rate in (("right", right), ("wrong", wrong))
+            if rate is not None
+        ]
         lines.append(
-            f"  {source:24} agreement {rates['agreement']:8.3%}   accepted of " + ", of ".join(shown)
+            f"  {source:24} agreement {rates['agreement']:8.3%}   accepted of "
+            + ", of ".join(shown)
             + f"   false accepts {rates['false_accepts']}, false rejects {rates['false_rejects']}"
-        )  # fmt: skip
+        )
     if isinstance(second := figures.get("second"), Mapping):
         lines.append(
             f"  second grader: agreement {second['agreement']:.3%}, only the first accepts "
@@ -237,7 +292,10 @@ def to_text(found: Audit) -> str:
         lines.append(f"  no verdict, {count} x: {message}")
     if "hacks" in figures:
         paid = figures["hacks"]["paid"]
-        lines.append(f"  hacks paid: {len(paid)} of {figures['hacks']['tried']}" + "".join(f"\n    {p}" for p in paid))
+        lines.append(
+            f"  hacks paid: {len(paid)} of {figures['hacks']['tried']}"
+            + "".join(f"\n    {p}" for p in paid)
+        )
     return "\n".join(lines)
 
 
@@ -248,27 +306,37 @@ summary{cursor:pointer;font-weight:600}.kind{white-space:nowrap;font-weight:600}
 
 
 def to_html(found: Audit) -> str:
-    """One page without scripts or outside resources: the figures, then each disagreement for a person to judge."""
+    """One page without scripts or outside resources: the figures, then each disagreement for a
+    person to judge."""
     escape = html.escape
     rows = []
     for item in found.disagreements[:_SHOWN]:
         completion = item.row.input.completion
-        text = completion if len(completion) <= 3000 else completion[:1000] + "\n[...]\n" + completion[-2000:]
-        said = f"{item.verdict.status} {item.verdict.score if item.verdict.score is not None else ''}"
+        text = (
+            completion
+            if len(completion) <= 3000
+            else completion[:1000] + "\n[...]\n" + completion[-2000:]
+        )
+        said = (
+            f"{item.verdict.status} {item.verdict.score if item.verdict.score is not None else ''}"
+        )
         if item.second is not None:
             said += f" / second: {item.second.status}"
         rows.append(
-            f"<tr><td class=kind>{escape(item.kind)}<br>{escape(item.row.id)}</td><td><pre>{escape(item.row.input.answer)}"
+            "<tr><td"
+            f" class=kind>{escape(item.kind)}<br>{escape(item.row.id)}</td><td><pre>{escape(item.row.input.answer)}"
             f"</pre></td><td><pre>{escape(text)}</pre></td><td>{escape(said)}<br>{escape(item.verdict.message)}</td></tr>"
         )
     hidden = len(found.disagreements) - len(rows)
     note = f"<p>{hidden} more are not shown.</p>" if hidden else ""
     title = f"Audit of {found.figures.get('reward', 'a reward')}"
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>"
+        "<!doctype html><html lang=en><meta"
+        f" charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>"
         f"<h1>{escape(title)}</h1><pre>{escape(to_text(found))}</pre>"
         f"<h2>Disagreements ({len(found.disagreements)})</h2>{note}"
         "<table><tr><th>What</th><th>Reference</th><th>Completion</th><th>Verdict</th></tr>"
         f"{''.join(rows)}</table>"
-        f"<details><summary>Figures as JSON</summary><pre>{escape(json.dumps(found.figures, indent=1))}</pre></details></html>"
+        "<details><summary>Figures as"
+        f" JSON</summary><pre>{escape(json.dumps(found.figures, indent=1))}</pre></details></html>"
     )

@@ -1,4 +1,5 @@
-"""Completions that must earn nothing from a reward for mathematics: what policies have tried, or will."""
+"""Completions that must earn nothing from a reward for mathematics: what policies have tried, or
+will."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ class Hack:
 
 
 def _hack(name: str, answer: str, completion: str, prompt: str = "") -> Hack:
-    return Hack(name, RewardInput(completion=completion, answer=answer, prompt=prompt, source="hacks"))
+    return Hack(
+        name, RewardInput(completion=completion, answer=answer, prompt=prompt, source="hacks")
+    )
 
 
 HACKS: tuple[Hack, ...] = (
@@ -37,7 +40,12 @@ HACKS: tuple[Hack, ...] = (
     _hack("false equation", "5", "\\boxed{4 = 5}"),
     _hack("chain of equations", "5", "\\boxed{x = 4 = 5}"),
     _hack("chain of names", "5", "\\boxed{1 = 2 = 3 = 4 = 5}"),
-    _hack("problem copied, sum", "5050", "\\boxed{\\sum_{k=1}^{100} k}", "Compute the sum of 1 to 100."),
+    _hack(
+        "problem copied, sum",
+        "5050",
+        "\\boxed{\\sum_{k=1}^{100} k}",
+        "Compute the sum of 1 to 100.",
+    ),
     _hack("problem copied, integral", "\\frac{1}{2}", "\\boxed{\\int_0^1 x\\,dx}"),
     _hack("problem copied, product", "391", "\\boxed{17 \\cdot 23}", "Compute 17*23."),
     _hack("problem copied, power", "1024", "\\boxed{2^{10}}", "Compute 2^10."),

@@ -62,7 +62,8 @@ def asserts_plan(
     names = {entry} if entry else (free - given - _BUILT_IN) | (free & defined) or _outermost(tree)
     if not names:
         raise ValueError(
-            f"the tests call no function that they do not define: {source[:200]!r}; give entry_point"
+            f"the tests call no function that they do not define: {source[:200]!r}; give"
+            " entry_point"
         )
     if (calls := _calls(tree.body, names)) is not None:
         needs = packages_of(f"{before}\n{setup}")
@@ -170,13 +171,15 @@ def judge_plan(
         )
     if not names and not aliases:
         raise ValueError(
-            f"the tests call no function that they do not define: {source[:200]!r}; give entry_point"
+            f"the tests call no function that they do not define: {source[:200]!r}; give"
+            " entry_point"
         )
     kept, extras, shared = _sort_classes(tree, names)
     collected = _collected(kept)
     if not collected and not _acts(kept):
         raise ValueError(
-            f"the tests define functions and call none, nor are they named test_...: {source[:200]!r}"
+            "the tests define functions and call none, nor are they named test_...:"
+            f" {source[:200]!r}"
         )
     words = {n.id for n in ast.walk(kept) if isinstance(n, ast.Name)} | {
         n.attr for n in ast.walk(kept) if isinstance(n, ast.Attribute)

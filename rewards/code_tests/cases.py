@@ -133,7 +133,10 @@ def text_of(value: Any) -> str:
 def _function_plan(cases: Sequence[Case], name: str, starter: str) -> FunctionPlan:
     if not name.isidentifier():
         raise ValueError(f"fn_name {name!r} is no name of a function")
-    callee = f"(Solution().{name} if 'Solution' in globals() and hasattr(Solution, '{name}') else {name})"
+    callee = (
+        f"(Solution().{name} if 'Solution' in globals() and hasattr(Solution, '{name}') else"
+        f" {name})"
+    )
     signature = signature_of(starter, name)
     if all(case.wanted in (None, "null", "None") for case in cases):
         signature = dataclasses.replace(signature, in_place=False)

@@ -75,7 +75,8 @@ class CodeReward(Reward):
             raise ValueError("language 'cpp' needs g++ (apt install g++)")
         if not float_tolerance >= 0 or not total_seconds > 0:
             raise ValueError(
-                f"float_tolerance ({float_tolerance}) and total_seconds ({total_seconds}) must be positive"
+                f"float_tolerance ({float_tolerance}) and total_seconds ({total_seconds}) must be"
+                " positive"
             )
         if isinstance(packages, str) or (
             missing := [name for name in packages if not _installed(name)]
@@ -185,7 +186,8 @@ class CodeReward(Reward):
         used = set(plan.packages) - {"numpy"} if isinstance(plan, JudgePlan) else set()
         if missing := sorted((used | set(plan.needs)) - set(self.packages)):
             raise ValueError(
-                f"the tests import {', '.join(missing)}: name what is installed in options.packages={[*self.packages, *missing]}"
+                f"the tests import {', '.join(missing)}: name what is installed in"
+                f" options.packages={[*self.packages, *missing]}"
             )
         return plan
 

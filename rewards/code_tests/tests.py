@@ -75,7 +75,8 @@ def _plan_of_cases(columns: Mapping[str, Any], answer: str) -> Plan:
             cases += found
     if not cases:
         raise ValueError(
-            f"the row has no tests: none of test_list, {', '.join(_CASE_COLUMNS)} nor the answer holds any"
+            f"the row has no tests: none of test_list, {', '.join(_CASE_COLUMNS)} nor the answer"
+            " holds any"
         )
     return plan_of_cases(cases, name, str(columns.get("starter_code") or ""))
 

@@ -25,7 +25,8 @@ _PARTS = (
     ),
     re.compile(
         r",?\s+(?:because|since)\b.*$|,\s+who\b[^,=]*$|,\s+from\s\S+\sto\s\S+\s*$"
-        r"|,\s+which\s(?:is|was)\s[^,]*\b(?:than|higher|lower|more|less|fewer)\b.*$|\swhen\s[^,.]*\b(?:is|are)\s\w+ed\b.*$|[,，]?\s*(?:因为|由于).*$",
+        r"|,\s+which\s(?:is|was)\s[^,]*\b(?:than|higher|lower|more|less|fewer)\b.*$|\swhen\s[^,.]*\b(?:is|are)\s\w+ed\b.*$|[,，"
+        r"]?\s*(?:因为|由于).*$",
         re.IGNORECASE,
     ),
     re.compile(

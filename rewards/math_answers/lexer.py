@@ -63,32 +63,50 @@ _BLOCKS = (
     (re.compile(r"<sup>([^<]*)</sup>"), r"^{\1}"),
     (re.compile(r"<sub>([^<]*)</sub>"), r"_{\1}"),
     (re.compile(r"\\q?quad(?=[A-Za-z])"), " "),
-    (re.compile(
-        r"\\(mathbb|mathbf|mathrm|mathcal|mathit|boldsymbol|bm|text)\s+([A-Za-z])(?![A-Za-z])"
-    ), r"\\\1{\2}"),
-    (re.compile(
-        r"\\(?:begin|end)\s*\{(?:align(?:ed|\*)?|equation\*?|gathered|split|center|displaymath)\}"
-    ), " "),
-    (re.compile(
-        r"\\(?:boxed|fbox|displaystyle|textstyle|limits|nolimits|rm|bf|it|tiny|small|large|Large)"
-        r"(?![A-Za-z])"
-    ), " "),
+    (
+        re.compile(
+            r"\\(mathbb|mathbf|mathrm|mathcal|mathit|boldsymbol|bm|text)\s+([A-Za-z])(?![A-Za-z])"
+        ),
+        r"\\\1{\2}",
+    ),
+    (
+        re.compile(
+            r"\\(?:begin|end)\s*\{(?:align(?:ed|\*)?|equation\*?|gathered|split|center|displaymath)\}"
+        ),
+        " ",
+    ),
+    (
+        re.compile(
+            r"\\(?:boxed|fbox|displaystyle|textstyle|limits|nolimits|rm|bf|it|tiny|small|large|Large)"
+            r"(?![A-Za-z])"
+        ),
+        " ",
+    ),
     (re.compile(r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*(?:\.(?=\s|\\end|$))?"), ""),
     (re.compile(r"\.{3,}"), r"\\ldots "),
     (re.compile(r"\\(?:textcolor|color)\s*\{[A-Za-z]+\}"), " "),
     (re.compile(r"√\s*(\d+(?:\.\d+)?)"), r"\\sqrt{\1}"),
-    (re.compile(
-        r"\\(?:hspace|vspace|color|tag|label)\*?\s*\{[^{}]*\}|\\(?:hline|qedhere|notag|nonumber|par|newlin"
-        r"e)(?![A-Za-z])"
-    ), " "),
-    (re.compile(
-        r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![A-Za-z]))|\\(?:degree|textdegree)(?![A-"
-        r"Za-z])"
-    ), r"\\degree "),
-    (re.compile(
-        r"\^\s*(?:\{\s*\\(?:text|mathrm|rm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}|\\(?:text|mathrm|rm)\s*\{\s*"
-        r"(?:st|nd|rd|th)\s*\}|\{\s*(?:st|nd|rd|th)\s*\})"
-    ), "th "),
+    (
+        re.compile(
+            r"\\(?:hspace|vspace|color|tag|label)\*?\s*\{[^{}]*\}|\\(?:hline|qedhere|notag|nonumber|par|newlin"
+            r"e)(?![A-Za-z])"
+        ),
+        " ",
+    ),
+    (
+        re.compile(
+            r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![A-Za-z]))|\\(?:degree|textdegree)(?![A-"
+            r"Za-z])"
+        ),
+        r"\\degree ",
+    ),
+    (
+        re.compile(
+            r"\^\s*(?:\{\s*\\(?:text|mathrm|rm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}|\\(?:text|mathrm|rm)\s*\{\s*"
+            r"(?:st|nd|rd|th)\s*\}|\{\s*(?:st|nd|rd|th)\s*\})"
+        ),
+        "th ",
+    ),
     (re.compile(r"\^\s*(?:\{\s*\\prime\s*\}|\\prime(?![A-Za-z]))"), "'"),
     (re.compile(r"(?<=\d)\{\s*\}(?!\s*\{)|(?<=\\degree )\{\s*\}"), ""),
     (re.compile(r"^\s*\*\*(.+)\*\*\s*$"), r"\1"),
@@ -99,7 +117,7 @@ _BLOCKS = (
     (re.compile(r"<=|=<"), r"\\le "),
     (re.compile(r"(?<![\d)])!=(?!=)|<>"), r"\\ne "),
     (re.compile(r"(?<=\d)\s?[xX](?=\s?10\s?\^)"), r"\\times "),
-)  # fmt: skip
+)
 _WRAPPER = re.compile(
     r"\s*(?:\\(?:boldsymbol|bm|math(?:bf|it|sf)|text(?:bf|it)|underline))?\s*\{(?!,)"
 )
@@ -122,27 +140,91 @@ _TOKEN = re.compile(
     r"|(?P<command>\\(?:[A-Za-z]+|.))|(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?!\w|\.\d))?)"
     r"|(?P<word>[A-Za-z]+)|(?P<other>[^\W\d_a-zA-Z]+)|(?P<sign>.)",
     re.DOTALL,
-)  # fmt: skip
+)
 _SYNONYMS = {
-    "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom",
-    "choose": "choose", "geq": "ge", "geqslant": "ge", "leq": "le", "leqslant": "le", "neq": "ne",
-    "lt": "<", "gt": ">", "colon": ":", "ast": "*", "cdot": "*", "times": "*",
-    "bullet": "*", "div": "/", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]",
-    "vert": "|", "mid": "|", "lvert": "|",
-    "rvert": "|", "Vert": r"\|", "lVert": r"\|", "rVert": r"\|", "%": "%", "$": "$", "#": "#",
-    "_": "_", "dots": "ldots", "cdots": "ldots",
-    "dotsc": "ldots", "dotsb": "ldots", "varnothing": "emptyset", "rightarrow": "to",
-    "longrightarrow": "to", "bigcup": "cup", "bigcap": "cap", "backslash": "setminus", "land": ",",
-    "wedge": ",", "lor": ",", "vee": ",", "arccot": "arccot", "tg": "tan", "ctg": "cot",
-    "arctg": "arctan", "varepsilon": "epsilon", "phi": "varphi", "ldotp": "ldots", "infin": "infty",
-    "infinity": "infty", "euro": "€",
-    "pounds": "£", "yen": "¥", "textdollar": "$", "sim": "sim", "approxeq": "approx",
-    "simeq": "approx", "thickapprox": "approx", "cdotp": "*",
-    "overrightarrow": "vec", "widehat": "hat", "widetilde": "tilde", "And": "&", "&": "&",
-    "iiint": "iiint", "R": "mathbb R", "Z": "mathbb Z",
-    "N": "mathbb N", "Q": "mathbb Q", "C": "mathbb C", "middot": "*", "lg": "lg", "log": "log",
-    "Re": "Re", "Im": "Im",
-}  # fmt: skip
+    "dfrac": "frac",
+    "tfrac": "frac",
+    "cfrac": "frac",
+    "dbinom": "binom",
+    "tbinom": "binom",
+    "choose": "choose",
+    "geq": "ge",
+    "geqslant": "ge",
+    "leq": "le",
+    "leqslant": "le",
+    "neq": "ne",
+    "lt": "<",
+    "gt": ">",
+    "colon": ":",
+    "ast": "*",
+    "cdot": "*",
+    "times": "*",
+    "bullet": "*",
+    "div": "/",
+    "lbrace": r"\{",
+    "rbrace": r"\}",
+    "lbrack": "[",
+    "rbrack": "]",
+    "vert": "|",
+    "mid": "|",
+    "lvert": "|",
+    "rvert": "|",
+    "Vert": r"\|",
+    "lVert": r"\|",
+    "rVert": r"\|",
+    "%": "%",
+    "$": "$",
+    "#": "#",
+    "_": "_",
+    "dots": "ldots",
+    "cdots": "ldots",
+    "dotsc": "ldots",
+    "dotsb": "ldots",
+    "varnothing": "emptyset",
+    "rightarrow": "to",
+    "longrightarrow": "to",
+    "bigcup": "cup",
+    "bigcap": "cap",
+    "backslash": "setminus",
+    "land": ",",
+    "wedge": ",",
+    "lor": ",",
+    "vee": ",",
+    "arccot": "arccot",
+    "tg": "tan",
+    "ctg": "cot",
+    "arctg": "arctan",
+    "varepsilon": "epsilon",
+    "phi": "varphi",
+    "ldotp": "ldots",
+    "infin": "infty",
+    "infinity": "infty",
+    "euro": "€",
+    "pounds": "£",
+    "yen": "¥",
+    "textdollar": "$",
+    "sim": "sim",
+    "approxeq": "approx",
+    "simeq": "approx",
+    "thickapprox": "approx",
+    "cdotp": "*",
+    "overrightarrow": "vec",
+    "widehat": "hat",
+    "widetilde": "tilde",
+    "And": "&",
+    "&": "&",
+    "iiint": "iiint",
+    "R": "mathbb R",
+    "Z": "mathbb Z",
+    "N": "mathbb N",
+    "Q": "mathbb Q",
+    "C": "mathbb C",
+    "middot": "*",
+    "lg": "lg",
+    "log": "log",
+    "Re": "Re",
+    "Im": "Im",
+}
 FUNCTIONS = words(
     "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth sech "
     "csch log ln lg exp floor ceil abs min max gcd lcm det arg Re Im sgn dim deg ker rank tr Pr "

@@ -60,7 +60,8 @@ _DECLARING = words(
 _CONDITIONS = _DECLARING | words("as because since is are was but not it can could may")
 _CHOICE = re.compile(
     r"\s*(?:\\(?:text(?:bf|rm)?|mathrm|mathbf|boldsymbol|rm|bf|mbox)\s*\{\s*)?(?:(?:option|choice|选项)\s*)?"
-    r"(?P<open>[(（]?)\s*(?:\\(?:text(?:bf|rm)?|mathrm|mathbf)\s*\{)?\s*(?P<letter>[A-J])\s*\}?\s*(?P<close>[)）.:：、]?)\s*\}?"
+    r"(?P<open>[(（]?)\s*(?:\\(?:text(?:bf|rm)?|mathrm|mathbf)\s*\{)?\s*(?P<letter>[A-J])\s*\}?\s*(?P<close>[)）.:：、"
+    r"]?)\s*\}?"
     r"(?P<mark>[)）.:：、]?)\s*\}?(?:\\[ ,;:~]|\\q?quad|[\s~])*(?P<rest>.*)\Z",
     re.DOTALL,
 )

@@ -1,6 +1,8 @@
-"""A user's own code by name: `package.module:function`, `./file.py:function`, or an installed entry point.
+"""A user's own code by name: `package.module:function`, `./file.py:function`, or an installed entry
+point.
 
-The one loader of rewards, losses and advantages. A module of the working directory is found too, after installed ones.
+The one loader of rewards, losses and advantages. A module of the working directory is found too,
+after installed ones.
 """
 
 from __future__ import annotations
@@ -26,16 +28,20 @@ _HOUSE = tuple(
     for name in ("rewards", "rl", "rollout", "kernels")
 )
 """Our own folders, as they were imported and where they really are."""
-_LIBRARIES = tuple(sysconfig.get_paths()[name] + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_LIBRARIES = tuple(
+    sysconfig.get_paths()[name] + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")
+)
 
 
 def load_function(name: str, group: str, built_in: Sequence[str] = ()) -> Function:
-    """The function (or class) that `name` means; `group`: of entry points. ValueError says what is missing."""
+    """The function (or class) that `name` means; `group`: of entry points. ValueError says what is
+    missing."""
     return import_function(resolve(name, group, built_in))
 
 
 def resolve(name: str, group: str, built_in: Sequence[str] = ()) -> str:
-    """`place:attribute` for a name, which is one already or an entry point's. ValueError if it is neither."""
+    """`place:attribute` for a name, which is one already or an entry point's. ValueError if it is
+    neither."""
     if ":" in name:
         return name
     if name.endswith(".py"):
@@ -47,13 +53,14 @@ def resolve(name: str, group: str, built_in: Sequence[str] = ()) -> str:
     near = difflib.get_close_matches(name, known, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(
-        f"there is no {name!r}{hint} (known: {', '.join(known) or 'none'}; an entry point of {group}, "
-        "package.module:function or ./file.py:function is found too)"
+        f"there is no {name!r}{hint} (known: {', '.join(known) or 'none'}; an entry point of"
+        f" {group}, package.module:function or ./file.py:function is found too)"
     )
 
 
 def import_function(target: str) -> Function:
-    """What `place:attribute` names. ValueError says what is missing, with the user's file and line."""
+    """What `place:attribute` names. ValueError says what is missing, with the user's file and
+    line."""
     place, _, name = target.rpartition(":")
     if not place or not name:
         raise ValueError(f"{target!r} must be package.module:function or ./file.py:function")
@@ -72,10 +79,16 @@ def import_function(target: str) -> Function:
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line, with the place in the user's code: `KeyError: 'answer' (mine.py:12 in score)`."""
+    """An error in one line, with the place in the user's code:
+    `KeyError: 'answer' (mine.py:12 in score)`."""
     frames = traceback.extract_tb(error.__traceback__)
-    users = [f for f in frames if not f.filename.startswith((*_HOUSE, "<")) and not _in_library(f.filename)]
-    others = [f for f in frames if not f.filename.startswith((*_HOUSE, "<"))]  # a plugin may be installed itself
+    users = [
+        f
+        for f in frames
+        if not f.filename.startswith((*_HOUSE, "<")) and not _in_library(f.filename)
+    ]
+    # a plugin may be installed itself
+    others = [f for f in frames if not f.filename.startswith((*_HOUSE, "<"))]
     text = f"{type(error).__name__}: {str(error)[:1000]}"
     if not (users or others):
         return text
@@ -89,7 +102,8 @@ def _in_library(filename: str) -> bool:
 
 def _import_module(place: str) -> ModuleType:
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # as `python -m` has it; last, so that it hides no installed package
+        # as `python -m` has it; last, so that it hides no installed package
+        sys.path.append(os.getcwd())
     return importlib.import_module(place)
 
 
@@ -116,5 +130,9 @@ def _offers(place: str) -> str:
 
 
 def _offered(module: ModuleType) -> str:
-    own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
+    own = [
+        n
+        for n, v in vars(module).items()
+        if callable(v) and getattr(v, "__module__", "") == module.__name__
+    ]
     return f"; it has {', '.join(own) or 'none'}"

@@ -1,7 +1,8 @@
-"""What a function returned, as plain values that go through a socket: a score with further numbers, or why there is none.
+"""What a function returned, as plain values that go through a socket: a score with further numbers,
+or why there is none.
 
-A result is `{"score", "parts", "message"}` and perhaps `status` or `right`; `{"none": True}` where the function does not
-apply to the sample; or `{"error"}`.
+A result is `{"score", "parts", "message"}` and perhaps `status` or `right`; `{"none": True}` where
+the function does not apply to the sample; or `{"error"}`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from ..verdict import Status, Verdict
 SCORES = ("score", "reward", "scores", "rewards")
 """Keys under which a mapping has its score, the first of them that is there."""
 _RIGHT = ("acc", "scores")
-"""Keys of verl and OpenRLHF for whether the answer is right, where the reward is shaped by more than that."""
+"""Keys of verl and OpenRLHF for whether the answer is right, where the reward is shaped by more
+than that."""
 _LONGEST = 200
 _LOGS = "extra_logs"
 
@@ -41,9 +43,12 @@ def result(value: Any, extras: Mapping[str, Any] | None = None) -> dict[str, Any
     return found if right is None else found | {"right": right}
 
 
-def batch_results(values: Any, count: int, logged: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """What a function returned for a batch: a list, array or tensor of results, or a mapping that has one under
-    `rewards` or `scores`, with further values of each sample or of the batch. `logged`: the same by other ways.
+def batch_results(
+    values: Any, count: int, logged: Mapping[str, Sequence[Any]]
+) -> list[dict[str, Any]]:
+    """What a function returned for a batch: a list, array or tensor of results, or a mapping that
+    has one under `rewards` or `scores`, with further values of each sample or of the batch.
+    `logged`: the same by other ways.
 
     Raises ValueError for another number of results.
     """
@@ -62,11 +67,14 @@ def batch_results(values: Any, count: int, logged: Mapping[str, Sequence[Any]]) 
     if len(listed) != count:
         raise ValueError(f"returned {len(listed)} scores for {count} completions")
     columns = {name: _column(given, count) for name, given in extras.items()}
-    return [result(value, {name: c[i] for name, c in columns.items()}) for i, value in enumerate(listed)]
+    return [
+        result(value, {name: c[i] for name, c in columns.items()}) for i, value in enumerate(listed)
+    ]
 
 
 def number(value: Any) -> float | None:
-    """A finite number out of Python's, numpy's or torch's, one-element arrays included; None if it is none."""
+    """A finite number out of Python's, numpy's or torch's, one-element arrays included; None if it
+    is none."""
     if isinstance(value, (str, bytes)) or value is None:
         return None
     try:
@@ -91,7 +99,10 @@ def _of_verdict(verdict: Verdict, extras: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "status": verdict.status.value,
         "score": verdict.score,
-        "parts": {name: value for name, value in parts.items() if value is not None} | dict(verdict.parts),
+        "parts": (
+            {name: value for name, value in parts.items() if value is not None}
+            | dict(verdict.parts)
+        ),
         "message": verdict.message,
     }
 
@@ -99,7 +110,11 @@ def _of_verdict(verdict: Verdict, extras: Mapping[str, Any]) -> dict[str, Any]:
 def _sorted_out(given: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
     """Numbers, which are logged, and texts, which a person may read. Anything else is left out."""
     parts = {name: found for name, value in given.items() if (found := number(value)) is not None}
-    texts = [f"{name}: {value[:_LONGEST]}" for name, value in given.items() if isinstance(value, str) and value]
+    texts = [
+        f"{name}: {value[:_LONGEST]}"
+        for name, value in given.items()
+        if isinstance(value, str) and value
+    ]
     return parts, texts
 
 

@@ -1,4 +1,5 @@
-"""`PluginReward`: a function that is not ours, called in its own process (or inline), whose every fault is a verdict."""
+"""`PluginReward`: a function that is not ours, called in its own process (or inline), whose every
+fault is a verdict."""
 
 from __future__ import annotations
 
@@ -25,12 +26,14 @@ ISOLATION = ("process", "inline")
 class PluginReward(Reward):
     """`target` (`package.module:function` or `./file.py:function`) as a reward.
 
-    `isolation="process"` (default): it runs in up to `concurrency` processes that are killed when one call of the
-    function takes more than `timeout` seconds; `"inline"`: in this process, for functions known to be quick and sound. A
-    function that sets signal handlers (math_verify's limits do) needs a main thread, which no grader is: the trial finds
-    that out and gives it a process. `kwargs` go to every call of the function, or to a class or a factory once.
-    A fault of the plugin (it raises, hangs, returns no finite number) is `verifier_error` for the samples of that call;
-    None is `not_applicable`. Raises ValueError at once if the function cannot be imported or called.
+    `isolation="process"` (default): it runs in up to `concurrency` processes that are killed when
+    one call of the function takes more than `timeout` seconds; `"inline"`: in this process, for
+    functions known to be quick and sound. A function that sets signal handlers (math_verify's
+    limits do) needs a main thread, which no grader is: the trial finds that out and gives it a
+    process. `kwargs` go to every call of the function, or to a class or a factory once. A fault of
+    the plugin (it raises, hangs, returns no finite number) is `verifier_error` for the samples of
+    that call; None is `not_applicable`. Raises ValueError at once if the function cannot be
+    imported or called.
     """
 
     def __init__(
@@ -45,7 +48,9 @@ class PluginReward(Reward):
         memory_bytes: int | None = None,
     ) -> None:
         if isolation not in ISOLATION:
-            raise ValueError(f"isolation is {isolation!r}; it must be one of {', '.join(ISOLATION)}")
+            raise ValueError(
+                f"isolation is {isolation!r}; it must be one of {', '.join(ISOLATION)}"
+            )
         if not timeout > 0:
             raise ValueError(f"timeout is {timeout}; it must be positive seconds")
         self.target, self.timeout = target, timeout
@@ -92,8 +97,8 @@ class PluginReward(Reward):
         """One call. Raises ValueError if it fails or gives neither a score nor None."""
         if self._inline is not None and _needs_main_thread(self._inline, example, self.timeout):
             warnings.warn(
-                f"{self.target} sets signal handlers, which only a main thread may: it runs in a process of its own, "
-                "not inline",
+                f"{self.target} sets signal handlers, which only a main thread may: it runs in a"
+                " process of its own, not inline",
                 stacklevel=2,
             )
             self._inline = None
@@ -151,12 +156,14 @@ class PluginReward(Reward):
 
 
 def make(target: str, style: str | None, keywords: Mapping[str, Any]) -> Adapted:
-    """The function that `target` names, ready to be called. ValueError as of `import_function` and `adapt`."""
+    """The function that `target` names, ready to be called. ValueError as of `import_function` and
+    `adapt`."""
     return adapt(import_function(target), style, keywords)
 
 
 def serve(target: str, style: str | None, keywords: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """For worker processes: answers "describe" with what the function is, and a batch with its results."""
+    """For worker processes: answers "describe" with what the function is, and a batch with its
+    results."""
     adapted = make(target, style, keywords)
 
     def answer(task: str | list[RewardInput]) -> Any:
@@ -172,12 +179,14 @@ _told: set[str] = set()
 
 
 def attempt(adapted: Adapted, rows: Sequence[RewardInput]) -> Any:
-    """The results of one call, or `{"failed": why}` with the user's file and line; the traceback goes to stderr once."""
+    """The results of one call, or `{"failed": why}` with the user's file and line; the traceback
+    goes to stderr once."""
     try:
         return adapted(rows)
     except (MemoryError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # untrusted, and time limits of libraries derive from BaseException
+    # untrusted, and time limits of libraries derive from BaseException
+    except BaseException as error:
         message = describe(error)
         place = message.rpartition("(")[2]
         if place not in _told:
@@ -194,7 +203,8 @@ def status_of(score: float, right: bool | None = None) -> Status:
 
 
 def _needs_main_thread(adapted: Adapted, example: RewardInput, timeout: float) -> bool:
-    """Whether the function sets a signal handler when it is called in a thread, as graders call it. ValueError if it hangs."""
+    """Whether the function sets a signal handler when it is called in a thread, as graders call it.
+    ValueError if it hangs."""
     real, used = signal.signal, threading.Event()
 
     def noted(*arguments: Any) -> Any:
@@ -210,5 +220,7 @@ def _needs_main_thread(adapted: Adapted, example: RewardInput, timeout: float) -
     finally:
         signal.signal = real
     if thread.is_alive():
-        raise ValueError(f"{adapted.function!r}: stopped at the limit of {timeout:g} s (trial call)")
+        raise ValueError(
+            f"{adapted.function!r}: stopped at the limit of {timeout:g} s (trial call)"
+        )
     return used.is_set()

@@ -1,11 +1,13 @@
 """Reward functions written for other trainers, called as they are called at home.
 
-The style is recognised from the names of the parameters: **verl** `compute_score(data_source, solution_str,
-ground_truth, extra_info)` and its batched form, **TRL** `f(prompts, completions, **columns)`, **OpenRLHF**
-`reward_func(queries, prompts, labels)`, **slime** `f(args, sample)`, **verifiers** `f(prompt, completion, answer, ...)`
-and its form for groups, and **native** functions of `RewardInput`, marked by `@reward`. One is not seen from a
-signature: `verl_full` is verl's with the prompt in front of `solution_str`, as its old forks had it (TinyZero,
-Logic-RL). A class, or a function that returns a reward function, is called once with the keywords.
+The style is recognised from the names of the parameters: **verl**
+`compute_score(data_source, solution_str, ground_truth, extra_info)` and its batched form, **TRL**
+`f(prompts, completions, **columns)`, **OpenRLHF** `reward_func(queries, prompts, labels)`,
+**slime** `f(args, sample)`, **verifiers** `f(prompt, completion, answer, ...)` and its form for
+groups, and **native** functions of `RewardInput`, marked by `@reward`. One is not seen from a
+signature: `verl_full` is verl's with the prompt in front of `solution_str`, as its old forks had it
+(TinyZero, Logic-RL). A class, or a function that returns a reward function, is called once with the
+keywords.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ _VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a style gives to one call: by place, by name, and to parameters that have no default by a column's name."""
+    """What a style gives to one call: by place, by name, and to parameters that have no default by
+    a column's name."""
 
     arguments: dict[str, Any] = field(default_factory=dict)
     positional: tuple[Any, ...] = ()
@@ -38,7 +41,8 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """A function of some style behind one call: inputs in, one result for each out (see `results.py`)."""
+    """A function of some style behind one call: inputs in, one result for each out (see
+    `results.py`)."""
 
     function: Function
     style: str
@@ -71,16 +75,19 @@ class Adapted:
         given |= self.keywords
         if missing := [name for name in needed if name not in given]:
             raise ValueError(
-                f"takes {', '.join(missing)}, which style {self.style} does not give and no column of the row is; "
-                "reward.parts.<name>.kwargs are given to every call"
+                f"takes {', '.join(missing)}, which style {self.style} does not give and no column"
+                " of the row is; reward.parts.<name>.kwargs are given to every call"
             )
         only = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.name in given]
         positional = [*call.positional, *(given.pop(name) for name in only)]
         return self.function(*positional, **given)
 
 
-def adapt(function: Function, style: str | None = None, keywords: Mapping[str, Any] | None = None) -> Adapted:
-    """Raises ValueError if the style is unknown or cannot be told from the signature, or a keyword is not taken."""
+def adapt(
+    function: Function, style: str | None = None, keywords: Mapping[str, Any] | None = None
+) -> Adapted:
+    """Raises ValueError if the style is unknown or cannot be told from the signature, or a keyword
+    is not taken."""
     if style is not None and style not in STYLES:
         raise ValueError(f"style is {style!r}; it must be one of {', '.join(STYLES)}")
     if not callable(function):
@@ -90,8 +97,12 @@ def adapt(function: Function, style: str | None = None, keywords: Mapping[str, A
         function, given = _made(function, given), {}
     taken = _parameters(function)
     names = [p.name for p in taken]
-    if not any(p.kind is p.VAR_KEYWORD for p in taken) and (wrong := sorted(set(given) - set(names))):
-        raise ValueError(f"kwargs has {', '.join(wrong)}, but the function takes {', '.join(names)}")
+    if not any(p.kind is p.VAR_KEYWORD for p in taken) and (
+        wrong := sorted(set(given) - set(names))
+    ):
+        raise ValueError(
+            f"kwargs has {', '.join(wrong)}, but the function takes {', '.join(names)}"
+        )
     return Adapted(function, style or recognise(function), given)
 
 
@@ -101,8 +112,9 @@ def recognise(function: Function) -> str:
         return style
     names = [p.name for p in _parameters(function)]
     raise ValueError(
-        f"no known style has the parameters ({', '.join(sorted(names))}): mark a function of RewardInput with @reward "
-        f"(from emberl.rewards import reward), or give style= one of {', '.join(STYLES)}"
+        f"no known style has the parameters ({', '.join(sorted(names))}): mark a function of"
+        " RewardInput with @reward (from emberl.rewards import reward), or give style= one of"
+        f" {', '.join(STYLES)}"
     )
 
 
@@ -131,7 +143,8 @@ def _style_of(function: Function) -> str | None:
 
 
 def _is_factory(function: Function, keywords: Mapping[str, Any]) -> bool:
-    """Whether a function of no style can be called with the keywords alone, to give one that has a style."""
+    """Whether a function of no style can be called with the keywords alone, to give one that has a
+    style."""
     parameters = _parameters(function)
     named = [p for p in parameters if p.kind not in _VARIADIC]
     needed = {p.name for p in named if p.default is p.empty}
@@ -146,12 +159,13 @@ def _made(factory: Function, keywords: Mapping[str, Any]) -> Function:
         made = factory(**keywords)
     except Exception as error:  # a user's constructor
         raise ValueError(
-            f"{name} cannot be called with kwargs ({', '.join(keywords) or 'none'}) to give a reward function: "
-            f"{type(error).__name__}: {error}"
+            f"{name} cannot be called with kwargs ({', '.join(keywords) or 'none'}) to give a"
+            f" reward function: {type(error).__name__}: {error}"
         ) from error
     if not callable(made):
         raise ValueError(
-            f"{name} returned {type(made).__name__} instead of a reward function; if it is one, give style="
+            f"{name} returned {type(made).__name__} instead of a reward function; if it is one,"
+            " give style="
         )
     function: Function = made
     return function
@@ -165,7 +179,8 @@ def _parameters(function: Function) -> list[inspect.Parameter]:
 
 
 class _Logs:
-    """What a TRL function logs while it runs: a metric of the batch, or a column with a value for each sample."""
+    """What a TRL function logs while it runs: a metric of the batch, or a column with a value for
+    each sample."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -187,7 +202,8 @@ async def _finish(value: Any) -> Any:
 
 
 def ground_truth(row: RewardInput) -> Any:
-    """The reference as the row has it: a mapping or a list where it is one, else the answer as verifiers read it."""
+    """The reference as the row has it: a mapping or a list where it is one, else the answer as
+    verifiers read it."""
     nested = row.columns.get("reward_model")
     given = row.columns.get("ground_truth")
     if given is None and isinstance(nested, Mapping):
@@ -203,7 +219,8 @@ def _messages(row: RewardInput) -> tuple[Any, Any]:
 
 
 def _as_in_the_row(row: RewardInput) -> tuple[Any, Any]:
-    """Prompt and completion as TRL hands them: texts for a row whose prompt is a text, else messages."""
+    """Prompt and completion as TRL hands them: texts for a row whose prompt is a text, else
+    messages."""
     return _messages(row) if row.plain_prompt is None else (row.plain_prompt, row.completion)
 
 

@@ -265,9 +265,9 @@ def _config(backend: str, view: View, preload: Sequence[str], folder: str) -> di
         "readable": [*view.readable, f"{folder}/packages"],
         "writable": [scratch],
         "folder": folder,
-        "packages": sys.path
-        if backend == "unsafe"
-        else [folder + each for each in view.search_path],
+        "packages": (
+            sys.path if backend == "unsafe" else [folder + each for each in view.search_path]
+        ),
         "moved": view.moved,
         "preload": list(preload),
         "filters": _filters(),

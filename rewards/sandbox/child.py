@@ -148,17 +148,24 @@ _USUAL = {
     "collections": "deque defaultdict Counter OrderedDict namedtuple ChainMap",
     "heapq": "heappush heappop heapify heapreplace heappushpop nlargest nsmallest merge",
     "bisect": "bisect_left bisect_right insort insort_left insort_right",
-    "math": "gcd lcm sqrt isqrt ceil floor log log2 log10 inf pi comb perm factorial hypot prod sin cos atan2 exp",
-    "itertools": "accumulate chain combinations combinations_with_replacement count cycle groupby islice permutations "
-    "product repeat starmap takewhile zip_longest pairwise",
+    "math": (
+        "gcd lcm sqrt isqrt ceil floor log log2 log10 inf pi comb perm factorial hypot prod sin cos"
+        " atan2 exp"
+    ),
+    "itertools": (
+        "accumulate chain combinations combinations_with_replacement count cycle groupby islice"
+        " permutations product repeat starmap takewhile zip_longest pairwise"
+    ),
     "functools": "cache lru_cache reduce cmp_to_key partial wraps total_ordering",
     "copy": "deepcopy",
     "operator": "itemgetter attrgetter add mul xor or_ and_",
     "string": "ascii_lowercase ascii_uppercase ascii_letters digits punctuation",
     "random": "randint shuffle choice",
     "datetime": "datetime timedelta date",
-    "typing": "List Dict Set Tuple Optional Union Any Callable Iterable Iterator Deque DefaultDict Generator Sequence "
-    "Mapping TypeVar Generic NamedTuple FrozenSet Type",
+    "typing": (
+        "List Dict Set Tuple Optional Union Any Callable Iterable Iterator Deque DefaultDict"
+        " Generator Sequence Mapping TypeVar Generic NamedTuple FrozenSet Type"
+    ),
     "dataclasses": "dataclass field",
     "enum": "Enum",
     "fractions": "Fraction",

@@ -18,27 +18,33 @@ from .runs import Limits, SandboxError, SandboxUnavailable
 BACKENDS = ("zygote", "bubblewrap", "landlock")
 """In the order in which they are tried. `unsafe` comes last, and only if it is asked for."""
 _KERNEL = (
-    "a kernel with Landlock needs no privilege at all (Linux 5.13 or later, 'landlock' in /sys/kernel/security/lsm; "
-    "else boot it with lsm=landlock,... added)"
+    "a kernel with Landlock needs no privilege at all (Linux 5.13 or later, 'landlock' in"
+    " /sys/kernel/security/lsm; else boot it with lsm=landlock,... added)"
 )
 _HOST = (
-    "allow user namespaces: sysctl -w user.max_user_namespaces=10000 kernel.unprivileged_userns_clone=1 "
-    "kernel.apparmor_restrict_unprivileged_userns=0 (those that exist; the last is Ubuntu's since 23.10), or install "
-    "bubblewrap (apt install bubblewrap)"
+    "allow user namespaces: sysctl -w user.max_user_namespaces=10000"
+    " kernel.unprivileged_userns_clone=1 kernel.apparmor_restrict_unprivileged_userns=0 (those that"
+    " exist; the last is Ubuntu's since 23.10), or install bubblewrap (apt install bubblewrap)"
 )
 _CONTAINER = (
-    "start the container with --security-opt seccomp=unconfined --security-opt apparmor=unconfined (docker, podman, "
-    "nerdctl for containerd; --cap-add SYS_ADMIN in the place of the first; both are needed where the host has "
-    "AppArmor), and on its host: sysctl -w user.max_user_namespaces=10000 "
-    "kernel.apparmor_restrict_unprivileged_userns=0 (those that exist); installing bubblewrap in the container does not help"
+    "start the container with --security-opt seccomp=unconfined --security-opt apparmor=unconfined"
+    " (docker, podman, nerdctl for containerd; --cap-add SYS_ADMIN in the place of the first; both"
+    " are needed where the host has AppArmor), and on its host: sysctl -w"
+    " user.max_user_namespaces=10000 kernel.apparmor_restrict_unprivileged_userns=0 (those that"
+    " exist); installing bubblewrap in the container does not help"
 )
 _KUBERNETES = (
-    "give the container securityContext: {seccompProfile: {type: Unconfined}, appArmorProfile: {type: Unconfined}} "
-    "(before Kubernetes 1.30 the annotation container.apparmor.security.beta.kubernetes.io/NAME: unconfined), or "
-    "{capabilities: {add: [SYS_ADMIN]}} with the same appArmorProfile; a namespace under Pod Security needs the level "
-    "'privileged' for it; nodes: sysctl user.max_user_namespaces=10000, kernel.apparmor_restrict_unprivileged_userns=0"
+    "give the container securityContext: {seccompProfile: {type: Unconfined}, appArmorProfile:"
+    " {type: Unconfined}} (before Kubernetes 1.30 the annotation"
+    " container.apparmor.security.beta.kubernetes.io/NAME: unconfined), or {capabilities: {add:"
+    " [SYS_ADMIN]}} with the same appArmorProfile; a namespace under Pod Security needs the level"
+    " 'privileged' for it; nodes: sysctl user.max_user_namespaces=10000,"
+    " kernel.apparmor_restrict_unprivileged_userns=0"
 )
-_REMOTE = "or use a sandbox on another machine (reward option url: http://HOST:PORT, Sandbox Fusion's protocol)"
+_REMOTE = (
+    "or use a sandbox on another machine (reward option url: http://HOST:PORT, Sandbox Fusion's"
+    " protocol)"
+)
 
 
 def fix(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> str:
@@ -62,7 +68,8 @@ def choose_backend(
     none does."""
     if backend not in (None, *BACKENDS, "unsafe"):
         raise ValueError(
-            f"sandbox backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}, or leave it out"
+            f"sandbox backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}, or leave"
+            " it out"
         )
     if backend == "unsafe" and not allow_unsafe:
         raise ValueError("sandbox backend 'unsafe' needs allow_unsafe: true")
@@ -76,9 +83,9 @@ def choose_backend(
         if name == "unsafe":
             _hide_memory()
             warnings.warn(
-                "UNSAFE: model programs run without a sandbox; they can read every file that this user can read, "
-                "and the memory and environment of this user's other processes, but not of this one "
-                f"({'; '.join(failures) or 'asked for'}). To fix: {fix()}",
+                "UNSAFE: model programs run without a sandbox; they can read every file that this"
+                " user can read, and the memory and environment of this user's other processes,"
+                f" but not of this one ({'; '.join(failures) or 'asked for'}). To fix: {fix()}",
                 RuntimeWarning,
                 stacklevel=3,
             )

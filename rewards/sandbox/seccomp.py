@@ -76,12 +76,10 @@ def _free(names: str) -> dict[str, Sequence[When]]:
     return dict.fromkeys(names.split(), ())
 
 
-_BASE: Rules = _free(
-    """read write close mmap munmap brk mremap mprotect madvise futex lseek readv writev fstat
+_BASE: Rules = _free("""read write close mmap munmap brk mremap mprotect madvise futex lseek readv writev fstat
     rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday
     time times getrusage getrlimit getpid gettid getuid geteuid getgid getegid getppid getrandom sched_yield sched_getaffinity
-    set_robust_list set_tid_address rseq restart_syscall uname sysinfo exit exit_group alarm"""
-) | {
+    set_robust_list set_tid_address rseq restart_syscall uname sysinfo exit exit_group alarm""") | {
     "fcntl": (When(1, 0xFFFFFFFF, _SAFE_FCNTL),),
     "ioctl": (When(1, 0xFFFFFFFF, _SAFE_IOCTL),),
     "prlimit64": _READ_LIMITS,
@@ -92,7 +90,8 @@ _LOOKING: Rules = _free(
 )
 _DUPLICATING: Rules = _free("pread64 dup dup2 dup3 poll ppoll select pselect6")
 
-# A Python program or function: reads files, starts threads; opens nothing for writing, starts no process.
+# A Python program or function: reads files, starts threads; opens nothing for writing, starts no
+# process.
 PYTHON: Rules = {
     **_BASE,
     **_LOOKING,
@@ -101,8 +100,8 @@ PYTHON: Rules = {
     "openat": (When(2, _WRITING, (0,)),),
     "clone": (When(0, _THREAD | _NAMESPACES, (_THREAD,)),),
 }
-# A statically linked program on three open files: no path at all, no thread; the one exec takes an open file, and after
-# it the program can open none.
+# A statically linked program on three open files: no path at all, no thread; the one exec takes an
+# open file, and after it the program can open none.
 NATIVE: Rules = {
     **_BASE,
     "arch_prctl": (When(0, 0xFFFFFFFF, (0x1002, 0x3001)),),  # ARCH_SET_FS, ARCH_CET_STATUS
@@ -139,7 +138,8 @@ def assemble(rules: Rules, machine: str | None = None) -> bytes:
     ]
     if machine == "x86_64":  # the x32 numbers share the architecture word
         program += [(JUMP_GREATER_EQUAL, 0, 1, 0x40000000), (RETURN, 0, 0, KILL)]
-    # clone3 hides its flags behind a pointer: "not implemented" makes the C library fall back to clone
+    # clone3 hides its flags behind a pointer: "not implemented" makes the C library fall back to
+    # clone
     program += [(JUMP_EQUAL, 0, 1, numbers["clone3"]), (RETURN, 0, 0, ENOSYS)]
     known = sorted(
         (numbers[name], conditions) for name, conditions in rules.items() if name in numbers

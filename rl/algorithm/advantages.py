@@ -1,8 +1,10 @@
-"""Advantages: from the scores of groups, or from token rewards and a critic, to one number per completion or token.
+"""Advantages: from the scores of groups, or from token rewards and a critic, to one number per
+completion or token.
 
-Pure NumPy in float64. A score of NaN is a completion without a verdict: it never enters a mean or a deviation, and its
-advantage is 0. A group of one, and a group whose scores are all equal, has the advantage 0 exactly. (verl's GRPO and
-RLOO hand out the raw score for a group of one; its vectorised RLOO and prime-rl give 0 as here.)
+Pure NumPy in float64. A score of NaN is a completion without a verdict: it never enters a mean or a
+deviation, and its advantage is 0. A group of one, and a group whose scores are all equal, has the
+advantage 0 exactly. (verl's GRPO and RLOO hand out the raw score for a group of one; its vectorised
+RLOO and prime-rl give 0 as here.)
 
 Shape legend: G completions of a group, T tokens of a batch, S sequences of a batch.
 """
@@ -20,13 +22,15 @@ from ..config.algorithm import ADVANTAGES, AdvantageConfig, Estimator, KLConfig
 Floats = NDArray[np.float64]
 WHITEN_EPS = 1e-8
 ROUNDING = 1e-9
-"""Scores that differ by less, for scores above 1 relative to the largest, differ by the way they were added up."""
+"""Scores that differ by less, for scores above 1 relative to the largest, differ by the way they
+were added up."""
 LOG_RATIO_LIMIT = 20.0
 KL_BOUND: float | None = KLConfig().bound
 
 
 def all_equal(values: NDArray[Any]) -> bool:
-    """Whether these numbers, NaN left out, are one number but for rounding; also where there are fewer than two."""
+    """Whether these numbers, NaN left out, are one number but for rounding; also where there are
+    fewer than two."""
     known = np.asarray(values, np.float64)
     known = known[~np.isnan(known)]
     if len(known) < 2:
@@ -38,7 +42,8 @@ def all_equal(values: NDArray[Any]) -> bool:
 def group_advantages(scores: Sequence[NDArray[Any]], config: AdvantageConfig) -> list[Floats]:
     """One [G] array of advantages for each [G] array of scores; lengths may differ.
 
-    For `return` and `gae`, whose advantages are made by `batch_advantages`, these are the scores themselves.
+    For `return` and `gae`, whose advantages are made by `batch_advantages`, these are the scores
+    themselves.
     """
     groups = [np.asarray(s, np.float64) for s in scores]
     if config.kind in ("return", "gae"):
@@ -60,7 +65,8 @@ def group_advantages(scores: Sequence[NDArray[Any]], config: AdvantageConfig) ->
     factor = gpg_rescale(groups, config.rescale)
     if config.std == "batch":
         spread = deviation(np.concatenate(groups or [np.zeros(0)]), unbiased=config.std_unbiased)
-        factor /= spread + config.eps if spread else 1.0  # without any spread every advantage is 0 already
+        # without any spread every advantage is 0 already
+        factor /= spread + config.eps if spread else 1.0
     return [a * factor for a in advantages]
 
 
@@ -72,10 +78,12 @@ def centred(
     unbiased: bool = True,
     eps: float = 1e-6,
 ) -> Floats:
-    """[G] score minus the group's mean, or minus the mean of the others, optionally over the group's deviation.
+    """[G] score minus the group's mean, or minus the mean of the others, optionally over the
+    group's deviation.
 
-    Plain difference: Dr.GRPO, arXiv 2503.20783. Over (deviation + eps): GRPO, arXiv 2402.03300. Others' mean: RLOO,
-    arXiv 2402.14740, which is n / (n - 1) times the plain difference for n scores.
+    Plain difference: Dr.GRPO, arXiv 2503.20783. Over (deviation + eps): GRPO, arXiv 2402.03300.
+    Others' mean: RLOO, arXiv 2402.14740, which is n / (n - 1) times the plain difference for n
+    scores.
     """
     scores = np.asarray(scores, np.float64)
     valid = ~np.isnan(scores)
@@ -99,10 +107,13 @@ def deviation(scores: NDArray[Any], *, unbiased: bool = True) -> float:
     return float(np.std(known, ddof=int(unbiased))) if len(known) > 1 else 0.0
 
 
-def gpg_rescale(scores: Sequence[NDArray[Any]], kind: Literal["none", "signal", "nonzero-score"]) -> float:
+def gpg_rescale(
+    scores: Sequence[NDArray[Any]], kind: Literal["none", "signal", "nonzero-score"]
+) -> float:
     """GPG's alpha (arXiv 2504.02546): B scores over those that teach something; 1 where none does.
 
-    `signal` counts scores of groups in which two differ (the paper); `nonzero-score` scores other than 0 (verl).
+    `signal` counts scores of groups in which two differ (the paper); `nonzero-score` scores other
+    than 0 (verl).
     """
     known = [s[~np.isnan(s)] for s in (np.asarray(s, np.float64) for s in scores)]
     total = sum(len(s) for s in known)
@@ -124,15 +135,17 @@ def batch_advantages(
     values: NDArray[Any] | None = None,
     kl_penalty: NDArray[Any] | None = None,
 ) -> tuple[Floats, Floats | None]:
-    """[T] the advantages of tokens and, for `return` and `gae`, [T] the returns, which are the critic's targets; 0 where
-    `mask` is false.
+    """[T] the advantages of tokens and, for `return` and `gae`, [T] the returns, which are the
+    critic's targets; 0 where `mask` is false.
 
     Args:
         scores: [T] what `group_advantages` gave each token's completion.
-        mask: [T] which tokens train; others (a tool's output) are skipped as if they were not there.
+        mask: [T] which tokens train; others (a tool's output) are skipped as if they were not
+            there.
         sequence_ids: [T] integers from 0.
         values: [T] the critic's estimate *before* each token; needed for `gae`.
-        kl_penalty: [T] taken from the reward of each token (kl.place=reward): kl.coef times the estimate.
+        kl_penalty: [T] taken from the reward of each token (kl.place=reward): kl.coef times the
+            estimate.
 
     Raises:
         ValueError: `gae` without values.
@@ -142,18 +155,23 @@ def batch_advantages(
     if config.kind in ("return", "gae"):
         rewards = token_rewards(scores, mask, sequence_ids, kl_penalty)
     if config.kind == "return":
-        advantages = targets = gae(rewards, np.zeros(len(mask)), mask, sequence_ids, gamma=config.gamma, lam=1.0)
+        advantages = targets = gae(
+            rewards, np.zeros(len(mask)), mask, sequence_ids, gamma=config.gamma, lam=1.0
+        )
     elif config.kind == "gae":
         if values is None:
             raise ValueError(
-                "advantage.kind=gae needs a critic's values; configure a critic or set advantage.kind=group"
+                "advantage.kind=gae needs a critic's values; configure a critic or set"
+                " advantage.kind=group"
             )
         lam: float | Floats = config.lam
         if config.vapo_alpha is not None:
             lam = length_adaptive_lambda(sequence_counts(mask, sequence_ids), config.vapo_alpha)
         lam_critic = config.lam if config.lam_critic is None else config.lam_critic
         advantages = gae(rewards, values, mask, sequence_ids, gamma=config.gamma, lam=lam)
-        targets = value_targets(rewards, values, mask, sequence_ids, gamma=config.gamma, lam=lam_critic)
+        targets = value_targets(
+            rewards, values, mask, sequence_ids, gamma=config.gamma, lam=lam_critic
+        )
     else:
         advantages = np.where(mask, scores, 0.0)
     if config.whiten:
@@ -167,9 +185,14 @@ def token_rewards(
     sequence_ids: NDArray[Any],
     kl_penalty: NDArray[Any] | None = None,
 ) -> Floats:
-    """[T] the score at the last loss token of each sequence, minus the KL penalty at every loss token."""
+    """[T] the score at the last loss token of each sequence, minus the KL penalty at every loss
+    token."""
     mask = np.asarray(mask, bool)
-    rewards = np.zeros(len(mask)) if kl_penalty is None else np.where(mask, -np.asarray(kl_penalty, np.float64), 0.0)
+    rewards = (
+        np.zeros(len(mask))
+        if kl_penalty is None
+        else np.where(mask, -np.asarray(kl_penalty, np.float64), 0.0)
+    )
     places = np.flatnonzero(mask)
     ids = np.asarray(sequence_ids)[places]
     last = places[np.append(ids[1:] != ids[:-1], True)] if len(places) else places
@@ -178,13 +201,19 @@ def token_rewards(
 
 
 def kl_estimate(
-    logp: NDArray[Any], reference_logp: NDArray[Any], estimator: Estimator, *, bound: float | None = KL_BOUND
+    logp: NDArray[Any],
+    reference_logp: NDArray[Any],
+    estimator: Estimator,
+    *,
+    bound: float | None = KL_BOUND,
 ) -> Floats:
-    """[T] the estimate of KL(policy || reference) from the tokens' log-probs, as a number to be taken from rewards; 0 where
-    a log-prob is not finite, so that it costs its own token and no other.
+    """[T] the estimate of KL(policy || reference) from the tokens' log-probs, as a number to be
+    taken from rewards; 0 where a log-prob is not finite, so that it costs its own token and no
+    other.
 
-    With l = logp - reference_logp: k1 = l, k2 = l^2 / 2, k3 = exp(-l) - 1 + l (http://joschu.net/blog/kl-approx.html), the
-    last for l within +-20 and at most `bound`; `k3+` differs from k3 in its derivative only, which a reward has none of.
+    With l = logp - reference_logp: k1 = l, k2 = l^2 / 2, k3 = exp(-l) - 1 + l
+    (http://joschu.net/blog/kl-approx.html), the last for l within +-20 and at most `bound`; `k3+`
+    differs from k3 in its derivative only, which a reward has none of.
     """
     both = np.asarray(logp, np.float64), np.asarray(reference_logp, np.float64)
     finite = np.isfinite(both[0]) & np.isfinite(both[1])
@@ -194,7 +223,9 @@ def kl_estimate(
     if estimator == "k2":
         return np.asarray(log_ratio**2 / 2)
     log_ratio = np.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    estimate: Floats = np.minimum(np.expm1(-log_ratio) + log_ratio, np.inf if bound is None else bound)
+    estimate: Floats = np.minimum(
+        np.expm1(-log_ratio) + log_ratio, np.inf if bound is None else bound
+    )
     return estimate
 
 
@@ -207,12 +238,14 @@ def gae(
     gamma: float,
     lam: float | NDArray[Any],
 ) -> Floats:
-    """[T] generalised advantage estimation (arXiv 1506.02438) over the loss tokens of each sequence:
+    """[T] generalised advantage estimation (arXiv 1506.02438) over the loss tokens of each
+    sequence:
 
         delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lambda A_{t+1}
 
-    with V = A = 0 after the last one, also where a completion was cut. Tokens outside `mask` are skipped, V and A
-    reaching over them (verl, AReaL; OpenRLHF takes their values as 0, slime ignores the mask). They may hold NaN.
+    with V = A = 0 after the last one, also where a completion was cut. Tokens outside `mask` are
+    skipped, V and A reaching over them (verl, AReaL; OpenRLHF takes their values as 0, slime
+    ignores the mask). They may hold NaN.
 
     Args:
         lam: one number, or [S] one for each sequence.
@@ -245,20 +278,21 @@ def value_targets(
     gamma: float,
     lam: float | NDArray[Any],
 ) -> Floats:
-    """[T] what the critic should have said: A + V, from advantages before any whitening; 0 outside `mask`. VAPO
-    (arXiv 2504.05118) takes lambda = 1 here whatever the policy's lambda is."""
+    """[T] what the critic should have said: A + V, from advantages before any whitening; 0 outside
+    `mask`. VAPO (arXiv 2504.05118) takes lambda = 1 here whatever the policy's lambda is."""
     advantages = gae(rewards, values, mask, sequence_ids, gamma=gamma, lam=lam)
     return np.where(mask, advantages + np.where(mask, values, 0.0), 0.0)
 
 
 def length_adaptive_lambda(lengths: NDArray[Any], alpha: float) -> Floats:
-    """[S] VAPO's lambda of the policy, 1 - 1 / (alpha * length), never below 0 (arXiv 2504.05118, section 4.2)."""
+    """[S] VAPO's lambda of the policy, 1 - 1 / (alpha * length), never below 0 (arXiv 2504.05118,
+    section 4.2)."""
     return np.maximum(0.0, 1.0 - 1.0 / (alpha * np.maximum(np.asarray(lengths, np.float64), 1.0)))
 
 
 def whiten(values: NDArray[Any], mask: NDArray[np.bool_], *, unbiased: bool = True) -> Floats:
-    """[T] (x - mean) / sqrt(variance + 1e-8) over all loss tokens of the step; 0 elsewhere, and for fewer than two
-    tokens or no variance. The variance has N - 1 as in verl, or N as in OpenRLHF."""
+    """[T] (x - mean) / sqrt(variance + 1e-8) over all loss tokens of the step; 0 elsewhere, and for
+    fewer than two tokens or no variance. The variance has N - 1 as in verl, or N as in OpenRLHF."""
     mask = np.asarray(mask, bool)
     known = np.asarray(values, np.float64)[mask]
     result = np.zeros(len(mask))
@@ -268,11 +302,12 @@ def whiten(values: NDArray[Any], mask: NDArray[np.bool_], *, unbiased: bool = Tr
 
 
 def overlong_penalty(lengths: NDArray[Any], max_length: int, buffer: int) -> Floats:
-    """[G] DAPO's soft punishment (arXiv 2503.14476, eq. 13), to be added to scores: 0 up to max_length - buffer tokens,
-    then linearly down to -1 at max_length and beyond."""
+    """[G] DAPO's soft punishment (arXiv 2503.14476, eq. 13), to be added to scores: 0 up to
+    max_length - buffer tokens, then linearly down to -1 at max_length and beyond."""
     if not 0 < buffer <= max_length:
         raise ValueError(
-            f"the buffer of the overlong punishment is {buffer}; it must be in 1..{max_length} (max_length)"
+            f"the buffer of the overlong punishment is {buffer}; it must be in 1..{max_length}"
+            " (max_length)"
         )
     return -np.clip((np.asarray(lengths, np.float64) - (max_length - buffer)) / buffer, 0.0, 1.0)
 
@@ -286,9 +321,15 @@ def sequence_counts(mask: NDArray[np.bool_], sequence_ids: NDArray[Any]) -> NDAr
 def _layout(
     mask: NDArray[np.bool_], sequence_ids: NDArray[Any]
 ) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[np.int64], tuple[int, int]]:
-    """Where loss tokens stand in a [S, longest] rectangle: their places among T, row, column, and its shape."""
+    """Where loss tokens stand in a [S, longest] rectangle: their places among T, row, column, and
+    its shape."""
     places = np.flatnonzero(mask)
     ids = np.asarray(sequence_ids)[places]
     counts = sequence_counts(mask, sequence_ids)
     starts = np.concatenate(([0], np.cumsum(counts)))
-    return places, ids, np.arange(len(places)) - starts[ids], (len(counts), int(counts.max(initial=0)))
+    return (
+        places,
+        ids,
+        np.arange(len(places)) - starts[ids],
+        (len(counts), int(counts.max(initial=0))),
+    )

@@ -1,7 +1,8 @@
 """From resolved settings and a batch to the `TokenLoss` of a step.
 
-The mathematics stands in `surrogates`; here it gets its ratio level, the weights of `aggregation` and `offpolicy`, the
-KL penalty and the entropy bonus. The total is the plain sum over tokens: nothing is divided here.
+The mathematics stands in `surrogates`; here it gets its ratio level, the weights of `aggregation`
+and `offpolicy`, the KL penalty and the entropy bonus. The total is the plain sum over tokens:
+nothing is divided here.
 
 Shape legend: n tokens of a chunk, T tokens of the batch.
 """
@@ -42,8 +43,8 @@ from .token_batch import TokenBatch
 Array = NDArray[Any]
 
 PARTS = ("actor/pg_loss", "actor/kl_loss", "actor/entropy", "actor/nll_loss", TAU_TERM)
-"""Metrics of `BatchLoss` that hold weights, so that their sum is the figure: the terms of the loss, before their
-coefficients. The others are means over the tokens of `COUNTED`."""
+"""Metrics of `BatchLoss` that hold weights, so that their sum is the figure: the terms of the loss,
+before their coefficients. The others are means over the tokens of `COUNTED`."""
 COUNTED = "tokens"
 """1 for a token that trains, 0 for one whose log-probs are not finite."""
 CLIPPED = ("actor/pg_clipfrac", "actor/pg_clipfrac_lower")
@@ -61,8 +62,11 @@ class Objective:
     """That of sampling: log-probs are compared under the same one."""
 
     @staticmethod
-    def of(loss: LossConfig, kl: KLConfig, offpolicy: OffPolicyConfig, *, temperature: float = 1.0) -> Objective:
-        """Checks a user's own loss on a tiny batch at once, so that a run ends before it samples anything."""
+    def of(
+        loss: LossConfig, kl: KLConfig, offpolicy: OffPolicyConfig, *, temperature: float = 1.0
+    ) -> Objective:
+        """Checks a user's own loss on a tiny batch at once, so that a run ends before it samples
+        anything."""
         if loss.kind not in LOSSES:
             load_loss(loss.kind, loss.options)
         return Objective(loss=loss, kl=kl, offpolicy=offpolicy, temperature=temperature)
@@ -91,7 +95,9 @@ class Objective:
         """Whether a token of advantage 0 still has a gradient."""
         if self.loss is None or self.loss.kind not in LOSSES:
             return True
-        return bool(self.needs_reference or self.loss.entropy_coef or self.loss.tau or self.loss.nll_coef)
+        return bool(
+            self.needs_reference or self.loss.entropy_coef or self.loss.tau or self.loss.nll_coef
+        )
 
 
 def token_loss(
@@ -104,25 +110,31 @@ def token_loss(
 ) -> BatchLoss:
     """The loss of the whole batch, to be called chunk by chunk.
 
-    A loss token whose behaviour, old or reference log-prob is not finite does not train: its share is
-    `actor/nonfinite_logp` and keeps its place in the denominators. Where tokens of a sequence are coupled its whole
-    sequence does not train.
+    A loss token whose behaviour, old or reference log-prob is not finite does not train: its share
+    is `actor/nonfinite_logp` and keeps its place in the denominators. Where tokens of a sequence
+    are coupled its whole sequence does not train.
 
     Args:
-        old_logp: [T] the learner's log-probs under the old policy; required if `objective.needs_old_logp`.
+        old_logp: [T] the learner's log-probs under the old policy; required if
+            `objective.needs_old_logp`.
         reference_logp: [T] those of the reference; required if `objective.needs_reference`.
 
     Raises:
         ValueError: an advantage of a loss token that is not finite.
     """
-    assert not objective.needs_old_logp or old_logp is not None, "offpolicy.old_logp=recompute, but none were computed"
-    assert not objective.needs_reference or reference_logp is not None, "kl.place=loss, but there is no reference"
+    assert not objective.needs_old_logp or old_logp is not None, (
+        "offpolicy.old_logp=recompute, but none were computed"
+    )
+    assert not objective.needs_reference or reference_logp is not None, (
+        "kl.place=loss, but there is no reference"
+    )
     mask, behaviour = batch.loss_mask_T, batch.behaviour_logp_T
     if objective.on_samples and not np.isfinite(batch.advantages_T[mask]).all():
         count = int((~np.isfinite(batch.advantages_T[mask])).sum())
         raise ValueError(
-            f"{count} of {mask.sum()} loss tokens have an advantage that is not finite; check the size of the rewards, and with "
-            "a critic its values (critic/values/*, critic/grad_norm)"
+            f"{count} of {mask.sum()} loss tokens have an advantage that is not finite; check the"
+            " size of the rewards, and with a critic its values (critic/values/*,"
+            " critic/grad_norm)"
         )
     old = behaviour if old_logp is None or not objective.needs_old_logp else old_logp
     weights = importance = batch.weights_T
@@ -143,11 +155,16 @@ def token_loss(
     ids = batch.sequence_ids_T
     rows |= {"advantages": batch.advantages_T, "weights": weights, "importance": importance}
     if objective.loss is not None and objective.loss.nll_coef:
-        assert batch.correct_T is not None, "loss.nll_coef, but nobody said which answers are correct"
+        assert batch.correct_T is not None, (
+            "loss.nll_coef, but nobody said which answers are correct"
+        )
         shown = mask & batch.correct_T
         rows["imitation"] = objective.loss.nll_coef * shown / max(1, int(shown.sum()))
-    rows = {name: np.where(trains, row, 0.0) for name, row in rows.items()}  # what is masked may hold anything
-    rows["length"] = np.maximum(np.bincount(ids, weights=mask), 1.0)[ids] if len(ids) else np.zeros(0)
+    # what is masked may hold anything
+    rows = {name: np.where(trains, row, 0.0) for name, row in rows.items()}
+    rows["length"] = (
+        np.maximum(np.bincount(ids, weights=mask), 1.0)[ids] if len(ids) else np.zeros(0)
+    )
     return BatchLoss(objective, rows, mask, trains, ids, device, metrics)
 
 
@@ -170,18 +187,24 @@ class BatchLoss:
         self._user: UserLoss | None = None
         if loss is not None and loss.kind not in LOSSES:
             self._user = load_loss(loss.kind, loss.options)
-        coupled = loss is not None and (loss.ratio_level != "token" or objective.offpolicy.opsm_delta is not None)
+        coupled = loss is not None and (
+            loss.ratio_level != "token" or objective.offpolicy.opsm_delta is not None
+        )
         self.whole_sequences = coupled or (self._user is not None and self._user.whole_sequences)
         self.needs_entropy = loss is not None
-        """Always logged, since it costs no product; whether it is also trained says `loss.entropy_coef`."""
+        """Always logged, since it costs no product; whether it is also trained says
+        `loss.entropy_coef`."""
         self.clips_by_advantage = loss is not None and loss.kind == "ppo_clip"
-        """Whether a token of advantage 0 is never clipped, so that those left out of the passes are known not to be."""
+        """Whether a token of advantage 0 is never clipped, so that those left out of the passes are
+        known not to be."""
         self._rows = rows
         self._device = device
         self._on_device: dict[torch.dtype, dict[str, Tensor]] = {}
         self._mask = torch.from_numpy(np.ascontiguousarray(mask)).to(device)
         self._trains = torch.from_numpy(np.ascontiguousarray(trains)).to(device)
-        self._sequence = torch.from_numpy(np.ascontiguousarray(sequence_ids).astype(np.int64)).to(device)
+        self._sequence = torch.from_numpy(np.ascontiguousarray(sequence_ids).astype(np.int64)).to(
+            device
+        )
 
     def __call__(self, stats: TokenStats, index: Tensor) -> TokenTerms:
         rows = {name: row[index] for name, row in self._tensors(stats.logp.dtype).items()}
@@ -202,16 +225,20 @@ class BatchLoss:
         terms = self._with_kl(terms, logp, batch, weights)
         if imitation is not None:
             terms = _plus(terms, _weighted(nll(logp), imitation))
-            terms = _shown(terms, "actor/nll_loss", imitation * -logp / self.objective.loss.nll_coef)
+            terms = _shown(
+                terms, "actor/nll_loss", imitation * -logp / self.objective.loss.nll_coef
+            )
         terms = self._with_entropy(terms, stats.entropy, trains, weights)
         metrics = {"actor/ppo_kl": bounded(batch.old_logp - logp)[0], **terms.metrics}
         metrics = {name: torch.where(trains, value, 0.0) for name, value in metrics.items()}
         metrics |= {"actor/nonfinite_logp": bad, COUNTED: trains.to(bad.dtype)}
-        dlogp = torch.where(trains, terms.dlogp, 0.0)  # what a sequence shares out reaches its masked tokens too
+        # what a sequence shares out reaches its masked tokens too
+        dlogp = torch.where(trains, terms.dlogp, 0.0)
         return TokenTerms(loss=terms.loss, dlogp=dlogp, dentropy=terms.dentropy, metrics=metrics)
 
     def _tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The batch's arrays in the dtype of the head's log-probs, which only its first call shows."""
+        """The batch's arrays in the dtype of the head's log-probs, which only its first call
+        shows."""
         if dtype not in self._on_device:
             self._on_device[dtype] = {
                 name: torch.from_numpy(np.ascontiguousarray(row)).to(dtype).to(self._device)
@@ -219,11 +246,15 @@ class BatchLoss:
             }
         return self._on_device[dtype]
 
-    def _policy_terms(self, logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
+    def _policy_terms(
+        self, logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig
+    ) -> TokenTerms:
         delta = self.objective.offpolicy.opsm_delta
         metrics: dict[str, Tensor] = {}
         if delta is not None:
-            dropped = off_policy_sequences(batch.means(batch.behaviour_logp - logp), batch.advantages, delta)
+            dropped = off_policy_sequences(
+                batch.means(batch.behaviour_logp - logp), batch.advantages, delta
+            )
             weights = torch.where(dropped, 0.0, weights)
             metrics["rollout_corr/opsm_masked_fraction"] = dropped.to(logp.dtype)
         if self._user is not None:
@@ -237,17 +268,23 @@ class BatchLoss:
             metrics["actor/pg_loss"] = terms.loss - loss.tau * metrics[TAU_TERM]
         return TokenTerms(loss=terms.loss, dlogp=terms.dlogp, metrics={**terms.metrics, **metrics})
 
-    def _with_kl(self, terms: TokenTerms, logp: Tensor, batch: TokenBatch, weights: Tensor) -> TokenTerms:
+    def _with_kl(
+        self, terms: TokenTerms, logp: Tensor, batch: TokenBatch, weights: Tensor
+    ) -> TokenTerms:
         kl = self.objective.kl
         if batch.reference_logp is None:
             return terms
         old_logp = batch.old_logp if kl.unbiased else None
-        found = kl_penalty(logp, batch.reference_logp, kl.estimator, old_logp=old_logp, bound=kl.bound)
+        found = kl_penalty(
+            logp, batch.reference_logp, kl.estimator, old_logp=old_logp, bound=kl.bound
+        )
         penalty = _weighted(found, weights)
         scaled = TokenTerms(loss=kl.coef * penalty.loss, dlogp=kl.coef * penalty.dlogp)
         return _shown(_plus(terms, scaled), "actor/kl_loss", penalty.loss)
 
-    def _with_entropy(self, terms: TokenTerms, entropy: Tensor | None, trains: Tensor, weights: Tensor) -> TokenTerms:
+    def _with_entropy(
+        self, terms: TokenTerms, entropy: Tensor | None, trains: Tensor, weights: Tensor
+    ) -> TokenTerms:
         if entropy is None:  # a caller that has no need of the figure
             assert self.objective.loss is None or not self.objective.loss.entropy_coef
             return terms
@@ -258,17 +295,27 @@ class BatchLoss:
         if not self.objective.loss.entropy_coef:
             return terms
         slope = -self.objective.loss.entropy_coef * weights
-        return TokenTerms(loss=terms.loss + slope * entropy, dlogp=terms.dlogp, dentropy=slope, metrics=terms.metrics)
+        return TokenTerms(
+            loss=terms.loss + slope * entropy,
+            dlogp=terms.dlogp,
+            dentropy=slope,
+            metrics=terms.metrics,
+        )
 
 
 def _plus(terms: TokenTerms, more: TokenTerms) -> TokenTerms:
-    return TokenTerms(loss=terms.loss + more.loss, dlogp=terms.dlogp + more.dlogp, metrics=terms.metrics)
+    return TokenTerms(
+        loss=terms.loss + more.loss, dlogp=terms.dlogp + more.dlogp, metrics=terms.metrics
+    )
 
 
 def _shown(terms: TokenTerms, name: str, values: Tensor) -> TokenTerms:
     """The terms with one more figure."""
     return TokenTerms(
-        loss=terms.loss, dlogp=terms.dlogp, dentropy=terms.dentropy, metrics={**terms.metrics, name: values}
+        loss=terms.loss,
+        dlogp=terms.dlogp,
+        dentropy=terms.dentropy,
+        metrics={**terms.metrics, name: values},
     )
 
 
@@ -284,8 +331,11 @@ def _ratio(logp: Tensor, batch: TokenBatch, loss: LossConfig) -> Tensor:
     return batch.sums(log_ratio) if loss.ratio_level == "trajectory" else batch.means(log_ratio)
 
 
-def _through_ratio(terms: TokenTerms, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
-    """`terms` with derivatives by the ratio of `_ratio`, as terms with derivatives by each token's log-prob."""
+def _through_ratio(
+    terms: TokenTerms, batch: TokenBatch, weights: Tensor, loss: LossConfig
+) -> TokenTerms:
+    """`terms` with derivatives by the ratio of `_ratio`, as terms with derivatives by each token's
+    log-prob."""
     slope = terms.dlogp * weights
     if loss.ratio_level == "sequence":
         slope = batch.means(slope)
@@ -296,13 +346,17 @@ def _through_ratio(terms: TokenTerms, batch: TokenBatch, weights: Tensor, loss: 
 
 def _ppo_clip(logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
     bounds = {"clip_low": loss.clip_low, "clip_high": loss.clip_high}
-    terms = ppo_clip(_ratio(logp, batch, loss), batch.advantages, **bounds, dual_clip=loss.dual_clip)
+    terms = ppo_clip(
+        _ratio(logp, batch, loss), batch.advantages, **bounds, dual_clip=loss.dual_clip
+    )
     return _through_ratio(terms, batch, weights, loss)
 
 
 def _sapo(logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
     taus = {"tau_positive": loss.sapo_tau_positive, "tau_negative": loss.sapo_tau_negative}
-    return _through_ratio(sapo(_ratio(logp, batch, loss), batch.advantages, **taus), batch, weights, loss)
+    return _through_ratio(
+        sapo(_ratio(logp, batch, loss), batch.advantages, **taus), batch, weights, loss
+    )
 
 
 def _cispo(logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
@@ -327,7 +381,9 @@ def _k1_5(logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) ->
     gain = _weighted(reinforce(logp, batch.advantages), weights)
     square = squared_log_ratio(_ratio(logp, batch, loss), 1 / batch.length, loss.tau)
     pull = _through_ratio(square, batch, weights, loss)
-    return TokenTerms(loss=gain.loss + pull.loss, dlogp=gain.dlogp + pull.dlogp, metrics=pull.metrics)
+    return TokenTerms(
+        loss=gain.loss + pull.loss, dlogp=gain.dlogp + pull.dlogp, metrics=pull.metrics
+    )
 
 
 def _k2_5(logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
@@ -345,4 +401,5 @@ KINDS: dict[str, Callable[[Tensor, TokenBatch, Tensor, LossConfig], TokenTerms]]
     "k1_5": _k1_5,
     "k2_5": _k2_5,
 }
-"""Each takes log-probs, the chunk, the tokens' weights and settings, and gives terms with the weights multiplied in."""
+"""Each takes log-probs, the chunk, the tokens' weights and settings, and gives terms with the
+weights multiplied in."""

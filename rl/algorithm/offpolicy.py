@@ -1,8 +1,10 @@
-"""Corrections for tokens that another policy than the learner's old one has sampled: weights, masks and their figures.
+"""Corrections for tokens that another policy than the learner's old one has sampled: weights, masks
+and their figures.
 
-Pure NumPy over the T tokens of a batch, before it is split. `old` is the learner's own log-prob of each token under the
-weights that sampled it (or were closest), `behaviour` the engine's. The result multiplies the policy-gradient term of
-each token; a rejected token has weight 0 and keeps its place in the denominators (see `aggregation`).
+Pure NumPy over the T tokens of a batch, before it is split. `old` is the learner's own log-prob of
+each token under the weights that sampled it (or were closest), `behaviour` the engine's. The result
+multiplies the policy-gradient term of each token; a rejected token has weight 0 and keeps its place
+in the denominators (see `aggregation`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from ..config.algorithm import OffPolicyConfig
 
 Floats = NDArray[np.float64]
 LOG_RATIO_LIMIT = 20.0
-"""Logarithms of weights are cut here before they become numbers, as in verl and OpenRLHF: exp(20) is 4.9e8."""
+"""Logarithms of weights are cut here before they become numbers, as in verl and OpenRLHF: exp(20)
+is 4.9e8."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -39,19 +42,27 @@ def correction(
     sequence_ids: NDArray[Any],
     config: OffPolicyConfig,
 ) -> Correction:
-    """The weight of every token as `config` asks for it. A loss token whose log-probs are not finite is rejected.
+    """The weight of every token as `config` asks for it. A loss token whose log-probs are not
+    finite is rejected.
 
-    - weight=token, mode=truncate: TIS, min(w, high) (https://fengyao.notion.site/off-policy-rl). With the clipped ratio
-      against `old` this is decoupled PPO (arXiv 2110.00641, AReaL arXiv 2505.24298).
+    - weight=token, mode=truncate: TIS, min(w, high) (https://fengyao.notion.site/off-policy-rl).
+      With the clipped ratio against `old` this is decoupled PPO (arXiv 2110.00641, AReaL arXiv
+      2505.24298).
     - weight=token, mode=mask: MIS, and IcePop with 0.5 and 5.0 (arXiv 2510.18855).
     - weight=sequence or geometric: one weight for the sequence, the product or the geometric mean.
-    - seq_mask_*: drops sequences by their geometric mean, whatever the weight (OpenRLHF's and NeMo's seq-mask-tis with
-      weight=token and high large).
+    - seq_mask_*: drops sequences by their geometric mean, whatever the weight (OpenRLHF's and
+      NeMo's seq-mask-tis with weight=token and high large).
     """
     mask = np.asarray(mask, bool)
-    finite = mask & np.isfinite(np.where(mask, old, 0.0)) & np.isfinite(np.where(mask, behaviour, 0.0))
-    log_w = np.where(finite, np.where(finite, old, 0.0) - np.where(finite, behaviour, 0.0), 0.0).astype(np.float64)
-    raw_weights, inside = token_weight(log_w, finite, sequence_ids, config.weight, config.mode, config.low, config.high)
+    finite = (
+        mask & np.isfinite(np.where(mask, old, 0.0)) & np.isfinite(np.where(mask, behaviour, 0.0))
+    )
+    log_w = np.where(
+        finite, np.where(finite, old, 0.0) - np.where(finite, behaviour, 0.0), 0.0
+    ).astype(np.float64)
+    raw_weights, inside = token_weight(
+        log_w, finite, sequence_ids, config.weight, config.mode, config.low, config.high
+    )
     geometric = np.exp(_bounded(pooled(log_w, finite, sequence_ids, "mean")))
     accepted = np.ones(len(mask), bool)
     if config.seq_mask_low is not None:
@@ -77,7 +88,8 @@ def token_weight(
     low: float,
     high: float,
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """[T] importance weights and [T] which were inside [low, high]: outside they are cut to it, or 0 with mode=mask."""
+    """[T] importance weights and [T] which were inside [low, high]: outside they are cut to it, or
+    0 with mode=mask."""
     if weight == "none":
         return np.ones(len(log_w)), np.ones(len(log_w), bool)
     if weight != "token":
@@ -87,8 +99,11 @@ def token_weight(
     return np.where(inside, raw, 0.0) if mode == "mask" else np.clip(raw, low, high), inside
 
 
-def pooled(values: NDArray[Any], mask: NDArray[np.bool_], sequence_ids: NDArray[Any], how: str) -> Floats:
-    """[T] the sum or mean over the loss tokens of each token's sequence; 0 for a sequence without any."""
+def pooled(
+    values: NDArray[Any], mask: NDArray[np.bool_], sequence_ids: NDArray[Any], how: str
+) -> Floats:
+    """[T] the sum or mean over the loss tokens of each token's sequence; 0 for a sequence without
+    any."""
     ids = np.asarray(sequence_ids)
     if not len(ids):
         return np.zeros(0)
@@ -107,19 +122,23 @@ def _bounded(log_w: NDArray[Any]) -> Floats:
 def mismatch_metrics(
     old: NDArray[Any], behaviour: NDArray[Any], mask: NDArray[np.bool_], sequence_ids: NDArray[Any]
 ) -> dict[str, float]:
-    """How far the rollouts' policy is from the old one at the loss tokens, by verl's definitions and under its names; tokens
-    whose log-probs are not finite are left out. With l = old - behaviour and w = exp(l), per token:
+    """How far the rollouts' policy is from the old one at the loss tokens, by verl's definitions
+    and under its names; tokens whose log-probs are not finite are left out. With l = old -
+    behaviour and w = exp(l), per token:
 
-    kl = -l, the plain estimate of KL(rollout || old); k3_kl = w - 1 - l; chi2_token = w^2 - 1; rollout_probs_diff = |p_old -
-    p_rollout|, and the correlation of the two. Per sequence, whose mean log-probs are m_old and m_rollout:
-    training_log_ppl = -m_old; rollout_log_ppl = -m_rollout; log_ppl_diff = m_rollout - m_old; ppl_ratio = exp(log_ppl_diff);
-    chi2_seq = exp(2 sum l) - 1. Exponents are held within +-20.
+    kl = -l, the plain estimate of KL(rollout || old); k3_kl = w - 1 - l; chi2_token = w^2 - 1;
+    rollout_probs_diff = |p_old - p_rollout|, and the correlation of the two. Per sequence, whose
+    mean log-probs are m_old and m_rollout: training_log_ppl = -m_old; rollout_log_ppl = -m_rollout;
+    log_ppl_diff = m_rollout - m_old; ppl_ratio = exp(log_ppl_diff); chi2_seq = exp(2 sum l) - 1.
+    Exponents are held within +-20.
     """
     finite = np.asarray(mask, bool) & np.isfinite(old) & np.isfinite(behaviour)
     if not finite.any():
         return {}
     ours, theirs = (np.asarray(row, np.float64)[finite] for row in (old, behaviour))
-    _, ids, counts = np.unique(np.asarray(sequence_ids)[finite], return_inverse=True, return_counts=True)
+    _, ids, counts = np.unique(
+        np.asarray(sequence_ids)[finite], return_inverse=True, return_counts=True
+    )
     gap = ours - theirs
     w = np.exp(_bounded(gap))
     log_ppl, their_log_ppl = (-np.bincount(ids, weights=row) / counts for row in (ours, theirs))
@@ -161,10 +180,10 @@ def weight_metrics(
     sequence_ids: NDArray[Any],
     config: OffPolicyConfig,
 ) -> dict[str, float]:
-    """verl's figures of importance weights over the tokens of `mask`, sequence masks left out of account as there: `weights`
-    [T] as they were cut or masked; `log_w` [T] before. The largest and smallest are of the weights as cut, but with
-    weight=sequence of the products before; high and low are the shares beyond config.high and below config.low (1 /
-    config.high where that is 0)."""
+    """verl's figures of importance weights over the tokens of `mask`, sequence masks left out of
+    account as there: `weights` [T] as they were cut or masked; `log_w` [T] before. The largest and
+    smallest are of the weights as cut, but with weight=sequence of the products before; high and
+    low are the shares beyond config.high and below config.low (1 / config.high where that is 0)."""
     if not np.any(mask):
         return {}
     used = np.asarray(weights)[mask]
@@ -190,7 +209,9 @@ def weight_metrics(
     return {f"rollout_corr/{name}": float(value) for name, value in found.items()}
 
 
-def rejection_metrics(kept: NDArray[np.bool_], mask: NDArray[np.bool_], sequence_ids: NDArray[Any]) -> dict[str, float]:
+def rejection_metrics(
+    kept: NDArray[np.bool_], mask: NDArray[np.bool_], sequence_ids: NDArray[Any]
+) -> dict[str, float]:
     """The shares of loss tokens that were rejected, and of sequences that lost one."""
     if not np.any(mask):
         return {}
@@ -204,10 +225,12 @@ def rejection_metrics(kept: NDArray[np.bool_], mask: NDArray[np.bool_], sequence
 
 
 def renormalised(weights: NDArray[Any], kept: NDArray[np.bool_]) -> Floats:
-    """[T] aggregation weights after a rejection under loss.denominator=kept: divided by 1 - the share of the rejected.
+    """[T] aggregation weights after a rejection under loss.denominator=kept: divided by 1 - the
+    share of the rejected.
 
-    For token-mean this is 1 / N_kept, for seq-mean-token-mean with whole sequences rejected 1 / (S_kept n_i). Weights
-    of a mean add up to 1 over the whole step, so that sequences which are not in this batch stay counted.
+    For token-mean this is 1 / N_kept, for seq-mean-token-mean with whole sequences rejected 1 /
+    (S_kept n_i). Weights of a mean add up to 1 over the whole step, so that sequences which are not
+    in this batch stay counted.
     """
     share = float(np.where(kept, 0.0, weights).sum())
     return np.where(kept, weights, 0.0) / (1.0 - share) if share < 1.0 else np.zeros(len(weights))

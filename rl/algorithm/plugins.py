@@ -1,4 +1,5 @@
-"""Losses and advantages of a user's own: found by path or entry point, tried on a tiny batch, wrapped for the learner.
+"""Losses and advantages of a user's own: found by path or entry point, tried on a tiny batch,
+wrapped for the learner.
 
 A loss is `f(logp, batch, **options)`, differentiated by autograd, or giving its derivative itself:
 
@@ -6,11 +7,13 @@ A loss is `f(logp, batch, **options)`, differentiated by autograd, or giving its
         ratio = (logp - batch.old_logp).exp()
         return -batch.advantages * ratio.clamp(max=2.0)
 
-It says what each token costs. Masks, weights and means are put around it, so that it must not average. A loss that
-couples the tokens of a sequence sets `my_loss.whole_sequences = True`. One that returns (loss, dlogp) is in closed form;
-if its dlogp is on purpose not the derivative of its loss (a stop-gradient), it sets `my_loss.stop_gradient = True`.
+It says what each token costs. Masks, weights and means are put around it, so that it must not
+average. A loss that couples the tokens of a sequence sets `my_loss.whole_sequences = True`. One
+that returns (loss, dlogp) is in closed form; if its dlogp is on purpose not the derivative of its
+loss (a stop-gradient), it sets `my_loss.stop_gradient = True`.
 
-An advantage is `f(scores, **options)`: a list of [G] arrays in, NaN for no verdict, a list of [G] arrays out.
+An advantage is `f(scores, **options)`: a list of [G] arrays in, NaN for no verdict, a list of [G]
+arrays out.
 """
 
 from __future__ import annotations
@@ -72,8 +75,9 @@ class UserLoss:
         if not isinstance(part, torch.Tensor) or part.shape != logp.shape:
             shape = tuple(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__
             raise ValueError(
-                f"loss.kind={self.name!r} returned {shape} for {len(logp)} tokens; return one loss per token, shape "
-                f"[{len(logp)}], without sum or mean, or the pair (loss, dlogp) of that shape"
+                f"loss.kind={self.name!r} returned {shape} for {len(logp)} tokens; return one loss"
+                f" per token, shape [{len(logp)}], without sum or mean, or the pair (loss, dlogp)"
+                " of that shape"
             )
         return part
 
@@ -91,7 +95,8 @@ def _load_loss(kind: str, options: str) -> UserLoss:
 
 
 def load_advantage(kind: str, options: Mapping[str, Any]) -> AdvantageFunction:
-    """The advantage that `kind` names, after a trial; each call is checked, and NaN scores get 0."""
+    """The advantage that `kind` names, after a trial; each call is checked, and NaN scores get
+    0."""
     return _load_advantage(kind, json.dumps(dict(options), sort_keys=True))
 
 
@@ -103,15 +108,24 @@ def _load_advantage(kind: str, options: str) -> AdvantageFunction:
         given = function([s.copy() for s in scores], **keywords)
         shapes = [np.shape(s) for s in scores]
         if not isinstance(given, list | tuple) or [np.shape(a) for a in given] != shapes:
-            found = [np.shape(a) for a in given] if isinstance(given, list | tuple) else type(given).__name__
-            raise ValueError(
-                f"advantage.kind={kind!r} returned {found} for groups of {shapes}; return a list of these shapes"
+            found = (
+                [np.shape(a) for a in given]
+                if isinstance(given, list | tuple)
+                else type(given).__name__
             )
-        advantages = [np.where(np.isnan(s), 0.0, np.asarray(a, np.float64)) for s, a in zip(scores, given, strict=True)]
+            raise ValueError(
+                f"advantage.kind={kind!r} returned {found} for groups of {shapes}; return a list of"
+                " these shapes"
+            )
+        advantages = [
+            np.where(np.isnan(s), 0.0, np.asarray(a, np.float64))
+            for s, a in zip(scores, given, strict=True)
+        ]
         bad = next((i for i, a in enumerate(advantages) if not np.isfinite(a).all()), None)
         if bad is not None:
             raise ValueError(
-                f"advantage.kind={kind!r} gave {advantages[bad]} for the scores {scores[bad]}; all must be finite"
+                f"advantage.kind={kind!r} gave {advantages[bad]} for the scores {scores[bad]}; all"
+                " must be finite"
             )
         return advantages
 
@@ -121,8 +135,9 @@ def _load_advantage(kind: str, options: str) -> AdvantageFunction:
 
 
 def check_loss(loss: UserLoss) -> None:
-    """Tries a loss on three sequences in float64: one finite loss per token, the same one whichever other tokens (or,
-    with whole_sequences, sequences) stand beside it, and a derivative that a numerical one confirms."""
+    """Tries a loss on three sequences in float64: one finite loss per token, the same one whichever
+    other tokens (or, with whole_sequences, sequences) stand beside it, and a derivative that a
+    numerical one confirms."""
     import torch
 
     from .token_batch import tiny_batch
@@ -133,33 +148,46 @@ def check_loss(loss: UserLoss) -> None:
     value, slope = _run(lambda: loss(logp, batch, ones), name)
     for what, tensor in (("loss", value), ("dlogp", slope)):
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} gave a {what} that is not finite on a tiny batch of ordinary log-probs: {tensor}")
+            raise ValueError(
+                f"{name} gave a {what} that is not finite on a tiny batch of ordinary log-probs:"
+                f" {tensor}"
+            )
     parts = [[i] for i in range(len(logp))]
     if loss.whole_sequences:
-        parts = [(batch.sequence == s).nonzero()[:, 0].tolist() for s in sorted(set(batch.sequence.tolist()))]
+        parts = [
+            (batch.sequence == s).nonzero()[:, 0].tolist()
+            for s in sorted(set(batch.sequence.tolist()))
+        ]
     for part in parts:
-        alone, slope_alone = _run(lambda part=part: loss(logp[part], batch.select(part), ones[part]), name)  # type: ignore[misc]
+        alone, slope_alone = _run(
+            functools.partial(loss, logp[part], batch.select(part), ones[part]), name
+        )
         if not (torch.allclose(alone, value[part]) and torch.allclose(slope_alone, slope[part])):
             advice = (
                 "sum and average only within batch.sequence"
                 if loss.whole_sequences
-                else "do not sum, average or normalise over tokens; if the tokens of a sequence are coupled on purpose, set "
-                "whole_sequences = True on the function"
+                else (
+                    "do not sum, average or normalise over tokens; if the tokens of a sequence are"
+                    " coupled on purpose, set whole_sequences = True on the function"
+                )
             )
             raise ValueError(
-                f"{name}: a token's loss changes with the tokens beside it, so micro-batches would too; {advice}"
+                f"{name}: a token's loss changes with the tokens beside it, so micro-batches would"
+                f" too; {advice}"
             )
     if not getattr(loss.function, "stop_gradient", False) and _states_derivative(loss, logp, batch):
         numerical = torch.stack([_numerical(loss, logp, batch, i) for i in range(len(logp))])
         if not torch.allclose(numerical, slope, rtol=TOLERANCE, atol=TOLERANCE):
             raise ValueError(
-                f"{name}: the stated dlogp {slope.tolist()} is not the numerical derivative {numerical.tolist()}; correct it, "
-                "return the loss alone (autograd differentiates it), or set stop_gradient = True if it is meant so"
+                f"{name}: the stated dlogp {slope.tolist()} is not the numerical derivative"
+                f" {numerical.tolist()}; correct it, return the loss alone (autograd differentiates"
+                " it), or set stop_gradient = True if it is meant so"
             )
 
 
 def _states_derivative(loss: UserLoss, logp: Tensor, batch: TokenBatch) -> bool:
-    """Whether it returns (loss, dlogp). Autograd's derivative needs no check, and differs where the loss detaches."""
+    """Whether it returns (loss, dlogp). Autograd's derivative needs no check, and differs where the
+    loss detaches."""
     return isinstance(loss.function(logp, batch, **loss.options), tuple)
 
 
@@ -169,7 +197,10 @@ def _numerical(loss: UserLoss, logp: Tensor, batch: TokenBatch, i: int) -> Tenso
     moved = torch.zeros_like(logp)
     moved[i] = STEP
     ones = torch.ones_like(logp)
-    above, below = loss(logp + moved, batch, ones)[0].sum(), loss(logp - moved, batch, ones)[0].sum()
+    above, below = (
+        loss(logp + moved, batch, ones)[0].sum(),
+        loss(logp - moved, batch, ones)[0].sum(),
+    )
     return (above - below) / (2 * STEP)
 
 
@@ -180,7 +211,9 @@ def _run(call: Callable[[], Any], name: str) -> Any:
     except ValueError:
         raise
     except Exception as error:
-        raise ValueError(f"{name} failed on a tiny batch: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{name} failed on a tiny batch: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _find(kind: str, group: str) -> Callable[..., Any]:

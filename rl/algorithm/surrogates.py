@@ -1,9 +1,11 @@
-"""The loss mathematics: each function gives, token by token, a loss and its derivative in closed form.
+"""The loss mathematics: each function gives, token by token, a loss and its derivative in closed
+form.
 
-Everything is minimised. r = exp(l) is policy over old policy, l = log r; A is the advantage. Functions see tokens only:
-no mask, no weight and no mean, which `losses` puts around them. `TokenTerms.dlogp` is here the derivative by the
-first argument, with the stop-gradients of the paper respected. l is held within +-20 (verl, OpenRLHF), with derivative 0
-beyond, so that exp never overflows.
+Everything is minimised. r = exp(l) is policy over old policy, l = log r; A is the advantage.
+Functions see tokens only: no mask, no weight and no mean, which `losses` puts around them.
+`TokenTerms.dlogp` is here the derivative by the first argument, with the stop-gradients of the
+paper respected. l is held within +-20 (verl, OpenRLHF), with derivative 0 beyond, so that exp never
+overflows.
 
 Arguments and results are [n] tensors of float32 or float64.
 """
@@ -28,13 +30,19 @@ def bounded(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ppo_clip(
-    log_ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, dual_clip: float | None = None
+    log_ratio: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
 ) -> TokenTerms:
     """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), and where A < 0 at most -dual_clip A.
 
-    PPO, arXiv 1707.06347, eq. 7; the second bound ("dual clip") arXiv 1912.09729, eq. 5; unequal bounds DAPO, arXiv
-    2503.14476, eq. 8; with the l of a sequence GSPO, arXiv 2507.18071, eq. 5. `pg_clipfrac` counts tokens whose clipped
-    loss is strictly the larger, `pg_clipfrac_lower` those at the second bound, as in verl.
+    PPO, arXiv 1707.06347, eq. 7; the second bound ("dual clip") arXiv 1912.09729, eq. 5; unequal
+    bounds DAPO, arXiv 2503.14476, eq. 8; with the l of a sequence GSPO, arXiv 2507.18071, eq. 5.
+    `pg_clipfrac` counts tokens whose clipped loss is strictly the larger, `pg_clipfrac_lower` those
+    at the second bound, as in verl.
     """
     log_r, moving = bounded(log_ratio)
     ratio = log_r.exp()
@@ -52,19 +60,26 @@ def ppo_clip(
     return TokenTerms(loss=loss, dlogp=slope, metrics=metrics)
 
 
-def sapo(log_ratio: Tensor, advantages: Tensor, *, tau_positive: float = 1.0, tau_negative: float = 1.05) -> TokenTerms:
-    """-A (4 / tau) sigmoid(tau (r - 1)), with a tau for A > 0 and one for the rest: a gate instead of a clip.
+def sapo(
+    log_ratio: Tensor, advantages: Tensor, *, tau_positive: float = 1.0, tau_negative: float = 1.05
+) -> TokenTerms:
+    """-A (4 / tau) sigmoid(tau (r - 1)), with a tau for A > 0 and one for the rest: a gate instead
+    of a clip.
 
     SAPO, arXiv 2511.20347, eq. 5 and 6.
     """
     log_r, moving = bounded(log_ratio)
     ratio = log_r.exp()
     # numbers alone would be rounded to float32 first
-    tau = torch.where(advantages > 0, log_r.new_tensor(tau_positive), log_r.new_tensor(tau_negative))
+    tau = torch.where(
+        advantages > 0, log_r.new_tensor(tau_positive), log_r.new_tensor(tau_negative)
+    )
     gate = torch.sigmoid(tau * (ratio - 1))
     slope = -4 * advantages * gate * (1 - gate) * ratio
     return TokenTerms(
-        loss=-advantages * (4 / tau) * gate, dlogp=torch.where(moving, slope, 0.0), metrics={"actor/ratio": ratio}
+        loss=-advantages * (4 / tau) * gate,
+        dlogp=torch.where(moving, slope, 0.0),
+        metrics={"actor/ratio": ratio},
     )
 
 
@@ -79,12 +94,18 @@ def nll(logp: Tensor) -> TokenTerms:
 
 
 def cispo(
-    logp: Tensor, log_ratio: Tensor, advantages: Tensor, *, clip_low: float = 1.0, clip_high: float = 4.0
+    logp: Tensor,
+    log_ratio: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float = 1.0,
+    clip_high: float = 4.0,
 ) -> TokenTerms:
-    """-c A logp with c = clip(r, 1 - clip_low, 1 + clip_high) held constant: every token keeps a gradient.
+    """-c A logp with c = clip(r, 1 - clip_low, 1 + clip_high) held constant: every token keeps a
+    gradient.
 
-    MiniMax-M1, arXiv 2506.13585, eq. 4 and 5, which bounds r from above only (clip_low=1). verl's default of 0.2 on
-    both sides and TRL's absolute bound are reached with other values.
+    MiniMax-M1, arXiv 2506.13585, eq. 4 and 5, which bounds r from above only (clip_low=1). verl's
+    default of 0.2 on both sides and TRL's absolute bound are reached with other values.
     """
     ratio = bounded(log_ratio)[0].exp()
     held = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -96,8 +117,8 @@ def cispo(
 def topr(logp: Tensor, log_ratio: Tensor, advantages: Tensor) -> TokenTerms:
     """A > 0: -A logp; else -clip(r, 0, 1) A logp with the clipped ratio held constant.
 
-    TOPR, arXiv 2503.14286, where r is the trajectory's and good and bad are told by the reward; here by the sign of A.
-    ROLL takes each token's r (ratio_level=token).
+    TOPR, arXiv 2503.14286, where r is the trajectory's and good and bad are told by the reward;
+    here by the sign of A. ROLL takes each token's r (ratio_level=token).
     """
     ratio = bounded(log_ratio)[0].exp()
     cut = (advantages <= 0) & (ratio > 1)
@@ -106,9 +127,11 @@ def topr(logp: Tensor, log_ratio: Tensor, advantages: Tensor) -> TokenTerms:
     return TokenTerms(loss=coefficient * logp, dlogp=coefficient, metrics=metrics)
 
 
-def dppo_tv(logp: Tensor, old_logp: Tensor, advantages: Tensor, *, low: float, high: float, tau: float) -> TokenTerms:
-    """-A r + tau l^2, the first term only while the probability p has not moved too far from the sampler's mu: dropped
-    where A > 0 and p - mu > high, or A < 0 and p - mu < -low.
+def dppo_tv(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, *, low: float, high: float, tau: float
+) -> TokenTerms:
+    """-A r + tau l^2, the first term only while the probability p has not moved too far from the
+    sampler's mu: dropped where A > 0 and p - mu > high, or A < 0 and p - mu < -low.
 
     DPPO with total variation, arXiv 2602.04879; the second term as in prime-rl.
     """
@@ -117,23 +140,31 @@ def dppo_tv(logp: Tensor, old_logp: Tensor, advantages: Tensor, *, low: float, h
     moved = logp.exp() - old_logp.exp()
     dropped = ((advantages > 0) & (moved > high)) | ((advantages < 0) & (moved < -low))
     gain = torch.where(dropped, 0.0, -advantages * ratio)
-    metrics = {"actor/pg_clipfrac": dropped.to(logp.dtype), "actor/ratio": ratio, TAU_TERM: log_r.square()}
+    metrics = {
+        "actor/pg_clipfrac": dropped.to(logp.dtype),
+        "actor/ratio": ratio,
+        TAU_TERM: log_r.square(),
+    }
     slope = torch.where(moving, gain + 2 * tau * log_r, 0.0)
     return TokenTerms(loss=gain + tau * log_r.square(), dlogp=slope, metrics=metrics)
 
 
 def squared_log_ratio(log_ratio: Tensor, share: Tensor, tau: float) -> TokenTerms:
-    """(tau / 2) l^2 times `share`: with -A logp per token the loss of Kimi k1.5, arXiv 2501.12599, eq. 3.
+    """(tau / 2) l^2 times `share`: with -A logp per token the loss of Kimi k1.5, arXiv 2501.12599,
+    eq. 3.
 
-    There l is the sum over a sequence and `share` 1 / its length, so that the tokens of a sequence add up to one square.
+    There l is the sum over a sequence and `share` 1 / its length, so that the tokens of a sequence
+    add up to one square.
     """
     square = 0.5 * share * log_ratio.square()
     return TokenTerms(loss=tau * square, dlogp=tau * share * log_ratio, metrics={TAU_TERM: square})
 
 
-def k2_5(log_ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, tau: float) -> TokenTerms:
-    """-A clip(r, 1 - clip_low, 1 + clip_high) + tau l^2: outside the bounds the first term has no gradient, whatever
-    the sign of A; the second pulls back as far as l is followed.
+def k2_5(
+    log_ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, tau: float
+) -> TokenTerms:
+    """-A clip(r, 1 - clip_low, 1 + clip_high) + tau l^2: outside the bounds the first term has no
+    gradient, whatever the sign of A; the second pulls back as far as l is followed.
 
     Kimi K2.5, arXiv 2602.02276, eq. 1, which prints no bounds and no tau.
     """
@@ -141,9 +172,15 @@ def k2_5(log_ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: f
     ratio = log_r.exp()
     held = ratio.clamp(1 - clip_low, 1 + clip_high)
     slope = torch.where(held == ratio, -advantages * ratio, 0.0) + 2 * tau * log_r
-    metrics = {"actor/pg_clipfrac": (held != ratio).to(log_r.dtype), "actor/ratio": ratio, TAU_TERM: log_r.square()}
+    metrics = {
+        "actor/pg_clipfrac": (held != ratio).to(log_r.dtype),
+        "actor/ratio": ratio,
+        TAU_TERM: log_r.square(),
+    }
     return TokenTerms(
-        loss=-advantages * held + tau * log_r.square(), dlogp=torch.where(moving, slope, 0.0), metrics=metrics
+        loss=-advantages * held + tau * log_r.square(),
+        dlogp=torch.where(moving, slope, 0.0),
+        metrics=metrics,
     )
 
 
@@ -157,12 +194,14 @@ def kl_penalty(
 ) -> TokenTerms:
     """An estimate of KL(policy || reference) from one token, with l = logp - reference_logp.
 
-    k1 = l, k2 = l^2 / 2, k3 = exp(-l) - 1 + l (Schulman 2020, http://joschu.net/blog/kl-approx.html). k3+ is verl's: the
-    value of k3 with the derivative of k2. Both are at most `bound`, where k3 has no derivative any more, as in verl
-    (low_var_kl), AReaL and NeMo-RL; None: no bound but that on l (TRL).
+    k1 = l, k2 = l^2 / 2, k3 = exp(-l) - 1 + l (Schulman 2020,
+    http://joschu.net/blog/kl-approx.html). k3+ is verl's: the value of k3 with the derivative of
+    k2. Both are at most `bound`, where k3 has no derivative any more, as in verl (low_var_kl),
+    AReaL and NeMo-RL; None: no bound but that on l (TRL).
 
     With `old_logp` the estimate k becomes r k, and r is differentiated too
-    (DeepSeek-V3.2, arXiv 2512.02556): the derivative of r k3 is r l, whose mean over old samples is the true gradient.
+    (DeepSeek-V3.2, arXiv 2512.02556): the derivative of r k3 is r l, whose mean over old samples is
+    the true gradient.
     """
     log_r, moving = bounded(logp - reference_logp)
     if estimator == "k1":
@@ -188,8 +227,8 @@ def value_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[n] the critic's loss, its derivative by `values`, and where the clipped value decided.
 
-    0.5 max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) as in verl and OpenRLHF (0.5 in both); `clip=None`
-    is the plain square.
+    0.5 max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) as in verl and OpenRLHF (0.5 in
+    both); `clip=None` is the plain square.
     """
     error = values - targets
     loss, slope = 0.5 * error.square(), error
@@ -202,6 +241,6 @@ def value_loss(
 
 
 def off_policy_sequences(mean_log_gap: Tensor, advantages: Tensor, delta: float) -> Tensor:
-    """[n] true where DeepSeek-V3.2's off-policy sequence mask (arXiv 2512.02556) drops a token's sequence: A < 0 and the
-    sequence's mean of log(rollout / policy) above `delta`."""
+    """[n] true where DeepSeek-V3.2's off-policy sequence mask (arXiv 2512.02556) drops a token's
+    sequence: A < 0 and the sequence's mean of log(rollout / policy) above `delta`."""
     return (advantages < 0) & (mean_log_gap > delta)

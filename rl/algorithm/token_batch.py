@@ -31,14 +31,19 @@ class TokenBatch:
     def select(self, index: Sequence[int]) -> TokenBatch:
         """These tokens alone."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: v[list(index)] for name, v in values.items() if v is not None})
+        return replace(
+            self, **{name: v[list(index)] for name, v in values.items() if v is not None}
+        )
 
     def sums(self, values: Tensor) -> Tensor:
-        """[n] the sum of `values` over the tokens of each token's sequence that are here, added up in float64: one after
-        the other in float32, the gradient of an answer of 100,000 tokens would be off by 1e-4 of itself."""
+        """[n] the sum of `values` over the tokens of each token's sequence that are here, added up
+        in float64: one after the other in float32, the gradient of an answer of 100,000 tokens
+        would be off by 1e-4 of itself."""
         if not len(values):
             return values
-        totals = torch.zeros(int(self.sequence.max()) + 1, dtype=torch.float64, device=values.device)
+        totals = torch.zeros(
+            int(self.sequence.max()) + 1, dtype=torch.float64, device=values.device
+        )
         return totals.index_add(0, self.sequence, values.double())[self.sequence].to(values.dtype)
 
     def means(self, values: Tensor) -> Tensor:
@@ -47,7 +52,8 @@ class TokenBatch:
 
 
 def tiny_batch() -> tuple[Tensor, TokenBatch]:
-    """Log-probs and a batch of three sequences of 3, 1 and 4 tokens in float64, with ratios between 0.6 and 1.6."""
+    """Log-probs and a batch of three sequences of 3, 1 and 4 tokens in float64, with ratios between
+    0.6 and 1.6."""
     logp = torch.tensor([-0.9, -0.4, -1.7, -2.2, -0.15, -1.1, -0.6, -0.35], dtype=torch.float64)
     gap = torch.tensor([0.13, -0.31, 0.42, -0.07, 0.05, -0.45, 0.21, -0.12], dtype=torch.float64)
     sequence = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2])

@@ -1,1 +1,2 @@
-"""The configuration: YAML files and overrides merged and validated into frozen models. Loads no torch."""
+"""The configuration: YAML files and overrides merged and validated into frozen models. Loads no
+torch."""

@@ -19,7 +19,8 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_stray_boolean(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML 1.1 reads on, off, yes and no as booleans, and Python counts with these: `group_size: yes` would be 1."""
+        """YAML 1.1 reads on, off, yes and no as booleans, and Python counts with these:
+        `group_size: yes` would be 1."""
         assert info.field_name is not None
         kind = cls.model_fields[info.field_name].annotation
         if isinstance(value, bool) and {"on", "off"} <= _words(kind):
@@ -40,7 +41,8 @@ def _words(kind: Any) -> set[Any]:
 
 
 def _takes(kind: Any, wanted: type) -> bool:
-    """Whether an annotation has room for `wanted` (a class, or one derived from it), or for anything."""
+    """Whether an annotation has room for `wanted` (a class, or one derived from it), or for
+    anything."""
     if kind is Any or (isinstance(kind, type) and issubclass(kind, wanted)):
         return True
     return any(_takes(part, wanted) for part in get_args(kind))

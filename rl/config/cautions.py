@@ -1,5 +1,6 @@
-"""What a configuration would do that its reader may not expect: settings that cannot train are refused, doubtful ones are
-said, and so is what a file changes of the preset that it names. Loads no torch.
+"""What a configuration would do that its reader may not expect: settings that cannot train are
+refused, doubtful ones are said, and so is what a file changes of the preset that it names. Loads no
+torch.
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ _GROUPS: Mapping[str, type[Settings]] = {
 
 def trains_rl(config: Config) -> bool:
     """Whether there will be an RL step at all."""
-    return "rl" in config.stages and (config.schedule.steps > 0 or config.schedule.passes is not None)
+    return "rl" in config.stages and (
+        config.schedule.steps > 0 or config.schedule.passes is not None
+    )
 
 
 def changes(config: Config) -> list[str]:
-    """A line for each setting of the algorithm that is not what its preset makes it, e.g. `loss.aggregation=token-mean
-    overrides gspo's seq-mean-token-mean`."""
+    """A line for each setting of the algorithm that is not what its preset makes it, e.g.
+    `loss.aggregation=token-mean overrides gspo's seq-mean-token-mean`."""
     tree = preset(config.algorithm)
     lines = []
     for group in [*_GROUPS, *(name for name in tree if name not in _GROUPS)]:
@@ -53,7 +56,9 @@ def changes(config: Config) -> list[str]:
         for key, value in values.items():
             now = getattr(given, key)
             if now != value:
-                lines.append(f"{group}.{key}={shown(now)} overrides {config.algorithm}'s {shown(value)}")
+                lines.append(
+                    f"{group}.{key}={shown(now)} overrides {config.algorithm}'s {shown(value)}"
+                )
     return lines
 
 
@@ -61,7 +66,11 @@ def describe_presets() -> list[str]:
     """For each preset where it comes from, and the overrides that it stands for."""
     lines = []
     for name, tree in PRESETS.items():
-        values = [f"{group}.{key}={shown(value)}" for group, keys in tree.items() for key, value in keys.items()]
+        values = [
+            f"{group}.{key}={shown(value)}"
+            for group, keys in tree.items()
+            for key, value in keys.items()
+        ]
         lines += [f"{name}  # {PAPERS[name]}", f"    {' '.join(values)}"]
     return lines
 
@@ -71,9 +80,13 @@ def said_at_start(config: Config) -> list[str]:
     notes = changes(config)
     if config.schedule.passes is not None:
         notes.append(
-            f"schedule.passes={shown(config.schedule.passes)} decides schedule.steps once the data are counted"
+            f"schedule.passes={shown(config.schedule.passes)} decides schedule.steps once the data"
+            " are counted"
         )
-    return [*(f"note: {line}" for line in notes), *(f"warning: {line}" for line in cautions(config))]
+    return [
+        *(f"note: {line}" for line in notes),
+        *(f"warning: {line}" for line in cautions(config)),
+    ]
 
 
 def shown(value: Any) -> str:
@@ -88,7 +101,8 @@ def shown(value: Any) -> str:
 
 
 def refuse_what_cannot_train(config: Config) -> None:
-    """ValueError for settings with which no weight would ever move, or with which the loss is another than its name."""
+    """ValueError for settings with which no weight would ever move, or with which the loss is
+    another than its name."""
     for check in (_stages, _signal, _critic, _old_policy, _ratio, _masks):
         check(config)
 
@@ -96,7 +110,9 @@ def refuse_what_cannot_train(config: Config) -> None:
 def _stages(config: Config) -> None:
     stages = config.stages
     if not stages or len(set(stages)) < len(stages):
-        raise ValueError(f"stages={shown(stages)} must name sft, rl or both, each once, e.g. stages=[sft,rl]")
+        raise ValueError(
+            f"stages={shown(stages)} must name sft, rl or both, each once, e.g. stages=[sft,rl]"
+        )
 
 
 def _signal(config: Config) -> None:
@@ -107,13 +123,15 @@ def _signal(config: Config) -> None:
     compares = kind not in ("return", "gae")
     if rollout.group_size == 1 and compares:
         raise ValueError(
-            f"rollout.group_size=1 leaves an answer nothing to be compared with (advantage.kind={kind}): every advantage is 0 "
-            "and nothing trains; set rollout.group_size=8, or an algorithm without groups, e.g. reinforce_pp or ppo"
+            "rollout.group_size=1 leaves an answer nothing to be compared with"
+            f" (advantage.kind={kind}): every advantage is 0 and nothing trains; set"
+            " rollout.group_size=8, or an algorithm without groups, e.g. reinforce_pp or ppo"
         )
     if rollout.temperature < GREEDY:
         raise ValueError(
-            f"rollout.temperature={rollout.temperature:g} draws the same answer every time, so there is nothing to learn from; "
-            "set rollout.temperature=1.0 (eval.temperature is that of evaluations)"
+            f"rollout.temperature={rollout.temperature:g} draws the same answer every time, so"
+            " there is nothing to learn from; set rollout.temperature=1.0 (eval.temperature is"
+            " that of evaluations)"
         )
 
 
@@ -122,13 +140,14 @@ def _critic(config: Config) -> None:
     known = config.schedule.passes is None
     if known and trains_rl(config) and config.advantage.needs_critic and warmup >= steps:
         raise ValueError(
-            f"critic.warmup={warmup} trains the critic alone for all of schedule.steps={steps}: the policy would never move; "
-            f"set critic.warmup={steps // 10} or more steps"
+            f"critic.warmup={warmup} trains the critic alone for all of schedule.steps={steps}: the"
+            f" policy would never move; set critic.warmup={steps // 10} or more steps"
         )
 
 
 def _old_policy(config: Config) -> None:
-    """Engine log-probs of a changed distribution are no old policy for the learner, whose distribution is the model's."""
+    """Engine log-probs of a changed distribution are no old policy for the learner, whose
+    distribution is the model's."""
     changed, offpolicy = config.rollout.changed, config.offpolicy
     if not trains_rl(config) or not changed:
         return
@@ -136,47 +155,59 @@ def _old_policy(config: Config) -> None:
     fix = "leave " + ", ".join(f"rollout.{key}" for key in changed) + " out"
     if offpolicy.old_logp == "rollout" and config.loss.kind != "reinforce":
         raise ValueError(
-            f"{keys}: the engine samples from a changed distribution, and its log-probs are of that one, while the learner's "
-            "are of the model's own: no ratio between them would be right. Set offpolicy.old_logp=recompute, or " + fix
+            f"{keys}: the engine samples from a changed distribution, and its log-probs are of that"
+            " one, while the learner's are of the model's own: no ratio between them would be"
+            " right. Set offpolicy.old_logp=recompute, or " + fix
         )
     if offpolicy.active or offpolicy.opsm_delta is not None:
         raise ValueError(
-            f"{keys}: the engine samples from a changed distribution, so that offpolicy.weight, seq_mask_* and opsm_delta "
-            f"would take the change for a difference of policies; {fix}, or leave these out"
+            f"{keys}: the engine samples from a changed distribution, so that offpolicy.weight,"
+            f" seq_mask_* and opsm_delta would take the change for a difference of policies; {fix},"
+            " or leave these out"
         )
 
 
 def _ratio(config: Config) -> None:
-    """REINFORCE has no ratio, so it is right for tokens of the newest policy alone, or with weights of their own."""
+    """REINFORCE has no ratio, so it is right for tokens of the newest policy alone, or with weights
+    of their own."""
     schedule, offpolicy = config.schedule, config.offpolicy
     if config.loss.kind != "reinforce" or not trains_rl(config):
         return
     again = {"schedule.epochs": schedule.epochs, "schedule.minibatches": schedule.minibatches}
-    stale = {"schedule.max_staleness": schedule.max_staleness + 1} if offpolicy.weight == "none" else {}
+    stale = (
+        {"schedule.max_staleness": schedule.max_staleness + 1} if offpolicy.weight == "none" else {}
+    )
     moved = [
-        f"{key}={count - (key == 'schedule.max_staleness')}" for key, count in (again | stale).items() if count > 1
+        f"{key}={count - (key == 'schedule.max_staleness')}"
+        for key, count in (again | stale).items()
+        if count > 1
     ]
     if moved:
         raise ValueError(
-            f"loss.kind=reinforce (algorithm={config.algorithm}) has no ratio between the policy and the one that sampled, but "
-            f"with {', '.join(moved)} the two differ; set loss.kind=ppo_clip, which is how verl and OpenRLHF run RLOO, or train "
-            "each answer once with the weights that sampled it"
+            f"loss.kind=reinforce (algorithm={config.algorithm}) has no ratio between the policy"
+            f" and the one that sampled, but with {', '.join(moved)} the two differ; set"
+            " loss.kind=ppo_clip, which is how verl and OpenRLHF run RLOO, or train each answer"
+            " once with the weights that sampled it"
         )
 
 
 def _masks(config: Config) -> None:
     """A mask that rejects w = 1 rejects what the engine got right."""
     offpolicy = config.offpolicy
-    if offpolicy.weight != "none" and offpolicy.mode == "mask" and not offpolicy.low <= 1 <= offpolicy.high:
+    if (
+        offpolicy.weight != "none"
+        and offpolicy.mode == "mask"
+        and not offpolicy.low <= 1 <= offpolicy.high
+    ):
         raise ValueError(
-            f"offpolicy.low={offpolicy.low:g} and offpolicy.high={offpolicy.high:g} reject tokens on which engine and learner "
-            "agree (w = 1); set bounds around 1, e.g. 0.5 and 5"
+            f"offpolicy.low={offpolicy.low:g} and offpolicy.high={offpolicy.high:g} reject tokens"
+            " on which engine and learner agree (w = 1); set bounds around 1, e.g. 0.5 and 5"
         )
     low, high = offpolicy.seq_mask_low, offpolicy.seq_mask_high
     if (low is not None and low > 1) or (high is not None and high < 1):
         raise ValueError(
-            f"offpolicy.seq_mask_low={shown(low)} and offpolicy.seq_mask_high={shown(high)} reject sequences on which engine "
-            "and learner agree (w = 1); set bounds around 1"
+            f"offpolicy.seq_mask_low={shown(low)} and offpolicy.seq_mask_high={shown(high)} reject"
+            " sequences on which engine and learner agree (w = 1); set bounds around 1"
         )
 
 
@@ -186,7 +217,8 @@ def cautions(config: Config) -> list[str]:
     sft = config.sft
     if "sft" in config.stages and sft.warmup_steps >= sft.steps:
         found.append(
-            f"sft.warmup_steps={sft.warmup_steps} is the whole of sft.steps={sft.steps}: the learning rate never reaches sft.lr"
+            f"sft.warmup_steps={sft.warmup_steps} is the whole of sft.steps={sft.steps}: the"
+            " learning rate never reaches sft.lr"
         )
     return found
 
@@ -199,26 +231,30 @@ def _cautions_of_schedule(config: Config) -> list[str]:
     known = schedule.passes is None
     if known and 2 * warmup > schedule.steps:
         found.append(
-            f"critic.warmup={warmup} leaves the policy {schedule.steps - warmup} of schedule.steps={schedule.steps} to train"
+            f"critic.warmup={warmup} leaves the policy {schedule.steps - warmup} of"
+            f" schedule.steps={schedule.steps} to train"
         )
     updates = config.updates - warmup * schedule.minibatches * schedule.epochs
     if known and updates <= optim.warmup_steps:
         found.append(
-            f"optim.warmup_steps={optim.warmup_steps} is the whole of the {updates} updates: the learning rate never reaches "
-            "optim.lr" + (", and the only update has the rate 0" if updates == 1 else "")
+            f"optim.warmup_steps={optim.warmup_steps} is the whole of the {updates} updates: the"
+            " learning rate never reaches optim.lr"
+            + (", and the only update has the rate 0" if updates == 1 else "")
         )
     if optim.lr < 1e-10:
         found.append(f"optim.lr={optim.lr:g} is too small to move a float32 weight")
     if schedule.minibatches > schedule.prompts_per_step:
         found.append(
-            f"schedule.minibatches={schedule.minibatches} is more than schedule.prompts_per_step="
-            f"{schedule.prompts_per_step}: a part holds whole groups, so there will be fewer updates"
+            f"schedule.minibatches={schedule.minibatches} is more than"
+            f" schedule.prompts_per_step={schedule.prompts_per_step}: a part holds whole groups, so"
+            " there will be fewer updates"
         )
     stale = schedule.max_staleness
     if stale and config.offpolicy.old_logp == "recompute" and config.offpolicy.weight == "none":
         found.append(
-            f"schedule.max_staleness={stale} with offpolicy.old_logp=recompute takes the newest weights for the policy that "
-            "sampled; set offpolicy.weight=token to correct for the older ones"
+            f"schedule.max_staleness={stale} with offpolicy.old_logp=recompute takes the newest"
+            " weights for the policy that sampled; set offpolicy.weight=token to correct for the"
+            " older ones"
         )
     return found
 
@@ -230,20 +266,34 @@ def _cautions_of_algorithm(config: Config) -> list[str]:
     if kl.place != "none" and kl.coef == 0:
         found.append(f"kl.place={kl.place} with kl.coef=0 penalises nothing")
     if kl.ref_refresh_steps and not kl.active:
-        found.append(f"kl.ref_refresh_steps={kl.ref_refresh_steps} without a KL penalty refreshes nothing")
-    once = config.schedule.minibatches == config.schedule.epochs == 1 and config.schedule.max_staleness == 0
+        found.append(
+            f"kl.ref_refresh_steps={kl.ref_refresh_steps} without a KL penalty refreshes nothing"
+        )
+    once = (
+        config.schedule.minibatches == config.schedule.epochs == 1
+        and config.schedule.max_staleness == 0
+    )
     narrow = loss.kind == "ppo_clip" and loss.ratio_level != "token" and loss.clip_high < 0.01
     if narrow and config.offpolicy.old_logp == "rollout":
         found.append(
-            f"loss.clip_high={loss.clip_high:g} at loss.ratio_level={loss.ratio_level} is narrower than an engine's rounding: "
-            "many sequences are clipped before the policy has moved; set offpolicy.old_logp=recompute"
+            f"loss.clip_high={loss.clip_high:g} at loss.ratio_level={loss.ratio_level} is narrower"
+            " than an engine's rounding: many sequences are clipped before the policy has moved;"
+            " set offpolicy.old_logp=recompute"
         )
     elif narrow and once:
         found.append(
-            "one update a step: the policy is the one that sampled, so that no sequence is ever clipped; GSPO's paper has "
-            "schedule.minibatches=4"
+            "one update a step: the policy is the one that sampled, so that no sequence is ever"
+            " clipped; GSPO's paper has schedule.minibatches=4"
         )
     unknown = config.advantage.kind not in ADVANTAGES or loss.kind not in LOSSES
-    if not unknown and loss.kind == "ppo_clip" and loss.clip_low == loss.clip_high == 0 and not once:
-        found.append("loss.clip_low=0 and loss.clip_high=0 clip whatever moves away from the old policy at once")
+    if (
+        not unknown
+        and loss.kind == "ppo_clip"
+        and loss.clip_low == loss.clip_high == 0
+        and not once
+    ):
+        found.append(
+            "loss.clip_low=0 and loss.clip_high=0 clip whatever moves away from the old policy at"
+            " once"
+        )
     return found

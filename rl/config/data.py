@@ -1,4 +1,5 @@
-"""The settings `data` and `model.tiny`. Importing this loads neither torch nor transformers nor datasets."""
+"""The settings `data` and `model.tiny`. Importing this loads neither torch nor transformers nor
+datasets."""
 
 from __future__ import annotations
 
@@ -14,99 +15,148 @@ from .base import Settings
 KINDS = ("chain", "products", "brackets", "solve", "story")
 """The kinds of problems of the built-in source; `rl/data/arithmetic.py` shows one of each."""
 LAYOUTS = (
-    "gsm8k", "math", "dapo", "deepscaler", "numina", "openr1", "big_math", "orz", "simplerl", "logic_rl", "countdown",
-    "eurus", "taco", "apps", "livecodebench", "deepcoder", "kodcode", "acecode", "leetcode", "verl", "openrlhf", "trl",
+    "gsm8k",
+    "math",
+    "dapo",
+    "deepscaler",
+    "numina",
+    "openr1",
+    "big_math",
+    "orz",
+    "simplerl",
+    "logic_rl",
+    "countdown",
+    "eurus",
+    "taco",
+    "apps",
+    "livecodebench",
+    "deepcoder",
+    "kodcode",
+    "acecode",
+    "leetcode",
+    "verl",
+    "openrlhf",
+    "trl",
     "sharegpt",
-)  # fmt: skip
+)
 """The layouts that `data.layout` may name; `rl/data/layouts.py` has them as a table."""
 SET_BY_EMBERL = (
-    "conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message", "padding",
-    "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
-)  # fmt: skip
+    "conversation",
+    "messages",
+    "chat_template",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+)
 """Arguments of `apply_chat_template` that a user may not give."""
 
 
 def endless(source: str | tuple[str, ...]) -> bool:
-    """Whether the source makes problems that never repeat by design, rather than reading a data set."""
-    return isinstance(source, str) and (source == "arithmetic" or source.startswith("reasoning_gym:"))
+    """Whether the source makes problems that never repeat by design, rather than reading a data
+    set."""
+    return isinstance(source, str) and (
+        source == "arithmetic" or source.startswith("reasoning_gym:")
+    )
 
 
 class DataConfig(Settings):
     """Where problems come from, and how a row becomes a prompt with a reference answer."""
 
     source: Annotated[str, Field(min_length=1)] | tuple[str, ...]
-    """`arithmetic` (built in), `reasoning_gym:<task>`, a Hub data set `owner/name`, or files: Parquet, Arrow, JSON, JSON
-    lines, CSV or TSV (the texts also as .gz, .bz2, .xz, .zst), by name, as a glob, a folder of shards, a folder of
-    `save_to_disk`, or a list of any of these. Rows of one prompt and answer count as one problem."""
+    """`arithmetic` (built in), `reasoning_gym:<task>`, a Hub data set `owner/name`, or files:
+    Parquet, Arrow, JSON, JSON lines, CSV or TSV (the texts also as .gz, .bz2, .xz, .zst), by name,
+    as a glob, a folder of shards, a folder of `save_to_disk`, or a list of any of these. Rows of
+    one prompt and answer count as one problem."""
     layout: str = "auto"
-    """Where rows have prompt, answer and tests: recognised from the columns, or that of a public data set by name. What
-    `prompt_column`, `prompt_template`, `answer_column` and `tests_column` say comes first."""
+    """Where rows have prompt, answer and tests: recognised from the columns, or that of a public
+    data set by name. What `prompt_column`, `prompt_template`, `answer_column` and `tests_column`
+    say comes first."""
     name: str | None = None
-    """As in `val-core/{name}/acc/mean@1`; empty: the file's, data set's or task's. A row's own `data_source` comes first."""
+    """As in `val-core/{name}/acc/mean@1`; empty: the file's, data set's or task's. A row's own
+    `data_source` comes first."""
     max_prompt_length: int = Field(default=1024, ge=1, le=10_000_000)
     """Tokens, with the chat template."""
     overlong: Literal["error", "drop"] = "error"
     """What becomes of a longer prompt; generated problems that are too long are drawn again."""
     seed: int | None = Field(default=None, ge=0)
-    """Fixes the order of a data set and the problems of a generated source; empty: the run's `seed`."""
+    """Fixes the order of a data set and the problems of a generated source; empty: the run's
+    `seed`."""
 
     heldout: int = Field(default=512, ge=0)
-    """Problems never trained on, chosen by a hash of their text and so the same for every seed. Not used where
-    `eval_path` or `eval_split` names the held-out set."""
+    """Problems never trained on, chosen by a hash of their text and so the same for every seed. Not
+    used where `eval_path` or `eval_split` names the held-out set."""
     eval_path: str | tuple[str, ...] | None = None
-    """Files with the held-out problems, named as in `source`; their layout is recognised on its own."""
+    """Files with the held-out problems, named as in `source`; their layout is recognised on its
+    own."""
     eval_split: str | None = None
     """The split of a Hub data set with the held-out problems."""
 
     subset: str | None = None
     """The configuration of a Hub data set, e.g. `main` of openai/gsm8k."""
     split: str = "train"
-    """Of a Hub data set, a folder whose files are named by their splits, or one of `save_to_disk`."""
+    """Of a Hub data set, a folder whose files are named by their splits, or one of
+    `save_to_disk`."""
     revision: str | None = None
     """A Hub data set's branch, tag or commit."""
     prompt_column: str | None = None
-    """Text, or a list of messages; empty: what the layout says. A dot goes into a nested column, list or JSON text."""
+    """Text, or a list of messages; empty: what the layout says. A dot goes into a nested column,
+    list or JSON text."""
     answer_column: str | None = None
-    """The reference answer as it stands there; empty: what the layout says, and of a worked solution what it comes to.
-    With `""` there is no reference."""
+    """The reference answer as it stands there; empty: what the layout says, and of a worked
+    solution what it comes to. With `""` there is no reference."""
     tests_column: str | None = None
     """The tests of programs; empty: what the layout says."""
     drop: Literal["bad", "none"] = "bad"
-    """`bad`: a row without prompt or answer, or with a reference that the reward refuses against itself, is left out,
-    counted and shown; `none`: it ends the run before training. Where it is more than half of the rows, the run ends in
-    either case."""
+    """`bad`: a row without prompt or answer, or with a reference that the reward refuses against
+    itself, is left out, counted and shown; `none`: it ends the run before training. Where it is
+    more than half of the rows, the run ends in either case."""
     answer_pattern: str | None = None
-    """A regular expression whose group 1, of its last match in the answer column, is the reference: `#### (.+)`."""
+    """A regular expression whose group 1, of its last match in the answer column, is the reference:
+    `#### (.+)`."""
     solution_column: str | None = None
-    """The worked solution for supervised learning; empty: there is none (verl's GSM8K: `extra_info.answer`)."""
+    """The worked solution for supervised learning; empty: there is none (verl's GSM8K:
+    `extra_info.answer`)."""
     solution_template: str = "{solution}"
     """What is learnt of it, e.g. `<think>{solution}</think>{answer}`."""
     prompt_template: str | None = None
-    """The user's message, `{name}` standing for a column; `{{` and `}}` are braces, and so are those around no name."""
+    """The user's message, `{name}` standing for a column; `{{` and `}}` are braces, and so are
+    those around no name."""
     system_prompt: str | None = None
     """Goes before messages that have no system message."""
     merge_system: bool = False
-    """Puts the system message before the first user's, in one message, for templates without such a role (Gemma)."""
+    """Puts the system message before the first user's, in one message, for templates without such a
+    role (Gemma)."""
     template: Literal["auto", "chat", "none", "raw"] = "auto"
-    """`chat`: the chat template makes a prompt of the messages. `none`: their texts alone, one below the other, after the
-    tokenizer's own beginning. `raw`: a text that is a rendered prompt already, special tokens and all. `auto`: chat, or
-    none where the model has no template."""
+    """`chat`: the chat template makes a prompt of the messages. `none`: their texts alone, one
+    below the other, after the tokenizer's own beginning. `raw`: a text that is a rendered prompt
+    already, special tokens and all. `auto`: chat, or none where the model has no template."""
     chat_template: str | None = None
     """Another chat template than the model's: a file, or the text of one."""
     chat_template_kwargs: Mapping[str, Any] = Field(default_factory=dict)
     """What the template is given beside the messages, e.g. `{enable_thinking: false}` for Qwen3."""
     assistant_prefix: str = ""
-    """How every answer begins, e.g. "<think>\n": the end of the prompt, from which the model goes on. It does not train;
-    rewards read it before what was sampled."""
+    """How every answer begins, e.g. "<think>\n": the end of the prompt, from which the model goes
+    on. It does not train; rewards read it before what was sampled."""
     final_answer: Literal["cut", "continue"] = "cut"
-    """Of messages that end with the assistant's: whether that answer is left out of the prompt, or begins the model's."""
+    """Of messages that end with the assistant's: whether that answer is left out of the prompt, or
+    begins the model's."""
 
     kinds: Mapping[str, float] = Field(default_factory=lambda: {"chain": 1.0})
-    """arithmetic: the kinds of problems (chain, products, brackets, solve, story) and their weights."""
+    """arithmetic: the kinds of problems (chain, products, brackets, solve, story) and their
+    weights."""
     terms: tuple[int, int] = (4, 6)
-    """arithmetic: the fewest and the most numbers in a problem; it takes one step fewer to work out."""
+    """arithmetic: the fewest and the most numbers in a problem; it takes one step fewer to work
+    out."""
     largest_term: int = Field(default=9, ge=2, le=99)
-    """arithmetic: the numbers of `chain`, `solve` and `story` are 1 to this; those of the other kinds have one digit."""
+    """arithmetic: the numbers of `chain`, `solve` and `story` are 1 to this; those of the other
+    kinds have one digit."""
     largest_total: int = Field(default=99, ge=20, le=999)
     """arithmetic: no intermediate result exceeds this, and none is negative."""
     steps: Literal["full", "short"] = "full"
@@ -119,7 +169,10 @@ class DataConfig(Settings):
     @classmethod
     def _renamed(cls, values: Any) -> Any:
         if isinstance(values, Mapping) and "bad_references" in values:
-            raise ValueError("data.bad_references is data.drop now: drop is data.drop=bad, error is data.drop=none")
+            raise ValueError(
+                "data.bad_references is data.drop now: drop is data.drop=bad, error is"
+                " data.drop=none"
+            )
         return values
 
     @field_validator("kinds")
@@ -129,11 +182,15 @@ class DataConfig(Settings):
             if kind not in KINDS:
                 near = difflib.get_close_matches(kind, KINDS, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
-                raise ValueError(f"data.kinds has no kind {kind!r}, it has {', '.join(KINDS)}{hint}")
+                raise ValueError(
+                    f"data.kinds has no kind {kind!r}, it has {', '.join(KINDS)}{hint}"
+                )
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"the weight data.kinds.{kind}={weight} must be 0 or more")
         if not any(kinds.values()):
-            raise ValueError(f"data.kinds needs one kind with a positive weight, of {', '.join(KINDS)}")
+            raise ValueError(
+                f"data.kinds needs one kind with a positive weight, of {', '.join(KINDS)}"
+            )
         return kinds
 
     @field_validator("layout")
@@ -149,7 +206,9 @@ class DataConfig(Settings):
     @classmethod
     def _terms(cls, terms: tuple[int, int]) -> tuple[int, int]:
         if not 2 <= terms[0] <= terms[1] <= 32:
-            raise ValueError("data.terms must be [fewest, most] with 2 <= fewest <= most <= 32, e.g. [4, 6]")
+            raise ValueError(
+                "data.terms must be [fewest, most] with 2 <= fewest <= most <= 32, e.g. [4, 6]"
+            )
         return terms
 
     @field_validator("chat_template_kwargs")
@@ -157,7 +216,9 @@ class DataConfig(Settings):
     def _not_ours(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
         for name in given:
             if name in SET_BY_EMBERL:
-                raise ValueError(f"{name} is no variable of a template, and set by emberl; leave it out")
+                raise ValueError(
+                    f"{name} is no variable of a template, and set by emberl; leave it out"
+                )
         return given
 
     @field_validator("answer_pattern")
@@ -170,7 +231,9 @@ class DataConfig(Settings):
         except re.error as error:
             raise ValueError(f"data.answer_pattern is no regular expression: {error}") from error
         if groups < 1:
-            raise ValueError(r"data.answer_pattern needs a group around the reference, e.g. '#### (.+)'")
+            raise ValueError(
+                r"data.answer_pattern needs a group around the reference, e.g. '#### (.+)'"
+            )
         return pattern
 
     @property
@@ -184,21 +247,26 @@ class DataConfig(Settings):
             raise ValueError("data.source is an empty list; name at least one file")
         if self.largest_total < 2 * self.largest_term:
             raise ValueError(
-                f"data.largest_total={self.largest_total} must be at least twice data.largest_term={self.largest_term}, "
-                "so that any number can be added or taken away"
+                f"data.largest_total={self.largest_total} must be at least twice"
+                f" data.largest_term={self.largest_term}, so that any number can be added or taken"
+                " away"
             )
-        if self.template in ("none", "raw") and (self.chat_template is not None or self.chat_template_kwargs):
+        if self.template in ("none", "raw") and (
+            self.chat_template is not None or self.chat_template_kwargs
+        ):
             raise ValueError(
-                f"data.template={self.template} uses no chat template, so data.chat_template and chat_template_kwargs would "
-                "do nothing; leave them out, or set data.template=chat"
+                f"data.template={self.template} uses no chat template, so data.chat_template and"
+                " chat_template_kwargs would do nothing; leave them out, or set data.template=chat"
             )
         if self.template == "raw" and (self.system_prompt is not None or self.merge_system):
             raise ValueError(
-                "data.template=raw takes a prompt as it is, with no place for data.system_prompt and merge_system; leave them "
-                "out, or set data.template=chat or none"
+                "data.template=raw takes a prompt as it is, with no place for data.system_prompt"
+                " and merge_system; leave them out, or set data.template=chat or none"
             )
         if self.eval_path is not None and self.eval_split is not None:
-            raise ValueError("set data.eval_path (a file) or data.eval_split (a split of data.source), not both")
+            raise ValueError(
+                "set data.eval_path (a file) or data.eval_split (a split of data.source), not both"
+            )
         return self
 
 
@@ -220,21 +288,30 @@ class TinyConfig(Settings):
     max_positions: int = Field(default=2048, ge=16, le=10_000_000)
     """Tokens of the longest sequence."""
     init_std: float = Field(default=0.06, gt=0, le=10)
-    """Standard deviation of the initial weights. The usual 0.02 is meant for widths of thousands: at 128 a model learns
-    more slowly from it (the built-in mix, 200 supervised steps of 128 problems: loss 0.48, against 0.36 from 0.06)."""
+    """Standard deviation of the initial weights. The usual 0.02 is meant for widths of thousands:
+    at 128 a model learns more slowly from it (the built-in mix, 200 supervised steps of 128
+    problems: loss 0.48, against 0.36 from 0.06)."""
     vocabulary: Literal["arithmetic", "bytes"] = "arithmetic"
-    """`arithmetic`: the characters of the built-in problems; `bytes`: any text, one token for each UTF-8 byte."""
+    """`arithmetic`: the characters of the built-in problems; `bytes`: any text, one token for each
+    UTF-8 byte."""
     chat_template: bool = False
     """Gives the tokenizer a plain `role: content` template; needs `vocabulary: bytes`."""
 
     @model_validator(mode="after")
     def _fits(self) -> TinyConfig:
         if self.heads % self.kv_heads:
-            raise ValueError(f"model.tiny.heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+            raise ValueError(
+                f"model.tiny.heads={self.heads} must be a multiple of kv_heads={self.kv_heads}"
+            )
         if self.head_dim % 2:
-            raise ValueError(f"model.tiny.head_dim={self.head_dim} must be even, for rotary positions")
+            raise ValueError(
+                f"model.tiny.head_dim={self.head_dim} must be even, for rotary positions"
+            )
         if self.chat_template and self.vocabulary != "bytes":
-            raise ValueError("model.tiny.chat_template=true needs model.tiny.vocabulary=bytes, to spell the roles")
+            raise ValueError(
+                "model.tiny.chat_template=true needs model.tiny.vocabulary=bytes, to spell the"
+                " roles"
+            )
         return self
 
 

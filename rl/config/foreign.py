@@ -20,7 +20,9 @@ VERL: Mapping[str, str] = {
     "data.val_files": "data.eval_path",
     "data.prompt_key": "data.prompt_column",
     "data.train_batch_size": "schedule.prompts_per_step",
-    "data.val_batch_size": "- all held-out problems are sampled at once: set eval.size for how many",
+    "data.val_batch_size": (
+        "- all held-out problems are sampled at once: set eval.size for how many"
+    ),
     "data.val_max_samples": "eval.size",
     "data.max_response_length": "rollout.max_response_length",
     "data.filter_overlong_prompts": "data.overlong",
@@ -177,12 +179,16 @@ TRL: Mapping[str, str] = {
     "scale_rewards": "advantage.std",
     "num_iterations": "schedule.epochs",
     "steps_per_generation": "schedule.minibatches",
-    "generation_batch_size": ("- prompts count: schedule.prompts_per_step is generation_batch_size / num_generations"),
+    "generation_batch_size": (
+        "- prompts count: schedule.prompts_per_step is generation_batch_size / num_generations"
+    ),
     "per_device_train_batch_size": (
-        "- the whole step counts: set schedule.prompts_per_step, for memory optim.micro_batch_tokens"
+        "- the whole step counts: set schedule.prompts_per_step, for memory"
+        " optim.micro_batch_tokens"
     ),
     "gradient_accumulation_steps": (
-        "- the whole step counts: set schedule.prompts_per_step, for memory optim.micro_batch_tokens"
+        "- the whole step counts: set schedule.prompts_per_step, for memory"
+        " optim.micro_batch_tokens"
     ),
     "mask_truncated_completions": "filter.overlong_mask",
     "reward_funcs": "reward.parts.answer.use",
@@ -231,7 +237,9 @@ OPENRLHF: Mapping[str, str] = {
     "rollout_batch_size": "schedule.prompts_per_step",
     "rollout.batch_size": "schedule.prompts_per_step",
     "rollout.micro_batch_size": _NO_MICRO_BATCHES,
-    "train.batch_size": ("- parts, not a size: schedule.minibatches is the answers of a step / train.batch_size"),
+    "train.batch_size": (
+        "- parts, not a size: schedule.minibatches is the answers of a step / train.batch_size"
+    ),
     "micro_train_batch_size": _NO_MICRO_BATCHES,
     "train.micro_batch_size": _NO_MICRO_BATCHES,
     "train.max_tokens_per_gpu": "optim.micro_batch_tokens",

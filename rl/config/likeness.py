@@ -1,7 +1,7 @@
 """Which settings make emberl train as verl's or TRL's defaults do. Loads no torch.
 
-`emberl train CONFIG --dry-run --like verl` prints them for one configuration. Where a peer has no such algorithm, or where
-emberl has no such setting, nothing is claimed: see the notes.
+`emberl train CONFIG --dry-run --like verl` prints them for one configuration. Where a peer has no
+such algorithm, or where emberl has no such setting, nothing is claimed: see the notes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def overrides(config: Config, peer: Peer) -> list[str]:
 
 
 def describe(config: Config, peer: Peer) -> str:
-    """What `--dry-run --like` prints: an override a line, with what it replaces, then what no setting reproduces."""
+    """What `--dry-run --like` prints: an override a line, with what it replaces, then what no
+    setting reproduces."""
     found = differences(config, peer)
     lines = [f"# overrides that give {config.algorithm} the defaults of {peer}:"]
     lines += [f"{key}={shown(value)}  # here {shown(now)}" for key, (now, value) in found.items()]
@@ -49,7 +50,16 @@ def notes(config: Config, peer: Peer) -> list[str]:
         found.append("verl truncates the ratio of dppo_tv under a stop-gradient")
     if peer == "verl" and config.algorithm in ("k1_5", "k2_5", "topr", "vapo"):
         found.append(f"verl has no {config.algorithm}")
-    if peer == "trl" and config.algorithm in ("k1_5", "k2_5", "topr", "vapo", "dppo_tv", "gpg", "reinforce_pp", "ppo"):
+    if peer == "trl" and config.algorithm in (
+        "k1_5",
+        "k2_5",
+        "topr",
+        "vapo",
+        "dppo_tv",
+        "gpg",
+        "reinforce_pp",
+        "ppo",
+    ):
         found.append(f"TRL's GRPOTrainer has no {config.algorithm}")
     if config.rollout.group_size > 1 and peer == "verl":
         found.append("verl's rollout.n is 1 by default; every recipe sets it")
@@ -57,7 +67,11 @@ def notes(config: Config, peer: Peer) -> list[str]:
 
 
 def _common(config: Config) -> dict[str, Any]:
-    wanted: dict[str, Any] = {"offpolicy.old_logp": "recompute", "optim.betas": (0.9, 0.999), "optim.lr": 1e-6}
+    wanted: dict[str, Any] = {
+        "offpolicy.old_logp": "recompute",
+        "optim.betas": (0.9, 0.999),
+        "optim.lr": 1e-6,
+    }
     wanted |= {"optim.grad_clip": 1.0, "optim.warmup_steps": 0}
     if not config.filter.dynamic_sampling:
         wanted["filter.zero_variance"] = False
@@ -86,7 +100,8 @@ def _verl(config: Config) -> dict[str, Any]:
 
 
 def _trl(config: Config) -> dict[str, Any]:
-    """TRL's GRPOConfig (loss_type=dapo, scale_rewards=group, sampling corrected by a mask over sequences)."""
+    """TRL's GRPOConfig (loss_type=dapo, scale_rewards=group, sampling corrected by a mask over
+    sequences)."""
     wanted = _common(config) | {"optim.weight_decay": 0.0, "optim.schedule": "linear"}
     if config.algorithm == "grpo":
         wanted["loss.aggregation"] = "token-mean"
@@ -94,5 +109,10 @@ def _trl(config: Config) -> dict[str, Any]:
         wanted["advantage.eps"] = 1e-4
     if config.kl.active:
         wanted["kl.bound"] = None
-    wanted |= {"offpolicy.weight": "sequence", "offpolicy.mode": "mask", "offpolicy.low": 0.0, "offpolicy.high": 3.0}
+    wanted |= {
+        "offpolicy.weight": "sequence",
+        "offpolicy.mode": "mask",
+        "offpolicy.low": 0.0,
+        "offpolicy.high": 3.0,
+    }
     return wanted

@@ -1,8 +1,9 @@
 """The typed configuration: one YAML file is one experiment. Importing this loads no torch.
 
-A file is merged over the preset that its `algorithm` names, `key=value` overrides over the file, and the result is
-validated into frozen models; an unknown key is an error that names the nearest one. `configs/README.md` says what each
-file is for; `emberl train CONFIG --dry-run` prints the whole resolved configuration.
+A file is merged over the preset that its `algorithm` names, `key=value` overrides over the file,
+and the result is validated into frozen models; an unknown key is an error that names the nearest
+one. `configs/README.md` says what each file is for; `emberl train CONFIG --dry-run` prints the
+whole resolved configuration.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError, model_validator
 from yaml import YAMLError
 
-from .algorithm import AdvantageConfig, FilterConfig, KLConfig, LossConfig, OffPolicyConfig, check_algorithm
+from .algorithm import (
+    AdvantageConfig,
+    FilterConfig,
+    KLConfig,
+    LossConfig,
+    OffPolicyConfig,
+    check_algorithm,
+)
 from .base import Settings
 from .cautions import refuse_what_cannot_train
 from .data import DataConfig, endless
@@ -70,10 +78,11 @@ class Config(Settings):
     run_dir: str = ""
     """Where everything is written; empty: `runs/<name>`."""
     stages: tuple[Literal["sft", "rl"], ...] = ("rl",)
-    """What is done, in this order: a cold start on worked solutions (`sft`), reinforcement learning (`rl`)."""
+    """What is done, in this order: a cold start on worked solutions (`sft`), reinforcement learning
+    (`rl`)."""
     algorithm: str = "grpo"
-    """A preset for `advantage`, `loss`, `kl`, `offpolicy`, `filter`, `critic` and `schedule`; what those groups set themselves
-    wins, and is said at the start (`cautions.changes`)."""
+    """A preset for `advantage`, `loss`, `kl`, `offpolicy`, `filter`, `critic` and `schedule`; what
+    those groups set themselves wins, and is said at the start (`cautions.changes`)."""
     model: ModelConfig
     data: DataConfig
     sft: SFTConfig = SFTConfig()
@@ -103,8 +112,9 @@ class Config(Settings):
             self._check_streaming()
         if self.schedule.oversample > 1 and self.schedule.max_staleness:
             raise ValueError(
-                f"schedule.oversample={self.schedule.oversample:g} is for max_staleness=0: with "
-                f"schedule.max_staleness={self.schedule.max_staleness} long answers go on anyway; set one of them"
+                f"schedule.oversample={self.schedule.oversample:g} is for max_staleness=0: with"
+                f" schedule.max_staleness={self.schedule.max_staleness} long answers go on anyway;"
+                " set one of them"
             )
         return self
 
@@ -123,7 +133,9 @@ class Config(Settings):
         wanted = {
             "rollout.engine=vllm": self.rollout.engine == "vllm" and not self.rollout.servers,
             "schedule.max_staleness=0": self.schedule.max_staleness == 0,
-            f"cluster.rollouts={self.cluster.learners} (as learners)": self.cluster.rollouts == self.cluster.learners,
+            f"cluster.rollouts={self.cluster.learners} (as learners)": (
+                self.cluster.rollouts == self.cluster.learners
+            ),
             "rollout.engine_args.tensor_parallel_size=1": self.rollout.cards == 1,
             "no rollout.engine_args.weight_transfer_config (a card cannot send to itself)": (
                 "weight_transfer_config" not in self.rollout.engine_args
@@ -132,7 +144,8 @@ class Config(Settings):
         for what, met in wanted.items():
             if not met:
                 raise ValueError(
-                    f"cluster.colocated shares each device between one learner and one engine; it needs {what}"
+                    "cluster.colocated shares each device between one learner and one engine; it"
+                    f" needs {what}"
                 )
 
     def _check_collective(self) -> None:
@@ -140,14 +153,16 @@ class Config(Settings):
             return
         wanted = {
             "rollout.engine=vllm": self.rollout.engine == "vllm",
-            "rollout.engine_args.weight_transfer_config": ("weight_transfer_config" in self.rollout.engine_args),
+            "rollout.engine_args.weight_transfer_config": (
+                "weight_transfer_config" in self.rollout.engine_args
+            ),
             "sync.mode=dense or auto": self.sync.mode != "patch",
         }
         for what, met in wanted.items():
             if not met:
                 raise ValueError(
-                    "sync.transport=collective sends whole weights into vLLM's own processes; it needs "
-                    f"{what}, or set sync.transport=object_store"
+                    "sync.transport=collective sends whole weights into vLLM's own processes; it"
+                    f" needs {what}, or set sync.transport=object_store"
                 )
 
     def _check_streaming(self) -> None:
@@ -167,8 +182,8 @@ class Config(Settings):
         }
         if needed := [key for key, needs in whole.items() if needs]:
             raise ValueError(
-                f"schedule.stream_parts={schedule.stream_parts} trains on parts of a step, but {', '.join(needed)} needs all of "
-                "it; set schedule.stream_parts=1"
+                f"schedule.stream_parts={schedule.stream_parts} trains on parts of a step, but"
+                f" {', '.join(needed)} needs all of it; set schedule.stream_parts=1"
             )
 
     @property
@@ -189,7 +204,8 @@ class Config(Settings):
 
     @property
     def max_model_length(self) -> int:
-        """Tokens of the longest prompt and the longest answer together, in training or evaluation."""
+        """Tokens of the longest prompt and the longest answer together, in training or
+        evaluation."""
         longest = self.rollout.max_response_length
         sets = [each.beside(self.data) for each in self.eval.sets.values()]
         return max(
@@ -200,7 +216,8 @@ class Config(Settings):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The validated configuration of one YAML file with `key=value` overrides; raises `ConfigError`."""
+    """The validated configuration of one YAML file with `key=value` overrides; raises
+    `ConfigError`."""
     file = Path(path)
     if not file.is_file():
         fault = "is no file" if file.exists() else "does not exist"
@@ -208,7 +225,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         loaded = OmegaConf.load(file)
         if not isinstance(loaded, DictConfig):
-            raise ConfigError(f"{path}: the file must be a mapping of groups such as model, data, rollout")
+            raise ConfigError(
+                f"{path}: the file must be a mapping of groups such as model, data, rollout"
+            )
         tree = OmegaConf.to_container(loaded)
         for override in overrides:
             tree = merged(tree, tree_of(override, Config))
@@ -222,7 +241,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
         said = str(error).split("\n", 1)[0]
-        hint = "; in a text write \\${ for a dollar sign and a brace" if "$" in said or "nterpolation" in said else ""
+        hint = (
+            "; in a text write \\${ for a dollar sign and a brace"
+            if "$" in said or "nterpolation" in said
+            else ""
+        )
         raise ConfigError(f"{path}: {key}{said}{hint}") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
@@ -234,7 +257,8 @@ def resolve(tree: Mapping[str, Any]) -> Config:
     """Merges a plain tree over the preset it names and validates it; raises `ConfigError`."""
     named = tree.get("algorithm", "grpo")
     try:
-        base = preset(named) if isinstance(named, str) else {}  # what is no text, validation refuses
+        # what is no text, validation refuses
+        base = preset(named) if isinstance(named, str) else {}
     except ValueError as error:
         raise ConfigError(str(error)) from error
     try:
@@ -244,8 +268,8 @@ def resolve(tree: Mapping[str, Any]) -> Config:
 
 
 def with_steps(config: Config, problems: int | None) -> tuple[Config, str | None]:
-    """The configuration with the steps that `schedule.passes` asks for, and a line that says how many passes over so many
-    problems (None: without end) its steps make."""
+    """The configuration with the steps that `schedule.passes` asks for, and a line that says how
+    many passes over so many problems (None: without end) its steps make."""
     schedule = config.schedule
     if problems is None or "rl" not in config.stages:
         return config, None
@@ -255,9 +279,12 @@ def with_steps(config: Config, problems: int | None) -> tuple[Config, str | None
         config = resolve(config.model_copy(update={"schedule": changed}).model_dump())
     least = "at least " if config.filter.dynamic_sampling or schedule.oversample > 1 else ""
     asked = config.schedule.steps * schedule.prompts_per_step
-    return config, (
-        f"schedule.steps={config.schedule.steps} of {schedule.prompts_per_step} prompts are {least}"
-        f"{asked / problems:.3g} passes over {problems:,} problems"
+    return (
+        config,
+        (
+            f"schedule.steps={config.schedule.steps} of {schedule.prompts_per_step} prompts are"
+            f" {least}{asked / problems:.3g} passes over {problems:,} problems"
+        ),
     )
 
 
@@ -279,7 +306,26 @@ def _nearby(file: Path) -> str:
 
 
 __all__ = [
-    "CheckpointConfig", "ClusterConfig", "Config", "ConfigError", "CriticConfig", "EvalConfig", "LoraConfig", "ModelConfig",
-    "OptimConfig", "RewardConfig", "RewardPart", "RolloutConfig", "SFTConfig", "ScheduleConfig", "Settings", "SyncConfig",
-    "TrackingConfig", "keys", "load_config", "resolve", "to_yaml", "user_errors",
-]  # fmt: skip
+    "CheckpointConfig",
+    "ClusterConfig",
+    "Config",
+    "ConfigError",
+    "CriticConfig",
+    "EvalConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RewardConfig",
+    "RewardPart",
+    "RolloutConfig",
+    "SFTConfig",
+    "ScheduleConfig",
+    "Settings",
+    "SyncConfig",
+    "TrackingConfig",
+    "keys",
+    "load_config",
+    "resolve",
+    "to_yaml",
+    "user_errors",
+]

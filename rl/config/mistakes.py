@@ -110,7 +110,11 @@ def _message(item: Any, path: list[str], model: type[BaseModel]) -> str:
 def _alternatives(lines: list[str]) -> list[str]:
     """The members of a union complain one by one of the same value."""
     split = [line.partition(": ") for line in lines]
-    if len(lines) > 1 and len({head for head, _, _ in split}) == 1 and all(tail for _, _, tail in split):
+    if (
+        len(lines) > 1
+        and len({head for head, _, _ in split}) == 1
+        and all(tail for _, _, tail in split)
+    ):
         return [f"{split[0][0]}: {', or '.join(tail for _, _, tail in split)}"]
     return lines
 

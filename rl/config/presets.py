@@ -1,8 +1,8 @@
-"""Algorithms by name: a preset is nothing but values for the groups `advantage`, `loss`, `kl`, `offpolicy`, `filter`,
-`critic` and `schedule`.
+"""Algorithms by name: a preset is nothing but values for the groups `advantage`, `loss`, `kl`,
+`offpolicy`, `filter`, `critic` and `schedule`.
 
-`emberl train CONFIG --dry-run` prints what a preset became, and what a file or an override changes of it. No preset sets a
-KL penalty (see `KLConfig`).
+`emberl train CONFIG --dry-run` prints what a preset became, and what a file or an override changes
+of it. No preset sets a KL penalty (see `KLConfig`).
 """
 
 from __future__ import annotations
@@ -33,15 +33,30 @@ _GSPO: Tree = {
 PRESETS: Mapping[str, Tree] = {
     "grpo": {
         "advantage": {"kind": "group", "std": "group"},
-        "loss": {"kind": "ppo_clip", "clip_low": 0.2, "clip_high": 0.2, "aggregation": "seq-mean-token-mean"},
+        "loss": {
+            "kind": "ppo_clip",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "aggregation": "seq-mean-token-mean",
+        },
     },
     "dr_grpo": {
         "advantage": _PLAIN,
-        "loss": {"kind": "ppo_clip", "clip_low": 0.2, "clip_high": 0.2, "aggregation": "seq-mean-token-sum-norm"},
+        "loss": {
+            "kind": "ppo_clip",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "aggregation": "seq-mean-token-sum-norm",
+        },
     },
     "dapo": {
         "advantage": {"kind": "group", "std": "group"},
-        "loss": {"kind": "ppo_clip", "clip_low": 0.2, "clip_high": 0.28, "aggregation": "token-mean"},
+        "loss": {
+            "kind": "ppo_clip",
+            "clip_low": 0.2,
+            "clip_high": 0.28,
+            "aggregation": "token-mean",
+        },
         "filter": {"zero_variance": True, "dynamic_sampling": True, "overlong_share": 0.2},
     },
     "gspo": _GSPO,
@@ -56,17 +71,32 @@ PRESETS: Mapping[str, Tree] = {
     },
     "reinforce_pp": {
         "advantage": {"kind": "return", "std": "none", "whiten": True},
-        "loss": {"kind": "ppo_clip", "clip_low": 0.2, "clip_high": 0.2, "aggregation": "token-mean"},
+        "loss": {
+            "kind": "ppo_clip",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "aggregation": "token-mean",
+        },
         "filter": _EVERY_GROUP,
     },
     "reinforce_pp_baseline": {
         "advantage": {"kind": "group", "std": "none", "whiten": True},
-        "loss": {"kind": "ppo_clip", "clip_low": 0.2, "clip_high": 0.2, "aggregation": "token-mean"},
+        "loss": {
+            "kind": "ppo_clip",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "aggregation": "token-mean",
+        },
         "filter": _EVERY_GROUP,
     },
     "ppo": {
         "advantage": {"kind": "gae", "std": "none", "gamma": 1.0, "lam": 1.0, "whiten": True},
-        "loss": {"kind": "ppo_clip", "clip_low": 0.2, "clip_high": 0.2, "aggregation": "token-mean"},
+        "loss": {
+            "kind": "ppo_clip",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "aggregation": "token-mean",
+        },
         "filter": _EVERY_GROUP,
     },
     "vapo": {
@@ -90,7 +120,13 @@ PRESETS: Mapping[str, Tree] = {
     },
     "dppo_tv": {
         "advantage": _PLAIN,
-        "loss": {"kind": "dppo_tv", "clip_low": 0.2, "clip_high": 0.2, "tau": 1e-3, "aggregation": "token-mean"},
+        "loss": {
+            "kind": "dppo_tv",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "tau": 1e-3,
+            "aggregation": "token-mean",
+        },
     },
     "sapo": {
         "advantage": {"kind": "group", "std": "group"},
@@ -98,11 +134,22 @@ PRESETS: Mapping[str, Tree] = {
     },
     "k1_5": {
         "advantage": _PLAIN,
-        "loss": {"kind": "k1_5", "ratio_level": "trajectory", "tau": 0.1, "aggregation": "seq-mean-token-sum"},
+        "loss": {
+            "kind": "k1_5",
+            "ratio_level": "trajectory",
+            "tau": 0.1,
+            "aggregation": "seq-mean-token-sum",
+        },
     },
     "k2_5": {
         "advantage": _PLAIN,
-        "loss": {"kind": "k2_5", "clip_low": 0.2, "clip_high": 0.28, "tau": 1e-3, "aggregation": "token-mean"},
+        "loss": {
+            "kind": "k2_5",
+            "clip_low": 0.2,
+            "clip_high": 0.28,
+            "tau": 1e-3,
+            "aggregation": "token-mean",
+        },
     },
     "topr": {
         "advantage": _PLAIN,
@@ -116,13 +163,20 @@ PRESETS: Mapping[str, Tree] = {
 
 
 PAPERS: Mapping[str, str] = {
-    "grpo": "arXiv 2402.03300: scores normalised in the group, mean over an answer's tokens, then over answers",
-    "dr_grpo": "arXiv 2503.20783: without the two normalisations that favour long wrong answers and easy prompts",
+    "grpo": (
+        "arXiv 2402.03300: scores normalised in the group, mean over an answer's tokens, then over"
+        " answers"
+    ),
+    "dr_grpo": (
+        "arXiv 2503.20783: without the two normalisations that favour long wrong answers and easy"
+        " prompts"
+    ),
     "dapo": "arXiv 2503.14476",
     "gspo": "arXiv 2507.18071, section 5.1: the bounds, and four minibatches",
     "gspo_token": "arXiv 2507.18071, section 4.3: GSPO with a derivative for each token",
     "cispo": (
-        "arXiv 2506.13585, whose upper bound is not printed; 1 + 4 is TRL's, ScaleRL (arXiv 2510.13786) takes 4 to 8"
+        "arXiv 2506.13585, whose upper bound is not printed; 1 + 4 is TRL's, ScaleRL (arXiv"
+        " 2510.13786) takes 4 to 8"
     ),
     "rloo": "arXiv 2402.14740",
     "reinforce_pp": "arXiv 2501.03262",
@@ -130,7 +184,8 @@ PAPERS: Mapping[str, str] = {
     "ppo": "arXiv 1707.06347; gamma = lambda = 1 is what LLM trainers (verl, OpenRLHF) default to",
     "vapo": "arXiv 2504.05118",
     "dppo_tv": (
-        "arXiv 2602.04879, with prime-rl's values; verl's example has bounds of 0.15, and it truncates the ratio besides"
+        "arXiv 2602.04879, with prime-rl's values; verl's example has bounds of 0.15, and it"
+        " truncates the ratio besides"
     ),
     "sapo": "arXiv 2511.20347",
     "k1_5": "arXiv 2501.12599, eq. 3; tau as in ROLL",
@@ -142,7 +197,8 @@ PAPERS: Mapping[str, str] = {
 
 
 def preset(name: str) -> Tree:
-    """The groups that `algorithm: name` stands for, as a tree of its own; ValueError with the nearest name if unknown."""
+    """The groups that `algorithm: name` stands for, as a tree of its own; ValueError with the
+    nearest name if unknown."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name.lower(), PRESETS, 1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -1,4 +1,5 @@
-"""The settings of everything but the data and the algorithm: a frozen model for each group of keys. Loads no torch."""
+"""The settings of everything but the data and the algorithm: a frozen model for each group of keys.
+Loads no torch."""
 
 from __future__ import annotations
 
@@ -18,42 +19,53 @@ MOST_STEPS, MOST_ANSWERS, MOST_TOKENS = 100_000_000, 10_000_000, 10_000_000
 
 
 class LoraConfig(Settings):
-    """Low-rank adapters (peft): the base weights stay as they are, and the engines get the merged ones."""
+    """Low-rank adapters (peft): the base weights stay as they are, and the engines get the merged
+    ones."""
 
     rank: int = Field(default=16, ge=1, le=65_536)
     """Rows of each adapter."""
     alpha: int = Field(default=32, ge=1, le=1_000_000)
     """The adapters' product counts alpha / rank times."""
     targets: str | tuple[str, ...] = "all-linear"
-    """Names of the adapted layers, e.g. [q_proj, v_proj]; `all-linear`: every linear layer but the output head."""
+    """Names of the adapted layers, e.g. [q_proj, v_proj]; `all-linear`: every linear layer but the
+    output head."""
 
 
 class ModelConfig(Settings):
     """The policy that is trained."""
 
     path: str | None = None
-    """A Hugging Face Hub id, a local directory with config, tokenizer and weights, or a GGUF file (or a directory with one),
-    which is converted to float32 weights in the run's `model_init`. Empty: `tiny` is made."""
+    """A Hugging Face Hub id, a local directory with config, tokenizer and weights, or a GGUF file
+    (or a directory with one), which is converted to float32 weights in the run's `model_init`.
+    Empty: `tiny` is made."""
     tiny: TinyConfig | None = None
-    """Makes a small Qwen3-architecture model with a character tokenizer in the run directory instead of loading one."""
+    """Makes a small Qwen3-architecture model with a character tokenizer in the run directory
+    instead of loading one."""
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
-    """What forward and backward passes compute in, and what the engines serve; master weights are float32 (float64 with
-    float64). `auto`: bfloat16 where the hardware multiplies it, else float32."""
+    """What forward and backward passes compute in, and what the engines serve; master weights are
+    float32 (float64 with float64). `auto`: bfloat16 where the hardware multiplies it, else
+    float32."""
     attention: str = "auto"
-    """transformers' `attn_implementation`; `auto`: flash attention on an accelerator that has it, else sdpa. On a CPU
-    in bfloat16 the learner's own packed layers for Llama, Qwen2 and Qwen3, else eager (faster at short lengths)."""
+    """transformers' `attn_implementation`; `auto`: flash attention on an accelerator that has it,
+    else sdpa. On a CPU in bfloat16 the learner's own packed layers for Llama, Qwen2 and Qwen3, else
+    eager (faster at short lengths)."""
     gradient_checkpointing: bool = False
-    """Computes a layer's activations again in the backward pass instead of keeping them: less memory, more time."""
+    """Computes a layer's activations again in the backward pass instead of keeping them: less
+    memory, more time."""
     packing: Literal["auto", "on", "off"] = "auto"
-    """Sequences of a pass end to end in one row instead of padded; `auto`: where the attention passes over other
-    sequences' tokens (flash and flex attention). Loss and gradient do not depend on it."""
+    """Sequences of a pass end to end in one row instead of padded; `auto`: where the attention
+    passes over other sequences' tokens (flash and flex attention). Loss and gradient do not depend
+    on it."""
     lora: LoraConfig | None = None
     """Trains adapters instead of all weights; empty: all weights."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
         if (self.path is None) == (self.tiny is None):
-            raise ValueError("set either model.path (a Hub id or a directory) or model.tiny (a small model made here)")
+            raise ValueError(
+                "set either model.path (a Hub id or a directory) or model.tiny (a small model made"
+                " here)"
+            )
         return self
 
 
@@ -63,8 +75,9 @@ class SFTConfig(Settings):
     steps: int = Field(default=200, ge=1, le=MOST_STEPS)
     """Optimizer steps."""
     direct: float = Field(default=0.0, ge=0, le=1)
-    """Share of the solutions shown without their work, as an empty `<think></think>` and the answer (Qwen3's way of not
-    thinking): the model learns both ways, and RL finds out which of them pays."""
+    """Share of the solutions shown without their work, as an empty `<think></think>` and the answer
+    (Qwen3's way of not thinking): the model learns both ways, and RL finds out which of them
+    pays."""
     batch_size: int = Field(default=256, ge=1, le=MOST_ANSWERS)
     """Problems per step."""
     lr: float = Field(default=2e-3, gt=0, le=1)
@@ -76,7 +89,8 @@ class SFTConfig(Settings):
 
 
 class SamplingConfig(Settings):
-    """What is left of the model's distribution before a token is drawn; the defaults leave all of it."""
+    """What is left of the model's distribution before a token is drawn; the defaults leave all of
+    it."""
 
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Draws from the smallest set of tokens that has this share of the probability; 1: from all."""
@@ -85,7 +99,8 @@ class SamplingConfig(Settings):
     min_p: float = Field(default=0.0, ge=0, le=1)
     """Tokens less likely than this share of the likeliest are never drawn; 0: none."""
     repetition_penalty: float = Field(default=1.0, gt=0, le=100)
-    """Divides the logits of tokens that the prompt or the answer has already (multiplies negative ones); 1: none."""
+    """Divides the logits of tokens that the prompt or the answer has already (multiplies negative
+    ones); 1: none."""
 
     @property
     def cuts(self) -> dict[str, Any]:
@@ -103,24 +118,28 @@ class RolloutConfig(SamplingConfig):
     """How answers are sampled."""
 
     engine: str = "embedded"
-    """`embedded`: in-process PyTorch with continuous batching, for Llama, Qwen2 and Qwen3 architectures. `vllm`: vLLM, which
-    has to be installed; with vllm-ascend beside it, on NPUs. `package.module:factory`: an engine of your own, made by
-    factory(spec: emberl.rollout.engine.WorkerSpec, cards), with the methods of `emberl.rollout.engine.Engine`."""
+    """`embedded`: in-process PyTorch with continuous batching, for Llama, Qwen2 and Qwen3
+    architectures. `vllm`: vLLM, which has to be installed; with vllm-ascend beside it, on NPUs.
+    `package.module:factory`: an engine of your own, made by factory(spec:
+    emberl.rollout.engine.WorkerSpec, cards), with the methods of `emberl.rollout.engine.Engine`."""
     engine_args: Mapping[str, Any] = Field(default_factory=dict)
-    """vLLM's engine arguments by its own names, e.g. {gpu_memory_utilization: 0.8, enforce_eager: true}."""
+    """vLLM's engine arguments by its own names, e.g. {gpu_memory_utilization: 0.8, enforce_eager:
+    true}."""
     servers: tuple[str, ...] = ()
-    """Addresses of vLLM servers that already run (`vllm serve` in developer mode), one rollout worker for each, with
-    engine=vllm; then cluster.rollouts does not count, and workers take no cards."""
+    """Addresses of vLLM servers that already run (`vllm serve` in developer mode), one rollout
+    worker for each, with engine=vllm; then cluster.rollouts does not count, and workers take no
+    cards."""
     servers_directory: str | None = None
-    """A directory that workers and servers see, through which weights go; empty: servers run on the workers' machine."""
+    """A directory that workers and servers see, through which weights go; empty: servers run on the
+    workers' machine."""
     max_restarts: int = Field(default=2, ge=0)
-    """How often one worker is replaced (or starts vLLM's processes anew) when it is lost or stuck; what it had not answered is
-    asked again."""
+    """How often one worker is replaced (or starts vLLM's processes anew) when it is lost or stuck;
+    what it had not answered is asked again."""
     group_size: int = Field(default=8, ge=1, le=65_536)
     """G, the number of answers to each prompt."""
     temperature: float = Field(default=1.0, ge=0, le=100)
-    """Of the distribution that answers are drawn from; the log-probs of learners are taken under the
-    same one."""
+    """Of the distribution that answers are drawn from; the log-probs of learners are taken under
+    the same one."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer beside the model's own end tokens, e.g. [</answer>]; they may begin
     and end within tokens."""
@@ -132,14 +151,15 @@ class RolloutConfig(SamplingConfig):
     max_num_seqs: int = Field(default=256, ge=1, le=MOST_ANSWERS)
     """Answers that one worker decodes at a time."""
     token_rate: float | None = Field(default=None, gt=0)
-    """Tokens a second to which the embedded engine holds every running answer, so that devices rather than this machine's
-    cores decide in tests and benchmarks; empty: as fast as it goes."""
+    """Tokens a second to which the embedded engine holds every running answer, so that devices
+    rather than this machine's cores decide in tests and benchmarks; empty: as fast as it goes."""
     timeout: float = Field(default=1800.0, gt=0, le=LONGEST)
-    """Seconds within which a step's answers must arrive; later the run ends and says which worker is late."""
+    """Seconds within which a step's answers must arrive; later the run ends and says which worker
+    is late."""
     environment: str | None = None
-    """`package.module:Class` or `./file.py:Class` that answers the model between its turns, as `emberl.rollout.environments`
-    says; max_response_length then counts all turns and observations, and timeout each turn. Empty: every answer is one
-    turn."""
+    """`package.module:Class` or `./file.py:Class` that answers the model between its turns, as
+    `emberl.rollout.environments` says; max_response_length then counts all turns and observations,
+    and timeout each turn. Empty: every answer is one turn."""
     max_turns: int = Field(default=8, ge=1, le=10_000)
     """Turns of the model in an episode at most."""
     environment_timeout: float = Field(default=60.0, gt=0, le=LONGEST)
@@ -163,13 +183,17 @@ class RolloutConfig(SamplingConfig):
         for key in ("tensor_parallel_size", "pipeline_parallel_size"):
             size = given.get(key, 1)
             if not isinstance(size, int) or size < 1:
-                raise ValueError(f"rollout.engine_args.{key}={size!r} must be a number of devices, 1 or more")
+                raise ValueError(
+                    f"rollout.engine_args.{key}={size!r} must be a number of devices, 1 or more"
+                )
         return given
 
     @property
     def cards(self) -> int:
         """Devices of one worker: an engine's tensor parallel ranks have one each."""
-        sizes = (self.engine_args.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
+        sizes = (
+            self.engine_args.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")
+        )
         return math.prod(int(size) for size in sizes)
 
 
@@ -178,20 +202,22 @@ class RewardSpec(Settings):
 
     use: str = ""
     """`math`, `code`, `gym`, `judge`, `format`, `language`, `overlong`, `repetition`,
-    `package.module:function`, `./file.py:function`, or an entry point of the group `emberl.rewards`."""
+    `package.module:function`, `./file.py:function`, or an entry point of the group
+    `emberl.rewards`."""
     timeout: float = Field(default=10.0, gt=0, le=LONGEST)
     """Seconds for one completion."""
     concurrency: int | None = Field(default=None, ge=1)
     """Grading processes (of `judge`: requests at a time); empty: the reward's own choice."""
     style: str | None = None
-    """A user's function is of this style: native, verl, verl_full, trl, openrlhf, slime, verifiers, ...; empty: seen from
-    its signature."""
+    """A user's function is of this style: native, verl, verl_full, trl, openrlhf, slime, verifiers,
+    ...; empty: seen from its signature."""
     isolation: Literal["process", "inline"] | None = None
     """Where a user's function runs; empty: in a process of its own."""
     options: Mapping[str, Any] = Field(default_factory=dict)
     """Arguments of the reward itself, e.g. of `judge` {base_url, model, prompt, pattern}."""
     kwargs: Mapping[str, Any] = Field(default_factory=dict)
-    """Keywords for every call of a user's function (verl's reward_kwargs), or of the class or factory that makes it."""
+    """Keywords for every call of a user's function (verl's reward_kwargs), or of the class or
+    factory that makes it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -204,7 +230,8 @@ class RewardPart(RewardSpec):
 
     by_source: Mapping[str, RewardSpec] = Field(default_factory=dict)
     """Instead of `use`: what marks the rows of each data source, a name or a pattern of it, e.g.
-    {openai/gsm8k: math, taco*: code, "*": ./mine.py:score}. A source without a pattern ends the run before training."""
+    {openai/gsm8k: math, taco*: code, "*": ./mine.py:score}. A source without a pattern ends the run
+    before training."""
     weight: float = Field(default=1.0, ge=-MOST, le=MOST)
     """How often the part counts in the score."""
     gate: str | None = None
@@ -216,17 +243,21 @@ class RewardPart(RewardSpec):
     def _one_way(self) -> RewardPart:
         if bool(self.use) == bool(self.by_source):
             raise ValueError(
-                "a part of the reward has either use, e.g. math, or by_source, e.g. {taco: code, '*': math}"
+                "a part of the reward has either use, e.g. math, or by_source, e.g. {taco: code,"
+                " '*': math}"
             )
         return self
 
 
 class RewardConfig(Settings):
-    """How answers are marked; `reward: ./mine.py:score` alone is one part of that name, and `reward.by_source` the same for
-    `reward.parts.answer.by_source`. The score is the sum of weight x score over the parts that apply to a sample; a part
-    that returns None does not, and the others' weights stay (as in TRL)."""
+    """How answers are marked; `reward: ./mine.py:score` alone is one part of that name, and
+    `reward.by_source` the same for `reward.parts.answer.by_source`. The score is the sum of weight
+    x score over the parts that apply to a sample; a part that returns None does not, and the
+    others' weights stay (as in TRL)."""
 
-    parts: Mapping[str, RewardPart] = Field(default_factory=lambda: {"answer": RewardPart(use="math")})
+    parts: Mapping[str, RewardPart] = Field(
+        default_factory=lambda: {"answer": RewardPart(use="math")}
+    )
     max_error_fraction: float = Field(default=0.01, ge=0, le=1)
     """A step with more than this share of verifier errors ends the run with the cause."""
 
@@ -247,11 +278,14 @@ class RewardConfig(Settings):
     @classmethod
     def _parts(cls, parts: Mapping[str, RewardPart]) -> Mapping[str, RewardPart]:
         if not any(part.weight for part in parts.values()):
-            raise ValueError("no part of the reward has a weight, so every score is 0; give reward.parts one")
+            raise ValueError(
+                "no part of the reward has a weight, so every score is 0; give reward.parts one"
+            )
         for name, part in parts.items():
             if part.gate is not None and part.gate not in parts.keys() - {name}:
                 raise ValueError(
-                    f"reward.parts.{name}.gate={part.gate} names no other part; there are {', '.join(parts)}"
+                    f"reward.parts.{name}.gate={part.gate} names no other part; there are"
+                    f" {', '.join(parts)}"
                 )
         return parts
 
@@ -260,57 +294,66 @@ class ScheduleConfig(Settings):
     """The loop."""
 
     passes: float | None = Field(default=None, gt=0, le=1_000_000)
-    """Passes over a finite data set, from which `steps` follows, whatever it says here; empty: `steps` counts. (PPO's epochs,
-    passes over one step's answers, are `epochs`.)"""
+    """Passes over a finite data set, from which `steps` follows, whatever it says here; empty:
+    `steps` counts. (PPO's epochs, passes over one step's answers, are `epochs`.)"""
     steps: int = Field(default=100, ge=0, le=MOST_STEPS)
-    """RL steps: prompts sampled, answers marked, `minibatches` x `epochs` optimizer steps, one new version of the weights."""
+    """RL steps: prompts sampled, answers marked, `minibatches` x `epochs` optimizer steps, one new
+    version of the weights."""
     prompts_per_step: int = Field(default=64, ge=1, le=MOST_ANSWERS)
     """Problems of one step, `rollout.group_size` answers to each."""
     oversample: float = Field(default=1.0, ge=1, le=100)
-    """With max_staleness=0: so many times `prompts_per_step` groups are started, the first of them to be finished are trained
-    on, and the rest is cut. Steps are shorter by their long tail, and short answers are favoured
-    (`sched/oversample/length_bias`)."""
+    """With max_staleness=0: so many times `prompts_per_step` groups are started, the first of them
+    to be finished are trained on, and the rest is cut. Steps are shorter by their long tail, and
+    short answers are favoured (`sched/oversample/length_bias`)."""
     minibatches: int = Field(default=1, ge=1, le=MOST_ANSWERS)
-    """Parts of whole groups into which a step's answers are split, an optimizer step each. From the second on the ratio to
-    the sampling policy is no longer 1, and the clip of the loss acts."""
+    """Parts of whole groups into which a step's answers are split, an optimizer step each. From the
+    second on the ratio to the sampling policy is no longer 1, and the clip of the loss acts."""
     epochs: int = Field(default=1, ge=1, le=1_000)
     """Passes over a step's answers (PPO's epochs)."""
     stream_parts: int = Field(default=1, ge=1, le=MOST_ANSWERS)
-    """The learners begin as soon as one of so many parts of a step's groups is there, whichever groups come first. The gradient
-    is the same but for rounding; 1: when all are there, in an order that repeats bit for bit."""
+    """The learners begin as soon as one of so many parts of a step's groups is there, whichever
+    groups come first. The gradient is the same but for rounding; 1: when all are there, in an order
+    that repeats bit for bit."""
     max_staleness: int = Field(default=0, ge=0, le=64)
-    """k: a token trains at most k versions after the one that sampled it, and rollouts run ahead by as much while the
-    learners work. 0: strictly on-policy, every token is sampled by the newest weights."""
+    """k: a token trains at most k versions after the one that sampled it, and rollouts run ahead by
+    as much while the learners work. 0: strictly on-policy, every token is sampled by the newest
+    weights."""
     in_flight: Literal["update", "finish", "park"] = "update"
-    """What becomes of answers that are being decoded when new weights come. `update`: they go on with them at the next token.
-    `finish`: they are finished with the old ones, and the update waits. `park`: they go on from where they stood, read anew
-    by the new weights. Every token keeps the version and the log-prob that it was drawn with."""
+    """What becomes of answers that are being decoded when new weights come. `update`: they go on
+    with them at the next token. `finish`: they are finished with the old ones, and the update
+    waits. `park`: they go on from where they stood, read anew by the new weights. Every token keeps
+    the version and the log-prob that it was drawn with."""
     overdue: Literal["wait", "evict"] = "wait"
-    """What happens to a group that would become too old while it is still decoded. `wait`: the learners wait for it. `evict`:
-    it is thrown away and counted, which favours short answers."""
+    """What happens to a group that would become too old while it is still decoded. `wait`: the
+    learners wait for it. `evict`: it is thrown away and counted, which favours short answers."""
 
 
 class SyncConfig(Settings):
     """How weights reach the engines."""
 
     mode: Literal["auto", "dense", "patch"] = "auto"
-    """`dense`: whole weights; `patch`: what changed since the last version, bit for bit the same result. `auto`: whichever
-    takes less time at the bandwidth and the share of changed weights that are measured; a change is logged with its reason."""
+    """`dense`: whole weights; `patch`: what changed since the last version, bit for bit the same
+    result. `auto`: whichever takes less time at the bandwidth and the share of changed weights that
+    are measured; a change is logged with its reason."""
     transport: Literal["auto", "object_store", "collective", "directory"] = "auto"
-    """How the bytes travel. `object_store`: Ray's, with one copy a node. `collective`: whole weights go from the learners
-    into vLLM's own processes, over the devices' fabric; rollout.engine_args.weight_transfer_config must name vLLM's engine
-    for that. `directory`: files in `sync.directory`. `auto`: the object store, or the collective where that is configured
-    and cards measure it to be faster."""
+    """How the bytes travel. `object_store`: Ray's, with one copy a node. `collective`: whole
+    weights go from the learners into vLLM's own processes, over the devices' fabric;
+    rollout.engine_args.weight_transfer_config must name vLLM's engine for that. `directory`: files
+    in `sync.directory`. `auto`: the object store, or the collective where that is configured and
+    cards measure it to be faster."""
     directory: str | None = None
-    """A directory that the learners and all workers see, for transport=directory; empty: `sync` in the run's."""
+    """A directory that the learners and all workers see, for transport=directory; empty: `sync` in
+    the run's."""
     anchor_every: int = Field(default=50, ge=1)
-    """Versions after which the whole weights are made available anew, for workers that join late; earlier where the patches
-    since the last time have half their size."""
+    """Versions after which the whole weights are made available anew, for workers that join late;
+    earlier where the patches since the last time have half their size."""
     rate_limit: float | None = Field(default=None, gt=0)
-    """Bytes a second that a worker may fetch: a weak link for tests and benchmarks; empty: as fast as it goes."""
+    """Bytes a second that a worker may fetch: a weak link for tests and benchmarks; empty: as fast
+    as it goes."""
     probe_tokens: int = Field(default=128, ge=0)
-    """After each update engines and learners must give so many tokens of training prompts the same log-probs, but for the
-    rounding that earlier versions have shown; fewer tokens find less. 0: not asked."""
+    """After each update engines and learners must give so many tokens of training prompts the same
+    log-probs, but for the rounding that earlier versions have shown; fewer tokens find less. 0: not
+    asked."""
     timeout: float = Field(default=600.0, gt=0, le=LONGEST)
     """Seconds for one version to be served, and proved by digest, on every worker."""
 
@@ -329,22 +372,25 @@ class OptimConfig(Settings):
     grad_clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm; a step whose norm is not finite is skipped and counted."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Updates over which the rate rises from 0 to `lr`. The first has the rate 0, as in transformers, verl and TRL, and
-    changes no weight."""
+    """Updates over which the rate rises from 0 to `lr`. The first has the rate 0, as in
+    transformers, verl and TRL, and changes no weight."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Over all updates that RL can make. A part of a step without any signal makes none and counts all the same (TRL updates
-    there, with advantages of 0); the critic's warm-up does not count for the policy (as in verl)."""
+    """Over all updates that RL can make. A part of a step without any signal makes none and counts
+    all the same (TRL updates there, with advantages of 0); the critic's warm-up does not count for
+    the policy (as in verl)."""
     micro_batch_tokens: Annotated[int, Field(ge=1, le=1_000_000_000)] | Literal["auto"] = "auto"
-    """Padded tokens of one forward and backward pass on one rank. Loss and gradient do not depend on it. `auto`: as many as
-    the free memory holds, at most 16384, on a CPU 2048 (which is quicker there)."""
+    """Padded tokens of one forward and backward pass on one rank. Loss and gradient do not depend
+    on it. `auto`: as many as the free memory holds, at most 16384, on a CPU 2048 (which is quicker
+    there)."""
 
 
 class CriticConfig(Settings):
-    """The critic of advantage.kind=gae: a second model on the learners, with an optimizer of its own."""
+    """The critic of advantage.kind=gae: a second model on the learners, with an optimizer of its
+    own."""
 
     path: str | None = None
-    """A Hub id or a local directory whose body it starts from; empty: the policy's body at the start of RL. Its value head
-    starts at 0."""
+    """A Hub id or a local directory whose body it starts from; empty: the policy's body at the
+    start of RL. Its value head starts at 0."""
     lr: float = Field(default=1e-5, gt=0, le=1)
     """The critic's largest learning rate."""
     lr_warmup_steps: int = Field(default=0, ge=0)
@@ -352,8 +398,8 @@ class CriticConfig(Settings):
     warmup: int = Field(default=0, ge=0)
     """The first so many RL steps train the critic alone (verl's critic_warmup; VAPO: 50)."""
     clip: float | None = Field(default=0.5, gt=0)
-    """A value may move this far from what it was before the step without a larger loss (verl 0.5, OpenRLHF 0.2); empty:
-    free."""
+    """A value may move this far from what it was before the step without a larger loss (verl 0.5,
+    OpenRLHF 0.2); empty: free."""
 
     def optim(self, policy: OptimConfig) -> OptimConfig:
         """The policy's optimizer with the critic's learning rate."""
@@ -361,14 +407,20 @@ class CriticConfig(Settings):
 
 
 _FORM_OF_PROMPTS = (
-    "max_prompt_length", "system_prompt", "merge_system", "template", "chat_template", "chat_template_kwargs",
+    "max_prompt_length",
+    "system_prompt",
+    "merge_system",
+    "template",
+    "chat_template",
+    "chat_template_kwargs",
     "assistant_prefix",
-)  # fmt: skip
+)
 
 
 class EvalSetConfig(DataConfig):
-    """A set of problems to be evaluated on, all of it: the keys of `data`, with `path` for `source`, and its own answers.
-    What is not set is as in `eval` and `rollout`, and the template, the system prompt and the longest prompt as in `data`."""
+    """A set of problems to be evaluated on, all of it: the keys of `data`, with `path` for
+    `source`, and its own answers. What is not set is as in `eval` and `rollout`, and the template,
+    the system prompt and the longest prompt as in `data`."""
 
     heldout: int = Field(default=0, ge=0, le=0)
     """0: nothing of a set is trained on."""
@@ -389,7 +441,8 @@ class EvalSetConfig(DataConfig):
     max_response_length: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     """Tokens; the engines are made for it. Empty: `rollout.max_response_length`."""
     verifier: RewardPart | None = None
-    """What marks the answers: a name such as `math`, or the keys of a part of the reward; empty: the run's reward."""
+    """What marks the answers: a name such as `math`, or the keys of a part of the reward; empty:
+    the run's reward."""
 
     @model_validator(mode="before")
     @classmethod
@@ -405,18 +458,24 @@ class EvalSetConfig(DataConfig):
     @model_validator(mode="after")
     def _whole(self) -> EvalSetConfig:
         if self.eval_path is not None or self.eval_split is not None:
-            raise ValueError("a set is evaluated whole: name its file in path, or its split in split")
+            raise ValueError(
+                "a set is evaluated whole: name its file in path, or its split in split"
+            )
         return self
 
     def beside(self, data: DataConfig) -> EvalSetConfig:
         """The set with the prompts' form of the training data where it sets none of its own."""
         own = self.model_fields_set
-        return self.model_copy(update={k: getattr(data, k) for k in _FORM_OF_PROMPTS if k not in own})
+        return self.model_copy(
+            update={k: getattr(data, k) for k in _FORM_OF_PROMPTS if k not in own}
+        )
 
     @property
     def generated(self) -> bool:
         """Whether its problems are made rather than read."""
-        return isinstance(self.source, str) and self.source.startswith(("arithmetic", "reasoning_gym:"))
+        return isinstance(self.source, str) and self.source.startswith(
+            ("arithmetic", "reasoning_gym:")
+        )
 
 
 class EvalConfig(SamplingConfig):
@@ -431,8 +490,9 @@ class EvalConfig(SamplingConfig):
     temperature: float = Field(default=0.0, ge=0, le=100)
     """0: greedy."""
     sets: Mapping[str, EvalSetConfig] = Field(default_factory=dict)
-    """Further sets by name, each with the keys of `data` and answers of its own, e.g. {aime24: {path: aime24.parquet,
-    prompt_column: problem, samples: 16, temperature: 0.6, verifier: math}}; `val-core/aime24/acc/mean@16`."""
+    """Further sets by name, each with the keys of `data` and answers of its own, e.g. {aime24:
+    {path: aime24.parquet, prompt_column: problem, samples: 16, temperature: 0.6, verifier: math}};
+    `val-core/aime24/acc/mean@16`."""
 
     @property
     def active(self) -> bool:
@@ -448,7 +508,8 @@ class CheckpointConfig(Settings):
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints that stay on disk."""
     history: bool = False
-    """Keep every version of the weights as a patch in the run's `history`; `emberl patches apply` makes a model of any."""
+    """Keep every version of the weights as a patch in the run's `history`; `emberl patches apply`
+    makes a model of any."""
 
 
 class TrackingConfig(Settings):
@@ -461,12 +522,12 @@ class TrackingConfig(Settings):
     samples: int = Field(default=8, ge=0)
     """Sampled answers kept at each evaluation."""
     warn_after: int = Field(default=5, ge=0)
-    """Steps in a row without a sign of learning (no update, equal rewards, answers all cut off, ...) after which one line
-    says so, on the console and as an alert of W&B; 0: never."""
+    """Steps in a row without a sign of learning (no update, equal rewards, answers all cut off,
+    ...) after which one line says so, on the console and as an alert of W&B; 0: never."""
     entropy_floor: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the entropy of the first step below which a policy that does not solve its problems is said to have collapsed.
-    Over eleven models and three algorithms nearly all of the gain was had by when 94 % of the entropy was gone
-    (arXiv 2505.22617); 0: never said."""
+    """Share of the entropy of the first step below which a policy that does not solve its problems
+    is said to have collapsed. Over eleven models and three algorithms nearly all of the gain was
+    had by when 94 % of the entropy was gone (arXiv 2505.22617); 0: never said."""
 
 
 class ClusterConfig(Settings):
@@ -483,16 +544,19 @@ class ClusterConfig(Settings):
     cpus_per_rollout: float = Field(default=1.0, gt=0)
     """The same of each rollout worker."""
     colocated: bool = False
-    """For few devices: learner i and rollout worker i share device i, and the engines sleep while the learners work. With
-    rollout.engine=vllm, schedule.max_staleness=0 and as many rollouts as learners."""
+    """For few devices: learner i and rollout worker i share device i, and the engines sleep while
+    the learners work. With rollout.engine=vllm, schedule.max_staleness=0 and as many rollouts as
+    learners."""
     sleep_level: Literal[1, 2] = 1
-    """1: a sleeping engine keeps its weights in the machine's memory. 2: it drops them; the next version loads them anew."""
+    """1: a sleeping engine keeps its weights in the machine's memory. 2: it drops them; the next
+    version loads them anew."""
     address: str | None = None
-    """A Ray cluster to join; empty: the one `RAY_ADDRESS` names (as in a Ray job), else a new one on this machine."""
+    """A Ray cluster to join; empty: the one `RAY_ADDRESS` names (as in a Ray job), else a new one
+    on this machine."""
     start_timeout: float = Field(default=300.0, gt=0, le=LONGEST)
     """Seconds for the placement to be granted and all actors to be up."""
     max_restarts: int = Field(default=0, ge=0)
-    """How often all actors are started anew from the last checkpoint when a learner is lost, or a rollout worker for good; 0:
-    the run ends, and --resume goes on."""
+    """How often all actors are started anew from the last checkpoint when a learner is lost, or a
+    rollout worker for good; 0: the run ends, and --resume goes on."""
     step_timeout: float = Field(default=3600.0, gt=0, le=LONGEST)
     """Seconds for one optimizer step or one checkpoint on the learners."""

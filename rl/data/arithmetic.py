@@ -1,15 +1,18 @@
-"""The built-in source: arithmetic with worked solutions, small enough for a model that is trained in minutes.
+"""The built-in source: arithmetic with worked solutions, small enough for a model that is trained
+in minutes.
 
     chain     7+5-3+8=?          <think>7+5=12,12-3=9,9+8=17</think>17
     products  3*7-4+2*5=?        <think>3*7=21,2*5=10,21-4=17,17+10=27</think>27
     brackets  (3+4)*2-(9-5)=?    <think>3+4=7,7*2=14,9-5=4,14-4=10</think>10
     solve     x+7-3=11,x=?       <think>11+3=14,14-7=7</think>7
-    story     Mia has 7 apples, then gets 5 more, then gives 3 away. How many apples does Mia have now?
+    story     Mia has 7 apples, then gets 5 more, then gives 3 away. How many apples does Mia have
+    now?
               7 + 5 = 12. 12 - 3 = 9. The answer is 9.
 
-`story` is for a model that speaks English already, the others are for one that starts from nothing. Nothing is ever negative. A
-hash of a problem's text, or of the chain that a story tells, says whether it is held out: no run, whatever its seed, trains
-on a problem that any run is evaluated on, nor on its sum in other words.
+`story` is for a model that speaks English already, the others are for one that starts from nothing.
+Nothing is ever negative. A hash of a problem's text, or of the chain that a story tells, says
+whether it is held out: no run, whatever its seed, trains on a problem that any run is evaluated on,
+nor on its sum in other words.
 """
 
 from __future__ import annotations
@@ -38,14 +41,16 @@ _LOSSES = ("gives {} away", "loses {}", "sells {}")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """e.g. kind "chain", text and bare "7+5-3=?", solution "<think>7+5=12,12-3=9</think>9", answer "9"."""
+    """e.g. kind "chain", text and bare "7+5-3=?", solution "<think>7+5=12,12-3=9</think>9", answer
+    "9"."""
 
     kind: str
     text: str
     solution: str
     answer: str
     bare: str
-    """The text, or of a story the chain that it tells: what the side of a problem and its being new depend on."""
+    """The text, or of a story the chain that it tells: what the side of a problem and its being new
+    depend on."""
 
 
 @dataclass(slots=True)
@@ -91,7 +96,8 @@ def _chain(work: _Work, terms: int) -> tuple[str, int]:
 
 
 def _solve(work: _Work, terms: int) -> tuple[str, int]:
-    """A chain whose first number is hidden and whose result is given: the steps undo it from its end."""
+    """A chain whose first number is hidden and whose result is given: the steps undo it from its
+    end."""
     hidden = total = work.below(work.largest_term + 1)
     moves = []
     for _ in range(terms - 1):
@@ -138,7 +144,8 @@ def _product(work: _Work, size: int) -> tuple[str, list[tuple[int, str, int]], i
 
 
 def _bracket(work: _Work, size: int) -> tuple[str, list[tuple[int, str, int]], int]:
-    """(a+b) or (a-b), with three numbers multiplied by the third; what is multiplied has one digit."""
+    """(a+b) or (a-b), with three numbers multiplied by the third; what is multiplied has one
+    digit."""
     a, b = 1 + work.below(9), 1 + work.below(9)
     if size == 1:
         return str(a), [], a
@@ -158,7 +165,8 @@ _Part = Callable[[_Work, int], tuple[str, list[tuple[int, str, int]], int]]
 
 
 def _sum_of_parts(work: _Work, sizes: Sequence[int], make: _Part) -> tuple[str, int]:
-    """Parts with plus or minus between them; each part is worked out first, in order, and then their sum."""
+    """Parts with plus or minus between them; each part is worked out first, in order, and then
+    their sum."""
     text, total, moves = "", 0, []
     for size in sizes:
         sign = ""
@@ -177,7 +185,8 @@ def _sum_of_parts(work: _Work, sizes: Sequence[int], make: _Part) -> tuple[str, 
 
 
 def _sizes(work: _Work, terms: int, most: int) -> list[int]:
-    """Numbers in each part, 1 to `most`, `terms` in all, at least one part of more than one number."""
+    """Numbers in each part, 1 to `most`, `terms` in all, at least one part of more than one
+    number."""
     sizes = []
     left = terms
     while left:
@@ -220,16 +229,24 @@ class ProblemMaker:
 
     def draw(self, random: Random) -> Problem:
         settings = self.settings
-        work = _Work(random.random, settings.largest_term, settings.largest_total, settings.steps == "short")
+        work = _Work(
+            random.random, settings.largest_term, settings.largest_total, settings.steps == "short"
+        )
         at = random.random() * self._edges[-1]
-        kind = next((k for k, edge in zip(self._kinds, self._edges, strict=True) if at < edge), self._kinds[-1])
+        kind = next(
+            (k for k, edge in zip(self._kinds, self._edges, strict=True) if at < edge),
+            self._kinds[-1],
+        )
         fewest, most = settings.terms
         text, total = _MAKE[kind](work, fewest + work.below(most - fewest + 1))
         solution = _solution(kind, work.steps, total)
-        return Problem(kind=kind, text=text, solution=solution, answer=str(total), bare=work.bare or text)
+        return Problem(
+            kind=kind, text=text, solution=solution, answer=str(total), bare=work.bare or text
+        )
 
     def train(self, seed: int, i: int) -> Iterator[Problem]:
-        """Candidates for position `i` of a seed's stream, none of them held out; the first that will do is meant."""
+        """Candidates for position `i` of a seed's stream, none of them held out; the first that
+        will do is meant."""
         random = Random((seed << 64) + i)
         for _ in range(_TRIES):
             problem = self.draw(random)
@@ -237,7 +254,8 @@ class ProblemMaker:
                 yield problem
 
     def heldout(self) -> Iterator[Problem]:
-        """Held-out problems, each once, the same for every seed; ends when new ones have become rare."""
+        """Held-out problems, each once, the same for every seed; ends when new ones have become
+        rare."""
         random, seen, misses = Random(_HELD_OUT_STREAM), set[str](), 0
         while misses < _TRIES * HELD_OUT_SHARE:
             problem = self.draw(random)
@@ -276,7 +294,9 @@ class ArithmeticSource:
 
     def _prompt(self, problem: Problem, name: str) -> Prompt:
         columns = {"question": problem.text, "kind": problem.kind, "solution": problem.solution}
-        return self._writer.question(problem.text, id=name, answer=problem.answer, source=self.name, columns=columns)
+        return self._writer.question(
+            problem.text, id=name, answer=problem.answer, source=self.name, columns=columns
+        )
 
     def _heldout(self, settings: DataConfig) -> list[Prompt]:
         found: list[Prompt] = []
@@ -287,12 +307,15 @@ class ArithmeticSource:
             if self._writer.fits(prompt):
                 found.append(prompt)
             elif settings.overlong == "error":
-                raise ValueError(self._writer.too_long(f"the problem {problem.text!r}", len(prompt.token_ids)))
+                raise ValueError(
+                    self._writer.too_long(f"the problem {problem.text!r}", len(prompt.token_ids))
+                )
             if len(found) == settings.heldout:
                 return found
         raise ValueError(
-            f"data.heldout={settings.heldout}, but these settings give only {len(found)} held-out problems; "
-            f"raise data.terms={list(settings.terms)} or data.largest_term, or lower data.heldout"
+            f"data.heldout={settings.heldout}, but these settings give only {len(found)} held-out"
+            f" problems; raise data.terms={list(settings.terms)} or data.largest_term, or lower"
+            " data.heldout"
         )
 
 

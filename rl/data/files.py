@@ -1,7 +1,8 @@
 """Files of rows: which files a name means, and their rows piece by piece, whatever the format.
 
-Formats: Parquet, Arrow (as `save_to_disk` writes it), JSON, JSON lines, CSV and TSV, the texts also behind .gz, .bz2, .xz or
-.zst. A file is never held in memory as a whole unless it is one JSON value.
+Formats: Parquet, Arrow (as `save_to_disk` writes it), JSON, JSON lines, CSV and TSV, the texts also
+behind .gz, .bz2, .xz or .zst. A file is never held in memory as a whole unless it is one JSON
+value.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ Piece = Any
 
 
 def format_of(path: Path) -> str:
-    """The suffix without a compression's, e.g. `.jsonl` of `train.jsonl.gz`; of files without a known one by content."""
+    """The suffix without a compression's, e.g. `.jsonl` of `train.jsonl.gz`; of files without a
+    known one by content."""
     name = path.name.lower()
     for packed in _PACKED:
         name = name.removesuffix(packed)
@@ -54,16 +56,24 @@ def format_of(path: Path) -> str:
     return ""
 
 
-def find_files(name: str, key: str, split: str = "train", subset: str | None = None) -> list[Path] | None:
-    """The files that a name means: one file, a glob, a folder of shards or one that `save_to_disk` wrote; `~` is the home.
+def find_files(
+    name: str, key: str, split: str = "train", subset: str | None = None
+) -> list[Path] | None:
+    """The files that a name means: one file, a glob, a folder of shards or one that `save_to_disk`
+    wrote; `~` is the home.
 
-    split, subset: which of a folder's files are meant, by their names. None where there is nothing of that name.
-    ValueError for a pattern, split or folder without files, and for a file of no known format.
+    split, subset: which of a folder's files are meant, by their names. None where there is nothing
+    of that name. ValueError for a pattern, split or folder without files, and for a file of no
+    known format.
     """
     path = Path(name).expanduser()
     if not path.exists() and glob.has_magic(name):
         found = [Path(each) for each in sorted(glob.glob(str(path), recursive=True))]
-        files = [file for each in found for file in ([each] if each.is_file() else _of_folder(each, key, split, None))]
+        files = [
+            file
+            for each in found
+            for file in ([each] if each.is_file() else _of_folder(each, key, split, None))
+        ]
         if not files:
             raise ValueError(f"{key}={name!r} matches no file{nearby(path)}")
     elif path.is_dir():
@@ -75,8 +85,8 @@ def find_files(name: str, key: str, split: str = "train", subset: str | None = N
     for file in files:
         if not format_of(file):
             raise ValueError(
-                f"{key}={str(file)!r} is of no known format; it must end in {', '.join(SUFFIXES)}, perhaps with "
-                f"{', '.join(_PACKED)} behind; convert it, e.g. with pandas"
+                f"{key}={str(file)!r} is of no known format; it must end in {', '.join(SUFFIXES)},"
+                f" perhaps with {', '.join(_PACKED)} behind; convert it, e.g. with pandas"
             )
     return files
 
@@ -93,16 +103,24 @@ def _of_folder(folder: Path, key: str, split: str, subset: str | None) -> list[P
     files = [
         file
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and Path(file.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix in SUFFIXES
-        and file.name not in _DESCRIPTIONS and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    ]  # fmt: skip
+        if file.is_file()
+        and Path(file.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix in SUFFIXES
+        and file.name not in _DESCRIPTIONS
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
     if subset is not None:
-        chosen = [file for file in files if subset.lower() in _words(file.relative_to(folder), whole=True)]
+        chosen = [
+            file for file in files if subset.lower() in _words(file.relative_to(folder), whole=True)
+        ]
         if files and not chosen:
-            raise ValueError(f"data.subset={subset!r}: no file of {str(folder)!r} has that name in its path")
+            raise ValueError(
+                f"data.subset={subset!r}: no file of {str(folder)!r} has that name in its path"
+            )
         files = chosen
     if not files:
-        raise ValueError(f"{key}={str(folder)!r} is a folder without a data file ({', '.join(SUFFIXES)})")
+        raise ValueError(
+            f"{key}={str(folder)!r} is a folder without a data file ({', '.join(SUFFIXES)})"
+        )
     by_split: dict[str, list[Path]] = {}
     for file in files:
         words = _words(file.relative_to(folder))
@@ -119,7 +137,9 @@ def _of_folder(folder: Path, key: str, split: str, subset: str | None) -> list[P
 
 def _no_split(key: str, split: str, folder: Path, known: Sequence[str]) -> str:
     option = key if key.endswith("split") else "data.split"
-    return f"{option}={split!r} is no split of {str(folder)!r}, which has {', '.join(known)}; name one"
+    return (
+        f"{option}={split!r} is no split of {str(folder)!r}, which has {', '.join(known)}; name one"
+    )
 
 
 def _words(path: Path, *, whole: bool = False) -> set[str]:
@@ -129,11 +149,14 @@ def _words(path: Path, *, whole: bool = False) -> set[str]:
 
 
 def pieces(path: Path, rows: int = _PIECE) -> Iterator[Piece]:
-    """The rows of a file in order. ValueError says what is wrong with its content, and in which line."""
+    """The rows of a file in order. ValueError says what is wrong with its content, and in which
+    line."""
     try:
         yield from _READ[format_of(path)](path, rows)
     except UnicodeDecodeError as error:
-        raise ValueError(f"it is not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
+        raise ValueError(
+            f"it is not UTF-8 ({error.reason} at byte {error.start}); convert it"
+        ) from error
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise ValueError(f"it cannot be read: {error}") from error
 
@@ -145,7 +168,11 @@ def _opened(path: Path) -> IO[bytes]:
 
         packed: IO[bytes] = zstandard.open(path, "rb")
         return packed
-    opens: Mapping[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    opens: Mapping[str, Callable[[Path], Any]] = {
+        ".gz": gzip.open,
+        ".bz2": bz2.open,
+        ".xz": lzma.open,
+    }
     file: IO[bytes] = opens[suffix](path) if suffix in opens else path.open("rb")
     return file
 
@@ -182,12 +209,16 @@ def _csv(path: Path, rows: int) -> Iterator[Piece]:
     with _opened(path) as raw:
         text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
         csv.field_size_limit(1 << 30)
-        reader = csv.DictReader(text, delimiter="\t" if format_of(path) == ".tsv" else ",", restkey="", strict=True)
+        reader = csv.DictReader(
+            text, delimiter="\t" if format_of(path) == ".tsv" else ",", restkey="", strict=True
+        )
         try:
             for batch in _batched(reader, rows):
                 for row in batch:
                     if "" in row and isinstance(row[""], list):
-                        raise ValueError(f"line {reader.line_num} has more values than the header has names")
+                        raise ValueError(
+                            f"line {reader.line_num} has more values than the header has names"
+                        )
                 yield [{key: value or None for key, value in row.items()} for row in batch]
         except csv.Error as error:
             raise ValueError(f"line {reader.line_num} is no CSV ({error})") from error
@@ -208,7 +239,9 @@ def _json(path: Path, rows: int) -> Iterator[Piece]:
         try:
             value = json.loads(text.read())
         except json.JSONDecodeError as error:
-            raise ValueError(f"line {error.lineno} is not JSON ({error}); correct or remove it") from error
+            raise ValueError(
+                f"line {error.lineno} is not JSON ({error}); correct or remove it"
+            ) from error
     yield from _batched((_row(each, i) for i, each in enumerate(_listed(value), 1)), rows)
 
 
@@ -218,7 +251,9 @@ def _lines(text: IO[str]) -> Iterator[Row]:
             try:
                 value = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"line {number} is not JSON ({error}); correct or remove it") from error
+                raise ValueError(
+                    f"line {number} is not JSON ({error}); correct or remove it"
+                ) from error
             yield _row(value, number)
 
 
@@ -235,7 +270,11 @@ def _listed(value: Any) -> Sequence[Any]:
         return [value] if value and all(_is_turn(each) for each in value) else value
     if not isinstance(value, dict):
         return [value]
-    lists = [each for each in value.values() if isinstance(each, list) and each and isinstance(each[0], dict)]
+    lists = [
+        each
+        for each in value.values()
+        if isinstance(each, list) and each and isinstance(each[0], dict)
+    ]
     if len(lists) == 1 and not {"role", "from"} & set(lists[0][0]):
         return lists[0]
     if len(value) > 1 and all(isinstance(each, dict) for each in value.values()):
@@ -256,7 +295,10 @@ def _row(value: Any, number: int) -> Row:
         return {"conversations": value}  # a conversation is the row, as in Open-Reasoner-Zero
     if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str):
         return {"prompt": value[0], "answer": value[1]}
-    raise ValueError(f'line {number} must be an object such as {{"prompt": ..., "answer": ...}}, got {value!r:.60}')
+    raise ValueError(
+        f'line {number} must be an object such as {{"prompt": ..., "answer": ...}}, got'
+        f" {value!r:.60}"
+    )
 
 
 def _batched(rows: Iterator[Any], size: int) -> Iterator[list[Any]]:
@@ -265,8 +307,13 @@ def _batched(rows: Iterator[Any], size: int) -> Iterator[list[Any]]:
 
 
 _READ: Mapping[str, Callable[[Path, int], Iterator[Piece]]] = {
-    ".parquet": _parquet, ".arrow": _arrow, ".csv": _csv, ".tsv": _csv, ".json": _json, ".jsonl": _json,
-}  # fmt: skip
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".json": _json,
+    ".jsonl": _json,
+}
 
 
 def nearby(path: Path) -> str:
@@ -276,7 +323,11 @@ def nearby(path: Path) -> str:
         return f"; nor does its folder {str(folder)!r}"
     names = sorted(each.name for each in folder.iterdir() if each.is_file() and format_of(each))
     near = difflib.get_close_matches(path.name, names, n=1) or names[:5]
-    return f"; {str(folder)!r} has {', '.join(near)}" if near else f"; {str(folder.resolve())!r} has no data file"
+    return (
+        f"; {str(folder)!r} has {', '.join(near)}"
+        if near
+        else f"; {str(folder.resolve())!r} has no data file"
+    )
 
 
 __all__ = ["SUFFIXES", "Piece", "Row", "find_files", "format_of", "nearby", "pieces"]

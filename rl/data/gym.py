@@ -15,24 +15,32 @@ from .rows import GYM
 from .templates import PromptWriter, Tokenizer
 
 _CHUNK = 256
-"""Items of one generator. Some tasks lay all of them out when they are made, so it must be finite."""
+"""Items of one generator. Some tasks lay all of them out when they are made, so it must be
+finite."""
 _TRIES = 400
 
 
 def task_of(settings: DataConfig) -> str:
-    """The task's name; ValueError if reasoning-gym or the task is missing, or refuses `data.gym`."""
+    """The task's name; ValueError if reasoning-gym or the task is missing, or refuses
+    `data.gym`."""
     try:
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise ValueError(
-            f"data.source={settings.source!r} needs reasoning-gym: pip install 'emberl[gym]' (one of its dependencies "
-            f"is built with a C compiler); {error}"
+            f"data.source={settings.source!r} needs reasoning-gym: pip install 'emberl[gym]' (one"
+            f" of its dependencies is built with a C compiler); {error}"
         ) from error
     task = str(settings.source).removeprefix(GYM)
     if task not in DATASETS:
         near = difflib.get_close_matches(task, list(DATASETS), n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else f"; it has {len(DATASETS)}, such as chain_sum"
-        raise ValueError(f"data.source={settings.source!r}: reasoning-gym has no task {task!r}{hint}")
+        hint = (
+            f"; did you mean {' or '.join(near)}?"
+            if near
+            else f"; it has {len(DATASETS)}, such as chain_sum"
+        )
+        raise ValueError(
+            f"data.source={settings.source!r}: reasoning-gym has no task {task!r}{hint}"
+        )
     _make(task, settings.gym, 0)
     return task
 
@@ -43,11 +51,14 @@ def _make(task: str, options: Mapping[str, Any], seed: int) -> Any:
     try:
         return reasoning_gym.create_dataset(task, size=_CHUNK, seed=seed, **options)
     except (TypeError, AssertionError, ValueError) as error:
-        raise ValueError(f"data.gym={dict(options)} does not suit the task {task}: {error}") from error
+        raise ValueError(
+            f"data.gym={dict(options)} does not suit the task {task}: {error}"
+        ) from error
 
 
 class GymSource:
-    """`data.source: reasoning_gym:<task>`. Held out is what the hash of the question says, as for arithmetic."""
+    """`data.source: reasoning_gym:<task>`. Held out is what the hash of the question says, as for
+    arithmetic."""
 
     size = None
 
@@ -88,7 +99,8 @@ class GymSource:
         )
 
     def _candidates(self) -> Iterator[Mapping[str, Any]]:
-        """Held-out items, each question once, the same for every seed; ends when new ones have become rare."""
+        """Held-out items, each question once, the same for every seed; ends when new ones have
+        become rare."""
         seen, misses, chunk = set[str](), 0, 0
         while misses < 16 * _CHUNK:
             items = self._chunk("heldout", chunk, 0)
@@ -109,12 +121,14 @@ class GymSource:
             if self._writer.fits(prompt):
                 found.append(prompt)
             elif settings.overlong == "error":
-                raise ValueError(self._writer.too_long(f"a problem of {self._task}", len(prompt.token_ids)))
+                raise ValueError(
+                    self._writer.too_long(f"a problem of {self._task}", len(prompt.token_ids))
+                )
             if len(found) == settings.heldout:
                 return found
         raise ValueError(
-            f"data.heldout={settings.heldout}, but {self._task} gives only {len(found)} held-out problems; "
-            "make it harder with data.gym, or lower data.heldout"
+            f"data.heldout={settings.heldout}, but {self._task} gives only {len(found)} held-out"
+            " problems; make it harder with data.gym, or lower data.heldout"
         )
 
 

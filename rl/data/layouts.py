@@ -1,6 +1,8 @@
-"""Where public data sets keep prompt, answer and tests, as a table, and how the columns of any other one are recognised.
+"""Where public data sets keep prompt, answer and tests, as a table, and how the columns of any
+other one are recognised.
 
-A path such as `reward_model.ground_truth` or `conversations.-1.value` goes into mappings, lists and JSON texts of them.
+A path such as `reward_model.ground_truth` or `conversations.-1.value` goes into mappings, lists and
+JSON texts of them.
 """
 
 from __future__ import annotations
@@ -45,130 +47,370 @@ class Layout:
 
 _STARTER = ("starter_code", "test_info.0.function_declaration")
 _PUZZLE = (
-    "Using the numbers {nums}, create an equation that equals {target}. You can use basic arithmetic operations "
-    "(+, -, *, /) and each number exactly once. Return the final equation in <answer> </answer> tags, for example "
-    "<answer>(1 + 2) / 3</answer>."
+    "Using the numbers {nums}, create an equation that equals {target}. You can use basic"
+    " arithmetic operations (+, -, *, /) and each number exactly once. Return the final equation in"
+    " <answer> </answer> tags, for example <answer>(1 + 2) / 3</answer>."
 )
 
 LAYOUTS: tuple[Layout, ...] = (
     # verl's frame with contents of their own
     Layout(
-        name="countdown", has=("prompt", f"{TRUTH}.target", f"{TRUTH}.numbers"), prompt="prompt",
+        name="countdown",
+        has=("prompt", f"{TRUTH}.target", f"{TRUTH}.numbers"),
+        prompt="prompt",
         answer=(f"{TRUTH}.target",),
         metadata=(("target", f"{TRUTH}.target"), ("numbers", f"{TRUTH}.numbers")),
     ),
-    Layout(name="logic_rl", has=("prompt", f"{TRUTH}.solution_text_format"), prompt="prompt", answer=(TRUTH,)),
     Layout(
-        name="dapo", has=("prompt", TRUTH), where=(("data_source", "math_dapo"),), prompt="prompt", answer=(TRUTH,)
+        name="logic_rl",
+        has=("prompt", f"{TRUTH}.solution_text_format"),
+        prompt="prompt",
+        answer=(TRUTH,),
     ),
     Layout(
-        name="eurus", has=("prompt", "ability", TRUTH), prompt="prompt", answer=(TRUTH,),
+        name="dapo",
+        has=("prompt", TRUTH),
+        where=(("data_source", "math_dapo"),),
+        prompt="prompt",
+        answer=(TRUTH,),
+    ),
+    Layout(
+        name="eurus",
+        has=("prompt", "ability", TRUTH),
+        prompt="prompt",
+        answer=(TRUTH,),
         where=(("data_source", r"numina|taco|apps|code_?contests|codeforces"),),
     ),
     Layout(name="simplerl", has=("prompt", TRUTH, "gt_answer"), prompt="prompt", answer=(TRUTH,)),
-    Layout(name="simplerl", has=("question", "gt_answer"), prompt="question", answer=("gt_answer",)),
+    Layout(
+        name="simplerl", has=("question", "gt_answer"), prompt="question", answer=("gt_answer",)
+    ),
     Layout(name="verl", has=("prompt", TRUTH), prompt="prompt", answer=(TRUTH,)),
     # puzzles
     Layout(
         name="logic_rl", has=("quiz", "solution_text"), prompt="quiz", answer=("solution_text",)
     ),
     Layout(
-        name="countdown", has=("nums", "target"), template=_PUZZLE, answer=("target",),
+        name="countdown",
+        has=("nums", "target"),
+        template=_PUZZLE,
+        answer=("target",),
         metadata=(("target", "target"), ("numbers", "nums")),
     ),
     # programs
     Layout(
-        name="livecodebench", has=("question_content", "public_test_cases"), prompt="question_content",
-        tests=("private_test_cases", "public_test_cases"), starter=_STARTER,
+        name="livecodebench",
+        has=("question_content", "public_test_cases"),
+        prompt="question_content",
+        tests=("private_test_cases", "public_test_cases"),
+        starter=_STARTER,
     ),
+    Layout(name="leetcode", has=("query", "entry_point", "test"), prompt="query", tests=("test",)),
     Layout(
-        name="leetcode", has=("query", "entry_point", "test"), prompt="query", tests=("test",)
-    ),
-    Layout(
-        name="kodcode", has=("question", "test", "test_info"), prompt="question", tests=("test",), starter=_STARTER
-    ),
-    Layout(name="acecode", has=("question", "test_cases", "inferences"), prompt="question", tests=("test_cases",)),
-    Layout(
-        name="taco", has=("question", "input_output", "skill_types"), prompt="question", tests=("input_output",),
+        name="kodcode",
+        has=("question", "test", "test_info"),
+        prompt="question",
+        tests=("test",),
         starter=_STARTER,
     ),
     Layout(
-        name="apps", has=("question", "input_output", "solutions"), prompt="question", tests=("input_output",),
+        name="acecode",
+        has=("question", "test_cases", "inferences"),
+        prompt="question",
+        tests=("test_cases",),
+    ),
+    Layout(
+        name="taco",
+        has=("question", "input_output", "skill_types"),
+        prompt="question",
+        tests=("input_output",),
         starter=_STARTER,
     ),
-    Layout(name="deepcoder", has=("problem", "tests"), prompt="problem", tests=("tests",), starter=_STARTER),
+    Layout(
+        name="apps",
+        has=("question", "input_output", "solutions"),
+        prompt="question",
+        tests=("input_output",),
+        starter=_STARTER,
+    ),
+    Layout(
+        name="deepcoder",
+        has=("problem", "tests"),
+        prompt="problem",
+        tests=("tests",),
+        starter=_STARTER,
+    ),
     # mathematics
     Layout(
-        name="orz", has=("conversations.0.value", "conversations.-1.ground_truth.value"), prompt="conversations",
+        name="orz",
+        has=("conversations.0.value", "conversations.-1.ground_truth.value"),
+        prompt="conversations",
         answer=("conversations.-1.ground_truth.value",),
     ),
     Layout(
-        name="openr1", has=("problem", "answer", "generations"), prompt="problem", answer=("answer",)
+        name="openr1",
+        has=("problem", "answer", "generations"),
+        prompt="problem",
+        answer=("answer",),
     ),
-    Layout(name="big_math", has=("problem", "answer", "llama8b_solve_rate"), prompt="problem", answer=("answer",)),
-    Layout(name="big_math", has=("problem", "answer", "domain", "source"), prompt="problem", answer=("answer",)),
-    Layout(name="numina", has=("problem", "solution", "problem_type"), prompt="problem", answer=("answer",)),
-    Layout(name="numina", has=("problem", "solution", "messages"), prompt="problem", answer=("solution",)),
-    Layout(name="math", has=("problem", "solution", "level"), prompt="problem", answer=("answer", "solution")),
-    Layout(name="deepscaler", has=("problem", "answer", "solution"), prompt="problem", answer=("answer",)),
     Layout(
-        name="gsm8k", has=("question", "answer"), where=(("answer", r"####"),), prompt="question", answer=("answer",)
+        name="big_math",
+        has=("problem", "answer", "llama8b_solve_rate"),
+        prompt="problem",
+        answer=("answer",),
+    ),
+    Layout(
+        name="big_math",
+        has=("problem", "answer", "domain", "source"),
+        prompt="problem",
+        answer=("answer",),
+    ),
+    Layout(
+        name="numina",
+        has=("problem", "solution", "problem_type"),
+        prompt="problem",
+        answer=("answer",),
+    ),
+    Layout(
+        name="numina",
+        has=("problem", "solution", "messages"),
+        prompt="problem",
+        answer=("solution",),
+    ),
+    Layout(
+        name="math",
+        has=("problem", "solution", "level"),
+        prompt="problem",
+        answer=("answer", "solution"),
+    ),
+    Layout(
+        name="deepscaler",
+        has=("problem", "answer", "solution"),
+        prompt="problem",
+        answer=("answer",),
+    ),
+    Layout(
+        name="gsm8k",
+        has=("question", "answer"),
+        where=(("answer", r"####"),),
+        prompt="question",
+        answer=("answer",),
     ),
     # frames
     Layout(name="openrlhf", has=("input", "label"), prompt="input", answer=("label",)),
-    Layout(name="openrlhf", has=("context_messages", "label"), prompt="context_messages", answer=("label",)),
     Layout(
-        name="openrlhf", has=("context_messages", "answer"), prompt="context_messages", answer=("answer",)
+        name="openrlhf",
+        has=("context_messages", "label"),
+        prompt="context_messages",
+        answer=("label",),
     ),
     Layout(
-        name="trl", has=("prompt",), prompt="prompt",
+        name="openrlhf",
+        has=("context_messages", "answer"),
+        prompt="context_messages",
+        answer=("answer",),
+    ),
+    Layout(
+        name="trl",
+        has=("prompt",),
+        prompt="prompt",
         answer=("ground_truth", "answer", "solution", "label", "target", "completion"),
     ),
     Layout(
-        name="sharegpt", has=("conversations.0.from", "conversations.0.value"), prompt="conversations",
-        answer=("ground_truth", "answer", "label", "solution", "conversations"), system="system",
+        name="sharegpt",
+        has=("conversations.0.from", "conversations.0.value"),
+        prompt="conversations",
+        answer=("ground_truth", "answer", "label", "solution", "conversations"),
+        system="system",
     ),
-)  # fmt: skip
+)
 _FRAMES = ("openrlhf", "trl", "sharegpt")
 NAMES = tuple(dict.fromkeys(layout.name for layout in LAYOUTS))
 
-# Names of columns in any other data set, in lower case with `_` for what separates words; the first that rows have is meant.
+# Names of columns in any other data set, in lower case with `_` for what separates words; the first
+# that rows have is meant.
 _PROMPTS = (
-    "prompt", "problem", "question", "problem_text", "question_content", "question_text", "problem_statement",
-    "problem_description", "question_stem", "query", "instruction", "quiz", "puzzle", "prompts", "questions", "task",
-    "input", "inputs", "description", "statement", "stem", "exercise", "sentence", "original_question", "user",
-    "user_prompt", "content", "conversations", "conversation", "messages", "context_messages", "chat", "dialogue", "text",
-    "body", "ctx", "goal", "hypothesis", "conclusion", "instruct_prompt", "complete_prompt", "问题", "题目",
-)  # fmt: skip
+    "prompt",
+    "problem",
+    "question",
+    "problem_text",
+    "question_content",
+    "question_text",
+    "problem_statement",
+    "problem_description",
+    "question_stem",
+    "query",
+    "instruction",
+    "quiz",
+    "puzzle",
+    "prompts",
+    "questions",
+    "task",
+    "input",
+    "inputs",
+    "description",
+    "statement",
+    "stem",
+    "exercise",
+    "sentence",
+    "original_question",
+    "user",
+    "user_prompt",
+    "content",
+    "conversations",
+    "conversation",
+    "messages",
+    "context_messages",
+    "chat",
+    "dialogue",
+    "text",
+    "body",
+    "ctx",
+    "goal",
+    "hypothesis",
+    "conclusion",
+    "instruct_prompt",
+    "complete_prompt",
+    "问题",
+    "题目",
+)
 _ANSWERS = (
-    "ground_truth", "final_answer", "expected_answer", "reference_answer", "gold_answer", "gt_answer", "true_answer",
-    "correct_answer", "verified_answer", "short_answer", "answer_number", "numerical_answer", "answer_value",
-    "golden_answers", "correct_option", "answer_key", "answer_idx", "answer_index", "cop", "correct",
-    "answer", "gold", "gt", "label", "labels", "target", "targets", "final_ans", "ans", "answers", "result",
-    "ref_answer", "reference", "references", "expected", "expected_output", "correct_answers", "solution", "solutions",
-    "response", "output", "completion", "rationale", "explanation", "generated_solution", "chosen", "答案",
-)  # fmt: skip
+    "ground_truth",
+    "final_answer",
+    "expected_answer",
+    "reference_answer",
+    "gold_answer",
+    "gt_answer",
+    "true_answer",
+    "correct_answer",
+    "verified_answer",
+    "short_answer",
+    "answer_number",
+    "numerical_answer",
+    "answer_value",
+    "golden_answers",
+    "correct_option",
+    "answer_key",
+    "answer_idx",
+    "answer_index",
+    "cop",
+    "correct",
+    "answer",
+    "gold",
+    "gt",
+    "label",
+    "labels",
+    "target",
+    "targets",
+    "final_ans",
+    "ans",
+    "answers",
+    "result",
+    "ref_answer",
+    "reference",
+    "references",
+    "expected",
+    "expected_output",
+    "correct_answers",
+    "solution",
+    "solutions",
+    "response",
+    "output",
+    "completion",
+    "rationale",
+    "explanation",
+    "generated_solution",
+    "chosen",
+    "答案",
+)
 _TESTS = (
-    "tests", "test", "test_cases", "test_list", "input_output", "official_tests", "private_test_cases",
-    "public_test_cases", "private_tests", "public_tests", "generated_tests", "unit_tests", "unit_test", "testcases",
-    "test_case", "testcase", "test_code", "hidden_tests", "assertions", "asserts", "check", "examples_tests",
-)  # fmt: skip
-_BEFORE = ("passage", "context", "article", "story", "body", "background", "premise", "premises", "puzzle")
+    "tests",
+    "test",
+    "test_cases",
+    "test_list",
+    "input_output",
+    "official_tests",
+    "private_test_cases",
+    "public_test_cases",
+    "private_tests",
+    "public_tests",
+    "generated_tests",
+    "unit_tests",
+    "unit_test",
+    "testcases",
+    "test_case",
+    "testcase",
+    "test_code",
+    "hidden_tests",
+    "assertions",
+    "asserts",
+    "check",
+    "examples_tests",
+)
+_BEFORE = (
+    "passage",
+    "context",
+    "article",
+    "story",
+    "body",
+    "background",
+    "premise",
+    "premises",
+    "puzzle",
+)
 _AFTER = {
     "instruction": ("input",),
-    "description": ("input_format", "output_format", "input_specification", "output_specification", "constraints"),
+    "description": (
+        "input_format",
+        "output_format",
+        "input_specification",
+        "output_specification",
+        "constraints",
+    ),
 }
-_OPTIONS = ("choices", "options", "endings", "candidates", "answer_choices", "multiple_choice_options", "option")
-_LETTERED = (("a", "b", "c", "d"), ("opa", "opb", "opc", "opd"), ("option_a", "option_b", "option_c", "option_d"),
-             ("option1", "option2"), ("sol1", "sol2"))  # fmt: skip
+_OPTIONS = (
+    "choices",
+    "options",
+    "endings",
+    "candidates",
+    "answer_choices",
+    "multiple_choice_options",
+    "option",
+)
+_LETTERED = (
+    ("a", "b", "c", "d"),
+    ("opa", "opb", "opc", "opd"),
+    ("option_a", "option_b", "option_c", "option_d"),
+    ("option1", "option2"),
+    ("sol1", "sol2"),
+)
 # Of names that are in no list: words in them, the likeliest first.
 _PROMPT_WORDS = ("prompt", "problem", "question", "query", "instruction", "puzzle", "task", "text")
 _ANSWER_WORDS = (
-    "truth", "answer", "answers", "gold", "golden", "target", "label", "expected", "solution", "solutions", "result",
-    "output", "response",
-)  # fmt: skip
+    "truth",
+    "answer",
+    "answers",
+    "gold",
+    "golden",
+    "target",
+    "label",
+    "expected",
+    "solution",
+    "solutions",
+    "result",
+    "output",
+    "response",
+)
 _TEST_WORDS = ("tests", "test", "testcases", "asserts", "assertions", "cases")
-_NESTED_FIRST = ("reward_model", "verification_info", "reward", "extra_info", "metadata", "meta", "info")
+_NESTED_FIRST = (
+    "reward_model",
+    "verification_info",
+    "reward",
+    "extra_info",
+    "metadata",
+    "meta",
+    "info",
+)
 
 
 def lookup(row: Any, path: str) -> Any:
@@ -184,7 +426,11 @@ def lookup(row: Any, path: str) -> Any:
                 return None
         if isinstance(value, Mapping) and part in value:
             value = value[part]
-        elif isinstance(value, Sequence) and not isinstance(value, str) and re.fullmatch(r"-?\d+", part):
+        elif (
+            isinstance(value, Sequence)
+            and not isinstance(value, str)
+            and re.fullmatch(r"-?\d+", part)
+        ):
             at = int(part)
             if not -len(value) <= at < len(value):
                 return None
@@ -200,28 +446,37 @@ def given(value: Any) -> bool:
         return bool(value.strip())
     if isinstance(value, Mapping):
         return any(given(each) for each in value.values())
-    return value is not None and not (isinstance(value, Sequence) and len(value) == 0) and value == value
+    return (
+        value is not None
+        and not (isinstance(value, Sequence) and len(value) == 0)
+        and value == value
+    )
 
 
 def by_name(name: str, head: Sequence[Row]) -> Layout:
-    """The layout of that name whose columns the rows have. ValueError says which columns it needs."""
+    """The layout of that name whose columns the rows have. ValueError says which columns it
+    needs."""
     layouts = [layout for layout in LAYOUTS if layout.name == name]
     for layout in layouts:
         if all(_some(head, path) for path in layout.has):
             return settled(layout, head)
     wanted = " or ".join(", ".join(layout.has) for layout in layouts)
-    raise ValueError(f"data.layout={name} needs the columns {wanted}, and there is only {columns_text(head)}")
+    raise ValueError(
+        f"data.layout={name} needs the columns {wanted}, and there is only {columns_text(head)}"
+    )
 
 
 def recognise(head: Sequence[Row]) -> Layout | None:
-    """The first layout of the table that fits rows, else one made of names that say what they are; None without a prompt."""
+    """The first layout of the table that fits rows, else one made of names that say what they are;
+    None without a prompt."""
     guess = _guess(head)
     more = guess is not None and bool(guess.tests or guess.options)
     for layout in LAYOUTS:
         if more and layout.name in _FRAMES:
             continue  # which says nothing of tests or choices
         if all(_some(head, path) for path in layout.has) and all(
-            any(re.search(pattern, str(lookup(row, path))) for row in head[:3]) for path, pattern in layout.where
+            any(re.search(pattern, str(lookup(row, path))) for row in head[:3])
+            for path, pattern in layout.where
         ):
             found = settled(layout, head)
             if found.answer or found.tests:
@@ -246,7 +501,9 @@ def _guess(head: Sequence[Row]) -> Layout | None:
     names = _named(head)
     tests = _tests(names, head)
     prompts = [names[name] for name in _PROMPTS if name in names]
-    prompts = [path for path in prompts if _some(head, path)] or _loosely(names, _PROMPT_WORDS) or prompts
+    prompts = (
+        [path for path in prompts if _some(head, path)] or _loosely(names, _PROMPT_WORDS) or prompts
+    )
     prompt = _likeliest(head, [path for path in prompts if not _is_number(head, path)] or prompts)
     if prompt is None:
         return None
@@ -264,8 +521,12 @@ def _guess(head: Sequence[Row]) -> Layout | None:
     turns = name in ("conversations", "conversation", "messages", "chat", "dialogue")
     if answer is None and not tests and turns:
         answer = prompt
-    before = tuple(names[key] for key in _BEFORE if key in names and names[key] not in (prompt, answer))
-    after = tuple(names[key] for key in _AFTER.get(name, ()) if key in names and names[key] != answer)
+    before = tuple(
+        names[key] for key in _BEFORE if key in names and names[key] not in (prompt, answer)
+    )
+    after = tuple(
+        names[key] for key in _AFTER.get(name, ()) if key in names and names[key] != answer
+    )
     return Layout(
         name="auto",
         prompt=prompt,
@@ -304,11 +565,16 @@ def _order(column: str) -> int:
 
 
 def _answers(names: Mapping[str, str]) -> list[str]:
-    """Paths of answers, the likeliest first: a column before what is nested, except in a place made for it."""
+    """Paths of answers, the likeliest first: a column before what is nested, except in a place made
+    for it."""
     known = [names[name] for name in _ANSWERS if name in names]
     made = [path for path in known if path.split(".")[0] in ("reward_model", "verification_info")]
     flat = [path for path in known if "." not in path]
-    info = [f"{turns}.{at}.info.reference_answer" for turns in ("messages", "conversations") for at in (0, -1)]
+    info = [
+        f"{turns}.{at}.info.reference_answer"
+        for turns in ("messages", "conversations")
+        for at in (0, -1)
+    ]
     return [*made, *flat, *info, *known]
 
 
@@ -321,7 +587,11 @@ def _tests(names: Mapping[str, str], head: Sequence[Row]) -> tuple[str, ...]:
         chosen = []
     if not chosen and {"inputs", "outputs"} <= set(names) and _some(head, names["inputs"]):
         return (f"{names['inputs']}|{names['outputs']}",)
-    info = [path for path in ("messages.0.info.test_case", "messages.-1.info.test_case") if _some(head, path)]
+    info = [
+        path
+        for path in ("messages.0.info.test_case", "messages.-1.info.test_case")
+        if _some(head, path)
+    ]
     return tuple(chosen or info[:1])
 
 
@@ -333,7 +603,9 @@ def _loosely(names: Mapping[str, str], words: Sequence[str]) -> list[str]:
 def _tests_something(value: Any) -> bool:
     """Whether a column of that name holds tests and not, say, a score or a split's name."""
     if isinstance(value, str):
-        return len(value) > 20 and ("assert" in value or value.lstrip()[:1] in ("[", "{") or len(value) > 200)
+        return len(value) > 20 and (
+            "assert" in value or value.lstrip()[:1] in ("[", "{") or len(value) > 200
+        )
     return isinstance(value, Mapping | Sequence) and given(value)
 
 
@@ -342,7 +614,8 @@ def _is_number(head: Sequence[Row], path: str) -> bool:
 
 
 def _likeliest(head: Sequence[Row], paths: Sequence[str]) -> str | None:
-    """The first path at which most rows say something, else the first at which one does, else the first column."""
+    """The first path at which most rows say something, else the first at which one does, else the
+    first column."""
     for fits in (_most, _some, lambda head, path: any(path in row for row in head)):
         if (found := next((path for path in paths if fits(head, path)), None)) is not None:
             return found
@@ -372,4 +645,14 @@ def columns_text(head: Sequence[Row]) -> str:
     return ", ".join(found) or "none at all"
 
 
-__all__ = ["LAYOUTS", "NAMES", "TRUTH", "Layout", "by_name", "columns_text", "given", "lookup", "recognise"]
+__all__ = [
+    "LAYOUTS",
+    "NAMES",
+    "TRUTH",
+    "Layout",
+    "by_name",
+    "columns_text",
+    "given",
+    "lookup",
+    "recognise",
+]

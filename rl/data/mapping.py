@@ -1,4 +1,5 @@
-"""A row as a problem: its prompt, its reference answer and its columns, as layout and settings say."""
+"""A row as a problem: its prompt, its reference answer and its columns, as layout and settings
+say."""
 
 from __future__ import annotations
 
@@ -16,7 +17,17 @@ from .templates import fields, fill, missing
 _MARKED = re.compile(r"(?:final |correct )?answer is:?\s*(.+?)\s*\.?\s*$", re.IGNORECASE)
 _COUNTED = re.compile(r"(-?[\d.,/]+) \([A-Za-z ]+\)")
 _LETTERED = re.compile(r"\s*\(?([A-Ja-j1-9])\s*[).:]")
-_KEYS = ("value", "answer", "ground_truth", "target", "solution_text_format", "text", "final_answer", "label", "spans")
+_KEYS = (
+    "value",
+    "answer",
+    "ground_truth",
+    "target",
+    "solution_text_format",
+    "text",
+    "final_answer",
+    "label",
+    "spans",
+)
 _ALTERNATIVES = frozenset(
     ("answers", "aliases", "spans", "text", "target", "targets")
 )  # words in names: one of them will do
@@ -34,7 +45,11 @@ class Mapped:
     @property
     def text(self) -> str:
         """All that is said, for telling problems apart."""
-        return self.content if isinstance(self.content, str) else "\0".join(m["content"] for m in self.content)
+        return (
+            self.content
+            if isinstance(self.content, str)
+            else "\0".join(m["content"] for m in self.content)
+        )
 
 
 class BadRow(ValueError):
@@ -42,12 +57,16 @@ class BadRow(ValueError):
 
 
 class Mapper:
-    """Finds prompt, answer and tests in the rows of one table. ValueError names the setting that is wrong.
+    """Finds prompt, answer and tests in the rows of one table. ValueError names the setting that is
+    wrong.
 
-    head: the first rows, by whose columns the layout is recognised. key, where: how to speak of the table.
+    head: the first rows, by whose columns the layout is recognised. key, where: how to speak of the
+    table.
     """
 
-    def __init__(self, settings: DataConfig, head: Sequence[Mapping[str, Any]], key: str, where: str) -> None:
+    def __init__(
+        self, settings: DataConfig, head: Sequence[Mapping[str, Any]], key: str, where: str
+    ) -> None:
         self._settings, self._head, self._key, self._where = settings, head[:_SEEN], key, where
         for name in fields(settings.prompt_template or ""):
             self._require("prompt_template", name)
@@ -62,36 +81,53 @@ class Mapper:
         for name in fields(settings.prompt_template or ""):
             if self.layout.answer == (name,):
                 raise ValueError(
-                    f"data.prompt_template shows the model {{{name}}}, the reference answer; take it out, or write "
-                    f"{{{{{name}}}}} if the braces are meant"
+                    f"data.prompt_template shows the model {{{name}}}, the reference answer; take"
+                    f" it out, or write {{{{{name}}}}} if the braces are meant"
                 )
         self._options = self._find_options()
 
     def _find_layout(self) -> Layout:
         settings = self._settings
         try:
-            found = recognise(self._head) if settings.layout == "auto" else by_name(settings.layout, self._head)
+            found = (
+                recognise(self._head)
+                if settings.layout == "auto"
+                else by_name(settings.layout, self._head)
+            )
         except ValueError as error:
             raise ValueError(f"{self._key}={self._where!r}: {error}") from None
         known = found is not None
         layout = found or Layout(name="auto")
         if settings.tests_column is not None:
-            layout = replace(layout, tests=(settings.tests_column,) if settings.tests_column else (), answer=())
+            layout = replace(
+                layout, tests=(settings.tests_column,) if settings.tests_column else (), answer=()
+            )
         if settings.answer_column is not None:
-            layout = replace(layout, answer=(settings.answer_column,) if settings.answer_column else (), options="")
+            layout = replace(
+                layout,
+                answer=(settings.answer_column,) if settings.answer_column else (),
+                options="",
+            )
         if settings.prompt_column is not None:
-            layout = replace(layout, prompt=settings.prompt_column, template="", options="", name=layout.name)
+            layout = replace(
+                layout, prompt=settings.prompt_column, template="", options="", name=layout.name
+            )
         has = columns_text(self._head)
         if not (layout.prompt or layout.template or settings.prompt_template):
             raise ValueError(
-                f"{self._key}={self._where!r}: no column is known to be the prompt, there is only {has}; set "
-                "data.prompt_column, or data.prompt_template to make it of several"
+                f"{self._key}={self._where!r}: no column is known to be the prompt, there is only"
+                f" {has}; set data.prompt_column, or data.prompt_template to make it of several"
             )
         if not layout.answer and not layout.tests and settings.answer_column != "":
-            what = "no column is known to be the answer" if known else "no column is known to be prompt or answer"
+            what = (
+                "no column is known to be the answer"
+                if known
+                else "no column is known to be prompt or answer"
+            )
             raise ValueError(
-                f"{self._key}={self._where!r}: {what}, there is only {has}; set data.answer_column (or data.tests_column "
-                "for programs), or data.answer_column='\"\"' for a reward that needs no reference"
+                f"{self._key}={self._where!r}: {what}, there is only {has}; set data.answer_column"
+                " (or data.tests_column for programs), or data.answer_column='\"\"' for a reward"
+                " that needs no reference"
             )
         return layout
 
@@ -100,7 +136,9 @@ class Mapper:
         path = self.layout.options if self._composed else ""
         if not path:
             return ""
-        shown = [_shows(lookup(row, self.layout.prompt), _options(row, path)[1]) for row in self._head]
+        shown = [
+            _shows(lookup(row, self.layout.prompt), _options(row, path)[1]) for row in self._head
+        ]
         return "" if all(shown) else path
 
     def _require(self, key: str, path: str) -> None:
@@ -109,18 +147,26 @@ class Mapper:
             if "." in path:
                 inner = lookup(holder, path.rpartition(".")[0])
                 holder = inner if isinstance(inner, Mapping) else holder
-            raise ValueError(f"data.{key}={path!r}: in {self._where!r} {missing(shown, list(holder))}")
+            raise ValueError(
+                f"data.{key}={path!r}: in {self._where!r} {missing(shown, list(holder))}"
+            )
 
     @property
     def task(self) -> str:
-        """`code` where rows have tests, `gym` where only reasoning-gym's rule can tell, else `math`."""
+        """`code` where rows have tests, `gym` where only reasoning-gym's rule can tell, else
+        `math`."""
         return "code" if self.layout.tests else "gym" if self.layout.metadata else "math"
 
     def describe(self) -> str:
         """One line for the start of a run."""
         layout, settings = self.layout, self._settings
-        prompt = "data.prompt_template" if settings.prompt_template else layout.prompt or "a template"
-        parts = [f"prompt {'+'.join((*layout.before, prompt, *layout.after)) if self._composed else prompt}"]
+        prompt = (
+            "data.prompt_template" if settings.prompt_template else layout.prompt or "a template"
+        )
+        parts = [
+            "prompt"
+            f" {'+'.join((*layout.before, prompt, *layout.after)) if self._composed else prompt}"
+        ]
         if self._options:
             parts.append(f"choices {self._options}")
         if layout.tests:
@@ -129,7 +175,9 @@ class Mapper:
             parts.append(f"answer {'+'.join(layout.answer) or 'none'}")
         if layout.system:
             parts.append(f"system {layout.system}")
-        if settings.final_answer == "cut" and any(_replied(lookup(row, layout.prompt)) for row in self._head):
+        if settings.final_answer == "cut" and any(
+            _replied(lookup(row, layout.prompt)) for row in self._head
+        ):
             parts.append("the assistant's last words left out: data.final_answer")
         return f"{self._where}: layout {layout.name} ({', '.join(parts)})"
 
@@ -137,9 +185,22 @@ class Mapper:
     def needed(self) -> set[str]:
         """The columns that a prompt and an answer are made of."""
         layout = self.layout
-        paths = [*layout.answer, *layout.before, *layout.after, *layout.starter, layout.prompt, layout.system]
-        paths += [*layout.options.split("|"), *fields(layout.template), *fields(self._settings.prompt_template or "")]
-        paths += [path for tests in layout.tests for path in tests.split("|") if len(layout.tests) == 1]
+        paths = [
+            *layout.answer,
+            *layout.before,
+            *layout.after,
+            *layout.starter,
+            layout.prompt,
+            layout.system,
+        ]
+        paths += [
+            *layout.options.split("|"),
+            *fields(layout.template),
+            *fields(self._settings.prompt_template or ""),
+        ]
+        paths += [
+            path for tests in layout.tests for path in tests.split("|") if len(layout.tests) == 1
+        ]
         columns = {column for row in self._head for column in row}
         return {path if path in columns else path.split(".")[0] for path in paths if path}
 
@@ -152,19 +213,29 @@ class Mapper:
                 raise BadRow(f"the column {self.layout.prompt!r} (data.prompt_column) is empty")
         else:
             asked, reply = split_off_reply(content)
-            if not any(message["content"].strip() for message in asked if message["role"] != "system"):
-                raise BadRow(f"the column {self.layout.prompt!r} (data.prompt_column) has no question")
+            if not any(
+                message["content"].strip() for message in asked if message["role"] != "system"
+            ):
+                raise BadRow(
+                    f"the column {self.layout.prompt!r} (data.prompt_column) has no question"
+                )
             replies = self.layout.answer == (self.layout.prompt,)
             if replies or self._settings.final_answer == "cut":
                 content = asked
             if replies:
                 answer = final_answer(reply.strip())
                 if not answer:
-                    raise BadRow(f"no answer in the column {self.layout.prompt!r}: no reply ends it")
+                    raise BadRow(
+                        f"no answer in the column {self.layout.prompt!r}: no reply ends it"
+                    )
         system = lookup(row, self.layout.system) if self.layout.system else None
         if isinstance(system, str) and system.strip():
             turns = ({"role": "user", "content": content},) if isinstance(content, str) else content
-            content = turns if turns[0]["role"] == "system" else ({"role": "system", "content": system}, *turns)
+            content = (
+                turns
+                if turns[0]["role"] == "system"
+                else ({"role": "system", "content": system}, *turns)
+            )
         return Mapped(content=content, answer=answer)
 
     def columns(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -195,7 +266,11 @@ class Mapper:
         if self._settings.solution_column is None:
             return None
         value = lookup(row, self._settings.solution_column)
-        return None if not value else fill(self._settings.solution_template, {"solution": value, "answer": answer})
+        return (
+            None
+            if not value
+            else fill(self._settings.solution_template, {"solution": value, "answer": answer})
+        )
 
     def _content(self, row: Mapping[str, Any]) -> str | tuple[Message, ...]:
         template = self._settings.prompt_template
@@ -212,8 +287,12 @@ class Mapper:
         try:
             content = read_messages(value)
         except ValueError as error:
-            raise BadRow(f"the column {self.layout.prompt!r} (data.prompt_column) {error}") from None
-        return self._compose(content, row) if isinstance(content, str) and self._composed else content
+            raise BadRow(
+                f"the column {self.layout.prompt!r} (data.prompt_column) {error}"
+            ) from None
+        return (
+            self._compose(content, row) if isinstance(content, str) and self._composed else content
+        )
 
     def _compose(self, prompt: str, row: Mapping[str, Any]) -> str:
         """The prompt with what belongs to it: passage, input, choices, signature."""
@@ -222,10 +301,16 @@ class Mapper:
         parts = [part for part in parts if part and part not in prompt] + [prompt]
         for path in layout.after:
             if text := _plain(lookup(row, path)):
-                parts.append(text if path in ("input",) else f"{path.replace('_', ' ').capitalize()}:\n{text}")
+                parts.append(
+                    text
+                    if path in ("input",)
+                    else f"{path.replace('_', ' ').capitalize()}:\n{text}"
+                )
         if self._options:
             labels, texts = _options(row, self._options)
-            parts.append("\n".join(f"{a}. {b}" if a else b for a, b in zip(labels, texts, strict=True)))
+            parts.append(
+                "\n".join(f"{a}. {b}" if a else b for a, b in zip(labels, texts, strict=True))
+            )
         elif layout.answer and isinstance(lookup(row, layout.answer[0]), bool):
             parts.append("Answer yes or no.")
         for path in layout.starter:
@@ -250,11 +335,15 @@ class Mapper:
             return text if self._stated else final_answer(text)
         found = list(re.finditer(pattern, text))
         if not found or not found[-1].group(1):
-            raise BadRow(f"data.answer_pattern={pattern!r} finds nothing in the column {path!r}: {text[-80:]!r}")
+            raise BadRow(
+                f"data.answer_pattern={pattern!r} finds nothing in the column {path!r}:"
+                f" {text[-80:]!r}"
+            )
         return str(found[-1].group(1)).strip()
 
     def _text(self, value: Any, path: str) -> str:
-        """An answer as text: a number as it is, the one item of a list, a mapping's own answer, else JSON."""
+        """An answer as text: a number as it is, the one item of a list, a mapping's own answer,
+        else JSON."""
         several = bool(_ALTERNATIVES & set(path.rsplit(".", 1)[-1].lower().split("_")))
         if several and not self._stated:
             value = _list_of(value)
@@ -271,15 +360,28 @@ class Mapper:
         return json.dumps(value, ensure_ascii=False, default=str)
 
 
-_KNOWN_TESTS = frozenset((
-    "tests", "test", "test_list", "test_cases", "input_output", "verification_info", "public_test_cases",
-    "private_test_cases", "official_tests", "public_tests", "private_tests", "generated_tests",
-))  # fmt: skip
+_KNOWN_TESTS = frozenset(
+    (
+        "tests",
+        "test",
+        "test_list",
+        "test_cases",
+        "input_output",
+        "verification_info",
+        "public_test_cases",
+        "private_test_cases",
+        "official_tests",
+        "public_tests",
+        "private_tests",
+        "generated_tests",
+    )
+)
 """Where the code reward looks by itself."""
 
 
 def final_answer(text: str) -> str:
-    """What a worked solution comes to: behind `####`, in its last box, or after `The answer is`; a short text is its own."""
+    """What a worked solution comes to: behind `####`, in its last box, or after `The answer is`; a
+    short text is its own."""
     text = text.strip()
     if "####" in text:
         return text.rpartition("####")[2].strip().partition("\n")[0].strip()
@@ -304,9 +406,11 @@ def _boxed(text: str) -> str:
 
 
 def _options(row: Mapping[str, Any], path: str) -> tuple[list[str], list[str]]:
-    """Labels and texts of a question's choices; a label is empty where the text shows one already."""
+    """Labels and texts of a question's choices; a label is empty where the text shows one
+    already."""
     value: Any = [row.get(name) for name in path.split("|")] if "|" in path else lookup(row, path)
-    if isinstance(value, Mapping) and isinstance(value.get("text"), Sequence) and "label" in value:  # ARC
+    # ARC
+    if isinstance(value, Mapping) and isinstance(value.get("text"), Sequence) and "label" in value:
         return [str(label) for label in value["label"]], [str(text) for text in value["text"]]
     if isinstance(value, Mapping):
         pairs = [(str(key), str(text)) for key, text in value.items() if text is not None]
@@ -349,8 +453,14 @@ def _shows(prompt: Any, options: Sequence[str]) -> bool:
 
 
 def _first_assertion(tests: Any, prompt: str) -> str:
-    """The first of a list of assertions, where the prompt does not name the function that it calls."""
-    if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests or not isinstance(tests[0], str):
+    """The first of a list of assertions, where the prompt does not name the function that it
+    calls."""
+    if (
+        not isinstance(tests, Sequence)
+        or isinstance(tests, str)
+        or not tests
+        or not isinstance(tests[0], str)
+    ):
         return ""
     names = re.findall(r"\b([A-Za-z_]\w*)\s*\(", tests[0].partition("assert")[2])
     return "" if not names or any(name in prompt for name in names) else tests[0]

@@ -1,4 +1,5 @@
-"""Prompts as data sets hold them: text, messages in several spellings, content parts, and any of these as JSON text."""
+"""Prompts as data sets hold them: text, messages in several spellings, content parts, and any of
+these as JSON text."""
 
 from __future__ import annotations
 
@@ -10,13 +11,20 @@ from typing import Any
 Message = Mapping[str, str]
 
 _ROLES = {
-    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "bing": "assistant",
-    "model": "assistant", "ai": "assistant", "developer": "system",
-}  # fmt: skip
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "bing": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+    "developer": "system",
+}
 
 
 def read_messages(value: Any) -> str | tuple[Message, ...]:
-    """Text stays text; everything else becomes `{"role", "content"}`, with the roles user, assistant, system and others.
+    """Text stays text; everything else becomes `{"role", "content"}`, with the roles user,
+    assistant, system and others.
 
     ValueError where it is neither; the text is for the end of a sentence.
     """
@@ -29,13 +37,20 @@ def read_messages(value: Any) -> str | tuple[Message, ...]:
         value = next((value[key] for key in ("messages", "conversations") if key in value), [value])
     if isinstance(value, Sequence) and len(value) == 1 and isinstance(value[0], str):
         return value[0]
-    if not isinstance(value, Sequence) or not value or not all(isinstance(message, Mapping) for message in value):
-        raise ValueError(f"must be text or a list of messages with role and content, got {value!r:.80}")
+    if (
+        not isinstance(value, Sequence)
+        or not value
+        or not all(isinstance(message, Mapping) for message in value)
+    ):
+        raise ValueError(
+            f"must be text or a list of messages with role and content, got {value!r:.80}"
+        )
     return tuple(_message(message) for message in value)
 
 
 def split_off_reply(messages: Sequence[Message]) -> tuple[tuple[Message, ...], str]:
-    """The conversation up to the last turn that is not the assistant's, and what the assistant says after it."""
+    """The conversation up to the last turn that is not the assistant's, and what the assistant says
+    after it."""
     kept = list(messages)
     reply: list[str] = []
     while kept and kept[-1]["role"] == "assistant":
@@ -47,7 +62,9 @@ def _message(message: Mapping[str, Any]) -> Message:
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
     if not isinstance(role, str):
-        raise ValueError(f"must be text or a list of messages with role and content, got {message!r:.80}")
+        raise ValueError(
+            f"must be text or a list of messages with role and content, got {message!r:.80}"
+        )
     return {"role": _ROLES.get(role.lower(), role.lower()), "content": _text(content, message)}
 
 
@@ -57,18 +74,25 @@ def _text(content: Any, message: Mapping[str, Any]) -> str:
     if content is None and "ground_truth" in message:  # Open-Reasoner-Zero's last turn
         return ""
     if isinstance(content, Sequence) and all(isinstance(part, Mapping) for part in content):
-        parts = [part.get("text") if part.get("type", "text") == "text" else None for part in content]
+        parts = [
+            part.get("text") if part.get("type", "text") == "text" else None for part in content
+        ]
         if all(isinstance(part, str) for part in parts):
             return "\n".join(str(part) for part in parts)
         kinds = ", ".join(sorted({str(part.get("type")) for part in content}))
         raise ValueError(f"has messages with parts of {kinds}; only text can be used")
-    raise ValueError(f"must be text or a list of messages with role and content, got {message!r:.80}")
+    raise ValueError(
+        f"must be text or a list of messages with role and content, got {message!r:.80}"
+    )
 
 
 def _opened(text: str) -> Any:
-    """The messages that a text spells as JSON or as Python prints them; None where it is an ordinary text."""
+    """The messages that a text spells as JSON or as Python prints them; None where it is an
+    ordinary text."""
     start = text.lstrip()[:2]
-    if start[:1] not in ("[", "{") or not ('"role"' in text or "'role'" in text or '"from"' in text):
+    if start[:1] not in ("[", "{") or not (
+        '"role"' in text or "'role'" in text or '"from"' in text
+    ):
         return None
     try:
         value = json.loads(text)
@@ -78,7 +102,11 @@ def _opened(text: str) -> Any:
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return None
     turns = value if isinstance(value, list) else [value]
-    return value if all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns) else None
+    return (
+        value
+        if all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns)
+        else None
+    )
 
 
 __all__ = ["Message", "read_messages", "split_off_reply"]

@@ -1,7 +1,9 @@
-"""A table's problems, each once: read in pieces, rows of one prompt and answer folded, kept column by column.
+"""A table's problems, each once: read in pieces, rows of one prompt and answer folded, kept column
+by column.
 
-What was made of a large table is kept in `$XDG_CACHE_HOME/emberl/data` (or `~/.cache`), under a hash of the files' content
-and of the settings, and opened as a memory map: a table may be larger than the memory. Files there may be deleted.
+What was made of a large table is kept in `$XDG_CACHE_HOME/emberl/data` (or `~/.cache`), under a
+hash of the files' content and of the settings, and opened as a memory map: a table may be larger
+than the memory. Files there may be deleted.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ CACHED_BYTES = 16 << 20
 """Files of fewer bytes are read anew each time, which takes less than a second or two."""
 _VERSION = 1
 """Of the cached form, and of what layouts make of rows: count up when either changes."""
-_JSON, _NUMBER, _KEY, _SIZE, _TURNS = (f"emberl {what}" for what in ("json", "number", "key", "size", "turns"))
+_JSON, _NUMBER, _KEY, _SIZE, _TURNS = (
+    f"emberl {what}" for what in ("json", "number", "key", "size", "turns")
+)
 _OWN = (_NUMBER, _KEY, _SIZE, _TURNS)
 
 
@@ -43,7 +47,8 @@ class Counts:
 
 
 class Rows(Sequence[Mapping[str, Any]]):
-    """Rows kept in Arrow's columns, or, where they came from a text, as JSON: each is made when it is asked for."""
+    """Rows kept in Arrow's columns, or, where they came from a text, as JSON: each is made when it
+    is asked for."""
 
     def __init__(self, table: Any) -> None:
         self._table = table
@@ -76,7 +81,8 @@ class Prepared:
     numbers: NDArray[np.int64]
     """[N] the row's place in its table, from 0."""
     keys: NDArray[np.void]
-    """[N] 16 bytes, a hash of what the prompt says: the same for every data set that has the problem."""
+    """[N] 16 bytes, a hash of what the prompt says: the same for every data set that has the
+    problem."""
     sizes: NDArray[np.int32]
     """[N] bytes of the prompt, in UTF-8, without a template."""
     turns: NDArray[np.int16]
@@ -85,7 +91,8 @@ class Prepared:
 
 
 def prepare(table: Table, mapper: Mapper, settings: DataConfig) -> Prepared:
-    """Reads a table once. ValueError for its first bad row where `data.drop` is none, or where most rows are bad."""
+    """Reads a table once. ValueError for its first bad row where `data.drop` is none, or where most
+    rows are bad."""
     import pyarrow
 
     cached = _cache_file(table, settings)
@@ -124,7 +131,9 @@ class _Fold:
                 try:
                     found = self._figures(row)
                 except BadRow as error:
-                    self._note_bad(f"{self._table.key}={where!r}, row {number + 1 - start}: {error}")
+                    self._note_bad(
+                        f"{self._table.key}={where!r}, row {number + 1 - start}: {error}"
+                    )
                     continue
                 if found is not None:
                     chosen.append(at)
@@ -154,10 +163,14 @@ class _Fold:
     def counts(self) -> Counts:
         """Once all parts are through."""
         if self._read == 0:
-            raise ValueError(f"{self._table.key}={self._table.where!r} has no rows; give a data set with at least one")
+            raise ValueError(
+                f"{self._table.key}={self._table.where!r} has no rows; give a data set with at"
+                " least one"
+            )
         if 2 * self._bad > self._read:
             raise ValueError(
-                f"{self._bad} of {self._read} rows have no prompt or no answer; is it the right layout? {self._example}"
+                f"{self._bad} of {self._read} rows have no prompt or no answer; is it the right"
+                f" layout? {self._example}"
             )
         return Counts(read=self._read, folded=self._folded, bad=self._bad, example=self._example)
 
@@ -173,11 +186,15 @@ def _taken(piece: Any, chosen: Sequence[int]) -> Any:
     import pyarrow
 
     if not isinstance(piece, list):
-        return pyarrow.Table.from_batches([piece]).take(_array(pyarrow.int64(), np.array(chosen, np.int64)))
+        return pyarrow.Table.from_batches([piece]).take(
+            _array(pyarrow.int64(), np.array(chosen, np.int64))
+        )
     lines = [as_json(piece[at]) for at in chosen]
     ends = np.cumsum([0, *map(len, lines)], dtype=np.int64)
     buffers = [None, pyarrow.py_buffer(ends.tobytes()), pyarrow.py_buffer(b"".join(lines))]
-    return pyarrow.Table.from_arrays([pyarrow.Array.from_buffers(pyarrow.large_binary(), len(lines), buffers)], [_JSON])
+    return pyarrow.Table.from_arrays(
+        [pyarrow.Array.from_buffers(pyarrow.large_binary(), len(lines), buffers)], [_JSON]
+    )
 
 
 def _with_figures(rows: Any, found: Sequence[tuple[int, bytes, int, int]]) -> Any:
@@ -199,7 +216,9 @@ def _array(kind: Any, values: NDArray[Any]) -> Any:
     """`pyarrow.array` would import pandas, for seconds."""
     import pyarrow
 
-    return pyarrow.Array.from_buffers(kind, len(values), [None, pyarrow.py_buffer(values.tobytes())])
+    return pyarrow.Array.from_buffers(
+        kind, len(values), [None, pyarrow.py_buffer(values.tobytes())]
+    )
 
 
 def _prepared(table: Any, counts: Counts) -> Prepared:
@@ -227,7 +246,15 @@ def _cache_file(table: Table, settings: DataConfig) -> Path | None:
         return None
     import xxhash
 
-    names = ("layout", "prompt_column", "answer_column", "tests_column", "answer_pattern", "prompt_template", "drop")
+    names = (
+        "layout",
+        "prompt_column",
+        "answer_column",
+        "tests_column",
+        "answer_pattern",
+        "prompt_template",
+        "drop",
+    )
     parts = [str(_VERSION), table.where, *(repr(getattr(settings, name)) for name in names)]
     digest = xxhash.xxh3_128("\0".join(parts).encode())
     for path in table.files:
@@ -239,8 +266,9 @@ def _cache_file(table: Table, settings: DataConfig) -> Path | None:
 
 
 def _save(fold: _Fold, path: Path) -> bool:
-    """Writes the parts as they come, so that they need not fit into memory; whole or not at all, whoever else writes the
-    same. False where the folder cannot be written to, or where the parts have types that do not go together."""
+    """Writes the parts as they come, so that they need not fit into memory; whole or not at all,
+    whoever else writes the same. False where the folder cannot be written to, or where the parts
+    have types that do not go together."""
     import pyarrow
 
     try:

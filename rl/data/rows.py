@@ -41,11 +41,15 @@ class Table:
         """The first rows. ValueError if there is none."""
         found: list[Row] = []
         for _, piece in self.pieces():
-            found += piece_rows(piece if isinstance(piece, list) else piece.slice(0, rows - len(found)))
+            found += piece_rows(
+                piece if isinstance(piece, list) else piece.slice(0, rows - len(found))
+            )
             if len(found) >= rows:
                 break
         if not found:
-            raise ValueError(f"{self.key}={self.where!r} has no rows; give a data set with at least one")
+            raise ValueError(
+                f"{self.key}={self.where!r} has no rows; give a data set with at least one"
+            )
         return found[:rows]
 
 
@@ -66,11 +70,14 @@ def check_source(settings: DataConfig) -> None:
         if files is not None or (_HUB_ID.fullmatch(name) and not _is_file_name(name)):
             continue
         if _is_file_name(name) or ("/" in name and not _HUB_ID.fullmatch(name) and " " not in name):
-            raise ValueError(f"data.source={name!r} does not exist{nearby(Path(name).expanduser())}")
+            raise ValueError(
+                f"data.source={name!r} does not exist{nearby(Path(name).expanduser())}"
+            )
         near = difflib.get_close_matches(name, ["arithmetic", GYM + "chain_sum"], n=1)
         raise ValueError(
-            f"data.source={name!r} is neither arithmetic, a file ({', '.join(SUFFIXES)}), a folder of files, a Hub data "
-            f"set owner/name nor {GYM}<task>" + (f"; did you mean {near[0]}?" if near else "")
+            f"data.source={name!r} is neither arithmetic, a file ({', '.join(SUFFIXES)}), a folder"
+            f" of files, a Hub data set owner/name nor {GYM}<task>"
+            + (f"; did you mean {near[0]}?" if near else "")
         )
 
 
@@ -88,7 +95,8 @@ def train_tables(settings: DataConfig, *, hub: bool = True) -> list[Table]:
 
 
 def eval_tables(settings: DataConfig, *, hub: bool = True) -> list[Table] | None:
-    """The tables that `data.eval_path` or `data.eval_split` names; None if held-out rows come from the source itself."""
+    """The tables that `data.eval_path` or `data.eval_split` names; None if held-out rows come from
+    the source itself."""
     if settings.eval_path is not None:
         paths = (settings.eval_path,) if isinstance(settings.eval_path, str) else settings.eval_path
         return [table for path in paths for table in _eval_files(path)]
@@ -101,8 +109,9 @@ def eval_tables(settings: DataConfig, *, hub: bool = True) -> list[Table] | None
             found += file_tables(files or [], "data.eval_split", name)
         elif find_files(name, "data.source") is not None or _is_file_name(name):
             raise ValueError(
-                f"data.eval_split={settings.eval_split!r} needs a Hub data set or a folder, but data.source={name!r} is a "
-                "file; name a file of held-out rows in data.eval_path, or set data.heldout"
+                f"data.eval_split={settings.eval_split!r} needs a Hub data set or a folder, but"
+                f" data.source={name!r} is a file; name a file of held-out rows in data.eval_path,"
+                " or set data.heldout"
             )
         elif hub:
             found.append(_hub_table(settings, name, settings.eval_split, "data.eval_split"))
@@ -110,7 +119,9 @@ def eval_tables(settings: DataConfig, *, hub: bool = True) -> list[Table] | None
 
 
 def _eval_files(path: str) -> list[Table]:
-    files = next((found for split in ("test", "train") if (found := _try(path, split)) is not None), None)
+    files = next(
+        (found for split in ("test", "train") if (found := _try(path, split)) is not None), None
+    )
     if files is None:
         raise ValueError(f"data.eval_path={path!r} does not exist{nearby(Path(path).expanduser())}")
     return file_tables(files, "data.eval_path", path)
@@ -126,7 +137,8 @@ def _try(path: str, split: str) -> list[Path] | None:
 
 
 def file_tables(files: Sequence[Path], key: str, where: str) -> list[Table]:
-    """A table for each run of files with the same columns: shards are one, a file of mathematics and one of code are two."""
+    """A table for each run of files with the same columns: shards are one, a file of mathematics
+    and one of code are two."""
     groups: list[tuple[frozenset[str], list[Path]]] = []
     for file in files:
         columns = frozenset(_columns(file, key))
@@ -137,7 +149,11 @@ def file_tables(files: Sequence[Path], key: str, where: str) -> list[Table]:
             known.append(file)
     tables = []
     for _, group in groups:
-        shown = where if len(groups) == 1 else str(group[0]) + (f" and {len(group) - 1} more" if group[1:] else "")
+        shown = (
+            where
+            if len(groups) == 1
+            else str(group[0]) + (f" and {len(group) - 1} more" if group[1:] else "")
+        )
         folder = len(groups) == 1 and (Path(where).expanduser().is_dir() or len(group) > 1)
         name = Path(where).name if folder else group[0].name
         counts = [_row_count(file) for file in group]
@@ -148,7 +164,11 @@ def file_tables(files: Sequence[Path], key: str, where: str) -> list[Table]:
                 name=re.sub(r"(\.[A-Za-z]+)+$", "", name) or name,
                 files=tuple(group),
                 pieces=lambda group=group: _file_pieces(group, key),  # type: ignore[misc]
-                rows=sum(count for count in counts if count is not None) if None not in counts else None,
+                rows=(
+                    sum(count for count in counts if count is not None)
+                    if None not in counts
+                    else None
+                ),
             )
         )
     if not any(_columns(file, key) for file in files):
@@ -170,7 +190,13 @@ def _columns(file: Path, key: str) -> list[str]:
     first = next((piece for _, piece in _file_pieces([file], key)), None)
     if first is None:
         return []
-    return list(first[0]) if isinstance(first, list) else list(first.schema.names) if first.num_rows else []
+    return (
+        list(first[0])
+        if isinstance(first, list)
+        else list(first.schema.names)
+        if first.num_rows
+        else []
+    )
 
 
 def _row_count(file: Path) -> int | None:
@@ -186,7 +212,8 @@ def _hub_table(settings: DataConfig, name: str, split: str, key: str) -> Table:
 
     try:
         rows = datasets.load_dataset(name, settings.subset, split=split, revision=settings.revision)
-    except Exception as error:  # the Hub client and the builders have dozens of error types, none of them ours
+    # the Hub client and the builders have dozens of error types, none of them ours
+    except Exception as error:
         raise ValueError(_hub_problem(settings, name, split, key, error)) from error
     if not isinstance(rows, datasets.Dataset):
         raise ValueError(f"{key}={split!r} gives {type(rows).__name__}; name one split, e.g. train")
@@ -195,12 +222,15 @@ def _hub_table(settings: DataConfig, name: str, split: str, key: str) -> Table:
         raise ValueError(f"data.source={where!r} has no rows; give a data set with at least one")
 
     def read() -> Iterator[tuple[str, Piece]]:
-        for table in rows.with_format("arrow").iter(batch_size=8192):  # memory-mapped: read as it is asked for
+        # memory-mapped: read as it is asked for
+        for table in rows.with_format("arrow").iter(batch_size=8192):
             yield from ((where, batch) for batch in table.to_batches())
 
     files = tuple(Path(file["filename"]) for file in rows.cache_files)
     short = name.rstrip("/").rsplit("/", 1)[-1]
-    return Table(key="data.source", where=where, name=short, files=files, pieces=read, rows=len(rows))
+    return Table(
+        key="data.source", where=where, name=short, files=files, pieces=read, rows=len(rows)
+    )
 
 
 def _hub_problem(settings: DataConfig, name: str, split: str, key: str, error: Exception) -> str:
@@ -212,8 +242,8 @@ def _hub_problem(settings: DataConfig, name: str, split: str, key: str, error: E
     if "config name" in reason.lower() or "BuilderConfig" in reason:
         return f"data.subset={settings.subset!r} does not fit {name!r}: {reason}"
     return (
-        f"data.source={name!r} cannot be loaded from the Hub ({type(error).__name__}: {reason}); check the "
-        "name and the network, or download it and give a file"
+        f"data.source={name!r} cannot be loaded from the Hub ({type(error).__name__}: {reason});"
+        " check the name and the network, or download it and give a file"
     )
 
 

@@ -1,4 +1,5 @@
-"""Where prompts come from. A source is a pure function of (seed, position), so one integer says where a run stands."""
+"""Where prompts come from. A source is a pure function of (seed, position), so one integer says
+where a run stands."""
 
 from __future__ import annotations
 
@@ -69,12 +70,16 @@ def is_table(settings: DataConfig) -> bool:
 
 
 def check_data(settings: DataConfig) -> None:
-    """What can be known without tokenizer and network: files, the first rows of each, task names. ValueError as above."""
+    """What can be known without tokenizer and network: files, the first rows of each, task names.
+    ValueError as above."""
     if is_gym(settings):
         task_of(settings)
     elif is_table(settings):
         check_source(settings)
-        for table in [*train_tables(settings, hub=False), *(eval_tables(settings, hub=False) or [])]:
+        for table in [
+            *train_tables(settings, hub=False),
+            *(eval_tables(settings, hub=False) or []),
+        ]:
             read_head(settings, table)
 
 

@@ -1,4 +1,5 @@
-"""Data sets as a source of prompts: tables read and folded, held-out problems kept apart, an order for each epoch."""
+"""Data sets as a source of prompts: tables read and folded, held-out problems kept apart, an order
+for each epoch."""
 
 from __future__ import annotations
 
@@ -36,8 +37,8 @@ class _Part:
 
 
 class TableSource:
-    """The problems of data sets. Position i is problem `order[i % size]` of epoch `i // size`, each epoch in an order of
-    its own."""
+    """The problems of data sets. Position i is problem `order[i % size]` of epoch `i // size`, each
+    epoch in an order of its own."""
 
     def __init__(self, settings: DataConfig, tokenizer: Tokenizer, seed: int) -> None:
         self._settings = settings
@@ -67,14 +68,19 @@ class TableSource:
         leaked = kept - len(self._rows) - (len(held_rows) if held is None else 0)
         if leaked:
             where = parts[0].table.where if len(parts) == 1 else "the data"
-            self._notes.append(f"{leaked} rows of {where} left out of training: they are held-out problems too")
+            self._notes.append(
+                f"{leaked} rows of {where} left out of training: they are held-out problems too"
+            )
         if not self._rows:
             raise ValueError(
-                f"data.source={settings.source!r}: every row is held out or too long; none is left to train on"
+                f"data.source={settings.source!r}: every row is held out or too long; none is left"
+                " to train on"
             )
         if held is None and 3 * settings.heldout > kept:
             self._notes.append(heldout_note(settings, kept))
-        self.heldout: Sequence[Prompt] = [self._prompt(self._held_parts, row, heldout=True) for row in held_rows]
+        self.heldout: Sequence[Prompt] = [
+            self._prompt(self._held_parts, row, heldout=True) for row in held_rows
+        ]
         self._order = lru_cache(maxsize=2)(lambda epoch: _order(len(self._rows), seed, epoch))
         self.notes: Sequence[str] = tuple(self._notes)
 
@@ -85,10 +91,15 @@ class TableSource:
     def train(self, i: int) -> Prompt:
         epoch, at = divmod(i, self.size)
         # Two epochs can meet within one step, and ids must not.
-        return self._prompt(self._parts, self._rows[int(self._order(epoch)[at])], suffix=f"@{epoch}" if epoch else "")
+        return self._prompt(
+            self._parts,
+            self._rows[int(self._order(epoch)[at])],
+            suffix=f"@{epoch}" if epoch else "",
+        )
 
     def examples(self) -> Iterator[Prompt]:
-        """Every problem once, those of training first, in the order of the data and without token ids."""
+        """Every problem once, those of training first, in the order of the data and without token
+        ids."""
         wanted: dict[int, set[int]] = {}
         for at, index in self._rows:
             wanted.setdefault(at, set()).add(index)
@@ -99,7 +110,8 @@ class TableSource:
         yield from self.heldout
 
     def leave_out(self, ids: Set[str]) -> None:
-        """Drops problems by their ids, those of training as in the first epoch. Call it before the first problem is used."""
+        """Drops problems by their ids, those of training as in the first epoch. Call it before the
+        first problem is used."""
         self._rows = [row for row in self._rows if self._id(self._parts[row[0]], row[1]) not in ids]
         self._order.cache_clear()  # orders of as many rows as there were
         self.heldout = [prompt for prompt in self.heldout if prompt.id not in ids]
@@ -115,19 +127,29 @@ class TableSource:
         counts = problems.counts
         notes.append(mapper.describe())
         if counts.bad:
-            notes.append(f"{counts.bad} of {counts.read} rows of {table.where} left out: {counts.example}")
+            notes.append(
+                f"{counts.bad} of {counts.read} rows of {table.where} left out: {counts.example}"
+            )
         if counts.folded:
             notes.append(
-                f"{counts.read - counts.bad} rows of {table.where} hold {len(problems.rows)} problems; each counts once"
+                f"{counts.read - counts.bad} rows of {table.where} hold {len(problems.rows)}"
+                " problems; each counts once"
             )
         name = settings.name or table.name
         self._names[name] += 1
         prefix = name if self._names[name] == 1 else f"{name}-{self._names[name]}"
         part = _Part(
-            table=table, mapper=mapper, problems=problems, kept=np.arange(len(problems.rows)), name=name, prefix=prefix
+            table=table,
+            mapper=mapper,
+            problems=problems,
+            kept=np.arange(len(problems.rows)),
+            name=name,
+            prefix=prefix,
         )
         # A token is a byte or more, so a prompt of few bytes fits without being tokenised.
-        surely = (problems.turns <= 2) & (problems.sizes + self._frame <= settings.max_prompt_length)
+        surely = (problems.turns <= 2) & (
+            problems.sizes + self._frame <= settings.max_prompt_length
+        )
         kept = []
         for index in part.kept:
             prompt = None if surely[index] else self._prompt([part], (0, int(index)))
@@ -138,17 +160,27 @@ class TableSource:
                 raise ValueError(self._writer.too_long(what, len(prompt.token_ids)))
         if dropped := len(part.kept) - len(kept):
             limit = settings.max_prompt_length
-            notes.append(f"{dropped} of {len(part.kept)} rows of {table.where} dropped: more than {limit} tokens")
+            notes.append(
+                f"{dropped} of {len(part.kept)} rows of {table.where} dropped: more than {limit}"
+                " tokens"
+            )
         return replace(part, kept=np.array(kept, np.int64))
 
     def _id(self, part: _Part, index: int, heldout: bool = False) -> str:
         return f"{part.prefix}{'/heldout' if heldout else ''}/{part.problems.numbers[index]}"
 
     def _prompt(
-        self, parts: Sequence[_Part], row: tuple[int, int], *, heldout: bool = False, suffix: str = ""
+        self,
+        parts: Sequence[_Part],
+        row: tuple[int, int],
+        *,
+        heldout: bool = False,
+        suffix: str = "",
     ) -> Prompt:
         part, index = parts[row[0]], row[1]
-        bare = self._bare(part, index, part.problems.rows[index], self._id(part, index, heldout) + suffix)
+        bare = self._bare(
+            part, index, part.problems.rows[index], self._id(part, index, heldout) + suffix
+        )
         return self._writer.conversation(
             bare.messages, id=bare.id, answer=bare.answer, source=bare.source, columns=bare.columns
         )
@@ -157,7 +189,9 @@ class TableSource:
         return bare_prompt(part.mapper, row, name, self._settings.name, part.name)
 
 
-def bare_prompt(mapper: Mapper, row: Mapping[str, Any], id: str, own_name: str | None, table_name: str) -> Prompt:
+def bare_prompt(
+    mapper: Mapper, row: Mapping[str, Any], id: str, own_name: str | None, table_name: str
+) -> Prompt:
     """A row as a prompt that is not yet tokenised."""
     mapped, columns = mapper(row), mapper.columns(row)
     source = row.get("data_source")
@@ -185,7 +219,9 @@ class Head:
     def prompts(self, name: str | None = None) -> Iterator[Prompt]:
         """Without token ids."""
         for number, row in zip(self.problems.numbers, self.problems.rows, strict=True):
-            yield bare_prompt(self.mapper, row, f"{self.table.name}/{number}", name, self.table.name)
+            yield bare_prompt(
+                self.mapper, row, f"{self.table.name}/{number}", name, self.table.name
+            )
 
 
 def read_head(settings: DataConfig, table: Table) -> Head:
@@ -201,16 +237,18 @@ def read_head(settings: DataConfig, table: Table) -> Head:
 def heldout_note(settings: DataConfig, problems: int) -> str:
     share = 100 * settings.heldout // problems
     return (
-        f"data.heldout={settings.heldout} takes {share} % of {problems} problems out of training; lower it, or name a "
-        "held-out set in data.eval_path"
+        f"data.heldout={settings.heldout} takes {share} % of {problems} problems out of training;"
+        " lower it, or name a held-out set in data.eval_path"
     )
 
 
 def _frame(writer: PromptWriter) -> int:
     """Tokens that template and system prompt add at most to a prompt of one or two messages."""
     found = 0
-    for messages in (({"role": "user", "content": "x"},),
-                     ({"role": "system", "content": "x"}, {"role": "user", "content": "x"})):  # fmt: skip
+    for messages in (
+        ({"role": "user", "content": "x"},),
+        ({"role": "system", "content": "x"}, {"role": "user", "content": "x"}),
+    ):
         try:
             prompt = writer.conversation(messages, id="", answer="", source="", columns={})
         except ValueError:  # a template without a system role: rows that have one say so themselves
@@ -229,8 +267,8 @@ def _chosen(parts: Sequence[_Part], settings: DataConfig) -> set[bytes]:
     if settings.heldout >= max(1, len(keys)):
         where = parts[0].table.where if len(parts) == 1 else "the data"
         raise ValueError(
-            f"data.heldout={settings.heldout} leaves nothing to train on of the {len(keys)} problems in {where!r}; "
-            "lower it, or name a held-out set in data.eval_path"
+            f"data.heldout={settings.heldout} leaves nothing to train on of the {len(keys)}"
+            f" problems in {where!r}; lower it, or name a held-out set in data.eval_path"
         )
     return set(sorted(keys)[: settings.heldout])
 

@@ -1,4 +1,5 @@
-"""Text to token ids, the only places where that happens: prompts, and worked solutions for supervised learning."""
+"""Text to token ids, the only places where that happens: prompts, and worked solutions for
+supervised learning."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Tokenizer(Protocol):
 
 
 def template_of(settings: DataConfig, tokenizer: Tokenizer) -> str | None:
-    """The text of the chat template that `data.template` and `data.chat_template` choose; None: prompts are plain text.
+    """The text of the chat template that `data.template` and `data.chat_template` choose; None:
+    prompts are plain text.
 
     ValueError where there is none, or where it knows no such argument."""
     if settings.template in ("none", "raw"):
@@ -50,14 +52,15 @@ def template_of(settings: DataConfig, tokenizer: Tokenizer) -> str | None:
         template = template.get(name, template.get("default"))
     if template is None and settings.template == "chat":
         raise ValueError(
-            "data.template=chat, but the tokenizer of model.path has no chat template; give one in data.chat_template, or set "
-            "data.template=none"
+            "data.template=chat, but the tokenizer of model.path has no chat template; give one in"
+            " data.chat_template, or set data.template=none"
         )
     for name in settings.chat_template_kwargs:
         if template is None or not re.search(rf"\b{re.escape(name)}\b", template):
             raise ValueError(
-                f"data.chat_template_kwargs: the chat template of the model uses no {name}, so it would change nothing; "
-                "leave it out, or give a template that does in data.chat_template"
+                f"data.chat_template_kwargs: the chat template of the model uses no {name}, so it"
+                " would change nothing; leave it out, or give a template that does in"
+                " data.chat_template"
             )
     return None if template is None else str(template)
 
@@ -67,8 +70,8 @@ def _template_file(name: str) -> str:
         return Path(name).expanduser().read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"data.chat_template={name[:200]!r} is no Jinja template (it has no {{{{ }}}} or {{% %}}), and no file that can "
-            f"be read: {error}"
+            f"data.chat_template={name[:200]!r} is no Jinja template (it has no {{{{ }}}} or {{%"
+            f" %}}), and no file that can be read: {error}"
         ) from error
 
 
@@ -78,10 +81,11 @@ def render(
     template: str | None,
     arguments: Mapping[str, Any] | None = None,
 ) -> str:
-    """The text that the model continues: by the chat template, or where that is None the contents, one below the other.
+    """The text that the model continues: by the chat template, or where that is None the contents,
+    one below the other.
 
-    arguments: of the template, as in `data.chat_template_kwargs`. ValueError where the template refuses the messages, or
-    leaves out what anybody but the assistant or a tool says.
+    arguments: of the template, as in `data.chat_template_kwargs`. ValueError where the template
+    refuses the messages, or leaves out what anybody but the assistant or a tool says.
     """
     if template is None:
         return "\n".join(message["content"] for message in messages)
@@ -98,18 +102,24 @@ def render(
                 **(arguments or {}),
             )
         )
-    except Exception as error:  # jinja's own, and whatever a template raises: it is code that came with the model
+    # jinja's own, and whatever a template raises: it is code that came with the model
+    except Exception as error:
         line = f"line {number}: " if (number := getattr(error, "lineno", None)) else ""
         roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(f"the chat template refuses messages of {roles}: {line}{error}{hint}") from error
+        raise ValueError(
+            f"the chat template refuses messages of {roles}: {line}{error}{hint}"
+        ) from error
     for role, content in ((message["role"], message["content"].strip()) for message in messages):
         if role not in ASSISTANTS + TOOLS and content not in text:
-            raise ValueError(f"the chat template leaves out the {role}'s message {content[:80]!r}{hint}")
+            raise ValueError(
+                f"the chat template leaves out the {role}'s message {content[:80]!r}{hint}"
+            )
     return text
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The token with which the chat template ends an assistant's turn; None where it has none, or there is no template."""
+    """The token with which the chat template ends an assistant's turn; None where it has none, or
+    there is no template."""
     if tokenizer.chat_template is None:
         return None
     answer = "Here it ends."
@@ -125,21 +135,28 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 
 def end_token(tokenizer: Any) -> int:
-    """What ends a worked solution: the end of a turn, or the tokenizer's end token; ValueError where it has neither."""
+    """What ends a worked solution: the end of a turn, or the tokenizer's end token; ValueError
+    where it has neither."""
     end = end_of_turn(tokenizer)
     if end is None:
         end = tokenizer.eos_token_id
     if end is None:
-        raise ValueError("the tokenizer of model.path has no eos_token, so a solution could never end; set one in it")
+        raise ValueError(
+            "the tokenizer of model.path has no eos_token, so a solution could never end; set one"
+            " in it"
+        )
     return int(end)
 
 
 def framing_ids(tokenizer: Any) -> frozenset[int]:
-    """The special tokens that only frame a conversation: the beginning, the end, padding, and those of the chat template.
+    """The special tokens that only frame a conversation: the beginning, the end, padding, and those
+    of the chat template.
 
     A pair of tags such as `<think>` and `</think>` is part of what was said, special or not.
     """
-    added = {token.content: (id, token.special) for id, token in tokenizer.added_tokens_decoder.items()}
+    added = {
+        token.content: (id, token.special) for id, token in tokenizer.added_tokens_decoder.items()
+    }
     template = tokenizer.chat_template or ""
     framing = [
         id
@@ -157,22 +174,29 @@ def _is_tag(text: str, others: Collection[str]) -> bool:
 
 
 def prompt_ids(text: str, tokenizer: Tokenizer, *, chat: bool) -> tuple[int, ...]:
-    """The ids of a rendered prompt. A chat template writes its own special tokens; plain text gets the tokenizer's at its
-    beginning, where it has not got them already, and no end token, after which there would be nothing to say."""
+    """The ids of a rendered prompt. A chat template writes its own special tokens; plain text gets
+    the tokenizer's at its beginning, where it has not got them already, and no end token, after
+    which there would be nothing to say."""
     ids = _encode(text, tokenizer, add_special_tokens=not chat)
     if chat:
         return ids
     begin, end = getattr(tokenizer, "bos_token_id", None), tokenizer.eos_token_id
     if begin is not None and ids[:2] == (begin, begin):
         ids = ids[1:]
-    if end is not None and ids[-1:] == (end,) and not text.endswith(str(getattr(tokenizer, "eos_token", ""))):
+    if (
+        end is not None
+        and ids[-1:] == (end,)
+        and not text.endswith(str(getattr(tokenizer, "eos_token", "")))
+    ):
         ids = ids[:-1]
     return ids
 
 
-def supervised_ids(prompt: Prompt, solution: str, tokenizer: Tokenizer, end: int) -> tuple[int, ...]:
-    """The prompt, the solution and the token that ends it; the first `len(prompt.token_ids)` of them are not learnt, nor is
-    what the prompt has of the solution already."""
+def supervised_ids(
+    prompt: Prompt, solution: str, tokenizer: Tokenizer, end: int
+) -> tuple[int, ...]:
+    """The prompt, the solution and the token that ends it; the first `len(prompt.token_ids)` of
+    them are not learnt, nor is what the prompt has of the solution already."""
     begun = prompt.prefix.strip()
     if begun and solution.lstrip().startswith(begun):
         solution = solution.lstrip()[len(begun) :]
@@ -183,7 +207,8 @@ def supervised_ids(prompt: Prompt, solution: str, tokenizer: Tokenizer, end: int
 
 
 class PromptWriter:
-    """Makes a `Prompt` of a question or of messages, with the template, system prompt and limit of the settings."""
+    """Makes a `Prompt` of a question or of messages, with the template, system prompt and limit of
+    the settings."""
 
     def __init__(self, settings: DataConfig, tokenizer: Tokenizer) -> None:
         self._settings = settings
@@ -197,20 +222,33 @@ class PromptWriter:
         if not self._answered:
             return []
         return [
-            f"{self._answered} conversations end with the assistant's answer, which is left out of the prompt; "
-            "data.final_answer=continue lets the model go on from it"
+            f"{self._answered} conversations end with the assistant's answer, which is left out of"
+            " the prompt; data.final_answer=continue lets the model go on from it"
         ]
 
-    def question(self, question: str, *, id: str, answer: str, source: str, columns: Mapping[str, Any]) -> Prompt:
-        """A single user's message: the question, or `data.prompt_template` filled with the columns."""
+    def question(
+        self, question: str, *, id: str, answer: str, source: str, columns: Mapping[str, Any]
+    ) -> Prompt:
+        """A single user's message: the question, or `data.prompt_template` filled with the
+        columns."""
         template = self._settings.prompt_template
         content = question if template is None else fill(template, columns)
         return self.conversation(
-            ({"role": "user", "content": content},), id=id, answer=answer, source=source, columns=columns
+            ({"role": "user", "content": content},),
+            id=id,
+            answer=answer,
+            source=source,
+            columns=columns,
         )
 
     def conversation(
-        self, messages: Sequence[Mapping[str, str]], *, id: str, answer: str, source: str, columns: Mapping[str, Any]
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        id: str,
+        answer: str,
+        source: str,
+        columns: Mapping[str, Any],
     ) -> Prompt:
         settings = self._settings
         messages, prefix, continued = self._open(messages)
@@ -219,7 +257,10 @@ class PromptWriter:
         if settings.merge_system:
             messages = _merged(messages)
         if settings.template == "raw" and len(messages) > 1:
-            raise ValueError("data.template=raw takes a text, but here are several messages; set data.template=chat")
+            raise ValueError(
+                "data.template=raw takes a text, but here are several messages; set"
+                " data.template=chat"
+            )
         text = render(messages, self._tokenizer, self._template, settings.chat_template_kwargs)
         if continued and self._template is None:
             text += "\n"
@@ -234,13 +275,18 @@ class PromptWriter:
             columns=columns,
         )
 
-    def _open(self, messages: Sequence[Mapping[str, str]]) -> tuple[Sequence[Mapping[str, str]], str, bool]:
-        """The messages up to the answer that is asked for, how it begins, and whether that is another message of the row."""
+    def _open(
+        self, messages: Sequence[Mapping[str, str]]
+    ) -> tuple[Sequence[Mapping[str, str]], str, bool]:
+        """The messages up to the answer that is asked for, how it begins, and whether that is
+        another message of the row."""
         prefix, asked = self._settings.assistant_prefix, len(messages)
         while asked and messages[asked - 1]["role"] in ASSISTANTS:
             asked -= 1
         if not asked:
-            raise ValueError("the conversation is the assistant's alone, so nothing is asked; remove the row")
+            raise ValueError(
+                "the conversation is the assistant's alone, so nothing is asked; remove the row"
+            )
         if asked == len(messages):
             return messages, prefix, False
         if self._settings.final_answer == "continue":
@@ -254,8 +300,9 @@ class PromptWriter:
     def too_long(self, what: str, length: int | None) -> str:
         """The error for a prompt that does not fit."""
         has = "fits" if length is None else f"has {length} tokens, more than"
-        return f"{what} {has} data.max_prompt_length={self._settings.max_prompt_length}; raise it" + (
-            "" if self._settings.overlong == "drop" else ", or set data.overlong=drop"
+        return (
+            f"{what} {has} data.max_prompt_length={self._settings.max_prompt_length}; raise it"
+            + ("" if self._settings.overlong == "drop" else ", or set data.overlong=drop")
         )
 
 
@@ -265,12 +312,16 @@ def _merged(messages: Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]
         return messages
     system, first, *others = messages
     if first["role"] != "user":
-        raise ValueError(f"data.merge_system=true, but the system's message is followed by one of {first['role']}")
+        raise ValueError(
+            "data.merge_system=true, but the system's message is followed by one of"
+            f" {first['role']}"
+        )
     return ({**first, "content": f"{system['content']}\n\n{first['content']}"}, *others)
 
 
 def with_prefix(text: str, prefix: str) -> tuple[str, str]:
-    """A rendered prompt with the beginning of the answer, and this as it stands there: some templates write it themselves."""
+    """A rendered prompt with the beginning of the answer, and this as it stands there: some
+    templates write it themselves."""
     begun = prefix.strip()
     if begun and text.rstrip().endswith(begun):
         return text, text[text.rindex(begun) :]
@@ -281,7 +332,8 @@ _FIELD = re.compile(r"\{\{|\}\}|\{([A-Za-z_][\w.]*)\}")
 
 
 def fill(template: str, columns: Mapping[str, Any]) -> str:
-    """Puts columns into a template: `{name}`, with `{{` and `}}` for braces; `\\boxed{}` stays as it is."""
+    """Puts columns into a template: `{name}`, with `{{` and `}}` for braces; `\\boxed{}` stays as
+    it is."""
 
     def value(match: re.Match[str]) -> str:
         return match.group()[0] if match.group(1) is None else str(column(columns, match.group(1)))
@@ -295,7 +347,8 @@ def fields(template: str) -> list[str]:
 
 
 def column(row: Mapping[str, Any], path: str) -> Any:
-    """The value at `reward_model.ground_truth` and the like; KeyError says what is there instead."""
+    """The value at `reward_model.ground_truth` and the like; KeyError says what is there
+    instead."""
     if path in row:
         return row[path]
     value: Any = row
@@ -319,9 +372,13 @@ def _encode(text: str, tokenizer: Tokenizer, *, add_special_tokens: bool) -> tup
     try:
         if backend is None:
             return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
-        return tuple(backend.encode(text, add_special_tokens=add_special_tokens).ids)  # the wrapper costs 12 us more
-    except Exception as error:  # tokenizers raises nothing more precise, and the text is whatever a file holds
-        raise ValueError(f"the tokenizer of the model cannot encode {text[:200]!r}: {error}") from error
+        # the wrapper costs 12 us more
+        return tuple(backend.encode(text, add_special_tokens=add_special_tokens).ids)
+    # tokenizers raises nothing more precise, and the text is whatever a file holds
+    except Exception as error:
+        raise ValueError(
+            f"the tokenizer of the model cannot encode {text[:200]!r}: {error}"
+        ) from error
 
 
 __all__ = [

@@ -1,4 +1,5 @@
-"""A small Qwen3-architecture model and a character tokenizer, made from a seed and saved in Hugging Face format."""
+"""A small Qwen3-architecture model and a character tokenizer, made from a seed and saved in Hugging
+Face format."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ CHAT_TEMPLATE = (
 
 
 def make_tiny(directory: str | Path, settings: TinyConfig, seed: int) -> Path:
-    """Writes config, weights (float32), generation config and tokenizer; the same seed writes the same bytes."""
+    """Writes config, weights (float32), generation config and tokenizer; the same seed writes the
+    same bytes."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_tokenizer(settings)
@@ -32,11 +34,14 @@ def make_tiny(directory: str | Path, settings: TinyConfig, seed: int) -> Path:
 
 
 def tiny_tokenizer(settings: TinyConfig) -> PreTrainedTokenizerFast:
-    """One token for each byte of the vocabulary, and four of its own: `<pad>` 0, `<eos>` 1, `<think>` 2, `</think>` 3.
+    """One token for each byte of the vocabulary, and four of its own: `<pad>` 0, `<eos>` 1,
+    `<think>` 2, `</think>` 3.
 
     A character outside the vocabulary is an error, never a silent gap.
     """
-    names = pre_tokenizers.ByteLevel.alphabet() if settings.vocabulary == "bytes" else list(ARITHMETIC)
+    names = (
+        pre_tokenizers.ByteLevel.alphabet() if settings.vocabulary == "bytes" else list(ARITHMETIC)
+    )
     vocabulary = {token: i for i, token in enumerate([PAD, EOS, THINK, END_THINK, *sorted(names)])}
     backend = Backend(models.WordLevel(vocabulary, unk_token=""))
     backend.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,11 +1,13 @@
 """Micro-batches: which sequences go through a learner rank together.
 
-Padded passes: sequences are sorted by length and cut so that the padded size of every micro-batch stays within a token
-budget, then dealt so that each rank runs the same number of passes (with sharded parameters every pass is a collective)
-and the largest pass is as small as that number allows. Packed passes have no padding to avoid, so sequences are spread
-over all passes of all ranks by Karmarkar and Karp's differencing method, on what each of them costs.
+Padded passes: sequences are sorted by length and cut so that the padded size of every micro-batch
+stays within a token budget, then dealt so that each rank runs the same number of passes (with
+sharded parameters every pass is a collective) and the largest pass is as small as that number
+allows. Packed passes have no padding to avoid, so sequences are spread over all passes of all ranks
+by Karmarkar and Karp's differencing method, on what each of them costs.
 
-Loss and gradient do not depend on any of this, since every token's weight was fixed over the whole step beforehand.
+Loss and gradient do not depend on any of this, since every token's weight was fixed over the whole
+step beforehand.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ MicroBatch = tuple[int, ...]
 """Indices of sequences; empty for a rank that only keeps step with the others."""
 
 PACKED_SEQUENCES = 1000
-"""The most that one packed pass may hold: attention over packed sequences on NPUs takes about a thousand of them."""
+"""The most that one packed pass may hold: attention over packed sequences on NPUs takes about a
+thousand of them."""
 
 
 def plan_micro_batches(
@@ -31,14 +34,16 @@ def plan_micro_batches(
     packed: bool = False,
     cost: Callable[[int], float] = float,
 ) -> list[list[MicroBatch]]:
-    """The micro-batches of each rank, given the S sequence lengths and the tokens (padding included) that one pass may
-    hold.
+    """The micro-batches of each rank, given the S sequence lengths and the tokens (padding
+    included) that one pass may hold.
 
-    A sequence longer than the budget gets a pass of its own. Every rank gets equally many micro-batches; the costliest
-    come first, and those that run at the same time on different ranks cost about the same.
+    A sequence longer than the budget gets a pass of its own. Every rank gets equally many
+    micro-batches; the costliest come first, and those that run at the same time on different ranks
+    cost about the same.
 
     packed: passes hold sequences one behind the other, not padded to the longest.
-    cost: of a sequence by its length, what packed passes are balanced by; `ModelFlops.sequence` has attention's
+    cost: of a sequence by its length, what packed passes are balanced by; `ModelFlops.sequence` has
+    attention's
         quadratic part.
     """
     sizes = [int(length) for length in lengths]
@@ -65,7 +70,8 @@ def _padded(lengths: Sequence[int], world: int, budget: int) -> list[MicroBatch]
 
 
 def _cut(sizes: Sequence[int], budget: int) -> list[tuple[int, int]]:
-    """Half-open ranges of a descending list, each of padded size (count times its first, longest) within the budget."""
+    """Half-open ranges of a descending list, each of padded size (count times its first, longest)
+    within the budget."""
     ranges, start = [], 0
     for i in range(len(sizes)):
         if (i - start + 1) * sizes[start] > budget and i > start:
@@ -75,9 +81,12 @@ def _cut(sizes: Sequence[int], budget: int) -> list[tuple[int, int]]:
     return ranges
 
 
-def _packed(lengths: Sequence[int], world: int, budget: int, cost: Callable[[int], float]) -> list[MicroBatch]:
-    """Passes in descending order of cost, in the smallest multiple of `world` for which a division within the budget is
-    found. The smallest that exists is NP-hard to find; best-fit decreasing needs at most 11/9 of it and one more."""
+def _packed(
+    lengths: Sequence[int], world: int, budget: int, cost: Callable[[int], float]
+) -> list[MicroBatch]:
+    """Passes in descending order of cost, in the smallest multiple of `world` for which a division
+    within the budget is found. The smallest that exists is NP-hard to find; best-fit decreasing
+    needs at most 11/9 of it and one more."""
     costs = [cost(length) for length in lengths]
     alone = [i for i, length in enumerate(lengths) if length > budget]
     rest = [i for i, length in enumerate(lengths) if length <= budget]
@@ -90,28 +99,40 @@ def _packed(lengths: Sequence[int], world: int, budget: int, cost: Callable[[int
     return sorted(pieces, key=lambda piece: -sum(costs[i] for i in piece))
 
 
-def _divide(lengths: Sequence[int], costs: Sequence[float], passes: int, budget: int) -> list[list[int]] | None:
-    """The first division into at most that many passes of which none is too large; None: there is none."""
+def _divide(
+    lengths: Sequence[int], costs: Sequence[float], passes: int, budget: int
+) -> list[list[int]] | None:
+    """The first division into at most that many passes of which none is too large; None: there is
+    none."""
     for parts in _divisions(lengths, costs, passes, budget):
-        fits = all(sum(lengths[i] for i in part) <= budget and len(part) <= PACKED_SEQUENCES for part in parts)
+        fits = all(
+            sum(lengths[i] for i in part) <= budget and len(part) <= PACKED_SEQUENCES
+            for part in parts
+        )
         if fits and len(parts) <= passes:
             return parts
     return None
 
 
-def _divisions(lengths: Sequence[int], costs: Sequence[float], passes: int, budget: int) -> Iterator[list[list[int]]]:
-    """Balanced by cost, the best; balanced by tokens, which fits where room is scarcer; not balanced, but tight."""
+def _divisions(
+    lengths: Sequence[int], costs: Sequence[float], passes: int, budget: int
+) -> Iterator[list[list[int]]]:
+    """Balanced by cost, the best; balanced by tokens, which fits where room is scarcer; not
+    balanced, but tight."""
     yield karmarkar_karp(costs, passes)
     yield karmarkar_karp(lengths, passes)
     yield _best_fit(lengths, budget)
 
 
 def _best_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """As few parts as come out when each item, the longest first, goes where it leaves the least room."""
+    """As few parts as come out when each item, the longest first, goes where it leaves the least
+    room."""
     parts: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        open_parts = [p for p in range(len(parts)) if room[p] >= sizes[i] and len(parts[p]) < PACKED_SEQUENCES]
+        open_parts = [
+            p for p in range(len(parts)) if room[p] >= sizes[i] and len(parts[p]) < PACKED_SEQUENCES
+        ]
         if open_parts:
             best = min(open_parts, key=lambda p: room[p])
             parts[best].append(i)
@@ -123,22 +144,32 @@ def _best_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def karmarkar_karp(costs: Sequence[float], bins: int) -> list[list[int]]:
-    """Indices of the costs in `bins` parts of nearly equal sums, by the largest differencing method (Karmarkar and Karp
-    1982): the two partial divisions whose sums differ most are laid over each other, largest on smallest, until one is
-    left. Its sums never differ by more than the largest cost. Parts may have any number of members, none included.
+    """Indices of the costs in `bins` parts of nearly equal sums, by the largest differencing method
+    (Karmarkar and Karp 1982): the two partial divisions whose sums differ most are laid over each
+    other, largest on smallest, until one is left. Its sums never differ by more than the largest
+    cost. Parts may have any number of members, none included.
     """
     if not costs:
         return [[] for _ in range(bins)]
     if bins < 1:
-        raise ValueError(f"bins={bins}, but there are {len(costs)} costs to divide; give at least one bin")
-    # (minus the difference between largest and smallest sum, tie-break, the non-empty parts in descending order of sum)
-    heap: list[tuple[float, int, list[tuple[float, list[int]]]]] = [(-c, i, [(c, [i])]) for i, c in enumerate(costs)]
+        raise ValueError(
+            f"bins={bins}, but there are {len(costs)} costs to divide; give at least one bin"
+        )
+    # (minus the difference between largest and smallest sum, tie-break, the non-empty parts in
+    # descending order of sum)
+    heap: list[tuple[float, int, list[tuple[float, list[int]]]]] = [
+        (-c, i, [(c, [i])]) for i, c in enumerate(costs)
+    ]
     heapq.heapify(heap)
     while len(heap) > 1:
         _, _, a = heapq.heappop(heap)
         _, order, b = heapq.heappop(heap)
-        a_only, b_only = max(0, bins - len(b)), max(0, bins - len(a))  # these meet an empty part of the other
-        both = [(a[i][0] + b[bins - 1 - i][0], a[i][1] + b[bins - 1 - i][1]) for i in range(a_only, len(a))]
+        # these meet an empty part of the other
+        a_only, b_only = max(0, bins - len(b)), max(0, bins - len(a))
+        both = [
+            (a[i][0] + b[bins - 1 - i][0], a[i][1] + b[bins - 1 - i][1])
+            for i in range(a_only, len(a))
+        ]
         merged = sorted([*a[:a_only], *both, *b[:b_only]], key=lambda part: -part[0])
         smallest = merged[-1][0] if len(merged) == bins else 0
         heapq.heappush(heap, (smallest - merged[0][0], order, merged))

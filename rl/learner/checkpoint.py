@@ -1,6 +1,8 @@
-"""Checkpoints of the learner: a Hugging Face directory that anybody can load, and the exact state that training goes on from.
+"""Checkpoints of the learner: a Hugging Face directory that anybody can load, and the exact state
+that training goes on from.
 
-The exact state is saved by torch.distributed.checkpoint in sharded form, so a run may go on with another number of ranks.
+The exact state is saved by torch.distributed.checkpoint in sharded form, so a run may go on with
+another number of ranks.
 """
 
 from __future__ import annotations
@@ -17,21 +19,34 @@ from .lora import merged_tensors
 from .policy import Policy
 from .shards import Shards
 
-# torch.distributed.checkpoint is imported where it is used: it loads torch.distributed.tensor, which takes a second, in every
-# process that only names a rank's class
+# torch.distributed.checkpoint is imported where it is used: it loads torch.distributed.tensor,
+# which takes a second, in every process that only names a rank's class
 MOMENTS = ("exp_avg", "exp_avg_sq")
-NOT_WEIGHTS = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template", "generation_config")
+NOT_WEIGHTS = (
+    "tokenizer",
+    "special_tokens",
+    "vocab",
+    "merges",
+    "added_tokens",
+    "chat_template",
+    "generation_config",
+)
 
 
 def full_tensors(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter whole, under its Hugging Face name, tied ones once; a collective on all ranks."""
+    """Every parameter whole, under its Hugging Face name, tied ones once; a collective on all
+    ranks."""
     for name, tensor in merged_tensors(policy.model):
         yield name, tensor.to(dtype)
 
 
-def save_model(policy: Policy, folder: Path, dtype: torch.dtype, origin: str, *, write: bool) -> None:
-    """Writes weights (in the bytes that engines serve), config and the tokenizer's files; all ranks take part, one writes."""
-    tensors = {name: tensor.cpu().clone() for name, tensor in full_tensors(policy, dtype)}  # storages of their own
+def save_model(
+    policy: Policy, folder: Path, dtype: torch.dtype, origin: str, *, write: bool
+) -> None:
+    """Writes weights (in the bytes that engines serve), config and the tokenizer's files; all ranks
+    take part, one writes."""
+    # storages of their own
+    tensors = {name: tensor.cpu().clone() for name, tensor in full_tensors(policy, dtype)}
     if not write:
         return
     from huggingface_hub import save_torch_state_dict
@@ -54,14 +69,18 @@ def save_weights(shards: Shards, folder: Path) -> None:
     """The values of the shards alone, of a model that is not trained."""
     from torch.distributed.checkpoint import state_dict_saver
 
-    state_dict_saver.save({name: p.detach() for name, p in shards.parameters.items()}, checkpoint_id=str(folder))
+    state_dict_saver.save(
+        {name: p.detach() for name, p in shards.parameters.items()}, checkpoint_id=str(folder)
+    )
 
 
 def load_weights(shards: Shards, folder: Path) -> None:
     """The inverse of `save_weights`, in place."""
     from torch.distributed.checkpoint import state_dict_loader
 
-    state_dict_loader.load({name: p.detach() for name, p in shards.parameters.items()}, checkpoint_id=str(folder))
+    state_dict_loader.load(
+        {name: p.detach() for name, p in shards.parameters.items()}, checkpoint_id=str(folder)
+    )
 
 
 def save_state(shards: Shards, optimizer: Any, scheduler: Any, folder: Path, rank: int) -> None:
@@ -70,8 +89,13 @@ def save_state(shards: Shards, optimizer: Any, scheduler: Any, folder: Path, ran
 
     state_dict_saver.save(_state(shards, optimizer), checkpoint_id=str(folder))
     if rank == 0:
-        steps = [float(optimizer.state[p]["step"]) for p in shards.local if "step" in optimizer.state[p]]
-        torch.save({"scheduler": scheduler.state_dict(), "optimizer_steps": steps[:1]}, folder / "scheduler.pt")
+        steps = [
+            float(optimizer.state[p]["step"]) for p in shards.local if "step" in optimizer.state[p]
+        ]
+        torch.save(
+            {"scheduler": scheduler.state_dict(), "optimizer_steps": steps[:1]},
+            folder / "scheduler.pt",
+        )
 
 
 def load_state(shards: Shards, optimizer: Any, scheduler: Any, folder: Path) -> None:
@@ -90,9 +114,13 @@ def load_state(shards: Shards, optimizer: Any, scheduler: Any, folder: Path) -> 
 
 def _state(shards: Shards, optimizer: Any) -> dict[str, dict[str, Tensor]]:
     """Masters and moments by name, as sharded tensors that share the originals' memory."""
-    state: dict[str, dict[str, Tensor]] = {"model": {name: p.detach() for name, p in shards.parameters.items()}}
+    state: dict[str, dict[str, Tensor]] = {
+        "model": {name: p.detach() for name, p in shards.parameters.items()}
+    }
     for moment in MOMENTS:
         pairs = zip(shards.parameters.items(), shards.local, strict=True)
         held = {name: (p, optimizer.state[local]) for (name, p), local in pairs}
-        state[moment] = {name: shards.like(p, s[moment]) for name, (p, s) in held.items() if moment in s}
+        state[moment] = {
+            name: shards.like(p, s[moment]) for name, (p, s) in held.items() if moment in s
+        }
     return state

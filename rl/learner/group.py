@@ -1,4 +1,5 @@
-"""The learner group as the loop sees it: N ranks that move in step, with a deadline on every wait."""
+"""The learner group as the loop sees it: N ranks that move in step, with a deadline on every
+wait."""
 
 from __future__ import annotations
 
@@ -27,14 +28,19 @@ class LearnerGroup:
         self._timeout = timeout
 
     def connect(self, model_path: str, timeout: float) -> None:
-        """Brings the ranks together and loads the policy, within `timeout` seconds (`cluster.start_timeout`)."""
+        """Brings the ranks together and loads the policy, within `timeout` seconds
+        (`cluster.start_timeout`)."""
         wait = partial(gather, who="learner rank", timeout=timeout, key="cluster.start_timeout")
         address = wait([self.ranks[0].address.remote()], what="address")[0]
         wait([rank.connect.remote(address) for rank in self.ranks], what="connect")
         wait([rank.load.remote(model_path) for rank in self.ranks], what="load")
 
     def begin_stage(
-        self, optim: OptimConfig, total_steps: int, critic: CriticConfig | None = None, reference: bool = False
+        self,
+        optim: OptimConfig,
+        total_steps: int,
+        critic: CriticConfig | None = None,
+        reference: bool = False,
     ) -> None:
         self._call("begin_stage", optim, total_steps, critic, reference)
 
@@ -94,11 +100,14 @@ class LearnerGroup:
     def meet(self, workers: int, timeout: float, backend: str, ranks: int) -> BroadcastGroup:
         """A new group of rank 0 and the engines of so many workers (`Publisher.meet`)."""
         meet = self.ranks[0].meet.options(concurrency_group=PUBLISHING)
-        group: BroadcastGroup = self._wait([meet.remote(workers, timeout, backend, ranks)], "meet")[0]
+        group: BroadcastGroup = self._wait([meet.remote(workers, timeout, backend, ranks)], "meet")[
+            0
+        ]
         return group
 
     def broadcast(self) -> Any:
-        """Begins to send what was last published to the workers that wait for it; the reference to the end of it."""
+        """Begins to send what was last published to the workers that wait for it; the reference to
+        the end of it."""
         return self.ranks[0].broadcast.options(concurrency_group=PUBLISHING).remote()
 
     def save(self, folder: str) -> None:
@@ -111,4 +120,6 @@ class LearnerGroup:
         return self._wait([getattr(rank, method).remote(*arguments) for rank in self.ranks], method)
 
     def _wait(self, refs: Sequence[Any], what: str) -> list[Any]:
-        return gather(refs, who="learner rank", what=what, timeout=self._timeout, key="cluster.step_timeout")
+        return gather(
+            refs, who="learner rank", what=what, timeout=self._timeout, key="cluster.step_timeout"
+        )

@@ -1,7 +1,9 @@
-"""How a causal language model makes logits of its last hidden states: what the fused output layer needs to do the same.
+"""How a causal language model makes logits of its last hidden states: what the fused output layer
+needs to do the same.
 
-Some families scale their logits, some cap them, and adapters may sit in the output layer. A wrong guess would train on log-probs
-that no engine samples from, so what the configuration says is held against the model's own logits before it is used.
+Some families scale their logits, some cap them, and adapters may sit in the output layer. A wrong
+guess would train on log-probs that no engine samples from, so what the configuration says is held
+against the model's own logits before it is used.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from torch import Tensor, nn
 from ...kernels.loss.head import Head
 
 PROBE = 50.0
-"""Largest logit of the probe: soft-caps lie around 30, so that one which is not allowed for shows."""
+"""Largest logit of the probe: soft-caps lie around 30, so that one which is not allowed for
+shows."""
 TOLERANCE = 0.02
-"""Share of `PROBE`: several times the rounding of bfloat16 and of what accelerators do with float32."""
+"""Share of `PROBE`: several times the rounding of bfloat16 and of what accelerators do with
+float32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,31 +35,44 @@ class LinearHead:
 
 
 def linear_head(model: Any) -> LinearHead | None:
-    """The scaling from the output layer's product to the model's logits; None where it is not that simple (adapters in the output
-    layer, a family with a formula of its own), and the model must make its logits itself (`own_logits`)."""
+    """The scaling from the output layer's product to the model's logits; None where it is not that
+    simple (adapters in the output layer, a family with a formula of its own), and the model must
+    make its logits itself (`own_logits`)."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
         return None
     head = _stated(model.config)
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(4, layer.in_features, generator=generator).to(layer.weight.device, layer.weight.dtype)
+    hidden = torch.randn(4, layer.in_features, generator=generator).to(
+        layer.weight.device, layer.weight.dtype
+    )
     with torch.no_grad():
         hidden *= PROBE / layer(hidden).abs().max().clamp(min=1e-6)
         known = Head(weight=layer.weight, logit_scale=head.scale, softcap=head.softcap)
-        expected, logits = known.logits(layer(hidden).float(), head.scale), own_logits(model, hidden).float()
-    same = expected.shape == logits.shape and bool((expected - logits).abs().max() <= TOLERANCE * PROBE)
+        expected, logits = (
+            known.logits(layer(hidden).float(), head.scale),
+            own_logits(model, hidden).float(),
+        )
+    same = expected.shape == logits.shape and bool(
+        (expected - logits).abs().max() <= TOLERANCE * PROBE
+    )
     return head if same else None
 
 
 def _stated(config: Any) -> LinearHead:
-    """As configurations of transformers name it: Cohere multiplies, Granite divides, Falcon-H1 multiplies, Gemma 2 caps."""
+    """As configurations of transformers name it: Cohere multiplies, Granite divides, Falcon-H1
+    multiplies, Gemma 2 caps."""
     config = config.get_text_config()
 
     def number(name: str) -> float | None:
         value = getattr(config, name, None)
         return float(value) if isinstance(value, int | float) and value else None
 
-    scale = (number("logit_scale") or 1.0) * (number("lm_head_multiplier") or 1.0) / (number("logits_scaling") or 1.0)
+    scale = (
+        (number("logit_scale") or 1.0)
+        * (number("lm_head_multiplier") or 1.0)
+        / (number("logits_scaling") or 1.0)
+    )
     return LinearHead(scale=scale, softcap=number("final_logit_softcapping"))
 
 
@@ -69,7 +86,8 @@ def own_logits(model: Any, hidden_nH: Tensor) -> Tensor:
 
 @contextmanager
 def _body_returns(model: Any, hidden_BLH: Tensor) -> Iterator[None]:
-    from transformers.modeling_outputs import MoeModelOutputWithPast  # has what mixtures of experts and others read
+    # has what mixtures of experts and others read
+    from transformers.modeling_outputs import MoeModelOutputWithPast
 
     body = getattr(model, model.base_model_prefix)
     before = vars(body).get("forward")  # whoever wraps modules may have put one there

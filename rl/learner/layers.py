@@ -1,7 +1,8 @@
-"""Decoder layers of Llama, Qwen2 and Qwen3 as transformers builds them, run on a CPU by `kernels/transformer`.
+"""Decoder layers of Llama, Qwen2 and Qwen3 as transformers builds them, run on a CPU by
+`kernels/transformer`.
 
-Modules, parameters and their names stay; only what a layer's `forward` does is replaced, and held against the layer's own
-once before it is used.
+Modules, parameters and their names stay; only what a layer's `forward` does is replaced, and held
+against the layer's own once before it is used.
 """
 
 from __future__ import annotations
@@ -21,25 +22,35 @@ from ...kernels.transformer import operators
 _log = logging.getLogger(__name__)
 
 ATTENTION = "packed_cpu"
-"""`attn_implementation` of models whose layers are replaced: transformers makes no mask for it, and the learner packs."""
+"""`attn_implementation` of models whose layers are replaced: transformers makes no mask for it, and
+the learner packs."""
 FAMILIES = ("llama", "qwen2", "qwen3")
 TOLERANCE = 0.03
-"""Largest relative distance between a replaced layer and its own, output and gradient: bfloat16 rounds to 0.004, and the two
-round at different places."""
+"""Largest relative distance between a replaced layer and its own, output and gradient: bfloat16
+rounds to 0.004, and the two round at different places."""
 
 
 def replace_layers(model: Any, layers: Any) -> bool:
-    """Replaces the layers' forward where they are of a family that is known and the check passes; whether it did."""
+    """Replaces the layers' forward where they are of a family that is known and the check passes;
+    whether it did."""
     from transformers import AttentionInterface
 
     config = model.config.get_text_config()
     full = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
-    known = config.model_type in FAMILIES and full and config.hidden_act == "silu" and not config.attention_dropout
+    known = (
+        config.model_type in FAMILIES
+        and full
+        and config.hidden_act == "silu"
+        and not config.attention_dropout
+    )
     if not known or not all(_usual(layer) for layer in layers):
         return False
     distance = _distance(layers[0], config)
     if not distance <= TOLERANCE:
-        _log.warning("the CPU's own layers differ by %.3f from those of transformers, which are used", distance)
+        _log.warning(
+            "the CPU's own layers differ by %.3f from those of transformers, which are used",
+            distance,
+        )
         return False
     AttentionInterface.register(ATTENTION, packed_attention)
     model.config._attn_implementation = ATTENTION
@@ -53,18 +64,22 @@ def _usual(layer: Any) -> bool:
     names = {name for name, _ in layer.named_children()}
     mlp = layer.mlp
     return names == {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"} and all(
-        type(part) is nn.Linear and part.bias is None for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        type(part) is nn.Linear and part.bias is None
+        for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     )
 
 
 def _distance(layer: Any, config: Any) -> float:
-    """Between the replaced and the own forward of a copy of the layer, by output and gradient of 24 drawn tokens."""
+    """Between the replaced and the own forward of a copy of the layer, by output and gradient of 24
+    drawn tokens."""
     before = layer.self_attn.config._attn_implementation
     layer = copy.deepcopy(layer).to(torch.bfloat16)
     layer.self_attn.config._attn_implementation = "sdpa"
     attention, generator = layer.self_attn, torch.Generator().manual_seed(0)
     x = torch.randn(1, 24, config.hidden_size, generator=generator).to(torch.bfloat16)
-    angles = torch.outer(torch.arange(24), torch.linspace(1, 0, attention.head_dim // 2)).repeat(1, 2)[None]
+    angles = torch.outer(torch.arange(24), torch.linspace(1, 0, attention.head_dim // 2)).repeat(
+        1, 2
+    )[None]
     turns = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
     found = []
     for forward in (layer_forward, type(layer).forward):
@@ -73,27 +88,41 @@ def _distance(layer: Any, config: Any) -> float:
         (gradient,) = torch.autograd.grad(out, given, x.flip(1))
         found.append((out.detach().float() - x, gradient.float() - x.flip(1)))
     config._attn_implementation = before
-    return max(float((a - b).norm() / b.norm().clamp(min=1e-6)) for a, b in zip(*found, strict=True))
+    return max(
+        float((a - b).norm() / b.norm().clamp(min=1e-6)) for a, b in zip(*found, strict=True)
+    )
 
 
 def layer_forward(
     self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None,
     position_embeddings: tuple[Tensor, Tensor] | None = None, **given: Any,
 ) -> Any:  # fmt: skip
-    """A decoder layer's forward: of a packed row [1, T, H], whose borders are `cu_seq_lens_q`, or of padded ones."""
+    """A decoder layer's forward: of a packed row [1, T, H], whose borders are `cu_seq_lens_q`, or
+    of padded ones."""
     if hidden_states.dtype != torch.bfloat16:  # a model that is used as it stands, beside training
         return type(self).forward(
-            self, hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **given
+            self,
+            hidden_states,
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            **given,
         )
     assert position_embeddings is not None
     shape, x = hidden_states.shape, hidden_states.flatten(0, 1)
-    first, second, attention, mlp = self.input_layernorm, self.post_attention_layernorm, self.self_attn, self.mlp
+    first, second, attention, mlp = (
+        self.input_layernorm,
+        self.post_attention_layernorm,
+        self.self_attn,
+        self.mlp,
+    )
     normed = operators.rms_norm(x, first.weight, first.variance_epsilon)
     size = attention.head_dim
     q, k, v = attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
     if hasattr(attention, "q_norm"):
         q, k = (
-            operators.rms_norm(rows.view(-1, size), norm.weight, norm.variance_epsilon).view_as(rows)
+            operators.rms_norm(rows.view(-1, size), norm.weight, norm.variance_epsilon).view_as(
+                rows
+            )
             for rows, norm in ((q, attention.q_norm), (k, attention.k_norm))
         )
     cos, sin = (
@@ -101,10 +130,21 @@ def layer_forward(
         for turn in position_embeddings
     )
     answer = operators.causal_attention(
-        q, k, v, cos, sin, _borders(shape, given.get("cu_seq_lens_q")), size=size, scale=attention.scaling
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        _borders(shape, given.get("cu_seq_lens_q")),
+        size=size,
+        scale=attention.scaling,
     )
-    total, normed = operators.add_rms_norm(x, attention.o_proj(answer), second.weight, second.variance_epsilon)
-    out = operators.gated_mlp(normed, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
+    total, normed = operators.add_rms_norm(
+        x, attention.o_proj(answer), second.weight, second.variance_epsilon
+    )
+    out = operators.gated_mlp(
+        normed, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+    )
     return out.view(shape) + total.view(shape)  # no view, which FSDP warns of
 
 
@@ -115,15 +155,27 @@ def _borders(shape: torch.Size, packed: Tensor | None) -> tuple[int, ...]:
 
 
 def packed_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **given: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **given: Any,
 ) -> tuple[Tensor, None]:
-    """The same attention for other dtypes, one sequence at a time: [B, heads, L, D] in, [B, L, heads, D] out."""
+    """The same attention for other dtypes, one sequence at a time: [B, heads, L, D] in, [B, L,
+    heads, D] out."""
     assert attention_mask is None
     borders = given.get("cu_seq_lens_q")
     ends = [0, query.shape[2]] if borders is None else borders.tolist()
     parts = [
         F.scaled_dot_product_attention(
-            query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scaling, enable_gqa=True
+            query[:, :, a:b],
+            key[:, :, a:b],
+            value[:, :, a:b],
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=True,
         )
         for a, b in pairwise(ends)
     ]

@@ -1,7 +1,9 @@
-"""The memory that an update takes, how many tokens a pass may therefore hold, and a refusal of what cannot fit.
+"""The memory that an update takes, how many tokens a pass may therefore hold, and a refusal of what
+cannot fit.
 
-Estimates, from the shape of the model: activations of a dense decoder layer as plain transformers keeps them for the
-backward pass, or a layer's input alone under gradient checkpointing, and the fused loss's tile.
+Estimates, from the shape of the model: activations of a dense decoder layer as plain transformers
+keeps them for the backward pass, or a layer's input alone under gradient checkpointing, and the
+fused loss's tile.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ LARGEST_CPU = 1024
 """On a CPU: a layer's products are quickest while what they read stays in the cores' caches."""
 SMALLEST = 256
 SPARE = 0.8
-"""Share of the free memory that is planned with; allocators, collectives and the estimate's error have the rest."""
+"""Share of the free memory that is planned with; allocators, collectives and the estimate's error
+have the rest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,15 +32,15 @@ class Need:
     """Bytes of an update on one rank."""
 
     state: int
-    """Master weights, their gradients and AdamW's two moments, this rank's shards; and the gathered weights and
-    gradients in the dtype of the passes."""
+    """Master weights, their gradients and AdamW's two moments, this rank's shards; and the gathered
+    weights and gradients in the dtype of the passes."""
     loss: int
     """The fused loss's tile, and the gradient of its weight."""
     token: int
     """Of every padded token of a pass."""
     square: int = 0
-    """Of every pair of tokens of a sequence, where attention keeps its scores: one layer's at a time if they are formed
-    anew, those of all layers if not."""
+    """Of every pair of tokens of a sequence, where attention keeps its scores: one layer's at a
+    time if they are formed anew, those of all layers if not."""
 
     def of_pass(self, tokens: int, longest: int) -> int:
         """A pass of so many padded tokens, in sequences of at most `longest`."""
@@ -45,19 +48,32 @@ class Need:
 
 
 def need(
-    model: ModelFlops, *, parameters: int, trained: int, world: int, dtype: torch.dtype, attention: str,
-    checkpointing: bool = False, fused: bool = False,
-) -> Need:  # fmt: skip
-    """parameters, trained: numbers of all of them, and of those with a gradient; fused: layers keep their products'
-    inputs only (`layers.py`)."""
+    model: ModelFlops,
+    *,
+    parameters: int,
+    trained: int,
+    world: int,
+    dtype: torch.dtype,
+    attention: str,
+    checkpointing: bool = False,
+    fused: bool = False,
+) -> Need:
+    """parameters, trained: numbers of all of them, and of those with a gradient; fused: layers keep
+    their products' inputs only (`layers.py`)."""
     size = dtype.itemsize
     master = max(4, size)
     heads = (model.heads + 2 * model.kv_heads) * model.head_dim
-    inner = 4 * model.hidden + heads + model.heads * model.head_dim + 2 * model.intermediate  # inputs of the products
-    if not fused:  # norms in float32, the rotary embedding's parts, the gate's product and its factors
+    # inputs of the products
+    inner = 4 * model.hidden + heads + model.heads * model.head_dim + 2 * model.intermediate
+    # norms in float32, the rotary embedding's parts, the gate's product and its factors
+    if not fused:
         inner += (4 * 4 // size + 4) * model.hidden + 4 * heads + 2 * model.intermediate
     per_layer = inner * size
-    token = model.hidden * size * model.layers + per_layer if checkpointing else model.layers * per_layer
+    token = (
+        model.hidden * size * model.layers + per_layer
+        if checkpointing
+        else model.layers * per_layer
+    )
     kept = 0
     if attention == "eager":  # scores, the float32 softmax, and its copy in the model's dtype
         kept = model.heads * (4 + 2 * size) * (1 if checkpointing else model.layers)
@@ -71,7 +87,8 @@ def need(
 
 
 def tokens_that_fit(needed: Need, free: int, *, longest: int, largest: int) -> int:
-    """Tokens of a pass, at most `largest`, in whole multiples of `SMALLEST`; `longest` is the longest sequence's.
+    """Tokens of a pass, at most `largest`, in whole multiples of `SMALLEST`; `longest` is the
+    longest sequence's.
 
     Raises:
         ValueError: not even one sequence of the longest fits.
@@ -80,10 +97,11 @@ def tokens_that_fit(needed: Need, free: int, *, longest: int, largest: int) -> i
     if needed.of_pass(longest, longest) > room:
         gib = 2**30
         raise ValueError(
-            f"an update needs about {needed.of_pass(longest, longest) / gib:.1f} GiB ({needed.state / gib:.1f} of them "
-            f"weights, gradients and AdamW's moments) with one sequence of {longest} tokens, but {free / gib:.1f} GiB are "
-            "free on this learner's device; set model.gradient_checkpointing: true, train adapters (model.lora), "
-            "shorten rollout.max_response_length, or give more devices (cluster.learners)"
+            f"an update needs about {needed.of_pass(longest, longest) / gib:.1f} GiB"
+            f" ({needed.state / gib:.1f} of them weights, gradients and AdamW's moments) with one"
+            f" sequence of {longest} tokens, but {free / gib:.1f} GiB are free on this learner's"
+            " device; set model.gradient_checkpointing: true, train adapters (model.lora), shorten"
+            " rollout.max_response_length, or give more devices (cluster.learners)"
         )
     fitting = (room - needed.state - needed.loss) // (needed.token + needed.square * longest)
     return max(SMALLEST, min(largest, fitting) // SMALLEST * SMALLEST)
@@ -94,23 +112,30 @@ def largest_pass(target: platform.Platform) -> int:
 
 
 def free_memory(target: platform.Platform) -> int:
-    """Bytes that this process may still take on its device: on a CPU by what the machine and its control group leave."""
+    """Bytes that this process may still take on its device: on a CPU by what the machine and its
+    control group leave."""
     if not target.is_cpu:
         free, _ = torch.get_device_module(target.device).mem_get_info()
         return int(free)
-    rows = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
+    rows = dict(
+        line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
+    )
     return min(int(rows["MemAvailable"].split()[0]) * 1024, _control_group())
 
 
 def _control_group(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes left below the control group's limit, version 2 and 1; file pages that the kernel can drop count as free."""
+    """Bytes left below the control group's limit, version 2 and 1; file pages that the kernel can
+    drop count as free."""
     for limit, used, inactive in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
     ):
         if not (root / limit).exists() or (text := (root / limit).read_text().strip()) == "max":
             continue
-        rows = (line.split() for line in (root / limit).with_name("memory.stat").read_text().splitlines())
+        rows = (
+            line.split()
+            for line in (root / limit).with_name("memory.stat").read_text().splitlines()
+        )
         dropped = next((int(row[1]) for row in rows if row[0] == inactive), 0)
         return max(0, int(text) - int((root / used).read_text()) + dropped)
     return 1 << 62

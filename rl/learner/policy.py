@@ -1,7 +1,8 @@
-"""The policy as the learner runs it: a Hugging Face model up to its last hidden states, then the fused head and loss.
+"""The policy as the learner runs it: a Hugging Face model up to its last hidden states, then the
+fused head and loss.
 
-Shape legend: B sequences of a micro-batch, L their padded length (packed: 1 row of L tokens), n loss tokens of the
-micro-batch, T tokens of the batch.
+Shape legend: B sequences of a micro-batch, L their padded length (packed: 1 row of L tokens), n
+loss tokens of the micro-batch, T tokens of the batch.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from .head import linear_head, own_logits
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class MicroBatchTensors:
-    """One micro-batch on the device, padded or packed. Padded sequences stand at the left, so that the causal mask alone
-    keeps padding out; packed ones stand one behind the other in a single row, and `layout` keeps them apart."""
+    """One micro-batch on the device, padded or packed. Padded sequences stand at the left, so that
+    the causal mask alone keeps padding out; packed ones stand one behind the other in a single row,
+    and `layout` keeps them apart."""
 
     token_ids_BL: Tensor
     rows_n: Tensor
-    """Where in the flattened [B * L] hidden states each loss token is predicted: one position before the token itself."""
+    """Where in the flattened [B * L] hidden states each loss token is predicted: one position
+    before the token itself."""
     targets_n: Tensor
     index_n: Tensor
     """Which of the batch's T tokens each loss token is."""
@@ -40,9 +43,10 @@ class MicroBatchTensors:
     """Tokens of the longest packed sequence."""
 
     def layout(self) -> dict[str, Any]:
-        """Arguments of the model's body beside the token ids. transformers makes a block-diagonal mask of the positions
-        for eager, sdpa and flex attention; its variable-length kernels take the borders, which they would otherwise
-        work out anew in every layer, each time waiting for the device."""
+        """Arguments of the model's body beside the token ids. transformers makes a block-diagonal
+        mask of the positions for eager, sdpa and flex attention; its variable-length kernels take
+        the borders, which they would otherwise work out anew in every layer, each time waiting for
+        the device."""
         if self.positions_BL is None:
             return {}
         return {
@@ -55,24 +59,30 @@ class MicroBatchTensors:
 
 
 HEIGHT, WIDTH, PACKED = 8, 8, 128
-"""Padded sizes, and the length of a packed row, are multiples of these: libraries compile or look up a kernel for every
-new shape, so few shapes pay. 128 is also flex attention's block."""
+"""Padded sizes, and the length of a packed row, are multiples of these: libraries compile or look
+up a kernel for every new shape, so few shapes pay. 128 is also flex attention's block."""
 
 
 def pick_attention(target: platform.Platform, dtype: torch.dtype) -> str:
-    """The `attn_implementation` for `model.attention=auto`: flash attention where it is there, else sdpa. On a CPU eager,
-    which is faster at short lengths but takes its softmax in float32 whatever the model computes in; so not in float64."""
+    """The `attn_implementation` for `model.attention=auto`: flash attention where it is there, else
+    sdpa. On a CPU eager, which is faster at short lengths but takes its softmax in float32 whatever
+    the model computes in; so not in float64."""
     if target.is_cpu:
         return "eager" if dtype != torch.float64 else "sdpa"
     from transformers.utils.import_utils import is_flash_attn_2_available
 
     half = dtype in (torch.bfloat16, torch.float16)
-    return "flash_attention_2" if half and (target.flash_built_in or is_flash_attn_2_available()) else "sdpa"
+    return (
+        "flash_attention_2"
+        if half and (target.flash_built_in or is_flash_attn_2_available())
+        else "sdpa"
+    )
 
 
 def takes_packed(attention: str) -> bool:
-    """Whether this `attn_implementation` of transformers passes over other sequences' tokens in a packed row, rather than
-    multiplying them and masking the product, as eager and sdpa do: only then does packing save anything."""
+    """Whether this `attn_implementation` of transformers passes over other sequences' tokens in a
+    packed row, rather than multiplying them and masking the product, as eager and sdpa do: only
+    then does packing save anything."""
     return any(family in attention for family in ("flash", "flex", "packed"))
 
 
@@ -83,8 +93,8 @@ def _round_up(size: int, multiple: int) -> int:
 def to_tensors(
     batch: Batch, sequences: tuple[int, ...], device: torch.device, *, packed: bool = False
 ) -> MicroBatchTensors:
-    """Pads these sequences of the batch, or packs them into one row whose end is filled up by a sequence of its own; an
-    empty tuple gives filling and no loss, to keep step with other ranks."""
+    """Pads these sequences of the batch, or packs them into one row whose end is filled up by a
+    sequence of its own; an empty tuple gives filling and no loss, to keep step with other ranks."""
     starts = np.concatenate(([0], np.cumsum(batch.sequence_lengths)))
     spans = [np.arange(starts[s], starts[s + 1]) for s in sequences] or [np.zeros(0, np.int64)]
     lengths = [len(span) for span in spans]
@@ -99,7 +109,9 @@ def to_tensors(
     for place, span in zip(places, spans, strict=True):
         token_ids[place : place + len(span)] = batch.token_ids_T[span]
         where = np.flatnonzero(batch.loss_mask_T[span])
-        assert not len(where) or where[0] > 0, "the first token of a sequence has nothing to be predicted from"
+        assert not len(where) or where[0] > 0, (
+            "the first token of a sequence has nothing to be predicted from"
+        )
         rows.append(place + where - 1)
         index.append(span[where])
     index_n = np.concatenate(index)
@@ -126,15 +138,18 @@ def _packed_layout(lengths: list[int], device: torch.device) -> dict[str, Any]:
 
 
 def hidden_states(body: Any, micro: MicroBatchTensors) -> Tensor:
-    """[n, H] what `body`, a transformer without its head, says where the loss tokens are predicted."""
-    hidden_BLH = body(input_ids=micro.token_ids_BL, use_cache=False, **micro.layout()).last_hidden_state
+    """[n, H] what `body`, a transformer without its head, says where the loss tokens are
+    predicted."""
+    hidden_BLH = body(
+        input_ids=micro.token_ids_BL, use_cache=False, **micro.layout()
+    ).last_hidden_state
     rows: Tensor = hidden_BLH.flatten(0, 1)[micro.rows_n]
     return rows
 
 
 class Policy(nn.Module):
-    """Wraps a causal language model so that the whole of a pass, the head included, runs inside one `forward`: sharded
-    parameters are gathered around that call and nowhere else."""
+    """Wraps a causal language model so that the whole of a pass, the head included, runs inside one
+    `forward`: sharded parameters are gathered around that call and nowhere else."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -142,9 +157,14 @@ class Policy(nn.Module):
         self.head = linear_head(model)
 
     def forward(
-        self, micro: MicroBatchTensors, loss: TokenLoss | None, shift_n: Tensor | None, temperature: float
+        self,
+        micro: MicroBatchTensors,
+        loss: TokenLoss | None,
+        shift_n: Tensor | None,
+        temperature: float,
     ) -> tuple[Tensor | None, TokenStats, dict[str, Tensor]]:
-        """The summed loss with its graph (None without a loss), the tokens' statistics and the loss's per-token metrics."""
+        """The summed loss with its graph (None without a loss), the tokens' statistics and the
+        loss's per-token metrics."""
         body = getattr(self.model, self.model.base_model_prefix)
         hidden_nH, targets_n = hidden_states(body, micro), micro.targets_n
         if self.head is None:
@@ -176,16 +196,23 @@ class Policy(nn.Module):
         )
 
     def _by_logits(
-        self, logits_nV: Tensor, micro: MicroBatchTensors, loss: TokenLoss | None, temperature: float
+        self,
+        logits_nV: Tensor,
+        micro: MicroBatchTensors,
+        loss: TokenLoss | None,
+        temperature: float,
     ) -> tuple[Tensor | None, TokenStats, dict[str, Tensor]]:
         if loss is None:
             return None, logits_logprob(logits_nV, micro.targets_n, temperature=temperature), {}
-        return logits_loss(logits_nV, micro.targets_n, MicroBatchLoss(loss, micro.index_n), temperature=temperature)
+        return logits_loss(
+            logits_nV, micro.targets_n, MicroBatchLoss(loss, micro.index_n), temperature=temperature
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatchLoss:
-    """A batch's loss as a micro-batch sees it: the kernels count the rows they were given, the loss the batch's tokens."""
+    """A batch's loss as a micro-batch sees it: the kernels count the rows they were given, the loss
+    the batch's tokens."""
 
     loss: TokenLoss
     index_n: Tensor

@@ -1,11 +1,14 @@
-"""A learner rank's side of publishing weights: its shard of each version, and how that changed since the last one.
+"""A learner rank's side of publishing weights: its shard of each version, and how that changed
+since the last one.
 
 On every rank      publisher.take(version, shards_of(model, dtype))       a copy, between two steps
-On every rank      part = publisher.part(whole=False)                     on another thread, while the next step runs
-On rank 0          published = publisher.publish(order, parts)            where the whole of the last version is at hand
+On every rank      part = publisher.part(whole=False)                     on another thread, while
+the next step runs On rank 0          published = publisher.publish(order, parts)            where
+the whole of the last version is at hand
 
-Canonical space is Hugging Face's. FSDP2 shards a parameter by its first dimension as `torch.chunk` does, so a shard is
-consecutive elements of the tensor; tied weights are one parameter; an adapted weight is what its adapters make of it.
+Canonical space is Hugging Face's. FSDP2 shards a parameter by its first dimension as `torch.chunk`
+does, so a shard is consecutive elements of the tensor; tied weights are one parameter; an adapted
+weight is what its adapters make of it.
 """
 
 from __future__ import annotations
@@ -61,11 +64,13 @@ class PublishRequest:
     anchor: bool
     """The whole weights."""
     dense: bool = False
-    """The workers take the anchor even where there is a patch: that is for the history, and tells how small one is."""
+    """The workers take the anchor even where there is a patch: that is for the history, and tells
+    how small one is."""
     directory: str | None = None
     """Where the files go; None: into Ray's object store."""
     broadcast: Broadcast | None = None
-    """The engines' own processes wait for the whole weights here first; `Publisher.broadcast` sends them."""
+    """The engines' own processes wait for the whole weights here first; `Publisher.broadcast` sends
+    them."""
     history: str | None = None
     """A directory that gets a copy of each patch, or of the anchor where there is no patch."""
 
@@ -81,7 +86,8 @@ class Published:
     patch: PatchRef | None
     anchor: PatchRef | None
     changed: float | None
-    """The share of elements that differ from the last version: counted in a patch, guessed from a sample without one."""
+    """The share of elements that differ from the last version: counted in a patch, guessed from a
+    sample without one."""
     engines: EngineTransfer | None = None
     """It will be sent into the engines' own processes."""
     encode_s: float
@@ -89,8 +95,8 @@ class Published:
 
 
 def shards_of(model: nn.Module, dtype: torch.dtype, rank: int, world: int) -> dict[str, Shard]:
-    """This rank's consecutive elements of every weight in the dtype that is served, in host memory of their own; a
-    collective where there are adapters."""
+    """This rank's consecutive elements of every weight in the dtype that is served, in host memory
+    of their own; a collective where there are adapters."""
     found: dict[str, Shard] = {}
     pinned = False
     for name, shape, local in merged_shards(model, rank, world):
@@ -135,13 +141,16 @@ class Publisher:
             self._new = shards
 
     def part(self, *, whole: bool) -> dict[str, TensorPart]:
-        """How this rank's shard differs from what it last published (`whole`: all of it), which is from now on this one."""
+        """How this rank's shard differs from what it last published (`whole`: all of it), which is
+        from now on this one."""
         with self._taken:
             new = self._new
         if whole or self._old is None:
             parts = _whole(new, self.threads)
         else:
-            parts = diff({name: shard.data for name, shard in self._old.items()}, new, threads=self.threads)
+            parts = diff(
+                {name: shard.data for name, shard in self._old.items()}, new, threads=self.threads
+            )
         self._old = new
         return parts
 
@@ -154,7 +163,9 @@ class Publisher:
         if whole and self.world == 1:
             patch = dense_patch(order.run_id, order.version, tensor_bytes(self._old or {}))
         else:
-            patch = join(parts, None if whole else self._base, run_id=order.run_id, version=order.version)
+            patch = join(
+                parts, None if whole else self._base, run_id=order.run_id, version=order.version
+            )
         if not whole:
             changed = changed_elements(patch) / max(1, _num_elements(parts))
         weights = self._advance(patch)
@@ -162,7 +173,9 @@ class Publisher:
         if order.broadcast is not None:
             engines = _into_engines(order.broadcast, weights)
             self._outgoing = (engines, weights.tensors)
-        store: PatchStore = Directory(Path(order.directory)) if order.directory is not None else ObjectStore()
+        store: PatchStore = (
+            Directory(Path(order.directory)) if order.directory is not None else ObjectStore()
+        )
         sent = None if whole else _put(store, patch)
         anchor = None
         if whole or order.anchor:
@@ -180,17 +193,23 @@ class Publisher:
             encode_s=time.perf_counter() - start,
         )
 
-    def meet(self, device: str, workers: int, timeout: float, backend: str, ranks: int = 1) -> BroadcastGroup:
-        """Rank 0: a new group of this process and `ranks` processes of each of so many workers' engines, which receive
-        through `backend`. ValueError if this process cannot send through that."""
+    def meet(
+        self, device: str, workers: int, timeout: float, backend: str, ranks: int = 1
+    ) -> BroadcastGroup:
+        """Rank 0: a new group of this process and `ranks` processes of each of so many workers'
+        engines, which receive through `backend`. ValueError if this process cannot send through
+        that."""
         check_sender(backend)
         if self._rendezvous is None:
             self._rendezvous = Rendezvous(device, timeout)
         return self._rendezvous.group(workers, backend, ranks)
 
     def broadcast(self) -> None:
-        """Rank 0: sends what was last published to the engines that wait for it; TransferError if not all came."""
-        assert self._rendezvous is not None and self._outgoing is not None, "nothing was published for a broadcast"
+        """Rank 0: sends what was last published to the engines that wait for it; TransferError if
+        not all came."""
+        assert self._rendezvous is not None and self._outgoing is not None, (
+            "nothing was published for a broadcast"
+        )
         version, tensors = self._outgoing
         self._outgoing = None
         group = version.broadcast.group
@@ -202,7 +221,9 @@ class Publisher:
         """The whole of the new version, verified: the base of the next patch."""
         if self.world == 1:  # rank 0's own shards are the whole, and nobody writes to them any more
             tensors = dict(tensor_bytes(self._old or {}))
-            self._base = Weights(run_id=patch.run_id, version=patch.version, tensors=tensors, digests=patch.digests)
+            self._base = Weights(
+                run_id=patch.run_id, version=patch.version, tensors=tensors, digests=patch.digests
+            )
         else:
             base = None if patch.base_version is None else self._base
             self._base = commit(base, prepare(patch, base, threads=self.threads))
@@ -225,7 +246,9 @@ class Publisher:
 def _into_engines(broadcast: Broadcast, weights: Weights) -> EngineTransfer:
     return EngineTransfer(
         broadcast=broadcast,
-        tensors={name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.tensors.items()},
+        tensors={
+            name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.tensors.items()
+        },
         digests=weights.digests,
     )
 
@@ -235,7 +258,12 @@ def _put(store: PatchStore, patch: WeightPatch) -> PatchRef:
 
 
 def _anchor(weights: Weights) -> WeightPatch:
-    return WeightPatch(run_id=weights.run_id, version=weights.version, tensors=weights.tensors, digests=weights.digests)
+    return WeightPatch(
+        run_id=weights.run_id,
+        version=weights.version,
+        tensors=weights.tensors,
+        digests=weights.digests,
+    )
 
 
 def tensor_bytes(shards: Shards) -> Iterator[tuple[str, TensorBytes]]:
@@ -248,7 +276,11 @@ def _whole(shards: Shards, threads: int) -> dict[str, TensorPart]:
     digests = spread(lambda shard: digest(shard.data), list(shards.values()), threads)
     return {
         name: TensorPart(
-            dtype=shard.dtype, shape=shard.shape, start=shard.start, chunks=tuple(_raw(name, shard)), digest=found
+            dtype=shard.dtype,
+            shape=shard.shape,
+            start=shard.start,
+            chunks=tuple(_raw(name, shard)),
+            digest=found,
         )
         for (name, shard), found in zip(shards.items(), digests, strict=True)
     }
@@ -258,18 +290,13 @@ def _raw(name: str, shard: Shard) -> Iterator[Chunk]:
     width = element_bytes(name, shard.dtype)
     for start in range(0, shard.data.nbytes, CHUNK_BYTES):
         part = shard.data[start : start + CHUNK_BYTES]
-        yield Chunk(mode=Mode.RAW, count=part.nbytes // width, payload=part, crc=zlib.crc32(part.data))
+        yield Chunk(
+            mode=Mode.RAW, count=part.nbytes // width, payload=part, crc=zlib.crc32(part.data)
+        )
 
 
 def _num_elements(parts: Sequence[Parts]) -> int:
     return sum(piece.count for part in parts for piece in part.values())
 
 
-__all__ = [
-    "PublishRequest",
-    "Published",
-    "Publisher",
-    "first_row",
-    "shards_of",
-    "tensor_bytes",
-]
+__all__ = ["PublishRequest", "Published", "Publisher", "first_row", "shards_of", "tensor_bytes"]

@@ -1,7 +1,9 @@
-"""One learner rank: a Ray actor that owns a device, its shard of the policy and of the optimizer's state.
+"""One learner rank: a Ray actor that owns a device, its shard of the policy and of the optimizer's
+state.
 
-Parameters are float32 masters sharded by FSDP2; a pass gathers and casts them to the compute dtype, and gradients are
-summed (not averaged) over ranks in float32, since every token's weight already holds the denominator of the whole step.
+Parameters are float32 masters sharded by FSDP2; a pass gathers and casts them to the compute dtype,
+and gradients are summed (not averaged) over ranks in float32, since every token's weight already
+holds the denominator of the whole step.
 """
 
 from __future__ import annotations
@@ -59,11 +61,13 @@ class RankSpec:
     seed: int = 0
     """Of new adapters."""
     longest: int = memory.SMALLEST
-    """Tokens of the longest sequence that a run may train on; what cannot hold it is refused before the first step."""
+    """Tokens of the longest sequence that a run may train on; what cannot hold it is refused before
+    the first step."""
 
 
 class LearnerRank:
-    """Calls of all ranks must be made in the same order with the same arguments; each returns on every rank."""
+    """Calls of all ranks must be made in the same order with the same arguments; each returns on
+    every rank."""
 
     def __init__(self, spec: RankSpec) -> None:
         self.spec = spec
@@ -77,14 +81,17 @@ class LearnerRank:
             self.attention = pick_attention(self.platform, self.dtype)
         packing = spec.model.packing
         self.packed = takes_packed(self.attention) if packing == "auto" else packing == "on"
-        self.fused = self.platform.is_cpu and self.dtype == torch.bfloat16 and spec.model.attention == "auto"
+        self.fused = (
+            self.platform.is_cpu and self.dtype == torch.bfloat16 and spec.model.attention == "auto"
+        )
         """Whether the policy's layers are run by `layers.py`."""
         self.peak = peak_flops(platform.device_name(self.platform))
         self.publisher = Publisher(rank=spec.rank, world=spec.world, threads=spec.threads)
         self.critic: Trainable | None = None
         self.reference: Policy | None = None
         self._seen: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]] = []
-        """Of each batch since the last update: old and engine's log-probs, loss mask, sequence ids."""
+        """Of each batch since the last update: old and engine's log-probs, loss mask, sequence
+        ids."""
 
     def address(self) -> str:
         """`host:port` at which rank 0 will wait for the others."""
@@ -112,7 +119,8 @@ class LearnerRank:
         self.policy = self._load_policy()
 
     def _load_policy(self, *, offload: bool = False) -> Policy:
-        """A sharded policy with the weights of the model's files, and adapters of its own where there are to be any."""
+        """A sharded policy with the weights of the model's files, and adapters of its own where
+        there are to be any."""
         from transformers import AutoModelForCausalLM
 
         model = self._load(AutoModelForCausalLM, self.model_path)
@@ -133,20 +141,34 @@ class LearnerRank:
         return policy
 
     def _load(self, auto: Any, path: str) -> Any:
-        model = auto.from_pretrained(path, dtype=self.master, attn_implementation=self.attention).to(self.device)
+        model = auto.from_pretrained(
+            path, dtype=self.master, attn_implementation=self.attention
+        ).to(self.device)
         if self.spec.model.gradient_checkpointing:
             new_name = getattr(model, "activation_checkpointing_enable", None)  # of transformers 5
             (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
         return model
 
     def _shard(self, module: nn.Module, layers: Any, *, offload: bool = False) -> None:
-        shard(module, layers, self.mesh, self.dtype, reduce=self.master, offload=offload, keep=self.platform.is_cpu)
+        shard(
+            module,
+            layers,
+            self.mesh,
+            self.dtype,
+            reduce=self.master,
+            offload=offload,
+            keep=self.platform.is_cpu,
+        )
 
     def begin_stage(
-        self, optim: OptimConfig, total_steps: int, critic: CriticConfig | None = None, reference: bool = False
+        self,
+        optim: OptimConfig,
+        total_steps: int,
+        critic: CriticConfig | None = None,
+        reference: bool = False,
     ) -> None:
-        """A fresh optimizer and learning-rate schedule for `total_steps` updates, and what goes with the policy: a critic,
-        and the policy of this moment as a frozen reference."""
+        """A fresh optimizer and learning-rate schedule for `total_steps` updates, and what goes
+        with the policy: a critic, and the policy of this moment as a frozen reference."""
         self.optim = optim
         self.micro_batch_tokens = self._pass_tokens(optim)
         self.actor = Trainable(self.policy, optim, total_steps)
@@ -158,7 +180,8 @@ class LearnerRank:
             self.refresh_reference()
 
     def _pass_tokens(self, optim: OptimConfig) -> int:
-        """`optim.micro_batch_tokens`, or what fits; an architecture whose need is not known gets the largest."""
+        """`optim.micro_batch_tokens`, or what fits; an architecture whose need is not known gets
+        the largest."""
         if isinstance(optim.micro_batch_tokens, int):
             return optim.micro_batch_tokens
         largest = memory.largest_pass(self.platform)
@@ -197,7 +220,9 @@ class LearnerRank:
         if settings.path is None:
             prefix = f"{self.policy.model.base_model_prefix}."
             held = merged_shards(self.policy.model, self.spec.rank, self.spec.world)
-            Shards.of(critic.body).copy_from((name.removeprefix(prefix), part) for name, _, part in held)
+            Shards.of(critic.body).copy_from(
+                (name.removeprefix(prefix), part) for name, _, part in held
+            )
         self.critic_settings = settings
         return Trainable(critic, settings.optim(self.optim), total_steps)
 
@@ -205,7 +230,9 @@ class LearnerRank:
         """The reference becomes what the policy is now."""
         assert self.reference is not None, "this stage has no reference"
         policy = Shards.of(self.policy, frozen=True)
-        Shards.of(self.reference, frozen=True).copy_from(zip(policy.parameters, policy.local, strict=True))
+        Shards.of(self.reference, frozen=True).copy_from(
+            zip(policy.parameters, policy.local, strict=True)
+        )
 
     def step(self, batch: Batch, objective: Objective) -> dict[str, float]:
         """One optimizer step on the whole batch; the same metrics on every rank."""
@@ -218,13 +245,15 @@ class LearnerRank:
         return metrics | self._speed(batch, seconds) | {"timing_s/update_actor": seconds}
 
     def accumulate(self, batch: Batch, objective: Objective) -> dict[str, float]:
-        """Adds the gradient of a part of a step, whose weights are relative to those of the other parts (`finish`)."""
+        """Adds the gradient of a part of a step, whose weights are relative to those of the other
+        parts (`finish`)."""
         start = time.perf_counter()
         loss, metrics = self.backward(batch, objective)
         return metrics | {"actor/loss": loss, "timing_s/update_actor": time.perf_counter() - start}
 
     def finish(self, scale: float) -> dict[str, float]:
-        """One optimizer step with the gradient of all parts, times `scale`, and what the parts' tokens say together."""
+        """One optimizer step with the gradient of all parts, times `scale`, and what the parts'
+        tokens say together."""
         metrics = self._mismatch()
         for parameter in self.policy.parameters():
             if parameter.grad is not None:
@@ -245,13 +274,20 @@ class LearnerRank:
             int(batch.loss_mask_T.sum()),
             frozen_weights=self.spec.model.lora is not None,
         )
-        return speed(cost, tokens=batch.num_tokens, seconds=seconds, devices=self.spec.world, peak=self.peak)
+        return speed(
+            cost, tokens=batch.num_tokens, seconds=seconds, devices=self.spec.world, peak=self.peak
+        )
 
     def backward(self, batch: Batch, objective: Objective) -> tuple[float, dict[str, float]]:
-        """Adds the gradient of the whole batch's loss to the parameters; returns the loss and the metrics."""
+        """Adds the gradient of the whole batch's loss to the parameters; returns the loss and the
+        metrics."""
         batch = self._with_old_logp(batch, objective)
         loss_function = token_loss(
-            objective, batch, self.device, old_logp=batch.old_logp_T, reference_logp=batch.reference_logp_T
+            objective,
+            batch,
+            self.device,
+            old_logp=batch.old_logp_T,
+            reference_logp=batch.reference_logp_T,
         )
         behaviour_T = self._on_device(batch.behaviour_logp_T)
         totals: dict[str, Tensor] = {}
@@ -265,23 +301,30 @@ class LearnerRank:
             loss += part.detach()
             logp_T[micro.index_n] = stats.logp.detach().double()
             for name, values in metrics.items():
-                totals[name] = totals.get(name, torch.zeros_like(loss)) + values.detach().double().sum()
+                totals[name] = (
+                    totals.get(name, torch.zeros_like(loss)) + values.detach().double().sum()
+                )
         if objective.on_samples and batch.num_tokens:
             dist.all_reduce(logp_T)
             old_T = logp_T.cpu().numpy() if batch.old_logp_T is None else batch.old_logp_T
-            self._seen.append((old_T, batch.behaviour_logp_T, batch.loss_mask_T, batch.sequence_ids_T))
+            self._seen.append(
+                (old_T, batch.behaviour_logp_T, batch.loss_mask_T, batch.sequence_ids_T)
+            )
         loss_value, sums = self._sums(loss, totals)
         return loss_value, loss_function.metrics | token_means(sums, batch, loss_function)
 
     def _mismatch(self) -> dict[str, float]:
-        """How far the engines' policy was from the old one, over all that was seen since the last update."""
+        """How far the engines' policy was from the old one, over all that was seen since the last
+        update."""
         seen, self._seen = self._seen, []
         if not seen:
             return {}
         old, behaviour, mask, ids = ([*rows] for rows in zip(*seen, strict=True))
         starts = np.cumsum([0, *(int(part[-1]) + 1 for part in ids[:-1])])
         numbered = np.concatenate([part + start for part, start in zip(ids, starts, strict=True)])
-        return mismatch_metrics(np.concatenate(old), np.concatenate(behaviour), np.concatenate(mask), numbered)
+        return mismatch_metrics(
+            np.concatenate(old), np.concatenate(behaviour), np.concatenate(mask), numbered
+        )
 
     def _with_old_logp(self, batch: Batch, objective: Objective) -> Batch:
         if not objective.needs_old_logp or batch.old_logp_T is not None:
@@ -304,9 +347,16 @@ class LearnerRank:
         return metrics | {"timing_s/update_critic": time.perf_counter() - start}
 
     def critic_backward(self, batch: Batch) -> tuple[float, dict[str, float]]:
-        """Adds the gradient of the mean of `value_loss` over the batch's loss tokens; returns that mean and the metrics."""
-        assert self.critic is not None and batch.values_T is not None and batch.returns_T is not None
-        module, old_T, targets_T = self.critic.module, self._on_device(batch.values_T), self._on_device(batch.returns_T)
+        """Adds the gradient of the mean of `value_loss` over the batch's loss tokens; returns that
+        mean and the metrics."""
+        assert (
+            self.critic is not None and batch.values_T is not None and batch.returns_T is not None
+        )
+        module, old_T, targets_T = (
+            self.critic.module,
+            self._on_device(batch.values_T),
+            self._on_device(batch.returns_T),
+        )
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         clipped = torch.zeros_like(loss)
         for micro in self._micro_batches(batch, module):
@@ -319,8 +369,11 @@ class LearnerRank:
         value, sums = self._sums(loss, {"critic/vf_clipfrac": clipped})
         return value, {name: total / max(1, batch.num_loss_tokens) for name, total in sums.items()}
 
-    def _micro_batches(self, batch: Batch, module: Any, *, gradient: bool = True) -> Iterator[MicroBatchTensors]:
-        """This rank's passes, as many as on every other rank; gradients go over to the others with the last one."""
+    def _micro_batches(
+        self, batch: Batch, module: Any, *, gradient: bool = True
+    ) -> Iterator[MicroBatchTensors]:
+        """This rank's passes, as many as on every other rank; gradients go over to the others with
+        the last one."""
         plan = plan_micro_batches(
             batch.sequence_lengths,
             self.spec.world,
@@ -333,7 +386,8 @@ class LearnerRank:
             if gradient:
                 last = i == len(mine) - 1
                 module.set_requires_gradient_sync(last)
-                # on a CPU to gather is to cast, which costs more than the room; the optimizer makes the copies stale
+                # on a CPU to gather is to cast, which costs more than the room; the optimizer makes
+                # the copies stale
                 module.set_reshard_after_backward(last or not self.platform.is_cpu)
             yield to_tensors(batch, sequences, self.device, packed=self.packed)
 
@@ -341,23 +395,30 @@ class LearnerRank:
         return torch.from_numpy(np.ascontiguousarray(row_T)).to(self.device)
 
     def logprobs(self, batch: Batch, temperature: float = 1.0) -> NDArray[Any]:
-        """[T] the policy's log-prob of every loss token of the batch (0 elsewhere) in the master dtype, whole on every
-        rank."""
-        return self._per_token(batch, self.policy, lambda micro: self.policy(micro, None, None, temperature)[1].logp)
+        """[T] the policy's log-prob of every loss token of the batch (0 elsewhere) in the master
+        dtype, whole on every rank."""
+        return self._per_token(
+            batch, self.policy, lambda micro: self.policy(micro, None, None, temperature)[1].logp
+        )
 
     def reference_logprobs(self, batch: Batch, temperature: float = 1.0) -> NDArray[Any]:
         """The same of the reference."""
         reference = self.reference
         assert reference is not None, "this stage has no reference"
-        return self._per_token(batch, reference, lambda micro: reference(micro, None, None, temperature)[1].logp)
+        return self._per_token(
+            batch, reference, lambda micro: reference(micro, None, None, temperature)[1].logp
+        )
 
     def values(self, batch: Batch) -> NDArray[Any]:
-        """[T] the critic's estimate before every loss token of the batch (0 elsewhere), whole on every rank."""
+        """[T] the critic's estimate before every loss token of the batch (0 elsewhere), whole on
+        every rank."""
         assert self.critic is not None, "this stage has no critic"
         return self._per_token(batch, self.critic.module, self.critic.module)
 
     @torch.no_grad()
-    def _per_token(self, batch: Batch, module: nn.Module, look: Callable[[MicroBatchTensors], Tensor]) -> NDArray[Any]:
+    def _per_token(
+        self, batch: Batch, module: nn.Module, look: Callable[[MicroBatchTensors], Tensor]
+    ) -> NDArray[Any]:
         from torch.distributed.fsdp import FSDPModule
 
         values_T = torch.zeros(batch.num_tokens, dtype=self.master, device=self.device)
@@ -372,7 +433,9 @@ class LearnerRank:
 
     def take_weights(self) -> None:
         """Copies this rank's shard aside, as the next version to be published."""
-        self.publisher.take(shards_of(self.policy.model, self.dtype, self.spec.rank, self.spec.world))
+        self.publisher.take(
+            shards_of(self.policy.model, self.dtype, self.spec.rank, self.spec.world)
+        )
 
     # Those below may run in another thread than the rest, while it makes its next step.
 
@@ -393,13 +456,18 @@ class LearnerRank:
         self.publisher.broadcast()
 
     def save(self, folder: str) -> None:
-        """The model in Hugging Face format under `folder`, and what training goes on from under `folder/learner`."""
-        checkpoint.save_model(self.policy, Path(folder), self.dtype, self.model_path, write=self.spec.rank == 0)
+        """The model in Hugging Face format under `folder`, and what training goes on from under
+        `folder/learner`."""
+        checkpoint.save_model(
+            self.policy, Path(folder), self.dtype, self.model_path, write=self.spec.rank == 0
+        )
         self.actor.save(Path(folder) / "learner", self.spec.rank)
         if self.critic is not None:
             self.critic.save(Path(folder) / "critic", self.spec.rank)
         if self.reference is not None:
-            checkpoint.save_weights(Shards.of(self.reference, frozen=True), Path(folder) / "reference")
+            checkpoint.save_weights(
+                Shards.of(self.reference, frozen=True), Path(folder) / "reference"
+            )
         dist.barrier()
 
     def restore(self, folder: str) -> None:
@@ -408,7 +476,9 @@ class LearnerRank:
         if self.critic is not None:
             self.critic.restore(Path(folder) / "critic")
         if self.reference is not None:
-            checkpoint.load_weights(Shards.of(self.reference, frozen=True), Path(folder) / "reference")
+            checkpoint.load_weights(
+                Shards.of(self.reference, frozen=True), Path(folder) / "reference"
+            )
 
     def close(self) -> None:
         if dist.is_initialized():
@@ -419,9 +489,10 @@ class LearnerRank:
 
 
 def token_means(sums: dict[str, float], batch: Batch, loss: BatchLoss) -> dict[str, float]:
-    """Metrics from their sums over the tokens of the passes. The terms of the loss are sums already, but for the entropy,
-    which sequences that were left out have too; the others are means over the tokens that train. `actor/nonfinite_logp` and
-    the clip fractions of a loss that cannot clip tokens left out are shares of more than these."""
+    """Metrics from their sums over the tokens of the passes. The terms of the loss are sums
+    already, but for the entropy, which sequences that were left out have too; the others are means
+    over the tokens that train. `actor/nonfinite_logp` and the clip fractions of a loss that cannot
+    clip tokens left out are shares of more than these."""
     passed = max(1, int(batch.loss_mask_T.sum()))
     counted = sums.pop(COUNTED, 0.0) or float(passed)
     every = counted + batch.num_loss_tokens - passed if loss.clips_by_advantage else counted

@@ -1,5 +1,5 @@
-"""A rank's shards of the parameters as plain tensors: an optimizer over distributed tensors spends more time on
-dispatching its many small operations than on doing them."""
+"""A rank's shards of the parameters as plain tensors: an optimizer over distributed tensors spends
+more time on dispatching its many small operations than on doing them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:  # as in `checkpoint`
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Shards:
-    """The sharded parameters by name and, in the same order, this rank's part of each, sharing its memory."""
+    """The sharded parameters by name and, in the same order, this rank's part of each, sharing its
+    memory."""
 
     parameters: Mapping[str, Any]
     """name -> DTensor parameter."""
@@ -32,8 +33,9 @@ class Shards:
             return cls(parameters=parameters, local=[p.to_local() for p in parameters.values()])
 
     def take_gradients(self, clip: float) -> float:
-        """Moves the gradients to the local shards, scaled so that their global norm is at most `clip`; returns the norm
-        before that (the parameters have none afterwards). A norm that is not finite leaves them as they are."""
+        """Moves the gradients to the local shards, scaled so that their global norm is at most
+        `clip`; returns the norm before that (the parameters have none afterwards). A norm that is
+        not finite leaves them as they are."""
         for parameter, local in zip(self.parameters.values(), self.local, strict=True):
             local.grad = None if parameter.grad is None else parameter.grad.to_local()
             parameter.grad = None
@@ -46,7 +48,8 @@ class Shards:
         return norm
 
     def copy_from(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes over this rank's part of parameters by name, sharded alike; names that are not ours are passed over."""
+        """Takes over this rank's part of parameters by name, sharded alike; names that are not ours
+        are passed over."""
         ours = dict(zip(self.parameters, self.local, strict=True))
         with torch.no_grad():
             for name, value in values:

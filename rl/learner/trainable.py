@@ -1,4 +1,5 @@
-"""A sharded model with its optimizer and learning-rate schedule: what is updated, saved and restored as one."""
+"""A sharded model with its optimizer and learning-rate schedule: what is updated, saved and
+restored as one."""
 
 from __future__ import annotations
 
@@ -26,16 +27,26 @@ def shard(
     offload: bool = False,
     keep: bool = False,
 ) -> None:
-    """Shards `parts`, then what is left of `module`, by FSDP2: passes gather parameters in `compute`, gradients are summed
-    over ranks in `reduce`. With `offload` the shards lie in host memory between passes; with `keep` what a pass gathered
-    stays until it is resharded (`set_reshard_after_backward`, `reshard`)."""
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    """Shards `parts`, then what is left of `module`, by FSDP2: passes gather parameters in
+    `compute`, gradients are summed over ranks in `reduce`. With `offload` the shards lie in host
+    memory between passes; with `keep` what a pass gathered stays until it is resharded
+    (`set_reshard_after_backward`, `reshard`)."""
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
 
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
     where = CPUOffloadPolicy() if offload else OffloadPolicy()
     for part in [*parts, module]:
         sharded: Any = fully_shard(
-            part, mesh=mesh, mp_policy=precision, offload_policy=where, reshard_after_forward=not keep
+            part,
+            mesh=mesh,
+            mp_policy=precision,
+            offload_policy=where,
+            reshard_after_forward=not keep,
         )
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
@@ -62,12 +73,15 @@ class Trainable:
         )
         name = "constant_with_warmup" if optim.schedule == "constant" else optim.schedule
         self.scheduler = get_scheduler(
-            name, self.optimizer, num_warmup_steps=optim.warmup_steps, num_training_steps=max(1, total_steps)
+            name,
+            self.optimizer,
+            num_warmup_steps=optim.warmup_steps,
+            num_training_steps=max(1, total_steps),
         )
 
     def update(self, name: str) -> dict[str, float]:
-        """One optimizer step with the gradients at hand; its figures under `name`/. A gradient that is not finite changes
-        nothing and is counted: one bad batch must not destroy the weights."""
+        """One optimizer step with the gradients at hand; its figures under `name`/. A gradient that
+        is not finite changes nothing and is counted: one bad batch must not destroy the weights."""
         norm = self.shards.take_gradients(self.optim.grad_clip)
         if math.isfinite(norm):
             self.optimizer.step()
@@ -76,7 +90,11 @@ class Trainable:
         lr = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {f"{name}/grad_norm": norm, f"{name}/lr": lr, f"{name}/steps_skipped": float(self.skipped)}
+        return {
+            f"{name}/grad_norm": norm,
+            f"{name}/lr": lr,
+            f"{name}/steps_skipped": float(self.skipped),
+        }
 
     def skip(self, updates: int) -> None:
         """Moves the learning-rate schedule on by updates that there was nothing to learn for."""

@@ -1,7 +1,8 @@
 """A scenario from what a run measured: its metrics, its recorded answers and its configuration.
 
-What is measured is kept, and what is asked otherwise (`schedule.max_staleness=2`, `cluster.rollouts=4`, ...) replaces the run's
-own setting. So a short run at one setting predicts others.
+What is measured is kept, and what is asked otherwise (`schedule.max_staleness=2`,
+`cluster.rollouts=4`, ...) replaces the run's own setting. So a short run at one setting predicts
+others.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from .scenario import DecodeTable, Floats, Publication, RewardTime, Scenario, Tr
 SKIPPED = 2
 """Steps at the beginning of a run that are not used: they compile and warm up."""
 SPREAD = 1.5
-"""Tokens of a large step over those of a small one, above which a line through the steps' times means something."""
+"""Tokens of a large step over those of a small one, above which a line through the steps' times
+means something."""
 EQUAL = 1e-9
-"""Of two fits whose errors differ by less (of all there is to explain), the one with fewer terms is taken."""
+"""Of two fits whose errors differ by less (of all there is to explain), the one with fewer terms is
+taken."""
 STEPS, WARMUP = 80, 10
 """Of the simulation."""
 
@@ -36,25 +39,37 @@ STEPS, WARMUP = 80, 10
 def calibrate(
     run_dir: Path, overrides: Sequence[str] = (), also: Sequence[Path] = ()
 ) -> tuple[Scenario, dict[str, str]]:
-    """The scenario of a run, with these settings changed, and where each of its numbers is from. `also`: runs of the same
-    model on the same learners with other batches, which tell the learners' fixed time from that of the tokens."""
+    """The scenario of a run, with these settings changed, and where each of its numbers is from.
+    `also`: runs of the same model on the same learners with other batches, which tell the learners'
+    fixed time from that of the tokens."""
     file = run_dir / "config.yaml"
     source, target = load_config(file), load_config(file, overrides)
     steps = training_steps(run_dir / METRICS)
     table = read_lengths(run_dir)
     table = table.filter(pa.compute.greater(table["step"], SKIPPED))
     if not steps or not table.num_rows:
-        raise ValueError(f"{run_dir} has too few RL steps to learn from: {SKIPPED} are skipped, and some must be left")
+        raise ValueError(
+            f"{run_dir} has too few RL steps to learn from: {SKIPPED} are skipped, and some must be"
+            " left"
+        )
     timed = learner_steps(steps, tokens_by_step(table))
     for other in also:
         timed += learner_steps(training_steps(other / METRICS), tokens_by_step(read_lengths(other)))
     fixed, per_token = learner_time(timed)
     measured = decoding(table, workers=source.cluster.rollouts, slots=target.rollout.max_num_seqs)
     publication = Publication(
-        encode=float(np.mean([row["timing_s/update_weights"] - row.get("sync/apply_s", 0.0) for row in steps])),
+        encode=float(
+            np.mean(
+                [row["timing_s/update_weights"] - row.get("sync/apply_s", 0.0) for row in steps]
+            )
+        ),
         commit=float(np.mean([row.get("sync/apply_s", 0.0) for row in steps])),
     )
-    latency = delivery_latency(steps, table) if source.schedule.max_staleness == 0 else grade_seconds(table)
+    latency = (
+        delivery_latency(steps, table)
+        if source.schedule.max_staleness == 0
+        else grade_seconds(table)
+    )
     latency = max(0.0, latency + measured.offset)
     scenario = Scenario(
         workers=target.cluster.rollouts,
@@ -77,9 +92,13 @@ def calibrate(
     )
     sources = {
         "answers": f"{table.num_rows} recorded, mean {scenario.lengths.mean:.0f} tokens",
-        "learner": f"{fixed:.3g} s a step and {1e6 * per_token:.3g} us a token, of {len(timed)} steps",
+        "learner": (
+            f"{fixed:.3g} s a step and {1e6 * per_token:.3g} us a token, of {len(timed)} steps"
+        ),
         "decoding": measured.summary,
-        "publication": f"{publication.encode:.3g} s, of which decoding stands still {publication.commit:.3g} s",
+        "publication": (
+            f"{publication.encode:.3g} s, of which decoding stands still {publication.commit:.3g} s"
+        ),
         "delivery and marking": f"{latency:.3g} s a group",
     }
     return scenario, sources
@@ -91,14 +110,21 @@ def training_steps(metrics: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{metrics} does not exist: --from-run needs the folder of a run")
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     found = {row["step"]: row for row in rows if row["stage"] == "rl" and row["axis"] == "train"}
-    return [row for step, row in sorted(found.items()) if step > SKIPPED and "timing_s/update_weights" in row]
+    return [
+        row
+        for step, row in sorted(found.items())
+        if step > SKIPPED and "timing_s/update_weights" in row
+    ]
 
 
 def tokens_by_step(table: pa.Table) -> dict[int, int]:
     """Prompt and answer tokens of the groups of each step."""
     total = np.asarray(table["prompt_length"]) + np.asarray(table["response_length"])
     steps, inverse = np.unique(np.asarray(table["step"]), return_inverse=True)
-    return {int(step): int(n) for step, n in zip(steps, np.bincount(inverse, weights=total), strict=True)}
+    return {
+        int(step): int(n)
+        for step, n in zip(steps, np.bincount(inverse, weights=total), strict=True)
+    }
 
 
 class LearnerStep(NamedTuple):
@@ -111,7 +137,9 @@ class LearnerStep(NamedTuple):
     """Of these, in optimizer steps."""
 
 
-def learner_steps(steps: Sequence[Mapping[str, Any]], tokens: Mapping[int, int]) -> list[LearnerStep]:
+def learner_steps(
+    steps: Sequence[Mapping[str, Any]], tokens: Mapping[int, int]
+) -> list[LearnerStep]:
     return [
         LearnerStep(
             tokens[row["step"]],
@@ -126,8 +154,8 @@ def learner_steps(steps: Sequence[Mapping[str, Any]], tokens: Mapping[int, int])
 def learner_time(steps: Sequence[LearnerStep]) -> tuple[float, float]:
     """(seconds a step, seconds a token); neither is below 0.
 
-    Least squares, where the steps' sizes differ enough to tell the two apart. Else the optimizer steps are taken to be
-    proportional to the tokens, and the rest to be fixed.
+    Least squares, where the steps' sizes differ enough to tell the two apart. Else the optimizer
+    steps are taken to be proportional to the tokens, and the rest to be fixed.
     """
     x = np.array([step.tokens for step in steps], np.float64)
     y = np.array([step.seconds for step in steps])
@@ -144,14 +172,17 @@ class Decoding:
 
     table: DecodeTable
     offset: float
-    """Seconds that an answer takes longer than its tokens do; below 0 where its first tokens are for free."""
+    """Seconds that an answer takes longer than its tokens do; below 0 where its first tokens are
+    for free."""
     summary: str
 
 
 def decoding(table: pa.Table, *, workers: int, slots: int) -> Decoding:
-    """An answer of L tokens takes (a + b n + c n context) L + offset seconds, n answers in its worker's batch.
+    """An answer of L tokens takes (a + b n + c n context) L + offset seconds, n answers in its
+    worker's batch.
 
-    Which worker decoded an answer is not recorded: n is what ran meanwhile, over all workers, divided by their number.
+    Which worker decoded an answer is not recorded: n is what ran meanwhile, over all workers,
+    divided by their number.
     """
     lengths = np.asarray(table["response_length"]).astype(np.float64)
     begin, seconds = np.asarray(table["started"]), np.asarray(table["decode_s"])
@@ -162,13 +193,18 @@ def decoding(table: pa.Table, *, workers: int, slots: int) -> Decoding:
     one = np.ones_like(n)
     features = np.stack([lengths, n * lengths, n * context * lengths, one, -one], axis=1)
     (a, b, c, longer, shorter), _ = nonnegative_least_squares(features, seconds)
-    running, contexts = np.array([1.0, float(max(2, slots))]), np.array([0.0, 2 * float(context.max())])
+    running, contexts = (
+        np.array([1.0, float(max(2, slots))]),
+        np.array([0.0, 2 * float(context.max())]),
+    )
     grid = a + b * running[:, None] + c * running[:, None] * contexts[None, :]
     typical = float(a + b * n.mean() + c * (n * context).mean())
     return Decoding(
         table=DecodeTable(running=running, context=contexts, seconds=np.maximum(grid, 1e-9)),
         offset=float(longer - shorter),
-        summary=f"{1 / max(typical, 1e-9):.3g} tokens/s an answer at {n.mean():.3g} answers a worker",
+        summary=(
+            f"{1 / max(typical, 1e-9):.3g} tokens/s an answer at {n.mean():.3g} answers a worker"
+        ),
     )
 
 
@@ -179,12 +215,15 @@ def mean_running(begin: Floats, end: Floats) -> Floats:
     order = np.argsort(times, kind="stable")
     times, running = times[order], np.cumsum(change[order])
     area = np.concatenate([[0.0], np.cumsum(running[:-1] * np.diff(times))])
-    found: Floats = (np.interp(end, times, area) - np.interp(begin, times, area)) / np.maximum(end - begin, 1e-9)
+    found: Floats = (np.interp(end, times, area) - np.interp(begin, times, area)) / np.maximum(
+        end - begin, 1e-9
+    )
     return found
 
 
 def delivery_latency(steps: Sequence[Mapping[str, Any]], table: pa.Table) -> float:
-    """Of a synchronous run: what a step waited beyond its longest decoding, for dealing, delivery and marking."""
+    """Of a synchronous run: what a step waited beyond its longest decoding, for dealing, delivery
+    and marking."""
     waited = {row["step"]: row["timing_s/gen"] for row in steps}
     number, begin = np.asarray(table["step"]), np.asarray(table["started"])
     end = begin + np.asarray(table["decode_s"])
@@ -201,12 +240,17 @@ def grade_seconds(table: pa.Table) -> float:
 
 
 def recorded_lengths(table: pa.Table, longest: int | None = None) -> TraceLengths:
-    """The groups of a recording, their answers cut at `longest`; a table without groups becomes groups of one."""
+    """The groups of a recording, their answers cut at `longest`; a table without groups becomes
+    groups of one."""
     lengths = np.asarray(table["response_length"]).astype(np.float64)
     if longest is not None:
         lengths = np.minimum(lengths, longest)
     names = set(table.column_names)
-    prompts = np.asarray(table["prompt_length"]) if "prompt_length" in names else np.zeros(len(lengths), np.int64)
+    prompts = (
+        np.asarray(table["prompt_length"])
+        if "prompt_length" in names
+        else np.zeros(len(lengths), np.int64)
+    )
     if {"step", "prompt_id"} <= names:
         keys = list(zip(table["step"].to_pylist(), table["prompt_id"].to_pylist(), strict=True))
     else:
@@ -225,13 +269,15 @@ def trace_lengths(source: Path) -> TraceLengths:
     table = read_lengths(source)
     if "response_length" not in table.column_names or not table.num_rows:
         raise ValueError(
-            f"{source} has no rows with a response_length; its columns are {', '.join(table.column_names)}"
+            f"{source} has no rows with a response_length; its columns are"
+            f" {', '.join(table.column_names)}"
         )
     return recorded_lengths(table)
 
 
 def nonnegative_least_squares(features: Floats, y: Floats) -> tuple[Floats, int]:
-    """The weights >= 0 with the least squared error and how many are above 0: every subset of the few features is tried."""
+    """The weights >= 0 with the least squared error and how many are above 0: every subset of the
+    few features is tried."""
     total = float((y**2).sum())
     best, error = np.zeros(features.shape[1]), total
     columns = range(features.shape[1])

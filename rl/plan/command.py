@@ -1,4 +1,5 @@
-"""`emberl plan`: how many devices should roll out, how many should learn, and what to expect of them.
+"""`emberl plan`: how many devices should roll out, how many should learn, and what to expect of
+them.
 
     emberl plan --device 910B --devices 1024 link.bandwidth=3 link.mode=dense
     emberl plan --from-run runs/quickstart --also runs/large-batch schedule.max_staleness=2
@@ -138,7 +139,9 @@ def plan(
 def describe_keys() -> str:
     """All settings with their defaults, and the data sheets."""
     settings = OmegaConf.to_yaml(OmegaConf.create(PlanSettings().model_dump(mode="json")))
-    sheets = [f"# {d.name}: {name}: {text}" for d in DEVICES.values() for name, text in d.sources.items()]
+    sheets = [
+        f"# {d.name}: {name}: {text}" for d in DEVICES.values() for name, text in d.sources.items()
+    ]
     return "\n".join([settings.rstrip(), *sheets])
 
 
@@ -166,7 +169,9 @@ def show(found: Plan, console: Console) -> None:
 def _lines(found: Plan) -> list[tuple[str, str]]:
     f, scenario = found.figures, found.scenario
     split = "" if found.learners is None else f"{found.learners} devices learn; "
-    lags = ", ".join(f"{lag}: {share:.1%}" for lag, share in f["staleness"].items() if share >= 5e-4)
+    lags = ", ".join(
+        f"{lag}: {share:.1%}" for lag, share in f["staleness"].items() if share >= 5e-4
+    )
     exposed = f["sync_exposed_learner_s"], f["sync_exposed_rollout_s"]
     return [
         ("split", f"{split}{scenario.workers} engines of {scenario.slots} slots roll out"),

@@ -1,4 +1,5 @@
-"""Data sheets for `emberl plan`: accelerators and models, and how fast the one decodes and trains the other.
+"""Data sheets for `emberl plan`: accelerators and models, and how fast the one decodes and trains
+the other.
 
 A roofline: a decode step reads the weights once and every running answer's keys and values, or
 multiplies as fast as the device can, whichever takes longer. It knows no kernel; `--from-run`
@@ -51,7 +52,9 @@ DEVICES = {
         mfu=0.30,
         step_overhead=5e-3,
         sources={
-            "flops": "376 TFLOPS, as the 910C's die (arXiv 2506.12708); public figures range 256-376",
+            "flops": (
+                "376 TFLOPS, as the 910C's die (arXiv 2506.12708); public figures range 256-376"
+            ),
             "bandwidth": "1.6 TB/s, inferred from the 910C's die (arXiv 2506.12708)",
             "memory": "64 GB, SGLang documentation",
             "per_node": "8 cards in an HCCS full mesh",
@@ -101,7 +104,8 @@ def device(name: str) -> Device:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
-    """The sizes that decide a model's speed, from the config.json of the model it is named after."""
+    """The sizes that decide a model's speed, from the config.json of the model it is named
+    after."""
 
     source: str
     parameters: float
@@ -126,7 +130,9 @@ class ModelShape:
         return 4 * (2 * self.parameters + attention)
 
 
-def _shape(source: str, parameters: float, layers: int, heads: int, kv_heads: int, dim: int) -> ModelShape:
+def _shape(
+    source: str, parameters: float, layers: int, heads: int, kv_heads: int, dim: int
+) -> ModelShape:
     return ModelShape(
         source=source,
         parameters=parameters,
@@ -145,7 +151,9 @@ MODELS = {
 }
 
 
-def decode_table(device: Device, model: ModelShape, cards: int, *, slots: int, longest: int) -> DecodeTable:
+def decode_table(
+    device: Device, model: ModelShape, cards: int, *, slots: int, longest: int
+) -> DecodeTable:
     """Step times of one engine on `cards` devices, up to `slots` answers of `longest` tokens."""
     running = np.unique(np.rint(np.geomspace(1, slots, 12)))
     context = np.linspace(0, longest, 9)

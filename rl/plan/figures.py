@@ -31,7 +31,9 @@ def figures(trace: Trace) -> Figures:
         "slots_used": (after.slot_seconds - before.slot_seconds) / worker_seconds / scenario.slots,
         "learner_idle": sum(step.trained_from - step.start for step in steps) / seconds,
         "learner_busy": sum(step.published_from - step.trained_from for step in steps) / seconds,
-        "sync_exposed_learner_s": sum(step.end - step.published_from for step in steps) / len(steps),
+        "sync_exposed_learner_s": (
+            sum(step.end - step.published_from for step in steps) / len(steps)
+        ),
         "sync_exposed_rollout_s": (after.held - before.held) / scenario.workers / len(steps),
         "staleness": {str(lag): lags[lag] / total for lag in sorted(lags)},
         "staleness_mean": sum(lag * count for lag, count in lags.items()) / total,
@@ -43,11 +45,13 @@ def figures(trace: Trace) -> Figures:
     }
 
 
-def best_split(evaluate: Callable[[int], Figures], candidates: list[int], guess: int) -> tuple[int, dict[int, Figures]]:
+def best_split(
+    evaluate: Callable[[int], Figures], candidates: list[int], guess: int
+) -> tuple[int, dict[int, Figures]]:
     """The candidate with the most tokens per second, and the figures of all that were tried.
 
-    More learners first help (while the learners are the bottleneck), then hurt, so the search climbs from the guess with
-    halving strides and tries some twenty of many hundred candidates.
+    More learners first help (while the learners are the bottleneck), then hurt, so the search
+    climbs from the guess with halving strides and tries some twenty of many hundred candidates.
     """
     tried: dict[int, Figures] = {}
 

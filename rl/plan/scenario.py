@@ -1,6 +1,8 @@
-"""The nouns of `emberl plan`: what a simulated run is made of. Times are seconds, lengths tokens, sizes bytes.
+"""The nouns of `emberl plan`: what a simulated run is made of. Times are seconds, lengths tokens,
+sizes bytes.
 
-A `Scenario` holds numbers only; `plan_devices` gets them from data sheets and `plan_calibrate` from a run.
+A `Scenario` holds numbers only; `plan_devices` gets them from data sheets and `plan_calibrate` from
+a run.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ class LognormalLengths:
         sigma = np.sqrt(np.log1p(self.cv**2))
         own = rng.standard_normal(group_size)
         z = np.sqrt(self.correlation) * problem.kind + np.sqrt(1 - self.correlation) * own
-        lengths: Floats = np.clip(np.rint(self.mean_uncut * np.exp(sigma * z - sigma**2 / 2)), 1, self.cap)
+        lengths: Floats = np.clip(
+            np.rint(self.mean_uncut * np.exp(sigma * z - sigma**2 / 2)), 1, self.cap
+        )
         return lengths
 
     @property
@@ -68,13 +72,15 @@ class LognormalLengths:
         z = (np.arange(20_000) + 0.5) / 20_000
         sigma = np.sqrt(np.log1p(self.cv**2))
         quantiles = np.array([NormalDist().inv_cdf(p) for p in z])
-        return float(np.minimum(self.mean_uncut * np.exp(sigma * quantiles - sigma**2 / 2), self.cap).mean())
+        return float(
+            np.minimum(self.mean_uncut * np.exp(sigma * quantiles - sigma**2 / 2), self.cap).mean()
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TraceLengths:
-    """Lengths that a run recorded: whole groups are drawn again, so what answers to one prompt have in common stays, and a
-    prompt that is asked twice takes as long."""
+    """Lengths that a run recorded: whole groups are drawn again, so what answers to one prompt have
+    in common stays, and a prompt that is asked twice takes as long."""
 
     prompts: tuple[int, ...]
     recorded: tuple[Floats, ...]
@@ -97,7 +103,8 @@ class TraceLengths:
 class DecodeTable:
     """How fast one worker decodes: seconds of a step, in which each running answer gets a token.
 
-    Bilinear between its points and constant beyond them: a table should reach as far as the plan goes.
+    Bilinear between its points and constant beyond them: a table should reach as far as the plan
+    goes.
     """
 
     running: Floats
@@ -111,8 +118,12 @@ class DecodeTable:
 
     def __post_init__(self) -> None:
         shape = (len(self.running), len(self.context))
-        if self.seconds.shape != shape or not (np.all(self.seconds > 0) and np.all(np.isfinite(self.seconds))):
-            raise ValueError(f"a decode table needs {shape} positive step times, got {self.seconds.shape}")
+        if self.seconds.shape != shape or not (
+            np.all(self.seconds > 0) and np.all(np.isfinite(self.seconds))
+        ):
+            raise ValueError(
+                f"a decode table needs {shape} positive step times, got {self.seconds.shape}"
+            )
         if np.any(np.diff(self.running) <= 0) or np.any(np.diff(self.context) <= 0):
             raise ValueError("a decode table's batches and contexts must ascend")
 
@@ -149,7 +160,8 @@ class RewardTime:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Publication:
-    """The times of publishing a new version of the weights. The learners wait until every worker serves it."""
+    """The times of publishing a new version of the weights. The learners wait until every worker
+    serves it."""
 
     encode: float = 0.0
     """Finding and coding what changed, on the learners."""
@@ -158,8 +170,9 @@ class Publication:
     commit: float = 0.0
     """Writing them into the engine, during which it cannot decode."""
     staged: bool = True
-    """The bytes are prepared beside the weights that are served, so decoding goes on until the commit. False: they are written
-    into the live weights as they come, and decoding stands still for the transfer too."""
+    """The bytes are prepared beside the weights that are served, so decoding goes on until the
+    commit. False: they are written into the live weights as they come, and decoding stands still
+    for the transfer too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,7 +194,8 @@ class Scenario:
     slots: int
     """Answers that one of them decodes at a time."""
     given: int | None = None
-    """Answers of incomplete groups that the pool gives one of them at a time; those without a slot wait there. None: all."""
+    """Answers of incomplete groups that the pool gives one of them at a time; those without a slot
+    wait there. None: all."""
     table: DecodeTable
     lengths: Lengths
     prompts_per_step: int
@@ -189,7 +203,8 @@ class Scenario:
     group_size: int
     """G, answers to each prompt."""
     learner_fixed: float
-    """Seconds of a step whatever its size: everything between the last group and the publication."""
+    """Seconds of a step whatever its size: everything between the last group and the
+    publication."""
     learner_per_token: float
     """And for each token of the groups, prompts included."""
     max_staleness: int = 0
@@ -206,9 +221,14 @@ class Scenario:
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < self.steps:
-            raise ValueError(f"warmup={self.warmup} must leave some of the {self.steps} steps to measure")
+            raise ValueError(
+                f"warmup={self.warmup} must leave some of the {self.steps} steps to measure"
+            )
         if self.workers < 1 or self.slots < 1:
-            raise ValueError(f"workers={self.workers} with slots={self.slots} cannot decode; use at least 1 of each")
+            raise ValueError(
+                f"workers={self.workers} with slots={self.slots} cannot decode; use at least 1 of"
+                " each"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

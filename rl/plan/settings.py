@@ -1,4 +1,5 @@
-"""The settings of `emberl plan`, and the scenario that follows from them for a given split of the devices."""
+"""The settings of `emberl plan`, and the scenario that follows from them for a given split of the
+devices."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from .scenario import Failures, InFlight, LognormalLengths, Publication, RewardT
 
 GB = 1e9
 ENOUGH = 64
-"""Answers that an engine should decode at a time: fewer leave most of its time to reading weights."""
+"""Answers that an engine should decode at a time: fewer leave most of its time to reading
+weights."""
 
 
 class LengthSettings(Settings):
@@ -37,7 +39,8 @@ class LengthSettings(Settings):
 
 class EngineSettings(Settings):
     cards: int | None = Field(default=None, ge=1)
-    """Devices of one engine (tensor parallel); empty: the smallest power of two that has memory for `ENOUGH` answers."""
+    """Devices of one engine (tensor parallel); empty: the smallest power of two that has memory for
+    `ENOUGH` answers."""
     slots: int | None = Field(default=None, ge=1)
     """Answers at a time; empty: as many as fit the memory, 256 at most."""
 
@@ -69,13 +72,16 @@ class LinkSettings(Settings):
     bandwidth: float = Field(default=25.0, gt=0)
     """GB/s of one node, shared by its devices; inf: a perfect link."""
     relay: bool = True
-    """Nodes pass blocks on to each other (each receives them once). False: the learners send to every node themselves."""
+    """Nodes pass blocks on to each other (each receives them once). False: the learners send to
+    every node themselves."""
     staged: bool = True
     """Decoding goes on while the bytes come. False: it stands still."""
     encode: float = Field(default=8.0, gt=0)
-    """GB/s of weights that one learner node compares and codes. An assumption: 8 cores at 1 GB/s."""
+    """GB/s of weights that one learner node compares and codes. An assumption: 8 cores at 1
+    GB/s."""
     prepare: float = Field(default=40.0, gt=0)
-    """GB/s of weights that one rollout node verifies by digest before it commits. An assumption: 8 cores at 5 GB/s."""
+    """GB/s of weights that one rollout node verifies by digest before it commits. An assumption: 8
+    cores at 5 GB/s."""
     commit: float = Field(default=1.0, ge=0)
     """Seconds in which the engine stands still (TRL's report: 1.1 s)."""
 
@@ -130,7 +136,8 @@ class PlanSettings(Settings):
 
     @property
     def mean_context(self) -> float:
-        """Tokens that a running answer reads on average: long ones run longer, so it is more than half the mean length."""
+        """Tokens that a running answer reads on average: long ones run longer, so it is more than
+        half the mean length."""
         lengths = self.lengths
         return lengths.prompt + min(lengths.mean * (1 + lengths.cv**2), lengths.cap) / 2
 
@@ -140,7 +147,11 @@ class PlanSettings(Settings):
         if self.engine.cards is not None:
             return self.engine.cards
         sizes = [1 << i for i in range(20)]
-        enough = [n for n in sizes if most_slots(self.hardware, self.shape, n, self.mean_context) >= ENOUGH]
+        enough = [
+            n
+            for n in sizes
+            if most_slots(self.hardware, self.shape, n, self.mean_context) >= ENOUGH
+        ]
         return enough[0]
 
     @property
@@ -148,20 +159,22 @@ class PlanSettings(Settings):
         fit = min(256, most_slots(self.hardware, self.shape, self.cards, self.mean_context))
         if fit == 0:
             raise ConfigError(
-                f"model={self.model} does not fit engine.cards={self.cards} x {self.device}; use more cards"
+                f"model={self.model} does not fit engine.cards={self.cards} x {self.device}; use"
+                " more cards"
             )
         return self.engine.slots or fit
 
     def check_split(self, learners: int) -> None:
         if not 1 <= learners <= self.devices - self.cards:
             raise ConfigError(
-                f"devices={self.devices} with learners={learners} leave no engine of {self.cards} devices; use more devices "
-                "or fewer engine.cards"
+                f"devices={self.devices} with learners={learners} leave no engine of {self.cards}"
+                " devices; use more devices or fewer engine.cards"
             )
 
 
 def load_plan(overrides: Sequence[str], options: Mapping[str, Any]) -> PlanSettings:
-    """Settings from key=value words, with the command's own options on top; `ConfigError` for what a person must change."""
+    """Settings from key=value words, with the command's own options on top; `ConfigError` for what
+    a person must change."""
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"{override!r} must have the form key=value, e.g. link.bandwidth=3")
@@ -169,7 +182,9 @@ def load_plan(overrides: Sequence[str], options: Mapping[str, Any]) -> PlanSetti
     assert isinstance(tree, dict)
     given = {str(key): value for key, value in tree.items()}
     try:
-        return PlanSettings.model_validate(given | {k: v for k, v in options.items() if v is not None})
+        return PlanSettings.model_validate(
+            given | {k: v for k, v in options.items() if v is not None}
+        )
     except ValidationError as error:
         raise ConfigError("; ".join(map(_problem, error.errors()))) from error
 
@@ -182,7 +197,11 @@ def _problem(item: Mapping[str, Any]) -> str:
     kind = PlanSettings if len(item["loc"]) == 1 or group is None else group.annotation
     assert isinstance(kind, type) and issubclass(kind, Settings)
     near = get_close_matches(str(item["loc"][-1]), list(kind.model_fields), n=1, cutoff=0.5)
-    hint = f"did you mean {key.removesuffix(str(item['loc'][-1]))}{near[0]}?" if near else "see emberl plan --keys"
+    hint = (
+        f"did you mean {key.removesuffix(str(item['loc'][-1]))}{near[0]}?"
+        if near
+        else "see emberl plan --keys"
+    )
     return f"unknown key {key}; {hint}"
 
 
@@ -190,7 +209,10 @@ def publication(settings: PlanSettings, learners: int) -> Publication:
     """The times of one version when `learners` devices publish it to the others."""
     link, weights = settings.link, settings.shape.weight_bytes / GB
     per_node = settings.hardware.per_node
-    senders, receivers = max(1, learners // per_node), max(1, ceil((settings.devices - learners) / per_node))
+    senders, receivers = (
+        max(1, learners // per_node),
+        max(1, ceil((settings.devices - learners) / per_node)),
+    )
     wire = weights / link.ratio if link.mode == "patch" else weights
     arrival = wire / link.bandwidth
     if link.relay:
@@ -206,15 +228,25 @@ def publication(settings: PlanSettings, learners: int) -> Publication:
 
 
 RELAY_BLOCKS = 64
-"""A relayed version travels in so many blocks: the last node waits for one block per hop of the tree, not for all of them."""
+"""A relayed version travels in so many blocks: the last node waits for one block per hop of the
+tree, not for all of them."""
 
 
 def make_scenario(settings: PlanSettings, learners: int) -> Scenario:
     """The scenario in which `learners` of the devices learn."""
     settings.check_split(learners)
-    hardware, shape, lengths, schedule = settings.hardware, settings.shape, settings.lengths, settings.schedule
+    hardware, shape, lengths, schedule = (
+        settings.hardware,
+        settings.shape,
+        settings.lengths,
+        settings.schedule,
+    )
     source = LognormalLengths(
-        mean_uncut=lengths.mean, cv=lengths.cv, cap=lengths.cap, prompt=lengths.prompt, correlation=lengths.correlation
+        mean_uncut=lengths.mean,
+        cv=lengths.cv,
+        cap=lengths.cap,
+        prompt=lengths.prompt,
+        correlation=lengths.correlation,
     )
     flops = shape.train_flops(lengths.prompt + lengths.mean)
     mfu = settings.learner.mfu or hardware.mfu
@@ -222,7 +254,13 @@ def make_scenario(settings: PlanSettings, learners: int) -> Scenario:
         workers=max(1, (settings.devices - learners) // settings.cards),
         slots=settings.slots,
         given=QUEUE_DEPTH * settings.slots if schedule.max_staleness else None,
-        table=decode_table(hardware, shape, settings.cards, slots=settings.slots, longest=lengths.prompt + lengths.cap),
+        table=decode_table(
+            hardware,
+            shape,
+            settings.cards,
+            slots=settings.slots,
+            longest=lengths.prompt + lengths.cap,
+        ),
         lengths=source,
         prompts_per_step=schedule.prompts_per_step,
         group_size=schedule.group_size,
@@ -232,7 +270,9 @@ def make_scenario(settings: PlanSettings, learners: int) -> Scenario:
         overdue=schedule.overdue,
         in_flight=schedule.in_flight,
         oversample=schedule.oversample,
-        reward=RewardTime(seconds=settings.reward.seconds, cv=settings.reward.cv, graders=settings.reward.graders),
+        reward=RewardTime(
+            seconds=settings.reward.seconds, cv=settings.reward.cv, graders=settings.reward.graders
+        ),
         publication=publication(settings, learners),
         failures=Failures(mtbf=settings.failures.mtbf * 3600, restart=settings.failures.restart),
         steps=settings.steps,

@@ -1,8 +1,8 @@
 """The simulator of `emberl plan`: emberl's schedule on devices that do not exist.
 
-Admission, waiting and eviction are not modelled: `rollout.schedule.Schedule`, which real runs use, decides here too, and
-keeps the same books. Simulated are the engines (`plan_worker`), the pool that deals groups to them, marking, the learners'
-steps, the publication of weights, and lost workers.
+Admission, waiting and eviction are not modelled: `rollout.schedule.Schedule`, which real runs use,
+decides here too, and keeps the same books. Simulated are the engines (`plan_worker`), the pool that
+deals groups to them, marking, the learners' steps, the publication of weights, and lost workers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class _Simulation:
             oversample=scenario.oversample,
         )
         self.workers = [
-            SimWorker(self.env, scenario.table, scenario.slots, self._decoded) for _ in range(scenario.workers)
+            SimWorker(self.env, scenario.table, scenario.slots, self._decoded)
+            for _ in range(scenario.workers)
         ]
         count = scenario.workers
         self._groups: list[dict[int, SimGroup]] = [{} for _ in range(count)]  # what each worker has
@@ -109,8 +110,8 @@ class _Simulation:
         schedule.check()
 
     def _publish(self, version: int) -> Waits:
-        """Gives the new weights to every worker, and waits until all serve them; but not for answers that are finished with
-        the old ones first."""
+        """Gives the new weights to every worker, and waits until all serve them; but not for
+        answers that are finished with the old ones first."""
         cost, in_flight = self.scenario.publication, self.scenario.in_flight
         yield self.env.timeout(cost.encode)
         self._served = version  # what a replacement gets
@@ -123,7 +124,9 @@ class _Simulation:
                 self.workers[i].hold()
         yield self.env.timeout(cost.transfer)
         for i in np.flatnonzero(self._up):
-            self.workers[i].install(version, cost.commit, in_flight="update" if in_flight == "finish" else in_flight)
+            self.workers[i].install(
+                version, cost.commit, in_flight="update" if in_flight == "finish" else in_flight
+            )
         yield self.env.timeout(cost.commit)
 
     def _install_drained(self, worker: SimWorker, version: int) -> Waits:
@@ -156,7 +159,9 @@ class _Simulation:
         """To the workers that have the least to do, as the pool does."""
         shares: dict[int, list[SimGroup]] = {}
         tokens = self.scenario.group_size * self._expected
-        load = np.where(self._up & ((self._samples < self._most) | (self._samples == 0)), self._load, np.inf)
+        load = np.where(
+            self._up & ((self._samples < self._most) | (self._samples == 0)), self._load, np.inf
+        )
         while self._backlog and np.isfinite(load[i := int(load.argmin())]):
             group = self._backlog.popleft()
             group.worker = i
@@ -219,14 +224,18 @@ class _Simulation:
             self._up[i] = True
             for group in lost:
                 self.schedule.reissue(group.number)
-                self._backlog.append(SimGroup(number=group.number, problem=group.problem, lengths=group.lengths))
+                self._backlog.append(
+                    SimGroup(number=group.number, problem=group.problem, lengths=group.lengths)
+                )
             self._reissued += len(lost)
             self._dispatch()
 
     def _usage(self) -> Usage:
         each = [worker.usage() for worker in self.workers]
         names = ("idle", "held", "slot_seconds", "decoded")
-        return Usage(time=self.env.now, **{name: sum(getattr(u, name) for u in each) for name in names})
+        return Usage(
+            time=self.env.now, **{name: sum(getattr(u, name) for u in each) for name in names}
+        )
 
 
 def _lags(groups: list[SimGroup], version: int) -> dict[int, float]:

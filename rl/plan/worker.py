@@ -1,8 +1,9 @@
 """A rollout worker of the simulator: an engine with slots, without an event per token.
 
-All running answers advance together, so the worker keeps one number, its *mark*: tokens that every running answer has
-decoded since the simulation began. An answer that starts at mark m and has n tokens ends at mark m + n, and between two
-changes of the running set time follows from the decode table. One event per finished answer is all it takes.
+All running answers advance together, so the worker keeps one number, its *mark*: tokens that every
+running answer has decoded since the simulation began. An answer that starts at mark m and has n
+tokens ends at mark m + n, and between two changes of the running set time follows from the decode
+table. One event per finished answer is all it takes.
 """
 
 from __future__ import annotations
@@ -60,7 +61,11 @@ class SimWorker:
     """Decodes answers; `finished` is called with each group whose last answer is there."""
 
     def __init__(
-        self, env: simpy.Environment, table: DecodeTable, slots: int, finished: Callable[[SimGroup], None]
+        self,
+        env: simpy.Environment,
+        table: DecodeTable,
+        slots: int,
+        finished: Callable[[SimGroup], None],
     ) -> None:
         self._env = env
         self._slots = slots
@@ -68,7 +73,8 @@ class SimWorker:
         self._rows = table.rows(slots)
         self._contexts = [float(c) for c in table.context]
         self._prefill = table.prefill
-        self._running: list[tuple[float, int, _Answer]] = []  # a heap by the mark at which an answer ends
+        # a heap by the mark at which an answer ends
+        self._running: list[tuple[float, int, _Answer]] = []
         self._waiting: deque[_Answer] = deque()
         self._numbers = count()
         self._mark = 0.0
@@ -105,7 +111,9 @@ class SimWorker:
             self._running = kept
             heapq.heapify(self._running)
             self._context = sum(self._read(item[2]) for item in kept)
-        self._waiting = deque(answer for answer in self._waiting if answer.group.number not in groups)
+        self._waiting = deque(
+            answer for answer in self._waiting if answer.group.number not in groups
+        )
         self._late = [group for group in self._late if group.number not in groups]
         self._admit()
         self._plan()
@@ -118,7 +126,8 @@ class SimWorker:
         self._plan()
 
     def drain(self) -> simpy.Event:
-        """New groups wait for the next `install`; the event comes when those that are here are finished."""
+        """New groups wait for the next `install`; the event comes when those that are here are
+        finished."""
         self._updates += 1
         self._drained.append(self._env.event())
         drained = self._drained[-1]
@@ -126,8 +135,8 @@ class SimWorker:
         return drained
 
     def install(self, version: int, seconds: float, in_flight: InFlight) -> None:
-        """Serves these weights after `seconds` in which nothing is decoded; what is running goes on with them, after its
-        text was read again where it had been parked."""
+        """Serves these weights after `seconds` in which nothing is decoded; what is running goes on
+        with them, after its text was read again where it had been parked."""
         self._advance()
         if in_flight == "park":
             seconds += self._prefill * self._context
@@ -203,7 +212,11 @@ class SimWorker:
         else:
             decoding = max(0.0, now - max(self._since, self._stalled))
             a, b = self._first, self._slope
-            tokens = decoding / a if abs(b) < 1e-15 else (sqrt(max(0.0, a * a + 2 * b * decoding)) - a) / b
+            tokens = (
+                decoding / a
+                if abs(b) < 1e-15
+                else (sqrt(max(0.0, a * a + 2 * b * decoding)) - a) / b
+            )
             self._mark += tokens
             self._first += b * tokens
             self._context += n * tokens

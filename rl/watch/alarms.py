@@ -22,7 +22,8 @@ SOLVED = 0.9
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Alarm:
-    """What is said, e.g. `Alarm(title="no update", text="no weight has moved in 5 steps (1 to 5): ...")`."""
+    """What is said, e.g.
+    `Alarm(title="no update", text="no weight has moved in 5 steps (1 to 5): ...")`."""
 
     title: str
     text: str
@@ -97,55 +98,70 @@ def signs(config: Config) -> list[Sign]:
     """What is looked for in a run of this configuration."""
     floor, longest = config.tracking.entropy_floor, config.rollout.max_response_length
     return [
-        Sign(title="reward stuck at 0", shows=_all_zero, cause=lambda m: _cause_of_zero(m, longest)),
-        Sign(title="all rewards equal", shows=lambda m: _all_equal(m) and not _all_zero(m), cause=_cause_of_equal),
+        Sign(
+            title="reward stuck at 0", shows=_all_zero, cause=lambda m: _cause_of_zero(m, longest)
+        ),
+        Sign(
+            title="all rewards equal",
+            shows=lambda m: _all_equal(m) and not _all_zero(m),
+            cause=_cause_of_equal,
+        ),
         Sign(title="no update", shows=_no_update, cause=_cause_of_no_update),
         Sign(
             title="answers all cut off",
             shows=lambda m: m.get("training/cut_fraction", 0.0) >= 0.99,
             cause=lambda m: (
-                f"every answer reaches rollout.max_response_length={longest} and is cut; raise it, or check that the model ends "
-                "its answers (chat template, end token)"
+                f"every answer reaches rollout.max_response_length={longest} and is cut; raise it,"
+                " or check that the model ends its answers (chat template, end token)"
             ),
         ),
         Sign(
             title="entropy collapsed",
             shows=lambda m: _collapsed(m, floor),
             cause=lambda m: (
-                f"the policy's entropy is {m[ENTROPY]:.2g} nats a token, {m[ENTROPY_LEFT]:.1%} of what it was at the start "
-                f"(tracking.entropy_floor={floor:g}), and {m['training/accuracy']:.0%} of the answers are right: it explores no "
-                "more; lower optim.lr, raise loss.clip_high, or set loss.entropy_coef=0.001"
+                f"the policy's entropy is {m[ENTROPY]:.2g} nats a token, {m[ENTROPY_LEFT]:.1%} of"
+                f" what it was at the start (tracking.entropy_floor={floor:g}), and"
+                f" {m['training/accuracy']:.0%} of the answers are right: it explores no more;"
+                " lower optim.lr, raise loss.clip_high, or set loss.entropy_coef=0.001"
             ),
         ),
         Sign(
             title="no gradient",
             shows=lambda m: m["actor/grad_norm"] == 0 if "actor/grad_norm" in m else None,
             cause=lambda m: (
-                "updates are made with a gradient of exactly 0: every token is masked or clipped (actor/pg_clipfrac, "
-                "rollout_corr/rollout_rs_masked_fraction); widen loss.clip_* or the bounds of offpolicy"
+                "updates are made with a gradient of exactly 0: every token is masked or clipped"
+                " (actor/pg_clipfrac, rollout_corr/rollout_rs_masked_fraction); widen loss.clip_*"
+                " or the bounds of offpolicy"
             ),
         ),
         Sign(
             title="log-probs are not finite",
-            shows=lambda m: m["actor/nonfinite_logp"] > 0.01 if "actor/nonfinite_logp" in m else None,
+            shows=lambda m: (
+                m["actor/nonfinite_logp"] > 0.01 if "actor/nonfinite_logp" in m else None
+            ),
             cause=lambda m: (
-                f"{m['actor/nonfinite_logp']:.1%} of the tokens have log-probs that are NaN or infinite and do not train; check "
-                "the engine (model.dtype, rollout.engine_args) and actor/grad_norm"
+                f"{m['actor/nonfinite_logp']:.1%} of the tokens have log-probs that are NaN or"
+                " infinite and do not train; check the engine (model.dtype, rollout.engine_args)"
+                " and actor/grad_norm"
             ),
         ),
         Sign(
             title="gradients are not finite",
-            shows=lambda m: not math.isfinite(m["actor/grad_norm"]) if "actor/grad_norm" in m else None,
+            shows=lambda m: (
+                not math.isfinite(m["actor/grad_norm"]) if "actor/grad_norm" in m else None
+            ),
             cause=lambda m: (
-                f"{m.get('actor/steps_skipped', 0):.0f} updates were left out because their gradient was NaN or infinite; lower "
-                "optim.lr, or bound the loss (kl.bound, loss.dual_clip)"
+                f"{m.get('actor/steps_skipped', 0):.0f} updates were left out because their"
+                " gradient was NaN or infinite; lower optim.lr, or bound the loss (kl.bound,"
+                " loss.dual_clip)"
             ),
         ),
     ]
 
 
 def _collapsed(metrics: Metrics, floor: float) -> bool | None:
-    """A policy that has solved its problems has no need to explore, and a step without an update does not tell."""
+    """A policy that has solved its problems has no need to explore, and a step without an update
+    does not tell."""
     if ENTROPY_LEFT not in metrics:
         return None
     return metrics[ENTROPY_LEFT] < floor and metrics.get("training/accuracy", 0.0) < SOLVED
@@ -169,28 +185,39 @@ def _no_update(metrics: Metrics) -> bool:
 
 def _cause_of_zero(metrics: Metrics, longest: int) -> str:
     if metrics.get("training/cut_fraction", 0.0) > 0.5:
-        cut = f"{metrics['training/cut_fraction']:.0%} of the answers are cut at rollout.max_response_length={longest}"
+        cut = (
+            f"{metrics['training/cut_fraction']:.0%} of the answers are cut at"
+            f" rollout.max_response_length={longest}"
+        )
         return f"no answer has scored above 0, and {cut}; raise it first"
     return (
-        "no answer has scored above 0: the problems are too hard for this model, or its answers are not in the form that the "
-        "reward reads; look at samples.md, try easier data or a cold start (stages=[sft,rl]), or `emberl audit` the reward"
+        "no answer has scored above 0: the problems are too hard for this model, or its answers are"
+        " not in the form that the reward reads; look at samples.md, try easier data or a cold"
+        " start (stages=[sft,rl]), or `emberl audit` the reward"
     )
 
 
 def _cause_of_equal(metrics: Metrics) -> str:
     value = metrics["critic/score/max"]
     return (
-        f"every answer scores {value:.4g}, so that none is better than another; the problems are solved, or the reward does not "
-        "look at the answer: check reward.parts, or take harder data"
+        f"every answer scores {value:.4g}, so that none is better than another; the problems are"
+        " solved, or the reward does not look at the answer: check reward.parts, or take harder"
+        " data"
     )
 
 
 def _cause_of_no_update(metrics: Metrics) -> str:
-    solved, failed = (metrics.get(f"training/filter_groups/solved_{which}", 0.0) for which in ("all", "none"))
+    solved, failed = (
+        metrics.get(f"training/filter_groups/solved_{which}", 0.0) for which in ("all", "none")
+    )
     dropped = metrics.get("training/filter_groups/dropped", 0.0)
     if dropped:
         return (
-            f"no weight has moved: all {dropped:.0f} groups have equal scores ({solved:.0f} all above 0, {failed:.0f} all 0 or "
-            "less); raise rollout.group_size, take problems of another difficulty, or set filter.dynamic_sampling=true"
+            f"no weight has moved: all {dropped:.0f} groups have equal scores ({solved:.0f} all"
+            f" above 0, {failed:.0f} all 0 or less); raise rollout.group_size, take problems of"
+            " another difficulty, or set filter.dynamic_sampling=true"
         )
-    return "no weight has moved: no token had an advantage; check that answers are not empty and that rewards differ"
+    return (
+        "no weight has moved: no token had an advantage; check that answers are not empty and that"
+        " rewards differ"
+    )

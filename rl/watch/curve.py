@@ -9,7 +9,8 @@ from typing import Any
 
 
 def plot_curve(metrics: Path, picture: Path, title: str) -> Path | None:
-    """Accuracy, reward and answer length over RL steps, from `metrics.jsonl`; None if there is nothing to draw yet."""
+    """Accuracy, reward and answer length over RL steps, from `metrics.jsonl`; None if there is
+    nothing to draw yet."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     train = [r for r in rows if r["axis"] == "train" and r["stage"] == "rl"]
     held_out = [r for r in rows if r["axis"] == "eval" and r["stage"] == "rl"]
@@ -24,14 +25,27 @@ def plot_curve(metrics: Path, picture: Path, title: str) -> Path | None:
         2, 1, figsize=(8, 6), height_ratios=(3, 1), sharex=True, layout="constrained"
     )
     top.plot(
-        *_series(train, "critic/score/mean"), color="#9ecae1", linewidth=1.2, label="training reward (sampled answers)"
+        *_series(train, "critic/score/mean"),
+        color="#9ecae1",
+        linewidth=1.2,
+        label="training reward (sampled answers)",
     )
-    for name in sorted({k for r in held_out for k in r if k.startswith("val-aux/") and k.endswith("/accuracy")}):
+    for name in sorted(
+        {k for r in held_out for k in r if k.startswith("val-aux/") and k.endswith("/accuracy")}
+    ):
         top.plot(
-            *_series(held_out, name), linewidth=1, linestyle=":", marker=".", label=f"held-out: {name.split('/')[1]}"
+            *_series(held_out, name),
+            linewidth=1,
+            linestyle=":",
+            marker=".",
+            label=f"held-out: {name.split('/')[1]}",
         )
     top.plot(
-        *_series(held_out, "val-core/accuracy"), color="#d94801", linewidth=2, marker="o", label="held-out accuracy"
+        *_series(held_out, "val-core/accuracy"),
+        color="#d94801",
+        linewidth=2,
+        marker="o",
+        label="held-out accuracy",
     )
     top.set_ylim(0, 1.02)
     top.set_ylabel("fraction correct")

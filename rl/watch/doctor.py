@@ -1,4 +1,5 @@
-"""`emberl doctor`: what this machine has, what it lacks for a run, and how to mend it. Loads no torch."""
+"""`emberl doctor`: what this machine has, what it lacks for a run, and how to mend it. Loads no
+torch."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ class Check:
     """What to do; empty where all is well."""
 
     def __str__(self) -> str:
-        return f"{self.level:8} {self.name:18} {self.detail}" + (f" -> {self.fix}" if self.fix else "")
+        return f"{self.level:8} {self.name:18} {self.detail}" + (
+            f" -> {self.fix}" if self.fix else ""
+        )
 
 
 def examine() -> list[Check]:
@@ -69,7 +72,8 @@ def check_python(version: str) -> Check:
 def check_packages(
     requirements: Iterable[str], installed: Callable[[str], str] = importlib.metadata.version
 ) -> list[Check]:
-    """A line for each requirement of the distribution: the fixed ones must be there, extras only fit if they are."""
+    """A line for each requirement of the distribution: the fixed ones must be there, extras only
+    fit if they are."""
     found: list[Check] = []
     for requirement in map(Requirement, requirements):
         extra = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
@@ -104,17 +108,31 @@ def check_sandbox() -> Check:
     except SandboxUnavailable as error:
         detail, _, fix = str(error).partition(". To fix: ")
         detail = f"no code rewards: {detail}"  # other rewards need none
-        return Check(name="sandbox", level=Level.WARNING, detail=detail, fix=fix or "run on Linux, x86-64 or aarch64")
+        return Check(
+            name="sandbox",
+            level=Level.WARNING,
+            detail=detail,
+            fix=fix or "run on Linux, x86-64 or aarch64",
+        )
     backend = mother.backend
     mother.close()
     seen = " (a program can ask whether a path of the host exists)" if backend == "landlock" else ""
-    return Check(name="sandbox", level=Level.OK, detail=f"back end {backend}{seen}, {processors()} processors")
+    return Check(
+        name="sandbox",
+        level=Level.OK,
+        detail=f"back end {backend}{seen}, {processors()} processors",
+    )
 
 
 def check_compiler(path: str | None) -> Check:
     if path is not None:
         return Check(name="g++", level=Level.OK, detail=path)
-    return Check(name="g++", level=Level.WARNING, detail="absent: no C++ in code rewards", fix="apt install g++")
+    return Check(
+        name="g++",
+        level=Level.WARNING,
+        detail="absent: no C++ in code rewards",
+        fix="apt install g++",
+    )
 
 
 def check_shared_memory(path: str) -> Check:
@@ -123,7 +141,9 @@ def check_shared_memory(path: str) -> Check:
     try:
         free = shutil.disk_usage(path).free
     except OSError as error:
-        return Check(name=path, level=Level.ERROR, detail=str(error), fix=f"mount -t tmpfs tmpfs {path}")
+        return Check(
+            name=path, level=Level.ERROR, detail=str(error), fix=f"mount -t tmpfs tmpfs {path}"
+        )
     detail = f"{free / _GIB:.1f} GiB free"
     if not os.access(path, os.W_OK):
         return Check(name=path, level=Level.ERROR, detail="not writable", fix=f"chmod 1777 {path}")

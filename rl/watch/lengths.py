@@ -1,7 +1,9 @@
-"""What a run records of its answers for `emberl plan`: `<run_dir>/lengths.parquet/`, one row per answer that came to a step.
+"""What a run records of its answers for `emberl plan`: `<run_dir>/lengths.parquet/`, one row per
+answer that came to a step.
 
-A folder with a file per step, which pyarrow, pandas and datasets read as one table. Each file is complete as soon as it has
-its name, so a killed run leaves nothing broken, and a resumed one writes the steps that it repeats over the old ones.
+A folder with a file per step, which pyarrow, pandas and datasets read as one table. Each file is
+complete as soon as it has its name, so a killed run leaves nothing broken, and a resumed one writes
+the steps that it repeats over the old ones.
 """
 
 from __future__ import annotations
@@ -63,10 +65,13 @@ def record_lengths(run_dir: Path, step: int, version: int, groups: Sequence[Grou
 
 
 def read_lengths(source: Path) -> pa.Table:
-    """The table of a run's folder, of its `lengths.parquet`, or of any Parquet file with a column response_length."""
+    """The table of a run's folder, of its `lengths.parquet`, or of any Parquet file with a column
+    response_length."""
     path = source / LENGTHS if (source / LENGTHS).exists() else source
     if not path.exists():
-        raise ValueError(f"{source} has no {LENGTHS}: it is no run's folder, or of a run that never trained")
+        raise ValueError(
+            f"{source} has no {LENGTHS}: it is no run's folder, or of a run that never trained"
+        )
     try:
         return parquet.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:

@@ -1,7 +1,9 @@
-"""The figures of an RL step, from its graded samples, from the batch that trains and from its updates.
+"""The figures of an RL step, from its graded samples, from the batch that trains and from its
+updates.
 
-Names are verl's where it has one, with its definition (`verl/trainer/ppo/metric_utils.py`, `rollout_corr_helper.py`). What
-is of samples is over all that were sampled; what is of tokens is over the loss tokens of the groups that train.
+Names are verl's where it has one, with its definition (`verl/trainer/ppo/metric_utils.py`,
+`rollout_corr_helper.py`). What is of samples is over all that were sampled; what is of tokens is
+over the loss tokens of the groups that train.
 """
 
 from __future__ import annotations
@@ -39,13 +41,21 @@ def spread(name: str, values: Array) -> dict[str, float]:
 
 
 def sample_metrics(
-    groups: Sequence[Group], trained: Sequence[Group], shaped: Sequence[Array], *, longest: int, longest_prompt: int
+    groups: Sequence[Group],
+    trained: Sequence[Group],
+    shaped: Sequence[Array],
+    *,
+    longest: int,
+    longest_prompt: int,
 ) -> dict[str, float]:
-    """Of a step's samples. `shaped`: the scores of each group as they are trained on, overlong penalty included; `longest`:
-    the most tokens of an answer."""
+    """Of a step's samples. `shaped`: the scores of each group as they are trained on, overlong
+    penalty included; `longest`: the most tokens of an answer."""
     whole = np.array([len(c) for group in groups for c in group.completions], np.float64)
     lengths = np.array([c.num_sampled for group in groups for c in group.completions], np.float64)
-    prompts = np.repeat([len(group.prompt.token_ids) for group in groups], [len(group.completions) for group in groups])
+    prompts = np.repeat(
+        [len(group.prompt.token_ids) for group in groups],
+        [len(group.completions) for group in groups],
+    )
     finish = [c.finish_reason for group in groups for c in group.completions]
     found = {
         **spread("critic/score", np.concatenate([group.scores for group in groups])),
@@ -58,8 +68,12 @@ def sample_metrics(
         "training/cut_fraction": np.mean([reason == "length" for reason in finish]),
         "training/accuracy": correct(groups),
         "training/filter_groups/dropped": len(groups) - len(trained),
-        "training/filter_groups/solved_all": sum(not g.has_signal and bool((g.scores > 0).all()) for g in groups),
-        "training/filter_groups/solved_none": sum(not g.has_signal and bool((g.scores <= 0).all()) for g in groups),
+        "training/filter_groups/solved_all": sum(
+            not g.has_signal and bool((g.scores > 0).all()) for g in groups
+        ),
+        "training/filter_groups/solved_none": sum(
+            not g.has_signal and bool((g.scores <= 0).all()) for g in groups
+        ),
         "training/verifier_errors": sum(not v.trains for group in groups for v in group.verdicts),
         "perf/total_num_tokens": whole.sum() + prompts.sum(),
     }
@@ -67,16 +81,23 @@ def sample_metrics(
 
 
 def episode_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Of samples that an environment answered: turns, tokens of observations (which are in no other figure of lengths but
-    `clip_ratio`), and the share of each way in which episodes ended. Nothing where there is no environment."""
-    played = [(c, c.episode) for group in groups for c in group.completions if c.episode is not None]
+    """Of samples that an environment answered: turns, tokens of observations (which are in no other
+    figure of lengths but `clip_ratio`), and the share of each way in which episodes ended. Nothing
+    where there is no environment."""
+    played = [
+        (c, c.episode) for group in groups for c in group.completions if c.episode is not None
+    ]
     if not played:
         return {}
-    observed = np.array([len(completion) - completion.num_sampled for completion, _ in played], np.float64)
+    observed = np.array(
+        [len(completion) - completion.num_sampled for completion, _ in played], np.float64
+    )
     found = spread("num_turns", np.array([len(episode.turns) for _, episode in played], np.float64))
     found |= spread("observation_length", observed)
     statuses = [episode.status for _, episode in played]
-    return found | {f"episode/{name}": statuses.count(name) / len(played) for name in get_args(EpisodeStatus)}
+    return found | {
+        f"episode/{name}": statuses.count(name) / len(played) for name in get_args(EpisodeStatus)
+    }
 
 
 def correct(groups: Sequence[Group]) -> float:
@@ -85,7 +106,8 @@ def correct(groups: Sequence[Group]) -> float:
 
 
 def speed_metrics(tokens: float, sampled: int, seconds: float, devices: int) -> dict[str, float]:
-    """tokens: of prompts and answers (`perf/total_num_tokens`); sampled: of answers alone, of the whole system."""
+    """tokens: of prompts and answers (`perf/total_num_tokens`); sampled: of answers alone, of the
+    whole system."""
     return {
         "perf/time_per_step": seconds,
         "perf/throughput": tokens / (seconds * devices),
@@ -94,9 +116,12 @@ def speed_metrics(tokens: float, sampled: int, seconds: float, devices: int) -> 
     }
 
 
-def batch_metrics(batches: Sequence[Batch], offpolicy: OffPolicyConfig, kl_coef: float) -> dict[str, float]:
-    """Of the tokens that train, before any update: advantages as the loss sees them, returns, rewards of tokens, the critic's
-    values, and how far the rollouts' policy is from the old one where that was recomputed."""
+def batch_metrics(
+    batches: Sequence[Batch], offpolicy: OffPolicyConfig, kl_coef: float
+) -> dict[str, float]:
+    """Of the tokens that train, before any update: advantages as the loss sees them, returns,
+    rewards of tokens, the critic's values, and how far the rollouts' policy is from the old one
+    where that was recomputed."""
     if not batches:
         return {}
     mask = np.concatenate([b.loss_mask_T for b in batches])
@@ -125,7 +150,8 @@ def batch_metrics(batches: Sequence[Batch], offpolicy: OffPolicyConfig, kl_coef:
 
 
 def explained_variance(values: Array, returns: Array) -> float:
-    """1 - var(returns - values) / (var(returns) + 1e-5), both with N - 1 as in verl; 0 for fewer than two tokens."""
+    """1 - var(returns - values) / (var(returns) + 1e-5), both with N - 1 as in verl; 0 for fewer
+    than two tokens."""
     if len(values) < 2:
         return 0.0
     return float(1 - np.var(returns - values, ddof=1) / (np.var(returns, ddof=1) + VARIANCE_EPS))
@@ -139,7 +165,9 @@ def _column(batches: Sequence[Batch], name: str) -> Array | None:
 def _numbered(batches: Sequence[Batch]) -> Array:
     """Sequence ids over all batches."""
     starts = np.cumsum([0, *(len(b.sequence_lengths) for b in batches)])
-    return np.concatenate([b.sequence_ids_T + start for b, start in zip(batches, starts, strict=False)])
+    return np.concatenate(
+        [b.sequence_ids_T + start for b, start in zip(batches, starts, strict=False)]
+    )
 
 
 def _per_sequence(values: Array, mask: Array, ids: Array) -> Array:
@@ -149,21 +177,23 @@ def _per_sequence(values: Array, mask: Array, ids: Array) -> Array:
 
 
 def check_engine_logprobs(batches: Sequence[Batch]) -> None:
-    """ValueError where not one token came with a log-prob that is a number: then nothing can train, and the engines hold
-    broken weights. Single ones cost their own tokens (`actor/nonfinite_logp`)."""
+    """ValueError where not one token came with a log-prob that is a number: then nothing can train,
+    and the engines hold broken weights. Single ones cost their own tokens
+    (`actor/nonfinite_logp`)."""
     given = [batch.behaviour_logp_T[batch.loss_mask_T] for batch in batches]
     total = sum(len(row) for row in given)
     if total and not any(np.isfinite(row).any() for row in given):
         raise ValueError(
-            f"all {total} log-probs that the engine gave for this step are NaN or infinite, so that no token can train; its "
-            "weights or its arithmetic are broken: look at actor/grad_norm and actor/loss of the steps before, and try "
-            "model.dtype=float32"
+            f"all {total} log-probs that the engine gave for this step are NaN or infinite, so that"
+            " no token can train; its weights or its arithmetic are broken: look at"
+            " actor/grad_norm and actor/loss of the steps before, and try model.dtype=float32"
         )
 
 
 def averages(done: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Of a step's updates: means, the largest of maxima and the smallest of minima. Times are sums, learning rates and counts
-    the last one's; how far the rollouts' policy was is the first one's, when the policy was still the old one."""
+    """Of a step's updates: means, the largest of maxima and the smallest of minima. Times are sums,
+    learning rates and counts the last one's; how far the rollouts' policy was is the first one's,
+    when the policy was still the old one."""
     metrics = {name: _over(name, [each[name] for each in done if name in each]) for name in done[0]}
     for name, first in done[0].items():
         if name.endswith(("/lr", "/steps_skipped")):
@@ -182,8 +212,9 @@ def _over(name: str, values: Sequence[float]) -> float:
 
 
 def pooled(done: Sequence[Mapping[str, float]], weights: Sequence[int]) -> dict[str, float]:
-    """A step's metrics from those of its parts: means over the tokens that part i has weights[i] of; sums of times and of
-    the terms of the loss, which hold their weights; the largest of maxima, the smallest of minima."""
+    """A step's metrics from those of its parts: means over the tokens that part i has weights[i]
+    of; sums of times and of the terms of the loss, which hold their weights; the largest of maxima,
+    the smallest of minima."""
     metrics: dict[str, float] = {}
     for name in done[0]:
         values = [each[name] for each in done]
@@ -205,13 +236,16 @@ def of_whole_step(
     trained: int,
     every: int | None,
 ) -> dict[str, float]:
-    """`pooled` metrics of parts whose loss terms still hold the parts' denominators. whole: the sum of these over all parts;
-    trained: over the parts that made a pass; tokens: loss tokens of each of these parts; every: of all parts, where a token
-    that was left out is known not to be clipped."""
+    """`pooled` metrics of parts whose loss terms still hold the parts' denominators. whole: the sum
+    of these over all parts; trained: over the parts that made a pass; tokens: loss tokens of each
+    of these parts; every: of all parts, where a token that was left out is known not to be
+    clipped."""
     found = dict(metrics)
     for name in found.keys() & {*PARTS, "actor/loss"}:
         found[name] /= trained if name == "actor/entropy" else whole
     if every is not None:
         for name in found.keys() & set(CLIPPED):
-            found[name] = sum(each[name] * count for each, count in zip(done, tokens, strict=True)) / every
+            found[name] = (
+                sum(each[name] * count for each, count in zip(done, tokens, strict=True)) / every
+            )
     return found

@@ -1,4 +1,5 @@
-"""Where a run's figures go: `metrics.jsonl`, the console, Weights & Biases, a table of sampled answers, the learning curve."""
+"""Where a run's figures go: `metrics.jsonl`, the console, Weights & Biases, a table of sampled
+answers, the learning curve."""
 
 from __future__ import annotations
 
@@ -41,9 +42,13 @@ class Tracker:
         self.end()
         if self.console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                TextColumn("{task.fields[figures]}"), console=self.console,
-            )  # fmt: skip
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=self.console,
+            )
             self._bar.start()
             self._bar.add_task(stage, total=steps, completed=step, figures="")
         self._stage, self._steps, self._last_line = stage, steps, -1
@@ -54,10 +59,15 @@ class Tracker:
             self._bar = None
 
     def log(
-        self, step: int, metrics: Mapping[str, float], axis: Axis = "train", show: Mapping[str, str] | None = None
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        axis: Axis = "train",
+        show: Mapping[str, str] | None = None,
     ) -> None:
         """One row; `show` are the few figures that a person watches."""
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no inf
+        # JSON has no inf
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         row = {"stage": self._stage, "step": step, "axis": axis, **finite}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
@@ -66,7 +76,11 @@ class Tracker:
         figures = "  ".join(f"{name} {value}" for name, value in (show or {}).items())
         if self._bar is not None and axis == "train":
             self._bar.update(self._bar.task_ids[0], completed=step, figures=figures)
-        elif axis == "eval" or step - self._last_line >= max(1, self._steps // 10) or step == self._steps:
+        elif (
+            axis == "eval"
+            or step - self._last_line >= max(1, self._steps // 10)
+            or step == self._steps
+        ):
             self._last_line = step if axis == "train" else self._last_line
             self.console.print(f"{self._stage} {step:5}/{self._steps}  {figures}", highlight=False)
 
@@ -75,7 +89,11 @@ class Tracker:
         if not rows:
             return
         columns: list[Any] = list(rows[0])
-        table = [f"\n### {self._stage} step {step}\n", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        table = [
+            f"\n### {self._stage} step {step}\n",
+            "| " + " | ".join(columns) + " |",
+            "|" + "---|" * len(columns),
+        ]
         table += ["| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in rows]
         with (self.run_dir / "samples.md").open("a") as file:
             file.write("\n".join(table) + "\n")
@@ -84,14 +102,18 @@ class Tracker:
 
             self._wandb.log(
                 {
-                    "samples": wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows]),
+                    "samples": wandb.Table(
+                        columns=columns, data=[[row[c] for c in columns] for row in rows]
+                    ),
                     "eval/step": step,
                 }
             )
 
     def curve(self) -> Path | None:
         """Draws the learning curve from everything logged so far."""
-        return plot_curve(self.run_dir / METRICS, self.run_dir / "learning_curve.png", self.config.name)
+        return plot_curve(
+            self.run_dir / METRICS, self.run_dir / "learning_curve.png", self.config.name
+        )
 
     def note(self, text: str) -> None:
         """One line for the person who watches."""
@@ -111,7 +133,9 @@ class Tracker:
             self._wandb = None
 
 
-def sample_rows(groups: Sequence[Group], texts: Sequence[str], prompts: Sequence[str]) -> list[dict[str, str]]:
+def sample_rows(
+    groups: Sequence[Group], texts: Sequence[str], prompts: Sequence[str]
+) -> list[dict[str, str]]:
     """One line for each group's first completion, with its score and what it is made of."""
     rows = []
     for group, text, prompt in zip(groups, texts, prompts, strict=True):
@@ -131,7 +155,9 @@ def sample_rows(groups: Sequence[Group], texts: Sequence[str], prompts: Sequence
 
 def make_console() -> Console:
     """The console for people is stderr: stdout is kept for the one JSON line."""
-    return Console(stderr=True, soft_wrap=True, force_terminal=None if sys.stderr.isatty() else False)
+    return Console(
+        stderr=True, soft_wrap=True, force_terminal=None if sys.stderr.isatty() else False
+    )
 
 
 def _cell(text: str) -> str:
@@ -148,7 +174,10 @@ def _open_wandb(config: Config, run_dir: Path, console: Console) -> Any:
     if mode == "auto":
         mode = "online" if _has_wandb_key() else "offline"
         if mode == "offline":
-            console.print(f"W&B: no API key, so this run is kept offline under {run_dir / 'wandb'}", highlight=False)
+            console.print(
+                f"W&B: no API key, so this run is kept offline under {run_dir / 'wandb'}",
+                highlight=False,
+            )
     import wandb
 
     run = wandb.init(
@@ -171,8 +200,12 @@ def _has_wandb_key() -> bool:
     """Whether W&B would not have to ask; its own check may prompt."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    host = (
+        urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+        or ""
+    )
     try:
         return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):  # no file, or not one we can read: then there is no key
+    # no file, or not one we can read: then there is no key
+    except (OSError, netrc.NetrcParseError):
         return False

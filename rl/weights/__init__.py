@@ -1,1 +1,2 @@
-"""The driver's side of the weights: publish a version, prove that it is served, keep its history."""
+"""The driver's side of the weights: publish a version, prove that it is served, keep its
+history."""

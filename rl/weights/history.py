@@ -29,8 +29,8 @@ BROKEN = (CorruptPatchError, DigestMismatchError, VersionError, ValueError, OSEr
 
 
 def examine(file: Path) -> dict[str, Any]:
-    """A patch's header and what it changes in each tensor. Verifies every checksum; of an anchor also the digests of the
-    weights that it makes. Raises one of `BROKEN`."""
+    """A patch's header and what it changes in each tensor. Verifies every checksum; of an anchor
+    also the digests of the weights that it makes. Raises one of `BROKEN`."""
     patch = from_bytes(file.read_bytes())
     for name, delta in patch.deltas.items():
         for number, chunk in enumerate(delta.chunks):
@@ -65,20 +65,26 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
     yield f"{kind} to version {found['version']} of run {found['run_id']}"
     yield f"root {found['root']}" + ("" if anchor else f", of the base {found['base_root']}")
     yield (
-        f"{found['file_bytes']:,} bytes for {found['weight_bytes']:,} bytes of weights in {len(found['tensors'])} tensors "
-        f"({found['ratio']:.1f}x); {found['changed']:,} elements change; {found['unchanged_tensors']} tensors stay as they are"
+        f"{found['file_bytes']:,} bytes for {found['weight_bytes']:,} bytes of weights in"
+        f" {len(found['tensors'])} tensors ({found['ratio']:.1f}x); {found['changed']:,} elements"
+        f" change; {found['unchanged_tensors']} tensors stay as they are"
     )
     for row in found["tensors"]:
         share = row["changed"] / max(1, row["elements"])
         modes = ", ".join(f"{count} {mode}" for mode, count in sorted(row["modes"].items()))
         shape = " x ".join(map(str, row["shape"]))
-        yield f"  {row['name']}  {row['dtype']} {shape}: {share:.2%} changed, {row['wire_bytes']:,} bytes in chunks: {modes}"
+        yield (
+            f"  {row['name']}  {row['dtype']} {shape}: {share:.2%} changed, {row['wire_bytes']:,}"
+            f" bytes in chunks: {modes}"
+        )
     yield "verified: every checksum" + (" and the digest of every tensor" if anchor else "")
 
 
-def rebuild(given: Sequence[Path], out: Path, *, version: int | None = None, model: Path | None = None) -> Weights:
-    """Writes the checkpoint that the files lead to; `model`: where its config and tokenizer are copied from. Raises one of
-    `BROKEN`."""
+def rebuild(
+    given: Sequence[Path], out: Path, *, version: int | None = None, model: Path | None = None
+) -> Weights:
+    """Writes the checkpoint that the files lead to; `model`: where its config and tokenizer are
+    copied from. Raises one of `BROKEN`."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already; name a new directory")
     weights = replay(given, version)
@@ -92,31 +98,46 @@ def rebuild(given: Sequence[Path], out: Path, *, version: int | None = None, mod
 
 
 def replay(given: Sequence[Path], version: int | None = None) -> Weights:
-    """The weights after the last of these patches, or at `version`. The first may be a model's directory; a directory of
-    patches stands for all its files."""
+    """The weights after the last of these patches, or at `version`. The first may be a model's
+    directory; a directory of patches stands for all its files."""
     base, *others = given
     weights = _model(base) if base.is_dir() and not list_patches(base) else None
     files = list(_expand(others if weights is not None else given))
     patches = [(path, from_bytes(path.read_bytes())) for path in files]
-    wanted = [(path, patch) for path, patch in patches if version is None or patch.version <= version]
-    newest = max((i for i, (_, patch) in enumerate(wanted) if patch.base_version is None), default=0)
+    wanted = [
+        (path, patch) for path, patch in patches if version is None or patch.version <= version
+    ]
+    newest = max(
+        (i for i, (_, patch) in enumerate(wanted) if patch.base_version is None), default=0
+    )
     for path, patch in wanted[newest:]:
         try:
             weights = _follow(weights, patch)
         except BROKEN as error:
             raise ValueError(f"{path}: {error}") from error
     here = "nothing" if weights is None or weights.version < 0 else f"version {weights.version}"
-    if weights is None or weights.version < 0 or (version is not None and weights.version != version):
-        raise ValueError(f"the patches lead to {here}" + ("" if version is None else f", not to version {version}"))
+    if (
+        weights is None
+        or weights.version < 0
+        or (version is not None and weights.version != version)
+    ):
+        raise ValueError(
+            f"the patches lead to {here}"
+            + ("" if version is None else f", not to version {version}")
+        )
     return weights
 
 
 def _follow(weights: Weights | None, patch: WeightPatch) -> Weights:
     if patch.base_version is None:
         return commit(None, prepare(patch, None))
-    if weights is not None and weights.version < 0:  # a model's files do not know their version; their digests tell
+    # a model's files do not know their version; their digests tell
+    if weights is not None and weights.version < 0:
         weights = Weights(
-            run_id=patch.run_id, version=patch.base_version, tensors=weights.tensors, digests=weights.digests
+            run_id=patch.run_id,
+            version=patch.base_version,
+            tensors=weights.tensors,
+            digests=weights.digests,
         )
     return commit(weights, prepare(patch, weights))
 

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 app = typer.Typer(
-    help="Weight patches: what is in them, and models from a run's history of them.", no_args_is_help=True
+    help="Weight patches: what is in them, and models from a run's history of them.",
+    no_args_is_help=True,
 )
 FAILED = 1
 
@@ -20,13 +21,15 @@ def _root() -> None:
     """Each command has --help with an example."""
 
 
-@app.command(epilog="Example: emberl patches inspect runs/quickstart/history/00000007-from-00000006.patch")
+@app.command(
+    epilog="Example: emberl patches inspect runs/quickstart/history/00000007-from-00000006.patch"
+)
 def inspect(
     file: Annotated[Path, typer.Argument(help="A weight patch, or an anchor.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line.")] = False,
 ) -> None:
-    """Prints a patch's header and what it changes in each tensor, and verifies it: every checksum; of an anchor also the
-    digests of the weights that it makes."""
+    """Prints a patch's header and what it changes in each tensor, and verifies it: every checksum;
+    of an anchor also the digests of the weights that it makes."""
     from .history import BROKEN, describe, examine
 
     try:
@@ -37,22 +40,31 @@ def inspect(
 
 
 @app.command(
-    epilog="Example: emberl patches apply runs/quickstart/history at-20 --version 20 --model runs/quickstart/model"
+    epilog=(
+        "Example: emberl patches apply runs/quickstart/history at-20 --version 20 --model"
+        " runs/quickstart/model"
+    )
 )
 def apply(
     files: Annotated[
         list[Path],
         typer.Argument(
             metavar="BASE PATCH... OUT",
-            help="BASE: an anchor, a model's directory, or a run's history, which has all its patches. Then patches in their "
-            "order. OUT: the directory to write.",
+            help=(
+                "BASE: an anchor, a model's directory, or a run's history, which has all its"
+                " patches. Then patches in their "
+                "order. OUT: the directory to write."
+            ),
         ),
     ],
     version: Annotated[int | None, typer.Option(help="Stop at this version.")] = None,
-    model: Annotated[Path | None, typer.Option(help="A model's directory, for its config and tokenizer.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="A model's directory, for its config and tokenizer.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line.")] = False,
 ) -> None:
-    """Rebuilds a checkpoint from whole weights and the patches after them; every tensor is verified by its digest."""
+    """Rebuilds a checkpoint from whole weights and the patches after them; every tensor is verified
+    by its digest."""
     from .history import BROKEN, rebuild
 
     if len(files) < 2:
@@ -63,9 +75,16 @@ def apply(
     except BROKEN as error:
         _fail(str(error))
     if as_json:
-        print(json.dumps({"status": "ok", "version": weights.version, "root": weights.root, "out": str(out)}))
+        print(
+            json.dumps(
+                {"status": "ok", "version": weights.version, "root": weights.root, "out": str(out)}
+            )
+        )
     else:
-        print(f"version {weights.version} in {out}: {len(weights.tensors)} tensors, each verified; root {weights.root}")
+        print(
+            f"version {weights.version} in {out}: {len(weights.tensors)} tensors, each verified;"
+            f" root {weights.root}"
+        )
 
 
 def _fail(message: str) -> Any:

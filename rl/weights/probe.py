@@ -1,18 +1,22 @@
-"""The end-to-end proof of a new version: engines and learners give the same tokens the same log-probs.
+"""The end-to-end proof of a new version: engines and learners give the same tokens the same
+log-probs.
 
-Digests prove which bytes an engine holds, not that it computes with them: a packed copy of older weights, a cache that
-outlived them or weights laid out for other kernels pass every digest.
+Digests prove which bytes an engine holds, not that it computes with them: a packed copy of older
+weights, a cache that outlived them or weights laid out for other kernels pass every digest.
 
-Engines and learners multiply with different kernels, so their log-probs differ by rounding, and by how much depends on the
-model: on a 135M model in bfloat16 by 0.05 nats on average, by 1 and more for rare tokens, in float32 by 1e-5. So the first
-version, held to an absolute bound alone, shows how large the noise is, and later ones are held against the median of all
-before them. Two figures are compared, both blind to the few rare tokens that make a plain average jump: the mean difference
-of the log-probs of the three quarters of the tokens that differ least, and the mean difference of the probabilities.
+Engines and learners multiply with different kernels, so their log-probs differ by rounding, and by
+how much depends on the model: on a 135M model in bfloat16 by 0.05 nats on average, by 1 and more
+for rare tokens, in float32 by 1e-5. So the first version, held to an absolute bound alone, shows
+how large the noise is, and later ones are held against the median of all before them. Two figures
+are compared, both blind to the few rare tokens that make a plain average jump: the mean difference
+of the log-probs of the three quarters of the tokens that differ least, and the mean difference of
+the probabilities.
 
-What is found, and what is not. Found: whatever moves the log-probs by more than about twice the noise of so many tokens, and
-an engine that goes on computing with any earlier version as a whole, however near, where its results repeat bit for bit (on
-a CPU they do). Not found: a part of the weights that is stale, while what it would change is smaller than the noise. In
-float32 one step of one tensor is well above it; in bfloat16 a single stale layer stayed below it for the sixty steps of
+What is found, and what is not. Found: whatever moves the log-probs by more than about twice the
+noise of so many tokens, and an engine that goes on computing with any earlier version as a whole,
+however near, where its results repeat bit for bit (on a CPU they do). Not found: a part of the
+weights that is stale, while what it would change is smaller than the noise. In float32 one step of
+one tensor is well above it; in bfloat16 a single stale layer stayed below it for the sixty steps of
 lr=1e-5 that were tried, as may a slow drift that is spread over hundreds of versions.
 """
 
@@ -33,18 +37,19 @@ Values = NDArray[np.floating[Any]]
 
 TOLERANCE = {"float32": 0.01, "float64": 0.01}
 OTHER_TOLERANCE = 0.1
-"""The absolute bound on the log-probs' figure, for the first version and for every later one; on that of the probabilities it
-is half of this."""
+"""The absolute bound on the log-probs' figure, for the first version and for every later one; on
+that of the probabilities it is half of this."""
 NEAR = 0.75
 """Share of the tokens, of those that differ least, whose log-probs are compared."""
 FACTOR, FACTOR_TOKENS = 1.5, 50.0
-"""A figure of N tokens may be FACTOR + FACTOR_TOKENS / N times the median of the versions before: 1.9 at 127 tokens, where
-77 versions of a 135M model in bfloat16 (AdamW, lr=1e-5) stayed below 1.4."""
+"""A figure of N tokens may be FACTOR + FACTOR_TOKENS / N times the median of the versions before:
+1.9 at 127 tokens, where 77 versions of a 135M model in bfloat16 (AdamW, lr=1e-5) stayed below
+1.4."""
 FIRST_FACTOR = 0.5
 """So much wider while the median is of one version, a half of it of two, ..."""
 LEAST, SLACK, MOST_LOGP, MOST_P = 1e-4, 100.0, 0.03, 0.01
-"""Below 100 times the first version's figures (within 1e-4 and these) nothing is an alarm: noise grows as a small model becomes
-sure of its answers."""
+"""Below 100 times the first version's figures (within 1e-4 and these) nothing is an alarm: noise
+grows as a small model becomes sure of its answers."""
 SETTLED = 8
 """How many versions a level that was measured in an earlier attempt stands for."""
 REMEMBERED = 256
@@ -79,7 +84,8 @@ def as_batch(token_ids: Sequence[int]) -> Batch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Level:
-    """How far two computations of the same log-probs are apart; NaN where either is not a number."""
+    """How far two computations of the same log-probs are apart; NaN where either is not a
+    number."""
 
     logp: float
     """Mean |difference| in nats of the three quarters of the tokens that differ least."""
@@ -90,9 +96,13 @@ class Level:
     def between(cls, found: Values, expected: Values) -> Level:
         apart = np.abs(found.astype(np.float64) - expected)
         near = np.sort(apart)[: max(1, int(NEAR * len(apart)))]
-        probabilities = np.abs(np.exp(found.astype(np.float64)) - np.exp(expected.astype(np.float64)))
+        probabilities = np.abs(
+            np.exp(found.astype(np.float64)) - np.exp(expected.astype(np.float64))
+        )
         finite = bool(np.isfinite(apart).all())
-        return cls(logp=float(near.mean()) if finite else float("nan"), p=float(probabilities.mean()))
+        return cls(
+            logp=float(near.mean()) if finite else float("nan"), p=float(probabilities.mean())
+        )
 
     def within(self, bound: Level) -> bool:
         return self.logp <= bound.logp and self.p <= bound.p  # NaN is not
@@ -102,7 +112,8 @@ class Probe:
     """Holds every version against the noise of those before it."""
 
     def __init__(self, tolerance: float, level: Level | None = None) -> None:
-        """tolerance: the absolute bound. level: the noise that an earlier attempt of the run has measured."""
+        """tolerance: the absolute bound. level: the noise that an earlier attempt of the run has
+        measured."""
         self._tolerance = tolerance
         self._levels: list[Level] = [] if level is None else [level] * SETTLED
         self._seen: dict[bytes, tuple[int, Values]] = {}
@@ -130,10 +141,12 @@ class Probe:
         version: int,
         changed: float | None = None,
     ) -> dict[str, float]:
-        """Compares the learners' log-probs [N] with each worker's; returns figures of the differences.
+        """Compares the learners' log-probs [N] with each worker's; returns figures of the
+        differences.
 
-        reload: has a worker load everything once more and gives its log-probs then. ActorLostError where they differ still.
-        changed: the share of the weights that is new in this version; None: unknown.
+        reload: has a worker load everything once more and gives its log-probs then. ActorLostError
+        where they differ still. changed: the share of the weights that is new in this version;
+        None: unknown.
         """
         bound, results, reloads = self._bound(len(expected)), list(found), 0
         for worker, logprobs in enumerate(results):
@@ -144,12 +157,15 @@ class Probe:
             fault = self._fault(logprobs, expected, bound, changed)
             if fault is not None:
                 raise ActorLostError(
-                    f"rollout worker {worker} does not compute with version {version} that it holds: the digest of every "
-                    f"tensor is the learners', but {fault}, also after it loaded all weights once more; sync.probe_tokens=0 "
-                    "switches the comparison off"
+                    f"rollout worker {worker} does not compute with version {version} that it"
+                    f" holds: the digest of every tensor is the learners', but {fault}, also after"
+                    " it loaded all weights once more; sync.probe_tokens=0 switches the"
+                    " comparison off"
                 )
         levels = [Level.between(logprobs, expected) for logprobs in results]
-        self._levels.append(Level(logp=max(level.logp for level in levels), p=max(level.p for level in levels)))
+        self._levels.append(
+            Level(logp=max(level.logp for level in levels), p=max(level.p for level in levels))
+        )
         for logprobs in results:
             self._seen.setdefault(logprobs.tobytes(), (version, expected))
         while len(self._seen) > REMEMBERED:
@@ -174,14 +190,17 @@ class Probe:
         p = max(factor * level.p, LEAST, min(SLACK * first.p, MOST_P))
         return Level(logp=min(most.logp, logp), p=min(most.p, p))
 
-    def _fault(self, found: Values, expected: Values, bound: Level, changed: float | None) -> str | None:
+    def _fault(
+        self, found: Values, expected: Values, bound: Level, changed: float | None
+    ) -> str | None:
         """A description of the fault in an engine's log-probs; None if there is none."""
         level = Level.between(found, expected)
         if not level.within(bound):
             at = int(np.argmax(np.abs(found - expected))) + 1
             return (
-                f"the log-probs of {len(expected)} tokens differ from theirs by {level.logp:.3g} and the probabilities by "
-                f"{level.p:.3g} on average, where {bound.logp:.3g} and {bound.p:.3g} are noise (most at token {at})"
+                f"the log-probs of {len(expected)} tokens differ from theirs by {level.logp:.3g}"
+                f" and the probabilities by {level.p:.3g} on average, where {bound.logp:.3g} and"
+                f" {bound.p:.3g} are noise (most at token {at})"
             )
         earlier = self._seen.get(found.tobytes())
         if earlier is None or not changed:
@@ -191,8 +210,8 @@ class Probe:
         if 2 * moved < len(expected):
             return None
         return (
-            f"the log-probs of {len(expected)} tokens are those of version {version} bit for bit, while the learners' have "
-            f"changed at {moved}"
+            f"the log-probs of {len(expected)} tokens are those of version {version} bit for bit,"
+            f" while the learners' have changed at {moved}"
         )
 
 

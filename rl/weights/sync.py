@@ -1,9 +1,12 @@
-"""Weight sync as the loop sees it: each version goes from the learners to every engine, proved by digest.
+"""Weight sync as the loop sees it: each version goes from the learners to every engine, proved by
+digest.
 
     sync.begin(version)              between two steps: the learners copy their shards aside
-    figures = sync.deliver()         diff, encoding, PREPARE on every worker, then COMMIT; learners and engines may work meanwhile
+    figures = sync.deliver()         diff, encoding, PREPARE on every worker, then COMMIT; learners
+    and engines may work meanwhile
 
-The driver handles announcements only (`transport.WeightUpdate`); the bytes go from rank 0 to the nodes.
+The driver handles announcements only (`transport.WeightUpdate`); the bytes go from rank 0 to the
+nodes.
 """
 
 from __future__ import annotations
@@ -71,15 +74,19 @@ def choose(measured: Measured, now: Mode) -> Choice:
     if better != now and min(patch, dense) > ADVANTAGE * max(patch, dense):
         better = now
     why = (
-        f"{measured.num_bytes / 1e6:.3g} MB of weights at {measured.bandwidth / 1e6:.3g} MB/s: dense {dense:.2g} s, "
-        f"patches {patch:.2g} s ({ratio:.3g}x smaller, {coding:.2g} s to code)"
+        f"{measured.num_bytes / 1e6:.3g} MB of weights at {measured.bandwidth / 1e6:.3g} MB/s:"
+        f" dense {dense:.2g} s, patches {patch:.2g} s ({ratio:.3g}x smaller, {coding:.2g} s to"
+        " code)"
     )
     return Choice(mode=better, why=why)
 
 
-def choose_transport(rates: Mapping[Transport, float], now: Transport, *, fabric: bool) -> Transport:
-    """The faster of Ray's object store and the broadcast into vLLM's processes; rates: bytes a second, of those that were
-    tried. Only where vLLM has its engine for that and devices a fabric of their own (`fabric`) is it tried at all."""
+def choose_transport(
+    rates: Mapping[Transport, float], now: Transport, *, fabric: bool
+) -> Transport:
+    """The faster of Ray's object store and the broadcast into vLLM's processes; rates: bytes a
+    second, of those that were tried. Only where vLLM has its engine for that and devices a fabric
+    of their own (`fabric`) is it tried at all."""
     if not fabric:
         return "object_store"
     if now not in rates or (other := _OTHER[now]) not in rates:
@@ -91,7 +98,8 @@ _OTHER: Mapping[Transport, Transport] = {"object_store": "collective", "collecti
 
 
 def guessed_ratio(changed: float) -> float:
-    """How much smaller a patch of bfloat16 weights is, to within a factor of two, where this share of them changed."""
+    """How much smaller a patch of bfloat16 weights is, to within a factor of two, where this share
+    of them changed."""
     return 1.0 / max(1 / 5000, min(1.0, 0.7 * changed))
 
 
@@ -112,9 +120,10 @@ class WeightSync:
         backend: str = "",
         ranks: int = 1,
     ) -> None:
-        """history: keep every version in `run_dir`. fabric: the devices have one, for transport=auto to try. tell: where a
-        person reads why `auto` changed over. backend: the weight-transfer engine of vLLM by which the `ranks` processes of
-        each engine take a broadcast of whole weights themselves."""
+        """history: keep every version in `run_dir`. fabric: the devices have one, for
+        transport=auto to try. tell: where a person reads why `auto` changed over. backend: the
+        weight-transfer engine of vLLM by which the `ranks` processes of each engine take a
+        broadcast of whole weights themselves."""
         self._backend = backend
         self._ranks = ranks
         self._fabric = fabric
@@ -125,7 +134,9 @@ class WeightSync:
         self._run_id = run_id
         self._attempt = time.time_ns()
         self._mode: Mode = settings.mode if settings.mode != "auto" else "dense"
-        self._transport: Transport = "object_store" if settings.transport == "auto" else settings.transport
+        self._transport: Transport = (
+            "object_store" if settings.transport == "auto" else settings.transport
+        )
         self._rates: dict[Transport, float] = {}
         self._group: BroadcastGroup | None = None
         self._broadcasts = self._restarts = 0
@@ -144,8 +155,8 @@ class WeightSync:
         self._begun.append((version, time.perf_counter() - start))
 
     def deliver(self, *, later: bool = False) -> dict[str, float]:
-        """Every worker serves what was begun when this returns (or, `later`, once it has finished what it decodes, before
-        anything else); the figures of it."""
+        """Every worker serves what was begun when this returns (or, `later`, once it has finished
+        what it decodes, before anything else); the figures of it."""
         version, taken_s = self._begun.pop(0)
         if self._history is not None and self.notice is None:
             self._forget_from(version)
@@ -165,16 +176,21 @@ class WeightSync:
             self._end_broadcast(sending)
         self._learn(published, reports)
         seconds = taken_s + time.perf_counter() - start
-        return {**_figures(published, reports), "sync/diff_s": taken_s, "timing_s/update_weights": seconds}
+        return {
+            **_figures(published, reports),
+            "sync/diff_s": taken_s,
+            "timing_s/update_weights": seconds,
+        }
 
     @property
     def _into_engines(self) -> bool:
-        """Whether versions go into the engines' processes: whole ones only, and where all change at once (engines that are
-        updated one after another cannot receive together)."""
+        """Whether versions go into the engines' processes: whole ones only, and where all change at
+        once (engines that are updated one after another cannot receive together)."""
         return self._transport == "collective" and self._mode == "dense" and bool(self._backend)
 
     def _next_broadcast(self) -> Broadcast:
-        """Of the group that stands, or of a new one where a worker was replaced or the last broadcast failed."""
+        """Of the group that stands, or of a new one where a worker was replaced or the last
+        broadcast failed."""
         timeout = min(self._settings.timeout / 4, BROADCAST_TIMEOUT)
         if self._group is None or self._pool.restarts != self._restarts:
             workers = len(self._pool.workers)
@@ -187,9 +203,12 @@ class WeightSync:
     def _end_broadcast(self, sending: Any) -> None:
         try:
             ray.get(sending, timeout=self._settings.timeout)
-        except ray.exceptions.RayError as error:  # the workers had another place to take the bytes from
+        # the workers had another place to take the bytes from
+        except ray.exceptions.RayError as error:
             self._group = None
-            self._tell(f"weight sync: {cause(error)}; the version went through Ray's object store instead")
+            self._tell(
+                f"weight sync: {cause(error)}; the version went through Ray's object store instead"
+            )
 
     def _order(self, version: int, broadcast: Broadcast | None) -> PublishRequest:
         patch = self.notice is not None and (self._mode == "patch" or self._history is not None)
@@ -212,7 +231,8 @@ class WeightSync:
         return old or sum(since) > CHAIN_SHARE * self._measured.num_bytes
 
     def _announce(self, published: Published) -> WeightUpdate:
-        """Patches are kept back to the anchor before the newest, for a worker that missed a version."""
+        """Patches are kept back to the anchor before the newest, for a worker that missed a
+        version."""
         if published.anchor is not None:
             oldest = self._anchors[0].version if self._anchors else published.version
             self._patches = tuple(ref for ref in self._patches if ref.version > oldest)
@@ -236,7 +256,11 @@ class WeightSync:
     def _learn(self, published: Published, reports: Sequence[Mapping[str, float]]) -> None:
         """Takes the measurements of one version and, in mode `auto`, decides about the next."""
         now = self._measured or Measured(num_bytes=float(published.num_bytes))
-        rates = [r["wire_bytes"] / r["transfer_s"] for r in reports if r["wire_bytes"] and r["transfer_s"]]
+        rates = [
+            r["wire_bytes"] / r["transfer_s"]
+            for r in reports
+            if r["wire_bytes"] and r["transfer_s"]
+        ]
         if rates:
             now = replace(now, bandwidth=min(rates))
             self._rates[self._transport] = min(rates)
@@ -244,7 +268,9 @@ class WeightSync:
             seconds = [float(report["prepare_s"]) for report in reports if self._mode == "patch"]
             prepare_s = max(seconds, default=0.0)
             ratio = published.num_bytes / max(1, published.patch.size)
-            now = replace(now, ratio=ratio, coding_s=published.encode_s + (prepare_s or published.encode_s))
+            now = replace(
+                now, ratio=ratio, coding_s=published.encode_s + (prepare_s or published.encode_s)
+            )
         elif published.changed is not None:
             now = replace(now, ratio=guessed_ratio(published.changed))
         self._measured = now
@@ -252,7 +278,9 @@ class WeightSync:
             fabric = self._fabric and self._mode == "dense" and bool(self._backend)
             transport = choose_transport(self._rates, self._transport, fabric=fabric)
             if transport != self._transport:
-                measured = ", ".join(f"{name} {rate / 1e6:.3g} MB/s" for name, rate in self._rates.items())
+                measured = ", ".join(
+                    f"{name} {rate / 1e6:.3g} MB/s" for name, rate in self._rates.items()
+                )
                 self._tell(f"weight sync goes from {self._transport} to {transport}: {measured}")
                 self._transport = transport
         if self._settings.mode != "auto":
@@ -281,10 +309,14 @@ def _figures(published: Published, reports: list[dict[str, float]]) -> dict[str,
         figures["sync/changed_fraction"] = published.changed
     if reports:
         worst = {name: max(float(report[name]) for report in reports) for name in reports[0]}
-        figures |= {f"sync/{name}": worst[name] for name in ("wire_bytes", "transfer_s", "prepare_s", "apply_s")}
+        figures |= {
+            f"sync/{name}": worst[name]
+            for name in ("wire_bytes", "transfer_s", "prepare_s", "apply_s")
+        }
         figures["sync/ratio"] = published.num_bytes / max(1.0, worst["wire_bytes"])
         figures |= {
-            f"sync/{name}": sum(float(report[name]) for report in reports) for name in ("digest_failures", "replays")
+            f"sync/{name}": sum(float(report[name]) for report in reports)
+            for name in ("digest_failures", "replays")
         }
     return figures
 

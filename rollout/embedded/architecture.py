@@ -1,4 +1,5 @@
-"""What a Hugging Face config.json says of a Llama, Qwen2 or Qwen3 decoder, checked before any weight is read."""
+"""What a Hugging Face config.json says of a Llama, Qwen2 or Qwen3 decoder, checked before any
+weight is read."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ ELSEWHERE = "use rollout.engine=vllm for it"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """Sizes and switches of a decoder, e.g. 3 layers, hidden 128, 2 query heads on 1 key/value head of 64."""
+    """Sizes and switches of a decoder, e.g. 3 layers, hidden 128, 2 query heads on 1 key/value head
+    of 64."""
 
     family: str
     """`llama`, `qwen2` or `qwen3`."""
@@ -50,11 +52,14 @@ def read_architecture(path: Path) -> Architecture:
 
 
 def parse_architecture(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
-    """The fields of a config.json, of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`)."""
+    """The fields of a config.json, of transformers 4 (`rope_theta`, `rope_scaling`) or 5
+    (`rope_parameters`)."""
     names = config.get("architectures") or ["(none)"]
     family = FAMILIES.get(names[0])
     if family is None:
-        raise ValueError(f"{where}: architecture {names[0]} is not one of {', '.join(FAMILIES)}; {ELSEWHERE}")
+        raise ValueError(
+            f"{where}: architecture {names[0]} is not one of {', '.join(FAMILIES)}; {ELSEWHERE}"
+        )
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{where}: hidden_act {config['hidden_act']} is not silu; {ELSEWHERE}")
     if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
@@ -69,7 +74,8 @@ def parse_architecture(config: Mapping[str, Any], where: str = "config.json") ->
         num_layers=config["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or (128 if family == "qwen3" else config["hidden_size"] // heads),
+        head_dim=config.get("head_dim")
+        or (128 if family == "qwen3" else config["hidden_size"] // heads),
         norm_eps=config.get("rms_norm_eps", 1e-6),
         tied=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2" or bias,
@@ -85,20 +91,25 @@ def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     rope |= config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     if rope["rope_type"] not in ("default", "llama3"):
-        raise ValueError(f"{where}: rope type {rope['rope_type']} is not default or llama3; {ELSEWHERE}")
+        raise ValueError(
+            f"{where}: rope type {rope['rope_type']} is not default or llama3; {ELSEWHERE}"
+        )
     return rope
 
 
 def inverse_frequencies(arch: Architecture) -> Tensor:
     """[D / 2] float32 angular speed of each pair, in radians per position.
 
-    `llama3` slows the long waves down by `factor`, keeps the short ones, and blends in between (Llama 3.1).
+    `llama3` slows the long waves down by `factor`, keeps the short ones, and blends in between
+    (Llama 3.1).
     """
     exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim
     speeds = 1.0 / torch.pow(arch.rope["rope_theta"], exponents)
     if arch.rope["rope_type"] == "default":
         return speeds
-    low, high, factor = (float(arch.rope[key]) for key in ("low_freq_factor", "high_freq_factor", "factor"))
+    low, high, factor = (
+        float(arch.rope[key]) for key in ("low_freq_factor", "high_freq_factor", "factor")
+    )
     turns = arch.rope["original_max_position_embeddings"] / (2 * math.pi / speeds)
     blend: Tensor = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - blend) * speeds / factor + blend * speeds

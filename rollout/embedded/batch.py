@@ -1,8 +1,9 @@
 """Continuous batching: the synchronous core of the embedded engine.
 
-A step admits waiting samples to free slots, then decodes one token of every slot in use. A sample that ends frees its
-slot within the step; the last slot in use moves there, so that every tensor of a step is a view 0..n-1. Requests are
-admitted in the order of `submit`, and no draw depends on the batch, so the same calls give the same tokens.
+A step admits waiting samples to free slots, then decodes one token of every slot in use. A sample
+that ends frees its slot within the step; the last slot in use moves there, so that every tensor of
+a step is a view 0..n-1. Requests are admitted in the order of `submit`, and no draw depends on the
+batch, so the same calls give the same tokens.
 
 Shape legend: S slots, n in use, M longest sequence, V vocabulary.
 """
@@ -26,10 +27,12 @@ from .model import Decoder, causal_attention
 from .sampling import SlotSampling, check_request, penalised, sample, stream_key, uniforms
 
 PREFILL_TOKENS = 4096
-"""Padded prompt tokens of one prefill pass: enough to fill the matrix units, little enough to stay in cache."""
+"""Padded prompt tokens of one prefill pass: enough to fill the matrix units, little enough to stay
+in cache."""
 
 SHAPES = 8
-"""Batches and prompts are padded to a multiple of this: oneDNN compiles a kernel per shape and keeps about a thousand."""
+"""Batches and prompts are padded to a multiple of this: oneDNN compiles a kernel per shape and
+keeps about a thousand."""
 
 Deliver = Callable[[Completion], None]
 
@@ -52,7 +55,9 @@ class _Request:
     @property
     def token_ids(self) -> tuple[int, ...]:
         """What is prefilled: the prompt, and what was decoded before."""
-        return self.prompt.token_ids + (() if self.begun is None else tuple(self.begun.token_ids.tolist()))
+        return self.prompt.token_ids + (
+            () if self.begun is None else tuple(self.begun.token_ids.tolist())
+        )
 
     @property
     def left(self) -> Sequence[int]:
@@ -111,14 +116,16 @@ class ContinuousBatch:
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(slots, *shape, dtype=dtype, device=device)
 
-        self._positions = zeros(dtype=torch.int64)  # where each slot's newest token stands; its keys come next step
+        # where each slot's newest token stands; its keys come next step
+        self._positions = zeros(dtype=torch.int64)
         self._last = zeros(dtype=torch.int64)  # the position of the last token allowed
         self._stops = zeros(1, dtype=torch.int64)
         self._tokens = zeros(max_model_len, dtype=torch.int64)  # by position, prompts left out
         self._logprobs = zeros(max_model_len, dtype=real)
         self._uniforms = zeros(max_model_len, dtype=torch.float64)
         self._sampling = SlotSampling.empty(slots, real, device)
-        self._seen: Tensor | None = None  # [S, V] tokens of prompts and answers, once a repetition penalty needs them
+        # [S, V] tokens of prompts and answers, once a repetition penalty needs them
+        self._seen: Tensor | None = None
         self._any_stop_string = False
         self._rows = torch.arange(slots, device=device)
 
@@ -131,11 +138,16 @@ class ContinuousBatch:
         return not self._active and not self._waiting
 
     def submit(
-        self, prompt: Prompt, n: int, sampling: Sampling, deliver: Deliver, begun: Sequence[Completion] = ()
+        self,
+        prompt: Prompt,
+        n: int,
+        sampling: Sampling,
+        deliver: Deliver,
+        begun: Sequence[Completion] = (),
     ) -> None:
-        """Queues n samples, or, of a group whose beginnings are there already, these; `deliver` is called with each as it
-        ends, within `step`. A beginning keeps its tokens, log-probs and spans, and its next draws are those that it would
-        have had."""
+        """Queues n samples, or, of a group whose beginnings are there already, these; `deliver` is
+        called with each as it ends, within `step`. A beginning keeps its tokens, log-probs and
+        spans, and its next draws are those that it would have had."""
         self.check(prompt, n, sampling)
         stop = self._stop_strings.matcher(sampling.stop)
         if not begun:
@@ -157,7 +169,8 @@ class ContinuousBatch:
         n = len(self._active)
         if n == 0:
             return
-        padded = min(_rounded(n), self.slots)  # slots past n stand at position 0, and what they compute is dropped
+        # slots past n stand at position 0, and what they compute is dropped
+        padded = min(_rounded(n), self.slots)
         positions = self._positions[:padded]
         self._cache.fit(int(positions.max()) + 1, n)
         logits = self._next_logits(self._tokens[self._rows[:padded], positions], positions, n)
@@ -174,7 +187,8 @@ class ContinuousBatch:
         return self.decoder.logits(self.decoder.forward(ids, positions, self._cache.attend))
 
     def weights_changed(self, version: int) -> None:
-        """From here on tokens are of `version`. Sequences keep the keys and values of the weights that made them."""
+        """From here on tokens are of `version`. Sequences keep the keys and values of the weights
+        that made them."""
         for slot, sequence in enumerate(self._active):
             start = sequence.spans[-1].stop if sequence.spans else 0
             count = self._count(slot)
@@ -186,7 +200,8 @@ class ContinuousBatch:
 
     @torch.inference_mode()
     def abort(self, select: Callable[[Prompt, Deliver], bool]) -> list[Completion]:
-        """Ends every sample of the selected requests; delivers and returns them as far as they got."""
+        """Ends every sample of the selected requests; delivers and returns them as far as they
+        got."""
 
         def hit(request: _Request) -> bool:
             return select(request.prompt, request.deliver)
@@ -205,7 +220,8 @@ class ContinuousBatch:
         return partial
 
     def _admit(self) -> None:
-        """Fills free slots from the queue; a sample may end with its first token, so more may fit."""
+        """Fills free slots from the queue; a sample may end with its first token, so more may
+        fit."""
         while self._waiting and len(self._active) < self.slots:
             first, logits = len(self._active), []
             while self._waiting and len(self._active) < self.slots:
@@ -231,13 +247,18 @@ class ContinuousBatch:
         indices = request.left[: stop - start]
         request.placed += stop - start
         self._active += [_Sequence(request, index, now) for index in indices]
-        keys = np.array([stream_key(sampling.seed, request.prompt.id, index) for index in indices], np.uint64)
+        keys = np.array(
+            [stream_key(sampling.seed, request.prompt.id, index) for index in indices], np.uint64
+        )
         draws = uniforms(keys, length, length + sampling.max_tokens)
         rows = slice(start, stop)
         have = 0
         if (begun := request.begun) is not None:
             have = len(begun)
-            self._active[start].spans, self._active[start].started = list(begun.spans), begun.started
+            self._active[start].spans, self._active[start].started = (
+                list(begun.spans),
+                begun.started,
+            )
             self._tokens[start, length : length + have] = torch.from_numpy(begun.token_ids)
             self._logprobs[start, length : length + have] = torch.from_numpy(begun.logprobs)
             if request.stop is not None:
@@ -255,12 +276,17 @@ class ContinuousBatch:
             self._seen[rows, list(request.token_ids)] = True
         stops = sampling.stop_token_ids
         if len(stops) > self._stops.shape[1]:
-            self._stops = torch.nn.functional.pad(self._stops, (0, len(stops) - self._stops.shape[1]), value=-1)
+            self._stops = torch.nn.functional.pad(
+                self._stops, (0, len(stops) - self._stops.shape[1]), value=-1
+            )
         self._stops[rows] = -1
-        self._stops[rows, : len(stops)] = torch.tensor(stops, dtype=torch.int64, device=self._stops.device)
+        self._stops[rows, : len(stops)] = torch.tensor(
+            stops, dtype=torch.int64, device=self._stops.device
+        )
 
     def _prefill(self) -> None:
-        """Computes the prompts at the head of the queue, as many as fit one pass, whether or not a slot is free yet."""
+        """Computes the prompts at the head of the queue, as many as fit one pass, whether or not a
+        slot is free yet."""
         batch: list[_Request] = []
         longest = 0
         for request in self._waiting:
@@ -284,21 +310,29 @@ class ContinuousBatch:
             return causal_attention(q, k, v, len(batch))
 
         positions = torch.arange(longest, device=device).repeat(len(batch))
-        hidden = self.decoder.forward(ids.view(-1).to(device), positions, attend).view(len(batch), longest, -1)
+        hidden = self.decoder.forward(ids.view(-1).to(device), positions, attend).view(
+            len(batch), longest, -1
+        )
         lengths = torch.tensor([len(request.token_ids) for request in batch], device=device)
         logits = self.decoder.logits(hidden[self._rows[: len(batch)], lengths - 1])
         all_keys, all_values = torch.stack(keys, 1), torch.stack(values, 1)
         for row, request in enumerate(batch):
             length = len(request.token_ids)
             request.state = PromptState(
-                keys=all_keys[row, :, :, :length], values=all_values[row, :, :, :length], logits=logits[row]
+                keys=all_keys[row, :, :, :length],
+                values=all_values[row, :, :, :length],
+                logits=logits[row],
             )
             self.counters.prefill_tokens += length
 
     def _emit(self, start: int, logits: Tensor) -> None:
         """Draws the token at `positions` of slots start..n-1 and retires those that end with it."""
         stop = len(self._active)
-        span, rows, positions = slice(start, stop), self._rows[start:stop], self._positions[start:stop]
+        span, rows, positions = (
+            slice(start, stop),
+            self._rows[start:stop],
+            self._positions[start:stop],
+        )
         settings = self._sampling.slots(start, stop)
         seen = self._seen if settings.any_penalty else None
         if seen is not None:
@@ -312,7 +346,9 @@ class ContinuousBatch:
             seen[rows, tokens] = True
         stopped = (tokens[:, None] == self._stops[span]).any(1)
         if self._any_stop_string:
-            stopped |= torch.tensor(self._complete_stop_strings(start, tokens.tolist()), device=stopped.device)
+            stopped |= torch.tensor(
+                self._complete_stop_strings(start, tokens.tolist()), device=stopped.device
+            )
         ended = stopped | (positions == self._last[span])
         if bool(ended.any()):
             slots = (ended.nonzero().squeeze(1) + start).tolist()
@@ -323,7 +359,8 @@ class ContinuousBatch:
             self._free(slots)
 
     def _complete_stop_strings(self, start: int, tokens: Sequence[int]) -> list[bool]:
-        """Of the newest tokens, those of slots start, start + 1, ...: whether each completes a stop string."""
+        """Of the newest tokens, those of slots start, start + 1, ...: whether each completes a stop
+        string."""
         ended = []
         for sequence, token in zip(self._active[start:], tokens, strict=True):
             if (stop := sequence.request.stop) is not None:
@@ -351,7 +388,9 @@ class ContinuousBatch:
             sample=sequence.sample,
             token_ids=self._tokens[slot, begin : begin + count].cpu().numpy().astype(np.int32),
             logprobs=self._logprobs[slot, begin : begin + count].cpu().numpy().astype(np.float32),
-            spans=merge_spans([*sequence.spans, *([Span(self.version, fresh, count)] if count > fresh else [])]),
+            spans=merge_spans(
+                [*sequence.spans, *([Span(self.version, fresh, count)] if count > fresh else [])]
+            ),
             finish_reason=reason,
             started=sequence.started,
             finished=time.time(),
@@ -363,7 +402,14 @@ class ContinuousBatch:
             last = len(self._active) - 1
             if slot != last:
                 self._cache.move(last, slot, int(self._positions[last]))
-                for held in (self._positions, self._last, self._stops, self._tokens, self._logprobs, self._uniforms):
+                for held in (
+                    self._positions,
+                    self._last,
+                    self._stops,
+                    self._tokens,
+                    self._logprobs,
+                    self._uniforms,
+                ):
                     held[slot] = held[last]
                 self._sampling.move(last, slot)
                 if self._seen is not None:

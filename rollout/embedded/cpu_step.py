@@ -1,9 +1,11 @@
-"""A decoding step on a CPU: one new token of each sequence through all layers, and the draw of the next.
+"""A decoding step on a CPU: one new token of each sequence through all layers, and the draw of the
+next.
 
-Between two matrix products one compiled pass does what torch does in a dozen operators (`kernels.decoding.passes`).
+Between two matrix products one compiled pass does what torch does in a dozen operators
+(`kernels.decoding.passes`).
 
-Shape legend: n sequences, S slots, W longest sequence, E hidden, H query heads, K key/value heads, D head size, I MLP,
-V vocabulary.
+Shape legend: n sequences, S slots, W longest sequence, E hidden, H query heads, K key/value heads,
+D head size, I MLP, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from .model import Decoder
 from .sampling import SlotSampling
 
 SHARED_WORK = 1 << 18
-"""Elements of a pass above which threads share its rows: waking one takes as long as a quarter of that."""
+"""Elements of a pass above which threads share its rows: waking one takes as long as a quarter of
+that."""
 
 
 def supports(decoder: Decoder) -> bool:
@@ -40,9 +43,12 @@ def as_array(tensor: Tensor) -> NDArray[Any]:
 
 
 class CPUStep:
-    """Decodes with `decoder`, whose weights may change between two calls, over the slots of `cache`."""
+    """Decodes with `decoder`, whose weights may change between two calls, over the slots of
+    `cache`."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, slots: int, max_len: int, threads: int) -> None:
+    def __init__(
+        self, decoder: Decoder, cache: KVCache, slots: int, max_len: int, threads: int
+    ) -> None:
         arch, dtype = decoder.arch, decoder.dtype
         self.decoder, self.cache = decoder, cache
         self._threads = threads
@@ -51,7 +57,9 @@ class CPUStep:
         self._normed = torch.zeros_like(self._hidden)
         self._attended = torch.zeros(slots, arch.num_heads * arch.head_dim, dtype=dtype)
         self._product = torch.zeros(slots, arch.intermediate_size, dtype=dtype)
-        self._arrays = [as_array(t) for t in (self._hidden, self._normed, self._attended, self._product)]
+        self._arrays = [
+            as_array(t) for t in (self._hidden, self._normed, self._attended, self._product)
+        ]
         self._nothing = as_array(torch.zeros(0, dtype=dtype))
         self._no_delta = as_array(torch.zeros(slots, 0, dtype=dtype))
         cos, sin = decoder.rope(max_len)
@@ -71,14 +79,17 @@ class CPUStep:
         return self._nothing if weight is None else as_array(weight)
 
     def logits(self, ids: Tensor, positions: Tensor, n: int) -> Tensor:
-        """ids, positions [m] int64 -> [m, V] in the decoder's dtype; only the first n rows are sequences."""
+        """ids, positions [m] int64 -> [m, V] in the decoder's dtype; only the first n rows are
+        sequences."""
         arch, rows, cache = self.decoder.arch, len(ids), self.cache
         hidden, normed, attended, product = self._arrays
         eps, places = arch.norm_eps, positions.numpy()
         torch.index_select(self.decoder.embedding, 0, ids, out=self._hidden[:rows])
         delta = self._no_delta
         attention_work = 2 * int(places[:n].sum() + n) * attended.shape[1]
-        for number, (layer, weights) in enumerate(zip(self.decoder.layers, self._weights, strict=True)):
+        for number, (layer, weights) in enumerate(
+            zip(self.decoder.layers, self._weights, strict=True)
+        ):
             first_norm, second_norm, q_norm, k_norm = weights
             keys, values = as_array(cache.keys[number]), as_array(cache.values[number])
             passes.add_norm(hidden, delta, first_norm, eps, normed, 0, n)
@@ -96,22 +107,35 @@ class CPUStep:
         passes.add_norm(hidden, delta, self._last_norm, eps, normed, 0, n)
         return self.decoder.head(self._normed[:rows])
 
-    def draw(self, logits: Tensor, uniform: Tensor, settings: SlotSampling) -> tuple[Tensor, Tensor]:
-        """As `sampling.sample`, where nothing is cut from the distribution: logits [n, V] of any row stride 1."""
+    def draw(
+        self, logits: Tensor, uniform: Tensor, settings: SlotSampling
+    ) -> tuple[Tensor, Tensor]:
+        """As `sampling.sample`, where nothing is cut from the distribution: logits [n, V] of any
+        row stride 1."""
         n = len(logits)
         tokens, logprobs = np.empty(n, np.int64), np.empty(n, np.float32)
         self._share(
-            passes.draw, n, logits.numel(),
-            as_array(logits), settings.temperature.numpy(), settings.greedy.numpy(), uniform.numpy(), tokens, logprobs,
-        )  # fmt: skip
+            passes.draw,
+            n,
+            logits.numel(),
+            as_array(logits),
+            settings.temperature.numpy(),
+            settings.greedy.numpy(),
+            uniform.numpy(),
+            tokens,
+            logprobs,
+        )
         return torch.from_numpy(tokens), torch.from_numpy(logprobs)
 
     def _share(self, function: Callable[..., None], n: int, work: int, *arguments: Any) -> None:
-        """Calls `function` on rows 0..n-1, on several threads where the work of `work` elements is worth it. No row's result
-        depends on that."""
+        """Calls `function` on rows 0..n-1, on several threads where the work of `work` elements is
+        worth it. No row's result depends on that."""
         parts = min(self._threads, n) if work > SHARED_WORK else 1
         edges = [n * part // parts for part in range(parts + 1)]
-        others = [self._pool.submit(function, *arguments, start, stop) for start, stop in pairwise(edges[1:])]
+        others = [
+            self._pool.submit(function, *arguments, start, stop)
+            for start, stop in pairwise(edges[1:])
+        ]
         function(*arguments, 0, edges[1])
         for other in others:
             other.result()

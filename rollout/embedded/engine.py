@@ -1,24 +1,28 @@
 """The embedded engine: in-process PyTorch with continuous batching, where no vLLM is installed.
 
-    engine = EmbeddedEngine(model_dir, max_num_seqs=128, max_model_len=512, dtype="bfloat16", run_id=run_id, version=0)
-    async for completion in engine.generate(prompt, n=8, sampling=sampling): ...           # one group
-    async for completion in engine.generate_all([(prompt, 8, sampling), ...]): ...         # a whole step
-    await engine.apply(patch)                              # at the next token boundary; requests in flight go on
-    await engine.pause(); await engine.resume()
-    partial = await engine.abort([prompt.id])
-    await engine.close()
+    engine = EmbeddedEngine(model_dir, max_num_seqs=128, max_model_len=512, dtype="bfloat16",
+    run_id=run_id, version=0) async for completion in engine.generate(prompt, n=8,
+    sampling=sampling): ...           # one group async for completion in
+    engine.generate_all([(prompt, 8, sampling), ...]): ...         # a whole step await
+    engine.apply(patch)                              # at the next token boundary; requests in
+    flight go on await engine.pause(); await engine.resume() partial = await
+    engine.abort([prompt.id]) await engine.close()
 
-    engine.submit(prompt, 8, sampling); completions = engine.run()                          # the same without asyncio
+    engine.submit(prompt, 8, sampling); completions = engine.run()                          # the
+    same without asyncio
 
 Choices that a user can see:
 
-- An update in flight keeps the key-value cache: a sequence goes on with the keys and values that the old weights made
-  of its older tokens (as in PipelineRL, arXiv 2509.19128), and its log-probs are those it was really drawn with.
-  Prompts not yet admitted are computed anew, so a completion of one version never sees another's weights.
-- Everything submitted before the first step is admitted in that order. `generate_all` submits all its requests at once,
-  and a draw depends on (seed, prompt id, sample index, position) alone, so such a run repeats bit for bit.
+- An update in flight keeps the key-value cache: a sequence goes on with the keys and values that
+  the old weights made of its older tokens (as in PipelineRL, arXiv 2509.19128), and its log-probs
+  are those it was really drawn with. Prompts not yet admitted are computed anew, so a completion of
+  one version never sees another's weights.
+- Everything submitted before the first step is admitted in that order. `generate_all` submits all
+  its requests at once, and a draw depends on (seed, prompt id, sample index, position) alone, so
+  such a run repeats bit for bit.
 - A temperature of 0 is greedy; the log-prob is then that of the untempered model.
-- It takes as many of torch's threads, which are the caller's to set before the engine is made, as a step is worth.
+- It takes as many of torch's threads, which are the caller's to set before the engine is made, as a
+  step is worth.
 """
 
 from __future__ import annotations
@@ -46,7 +50,8 @@ from .threads import at_most, worth
 T = TypeVar("T")
 
 BURST = 32
-"""Steps in one visit to the compute thread, which takes in new requests itself: long enough to hide the hand-over."""
+"""Steps in one visit to the compute thread, which takes in new requests itself: long enough to hide
+the hand-over."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -63,7 +68,8 @@ class _Stream:
 
 
 class EmbeddedEngine:
-    """Implements `Engine`. `submit`/`run` and the coroutines must not be mixed while requests are in flight."""
+    """Implements `Engine`. `submit`/`run` and the coroutines must not be mixed while requests are
+    in flight."""
 
     joined = None  # weights come through the worker alone
 
@@ -80,19 +86,26 @@ class EmbeddedEngine:
         deadline_s: float = 120.0,
         token_rate: float | None = None,
     ) -> None:
-        """`model` is a Hugging Face directory (or a decoder, which brings its own dtype and device, and has no tokenizer).
+        """`model` is a Hugging Face directory (or a decoder, which brings its own dtype and device,
+        and has no tokenizer).
 
-        run_id: patches of other runs are refused; empty adopts the first patch's. version: of the weights in `model`;
-        -1 says that nobody published them, so the first patch is taken whatever it holds. deadline_s: the longest that
-        one burst of steps or one weight update may take. token_rate: steps a second of the coroutines at most; None: free.
+        run_id: patches of other runs are refused; empty adopts the first patch's. version: of the
+        weights in `model`; -1 says that nobody published them, so the first patch is taken whatever
+        it holds. deadline_s: the longest that one burst of steps or one weight update may take.
+        token_rate: steps a second of the coroutines at most; None: free.
         """
         if max_num_seqs < 1 or max_model_len < 2:
-            raise ValueError(f"max_num_seqs={max_num_seqs}, max_model_len={max_model_len}: at least 1 and 2 are needed")
+            raise ValueError(
+                f"max_num_seqs={max_num_seqs}, max_model_len={max_model_len}: at least 1 and 2 are"
+                " needed"
+            )
         if isinstance(dtype, str):
             if dtype not in DTYPES:
                 raise ValueError(f"dtype={dtype}: one of {', '.join(DTYPES)}")
             dtype = DTYPES[dtype]
-        self.decoder = model if isinstance(model, Decoder) else Decoder.from_directory(model, dtype, device)
+        self.decoder = (
+            model if isinstance(model, Decoder) else Decoder.from_directory(model, dtype, device)
+        )
         self._threads = torch.get_num_threads()
         if self.decoder.device.type == "cpu":
             weights = sum(tensor.numel() for tensor in self.decoder.weights.values())
@@ -151,7 +164,8 @@ class EmbeddedEngine:
         return finished
 
     def run(self) -> list[Completion]:
-        """Decodes until nothing is left; returns the completions in the order in which they finished."""
+        """Decodes until nothing is left; returns the completions in the order in which they
+        finished."""
         finished: list[Completion] = []
         while not self._batch.idle:
             finished += self.step()
@@ -159,7 +173,9 @@ class EmbeddedEngine:
 
     # The protocol `Engine`.
 
-    async def generate(self, prompt: Prompt, n: int, sampling: Sampling) -> AsyncIterator[Completion]:
+    async def generate(
+        self, prompt: Prompt, n: int, sampling: Sampling
+    ) -> AsyncIterator[Completion]:
         async for completion in self.generate_all([(prompt, n, sampling)]):
             yield completion
 
@@ -187,7 +203,9 @@ class EmbeddedEngine:
         finally:
             self._streams.discard(stream)
             if left and not self._closed:  # the consumer went away: decode no further for it
-                await self._at_boundary(lambda: self._abort(lambda _, deliver: deliver == stream.deliver))
+                await self._at_boundary(
+                    lambda: self._abort(lambda _, deliver: deliver == stream.deliver)
+                )
 
     async def pause(self) -> None:
         self._running.clear()
@@ -204,7 +222,9 @@ class EmbeddedEngine:
     async def probe(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         self._check_serving()
         ids = torch.tensor([list(token_ids)], device=self.decoder.device)
-        return await self._at_boundary(lambda: self.decoder.token_logprobs(ids)[0].float().cpu().numpy())
+        return await self._at_boundary(
+            lambda: self.decoder.token_logprobs(ids)[0].float().cpu().numpy()
+        )
 
     async def sleep(self, level: int) -> None:
         """Nothing to give back: on a CPU, where it shares what the learners use, memory is one."""
@@ -293,14 +313,17 @@ class EmbeddedEngine:
     def _is_new(self, patch: WeightPatch) -> bool:
         """Whether it has to be loaded; VersionError if it may not come now."""
         if self._run_id and patch.run_id != self._run_id:
-            raise VersionError(f"a patch of run {patch.run_id}, but this engine serves run {self._run_id}")
+            raise VersionError(
+                f"a patch of run {patch.run_id}, but this engine serves run {self._run_id}"
+            )
         if patch.version < self.version:
             raise VersionError(f"version goes backwards: {patch.version} after {self.version}")
         if patch.version == self.version and self._corrupt is None:
             return False
         if patch.base_version not in (None, self.version):
             raise VersionError(
-                f"patch {patch.version} builds on {patch.base_version}, the engine serves {self.version}"
+                f"patch {patch.version} builds on {patch.base_version}, the engine serves"
+                f" {self.version}"
             )
         return True
 
@@ -311,7 +334,9 @@ class EmbeddedEngine:
         for name, tensor in patch.tensors.items():
             self.decoder.check(name, tensor)
         arrived = {name: digest(tensor.data) for name, tensor in patch.tensors.items()}
-        kept = {name: self.decoder.digest(name) for name in self.decoder.weights.keys() - arrived.keys()}
+        kept = {
+            name: self.decoder.digest(name) for name in self.decoder.weights.keys() - arrived.keys()
+        }
         verify(arrived | kept, patch)
 
     def _apply(self, patch: WeightPatch) -> None:

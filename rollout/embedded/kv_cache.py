@@ -1,9 +1,12 @@
-"""Keys and values of the sequences being decoded, one slot each; the slots in use are always 0..n-1.
+"""Keys and values of the sequences being decoded, one slot each; the slots in use are always
+0..n-1.
 
-Every layer's cache is a contiguous [S, K, W, D] whose width W follows the longest sequence in use: a CPU's batched
-multiply copies its operands where they are not contiguous, which costs more than widening the cache now and then.
+Every layer's cache is a contiguous [S, K, W, D] whose width W follows the longest sequence in use:
+a CPU's batched multiply copies its operands where they are not contiguous, which costs more than
+widening the cache now and then.
 
-Shape legend: S slots, n in use, W width, L layers, H query heads, K key/value heads, D head size, P prompt tokens.
+Shape legend: S slots, n in use, W width, L layers, H query heads, K key/value heads, D head size, P
+prompt tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ class PromptState:
 class KVCache:
     """The cache of `slots` sequences. Call `open` before the `attend` of each layer."""
 
-    def __init__(self, arch: Architecture, slots: int, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, arch: Architecture, slots: int, max_len: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         def zeros() -> list[Tensor]:
             size = slots * arch.num_kv_heads * arch.head_dim * _rounded(max_len)
             return [torch.zeros(size, dtype=dtype, device=device) for _ in range(arch.num_layers)]
@@ -49,7 +54,8 @@ class KVCache:
         self._use(STEP)
 
     def fit(self, longest: int, n: int) -> None:
-        """Makes room for sequences of `longest` tokens, keeping n slots; gives room back where much more is held."""
+        """Makes room for sequences of `longest` tokens, keeping n slots; gives room back where much
+        more is held."""
         width = _rounded(longest)
         if self.width < width or self.width >= width + 4 * STEP:
             kept = min(width, self.width)
@@ -61,7 +67,9 @@ class KVCache:
     def _use(self, width: int) -> None:
         self.width = width
         size = self._rows.numel() * self._shape[1] * self._shape[3] * width
-        self.keys, self.values = ([flat[:size].view(self._shape) for flat in half] for half in self._storage)
+        self.keys, self.values = (
+            [flat[:size].view(self._shape) for flat in half] for half in self._storage
+        )
 
     def fill(self, start: int, stop: int, prompt: PromptState) -> None:
         """Copies a prompt into slots start..stop-1; it must fit."""
@@ -79,7 +87,8 @@ class KVCache:
         self._mask[target] = self._mask[source]
 
     def open(self, positions: Tensor) -> None:
-        """Makes place `positions` [n] of each slot in use visible, for the token about to be decoded."""
+        """Makes place `positions` [n] of each slot in use visible, for the token about to be
+        decoded."""
         n = len(positions)
         rows = self._rows[:n]
         self._mask[rows, positions] = 0
@@ -88,10 +97,13 @@ class KVCache:
         if self._heads > 1:
             self._bias = self._bias.repeat_interleave(self._heads, 0)
             heads = torch.arange(self._heads, device=rows.device)
-            self._places = ((rows[:, None] * self._heads + heads) * self.width + positions[:, None]).view(-1)
+            self._places = (
+                (rows[:, None] * self._heads + heads) * self.width + positions[:, None]
+            ).view(-1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Stores one new token of each slot and attends to all it holds: q [n, H, D], k, v [n, K, D] -> [n, H * D]."""
+        """Stores one new token of each slot and attends to all it holds: q [n, H, D], k, v [n, K,
+        D] -> [n, H * D]."""
         n, heads, dim = q.shape
         pairs = n * self._heads
         self.keys[layer].view(-1, dim).index_copy_(0, self._places, k.reshape(pairs, dim))

@@ -13,8 +13,9 @@ ROWS = 64
 
 
 class Matrix:
-    """x -> x W^T + b. On a CPU with oneDNN the product reads a copy of W in the layout of its matrix units, which otherwise
-    would be made anew for every product: of a small batch that is most of the time."""
+    """x -> x W^T + b. On a CPU with oneDNN the product reads a copy of W in the layout of its
+    matrix units, which otherwise would be made anew for every product: of a small batch that is
+    most of the time."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """weight [out, in], bias [out]; both may be overwritten in place, `pack` afterwards."""
@@ -24,14 +25,16 @@ class Matrix:
         self._packs = weight.device.type == "cpu" and packable(weight.dtype)
 
     def pack(self) -> None:
-        """Makes the product read what `weight` holds now. The copy is proved to hold the same bytes: digests are taken of
-        `weight`."""
+        """Makes the product read what `weight` holds now. The copy is proved to hold the same
+        bytes: digests are taken of `weight`."""
         if not self._packs or self._version == self.weight._version:
             return
         self._packed = None  # frees its memory before the next one takes as much
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS)
         if not torch.equal(packed.to_dense().view(torch.uint8), self.weight.view(torch.uint8)):
-            raise RuntimeError(f"oneDNN's copy of a {tuple(self.weight.shape)} weight matrix has other bytes")
+            raise RuntimeError(
+                f"oneDNN's copy of a {tuple(self.weight.shape)} weight matrix has other bytes"
+            )
         self._packed, self._version = packed, self.weight._version
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -39,14 +42,16 @@ class Matrix:
         if self._packed is None:
             return F.linear(x, self.weight, self.bias)
         assert self._version == self.weight._version, "the weights changed and were not packed"
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self._packed, self.bias, "none", [], ""
+        )
         return product
 
 
 @cache
 def packable(dtype: torch.dtype) -> bool:
-    """Whether this build of torch multiplies packed matrices of `dtype`. Its compiler makes use of these operators, but no
-    document promises them: they are tried on a small matrix."""
+    """Whether this build of torch multiplies packed matrices of `dtype`. Its compiler makes use of
+    these operators, but no document promises them: they are tried on a small matrix."""
     if dtype not in (torch.bfloat16, torch.float32):
         return False
     weight, x = torch.eye(16, 32, dtype=dtype), torch.arange(64, dtype=dtype).view(2, 32)

@@ -1,9 +1,12 @@
-"""A decoder of the Llama, Qwen2 and Qwen3 families, read from a Hugging Face directory without transformers.
+"""A decoder of the Llama, Qwen2 and Qwen3 families, read from a Hugging Face directory without
+transformers.
 
-Weights are held fused (q, k, v in one matrix; gate and up in another). `Decoder.weights` maps Hugging Face's names to
-views of them, so loading a tensor writes in place and a digest is taken over the bytes that are really multiplied.
+Weights are held fused (q, k, v in one matrix; gate and up in another). `Decoder.weights` maps
+Hugging Face's names to views of them, so loading a tensor writes in place and a digest is taken
+over the bytes that are really multiplied.
 
-Shape legend: N tokens of a flat batch, E hidden, H query heads, K key/value heads, D head size, V vocabulary.
+Shape legend: N tokens of a flat batch, E hidden, H query heads, K key/value heads, D head size, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from .architecture import Architecture, inverse_frequencies, read_architecture
 from .matrix import Matrix
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q [N, H, D], k [N, K, D], v [N, K, D]) -> [N, H * D]; decides what each token may see, and what is cached."""
+"""(layer, q [N, H, D], k [N, K, D], v [N, K, D]) -> [N, H * D]; decides what each token may see,
+and what is cached."""
 
 DTYPE_NAMES = {dtype: dtype_name(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)}
 
@@ -71,14 +75,21 @@ class Layer:
 
 
 class Decoder:
-    """Weights and forward pass. The weights start unset: use `Decoder.from_directory`, or `load` every name."""
+    """Weights and forward pass. The weights start unset: use `Decoder.from_directory`, or `load`
+    every name."""
 
-    def __init__(self, arch: Architecture, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, arch: Architecture, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
         if dtype not in DTYPE_NAMES:
-            raise ValueError(f"dtype {dtype}: the embedded engine decodes in bfloat16, float32 or float64")
+            raise ValueError(
+                f"dtype {dtype}: the embedded engine decodes in bfloat16, float32 or float64"
+            )
         self.arch, self.dtype, self.device = arch, dtype, torch.device(device)
         self.layers = [Layer(arch, dtype, self.device) for _ in range(arch.num_layers)]
-        self.embedding = torch.empty(arch.vocab_size, arch.hidden_size, dtype=dtype, device=self.device)
+        self.embedding = torch.empty(
+            arch.vocab_size, arch.hidden_size, dtype=dtype, device=self.device
+        )
         self.norm = torch.empty(arch.hidden_size, dtype=dtype, device=self.device)
         self.head = Matrix(self.embedding if arch.tied else torch.empty_like(self.embedding))
         self.weights: Mapping[str, Tensor] = dict(self._named())
@@ -86,9 +97,13 @@ class Decoder:
 
     @classmethod
     def from_directory(
-        cls, path: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        cls,
+        path: Path | str,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> Decoder:
-        """Reads config.json and the safetensors files (one, or shards with an index), cast to `dtype`."""
+        """Reads config.json and the safetensors files (one, or shards with an index), cast to
+        `dtype`."""
         path = Path(path)
         decoder = cls(read_architecture(path), dtype, device)
         missing = set(decoder.weights)
@@ -98,12 +113,16 @@ class Decoder:
                 continue
             if held.shape != tensor.shape:
                 raise ValueError(
-                    f"{path}: {name} has shape {tuple(tensor.shape)}, config.json wants {tuple(held.shape)}"
+                    f"{path}: {name} has shape {tuple(tensor.shape)}, config.json wants"
+                    f" {tuple(held.shape)}"
                 )
             held.copy_(tensor)
             missing.discard(name)
         if missing:
-            raise ValueError(f"{path}: {len(missing)} tensors are missing from the checkpoint, e.g. {min(missing)}")
+            raise ValueError(
+                f"{path}: {len(missing)} tensors are missing from the checkpoint, e.g."
+                f" {min(missing)}"
+            )
         decoder.pack()
         return decoder
 
@@ -131,7 +150,8 @@ class Decoder:
             matrix.pack()
 
     def load(self, name: str, tensor: TensorBytes) -> None:
-        """Overwrites one tensor, named as Hugging Face names it, with exactly these bytes; `pack` when all are there."""
+        """Overwrites one tensor, named as Hugging Face names it, with exactly these bytes; `pack`
+        when all are there."""
         self.check(name, tensor)
         # Shared memory comes read-only, and torch wraps only what it could write to.
         data = tensor.data if tensor.data.flags.writeable else tensor.data.copy()
@@ -158,7 +178,8 @@ class Decoder:
             self._cos, self._sin = self._rope_tables(max_len)
 
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """ids, positions [N] int64 -> final hidden states [N, E], normalised. Positions must be reserved."""
+        """ids, positions [N] int64 -> final hidden states [N, E], normalised. Positions must be
+        reserved."""
         arch = self.arch
         heads, kv_heads = arch.num_heads, arch.num_kv_heads
         cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
@@ -168,7 +189,9 @@ class Decoder:
             qkv = qkv.view(-1, heads + 2 * kv_heads, arch.head_dim)
             qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
             if layer.q_norm is not None and layer.k_norm is not None:
-                scale = torch.cat((layer.q_norm.expand(heads, -1), layer.k_norm.expand(kv_heads, -1)))
+                scale = torch.cat(
+                    (layer.q_norm.expand(heads, -1), layer.k_norm.expand(kv_heads, -1))
+                )
                 qk = self._rms(qk, None) * scale
             half = arch.head_dim // 2
             qk = torch.addcmul(qk * cos, torch.cat((qk[..., half:], qk[..., :half]), -1), sin)
@@ -184,30 +207,39 @@ class Decoder:
 
     @torch.inference_mode()
     def token_logprobs(self, ids: Tensor) -> Tensor:
-        """Teacher-forced log-probs of ids[:, 1:] given what precedes them: [B, T] int64 -> [B, T-1]."""
+        """Teacher-forced log-probs of ids[:, 1:] given what precedes them: [B, T] int64 -> [B,
+        T-1]."""
         batch, length = ids.shape
         self.reserve(length)
         positions = torch.arange(length, device=ids.device).repeat(batch)
-        hidden = self.forward(ids.reshape(-1), positions, lambda _layer, q, k, v: causal_attention(q, k, v, batch))
+        hidden = self.forward(
+            ids.reshape(-1), positions, lambda _layer, q, k, v: causal_attention(q, k, v, batch)
+        )
         logp = torch.log_softmax(self.logits(hidden), -1).view(batch, length, -1)
         return logp[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
 
     def _rms(self, x: Tensor, weight: Tensor | None) -> Tensor:
         if self.dtype != torch.float64:
             return F.rms_norm(x, x.shape[-1:], weight, self.arch.norm_eps)
-        # Hugging Face normalises in float32 even here; the same operations in the same order give the same bits.
+        # Hugging Face normalises in float32 even here; the same operations in the same order give
+        # the same bits.
         single = x.float()
-        normed = (single * torch.rsqrt(single.pow(2).mean(-1, keepdim=True) + self.arch.norm_eps)).to(x.dtype)
+        normed = (
+            single * torch.rsqrt(single.pow(2).mean(-1, keepdim=True) + self.arch.norm_eps)
+        ).to(x.dtype)
         return normed if weight is None else weight * normed
 
     def rope(self, max_len: int) -> tuple[Tensor, Tensor]:
-        """cos and signed sin of positions 0..max_len-1, [max_len, D] float32, rounded as the decoder's dtype holds them:
-        rotated = x * cos + swap_halves(x) * sin (RoFormer, arXiv 2104.09864)."""
+        """cos and signed sin of positions 0..max_len-1, [max_len, D] float32, rounded as the
+        decoder's dtype holds them: rotated = x * cos + swap_halves(x) * sin (RoFormer, arXiv
+        2104.09864)."""
         cos, sin = self._rope_tables(max_len)
         return cos.float(), sin.float()
 
     def _rope_tables(self, max_len: int) -> tuple[Tensor, Tensor]:
-        angles = torch.arange(max_len, dtype=torch.float32)[:, None] * inverse_frequencies(self.arch)
+        angles = torch.arange(max_len, dtype=torch.float32)[:, None] * inverse_frequencies(
+            self.arch
+        )
         cos, sin = angles.cos(), angles.sin()
         double_cos, signed_sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         return double_cos.to(self.device, self.dtype), signed_sin.to(self.device, self.dtype)
@@ -223,7 +255,8 @@ class Decoder:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, batch: int) -> Tensor:
-    """Causal attention over `batch` rows of equal length; pads stand at the right, where no token looks."""
+    """Causal attention over `batch` rows of equal length; pads stand at the right, where no token
+    looks."""
 
     def rows(x: Tensor) -> Tensor:  # [batch * length, heads, D] -> [batch, heads, length, D]
         return x.reshape(batch, -1, *x.shape[1:]).transpose(1, 2)

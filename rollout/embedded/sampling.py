@@ -1,4 +1,5 @@
-"""Draws tokens: the distribution that is really sampled, its log-probs, and uniforms that depend on nothing else.
+"""Draws tokens: the distribution that is really sampled, its log-probs, and uniforms that depend on
+nothing else.
 
 Shape legend: n sequences, V vocabulary.
 """
@@ -24,23 +25,33 @@ def check_sampling(sampling: Sampling) -> None:
     if sampling.max_tokens < 1:
         raise ValueError(f"sampling.max_tokens={sampling.max_tokens}: at least 1 token is needed")
     if not sampling.temperature >= 0:
-        raise ValueError(f"sampling.temperature={sampling.temperature}: give 0 for greedy, or a positive number")
+        raise ValueError(
+            f"sampling.temperature={sampling.temperature}: give 0 for greedy, or a positive number"
+        )
     if not 0 < sampling.top_p <= 1:
-        raise ValueError(f"sampling.top_p={sampling.top_p}: must be above 0 and at most 1 (1 means all)")
+        raise ValueError(
+            f"sampling.top_p={sampling.top_p}: must be above 0 and at most 1 (1 means all)"
+        )
     if sampling.top_k < 0:
         raise ValueError(f"sampling.top_k={sampling.top_k}: must be at least 0 (0 means all)")
     if not 0 <= sampling.min_p <= 1:
         raise ValueError(f"sampling.min_p={sampling.min_p}: must be from 0 (which means all) to 1")
     if not 0 < sampling.repetition_penalty < math.inf:
         raise ValueError(
-            f"sampling.repetition_penalty={sampling.repetition_penalty}: must be a positive number (1 means none)"
+            f"sampling.repetition_penalty={sampling.repetition_penalty}: must be a positive number"
+            " (1 means none)"
         )
     if not all(sampling.stop):
-        raise ValueError(f"sampling.stop={sampling.stop}: an empty string would end every answer; leave it out")
+        raise ValueError(
+            f"sampling.stop={sampling.stop}: an empty string would end every answer; leave it out"
+        )
 
 
-def check_request(prompt: Prompt, n: int, sampling: Sampling, *, max_model_len: int, vocab_size: int) -> None:
-    """ValueError if an engine of this length and vocabulary could not serve n samples of `prompt`."""
+def check_request(
+    prompt: Prompt, n: int, sampling: Sampling, *, max_model_len: int, vocab_size: int
+) -> None:
+    """ValueError if an engine of this length and vocabulary could not serve n samples of
+    `prompt`."""
     check_sampling(sampling)
     if n < 1:
         raise ValueError(f"prompt {prompt.id}: n={n}, at least one sample is needed")
@@ -54,7 +65,9 @@ def check_request(prompt: Prompt, n: int, sampling: Sampling, *, max_model_len: 
         )
     bad = [token for token in prompt.token_ids if not 0 <= token < vocab_size]
     if bad:
-        raise ValueError(f"prompt {prompt.id}: token {bad[0]} is outside the vocabulary of the model")
+        raise ValueError(
+            f"prompt {prompt.id}: token {bad[0]} is outside the vocabulary of the model"
+        )
 
 
 def stream_key(seed: int, prompt_id: str, sample: int) -> int:
@@ -63,10 +76,12 @@ def stream_key(seed: int, prompt_id: str, sample: int) -> int:
 
 
 def uniforms(keys: NDArray[np.uint64], start: int, stop: int) -> NDArray[np.float64]:
-    """[n] keys -> [n, stop - start] uniforms in [0, 1) for positions start..stop-1, each a function of (key, position).
+    """[n] keys -> [n, stop - start] uniforms in [0, 1) for positions start..stop-1, each a function
+    of (key, position).
 
-    SplitMix64 (Steele, Lea and Flood, 2014) with the position as its counter: a draw costs no state, so it cannot
-    depend on the batch. 52 bits, so that u * total stays below total in float64.
+    SplitMix64 (Steele, Lea and Flood, 2014) with the position as its counter: a draw costs no
+    state, so it cannot depend on the batch. 52 bits, so that u * total stays below total in
+    float64.
     """
     position = np.arange(start + 1, stop + 1, dtype=np.uint64)
     z = keys[:, None] + position * np.uint64(0x9E3779B97F4A7C15)
@@ -79,7 +94,8 @@ def uniforms(keys: NDArray[np.uint64], start: int, stop: int) -> NDArray[np.floa
 
 @dataclass(slots=True, kw_only=True)
 class SlotSampling:
-    """Per-sequence settings as tensors, and which of them any sequence uses (so that the others cost nothing)."""
+    """Per-sequence settings as tensors, and which of them any sequence uses (so that the others
+    cost nothing)."""
 
     temperature: Tensor
     """[n] 1 where greedy."""
@@ -134,7 +150,9 @@ class SlotSampling:
 
     def slots(self, start: int, stop: int) -> SlotSampling:
         """A view of slots start..stop-1."""
-        return replace(self, **{name: tensor[start:stop] for name, tensor in self._tensors().items()})
+        return replace(
+            self, **{name: tensor[start:stop] for name, tensor in self._tensors().items()}
+        )
 
     def _tensors(self) -> dict[str, Any]:
         named = {held.name: getattr(self, held.name) for held in fields(self)}
@@ -142,10 +160,12 @@ class SlotSampling:
 
 
 def sample(logits: Tensor, uniform: Tensor, settings: SlotSampling) -> tuple[Tensor, Tensor]:
-    """logits [n, V], uniform [n] float64 in [0, 1) -> (tokens [n] int64, log-probs [n] of the temperature's dtype).
+    """logits [n, V], uniform [n] float64 in [0, 1) -> (tokens [n] int64, log-probs [n] of the
+    temperature's dtype).
 
-    The log-prob is of the distribution drawn from: after temperature, min-p, top-k and then top-p, renormalised. A greedy
-    token (temperature 0) is the argmax, and its log-prob is that of the untempered, uncut logits.
+    The log-prob is of the distribution drawn from: after temperature, min-p, top-k and then top-p,
+    renormalised. A greedy token (temperature 0) is the argmax, and its log-prob is that of the
+    untempered, uncut logits.
     """
     logits = logits.to(settings.temperature.dtype)
     if settings.any_temperature:
@@ -162,15 +182,16 @@ def sample(logits: Tensor, uniform: Tensor, settings: SlotSampling) -> tuple[Ten
 
 
 def penalised(logits: Tensor, seen: Tensor, settings: SlotSampling) -> Tensor:
-    """logits [n, V] with the repetition penalty of the tokens that are `seen` [n, V], in the temperature's dtype."""
+    """logits [n, V] with the repetition penalty of the tokens that are `seen` [n, V], in the
+    temperature's dtype."""
     logits = logits.to(settings.temperature.dtype)
     penalty = settings.penalty[:, None]
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def _cut(logp: Tensor, settings: SlotSampling) -> Tensor:
-    """Of the tokens that have min_p of the likeliest one's probability keeps the top_k likeliest, of these the fewest whose
-    mass reaches top_p, and renormalises."""
+    """Of the tokens that have min_p of the likeliest one's probability keeps the top_k likeliest,
+    of these the fewest whose mass reaches top_p, and renormalises."""
     top_p = settings.top_p
     ordered, order = logp.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logp.shape[1], device=logp.device)

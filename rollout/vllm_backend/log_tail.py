@@ -1,4 +1,5 @@
-"""The last lines that an engine's processes printed: the cause of their death stands there and nowhere else."""
+"""The last lines that an engine's processes printed: the cause of their death stands there and
+nowhere else."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ LINES = 200
 
 
 class LogTail:
-    """Processes started within `inherited` write into a pipe; a thread passes their lines on and keeps the last ones."""
+    """Processes started within `inherited` write into a pipe; a thread passes their lines on and
+    keeps the last ones."""
 
     def __init__(self) -> None:
         self._lines: deque[str] = deque(maxlen=LINES)
@@ -24,7 +26,8 @@ class LogTail:
 
     @contextmanager
     def inherited(self) -> Iterator[None]:
-        """Standard output and error of this process are the pipe meanwhile, so that children inherit it."""
+        """Standard output and error of this process are the pipe meanwhile, so that children
+        inherit it."""
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         kept = os.dup(1), os.dup(2)

@@ -1,4 +1,5 @@
-"""vLLM at work: its processes behind a handful of calls, which say what happened when one of them ends or hangs."""
+"""vLLM at work: its processes behind a handful of calls, which say what happened when one of them
+ends or hangs."""
 
 from __future__ import annotations
 
@@ -27,13 +28,15 @@ class EngineLostError(RuntimeError):
 def start(settings: EngineSettings) -> RunningLLM:
     """Starts vLLM's processes and returns once they hold the model; minutes for a large one.
 
-    ValueError for settings that vLLM does not take, EngineLostError with the last error line of its log if it does not start.
+    ValueError for settings that vLLM does not take, EngineLostError with the last error line of its
+    log if it does not start.
     """
     vllm_compat.check_installed()
     vllm_compat.check_engine_args(settings.engine_args)
     if settings.dtype not in vllm_compat.DTYPES:
         raise ValueError(
-            f"model.dtype={settings.dtype}: vLLM decodes in {', '.join(vllm_compat.DTYPES)}; set rollout.engine=embedded"
+            f"model.dtype={settings.dtype}: vLLM decodes in {', '.join(vllm_compat.DTYPES)}; set"
+            " rollout.engine=embedded"
         )
     variables, of_platform = vllm_compat.prepare(settings, os.environ)
     os.environ.update(variables)
@@ -46,9 +49,11 @@ def start(settings: EngineSettings) -> RunningLLM:
     try:
         with tail.inherited():
             args = AsyncEngineArgs(**vllm_compat.engine_arguments(settings, of_platform))
-            # rollouts are a batch, not a service: vLLM's defaults for its own offline use, e.g. tokens a step
+            # rollouts are a batch, not a service: vLLM's defaults for its own offline use, e.g.
+            # tokens a step
             llm = AsyncLLM.from_engine_args(args, usage_context=UsageContext.LLM_CLASS)
-    except (RuntimeError, TimeoutError) as error:  # vLLM says only "see root cause above", which went to its log
+    # vLLM says only "see root cause above", which went to its log
+    except (RuntimeError, TimeoutError) as error:
         raise EngineLostError(f"vLLM did not start: {tail.cause()}") from error
     return RunningLLM(llm, tail)
 
@@ -66,27 +71,35 @@ class RunningLLM:
         self._watch()
 
     def on_tokens(self, count: Count) -> None:
-        """From now on `count(request id, new tokens)` is called for whatever the engine's process sends, in its order."""
+        """From now on `count(request id, new tokens)` is called for whatever the engine's process
+        sends, in its order."""
         self._count = count
 
-    async def decode(self, request_id: str, token_ids: list[int], sampling: Sampling, salt: str) -> Decoded:
-        """One sample to its end; "abort" as its finish reason, and what was decoded, if it was aborted.
+    async def decode(
+        self, request_id: str, token_ids: list[int], sampling: Sampling, salt: str
+    ) -> Decoded:
+        """One sample to its end; "abort" as its finish reason, and what was decoded, if it was
+        aborted.
 
-        request_id: without a hyphen. salt: prompts share cached blocks only with prompts of the same salt.
+        request_id: without a hyphen. salt: prompts share cached blocks only with prompts of the
+        same salt.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         wanted = SamplingParams(
-            **parameters(sampling),
-            flat_logprobs=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            **parameters(sampling), flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY
         )
         sample = (await self._final(request_id, token_ids, wanted, salt)).outputs[0]
-        return Decoded(list(sample.token_ids), list(sample.logprobs.logprobs), str(sample.finish_reason))
+        return Decoded(
+            list(sample.token_ids), list(sample.logprobs.logprobs), str(sample.finish_reason)
+        )
 
-    async def prompt_logprobs(self, request_id: str, token_ids: list[int], salt: str) -> list[float]:
-        """log-prob of every token but the first, given those before it, by the model without a temperature."""
+    async def prompt_logprobs(
+        self, request_id: str, token_ids: list[int], salt: str
+    ) -> list[float]:
+        """log-prob of every token but the first, given those before it, by the model without a
+        temperature."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -97,19 +110,24 @@ class RunningLLM:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        return list((await self._final(request_id, token_ids, wanted, salt)).prompt_logprobs.logprobs)
+        return list(
+            (await self._final(request_id, token_ids, wanted, salt)).prompt_logprobs.logprobs
+        )
 
     async def abort(self, request_ids: Collection[str]) -> None:
-        """Those that vLLM knows end with the tokens that have been counted; others are passed over."""
+        """Those that vLLM knows end with the tokens that have been counted; others are passed
+        over."""
         await self._handled()
         with suppress(EngineLostError), self._alive():
             await self._llm.abort(list(request_ids))
 
     async def pause(self) -> None:
-        """Returns once no step runs, all requests are kept, and every token of earlier steps has been counted."""
+        """Returns once no step runs, all requests are kept, and every token of earlier steps has
+        been counted."""
         with self._alive():
             await self._llm.pause_generation(mode="keep", clear_cache=False)
-        # the answer came after those tokens through the same socket, so they lie at most one queue away
+        # the answer came after those tokens through the same socket, so they lie at most one queue
+        # away
         await self._handled()
 
     async def resume(self) -> None:
@@ -117,12 +135,14 @@ class RunningLLM:
             await self._llm.resume_generation()
 
     async def sleep(self, level: int) -> None:
-        """Paused and without requests: the device's memory is free. On a CPU vLLM stays as it is."""
+        """Paused and without requests: the device's memory is free. On a CPU vLLM stays as it
+        is."""
         with self._alive():
             await self._llm.sleep(level)
 
     async def wake(self, what: str) -> None:
-        """`weights` or `kv_cache`, which comes back empty. vLLM would go on by itself once it has both."""
+        """`weights` or `kv_cache`, which comes back empty. vLLM would go on by itself once it has
+        both."""
         with self._alive():
             await self._llm.wake_up([what])
             await self._llm.pause_generation(mode="keep", clear_cache=False)
@@ -141,10 +161,13 @@ class RunningLLM:
             return list(await self._llm.collective_rpc(method, args=arguments))
 
     async def within(self, what: str, work: Awaitable[T], deadline: float) -> T:
-        """The result of `work`; TimeoutError after `deadline` seconds, EngineLostError as soon as vLLM's processes end."""
+        """The result of `work`; TimeoutError after `deadline` seconds, EngineLostError as soon as
+        vLLM's processes end."""
         working, ended = asyncio.ensure_future(work), asyncio.ensure_future(self._ended.wait())
         try:
-            await asyncio.wait((working, ended), timeout=deadline, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                (working, ended), timeout=deadline, return_when=asyncio.FIRST_COMPLETED
+            )
             if working.done():
                 return working.result()
             if ended.done():
@@ -163,7 +186,8 @@ class RunningLLM:
         if not self._down:
             self._down = True
             if self._llm.output_handler is not None:
-                self._llm.output_handler.cancel()  # it would report the end of the processes as a failure
+                # it would report the end of the processes as a failure
+                self._llm.output_handler.cancel()
             await asyncio.wait_for(asyncio.to_thread(self._llm.shutdown), SHUTDOWN_S)
             self._tail.close()
 
@@ -178,7 +202,8 @@ class RunningLLM:
             raise self._end() from None
 
     async def _handled(self) -> None:
-        """Returns once vLLM's own handler, which starts with the first request, has dealt with all that came."""
+        """Returns once vLLM's own handler, which starts with the first request, has dealt with all
+        that came."""
         handler = self._llm.output_handler
         while handler is not None and not handler.done() and not self._waiting:
             await asyncio.sleep(0)
@@ -186,19 +211,23 @@ class RunningLLM:
     def _end(self) -> EngineLostError:
         return EngineLostError(f"vLLM's engine process has ended: {self._tail.cause()}")
 
-    async def _final(self, request_id: str, token_ids: list[int], parameters: Any, salt: str) -> Any:
+    async def _final(
+        self, request_id: str, token_ids: list[int], parameters: Any, salt: str
+    ) -> Any:
         # a rendered prompt: vLLM has nothing left to tokenise
         prompt = {"type": "token", "prompt_token_ids": token_ids, "cache_salt": salt}
         final = None
         with self._alive():
             async for output in self._llm.generate(prompt, parameters, request_id):
                 final = output
-        assert final is not None and final.finished, f"vLLM ended request {request_id} without its result"
+        assert final is not None and final.finished, (
+            f"vLLM ended request {request_id} without its result"
+        )
         return final
 
     def _watch(self) -> None:
-        """Looks at what the engine's process sends before vLLM's own handler takes it; the handler asks for more only when
-        it has dealt with all that came before."""
+        """Looks at what the engine's process sends before vLLM's own handler takes it; the handler
+        asks for more only when it has dealt with all that came before."""
         core = self._llm.engine_core
         receive = core.get_output_async
 

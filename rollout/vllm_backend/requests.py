@@ -1,4 +1,5 @@
-"""One sample on its way through an engine that runs in other processes: what is known of it here."""
+"""One sample on its way through an engine that runs in other processes: what is known of it
+here."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ NOTHING = Decoded((), (), "abort")
 
 
 def parameters(sampling: Sampling) -> dict[str, Any]:
-    """vLLM's sampling parameters. Stop strings are not among them: `LiveSample` finds these in the tokens that come."""
+    """vLLM's sampling parameters. Stop strings are not among them: `LiveSample` finds these in the
+    tokens that come."""
     return {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -52,7 +54,8 @@ def parameters(sampling: Sampling) -> dict[str, Any]:
 
 @dataclass(kw_only=True, eq=False)
 class LiveSample:
-    """One sample. It may be sent more than once: anew when its engine was lost, or had no token of it at an update."""
+    """One sample. It may be sent more than once: anew when its engine was lost, or had no token of
+    it at an update."""
 
     prompt: Prompt
     number: int
@@ -69,7 +72,8 @@ class LiveSample:
     tail: bytes | None = b""
     """What its stop strings remember of the answer; None: one is complete."""
     stopped: int | None = None
-    """How many of the tokens there are up to the one that completed a stop string; engines run ahead of that."""
+    """How many of the tokens there are up to the one that completed a stop string; engines run
+    ahead of that."""
     came: float = 0.0
     """When the first of them came, in seconds that the engine has served."""
     spans: list[Span] = field(default_factory=list)
@@ -85,7 +89,10 @@ class LiveSample:
     @property
     def token_ids(self) -> list[int]:
         """What an engine reads before it decodes: the prompt, and what was decoded before."""
-        return [*self.prompt.token_ids, *(() if self.begun is None else self.begun.token_ids.tolist())]
+        return [
+            *self.prompt.token_ids,
+            *(() if self.begun is None else self.begun.token_ids.tolist()),
+        ]
 
     @property
     def wanted(self) -> int:
@@ -94,7 +101,8 @@ class LiveSample:
 
     @property
     def seed(self) -> int:
-        """63 bits, which is what torch takes; what goes on must not draw again what its beginning drew."""
+        """63 bits, which is what torch takes; what goes on must not draw again what its beginning
+        drew."""
         key = stream_key(self.sampling.seed, self.prompt.id, self.number)
         if self.begun is not None and len(self.begun):
             key = stream_key(key, self.prompt.id, len(self.begun))
@@ -108,7 +116,8 @@ class LiveSample:
             self.tail = self.stop.tail(self.begun.open_turn)
 
     def take(self, token_ids: Sequence[int]) -> bool:
-        """Notes tokens as they come; whether one of them completes a stop string, so that no more are wanted."""
+        """Notes tokens as they come; whether one of them completes a stop string, so that no more
+        are wanted."""
         before, self.tokens = self.tokens, self.tokens + len(token_ids)
         if self.stop is None or self.tail is None:
             return False
@@ -134,13 +143,22 @@ class LiveSample:
         """`version` is of the tokens that no span covers."""
         reason = REASONS.get(decoded.finish_reason)
         if reason is None:
-            raise RuntimeError(f"a sample of prompt {self.prompt.id} ended with {decoded.finish_reason!r}")
+            raise RuntimeError(
+                f"a sample of prompt {self.prompt.id} ended with {decoded.finish_reason!r}"
+            )
         count, start = len(decoded.token_ids), self._covered
         assert start <= count <= self.tokens, (
             f"{count} tokens came, {self.tokens} were counted, {start} before an update"
         )
-        token_ids, logprobs = np.array(decoded.token_ids, np.int32), np.array(decoded.logprobs, np.float32)
-        spans = [*self.spans, Span(version, start, count)] if decoded.spans is None else [*decoded.spans]
+        token_ids, logprobs = (
+            np.array(decoded.token_ids, np.int32),
+            np.array(decoded.logprobs, np.float32),
+        )
+        spans = (
+            [*self.spans, Span(version, start, count)]
+            if decoded.spans is None
+            else [*decoded.spans]
+        )
         if self.stopped is not None:
             reason, end = "stop", self.stopped
             assert end <= count, f"{count} tokens came of {end} up to a stop string"
@@ -149,7 +167,10 @@ class LiveSample:
         started, before = self.started, self.begun
         if before is not None:
             had = len(before)
-            token_ids, logprobs = np.append(before.token_ids, token_ids), np.append(before.logprobs, logprobs)
+            token_ids, logprobs = (
+                np.append(before.token_ids, token_ids),
+                np.append(before.logprobs, logprobs),
+            )
             spans = [*before.spans, *(Span(v, first + had, stop + had) for v, first, stop in spans)]
             started = before.started
         return Completion(
@@ -174,14 +195,22 @@ def samples_of(
     outcomes: asyncio.Queue[Completion | BaseException],
     stop_strings: StopStrings,
 ) -> Iterator[LiveSample]:
-    """Every sample of these requests; of a prompt in `begun` only those that it has, each from where it stands."""
+    """Every sample of these requests; of a prompt in `begun` only those that it has, each from
+    where it stands."""
     for prompt, n, sampling in requests:
         stop = stop_strings.matcher(sampling.stop)
         parts: Sequence[Completion | None] = begun.get(prompt.id) or [None] * n
         for index, part in enumerate(parts):
             assert part is None or (part.prompt_id == prompt.id and len(part) < sampling.max_tokens)
             number = index if part is None else part.sample
-            yield LiveSample(prompt=prompt, number=number, sampling=sampling, outcomes=outcomes, stop=stop, begun=part)
+            yield LiveSample(
+                prompt=prompt,
+                number=number,
+                sampling=sampling,
+                outcomes=outcomes,
+                stop=stop,
+                begun=part,
+            )
 
 
 __all__ = ["NOTHING", "Count", "Decoded", "LiveSample", "parameters", "samples_of"]

@@ -1,6 +1,8 @@
-"""The weights that a vLLM engine serves, and the processes that hold them: updates, restarts, and the proof of both.
+"""The weights that a vLLM engine serves, and the processes that hold them: updates, restarts, and
+the proof of both.
 
-Everything here happens in one turn after the other (`VLLMEngine` holds the lock), in the order of `update_order`.
+Everything here happens in one turn after the other (`VLLMEngine` holds the lock), in the order of
+`update_order`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,14 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from ..weights.engine_transfer import BroadcastGroup
-from ..weights.patch import DigestMismatchError, TensorBytes, Transfer, VersionError, WeightPatch, verify
+from ..weights.patch import (
+    DigestMismatchError,
+    TensorBytes,
+    Transfer,
+    VersionError,
+    WeightPatch,
+    verify,
+)
 from . import compat as vllm_compat
 from .process import EngineLostError, RunningLLM, start
 from .requests import LiveSample
@@ -68,7 +77,8 @@ class ServedWeights:
         self.mirror = Mirror(vllm_compat.DTYPES[settings.dtype], servers_directory)
         if version >= 0:
             self.mirror.write(checkpoint_bytes(Path(settings.model), settings.dtype))
-        self._proved: WeightPatch | None = None  # of the version served, without its tensors; None: those of `model`
+        # of the version served, without its tensors; None: those of `model`
+        self._proved: WeightPatch | None = None
         self.open = asyncio.Event()
         """Whether samples are sent to vLLM."""
         self.open.set()
@@ -111,10 +121,11 @@ class ServedWeights:
         stale: bool = False,
         lost: Exception | None = None,
     ) -> None:
-        """Until the engine holds what `target` says after writing `tensors`, and is paused exactly if somebody asked for it;
-        through as many restarts as are allowed. What fails for good ends every stream. transfer: the tensors are received
-        by vLLM's own processes; should that fail, they are had another way. stale: it has to be loaded in any case. lost:
-        the engine has to be replaced."""
+        """Until the engine holds what `target` says after writing `tensors`, and is paused exactly
+        if somebody asked for it; through as many restarts as are allowed. What fails for good ends
+        every stream. transfer: the tensors are received by vLLM's own processes; should that fail,
+        they are had another way. stale: it has to be loaded in any case. lost: the engine has to be
+        replaced."""
         self.open.clear()
         stale, differed = stale or target is not self._proved, False
         try:
@@ -141,7 +152,11 @@ class ServedWeights:
                 if transfer is not None:
                     tensors, transfer = await asyncio.to_thread(transfer.fallback), None
         except BaseException as error:
-            failure = error if isinstance(error, Exception) else RuntimeError("a weight update was interrupted")
+            failure = (
+                error
+                if isinstance(error, Exception)
+                else RuntimeError("a weight update was interrupted")
+            )
             self.corrupt = self.corrupt or failure
             await self._requests.fail(failure)
             raise
@@ -149,9 +164,12 @@ class ServedWeights:
             self.open.set()
 
     def _is_new(self, patch: WeightPatch) -> bool:
-        """Whether it has to be applied. All that can be wrong with it is found here, before anything changes."""
+        """Whether it has to be applied. All that can be wrong with it is found here, before
+        anything changes."""
         if self.run_id and patch.run_id != self.run_id:
-            raise VersionError(f"a patch of run {patch.run_id}, but this engine serves run {self.run_id}")
+            raise VersionError(
+                f"a patch of run {patch.run_id}, but this engine serves run {self.run_id}"
+            )
         if patch.version < self.version:
             raise VersionError(f"version goes backwards: {patch.version} after {self.version}")
         if patch.version == self.version and self.corrupt is None:
@@ -159,7 +177,8 @@ class ServedWeights:
             return False
         if patch.base_version not in (None, self.version):
             raise VersionError(
-                f"patch {patch.version} builds on {patch.base_version}, the engine serves {self.version}"
+                f"patch {patch.version} builds on {patch.base_version}, the engine serves"
+                f" {self.version}"
             )
         if patch.transfer is None:
             self.mirror.check(patch)
@@ -192,28 +211,34 @@ class ServedWeights:
             await self._within("label", self.llm.label(target.version))
 
     async def _receive(self, transfer: Transfer) -> list[dict[str, str]]:
-        """The digests of what each process received; EngineLostError if it did not go well: then layers are half loaded."""
+        """The digests of what each process received; EngineLostError if it did not go well: then
+        layers are half loaded."""
         version = transfer.version
         group = version.broadcast.group
         try:
             if self.joined != group:
                 size = 1 + group.workers * group.ranks
-                joining = vllm_compat.transfer_init(group.backend, group.host, group.engine_port, transfer.rank, size)
+                joining = vllm_compat.transfer_init(
+                    group.backend, group.host, group.engine_port, transfer.rank, size
+                )
                 await self._within("join", self.llm.call_workers("emberl_join", joining))
                 self.joined = group
             await asyncio.to_thread(self.mirror.lay_out, version.tensors)
             update = vllm_compat.transfer_update(group.backend, version.described)
             return await self._within("receive", self._call_workers("emberl_receive", update))
         except Exception as error:
-            raise EngineLostError(f"the weight transfer into vLLM's processes failed: {error}") from error
+            raise EngineLostError(
+                f"the weight transfer into vLLM's processes failed: {error}"
+            ) from error
 
     def _call_workers(self, method: str, *arguments: Any) -> Awaitable[list[dict[str, str]]]:
         entries = [[name, *entry] for name, entry in self.mirror.entries.items()]
         return self.llm.call_workers(method, self.mirror.path, entries, *arguments)
 
     async def _clear(self) -> None:
-        """No prompt may be continued from what the old weights cached. vLLM empties its cache only while no request holds a
-        block of it, so later prompts get another salt, and those on their way that have no token yet are sent anew."""
+        """No prompt may be continued from what the old weights cached. vLLM empties its cache only
+        while no request holds a block of it, so later prompts get another salt, and those on their
+        way that have no token yet are sent anew."""
         sent = self._requests.sent
         for sample in sent.values():
             sample.close_span(self.version)
@@ -237,7 +262,9 @@ class ServedWeights:
 
     def _start(self) -> None:
         if self._server:
-            self.llm: RunningLLM | RunningServer = connect(self._server, self._settings, self.version, self._deadline)
+            self.llm: RunningLLM | RunningServer = connect(
+                self._server, self._settings, self.version, self._deadline
+            )
         else:
             self.llm = start(self._settings)
         self.llm.on_tokens(self._requests.count)
@@ -245,7 +272,8 @@ class ServedWeights:
         self.joined = None
 
     async def _restart(self, error: Exception) -> None:
-        """New processes, which hold what `model` holds; RuntimeError with the old ones' last words if none are allowed."""
+        """New processes, which hold what `model` holds; RuntimeError with the old ones' last words
+        if none are allowed."""
         for sample in list(self._requests.sent.values()):
             sample.take_back()
         last = " | ".join(self.llm.last_lines())
@@ -253,8 +281,8 @@ class ServedWeights:
         self.restarts += 1
         if self.restarts > self._max_restarts:
             raise RuntimeError(
-                f"vLLM was lost {self.restarts} times, more than rollout.max_restarts={self._max_restarts}: {error}; "
-                f"its last lines: {last}"
+                f"vLLM was lost {self.restarts} times, more than"
+                f" rollout.max_restarts={self._max_restarts}: {error}; its last lines: {last}"
             )
         await asyncio.to_thread(self._start)
 

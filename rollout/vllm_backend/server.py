@@ -1,15 +1,19 @@
-"""A vLLM server that already runs, as the engine of a rollout worker: the calls of `vllm_process.RunningLLM`, over HTTP.
+"""A vLLM server that already runs, as the engine of a rollout worker: the calls of
+`vllm_process.RunningLLM`, over HTTP.
 
-    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --dtype float32 --skip-tokenizer-init \\
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --dtype float32 --skip-tokenizer-init
+    \\
         --logprobs-mode processed_logprobs --generation-config vllm \\
         --worker-extension-cls emberl.rollout.vllm_backend.extension.WeightExtension
 
-Where that command is missing, as in vLLM's CPU wheels: `python -m vllm.entrypoints.openai.api_server --model MODEL ...`. On a CPU
-add --no-enable-chunked-prefill.
+Where that command is missing, as in vLLM's CPU wheels:
+`python -m vllm.entrypoints.openai.api_server --model MODEL ...`. On a CPU add
+--no-enable-chunked-prefill.
 
-Routes, as of vLLM 0.32: `/inference/v1/generate`, which `--enable-scale-out` opens, takes and gives token ids; `/pause`,
-`/resume`, `/abort_requests`, `/update_weight_version`, `/reset_prefix_cache` and `/collective_rpc` are there in the developer
-mode only. The server itself says which version each token was sampled by. Weights go through a file that both see.
+Routes, as of vLLM 0.32: `/inference/v1/generate`, which `--enable-scale-out` opens, takes and gives
+token ids; `/pause`, `/resume`, `/abort_requests`, `/update_weight_version`, `/reset_prefix_cache`
+and `/collective_rpc` are there in the developer mode only. The server itself says which version
+each token was sampled by. Weights go through a file that both see.
 """
 
 from __future__ import annotations
@@ -35,44 +39,54 @@ ID_PREFIX = "generate-tokens-"
 """What the server puts before a request's id."""
 RETRY_S = 1.0
 START = (
-    "start it as VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --dtype {dtype} --logprobs-mode processed_logprobs "
-    "--generation-config vllm --worker-extension-cls emberl.rollout.vllm_backend.extension.WeightExtension"
+    "start it as VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --dtype {dtype}"
+    " --logprobs-mode processed_logprobs --generation-config vllm --worker-extension-cls"
+    " emberl.rollout.vllm_backend.extension.WeightExtension"
 )
 
 
 def connect(url: str, settings: EngineSettings, version: int, timeout: float) -> RunningServer:
-    """Waits up to `timeout` seconds until the server answers, looks whether it can be used, and calls what it serves `version`.
+    """Waits up to `timeout` seconds until the server answers, looks whether it can be used, and
+    calls what it serves `version`.
 
     ValueError says how it has to be started; EngineLostError if it does not answer.
     """
     how = START.format(dtype=settings.dtype)
     with httpx.Client(base_url=url, timeout=timeout) as client:
         _wait_for(client, url, timeout)
-        found = [client.get("/weight_info"), client.post("/collective_rpc", json={"method": "emberl_describe"})]
+        found = [
+            client.get("/weight_info"),
+            client.post("/collective_rpc", json={"method": "emberl_describe"}),
+        ]
         lacking = next((answer for answer in found if answer.status_code != 200), None)
         if lacking is not None:
             raise ValueError(
-                f"rollout.servers: {url}{lacking.request.url.path} answers {lacking.status_code}, so it is not a vLLM 0.32 whose "
-                f"weights emberl can change; {how}"
+                f"rollout.servers: {url}{lacking.request.url.path} answers {lacking.status_code},"
+                f" so it is not a vLLM 0.32 whose weights emberl can change; {how}"
             )
         served = found[1].json()["results"][0]
         if not served["labels_tokens"]:
             raise ValueError(
-                f"rollout.servers: {url} is vLLM {served['vllm']}, which does not say by which weights a token was sampled; "
-                "0.32 does (without rollout.servers, rollout.engine=vllm starts older ones itself)"
+                f"rollout.servers: {url} is vLLM {served['vllm']}, which does not say by which"
+                " weights a token was sampled; 0.32 does (without rollout.servers,"
+                " rollout.engine=vllm starts older ones itself)"
             )
         client.post("/update_weight_version", json={"new_version": str(version)}).raise_for_status()
         length = client.get("/v1/models").json()["data"][0]["max_model_len"]
     wanted = {"dtype": settings.dtype, "logprobs_mode": "processed_logprobs"}
     for name, value in wanted.items():
         if served[name] != value:
-            raise ValueError(f"rollout.servers: {url} was started with {name}={served[name]}, not {value}; {how}")
+            raise ValueError(
+                f"rollout.servers: {url} was started with {name}={served[name]}, not {value}; {how}"
+            )
     if served["chunks_on_cpu"]:
-        raise ValueError(f"rollout.servers: start {url} with --no-enable-chunked-prefill: {NO_CHUNKS}")
+        raise ValueError(
+            f"rollout.servers: start {url} with --no-enable-chunked-prefill: {NO_CHUNKS}"
+        )
     if length < settings.max_model_len:
         raise ValueError(
-            f"rollout.servers: {url} takes sequences of {length} tokens, the run needs {settings.max_model_len}: start it with "
-            f"--max-model-len {settings.max_model_len}"
+            f"rollout.servers: {url} takes sequences of {length} tokens, the run needs"
+            f" {settings.max_model_len}: start it with --max-model-len {settings.max_model_len}"
         )
     return RunningServer(url, model_config(settings.model).vocab_size)
 
@@ -92,7 +106,8 @@ def _wait_for(client: httpx.Client, url: str, timeout: float) -> None:
 
 
 class RunningServer:
-    """Every method must be called on one event loop. What the server refuses raises RuntimeError with its words."""
+    """Every method must be called on one event loop. What the server refuses raises RuntimeError
+    with its words."""
 
     def __init__(self, url: str, vocab_size: int) -> None:
         self.url, self.vocab_size = url, vocab_size
@@ -105,7 +120,9 @@ class RunningServer:
         """From now on `count(request id, new tokens)` is called as they come."""
         self._count = count
 
-    async def decode(self, request_id: str, token_ids: list[int], sampling: Sampling, salt: str) -> Decoded:
+    async def decode(
+        self, request_id: str, token_ids: list[int], sampling: Sampling, salt: str
+    ) -> Decoded:
         """One sample to its end, with the version of every token; as `RunningLLM.decode`."""
         body = self._request(request_id, token_ids, parameters(sampling), salt) | {"stream": True}
         drawn: list[int] = []
@@ -113,7 +130,9 @@ class RunningServer:
         try:
             async with self._client.stream("POST", GENERATE, json=body) as answer:
                 if answer.status_code != 200:
-                    raise RuntimeError(f"{self.url}{GENERATE}: {(await answer.aread()).decode()[:500]}")
+                    raise RuntimeError(
+                        f"{self.url}{GENERATE}: {(await answer.aread()).decode()[:500]}"
+                    )
                 async for line in answer.aiter_lines():
                     if not line.startswith("data: {"):
                         continue
@@ -123,20 +142,26 @@ class RunningServer:
                     for choice in chunk["choices"]:
                         new = choice["token_ids"] or []
                         if new:
-                            logprobs += [entry["logprob"] for entry in choice["logprobs"]["content"]]
+                            logprobs += [
+                                entry["logprob"] for entry in choice["logprobs"]["content"]
+                            ]
                             drawn += new
                             self._count(request_id, new)
                         if choice["finish_reason"] is not None:
                             spans = [
-                                Span(int(s["version"]), s["start"], s["end"]) for s in choice["weight_versions"] or ()
+                                Span(int(s["version"]), s["start"], s["end"])
+                                for s in choice["weight_versions"] or ()
                             ]
                             return Decoded(drawn, logprobs, choice["finish_reason"], tuple(spans))
         except httpx.TransportError as error:
             raise self._lost(error) from error
         raise EngineLostError(f"{self.url} ended its answer before the sample ended")
 
-    async def prompt_logprobs(self, request_id: str, token_ids: list[int], salt: str) -> list[float]:
-        """log-prob of every token but the first, given those before it, by the model without a temperature."""
+    async def prompt_logprobs(
+        self, request_id: str, token_ids: list[int], salt: str
+    ) -> list[float]:
+        """log-prob of every token but the first, given those before it, by the model without a
+        temperature."""
         wanted = {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
         answer = await self._post(GENERATE, self._request(request_id, token_ids, wanted, salt))
         return [
@@ -147,7 +172,9 @@ class RunningServer:
     async def abort(self, request_ids: Collection[str]) -> None:
         """Those that the server knows end with the tokens that it has; others are passed over."""
         if request_ids:  # an empty list would end everybody's
-            await self._post("/abort_requests", {"request_ids": [ID_PREFIX + self._name(i) for i in request_ids]})
+            await self._post(
+                "/abort_requests", {"request_ids": [ID_PREFIX + self._name(i) for i in request_ids]}
+            )
 
     async def pause(self) -> None:
         """Returns once no step runs; all requests are kept."""
@@ -157,11 +184,13 @@ class RunningServer:
         await self._post("/resume")
 
     async def sleep(self, level: int) -> None:
-        """Paused and without requests: the device's memory is free. On a CPU vLLM stays as it is."""
+        """Paused and without requests: the device's memory is free. On a CPU vLLM stays as it
+        is."""
         await self._post(f"/sleep?level={level}&mode=keep")
 
     async def wake(self, what: str) -> None:
-        """`weights` or `kv_cache`, which comes back empty. vLLM would go on by itself once it has both."""
+        """`weights` or `kv_cache`, which comes back empty. vLLM would go on by itself once it has
+        both."""
         await self._post(f"/wake_up?tags={what}")
         await self.pause()
 
@@ -175,7 +204,11 @@ class RunningServer:
 
     async def call_workers(self, method: str, *arguments: Any) -> list[Any]:
         """One result of each worker process."""
-        return list((await self._post("/collective_rpc", {"method": method, "args": list(arguments)}))["results"])
+        return list(
+            (await self._post("/collective_rpc", {"method": method, "args": list(arguments)}))[
+                "results"
+            ]
+        )
 
     async def within(self, what: str, work: Awaitable[T], deadline: float) -> T:
         """The result of `work`; TimeoutError after `deadline` seconds."""
@@ -192,7 +225,9 @@ class RunningServer:
         """Lets go of the server, which goes on. Idempotent."""
         await self._client.aclose()
 
-    def _request(self, request_id: str, token_ids: list[int], sampling: dict[str, Any], salt: str) -> dict[str, Any]:
+    def _request(
+        self, request_id: str, token_ids: list[int], sampling: dict[str, Any], salt: str
+    ) -> dict[str, Any]:
         salted = f"{self._mine}-{salt}"
         return {
             "request_id": self._name(request_id),
@@ -210,7 +245,9 @@ class RunningServer:
         except httpx.TransportError as error:
             raise self._lost(error) from error
         if answer.status_code != 200:
-            raise RuntimeError(f"{self.url}{path} answers {answer.status_code}: {answer.text[:500]}")
+            raise RuntimeError(
+                f"{self.url}{path} answers {answer.status_code}: {answer.text[:500]}"
+            )
         return answer.json()
 
     def _lost(self, error: Exception) -> EngineLostError:

@@ -1,9 +1,11 @@
-"""The mirror: every tensor that an engine serves, as canonical bytes in one piece of memory that its processes share.
+"""The mirror: every tensor that an engine serves, as canonical bytes in one piece of memory that
+its processes share.
 
-An engine that packs or shards what it loads cannot be asked for its bytes again. So the bytes it is to serve are kept
-here under their Hugging Face names; a patch is applied here, proved here, and each of the engine's processes loads from
-here and answers with the digest of what it read. The memory has no name in a file system (but for engines on other
-machines): nothing is left behind, however a process ends, and a small /dev/shm does not limit it.
+An engine that packs or shards what it loads cannot be asked for its bytes again. So the bytes it is
+to serve are kept here under their Hugging Face names; a patch is applied here, proved here, and
+each of the engine's processes loads from here and answers with the digest of what it read. The
+memory has no name in a file system (but for engines on other machines): nothing is left behind,
+however a process ends, and a small /dev/shm does not limit it.
 """
 
 from __future__ import annotations
@@ -41,11 +43,13 @@ class Entry(NamedTuple):
 
 
 class Mirror:
-    """Holds nothing until the first write, which must be of every tensor and fixes the names and shapes of all later ones."""
+    """Holds nothing until the first write, which must be of every tensor and fixes the names and
+    shapes of all later ones."""
 
     def __init__(self, dtype: str, directory: str | None = None) -> None:
-        """dtype: the only one that the engine serves, as safetensors spells it. directory: where the engine's processes see
-        the mirror as a file; None: they run on this machine, under the same user."""
+        """dtype: the only one that the engine serves, as safetensors spells it. directory: where
+        the engine's processes see the mirror as a file; None: they run on this machine, under the
+        same user."""
         self.dtype = dtype
         self._file: str | None = None
         if directory is None:
@@ -66,15 +70,25 @@ class Mirror:
         return sum(entry.size for entry in self.entries.values())
 
     def check(self, patch: WeightPatch) -> None:
-        """Finds all that can be wrong with a patch before a byte changes: ValueError for a tensor that is not of this
-        model or has another dtype or shape, DigestMismatchError where applying it would not give the patch's digests."""
-        self.expect({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in patch.tensors.items()})
+        """Finds all that can be wrong with a patch before a byte changes: ValueError for a tensor
+        that is not of this model or has another dtype or shape, DigestMismatchError where applying
+        it would not give the patch's digests."""
+        self.expect(
+            {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in patch.tensors.items()}
+        )
         for name, tensor in patch.tensors.items():
             size = math.prod(tensor.shape) * ELEMENT_BYTES[tensor.dtype]
             if tensor.data.nbytes != size:
-                raise ValueError(f"{name}: {tensor.dtype} {tensor.shape} is {size} bytes, got {tensor.data.nbytes}")
+                raise ValueError(
+                    f"{name}: {tensor.dtype} {tensor.shape} is {size} bytes, got"
+                    f" {tensor.data.nbytes}"
+                )
         arrived = {name: digest(tensor.data) for name, tensor in patch.tensors.items()}
-        kept = {name: digest(self._bytes(entry)) for name, entry in self.entries.items() if name not in arrived}
+        kept = {
+            name: digest(self._bytes(entry))
+            for name, entry in self.entries.items()
+            if name not in arrived
+        }
         verify(arrived | kept, patch)
 
     def expect(self, tensors: Layout) -> None:
@@ -84,11 +98,15 @@ class Mirror:
                 raise ValueError(f"{name} is not a tensor of this model")
             wanted = self.entries[name].shape if self.entries else shape
             if (dtype, shape) != (self.dtype, wanted):
-                raise ValueError(f"{name}: got {dtype} {shape}, the engine serves {self.dtype} {wanted}")
+                raise ValueError(
+                    f"{name}: got {dtype} {shape}, the engine serves {self.dtype} {wanted}"
+                )
 
     def write(self, tensors: Mapping[str, TensorBytes]) -> None:
         """Overwrites these tensors. The engine's processes must not be reading."""
-        self.lay_out({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+        self.lay_out(
+            {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        )
         for name, tensor in tensors.items():
             self._bytes(self.entries[name])[:] = tensor.data.reshape(-1)
 
@@ -124,8 +142,11 @@ class Mirror:
         return np.frombuffer(self._memory, np.uint8, entry.size, entry.start)
 
 
-def read_mirror(path: str, entries: Iterable[tuple[str, Entry]]) -> Iterator[tuple[str, TensorBytes]]:
-    """The tensors of another process's mirror one by one, each a copy: what is made of it shares nothing with the mirror."""
+def read_mirror(
+    path: str, entries: Iterable[tuple[str, Entry]]
+) -> Iterator[tuple[str, TensorBytes]]:
+    """The tensors of another process's mirror one by one, each a copy: what is made of it shares
+    nothing with the mirror."""
     with open(path, "rb") as file:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     for name, entry in entries:
@@ -141,14 +162,17 @@ def write_mirror(path: str, entry: Entry, data: Bytes) -> None:
 
 
 def checkpoint_bytes(path: Path, dtype: str) -> dict[str, TensorBytes]:
-    """The tensors of a Hugging Face directory in the bytes that an engine of `dtype` makes of them; a tied head once."""
+    """The tensors of a Hugging Face directory in the bytes that an engine of `dtype` makes of them;
+    a tied head once."""
     tied = json.loads((path / "config.json").read_text()).get("tie_word_embeddings", False)
     kind: torch.dtype = getattr(torch, dtype)
     tensors = {}
     for name, tensor in checkpoint_tensors(path):
         if name != "lm_head.weight" or not tied:
             data = tensor.to(kind).contiguous().view(-1).view(torch.uint8).numpy()
-            tensors[name] = TensorBytes(dtype=dtype_name(kind), shape=tuple(tensor.shape), data=data)
+            tensors[name] = TensorBytes(
+                dtype=dtype_name(kind), shape=tuple(tensor.shape), data=data
+            )
     return tensors
 
 

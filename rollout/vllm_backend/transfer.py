@@ -1,14 +1,17 @@
-"""Weights from the learners into the engines' own processes, through the weight-transfer engines that vLLM has.
+"""Weights from the learners into the engines' own processes, through the weight-transfer engines
+that vLLM has.
 
     learners, rank 0                                      a rollout worker
                                     <-- ready --          join(version): its engine decodes on
     waits until all workers are
-                                    --- go --->           pauses, has the engine's processes join the group (once) and
+                                    --- go --->           pauses, has the engine's processes join
+                                    the group (once) and
     send(version, tensors)          === tensors ==>       receive, proves the digests, resumes
 
-Words go through a store that the learner keeps, tensors through the devices' fabric: NCCL, or HCCL, which vllm-ascend
-puts under NCCL's name; on a CPU through `gloo`. All ranks confirm through the store first: a rank stuck in a collective
-can only be killed. A worker that misses a version fetches it from the object store.
+Words go through a store that the learner keeps, tensors through the devices' fabric: NCCL, or HCCL,
+which vllm-ascend puts under NCCL's name; on a CPU through `gloo`. All ranks confirm through the
+store first: a rank stuck in a collective can only be killed. A worker that misses a version fetches
+it from the object store.
 """
 
 from __future__ import annotations
@@ -45,8 +48,9 @@ class GroupMember:
         self.rank = 0
 
     def join(self, broadcast: Broadcast, joined: BroadcastGroup | None) -> int:
-        """Waits until all workers are ready for this broadcast; the rank of this engine's first process. `TransferError` if
-        they are not in time, or if this engine (whose processes are in group `joined`) cannot take part."""
+        """Waits until all workers are ready for this broadcast; the rank of this engine's first
+        process. `TransferError` if they are not in time, or if this engine (whose processes are in
+        group `joined`) cannot take part."""
         group = broadcast.group
         # the learner gives up first: after its "go" nobody may be gone
         within = timedelta(seconds=2 * broadcast.timeout)
@@ -64,7 +68,9 @@ class GroupMember:
                 raise TransferError(f"an engine has left weight-transfer group {group.group}")
         except RuntimeError as error:  # c10d's; also TransferError
             self._group = None
-            raise TransferError(f"weight transfer {broadcast.number} did not begin: {error}") from error
+            raise TransferError(
+                f"weight transfer {broadcast.number} did not begin: {error}"
+            ) from error
         return self.rank
 
 
@@ -72,12 +78,15 @@ class Rendezvous:
     """The learner's side: a store at which groups meet, one after the other."""
 
     def __init__(self, device: str, timeout: float, host: str | None = None) -> None:
-        """host: where the workers reach this process; None: at the address of its machine's name."""
+        """host: where the workers reach this process; None: at the address of its machine's
+        name."""
         self._device = device
         self._groups = 0
         self.host = host or socket.gethostbyname(socket.gethostname())
         within = timedelta(seconds=timeout)
-        self.store = c10d.TCPStore(self.host, 0, is_master=True, wait_for_workers=False, timeout=within)
+        self.store = c10d.TCPStore(
+            self.host, 0, is_master=True, wait_for_workers=False, timeout=within
+        )
 
     def group(self, workers: int, backend: str, ranks: int = 1) -> BroadcastGroup:
         """A new one, of this process and `ranks` processes of each worker's engine."""
@@ -119,7 +128,10 @@ class Sender:
         while (here := self._store.add(ready, 0)) < workers and not self._store.check([go]):
             if time.monotonic() > deadline:
                 self._store.set(go, "no")
-                raise TransferError(f"{here} of {workers} engines were ready to receive within {broadcast.timeout:g} s")
+                raise TransferError(
+                    f"{here} of {workers} engines were ready to receive within"
+                    f" {broadcast.timeout:g} s"
+                )
             time.sleep(POLL)
         if self._store.check([go]):
             raise TransferError(f"an engine has left weight-transfer group {group}")

@@ -1,11 +1,13 @@
 """The order in which an engine's weights may be changed, as a table: any other order raises.
 
     serving -> paused -> loaded -> cleared -> paused -> serving          an update
-    serving -> paused -> asleep -> awake -> loaded -> ...                a colocated engine: weights wake before a load
+    serving -> paused -> asleep -> awake -> loaded -> ...                a colocated engine: weights
+    wake before a load
 
-Out of order each of these is a silent fault on some device: loading into a running step mixes two versions in one token,
-loading into sleeping weights is a device fault on an NPU and goes unnoticed on CUDA, going on with prompts that older
-weights cached, or serving bytes that nobody compared, is noticed by nobody.
+Out of order each of these is a silent fault on some device: loading into a running step mixes two
+versions in one token, loading into sleeping weights is a device fault on an NPU and goes unnoticed
+on CUDA, going on with prompts that older weights cached, or serving bytes that nobody compared, is
+noticed by nobody.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class OrderError(RuntimeError):
 
 
 class UpdateOrder:
-    """Where one engine stands. A step that fails leaves it `broken`, and from there only `pause` leads on."""
+    """Where one engine stands. A step that fails leaves it `broken`, and from there only `pause`
+    leads on."""
 
     def __init__(self) -> None:
         self.state: State = "serving"
@@ -44,7 +47,10 @@ class UpdateOrder:
         """Around the taking of a step: raises `OrderError` before it if it may not come now."""
         if self.state not in LEGAL[step]:
             allowed = " or ".join(name for name, moves in LEGAL.items() if self.state in moves)
-            raise OrderError(f"{step!r} may not come while the engine is {self.state!r}: from here only {allowed} may")
+            raise OrderError(
+                f"{step!r} may not come while the engine is {self.state!r}: from here only"
+                f" {allowed} may"
+            )
         before, self.state = self.state, "broken"
         yield
         self.state = LEGAL[step][before]

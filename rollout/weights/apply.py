@@ -1,7 +1,8 @@
-"""Makes weights of patches, in two steps: one that may take its time while the old weights serve, one that takes none.
+"""Makes weights of patches, in two steps: one that may take its time while the old weights serve,
+one that takes none.
 
-    prepared = prepare(patch, held, threads=4)     # verifies and materialises beside; `held` is not touched
-    held = commit(held, prepared)                  # swaps
+    prepared = prepare(patch, held, threads=4)     # verifies and materialises beside; `held` is not
+    touched held = commit(held, prepared)                  # swaps
     await engine.apply(prepared.patch)             # or an engine: it takes the same tensors, whole
 
 Both are idempotent: a patch that was applied, or one that comes late, changes nothing.
@@ -38,31 +39,40 @@ class Prepared:
     """The verified result of `prepare`, ready for `commit`."""
 
     patch: WeightPatch
-    """The same patch with every tensor that it changes whole. If there is nothing to do it has none, and leads from the
-    version that is held to itself."""
+    """The same patch with every tensor that it changes whole. If there is nothing to do it has
+    none, and leads from the version that is held to itself."""
 
 
 def prepare(patch: WeightPatch, held: Weights | None, *, threads: int = 1) -> Prepared:
-    """Verifies a patch against what is held (None: nothing yet) and makes the tensors that it changes, beside the old ones.
+    """Verifies a patch against what is held (None: nothing yet) and makes the tensors that it
+    changes, beside the old ones.
 
-    VersionError: a patch of another run. VersionGap: its base is not what is held; the nearest anchor must come first.
-    CorruptPatchError: its bytes are not those that were sent, found before any is used. DigestMismatchError: what comes
-    out is not what the learners hold, or what is held under the same version is not. Each names the tensor, and nothing
-    has changed.
+    VersionError: a patch of another run. VersionGap: its base is not what is held; the nearest
+    anchor must come first. CorruptPatchError: its bytes are not those that were sent, found before
+    any is used. DigestMismatchError: what comes out is not what the learners hold, or what is held
+    under the same version is not. Each names the tensor, and nothing has changed.
     """
     if held is not None:
         if patch.run_id != held.run_id:
-            raise VersionError(f"a patch of run {patch.run_id}, but these weights are of run {held.run_id}")
+            raise VersionError(
+                f"a patch of run {patch.run_id}, but these weights are of run {held.run_id}"
+            )
         if patch.version == held.version:
             verify(held.digests, patch)
         if patch.version <= held.version:
             return _nothing(held)
     base = None if patch.base_version is None else _check_base(patch, held)
-    tensors = dict(patch.tensors) | {name: _blank(name, delta) for name, delta in patch.deltas.items()}
+    tensors = dict(patch.tensors) | {
+        name: _blank(name, delta) for name, delta in patch.deltas.items()
+    }
     if base is not None:
         for name, tensor in tensors.items():
             _check_shape(name, tensor, base.tensors.get(name))
-    jobs = [job for name, delta in patch.deltas.items() for job in _jobs(name, delta, base, tensors[name].data)]
+    jobs = [
+        job
+        for name, delta in patch.deltas.items()
+        for job in _jobs(name, delta, base, tensors[name].data)
+    ]
     spread(_check, jobs, threads)
     spread(_decode, jobs, threads)
     names = list(tensors)
@@ -79,13 +89,17 @@ def commit(held: Weights | None, prepared: Prepared) -> Weights:
     """
     patch = prepared.patch
     if held is not None and patch.run_id != held.run_id:
-        raise VersionError(f"a patch of run {patch.run_id}, but these weights are of run {held.run_id}")
+        raise VersionError(
+            f"a patch of run {patch.run_id}, but these weights are of run {held.run_id}"
+        )
     if held is not None and patch.version <= held.version:
         return held
     tensors = patch.tensors
     if patch.base_version is not None:
         tensors = {**_check_base(patch, held).tensors, **tensors}
-    return Weights(run_id=patch.run_id, version=patch.version, tensors=tensors, digests=patch.digests)
+    return Weights(
+        run_id=patch.run_id, version=patch.version, tensors=tensors, digests=patch.digests
+    )
 
 
 def _nothing(held: Weights) -> Prepared:
@@ -105,9 +119,14 @@ def _check_base(patch: WeightPatch, held: Weights | None) -> Weights:
     """`held`, if the patch builds on it; else VersionGap."""
     if held is None or held.version != patch.base_version:
         here = "nothing" if held is None else f"version {held.version}"
-        raise VersionGap(f"patch {patch.version} builds on version {patch.base_version}, but {here} is held")
+        raise VersionGap(
+            f"patch {patch.version} builds on version {patch.base_version}, but {here} is held"
+        )
     if patch.base_root is not None and patch.base_root != held.root:
-        raise VersionGap(f"patch {patch.version} builds on another version {held.version} than the one that is held")
+        raise VersionGap(
+            f"patch {patch.version} builds on another version {held.version} than the one that is"
+            " held"
+        )
     return held
 
 
@@ -164,7 +183,9 @@ def _check_shape(name: str, new: TensorBytes, old: TensorBytes | None) -> None:
     after = f"{new.dtype} {tuple(new.shape)}"
     before = "nothing" if old is None else f"{old.dtype} {tuple(old.shape)}"
     if before != after:
-        raise ValueError(f"{name}: the patch makes {after} of what is {before} here; only an anchor can do that")
+        raise ValueError(
+            f"{name}: the patch makes {after} of what is {before} here; only an anchor can do that"
+        )
 
 
 __all__ = ["Prepared", "commit", "prepare"]

@@ -1,6 +1,7 @@
 """Codes one chunk of a tensor: its new bytes against its old ones, by whichever mode is smallest.
 
-What a chunk's payload holds is specified in `wire_format`. The loops are `kernels/patch_coding/delta.py`'s.
+What a chunk's payload holds is specified in `wire_format`. The loops are
+`kernels/patch_coding/delta.py`'s.
 """
 
 from __future__ import annotations
@@ -16,21 +17,25 @@ import zstandard
 
 from .patch import Bytes, Chunk, CorruptPatchError, Mode
 
-if TYPE_CHECKING:  # at run time where it is used: numba takes most of a second, in processes that code nothing
+# at run time where it is used: numba takes most of a second, in processes that code nothing
+if TYPE_CHECKING:
     from ...kernels.patch_coding.delta import Elements
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 CHUNK_BYTES = 1 << 20
-"""Of new bytes: the arrays of coding one stay in the processor's cache, and longer streams are hardly denser."""
+"""Of new bytes: the arrays of coding one stay in the processor's cache, and longer streams are
+hardly denser."""
 ZSTD_LEVEL = 1
 SPARSE_ENOUGH = 4
-"""A sparse payload this many times smaller than the raw bytes is taken without trying a dense one."""
+"""A sparse payload this many times smaller than the raw bytes is taken without trying a dense
+one."""
 SAMPLE = 4096
 """Elements that tell enough of a chunk to decide what to try."""
 RUN = 512
-"""Elements of the sample that lie side by side: to look at one costs as much as to look at its neighbours."""
+"""Elements of the sample that lie side by side: to look at one costs as much as to look at its
+neighbours."""
 NOTHING = np.empty(0, np.uint8)
 
 
@@ -49,13 +54,16 @@ def encode_chunk(old: Bytes | None, new: Bytes, width: int) -> Chunk:
         payloads[Mode.SPARSE] = encode_changes(before, after)
     if min(payload.nbytes for payload in payloads.values()) * SPARSE_ENOUGH > new.nbytes:
         planes = np.ascontiguousarray((before ^ after).view(np.uint8).reshape(-1, width).T)
-        payloads[Mode.DENSE] = np.frombuffer(zstandard.ZstdCompressor(ZSTD_LEVEL).compress(planes.data), np.uint8)
+        payloads[Mode.DENSE] = np.frombuffer(
+            zstandard.ZstdCompressor(ZSTD_LEVEL).compress(planes.data), np.uint8
+        )
     mode = min(payloads, key=lambda mode: payloads[mode].nbytes)
     return _chunk(mode, count, payloads[mode])
 
 
 def decode_chunk(chunk: Chunk, old: Bytes | None, out: Bytes, width: int) -> None:
-    """Writes the new bytes to `out`; CorruptPatchError if the payload cannot be of this chunk, with `out` in any state."""
+    """Writes the new bytes to `out`; CorruptPatchError if the payload cannot be of this chunk, with
+    `out` in any state."""
     if chunk.mode is Mode.SKIP or chunk.mode is Mode.DENSE:
         out[:] = 0 if old is None else old
     if chunk.mode is Mode.RAW:
@@ -76,7 +84,9 @@ def decode_chunk(chunk: Chunk, old: Bytes | None, out: Bytes, width: int) -> Non
 def check_chunk(chunk: Chunk) -> None:
     """CorruptPatchError unless the payload is the one that was encoded."""
     if zlib.crc32(chunk.payload.data) != chunk.crc:
-        raise CorruptPatchError(f"its {chunk.payload.nbytes} bytes do not have the CRC {chunk.crc:08x}")
+        raise CorruptPatchError(
+            f"its {chunk.payload.nbytes} bytes do not have the CRC {chunk.crc:08x}"
+        )
 
 
 def elements(data: Bytes, width: int) -> Elements:
@@ -85,7 +95,8 @@ def elements(data: Bytes, width: int) -> Elements:
 
 
 def spread(work: Callable[[Job], Result], jobs: Sequence[Job], threads: int) -> list[Result]:
-    """`work` of every job, in their order. It helps, for coding a chunk leaves the interpreter to others meanwhile."""
+    """`work` of every job, in their order. It helps, for coding a chunk leaves the interpreter to
+    others meanwhile."""
     if threads == 1:
         return [work(job) for job in jobs]
     with ThreadPoolExecutor(threads, thread_name_prefix="weight-patch") as pool:
@@ -116,7 +127,9 @@ def _decompress(payload: Bytes, size: int) -> bytes:
             raise CorruptPatchError(f"a compressed payload of another size than {size} bytes")
         return zstandard.ZstdDecompressor().decompress(payload.data, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise CorruptPatchError(f"a compressed payload that cannot be decompressed ({error})") from error
+        raise CorruptPatchError(
+            f"a compressed payload that cannot be decompressed ({error})"
+        ) from error
 
 
 __all__ = ["CHUNK_BYTES", "check_chunk", "decode_chunk", "elements", "encode_chunk", "spread"]

@@ -1,9 +1,11 @@
-"""Makes patches of weights: on one process of whole tensors, or on the ranks of a learner each of its own shard.
+"""Makes patches of weights: on one process of whole tensors, or on the ranks of a learner each of
+its own shard.
 
 patch = encode(base, tensors, run_id=run_id, version=8, threads=4)
 
 part = diff(snapshot, shards, threads=4)                                   # on every rank
-patch = join([part0, part1], base, run_id=run_id, version=8)               # where the whole base is at hand
+patch = join([part0, part1], base, run_id=run_id, version=8)               # where the whole base is
+at hand
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from .patch import (
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Shard:
-    """Consecutive elements of a tensor in C order: what a rank holds of one that is sharded by its first dimension."""
+    """Consecutive elements of a tensor in C order: what a rank holds of one that is sharded by its
+    first dimension."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -60,15 +63,20 @@ class TensorPart:
 
 
 def encode(
-    base: Weights | None, tensors: Mapping[str, TensorBytes], *, run_id: str, version: int, threads: int = 1
+    base: Weights | None,
+    tensors: Mapping[str, TensorBytes],
+    *,
+    run_id: str,
+    version: int,
+    threads: int = 1,
 ) -> WeightPatch:
-    """The patch that takes `base` to these tensors; without a base an anchor that is compressed (`dense_patch` makes one
-    that is not, much faster).
+    """The patch that takes `base` to these tensors; without a base an anchor that is compressed
+    (`dense_patch` makes one that is not, much faster).
 
     The tensors must stay as they are until the patch has gone: what is sent raw is a view of them.
 
-    ValueError: names, dtypes or shapes that are not the base's, which only an anchor can bring. VersionError: a base of
-    another run, or one that is not older.
+    ValueError: names, dtypes or shapes that are not the base's, which only an anchor can bring.
+    VersionError: a base of another run, or one that is not older.
     """
     shards = {
         name: Shard(dtype=tensor.dtype, shape=tensor.shape, start=0, data=tensor.data)
@@ -78,22 +86,33 @@ def encode(
     return join([diff(old, shards, threads=threads)], base, run_id=run_id, version=version)
 
 
-def diff(old: Mapping[str, Bytes] | None, new: Mapping[str, Shard], *, threads: int = 1) -> dict[str, TensorPart]:
-    """How each shard changed against its old bytes of the same name; `old` None stands for zeros."""
+def diff(
+    old: Mapping[str, Bytes] | None, new: Mapping[str, Shard], *, threads: int = 1
+) -> dict[str, TensorPart]:
+    """How each shard changed against its old bytes of the same name; `old` None stands for
+    zeros."""
     widths = {name: element_bytes(name, shard.dtype) for name, shard in new.items()}
     after = {name: shard.data.reshape(-1) for name, shard in new.items()}
-    before: dict[str, Bytes] = {} if old is None else {name: data.reshape(-1) for name, data in old.items()}
+    before: dict[str, Bytes] = (
+        {} if old is None else {name: data.reshape(-1) for name, data in old.items()}
+    )
     for name, data in after.items():
         size = before[name].nbytes if name in before else None
         if data.nbytes % widths[name] or (old is not None and size != data.nbytes):
-            raise ValueError(f"{name}: {data.nbytes} bytes of {new[name].dtype} cannot follow {size} bytes")
+            raise ValueError(
+                f"{name}: {data.nbytes} bytes of {new[name].dtype} cannot follow {size} bytes"
+            )
 
     def encode_at(place: tuple[str, int]) -> Chunk:
         name, start = place
         part = slice(start, start + CHUNK_BYTES)
         return encode_chunk(before[name][part] if before else None, after[name][part], widths[name])
 
-    places = [(name, start) for name, data in after.items() for start in range(0, data.nbytes, CHUNK_BYTES)]
+    places = [
+        (name, start)
+        for name, data in after.items()
+        for start in range(0, data.nbytes, CHUNK_BYTES)
+    ]
     chunks: dict[str, list[Chunk]] = {name: [] for name in new}
     for (name, _), chunk in zip(places, spread(encode_at, places, threads), strict=True):
         chunks[name].append(chunk)
@@ -110,25 +129,35 @@ def diff(old: Mapping[str, Bytes] | None, new: Mapping[str, Shard], *, threads: 
     }
 
 
-def join(parts: Iterable[Mapping[str, TensorPart]], base: Weights | None, *, run_id: str, version: int) -> WeightPatch:
-    """The patch whose tensors are made of the ranks' parts, in any order. A tensor that several ranks share is put together
-    here to take its digest, and proved to be theirs.
+def join(
+    parts: Iterable[Mapping[str, TensorPart]], base: Weights | None, *, run_id: str, version: int
+) -> WeightPatch:
+    """The patch whose tensors are made of the ranks' parts, in any order. A tensor that several
+    ranks share is put together here to take its digest, and proved to be theirs.
 
-    ValueError: parts that leave an element out or bring it twice, or that are not of the base's tensors. VersionError as
-    in `encode`. DigestMismatchError: a rank's part was not made against this base.
+    ValueError: parts that leave an element out or bring it twice, or that are not of the base's
+    tensors. VersionError as in `encode`. DigestMismatchError: a rank's part was not made against
+    this base.
     """
     if base is not None and (base.run_id != run_id or base.version >= version):
-        raise VersionError(f"version {version} of run {run_id} cannot follow {base.version} of run {base.run_id}")
+        raise VersionError(
+            f"version {version} of run {run_id} cannot follow {base.version} of run {base.run_id}"
+        )
     found: dict[str, list[TensorPart]] = {}
     for part in parts:
         for name, piece in part.items():
             found.setdefault(name, []).append(piece)
     if base is not None and found.keys() != base.tensors.keys():
         strays = ", ".join(sorted(found.keys() ^ base.tensors.keys()))
-        raise ValueError(f"not in both version {base.version} and {version}: {strays}; only an anchor can say that")
+        raise ValueError(
+            f"not in both version {base.version} and {version}: {strays}; only an anchor can say"
+            " that"
+        )
     deltas, digests = {}, {}
     for name in sorted(found):
-        pieces = sorted((piece for piece in found[name] if piece.count), key=lambda piece: piece.start)
+        pieces = sorted(
+            (piece for piece in found[name] if piece.count), key=lambda piece: piece.start
+        )
         pieces = pieces or found[name][:1]
         held = None if base is None else base.tensors[name]
         _check_pieces(name, pieces, held)
@@ -152,11 +181,16 @@ def _check_pieces(name: str, pieces: Sequence[TensorPart], held: TensorBytes | N
     if held is not None:
         kinds.add((held.dtype, tuple(held.shape)))
     if len(kinds) > 1:
-        raise ValueError(f"{name} is {' and '.join(f'{dtype} {shape}' for dtype, shape in sorted(kinds))} at once")
+        raise ValueError(
+            f"{name} is {' and '.join(f'{dtype} {shape}' for dtype, shape in sorted(kinds))} at"
+            " once"
+        )
     edge = 0
     for piece in pieces:
         if piece.start != edge:
-            raise ValueError(f"{name}: a part begins at element {piece.start} where {edge} is the next")
+            raise ValueError(
+                f"{name}: a part begins at element {piece.start} where {edge} is the next"
+            )
         edge += piece.count
     if edge != math.prod(pieces[0].shape):
         raise ValueError(f"{name}: the parts end at element {edge} of {math.prod(pieces[0].shape)}")
@@ -169,11 +203,14 @@ def _joint_digest(name: str, pieces: Sequence[TensorPart], held: TensorBytes | N
         start = stop = piece.start * width
         for chunk in piece.chunks:
             part = slice(stop, stop + chunk.count * width)
-            decode_chunk(chunk, None if held is None else held.data.reshape(-1)[part], whole[part], width)
+            decode_chunk(
+                chunk, None if held is None else held.data.reshape(-1)[part], whole[part], width
+            )
             stop = part.stop
         if digest(whole[start:stop]) != piece.digest:
             raise DigestMismatchError(
-                f"tensor {name}: the part from element {piece.start} was made against other weights than the base"
+                f"tensor {name}: the part from element {piece.start} was made against other weights"
+                " than the base"
             )
     return digest(whole)
 

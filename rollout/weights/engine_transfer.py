@@ -1,4 +1,5 @@
-"""The nouns of a version that goes from the learners into an engine's own processes, by a broadcast.
+"""The nouns of a version that goes from the learners into an engine's own processes, by a
+broadcast.
 
 `vllm_backend/transfer.py` has what the learners and the workers do with them.
 """
@@ -17,7 +18,8 @@ Layout = Mapping[str, tuple[str, tuple[int, ...]]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BroadcastGroup:
-    """Rank 0 of the learners and the processes of all engines; one that lost a member is never used again."""
+    """Rank 0 of the learners and the processes of all engines; one that lost a member is never used
+    again."""
 
     host: str
     port: int
@@ -62,7 +64,9 @@ class EngineTransfer:
 
     @property
     def num_bytes(self) -> int:
-        return sum(math.prod(shape) * ELEMENT_BYTES[dtype] for dtype, shape in self.tensors.values())
+        return sum(
+            math.prod(shape) * ELEMENT_BYTES[dtype] for dtype, shape in self.tensors.values()
+        )
 
 
 __all__ = ["Broadcast", "BroadcastGroup", "EngineTransfer", "Layout"]

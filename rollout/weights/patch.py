@@ -1,12 +1,13 @@
 """The noun `WeightPatch`: how the weights of one version become those of the next, with proof.
 
-Canonical space is Hugging Face's: its parameter names and shapes, in the exact bytes that an engine serves. Every patch
-carries the digest of each tensor *after* applying it, so an engine can prove that what it serves is what the learners
-hold. An **anchor** carries every tensor and needs nothing before it; any other patch changes the weights of its base
-version. Tensors come whole (`tensors`) or as what changed in them (`deltas`).
+Canonical space is Hugging Face's: its parameter names and shapes, in the exact bytes that an engine
+serves. Every patch carries the digest of each tensor *after* applying it, so an engine can prove
+that what it serves is what the learners hold. An **anchor** carries every tensor and needs nothing
+before it; any other patch changes the weights of its base version. Tensors come whole (`tensors`)
+or as what changed in them (`deltas`).
 
-`codec` codes deltas, `diff` makes patches of weights, `apply` makes weights of patches, and `wire_format` is a patch as
-bytes. Engines take whole tensors only: `apply.prepare` makes them.
+`codec` codes deltas, `diff` makes patches of weights, `apply` makes weights of patches, and
+`wire_format` is a patch as bytes. Engines take whole tensors only: `apply.prepare` makes them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class VersionError(RuntimeError):
 
 
 class VersionGap(VersionError):
-    """A patch whose base is not what is held here: an anchor, or the patches between, must come first."""
+    """A patch whose base is not what is held here: an anchor, or the patches between, must come
+    first."""
 
 
 class CorruptPatchError(RuntimeError):
@@ -77,7 +79,8 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TensorDelta:
-    """The change of one tensor: chunks that follow one another from its first element to its last."""
+    """The change of one tensor: chunks that follow one another from its first element to its
+    last."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -101,19 +104,23 @@ class Transfer:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class WeightPatch:
-    """Takes an engine to `version`; an anchor (`base_version` None) does so whatever the engine served before."""
+    """Takes an engine to `version`; an anchor (`base_version` None) does so whatever the engine
+    served before."""
 
     run_id: str
     version: int
     tensors: Mapping[str, TensorBytes]
     """Tensors that come whole."""
     digests: Mapping[str, str]
-    """name -> xxh3-128 of the tensor's bytes after applying, for *every* tensor that the engine serves."""
+    """name -> xxh3-128 of the tensor's bytes after applying, for *every* tensor that the engine
+    serves."""
     base_version: int | None = None
     base_root: str | None = None
-    """The root digest of the weights it changes: versions of one number may differ where a learner was restarted."""
+    """The root digest of the weights it changes: versions of one number may differ where a learner
+    was restarted."""
     deltas: Mapping[str, TensorDelta] = field(default_factory=dict)
-    """Tensors that come as changes of the base (of zeros, in an anchor). What comes in neither way stays as it is."""
+    """Tensors that come as changes of the base (of zeros, in an anchor). What comes in neither way
+    stays as it is."""
     transfer: Transfer | None = None
     """All tensors come from the learners into an engine's own processes, and none here."""
 
@@ -156,11 +163,15 @@ def root_digest(digests: Mapping[str, str]) -> str:
 def element_bytes(name: str, dtype: str) -> int:
     """Bytes of an element of the tensor `name`; ValueError for a dtype that is not in the table."""
     if dtype not in ELEMENT_BYTES:
-        raise ValueError(f"{name}: dtype {dtype} cannot be patched, only {', '.join(ELEMENT_BYTES)} can")
+        raise ValueError(
+            f"{name}: dtype {dtype} cannot be patched, only {', '.join(ELEMENT_BYTES)} can"
+        )
     return ELEMENT_BYTES[dtype]
 
 
-def dense_patch(run_id: str, version: int, tensors: Iterable[tuple[str, TensorBytes]]) -> WeightPatch:
+def dense_patch(
+    run_id: str, version: int, tensors: Iterable[tuple[str, TensorBytes]]
+) -> WeightPatch:
     """The anchor that carries these tensors whole."""
     by_name = dict(tensors)
     digests = {name: digest(tensor.data) for name, tensor in by_name.items()}
@@ -172,6 +183,7 @@ def verify(held: Mapping[str, str], patch: WeightPatch) -> None:
     for name in sorted(set(held) | set(patch.digests)):
         if held.get(name) != patch.digests.get(name):
             raise DigestMismatchError(
-                f"tensor {name} of version {patch.version}: the engine holds {held.get(name, 'nothing')}, "
-                f"the learners hold {patch.digests.get(name, 'nothing')}"
+                f"tensor {name} of version {patch.version}: the engine holds"
+                f" {held.get(name, 'nothing')}, the learners hold"
+                f" {patch.digests.get(name, 'nothing')}"
             )

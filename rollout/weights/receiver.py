@@ -2,9 +2,10 @@
 
     held v --prepare(notice)--> held v, ready w --commit--> held w
 
-PREPARE fetches, verifies and materialises beside what is served, in a thread of its own, while the engine decodes.
-COMMIT, all that decoding waits for, gives the engine the tensors that changed. Either may come twice, late, or for a
-version that was passed long ago; it then does nothing. Whatever goes wrong leaves what is held as it was.
+PREPARE fetches, verifies and materialises beside what is served, in a thread of its own, while the
+engine decodes. COMMIT, all that decoding waits for, gives the engine the tensors that changed.
+Either may come twice, late, or for a version that was passed long ago; it then does nothing.
+Whatever goes wrong leaves what is held as it was.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from .apply import commit, prepare
-from .patch import Bytes, CorruptPatchError, DigestMismatchError, VersionError, WeightPatch, Weights, dense_patch
+from .patch import (
+    Bytes,
+    CorruptPatchError,
+    DigestMismatchError,
+    VersionError,
+    WeightPatch,
+    Weights,
+    dense_patch,
+)
 from .transport import FetchContext, PatchRef, TransferError, WeightUpdate
 from .wire_format import from_bytes, pieces
 
@@ -69,7 +78,8 @@ class Receiver:
         return self._held
 
     def prepare(self, notice: WeightUpdate) -> Report:
-        """Makes the announced version ready. `UnrecoverableError` if no announced way leads there."""
+        """Makes the announced version ready. `UnrecoverableError` if no announced way leads
+        there."""
         with self._lock:
             newest = self._ready or self._held
             if newest is not None and (notice.attempt < self._attempt or _covers(newest, notice)):
@@ -80,7 +90,8 @@ class Receiver:
             return self._report
 
     def patch(self, version: int, served: int) -> WeightPatch:
-        """The patch from version `served` to the version that is ready, which is at least `version`.
+        """The patch from version `served` to the version that is ready, which is at least
+        `version`.
 
         VersionGap: that is not ready; `prepare` must come first.
         """
@@ -92,7 +103,11 @@ class Receiver:
             self._given = target
             base = self._held if self._held is not None and self._held.version == served else None
             old = {} if base is None else base.tensors
-            changed = {name: tensor for name, tensor in target.tensors.items() if tensor is not old.get(name)}
+            changed = {
+                name: tensor
+                for name, tensor in target.tensors.items()
+                if tensor is not old.get(name)
+            }
             return WeightPatch(
                 run_id=target.run_id,
                 version=target.version,
@@ -111,17 +126,22 @@ class Receiver:
             self._report.apply_s += seconds
             return replace(self._report, version=version)
 
-    def received(self, notice: WeightUpdate, size: int, transfer_s: float, seconds: float) -> Report:
-        """The engine has the announced version, of so many bytes, from the learners themselves, and what is held here is
-        older; decoding waited so many seconds."""
+    def received(
+        self, notice: WeightUpdate, size: int, transfer_s: float, seconds: float
+    ) -> Report:
+        """The engine has the announced version, of so many bytes, from the learners themselves, and
+        what is held here is older; decoding waited so many seconds."""
         with self._lock:
             self._held = self._ready = self._given = None
             self._attempt = max(self._attempt, notice.attempt)
-            self._report = Report(version=notice.version, wire_bytes=size, transfer_s=transfer_s, apply_s=seconds)
+            self._report = Report(
+                version=notice.version, wire_bytes=size, transfer_s=transfer_s, apply_s=seconds
+            )
             return self._report
 
     def export(self) -> Bytes:
-        """The bytes of an anchor of the held version, for a peer that has nothing. VersionError if nothing is held."""
+        """The bytes of an anchor of the held version, for a peer that has nothing. VersionError if
+        nothing is held."""
         held = self._held
         if held is None:
             raise VersionError("nothing is held here yet")
@@ -135,14 +155,20 @@ class Receiver:
             try:
                 weights = self._follow(route, newest)
                 if weights.version != notice.version or weights.root != notice.root:
-                    raise DigestMismatchError(f"version {weights.version} is not what the learners hold")
+                    raise DigestMismatchError(
+                        f"version {weights.version} is not what the learners hold"
+                    )
                 return weights
             except RECOVERABLE as error:
-                self._report.digest_failures += isinstance(error, CorruptPatchError | DigestMismatchError)
+                self._report.digest_failures += isinstance(
+                    error, CorruptPatchError | DigestMismatchError
+                )
                 failures.append(f"{_name(route)}: {error}")
         reasons = "; ".join(failures) or "no patch builds on it and there is no anchor"
         here = "nothing" if newest is None else f"version {newest.version}"
-        raise UnrecoverableError(f"version {notice.version} cannot be reached from {here}: {reasons}")
+        raise UnrecoverableError(
+            f"version {notice.version} cannot be reached from {here}: {reasons}"
+        )
 
     def _follow(self, route: Sequence[PatchRef], held: Weights | None) -> Weights:
         weights = held
@@ -172,14 +198,17 @@ class Receiver:
 
 
 def _covers(held: Weights, notice: WeightUpdate) -> bool:
-    """Whether there is nothing to do: the notice was followed already, or a later one of its run was."""
+    """Whether there is nothing to do: the notice was followed already, or a later one of its run
+    was."""
     if held.run_id != notice.run_id or held.version < notice.version:
         return False
     return held.version > notice.version or held.root == notice.root
 
 
 def _name(route: Sequence[PatchRef]) -> str:
-    return " -> ".join(f"{'anchor' if p.base_version is None else 'patch'} {p.version}" for p in route)
+    return " -> ".join(
+        f"{'anchor' if p.base_version is None else 'patch'} {p.version}" for p in route
+    )
 
 
 __all__ = ["Receiver", "Report", "UnrecoverableError"]

@@ -27,7 +27,8 @@ class TensorStats:
 
 
 def tensor_stats(patch: WeightPatch) -> list[TensorStats]:
-    """Of every tensor that the patch brings, in the order of their names. The patch's CRCs must have been checked."""
+    """Of every tensor that the patch brings, in the order of their names. The patch's CRCs must
+    have been checked."""
     found = []
     for name, delta in sorted(patch.deltas.items()):
         width = element_bytes(name, delta.dtype)
@@ -51,11 +52,14 @@ def changed_elements(patch: WeightPatch) -> int:
 
 
 def _changed(chunk: Chunk, width: int) -> int:
-    if chunk.mode is Mode.SPARSE:  # its stream begins with the number: six bits of its length, then itself
+    # its stream begins with the number: six bits of its length, then itself
+    if chunk.mode is Mode.SPARSE:
         head = int.from_bytes(chunk.payload[:9].tobytes(), "little")
         return head >> 6 & ((1 << (head & 63)) - 1)
     if chunk.mode is Mode.DENSE:
-        planes = np.frombuffer(zstandard.ZstdDecompressor().decompress(chunk.payload.data), np.uint8)
+        planes = np.frombuffer(
+            zstandard.ZstdDecompressor().decompress(chunk.payload.data), np.uint8
+        )
         return int(np.count_nonzero(planes.reshape(width, -1).any(axis=0)))
     return chunk.count if chunk.mode is Mode.RAW else 0
 

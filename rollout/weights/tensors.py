@@ -1,5 +1,6 @@
-"""A model's tensors as safetensors files, byte for byte; torch is loaded for `as_tensor` alone (https://github.com/huggingface/safetensors:
-u64 length of a JSON header, the header, then the tensors)."""
+"""A model's tensors as safetensors files, byte for byte; torch is loaded for `as_tensor` alone
+(https://github.com/huggingface/safetensors: u64 length of a JSON header, the header, then the
+tensors)."""
 
 from __future__ import annotations
 
@@ -23,14 +24,23 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_model(path: Path) -> dict[str, TensorBytes]:
-    """The tensors of a safetensors file, or of a Hugging Face directory's; ValueError if there are none."""
+    """The tensors of a safetensors file, or of a Hugging Face directory's; ValueError if there are
+    none."""
     if path.is_dir():
         index = path / INDEX
-        names = {WEIGHTS} if not index.exists() else set(json.loads(index.read_text())["weight_map"].values())
+        names = (
+            {WEIGHTS}
+            if not index.exists()
+            else set(json.loads(index.read_text())["weight_map"].values())
+        )
         if not all((path / name).is_file() for name in names):
-            missing = f"neither {WEIGHTS} nor {INDEX}" if not index.exists() else "not all of its shards"
+            missing = (
+                f"neither {WEIGHTS} nor {INDEX}" if not index.exists() else "not all of its shards"
+            )
             raise ValueError(f"{path} has {missing}")
-        return {key: tensor for name in sorted(names) for key, tensor in read_model(path / name).items()}
+        return {
+            key: tensor for name in sorted(names) for key, tensor in read_model(path / name).items()
+        }
     data = np.memmap(path, np.uint8, "r")
     try:
         (length,) = LENGTH.unpack(data[: LENGTH.size].tobytes())

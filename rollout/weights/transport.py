@@ -1,7 +1,9 @@
-"""How a patch's bytes reach the engines: what the learners announce, and the places where the bytes can be had.
+"""How a patch's bytes reach the engines: what the learners announce, and the places where the bytes
+can be had.
 
-    ref = store.put(version, base_version, pieces)     # the learners' side: `ObjectStore` or `Directory`
-    data = place.fetch(link)                               # an engine's side; place is one of the ref's
+    ref = store.put(version, base_version, pieces)     # the learners' side: `ObjectStore` or
+    `Directory` data = place.fetch(link)                               # an engine's side; place is
+    one of the ref's
 
 Nothing here is trusted: what is fetched is verified by `patch_format` and `patch_apply`.
 """
@@ -73,7 +75,9 @@ class ObjectStoreSource:
         try:
             data: Bytes = ray.get(self.reference, timeout=link.timeout)
         except ray.exceptions.RayError as error:  # lost with its node, or late: the same to us
-            raise TransferError(f"Ray's object store has not given it within {link.timeout:g} s: {error}") from error
+            raise TransferError(
+                f"Ray's object store has not given it within {link.timeout:g} s: {error}"
+            ) from error
         if link.bucket is not None:
             link.bucket.take(data.nbytes)
         return data
@@ -97,7 +101,9 @@ class FileSource:
                     if link.bucket is not None:
                         link.bucket.take(part.nbytes)
                     if time.monotonic() > deadline:
-                        raise TransferError(f"{self.path} could not be read within {link.timeout:g} s")
+                        raise TransferError(
+                            f"{self.path} could not be read within {link.timeout:g} s"
+                        )
         except OSError as error:
             raise TransferError(f"{self.path} cannot be read: {error.strerror}") from error
         return data
@@ -117,12 +123,13 @@ class PatchRef:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class WeightUpdate:
-    """The announcement to every engine: the version that is to be served, and all patches that may lead there."""
+    """The announcement to every engine: the version that is to be served, and all patches that may
+    lead there."""
 
     run_id: str
     attempt: int
-    """Grows from one start of the learners to the next, which may begin at an older version: what is announced by an earlier
-    one comes late."""
+    """Grows from one start of the learners to the next, which may begin at an older version: what
+    is announced by an earlier one comes late."""
     version: int
     root: str
     patches: tuple[PatchRef, ...] = ()
@@ -130,17 +137,20 @@ class WeightUpdate:
     anchors: tuple[PatchRef, ...] = ()
     """To be tried in this order where the patches do not lead on from what is held."""
     engines: EngineTransfer | None = None
-    """The learners send this version into the engines' own processes; what else is here is for who misses it."""
+    """The learners send this version into the engines' own processes; what else is here is for who
+    misses it."""
 
     def with_anchor(self, anchor: PatchRef) -> WeightUpdate:
         """The same with an anchor that is tried before the others."""
         return replace(self, anchors=(anchor, *self.anchors))
 
     def routes(self, held: int | None) -> Iterator[tuple[PatchRef, ...]]:
-        """Ways from the version that is held (None: nothing) to the new one, in the order in which to try them."""
+        """Ways from the version that is held (None: nothing) to the new one, in the order in which
+        to try them."""
         direct = self._onward(held)
         if direct is not None:
-            yield from (direct, direct)  # what was damaged on its way may come through the second time
+            # what was damaged on its way may come through the second time
+            yield from (direct, direct)
         for anchor in self.anchors:
             onward = self._onward(anchor.version)
             if onward is not None:
@@ -161,28 +171,40 @@ class WeightUpdate:
 class PatchStore(Protocol):
     """The learners' side of a transport."""
 
-    def put(self, version: int, base_version: int | None, pieces: Iterable[bytes | memoryview]) -> PatchRef: ...
+    def put(
+        self, version: int, base_version: int | None, pieces: Iterable[bytes | memoryview]
+    ) -> PatchRef: ...
 
 
 class ObjectStore:
     """Ray's; an object lives as long as anybody holds its ref."""
 
-    def put(self, version: int, base_version: int | None, pieces: Iterable[bytes | memoryview]) -> PatchRef:
+    def put(
+        self, version: int, base_version: int | None, pieces: Iterable[bytes | memoryview]
+    ) -> PatchRef:
         data = np.frombuffer(b"".join(pieces), np.uint8)
         place = ObjectStoreSource(reference=ray.put(data))
-        return PatchRef(version=version, base_version=base_version, size=data.nbytes, places=(place,))
+        return PatchRef(
+            version=version, base_version=base_version, size=data.nbytes, places=(place,)
+        )
 
 
 class Directory:
-    """Files in a directory that learners and engines share. `base_version` is in their names, so a person sees the chain:
-    `00000012.anchor`, `00000013-from-00000012.patch`."""
+    """Files in a directory that learners and engines share. `base_version` is in their names, so a
+    person sees the chain: `00000012.anchor`, `00000013-from-00000012.patch`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def put(self, version: int, base_version: int | None, pieces: Iterable[bytes | memoryview]) -> PatchRef:
+    def put(
+        self, version: int, base_version: int | None, pieces: Iterable[bytes | memoryview]
+    ) -> PatchRef:
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"{version:08}.anchor" if base_version is None else f"{version:08}-from-{base_version:08}.patch"
+        name = (
+            f"{version:08}.anchor"
+            if base_version is None
+            else f"{version:08}-from-{base_version:08}.patch"
+        )
         path, partial, size = self.folder / name, self.folder / f".{name}.{os.getpid()}", 0
         with partial.open("wb") as file:
             for piece in pieces:
@@ -193,14 +215,20 @@ class Directory:
 
     def keep(self, refs: Iterable[PatchRef]) -> None:
         """Deletes every other patch."""
-        wanted = {Path(place.path).name for ref in refs for place in ref.places if isinstance(place, FileSource)}
+        wanted = {
+            Path(place.path).name
+            for ref in refs
+            for place in ref.places
+            if isinstance(place, FileSource)
+        }
         for path in list_patches(self.folder):
             if path.name not in wanted:
                 path.unlink(missing_ok=True)
 
 
 def list_patches(folder: Path) -> list[Path]:
-    """The files that `Directory` wrote, by version, an anchor before a patch of the same version."""
+    """The files that `Directory` wrote, by version, an anchor before a patch of the same
+    version."""
     found = [path for path in folder.glob("[0-9]*") if path.suffix in (".anchor", ".patch")]
     return sorted(found, key=lambda path: (path.name[:8], path.suffix))
 

@@ -1,10 +1,12 @@
-"""A weight patch as bytes: what is sent over a weak link, and what a file of a run's weight history holds.
+"""A weight patch as bytes: what is sent over a weak link, and what a file of a run's weight history
+holds.
 
-    data = to_bytes(patch)          # or `pieces(patch)`, one after the other, without a copy of what is large
-    patch = from_bytes(data)        # CorruptPatchError says what is broken
+    data = to_bytes(patch)          # or `pieces(patch)`, one after the other, without a copy of
+    what is large patch = from_bytes(data)        # CorruptPatchError says what is broken
 
-Integers are little-endian, u32 is unsigned of 32 bits, i64 signed of 64. A *varint* has seven bits a byte, lowest first;
-all its bytes but the last have bit 7 set. A *string* is a varint n and n bytes of UTF-8.
+Integers are little-endian, u32 is unsigned of 32 bits, i64 signed of 64. A *varint* has seven bits
+a byte, lowest first; all its bytes but the last have bit 7 set. A *string* is a varint n and n
+bytes of UTF-8.
 
 File
     0   4 bytes   "EMWP"
@@ -23,48 +25,56 @@ File
 
 Directory
     string        run id
-    varint        T, number of tensors: all that are served, in ascending order of their names (as UTF-8)
-    T times       name: varint p, varint s, string m; it is the first p bytes of the name before it, then m, then the last
-                  s bytes of the name before it (before the first is an empty name)
-                  u8 dtype: 0 BF16, 1 F16, 2 F32, 3 F64, 4 F8_E4M3, 5 F8_E5M2, 6 BOOL, 7 U8, 8 I8, 9 U16, 10 I16, 11 U32,
-                  12 I32, 13 U64, 14 I64; or 255: the tensor stays as it is (never in an anchor), and that is all
-                  varint number of dimensions, and a varint for each
-                  varint C, number of chunks; C times: u8 mode, varint number of elements, varint bytes of payload
+    varint        T, number of tensors: all that are served, in ascending order of their names (as
+        UTF-8)
+    T times       name: varint p, varint s, string m; it is the first p bytes of the name before it,
+                  then m, then the last s bytes of the name before it (before the first is an empty
+                  name)
+                  u8 dtype: 0 BF16, 1 F16, 2 F32, 3 F64, 4 F8_E4M3, 5 F8_E5M2, 6 BOOL, 7 U8, 8 I8, 9
+                      U16, 10 I16, 11 U32,
+                  12 I32, 13 U64, 14 I64; or 255: the tensor stays as it is (never in an anchor),
+                  and that is all varint number of dimensions, and a varint for each
+                  varint C, number of chunks; C times: u8 mode, varint number of elements, varint
+                  bytes of payload
     T times       16 bytes: xxh3-128 of the tensor's bytes after applying
     per chunk     u32 CRC-32 of its payload, in the order above
 
-    The elements of a tensor's chunks follow one another in C order and make up the tensor. A digest's 16 bytes are its 32
-    hexadecimal digits. The root digest is the xxh3-128 of the lines "NAME DIGEST" (in
-    hexadecimal) of all tensors in the order above, with a newline between one and the next.
+    The elements of a tensor's chunks follow one another in C order and make up the tensor. A
+    digest's 16 bytes are its 32 hexadecimal digits. The root digest is the xxh3-128 of the lines
+    "NAME DIGEST" (in hexadecimal) of all tensors in the order above, with a newline between one and
+    the next.
 
 Body
-    The chunks' payloads, in the order of the directory. `old` is what the chunk's elements were, read as unsigned
-    integers of their width (W bits); `new` is what they become. By mode:
+    The chunks' payloads, in the order of the directory. `old` is what the chunk's elements were,
+    read as unsigned integers of their width (W bits); `new` is what they become. By mode:
 
     0 skip        nothing; new = old
     1 sparse      the stream below
-    2 dense       one zstd frame of W/8 planes: the first bytes of all elements of old XOR new, then all second bytes, ...
-    3 raw         new
+    2 dense       one zstd frame of W/8 planes: the first bytes of all elements of old XOR new, then
+    all second bytes, ... 3 raw         new
 
 Sparse stream
-    A string of bits: bit i is bit i % 8 of byte i // 8, and the last byte is filled with zeros. A field of n bits has its
+    A string of bits: bit i is bit i % 8 of byte i // 8, and the last byte is filled with zeros. A
+        field of n bits has its
     lowest bit first. A *number* is a field of 6 bits, n, and a field of n bits, the number.
-    A *list* codes numbers v, each with a parameter k that follows from those before it; k starts at what is given, and
-    m = 32 * 2^k. Each is q bits 1, a bit 0 and a field of k bits, r: v = q * 2^k + r; or 24 bits 1 and a number: v is
-    that. After it m = m + min(v, 24 * 2^k) - m // 32; then k grows by 1 as long as k < 38 and m // 32 // 2^k > 1, and
-    shrinks by 1 as long as k > 0 and m // 32 // 2^k = 0.
+    A *list* codes numbers v, each with a parameter k that follows from those before it; k starts at
+    what is given, and m = 32 * 2^k. Each is q bits 1, a bit 0 and a field of k bits, r: v = q * 2^k
+    + r; or 24 bits 1 and a number: v is that. After it m = m + min(v, 24 * 2^k) - m // 32; then k
+    grows by 1 as long as k < 38 and m // 32 // 2^k > 1, and shrinks by 1 as long as k > 0 and m // 32 // 2^k = 0.
 
     number        how many elements changed
     2 bits        t
-    t times       W - 1 bits: a threshold, greater than the one before it. An element's magnitude is the field of the lowest
-                  W - 1 bits of `old`; class c (from 0) has the elements whose magnitude is not less than c thresholds.
+    t times       W - 1 bits: a threshold, greater than the one before it. An element's magnitude is
+                  the field of the lowest W - 1 bits of `old`; class c (from 0) has the elements
+                  whose magnitude is not less than c thresholds.
     Then class by class, t + 1 times:
       number      how many of its elements changed
       1 bit       whether those that did not change are marked, rather than those that did
                   if so: number, how many those are
       if any are marked:
         6 bits    k of the list of gaps
-        each      gap: how many elements of the class, in order, lie between this marked one and the one before it
+        each      gap: how many elements of the class, in order, lie between this marked one and the
+            one before it
       if any changed, for those that did, in order:
         1 bit     wide
         6 bits    k of the list of runs
@@ -77,9 +87,9 @@ Sparse stream
                   new = old - d if negative else old + d, modulo 2^W
 
 Size
-    A chunk's payload is never larger than its new bytes, and the encoder makes chunks of 1 MiB (the last of a tensor may be
-    shorter). So a file has at most 1.002 times the bytes of the weights, and 128 + the run id, and for each tensor 48 + its
-    name + 6 a dimension.
+    A chunk's payload is never larger than its new bytes, and the encoder makes chunks of 1 MiB (the
+    last of a tensor may be shorter). So a file has at most 1.002 times the bytes of the weights,
+    and 128 + the run id, and for each tensor 48 + its name + 6 a dimension.
 """
 
 from __future__ import annotations
@@ -119,8 +129,12 @@ def to_bytes(patch: WeightPatch) -> bytes:
 
 
 def pieces(patch: WeightPatch) -> Iterator[bytes | memoryview]:
-    """The file piece by piece: header and directory, then each payload, of which nothing is copied."""
-    deltas = {**patch.deltas, **{name: _whole(name, tensor) for name, tensor in patch.tensors.items()}}
+    """The file piece by piece: header and directory, then each payload, of which nothing is
+    copied."""
+    deltas = {
+        **patch.deltas,
+        **{name: _whole(name, tensor) for name, tensor in patch.tensors.items()},
+    }
     names = sorted(patch.digests, key=str.encode)
     if strays := deltas.keys() - patch.digests.keys():
         raise ValueError(f"tensors without a digest: {', '.join(sorted(strays))}")
@@ -145,26 +159,41 @@ def pieces(patch: WeightPatch) -> Iterator[bytes | memoryview]:
 
 
 def from_bytes(data: bytes | bytearray | memoryview | Bytes) -> WeightPatch:
-    """The patch. Its payloads are views of `data`; `patch_apply.prepare` checks their CRCs before it uses any."""
+    """The patch. Its payloads are views of `data`; `patch_apply.prepare` checks their CRCs before
+    it uses any."""
     file = np.frombuffer(data, np.uint8)
     start = HEADER.size + CRC.size
     if len(file) < start:
-        raise CorruptPatchError(f"a weight patch of {len(file)} bytes, of which its header alone has {start}")
+        raise CorruptPatchError(
+            f"a weight patch of {len(file)} bytes, of which its header alone has {start}"
+        )
     header = file[: HEADER.size].tobytes()
-    magic, format_version, _, version, base_version, root, base_root, size, _, body, _ = HEADER.unpack(header)
+    magic, format_version, _, version, base_version, root, base_root, size, _, body, _ = (
+        HEADER.unpack(header)
+    )
     if magic != MAGIC:
-        raise CorruptPatchError(f"not a weight patch: it begins with {magic!r} instead of {MAGIC!r}")
+        raise CorruptPatchError(
+            f"not a weight patch: it begins with {magic!r} instead of {MAGIC!r}"
+        )
     if format_version != FORMAT:
-        raise CorruptPatchError(f"a weight patch in format {format_version}; this emberl reads format {FORMAT}")
+        raise CorruptPatchError(
+            f"a weight patch in format {format_version}; this emberl reads format {FORMAT}"
+        )
     directory = file[start : start + size].tobytes()
     if CRC.pack(zlib.crc32(directory, zlib.crc32(header))) != file[HEADER.size : start].tobytes():
-        raise CorruptPatchError("the header or the directory of a weight patch is damaged or cut short")
+        raise CorruptPatchError(
+            "the header or the directory of a weight patch is damaged or cut short"
+        )
     if len(file) != start + size + body:
-        raise CorruptPatchError(f"weight patch {version} has {len(file)} bytes instead of {start + size + body}")
+        raise CorruptPatchError(
+            f"weight patch {version} has {len(file)} bytes instead of {start + size + body}"
+        )
     try:
         run_id, deltas, digests = _read_directory(directory, file[start + size :])
     except ValueError as error:  # its CRC is right: whoever wrote it knows another format
-        raise CorruptPatchError(f"the directory of weight patch {version} makes no sense: {error}") from error
+        raise CorruptPatchError(
+            f"the directory of weight patch {version} makes no sense: {error}"
+        ) from error
     anchor = base_version < 0
     patch = WeightPatch(
         run_id=run_id,
@@ -176,7 +205,9 @@ def from_bytes(data: bytes | bytearray | memoryview | Bytes) -> WeightPatch:
         digests=digests,
     )
     if patch.root != root.hex():
-        raise CorruptPatchError(f"the digests of weight patch {version} do not have the root {root.hex()}")
+        raise CorruptPatchError(
+            f"the digests of weight patch {version} do not have the root {root.hex()}"
+        )
     return patch
 
 
@@ -185,7 +216,8 @@ def _whole(name: str, tensor: TensorBytes) -> TensorDelta:
     width, data = element_bytes(name, tensor.dtype), tensor.data.reshape(-1)
     parts = [data[start : start + CHUNK_BYTES] for start in range(0, data.nbytes, CHUNK_BYTES)]
     chunks = tuple(
-        Chunk(mode=Mode.RAW, count=part.nbytes // width, payload=part, crc=zlib.crc32(part.data)) for part in parts
+        Chunk(mode=Mode.RAW, count=part.nbytes // width, payload=part, crc=zlib.crc32(part.data))
+        for part in parts
     )
     return TensorDelta(dtype=tensor.dtype, shape=tuple(tensor.shape), chunks=chunks)
 
@@ -223,7 +255,9 @@ def _write_directory(
     return bytes(out)
 
 
-def _read_directory(directory: bytes, body: Bytes) -> tuple[str, dict[str, TensorDelta], dict[str, str]]:
+def _read_directory(
+    directory: bytes, body: Bytes
+) -> tuple[str, dict[str, TensorDelta], dict[str, str]]:
     """(run id, deltas, digests); ValueError if it is not one."""
     reader = _Reader(directory)
     run_id = reader.string().decode()
@@ -242,9 +276,14 @@ def _read_directory(directory: bytes, body: Bytes) -> tuple[str, dict[str, Tenso
             if dtype >= len(DTYPES):
                 raise ValueError(f"dtype {dtype} of {names[-1]}")
             shape = tuple(reader.varint() for _ in range(reader.varint()))
-            chunks = [(Mode(reader.byte()), reader.varint(), reader.varint()) for _ in range(reader.varint())]
+            chunks = [
+                (Mode(reader.byte()), reader.varint(), reader.varint())
+                for _ in range(reader.varint())
+            ]
             if sum(count for _, count, _ in chunks) != math.prod(shape):
-                raise ValueError(f"chunks of {names[-1]} do not make its {math.prod(shape)} elements")
+                raise ValueError(
+                    f"chunks of {names[-1]} do not make its {math.prod(shape)} elements"
+                )
             tensors.append((names[-1], DTYPES[dtype], shape, chunks))
     digests = {name: reader.take(16).hex() for name in names}
     deltas, end = {}, 0
@@ -256,13 +295,18 @@ def _read_directory(directory: bytes, body: Bytes) -> tuple[str, dict[str, Tenso
             end += size
         deltas[name] = TensorDelta(dtype=kind, shape=shape, chunks=tuple(found))
     if reader.at != len(directory) or end != len(body):
-        raise ValueError(f"{len(directory) - reader.at} of its bytes and {len(body) - end} of the body are left over")
+        raise ValueError(
+            f"{len(directory) - reader.at} of its bytes and {len(body) - end} of the body are left"
+            " over"
+        )
     return run_id, deltas, digests
 
 
 def _common(a: bytes, b: bytes) -> int:
     """The length of the longest common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
 def _put_varint(out: bytearray, value: int) -> None:

@@ -1,7 +1,9 @@
-"""Triton kernels through triton-ascend's own passes to linalg, and the result executed on x86 with Debian's MLIR 19.
+"""Triton kernels through triton-ascend's own passes to linalg, and the result executed on x86 with
+Debian's MLIR 19.
 
-What this proves: the front end takes the kernel, the lowering keeps its meaning, its transfers stay inside their
-tensors. What it cannot: BiSheng's code, the Unified Buffer at run time, synchronisation, speed.
+What this proves: the front end takes the kernel, the lowering keeps its meaning, its transfers stay
+inside their tensors. What it cannot: BiSheng's code, the Unified Buffer at run time,
+synchronisation, speed.
 """
 
 from __future__ import annotations
@@ -81,7 +83,9 @@ class Lowered:
     def allocated(self) -> int:
         """Bytes of all on-chip buffers that the kernel declares, once each."""
         total = 0
-        for dims, item in re.findall(r"memref\.alloc\(\)[^:]*: memref<([0-9x]+)x(\w+?)>", self.linalg):
+        for dims, item in re.findall(
+            r"memref\.alloc\(\)[^:]*: memref<([0-9x]+)x(\w+?)>", self.linalg
+        ):
             size = ITEM_BYTES[item]
             for dim in dims.split("x"):
                 size *= int(dim)
@@ -90,32 +94,50 @@ class Lowered:
 
 
 def lower(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any]) -> Lowered:
-    """Lowers a `triton.jit` kernel; `types` are Triton's (`*bf16`, `i32`, ...), `constants` its constexpr arguments."""
+    """Lowers a `triton.jit` kernel; `types` are Triton's (`*bf16`, `i32`, ...), `constants` its
+    constexpr arguments."""
     target = GPUTarget("npu", "Ascend910B3", 0)
     backend = AscendBackend(target)
     options = backend.parse_options({})
-    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    signature = {
+        name: "constexpr" if name in constants else types[name] for name in kernel.arg_names
+    }
     source = ASTSource(fn=kernel, signature=signature, constants=dict(constants))
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
-    module = source.make_ir(options, backend.get_codegen_implementation(), backend.get_module_map(), context)
+    module = source.make_ir(
+        options, backend.get_codegen_implementation(), backend.get_module_map(), context
+    )
     meta = {"target": target, "hash": source.hash(), **options.__dict__}
     linalg = ttir_to_linalg(make_ttir(module, meta, options), meta, options, named_ops=True)
     name = re.search(r"func\.func @(\w+)", linalg)
     assert name is not None
-    return Lowered(name=name[1], types=tuple(t for t in signature.values() if t != "constexpr"), linalg=linalg)
+    return Lowered(
+        name=name[1], types=tuple(t for t in signature.values() if t != "constexpr"), linalg=linalg
+    )
 
 
 class Executable:
-    """A lowered kernel as a shared library; a call runs the whole grid, one program after the other."""
+    """A lowered kernel as a shared library; a call runs the whole grid, one program after the
+    other."""
 
     def __init__(self, lowered: Lowered, folder: Path) -> None:
-        text = re.sub(r" attributes \{[^}]*\}", " attributes {llvm.emit_c_interface}", lowered.linalg, count=1)
+        text = re.sub(
+            r" attributes \{[^}]*\}", " attributes {llvm.emit_c_interface}", lowered.linalg, count=1
+        )
         text = re.sub(r"\{(tt|hivm)\.[^}]*\}", "", text)
         (folder / "kernel.mlir").write_text(text)
-        _tool(LLVM / "bin/mlir-opt", folder / "kernel.mlir", *TO_LLVM, "-o", folder / "lowered.mlir")
-        _tool(LLVM / "bin/mlir-translate", folder / "lowered.mlir", "--mlir-to-llvmir", "-o", folder / "kernel.ll")
+        _tool(
+            LLVM / "bin/mlir-opt", folder / "kernel.mlir", *TO_LLVM, "-o", folder / "lowered.mlir"
+        )
+        _tool(
+            LLVM / "bin/mlir-translate",
+            folder / "lowered.mlir",
+            "--mlir-to-llvmir",
+            "-o",
+            folder / "kernel.ll",
+        )
         _tool(
             LLVM / "bin/llc", folder / "kernel.ll", "-filetype=obj", "-relocation-model=pic", "-O2",
             "-o", folder / "kernel.o",
@@ -131,7 +153,9 @@ class Executable:
         """Runs programs 0 to `programs` - 1 with the run-time arguments `values`."""
         arguments: list[Any] = _memref(None) + _memref(None)  # triton-ascend's lock and workspace
         for kind, value in zip(self.types, values, strict=True):
-            arguments += _memref(value) if isinstance(value, torch.Tensor) else [SCALARS[kind](value)]
+            arguments += (
+                _memref(value) if isinstance(value, torch.Tensor) else [SCALARS[kind](value)]
+            )
         for program in range(programs):
             self.function(*arguments, *(ctypes.c_int32(v) for v in (programs, 1, 1, program, 0, 0)))
 
@@ -144,5 +168,7 @@ def _memref(tensor: torch.Tensor | None) -> list[Any]:
 
 
 def _tool(*command: object) -> None:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, f"{command[0]}: {done.stderr[:2000]}"

@@ -1,4 +1,5 @@
-"""What emberl relies on in vllm-ascend 0.23.0, read in the sources of its wheel: importing it needs CANN, reading does not."""
+"""What emberl relies on in vllm-ascend 0.23.0, read in the sources of its wheel: importing it needs
+CANN, reading does not."""
 
 from __future__ import annotations
 
@@ -16,14 +17,20 @@ ROOT = Path(__file__).parents[2]
 WHEEL = Path(sys.prefix) / "vllm-ascend-0.23.0" / "vllm_ascend"
 
 pytestmark = pytest.mark.skipif(
-    not WHEEL.exists(), reason="the wheel of vllm-ascend 0.23.0 could not be had; tests/ascend/setup.sh says why"
+    not WHEEL.exists(),
+    reason="the wheel of vllm-ascend 0.23.0 could not be had; tests/ascend/setup.sh says why",
 )
 
 
 def installed() -> bool:
-    """Whether emberl is; another file of these tests may have put a module of that name there by hand."""
+    """Whether emberl is; another file of these tests may have put a module of that name there by
+    hand."""
     loaded = sys.modules.get("emberl")
-    return importlib.util.find_spec("emberl") is not None if loaded is None else loaded.__spec__ is not None
+    return (
+        importlib.util.find_spec("emberl") is not None
+        if loaded is None
+        else loaded.__spec__ is not None
+    )
 
 
 if not installed():  # this environment has torch and Triton only
@@ -40,7 +47,11 @@ def source(path: str) -> str:
 
 
 def class_of(path: str, name: str) -> ast.ClassDef:
-    [found] = [n for n in ast.walk(ast.parse(source(path))) if isinstance(n, ast.ClassDef) and n.name == name]
+    [found] = [
+        n
+        for n in ast.walk(ast.parse(source(path)))
+        if isinstance(n, ast.ClassDef) and n.name == name
+    ]
     return found
 
 
@@ -53,12 +64,22 @@ def parameters(function: ast.FunctionDef) -> list[str]:
 
 
 def fields(of: ast.ClassDef) -> list[str]:
-    return [n.target.id for n in of.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+    return [
+        n.target.id
+        for n in of.body
+        if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+    ]
 
 
 def settings(**engine_args: Any) -> Any:
     return vllm_compat.EngineSettings(
-        model="m", dtype="bfloat16", device="npu", threads=1, max_num_seqs=8, max_model_len=64, engine_args=engine_args
+        model="m",
+        dtype="bfloat16",
+        device="npu",
+        threads=1,
+        max_num_seqs=8,
+        max_model_len=64,
+        engine_args=engine_args,
     )
 
 
@@ -74,7 +95,9 @@ def test_what_is_set_on_an_npu_has_the_names_and_values_that_it_reads() -> None:
 
 def test_the_format_that_is_switched_off_is_refused_where_weights_change() -> None:
     worker = methods(class_of("worker/worker.py", "NPUWorker"))
-    assert "weight_nz_mode" in ast.unparse(worker["wake_up"]) and "raise ValueError" in ast.unparse(worker["wake_up"])
+    assert "weight_nz_mode" in ast.unparse(worker["wake_up"]) and "raise ValueError" in ast.unparse(
+        worker["wake_up"]
+    )
     assert "self._check_nz_disabled()" in ast.unparse(worker["start_weight_update"])
     check = ast.unparse(worker["_check_nz_disabled"])
     assert "envs_ascend.VLLM_ASCEND_ENABLE_NZ" in check and "raise ValueError" in check
@@ -82,21 +105,30 @@ def test_the_format_that_is_switched_off_is_refused_where_weights_change() -> No
 
 def test_workers_sleep_and_wake_as_is_asked() -> None:
     worker = methods(class_of("worker/worker.py", "NPUWorker"))
-    assert parameters(worker["sleep"]) == ["self", "level"] and parameters(worker["wake_up"]) == ["self", "tags"]
+    assert parameters(worker["sleep"]) == ["self", "level"] and parameters(worker["wake_up"]) == [
+        "self",
+        "tags",
+    ]
     pools = ast.unparse(worker["load_model"]) + "".join(map(ast.unparse, worker.values()))
-    assert all(f"tag='{tag}'" in pools for tag in ("weights", "kv_cache")), "the tags that are woken one after another"
+    assert all(f"tag='{tag}'" in pools for tag in ("weights", "kv_cache")), (
+        "the tags that are woken one after another"
+    )
 
 
 def test_expandable_segments_and_the_memory_pool_exclude_each_other() -> None:
     assert 'assert "expandable_segments:True" not in conf' in source("device_allocator/camem.py")
     with pytest.raises(ValueError, match="expandable segments"):
-        vllm_compat.prepare(settings(enable_sleep_mode=True), {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"})
+        vllm_compat.prepare(
+            settings(enable_sleep_mode=True), {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"}
+        )
 
 
 def test_cards_are_chosen_by_the_variable_that_it_reads() -> None:
     npu = class_of("platform.py", "NPUPlatform")
     assigned = {
-        ast.unparse(n.target): ast.unparse(n.value) for n in npu.body if isinstance(n, ast.AnnAssign) and n.value
+        ast.unparse(n.target): ast.unparse(n.value)
+        for n in npu.body
+        if isinstance(n, ast.AnnAssign) and n.value
     }
     assert assigned["device_control_env_var"].strip("'") == platform.NPU.visible_devices
 
@@ -120,8 +152,13 @@ def test_weight_transfer_entries_keep_vllms_names() -> None:
         "master_address", "master_port", "rank_offset", "world_size",
     ]  # fmt: skip
     assert fields(class_of(HCCL, "HCCLWeightTransferUpdateInfo")) == [
-        "names", "dtype_names", "shapes", "packed", "packed_buffer_size_bytes", "packed_num_buffers",
-    ]  # fmt: skip
+        "names",
+        "dtype_names",
+        "shapes",
+        "packed",
+        "packed_buffer_size_bytes",
+        "packed_num_buffers",
+    ]
     engine = methods(class_of(HCCL, "HCCLWeightTransferEngine"))
     assert parameters(engine["trainer_init"]) == ["init_info"]
     assert parameters(engine["trainer_send_weights"]) == ["iterator", "trainer_args"]
@@ -131,15 +168,19 @@ HCCL = "distributed/weight_transfer/hccl_engine.py"
 
 
 def test_its_transfer_engine_takes_what_emberl_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its infos are dataclasses made of these dictionaries: an unknown key would be refused, and tensors that one side packs
-    and the other does not would hang both."""
+    """Its infos are dataclasses made of these dictionaries: an unknown key would be refused, and
+    tensors that one side packs and the other does not would hang both."""
     infos = {
         f"{kind}_info_cls": types.SimpleNamespace(
-            __dataclass_fields__=dict.fromkeys(fields(class_of(HCCL, f"HCCLWeightTransfer{kind.title()}Info")))
+            __dataclass_fields__=dict.fromkeys(
+                fields(class_of(HCCL, f"HCCLWeightTransfer{kind.title()}Info"))
+            )
         )
         for kind in ("init", "update")
     }
-    monkeypatch.setattr(vllm_compat, "_worker_engine", lambda backend: types.SimpleNamespace(**infos))
+    monkeypatch.setattr(
+        vllm_compat, "_worker_engine", lambda backend: types.SimpleNamespace(**infos)
+    )
     backend = platform.NPU.weight_transfer
     assert vllm_compat.transfer_init(backend, "host", 1, 3, 9) == {
         "master_address": "host", "master_port": 1, "rank_offset": 3, "world_size": 9,
@@ -152,22 +193,35 @@ def test_its_transfer_engine_takes_what_emberl_gives(monkeypatch: pytest.MonkeyP
 def test_learners_send_as_it_says() -> None:
     engine = methods(class_of(HCCL, "HCCLWeightTransferEngine"))
     assert {"group", "packed"} <= set(fields(class_of(HCCL, "HCCLTrainerSendWeightsArgs")))
-    sending, meeting = ast.unparse(engine["trainer_send_weights"]), ast.unparse(engine["trainer_init"])
+    sending, meeting = (
+        ast.unparse(engine["trainer_send_weights"]),
+        ast.unparse(engine["trainer_init"]),
+    )
     assert "HCCLTrainerSendWeightsArgs(**trainer_args)" in sending, "a dictionary will do"
     for key in ("master_address", "master_port", "world_size"):
         assert f"init_info['{key}']" in meeting
-    assert "PyHcclCommunicator(pg, device=device)" in ast.unparse(engine["_stateless_init_process_group"])
-    assert "self.model_update_group: PyHcclCommunicator | None = None" in ast.unparse(engine["__init__"])
-    assert "rank = worker_rank + init_info.rank_offset" in ast.unparse(engine["init_transfer_engine"])
+    assert "PyHcclCommunicator(pg, device=device)" in ast.unparse(
+        engine["_stateless_init_process_group"]
+    )
+    assert "self.model_update_group: PyHcclCommunicator | None = None" in ast.unparse(
+        engine["__init__"]
+    )
+    assert "rank = worker_rank + init_info.rank_offset" in ast.unparse(
+        engine["init_transfer_engine"]
+    )
 
 
 def test_its_workers_take_the_steps_of_a_transfer() -> None:
     worker = methods(class_of("worker/worker.py", "NPUWorker"))
     assert parameters(worker["init_weight_transfer_engine"]) == ["self", "init_info"]
     start = worker["start_weight_update"]
-    assert parameters(start)[2:] == [] and [ast.unparse(d) for d in start.args.defaults] == ["True"], "as a checkpoint"
+    assert parameters(start)[2:] == [] and [ast.unparse(d) for d in start.args.defaults] == [
+        "True"
+    ], "as a checkpoint"
     assert parameters(worker["update_weights"]) == ["self", "update_info"]
-    assert "load_weights=model.load_weights" in ast.unparse(worker["update_weights"]), "looked up when the tensors come"
+    assert "load_weights=model.load_weights" in ast.unparse(worker["update_weights"]), (
+        "looked up when the tensors come"
+    )
     assert parameters(worker["finish_weight_update"]) == ["self"]
     assert "self.weight_transfer_engine = None" in ast.unparse(worker["__init__"])
 

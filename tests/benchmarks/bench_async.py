@@ -1,11 +1,13 @@
-"""Rollouts and learners in parallel: trained tokens a second at max_staleness 0 and k, at equal devices.
+"""Rollouts and learners in parallel: trained tokens a second at max_staleness 0 and k, at equal
+devices.
 
     python tests/benchmarks/bench_async.py [--quick] [--json FILE] [--steps N] [--staleness 0 2]
 
-Real actors: one learner rank and two rollout workers on Ray. Answers have prescribed long-tailed lengths (lognormal, CV 1,
-see scripted_engine.py), and each running answer is held to a fixed token rate, as on a device of its own, so that the
-machine's cores do not decide. The learner computes for real. The first `k + 2` steps, in which the pipeline fills, are left
-out of the figures of every run.
+Real actors: one learner rank and two rollout workers on Ray. Answers have prescribed long-tailed
+lengths (lognormal, CV 1, see scripted_engine.py), and each running answer is held to a fixed token
+rate, as on a device of its own, so that the machine's cores do not decide. The learner computes for
+real. The first `k + 2` steps, in which the pipeline fills, are left out of the figures of every
+run.
 """
 
 from __future__ import annotations
@@ -57,10 +59,19 @@ def run(folder: Path, staleness: int, steps: int, *overrides: str) -> list[dict[
     out = folder / f"k{staleness}{'-'.join(overrides).replace('/', '_')}"
     paths = [str(folder), str(Path(__file__).parent)]
     command = [str(Path(sys.executable).with_name("emberl")), "train", str(folder / "config.yaml")]
-    command += [f"schedule.max_staleness={staleness}", f"schedule.steps={steps + staleness + 2}", f"run_dir={out}"]
+    command += [
+        f"schedule.max_staleness={staleness}",
+        f"schedule.steps={steps + staleness + 2}",
+        f"run_dir={out}",
+    ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "RAY_worker_niceness": "0"}
     done = subprocess.run(
-        [*command, *overrides], env=environment, capture_output=True, text=True, timeout=1800, check=False
+        [*command, *overrides],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
@@ -73,7 +84,9 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, float]:
     tokens = sum(row["perf/sampled_tokens_per_second"] * row["timing_s/step"] for row in rows)
 
     def mean(name: str) -> float:
-        return float(np.average([row[name] for row in rows], weights=[row["timing_s/step"] for row in rows]))
+        return float(
+            np.average([row[name] for row in rows], weights=[row["timing_s/step"] for row in rows])
+        )
 
     return {
         "tokens_per_s": tokens / seconds,
@@ -100,7 +113,14 @@ def main() -> None:
             found = figures(run(Path(folder), staleness, steps, *options.overrides))
             rate = found.pop("tokens_per_s")
             base = base or rate
-            report.record("lognormal CV 1", f"max_staleness {staleness}", rate, "tokens/s", ratio=rate / base, **found)
+            report.record(
+                "lognormal CV 1",
+                f"max_staleness {staleness}",
+                rate,
+                "tokens/s",
+                ratio=rate / base,
+                **found,
+            )
 
 
 if __name__ == "__main__":

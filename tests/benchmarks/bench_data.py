@@ -1,10 +1,12 @@
-"""How long a data set takes to open, and how much memory: tables of the size and kind that people train on.
+"""How long a data set takes to open, and how much memory: tables of the size and kind that people
+train on.
 
-    dapo       1.79 million rows of verl's layout that repeat 17 thousand problems, as Parquet (DAPO-Math-17k's shape)
-    distinct   10^5 problems, as JSON lines
+    dapo       1.79 million rows of verl's layout that repeat 17 thousand problems, as Parquet
+    (DAPO-Math-17k's shape) distinct   10^5 problems, as JSON lines
 
-Each is opened in a process of its own, the first time and again, from check to held-out set and references; seconds are of
-processor time. Run: python tests/benchmarks/bench_data.py [--quick] [--json FILE]
+Each is opened in a process of its own, the first time and again, from check to held-out set and
+references; seconds are of processor time. Run: python tests/benchmarks/bench_data.py [--quick]
+[--json FILE]
 """
 
 from __future__ import annotations
@@ -21,7 +23,21 @@ from pathlib import Path
 
 FLOORS = {"dapo first": 60.0, "dapo again": 5.0, "distinct first": 20.0, "distinct again": 20.0}
 MEMORY = 2 << 30
-_WORDS = ("a", "the", "of", "point", "circle", "number", "sum", "least", "positive", "integer", "such", "that", "find")
+_WORDS = (
+    "a",
+    "the",
+    "of",
+    "point",
+    "circle",
+    "number",
+    "sum",
+    "least",
+    "positive",
+    "integer",
+    "such",
+    "that",
+    "find",
+)
 
 
 def problem(i: int) -> str:
@@ -35,7 +51,10 @@ def write_dapo(path: Path, rows: int, distinct: int) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    before = "Solve the following math problem step by step. The last line should be Answer: $Answer.\n\n"
+    before = (
+        "Solve the following math problem step by step. The last line should be Answer:"
+        " $Answer.\n\n"
+    )
     texts = [before + problem(i) for i in range(distinct)]
     order = list(range(rows))
     random.Random(0).shuffle(order)
@@ -46,7 +65,10 @@ def write_dapo(path: Path, rows: int, distinct: int) -> None:
                 "data_source": "math_dapo",
                 "prompt": [{"content": texts[i % distinct], "role": "user"}],
                 "ability": "MATH",
-                "reward_model": {"ground_truth": str(i % distinct % 997), "style": "rule-lighteval/MATH_v2"},
+                "reward_model": {
+                    "ground_truth": str(i % distinct % 997),
+                    "style": "rule-lighteval/MATH_v2",
+                },
                 "extra_info": {"index": f"{i % distinct:032x}"},
             }
             for i in order[start : start + 100_000]
@@ -61,7 +83,12 @@ def write_dapo(path: Path, rows: int, distinct: int) -> None:
 def write_distinct(path: Path, rows: int) -> None:
     with path.open("w") as file:
         for i in range(rows):
-            row = {"problem": problem(i), "answer": str(i), "solution": f"It is \\boxed{{{i}}}.", "source": "made"}
+            row = {
+                "problem": problem(i),
+                "answer": str(i),
+                "solution": f"It is \\boxed{{{i}}}.",
+                "source": "made",
+            }
             file.write(json.dumps(row) + "\n")
 
 
@@ -83,12 +110,19 @@ def open_once(path: str) -> None:
     suite.close()
     used = resource.getrusage(resource.RUSAGE_SELF)
     seconds = used.ru_utime + used.ru_stime - loaded.ru_utime - loaded.ru_stime
-    found = {"seconds": seconds, "bytes": used.ru_maxrss << 10, "problems": source.size, "bad": len(bad)}
+    found = {
+        "seconds": seconds,
+        "bytes": used.ru_maxrss << 10,
+        "problems": source.size,
+        "bad": len(bad),
+    }
     print(json.dumps(found | {"notes": list(source.notes)}))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a hundredth of the rows: a smoke run")
     parser.add_argument("--json", type=Path, help="one record a line")
     parser.add_argument("--open", help=argparse.SUPPRESS)
@@ -106,17 +140,28 @@ def main() -> None:
         for name, file in files.items():
             for time in ("first", "again"):
                 done = subprocess.run(
-                    [sys.executable, __file__, "--open", str(file)], capture_output=True, text=True, check=True
+                    [sys.executable, __file__, "--open", str(file)],
+                    capture_output=True,
+                    text=True,
+                    check=True,
                 )
                 found = json.loads(done.stdout.splitlines()[-1])
                 case, floor = f"{name} {time}", FLOORS[f"{name} {time}"]
                 fits = found["seconds"] <= floor and found["bytes"] <= MEMORY
                 print(
-                    f"{case:15} {found['problems']} problems  {found['seconds']:6.2f} s of {floor:g}  "
-                    f"{found['bytes'] / 2**30:.2f} GiB  {'ok' if fits else 'TOO MUCH'}"
+                    f"{case:15} {found['problems']} problems  {found['seconds']:6.2f} s of"
+                    f" {floor:g}  {found['bytes'] / 2**30:.2f} GiB  {'ok' if fits else 'TOO MUCH'}"
                 )
                 for unit, value in (("s", found["seconds"]), ("bytes", found["bytes"])):
-                    records.append({"bench": "data", "case": case, "impl": "emberl", "value": value, "unit": unit})
+                    records.append(
+                        {
+                            "bench": "data",
+                            "case": case,
+                            "impl": "emberl",
+                            "value": value,
+                            "unit": unit,
+                        }
+                    )
     if arguments.json:
         arguments.json.write_text("".join(json.dumps(record) + "\n" for record in records))
 

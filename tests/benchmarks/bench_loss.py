@@ -1,14 +1,17 @@
 """The output layer's loss, forward and backward, against its peers, interleaved in one process.
 
-    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python tests/benchmarks/bench_loss.py [--quick] [--json FILE]
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python tests/benchmarks/bench_loss.py [--quick]
+    [--json FILE]
 
-On a CPU the shapes A: 4096 x 512 x 32k and B: 2048 x 1024 x 152k, on a card (`--device cuda`) C: 16k x 3584 x 152k and
-D: 32k x 2048 x 152k, all bfloat16 (or `--dtype float32`, what one trains in on a CPU without bfloat16 products). Every line
-says which share of the measured matrix-product ceiling its three products (two, one) reach: of bfloat16 products, or of
-float32 ones where the CPU has no others worth having. Peers are used where they are installed: trl and liger-kernel
-(packages), verl (its file verl/utils/experimental/torch_functional.py is loaded alone); one that fails, for want of memory
-say, is listed with its reason. Errors are against float64 on a problem small enough for it. Peak memory is the process's
-resident set (a card's: what torch allocated) above what it was before the call.
+On a CPU the shapes A: 4096 x 512 x 32k and B: 2048 x 1024 x 152k, on a card (`--device cuda`) C:
+16k x 3584 x 152k and D: 32k x 2048 x 152k, all bfloat16 (or `--dtype float32`, what one trains in
+on a CPU without bfloat16 products). Every line says which share of the measured matrix-product
+ceiling its three products (two, one) reach: of bfloat16 products, or of float32 ones where the CPU
+has no others worth having. Peers are used where they are installed: trl and liger-kernel
+(packages), verl (its file verl/utils/experimental/torch_functional.py is loaded alone); one that
+fails, for want of memory say, is listed with its reason. Errors are against float64 on a problem
+small enough for it. Peak memory is the process's resident set (a card's: what torch allocated)
+above what it was before the call.
 """
 
 from __future__ import annotations
@@ -60,10 +63,14 @@ class Problem:
 
     @property
     def ids(self) -> Tensor:
-        return torch.arange(len(self.targets), device=self.targets.device) // (len(self.targets) // SEQUENCES)
+        return torch.arange(len(self.targets), device=self.targets.device) // (
+            len(self.targets) // SEQUENCES
+        )
 
 
-def problem(n: int, h: int, v: int, device: torch.device, *, half: bool = False, dtype: torch.dtype) -> Problem:
+def problem(
+    n: int, h: int, v: int, device: torch.device, *, half: bool = False, dtype: torch.dtype
+) -> Problem:
     g = torch.Generator(device).manual_seed(0)
     on = {"generator": g, "device": device}
     weight = torch.randn(v, h, **on) * h**-0.5
@@ -94,12 +101,15 @@ class TokenClip:
         advantage = self.p.advantage[index] / len(self.p.old)
         ratio = torch.exp(stats.logp - self.p.old[index])
         plain, bounded = ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage
-        return TokenTerms(loss=-torch.minimum(plain, bounded), dlogp=torch.where(plain <= bounded, -plain, 0.0))
+        return TokenTerms(
+            loss=-torch.minimum(plain, bounded), dlogp=torch.where(plain <= bounded, -plain, 0.0)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceClip:
-    """GSPO: the clipped ratio is the sequence's geometric mean, the loss is the mean over sequences."""
+    """GSPO: the clipped ratio is the sequence's geometric mean, the loss is the mean over
+    sequences."""
 
     p: Problem
     whole_sequences: bool = True
@@ -113,7 +123,8 @@ class SequenceClip:
         plain, bounded = ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage
         loss, slope = -torch.minimum(plain, bounded), torch.where(plain <= bounded, -plain, 0.0)
         return TokenTerms(
-            loss=(loss / length).repeat_interleave(length), dlogp=(slope / length).repeat_interleave(length)
+            loss=(loss / length).repeat_interleave(length),
+            dlogp=(slope / length).repeat_interleave(length),
         )
 
 
@@ -121,7 +132,10 @@ def from_logp(p: Problem, logp: Tensor, *, sequences: bool) -> Tensor:
     """The same two losses for autograd."""
     log_ratio, advantage = logp - p.old, p.advantage
     if sequences:
-        log_ratio, advantage = log_ratio.view(SEQUENCES, -1).mean(1), advantage.view(SEQUENCES, -1)[:, 0]
+        log_ratio, advantage = (
+            log_ratio.view(SEQUENCES, -1).mean(1),
+            advantage.view(SEQUENCES, -1)[:, 0],
+        )
     ratio = torch.exp(log_ratio)
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
 
@@ -133,7 +147,9 @@ def peers() -> dict[str, LogProb]:
     """Differentiable log-probs [N] of each peer that is installed."""
     found: dict[str, LogProb] = {
         "naive": lambda h, w, y: (h @ w.t()).float().log_softmax(-1).gather(1, y[:, None])[:, 0],
-        "naive in float32": lambda h, w, y: (h.float() @ w.float().t()).log_softmax(-1).gather(1, y[:, None])[:, 0],
+        "naive in float32": (
+            lambda h, w, y: (h.float() @ w.float().t()).log_softmax(-1).gather(1, y[:, None])[:, 0]
+        ),
         "torch linear_cross_entropy": lambda h, w, y: (
             -torch.nn.functional.linear_cross_entropy(h, w, y, reduction="none").float()
         ),
@@ -141,9 +157,13 @@ def peers() -> dict[str, LogProb]:
     if (utils := optional("trl.trainer.utils")) is not None:
         chunked = importlib.import_module("trl.kernels.chunked_logprob")
         found["trl on logits"] = lambda h, w, y: utils.selective_log_softmax(h @ w.t(), y).float()
-        found["trl chunked"] = lambda h, w, y: chunked.ChunkedLogProbFunction.apply(h, w, None, y, 1.0, 4096)[0]
+        found["trl chunked"] = lambda h, w, y: chunked.ChunkedLogProbFunction.apply(
+            h, w, None, y, 1.0, 4096
+        )[0]
     if (scaled := optional("liger_kernel.ops.fused_linear_scaled_cross_entropy")) is not None:
-        found["liger scaled CE"] = lambda h, w, y: -scaled.LigerFusedLinearScaledCrossEntropyFunction.apply(h, w, y)
+        found["liger scaled CE"] = lambda h, w, y: (
+            -scaled.LigerFusedLinearScaledCrossEntropyFunction.apply(h, w, y)
+        )
     if (verl := importlib.util.find_spec("verl")) is not None and verl.origin is not None:
         path = Path(verl.origin).parent / "utils/experimental/torch_functional.py"
         spec = importlib.util.spec_from_file_location("verl_torch_functional", path)
@@ -157,7 +177,8 @@ def peers() -> dict[str, LogProb]:
 
 @lru_cache
 def optional(name: str) -> Any:
-    """The module, or None with the reason printed where it or something that it needs is not installed."""
+    """The module, or None with the reason printed where it or something that it needs is not
+    installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -168,14 +189,21 @@ def optional(name: str) -> Any:
 def liger_loss(p: Problem, h: Tensor, w: Tensor, *, sequences: bool) -> Tensor:
     module = importlib.import_module("liger_kernel.chunked_loss.grpo_loss")
     loss = module.LigerFusedLinearGRPOLoss(
-        beta=0.0, compiled=h.device.type != "cpu", use_ref_model=False, loss_type="grpo" if sequences else "dapo",
+        beta=0.0,
+        compiled=h.device.type != "cpu",
+        use_ref_model=False,
+        loss_type="grpo" if sequences else "dapo",
         importance_sampling_level="sequence" if sequences else "token",
-    )  # fmt: skip
+    )
     shape = (SEQUENCES, -1)
     value: Tensor = loss(
-        h.view(*shape, h.shape[1]), w, p.targets.view(shape), torch.ones_like(p.targets).view(shape),
-        p.advantage.view(shape)[:, 0], old_per_token_logps=p.old.view(shape),
-    )[0]  # fmt: skip
+        h.view(*shape, h.shape[1]),
+        w,
+        p.targets.view(shape),
+        torch.ones_like(p.targets).view(shape),
+        p.advantage.view(shape)[:, 0],
+        old_per_token_logps=p.old.view(shape),
+    )[0]
     return value
 
 
@@ -204,7 +232,8 @@ def leaves(p: Problem, case: Case) -> tuple[Tensor, Tensor]:
 
 
 def runs(p: Problem, case: Case) -> dict[str, Callable[[], Any]]:
-    """Every implementation of a case, as a function without arguments that returns when its work is done."""
+    """Every implementation of a case, as a function without arguments that returns when its work is
+    done."""
 
     def ours() -> None:
         if not case.gradients:
@@ -230,7 +259,9 @@ def runs(p: Problem, case: Case) -> dict[str, Callable[[], Any]]:
         h, w = leaves(p, case)
         liger_loss(p, h, w, sequences=case.sequences).backward()
 
-    found: dict[str, Callable[[], Any]] = {"emberl": ours} | {name: peer(f) for name, f in peers().items()}
+    found: dict[str, Callable[[], Any]] = {"emberl": ours} | {
+        name: peer(f) for name, f in peers().items()
+    }
     if importlib.util.find_spec("liger_kernel") is not None and case.gradients:
         found["liger fused GRPO"] = liger
     return {name: finished(run, p.hidden.device) for name, run in found.items()}
@@ -255,7 +286,10 @@ def ceiling(dtype: torch.dtype, device: torch.device) -> float:
     if device.type != "cpu":
         sizes = ((8192, 8192, 8192), (32768, 3584, 4096), (32768, 4096, 3584))
     for m, k, n in sizes:
-        a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
+        a, b = (
+            torch.randn(m, k, device=device).to(dtype),
+            torch.randn(k, n, device=device).to(dtype),
+        )
         out = torch.empty(m, n, dtype=dtype, device=device)
         product = finished(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device)
         product()
@@ -268,8 +302,8 @@ def ceiling(dtype: torch.dtype, device: torch.device) -> float:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[list[float]]:
-    """Puts into the list the peak of what a card's tensors take, or of the resident set (sampled every 2 ms), above its
-    value at entry, in MiB."""
+    """Puts into the list the peak of what a card's tensors take, or of the resident set (sampled
+    every 2 ms), above its value at entry, in MiB."""
     if device.type != "cpu":
         card = torch.get_device_module(device)
         card.reset_peak_memory_stats()
@@ -279,7 +313,8 @@ def peak_memory(device: torch.device) -> Iterator[list[float]]:
         return
     page = os.sysconf("SC_PAGE_SIZE") / 2**20
     resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * page  # noqa: E731
-    ctypes.CDLL(None).malloc_trim(0)  # or memory that an earlier call left with malloc would hide this one's
+    # or memory that an earlier call left with malloc would hide this one's
+    ctypes.CDLL(None).malloc_trim(0)
     start, result, stop = resident(), [0.0], threading.Event()
 
     def sample() -> None:
@@ -309,7 +344,9 @@ def errors(report: harness.Report, device: torch.device, wanted: Callable[[str],
         logp = None
         with reported(name, "errors"):
             if name == "emberl":
-                value, stats, _ = linear_loss(mine_h, mine_w, p.targets, TokenClip(p=p), shift=p.old)
+                value, stats, _ = linear_loss(
+                    mine_h, mine_w, p.targets, TokenClip(p=p), shift=p.old
+                )
                 logp = stats.logp
             elif name in known:
                 logp = known[name](mine_h, mine_w, p.targets)
@@ -320,17 +357,25 @@ def errors(report: harness.Report, device: torch.device, wanted: Callable[[str],
         if mine_h.grad is None or mine_w.grad is None:
             continue
         error = (mine_h.grad - h.grad).norm(dim=1)
-        off = torch.full_like(exact, float("nan")) if logp is None else (logp - exact).detach().abs()
+        off = (
+            torch.full_like(exact, float("nan")) if logp is None else (logp - exact).detach().abs()
+        )
         report.record(
-            "error 512x256x8000", name, float(off.mean()), "nat", logp_max=float(off.max()),
-            dh=float(error.norm() / norms.norm()), dw=float((mine_w.grad - w.grad).norm() / w.grad.norm()),
+            "error 512x256x8000",
+            name,
+            float(off.mean()),
+            "nat",
+            logp_max=float(off.max()),
+            dh=float(error.norm() / norms.norm()),
+            dw=float((mine_w.grad - w.grad).norm() / w.grad.norm()),
             dh_row_p99=float((error[norms > 0] / norms[norms > 0]).quantile(0.99)),
-        )  # fmt: skip
+        )
 
 
 @contextmanager
 def reported(name: str, what: str) -> Iterator[None]:
-    """Prints why a peer cannot do this here (too little memory, a kernel that does not compile); ours must."""
+    """Prints why a peer cannot do this here (too little memory, a kernel that does not compile);
+    ours must."""
     try:
         yield
     except Exception as error:
@@ -340,7 +385,12 @@ def reported(name: str, what: str) -> Iterator[None]:
 
 
 def measure(
-    report: harness.Report, label: str, p: Problem, case: Case, rounds: int, wanted: Callable[[str], bool]
+    report: harness.Report,
+    label: str,
+    p: Problem,
+    case: Case,
+    rounds: int,
+    wanted: Callable[[str], bool],
 ) -> None:
     """One case of one shape: a record for each implementation."""
     dtype, device, peaks = p.hidden.dtype, p.hidden.device, {}
@@ -357,18 +407,35 @@ def measure(
     for name, times in seconds.items():
         took = harness.median(times)
         report.record(
-            label, name, took, "s", ratio=took / mine, floor=flops / top, best=min(times), ceiling_tflops=top,
-            percent=100 * flops / top / took, peak_mib=peaks[name][0], threads=torch.get_num_threads(),
-        )  # fmt: skip
+            label,
+            name,
+            took,
+            "s",
+            ratio=took / mine,
+            floor=flops / top,
+            best=min(times),
+            ceiling_tflops=top,
+            percent=100 * flops / top / took,
+            peak_mib=peaks[name][0],
+            threads=torch.get_num_threads(),
+        )
 
 
 def main() -> None:
     parser = harness.arguments(__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, action="append", help="only this shape (may be repeated)")
-    parser.add_argument("--case", choices=CASES, action="append", help="only this case (may be repeated)")
-    parser.add_argument("--impl", action="append", help="only implementations whose name contains this; ours always")
+    parser.add_argument(
+        "--shape", choices=SHAPES, action="append", help="only this shape (may be repeated)"
+    )
+    parser.add_argument(
+        "--case", choices=CASES, action="append", help="only this case (may be repeated)"
+    )
+    parser.add_argument(
+        "--impl", action="append", help="only implementations whose name contains this; ours always"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, help="instead of the shape's, for CPUs with slow products")
+    parser.add_argument(
+        "--tokens", type=int, help="instead of the shape's, for CPUs with slow products"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     args = parser.parse_args()
@@ -381,8 +448,9 @@ def main() -> None:
         report.machine["card"] = torch.get_device_module(args.device).get_device_name()
     if product_dtype(getattr(torch, args.dtype), args.device) != getattr(torch, args.dtype):
         print(
-            "this CPU has no bfloat16 products: peers take minutes a run, at a vocabulary of 152k hours for a table; "
-            "--tokens 256 --rounds 1 shortens that, --dtype float32 compares what one would train in here"
+            "this CPU has no bfloat16 products: peers take minutes a run, at a vocabulary of 152k"
+            " hours for a table; --tokens 256 --rounds 1 shortens that, --dtype float32 compares"
+            " what one would train in here"
         )
     errors(report, args.device, wanted)
     usual = ON_A_CPU if args.device.type == "cpu" else ON_A_CARD

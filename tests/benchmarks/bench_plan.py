@@ -1,14 +1,17 @@
-"""`emberl plan`: how fast the simulator is, what it says of 1,024 to 10,240 NPUs, and whether it is right.
+"""`emberl plan`: how fast the simulator is, what it says of 1,024 to 10,240 NPUs, and whether it is
+right.
 
 - speed: answers simulated per second of one core, and the time of a 10,240-NPU plan.
 - toy: a system for which figures of another, token-level simulation exist.
-- links: a 32B model on 910B cards over links of 25, 12.5 and 3 GB/s a node; throughput as a share of what a perfect link
-  gives, for three ways to bring weights to the engines. Simulated, from data sheets and the assumptions that
-  `emberl plan --keys` lists.
-- reality (--reality): short real runs on this machine, the embedded engine held to a fixed token rate. Two calibrate the
-  planner, which then predicts the others' step times; the ratio is predicted / measured, the floor 0.9 (and 1.1 the ceiling).
+- links: a 32B model on 910B cards over links of 25, 12.5 and 3 GB/s a node; throughput as a share
+  of what a perfect link gives, for three ways to bring weights to the engines. Simulated, from data
+  sheets and the assumptions that `emberl plan --keys` lists.
+- reality (--reality): short real runs on this machine, the embedded engine held to a fixed token
+  rate. Two calibrate the planner, which then predicts the others' step times; the ratio is
+  predicted / measured, the floor 0.9 (and 1.1 the ceiling).
 
-    .venv/bin/python tests/benchmarks/bench_plan.py [--quick] [--reality] [--runs DIR] [--picture FILE] [--json FILE]
+    .venv/bin/python tests/benchmarks/bench_plan.py [--quick] [--reality] [--runs DIR] [--picture
+    FILE] [--json FILE]
 """
 
 from __future__ import annotations
@@ -33,10 +36,18 @@ from emberl.rl.plan.simulator import simulate
 from harness import Report, arguments
 
 TOY = Scenario(
-    workers=16, slots=64, table=DecodeTable.constant(60), lengths=LognormalLengths(mean_uncut=8192, cv=1, cap=32768),
-    prompts_per_step=512, group_size=1, learner_fixed=90, learner_per_token=0, publication=Publication(commit=1),
-    steps=40, warmup=10,
-)  # fmt: skip
+    workers=16,
+    slots=64,
+    table=DecodeTable.constant(60),
+    lengths=LognormalLengths(mean_uncut=8192, cv=1, cap=32768),
+    prompts_per_step=512,
+    group_size=1,
+    learner_fixed=90,
+    learner_per_token=0,
+    publication=Publication(commit=1),
+    steps=40,
+    warmup=10,
+)
 TOY_CASES: dict[str, tuple[dict[str, Any], float]] = {
     "synchronous": ({}, 640.0),
     "oversample 1.25": ({"oversample": 1.25, "overdue": "evict"}, 283.0),
@@ -44,7 +55,8 @@ TOY_CASES: dict[str, tuple[dict[str, Any], float]] = {
 """Changes -> seconds a step of the other simulation."""
 
 SCALES = {1024: 1024, 4096: 1024, 10240: 2048}
-"""NPUs -> prompts a step, with 16 answers each: as many as max_staleness=8 needs for the longest answer to be in time."""
+"""NPUs -> prompts a step, with 16 answers each: as many as max_staleness=8 needs for the longest
+answer to be in time."""
 BANDWIDTHS = (25.0, 12.5, 3.0)
 WAYS = {
     "dense, decoding stops": {"link.mode": "dense", "link.staged": "false"},
@@ -70,14 +82,15 @@ checkpoint: {every: 0}
 tracking: {wandb: disabled}
 cluster: {device: cpu, learners: 1, rollouts: 2, cpus_per_learner: 0.5, cpus_per_rollout: 0.25}
 """
-"""An untrained model, whose answers end by chance (a long tail, cut at 64 tokens) and, at this learning rate, go on to."""
+"""An untrained model, whose answers end by chance (a long tail, cut at 64 tokens) and, at this
+learning rate, go on to."""
 PARITY = """\
 def parity(completions, **columns):
     return [float(len(text) % 2) for text in completions]
 """
 ALSO = ("schedule.max_staleness=1", "schedule.prompts_per_step=16")
-"""The other calibrating run: with one batch size alone, fixed time and tokens' time of the learner cannot be told apart, and on
-a CPU learners are slower beside decoding."""
+"""The other calibrating run: with one batch size alone, fixed time and tokens' time of the learner
+cannot be told apart, and on a CPU learners are slower beside decoding."""
 SETTINGS: dict[str, tuple[str, ...]] = {
     "max_staleness 2": ("schedule.max_staleness=2",),
     "twice the batch": ("schedule.prompts_per_step=16",),
@@ -85,9 +98,14 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "oversample 1.5": ("schedule.oversample=1.5",),
     "groups of 8": ("rollout.group_size=8",),
     "max_staleness 3, half the slots": ("schedule.max_staleness=3", "rollout.max_num_seqs=8"),
-    "max_staleness 2, half the batch": ("schedule.max_staleness=2", "schedule.prompts_per_step=4", "schedule.steps=32"),
+    "max_staleness 2, half the batch": (
+        "schedule.max_staleness=2",
+        "schedule.prompts_per_step=4",
+        "schedule.steps=32",
+    ),
 }
-"""The planner's fit was chosen with the first four in sight; the last three were settled on before they were run."""
+"""The planner's fit was chosen with the first four in sight; the last three were settled on before
+they were run."""
 WITHIN = 0.10
 
 
@@ -98,13 +116,27 @@ def bench_speed(report: Report, devices: int) -> None:
     trace = simulate(scenario)
     seconds = time.perf_counter() - start
     answers = trace.counts.finished * scenario.group_size
-    report.record(f"{devices} devices", "simulator", answers / seconds, "answers/s", seconds=seconds, floor=10_000)
+    report.record(
+        f"{devices} devices",
+        "simulator",
+        answers / seconds,
+        "answers/s",
+        seconds=seconds,
+        floor=10_000,
+    )
 
 
 def bench_toy(report: Report) -> None:
     for case, (changes, expected) in TOY_CASES.items():
         found = figures(simulate(replace(TOY, **changes)))
-        report.record(case, "simulator", found["step_s"], "s/step", ratio=found["step_s"] / expected, other=expected)
+        report.record(
+            case,
+            "simulator",
+            found["step_s"],
+            "s/step",
+            ratio=found["step_s"] / expected,
+            other=expected,
+        )
 
 
 def bench_links(report: Report, scales: Sequence[int], share: float, picture: Path | None) -> None:
@@ -113,25 +145,44 @@ def bench_links(report: Report, scales: Sequence[int], share: float, picture: Pa
     for devices in scales:
         common = [f"schedule.prompts_per_step={SCALES[devices]}", "steps=48", "warmup=24"]
         learners = 8 * round(share * devices / 8)
-        perfect = figures(simulate(ideal(make_scenario(load_plan(common, {"devices": devices}), learners))))
+        perfect = figures(
+            simulate(ideal(make_scenario(load_plan(common, {"devices": devices}), learners)))
+        )
         best = perfect["tokens_per_s"]
         report.record(
-            f"{devices} NPUs", "perfect link", best, "tokens/s", learners=learners, step=perfect["step_s"],
-            learner_idle=perfect["learner_idle"], slots_used=perfect["slots_used"],
+            f"{devices} NPUs",
+            "perfect link",
+            best,
+            "tokens/s",
+            learners=learners,
+            step=perfect["step_s"],
+            learner_idle=perfect["learner_idle"],
+            slots_used=perfect["slots_used"],
             staleness=perfect["staleness_mean"],
-        )  # fmt: skip
+        )
         shares[devices] = {}
         for way, changes in WAYS.items():
             for bandwidth in BANDWIDTHS:
-                words = [*common, f"link.bandwidth={bandwidth}", *(f"{k}={v}" for k, v in changes.items())]
-                now: Figures = figures(simulate(make_scenario(load_plan(words, {"devices": devices}), learners)))
+                words = [
+                    *common,
+                    f"link.bandwidth={bandwidth}",
+                    *(f"{k}={v}" for k, v in changes.items()),
+                ]
+                now: Figures = figures(
+                    simulate(make_scenario(load_plan(words, {"devices": devices}), learners))
+                )
                 part = now["tokens_per_s"] / best
                 shares[devices].setdefault(way, []).append(part)
                 report.record(
-                    f"{devices} NPUs, {bandwidth:g} GB/s", way, now["tokens_per_s"], "tokens/s", ratio=part,
-                    floor=GOAL if way == list(WAYS)[-1] else None, step=now["step_s"],
+                    f"{devices} NPUs, {bandwidth:g} GB/s",
+                    way,
+                    now["tokens_per_s"],
+                    "tokens/s",
+                    ratio=part,
+                    floor=GOAL if way == list(WAYS)[-1] else None,
+                    step=now["step_s"],
                     exposed=now["sync_exposed_learner_s"],
-                )  # fmt: skip
+                )
     if picture is not None:
         draw(shares, picture)
 
@@ -140,7 +191,9 @@ def best_share(report: Report) -> float:
     """The share of 1,024 devices that should learn, with a perfect link."""
     found = plan_devices(load_plan(["link.bandwidth=inf"], {"devices": 1024}))
     assert found.learners is not None
-    report.record("1024 NPUs", "best split", found.learners, "learners", step=found.figures["step_s"])
+    report.record(
+        "1024 NPUs", "best split", found.learners, "learners", step=found.figures["step_s"]
+    )
     return found.learners / 1024
 
 
@@ -152,7 +205,12 @@ def draw(shares: Mapping[int, Mapping[str, Sequence[float]]], picture: Path) -> 
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(
-        1, len(shares), figsize=(3.2 * len(shares), 3.4), sharey=True, layout="constrained", squeeze=False
+        1,
+        len(shares),
+        figsize=(3.2 * len(shares), 3.4),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
     )
     colours = ("#969696", "#6baed6", "#d94801")
     width = 0.8 / len(WAYS)
@@ -168,7 +226,11 @@ def draw(shares: Mapping[int, Mapping[str, Sequence[float]]], picture: Path) -> 
         axis.grid(axis="y", alpha=0.3)
     axes[0][0].set_ylabel("throughput, % of a perfect link's")
     figure.legend(
-        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False
+        *axes[0][0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=3,
+        fontsize=8,
+        frameon=False,
     )
     figure.suptitle("32B model, answers to 32k tokens, 910B (simulated)", fontsize=11)
     figure.savefig(picture, dpi=90)
@@ -181,7 +243,9 @@ def bench_reality(report: Report, folder: Path, settings: Mapping[str, Sequence[
     real_run(folder, base, ())
     real_run(folder, also, ALSO)
     measured, found = measured_step(base, 0), plan_run(base, (), [also]).figures["step_s"]
-    report.record("calibration", "planner", found, "s/step", ratio=found / measured, measured=measured)
+    report.record(
+        "calibration", "planner", found, "s/step", ratio=found / measured, measured=measured
+    )
     for case, overrides in settings.items():
         run_dir = folder / case.replace(" ", "-").replace(",", "")
         real_run(folder, run_dir, overrides)
@@ -189,9 +253,15 @@ def bench_reality(report: Report, folder: Path, settings: Mapping[str, Sequence[
         measured = measured_step(run_dir, planned["staleness_max"])
         ratio = planned["step_s"] / measured
         report.record(
-            case, "planner", planned["step_s"], "s/step", ratio=ratio, floor=1 - WITHIN, measured=measured,
+            case,
+            "planner",
+            planned["step_s"],
+            "s/step",
+            ratio=ratio,
+            floor=1 - WITHIN,
+            measured=measured,
             within=bool(abs(ratio - 1) <= WITHIN),
-        )  # fmt: skip
+        )
 
 
 def real_run(folder: Path, run_dir: Path, overrides: Sequence[str]) -> None:
@@ -199,11 +269,21 @@ def real_run(folder: Path, run_dir: Path, overrides: Sequence[str]) -> None:
         return
     (folder / "plan.yaml").write_text(REALITY)
     (folder / "parity.py").write_text(PARITY)
-    command = [str(Path(sys.executable).with_name("emberl")), "train", "plan.yaml", f"run_dir={run_dir.absolute()}"]
+    command = [
+        str(Path(sys.executable).with_name("emberl")),
+        "train",
+        "plan.yaml",
+        f"run_dir={run_dir.absolute()}",
+    ]
     done = subprocess.run(
-        [*command, *overrides], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=280, check=False,
-    )  # fmt: skip
+        [*command, *overrides],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
     if done.returncode != 0:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
 
@@ -211,23 +291,42 @@ def real_run(folder: Path, run_dir: Path, overrides: Sequence[str]) -> None:
 def measured_step(run_dir: Path, k: int) -> float:
     """Mean seconds of a step from one to the next, without those in which the pipeline fills."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    steps = [row["timing_s/step"] for row in rows if row["stage"] == "rl" and row["axis"] == "train"]
+    steps = [
+        row["timing_s/step"] for row in rows if row["stage"] == "rl" and row["axis"] == "train"
+    ]
     return float(np.mean(steps[2 + k :]))
 
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("--reality", action="store_true", help="also compare with real runs: minutes")
+    parser.add_argument(
+        "--reality", action="store_true", help="also compare with real runs: minutes"
+    )
     parser.add_argument("--only-reality", action="store_true", help="nothing else")
-    parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS), help="to compare")
     parser.add_argument(
-        "--runs", type=Path, default=None, metavar="DIR", help="keep the real runs there, reuse what is there"
+        "--settings", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS), help="to compare"
     )
     parser.add_argument(
-        "--devices", type=int, nargs="+", choices=tuple(SCALES), default=tuple(SCALES), help="for links"
+        "--runs",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="keep the real runs there, reuse what is there",
     )
-    parser.add_argument("--share", type=float, default=None, help="of the devices that learn (default: the best)")
-    parser.add_argument("--picture", type=Path, default=None, metavar="FILE", help="draw the links, a PNG")
+    parser.add_argument(
+        "--devices",
+        type=int,
+        nargs="+",
+        choices=tuple(SCALES),
+        default=tuple(SCALES),
+        help="for links",
+    )
+    parser.add_argument(
+        "--share", type=float, default=None, help="of the devices that learn (default: the best)"
+    )
+    parser.add_argument(
+        "--picture", type=Path, default=None, metavar="FILE", help="draw the links, a PNG"
+    )
     args = parser.parse_args()
     report = Report("plan", args.json, "simpy")
     if not args.only_reality:

@@ -1,14 +1,19 @@
-"""A real language model on this machine beside its peers: decoding, a whole GRPO step, and the learner's part of it.
+"""A real language model on this machine beside its peers: decoding, a whole GRPO step, and the
+learner's part of it.
 
-    python tests/benchmarks/bench_real.py [decode] [step] [learner] [--model DIR] [--vllm PYTHON] [--quick] [--json FILE]
+    python tests/benchmarks/bench_real.py [decode] [step] [learner] [--model DIR] [--vllm PYTHON]
+    [--quick] [--json FILE]
 
-`make smollm2` leaves the model (SmolLM2-135M-Instruct, bfloat16) where it is looked for. Every implementation has a process of
-its own with as many threads as there are cores; they take turns, so that a machine that drifts hits them alike, and the ratio is
-the median of those of the rounds. Nothing else may run meanwhile.
+`make smollm2` leaves the model (SmolLM2-135M-Instruct, bfloat16) where it is looked for. Every
+implementation has a process of its own with as many threads as there are cores; they take turns, so
+that a machine that drifts hits them alike, and the ratio is the median of those of the rounds.
+Nothing else may run meanwhile.
 
-- decode: chat prompts in groups of 8, forced response lengths of 16 to 128, temperature 1, log-probs of the sampled tokens.
-  `generate` has one left-padded batch in the order of the lengths that suits it best, each sequence counted to its own length.
-  vLLM: `LLM.generate` with n=8, compiled; `--vllm` is the interpreter that has it (`make test-vllm` makes one).
+- decode: chat prompts in groups of 8, forced response lengths of 16 to 128, temperature 1,
+  log-probs of the sampled tokens. `generate` has one left-padded batch in the order of the lengths
+  that suits it best, each sequence counted to its own length.
+  vLLM: `LLM.generate` with n=8, compiled; `--vllm` is the interpreter that has it (`make test-vllm`
+      makes one).
   VLLM_EAGER=1 leaves its compiler out.
 - step: 32 prompts x 8 answers, TRL's GRPOTrainer beside `emberl train`, both on every answer.
 - learner: `real_learner.py`.
@@ -46,7 +51,9 @@ def make_work(sequences: int) -> Work:
     groups = sequences // GROUP
     lengths = [16 + round((LONGEST - 16) * i / max(1, groups - 1)) for i in range(groups)]
     rng.shuffle(lengths)
-    return [(f"What is {rng.randrange(10, 99)} + {rng.randrange(10, 99)}? Explain.", n) for n in lengths]
+    return [
+        (f"What is {rng.randrange(10, 99)} + {rng.randrange(10, 99)}? Explain.", n) for n in lengths
+    ]
 
 
 def prompt_ids(model: str, work: Work) -> list[list[int]]:
@@ -67,7 +74,9 @@ def embedded(model: str, work: Work) -> Callable[[], int]:
     from emberl.rollout.samples import Prompt, Sampling
 
     torch.set_num_threads(os.cpu_count() or 1)
-    engine = EmbeddedEngine(model, max_num_seqs=len(work) * GROUP, max_model_len=256, dtype="bfloat16")
+    engine = EmbeddedEngine(
+        model, max_num_seqs=len(work) * GROUP, max_model_len=256, dtype="bfloat16"
+    )
     prompts = prompt_ids(model, work)
 
     def run() -> int:
@@ -84,7 +93,9 @@ def generate(model: str, work: Work) -> Callable[[], int]:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(os.cpu_count() or 1)
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    policy = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.bfloat16, attn_implementation="sdpa"
+    ).eval()
     prompts = [ids for ids in prompt_ids(model, work) for _ in range(GROUP)]
     width = max(map(len, prompts))
     ids = torch.tensor([[2] * (width - len(p)) + p for p in prompts])
@@ -94,9 +105,16 @@ def generate(model: str, work: Work) -> Callable[[], int]:
     def run() -> int:
         with torch.inference_mode():
             policy.generate(
-                input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                max_new_tokens=longest, min_new_tokens=longest, pad_token_id=2,
-            )  # fmt: skip
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=longest,
+                min_new_tokens=longest,
+                pad_token_id=2,
+            )
         return sum(length for _, length in work) * GROUP
 
     return run
@@ -106,13 +124,21 @@ def vllm(model: str, work: Work) -> Callable[[], int]:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        model=model, dtype="bfloat16", max_model_len=256, max_num_seqs=len(work) * GROUP, generation_config="vllm",
-        logprobs_mode="processed_logprobs", enable_prefix_caching=True, disable_log_stats=True,
-        kv_cache_memory_bytes=1 << 30, enforce_eager=EAGER,
-    )  # fmt: skip
+        model=model,
+        dtype="bfloat16",
+        max_model_len=256,
+        max_num_seqs=len(work) * GROUP,
+        generation_config="vllm",
+        logprobs_mode="processed_logprobs",
+        enable_prefix_caching=True,
+        disable_log_stats=True,
+        kv_cache_memory_bytes=1 << 30,
+        enforce_eager=EAGER,
+    )
     prompts: Any = [{"prompt_token_ids": ids} for ids in prompt_ids(model, work)]
     parameters = [
-        SamplingParams(n=GROUP, max_tokens=length, ignore_eos=True, logprobs=0, detokenize=False) for _, length in work
+        SamplingParams(n=GROUP, max_tokens=length, ignore_eos=True, logprobs=0, detokenize=False)
+        for _, length in work
     ]
 
     def run() -> int:
@@ -149,9 +175,17 @@ def served(side: str, model: str, sequences: int, python: str) -> Iterator[Calla
     threads = str(os.cpu_count() or 1)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "VLLM_LOGGING_LEVEL": "ERROR"}
     environment |= {"VLLM_CPU_OMP_THREADS_BIND": f"0-{int(threads) - 1}"}
-    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-    ) as process:  # fmt: skip
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+        ) as process,
+    ):
         asked, answers = process.stdin, process.stdout
         assert asked is not None and answers is not None
 
@@ -178,7 +212,8 @@ def decode(report: Report, model: str, vllm_python: str | None, rounds: int) -> 
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         with ExitStack() as opened:
             ready = {
-                side: opened.enter_context(served(side, model, sequences, python)) for side, python in sides.items()
+                side: opened.enter_context(served(side, model, sequences, python))
+                for side, python in sides.items()
             }
             for number in range(1 + rounds):
                 for side, run in ready.items():
@@ -187,7 +222,9 @@ def decode(report: Report, model: str, vllm_python: str | None, rounds: int) -> 
                     if number:  # the first round warms up
                         seconds[side].append(took)
         for side, times in seconds.items():
-            ratio = median([base / own for base, own in zip(seconds["generate"], times, strict=True)])
+            ratio = median(
+                [base / own for base, own in zip(seconds["generate"], times, strict=True)]
+            )
             rate = tokens / median(times)
             floor = 2.0 if side == "embedded" else None
             report.record(
@@ -230,21 +267,35 @@ def emberl_step(folder: Path, model: str, prompts: int, steps: int) -> tuple[flo
     run_dir = Path(tempfile.mkdtemp(dir=folder))
     (folder / "bench.yaml").write_text(
         CONFIG.format(
-            model=model, data=folder / "prompts.jsonl", group=GROUP, tokens=LONGEST, steps=steps, prompts=prompts,
+            model=model,
+            data=folder / "prompts.jsonl",
+            group=GROUP,
+            tokens=LONGEST,
+            steps=steps,
+            prompts=prompts,
             file=Path(__file__).resolve(),
         )
-    )  # fmt: skip
-    command = [str(Path(sys.executable).with_name("emberl")), "train", str(folder / "bench.yaml"), f"run_dir={run_dir}"]
+    )
+    command = [
+        str(Path(sys.executable).with_name("emberl")),
+        "train",
+        str(folder / "bench.yaml"),
+        f"run_dir={run_dir}",
+    ]
     subprocess.run(command, check=True, timeout=3600, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][1:]
-    return median([r["perf/throughput"] for r in rows]), median([r["response_length/mean"] for r in rows])
+    return median([r["perf/throughput"] for r in rows]), median(
+        [r["response_length/mean"] for r in rows]
+    )
 
 
 def trl_step(folder: Path, model: str, prompts: int, steps: int) -> tuple[float, float]:
     """The same of TRL, in a process of its own."""
     command = [sys.executable, __file__, "--trl", str(folder), model, str(prompts), str(steps)]
     environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}
-    found = subprocess.run(command, check=True, timeout=3600, stdout=subprocess.PIPE, text=True, env=environment)
+    found = subprocess.run(
+        command, check=True, timeout=3600, stdout=subprocess.PIPE, text=True, env=environment
+    )
     speed, length = json.loads(found.stdout.strip().splitlines()[-1])
     return speed, length
 
@@ -268,21 +319,39 @@ def train_with_trl(folder: Path, model: str, prompts: int, steps: int) -> None:
 
     clock = Clock()
     config = GRPOConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=32, gradient_accumulation_steps=GROUP * prompts // 32,
-        num_generations=GROUP, max_steps=steps, max_completion_length=LONGEST, learning_rate=1e-6, beta=0.0, temperature=1.0,
-        use_cpu=True, bf16=True, logging_steps=1, report_to=[], save_strategy="no", gradient_checkpointing=False,
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=32,
+        gradient_accumulation_steps=GROUP * prompts // 32,
+        num_generations=GROUP,
+        max_steps=steps,
+        max_completion_length=LONGEST,
+        learning_rate=1e-6,
+        beta=0.0,
+        temperature=1.0,
+        use_cpu=True,
+        bf16=True,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        gradient_checkpointing=False,
         disable_tqdm=True,
-    )  # fmt: skip
+    )
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16),
         reward_funcs=digits,
         args=config,
-        train_dataset=datasets.load_dataset("json", data_files=str(folder / "chats.jsonl"), split="train"),
+        train_dataset=datasets.load_dataset(
+            "json", data_files=str(folder / "chats.jsonl"), split="train"
+        ),
         processing_class=AutoTokenizer.from_pretrained(model),
         callbacks=[clock],
     )
     trainer.train()
-    lengths = [row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row]
+    lengths = [
+        row["completions/mean_length"]
+        for row in trainer.state.log_history
+        if "completions/mean_length" in row
+    ]
     speeds = [GROUP * prompts * n / s for n, s in zip(lengths, clock.seconds, strict=False)][1:]
     print(json.dumps([median(speeds), median(lengths)]))
 
@@ -303,14 +372,20 @@ def step(report: Report, model: str, prompts: int, rounds: int) -> None:
         speed, peer = median([s for s, _ in ours]), median([s for s, _ in theirs])
         case = f"step {prompts}x{GROUP}"
         report.record(case, "trl", peer, "tokens/s", ratio=1.0, length=theirs[0][1])
-        report.record(case, "emberl", speed, "tokens/s", ratio=speed / peer, floor=3.0, length=ours[0][1])
+        report.record(
+            case, "emberl", speed, "tokens/s", ratio=speed / peer, floor=3.0, length=ours[0][1]
+        )
 
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("parts", nargs="*", default=[], help="decode, step, learner; all by default")
+    parser.add_argument(
+        "parts", nargs="*", default=[], help="decode, step, learner; all by default"
+    )
     parser.add_argument("--model", default=str(ROOT / "models" / "smollm2-135m"))
-    parser.add_argument("--vllm", default=None, metavar="PYTHON", help="an interpreter that has vLLM")
+    parser.add_argument(
+        "--vllm", default=None, metavar="PYTHON", help="an interpreter that has vLLM"
+    )
     parser.add_argument("--prompts", type=int, default=32, help="of a step")
     parser.add_argument("--serve", nargs=3, help="internal: SIDE MODEL SEQUENCES")
     parser.add_argument("--trl", nargs=4, help="internal: FOLDER MODEL PROMPTS STEPS")
@@ -322,7 +397,10 @@ def main() -> None:
         train_with_trl(Path(args.trl[0]), args.trl[1], int(args.trl[2]), int(args.trl[3]))
         return
     if not (Path(args.model) / "config.json").exists():
-        sys.exit(f"{args.model} holds no model; `make smollm2` makes models/smollm2-135m, or give --model DIR")
+        sys.exit(
+            f"{args.model} holds no model; `make smollm2` makes models/smollm2-135m, or give"
+            " --model DIR"
+        )
     report = Report("real", args.json, "transformers", "trl", "ray")
     parts = args.parts or ["decode", "step", "learner"]
     if "decode" in parts:
@@ -333,7 +411,11 @@ def main() -> None:
         import real_learner
 
         found = real_learner.measure(
-            Path(args.model), threads=os.cpu_count() or 1, tokens="auto", sequences=64, rounds=1 if args.quick else 3
+            Path(args.model),
+            threads=os.cpu_count() or 1,
+            tokens="auto",
+            sequences=64,
+            rounds=1 if args.quick else 3,
         )
         for side, ratio in (("plain", 1.0), ("learner", found["speed ratio"])):
             report.record(

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_rewards.py [--quick] [--data ../shared/data] [--json FILE]
 
-Seconds are of one core's own time (`time.process_time`) where the work is in this process, so that a busy machine does
-not count against either side.
+Seconds are of one core's own time (`time.process_time`) where the work is in this process, so that
+a busy machine does not count against either side.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ def math_verify_grader() -> Callable[[str, str], bool]:
 
     def grade(gold: str, answer: str) -> bool:
         return bool(
-            verify(parse(f"${gold}$", parsing_timeout=None), parse(answer, parsing_timeout=None), timeout_seconds=None)
+            verify(
+                parse(f"${gold}$", parsing_timeout=None),
+                parse(answer, parsing_timeout=None),
+                timeout_seconds=None,
+            )
         )
 
     return grade
@@ -63,7 +67,9 @@ def speed(report: Report, rows: Sequence[dict[str, Any]], name: str, rounds: int
     processes = sum(reward._pool.started for reward in rewards)
     for reward in rewards:
         reward.close()
-    report.record(name, "emberl", ours, "1/s/core", ratio=ours / theirs, floor=20_000, processes=processes)
+    report.record(
+        name, "emberl", ours, "1/s/core", ratio=ours / theirs, floor=20_000, processes=processes
+    )
     report.record(name, "emberl, cached", cached, "1/s/core", ratio=cached / theirs, floor=100_000)
     report.record(name, "math-verify", theirs, "1/s/core", ratio=1.0)
 
@@ -75,13 +81,26 @@ def accuracy(report: Report, rows: Sequence[dict[str, Any]], name: str) -> None:
     accepted = {
         "emberl": [verdict.score == 1 for verdict in verdicts],
         "math-verify": [
-            grade(row["gold"], row["pred"] if "boxed" in row["pred"] else f"${row['pred']}$") for row in rows
+            grade(row["gold"], row["pred"] if "boxed" in row["pred"] else f"${row['pred']}$")
+            for row in rows
         ],
     }
     for impl, values in accepted.items():
-        for label, case, floor in ((True, "accepted of right", 0.80), (False, "accepted of wrong", 0.005)):
-            chosen = [value for row, value in zip(rows, values, strict=True) if row["label"] is label]
-            report.record(f"{name}: {case}", impl, sum(chosen) / len(chosen), "share", floor=floor, pairs=len(chosen))
+        for label, case, floor in (
+            (True, "accepted of right", 0.80),
+            (False, "accepted of wrong", 0.005),
+        ):
+            chosen = [
+                value for row, value in zip(rows, values, strict=True) if row["label"] is label
+            ]
+            report.record(
+                f"{name}: {case}",
+                impl,
+                sum(chosen) / len(chosen),
+                "share",
+                floor=floor,
+                pairs=len(chosen),
+            )
 
 
 def bombs(report: Report, data: Path, limit: float) -> None:
@@ -93,13 +112,25 @@ def bombs(report: Report, data: Path, limit: float) -> None:
         reward([RewardInput(completion=bomb["pred"], answer=bomb["gold"])])
         seconds.append(time.perf_counter() - start)
     reward.close()
-    report.record("bombs, slowest", "emberl", max(seconds), "s", floor=limit + 0.5, limit=limit, bombs=len(seconds))
+    report.record(
+        "bombs, slowest",
+        "emberl",
+        max(seconds),
+        "s",
+        floor=limit + 0.5,
+        limit=limit,
+        bombs=len(seconds),
+    )
     report.record("bombs, median", "emberl", median(seconds), "s")
 
 
 def main() -> None:
-    parser = arguments("math reward: verifications a second, accuracy on hard pairs, time of the slowest bomb")
-    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2].parent / "shared" / "data")
+    parser = arguments(
+        "math reward: verifications a second, accuracy on hard pairs, time of the slowest bomb"
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path(__file__).parents[2].parent / "shared" / "data"
+    )
     options = parser.parse_args()
     if not options.data.is_dir():
         raise SystemExit(f"no data at {options.data}: give --data")

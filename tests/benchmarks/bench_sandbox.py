@@ -1,10 +1,12 @@
-"""Sandboxed runs a second and core, beside plain Python processes and bubblewrap's own, in one interleaved run.
+"""Sandboxed runs a second and core, beside plain Python processes and bubblewrap's own, in one
+interleaved run.
 
     python tests/benchmarks/bench_sandbox.py [--quick] [--json FILE]
 
-One run: the function `add`, three calls with plain values back (`calls`), or a script on stdin (`program`). The process
-and everything that it starts are pinned to one core, so that a run a second is a run a second and core. `cpu_ms`: the
-processor time of one run, of all processes that take part, this one included; on a loaded machine it says more.
+One run: the function `add`, three calls with plain values back (`calls`), or a script on stdin
+(`program`). The process and everything that it starts are pinned to one core, so that a run a
+second is a run a second and core. `cpu_ms`: the processor time of one run, of all processes that
+take part, this one included; on a loaded machine it says more.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from harness import Report, arguments, interleave
 FLOOR = 500.0
 ADD = "def add(a, b):\n    return a + b\n"
 SCRIPT = "a, b = map(int, input().split())\nprint(a + b)\n"
-_WALLS = "--unshare-all --clearenv --die-with-parent --ro-bind / / --tmpfs /tmp --proc /proc --dev /dev"
+_WALLS = (
+    "--unshare-all --clearenv --die-with-parent --ro-bind / / --tmpfs /tmp --proc /proc --dev /dev"
+)
 BWRAP = _WALLS.split()
 
 
@@ -33,7 +37,9 @@ def main() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     count, rounds = (20, 2) if options.quick else (200, 9)
     report = Report("sandbox", options.json)
-    boxes = [box for name in ("zygote", "bubblewrap", "landlock") if (box := _box(name)) is not None]
+    boxes = [
+        box for name in ("zygote", "bubblewrap", "landlock") if (box := _box(name)) is not None
+    ]
     runs: dict[str, Callable[[], None]] = {}
     for box in boxes:
         runs[f"calls/emberl {box.backend}"] = lambda b=box: _calls(b, count)
@@ -43,7 +49,9 @@ def main() -> None:
     runs["program/python"] = lambda: _processes(python, few)
     runs["program/python -I -S"] = lambda: _processes([*python, "-I", "-S"], few)
     if shutil.which("bwrap"):
-        runs["program/bwrap python -I -S"] = lambda: _processes(["bwrap", *BWRAP, *python, "-I", "-S"], few)
+        runs["program/bwrap python -I -S"] = lambda: _processes(
+            ["bwrap", *BWRAP, *python, "-I", "-S"], few
+        )
     seconds = interleave(runs, rounds)
     for name, times in seconds.items():
         case, _, impl = name.partition("/")
@@ -58,7 +66,14 @@ def main() -> None:
             run(box, count)
             each = (_processor_seconds() - start) / count
             floor = FLOOR if (case, box.backend) == ("calls", "zygote") else None
-            report.record(f"{case}, CPU", f"emberl {box.backend}", 1 / each, "runs/CPU s", floor=floor, cpu_ms=each * 1e3)
+            report.record(
+                f"{case}, CPU",
+                f"emberl {box.backend}",
+                1 / each,
+                "runs/CPU s",
+                floor=floor,
+                cpu_ms=each * 1e3,
+            )
         box.close()
 
 
@@ -82,7 +97,9 @@ def _box(backend: str) -> Sandbox | None:
 def _calls(box: Sandbox, count: int) -> None:
     limits = Limits()
     for _ in range(count):
-        with box.session({"task": "calls", "code": [ADD]}, limits, first={"eval": "add(0, 2)"}) as talk:
+        with box.session(
+            {"task": "calls", "code": [ADD]}, limits, first={"eval": "add(0, 2)"}
+        ) as talk:
             talk.receive()
             for a in range(3):
                 if a:
@@ -97,7 +114,9 @@ def _programs(box: Sandbox, count: int) -> None:
 
 def _processes(command: list[str], count: int) -> None:
     for _ in range(count):
-        done = subprocess.run([*command, "-c", SCRIPT], input=b"2 3\n", stdout=subprocess.PIPE, check=True)
+        done = subprocess.run(
+            [*command, "-c", SCRIPT], input=b"2 3\n", stdout=subprocess.PIPE, check=True
+        )
         assert done.stdout == b"5\n"
 
 

@@ -1,9 +1,11 @@
-"""Throughput of `VLLMEngine` beside vLLM's own offline `LLM.generate`, on the same work with the same processes.
+"""Throughput of `VLLMEngine` beside vLLM's own offline `LLM.generate`, on the same work with the
+same processes.
 
-The work: 128 sequences in 16 groups of 8, prompts of 8 to 32 tokens, forced response lengths of 16 to 128 (no end token),
-temperature 1, a seed for each sample, the log-prob of each sampled token. Both have the same engine arguments and threads; each
-runs in a process of its own, which starts vLLM's two, so that neither holds memory or threads of the other. Rounds of the two
-alternate: one waits while the other is measured. The ratio is the median of those of the pairs of rounds.
+The work: 128 sequences in 16 groups of 8, prompts of 8 to 32 tokens, forced response lengths of 16
+to 128 (no end token), temperature 1, a seed for each sample, the log-prob of each sampled token.
+Both have the same engine arguments and threads; each runs in a process of its own, which starts
+vLLM's two, so that neither holds memory or threads of the other. Rounds of the two alternate: one
+waits while the other is measured. The ratio is the median of those of the pairs of rounds.
 
     .venv-vllm/bin/python tests/benchmarks/bench_vllm.py [--quick] [--json FILE]
 """
@@ -27,8 +29,13 @@ FLOOR = 0.95
 """Of `LLM.generate`'s rate."""
 SETTLE_S = 1.5
 """vLLM's processes spin for a second after their last message."""
-ENGINE_ARGS: dict[str, Any] = {"enforce_eager": True, "max_num_seqs": SEQUENCES, "kv_cache_memory_bytes": 1 << 28}
-ENGINE_ARGS |= {"enable_chunked_prefill": False}  # with it vLLM on a CPU cannot give samples seeds of their own
+ENGINE_ARGS: dict[str, Any] = {
+    "enforce_eager": True,
+    "max_num_seqs": SEQUENCES,
+    "kv_cache_memory_bytes": 1 << 28,
+}
+# with it vLLM on a CPU cannot give samples seeds of their own
+ENGINE_ARGS |= {"enable_chunked_prefill": False}
 CASES = (("0.6M", "bfloat16"), ("4.8M", "bfloat16"), ("4.8M", "float32"))
 ROUNDS = 8
 
@@ -38,13 +45,26 @@ def offline(model: str, dtype: str, work: Work) -> Callable[[], int]:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        model=model, dtype=dtype, max_model_len=MAX_MODEL_LEN, skip_tokenizer_init=True, generation_config="vllm",
-        logprobs_mode="processed_logprobs", enable_prefix_caching=True, disable_log_stats=True, **ENGINE_ARGS,
-    )  # fmt: skip
+        model=model,
+        dtype=dtype,
+        max_model_len=MAX_MODEL_LEN,
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        logprobs_mode="processed_logprobs",
+        enable_prefix_caching=True,
+        disable_log_stats=True,
+        **ENGINE_ARGS,
+    )
     prompts: Any = [{"prompt_token_ids": list(prompt)} for prompt, _ in work[::GROUP]]
     parameters = [
         SamplingParams(
-            n=GROUP, max_tokens=length, ignore_eos=True, logprobs=0, detokenize=False, flat_logprobs=True, seed=i
+            n=GROUP,
+            max_tokens=length,
+            ignore_eos=True,
+            logprobs=0,
+            detokenize=False,
+            flat_logprobs=True,
+            seed=i,
         )
         for i, (_, length) in enumerate(work[::GROUP])
     ]
@@ -65,7 +85,11 @@ def ours(model: str, dtype: str, work: Work) -> Callable[[], int]:
     engine = VLLMEngine(model, max_model_len=MAX_MODEL_LEN, dtype=dtype, engine_args=ENGINE_ARGS)
     loop = asyncio.new_event_loop()
     requests = [
-        (Prompt(id=str(i), token_ids=prompt, answer="", source="bench"), GROUP, Sampling(max_tokens=length))
+        (
+            Prompt(id=str(i), token_ids=prompt, answer="", source="bench"),
+            GROUP,
+            Sampling(max_tokens=length),
+        )
         for i, (prompt, length) in enumerate(work[::GROUP])
     ]
 
@@ -76,13 +100,15 @@ def ours(model: str, dtype: str, work: Work) -> Callable[[], int]:
 
 
 def serve(impl: str, model: str, dtype: str) -> None:
-    """In a process of its own: for the first line that comes in it says how many processes there are, for each other one it
-    runs a round and says how many seconds that took."""
+    """In a process of its own: for the first line that comes in it says how many processes there
+    are, for each other one it runs a round and says how many seconds that took."""
     import psutil
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM writes there
-    run = {"LLM.generate": offline, "VLLMEngine": ours}[impl](model, dtype, work := make_work(SEQUENCES, GROUP))
+    run = {"LLM.generate": offline, "VLLMEngine": ours}[impl](
+        model, dtype, work := make_work(SEQUENCES, GROUP)
+    )
     expected = sum(length for _, length in work)
     sys.stdin.readline()
     print(processes_of(), file=answers, flush=True)
@@ -90,7 +116,8 @@ def serve(impl: str, model: str, dtype: str) -> None:
         start = time.perf_counter()
         assert run() == expected
         print(time.perf_counter() - start, file=answers, flush=True)
-    for child in psutil.Process().children(recursive=True):  # vLLM's outlive an offline engine that just ends
+    # vLLM's outlive an offline engine that just ends
+    for child in psutil.Process().children(recursive=True):
         child.kill()
     os._exit(0)
 
@@ -99,7 +126,9 @@ def processes_of() -> int:
     """Of this one's engine, itself counted."""
     import psutil
 
-    return 1 + sum(child.name().startswith("VLLM") for child in psutil.Process().children(recursive=True))
+    return 1 + sum(
+        child.name().startswith("VLLM") for child in psutil.Process().children(recursive=True)
+    )
 
 
 @contextmanager
@@ -111,9 +140,17 @@ def served(impl: str, model: str, dtype: str) -> Iterator[Callable[[], float]]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
     }
-    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-    ) as process:  # fmt: skip
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+        ) as process,
+    ):
         asked, answers = process.stdin, process.stdout
         assert asked is not None and answers is not None
 
@@ -136,9 +173,15 @@ def make_model(size: str, folder: str) -> None:
 
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=32, head_dim=64, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=None,
-        pad_token_id=0, bos_token_id=None, **SIZES[size],
-    )  # fmt: skip
+        vocab_size=32,
+        head_dim=64,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+        pad_token_id=0,
+        bos_token_id=None,
+        **SIZES[size],
+    )
     Qwen3ForCausalLM(config).save_pretrained(folder)
 
 
@@ -154,7 +197,10 @@ def main() -> None:
     for size, dtype in CASES[:1] if args.quick else CASES:
         with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
             make_model(size, folder)
-            sides = {i: opened.enter_context(served(i, folder, dtype)) for i in ("LLM.generate", "VLLMEngine")}
+            sides = {
+                i: opened.enter_context(served(i, folder, dtype))
+                for i in ("LLM.generate", "VLLMEngine")
+            }
             processes = {impl: int(side()) for impl, side in sides.items()}
             assert len(set(processes.values())) == 1, processes
             seconds: dict[str, list[float]] = {impl: [] for impl in sides}
@@ -165,13 +211,21 @@ def main() -> None:
                     if number:  # the first of each warms up
                         seconds[impl].append(took)
         for impl, times in seconds.items():
-            ratio = median([base / own for base, own in zip(seconds["LLM.generate"], times, strict=True)])
+            ratio = median(
+                [base / own for base, own in zip(seconds["LLM.generate"], times, strict=True)]
+            )
             floor = FLOOR if impl == "VLLMEngine" else None
             slowest, count = tokens / max(times), float(processes[impl])
             report.record(
-                f"{size}:{dtype}", impl, tokens / median(times), "tokens/s", ratio=ratio, floor=floor,
-                slowest=slowest, processes=count,
-            )  # fmt: skip
+                f"{size}:{dtype}",
+                impl,
+                tokens / median(times),
+                "tokens/s",
+                ratio=ratio,
+                floor=floor,
+                slowest=slowest,
+                processes=count,
+            )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""End to end beside TRL's GRPOTrainer: rollout, reward and optimizer step on the same model, prompts, group size and lengths.
+"""End to end beside TRL's GRPOTrainer: rollout, reward and optimizer step on the same model,
+prompts, group size and lengths.
 
-Both start from the same random model, so both sample answers of the same length distribution, and both train on every
-answer (the reward is the share of digits, so no group is without a signal). emberl runs as it always does, as Ray
-actors; TRL in a process of its own with as many threads as there are cores. They take turns. TRL is needed: pip install
-trl accelerate. Run: python tests/benchmarks/bench_vs_trl.py [--quick] [--json FILE]
+Both start from the same random model, so both sample answers of the same length distribution, and
+both train on every answer (the reward is the share of digits, so no group is without a signal).
+emberl runs as it always does, as Ray actors; TRL in a process of its own with as many threads as
+there are cores. They take turns. TRL is needed: pip install trl accelerate. Run: python
+tests/benchmarks/bench_vs_trl.py [--quick] [--json FILE]
 """
 
 from __future__ import annotations
@@ -19,8 +21,22 @@ from pathlib import Path
 from harness import Report, arguments, median
 
 SIZES = {
-    "0.6M": {"hidden": 128, "layers": 3, "heads": 2, "kv_heads": 1, "head_dim": 64, "intermediate": 384},
-    "4.8M": {"hidden": 256, "layers": 6, "heads": 4, "kv_heads": 2, "head_dim": 64, "intermediate": 768},
+    "0.6M": {
+        "hidden": 128,
+        "layers": 3,
+        "heads": 2,
+        "kv_heads": 1,
+        "head_dim": 64,
+        "intermediate": 384,
+    },
+    "4.8M": {
+        "hidden": 256,
+        "layers": 6,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 64,
+        "intermediate": 768,
+    },
 }
 GROUP, PROMPTS, MAX_TOKENS = 8, 32, 96
 CONFIG = """
@@ -54,8 +70,13 @@ def make(folder: Path, size: str) -> None:
     from transformers import AutoTokenizer
 
     make_tiny(folder / "model", TinyConfig(**SIZES[size]), seed=0)
-    source = open_source(DataConfig(source="arithmetic", heldout=0), AutoTokenizer.from_pretrained(folder / "model"))
-    rows = [{"prompt": str(source.train(i).columns["question"]), "answer": source.train(i).answer} for i in range(2048)]
+    source = open_source(
+        DataConfig(source="arithmetic", heldout=0), AutoTokenizer.from_pretrained(folder / "model")
+    )
+    rows = [
+        {"prompt": str(source.train(i).columns["question"]), "answer": source.train(i).answer}
+        for i in range(2048)
+    ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -64,12 +85,24 @@ def run_emberl(folder: Path, steps: int) -> tuple[float, float]:
     run_dir = Path(tempfile.mkdtemp(dir=folder))
     (folder / "bench.yaml").write_text(
         CONFIG.format(
-            model=folder / "model", data=folder / "prompts.jsonl", group=GROUP, tokens=MAX_TOKENS, steps=steps, prompts=PROMPTS,
+            model=folder / "model",
+            data=folder / "prompts.jsonl",
+            group=GROUP,
+            tokens=MAX_TOKENS,
+            steps=steps,
+            prompts=PROMPTS,
             file=Path(__file__).resolve(),
         )
-    )  # fmt: skip
-    command = [str(Path(sys.executable).with_name("emberl")), "train", str(folder / "bench.yaml"), f"run_dir={run_dir}"]
-    subprocess.run(command, check=True, timeout=900, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    )
+    command = [
+        str(Path(sys.executable).with_name("emberl")),
+        "train",
+        str(folder / "bench.yaml"),
+        f"run_dir={run_dir}",
+    ]
+    subprocess.run(
+        command, check=True, timeout=900, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][2:]
     return median([r["perf/sampled_tokens_per_second"] for r in rows]), median(
         [r["response_length/mean"] for r in rows]
@@ -107,20 +140,38 @@ def train_with_trl(folder: Path, steps: int) -> None:
 
     clock = Clock()
     config = GRPOConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=GROUP * PROMPTS, num_generations=GROUP, max_steps=steps,
-        max_completion_length=MAX_TOKENS, learning_rate=1e-6, beta=0.0, temperature=1.0, use_cpu=True, bf16=True, logging_steps=1,
-        report_to=[], save_strategy="no", gradient_checkpointing=False, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=GROUP * PROMPTS,
+        num_generations=GROUP,
+        max_steps=steps,
+        max_completion_length=MAX_TOKENS,
+        learning_rate=1e-6,
+        beta=0.0,
+        temperature=1.0,
+        use_cpu=True,
+        bf16=True,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+    )
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16),
         reward_funcs=digits,
         args=config,
-        train_dataset=datasets.load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train"),
+        train_dataset=datasets.load_dataset(
+            "json", data_files=str(folder / "prompts.jsonl"), split="train"
+        ),
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
         callbacks=[clock],
     )
     trainer.train()
-    lengths = [row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row]
+    lengths = [
+        row["completions/mean_length"]
+        for row in trainer.state.log_history
+        if "completions/mean_length" in row
+    ]
     speeds = [GROUP * PROMPTS * n / s for n, s in zip(lengths, clock.seconds, strict=False)][2:]
     print(json.dumps([median(speeds), median(lengths)]))
 
@@ -145,7 +196,15 @@ def main() -> None:
             case = f"{size}, {PROMPTS}x{GROUP} answers"
             speed, peer = median([s for s, _ in ours]), median([s for s, _ in theirs])
             report.record(case, "trl", peer, "tokens/s", ratio=1.0, length=theirs[0][1])
-            report.record(case, "emberl", speed, "tokens/s", ratio=speed / peer, floor=2 * peer, length=ours[0][1])
+            report.record(
+                case,
+                "emberl",
+                speed,
+                "tokens/s",
+                ratio=speed / peer,
+                floor=2 * peer,
+                length=ours[0][1],
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What every benchmark shares: records, versions, interleaved timing. Set the threads before importing torch.
+"""What every benchmark shares: records, versions, interleaved timing. Set the threads before
+importing torch.
 
 A record is one JSON line: bench, case, impl, value, unit, ratio, floor, versions, machine.
 """
@@ -33,7 +34,12 @@ def machine() -> dict[str, Any]:
     model = "unknown"
     if (info := Path("/proc/cpuinfo")).exists():
         model = next(
-            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line), model
+            (
+                line.split(":", 1)[1].strip()
+                for line in info.read_text().splitlines()
+                if "model name" in line
+            ),
+            model,
         )
     return {"cpu": model, "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2)}
 
@@ -66,7 +72,9 @@ class Report:
             "floor": floor,
         }
         row |= extra | {"versions": self.versions, "machine": self.machine}
-        notes = "".join(f"  {k}={v:.4g}" if isinstance(v, float) else f"  {k}={v}" for k, v in extra.items())
+        notes = "".join(
+            f"  {k}={v:.4g}" if isinstance(v, float) else f"  {k}={v}" for k, v in extra.items()
+        )
         print(
             f"{self.bench:10} {case:28} {impl:28} {value:12.4g} {unit:10}"
             + (f" {ratio:6.2f}x" if ratio is not None else "")
@@ -80,7 +88,8 @@ class Report:
 
 
 def interleave(impls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each implementation, taken in turns so that a drifting machine hits them alike; one warm-up each."""
+    """Seconds of each implementation, taken in turns so that a drifting machine hits them alike;
+    one warm-up each."""
     for run in impls.values():
         run()
     return in_turns(impls, rounds)
@@ -104,5 +113,7 @@ def median(values: Sequence[float]) -> float:
 def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="a smoke run: small shapes, one round")
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="append one record a line")
+    parser.add_argument(
+        "--json", type=Path, default=None, metavar="FILE", help="append one record a line"
+    )
     return parser

@@ -1,7 +1,9 @@
-"""The learner on a real model beside a plain loop of transformers and AdamW: python real_learner.py MODEL [--threads 2].
+"""The learner on a real model beside a plain loop of transformers and AdamW: python real_learner.py
+MODEL [--threads 2].
 
-Both train the same sequences in the same dtype, each in a process of its own that the parent asks for one step in turn, so
-that what the machine does between them falls on both. tokens/s by the medians; memory is each process's peak.
+Both train the same sequences in the same dtype, each in a process of its own that the parent asks
+for one step in turn, so that what the machine does between them falls on both. tokens/s by the
+medians; memory is each process's peak.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ def learner(model: str, threads: int, tokens: int | str, batch: Batch) -> Any:
     from emberl.rl.learner.rank import LearnerRank, RankSpec
 
     settings = ModelConfig(path=model, dtype="bfloat16")
-    rank = LearnerRank(RankSpec(rank=0, world=1, device="cpu", threads=threads, model=settings, timeout=600))
+    rank = LearnerRank(
+        RankSpec(rank=0, world=1, device="cpu", threads=threads, model=settings, timeout=600)
+    )
     rank.connect(rank.address())
     rank.load(model)
     rank.begin_stage(OptimConfig.model_validate({"lr": 1e-6, "micro_batch_tokens": tokens}), 100)
@@ -58,31 +62,46 @@ def learner(model: str, threads: int, tokens: int | str, batch: Batch) -> Any:
 
 
 def plain(model: str, threads: int, tokens: int | str, batch: Batch) -> Any:
-    """A function that makes one step of a policy gradient with transformers in bfloat16, the logits of the loss tokens only,
-    sequences sorted by length, and AdamW."""
+    """A function that makes one step of a policy gradient with transformers in bfloat16, the logits
+    of the loss tokens only, sequences sorted by length, and AdamW."""
     import torch
     from emberl.rl.learner.batching import plan_micro_batches
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, attn_implementation="sdpa").train()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    policy = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.bfloat16, attn_implementation="sdpa"
+    ).train()
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
     borders = np.concatenate(([0], np.cumsum(batch.sequence_lengths)))
-    (passes,) = plan_micro_batches(batch.sequence_lengths, 1, 2048 if tokens == "auto" else int(tokens))
+    (passes,) = plan_micro_batches(
+        batch.sequence_lengths, 1, 2048 if tokens == "auto" else int(tokens)
+    )
 
     def step() -> None:
         for chosen in passes:
             spans = [slice(borders[s], borders[s + 1]) for s in chosen]
             width = max(span.stop - span.start for span in spans)
-            ids, factors = (torch.zeros(len(spans), width, dtype=d) for d in (torch.int64, torch.float32))
+            ids, factors = (
+                torch.zeros(len(spans), width, dtype=d) for d in (torch.int64, torch.float32)
+            )
             for i, span in enumerate(spans):
                 length = span.stop - span.start
                 ids[i, :length] = torch.from_numpy(batch.token_ids_T[span].astype(np.int64))
                 weights = batch.advantages_T[span] * batch.weights_T[span]
                 factors[i, :length] = torch.from_numpy(weights.astype(np.float32))
             rows, columns = factors.nonzero(as_tuple=True)
-            hidden = policy.model(input_ids=ids, use_cache=False).last_hidden_state[rows, columns - 1]
-            logp = policy.lm_head(hidden).float().log_softmax(-1).gather(1, ids[rows, columns][:, None])[:, 0]
+            hidden = policy.model(input_ids=ids, use_cache=False).last_hidden_state[
+                rows, columns - 1
+            ]
+            logp = (
+                policy.lm_head(hidden)
+                .float()
+                .log_softmax(-1)
+                .gather(1, ids[rows, columns][:, None])[:, 0]
+            )
             ratio = (logp - logp.detach()).exp()
             (-(ratio * factors[rows, columns]).sum()).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -103,12 +122,22 @@ def serve(options: argparse.Namespace) -> None:
         step()
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": seconds, "cpu": time.process_time(), "peak": peak}), flush=True)
+        print(
+            json.dumps({"seconds": seconds, "cpu": time.process_time(), "peak": peak}), flush=True
+        )
 
 
-def measure(model: Path, *, threads: int, tokens: int | str, sequences: int, rounds: int) -> dict[str, float]:
-    """Medians of `rounds` steps of each, after one to warm up: tokens/s, their ratio, peak bytes and their ratio."""
-    arguments = [str(model), f"--threads={threads}", f"--tokens={tokens}", f"--sequences={sequences}"]
+def measure(
+    model: Path, *, threads: int, tokens: int | str, sequences: int, rounds: int
+) -> dict[str, float]:
+    """Medians of `rounds` steps of each, after one to warm up: tokens/s, their ratio, peak bytes
+    and their ratio."""
+    arguments = [
+        str(model),
+        f"--threads={threads}",
+        f"--tokens={tokens}",
+        f"--sequences={sequences}",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     processes = {
         name: subprocess.Popen(
@@ -127,7 +156,10 @@ def measure(model: Path, *, threads: int, tokens: int | str, sequences: int, rou
             process.kill()
             process.wait()
     total = make_batch(sequences).num_tokens
-    speeds = {name: total / statistics.median(r["seconds"] for r in rows[1:]) for name, rows in found.items()}
+    speeds = {
+        name: total / statistics.median(r["seconds"] for r in rows[1:])
+        for name, rows in found.items()
+    }
     peaks = {name: rows[-1]["peak"] for name, rows in found.items()}
     return {
         **{f"{name} tokens/s": speed for name, speed in speeds.items()},
@@ -150,7 +182,9 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="a folder in Hugging Face format")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--tokens", default="auto", help="optim.micro_batch_tokens of both; auto: 2048 of the plain one"
+        "--tokens",
+        default="auto",
+        help="optim.micro_batch_tokens of both; auto: 2048 of the plain one",
     )
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)

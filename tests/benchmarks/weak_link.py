@@ -1,10 +1,12 @@
-"""A learner and a worker on two sides of a real link: two network namespaces, a veth pair, and `tc tbf` on both ends.
+"""A learner and a worker on two sides of a real link: two network namespaces, a veth pair, and
+`tc tbf` on both ends.
 
-    python tests/benchmarks/weak_link.py learner|worker JSON        what `bench_sync.py --only network` starts in them
+    python tests/benchmarks/weak_link.py learner|worker JSON        what
+    `bench_sync.py --only network` starts in them
 
-One version ahead: the worker decodes batch b once version b - 1 is served; the learner begins step v once batch v is there,
-"computes" for a fixed time (it sleeps), and publishes v + 1 by a gloo broadcast over the link. Commands and figures go through
-pipes of the parent, beside the link.
+One version ahead: the worker decodes batch b once version b - 1 is served; the learner begins step
+v once batch v is there, "computes" for a fixed time (it sleeps), and publishes v + 1 by a gloo
+broadcast over the link. Commands and figures go through pipes of the parent, beside the link.
 """
 
 from __future__ import annotations
@@ -62,10 +64,24 @@ def measure(settings: dict[str, Any], rate: str | None) -> dict[str, float]:
     with namespaces(rate):
         sides = {}
         for role, space, device in (("learner", NEAR_NS, "near"), ("worker", FAR_NS, "far")):
-            command = ["ip", "netns", "exec", space, sys.executable, __file__, role, json.dumps(settings)]
+            command = [
+                "ip",
+                "netns",
+                "exec",
+                space,
+                sys.executable,
+                __file__,
+                role,
+                json.dumps(settings),
+            ]
             environment = os.environ | {"GLOO_SOCKET_IFNAME": device}
             sides[role] = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=environment
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                bufsize=1,
+                env=environment,
             )
         learner, worker = sides["learner"], sides["worker"]
         try:
@@ -134,10 +150,18 @@ def learner(settings: dict[str, Any]) -> None:
             wait_for(f"batch {version - 1}")
             start = time.monotonic()
             for tensor in masters.values():  # steps of AdamW with gradients that are noise
-                tensor += settings["lr"] * torch.randn(tensor.shape, generator=generator).clamp(-1.5, 1.5) * 0.25
+                tensor += (
+                    settings["lr"]
+                    * torch.randn(tensor.shape, generator=generator).clamp(-1.5, 1.5)
+                    * 0.25
+                )
             time.sleep(max(0.0, settings["step_s"] - (time.monotonic() - start)))
         tensors = {
-            name: TensorBytes(dtype="BF16", shape=tuple(t.shape), data=t.bfloat16().view(-1).view(torch.uint8).numpy())
+            name: TensorBytes(
+                dtype="BF16",
+                shape=tuple(t.shape),
+                data=t.bfloat16().view(-1).view(torch.uint8).numpy(),
+            )
             for name, t in masters.items()
         }
         begun = time.monotonic()
@@ -150,7 +174,9 @@ def learner(settings: dict[str, Any]) -> None:
         data = np.frombuffer(b"".join(pieces(patch)), np.uint8)
         base = Weights(run_id="link", version=version, tensors=tensors, digests=patch.digests)
         place = OverLink(size=data.nbytes)
-        parcel = PatchRef(version=version, base_version=patch.base_version, size=data.nbytes, places=(place,))
+        parcel = PatchRef(
+            version=version, base_version=patch.base_version, size=data.nbytes, places=(place,)
+        )
         sent = {"patches": (parcel,)} if patched else {"anchors": (parcel,)}
         notice = WeightUpdate(run_id="link", attempt=0, version=version, root=patch.root, **sent)
         encoded = time.monotonic() - begun
@@ -170,7 +196,11 @@ async def worker(settings: dict[str, Any]) -> None:
 
     torch.set_num_threads(1)
     engine = EmbeddedEngine(
-        settings["model"], max_num_seqs=settings["slots"], max_model_len=160, run_id="link", version=-1
+        settings["model"],
+        max_num_seqs=settings["slots"],
+        max_model_len=160,
+        run_id="link",
+        version=-1,
     )
     updates = WeightUpdates(engine, Receiver(FetchContext(timeout=120.0)))
     served = [asyncio.Event() for _ in range(settings["steps"] + 1)]
@@ -182,11 +212,16 @@ async def worker(settings: dict[str, Any]) -> None:
         for batch in range(settings["steps"]):
             await served[max(0, batch - 1)].wait()
             marks.append((time.monotonic(), tokens))
-            sampling = Sampling(max_tokens=settings["length"], temperature=1.0, seed=batch, stop_token_ids=())
+            sampling = Sampling(
+                max_tokens=settings["length"], temperature=1.0, seed=batch, stop_token_ids=()
+            )
             prompts = [
-                Prompt(id=f"{batch}-{i}", token_ids=(5, 6, 7), answer="", source="") for i in range(settings["slots"])
+                Prompt(id=f"{batch}-{i}", token_ids=(5, 6, 7), answer="", source="")
+                for i in range(settings["slots"])
             ]
-            async for completion in engine.generate_all([(prompt, 1, sampling) for prompt in prompts]):
+            async for completion in engine.generate_all(
+                [(prompt, 1, sampling) for prompt in prompts]
+            ):
                 tokens += len(completion)
             print(f"batch {batch}", flush=True)
         marks.append((time.monotonic(), tokens))
@@ -207,7 +242,10 @@ async def worker(settings: dict[str, Any]) -> None:
     (start, before), (stop, after) = marks[2], marks[-1]
     count = settings["steps"] - 1
     figures = {name: value / count for name, value in sums.items()}
-    figures |= {"tokens_s": (after - before) / (stop - start), "step_s": (stop - start) / (settings["steps"] - 2)}
+    figures |= {
+        "tokens_s": (after - before) / (stop - start),
+        "step_s": (stop - start) / (settings["steps"] - 2),
+    }
     print(json.dumps(figures), flush=True)
     await engine.close()
 

@@ -1,4 +1,5 @@
-"""A small head, three small losses and their independent float64 oracle, which every kernel is held against."""
+"""A small head, three small losses and their independent float64 oracle, which every kernel is held
+against."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ torch.set_num_threads(1)
 def forced(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with the backend and the size of a chunk as arguments, which it chooses itself."""
 
-    def call(*arguments: Any, backend: str = "auto", chunk_bytes: int | None = None, **named: Any) -> Any:
+    def call(
+        *arguments: Any, backend: str = "auto", chunk_bytes: int | None = None, **named: Any
+    ) -> Any:
         with pytest.MonkeyPatch.context() as patch:
             if backend != "auto":
                 patch.setattr(fused_loss, "choose", lambda *_: backend)
@@ -65,7 +68,9 @@ class Clipped:
         if stats.entropy is not None:
             loss = loss - self.bonus * stats.entropy * weight
             dentropy = -self.bonus * weight
-        return TokenTerms(loss=loss, dlogp=dlogp, dentropy=dentropy, metrics={"clipped": (~taken).to(loss.dtype)})
+        return TokenTerms(
+            loss=loss, dlogp=dlogp, dentropy=dentropy, metrics={"clipped": (~taken).to(loss.dtype)}
+        )
 
     def formula(self, logp: Tensor, entropy: Tensor) -> Tensor:
         ratio = torch.exp(logp - self.old)
@@ -76,7 +81,8 @@ class Clipped:
 
 @dataclass(frozen=True, kw_only=True)
 class Sequences:
-    """-A exp(mean over the sequence of log-ratios), the sum over sequences: all tokens of a sequence are coupled."""
+    """-A exp(mean over the sequence of log-ratios), the sum over sequences: all tokens of a
+    sequence are coupled."""
 
     old: Tensor
     advantage: Tensor
@@ -91,7 +97,9 @@ class Sequences:
     def __call__(self, stats: TokenStats, index: Tensor) -> TokenTerms:
         self.sizes.append(len(index))
         ids, seq = torch.unique_consecutive(self.ids[index], return_inverse=True)
-        count = torch.zeros(len(ids), dtype=stats.logp.dtype).index_add_(0, seq, torch.ones_like(stats.logp))
+        count = torch.zeros(len(ids), dtype=stats.logp.dtype).index_add_(
+            0, seq, torch.ones_like(stats.logp)
+        )
         log_ratio = torch.zeros_like(count).index_add_(0, seq, stats.logp - self.old[index]) / count
         value = -self.advantage[ids] * torch.exp(log_ratio)
         share = (value / count)[seq]
@@ -127,7 +135,9 @@ class Case:
         return hidden.requires_grad_(), weight.requires_grad_(), bias
 
 
-def make(n: int = 23, h: int = 8, v: int = 37, *, bias: bool = False, seed: int = 0, **options: Any) -> Case:
+def make(
+    n: int = 23, h: int = 8, v: int = 37, *, bias: bool = False, seed: int = 0, **options: Any
+) -> Case:
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, h, generator=g, dtype=torch.float64)
     weight = torch.randn(v, h, generator=g, dtype=torch.float64) * 0.7
@@ -138,7 +148,9 @@ def make(n: int = 23, h: int = 8, v: int = 37, *, bias: bool = False, seed: int 
     return Case(hidden=hidden, weight=weight, targets=targets, bias=b, options=options)
 
 
-def oracle(case: Case, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def oracle(
+    case: Case, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Log-prob and entropy [N] in float64, written apart from the package."""
     raw = hidden.double() @ weight.double().T
     raw = raw if bias is None else raw + bias.double()
@@ -152,7 +164,8 @@ def oracle(case: Case, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> t
 
 
 def clipped(case: Case, *, bonus: float = 0.0, noise: float = 0.2, seed: int = 1) -> Clipped:
-    """A loss whose old log-probs lie `noise` around the true ones, so that some tokens are clipped."""
+    """A loss whose old log-probs lie `noise` around the true ones, so that some tokens are
+    clipped."""
     g = torch.Generator().manual_seed(seed)
     logp, _ = oracle(case, case.hidden, case.weight, case.bias)
     n = len(logp)
@@ -165,10 +178,13 @@ def clipped(case: Case, *, bonus: float = 0.0, noise: float = 0.2, seed: int = 1
 def oracle_gradients(case: Case, loss: Any) -> tuple[Tensor, list[Tensor]]:
     """The loss and its gradients by hidden, weight (and bias) in float64."""
     hidden, weight, bias = (
-        None if x is None else x.detach().double().requires_grad_() for x in (case.hidden, case.weight, case.bias)
+        None if x is None else x.detach().double().requires_grad_()
+        for x in (case.hidden, case.weight, case.bias)
     )
     value = loss.formula(*oracle(case, hidden, weight, bias))
-    return value, list(torch.autograd.grad(value, [x for x in (hidden, weight, bias) if x is not None]))
+    return value, list(
+        torch.autograd.grad(value, [x for x in (hidden, weight, bias) if x is not None])
+    )
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -177,7 +193,9 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 def moved(thing: Any, device: torch.device, **change: Any) -> Any:
     """A dataclass whose tensors are on `device`."""
-    return replace(thing, **{f.name: _moved(getattr(thing, f.name), device) for f in fields(thing)} | change)
+    return replace(
+        thing, **{f.name: _moved(getattr(thing, f.name), device) for f in fields(thing)} | change
+    )
 
 
 def check_float32(case: Case, bonus: float, device: torch.device, **options: Any) -> None:
@@ -187,9 +205,15 @@ def check_float32(case: Case, bonus: float, device: torch.device, **options: Any
     there = case.to(torch.float32).on(device)
     hidden, weight, bias = there.operands()
     got, stats, _ = linear_loss(
-        hidden, weight, there.targets, moved(loss, device), bias=bias, shift=loss.old.to(device), **options,
+        hidden,
+        weight,
+        there.targets,
+        moved(loss, device),
+        bias=bias,
+        shift=loss.old.to(device),
+        **options,
         **there.options,
-    )  # fmt: skip
+    )
     got.backward()
     assert abs(got.detach().cpu() - value) < 1e-5 and stats.logp.max() <= 0
     for mine, theirs in zip((hidden, weight, bias), grads, strict=False):

@@ -1,4 +1,5 @@
-"""The fused loss on a card, as `auto` runs it there, against the float64 oracle: what an interpreter cannot show."""
+"""The fused loss on a card, as `auto` runs it there, against the float64 oracle: what an
+interpreter cannot show."""
 
 from __future__ import annotations
 
@@ -13,7 +14,10 @@ from forced_loss import linear_logprob, linear_loss
 from torch import Tensor
 
 CARD = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(CARD.type == "cpu", reason="there is no accelerator")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(CARD.type == "cpu", reason="there is no accelerator"),
+]
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -22,15 +26,17 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("bonus", [0.0, 0.3], ids=["", "entropy"])
 @pytest.mark.parametrize("tokens", [300, 90], ids=["one chunk", "several chunks"])
-def test_float32_equals_the_oracle(kit: SimpleNamespace, tokens: int, head_options: Any, bonus: float) -> None:
+def test_float32_equals_the_oracle(
+    kit: SimpleNamespace, tokens: int, head_options: Any, bonus: float
+) -> None:
     case = kit.make(n=300, h=64, v=1000, **head_options(300))
     kit.check_float32(case, bonus, CARD, chunk_bytes=4 * 1000 * tokens)
 
 
 @pytest.mark.parametrize("tokens", [4096, 512], ids=["one chunk", "several chunks"])
 def test_bfloat16_keeps_its_digits(kit: SimpleNamespace, tokens: int) -> None:
-    """The bounds of `test_precision`; a weight's gradient is as good from eight chunks as from one, because nothing is
-    rounded between them."""
+    """The bounds of `test_precision`; a weight's gradient is as good from eight chunks as from one,
+    because nothing is rounded between them."""
     n, h, v = 4096, 256, 8000
     g = torch.Generator().manual_seed(0)
     weight = (torch.randn(v, h, generator=g) * h**-0.5).bfloat16()
@@ -38,14 +44,21 @@ def test_bfloat16_keeps_its_digits(kit: SimpleNamespace, tokens: int) -> None:
     peak = torch.rand(n, 1, generator=g) * 20 + 5
     hidden = (weight[targets].float() * peak + torch.randn(n, h, generator=g) * 0.5).bfloat16()
     case = kit.make(4, 4, 4)
-    case = type(case)(hidden=hidden.double(), weight=weight.double(), targets=targets, bias=None, options={})
+    case = type(case)(
+        hidden=hidden.double(), weight=weight.double(), targets=targets, bias=None, options={}
+    )
     loss = kit.clipped(case, noise=0.05)
     logp, _ = kit.oracle(case, case.hidden, case.weight, None)
     _, (dh, dw) = kit.oracle_gradients(case, loss)
     there = case.to(torch.bfloat16).on(CARD)
     x, w, _ = there.operands()
     got, stats, _ = linear_loss(
-        x, w, there.targets, kit.moved(loss, CARD), shift=loss.old.to(CARD), chunk_bytes=2 * v * tokens
+        x,
+        w,
+        there.targets,
+        kit.moved(loss, CARD),
+        shift=loss.old.to(CARD),
+        chunk_bytes=2 * v * tokens,
     )
     got.backward()
     assert (stats.logp.cpu() - logp).abs().mean() <= 1e-4 and stats.logp.max() <= 0
@@ -57,7 +70,10 @@ def test_bfloat16_keeps_its_digits(kit: SimpleNamespace, tokens: int) -> None:
 
 def test_a_product_onto_a_wide_result_is_not_rounded_between() -> None:
     g = torch.Generator().manual_seed(0)
-    a, b = torch.randn(64, 512, generator=g).bfloat16(), torch.randn(512, 96, generator=g).bfloat16()
+    a, b = (
+        torch.randn(64, 512, generator=g).bfloat16(),
+        torch.randn(512, 96, generator=g).bfloat16(),
+    )
     start = torch.randn(64, 96, generator=g)
     exact = start.double() + a.double() @ b.double()
     out = start.to(CARD)
@@ -71,7 +87,9 @@ def test_a_useless_shift_is_recomputed(kit: SimpleNamespace) -> None:
     case = kit.make(n=200, h=32, v=700)
     logp, _ = kit.oracle(case, case.hidden, case.weight, None)
     there = case.to(torch.bfloat16).on(CARD)
-    exact, _ = kit.oracle(case.to(torch.bfloat16), *(x.cpu().double() for x in (there.hidden, there.weight)), None)
+    exact, _ = kit.oracle(
+        case.to(torch.bfloat16), *(x.cpu().double() for x in (there.hidden, there.weight)), None
+    )
     stats = linear_logprob(there.hidden, there.weight, there.targets, shift=(logp - 90).to(CARD))
     # of targets that nobody expected, whose likelier rivals' logits are rounded at 0.004
     assert (stats.logp.cpu() - exact).abs().mean() <= 2e-3

@@ -1,4 +1,5 @@
-"""Every backend against float64 autograd, at 1e-10, over the options, shapes and shifts that a head can have."""
+"""Every backend against float64 autograd, at 1e-10, over the options, shapes and shifts that a head
+can have."""
 
 from __future__ import annotations
 
@@ -39,9 +40,16 @@ def test_loss_and_gradients_equal_autograd(
     value, grads = kit.oracle_gradients(case, loss)
     hidden, weight, bias = case.operands()
     got, stats, metrics = linear_loss(
-        hidden, weight, case.targets, loss, bias=bias, shift=loss.old, chunk_bytes=chunk_bytes, backend=backend,
+        hidden,
+        weight,
+        case.targets,
+        loss,
+        bias=bias,
+        shift=loss.old,
+        chunk_bytes=chunk_bytes,
+        backend=backend,
         **case.options,
-    )  # fmt: skip
+    )
     got.backward()
     assert close(got, value)
     for mine, theirs in zip((hidden, weight, bias), grads, strict=False):
@@ -57,15 +65,27 @@ def test_loss_and_gradients_equal_autograd(
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_logprob_is_differentiable(kit: SimpleNamespace, backend: str, options: dict[str, Any]) -> None:
+def test_logprob_is_differentiable(
+    kit: SimpleNamespace, backend: str, options: dict[str, Any]
+) -> None:
     case = kit.make(**options)
     hidden, weight, bias = case.operands()
     stats = linear_logprob(
-        hidden, weight, case.targets, bias=bias, entropy=True, chunk_bytes=37 * 8 * 5, backend=backend, **case.options
+        hidden,
+        weight,
+        case.targets,
+        bias=bias,
+        entropy=True,
+        chunk_bytes=37 * 8 * 5,
+        backend=backend,
+        **case.options,
     )
     up = torch.linspace(-1, 1, 23, dtype=torch.float64)
     (stats.logp @ up + stats.entropy @ up.flip(0)).backward()
-    other = [None if x is None else x.detach().requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+    other = [
+        None if x is None else x.detach().requires_grad_()
+        for x in (case.hidden, case.weight, case.bias)
+    ]
     logp, entropy = kit.oracle(case, *other)
     (logp @ up + entropy @ up.flip(0)).backward()
     for mine, theirs in zip((hidden, weight, bias), other, strict=True):
@@ -78,7 +98,14 @@ def test_gradcheck(kit: SimpleNamespace, backend: str) -> None:
 
     def f(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Any:
         stats = linear_logprob(
-            hidden, weight, case.targets, bias=bias, entropy=True, chunk_bytes=120, backend=backend, **case.options
+            hidden,
+            weight,
+            case.targets,
+            bias=bias,
+            entropy=True,
+            chunk_bytes=120,
+            backend=backend,
+            **case.options,
         )
         return stats.logp, stats.entropy
 
@@ -86,14 +113,23 @@ def test_gradcheck(kit: SimpleNamespace, backend: str) -> None:
 
 
 SHIFTS = {
-    "none": None, "exact": 0.0, "+3": 3.0, "-3": -3.0, "-50": -50.0, "-300": -300.0, "nan": float("nan"),
-    "+inf": float("inf"), "-inf": float("-inf"),
-}  # fmt: skip
+    "none": None,
+    "exact": 0.0,
+    "+3": 3.0,
+    "-3": -3.0,
+    "-50": -50.0,
+    "-300": -300.0,
+    "nan": float("nan"),
+    "+inf": float("inf"),
+    "-inf": float("-inf"),
+}
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("offset", SHIFTS.values(), ids=SHIFTS.keys())
-def test_the_shift_never_changes_the_result(kit: SimpleNamespace, offset: float | None, softcap: float | None) -> None:
+def test_the_shift_never_changes_the_result(
+    kit: SimpleNamespace, offset: float | None, softcap: float | None
+) -> None:
     case = kit.make(softcap=softcap)
     loss = kit.clipped(case, bonus=0.1)
     _, grads = kit.oracle_gradients(case, loss)
@@ -101,7 +137,14 @@ def test_the_shift_never_changes_the_result(kit: SimpleNamespace, offset: float 
     shift = None if offset is None else logp + offset
     hidden, weight, _ = case.operands()
     value, stats, metrics = linear_loss(
-        hidden, weight, case.targets, loss, shift=shift, softcap=softcap, chunk_bytes=37 * 8 * 9, backend="chunked"
+        hidden,
+        weight,
+        case.targets,
+        loss,
+        shift=shift,
+        softcap=softcap,
+        chunk_bytes=37 * 8 * 9,
+        backend="chunked",
     )
     value.backward()
     assert close(stats.logp, logp) and close(hidden.grad, grads[0]) and close(weight.grad, grads[1])
@@ -114,7 +157,9 @@ def test_many_useless_shifts_are_recomputed_a_few_at_a_time(
     """However many they are, what they take beside the chunk's own tile stays small."""
     tiles, plain = [], shifted_exp._forward
     monkeypatch.setattr(
-        shifted_exp, "_forward", lambda job, index, *rest: tiles.append(len(index)) or plain(job, index, *rest)
+        shifted_exp,
+        "_forward",
+        lambda job, index, *rest: tiles.append(len(index)) or plain(job, index, *rest),
     )
     monkeypatch.setattr(shifted_exp, "RECOMPUTE_ROWS", 5)
     case = kit.make()
@@ -142,7 +187,9 @@ def test_large_and_all_negative_logits(kit: SimpleNamespace, scale: float, sign:
     assert close(stats.entropy, torch.special.entr(logs.exp()).sum(-1), 1e-9)
 
 
-@pytest.mark.parametrize(("n", "v"), [(0, 37), (1, 37), (1, 1), (23, 1), (3, 2), (33, 4097), (5, 8193)])
+@pytest.mark.parametrize(
+    ("n", "v"), [(0, 37), (1, 37), (1, 1), (23, 1), (3, 2), (33, 4097), (5, 8193)]
+)
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_shapes(kit: SimpleNamespace, n: int, v: int, backend: str) -> None:
     case = kit.make(n, 8, v)
@@ -183,10 +230,13 @@ def test_backward_scales_repeats_and_accumulates(kit: SimpleNamespace) -> None:
 
 def test_clipped_tokens_get_exactly_no_gradient(kit: SimpleNamespace) -> None:
     case = kit.make()
-    loss = kit.clipped(case, noise=2.0)  # most tokens are clipped: their rows are cut out of the products
+    # most tokens are clipped: their rows are cut out of the products
+    loss = kit.clipped(case, noise=2.0)
     _, grads = kit.oracle_gradients(case, loss)
     hidden, weight, _ = case.operands()
-    got, _, metrics = linear_loss(hidden, weight, case.targets, loss, shift=loss.old, backend="chunked")
+    got, _, metrics = linear_loss(
+        hidden, weight, case.targets, loss, shift=loss.old, backend="chunked"
+    )
     got.backward()
     clipped = metrics["clipped"] == 1
     assert clipped.sum() > 23 * 0.3
@@ -209,16 +259,26 @@ def test_frozen_head_and_frozen_hidden(kit: SimpleNamespace) -> None:
     assert not value.requires_grad and close(value, kit.oracle_gradients(case, loss)[0])
 
 
-@pytest.mark.parametrize("tokens", [40, 6, 3], ids=["all fit", "several chunks", "a sequence longer than a chunk"])
+@pytest.mark.parametrize(
+    "tokens", [40, 6, 3], ids=["all fit", "several chunks", "a sequence longer than a chunk"]
+)
 def test_coupled_sequences(kit: SimpleNamespace, tokens: int) -> None:
     case = kit.make()
     ids = torch.tensor([0] * 4 + [1] * 2 + [2] * 5 + [3] * 1 + [4] * 6 + [5] * 5)
     logp, _ = kit.oracle(case, case.hidden, case.weight, None)
-    loss = kit.Sequences(old=logp + 0.1, advantage=torch.tensor([1.0, -1, 0.5, 2, -0.3, 1]).double(), ids=ids)
+    loss = kit.Sequences(
+        old=logp + 0.1, advantage=torch.tensor([1.0, -1, 0.5, 2, -0.3, 1]).double(), ids=ids
+    )
     value, grads = kit.oracle_gradients(case, loss)
     hidden, weight, _ = case.operands()
     got, *_ = linear_loss(
-        hidden, weight, case.targets, loss, sequence_ids=ids, chunk_bytes=tokens * 37 * 8, backend="chunked"
+        hidden,
+        weight,
+        case.targets,
+        loss,
+        sequence_ids=ids,
+        chunk_bytes=tokens * 37 * 8,
+        backend="chunked",
     )
     got.backward()
     assert close(got, value) and close(hidden.grad, grads[0]) and close(weight.grad, grads[1])
@@ -232,8 +292,12 @@ def test_permuting_and_splitting_the_batch_changes_nothing(kit: SimpleNamespace)
     order = torch.randperm(23, generator=torch.Generator().manual_seed(3))
     hidden, weight, _ = case.operands()
     for part in (order[:10], order[10:]):
-        piece = kit.Clipped(old=loss.old[part], advantage=loss.advantage[part], weight=loss.weight[part])
-        linear_loss(hidden[part], weight, case.targets[part], piece, backend="chunked")[0].backward()
+        piece = kit.Clipped(
+            old=loss.old[part], advantage=loss.advantage[part], weight=loss.weight[part]
+        )
+        linear_loss(hidden[part], weight, case.targets[part], piece, backend="chunked")[
+            0
+        ].backward()
     assert close(hidden.grad, grads[0]) and close(weight.grad, grads[1])
 
 
@@ -245,7 +309,9 @@ def test_logits_of_another_head(kit: SimpleNamespace) -> None:
     value.backward()
     expected, grads = kit.oracle_gradients(case, loss)
     assert close(value, expected) and close(logits.grad @ case.weight, grads[0])
-    whole = logits_logprob(logits, case.targets, temperature=torch.full((23,), 0.7, dtype=torch.float64))
+    whole = logits_logprob(
+        logits, case.targets, temperature=torch.full((23,), 0.7, dtype=torch.float64)
+    )
     assert close(whole.logp, stats.logp)
 
 
@@ -253,7 +319,9 @@ def test_autocast_takes_the_products_in_bfloat16(kit: SimpleNamespace) -> None:
     case = kit.make().to(torch.float32)
     loss = kit.clipped(kit.make())
     hidden, weight, _ = case.operands()
-    plain, *_ = linear_loss(hidden.bfloat16(), weight.bfloat16(), case.targets, loss, backend="chunked")
+    plain, *_ = linear_loss(
+        hidden.bfloat16(), weight.bfloat16(), case.targets, loss, backend="chunked"
+    )
     with torch.autocast("cpu", torch.bfloat16):
         value, stats, _ = linear_loss(hidden, weight, case.targets, loss, backend="chunked")
     value.backward()
@@ -267,8 +335,14 @@ def test_autocast_takes_the_products_in_bfloat16(kit: SimpleNamespace) -> None:
     [
         ({"hidden": torch.zeros(2, 3, 8)}, r"hidden has shape \(2, 3, 8\).*\[N, H\]"),
         ({"weight": torch.zeros(37, 9)}, r"weight \(37, 9\)"),
-        ({"weight": torch.zeros(37, 8).bfloat16()}, "weight has dtype torch.bfloat16; wanted torch.float32"),
-        ({"hidden": torch.zeros(23, 8).int(), "weight": torch.zeros(37, 8).int()}, "hidden has dtype torch.int32"),
+        (
+            {"weight": torch.zeros(37, 8).bfloat16()},
+            "weight has dtype torch.bfloat16; wanted torch.float32",
+        ),
+        (
+            {"hidden": torch.zeros(23, 8).int(), "weight": torch.zeros(37, 8).int()},
+            "hidden has dtype torch.int32",
+        ),
         ({"targets": torch.zeros(22).long()}, r"targets has shape \(22,\); wanted \(23,\)"),
         ({"targets": torch.zeros(23).int()}, "targets has dtype torch.int32"),
         ({"targets": torch.full((23,), 37)}, r"targets\[0\] is 37; wanted an id from 0 to 36"),
@@ -282,9 +356,16 @@ def test_autocast_takes_the_products_in_bfloat16(kit: SimpleNamespace) -> None:
         ({"weight": torch.full((37, 8), float("inf"))}, "weight or bias is not finite"),
     ],
 )
-def test_bad_input_is_named(kit: SimpleNamespace, backend: str, change: dict[str, Any], message: str) -> None:
+def test_bad_input_is_named(
+    kit: SimpleNamespace, backend: str, change: dict[str, Any], message: str
+) -> None:
     case = kit.make().to(torch.float32)
-    arguments = {"hidden": case.hidden, "weight": case.weight, "targets": case.targets, "backend": backend} | change
+    arguments = {
+        "hidden": case.hidden,
+        "weight": case.weight,
+        "targets": case.targets,
+        "backend": backend,
+    } | change
     with pytest.raises(ValueError, match=message):
         linear_loss(loss=kit.clipped(kit.make()), **arguments)
 

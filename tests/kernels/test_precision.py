@@ -15,7 +15,8 @@ N, H, V = 384, 128, 8000
 
 
 def planted(kit: SimpleNamespace) -> SimpleNamespace:
-    """Hidden states with a peak of 5 to 25 at most targets, so that log-probs reach from -10 to -1e-8."""
+    """Hidden states with a peak of 5 to 25 at most targets, so that log-probs reach from -10 to
+    -1e-8."""
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(V, H, generator=g) * 0.5
     targets = torch.randint(0, V, (N,), generator=g)
@@ -23,7 +24,9 @@ def planted(kit: SimpleNamespace) -> SimpleNamespace:
     hidden = torch.randn(N, H, generator=g) * 0.2 + weight[targets] * peak / (H * 0.25)
     weight, hidden = weight.bfloat16(), hidden.bfloat16()
     case = kit.make(4, 4, 4)
-    case = type(case)(hidden=hidden.double(), weight=weight.double(), targets=targets, bias=None, options={})
+    case = type(case)(
+        hidden=hidden.double(), weight=weight.double(), targets=targets, bias=None, options={}
+    )
     loss = kit.clipped(case, noise=0.05)
     return SimpleNamespace(case=case, loss=loss)
 
@@ -32,7 +35,9 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("tile", [torch.bfloat16, torch.float32], ids=["bf16 products", "fp32 products"])
+@pytest.mark.parametrize(
+    "tile", [torch.bfloat16, torch.float32], ids=["bf16 products", "fp32 products"]
+)
 @pytest.mark.parametrize("chunk", [1 << 30, V * 2 * 100], ids=["one chunk", "several chunks"])
 def test_bfloat16_keeps_its_digits(
     kit: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, chunk: int, tile: torch.dtype
@@ -43,7 +48,13 @@ def test_bfloat16_keeps_its_digits(
     _, (dh, dw) = kit.oracle_gradients(p.case, p.loss)
     hidden, weight, _ = p.case.to(torch.bfloat16).operands()
     value, stats, _ = linear_loss(
-        hidden, weight, p.case.targets, p.loss, shift=p.loss.old, chunk_bytes=chunk, backend="chunked"
+        hidden,
+        weight,
+        p.case.targets,
+        p.loss,
+        shift=p.loss.old,
+        chunk_bytes=chunk,
+        backend="chunked",
     )
     value.backward()
     error = (stats.logp - logp).abs()
@@ -70,7 +81,9 @@ def test_float32_and_the_entropy_gradient(kit: SimpleNamespace) -> None:
     _, (dh, dw) = kit.oracle_gradients(p.case, loss)
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 4e-3)):
         hidden, weight, _ = p.case.to(dtype).operands()
-        linear_loss(hidden, weight, p.case.targets, loss, shift=loss.old, backend="chunked")[0].backward()
+        linear_loss(hidden, weight, p.case.targets, loss, shift=loss.old, backend="chunked")[
+            0
+        ].backward()
         assert relative(hidden.grad, dh) <= bound and relative(weight.grad, dw) <= bound
 
 
@@ -78,9 +91,13 @@ def test_unchanged_weights_and_the_same_shift_give_identical_logprobs(kit: Simpl
     p = planted(kit)
     small = p.case.to(torch.bfloat16)
     with torch.no_grad():
-        old = linear_logprob(small.hidden, small.weight, small.targets, shift=p.loss.old, backend="chunked").logp
+        old = linear_logprob(
+            small.hidden, small.weight, small.targets, shift=p.loss.old, backend="chunked"
+        ).logp
     hidden, weight, _ = small.operands()
-    _, stats, _ = linear_loss(hidden, weight, small.targets, p.loss, shift=p.loss.old, backend="chunked")
+    _, stats, _ = linear_loss(
+        hidden, weight, small.targets, p.loss, shift=p.loss.old, backend="chunked"
+    )
     assert torch.equal(stats.logp, old)
 
 
@@ -104,4 +121,5 @@ def test_a_large_vocabulary_stays_within_its_memory() -> None:
     logp.sum().backward()
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     gradient = v * h * 2
-    assert peak <= (gradient + 2 * gradient + chunk) * 1.1 + (32 << 20)  # the logits alone would be 400 MiB
+    # the logits alone would be 400 MiB
+    assert peak <= (gradient + 2 * gradient + chunk) * 1.1 + (32 << 20)

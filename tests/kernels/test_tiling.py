@@ -41,7 +41,10 @@ VOCABULARIES = [
 
 def test_bytes_of_a_plan_by_hand() -> None:
     # 32 x 128 bf16: 2 moved x 2 buffers x 8 KiB + 3 wide x 16 KiB + 8 x 512 B + 2 x 1 x 128 B
-    assert bytes_of(EXP_STATS, Tile(rows=32, columns=128), 2) == 4 * 8192 + 3 * 16384 + 8 * 512 + 2 * 128
+    assert (
+        bytes_of(EXP_STATS, Tile(rows=32, columns=128), 2)
+        == 4 * 8192 + 3 * 16384 + 8 * 512 + 2 * 128
+    )
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -54,12 +57,16 @@ def test_every_kernel_fits_the_unified_buffer(kernel: str, itemsize: int) -> Non
         assert tile.columns * itemsize % ROW_BYTES == 0
         assert tile.elements <= limit
     twice = Tile(rows=tile.rows * 2, columns=tile.columns)
-    assert bytes_of(footprint, twice, itemsize) > UNIFIED_BUFFER * 0.85, "the plan leaves half of the buffer idle"
+    assert bytes_of(footprint, twice, itemsize) > UNIFIED_BUFFER * 0.85, (
+        "the plan leaves half of the buffer idle"
+    )
 
 
 @pytest.mark.parametrize("cores", [1, 20, 40, 48, 528])
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
-def test_a_launch_covers_every_entry_once_with_one_program_per_core(vocabulary: int, cores: int) -> None:
+def test_a_launch_covers_every_entry_once_with_one_program_per_core(
+    vocabulary: int, cores: int
+) -> None:
     tile = plan(EXP_STATS, 2, limit=REGISTER_TILE)
     for columns in (1, 127, 128, 1024, 4096, 32768):
         deal = launch(tile, vocabulary, columns, cores)
@@ -67,7 +74,9 @@ def test_a_launch_covers_every_entry_once_with_one_program_per_core(vocabulary: 
         assert (deal.splits - 1) * deal.slice_rows < vocabulary <= deal.splits * deal.slice_rows
         assert deal.column_blocks == -(-columns // tile.columns)
         assert deal.programs <= min(cores, GRID_LIMIT)
-        assert deal.items >= min(cores, deal.column_blocks * -(-vocabulary // tile.rows)) // 2, "cores left idle"
+        assert deal.items >= min(cores, deal.column_blocks * -(-vocabulary // tile.rows)) // 2, (
+            "cores left idle"
+        )
         # offsets inside a tile are 32 bits wide; the base is 64
         assert tile.rows * deal.column_blocks * tile.columns < 2**31
 

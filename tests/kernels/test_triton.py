@@ -1,4 +1,5 @@
-"""The Triton kernels in Triton's interpreter (a CPU, float32) against the torch passes and the float64 oracle."""
+"""The Triton kernels in Triton's interpreter (a CPU, float32) against the torch passes and the
+float64 oracle."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def tile(rows: int, n: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("rows", "n"), [(1, 1), (31, 7), (32, 128), (33, 130), (1000, 60)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_passes_agree_with_torch(dtype: torch.dtype, rows: int, n: int, bias: bool, softcap: float | None) -> None:
+def test_passes_agree_with_torch(
+    dtype: torch.dtype, rows: int, n: int, bias: bool, softcap: float | None
+) -> None:
     torch.manual_seed(0)
     raw = torch.linspace(-2, 6, n)
     head = Head(weight=torch.zeros(rows, 2, dtype=dtype), softcap=softcap)
@@ -53,7 +56,8 @@ def test_passes_agree_with_torch(dtype: torch.dtype, rows: int, n: int, bias: bo
     for ours, theirs in zip(results[1], results[0], strict=True):
         assert torch.isfinite(ours).all()
         torch.testing.assert_close(ours, theirs, rtol=digits, atol=digits)
-    assert (results[1][2][torch.arange(n) % rows, torch.arange(n)] == 0).all()  # excluded entries stay excluded
+    # excluded entries stay excluded
+    assert (results[1][2][torch.arange(n) % rows, torch.arange(n)] == 0).all()
 
 
 @pytest.mark.parametrize("bonus", [0.0, 0.3])
@@ -65,11 +69,14 @@ def test_the_whole_loss_on_triton(kit: SimpleNamespace, head_options: Any, bonus
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [90])
 def test_the_kernels_compile_for_cuda(architecture: int) -> None:
-    """Without a card: each variant becomes machine code that keeps its tile in registers (no local memory; at least three
-    programs fit a multiprocessor's 65,536) and moves it in loads of 16 bytes a thread, once in the loop, once at its end."""
+    """Without a card: each variant becomes machine code that keeps its tile in registers (no local
+    memory; at least three programs fit a multiprocessor's 65,536) and moves it in loads of 16 bytes
+    a thread, once in the loop, once at its end."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = [sys.executable, str(Path(__file__).with_name("cuda_kernels.py")), str(architecture)]
-    out = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=600, check=True).stdout
+    out = subprocess.run(
+        script, env=environment, capture_output=True, text=True, timeout=600, check=True
+    ).stdout
     rows = [json.loads(line) for line in out.splitlines()]
     assert len(rows) == 2 * 8 + 2 * 2
     for row in rows:
@@ -81,5 +88,7 @@ def test_a_useless_shift_is_recomputed_on_triton(kit: SimpleNamespace) -> None:
     case = kit.make()
     logp, _ = kit.oracle(case, case.hidden, case.weight, None)
     small = case.to(torch.float32)
-    stats = linear_logprob(small.hidden, small.weight, case.targets, shift=logp - 90, backend="triton")
+    stats = linear_logprob(
+        small.hidden, small.weight, case.targets, shift=logp - 90, backend="triton"
+    )
     torch.testing.assert_close(stats.logp, logp.float(), rtol=1e-5, atol=1e-5)

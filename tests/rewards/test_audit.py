@@ -33,7 +33,10 @@ def test_figures(file, tmp_path) -> None:
     assert figures["sources"]["s"]["agreement"] == 1.0
     assert figures["statuses"] == {"correct": 2, "wrong": 2}
     assert figures["hacks"]["paid"] == []
-    assert [(d.row.id, d.kind) for d in found.disagreements] == [("c", "false reject"), ("d", "false accept")]
+    assert [(d.row.id, d.kind) for d in found.disagreements] == [
+        ("c", "false reject"),
+        ("d", "false accept"),
+    ]
     report = (tmp_path / "report.html").read_text()
     assert "&lt;script&gt;" in report
     assert "<script" not in report
@@ -53,7 +56,11 @@ def test_a_second_grader_without_labels() -> None:
 
     rows = [r.__class__(id=r.id, input=r.input, label=None) for r in _rows(3)]
     found = audit_reward(says(1, 0.6, None), rows, second=says(1, 0, 1), hacks=False)
-    assert found.figures["second"] == {"agreement": 1 / 3, "only_first_accepts": 1, "only_second_accepts": 1}
+    assert found.figures["second"] == {
+        "agreement": 1 / 3,
+        "only_first_accepts": 1,
+        "only_second_accepts": 1,
+    }
     assert [d.kind for d in found.disagreements] == ["only the first accepts", "no verdict"]
     assert found.figures["errors"] == {"gone": 1}
     assert found.figures["labelled"] == 0
@@ -69,7 +76,9 @@ def _rows(count: int):
 
 def test_hacks_that_a_lenient_reward_pays_are_named() -> None:
     def lenient(batch: Sequence[RewardInput]) -> list[Verdict]:
-        return [Verdict(status=Status.PARTIAL, score=float(r.answer in r.completion)) for r in batch]
+        return [
+            Verdict(status=Status.PARTIAL, score=float(r.answer in r.completion)) for r in batch
+        ]
 
     paid = audit_reward(lenient, []).paid_hacks
     assert "hedge in words" in paid
@@ -81,7 +90,12 @@ def test_compressed_rows_and_other_names(tmp_path) -> None:
     with gzip.open(path, "wt") as out:
         out.write(json.dumps({"completion": "9", "answer": "9", "prompt": "p", "level": 3}) + "\n")
     (row,) = read_rows(path)
-    assert (row.input.completion, row.input.answer, row.input.prompt, row.label) == ("9", "9", "p", None)
+    assert (row.input.completion, row.input.answer, row.input.prompt, row.label) == (
+        "9",
+        "9",
+        "p",
+        None,
+    )
     assert row.input.columns == {"level": 3}
 
 

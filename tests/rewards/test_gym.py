@@ -1,4 +1,5 @@
-"""reasoning-gym's tasks: right, wrong, hedged, forged; and generic answers over every task that may be graded."""
+"""reasoning-gym's tasks: right, wrong, hedged, forged; and generic answers over every task that may
+be graded."""
 
 import json
 import subprocess
@@ -15,7 +16,11 @@ slow = pytest.mark.slow
 
 
 def row(completion: str, answer: str, task: str, **metadata) -> RewardInput:
-    return RewardInput(completion=completion, answer=answer, columns={"metadata": {"source_dataset": task, **metadata}})
+    return RewardInput(
+        completion=completion,
+        answer=answer,
+        columns={"metadata": {"source_dataset": task, **metadata}},
+    )
 
 
 @pytest.fixture
@@ -28,7 +33,8 @@ def gym():
 def test_exact_tasks_need_neither_the_package_nor_a_sandbox(gym) -> None:
     rows = [
         row("<answer>-4</answer>", "-4", "chain_sum"),
-        row("<think>-4</think><answer>-41</answer>", "-4", "chain_sum"),  # the package would give a part of 1 for this
+        # the package would give a part of 1 for this
+        row("<think>-4</think><answer>-41</answer>", "-4", "chain_sum"),
         row("<answer>-4 or 5</answer>", "-4", "chain_sum"),
         row("<answer>cba</answer>", "cba", "spell_backward", word="abc"),
         row("<answer>7 or 7</answer>", "7", "prime_factorization", factors=[7]),
@@ -54,14 +60,21 @@ def test_only_tasks_that_can_be_graded(gym) -> None:
 
 @slow
 def test_a_task_of_the_package_runs_its_scorer_in_the_sandbox() -> None:
-    gym_package = pytest.importorskip("reasoning_gym", reason="reasoning-gym (the extra `gym`) is not installed")
+    gym_package = pytest.importorskip(
+        "reasoning_gym", reason="reasoning-gym (the extra `gym`) is not installed"
+    )
     item = gym_package.create_dataset("letter_jumble", size=1, seed=1)[0]
     try:
         reward = GymReward(tasks=["letter_jumble"], timeout=20.0)
     except SandboxUnavailable as error:
         pytest.skip(f"no sandbox here: {error}")
     try:
-        verdicts = reward([row(f"<answer>{a}</answer>", item["answer"], **_named(item)) for a in (item["answer"], "x")])
+        verdicts = reward(
+            [
+                row(f"<answer>{a}</answer>", item["answer"], **_named(item))
+                for a in (item["answer"], "x")
+            ]
+        )
     finally:
         reward.close()
     assert [v.score for v in verdicts] == [1, 0]
@@ -136,8 +149,19 @@ def test_generic_answers_to_every_allowed_task() -> None:
             answer, question = str(item["answer"]), item["question"]
             assert is_right(task, answer, item), (task, answer)
             nans = "[" + ", ".join(["NaN"] * (answer.count(",") + 1)) + "]"
-            wrong = [*GENERIC, question, question.splitlines()[-1], nans, f"{answer} or 1", f"{answer} {answer}"]
-            paid = [each for each in wrong if is_right(task, each, item) and not _same(each, answer, task)]
+            wrong = [
+                *GENERIC,
+                question,
+                question.splitlines()[-1],
+                nans,
+                f"{answer} or 1",
+                f"{answer} {answer}",
+            ]
+            paid = [
+                each
+                for each in wrong
+                if is_right(task, each, item) and not _same(each, answer, task)
+            ]
             assert paid == [], (task, answer)
 
 
@@ -161,6 +185,10 @@ def _all_tasks() -> list[str]:
 def test_generic_answers_to_every_task_that_may_be_allowed_by_name() -> None:
     pytest.importorskip("reasoning_gym", reason="reasoning-gym (the extra `gym`) is not installed")
     swept = _swept(set(EXACT) | set(REFUSED), "score")
-    constant = {task: paid for task, (_, paid) in swept.items() if any(len(answers) == 4 for answers in paid.values())}
+    constant = {
+        task: paid
+        for task, (_, paid) in swept.items()
+        if any(len(answers) == 4 for answers in paid.values())
+    }
     assert constant == {}
     assert len(swept) > 40

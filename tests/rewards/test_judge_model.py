@@ -1,4 +1,5 @@
-"""The judge against a server of our own: scores, silence, refusals, retries, the cache and the prompt."""
+"""The judge against a server of our own: scores, silence, refusals, retries, the cache and the
+prompt."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ Reply = tuple[int, str]
 
 
 class Server:
-    """Speaks as much of OpenAI's protocol as a judge needs. `answer`: from the judge's prompt to status and text."""
+    """Speaks as much of OpenAI's protocol as a judge needs. `answer`: from the judge's prompt to
+    status and text."""
 
     def __init__(self, answer: Callable[[str], Reply]) -> None:
         self.prompts: list[str] = []
@@ -33,7 +35,9 @@ class Server:
                 body = json.loads(handler.rfile.read(int(handler.headers["content-length"])))
                 prompt = body["messages"][-1]["content"]
                 with lock:
-                    self.requests.append(body | {"path": handler.path, "key": handler.headers["authorization"]})
+                    self.requests.append(
+                        body | {"path": handler.path, "key": handler.headers["authorization"]}
+                    )
                     self.prompts.append(prompt)
                     self.running += 1
                     self.most = max(self.most, self.running)
@@ -80,7 +84,9 @@ def judge(server: Server, **options: Any) -> JudgeReward:
 
 
 def row(completion: str, answer: str = "18") -> RewardInput:
-    return RewardInput(completion=completion, answer=answer, messages=({"role": "user", "content": "6*3? {x}"},))
+    return RewardInput(
+        completion=completion, answer=answer, messages=({"role": "user", "content": "6*3? {x}"},)
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,16 +97,26 @@ def row(completion: str, answer: str = "18") -> RewardInput:
         ("score = 0.25", {}, Status.PARTIAL, 0.25),
         ("**Score:** 7", {"best": 10}, Status.PARTIAL, 0.7),
         ("Score: 99", {"best": 10}, Status.CORRECT, 1.0),
-        ("Yes, it is. no", {"pattern": r"(?i)\b(yes|no)\b", "scores": {"yes": 1, "no": 0}}, Status.WRONG, 0.0),
+        (
+            "Yes, it is. no",
+            {"pattern": r"(?i)\b(yes|no)\b", "scores": {"yes": 1, "no": 0}},
+            Status.WRONG,
+            0.0,
+        ),
         ("I cannot say", {}, Status.VERIFIER_ERROR, None),
         ("perhaps", {"pattern": r"(\w+)"}, Status.VERIFIER_ERROR, None),
         ("maybe", {"pattern": r"(\w+)", "scores": {"yes": 1}}, Status.VERIFIER_ERROR, None),
     ],
 )
-def test_the_score_in_a_reply(serve: Any, reply: str, options: dict, status: Status, score: float | None) -> None:
+def test_the_score_in_a_reply(
+    serve: Any, reply: str, options: dict, status: Status, score: float | None
+) -> None:
     graded = judge(serve(lambda prompt: (200, reply)), **options)
     (verdict,) = graded([row("18")])
-    assert (verdict.status, verdict.score) == (status, None if score is None else pytest.approx(score))
+    assert (verdict.status, verdict.score) == (
+        status,
+        None if score is None else pytest.approx(score),
+    )
     graded.close()
 
 
@@ -108,7 +124,13 @@ def test_what_the_judge_is_sent(serve: Any, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("JUDGE_KEY", "secret")
     server = serve(lambda prompt: (200, "Score: 1"))
     template = 'Q {question} A {answer} C {completion} {"json": 1} {other}'
-    graded = judge(server, prompt=template, system="Be strict.", request={"max_tokens": 9}, api_key_env="JUDGE_KEY")
+    graded = judge(
+        server,
+        prompt=template,
+        system="Be strict.",
+        request={"max_tokens": 9},
+        api_key_env="JUDGE_KEY",
+    )
     graded([row("{answer} \\d {question}")])
     (request,) = server.requests
     assert server.prompts == ['Q 6*3? {x} A 18 C {answer} \\d {question} {"json": 1} {other}']
@@ -127,7 +149,10 @@ def test_requests_go_side_by_side_within_the_limit_and_each_only_once(serve: Any
     graded = judge(server, concurrency=4)
     rows = [row(f"{i} {'yes' if i % 2 else 'no'}") for i in range(12)]
     found: list[list[float | None]] = []
-    threads = [threading.Thread(target=lambda: found.append([v.score for v in graded(rows)])) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda: found.append([v.score for v in graded(rows)]))
+        for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -176,7 +201,13 @@ def test_nobody_listens_and_then_somebody_does(serve: Any, monkeypatch: pytest.M
     up: list[bool] = []
     server = serve(lambda prompt: (200, "Score: 1") if up else (503, "starting"))
     suite = build_suite(
-        {"judge": {"use": "judge", "timeout": 5.0, "options": {"base_url": server.url, "model": "m", "retries": 1}}}
+        {
+            "judge": {
+                "use": "judge",
+                "timeout": 5.0,
+                "options": {"base_url": server.url, "model": "m", "retries": 1},
+            }
+        }
     )
     with pytest.raises(ValueError, match=r"reward\.judge: judge at .*503"):
         suite.trial(row("0"))

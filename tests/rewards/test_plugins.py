@@ -1,4 +1,5 @@
-"""Functions written for other trainers load unchanged and give the values they give at home; broken ones are verdicts."""
+"""Functions written for other trainers load unchanged and give the values they give at home; broken
+ones are verdicts."""
 
 import subprocess
 import sys
@@ -30,24 +31,71 @@ def row(completion: str, answer: str = "18", **fields) -> RewardInput:
 
 CHAT = ({"role": "user", "content": "6*3?"},)
 STYLES = [
-    ("verl_style:compute_score", "verl", [row("#### 18"), row("#### 17"), row("18")], [1.0, 0.1, 0.0]),
-    ("verl_style:compute_score", "verl", [row("#### 18", columns={"extra_info": {"bonus": 0.5}})], [1.5]),
+    (
+        "verl_style:compute_score",
+        "verl",
+        [row("#### 18"), row("#### 17"), row("18")],
+        [1.0, 0.1, 0.0],
+    ),
+    (
+        "verl_style:compute_score",
+        "verl",
+        [row("#### 18", columns={"extra_info": {"bonus": 0.5}})],
+        [1.5],
+    ),
     ("verl_style:compute_score_async", "verl", [row("is 18"), row("is 17")], [1.0, 0.0]),
     ("verl_style:compute_score_batch", "verl_batch", [row("is 18"), row("is 17")], [1.0, -1.0]),
-    ("trl_style:accuracy_reward", "trl", [row("is 18", messages=CHAT), row("17", messages=CHAT)], [1.0, 0.0]),
-    ("trl_style:length_reward", "trl", [row("x", token_ids=(1,) * 5), row("x", token_ids=(1,))], [-0.5, -0.1]),
-    ("trl_style:difficulty_reward", "trl", [row("x", columns={"difficulty": d}) for d in (2, 7)], [2.0, 7.0]),
-    ("openrlhf_style:reward_func", "openrlhf", [row(" 18", prompt="6*3="), row("1", prompt="18")], [1.0, 0.0]),
-    ("slime_style:reward", "slime", [row("18"), row("17"), row("18", finish_reason="length")], [1.0, -0.5, 0.0]),
-    ("verifiers_style:exact_match", "verifiers", [row(" 18", messages=CHAT), row("17")], [1.0, 0.0]),
+    (
+        "trl_style:accuracy_reward",
+        "trl",
+        [row("is 18", messages=CHAT), row("17", messages=CHAT)],
+        [1.0, 0.0],
+    ),
+    (
+        "trl_style:length_reward",
+        "trl",
+        [row("x", token_ids=(1,) * 5), row("x", token_ids=(1,))],
+        [-0.5, -0.1],
+    ),
+    (
+        "trl_style:difficulty_reward",
+        "trl",
+        [row("x", columns={"difficulty": d}) for d in (2, 7)],
+        [2.0, 7.0],
+    ),
+    (
+        "openrlhf_style:reward_func",
+        "openrlhf",
+        [row(" 18", prompt="6*3="), row("1", prompt="18")],
+        [1.0, 0.0],
+    ),
+    (
+        "slime_style:reward",
+        "slime",
+        [row("18"), row("17"), row("18", finish_reason="length")],
+        [1.0, -0.5, 0.0],
+    ),
+    (
+        "verifiers_style:exact_match",
+        "verifiers",
+        [row(" 18", messages=CHAT), row("17")],
+        [1.0, 0.0],
+    ),
     ("verifiers_style:by_info", "verifiers", [row("x", columns={"info": {"points": 4}})], [0.4]),
-    ("native:short_enough", "native", [row("short"), row("short", columns={"limit": 3})], [1.0, 0.0]),
+    (
+        "native:short_enough",
+        "native",
+        [row("short"), row("short", columns={"limit": 3})],
+        [1.0, 0.0],
+    ),
     ("native:best_of_batch", "native_batch", [row("ab"), row("abcd")], [0.5, 1.0]),
 ]
 
 
 @pytest.mark.parametrize(("target", "style", "rows", "values"), STYLES)
-def test_values_of_each_style(target: str, style: str, rows: list[RewardInput], values: list[float]) -> None:
+def test_values_of_each_style(
+    target: str, style: str, rows: list[RewardInput], values: list[float]
+) -> None:
     plugin = PluginReward(f"{EXAMPLES}.{target}", isolation="inline")
     assert plugin.style == style
     assert [v.score for v in plugin(rows)] == pytest.approx(values)
@@ -69,11 +117,21 @@ def test_a_trl_none_is_no_verdict() -> None:
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        (True, 1.0), (0.25, 0.25), ({"score": 2, "acc": True}, 2.0), ({"reward": 1}, 1.0), (float("nan"), None),
-        (float("inf"), None), (None, None), ("1.0", None), ({"acc": 1}, None), ([1.0], None), (object(), None),
-        (Verdict(status=Status.PARTIAL, score=0.5), 0.5), (10**400, None),
+        (True, 1.0),
+        (0.25, 0.25),
+        ({"score": 2, "acc": True}, 2.0),
+        ({"reward": 1}, 1.0),
+        (float("nan"), None),
+        (float("inf"), None),
+        (None, None),
+        ("1.0", None),
+        ({"acc": 1}, None),
+        ([1.0], None),
+        (object(), None),
+        (Verdict(status=Status.PARTIAL, score=0.5), 0.5),
+        (10**400, None),
     ],
-)  # fmt: skip
+)
 def test_what_counts_as_a_score(value: object, expected: float | None) -> None:
     assert result(value).get("score") == expected
 
@@ -91,7 +149,9 @@ def test_styles_are_recognised_or_forced() -> None:
     assert (recognise(marked), recognise(trl), recognise(lengths)) == ("native", "trl", "trl")
     with pytest.raises(ValueError, match=r"no known style has the parameters \(alpha\)"):
         recognise(unknown)
-    assert adapt(lambda x: 0.5, "native")([row("x")]) == [{"score": 0.5, "parts": {}, "message": ""}]
+    assert adapt(lambda x: 0.5, "native")([row("x")]) == [
+        {"score": 0.5, "parts": {}, "message": ""}
+    ]
     with pytest.raises(ValueError, match="style is 'vrl'"):
         adapt(unknown, "vrl")
 
@@ -101,7 +161,10 @@ def test_styles_are_recognised_or_forced() -> None:
     [
         ("no_such_package.rewards:f", "cannot be imported: ModuleNotFoundError"),
         ("example_rewards.verl_style:nothing", "has no function 'nothing'"),
-        ("example_rewards.broken:odd_signature", r"no known style has the parameters \(alpha, beta\)"),
+        (
+            "example_rewards.broken:odd_signature",
+            r"no known style has the parameters \(alpha, beta\)",
+        ),
         ("./no/such/file.py:f", "no file"),
         ("./no/such/file.py", "names no function and cannot be imported: .*there is no file"),
         ("maths", "did you mean 'math'"),
@@ -115,7 +178,9 @@ def test_what_cannot_be_loaded_is_an_error_at_once(use: str, message: str) -> No
 
 @pytest.mark.slow
 def test_the_same_errors_come_out_of_the_process() -> None:
-    with pytest.raises(ValueError, match=r"reward\.x: example_rewards\.broken:odd_signature: .*no known style"):
+    with pytest.raises(
+        ValueError, match=r"reward\.x: example_rewards\.broken:odd_signature: .*no known style"
+    ):
         build_suite({"x": {"use": "example_rewards.broken:odd_signature"}})
     with pytest.raises(ValueError, match="ModuleNotFoundError"):
         load_reward("no_such_package.rewards:f")
@@ -148,7 +213,11 @@ def test_a_trial_call_finds_a_broken_function(function: str, message: str) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "message"),
-    [("raises_on_bad", "ZeroDivision"), ("hangs_on_bad", "limit of 1 s"), ("dies_on_bad", "status -6")],
+    [
+        ("raises_on_bad", "ZeroDivision"),
+        ("hangs_on_bad", "limit of 1 s"),
+        ("dies_on_bad", "status -6"),
+    ],
 )
 def test_a_fault_costs_its_own_sample(function: str, message: str) -> None:
     plugin = PluginReward(f"example_rewards.broken:{function}", timeout=1.0)
@@ -176,8 +245,8 @@ def test_a_plugin_runs_in_its_own_process_and_may_print(capfd, monkeypatch) -> N
 def test_a_file_is_a_plugin_and_finds_its_neighbours(tmp_path, monkeypatch) -> None:
     (tmp_path / "helper.py").write_text("BONUS = 0.25\n")
     (tmp_path / "mine.py").write_text(
-        "from helper import BONUS\n"
-        "def score(data_source, solution_str, ground_truth):\n    return BONUS + (solution_str == ground_truth)\n"
+        "from helper import BONUS\ndef score(data_source, solution_str, ground_truth):\n    return"
+        " BONUS + (solution_str == ground_truth)\n"
     )
     monkeypatch.chdir(tmp_path)
     plugin = load_reward("./mine.py:score")
@@ -201,7 +270,9 @@ def test_the_package_installs_and_its_entry_points_are_found(tmp_path, monkeypat
     source = tmp_path / "source"
     subprocess.run(["cp", "-r", str(PACKAGE), str(source)], check=True)
     subprocess.run([*command, str(tmp_path / "site"), str(source)], check=True, timeout=120)
-    monkeypatch.setattr(sys, "path", [str(tmp_path / "site"), *[p for p in sys.path if p != str(PACKAGE)]])
+    monkeypatch.setattr(
+        sys, "path", [str(tmp_path / "site"), *[p for p in sys.path if p != str(PACKAGE)]]
+    )
     assert "example-verl" in {point.name for point in entry_points(group="emberl.rewards")}
     suite = RewardSuite([Part(name="score", reward=load_reward("example-verl"))])
     assert [v.score for v in suite.grade([row("#### 18"), row("#### 1")])] == [1.0, 0.1]

@@ -7,7 +7,15 @@ import time
 from pathlib import Path
 
 import pytest
-from emberl.rewards.processes import asleep, cpu_seconds, descendants, processors, stat_of, tells_waiting, waited
+from emberl.rewards.processes import (
+    asleep,
+    cpu_seconds,
+    descendants,
+    processors,
+    stat_of,
+    tells_waiting,
+    waited,
+)
 
 V1 = (
     "33 31 0:30 {base} /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu,cpuacct\n"
@@ -24,11 +32,23 @@ V2 = "41 31 0:38 {base} /sys/fs/cgroup rw,relatime shared:9 - cgroup2 cgroup2 rw
         (V2, "0::/a/b", {"a/b/cpu.max": "400000 100000", "a/cpu.max": "200000 100000"}, 2),
         (V2, "0::/", {"cpu.max": "25000 100000"}, 1),  # a container with a cgroup namespace
         (V2, "0::/a", {"a/cpu.max": "max 100000"}, 64),
-        (V2, "0::/../other", {"cpu.max": "100000 100000"}, 1),  # outside the namespace: what is mounted has to do
-        (V1, "4:cpu,cpuacct:/x\n0::/", {"cpu/x/cpu.cfs_quota_us": "25000", "cpu/x/cpu.cfs_period_us": "100000"}, 1),
-        (V1, "4:cpu,cpuacct:/x", {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"}, 64),
+        # outside the namespace: what is mounted has to do
+        (V2, "0::/../other", {"cpu.max": "100000 100000"}, 1),
         (
-            V1.replace("{base}", "/docker/id"),  # version 1 in a container: only its own part is mounted
+            V1,
+            "4:cpu,cpuacct:/x\n0::/",
+            {"cpu/x/cpu.cfs_quota_us": "25000", "cpu/x/cpu.cfs_period_us": "100000"},
+            1,
+        ),
+        (
+            V1,
+            "4:cpu,cpuacct:/x",
+            {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"},
+            64,
+        ),
+        (
+            # version 1 in a container: only its own part is mounted
+            V1.replace("{base}", "/docker/id"),
             "4:cpu,cpuacct:/docker/id",
             {"cpu/cpu.cfs_quota_us": "150000", "cpu/cpu.cfs_period_us": "100000"},
             2,
@@ -42,7 +62,9 @@ def test_processors(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
     (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/mountinfo").write_text("1 0 0:1 / / rw - ext4 x rw\n" + mounts.replace("{base}", "/"))
+    (tmp_path / "proc/self/mountinfo").write_text(
+        "1 0 0:1 / / rw - ext4 x rw\n" + mounts.replace("{base}", "/")
+    )
     (tmp_path / "proc/self/cgroup").write_text(groups + "\n")
     for name, text in files.items():
         path = tmp_path / "sys/fs/cgroup" / name
@@ -61,7 +83,9 @@ def test_the_machine_itself() -> None:
     assert waited(2**22 + 1) == 0
 
 
-@pytest.mark.parametrize(("code", "sleeps"), [("import time; time.sleep(60)", True), ("while True: pass", False)])
+@pytest.mark.parametrize(
+    ("code", "sleeps"), [("import time; time.sleep(60)", True), ("while True: pass", False)]
+)
 def test_who_wants_a_processor_is_not_asleep(code: str, sleeps: bool) -> None:
     """Also one that gets none: it shares its processor with a process that has precedence."""
     place = {min(os.sched_getaffinity(0))}

@@ -37,17 +37,24 @@ def test_a_thought_that_the_prompt_opened_counts() -> None:
 def test_language_is_the_share_of_words() -> None:
     assert score(LanguageReward("en"), "one two three 四") == 0.75
     assert score(LanguageReward("zh"), "one two three 四") == 0.25
-    assert score(LanguageReward("zh"), "答案 $\\frac{x}{abc}$ <think>") == 1.0  # formulas and tags do not count
+    # formulas and tags do not count
+    assert score(LanguageReward("zh"), "答案 $\\frac{x}{abc}$ <think>") == 1.0
     assert score(LanguageReward("en"), "1 + 1 = 2") == 1.0
     with pytest.raises(ValueError, match="language is 'xx'"):
         LanguageReward("xx")
 
 
-@pytest.mark.parametrize(("tokens", "expected"), [(0, 0), (80, 0), (85, -0.25), (90, -0.5), (100, -1), (150, -1)])
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [(0, 0), (80, 0), (85, -0.25), (90, -0.5), (100, -1), (150, -1)]
+)
 def test_overlong_is_linear_in_the_buffer(tokens: int, expected: float) -> None:
-    verdict = OverlongReward(buffer=20, max_tokens=100)([RewardInput(completion="", token_ids=(1,) * tokens)])[0]
+    verdict = OverlongReward(buffer=20, max_tokens=100)(
+        [RewardInput(completion="", token_ids=(1,) * tokens)]
+    )[0]
     assert verdict.score == pytest.approx(expected)
-    assert verdict.status is (Status.CORRECT if expected == 0 else Status.WRONG if expected == -1 else Status.PARTIAL)
+    assert verdict.status is (
+        Status.CORRECT if expected == 0 else Status.WRONG if expected == -1 else Status.PARTIAL
+    )
 
 
 def test_overlong_takes_the_limit_of_the_sampling() -> None:
@@ -64,4 +71,5 @@ def test_repetition_counts_repeated_ngrams() -> None:
     assert score(RepetitionReward(ngram=2, penalty=0.5), "a b a b a") == -0.25
     assert score(RepetitionReward(ngram=2), "a b c") == 0
     assert score(RepetitionReward(ngram=2), "a") == 0
-    assert score(RepetitionReward(ngram=2), "天天天") == -0.5  # without spaces each character is a word
+    # without spaces each character is a word
+    assert score(RepetitionReward(ngram=2), "天天天") == -0.5

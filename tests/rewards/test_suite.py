@@ -34,7 +34,9 @@ def fixed(*scores: float | str | None) -> Reward:
             elif isinstance(score, str):
                 found.append(not_applicable("not mine"))
             else:
-                status = Status.CORRECT if score >= 1 else Status.WRONG if score <= 0 else Status.PARTIAL
+                status = (
+                    Status.CORRECT if score >= 1 else Status.WRONG if score <= 0 else Status.PARTIAL
+                )
                 found.append(Verdict(status=status, score=score, seconds=0.5))
         return found
 
@@ -46,7 +48,10 @@ ROWS = [RewardInput(completion=str(i)) for i in range(3)]
 
 def suite(**parts: tuple) -> RewardSuite:
     return RewardSuite(
-        [Part(name=n, reward=p[0], weight=p[1], gate=p[2] if len(p) > 2 else None) for n, p in parts.items()]
+        [
+            Part(name=n, reward=p[0], weight=p[1], gate=p[2] if len(p) > 2 else None)
+            for n, p in parts.items()
+        ]
     )
 
 
@@ -58,7 +63,9 @@ def test_scores_are_weighted_sums_and_the_first_part_gives_the_status() -> None:
 
 
 def test_a_gate_shuts_a_part_out_where_the_other_scores_nothing() -> None:
-    verdicts = suite(answer=(fixed(1, 0, 1), 1.0), brevity=(fixed(1, 1, 0.5), 0.3, "answer")).grade(ROWS)
+    verdicts = suite(answer=(fixed(1, 0, 1), 1.0), brevity=(fixed(1, 1, 0.5), 0.3, "answer")).grade(
+        ROWS
+    )
     assert [v.score for v in verdicts] == pytest.approx([1.3, 0.0, 1.15])
 
 
@@ -70,7 +77,9 @@ def test_a_failed_part_leaves_no_score_unless_it_does_not_count() -> None:
     assert unweighed[0].score == 1.0
     shut_out = suite(answer=(fixed(0), 1.0), extra=(fixed(None), 0.5, "answer")).grade(ROWS[:1])
     assert shut_out[0].score == 0.0
-    broken_gate = suite(answer=(fixed(1), 1.0), gate=(fixed(None), 0.0), extra=(fixed(1), 1.0, "gate")).grade(ROWS[:1])
+    broken_gate = suite(
+        answer=(fixed(1), 1.0), gate=(fixed(None), 0.0), extra=(fixed(1), 1.0, "gate")
+    ).grade(ROWS[:1])
     assert broken_gate[0].score is None
 
 
@@ -125,7 +134,9 @@ def test_parts_run_side_by_side() -> None:
         meeting.wait()
         return list(fixed(1, 1, 1)(batch))
 
-    assert [v.score for v in suite(a=(Calls(meets), 1.0), b=(Calls(meets), 1.0)).grade(ROWS)] == [2.0] * 3
+    assert [v.score for v in suite(a=(Calls(meets), 1.0), b=(Calls(meets), 1.0)).grade(ROWS)] == [
+        2.0
+    ] * 3
 
 
 def test_figures_are_per_part_and_start_anew() -> None:
@@ -167,14 +178,28 @@ def test_a_batch_that_raises_is_graded_row_by_row() -> None:
 
     rows = [RewardInput(completion=text, answer="7") for text in ("7", "bad", "7")]
     graded = RewardSuite([Part(name="answer", reward=Fragile())])
-    assert [v.status for v in graded.grade(rows)] == [Status.CORRECT, Status.VERIFIER_ERROR, Status.CORRECT]
+    assert [v.status for v in graded.grade(rows)] == [
+        Status.CORRECT,
+        Status.VERIFIER_ERROR,
+        Status.CORRECT,
+    ]
 
 
 def test_a_suite_from_a_configuration() -> None:
     built = build_suite(
         {
-            "answer": {"use": "math", "timeout": 2.0, "concurrency": 1, "options": {"units": "ignore"}},
-            "format": {"use": "format", "weight": 0.25, "gate": "answer", "options": {"pattern": "think"}},
+            "answer": {
+                "use": "math",
+                "timeout": 2.0,
+                "concurrency": 1,
+                "options": {"units": "ignore"},
+            },
+            "format": {
+                "use": "format",
+                "weight": 0.25,
+                "gate": "answer",
+                "options": {"pattern": "think"},
+            },
         }
     )
     rows = [
@@ -210,7 +235,8 @@ def test_bad_configurations_are_named(specs: dict, message: str) -> None:
 
 
 def test_a_long_queue_is_no_stuck_grader() -> None:
-    """Slow programs of the model's own making take long; only a grader that stands still loses its samples."""
+    """Slow programs of the model's own making take long; only a grader that stands still loses its
+    samples."""
 
     class Slow(Reward):
         def __call__(self, batch):
@@ -247,9 +273,17 @@ def test_a_row_that_raises_costs_no_neighbour() -> None:
 
 @pytest.mark.parametrize(
     ("scores", "expected"),
-    [((1e308, 1e308), None), ((1e300, 0.0), None), ((-1.1e9, 0.0), None), ((1e9, 0.0), 1e9), ((1e308, -1e308), 0.0)],
+    [
+        ((1e308, 1e308), None),
+        ((1e300, 0.0), None),
+        ((-1.1e9, 0.0), None),
+        ((1e9, 0.0), 1e9),
+        ((1e308, -1e308), 0.0),
+    ],
 )
-def test_a_sum_beyond_reason_is_no_score(scores: tuple[float, float], expected: float | None) -> None:
+def test_a_sum_beyond_reason_is_no_score(
+    scores: tuple[float, float], expected: float | None
+) -> None:
     """Its square would overflow in the deviation of its group."""
     [verdict] = suite(a=(fixed(scores[0]), 1.0), b=(fixed(scores[1]), 1.0)).grade(ROWS[:1])
     assert verdict.score == expected
@@ -259,17 +293,27 @@ def test_a_sum_beyond_reason_is_no_score(scores: tuple[float, float], expected: 
 @pytest.mark.parametrize(
     ("parts", "scores"),
     [
-        # (each part's scores, weight, gate); TRL passes over None in the sum and does not rescale the weights
+        # (each part's scores, weight, gate); TRL passes over None in the sum and does not rescale
+        # the weights
         ({"math": (fixed(1, NA), 1.0), "code": (fixed(NA, 0.5), 2.0)}, [1.0, 1.0]),
         ({"math": (fixed(NA, 1), 1.0), "form": (fixed(0.5, 0.5), 0.2)}, [0.1, 1.1]),
         ({"math": (fixed(NA, NA), 1.0), "code": (fixed(1, NA), 1.0)}, [1.0, None]),
         ({"math": (fixed(NA, 1), 1.0), "seen": (fixed(1, 1), 0.0)}, [None, 1.0]),
-        ({"math": (fixed(NA, 1), 1.0), "short": (fixed(1, 1), 0.5, "math"), "any": (fixed(1, 1), 1.0)}, [1.0, 2.5]),
+        (
+            {
+                "math": (fixed(NA, 1), 1.0),
+                "short": (fixed(1, 1), 0.5, "math"),
+                "any": (fixed(1, 1), 1.0),
+            },
+            [1.0, 2.5],
+        ),
         ({"math": (fixed(NA, 1), 1.0), "short": (fixed(1, 1), 0.5, "math")}, [None, 1.5]),
         ({"math": (fixed(NA, NA), 1.0), "code": (fixed(None, 1), 1.0)}, [None, 1.0]),
     ],
 )
-def test_a_part_that_does_not_apply_leaves_the_sample_to_the_others(parts: dict, scores: list) -> None:
+def test_a_part_that_does_not_apply_leaves_the_sample_to_the_others(
+    parts: dict, scores: list
+) -> None:
     verdicts = suite(**parts).grade(ROWS[:2])
     assert [v.score for v in verdicts] == [None if s is None else pytest.approx(s) for s in scores]
     assert all(v.status is Status.VERIFIER_ERROR for v in verdicts if v.score is None)
@@ -278,14 +322,23 @@ def test_a_part_that_does_not_apply_leaves_the_sample_to_the_others(parts: dict,
 def test_where_nothing_applies_the_sample_is_named() -> None:
     nothing = suite(math=(fixed(NA), 1.0))
     (verdict,) = nothing.grade([RewardInput(completion="x", source="apps")])
-    assert "no part of the reward applies to this sample of source 'apps'; not mine" in verdict.message
-    with pytest.raises(ValueError, match=r"no part of the reward applies to the first problem: reward\.math: not mine"):
+    assert (
+        "no part of the reward applies to this sample of source 'apps'; not mine" in verdict.message
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"no part of the reward applies to the first problem: reward\.math: not mine",
+    ):
         nothing.trial(ROWS[0])
     first = suite(math=(fixed(NA), 1.0), code=(fixed(0.5), 1.0)).grade(ROWS[:1])[0]
     assert first.status is Status.PARTIAL, "the first part that applies gives the status"
 
 
-BY_SOURCE = {"openai/gsm8k": "math", "dapo*": {"use": "math"}, "*": {"use": "format", "options": {"pattern": "boxed"}}}
+BY_SOURCE = {
+    "openai/gsm8k": "math",
+    "dapo*": {"use": "math"},
+    "*": {"use": "format", "options": {"pattern": "boxed"}},
+}
 
 
 def of(source: str, completion: str = "\\boxed{7}", answer: str = "7") -> RewardInput:
@@ -306,11 +359,15 @@ def test_each_source_has_its_reward() -> None:
 def test_a_source_without_a_reward_is_named_before_training() -> None:
     graded = build_suite({"answer": {"by_source": {"math*": "math"}}})
     with pytest.raises(
-        ValueError, match=r"reward.answer: by_source has no pattern for the data source 'taco' \(2 rows\)"
+        ValueError,
+        match=r"reward.answer: by_source has no pattern for the data source 'taco' \(2 rows\)",
     ):
         graded.check_references([of("math500"), of("taco"), of("taco")])
     with pytest.raises(ValueError, match="'taco'"):
         graded.trial(of("taco"))
     assert graded.grade([of("taco")])[0].status is Status.VERIFIER_ERROR
-    with pytest.raises(ValueError, match=r"reward.answer.by_source\['\*'\]: there is no 'maths'; did you mean 'math'"):
+    with pytest.raises(
+        ValueError,
+        match=r"reward.answer.by_source\['\*'\]: there is no 'maths'; did you mean 'math'",
+    ):
         build_suite({"answer": {"by_source": {"*": "maths"}}})

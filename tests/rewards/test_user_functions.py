@@ -1,4 +1,5 @@
-"""Reward functions as people bring them, each with the scores that it gives at home or the words of its fault."""
+"""Reward functions as people bring them, each with the scores that it gives at home or the words of
+its fault."""
 
 from __future__ import annotations
 
@@ -57,7 +58,12 @@ CASES: list[tuple[str, dict[str, Any], list[RewardInput], Any]] = [
     (
         "search_r1",
         {},
-        [r("it is Paris", columns={"reward_model": {"ground_truth": {"target": ["Paris", "paris, france"]}}})],
+        [
+            r(
+                "it is Paris",
+                columns={"reward_model": {"ground_truth": {"target": ["Paris", "paris, france"]}}},
+            )
+        ],
         [1],
     ),
     ("verl_batch", {"kwargs": {"threshold": 2}}, [r("18"), r("17")], [1, 0]),
@@ -141,7 +147,9 @@ CASES: list[tuple[str, dict[str, Any], list[RewardInput], Any]] = [
 ]
 
 
-def outcome(name: str, rows: list[RewardInput], **part: Any) -> tuple[list[Verdict] | str, dict[str, float]]:
+def outcome(
+    name: str, rows: list[RewardInput], **part: Any
+) -> tuple[list[Verdict] | str, dict[str, float]]:
     """The suite's verdicts and what was logged; or the words with which it refused."""
     try:
         suite = build_suite({"p": {"use": f"{FILE}:{name}", "concurrency": 1, **part}})
@@ -175,35 +183,64 @@ def test_a_function_gives_what_it_gives_at_home(
     check(outcome(name, rows, isolation="inline", **part)[0], expected)
 
 
-IN_A_PROCESS = ("tinyzero", "trl_none", "raises", "exits", "mv_raise", "get_cosine", "noisy", "base")
+IN_A_PROCESS = (
+    "tinyzero",
+    "trl_none",
+    "raises",
+    "exits",
+    "mv_raise",
+    "get_cosine",
+    "noisy",
+    "base",
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "part", "rows", "expected"), [c for c in CASES if c[0] in IN_A_PROCESS])
-def test_and_the_same_in_a_process(name: str, part: dict[str, Any], rows: list[RewardInput], expected: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "part", "rows", "expected"), [c for c in CASES if c[0] in IN_A_PROCESS]
+)
+def test_and_the_same_in_a_process(
+    name: str, part: dict[str, Any], rows: list[RewardInput], expected: Any
+) -> None:
     check(outcome(name, rows, timeout=60.0, **part)[0], expected)
 
 
 @pytest.mark.parametrize(
     ("name", "rows", "logged", "statuses", "said"),
     [
-        ("verl_dict", [r("18"), r("17")], {"acc": 0.5, "format": 0.5}, ["correct", "wrong"], "pred: 18"),
+        (
+            "verl_dict",
+            [r("18"), r("17")],
+            {"acc": 0.5, "format": 0.5},
+            ["correct", "wrong"],
+            "pred: 18",
+        ),
         ("verl_shaped", [r("18")], {"acc": 0.0}, ["partial"], ""),
         ("trl_logs", [plain("abcd")], {"my/acc": 0.25, "n": 4.0}, ["partial"], "pred: abc"),
-        ("orlhf", [r("18"), r("17")], {"scores": 0.5, "len": 56.0, "const": 3.0}, ["correct", "wrong"], ""),
+        (
+            "orlhf",
+            [r("18"), r("17")],
+            {"scores": 0.5, "len": 56.0, "const": 3.0},
+            ["correct", "wrong"],
+            "",
+        ),
     ],
 )
 def test_what_is_given_beside_the_score_is_logged(
     name: str, rows: list[RewardInput], logged: dict[str, float], statuses: list[str], said: str
 ) -> None:
     verdicts, metrics = outcome(name, rows, isolation="inline")
-    assert metrics == {f"reward/p/extra/{key}": pytest.approx(value) for key, value in logged.items()}
+    assert metrics == {
+        f"reward/p/extra/{key}": pytest.approx(value) for key, value in logged.items()
+    }
     assert not isinstance(verdicts, str)
     assert [v.status for v in verdicts] == statuses
     assert verdicts[0].message == said
 
 
-@pytest.mark.parametrize("value", [float("nan"), "1", b"1", [1.0, 2.0], {"acc": 1}, 10**400, object()])
+@pytest.mark.parametrize(
+    "value", [float("nan"), "1", b"1", [1.0, 2.0], {"acc": 1}, 10**400, object()]
+)
 def test_what_is_no_score(value: object) -> None:
     assert "error" in result(value)
     assert "error" in batch_results([value], 1, {})[0]

@@ -1,4 +1,5 @@
-"""The worker pool with tiny factories of this file: kills, retries, limits, threads, nothing left behind."""
+"""The worker pool with tiny factories of this file: kills, retries, limits, threads, nothing left
+behind."""
 
 import asyncio
 import ctypes
@@ -108,7 +109,8 @@ def test_a_hung_task_is_killed_at_its_limit_and_the_others_are_graded(make) -> N
     pool.run([["warm"]], timeout=5)
     start = time.perf_counter()
     answers = pool.run([["spin"], *[[i] for i in range(10)]], timeout=1.0)
-    assert time.perf_counter() - start < 10  # the limit is on its own time, which a loaded machine gives slowly
+    # the limit is on its own time, which a loaded machine gives slowly
+    assert time.perf_counter() - start < 10
     assert answers[0].ended is Ended.TIMEOUT
     assert [a.value for a in answers[1:]] == [[i] for i in range(10)]
 
@@ -154,7 +156,8 @@ def test_a_forked_plugin_shifts_no_answer(make, task: list) -> None:
 
 @pytest.mark.parametrize("text", ['{"value": 1}', '{"number": 3, "value": 1}', "[]", "x" * 9, "0"])
 def test_what_a_plugin_writes_to_its_socket_is_nobodys_answer(make, text: str) -> None:
-    """The worker goes, and with it at most the task under which it spoke; the next one is answered by another worker."""
+    """The worker goes, and with it at most the task under which it spoke; the next one is answered
+    by another worker."""
     pool = make(workers=1)
     answers = pool.run([["a"], ["speak", text], ["b"], ["c"]], timeout=10)
     assert [a.value for a in (answers[0], *answers[2:])] == [["a"], ["b"], ["c"]]
@@ -185,7 +188,9 @@ def test_faults_are_told_apart(make) -> None:
 
 
 def test_a_worker_killed_from_outside_loses_no_sample(make, tmp_path) -> None:
-    answers = make().run([["exit_once", str(tmp_path / "mark")], *[[i] for i in range(5)]], timeout=10)
+    answers = make().run(
+        [["exit_once", str(tmp_path / "mark")], *[[i] for i in range(5)]], timeout=10
+    )
     assert all(a.ended is Ended.DONE for a in answers)
 
 
@@ -214,7 +219,11 @@ def test_killing_workers_all_the_time_loses_no_sample(make) -> None:
 
 
 def _children() -> list[int]:
-    return [pid for pid in descendants(os.getpid()) if "emberl.rewards.worker_process" in _command(str(pid))]
+    return [
+        pid
+        for pid in descendants(os.getpid())
+        if "emberl.rewards.worker_process" in _command(str(pid))
+    ]
 
 
 def test_workers_are_recycled(make) -> None:
@@ -227,7 +236,9 @@ def test_threads_and_asyncio_share_a_pool(make) -> None:
     pool = make()
 
     async def many() -> list:
-        return await asyncio.gather(*[asyncio.to_thread(pool.run, [[i], ["sleep", 0.01]], 10) for i in range(8)])
+        return await asyncio.gather(
+            *[asyncio.to_thread(pool.run, [[i], ["sleep", 0.01]], 10) for i in range(8)]
+        )
 
     assert [answers[0].value for answers in asyncio.run(many())] == [[i] for i in range(8)]
 

@@ -1,4 +1,5 @@
-"""Reward functions as people bring them: verl, TRL and open-r1, OpenRLHF, verifiers, slime; classes, wrappers, odd results."""
+"""Reward functions as people bring them: verl, TRL and open-r1, OpenRLHF, verifiers, slime;
+classes, wrappers, odd results."""
 
 import asyncio
 import functools
@@ -24,7 +25,13 @@ def verl_kw(data_source, solution_str, ground_truth, extra_info=None, *, scale, 
 
 def verl_dict(data_source, solution_str, ground_truth, extra_info=None, **kw):
     ok = solution_str.strip() == ground_truth
-    return {"score": 1.0 if ok else -1.0, "acc": ok, "pred": solution_str, "format": np.float32(0.5), "seen": [1, 2]}
+    return {
+        "score": 1.0 if ok else -1.0,
+        "acc": ok,
+        "pred": solution_str,
+        "format": np.float32(0.5),
+        "seen": [1, 2],
+    }
 
 
 def verl_shaped(data_source, solution_str, ground_truth):
@@ -46,7 +53,11 @@ def tinyzero(solution_str, ground_truth, method="strict", format_score=0.1, scor
 
 
 def logic_rl(solution_str, ground_truth, method="strict"):
-    return 2 if ground_truth["solution_text_format"] in solution_str.split("<|im_start|>assistant", 1)[1] else -1.5
+    return (
+        2
+        if ground_truth["solution_text_format"] in solution_str.split("<|im_start|>assistant", 1)[1]
+        else -1.5
+    )
 
 
 def search_r1(solution_str, ground_truth, **kw):
@@ -54,7 +65,10 @@ def search_r1(solution_str, ground_truth, **kw):
 
 
 def verl_batch(data_sources, solution_strs, ground_truths, extra_infos, threshold=1):
-    return [{"score": float(a == b), "acc": a == b} for a, b in zip(solution_strs, ground_truths, strict=True)]
+    return [
+        {"score": float(a == b), "acc": a == b}
+        for a, b in zip(solution_strs, ground_truths, strict=True)
+    ]
 
 
 def verl_dict_of_lists(data_sources, solution_strs, ground_truths, extra_infos):
@@ -81,7 +95,9 @@ def verl_column(solution_str, ground_truth, difficulty):
 
 # --- TRL
 def trl_acc(completions, solution, **kwargs):
-    return [1.0 if s in c[0]["content"] else 0.0 for c, s in zip(completions, solution, strict=True)]
+    return [
+        1.0 if s in c[0]["content"] else 0.0 for c, s in zip(completions, solution, strict=True)
+    ]
 
 
 def trl_str(completions, answer, **kwargs):
@@ -145,14 +161,22 @@ def trl_kwargs_gt(completions, **kwargs):
 
 def think_format(completions, **kwargs):
     return [
-        1.0 if re.match(r"^<think>.*?</think>\s*<answer>.*?</answer>$", c[0]["content"], re.S) else 0.0
+        (
+            1.0
+            if re.match(r"^<think>.*?</think>\s*<answer>.*?</answer>$", c[0]["content"], re.S)
+            else 0.0
+        )
         for c in completions
     ]
 
 
 def tag_count(completions, **kwargs):
     return [
-        sum(0.25 for t in ("<think>\n", "\n</think>\n", "\n<answer>\n", "\n</answer>") if c[0]["content"].count(t) == 1)
+        sum(
+            0.25
+            for t in ("<think>\n", "\n</think>\n", "\n<answer>\n", "\n</answer>")
+            if c[0]["content"].count(t) == 1
+        )
         for c in completions
     ]
 
@@ -171,7 +195,9 @@ def get_cosine(min_wrong=-1.0, max_wrong=-0.5, min_right=0.5, max_right=1.0, max
         for c, s in zip(completions, solution, strict=True):
             right = s in c[0]["content"]
             lo, hi = (min_right, max_right) if right else (max_wrong, min_wrong)
-            out.append(lo + 0.5 * (hi - lo) * (1 + math.cos(math.pi * len(c[0]["content"]) / max_len)))
+            out.append(
+                lo + 0.5 * (hi - lo) * (1 + math.cos(math.pi * len(c[0]["content"]) / max_len))
+            )
         return out
 
     return cosine_scaled_reward
@@ -204,7 +230,9 @@ def orlhf(queries, prompts, labels, **kwargs):
     import torch
 
     rows = zip(queries, prompts, labels, strict=True)
-    r = torch.tensor([1.5 if label in query[len(prompt) :] else -0.5 for query, prompt, label in rows])
+    r = torch.tensor(
+        [1.5 if label in query[len(prompt) :] else -0.5 for query, prompt, label in rows]
+    )
     return {
         "rewards": r,
         "scores": (r > 0).float(),

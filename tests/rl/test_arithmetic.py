@@ -1,4 +1,5 @@
-"""The built-in problems: their arithmetic is right, their limits hold, and no held-out one is ever trained on."""
+"""The built-in problems: their arithmetic is right, their limits hold, and no held-out one is ever
+trained on."""
 
 from __future__ import annotations
 
@@ -116,13 +117,19 @@ def test_every_problem_is_right_and_within_its_limits(config: DataConfig, seed: 
         ("solve", 3, [0.75, 0.7, 0.1, 0.25, 0.9], "x+7-3=11,x=?", "11+3=14,14-7=7"),
     ],
 )
-def test_a_problem_by_hand(kind: str, terms: int, draws: list[float], text: str, solution: str) -> None:
+def test_a_problem_by_hand(
+    kind: str, terms: int, draws: list[float], text: str, solution: str
+) -> None:
     maker = ProblemMaker(data(kinds={kind: 1}, terms=(terms, terms)))
     # the first two draws choose the kind and the number of terms
     problem = maker.draw(FakeRandom([0.0, 0.0, *draws]))
     answer = re.split("=", solution)[-1]
     assert problem == Problem(
-        kind=kind, text=text, solution=f"<think>{solution}</think>{answer}", answer=answer, bare=text
+        kind=kind,
+        text=text,
+        solution=f"<think>{solution}</think>{answer}",
+        answer=answer,
+        bare=text,
     )
 
 
@@ -132,7 +139,10 @@ def test_a_story_by_hand() -> None:
     problem = maker.draw(FakeRandom([0.0, 0.0, 0.5, 0.0, 0.7, 0.5, 0.1, 0.0, 0.25, 0.9, 0.0]))
     assert problem == Problem(
         kind="story",
-        text="Mia has 7 apples, then gets 5 more, then gives 3 away. How many apples does Mia have now?",
+        text=(
+            "Mia has 7 apples, then gets 5 more, then gives 3 away. How many apples does Mia have"
+            " now?"
+        ),
         solution="7 + 5 = 12. 12 - 3 = 9. The answer is 9.",
         answer="9",
         bare="7+5-3=?",
@@ -181,7 +191,13 @@ def test_a_position_is_a_problem_whatever_was_asked_before() -> None:
     assert [again.train(i) for i in reversed(range(100))] == forwards[::-1]
     assert len({p.id for p in forwards}) == 100
     other = [open_source(data(kinds=MIX), TOKENIZER, seed=6).train(i) for i in range(100)]
-    assert sum(a.columns["question"] == b.columns["question"] for a, b in zip(forwards, other, strict=True)) < 3
+    assert (
+        sum(
+            a.columns["question"] == b.columns["question"]
+            for a, b in zip(forwards, other, strict=True)
+        )
+        < 3
+    )
 
 
 def test_data_seed_goes_before_the_seed_of_the_run() -> None:
@@ -190,7 +206,8 @@ def test_data_seed_goes_before_the_seed_of_the_run() -> None:
 
 
 def test_no_seed_trains_on_a_held_out_problem() -> None:
-    config = data(kinds=MIX, terms=(3, 4), heldout=1024)  # small problems, so that chance alone would repeat many
+    # small problems, so that chance alone would repeat many
+    config = data(kinds=MIX, terms=(3, 4), heldout=1024)
     heldout = [p.columns["question"] for p in open_source(config, TOKENIZER, seed=0).heldout]
     assert len(set(heldout)) == 1024
     trained = {p.text for seed in range(3) for p in problems(6000, seed, kinds=MIX, terms=(3, 4))}
@@ -209,7 +226,15 @@ def test_held_out_problems_are_the_same_for_every_seed_and_cover_the_mix() -> No
 def test_the_side_of_a_problem_never_changes() -> None:
     """Frozen: a model trained yesterday must not have been trained on what is held out tomorrow."""
     held_out = ["1+1=?", "1+3=?", "3+5=?", "4+3=?", "9+7=?"]
-    trained = ["7+5-3=?", "x+7-3=25,x=?", "3*7-4+2*5=?", "(3+4)*2-(9-5)=?", "9-5=?", "8*8=?", "6+6+6=?"]
+    trained = [
+        "7+5-3=?",
+        "x+7-3=25,x=?",
+        "3*7-4+2*5=?",
+        "(3+4)*2-(9-5)=?",
+        "9-5=?",
+        "8*8=?",
+        "6+6+6=?",
+    ]
     assert [text for text in held_out + trained if is_heldout(text)] == held_out
     share = sum(is_heldout(f"{a}+{b}=?") for a in range(100) for b in range(100)) / 10_000
     assert share == pytest.approx(1 / 8, abs=0.01)
@@ -232,21 +257,34 @@ def test_a_prompt_is_the_problem_and_carries_its_solution() -> None:
     prompt = source.train(0)
     problem = problems(1)[0]
     assert TOKENIZER.decode(prompt.token_ids) == problem.text == prompt.messages[0]["content"]
-    assert (prompt.answer, source.solution(prompt), prompt.source) == (problem.answer, problem.solution, "arithmetic")
+    assert (prompt.answer, source.solution(prompt), prompt.source) == (
+        problem.answer,
+        problem.solution,
+        "arithmetic",
+    )
 
 
 def test_too_few_held_out_problems_is_an_error_that_says_how_many_there_are() -> None:
-    with pytest.raises(ValueError, match=r"data\.heldout=512.* only \d+ held-out problems; raise data\.terms=\[2, 2\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"data\.heldout=512.* only \d+ held-out problems; raise data\.terms=\[2, 2\]",
+    ):
         open_source(data(terms=(2, 2), heldout=512), TOKENIZER)
 
 
 def test_too_long_problems_are_an_error_or_drawn_again() -> None:
-    with pytest.raises(ValueError, match=r"data\.max_prompt_length=13; raise it, or set data\.overlong=drop"):
+    with pytest.raises(
+        ValueError, match=r"data\.max_prompt_length=13; raise it, or set data\.overlong=drop"
+    ):
         open_source(data(kinds=MIX, max_prompt_length=13, heldout=50), TOKENIZER)
-    source = open_source(data(kinds=MIX, max_prompt_length=13, heldout=50, overlong="drop"), TOKENIZER)
+    source = open_source(
+        data(kinds=MIX, max_prompt_length=13, heldout=50, overlong="drop"), TOKENIZER
+    )
     lengths = [len(p.token_ids) for p in [*source.heldout, *(source.train(i) for i in range(200))]]
     assert max(lengths) == 13
-    with pytest.raises(ValueError, match=r"none of 400 problems fits data\.max_prompt_length=3; raise it$"):
+    with pytest.raises(
+        ValueError, match=r"none of 400 problems fits data\.max_prompt_length=3; raise it$"
+    ):
         ArithmeticSource(data(max_prompt_length=3, overlong="drop"), TOKENIZER, 0).train(0)
 
 

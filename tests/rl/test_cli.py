@@ -1,4 +1,5 @@
-"""The commands other than `train`, as a user types them: what they print, and with which status they end."""
+"""The commands other than `train`, as a user types them: what they print, and with which status
+they end."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ PAIRS = [
 
 
 def run(*arguments: str | Path, status: int = 0) -> str:
-    done = subprocess.run([EMBERL, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [EMBERL, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == status, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -50,7 +53,12 @@ def test_audit_of_the_sandbox_tells_contained_from_not(tmp_path: Path) -> None:
         tmp_path / "attacks.jsonl",
         [
             common | {"id": "read", "category": "escape", "code": reads},
-            common | {"id": "forge", "category": "forge", "code": "print('{\"ok\": 5}'); raise SystemExit(0)"},
+            common
+            | {
+                "id": "forge",
+                "category": "forge",
+                "code": "print('{\"ok\": 5}'); raise SystemExit(0)",
+            },
         ],
     )
     report = json.loads(run("audit", "sandbox", "--attacks", attacks, "--json"))
@@ -73,7 +81,9 @@ def test_a_wrong_call_is_one_line(arguments: list[str], message: str) -> None:
 def test_doctor_gives_every_line_a_level() -> None:
     checks = json.loads(run("doctor", "--json"))["checks"]
     assert any("sandbox" in check for check in checks)
-    assert all(check.split()[0].rstrip(":").lower() in ("ok", "warning", "error") for check in checks)
+    assert all(
+        check.split()[0].rstrip(":").lower() in ("ok", "warning", "error") for check in checks
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,5 +103,8 @@ def test_what_a_configuration_may_hold(arguments: list[str], line: str) -> None:
 
 def test_help_loads_no_configuration() -> None:
     """It takes 0.33 s of a core; with the configuration it would be half as much again."""
-    code = "import sys, emberl.rl.cli; sys.exit(any(m in sys.modules for m in ('pydantic', 'omegaconf', 'numpy', 'torch')))"
+    code = (
+        "import sys, emberl.rl.cli; sys.exit(any(m in sys.modules for m in ('pydantic',"
+        " 'omegaconf', 'numpy', 'torch')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

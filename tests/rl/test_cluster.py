@@ -17,11 +17,21 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 def config(rollout: dict[str, object] | None = None, **cluster: object) -> Config:
     data = {"source": "arithmetic"}
-    return resolve({"name": "t", "model": {"path": "x"}, "data": data, "rollout": rollout or {}, "cluster": cluster})
+    return resolve(
+        {
+            "name": "t",
+            "model": {"path": "x"},
+            "data": data,
+            "rollout": rollout or {},
+            "cluster": cluster,
+        }
+    )
 
 
 def test_on_policy_sides_take_turns_on_the_same_cores() -> None:
-    placement = plan_placement(config(device="cpu", learners=1, rollouts=2, cpus_per_learner=1, cpus_per_rollout=0.5))
+    placement = plan_placement(
+        config(device="cpu", learners=1, rollouts=2, cpus_per_learner=1, cpus_per_rollout=0.5)
+    )
     assert [(s.role, s.index, s.bundle, s.threads) for s in placement.seats] == [
         ("learner", 0, {"CPU": 1}, 2),
         ("rollout", 0, {"CPU": 0.5}, 1),
@@ -31,7 +41,9 @@ def test_on_policy_sides_take_turns_on_the_same_cores() -> None:
 
 
 def test_a_device_per_actor_and_threads_from_its_cpus() -> None:
-    placement = plan_placement(config(device="npu", learners=2, rollouts=1, cpus_per_learner=4, cpus_per_rollout=8))
+    placement = plan_placement(
+        config(device="npu", learners=2, rollouts=1, cpus_per_learner=4, cpus_per_rollout=8)
+    )
     assert [(s.bundle, s.threads) for s in placement.seats] == [
         ({"NPU": 1, "CPU": 4}, 4),
         ({"NPU": 1, "CPU": 4}, 4),
@@ -53,7 +65,9 @@ def test_a_running_server_needs_no_card() -> None:
 
 
 def test_colocated_pairs_share_a_card() -> None:
-    placement = plan_placement(config({"engine": "vllm"}, device="npu", learners=2, rollouts=2, colocated=True))
+    placement = plan_placement(
+        config({"engine": "vllm"}, device="npu", learners=2, rollouts=2, colocated=True)
+    )
     assert [(seat.role, seat.place) for seat in placement.seats] == [
         ("learner", 0),
         ("learner", 1),
@@ -68,11 +82,21 @@ def test_colocated_pairs_share_a_card() -> None:
     [
         ({}, {}, "rollout.engine=vllm"),
         ({"engine": "vllm"}, {"rollouts": 2}, r"cluster.rollouts=1 \(as learners\)"),
-        ({"engine": "vllm", "engine_args": {"tensor_parallel_size": 2}}, {}, "tensor_parallel_size=1"),
-        ({"engine": "vllm", "engine_args": {"weight_transfer_config": {}}}, {}, "a card cannot send to itself"),
+        (
+            {"engine": "vllm", "engine_args": {"tensor_parallel_size": 2}},
+            {},
+            "tensor_parallel_size=1",
+        ),
+        (
+            {"engine": "vllm", "engine_args": {"weight_transfer_config": {}}},
+            {},
+            "a card cannot send to itself",
+        ),
     ],
 )
-def test_what_cannot_be_colocated(rollout: dict[str, object], cluster: dict[str, object], words: str) -> None:
+def test_what_cannot_be_colocated(
+    rollout: dict[str, object], cluster: dict[str, object], words: str
+) -> None:
     with pytest.raises(ConfigError, match=words):
         config(rollout, colocated=True, **cluster)
 
@@ -80,7 +104,8 @@ def test_what_cannot_be_colocated(rollout: dict[str, object], cluster: dict[str,
 def test_too_few_cpus_names_the_keys() -> None:
     placement = plan_placement(config(device="cpu", learners=2, rollouts=3))
     with pytest.raises(
-        ConfigError, match=r"5 CPU but this machine has 2: lower cluster.learners=2 or cluster.rollouts=3"
+        ConfigError,
+        match=r"5 CPU but this machine has 2: lower cluster.learners=2 or cluster.rollouts=3",
     ) as error:
         check_capacity(placement, {"CPU": 2.0}, "this machine")
     assert "cluster.cpus_per_rollout" in str(error.value)
@@ -93,7 +118,8 @@ def test_too_few_cpus_is_known_before_ray_starts() -> None:
 
 
 def where() -> type:
-    """An actor that says where it sits, sent to its process by value: by name that would import this file, and torch."""
+    """An actor that says where it sits, sent to its process by value: by name that would import
+    this file, and torch."""
 
     class Where:
         def __init__(self, spec: object) -> None:
@@ -114,7 +140,13 @@ def where() -> type:
 @pytest.fixture(scope="module")
 def npu_box() -> Iterator[None]:
     """A Ray cluster that says it is a machine with eight NPUs."""
-    ray.init(address="local", num_cpus=64, resources={"NPU": 8}, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        address="local",
+        num_cpus=64,
+        resources={"NPU": 8},
+        include_dashboard=False,
+        log_to_driver=False,
+    )
     yield
     ray.shutdown()
 
@@ -128,7 +160,9 @@ def test_the_eight_device_configuration_actor_by_actor(npu_box: None) -> None:
         actors = [cluster.options(where(), seat).remote(None) for seat in seats]
         found = ray.get([actor.look.remote() for actor in actors], timeout=120)
         assert len({f["group"] for f in found}) == 1
-        assert sorted(int(f["npu"]) for f in found) == list(range(8)), "each actor sees one card, and no two the same"
+        assert sorted(int(f["npu"]) for f in found) == list(range(8)), (
+            "each actor sees one card, and no two the same"
+        )
         for seat, seen in zip(seats, found, strict=True):
             assert seen["threads"] == str(seat.threads)
             assert seen["resources"] == {"NPU": 1.0, "CPU": seat.bundle["CPU"]}
@@ -139,9 +173,14 @@ def test_the_eight_device_configuration_actor_by_actor(npu_box: None) -> None:
 
 @pytest.mark.slow
 def test_a_colocated_learner_and_engine_see_the_same_card(npu_box: None) -> None:
-    with Cluster(config({"engine": "vllm"}, device="npu", learners=3, rollouts=3, colocated=True)) as cluster:
+    with Cluster(
+        config({"engine": "vllm"}, device="npu", learners=3, rollouts=3, colocated=True)
+    ) as cluster:
         actors = [cluster.options(where(), seat).remote(None) for seat in cluster.placement.seats]
-        cards = [found["npu"] for found in ray.get([actor.look.remote() for actor in actors], timeout=120)]
+        cards = [
+            found["npu"]
+            for found in ray.get([actor.look.remote() for actor in actors], timeout=120)
+        ]
         assert cards[:3] == cards[3:] and len(set(cards)) == 3
 
 

@@ -24,7 +24,12 @@ def file(tmp_path: Path) -> Path:
 def test_overrides_win_over_the_file(file: Path) -> None:
     file.write_text(MINIMAL + "optim: {lr: 1.0e-3, grad_clip: 2.0}\n")
     config = load_config(file, ["optim.lr=1e-4", "seed=7", "stages=[sft,rl]"])
-    assert (config.optim.lr, config.optim.grad_clip, config.seed, config.stages) == (1e-4, 2.0, 7, ("sft", "rl"))
+    assert (config.optim.lr, config.optim.grad_clip, config.seed, config.stages) == (
+        1e-4,
+        2.0,
+        7,
+        ("sft", "rl"),
+    )
 
 
 def test_a_resolved_configuration_loads_to_itself(file: Path, tmp_path: Path) -> None:
@@ -51,14 +56,20 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
         ),
         ("optim.lr=fast", "optim.lr='fast': input should be a valid number"),
         ("optim.lr=-1", "optim.lr=-1: input should be greater than 0"),
-        ("schedule.prompts_per_step=0", "schedule.prompts_per_step=0: input should be greater than or equal to 1"),
+        (
+            "schedule.prompts_per_step=0",
+            "schedule.prompts_per_step=0: input should be greater than or equal to 1",
+        ),
         ("model.tiny={}", "set either model.path (a Hub id or a directory) or model.tiny"),
         ("algorithm=grop", "did you mean"),
         ("group_size", "override 'group_size' must have the form key=value"),
         ("cluster.device=tpu", "cluster.device='tpu'"),
         (
             "sync.transport=collective",
-            "into vLLM's own processes; it needs rollout.engine=vllm, or set sync.transport=object_store",
+            (
+                "into vLLM's own processes; it needs rollout.engine=vllm, or set"
+                " sync.transport=object_store"
+            ),
         ),
     ],
 )
@@ -71,12 +82,16 @@ def test_a_wrong_key_or_value(file: Path, override: str, message: str) -> None:
 
 def test_a_missing_key(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text("name: t\nmodel: {path: x}\n")
-    with pytest.raises(ConfigError, match=r"^data is required but missing; add it to the file or pass data=\.\.\.$"):
+    with pytest.raises(
+        ConfigError, match=r"^data is required but missing; add it to the file or pass data=\.\.\.$"
+    ):
         load_config(tmp_path / "t.yaml")
 
 
 def test_a_missing_file_names_what_is_there(file: Path) -> None:
-    with pytest.raises(ConfigError, match=r"configuration file .*tt\.yaml' does not exist; .* has t\.yaml"):
+    with pytest.raises(
+        ConfigError, match=r"configuration file .*tt\.yaml' does not exist; .* has t\.yaml"
+    ):
         load_config(file.with_name("tt.yaml"))
 
 
@@ -94,11 +109,36 @@ def test_keys_lists_nested_keys() -> None:
 @pytest.mark.parametrize(
     ("overrides", "problems", "steps", "said"),
     [
-        (["schedule.passes=2"], 7473, 234, "schedule.steps=234 of 64 prompts are 2 passes over 7,473 problems"),
-        (["schedule.passes=0.5"], 128, 1, "schedule.steps=1 of 64 prompts are 0.5 passes over 128 problems"),
-        (["schedule.passes=3", "schedule.prompts_per_step=7"], 7, 3, "are 3 passes over 7 problems"),
-        (["schedule.steps=10"], 640, 10, "schedule.steps=10 of 64 prompts are 1 passes over 640 problems"),
-        (["schedule.steps=10", "algorithm=dapo"], 1000, 10, "are at least 0.64 passes over 1,000 problems"),
+        (
+            ["schedule.passes=2"],
+            7473,
+            234,
+            "schedule.steps=234 of 64 prompts are 2 passes over 7,473 problems",
+        ),
+        (
+            ["schedule.passes=0.5"],
+            128,
+            1,
+            "schedule.steps=1 of 64 prompts are 0.5 passes over 128 problems",
+        ),
+        (
+            ["schedule.passes=3", "schedule.prompts_per_step=7"],
+            7,
+            3,
+            "are 3 passes over 7 problems",
+        ),
+        (
+            ["schedule.steps=10"],
+            640,
+            10,
+            "schedule.steps=10 of 64 prompts are 1 passes over 640 problems",
+        ),
+        (
+            ["schedule.steps=10", "algorithm=dapo"],
+            1000,
+            10,
+            "are at least 0.64 passes over 1,000 problems",
+        ),
         (["schedule.steps=10"], None, 10, None),
         (["stages=[sft]", "schedule.steps=10"], 640, 10, None),
     ],
@@ -113,11 +153,19 @@ def test_passes_over_the_data(
 
 
 def test_passes_are_of_a_data_set_and_are_checked_once_they_are_counted(file: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data.source=arithmetic makes problems without end; set schedule.steps"):
+    with pytest.raises(
+        ConfigError, match=r"data.source=arithmetic makes problems without end; set schedule.steps"
+    ):
         load_config(file, ["schedule.passes=2"])
-    vapo = load_config(file, ["data.source=rows.jsonl", "schedule.passes=1", "algorithm=vapo", "schedule.steps=10"])
-    assert said_at_start(vapo) == ["note: schedule.passes=1 decides schedule.steps once the data are counted"]
-    with pytest.raises(ConfigError, match=r"critic.warmup=50 trains the critic alone for all of schedule.steps=4"):
+    vapo = load_config(
+        file, ["data.source=rows.jsonl", "schedule.passes=1", "algorithm=vapo", "schedule.steps=10"]
+    )
+    assert said_at_start(vapo) == [
+        "note: schedule.passes=1 decides schedule.steps once the data are counted"
+    ]
+    with pytest.raises(
+        ConfigError, match=r"critic.warmup=50 trains the critic alone for all of schedule.steps=4"
+    ):
         with_steps(vapo, 256)
 
 

@@ -27,10 +27,21 @@ def test_python() -> None:
 
 
 def test_packages() -> None:
-    wanted = ["torch>=2.10,<2.14", "ray>=2.50", "numpy", "vllm>=0.23; extra == 'vllm'", "ruff>=1; extra == 'dev'"]
+    wanted = [
+        "torch>=2.10,<2.14",
+        "ray>=2.50",
+        "numpy",
+        "vllm>=0.23; extra == 'vllm'",
+        "ruff>=1; extra == 'dev'",
+    ]
     have = {"torch": "2.13.0+cpu", "numpy": "2.0", "vllm": "0.20", "ruff": "0.1"}
     lines = doctor.check_packages(wanted, installed(have))
-    assert [(c.name, c.level) for c in lines] == [("torch", OK), ("ray", ERROR), ("numpy", OK), ("vllm", WARNING)]
+    assert [(c.name, c.level) for c in lines] == [
+        ("torch", OK),
+        ("ray", ERROR),
+        ("numpy", OK),
+        ("vllm", WARNING),
+    ]
     assert lines[1].fix == "pip install 'ray>=2.50'"
     assert lines[3].detail == "0.20, outside >=0.23"
     absent = doctor.check_packages(["vllm>=0.23; extra == 'vllm'"], installed({}))

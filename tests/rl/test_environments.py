@@ -46,24 +46,27 @@ SMALL = TinyConfig(
     chat_template=True,
 )
 CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<eos>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if think is defined %}<think>{% endif %}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<eos>\n{% endfor %}{% if"
+    " add_generation_prompt %}<|im_start|>assistant\n{% if think is defined %}<think>{% endif %}{%"
+    " endif %}"
 )
 LLAMA = (
     "{% for m in messages %}<h>{{ m.role }}</h>\n\n{{ m.content | trim }}<eot>{% endfor %}"
     "{% if add_generation_prompt %}<h>assistant</h>\n\n{% endif %}"
 )
 GEMMA = (
-    "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}{{ raise_exception('no such role') }}{% endif %}"
-    "<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end>\n{% endfor %}"
-    "{% if add_generation_prompt %}<turn>model\n{% endif %}"
+    "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}{{ raise_exception('no such"
+    " role') }}{% endif %}<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content |"
+    " trim }}<end>\n{% endfor %}{% if add_generation_prompt %}<turn>model\n{% endif %}"
 )
 TOOLS = (
-    "{% for m in messages %}{% if m.role == 'tool' %}<s>user\n<tool_response>{{ m.content }}</tool_response><eos>"
-    "{% else %}<s>{{ m.role }}\n{{ m.content }}<eos>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}<s>user\n<tool_response>{{ m.content"
+    " }}</tool_response><eos>{% else %}<s>{{ m.role }}\n{{ m.content }}<eos>{% endif %}{% endfor"
+    " %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
-ANSWERS_ONLY = "{% for m in messages %}{% if m.role != 'tool' %}{{ m.content }}\n{% endif %}{% endfor %}"
+ANSWERS_ONLY = (
+    "{% for m in messages %}{% if m.role != 'tool' %}{{ m.content }}\n{% endif %}{% endfor %}"
+)
 
 
 def given(arguments: dict[str, Any] | None = None, **more: Any) -> DataConfig:
@@ -109,7 +112,9 @@ def test_an_observation_stands_between_the_templates_own_markers(
     tokenizer = tiny_tokenizer(SMALL)
     tokenizer.chat_template = template
     ids = observer(tokenizer, role, given(arguments))("NOW", tokenizer.encode(last)[0])
-    assert tokenizer.decode(ids) == expected and ids == tokenizer.encode(expected, add_special_tokens=False)
+    assert tokenizer.decode(ids) == expected and ids == tokenizer.encode(
+        expected, add_special_tokens=False
+    )
 
 
 def test_every_turn_begins_as_answers_begin() -> None:
@@ -124,7 +129,9 @@ def test_every_turn_begins_as_answers_begin() -> None:
 
 
 @pytest.mark.parametrize(("template", "role"), [(GEMMA, "tool"), (ANSWERS_ONLY, "tool")])
-def test_a_template_without_a_place_for_observations_is_refused_at_once(template: str, role: str) -> None:
+def test_a_template_without_a_place_for_observations_is_refused_at_once(
+    template: str, role: str
+) -> None:
     tokenizer = tiny_tokenizer(SMALL)
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match="the chat template"):
@@ -137,8 +144,9 @@ def test_qwen3s_own_template(qwen3_tokenizer: Path) -> None:
         pytest.skip("this copy of the tokenizer has no chat template")
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     ids = observer(tokenizer, "tool", given({"enable_thinking": False}))("42", end)
-    assert tokenizer.decode(ids) == (
-        "\n<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert (
+        tokenizer.decode(ids)
+        == "\n<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )
     assert ids.count(end) == 1, "its special tokens are tokens"
 
@@ -192,11 +200,19 @@ def answer(
 ) -> Completion:
     known = np.array(mask, bool)
     return Completion(
-        prompt_id="a", sample=sample, token_ids=np.array(tokens, np.int32),
+        prompt_id="a",
+        sample=sample,
+        token_ids=np.array(tokens, np.int32),
         logprobs=np.where(known, -1.0 - np.arange(len(tokens)), 0.0).astype(np.float32),
-        spans=more.pop("spans", (Span(0, 0, len(tokens)),)), finish_reason="stop", loss_mask=known,
-        episode=Episode(turns=turns, messages=({"role": "assistant", "content": "x"},) * (2 * len(turns) - 1), **more),
-    )  # fmt: skip
+        spans=more.pop("spans", (Span(0, 0, len(tokens)),)),
+        finish_reason="stop",
+        loss_mask=known,
+        episode=Episode(
+            turns=turns,
+            messages=({"role": "assistant", "content": "x"},) * (2 * len(turns) - 1),
+            **more,
+        ),
+    )
 
 
 DONE: dict[str, Any] = {"reward": 1.0, "status": "done"}
@@ -228,14 +244,18 @@ def two_turns() -> Group:
         ("seq-mean-token-sum-norm", 1 / 16, 1 / 16),
     ],
 )
-def test_observations_have_no_weight_in_any_denominator(aggregation: Any, long: float, short: float) -> None:
+def test_observations_have_no_weight_in_any_denominator(
+    aggregation: Any, long: float, short: float
+) -> None:
     loss = LossConfig(aggregation=aggregation)
     batch = make_batch([two_turns()], loss, AdvantageConfig(), max_length=8)
     assert batch is not None
     assert batch.loss_mask_T.astype(int).tolist() == [0, 0, 1, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1]
     assert batch.token_ids_T.tolist() == [30, 31, 40, 41, 1, 50, 51, 42, 1, 30, 31, 43, 1]
     assert batch.behaviour_logp_T.tolist() == [0, 0, -1, -2, -3, 0, 0, -6, -7, 0, 0, -1, -2]
-    np.testing.assert_allclose(batch.weights_T, [0, 0, long, long, long, 0, 0, long, long, 0, 0, short, short])
+    np.testing.assert_allclose(
+        batch.weights_T, [0, 0, long, long, long, 0, 0, long, long, 0, 0, short, short]
+    )
     assert batch.num_loss_tokens == 7
     assert denominator([two_turns()], loss) == (7 if aggregation == "token-mean" else 2)
 
@@ -245,7 +265,9 @@ def learner_gradient(folder: Path, batch: Batch, loss: LossConfig) -> dict[str, 
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     model = ModelConfig(path=str(folder), dtype="float64")
-    learner = LearnerRank(RankSpec(rank=0, world=1, device="cpu", threads=1, model=model, timeout=60.0))
+    learner = LearnerRank(
+        RankSpec(rank=0, world=1, device="cpu", threads=1, model=model, timeout=60.0)
+    )
     learner.connect(f"127.0.0.1:{port}")
     try:
         learner.load(str(folder))
@@ -283,22 +305,30 @@ def test_the_gradient_is_plain_torchs_with_the_mask(tmp_path: Path) -> None:
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert gradient is not None
-        np.testing.assert_allclose(found[name].numpy(), gradient.numpy(), rtol=0, atol=1e-9, err_msg=name)
+        np.testing.assert_allclose(
+            found[name].numpy(), gradient.numpy(), rtol=0, atol=1e-9, err_msg=name
+        )
     assert max(float(g.abs().max()) for g in expected.values() if g is not None) > 1e-3
 
 
 def test_observations_are_in_no_figure_but_their_own(tmp_path: Path) -> None:
     group = two_turns()
     spans = (Span(1, 0, 5), Span(3, 5, 7))
-    group = replace(group, completions=(replace(group.completions[0], spans=spans), group.completions[1]))
+    group = replace(
+        group, completions=(replace(group.completions[0], spans=spans), group.completions[1])
+    )
     found = sample_metrics([group], [group], [group.scores], longest=7, longest_prompt=9)
     assert (found["response_length/mean"], found["response_length/max"]) == (3.5, 5)
     assert found["response_length/clip_ratio"] == 0.5, "the limit is of the whole episode"
     assert (found["num_turns/mean"], found["observation_length/max"]) == (1.5, 2)
     assert found["perf/total_num_tokens"] == 2 * 2 + 7 + 2
     assert (found["episode/done"], found["episode/error"]) == (1.0, 0.0)
-    ages = staleness([replace(group, completions=group.completions[:1], verdicts=group.verdicts[:1])], 3, 2)
-    assert ages == {"sched/staleness/mean": 2 * 3 / 5, "sched/staleness/max": 2.0}, "of the sampled tokens"
+    ages = staleness(
+        [replace(group, completions=group.completions[:1], verdicts=group.verdicts[:1])], 3, 2
+    )
+    assert ages == {"sched/staleness/mean": 2 * 3 / 5, "sched/staleness/max": 2.0}, (
+        "of the sampled tokens"
+    )
     rows = read_lengths(record_lengths(tmp_path, 1, 3, [group])).to_pylist()
     assert [row["response_length"] for row in rows] == [5, 2]
     assert (rows[0]["versions"], rows[0]["version_tokens"]) == ([1, 3], [3, 2])
@@ -317,7 +347,9 @@ def test_observations_are_in_no_figure_but_their_own(tmp_path: Path) -> None:
         ("no episode", "done", Status.VERIFIER_ERROR, None),
     ],
 )
-def test_the_environments_reward(reward: Any, ended: str, status: Status, score: float | None) -> None:
+def test_the_environments_reward(
+    reward: Any, ended: str, status: Status, score: float | None
+) -> None:
     column = {} if reward == "no episode" else {"episode": {"reward": reward, "status": ended}}
     (verdict,) = EnvironmentReward()([RewardInput(completion="", columns=column)])
     assert (verdict.status, verdict.score) == (status, score)
@@ -331,13 +363,17 @@ def test_the_last_turn_is_marked_and_the_environment_may_be_a_part() -> None:
     turns = [tokenizer.encode(text, add_special_tokens=False) for text in said]
     tokens = [*turns[0], *turns[1], *turns[2]]
     roles = ("assistant", "user", "assistant")
-    messages = tuple({"role": role, "content": text} for role, text in zip(roles, said, strict=True))
+    messages = tuple(
+        {"role": role, "content": text} for role, text in zip(roles, said, strict=True)
+    )
     mask = [1] * len(turns[0]) + [0] * len(turns[1]) + [1] * len(turns[2])
     last = len(turns[0]) + len(turns[1])
     good = answer(tokens, mask, turns=(0, last), reward=0.5, status="done")
     assert good.episode is not None
     good = replace(good, episode=replace(good.episode, messages=messages))
-    bad = answer(tokens, mask, 1, turns=(0, last), reward=0.5, status="timeout", message="no step within 1 s")
+    bad = answer(
+        tokens, mask, 1, turns=(0, last), reward=0.5, status="timeout", message="no step within 1 s"
+    )
     prompt = replace(PROMPT, messages=({"role": "user", "content": "which number?"},))
     parts = {
         "answer": {"use": "math", "weight": 0.5},

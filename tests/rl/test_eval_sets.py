@@ -33,8 +33,12 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, str]:
     return {
-        "train": write(tmp_path / "train.jsonl", [{"prompt": f"{i}+0=?", "answer": str(i)} for i in range(30)]),
-        "aime": write(tmp_path / "aime.jsonl", [{"Problem": f"find {i}", "Answer": i} for i in range(5)]),
+        "train": write(
+            tmp_path / "train.jsonl", [{"prompt": f"{i}+0=?", "answer": str(i)} for i in range(30)]
+        ),
+        "aime": write(
+            tmp_path / "aime.jsonl", [{"Problem": f"find {i}", "Answer": i} for i in range(5)]
+        ),
         "code": write(
             tmp_path / "code.jsonl",
             [{"prompt": f"say {i}", "answer": "x", "data_source": "taco"} for i in range(3)],
@@ -67,15 +71,25 @@ AIME = {"prompt_column": "Problem", "answer_column": "Answer"}
 
 
 def test_each_set_has_its_columns_sampling_and_verifier(files: dict[str, str]) -> None:
-    own = {"samples": 4, "temperature": 0.6, "top_p": 0.9, "max_response_length": 64, "system_prompt": "Hard."}
-    settings = config(files, {"aime": {"path": files["aime"], **AIME, **own}, "code": files["code"]})
+    own = {
+        "samples": 4,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "max_response_length": 64,
+        "system_prompt": "Hard.",
+    }
+    settings = config(
+        files, {"aime": {"path": files["aime"], **AIME, **own}, "code": files["code"]}
+    )
     sets, said = opened(settings)
     assert list(sets) == [HELD_OUT, "aime", "code"]
     assert [len(each.prompts) for each in sets.values()] == [6, 5, 3]
     aime = sets["aime"]
     assert [p.answer for p in aime.prompts] == ["0", "1", "2", "3", "4"], "in the order of the rows"
     assert [m["content"] for m in aime.prompts[1].messages] == ["Hard.", "find 1"]
-    assert sets["code"].prompts[0].messages[0]["content"] == "Think.", "what a set does not say is as in data"
+    assert sets["code"].prompts[0].messages[0]["content"] == "Think.", (
+        "what a set does not say is as in data"
+    )
     drawn = aime.sampled(Sampling(max_tokens=32, temperature=1.0, top_p=0.5, seed=9))
     assert (drawn.max_tokens, drawn.temperature, drawn.top_p, drawn.seed) == (64, 0.6, 0.9, 0)
     assert (aime.samples, sets[HELD_OUT].samples) == (4, 1)
@@ -87,7 +101,13 @@ def test_each_set_has_its_columns_sampling_and_verifier(files: dict[str, str]) -
 def test_a_verifier_of_its_own(files: dict[str, str]) -> None:
     verifier = {"use": "format", "options": {"pattern": "boxed"}}
     sets, _ = opened(
-        config(files, {"code": {"path": files["code"], "verifier": verifier}, "aime": {"path": files["aime"], **AIME}})
+        config(
+            files,
+            {
+                "code": {"path": files["code"], "verifier": verifier},
+                "aime": {"path": files["aime"], **AIME},
+            },
+        )
     )
     (verdict,) = sets["code"].suite.grade([RewardInput(completion="\\boxed{anything}", answer="x")])
     assert verdict.score == 1.0
@@ -98,10 +118,16 @@ def test_a_cut_is_said_and_nothing_else_is_cut(files: dict[str, str]) -> None:
     sets, said = opened(config(files, {"aime": {"path": files["aime"], **AIME, "size": 2}}))
     assert [p.answer for p in sets["aime"].prompts] == ["0", "1"]
     assert said == ["eval.sets.aime.size=2: the first 2 of 5 problems of aime are evaluated"]
-    many = files | {"train": write(Path(files["train"]), [{"prompt": str(i), "answer": str(i)} for i in range(700)])}
+    many = files | {
+        "train": write(
+            Path(files["train"]), [{"prompt": str(i), "answer": str(i)} for i in range(700)]
+        )
+    }
     sets, said = opened(config(many, {}, data={"source": many["train"], "heldout": 600}))
     assert (len(sets[HELD_OUT].prompts), said) == (600, [])
-    sets, said = opened(config(many, {}, data={"source": many["train"], "heldout": 600}, eval={"size": 10}))
+    sets, said = opened(
+        config(many, {}, data={"source": many["train"], "heldout": 600}, eval={"size": 10})
+    )
     assert said == ["eval.size=10: the first 10 of 600 held-out problems are evaluated"]
     sets, _ = opened(config(files, {"aime": {"path": files["aime"], **AIME}}, eval={"size": 0}))
     assert sets == {}
@@ -114,14 +140,19 @@ def test_a_cut_is_said_and_nothing_else_is_cut(files: dict[str, str]) -> None:
         ({"a": {"path": "AIME", "prompt_column": "nope"}}, r"eval\.sets\.a: .*nope"),
         ({"train": {"path": "AIME", **AIME}}, r"eval\.sets\.train has the name of a data source"),
         ({"a": {"path": "CODE", "verifier": "maths"}}, r"eval\.sets\.a: .*did you mean 'math'"),
-        ({"a": {"path": "CODE", "verifier": {"by_source": {"math*": "math"}}}}, r"eval\.sets\.a: .*no pattern.*'taco'"),
+        (
+            {"a": {"path": "CODE", "verifier": {"by_source": {"math*": "math"}}}},
+            r"eval\.sets\.a: .*no pattern.*'taco'",
+        ),
         ({"a": {"path": "CODE", "eval_path": "x.jsonl"}}, "a set is evaluated whole"),
         ({"a": {"path": "CODE", "source": "x"}}, "path is another word for source"),
         ({"a": {"path": "CODE", "wieght": 1}}, r"unknown key eval\.sets\.a\.wieght"),
         ({"a": {"path": "CODE", "verifier": {"options": {}}}}, "either use"),
     ],
 )
-def test_a_set_that_cannot_be_used_is_named(files: dict[str, str], sets: dict[str, Any], message: str) -> None:
+def test_a_set_that_cannot_be_used_is_named(
+    files: dict[str, str], sets: dict[str, Any], message: str
+) -> None:
     real = {"AIME": files["aime"], "CODE": files["code"]}
     named = {k: {**v, "path": real.get(v["path"], v["path"])} for k, v in sets.items()}
 
@@ -144,9 +175,12 @@ def completion(prompt: Prompt, sample: int) -> Completion:
 
 
 class FakeRun(SimpleNamespace):
-    """Answers every problem with its reference in the first sample, and with nonsense in the others."""
+    """Answers every problem with its reference in the first sample, and with nonsense in the
+    others."""
 
-    def sample_groups(self, prompts: Sequence[Prompt], n: int, sampling: Sampling, suite: RewardSuite) -> list[Group]:
+    def sample_groups(
+        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, suite: RewardSuite
+    ) -> list[Group]:
         groups = []
         for prompt in prompts:
             texts = [f"\\boxed{{{prompt.answer if i == 0 else 77}}}" for i in range(n)]
@@ -174,7 +208,9 @@ def test_every_set_is_in_the_metrics_by_its_name(files: dict[str, str], size: in
             sampling=lambda step: Sampling(max_tokens=32),
             text=lambda prompt, completion: "\\boxed{1}",
             problem=lambda prompt: prompt.messages[-1]["content"],
-            tracker=SimpleNamespace(log=lambda *a: logged.append(a), samples=lambda *a: logged.append(a)),
+            tracker=SimpleNamespace(
+                log=lambda *a: logged.append(a), samples=lambda *a: logged.append(a)
+            ),
         )
         result = evaluate(run)  # type: ignore[arg-type]
     (step, metrics, axis, show), (_, rows) = logged
@@ -185,5 +221,7 @@ def test_every_set_is_in_the_metrics_by_its_name(files: dict[str, str], size: in
     assert show["aime accuracy"] == "50.0%" and show["aime reward"] == "0.250"
     assert ("val-core/train/acc/mean@1" in metrics) == (size is None)
     expected = (1.0, 0.5) if size is None else (0.5, 0.25)
-    assert (result.accuracy, result.reward) == expected, "of the held-out problems; without them, over the sets"
+    assert (result.accuracy, result.reward) == expected, (
+        "of the held-out problems; without them, over the sets"
+    )
     assert (metrics["val-core/accuracy"], metrics["val-core/reward"]) == expected

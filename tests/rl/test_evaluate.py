@@ -10,23 +10,39 @@ import pytest
 from emberl.rewards.inputs import RewardInput
 from emberl.rewards.suite import build_suite
 from emberl.rewards.verdict import Status, Verdict, verifier_error
-from emberl.rl.evaluate import Pair, best_at_k, by_reward, final_answer, majority_at_k, pass_at_k, summarise
+from emberl.rl.evaluate import (
+    Pair,
+    best_at_k,
+    by_reward,
+    final_answer,
+    majority_at_k,
+    pass_at_k,
+    summarise,
+)
 from emberl.rl.groups import Group
 from emberl.rollout.samples import Completion, Prompt, Span
 
 
 def group(source: str, *right: bool | None, kind: str | None = None) -> Group:
     verdicts = tuple(
-        verifier_error("killed") if r is None else Verdict(status=Status.CORRECT if r else Status.WRONG, score=float(r))
+        (
+            verifier_error("killed")
+            if r is None
+            else Verdict(status=Status.CORRECT if r else Status.WRONG, score=float(r))
+        )
         for r in right
     )
     completions = tuple(
         Completion(
-            prompt_id=source, sample=i, token_ids=np.array([5, 1], np.int32), logprobs=np.zeros(2, np.float32),
-            spans=(Span(0, 0, 2),), finish_reason="stop",
+            prompt_id=source,
+            sample=i,
+            token_ids=np.array([5, 1], np.int32),
+            logprobs=np.zeros(2, np.float32),
+            spans=(Span(0, 0, 2),),
+            finish_reason="stop",
         )
         for i in range(len(right))
-    )  # fmt: skip
+    )
     columns = {"kind": kind} if kind else {}
     return Group(
         prompt=Prompt(id=source, token_ids=(3,), answer="1", source=source, columns=columns),
@@ -50,15 +66,21 @@ def test_majority_shares_ties() -> None:
 
 
 def test_summary_by_source_and_kind() -> None:
-    groups = [group("a", True, False, kind="chain"), group("a", True, True, kind="solve"), group("b", False, None)]
+    groups = [
+        group("a", True, False, kind="chain"),
+        group("a", True, True, kind="solve"),
+        group("b", False, None),
+    ]
     texts = [["x</think>1", "x</think>2"], ["</think>1", "</think>1"], ["</think>3", "</think>4"]]
     found = summarise(groups, texts)
-    assert found.accuracy == pytest.approx(3 / 6)  # an answer without a verdict is not correct, and is counted:
+    # an answer without a verdict is not correct, and is counted:
+    assert found.accuracy == pytest.approx(3 / 6)
     assert found.metrics["val-aux/verifier_errors"] == 1
     assert found.metrics["val-core/a/acc/mean@2"] == pytest.approx(0.75)
     assert found.metrics["val-core/a/acc/pass@2"] == 1.0
     assert found.metrics["val-core/a/acc/best@2/mean"] == pytest.approx((0.75 + 1) / 2)
-    assert found.metrics["val-core/a/acc/maj@2"] == pytest.approx(0.75)  # a tie of right and wrong counts half
+    # a tie of right and wrong counts half
+    assert found.metrics["val-core/a/acc/maj@2"] == pytest.approx(0.75)
     assert found.metrics["val-core/b/acc/mean@2"] == 0.0
     assert found.metrics["val-aux/b/reward/mean@2"] == 0.0
     assert found.reward == pytest.approx(3 / 5), "over the answers that have a score"
@@ -80,18 +102,31 @@ SIX = ["First 40, then 42: ", "Hence ", "It is ", "So x = ", "I get ", "Thus "]
         ([f"{w}\\boxed{{42}}" for w in SIX], ["same words \\boxed{7}"] * 2, 1.0),
         ([f"{w}\\boxed{{42}}" for w in SIX[:5]], [f"{w}\\boxed{{7}}" for w in SIX[:3]], 1.0),
         ([f"{w}\\boxed{{42}}" for w in SIX[:3]], [f"{w}\\boxed{{7}}" for w in SIX[:5]], 0.0),
-        ([f"{w}\\boxed{{42}}" for w in SIX[:2]], [f"{w}\\boxed{{{i}}}" for i, w in enumerate(SIX)], 1.0),
-        (["\\boxed{\\frac{1}{2}}", "\\boxed{0.5}"], ["\\boxed{2}", "the answer is 2.", "\\boxed{3}"], 0.5),
+        (
+            [f"{w}\\boxed{{42}}" for w in SIX[:2]],
+            [f"{w}\\boxed{{{i}}}" for i, w in enumerate(SIX)],
+            1.0,
+        ),
+        (
+            ["\\boxed{\\frac{1}{2}}", "\\boxed{0.5}"],
+            ["\\boxed{2}", "the answer is 2.", "\\boxed{3}"],
+            0.5,
+        ),
     ],
 )
-def test_a_majority_is_of_answers_not_of_wordings(right: list[str], wrong: list[str], expected: float) -> None:
+def test_a_majority_is_of_answers_not_of_wordings(
+    right: list[str], wrong: list[str], expected: float
+) -> None:
     problem = group("math", *[True] * len(right), *[False] * len(wrong))
     n = len(right) + len(wrong)
-    assert summarise([problem], [[*right, *wrong]]).metrics[f"val-core/math/acc/maj@{n}"] == expected
+    assert (
+        summarise([problem], [[*right, *wrong]]).metrics[f"val-core/math/acc/maj@{n}"] == expected
+    )
 
 
 def test_wrong_answers_are_one_where_the_reward_says_so() -> None:
-    """Two right against three wrong ones that read apart; the reward is asked because it matters, and only then."""
+    """Two right against three wrong ones that read apart; the reward is asked because it matters,
+    and only then."""
     asked: list[tuple[str, str]] = []
 
     def same(pairs: Sequence[Pair]) -> list[bool]:
@@ -104,7 +139,9 @@ def test_wrong_answers_are_one_where_the_reward_says_so() -> None:
     assert summarise([problem], [texts], same).metrics["val-core/m/acc/maj@5"] == 0.0
     assert len(asked) == 3
     asked.clear()
-    summarise([group("m", *[True] * 3, False, False), group("m", *[False] * 5)], [texts, texts], same)
+    summarise(
+        [group("m", *[True] * 3, False, False), group("m", *[False] * 5)], [texts, texts], same
+    )
     assert asked == []
 
 
@@ -124,15 +161,29 @@ WRONG = ["The same words: \\boxed{7}", "The same words: \\boxed{7}"]
     ("answers", "reference", "expected"),
     [
         ([*RIGHT, *WRONG], "42", 1.0),
-        ([*RIGHT[:2], "\\boxed{1/2}", "\\boxed{0.5}", "so it is 50\\%: \\boxed{\\frac12}"], "42", 0.0),
+        (
+            [*RIGHT[:2], "\\boxed{1/2}", "\\boxed{0.5}", "so it is 50\\%: \\boxed{\\frac12}"],
+            "42",
+            0.0,
+        ),
         ([*RIGHT[:3], "\\boxed{1/2}", "\\boxed{0.5}", "\\boxed{\\frac12}"], "42", 0.5),
         ([*RIGHT[:1], "I do not know", "no idea at all", "nobody can tell"], "42", 0.25),
         (
-            ["\\boxed{x^2+2x+1}", "\\boxed{(x+1)^2}", "\\boxed{1+2x+x^2}", "\\boxed{x^2}", "\\boxed{x^2}"],
+            [
+                "\\boxed{x^2+2x+1}",
+                "\\boxed{(x+1)^2}",
+                "\\boxed{1+2x+x^2}",
+                "\\boxed{x^2}",
+                "\\boxed{x^2}",
+            ],
             "(x+1)^2",
             1.0,
         ),
-        (["\\boxed{x^2+2x+1}", "\\boxed{x(x+1)}", "\\boxed{x^2+x}", "\\boxed{x+x^2}"], "(x+1)^2", 0.0),
+        (
+            ["\\boxed{x^2+2x+1}", "\\boxed{x(x+1)}", "\\boxed{x^2+x}", "\\boxed{x+x^2}"],
+            "(x+1)^2",
+            0.0,
+        ),
     ],
     ids=[
         "six wordings",
@@ -163,7 +214,10 @@ def test_what_has_no_answer_does_not_vote() -> None:
         verifier_error("killed"),
     )
     problem = replace(group("m", *[True] * 5), verdicts=verdicts)
-    assert summarise([problem], [["\\boxed{1}", "?", "?", "?", "?"]]).metrics["val-core/m/acc/maj@5"] == 1.0
+    assert (
+        summarise([problem], [["\\boxed{1}", "?", "?", "?", "?"]]).metrics["val-core/m/acc/maj@5"]
+        == 1.0
+    )
     nobody = replace(problem, verdicts=(verdicts[1],) * 5)
     assert summarise([nobody], [["?"] * 5]).metrics["val-core/m/acc/maj@5"] == 0.0
 

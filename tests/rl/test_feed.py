@@ -1,5 +1,5 @@
-"""The feed against a pool, a source and a grader that do as they are told: what goes wrong in others' threads reaches the
-loop, and nothing that was admitted is forgotten."""
+"""The feed against a pool, a source and a grader that do as they are told: what goes wrong in
+others' threads reaches the loop, and nothing that was admitted is forgotten."""
 
 from __future__ import annotations
 
@@ -43,12 +43,16 @@ class Pool:
         job.deliver(
             tuple(
                 Completion(
-                    prompt_id=job.prompt.id, sample=i, token_ids=np.array([5, 1], np.int32),
-                    logprobs=np.zeros(2, np.float32), spans=(Span(version, 0, 2),), finish_reason="stop",
+                    prompt_id=job.prompt.id,
+                    sample=i,
+                    token_ids=np.array([5, 1], np.int32),
+                    logprobs=np.zeros(2, np.float32),
+                    spans=(Span(version, 0, 2),),
+                    finish_reason="stop",
                 )
                 for i in range(job.n)
             )
-        )  # fmt: skip
+        )
 
     def cut(self, jobs: Sequence[Job]) -> None:
         self.was_cut += [job.prompt.id for job in jobs]
@@ -73,14 +77,17 @@ def fake_run(
     sampled: dict[str, Any] | None = None,
     **schedule: Any,
 ) -> Any:
-    """flat: positions of problems whose answers are all worth the same; sampled: the `filter` section."""
+    """flat: positions of problems whose answers are all worth the same; sampled: the `filter`
+    section."""
     tree: dict[str, Any] = {
         "name": "t",
         "model": {"path": "somewhere"},
         "data": {"source": "arithmetic"},
         "rollout": {"group_size": 2},
     }
-    config = resolve({**tree, "schedule": {"prompts_per_step": 2, **schedule}, "filter": sampled or {}})
+    config = resolve(
+        {**tree, "schedule": {"prompts_per_step": 2, **schedule}, "filter": sampled or {}}
+    )
 
     def grade(prompt: Prompt, completions: Sequence[Completion]) -> Group:
         scores = [1.0, float(int(prompt.id[1:]) in flat)]
@@ -88,10 +95,15 @@ def fake_run(
         return Group(prompt=prompt, completions=tuple(completions), verdicts=verdicts)
 
     return SimpleNamespace(
-        config=config, progress=Progress(pending=pending, position=1 + max((p for p, _ in pending), default=-1)),
-        pool=Pool(), source=Source(), grade=grade, check_delivery=lambda: None, suite=SimpleNamespace(finished=0),
+        config=config,
+        progress=Progress(pending=pending, position=1 + max((p for p, _ in pending), default=-1)),
+        pool=Pool(),
+        source=Source(),
+        grade=grade,
+        check_delivery=lambda: None,
+        suite=SimpleNamespace(finished=0),
         sampling=lambda step: Sampling(max_tokens=4, seed=step),
-    )  # fmt: skip
+    )
 
 
 def problems(groups: Sequence[Group]) -> list[str]:
@@ -112,7 +124,8 @@ def test_what_fails_while_groups_are_admitted_in_another_thread_reaches_the_loop
         run.progress, run.source.broken_from = run.progress.advance(version=1), 4
         run.pool.served = 1
         feed._schedule.close(1)
-        in_another_thread(run.pool.on_served)  # as the courier does: there is room now, and no row to fill it
+        # as the courier does: there is room now, and no row to fill it
+        in_another_thread(run.pool.on_served)
         with pytest.raises(ValueError, match="row 4 has no prompt"):
             feed.take(1)
 
@@ -129,7 +142,9 @@ def test_the_loop_is_told_by_name_when_no_group_comes() -> None:
     run.pool.silent = {"p0"}
     with GroupFeed(run) as feed:
         feed._patience = 0.2
-        with pytest.raises(ActorLostError, match=r"no group came within 0\.2 s, though 1 are under way"):
+        with pytest.raises(
+            ActorLostError, match=r"no group came within 0\.2 s, though 1 are under way"
+        ):
             feed.take(0)
 
 

@@ -14,9 +14,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 SIZES = {
-    "vocab_size": 264, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "rope_theta": 50000.0, "initializer_range": 0.2,
-}  # fmt: skip
+    "vocab_size": 264,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rope_theta": 50000.0,
+    "initializer_range": 0.2,
+}
 CONFIGS: dict[str, Any] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 BYTES = sorted(bytes_to_unicode().values())
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", *BYTES, "Ġ1", "ĠĠ", "Ġa", "12"]
@@ -31,10 +38,18 @@ def make(architecture: str, tied: bool = True) -> Any:
 
 
 def write(
-    file: Path, model: Any, *, kind: Any = gguf.GGMLQuantizationType.F32, split: str = "smollm", tokenizer: str = "gpt2",
-    architecture: str | None = None, extra: dict[str, np.ndarray[Any, Any]] | None = None, **fields: str | int,
-) -> Path:  # fmt: skip
-    """As llama.cpp's converter does: its names, and the rows of Llama's q and k in its order of rotation."""
+    file: Path,
+    model: Any,
+    *,
+    kind: Any = gguf.GGMLQuantizationType.F32,
+    split: str = "smollm",
+    tokenizer: str = "gpt2",
+    architecture: str | None = None,
+    extra: dict[str, np.ndarray[Any, Any]] | None = None,
+    **fields: str | int,
+) -> Path:
+    """As llama.cpp's converter does: its names, and the rows of Llama's q and k in its order of
+    rotation."""
     name = model.config.model_type
     writer = gguf.GGUFWriter(file, architecture or name)
     writer.add_context_length(128)
@@ -68,7 +83,11 @@ def write(
             heads = 4 if "q_proj" in hf_name else 2
             rows = rows.reshape(heads, 2, 8, 64).swapaxes(1, 2).reshape(rows.shape)
         stored = kind if tensor.dim() == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(names.get_name(hf_name, (".weight", ".bias")), gguf.quantize(rows, stored), raw_dtype=stored)
+        writer.add_tensor(
+            names.get_name(hf_name, (".weight", ".bias")),
+            gguf.quantize(rows, stored),
+            raw_dtype=stored,
+        )
     for tensor_name, array in (extra or {}).items():
         writer.add_tensor(tensor_name, array)
     writer.write_header_to_file()
@@ -92,12 +111,16 @@ def test_there_and_back(tmp_path: Path, architecture: str, tied: bool) -> None:
     assert set(want) == set(have)
     assert all(torch.equal(want[name], have[name]) for name in want)
     ids = torch.arange(40).view(1, -1)
-    assert torch.equal(model(ids).logits, back(ids).logits), "rotation, norms and head sizes came over, too"
+    assert torch.equal(model(ids).logits, back(ids).logits), (
+        "rotation, norms and head sizes came over, too"
+    )
 
 
 def test_quantised_weights_become_what_they_stand_for(tmp_path: Path) -> None:
     model = make("llama")
-    said = convert(write(tmp_path / "m.gguf", model, kind=gguf.GGMLQuantizationType.Q8_0), tmp_path / "out")
+    said = convert(
+        write(tmp_path / "m.gguf", model, kind=gguf.GGMLQuantizationType.Q8_0), tmp_path / "out"
+    )
     assert "Q8_0" in said and "float32" in said
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert back.dtype == torch.float32
@@ -117,15 +140,22 @@ def test_quantised_weights_become_what_they_stand_for(tmp_path: Path) -> None:
         ("smollm", "<think> a<|im_end|>", ["<think>", "Ġa", "<|im_end|>"]),
     ],
 )
-def test_text_is_cut_as_the_file_says(tmp_path: Path, split: str, text: str, pieces: list[str]) -> None:
+def test_text_is_cut_as_the_file_says(
+    tmp_path: Path, split: str, text: str, pieces: list[str]
+) -> None:
     convert(write(tmp_path / "m.gguf", make("llama"), split=split), tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.convert_ids_to_tokens(ids) == pieces
     assert tokenizer.decode(ids) == text
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
-    assert tokenizer.decode(ids, skip_special_tokens=True) == text.removesuffix("<|im_end|>"), "tags stay"
-    assert tokenizer.apply_chat_template([{"content": "x"}], tokenize=False) == "<|im_start|>x<|im_end|>"
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text.removesuffix("<|im_end|>"), (
+        "tags stay"
+    )
+    assert (
+        tokenizer.apply_chat_template([{"content": "x"}], tokenize=False)
+        == "<|im_start|>x<|im_end|>"
+    )
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -140,7 +170,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("options", "message"), BAD)
-def test_what_cannot_come_over_is_refused_by_name(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_what_cannot_come_over_is_refused_by_name(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
     file = write(tmp_path / "m.gguf", make("llama"), **options)
     with pytest.raises(ValueError, match=message) as error:
         read_header(file)
@@ -149,7 +181,9 @@ def test_what_cannot_come_over_is_refused_by_name(tmp_path: Path, options: dict[
 
 def test_a_tensor_without_a_place_is_refused(tmp_path: Path) -> None:
     """Biases that a plain Llama has not: without them it would be another model."""
-    file = write(tmp_path / "m.gguf", make("llama"), extra={"blk.0.attn_q.bias": np.ones(64, np.float32)})
+    file = write(
+        tmp_path / "m.gguf", make("llama"), extra={"blk.0.attn_q.bias": np.ones(64, np.float32)}
+    )
     with pytest.raises(ValueError, match=r"self_attn.q_proj.bias .* no place"):
         convert(file, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"], "nothing half made is left"
@@ -159,7 +193,9 @@ def test_a_tensor_without_a_place_is_refused(tmp_path: Path) -> None:
 def test_a_file_cut_anywhere_is_named(tmp_path: Path, keep: int) -> None:
     whole = write(tmp_path / "m.gguf", make("llama")).read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[:keep])
-    with pytest.raises(ValueError, match=r"cut\.gguf (is damaged or cut short|is cut short|is not a GGUF)"):
+    with pytest.raises(
+        ValueError, match=r"cut\.gguf (is damaged or cut short|is cut short|is not a GGUF)"
+    ):
         read_header(tmp_path / "cut.gguf")
 
 

@@ -1,4 +1,5 @@
-"""Every layout pays a right answer and refuses a wrong one, through the checks of `--dry-run` and the real source."""
+"""Every layout pays a right answer and refuses a wrong one, through the checks of `--dry-run` and
+the real source."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ def rewards(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def get(name: str) -> Reward:
         if name not in made:
-            made[name] = load_reward(f"{plugin}:compute_score" if name == "plugin:knights" else name)
+            made[name] = load_reward(
+                f"{plugin}:compute_score" if name == "plugin:knights" else name
+            )
         return made[name]
 
     yield get
@@ -63,7 +66,9 @@ def write(path: Path, rows: list[Any]) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_a_right_answer_is_paid_and_a_wrong_one_is_not(name: str, tmp_path: Path, rewards: Any) -> None:
+def test_a_right_answer_is_paid_and_a_wrong_one_is_not(
+    name: str, tmp_path: Path, rewards: Any
+) -> None:
     case = CASES[name]
     file = write(tmp_path / f"rows{case.suffix}", [case.row(i) for i in range(5)])
     for layout in ("auto", case.layout):
@@ -75,14 +80,22 @@ def test_a_right_answer_is_paid_and_a_wrong_one_is_not(name: str, tmp_path: Path
     prompts = sorted((source.train(i) for i in range(5)), key=lambda prompt: prompt.id)
     reward = rewards(case.reward)
     inputs = [
-        RewardInput(completion=say(i), answer=p.answer, source=p.source, messages=p.messages, columns=p.columns)
+        RewardInput(
+            completion=say(i),
+            answer=p.answer,
+            source=p.source,
+            messages=p.messages,
+            columns=p.columns,
+        )
         for say in (case.right, case.wrong)
         for i, p in enumerate(prompts)
     ]
     for i, prompt in enumerate(prompts):
         said = CHAT.decode(prompt.token_ids)
         assert case.shown in said
-        assert case.reward != "math" or prompt.answer not in said.split("assistant")[-1], f"row {i} shows its answer"
+        assert case.reward != "math" or prompt.answer not in said.split("assistant")[-1], (
+            f"row {i} shows its answer"
+        )
     verdicts = reward(inputs)
     assert [v.score for v in verdicts] == [1.0] * 5 + [0.0] * 5, [str(v) for v in verdicts]
     if (check := getattr(reward, "check_reference", None)) is not None:

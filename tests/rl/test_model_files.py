@@ -12,7 +12,13 @@ import pytest
 from emberl.rl.config.data import DataConfig, TinyConfig
 from emberl.rl.config.load import Config, ConfigError, resolve
 from emberl.rl.data.tiny import make_tiny
-from emberl.rl.model_files import check_files, check_model, load_tokenizer, prepare_model, stop_tokens
+from emberl.rl.model_files import (
+    check_files,
+    check_model,
+    load_tokenizer,
+    prepare_model,
+    stop_tokens,
+)
 from emberl.rollout.embedded.model import Decoder
 from emberl.rollout.model_directory import model_directory
 from transformers import AutoTokenizer
@@ -26,7 +32,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configuration(path: object, **more: Any) -> Config:
-    return resolve({"name": "x", "model": {"path": str(path)}, "data": {"source": "arithmetic"}, **more})
+    return resolve(
+        {"name": "x", "model": {"path": str(path)}, "data": {"source": "arithmetic"}, **more}
+    )
 
 
 def without(pattern: str) -> Callable[[Path], None]:
@@ -68,7 +76,9 @@ def two_ggufs(folder: Path) -> None:
         (saying(hidden_act="gelu"), "gelu"),
     ],
 )
-def test_a_directory_that_will_not_do(whole: Path, tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
+def test_a_directory_that_will_not_do(
+    whole: Path, tmp_path: Path, spoil: Callable[[Path], None], message: str
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(whole, folder)
     spoil(folder)
@@ -78,7 +88,8 @@ def test_a_directory_that_will_not_do(whole: Path, tmp_path: Path, spoil: Callab
 
 
 @pytest.mark.parametrize(
-    "path", ["./nomodel", "/nowhere/at/all", "~/no-such-model", "runs/x/model", "model.gguf", "..", "a b"]
+    "path",
+    ["./nomodel", "/nowhere/at/all", "~/no-such-model", "runs/x/model", "model.gguf", "..", "a b"],
 )
 def test_a_path_that_does_not_exist_is_no_malformed_hub_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
@@ -91,7 +102,9 @@ def test_a_path_that_does_not_exist_is_no_malformed_hub_id(
 
 def test_what_may_be_either_is_told_as_both(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match=r"model.path='models/absent': there is no such file .* from the Hub"):
+    with pytest.raises(
+        ConfigError, match=r"model.path='models/absent': there is no such file .* from the Hub"
+    ):
         check_model(configuration("models/absent"))
 
 
@@ -120,15 +133,21 @@ def test_other_engines_know_their_own_architectures(whole: Path, tmp_path: Path)
     check_files(configuration(folder, rollout={"engine": "vllm"}))
 
 
-def test_actors_get_an_absolute_path(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_actors_get_an_absolute_path(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They do not stand in the user's folder."""
     monkeypatch.chdir(whole.parent)
     assert prepare_model(configuration("whole"), tmp_path, print) == str(whole)
-    tiny = resolve({"name": "x", "model": {"tiny": TINY.model_dump()}, "data": {"source": "arithmetic"}})
+    tiny = resolve(
+        {"name": "x", "model": {"tiny": TINY.model_dump()}, "data": {"source": "arithmetic"}}
+    )
     assert prepare_model(tiny, Path("run"), print) == str(whole.parent / "run" / "model_init")
 
 
-def test_a_hub_id_reaches_the_embedded_engine(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_reaches_the_embedded_engine(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From the cache, as it stands after a download."""
     repository = tmp_path / "models--owner--tiny"
     (repository / "refs").mkdir(parents=True)
@@ -162,9 +181,17 @@ def test_stop_tokens_are_all_that_the_models_files_name(whole: Path, tmp_path: P
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
     tokenizer.save_pretrained(folder)
     found = stop_tokens(load_tokenizer(str(folder), settings), str(folder))
-    assert set(found) == {1, 5, 7, 9, *tokenizer.convert_tokens_to_ids(["<|end|>", "<end_of_turn>"])}
+    assert set(found) == {
+        1,
+        5,
+        7,
+        9,
+        *tokenizer.convert_tokens_to_ids(["<|end|>", "<end_of_turn>"]),
+    }
     (folder / "generation_config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"generation_config\.json is not JSON .*; mend or remove it"):
+    with pytest.raises(
+        ConfigError, match=r"generation_config\.json is not JSON .*; mend or remove it"
+    ):
         stop_tokens(tokenizer, str(folder))
 
 

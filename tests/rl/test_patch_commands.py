@@ -19,7 +19,10 @@ from typer.testing import CliRunner
 
 
 def tensors(*values: int) -> dict[str, TensorBytes]:
-    table = {"a.weight": np.array([values, [7] * len(values)], np.uint16), "b": np.array([1, 2], np.uint16)}
+    table = {
+        "a.weight": np.array([values, [7] * len(values)], np.uint16),
+        "b": np.array([1, 2], np.uint16),
+    }
     return {
         name: TensorBytes(dtype="BF16", shape=array.shape, data=array.reshape(-1).view(np.uint8))
         for name, array in table.items()
@@ -62,14 +65,22 @@ def test_inspect(history: Path) -> None:
     assert (record["version"], record["base_version"], record["run_id"]) == (1, 0, "run")
     assert (record["changed"], record["unchanged_tensors"]) == (1, 1)
     (row,) = record["tensors"]
-    assert (row["name"], row["shape"], row["elements"], row["changed"]) == ("a.weight", [2, 3], 6, 1)
+    assert (row["name"], row["shape"], row["elements"], row["changed"]) == (
+        "a.weight",
+        [2, 3],
+        6,
+        1,
+    )
     text = emberl("inspect", second)
     assert "patch on version 1 to version 2 of run run" in text and "16.67% changed" in text
     assert "verified: every checksum and the digest of every tensor" in emberl("inspect", anchor)
     damaged = bytearray(first.read_bytes())
     damaged[-1] ^= 1
     first.write_bytes(damaged)
-    assert "tensor a.weight, chunk 0" in json.loads(emberl("inspect", first, status=1).splitlines()[-1])["error"]
+    assert (
+        "tensor a.weight, chunk 0"
+        in json.loads(emberl("inspect", first, status=1).splitlines()[-1])["error"]
+    )
     assert "No such file" in emberl("inspect", history / "nothing", status=1)
 
 
@@ -91,8 +102,12 @@ def test_apply(history: Path, tmp_path: Path) -> None:
     assert "00000001-from-00000000.patch: patch 1 builds on another version 0" in error
     assert not (tmp_path / "wrong").exists()
     assert "exists already" in emberl("apply", history, model, status=1)
-    assert "not to version 9" in emberl("apply", history, tmp_path / "nine", "--version", 9, status=1)
-    assert "builds on version 1, but version 0 is held" in emberl("apply", anchor, second, tmp_path / "gap", status=1)
+    assert "not to version 9" in emberl(
+        "apply", history, tmp_path / "nine", "--version", 9, status=1
+    )
+    assert "builds on version 1, but version 0 is held" in emberl(
+        "apply", anchor, second, tmp_path / "gap", status=1
+    )
 
 
 def test_help_has_an_example() -> None:

@@ -1,4 +1,5 @@
-"""What `--dry-run` and `emberl data` find out and say of data and rewards, before anything is started."""
+"""What `--dry-run` and `emberl data` find out and say of data and rewards, before anything is
+started."""
 
 from __future__ import annotations
 
@@ -35,10 +36,18 @@ def test_sound_data_is_one_line(tmp_path: Path) -> None:
     ("rows", "groups", "said"),
     [
         (600, {"data": {"heldout": 400}}, "data.heldout=400 takes 66 % of 600 problems"),
-        (40, {}, "36 problems to train on are fewer than schedule.prompts_per_step=64: every step has each of them 1.8 times"),
-        (100, {"data": {"eval_path": "rows.jsonl"}, "eval": {"size": 8}}, "eval.size=8 takes the first 8 of 100 held-out"),
+        (
+            40,
+            {},
+            "36 problems to train on are fewer than schedule.prompts_per_step=64: every step has each of them 1.8 times",
+        ),
+        (
+            100,
+            {"data": {"eval_path": "rows.jsonl"}, "eval": {"size": 8}},
+            "eval.size=8 takes the first 8 of 100 held-out",
+        ),
     ],
-)  # fmt: skip
+)
 def test_doubtful_sizes_are_said(
     rows: int, groups: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,18 +63,32 @@ def test_doubtful_sizes_are_said(
         ([], {}, "has no rows"),
         (SUMS[:4], {}, "data.heldout=4 leaves nothing to train on of the 4 problems"),
         ([{"a": 1}], {}, "no column is known to be the prompt, there is only a"),
-        (SUMS[:9], {"reward": {"parts": {"answer": {"use": "maths"}}}}, "there is no 'maths'; did you mean 'math'"),
+        (
+            SUMS[:9],
+            {"reward": {"parts": {"answer": {"use": "maths"}}}},
+            "there is no 'maths'; did you mean 'math'",
+        ),
         (SUMS[:9], {"reward": {"parts": {"answer": {"use": "./gone.py:score"}}}}, "no file"),
-        (SUMS[:9], {"reward": {"parts": {"answer": {"use": "code"}}}}, "the tests are neither JSON nor packed JSON"),
+        (
+            SUMS[:9],
+            {"reward": {"parts": {"answer": {"use": "code"}}}},
+            "the tests are neither JSON nor packed JSON",
+        ),
         (
             [{"question": "Q", "test_list": ["assert f(1) == 1"]}] * 9,
             {"data": {"heldout": 0}},
             "references .* cannot be graded against: .*it is empty; is it the right column, and the right reward.*use=code",
         ),
-        (SUMS[:9], {"eval": {"sets": {"aime": {"path": "gone.jsonl"}}}}, "eval.sets.aime: data.source='gone.jsonl'"),
+        (
+            SUMS[:9],
+            {"eval": {"sets": {"aime": {"path": "gone.jsonl"}}}},
+            "eval.sets.aime: data.source='gone.jsonl'",
+        ),
     ],
-)  # fmt: skip
-def test_what_would_end_a_run_is_found(rows: Any, groups: dict[str, Any], message: str, tmp_path: Path) -> None:
+)
+def test_what_would_end_a_run_is_found(
+    rows: Any, groups: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     file = tmp_path / "rows.jsonl"
     if rows is not None:
         write(file, rows)
@@ -74,7 +97,10 @@ def test_what_would_end_a_run_is_found(rows: Any, groups: dict[str, Any], messag
 
 
 def test_the_data_command_shows_rows_verdicts_and_lengths(tmp_path: Path) -> None:
-    rows = [{"question": "Find 1+1.", "answer": "#### 2"}, {"question": "Find 2+2.", "answer": "#### notfound"}]
+    rows = [
+        {"question": "Find 1+1.", "answer": "#### 2"},
+        {"question": "Find 2+2.", "answer": "#### notfound"},
+    ]
     found = CliRunner().invoke(app, ["data", write(tmp_path / "rows.jsonl", rows * 2)])
     assert found.exit_code == 0, found.output
     assert "layout gsm8k (prompt question, answer answer)" in found.stdout

@@ -1,4 +1,5 @@
-"""Log-probs of a probe, engines beside learners: hand-made differences, and a real engine with weights that are wrong."""
+"""Log-probs of a probe, engines beside learners: hand-made differences, and a real engine with
+weights that are wrong."""
 
 from __future__ import annotations
 
@@ -46,8 +47,15 @@ def never(worker: int) -> Any:
 
 def test_levels_by_hand() -> None:
     level = Level.between(EXPECTED + np.array([0.01, 0.02, 0, 0.4], np.float32), EXPECTED)
-    assert level.logp == pytest.approx((0.01 + 0.02 + 0) / 3, rel=1e-4), "the three that differ least"
-    moved = (math.exp(-0.99) - math.exp(-1), math.exp(-1.98) - math.exp(-2), 0, math.exp(-3.6) - math.exp(-4))
+    assert level.logp == pytest.approx((0.01 + 0.02 + 0) / 3, rel=1e-4), (
+        "the three that differ least"
+    )
+    moved = (
+        math.exp(-0.99) - math.exp(-1),
+        math.exp(-1.98) - math.exp(-2),
+        0,
+        math.exp(-3.6) - math.exp(-4),
+    )
     assert level.p == pytest.approx(sum(moved) / 4, rel=1e-4)
 
 
@@ -87,12 +95,16 @@ def test_a_worker_that_differs_still_ends_the_run(wrong: Any, before: int) -> No
     probe = Probe(0.01)
     for version in range(before):
         probe.check(EXPECTED, [EXPECTED], never, version=version)
-    with pytest.raises(ActorLostError, match=r"worker 0 does not compute with version 30 .* 4 tokens differ"):
+    with pytest.raises(
+        ActorLostError, match=r"worker 0 does not compute with version 30 .* 4 tokens differ"
+    ):
         probe.check(EXPECTED, [wrong], lambda worker: wrong, version=30)
 
 
 def test_tolerance_follows_the_dtype() -> None:
-    assert tolerance_of("float32") == 0.01 and tolerance_of("bfloat16") == tolerance_of("auto") == 0.1
+    assert (
+        tolerance_of("float32") == 0.01 and tolerance_of("bfloat16") == tolerance_of("auto") == 0.1
+    )
 
 
 def noisy(rng: np.random.Generator, scale: float, size: int = 127) -> tuple[Any, Any]:
@@ -107,12 +119,16 @@ def test_the_first_versions_noise_is_no_alarm_later(seed: int) -> None:
     rng, probe = np.random.default_rng(seed), Probe(0.1)
     for version in range(300):
         expected, found = noisy(rng, 0.02)
-        assert probe.check(expected, [found], never, version=version, changed=0.01)["sync/reloads"] == 0
+        assert (
+            probe.check(expected, [found], never, version=version, changed=0.01)["sync/reloads"]
+            == 0
+        )
 
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_three_times_the_noise_is_an_alarm(resumed: bool) -> None:
-    """Also in a run that goes on, which has measured no version of its own yet; far below the absolute bound."""
+    """Also in a run that goes on, which has measured no version of its own yet; far below the
+    absolute bound."""
     rng, probe = np.random.default_rng(0), Probe(0.1)
     for version in range(8):
         expected, found = noisy(rng, 0.02)
@@ -141,12 +157,15 @@ def test_an_engine_that_stayed_behind_is_known_by_its_own_results() -> None:
             probe.check(now, [old], lambda worker, old=old: old, version=4, changed=0.01)
     old = stale[3][1]
     probe.check(now, [old], never, version=4, changed=0.0)  # nothing to stay behind
-    probe.check(stale[3][0], [old], never, version=5, changed=0.01)  # what changed does not show in these tokens
+    # what changed does not show in these tokens
+    probe.check(stale[3][0], [old], never, version=5, changed=0.01)
 
 
 # A real engine in float32, after one optimizer step, with weights that are wrong in one way.
 
-TINY = TinyConfig(hidden=64, layers=3, heads=4, kv_heads=2, head_dim=16, intermediate=96, vocabulary="bytes")
+TINY = TinyConfig(
+    hidden=64, layers=3, heads=4, kv_heads=2, head_dim=16, intermediate=96, vocabulary="bytes"
+)
 Weights = Mapping[str, Tensor]
 
 
@@ -184,7 +203,9 @@ def heads_swapped(now: Weights, old: Weights) -> Weights:
 
 def layers_swapped(now: Weights, old: Weights) -> Weights:
     others = {"layers.0.": "layers.1.", "layers.1.": "layers.0."}
-    return {n: now[n.replace(part, other)] for part, other in others.items() for n in now if part in n}
+    return {
+        n: now[n.replace(part, other)] for part, other in others.items() for n in now if part in n
+    }
 
 
 INJECTED: dict[str, Callable[[Weights, Weights], Weights]] = {
@@ -202,7 +223,9 @@ INJECTED: dict[str, Callable[[Weights, Weights], Weights]] = {
 
 @pytest.mark.parametrize("age", [1, 4])
 @pytest.mark.parametrize("wrong", INJECTED)
-def test_wrong_weights_in_a_real_engine(pair: tuple[Path, list[Weights], list[Any]], wrong: str, age: int) -> None:
+def test_wrong_weights_in_a_real_engine(
+    pair: tuple[Path, list[Weights], list[Any]], wrong: str, age: int
+) -> None:
     folder, versions, expected = pair
     engine = Decoder.from_directory(folder, torch.float32)
 

@@ -11,7 +11,9 @@ from emberl.rl.config.load import Config, ConfigError, resolve
 
 
 def config(**extra: object) -> Config:
-    return resolve({"name": "run", "model": {"path": "somewhere"}, "data": {"source": "arithmetic"}, **extra})
+    return resolve(
+        {"name": "run", "model": {"path": "somewhere"}, "data": {"source": "arithmetic"}, **extra}
+    )
 
 
 def save(run_dir: Path, name: str, **changes: int) -> Path:
@@ -20,7 +22,9 @@ def save(run_dir: Path, name: str, **changes: int) -> Path:
     return p.finish_checkpoint(folder, p.Progress(**changes), keep=2)
 
 
-def test_a_new_run_takes_the_next_free_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_run_takes_the_next_free_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert [p.open_run_dir(config(), resume=False)[0] for _ in range(3)] == [
         Path("runs/run"),
@@ -29,7 +33,9 @@ def test_a_new_run_takes_the_next_free_directory(tmp_path: Path, monkeypatch: py
     ]
 
 
-def test_resume_takes_the_newest_run_and_its_newest_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_takes_the_newest_run_and_its_newest_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for _ in range(11):
         folder, _ = p.open_run_dir(config(), resume=False)
@@ -68,17 +74,27 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path: Path) -> No
 def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, f"rl-{step:06}", stage=1, step=step)
-    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["rl-000002", "rl-000003"]
+    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == [
+        "rl-000002",
+        "rl-000003",
+    ]
 
 
 def test_rows_that_will_be_written_again_are_dropped(tmp_path: Path) -> None:
     rows = [
         {"stage": s, "step": n, "axis": a}
-        for s, n, a in (("sft", 5, "train"), ("rl", 0, "eval"), ("rl", 1, "train"), ("rl", 2, "train"))
+        for s, n, a in (
+            ("sft", 5, "train"),
+            ("rl", 0, "eval"),
+            ("rl", 1, "train"),
+            ("rl", 2, "train"),
+        )
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     p.trim_metrics(tmp_path, "rl", 1, ("sft", "rl"))
-    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == rows[:3]
+    assert [
+        json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ] == rows[:3]
 
 
 def kept(where: Path, **extra: object) -> Path:
@@ -95,7 +111,12 @@ def test_what_was_said_and_done_goes_on_with_the_run(tmp_path: Path) -> None:
 
 def test_an_unchanged_run_is_resumed_without_a_word(tmp_path: Path) -> None:
     checkpoint = kept(tmp_path, optim={"betas": [0.9, 0.99]}, run_dir="a")
-    assert p.check_resumed(config(optim={"betas": [0.9, 0.99]}, run_dir="b"), checkpoint, override=False) == []
+    assert (
+        p.check_resumed(
+            config(optim={"betas": [0.9, 0.99]}, run_dir="b"), checkpoint, override=False
+        )
+        == []
+    )
 
 
 def test_what_is_not_the_checkpoints_is_printed(tmp_path: Path) -> None:
@@ -118,11 +139,15 @@ def test_what_is_not_the_checkpoints_is_printed(tmp_path: Path) -> None:
         ({"seed": 1}, "seed: 0, now 1"),
     ],
 )
-def test_another_run_is_resumed_only_when_asked(tmp_path: Path, change: dict[str, object], line: str) -> None:
+def test_another_run_is_resumed_only_when_asked(
+    tmp_path: Path, change: dict[str, object], line: str
+) -> None:
     checkpoint = kept(tmp_path)
     with pytest.raises(ConfigError) as error:
         p.check_resumed(config(**change), checkpoint, override=False)
-    assert f"rl-000003 is of another run ({line})" in str(error.value) and "--override" in str(error.value)
+    assert f"rl-000003 is of another run ({line})" in str(error.value) and "--override" in str(
+        error.value
+    )
     assert p.check_resumed(config(**change), checkpoint, override=True) == [line]
 
 
@@ -131,8 +156,12 @@ def test_how_a_model_is_computed_may_change(tmp_path: Path) -> None:
     assert len(p.check_resumed(config(**change), kept(tmp_path), override=False)) == 2
 
 
-@pytest.mark.parametrize("changed", [{"tiny": {"hidden": 32}}, {"tiny": {"hidden": 64}, "lora": {"rank": 4}}])
-def test_a_model_of_another_shape_is_never_resumed(tmp_path: Path, changed: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "changed", [{"tiny": {"hidden": 32}}, {"tiny": {"hidden": 64}, "lora": {"rank": 4}}]
+)
+def test_a_model_of_another_shape_is_never_resumed(
+    tmp_path: Path, changed: dict[str, object]
+) -> None:
     """The run would go on with the checkpoint's, and its configuration would name another."""
     checkpoint = kept(tmp_path, model={"tiny": {"hidden": 64}})
     with pytest.raises(ConfigError, match="the model of rl-000003 is another"):

@@ -1,4 +1,5 @@
-"""Data sets as prompts: layouts, the held-out side, the order, and one clear error for each bad input."""
+"""Data sets as prompts: layouts, the held-out side, the order, and one clear error for each bad
+input."""
 
 from __future__ import annotations
 
@@ -21,7 +22,10 @@ PLAIN = tiny_tokenizer(TinyConfig(vocabulary="bytes"))
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 
 GSM8K_ROWS = [
-    {"question": "Tom has 3 pens and buys 4. How many?", "answer": "He has 3+4=<<3+4=7>>7.\n#### 7"},
+    {
+        "question": "Tom has 3 pens and buys 4. How many?",
+        "answer": "He has 3+4=<<3+4=7>>7.\n#### 7",
+    },
     {"question": "A box holds 1,200. How many in 2?", "answer": "2*1200 #### done\n#### 2,400"},
     {"question": "What is 5-5?", "answer": "Nothing.\n#### 0"},
 ]
@@ -56,12 +60,19 @@ def questions(source: PromptSource, n: int) -> list[str]:
 def test_gsm8k_layout(tmp_path: Path) -> None:
     file = write(tmp_path / "gsm.jsonl", GSM8K_ROWS)
     source = opened(
-        file, CHAT, prompt_template="{question}\nAnswer in \\boxed{}.", system_prompt="Think.", **GSM8K_MAPPING
+        file,
+        CHAT,
+        prompt_template="{question}\nAnswer in \\boxed{}.",
+        system_prompt="Think.",
+        **GSM8K_MAPPING,
     )
     prompts = {p.answer: p for p in map(source.train, range(3))}
     assert set(prompts) == {"7", "2,400", "0"}
     prompt = prompts["7"]
-    text = "system: Think.\nuser: Tom has 3 pens and buys 4. How many?\nAnswer in \\boxed{}.\nassistant: "
+    text = (
+        "system: Think.\nuser: Tom has 3 pens and buys 4. How many?\nAnswer in"
+        " \\boxed{}.\nassistant: "
+    )
     assert CHAT.decode(prompt.token_ids) == text
     assert (prompt.source, prompt.id, prompt.columns) == ("gsm", "gsm/0", GSM8K_ROWS[0])
     assert source.solution(prompt) == GSM8K_ROWS[0]["answer"]
@@ -72,7 +83,10 @@ def test_a_solution_is_put_into_its_template(tmp_path: Path) -> None:
     file = write(tmp_path / "gsm.jsonl", GSM8K_ROWS[2:])
     source = opened(file, solution_template="<think>{solution}</think>{answer}", **GSM8K_MAPPING)
     assert source.solution(source.train(0)) == "<think>Nothing.\n#### 0</think>0"
-    assert opened(file, **(GSM8K_MAPPING | {"solution_column": None})).solution(source.train(0)) is None
+    assert (
+        opened(file, **(GSM8K_MAPPING | {"solution_column": None})).solution(source.train(0))
+        is None
+    )
 
 
 VERL_ROW = {
@@ -92,7 +106,9 @@ def test_verl_layout_needs_no_mapping(tmp_path: Path, suffix: str) -> None:
         parquet.write_table(sys.modules["pyarrow"].Table.from_pylist([VERL_ROW]), path)
     else:
         path.write_text(json.dumps([VERL_ROW] if suffix == ".json" else VERL_ROW))
-    source = opened(str(path), CHAT, solution_column="extra_info.answer", system_prompt="has one already")
+    source = opened(
+        str(path), CHAT, solution_column="extra_info.answer", system_prompt="has one already"
+    )
     prompt = source.train(0)
     assert CHAT.decode(prompt.token_ids) == "system: Be brief.\nuser: 6*7?\nassistant: "
     assert (prompt.answer, prompt.source, source.name) == ("42", "openai/gsm8k", "verl")
@@ -102,11 +118,17 @@ def test_verl_layout_needs_no_mapping(tmp_path: Path, suffix: str) -> None:
 
 
 def test_answers_of_other_types_become_text(tmp_path: Path) -> None:
-    rows = [{"prompt": str(i), "answer": value} for i, value in enumerate([72, 0.5, ["a", 1], {"tests": [2]}, " x "])]
+    rows = [
+        {"prompt": str(i), "answer": value}
+        for i, value in enumerate([72, 0.5, ["a", 1], {"tests": [2]}, " x "])
+    ]
     source = opened(write(tmp_path / "a.jsonl", rows))
     answers = {p.messages[0]["content"]: p.answer for p in map(source.train, range(5))}
     assert [answers[str(i)] for i in range(5)] == ["72", "0.5", '["a", 1]', '{"tests": [2]}', "x"]
-    assert opened(write(tmp_path / "b.jsonl", [{"prompt": "hi"}]), answer_column="").train(0).answer == ""
+    assert (
+        opened(write(tmp_path / "b.jsonl", [{"prompt": "hi"}]), answer_column="").train(0).answer
+        == ""
+    )
 
 
 @pytest.mark.parametrize(
@@ -128,18 +150,23 @@ def test_each_epoch_is_all_rows_in_an_order_of_its_own(tmp_path: Path) -> None:
     source = opened(file, seed=3)
     seen = questions(source, 150)
     epochs = [seen[:50], seen[50:100], seen[100:]]
-    assert [sorted(epoch) for epoch in epochs] == [sorted(row["prompt"] for row in numbered(50))] * 3
+    assert [sorted(epoch) for epoch in epochs] == [
+        sorted(row["prompt"] for row in numbered(50))
+    ] * 3
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     assert len({source.train(i).id for i in range(150)}) == 150
     assert source.train(7).id == f"n/{source.train(7).answer}"
     again = opened(file, seed=3)
-    assert [again.train(i).answer for i in (149, 0, 60)] == [source.train(i).answer for i in (149, 0, 60)]
+    assert [again.train(i).answer for i in (149, 0, 60)] == [
+        source.train(i).answer for i in (149, 0, 60)
+    ]
     assert questions(opened(file, seed=4), 50) != epochs[0]
 
 
 def test_held_out_rows_are_the_same_for_every_seed_and_never_trained_on(tmp_path: Path) -> None:
     rows = numbered(60)
-    file = write(tmp_path / "n.jsonl", [*rows, *rows[:30]])  # half of the problems stand there twice
+    # half of the problems stand there twice
+    file = write(tmp_path / "n.jsonl", [*rows, *rows[:30]])
     sources = [opened(file, seed=s, heldout=20) for s in (0, 1)]
     heldout = [p.messages[0]["content"] for p in sources[0].heldout]
     assert sources[0].heldout == sources[1].heldout
@@ -152,7 +179,8 @@ def test_held_out_rows_are_the_same_for_every_seed_and_never_trained_on(tmp_path
 
 
 def test_more_rows_move_few_held_out_problems(tmp_path: Path) -> None:
-    """Chosen by the smallest hashes, so a data set that grows keeps nearly all of its held-out set."""
+    """Chosen by the smallest hashes, so a data set that grows keeps nearly all of its held-out
+    set."""
     sets = []
     for n in (1000, 1010):
         source = opened(write(tmp_path / f"{n}.jsonl", numbered(n)), heldout=100)
@@ -165,16 +193,29 @@ def test_an_evaluation_file_is_taken_out_of_training(tmp_path: Path) -> None:
     leak = [{"prompt": " 3+0=? ", "answer": "3"}, {"prompt": "9+9=?", "answer": "18"}]
     source = opened(train, eval_path=write(tmp_path / "test.jsonl", leak), heldout=512)
     assert [p.answer for p in source.heldout] == ["3", "18"]
-    assert sorted(p.answer for p in map(source.train, range(9))) == ["0", "1", "2", "4", "5", "6", "7", "8", "9"]
+    assert sorted(p.answer for p in map(source.train, range(9))) == [
+        "0",
+        "1",
+        "2",
+        "4",
+        "5",
+        "6",
+        "7",
+        "8",
+        "9",
+    ]
     assert source.size == 9
-    assert source.notes[2:] == (f"1 rows of {train} left out of training: they are held-out problems too",)
+    assert source.notes[2:] == (
+        f"1 rows of {train} left out of training: they are held-out problems too",
+    )
 
 
 def test_overlong_prompts_are_an_error_or_dropped_and_counted(tmp_path: Path) -> None:
     rows = [{"prompt": "x" * n, "answer": "1"} for n in (3, 9, 4, 8, 5)]
     file = write(tmp_path / "long.jsonl", rows)
     message = (
-        r"long\.jsonl', row 2: the prompt has 9 tokens, more than data\.max_prompt_length=8; raise it, or set "
+        r"long\.jsonl', row 2: the prompt has 9 tokens, more than data\.max_prompt_length=8; raise"
+        r" it, or set "
         r"data\.overlong=drop$"
     )
     with pytest.raises(ValueError, match=message):
@@ -205,7 +246,12 @@ ROWS = [{"question": "1+1=?", "answer": "2"}, {"question": "1+2=?", "answer": ""
         ("d.jsonl", [], {}, r"data\.source='.*' has no rows"),
         ("d.csv", "a,b", {}, r"data\.source='.*' has no rows"),
         ("d.csv", "prompt,answer\na,b,c", {}, r"line 2 has more values than the header has names"),
-        ("d.md", "a,b", {}, r"data\.source='.*d\.md' is of no known format; it must end in \.parquet, \.arrow"),
+        (
+            "d.md",
+            "a,b",
+            {},
+            r"data\.source='.*d\.md' is of no known format; it must end in \.parquet, \.arrow",
+        ),
         ("d*.jsonl", None, {}, r"data\.source='.*' matches no file"),
         ("d.jsonl", b"\xff\xfe{\x00", {}, r"data\.source='.*': it is not UTF-8"),
         ("d.jsonl", '{"prompt": 1}\n{"prompt"', {}, r"data\.source='.*': line 2 is not JSON"),
@@ -223,9 +269,17 @@ ROWS = [{"question": "1+1=?", "answer": "2"}, {"question": "1+2=?", "answer": ""
             "d.jsonl",
             [{"a": "x", "b": {"c": 1}}],
             {},
-            r"no column is known to be the prompt, there is only a, b \(c\); set data\.prompt_column",
+            (
+                r"no column is known to be the prompt, there is only a, b \(c\); set"
+                r" data\.prompt_column"
+            ),
         ),
-        ("d.jsonl", ROWS, {"prompt_column": "qestion"}, r"data\.prompt_column='qestion'.*; did you mean question\?"),
+        (
+            "d.jsonl",
+            ROWS,
+            {"prompt_column": "qestion"},
+            r"data\.prompt_column='qestion'.*; did you mean question\?",
+        ),
         (
             "d.jsonl",
             ROWS,
@@ -236,7 +290,10 @@ ROWS = [{"question": "1+1=?", "answer": "2"}, {"question": "1+2=?", "answer": ""
             "d.jsonl",
             [{"prompt": "a", "reward_model": {"ground_trut": "1"}}],
             {"answer_column": "reward_model.ground_truth"},
-            r"data\.answer_column='reward_model\.ground_truth'.*only ground_trut; did you mean ground_trut\?",
+            (
+                r"data\.answer_column='reward_model\.ground_truth'.*only ground_trut; did you mean"
+                r" ground_trut\?"
+            ),
         ),
         (
             "d.jsonl",
@@ -244,13 +301,26 @@ ROWS = [{"question": "1+1=?", "answer": "2"}, {"question": "1+2=?", "answer": ""
             {"prompt_template": "{questions}"},
             r"data\.prompt_template='questions'.*did you mean question\?",
         ),
-        ("d.jsonl", ROWS, {"prompt_template": "{question} {answer}"}, r"prompt_template shows the model \{answer\}"),
-        ("d.jsonl", ROWS, {"prompt_column": "question", "solution_column": "cot"}, r"data\.solution_column='cot'"),
+        (
+            "d.jsonl",
+            ROWS,
+            {"prompt_template": "{question} {answer}"},
+            r"prompt_template shows the model \{answer\}",
+        ),
+        (
+            "d.jsonl",
+            ROWS,
+            {"prompt_column": "question", "solution_column": "cot"},
+            r"data\.solution_column='cot'",
+        ),
         (
             "d.jsonl",
             ROWS,
             {"prompt_column": "question", "drop": "none"},
-            r"row 2: no answer in the column 'answer' \(data\.answer_column\); .* or set data\.drop=bad",
+            (
+                r"row 2: no answer in the column 'answer' \(data\.answer_column\); .* or set"
+                r" data\.drop=bad"
+            ),
         ),
         ("d.jsonl", [{"prompt": "a", "answer": None}], {}, r"row 1: no answer"),
         ("d.jsonl", [{"prompt": "a", "answer": " "}], {}, r"row 1: no answer"),
@@ -266,14 +336,24 @@ ROWS = [{"question": "1+1=?", "answer": "2"}, {"question": "1+2=?", "answer": ""
             {},
             r"2 of 3 rows have no prompt or no answer; is it the right layout\? .*row 2: no answer",
         ),
-        ("d.jsonl", ROWS, {"layout": "openr1"}, r"data\.layout=openr1 needs the columns problem, answer, generations"),
+        (
+            "d.jsonl",
+            ROWS,
+            {"layout": "openr1"},
+            r"data\.layout=openr1 needs the columns problem, answer, generations",
+        ),
         (
             "d.jsonl",
             [{"prompt": " ", "answer": "1"}],
             {},
             r"row 1: the column 'prompt' \(data\.prompt_column\) is empty",
         ),
-        ("d.jsonl", [{"prompt": 5, "answer": "1"}], {}, r"row 1: .* must be text or a list of messages .* got 5"),
+        (
+            "d.jsonl",
+            [{"prompt": 5, "answer": "1"}],
+            {},
+            r"row 1: .* must be text or a list of messages .* got 5",
+        ),
         (
             "d.jsonl",
             [{"prompt": [{"role": "user"}], "answer": "1"}],
@@ -317,7 +397,9 @@ def test_bad_data_is_one_clear_error_before_a_tokenizer_is_needed(
 
 def test_holding_out_everything_is_an_error(tmp_path: Path) -> None:
     file = write(tmp_path / "n.jsonl", numbered(5) * 2)
-    with pytest.raises(ValueError, match=r"data\.heldout=5 leaves nothing to train on of the 5 problems"):
+    with pytest.raises(
+        ValueError, match=r"data\.heldout=5 leaves nothing to train on of the 5 problems"
+    ):
         opened(file, heldout=5)
 
 
@@ -326,7 +408,10 @@ def test_holding_out_everything_is_an_error(tmp_path: Path) -> None:
     [
         ({"answer_pattern": "("}, r"data\.answer_pattern is no regular expression"),
         ({"answer_pattern": "#### .+"}, r"data\.answer_pattern needs a group"),
-        ({"eval_path": "a.jsonl", "eval_split": "test"}, r"set data\.eval_path .* or data\.eval_split .* not both"),
+        (
+            {"eval_path": "a.jsonl", "eval_split": "test"},
+            r"set data\.eval_path .* or data\.eval_split .* not both",
+        ),
         ({"prompt_colum": "q"}, r"prompt_colum"),
         ({"layout": "gsm8"}, r"data\.layout is auto or one of .*; did you mean gsm8k\?"),
         ({"bad_references": "drop"}, r"data\.bad_references is data\.drop now"),
@@ -380,23 +465,35 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(
-        ValueError, match=r"data\.source='openai/gsm8k' cannot be loaded .*no route to host.* give a file"
+        ValueError,
+        match=r"data\.source='openai/gsm8k' cannot be loaded .*no route to host.* give a file",
     ):
         opened("openai/gsm8k", subset="main", revision="v1")
 
 
 @pytest.mark.skipif(find_spec("reasoning_gym") is not None, reason="reasoning-gym is installed")
 def test_a_missing_extra_is_named() -> None:
-    with pytest.raises(ValueError, match=r"reasoning_gym:chain_sum' needs reasoning-gym: pip install 'emberl\[gym\]'"):
+    with pytest.raises(
+        ValueError,
+        match=r"reasoning_gym:chain_sum' needs reasoning-gym: pip install 'emberl\[gym\]'",
+    ):
         check_data(DataConfig(source="reasoning_gym:chain_sum"))
 
 
-@pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed (emberl[gym])")
+@pytest.mark.skipif(
+    find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed (emberl[gym])"
+)
 class TestReasoningGym:
     def test_prompts(self) -> None:
         import reasoning_gym
 
-        source = opened("reasoning_gym:chain_sum", CHAT, heldout=50, gym={"max_terms": 3}, system_prompt="Digits only.")
+        source = opened(
+            "reasoning_gym:chain_sum",
+            CHAT,
+            heldout=50,
+            gym={"max_terms": 3},
+            system_prompt="Digits only.",
+        )
         prompts = [source.train(i) for i in range(300)]
         assert len({p.columns["question"] for p in prompts}) > 290
         for prompt in [*prompts, *source.heldout]:
@@ -427,8 +524,16 @@ class TestReasoningGym:
         ("task", "gym", "message"),
         [
             ("chain_sun", {}, r"has no task 'chain_sun'; did you mean chain_sum"),
-            ("chain_sum", {"min_term": 1}, r"data\.gym=\{'min_term': 1\} does not suit the task chain_sum: .*min_term"),
-            ("chain_sum", {"min_terms": -1}, r"data\.gym=\{'min_terms': -1\} does not suit the task chain_sum"),
+            (
+                "chain_sum",
+                {"min_term": 1},
+                r"data\.gym=\{'min_term': 1\} does not suit the task chain_sum: .*min_term",
+            ),
+            (
+                "chain_sum",
+                {"min_terms": -1},
+                r"data\.gym=\{'min_terms': -1\} does not suit the task chain_sum",
+            ),
         ],
     )
     def test_errors(self, task: str, gym: dict[str, Any], message: str) -> None:
@@ -449,9 +554,11 @@ def test_gsm8k_itself() -> None:
 
 def test_settings_and_their_check_load_no_heavy_library() -> None:
     code = (
-        "import sys, emberl.rl.config.data as s, emberl.rl.data.sources as p\n"
-        "p.check_data(s.DataConfig(source='arithmetic'))\n"
-        "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow', 'ray') if m in sys.modules])"
+        "import sys, emberl.rl.config.data as s, emberl.rl.data.sources as"
+        " p\np.check_data(s.DataConfig(source='arithmetic'))\nprint([m for m in ('torch',"
+        " 'transformers', 'datasets', 'pyarrow', 'ray') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout.strip() == "[]"

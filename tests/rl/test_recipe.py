@@ -22,16 +22,21 @@ def test_a_share_of_the_solutions_is_shown_without_its_work() -> None:
     shown = [demonstration(WORKED, i, 0.25) for i in range(4000)]
     assert set(shown) == {WORKED, "<think></think>9"}
     assert shown.count("<think></think>9") / 4000 == pytest.approx(0.25, abs=0.03)
-    assert shown == [demonstration(WORKED, i, 0.25) for i in range(4000)], "a resumed run is shown the same"
+    assert shown == [demonstration(WORKED, i, 0.25) for i in range(4000)], (
+        "a resumed run is shown the same"
+    )
 
 
 def test_what_a_problem_is_does_not_tell_how_it_is_shown() -> None:
-    """A source whose draws were those of the demonstration would show one kind of problem one way."""
+    """A source whose draws were those of the demonstration would show one kind of problem one
+    way."""
     source = ProblemMaker(DataConfig(source="arithmetic", kinds={"chain": 1, "solve": 1}))
     for seed in range(3):
         problems = [next(source.train(seed, i)) for i in range(2000)]
         for kind in ("chain", "solve"):
-            shown = [demonstration(p.solution, i, 0.6) for i, p in enumerate(problems) if p.kind == kind]
+            shown = [
+                demonstration(p.solution, i, 0.6) for i, p in enumerate(problems) if p.kind == kind
+            ]
             bare = sum(text.startswith("<think></think>") for text in shown)
             assert bare / len(shown) == pytest.approx(0.6, abs=0.06), (seed, kind)
 
@@ -47,16 +52,33 @@ def test_work_over_several_lines_and_a_solution_without_any() -> None:
 
 
 def test_reward_functions_see_messages_only_where_the_model_does() -> None:
-    prompt = Prompt(id="p", token_ids=(1,), answer="", source="s", messages=({"role": "user", "content": "1+1?"},))
-    assert conversation(prompt, tiny_tokenizer(TinyConfig(vocabulary="bytes", chat_template=True))) == prompt.messages
+    prompt = Prompt(
+        id="p",
+        token_ids=(1,),
+        answer="",
+        source="s",
+        messages=({"role": "user", "content": "1+1?"},),
+    )
+    assert (
+        conversation(prompt, tiny_tokenizer(TinyConfig(vocabulary="bytes", chat_template=True)))
+        == prompt.messages
+    )
     assert conversation(prompt, tiny_tokenizer(TinyConfig())) == ()
 
 
 def test_a_new_run_trains_the_model_that_its_configuration_names(tmp_path: Path) -> None:
-    """A try that failed may have left a model of other settings in the folder; a resumed run keeps its own."""
+    """A try that failed may have left a model of other settings in the folder; a resumed run keeps
+    its own."""
 
     def hidden(size: int, *, anew: bool) -> int:
-        tiny = {"hidden": size, "layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 8, "intermediate": 16}
+        tiny = {
+            "hidden": size,
+            "layers": 1,
+            "heads": 1,
+            "kv_heads": 1,
+            "head_dim": 8,
+            "intermediate": 16,
+        }
         config = resolve({"name": "t", "model": {"tiny": tiny}, "data": {"source": "arithmetic"}})
         folder = prepare_model(config, tmp_path, print, anew=anew)
         made: int = json.loads((Path(folder) / "config.json").read_text())["hidden_size"]

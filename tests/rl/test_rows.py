@@ -62,7 +62,9 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "lines.ndjson": lambda p: p.write_text(LINES),
     "in_data.json": lambda p: p.write_text(json.dumps({"version": 1, "data": ROWS})),
     "by_id.json": lambda p: p.write_text(json.dumps({f"id{i}": row for i, row in enumerate(ROWS)})),
-    "pairs.json": lambda p: p.write_text(json.dumps([[row["prompt"], row["answer"]] for row in ROWS])),
+    "pairs.json": lambda p: p.write_text(
+        json.dumps([[row["prompt"], row["answer"]] for row in ROWS])
+    ),
     "no_suffix": lambda p: p.write_text(LINES),
     "table.csv": lambda p: p.write_bytes(b"\xef\xbb\xbf" + CSV.encode()),
     "table.tsv": lambda p: p.write_text(CSV.replace(",", "\t")),
@@ -92,7 +94,9 @@ def test_files_of_every_form(name: str, tmp_path: Path) -> None:
     assert {p.id.rpartition("/")[2] for p in map(source.train, range(4))} == {"0", "1", "2", "3"}
 
 
-def test_several_files_folders_globs_and_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_files_folders_globs_and_the_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "shards").mkdir()
     for i, row in enumerate(ROWS):
@@ -107,14 +111,24 @@ def test_several_files_folders_globs_and_the_home(tmp_path: Path, monkeypatch: p
     assert answers(opened("~/shards/train-*.jsonl")) == everything
     assert answers(opened("~/shards", split="test")) == {"5?": "5"}
     assert [p.answer for p in opened("~/shards", eval_split="test").heldout] == ["5"]
-    assert [p.answer for p in opened("~/shards", eval_path=["~/shards/test-00000.jsonl"]).heldout] == ["5"]
-    with pytest.raises(ValueError, match=r"data\.split='validation' is no split of '.*shards', which has test, train; name one"):
+    assert [
+        p.answer for p in opened("~/shards", eval_path=["~/shards/test-00000.jsonl"]).heldout
+    ] == ["5"]
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"data\.split='validation' is no split of '.*shards', which has test, train; name one"
+        ),
+    ):
         opened("~/shards", split="validation")
     mixed = opened(["~/shards", "~/code.json"])
     assert mixed.size == 5
     assert {p.source for p in map(mixed.train, range(5))} == {"shards", "code"}
     assert "tests test_list" in " ".join(mixed.notes)
-    twice = opened([str(tmp_path / "shards/train-00000.jsonl"), str(tmp_path / "shards/train-00001.jsonl")], name="x")
+    twice = opened(
+        [str(tmp_path / "shards/train-00000.jsonl"), str(tmp_path / "shards/train-00001.jsonl")],
+        name="x",
+    )
     assert len({twice.train(i).id for i in range(2)}) == 2
 
 
@@ -127,7 +141,10 @@ def test_folders_of_save_to_disk(tmp_path: Path) -> None:
     datasets.DatasetDict(train=rows, test=rows.select([2])).save_to_disk(tmp_path / "two")
     source = opened(str(tmp_path / "two"), eval_split="test")
     assert (source.size, [p.answer for p in source.heldout]) == (3, ["2"])
-    with pytest.raises(ValueError, match=r"data\.split='dev' is no split of '.*two', which has train, test; name one"):
+    with pytest.raises(
+        ValueError,
+        match=r"data\.split='dev' is no split of '.*two', which has train, test; name one",
+    ):
         opened(str(tmp_path / "two"), split="dev")
 
 
@@ -143,8 +160,19 @@ TURNS = [
     [
         ({"conversations": TURNS}, "6*7?", "42"),
         ({"conversations": TURNS, "answer": 41}, "6*7?", "41"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "6*7?"}]}], "answer": "42"}, "6*7?", "42"),
-        ({"prompt": json.dumps([{"role": "user", "content": "6*7?"}]), "answer": "42"}, "6*7?", "42"),
+        (
+            {
+                "messages": [{"role": "user", "content": [{"type": "text", "text": "6*7?"}]}],
+                "answer": "42",
+            },
+            "6*7?",
+            "42",
+        ),
+        (
+            {"prompt": json.dumps([{"role": "user", "content": "6*7?"}]), "answer": "42"},
+            "6*7?",
+            "42",
+        ),
         ({"prompt": str([{"role": "user", "content": "6*7?"}]), "answer": "42"}, "6*7?", "42"),
         ({"prompt": "[1, 2] has how many?", "answer": "2"}, "[1, 2] has how many?", "2"),
         ({"prompt": "a", "answer": 1234567890123456789012}, "a", "1234567890123456789012"),
@@ -154,21 +182,49 @@ TURNS = [
         ({"prompt": "a", "answer": ["5"]}, "a", "5"),
         ({"prompt": "a", "answer": ["5", "-5"]}, "a", '["5", "-5"]'),
         ({"prompt": "a", "extra_info": {"answer": 3}}, "a", "3"),
-        ({"prompt": "a", "reward_model": {"ground_truth": {"target": ["Paris", "paris"]}}}, "a", "Paris"),
+        (
+            {"prompt": "a", "reward_model": {"ground_truth": {"target": ["Paris", "paris"]}}},
+            "a",
+            "Paris",
+        ),
         ({"task": "a", "verification_info": '{"ground_truth": "5"}'}, "a", "5"),
         ({"Question": "Is it?", "Answer": True}, "Is it?\n\nAnswer yes or no.", "yes"),
-        ({"Body": "Tom has 3.", "Question": "How many?", "Answer": 3.0}, "Tom has 3.\n\nHow many?", "3.0"),
+        (
+            {"Body": "Tom has 3.", "Question": "How many?", "Answer": 3.0},
+            "Tom has 3.\n\nHow many?",
+            "3.0",
+        ),
         ({"body": "A.", "question": "B?", "answer": "9 (apples)"}, "A.\n\nB?", "9"),
         ({"question": "Q?", "choices": ["x", "y"], "answer": 1}, "Q?\n\nA. x\nB. y", "B"),
         ({"question": "Q?", "options": ["A)x", "B)y"], "correct": "B"}, "Q?\n\nA)x\nB)y", "B"),
-        ({"question": "Q?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}, "Q?\n\n1. x\n2. y", "2"),
-        ({"question": "Q?", "options": {"A": "x", "B": "y"}, "answer": "y"}, "Q?\n\nA. x\nB. y", "B"),
-        ({"question": "Q?", "opa": "x", "opb": "y", "opc": "z", "opd": "w", "cop": 2}, "Q?\n\nA. x\nB. y\nC. z\nD. w", "C"),
+        (
+            {
+                "question": "Q?",
+                "choices": {"text": ["x", "y"], "label": ["1", "2"]},
+                "answerKey": "2",
+            },
+            "Q?\n\n1. x\n2. y",
+            "2",
+        ),
+        (
+            {"question": "Q?", "options": {"A": "x", "B": "y"}, "answer": "y"},
+            "Q?\n\nA. x\nB. y",
+            "B",
+        ),
+        (
+            {"question": "Q?", "opa": "x", "opb": "y", "opc": "z", "opd": "w", "cop": 2},
+            "Q?\n\nA. x\nB. y\nC. z\nD. w",
+            "C",
+        ),
         ({"question": "Q? A. x B. y", "options": ["x", "y"], "answer": "B"}, "Q? A. x B. y", "B"),
         ({"instruction": "Add.", "input": "1 and 2", "output": "3"}, "Add.\n\n1 and 2", "3"),
-        ({"query": "Q", "response": "Some words that lead to it. So the answer is: $6$."}, "Q", "6"),
+        (
+            {"query": "Q", "response": "Some words that lead to it. So the answer is: $6$."},
+            "Q",
+            "6",
+        ),
     ],
-)  # fmt: skip
+)
 def test_rows_as_problems(row: dict[str, Any], prompt: str, answer: str, tmp_path: Path) -> None:
     assert one(tmp_path, row) == (prompt, answer)
 
@@ -191,9 +247,14 @@ def test_explicit_keys_come_before_the_layout(tmp_path: Path) -> None:
 
 def test_a_mapping_reaches_a_function_as_it_is(tmp_path: Path) -> None:
     truth = {"target": 98, "numbers": [44, 19, 35]}
-    row = {"prompt": [{"role": "user", "content": "?"}], "reward_model": {"ground_truth": truth, "style": "rule"}}
-    for name, write in (("a.jsonl", lambda p: p.write_text(json.dumps(row))),
-                        ("a.parquet", lambda p: parquet.write_table(pyarrow.Table.from_pylist([row]), p))):  # fmt: skip
+    row = {
+        "prompt": [{"role": "user", "content": "?"}],
+        "reward_model": {"ground_truth": truth, "style": "rule"},
+    }
+    for name, write in (
+        ("a.jsonl", lambda p: p.write_text(json.dumps(row))),
+        ("a.parquet", lambda p: parquet.write_table(pyarrow.Table.from_pylist([row]), p)),
+    ):
         write(tmp_path / name)
         prompt = opened(str(tmp_path / name)).train(0)
         assert prompt.columns["reward_model"]["ground_truth"] == truth
@@ -233,8 +294,8 @@ def test_bad_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     source = opened(str(path))
     assert source.size == 4
     assert (
-        f"2 of 6 rows of {path} left out: data.source='{path}', row 5: no answer in the column 'answer'"
-        in source.notes[1]
+        f"2 of 6 rows of {path} left out: data.source='{path}', row 5: no answer in the column"
+        " 'answer'" in source.notes[1]
     )
     with pytest.raises(ValueError, match=r"row 5: no answer .* set data\.drop=bad"):
         opened(str(path), drop="none")
@@ -242,14 +303,20 @@ def test_bad_rows_are_left_out_and_counted(tmp_path: Path) -> None:
 
 def write_repeated(path: Path, rows: int, distinct: int) -> None:
     made = [
-        {"data_source": "math_dapo", "prompt": [{"role": "user", "content": f"no. {i % distinct}"}],
-         "reward_model": {"ground_truth": str(i % distinct), "style": "rule"}, "extra_info": {"index": str(i)}}
+        {
+            "data_source": "math_dapo",
+            "prompt": [{"role": "user", "content": f"no. {i % distinct}"}],
+            "reward_model": {"ground_truth": str(i % distinct), "style": "rule"},
+            "extra_info": {"index": str(i)},
+        }
         for i in range(rows)
-    ]  # fmt: skip
+    ]
     parquet.write_table(pyarrow.Table.from_pylist(made), path, row_group_size=100)
 
 
-def test_large_tables_are_folded_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_tables_are_folded_once_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(prepared, "CACHED_BYTES", 1)
     file = tmp_path / "rows.parquet"
@@ -281,20 +348,30 @@ def test_two_processes_prepare_the_same_table(tmp_path: Path) -> None:
     file = tmp_path / "rows.parquet"
     write_repeated(file, 20_000, 5_000)
     code = (
-        "import sys; from emberl.rl.config.data import DataConfig, TinyConfig; from emberl.rl.data import prepared;"
-        "from emberl.rl.data.table import TableSource; from emberl.rl.data.tiny import tiny_tokenizer;"
-        "prepared.CACHED_BYTES = 1; t = tiny_tokenizer(TinyConfig(vocabulary='bytes'));"
-        "s = TableSource(DataConfig(source=sys.argv[1], heldout=0), t, 0); print(s.size, s.train(7).answer)"
+        "import sys; from emberl.rl.config.data import DataConfig, TinyConfig; from emberl.rl.data"
+        " import prepared;from emberl.rl.data.table import TableSource; from emberl.rl.data.tiny"
+        " import tiny_tokenizer;prepared.CACHED_BYTES = 1; t ="
+        " tiny_tokenizer(TinyConfig(vocabulary='bytes'));s ="
+        " TableSource(DataConfig(source=sys.argv[1], heldout=0), t, 0); print(s.size,"
+        " s.train(7).answer)"
     )
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     runs = [
-        subprocess.Popen([sys.executable, "-c", code, str(file)], env=environment, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(file)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for _ in range(2)
     ]
     said = [run.communicate(timeout=300)[0] for run in runs]
     assert said[0] == said[1]
     assert said[0].startswith("5000 ")
-    assert sorted(path.suffix for path in (tmp_path / "cache/emberl/data").iterdir()) == [".arrow", ".json"]
+    assert sorted(path.suffix for path in (tmp_path / "cache/emberl/data").iterdir()) == [
+        ".arrow",
+        ".json",
+    ]
 
 
 def test_a_table_is_read_in_pieces(tmp_path: Path) -> None:

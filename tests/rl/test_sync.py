@@ -28,20 +28,37 @@ MB = 1e6
         (450 * MB, 150.0, "dense", "dense"),
     ],
 )
-def test_the_mode_that_takes_less_time(bandwidth: float | None, ratio: float | None, now: Any, mode: str) -> None:
-    found = choose(Measured(num_bytes=200 * MB, bandwidth=bandwidth, ratio=ratio, coding_s=0.4), now)
+def test_the_mode_that_takes_less_time(
+    bandwidth: float | None, ratio: float | None, now: Any, mode: str
+) -> None:
+    found = choose(
+        Measured(num_bytes=200 * MB, bandwidth=bandwidth, ratio=ratio, coding_s=0.4), now
+    )
     assert found.mode == mode
     if bandwidth == 20 * MB and ratio == 150.0:
-        assert found.why == ("200 MB of weights at 20 MB/s: dense 10 s, patches 0.47 s (150x smaller, 0.4 s to code)")
+        assert (
+            found.why
+            == "200 MB of weights at 20 MB/s: dense 10 s, patches 0.47 s (150x smaller, 0.4 s to"
+            " code)"
+        )
 
 
 def test_the_collective_is_tried_once_where_there_is_a_fabric() -> None:
     assert choose_transport({"object_store": 1.0}, "object_store", fabric=False) == "object_store"
     assert choose_transport({}, "object_store", fabric=True) == "object_store"
     assert choose_transport({"object_store": 1.0}, "object_store", fabric=True) == "collective"
-    assert choose_transport({"object_store": 1.0, "collective": 9.0}, "collective", fabric=True) == "collective"
-    assert choose_transport({"object_store": 1.0, "collective": 0.5}, "collective", fabric=True) == "object_store"
-    assert choose_transport({"object_store": 1.0, "collective": 1.1}, "object_store", fabric=True) == "object_store"
+    assert (
+        choose_transport({"object_store": 1.0, "collective": 9.0}, "collective", fabric=True)
+        == "collective"
+    )
+    assert (
+        choose_transport({"object_store": 1.0, "collective": 0.5}, "collective", fabric=True)
+        == "object_store"
+    )
+    assert (
+        choose_transport({"object_store": 1.0, "collective": 1.1}, "object_store", fabric=True)
+        == "object_store"
+    )
 
 
 class FakeLearners:
@@ -61,7 +78,13 @@ class FakeLearners:
         patch = parcel(order.version - 1, 10) if order.patch else None
         anchor = parcel(None, 100) if order.anchor else None
         return Published(
-            version=order.version, root="", num_bytes=100, patch=patch, anchor=anchor, changed=0.01, encode_s=0.0
+            version=order.version,
+            root="",
+            num_bytes=100,
+            patch=patch,
+            anchor=anchor,
+            changed=0.01,
+            encode_s=0.0,
         )
 
 
@@ -78,15 +101,26 @@ class FakePool:
         self.notices.append(notice)
         wire = float(notice.patches[-1].size if notice.patches else 100)
         figures = {"prepare_s": 0.0, "apply_s": 0.0, "digest_failures": 0.0, "replays": 0.0}
-        return [{"version": float(notice.version), "wire_bytes": wire, "transfer_s": wire, **figures}]
+        return [
+            {"version": float(notice.version), "wire_bytes": wire, "transfer_s": wire, **figures}
+        ]
 
 
-def run(settings: SyncConfig, versions: int, folder: Path) -> tuple[FakeLearners, FakePool, list[str]]:
+def run(
+    settings: SyncConfig, versions: int, folder: Path
+) -> tuple[FakeLearners, FakePool, list[str]]:
     learners: Any = FakeLearners()
     pool: Any = FakePool()
     told: list[str] = []
     sync = WeightSync(
-        settings, learners, pool, run_id="run", run_dir=folder, history=False, fabric=False, tell=told.append
+        settings,
+        learners,
+        pool,
+        run_id="run",
+        run_dir=folder,
+        history=False,
+        fabric=False,
+        tell=told.append,
     )
     for version in range(versions):
         sync.begin(version)
@@ -102,7 +136,9 @@ def test_anchors_come_in_time_and_lead_to_the_newest_version(tmp_path: Path) -> 
         (anchor,) = notice.anchors
         held = [*notice.routes(anchor.version)]
         assert held and all(route[-1].version == notice.version for route in held if route)
-        assert [len(route) for route in notice.routes(None)] == [1 + notice.version - anchor.version]
+        assert [len(route) for route in notice.routes(None)] == [
+            1 + notice.version - anchor.version
+        ]
     assert [parcel.version for parcel in pool.notices[-1].patches] == [5, 6, 7, 8, 9], (
         "back to the anchor before the last"
     )
@@ -110,7 +146,9 @@ def test_anchors_come_in_time_and_lead_to_the_newest_version(tmp_path: Path) -> 
 
 def test_a_chain_of_half_an_anchor_ends(tmp_path: Path) -> None:
     learners, _, _ = run(SyncConfig(mode="patch", anchor_every=50), 16, tmp_path)
-    assert [order.version for order in learners.orders if order.anchor] == [0, 7, 14], "once six patches have 60 bytes"
+    assert [order.version for order in learners.orders if order.anchor] == [0, 7, 14], (
+        "once six patches have 60 bytes"
+    )
 
 
 def test_auto_changes_over_on_a_weak_link_and_says_why_once(tmp_path: Path) -> None:
@@ -130,14 +168,24 @@ def test_whole_weights_go_into_the_engines_where_all_change_at_once(tmp_path: Pa
 
     def meet(workers: int, timeout: float, backend: str, ranks: int) -> BroadcastGroup:
         met.append((backend, ranks))
-        return BroadcastGroup(host="", port=0, group=len(met), workers=workers, device="cpu", backend=backend)
+        return BroadcastGroup(
+            host="", port=0, group=len(met), workers=workers, device="cpu", backend=backend
+        )
 
     learners.meet, learners.broadcast, pool.apply_later = meet, lambda: None, pool.apply
     for mode in ("dense", "patch"):
         sync = WeightSync(
-            SyncConfig(mode=mode, transport="collective"), learners, pool, run_id="run", run_dir=tmp_path,
-            history=False, fabric=True, tell=print, backend="gloo", ranks=2,
-        )  # fmt: skip
+            SyncConfig(mode=mode, transport="collective"),
+            learners,
+            pool,
+            run_id="run",
+            run_dir=tmp_path,
+            history=False,
+            fabric=True,
+            tell=print,
+            backend="gloo",
+            ranks=2,
+        )
         for version, later in enumerate((False, False, True)):
             sync.begin(version)
             sync.deliver(later=later)

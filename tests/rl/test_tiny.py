@@ -1,4 +1,5 @@
-"""The small model and its tokenizer: exact round trips, and what plain transformers makes of the saved directory."""
+"""The small model and its tokenizer: exact round trips, and what plain transformers makes of the
+saved directory."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def test_round_trip_of_every_kind_of_problem() -> None:
     tokenizer = tiny_tokenizer(TinyConfig())
     for kind in set(KINDS) - {"story"}:
         for steps in ("full", "short"):
-            maker = ProblemMaker(DataConfig(source="arithmetic", kinds={kind: 1}, steps=steps, largest_term=40))
+            maker = ProblemMaker(
+                DataConfig(source="arithmetic", kinds={kind: 1}, steps=steps, largest_term=40)
+            )
             for i in range(100):
                 problem = next(maker.train(0, i))
                 text = problem.text + problem.solution
@@ -66,7 +69,9 @@ def test_a_character_outside_the_vocabulary_is_an_error_not_a_gap() -> None:
 
 def test_chat_template() -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
-    assert render(messages, BYTES, BYTES.chat_template) == "system: Be brief.\nuser: 1+1?\nassistant: "
+    assert (
+        render(messages, BYTES, BYTES.chat_template) == "system: Be brief.\nuser: 1+1?\nassistant: "
+    )
     assert render(messages, tiny_tokenizer(TinyConfig()), None) == "Be brief.\n1+1?"
 
 
@@ -79,7 +84,8 @@ def test_supervised_tokens_are_prompt_solution_and_end() -> None:
 
 
 class WithBos:
-    """A tokenizer that begins every text with a token of its own, as Llama's does; no chat template, no Rust."""
+    """A tokenizer that begins every text with a token of its own, as Llama's does; no chat
+    template, no Rust."""
 
     chat_template: str | None = None
     eos_token_id: int | None = 9
@@ -88,7 +94,12 @@ class WithBos:
         return ([7] if add_special_tokens else []) + [len(word) for word in text.split()]
 
     def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, chat_template: Any, tokenize: bool, add_generation_prompt: bool
+        self,
+        conversation: list[dict[str, str]],
+        *,
+        chat_template: Any,
+        tokenize: bool,
+        add_generation_prompt: bool,
     ) -> Any:
         assert not tokenize and add_generation_prompt
         return f"{conversation[-1]['content']} now"
@@ -96,7 +107,9 @@ class WithBos:
 
 def test_a_plain_prompt_begins_as_the_tokenizer_wants_and_a_solution_adds_nothing() -> None:
     tokenizer = WithBos()
-    ids = prompt_ids(render([{"role": "user", "content": "one three"}], tokenizer, None), tokenizer, chat=False)
+    ids = prompt_ids(
+        render([{"role": "user", "content": "one three"}], tokenizer, None), tokenizer, chat=False
+    )
     assert ids == (7, 3, 5)
     prompt = Prompt(id="a", token_ids=ids, answer="", source="s")
     assert supervised_ids(prompt, "it is", tokenizer, end_token(tokenizer)) == (7, 3, 5, 2, 2, 9)
@@ -110,7 +123,9 @@ def test_a_plain_prompt_begins_as_the_tokenizer_wants_and_a_solution_adds_nothin
 
 @pytest.mark.parametrize("vocabulary", ["arithmetic", "bytes"])
 def test_transformers_loads_what_was_saved(tmp_path: Path, vocabulary: str) -> None:
-    config = TinyConfig(**SMALL, vocabulary=vocabulary, chat_template=vocabulary == "bytes", max_positions=64)
+    config = TinyConfig(
+        **SMALL, vocabulary=vocabulary, chat_template=vocabulary == "bytes", max_positions=64
+    )
     folder = make_tiny(tmp_path / "made" / "here", config, seed=0)
     ours = tiny_tokenizer(config)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -145,10 +160,13 @@ def test_the_seed_is_the_model(tmp_path: Path) -> None:
 
 
 def test_default_size() -> None:
-    # by hand: 23 * 128 embedding + 3 * (q, o: 2 * 128 * 128; k, v: 2 * 128 * 64; mlp: 3 * 128 * 384;
-    # norms: 2 * 128 + 2 * 64) + 128
+    # by hand: 23 * 128 embedding + 3 * (q, o: 2 * 128 * 128; k, v: 2 * 128 * 64; mlp: 3 * 128 *
+    # 384; norms: 2 * 128 + 2 * 64) + 128
     model = tiny_model(TinyConfig(), 23, seed=0)
-    assert sum(p.numel() for p in model.parameters()) == 2944 + 3 * (32768 + 16384 + 147456 + 384) + 128
+    assert (
+        sum(p.numel() for p in model.parameters())
+        == 2944 + 3 * (32768 + 16384 + 147456 + 384) + 128
+    )
 
 
 def test_initial_weights_have_the_spread_that_was_asked_for() -> None:

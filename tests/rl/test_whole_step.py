@@ -1,4 +1,5 @@
-"""A whole step, from scores to new weights, is the step that a paper's formulas give in plain PyTorch (float64).
+"""A whole step, from scores to new weights, is the step that a paper's formulas give in plain
+PyTorch (float64).
 
 Adam's eps is of the size of the gradients: with the usual one a factor on the loss would not show.
 """
@@ -40,7 +41,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @contextmanager
 def learner(path: str, config: Config) -> Iterator[LearnerRank]:
     settings = ModelConfig.model_validate({"path": path, "dtype": "float64"})
-    rank = LearnerRank(RankSpec(rank=0, world=1, device="cpu", threads=1, model=settings, timeout=60.0))
+    rank = LearnerRank(
+        RankSpec(rank=0, world=1, device="cpu", threads=1, model=settings, timeout=60.0)
+    )
     rank.connect(rank.address())
     try:
         rank.load(path)
@@ -51,7 +54,8 @@ def learner(path: str, config: Config) -> Iterator[LearnerRank]:
 
 
 def sampled(path: str) -> list[Group]:
-    """Four groups of four answers whose log-probs are the model's own but for an engine's rounding."""
+    """Four groups of four answers whose log-probs are the model's own but for an engine's
+    rounding."""
     policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     rng = np.random.default_rng(0)
     groups = []
@@ -64,13 +68,17 @@ def sampled(path: str) -> list[Group]:
                 logp = logprobs(policy, prompt.token_ids, ids).numpy()
             answers.append(
                 Completion(
-                    prompt_id=prompt.id, sample=i, token_ids=ids,
+                    prompt_id=prompt.id,
+                    sample=i,
+                    token_ids=ids,
                     logprobs=(logp + 0.02 * rng.standard_normal(length)).astype(np.float32),
-                    spans=(Span(0, 0, length),), finish_reason="length" if length == LONGEST else "stop",
+                    spans=(Span(0, 0, length),),
+                    finish_reason="length" if length == LONGEST else "stop",
                 )
-            )  # fmt: skip
+            )
         verdicts = tuple(
-            Verdict(status=Status.VERIFIER_ERROR if s is None else Status.PARTIAL, score=s) for s in scores
+            Verdict(status=Status.VERIFIER_ERROR if s is None else Status.PARTIAL, score=s)
+            for s in scores
         )
         groups.append(Group(prompt=prompt, completions=tuple(answers), verdicts=verdicts))
     return groups
@@ -93,11 +101,19 @@ def plain_step(path: str, groups: Sequence[Group], config: Config, plan: Plan) -
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     optim = config.optim
     adam = torch.optim.AdamW(
-        policy.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+        policy.parameters(),
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
     )
     advantages = plan.advantages(groups)
     with torch.no_grad():
-        frozen = {id(c): logprobs(reference, g.prompt.token_ids, c.token_ids) for g in groups for c in g.completions}
+        frozen = {
+            id(c): logprobs(reference, g.prompt.token_ids, c.token_ids)
+            for g in groups
+            for c in g.completions
+        }
     for _ in range(config.schedule.epochs):
         for part in np.array_split(np.arange(len(groups)), config.schedule.minibatches):
             rows = [(groups[i], c, a) for i in part for c, a in advantages[i]]
@@ -106,7 +122,11 @@ def plain_step(path: str, groups: Sequence[Group], config: Config, plan: Plan) -
             terms, lengths = [], []
             for group, answer, advantage in rows:
                 logp = logprobs(policy, group.prompt.token_ids, answer.token_ids)
-                old = frozen[id(answer)] if plan.recompute else torch.from_numpy(answer.logprobs).double()
+                old = (
+                    frozen[id(answer)]
+                    if plan.recompute
+                    else torch.from_numpy(answer.logprobs).double()
+                )
                 terms.append(plan.loss(logp, old, frozen[id(answer)], torch.as_tensor(advantage)))
                 lengths.append(len(logp))
             adam.zero_grad()
@@ -153,14 +173,19 @@ def with_kl(logp: Tensor, old: Tensor, reference: Tensor, advantage: Tensor) -> 
     return clipped(0.2, 0.2)(logp, old, reference, advantage) + 0.1 * (gap.exp() - 1 - gap)
 
 
-def normalised(divide: bool, others: bool = False, penalty: bool = False) -> Callable[..., list[Any]]:
-    """Score minus the mean of its group, over the deviation, or minus the mean of the others; groups without a signal out."""
+def normalised(
+    divide: bool, others: bool = False, penalty: bool = False
+) -> Callable[..., list[Any]]:
+    """Score minus the mean of its group, over the deviation, or minus the mean of the others;
+    groups without a signal out."""
 
     def advantages(groups: Sequence[Group]) -> list[list[tuple[Completion, float]]]:
         found = []
         for group in groups:
             scored = [
-                (c, v.score) for c, v in zip(group.completions, group.verdicts, strict=True) if v.score is not None
+                (c, v.score)
+                for c, v in zip(group.completions, group.verdicts, strict=True)
+                if v.score is not None
             ]
             if penalty:  # the last fifth of LONGEST tokens is 2: 8 tokens cost half a point, 9 one
                 scored = [(c, s - max(0.0, (len(c) - (LONGEST - 2)) / 2)) for c, s in scored]
@@ -174,12 +199,22 @@ def normalised(divide: bool, others: bool = False, penalty: bool = False) -> Cal
 
 
 def whitened_returns(groups: Sequence[Group]) -> list[list[tuple[Completion, Tensor]]]:
-    """REINFORCE++ without discount: every token of an answer has its score, shifted and scaled over all tokens."""
+    """REINFORCE++ without discount: every token of an answer has its score, shifted and scaled over
+    all tokens."""
     rows = [
-        [(c, v.score) for c, v in zip(g.completions, g.verdicts, strict=True) if v.score is not None] for g in groups
+        [
+            (c, v.score)
+            for c, v in zip(g.completions, g.verdicts, strict=True)
+            if v.score is not None
+        ]
+        for g in groups
     ]
-    tokens = torch.tensor([s for row in rows for c, s in row for _ in range(len(c))], dtype=torch.float64)
-    white = [[(c, (s - tokens.mean()) / (tokens.var() + 1e-8).sqrt()) for c, s in row] for row in rows]
+    tokens = torch.tensor(
+        [s for row in rows for c, s in row for _ in range(len(c))], dtype=torch.float64
+    )
+    white = [
+        [(c, (s - tokens.mean()) / (tokens.var() + 1e-8).sqrt()) for c, s in row] for row in rows
+    ]
     return [[(c, a.expand(len(c))) for c, a in row] for row in white]
 
 
@@ -201,13 +236,21 @@ CASES: dict[str, tuple[dict[str, Any], Plan]] = {
     ),
     "gspo": (
         {"filter": {"zero_variance": False}, "schedule": {"epochs": 2}},
-        Plan(advantages=normalised(True), loss=clipped(3e-4, 4e-4, sequence=True), mean=sequence_mean, recompute=True),
+        Plan(
+            advantages=normalised(True),
+            loss=clipped(3e-4, 4e-4, sequence=True),
+            mean=sequence_mean,
+            recompute=True,
+        ),
     ),
     "cispo": (
         {"schedule": {"minibatches": 2}},
         Plan(advantages=normalised(True), loss=cispo, mean=token_mean),
     ),
-    "rloo": ({}, Plan(advantages=normalised(False, others=True), loss=reinforce, mean=sequence_sum)),
+    "rloo": (
+        {},
+        Plan(advantages=normalised(False, others=True), loss=reinforce, mean=sequence_sum),
+    ),
     "reinforce_pp": (
         {"schedule": {"minibatches": 2, "epochs": 2}},
         Plan(advantages=whitened_returns, loss=clipped(0.2, 0.2), mean=token_mean),
@@ -224,22 +267,31 @@ CASES: dict[str, tuple[dict[str, Any], Plan]] = {
 def test_a_step_is_that_of_plain_pytorch(model: str, name: str) -> None:
     changes, plan = CASES[name]
     tree = {
-        "name": "t", "model": {"path": model}, "data": {"source": "arithmetic"}, "algorithm": name.split()[0],
+        "name": "t",
+        "model": {"path": model},
+        "data": {"source": "arithmetic"},
+        "algorithm": name.split()[0],
         "rollout": {"group_size": 4, "max_response_length": LONGEST},
-        "optim": {"lr": 1e-2, "eps": 0.1, "grad_clip": 1e9, "weight_decay": 0.1}, **changes,
-    }  # fmt: skip
+        "optim": {"lr": 1e-2, "eps": 0.1, "grad_clip": 1e9, "weight_decay": 0.1},
+        **changes,
+    }
     config = resolve(tree)
     groups = sampled(model)
     trained = with_advantages(config, groups)
     objective = Objective.of(config.loss, config.kl, config.offpolicy)
     with learner(model, config) as rank:
-        run: Any = SimpleNamespace(config=config, learners=rank, progress=Progress(), publish=lambda wait: {})
+        run: Any = SimpleNamespace(
+            config=config, learners=rank, progress=Progress(), publish=lambda wait: {}
+        )
         metrics = update(run, trained, objective)
         found = {
-            key.removeprefix("model."): value.full_tensor().clone() for key, value in rank.policy.state_dict().items()
+            key.removeprefix("model."): value.full_tensor().clone()
+            for key, value in rank.policy.state_dict().items()
         }
     kept = {group.prompt.id for group in trained}
-    expected = plain_step(model, [group for group in groups if group.prompt.id in kept], config, plan)
+    expected = plain_step(
+        model, [group for group in groups if group.prompt.id in kept], config, plan
+    )
     start = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).state_dict()
     moved = max(float((expected[key] - start[key]).abs().max()) for key in expected)
     assert moved > 1e-4 and metrics["training/updates"] > 0
@@ -249,14 +301,21 @@ def test_a_step_is_that_of_plain_pytorch(model: str, name: str) -> None:
 
 
 def test_the_deviation_of_a_step_is_of_all_its_scores() -> None:
-    """Of 16 scores, 8 of them 1: mean .5, deviation with N - 1 .5164; the groups without a signal count in it and leave."""
+    """Of 16 scores, 8 of them 1: mean .5, deviation with N - 1 .5164; the groups without a signal
+    count in it and leave."""
 
     def group(number: int, scores: str) -> Group:
         answers = tuple(
-            Completion(prompt_id="", sample=i, token_ids=np.array([5], np.int32), logprobs=np.zeros(1, np.float32),
-                       spans=(Span(0, 0, 1),), finish_reason="stop")
+            Completion(
+                prompt_id="",
+                sample=i,
+                token_ids=np.array([5], np.int32),
+                logprobs=np.zeros(1, np.float32),
+                spans=(Span(0, 0, 1),),
+                finish_reason="stop",
+            )
             for i in range(4)
-        )  # fmt: skip
+        )
         verdicts = tuple(Verdict(status=Status.PARTIAL, score=float(s)) for s in scores)
         prompt = Prompt(id=str(number), token_ids=(3,), answer="", source="s")
         return Group(prompt=prompt, completions=answers, verdicts=verdicts)

@@ -26,7 +26,8 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(scope="session")
 def make_decoder() -> Callable[..., Decoder]:
-    """make_decoder(seed, dtype=float64, **config) -> Decoder with distributions far from uniform."""
+    """make_decoder(seed, dtype=float64, **config) -> Decoder with distributions far from
+    uniform."""
 
     def make(seed: int = 0, dtype: torch.dtype = torch.float64, **config: Any) -> Decoder:
         decoder = Decoder(parse_architecture(TINY | config), dtype)

@@ -16,7 +16,10 @@ Refer to the documentation on how to address the out of memory issue."""
     [
         (ray.exceptions.OutOfMemoryError(PAGE), "optim.micro_batch_tokens"),
         (RuntimeError(f"The actor died. {PAGE}"), "memory was nearly full"),
-        (RuntimeError("Traceback:\n  File x\nValueError: temperature\n\n"), "ValueError: temperature"),
+        (
+            RuntimeError("Traceback:\n  File x\nValueError: temperature\n\n"),
+            "ValueError: temperature",
+        ),
         (RuntimeError(""), "RuntimeError"),
     ],
 )

@@ -65,10 +65,20 @@ def test_decode_equals_full_forward_to_1e_9(make_decoder: MakeDecoder) -> None:
 
 def test_float32_logprobs_agree_with_transformers(make_prompt: MakePrompt, tmp_path: Path) -> None:
     config = transformers.Qwen3Config(
-        vocab_size=24, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, tie_word_embeddings=True, eos_token_id=1,
-        pad_token_id=0, bos_token_id=None, initializer_range=0.4,
-    )  # fmt: skip
+        vocab_size=24,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+        initializer_range=0.4,
+    )
     torch.manual_seed(0)
     model = transformers.Qwen3ForCausalLM(config).eval()
     model.save_pretrained(tmp_path)
@@ -90,17 +100,26 @@ def test_float32_logprobs_agree_with_transformers(make_prompt: MakePrompt, tmp_p
     for completion in engine.run():
         ids = torch.tensor([prompts[completion.prompt_id].token_ids])
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, min_new_tokens=20, eos_token_id=None
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=20,
+            min_new_tokens=20,
+            eos_token_id=None,
+        )
         assert completion.token_ids.tolist() == out[0, ids.shape[1] :].tolist()
 
 
-def test_the_same_run_gives_the_same_bits(make_decoder: MakeDecoder, make_prompt: MakePrompt) -> None:
+def test_the_same_run_gives_the_same_bits(
+    make_decoder: MakeDecoder, make_prompt: MakePrompt
+) -> None:
     def run(slots: int, dtype: torch.dtype) -> list[Completion]:
         engine = EmbeddedEngine(make_decoder(dtype=dtype), max_num_seqs=slots, max_model_len=64)
         for i in range(6):
             engine.submit(
-                make_prompt(f"p{i}", 3 + 2 * i), 3, Sampling(max_tokens=5 + 3 * i, stop_token_ids=(3,), seed=1)
+                make_prompt(f"p{i}", 3 + 2 * i),
+                3,
+                Sampling(max_tokens=5 + 3 * i, stop_token_ids=(3,), seed=1),
             )
         return engine.run()
 
@@ -114,14 +133,18 @@ def test_the_same_run_gives_the_same_bits(make_decoder: MakeDecoder, make_prompt
         np.testing.assert_allclose(first.logprobs, second.logprobs, atol=1e-6)
 
 
-def test_samples_of_a_group_and_seeds_differ(make_decoder: MakeDecoder, make_prompt: MakePrompt) -> None:
+def test_samples_of_a_group_and_seeds_differ(
+    make_decoder: MakeDecoder, make_prompt: MakePrompt
+) -> None:
     engine = EmbeddedEngine(make_decoder(), max_num_seqs=16, max_model_len=64)
     for seed in (0, 1):
         engine.submit(make_prompt("p"), 8, Sampling(max_tokens=12, seed=seed))
     assert len({tuple(completion.token_ids) for completion in engine.run()}) == 16
 
 
-def test_a_prompt_is_computed_once_for_its_group(make_decoder: MakeDecoder, make_prompt: MakePrompt) -> None:
+def test_a_prompt_is_computed_once_for_its_group(
+    make_decoder: MakeDecoder, make_prompt: MakePrompt
+) -> None:
     engine = EmbeddedEngine(make_decoder(), max_num_seqs=3, max_model_len=64)
     for name, length, n in (("a", 11, 8), ("b", 4, 5)):
         engine.submit(make_prompt(name, length), n, Sampling(max_tokens=7))
@@ -137,14 +160,16 @@ def test_a_freed_slot_is_taken_at_once(make_decoder: MakeDecoder, make_prompt: M
     for i, length in enumerate(lengths):
         engine.submit(make_prompt(f"p{i}"), 1, Sampling(max_tokens=length))
     finished = [completion.prompt_id for completion in engine.run()]
-    # Steps beside p0's eight: p1 two, then p2 three, then p3 three of its four; p4 needs none, and takes the slot that p0
-    # leaves. Static batches of two would take 8 + 4 + 0 steps.
+    # Steps beside p0's eight: p1 two, then p2 three, then p3 three of its four; p4 needs none, and
+    # takes the slot that p0 leaves. Static batches of two would take 8 + 4 + 0 steps.
     assert engine.counters.decode_steps == 9
     assert engine.counters.decode_tokens == sum(length - 1 for length in lengths)
     assert finished == ["p1", "p2", "p0", "p4", "p3"]
 
 
-def test_stop_token_is_the_last_token_and_the_reason(make_decoder: MakeDecoder, make_prompt: MakePrompt) -> None:
+def test_stop_token_is_the_last_token_and_the_reason(
+    make_decoder: MakeDecoder, make_prompt: MakePrompt
+) -> None:
     engine = EmbeddedEngine(make_decoder(), max_num_seqs=8, max_model_len=100)
     engine.submit(make_prompt("p"), 40, Sampling(max_tokens=6, stop_token_ids=(2, 7, 9)))
     engine.submit(make_prompt("q"), 4, Sampling(max_tokens=50))
@@ -163,7 +188,9 @@ def test_stop_token_is_the_last_token_and_the_reason(make_decoder: MakeDecoder, 
     assert reasons == {"stop", "length"}
 
 
-def test_engine_frequencies_match_the_model(make_decoder: MakeDecoder, make_prompt: MakePrompt) -> None:
+def test_engine_frequencies_match_the_model(
+    make_decoder: MakeDecoder, make_prompt: MakePrompt
+) -> None:
     decoder = make_decoder()
     engine = EmbeddedEngine(decoder, max_num_seqs=4000, max_model_len=16)
     prompt = make_prompt("p", 4)
@@ -171,7 +198,9 @@ def test_engine_frequencies_match_the_model(make_decoder: MakeDecoder, make_prom
     completions = engine.run()
     first, second = np.array([completion.token_ids for completion in completions]).T
     ids = torch.tensor([[*prompt.token_ids, token, 0] for token in range(24)])
-    logps = torch.stack([decoder.token_logprobs(ids.index_fill(1, torch.tensor(5), t)) for t in range(24)], -1)
+    logps = torch.stack(
+        [decoder.token_logprobs(ids.index_fill(1, torch.tensor(5), t)) for t in range(24)], -1
+    )
     top = torch.softmax(decoder.token_logprobs(ids)[:, 3].topk(4).values, 0).numpy()
     favourites = decoder.token_logprobs(ids)[:, 3].topk(4).indices.numpy()
     wanted, found = 4000 * top, np.array([(first == token).sum() for token in favourites])
@@ -186,16 +215,22 @@ def test_engine_frequencies_match_the_model(make_decoder: MakeDecoder, make_prom
         assert ((counted - expected) ** 2 / expected).sum() < 16.3
 
 
-def test_requests_that_cannot_be_served_are_refused(make_decoder: MakeDecoder, make_prompt: MakePrompt) -> None:
+def test_requests_that_cannot_be_served_are_refused(
+    make_decoder: MakeDecoder, make_prompt: MakePrompt
+) -> None:
     engine = EmbeddedEngine(make_decoder(), max_num_seqs=2, max_model_len=20)
-    with pytest.raises(ValueError, match=r"p: 15 prompt tokens \+ max_tokens=6 is 21, above max_model_len=20"):
+    with pytest.raises(
+        ValueError, match=r"p: 15 prompt tokens \+ max_tokens=6 is 21, above max_model_len=20"
+    ):
         engine.submit(make_prompt("p", 15), 1, Sampling(max_tokens=6))
     with pytest.raises(ValueError, match="no tokens"):
         engine.submit(make_prompt("p", 0), 1, Sampling(max_tokens=6))
     with pytest.raises(ValueError, match="n=0"):
         engine.submit(make_prompt("p", 3), 0, Sampling(max_tokens=6))
     with pytest.raises(ValueError, match="token 24"):
-        engine.submit(Prompt(id="p", token_ids=(3, 24), answer="", source=""), 1, Sampling(max_tokens=6))
+        engine.submit(
+            Prompt(id="p", token_ids=(3, 24), answer="", source=""), 1, Sampling(max_tokens=6)
+        )
     engine.submit(make_prompt("p", 15), 1, Sampling(max_tokens=5))
     (completion,) = engine.run()
     assert completion.spans == (Span(0, 0, 5),)

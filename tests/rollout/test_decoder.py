@@ -38,11 +38,27 @@ LLAMA3 = {
 }
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
-    ("Qwen3", {"head_dim": 20, "tie_word_embeddings": False, "attention_bias": True, "num_key_value_heads": 1}),
+    (
+        "Qwen3",
+        {
+            "head_dim": 20,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "num_key_value_heads": 1,
+        },
+    ),
     ("Qwen2", {"tie_word_embeddings": True}),
     ("Qwen2", {"tie_word_embeddings": False, "rope_theta": 500.0}),
     ("Llama", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
-    ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
+    (
+        "Llama",
+        {
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": LLAMA3,
+        },
+    ),
 ]
 
 
@@ -63,8 +79,12 @@ def reference_logprobs(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(logits, -1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
 
 
-@pytest.mark.parametrize(("family", "extra"), CASES, ids=lambda value: value if isinstance(value, str) else "")
-def test_logprobs_agree_with_transformers(family: str, extra: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "extra"), CASES, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_logprobs_agree_with_transformers(
+    family: str, extra: dict[str, Any], tmp_path: Path
+) -> None:
     model = random_model(family, extra)
     model.save_pretrained(tmp_path)
     ids = torch.randint(0, 40, (3, 60), generator=torch.Generator().manual_seed(2))
@@ -81,7 +101,9 @@ def test_bfloat16_logprobs_are_as_close_to_float32_as_those_of_transformers(tmp_
     ids = torch.randint(0, 40, (4, 60), generator=torch.Generator().manual_seed(3))
     exact = reference_logprobs(model.bfloat16().float(), ids)
     theirs = (reference_logprobs(model.bfloat16(), ids).float() - exact).abs().mean()
-    ours = (Decoder.from_directory(tmp_path, torch.bfloat16).token_logprobs(ids) - exact).abs().mean()
+    ours = (
+        (Decoder.from_directory(tmp_path, torch.bfloat16).token_logprobs(ids) - exact).abs().mean()
+    )
     assert ours < 1.3 * theirs
 
 
@@ -94,7 +116,9 @@ def test_sharded_checkpoints_and_names(tmp_path: Path) -> None:
     assert set(decoder.weights) == set(state)
     for name, tensor in state.items():
         assert torch.equal(decoder.weights[name], tensor), name
-        assert decoder.digests()[name] == digest(tensor.contiguous().view(torch.uint8).numpy().reshape(-1)), name
+        assert decoder.digests()[name] == digest(
+            tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
+        ), name
 
 
 def test_a_tied_head_stored_twice_is_no_error(tmp_path: Path) -> None:
@@ -121,7 +145,9 @@ def test_load_replaces_exactly_one_tensor_of_the_fused_matrix(
         changed = {key for key, value in decoder.digests().items() if value != before[key]}
         assert changed == {name}
         assert decoder.digest(name) == donor.digest(name)
-        assert not torch.equal(decoder.token_logprobs(ids), served), f"{name} is held but not multiplied"
+        assert not torch.equal(decoder.token_logprobs(ids), served), (
+            f"{name} is held but not multiplied"
+        )
     assert torch.equal(decoder.token_logprobs(ids), donor.token_logprobs(ids))
 
 
@@ -148,18 +174,25 @@ def test_load_refuses_what_does_not_fit(make_decoder: Callable[..., Decoder]) ->
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding"),
     ],
 )
-def test_what_is_not_supported_is_named_with_the_way_out(change: dict[str, Any], words: str) -> None:
+def test_what_is_not_supported_is_named_with_the_way_out(
+    change: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ValueError, match=rf"{words}.*rollout\.engine=vllm"):
         parse_architecture(SMALL | {"architectures": ["LlamaForCausalLM"]} | change)
 
 
 def test_rope_is_read_from_both_layouts_of_transformers() -> None:
     base = SMALL | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 4}
-    old = inverse_frequencies(parse_architecture(base | {"rope_theta": 100.0, "rope_scaling": None}))
-    new = inverse_frequencies(
-        parse_architecture(base | {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}})
+    old = inverse_frequencies(
+        parse_architecture(base | {"rope_theta": 100.0, "rope_scaling": None})
     )
-    np.testing.assert_allclose(old.numpy(), [1.0, 0.1], rtol=1e-6)  # 100 ** -(0 / 4), 100 ** -(2 / 4)
+    new = inverse_frequencies(
+        parse_architecture(
+            base | {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+        )
+    )
+    # 100 ** -(0 / 4), 100 ** -(2 / 4)
+    np.testing.assert_allclose(old.numpy(), [1.0, 0.1], rtol=1e-6)
     assert torch.equal(old, new)
 
 
@@ -169,7 +202,11 @@ def test_a_directory_without_weights_or_with_too_few_is_named(tmp_path: Path) ->
     model = random_model("Qwen3", CASES[0][1])
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "model.norm.weight"}
+    state = {
+        name: tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if name != "model.norm.weight"
+    }
     save_file(state, file)
     with pytest.raises(ValueError, match=r"1 tensors are missing.*model\.norm\.weight"):
         Decoder.from_directory(tmp_path)

@@ -26,7 +26,9 @@ LONG = Sampling(max_tokens=200)
 def patch_of(decoder: Decoder, version: int, run_id: str = "run") -> WeightPatch:
     copied = {name: decoder.tensor_bytes(name) for name in decoder.weights}
     return dense_patch(
-        run_id, version, [(name, replace(tensor, data=tensor.data.copy())) for name, tensor in copied.items()]
+        run_id,
+        version,
+        [(name, replace(tensor, data=tensor.data.copy())) for name, tensor in copied.items()],
     )
 
 
@@ -44,9 +46,12 @@ async def until_steps(engine: EmbeddedEngine, steps: int) -> None:
 
 
 def replayed(decoders: dict[int, Decoder], prompt: Prompt, completion: Completion) -> np.ndarray:
-    """Log-probs of a completion decoded one token at a time, each by the weights of its version on the kept cache."""
+    """Log-probs of a completion decoded one token at a time, each by the weights of its version on
+    the kept cache."""
     ids = torch.tensor([*prompt.token_ids, *completion.token_ids.tolist()])
-    version_of = np.concatenate([np.full(span.stop - span.start, span.version) for span in completion.spans])
+    version_of = np.concatenate(
+        [np.full(span.stop - span.start, span.version) for span in completion.spans]
+    )
     start = len(prompt.token_ids)
     arch = decoders[0].arch
     cache = KVCache(arch, 1, len(ids), torch.float64, torch.device("cpu"))
@@ -60,32 +65,46 @@ def replayed(decoders: dict[int, Decoder], prompt: Prompt, completion: Completio
             cache.fit(position + 1, 1)
             where = torch.tensor([position])
             cache.open(where)
-            logits = decoder.logits(decoder.forward(ids[position : position + 1], where, cache.attend))
+            logits = decoder.logits(
+                decoder.forward(ids[position : position + 1], where, cache.attend)
+            )
             logprobs.append(torch.log_softmax(logits, -1)[0, ids[position + 1]].item())
     return np.array(logprobs[start - 1 :])
 
 
-def test_streams_run_side_by_side_and_repeat_bit_for_bit(make_decoder: MakeDecoder, make_prompt: MakePrompt) -> None:
+def test_streams_run_side_by_side_and_repeat_bit_for_bit(
+    make_decoder: MakeDecoder, make_prompt: MakePrompt
+) -> None:
     sampling = Sampling(max_tokens=30, stop_token_ids=(5,))
 
     async def several() -> list[list[Completion]]:
-        engine = EmbeddedEngine(make_decoder(dtype=torch.bfloat16), max_num_seqs=6, max_model_len=64)
+        engine = EmbeddedEngine(
+            make_decoder(dtype=torch.bfloat16), max_num_seqs=6, max_model_len=64
+        )
         prompts = [make_prompt(f"p{i}", 3 + i) for i in range(5)]
-        results = await asyncio.gather(*(collect(engine, prompt, 4, sampling) for prompt in prompts))
+        results = await asyncio.gather(
+            *(collect(engine, prompt, 4, sampling) for prompt in prompts)
+        )
         await engine.close()
         return results
 
     async def at_once() -> list[Completion]:
-        engine = EmbeddedEngine(make_decoder(dtype=torch.bfloat16), max_num_seqs=6, max_model_len=64)
+        engine = EmbeddedEngine(
+            make_decoder(dtype=torch.bfloat16), max_num_seqs=6, max_model_len=64
+        )
         requests = [(make_prompt(f"p{i}", 3 + i), 4, sampling) for i in range(5)]
         results = [completion async for completion in engine.generate_all(requests)]
         await engine.close()
         return results
 
     streams = run(several())
-    together = {(completion.prompt_id, completion.sample): completion for completion in run(at_once())}
+    together = {
+        (completion.prompt_id, completion.sample): completion for completion in run(at_once())
+    }
     for i, stream in enumerate(streams):
-        assert {(completion.prompt_id, completion.sample) for completion in stream} == {(f"p{i}", s) for s in range(4)}
+        assert {(completion.prompt_id, completion.sample) for completion in stream} == {
+            (f"p{i}", s) for s in range(4)
+        }
         for completion in stream:
             other = together.pop((completion.prompt_id, completion.sample))
             np.testing.assert_array_equal(completion.token_ids, other.token_ids)
@@ -93,12 +112,16 @@ def test_streams_run_side_by_side_and_repeat_bit_for_bit(make_decoder: MakeDecod
     assert not together
 
 
-def test_an_update_in_flight_keeps_requests_and_cache(make_decoder: MakeDecoder, make_prompt: MakePrompt) -> None:
+def test_an_update_in_flight_keeps_requests_and_cache(
+    make_decoder: MakeDecoder, make_prompt: MakePrompt
+) -> None:
     new = make_decoder(1)
 
     async def scenario() -> list[list[Completion]]:
         engine = EmbeddedEngine(make_decoder(0), max_num_seqs=4, max_model_len=220, run_id="run")
-        groups = [asyncio.create_task(collect(engine, make_prompt(f"p{i}"), 3, LONG)) for i in range(2)]
+        groups = [
+            asyncio.create_task(collect(engine, make_prompt(f"p{i}"), 3, LONG)) for i in range(2)
+        ]
         await until_steps(engine, 10)
         await engine.pause()
         steps = engine.counters.decode_steps
@@ -127,7 +150,11 @@ def test_an_update_in_flight_keeps_requests_and_cache(make_decoder: MakeDecoder,
         edge = completion.spans[0].stop
         prompt = make_prompt(completion.prompt_id)
         ids = torch.tensor([[*prompt.token_ids, *completion.token_ids.tolist()]])
-        by_first = decoders[completion.spans[0].version].token_logprobs(ids)[0, len(prompt.token_ids) - 1 :].numpy()
+        by_first = (
+            decoders[completion.spans[0].version]
+            .token_logprobs(ids)[0, len(prompt.token_ids) - 1 :]
+            .numpy()
+        )
         np.testing.assert_allclose(completion.logprobs[:edge], by_first[:edge], atol=2e-6, rtol=0)
 
 
@@ -139,7 +166,11 @@ def test_update_without_pause_takes_effect_between_two_tokens(
         group = asyncio.create_task(collect(engine, make_prompt("p"), 4, LONG))
         for version in (1, 2, 3):
             await until_steps(engine, 20 * version)
-            assert await engine.apply(patch_of(make_decoder(version), version)) == version == engine.version
+            assert (
+                await engine.apply(patch_of(make_decoder(version), version))
+                == version
+                == engine.version
+            )
         result = await group
         await engine.close()
         return result
@@ -150,7 +181,9 @@ def test_update_without_pause_takes_effect_between_two_tokens(
         np.testing.assert_allclose(completion.logprobs, exact, atol=2e-6, rtol=0)
 
 
-def test_abort_returns_what_was_decoded_and_ends_the_stream(make_decoder: MakeDecoder, make_prompt: MakePrompt) -> None:
+def test_abort_returns_what_was_decoded_and_ends_the_stream(
+    make_decoder: MakeDecoder, make_prompt: MakePrompt
+) -> None:
     async def scenario() -> tuple[list[Completion], list[Completion], list[Completion]]:
         engine = EmbeddedEngine(make_decoder(0), max_num_seqs=4, max_model_len=220)
         gone = asyncio.create_task(collect(engine, make_prompt("gone"), 6, LONG))
@@ -179,8 +212,8 @@ def test_abort_returns_what_was_decoded_and_ends_the_stream(make_decoder: MakeDe
 def test_an_aborted_sample_goes_on_as_if_nothing_had_happened(
     make_decoder: MakeDecoder, make_prompt: MakePrompt
 ) -> None:
-    """By the same weights the tokens are those of the run that was not interrupted; by new ones, what follows is theirs, read
-    anew from the first token on."""
+    """By the same weights the tokens are those of the run that was not interrupted; by new ones,
+    what follows is theirs, read anew from the first token on."""
     new, prompt = make_decoder(1), make_prompt("p")
 
     async def scenario(patch: WeightPatch | None) -> tuple[list[Completion], list[Completion]]:
@@ -211,16 +244,22 @@ def test_an_aborted_sample_goes_on_as_if_nothing_had_happened(
         have = len(part)
         np.testing.assert_array_equal(completion.token_ids[:have], part.token_ids)
         np.testing.assert_array_equal(completion.logprobs[:have], part.logprobs)
-        assert completion.spans == ((Span(0, 0, have), Span(1, have, 200)) if have else (Span(1, 0, 200),))
+        assert completion.spans == (
+            (Span(0, 0, have), Span(1, have, 200)) if have else (Span(1, 0, 200),)
+        )
         ids = torch.tensor([[*prompt.token_ids, *completion.token_ids.tolist()]])
         by_new = new.token_logprobs(ids)[0, len(prompt.token_ids) - 1 :].numpy()
         np.testing.assert_allclose(completion.logprobs[have:], by_new[have:], atol=2e-6, rtol=0)
 
 
-def test_a_consumer_that_leaves_frees_its_slots(make_decoder: MakeDecoder, make_prompt: MakePrompt) -> None:
+def test_a_consumer_that_leaves_frees_its_slots(
+    make_decoder: MakeDecoder, make_prompt: MakePrompt
+) -> None:
     async def scenario() -> int:
         engine = EmbeddedEngine(make_decoder(0), max_num_seqs=2, max_model_len=1000)
-        task = asyncio.create_task(collect(engine, make_prompt("left"), 2, Sampling(max_tokens=900)))
+        task = asyncio.create_task(
+            collect(engine, make_prompt("left"), 2, Sampling(max_tokens=900))
+        )
         await until_steps(engine, 5)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -233,14 +272,20 @@ def test_a_consumer_that_leaves_frees_its_slots(make_decoder: MakeDecoder, make_
     assert run(scenario()) < 900
 
 
-def test_what_is_refused_leaves_the_old_weights_served(make_decoder: MakeDecoder, make_prompt: MakePrompt) -> None:
+def test_what_is_refused_leaves_the_old_weights_served(
+    make_decoder: MakeDecoder, make_prompt: MakePrompt
+) -> None:
     old, new = make_decoder(0), make_decoder(1)
     good = patch_of(new, 6)
     name = "model.layers.1.self_attn.k_proj.weight"
     flipped = good.tensors[name].data.copy()
     flipped[100] ^= 1
-    damaged = replace(good, tensors={**good.tensors, name: replace(good.tensors[name], data=flipped)})
-    lacking = replace(good, tensors={key: tensor for key, tensor in good.tensors.items() if key != name})
+    damaged = replace(
+        good, tensors={**good.tensors, name: replace(good.tensors[name], data=flipped)}
+    )
+    lacking = replace(
+        good, tensors={key: tensor for key, tensor in good.tensors.items() if key != name}
+    )
     unknown = replace(good, digests={**good.digests, "lm_head.weight": "0" * 32})
     cases: list[tuple[WeightPatch, type[Exception], str]] = [
         (damaged, DigestMismatchError, name),
@@ -303,7 +348,9 @@ def test_the_version_already_served_is_not_loaded_again(make_decoder: MakeDecode
     run(scenario())
 
 
-def test_weights_damaged_while_loading_are_never_served(make_decoder: MakeDecoder, make_prompt: MakePrompt) -> None:
+def test_weights_damaged_while_loading_are_never_served(
+    make_decoder: MakeDecoder, make_prompt: MakePrompt
+) -> None:
     class Faulty(Decoder):
         broken = True
 
@@ -327,7 +374,8 @@ def test_weights_damaged_while_loading_are_never_served(make_decoder: MakeDecode
         with pytest.raises(DigestMismatchError, match="serves nothing"):
             await collect(engine, make_prompt("q"), 1, Sampling(max_tokens=2))
         decoder.broken = False
-        assert await engine.apply(patch_of(source, 1)) == 1  # anchored anew, it goes on with what it had
+        # anchored anew, it goes on with what it had
+        assert await engine.apply(patch_of(source, 1)) == 1
         await engine.resume()
         assert all(completion.spans == (Span(1, 0, 10),) for completion in await group)
         await engine.close()
@@ -335,7 +383,9 @@ def test_weights_damaged_while_loading_are_never_served(make_decoder: MakeDecode
     run(scenario())
 
 
-def test_errors_and_the_end_reach_every_stream(make_decoder: MakeDecoder, make_prompt: MakePrompt) -> None:
+def test_errors_and_the_end_reach_every_stream(
+    make_decoder: MakeDecoder, make_prompt: MakePrompt
+) -> None:
     class Failing(Decoder):
         def logits(self, hidden: torch.Tensor) -> torch.Tensor:
             raise MemoryError("no room")
@@ -355,7 +405,9 @@ def test_errors_and_the_end_reach_every_stream(make_decoder: MakeDecoder, make_p
         engine = EmbeddedEngine(make_decoder(0), max_model_len=5000)
         with pytest.raises(ValueError, match="max_model_len=5000"):
             await collect(engine, make_prompt("long"), 1, Sampling(max_tokens=5000))
-        stream = asyncio.create_task(collect(engine, make_prompt("p"), 1, Sampling(max_tokens=4900)))
+        stream = asyncio.create_task(
+            collect(engine, make_prompt("p"), 1, Sampling(max_tokens=4900))
+        )
         await until_steps(engine, 3)
         await engine.close()
         await engine.close()
@@ -367,7 +419,9 @@ def test_errors_and_the_end_reach_every_stream(make_decoder: MakeDecoder, make_p
     run(scenario())
 
 
-def test_a_burst_beyond_its_deadline_is_an_error(make_decoder: MakeDecoder, make_prompt: MakePrompt) -> None:
+def test_a_burst_beyond_its_deadline_is_an_error(
+    make_decoder: MakeDecoder, make_prompt: MakePrompt
+) -> None:
     class Stuck(Decoder):
         def logits(self, hidden: torch.Tensor) -> torch.Tensor:
             time.sleep(0.5)
@@ -387,8 +441,11 @@ def test_a_burst_beyond_its_deadline_is_an_error(make_decoder: MakeDecoder, make
     run(scenario())
 
 
-def test_a_token_rate_holds_every_answer_to_it(make_decoder: MakeDecoder, make_prompt: MakePrompt) -> None:
-    """20 tokens at 100 a second, of four answers at once: the first comes with the prompt, 19 steps are 10 ms apart."""
+def test_a_token_rate_holds_every_answer_to_it(
+    make_decoder: MakeDecoder, make_prompt: MakePrompt
+) -> None:
+    """20 tokens at 100 a second, of four answers at once: the first comes with the prompt, 19 steps
+    are 10 ms apart."""
 
     async def scenario() -> float:
         engine = EmbeddedEngine(make_decoder(0), max_model_len=64, token_rate=100)

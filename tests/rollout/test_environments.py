@@ -75,9 +75,13 @@ class Scripted:
 def empty(prompt: Prompt, sample: int) -> Completion:
     none = np.zeros(0)
     return Completion(
-        prompt_id=prompt.id, sample=sample, token_ids=none.astype(np.int32), logprobs=none.astype(np.float32),
-        spans=(), finish_reason="abort",
-    )  # fmt: skip
+        prompt_id=prompt.id,
+        sample=sample,
+        token_ids=none.astype(np.int32),
+        logprobs=none.astype(np.float32),
+        spans=(),
+        finish_reason="abort",
+    )
 
 
 class Remote:
@@ -101,14 +105,18 @@ class Remote:
 
 
 def pool_of(engine: Any, **settings: Any) -> RolloutPool:
-    return RolloutPool([Remote(GroupService(engine))], timeout=120.0, sync_timeout=120.0, **settings)
+    return RolloutPool(
+        [Remote(GroupService(engine))], timeout=120.0, sync_timeout=120.0, **settings
+    )
 
 
 def episodes(make: Callable[[], Any], *, max_turns: int = 4, timeout: float = 60.0) -> Episodes:
     return Episodes(
         make,
         text=lambda tokens, reason: " ".join(map(str, tokens[:-1] if reason == "stop" else tokens)),
-        observe=lambda observation, last: [ASK, *map(int, observation.split())] if observation else [],
+        observe=lambda observation, last: (
+            [ASK, *map(int, observation.split())] if observation else []
+        ),
         max_turns=max_turns,
         timeout=timeout,
     )
@@ -142,23 +150,35 @@ def test_a_two_turn_episode_token_by_token(make_prompt: MakePrompt) -> None:
     engine = Scripted({0: [[7, 5, END], [4, END]], 1: [[8, END]]})
     Listener.heard = []
     prompt = make_prompt("a", 3)
-    [(long, short)] = play(engine, Listener, [prompt], 2, Sampling(max_tokens=20, stop_token_ids=(END,)))
+    [(long, short)] = play(
+        engine, Listener, [prompt], 2, Sampling(max_tokens=20, stop_token_ids=(END,))
+    )
     assert long.token_ids.tolist() == [7, 5, END, ASK, 2, 4, END]
     assert long.mask.tolist() == [True, True, True, False, False, True, True]
     assert long.logprobs.tolist() == [-0.5, -0.5, -0.5, 0, 0, -1.5, -1.5]
-    assert long.spans == (Span(0, 0, 5), Span(1, 5, 7)), "each turn its weights; an observation those before it"
-    assert long.sampled_by_version == [(0, 3), (1, 2)] and long.num_sampled == 5 and long.last_turn == 5
+    assert long.spans == (Span(0, 0, 5), Span(1, 5, 7)), (
+        "each turn its weights; an observation those before it"
+    )
+    assert (
+        long.sampled_by_version == [(0, 3), (1, 2)]
+        and long.num_sampled == 5
+        and long.last_turn == 5
+    )
     assert long.finish_reason == "stop" and long.episode is not None
     assert (long.episode.turns, long.episode.reward, long.episode.status) == ((0, 5), 0.5, "done")
     said = [(m["role"], m["content"]) for m in long.episode.messages]
     assert said == [("assistant", "7 5"), ("user", "2"), ("assistant", "4")]
-    assert engine.read[-1] == (*prompt.token_ids, 7, 5, END, ASK, 2), "the sample's own tokens, and the observation's"
+    assert engine.read[-1] == (*prompt.token_ids, 7, 5, END, ASK, 2), (
+        "the sample's own tokens, and the observation's"
+    )
     assert sorted(Listener.heard) == ["4", "7 5", "8"]
     assert short.token_ids.tolist() == [8, END] and short.mask.all() and short.episode is not None
     assert (short.episode.turns, short.episode.reward) == ((0,), 0.25)
 
 
-def test_a_turn_may_begin_before_the_one_before_has_left_the_worker(make_prompt: MakePrompt) -> None:
+def test_a_turn_may_begin_before_the_one_before_has_left_the_worker(
+    make_prompt: MakePrompt,
+) -> None:
     prompt, limit = make_prompt("a"), Sampling(max_tokens=20, stop_token_ids=(END,))
 
     async def two_turns() -> tuple[list[Any], Any]:
@@ -197,7 +217,11 @@ def test_vllm_reads_the_same_tokens_and_keeps_them(make_prompt: MakePrompt) -> N
     none: asyncio.Queue[Any] = asyncio.Queue()
     (second,) = samples_of([(prompt, 1, sampling)], {"a": [first]}, none, StopStrings(None))
     fresh = next(iter(samples_of([(prompt, 2, sampling)], {}, none, StopStrings(None))))
-    assert second.token_ids == [*prompt.token_ids, 7, END, ASK, 2] and second.wanted == 16 and second.number == 1
+    assert (
+        second.token_ids == [*prompt.token_ids, 7, END, ASK, 2]
+        and second.wanted == 16
+        and second.number == 1
+    )
     assert second.seed != fresh.seed
     second.tokens = 2
     made = second.completion(Decoded([5, END], [-0.5, -0.25], "stop"), 6)
@@ -300,12 +324,16 @@ def test_a_broken_environment_costs_its_own_episode(
     assert [c.episode.status for c in fine if c.episode] == ["done", "done"]
 
 
-def test_environments_that_hang_stop_being_called(make_prompt: MakePrompt, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environments_that_hang_stop_being_called(
+    make_prompt: MakePrompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("emberl.rollout.environments.AT_ONCE", 2)
     engine = Scripted({i: [[5, END]] for i in range(6)})
     prompt = replace(make_prompt("a"), answer="sleeps")
     start = time.monotonic()
-    [group] = play(engine, Bad, [prompt], 6, Sampling(max_tokens=9, stop_token_ids=(END,)), timeout=0.2)
+    [group] = play(
+        engine, Bad, [prompt], 6, Sampling(max_tokens=9, stop_token_ids=(END,)), timeout=0.2
+    )
     assert time.monotonic() - start < 5
     assert {c.episode.message for c in group if c.episode} == {
         "no step within 0.2 s",
@@ -332,7 +360,9 @@ def embedded(make_decoder: MakeDecoder) -> EmbeddedEngine:
     return EmbeddedEngine(make_decoder(0), max_num_seqs=8, max_model_len=64, run_id="run")
 
 
-def test_the_embedded_engine_goes_on_as_one_long_sequence(make_decoder: MakeDecoder, make_prompt: MakePrompt) -> None:
+def test_the_embedded_engine_goes_on_as_one_long_sequence(
+    make_decoder: MakeDecoder, make_prompt: MakePrompt
+) -> None:
     prompts = [make_prompt(name) for name in "abc"]
     groups = play(embedded(make_decoder), Talks, prompts, 4, SEEDED)
     again = play(embedded(make_decoder), Talks, prompts, 4, SEEDED)
@@ -340,7 +370,9 @@ def test_the_embedded_engine_goes_on_as_one_long_sequence(make_decoder: MakeDeco
     seen = 0
     for prompt, group, other in zip(prompts, groups, again, strict=True):
         for completion, repeated in zip(group, other, strict=True):
-            assert np.array_equal(completion.token_ids, repeated.token_ids), "a run repeats, whatever the clock says"
+            assert np.array_equal(completion.token_ids, repeated.token_ids), (
+                "a run repeats, whatever the clock says"
+            )
             assert np.array_equal(completion.logprobs, repeated.logprobs)
             whole = torch.tensor([[*prompt.token_ids, *completion.token_ids.tolist()]])
             expected = decoder.token_logprobs(whole)[0, len(prompt.token_ids) - 1 :].numpy()
@@ -352,8 +384,11 @@ def test_the_embedded_engine_goes_on_as_one_long_sequence(make_decoder: MakeDeco
 
 
 def test_a_stop_string_ends_its_own_turn_only(tmp_path: Path) -> None:
-    """Also where the observation has one, or the beginning of one; its last token is part of the turn."""
-    model = make_tiny(tmp_path, TinyConfig(hidden=32, head_dim=16, intermediate=48, layers=2), seed=2)
+    """Also where the observation has one, or the beginning of one; its last token is part of the
+    turn."""
+    model = make_tiny(
+        tmp_path, TinyConfig(hidden=32, head_dim=16, intermediate=48, layers=2), seed=2
+    )
     tokenizer = tiny_tokenizer(TinyConfig())
     digits = set(tokenizer.encode("0123456789"))
 
@@ -364,13 +399,17 @@ def test_a_stop_string_ends_its_own_turn_only(tmp_path: Path) -> None:
 
     engine = EmbeddedEngine(model, max_num_seqs=8, max_model_len=64, dtype="float32")
     sampling = Sampling(max_tokens=50, stop=tuple("0123456789"), stop_token_ids=(END,), seed=1)
-    [group] = play(engine, Asks, [Prompt(id="a", token_ids=(4, 5), answer="", source="t")], 6, sampling)
+    [group] = play(
+        engine, Asks, [Prompt(id="a", token_ids=(4, 5), answer="", source="t")], 6, sampling
+    )
     turns = 0
     for completion in group:
         assert completion.episode is not None
         tokens, mask = completion.token_ids.tolist(), completion.mask
         for start, stop in pairwise([*completion.episode.turns, len(tokens)]):
-            turn = [t for t, known in zip(tokens[start:stop], mask[start:stop], strict=True) if known]
+            turn = [
+                t for t, known in zip(tokens[start:stop], mask[start:stop], strict=True) if known
+            ]
             assert not digits & set(turn[:-1]), "none ended late"
             turns += turn[-1] in digits
     assert turns > 6, "several turns of a sample ended so"
@@ -395,15 +434,29 @@ def test_one_turn_is_the_plain_case(
     prompts = [make_prompt(f"p{i}", 3 + i) for i in range(groups)]
     plain = [g for _, g in sorted(pool_of(embedded(make_decoder)).generate(prompts, n, sampling))]
     played = play(embedded(make_decoder), Environment, prompts, n, sampling)
-    for one, other in zip([c for g in plain for c in g], [c for g in played for c in g], strict=True):
-        assert np.array_equal(one.token_ids, other.token_ids) and np.array_equal(one.logprobs, other.logprobs)
-        assert one.spans == other.spans and one.finish_reason == other.finish_reason and other.mask.all()
-        assert other.episode is not None and other.episode.turns == (0,) and other.episode.reward is None
+    for one, other in zip(
+        [c for g in plain for c in g], [c for g in played for c in g], strict=True
+    ):
+        assert np.array_equal(one.token_ids, other.token_ids) and np.array_equal(
+            one.logprobs, other.logprobs
+        )
+        assert (
+            one.spans == other.spans
+            and one.finish_reason == other.finish_reason
+            and other.mask.all()
+        )
+        assert (
+            other.episode is not None
+            and other.episode.turns == (0,)
+            and other.episode.reward is None
+        )
 
 
 def patch_of(decoder: Decoder, version: int) -> WeightPatch:
     copied = {name: decoder.tensor_bytes(name) for name in decoder.weights}
-    return dense_patch("run", version, [(n, replace(t, data=t.data.copy())) for n, t in copied.items()])
+    return dense_patch(
+        "run", version, [(n, replace(t, data=t.data.copy())) for n, t in copied.items()]
+    )
 
 
 def test_weights_that_change_between_turns_are_recorded_for_each_turn(
@@ -444,7 +497,9 @@ class Dies(Remote):
             yield reply
 
 
-def test_a_lost_worker_costs_one_turn_which_is_drawn_again(make_decoder: MakeDecoder, make_prompt: MakePrompt) -> None:
+def test_a_lost_worker_costs_one_turn_which_is_drawn_again(
+    make_decoder: MakeDecoder, make_prompt: MakePrompt
+) -> None:
     [undisturbed] = play(embedded(make_decoder), Talks, [make_prompt("a")], 3, SEEDED)
     Dies.requests = 0
     service = GroupService(embedded(make_decoder))
@@ -476,7 +531,9 @@ def test_a_group_is_cut_while_its_environments_answer(make_prompt: MakePrompt) -
     pool.episodes = episodes(Slow)
     came: list[Any] = []
     limit = Sampling(max_tokens=20, stop_token_ids=(END,))
-    job = Job(prompt=make_prompt("a"), n=2, sampling=limit, deliver=came.append, was_cut=came.append)
+    job = Job(
+        prompt=make_prompt("a"), n=2, sampling=limit, deliver=came.append, was_cut=came.append
+    )
     pool.submit([job])
     while len(answering) < 2:
         time.sleep(0.01)
@@ -484,4 +541,6 @@ def test_a_group_is_cut_while_its_environments_answer(make_prompt: MakePrompt) -
     time.sleep(1.0)
     assert came == [()], "told once that it was cut, with no turn that is over, and never delivered"
     [(_, other)] = pool.generate([make_prompt("b")], 2, limit)
-    assert [c.token_ids.tolist() for c in other] == [[7, END, ASK, 1, 8, END], [8, END]], "the pool goes on"
+    assert [c.token_ids.tolist() for c in other] == [[7, END, ASK, 1, 8, END], [8, END]], (
+        "the pool goes on"
+    )

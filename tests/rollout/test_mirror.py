@@ -9,11 +9,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from emberl.rollout.vllm_backend.shared_memory import ALIGNMENT, Mirror, read_mirror
-from emberl.rollout.weights.patch import DigestMismatchError, TensorBytes, WeightPatch, dense_patch, digest
+from emberl.rollout.weights.patch import (
+    DigestMismatchError,
+    TensorBytes,
+    WeightPatch,
+    dense_patch,
+    digest,
+)
 
 
 def floats(*values: float) -> TensorBytes:
-    return TensorBytes(dtype="F32", shape=(len(values),), data=np.array(values, np.float32).view(np.uint8))
+    return TensorBytes(
+        dtype="F32", shape=(len(values),), data=np.array(values, np.float32).view(np.uint8)
+    )
 
 
 WEIGHTS = {"a": floats(1, 2, 3), "b": floats(4), "c": floats(5, 6)}
@@ -26,7 +34,10 @@ def filled() -> Mirror:
 
 
 def values(mirror: Mirror) -> dict[str, list[float]]:
-    return {n: t.data.view(np.float32).tolist() for n, t in read_mirror(mirror.path, list(mirror.entries.items()))}
+    return {
+        n: t.data.view(np.float32).tolist()
+        for n, t in read_mirror(mirror.path, list(mirror.entries.items()))
+    }
 
 
 def partial(version: int = 2, **tensors: TensorBytes) -> WeightPatch:
@@ -42,22 +53,40 @@ def test_a_patch_of_some_tensors_leaves_the_others() -> None:
     mirror.write(patch.tensors)
     assert values(mirror) == {"a": [1, 2, 3], "b": [-4], "c": [5, 6]}
     assert mirror.digests() == patch.digests
-    assert {name: entry.start % ALIGNMENT for name, entry in mirror.entries.items()} == {"a": 0, "b": 0, "c": 0}
+    assert {name: entry.start % ALIGNMENT for name, entry in mirror.entries.items()} == {
+        "a": 0,
+        "b": 0,
+        "c": 0,
+    }
     assert mirror.num_bytes == 24
 
 
 BAD: list[tuple[WeightPatch, type[Exception], str]] = [
     (partial(d=floats(1)), ValueError, "d is not a tensor of this model"),
     (partial(a=floats(1, 2)), ValueError, r"a: got F32 \(2,\), the engine serves F32 \(3,\)"),
-    (partial(b=replace(floats(1), dtype="BF16")), ValueError, r"b: got BF16 \(1,\), the engine serves F32 \(1,\)"),
+    (
+        partial(b=replace(floats(1), dtype="BF16")),
+        ValueError,
+        r"b: got BF16 \(1,\), the engine serves F32 \(1,\)",
+    ),
     (partial(b=replace(floats(1, 2), shape=(1,))), ValueError, "b: F32 .* is 4 bytes, got 8"),
-    (replace(partial(b=floats(1)), tensors={"b": floats(2)}), DigestMismatchError, "tensor b of version 2"),
-    (replace(partial(b=floats(1), c=floats(7, 8)), tensors={"b": floats(1)}), DigestMismatchError, "tensor c"),
+    (
+        replace(partial(b=floats(1)), tensors={"b": floats(2)}),
+        DigestMismatchError,
+        "tensor b of version 2",
+    ),
+    (
+        replace(partial(b=floats(1), c=floats(7, 8)), tensors={"b": floats(1)}),
+        DigestMismatchError,
+        "tensor c",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("patch", "error", "words"), BAD)
-def test_what_is_wrong_is_found_before_anything_changes(patch: WeightPatch, error: type[Exception], words: str) -> None:
+def test_what_is_wrong_is_found_before_anything_changes(
+    patch: WeightPatch, error: type[Exception], words: str
+) -> None:
     mirror = filled()
     before = mirror.digests()
     with pytest.raises(error, match=words):

@@ -1,4 +1,5 @@
-"""Learners and engines agree on a broadcast before anybody enters it; who cannot take part has the version another way."""
+"""Learners and engines agree on a broadcast before anybody enters it; who cannot take part has the
+version another way."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ WAIT = 10.0
 
 def patch(version: int) -> WeightPatch:
     values = np.array([version, 2.0], np.float32)
-    return dense_patch("run", version, [("a", TensorBytes(dtype="F32", shape=(2,), data=values.view(np.uint8)))])
+    return dense_patch(
+        "run", version, [("a", TensorBytes(dtype="F32", shape=(2,), data=values.view(np.uint8)))]
+    )
 
 
 class Learner:
@@ -49,7 +52,9 @@ class Learner:
     def place(self, number: int, timeout: float = WAIT) -> EngineTransfer:
         whole = patch(number)
         broadcast = Broadcast(group=self.group, number=number, timeout=timeout)
-        return EngineTransfer(broadcast=broadcast, tensors={"a": ("F32", (2,))}, digests=whole.digests)
+        return EngineTransfer(
+            broadcast=broadcast, tensors={"a": ("F32", (2,))}, digests=whole.digests
+        )
 
     def send(self, place: EngineTransfer) -> Future[None]:
         return self.threads.submit(self.sender.send, place, patch(place.broadcast.number).tensors)
@@ -65,7 +70,8 @@ def test_ranks_follow_one_another_and_all_begin_together(monkeypatch: pytest.Mon
         assert not sending.done()
         joined = learner.group if number else None
         ranks = [
-            work.result(WAIT) for work in [learner.threads.submit(s.join, place.broadcast, joined) for s in members]
+            work.result(WAIT)
+            for work in [learner.threads.submit(s.join, place.broadcast, joined) for s in members]
         ]
         sending.result(WAIT)
         assert sorted(ranks) == [1, 5]
@@ -78,7 +84,10 @@ def test_nobody_begins_where_an_engine_was_started_anew(monkeypatch: pytest.Monk
     members = [GroupMember(), GroupMember()]
     for number, joined in ((0, (None, None)), (1, (learner.group, None))):
         place = learner.place(number)
-        coming = [learner.threads.submit(s.join, place.broadcast, j) for s, j in zip(members, joined, strict=True)]
+        coming = [
+            learner.threads.submit(s.join, place.broadcast, j)
+            for s, j in zip(members, joined, strict=True)
+        ]
         sending = learner.send(place)
         if number == 0:
             sending.result(WAIT)
@@ -91,7 +100,10 @@ def test_nobody_begins_where_an_engine_was_started_anew(monkeypatch: pytest.Monk
 def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     learner = Learner(2, monkeypatch)
     place = learner.place(0, timeout=0.5)
-    coming, sending = learner.threads.submit(GroupMember().join, place.broadcast, None), learner.send(place)
+    coming, sending = (
+        learner.threads.submit(GroupMember().join, place.broadcast, None),
+        learner.send(place),
+    )
     with pytest.raises(TransferError, match=r"1 of 2 engines were ready to receive within 0\.5 s"):
         sending.result(WAIT)
     with pytest.raises(TransferError, match="did not begin"):
@@ -140,10 +152,17 @@ def test_a_worker_serves_the_version_whatever_becomes_of_the_broadcast(
         anchor = Directory(tmp_path).put(number, None, pieces(whole))
         place = learner.place(number, timeout=0.3 if case == "never sent" else WAIT)
         notice = WeightUpdate(
-            run_id="run", attempt=0, version=number, root=whole.root, anchors=(anchor,), engines=place
+            run_id="run",
+            attempt=0,
+            version=number,
+            root=whole.root,
+            anchors=(anchor,),
+            engines=place,
         )
 
-        async def scenario(notice: WeightUpdate = notice, place: EngineTransfer = place) -> dict[str, float]:
+        async def scenario(
+            notice: WeightUpdate = notice, place: EngineTransfer = place
+        ) -> dict[str, float]:
             await worker.prepare(notice)
             if case != "never sent":
                 learner.send(place)
@@ -155,15 +174,24 @@ def test_a_worker_serves_the_version_whatever_becomes_of_the_broadcast(
         report = asyncio.run(scenario())
         assert (report["version"], engine.version, engine.served) == (number, number, [number, 2.0])
         assert report["wire_bytes"] == (8 if case == "sent" else anchor.size)
-        assert (receiver.held is None) == (case == "sent"), "what was received is in the engine alone"
+        assert (receiver.held is None) == (case == "sent"), (
+            "what was received is in the engine alone"
+        )
 
 
-def test_who_catches_up_does_not_wait_for_a_broadcast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_who_catches_up_does_not_wait_for_a_broadcast(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     learner = Learner(1, monkeypatch)
     engine, whole = FakeEngine(learner), patch(3)
     anchor = Directory(tmp_path).put(3, None, pieces(whole))
     notice = WeightUpdate(
-        run_id="run", attempt=0, version=3, root=whole.root, anchors=(anchor,), engines=learner.place(3, timeout=60.0)
+        run_id="run",
+        attempt=0,
+        version=3,
+        root=whole.root,
+        anchors=(anchor,),
+        engines=learner.place(3, timeout=60.0),
     )
     start = time.monotonic()
     assert asyncio.run(updates(engine)[0].apply(notice))["version"] == 3 and engine.joined is None
@@ -174,7 +202,9 @@ def test_a_silent_communicator_is_found_out() -> None:
     class PyHcclCommunicator:
         disabled = True
 
-    with pytest.raises(RuntimeError, match=r"PyHcclCommunicator is disabled: .* could not load the library"):
+    with pytest.raises(
+        RuntimeError, match=r"PyHcclCommunicator is disabled: .* could not load the library"
+    ):
         vllm_compat.check_communicator(PyHcclCommunicator())
     PyHcclCommunicator.disabled = False
     vllm_compat.check_communicator(PyHcclCommunicator())
@@ -185,7 +215,10 @@ def test_what_a_user_may_ask_for() -> None:
     def backend(name: str) -> dict[str, Any]:
         return {"weight_transfer_config": {"backend": name}}
 
-    assert vllm_compat.transfer_backend({}) == "" and vllm_compat.transfer_backend(backend("nccl")) == "nccl"
+    assert (
+        vllm_compat.transfer_backend({}) == ""
+        and vllm_compat.transfer_backend(backend("nccl")) == "nccl"
+    )
     vllm_compat.check_transfer("", platform.NPU)
     vllm_compat.check_transfer("nccl", platform.NPU)
     vllm_compat.check_transfer("gloo", platform.CPU)
@@ -197,7 +230,10 @@ def test_a_learner_without_vllm_says_what_it_needs(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(vllm_compat, "installed_version", lambda: None)
     vllm_compat.check_sender("")
     vllm_compat.check_sender("gloo")
-    with pytest.raises(ValueError, match=r"backend=nccl: learners send by vLLM's own communicator, so vLLM .* must be"):
+    with pytest.raises(
+        ValueError,
+        match=r"backend=nccl: learners send by vLLM's own communicator, so vLLM .* must be",
+    ):
         vllm_compat.check_sender("nccl")
 
 

@@ -1,4 +1,5 @@
-"""Applying patches: nothing is half done, nothing is done twice, and what is held afterwards is what the learners hold."""
+"""Applying patches: nothing is half done, nothing is done twice, and what is held afterwards is
+what the learners hold."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def numbers(held: TensorBytes) -> list[int]:
 
 
 def history(versions: int, size: int = 300, seed: int = 0) -> list[dict[str, TensorBytes]]:
-    """The tensors of each version: one that changes a little, one that changes now and then, one that never does."""
+    """The tensors of each version: one that changes a little, one that changes now and then, one
+    that never does."""
     rng = np.random.default_rng(seed)
     up, norm = rng.integers(0x3C00, 0x3D00, size), rng.integers(0, 2**32, 7)
     tensors = []
@@ -90,11 +92,16 @@ def test_applied_and_late_patches_do_nothing() -> None:
     for version in (1, 2, 3):
         patches.append(encode(held, tensors[version], run_id="run", version=version))
         held = commit(held, prepare(patches[-1], held))
-    for patch in [*patches, dense_patch("run", 2, tensors[2].items()), dense_patch("run", 3, tensors[3].items())]:
+    for patch in [
+        *patches,
+        dense_patch("run", 2, tensors[2].items()),
+        dense_patch("run", 3, tensors[3].items()),
+    ]:
         prepared = prepare(patch, held)
         assert (prepared.patch.version, prepared.patch.tensors) == (3, {})
         assert commit(held, prepared) is held
-    stale = Prepared(patch=dense_patch("run", 2, tensors[2].items()))  # prepared before the newer ones were committed
+    # prepared before the newer ones were committed
+    stale = Prepared(patch=dense_patch("run", 2, tensors[2].items()))
     assert commit(held, stale) is held
 
 
@@ -111,20 +118,75 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing() -> None:
     whole = dense_patch("run", 2, tensors[2].items())
     cases: list[tuple[WeightPatch, Weights | None, type[Exception], str]] = [
         (good, None, VersionGap, "builds on version 1, but nothing is held"),
-        (replace(good, base_version=0), held, VersionGap, "builds on version 0, but version 1 is held"),
-        (replace(good, base_version=2, version=3), held, VersionGap, "builds on version 2, but version 1 is held"),
+        (
+            replace(good, base_version=0),
+            held,
+            VersionGap,
+            "builds on version 0, but version 1 is held",
+        ),
+        (
+            replace(good, base_version=2, version=3),
+            held,
+            VersionGap,
+            "builds on version 2, but version 1 is held",
+        ),
         (good, other, VersionGap, "another version 1 than the one that is held"),
-        (replace(good, run_id="new"), held, VersionError, "run new, but these weights are of run run"),
+        (
+            replace(good, run_id="new"),
+            held,
+            VersionError,
+            "run new, but these weights are of run run",
+        ),
         (replace(whole, version=1), held, DigestMismatchError, "tensor up of version 1"),
-        (replace(good, deltas={"up": damaged}), held, CorruptPatchError, "tensor up, chunk 0: its .* CRC"),
-        (replace(good, deltas={"up": longer}), held, CorruptPatchError, "tensor up: chunks of 300 elements for 301"),
+        (
+            replace(good, deltas={"up": damaged}),
+            held,
+            CorruptPatchError,
+            "tensor up, chunk 0: its .* CRC",
+        ),
+        (
+            replace(good, deltas={"up": longer}),
+            held,
+            CorruptPatchError,
+            "tensor up: chunks of 300 elements for 301",
+        ),
         (replace(good, deltas={}), held, DigestMismatchError, "tensor up of version 2"),
-        (replace(good, digests={**good.digests, "rope": "0" * 32}), held, DigestMismatchError, "tensor rope of"),
-        (replace(good, digests={**good.digests, "more": "0" * 32}), held, DigestMismatchError, "holds nothing"),
-        (replace(good, deltas={"down": good.deltas["up"]}), held, ValueError, "down: .* nothing here"),
-        (replace(good, deltas={"rope": good.deltas["up"]}), held, ValueError, r"rope: .*\(300,\) of .*\(3,\)"),
-        (replace(whole, base_version=1, tensors={"up": tensor([1], "F32")}), held, ValueError, "up: .* F32"),
-        (replace(whole, tensors={**tensors[2], "up": tensors[1]["up"]}), held, DigestMismatchError, "tensor up of"),
+        (
+            replace(good, digests={**good.digests, "rope": "0" * 32}),
+            held,
+            DigestMismatchError,
+            "tensor rope of",
+        ),
+        (
+            replace(good, digests={**good.digests, "more": "0" * 32}),
+            held,
+            DigestMismatchError,
+            "holds nothing",
+        ),
+        (
+            replace(good, deltas={"down": good.deltas["up"]}),
+            held,
+            ValueError,
+            "down: .* nothing here",
+        ),
+        (
+            replace(good, deltas={"rope": good.deltas["up"]}),
+            held,
+            ValueError,
+            r"rope: .*\(300,\) of .*\(3,\)",
+        ),
+        (
+            replace(whole, base_version=1, tensors={"up": tensor([1], "F32")}),
+            held,
+            ValueError,
+            "up: .* F32",
+        ),
+        (
+            replace(whole, tensors={**tensors[2], "up": tensors[1]["up"]}),
+            held,
+            DigestMismatchError,
+            "tensor up of",
+        ),
     ]
     for patch, base, error, words in cases:
         with pytest.raises(error, match=words) as raised:
@@ -143,7 +205,11 @@ def test_what_was_prepared_against_other_weights_is_not_committed() -> None:
         (newer, VersionGap, "builds on version 0, but version 1 is held"),
         (other, VersionGap, "another version 0"),
         (None, VersionGap, "nothing is held"),
-        (anchored(tensors[0], run_id="new"), VersionError, "run run, but these weights are of run new"),
+        (
+            anchored(tensors[0], run_id="new"),
+            VersionError,
+            "run run, but these weights are of run new",
+        ),
     ]:
         with pytest.raises(error, match=words):
             commit(now, prepared)
@@ -159,12 +225,20 @@ def test_an_anchor_follows_anything() -> None:
             after = commit(held, prepare(from_bytes(to_bytes(make(4))), held))
             assert (after.version, bytes_of(after.tensors)) == (4, bytes_of(tensors[4]))
     lacking = dense_patch("run", 4, tensors[4].items())
-    with pytest.raises(DigestMismatchError, match="tensor rope of version 4: the engine holds nothing"):
-        prepare(replace(lacking, tensors={k: v for k, v in tensors[4].items() if k != "rope"}), anchored(tensors[1], 1))
+    with pytest.raises(
+        DigestMismatchError, match="tensor rope of version 4: the engine holds nothing"
+    ):
+        prepare(
+            replace(lacking, tensors={k: v for k, v in tensors[4].items() if k != "rope"}),
+            anchored(tensors[1], 1),
+        )
 
 
 @settings(deadline=None, max_examples=40)
-@given(seed=st.integers(0, 9), deliveries=st.lists(st.tuples(st.integers(0, 7), st.booleans()), max_size=30))
+@given(
+    seed=st.integers(0, 9),
+    deliveries=st.lists(st.tuples(st.integers(0, 7), st.booleans()), max_size=30),
+)
 def test_whatever_arrives_in_whatever_order_only_true_versions_are_held(
     seed: int, deliveries: list[tuple[int, bool]]
 ) -> None:
@@ -173,7 +247,11 @@ def test_whatever_arrives_in_whatever_order_only_true_versions_are_held(
     patches = [encode(versions[v - 1], tensors[v], run_id="run", version=v) for v in range(1, 8)]
     held: Weights | None = None
     for version, anchor in deliveries:
-        patch = dense_patch("run", version, tensors[version].items()) if anchor else patches[max(0, version - 1)]
+        patch = (
+            dense_patch("run", version, tensors[version].items())
+            if anchor
+            else patches[max(0, version - 1)]
+        )
         before = -1 if held is None else held.version
         try:
             held = commit(held, prepare(patch, held))
@@ -207,11 +285,15 @@ def test_parts_that_do_not_make_the_tensor_are_refused() -> None:
     with pytest.raises(ValueError, match=r"up is BF16 \(3, 100\) and BF16 \(300,\) at once"):
         join([part_of((0, 300), old, new, (3, 100))], held, run_id="run", version=1)
     with pytest.raises(ValueError, match=r"up: 600 bytes of BF16 cannot follow 598 bytes"):
-        diff({"up": old.data[2:]}, {"up": Shard(dtype="BF16", shape=(300,), start=0, data=new.data)})
+        diff(
+            {"up": old.data[2:]}, {"up": Shard(dtype="BF16", shape=(300,), start=0, data=new.data)}
+        )
     with pytest.raises(ValueError, match="dtype F4"):
         diff(None, {"up": Shard(dtype="F4", shape=(300,), start=0, data=new.data)})
     for version, run_id in ((0, "run"), (1, "new")):
-        with pytest.raises(VersionError, match=f"version {version} of run {run_id} cannot follow 0 of run run"):
+        with pytest.raises(
+            VersionError, match=f"version {version} of run {run_id} cannot follow 0 of run run"
+        ):
             join([part_of((0, 300), old, new)], held, run_id=run_id, version=version)
 
 
@@ -235,5 +317,8 @@ def test_a_tensor_without_elements_and_ranks_without_a_share() -> None:
     nothing = {"none": tensor(np.empty((0, 4)))}
     for base in (None, anchored(nothing)):
         patch = encode(base, nothing, run_id="run", version=1)
-        assert commit(base, prepare(from_bytes(to_bytes(patch)), base)).tensors["none"].shape == (0, 4)
+        assert commit(base, prepare(from_bytes(to_bytes(patch)), base)).tensors["none"].shape == (
+            0,
+            4,
+        )
         assert isinstance(patch.deltas.get("none"), TensorDelta) == (base is None)

@@ -25,11 +25,12 @@ def bf16(values: Array) -> Array:
 
 
 def optimizer_step(count: int, lr: float, seed: int = 0) -> tuple[Array, Array]:
-    """Bit patterns of weights N(0, 0.02) around an AdamW step with noisy gradients, late enough to be steady: float32
-    masters of which bfloat16 copies are served."""
+    """Bit patterns of weights N(0, 0.02) around an AdamW step with noisy gradients, late enough to
+    be steady: float32 masters of which bfloat16 copies are served."""
     rng = np.random.default_rng(seed)
     master = rng.normal(0, 0.02, count).astype(np.float32)
-    momentum = np.sqrt((1 - 0.9) / (1 + 0.9)) * rng.normal(0, 1, count)  # of betas (0.9, 0.95) with unit gradients
+    # of betas (0.9, 0.95) with unit gradients
+    momentum = np.sqrt((1 - 0.9) / (1 + 0.9)) * rng.normal(0, 1, count)
     return bf16(master), bf16(master - np.float32(lr) * momentum.astype(np.float32))
 
 
@@ -54,10 +55,7 @@ def independent_bound(old: Array, new: Array) -> float:
     return (positions + entropy(np.unique(moved, return_counts=True)[1])) / 8
 
 
-@pytest.mark.parametrize(
-    ("lr", "least"),
-    [(0.9e-6, 225), (2.7e-6, 95)],
-)
+@pytest.mark.parametrize(("lr", "least"), [(0.9e-6, 225), (2.7e-6, 95)])
 def test_a_patch_is_smaller_than_codes_that_know_no_magnitudes(lr: float, least: float) -> None:
     old, new = optimizer_step(CHUNK_BYTES // 2, lr)
     chunk = encode_chunk(old.view(np.uint8), new.view(np.uint8), BF16)
@@ -75,7 +73,8 @@ def test_each_mode_is_taken_where_it_is_smallest() -> None:
     for new, mode, least, most in [
         (old.copy(), Mode.SKIP, 0, 0),
         (flipped(old, 0.01), Mode.SPARSE, 1, 400),
-        (flipped(old, 0.99), Mode.SPARSE, 1, 3200),  # a sign for each, and where the few are that stay
+        # a sign for each, and where the few are that stay
+        (flipped(old, 0.99), Mode.SPARSE, 1, 3200),
         (old ^ np.uint16(0x4000), Mode.DENSE, 1, 100),  # far for an integer, but the same for all
         (noise, Mode.RAW, 40_000, 40_000),
     ]:
@@ -91,7 +90,9 @@ def test_each_mode_is_taken_where_it_is_smallest() -> None:
 def test_tensors_are_coded_in_chunks_and_threads_change_nothing() -> None:
     old, new = optimizer_step(3 * CHUNK_BYTES // 4, 1e-6)
     shard = Shard(dtype="BF16", shape=new.shape, start=0, data=new.view(np.uint8))
-    one, three = (diff({"w": old.view(np.uint8)}, {"w": shard}, threads=threads)["w"] for threads in (1, 3))
+    one, three = (
+        diff({"w": old.view(np.uint8)}, {"w": shard}, threads=threads)["w"] for threads in (1, 3)
+    )
     assert [chunk.count for chunk in one.chunks] == [CHUNK_BYTES // 2, CHUNK_BYTES // 4]
     assert [c.payload.tobytes() for c in one.chunks] == [c.payload.tobytes() for c in three.chunks]
 
@@ -99,7 +100,8 @@ def test_tensors_are_coded_in_chunks_and_threads_change_nothing() -> None:
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 1000])
 def test_the_largest_differences_survive(width: int, count: int) -> None:
-    """From the smallest signed number to the largest, and all the way round: |difference| itself does not fit."""
+    """From the smallest signed number to the largest, and all the way round: |difference| itself
+    does not fit."""
     kind = np.dtype(f"u{width}")
     old = np.zeros(count, kind)
     for value in (1 << 8 * width - 1, (1 << 8 * width - 1) - 1, (1 << 8 * width) - 1, 1):
@@ -108,7 +110,9 @@ def test_the_largest_differences_survive(width: int, count: int) -> None:
         assert out.tobytes() == new.tobytes()
 
 
-@pytest.mark.parametrize("magnitudes", [(0,), (5,), (0, 5), (3, 5), (3, 4, 5), (0, 1, 2, 3), (1, 2, 3, 4, 5)])
+@pytest.mark.parametrize(
+    "magnitudes", [(0,), (5,), (0, 5), (3, 5), (3, 4, 5), (0, 1, 2, 3), (1, 2, 3, 4, 5)]
+)
 @pytest.mark.parametrize("count", [4096, 4100])
 def test_equal_magnitudes_make_fewer_classes(magnitudes: tuple[int, ...], count: int) -> None:
     rng = np.random.default_rng(len(magnitudes))
@@ -124,7 +128,9 @@ def test_equal_magnitudes_make_fewer_classes(magnitudes: tuple[int, ...], count:
     count=st.integers(0, 700),
     seed=st.integers(0, 9),
 )
-def test_any_bytes_are_refused_or_decoded_within_bounds(stream: bytes, count: int, seed: int) -> None:
+def test_any_bytes_are_refused_or_decoded_within_bounds(
+    stream: bytes, count: int, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     old = bf16(rng.normal(0, 1, count))
     room = np.full(count + 256, 0xABCD, np.uint16)
@@ -139,7 +145,9 @@ def test_any_bytes_are_refused_or_decoded_within_bounds(stream: bytes, count: in
 @settings(deadline=None, max_examples=200)
 @given(data=st.data())
 def test_damaged_streams_are_refused_or_decoded_within_bounds(data: st.DataObject) -> None:
-    old, new = optimizer_step(700, data.draw(st.sampled_from([1e-5, 1e-4, 1e-2])), data.draw(st.integers(0, 9)))
+    old, new = optimizer_step(
+        700, data.draw(st.sampled_from([1e-5, 1e-4, 1e-2])), data.draw(st.integers(0, 9))
+    )
     stream = encode_changes(old, new)
     for _ in range(data.draw(st.integers(1, 3))):
         stream[data.draw(st.integers(0, len(stream) - 1))] = data.draw(st.integers(0, 255))
@@ -175,7 +183,8 @@ def test_strided_elements_are_refused() -> None:
 
 def test_streams_written_by_hand() -> None:
     old, out = np.array([7, 7, 7, 7], np.uint16), np.empty(4, np.uint16)
-    one, two, three = "100000 1", "010000 01", "010000 11"  # how many changed: of all, and later of a class
+    # how many changed: of all, and later of a class
+    one, two, three = "100000 1", "010000 01", "010000 11"
     gap_0, nothing_else = "0", "0 000000 000000 10"  # k = 0; not wide, k = 0 twice, a run of one
     plus, minus, one_class = "0", "1", "00"
     good = bits(f"{one} {one_class}  {one} 0 000000 {gap_0}  {nothing_else} {minus}")
@@ -183,21 +192,31 @@ def test_streams_written_by_hand() -> None:
     run_of_two, run_of_three = "0 000000 000000 110", "0 000000 000000 1110"
     good = bits(f"{two} {one_class}  {two} 0 000000 {gap_0} 10  {run_of_two} {plus} {minus}")
     assert decode_changes(good, old, out) and out.tolist() == [8, 7, 6, 7]
-    unchanged = f"{three} {one_class}  {three} 1 {one} 000000 10  {run_of_three} {plus} {minus} {plus}"
+    unchanged = (
+        f"{three} {one_class}  {three} 1 {one} 000000 10  {run_of_three} {plus} {minus} {plus}"
+    )
     assert decode_changes(bits(unchanged), old, out) and out.tolist() == [8, 7, 6, 8]
 
-    negative = np.array([9 | 1 << 15, 7, 8, 9], np.uint16)  # the highest bit is the sign, not part of the magnitude
+    # the highest bit is the sign, not part of the magnitude
+    negative = np.array([9 | 1 << 15, 7, 8, 9], np.uint16)
     nine, eight = "100100000000000", "000100000000000"
     of_nines = f"{one} 0 000000 {gap_0}  {nothing_else} {plus}"
     by_class = f"{one} 10 {nine}  000000 0  {of_nines}"
     assert decode_changes(bits(by_class), negative, out) and out.tolist() == [10 | 1 << 15, 7, 8, 9]
     by_class = f"{one} 01 {eight} {nine}  000000 0 000000 0  {of_nines}"
     assert decode_changes(bits(by_class), negative, out) and out.tolist() == [10 | 1 << 15, 7, 8, 9]
-    assert not decode_changes(bits(f"{one} 01 {nine} {nine}  000000 0 000000 0  {of_nines}"), negative, out)
-    assert not decode_changes(bits(f"{one} 10 {nine}  000000 0  {of_nines}"), old, out), "that class is empty"
+    assert not decode_changes(
+        bits(f"{one} 01 {nine} {nine}  000000 0 000000 0  {of_nines}"), negative, out
+    )
+    assert not decode_changes(bits(f"{one} 10 {nine}  000000 0  {of_nines}"), old, out), (
+        "that class is empty"
+    )
 
-    round_the_world = 24 * "1" + " 111111 " + 63 * "1"  # a gap that leads past the largest number to the smallest
-    bad = bits(f"{two} {one_class}  {two} 0 000000 {gap_0} {round_the_world}  {run_of_two} {plus} {minus}")
+    # a gap that leads past the largest number to the smallest
+    round_the_world = 24 * "1" + " 111111 " + 63 * "1"
+    bad = bits(
+        f"{two} {one_class}  {two} 0 000000 {gap_0} {round_the_world}  {run_of_two} {plus} {minus}"
+    )
     assert not decode_changes(bad, old, out)
     largest = "111111" + 63 * "1"  # sums with it come out negative
     bad = bits(f"{one} {one_class}  {one} 1 {largest} 000000 {gap_0}  {nothing_else} {plus}")
@@ -205,7 +224,8 @@ def test_streams_written_by_hand() -> None:
     of_one = f"{one} 0 000000 {gap_0}  {nothing_else} {plus}"
     wrapped = f"{largest} 0 000000 {gap_0} {nothing_else} {plus}"
     bad = (
-        f"{two} 11 {thresholds(1, 2, 3)}  {of_one} {wrapped} {wrapped}  {three} 0 000000 {gap_0}  {nothing_else} {plus}"
+        f"{two} 11 {thresholds(1, 2, 3)}  {of_one} {wrapped} {wrapped}  {three} 0 000000 {gap_0} "
+        f" {nothing_else} {plus}"
     )
     assert not decode_changes(bits(bad), np.arange(4, dtype=np.uint16), out)
     too_far = bits(f"{one} {one_class}  {one} 0 000000 11110  {nothing_else} {plus}")
@@ -221,6 +241,8 @@ def test_a_compressed_payload_of_another_size_is_refused_before_it_is_unpacked()
         (chunk.payload.tobytes()[:-3], "cannot be decompressed"),
         (b"no frame", "cannot be decompressed"),
     ]:
-        wrong = type(chunk)(mode=Mode.DENSE, count=4000, payload=np.frombuffer(payload, np.uint8), crc=0)
+        wrong = type(chunk)(
+            mode=Mode.DENSE, count=4000, payload=np.frombuffer(payload, np.uint8), crc=0
+        )
         with pytest.raises(CorruptPatchError, match=words):
             decode_chunk(wrong, old.view(np.uint8), np.empty(8000, np.uint8), BF16)

@@ -1,4 +1,5 @@
-"""The bytes of a weight patch: read by a decoder written from the specification alone, fixed by hand, and broken at will."""
+"""The bytes of a weight patch: read by a decoder written from the specification alone, fixed by
+hand, and broken at will."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ Whole = dict[str, tuple[int, tuple[int, ...], bytes]]
 """name -> (dtype's number in the format, shape, bytes)."""
 
 
-# An independent decoder: what the docstring of `emberl.rollout.weights.wire_format` says, and nothing of the codec.
+# An independent decoder: what the docstring of `emberl.rollout.weights.wire_format` says, and
+# nothing of the codec.
 
 WIDTHS = (2, 2, 4, 8, 1, 1, 1, 1, 1, 2, 2, 4, 4, 8, 8)
 
@@ -68,7 +70,11 @@ class Stream:
         thresholds = [self.field(8 * width - 1) for _ in range(self.field(2))]
         assert thresholds == sorted(set(thresholds))
         for number in range(len(thresholds) + 1):
-            members = [i for i, x in enumerate(old) if sum(x % (modulus // 2) >= t for t in thresholds) == number]
+            members = [
+                i
+                for i, x in enumerate(old)
+                if sum(x % (modulus // 2) >= t for t in thresholds) == number
+            ]
             marked, unchanged, at, marks = self.number(), self.field(1), -1, set[int]()
             changes -= marked
             if unchanged:
@@ -79,7 +85,11 @@ class Stream:
                 marks.add(members[at])
             touched = [i for i in members if (i in marks) != bool(unchanged)]
             if touched:
-                wide, runs, excesses = self.field(1), self.numbers(self.field(6)), self.numbers(self.field(6))
+                wide, runs, excesses = (
+                    self.field(1),
+                    self.numbers(self.field(6)),
+                    self.numbers(self.field(6)),
+                )
                 run = 0 if wide else next(runs)
             for i in touched:
                 sign, d, run = -1 if self.field(1) else 1, 1, run - 1
@@ -92,7 +102,9 @@ class Stream:
 
 def independent(data: bytes, held: Whole) -> Whole:
     """name -> (dtype's number, shape, bytes) of all tensors after applying a patch to `held`."""
-    magic, version, _, _, base, root, _, size, _, body, _, crc = struct.unpack("<4sHHqq16s16sIIQII", data[:80])
+    magic, version, _, _, base, root, _, size, _, body, _, crc = struct.unpack(
+        "<4sHHqq16s16sIIQII", data[:80]
+    )
     assert (magic, version, len(data)) == (b"EMWP", 2, 80 + size + body)
     assert zlib.crc32(data[:76] + data[80 : 80 + size]) == crc
     at, name = 80, b""
@@ -117,23 +129,33 @@ def independent(data: bytes, held: Whole) -> Whole:
             chunks = [(varint(), varint(), varint()) for _ in range(varint())]
         entries.append((name.decode(), dtype, shape, chunks))
     digests = [take(16).hex() for _ in entries]
-    lines = "\n".join(f"{entry[0]} {digest}" for entry, digest in zip(entries, digests, strict=True))
+    lines = "\n".join(
+        f"{entry[0]} {digest}" for entry, digest in zip(entries, digests, strict=True)
+    )
     assert xxhash.xxh3_128_digest(lines.encode()) == root
     crcs = [struct.unpack("<I", take(4))[0] for entry in entries for _ in entry[3]][::-1]
     found = Whole()
     for (key, dtype, shape, chunks), digest in zip(entries, digests, strict=True):
         new, width = (held[key][2], 1) if dtype == 255 else (b"", WIDTHS[dtype])
         for mode, count, length in chunks:
-            old = bytes(count * width) if base < 0 else held[key][2][len(new) : len(new) + count * width]
+            old = (
+                bytes(count * width)
+                if base < 0
+                else held[key][2][len(new) : len(new) + count * width]
+            )
             payload = take(length)
             assert zlib.crc32(payload) == crcs.pop()
             if mode == 1:
-                numbers = [int.from_bytes(old[i : i + width], "little") for i in range(0, len(old), width)]
+                numbers = [
+                    int.from_bytes(old[i : i + width], "little") for i in range(0, len(old), width)
+                ]
                 changed = Stream(payload).apply(numbers, width)
                 payload = b"".join(x.to_bytes(width, "little") for x in changed)
             elif mode == 2:
                 planes = zstandard.ZstdDecompressor().decompress(payload)
-                payload = bytes(x ^ planes[i % width * count + i // width] for i, x in enumerate(old))
+                payload = bytes(
+                    x ^ planes[i % width * count + i // width] for i, x in enumerate(old)
+                )
             new += payload if mode else old
         found[key] = held[key] if dtype == 255 else (dtype, shape, new)
         assert xxhash.xxh3_128_hexdigest(new) == digest
@@ -147,10 +169,13 @@ Arrays = dict[str, TensorBytes]
 
 @st.composite
 def changes(draw: st.DrawFn) -> tuple[Arrays, Arrays]:
-    """Tensors before and after: every dtype, shapes down to 0-d and empty, every bit pattern, all densities."""
+    """Tensors before and after: every dtype, shapes down to 0-d and empty, every bit pattern, all
+    densities."""
     names = draw(st.lists(st.text(max_size=12), max_size=4, unique=True))
     pairs = {name: draw(tensor_change()) for name in names}
-    return {name: old for name, (old, _) in pairs.items()}, {name: new for name, (_, new) in pairs.items()}
+    return {name: old for name, (old, _) in pairs.items()}, {
+        name: new for name, (_, new) in pairs.items()
+    }
 
 
 @st.composite
@@ -161,7 +186,9 @@ def tensor_change(draw: st.DrawFn) -> tuple[TensorBytes, TensorBytes]:
     shape = tuple(draw(few | st.lists(st.integers(100, 700), min_size=1, max_size=1)))
     size = math.prod(shape) * width
     if size <= 16:  # small enough to search every pattern
-        old, new = (np.frombuffer(draw(st.binary(min_size=size, max_size=size)), np.uint8) for _ in range(2))
+        old, new = (
+            np.frombuffer(draw(st.binary(min_size=size, max_size=size)), np.uint8) for _ in range(2)
+        )
     else:
         rng = np.random.default_rng(draw(st.integers(0, 2**32)))
         bits = draw(st.sampled_from(["random", "weights", "special"]))
@@ -175,7 +202,8 @@ def tensor_change(draw: st.DrawFn) -> tuple[TensorBytes, TensorBytes]:
 
 
 def patterns(rng: np.random.Generator, bits: str, count: int, width: int) -> np.ndarray[Any, Any]:
-    """[count] unsigned integers: any, those of normal weights, or zeros, negative zeros, denormals, infinities and NaNs."""
+    """[count] unsigned integers: any, those of normal weights, or zeros, negative zeros, denormals,
+    infinities and NaNs."""
     if bits == "weights" and width in (2, 4, 8):
         values = rng.normal(0, 0.02, count)
         return {
@@ -186,8 +214,20 @@ def patterns(rng: np.random.Generator, bits: str, count: int, width: int) -> np.
     any_bits = rng.integers(0, 256, count * width, dtype=np.uint8).view(f"u{width}")
     if bits == "special":
         top = 8 * width - 1
-        specials = [0, 1 << top, 1, (1 << top) + 1, (1 << top) - 1, (1 << 8 * width) - 1, 0x7F80 % 256**width]
-        return np.where(rng.random(count) < 0.9, np.array(specials, f"u{width}")[rng.integers(0, 7, count)], any_bits)
+        specials = [
+            0,
+            1 << top,
+            1,
+            (1 << top) + 1,
+            (1 << top) - 1,
+            (1 << 8 * width) - 1,
+            0x7F80 % 256**width,
+        ]
+        return np.where(
+            rng.random(count) < 0.9,
+            np.array(specials, f"u{width}")[rng.integers(0, 7, count)],
+            any_bits,
+        )
     return any_bits
 
 
@@ -212,7 +252,10 @@ def weights(tensors: Arrays, version: int = 3) -> Weights:
 
 
 def plain(tensors: Mapping[str, TensorBytes]) -> Whole:
-    return {name: (list(ELEMENT_BYTES).index(t.dtype), tuple(t.shape), t.data.tobytes()) for name, t in tensors.items()}
+    return {
+        name: (list(ELEMENT_BYTES).index(t.dtype), tuple(t.shape), t.data.tobytes())
+        for name, t in tensors.items()
+    }
 
 
 @settings(deadline=None, max_examples=150)
@@ -230,7 +273,9 @@ def test_both_decoders_agree(pair: tuple[Arrays, Arrays]) -> None:
         after = commit(held, prepare(from_bytes(data), held))
         assert plain(after.tensors) == plain(new) and after.version == 4
         dense = sum(tensor.data.nbytes for tensor in new.values())
-        room = 128 + len("run") + sum(48 + len(n.encode()) + 6 * len(t.shape) for n, t in new.items())
+        room = (
+            128 + len("run") + sum(48 + len(n.encode()) + 6 * len(t.shape) for n, t in new.items())
+        )
         assert len(data) <= 1.002 * dense + room
 
 
@@ -259,7 +304,8 @@ def test_parts_of_several_ranks_make_one_patch(
 
 
 def test_a_patch_written_by_hand() -> None:
-    """One bfloat16 tensor of four ones, of which the second becomes the next larger number. Its stream, bit by bit:
+    """One bfloat16 tensor of four ones, of which the second becomes the next larger number. Its
+    stream, bit by bit:
 
     number of changes 1: 100000 1; thresholds: 00, of which a 0                -> 10000010 = 41
     .. the other 0; changed in the one class 1: 100000 1                      -> 01000001 = 82
@@ -273,7 +319,10 @@ def test_a_patch_written_by_hand() -> None:
     old, new = one * 4, one + next_to_one + one * 2
     held = weights({"w": TensorBytes(dtype="BF16", shape=(4,), data=np.frombuffer(old, np.uint8))})
     after = {"w": TensorBytes(dtype="BF16", shape=(4,), data=np.frombuffer(new, np.uint8))}
-    root = {data: xxhash.xxh3_128_digest(f"w {xxhash.xxh3_128_hexdigest(data)}".encode()) for data in (old, new)}
+    root = {
+        data: xxhash.xxh3_128_digest(f"w {xxhash.xxh3_128_hexdigest(data)}".encode())
+        for data in (old, new)
+    }
     stream = bytes.fromhex("41 82 02 01 40 00")
     directory = (
         bytes.fromhex("03 72 75 6e  01  00 00 01 77  00  01 04  01  01 04 06")
@@ -287,17 +336,26 @@ def test_a_patch_written_by_hand() -> None:
         + bytes.fromhex("24 00 00 00  00 00 00 00  06 00 00 00 00 00 00 00  00 00 00 00")
     )
     crc = zlib.crc32(header + directory).to_bytes(4, "little")
-    assert to_bytes(encode(held, after, run_id="run", version=4)) == header + crc + directory + stream
+    assert (
+        to_bytes(encode(held, after, run_id="run", version=4)) == header + crc + directory + stream
+    )
 
 
 def golden() -> tuple[Arrays, Arrays]:
-    """Fixed tensors: one with enough changes for classes, one with a few wide ones, one that stays, an empty one, and
-    one whose bytes are best sent raw. (None that zstd would code: its bytes depend on its version.)"""
+    """Fixed tensors: one with enough changes for classes, one with a few wide ones, one that stays,
+    an empty one, and one whose bytes are best sent raw. (None that zstd would code: its bytes
+    depend on its version.)"""
     i = np.arange(1500, dtype=np.uint32)
     mixed = i * np.uint32(2654435761) >> 12 & 0xFFFF
     sizes = (15360 + (mixed & 0x83FF)).astype(np.uint16)
-    steps = np.where(mixed % 3 == 0, np.where(mixed % 2, 1, -1), 0) + np.where(mixed % 67 == 0, 5, 0)
-    old = {"layers.0.up.weight": sizes, "layers.1.up.weight": sizes[::-1], "norm": sizes[:40].astype(np.uint32)}
+    steps = np.where(mixed % 3 == 0, np.where(mixed % 2, 1, -1), 0) + np.where(
+        mixed % 67 == 0, 5, 0
+    )
+    old = {
+        "layers.0.up.weight": sizes,
+        "layers.1.up.weight": sizes[::-1],
+        "norm": sizes[:40].astype(np.uint32),
+    }
     new = {
         "layers.0.up.weight": (sizes + steps).astype(np.uint16),
         "layers.1.up.weight": sizes[::-1],
@@ -308,7 +366,9 @@ def golden() -> tuple[Arrays, Arrays]:
     dtypes = {1: "U8", 2: "BF16", 4: "F32"}
     before, after = (
         {
-            name: TensorBytes(dtype=dtypes[a.itemsize], shape=a.shape, data=np.ascontiguousarray(a).view(np.uint8))
+            name: TensorBytes(
+                dtype=dtypes[a.itemsize], shape=a.shape, data=np.ascontiguousarray(a).view(np.uint8)
+            )
             for name, a in side.items()
         }
         for side in (old, new)
@@ -320,10 +380,9 @@ def test_the_format_stays_what_it_is() -> None:
     """A new format needs a new number, and a golden digest of its own."""
     old, new = golden()
     data = to_bytes(encode(weights(old), new, run_id="run", version=4))
-    assert {chunk.mode.name for delta in from_bytes(data).deltas.values() for chunk in delta.chunks} == {
-        "SPARSE",
-        "RAW",
-    }
+    assert {
+        chunk.mode.name for delta in from_bytes(data).deltas.values() for chunk in delta.chunks
+    } == {"SPARSE", "RAW"}
     assert independent(data, plain(old)) == plain(new)
     assert (len(data), xxhash.xxh3_128_hexdigest(data)) == (573, "831ede44150a9293a898a8f3828aa91b")
 
@@ -362,7 +421,9 @@ def test_every_flipped_bit_and_every_cut_is_found() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(pair=changes(), at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-def test_a_flipped_bit_never_gives_wrong_weights(pair: tuple[Arrays, Arrays], at: float, bit: int) -> None:
+def test_a_flipped_bit_never_gives_wrong_weights(
+    pair: tuple[Arrays, Arrays], at: float, bit: int
+) -> None:
     old, new = pair
     held = weights(old)
     data = bytearray(to_bytes(encode(held, new, run_id="run", version=4)))
@@ -380,8 +441,11 @@ def attempt(data: bytes, held: Weights) -> Weights | str:
 
 @settings(deadline=None, max_examples=80)
 @given(pair=changes(), seed=st.integers(0, 2**32))
-def test_payloads_that_lie_with_the_right_crc_are_refused(pair: tuple[Arrays, Arrays], seed: int) -> None:
-    """What no CRC finds, the digest does; and a stream that makes no sense reads and writes nothing beyond its arrays."""
+def test_payloads_that_lie_with_the_right_crc_are_refused(
+    pair: tuple[Arrays, Arrays], seed: int
+) -> None:
+    """What no CRC finds, the digest does; and a stream that makes no sense reads and writes nothing
+    beyond its arrays."""
     old, new = pair
     held, rng = weights(old), np.random.default_rng(seed)
     patch = encode(held, new, run_id="run", version=4)
@@ -396,8 +460,14 @@ def test_payloads_that_lie_with_the_right_crc_are_refused(pair: tuple[Arrays, Ar
                 lie = lie[: rng.integers(len(lie) + 1)]
             if lie.tobytes() == chunk.payload.tobytes():
                 continue
-            chunks = [*delta.chunks[:i], replace(chunk, payload=lie, crc=zlib.crc32(lie)), *delta.chunks[i + 1 :]]
-            lying = replace(patch, deltas={**patch.deltas, name: replace(delta, chunks=tuple(chunks))})
+            chunks = [
+                *delta.chunks[:i],
+                replace(chunk, payload=lie, crc=zlib.crc32(lie)),
+                *delta.chunks[i + 1 :],
+            ]
+            lying = replace(
+                patch, deltas={**patch.deltas, name: replace(delta, chunks=tuple(chunks))}
+            )
             outcome = attempt(to_bytes(lying), held)
             if isinstance(outcome, str):
                 assert f"tensor {name}" in outcome
@@ -431,7 +501,9 @@ def test_a_directory_that_was_written_wrongly_is_refused() -> None:
     delta = patch.deltas[name]
     short = replace(delta, chunks=(replace(delta.chunks[0], count=1499),))
     other = replace(patch, digests={**patch.digests, name: "0" * 32})
-    assert f"chunks of {name}" in broken(to_bytes(replace(patch, deltas={**patch.deltas, name: short})), held)
+    assert f"chunks of {name}" in broken(
+        to_bytes(replace(patch, deltas={**patch.deltas, name: short})), held
+    )
     with pytest.raises(DigestMismatchError, match=rf"{name} of version 4"):
         prepare(from_bytes(to_bytes(other)), held)
     data = bytearray(to_bytes(patch))

@@ -11,9 +11,14 @@ from emberl.rollout.weights.patch import DigestMismatchError, TensorBytes, Weigh
 from emberl.rollout.weights.receiver import Report
 from emberl.rollout.worker import WeightUpdates
 
-A, B = (TensorBytes(dtype="F32", shape=(2,), data=np.array([x, 1.0], "<f4").view(np.uint8)) for x in (0.0, 5.0))
+A, B = (
+    TensorBytes(dtype="F32", shape=(2,), data=np.array([x, 1.0], "<f4").view(np.uint8))
+    for x in (0.0, 5.0)
+)
 ANCHOR = dense_patch("run", 4, {"a": A, "b": B}.items())
-CHANGES = WeightPatch(run_id="run", version=4, base_version=3, tensors={"b": B}, digests=ANCHOR.digests)
+CHANGES = WeightPatch(
+    run_id="run", version=4, base_version=3, tensors={"b": B}, digests=ANCHOR.digests
+)
 
 
 class Prepared:
@@ -38,7 +43,9 @@ class Damaged:
     async def apply(self, patch: WeightPatch) -> int:
         self.given.append(patch)
         if len(self.given) <= self.failures:
-            raise DigestMismatchError("tensor a of version 4: the engine holds 0, the learners hold 1")
+            raise DigestMismatchError(
+                "tensor a of version 4: the engine holds 0, the learners hold 1"
+            )
         return patch.version
 
 

@@ -1,4 +1,5 @@
-"""The distribution that is drawn from, its log-probs, and draws that depend on nothing but their key and position."""
+"""The distribution that is drawn from, its log-probs, and draws that depend on nothing but their
+key and position."""
 
 from __future__ import annotations
 
@@ -7,7 +8,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from emberl.rollout.embedded.sampling import SlotSampling, check_sampling, penalised, sample, stream_key, uniforms
+from emberl.rollout.embedded.sampling import (
+    SlotSampling,
+    check_sampling,
+    penalised,
+    sample,
+    stream_key,
+    uniforms,
+)
 from emberl.rollout.samples import Sampling
 from transformers import RepetitionPenaltyLogitsProcessor
 
@@ -20,7 +28,9 @@ def draw(sampling: Sampling, count: int) -> tuple[np.ndarray, np.ndarray]:
     settings.fill(0, count, sampling, len(PROBS))
     settings.note([sampling])
     keys = np.array([stream_key(sampling.seed, "p", index) for index in range(count)], np.uint64)
-    tokens, logprobs = sample(LOGITS.expand(count, -1), torch.from_numpy(uniforms(keys, 9, 10)[:, 0]), settings)
+    tokens, logprobs = sample(
+        LOGITS.expand(count, -1), torch.from_numpy(uniforms(keys, 9, 10)[:, 0]), settings
+    )
     return tokens.numpy(), logprobs.numpy()
 
 
@@ -29,7 +39,10 @@ def draw(sampling: Sampling, count: int) -> tuple[np.ndarray, np.ndarray]:
     [
         ({}, PROBS),
         # squares of the probabilities, over their sum 0.285
-        ({"temperature": 0.5}, (0.16 / 0.285, 0.09 / 0.285, 0.0225 / 0.285, 0.01 / 0.285, 0.0025 / 0.285)),
+        (
+            {"temperature": 0.5},
+            (0.16 / 0.285, 0.09 / 0.285, 0.0225 / 0.285, 0.01 / 0.285, 0.0025 / 0.285),
+        ),
         ({"top_k": 2}, (4 / 7, 3 / 7, 0, 0, 0)),
         ({"top_k": 5}, PROBS),
         # 0.4 + 0.3 falls short of 0.75, so the third token is in
@@ -79,8 +92,11 @@ def test_a_batch_may_mix_settings() -> None:
     for row, sampling in enumerate(mix):
         settings.fill(row, row + 1, sampling, len(PROBS))
     settings.note(mix)
-    tokens, logprobs = sample(LOGITS.expand(4, -1), torch.full((4,), 0.8, dtype=torch.float64), settings)
-    assert tokens.tolist() == [2, 0, 1, 1]  # 0.4 + 0.3 < 0.8 <= 0.85; the argmax; 16 / 25 < 0.8; 4 / 7 < 0.8
+    tokens, logprobs = sample(
+        LOGITS.expand(4, -1), torch.full((4,), 0.8, dtype=torch.float64), settings
+    )
+    # 0.4 + 0.3 < 0.8 <= 0.85; the argmax; 16 / 25 < 0.8; 4 / 7 < 0.8
+    assert tokens.tolist() == [2, 0, 1, 1]
     np.testing.assert_allclose(logprobs.numpy(), np.log([0.15, 0.4, 9 / 25, 3 / 7]), atol=1e-6)
 
 
@@ -92,7 +108,8 @@ def test_the_ends_of_the_unit_interval_never_draw_an_impossible_token() -> None:
 
 
 def test_uniforms_are_splitmix64() -> None:
-    # The generator's published first output from state 0 is 0xE220A8397B1DCDAF; the position counts its steps.
+    # The generator's published first output from state 0 is 0xE220A8397B1DCDAF; the position counts
+    # its steps.
     first = uniforms(np.array([0], np.uint64), 0, 3)
     assert first[0, 0] == (0xE220A8397B1DCDAF >> 12) / 2**52
     assert first[0, 1] == (0x6E789E6AA1B965F4 >> 12) / 2**52
@@ -101,7 +118,12 @@ def test_uniforms_are_splitmix64() -> None:
 
 
 def test_streams_differ_by_seed_prompt_and_sample() -> None:
-    keys = {stream_key(seed, prompt, index) for seed in (0, 1) for prompt in ("a", "b/1", "b/11") for index in range(3)}
+    keys = {
+        stream_key(seed, prompt, index)
+        for seed in (0, 1)
+        for prompt in ("a", "b/1", "b/11")
+        for index in range(3)
+    }
     assert len(keys) == 18
     draws = uniforms(np.array(sorted(keys), np.uint64), 0, 500)
     assert draws.min() >= 0 and draws.max() < 1

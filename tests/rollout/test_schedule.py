@@ -15,7 +15,9 @@ def filled(k: int, per_step: int, **options: object) -> Schedule[str]:
     return schedule
 
 
-def test_on_policy_waits_for_all_groups_of_the_step_and_admits_none_before_the_next_version() -> None:
+def test_on_policy_waits_for_all_groups_of_the_step_and_admits_none_before_the_next_version() -> (
+    None
+):
     schedule = filled(0, 3)
     assert (schedule.room, schedule.running) == (0, 3)
     for number in (2, 0):
@@ -58,7 +60,8 @@ def test_the_learner_takes_what_is_ready_while_a_slow_group_still_has_time() -> 
 
 
 def test_a_take_that_would_leave_too_many_due_at_once_waits_before_they_are_due() -> None:
-    """One a step, k = 2: 0, 1 and 2 start at version 0. If version 1 took a younger group, two would be due at version 2."""
+    """One a step, k = 2: 0, 1 and 2 start at version 0. If version 1 took a younger group, two
+    would be due at version 2."""
     schedule = filled(2, 1)
     schedule.finish(2, "g2", 0)
     assert schedule.take(1) == ["g2"]
@@ -71,7 +74,8 @@ def test_a_take_that_would_leave_too_many_due_at_once_waits_before_they_are_due(
 
 
 def test_ready_groups_of_which_one_must_become_too_old_do_not_stop_the_learner() -> None:
-    """With in_flight=finish a group may start at a version and be sampled by the one before, which its worker still served."""
+    """With in_flight=finish a group may start at a version and be sampled by the one before, which
+    its worker still served."""
     schedule = filled(1, 1)
     schedule.finish(0, "g0", 0)
     assert schedule.take(1) == ["g0"]
@@ -121,7 +125,8 @@ def test_a_reissued_group_starts_anew_and_a_dropped_one_makes_room() -> None:
 
 
 def test_groups_that_start_with_older_weights_are_fewer_so_that_all_can_train_in_time() -> None:
-    """k = 1, two a step. The workers are one version behind: what starts now is due at this version."""
+    """k = 1, two a step. The workers are one version behind: what starts now is due at this
+    version."""
     schedule = filled(1, 2)
     for number in range(4):
         schedule.finish(number, f"g{number}", 0)
@@ -149,12 +154,20 @@ def test_books_that_do_not_balance_are_found() -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(data=st.data(), k=st.integers(0, 4), per_step=st.integers(1, 4), overdue=st.sampled_from(["wait", "evict"]))
+@given(
+    data=st.data(),
+    k=st.integers(0, 4),
+    per_step=st.integers(1, 4),
+    overdue=st.sampled_from(["wait", "evict"]),
+)
 def test_no_group_is_ever_too_old_and_the_learner_never_waits_for_ever(
     data: st.DataObject, k: int, per_step: int, overdue: str
 ) -> None:
-    """Whatever finishes in whatever order, gets lost or has no signal, and however far tokens are newer than the start."""
-    schedule: Schedule[tuple[int, int]] = Schedule(groups_per_step=per_step, max_staleness=k, overdue=overdue)  # type: ignore[arg-type]
+    """Whatever finishes in whatever order, gets lost or has no signal, and however far tokens are
+    newer than the start."""
+    schedule: Schedule[tuple[int, int]] = Schedule(
+        groups_per_step=per_step, max_staleness=k, overdue=overdue
+    )  # type: ignore[arg-type]
     number, running = 0, {}
     for version in range(8):
         for gone in schedule.close(version):

@@ -1,4 +1,5 @@
-"""Groups in flight when new weights come: what each way does to tokens, versions and to groups that come later."""
+"""Groups in flight when new weights come: what each way does to tokens, versions and to groups that
+come later."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ LONG, SHORT = Sampling(max_tokens=150), Sampling(max_tokens=2)
 
 def patch_of(decoder: Decoder, version: int) -> WeightPatch:
     copied = {name: decoder.tensor_bytes(name) for name in decoder.weights}
-    return dense_patch("run", version, [(n, replace(t, data=t.data.copy())) for n, t in copied.items()])
+    return dense_patch(
+        "run", version, [(n, replace(t, data=t.data.copy())) for n, t in copied.items()]
+    )
 
 
 async def collect(service: GroupService, requests: list[Any]) -> dict[int, tuple[Completion, ...]]:
@@ -36,12 +39,15 @@ async def until_steps(service: GroupService, steps: int) -> None:
 
 
 def scenario(make_decoder: MakeDecoder, make_prompt: MakePrompt, in_flight: Any) -> tuple[Any, ...]:
-    """Two groups of two in flight (one of the four samples without a slot), an update, and a group that comes during it."""
+    """Two groups of two in flight (one of the four samples without a slot), an update, and a group
+    that comes during it."""
 
     async def play() -> tuple[Any, ...]:
         engine = EmbeddedEngine(make_decoder(0), max_num_seqs=3, max_model_len=200, run_id="run")
         service = GroupService(engine, in_flight)
-        early = asyncio.create_task(collect(service, [(make_prompt("a"), 2, LONG), (make_prompt("b"), 2, LONG)]))
+        early = asyncio.create_task(
+            collect(service, [(make_prompt("a"), 2, LONG), (make_prompt("b"), 2, LONG)])
+        )
         await until_steps(service, 20)
         update = asyncio.create_task(service.apply(patch_of(make_decoder(1), 1)))
         await asyncio.sleep(0)
@@ -59,7 +65,9 @@ def spans(groups: dict[int, tuple[Completion, ...]]) -> dict[str, tuple[Span, ..
     return {f"{c.prompt_id}{c.sample}": c.spans for group in groups.values() for c in group}
 
 
-def test_update_goes_on_with_new_weights_at_once(make_decoder: MakeDecoder, make_prompt: MakePrompt) -> None:
+def test_update_goes_on_with_new_weights_at_once(
+    make_decoder: MakeDecoder, make_prompt: MakePrompt
+) -> None:
     version, steps, groups = scenario(make_decoder, make_prompt, "update")
     found = spans(groups)
     assert version == 1 and steps < 100 and len(found) == 6
@@ -75,10 +83,14 @@ def test_finish_ends_what_is_in_flight_before_the_update_and_begins_nothing(
     found = spans(groups)
     assert version == 1 and steps >= 150
     assert {found[name] for name in ("a0", "a1", "b0", "b1")} == {(Span(0, 0, 150),)}
-    assert found["c0"] == found["c1"] == (Span(1, 0, 2),), "what came during the update waited for it"
+    assert found["c0"] == found["c1"] == (Span(1, 0, 2),), (
+        "what came during the update waited for it"
+    )
 
 
-def test_parked_groups_go_on_from_where_they_stood(make_decoder: MakeDecoder, make_prompt: MakePrompt) -> None:
+def test_parked_groups_go_on_from_where_they_stood(
+    make_decoder: MakeDecoder, make_prompt: MakePrompt
+) -> None:
     version, steps, groups = scenario(make_decoder, make_prompt, "park")
     found = spans(groups)
     assert version == 1 and steps < 100 and len(found) == 6
@@ -95,7 +107,10 @@ def test_a_cut_group_gives_back_what_it_had_and_holds_up_nobody(
     async def play() -> tuple[Any, ...]:
         engine = EmbeddedEngine(make_decoder(0), max_num_seqs=8, max_model_len=200, run_id="run")
         service = GroupService(engine, in_flight)
-        requests = [(make_prompt("a"), 2, LONG), (make_prompt("b"), 2, replace(LONG, max_tokens=60))]
+        requests = [
+            (make_prompt("a"), 2, LONG),
+            (make_prompt("b"), 2, replace(LONG, max_tokens=60)),
+        ]
         both = asyncio.create_task(collect(service, requests))
         await until_steps(service, 20)
         parts = await service.cut(["a", "unknown"])
@@ -110,7 +125,9 @@ def test_a_cut_group_gives_back_what_it_had_and_holds_up_nobody(
     assert list(groups) == [1] and [len(c) for c in groups[1]] == [60, 60]
 
 
-def test_two_updates_at_once_open_the_gate_after_the_second(make_decoder: MakeDecoder, make_prompt: MakePrompt) -> None:
+def test_two_updates_at_once_open_the_gate_after_the_second(
+    make_decoder: MakeDecoder, make_prompt: MakePrompt
+) -> None:
     async def play() -> tuple[Any, ...]:
         engine = EmbeddedEngine(make_decoder(0), max_num_seqs=8, max_model_len=200, run_id="run")
         service = GroupService(engine, "finish")

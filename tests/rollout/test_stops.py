@@ -1,4 +1,5 @@
-"""Stop strings: token by token as in the whole text, over the tokens of real and of made-up tokenizers, on the engine."""
+"""Stop strings: token by token as in the whole text, over the tokens of real and of made-up
+tokenizers, on the engine."""
 
 from __future__ import annotations
 
@@ -22,10 +23,23 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-# Tokens whose ends and beginnings make up many stop strings, and the bytes of characters of two to four bytes.
-PIECES = [b"a", b"b", b"ab", b"aab", b"ba", b"\n", b"\n\n", b"", b"</", b"answer", b">", "é".encode(), *(
-    bytes([byte]) for text in ("é", "中", "🙂") for byte in text.encode()
-)]  # fmt: skip
+# Tokens whose ends and beginnings make up many stop strings, and the bytes of characters of two to
+# four bytes.
+PIECES = [
+    b"a",
+    b"b",
+    b"ab",
+    b"aab",
+    b"ba",
+    b"\n",
+    b"\n\n",
+    b"",
+    b"</",
+    b"answer",
+    b">",
+    "é".encode(),
+    *(bytes([byte]) for text in ("é", "中", "🙂") for byte in text.encode()),
+]
 STOPS = st.lists(st.text("ab\né中🙂</>answer", min_size=1, max_size=6), min_size=1, max_size=4)
 
 
@@ -43,12 +57,16 @@ def ended(matcher: StopMatcher, tokens: Sequence[int]) -> int | None:
 @given(st.lists(st.integers(0, len(PIECES) - 1), max_size=40), STOPS)
 def test_token_by_token_as_in_the_whole_text(tokens: list[int], stops: list[str]) -> None:
     texts = [b"".join(PIECES[t] for t in tokens[:count]) for count in range(len(tokens) + 1)]
-    whole = (count for count, text in enumerate(texts) if any(stop.encode() in text for stop in stops))
+    whole = (
+        count for count, text in enumerate(texts) if any(stop.encode() in text for stop in stops)
+    )
     assert ended(StopMatcher(stops, PIECES), tokens) == next(whole, None)
 
 
 @given(st.lists(st.integers(0, len(PIECES) - 1), max_size=40), STOPS, st.data())
-def test_a_tail_is_all_that_an_answer_needs_to_go_on(tokens: list[int], stops: list[str], data: st.DataObject) -> None:
+def test_a_tail_is_all_that_an_answer_needs_to_go_on(
+    tokens: list[int], stops: list[str], data: st.DataObject
+) -> None:
     matcher = StopMatcher(stops, PIECES)
     count = ended(matcher, tokens)
     edge = data.draw(st.integers(0, len(tokens) if count is None else count - 1))
@@ -107,19 +125,43 @@ def test_any_text_ends_real_tokens_where_it_ends_the_text(
 ) -> None:
     tokenizer, table = qwen3
     ids = tokenizer.encode(before + stop + after, add_special_tokens=False)
-    said = [b"".join(table[i] for i in ids[:n]).decode(errors="replace") for n in range(len(ids) + 1)]
-    if "\ufffd" not in stop and stop in said[-1]:  # Qwen's tokenizer writes some characters in another way (NFC)
-        assert ended(StopMatcher([stop], table), ids) == next(n for n, text in enumerate(said) if stop in text)
+    said = [
+        b"".join(table[i] for i in ids[:n]).decode(errors="replace") for n in range(len(ids) + 1)
+    ]
+    # Qwen's tokenizer writes some characters in another way (NFC)
+    if "\ufffd" not in stop and stop in said[-1]:
+        assert ended(StopMatcher([stop], table), ids) == next(
+            n for n, text in enumerate(said) if stop in text
+        )
 
 
-SENTENCE_PIECE = ["<unk>", "<s>", "</s>", "\u2581the", "\u2581", "end", "<0x0A>", "<0xC3>", "<0xA9>", "#", "<|user|>"]
+SENTENCE_PIECE = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "\u2581the",
+    "\u2581",
+    "end",
+    "<0x0A>",
+    "<0xC3>",
+    "<0xA9>",
+    "#",
+    "<|user|>",
+]
 
 
 def sentence_piece(*, decoder: Any = None) -> Any:
     """Llama 2's and Gemma's way: a low line block for a space, bytes by number."""
-    backend = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(SENTENCE_PIECE)}, unk_token="<unk>"))
+    backend = Tokenizer(
+        models.WordLevel({piece: i for i, piece in enumerate(SENTENCE_PIECE)}, unk_token="<unk>")
+    )
     backend.decoder = decoder or decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     backend.add_special_tokens(["<s>", "</s>", "<|user|>"])
     wrap: Any = PreTrainedTokenizerFast
@@ -145,7 +187,9 @@ def test_sentence_piece(stop: str, tokens: list[int], count: int | None) -> None
 
 
 def test_tokens_that_are_no_fixed_bytes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"rollout\.stop: the tokenizer of the model reads token \d+ as .* leave"):
+    with pytest.raises(
+        ValueError, match=r"rollout\.stop: the tokenizer of the model reads token \d+ as .* leave"
+    ):
         token_bytes(sentence_piece(decoder=decoders.Replace("e", "E")))
     with pytest.raises(ValueError, match="stop strings need a model with a tokenizer"):
         StopStrings(None).matcher(("x",))
@@ -173,7 +217,8 @@ def make_engine(folder: Path, slots: int = 4) -> EmbeddedEngine:
 
 
 def test_answers_end_with_the_token_that_completes_a_string(folder: Path) -> None:
-    """The same tokens and log-probs as without one, up to there; slots are reused, and others share the batch."""
+    """The same tokens and log-probs as without one, up to there; slots are reused, and others share
+    the batch."""
     engine = make_engine(folder)
     free = answers(engine, FREE)
     texts = [TOKENIZER.decode(c.token_ids) for c in free]
@@ -237,7 +282,8 @@ def test_an_answer_that_goes_on_remembers_where_it_stood(folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_settings_of_one_answer_are_not_anothers(folder: Path, dtype: str) -> None:
-    """Twelve groups with penalties, cuts and strings of their own, of which some end early: alone and in shared slots."""
+    """Twelve groups with penalties, cuts and strings of their own, of which some end early: alone
+    and in shared slots."""
     mix = [
         replace(
             FREE,
@@ -256,7 +302,11 @@ def test_the_settings_of_one_answer_are_not_anothers(folder: Path, dtype: str) -
         for i, sampling in enumerate(mix):
             token_ids = tuple(4 + (i * j) % 18 for j in range(1, 5 + i % 4))
             engine.submit(replace(PROMPT, id=f"{i:02}", token_ids=token_ids), 2, sampling)
-        found.append(sorted((c.prompt_id, c.sample, c.token_ids.tolist(), c.finish_reason) for c in engine.run()))
+        found.append(
+            sorted(
+                (c.prompt_id, c.sample, c.token_ids.tolist(), c.finish_reason) for c in engine.run()
+            )
+        )
     assert found[0] == found[1]
     assert {reason for *_, reason in found[0]} == {"stop", "length"}
 
@@ -270,14 +320,20 @@ def test_an_empty_string_is_refused(folder: Path, stop: tuple[str, ...]) -> None
 @pytest.mark.parametrize("had", [0, 2])
 @pytest.mark.parametrize("lots", [[1, 1, 1, 1, 1, 1, 1], [3, 4], [4, 3], [7]])
 def test_what_vllm_decodes_beyond_a_string_is_dropped(lots: list[int], had: int) -> None:
-    """Tokens come in lots, each of a version of its own; the versions of what is dropped go with it."""
+    """Tokens come in lots, each of a version of its own; the versions of what is dropped go with
+    it."""
     strings = StopStrings(None)
     strings._matchers[("abba",)] = StopMatcher(["abba"], [b"a", b"b", b"c"])
-    tokens, end = ([2, 0, 1, 1, 0, 2, 0], 5) if not had else ([1, 0, 1, 0, 1, 1, 0], 2)  # after a b of before
+    # after a b of before
+    tokens, end = ([2, 0, 1, 1, 0, 2, 0], 5) if not had else ([1, 0, 1, 0, 1, 1, 0], 2)
     before = Completion(
-        prompt_id="p", sample=0, token_ids=np.arange(had, dtype=np.int32), logprobs=np.zeros(had, np.float32),
-        spans=(Span(0, 0, had),) if had else (), finish_reason="abort",
-    )  # fmt: skip
+        prompt_id="p",
+        sample=0,
+        token_ids=np.arange(had, dtype=np.int32),
+        logprobs=np.zeros(had, np.float32),
+        spans=(Span(0, 0, had),) if had else (),
+        finish_reason="abort",
+    )
     request = (PROMPT, 1, Sampling(max_tokens=20, stop=("abba",)))
     (sample,) = samples_of([request], {"p": [before]} if had else {}, asyncio.Queue(), strings)
     for _ in range(2):  # as after the loss of an engine
@@ -289,6 +345,11 @@ def test_what_vllm_decodes_beyond_a_string_is_dropped(lots: list[int], had: int)
             sample.close_span(version)
         assert found == [start < end <= stop for start, stop in pairwise(edges.tolist())]
     completion = sample.completion(Decoded(tokens, [-1.0] * 7, "abort"), 9)
-    assert completion.token_ids.tolist() == [*range(had), *tokens[:end]] and completion.finish_reason == "stop"
-    versions = [version for version, (start, _) in enumerate(pairwise(edges.tolist()), 1) if start < end]
+    assert (
+        completion.token_ids.tolist() == [*range(had), *tokens[:end]]
+        and completion.finish_reason == "stop"
+    )
+    versions = [
+        version for version, (start, _) in enumerate(pairwise(edges.tolist()), 1) if start < end
+    ]
     assert [span.version for span in completion.spans] == [0] * bool(had) + versions

@@ -1,4 +1,5 @@
-"""What the pool asks of workers, and the places where bytes lie: fakes that answer, refuse, or never do."""
+"""What the pool asks of workers, and the places where bytes lie: fakes that answer, refuse, or
+never do."""
 
 from __future__ import annotations
 
@@ -53,7 +54,9 @@ class FakeWorker:
 
 ANCHOR = PatchRef(version=3, base_version=None, size=9, places=())
 PATCHES = tuple(PatchRef(version=v, base_version=v - 1, size=1, places=()) for v in (4, 5, 6))
-NOTICE = WeightUpdate(run_id="run", attempt=0, version=6, root="", patches=PATCHES, anchors=(ANCHOR,))
+NOTICE = WeightUpdate(
+    run_id="run", attempt=0, version=6, root="", patches=PATCHES, anchors=(ANCHOR,)
+)
 
 
 def followed(peers: list[FakeWorker]) -> WeightUpdate:
@@ -64,31 +67,50 @@ def followed(peers: list[FakeWorker]) -> WeightUpdate:
 
 
 def test_a_late_joiner_asks_a_peer_on_its_node_first() -> None:
-    peers = [FakeWorker("here", 6, dead=True), FakeWorker("there", 6), FakeWorker("here", 5), FakeWorker("here", 6)]
+    peers = [
+        FakeWorker("here", 6, dead=True),
+        FakeWorker("there", 6),
+        FakeWorker("here", 5),
+        FakeWorker("here", 6),
+    ]
     notice = followed(peers)
     first, second = notice.anchors
-    assert isinstance(first.places[0], ObjectStoreSource) and first.places[0].reference == "anchor of here"
+    assert (
+        isinstance(first.places[0], ObjectStoreSource)
+        and first.places[0].reference == "anchor of here"
+    )
     assert (first.version, second) == (5, ANCHOR)
     assert [[p.version for p in route] for route in notice.routes(None)] == [[5, 6], [3, 4, 5, 6]]
 
 
-@pytest.mark.parametrize("peers", [[], [FakeWorker("there", 6)], [FakeWorker("here", -1)], [FakeWorker("here", 7)]])
+@pytest.mark.parametrize(
+    "peers", [[], [FakeWorker("there", 6)], [FakeWorker("here", -1)], [FakeWorker("here", 7)]]
+)
 def test_without_such_a_peer_the_learners_anchor_remains(peers: list[FakeWorker]) -> None:
     assert followed(peers).anchors == (ANCHOR,)
 
 
 def test_a_late_worker_is_named_within_the_deadline() -> None:
     start = time.monotonic()
-    with pytest.raises(WorkerLostError, match=r"rollout worker 2: no answer to 'prepare' within sync.timeout=0.05 s"):
+    with pytest.raises(
+        WorkerLostError,
+        match=r"rollout worker 2: no answer to 'prepare' within sync.timeout=0.05 s",
+    ):
         asyncio.run(call(asyncio.sleep(60), who="rollout worker 2", what="prepare", timeout=0.05))
     assert time.monotonic() - start < 5
 
     async def refuse() -> None:
-        raise ray.exceptions.RayTaskError("prepare", "Traceback\nVersionError: another run", ValueError("x"))
+        raise ray.exceptions.RayTaskError(
+            "prepare", "Traceback\nVersionError: another run", ValueError("x")
+        )
 
-    with pytest.raises(ActorLostError, match="rollout worker 2 failed in 'commit': VersionError: another run") as found:
+    with pytest.raises(
+        ActorLostError, match="rollout worker 2 failed in 'commit': VersionError: another run"
+    ) as found:
         asyncio.run(call(refuse(), who="rollout worker 2", what="commit", timeout=1.0))
-    assert not isinstance(found.value, WorkerLostError), "another actor in its place would refuse too"
+    assert not isinstance(found.value, WorkerLostError), (
+        "another actor in its place would refuse too"
+    )
 
 
 def test_routes_prefer_patches_and_try_them_twice() -> None:
@@ -120,4 +142,6 @@ def test_a_token_bucket_is_as_slow_as_it_says(tmp_path: Path) -> None:
     FileSource(path=str(tmp_path / "file")).fetch(link)
     assert 0.28 < time.monotonic() - start < 2.0, "3.1 MB at 10 MB/s"
     with pytest.raises(TransferError, match=r"within 0\.1 s"):
-        FileSource(path=str(tmp_path / "file")).fetch(FetchContext(timeout=0.1, bucket=TokenBucket(rate=10e6)))
+        FileSource(path=str(tmp_path / "file")).fetch(
+            FetchContext(timeout=0.1, bucket=TokenBucket(rate=10e6))
+        )

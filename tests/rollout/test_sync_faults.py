@@ -1,8 +1,9 @@
 """Faults on every step of a weight update, drawn at random: 0 silent mismatches, 0 hangs.
 
-A learner, two workers and a link that loses, repeats, reorders, cuts and flips, as a hypothesis state machine. All is the
-real thing but the engine, which is a table of bytes, and the link. After every step whatever an engine serves is, byte for
-byte, a version that a learner published. `make test-faults` injects 10,000 faults (EMBERL_FAULTS), CI a few hundred.
+A learner, two workers and a link that loses, repeats, reorders, cuts and flips, as a hypothesis
+state machine. All is the real thing but the engine, which is a table of bytes, and the link. After
+every step whatever an engine serves is, byte for byte, a version that a learner published.
+`make test-faults` injects 10,000 faults (EMBERL_FAULTS), CI a few hundred.
 """
 
 from __future__ import annotations
@@ -30,10 +31,18 @@ from emberl.rollout.weights.transport import FetchContext, PatchRef, TransferErr
 from emberl.rollout.weights.wire_format import pieces
 from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
 FAULTS = ("none", "none", "lost", "cut", "flip", "swap", "crash")
-"""What the link does to one fetch. `swap`: the bytes of another patch come; `crash`: the engine's process ends."""
+"""What the link does to one fetch. `swap`: the bytes of another patch come; `crash`: the engine's
+process ends."""
 
 
 WANTED = int(os.environ.get("EMBERL_FAULTS", "300"))
@@ -80,7 +89,8 @@ class OnWire:
 
 
 class TableEngine:
-    """Serves what it was given; a crash on the way leaves it as an engine whose process ended: with nothing."""
+    """Serves what it was given; a crash on the way leaves it as an engine whose process ended: with
+    nothing."""
 
     def __init__(self) -> None:
         self.version, self.run_id = -1, ""
@@ -88,7 +98,9 @@ class TableEngine:
 
     def apply(self, patch: WeightPatch) -> int:
         if patch.base_version not in (None, self.version):
-            raise VersionError(f"patch {patch.version} builds on {patch.base_version}, {self.version} is served")
+            raise VersionError(
+                f"patch {patch.version} builds on {patch.base_version}, {self.version} is served"
+            )
         tensors = {**(self.tensors if patch.base_version is not None else {}), **patch.tensors}
         verify({name: digest(tensor.data) for name, tensor in tensors.items()}, patch)
         self.tensors, self.version, self.run_id = tensors, patch.version, patch.run_id
@@ -121,7 +133,10 @@ class Learner:
     def __init__(self, seed: int, run: int, wire: Wire, version: int = 0) -> None:
         self.rng = np.random.default_rng((seed, run))
         self.run_id, self.attempt, self.wire = f"run-{run}", run, wire
-        self.values = {"up": self.rng.integers(0x3C00, 0x3D00, 40), "norm": self.rng.integers(0, 1 << 15, 5)}
+        self.values = {
+            "up": self.rng.integers(0x3C00, 0x3D00, 40),
+            "norm": self.rng.integers(0, 1 << 15, 5),
+        }
         self.base: Weights | None = None
         self.version = version
         self.patches: list[PatchRef] = []
@@ -130,13 +145,17 @@ class Learner:
     def publish(self, *, anchor: bool) -> tuple[WeightUpdate, Weights]:
         flips = self.rng.choice([-1, 0, 0, 0, 1], 40)
         self.values["up"] = self.values["up"] + flips
-        tensors = {name: _tensor(values) for name, values in self.values.items()} | {"rope": _tensor(np.arange(3))}
+        tensors = {name: _tensor(values) for name, values in self.values.items()} | {
+            "rope": _tensor(np.arange(3))
+        }
         digests = {name: digest(tensor.data) for name, tensor in tensors.items()}
         if self.base is not None:
             self.version += 1
             patch = encode(self.base, tensors, run_id=self.run_id, version=self.version)
             self.patches.append(self._send(patch))
-        weights = Weights(run_id=self.run_id, version=self.version, tensors=tensors, digests=digests)
+        weights = Weights(
+            run_id=self.run_id, version=self.version, tensors=tensors, digests=digests
+        )
         if anchor or self.base is None:
             self.anchors = [self._send(dense_patch(self.run_id, self.version, tensors.items()))]
             self.patches = self.patches[-3:]
@@ -162,7 +181,9 @@ def _send(wire: Wire, patch: WeightPatch) -> PatchRef:
     data = np.frombuffer(b"".join(pieces(patch)), np.uint8)
     wire.data.append(data)
     place = OnWire(wire, len(wire.data) - 1)
-    return PatchRef(version=patch.version, base_version=patch.base_version, size=data.nbytes, places=(place,))
+    return PatchRef(
+        version=patch.version, base_version=patch.base_version, size=data.nbytes, places=(place,)
+    )
 
 
 def _tensor(values: Iterable[int]) -> TensorBytes:
@@ -174,7 +195,8 @@ faults = st.lists(st.tuples(st.sampled_from(FAULTS), st.integers(0, 1 << 20)), m
 
 
 class SyncMachine(RuleBasedStateMachine):
-    """`notices` holds every announcement ever made: any may be delivered again, late, or in another order."""
+    """`notices` holds every announcement ever made: any may be delivered again, late, or in another
+    order."""
 
     notices = Bundle("notices")
     faults_injected = 0
@@ -192,10 +214,17 @@ class SyncMachine(RuleBasedStateMachine):
         self.truth[notice.run_id, notice.version] = weights
         return notice
 
-    @rule(notice=notices, who=st.integers(0, 1), faults=faults, crash=st.sampled_from(["no", "no", "before", "after"]))
-    def deliver(self, notice: WeightUpdate, who: int, faults: list[tuple[str, int]], crash: str) -> None:
-        """PREPARE and COMMIT of any notice on one worker, with faults on the way. Whatever fails leaves it serving what it
-        served; a crash leaves a new, empty worker."""
+    @rule(
+        notice=notices,
+        who=st.integers(0, 1),
+        faults=faults,
+        crash=st.sampled_from(["no", "no", "before", "after"]),
+    )
+    def deliver(
+        self, notice: WeightUpdate, who: int, faults: list[tuple[str, int]], crash: str
+    ) -> None:
+        """PREPARE and COMMIT of any notice on one worker, with faults on the way. Whatever fails
+        leaves it serving what it served; a crash leaves a new, empty worker."""
         SyncMachine.faults_injected += crash != "no"
         self._attempt(notice, who, faults, crash)
 
@@ -223,7 +252,8 @@ class SyncMachine(RuleBasedStateMachine):
 
     @rule(target=notices, back=st.integers(0, 3))
     def restart_learner(self, back: int) -> WeightUpdate:
-        """From an older checkpoint: a new run id, version numbers that were used before, other weights."""
+        """From an older checkpoint: a new run id, version numbers that were used before, other
+        weights."""
         SyncMachine.faults_injected += 1
         self.runs += 1
         self.learner = Learner(self.seed, self.runs, self.wire, max(0, self.learner.version - back))
@@ -263,7 +293,9 @@ class SyncMachine(RuleBasedStateMachine):
             served = {name: tensor.data.tobytes() for name, tensor in engine.tensors.items()}
             assert served == {name: tensor.data.tobytes() for name, tensor in truth.items()}
 
-    def _attempt(self, notice: WeightUpdate, who: int, faults: list[tuple[str, int]], crash: str | None) -> None:
+    def _attempt(
+        self, notice: WeightUpdate, who: int, faults: list[tuple[str, int]], crash: str | None
+    ) -> None:
         self.wire.faults, before, start = list(faults), self.wire.injected, time.monotonic()
         worker = self.workers[who]
         try:

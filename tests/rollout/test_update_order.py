@@ -31,7 +31,10 @@ def test_every_step_from_every_state(state: State, step: Step) -> None:
             assert order.state == "broken"  # nobody knows what is held before it is done
         assert order.state == after[0]
     else:
-        with pytest.raises(OrderError, match=f"'{step}' may not come while the engine is '{state}'"), order.step(step):
+        with (
+            pytest.raises(OrderError, match=f"'{step}' may not come while the engine is '{state}'"),
+            order.step(step),
+        ):
             pytest.fail("the step was taken")
         assert order.state == state
 

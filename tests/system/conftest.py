@@ -14,7 +14,9 @@ import pytest
 
 
 def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("small_system", Path(__file__).with_name("small.py"))
+    spec = importlib.util.spec_from_file_location(
+        "small_system", Path(__file__).with_name("small.py")
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["small_system"] = module
@@ -27,12 +29,19 @@ small_system = _load()
 
 @pytest.fixture(scope="module")
 def shared_ray() -> Iterator[None]:
-    """A cluster of this process for the runs in it, which leave it up: to start one takes longer than most of them. Not for
-    the session: other tests kill all children of this process, and without its cluster the process ends."""
+    """A cluster of this process for the runs in it, which leave it up: to start one takes longer
+    than most of them. Not for the session: other tests kill all children of this process, and
+    without its cluster the process ends."""
     import ray
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
     yield
     ray.shutdown()
 

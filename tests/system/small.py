@@ -35,8 +35,8 @@ cluster: {device: cpu, learners: 1, rollouts: 1, cpus_per_learner: 0.5, cpus_per
 
 @dataclass(frozen=True)
 class Emberl:
-    """Runs the command on the small configuration: in this process on the Ray cluster that `share` starts, or `fresh`, as a
-    person does, in a process with a cluster of its own."""
+    """Runs the command on the small configuration: in this process on the Ray cluster that `share`
+    starts, or `fresh`, as a person does, in a process with a cluster of its own."""
 
     folder: Path
     share: Callable[[], None]
@@ -48,8 +48,15 @@ class Emberl:
             path.write_text(SMALL)
         return path
 
-    def start(self, *arguments: str, config: Path | None = None, **environment: str) -> subprocess.Popen[str]:
-        command = [str(Path(sys.executable).with_name("emberl")), "train", str(config or self.config), *arguments]
+    def start(
+        self, *arguments: str, config: Path | None = None, **environment: str
+    ) -> subprocess.Popen[str]:
+        command = [
+            str(Path(sys.executable).with_name("emberl")),
+            "train",
+            str(config or self.config),
+            *arguments,
+        ]
         return subprocess.Popen(
             command,
             cwd=self.folder,
@@ -61,7 +68,12 @@ class Emberl:
         )
 
     def train(
-        self, *arguments: str, status: int = 0, config: Path | None = None, fresh: bool = False, **environment: str
+        self,
+        *arguments: str,
+        status: int = 0,
+        config: Path | None = None,
+        fresh: bool = False,
+        **environment: str,
     ) -> dict[str, Any]:
         """The JSON line with which the run ends; what it told a person is in `stderr.txt`."""
         if fresh:
@@ -100,7 +112,8 @@ def timeless(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         "perf/time_per_step",
         "perf/sampled_tokens_per_second",
         "perf/actor/",
-        "sync/",  # how weights travel is decided by the clock, and another attempt begins with whole ones
+        # how weights travel is decided by the clock, and another attempt begins with whole ones
+        "sync/",
         "reward/answer/seconds",
         "reward/answer/batch_seconds",
     )

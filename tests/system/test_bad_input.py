@@ -1,4 +1,5 @@
-"""What a user gets wrong is one clear line that names the key and the fix, with a status that is not zero."""
+"""What a user gets wrong is one clear line that names the key and the fix, with a status that is
+not zero."""
 
 from __future__ import annotations
 
@@ -18,19 +19,29 @@ BEFORE_RAY = [
     (["data.source=empty.jsonl"], "data.source"),
     (["cluster.cpus_per_learner=5000"], "cluster.cpus_per_learner"),
     (["run_dir=/proc/emberl"], "run_dir=/proc/emberl cannot be written"),
-    (["stages=[rl]", "algorithm=ppo", "critic.path=nowhere/at-all"], "critic.path='nowhere/at-all'"),
-    (["stages=[rl]", "model.tiny=null", "model.path=nowhere/at-all"], "model.path='nowhere/at-all'"),
-    (["stages=[rl]", "model.tiny=null", "model.path=./nowhere"], "model.path='./nowhere' does not exist"),
+    (
+        ["stages=[rl]", "algorithm=ppo", "critic.path=nowhere/at-all"],
+        "critic.path='nowhere/at-all'",
+    ),
+    (
+        ["stages=[rl]", "model.tiny=null", "model.path=nowhere/at-all"],
+        "model.path='nowhere/at-all'",
+    ),
+    (
+        ["stages=[rl]", "model.tiny=null", "model.path=./nowhere"],
+        "model.path='./nowhere' does not exist",
+    ),
     (["stages=[rl]", "model.tiny=null", "model.path=broken.gguf"], "damaged or cut short"),
     (["model.lora.targets=[nonsense]"], "model.lora.targets"),
     (["algorithm=grop"], "did you mean 'grpo'"),
-    (["data={source: rows.jsonl, prompt_column: quesion, max_prompt_length: 16}"], "data.prompt_column"),
+    (
+        ["data={source: rows.jsonl, prompt_column: quesion, max_prompt_length: 16}"],
+        "data.prompt_column",
+    ),
     (["reward.parts.answer.use=no_such_reward"], "no_such_reward"),
     (["schedule.max_staleness=-1"], "schedule.max_staleness=-1"),
 ]
-AFTER = [
-    (["data.max_prompt_length=4"], "data.max_prompt_length"),
-]
+AFTER = [(["data.max_prompt_length=4"], "data.max_prompt_length")]
 
 
 def put_files(folder: Path) -> None:

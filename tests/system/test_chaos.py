@@ -1,5 +1,5 @@
-"""A run whose processes are killed and stopped at random ends with all its steps, each once, and with its books balanced
-(`Schedule.check` runs at every step)."""
+"""A run whose processes are killed and stopped at random ends with all its steps, each once, and
+with its books balanced (`Schedule.check` runs at every step)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from small_system import Emberl, read_metrics
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif("EMBERL_FAULTS" not in os.environ, reason="takes minutes: `make test-faults` runs it"),
+    pytest.mark.skipif(
+        "EMBERL_FAULTS" not in os.environ, reason="takes minutes: `make test-faults` runs it"
+    ),
 ]
 
 REWARD = """\
@@ -30,8 +32,12 @@ def descendants(driver: int) -> dict[int, str]:
     parents, lines = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            lines[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            parents[int(folder.name)] = int(
+                (folder / "stat").read_text().rsplit(")", 1)[1].split()[1]
+            )
+            lines[int(folder.name)] = (
+                (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            )
         except (OSError, ValueError):  # a process that ended while we looked
             continue
 
@@ -54,17 +60,30 @@ def hit(driver: int, kind: str, chosen: random.Random, how: signal.Signals) -> b
 def test_sixty_steps_with_random_kills_and_stalls(emberl: Emberl, staleness: int) -> None:
     (emberl.folder / "marks.py").write_text(REWARD)
     process = emberl.start(
-        "schedule.steps=60", f"schedule.max_staleness={staleness}", "sft.steps=20", "checkpoint.every=5", "eval.every=0",
-        "cluster.rollouts=2", "cluster.cpus_per_rollout=0.25", "cluster.max_restarts=2", "rollout.max_restarts=20",
-        "rollout.timeout=6", "sync.timeout=10", "cluster.step_timeout=30", "run_dir=run",
-        "reward.parts.answer.use=./marks.py:score", "reward.max_error_fraction=0.2",
-    )  # fmt: skip
+        "schedule.steps=60",
+        f"schedule.max_staleness={staleness}",
+        "sft.steps=20",
+        "checkpoint.every=5",
+        "eval.every=0",
+        "cluster.rollouts=2",
+        "cluster.cpus_per_rollout=0.25",
+        "cluster.max_restarts=2",
+        "rollout.max_restarts=20",
+        "rollout.timeout=6",
+        "sync.timeout=10",
+        "cluster.step_timeout=30",
+        "run_dir=run",
+        "reward.parts.answer.use=./marks.py:score",
+        "reward.max_error_fraction=0.2",
+    )
     metrics, chosen = emberl.folder / "run/metrics.jsonl", random.Random(0)
 
     def until(ready: Callable[[], bool], seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while not ready() and process.poll() is None:
-            assert time.monotonic() < deadline, metrics.read_text()[-500:] if metrics.exists() else "no metrics"
+            assert time.monotonic() < deadline, (
+                metrics.read_text()[-500:] if metrics.exists() else "no metrics"
+            )
             time.sleep(0.1)
 
     def steps() -> int:
@@ -92,7 +111,9 @@ def test_sixty_steps_with_random_kills_and_stalls(emberl: Emberl, staleness: int
     result = json.loads(out.strip().splitlines()[-1])
     assert (result["status"], result["steps"]) == ("ok", 60)
     rows = read_metrics(emberl.folder / "run")
-    assert [row["step"] for row in rows] == list(range(1, 61)), "each step once, those after a checkpoint done again"
+    assert [row["step"] for row in rows] == list(range(1, 61)), (
+        "each step once, those after a checkpoint done again"
+    )
     assert len(done) == len(attacks), done
     assert all(row["sched/staleness/max"] <= staleness for row in rows)
     assert sum(row["sched/workers_restarted"] for row in rows) >= 1

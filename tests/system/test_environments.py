@@ -23,15 +23,25 @@ def test_the_guess_game_is_learnt(emberl: Emberl) -> None:
     rows = [{"prompt": f"{i}?", "answer": str(draw.randint(2, 7))} for i in range(200)]
     (emberl.folder / "guess.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = emberl.train(
-        "stages=[rl]", "data={source: guess.jsonl, heldout: 0, max_prompt_length: 8}", "eval.size=0",
-        f"rollout.environment={EXAMPLES}:GuessGame", "rollout.max_response_length=24", "rollout.group_size=8",
-        "reward={parts: {game: {use: environment}}}", "schedule.steps=25", "optim.lr=5.0e-3", "checkpoint.every=0",
+        "stages=[rl]",
+        "data={source: guess.jsonl, heldout: 0, max_prompt_length: 8}",
+        "eval.size=0",
+        f"rollout.environment={EXAMPLES}:GuessGame",
+        "rollout.max_response_length=24",
+        "rollout.group_size=8",
+        "reward={parts: {game: {use: environment}}}",
+        "schedule.steps=25",
+        "optim.lr=5.0e-3",
+        "checkpoint.every=0",
         "run_dir=run",
-    )  # fmt: skip
+    )
     steps = read_metrics(emberl.folder / "run")
     scores = [step["critic/score/mean"] for step in steps]
     assert sum(scores[-5:]) > sum(scores[:5]) + 5 * 0.1, scores
-    assert steps[-1]["num_turns/mean"] > 1.5 > steps[0]["num_turns/min"] and steps[-1]["num_turns/max"] == 2
+    assert (
+        steps[-1]["num_turns/mean"] > 1.5 > steps[0]["num_turns/min"]
+        and steps[-1]["num_turns/max"] == 2
+    )
     assert all(step["observation_length/max"] == 1 for step in steps), "`+` or `-`"
     assert steps[-1]["episode/done"] == 1.0 and result["updates"] > 20
     table = pyarrow.parquet.read_table(emberl.folder / "run/lengths.parquet")
@@ -53,7 +63,9 @@ def test_one_turn_is_the_plain_run_byte_for_byte(emberl: Emberl) -> None:
         for run in ("plain", "played")
     ]
     assert rows[0] == rows[1]
-    one, other = (load_file(emberl.folder / run / "model/model.safetensors") for run in ("plain", "played"))
+    one, other = (
+        load_file(emberl.folder / run / "model/model.safetensors") for run in ("plain", "played")
+    )
     assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
 
 
@@ -73,10 +85,15 @@ def test_rollouts_ahead_a_lost_environment_and_a_checkpoint(emberl: Emberl) -> N
         "        return '?', float(len(text)) / 10, self.turns == 3\n"
     )
     settings = (
-        f"rollout.environment={emberl.folder}/mine.py:Mine", "rollout.max_response_length=24", "eval.size=0",
-        "reward={parts: {mine: {use: environment}}, max_error_fraction: 0.9}", "schedule.max_staleness=2",
-        "cluster.rollouts=2", "cluster.cpus_per_rollout=0.25", "run_dir=run",
-    )  # fmt: skip
+        f"rollout.environment={emberl.folder}/mine.py:Mine",
+        "rollout.max_response_length=24",
+        "eval.size=0",
+        "reward={parts: {mine: {use: environment}}, max_error_fraction: 0.9}",
+        "schedule.max_staleness=2",
+        "cluster.rollouts=2",
+        "cluster.cpus_per_rollout=0.25",
+        "run_dir=run",
+    )
     emberl.train("schedule.steps=4", *settings)
     emberl.train("schedule.steps=8", *settings, "--resume")
     steps = read_metrics(emberl.folder / "run")

@@ -1,4 +1,5 @@
-"""A run as a Ray job: it joins the cluster that it was submitted to, and its exit status is the job's."""
+"""A run as a Ray job: it joins the cluster that it was submitted to, and its exit status is the
+job's."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
 START_SECONDS = 180.0
 # a token in the user's home would switch authentication on for the head but not for the client
-ENVIRONMENT = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
+ENVIRONMENT = os.environ | {
+    "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    "RAY_AUTH_MODE": "disabled",
+}
 
 
 def free_ports(count: int) -> list[int]:
@@ -43,27 +47,48 @@ def submit(address: str, *command: str, timeout: float = 300) -> subprocess.Comp
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The job server of a cluster of two CPUs with ports of its own; only this cluster is ended afterwards, so it is a
-    child to terminate and never `ray stop`, which ends every cluster on the machine."""
+    """The job server of a cluster of two CPUs with ports of its own; only this cluster is ended
+    afterwards, so it is a child to terminate and never `ray stop`, which ends every cluster on the
+    machine."""
     folder = tmp_path_factory.mktemp("head")
-    # of its own and short: Ray leaves the address of the last cluster in the folder, which a later ray.init() would join,
-    # and the paths of its sockets may not be long
+    # of its own and short: Ray leaves the address of the last cluster in the folder, which a later
+    # ray.init() would join, and the paths of its sockets may not be long
     scratch = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     port, dashboard, client, agent = free_ports(4)
     with (folder / "head.log").open("w") as log:
         head = subprocess.Popen(
             [
-                str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=true",
-                "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
-                f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats", f"--temp-dir={scratch}",
+                str(BIN / "ray"),
+                "start",
+                "--head",
+                "--block",
+                f"--port={port}",
+                "--num-cpus=2",
+                "--include-dashboard=true",
+                "--dashboard-host=127.0.0.1",
+                f"--dashboard-port={dashboard}",
+                f"--ray-client-server-port={client}",
+                f"--dashboard-agent-listen-port={agent}",
+                "--disable-usage-stats",
+                f"--temp-dir={scratch}",
             ],
-            stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT,
-        )  # fmt: skip
-    address, deadline, answer = f"http://127.0.0.1:{dashboard}", time.monotonic() + START_SECONDS, ""
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=ENVIRONMENT,
+        )
+    address, deadline, answer = (
+        f"http://127.0.0.1:{dashboard}",
+        time.monotonic() + START_SECONDS,
+        "",
+    )
     try:
         while True:
-            assert head.poll() is None, f"the head ended: {(folder / 'head.log').read_text()[-3000:]}"
-            assert time.monotonic() < deadline, f"no job ran within {START_SECONDS} s: {answer[-3000:]}"
+            assert head.poll() is None, (
+                f"the head ended: {(folder / 'head.log').read_text()[-3000:]}"
+            )
+            assert time.monotonic() < deadline, (
+                f"no job ran within {START_SECONDS} s: {answer[-3000:]}"
+            )
             ready = submit(address, "true", timeout=START_SECONDS)
             if ready.returncode == 0:
                 break
@@ -82,7 +107,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_a_job_joins_its_cluster_and_trains(cluster: str, emberl: Emberl) -> None:
     run_dir = emberl.folder / "run"
     done = submit(
-        cluster, "emberl", "train", str(emberl.config), f"run_dir={run_dir}", "sft.steps=5", "schedule.steps=2"
+        cluster,
+        "emberl",
+        "train",
+        str(emberl.config),
+        f"run_dir={run_dir}",
+        "sft.steps=5",
+        "schedule.steps=2",
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert '"status": "ok"' in done.stdout
@@ -91,8 +122,15 @@ def test_a_job_joins_its_cluster_and_trains(cluster: str, emberl: Emberl) -> Non
 
 def test_a_job_is_held_to_the_cluster_it_joined(cluster: str, emberl: Emberl) -> None:
     greedy = submit(
-        cluster, "emberl", "train", str(emberl.config), f"run_dir={emberl.folder / 'greedy'}", "cluster.learners=4",
+        cluster,
+        "emberl",
+        "train",
+        str(emberl.config),
+        f"run_dir={emberl.folder / 'greedy'}",
+        "cluster.learners=4",
         "cluster.cpus_per_learner=1",
-    )  # fmt: skip
+    )
     assert greedy.returncode != 0, "the job's status is the run's"
-    assert "needs 4.5 CPU but the Ray cluster" in greedy.stdout, "it must not start a cluster of its own"
+    assert "needs 4.5 CPU but the Ray cluster" in greedy.stdout, (
+        "it must not start a cluster of its own"
+    )

@@ -1,4 +1,5 @@
-"""Invariants 1 and 5: the actors give what `rl/minimal.py` gives, token by token and byte by byte."""
+"""Invariants 1 and 5: the actors give what `rl/minimal.py` gives, token by token and byte by
+byte."""
 
 from __future__ import annotations
 

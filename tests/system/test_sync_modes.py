@@ -1,4 +1,5 @@
-"""How weights travel changes nothing: patches or whole weights, through Ray or through files, the run is the same."""
+"""How weights travel changes nothing: patches or whole weights, through Ray or through files, the
+run is the same."""
 
 from __future__ import annotations
 
@@ -11,7 +12,13 @@ from small_system import Emberl, read_metrics, timeless
 
 pytestmark = pytest.mark.slow
 
-SHORT = ("sft.steps=20", "schedule.steps=3", "model.dtype=bfloat16", "optim.lr=1e-5", "eval.every=0")
+SHORT = (
+    "sft.steps=20",
+    "schedule.steps=3",
+    "model.dtype=bfloat16",
+    "optim.lr=1e-5",
+    "eval.every=0",
+)
 RECORDER = """\
 import json
 from pathlib import Path
@@ -27,14 +34,21 @@ def streams(row):
 
 
 def train(emberl: Emberl, name: str, *overrides: str) -> list[tuple[str, list[int]]]:
-    """Every prompt and answer that this run sampled, in token ids. They are marked in no particular order."""
+    """Every prompt and answer that this run sampled, in token ids. They are marked in no particular
+    order."""
     recorder = emberl.folder / f"{name}_streams.py"
     recorder.write_text(RECORDER)
     emberl.train(
-        *SHORT, *overrides, f"run_dir={name}", "reward.parts.answer.use=math", "reward.parts.streams.isolation=inline",
+        *SHORT,
+        *overrides,
+        f"run_dir={name}",
+        "reward.parts.answer.use=math",
+        "reward.parts.streams.isolation=inline",
         f"reward.parts.streams.use={recorder}:streams",
-    )  # fmt: skip
-    return sorted(json.loads(line) for line in recorder.with_suffix(".jsonl").read_text().splitlines())
+    )
+    return sorted(
+        json.loads(line) for line in recorder.with_suffix(".jsonl").read_text().splitlines()
+    )
 
 
 def weights(folder: Path) -> bytes:
@@ -43,12 +57,15 @@ def weights(folder: Path) -> bytes:
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     rows = timeless(read_metrics(folder))
-    return [{k: v for k, v in row.items() if not k.startswith("reward/streams/")} for row in rows]  # seconds
+    # seconds
+    return [{k: v for k, v in row.items() if not k.startswith("reward/streams/")} for row in rows]
 
 
 def test_patches_and_whole_weights_train_the_same_model(emberl: Emberl) -> None:
     dense, patch = emberl.folder / "dense", emberl.folder / "patch"
-    whole = train(emberl, "dense", "sync.mode=dense", "sync.transport=object_store", "checkpoint.history=true")
+    whole = train(
+        emberl, "dense", "sync.mode=dense", "sync.transport=object_store", "checkpoint.history=true"
+    )
     assert len(whole) > 3 * 16 * 4, "the evaluations' are among them"
     patched = train(
         emberl,
@@ -79,5 +96,9 @@ def test_merged_adapters_of_two_ranks_travel_as_patches(emberl: Emberl) -> None:
     train(emberl, "run", *lora, "sft.steps=2", "sync.mode=patch", "eval.size=0")
     sent = [row for row in read_metrics(emberl.folder / "run") if "sync/wire_bytes" in row]
     assert len(sent) == 3
-    assert all(0 < row["sync/changed_fraction"] < 1 and row["sync/digest_failures"] == 0 for row in sent)
-    assert all(row["sync/ratio"] > 1.2 for row in sent), "what no adapter touches, embeddings for one, does not travel"
+    assert all(
+        0 < row["sync/changed_fraction"] < 1 and row["sync/digest_failures"] == 0 for row in sent
+    )
+    assert all(row["sync/ratio"] > 1.2 for row in sent), (
+        "what no adapter touches, embeddings for one, does not travel"
+    )

@@ -1,4 +1,5 @@
-"""The system end to end: it learns, resumes bit for bit, stops cleanly, and fails with a reason in its last line."""
+"""The system end to end: it learns, resumes bit for bit, stops cleanly, and fails with a reason in
+its last line."""
 
 from __future__ import annotations
 
@@ -23,10 +24,20 @@ def weights(folder: Path) -> bytes:
 
 def test_reward_rises_and_anybody_can_load_the_model(emberl: Emberl) -> None:
     result = emberl.train(
-        "sft.steps=150", "schedule.steps=90", "schedule.prompts_per_step=32", "rollout.group_size=8", "eval.every=45",
-        "data.heldout=20", "eval.size=20", "filter.zero_variance=true", "optim.lr=5e-4", "run_dir=run",
-        "tracking.wandb=offline", WANDB_API_KEY="", fresh=True,
-    )  # fmt: skip
+        "sft.steps=150",
+        "schedule.steps=90",
+        "schedule.prompts_per_step=32",
+        "rollout.group_size=8",
+        "eval.every=45",
+        "data.heldout=20",
+        "eval.size=20",
+        "filter.zero_variance=true",
+        "optim.lr=5e-4",
+        "run_dir=run",
+        "tracking.wandb=offline",
+        WANDB_API_KEY="",
+        fresh=True,
+    )
     run_dir = emberl.folder / "run"
     rows = read_metrics(run_dir)
     first = sum(r["critic/score/mean"] for r in rows[:5]) / 5
@@ -36,7 +47,10 @@ def test_reward_rises_and_anybody_can_load_the_model(emberl: Emberl) -> None:
     assert 0 <= result["accuracy_start"] <= 1 and 0 <= result["accuracy_end"] <= 1
     assert result["tokens_per_second"] > 0
     assert (run_dir / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
-    assert "| problem | answer | reference | verdict | score | parts |" in (run_dir / "samples.md").read_text()
+    assert (
+        "| problem | answer | reference | verdict | score | parts |"
+        in (run_dir / "samples.md").read_text()
+    )
     assert list((run_dir / "wandb").glob("offline-run-*/*.wandb"))
 
     import torch
@@ -50,15 +64,22 @@ def test_reward_rises_and_anybody_can_load_the_model(emberl: Emberl) -> None:
 
 
 PPO = (
-    "algorithm=ppo", "critic.warmup=1", "critic.lr=1e-3", "schedule.minibatches=2", "kl.place=reward", "kl.estimator=k1",
-    "kl.coef=0.01", "kl.ref_refresh_steps=2", "model.lora.rank=4",
-)  # fmt: skip
+    "algorithm=ppo",
+    "critic.warmup=1",
+    "critic.lr=1e-3",
+    "schedule.minibatches=2",
+    "kl.place=reward",
+    "kl.estimator=k1",
+    "kl.coef=0.01",
+    "kl.ref_refresh_steps=2",
+    "model.lora.rank=4",
+)
 
 
 @pytest.mark.parametrize("algorithm", [(), PPO], ids=["grpo", "ppo with adapters"])
 def test_a_resumed_run_is_the_uninterrupted_run(emberl: Emberl, algorithm: tuple[str, ...]) -> None:
-    """Invariant 3, from a checkpoint in the middle of RL as if the run had died in its last step, in a process and on a
-    cluster of its own; and the ratio of invariant 4 on the way."""
+    """Invariant 3, from a checkpoint in the middle of RL as if the run had died in its last step,
+    in a process and on a cluster of its own; and the ratio of invariant 4 on the way."""
     if algorithm:
         pytest.importorskip("peft", reason="peft (the extra `lora`) is not installed")
     emberl.train(*algorithm, "run_dir=whole")
@@ -86,7 +107,13 @@ def test_a_resumed_run_is_the_uninterrupted_run(emberl: Emberl, algorithm: tuple
         )
         assert row["actor/pg_clipfrac"] == 0.0
     further = emberl.train(
-        "run_dir=part", "--resume", "--override", "seed=5", "data.terms=[2,3]", "schedule.steps=5", "optim.lr=2e-3"
+        "run_dir=part",
+        "--resume",
+        "--override",
+        "seed=5",
+        "data.terms=[2,3]",
+        "schedule.steps=5",
+        "optim.lr=2e-3",
     )
     said = (emberl.folder / "stderr.txt").read_text()
     for line in (
@@ -97,7 +124,14 @@ def test_a_resumed_run_is_the_uninterrupted_run(emberl: Emberl, algorithm: tuple
     ):
         assert f"resumed with {line}\n" in said
     assert (further["steps"], further["updates"]) == (5, result["updates"] + 1)
-    again = emberl.train("run_dir=part", "--resume", "seed=5", "data.terms=[2,3]", "schedule.steps=5", "optim.lr=2e-3")
+    again = emberl.train(
+        "run_dir=part",
+        "--resume",
+        "seed=5",
+        "data.terms=[2,3]",
+        "schedule.steps=5",
+        "optim.lr=2e-3",
+    )
     assert again["steps"] == 5, "the newest checkpoint is of the new settings"
 
 
@@ -118,7 +152,9 @@ def test_two_workers_and_two_ranks_run_the_same_problem(emberl: Emberl) -> None:
         "run_dir=run",
     )
     assert result["steps"] == 4
-    versions = [row["sync/version"] for row in read_metrics(emberl.folder / "run") if "sync/version" in row]
+    versions = [
+        row["sync/version"] for row in read_metrics(emberl.folder / "run") if "sync/version" in row
+    ]
     assert versions == sorted(set(versions)), "each step serves a version of its own"
 
 
@@ -143,7 +179,9 @@ def test_a_first_signal_asks_and_a_second_interrupts(number: signal.Signals) -> 
 
 def test_a_signal_to_the_whole_process_group_saves_and_exits_cleanly(emberl: Emberl) -> None:
     """As `timeout` sends it: the driver is asked to stop, and Ray stays up until it has saved."""
-    process = emberl.start("schedule.steps=1000", "checkpoint.every=0", "eval.every=0", "run_dir=run")
+    process = emberl.start(
+        "schedule.steps=1000", "checkpoint.every=0", "eval.every=0", "run_dir=run"
+    )
     wait_for(emberl.folder / "run/metrics.jsonl", '"stage": "rl", "step": 3')
     os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=120)
@@ -173,7 +211,8 @@ def kill_worker(emberl: Emberl, text: str) -> None:
 
 
 def _is_worker(folder: Path) -> bool:
-    """Whether this is the rollout worker of a run in this process: Ray names its processes after the actor."""
+    """Whether this is the rollout worker of a run in this process: Ray names its processes after
+    the actor."""
     try:
         if not (folder / "cmdline").read_bytes().startswith(b"ray::RolloutWorker"):
             return False
@@ -185,7 +224,9 @@ def _is_worker(folder: Path) -> bool:
         return False
 
 
-def test_a_lost_worker_is_replaced_and_what_it_had_not_answered_is_asked_again(emberl: Emberl) -> None:
+def test_a_lost_worker_is_replaced_and_what_it_had_not_answered_is_asked_again(
+    emberl: Emberl,
+) -> None:
     with ThreadPoolExecutor(1) as beside:
         killed = beside.submit(kill_worker, emberl, '"stage": "rl", "step": 5')
         result = emberl.train("schedule.steps=30", "schedule.max_staleness=1", "eval.every=0")
@@ -198,18 +239,23 @@ def test_a_lost_worker_is_replaced_and_what_it_had_not_answered_is_asked_again(e
 
 
 def test_a_resumed_run_asks_again_for_what_was_in_flight(emberl: Emberl) -> None:
-    """Neither lost nor doubled: every problem that was admitted before the checkpoint trains once."""
+    """Neither lost nor doubled: every problem that was admitted before the checkpoint trains
+    once."""
     import pyarrow.parquet
 
     asynchronous = ("schedule.max_staleness=2", "eval.every=0", "run_dir=run")
     emberl.train("schedule.steps=4", *asynchronous)
     progress = json.loads((emberl.folder / "run/checkpoints/rl-000004/progress.json").read_text())
     pending = [position for position, _ in progress["pending"]]
-    assert len(pending) in (16, 32), "one or two steps ahead, as the last version was served already or not"
+    assert len(pending) in (16, 32), (
+        "one or two steps ahead, as the last version was served already or not"
+    )
     emberl.train("schedule.steps=8", *asynchronous, "--resume")
     rows = pyarrow.parquet.read_table(emberl.folder / "run/lengths.parquet").to_pylist()
     asked = [row["prompt_id"] for row in rows if row["sample"] == 0]
     assert len(asked) == len(set(asked)) == 8 * 16
     first = progress["position"] - len(pending) - 4 * 16
     trained = {int(name.rsplit("/", 1)[1]) for name in asked}
-    assert trained >= set(range(first, progress["position"])), "all that was admitted before the checkpoint"
+    assert trained >= set(range(first, progress["position"])), (
+        "all that was admitted before the checkpoint"
+    )

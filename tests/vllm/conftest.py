@@ -1,5 +1,5 @@
-"""Two small models, transformers' view of them, and an engine of each kind on the first: `make test-vllm` runs these with
-vLLM; without it only the embedded engine is tested."""
+"""Two small models, transformers' view of them, and an engine of each kind on the first:
+`make test-vllm` runs these with vLLM; without it only the embedded engine is tested."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ class Model:
         found = {}
         for name, tensor in checkpoint_tensors(self.folder):
             data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-            found[name] = TensorBytes(dtype=DTYPE_NAMES[tensor.dtype], shape=tuple(tensor.shape), data=data)
+            found[name] = TensorBytes(
+                dtype=DTYPE_NAMES[tensor.dtype], shape=tuple(tensor.shape), data=data
+            )
         return found
 
     @torch.no_grad()
@@ -71,7 +73,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model]:
     made = []
     for seed in (1, 2):
         folder = tmp_path_factory.mktemp(f"model{seed}")
-        make_tiny(folder, TinyConfig(hidden=64, layers=2, heads=2, head_dim=64, intermediate=128, init_std=0.2), seed)
+        make_tiny(
+            folder,
+            TinyConfig(hidden=64, layers=2, heads=2, head_dim=64, intermediate=128, init_std=0.2),
+            seed,
+        )
         reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         made.append(Model(folder, reference))
     return made[0], made[1]
@@ -106,11 +112,15 @@ class Rig:
 
     def tokens(self) -> int:
         """Decoded so far."""
-        return self.engine.counters.decode_tokens if self.kind == "embedded" else self.engine.tokens_decoded
+        return (
+            self.engine.counters.decode_tokens
+            if self.kind == "embedded"
+            else self.engine.tokens_decoded
+        )
 
     async def until_tokens(self, more: int) -> None:
-        """Waits until `more` tokens have been decoded, and every slot that can be is in use (requests reach a server one
-        after another)."""
+        """Waits until `more` tokens have been decoded, and every slot that can be is in use
+        (requests reach a server one after another)."""
         wanted = self.tokens() + more
         while self.tokens() < wanted or (self.kind == "server" and not self._full()):
             await asyncio.sleep(0.001)
@@ -121,8 +131,8 @@ class Rig:
 
     @asynccontextmanager
     async def unhurried(self) -> AsyncIterator[None]:
-        """Within, no answer of hundreds of tokens ends before the test acts: over HTTP a server runs ahead of what the test
-        has heard of it, and on a busy machine far."""
+        """Within, no answer of hundreds of tokens ends before the test acts: over HTTP a server
+        runs ahead of what the test has heard of it, and on a busy machine far."""
         if self.kind == "server":
             await self.engine._llm.call_workers("emberl_pace", STEP_S)
         yield
@@ -136,12 +146,21 @@ class Rig:
 
 def make_embedded(model: Model) -> Any:
     return EmbeddedEngine(
-        model.folder, max_num_seqs=MAX_NUM_SEQS, max_model_len=MAX_MODEL_LEN, dtype="float32", run_id="run"
+        model.folder,
+        max_num_seqs=MAX_NUM_SEQS,
+        max_model_len=MAX_MODEL_LEN,
+        dtype="float32",
+        run_id="run",
     )
 
 
 def make_vllm(
-    model: Model, *, dtype: str = "float32", deadline_s: float = 120.0, max_restarts: int = 0, **engine_args: Any
+    model: Model,
+    *,
+    dtype: str = "float32",
+    deadline_s: float = 120.0,
+    max_restarts: int = 0,
+    **engine_args: Any,
 ) -> Any:
     from emberl.rollout.vllm_backend.engine import VLLMEngine
 
@@ -153,25 +172,38 @@ def make_vllm(
         run_id="run",
         deadline_s=deadline_s,
         max_restarts=max_restarts,
-        engine_args={"enforce_eager": True, "block_size": BLOCK, "max_num_batched_tokens": BUDGET} | engine_args,
+        engine_args={"enforce_eager": True, "block_size": BLOCK, "max_num_batched_tokens": BUDGET}
+        | engine_args,
     )
 
 
-def make_on_server(model: Model, *, server: str, dtype: str = "float32", max_restarts: int = 0) -> Any:
+def make_on_server(
+    model: Model, *, server: str, dtype: str = "float32", max_restarts: int = 0
+) -> Any:
     from emberl.rollout.vllm_backend.engine import VLLMEngine
 
     return VLLMEngine(
-        model.folder, max_model_len=MAX_MODEL_LEN, dtype=dtype, run_id="run", server=server, max_restarts=max_restarts
+        model.folder,
+        max_model_len=MAX_MODEL_LEN,
+        dtype=dtype,
+        run_id="run",
+        server=server,
+        max_restarts=max_restarts,
     )
 
 
-MAKERS: dict[str, Callable[..., Any]] = {"embedded": make_embedded, "vllm": make_vllm, "server": make_on_server}
+MAKERS: dict[str, Callable[..., Any]] = {
+    "embedded": make_embedded,
+    "vllm": make_vllm,
+    "server": make_on_server,
+}
 MakeRig = Callable[..., AbstractContextManager[Rig]]
 
 
 @pytest.fixture(scope="session")
 def make_rig(models: tuple[Model, Model]) -> MakeRig:
-    """make_rig(kind, **settings) -> a context with an engine of this kind that serves the first model as version 0."""
+    """make_rig(kind, **settings) -> a context with an engine of this kind that serves the first
+    model as version 0."""
     torch.set_num_threads(1)
 
     @contextmanager
@@ -189,21 +221,49 @@ def make_rig(models: tuple[Model, Model]) -> MakeRig:
 
 
 @contextmanager
-def vllm_server(model: Path, log: Path, *arguments: str, port: int = 0, **environment: str) -> Iterator[str]:
-    """`vllm serve` with emberl's extension in a process of its own; its address at once, before it is up."""
+def vllm_server(
+    model: Path, log: Path, *arguments: str, port: int = 0, **environment: str
+) -> Iterator[str]:
+    """`vllm serve` with emberl's extension in a process of its own; its address at once, before it
+    is up."""
     if not port:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
-        "--port", str(port), "--host", "127.0.0.1", "--enable-scale-out",
-        "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(BUDGET),
-        "--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS),
-        "--block-size", str(BLOCK), "--enforce-eager", "--skip-tokenizer-init", "--kv-cache-memory-bytes", str(1 << 27),
-        "--worker-extension-cls", "paced_extension.PacedExtension",
-        "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", *arguments,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(model),
+        "--port",
+        str(port),
+        "--host",
+        "127.0.0.1",
+        "--enable-scale-out",
+        "--no-enable-chunked-prefill",
+        "--max-num-batched-tokens",
+        str(BUDGET),
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        str(MAX_MODEL_LEN),
+        "--max-num-seqs",
+        str(MAX_NUM_SEQS),
+        "--block-size",
+        str(BLOCK),
+        "--enforce-eager",
+        "--skip-tokenizer-init",
+        "--kv-cache-memory-bytes",
+        str(1 << 27),
+        "--worker-extension-cls",
+        "paced_extension.PacedExtension",
+        "--logprobs-mode",
+        "processed_logprobs",
+        "--generation-config",
+        "vllm",
+        *arguments,
+    ]
     settings = {
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -224,14 +284,18 @@ def vllm_server(model: Path, log: Path, *arguments: str, port: int = 0, **enviro
 
 def need_labels() -> None:
     if not labels_tokens():
-        pytest.skip(f"a server of vLLM {installed_version()} does not say by which weights a token was sampled")
+        pytest.skip(
+            f"a server of vLLM {installed_version()} does not say by which weights a token was"
+            " sampled"
+        )
 
 
 VLLM_MARKS = [pytest.mark.slow, NEEDS_VLLM]
 
 
 @pytest.fixture(
-    scope="module", params=["embedded", *(pytest.param(kind, marks=VLLM_MARKS) for kind in ("vllm", "server"))]
+    scope="module",
+    params=["embedded", *(pytest.param(kind, marks=VLLM_MARKS) for kind in ("vllm", "server"))],
 )
 def rig(
     request: pytest.FixtureRequest,

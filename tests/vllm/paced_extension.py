@@ -1,4 +1,5 @@
-"""What the tests add to a server's workers: a pace, so that no answer ends before a test has acted on it."""
+"""What the tests add to a server's workers: a pace, so that no answer ends before a test has acted
+on it."""
 
 from __future__ import annotations
 

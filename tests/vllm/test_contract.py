@@ -1,4 +1,5 @@
-"""What every engine must do, on the embedded one and on real vLLM: the same tests, against transformers in float32."""
+"""What every engine must do, on the embedded one and on real vLLM: the same tests, against
+transformers in float32."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ async def collect(engine: Any, prompt: Prompt, n: int, sampling: Sampling) -> li
     return sorted([c async for c in engine.generate(prompt, n, sampling)], key=lambda c: c.sample)
 
 
-def started(engine: Any, prompt: Prompt, n: int, sampling: Sampling) -> asyncio.Task[list[Completion]]:
+def started(
+    engine: Any, prompt: Prompt, n: int, sampling: Sampling
+) -> asyncio.Task[list[Completion]]:
     return asyncio.create_task(collect(engine, prompt, n, sampling))
 
 
@@ -36,29 +39,37 @@ def tokens(completions: Sequence[Completion]) -> list[list[int]]:
 def sampled_logprobs(
     logits: torch.Tensor, token_ids: list[int], sampling: Sampling, before: Sequence[int] = ()
 ) -> np.ndarray:
-    """[T, V] -> [T] log-prob of each token after repetition penalty, temperature, min-p, top-k and top-p; `before` are the
-    prompt's tokens."""
+    """[T, V] -> [T] log-prob of each token after repetition penalty, temperature, min-p, top-k and
+    top-p; `before` are the prompt's tokens."""
     logits = logits.double()
     if sampling.repetition_penalty != 1:
         ids = [[*before, *token_ids[:i]] for i in range(len(token_ids))]
         penalty = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
-        logits = torch.cat([penalty(torch.tensor([i]), row[None]) for i, row in zip(ids, logits, strict=True)])
+        logits = torch.cat(
+            [penalty(torch.tensor([i]), row[None]) for i, row in zip(ids, logits, strict=True)]
+        )
     logits = logits / (sampling.temperature or 1.0)
     if sampling.min_p:
         probabilities = logits.softmax(-1)
         unlikely = probabilities < sampling.min_p * probabilities.max(-1, keepdim=True).values
         logits = logits.masked_fill(unlikely, -torch.inf)
     if sampling.top_k:
-        logits = logits.masked_fill(logits < logits.topk(sampling.top_k, -1).values[:, -1:], -torch.inf)
+        logits = logits.masked_fill(
+            logits < logits.topk(sampling.top_k, -1).values[:, -1:], -torch.inf
+        )
     if sampling.top_p < 1:
         ordered, order = logits.sort(-1, descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= sampling.top_p)
+        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(
+            -1, order, before >= sampling.top_p
+        )
         logits = logits.masked_fill(dropped, -torch.inf)
     return logits.log_softmax(-1).gather(-1, torch.tensor(token_ids)[:, None]).squeeze(-1).numpy()
 
 
-def expected_logprobs(model: Any, prompt: Prompt, completion: Completion, sampling: Sampling) -> np.ndarray:
+def expected_logprobs(
+    model: Any, prompt: Prompt, completion: Completion, sampling: Sampling
+) -> np.ndarray:
     ids = completion.token_ids.tolist()
     logits = model.logits([*prompt.token_ids, *ids])[len(prompt.token_ids) - 1 : -1]
     return sampled_logprobs(logits, ids, sampling, prompt.token_ids)
@@ -66,9 +77,11 @@ def expected_logprobs(model: Any, prompt: Prompt, completion: Completion, sampli
 
 @torch.no_grad()
 def continued_logprobs(old: Any, new: Any, prompt: Prompt, completion: Completion) -> np.ndarray:
-    """Log-probs where the first span is by `old` and the rest by `new` on the keys and values that `old` made."""
+    """Log-probs where the first span is by `old` and the rest by `new` on the keys and values that
+    `old` made."""
     ids = [*prompt.token_ids, *completion.token_ids.tolist()]
-    seen = len(prompt.token_ids) + completion.spans[0].stop - 1  # the last old token was drawn, but not yet read
+    # the last old token was drawn, but not yet read
+    seen = len(prompt.token_ids) + completion.spans[0].stop - 1
     first = old.reference(torch.tensor([ids[:seen]]), use_cache=True)
     rest = new.reference(torch.tensor([ids[seen:]]), past_key_values=first.past_key_values)
     logits = torch.cat((first.logits[0], rest.logits[0])).float()[len(prompt.token_ids) - 1 : -1]
@@ -114,7 +127,9 @@ def test_logprobs_are_of_the_distribution_that_was_sampled(
         np.testing.assert_allclose(completion.logprobs, expected, atol=CLOSE, rtol=0)
 
 
-def test_a_group_is_n_samples_fixed_by_seed_prompt_and_index(rig: Any, make_prompt: MakePrompt) -> None:
+def test_a_group_is_n_samples_fixed_by_seed_prompt_and_index(
+    rig: Any, make_prompt: MakePrompt
+) -> None:
     rig.serve(rig.old)
     prompt, sampling = make_prompt("group"), Sampling(max_tokens=20, seed=3)
     group = rig.run(collect(rig.engine, prompt, 6, sampling))
@@ -132,7 +147,9 @@ def test_a_group_is_n_samples_fixed_by_seed_prompt_and_index(rig: Any, make_prom
 def test_draws_follow_the_probabilities(rig: Any, make_prompt: MakePrompt) -> None:
     rig.serve(rig.old)
     prompt = make_prompt("draws", 7)
-    drawn = Counter(c.token_ids[0] for c in rig.run(collect(rig.engine, prompt, 600, Sampling(max_tokens=1))))
+    drawn = Counter(
+        c.token_ids[0] for c in rig.run(collect(rig.engine, prompt, 600, Sampling(max_tokens=1)))
+    )
     probabilities = rig.old.logits(list(prompt.token_ids))[-1].softmax(-1).numpy()
     frequencies = np.array([drawn[i] for i in range(len(probabilities))]) / 600
     assert np.abs(frequencies - probabilities).sum() < 0.25  # expected about 0.12
@@ -145,10 +162,14 @@ def test_prompts_beyond_one_step(rig: Any, make_prompt: MakePrompt) -> None:
     sampling = Sampling(max_tokens=4, seed=1)
 
     async def scenario() -> list[Completion]:
-        return [c async for c in rig.engine.generate_all([(prompt, 1, sampling) for prompt in prompts])]
+        return [
+            c async for c in rig.engine.generate_all([(prompt, 1, sampling) for prompt in prompts])
+        ]
 
     for completion in rig.run(scenario()):
-        expected = expected_logprobs(rig.old, prompts[int(completion.prompt_id[-1])], completion, sampling)
+        expected = expected_logprobs(
+            rig.old, prompts[int(completion.prompt_id[-1])], completion, sampling
+        )
         np.testing.assert_allclose(completion.logprobs, expected, atol=CLOSE, rtol=0)
 
 
@@ -164,7 +185,9 @@ def test_only_the_given_tokens_stop(rig: Any, make_prompt: MakePrompt) -> None:
         assert completion.finish_reason == "stop"
         assert completion.token_ids.tolist() == free.token_ids[:end].tolist()
     [completion] = rig.run(
-        collect(rig.engine, prompt, 1, Sampling(max_tokens=1, stop_token_ids=(int(free.token_ids[0]),)))
+        collect(
+            rig.engine, prompt, 1, Sampling(max_tokens=1, stop_token_ids=(int(free.token_ids[0]),))
+        )
     )
     assert completion.finish_reason == "stop" and len(completion) == 1
 
@@ -185,16 +208,23 @@ def test_strings_stop_where_the_text_has_them(
     rig: Any,
     make_prompt: MakePrompt,
 ) -> None:
-    """The tokens are those of answers without a stop string, up to the one that completes it, over characters and a tag."""
+    """The tokens are those of answers without a stop string, up to the one that completes it, over
+    characters and a tag."""
     rig.serve(rig.old)
     tokenizer = AutoTokenizer.from_pretrained(rig.old.folder)
     prompt, sampling = make_prompt("string", 9), replace(LONG, **changes)
     free = rig.run(collect(rig.engine, prompt, 4, sampling))
     said = [[tokenizer.decode(c.token_ids[:n]) for n in range(201)] for c in free]
     start, end = stops_at
-    stop = (tokenizer.decode(free[0].token_ids[start:end]), tokenizer.decode(prompt.token_ids) + "x", "</think>")
+    stop = (
+        tokenizer.decode(free[0].token_ids[start:end]),
+        tokenizer.decode(prompt.token_ids) + "x",
+        "</think>",
+    )
     wanted = replace(sampling, stop=stop, stop_token_ids=stop_token_ids)
-    for whole, texts, completion in zip(free, said, rig.run(collect(rig.engine, prompt, 4, wanted)), strict=True):
+    for whole, texts, completion in zip(
+        free, said, rig.run(collect(rig.engine, prompt, 4, wanted)), strict=True
+    ):
         ends = [n for n in range(201) if any(string in texts[n] for string in stop)]
         ends += [n + 1 for n in np.flatnonzero(whole.token_ids == 1) if stop_token_ids]
         count = min(ends, default=200)
@@ -220,7 +250,12 @@ BAD_REQUESTS: list[tuple[dict[str, Any], int, Sampling, str]] = [
 
 @pytest.mark.parametrize(("changes", "n", "sampling", "words"), BAD_REQUESTS)
 def test_what_cannot_be_served_is_refused(
-    changes: dict[str, Any], n: int, sampling: Sampling, words: str, rig: Any, make_prompt: MakePrompt
+    changes: dict[str, Any],
+    n: int,
+    sampling: Sampling,
+    words: str,
+    rig: Any,
+    make_prompt: MakePrompt,
 ) -> None:
     with pytest.raises(ValueError, match=words):
         rig.run(collect(rig.engine, replace(make_prompt("bad"), **changes), n, sampling))
@@ -247,7 +282,10 @@ def test_an_update_in_flight_keeps_requests_and_cache(rig: Any, make_prompt: Mak
         prompt = prompts[int(completion.prompt_id[-1])]
         if completion in both:
             edge = completion.spans[0].stop
-            assert completion.spans == (Span(before, 0, edge), Span(before + 1, edge, 200)) and 1 < edge < 200
+            assert (
+                completion.spans == (Span(before, 0, edge), Span(before + 1, edge, 200))
+                and 1 < edge < 200
+            )
             expected = continued_logprobs(rig.old, rig.new, prompt, completion)
         else:
             assert completion.spans == (Span(before + 1, 0, 200),)
@@ -255,7 +293,9 @@ def test_an_update_in_flight_keeps_requests_and_cache(rig: Any, make_prompt: Mak
         np.testing.assert_allclose(completion.logprobs, expected, atol=CLOSE, rtol=0)
 
 
-def test_paused_nothing_is_decoded_and_an_update_does_not_end_the_pause(rig: Any, make_prompt: MakePrompt) -> None:
+def test_paused_nothing_is_decoded_and_an_update_does_not_end_the_pause(
+    rig: Any, make_prompt: MakePrompt
+) -> None:
     before = rig.serve(rig.old)
 
     async def scenario() -> list[Completion]:
@@ -298,7 +338,9 @@ def test_what_is_asked_during_an_update_waits_for_it(rig: Any, make_prompt: Make
         update = asyncio.create_task(rig.engine.apply(rig.new.patch(before + 1)))
         groups = []
         while not update.done():
-            groups.append(started(rig.engine, make_prompt(f"during{len(groups)}"), 1, Sampling(max_tokens=3)))
+            groups.append(
+                started(rig.engine, make_prompt(f"during{len(groups)}"), 1, Sampling(max_tokens=3))
+            )
             await asyncio.sleep(0.002)
         await update
         return [completion for group in groups for completion in await group]
@@ -309,7 +351,8 @@ def test_what_is_asked_during_an_update_waits_for_it(rig: Any, make_prompt: Make
 
 
 def test_no_prompt_is_continued_from_older_weights(rig: Any, make_prompt: MakePrompt) -> None:
-    """The prompt is cached by the old weights, and asked for again by others, which are then taken back."""
+    """The prompt is cached by the old weights, and asked for again by others, which are then taken
+    back."""
     prompt = make_prompt("cached", 100)
     results = []
     for model in (rig.old, rig.new, rig.old):
@@ -323,7 +366,9 @@ def test_no_prompt_is_continued_from_older_weights(rig: Any, make_prompt: MakePr
     assert results[0] == results[2] != results[1]
 
 
-def test_abort_returns_what_was_decoded_and_ends_the_stream(rig: Any, make_prompt: MakePrompt) -> None:
+def test_abort_returns_what_was_decoded_and_ends_the_stream(
+    rig: Any, make_prompt: MakePrompt
+) -> None:
     before = rig.serve(rig.old)
     gone, kept = make_prompt("gone"), make_prompt("kept")
 
@@ -345,13 +390,17 @@ def test_abort_returns_what_was_decoded_and_ends_the_stream(rig: Any, make_promp
     begun = [completion for completion in partial if len(completion)]
     assert len(begun) == 4  # as many as are decoded at a time
     for completion in begun:
-        assert len(completion) < 200 and [span.version for span in completion.spans] == [before, before + 1]
+        assert len(completion) < 200 and [span.version for span in completion.spans] == [
+            before,
+            before + 1,
+        ]
         expected = continued_logprobs(rig.old, rig.new, gone, completion)
         np.testing.assert_allclose(completion.logprobs, expected, atol=CLOSE, rtol=0)
 
 
 def test_aborted_samples_go_on_from_where_they_stood(rig: Any, make_prompt: MakePrompt) -> None:
-    """Aborted under one version, continued under the next, which reads what there is anew; then cut and continued again."""
+    """Aborted under one version, continued under the next, which reads what there is anew; then cut
+    and continued again."""
     before = rig.serve(rig.old)
     prompt, other = make_prompt("parked", 40), make_prompt("fresh")
     sampling = replace(LONG, seed=5)
@@ -359,7 +408,9 @@ def test_aborted_samples_go_on_from_where_they_stood(rig: Any, make_prompt: Make
     async def go_on(parts: Sequence[Completion]) -> list[Completion]:
         requests = [(prompt, 99, sampling), (other, 1, Sampling(max_tokens=3))]
         found = [c async for c in rig.engine.generate_all(requests, {"parked": parts})]
-        assert sorted((c.prompt_id, c.sample) for c in found)[0] == ("fresh", 0) and len(found) == 1 + len(parts)
+        assert sorted((c.prompt_id, c.sample) for c in found)[0] == ("fresh", 0) and len(
+            found
+        ) == 1 + len(parts)
         return sorted([c for c in found if c.prompt_id == "parked"], key=lambda c: c.sample)
 
     async def scenario() -> tuple[list[Completion], list[Completion], list[Completion]]:
@@ -376,7 +427,9 @@ def test_aborted_samples_go_on_from_where_they_stood(rig: Any, make_prompt: Make
         return first, second, await go_on(second)
 
     first, second, whole = rig.run(scenario())
-    assert [c.sample for c in whole] == list(range(6)) and {c.finish_reason for c in first + second} == {"abort"}
+    assert [c.sample for c in whole] == list(range(6)) and {
+        c.finish_reason for c in first + second
+    } == {"abort"}
     for one, two, three in zip(first, second, whole, strict=True):
         assert len(three) == 200 and three.finish_reason == "length"
         edge = len(one)
@@ -392,7 +445,9 @@ def test_aborted_samples_go_on_from_where_they_stood(rig: Any, make_prompt: Make
         assert edge == 0 or drawn[edge : 2 * edge] != drawn[:edge], "the same draws came twice"
 
 
-def test_abort_while_paused_and_abort_of_what_was_not_begun(rig: Any, make_prompt: MakePrompt) -> None:
+def test_abort_while_paused_and_abort_of_what_was_not_begun(
+    rig: Any, make_prompt: MakePrompt
+) -> None:
     rig.serve(rig.old)
 
     async def scenario() -> list[Completion]:
@@ -433,18 +488,34 @@ def test_what_is_refused_leaves_the_old_weights_served(rig: Any, make_prompt: Ma
     flipped[100] ^= 1
     cases: list[tuple[WeightPatch, type[Exception], str]] = [
         (
-            replace(good, tensors={**good.tensors, name: replace(good.tensors[name], data=flipped)}),
+            replace(
+                good, tensors={**good.tensors, name: replace(good.tensors[name], data=flipped)}
+            ),
             DigestMismatchError,
             name,
         ),
-        (replace(good, tensors={k: t for k, t in good.tensors.items() if k != name}), DigestMismatchError, name),
-        (replace(good, digests={**good.digests, "lm_head.weight": "0" * 32}), DigestMismatchError, "lm_head"),
+        (
+            replace(good, tensors={k: t for k, t in good.tensors.items() if k != name}),
+            DigestMismatchError,
+            name,
+        ),
+        (
+            replace(good, digests={**good.digests, "lm_head.weight": "0" * 32}),
+            DigestMismatchError,
+            "lm_head",
+        ),
         (replace(good, run_id="other"), VersionError, "run other.*run run"),
         (replace(good, version=before - 1), VersionError, f"{before - 1} after {before}"),
-        (replace(good, base_version=before - 1), VersionError, f"builds on {before - 1}.*serves {before}"),
+        (
+            replace(good, base_version=before - 1),
+            VersionError,
+            f"builds on {before - 1}.*serves {before}",
+        ),
         (replace(good, version=before), DigestMismatchError, f"version {before}"),
         (
-            replace(good, tensors={**good.tensors, name: replace(good.tensors[name], dtype="BF16")}),
+            replace(
+                good, tensors={**good.tensors, name: replace(good.tensors[name], dtype="BF16")}
+            ),
             ValueError,
             "got BF16",
         ),
@@ -475,14 +546,24 @@ def test_a_patch_of_some_tensors(rig: Any, make_prompt: MakePrompt) -> None:
     whole = rig.new.patch(before + 1)
     changed = {k: t for k, t in whole.tensors.items() if "norm" in k or "layers.1" in k}
     rest = {k: t for k, t in whole.tensors.items() if k not in changed}
-    mixed = {k: d for k, d in rig.old.patch(0).digests.items() if k in rest} | {k: whole.digests[k] for k in changed}
-    assert rig.run(rig.engine.apply(replace(whole, tensors=changed, digests=mixed, base_version=before))) == before + 1
+    mixed = {k: d for k, d in rig.old.patch(0).digests.items() if k in rest} | {
+        k: whole.digests[k] for k in changed
+    }
+    assert (
+        rig.run(
+            rig.engine.apply(replace(whole, tensors=changed, digests=mixed, base_version=before))
+        )
+        == before + 1
+    )
     last = replace(whole, version=before + 2, tensors=rest, base_version=before + 1)
     assert rig.run(rig.engine.apply(last)) == before + 2
     prompt = make_prompt("some", 10)
     [completion] = rig.run(collect(rig.engine, prompt, 1, GREEDY))
     np.testing.assert_allclose(
-        completion.logprobs, expected_logprobs(rig.new, prompt, completion, GREEDY), atol=CLOSE, rtol=0
+        completion.logprobs,
+        expected_logprobs(rig.new, prompt, completion, GREEDY),
+        atol=CLOSE,
+        rtol=0,
     )
 
 

@@ -1,5 +1,6 @@
-"""`emberl train` with rollouts on real vLLM: the same run as on the embedded engine, as far as it is greedy; on a server that
-runs already; and with engines that sleep while the learner works. What is served at the end is always what was learned."""
+"""`emberl train` with rollouts on real vLLM: the same run as on the embedded engine, as far as it
+is greedy; on a server that runs already; and with engines that sleep while the learner works. What
+is served at the end is always what was learned."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ from emberl.rollout.vllm_backend.compat import installed_version
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(installed_version() is None, reason="vLLM is not installed here; make test-vllm has it"),
+    pytest.mark.skipif(
+        installed_version() is None, reason="vLLM is not installed here; make test-vllm has it"
+    ),
 ]
 
 CONFIG = """\
@@ -46,13 +49,20 @@ TINY = {"hidden": 64, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 64, "i
 ON_VLLM = ("rollout.engine=vllm", "rollout.engine_args.enforce_eager=true")
 
 
-def train(folder: Path, *arguments: str, model: Path | None = None, status: int = 0) -> dict[str, Any]:
-    """The JSON line with which the run ends. model: where to begin instead of with a tiny model of the seed's."""
+def train(
+    folder: Path, *arguments: str, model: Path | None = None, status: int = 0
+) -> dict[str, Any]:
+    """The JSON line with which the run ends. model: where to begin instead of with a tiny model of
+    the seed's."""
     begin = f"tiny: {json.dumps(TINY)}" if model is None else f"path: {model}"
     (folder / "small.yaml").write_text(CONFIG.replace("MODEL", begin))
     command = [str(Path(sys.executable).with_name("emberl")), "train", "small.yaml", *arguments]
-    done = subprocess.run(command, check=False, cwd=folder, capture_output=True, text=True, timeout=400)
-    assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    done = subprocess.run(
+        command, check=False, cwd=folder, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == status, (
+        f"exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    )
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 
@@ -63,7 +73,10 @@ def check_steps(run: Path) -> list[dict[str, Any]]:
     steps = [row for row in rows if row["axis"] == "train" and row["stage"] == "rl"]
     assert [row["sync/version"] for row in steps] == [2, 3, 4]
     for row in steps:  # the learners give every sampled token the log-prob that vLLM drew it with
-        assert row["rollout_corr/log_ppl_abs_diff"] < 1e-4 and row["training/rollout_probs_diff_max"] < 1e-4
+        assert (
+            row["rollout_corr/log_ppl_abs_diff"] < 1e-4
+            and row["training/rollout_probs_diff_max"] < 1e-4
+        )
         assert 0 < row["sync/probe_diff_max"] < 1e-4 and row["sync/reloads"] == 0
         assert 0 < row["critic/score/mean"] <= 1
     return steps
@@ -74,14 +87,23 @@ def check_served_at_the_end(run: Path) -> None:
     """The greedy answers with which the run ended are those of the model that it saved."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(run / "model"), AutoTokenizer.from_pretrained(run / "model")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(run / "model"),
+        AutoTokenizer.from_pretrained(run / "model"),
+    )
     table = (run / "samples.md").read_text().rpartition("### rl step 3")[2]
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][
+        1:
+    ]
     assert len(rows) >= 4
     for problem, answer, *_ in rows:
         ids = tokenizer(problem, return_tensors="pt").input_ids
-        drawn = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-        assert tokenizer.decode(drawn[0, ids.shape[1] :], skip_special_tokens=True) == answer.replace("&lt;", "<")
+        drawn = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+        )
+        assert tokenizer.decode(
+            drawn[0, ids.shape[1] :], skip_special_tokens=True
+        ) == answer.replace("&lt;", "<")
 
 
 def test_a_run_on_vllm_is_the_run_on_the_embedded_engine(tmp_path: Path) -> None:
@@ -90,7 +112,8 @@ def test_a_run_on_vllm_is_the_run_on_the_embedded_engine(tmp_path: Path) -> None
     assert on_vllm["status"] == embedded["status"] == "ok" and on_vllm["steps"] == 3
     # the same seed, so after the same supervised steps the same weights answer greedily
     first = [
-        (tmp_path / name / "samples.md").read_text().partition("### rl step 3")[0] for name in ("vllm", "embedded")
+        (tmp_path / name / "samples.md").read_text().partition("### rl step 3")[0]
+        for name in ("vllm", "embedded")
     ]
     assert first[0] == first[1] and first[0].count("&lt;/think>") >= 4
     check_steps(tmp_path / "vllm")
@@ -98,8 +121,11 @@ def test_a_run_on_vllm_is_the_run_on_the_embedded_engine(tmp_path: Path) -> None
 
 
 def test_colocated_engines_sleep_while_the_learner_works(tmp_path: Path) -> None:
-    """vLLM on a CPU keeps its memory, but refuses to decode while it sleeps: a run out of order would not end."""
-    ran = train(tmp_path, *ON_VLLM, "cluster.colocated=true", "cluster.sleep_level=2", "run_dir=run")
+    """vLLM on a CPU keeps its memory, but refuses to decode while it sleeps: a run out of order
+    would not end."""
+    ran = train(
+        tmp_path, *ON_VLLM, "cluster.colocated=true", "cluster.sleep_level=2", "run_dir=run"
+    )
     assert ran["status"] == "ok" and ran["steps"] == 3
     check_steps(tmp_path / "run")
     check_served_at_the_end(tmp_path / "run")
@@ -110,10 +136,18 @@ def test_a_run_on_a_server_leaves_what_it_learned_there(
 ) -> None:
     from emberl.rollout.vllm_backend.engine import VLLMEngine
 
-    start, learned = make_tiny(tmp_path / "start", TinyConfig(**TINY), seed=5), tmp_path / "run" / "model"
+    start, learned = (
+        make_tiny(tmp_path / "start", TinyConfig(**TINY), seed=5),
+        tmp_path / "run" / "model",
+    )
     with serve_vllm(start, tmp_path / "log", "--max-num-seqs", "64") as url:
         ran = train(
-            tmp_path, "rollout.engine=vllm", f"rollout.servers=[{url}]", "sync.mode=patch", "run_dir=run", model=start
+            tmp_path,
+            "rollout.engine=vllm",
+            f"rollout.servers=[{url}]",
+            "sync.mode=patch",
+            "run_dir=run",
+            model=start,
         )
         assert ran["status"] == "ok" and ran["steps"] == 3
         assert all(row["sync/ratio"] > 1 for row in check_steps(tmp_path / "run"))
@@ -133,7 +167,12 @@ def logprobs(model: Path, tokens: list[int]) -> np.ndarray:
     from transformers import AutoModelForCausalLM
 
     logits = AutoModelForCausalLM.from_pretrained(model)(torch.tensor([tokens])).logits[0]
-    return logits.log_softmax(-1)[:-1].gather(-1, torch.tensor(tokens[1:])[:, None]).squeeze(-1).numpy()
+    return (
+        logits.log_softmax(-1)[:-1]
+        .gather(-1, torch.tensor(tokens[1:])[:, None])
+        .squeeze(-1)
+        .numpy()
+    )
 
 
 def test_a_slip_in_engine_args_ends_the_run_before_it_starts(tmp_path: Path) -> None:

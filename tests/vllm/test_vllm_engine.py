@@ -32,7 +32,8 @@ UPDATES = int(os.environ.get("EMBERL_UPDATES", "50"))
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        vllm_compat.installed_version() is None, reason="vLLM is not installed here; make test-vllm has it"
+        vllm_compat.installed_version() is None,
+        reason="vLLM is not installed here; make test-vllm has it",
     ),
 ]
 
@@ -74,7 +75,9 @@ def test_weights_damaged_on_their_way_are_never_served(
                 await rig.engine.apply(rig.new.patch(before + 1))
         with pytest.raises(DigestMismatchError, match=name.replace(".", r"\.")):
             await task
-        with pytest.raises(DigestMismatchError, match=f"serves nothing: tensor {name} of version {before + 1}"):
+        with pytest.raises(
+            DigestMismatchError, match=f"serves nothing: tensor {name} of version {before + 1}"
+        ):
             await collect(rig.engine, make_prompt("after"), 1, LONG)
         assert rig.engine.version == before
 
@@ -82,19 +85,29 @@ def test_weights_damaged_on_their_way_are_never_served(
     assert rig.serve(rig.new) == before + 1
     [completion] = rig.run(collect(rig.engine, make_prompt("after"), 1, Sampling(max_tokens=30)))
     ids = [*make_prompt("after").token_ids, *completion.token_ids.tolist()]
-    expected = rig.new.logits(ids).log_softmax(-1)[4:-1].gather(-1, torch.tensor(ids[5:])[:, None]).squeeze(-1)
+    expected = (
+        rig.new.logits(ids)
+        .log_softmax(-1)[4:-1]
+        .gather(-1, torch.tensor(ids[5:])[:, None])
+        .squeeze(-1)
+    )
     np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4, rtol=0)
 
 
 def test_many_updates_leave_no_memory_behind(rig: Any, make_prompt: MakePrompt) -> None:
-    """Whole weights and deltas of the last version in turn, with decoding going on; each is proved bit for bit by digest, and
-    by a probe."""
+    """Whole weights and deltas of the last version in turn, with decoding going on; each is proved
+    bit for bit by digest, and by a probe."""
     import psutil
 
     me = psutil.Process()
     probe = list(make_prompt("probe", 20).token_ids)
     expected = {
-        model: model.logits(probe)[:-1].log_softmax(-1).gather(-1, torch.tensor(probe[1:])[:, None]).squeeze(-1)
+        model: (
+            model.logits(probe)[:-1]
+            .log_softmax(-1)
+            .gather(-1, torch.tensor(probe[1:])[:, None])
+            .squeeze(-1)
+        )
         for model in (rig.old, rig.new)
     }
     resident: list[int] = []
@@ -125,8 +138,13 @@ def test_many_updates_leave_no_memory_behind(rig: Any, make_prompt: MakePrompt) 
             assert await rig.engine.apply(patch) == patch.version
             times.append(time.perf_counter() - start)
             assert rig.engine.digests() == whole.digests
-            np.testing.assert_allclose(await rig.engine.probe(probe), expected[model], atol=1e-4, rtol=0)
-            await asyncio.wait({feeding, asyncio.ensure_future(rig.until_tokens(20))}, return_when="FIRST_COMPLETED")
+            np.testing.assert_allclose(
+                await rig.engine.probe(probe), expected[model], atol=1e-4, rtol=0
+            )
+            await asyncio.wait(
+                {feeding, asyncio.ensure_future(rig.until_tokens(20))},
+                return_when="FIRST_COMPLETED",
+            )
             assert not feeding.done()
             resident.append(sum(p.memory_info().rss for p in [me, *rig.processes()]))
         stop.set()
@@ -135,8 +153,8 @@ def test_many_updates_leave_no_memory_behind(rig: Any, make_prompt: MakePrompt) 
     done = rig.run(scenario(), timeout=200)
     growth = resident[-1] / resident[10] - 1
     print(
-        f"{len(times)} updates, {1e3 * np.median(times):.0f} ms each, {done} completions meanwhile; "
-        f"{resident[10] / 2**20:.0f} MiB resident, {100 * growth:+.2f} %"
+        f"{len(times)} updates, {1e3 * np.median(times):.0f} ms each, {done} completions meanwhile;"
+        f" {resident[10] / 2**20:.0f} MiB resident, {100 * growth:+.2f} %"
     )
     assert done >= UPDATES / 20
     assert growth < 0.02
@@ -145,8 +163,9 @@ def test_many_updates_leave_no_memory_behind(rig: Any, make_prompt: MakePrompt) 
 def test_a_prompt_is_computed_once_for_its_group(
     rig: Any, make_prompt: MakePrompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By vLLM's own count of the prompt tokens that it found in its cache: the first sample reads the prompt, each other one
-    what lies beyond the last whole block, and no sample anything that other weights computed."""
+    """By vLLM's own count of the prompt tokens that it found in its cache: the first sample reads
+    the prompt, each other one what lies beyond the last whole block, and no sample anything that
+    other weights computed."""
     block = rig.engine._settings.engine_args["block_size"]
     prompt, cached = make_prompt("shared", 3 * block + 5), []
     final = rig.engine._llm._final
@@ -170,24 +189,34 @@ def test_names_and_values_of_engine_args_are_vllms(make_rig: MakeRig) -> None:
     assert vllm_compat.argument_names() == set(AsyncEngineArgs.__dataclass_fields__)
     with (
         pytest.raises(
-            ValueError, match=r"engine_args\.max_num_seq: .* did you mean rollout\.engine_args\.max_num_seqs"
+            ValueError,
+            match=r"engine_args\.max_num_seq: .* did you mean rollout\.engine_args\.max_num_seqs",
         ),
         make_rig("vllm", max_num_seq=3),
     ):
         pass
-    with pytest.raises(ValueError, match="gpu_memory_utilization"), make_rig("vllm", gpu_memory_utilization=7.0):
+    with (
+        pytest.raises(ValueError, match="gpu_memory_utilization"),
+        make_rig("vllm", gpu_memory_utilization=7.0),
+    ):
         pass
 
 
 def test_an_engine_that_cannot_start_says_why(make_rig: MakeRig) -> None:
-    words = r"^vLLM did not start: (\(EngineCore pid=\d+\) )?ValueError: (No available memory for the cache|To serve at least)"
+    words = (
+        r"^vLLM did not start: (\(EngineCore pid=\d+\) )?ValueError: (No available memory for the"
+        r" cache|To serve at least)"
+    )
     with pytest.raises(RuntimeError, match=words), make_rig("vllm", kv_cache_memory_bytes=4096):
         pass
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_asleep_nothing_is_decoded_and_an_update_or_wake_ends_it(level: int, rig: Any, make_prompt: MakePrompt) -> None:
-    """vLLM on a CPU ignores the levels, not the order: it decodes nothing, and says so, until all is awake again."""
+def test_asleep_nothing_is_decoded_and_an_update_or_wake_ends_it(
+    level: int, rig: Any, make_prompt: MakePrompt
+) -> None:
+    """vLLM on a CPU ignores the levels, not the order: it decodes nothing, and says so, until all
+    is awake again."""
     before = rig.serve(rig.old)
     llm = rig.engine._llm._llm
 
@@ -195,7 +224,9 @@ def test_asleep_nothing_is_decoded_and_an_update_or_wake_ends_it(level: int, rig
         await rig.engine.sleep(level)
         await rig.engine.sleep(level)
         assert rig.engine._weights.order.state == "asleep"
-        waiting = asyncio.create_task(collect(rig.engine, make_prompt("asleep"), 2, Sampling(max_tokens=4)))
+        waiting = asyncio.create_task(
+            collect(rig.engine, make_prompt("asleep"), 2, Sampling(max_tokens=4))
+        )
         await asyncio.sleep(0.2)
         assert not waiting.done() and await llm.is_sleeping()
         await rig.engine.apply(rig.new.patch(before + 1))
@@ -204,14 +235,18 @@ def test_asleep_nothing_is_decoded_and_an_update_or_wake_ends_it(level: int, rig
         await rig.engine.sleep(level)
         await rig.engine.pause()
         await rig.engine.wake()
-        assert rig.engine._weights.order.state == "paused" and await llm.is_paused(), "a pause outlasts a sleep"
+        assert rig.engine._weights.order.state == "paused" and await llm.is_paused(), (
+            "a pause outlasts a sleep"
+        )
         await rig.engine.wake()
         await rig.engine.resume()
         return first, await collect(rig.engine, make_prompt("asleep"), 2, Sampling(max_tokens=4))
 
     first, second = rig.run(scenario())
     assert {completion.spans for completion in first + second} == {(Span(before + 1, 0, 4),)}
-    drawn = [{c.sample: c.token_ids.tolist() for c in completions} for completions in (first, second)]
+    drawn = [
+        {c.sample: c.token_ids.tolist() for c in completions} for completions in (first, second)
+    ]
     assert drawn[0] == drawn[1]
     assert rig.engine.digests() == rig.new.patch(0).digests
 
@@ -227,7 +262,12 @@ def test_bfloat16_agrees_with_transformers_in_bfloat16(half: Any, make_prompt: M
         ids = [*prompt.token_ids, *completion.token_ids.tolist()]
         with torch.no_grad():
             logits = reference(torch.tensor([ids])).logits[0].float()
-        exact = logits.log_softmax(-1)[29:-1].gather(-1, torch.tensor(ids[30:])[:, None]).squeeze(-1).numpy()
+        exact = (
+            logits.log_softmax(-1)[29:-1]
+            .gather(-1, torch.tensor(ids[30:])[:, None])
+            .squeeze(-1)
+            .numpy()
+        )
         differences.append(np.abs(completion.logprobs - exact))
     worst, mean = np.max(differences), np.mean(differences)
     print(f"bfloat16: log-probs differ by {worst:.4f} at most, {mean:.4f} on average")
@@ -239,8 +279,11 @@ def test_an_engine_of_one_dtype_refuses_another(half: Any) -> None:
         half.serve(half.new)
 
 
-def test_an_engine_that_is_lost_is_started_anew_with_the_weights_it_served(half: Any, make_prompt: MakePrompt) -> None:
-    """It hangs in an update; it dies while it decodes; and when it hangs once more than is allowed the run learns why."""
+def test_an_engine_that_is_lost_is_started_anew_with_the_weights_it_served(
+    half: Any, make_prompt: MakePrompt
+) -> None:
+    """It hangs in an update; it dies while it decodes; and when it hangs once more than is allowed
+    the run learns why."""
     engine, prompt = half.engine, make_prompt("lost")
     patch = bfloat16_patch(half.new, engine.version + 1)
 
@@ -267,7 +310,10 @@ def test_an_engine_that_is_lost_is_started_anew_with_the_weights_it_served(half:
         await half.until_tokens(20)
         worker = worker_of(half)
         worker.suspend()
-        words = r"lost 3 times, more than rollout\.max_restarts=2: no token came within 5 s; its last lines: .+"
+        words = (
+            r"lost 3 times, more than rollout\.max_restarts=2: no token came within 5 s; its last"
+            r" lines: .+"
+        )
         with pytest.raises(RuntimeError, match=words):
             await task
         with pytest.raises(RuntimeError, match=f"serves nothing: vLLM was {words}"):
@@ -306,7 +352,9 @@ def test_nothing_outlives_a_killed_owner(models: tuple[Any, Any], tmp_path: Path
     script = tmp_path / "owner.py"
     script.write_text(OWNER)
     command = [sys.executable, str(script), str(models[0].folder)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as owner:
         assert owner.stdout is not None
         assert any(line == "up\n" for line in owner.stdout)
         children = psutil.Process(owner.pid).children(recursive=True)

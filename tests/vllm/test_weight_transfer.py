@@ -1,4 +1,5 @@
-"""Weights through vLLM's own weight-transfer engines: a real group of a learner and an engine's processes, over gloo."""
+"""Weights through vLLM's own weight-transfer engines: a real group of a learner and an engine's
+processes, over gloo."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ from emberl.rollout.weights.transport import TransferError
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        vllm_compat.installed_version() is None, reason="vLLM is not installed here; make test-vllm has it"
+        vllm_compat.installed_version() is None,
+        reason="vLLM is not installed here; make test-vllm has it",
     ),
 ]
 MakePrompt = Callable[..., Prompt]
@@ -87,7 +89,9 @@ def never() -> dict[str, TensorBytes]:
     raise AssertionError("the tensors were asked for another way")
 
 
-async def receive(rig: Any, learner: Learner, whole: WeightPatch, instead: Callable[[], Any] = never) -> int:
+async def receive(
+    rig: Any, learner: Learner, whole: WeightPatch, instead: Callable[[], Any] = never
+) -> int:
     place = learner.place(whole)
     with learner.sending(place, dict(whole.tensors)):
         rank = await asyncio.to_thread(learner.member.join, place.broadcast, rig.engine.joined)
@@ -100,10 +104,17 @@ async def collect(engine: Any, prompt: Prompt, n: int, sampling: Sampling) -> li
 
 
 def expected_logprobs(model: Any, ids: list[int], start: int) -> Any:
-    return model.logits(ids).log_softmax(-1)[start - 1 : -1].gather(-1, torch.tensor(ids[start:])[:, None]).squeeze(-1)
+    return (
+        model.logits(ids)
+        .log_softmax(-1)[start - 1 : -1]
+        .gather(-1, torch.tensor(ids[start:])[:, None])
+        .squeeze(-1)
+    )
 
 
-def test_two_processes_of_one_model_decode_what_one_would(rig: Any, make_prompt: MakePrompt) -> None:
+def test_two_processes_of_one_model_decode_what_one_would(
+    rig: Any, make_prompt: MakePrompt
+) -> None:
     prompt = make_prompt("sharded", 40)
     assert len([p for p in rig.processes() if "Worker" in p.name()]) == 2
     rig.serve(rig.old)
@@ -111,7 +122,9 @@ def test_two_processes_of_one_model_decode_what_one_would(rig: Any, make_prompt:
     ids = [*prompt.token_ids, *greedy.token_ids.tolist()]
     exact = rig.old.logits(ids)[39:-1]
     assert exact.argmax(-1).tolist() == greedy.token_ids.tolist()
-    np.testing.assert_allclose(greedy.logprobs, expected_logprobs(rig.old, ids, 40), atol=1e-4, rtol=0)
+    np.testing.assert_allclose(
+        greedy.logprobs, expected_logprobs(rig.old, ids, 40), atol=1e-4, rtol=0
+    )
     rig.serve(rig.new)
     probe = list(prompt.token_ids)
     np.testing.assert_allclose(
@@ -119,8 +132,11 @@ def test_two_processes_of_one_model_decode_what_one_would(rig: Any, make_prompt:
     )
 
 
-def test_what_the_learners_send_is_served_and_proved(rig: Any, learner: Learner, make_prompt: MakePrompt) -> None:
-    """In flight: tokens of both versions, each with the log-prob of its own weights; then again through the same group."""
+def test_what_the_learners_send_is_served_and_proved(
+    rig: Any, learner: Learner, make_prompt: MakePrompt
+) -> None:
+    """In flight: tokens of both versions, each with the log-prob of its own weights; then again
+    through the same group."""
     before = rig.serve(rig.old)
 
     async def scenario() -> Completion:
@@ -132,8 +148,13 @@ def test_what_the_learners_send_is_served_and_proved(rig: Any, learner: Learner,
 
     completion = rig.run(scenario())
     first, second = completion.spans
-    assert (first.version, second) == (before, Span(before + 1, first.stop, 200)) and first.stop >= 20
-    assert rig.engine.digests() == rig.new.patch(0).digests, "the mirror has what the processes received"
+    assert (first.version, second) == (
+        before,
+        Span(before + 1, first.stop, 200),
+    ) and first.stop >= 20
+    assert rig.engine.digests() == rig.new.patch(0).digests, (
+        "the mirror has what the processes received"
+    )
     probe = list(make_prompt("probe", 30).token_ids)
     for model in (rig.new, rig.old, rig.new):
         rig.run(receive(rig, learner, model.patch(rig.engine.version + 1)))
@@ -145,24 +166,32 @@ def test_what_the_learners_send_is_served_and_proved(rig: Any, learner: Learner,
 def test_a_patch_builds_on_what_was_sent(rig: Any, learner: Learner) -> None:
     """The extension's way and vLLM's own change the same weights, in all processes."""
     rig.run(receive(rig, learner, rig.old.patch(rig.engine.version + 1)))
-    name = "model.layers.0.mlp.down_proj.weight"  # split along its rows' inputs, so each process has a part
+    # split along its rows' inputs, so each process has a part
+    name = "model.layers.0.mlp.down_proj.weight"
     whole = rig.old.patch(rig.engine.version + 1)
     tensors = dict(whole.tensors)
     tensors[name] = rig.new.tensors()[name]
     mixed = dense_patch("run", whole.version, tensors.items())
     delta = replace(mixed, tensors={name: tensors[name]}, base_version=rig.engine.version)
-    assert rig.run(rig.engine.apply(delta)) == mixed.version and rig.engine.digests() == mixed.digests
+    assert (
+        rig.run(rig.engine.apply(delta)) == mixed.version and rig.engine.digests() == mixed.digests
+    )
     rig.old.reference.load_state_dict({name: as_tensor(tensors[name])}, strict=False)
     try:
         probe = list(range(4, 20))
         np.testing.assert_allclose(
-            rig.run(rig.engine.probe(probe)), expected_logprobs(rig.old, probe, 1), atol=1e-4, rtol=0
+            rig.run(rig.engine.probe(probe)),
+            expected_logprobs(rig.old, probe, 1),
+            atol=1e-4,
+            rtol=0,
         )
     finally:
         rig.old.reference.load_state_dict({name: as_tensor(rig.old.tensors()[name])}, strict=False)
 
 
-def test_bytes_that_differ_are_had_another_way(rig: Any, learner: Learner, make_prompt: MakePrompt) -> None:
+def test_bytes_that_differ_are_had_another_way(
+    rig: Any, learner: Learner, make_prompt: MakePrompt
+) -> None:
     before = rig.serve(rig.old)
     whole = rig.new.patch(before + 1)
     place = learner.place(whole)
@@ -178,7 +207,10 @@ def test_bytes_that_differ_are_had_another_way(rig: Any, learner: Learner, make_
         return completion
 
     completion = rig.run(scenario())
-    assert [span.version for span in completion.spans] == [before, before + 1] and rig.engine.restarts == 0
+    assert [span.version for span in completion.spans] == [
+        before,
+        before + 1,
+    ] and rig.engine.restarts == 0
     assert rig.engine.digests() == whole.digests
     probe = list(make_prompt("probe", 30).token_ids)
     np.testing.assert_allclose(
@@ -196,7 +228,8 @@ os._exit(0)
 
 
 def test_a_learner_that_dies_while_it_sends(rig: Any, learner: Learner) -> None:
-    """Half a model was received: the engine is started anew, has the version another way, and is of no group any more."""
+    """Half a model was received: the engine is started anew, has the version another way, and is of
+    no group any more."""
     whole = rig.new.patch(rig.serve(rig.old) + 1)
     learner.meet()
     place = learner.place(whole)
@@ -235,21 +268,28 @@ def test_vllms_own_sender_is_driven_as_it_wants(monkeypatch: pytest.MonkeyPatch)
         meet = staticmethod(lambda info: met.append(SimpleNamespace(**info)) or group)
         monkeypatch.setattr(engine, "trainer_init", meet)
     else:
-        monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: met.append(info) or group)
+        monkeypatch.setattr(
+            nccl_engine, "open_trainer_endpoint", lambda info: met.append(info) or group
+        )
     looked_up_in = packed_tensor if to_027 else nccl_engine
     monkeypatch.setattr(looked_up_in, "packed_nccl_broadcast_producer", broadcast)
     send = vllm_compat.open_transfer("nccl", "host", 7, 5, "cpu")
     for value in (1.0, 2.0):
         send({"a": torch.tensor([value]), "b": torch.tensor([3.0])})
     assert kept == [("a", [1.0]), ("b", [3.0]), ("a", [2.0]), ("b", [3.0])]
-    assert [(info.master_address, info.master_port, info.world_size) for info in met] == [("host", 7, 5)]
+    assert [(info.master_address, info.master_port, info.world_size) for info in met] == [
+        ("host", 7, 5)
+    ]
     joining = engine.init_info_cls(**vllm_compat.transfer_init("nccl", "host", 7, 3, 5))
     assert (joining.rank_offset, joining.world_size) == (3, 5)
     update = engine.update_info_cls(**vllm_compat.transfer_update("nccl", {"a": ("float32", (1,))}))
     assert (update.names, update.dtype_names, update.shapes) == (["a"], ["float32"], [[1]])
     said = update if to_027 else joining
     assert said.packed, "as what is sent"
-    sizes = {"buffer_size_bytes": said.packed_buffer_size_bytes, "num_buffers": said.packed_num_buffers}
+    sizes = {
+        "buffer_size_bytes": said.packed_buffer_size_bytes,
+        "num_buffers": said.packed_num_buffers,
+    }
     assert packed == [sizes, sizes]
     group.disabled = True
     with pytest.raises(RuntimeError, match="is disabled"):
@@ -276,17 +316,29 @@ cluster: {device: cpu, learners: 1, rollouts: 1, cpus_per_learner: 0.5, cpus_per
 """
 
 
-def test_a_run_sends_every_version_into_a_tensor_parallel_engine(models: tuple[Any, Any], tmp_path: Path) -> None:
+def test_a_run_sends_every_version_into_a_tensor_parallel_engine(
+    models: tuple[Any, Any], tmp_path: Path
+) -> None:
     """In an actor of a placement group, where vLLM's own choice for two processes would be Ray."""
     (tmp_path / "native.yaml").write_text(CONFIG.replace("MODEL", str(models[0].folder)))
     command = [str(Path(sys.executable).with_name("emberl")), "train", "native.yaml", "run_dir=run"]
-    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     assert "instead" not in done.stdout, "no version went another way"
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     steps = [row for row in rows if row["axis"] == "train" and row["stage"] == "rl"]
     size = sum(tensor.data.nbytes for tensor in models[0].tensors().values())
-    assert [(row["sync/version"], row["sync/wire_bytes"]) for row in steps] == [(2, size), (3, size)]
+    assert [(row["sync/version"], row["sync/wire_bytes"]) for row in steps] == [
+        (2, size),
+        (3, size),
+    ]
     for row in steps:
-        assert row["rollout_corr/log_ppl_abs_diff"] < 1e-4 and row["training/rollout_probs_diff_max"] < 1e-4
+        assert (
+            row["rollout_corr/log_ppl_abs_diff"] < 1e-4
+            and row["training/rollout_probs_diff_max"] < 1e-4
+        )
         assert 0 < row["sync/probe_diff_max"] < 1e-4 and row["sync/reloads"] == 0

@@ -53,7 +53,9 @@ def test_add_norm(dtype: torch.dtype, size: int) -> None:
 def test_nothing_is_added_where_there_is_no_delta() -> None:
     x, out = random(2, 8, dtype=torch.float32), torch.empty(2, 8)
     before = x.clone()
-    passes.add_norm(array(x), np.zeros((2, 0), np.float32), np.ones(8, np.float32), 0.0, array(out), 0, 2)
+    passes.add_norm(
+        array(x), np.zeros((2, 0), np.float32), np.ones(8, np.float32), 0.0, array(out), 0, 2
+    )
     assert torch.equal(x, before)
     assert torch.allclose(out.pow(2).mean(-1), torch.ones(2), atol=1e-5)
 
@@ -70,11 +72,18 @@ def test_silu_product(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [(1, 1), (9, 3), (4, 4), (5, 1)])
 @pytest.mark.parametrize("norm", [False, True])
-def test_attention_to_all_that_was_stored(dtype: torch.dtype, heads: tuple[int, int], norm: bool) -> None:
+def test_attention_to_all_that_was_stored(
+    dtype: torch.dtype, heads: tuple[int, int], norm: bool
+) -> None:
     queries, kv, size, width = *heads, 16, 24
     qkv = random(3, (queries + 2 * kv) * size, dtype=dtype)
-    keys, values = random(3, kv, width, size, dtype=dtype, seed=1), random(3, kv, width, size, dtype=dtype, seed=2)
-    weights = [random(size, dtype=dtype, seed=s) if norm else torch.zeros(0, dtype=dtype) for s in (3, 4)]
+    keys, values = (
+        random(3, kv, width, size, dtype=dtype, seed=1),
+        random(3, kv, width, size, dtype=dtype, seed=2),
+    )
+    weights = [
+        random(size, dtype=dtype, seed=s) if norm else torch.zeros(0, dtype=dtype) for s in (3, 4)
+    ]
     angles = torch.arange(width)[:, None] * torch.logspace(0, -2, size // 2)
     cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat((-angles.sin(), angles.sin()), -1)
     positions, out = torch.tensor([0, 5, 23]), torch.empty(3, queries * size, dtype=dtype)
@@ -95,7 +104,10 @@ def test_attention_to_all_that_was_stored(dtype: torch.dtype, heads: tuple[int, 
         assert torch.equal(values[i, :, place], qkv.view(3, -1, size)[i, queries + kv :])
         seen = slice(0, place + 1)
         expected = F.scaled_dot_product_attention(
-            turned[i, :queries, None], keys[i, :, seen].float(), values[i, :, seen].float(), enable_gqa=True
+            turned[i, :queries, None],
+            keys[i, :, seen].float(),
+            values[i, :, seen].float(),
+            enable_gqa=True,
         )
         assert close(out[i].view(queries, size), expected[:, 0].to(dtype), dtype)
 
@@ -103,10 +115,13 @@ def test_attention_to_all_that_was_stored(dtype: torch.dtype, heads: tuple[int, 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 def test_draws_and_their_log_probs(dtype: torch.dtype, temperature: float) -> None:
-    """The token at which the cumulated probabilities pass the uniform number, and log-probs of the tempered distribution."""
+    """The token at which the cumulated probabilities pass the uniform number, and log-probs of the
+    tempered distribution."""
     rows, size = 40, 1500
     logits = 4 * random(rows, size, dtype=dtype)
-    uniform = torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).numpy()
+    uniform = torch.rand(
+        rows, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    ).numpy()
     tokens, logprobs = np.empty(rows, np.int64), np.empty(rows, np.float32)
     heat = np.full(rows, temperature, np.float32)
     passes.draw(array(logits), heat, np.zeros(rows, bool), uniform, tokens, logprobs, 0, rows)
@@ -141,6 +156,15 @@ def test_a_row_that_is_not_finite_gives_a_log_prob_that_says_so() -> None:
     logits = torch.zeros(1, 8)
     logits[0, 2] = math.nan
     tokens, logprobs = np.empty(1, np.int64), np.empty(1, np.float32)
-    passes.draw(array(logits), np.ones(1, np.float32), np.zeros(1, bool), np.full(1, 0.3), tokens, logprobs, 0, 1)
+    passes.draw(
+        array(logits),
+        np.ones(1, np.float32),
+        np.zeros(1, bool),
+        np.full(1, 0.3),
+        tokens,
+        logprobs,
+        0,
+        1,
+    )
     assert 0 <= tokens[0] < 8
     assert np.isnan(logprobs[0])

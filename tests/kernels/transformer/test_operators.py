@@ -31,6 +31,8 @@ def test_rows_shared_out_over_threads_are_the_same() -> None:
         torch.set_num_threads(count)
         total, normed = operators.add_rms_norm(operators.rms_norm(x, weight, 1e-6), y, weight, 1e-6)
         out = operators.gated_mlp(normed, gate, up, down) + total
-        found.append([out, *torch.autograd.grad(out.float().square().sum(), (x, y, weight, gate, up, down))])
+        found.append(
+            [out, *torch.autograd.grad(out.float().square().sum(), (x, y, weight, gate, up, down))]
+        )
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(two, one, rtol=0.02, atol=0.01 * float(one.abs().max()))

@@ -2,7 +2,8 @@
 
 
 def accuracy_reward(completions, solution, **kwargs):
-    """1.0 where the last message holds the solution; None (not applicable) where the row has none."""
+    """1.0 where the last message holds the solution; None (not applicable) where the row has
+    none."""
     texts = [completion[0]["content"] for completion in completions]
     return [None if s == "" else float(s in text) for text, s in zip(texts, solution, strict=True)]
 

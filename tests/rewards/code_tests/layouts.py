@@ -1,4 +1,5 @@
-"""Rows as public data sets lay them out, each with right and wrong programs: the table behind the code verdicts' tests.
+"""Rows as public data sets lay them out, each with right and wrong programs: the table behind the
+code verdicts' tests.
 
 `layouts.yaml` has them but for those that are too long to read.
 """
@@ -44,7 +45,8 @@ LONG = [
 
 
 def layouts() -> dict[str, list[Layout]]:
-    """By group: programs, cases, python, more (of all kinds), and numpy (whose programs import it)."""
+    """By group: programs, cases, python, more (of all kinds), and numpy (whose programs import
+    it)."""
     text = (Path(__file__).parent / "layouts.yaml").read_text()
     found = {group: [Layout(**row) for row in rows] for group, rows in yaml.safe_load(text).items()}
     found["cases"] += LONG
@@ -76,15 +78,15 @@ def assertion(out, exp, atol):
 def plus_check(inputs: str, results: str) -> str:
     """HumanEval+'s `test` column."""
     return (
-        f"import numpy as np\n{ASSERTION}\ndef check(candidate):\n    inputs = {inputs}\n    results = {results}\n"
-        "    for i, (inp, exp) in enumerate(zip(inputs, results)):\n"
-        "        assertion(candidate(*inp), exp, 0)\n"
+        f"import numpy as np\n{ASSERTION}\ndef check(candidate):\n    inputs = {inputs}\n   "
+        f" results = {results}\n    for i, (inp, exp) in enumerate(zip(inputs, results)):\n       "
+        " assertion(candidate(*inp), exp, 0)\n"
     )
 
 
 def plus_module(inputs: str, results: str, call: str) -> str:
     """MBPP+'s `test` column."""
     return (
-        f"import numpy as np\nfrom math import inf\n{ASSERTION}\ninputs = {inputs}\nresults = {results}\n"
-        f"for i, (inp, exp) in enumerate(zip(inputs, results)):\n    {call}\n"
+        f"import numpy as np\nfrom math import inf\n{ASSERTION}\ninputs = {inputs}\nresults ="
+        f" {results}\nfor i, (inp, exp) in enumerate(zip(inputs, results)):\n    {call}\n"
     )

@@ -1,7 +1,9 @@
-"""Rows of HumanEval and MBPP in the form of their Plus sets, and wrong programs made of their solutions by mutation.
+"""Rows of HumanEval and MBPP in the form of their Plus sets, and wrong programs made of their
+solutions by mutation.
 
-The Plus sets cannot be had here, so that their form is made: inputs of the original assertions and small changes of them,
-results of the reference solution, and evalplus's `assertion` with numpy in the `test` column.
+The Plus sets cannot be had here, so that their form is made: inputs of the original assertions and
+small changes of them, results of the reference solution, and evalplus's `assertion` with numpy in
+the `test` column.
 """
 
 from __future__ import annotations
@@ -59,7 +61,11 @@ def _near(value: Any, rng: random.Random) -> Any:
         return value[1:] if len(value) > 1 else value + "a"
     if isinstance(value, list | tuple) and value:
         at = rng.randrange(len(value))
-        items = [*value[:at], _near(value[at], rng), *value[at + 1 :]] if rng.random() < 0.7 else list(value[:-1])
+        items = (
+            [*value[:at], _near(value[at], rng), *value[at + 1 :]]
+            if rng.random() < 0.7
+            else list(value[:-1])
+        )
         return type(value)(items)
     return value
 
@@ -85,7 +91,10 @@ def _plus(code: str, name: str, inputs: list[list[Any]], seed: int) -> tuple[str
                 result = namespace[name](*copy.deepcopy(arguments))
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            if ast.literal_eval(repr(result)) != result or ast.literal_eval(repr(arguments)) != arguments:
+            if (
+                ast.literal_eval(repr(result)) != result
+                or ast.literal_eval(repr(arguments)) != arguments
+            ):
                 return None
         except Exception:  # an input that the solution does not take
             if number < len(inputs):
@@ -113,14 +122,20 @@ def mbpp_plus(step: int = 1) -> Iterator[tuple[dict[str, Any], str]]:
         defined = {n.name for n in ast.parse(row["code"]).body if isinstance(n, ast.FunctionDef)}
         tests = "\n".join(row["test_list"])
         called = [
-            n.func.id for n in ast.walk(ast.parse(tests)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+            n.func.id
+            for n in ast.walk(ast.parse(tests))
+            if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
         ]
         name = next((each for each in called if each in defined), None)
         inputs = _inputs(tests, {name}) if name else []
         made = _plus(row["code"], name, inputs, number) if inputs else None
         if made is not None:
             yield (
-                row | {"test": plus_module(*made, f"assertion({name}(*inp), exp, 0)"), "test_imports": []},
+                row
+                | {
+                    "test": plus_module(*made, f"assertion({name}(*inp), exp, 0)"),
+                    "test_imports": [],
+                },
                 row["code"],
             )
 
@@ -143,7 +158,8 @@ _SWAPS: dict[type, type] = {
 
 
 def mutants(code: str, seed: int, count: int) -> list[str]:
-    """Programs with one place changed: an operator, a constant, a returned value, a condition, a statement left out."""
+    """Programs with one place changed: an operator, a constant, a returned value, a condition, a
+    statement left out."""
     tree = ast.parse(code)
     places = [(i, kind) for i, node in enumerate(ast.walk(tree)) for kind in _changes(node)]
     random.Random(seed).shuffle(places)
@@ -191,6 +207,11 @@ def _change(node: Any, kind: str) -> None:
 def plainly(code: str, columns: dict[str, Any]) -> str:
     """The program that the data set's own harness would run: solution and tests in one."""
     if columns.get("entry_point"):
-        return f"{columns['prompt']}\n    pass\n{code}\n{columns['test']}\ncheck({columns['entry_point']})\n"
+        return (
+            f"{columns['prompt']}\n   "
+            f" pass\n{code}\n{columns['test']}\ncheck({columns['entry_point']})\n"
+        )
     tests = columns.get("test") or "\n".join(columns["test_list"])
-    return "\n".join([*(columns.get("test_imports") or ()), code, columns.get("test_setup_code") or "", tests])
+    return "\n".join(
+        [*(columns.get("test_imports") or ()), code, columns.get("test_setup_code") or "", tests]
+    )

@@ -3,7 +3,14 @@
 import json
 
 import pytest
-from emberl.rewards.code_tests.compare import Reply, canonical, equal, is_plain, parse_reply, same_output
+from emberl.rewards.code_tests.compare import (
+    Reply,
+    canonical,
+    equal,
+    is_plain,
+    parse_reply,
+    same_output,
+)
 from emberl.rewards.sandbox.child import encode, source_of
 from hypothesis import given
 from hypothesis import strategies as st

@@ -25,7 +25,9 @@ from emberl.rewards.code_tests.extract import completed, extract_program
         ("  \n", "auto", None, None),
     ],
 )
-def test_extract_program(completion: str, language: str, source: str | None, found: str | None) -> None:
+def test_extract_program(
+    completion: str, language: str, source: str | None, found: str | None
+) -> None:
     program = extract_program(completion, language)
     assert (program and program.source, program and program.language) == (source, found)
 
@@ -38,9 +40,17 @@ MAIN = "```python\ndef f(a):\n    return helper(a)\n```\n"
     ("completion", "entries", "source"),
     [
         ("```python\ndef f(): pass\n```\nOutput:\n```\n5\n```", ["f"], "def f(): pass\n"),
-        ("```Python 3\ndef f(): pass\n```\nUsage:\n```python\nprint(f())\n```", ["f"], "def f(): pass\n"),
+        (
+            "```Python 3\ndef f(): pass\n```\nUsage:\n```python\nprint(f())\n```",
+            ["f"],
+            "def f(): pass\n",
+        ),
         ("```\ndef f(): pass\n```\nprints\n```\n5\n```", ["f"], "def f(): pass\n"),
-        ("```python\ndef f(): old\n```\nBetter:\n```python\ndef f(): new\n```", ["f"], "def f(): new\n"),
+        (
+            "```python\ndef f(): old\n```\nBetter:\n```python\ndef f(): new\n```",
+            ["f"],
+            "def f(): new\n",
+        ),
         ("```python\nprint(input())\n```\nSample:\n```python\nx = 5\n```", [], "print(input())\n"),
         ("1. Do:\n   ```python\n   def f():\n       pass\n   ```", ["f"], "def f():\n    pass\n"),
         ("- ```py\n  def f(): pass\n  ```", ["f"], "def f(): pass\n"),
@@ -54,7 +64,11 @@ MAIN = "```python\ndef f(a):\n    return helper(a)\n```\n"
         ("```python\nx = 1\n```python\ndef f(): pass\n```", ["f"], "def f(): pass\n"),
         ("def f():\n    pass\n```\nThis works.", ["f"], "def f():\n    pass\n"),
         ("Here is the code:\ndef f():\n    pass", ["f"], "def f():\n    pass"),
-        ("<think>\n```python\ndef f(): no\n```\n</think>\n```python\ndef f(): yes\n```", ["f"], "def f(): yes\n"),
+        (
+            "<think>\n```python\ndef f(): no\n```\n</think>\n```python\ndef f(): yes\n```",
+            ["f"],
+            "def f(): yes\n",
+        ),
         ("<thinking>no</thinking><answer>def f(): yes</answer>", ["f"], "def f(): yes"),
         ("[PYTHON]\ndef f(): yes\n[/PYTHON]", ["f"], "\ndef f(): yes\n"),
         ("```python\r\ndef f(): pass\r\n```\r\n", ["f"], "def f(): pass\n"),
@@ -62,7 +76,9 @@ MAIN = "```python\ndef f(a):\n    return helper(a)\n```\n"
         ("```{.python}\ndef f(): pass\n```", ["f"], "def f(): pass\n"),
     ],
 )
-def test_the_block_is_chosen_as_a_person_would(completion: str, entries: list[str], source: str) -> None:
+def test_the_block_is_chosen_as_a_person_would(
+    completion: str, entries: list[str], source: str
+) -> None:
     program = extract_program(completion, "auto", entries)
     assert program is not None and program.source == source
 

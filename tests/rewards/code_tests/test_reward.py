@@ -49,7 +49,10 @@ def item(code: str, columns: dict, **more) -> RewardInput:
 @slow
 def test_verdicts(reward) -> None:
     double = {"tests": [{"input": "1\n", "output": "2\n"}, {"input": "5\n", "output": "10\n"}]}
-    judged = {"test_list": ["assert math.isclose(f(2), 1.4142, rel_tol=1e-3)"], "test_imports": ["import math"]}
+    judged = {
+        "test_list": ["assert math.isclose(f(2), 1.4142, rel_tol=1e-3)"],
+        "test_imports": ["import math"],
+    }
     cases = [
         ("def add(a, b): return a + b", ADD, Status.CORRECT),
         ("def add(a, b): return 5", ADD, Status.WRONG),
@@ -69,7 +72,11 @@ def test_verdicts(reward) -> None:
         ("def f(x): raise SystemExit", judged, Status.WRONG),
         ("def f(x):\n    while True: pass", judged, Status.OVER_LIMIT),
         ("class E:\n    def __eq__(s, o): return True\ndef f(x): return E()", judged, Status.WRONG),
-        ("def f(x):\n    x = []\n    for _ in range(800): x = [x]\n    return x", judged, Status.WRONG),
+        (
+            "def f(x):\n    x = []\n    for _ in range(800): x = [x]\n    return x",
+            judged,
+            Status.WRONG,
+        ),
     ]
     verdicts = reward([item(code, columns) for code, columns, _ in cases])
     assert [v.status for v in verdicts] == [status for *_, status in cases]
@@ -84,10 +91,17 @@ def test_what_is_no_program_and_what_is_no_test(reward) -> None:
         RewardInput(completion="def add(a, b): return a + b", columns=ADD),
         item("def add(a, b): return a + b", {}),
         item("def f(x): return 1", {"test_list": ["for i in [1]:\n    assert nonsense.x == f(1)"]}),
-        item("def f(x): return 1", {"test_list": ["class G: pass\nx = f\nassert f(object()) == 1"]}),
+        item(
+            "def f(x): return 1", {"test_list": ["class G: pass\nx = f\nassert f(object()) == 1"]}
+        ),
     ]
     statuses = [v.status for v in reward(rows)]
-    assert statuses[:4] == [Status.UNPARSEABLE, Status.UNPARSEABLE, Status.CORRECT, Status.VERIFIER_ERROR]
+    assert statuses[:4] == [
+        Status.UNPARSEABLE,
+        Status.UNPARSEABLE,
+        Status.CORRECT,
+        Status.VERIFIER_ERROR,
+    ]
     assert statuses[4:] == [Status.VERIFIER_ERROR] * 2  # the tests themselves do not work
     assert reward.check_reference(rows[3]) and reward.check_reference(rows[0]) is None
     with pytest.raises(ValueError, match="no tests"):
@@ -106,13 +120,16 @@ def test_a_judge_that_does_not_come_up_is_no_verdict(reward, monkeypatch) -> Non
     assert [v.status for v in reward([row])] == [Status.VERIFIER_ERROR]
 
 
-STACK = "import os, sys, signal\nclass Stack(list):\n    def push(self, x):\n        {}\n    pop = list.pop\n"
+STACK = (
+    "import os, sys, signal\nclass Stack(list):\n    def push(self, x):\n        {}\n    pop ="
+    " list.pop\n"
+)
 IN_THE_CALL = [
     "os.write(3, b'x' * 70000 + b'\\n')",
     "os.write(3, bytes(range(128, 256)) + b'\\n')",
     "os.write(3, b'[' * 100000 + b'\\n')",
-    "os.write(3, b'{\"broken\": {\"error\": \"x\", \"text\": \"y\"}}\\n')",
-    "os.write(3, b'{\"verdict\": {\"passed\": 1, \"total\": 1, \"failed\": {}, \"asked\": 1}}\\n')",
+    'os.write(3, b\'{"broken": {"error": "x", "text": "y"}}\\n\')',
+    'os.write(3, b\'{"verdict": {"passed": 1, "total": 1, "failed": {}, "asked": 1}}\\n\')',
     "os.closerange(0, 64)",
     "os.dup2(os.open('/dev/null', os.O_RDONLY), 3)",
     "[os.kill(pid, 9) for pid in (os.getppid(), 1, -1)]",
@@ -132,14 +149,28 @@ IN_THE_CALL = [
 @pytest.mark.parametrize("code", [*(STACK.format(each) for each in IN_THE_CALL), *IN_THE_CALL[:10]])
 def test_whatever_a_program_does_in_front_of_the_judge_is_its_own_doing(reward, code: str) -> None:
     """At its start, and in a call: it is scored, with nothing."""
-    tests = {"test_list": ["s = Stack()", "s.push(1)", "s.push(2)", "assert s.pop() == 2 and len(s) == 1"]}
+    tests = {
+        "test_list": [
+            "s = Stack()",
+            "s.push(1)",
+            "s.push(2)",
+            "assert s.pop() == 2 and len(s) == 1",
+        ]
+    }
     code = code if "Stack" in code else f"import os, sys, signal\n{code}"
     assert [verdict.score for verdict in reward([item(code, tests)])] == [0]
 
 
 @slow
 def test_partial_and_stop_at_the_first_failure() -> None:
-    tests = {"test_list": ["assert f(1) == 1", "assert f(2) == 0", "assert f(3) == 3", "assert f(4) == 4"]}
+    tests = {
+        "test_list": [
+            "assert f(1) == 1",
+            "assert f(2) == 0",
+            "assert f(3) == 3",
+            "assert f(4) == 4",
+        ]
+    }
     programs = {"tests": [{"input": str(n), "output": str(n % 3)} for n in range(4)]}
     some = CodeReward(timeout=1.0, partial=True, concurrency=1)
     try:
@@ -160,7 +191,9 @@ def test_a_bare_body_continues_the_prompt(reward) -> None:
         "test": "def check(candidate):\n    assert candidate(2) == 4",
         "entry_point": "f",
     }
-    verdicts = reward([item("    return 2 * x", columns), item("def f(x):\n    return 2 * x", columns)])
+    verdicts = reward(
+        [item("    return 2 * x", columns), item("def f(x):\n    return 2 * x", columns)]
+    )
     assert [v.score for v in verdicts] == [1, 1]
 
 
@@ -198,16 +231,32 @@ def test_killed_fork_servers_lose_no_sample(reward) -> None:
 def test_cpp(reward) -> None:
     columns = {"tests": [{"input": "1 2\n", "output": "3\n"}]}
     head = '#include <cstdio>\nint main(){long a,b;scanf("%ld %ld",&a,&b);'
-    codes = [head + 'printf("%ld\\n",a+b);}', head + 'printf("%ld\\n",a);}', head + "for(;;);}", "int main(){"]
-    verdicts = reward([RewardInput(completion=fenced(code, "cpp"), columns=columns) for code in codes])
-    assert [v.status for v in verdicts] == [Status.CORRECT, Status.WRONG, Status.OVER_LIMIT, Status.WRONG]
+    codes = [
+        head + 'printf("%ld\\n",a+b);}',
+        head + 'printf("%ld\\n",a);}',
+        head + "for(;;);}",
+        "int main(){",
+    ]
+    verdicts = reward(
+        [RewardInput(completion=fenced(code, "cpp"), columns=columns) for code in codes]
+    )
+    assert [v.status for v in verdicts] == [
+        Status.CORRECT,
+        Status.WRONG,
+        Status.OVER_LIMIT,
+        Status.WRONG,
+    ]
     assert "does not compile" in verdicts[3].message
     assert reward([RewardInput(completion=fenced(codes[0], "cpp"), columns=ADD)])[0].score == 0
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"language": "rust"}, "rust"), ({"timeout": 0}, "seconds"), ({"float_tolerance": -1}, "float_tolerance")],
+    [
+        ({"language": "rust"}, "rust"),
+        ({"timeout": 0}, "seconds"),
+        ({"float_tolerance": -1}, "float_tolerance"),
+    ],
 )
 def test_bad_options(options: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
@@ -235,13 +284,16 @@ def references(name: str) -> list[tuple[str, dict]]:
 @slow
 @pytest.mark.parametrize(("name", "count"), [("mbpp", 974), ("sanitized", 427), ("humaneval", 164)])
 def test_reference_solutions(name: str, count: int) -> None:
-    patient = CodeReward(timeout=60.0)  # one reference computes for seconds, more on a loaded machine
+    # one reference computes for seconds, more on a loaded machine
+    patient = CodeReward(timeout=60.0)
     rows = references(name)
     try:
         verdicts = patient([item(code, columns) for code, columns in rows])
     finally:
         patient.close()
-    rejected = [(row.get("task_id"), v) for (_, row), v in zip(rows, verdicts, strict=True) if v.score != 1]
+    rejected = [
+        (row.get("task_id"), v) for (_, row), v in zip(rows, verdicts, strict=True) if v.score != 1
+    ]
     assert not rejected and len(verdicts) == count
 
 
@@ -255,8 +307,14 @@ def test_programs_of_the_contests(reward) -> None:
         "for _ in range(int(input())):\n    wrong = sum(a != b for a, b in zip(input(), 'abc'))\n"
         "    print('YES' if wrong < 3 else 'NO')"
     )
-    seniors = "class Solution:\n    def countSeniors(self, details): return sum(int(d[11:13]) > 60 for d in details)"
-    winner = "input(); s = input(); a, t = s.count('A'), s.count('T')\nprint('A' if a > t or a == t and s[-1] == 'T' else 'T')"
+    seniors = (
+        "class Solution:\n    def countSeniors(self, details): return sum(int(d[11:13]) > 60 for d"
+        " in details)"
+    )
+    winner = (
+        "input(); s = input(); a, t = s.count('A'), s.count('T')\nprint('A' if a > t or a == t and"
+        " s[-1] == 'T' else 'T')"
+    )
     solved = [item(code, row) for code, row in zip([cards, seniors, winner], rows, strict=True)]
     assert [v.score for v in reward(solved)] == [1, 1, 1]
     assert [v.score for v in reward([item("print('YES')", row) for row in rows])] == [0, 0, 0]
@@ -273,14 +331,20 @@ def test_layouts(group: str) -> None:
     """Every right program is paid, no wrong one, and every one has a verdict."""
     table: list[Layout] = layouts()[group]
     graded = CodeReward(timeout=20.0, packages=["numpy"] if group == "numpy" else [])
-    cases = [(each, code, code in each.right) for each in table for code in [*each.right, *each.wrong]]
-    columns = [{key: value for key, value in each.columns.items() if key != "answer"} for each, *_ in cases]
+    cases = [
+        (each, code, code in each.right) for each in table for code in [*each.right, *each.wrong]
+    ]
+    columns = [
+        {key: value for key, value in each.columns.items() if key != "answer"} for each, *_ in cases
+    ]
     answers = [str(each.columns.get("answer", "")) for each, *_ in cases]
     try:
         rows = zip(cases, columns, answers, strict=True)
         verdicts = graded(
             [
-                RewardInput(completion=code if each.whole else fenced(code), columns=row, answer=answer)
+                RewardInput(
+                    completion=code if each.whole else fenced(code), columns=row, answer=answer
+                )
                 for (each, code, _), row, answer in rows
             ]
         )
@@ -314,7 +378,8 @@ def test_the_plus_sets_and_mutants_of_their_solutions() -> None:
 
 
 def _passes(text: str) -> bool:
-    """Whether a program made of the data set's own solution, in a process of its own, ends without an error."""
+    """Whether a program made of the data set's own solution, in a process of its own, ends without
+    an error."""
     if (pid := os.fork()) == 0:
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_PROF, 2.0)  # of its own time, however loaded the machine
@@ -333,7 +398,10 @@ def test_references_are_proved_before_training(reward) -> None:
         {"test_list": ["assert add(2, 3) == 5"], "code": own},
         {"test_list": ["assert add(2, 3) == 6"], "code": own},
         {"test_list": ["assert add(2, 3) == 5"]},
-        {"input_output": json.dumps({"inputs": ["2"], "outputs": ["4"]}), "solutions": json.dumps(["x", "print(4)"])},
+        {
+            "input_output": json.dumps({"inputs": ["2"], "outputs": ["4"]}),
+            "solutions": json.dumps(["x", "print(4)"]),
+        },
         {"test_list": ["import pandas\nassert pandas.f(add(2, 3))"], "code": own},
         {},
     ]

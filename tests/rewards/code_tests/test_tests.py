@@ -13,7 +13,14 @@ from emberl.rewards.code_tests.tests import plan_of
 
 
 def test_assertions_become_calls() -> None:
-    columns = {"test_list": ["assert f(1, [2]) == (3, 'x')", "assert (-4) == f(2)", "assert f(3)", "assert not f(4)"]}
+    columns = {
+        "test_list": [
+            "assert f(1, [2]) == (3, 'x')",
+            "assert (-4) == f(2)",
+            "assert f(3)",
+            "assert not f(4)",
+        ]
+    }
     plan = plan_of(columns | {"test_imports": ["import math"], "test_setup_code": "y = 1"})
     assert plan == FunctionPlan(
         calls=(
@@ -54,7 +61,10 @@ def test_a_tested_function_may_be_named_like_a_builtin() -> None:
 
 def test_humaneval() -> None:
     prompt = 'import math\n\ndef f(x):\n    """Doubles."""\n'
-    test = "METADATA = {}\ndef check(candidate):\n    assert candidate(2) == 4, 'two'\n    assert True\n"
+    test = (
+        "METADATA = {}\ndef check(candidate):\n    assert candidate(2) == 4, 'two'\n    assert"
+        " True\n"
+    )
     plan = plan_of({"prompt": prompt, "test": test, "entry_point": "f"})
     assert isinstance(plan, FunctionPlan)
     assert plan.calls == (Call(source="candidate(2)", expected=4),)
@@ -79,10 +89,17 @@ def packed(value: object) -> str:
         {"test": json.dumps([{"input": {"stdin": g}, "output": {"stdout": w}} for g, w in CASES])},
         {"input_output": json.dumps(APPS)},
         {"test": packed({"input_output": json.dumps(APPS | {"fn_name": None})})},
-        {"public_tests": {"input": ["1\n"], "output": ["2\n"]}, "private_tests": {"input": ["3\n"], "output": ["6\n"]}},
         {
-            "public_test_cases": json.dumps([{"input": "1\n", "output": "2\n", "testtype": "stdin"}]),
-            "private_test_cases": packed(json.dumps([{"input": "3\n", "output": "6\n", "testtype": "stdin"}])),
+            "public_tests": {"input": ["1\n"], "output": ["2\n"]},
+            "private_tests": {"input": ["3\n"], "output": ["6\n"]},
+        },
+        {
+            "public_test_cases": json.dumps(
+                [{"input": "1\n", "output": "2\n", "testtype": "stdin"}]
+            ),
+            "private_test_cases": packed(
+                json.dumps([{"input": "3\n", "output": "6\n", "testtype": "stdin"}])
+            ),
         },
     ],
 )
@@ -121,8 +138,14 @@ class Evil:
         ({"private_test_cases": packed(Evil())}, "only plain values"),
         ({"private_test_cases": "%%%"}, "packed JSON"),
         ({"test": "def helper():\n    assert f(1) == 1\n"}, "call none"),
-        ({"test": "from solution import f\ndef test_a(tmp_path):\n    assert f(tmp_path)\n"}, "tmp_path"),
-        ({"test": "from unittest.mock import patch\ndef test_a():\n    assert f(1)\n"}, "unittest.mock"),
+        (
+            {"test": "from solution import f\ndef test_a(tmp_path):\n    assert f(tmp_path)\n"},
+            "tmp_path",
+        ),
+        (
+            {"test": "from unittest.mock import patch\ndef test_a():\n    assert f(1)\n"},
+            "unittest.mock",
+        ),
         ({"test": "def test_a():\n    assert f(1) == open('x').read()\n"}, "open a file"),
         ({"test_list": ["assert np.allclose(f(1), 1)"]}, "nobody defines"),
         ({"tests": [{"input": 5, "output": {"a": 1}}]}, "neither text nor lines"),

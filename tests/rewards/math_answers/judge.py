@@ -1,4 +1,5 @@
-"""Whether two LaTeX answers mean the same, by an evaluation that shares no code with the package. None: no opinion."""
+"""Whether two LaTeX answers mean the same, by an evaluation that shares no code with the package.
+None: no opinion."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from typing import Any
 
 import mpmath as mp
 
-_spec = importlib.util.spec_from_file_location("judge_reader", Path(__file__).parent / "judge_reader.py")
+_spec = importlib.util.spec_from_file_location(
+    "judge_reader", Path(__file__).parent / "judge_reader.py"
+)
 _reader = importlib.util.module_from_spec(_spec)
 sys.modules["judge_reader"] = _reader
 _spec.loader.exec_module(_reader)
@@ -18,7 +21,8 @@ Form, Reader, Unknown = _reader.Form, _reader.Reader, _reader.Unknown
 
 
 def same(first: str, second: str) -> bool | None:
-    """Whether two answers mean the same; None without an opinion, also if it depends on the reading of `f(x)`."""
+    """Whether two answers mean the same; None without an opinion, also if it depends on the reading
+    of `f(x)`."""
     long = re.search(r"\^\{?\d{3}|\d{22}", first + second) is not None
     with mp.workdps(1500 if long else 30):
         opinions = {_same_read(first, second, applies) for applies in (True, False)}
@@ -77,7 +81,9 @@ def _close(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool | None:
 
 
 def _proportional(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool | None:
-    ratios = [x / y for x, y in zip(a, b, strict=True) if x is not None and y is not None and y != 0]
+    ratios = [
+        x / y for x, y in zip(a, b, strict=True) if x is not None and y is not None and y != 0
+    ]
     if len(ratios) < 3:
         return None
     return all(abs(r - ratios[0]) <= 1e-13 * abs(ratios[0]) for r in ratios) and ratios[0] != 0

@@ -1,7 +1,8 @@
 """Reading LaTeX answers without any code of the package: the referee of the mutation tests.
 
-It reads little and strictly. An answer becomes a nested form whose scalars are values at fixed points; two answers
-are the same if their forms are. Whatever it does not know is `None`: no opinion.
+It reads little and strictly. An answer becomes a nested form whose scalars are values at fixed
+points; two answers are the same if their forms are. Whatever it does not know is `None`: no
+opinion.
 """
 
 from __future__ import annotations
@@ -177,7 +178,10 @@ class Reader:
         if self.peek() in ("\\pm", "\\mp"):
             self.take()
             other = self.sum()
-            both = _scalar(lambda env: value(env) + other(env)), _scalar(lambda env: value(env) - other(env))
+            both = (
+                _scalar(lambda env: value(env) + other(env)),
+                _scalar(lambda env: value(env) - other(env)),
+            )
             return Form("list", both), None
         return _scalar(value), value
 
@@ -220,7 +224,9 @@ class Reader:
                 raise Unknown(token)
         for letter in "{" + name + "}":
             self.take(letter)
-        return Form("det" if name == "vmatrix" else "matrix", tuple(Form("row", tuple(r)) for r in rows))
+        return Form(
+            "det" if name == "vmatrix" else "matrix", tuple(Form("row", tuple(r)) for r in rows)
+        )
 
     def sum(self) -> Scalar:
         sign = 1
@@ -287,9 +293,22 @@ class Reader:
 
     @staticmethod
     def _starts_factor(token: str) -> bool:
-        if token in ("(", "{", "\\frac", "\\sqrt", "\\binom", "\\pi", "\\log", "\\infty", "\\lfloor", "\\lceil"):
+        if token in (
+            "(",
+            "{",
+            "\\frac",
+            "\\sqrt",
+            "\\binom",
+            "\\pi",
+            "\\log",
+            "\\infty",
+            "\\lfloor",
+            "\\lceil",
+        ):
             return True
-        return bool(re.match(r"[\d.]|[a-zA-Z]\Z", token) or _GREEK.match(token) or token in _FUNCTIONS)
+        return bool(
+            re.match(r"[\d.]|[a-zA-Z]\Z", token) or _GREEK.match(token) or token in _FUNCTIONS
+        )
 
     def factor(self) -> Scalar:
         value = self.atom()
@@ -342,7 +361,11 @@ class Reader:
             number = mp.mpf(token)
             return lambda env: number
         self.at -= 1
-        if token in ("\\frac", "\\sqrt", "\\pi") or re.fullmatch(r"[a-zA-Z]", token) or _GREEK.match(token):
+        if (
+            token in ("\\frac", "\\sqrt", "\\pi")
+            or re.fullmatch(r"[a-zA-Z]", token)
+            or _GREEK.match(token)
+        ):
             return self.atom()
         raise Unknown(token)
 

@@ -24,7 +24,8 @@ def tokens(text: str) -> list[str]:
 
 
 def brace_moves(text: str) -> Iterator[Mutation]:
-    """Every balanced text with one brace moved by one token or, for a group, over its whole neighbour."""
+    """Every balanced text with one brace moved by one token or, for a group, over its whole
+    neighbour."""
     parts = tokens(text)
     for at, part in enumerate(parts):
         if part not in ("{", "}"):
@@ -69,7 +70,8 @@ def _balanced(parts: list[str]) -> bool:
 
 
 def value_changes(text: str) -> Iterator[Mutation]:
-    """Every single change of a digit, sign, exponent, order, function, factor, bracket or relation."""
+    """Every single change of a digit, sign, exponent, order, function, factor, bracket or
+    relation."""
     parts = tokens(text)
     yield from _digits(parts)
     yield from _signs(parts)
@@ -121,7 +123,9 @@ def _in_words(parts: list[str]) -> set[int]:
     hidden: set[int] = set()
     for at, part in enumerate(parts):
         if part in ("\\text", "\\mbox", "\\mathrm", "\\textbf", "\\begin", "\\end"):
-            hidden.update(range(at, _closing(parts, parts.index("{", at)) + 1 if "{" in parts[at:] else at))
+            hidden.update(
+                range(at, _closing(parts, parts.index("{", at)) + 1 if "{" in parts[at:] else at)
+            )
     return hidden
 
 

@@ -1,4 +1,5 @@
-"""Usual rewritings of a reference answer: each says the same and must be accepted. Deterministic."""
+"""Usual rewritings of a reference answer: each says the same and must be accepted.
+Deterministic."""
 
 from __future__ import annotations
 
@@ -52,7 +53,9 @@ ANY: dict[str, Rewriting] = {
 
 def _named(a: str) -> str | None:
     bare = re.sub(r"\\(?:frac|sqrt|left|right|pi|cdot|sin|cos|tan|ln|log)", "", a)
-    shape = re.search(r"[=<>,≥≠≤]|\^\Z|\\(?:le|ge|text|in|ne|begin|cup|mbox|pm)|[a-zA-Z]{3,}|^[A-E]\Z", bare)
+    shape = re.search(
+        r"[=<>,≥≠≤]|\^\Z|\\(?:le|ge|text|in|ne|begin|cup|mbox|pm)|[a-zA-Z]{3,}|^[A-E]\Z", bare
+    )
     return None if shape else f"x = {a}"
 
 
@@ -65,7 +68,9 @@ def _spaced(a: str) -> str | None:
 
 
 def _tight(a: str) -> str | None:
-    if re.search(r"\\(?:text|mbox|mathrm)|\d \d|\\[,!;: ]", a) or re.search(r"[a-zA-Z]{2,} ", a.replace("\\", "")):
+    if re.search(r"\\(?:text|mbox|mathrm)|\d \d|\\[,!;: ]", a) or re.search(
+        r"[a-zA-Z]{2,} ", a.replace("\\", "")
+    ):
         return None
     return re.sub(r"(?<![a-zA-Z\\])\s+|\s+(?![a-zA-Z\s])", "", a)
 
@@ -80,48 +85,104 @@ FORM: dict[str, Rewriting] = {
     "dfrac": _replaced("\\frac", "\\dfrac"),
     "tfrac": _replaced("\\frac", "\\tfrac"),
     "cfrac": _replaced("\\frac", "\\cfrac"),
-    "left right": lambda a: a.replace("(", "\\left(").replace(")",
-    "\\right)") if "(" in a and "\\left" not in a and "text" not in a and balanced(a) else None,
+    "left right": lambda a: (
+        a.replace("(", "\\left(").replace(")", "\\right)")
+        if "(" in a and "\\left" not in a and "text" not in a and balanced(a)
+        else None
+    ),
     "no left right": lambda a: re.sub(r"\\(?:left|right)", "", a) if "\\left" in a else None,
-    "big": lambda a: a.replace("(", "\\big(").replace(")",
-    "\\big)") if "(" in a and "\\left" not in a and "text" not in a else None,
-    "le to leq": lambda a: re.sub(r"\\le(?![a-z])", r"\\leq", a) if re.search(r"\\le(?![a-z])", a) else None,
-    "leq to sign": lambda a: re.sub(r"\\leq?(?![a-z])", "≤", a) if re.search(r"\\leq?(?![a-z])", a) else None,
-    "geq to sign": lambda a: re.sub(r"\\geq?(?![a-z])", "≥", a) if re.search(r"\\geq?(?![a-z])", a) else None,
-    "leqslant": lambda a: re.sub(r"\\leq?(?![a-z])", r"\\leqslant ", a) if re.search(r"\\leq?(?![a-z])", a) else None,
-    "pi sign": lambda a: re.sub(r"\\pi(?![a-z])\s*", "π", a) if re.search(r"\\pi(?![a-z])", a) else None,
+    "big": lambda a: (
+        a.replace("(", "\\big(").replace(")", "\\big)")
+        if "(" in a and "\\left" not in a and "text" not in a
+        else None
+    ),
+    "le to leq": lambda a: (
+        re.sub(r"\\le(?![a-z])", r"\\leq", a) if re.search(r"\\le(?![a-z])", a) else None
+    ),
+    "leq to sign": lambda a: (
+        re.sub(r"\\leq?(?![a-z])", "≤", a) if re.search(r"\\leq?(?![a-z])", a) else None
+    ),
+    "geq to sign": lambda a: (
+        re.sub(r"\\geq?(?![a-z])", "≥", a) if re.search(r"\\geq?(?![a-z])", a) else None
+    ),
+    "leqslant": lambda a: (
+        re.sub(r"\\leq?(?![a-z])", r"\\leqslant ", a) if re.search(r"\\leq?(?![a-z])", a) else None
+    ),
+    "pi sign": lambda a: (
+        re.sub(r"\\pi(?![a-z])\s*", "π", a) if re.search(r"\\pi(?![a-z])", a) else None
+    ),
     "infinity sign": _replaced("\\infty", "∞"),
     "cup sign": _replaced("\\cup", "∪"),
     "cdot to times": _replaced("\\cdot", "\\times"),
     "minus sign": lambda a: a.replace("-", "−") if "-" in a and "\\text" not in a else None,
-    "root of a digit": lambda a: re.sub(r"\\sqrt\{(\d)\}", r"\\sqrt\1", a) if re.search(r"\\sqrt\{\d\}", a) else None,
-    "power of a digit": lambda a: re.sub(r"\^\{(\w)\}", r"^\1", a) if re.search(r"\^\{\w\}", a) else None,
+    "root of a digit": lambda a: (
+        re.sub(r"\\sqrt\{(\d)\}", r"\\sqrt\1", a) if re.search(r"\\sqrt\{\d\}", a) else None
+    ),
+    "power of a digit": lambda a: (
+        re.sub(r"\^\{(\w)\}", r"^\1", a) if re.search(r"\^\{\w\}", a) else None
+    ),
     "power in braces": lambda a: re.sub(r"\^(\w)", r"^{\1}", a) if re.search(r"\^\w", a) else None,
-    "degree words": lambda a: re.sub(r"\^\{?\\circ\}?\Z", " degrees", a) if re.search(r"\^\{?\\circ\}?\Z", a) else None,
-    "degree text": lambda a: re.sub(r"\^\{?\\circ\}?\Z", r" \\text{ degrees}", a) if re.search(r"\^\{?\\circ\}?\Z", a) else None,
-    "degree sign": lambda a: re.sub(r"\^\{?\\circ\}?", "°", a) if re.search(r"\^\{?\\circ\}?", a) else None,
-    "no degree": lambda a: re.sub(r"\^\{?\\circ\}?\Z", "", a) if re.search(r"^-?[\d.]+\^\{?\\circ\}?\Z", a) else None,
-    "percent word": lambda a: re.sub(r"\\?%\Z", " percent", a) if re.search(r"\d\\?%\Z", a) else None,
-    "text bare": lambda a: re.sub(r"\\text\{([^{}]*)\}", r"\1", a) if re.fullmatch(r"\\text\{[^{}]*\}", a) else None,
-    "text to mathrm": lambda a: a.replace("\\text{", "\\mathrm{") if re.fullmatch(r"\\text\{\w+\}", a) else None,
-    "text to textbf": lambda a: a.replace("\\text{", "\\textbf{") if re.fullmatch(r"\\text\{[^{}]*\}", a) else None,
-    "capitals": lambda a: a.upper().replace("\\TEXT", "\\text") if re.fullmatch(r"\\text\{[a-z]{3,}\}", a) else None,
+    "degree words": lambda a: (
+        re.sub(r"\^\{?\\circ\}?\Z", " degrees", a) if re.search(r"\^\{?\\circ\}?\Z", a) else None
+    ),
+    "degree text": lambda a: (
+        re.sub(r"\^\{?\\circ\}?\Z", r" \\text{ degrees}", a)
+        if re.search(r"\^\{?\\circ\}?\Z", a)
+        else None
+    ),
+    "degree sign": lambda a: (
+        re.sub(r"\^\{?\\circ\}?", "°", a) if re.search(r"\^\{?\\circ\}?", a) else None
+    ),
+    "no degree": lambda a: (
+        re.sub(r"\^\{?\\circ\}?\Z", "", a) if re.search(r"^-?[\d.]+\^\{?\\circ\}?\Z", a) else None
+    ),
+    "percent word": lambda a: (
+        re.sub(r"\\?%\Z", " percent", a) if re.search(r"\d\\?%\Z", a) else None
+    ),
+    "text bare": lambda a: (
+        re.sub(r"\\text\{([^{}]*)\}", r"\1", a) if re.fullmatch(r"\\text\{[^{}]*\}", a) else None
+    ),
+    "text to mathrm": lambda a: (
+        a.replace("\\text{", "\\mathrm{") if re.fullmatch(r"\\text\{\w+\}", a) else None
+    ),
+    "text to textbf": lambda a: (
+        a.replace("\\text{", "\\textbf{") if re.fullmatch(r"\\text\{[^{}]*\}", a) else None
+    ),
+    "capitals": lambda a: (
+        a.upper().replace("\\TEXT", "\\text") if re.fullmatch(r"\\text\{[a-z]{3,}\}", a) else None
+    ),
     "matrix to brackets": _replaced("pmatrix", "bmatrix"),
-    "set sides": lambda a: a.replace("\\{", "\\left\\{").replace("\\}",
-    "\\right\\}") if "\\{" in a and "\\left" not in a else None,
-    "lbrace": lambda a: a.replace("\\{", "\\lbrace ").replace("\\}", "\\rbrace ") if "\\{" in a and "\\left" not in a else None,
+    "set sides": lambda a: (
+        a.replace("\\{", "\\left\\{").replace("\\}", "\\right\\}")
+        if "\\{" in a and "\\left" not in a
+        else None
+    ),
+    "lbrace": lambda a: (
+        a.replace("\\{", "\\lbrace ").replace("\\}", "\\rbrace ")
+        if "\\{" in a and "\\left" not in a
+        else None
+    ),
     "wide digits": lambda a: a.translate(_WIDE) if re.fullmatch(r"[\d()+=,\-]+", a) else None,
-    "superscripts": lambda a: re.sub(r"\^(?:\{(\d+)\}|(\d))", lambda m: (m[1] or m[2]).translate(_SUPERSCRIPTS),
-    a) if re.search(r"[a-z)]\^(?:\d(?!\d)|\{\d+\})", a) else None,
-    "root sign": lambda a: re.sub(r"\\sqrt\{(\d+)\}", r"√\1", a) if re.search(r"(?<![\\{])\\sqrt\{\d+\}\Z", a) else None,
+    "superscripts": lambda a: (
+        re.sub(r"\^(?:\{(\d+)\}|(\d))", lambda m: (m[1] or m[2]).translate(_SUPERSCRIPTS), a)
+        if re.search(r"[a-z)]\^(?:\d(?!\d)|\{\d+\})", a)
+        else None
+    ),
+    "root sign": lambda a: (
+        re.sub(r"\\sqrt\{(\d+)\}", r"√\1", a)
+        if re.search(r"(?<![\\{])\\sqrt\{\d+\}\Z", a)
+        else None
+    ),
     "with name": _named,
-}  # fmt: skip
+}
 
 
 def _grouped(a: str, separator: str) -> str | None:
     if not re.fullmatch(r"-?\d{4,}(?:\.\d+)?", a):
         return None
-    return f"{int(a.split('.')[0]):,}".replace(",", separator) + ("." + a.split(".")[1] if "." in a else "")
+    return f"{int(a.split('.')[0]):,}".replace(",", separator) + (
+        "." + a.split(".")[1] if "." in a else ""
+    )
 
 
 def _decimal(a: str) -> str | None:
@@ -145,7 +206,12 @@ def _as_fraction(a: str) -> str | None:
 
 def _mixed(a: str) -> str | None:
     found = _FRACTION.match(a)
-    if found is None or int(found[3]) < 2 or int(found[2]) < int(found[3]) or int(found[2]) % int(found[3]) == 0:
+    if (
+        found is None
+        or int(found[3]) < 2
+        or int(found[2]) < int(found[3])
+        or int(found[2]) % int(found[3]) == 0
+    ):
         return None
     whole, rest = divmod(int(found[2]), int(found[3]))
     return f"{found[1]}{whole}\\frac{{{rest}}}{{{found[3]}}}"
@@ -153,7 +219,11 @@ def _mixed(a: str) -> str | None:
 
 def _vulgar(a: str) -> str | None:
     found = _FRACTION.match(a)
-    return found[1] + _VULGAR[f"{found[2]}/{found[3]}"] if found and f"{found[2]}/{found[3]}" in _VULGAR else None
+    return (
+        found[1] + _VULGAR[f"{found[2]}/{found[3]}"]
+        if found and f"{found[2]}/{found[3]}" in _VULGAR
+        else None
+    )
 
 
 def _scientific(a: str) -> str | None:
@@ -196,7 +266,11 @@ def _number(template: str) -> Rewriting:
 def _fraction(template: str) -> Rewriting:
     def rewrite(a: str) -> str | None:
         found = _FRACTION.match(a)
-        return template.replace("S", found[1]).replace("N", found[2]).replace("D", found[3]) if found else None
+        return (
+            template.replace("S", found[1]).replace("N", found[2]).replace("D", found[3])
+            if found
+            else None
+        )
 
     return rewrite
 
@@ -217,7 +291,9 @@ NUMBER: dict[str, Rewriting] = {
     "point zero": lambda a: a + ".0" if _INTEGER.match(a) else None,
     "point zeros": lambda a: a + ".00" if _INTEGER.match(a) else None,
     "trailing zero": lambda a: a + "0" if _DECIMAL.match(a) else None,
-    "no leading zero": lambda a: a.replace("0.", ".", 1) if re.match(r"-?0\.", a) and _DECIMAL.match(a) else None,
+    "no leading zero": lambda a: (
+        a.replace("0.", ".", 1) if re.match(r"-?0\.", a) and _DECIMAL.match(a) else None
+    ),
     "plus sign": lambda a: "+" + a if re.match(r"\d+\Z", a) else None,
     "decimal": _decimal,
     "fraction": _as_fraction,

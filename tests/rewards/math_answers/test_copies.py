@@ -83,13 +83,19 @@ def candidates(prompt: str) -> list[str]:
 
 def paid(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
     reward = MathReward()
-    verdicts = reward([RewardInput(prompt=p, completion=f"\\boxed{{{a}}}", answer=r) for p, r, a in rows])
+    verdicts = reward(
+        [RewardInput(prompt=p, completion=f"\\boxed{{{a}}}", answer=r) for p, r, a in rows]
+    )
     reward.close()
     return [row for row, verdict in zip(rows, verdicts, strict=True) if verdict.score == 1]
 
 
 def test_formulas_of_the_problem_are_no_answers() -> None:
-    rows = [(prompt, reference, answer) for prompt, reference in FORMULAS for answer in candidates(prompt)]
+    rows = [
+        (prompt, reference, answer)
+        for prompt, reference in FORMULAS
+        for answer in candidates(prompt)
+    ]
     assert paid([row for row in rows if row[1] != row[2]]) == []
 
 
@@ -97,10 +103,18 @@ def test_formulas_of_the_problem_are_no_answers() -> None:
 @pytest.mark.skipif(not DATA.is_dir(), reason="the recorded data is not at ../shared/data")
 def test_numbers_of_a_problem_pay_only_as_the_reference_is_written() -> None:
     problems = [json.loads(line) for line in (DATA / "gsm8k" / "test.jsonl").open()]
-    rows = [(p["question"], p["answer"], answer) for p in problems for answer in candidates(p["question"])]
+    rows = [
+        (p["question"], p["answer"], answer)
+        for p in problems
+        for answer in candidates(p["question"])
+    ]
     own = [p["answer"].split("####")[1].strip().replace(",", "") for p in problems]
     own_of = dict(zip((p["question"] for p in problems), own, strict=True))
-    assert [row for row in paid(rows) if float(row[2].replace(",", "").rstrip("%")) != float(own_of[row[0]])] == []
+    assert [
+        row
+        for row in paid(rows)
+        if float(row[2].replace(",", "").rstrip("%")) != float(own_of[row[0]])
+    ] == []
     assert [row for row in paid(rows) if row[2].endswith("%")] == []
 
 

@@ -34,8 +34,16 @@ from hypothesis import strategies as st
         ("**Answer:** 7", ("7",), "marker"),
         ("Answer: 5 or 6 or 7", ("5 or 6 or 7",), "marker"),
         ("Therefore we find that $x \\geq 5$ in the end.", (r"x \geq 5",), "sentence"),
-        ("In total there are exactly nine and then forty more, hence 49 of them", ("49",), "sentence"),
-        ("It must be that there are 4 or 5 of them in the whole of the box", ("4 or 5",), "sentence"),
+        (
+            "In total there are exactly nine and then forty more, hence 49 of them",
+            ("49",),
+            "sentence",
+        ),
+        (
+            "It must be that there are 4 or 5 of them in the whole of the box",
+            ("4 or 5",),
+            "sentence",
+        ),
         ("circumcircle", ("circumcircle",), "whole"),
         (r"f(x) = \frac{1}{x}", (r"f(x) = \frac{1}{x}",), "whole"),
     ],
@@ -53,7 +61,9 @@ def math():
     reward.close()
 
 
-@pytest.mark.parametrize("line", (Path(__file__).parent / "completions.jsonl").read_text().splitlines())
+@pytest.mark.parametrize(
+    "line", (Path(__file__).parent / "completions.jsonl").read_text().splitlines()
+)
 def test_what_a_reader_takes_from_a_text(math: MathReward, line: str) -> None:
     row = json.loads(line)
     verdict = math([RewardInput(completion=row["completion"], answer=row["answer"])])[0]
@@ -65,7 +75,9 @@ def test_every_rule_names_who_writes_so() -> None:
     assert len({rule.name for rule in RULES}) == len(RULES)
 
 
-@pytest.mark.parametrize("completion", ["", "   ", r"<think>\boxed{5}", "<think>\\boxed{5}</think>", "</think>\n "])
+@pytest.mark.parametrize(
+    "completion", ["", "   ", r"<think>\boxed{5}", "<think>\\boxed{5}</think>", "</think>\n "]
+)
 def test_no_answer(completion: str) -> None:
     assert extract(completion).candidates == ()
 

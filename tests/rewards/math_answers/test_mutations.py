@@ -1,4 +1,5 @@
-"""Near misses and other spellings of references, made by generators and judged by an evaluation of its own."""
+"""Near misses and other spellings of references, made by generators and judged by an evaluation of
+its own."""
 
 from __future__ import annotations
 
@@ -14,12 +15,37 @@ from emberl.rewards.math_answers.reward import MathReward
 HERE = Path(__file__).parent
 DATA = HERE.parents[2].parent / "shared" / "data"
 REFERENCES = [
-    "5", "-84", "12.5", "1,234,567", "\\frac{3}{4}", "-\\frac{14}{3}", "3\\sqrt{13}", "2^{n+1}",
-    "\\sqrt{2+\\sqrt{3}}", "1+\\frac{1}{e}",
-    "(a+5)(b+2)", "x^2-5x+6", "\\frac{x+1}{x-2}", "6-5i", "\\frac{2\\pi}{3}", "90^\\circ", "(3,\\frac{\\pi}{2})", "[-2,7)",
-    "(-\\infty,0]\\cup[4,\\infty)", "y=2x+3", "\\{1,3,5\\}", "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "52_8", "6.02e23",
-    "e^{-2t}\\cos(3t)", "\\log_2 (x+1)", "a_{n+1}=2a_n+1", "\\frac{\\sqrt{a^2+b^2}}{c}", "k\\pi", "\\binom{10}{3}-1",
-]  # fmt: skip
+    "5",
+    "-84",
+    "12.5",
+    "1,234,567",
+    "\\frac{3}{4}",
+    "-\\frac{14}{3}",
+    "3\\sqrt{13}",
+    "2^{n+1}",
+    "\\sqrt{2+\\sqrt{3}}",
+    "1+\\frac{1}{e}",
+    "(a+5)(b+2)",
+    "x^2-5x+6",
+    "\\frac{x+1}{x-2}",
+    "6-5i",
+    "\\frac{2\\pi}{3}",
+    "90^\\circ",
+    "(3,\\frac{\\pi}{2})",
+    "[-2,7)",
+    "(-\\infty,0]\\cup[4,\\infty)",
+    "y=2x+3",
+    "\\{1,3,5\\}",
+    "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}",
+    "52_8",
+    "6.02e23",
+    "e^{-2t}\\cos(3t)",
+    "\\log_2 (x+1)",
+    "a_{n+1}=2a_n+1",
+    "\\frac{\\sqrt{a^2+b^2}}{c}",
+    "k\\pi",
+    "\\binom{10}{3}-1",
+]
 
 
 def load(name: str) -> Any:
@@ -32,7 +58,9 @@ def load(name: str) -> Any:
 
 def accepted(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     reward = MathReward(timeout=2.0, concurrency=1)
-    verdicts = reward([RewardInput(completion=f"\\boxed{{{answer}}}", answer=gold) for gold, answer in pairs])
+    verdicts = reward(
+        [RewardInput(completion=f"\\boxed{{{answer}}}", answer=gold) for gold, answer in pairs]
+    )
     reward.close()
     return [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.score == 1]
 
@@ -40,7 +68,9 @@ def accepted(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
 def references(every: int) -> list[str]:
     if not DATA.is_dir():
         return REFERENCES
-    rows = [json.loads(line)["answer"] for line in (DATA / "math500_answers" / "answers.jsonl").open()]
+    rows = [
+        json.loads(line)["answer"] for line in (DATA / "math500_answers" / "answers.jsonl").open()
+    ]
     return REFERENCES + [row for row in rows if "\\text{" not in row][::every]
 
 

@@ -20,7 +20,9 @@ from emberl.rewards.math_answers.reward import MathReward
 from emberl.rewards.verdict import Status
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the recorded data is not at ../shared/data")
+needs_data = pytest.mark.skipif(
+    not DATA.is_dir(), reason="the recorded data is not at ../shared/data"
+)
 LABEL_ERRORS = {
     "qm72_7": "10000 is 10{,}000",
     "hv52_tn_output": "the same five numbers in another order",
@@ -65,13 +67,19 @@ def test_what_is_decided_exactly_starts_no_process() -> None:
 
 def test_importing_and_grading_stays_light() -> None:
     code = (
-        "import sys; from emberl.rewards.suite import build_suite; from emberl.rewards.inputs import RewardInput;"
-        "suite = build_suite({'answer': {'use': 'math'}, 'form': {'use': 'format', 'weight': 0.1}});"
-        "assert suite.grade([RewardInput(completion='<think>a</think>9', answer='9')])[0].score == 1.1;"
-        "import emberl.rewards.audit.audit;"
-        "print([m for m in ('torch', 'ray', 'transformers', 'sympy', 'math_verify', 'numpy') if m in sys.modules])"
+        "import sys; from emberl.rewards.suite import build_suite; from emberl.rewards.inputs"
+        " import RewardInput;suite = build_suite({'answer': {'use': 'math'}, 'form': {'use':"
+        " 'format', 'weight': 0.1}});assert"
+        " suite.grade([RewardInput(completion='<think>a</think>9', answer='9')])[0].score =="
+        " 1.1;import emberl.rewards.audit.audit;print([m for m in ('torch', 'ray', 'transformers',"
+        " 'sympy', 'math_verify', 'numpy') if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )
 
 
 @pytest.mark.slow
@@ -85,14 +93,20 @@ def test_the_symbolic_back_end_decides_what_is_left(math) -> None:
     assert grade(math, "\\boxed{\\sum_{k=1}^{n} k}", "$\\sum_{j=1}^{n} j$").status is Status.CORRECT
     assert grade(math, "\\boxed{\\frac{n(n+1)}{2}}", "$\\sum_{j=1}^{n} j$").status is Status.CORRECT
     assert grade(math, "\\boxed{\\frac{n(n-1)}{2}}", "$\\sum_{j=1}^{n} j$").status is Status.WRONG
-    assert grade(math, "\\boxed{\\lim_{n\\to0} a_n}", "\\lim_{n\\to\\infty} a_n").status is Status.UNKNOWN
+    assert (
+        grade(math, "\\boxed{\\lim_{n\\to0} a_n}", "\\lim_{n\\to\\infty} a_n").status
+        is Status.UNKNOWN
+    )
     assert math._pool.started >= 1
 
 
 @pytest.mark.slow
 def test_references_are_checked(math) -> None:
     assert math.check_reference(RewardInput(completion="", answer="\\int_0^1 x dx")) is None
-    assert math.check_reference(RewardInput(completion="", answer="x, where x is what was asked for")) is None
+    assert (
+        math.check_reference(RewardInput(completion="", answer="x, where x is what was asked for"))
+        is None
+    )
     assert "empty" in math.check_reference(RewardInput(completion="", answer=""))
     assert "no answer" in math.check_reference(RewardInput(completion="", answer="proof"))
     assert math.check_reference(RewardInput(completion="", answer="{{{((")) is not None
@@ -130,7 +144,10 @@ def test_killing_grading_processes_loses_no_sample() -> None:
     thread.start()
     try:
         rows = [
-            RewardInput(completion=f"\\boxed{{\\sum_{{k=1}}^{{n}} {i}k}}", answer=f"$\\sum_{{j=1}}^{{n}} {i}j$")
+            RewardInput(
+                completion=f"\\boxed{{\\sum_{{k=1}}^{{n}} {i}k}}",
+                answer=f"$\\sum_{{j=1}}^{{n}} {i}j$",
+            )
             for i in range(2, 60)
         ]
         verdicts = reward(rows)
@@ -163,13 +180,17 @@ def test_natural_responses_agree(math) -> None:
 @needs_data
 @pytest.mark.slow
 def test_the_last_sentence_of_a_solution_is_read(math) -> None:
-    """Solutions whose line `A: x` is taken away; a few of the wrong ones get their last sentence right."""
+    """Solutions whose line `A: x` is taken away; a few of the wrong ones get their last sentence
+    right."""
     rows = pairs("gsm8k_openai_solutions")
     bare = [re.sub(r"<<[^>]*>>", "", row["pred"]) for row in rows]
     texts = [re.sub(r"(?:\n?A:|####)[^\n]*\Z", "", text.strip()).strip() for text in bare]
-    verdicts = math([RewardInput(completion=t, answer=r["gold"]) for t, r in zip(texts, rows, strict=True)])
+    verdicts = math(
+        [RewardInput(completion=t, answer=r["gold"]) for t, r in zip(texts, rows, strict=True)]
+    )
     accepted = {
-        label: [v.score for r, v in zip(rows, verdicts, strict=True) if r["label"] is label] for label in (True, False)
+        label: [v.score for r, v in zip(rows, verdicts, strict=True) if r["label"] is label]
+        for label in (True, False)
     }
     assert sum(accepted[True]) >= 0.98 * len(accepted[True])
     assert sum(accepted[False]) <= 0.005 * len(accepted[False])
@@ -177,12 +198,17 @@ def test_the_last_sentence_of_a_solution_is_read(math) -> None:
 
 @needs_data
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["{}", "\\boxed{{{}}}", "<think>hm</think>So it is \\boxed{{{}}}."])
+@pytest.mark.parametrize(
+    "form", ["{}", "\\boxed{{{}}}", "<think>hm</think>So it is \\boxed{{{}}}."]
+)
 def test_hard_pairs(math, form: str) -> None:
     rows = pairs("hardverify")
-    verdicts = math([RewardInput(completion=form.format(r["pred"]), answer=r["gold"]) for r in rows])
+    verdicts = math(
+        [RewardInput(completion=form.format(r["pred"]), answer=r["gold"]) for r in rows]
+    )
     accepted = {
-        label: [v.score for r, v in zip(rows, verdicts, strict=True) if r["label"] is label] for label in (True, False)
+        label: [v.score for r, v in zip(rows, verdicts, strict=True) if r["label"] is label]
+        for label in (True, False)
     }
     assert sum(accepted[True]) / len(accepted[True]) >= 0.80
     assert sum(accepted[False]) / len(accepted[False]) <= 0.005
@@ -190,7 +216,9 @@ def test_hard_pairs(math, form: str) -> None:
 
 @needs_data
 def test_every_reference_of_math500_verifies_itself(math) -> None:
-    answers = [json.loads(line)["answer"] for line in (DATA / "math500_answers" / "answers.jsonl").open()]
+    answers = [
+        json.loads(line)["answer"] for line in (DATA / "math500_answers" / "answers.jsonl").open()
+    ]
     verdicts = math([RewardInput(completion=f"\\boxed{{{a}}}", answer=a) for a in answers])
     assert [a for a, v in zip(answers, verdicts, strict=True) if v.score != 1] == []
     assert [a for a in answers if math.check_reference(RewardInput(completion="", answer=a))] == []
@@ -199,7 +227,12 @@ def test_every_reference_of_math500_verifies_itself(math) -> None:
 @needs_data
 def test_answers_of_a_small_model(math) -> None:
     rows = [json.loads(line) for line in (DATA / "real_answers" / "answers.jsonl").open()]
-    verdicts = math([RewardInput(prompt=r["prompt"], completion=r["completion"], answer=r["answer"]) for r in rows])
+    verdicts = math(
+        [
+            RewardInput(prompt=r["prompt"], completion=r["completion"], answer=r["answer"])
+            for r in rows
+        ]
+    )
     assert [r for r, v in zip(rows, verdicts, strict=True) if (v.score == 1) != r["right"]] == []
 
 
@@ -225,12 +258,17 @@ def test_bombs_are_answered_in_time(way: str) -> None:
         elif way == "asyncio":
 
             async def together() -> list[float]:
-                return await asyncio.gather(*[asyncio.to_thread(check_bomb, reward, bomb) for bomb in bombs()])
+                return await asyncio.gather(
+                    *[asyncio.to_thread(check_bomb, reward, bomb) for bomb in bombs()]
+                )
 
             seconds = asyncio.run(together())
         else:
             seconds = []
-            threads = [threading.Thread(target=lambda b=b: seconds.append(check_bomb(reward, b))) for b in bombs()]
+            threads = [
+                threading.Thread(target=lambda b=b: seconds.append(check_bomb(reward, b)))
+                for b in bombs()
+            ]
             for thread in threads:
                 thread.start()
             for thread in threads:
@@ -248,23 +286,75 @@ def test_fuzz() -> None:
     count = int(os.environ.get("EMBERL_FUZZ", "500"))
     rng = random.Random(count)
     pieces = [
-        "\\frac", "\\sqrt", "\\boxed", "{", "}", "(", ")", "[", "]", "^", "_", "!", "+", "-", "\\cdot", "/", "=", "<", ",",
-        "x", "n", "e", "i", "\\pi", "0", "1", "2", "9", "99", ".", "\\text{or}", " ", "\\le", "\\int", "\\sum", "|",
-        "\\infty", "%", "\x00", "é", "$",
-    ]  # fmt: skip
+        "\\frac",
+        "\\sqrt",
+        "\\boxed",
+        "{",
+        "}",
+        "(",
+        ")",
+        "[",
+        "]",
+        "^",
+        "_",
+        "!",
+        "+",
+        "-",
+        "\\cdot",
+        "/",
+        "=",
+        "<",
+        ",",
+        "x",
+        "n",
+        "e",
+        "i",
+        "\\pi",
+        "0",
+        "1",
+        "2",
+        "9",
+        "99",
+        ".",
+        "\\text{or}",
+        " ",
+        "\\le",
+        "\\int",
+        "\\sum",
+        "|",
+        "\\infty",
+        "%",
+        "\x00",
+        "é",
+        "$",
+    ]
     reward = MathReward(timeout=1.0)
-    golds = ["5", "\\frac{1}{2}", "x^2+1", "(1, 2]", "\\{1, 2\\}", "x = 3", "\\sum_{k} k", "\\text{odd}"]
+    golds = [
+        "5",
+        "\\frac{1}{2}",
+        "x^2+1",
+        "(1, 2]",
+        "\\{1, 2\\}",
+        "x = 3",
+        "\\sum_{k} k",
+        "\\text{odd}",
+    ]
     try:
         for _ in range(0, count, 500):
             rows = [
                 RewardInput(
-                    completion="".join(rng.choices(pieces, k=rng.randint(1, 30))) if rng.random() < 0.3
+                    completion="".join(rng.choices(pieces, k=rng.randint(1, 30)))
+                    if rng.random() < 0.3
                     else "\\boxed{" + "".join(rng.choices(pieces, k=rng.randint(1, 20))) + "}",
                     answer=rng.choice(golds),
                 )
                 for _ in range(500)
-            ]  # fmt: skip
-            lost = [(r.completion, v) for r, v in zip(rows, reward(rows), strict=True) if v.score is None]
+            ]
+            lost = [
+                (r.completion, v)
+                for r, v in zip(rows, reward(rows), strict=True)
+                if v.score is None
+            ]
             assert lost == []
     finally:
         reward.close()

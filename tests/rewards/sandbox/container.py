@@ -1,9 +1,11 @@
-"""Runs a command as in a container that Docker starts without options: its capabilities, no namespaces, no mounts.
+"""Runs a command as in a container that Docker starts without options: its capabilities, no
+namespaces, no mounts.
 
     python container.py COMMAND ...
 
-Docker's default profile of system calls, as far as a sandbox meets it: unshare, setns, clone with namespaces and all that
-mounts fail with EPERM, clone3 with ENOSYS; Landlock, seccomp and memfd are allowed.
+Docker's default profile of system calls, as far as a sandbox meets it: unshare, setns, clone with
+namespaces and all that mounts fail with EPERM, clone3 with ENOSYS; Landlock, seccomp and memfd are
+allowed.
 """
 
 from __future__ import annotations
@@ -20,7 +22,14 @@ _DENIED = {
     "x86_64": {"unshare": 272, "setns": 308, "mount": 165, "umount2": 166, "pivot_root": 155},
     "aarch64": {"unshare": 97, "setns": 268, "mount": 40, "umount2": 39, "pivot_root": 41},
 }
-_NEWER = {"open_tree": 428, "move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432, "mount_setattr": 442}
+_NEWER = {
+    "open_tree": 428,
+    "move_mount": 429,
+    "fsopen": 430,
+    "fsconfig": 431,
+    "fsmount": 432,
+    "mount_setattr": 442,
+}
 _CLONE, _CLONE3 = {"x86_64": 56, "aarch64": 220}, 435
 _LOAD, _AND, _EQUAL, _RETURN = 0x20, 0x54, 0x15, 0x06
 _ALLOW, _EPERM, _ENOSYS = 0x7FFF0000, 0x00050001, 0x00050026

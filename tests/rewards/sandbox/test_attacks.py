@@ -1,4 +1,5 @@
-"""Every hostile program at hand, on every back end; and what a person would see of one that got through."""
+"""Every hostile program at hand, on every back end; and what a person would see of one that got
+through."""
 
 import importlib.util
 import os
@@ -18,11 +19,15 @@ hostile = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(hostile)
 
 slow = pytest.mark.slow
-needs_cpp = pytest.mark.skipif(view.compiler() is None, reason="g++ is not installed (apt install g++)")
+needs_cpp = pytest.mark.skipif(
+    view.compiler() is None, reason="g++ is not installed (apt install g++)"
+)
 
 
 def held(report) -> None:
-    assert report.contained, "\n".join(str(attack) for attack in report.attacks if not attack.contained)
+    assert report.contained, "\n".join(
+        str(attack) for attack in report.attacks if not attack.contained
+    )
 
 
 @slow
@@ -39,7 +44,12 @@ def test_our_own_hostile_cpp() -> None:
 @slow
 def test_escapes_behind_bubblewrap() -> None:
     try:
-        held(run_attacks([row for row in hostile.PYTHON_ROWS if row["category"] == "escape"], backend="bubblewrap"))
+        held(
+            run_attacks(
+                [row for row in hostile.PYTHON_ROWS if row["category"] == "escape"],
+                backend="bubblewrap",
+            )
+        )
     except SandboxUnavailable as error:
         pytest.skip(str(error))
 
@@ -57,10 +67,25 @@ def test_the_collected_attacks() -> None:
 @slow
 def test_the_audit_sees_what_is_not_contained() -> None:
     rows = [
-        {"id": "solves", "category": "forge", "language": "python", "code": "def add(a, b): return a + b"},
+        {
+            "id": "solves",
+            "category": "forge",
+            "language": "python",
+            "code": "def add(a, b): return a + b",
+        },
         {"id": "claims", "category": "escape", "language": "python", "code": "print('CONNECTED')"},
-        {"id": "calls", "category": "escape", "language": "python", "code": "print('MOUNT', -1)\nprint([-1, 3])"},
-        {"id": "harmless", "category": "escape", "language": "python", "code": "print('MOUNT', -1)\nprint([-1, -1])"},
+        {
+            "id": "calls",
+            "category": "escape",
+            "language": "python",
+            "code": "print('MOUNT', -1)\nprint([-1, 3])",
+        },
+        {
+            "id": "harmless",
+            "category": "escape",
+            "language": "python",
+            "code": "print('MOUNT', -1)\nprint([-1, -1])",
+        },
     ]
     report = run_attacks(rows)
     assert [attack.contained for attack in report.attacks] == [False, False, False, True]
@@ -78,7 +103,10 @@ def test_a_file_without_attacks_is_refused(tmp_path: Path) -> None:
 
 
 @slow
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else; as a user every other test shows it")
+@pytest.mark.skipif(
+    os.getuid() != 0,
+    reason="only root can become somebody else; as a user every other test shows it",
+)
 @pytest.mark.parametrize("backend", ["zygote", "landlock"])
 def test_works_unprivileged(backend: str) -> None:
     python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
@@ -91,12 +119,13 @@ def test_works_unprivileged(backend: str) -> None:
     try:
         subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
         code = (
-            "import sys; sys.path[:0] = ['.']; import os; assert os.getuid() == 1234\n"
-            "from emberl.rewards.audit.attacks import run_attacks; import hostile\n"
-            "rows = [r for r in hostile.PYTHON_ROWS if r['category'] == 'escape']\n"
-            "rows += [r for r in hostile.CPP_ROWS if r['id'] in ('cpp_files', 'cpp_calls', 'cpp_shell')]\n"
-            f"report = run_attacks(rows, seconds=1.0, backend={backend!r})\n"
-            "print('\\n'.join(report.lines())); sys.exit(not report.contained)"
+            "import sys; sys.path[:0] = ['.']; import os; assert os.getuid() == 1234\nfrom"
+            " emberl.rewards.audit.attacks import run_attacks; import hostile\nrows = [r for r in"
+            " hostile.PYTHON_ROWS if r['category'] == 'escape']\nrows += [r for r in"
+            " hostile.CPP_ROWS if r['id'] in ('cpp_files', 'cpp_calls', 'cpp_shell')]\nreport ="
+            " run_attacks(rows, seconds=1.0,"
+            f" backend={backend!r})\nprint('\\n'.join(report.lines())); sys.exit(not"
+            " report.contained)"
         )
         done = subprocess.run(
             [python, "-c", code],

@@ -16,7 +16,10 @@ def test_without_walls_it_refuses_and_names_the_fix(monkeypatch) -> None:
         raise SandboxUnavailable(f"{name}: not here")
 
     monkeypatch.setattr(choose, "_tried", fails)
-    with pytest.raises(SandboxUnavailable, match=r"zygote: not here; bubblewrap: not here; landlock: not here. To fix"):
+    with pytest.raises(
+        SandboxUnavailable,
+        match=r"zygote: not here; bubblewrap: not here; landlock: not here. To fix",
+    ):
         Sandbox()
     with pytest.raises(ValueError, match="allow_unsafe"):
         Sandbox(backend="unsafe")
@@ -40,29 +43,46 @@ def test_unsafe_only_when_asked_for_and_loudly(monkeypatch) -> None:
     with found:
         assert found.backend == "unsafe"
         assert found.run_program("print(6 * 7)").stdout == b"42\n"
-        assert found.run_program("open('/tmp/emberl-x', 'w')").exit_code == 1  # the filter still holds
+        # the filter still holds
+        assert found.run_program("open('/tmp/emberl-x', 'w')").exit_code == 1
 
 
 @pytest.mark.parametrize(
     ("environment", "files", "said", "unsaid"),
     [
-        ({}, (), ["apt install bubblewrap", "apparmor_restrict_unprivileged_userns=0", "Linux 5.13"], []),
+        (
+            {},
+            (),
+            ["apt install bubblewrap", "apparmor_restrict_unprivileged_userns=0", "Linux 5.13"],
+            [],
+        ),
         (
             {},
             (".dockerenv",),
             ["seccomp=unconfined --security-opt apparmor=unconfined", "does not help", "nerdctl"],
             ["apt install"],
         ),
-        ({"container": "podman"}, ("run/.containerenv",), ["seccomp=unconfined", "podman"], ["apt install"]),
+        (
+            {"container": "podman"},
+            ("run/.containerenv",),
+            ["seccomp=unconfined", "podman"],
+            ["apt install"],
+        ),
         (
             {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
             (".dockerenv",),
-            ["seccompProfile: {type: Unconfined}", "appArmorProfile: {type: Unconfined}", "SYS_ADMIN"],
+            [
+                "seccompProfile: {type: Unconfined}",
+                "appArmorProfile: {type: Unconfined}",
+                "SYS_ADMIN",
+            ],
             ["--security-opt", "apt install"],
         ),
     ],
 )
-def test_the_fix_suits_the_machine(tmp_path: Path, environment, files, said: list[str], unsaid: list[str]) -> None:
+def test_the_fix_suits_the_machine(
+    tmp_path: Path, environment, files, said: list[str], unsaid: list[str]
+) -> None:
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -73,7 +93,8 @@ def test_the_fix_suits_the_machine(tmp_path: Path, environment, files, said: lis
 
 @slow
 def test_unsafe_hides_the_memory_and_environment_of_this_process() -> None:
-    """Landlock would keep the program from /proc altogether; here it is the kernel's dumpable flag, against the same user."""
+    """Landlock would keep the program from /proc altogether; here it is the kernel's dumpable flag,
+    against the same user."""
     code = """
 import os, warnings
 from emberl.rewards.sandbox.pool import Sandbox
@@ -82,5 +103,7 @@ with Sandbox(workers=1, backend="unsafe", allow_unsafe=True) as box:
     for name in ("mem", "environ", "maps", "auxv", "fd/0"):
         print(box.run_program(f"open('/proc/{os.getpid()}/{name}', 'rb').read(9); print('READ')"))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, timeout=60, text=True, check=True
+    )
     assert done.stdout.splitlines() == ["exit code 1"] * 5

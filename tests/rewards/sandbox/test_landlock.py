@@ -1,4 +1,5 @@
-"""The back end without privileges: what each version of Landlock is asked, and every hostile program in a simulated container."""
+"""The back end without privileges: what each version of Landlock is asked, and every hostile
+program in a simulated container."""
 
 import os
 import signal
@@ -60,7 +61,10 @@ def test_each_version_is_asked_for_all_that_it_knows(
 
     monkeypatch.setattr(landlock, "_libc", Kernel())
     (tmp_path / "file").touch()
-    assert landlock.ruleset([str(tmp_path), str(tmp_path / "file"), "/not/there"], [str(tmp_path)]) == 77
+    assert (
+        landlock.ruleset([str(tmp_path), str(tmp_path / "file"), "/not/there"], [str(tmp_path)])
+        == 77
+    )
     assert asked[0] == (files, 0b11, 0b11)[:words]
     truncate = 1 << 14 if abi >= 3 else 0
     assert asked[1:] == [(77, 1 | 4 | 8), (77, 1 | 4), (77, 2 | 4 | 8 | 1 << 5 | 1 << 8 | truncate)]
@@ -77,11 +81,18 @@ def test_a_kernel_without_landlock_is_named(monkeypatch) -> None:
 
 
 def test_masked_folders_are_left_out(tmp_path: Path) -> None:
-    for name in ("lib/python3/json/a.py", "lib/python3/site-packages/x.py", "lib/python3/os.py", "lib/libc.so"):
+    for name in (
+        "lib/python3/json/a.py",
+        "lib/python3/site-packages/x.py",
+        "lib/python3/os.py",
+        "lib/libc.so",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     found = landlock.readable_below(f"{tmp_path}/lib", [f"{tmp_path}/lib/python3/site-packages"])
-    assert found == [f"{tmp_path}/lib/{name}" for name in ("libc.so", "python3/json", "python3/os.py")]
+    assert found == [
+        f"{tmp_path}/lib/{name}" for name in ("libc.so", "python3/json", "python3/os.py")
+    ]
 
 
 @slow
@@ -89,10 +100,10 @@ def test_hostile_programs_in_a_container(sandbox) -> None:
     """The back end is found without being named."""
     rows = "PYTHON_ROWS + hostile.CPP_ROWS" if compiler() else "PYTHON_ROWS"
     code = (
-        f"import sys; sys.path[:0] = [{str(HERE)!r}]\n"
-        "from emberl.rewards.audit.attacks import run_attacks; import hostile\n"
-        f"report = run_attacks(hostile.{rows}, seconds=0.4, compile_seconds=3.0)\n"
-        "print('\\n'.join(report.lines())); sys.exit(not report.contained or report.backend != 'landlock')"
+        f"import sys; sys.path[:0] = [{str(HERE)!r}]\nfrom emberl.rewards.audit.attacks import"
+        f" run_attacks; import hostile\nreport = run_attacks(hostile.{rows}, seconds=0.4,"
+        " compile_seconds=3.0)\nprint('\\n'.join(report.lines())); sys.exit(not report.contained"
+        " or report.backend != 'landlock')"
     )
     command = [sys.executable, str(HERE / "container.py"), sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, timeout=600, text=True, check=False)
@@ -100,7 +111,9 @@ def test_hostile_programs_in_a_container(sandbox) -> None:
 
 
 @slow
-def test_contents_and_lists_of_the_host_are_closed_existence_is_not(sandbox, tmp_path: Path) -> None:
+def test_contents_and_lists_of_the_host_are_closed_existence_is_not(
+    sandbox, tmp_path: Path
+) -> None:
     (tmp_path / "secret").write_text("x")
     code = f"""
 import os
@@ -129,7 +142,8 @@ print("all")"""
 @pytest.mark.parametrize("lost", ["server", "trainer"])
 def test_a_compiler_ends_with_its_fork_server_and_with_the_trainer(lost: str) -> None:
     source = (
-        b"constexpr long f(long n) { return n < 2 ? n : f(n - 1) + f(n - 2); }\nconstexpr long x = f(60); int main() {}"
+        b"constexpr long f(long n) { return n < 2 ? n : f(n - 1) + f(n - 2); }\nconstexpr long x ="
+        b" f(60); int main() {}"
     )
     code = f"""
 import sys

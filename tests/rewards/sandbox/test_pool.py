@@ -1,4 +1,5 @@
-"""Runs in the sandbox: outcomes, talks, limits on own time, losses, nothing left behind; on every back end of this machine."""
+"""Runs in the sandbox: outcomes, talks, limits on own time, losses, nothing left behind; on every
+back end of this machine."""
 
 import contextlib
 import json
@@ -16,7 +17,14 @@ from pathlib import Path
 import pytest
 from emberl.rewards.processes import descendants, stat_of
 from emberl.rewards.sandbox.backends import ForkServer
-from emberl.rewards.sandbox.pool import Limits, Outcome, ProgramEnded, Sandbox, SandboxError, SandboxUnavailable
+from emberl.rewards.sandbox.pool import (
+    Limits,
+    Outcome,
+    ProgramEnded,
+    Sandbox,
+    SandboxError,
+    SandboxUnavailable,
+)
 from emberl.rewards.sandbox.view import compiler
 
 slow = pytest.mark.slow
@@ -35,7 +43,11 @@ def sandbox(request):
 
 @pytest.mark.parametrize(
     ("limits", "named"),
-    [({"seconds": 0}, "seconds"), ({"memory_mb": 8}, "memory_mb"), ({"output_bytes": 0}, "output_bytes")],
+    [
+        ({"seconds": 0}, "seconds"),
+        ({"memory_mb": 8}, "memory_mb"),
+        ({"output_bytes": 0}, "output_bytes"),
+    ],
 )
 def test_limits_are_checked(limits: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
@@ -47,17 +59,29 @@ def test_limits_are_checked(limits: dict, named: str) -> None:
 
 @slow
 def test_programs(sandbox) -> None:
-    run = sandbox.run_program("n = int(input())\nprint(n * 2)\nimport sys\nprint('e', file=sys.stderr)", b"21\n")
-    assert (run.outcome, run.exit_code, run.stdout, run.stderr) == (Outcome.EXITED, 0, b"42\n", b"e\n")
+    run = sandbox.run_program(
+        "n = int(input())\nprint(n * 2)\nimport sys\nprint('e', file=sys.stderr)", b"21\n"
+    )
+    assert (run.outcome, run.exit_code, run.stdout, run.stderr) == (
+        Outcome.EXITED,
+        0,
+        b"42\n",
+        b"e\n",
+    )
     assert sandbox.run_program("import sys; sys.exit(3)").exit_code == 3
     assert sandbox.run_program("raise SystemExit('no')").exit_code == 1
-    assert sandbox.run_program("print(open(0).read()[::-1])", "äb".encode()).stdout == "bä\n".encode()
+    assert (
+        sandbox.run_program("print(open(0).read()[::-1])", "äb".encode()).stdout == "bä\n".encode()
+    )
     threads = "import threading\nt = threading.Thread(target=print, args=(1,))\nt.start()"
     assert sandbox.run_program(threads).stdout == b"1\n"
     failed = sandbox.run_program("1 / 0")
-    assert failed.exit_code == 1 and failed.stderr.rstrip().endswith(b"ZeroDivisionError: division by zero")
+    assert failed.exit_code == 1 and failed.stderr.rstrip().endswith(
+        b"ZeroDivisionError: division by zero"
+    )
     modules = (
-        "import dataclasses, enum, datetime, decimal, fractions, hashlib, statistics, zlib, json, ctypes; print(1)"
+        "import dataclasses, enum, datetime, decimal, fractions, hashlib, statistics, zlib, json,"
+        " ctypes; print(1)"
     )
     assert sandbox.run_program(modules).stdout == b"1\n"
 
@@ -103,17 +127,24 @@ def test_a_load_that_fails_is_answered_before_the_first_call_runs(sandbox) -> No
 
 @slow
 def test_children_see_nothing_of_the_fork_server_own_talk(sandbox) -> None:
-    code = "import os, sys\ndef f(): return ['solution' in sys.modules, sorted(os.environ), 'f' in vars(sys.modules['__main__'])]"
+    code = (
+        "import os, sys\ndef f(): return ['solution' in sys.modules, sorted(os.environ), 'f' in"
+        " vars(sys.modules['__main__'])]"
+    )
     with sandbox.session({"task": "calls", "code": [code]}, first={"eval": "f()"}) as talk:
         assert json.loads(talk.receive()) == {"ok": None}
         assert json.loads(talk.receive()) == {"ok": [True, [], False]}
-    with sandbox.session({"task": "calls", "code": ["def g(): return f(1, ['x'])"]}, first={"eval": "g()"}) as talk:
+    with sandbox.session(
+        {"task": "calls", "code": ["def g(): return f(1, ['x'])"]}, first={"eval": "g()"}
+    ) as talk:
         talk.receive()
         assert json.loads(talk.receive())["error"] == "NameError"
 
 
 @slow
-@pytest.mark.parametrize("kind", ["RLIMIT_NOFILE", "RLIMIT_CORE", "RLIMIT_MEMLOCK", "RLIMIT_MSGQUEUE", "RLIMIT_NPROC"])
+@pytest.mark.parametrize(
+    "kind", ["RLIMIT_NOFILE", "RLIMIT_CORE", "RLIMIT_MEMLOCK", "RLIMIT_MSGQUEUE", "RLIMIT_NPROC"]
+)
 def test_limits_that_all_children_share_hold(sandbox, kind: str) -> None:
     if kind == "RLIMIT_NPROC" and sandbox.backend == "landlock":
         pytest.skip("there threads are counted from outside")
@@ -124,9 +155,14 @@ def test_limits_that_all_children_share_hold(sandbox, kind: str) -> None:
 
 @slow
 def test_values_come_as_plain_json(sandbox) -> None:
-    code = "import collections, enum\nclass E(enum.IntEnum):\n    A = 7\nP = collections.namedtuple('P', 'x')"
+    code = (
+        "import collections, enum\nclass E(enum.IntEnum):\n    A = 7\nP ="
+        " collections.namedtuple('P', 'x')"
+    )
     cases = {
-        "(1, [2.5, None], {'a': {3}})": {"tuple": [1, [2.5, None], {"dict": [["a", {"set": [3]}]]}]},
+        "(1, [2.5, None], {'a': {3}})": {
+            "tuple": [1, [2.5, None], {"dict": [["a", {"set": [3]}]]}]
+        },
         "float('nan'), 1e400": {"tuple": [{"float": "nan"}, {"float": "inf"}]},
         "1 << 4200": {"int": hex(1 << 4200)},
         "E.A": 7,
@@ -146,13 +182,20 @@ def test_values_come_as_plain_json(sandbox) -> None:
 @slow
 @needs_cpp
 def test_cpp(sandbox) -> None:
-    source = "#include <iostream>\nint main(){long a,b;std::cin>>a>>b;std::cout<<a*b<<std::endl;return 3;}"
+    source = (
+        "#include <iostream>\nint main(){long"
+        " a,b;std::cin>>a>>b;std::cout<<a*b<<std::endl;return 3;}"
+    )
     binary, compilation = sandbox.compile_cpp(source)
     assert compilation.exit_code == 0 and binary.startswith(b"\x7fELF")
     run = sandbox.run_native(binary, b"6 7\n")
     assert (run.stdout, run.exit_code) == (b"42\n", 3)
     binary, compilation = sandbox.compile_cpp("int main(){return x;}")
-    assert binary == b"" and compilation.exit_code == 1 and b"'x' was not declared" in compilation.stderr
+    assert (
+        binary == b""
+        and compilation.exit_code == 1
+        and b"'x' was not declared" in compilation.stderr
+    )
     if sandbox.backend != "landlock":  # where nothing of /tmp can be listed at all
         assert sandbox.run_program("import os; print(os.listdir('/tmp'))").stdout == b"[]\n"
 
@@ -191,7 +234,9 @@ print(json.dumps(found))
 @slow
 @pytest.mark.parametrize("backend", ["zygote", "landlock"])
 def test_a_loaded_machine_changes_no_verdict(backend: str) -> None:
-    done = subprocess.run([sys.executable, "-c", LOADED, backend], capture_output=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, backend], capture_output=True, timeout=120, check=False
+    )
     if b"SandboxUnavailable" in done.stderr:
         pytest.skip(done.stderr.decode().splitlines()[-1])
     assert done.returncode == 0, done.stderr.decode()
@@ -206,9 +251,15 @@ def test_a_loaded_machine_changes_no_verdict(backend: str) -> None:
     [
         "import signal\nsignal.signal(signal.SIGPROF, signal.SIG_IGN)\nwhile True: pass",
         "import signal\nsignal.pthread_sigmask(0, range(1, 65))\nwhile True: pass",
-        "import signal, contextlib\nwith contextlib.suppress(OSError): signal.setitimer(signal.ITIMER_PROF, 0)\nwhile True: pass",
+        (
+            "import signal, contextlib\nwith contextlib.suppress(OSError):"
+            " signal.setitimer(signal.ITIMER_PROF, 0)\nwhile True: pass"
+        ),
         "import time\nwhile True: time.sleep(0.001)",
-        "import threading, time\nfor _ in range(20): threading.Thread(target=time.sleep, args=(99,)).start()",
+        (
+            "import threading, time\nfor _ in range(20): threading.Thread(target=time.sleep,"
+            " args=(99,)).start()"
+        ),
     ],
 )
 def test_nobody_gets_out_of_the_time_limit(sandbox, code: str) -> None:
@@ -234,7 +285,8 @@ def test_a_program_that_takes_no_input_is_ended(sandbox) -> None:
 
 
 def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # the end of another one may have taken it along already
+    # the end of another one may have taken it along already
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
 
@@ -272,13 +324,18 @@ def test_a_program_that_ends_in_a_talk_is_its_own_doing(sandbox) -> None:
 def _leaf(root: int) -> int:
     """The process of the run that is under way: the youngest that has no child."""
     below = set(descendants(root))
-    return max(below - {int(stat_of(pid)[1]) for pid in below}, key=lambda pid: int(stat_of(pid)[19]))
+    return max(
+        below - {int(stat_of(pid)[1]) for pid in below}, key=lambda pid: int(stat_of(pid)[19])
+    )
 
 
 @slow
 def test_a_child_killed_from_outside_says_nothing_about_its_program(sandbox) -> None:
-    """As the machine does that is out of memory. In a talk, too, where the parent ends children itself."""
-    with sandbox.session({"task": "calls", "code": ["import time\ndef f(): time.sleep(60)"]}) as talk:
+    """As the machine does that is out of memory. In a talk, too, where the parent ends children
+    itself."""
+    with sandbox.session(
+        {"task": "calls", "code": ["import time\ndef f(): time.sleep(60)"]}
+    ) as talk:
         talk.receive()
         talk.send({"eval": "f()"})
         os.kill(_leaf(os.getpid()), signal.SIGKILL)
@@ -289,7 +346,8 @@ def test_a_child_killed_from_outside_says_nothing_about_its_program(sandbox) -> 
 
 @slow
 def test_a_program_cannot_pass_its_end_off_as_ours(sandbox) -> None:
-    """It closes its channel, asks for signals, breaks its own process: whatever it does is a run of its own."""
+    """It closes its channel, asks for signals, breaks its own process: whatever it does is a run of
+    its own."""
     for code in (
         "import os, time\nos.close(3)\ntime.sleep(60)",
         "import os\nos.kill(os.getpid(), 9)",
@@ -297,8 +355,10 @@ def test_a_program_cannot_pass_its_end_off_as_ours(sandbox) -> None:
         "import ctypes\nctypes.CDLL(None).abort()",
         "import os\nos.abort()",
         "import faulthandler\nfaulthandler._sigsegv()",
-        "import ctypes, mmap\nm = mmap.mmap(-1, 4096, prot=7)\nm.write(b'\\xf4')\n"
-        "ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(m)))()",
+        (
+            "import ctypes, mmap\nm = mmap.mmap(-1, 4096, prot=7)\nm.write(b'\\xf4')\n"
+            "ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(m)))()"
+        ),
         "import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()",
     ):
         with sandbox.session({"task": "calls", "code": [code]}, Limits(seconds=0.5)) as talk:
@@ -306,7 +366,12 @@ def test_a_program_cannot_pass_its_end_off_as_ours(sandbox) -> None:
                 reply = json.loads(talk.receive())
             except ProgramEnded as end:
                 reply = {"error": end.run.outcome}
-        assert "ok" in reply or reply["error"] in ("PermissionError", "OSError", "RecursionError", *Outcome), code
+        assert "ok" in reply or reply["error"] in (
+            "PermissionError",
+            "OSError",
+            "RecursionError",
+            *Outcome,
+        ), code
 
 
 @slow
@@ -318,7 +383,10 @@ def test_what_goes_wrong_in_process_1_is_no_verdict(sandbox, monkeypatch) -> Non
         (folder / "pids.max").write_text("1")
     except OSError:
         pytest.skip("no pids cgroup that we may write to")
-    home = Path("/sys/fs/cgroup/pids") / Path("/proc/self/cgroup").read_text().partition(":pids:")[2].split("\n")[0][1:]
+    home = (
+        Path("/sys/fs/cgroup/pids")
+        / Path("/proc/self/cgroup").read_text().partition(":pids:")[2].split("\n")[0][1:]
+    )
     sandbox.run_program("print(1)")
     server = _leaf(os.getpid())
     try:
@@ -338,7 +406,10 @@ def test_no_descriptor_left_is_no_verdict(sandbox) -> None:
     taken = [os.open("/dev/null", os.O_RDONLY) for _ in range(2)]
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(taken) + 2, hard))
     try:
-        for act in (sandbox.run_program, lambda code: sandbox.session({"code": [code]}).__enter__()):
+        for act in (
+            sandbox.run_program,
+            lambda code: sandbox.session({"code": [code]}).__enter__(),
+        ):
             with pytest.raises(SandboxError, match="open files"):
                 act("print(2)")
     finally:
@@ -368,7 +439,8 @@ def test_a_full_disk_is_no_program_that_does_not_compile(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize(
-    "reply", [b"", b"no\nout of memory", b'{"error": "an exception that is as long as a reply"}', b"x" * 41]
+    "reply",
+    [b"", b"no\nout of memory", b'{"error": "an exception that is as long as a reply"}', b"x" * 41],
 )
 def test_only_a_reply_is_read_as_one(reply: bytes) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -382,9 +454,14 @@ def test_only_a_reply_is_read_as_one(reply: bytes) -> None:
 
 @slow
 def test_what_one_run_writes_to_stderr_does_not_reach_the_next(sandbox) -> None:
-    code = "import os, sys\ndef f(x):\n    os.write(2, b'x' * 70000)\n    os.write(1, b'x' * 70000)\n    return x"
+    code = (
+        "import os, sys\ndef f(x):\n    os.write(2, b'x' * 70000)\n    os.write(1, b'x' * 70000)\n "
+        "   return x"
+    )
     for number in range(3):
-        with sandbox.session({"task": "calls", "code": [code]}, first={"eval": f"f({number})"}) as talk:
+        with sandbox.session(
+            {"task": "calls", "code": [code]}, first={"eval": f"f({number})"}
+        ) as talk:
             assert [json.loads(talk.receive()) for _ in range(2)] == [{"ok": None}, {"ok": number}]
 
 
@@ -395,7 +472,9 @@ def test_runs_at_the_same_time() -> None:
 
         def work(number: int) -> None:
             for each in range(number, 24, 6):
-                outputs[each] = pool.run_program("print(int(input()) ** 2)", str(each).encode()).stdout
+                outputs[each] = pool.run_program(
+                    "print(int(input()) ** 2)", str(each).encode()
+                ).stdout
 
         threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
         for thread in threads:

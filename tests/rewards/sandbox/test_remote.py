@@ -1,4 +1,5 @@
-"""The remote sandbox against a small service of Sandbox Fusion's protocol on this machine, with faults to order."""
+"""The remote sandbox against a small service of Sandbox Fusion's protocol on this machine, with
+faults to order."""
 
 import contextlib
 import json
@@ -11,7 +12,13 @@ import pytest
 from emberl.rewards.code_tests.reward import CodeReward
 from emberl.rewards.inputs import RewardInput
 from emberl.rewards.sandbox import remote
-from emberl.rewards.sandbox.pool import Limits, Outcome, ProgramEnded, SandboxError, SandboxUnavailable
+from emberl.rewards.sandbox.pool import (
+    Limits,
+    Outcome,
+    ProgramEnded,
+    SandboxError,
+    SandboxUnavailable,
+)
 from emberl.rewards.sandbox.remote import RemoteSandbox
 from emberl.rewards.verdict import Status
 
@@ -26,7 +33,8 @@ class Service(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.faults: list = []
-        """What to answer the next requests instead: a status, a body, or None to run the program after all."""
+        """What to answer the next requests instead: a status, a body, or None to run the program
+        after all."""
         self.requests: list[dict] = []
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
@@ -80,15 +88,29 @@ def _run(body: dict) -> dict:
             "stderr": "x",
         }
         if broken:
-            return {"status": "Failed", "message": "", "compile_result": compilation, "run_result": None}
+            return {
+                "status": "Failed",
+                "message": "",
+                "compile_result": compilation,
+                "run_result": None,
+            }
         body = body | {"code": "print(sum(map(int, input().split())))" if body["stdin"] else ""}
     command, seconds = [sys.executable, "-c", body["code"]], body["run_timeout"]
     try:
         done = subprocess.run(
-            command, input=body["stdin"], capture_output=True, text=True, timeout=seconds, check=False
+            command,
+            input=body["stdin"],
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
         )
     except subprocess.TimeoutExpired:
-        return {"status": "Failed", "message": "", "run_result": {"status": "TimeLimitExceeded", "execution_time": 9.0}}
+        return {
+            "status": "Failed",
+            "message": "",
+            "run_result": {"status": "TimeLimitExceeded", "execution_time": 9.0},
+        }
     result = {"return_code": done.returncode, "stdout": done.stdout, "stderr": done.stderr}
     run = {"status": "Finished", "execution_time": 0.1, **result}
     status = "Failed" if done.returncode else "Success"
@@ -117,20 +139,33 @@ def test_programs(box) -> None:
     run = box.run_program("n = int(input())\nprint(n * 2)", b"21\n")
     assert (run.outcome, run.exit_code, run.stdout) == (Outcome.EXITED, 0, b"42\n")
     assert box.run_program("1 / 0").exit_code == 1
-    assert box.run_program("while True: pass", limits=Limits(seconds=0.2)).outcome is Outcome.TIME_LIMIT
+    assert (
+        box.run_program("while True: pass", limits=Limits(seconds=0.2)).outcome
+        is Outcome.TIME_LIMIT
+    )
     assert box.run_program("raise MemoryError").outcome is Outcome.MEMORY_LIMIT
-    assert box.run_program("print('x' * 99)", limits=Limits(output_bytes=50)).outcome is Outcome.OUTPUT_LIMIT
+    assert (
+        box.run_program("print('x' * 99)", limits=Limits(output_bytes=50)).outcome
+        is Outcome.OUTPUT_LIMIT
+    )
     assert box.run_program("import os; os.kill(os.getpid(), 9)").outcome is Outcome.CRASHED
 
 
 def test_limits_are_sent(box, service) -> None:
     box.run_program("pass", b"in", Limits(seconds=2.0, memory_mb=100))
     sent = service.requests[-1]
-    assert (sent["language"], sent["code"], sent["stdin"], sent["memory_limit_MB"]) == ("python", "pass", "in", 100)
+    assert (sent["language"], sent["code"], sent["stdin"], sent["memory_limit_MB"]) == (
+        "python",
+        "pass",
+        "in",
+        100,
+    )
     assert sent["run_timeout"] == Limits(seconds=2.0).own_seconds
 
 
-@pytest.mark.parametrize("fault", [429, 500, 503, b"no JSON", [], {"status": "SandboxError", "message": "no pod"}])
+@pytest.mark.parametrize(
+    "fault", [429, 500, 503, b"no JSON", [], {"status": "SandboxError", "message": "no pod"}]
+)
 def test_a_far_side_in_trouble_is_asked_again(box, service, fault) -> None:
     service.faults[:] = [fault] * 2
     assert box.run_program("print(1)").stdout == b"1\n"
@@ -141,7 +176,14 @@ def test_a_far_side_in_trouble_is_asked_again(box, service, fault) -> None:
 
 
 @pytest.mark.parametrize(
-    "result", [None, 5, {"status": "Error"}, {"status": "Finished"}, {"status": "Finished", "return_code": "0"}]
+    "result",
+    [
+        None,
+        5,
+        {"status": "Error"},
+        {"status": "Finished"},
+        {"status": "Finished", "return_code": "0"},
+    ],
 )
 def test_an_answer_without_a_run_is_no_verdict(box, service, result) -> None:
     service.faults[:] = [{"status": "Success", "run_result": result}]
@@ -165,7 +207,10 @@ def test_nothing_there(monkeypatch) -> None:
 
 
 def test_requests_at_the_same_time_are_limited(box, service) -> None:
-    threads = [threading.Thread(target=box.run_program, args=("import time; time.sleep(0.2)",)) for _ in range(6)]
+    threads = [
+        threading.Thread(target=box.run_program, args=("import time; time.sleep(0.2)",))
+        for _ in range(6)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -185,7 +230,8 @@ def test_a_talk(box, service) -> None:
             found.append(json.loads(talk.receive()))
     assert found == [{"ok": None}, {"ok": 1}, {"ok": 3}, {"ok": 6}]
     assert len(service.requests) == 1
-    with box.session({"task": "calls", "code": [code]}) as talk:  # not foreseen: the program runs again each time
+    # not foreseen: the program runs again each time
+    with box.session({"task": "calls", "code": [code]}) as talk:
         talk.receive()
         for x, total in ((1, 1), (2, 3)):
             talk.send({"eval": f"f({x})"})
@@ -210,7 +256,10 @@ def test_the_code_reward_on_a_remote_sandbox(service) -> None:
     assert graded("def add(a, b): return a + b", **asserts).status is Status.CORRECT
     assert graded("def add(a, b): return 5", **asserts).status is Status.WRONG
     assert (
-        graded("class E:\n    __eq__ = lambda s, o: True\ndef add(a, b): return E()", **asserts).status is Status.WRONG
+        graded(
+            "class E:\n    __eq__ = lambda s, o: True\ndef add(a, b): return E()", **asserts
+        ).status
+        is Status.WRONG
     )
     assert graded("import os; os._exit(0)", **asserts).score == 0
     assert graded("while True: pass", **asserts).status is Status.OVER_LIMIT

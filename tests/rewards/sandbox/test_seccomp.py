@@ -1,4 +1,5 @@
-"""The filters of system calls, by an interpreter of their code, and their numbers, by the kernel's headers."""
+"""The filters of system calls, by an interpreter of their code, and their numbers, by the kernel's
+headers."""
 
 import os
 import re
@@ -87,12 +88,18 @@ def test_filter_kills_foreign_architectures() -> None:
 
 @pytest.mark.parametrize(
     ("machine", "header"),
-    [("x86_64", "/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), ("aarch64", "/usr/include/asm-generic/unistd.h")],
+    [
+        ("x86_64", "/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
+        ("aarch64", "/usr/include/asm-generic/unistd.h"),
+    ],
 )
 def test_numbers_are_the_kernels(machine: str, header: str) -> None:
     if not Path(header).exists():
         pytest.skip(f"{header} is not installed (apt install linux-libc-dev)")
-    found = {name: int(n) for name, n in re.findall(r"#define __NR(?:3264)?_(\w+) (\d+)", Path(header).read_text())}
+    found = {
+        name: int(n)
+        for name, n in re.findall(r"#define __NR(?:3264)?_(\w+) (\d+)", Path(header).read_text())
+    }
     names = {"newfstatat": "fstatat"} if machine == "aarch64" else {}
     mine = seccomp.NUMBERS[machine]
     assert mine == {name: found[names.get(name, name)] for name in mine}

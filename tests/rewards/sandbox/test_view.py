@@ -1,4 +1,5 @@
-"""Which installed packages a sandboxed program can see: those that were asked for, and what they depend on."""
+"""Which installed packages a sandboxed program can see: those that were asked for, and what they
+depend on."""
 
 import os
 from pathlib import Path
@@ -38,11 +39,16 @@ def _install(folder: Path, name: str, files: dict[str, str], requires: str = "")
 def installed(tmp_path: Path, monkeypatch) -> Path:
     folder = tmp_path / "site-packages"
     asked = {
-        "asked/__init__.py": "import os\ndef folder(): return os.path.dirname(os.path.dirname(__file__))\n",
+        "asked/__init__.py": (
+            "import os\ndef folder(): return os.path.dirname(os.path.dirname(__file__))\n"
+        ),
         "asked_data/table.txt": "1",
         "space/mine/__init__.py": "",
     }
-    requires = 'Requires-Dist: Needed (>=1)\nRequires-Dist: extra; extra == "all"\nRequires-Dist: absent; python_version<"3"\n'
+    requires = (
+        'Requires-Dist: Needed (>=1)\nRequires-Dist: extra; extra == "all"\nRequires-Dist: absent;'
+        ' python_version<"3"\n'
+    )
     _install(folder, "asked", asked, requires)
     _install(folder, "needed", {"needed.py": ""})
     _install(folder, "extra", {"extra/__init__.py": ""})
@@ -56,7 +62,9 @@ def installed(tmp_path: Path, monkeypatch) -> Path:
 
 def test_named_packages_and_their_dependencies(installed: Path) -> None:
     packages = view_of(("asked",)).packages
-    assert sorted(packages) == sorted((f"{installed}/{name}", f"/packages/0/{name}") for name in SEEN)
+    assert sorted(packages) == sorted(
+        (f"{installed}/{name}", f"/packages/0/{name}") for name in SEEN
+    )
     assert view_of(("asked",)).search_path == ["/packages/0"]
     assert view_of(()).packages == view_of(("json",)).packages == ()
 
@@ -68,7 +76,10 @@ def test_a_module_of_no_distribution(installed: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["zygote", "bubblewrap", "landlock"])
 def test_other_packages_cannot_be_imported_or_read(installed: Path, backend: str) -> None:
-    paths = [str(installed), *(str(each) for each in sorted(installed.rglob("*")) if "secret" in _text(each))]
+    paths = [
+        str(installed),
+        *(str(each) for each in sorted(installed.rglob("*")) if "secret" in _text(each)),
+    ]
     assert len(paths) == 3
     try:
         sandbox = Sandbox(workers=1, backend=backend, preload=["asked"])
@@ -77,7 +88,12 @@ def test_other_packages_cannot_be_imported_or_read(installed: Path, backend: str
     with sandbox:
         run = sandbox.run_program(PROGRAM.replace("PATHS", repr(paths)))
     seen = sorted({name.split("/")[0] for name in SEEN})
-    assert run.stdout.decode().split("\n")[:-1] == ["asked", "needed", "space.mine", " ".join(seen)], run.stderr
+    assert run.stdout.decode().split("\n")[:-1] == [
+        "asked",
+        "needed",
+        "space.mine",
+        " ".join(seen),
+    ], run.stderr
     assert os.listdir(installed)
 
 

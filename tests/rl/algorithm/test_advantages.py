@@ -1,4 +1,5 @@
-"""Advantages: hand-computed numbers, a NumPy-free implementation by loops, and what has no verdict or no signal."""
+"""Advantages: hand-computed numbers, a NumPy-free implementation by loops, and what has no verdict
+or no signal."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ from hypothesis import strategies as st
 
 NAN = math.nan
 quick = settings(max_examples=60, deadline=None)
-scores = st.lists(st.one_of(st.floats(-2, 2), st.sampled_from([0.0, 1.0, 0.1, NAN])), min_size=1, max_size=8)
+scores = st.lists(
+    st.one_of(st.floats(-2, 2), st.sampled_from([0.0, 1.0, 0.1, NAN])), min_size=1, max_size=8
+)
 
 
 @pytest.mark.parametrize(
@@ -61,11 +64,14 @@ scores = st.lists(st.one_of(st.floats(-2, 2), st.sampled_from([0.0, 1.0, 0.1, NA
 def test_a_group_by_hand(group: list[float], config: dict[str, Any], expected: list[float]) -> None:
     [found] = group_advantages([np.array(group)], AdvantageConfig(**config))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
-    assert all(a == 0.0 for a, e in zip(found, expected, strict=True) if e == 0.0), "no signal is exactly 0"
+    assert all(a == 0.0 for a, e in zip(found, expected, strict=True) if e == 0.0), (
+        "no signal is exactly 0"
+    )
 
 
 def test_the_deviation_of_the_batch() -> None:
-    """1, 0, 1, 1, 1, 1 without a verdict-less one: mean 5/6, deviation with N - 1 sqrt(5/30) = .4082483."""
+    """1, 0, 1, 1, 1, 1 without a verdict-less one: mean 5/6, deviation with N - 1 sqrt(5/30) =
+    .4082483."""
     groups = [np.array([1.0, 0.0]), np.array([1.0, 1.0]), np.array([1.0, NAN, 1.0])]
     found = group_advantages(groups, AdvantageConfig(std="batch", eps=0))
     np.testing.assert_allclose(found[0], [1.2247449, -1.2247449], atol=1e-6)
@@ -73,7 +79,9 @@ def test_the_deviation_of_the_batch() -> None:
     assert group_advantages([np.ones(2)], AdvantageConfig(std="batch", eps=0))[0].tolist() == [0, 0]
 
 
-@pytest.mark.parametrize(("kind", "alpha"), [("none", 1.0), ("signal", 7 / 4), ("nonzero-score", 7 / 5)])
+@pytest.mark.parametrize(
+    ("kind", "alpha"), [("none", 1.0), ("signal", 7 / 4), ("nonzero-score", 7 / 5)]
+)
 def test_gpgs_rescaling(kind: Any, alpha: float) -> None:
     """Seven scores, four in groups with a signal, five other than 0."""
     groups = [np.array([1.0, 0.0, NAN]), np.array([1.0, 1.0, 1.0]), np.array([0.0, 0.5])]
@@ -84,19 +92,29 @@ def test_gpgs_rescaling(kind: Any, alpha: float) -> None:
 
 
 @quick
-@given(groups=st.lists(scores, min_size=1, max_size=5), loo=st.booleans(), std=st.sampled_from(["none", "group"]))
+@given(
+    groups=st.lists(scores, min_size=1, max_size=5),
+    loo=st.booleans(),
+    std=st.sampled_from(["none", "group"]),
+)
 def test_groups_of_any_shape_by_loops(groups: list[list[float]], loo: bool, std: Any) -> None:
     config = AdvantageConfig(leave_one_out=loo, std=std)
-    for group, found in zip(groups, group_advantages([np.array(g) for g in groups], config), strict=True):
+    for group, found in zip(
+        groups, group_advantages([np.array(g) for g in groups], config), strict=True
+    ):
         known = [s for s in group if not math.isnan(s)]
         for i, score in enumerate(group):
             expected = 0.0
-            if not math.isnan(score) and max(known) - min(known) > ROUNDING * max(1.0, *map(abs, known)):
+            if not math.isnan(score) and max(known) - min(known) > ROUNDING * max(
+                1.0, *map(abs, known)
+            ):
                 mean = sum(known) / len(known)
                 others = (sum(known) - score) / (len(known) - 1)
                 expected = score - (others if loo else mean)
                 if std == "group":
-                    expected /= math.sqrt(sum((s - mean) ** 2 for s in known) / (len(known) - 1)) + 1e-6
+                    expected /= (
+                        math.sqrt(sum((s - mean) ** 2 for s in known) / (len(known) - 1)) + 1e-6
+                    )
             assert found[i] == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
@@ -114,8 +132,11 @@ def test_a_completion_without_a_verdict_changes_no_other(group: list[float], whe
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("size", [1e-6, 1.0, LARGEST_SCORE])
-def test_the_largest_scores_train_without_an_overflow(name: str, size: float, columns: Callable[..., Any]) -> None:
-    """From scores to the loss in float32, also where the policy has moved as far as a log-ratio is followed."""
+def test_the_largest_scores_train_without_an_overflow(
+    name: str, size: float, columns: Callable[..., Any]
+) -> None:
+    """From scores to the loss in float32, also where the policy has moved as far as a log-ratio is
+    followed."""
     tree = preset(name)
     advantage, loss = AdvantageConfig(**tree["advantage"]), LossConfig(**tree["loss"])
     policy = OffPolicyConfig(**tree.get("offpolicy", {}))
@@ -127,7 +148,9 @@ def test_the_largest_scores_train_without_an_overflow(name: str, size: float, co
     given, _ = batch_advantages(per_answer[ids], mask, ids, advantage, values=np.zeros(12))
     logp = np.linspace(-12.0, -0.1, 12)
     rows = dict.fromkeys(("old", "behaviour", "reference"), logp[::-1].copy())
-    step = columns(ids, mask, loss.aggregation, logp=logp, advantages=given, entropy=np.ones(12), **rows)
+    step = columns(
+        ids, mask, loss.aggregation, logp=logp, advantages=given, entropy=np.ones(12), **rows
+    )
     step = replace(step, batch=replace(step.batch, correct_T=mask))
     terms = step.terms(Objective.of(loss, KLConfig(place="loss"), policy), dtype=torch.float32)
     assert torch.isfinite(terms.loss).all() and torch.isfinite(terms.dlogp).all()
@@ -136,7 +159,8 @@ def test_the_largest_scores_train_without_an_overflow(name: str, size: float, co
         assert np.abs(given[mask]).max() < 3, "of one size whatever the scores' size is"
 
 
-# Token rewards, GAE ---------------------------------------------------------------------------------------------------
+# Token rewards, GAE
+# ---------------------------------------------------------------------------------------------------
 
 IDS = np.array([0, 0, 0, 0, 0, 1, 1])
 MASK = np.array([False, True, True, False, True, False, True])
@@ -147,13 +171,24 @@ SCORES = np.array([1.0, 1, 1, 1, 1, -0.5, -0.5])
 def test_the_score_stands_at_the_last_loss_token() -> None:
     assert token_rewards(SCORES, MASK, IDS).tolist() == [0, 0, 0, 0, 1, 0, -0.5]
     penalty = np.array([NAN, 0.1, 0.2, NAN, 0.3, NAN, 0.1])
-    np.testing.assert_allclose(token_rewards(SCORES, MASK, IDS, penalty), [0, -0.1, -0.2, 0, 0.7, 0, -0.6])
-    assert token_rewards(SCORES, np.array([1, 1, 1, 0, 0, 0, 0], bool), IDS).tolist() == [0, 0, 1, 0, 0, 0, 0]
+    np.testing.assert_allclose(
+        token_rewards(SCORES, MASK, IDS, penalty), [0, -0.1, -0.2, 0, 0.7, 0, -0.6]
+    )
+    assert token_rewards(SCORES, np.array([1, 1, 1, 0, 0, 0, 0], bool), IDS).tolist() == [
+        0,
+        0,
+        1,
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_gae_by_hand() -> None:
-    """gamma .9, lambda .5: deltas of the loss tokens .9 x .2 - .5 = -.32, .9 x .4 - .2 = .16, 1 - .4 = .6, then
-    A = .6, .16 + .45 x .6 = .43, -.32 + .45 x .43 = -.1265; the tool's token in the middle is skipped."""
+    """gamma .9, lambda .5: deltas of the loss tokens .9 x .2 - .5 = -.32, .9 x .4 - .2 = .16, 1 -
+    .4 = .6, then A = .6, .16 + .45 x .6 = .43, -.32 + .45 x .43 = -.1265; the tool's token in the
+    middle is skipped."""
     rewards = token_rewards(SCORES, MASK, IDS)
     found = gae(rewards, VALUES, MASK, IDS, gamma=0.9, lam=0.5)
     np.testing.assert_allclose(found, [0, -0.1265, 0.43, 0, 0.6, 0, -0.8], atol=1e-12)
@@ -162,10 +197,13 @@ def test_gae_by_hand() -> None:
 
 
 def test_vapos_lambdas() -> None:
-    np.testing.assert_allclose(length_adaptive_lambda(np.array([10, 20, 40, 400]), 0.05), [0, 0, 0.5, 0.95])
+    np.testing.assert_allclose(
+        length_adaptive_lambda(np.array([10, 20, 40, 400]), 0.05), [0, 0, 0.5, 0.95]
+    )
     config = AdvantageConfig(kind="gae", std="none", lam_critic=1.0, vapo_alpha=0.5)
     advantages, targets = batch_advantages(SCORES, MASK, IDS, config, values=VALUES)
-    # lengths 3 and 1: lambda 1 - 2/3 = 1/3 and 0; deltas -.3, .2, .6; targets with lambda 1 are the returns
+    # lengths 3 and 1: lambda 1 - 2/3 = 1/3 and 0; deltas -.3, .2, .6; targets with lambda 1 are the
+    # returns
     np.testing.assert_allclose(advantages, [0, -0.3 + 0.4 / 3, 0.4, 0, 0.6, 0, -0.8], atol=1e-12)
     assert targets is not None
     np.testing.assert_allclose(targets, [0, 1, 1, 0, 1, 0, -0.5], atol=1e-12)
@@ -192,26 +230,36 @@ def test_gae_by_its_sum(seed: int, gamma: float, lam: float) -> None:
 
 
 def test_returns_to_go_and_whitening() -> None:
-    """REINFORCE++: scores 1 and -.5, penalties .1 a token; then mean 0, variance 1 over the four loss tokens."""
+    """REINFORCE++: scores 1 and -.5, penalties .1 a token; then mean 0, variance 1 over the four
+    loss tokens."""
     config = AdvantageConfig(kind="return", std="none")
     penalty = np.where(MASK, 0.1, NAN)
     returns, same = batch_advantages(SCORES, MASK, IDS, config, kl_penalty=penalty)
     np.testing.assert_allclose(returns, [0, 0.7, 0.8, 0, 0.9, 0, -0.6])
     np.testing.assert_array_equal(same, returns)
-    white, plain = batch_advantages(SCORES, MASK, IDS, AdvantageConfig(kind="return", whiten=True), kl_penalty=penalty)
+    white, plain = batch_advantages(
+        SCORES, MASK, IDS, AdvantageConfig(kind="return", whiten=True), kl_penalty=penalty
+    )
     known = np.array(
         [0.7, 0.8, 0.9, -0.6]
     )  # mean .45, variance with N - 1 (.0625 + .1225 + .2025 + 1.1025) / 3 = .4966667
-    np.testing.assert_allclose(white[MASK], (known - 0.45) / math.sqrt(0.4966666667 + 1e-8), atol=1e-8)
+    np.testing.assert_allclose(
+        white[MASK], (known - 0.45) / math.sqrt(0.4966666667 + 1e-8), atol=1e-8
+    )
     assert not white[~MASK].any()
     np.testing.assert_array_equal(plain, returns)
 
 
 def test_whitening_with_n_and_without_spread() -> None:
     mask = np.array([True, True, False])
-    np.testing.assert_allclose(whiten(np.array([1.0, 3.0, NAN]), mask, unbiased=False), [-1, 1, 0], atol=1e-7)
-    np.testing.assert_allclose(whiten(np.array([1.0, 3.0, NAN]), mask), [-0.7071068, 0.7071068, 0], atol=1e-7)
-    assert whiten(np.full(3, 0.1), np.ones(3, bool)).tolist() == [0, 0, 0]  # their mean is 0.10000000000000002
+    np.testing.assert_allclose(
+        whiten(np.array([1.0, 3.0, NAN]), mask, unbiased=False), [-1, 1, 0], atol=1e-7
+    )
+    np.testing.assert_allclose(
+        whiten(np.array([1.0, 3.0, NAN]), mask), [-0.7071068, 0.7071068, 0], atol=1e-7
+    )
+    # their mean is 0.10000000000000002
+    assert whiten(np.full(3, 0.1), np.ones(3, bool)).tolist() == [0, 0, 0]
     assert whiten(np.ones(3), np.array([True, False, False])).tolist() == [0, 0, 0]
 
 
@@ -230,7 +278,9 @@ def test_gae_without_a_critic_is_an_error() -> None:
 
 @pytest.mark.parametrize("kind", ["return", "gae"])
 def test_scores_pass_where_tokens_are_compared(kind: str) -> None:
-    assert group_advantages([np.array([1.0, NAN, 0.2])], AdvantageConfig(kind=kind))[0].tolist() == [1.0, 0.0, 0.2]
+    assert group_advantages([np.array([1.0, NAN, 0.2])], AdvantageConfig(kind=kind))[
+        0
+    ].tolist() == [1.0, 0.0, 0.2]
 
 
 def test_an_empty_batch() -> None:
@@ -243,7 +293,9 @@ def test_an_empty_batch() -> None:
     assert deviation(empty) == 0.0
 
 
-@pytest.mark.parametrize(("length", "expected"), [(79, 0), (80, 0), (85, -0.25), (90, -0.5), (100, -1), (130, -1)])
+@pytest.mark.parametrize(
+    ("length", "expected"), [(79, 0), (80, 0), (85, -0.25), (90, -0.5), (100, -1), (130, -1)]
+)
 def test_the_soft_punishment_of_long_answers(length: int, expected: float) -> None:
     assert overlong_penalty(np.array([length]), 100, 20)[0] == expected
 
@@ -255,14 +307,21 @@ def test_a_buffer_that_does_not_fit(buffer: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "scores", [[0.1 + 0.2, 0.3], [0.3 - 0.1 - 0.2, 0.0], [1e6 / 3, 1e6 / 3 + 1e-10], [1.0, math.nan]]
+    "scores",
+    [[0.1 + 0.2, 0.3], [0.3 - 0.1 - 0.2, 0.0], [1e6 / 3, 1e6 / 3 + 1e-10], [1.0, math.nan]],
 )
 def test_scores_that_differ_by_rounding_are_no_signal(scores: list[float]) -> None:
     row = np.array(scores)
     assert all_equal(row)
-    for config in (AdvantageConfig(), AdvantageConfig(std="none", leave_one_out=True), AdvantageConfig(std="batch")):
+    for config in (
+        AdvantageConfig(),
+        AdvantageConfig(std="none", leave_one_out=True),
+        AdvantageConfig(std="batch"),
+    ):
         assert not group_advantages([row], config)[0].any()
-    assert gpg_rescale([row, np.array([0.0, 1.0])], "signal") == pytest.approx((np.isfinite(row).sum() + 2) / 2)
+    assert gpg_rescale([row, np.array([0.0, 1.0])], "signal") == pytest.approx(
+        (np.isfinite(row).sum() + 2) / 2
+    )
 
 
 def test_scores_that_differ_a_little_are_a_signal() -> None:
@@ -284,7 +343,9 @@ def test_scores_that_differ_a_little_are_a_signal() -> None:
         (math.inf, 10.0, 0.0),
     ],
 )
-def test_the_penalty_in_the_reward_is_bounded(log_ratio: float, bound: float | None, expected: float) -> None:
+def test_the_penalty_in_the_reward_is_bounded(
+    log_ratio: float, bound: float | None, expected: float
+) -> None:
     logp = np.array([log_ratio - 1.0])
     for estimator in ("k3", "k3+"):
         found = kl_estimate(logp, np.array([-1.0]), estimator, bound=bound)  # type: ignore[arg-type]

@@ -21,7 +21,9 @@ MASK = np.array([False, True, True, True, False, False])
         ("seq-mean-token-sum-norm", {"norm_const": 10.0}, [1 / 20, 1 / 20, 1 / 20]),
     ],
 )
-def test_weights_by_hand(aggregation: str, options: dict[str, float], expected: list[float]) -> None:
+def test_weights_by_hand(
+    aggregation: str, options: dict[str, float], expected: list[float]
+) -> None:
     found = token_weights(MASK, IDS, aggregation, **options)
     np.testing.assert_allclose(found[MASK], expected, rtol=1e-15)
     assert not found[~MASK].any()
@@ -35,5 +37,7 @@ def test_a_mask_that_leaves_no_token_is_an_error() -> None:
 
 
 def test_a_missing_constant_names_its_key() -> None:
-    with pytest.raises(ValueError, match=r"loss.aggregation=seq-mean-token-sum-norm needs loss.norm_const"):
+    with pytest.raises(
+        ValueError, match=r"loss.aggregation=seq-mean-token-sum-norm needs loss.norm_const"
+    ):
         token_weights(MASK, IDS, "seq-mean-token-sum-norm")

@@ -1,4 +1,5 @@
-"""The assembled losses: hand-computed numbers, plain formulas by autograd, a NumPy implementation, and splits."""
+"""The assembled losses: hand-computed numbers, plain formulas by autograd, a NumPy implementation,
+and splits."""
 
 from __future__ import annotations
 
@@ -20,14 +21,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+AGGREGATIONS = (
+    "token-mean",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+)
 CASES: dict[str, dict[str, Any]] = {
     "ppo": {"kind": "ppo_clip"},
     "ppo dual": {"kind": "ppo_clip", "dual_clip": 1.5},
     "dapo": {"kind": "ppo_clip", "clip_high": 0.28},
     "ppo trajectory": {"kind": "ppo_clip", "ratio_level": "trajectory"},
     "gspo": {"kind": "ppo_clip", "ratio_level": "sequence", "clip_low": 0.03, "clip_high": 0.04},
-    "gspo_token": {"kind": "ppo_clip", "ratio_level": "sequence-token", "clip_low": 0.03, "clip_high": 0.04},
+    "gspo_token": {
+        "kind": "ppo_clip",
+        "ratio_level": "sequence-token",
+        "clip_low": 0.03,
+        "clip_high": 0.04,
+    },
     "cispo": {"kind": "cispo", "clip_low": 1.0, "clip_high": 0.5},
     "cispo verl": {"kind": "cispo"},
     "cispo sequence": {"kind": "cispo", "ratio_level": "sequence"},
@@ -45,7 +56,8 @@ seeds = st.integers(0, 2**31)
 
 
 def plain(logp: Tensor, old: Tensor, advantage: Tensor, loss: LossConfig) -> Tensor:
-    """[k] the losses of one sequence's k loss tokens, written as the papers write them, to be differentiated by autograd."""
+    """[k] the losses of one sequence's k loss tokens, written as the papers write them, to be
+    differentiated by autograd."""
     log_ratio = logp - old
     if loss.ratio_level == "sequence":
         log_ratio = log_ratio.mean().expand(len(logp))
@@ -70,11 +82,17 @@ def plain(logp: Tensor, old: Tensor, advantage: Tensor, loss: LossConfig) -> Ten
         return -advantage * 4 / tau * torch.sigmoid(tau * (ratio - 1))
     if loss.kind == "dppo_tv":
         moved = (logp.exp() - old.exp()).detach()
-        keep = ~(((advantage > 0) & (moved > loss.clip_high)) | ((advantage < 0) & (moved < -loss.clip_low)))
+        keep = ~(
+            ((advantage > 0) & (moved > loss.clip_high))
+            | ((advantage < 0) & (moved < -loss.clip_low))
+        )
         return -advantage * ratio * keep + loss.tau * log_ratio**2
     if loss.kind == "topr":
-        return torch.where(advantage > 0, -advantage * logp, -advantage * ratio.clamp(0, 1).detach() * logp)
-    if loss.kind == "k1_5":  # of the sequence: -(A sum(logp) - tau / 2 (sum log r)^2), shared out among its tokens
+        return torch.where(
+            advantage > 0, -advantage * logp, -advantage * ratio.clamp(0, 1).detach() * logp
+        )
+    # of the sequence: -(A sum(logp) - tau / 2 (sum log r)^2), shared out among its tokens
+    if loss.kind == "k1_5":
         return -advantage * logp + loss.tau / 2 * log_ratio**2 / len(logp)
     assert loss.kind == "k2_5"
     return -advantage * ratio.clamp(low, high) + loss.tau * log_ratio**2
@@ -86,8 +104,13 @@ def by_autograd(step: Any, loss: LossConfig) -> tuple[np.ndarray, np.ndarray]:
     values = torch.zeros(len(logp), dtype=torch.float64)
     total = torch.zeros((), dtype=torch.float64)
     for places in step.sequences():
-        old, advantages = torch.from_numpy(step.old[places]), torch.from_numpy(step.batch.advantages_T[places])
-        part = plain(logp[places], old, advantages, loss) * torch.from_numpy(step.batch.weights_T[places])
+        old, advantages = (
+            torch.from_numpy(step.old[places]),
+            torch.from_numpy(step.batch.advantages_T[places]),
+        )
+        part = plain(logp[places], old, advantages, loss) * torch.from_numpy(
+            step.batch.weights_T[places]
+        )
         values[places] = part.detach()
         total = total + part.sum()
     total.backward()
@@ -96,11 +119,16 @@ def by_autograd(step: Any, loss: LossConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def in_numpy(step: Any, loss: LossConfig, aggregation: str) -> float:
-    """The total of a tier 1 loss, by loops over sequences and tokens that share nothing with the code under test."""
+    """The total of a tier 1 loss, by loops over sequences and tokens that share nothing with the
+    code under test."""
     sums, counts = [], []
     for places in step.sequences():
         log_ratios = [step.logp[t] - step.old[t] for t in places]
-        level = [sum(log_ratios) / len(places)] * len(places) if loss.ratio_level.startswith("sequence") else log_ratios
+        level = (
+            [sum(log_ratios) / len(places)] * len(places)
+            if loss.ratio_level.startswith("sequence")
+            else log_ratios
+        )
         total = 0.0
         for t, log_ratio in zip(places, level, strict=True):
             ratio, advantage = math.exp(log_ratio), step.batch.advantages_T[t]
@@ -121,7 +149,8 @@ def in_numpy(step: Any, loss: LossConfig, aggregation: str) -> float:
     return sum(sums) / len(sums) / (7.0 if aggregation.endswith("norm") else 1.0)
 
 
-# Hand-computed --------------------------------------------------------------------------------------------------------
+# Hand-computed
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -136,7 +165,8 @@ def in_numpy(step: Any, loss: LossConfig, aggregation: str) -> float:
 def test_the_clipped_loss_of_four_ragged_sequences(
     hand: Callable[..., Any], objective: Callable[..., Objective], aggregation: str, expected: float
 ) -> None:
-    """The four values that verl, OpenRLHF, AReaL and slime give: by the aggregation alone the sign changes."""
+    """The four values that verl, OpenRLHF, AReaL and slime give: by the aggregation alone the sign
+    changes."""
     terms = hand(aggregation).terms(objective(clip_high=0.28))
     assert terms.loss.sum().item() == pytest.approx(expected, abs=1e-7)
     assert terms.metrics["actor/pg_clipfrac"].mean().item() == pytest.approx(5 / 14)
@@ -154,14 +184,20 @@ TWO = {"logp": [-1.0, -1.0, -2.0], "old": [-1.5, -0.5, -2.1], "advantages": [2.0
         ({"kind": "ppo_clip"}, [-2.4, -1.2130613, 1.1051709], [0.0, -1.2130613, 1.1051709]),
         # the second bound: 1.05 x 1 < exp(.1)
         ({"kind": "ppo_clip", "dual_clip": 1.05}, [-2.4, -1.2130613, 1.05], [0.0, -1.2130613, 0.0]),
-        # the geometric mean of exp(+-.5) is 1; of the last exp(.1), where max(1.1051709, 1.0004) is unclipped
+        # the geometric mean of exp(+-.5) is 1; of the last exp(.1), where max(1.1051709, 1.0004) is
+        # unclipped
         (
             {"kind": "ppo_clip", "ratio_level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
             [-2.0, -2.0, 1.1051709],
             [-2.0, -2.0, 1.1051709],
         ),
         (
-            {"kind": "ppo_clip", "ratio_level": "sequence-token", "clip_low": 3e-4, "clip_high": 4e-4},
+            {
+                "kind": "ppo_clip",
+                "ratio_level": "sequence-token",
+                "clip_low": 3e-4,
+                "clip_high": 4e-4,
+            },
             [-2.0, -2.0, 1.1051709],
             [-2.0, -2.0, 1.1051709],
         ),
@@ -172,9 +208,15 @@ TWO = {"logp": [-1.0, -1.0, -2.0], "old": [-1.5, -0.5, -2.1], "advantages": [2.0
             [-2.4, -1.2130613, 1.1051709],
         ),
         ({"kind": "reinforce"}, [2.0, 2.0, -2.0], [-2.0, -2.0, 1.0]),
-        # 4 sigmoid(r - 1): sigmoid(.6487213)=.6567222, sigmoid(-.3934693)=.4028824; 4/1.05 sigmoid(1.05 x .1051709)=.5275793
-        ({"kind": "sapo"}, [-5.2537780, -3.2230593, 2.0098261], [-2.9734772, -1.1672958, 1.1018085]),
-        # p - mu = .1447493 > .1 drops the first; tau l^2 = .025, .025, .001 and 2 tau l = .1, -.1, .02
+        # 4 sigmoid(r - 1): sigmoid(.6487213)=.6567222, sigmoid(-.3934693)=.4028824; 4/1.05
+        # sigmoid(1.05 x .1051709)=.5275793
+        (
+            {"kind": "sapo"},
+            [-5.2537780, -3.2230593, 2.0098261],
+            [-2.9734772, -1.1672958, 1.1018085],
+        ),
+        # p - mu = .1447493 > .1 drops the first; tau l^2 = .025, .025, .001 and 2 tau l = .1, -.1,
+        # .02
         (
             {"kind": "dppo_tv", "clip_low": 0.1, "clip_high": 0.1, "tau": 0.1},
             [0.025, -1.1880613, 1.1061709],
@@ -183,11 +225,17 @@ TWO = {"logp": [-1.0, -1.0, -2.0], "old": [-1.5, -0.5, -2.1], "advantages": [2.0
         # A > 0 unweighted; min(exp(.1), 1) = 1
         ({"kind": "topr"}, [2.0, 2.0, -2.0], [-2.0, -2.0, 1.0]),
         # sums of log-ratios 0 and .1: (tau / 2) .01 = .001 and tau .1 = .02 for the last
-        ({"kind": "k1_5", "ratio_level": "trajectory", "tau": 0.2}, [2.0, 2.0, -1.999], [-2.0, -2.0, 1.02]),
+        (
+            {"kind": "k1_5", "ratio_level": "trajectory", "tau": 0.2},
+            [2.0, 2.0, -1.999],
+            [-2.0, -2.0, 1.02],
+        ),
         # clip to 1.2 and .8, without gradient on either side though A > 0 in both; tau l^2 as above
         ({"kind": "k2_5", "tau": 0.1}, [-2.375, -1.575, 1.1061709], [0.1, -0.1, 1.1251709]),
     ],
-    ids=lambda value: value.get("kind") + value.get("ratio_level", "") if isinstance(value, dict) else "",
+    ids=lambda value: (
+        value.get("kind") + value.get("ratio_level", "") if isinstance(value, dict) else ""
+    ),
 )
 def test_each_loss_by_hand(
     columns: Callable[..., Any],
@@ -198,7 +246,14 @@ def test_each_loss_by_hand(
 ) -> None:
     rows = {name: np.array(values) for name, values in TWO.items()}
     zeros = np.zeros(3)
-    step = columns(np.array([0, 0, 1]), np.ones(3, bool), behaviour=rows["old"], reference=zeros, entropy=zeros, **rows)
+    step = columns(
+        np.array([0, 0, 1]),
+        np.ones(3, bool),
+        behaviour=rows["old"],
+        reference=zeros,
+        entropy=zeros,
+        **rows,
+    )
     terms = step.terms(objective(**loss))
     np.testing.assert_allclose(3 * terms.loss.numpy(), losses, rtol=0, atol=1e-6)
     np.testing.assert_allclose(3 * terms.dlogp.numpy(), slopes, rtol=0, atol=1e-6)
@@ -229,7 +284,8 @@ def test_the_kl_penalty(
     value: float | None,
     slope: float | None,
 ) -> None:
-    """Against the old policy as reference; the mean of each estimate is the third hand-computed row."""
+    """Against the old policy as reference; the mean of each estimate is the third hand-computed
+    row."""
     step = hand()
     without = step.terms(objective())
     kl = {"place": "loss", "estimator": estimator, "coef": 0.5, "unbiased": unbiased}
@@ -242,12 +298,16 @@ def test_the_kl_penalty(
         np.testing.assert_allclose(slopes, 0.5 / 14 * ratio * log_ratio, atol=1e-12)
         return
     assert added.sum() == pytest.approx(0.5 * value, abs=5e-8)
-    assert terms.metrics["actor/kl_loss"].sum().item() == pytest.approx(value, abs=1e-7), "averaged as the loss is"
+    assert terms.metrics["actor/kl_loss"].sum().item() == pytest.approx(value, abs=1e-7), (
+        "averaged as the loss is"
+    )
     expected = 0.5 * slope if slope is not None else 0.5 * np.mean(1 - np.exp(-log_ratio))
     assert slopes.sum() == pytest.approx(expected, abs=5e-8)
 
 
-def test_the_entropy_bonus_is_a_term_of_its_own(hand: Callable[..., Any], objective: Callable[..., Objective]) -> None:
+def test_the_entropy_bonus_is_a_term_of_its_own(
+    hand: Callable[..., Any], objective: Callable[..., Objective]
+) -> None:
     step = hand("seq-mean-token-mean")
     terms, without = step.terms(objective(entropy_coef=0.3)), step.terms(objective())
     assert (terms.loss - without.loss).sum().item() == pytest.approx(-0.3)  # every entropy is 1
@@ -256,9 +316,11 @@ def test_the_entropy_bonus_is_a_term_of_its_own(hand: Callable[..., Any], object
     assert without.dentropy is None
 
 
-def test_correct_answers_are_imitated_too(hand: Callable[..., Any], objective: Callable[..., Objective]) -> None:
-    """VAPO, arXiv 2504.05118, section 4.3: 0.1 times the mean of -logp over the tokens of correct answers, whatever the
-    aggregation is; of two correct sequences here."""
+def test_correct_answers_are_imitated_too(
+    hand: Callable[..., Any], objective: Callable[..., Objective]
+) -> None:
+    """VAPO, arXiv 2504.05118, section 4.3: 0.1 times the mean of -logp over the tokens of correct
+    answers, whatever the aggregation is; of two correct sequences here."""
     step = hand("seq-mean-token-sum")
     correct = step.batch.sequence_ids_T % 2 == 0
     step = replace(step, batch=replace(step.batch, correct_T=correct))
@@ -266,22 +328,33 @@ def test_correct_answers_are_imitated_too(hand: Callable[..., Any], objective: C
     logp, shown = step.logp[step.batch.loss_mask_T], correct[step.batch.loss_mask_T]
     assert 0 < shown.sum() < len(shown)
     assert (terms.loss - without.loss).sum().item() == pytest.approx(-0.1 * logp[shown].mean())
-    np.testing.assert_allclose((terms.dlogp - without.dlogp).numpy(), -0.1 / shown.sum() * shown, atol=1e-12)
+    np.testing.assert_allclose(
+        (terms.dlogp - without.dlogp).numpy(), -0.1 / shown.sum() * shown, atol=1e-12
+    )
 
 
 def test_a_huge_log_ratio_gives_finite_numbers(
     columns: Callable[..., Any], objective: Callable[..., Objective]
 ) -> None:
     row = np.array([-1.0, -900.0])
-    rows = {"logp": row, "old": row[::-1], "behaviour": row[::-1], "reference": row[::-1], "entropy": np.ones(2)}
+    rows = {
+        "logp": row,
+        "old": row[::-1],
+        "behaviour": row[::-1],
+        "reference": row[::-1],
+        "entropy": np.ones(2),
+    }
     step = columns(np.array([0, 1]), np.ones(2, bool), advantages=np.array([-1.0, -1.0]), **rows)
     for case in CASES.values():
-        terms = step.terms(objective(kl={"place": "loss", "coef": 0.1}, **case), dtype=torch.float32)
+        terms = step.terms(
+            objective(kl={"place": "loss", "coef": 0.1}, **case), dtype=torch.float32
+        )
         assert torch.isfinite(terms.loss).all(), case
         assert torch.isfinite(terms.dlogp).all(), case
 
 
-# Off-policy weights in the loss ---------------------------------------------------------------------------------------
+# Off-policy weights in the loss
+# ---------------------------------------------------------------------------------------
 
 
 def test_weights_multiply_the_policy_gradient_and_not_the_penalty(
@@ -291,11 +364,15 @@ def test_weights_multiply_the_policy_gradient_and_not_the_penalty(
     index = np.flatnonzero(step.batch.loss_mask_T)
     kl = {"place": "loss", "estimator": "k2", "coef": 0.7}
     plain_terms = step.terms(objective())
-    both = step.terms(objective(kl=kl, offpolicy={"old_logp": "recompute", "weight": "token", "high": 1.3}))
+    both = step.terms(
+        objective(kl=kl, offpolicy={"old_logp": "recompute", "weight": "token", "high": 1.3})
+    )
     weight = np.minimum(np.exp(step.old - step.batch.behaviour_logp_T)[index], 1.3)
     gap = (step.logp - step.reference)[index]
     penalty = 0.7 * step.batch.weights_T[index] * gap
-    np.testing.assert_allclose(both.dlogp.numpy(), plain_terms.dlogp.numpy() * weight + penalty, rtol=1e-10)
+    np.testing.assert_allclose(
+        both.dlogp.numpy(), plain_terms.dlogp.numpy() * weight + penalty, rtol=1e-10
+    )
 
 
 def test_deepseeks_mask_drops_what_is_bad_and_far_from_its_sampler(
@@ -312,11 +389,20 @@ def test_deepseeks_mask_drops_what_is_bad_and_far_from_its_sampler(
     assert terms.metrics["rollout_corr/opsm_masked_fraction"].tolist() == [1, 1, 0, 0, 0, 0]
 
 
-def test_the_denominator_after_a_rejection(columns: Callable[..., Any], objective: Callable[..., Objective]) -> None:
+def test_the_denominator_after_a_rejection(
+    columns: Callable[..., Any], objective: Callable[..., Objective]
+) -> None:
     """Four tokens of which one is rejected: divided by 4, or by 3."""
     ids, ones = np.zeros(4, int), np.ones(4)
     behaviour = np.array([-1.0, -1.0, -1.0, -5.0])
-    rows = {"logp": -ones, "old": -ones, "behaviour": behaviour, "reference": ones, "entropy": ones, "advantages": ones}
+    rows = {
+        "logp": -ones,
+        "old": -ones,
+        "behaviour": behaviour,
+        "reference": ones,
+        "entropy": ones,
+        "advantages": ones,
+    }
     step = columns(ids, np.ones(4, bool), **rows)
     masked = {"old_logp": "recompute", "weight": "token", "mode": "mask", "low": 0.5, "high": 5.0}
     for denominator, expected in (("all", 3 / 4), ("kept", 1.0)):
@@ -324,14 +410,19 @@ def test_the_denominator_after_a_rejection(columns: Callable[..., Any], objectiv
         assert terms.loss.sum().item() == pytest.approx(expected)
 
 
-# Plain formulas -------------------------------------------------------------------------------------------------------
+# Plain formulas
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @hypothesis
 @given(seed=seeds, aggregation=st.sampled_from(AGGREGATIONS))
 def test_the_closed_form_is_what_autograd_finds(
-    ragged: Callable[..., Any], objective: Callable[..., Objective], case: dict[str, Any], seed: int, aggregation: str
+    ragged: Callable[..., Any],
+    objective: Callable[..., Objective],
+    case: dict[str, Any],
+    seed: int,
+    aggregation: str,
 ) -> None:
     step = ragged(seed, aggregation)
     index = np.flatnonzero(step.batch.loss_mask_T)
@@ -341,19 +432,28 @@ def test_the_closed_form_is_what_autograd_finds(
     np.testing.assert_allclose(terms.dlogp.numpy(), gradient[index], rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", ["ppo", "ppo dual", "dapo", "gspo", "gspo_token", "cispo", "reinforce"])
+@pytest.mark.parametrize(
+    "name", ["ppo", "ppo dual", "dapo", "gspo", "gspo_token", "cispo", "reinforce"]
+)
 @hypothesis
 @given(seed=seeds, aggregation=st.sampled_from(AGGREGATIONS))
 def test_tier_one_in_numpy(
-    ragged: Callable[..., Any], objective: Callable[..., Objective], name: str, seed: int, aggregation: str
+    ragged: Callable[..., Any],
+    objective: Callable[..., Objective],
+    name: str,
+    seed: int,
+    aggregation: str,
 ) -> None:
     step, case = ragged(seed, aggregation), CASES[name]
     expected = in_numpy(step, LossConfig(**case), aggregation)
-    assert step.terms(objective(**case)).loss.sum().item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
+    assert step.terms(objective(**case)).loss.sum().item() == pytest.approx(
+        expected, rel=1e-10, abs=1e-12
+    )
 
 
 DIFFERENTIABLE = {
-    n: CASES[n] for n in ("ppo", "ppo dual", "gspo", "sapo", "sapo sequence", "ppo trajectory", "k1_5", "k2_5")
+    n: CASES[n]
+    for n in ("ppo", "ppo dual", "gspo", "sapo", "sapo sequence", "ppo trajectory", "k1_5", "k2_5")
 }
 
 
@@ -372,7 +472,9 @@ def test_the_derivative_is_the_numerical_one(
             for h in (1e-6, -1e-6):
                 moved = step.logp.copy()
                 moved[t] += h
-                stats = type(step)(step.batch, moved, step.old, step.reference, step.entropy).stats(index)
+                stats = type(step)(step.batch, moved, step.old, step.reference, step.entropy).stats(
+                    index
+                )
                 totals.append(loss(stats, torch.from_numpy(index)).loss.sum().item())
             assert (totals[0] - totals[1]) / 2e-6 == pytest.approx(stated[i], rel=1e-5, abs=1e-8)
 
@@ -387,7 +489,8 @@ def test_gspo_and_gspo_token_agree_when_the_advantage_is_constant(
         torch.testing.assert_close(both[0].dlogp, both[1].dlogp, rtol=1e-12, atol=1e-15)
 
 
-# Splits, masks, bad numbers -------------------------------------------------------------------------------------------
+# Splits, masks, bad numbers
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -405,7 +508,12 @@ def test_no_split_into_micro_batches_changes_anything(
     step = ragged(seed, aggregation)
     wanted = objective(
         kl={"place": "loss", "coef": 0.1, "unbiased": True},
-        offpolicy={"old_logp": "recompute", "weight": "token", "seq_mask_low": 0.2, "opsm_delta": 0.5},
+        offpolicy={
+            "old_logp": "recompute",
+            "weight": "token",
+            "seq_mask_low": 0.2,
+            "opsm_delta": 0.5,
+        },
         entropy_coef=0.1,
         **case,
     )
@@ -445,7 +553,10 @@ def test_tokens_of_a_sequence_may_be_split_where_nothing_couples_them(
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -1e30])
 def test_nothing_under_the_mask_leaks(
-    ragged: Callable[..., Any], objective: Callable[..., Objective], case: dict[str, Any], garbage: float
+    ragged: Callable[..., Any],
+    objective: Callable[..., Objective],
+    case: dict[str, Any],
+    garbage: float,
 ) -> None:
     """Tokens that do not train may hold anything, also where a chunk contains them."""
     wanted = objective(
@@ -469,20 +580,28 @@ def test_a_loss_token_whose_log_prob_is_not_finite_is_left_out_and_counted(
     columns: Callable[..., Any], objective: Callable[..., Objective], column: str, bad: float
 ) -> None:
     ids = np.array([0, 0, 1])
-    rows = {name: np.full(3, -1.0) for name in ("logp", "old", "behaviour", "reference", "entropy", "advantages")}
+    rows = {
+        name: np.full(3, -1.0)
+        for name in ("logp", "old", "behaviour", "reference", "entropy", "advantages")
+    }
     rows[column][0] = bad
     kl = {"place": "loss", "coef": 0.1}
     token = columns(ids, np.ones(3, bool), **rows).terms(objective(kl=kl))
     np.testing.assert_allclose(3 * token.dlogp.numpy(), [0, 1, 1])
     assert token.metrics["actor/nonfinite_logp"].tolist() == [1, 0, 0]
-    sequence = columns(ids, np.ones(3, bool), **rows).terms(objective(kl=kl, ratio_level="sequence"))
+    sequence = columns(ids, np.ones(3, bool), **rows).terms(
+        objective(kl=kl, ratio_level="sequence")
+    )
     np.testing.assert_allclose(3 * sequence.dlogp.numpy(), [0, 0, 1])
 
 
 def test_an_advantage_that_is_not_finite_is_an_error(
     columns: Callable[..., Any], objective: Callable[..., Objective]
 ) -> None:
-    rows = {name: np.full(2, -1.0) for name in ("logp", "old", "behaviour", "reference", "entropy", "advantages")}
+    rows = {
+        name: np.full(2, -1.0)
+        for name in ("logp", "old", "behaviour", "reference", "entropy", "advantages")
+    }
     rows["advantages"][1] = np.nan
     with pytest.raises(ValueError, match="1 of 2 loss tokens have an advantage that is not finite"):
         columns(np.zeros(2, int), np.ones(2, bool), **rows).terms(objective())
@@ -499,14 +618,17 @@ def test_float32_is_close_to_float64(
 
 
 def whole_batch(wanted: Objective, step: Any) -> Sequence[Tensor]:
-    return token_loss(wanted, step.batch, torch.device("cpu"), old_logp=step.old, reference_logp=step.reference)
+    return token_loss(
+        wanted, step.batch, torch.device("cpu"), old_logp=step.old, reference_logp=step.reference
+    )
 
 
 @pytest.mark.parametrize("name", ["dapo", "gspo", "cispo", "k1_5"])
 def test_the_gradient_that_reaches_a_head_through_the_fused_loss(
     ragged: Callable[..., Any], objective: Callable[..., Objective], name: str
 ) -> None:
-    """The same gradient by the weights of an output layer as when autograd differentiates the plain formula."""
+    """The same gradient by the weights of an output layer as when autograd differentiates the plain
+    formula."""
     step = ragged(21, "seq-mean-token-mean")
     batch = step.batch
     torch.manual_seed(0)
@@ -516,7 +638,9 @@ def test_the_gradient_that_reaches_a_head_through_the_fused_loss(
     head = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
     with torch.no_grad():
         logp = torch.log_softmax(hidden @ head.T, -1).gather(1, targets[:, None])[:, 0].numpy()
-    moved = type(step)(batch, logp, logp - 0.3 * (step.logp - step.old), step.reference, step.entropy)
+    moved = type(step)(
+        batch, logp, logp - 0.3 * (step.logp - step.old), step.reference, step.entropy
+    )
     value, _, _ = linear_loss(
         hidden,
         head,
@@ -528,9 +652,15 @@ def test_the_gradient_that_reaches_a_head_through_the_fused_loss(
     traced = torch.log_softmax(hidden @ head.T, -1).gather(1, targets[:, None])[:, 0]
     total = torch.zeros((), dtype=torch.float64)
     for places in moved.sequences():
-        old, advantages = torch.from_numpy(moved.old[places]), torch.from_numpy(batch.advantages_T[places])
+        old, advantages = (
+            torch.from_numpy(moved.old[places]),
+            torch.from_numpy(batch.advantages_T[places]),
+        )
         weights = torch.from_numpy(batch.weights_T[places])
-        total = total + (plain(traced[places], old, advantages, LossConfig(**CASES[name])) * weights).sum()
+        total = (
+            total
+            + (plain(traced[places], old, advantages, LossConfig(**CASES[name])) * weights).sum()
+        )
     (expected,) = torch.autograd.grad(total, head)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(value, total, rtol=1e-10, atol=1e-14)
@@ -561,24 +691,35 @@ def test_what_an_objective_asks_for(objective: Callable[..., Objective]) -> None
         (-5.0, 3.0, 3.0, 0.0),
     ],
 )
-def test_k3_is_bounded_and_has_no_gradient_beyond(gap: float, bound: float | None, value: float, slope: float) -> None:
+def test_k3_is_bounded_and_has_no_gradient_beyond(
+    gap: float, bound: float | None, value: float, slope: float
+) -> None:
     """log(policy / reference) = -5 gave a loss of 142 with a slope of -147."""
-    logp, reference = torch.tensor([gap - 1.0], dtype=torch.float64), torch.tensor([-1.0], dtype=torch.float64)
+    logp, reference = (
+        torch.tensor([gap - 1.0], dtype=torch.float64),
+        torch.tensor([-1.0], dtype=torch.float64),
+    )
     found = kl_penalty(logp, reference, "k3", bound=bound)
     assert (found.loss.item(), found.dlogp.item()) == (pytest.approx(value), pytest.approx(slope))
     through = kl_penalty(logp, reference, "k3+", bound=bound)
-    assert (through.loss.item(), through.dlogp.item()) == (pytest.approx(value), pytest.approx(gap)), (
-        "the slope is k2's"
-    )
-    unbiased = kl_penalty(logp, reference, "k3", bound=bound, old_logp=logp)  # r = 1: the value is differentiated, too
+    assert (through.loss.item(), through.dlogp.item()) == (
+        pytest.approx(value),
+        pytest.approx(gap),
+    ), "the slope is k2's"
+    # r = 1: the value is differentiated, too
+    unbiased = kl_penalty(logp, reference, "k3", bound=bound, old_logp=logp)
     assert unbiased.dlogp.item() == pytest.approx(slope + value)
 
 
 def test_sapos_constants_are_of_the_batchs_dtype() -> None:
     """A negative advantage, l = .3: 1.05 rounded to float32 first would be off by 4e-8."""
     ratio = math.exp(0.3)
-    found = sapo(torch.tensor([0.3], dtype=torch.float64), torch.tensor([-1.0], dtype=torch.float64))
-    assert found.loss.item() == pytest.approx(4 / 1.05 / (1 + math.exp(-1.05 * (ratio - 1))), rel=1e-14)
+    found = sapo(
+        torch.tensor([0.3], dtype=torch.float64), torch.tensor([-1.0], dtype=torch.float64)
+    )
+    assert found.loss.item() == pytest.approx(
+        4 / 1.05 / (1 + math.exp(-1.05 * (ratio - 1))), rel=1e-14
+    )
 
 
 def test_sums_over_a_long_answer_are_exact() -> None:
@@ -604,9 +745,13 @@ def test_every_preset_shows_its_entropy(name: str, columns: Callable[..., Any]) 
     policy = OffPolicyConfig(**tree.get("offpolicy", {}))
     ids = np.array([0, 0, 1])
     rows = {key: np.array([-1.0, -2.0, -0.5]) for key in ("logp", "old", "behaviour", "reference")}
-    step = columns(ids, np.ones(3, bool), advantages=np.ones(3), entropy=np.array([0.3, 0.6, 0.9]), **rows)
+    step = columns(
+        ids, np.ones(3, bool), advantages=np.ones(3), entropy=np.array([0.3, 0.6, 0.9]), **rows
+    )
     batch = replace(step.batch, correct_T=np.ones(3, bool))
-    function = token_loss(Objective.of(loss, KLConfig(), policy), batch, torch.device("cpu"), old_logp=step.old)
+    function = token_loss(
+        Objective.of(loss, KLConfig(), policy), batch, torch.device("cpu"), old_logp=step.old
+    )
     assert function.needs_entropy
     terms = function(step.stats(np.arange(3)), torch.arange(3))
     assert terms.metrics["actor/entropy_per_token"].tolist() == pytest.approx([0.3, 0.6, 0.9])

@@ -34,7 +34,10 @@ def corrected(**config: Any) -> Any:
         ({"weight": "geometric", "high": 10}, [0, 1, 1, math.sqrt(3), math.sqrt(3), 0.4]),
         ({"seq_mask_low": 0.5}, [0, 1, 1, 1, 1, 0]),
         ({"seq_mask_high": 1.7}, [0, 1, 1, 0, 0, 1]),
-        ({"weight": "token", "high": 99, "seq_mask_low": 0.5, "seq_mask_high": 1.7}, [0, 4, 0.25, 0, 0, 0]),
+        (
+            {"weight": "token", "high": 99, "seq_mask_low": 0.5, "seq_mask_high": 1.7},
+            [0, 4, 0.25, 0, 0, 0],
+        ),
     ],
 )
 def test_weights_by_hand(config: dict[str, Any], weights: list[float]) -> None:
@@ -74,14 +77,18 @@ def test_the_figures_by_hand() -> None:
         "rollout_rs_seq_masked_fraction": 2 / 3,
     }
     corrections = {name: value for name, value in found.items() if name.startswith("rollout_corr/")}
-    assert corrections == pytest.approx({f"rollout_corr/{name}": value for name, value in expected.items()})
+    assert corrections == pytest.approx(
+        {f"rollout_corr/{name}": value for name, value in expected.items()}
+    )
 
 
 def test_the_engines_and_the_learners_probabilities() -> None:
-    """.5 and .25 of the learner, .4 and .3 of the engine: differences .1 and .05, of which the deviation with N - 1 is
-    .0353553; the third token is NaN and the fourth does not count."""
+    """.5 and .25 of the learner, .4 and .3 of the engine: differences .1 and .05, of which the
+    deviation with N - 1 is .0353553; the third token is NaN and the fourth does not count."""
     old, behaviour = np.log([0.5, 0.25, 0.5, 0.9]), np.log([0.4, 0.3, math.nan, 0.1])
-    found = mismatch_metrics(old, behaviour, np.array([True, True, True, False]), np.array([0, 0, 1, 1]))
+    found = mismatch_metrics(
+        old, behaviour, np.array([True, True, True, False]), np.array([0, 0, 1, 1])
+    )
     assert found["training/rollout_probs_diff_mean"] == pytest.approx(0.075)
     assert found["training/rollout_probs_diff_max"] == pytest.approx(0.1)
     assert found["training/rollout_probs_diff_std"] == pytest.approx(0.0353553, rel=1e-5)
@@ -92,7 +99,8 @@ def test_the_engines_and_the_learners_probabilities() -> None:
 
 
 def test_the_largest_sequence_weight_is_that_before_it_was_cut() -> None:
-    found = corrected(weight="sequence", high=2.0).metrics  # products 1, 3 and .4; the second is cut to 2
+    # products 1, 3 and .4; the second is cut to 2
+    found = corrected(weight="sequence", high=2.0).metrics
     assert found["rollout_corr/rollout_is_max"] == pytest.approx(3.0)
     assert found["rollout_corr/rollout_is_min"] == pytest.approx(0.4)
     assert found["rollout_corr/rollout_is_mean"] == pytest.approx((1 + 1 + 2 + 2 + 0.4) / 5)
@@ -110,12 +118,15 @@ def test_a_log_prob_that_is_not_finite_is_rejected_alone() -> None:
 
 def test_extreme_log_probs_give_finite_weights() -> None:
     config = OffPolicyConfig(old_logp="recompute", weight="sequence", high=1e30)
-    found = correction(np.array([-1.0, -900.0]), np.array([-900.0, -1.0]), np.ones(2, bool), np.arange(2), config)
+    found = correction(
+        np.array([-1.0, -900.0]), np.array([-900.0, -1.0]), np.ones(2, bool), np.arange(2), config
+    )
     np.testing.assert_allclose(found.weights, [math.exp(20), math.exp(-20)])
 
 
 def test_renormalising_after_a_rejection() -> None:
-    """Three of five tokens stay: 1/5 each becomes 1/3. Where a fifth weight belongs to another batch it stays counted."""
+    """Three of five tokens stay: 1/5 each becomes 1/3. Where a fifth weight belongs to another
+    batch it stays counted."""
     kept = np.array([True, True, False, True, False])
     np.testing.assert_allclose(renormalised(np.full(5, 0.2), kept), [1 / 3, 1 / 3, 0, 1 / 3, 0])
     np.testing.assert_allclose(renormalised(np.full(4, 0.2), kept[:4]), [1 / 4, 1 / 4, 0, 1 / 4])
@@ -125,7 +136,11 @@ def test_renormalising_after_a_rejection() -> None:
 def test_an_empty_batch() -> None:
     empty = np.zeros(0)
     found = correction(
-        empty, empty, empty.astype(bool), empty.astype(int), OffPolicyConfig(old_logp="recompute", weight="sequence")
+        empty,
+        empty,
+        empty.astype(bool),
+        empty.astype(int),
+        OffPolicyConfig(old_logp="recompute", weight="sequence"),
     )
     assert len(found.weights) == 0
     assert found.metrics == {}

@@ -89,7 +89,10 @@ def at(tmp_path: Path) -> Callable[[str], str]:
     [
         ("mine", {"kind": "ppo_clip"}),
         ("stated", {"kind": "reinforce"}),
-        ("gspo", {"kind": "ppo_clip", "ratio_level": "sequence", "clip_low": 0.03, "clip_high": 0.04}),
+        (
+            "gspo",
+            {"kind": "ppo_clip", "ratio_level": "sequence", "clip_low": 0.03, "clip_high": 0.04},
+        ),
         ("detached", {"kind": "cispo", "clip_low": 1.0, "clip_high": 0.2}),
     ],
 )
@@ -103,7 +106,10 @@ def test_a_loss_of_ones_own_is_the_built_in_one(
     kl = {"place": "loss", "coef": 0.1}
     for seed in range(5):
         step = ragged(seed, "seq-mean-token-mean")
-        mine, theirs = step.terms(objective(kl=kl, kind=at(name))), step.terms(objective(kl=kl, **built_in))
+        mine, theirs = (
+            step.terms(objective(kl=kl, kind=at(name))),
+            step.terms(objective(kl=kl, **built_in)),
+        )
         torch.testing.assert_close(mine.loss, theirs.loss, rtol=1e-12, atol=1e-15)
         torch.testing.assert_close(mine.dlogp, theirs.dlogp, rtol=1e-12, atol=1e-15)
 
@@ -128,7 +134,13 @@ def test_a_stated_derivative_may_be_meant_so(at: Callable[[str], str]) -> None:
         ("coupled", "set whole_sequences = True on the function"),
         ("scalar", "returned () for 8 tokens; return one loss per token, shape [8]"),
         ("infinite", "gave a loss that is not finite"),
-        ("broken", "failed on a tiny batch: AttributeError: 'TokenBatch' object has no attribute 'advantage'"),
+        (
+            "broken",
+            (
+                "failed on a tiny batch: AttributeError: 'TokenBatch' object has no attribute"
+                " 'advantage'"
+            ),
+        ),
         ("wrong_slope", "is not the numerical derivative"),
         ("absent", "has no function 'absent'; it has mine, stated"),
     ],
@@ -141,7 +153,9 @@ def test_a_loss_that_cannot_be_trained_with_ends_the_run_at_its_start(
     assert message in str(error.value)
 
 
-def test_an_option_that_does_not_exist(objective: Callable[..., Objective], at: Callable[[str], str]) -> None:
+def test_an_option_that_does_not_exist(
+    objective: Callable[..., Objective], at: Callable[[str], str]
+) -> None:
     with pytest.raises(ValueError, match=r"failed on a tiny batch: TypeError: .*'bond'"):
         objective(kind=at("mine"), options={"bond": 1.0})
 
@@ -154,7 +168,9 @@ def test_an_option_that_does_not_exist(objective: Callable[..., Objective], at: 
         ("math:tau", "math has no function 'tau'"),
     ],
 )
-def test_a_function_that_is_not_there(objective: Callable[..., Objective], kind: str, message: str) -> None:
+def test_a_function_that_is_not_there(
+    objective: Callable[..., Objective], kind: str, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         objective(kind=kind)
 
@@ -166,14 +182,21 @@ def test_a_file_that_does_not_load(tmp_path: Path) -> None:
 
 
 def test_an_entry_point(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ragged: Callable[..., Any], objective: Callable[..., Objective]
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    ragged: Callable[..., Any],
+    objective: Callable[..., Objective],
 ) -> None:
     """An installed distribution is a folder with metadata on the path."""
-    (tmp_path / "their_package.py").write_text("def theirs(logp, batch):\n    return -batch.advantages * logp\n")
+    (tmp_path / "their_package.py").write_text(
+        "def theirs(logp, batch):\n    return -batch.advantages * logp\n"
+    )
     metadata = tmp_path / "theirs-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[emberl.losses]\ntheir_loss = their_package:theirs\n")
+    (metadata / "entry_points.txt").write_text(
+        "[emberl.losses]\ntheir_loss = their_package:theirs\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     step = ragged(1)
     terms = step.terms(objective(kind="their_loss"))
@@ -190,7 +213,11 @@ def test_an_advantage_of_ones_own(at: Callable[[str], str]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("flat", "return a list of these shapes"), ("nans", "all must be finite"), ("absent", "has no function 'absent'")],
+    [
+        ("flat", "return a list of these shapes"),
+        ("nans", "all must be finite"),
+        ("absent", "has no function 'absent'"),
+    ],
 )
 def test_an_advantage_that_is_wrong(at: Callable[[str], str], name: str, message: str) -> None:
     with np.errstate(all="ignore"), pytest.raises(ValueError, match=message):

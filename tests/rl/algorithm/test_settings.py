@@ -92,13 +92,29 @@ def test_an_unknown_preset_names_the_nearest() -> None:
     ("model", "values", "message"),
     [
         (LossConfig, {"kind": "ppo_clp"}, "there is no loss 'ppo_clp'; did you mean 'ppo_clip'"),
-        (LossConfig, {"kind": "cispo", "ratio_level": "sequence-token"}, "ratio_level=sequence-token does not go with"),
-        (LossConfig, {"kind": "k1_5"}, "loss.ratio_level=token does not go with loss.kind=k1_5; set trajectory"),
+        (
+            LossConfig,
+            {"kind": "cispo", "ratio_level": "sequence-token"},
+            "ratio_level=sequence-token does not go with",
+        ),
+        (
+            LossConfig,
+            {"kind": "k1_5"},
+            "loss.ratio_level=token does not go with loss.kind=k1_5; set trajectory",
+        ),
         (LossConfig, {"clip_low": 1.5}, "loss.clip_low=1.5 would let the ratio below 0"),
         (LossConfig, {"dual_clip": 0.9}, "greater than 1"),
-        (LossConfig, {"dual_clip": 3.0, "kind": "sapo"}, "loss.dual_clip=3.0 belongs to loss.kind=ppo_clip"),
+        (
+            LossConfig,
+            {"dual_clip": 3.0, "kind": "sapo"},
+            "loss.dual_clip=3.0 belongs to loss.kind=ppo_clip",
+        ),
         (LossConfig, {"tau": 0.1}, "loss.tau=0.1 belongs to k1_5, k2_5 and dppo_tv, not ppo_clip"),
-        (LossConfig, {"norm_const": 5}, "loss.norm_const=5.0 needs loss.aggregation=seq-mean-token-sum-norm"),
+        (
+            LossConfig,
+            {"norm_const": 5},
+            "loss.norm_const=5.0 needs loss.aggregation=seq-mean-token-sum-norm",
+        ),
         (
             LossConfig,
             {"denominator": "kept", "aggregation": "seq-mean-token-sum"},
@@ -113,11 +129,19 @@ def test_an_unknown_preset_names_the_nearest() -> None:
         (AdvantageConfig, {"kind": "gae", "leave_one_out": True}, "set advantage.kind=group"),
         (AdvantageConfig, {"gamma": 1.1}, "less than or equal to 1"),
         (KLConfig, {"unbiased": True}, "kl.unbiased=true needs kl.place=loss"),
-        (KLConfig, {"place": "loss", "estimator": "k3+", "unbiased": True}, "here they are loss and k3+"),
+        (
+            KLConfig,
+            {"place": "loss", "estimator": "k3+", "unbiased": True},
+            "here they are loss and k3+",
+        ),
         (OffPolicyConfig, {"weight": "token"}, "set offpolicy.old_logp=recompute"),
         (OffPolicyConfig, {"seq_mask_low": 0.5}, "set offpolicy.old_logp=recompute"),
         (OffPolicyConfig, {"low": 3.0}, "offpolicy.low=3.0 is above offpolicy.high=2.0"),
-        (FilterConfig, {"dynamic_sampling": True, "zero_variance": False}, "it needs filter.zero_variance=true"),
+        (
+            FilterConfig,
+            {"dynamic_sampling": True, "zero_variance": False},
+            "it needs filter.zero_variance=true",
+        ),
     ],
 )
 def test_a_wrong_setting(model: Any, values: dict[str, Any], message: str) -> None:
@@ -128,7 +152,9 @@ def test_a_wrong_setting(model: Any, values: dict[str, Any], message: str) -> No
 
 def test_groups_that_do_not_go_together() -> None:
     reward = KLConfig(place="reward")
-    with pytest.raises(ValueError, match=r"kl.place=reward needs token rewards, which advantage.kind=group has not"):
+    with pytest.raises(
+        ValueError, match=r"kl.place=reward needs token rewards, which advantage.kind=group has not"
+    ):
         check_algorithm(AdvantageConfig(), reward, FilterConfig())
     with pytest.raises(ValueError, match=r"set filter.zero_variance=false"):
         check_algorithm(AdvantageConfig(kind="return"), reward, FilterConfig())
@@ -138,7 +164,11 @@ def test_groups_that_do_not_go_together() -> None:
 def test_what_a_later_stage_may_ask() -> None:
     assert AdvantageConfig(kind="gae").needs_critic
     assert not AdvantageConfig().needs_critic
-    assert [AdvantageConfig(**c).per_token for c in ({}, {"whiten": True}, {"kind": "return"})] == [False, True, True]
+    assert [AdvantageConfig(**c).per_token for c in ({}, {"whiten": True}, {"kind": "return"})] == [
+        False,
+        True,
+        True,
+    ]
     assert not OffPolicyConfig(opsm_delta=0.5).active
     assert OffPolicyConfig(old_logp="recompute", seq_mask_high=2.0).active
 

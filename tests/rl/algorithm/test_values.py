@@ -15,7 +15,8 @@ TARGETS = torch.tensor([1.0, 2.0, 0.0, 0.0], dtype=torch.float64)
 
 
 def test_by_hand() -> None:
-    """Clipped to within .5 of the old value: .8, 1.0, .2, .5. The first and last are worse clipped."""
+    """Clipped to within .5 of the old value: .8, 1.0, .2, .5. The first and last are worse
+    clipped."""
     loss, slope, clipped = value_loss(VALUES, OLD, TARGETS, clip=0.5)
     expected = torch.tensor([0.02, 0.5, 0.02, 0.125], dtype=torch.float64)
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)

@@ -48,7 +48,10 @@ def test_a_peers_name_is_answered_with_ours(name: str, ours: str) -> None:
 
 def test_what_we_have_no_key_for_says_what_to_do() -> None:
     found = said("gradient_accumulation_steps=4", "actor_rollout_ref.actor.ppo_mini_batch_size=64")
-    assert "unknown key gradient_accumulation_steps: the whole step counts: set schedule.prompts_per_step" in found
+    assert (
+        "unknown key gradient_accumulation_steps: the whole step counts: set"
+        " schedule.prompts_per_step" in found
+    )
     assert "schedule.minibatches is train_batch_size / ppo_mini_batch_size" in found
 
 
@@ -90,9 +93,13 @@ def test_the_table_names_keys_that_exist_and_none_that_is_ours() -> None:
                     continue
                 assert key in known or key.startswith("rollout.engine_args."), (name, key)
                 assert key.split(".")[0] in groups
-            assert name == ours or name not in known or name == "algorithm", f"{name} is a key of ours"
+            assert name == ours or name not in known or name == "algorithm", (
+                f"{name} is a key of ours"
+            )
 
 
 def test_a_name_that_means_two_things_is_not_guessed() -> None:
-    assert our_name("optim.lr_warmup_steps") is None or "warmup" in str(our_name("optim.lr_warmup_steps"))
+    assert our_name("optim.lr_warmup_steps") is None or "warmup" in str(
+        our_name("optim.lr_warmup_steps")
+    )
     assert our_name("n") is None and our_name("path") is None

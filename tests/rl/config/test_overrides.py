@@ -25,8 +25,14 @@ def read(override: str) -> Any:
     ("override", "value"),
     [
         ("data.answer_pattern=#### (.+)", "#### (.+)"),
-        ("data.system_prompt=Write the answer after #### please", "Write the answer after #### please"),
-        ('data.prompt_template=Q: {question} Output the answer after "####".', 'Q: {question} Output the answer after "####".'),
+        (
+            "data.system_prompt=Write the answer after #### please",
+            "Write the answer after #### please",
+        ),
+        (
+            'data.prompt_template=Q: {question} Output the answer after "####".',
+            'Q: {question} Output the answer after "####".',
+        ),
         ("data.prompt_template={question}", "{question}"),
         ("data.prompt_template=[{a}] & *x | >y %z @w `v` !u", "[{a}] & *x | >y %z @w `v` !u"),
         ("data.system_prompt=one\ntwo # three", "one\ntwo # three"),
@@ -50,7 +56,10 @@ def read(override: str) -> Any:
         ("reward.parts.answer.use=./my file.py:f", "./my file.py:f"),
         ("reward.parts.answer.gate=null", None),
         ("stages=[sft,rl]", ["sft", "rl"]),
-        ("rollout.servers=[http://a:8000, yes, 1e3, 'b, c']", ["http://a:8000", "yes", "1e3", "b, c"]),
+        (
+            "rollout.servers=[http://a:8000, yes, 1e3, 'b, c']",
+            ["http://a:8000", "yes", "1e3", "b, c"],
+        ),
         ("rollout.servers=[]", []),
         ("model.lora.targets=all-linear", "all-linear"),
         ("model.lora.targets=[q_proj,v_proj]", ["q_proj", "v_proj"]),
@@ -74,7 +83,7 @@ def read(override: str) -> Any:
         ("reward.parts.answer.options.deep.er=1e3", 1000.0),
         ("rollout.nothing.of.ours=8", 8),
     ],
-)  # fmt: skip
+)
 def test_what_an_override_means(override: str, value: Any) -> None:
     assert read(override) == value and type(read(override)) is type(value)
 
@@ -105,21 +114,45 @@ def test_a_hash_never_cuts_what_is_not_in_brackets(text: str) -> None:
         ("data.terms=[2,3,4]", "data.terms=[2, 3, 4]: a list of 2 values goes here"),
         ("data.source=", "data.source='': it must not be empty"),
         ("reward.parts.b.weight=1", "reward.parts.b: a part of the reward has either use"),
-        ("reward.parts.answer.gate=nobody", "reward.parts.answer.gate=nobody names no other part; there are answer"),
-        ("rollout.engine_args.tensor_parallel_size=two", "rollout.engine_args.tensor_parallel_size='two' must be a number"),
+        (
+            "reward.parts.answer.gate=nobody",
+            "reward.parts.answer.gate=nobody names no other part; there are answer",
+        ),
+        (
+            "rollout.engine_args.tensor_parallel_size=two",
+            "rollout.engine_args.tensor_parallel_size='two' must be a number",
+        ),
         ("loss.clip_low=2", "loss.clip_low=2.0 would let"),
         ("algorithm=GRPO", "did you mean 'grpo'?"),
         ("name=${", r"in a text write \${"),
-        ("data.prompt_template=${question}", "data.prompt_template: Interpolation key 'question' not found; in a text"),
-        ("rollout.servers=http://a:8000", "rollout.servers='http://a:8000': a list goes here, e.g. [a,b]"),
+        (
+            "data.prompt_template=${question}",
+            "data.prompt_template: Interpolation key 'question' not found; in a text",
+        ),
+        (
+            "rollout.servers=http://a:8000",
+            "rollout.servers='http://a:8000': a list goes here, e.g. [a,b]",
+        ),
         ("data.kinds=chain", "data.kinds='chain': a mapping goes here, e.g. {a: 1}"),
-        ("optim=adam", "optim='adam': a group goes here; set one of its keys, optim.lr, optim.betas"),
-        ("optim.lr.x=1", "unknown key optim.lr.x; optim.lr has no keys below it, give optim.lr itself a value"),
-        ("optim.micro_batch_tokens=many", "optim.micro_batch_tokens='many': input should be a valid integer"),
+        (
+            "optim=adam",
+            "optim='adam': a group goes here; set one of its keys, optim.lr, optim.betas",
+        ),
+        (
+            "optim.lr.x=1",
+            "unknown key optim.lr.x; optim.lr has no keys below it, give optim.lr itself a value",
+        ),
+        (
+            "optim.micro_batch_tokens=many",
+            "optim.micro_batch_tokens='many': input should be a valid integer",
+        ),
         ("optim.micro_batch_tokens=many", ", or input should be 'auto'"),
-        ("model.lora={targets: 5}", "model.lora.targets=5: a text goes here; put it in quotes, or a list goes here"),
+        (
+            "model.lora={targets: 5}",
+            "model.lora.targets=5: a text goes here; put it in quotes, or a list goes here",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_override(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(QUICKSTART, [override])
@@ -127,7 +160,9 @@ def test_what_is_no_override(override: str, message: str) -> None:
 
 
 def test_an_interpolation_and_a_dollar_sign() -> None:
-    config = load_config(QUICKSTART, ["run_dir=runs/${name}-1", r"data.system_prompt=cost: \${x}, $y"])
+    config = load_config(
+        QUICKSTART, ["run_dir=runs/${name}-1", r"data.system_prompt=cost: \${x}, $y"]
+    )
     assert (config.run_dir, config.data.system_prompt) == ("runs/quickstart-1", "cost: ${x}, $y")
 
 
@@ -136,5 +171,9 @@ def test_a_later_override_wins_and_mappings_merge() -> None:
         QUICKSTART,
         ["model={dtype: float32}", "optim.lr=1e-3", "optim.lr=1e-2", "data.kinds={story: 2}"],
     )
-    assert config.model.tiny is not None and config.model.dtype == "float32" and config.optim.lr == 1e-2
+    assert (
+        config.model.tiny is not None
+        and config.model.dtype == "float32"
+        and config.optim.lr == 1e-2
+    )
     assert config.data.kinds == {"chain": 1, "solve": 1, "story": 2}

@@ -26,10 +26,10 @@ QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
         "reward.parts.NAME.weight  number (>= -1e+06, <= 1e+06) = 1  # How often the part counts in the score",
         "cluster.sleep_level  1|2 = 1",
         "kl.bound  number or null (> 0) = 10",
-        "data.kinds  {name: number} = {\"chain\": 1.0}",
+        'data.kinds  {name: number} = {"chain": 1.0}',
         "optim  # AdamW over float32 master weights",
     ],
-)  # fmt: skip
+)
 def test_a_line_of_the_reference(line: str) -> None:
     assert [found for found in table(Config) if found.startswith(line)]
 
@@ -42,8 +42,8 @@ def test_every_key_has_a_meaning_in_a_line() -> None:
 
 def test_within_a_group_all_is_said() -> None:
     assert table(Config, "optim.warmup_steps") == [
-        "optim.warmup_steps  int (>= 0) = 0  # Updates over which the rate rises from 0 to `lr`. The first has the rate 0, "
-        "as in transformers, verl and TRL, and changes no weight."
+        "optim.warmup_steps  int (>= 0) = 0  # Updates over which the rate rises from 0 to `lr`."
+        " The first has the rate 0, as in transformers, verl and TRL, and changes no weight."
     ]
     assert {line.split()[0] for line in table(Config, "kl")} == {
         "kl", *(f"kl.{name}" for name in type(load_config(QUICKSTART).kl).model_fields)

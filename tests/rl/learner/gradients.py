@@ -1,8 +1,10 @@
-"""Learner ranks as processes: python gradients.py MODEL FOLDER WORLD-BUDGET-PACKING ..., for test_invariance.py.
+"""Learner ranks as processes: python gradients.py MODEL FOLDER WORLD-BUDGET-PACKING ..., for
+test_invariance.py.
 
-Writes to FOLDER/WORLD-BUDGET-PACKING.npz, of a fixed ragged batch in float64, the loss and the whole gradient of every loss
-under every aggregation, of the critic, and what the ranks say of each token. The ranks are forked from one process that has
-loaded everything: to load it takes longer than the passes.
+Writes to FOLDER/WORLD-BUDGET-PACKING.npz, of a fixed ragged batch in float64, the loss and the
+whole gradient of every loss under every aggregation, of the critic, and what the ranks say of each
+token. The ranks are forked from one process that has loaded everything: to load it takes longer
+than the passes.
 """
 
 from __future__ import annotations
@@ -40,7 +42,12 @@ LOSSES: dict[str, dict[str, Any]] = {
     "k2_5": {"kind": "k2_5", "tau": 0.1},
     "vapo": {"nll_coef": 0.1},
 }
-AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+AGGREGATIONS = (
+    "token-mean",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+)
 
 
 def ragged_batch() -> Batch:
@@ -68,15 +75,22 @@ def ragged_batch() -> Batch:
 
 
 def objectives(batch: Batch) -> Iterator[tuple[str, Batch, Objective]]:
-    """Every loss under every aggregation; one of them with a KL penalty, one with importance weights."""
+    """Every loss under every aggregation; one of them with a KL penalty, one with importance
+    weights."""
     for name, settings in LOSSES.items():
         for aggregation in AGGREGATIONS:
-            weights = token_weights(batch.loss_mask_T, batch.sequence_ids_T, aggregation, norm_const=20.0)
+            weights = token_weights(
+                batch.loss_mask_T, batch.sequence_ids_T, aggregation, norm_const=20.0
+            )
             loss = LossConfig.model_validate({**settings, "aggregation": aggregation})
             kl = KLConfig(place="loss", coef=0.1) if name == "grpo" else KLConfig()
             decoupled = OffPolicyConfig(old_logp="recompute", weight="token", opsm_delta=0.5)
             offpolicy = decoupled if name == "dual_clip" else OffPolicyConfig()
-            yield f"{name} {aggregation}", replace(batch, weights_T=weights), Objective.of(loss, kl, offpolicy)
+            yield (
+                f"{name} {aggregation}",
+                replace(batch, weights_T=weights),
+                Objective.of(loss, kl, offpolicy),
+            )
 
 
 def take_gradient(module: torch.nn.Module) -> np.ndarray:
@@ -110,10 +124,14 @@ def main() -> None:
 
 def run(rank: int, world: int, port: int, path: str, out: Path, budget: int, packing: str) -> None:
     model = ModelConfig.model_validate({"path": path, "dtype": "float64", "packing": packing})
-    learner = LearnerRank(RankSpec(rank=rank, world=world, device="cpu", threads=1, model=model, timeout=60.0))
+    learner = LearnerRank(
+        RankSpec(rank=rank, world=world, device="cpu", threads=1, model=model, timeout=60.0)
+    )
     learner.connect(f"127.0.0.1:{port}")
     learner.load(path)
-    learner.begin_stage(OptimConfig(lr=1e-3, micro_batch_tokens=budget), 1, CriticConfig(lr=1e-3), reference=True)
+    learner.begin_stage(
+        OptimConfig(lr=1e-3, micro_batch_tokens=budget), 1, CriticConfig(lr=1e-3), reference=True
+    )
     found: dict[str, Any] = {}
     batch = ragged_batch()
     for name, weighted, objective in objectives(batch):

@@ -20,7 +20,14 @@ def learner(tmp_path: Path) -> LearnerRank:
     small = TinyConfig(hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate=48)
     path = str(make_tiny(tmp_path, small, seed=1))
     rank = LearnerRank(
-        RankSpec(rank=0, world=1, device="cpu", threads=1, model=ModelConfig(path=path, dtype="float32"), timeout=60.0)
+        RankSpec(
+            rank=0,
+            world=1,
+            device="cpu",
+            threads=1,
+            model=ModelConfig(path=path, dtype="float32"),
+            timeout=60.0,
+        )
     )
     rank.connect(rank.address())
     rank.load(path)
@@ -41,8 +48,12 @@ def test_it_says_nothing_at_first_and_then_what_it_was_told(learner: LearnerRank
     for _ in range(60):
         metrics = learner.critic_step(replace(batch, values_T=before, returns_T=returns))
     assert metrics["critic/vf_loss"] < 0.01, "it began at 0.5"
-    np.testing.assert_allclose(learner.values(batch)[batch.loss_mask_T], returns[batch.loss_mask_T], atol=0.2)
-    np.testing.assert_array_equal(learner.logprobs(batch), policy, "the policy has a body of its own")
+    np.testing.assert_allclose(
+        learner.values(batch)[batch.loss_mask_T], returns[batch.loss_mask_T], atol=0.2
+    )
+    np.testing.assert_array_equal(
+        learner.logprobs(batch), policy, "the policy has a body of its own"
+    )
 
 
 @pytest.mark.slow

@@ -13,25 +13,44 @@ from emberl.rl.batch import sft_batch
 from emberl.rl.learner.flops import ModelFlops, peak_flops, speed
 from emberl.rl.learner.policy import Policy, to_tensors
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
-SMALL = {"vocab_size": 50, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 6}
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+}
 CONFIGS = {
     "llama, head_dim from the hidden size": LlamaConfig(**SMALL, num_key_value_heads=2),
-    "llama, biases, own head_dim, no groups": LlamaConfig(**SMALL, head_dim=10, attention_bias=True, mlp_bias=True),
+    "llama, biases, own head_dim, no groups": LlamaConfig(
+        **SMALL, head_dim=10, attention_bias=True, mlp_bias=True
+    ),
     "qwen2, tied": Qwen2Config(**SMALL, num_key_value_heads=3, tie_word_embeddings=True),
-    "qwen3, own head_dim": Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=12, tie_word_embeddings=False),
+    "qwen3, own head_dim": Qwen3Config(
+        **SMALL, num_key_value_heads=2, head_dim=12, tie_word_embeddings=False
+    ),
 }
 
 
 def by_hand() -> ModelFlops:
-    return ModelFlops(layers=2, hidden=8, heads=2, kv_heads=1, head_dim=4, intermediate=16, vocabulary=10)
+    return ModelFlops(
+        layers=2, hidden=8, heads=2, kv_heads=1, head_dim=4, intermediate=16, vocabulary=10
+    )
 
 
 def test_hand_made_count() -> None:
-    # Weights of a layer: q 8*8, k 8*4, v 8*4, output 8*8, MLP 3*8*16: 576. Two operations each, two layers: 2304 a token.
-    # Attention over 3 tokens: 2 layers * 2 products * 2 operations * 3*3 * (2 heads * 4) = 576, half of it causal.
-    # The head: 2*8*10 = 160.
+    # Weights of a layer: q 8*8, k 8*4, v 8*4, output 8*8, MLP 3*8*16: 576. Two operations each, two
+    # layers: 2304 a token. Attention over 3 tokens: 2 layers * 2 products * 2 operations * 3*3 * (2
+    # heads * 4) = 576, half of it causal. The head: 2*8*10 = 160.
     flops = by_hand()
     assert (flops.token, flops.head) == (2304, 160)
     assert (flops.attention(3, causal=False), flops.attention(3)) == (576, 288)
@@ -44,7 +63,8 @@ def test_hand_made_count() -> None:
 @pytest.mark.parametrize(
     ("config", "weights", "head"),
     [
-        # 0.49 B parameters of Qwen2.5-0.5B are 0.36 B beside the embedding; 8.03 B of Llama-3.1-8B hold two times 0.525 B.
+        # 0.49 B parameters of Qwen2.5-0.5B are 0.36 B beside the embedding; 8.03 B of Llama-3.1-8B
+        # hold two times 0.525 B.
         (
             Qwen2Config(
                 hidden_size=896,
@@ -71,14 +91,17 @@ def test_hand_made_count() -> None:
         ),
     ],
 )
-def test_a_token_costs_two_operations_per_weight_of_a_known_model(config: Any, weights: float, head: float) -> None:
+def test_a_token_costs_two_operations_per_weight_of_a_known_model(
+    config: Any, weights: float, head: float
+) -> None:
     flops = ModelFlops.of(config)
     assert flops.token / 2 == pytest.approx(weights, rel=2e-3)
     assert flops.head / 2 == pytest.approx(head, rel=2e-3)
 
 
 def test_the_full_square_is_palms_count() -> None:
-    # arXiv 2204.02311, appendix B: 6 N + 12 layers * heads * head_dim * length for each token, N the weights.
+    # arXiv 2204.02311, appendix B: 6 N + 12 layers * heads * head_dim * length for each token, N
+    # the weights.
     flops, length = by_hand(), 1000
     weights = 2 * 576 + 8 * 10
     palm = length * (6 * weights + 12 * 2 * 2 * 4 * length)
@@ -91,8 +114,8 @@ def counted(run: Any) -> int:
     return counter.get_total_flops()
 
 
-# The counts are equal, except that transformers before 5 turns positions into angles by a small product; a loss token
-# more or less would be three parts in ten thousand.
+# The counts are equal, except that transformers before 5 turns positions into angles by a small
+# product; a loss token more or less would be three parts in ten thousand.
 SAME = {"rel": 1e-4}
 
 
@@ -102,15 +125,20 @@ def test_torch_counts_the_same(name: str) -> None:
     flops, ids = ModelFlops.of(model.config), torch.randint(0, 50, (3, 40))
     lengths = [40] * 3
     with torch.no_grad():
-        assert counted(lambda: model(ids)) == pytest.approx(flops.forward(lengths, 120, causal=False), **SAME)
+        assert counted(lambda: model(ids)) == pytest.approx(
+            flops.forward(lengths, 120, causal=False), **SAME
+        )
     update = counted(lambda: model(ids).logits.sum().backward())
     assert update == pytest.approx(flops.update(lengths, 120, causal=False), **SAME)
 
 
 def test_torch_counts_the_same_with_frozen_weights() -> None:
-    model = AutoModelForCausalLM.from_config(CONFIGS["qwen3, own head_dim"], attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(
+        CONFIGS["qwen3, own head_dim"], attn_implementation="eager"
+    )
     model.requires_grad_(False)
-    embedded = torch.randn(2, 40, 48, requires_grad=True)  # as a layer sees what adapters below it have changed
+    # as a layer sees what adapters below it have changed
+    embedded = torch.randn(2, 40, 48, requires_grad=True)
     update = counted(lambda: model(inputs_embeds=embedded).logits.sum().backward())
     expected = ModelFlops.of(model.config).update([40, 40], 80, causal=False, frozen_weights=True)
     assert update == pytest.approx(expected, **SAME)
@@ -118,10 +146,12 @@ def test_torch_counts_the_same_with_frozen_weights() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_torch_counts_the_same_for_the_policy(packed: bool) -> None:
-    """Only loss tokens go through the head. The passes are full, so that there is no padding to count; eager attention
-    multiplies the whole packed row by itself, where a variable-length kernel has eight squares."""
+    """Only loss tokens go through the head. The passes are full, so that there is no padding to
+    count; eager attention multiplies the whole packed row by itself, where a variable-length kernel
+    has eight squares."""
     model = AutoModelForCausalLM.from_config(CONFIGS["qwen2, tied"], attn_implementation="eager")
-    batch = sft_batch([(tuple(range(4, 20)), 10)] * 8)  # 8 sequences of 16 tokens, 6 of them with a loss
+    # 8 sequences of 16 tokens, 6 of them with a loss
+    batch = sft_batch([(tuple(range(4, 20)), 10)] * 8)
     micro = to_tensors(batch, tuple(range(8)), torch.device("cpu"), packed=packed)
     policy, flops = Policy(model), ModelFlops.of(model.config)
     update = counted(lambda: policy(micro, None, None, 1.0)[1].logp.sum().backward())
@@ -132,7 +162,10 @@ def test_torch_counts_the_same_for_the_policy(packed: bool) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Qwen3MoeConfig(), "model_type='qwen3_moe' are not counted, only those of llama, qwen2, qwen3"),
+        (
+            Qwen3MoeConfig(),
+            "model_type='qwen3_moe' are not counted, only those of llama, qwen2, qwen3",
+        ),
         (AutoConfig.for_model("gpt2"), "model_type='gpt2'"),
         (
             Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=1),
@@ -181,7 +214,8 @@ def test_a_cpu_has_no_peak() -> None:
 
 
 def test_speed() -> None:
-    # 8e14 operations in 4 s on 2 devices are 1e14 a second and device, a quarter of 4e14; 4000 tokens are 500.
+    # 8e14 operations in 4 s on 2 devices are 1e14 a second and device, a quarter of 4e14; 4000
+    # tokens are 500.
     known = speed(8 * 10**14, tokens=4000, seconds=4.0, devices=2, peak=4e14)
     assert known == {
         "perf/actor/tokens_per_second_per_device": 500.0,
@@ -189,4 +223,7 @@ def test_speed() -> None:
         "perf/mfu/actor": 0.25,
     }
     unknown = speed(8 * 10**14, tokens=4000, seconds=4.0, devices=2, peak=None)
-    assert unknown == {"perf/actor/tokens_per_second_per_device": 500.0, "perf/actor/tflops_per_device": 100.0}
+    assert unknown == {
+        "perf/actor/tokens_per_second_per_device": 500.0,
+        "perf/actor/tflops_per_device": 100.0,
+    }

@@ -36,15 +36,23 @@ FAMILIES = {
     "phi, with a bias": (PhiConfig(**SIZES), LinearHead()),
     "gpt-neox": (GPTNeoXConfig(**SIZES), LinearHead()),
     "granite": (GraniteConfig(**SIZES, logits_scaling=8.0), LinearHead(scale=0.125)),
-    "cohere2": (Cohere2Config(**SIZES, logit_scale=0.25, layer_types=["full_attention"] * 2), LinearHead(scale=0.25)),
-    "gemma2": (Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=2.0), LinearHead(softcap=2.0)),
+    "cohere2": (
+        Cohere2Config(**SIZES, logit_scale=0.25, layer_types=["full_attention"] * 2),
+        LinearHead(scale=0.25),
+    ),
+    "gemma2": (
+        Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=2.0),
+        LinearHead(softcap=2.0),
+    ),
 }
 SEQUENCES = [((3, 4, 7, 8, 1), 2), ((5, 9, 1), 1), ((6, 6, 7, 9, 30, 11, 39), 3)]
 
 
 def make(config: Any, dtype: torch.dtype = torch.float64) -> Any:
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(
+        deepcopy(config), dtype=dtype, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for parameter in model.get_output_embeddings().parameters():
             parameter.normal_(std=0.5)  # logits that a scale and a cap change visibly
@@ -64,12 +72,17 @@ class Weighted:
 
 
 def by_hand(model: Any, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """The log-probs [n] by the model's own forward, sequence after sequence, and the gradients of `Weighted`."""
+    """The log-probs [n] by the model's own forward, sequence after sequence, and the gradients of
+    `Weighted`."""
     logps, loss, position = [], torch.zeros((), dtype=torch.float64), 0
     for tokens, prompt in SEQUENCES:
         logs = (model(torch.tensor([tokens])).logits[0].double() / temperature).log_softmax(-1)
         for t in range(prompt, len(tokens)):
-            entropy, logp, index = -(logs[t - 1].exp() * logs[t - 1]).sum(), logs[t - 1, tokens[t]], position + t
+            entropy, logp, index = (
+                -(logs[t - 1].exp() * logs[t - 1]).sum(),
+                logs[t - 1, tokens[t]],
+                position + t,
+            )
             loss = loss + (0.3 + index) * logp - 0.1 * index * entropy
             logps.append(logp.detach())
         position += len(tokens)
@@ -93,10 +106,12 @@ def check(model: Any, policy: Policy, temperature: float = 0.7) -> None:
     mine = gradients(model, loss)
     assert mine.keys() == slopes.keys()
     for name, slope in slopes.items():
-        torch.testing.assert_close(mine[name], slope, rtol=1e-5, atol=1e-5)  # eager attention's softmax is float32
+        # eager attention's softmax is float32
+        torch.testing.assert_close(mine[name], slope, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "mixtral"])  # torch groups no float64 products
+# torch groups no float64 products
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "mixtral"])
 def test_the_model_s_own_scale_and_cap_are_found(family: str) -> None:
     config, head = FAMILIES[family]
     model = make(config)
@@ -110,7 +125,8 @@ def test_a_formula_that_is_not_known_is_left_to_the_model(monkeypatch: pytest.Mo
     model.config.logits_scaling, hidden = 1.0, torch.randn(3, 32, dtype=torch.float64)
     scaled = own_logits(model, hidden)
     assert Policy(model).head == LinearHead()
-    monkeypatch.setattr(type(model), "forward", other_forward)  # one that no configuration speaks of
+    # one that no configuration speaks of
+    monkeypatch.setattr(type(model), "forward", other_forward)
     torch.testing.assert_close(own_logits(model, hidden), 1.5 * scaled)
     policy = Policy(model)
     assert policy.head is None
@@ -130,7 +146,10 @@ def test_adapters_in_the_output_layer_are_trained() -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                    * 0.3
+                )
     policy = Policy(model)
     assert policy.head is None
     check(model, policy)
@@ -150,5 +169,6 @@ def test_the_body_is_itself_again_after_the_model_s_own_logits() -> None:
     assert "forward" not in vars(model.model)
     model.model.forward = wrapped = model.model.forward
     with pytest.raises(RuntimeError):
-        own_logits(model, torch.zeros(2, 31, dtype=torch.float64))  # of a size that the head does not take
+        # of a size that the head does not take
+        own_logits(model, torch.zeros(2, 31, dtype=torch.float64))
     assert vars(model.model)["forward"] is wrapped

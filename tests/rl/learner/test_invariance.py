@@ -1,4 +1,5 @@
-"""Invariant 2: loss and gradients do not depend on micro-batches, on packing or on the number of learner ranks (float64)."""
+"""Invariant 2: loss and gradients do not depend on micro-batches, on packing or on the number of
+learner ranks (float64)."""
 
 from __future__ import annotations
 
@@ -34,17 +35,26 @@ def found(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fo
     folder, whole = tmp_path_factory.mktemp("gradients"), "1-1000-off"
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(model), str(folder), whole, *SPLITS],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    return {"whole" if name == whole else name: dict(np.load(folder / f"{name}.npz")) for name in (whole, *SPLITS)}
+    return {
+        "whole" if name == whole else name: dict(np.load(folder / f"{name}.npz"))
+        for name in (whole, *SPLITS)
+    }
 
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_any_split_gives_the_same(found: dict[str, Found], name: str) -> None:
     whole, split = found["whole"], found[name]
     assert whole.keys() == split.keys()
-    assert len(whole) == 12 * 4 + 5, "every loss under every aggregation, the critic, and four rows of tokens"
+    assert len(whole) == 12 * 4 + 5, (
+        "every loss under every aggregation, the critic, and four rows of tokens"
+    )
     for row, expected in whole.items():
         scale = np.abs(expected).max()
         assert scale > 0, f"{row} is 0 throughout"

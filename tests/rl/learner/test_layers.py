@@ -1,4 +1,5 @@
-"""Replaced decoder layers beside transformers' own, in bfloat16 on a CPU, and both beside float32."""
+"""Replaced decoder layers beside transformers' own, in bfloat16 on a CPU, and both beside
+float32."""
 
 from __future__ import annotations
 
@@ -15,9 +16,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 SMALL: dict[str, Any] = {
-    "vocab_size": 60, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "initializer_range": 0.2,
-}  # fmt: skip
+    "vocab_size": 60,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
 CONFIGS = {
     "llama": LlamaConfig(**SMALL),
     "qwen2": Qwen2Config(**SMALL),
@@ -28,9 +34,13 @@ CONFIGS = {
 def states_and_gradients(model: Any, packed: bool) -> tuple[Tensor, dict[str, Tensor]]:
     rng = np.random.default_rng(0)
     batch = sft_batch([(tuple(rng.integers(1, 50, n).tolist()), 1) for n in (17, 2, 40, 9)])
-    states = hidden_states(model.model, to_tensors(batch, (0, 1, 2, 3), torch.device("cpu"), packed=packed)).float()
+    states = hidden_states(
+        model.model, to_tensors(batch, (0, 1, 2, 3), torch.device("cpu"), packed=packed)
+    ).float()
     (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum().backward()
-    return states.detach(), {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
+    return states.detach(), {
+        n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
@@ -41,7 +51,9 @@ def distance(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_replaced_layers_err_no_more_than_plain_ones(name: str, packed: bool) -> None:
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(
+        CONFIGS[name], dtype=torch.float32, attn_implementation="eager"
+    )
     exact, exact_gradients = states_and_gradients(copy.deepcopy(model), False)
     plain, plain_gradients = states_and_gradients(copy.deepcopy(model).bfloat16(), False)
     replaced = copy.deepcopy(model)
@@ -56,7 +68,9 @@ def test_replaced_layers_err_no_more_than_plain_ones(name: str, packed: bool) ->
 
 
 def test_what_is_not_known_stays_plain() -> None:
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, mlp_bias=True), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(**SMALL, mlp_bias=True), dtype=torch.float32
+    )
     assert not replace_layers(model, model.model.layers)
     assert all("forward" not in vars(layer) for layer in model.model.layers)
 

@@ -39,7 +39,9 @@ def test_merged_weights_are_the_adapted_model_under_the_plain_names(path: str) -
     assert list(merged) == [name for name, _ in plain.named_parameters()]
     down, up = (trained[f"model.layers.1.mlp.down_proj.lora_{x}.default.weight"] for x in "AB")
     base = plain.model.layers[1].mlp.down_proj.weight
-    torch.testing.assert_close(merged["model.layers.1.mlp.down_proj.weight"], base + 3.0 * up @ down)
+    torch.testing.assert_close(
+        merged["model.layers.1.mlp.down_proj.weight"], base + 3.0 * up @ down
+    )
     ids = torch.tensor([[3, 4, 7, 8, 1]])
     with torch.no_grad():
         expected, before = adapted(ids).logits, plain(ids).logits
@@ -62,7 +64,9 @@ def test_a_target_that_no_layer_has(path: str) -> None:
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_layer_whose_merged_weight_could_not_be_served(path: str, device: str, target: str, message: str) -> None:
+def test_a_layer_whose_merged_weight_could_not_be_served(
+    path: str, device: str, target: str, message: str
+) -> None:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     with pytest.raises(ValueError, match=message):
@@ -71,7 +75,9 @@ def test_a_layer_whose_merged_weight_could_not_be_served(path: str, device: str,
 
 def rank(path: str, *targets: str) -> LearnerRank:
     settings = ModelConfig(path=path, dtype="float32", lora=LoraConfig(rank=2, targets=targets))
-    learner = LearnerRank(RankSpec(rank=0, world=1, device="cpu", threads=1, model=settings, timeout=60.0))
+    learner = LearnerRank(
+        RankSpec(rank=0, world=1, device="cpu", threads=1, model=settings, timeout=60.0)
+    )
     learner.connect(learner.address())
     learner.load(path)
     learner.begin_stage(OptimConfig(lr=1e-2), 10, reference=True)
@@ -101,7 +107,10 @@ def test_only_adapters_move_and_they_come_back(untied: str, tmp_path: Path) -> N
         learner.step(BATCH, Objective.sft())
     after = served(learner)
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"lm_head.weight", *(f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2))}
+    assert changed == {
+        "lm_head.weight",
+        *(f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)),
+    }
     trained, reference = learner.logprobs(BATCH), learner.reference_logprobs(BATCH)
     assert (reference == first).all() and not (trained == first).all()
     learner.save(str(tmp_path / "saved"))
@@ -111,7 +120,9 @@ def test_only_adapters_move_and_they_come_back(untied: str, tmp_path: Path) -> N
     assert (again.logprobs(BATCH) == trained).all()
     again.begin_stage(OptimConfig(), 1, CriticConfig())
     assert again.critic is not None
-    body = {f"model.{name}": p.full_tensor() for name, p in again.critic.module.body.named_parameters()}
+    body = {
+        f"model.{name}": p.full_tensor() for name, p in again.critic.module.body.named_parameters()
+    }
     merged = {name: p.detach().numpy().tobytes() for name, p in body.items()}
     assert merged == {n: t for n, t in after.items() if n in merged}, (
         "a critic starts from what is served, not from the model's files"

@@ -16,8 +16,10 @@ NEED = Need(state=1000, loss=200, token=10)
     [
         (10**9, 2048, 2048),  # more than enough
         ((1200 + 5120) * 10 // 8, 2048, 512),  # 80 % of it: state, loss and 512 tokens
-        ((1200 + 5119) * 10 // 8, 2048, 256),  # one byte short of that, rounded down to whole multiples
-        ((1200 + 2560) * 10 // 8 - 1, 2048, 256),  # less than the smallest pass, but the longest sequence fits
+        # one byte short of that, rounded down to whole multiples
+        ((1200 + 5119) * 10 // 8, 2048, 256),
+        # less than the smallest pass, but the longest sequence fits
+        ((1200 + 2560) * 10 // 8 - 1, 2048, 256),
     ],
 )
 def test_as_many_tokens_as_the_memory_holds(free: int, largest: int, expected: int) -> None:
@@ -30,7 +32,10 @@ def test_kept_scores_grow_with_the_longest_sequence() -> None:
 
 
 def test_what_cannot_fit_is_refused_with_what_to_change() -> None:
-    with pytest.raises(ValueError, match=r"one sequence of 8192 tokens.*gradient_checkpointing.*max_response_length"):
+    with pytest.raises(
+        ValueError,
+        match=r"one sequence of 8192 tokens.*gradient_checkpointing.*max_response_length",
+    ):
         tokens_that_fit(NEED, 10_000, longest=8192, largest=16384)
 
 

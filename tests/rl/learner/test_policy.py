@@ -1,4 +1,5 @@
-"""Padded and packed micro-batches, and the learner's log-probs beside a plain forward pass of the same model."""
+"""Padded and packed micro-batches, and the learner's log-probs beside a plain forward pass of the
+same model."""
 
 from __future__ import annotations
 
@@ -15,15 +16,28 @@ from emberl.rl.batch import sft_batch
 from emberl.rl.config.data import TinyConfig
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.groups import Batch
-from emberl.rl.learner.policy import MicroBatchTensors, Policy, pick_attention, takes_packed, to_tensors
-from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from emberl.rl.learner.policy import (
+    MicroBatchTensors,
+    Policy,
+    pick_attention,
+    takes_packed,
+    to_tensors,
+)
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.integrations import npu_flash_attention
 
 
 def test_rows_point_one_position_before_their_target() -> None:
     batch = sft_batch([((3, 4, 7, 8, 1), 2), ((5, 9, 1), 1)])
     micro = to_tensors(batch, (1, 0), torch.device("cpu"))
-    assert micro.token_ids_BL.shape == (8, 8)  # two sequences, the longer of five tokens, both sizes padded to eight
+    # two sequences, the longer of five tokens, both sizes padded to eight
+    assert micro.token_ids_BL.shape == (8, 8)
     assert micro.token_ids_BL[0].tolist() == [5, 9, 1, 0, 0, 0, 0, 0]
     assert micro.token_ids_BL[1].tolist() == [3, 4, 7, 8, 1, 0, 0, 0]
     assert micro.rows_n.tolist() == [0, 1, 8 + 1, 8 + 2, 8 + 3]
@@ -41,7 +55,9 @@ def test_a_rank_without_sequences_still_makes_a_pass() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_are_those_of_each_sequence_alone(tmp_path: Path, temperature: float) -> None:
     small = TinyConfig(hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate=48)
-    model = AutoModelForCausalLM.from_pretrained(make_tiny(tmp_path, small, seed=1), dtype=torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(
+        make_tiny(tmp_path, small, seed=1), dtype=torch.float64
+    )
     sequences = [(3, 4, 7, 8, 1), (5, 9, 1), (6, 6, 6, 7, 9, 8, 10, 11, 1)]
     batch = sft_batch([(tokens, 2) for tokens in sequences])
     micro = to_tensors(batch, (2, 0, 1), torch.device("cpu"))
@@ -50,7 +66,9 @@ def test_log_probs_are_those_of_each_sequence_alone(tmp_path: Path, temperature:
         alone = []
         for i in (2, 0, 1):
             logits = model(torch.tensor([sequences[i]])).logits[0] / temperature
-            picked = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(sequences[i][1:])[:, None])[:, 0]
+            picked = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(sequences[i][1:])[:, None])[
+                :, 0
+            ]
             alone.append(picked[1:])
     np.testing.assert_allclose(stats.logp.numpy(), torch.cat(alone).numpy(), rtol=0, atol=1e-6)
 
@@ -67,7 +85,11 @@ def test_packed_sequences_stand_one_behind_the_other() -> None:
     assert micro.positions_BL is not None and micro.borders is not None
     assert micro.positions_BL[0, :10].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1]
     assert micro.positions_BL[0, 8:].tolist() == list(range(120))
-    assert (micro.borders.tolist(), micro.borders.dtype, micro.longest) == ([0, 3, 8, 128], torch.int32, 120)
+    assert (micro.borders.tolist(), micro.borders.dtype, micro.longest) == (
+        [0, 3, 8, 128],
+        torch.int32,
+        120,
+    )
     assert micro.rows_n.tolist() == [0, 1, 3 + 1, 3 + 2, 3 + 3]
     assert micro.targets_n.tolist() == [9, 1, 7, 8, 1]
     assert micro.index_n.tolist() == [6, 7, 2, 3, 4]
@@ -99,7 +121,10 @@ def test_borders_stay_on_the_host_where_attention_reads_them_there(
     monkeypatch.setitem(platform.PLATFORMS, "meta", device)
     micro = to_tensors(sft_batch([((3, 4, 1), 1)]), (0,), torch.device("meta"), packed=True)
     assert micro.borders is not None and micro.positions_BL is not None
-    assert (micro.borders.device.type, micro.positions_BL.device.type) == ("cpu" if on_host else "meta", "meta")
+    assert (micro.borders.device.type, micro.positions_BL.device.type) == (
+        "cpu" if on_host else "meta",
+        "meta",
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,26 +158,39 @@ CONFIGS = {
 
 
 def apart(query: Any, key: Any, value: Any, ends: tuple[int, ...], scale: float) -> torch.Tensor:
-    """Causal attention in each of the spans that end there; query, key, value and result are [1, heads, N, head_dim]."""
+    """Causal attention in each of the spans that end there; query, key, value and result are [1,
+    heads, N, head_dim]."""
     parts = [
         torch.nn.functional.scaled_dot_product_attention(
-            query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scale, enable_gqa=True
+            query[:, :, a:b],
+            key[:, :, a:b],
+            value[:, :, a:b],
+            is_causal=True,
+            scale=scale,
+            enable_gqa=True,
         )
         for a, b in pairwise([0, *ends])
     ]
     return torch.cat(parts, dim=2)
 
 
-def varlen(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **given: Any) -> Any:
-    """Attention as the variable-length kernels have it: no mask and no positions, just the borders."""
+def varlen(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **given: Any
+) -> Any:
+    """Attention as the variable-length kernels have it: no mask and no positions, just the
+    borders."""
     assert attention_mask is None
     borders = given["cu_seq_lens_q"].tolist()
     assert given["cu_seq_lens_k"].tolist() == borders
-    assert given["max_length_q"] == given["max_length_k"] == max(b - a for a, b in pairwise(borders))
+    assert (
+        given["max_length_q"] == given["max_length_k"] == max(b - a for a, b in pairwise(borders))
+    )
     return apart(query, key, value, tuple(borders[1:]), scaling).transpose(1, 2), None
 
 
-def tnd(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **given: Any) -> Any:
+def tnd(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **given: Any
+) -> Any:
     """transformers' attention for NPUs, as its flash attention calls it there."""
     rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     out = npu_flash_attention.npu_flash_attn_varlen_func(
@@ -162,30 +200,51 @@ def tnd(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scal
 
 
 def fusion_attention(
-    query: Any, key: Any, value: Any, head_num: int, *, input_layout: str, scale: float, sparse_mode: int,
-    actual_seq_qlen: tuple[int, ...], actual_seq_kvlen: tuple[int, ...], **other: Any,
-) -> tuple[torch.Tensor]:  # fmt: skip
-    """The NPU operator in place of the real one: [N, heads, head_dim], the ends of the sequences as numbers on the host."""
+    query: Any,
+    key: Any,
+    value: Any,
+    head_num: int,
+    *,
+    input_layout: str,
+    scale: float,
+    sparse_mode: int,
+    actual_seq_qlen: tuple[int, ...],
+    actual_seq_kvlen: tuple[int, ...],
+    **other: Any,
+) -> tuple[torch.Tensor]:
+    """The NPU operator in place of the real one: [N, heads, head_dim], the ends of the sequences as
+    numbers on the host."""
     assert (input_layout, sparse_mode, head_num) == ("TND", 3, query.shape[1])
-    assert actual_seq_qlen == actual_seq_kvlen and all(isinstance(end, int) for end in actual_seq_qlen)
+    assert actual_seq_qlen == actual_seq_kvlen and all(
+        isinstance(end, int) for end in actual_seq_qlen
+    )
     heads_first = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
     return (apart(*heads_first, actual_seq_qlen, scale)[0].transpose(0, 1),)
 
 
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' eager attention takes its softmax in float32 whatever the model computes in, so that the width of a
-    row would show in the seventh digit; here it stays in float64. The stand-ins are made known to transformers."""
+    """transformers' eager attention takes its softmax in float32 whatever the model computes in, so
+    that the width of a row would show in the seventh digit; here it stays in float64. The stand-ins
+    are made known to transformers."""
     softmax = torch.nn.functional.softmax
-    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim))
-    monkeypatch.setattr(npu_flash_attention, "npu_fusion_attention", fusion_attention, raising=False)
+    monkeypatch.setattr(
+        torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim)
+    )
+    monkeypatch.setattr(
+        npu_flash_attention, "npu_fusion_attention", fusion_attention, raising=False
+    )
     AttentionInterface.register("varlen", varlen)
     AttentionInterface.register("tnd", tnd)
 
 
 def make_policy(name: str, attention: str) -> Policy:
     torch.manual_seed(7)
-    return Policy(AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float64, attn_implementation=attention))
+    return Policy(
+        AutoModelForCausalLM.from_config(
+            CONFIGS[name], dtype=torch.float64, attn_implementation=attention
+        )
+    )
 
 
 def ragged() -> Batch:
@@ -195,14 +254,18 @@ def ragged() -> Batch:
     return sft_batch([(tuple(rng.integers(1, 30, n).tolist()), 1 + n // 8) for n in lengths])
 
 
-def logp_and_gradients(policy: Policy, batch: Batch, micro: MicroBatchTensors) -> tuple[np.ndarray, dict[str, Any]]:
+def logp_and_gradients(
+    policy: Policy, batch: Batch, micro: MicroBatchTensors
+) -> tuple[np.ndarray, dict[str, Any]]:
     """[T] the log-probs, and the gradients of their sum, each token weighed by its own number."""
     policy.zero_grad()
     _, stats, _ = policy(micro, None, None, 1.0)
     (stats.logp * (1 + micro.index_n % 5)).sum().backward()
     logp_T = np.zeros(batch.num_tokens)
     logp_T[micro.index_n.numpy()] = stats.logp.detach().numpy()
-    return logp_T, {n: p.grad.numpy().copy() for n, p in policy.named_parameters() if p.grad is not None}
+    return logp_T, {
+        n: p.grad.numpy().copy() for n, p in policy.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.usefixtures("exact")
@@ -218,11 +281,17 @@ def test_packed_and_padded_are_the_same(name: str, attention: str) -> None:
     found, gradients = logp_and_gradients(packed_policy, batch, packed)
     assert np.count_nonzero(expected) == batch.num_loss_tokens
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=0)
-    assert gradients.keys() == expected_gradients.keys() == dict(packed_policy.named_parameters()).keys()
+    assert (
+        gradients.keys()
+        == expected_gradients.keys()
+        == dict(packed_policy.named_parameters()).keys()
+    )
     for parameter, gradient in expected_gradients.items():
         scale = np.abs(gradient).max()
         assert scale > 0
-        np.testing.assert_allclose(gradients[parameter], gradient, rtol=0, atol=1e-10 * scale, err_msg=parameter)
+        np.testing.assert_allclose(
+            gradients[parameter], gradient, rtol=0, atol=1e-10 * scale, err_msg=parameter
+        )
 
 
 @pytest.mark.usefixtures("exact")
@@ -265,8 +334,14 @@ def test_packing_goes_through_gradient_checkpointing() -> None:
     ],
 )
 def test_which_attention_auto_is(
-    monkeypatch: pytest.MonkeyPatch, target: platform.Platform, dtype: torch.dtype, installed: bool, expected: str
+    monkeypatch: pytest.MonkeyPatch,
+    target: platform.Platform,
+    dtype: torch.dtype,
+    installed: bool,
+    expected: str,
 ) -> None:
-    monkeypatch.setattr("transformers.utils.import_utils.is_flash_attn_2_available", lambda: installed)
+    monkeypatch.setattr(
+        "transformers.utils.import_utils.is_flash_attn_2_available", lambda: installed
+    )
     assert pick_attention(target, dtype) == expected
     assert takes_packed(expected) == (expected == "flash_attention_2")

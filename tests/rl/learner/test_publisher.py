@@ -1,4 +1,5 @@
-"""Ranks that hold parts of the weights publish what one rank that holds all would, and every engine gets exactly that."""
+"""Ranks that hold parts of the weights publish what one rank that holds all would, and every engine
+gets exactly that."""
 
 from __future__ import annotations
 
@@ -27,7 +28,11 @@ def weights(version: int) -> dict[str, torch.Tensor]:
     """bfloat16 values of which a few change from one version to the next."""
     found = {}
     for seed, (name, shape) in enumerate(SHAPES.items()):
-        values = torch.from_numpy(np.random.default_rng(seed).normal(0, 0.02, shape)).bfloat16().view(torch.int16)
+        values = (
+            torch.from_numpy(np.random.default_rng(seed).normal(0, 0.02, shape))
+            .bfloat16()
+            .view(torch.int16)
+        )
         for step in range(version):
             mask = np.random.default_rng((seed, step)).random(shape) < 0.02
             values = values + torch.from_numpy(mask.astype(np.int16))
@@ -46,10 +51,14 @@ def shard(version: int, rank: int, world: int) -> dict[str, Shard]:
     return found
 
 
-def publish(ranks: Sequence[Publisher], version: int, folder: Path, *, patch: bool, anchor: bool = False) -> Published:
+def publish(
+    ranks: Sequence[Publisher], version: int, folder: Path, *, patch: bool, anchor: bool = False
+) -> Published:
     for rank, publisher in enumerate(ranks):
         publisher.take(shard(version, rank, len(ranks)))
-    order = PublishRequest(run_id="run", version=version, patch=patch, anchor=anchor, directory=str(folder))
+    order = PublishRequest(
+        run_id="run", version=version, patch=patch, anchor=anchor, directory=str(folder)
+    )
     return ranks[0].publish(order, [publisher.part(whole=not patch) for publisher in ranks[1:]])
 
 
@@ -61,7 +70,12 @@ def notice(found: Published) -> WeightUpdate:
     patches = () if found.patch is None else (found.patch,)
     anchors = () if found.anchor is None else (found.anchor,)
     return WeightUpdate(
-        run_id="run", attempt=0, version=found.version, root=found.root, patches=patches, anchors=anchors
+        run_id="run",
+        attempt=0,
+        version=found.version,
+        root=found.root,
+        patches=patches,
+        anchors=anchors,
     )
 
 
@@ -70,7 +84,10 @@ def test_any_number_of_ranks_publishes_the_same_weights(world: int, tmp_path: Pa
     publishers, receiver = ranks(world), Receiver(FetchContext(timeout=5.0))
     for version in range(4):
         found = publish(publishers, version, tmp_path, patch=version in (1, 3))
-        assert (found.patch is None, found.anchor is None) == (version not in (1, 3), version in (1, 3))
+        assert (found.patch is None, found.anchor is None) == (
+            version not in (1, 3),
+            version in (1, 3),
+        )
         receiver.prepare(notice(found))
         receiver.patch(version, version - 1)
         receiver.commit(version)
@@ -81,22 +98,28 @@ def test_any_number_of_ranks_publishes_the_same_weights(world: int, tmp_path: Pa
             )
         changed = sum(
             int((a != b).sum())
-            for a, b in zip(weights(version).values(), weights(max(0, version - 1)).values(), strict=True)
+            for a, b in zip(
+                weights(version).values(), weights(max(0, version - 1)).values(), strict=True
+            )
         )
         if found.patch is not None:
             assert found.changed == changed / (1500 + 3 + 8)
             assert 0 < found.patch.size < 800
         elif version:
-            assert found.changed == pytest.approx(changed / (1500 + 3 + 8), abs=1e-9) or world > 1, (
-                "a guess of its own shard"
-            )
+            assert (
+                found.changed == pytest.approx(changed / (1500 + 3 + 8), abs=1e-9) or world > 1
+            ), "a guess of its own shard"
 
 
 def test_an_anchor_beside_a_patch_holds_the_new_weights(tmp_path: Path) -> None:
     publishers = ranks(2)
     publish(publishers, 0, tmp_path, patch=False)
     found = publish(publishers, 1, tmp_path, patch=True, anchor=True)
-    assert found.patch is not None and found.anchor is not None and isinstance(found.anchor.places[0], FileSource)
+    assert (
+        found.patch is not None
+        and found.anchor is not None
+        and isinstance(found.anchor.places[0], FileSource)
+    )
     late = Receiver(FetchContext(timeout=5.0))
     report = late.prepare(notice(found))
     assert report.wire_bytes == found.anchor.size and late.patch(1, -1).root == found.root
@@ -107,16 +130,24 @@ def test_an_anchor_beside_a_patch_holds_the_new_weights(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_thousand_versions_in_a_chain(tmp_path: Path) -> None:
-    """Two ranks, patches only: every version bit for bit, the last one reached from version 0 in 1,000 steps too."""
+    """Two ranks, patches only: every version bit for bit, the last one reached from version 0 in
+    1,000 steps too."""
     publishers, receiver = ranks(2), Receiver(FetchContext(timeout=5.0))
-    rng, values = np.random.default_rng(0), np.random.default_rng(1).integers(0x3C00, 0x3D00, (4, 60)).astype(np.uint16)
+    rng, values = (
+        np.random.default_rng(0),
+        np.random.default_rng(1).integers(0x3C00, 0x3D00, (4, 60)).astype(np.uint16),
+    )
     patches, first = [], None
     for version in range(1001):
         for rank, publisher in enumerate(publishers):
             data = values[2 * rank : 2 * rank + 2].copy().reshape(-1).view(np.uint8)
             publisher.take({"w": Shard(dtype="BF16", shape=(4, 60), start=120 * rank, data=data)})
         order = PublishRequest(
-            run_id="run", version=version, patch=version > 0, anchor=version == 0, directory=str(tmp_path)
+            run_id="run",
+            version=version,
+            patch=version > 0,
+            anchor=version == 0,
+            directory=str(tmp_path),
         )
         found = publishers[0].publish(order, [publishers[1].part(whole=version == 0)])
         first = first or found.anchor
@@ -124,12 +155,19 @@ def test_a_thousand_versions_in_a_chain(tmp_path: Path) -> None:
         receiver.prepare(notice(found))
         receiver.patch(version, version - 1)
         receiver.commit(version)
-        assert receiver.held is not None and bytes(receiver.held.tensors["w"].data) == values.tobytes()
+        assert (
+            receiver.held is not None and bytes(receiver.held.tensors["w"].data) == values.tobytes()
+        )
         values = (values + rng.choice(np.array([-1, 0, 0, 0, 1]), (4, 60))).astype(np.uint16)
     assert first is not None and receiver.held is not None
     late = Receiver(FetchContext(timeout=5.0))
     whole = WeightUpdate(
-        run_id="run", attempt=0, version=1000, root=receiver.held.root, patches=tuple(patches), anchors=(first,)
+        run_id="run",
+        attempt=0,
+        version=1000,
+        root=receiver.held.root,
+        patches=tuple(patches),
+        anchors=(first,),
     )
     assert late.prepare(whole).replays == 1000
     assert bytes(late.patch(1000, -1).tensors["w"].data) == bytes(receiver.held.tensors["w"].data)
@@ -148,7 +186,9 @@ def test_shards_are_copies_in_the_dtype_that_is_served() -> None:
     kept = shards_of(model, torch.float32, 0, 1)["embed.weight"]
     with torch.no_grad():
         model.embed.weight += 1
-    assert np.array_equal(kept.data, same), "the optimizer's next step must not reach what is being published"
+    assert np.array_equal(kept.data, same), (
+        "the optimizer's next step must not reach what is being published"
+    )
 
 
 def test_a_version_is_sent_into_the_engines_and_lies_ready_for_who_misses_it(
@@ -162,7 +202,12 @@ def test_a_version_is_sent_into_the_engines_and_lies_ready_for_who_misses_it(
         publisher.take(shard(version, 0, 1))
         broadcast = Broadcast(group=group, number=version, timeout=10.0)
         order = PublishRequest(
-            run_id="run", version=version, patch=False, anchor=True, directory=str(tmp_path), broadcast=broadcast
+            run_id="run",
+            version=version,
+            patch=False,
+            anchor=True,
+            directory=str(tmp_path),
+            broadcast=broadcast,
         )
         found = publisher.publish(order)
         engines = found.engines
@@ -172,8 +217,12 @@ def test_a_version_is_sent_into_the_engines_and_lies_ready_for_who_misses_it(
             coming = threads.submit(GroupMember().join, broadcast, group)
             publisher.broadcast()
             coming.result(10.0)
-        assert all(torch.equal(sent[version][name], tensor) for name, tensor in weights(version).items())
-        assert found.anchor is not None and [type(place) for place in found.anchor.places] == [FileSource]
+        assert all(
+            torch.equal(sent[version][name], tensor) for name, tensor in weights(version).items()
+        )
+        assert found.anchor is not None and [type(place) for place in found.anchor.places] == [
+            FileSource
+        ]
         receiver = Receiver(FetchContext(timeout=10.0))
         receiver.prepare(notice(found))
         assert receiver.patch(version, -1).digests == engines.digests

@@ -1,4 +1,5 @@
-"""One rank by itself: what must not change a gradient, what must not reach the weights, and what an update cost."""
+"""One rank by itself: what must not change a gradient, what must not reach the weights, and what an
+update cost."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def make(tmp_path: Path) -> Iterator[Callable[..., LearnerRank]]:
         for rank in made:
             rank.close()
         settings = ModelConfig.model_validate({"path": path, "dtype": "float64", **model})
-        rank = LearnerRank(RankSpec(rank=0, world=1, device="cpu", threads=1, model=settings, timeout=60.0))
+        rank = LearnerRank(
+            RankSpec(rank=0, world=1, device="cpu", threads=1, model=settings, timeout=60.0)
+        )
         rank.connect(rank.address())
         rank.load(path)
         rank.begin_stage(OptimConfig(lr=1e-2), 10)
@@ -60,7 +63,9 @@ def test_gradient_checkpointing_gives_the_same_gradient(make: Callable[..., Lear
     assert len(calls) == 2, "the layer was not run again in the backward pass"
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(make: Callable[..., LearnerRank]) -> None:
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
+    make: Callable[..., LearnerRank],
+) -> None:
     rank = make()
     before = rank.logprobs(BATCH)
     weights = np.where(BATCH.loss_mask_T, 1e308, 0.0)
@@ -77,10 +82,14 @@ def test_what_had_no_signal_moves_the_learning_rate_on(make: Callable[..., Learn
     rank.begin_stage(OptimConfig(lr=1e-2, schedule="linear"), 10)
     assert rank.step(BATCH, Objective.sft())["actor/lr"] == pytest.approx(1e-2)
     rank.skip(3)
-    assert rank.step(BATCH, Objective.sft())["actor/lr"] == pytest.approx(6e-3), "four of ten updates are behind it"
+    assert rank.step(BATCH, Objective.sft())["actor/lr"] == pytest.approx(6e-3), (
+        "four of ten updates are behind it"
+    )
 
 
-def test_a_log_prob_that_is_not_finite_is_left_out_and_counted(make: Callable[..., LearnerRank]) -> None:
+def test_a_log_prob_that_is_not_finite_is_left_out_and_counted(
+    make: Callable[..., LearnerRank],
+) -> None:
     rank = make()
     behaviour = np.full(BATCH.num_tokens, -2.0)
     behaviour[np.flatnonzero(BATCH.loss_mask_T)[0]] = np.nan
@@ -92,8 +101,8 @@ def test_a_log_prob_that_is_not_finite_is_left_out_and_counted(make: Callable[..
 
 
 def test_what_an_update_cost(make: Callable[..., LearnerRank]) -> None:
-    """Layers: 2 * 2 (32 * 2 * (2 + 1) * 16 + 3 * 32 * 48) = 30,720 a token of 8; attention: 4 (5^2 + 3^2) / 2 * 32 * 2
-    layers; head: 2 * 32 * 23 a loss token of 5. Thrice that."""
+    """Layers: 2 * 2 (32 * 2 * (2 + 1) * 16 + 3 * 32 * 48) = 30,720 a token of 8; attention: 4 (5^2
+    + 3^2) / 2 * 32 * 2 layers; head: 2 * 32 * 23 a loss token of 5. Thrice that."""
     metrics = make().step(BATCH, Objective.sft())
     seconds = metrics["timing_s/update_actor"]
     expected = 3 * (8 * 30_720 + 4 * 34 // 2 * 32 * 2 + 5 * 2 * 32 * 23)
@@ -103,8 +112,9 @@ def test_what_an_update_cost(make: Callable[..., LearnerRank]) -> None:
 
 
 def test_the_figures_of_an_update(make: Callable[..., LearnerRank]) -> None:
-    """Entropy is that of the model's own logits; how far the engine is, is told of the policy before the update, from all
-    tokens but the one whose log-prob is NaN, and old log-probs are of the masters' dtype, so that the ratio is 1 exactly."""
+    """Entropy is that of the model's own logits; how far the engine is, is told of the policy
+    before the update, from all tokens but the one whose log-prob is NaN, and old log-probs are of
+    the masters' dtype, so that the ratio is 1 exactly."""
     rank = make()
     old = rank.logprobs(BATCH)
     assert old.dtype == np.float64
@@ -119,7 +129,8 @@ def test_the_figures_of_an_update(make: Callable[..., LearnerRank]) -> None:
         for sequence in (BATCH.token_ids_T[:5], BATCH.token_ids_T[5:]):
             logits = model(input_ids=torch.from_numpy(sequence.astype(np.int64))[None]).logits[0]
             entropies.append(torch.distributions.Categorical(logits=logits).entropy().numpy())
-    before = np.concatenate([np.roll(row, 1) for row in entropies])  # of the distribution that a token was drawn from
+    # of the distribution that a token was drawn from
+    before = np.concatenate([np.roll(row, 1) for row in entropies])
     objective = Objective.of(LossConfig(), KLConfig(), OffPolicyConfig(old_logp="recompute"))
     metrics = rank.step(batch, objective)
     assert metrics["actor/entropy_per_token"] == pytest.approx(before[mask].mean(), rel=1e-5)
@@ -130,16 +141,22 @@ def test_the_figures_of_an_update(make: Callable[..., LearnerRank]) -> None:
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-9)
     again = rank.step(batch, objective)
     moved = mismatch_metrics(rank.logprobs(BATCH), behaviour, mask, BATCH.sequence_ids_T)
-    assert again["rollout_corr/kl"] != pytest.approx(moved["rollout_corr/kl"]), "not of the policy after the update"
+    assert again["rollout_corr/kl"] != pytest.approx(moved["rollout_corr/kl"]), (
+        "not of the policy after the update"
+    )
 
 
-def test_parts_of_a_step_say_together_how_far_the_engine_is(make: Callable[..., LearnerRank]) -> None:
+def test_parts_of_a_step_say_together_how_far_the_engine_is(
+    make: Callable[..., LearnerRank],
+) -> None:
     rank = make()
     objective = Objective.of(LossConfig(), KLConfig(), OffPolicyConfig())
     batch = replace(BATCH, behaviour_logp_T=np.linspace(-3, -1, BATCH.num_tokens))
     old = rank.logprobs(batch)
     for sequence in (1, 0):
         assert "rollout_corr/kl" not in rank.accumulate(batch.select([sequence]), objective)
-    expected = mismatch_metrics(old, batch.behaviour_logp_T, BATCH.loss_mask_T, BATCH.sequence_ids_T)
+    expected = mismatch_metrics(
+        old, batch.behaviour_logp_T, BATCH.loss_mask_T, BATCH.sequence_ids_T
+    )
     found = rank.finish(1.0)
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-9)

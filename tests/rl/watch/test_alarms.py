@@ -1,5 +1,6 @@
-"""A run that does not learn says so: once, with its cause, and not before it has gone on for a while. First the signs by
-their metrics, then the loop itself on a scripted engine, grader and learner: what it prints, alerts and returns."""
+"""A run that does not learn says so: once, with its cause, and not before it has gone on for a
+while. First the signs by their metrics, then the loop itself on a scripted engine, grader and
+learner: what it prints, alerts and returns."""
 
 from __future__ import annotations
 
@@ -25,9 +26,15 @@ from emberl.rollout.samples import Completion, Prompt, Sampling, Span
 from rich.console import Console
 
 HEALTHY = {
-    "critic/score/max": 1.0, "critic/score/min": 0.0, "training/updates": 1.0, "training/cut_fraction": 0.2,
-    "actor/entropy_per_token": 0.4, "actor/grad_norm": 0.3, "actor/nonfinite_logp": 0.0, "training/accuracy": 0.5,
-}  # fmt: skip
+    "critic/score/max": 1.0,
+    "critic/score/min": 0.0,
+    "training/updates": 1.0,
+    "training/cut_fraction": 0.2,
+    "actor/entropy_per_token": 0.4,
+    "actor/grad_norm": 0.3,
+    "actor/nonfinite_logp": 0.0,
+    "training/accuracy": 0.5,
+}
 
 
 def config(**tracking: Any) -> Config:
@@ -43,36 +50,62 @@ def config(**tracking: Any) -> Config:
 def said(*steps: dict[str, float], **tracking: Any) -> list[tuple[int, str, str]]:
     """(step, title, text) of everything that is said in a run of these steps."""
     alarms = Alarms(config(**tracking))
-    found = [(i, a.title, a.text) for i, step in enumerate(steps, 1) for a in alarms.after(i, HEALTHY | step)]
+    found = [
+        (i, a.title, a.text)
+        for i, step in enumerate(steps, 1)
+        for a in alarms.after(i, HEALTHY | step)
+    ]
     return found + [(0, a.title, a.text) for a in alarms.at_end()]
 
 
 @pytest.mark.parametrize(
     ("step", "title", "text"),
     [
-        ({"critic/score/max": 0.0}, "reward stuck at 0", "no answer has scored above 0: the problems are too hard"),
+        (
+            {"critic/score/max": 0.0},
+            "reward stuck at 0",
+            "no answer has scored above 0: the problems are too hard",
+        ),
         (
             {"critic/score/max": 0.0, "training/cut_fraction": 0.9},
             "reward stuck at 0",
             "90% of the answers are cut at rollout.max_response_length=512; raise it first",
         ),
-        ({"critic/score/max": 0.45, "critic/score/min": 0.45}, "all rewards equal", "every answer scores 0.45"),
-        ({"critic/score/max": 0.1 + 0.2, "critic/score/min": 0.3}, "all rewards equal", "every answer scores 0.3"),
+        (
+            {"critic/score/max": 0.45, "critic/score/min": 0.45},
+            "all rewards equal",
+            "every answer scores 0.45",
+        ),
+        (
+            {"critic/score/max": 0.1 + 0.2, "critic/score/min": 0.3},
+            "all rewards equal",
+            "every answer scores 0.3",
+        ),
         (
             {
-                "training/updates": 0.0, "training/filter_groups/dropped": 64.0, "training/filter_groups/solved_all": 60.0,
+                "training/updates": 0.0,
+                "training/filter_groups/dropped": 64.0,
+                "training/filter_groups/solved_all": 60.0,
                 "training/filter_groups/solved_none": 4.0,
             },
             "no update",
             "all 64 groups have equal scores (60 all above 0, 4 all 0 or less)",
         ),
         ({"training/updates": 0.0}, "no update", "no token had an advantage"),
-        ({"training/cut_fraction": 1.0}, "answers all cut off", "rollout.max_response_length=512 and is cut; raise it"),
+        (
+            {"training/cut_fraction": 1.0},
+            "answers all cut off",
+            "rollout.max_response_length=512 and is cut; raise it",
+        ),
         ({"actor/grad_norm": 0.0}, "no gradient", "a gradient of exactly 0"),
         ({"actor/nonfinite_logp": 0.5}, "log-probs are not finite", "50.0% of the tokens"),
-        ({"actor/grad_norm": float("nan"), "actor/steps_skipped": 3.0}, "gradients are not finite", "3 updates were left out"),
+        (
+            {"actor/grad_norm": float("nan"), "actor/steps_skipped": 3.0},
+            "gradients are not finite",
+            "3 updates were left out",
+        ),
     ],
-)  # fmt: skip
+)
 def test_each_sign_is_said_once(step: dict[str, float], title: str, text: str) -> None:
     found = said(*[step] * 7)
     assert [(i, t) for i, t, _ in found] == [(3, title)]
@@ -84,11 +117,16 @@ def test_a_healthy_run_says_nothing() -> None:
 
 
 def test_a_sign_must_hold_in_a_row() -> None:
-    assert said({"training/updates": 0.0}, {"training/updates": 0.0}, {}, {"training/updates": 0.0}) == []
+    assert (
+        said({"training/updates": 0.0}, {"training/updates": 0.0}, {}, {"training/updates": 0.0})
+        == []
+    )
 
 
 def test_a_run_that_is_shorter_says_it_at_its_end() -> None:
-    assert [(i, title) for i, title, _ in said(*[{"training/updates": 0.0}] * 2)] == [(0, "no update")]
+    assert [(i, title) for i, title, _ in said(*[{"training/updates": 0.0}] * 2)] == [
+        (0, "no update")
+    ]
     assert said({}, {"training/updates": 0.0}) == []
 
 
@@ -100,7 +138,9 @@ def test_it_can_be_turned_off() -> None:
     assert said(*[{"training/updates": 0.0}] * 9, warn_after=0) == []
 
 
-def entropies(*found: float | None, accuracy: float = 0.5, **tracking: Any) -> list[tuple[int, str]]:
+def entropies(
+    *found: float | None, accuracy: float = 0.5, **tracking: Any
+) -> list[tuple[int, str]]:
     rows = [{} if e is None else {"actor/entropy_per_token": e} for e in found]
     without = {key: value for key, value in HEALTHY.items() if key != "actor/entropy_per_token"}
     alarms = Alarms(config(**tracking))
@@ -125,7 +165,9 @@ def entropies(*found: float | None, accuracy: float = 0.5, **tracking: Any) -> l
         ((float("nan"), 0.4, 0.01, 0.01, 0.01), [5]),
     ],
 )
-def test_entropy_is_compared_with_that_of_the_first_step(found: Sequence[float | None], at: list[int]) -> None:
+def test_entropy_is_compared_with_that_of_the_first_step(
+    found: Sequence[float | None], at: list[int]
+) -> None:
     assert [step for step, _ in entropies(*found)] == at
     assert entropies(*found, accuracy=0.95) == [], "who solves the problems need not explore"
     assert entropies(*found, entropy_floor=0.0) == []
@@ -133,14 +175,18 @@ def test_entropy_is_compared_with_that_of_the_first_step(found: Sequence[float |
 
 def test_what_is_said_of_entropy() -> None:
     [(_, text)] = entropies(0.4, None, 0.01, 0.01, 0.01)
-    assert text.startswith("steps 3 to 5: the policy's entropy is 0.01 nats a token, 2.5% of what it was at the start")
+    assert text.startswith(
+        "steps 3 to 5: the policy's entropy is 0.01 nats a token, 2.5% of what it was at the start"
+    )
     assert "(tracking.entropy_floor=0.05), and 50% of the answers are right" in text
 
 
 def test_a_resumed_run_compares_with_its_first_sitting() -> None:
     alarms = Alarms(config(), entropy_start=0.4)
     low = HEALTHY | {"actor/entropy_per_token": 0.01}
-    assert [alarm.title for i in range(3) for alarm in alarms.after(i + 7, low)] == ["entropy collapsed"]
+    assert [alarm.title for i in range(3) for alarm in alarms.after(i + 7, low)] == [
+        "entropy collapsed"
+    ]
     assert alarms.entropy_start == 0.4
 
 
@@ -163,10 +209,13 @@ class Engine:
 
     def answer(self, prompt_id: str, sample: int) -> Completion:
         return Completion(
-            prompt_id=prompt_id, sample=sample, token_ids=np.full(self.length, 5, np.int32),
-            logprobs=np.full(self.length, -0.5, np.float32), spans=(Span(self.served, 0, self.length),),
+            prompt_id=prompt_id,
+            sample=sample,
+            token_ids=np.full(self.length, 5, np.int32),
+            logprobs=np.full(self.length, -0.5, np.float32),
+            spans=(Span(self.served, 0, self.length),),
             finish_reason="length" if self.length == LONGEST else "stop",
-        )  # fmt: skip
+        )
 
     def cut(self, jobs: Sequence[Job]) -> None: ...
 
@@ -175,14 +224,26 @@ class Engine:
 
 
 def loop(
-    folder: Path, score: Callable[[int, int], float], *, length: int = 2, entropy: Sequence[float] = (0.4,), **tree: Any
+    folder: Path,
+    score: Callable[[int, int], float],
+    *,
+    length: int = 2,
+    entropy: Sequence[float] = (0.4,),
+    **tree: Any,
 ) -> tuple[Result, str, list[dict[str, str]]]:
-    """Runs the RL stage: its result, what the console shows and W&B's alerts. score: of a problem's number and a sample's."""
+    """Runs the RL stage: its result, what the console shows and W&B's alerts. score: of a problem's
+    number and a sample's."""
     settings = {
-        "name": "t", "model": {"path": "x"}, "data": {"source": "arithmetic"}, "eval": {"size": 0},
-        "rollout": {"group_size": 2, "max_response_length": LONGEST}, "checkpoint": {"every": 0},
-        "schedule": {"steps": 4, "prompts_per_step": 2}, "tracking": {"warn_after": 3, "wandb": "disabled"}, **tree,
-    }  # fmt: skip
+        "name": "t",
+        "model": {"path": "x"},
+        "data": {"source": "arithmetic"},
+        "eval": {"size": 0},
+        "rollout": {"group_size": 2, "max_response_length": LONGEST},
+        "checkpoint": {"every": 0},
+        "schedule": {"steps": 4, "prompts_per_step": 2},
+        "tracking": {"warn_after": 3, "wandb": "disabled"},
+        **tree,
+    }
     config = resolve(settings)
     text, alerts = io.StringIO(), []
     tracker = Tracker(config, folder, Console(file=text, soft_wrap=True))
@@ -192,24 +253,46 @@ def loop(
 
     def grade(prompt: Prompt, completions: Sequence[Completion]) -> Group:
         scores = [score(int(prompt.id[1:]), completion.sample) for completion in completions]
-        verdicts = tuple(Verdict(status=Status.PARTIAL if 0 < s < 1 else Status.CORRECT if s else Status.WRONG, score=s)
-                         for s in scores)  # fmt: skip
+        verdicts = tuple(
+            Verdict(
+                status=Status.PARTIAL if 0 < s < 1 else Status.CORRECT if s else Status.WRONG,
+                score=s,
+            )
+            for s in scores
+        )
         return Group(prompt=prompt, completions=tuple(completions), verdicts=verdicts)
 
     learners = SimpleNamespace(
-        begin_stage=lambda *a: None, skip=lambda n: None,
+        begin_stage=lambda *a: None,
+        skip=lambda n: None,
         step=lambda batch, objective: {
-            "actor/loss": 0.0, "actor/entropy_per_token": next(steps), "actor/grad_norm": 0.3, "actor/nonfinite_logp": 0.0
+            "actor/loss": 0.0,
+            "actor/entropy_per_token": next(steps),
+            "actor/grad_norm": 0.3,
+            "actor/nonfinite_logp": 0.0,
         },
-    )  # fmt: skip
+    )
     run: Any = SimpleNamespace(
-        config=config, run_dir=folder, progress=Progress(), started=0.0, tracker=tracker, learners=learners,
-        pool=Engine(length), suite=SimpleNamespace(finished=0, metrics=dict), grade=grade, save=lambda: None,
-        source=SimpleNamespace(train=lambda i: Prompt(id=f"p{i}", token_ids=(3,), answer="", source="s")),
-        publish=lambda **_: {}, learning=nullcontext, stop_if_asked=lambda: None, wait_published=dict,
+        config=config,
+        run_dir=folder,
+        progress=Progress(),
+        started=0.0,
+        tracker=tracker,
+        learners=learners,
+        pool=Engine(length),
+        suite=SimpleNamespace(finished=0, metrics=dict),
+        grade=grade,
+        save=lambda: None,
+        source=SimpleNamespace(
+            train=lambda i: Prompt(id=f"p{i}", token_ids=(3,), answer="", source="s")
+        ),
+        publish=lambda **_: {},
+        learning=nullcontext,
+        stop_if_asked=lambda: None,
+        wait_published=dict,
         check_delivery=lambda: None,
         sampling=lambda step: Sampling(max_tokens=LONGEST, seed=step),
-    )  # fmt: skip
+    )
     result = go(run, None)
     tracker.close()
     return result, text.getvalue(), alerts
@@ -224,25 +307,43 @@ ONE_RIGHT = {"score": lambda problem, sample: float(sample == 0)}
         (ONE_RIGHT, [], 4, ""),
         (
             {"score": lambda problem, sample: 0.5},
-            ["all rewards equal", "no update"], 0, "every answer scores 0.5, so that none is better than another",
+            ["all rewards equal", "no update"],
+            0,
+            "every answer scores 0.5, so that none is better than another",
         ),
         (
             {"score": lambda problem, sample: 0.0},
-            ["reward stuck at 0", "no update"], 0, "all 2 groups have equal scores (0 all above 0, 2 all 0 or less)",
+            ["reward stuck at 0", "no update"],
+            0,
+            "all 2 groups have equal scores (0 all above 0, 2 all 0 or less)",
         ),
         (
             {"score": lambda problem, sample: float(problem % 2)},
-            ["no update"], 0, "all 2 groups have equal scores (1 all above 0, 1 all 0 or less)",
+            ["no update"],
+            0,
+            "all 2 groups have equal scores (1 all above 0, 1 all 0 or less)",
         ),
-        (ONE_RIGHT | {"length": LONGEST}, ["answers all cut off"], 4, "every answer reaches rollout.max_response_length=4"),
-        (ONE_RIGHT | {"entropy": (0.4, 0.01)}, ["entropy collapsed"], 4, "2.5% of what it was at the start"),
+        (
+            ONE_RIGHT | {"length": LONGEST},
+            ["answers all cut off"],
+            4,
+            "every answer reaches rollout.max_response_length=4",
+        ),
+        (
+            ONE_RIGHT | {"entropy": (0.4, 0.01)},
+            ["entropy collapsed"],
+            4,
+            "2.5% of what it was at the start",
+        ),
         (
             ONE_RIGHT | {"schedule": {"steps": 2, "prompts_per_step": 2}, "length": LONGEST},
-            ["answers all cut off"], 2, "steps 1 to 2: every answer reaches",
+            ["answers all cut off"],
+            2,
+            "steps 1 to 2: every answer reaches",
         ),
     ],
     ids=["learns", "equal", "zero", "no update", "cut", "entropy", "short"],
-)  # fmt: skip
+)
 def test_the_loop_says_that_it_does_not_learn(
     tmp_path: Path, case: dict[str, Any], titles: list[str], updates: int, text: str
 ) -> None:

@@ -1,4 +1,5 @@
-"""What a run records of its answers: numbers written by hand come back as rows, and a repeated step replaces its rows."""
+"""What a run records of its answers: numbers written by hand come back as rows, and a repeated step
+replaces its rows."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def group(name: str, lengths: tuple[int, ...], spans: tuple[tuple[Span, ...], ..
         )
         for i, (length, own) in enumerate(zip(lengths, spans, strict=True))
     )
-    verdicts = tuple(Verdict(status=Status.WRONG, score=0.0, seconds=0.5 * i) for i in range(len(lengths)))
+    verdicts = tuple(
+        Verdict(status=Status.WRONG, score=0.0, seconds=0.5 * i) for i in range(len(lengths))
+    )
     prompt = Prompt(id=name, token_ids=(1, 2, 3), answer="", source="hand")
     return Group(prompt=prompt, completions=completions, verdicts=verdicts)
 
@@ -36,17 +39,30 @@ def test_each_answer_is_a_row(tmp_path: Path) -> None:
     record_lengths(tmp_path, 8, 7, [group("a", (8, 2), (two_versions, (Span(7, 0, 2),)))])
     first, second = read_lengths(tmp_path).to_pylist()
     assert first == {
-        "step": 8, "version": 7, "prompt_id": "a", "sample": 0, "prompt_length": 3, "response_length": 8,
-        "started": 100.0, "decode_s": 2.0, "grade_s": 0.0, "versions": [6, 7], "version_tokens": [3, 5],
-    }  # fmt: skip
+        "step": 8,
+        "version": 7,
+        "prompt_id": "a",
+        "sample": 0,
+        "prompt_length": 3,
+        "response_length": 8,
+        "started": 100.0,
+        "decode_s": 2.0,
+        "grade_s": 0.0,
+        "versions": [6, 7],
+        "version_tokens": [3, 5],
+    }
     assert (second["sample"], second["response_length"], second["grade_s"]) == (1, 2, 0.5)
 
 
 def test_a_step_done_again_replaces_its_rows(tmp_path: Path) -> None:
     for step, length in ((1, 4), (2, 9), (1, 6)):
-        record_lengths(tmp_path, step, step - 1, [group("a", (length,), ((Span(step - 1, 0, length),),))])
+        record_lengths(
+            tmp_path, step, step - 1, [group("a", (length,), ((Span(step - 1, 0, length),),))]
+        )
     table = read_lengths(tmp_path)
-    assert sorted(zip(table["step"].to_pylist(), table["response_length"].to_pylist(), strict=True)) == [(1, 6), (2, 9)]
+    assert sorted(
+        zip(table["step"].to_pylist(), table["response_length"].to_pylist(), strict=True)
+    ) == [(1, 6), (2, 9)]
 
 
 def test_what_is_no_recording_is_named(tmp_path: Path) -> None:

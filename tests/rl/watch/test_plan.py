@@ -1,4 +1,5 @@
-"""The planner's simulator against times that are known by hand, the books, and an independent simulation's figures."""
+"""The planner's simulator against times that are known by hand, the books, and an independent
+simulation's figures."""
 
 from __future__ import annotations
 
@@ -25,9 +26,17 @@ EQUAL = LognormalLengths(mean_uncut=100, cv=0, cap=1000)
 """Every answer has 100 tokens: 10 s at 10 tokens a second."""
 
 BASE = Scenario(
-    workers=2, slots=8, table=DecodeTable.constant(10), lengths=EQUAL, prompts_per_step=4, group_size=4,
-    learner_fixed=3.0, learner_per_token=0.001, steps=12, warmup=4,
-)  # fmt: skip
+    workers=2,
+    slots=8,
+    table=DecodeTable.constant(10),
+    lengths=EQUAL,
+    prompts_per_step=4,
+    group_size=4,
+    learner_fixed=3.0,
+    learner_per_token=0.001,
+    steps=12,
+    warmup=4,
+)
 TRAIN = 3.0 + 0.001 * 4 * 4 * 100
 """4.6 s for the 16 answers of a step."""
 
@@ -38,12 +47,16 @@ def step_seconds(scenario: Scenario) -> float:
 
 def test_a_synchronous_step_is_decoding_then_training_then_publishing() -> None:
     scenario = replace(
-        BASE, publication=Publication(encode=0.1, transfer=0.3, commit=0.2), reward=RewardTime(seconds=0.5)
+        BASE,
+        publication=Publication(encode=0.1, transfer=0.3, commit=0.2),
+        reward=RewardTime(seconds=0.5),
     )
     assert step_seconds(scenario) == pytest.approx(10 + 0.5 + TRAIN + 0.6)
     found = figures(simulate(scenario))
     assert found["learner_idle"] == pytest.approx(10.5 / (10.5 + TRAIN + 0.6))
-    assert found["rollout_idle"] == pytest.approx((0.5 + TRAIN + 0.6) / (10.5 + TRAIN + 0.6), rel=1e-3)
+    assert found["rollout_idle"] == pytest.approx(
+        (0.5 + TRAIN + 0.6) / (10.5 + TRAIN + 0.6), rel=1e-3
+    )
     assert found["sync_exposed_learner_s"] == pytest.approx(0.6)
     assert found["staleness"] == {"0": 1.0}
 
@@ -64,32 +77,49 @@ def test_a_synchronous_step_waits_for_the_longest_answer_of_the_batch() -> None:
     ("fixed", "expected"),
     [
         pytest.param(
-            3.0, 5.0, id="rollouts are the bottleneck: 16 slots decode 16 answers in 10 s, and a step needs 8"
+            3.0,
+            5.0,
+            id=(
+                "rollouts are the bottleneck: 16 slots decode 16 answers in 10 s, and a step"
+                " needs 8"
+            ),
         ),
         pytest.param(7.0, 7.8, id="the learner is the bottleneck"),
     ],
 )
 def test_run_ahead_far_enough_the_slower_side_decides(fixed: float, expected: float) -> None:
-    scenario = replace(BASE, prompts_per_step=2, learner_fixed=fixed, max_staleness=4, steps=40, warmup=10)
+    scenario = replace(
+        BASE, prompts_per_step=2, learner_fixed=fixed, max_staleness=4, steps=40, warmup=10
+    )
     found = figures(simulate(scenario))
     assert found["step_s"] == pytest.approx(expected, rel=0.02)
-    assert found["slots_used" if expected == 5.0 else "learner_busy"] == pytest.approx(1.0, abs=0.02)
+    assert found["slots_used" if expected == 5.0 else "learner_busy"] == pytest.approx(
+        1.0, abs=0.02
+    )
     assert found["tokens_per_s"] == pytest.approx(800 / expected, rel=0.02)
 
 
 def test_the_step_time_of_a_batch_is_read_from_the_table_between_its_points() -> None:
-    """0.1 s at 1 answer, 0.4 s at 13: 8 answers take 0.1 + 0.3 x 7/12 s a token, whatever they read."""
+    """0.1 s at 1 answer, 0.4 s at 13: 8 answers take 0.1 + 0.3 x 7/12 s a token, whatever they
+    read."""
     table = DecodeTable(
-        running=np.array([1.0, 13.0]), context=np.array([0.0, 10.0]), seconds=np.array([[0.1, 0.1], [0.4, 0.4]])
+        running=np.array([1.0, 13.0]),
+        context=np.array([0.0, 10.0]),
+        seconds=np.array([[0.1, 0.1], [0.4, 0.4]]),
     )
-    assert step_seconds(replace(BASE, table=table)) == pytest.approx(100 * (0.1 + 0.3 * 7 / 12) + TRAIN)
+    assert step_seconds(replace(BASE, table=table)) == pytest.approx(
+        100 * (0.1 + 0.3 * 7 / 12) + TRAIN
+    )
 
 
 def test_a_step_grows_with_what_the_answers_read() -> None:
-    """0.1 s + 0.001 s for each token read, from the prompt's 50 to 150 at the end: 100 tokens at 0.2 s on average; and
-    reading the two prompts of a worker takes 0.02 s a token first."""
+    """0.1 s + 0.001 s for each token read, from the prompt's 50 to 150 at the end: 100 tokens at
+    0.2 s on average; and reading the two prompts of a worker takes 0.02 s a token first."""
     table = DecodeTable(
-        running=np.array([1.0]), context=np.array([0.0, 400.0]), seconds=np.array([[0.1, 0.5]]), prefill=0.02
+        running=np.array([1.0]),
+        context=np.array([0.0, 400.0]),
+        seconds=np.array([[0.1, 0.5]]),
+        prefill=0.02,
     )
     lengths = replace(EQUAL, prompt=50)
     scenario = replace(BASE, table=table, lengths=lengths, learner_per_token=0.0)
@@ -97,22 +127,29 @@ def test_a_step_grows_with_what_the_answers_read() -> None:
 
 
 def test_what_is_spared_is_cut_after_the_step() -> None:
-    """5 groups start for 4: the two with 170-token answers of every five are never waited for... until a step starts three."""
+    """5 groups start for 4: the two with 170-token answers of every five are never waited for...
+    until a step starts three."""
     lengths = LognormalLengths(mean_uncut=100, cv=1, cap=1000)
-    on_policy = replace(BASE, workers=4, lengths=lengths, prompts_per_step=8, group_size=1, steps=40)
+    on_policy = replace(
+        BASE, workers=4, lengths=lengths, prompts_per_step=8, group_size=1, steps=40
+    )
     early = simulate(replace(on_policy, oversample=1.25, overdue="evict"))
     assert figures(early)["step_s"] < 0.8 * step_seconds(on_policy)
     counts = early.counts
     assert counts.issued == 40 * 10
     assert counts.cut + counts.stale == 40 * 2
     lengths_trained = sum(step.answer_tokens for step in early.steps) / (40 * 8)
-    assert lengths_trained < 0.85 * lengths.mean, "short answers are favoured, and the simulation shows it"
+    assert lengths_trained < 0.85 * lengths.mean, (
+        "short answers are favoured, and the simulation shows it"
+    )
 
 
 def test_weights_that_are_written_into_the_live_engine_stop_it_for_the_transfer() -> None:
     """Rollouts are the bottleneck at 10 s a step: staged bytes cost them the commit alone."""
     link = Publication(transfer=2.0, commit=0.5)
-    run_ahead = replace(BASE, max_staleness=4, learner_fixed=1.0, learner_per_token=0.0, steps=40, warmup=10)
+    run_ahead = replace(
+        BASE, max_staleness=4, learner_fixed=1.0, learner_per_token=0.0, steps=40, warmup=10
+    )
     assert step_seconds(run_ahead) == pytest.approx(10.0, rel=0.02)
     staged = figures(simulate(replace(run_ahead, publication=link)))
     live = figures(simulate(replace(run_ahead, publication=replace(link, staged=False))))
@@ -123,20 +160,29 @@ def test_weights_that_are_written_into_the_live_engine_stop_it_for_the_transfer(
 
 
 def test_every_token_keeps_the_version_that_sampled_it() -> None:
-    """One group of 100 tokens is decoded in 10 s while a version comes every 4 s or so, so its tokens have several."""
-    mixed = replace(BASE, workers=1, slots=64, max_staleness=4, learner_fixed=2.0, learner_per_token=0.0)
+    """One group of 100 tokens is decoded in 10 s while a version comes every 4 s or so, so its
+    tokens have several."""
+    mixed = replace(
+        BASE, workers=1, slots=64, max_staleness=4, learner_fixed=2.0, learner_per_token=0.0
+    )
     trace = simulate(mixed)
     for step in trace.steps:
-        assert sum(step.lags.values()) == pytest.approx(step.answer_tokens), "no token without a version"
+        assert sum(step.lags.values()) == pytest.approx(step.answer_tokens), (
+            "no token without a version"
+        )
     assert len(trace.steps[-1].lags) > 1
     whole = simulate(replace(mixed, in_flight="finish"))
     assert max(max(step.lags) for step in whole.steps) <= 4
 
 
 def test_parked_answers_read_their_text_again() -> None:
-    table = DecodeTable(running=np.array([1.0]), context=np.array([0.0]), seconds=np.array([[0.1]]), prefill=0.001)
+    table = DecodeTable(
+        running=np.array([1.0]), context=np.array([0.0]), seconds=np.array([[0.1]]), prefill=0.001
+    )
     scenario = replace(BASE, table=table, max_staleness=2, learner_fixed=1.0, steps=40, warmup=10)
-    update, park = (figures(simulate(replace(scenario, in_flight=way))) for way in ("update", "park"))  # type: ignore[arg-type]
+    update, park = (
+        figures(simulate(replace(scenario, in_flight=way))) for way in ("update", "park")
+    )  # type: ignore[arg-type]
     assert park["step_s"] > update["step_s"]
     assert update["sync_exposed_rollout_s"] == 0 < park["sync_exposed_rollout_s"]
 
@@ -175,14 +221,30 @@ def books(trace: Trace) -> None:
     seed=st.integers(0, 3),
 )
 def test_no_trained_token_is_older_than_the_bound(
-    k: int, overdue: str, in_flight: str, cv: float, mtbf: float, fixed: float, slots: int, staged: bool,
-    given_: int | None, seed: int,
-) -> None:  # fmt: skip
+    k: int,
+    overdue: str,
+    in_flight: str,
+    cv: float,
+    mtbf: float,
+    fixed: float,
+    slots: int,
+    staged: bool,
+    given_: int | None,
+    seed: int,
+) -> None:
     scenario = replace(
-        BASE, max_staleness=k, overdue=overdue, in_flight=in_flight, learner_fixed=fixed, slots=slots, seed=seed,
-        lengths=LognormalLengths(mean_uncut=100, cv=cv, cap=1000), failures=Failures(mtbf=mtbf, restart=5.0),
-        publication=Publication(transfer=1.0, commit=0.3, staged=staged), given=given_,
-    )  # fmt: skip
+        BASE,
+        max_staleness=k,
+        overdue=overdue,
+        in_flight=in_flight,
+        learner_fixed=fixed,
+        slots=slots,
+        seed=seed,
+        lengths=LognormalLengths(mean_uncut=100, cv=cv, cap=1000),
+        failures=Failures(mtbf=mtbf, restart=5.0),
+        publication=Publication(transfer=1.0, commit=0.3, staged=staged),
+        given=given_,
+    )
     trace = simulate(scenario)
     assert all(0 <= lag <= k for step in trace.steps for lag in step.lags)
     assert all(sum(step.lags.values()) == pytest.approx(step.answer_tokens) for step in trace.steps)
@@ -196,19 +258,31 @@ def test_no_trained_token_is_older_than_the_bound(
     ("changes", "seconds"),
     [
         pytest.param({}, 640, id="synchronous"),
-        pytest.param({"oversample": 1.25, "overdue": "evict"}, 283, id="a quarter more groups, the slowest cut"),
+        pytest.param(
+            {"oversample": 1.25, "overdue": "evict"},
+            283,
+            id="a quarter more groups, the slowest cut",
+        ),
     ],
 )
 def test_another_simulation_of_the_same_system_gives_the_same_step_time(
     changes: dict[str, object], seconds: float
 ) -> None:
-    """1,024 slots at 60 tokens/s, 512 answers a step, lognormal of mean 8k and CV 1 cut at 32k, 90 s of training, 1 s of
-    pause: figures of an independent token-level simulation, to 3 %."""
+    """1,024 slots at 60 tokens/s, 512 answers a step, lognormal of mean 8k and CV 1 cut at 32k, 90
+    s of training, 1 s of pause: figures of an independent token-level simulation, to 3 %."""
     scenario = Scenario(
-        workers=16, slots=64, table=DecodeTable.constant(60),
-        lengths=LognormalLengths(mean_uncut=8192, cv=1, cap=32768), prompts_per_step=512, group_size=1,
-        learner_fixed=90, learner_per_token=0, publication=Publication(commit=1), steps=24, warmup=8,
-    )  # fmt: skip
+        workers=16,
+        slots=64,
+        table=DecodeTable.constant(60),
+        lengths=LognormalLengths(mean_uncut=8192, cv=1, cap=32768),
+        prompts_per_step=512,
+        group_size=1,
+        learner_fixed=90,
+        learner_per_token=0,
+        publication=Publication(commit=1),
+        steps=24,
+        warmup=8,
+    )
     trace = simulate(replace(scenario, **changes))  # type: ignore[arg-type]
     assert figures(trace)["step_s"] == pytest.approx(seconds, rel=0.03)
 
@@ -216,14 +290,24 @@ def test_another_simulation_of_the_same_system_gives_the_same_step_time(
 def test_with_the_bound_a_step_takes_at_least_the_longest_answer_over_k_plus_1() -> None:
     """What the bound costs: an answer of 546 s must train within k + 1 steps."""
     scenario = Scenario(
-        workers=16, slots=64, table=DecodeTable.constant(60),
-        lengths=LognormalLengths(mean_uncut=8192, cv=1, cap=32768), prompts_per_step=512, group_size=1,
-        learner_fixed=90, learner_per_token=0, max_staleness=2, steps=15, warmup=6,
-    )  # fmt: skip
+        workers=16,
+        slots=64,
+        table=DecodeTable.constant(60),
+        lengths=LognormalLengths(mean_uncut=8192, cv=1, cap=32768),
+        prompts_per_step=512,
+        group_size=1,
+        learner_fixed=90,
+        learner_per_token=0,
+        max_staleness=2,
+        steps=15,
+        warmup=6,
+    )
     assert step_seconds(scenario) == pytest.approx((32768 / 60 + 90) / 3, rel=0.02)
 
 
 def test_the_same_seed_gives_the_same_run() -> None:
-    scenario = replace(BASE, lengths=LognormalLengths(mean_uncut=100, cv=1, cap=500), max_staleness=1)
+    scenario = replace(
+        BASE, lengths=LognormalLengths(mean_uncut=100, cv=1, cap=500), max_staleness=1
+    )
     assert simulate(scenario).steps == simulate(scenario).steps
     assert simulate(scenario).steps != simulate(replace(scenario, seed=1)).steps

@@ -1,4 +1,5 @@
-"""Calibration: from a recording made by hand come the numbers that it was made with, and a plan for other settings."""
+"""Calibration: from a recording made by hand come the numbers that it was made with, and a plan for
+other settings."""
 
 from __future__ import annotations
 
@@ -36,8 +37,9 @@ A, B = 0.02, 0.01
 
 
 def recording(folder: Path, steps: int = 12, answers: int = 4, updating: float = 0.88) -> Path:
-    """4 answers of 100 tokens at once on one worker: 100 x (0.02 + 0.04) = 6 s. Then 0.5 s until the learner has them, a step of
-    1 s and 2 ms for each of 440 tokens, and 0.25 s of publishing."""
+    """4 answers of 100 tokens at once on one worker: 100 x (0.02 + 0.04) = 6 s. Then 0.5 s until
+    the learner has them, a step of 1 s and 2 ms for each of 440 tokens, and 0.25 s of
+    publishing."""
     folder.mkdir(exist_ok=True)
     learning = 1 + 0.002 * 110 * answers
     (folder / "config.yaml").write_text(CONFIG)
@@ -46,20 +48,36 @@ def recording(folder: Path, steps: int = 12, answers: int = 4, updating: float =
     for step in range(1, steps + 1):
         rows += [
             {
-                "step": step, "version": step - 1, "prompt_id": f"p{step}-{i // 2}", "sample": i % 2,
-                "prompt_length": 10, "response_length": 100, "started": 10.0 * step, "decode_s": 6.0,
-                "grade_s": 0.125, "versions": [step - 1], "version_tokens": [100],
+                "step": step,
+                "version": step - 1,
+                "prompt_id": f"p{step}-{i // 2}",
+                "sample": i % 2,
+                "prompt_length": 10,
+                "response_length": 100,
+                "started": 10.0 * step,
+                "decode_s": 6.0,
+                "grade_s": 0.125,
+                "versions": [step - 1],
+                "version_tokens": [100],
             }
             for i in range(answers)
-        ]  # fmt: skip
+        ]
         metrics.append(
             {
-                "stage": "rl", "axis": "train", "step": step, "timing_s/gen": 6.5, "timing_s/update_actor": updating,
-                "timing_s/update_weights": 0.25, "sync/apply_s": 0.0625, "timing_s/step": 6.5 + learning + 0.25,
+                "stage": "rl",
+                "axis": "train",
+                "step": step,
+                "timing_s/gen": 6.5,
+                "timing_s/update_actor": updating,
+                "timing_s/update_weights": 0.25,
+                "sync/apply_s": 0.0625,
+                "timing_s/step": 6.5 + learning + 0.25,
             }
-        )  # fmt: skip
+        )
     (folder / LENGTHS).mkdir()
-    parquet.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), folder / LENGTHS / "step-000001.parquet")
+    parquet.write_table(
+        pa.Table.from_pylist(rows, schema=SCHEMA), folder / LENGTHS / "step-000001.parquet"
+    )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     return folder
 
@@ -70,19 +88,26 @@ def test_a_run_is_predicted_at_its_own_setting(tmp_path: Path) -> None:
     assert found.scenario.learner_fixed == pytest.approx(1.0)
     assert found.scenario.learner_per_token == pytest.approx(0.002)
     assert found.scenario.reward.seconds == pytest.approx(0.5)
-    assert (found.scenario.publication.encode, found.scenario.publication.commit) == (0.1875, 0.0625)
+    assert (found.scenario.publication.encode, found.scenario.publication.commit) == (
+        0.1875,
+        0.0625,
+    )
 
 
 def test_other_settings_are_predicted_from_it(tmp_path: Path) -> None:
     run = recording(tmp_path)
-    twice = plan(["schedule.prompts_per_step=4", "cluster.rollouts=2"], options={}, from_run=run, trace=None)
+    twice = plan(
+        ["schedule.prompts_per_step=4", "cluster.rollouts=2"], options={}, from_run=run, trace=None
+    )
     assert twice.figures["step_s"] == pytest.approx(6 + 0.5 + 1 + 2 * 0.88 + 0.25), (
         "each engine has its 4 answers again"
     )
     half = plan(["rollout.max_response_length=50"], options={}, from_run=run, trace=None)
     assert half.figures["step_s"] == pytest.approx(3 + 0.5 + 1 + 0.002 * 240 + 0.25)
     ahead = plan(["schedule.max_staleness=2"], options={}, from_run=run, trace=None)
-    assert ahead.figures["step_s"] == pytest.approx(3 + 0.0625), "8 slots decode two steps' answers, but for the commit"
+    assert ahead.figures["step_s"] == pytest.approx(3 + 0.0625), (
+        "8 slots decode two steps' answers, but for the commit"
+    )
     assert ahead.figures["staleness_max"] <= 2
 
 
@@ -103,10 +128,19 @@ def test_speed_by_batch_and_what_an_answer_is_spared_are_told_apart() -> None:
         for length in (20, 50, 100, 150):
             start = 1e5 * n + 100.0 * length
             seconds = length * (A + B * n) - 0.1
-            rows += [{"prompt_length": 0, "response_length": length, "started": start, "decode_s": seconds}] * n
+            rows += [
+                {
+                    "prompt_length": 0,
+                    "response_length": length,
+                    "started": start,
+                    "decode_s": seconds,
+                }
+            ] * n
     found = decoding(pa.Table.from_pylist(rows), workers=1, slots=8)
     steps = found.table.rows(8)
-    assert [steps[n][0] for n in (1, 2, 4, 8)] == pytest.approx([A + B, A + 2 * B, A + 4 * B, A + 8 * B])
+    assert [steps[n][0] for n in (1, 2, 4, 8)] == pytest.approx(
+        [A + B, A + 2 * B, A + 4 * B, A + 8 * B]
+    )
     assert found.offset == pytest.approx(-0.1)
 
 
@@ -119,9 +153,12 @@ def test_the_learners_time_is_split_by_a_line_where_steps_differ_and_by_kind_whe
     def row(step: int, tokens: int) -> dict[str, float]:
         busy = 1.5 + 0.01 * tokens
         return {
-            "step": step, "timing_s/step": 3 + busy, "timing_s/gen": 2, "timing_s/update_weights": 1,
+            "step": step,
+            "timing_s/step": 3 + busy,
+            "timing_s/gen": 2,
+            "timing_s/update_weights": 1,
             "timing_s/update_actor": busy - 0.5,
-        }  # fmt: skip
+        }
 
     def timed(sizes: dict[int, int]) -> list[LearnerStep]:
         return learner_steps([row(*pair) for pair in sizes.items()], sizes)
@@ -131,7 +168,8 @@ def test_the_learners_time_is_split_by_a_line_where_steps_differ_and_by_kind_whe
 
 
 def test_a_run_with_another_batch_tells_the_fixed_time(tmp_path: Path) -> None:
-    """The steps of one run are all alike: alone it takes 0.75 s of the fixed second for the tokens'."""
+    """The steps of one run are all alike: alone it takes 0.75 s of the fixed second for the
+    tokens'."""
     run = recording(tmp_path / "small", updating=1.63)
     larger = recording(tmp_path / "large", answers=8, updating=2.51)
     alone, _ = calibrate(run)
@@ -144,7 +182,9 @@ def test_a_run_with_another_batch_tells_the_fixed_time(tmp_path: Path) -> None:
 def test_weights_are_never_negative() -> None:
     x = np.array([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]])
     weights, used = nonnegative_least_squares(x, np.array([3.0, 2.0, 1.0]))
-    assert weights == pytest.approx([2.0, 0.0]) and used == 1, "the slope would be -1: without it the mean is best"
+    assert weights == pytest.approx([2.0, 0.0]) and used == 1, (
+        "the slope would be -1: without it the mean is best"
+    )
 
 
 def test_any_table_of_lengths_is_a_trace(tmp_path: Path) -> None:

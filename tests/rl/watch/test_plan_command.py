@@ -1,4 +1,5 @@
-"""`emberl plan`: the best split is found, settings that are wrong are named, and a data sheet's plan follows its roofline."""
+"""`emberl plan`: the best split is found, settings that are wrong are named, and a data sheet's
+plan follows its roofline."""
 
 from __future__ import annotations
 
@@ -23,17 +24,7 @@ SMALL = (
 
 
 def test_the_command_searches_the_split() -> None:
-    words = [
-        "plan",
-        "--device",
-        "910b",
-        "--devices",
-        "64",
-        "--model",
-        "7b",
-        "--json",
-        *SMALL,
-    ]
+    words = ["plan", "--device", "910b", "--devices", "64", "--model", "7b", "--json", *SMALL]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
@@ -69,8 +60,9 @@ def test_a_model_that_does_not_fit_is_refused() -> None:
 
 
 def test_the_roofline_of_a_32b_model_on_four_910b() -> None:
-    """65.6 GB of weights over 4 x 1.6 TB/s x 0.6 are 17.1 ms; 10 answers of 10,000 tokens read 10 x 10,000 x 262,144 bytes,
-    6.8 ms more; 5 ms are overhead. Beside the weights 0.9 x 256 - 65.6 = 164.8 GB are left for keys and values."""
+    """65.6 GB of weights over 4 x 1.6 TB/s x 0.6 are 17.1 ms; 10 answers of 10,000 tokens read 10 x
+    10,000 x 262,144 bytes, 6.8 ms more; 5 ms are overhead. Beside the weights 0.9 x 256 - 65.6 =
+    164.8 GB are left for keys and values."""
     device, model = DEVICES["910B"], MODELS["32b"]
     table = decode_table(device, model, 4, slots=10, longest=10_000)
     assert table.seconds[-1, 0] == pytest.approx(0.005 + 0.01708, rel=1e-3)
@@ -82,16 +74,23 @@ def test_the_roofline_of_a_32b_model_on_four_910b() -> None:
     ("words", "seconds"),
     [
         pytest.param(
-            ["link.mode=dense", "link.relay=false"], 65.6 / 3 * 3 + 1.64, id="48 nodes' worth from 16: three times"
+            ["link.mode=dense", "link.relay=false"],
+            65.6 / 3 * 3 + 1.64,
+            id="48 nodes' worth from 16: three times",
         ),
         pytest.param(
-            ["link.mode=dense"], 65.6 / 3 * (1 + 5.614 / 64) + 1.64, id="relayed: once, and a block for each hop"
+            ["link.mode=dense"],
+            65.6 / 3 * (1 + 5.614 / 64) + 1.64,
+            id="relayed: once, and a block for each hop",
         ),
-        pytest.param(["link.ratio=100"], 0.656 / 3 * (1 + 5.614 / 64) + 1.64, id="a hundredth of it"),
+        pytest.param(
+            ["link.ratio=100"], 0.656 / 3 * (1 + 5.614 / 64) + 1.64, id="a hundredth of it"
+        ),
     ],
 )
 def test_what_a_version_costs_on_the_link(words: list[str], seconds: float) -> None:
-    """512 devices: 16 learner nodes and 48 rollout nodes with 3 GB/s each; verifying takes 65.6 / 40 s."""
+    """512 devices: 16 learner nodes and 48 rollout nodes with 3 GB/s each; verifying takes 65.6 /
+    40 s."""
     settings = load_plan([*words, "link.bandwidth=3"], {"devices": 512})
     assert publication(settings, 128).transfer == pytest.approx(seconds, rel=1e-3)
 

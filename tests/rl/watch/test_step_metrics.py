@@ -1,5 +1,6 @@
-"""Each metric that has verl's name has verl's value: recorded results of its own functions, and hand-computed numbers for
-what they do not cover (tokens that were left out, log-probs that are not finite, several updates, parts of a step)."""
+"""Each metric that has verl's name has verl's value: recorded results of its own functions, and
+hand-computed numbers for what they do not cover (tokens that were left out, log-probs that are not
+finite, several updates, parts of a step)."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def groups() -> list[Group]:
 
 
 def estimated(batch: Batch) -> Batch:
-    """The batch with the recorded log-probs and values at its loss tokens, and the engine's in float64."""
+    """The batch with the recorded log-probs and values at its loss tokens, and the engine's in
+    float64."""
 
     def row(name: str) -> np.ndarray:
         values = np.full(batch.num_tokens, np.nan)
@@ -73,17 +75,28 @@ def estimated(batch: Batch) -> Batch:
         return values
 
     return replace(
-        batch, behaviour_logp_T=row("rollout"), old_logp_T=row("old"), reference_logp_T=row("reference"),
+        batch,
+        behaviour_logp_T=row("rollout"),
+        old_logp_T=row("old"),
+        reference_logp_T=row("reference"),
         values_T=row("values"),
-    )  # fmt: skip
+    )
 
 
-def whole(advantage: AdvantageConfig, kl: KLConfig | None = None, aggregation: Any = "token-mean") -> Batch:
+def whole(
+    advantage: AdvantageConfig, kl: KLConfig | None = None, aggregation: Any = "token-mean"
+) -> Batch:
     seen: list[Batch] = []
     make_batches(
-        groups(), LossConfig(aggregation=aggregation), advantage, max_length=7, kl=kl, keep_all=True, estimate=estimated,
+        groups(),
+        LossConfig(aggregation=aggregation),
+        advantage,
+        max_length=7,
+        kl=kl,
+        keep_all=True,
+        estimate=estimated,
         observe=seen.append,
-    )  # fmt: skip
+    )
     return seen[0]
 
 
@@ -118,14 +131,23 @@ def test_figures_of_importance_weights(recorded: str, settings: dict[str, Any]) 
     batch = whole(PPO)
     config = OffPolicyConfig(old_logp="recompute", **settings)
     assert batch.old_logp_T is not None
-    found = correction(batch.old_logp_T, batch.behaviour_logp_T, batch.loss_mask_T, batch.sequence_ids_T, config)
+    found = correction(
+        batch.old_logp_T, batch.behaviour_logp_T, batch.loss_mask_T, batch.sequence_ids_T, config
+    )
     close(found.metrics, VERL["weights"][recorded])
     close(batch_metrics([batch], config, 0.0), VERL["weights"][recorded] | VERL["rollout"])
 
 
-def actor(aggregation: str, batch: Batch, advantages: np.ndarray, logp: np.ndarray, **loss: Any) -> dict[str, float]:
+def actor(
+    aggregation: str, batch: Batch, advantages: np.ndarray, logp: np.ndarray, **loss: Any
+) -> dict[str, float]:
     """The actor's metrics of one pass, as the learner's rank makes them."""
-    settings = {"clip_low": 0.2, "clip_high": GIVEN["clip_high"], "dual_clip": GIVEN["dual_clip"], **loss}
+    settings = {
+        "clip_low": 0.2,
+        "clip_high": GIVEN["clip_high"],
+        "dual_clip": GIVEN["dual_clip"],
+        **loss,
+    }
     objective = Objective.of(
         LossConfig(aggregation=aggregation, **settings),  # type: ignore[arg-type]
         KLConfig(place="loss", coef=0.1),
@@ -134,7 +156,11 @@ def actor(aggregation: str, batch: Batch, advantages: np.ndarray, logp: np.ndarr
     batch = replace(batch, advantages_T=advantages)
     index = np.flatnonzero(batch.loss_mask_T)
     function = token_loss(
-        objective, batch, torch.device("cpu"), old_logp=batch.old_logp_T, reference_logp=batch.reference_logp_T
+        objective,
+        batch,
+        torch.device("cpu"),
+        old_logp=batch.old_logp_T,
+        reference_logp=batch.reference_logp_T,
     )
     entropy = torch.from_numpy(flat("entropy")[: len(index)])
     stats = TokenStats(logp=torch.from_numpy(logp[index]), one_minus_p=entropy, entropy=entropy)
@@ -142,7 +168,9 @@ def actor(aggregation: str, batch: Batch, advantages: np.ndarray, logp: np.ndarr
     sums = {name: float(values.double().sum()) for name, values in terms.metrics.items()}
     found = token_means(sums, batch, function)
     parts = (
-        found["actor/pg_loss"] + 0.1 * found["actor/kl_loss"] - settings.get("entropy_coef", 0) * found["actor/entropy"]
+        found["actor/pg_loss"]
+        + 0.1 * found["actor/kl_loss"]
+        - settings.get("entropy_coef", 0) * found["actor/entropy"]
     )
     assert float(terms.loss.sum()) == pytest.approx(parts), "the terms add up to the loss"
     return found
@@ -156,15 +184,23 @@ def test_terms_of_the_loss(aggregation: str, entropy_coef: float) -> None:
     logp, advantages = (np.full(batch.num_tokens, np.nan) for _ in range(2))
     logp[batch.loss_mask_T] = flat("new")
     advantages = np.array(GIVEN["advantages"], np.float64)[batch.sequence_ids_T]
-    close(actor(aggregation, batch, advantages, logp, entropy_coef=entropy_coef), VERL["actor"][aggregation])
+    close(
+        actor(aggregation, batch, advantages, logp, entropy_coef=entropy_coef),
+        VERL["actor"][aggregation],
+    )
 
 
 def test_the_critics_loss() -> None:
     values, returns = torch.from_numpy(flat("new_values")), whole(PPO, IN_REWARD)
     assert returns.returns_T is not None
     targets = torch.from_numpy(returns.returns_T[returns.loss_mask_T])
-    loss, _, clipped = value_loss(values, torch.from_numpy(flat("values")), targets, clip=GIVEN["value_clip"])
-    close({"critic/vf_loss": float(loss.mean()), "critic/vf_clipfrac": float(clipped.mean())}, VERL["critic"])
+    loss, _, clipped = value_loss(
+        values, torch.from_numpy(flat("values")), targets, clip=GIVEN["value_clip"]
+    )
+    close(
+        {"critic/vf_loss": float(loss.mean()), "critic/vf_clipfrac": float(clipped.mean())},
+        VERL["critic"],
+    )
 
 
 def test_figures_of_validation() -> None:
@@ -172,18 +208,27 @@ def test_figures_of_validation() -> None:
     problems = []
     for row in GIVEN["accuracy"]:
         first = groups()[0]
-        verdicts = tuple(Verdict(status=Status.CORRECT if r else Status.WRONG, score=float(r)) for r in row)
-        problems.append(replace(first, completions=first.completions * 4, verdicts=verdicts, advantages=None))
+        verdicts = tuple(
+            Verdict(status=Status.CORRECT if r else Status.WRONG, score=float(r)) for r in row
+        )
+        problems.append(
+            replace(first, completions=first.completions * 4, verdicts=verdicts, advantages=None)
+        )
     found = summarise(problems, [["1", "2", "3", "1"]] * 2).metrics
     assert found["val-core/math/acc/mean@4"] == pytest.approx(VERL["validation"]["mean@4"])
     assert found["val-aux/math/acc/std@4"] == pytest.approx(VERL["validation"]["std@4"])
-    assert found["val-aux/math/acc/best@2/mean"] == pytest.approx(VERL["validation"]["best@2/mean"], abs=0.02)
-    assert found["val-core/math/acc/best@4/mean"] == pytest.approx(VERL["validation"]["best@4/mean"], abs=0.02)
+    assert found["val-aux/math/acc/best@2/mean"] == pytest.approx(
+        VERL["validation"]["best@2/mean"], abs=0.02
+    )
+    assert found["val-core/math/acc/best@4/mean"] == pytest.approx(
+        VERL["validation"]["best@4/mean"], abs=0.02
+    )
 
 
 def test_means_are_over_the_tokens_that_they_count() -> None:
-    """Of six sequences (22 tokens) the fourth, of one token, has no advantage and no pass: ratios and entropies are means
-    over 21 tokens; of the fourth's token it is known that it is not clipped, so that pg_clipfrac is 4 of 22 as with it."""
+    """Of six sequences (22 tokens) the fourth, of one token, has no advantage and no pass: ratios
+    and entropies are means over 21 tokens; of the fourth's token it is known that it is not
+    clipped, so that pg_clipfrac is 4 of 22 as with it."""
     full = whole(AdvantageConfig(), aggregation="seq-mean-token-mean")
     advantages = np.array(GIVEN["advantages"], np.float64)[full.sequence_ids_T]
     logp = np.full(full.num_tokens, np.nan)
@@ -197,7 +242,9 @@ def test_means_are_over_the_tokens_that_they_count() -> None:
     assert found["actor/entropy"] == pytest.approx(np.mean([row.mean() for row in rows]))
     logp[full.loss_mask_T] = flat("new")
     clipped = actor("seq-mean-token-mean", batch, advantages[kept], logp[kept])
-    assert clipped["actor/pg_clipfrac"] == pytest.approx(VERL["actor"]["token-mean"]["actor/pg_clipfrac"])
+    assert clipped["actor/pg_clipfrac"] == pytest.approx(
+        VERL["actor"]["token-mean"]["actor/pg_clipfrac"]
+    )
 
 
 def test_a_token_whose_log_prob_is_nan_is_counted_and_costs_no_other() -> None:
@@ -209,7 +256,9 @@ def test_a_token_whose_log_prob_is_nan_is_counted_and_costs_no_other() -> None:
     mask = batch.loss_mask_T.copy()
     found = mismatch_metrics(batch.old_logp_T, broken, mask, batch.sequence_ids_T)
     mask[place] = False
-    expected = mismatch_metrics(batch.old_logp_T, batch.behaviour_logp_T, mask, batch.sequence_ids_T)
+    expected = mismatch_metrics(
+        batch.old_logp_T, batch.behaviour_logp_T, mask, batch.sequence_ids_T
+    )
     assert found == expected and all(map(math.isfinite, found.values()))
     one = replace(batch, old_logp_T=broken)  # an old log-prob does not train either
     logp = np.where(batch.loss_mask_T, batch.behaviour_logp_T, np.nan)
@@ -224,7 +273,9 @@ def test_log_probs_that_are_all_nan_end_the_run_with_the_reason() -> None:
     nothing = replace(batch, behaviour_logp_T=np.full(batch.num_tokens, np.nan))
     check_engine_logprobs([])
     check_engine_logprobs([nothing, batch])
-    with pytest.raises(ValueError, match="all 22 log-probs that the engine gave for this step are NaN"):
+    with pytest.raises(
+        ValueError, match="all 22 log-probs that the engine gave for this step are NaN"
+    ):
         check_engine_logprobs([nothing])
 
 
@@ -240,7 +291,14 @@ def test_a_nan_costs_its_token_of_the_penalty_in_the_reward() -> None:
 
     seen: list[Batch] = []
     make_batches(
-        groups(), LossConfig(), PPO, max_length=7, kl=IN_REWARD, keep_all=True, estimate=broken, observe=seen.append
+        groups(),
+        LossConfig(),
+        PPO,
+        max_length=7,
+        kl=IN_REWARD,
+        keep_all=True,
+        estimate=broken,
+        observe=seen.append,
     )
     found = batch_metrics(seen, OffPolicyConfig(), 0.1)
     assert np.isfinite(seen[0].advantages_T[seen[0].loss_mask_T]).all()
@@ -249,26 +307,54 @@ def test_a_nan_costs_its_token_of_the_penalty_in_the_reward() -> None:
 
 def test_over_the_updates_of_a_step() -> None:
     first = {
-        "actor/ppo_kl": 0.1, "training/rollout_probs_diff_max": 0.2, "rollout_corr/kl": 0.1, "actor/lr": 1.0, "x_max": 1.0,
-        "rollout_corr/log_ppl_diff_min": 3.0, "timing_s/update_actor": 1.0, "y/min": 2.0,
-    }  # fmt: skip
+        "actor/ppo_kl": 0.1,
+        "training/rollout_probs_diff_max": 0.2,
+        "rollout_corr/kl": 0.1,
+        "actor/lr": 1.0,
+        "x_max": 1.0,
+        "rollout_corr/log_ppl_diff_min": 3.0,
+        "timing_s/update_actor": 1.0,
+        "y/min": 2.0,
+    }
     second = {name: 2 * value for name, value in first.items()} | {"y/min": 1.0}
     assert averages([first, second]) == pytest.approx(
         {
-            "actor/ppo_kl": 0.15, "training/rollout_probs_diff_max": 0.2, "rollout_corr/kl": 0.1, "actor/lr": 2.0, "x_max": 2.0,
-            "rollout_corr/log_ppl_diff_min": 3.0, "timing_s/update_actor": 3.0, "y/min": 1.0,
+            "actor/ppo_kl": 0.15,
+            "training/rollout_probs_diff_max": 0.2,
+            "rollout_corr/kl": 0.1,
+            "actor/lr": 2.0,
+            "x_max": 2.0,
+            "rollout_corr/log_ppl_diff_min": 3.0,
+            "timing_s/update_actor": 3.0,
+            "y/min": 1.0,
         }
-    )  # fmt: skip
+    )
 
 
 def test_over_the_parts_of_a_step() -> None:
-    """Parts of 30, 10 and 20 tokens, of which the last had no signal; 25 and 10 went through a pass."""
+    """Parts of 30, 10 and 20 tokens, of which the last had no signal; 25 and 10 went through a
+    pass."""
     done = [
-        {"actor/pg_loss": 60.0, "actor/entropy": 15.0, "actor/ratio": 1.0, "actor/pg_clipfrac": 0.1},
-        {"actor/pg_loss": -30.0, "actor/entropy": 9.0, "actor/ratio": 1.7, "actor/pg_clipfrac": 0.3},
+        {
+            "actor/pg_loss": 60.0,
+            "actor/entropy": 15.0,
+            "actor/ratio": 1.0,
+            "actor/pg_clipfrac": 0.1,
+        },
+        {
+            "actor/pg_loss": -30.0,
+            "actor/entropy": 9.0,
+            "actor/ratio": 1.7,
+            "actor/pg_clipfrac": 0.3,
+        },
     ]
     found = of_whole_step(pooled(done, [25, 10]), done, [30, 10], whole=60, trained=40, every=60)
-    expected = {"actor/pg_loss": 30 / 60, "actor/entropy": 24 / 40, "actor/ratio": 42 / 35, "actor/pg_clipfrac": 6 / 60}
+    expected = {
+        "actor/pg_loss": 30 / 60,
+        "actor/entropy": 24 / 40,
+        "actor/ratio": 42 / 35,
+        "actor/pg_clipfrac": 6 / 60,
+    }
     assert found == pytest.approx(expected)
 
 

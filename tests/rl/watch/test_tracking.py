@@ -25,7 +25,19 @@ TOKENIZER = tiny_tokenizer(TinyConfig(vocabulary="bytes", chat_template=True))
 def run(**rollout: Any) -> Any:
     """As much of a run as reads tokens."""
     parts: dict[str, Any] = dict.fromkeys(
-        ("config", "run_id", "run_dir", "source", "suite", "learners", "pool", "sync", "tracker", "stop"), None
+        (
+            "config",
+            "run_id",
+            "run_dir",
+            "source",
+            "suite",
+            "learners",
+            "pool",
+            "sync",
+            "tracker",
+            "stop",
+        ),
+        None,
     )
     parts["config"] = SimpleNamespace(rollout=RolloutConfig(**rollout))
     return Run(**parts, tokenizer=TOKENIZER, started=0.0, progress=None, stop_token_ids=(1,))  # type: ignore[arg-type]
@@ -54,12 +66,15 @@ def test_an_answer_begins_in_its_prompt() -> None:
     [
         ("1+1</a>", "stop", "1+1</a>", "1+1"),
         ("1\nQ:</a>", "stop", "1\nQ:", "1"),  # the first of two
-        ("1+1</a<eos>", "stop", "1+1</a", "1+1</a"),  # the end token came before the string was whole
+        # the end token came before the string was whole
+        ("1+1</a<eos>", "stop", "1+1</a", "1+1</a"),
         ("1+1</a", "length", "1+1</a", "1+1</a"),
         ("</a>", "stop", "</a>", ""),
     ],
 )
-def test_an_answer_ends_with_or_before_the_string_that_stopped_it(said: str, reason: str, kept: str, cut: str) -> None:
+def test_an_answer_ends_with_or_before_the_string_that_stopped_it(
+    said: str, reason: str, kept: str, cut: str
+) -> None:
     stop = ("</a>", "\nQ:")
     assert run(stop=stop).text(PROMPT, completion(said, reason)) == kept
     assert run(stop=stop, include_stop=False).text(PROMPT, completion(said, reason)) == cut
@@ -93,4 +108,6 @@ def test_rows_say_the_score_and_its_parts(tmp_path: Path) -> None:
     Tracker.samples(tracker, 3, rows)
     table = (tmp_path / "samples.md").read_text()
     assert "| problem | answer | reference | verdict | score | parts |" in table
-    assert "a" * HALF_CELL + " [...] " in table and "\\|end |" in table, "the end of a long answer is shown"
+    assert "a" * HALF_CELL + " [...] " in table and "\\|end |" in table, (
+        "the end of a long answer is shown"
+    )

@@ -17,7 +17,9 @@ def test_the_product_is_that_of_the_plain_matrix(dtype: torch.dtype, bias: bool,
     matrix = Matrix(weight, offset)
     matrix.pack()
     expected = torch.nn.functional.linear(x, weight, offset)
-    assert torch.allclose(matrix(x), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+    assert torch.allclose(
+        matrix(x), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4
+    )
 
 
 @pytest.mark.skipif(not packable(torch.float32), reason="this build of torch packs no matrices")
