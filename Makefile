@@ -30,7 +30,7 @@ test-unit: install
 # Ten thousand faults on the way of the weights: lost, repeated, cut, flipped and foreign patches, crashes at every step.
 # And sixty steps of a run whose workers, graders and learner are killed and stopped at random.
 test-faults: install
-	EMBERL_FAULTS=10000 $(BIN)/pytest tests/rollout/test_sync_faults.py tests/system/test_chaos.py
+	EMBERL_FAULTS=10000 $(BIN)/pytest tests/rollout/weights/test_faults.py tests/system/test_chaos.py
 
 # The kernels' NPU side without an NPU, in an environment of its own (triton-ascend cannot stand beside stock Triton).
 test-ascend:

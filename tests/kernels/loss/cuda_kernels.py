@@ -2,7 +2,7 @@
 needed, and prints as JSON what the compiler made of them. A process of its own, because kernels
 defined under TRITON_INTERPRET cannot be compiled.
 
-    python tests/kernels/cuda_kernels.py 90
+    python tests/kernels/loss/cuda_kernels.py 90
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from emberl.rl.data.tiny import tiny_tokenizer
 
 CHAT = tiny_tokenizer(TinyConfig(vocabulary="bytes", chat_template=True))
 PLAIN = tiny_tokenizer(TinyConfig(vocabulary="bytes"))
-GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
+GSM8K = Path(__file__).parents[4] / "shared" / "data" / "gsm8k"
 
 GSM8K_ROWS = [
     {

@@ -11,7 +11,7 @@ from emberl.rl.config.cautions import said_at_start
 from emberl.rl.config.load import ConfigError, keys, load_config, to_yaml, with_steps
 
 MINIMAL = "name: t\nmodel: {path: somewhere}\ndata: {source: arithmetic}\n"
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 @pytest.fixture
