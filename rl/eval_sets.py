@@ -12,7 +12,7 @@ from ..rewards.suite import RewardSuite, build_suite
 from ..rollout.samples import Prompt, Sampling
 from .config.data import DataConfig
 from .config.load import Config, ConfigError, user_errors
-from .config.settings import EvalSetConfig
+from .config.sampling import EvalSetConfig
 from .data.sources import PromptSource, open_source
 from .reward_inputs import reward_input
 

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 LONGEST = 31_536_000.0
 """Seconds of a year: no wait may be longer, so that every wait has a deadline."""
+MOST_STEPS, MOST_ANSWERS, MOST_TOKENS = 100_000_000, 10_000_000, 10_000_000
+"""Sizes beyond reason: a typed zero too many, not an experiment."""
 
 
 class Settings(BaseModel):

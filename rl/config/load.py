@@ -35,17 +35,15 @@ from .mistakes import explain
 from .overrides import OverrideError, merged, tree_of
 from .presets import preset
 from .reference import entries
+from .reward import RewardConfig, RewardPart
+from .sampling import EvalConfig, RolloutConfig
 from .settings import (
     CheckpointConfig,
     ClusterConfig,
     CriticConfig,
-    EvalConfig,
     LoraConfig,
     ModelConfig,
     OptimConfig,
-    RewardConfig,
-    RewardPart,
-    RolloutConfig,
     ScheduleConfig,
     SFTConfig,
     SyncConfig,

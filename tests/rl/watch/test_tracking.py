@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from emberl.rewards.verdict import Status, Verdict, verifier_error
 from emberl.rl.config.data import TinyConfig
-from emberl.rl.config.settings import RolloutConfig
+from emberl.rl.config.sampling import RolloutConfig
 from emberl.rl.data.tiny import tiny_tokenizer
 from emberl.rl.groups import Group
 from emberl.rl.run import Run
