@@ -9,7 +9,6 @@ Shape legend: n tokens of a chunk, T tokens of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,22 +20,15 @@ from torch import Tensor
 from ...kernels.loss.terms import TokenStats, TokenTerms
 from ..config.algorithm import LOSSES, KLConfig, LossConfig, OffPolicyConfig
 from ..groups import Batch
+from .kinds import KINDS, weighted
 from .offpolicy import correction, renormalised
 from .plugins import UserLoss, load_loss
 from .surrogates import (
     TAU_TERM,
     bounded,
-    cispo,
-    dppo_tv,
-    k2_5,
     kl_penalty,
     nll,
     off_policy_sequences,
-    ppo_clip,
-    reinforce,
-    sapo,
-    squared_log_ratio,
-    topr,
 )
 from .token_batch import TokenBatch
 
@@ -220,11 +212,11 @@ class BatchLoss:
         imitation = torch.where(trains, rows.pop("imitation"), 0.0) if "imitation" in rows else None
         batch = TokenBatch(sequence=sequence, entropy=stats.entropy, **rows)
         if self.objective.loss is None:
-            return _weighted(nll(logp), weights)
+            return weighted(nll(logp), weights)
         terms = self._policy_terms(logp, batch, importance, self.objective.loss)
         terms = self._with_kl(terms, logp, batch, weights)
         if imitation is not None:
-            terms = _plus(terms, _weighted(nll(logp), imitation))
+            terms = _plus(terms, weighted(nll(logp), imitation))
             terms = _shown(
                 terms, "actor/nll_loss", imitation * -logp / self.objective.loss.nll_coef
             )
@@ -278,7 +270,7 @@ class BatchLoss:
         found = kl_penalty(
             logp, batch.reference_logp, kl.estimator, old_logp=old_logp, bound=kl.bound
         )
-        penalty = _weighted(found, weights)
+        penalty = weighted(found, weights)
         scaled = TokenTerms(loss=kl.coef * penalty.loss, dlogp=kl.coef * penalty.dlogp)
         return _shown(_plus(terms, scaled), "actor/kl_loss", penalty.loss)
 
@@ -317,89 +309,3 @@ def _shown(terms: TokenTerms, name: str, values: Tensor) -> TokenTerms:
         dentropy=terms.dentropy,
         metrics={**terms.metrics, name: values},
     )
-
-
-def _weighted(terms: TokenTerms, weights: Tensor) -> TokenTerms:
-    return TokenTerms(loss=terms.loss * weights, dlogp=terms.dlogp * weights, metrics=terms.metrics)
-
-
-def _ratio(logp: Tensor, batch: TokenBatch, loss: LossConfig) -> Tensor:
-    """[n] the log-ratio at `loss.ratio_level`."""
-    log_ratio = logp - batch.old_logp
-    if loss.ratio_level == "token":
-        return log_ratio
-    return batch.sums(log_ratio) if loss.ratio_level == "trajectory" else batch.means(log_ratio)
-
-
-def _through_ratio(
-    terms: TokenTerms, batch: TokenBatch, weights: Tensor, loss: LossConfig
-) -> TokenTerms:
-    """`terms` with derivatives by the ratio of `_ratio`, as terms with derivatives by each token's
-    log-prob."""
-    slope = terms.dlogp * weights
-    if loss.ratio_level == "sequence":
-        slope = batch.means(slope)
-    elif loss.ratio_level == "trajectory":
-        slope = batch.sums(slope)
-    return TokenTerms(loss=terms.loss * weights, dlogp=slope, metrics=terms.metrics)
-
-
-def _ppo_clip(logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
-    bounds = {"clip_low": loss.clip_low, "clip_high": loss.clip_high}
-    terms = ppo_clip(
-        _ratio(logp, batch, loss), batch.advantages, **bounds, dual_clip=loss.dual_clip
-    )
-    return _through_ratio(terms, batch, weights, loss)
-
-
-def _sapo(logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
-    taus = {"tau_positive": loss.sapo_tau_positive, "tau_negative": loss.sapo_tau_negative}
-    return _through_ratio(
-        sapo(_ratio(logp, batch, loss), batch.advantages, **taus), batch, weights, loss
-    )
-
-
-def _cispo(logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
-    bounds = {"clip_low": loss.clip_low, "clip_high": loss.clip_high}
-    return _weighted(cispo(logp, _ratio(logp, batch, loss), batch.advantages, **bounds), weights)
-
-
-def _topr(logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
-    return _weighted(topr(logp, _ratio(logp, batch, loss), batch.advantages), weights)
-
-
-def _reinforce(logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
-    return _weighted(reinforce(logp, batch.advantages), weights)
-
-
-def _dppo_tv(logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
-    bounds = {"low": loss.clip_low, "high": loss.clip_high, "tau": loss.tau}
-    return _weighted(dppo_tv(logp, batch.old_logp, batch.advantages, **bounds), weights)
-
-
-def _k1_5(logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
-    gain = _weighted(reinforce(logp, batch.advantages), weights)
-    square = squared_log_ratio(_ratio(logp, batch, loss), 1 / batch.length, loss.tau)
-    pull = _through_ratio(square, batch, weights, loss)
-    return TokenTerms(
-        loss=gain.loss + pull.loss, dlogp=gain.dlogp + pull.dlogp, metrics=pull.metrics
-    )
-
-
-def _k2_5(logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig) -> TokenTerms:
-    bounds = {"clip_low": loss.clip_low, "clip_high": loss.clip_high, "tau": loss.tau}
-    return _weighted(k2_5(logp - batch.old_logp, batch.advantages, **bounds), weights)
-
-
-KINDS: dict[str, Callable[[Tensor, TokenBatch, Tensor, LossConfig], TokenTerms]] = {
-    "ppo_clip": _ppo_clip,
-    "cispo": _cispo,
-    "reinforce": _reinforce,
-    "sapo": _sapo,
-    "dppo_tv": _dppo_tv,
-    "topr": _topr,
-    "k1_5": _k1_5,
-    "k2_5": _k2_5,
-}
-"""Each takes log-probs, the chunk, the tokens' weights and settings, and gives terms with the
-weights multiplied in."""
