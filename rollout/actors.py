@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Sequence, Set
 from typing import Any, TypeVar
 
 import ray
@@ -31,6 +31,23 @@ LOST = (
 class ActorLostError(RuntimeError):
     """An actor died, failed or did not answer within its deadline; the message names it and the
     cause."""
+
+
+def node_address() -> str:
+    """Where other nodes of the cluster reach this process: Ray's address of its node, since a
+    machine's own name may stand for a loopback address (127.0.1.1 on Debian). Loopback where there
+    is no Ray."""
+    return str(ray.util.get_node_ip_address()) if ray.is_initialized() else "127.0.0.1"
+
+
+def check_reachable(address: str, nodes: Set[str]) -> None:
+    """ValueError for a loopback `host:port` where the cluster's nodes have several addresses."""
+    host = address.rpartition(":")[0].strip("[]")
+    if len(nodes) > 1 and (host.startswith("127.") or host in ("localhost", "::1")):
+        raise ValueError(
+            f"Ray knows a node of learners as {host}, which other nodes ({', '.join(sorted(nodes))}) "
+            "cannot reach; start Ray on every node with --node-ip-address=ADDRESS"
+        )
 
 
 def gather(refs: Sequence[Any], *, who: str, what: str, timeout: float, key: str) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from ...rollout.actors import gather
+from ...rollout.actors import check_reachable, gather
 from ...rollout.weights.engine_transfer import BroadcastGroup
 from ..algorithm.losses import Objective
 from ..config.load import CriticConfig, OptimConfig
@@ -29,9 +29,12 @@ class LearnerGroup:
 
     def connect(self, model_path: str, timeout: float) -> None:
         """Brings the ranks together and loads the policy, within `timeout` seconds
-        (`cluster.start_timeout`)."""
+        (`cluster.start_timeout`). ValueError if rank 0 meets the others at an address that other
+        nodes cannot reach."""
         wait = partial(gather, who="learner rank", timeout=timeout, key="cluster.start_timeout")
         address = wait([self.ranks[0].address.remote()], what="address")[0]
+        if len(self.ranks) > 1:
+            check_reachable(address, {n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"]})
         wait([rank.connect.remote(address) for rank in self.ranks], what="connect")
         wait([rank.load.remote(model_path) for rank in self.ranks], what="load")
 

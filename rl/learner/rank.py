@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...kernels import platform
+from ...rollout.actors import node_address
 from ...rollout.weights.engine_transfer import BroadcastGroup
 from ..algorithm.losses import CLIPPED, COUNTED, PARTS, BatchLoss, Objective, token_loss
 from ..algorithm.offpolicy import mismatch_metrics
@@ -95,7 +96,7 @@ class LearnerRank:
 
     def address(self) -> str:
         """`host:port` at which rank 0 will wait for the others."""
-        host = socket.gethostbyname(socket.gethostname()) if self.spec.world > 1 else "127.0.0.1"
+        host = node_address() if self.spec.world > 1 else "127.0.0.1"
         with socket.socket() as probe:
             probe.bind((host, 0))
             return f"{host}:{probe.getsockname()[1]}"

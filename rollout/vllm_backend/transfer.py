@@ -26,6 +26,7 @@ import torch
 import torch.distributed
 
 from ...kernels import platform
+from ..actors import node_address
 from ..weights.engine_transfer import Broadcast, BroadcastGroup, EngineTransfer
 from ..weights.patch import TensorBytes
 from ..weights.tensors import as_tensor
@@ -78,11 +79,10 @@ class Rendezvous:
     """The learner's side: a store at which groups meet, one after the other."""
 
     def __init__(self, device: str, timeout: float, host: str | None = None) -> None:
-        """host: where the workers reach this process; None: at the address of its machine's
-        name."""
+        """host: where the workers reach this process; None: at Ray's address of its node."""
         self._device = device
         self._groups = 0
-        self.host = host or socket.gethostbyname(socket.gethostname())
+        self.host = host or node_address()
         within = timedelta(seconds=timeout)
         self.store = c10d.TCPStore(
             self.host, 0, is_master=True, wait_for_workers=False, timeout=within

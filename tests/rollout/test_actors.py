@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import ray
-from emberl.rollout.actors import cause
+from emberl.rollout.actors import cause, check_reachable, node_address
 
 PAGE = """Task was killed due to the node running low on memory.
 Memory on the node (IP: 10.0.0.1, ID: 1) where the task was running was 22.36GB / 23.48GB.
@@ -28,3 +28,25 @@ def test_the_cause_of_a_failure_in_one_line(error: Exception, said: str) -> None
     assert said in text
     assert "\n" not in text
     assert len(text) < 250
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:4000", "127.0.1.1:4000", "localhost:1", "[::1]:4000"]
+)
+def test_a_loopback_address_is_refused_where_there_are_other_nodes(address: str) -> None:
+    with pytest.raises(ValueError, match="--node-ip-address"):
+        check_reachable(address, {"10.0.0.1", "10.0.0.2"})
+    check_reachable(address, {"127.0.0.1"})
+
+
+def test_an_address_that_others_reach() -> None:
+    check_reachable("10.0.0.1:4000", {"10.0.0.1", "10.0.0.2"})
+    check_reachable("1270::1:4000", {"10.0.0.1", "10.0.0.2"})
+
+
+def test_the_address_is_ray_s_not_the_host_name_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian writes the machine's own name beside 127.0.1.1 in /etc/hosts."""
+    assert node_address() == "127.0.0.1"
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.7")
+    assert node_address() == "10.0.0.7"
