@@ -325,7 +325,9 @@ class FilterConfig(Settings):
     """The largest punishment."""
     overlong_mask: bool = False
     """A completion that was cut at max_response_length does not train (its score still counts in
-    the baseline)."""
+    the baseline), nor does it count among the sequences of seq-mean aggregations, whose mean is
+    over those that train; TRL and verl count it, so that with one of seven cut their loss is 6/7 of
+    ours."""
 
     @model_validator(mode="after")
     def _fits(self) -> FilterConfig:
