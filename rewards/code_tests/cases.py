@@ -69,22 +69,22 @@ def cases_of(value: Any, name: str = "") -> list[Case]:
     raise ValueError(f"tests of an unknown form: {str(value)[:100]!r}")
 
 
+_GIVEN = ("input", "inputs", "stdin", "args", "arguments")
+_WANTED = ("output", "outputs", "stdout", "expected_output", "expected_stdout", "expected")
+
+
 def _sides(case: Mapping[str, Any]) -> tuple[str, ...]:
-    for names in (
-        ("input", "output"),
-        ("inputs", "outputs"),
-        ("stdin", "stdout"),
-        ("input", "expected_output"),
-    ):
-        if all(name in case for name in names):
-            return names
-    return ()
+    """The names of what is given and what is wanted."""
+    given = next((name for name in _GIVEN if name in case), None)
+    wanted = next((name for name in _WANTED if name in case), None)
+    return () if given is None or wanted is None else (given, wanted)
 
 
 def _name_in(value: Mapping[str, Any]) -> str:
     return str(
         value.get("fn_name")
         or value.get("func_name")
+        or value.get("function_name")
         or named_in_metadata(value.get("metadata"))
         or ""
     )

@@ -7,6 +7,7 @@ JSON texts of them.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 TRUTH = "reward_model.ground_truth"
+_LONGEST_LITERAL = 100_000  # characters; Python reads a literal slowly
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +39,10 @@ class Layout:
     after: tuple[str, ...] = ()
     """Columns that stand behind it: an instruction's input, a contest problem's formats."""
     options: str = ""
-    """The choices of a multiple-choice question; the answer becomes a letter."""
+    """The choices of a multiple-choice question: a path, or several with `|` between; the answer
+    becomes a letter. Where the answer is one of several, their order is made from the row."""
+    first: int = 0
+    """The number that the first choice has where the answer is a number."""
     starter: tuple[str, ...] = ()
     """The signature that a program is to have."""
     system: str = ""
@@ -271,8 +276,11 @@ _PROMPTS = (
     "conclusion",
     "instruct_prompt",
     "complete_prompt",
+    "informal_statement",
+    "human",
     "问题",
     "题目",
+    "题干",
 )
 _ANSWERS = (
     "ground_truth",
@@ -312,6 +320,10 @@ _ANSWERS = (
     "expected",
     "expected_output",
     "correct_answers",
+    "final_decision",
+    "答案",
+    "参考答案",
+    "标准答案",
     "solution",
     "solutions",
     "response",
@@ -321,7 +333,7 @@ _ANSWERS = (
     "explanation",
     "generated_solution",
     "chosen",
-    "答案",
+    "assistant",
 )
 _TESTS = (
     "tests",
@@ -376,16 +388,30 @@ _OPTIONS = (
     "answer_choices",
     "multiple_choice_options",
     "option",
+    "选项",
 )
-_LETTERED = (
-    ("a", "b", "c", "d"),
-    ("opa", "opb", "opc", "opd"),
-    ("option_a", "option_b", "option_c", "option_d"),
-    ("option1", "option2"),
-    ("sol1", "sol2"),
+_ONE_OPTION = re.compile(r"(|op|opt|option|choice|answer|ans|ending|sol|选项)_?([a-j]|\d)")
+_DISTRACTOR = re.compile(r"(?:incorrect|wrong|false)_(?:answer|option)s?_?\d*|distractors?_?\d*")
+_STATED = re.compile(
+    r"(?!.*(?:predict|model|long|wrong|false|incorrect|original|student|generated))"
+    r".*(?:answer|truth)"
 )
+"""Names that are in no list, of what is rather an answer than a worked solution."""
+_WORKED = ("solution", "solutions", "response", "output", "completion", "rationale", "explanation",
+           "generated_solution", "chosen", "assistant")  # fmt: skip
+"""Names of whole solutions, whose answers must be looked for."""
 # Of names that are in no list: words in them, the likeliest first.
-_PROMPT_WORDS = ("prompt", "problem", "question", "query", "instruction", "puzzle", "task", "text")
+_PROMPT_WORDS = (
+    "prompt",
+    "problem",
+    "question",
+    "query",
+    "instruction",
+    "puzzle",
+    "task",
+    "text",
+    "题",
+)
 _ANSWER_WORDS = (
     "truth",
     "answer",
@@ -400,6 +426,7 @@ _ANSWER_WORDS = (
     "result",
     "output",
     "response",
+    "答案",
 )
 _TEST_WORDS = ("tests", "test", "testcases", "asserts", "assertions", "cases")
 _NESTED_FIRST = (
@@ -419,11 +446,7 @@ def lookup(row: Any, path: str) -> Any:
         return row[path]
     value = row
     for part in path.split("."):
-        if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-            try:
-                value = json.loads(value)
-            except ValueError:
-                return None
+        value = _opened(value)
         if isinstance(value, Mapping) and part in value:
             value = value[part]
         elif (
@@ -438,6 +461,19 @@ def lookup(row: Any, path: str) -> Any:
         else:
             return None
     return value
+
+
+def spelled(text: str) -> Any:
+    """The list or mapping that a text spells as JSON or as Python prints it; else the text."""
+    if text.lstrip()[:1] not in ("{", "["):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        try:
+            return ast.literal_eval(text.strip()) if len(text) < _LONGEST_LITERAL else text
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return text
 
 
 def given(value: Any) -> bool:
@@ -479,6 +515,8 @@ def recognise(head: Sequence[Row]) -> Layout | None:
             for path, pattern in layout.where
         ):
             found = settled(layout, head)
+            if guess and guess.answer and all(_normal(p) in _WORKED for p in found.answer):
+                found = replace(found, answer=guess.answer)
             if found.answer or found.tests:
                 return found
     return guess
@@ -504,20 +542,23 @@ def _guess(head: Sequence[Row]) -> Layout | None:
     prompts = (
         [path for path in prompts if _some(head, path)] or _loosely(names, _PROMPT_WORDS) or prompts
     )
-    prompt = _likeliest(head, [path for path in prompts if not _is_number(head, path)] or prompts)
+    spoken = [path for path in prompts if not _is_number(head, path)]
+    nested = [path for path in spoken if any(other.startswith(f"{path}.") for other in spoken)]
+    prompt = _likeliest(head, [path for path in spoken if path not in nested] or spoken or prompts)
     if prompt is None:
         return None
     name = _normal(prompt)
     tests = () if prompt in tests else tests
-    options = next((names[key] for key in _OPTIONS if key in names and _some(head, names[key])), "")
-    lettered = next((group for group in _LETTERED if all(key in names for key in group)), ())
-    if not options and lettered:
-        options = "|".join(names[key] for key in lettered)
-    answers = [path for path in _answers(names) if path not in (prompt, options)]
+    options = _choices(names, head)
+    taken = {prompt, *options.split("|")}
+    answers = [path for path in _answers(names) if path not in taken]
     if not any(_some(head, path) for path in answers):
-        loose = [path for path in _loosely(names, _ANSWER_WORDS) if path not in (prompt, options)]
+        loose = [path for path in _loosely(names, _ANSWER_WORDS) if path not in taken]
         answers = [path for path in loose if _some(head, path)] or answers
     answer = _likeliest(head, answers)
+    wrong = [names[key] for key in names if _DISTRACTOR.fullmatch(key) and _some(head, names[key])]
+    if wrong and not options and answer is not None:
+        options = "|".join((answer, *wrong))
     turns = name in ("conversations", "conversation", "messages", "chat", "dialogue")
     if answer is None and not tests and turns:
         answer = prompt
@@ -535,9 +576,36 @@ def _guess(head: Sequence[Row]) -> Layout | None:
         before=tuple(path for path in before if _some(head, path)),
         after=tuple(path for path in after if _some(head, path)),
         options=options,
+        first=_first_number(head, options, answer),
         starter=tuple(path for path in _STARTER if _some(head, path))[:1],
         system=next((names[key] for key in ("system", "system_prompt") if key in names), ""),
     )
+
+
+def _choices(names: Mapping[str, str], head: Sequence[Row]) -> str:
+    """Where a question's choices are: a column of that name, a column for each, or a list in a
+    column whose name has a word for them."""
+    for key in _OPTIONS:
+        if key in names and _some(head, names[key]):
+            return names[key]
+    groups: dict[str, dict[str, str]] = {}
+    for key, path in names.items():
+        if (one := _ONE_OPTION.fullmatch(key)) and "." not in path:
+            groups.setdefault(one[1], {})[one[2]] = path
+    for stem, group in groups.items():
+        lettered = {"a", "b"} <= set(group)
+        if lettered or (stem and {"1", "2"} <= set(group)):
+            return "|".join(group[key] for key in sorted(group))
+    listed = [path for path in _loosely(names, ("option", *_OPTIONS)) if _some(head, path)]
+    return next((p for p in listed if isinstance(lookup(head[0], p), list)), "")
+
+
+def _first_number(head: Sequence[Row], options: str, answer: str | None) -> int:
+    """1 if numbers of choices are counted from there: the last one's is as many as there are."""
+    if "|" not in options or answer is None:
+        return 0
+    said = {str(lookup(row, answer)) for row in head}
+    return 1 if str(options.count("|") + 1) in said and "0" not in said else 0
 
 
 def _named(head: Sequence[Row]) -> dict[str, str]:
@@ -549,11 +617,7 @@ def _named(head: Sequence[Row]) -> dict[str, str]:
     for column in sorted(found.values(), key=lambda c: (_order(c), c)):
         for row in head[:20]:
             value = lookup(row, column)
-            if isinstance(value, str) and value.lstrip()[:1] == "{":
-                try:
-                    value = json.loads(value)
-                except ValueError:
-                    continue
+            value = _opened(value)
             if isinstance(value, Mapping):
                 for key in value:
                     found.setdefault(_normal(str(key)), f"{column}.{key}")
@@ -568,8 +632,13 @@ def _answers(names: Mapping[str, str]) -> list[str]:
     """Paths of answers, the likeliest first: a column before what is nested, except in a place made
     for it."""
     known = [names[name] for name in _ANSWERS if name in names]
+    known = [
+        path for path in known if _normal(path.split(".")[0]) not in _BEFORE or "." not in path
+    ]
     made = [path for path in known if path.split(".")[0] in ("reward_model", "verification_info")]
     flat = [path for path in known if "." not in path]
+    worked = next((at for at, path in enumerate(flat) if _normal(path) in _WORKED), len(flat))
+    flat[worked:worked] = [p for n, p in names.items() if "." not in p and _STATED.fullmatch(n)]
     info = [
         f"{turns}.{at}.info.reference_answer"
         for turns in ("messages", "conversations")
@@ -585,8 +654,8 @@ def _tests(names: Mapping[str, str], head: Sequence[Row]) -> tuple[str, ...]:
     chosen = [path for path in found if any(_tests_something(lookup(row, path)) for row in head)]
     if not any(_most(head, path) for path in chosen):
         chosen = []
-    if not chosen and {"inputs", "outputs"} <= set(names) and _some(head, names["inputs"]):
-        return (f"{names['inputs']}|{names['outputs']}",)
+    if pair := _paired(names, head, chosen):
+        return (pair,)
     info = [
         path
         for path in ("messages.0.info.test_case", "messages.-1.info.test_case")
@@ -595,9 +664,34 @@ def _tests(names: Mapping[str, str], head: Sequence[Row]) -> tuple[str, ...]:
     return tuple(chosen or info[:1])
 
 
+def _paired(names: Mapping[str, str], head: Sequence[Row], chosen: Sequence[str]) -> str:
+    """Two lists, of inputs and of outputs, in columns `inputs` and `outputs` or `test_input` and
+    `test_output`; those of hidden tests before examples. Empty where other columns have tests."""
+    pairs = {
+        path: names[other]
+        for name, path in names.items()
+        if "input" in name and (other := name.replace("input", "output")) in names
+        if all(isinstance(_opened(lookup(head[0], p)), list) for p in (path, names[other]))
+    }
+    if not pairs or not {*pairs, *pairs.values()}.issuperset(chosen):
+        return ""
+    shown = ("example", "sample", "public")
+    best = min(pairs, key=lambda path: any(word in path.lower() for word in shown))
+    return f"{best}|{pairs[best]}"
+
+
+def _opened(value: Any) -> Any:
+    return spelled(value) if isinstance(value, str) else value
+
+
 def _loosely(names: Mapping[str, str], words: Sequence[str]) -> list[str]:
-    """Paths whose names have one of these words in them."""
-    return [names[name] for word in words for name in names if word in name.split("_")]
+    """Paths whose names have one of these words in them; Chinese has no space between words."""
+    return [
+        names[name]
+        for word in words
+        for name in names
+        if word in name.split("_") or (not word.isascii() and word in name)
+    ]
 
 
 def _tests_something(value: Any) -> bool:
@@ -655,4 +749,5 @@ __all__ = [
     "given",
     "lookup",
     "recognise",
+    "spelled",
 ]

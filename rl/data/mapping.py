@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...rewards.math_answers.extract import extract
 from ..config.data import DataConfig
-from .layouts import Layout, by_name, columns_text, given, lookup, recognise
+from .layouts import Layout, by_name, columns_text, given, lookup, recognise, spelled
 from .messages import Message, read_messages, split_off_reply
 from .templates import fields, fill, missing
 
-_MARKED = re.compile(r"(?:final |correct )?answer is:?\s*(.+?)\s*\.?\s*$", re.IGNORECASE)
+_MARKED = re.compile(r"answer|[答选]|result", re.IGNORECASE)
 _COUNTED = re.compile(r"(-?[\d.,/]+) \([A-Za-z ]+\)")
 _LETTERED = re.compile(r"\s*\(?([A-Ja-j1-9])\s*[).:]")
 _KEYS = (
@@ -31,6 +33,7 @@ _KEYS = (
 _ALTERNATIVES = frozenset(
     ("answers", "aliases", "spans", "text", "target", "targets")
 )  # words in names: one of them will do
+_TEXTS = ("contexts", "sentences", "paragraphs", "text")
 _SEEN = 64  # rows by which the layout is recognised
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -85,6 +88,20 @@ class Mapper:
                     f" it out, or write {{{{{name}}}}} if the braces are meant"
                 )
         self._options = self._find_options()
+        if not self._stated and self.task == "math" and self._all_answers(_is_program):
+            raise ValueError(
+                f"{key}={where!r}: the column {self.layout.answer[0]!r} holds programs, and no"
+                f" column is known to hold tests, there is only {columns_text(self._head)}; set"
+                f" data.tests_column, or data.answer_column={self.layout.answer[0]} for a reward"
+                " that compares programs"
+            )
+
+    def _all_answers(self, kind: Callable[[Any], bool]) -> bool:
+        """Whether all answers of the first rows are of this kind."""
+        values = [lookup(row, path) for path in self.layout.answer for row in self._head]
+        return any(given(value) for value in values) and all(
+            kind(value) for value in values if given(value)
+        )
 
     def _find_layout(self) -> Layout:
         settings = self._settings
@@ -137,7 +154,8 @@ class Mapper:
         if not path:
             return ""
         shown = [
-            _shows(lookup(row, self.layout.prompt), _options(row, path)[1]) for row in self._head
+            _shows(lookup(row, self.layout.prompt), _options(row, self.layout)[1])
+            for row in self._head
         ]
         return "" if all(shown) else path
 
@@ -155,7 +173,9 @@ class Mapper:
     def task(self) -> str:
         """`code` where rows have tests, `gym` where only reasoning-gym's rule can tell, else
         `math`."""
-        return "code" if self.layout.tests else "gym" if self.layout.metadata else "math"
+        if self.layout.tests or self._all_answers(_holds_tests):
+            return "code"
+        return "gym" if self.layout.metadata else "math"
 
     def describe(self) -> str:
         """One line for the start of a run."""
@@ -249,7 +269,7 @@ class Mapper:
         elif layout.tests:
             tests = _list_of(lookup(row, layout.tests[0]))
             asserts = isinstance(tests, Sequence) and not isinstance(tests, str)
-            if asserts and tests and all(isinstance(test, str) for test in tests):
+            if asserts and tests and all("assert" in str(test) for test in tests):
                 more["test_list"] = tests
             elif layout.tests[0] not in _KNOWN_TESTS:
                 more["tests"] = tests
@@ -307,7 +327,7 @@ class Mapper:
                     else f"{path.replace('_', ' ').capitalize()}:\n{text}"
                 )
         if self._options:
-            labels, texts = _options(row, self._options)
+            labels, texts = _options(row, layout)
             parts.append(
                 "\n".join(f"{a}. {b}" if a else b for a, b in zip(labels, texts, strict=True))
             )
@@ -328,7 +348,7 @@ class Mapper:
         if not given(value):
             raise BadRow(f"no answer in the column {path!r} (data.answer_column)")
         if self.layout.options:
-            return _letter(value, *_options(row, self.layout.options))
+            return _letter(value, *_options(row, self.layout), self.layout.first)
         text = self._text(value, path)
         pattern = self._settings.answer_pattern
         if pattern is None:
@@ -379,6 +399,27 @@ _KNOWN_TESTS = frozenset(
 """Where the code reward looks by itself."""
 
 
+_PROGRAM = re.compile(
+    r"^\s*(?:def \w+\(|class \w+[:(]|import \w+$|from [\w.]+ import )|^ +return \b|```python",
+    re.MULTILINE,
+)
+
+
+def _is_program(value: Any) -> bool:
+    return isinstance(value, str) and _PROGRAM.search(value) is not None
+
+
+def _holds_tests(value: Any) -> bool:
+    """Whether a reference is tests of a program: assertions, or inputs and outputs."""
+    value = spelled(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return re.search(r"^\s*assert .*[=(]", value, re.MULTILINE) is not None
+    if isinstance(value, Sequence):
+        return bool(value) and all(_holds_tests(each) for each in value)
+    sides = ({"inputs", "outputs"}, {"input", "output"}, {"functional"})
+    return isinstance(value, Mapping) and any(side <= set(value) for side in sides)
+
+
 def final_answer(text: str) -> str:
     """What a worked solution comes to: behind `####`, in its last box, or after `The answer is`; a
     short text is its own."""
@@ -389,8 +430,13 @@ def final_answer(text: str) -> str:
         return text if text.count("\\boxed") > 1 else _boxed(text) or text
     if match := _COUNTED.fullmatch(text):
         return match[1]
-    if len(text) > 40 and (match := _MARKED.search(text)) and len(match[1]) <= 200:
-        return match[1].strip("$* ") if match[1].count("$") in (0, 2) else match[1]
+    if _MARKED.search(text):  # most references have none, and looking closer takes its time
+        found = extract(text)
+        stated = found.candidates[0] if len(found.candidates) == 1 else ""
+        if found.how in ("marker", "answer_tag") and (
+            len(text) > 40 or len(stated) == 1 or any(each.isdigit() for each in stated)
+        ):
+            return stated or text
     return text
 
 
@@ -405,22 +451,30 @@ def _boxed(text: str) -> str:
     return ""
 
 
-def _options(row: Mapping[str, Any], path: str) -> tuple[list[str], list[str]]:
+def _options(row: Mapping[str, Any], layout: Layout) -> tuple[list[str], list[str]]:
     """Labels and texts of a question's choices; a label is empty where the text shows one
     already."""
-    value: Any = [row.get(name) for name in path.split("|")] if "|" in path else lookup(row, path)
+    paths = layout.options.split("|")
+    value: Any = lookup(row, paths[0])
+    if len(paths) > 1:
+        value = [_plain(lookup(row, path)) for path in paths]
+        value = [text for text in value if text]
+        if {*layout.answer} & {*paths}:  # the right one is the first
+            value.sort(key=lambda text: zlib.crc32(f"{lookup(row, layout.prompt)}{text}".encode()))
+    value = spelled(value) if isinstance(value, str) else value
     # ARC
     if isinstance(value, Mapping) and isinstance(value.get("text"), Sequence) and "label" in value:
         return [str(label) for label in value["label"]], [str(text) for text in value["text"]]
     if isinstance(value, Mapping):
         pairs = [(str(key), str(text)) for key, text in value.items() if text is not None]
-        return [key for key, _ in pairs], [text for _, text in pairs]
+        return [_capital(key) for key, _ in pairs], [text for _, text in pairs]
     if isinstance(value, Sequence) and not isinstance(value, str):
-        if value and all(isinstance(each, Mapping) for each in value):
-            return ([str(each.get("label", each.get("key", ""))) for each in value],
-                    [str(each.get("text", each.get("content", ""))) for each in value])  # fmt: skip
-        texts = [str(text) for text in value]
-        if "option1" in path:
+        items = [each[0] if isinstance(each, list) and len(each) == 1 else each for each in value]
+        if items and all(isinstance(each, Mapping) for each in items):
+            found = [_label_and_text(each) for each in items]
+            return [label for label, _ in found], [text for _, text in found]
+        texts = [str(text) for text in items]
+        if re.fullmatch(r"(option|choice)_?1", paths[0]) and layout.first == 1:
             return [str(i + 1) for i in range(len(texts))], texts
         if texts and all(_LETTERED.match(text) for text in texts):
             return [""] * len(texts), texts
@@ -428,10 +482,26 @@ def _options(row: Mapping[str, Any], path: str) -> tuple[list[str], list[str]]:
     return ([""], [_plain(value)]) if _plain(value) else ([], [])
 
 
-def _letter(value: Any, labels: Sequence[str], texts: Sequence[str]) -> str:
-    """The label of the right choice, of a label, an index counted from 0, or the choice's text."""
+def _label_and_text(choice: Mapping[str, Any]) -> tuple[str, str]:
+    """`{"label": "A", "text": "4"}`, whatever the names: what looks like a label, and the rest."""
+    values = [str(value) for value in choice.values() if value is not None]
+    label = next((value for value in values if re.fullmatch("[A-Za-z0-9]", value)), "")
+    return label, next((value for value in values if value != label), label)
+
+
+def _capital(label: str) -> str:
+    return label.upper() if len(label) == 1 else label
+
+
+def _letter(value: Any, labels: Sequence[str], texts: Sequence[str], first: int = 0) -> str:
+    """The label of the right choice, of a label, a number counted from `first`, a list with a 1 at
+    its place, or the choice's text."""
     if isinstance(value, Mapping):
         value = next((value[key] for key in _KEYS if given(value.get(key))), "")
+    if isinstance(value, list) and len(value) == len(texts) and sorted(value)[-2:] == [0, 1]:
+        value = value.index(1)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     said = str(value).strip()
     if isinstance(value, float) and value.is_integer():
         said = str(int(value))
@@ -440,10 +510,12 @@ def _letter(value: Any, labels: Sequence[str], texts: Sequence[str]) -> str:
         return folded[said.casefold()]
     if said in texts:
         return labels[texts.index(said)] or _LETTERED.sub(r"\1", said)[:1]
-    if said.isdecimal() and int(said) < len(labels):
-        shown = _LETTERED.match(texts[int(said)])
-        return labels[int(said)] or (shown[1] if shown else said)
-    return said
+    if said.isdecimal() and 0 <= int(said) - first < len(labels):
+        at = int(said) - first
+        shown = _LETTERED.match(texts[at])
+        return labels[at] or (shown[1] if shown else said)
+    stated = _LETTERED.match(said)  # "B. Oslo"
+    return folded.get(stated[1].casefold(), said) if stated else _capital(said)
 
 
 def _shows(prompt: Any, options: Sequence[str]) -> bool:
@@ -477,19 +549,16 @@ def _replied(prompt: Any) -> bool:
 
 def _plain(value: Any) -> str:
     """Text, or lines of it; of anything else nothing."""
+    if isinstance(value, Mapping):
+        value = next((value[key] for key in _TEXTS if key in value), None)
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return "\n".join(each for each in value if isinstance(each, str))
+        return "\n".join(_plain(each) for each in value if isinstance(each, str | list))
     return "" if value is None or isinstance(value, Mapping) else str(value).strip("\n")
 
 
 def _list_of(value: Any) -> Any:
-    """The list that a text spells as JSON; everything else as it is."""
-    if isinstance(value, str) and value.lstrip()[:1] == "[":
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
+    """The list that a text spells; everything else as it is."""
+    return spelled(value) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
 
 
 __all__ = ["BadRow", "Mapped", "Mapper", "final_answer"]
