@@ -9,6 +9,7 @@ base64 of zlib of JSON or of a pickle of plain values (LiveCodeBench).
 
 from __future__ import annotations
 
+import ast
 import base64
 import binascii
 import dataclasses
@@ -16,6 +17,7 @@ import decimal
 import io
 import json
 import pickle
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -172,6 +174,13 @@ def _function_plan(cases: Sequence[Case], name: str, starter: str) -> FunctionPl
 
 def _arguments(given: Any) -> tuple[list[Any], dict[str, Any]]:
     """Lines of JSON, one an argument; or a list of arguments, or arguments by name."""
+    if isinstance(given, str) and re.match(r"\s*[A-Za-z_]\w* = ", given):
+        try:  # LeetCode's: a = 2, b = 3
+            call = ast.parse(f"f({given.strip()})", mode="eval").body
+            words = call.keywords if isinstance(call, ast.Call) else []
+            return [], {str(each.arg): ast.literal_eval(each.value) for each in words}
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise ValueError(f"the arguments of a test are no Python: {given[:100]!r}") from None
     if isinstance(given, str):
         try:
             return [_value(line, "an argument") for line in given.splitlines() if line.strip()], {}

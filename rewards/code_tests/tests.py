@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,7 +84,25 @@ def _plan_of_cases(columns: Mapping[str, Any], answer: str) -> Plan:
             f"the row has no tests: none of test_list, {', '.join(_CASE_COLUMNS)} nor the answer"
             " holds any"
         )
+    if not name and (asserts := _asserted(cases)):
+        return asserts_plan(asserts, (), "", "", frozenset())
     return plan_of_cases(cases, name, str(columns.get("starter_code") or ""))
+
+
+def _asserted(cases: Sequence[Case]) -> tuple[str, ...]:
+    """Assertions for cases whose inputs are calls, as `add(2, 3)`; none for any other."""
+    found = []
+    for case in cases:
+        given, wanted = str(case.given).strip(), str(case.wanted).strip()
+        if re.fullmatch(r"[A-Za-z_]\w*\(.*\)", given, re.DOTALL) is None or case.name:
+            return ()
+        try:
+            literal(wanted)
+            ast.parse(given, mode="eval")
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return ()
+        found.append(f"assert {given} == {wanted}")
+    return tuple(found)
 
 
 def _is_code(text: str) -> bool:

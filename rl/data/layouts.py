@@ -277,10 +277,15 @@ _PROMPTS = (
     "instruct_prompt",
     "complete_prompt",
     "informal_statement",
+    "claim",
+    "q_text",
     "human",
+    "q",
     "问题",
     "题目",
     "题干",
+    "指令",
+    "turns",
 )
 _ANSWERS = (
     "ground_truth",
@@ -298,6 +303,10 @@ _ANSWERS = (
     "answer_value",
     "golden_answers",
     "correct_option",
+    "correct_answer_id",
+    "correct_answer_index",
+    "correct_index",
+    "answer_id",
     "answer_key",
     "answer_idx",
     "answer_index",
@@ -324,6 +333,7 @@ _ANSWERS = (
     "答案",
     "参考答案",
     "标准答案",
+    "输出",
     "solution",
     "solutions",
     "response",
@@ -334,6 +344,7 @@ _ANSWERS = (
     "generated_solution",
     "chosen",
     "assistant",
+    "a",
 )
 _TESTS = (
     "tests",
@@ -369,9 +380,11 @@ _BEFORE = (
     "premise",
     "premises",
     "puzzle",
+    "dialogue",
 )
 _AFTER = {
     "instruction": ("input",),
+    "指令": ("输入",),
     "description": (
         "input_format",
         "output_format",
@@ -390,7 +403,7 @@ _OPTIONS = (
     "option",
     "选项",
 )
-_ONE_OPTION = re.compile(r"(|op|opt|option|choice|answer|ans|ending|sol|选项)_?([a-j]|\d)")
+_ONE_OPTION = re.compile(r"(|(?:q_)?op|opt|option|choice|answer|ans|ending|sol|选项)_?([a-j]|\d)")
 _DISTRACTOR = re.compile(r"(?:incorrect|wrong|false)_(?:answer|option)s?_?\d*|distractors?_?\d*")
 _STATED = re.compile(
     r"(?!.*(?:predict|model|long|wrong|false|incorrect|original|student|generated))"
@@ -414,6 +427,7 @@ _PROMPT_WORDS = (
 )
 _ANSWER_WORDS = (
     "truth",
+    "truths",
     "answer",
     "answers",
     "gold",
@@ -426,6 +440,7 @@ _ANSWER_WORDS = (
     "result",
     "output",
     "response",
+    "ans",
     "答案",
 )
 _TEST_WORDS = ("tests", "test", "testcases", "asserts", "assertions", "cases")
@@ -542,9 +557,23 @@ def _guess(head: Sequence[Row]) -> Layout | None:
     prompts = (
         [path for path in prompts if _some(head, path)] or _loosely(names, _PROMPT_WORDS) or prompts
     )
+    talks = [
+        column
+        for column, value in head[0].items()
+        if isinstance(value, list) and value and isinstance(value[0], Mapping)
+        if "from" in value[0] or "role" in value[0]
+    ]
+    prompts = prompts or talks
     spoken = [path for path in prompts if not _is_number(head, path)]
+    parts = {path: (path, *_around(names, path)) for path in spoken}
+    varied = [path for path in spoken if any(_varies(head, part) for part in parts[path])]
+    if not varied:
+        loose = [p for p in _loosely(names, _PROMPT_WORDS) if _varies(head, p)]
+        varied = [path for path in loose if " " in str(lookup(head[0], path))]
+    # the name of a task is no prompt
+    spoken = varied or [path for path in spoken if len(head) == 1 or _normal(path) != "task"]
     nested = [path for path in spoken if any(other.startswith(f"{path}.") for other in spoken)]
-    prompt = _likeliest(head, [path for path in spoken if path not in nested] or spoken or prompts)
+    prompt = _likeliest(head, [path for path in spoken if path not in nested] or spoken)
     if prompt is None:
         return None
     name = _normal(prompt)
@@ -552,15 +581,24 @@ def _guess(head: Sequence[Row]) -> Layout | None:
     options = _choices(names, head)
     taken = {prompt, *options.split("|")}
     answers = [path for path in _answers(names) if path not in taken]
+    answers.sort(key=lambda path: all(isinstance(lookup(row, path), bool) for row in head))
     if not any(_some(head, path) for path in answers):
         loose = [path for path in _loosely(names, _ANSWER_WORDS) if path not in taken]
         answers = [path for path in loose if _some(head, path)] or answers
     answer = _likeliest(head, answers)
+    replied = [p for p in talks if _is_reply(lookup(head[0], p)[-1])]
+    if answer is None and not tests and replied:
+        prompt = answer = replied[0]
+    listed = names.get("answers", "")
+    if answer == listed and isinstance(lookup(head[0], f"{listed}.0"), Mapping):
+        options = listed
+    if not options and answer not in (None, listed) and _is_number(head, str(answer)):
+        options = listed if isinstance(lookup(head[0], listed), list) else ""
     wrong = [names[key] for key in names if _DISTRACTOR.fullmatch(key) and _some(head, names[key])]
     if wrong and not options and answer is not None:
         options = "|".join((answer, *wrong))
     turns = name in ("conversations", "conversation", "messages", "chat", "dialogue")
-    if answer is None and not tests and turns:
+    if answer is None and not tests and (turns or prompt in talks):
         answer = prompt
     before = tuple(
         names[key] for key in _BEFORE if key in names and names[key] not in (prompt, answer)
@@ -596,7 +634,9 @@ def _choices(names: Mapping[str, str], head: Sequence[Row]) -> str:
         lettered = {"a", "b"} <= set(group)
         if lettered or (stem and {"1", "2"} <= set(group)):
             return "|".join(group[key] for key in sorted(group))
-    listed = [path for path in _loosely(names, ("option", *_OPTIONS)) if _some(head, path)]
+    listed = [
+        path for path in _loosely(names, ("option", "choice", *_OPTIONS)) if _some(head, path)
+    ]
     return next((p for p in listed if isinstance(lookup(head[0], p), list)), "")
 
 
@@ -701,6 +741,19 @@ def _tests_something(value: Any) -> bool:
             "assert" in value or value.lstrip()[:1] in ("[", "{") or len(value) > 200
         )
     return isinstance(value, Mapping | Sequence) and given(value)
+
+
+def _is_reply(turn: Mapping[str, Any]) -> bool:
+    return turn.get("role", turn.get("from")) in ("assistant", "gpt")
+
+
+def _around(names: Mapping[str, str], path: str) -> list[str]:
+    """The columns that may stand before or behind a prompt."""
+    return [names[key] for key in (*_BEFORE, *_AFTER.get(_normal(path), ())) if key in names]
+
+
+def _varies(head: Sequence[Row], path: str) -> bool:
+    return len({str(lookup(row, path)) for row in head}) > 1
 
 
 def _is_number(head: Sequence[Row], path: str) -> bool:

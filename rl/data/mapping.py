@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...rewards.math_answers.extract import extract
+from ...rewards.math_answers.references import accepted
 from ..config.data import DataConfig
 from .layouts import Layout, by_name, columns_text, given, lookup, recognise, spelled
 from .messages import Message, read_messages, split_off_reply
@@ -31,7 +32,7 @@ _KEYS = (
     "spans",
 )
 _ALTERNATIVES = frozenset(
-    ("answers", "aliases", "spans", "text", "target", "targets")
+    ("answers", "aliases", "spans", "text", "target", "targets", "truths")
 )  # words in names: one of them will do
 _TEXTS = ("contexts", "sentences", "paragraphs", "text")
 _SEEN = 64  # rows by which the layout is recognised
@@ -88,6 +89,13 @@ class Mapper:
                     f" it out, or write {{{{{name}}}}} if the braces are meant"
                 )
         self._options = self._find_options()
+        column = self.layout.answer[0] if self.layout.answer and not self.layout.options else ""
+        if column in ("label", "labels") and not self._stated and self._zero_and_one(column):
+            raise ValueError(
+                f"{key}={where!r}: the column {column!r} holds 0 and 1, and nothing says what they"
+                f" stand for, there is only {columns_text(self._head)}; set data.answer_column to a"
+                f" column of words, or data.answer_column={column} if the numbers are the answers"
+            )
         if not self._stated and self.task == "math" and self._all_answers(_is_program):
             raise ValueError(
                 f"{key}={where!r}: the column {self.layout.answer[0]!r} holds programs, and no"
@@ -96,9 +104,13 @@ class Mapper:
                 " that compares programs"
             )
 
+    def _zero_and_one(self, path: str) -> bool:
+        return {str(lookup(row, path)) for row in self._head} == {"0", "1"}
+
     def _all_answers(self, kind: Callable[[Any], bool]) -> bool:
         """Whether all answers of the first rows are of this kind."""
-        values = [lookup(row, path) for path in self.layout.answer for row in self._head]
+        paths = [path for path in self.layout.answer if path != self.layout.prompt]
+        values = [lookup(row, path) for path in paths for row in self._head]
         return any(given(value) for value in values) and all(
             kind(value) for value in values if given(value)
         )
@@ -260,7 +272,8 @@ class Mapper:
 
     def columns(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """The row's columns, with tests and metadata also where the rewards look for them."""
-        layout, more = self.layout, {}
+        layout = self.layout
+        more: dict[str, Any] = {}
         if len(layout.tests) == 1 and "|" in layout.tests[0]:
             names = dict(zip(("inputs", "outputs"), layout.tests[0].split("|"), strict=True))
             more["tests"] = {key: _list_of(lookup(row, path)) for key, path in names.items()}
@@ -275,6 +288,12 @@ class Mapper:
                 more["tests"] = tests
         elif layout.answer and (test := lookup(row, f"{layout.answer[0]}.functional")):  # code-r1
             more["tests"] = test
+        elif layout.answer and (test := lookup(row, f"{layout.answer[0]}.test_code")):  # Skywork
+            prefix, entry = (
+                str(lookup(row, f"{layout.answer[0]}.{key}") or "")
+                for key in ("import_prefix", "entry_point")
+            )
+            more |= {"test": f"{prefix}\n{test}", "entry_point": entry}
         if layout.metadata:
             more["metadata"] = {
                 "source_dataset": "countdown",
@@ -323,7 +342,7 @@ class Mapper:
             if text := _plain(lookup(row, path)):
                 parts.append(
                     text
-                    if path in ("input",)
+                    if path in ("input", "输入")
                     else f"{path.replace('_', ' ').capitalize()}:\n{text}"
                 )
         if self._options:
@@ -367,6 +386,9 @@ class Mapper:
         several = bool(_ALTERNATIVES & set(path.rsplit(".", 1)[-1].lower().split("_")))
         if several and not self._stated:
             value = _list_of(value)
+        unwrapped = spelled(value) if isinstance(value, str) and not self._stated else value
+        if isinstance(unwrapped, Mapping) and set(unwrapped) & {*_KEYS}:
+            value = unwrapped
         if isinstance(value, str):
             return value.strip()
         if isinstance(value, bool) and not self._stated:
@@ -376,7 +398,8 @@ class Mapper:
             if inner:
                 return self._text(value[inner[0]], inner[0])
         if isinstance(value, Sequence) and value and (len(value) == 1 or several):
-            return self._text(value[0], path)
+            listed = json.dumps(value, ensure_ascii=False, default=str)
+            return listed if len(accepted(listed)) > 1 else self._text(value[0], path)
         return json.dumps(value, ensure_ascii=False, default=str)
 
 
@@ -400,13 +423,13 @@ _KNOWN_TESTS = frozenset(
 
 
 _PROGRAM = re.compile(
-    r"^\s*(?:def \w+\(|class \w+[:(]|import \w+$|from [\w.]+ import )|^ +return \b|```python",
+    r"^\s*(?:def \w+\(|class \w+[:(]|import \w+$|from [\w.]+ import )|^\s*return [\w(\[]|```python",
     re.MULTILINE,
 )
 
 
 def _is_program(value: Any) -> bool:
-    return isinstance(value, str) and _PROGRAM.search(value) is not None
+    return isinstance(value, str) and _PROGRAM.search(final_answer(value)) is not None
 
 
 def _holds_tests(value: Any) -> bool:
@@ -416,7 +439,7 @@ def _holds_tests(value: Any) -> bool:
         return re.search(r"^\s*assert .*[=(]", value, re.MULTILINE) is not None
     if isinstance(value, Sequence):
         return bool(value) and all(_holds_tests(each) for each in value)
-    sides = ({"inputs", "outputs"}, {"input", "output"}, {"functional"})
+    sides = ({"inputs", "outputs"}, {"input", "output"}, {"functional"}, {"test_code"})
     return isinstance(value, Mapping) and any(side <= set(value) for side in sides)
 
 
@@ -472,7 +495,8 @@ def _options(row: Mapping[str, Any], layout: Layout) -> tuple[list[str], list[st
         items = [each[0] if isinstance(each, list) and len(each) == 1 else each for each in value]
         if items and all(isinstance(each, Mapping) for each in items):
             found = [_label_and_text(each) for each in items]
-            return [label for label, _ in found], [text for _, text in found]
+            labels = [label for label, _ in found]
+            return labels if any(labels) else list(_LETTERS[: len(found)]), [t for _, t in found]
         texts = [str(text) for text in items]
         if re.fullmatch(r"(option|choice)_?1", paths[0]) and layout.first == 1:
             return [str(i + 1) for i in range(len(texts))], texts
@@ -484,7 +508,8 @@ def _options(row: Mapping[str, Any], layout: Layout) -> tuple[list[str], list[st
 
 def _label_and_text(choice: Mapping[str, Any]) -> tuple[str, str]:
     """`{"label": "A", "text": "4"}`, whatever the names: what looks like a label, and the rest."""
-    values = [str(value) for value in choice.values() if value is not None]
+    values = [str(value) for value in choice.values() if isinstance(value, str | int | float)]
+    values = [value for value in values if value not in ("True", "False")] or values
     label = next((value for value in values if re.fullmatch("[A-Za-z0-9]", value)), "")
     return label, next((value for value in values if value != label), label)
 
@@ -498,8 +523,11 @@ def _letter(value: Any, labels: Sequence[str], texts: Sequence[str], first: int 
     its place, or the choice's text."""
     if isinstance(value, Mapping):
         value = next((value[key] for key in _KEYS if given(value.get(key))), "")
-    if isinstance(value, list) and len(value) == len(texts) and sorted(value)[-2:] == [0, 1]:
+    if isinstance(value, list) and len(value) == len(texts) and {*map(str, value)} == {"0", "1"}:
         value = value.index(1)
+    if isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
+        right = [at for at, each in enumerate(value) if any(v is True for v in each.values())]
+        value = labels[right[0]] if right else ""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     said = str(value).strip()
@@ -514,6 +542,7 @@ def _letter(value: Any, labels: Sequence[str], texts: Sequence[str], first: int 
         at = int(said) - first
         shown = _LETTERED.match(texts[at])
         return labels[at] or (shown[1] if shown else said)
+    said = final_answer(said)
     stated = _LETTERED.match(said)  # "B. Oslo"
     return folded.get(stated[1].casefold(), said) if stated else _capital(said)
 

@@ -185,7 +185,7 @@ TURNS = [
         (
             {"prompt": "a", "reward_model": {"ground_truth": {"target": ["Paris", "paris"]}}},
             "a",
-            "Paris",
+            '["Paris", "paris"]',
         ),
         ({"task": "a", "verification_info": '{"ground_truth": "5"}'}, "a", "5"),
         ({"Question": "Is it?", "Answer": True}, "Is it?\n\nAnswer yes or no.", "yes"),
