@@ -13,8 +13,9 @@ from typing import Any
 from ...rewards.math_answers.extract import extract
 from ...rewards.math_answers.references import accepted
 from ..config.data import DataConfig
-from .layouts import Layout, by_name, columns_text, given, lookup, recognise, spelled
+from .layouts import Layout, by_name, columns_text, given, lookup, spelled
 from .messages import Message, read_messages, split_off_reply
+from .recognition import recognise
 from .templates import fields, fill, missing
 
 _MARKED = re.compile(r"answer|[答选]|result", re.IGNORECASE)
