@@ -48,7 +48,7 @@ def cases_of(value: Any, name: str = "") -> list[Case]:
         return cases_of(unpacked(value), name)
     if isinstance(value, Mapping):
         name = _name_in(value) or name
-        for key in ("input_output", "test_cases", "tests"):
+        for key in ("input_output", "test_cases", "tests", "ground_truth"):
             if key in value:
                 return cases_of(value[key], name)
         for given, wanted in (("inputs", "outputs"), ("input", "output")):
