@@ -9,6 +9,7 @@ base64 of zlib of JSON or of a pickle of plain values (LiveCodeBench).
 
 from __future__ import annotations
 
+import ast
 import base64
 import binascii
 import dataclasses
@@ -16,6 +17,7 @@ import decimal
 import io
 import json
 import pickle
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +48,7 @@ def cases_of(value: Any, name: str = "") -> list[Case]:
         return cases_of(unpacked(value), name)
     if isinstance(value, Mapping):
         name = _name_in(value) or name
-        for key in ("input_output", "test_cases", "tests"):
+        for key in ("input_output", "test_cases", "tests", "ground_truth"):
             if key in value:
                 return cases_of(value[key], name)
         for given, wanted in (("inputs", "outputs"), ("input", "output")):
@@ -69,22 +71,22 @@ def cases_of(value: Any, name: str = "") -> list[Case]:
     raise ValueError(f"tests of an unknown form: {str(value)[:100]!r}")
 
 
+_GIVEN = ("input", "inputs", "stdin", "args", "arguments")
+_WANTED = ("output", "outputs", "stdout", "expected_output", "expected_stdout", "expected")
+
+
 def _sides(case: Mapping[str, Any]) -> tuple[str, ...]:
-    for names in (
-        ("input", "output"),
-        ("inputs", "outputs"),
-        ("stdin", "stdout"),
-        ("input", "expected_output"),
-    ):
-        if all(name in case for name in names):
-            return names
-    return ()
+    """The names of what is given and what is wanted."""
+    given = next((name for name in _GIVEN if name in case), None)
+    wanted = next((name for name in _WANTED if name in case), None)
+    return () if given is None or wanted is None else (given, wanted)
 
 
 def _name_in(value: Mapping[str, Any]) -> str:
     return str(
         value.get("fn_name")
         or value.get("func_name")
+        or value.get("function_name")
         or named_in_metadata(value.get("metadata"))
         or ""
     )
@@ -172,6 +174,13 @@ def _function_plan(cases: Sequence[Case], name: str, starter: str) -> FunctionPl
 
 def _arguments(given: Any) -> tuple[list[Any], dict[str, Any]]:
     """Lines of JSON, one an argument; or a list of arguments, or arguments by name."""
+    if isinstance(given, str) and re.match(r"\s*[A-Za-z_]\w* = ", given):
+        try:  # LeetCode's: a = 2, b = 3
+            call = ast.parse(f"f({given.strip()})", mode="eval").body
+            words = call.keywords if isinstance(call, ast.Call) else []
+            return [], {str(each.arg): ast.literal_eval(each.value) for each in words}
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise ValueError(f"the arguments of a test are no Python: {given[:100]!r}") from None
     if isinstance(given, str):
         try:
             return [_value(line, "an argument") for line in given.splitlines() if line.strip()], {}

@@ -16,6 +16,8 @@ from .statements import state
 from .tree import Kind, Node, negative, number, number_of
 from .units import PERCENT
 
+_NAME = re.compile(r"[^\W\d_]{3,}(?:[ '.,-]+[^\W\d_]+\.?)*")
+"""Words: of a list of names one is meant, of a list of numbers or letters all are."""
 MAX_TEXT = 4000
 """Characters up to which a text outside the grammar is compared by its tokens."""
 
@@ -92,6 +94,29 @@ def _listed(gold: str) -> str:
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return gold
     return ", ".join(items) if all(isinstance(item, str) for item in items) and items else gold
+
+
+def accepted(gold: str) -> tuple[str, ...]:
+    """The answers of which one will do: the names in a list of names, else the reference alone."""
+    if gold[:2] not in ('["', "['") or gold[-1:] != "]":
+        return (gold,)
+    try:
+        items = ast.literal_eval(gold)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return (gold,)
+    names = all(isinstance(item, str) and _NAME.fullmatch(item) for item in items)
+    return tuple(items) if names and items else (gold,)
+
+
+_CHOICE = re.compile(r"^[ \t]*\(?([A-J])[).:][ \t]+(\S.*?)[ \t]*$", re.MULTILINE)
+
+
+def as_choice(answer: str, prompt: str) -> str:
+    """The letter under which a prompt lists this answer as a choice, e.g. C for Rome behind
+    `C. Rome`; else the answer."""
+    said = answer.strip(" .$").casefold()
+    letters = [a for a, text in _CHOICE.findall(prompt) if text.strip(" .$").casefold() == said]
+    return letters[0] if len(letters) == 1 else answer
 
 
 def why_no_answer(gold: str) -> str | None:

@@ -24,7 +24,16 @@ from .compare import compare
 from .extract import MAX_ANSWERS, extract
 from .options import Outcome, Policy, all_of
 from .parser import TooDeep, Unreadable, parse
-from .references import MAX_TEXT, Reference, is_copy, read_gold, rewritings, why_no_answer
+from .references import (
+    MAX_TEXT,
+    Reference,
+    accepted,
+    as_choice,
+    is_copy,
+    read_gold,
+    rewritings,
+    why_no_answer,
+)
 from .tree import Kind, Node, has
 
 MEMORY_BYTES = 2**30
@@ -99,7 +108,7 @@ class MathReward(Reward):
             return problem
         if re.fullmatch(r"-?\d{1,15}", row.answer):  # as most are: large data sets open in seconds
             return None
-        reference = self._reference(row.answer)
+        reference = self._reference(accepted(row.answer)[0])
         for rewritten in rewritings(reference.text):
             verdict = self([RewardInput(completion=rewritten, answer=row.answer)])[0]
             if verdict.score != 1.0:
@@ -120,6 +129,9 @@ class MathReward(Reward):
             return Status.UNPARSEABLE, "no answer found", ()
         if len(candidates) > MAX_ANSWERS:
             return Status.WRONG, f"more than {MAX_ANSWERS} different final answers", ()
+        if re.fullmatch("[A-J]", row.answer):
+            asked = row.messages[-1]["content"] if row.messages else row.prompt
+            candidates = tuple(as_choice(answer, asked) for answer in candidates)
         decision = self._decide(row.answer, candidates)
         if decision.outcome is Outcome.EQUAL and row.prompt:
             reference = self._reference(row.answer)
@@ -131,6 +143,10 @@ class MathReward(Reward):
         return status, message, decision.open
 
     def _decide_exactly(self, gold: str, candidates: tuple[str, ...]) -> _Decision:
+        if len(golds := accepted(gold)) > 1:
+            decisions = [self._decide_exactly(each, candidates) for each in golds]
+            equal = (each for each in decisions if each.outcome is Outcome.EQUAL)
+            return next(equal, decisions[0])
         reference, policy = self._reference(gold), self.policy
         whole = ", ".join(candidates)
         if len(candidates) > 1 and compare(reference, whole, policy) is Outcome.EQUAL:

@@ -1,5 +1,4 @@
-"""Where public data sets keep prompt, answer and tests, as a table, and how the columns of any
-other one are recognised.
+"""Where public data sets keep prompt, answer and tests, as a table.
 
 A path such as `reward_model.ground_truth` or `conversations.-1.value` goes into mappings, lists and
 JSON texts of them.
@@ -7,6 +6,7 @@ JSON texts of them.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 TRUTH = "reward_model.ground_truth"
+_LONGEST_LITERAL = 100_000  # characters; Python reads a literal slowly
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +38,10 @@ class Layout:
     after: tuple[str, ...] = ()
     """Columns that stand behind it: an instruction's input, a contest problem's formats."""
     options: str = ""
-    """The choices of a multiple-choice question; the answer becomes a letter."""
+    """The choices of a multiple-choice question: a path, or several with `|` between; the answer
+    becomes a letter. Where the answer is one of several, their order is made from the row."""
+    first: int = 0
+    """The number that the first choice has where the answer is a number."""
     starter: tuple[str, ...] = ()
     """The signature that a program is to have."""
     system: str = ""
@@ -45,7 +49,7 @@ class Layout:
     """What the `gym` reward wants in the column `metadata`, and the path that it comes from."""
 
 
-_STARTER = ("starter_code", "test_info.0.function_declaration")
+STARTER = ("starter_code", "test_info.0.function_declaration")
 _PUZZLE = (
     "Using the numbers {nums}, create an equation that equals {target}. You can use basic"
     " arithmetic operations (+, -, *, /) and each number exactly once. Return the final equation in"
@@ -103,7 +107,7 @@ LAYOUTS: tuple[Layout, ...] = (
         has=("question_content", "public_test_cases"),
         prompt="question_content",
         tests=("private_test_cases", "public_test_cases"),
-        starter=_STARTER,
+        starter=STARTER,
     ),
     Layout(name="leetcode", has=("query", "entry_point", "test"), prompt="query", tests=("test",)),
     Layout(
@@ -111,7 +115,7 @@ LAYOUTS: tuple[Layout, ...] = (
         has=("question", "test", "test_info"),
         prompt="question",
         tests=("test",),
-        starter=_STARTER,
+        starter=STARTER,
     ),
     Layout(
         name="acecode",
@@ -124,21 +128,21 @@ LAYOUTS: tuple[Layout, ...] = (
         has=("question", "input_output", "skill_types"),
         prompt="question",
         tests=("input_output",),
-        starter=_STARTER,
+        starter=STARTER,
     ),
     Layout(
         name="apps",
         has=("question", "input_output", "solutions"),
         prompt="question",
         tests=("input_output",),
-        starter=_STARTER,
+        starter=STARTER,
     ),
     Layout(
         name="deepcoder",
         has=("problem", "tests"),
         prompt="problem",
         tests=("tests",),
-        starter=_STARTER,
+        starter=STARTER,
     ),
     # mathematics
     Layout(
@@ -224,193 +228,7 @@ LAYOUTS: tuple[Layout, ...] = (
         system="system",
     ),
 )
-_FRAMES = ("openrlhf", "trl", "sharegpt")
 NAMES = tuple(dict.fromkeys(layout.name for layout in LAYOUTS))
-
-# Names of columns in any other data set, in lower case with `_` for what separates words; the first
-# that rows have is meant.
-_PROMPTS = (
-    "prompt",
-    "problem",
-    "question",
-    "problem_text",
-    "question_content",
-    "question_text",
-    "problem_statement",
-    "problem_description",
-    "question_stem",
-    "query",
-    "instruction",
-    "quiz",
-    "puzzle",
-    "prompts",
-    "questions",
-    "task",
-    "input",
-    "inputs",
-    "description",
-    "statement",
-    "stem",
-    "exercise",
-    "sentence",
-    "original_question",
-    "user",
-    "user_prompt",
-    "content",
-    "conversations",
-    "conversation",
-    "messages",
-    "context_messages",
-    "chat",
-    "dialogue",
-    "text",
-    "body",
-    "ctx",
-    "goal",
-    "hypothesis",
-    "conclusion",
-    "instruct_prompt",
-    "complete_prompt",
-    "问题",
-    "题目",
-)
-_ANSWERS = (
-    "ground_truth",
-    "final_answer",
-    "expected_answer",
-    "reference_answer",
-    "gold_answer",
-    "gt_answer",
-    "true_answer",
-    "correct_answer",
-    "verified_answer",
-    "short_answer",
-    "answer_number",
-    "numerical_answer",
-    "answer_value",
-    "golden_answers",
-    "correct_option",
-    "answer_key",
-    "answer_idx",
-    "answer_index",
-    "cop",
-    "correct",
-    "answer",
-    "gold",
-    "gt",
-    "label",
-    "labels",
-    "target",
-    "targets",
-    "final_ans",
-    "ans",
-    "answers",
-    "result",
-    "ref_answer",
-    "reference",
-    "references",
-    "expected",
-    "expected_output",
-    "correct_answers",
-    "solution",
-    "solutions",
-    "response",
-    "output",
-    "completion",
-    "rationale",
-    "explanation",
-    "generated_solution",
-    "chosen",
-    "答案",
-)
-_TESTS = (
-    "tests",
-    "test",
-    "test_cases",
-    "test_list",
-    "input_output",
-    "official_tests",
-    "private_test_cases",
-    "public_test_cases",
-    "private_tests",
-    "public_tests",
-    "generated_tests",
-    "unit_tests",
-    "unit_test",
-    "testcases",
-    "test_case",
-    "testcase",
-    "test_code",
-    "hidden_tests",
-    "assertions",
-    "asserts",
-    "check",
-    "examples_tests",
-)
-_BEFORE = (
-    "passage",
-    "context",
-    "article",
-    "story",
-    "body",
-    "background",
-    "premise",
-    "premises",
-    "puzzle",
-)
-_AFTER = {
-    "instruction": ("input",),
-    "description": (
-        "input_format",
-        "output_format",
-        "input_specification",
-        "output_specification",
-        "constraints",
-    ),
-}
-_OPTIONS = (
-    "choices",
-    "options",
-    "endings",
-    "candidates",
-    "answer_choices",
-    "multiple_choice_options",
-    "option",
-)
-_LETTERED = (
-    ("a", "b", "c", "d"),
-    ("opa", "opb", "opc", "opd"),
-    ("option_a", "option_b", "option_c", "option_d"),
-    ("option1", "option2"),
-    ("sol1", "sol2"),
-)
-# Of names that are in no list: words in them, the likeliest first.
-_PROMPT_WORDS = ("prompt", "problem", "question", "query", "instruction", "puzzle", "task", "text")
-_ANSWER_WORDS = (
-    "truth",
-    "answer",
-    "answers",
-    "gold",
-    "golden",
-    "target",
-    "label",
-    "expected",
-    "solution",
-    "solutions",
-    "result",
-    "output",
-    "response",
-)
-_TEST_WORDS = ("tests", "test", "testcases", "asserts", "assertions", "cases")
-_NESTED_FIRST = (
-    "reward_model",
-    "verification_info",
-    "reward",
-    "extra_info",
-    "metadata",
-    "meta",
-    "info",
-)
 
 
 def lookup(row: Any, path: str) -> Any:
@@ -419,11 +237,7 @@ def lookup(row: Any, path: str) -> Any:
         return row[path]
     value = row
     for part in path.split("."):
-        if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-            try:
-                value = json.loads(value)
-            except ValueError:
-                return None
+        value = opened(value)
         if isinstance(value, Mapping) and part in value:
             value = value[part]
         elif (
@@ -438,6 +252,19 @@ def lookup(row: Any, path: str) -> Any:
         else:
             return None
     return value
+
+
+def spelled(text: str) -> Any:
+    """The list or mapping that a text spells as JSON or as Python prints it; else the text."""
+    if text.lstrip()[:1] not in ("{", "["):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        try:
+            return ast.literal_eval(text.strip()) if len(text) < _LONGEST_LITERAL else text
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return text
 
 
 def given(value: Any) -> bool:
@@ -458,7 +285,7 @@ def by_name(name: str, head: Sequence[Row]) -> Layout:
     needs."""
     layouts = [layout for layout in LAYOUTS if layout.name == name]
     for layout in layouts:
-        if all(_some(head, path) for path in layout.has):
+        if all(some(head, path) for path in layout.has):
             return settled(layout, head)
     wanted = " or ".join(", ".join(layout.has) for layout in layouts)
     raise ValueError(
@@ -466,171 +293,41 @@ def by_name(name: str, head: Sequence[Row]) -> Layout:
     )
 
 
-def recognise(head: Sequence[Row]) -> Layout | None:
-    """The first layout of the table that fits rows, else one made of names that say what they are;
-    None without a prompt."""
-    guess = _guess(head)
-    more = guess is not None and bool(guess.tests or guess.options)
-    for layout in LAYOUTS:
-        if more and layout.name in _FRAMES:
-            continue  # which says nothing of tests or choices
-        if all(_some(head, path) for path in layout.has) and all(
-            any(re.search(pattern, str(lookup(row, path))) for row in head[:3])
-            for path, pattern in layout.where
-        ):
-            found = settled(layout, head)
-            if found.answer or found.tests:
-                return found
-    return guess
-
-
 def settled(layout: Layout, head: Sequence[Row]) -> Layout:
     """With only those alternatives that the rows have."""
-    answer = _likeliest(head, layout.answer)
-    starter = next((path for path in layout.starter if _some(head, path)), None)
+    answer = likeliest(head, layout.answer)
+    starter = next((path for path in layout.starter if some(head, path)), None)
     return replace(
         layout,
         answer=() if answer is None else (answer,),
-        tests=tuple(path for path in layout.tests if _some(head, path)),
+        tests=tuple(path for path in layout.tests if some(head, path)),
         starter=() if starter is None else (starter,),
-        system=layout.system if layout.system and _some(head, layout.system) else "",
+        system=layout.system if layout.system and some(head, layout.system) else "",
     )
 
 
-def _guess(head: Sequence[Row]) -> Layout | None:
-    names = _named(head)
-    tests = _tests(names, head)
-    prompts = [names[name] for name in _PROMPTS if name in names]
-    prompts = (
-        [path for path in prompts if _some(head, path)] or _loosely(names, _PROMPT_WORDS) or prompts
-    )
-    prompt = _likeliest(head, [path for path in prompts if not _is_number(head, path)] or prompts)
-    if prompt is None:
-        return None
-    name = _normal(prompt)
-    tests = () if prompt in tests else tests
-    options = next((names[key] for key in _OPTIONS if key in names and _some(head, names[key])), "")
-    lettered = next((group for group in _LETTERED if all(key in names for key in group)), ())
-    if not options and lettered:
-        options = "|".join(names[key] for key in lettered)
-    answers = [path for path in _answers(names) if path not in (prompt, options)]
-    if not any(_some(head, path) for path in answers):
-        loose = [path for path in _loosely(names, _ANSWER_WORDS) if path not in (prompt, options)]
-        answers = [path for path in loose if _some(head, path)] or answers
-    answer = _likeliest(head, answers)
-    turns = name in ("conversations", "conversation", "messages", "chat", "dialogue")
-    if answer is None and not tests and turns:
-        answer = prompt
-    before = tuple(
-        names[key] for key in _BEFORE if key in names and names[key] not in (prompt, answer)
-    )
-    after = tuple(
-        names[key] for key in _AFTER.get(name, ()) if key in names and names[key] != answer
-    )
-    return Layout(
-        name="auto",
-        prompt=prompt,
-        answer=() if answer is None or tests else (answer,),
-        tests=tests,
-        before=tuple(path for path in before if _some(head, path)),
-        after=tuple(path for path in after if _some(head, path)),
-        options=options,
-        starter=tuple(path for path in _STARTER if _some(head, path))[:1],
-        system=next((names[key] for key in ("system", "system_prompt") if key in names), ""),
-    )
+def opened(value: Any) -> Any:
+    return spelled(value) if isinstance(value, str) else value
 
 
-def _named(head: Sequence[Row]) -> dict[str, str]:
-    """Paths by their normal names: the columns, and behind them what one level of nesting holds."""
-    found: dict[str, str] = {}
-    for row in head[:20]:
-        for column in row:
-            found.setdefault(_normal(column), column)
-    for column in sorted(found.values(), key=lambda c: (_order(c), c)):
-        for row in head[:20]:
-            value = lookup(row, column)
-            if isinstance(value, str) and value.lstrip()[:1] == "{":
-                try:
-                    value = json.loads(value)
-                except ValueError:
-                    continue
-            if isinstance(value, Mapping):
-                for key in value:
-                    found.setdefault(_normal(str(key)), f"{column}.{key}")
-    return found
-
-
-def _order(column: str) -> int:
-    return _NESTED_FIRST.index(column) if column in _NESTED_FIRST else len(_NESTED_FIRST)
-
-
-def _answers(names: Mapping[str, str]) -> list[str]:
-    """Paths of answers, the likeliest first: a column before what is nested, except in a place made
-    for it."""
-    known = [names[name] for name in _ANSWERS if name in names]
-    made = [path for path in known if path.split(".")[0] in ("reward_model", "verification_info")]
-    flat = [path for path in known if "." not in path]
-    info = [
-        f"{turns}.{at}.info.reference_answer"
-        for turns in ("messages", "conversations")
-        for at in (0, -1)
-    ]
-    return [*made, *flat, *info, *known]
-
-
-def _tests(names: Mapping[str, str], head: Sequence[Row]) -> tuple[str, ...]:
-    found = [names[name] for name in _TESTS if name in names and _some(head, names[name])]
-    flat = [path for path in found if "." not in path]
-    found = flat or found or [path for path in _loosely(names, _TEST_WORDS) if "." not in path]
-    chosen = [path for path in found if any(_tests_something(lookup(row, path)) for row in head)]
-    if not any(_most(head, path) for path in chosen):
-        chosen = []
-    if not chosen and {"inputs", "outputs"} <= set(names) and _some(head, names["inputs"]):
-        return (f"{names['inputs']}|{names['outputs']}",)
-    info = [
-        path
-        for path in ("messages.0.info.test_case", "messages.-1.info.test_case")
-        if _some(head, path)
-    ]
-    return tuple(chosen or info[:1])
-
-
-def _loosely(names: Mapping[str, str], words: Sequence[str]) -> list[str]:
-    """Paths whose names have one of these words in them."""
-    return [names[name] for word in words for name in names if word in name.split("_")]
-
-
-def _tests_something(value: Any) -> bool:
-    """Whether a column of that name holds tests and not, say, a score or a split's name."""
-    if isinstance(value, str):
-        return len(value) > 20 and (
-            "assert" in value or value.lstrip()[:1] in ("[", "{") or len(value) > 200
-        )
-    return isinstance(value, Mapping | Sequence) and given(value)
-
-
-def _is_number(head: Sequence[Row], path: str) -> bool:
-    return all(isinstance(lookup(row, path), int | float | None) for row in head)
-
-
-def _likeliest(head: Sequence[Row], paths: Sequence[str]) -> str | None:
+def likeliest(head: Sequence[Row], paths: Sequence[str]) -> str | None:
     """The first path at which most rows say something, else the first at which one does, else the
     first column."""
-    for fits in (_most, _some, lambda head, path: any(path in row for row in head)):
+    for fits in (most, some, lambda head, path: any(path in row for row in head)):
         if (found := next((path for path in paths if fits(head, path)), None)) is not None:
             return found
     return None
 
 
-def _most(head: Sequence[Row], path: str) -> bool:
+def most(head: Sequence[Row], path: str) -> bool:
     return 2 * sum(given(lookup(row, path)) for row in head) > len(head)
 
 
-def _some(head: Sequence[Row], path: str) -> bool:
+def some(head: Sequence[Row], path: str) -> bool:
     return any(given(lookup(row, path)) for row in head)
 
 
-def _normal(name: str) -> str:
+def normal(name: str) -> str:
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.rsplit(".", 1)[-1])  # answerKey
     return re.sub(r"\W+", "_", words.lower()).strip("_")
 
@@ -648,11 +345,18 @@ def columns_text(head: Sequence[Row]) -> str:
 __all__ = [
     "LAYOUTS",
     "NAMES",
+    "STARTER",
     "TRUTH",
     "Layout",
     "by_name",
     "columns_text",
     "given",
+    "likeliest",
     "lookup",
-    "recognise",
+    "most",
+    "normal",
+    "opened",
+    "settled",
+    "some",
+    "spelled",
 ]

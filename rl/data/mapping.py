@@ -5,34 +5,31 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...rewards.math_answers.references import accepted
 from ..config.data import DataConfig
-from .layouts import Layout, by_name, columns_text, given, lookup, recognise
+from .answers import (
+    KEYS,
+    final_answer,
+    holds_tests,
+    is_program,
+    letter_of,
+    options_of,
+    plain,
+    shows,
+)
+from .layouts import Layout, by_name, columns_text, given, lookup, spelled
 from .messages import Message, read_messages, split_off_reply
+from .recognition import recognise
 from .templates import fields, fill, missing
 
-_MARKED = re.compile(r"(?:final |correct )?answer is:?\s*(.+?)\s*\.?\s*$", re.IGNORECASE)
-_COUNTED = re.compile(r"(-?[\d.,/]+) \([A-Za-z ]+\)")
-_LETTERED = re.compile(r"\s*\(?([A-Ja-j1-9])\s*[).:]")
-_KEYS = (
-    "value",
-    "answer",
-    "ground_truth",
-    "target",
-    "solution_text_format",
-    "text",
-    "final_answer",
-    "label",
-    "spans",
-)
 _ALTERNATIVES = frozenset(
-    ("answers", "aliases", "spans", "text", "target", "targets")
+    ("answers", "aliases", "spans", "text", "target", "targets", "truths")
 )  # words in names: one of them will do
 _SEEN = 64  # rows by which the layout is recognised
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +82,31 @@ class Mapper:
                     f" it out, or write {{{{{name}}}}} if the braces are meant"
                 )
         self._options = self._find_options()
+        column = self.layout.answer[0] if self.layout.answer and not self.layout.options else ""
+        if column in ("label", "labels") and not self._stated and self._zero_and_one(column):
+            raise ValueError(
+                f"{key}={where!r}: the column {column!r} holds 0 and 1, and nothing says what they"
+                f" stand for, there is only {columns_text(self._head)}; set data.answer_column to a"
+                f" column of words, or data.answer_column={column} if the numbers are the answers"
+            )
+        if not self._stated and self.task == "math" and self._all_answers(is_program):
+            raise ValueError(
+                f"{key}={where!r}: the column {self.layout.answer[0]!r} holds programs, and no"
+                f" column is known to hold tests, there is only {columns_text(self._head)}; set"
+                f" data.tests_column, or data.answer_column={self.layout.answer[0]} for a reward"
+                " that compares programs"
+            )
+
+    def _zero_and_one(self, path: str) -> bool:
+        return {str(lookup(row, path)) for row in self._head} == {"0", "1"}
+
+    def _all_answers(self, kind: Callable[[Any], bool]) -> bool:
+        """Whether all answers of the first rows are of this kind."""
+        paths = [path for path in self.layout.answer if path != self.layout.prompt]
+        values = [lookup(row, path) for path in paths for row in self._head]
+        return any(given(value) for value in values) and all(
+            kind(value) for value in values if given(value)
+        )
 
     def _find_layout(self) -> Layout:
         settings = self._settings
@@ -137,7 +159,8 @@ class Mapper:
         if not path:
             return ""
         shown = [
-            _shows(lookup(row, self.layout.prompt), _options(row, path)[1]) for row in self._head
+            shows(lookup(row, self.layout.prompt), options_of(row, self.layout)[1])
+            for row in self._head
         ]
         return "" if all(shown) else path
 
@@ -155,7 +178,9 @@ class Mapper:
     def task(self) -> str:
         """`code` where rows have tests, `gym` where only reasoning-gym's rule can tell, else
         `math`."""
-        return "code" if self.layout.tests else "gym" if self.layout.metadata else "math"
+        if self.layout.tests or self._all_answers(holds_tests):
+            return "code"
+        return "gym" if self.layout.metadata else "math"
 
     def describe(self) -> str:
         """One line for the start of a run."""
@@ -240,7 +265,8 @@ class Mapper:
 
     def columns(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """The row's columns, with tests and metadata also where the rewards look for them."""
-        layout, more = self.layout, {}
+        layout = self.layout
+        more: dict[str, Any] = {}
         if len(layout.tests) == 1 and "|" in layout.tests[0]:
             names = dict(zip(("inputs", "outputs"), layout.tests[0].split("|"), strict=True))
             more["tests"] = {key: _list_of(lookup(row, path)) for key, path in names.items()}
@@ -249,12 +275,18 @@ class Mapper:
         elif layout.tests:
             tests = _list_of(lookup(row, layout.tests[0]))
             asserts = isinstance(tests, Sequence) and not isinstance(tests, str)
-            if asserts and tests and all(isinstance(test, str) for test in tests):
+            if asserts and tests and all("assert" in str(test) for test in tests):
                 more["test_list"] = tests
             elif layout.tests[0] not in _KNOWN_TESTS:
                 more["tests"] = tests
         elif layout.answer and (test := lookup(row, f"{layout.answer[0]}.functional")):  # code-r1
             more["tests"] = test
+        elif layout.answer and (test := lookup(row, f"{layout.answer[0]}.test_code")):  # Skywork
+            prefix, entry = (
+                str(lookup(row, f"{layout.answer[0]}.{key}") or "")
+                for key in ("import_prefix", "entry_point")
+            )
+            more |= {"test": f"{prefix}\n{test}", "entry_point": entry}
         if layout.metadata:
             more["metadata"] = {
                 "source_dataset": "countdown",
@@ -297,24 +329,24 @@ class Mapper:
     def _compose(self, prompt: str, row: Mapping[str, Any]) -> str:
         """The prompt with what belongs to it: passage, input, choices, signature."""
         layout = self.layout
-        parts = [_plain(lookup(row, path)) for path in layout.before]
+        parts = [plain(lookup(row, path)) for path in layout.before]
         parts = [part for part in parts if part and part not in prompt] + [prompt]
         for path in layout.after:
-            if text := _plain(lookup(row, path)):
+            if text := plain(lookup(row, path)):
                 parts.append(
                     text
-                    if path in ("input",)
+                    if path in ("input", "输入")
                     else f"{path.replace('_', ' ').capitalize()}:\n{text}"
                 )
         if self._options:
-            labels, texts = _options(row, self._options)
+            labels, texts = options_of(row, layout)
             parts.append(
                 "\n".join(f"{a}. {b}" if a else b for a, b in zip(labels, texts, strict=True))
             )
         elif layout.answer and isinstance(lookup(row, layout.answer[0]), bool):
             parts.append("Answer yes or no.")
         for path in layout.starter:
-            if (text := _plain(lookup(row, path))) and text.strip() not in prompt:
+            if (text := plain(lookup(row, path))) and text.strip() not in prompt:
                 parts.append(f"Use this signature:\n```python\n{text.strip()}\n```")
         if layout.tests and (shown := _first_assertion(lookup(row, layout.tests[0]), prompt)):
             parts.append(f"Your code should pass this test:\n{shown}")
@@ -328,7 +360,7 @@ class Mapper:
         if not given(value):
             raise BadRow(f"no answer in the column {path!r} (data.answer_column)")
         if self.layout.options:
-            return _letter(value, *_options(row, self.layout.options))
+            return letter_of(value, *options_of(row, self.layout), self.layout.first)
         text = self._text(value, path)
         pattern = self._settings.answer_pattern
         if pattern is None:
@@ -347,16 +379,20 @@ class Mapper:
         several = bool(_ALTERNATIVES & set(path.rsplit(".", 1)[-1].lower().split("_")))
         if several and not self._stated:
             value = _list_of(value)
+        unwrapped = spelled(value) if isinstance(value, str) and not self._stated else value
+        if isinstance(unwrapped, Mapping) and set(unwrapped) & {*KEYS}:
+            value = unwrapped
         if isinstance(value, str):
             return value.strip()
         if isinstance(value, bool) and not self._stated:
             return "yes" if value else "no"
         if isinstance(value, Mapping) and "inputs" not in value:
-            inner = [key for key in _KEYS if given(value.get(key))]
+            inner = [key for key in KEYS if given(value.get(key))]
             if inner:
                 return self._text(value[inner[0]], inner[0])
         if isinstance(value, Sequence) and value and (len(value) == 1 or several):
-            return self._text(value[0], path)
+            listed = json.dumps(value, ensure_ascii=False, default=str)
+            return listed if len(accepted(listed)) > 1 else self._text(value[0], path)
         return json.dumps(value, ensure_ascii=False, default=str)
 
 
@@ -377,79 +413,6 @@ _KNOWN_TESTS = frozenset(
     )
 )
 """Where the code reward looks by itself."""
-
-
-def final_answer(text: str) -> str:
-    """What a worked solution comes to: behind `####`, in its last box, or after `The answer is`; a
-    short text is its own."""
-    text = text.strip()
-    if "####" in text:
-        return text.rpartition("####")[2].strip().partition("\n")[0].strip()
-    if "\\boxed" in text:
-        return text if text.count("\\boxed") > 1 else _boxed(text) or text
-    if match := _COUNTED.fullmatch(text):
-        return match[1]
-    if len(text) > 40 and (match := _MARKED.search(text)) and len(match[1]) <= 200:
-        return match[1].strip("$* ") if match[1].count("$") in (0, 2) else match[1]
-    return text
-
-
-def _boxed(text: str) -> str:
-    """The content of the last box; empty where its braces do not close."""
-    start = text.rindex("\\boxed") + len("\\boxed")
-    depth = 0
-    for at in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
-        if depth == 0:
-            return text[start + 1 : at].strip() if text[at] == "}" else ""
-    return ""
-
-
-def _options(row: Mapping[str, Any], path: str) -> tuple[list[str], list[str]]:
-    """Labels and texts of a question's choices; a label is empty where the text shows one
-    already."""
-    value: Any = [row.get(name) for name in path.split("|")] if "|" in path else lookup(row, path)
-    # ARC
-    if isinstance(value, Mapping) and isinstance(value.get("text"), Sequence) and "label" in value:
-        return [str(label) for label in value["label"]], [str(text) for text in value["text"]]
-    if isinstance(value, Mapping):
-        pairs = [(str(key), str(text)) for key, text in value.items() if text is not None]
-        return [key for key, _ in pairs], [text for _, text in pairs]
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        if value and all(isinstance(each, Mapping) for each in value):
-            return ([str(each.get("label", each.get("key", ""))) for each in value],
-                    [str(each.get("text", each.get("content", ""))) for each in value])  # fmt: skip
-        texts = [str(text) for text in value]
-        if "option1" in path:
-            return [str(i + 1) for i in range(len(texts))], texts
-        if texts and all(_LETTERED.match(text) for text in texts):
-            return [""] * len(texts), texts
-        return list(_LETTERS[: len(texts)]), texts[: len(_LETTERS)]
-    return ([""], [_plain(value)]) if _plain(value) else ([], [])
-
-
-def _letter(value: Any, labels: Sequence[str], texts: Sequence[str]) -> str:
-    """The label of the right choice, of a label, an index counted from 0, or the choice's text."""
-    if isinstance(value, Mapping):
-        value = next((value[key] for key in _KEYS if given(value.get(key))), "")
-    said = str(value).strip()
-    if isinstance(value, float) and value.is_integer():
-        said = str(int(value))
-    folded = {label.casefold(): label for label in labels if label}
-    if said.casefold() in folded:
-        return folded[said.casefold()]
-    if said in texts:
-        return labels[texts.index(said)] or _LETTERED.sub(r"\1", said)[:1]
-    if said.isdecimal() and int(said) < len(labels):
-        shown = _LETTERED.match(texts[int(said)])
-        return labels[int(said)] or (shown[1] if shown else said)
-    return said
-
-
-def _shows(prompt: Any, options: Sequence[str]) -> bool:
-    """Whether a prompt lists its choices itself."""
-    text = prompt if isinstance(prompt, str) else str(prompt)
-    return bool(options) and all(option.strip() in text for option in options)
 
 
 def _first_assertion(tests: Any, prompt: str) -> str:
@@ -475,21 +438,9 @@ def _replied(prompt: Any) -> bool:
     return not isinstance(turns, str) and turns[-1]["role"] == "assistant"
 
 
-def _plain(value: Any) -> str:
-    """Text, or lines of it; of anything else nothing."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return "\n".join(each for each in value if isinstance(each, str))
-    return "" if value is None or isinstance(value, Mapping) else str(value).strip("\n")
-
-
 def _list_of(value: Any) -> Any:
-    """The list that a text spells as JSON; everything else as it is."""
-    if isinstance(value, str) and value.lstrip()[:1] == "[":
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
+    """The list that a text spells; everything else as it is."""
+    return spelled(value) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
 
 
-__all__ = ["BadRow", "Mapped", "Mapper", "final_answer"]
+__all__ = ["BadRow", "Mapped", "Mapper"]

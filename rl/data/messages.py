@@ -22,6 +22,13 @@ _ROLES = {
 }
 
 
+_SIDES = {
+    "system": "system",
+    **dict.fromkeys(("human", "user", "input", "question", "prompt", "instruction"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "output", "answer", "response"), "assistant"),
+}
+
+
 def read_messages(value: Any) -> str | tuple[Message, ...]:
     """Text stays text; everything else becomes `{"role", "content"}`, with the roles user,
     assistant, system and others.
@@ -45,7 +52,23 @@ def read_messages(value: Any) -> str | tuple[Message, ...]:
         raise ValueError(
             f"must be text or a list of messages with role and content, got {value!r:.80}"
         )
-    return tuple(_message(message) for message in value)
+    return tuple(_message(each) for message in value for each in _turns(message))
+
+
+def _turns(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The messages of an exchange whose sides are its keys, as `{"human", "assistant"}` and
+    `{"system", "input", "output"}`; of anything else itself."""
+    if "role" in message or "from" in message:
+        return [message]
+    said = [
+        {"role": _SIDES[key], "content": text}
+        for key, text in sorted(
+            message.items(),
+            key=lambda item: list(_SIDES).index(item[0]) if item[0] in _SIDES else 99,
+        )
+        if key in _SIDES and isinstance(text, str) and text.strip()
+    ]
+    return said if any(turn["role"] == "user" for turn in said) else [message]
 
 
 def split_off_reply(messages: Sequence[Message]) -> tuple[tuple[Message, ...], str]:

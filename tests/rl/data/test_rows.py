@@ -18,8 +18,8 @@ import pytest
 import zstandard
 from emberl.rl.config.data import DataConfig, TinyConfig
 from emberl.rl.data import prepared
+from emberl.rl.data.answers import final_answer
 from emberl.rl.data.files import pieces
-from emberl.rl.data.mapping import final_answer
 from emberl.rl.data.messages import read_messages, split_off_reply
 from emberl.rl.data.sources import check_data, open_source
 from emberl.rl.data.table import TableSource
@@ -185,7 +185,7 @@ TURNS = [
         (
             {"prompt": "a", "reward_model": {"ground_truth": {"target": ["Paris", "paris"]}}},
             "a",
-            "Paris",
+            '["Paris", "paris"]',
         ),
         ({"task": "a", "verification_info": '{"ground_truth": "5"}'}, "a", "5"),
         ({"Question": "Is it?", "Answer": True}, "Is it?\n\nAnswer yes or no.", "yes"),
