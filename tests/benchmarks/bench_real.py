@@ -284,7 +284,7 @@ def emberl_step(folder: Path, model: str, prompts: int, steps: int) -> tuple[flo
     ]
     subprocess.run(command, check=True, timeout=3600, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][1:]
-    return median([r["perf/throughput"] for r in rows]), median(
+    return median([r["perf/sampled_tokens_per_second"] for r in rows]), median(
         [r["response_length/mean"] for r in rows]
     )
 
