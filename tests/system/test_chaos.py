@@ -97,6 +97,7 @@ def test_sixty_steps_with_random_kills_and_stalls(emberl: Emberl, staleness: int
         ("ray::LearnerRank", signal.SIGKILL),
         ("emberl.rewards", signal.SIGSTOP),
         ("ray::RolloutWorker", signal.SIGKILL),
+        ("ray::RolloutWorker", signal.SIGKILL),  # a worker may have been idle when it was hit
     ]
     try:
         for number, (kind, how) in enumerate(attacks):
