@@ -19,7 +19,7 @@ from .flops import ModelFlops
 
 LARGEST = 16384
 """Tokens of a pass on an accelerator, beyond which more of them no longer fill it better."""
-LARGEST_CPU = 1024
+LARGEST_CPU = 2048
 """On a CPU: a layer's products are quickest while what they read stays in the cores' caches."""
 SMALLEST = 256
 SPARE = 0.8
