@@ -19,7 +19,7 @@ from .data.rows import train_tables
 from .data.sources import is_table
 from .data.table import Head, read_head
 from .data.templates import PromptWriter, Tokenizer
-from .preflight import as_input
+from .reward_inputs import reward_input
 
 SHOWN = 3
 _BARS = 10
@@ -107,8 +107,8 @@ def _table(
             yield _shown(prompt, writer, tokenizer)
             completion, what = _own_answer(prompt, head)
             yield f"--- {what}"
-            verdict = suite.grade([as_input(prompt, completion)])[0]
-            refusal = suite.check_references([as_input(prompt, "")])
+            verdict = suite.grade([reward_input(prompt, None, completion)])[0]
+            refusal = suite.check_references([reward_input(prompt, None, "")])
             used = ", ".join(str(spec["use"] or "by source") for spec in specs.values())
             why = f" ({verdict.message})" if verdict.message else ""
             yield f"--- {used}: {verdict.status.value}{why}" + (

@@ -10,13 +10,13 @@ from typing import Any
 from ..rewards.by_source import BySource
 from ..rewards.inputs import RewardInput
 from ..rewards.suite import RewardSuite, build_suite
-from ..rollout.samples import Prompt
 from .config.data import DataConfig
 from .config.load import Config, ConfigError, user_errors
 from .data.rows import eval_tables, train_tables
 from .data.sources import check_data, is_table
 from .data.table import Head, heldout_note, read_head
 from .data.templates import PromptWriter
+from .reward_inputs import reward_input
 
 _REFERENCES = 256
 """Rows of a table whose references are tried."""
@@ -121,8 +121,8 @@ def check_references(settings: DataConfig, suite: RewardSuite, head: Head) -> li
     prompts = [
         prompt for prompt, _ in zip(head.prompts(settings.name), range(_REFERENCES), strict=False)
     ]
-    inputs = [as_input(prompt, "") for prompt in prompts]
-    suite.trial(as_input(prompts[0], "0"))
+    inputs = [reward_input(prompt, None, "") for prompt in prompts]
+    suite.trial(reward_input(prompts[0], None, "0"))
     bad = [
         (prompts[i].id, why) for i, why in enumerate(_refusals(suite, inputs)) if why is not None
     ]
@@ -158,17 +158,6 @@ def _refusals(suite: RewardSuite, inputs: Sequence[RewardInput]) -> list[str | N
     return found
 
 
-def as_input(prompt: Prompt, completion: str) -> RewardInput:
-    """What a reward sees of a problem and an answer, without a tokenizer."""
-    return RewardInput(
-        completion=completion,
-        answer=prompt.answer,
-        messages=prompt.messages,
-        source=prompt.source,
-        columns=prompt.columns,
-    )
-
-
 def _tokenizer(config: Config, hub: bool) -> Any:
     """The tokenizer of a directory that has a tokenizer.json (of the Hub, with `hub`), else None:
     it is seen later."""
@@ -201,4 +190,4 @@ def _render(settings: DataConfig, tokenizer: Any, head: Head) -> None:
             ) from error
 
 
-__all__ = ["as_input", "check_inputs", "check_references"]
+__all__ = ["check_inputs", "check_references"]

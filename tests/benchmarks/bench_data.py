@@ -98,7 +98,7 @@ def open_once(path: str) -> None:
     from emberl.rl.config.data import DataConfig, TinyConfig
     from emberl.rl.data.sources import check_data, open_source
     from emberl.rl.data.tiny import tiny_tokenizer
-    from emberl.rl.preflight import as_input
+    from emberl.rl.reward_inputs import reward_input
 
     tokenizer = tiny_tokenizer(TinyConfig(vocabulary="bytes", chat_template=True))
     loaded = resource.getrusage(resource.RUSAGE_SELF)
@@ -106,7 +106,7 @@ def open_once(path: str) -> None:
     check_data(settings)
     source = open_source(settings, tokenizer)
     suite = build_suite({"answer": {"use": "math"}})
-    bad = suite.check_references([as_input(prompt, "") for prompt in source.examples()])
+    bad = suite.check_references([reward_input(prompt, None, "") for prompt in source.examples()])
     suite.close()
     used = resource.getrusage(resource.RUSAGE_SELF)
     seconds = used.ru_utime + used.ru_stime - loaded.ru_utime - loaded.ru_stime
