@@ -14,6 +14,7 @@ import subprocess
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -26,7 +27,8 @@ from ..rollout.engine import WorkerSpec
 from ..rollout.pool import RolloutPool
 from ..rollout.schedule import QUEUE_DEPTH
 from ..rollout.worker import RolloutWorker
-from .config.load import Config, ConfigError
+from .config.load import Config, ConfigError, user_errors
+from .disks import Disks
 from .learner.group import PUBLISHING, LearnerGroup
 from .learner.rank import LearnerRank, RankSpec
 from .placement import ActorSlot, check_capacity, plan_placement, resources_text
@@ -44,6 +46,7 @@ class Cluster:
         self._actors: list[Any] = []
         self._ready: list[Any] = []
         self._owns_ray = False
+        self.pool: RolloutPool | None = None
         if not self.address and not ray.is_initialized() and self.placement.device == "cpu":
             check_capacity(self.placement, {"CPU": platform.local_cpus()}, "this machine")
 
@@ -96,6 +99,8 @@ class Cluster:
     def close(self) -> None:
         """Ends every actor of ours, gives the placement back, and shuts Ray down if it was started
         here. Idempotent."""
+        if self.pool is not None:
+            self.pool.close()
         if ray.is_initialized():
             for actor in self._actors:
                 ray.kill(actor)
@@ -105,10 +110,13 @@ class Cluster:
                 ray.shutdown()
         self._actors, self._group = [], None
 
-    def spawn(self, model_path: str, run_id: str) -> tuple[LearnerGroup, RolloutPool]:
+    def spawn(
+        self, model_path: str, run_id: str, run_dir: Path
+    ) -> tuple[LearnerGroup, RolloutPool]:
         """Starts all actors; they load while the caller does other things, until it calls
-        `wait`."""
+        `wait`. Nodes that do not see `run_dir` are given the model's files first."""
         config, seats = self.config, self.placement.seats
+        disks = self._prepare_disks(model_path, run_dir)
         world = sum(seat.role == "learner" for seat in seats)
         ranks: list[Any] = []
         self._specs: list[tuple[ActorSlot, WorkerSpec]] = []
@@ -148,7 +156,7 @@ class Cluster:
         workers = [self._spawn(RolloutWorker, seat, worker) for seat, worker in self._specs]
         self._ready = [worker.ready.remote() for worker in workers]
         self._model_path = model_path
-        self.learners = LearnerGroup(ranks, timeout=config.cluster.step_timeout)
+        self.learners = LearnerGroup(ranks, timeout=config.cluster.step_timeout, disks=disks)
         self.pool = RolloutPool(
             workers,
             timeout=config.rollout.timeout,
@@ -160,6 +168,34 @@ class Cluster:
             max_restarts=config.rollout.max_restarts,
         )
         return self.learners, self.pool
+
+    def _prepare_disks(self, model_path: str, run_dir: Path) -> Disks:
+        """Those of the learners' nodes, after every node has got the model; `ConfigError` for
+        settings that need a disk which all nodes see, where they do not."""
+        config = self.config
+        nodes = ray.util.placement_group_table(self._group)["bundles_to_node_id"]
+        timeout = config.cluster.step_timeout
+        every = Disks(list(nodes.values()), run_dir, timeout)
+        with user_errors():
+            if Path(model_path).is_dir():
+                every.push(Path(model_path), nested=False)
+        if config.checkpoint.history and not every.shared:
+            raise ConfigError(
+                f"checkpoint.history=true needs a run directory that every node sees, but"
+                f" {run_dir} is another disk on some; set run_dir to a shared one"
+            )
+        every.close()
+        directory = config.sync.directory or str(run_dir / "sync")
+        if config.sync.transport == "directory":
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            patches = Disks(list(nodes.values()), Path(directory), timeout)
+            if not patches.shared:
+                raise ConfigError(
+                    f"sync.transport=directory needs a directory that every node sees, but"
+                    f" {directory} is another disk on some; set sync.directory to a shared one"
+                )
+        learners = [nodes[s.place] for s in self.placement.seats if s.role == "learner"]
+        return Disks(learners, run_dir, timeout)
 
     def _engine_args(self) -> dict[str, Any]:
         """With what a colocated engine needs to leave its device; on a CPU vLLM cannot, and need
@@ -174,6 +210,7 @@ class Cluster:
         """A new actor in the place of a rollout worker that is lost or stuck; returns when it has
         its model. What Ray raises where that fails is the caller's."""
         seat, spec = self._specs[index]
+        assert self.pool is not None
         ray.kill(self.pool.workers[index])
         handle = self._spawn(RolloutWorker, seat, spec)
         ray.get(handle.ready.remote(), timeout=self.config.cluster.start_timeout)

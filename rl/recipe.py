@@ -120,7 +120,7 @@ def run_attempt(
     # in this order: Ray's start sets a SIGTERM handler of its own
     with cluster, stop_on_signal() as stop:
         # the actors load while this process reads the data: both take seconds
-        learners, pool = cluster.spawn(model_path, run_id := uuid.uuid4().hex)
+        learners, pool = cluster.spawn(model_path, run_id := uuid.uuid4().hex, run_dir)
         tokenizer = load_tokenizer(model_path, config.data)
         with user_errors():
             if config.rollout.stop:

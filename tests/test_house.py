@@ -97,7 +97,7 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
         {"cluster", "weights", "plan", "data_command"},
         {"model_files", "gguf_conversion", "eval_sets", "environments", "preflight", "placement"},
         {"learner", "batch", "watch", "reward_inputs"},
-        {"data", "checkpoints"},
+        {"data", "checkpoints", "disks"},
         {"algorithm", "groups"},
         {"config"},
     ),

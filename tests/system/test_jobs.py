@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from small_system import Emberl
 
@@ -96,11 +97,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             time.sleep(1)
         yield address
     finally:
+        processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
         head.terminate()
-        try:
-            head.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            head.kill()
+        _, left = psutil.wait_procs(processes, timeout=30)
+        for process in left:
+            process.kill()
+        head.wait(timeout=30)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
