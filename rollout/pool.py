@@ -159,7 +159,7 @@ class RolloutPool:
         return [seat.idle + (0.0 if seat.jobs else now - seat.idle_since) for seat in self._seats]
 
     def close(self) -> None:
-        """Nothing is asked and no worker replaced after this; what was asked has no outcome. Before
+        """Nothing is asked and no worker replaced after this; what was asked fails or has no outcome. Before
         the workers are ended: one that is lost would be replaced, which starts Ray where it is
         gone."""
         self._respawn = None

@@ -51,7 +51,7 @@ def play(make_prompt: Callable[..., Prompt], close: bool) -> list[int]:
         time.sleep(0.1)
         worker.lost.set()
         closing.join(10)
-        assert not closing.is_alive() and outcomes == []
+        assert not closing.is_alive()
     else:
         worker.lost.set()
         deadline = time.monotonic() + 10
