@@ -83,7 +83,7 @@ def train(config: Config, *, resume: bool = False, override: bool = False) -> Re
         # tries a user's own loss on a tiny batch
         Objective.of(config.loss, config.kl, config.offpolicy)
     check_model(config)
-    cluster = Cluster(config)
+    cluster = Cluster(config, partial(console.print, markup=False))
     run_dir, checkpoint = open_run_dir(config, resume)
     if checkpoint is not None:
         for line in check_resumed(config, checkpoint, override):
@@ -101,7 +101,7 @@ def train(config: Config, *, resume: bool = False, override: bool = False) -> Re
             make_console().print(
                 f"{error}; all actors are started anew from {checkpoint.name}", markup=False
             )
-            cluster = Cluster(config)
+            cluster = Cluster(config, partial(console.print, markup=False))
 
 
 def run_attempt(
