@@ -182,7 +182,7 @@ BUDGET = {
     "rewards/math_answers": 5_290,
     "rewards/plugins": 860,
     "rewards/sandbox": 2_710,
-    "rl": 4_170,
+    "rl": 4_644,
     "rl/algorithm": 1_590,
     "rl/config": 3_080,
     "rl/data": 3_530,
