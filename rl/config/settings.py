@@ -217,7 +217,17 @@ class TrackingConfig(Settings):
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto`: online with a key, else offline; never asks for a login."""
     project: str = "emberl"
-    """The project of W&B."""
+    """The project of W&B and of the other trackers."""
+    group: str | None = None
+    """Of W&B: runs that belong together."""
+    tags: tuple[str, ...] = ()
+    """Of W&B."""
+    notes: str | None = None
+    """Of W&B: a longer text about the run."""
+    job_type: str | None = None
+    """Of W&B: `train`, `ablation`, ..."""
+    also: tuple[Literal["tensorboard", "swanlab", "mlflow"], ...] = ()
+    """Further trackers, whose packages you install."""
     samples: int = Field(default=8, ge=0)
     """Sampled answers kept at each evaluation."""
     warn_after: int = Field(default=5, ge=0)
