@@ -61,7 +61,7 @@ def train_rl(run: Run) -> None:
             ):
                 run.progress = run.progress.advance(accuracy_end=evaluate(run).accuracy)
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-                run.save()
+                run.save(needed=last)
         run.wait_published()
 
 

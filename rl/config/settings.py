@@ -206,6 +206,11 @@ class CheckpointConfig(Settings):
     """RL steps between checkpoints; 0: only at the end of a stage and on Ctrl-C."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints that stay on disk."""
+    keep_best: int = Field(default=0, ge=0)
+    """Of the others, those of the highest held-out accuracy that stay as well."""
+    max_failures: int = Field(default=3, ge=1)
+    """Checkpoints in a row that cannot be written, for want of disk for example, before the run
+    ends; of fewer a line and an alert say so."""
     history: bool = False
     """Keep every version of the weights as a patch in the run's `history`; `emberl patches apply`
     makes a model of any."""

@@ -21,9 +21,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..checkpoints import METRICS
 from ..config.load import Config, to_yaml
 from ..groups import Group
+from ..run_directory import METRICS
 from .curve import plot_curve
 from .sinks import open_sinks
 
