@@ -127,19 +127,6 @@ def make_batches(
     ]
 
 
-def denominator(groups: Sequence[Group], loss: LossConfig, *, mask_cut: bool = False) -> int:
-    """What the weights of these groups' tokens were divided by that depends on how many there are:
-    their loss tokens with `token-mean`, else their completions. With it parts of a step add up to
-    the whole: sum_p D_p loss_p / sum_p D_p."""
-    lengths = [
-        completion.num_sampled
-        for group in groups
-        for completion, verdict in zip(group.completions, group.verdicts, strict=True)
-        if _trains(completion, verdict, mask_cut)
-    ]
-    return sum(lengths) if loss.aggregation == "token-mean" else len(lengths)
-
-
 def _trains(completion: Completion, verdict: Verdict, mask_cut: bool) -> bool:
     return (
         verdict.trains

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +33,7 @@ RL step in which it was admitted, which gives the seed of its draws."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Feed:
-    """What one step, or a part of it, got."""
+    """The groups of one step."""
 
     groups: list[Group]
     """In order of admission; with dynamic sampling those without a signal too, for the step's
@@ -95,12 +95,6 @@ class GroupFeed:
 
         Raises what made a worker, or the marking of its answers, fail.
         """
-        (feed,) = self.stream(step, 1)
-        return feed
-
-    def stream(self, step: int, parts: int) -> Iterator[Feed]:
-        """The same in so many parts, each as soon as there are enough groups for it, whichever
-        these are."""
         with self._changed:
             if self._failure is not None:
                 raise self._failure
@@ -108,18 +102,13 @@ class GroupFeed:
             self._without_signal = len(self._dropped)
             self._evict(self._schedule.close(version, min(self._run.pool.served, version)))
             self._schedule.check()
-        for size in np.diff(np.linspace(0, self._per_step, parts + 1).round().astype(int)):
-            yield self._part(int(size))
-
-    def _part(self, size: int) -> Feed:
-        start = time.perf_counter()
-        with self._changed:
+            start = time.perf_counter()
             while True:
                 if self._failure is not None:
                     raise self._failure
                 self._run.check_delivery()
                 self._admit()
-                if (taken := self._schedule.take(self._at_most(size))) is not None:
+                if (taken := self._schedule.take(self._wanted())) is not None:
                     break
                 graded = self._run.suite.finished
                 if not self._changed.wait(self._patience) and self._run.suite.finished == graded:
@@ -146,11 +135,10 @@ class GroupFeed:
             self._run.pool.cut([self._open[number][1] for number in numbers])
         self._open = {number: self._open[number] for number in self._schedule.open}
 
-    def _at_most(self, size: int) -> int:
-        """How many groups there will be for a part of this size: fewer where too many had no
-        signal."""
+    def _wanted(self) -> int:
+        """How many groups there will be: fewer than a step's where too many had no signal."""
         exhausted = self._without_signal > self._most_dropped and not self._schedule.running
-        return min(size, self._schedule.ready) if exhausted else size
+        return min(self._per_step, self._schedule.ready) if exhausted else self._per_step
 
     def _admit(self) -> None:
         """Asks for as many groups as the schedule has room for."""

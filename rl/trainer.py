@@ -13,10 +13,10 @@ import numpy as np
 from ..rewards.suite import check_errors
 from .algorithm.advantages import Floats, group_advantages, overlong_penalty
 from .algorithm.losses import Objective
-from .batch import denominator, make_batch, make_batches
+from .batch import make_batches
 from .config.load import Config
 from .evaluate import evaluate
-from .feed import Feed, GroupFeed
+from .feed import GroupFeed
 from .groups import Batch, Group
 from .run import Run
 from .watch.alarms import Alarms
@@ -25,8 +25,6 @@ from .watch.step_metrics import (
     averages,
     batch_metrics,
     check_engine_logprobs,
-    of_whole_step,
-    pooled,
     sample_metrics,
     speed_metrics,
 )
@@ -69,8 +67,10 @@ def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, float]
     """Takes the groups of one step, trains on them, publishes and logs; returns what was logged.
     Raises `TooManyErrors` where graders rather than answers fail."""
     config, step, start = run.config, run.progress.step + 1, time.perf_counter()
-    train = train_whole if config.schedule.stream_parts == 1 else train_in_parts
-    fed, trained, metrics = train(run, feed, step, objective)
+    fed = feed.take(step)
+    ages, trained = admitted(run, fed.groups)
+    with run.learning():
+        metrics = ages | update(run, trained, objective)
     sampled = fed.groups
     record_lengths(run.run_dir, step, run.progress.version, sampled)
     tokens = sum(c.num_sampled for group in sampled for c in group.completions)
@@ -97,88 +97,6 @@ def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, float]
     }
     run.tracker.log(step, metrics, show=show | {"tokens/s": f"{tokens / seconds:,.0f}"})
     return metrics
-
-
-def train_whole(
-    run: Run, feed: GroupFeed, step: int, objective: Objective
-) -> tuple[Feed, list[Group], dict[str, float]]:
-    """Waits for all groups of the step, trains on them and publishes: what was sampled, what
-    trained, and the metrics."""
-    fed = feed.take(step)
-    ages, trained = admitted(run, fed.groups)
-    with run.learning():
-        return fed, trained, ages | update(run, trained, objective)
-
-
-def train_in_parts(
-    run: Run, feed: GroupFeed, step: int, objective: Objective
-) -> tuple[Feed, list[Group], dict[str, float]]:
-    """As `train_whole`, but the learners begin as soon as the first part's groups are there, with
-    the same gradient.
-
-    A part's loss has the part's own denominator D_p (tokens or completions), so the step's gradient
-    is sum_p D_p g_p / sum_p D_p: each part is weighted by its D_p, and the accumulated
-    gradient is rescaled once.
-    """
-    config, learners = run.config, run.learners
-    feeds: list[Feed] = []
-    trained: list[Group] = []
-    weights: list[int] = []
-    counts: list[int] = []
-    done: list[dict[str, float]] = []
-    seen: list[Batch] = []
-    whole = passed = 0
-    for part in feed.stream(step, config.schedule.stream_parts):
-        feeds.append(part)
-        _, groups = admitted(run, part.groups)
-        trained += groups
-        counted = denominator(groups, config.loss, mask_cut=config.filter.overlong_mask)
-        whole += counted
-        batch = make_batch(
-            groups,
-            config.loss,
-            config.advantage,
-            max_length=config.rollout.max_response_length,
-            keep_all=objective.needs_all_tokens,
-            mask_cut=config.filter.overlong_mask,
-            observe=seen.append,
-        )
-        if batch is not None:
-            batch = replace(batch, weights_T=batch.weights_T * counted)
-            done.append(learners.accumulate(with_estimates(run, objective, batch), objective))
-            weights.append(int(batch.loss_mask_T.sum()))
-            counts.append(batch.num_loss_tokens)
-            passed += counted
-    fed = Feed(
-        groups=[group for part in feeds for group in part.groups],
-        waited=sum(part.waited for part in feeds),
-        metrics=summed(feeds),
-    )
-    metrics = staleness(fed.groups, run.progress.version, config.schedule.max_staleness)
-    check_engine_logprobs(seen)
-    metrics |= batch_metrics(seen, config.offpolicy, config.kl.coef) | {
-        "training/updates": float(bool(done))
-    }
-    if not done:
-        learners.skip(1)
-    else:
-        every = sum(b.num_loss_tokens for b in seen) if config.loss.kind == "ppo_clip" else None
-        metrics |= of_whole_step(
-            pooled(done, weights), done, counts, whole=whole, trained=passed, every=every
-        )
-        metrics |= learners.finish(1 / whole)
-        refresh_reference(run)
-        metrics |= run.publish(wait=False)
-    return fed, trained, metrics
-
-
-def summed(feeds: Sequence[Feed]) -> dict[str, float]:
-    """The schedule's figures of a step from those of its parts: counts add up, what describes a
-    moment is the last one's."""
-    found = dict(feeds[-1].metrics)
-    for name in ("groups_issued", "groups_reissued", "groups_evicted", "workers_restarted"):
-        found[f"sched/{name}"] = sum(feed.metrics[f"sched/{name}"] for feed in feeds)
-    return found
 
 
 def admitted(run: Run, sampled: Sequence[Group]) -> tuple[dict[str, float], list[Group]]:

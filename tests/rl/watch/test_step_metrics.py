@@ -28,8 +28,6 @@ from emberl.rl.watch.step_metrics import (
     batch_metrics,
     check_engine_logprobs,
     explained_variance,
-    of_whole_step,
-    pooled,
     sample_metrics,
     speed_metrics,
 )
@@ -329,33 +327,6 @@ def test_over_the_updates_of_a_step() -> None:
             "y/min": 1.0,
         }
     )
-
-
-def test_over_the_parts_of_a_step() -> None:
-    """Parts of 30, 10 and 20 tokens, of which the last had no signal; 25 and 10 went through a
-    pass."""
-    done = [
-        {
-            "actor/pg_loss": 60.0,
-            "actor/entropy": 15.0,
-            "actor/ratio": 1.0,
-            "actor/pg_clipfrac": 0.1,
-        },
-        {
-            "actor/pg_loss": -30.0,
-            "actor/entropy": 9.0,
-            "actor/ratio": 1.7,
-            "actor/pg_clipfrac": 0.3,
-        },
-    ]
-    found = of_whole_step(pooled(done, [25, 10]), done, [30, 10], whole=60, trained=40, every=60)
-    expected = {
-        "actor/pg_loss": 30 / 60,
-        "actor/entropy": 24 / 40,
-        "actor/ratio": 42 / 35,
-        "actor/pg_clipfrac": 6 / 60,
-    }
-    assert found == pytest.approx(expected)
 
 
 def test_explained_variance_is_that_of_a_sample() -> None:
