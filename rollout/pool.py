@@ -12,13 +12,13 @@ import asyncio
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 import ray
 
 from .actors import LOST, ActorLostError, WorkerLostError, call, catch_up, cause
+from .dispatch import Dispatch
 from .environments import Episodes
 from .jobs import Job, Outcome, WorkerState
 from .samples import Completion, Prompt, Sampling
@@ -28,9 +28,8 @@ T = TypeVar("T")
 
 
 class RolloutPool:
-    """Groups go to the worker with the fewest tokens to decode, so equal groups are dealt in turn
-    and the same prompts go to the same workers in the same order: a synchronous run repeats bit for
-    bit."""
+    """The same prompts go to the same workers in the same order (`Dispatch`): a synchronous run
+    repeats bit for bit."""
 
     def __init__(
         self,
@@ -45,10 +44,13 @@ class RolloutPool:
         """timeout: seconds for one request; sync_timeout: for an update of the weights.
         max_samples: answers that are given to a worker at a time; None: all. respawn: a new actor
         in the place of a lost one, `max_restarts` times."""
-        self._timeout, self._sync_timeout, self._max_samples = timeout, sync_timeout, max_samples
-        self._respawn, self._max_restarts = respawn, max_restarts if respawn is not None else 0
+        self._timeout = timeout
+        self._sync_timeout = sync_timeout
+        self._all_at_once = max_samples is None
+        self._respawn = respawn
+        self._max_restarts = max_restarts if respawn is not None else 0
         self._seats = [WorkerState(worker=worker) for worker in workers]
-        self._backlog: deque[Job] = deque()
+        self._dispatch: Dispatch[Job] = Dispatch(len(workers), max_samples)
         self.episodes: Episodes | None = None
         """Where an environment answers the model: the loop over turns."""
         # groups that no worker has and that are to have another turn, or may have one
@@ -152,8 +154,7 @@ class RolloutPool:
 
     def idle_seconds(self) -> list[float]:
         """Of each worker since the pool began: the time in which it had nothing to decode."""
-        now = time.monotonic()
-        return [seat.idle + (0.0 if seat.jobs else now - seat.idle_since) for seat in self._seats]
+        return [seat.idle_seconds() for seat in self._seats]
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         # every wait inside has a deadline
@@ -166,19 +167,12 @@ class RolloutPool:
         the backlog."""
         expected = self._lengths / self._answers if self._answers else None
         for job in jobs:
-            job.tokens = job.left * (job.sampling.max_tokens if expected is None else expected)
-        self._backlog.extend(jobs)
+            job.cost = job.samples * (job.sampling.max_tokens if expected is None else expected)
+        self._dispatch.backlog.extend(jobs)
         if self._failure is not None:
             self._fail(self._failure)
-        shares: dict[int, list[Job]] = {}
-        while self._backlog and (
-            free := [i for i, seat in enumerate(self._seats) if self._takes(seat)]
-        ):
-            i = min(free, key=lambda i: (self._seats[i].load, i))
-            job = self._backlog.popleft()
-            self._seats[i].take(job)
-            shares.setdefault(i, []).append(job)
-        for i, share in sorted(shares.items()):
+        for i, share in sorted(self._dispatch.deal().items()):
+            self._seats[i].busy(len(share))
             self._begin(self._serve(i, share))
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
@@ -192,18 +186,17 @@ class RolloutPool:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._fail(ActorLostError(f"the rollout pool failed: {type(error).__name__}: {error}"))
 
-    def _takes(self, seat: WorkerState) -> bool:
-        return seat.up and (
-            self._max_samples is None or not seat.jobs or seat.samples < self._max_samples
-        )
+    def _release(self, i: int, job: Job) -> None:
+        self._dispatch.release(i, job)
+        self._seats[i].busy(len(self._dispatch.jobs[i]))
 
     async def _serve(self, i: int, share: Sequence[Job]) -> None:
         """One request of a worker: all its groups, within the deadline."""
-        seat, left = self._seats[i], dict(enumerate(share))
-        worker, deadline = seat.worker, time.monotonic() + self._timeout
+        left = dict(enumerate(share))
+        worker, deadline = self._seats[i].worker, time.monotonic() + self._timeout
         try:
             stream = worker.generate.options(num_returns="streaming").remote(
-                [(job.prompt, job.left, job.sampling) for job in share],
+                [(job.prompt, job.samples, job.sampling) for job in share],
                 {job.prompt.id: job.episodes.going_on for job in share},
             )
             while left:
@@ -212,7 +205,7 @@ class RolloutPool:
                     reference, deadline - time.monotonic()
                 ):
                     if not (job := left.pop(index)).cut:
-                        self._finish(seat, job, completions)
+                        self._finish(i, job, completions)
         except StopAsyncIteration:
             assert all(job.cut for job in left.values()), (
                 f"rollout worker {i} left out groups that were not cut"
@@ -227,11 +220,11 @@ class RolloutPool:
                 )
             lost = [job for job in left.values() if not job.cut]
             for job in lost:
-                seat.leave(job)
+                self._release(i, job)
             try:
                 await self._replace(i, worker, why)
             except ActorLostError as failure:
-                self._backlog.extend(lost)
+                self._dispatch.backlog.extend(lost)
                 self._fail(failure)
                 return
             lost = [job for job in lost if not job.cut]
@@ -243,10 +236,10 @@ class RolloutPool:
         except ray.exceptions.RayError as error:
             self._fail(ActorLostError(f"rollout worker {i}: {cause(error)}"))
 
-    def _finish(self, seat: WorkerState, job: Job, completions: tuple[Completion, ...]) -> None:
+    def _finish(self, i: int, job: Job, completions: tuple[Completion, ...]) -> None:
         if self._failure is not None:  # everybody was told already
             return
-        seat.leave(job)
+        self._release(i, job)
         had = sum(len(completion) for completion in job.episodes.going_on)
         self._lengths += sum(len(completion) for completion in completions) - had
         self._answers += len(completions)
@@ -255,7 +248,7 @@ class RolloutPool:
         else:
             self._between.add(job)
             self._begin(self._answer(self.episodes, job, completions))
-        if self._backlog:
+        if self._dispatch.backlog:
             self._deal([])
 
     async def _answer(
@@ -277,31 +270,29 @@ class RolloutPool:
         they wait for each other, so that what decodes together does not depend on the clock and a
         synchronous run repeats bit for bit."""
         under_way = (
-            self._backlog
-            or any(seat.jobs for seat in self._seats)
+            self._dispatch.backlog
+            or any(self._dispatch.jobs)
             or len(self._next) < len(self._between)
         )
-        if not self._next or (self._max_samples is None and under_way):
+        if not self._next or (self._all_at_once and under_way):
             return
         jobs = sorted(self._next, key=lambda job: job.prompt.id)
         self._between.difference_update(jobs)
-        self._next, waiting = [], list(self._backlog)
-        self._backlog.clear()
+        self._next, waiting = [], list(self._dispatch.backlog)
+        self._dispatch.backlog.clear()
         self._deal([*jobs, *waiting])
 
     def _cut(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             job.cut = True
-        self._backlog = deque(job for job in self._backlog if not job.cut)
+        cut = self._dispatch.remove(lambda job: job.cut)
         for job in [job for job in self._between if job.cut]:
             self._between.remove(job)
             job.was_cut((*job.episodes.ended, *job.episodes.going_on))
         self._next = [job for job in self._next if not job.cut]
-        for seat in self._seats:
-            if mine := [job for job in seat.jobs if job.cut]:
-                for job in mine:
-                    seat.leave(job)
-                self._begin(self._end(seat.worker, {job.prompt.id: job for job in mine}))
+        for i, mine in cut.items():
+            self._seats[i].busy(len(self._dispatch.jobs[i]))
+            self._begin(self._end(self._seats[i].worker, {job.prompt.id: job for job in mine}))
         self._deal([])
         self._next_turns()
 
@@ -317,12 +308,9 @@ class RolloutPool:
     def _fail(self, failure: ActorLostError) -> None:
         """Nothing more will come: tells everybody who waits."""
         self._failure = self._failure or failure  # the first is the cause
-        jobs = [*self._backlog, *self._between, *(job for seat in self._seats for job in seat.jobs)]
-        self._backlog.clear()
+        jobs = [*self._dispatch.clear(), *self._between]
         self._between.clear()
         self._next.clear()
-        for seat in self._seats:
-            seat.jobs.clear()
         for job in jobs:
             job.deliver(self._failure)
 
@@ -335,13 +323,16 @@ class RolloutPool:
                 if self._respawn is None or seat.restarts >= self._max_restarts:
                     tried = f" (restarted {seat.restarts} times)" if seat.restarts else ""
                     raise ActorLostError(f"{why}{tried}")
-                seat.up, seat.restarts = False, seat.restarts + 1
+                self._dispatch.set_up(i, False)
+                seat.restarts += 1
                 self.restarts += 1
                 try:
                     fresh = await self._loop.run_in_executor(None, self._respawn, i)
                     if self._latest is not None:
                         peers = [
-                            other.worker for other in self._seats if other is not seat and other.up
+                            other.worker
+                            for j, other in enumerate(self._seats)
+                            if j != i and self._dispatch.up[j]
                         ]
                         who, timeout = f"rollout worker {i}", self._sync_timeout
                         seat.report = await catch_up(
@@ -350,7 +341,8 @@ class RolloutPool:
                 except (*LOST, WorkerLostError) as error:
                     why = f"rollout worker {i}, restarted: {cause(error)}"
                     continue
-                seat.worker, seat.up = fresh, True
+                seat.worker = fresh
+                self._dispatch.set_up(i, True)
 
     async def _apply_all(self, notice: WeightUpdate, timeout: float) -> list[dict[str, float]]:
         self._latest = notice

@@ -106,7 +106,7 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
         {"pool"},
         {"environments", "jobs"},
         {"vllm_backend", "embedded", "engine", "model_directory"},
-        {"weights", "samples", "stops", "actors", "schedule"},
+        {"weights", "samples", "stops", "actors", "schedule", "dispatch"},
     ),
     "rewards": (
         {"audit"},
