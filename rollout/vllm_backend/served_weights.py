@@ -82,8 +82,6 @@ class ServedWeights:
         self.open = asyncio.Event()
         """Whether samples are sent to vLLM."""
         self.open.set()
-        self.held = False
-        """Somebody asked for a pause."""
         self.corrupt: Exception | None = None
         """Why nothing is served."""
         self.salt = 0
@@ -121,11 +119,12 @@ class ServedWeights:
         stale: bool = False,
         lost: Exception | None = None,
     ) -> None:
-        """Until the engine holds what `target` says after writing `tensors`, and is paused exactly
-        if somebody asked for it; through as many restarts as are allowed. What fails for good ends
-        every stream. transfer: the tensors are received by vLLM's own processes; should that fail,
-        they are had another way. stale: it has to be loaded in any case. lost: the engine has to be
-        replaced."""
+        """Until the engine serves what `target` says after writing `tensors`, through as many
+        restarts as are allowed. What fails for good ends every stream.
+
+        transfer: the tensors are received by vLLM's own processes; should that fail, they are had
+        another way. stale: it has to be loaded in any case. lost: the engine has to be replaced.
+        """
         self.open.clear()
         stale, differed = stale or target is not self._proved, False
         try:
@@ -138,9 +137,7 @@ class ServedWeights:
                         await self._exchange(target, tensors, transfer)
                         self.corrupt = None
                         stale = False
-                    if self.held and self.order.state == "serving":
-                        await self._pause()
-                    if not self.held and self.order.state == "paused":
+                    if self.order.state == "paused":
                         await self._resume()
                     return
                 except (EngineLostError, TimeoutError) as error:

@@ -52,7 +52,7 @@ def half(make_rig: MakeRig) -> Iterator[Any]:
 
 
 async def collect(engine: Any, prompt: Prompt, n: int, sampling: Sampling) -> list[Completion]:
-    return [completion async for completion in engine.generate(prompt, n, sampling)]
+    return [completion async for completion in engine.generate_all([(prompt, n, sampling)])]
 
 
 def test_weights_damaged_on_their_way_are_never_served(
@@ -233,13 +233,9 @@ def test_asleep_nothing_is_decoded_and_an_update_or_wake_ends_it(
         assert not await llm.is_sleeping()
         first = await waiting
         await rig.engine.sleep(level)
-        await rig.engine.pause()
         await rig.engine.wake()
-        assert rig.engine._weights.order.state == "paused" and await llm.is_paused(), (
-            "a pause outlasts a sleep"
-        )
+        assert rig.engine._weights.order.state == "serving"
         await rig.engine.wake()
-        await rig.engine.resume()
         return first, await collect(rig.engine, make_prompt("asleep"), 2, Sampling(max_tokens=4))
 
     first, second = rig.run(scenario())
