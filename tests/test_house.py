@@ -102,7 +102,7 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
         {"config"},
     ),
     "rollout": (
-        {"worker", "vllm_extension"},
+        {"worker", "vllm_extension", "receiver"},
         {"pool"},
         {"environments", "jobs"},
         {"vllm_backend", "embedded", "engine", "model_directory"},

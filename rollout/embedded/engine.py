@@ -39,7 +39,15 @@ from numpy.typing import NDArray
 from ..engine import Request
 from ..samples import Completion, Prompt, Sampling
 from ..stops import StopStrings
-from ..weights.patch import DigestMismatchError, VersionError, WeightPatch, digest, verify
+from ..weights.patch import (
+    DigestMismatchError,
+    VersionError,
+    Views,
+    WeightPatch,
+    Weights,
+    digest,
+    verify,
+)
 from .batch import ContinuousBatch, Counters, Deliver
 from .model import Decoder
 from .threads import at_most, worth
@@ -118,6 +126,7 @@ class EmbeddedEngine:
         self._run_id, self._deadline = run_id, deadline_s
         self._pace, self._due = 0.0 if token_rate is None else 1 / token_rate, 0.0
         self._corrupt: str | None = None
+        self._held: Weights | None = None
         self._finished: list[Completion] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedded-engine")
         self._turn = asyncio.Lock()  # who may touch the batch; first come, first served
@@ -134,6 +143,10 @@ class EmbeddedEngine:
     @property
     def run_id(self) -> str:
         return self._run_id
+
+    @property
+    def held(self) -> Weights | None:
+        return self._held
 
     @property
     def counters(self) -> Counters:
@@ -313,6 +326,8 @@ class EmbeddedEngine:
             return
         for name, tensor in patch.tensors.items():
             self.decoder.check(name, tensor)
+        if patch.verified:
+            return
         arrived = {name: digest(tensor.data) for name, tensor in patch.tensors.items()}
         kept = {
             name: self.decoder.digest(name) for name in self.decoder.weights.keys() - arrived.keys()
@@ -324,6 +339,7 @@ class EmbeddedEngine:
         if not self._is_new(patch):
             verify(self.digests(), patch)
             return
+        self._held = None
         try:
             for name, tensor in patch.tensors.items():
                 self.decoder.load(name, tensor)
@@ -335,6 +351,12 @@ class EmbeddedEngine:
         self._corrupt = None
         self._run_id = patch.run_id
         self._batch.weights_changed(patch.version)
+        self._held = Weights(
+            run_id=patch.run_id,
+            version=patch.version,
+            tensors=Views(self.decoder.weights, self.decoder.tensor_bytes),
+            digests=patch.digests,
+        )
 
     def _fail(self, error: Exception) -> None:
         for stream in self._streams:

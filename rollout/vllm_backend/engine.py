@@ -46,7 +46,7 @@ from ..engine import Request
 from ..samples import Completion
 from ..stops import StopStrings
 from ..weights.engine_transfer import BroadcastGroup
-from ..weights.patch import DigestMismatchError, WeightPatch
+from ..weights.patch import DigestMismatchError, WeightPatch, Weights
 from . import compat as vllm_compat
 from .process import EngineLostError, RunningLLM
 from .requests import NOTHING, Decoded, LiveSample, samples_of
@@ -139,6 +139,10 @@ class VLLMEngine:
     @property
     def run_id(self) -> str:
         return self._weights.run_id
+
+    @property
+    def held(self) -> Weights | None:
+        return self._weights.held
 
     @property
     def restarts(self) -> int:

@@ -19,7 +19,9 @@ from ..weights.patch import (
     TensorBytes,
     Transfer,
     VersionError,
+    Views,
     WeightPatch,
+    Weights,
     verify,
 )
 from . import compat as vllm_compat
@@ -86,6 +88,18 @@ class ServedWeights:
         """Why nothing is served."""
         self.salt = 0
         """Prompts are looked up in vLLM's cache under it."""
+
+    @property
+    def held(self) -> Weights | None:
+        """As of `Engine`: the mirror's bytes."""
+        if self._proved is None or self.corrupt is not None:
+            return None
+        return Weights(
+            run_id=self.run_id,
+            version=self.version,
+            tensors=Views(self.mirror.entries, self.mirror.tensor),
+            digests=self._proved.digests,
+        )
 
     async def apply(self, patch: WeightPatch) -> None:
         if await asyncio.to_thread(self._is_new, patch):

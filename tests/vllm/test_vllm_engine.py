@@ -19,7 +19,7 @@ import pytest
 import torch
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
 from emberl.rollout.vllm_backend import compat as vllm_compat
-from emberl.rollout.weights.apply import commit, prepare
+from emberl.rollout.weights.apply import advance, materialise
 from emberl.rollout.weights.diff import encode
 from emberl.rollout.weights.patch import DigestMismatchError, WeightPatch, Weights, dense_patch
 
@@ -129,11 +129,11 @@ def test_many_updates_leave_no_memory_behind(rig: Any, make_prompt: MakePrompt) 
             if held is not None and i % 4 >= 2:
                 delta = encode(held, whole.tensors, run_id="run", version=whole.version)
                 assert delta.deltas and not delta.tensors and delta.digests == whole.digests
-                prepared = prepare(delta, held)
-                held, patch = commit(held, prepared), prepared.patch
+                prepared = materialise(delta, held)
+                held, patch = advance(held, prepared), prepared
                 assert patch.base_version == rig.engine.version
             else:
-                held = commit(held, prepare(whole, held))
+                held = advance(held, materialise(whole, held))
             start = time.perf_counter()
             assert await rig.engine.apply(patch) == patch.version
             times.append(time.perf_counter() - start)
