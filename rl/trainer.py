@@ -3,17 +3,17 @@ publish, log."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
 from ..rewards.suite import check_errors
 from .algorithm.advantages import Floats, group_advantages, overlong_penalty
 from .algorithm.losses import Objective
-from .batch import make_batches
+from .batch import flat_batch, updates_of, with_token_advantages
 from .config.load import Config
 from .evaluate import evaluate
 from .feed import GroupFeed
@@ -30,7 +30,7 @@ from .watch.step_metrics import (
 )
 
 
-def train_rl(run: Run) -> None:
+async def train_rl(run: Run) -> None:
     """RL steps from where the run stands to `schedule.steps`; every token is at most
     `schedule.max_staleness` versions older than the weights that it trains (0: on-policy, rollouts
     and learners take turns)."""
@@ -41,12 +41,12 @@ def train_rl(run: Run) -> None:
     alarms = Alarms(config, run.progress.entropy_start)
     run.tracker.begin("rl", run.progress.step, schedule.steps)
     if run.progress.step == 0 and config.eval.active:
-        run.progress = run.progress.advance(accuracy_start=evaluate(run).accuracy)
+        run.progress = run.progress.advance(accuracy_start=(await evaluate(run)).accuracy)
 
-    with GroupFeed(run) as feed:
+    async with GroupFeed(run) as feed:
         while run.progress.step < schedule.steps:
-            run.stop_if_asked()
-            metrics = rl_step(run, feed, objective)
+            await run.stop_if_asked()
+            metrics = await rl_step(run, feed, objective)
             step, last = run.progress.step, run.progress.step == schedule.steps
             for alarm in [*alarms.after(step, metrics), *(alarms.at_end() if last else [])]:
                 run.tracker.alert(alarm.title, alarm.text)
@@ -57,20 +57,20 @@ def train_rl(run: Run) -> None:
             if config.eval.active and (
                 last or (config.eval.every and step % config.eval.every == 0)
             ):
-                run.progress = run.progress.advance(accuracy_end=evaluate(run).accuracy)
+                run.progress = run.progress.advance(accuracy_end=(await evaluate(run)).accuracy)
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-                run.save()
-        run.wait_published()
+                await run.save()
+        await run.weights.delivered()
 
 
-def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, float]:
+async def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, float]:
     """Takes the groups of one step, trains on them, publishes and logs; returns what was logged.
     Raises `TooManyErrors` where graders rather than answers fail."""
     config, step, start = run.config, run.progress.step + 1, time.perf_counter()
-    fed = feed.take(step)
+    fed = await feed.take(step)
     ages, trained = admitted(run, fed.groups)
-    with run.learning():
-        metrics = ages | update(run, trained, objective)
+    async with run.learning():
+        metrics = ages | await update(run, trained, objective)
     sampled = fed.groups
     record_lengths(run.run_dir, step, run.progress.version, sampled)
     tokens = sum(c.num_sampled for group in sampled for c in group.completions)
@@ -127,65 +127,71 @@ def staleness(groups: Sequence[Group], version: int, bound: int) -> dict[str, fl
     return {"sched/staleness/mean": mean, "sched/staleness/max": float(ages.max())}
 
 
-def update(run: Run, trained: Sequence[Group], objective: Objective) -> dict[str, float]:
+async def update(run: Run, trained: Sequence[Group], objective: Objective) -> dict[str, float]:
     """The optimizer steps of one RL step, then a new version of the weights if there were any, and
     their figures."""
     config, schedule, learners = run.config, run.config.schedule, run.learners
     has_critic = config.advantage.needs_critic
     seen: list[Batch] = []
-    batches = make_batches(
-        trained,
-        config.loss,
-        config.advantage,
-        parts=schedule.minibatches,
-        max_length=config.rollout.max_response_length,
-        keep_all=objective.needs_all_tokens or has_critic,
-        mask_cut=config.filter.overlong_mask,
-        kl=config.kl,
-        estimate=partial(with_estimates, run, objective),
-        observe=seen.append,
-    )
+    batches: list[Batch] = []
+    longest, mask_cut = config.rollout.max_response_length, config.filter.overlong_mask
+    whole = flat_batch(trained, config.loss, max_length=longest, mask_cut=mask_cut)
+    if whole is not None:
+        whole = await with_estimates(run, objective, whole)
+        whole = with_token_advantages(whole, config.advantage, config.kl)
+        seen.append(whole)
+        batches = updates_of(
+            whole,
+            trained,
+            config.loss,
+            parts=schedule.minibatches,
+            max_length=longest,
+            keep_all=objective.needs_all_tokens or has_critic,
+            mask_cut=mask_cut,
+        )
     check_engine_logprobs(seen)
     with_policy = not has_critic or run.progress.step >= config.critic.warmup
     done: list[dict[str, float]] = []
     for _ in range(schedule.epochs):
         for batch in batches:
-            found = learners.critic_step(batch) if has_critic else {}
-            done.append(found | (learners.step(batch, objective) if with_policy else {}))
+            found = await asyncio.to_thread(learners.critic_step, batch) if has_critic else {}
+            if with_policy:
+                found |= await asyncio.to_thread(learners.step, batch, objective)
+            done.append(found)
     metrics = {"training/updates": float(len(done) if with_policy else 0)}
     if missing := schedule.minibatches * schedule.epochs - len(done):
-        learners.skip(missing)
+        await asyncio.to_thread(learners.skip, missing)
     # the whole batch's figures come last: those of updates are of parts of it
     metrics |= (averages(done) if done else {}) | batch_metrics(
         seen, config.offpolicy, config.kl.coef
     )
     if not done:
         return metrics
-    refresh_reference(run)
-    return metrics | (run.publish(wait=False) if with_policy else {})
+    await refresh_reference(run)
+    return metrics | (await run.publish(wait=False) if with_policy else {})
 
 
-def refresh_reference(run: Run) -> None:
+async def refresh_reference(run: Run) -> None:
     """The policy of this moment becomes the reference where this step is to end with that."""
     kl = run.config.kl
     if kl.ref_refresh_steps and (run.progress.step + 1) % kl.ref_refresh_steps == 0 and kl.active:
-        run.learners.refresh_reference()
+        await asyncio.to_thread(run.learners.refresh_reference)
 
 
-def with_estimates(run: Run, objective: Objective, batch: Batch) -> Batch:
+async def with_estimates(run: Run, objective: Objective, batch: Batch) -> Batch:
     """The step's batch with what the learners say of it before its first update: the critic's
     values, and log-probs of the reference and of the old policy where these are needed."""
-    config, learners = run.config, run.learners
+    config, learners, temperature = run.config, run.learners, objective.temperature
     updates = config.schedule.minibatches * config.schedule.epochs
     # a single update does this by itself
     if objective.needs_old_logp and (updates > 1 or config.kl.place == "reward"):
-        batch = replace(batch, old_logp_T=learners.logprobs(batch, objective.temperature))
+        found = await asyncio.to_thread(learners.logprobs, batch, temperature)
+        batch = replace(batch, old_logp_T=found)
     if config.kl.active:
-        batch = replace(
-            batch, reference_logp_T=learners.reference_logprobs(batch, objective.temperature)
-        )
+        found = await asyncio.to_thread(learners.reference_logprobs, batch, temperature)
+        batch = replace(batch, reference_logp_T=found)
     if config.advantage.needs_critic:
-        batch = replace(batch, values_T=learners.values(batch))
+        batch = replace(batch, values_T=await asyncio.to_thread(learners.values, batch))
     return batch
 
 

@@ -12,19 +12,19 @@ from .actors import ActorLostError
 from .environments import GroupEpisodes
 from .samples import Completion, Prompt, Sampling
 
-Outcome = tuple[Completion, ...] | ActorLostError
-
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Job:
-    """A group that is asked for, and whom to tell."""
+    """A group that is asked for."""
 
     prompt: Prompt
     n: int
     sampling: Sampling
-    deliver: Callable[[Outcome], None]
-    """Called once, in the pool's thread: the completions in sample order, or why there will be
-    none."""
+    outcome: asyncio.Future[tuple[Completion, ...]] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+    """The completions in sample order; an `ActorLostError` where there will be none; cancelled with
+    the group."""
     reissued: Callable[[], None] = lambda: None
     """Called when the group is asked for again because its worker was lost."""
     was_cut: Callable[[tuple[Completion, ...]], None] = lambda parts: None
@@ -39,6 +39,15 @@ class Job:
     def samples(self) -> int:
         """Answers that are to be decoded in this turn."""
         return len(self.episodes.going_on) or self.n
+
+    def finish(self, completions: tuple[Completion, ...]) -> None:
+        if not self.outcome.done():
+            self.outcome.set_result(completions)
+
+    def fail(self, failure: ActorLostError) -> None:
+        if not self.outcome.done():
+            self.outcome.set_exception(failure)
+            self.outcome.exception()  # who waits for another group may have raised it already
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -70,4 +79,4 @@ class WorkerState:
         return self.idle + (0.0 if self.idle_since is None else time.monotonic() - self.idle_since)
 
 
-__all__ = ["Job", "Outcome", "WorkerState"]
+__all__ = ["Job", "WorkerState"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -61,16 +62,20 @@ def test_parts_without_a_signal_are_told_to_the_learners() -> None:
         logprobs=lambda batch, temperature: batch.behaviour_logp_T,
         skip=calls.append,
     )
+
+    async def publish(*, wait: bool) -> dict[str, float]:
+        return {}
+
     run: Any = SimpleNamespace(
-        config=config, learners=learners, progress=Progress(), publish=lambda wait: {}
+        config=config, learners=learners, progress=Progress(), publish=publish
     )
     scored = [
         g.with_advantages(a)
         for g, a in zip(GROUPS, ([1.0, -1.0, -1.0, 1.0], [0.0] * 4), strict=True)
     ]
     objective = Objective.of(config.loss, config.kl, config.offpolicy)
-    assert update(run, scored, objective)["training/updates"] == 2
+    assert asyncio.run(update(run, scored, objective))["training/updates"] == 2
     assert calls == ["step", "step", 2]
     calls.clear()
-    assert update(run, [], objective)["training/updates"] == 0
+    assert asyncio.run(update(run, [], objective))["training/updates"] == 0
     assert calls == [4]

@@ -18,7 +18,7 @@ from emberl.rewards.verdict import Status, Verdict
 from emberl.rl.algorithm.losses import Objective, token_loss
 from emberl.rl.algorithm.offpolicy import correction, mismatch_metrics
 from emberl.rl.algorithm.surrogates import value_loss
-from emberl.rl.batch import make_batches
+from emberl.rl.batch import flat_batch, with_token_advantages
 from emberl.rl.config.algorithm import AdvantageConfig, KLConfig, LossConfig, OffPolicyConfig
 from emberl.rl.evaluate import summarise
 from emberl.rl.groups import Batch, Group
@@ -84,18 +84,9 @@ def estimated(batch: Batch) -> Batch:
 def whole(
     advantage: AdvantageConfig, kl: KLConfig | None = None, aggregation: Any = "token-mean"
 ) -> Batch:
-    seen: list[Batch] = []
-    make_batches(
-        groups(),
-        LossConfig(aggregation=aggregation),
-        advantage,
-        max_length=7,
-        kl=kl,
-        keep_all=True,
-        estimate=estimated,
-        observe=seen.append,
-    )
-    return seen[0]
+    flat = flat_batch(groups(), LossConfig(aggregation=aggregation), max_length=7)
+    assert flat is not None
+    return with_token_advantages(estimated(flat), advantage, kl)
 
 
 PPO = AdvantageConfig(kind="gae", lam=GIVEN["lam"], whiten=True)
@@ -287,17 +278,9 @@ def test_a_nan_costs_its_token_of_the_penalty_in_the_reward() -> None:
         old[np.flatnonzero(batch.loss_mask_T)[1]] = np.nan
         return replace(batch, old_logp_T=old)
 
-    seen: list[Batch] = []
-    make_batches(
-        groups(),
-        LossConfig(),
-        PPO,
-        max_length=7,
-        kl=IN_REWARD,
-        keep_all=True,
-        estimate=broken,
-        observe=seen.append,
-    )
+    flat = flat_batch(groups(), LossConfig(), max_length=7)
+    assert flat is not None
+    seen = [with_token_advantages(broken(flat), PPO, IN_REWARD)]
     found = batch_metrics(seen, OffPolicyConfig(), 0.1)
     assert np.isfinite(seen[0].advantages_T[seen[0].loss_mask_T]).all()
     assert all(map(math.isfinite, found.values()))
