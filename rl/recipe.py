@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,7 +17,6 @@ from ..rewards.suite import RewardSuite, build_suite
 from ..rollout.actors import ActorLostError
 from ..rollout.engine import check_engine
 from ..rollout.stops import token_bytes
-from ..rollout.vllm_backend.compat import transfer_backend
 from .algorithm.losses import Objective
 from .batch import demonstrations
 from .checkpoints import (
@@ -37,10 +37,11 @@ from .eval_sets import open_eval_sets
 from .model_files import check_adapters, check_model, load_tokenizer, prepare_model, stop_tokens
 from .preflight import check_inputs
 from .reward_inputs import reward_input
-from .run import Interrupted, Run, stop_on_signal
+from .run import Interrupted, Run, on_loop, stop_on_signal
 from .run_directory import Resume, alone_in, open_run_dir, trim_metrics
 from .trainer import train_rl
 from .watch.tracking import Tracker, make_console
+from .weights.probe import Level, Probe, probe_ids, tolerance_of
 from .weights.sync import WeightSync
 
 
@@ -136,17 +137,17 @@ def run_attempt(
                 config, source, suite, partial(load_tokenizer, model_path), tracker.note, opened
             )
             cluster.wait()
-            sync = WeightSync(
-                config.sync,
+            probed = min(config.sync.probe_tokens, config.max_model_length - 1)
+            weights = WeightSync(
+                config,
                 learners,
                 pool,
                 run_id=run_id,
                 run_dir=run_dir,
-                history=config.checkpoint.history,
                 fabric=cluster.placement.device != "cpu",
                 tell=tracker.note,
-                backend=transfer_backend(config.rollout.engine_args),
-                ranks=config.rollout.cards,
+                probe=Probe(tolerance_of(config.model.dtype), earlier_noise(progress)),
+                probe_ids=probe_ids(source, probed),
             )
             run = Run(
                 config=config,
@@ -157,7 +158,7 @@ def run_attempt(
                 suite=suite,
                 learners=learners,
                 pool=pool,
-                sync=sync,
+                weights=weights,
                 tracker=tracker,
                 stop=stop,
                 started=started,
@@ -167,12 +168,18 @@ def run_attempt(
             )
             with user_errors():
                 pool.episodes = episodes_of(config, tokenizer, run.said)
-            return go(run, checkpoint)
+            return on_loop(go(run, checkpoint))
 
 
-def go(run: Run, checkpoint: Path | None) -> Result:
+def earlier_noise(progress: Progress) -> Level | None:
+    """How far engines and learners were apart in the run's earlier attempts."""
+    logp, p = progress.probe_noise_logp, progress.probe_noise_p
+    return None if logp is None or p is None else Level(logp=logp, p=p)
+
+
+async def go(run: Run, checkpoint: Path | None) -> Result:
     """All stages from where `run.progress` stands."""
-    stages: dict[str, Callable[[Run], None]] = {"sft": train_sft, "rl": train_rl}
+    stages: dict[str, Callable[[Run], Awaitable[None]]] = {"sft": train_sft, "rl": train_rl}
     names = run.config.stages
     status, published = "ok", False
     try:
@@ -189,11 +196,11 @@ def go(run: Run, checkpoint: Path | None) -> Result:
                 run.learners.restore(str(checkpoint))
                 checkpoint = None
             if published:
-                run.probe.begin_stage()
+                run.weights.probe.begin_stage()
             # an earlier stage of this attempt has changed the weights
-            run.publish(new_version=published)
+            await run.publish(new_version=published)
             published = True
-            stages[name](run)
+            await stages[name](run)
             run.progress = run.progress.advance(
                 stage=run.progress.stage + 1, step=0 if name != "rl" else run.progress.step
             )
@@ -228,15 +235,15 @@ def finish(run: Run) -> None:
     run.tracker.curve()
 
 
-def train_sft(run: Run) -> None:
+async def train_sft(run: Run) -> None:
     """The cold start: supervised steps on worked solutions, each problem once."""
     config = run.config.sft
     run.tracker.begin("sft", run.progress.step, config.steps)
     while run.progress.step < config.steps:
-        run.stop_if_asked()
+        await run.stop_if_asked()
         position = run.progress.position
         batch = demonstrations(run.source, run.tokenizer, run.config, position)
-        metrics = run.learners.step(batch, Objective.sft())
+        metrics = await asyncio.to_thread(run.learners.step, batch, Objective.sft())
         run.progress = run.progress.advance(
             step=run.progress.step + 1, position=position + config.batch_size
         )
@@ -245,7 +252,7 @@ def train_sft(run: Run) -> None:
             {"sft/loss": metrics["actor/loss"], **metrics},
             show={"loss": f"{metrics['actor/loss']:.3f}"},
         )
-    run.save(needed=True)
+    await run.save(needed=True)
 
 
 def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> RewardSuite:

@@ -140,24 +140,22 @@ async def catch_up(
     one holds that, else from the nearest anchor and the patches after it."""
     anchor = await _from_peer(worker, notice, peers, timeout)
     known = notice if anchor is None else notice.with_anchor(anchor)
-    return await call(worker.apply.remote(known), who=who, what="catch up", timeout=timeout)
+    return await call(worker.catch_up.remote(known), who=who, what="catch up", timeout=timeout)
 
 
 async def _from_peer(
     worker: Any, notice: WeightUpdate, peers: Sequence[Any], timeout: float
 ) -> PatchRef | None:
     """The anchor that a peer makes of what it holds; None where none on the worker's node can."""
-    node, _, _ = await call(
-        worker.offer.remote(), who="the new worker", what="offer", timeout=timeout
-    )
+    node, _ = await call(worker.offer.remote(), who="the new worker", what="offer", timeout=timeout)
     for peer in peers:
         try:
-            there, version, size = await call(
+            there, version = await call(
                 peer.offer.remote(), who="a peer", what="offer", timeout=timeout / 4
             )
         except ActorLostError:  # it may be what is lost next; the learners' own anchor remains
             continue
         if there == node and 0 <= version <= notice.version:
             place = ObjectStoreSource(reference=peer.export.remote())
-            return PatchRef(version=version, base_version=None, size=size, places=(place,))
+            return PatchRef(version=version, base_version=None, size=0, places=(place,))
     return None

@@ -103,10 +103,6 @@ class ScheduleConfig(Settings):
     second on the ratio to the sampling policy is no longer 1, and the clip of the loss acts."""
     epochs: int = Field(default=1, ge=1, le=1_000)
     """Passes over a step's answers (PPO's epochs)."""
-    stream_parts: int = Field(default=1, ge=1, le=MOST_ANSWERS)
-    """The learners begin as soon as one of so many parts of a step's groups is there, whichever
-    groups come first. The gradient is the same but for rounding; 1: when all are there, in an order
-    that repeats bit for bit."""
     max_staleness: int = Field(default=0, ge=0, le=64)
     """k: a token trains at most k versions after the one that sampled it, and rollouts run ahead by
     as much while the learners work. 0: strictly on-policy, every token is sampled by the newest

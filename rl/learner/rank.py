@@ -246,22 +246,6 @@ class LearnerRank:
         seconds = time.perf_counter() - start
         return metrics | self._speed(batch, seconds) | {"timing_s/update_actor": seconds}
 
-    def accumulate(self, batch: Batch, objective: Objective) -> dict[str, float]:
-        """Adds the gradient of a part of a step, whose weights are relative to those of the other
-        parts (`finish`)."""
-        start = time.perf_counter()
-        loss, metrics = self.backward(batch, objective)
-        return metrics | {"actor/loss": loss, "timing_s/update_actor": time.perf_counter() - start}
-
-    def finish(self, scale: float) -> dict[str, float]:
-        """One optimizer step with the gradient of all parts, times `scale`, and what the parts'
-        tokens say together."""
-        metrics = self._mismatch()
-        for parameter in self.policy.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
-        return metrics | self.actor.update("actor")
-
     def skip(self, updates: int) -> None:
         """Moves the learning-rate schedules on by updates that there was nothing to learn for."""
         for each in (self.actor, self.critic):
