@@ -246,9 +246,9 @@ def _wandb_mode(config: Config) -> Mode:
     mode = os.environ.get("WANDB_MODE") or config.tracking.wandb
     if mode == "auto":
         return "online" if _has_wandb_key() else "offline"
-    if mode == "offline" or mode == "disabled":
-        return mode
-    return "online"
+    if mode == "offline":
+        return "offline"
+    return "disabled" if mode == "disabled" else "online"
 
 
 def _has_wandb_key() -> bool:
