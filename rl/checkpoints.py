@@ -142,7 +142,7 @@ def check_resumed(config: Config, checkpoint: Path, override: bool) -> list[str]
             f"{checkpoint.name} holds no {SETTINGS} (an older emberl wrote it): nothing can be"
             " compared with it"
         ]
-    before, now = _leaves(json.loads(file.read_text())), _leaves(config.model_dump(mode="json"))
+    before, now = leaves(json.loads(file.read_text())), leaves(config.model_dump(mode="json"))
     missing = object()
     counted = ("schedule.passes", "schedule.steps") if config.schedule.passes is not None else ()
     changed = {
@@ -177,12 +177,12 @@ def _under(key: str, groups: Sequence[str]) -> bool:
     return any(key == group or key.startswith(f"{group}.") for group in groups)
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted keys and their values."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            found |= _leaves(value, f"{prefix}{key}.")
+            found |= leaves(value, f"{prefix}{key}.")
         else:
             found[prefix + key] = value
     return found

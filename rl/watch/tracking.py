@@ -72,7 +72,9 @@ class Tracker:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb is not None:
-            self._wandb.log({**metrics, f"{axis}/step": step, "stage": self._stage})
+            axes = {axis} if self._stage != "sft" else {"sft", axis} - {"train"}
+            steps = {f"{name}/step": step for name in axes}
+            self._wandb.log({**metrics, **steps, "stage": self._stage})
         figures = "  ".join(f"{name} {value}" for name, value in (show or {}).items())
         if self._bar is not None and axis == "train":
             self._bar.update(self._bar.task_ids[0], completed=step, figures=figures)
@@ -183,6 +185,7 @@ def _open_wandb(config: Config, run_dir: Path, console: Console) -> Any:
     run = wandb.init(
         project=config.tracking.project,
         name=run_dir.name,
+        group=config.tracking.group,
         dir=str(run_dir),
         mode="online" if mode == "online" else "offline",
         config=config.model_dump(mode="json"),
@@ -191,6 +194,7 @@ def _open_wandb(config: Config, run_dir: Path, console: Console) -> Any:
     run.define_metric("train/step")
     run.define_metric("eval/step")
     run.define_metric("*", step_metric="train/step")
+    run.define_metric("sft/*", step_metric="sft/step")
     run.define_metric("val-core/*", step_metric="eval/step")
     run.define_metric("val-aux/*", step_metric="eval/step")
     return run
