@@ -111,7 +111,7 @@ def _named(tree: dict[str, Any]) -> dict[str, Any]:
             why = "stands for the file's own model" if name == BASE else "is another stage's, too"
             raise ConfigError(f"stage {number}: the name {name!r} {why}; give it another")
         kind = section.get("kind")
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             near = difflib.get_close_matches(str(kind), KINDS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"stage {name}: its kind is {kind!r}, not {', '.join(KINDS)}{hint}")
@@ -196,21 +196,21 @@ def _stage(
     kind = str(section["kind"])
     own = {key: value for key, value in section.items() if key != "kind"}
     models = [stage.name for stage in earlier if KINDS[stage.kind].makes == "model"]
-    model = own.get("model") or {}
-    if isinstance(model, Mapping) and not model.get("path") and not model.get("tiny") and models:
+    model = _group(own, "model")
+    if models and not model.get("path") and not model.get("tiny"):
         own["model"] = {**model, "path": REFERENCE + models[-1]}
     takes = tuple(dict.fromkeys(ref for _, ref in _references(own) if ref != BASE))
     tree = merged(common, own)
-    given = own.get("model") or {}
+    given = _group(own, "model")
     if given.get("path") == REFERENCE + BASE:
-        base = common.get("model") or {}
+        base = _group(common, "model")
         tree["model"] = {**tree["model"], "path": base.get("path"), "tiny": base.get("tiny")}
     elif given.get("path"):
         tree["model"] = {**tree["model"], "tiny": None}
     elif given.get("tiny"):
         tree["model"] = {**tree["model"], "path": None}
     runs = "rl" if kind == "distill" and tree.get(ON_POLICY) else KINDS[kind].runs
-    if kind == "distill" and runs == "sft" and not (tree.get("sft") or {}).get("data"):
+    if kind == "distill" and runs == "sft" and not _group(tree, "sft").get("data"):
         raise ConfigError(
             "a distill stage needs a teacher: samples of one in sft.data, e.g. stage:NAME of a"
             " reject stage"
@@ -224,8 +224,14 @@ def _stage(
         "run_dir": str(folder / name),
         "stages": [runs],
     }
-    tree["tracking"] = {**(tree.get("tracking") or {}), "group": common.get("name")}
+    tree["tracking"] = {**_group(tree, "tracking"), "group": common.get("name")}
     return Stage(name=name, kind=kind, config=resolve(tree), takes=takes)
+
+
+def _group(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A group of settings, {} where it is none: what is wrong with it, validation says."""
+    group = tree.get(name)
+    return group if isinstance(group, Mapping) else {}
 
 
 def _filled(tree: Any, outputs: Mapping[str, str], key: str = "") -> Any:
