@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from emberl.rl.cli import app
 from emberl.rl.config.load import Config, ConfigError, load_config
 from emberl.rl.config.stages import Recipe, load_experiment
+from typer.testing import CliRunner
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 COMMON = "name: r\nmodel: {tiny: {hidden: 64}}\ndata: {source: arithmetic}\noptim: {lr: 1.0e-4}\n"
@@ -145,5 +147,15 @@ def test_samples_are_taken_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("r1/*.yaml")), ids=lambda p: p.name)
-def test_every_shipped_recipe_is_valid(path: Path) -> None:
-    assert load_experiment(path).stages
+def test_every_shipped_recipe_is_valid_and_placed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    recipe = load_experiment(path)
+    assert isinstance(recipe, Recipe)
+    model = recipe.stages[0].config.model.path
+    if model is not None and model.startswith("models/") and not Path(model).exists():
+        pytest.skip(f"{model} is not there; `make smollm2` fetches it")
+    ran = CliRunner().invoke(app, ["train", str(path), "--dry-run"])
+    assert ran.exit_code == 0, ran.stderr
+    assert ran.stdout.count("placement on") == len(recipe.stages)
