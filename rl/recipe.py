@@ -178,7 +178,7 @@ def run_attempt(
             return go(run, checkpoint, imitated)
 
 
-def go(run: Run, checkpoint: Path | None, imitated: Imitated | None) -> Result:
+def go(run: Run, checkpoint: Path | None, imitated: Imitated | None = None) -> Result:
     """All stages from where `run.progress` stands. imitated: what a supervised stage learns."""
     stages: dict[str, Callable[[Run], None]] = {"rl": train_rl, "reject": sample_accepted}
     if imitated is not None:

@@ -158,19 +158,15 @@ def _check_references(sections: Mapping[str, Mapping[str, Any]]) -> None:
                 raise ConfigError(f"{said}, which leaves {makes}, where {wanted} is to be given")
 
 
-def _path(start: str, goal: str, taken: Mapping[str, Sequence[str]]) -> list[str]:
+def _path(
+    start: str, goal: str, taken: Mapping[str, Sequence[str]], seen: tuple[str, ...] = ()
+) -> list[str]:
     """From one stage over what it takes to another; [] where there is no way."""
     if start == goal:
         return [goal]
-    seen, ways = {start}, [[start]]
-    while ways:
-        way = ways.pop(0)
-        for other in taken.get(way[-1], ()):
-            if other == goal:
-                return [*way, goal]
-            if other not in seen:
-                seen.add(other)
-                ways.append([*way, other])
+    for other in taken.get(start, ()):
+        if other not in seen and (way := _path(other, goal, taken, (*seen, start))):
+            return [start, *way]
     return []
 
 

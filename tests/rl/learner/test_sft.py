@@ -41,7 +41,7 @@ def plain(path: str) -> tuple[float, torch.Tensor]:
             total = total - logp[at - 1, example.token_ids[at]]
             count += 1
     (total / count).backward()
-    return float(total) / count, torch.cat([p.grad.flatten() for p in model.parameters()])
+    return float(total.detach()) / count, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("packing", ["on", "off"])
