@@ -22,6 +22,8 @@ SETTINGS = "settings.json"
 """The run's configuration, in each checkpoint; named apart from the model's own config.json beside
 it."""
 STOP = "stop"
+SUMMARY = "summary.json"
+"""Of a recipe, in its directory from the beginning."""
 """A file that asks the run of this directory to save after its step and to end."""
 FIXED = ("stages", "data", "model", "seed")
 """Groups that say what a checkpoint is of. A run that goes on with others is another run."""
@@ -123,12 +125,14 @@ def _number(path: Path, base: Path) -> int | None:
 
 
 def asked_to_stop(run_dir: Path) -> bool:
-    """Whether somebody put the file there; takes it away."""
-    try:
-        (run_dir / STOP).unlink()
-    except FileNotFoundError:
-        return False
-    return True
+    """Whether somebody put the file there, or into the directory of the recipe whose stage this
+    is; takes it away."""
+    of_recipe = run_dir.parent if (run_dir.parent / SUMMARY).exists() else run_dir
+    for folder in (run_dir, of_recipe):
+        if (folder / STOP).exists():
+            (folder / STOP).unlink(missing_ok=True)
+            return True
+    return False
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..rewards.suite import check_errors
 from ..rewards.verdict import Status
-from .checkpoints import METRICS, begin_checkpoint, finish_checkpoint
+from .checkpoints import METRICS, asked_to_stop, begin_checkpoint, finish_checkpoint
 from .config.load import ConfigError
 from .groups import Group
 from .run import Interrupted, Run
@@ -34,7 +34,9 @@ def sample_accepted(run: Run) -> None:
     run.tracker.begin("reject", run.progress.step, steps)
     (run.run_dir / PARTS).mkdir(exist_ok=True)
     while run.progress.step < steps:
-        if run.stop.is_set():  # what there is was saved after each step
+        if run.stop.is_set() or asked_to_stop(
+            run.run_dir
+        ):  # what there is was saved after each step
             raise Interrupted
         step, first = run.progress.step + 1, run.progress.position
         prompts = [run.source.train(i) for i in range(first, min(first + at_a_time, problems))]

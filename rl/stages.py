@@ -3,7 +3,7 @@ and a table of what each stage gained.
 
 <run_dir>/<stage>/{config.yaml, metrics.jsonl, model/ or samples.jsonl, ...}   as a single run's
 <run_dir>/<stage>/done.json     proof of completion: settings, inputs and their hash
-<run_dir>/summary.md, summary.json
+<run_dir>/summary.md, summary.json   what the stages that are done gained
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import METRICS, latest_checkpoint, leaves
+from .checkpoints import METRICS, SUMMARY, latest_checkpoint, leaves
 from .config.load import ConfigError
 from .config.stages import REFERENCE, Recipe, Stage
 from .model_files import check_files
@@ -68,6 +68,8 @@ def run_recipe(
     for name in anew:
         shutil.rmtree(recipe.folder / name, ignore_errors=True)
     status = "ok"
+    recipe.folder.mkdir(parents=True, exist_ok=True)
+    summary = write_summary(recipe, done, status, began)
     for stage in recipe.stages:
         said = f"stage {stage.name} ({stage.kind})"
         if stage.name in done:
@@ -82,11 +84,21 @@ def run_recipe(
             result = run(stage.config, resume=resume)
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from error
-        if result.status != "ok":
-            status = result.status
+        status = result.status
+        if status == "ok":
+            done[stage.name] = finish_stage(stage, recipe, done, row_of(stage, result))
+        summary = write_summary(recipe, done, status, began)
+        if status != "ok":
             break
-        done[stage.name] = finish_stage(stage, recipe, done, row_of(stage, result))
-    rows = [Row(**done[name]["row"]) for name in names if name in done]
+    console.print((recipe.folder / "summary.md").read_text(), highlight=False, markup=False)
+    return summary
+
+
+def write_summary(
+    recipe: Recipe, done: Mapping[str, Mapping[str, Any]], status: str, began: float
+) -> dict[str, Any]:
+    """The table and the figures so far."""
+    rows = [Row(**done[stage.name]["row"]) for stage in recipe.stages if stage.name in done]
     known = [row for row in rows if row.accuracy is not None]
     summary = {
         "status": status,
@@ -96,10 +108,8 @@ def run_recipe(
         "seconds": round(time.time() - began, 1),
         "run_dir": str(recipe.folder),
     }
-    if rows:
-        (recipe.folder / "summary.md").write_text(f"# {recipe.name}\n\n{table(rows)}")
-        (recipe.folder / "summary.json").write_text(json.dumps(summary, indent=1))
-        console.print(table(rows), highlight=False, markup=False)
+    (recipe.folder / "summary.md").write_text(f"# {recipe.name}\n\n{table(rows)}")
+    (recipe.folder / SUMMARY).write_text(json.dumps(summary, indent=1))
     return summary
 
 
