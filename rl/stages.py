@@ -19,7 +19,7 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import METRICS, SUMMARY, latest_checkpoint, leaves
+from .checkpoints import METRICS, SUMMARY, differences, latest_checkpoint, leaves
 from .config.load import ConfigError
 from .config.stages import REFERENCE, Recipe, Stage
 from .model_files import check_files
@@ -80,13 +80,14 @@ def run_recipe(
         resume = latest_checkpoint(folder) is not None
         if not resume:  # nothing in it that could be gone on with
             shutil.rmtree(folder, ignore_errors=True)
+        proof = proof_of(recipe, stage, done)
         try:
             result = run(stage.config, resume=resume)
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from error
         status = result.status
         if status == "ok":
-            done[stage.name] = finish_stage(stage, recipe, done, row_of(stage, result))
+            done[stage.name] = finish_stage(stage, proof, row_of(stage, result))
         summary = write_summary(recipe, done, status, began)
         if status != "ok":
             break
@@ -153,9 +154,13 @@ def finished(recipe: Recipe, anew: Sequence[str]) -> dict[str, dict[str, Any]]:
         said = json.loads(file.read_text())
         if not stage.output.exists():
             raise ConfigError(f"stage {stage.name} is done, but {stage.output} is gone; {redo}")
-        settings, inputs = settings_of(recipe, stage), inputs_of(stage, done)
-        if said["hash"] != hash_of(settings, inputs):
-            changed = differences(said["settings"], settings) + differences(said["inputs"], inputs)
+        proof = proof_of(recipe, stage, done)
+        if said["hash"] != proof["hash"]:
+            changed = [
+                line
+                for part in ("settings", "inputs")
+                for line in differences(said[part], proof[part]).values()
+            ]
             raise ConfigError(
                 f"stage {stage.name} is done, with other settings or inputs:"
                 f" {'; '.join(changed[:5])}; {redo}, which redoes what follows too, give them back,"
@@ -165,15 +170,13 @@ def finished(recipe: Recipe, anew: Sequence[str]) -> dict[str, dict[str, Any]]:
     return done
 
 
-def settings_of(recipe: Recipe, stage: Stage) -> dict[str, Any]:
-    """Dotted keys of what decides the stage's output. What an earlier stage left goes by its name,
-    so that a recipe's directory may be moved."""
-    tree = stage.config.model_dump(mode="json", exclude=set(FREE))
-    names = {str(each.output): REFERENCE + each.name for each in recipe.stages}
-    return {
-        key: names.get(value, value) if isinstance(value, str) else value
-        for key, value in leaves(tree).items()
-    }
+def proof_of(recipe: Recipe, stage: Stage, done: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What decides the stage's output: dotted settings, inputs, and the hash of both."""
+    text = json.dumps(stage.config.model_dump(mode="json", exclude=set(FREE)))
+    for each in recipe.stages:  # by names, so that a recipe's directory may be moved
+        text = text.replace(json.dumps(str(each.output)), json.dumps(REFERENCE + each.name))
+    found = {"settings": leaves(json.loads(text)), "inputs": inputs_of(stage, done)}
+    return {"hash": sha256(json.dumps(found, sort_keys=True).encode()).hexdigest(), **found}
 
 
 def inputs_of(stage: Stage, done: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -209,34 +212,9 @@ def _content(file: Path) -> str:
         return file_digest(opened, "sha256").hexdigest()
 
 
-def hash_of(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    text = json.dumps([settings, inputs], sort_keys=True)
-    return sha256(text.encode()).hexdigest()
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`optim.lr: 1e-06, now 1e-05` for each key that differs."""
-    keys = sorted(before.keys() | now.keys())
-    pairs = [(key, before.get(key, "unset"), now.get(key, "unset")) for key in keys]
-    return [
-        f"{key}: {json.dumps(was):.60}, now {json.dumps(is_):.60}"
-        for key, was, is_ in pairs
-        if was != is_
-    ]
-
-
-def finish_stage(
-    stage: Stage, recipe: Recipe, done: Mapping[str, Mapping[str, Any]], row: Row
-) -> dict[str, Any]:
-    """Writes the proof that a stage is done, whole or not at all."""
-    settings, inputs = settings_of(recipe, stage), inputs_of(stage, done)
-    said = {
-        "hash": hash_of(settings, inputs),
-        "id": uuid.uuid4().hex,
-        "row": asdict(row),
-        "settings": settings,
-        "inputs": inputs,
-    }
+def finish_stage(stage: Stage, proof: Mapping[str, Any], row: Row) -> dict[str, Any]:
+    """Writes that a stage is done, whole or not at all."""
+    said = {**proof, "id": uuid.uuid4().hex, "row": asdict(row)}
     file = stage.config.output / DONE
     file.with_suffix(".part").write_text(json.dumps(said, indent=1))
     file.with_suffix(".part").replace(file)

@@ -83,7 +83,9 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Config |
     if not isinstance(sections, Mapping):
         return resolve(tree)
     common = {key: value for key, value in tree.items() if key != "stages"}
-    folder = Path(common.get("run_dir") or f"runs/{common.get('name')}")
+    if not common.get("name"):
+        raise ConfigError("name is required but missing; add it to the file or pass name=...")
+    folder = Path(common.get("run_dir") or f"runs/{common['name']}")
     _check_references(sections)
     stages: list[Stage] = []
     for name, section in sections.items():
@@ -91,12 +93,14 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Config |
             stages.append(_stage(name, section, common, folder, stages))
         except ConfigError as error:
             raise ConfigError(f"stage {name}: {error}") from error
-    return Recipe(name=str(common.get("name")), folder=folder, stages=tuple(stages))
+    return Recipe(name=str(common["name"]), folder=folder, stages=tuple(stages))
 
 
 def _named(tree: dict[str, Any]) -> dict[str, Any]:
     """The tree with a recipe's list of stages as a mapping of their names."""
     listed = tree.get("stages")
+    if isinstance(listed, dict):
+        listed = [{"name": name, **_group(listed, name)} for name in listed]
     if not isinstance(listed, list) or not any(isinstance(each, dict) for each in listed):
         return tree
     found: dict[str, Any] = {}
@@ -216,11 +220,11 @@ def _stage(
     outputs = {stage.name: str(stage.output) for stage in earlier}
     tree = _filled(tree, outputs)
     tree |= {
-        "name": f"{common.get('name')}-{name}",
+        "name": f"{common['name']}-{name}",
         "run_dir": str(folder / name),
         "stages": [runs],
     }
-    tree["tracking"] = {**_group(tree, "tracking"), "group": common.get("name")}
+    tree["tracking"] = {**_group(tree, "tracking"), "group": str(common["name"])}
     return Stage(name=name, kind=kind, config=resolve(tree), takes=takes)
 
 

@@ -185,7 +185,7 @@ def test_an_input_that_changed_or_went_is_refused(runs: Runs) -> None:
     # an earlier stage was done anew behind its back
     shutil.rmtree("runs/r/samples")
     with pytest.raises(
-        ConfigError, match=r"stage small is done, .*stage:samples: .*, now \"not done\""
+        ConfigError, match=r'stage small is done, .*stage:samples: .*, now "not done"'
     ):
         run_recipe(recipe(own), run=runs)
     shutil.rmtree("runs/r/cold/model")

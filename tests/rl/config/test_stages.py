@@ -135,6 +135,15 @@ def test_an_override_of_no_stage(tmp_path: Path, override: str) -> None:
         load(tmp_path, COMMON + STAGES, override)
 
 
+def test_stages_may_be_a_mapping_and_the_recipe_needs_a_name(tmp_path: Path) -> None:
+    recipe = load(tmp_path, COMMON + "stages: {a: {kind: rl}, b: {kind: rl}}\n")
+    assert [stage.name for stage in recipe.stages] == ["a", "b"]
+    with pytest.raises(ConfigError, match="stage a: its kind is None"):
+        load(tmp_path, COMMON + "stages: {a: rl}\n")
+    with pytest.raises(ConfigError, match="^name is required but missing"):
+        load(tmp_path, COMMON.removeprefix("name: r\n") + STAGES)
+
+
 def test_where_one_run_is_wanted_a_recipe_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(COMMON + STAGES)
     with pytest.raises(ConfigError, match=r"is a recipe of 6 stages, and here one run is wanted"):
