@@ -140,7 +140,7 @@ def test_stages_may_be_a_mapping_and_the_recipe_needs_a_name(tmp_path: Path) -> 
     assert [stage.name for stage in recipe.stages] == ["a", "b"]
     with pytest.raises(ConfigError, match="stage a: its kind is None"):
         load(tmp_path, COMMON + "stages: {a: rl}\n")
-    with pytest.raises(ConfigError, match="^name is required but missing"):
+    with pytest.raises(ConfigError, match=r"^name is required but missing"):
         load(tmp_path, COMMON.removeprefix("name: r\n") + STAGES)
 
 
