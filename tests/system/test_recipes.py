@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 STAGES = """\
 stages:
   - {name: cold, kind: sft, sft: {heldout: 8, eval_every: 30}}
-  - {name: think, kind: rl, schedule: {steps: 40}}
+  - {name: think, kind: rl, schedule: {steps: 20}, eval: {every: 0}, checkpoint: {every: 4}}
   - {name: samples, kind: reject, reject: {problems: 32, samples: 4, keep: 4}}
   - {name: small, kind: distill, model: {tiny: {hidden: 32}}, sft: {data: stage:samples, epochs: 2, batch_size: 4}}
 """
@@ -28,7 +28,7 @@ def logged(stage: Path, name: str) -> list[tuple[int, Any]]:
 def test_a_recipe_that_was_killed_goes_on_where_it_stood(emberl: Emberl) -> None:
     emberl.config.write_text(SMALL.replace("stages: [sft, rl]\n", STAGES))
     folder = emberl.folder / "run"
-    process = emberl.start("run_dir=run")
+    process = emberl.start(f"run_dir={folder}")
     deadline = time.monotonic() + 200
     while not list(folder.glob("think/checkpoints/rl-*")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1][-3000:]
@@ -43,7 +43,7 @@ def test_a_recipe_that_was_killed_goes_on_where_it_stood(emberl: Emberl) -> None
     assert (folder / "cold" / "metrics.jsonl").read_text() == cold
     said = (emberl.folder / "stderr.txt").read_text()
     assert "stage cold (sft) is done" in said and "stage think (rl)\n" in said
-    assert [step for step, _ in logged(folder / "think", "critic/score/mean")] == [*range(1, 41)]
+    assert [step for step, _ in logged(folder / "think", "critic/score/mean")] == [*range(1, 21)]
     held_out = logged(folder / "cold", "sft/heldout_loss")
     assert [step for step, _ in held_out] == [0, 30, 60]
     assert held_out[0][1] > held_out[1][1] > held_out[2][1]
