@@ -61,16 +61,5 @@ def test_a_recipe_that_was_killed_goes_on_where_it_stood(emberl: Emberl) -> None
     width = json.loads((folder / "small/model/config.json").read_text())["hidden_size"]
     assert width == 32 and "| small" in (folder / "summary.md").read_text()
 
-    result = emberl.train("--from", "small")
-    said = (emberl.folder / "stderr.txt").read_text()
-    assert "stage samples (reject) is done" in said and "sft     " in said
-    assert result["accuracy_start"] == logged(folder / "cold", "val-core/accuracy")[0][1]
     refused = emberl.train("seed=1", status=2)
     assert "stage cold is done, with other settings or inputs: seed: 0, now 1" in refused["error"]
-
-
-def test_rejection_sampling_that_accepts_nothing_says_what_there_was(emberl: Emberl) -> None:
-    result = emberl.train(
-        "stages=[reject]", "reject.problems=20", "schedule.prompts_per_step=16", status=2
-    )
-    assert "rejection sampling accepted none of 80 answers" in result["error"]
