@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,7 +16,6 @@ from ..rewards.suite import RewardSuite, build_suite
 from ..rollout.actors import ActorLostError
 from ..rollout.engine import check_engine
 from ..rollout.stops import token_bytes
-from ..rollout.vllm_backend.compat import transfer_backend
 from .algorithm.losses import Objective
 from .checkpoints import (
     PROGRESS,
@@ -24,9 +23,7 @@ from .checkpoints import (
     Progress,
     check_resumed,
     latest_checkpoint,
-    open_run_dir,
     read_progress,
-    trim_metrics,
 )
 from .cluster import Cluster
 from .config.cautions import cautions, said_at_start
@@ -39,10 +36,12 @@ from .model_files import check_adapters, check_model, load_tokenizer, prepare_mo
 from .preflight import check_inputs
 from .reject import sample_accepted
 from .reward_inputs import reward_input
-from .run import Interrupted, Run, stop_on_signal
+from .run import Interrupted, Run, on_loop, stop_on_signal
+from .run_directory import Resume, alone_in, open_run_dir, trim_metrics
 from .sft import Imitated, open_imitated, train_sft, with_sft_steps
 from .trainer import train_rl
 from .watch.tracking import Tracker, make_console
+from .weights.probe import Level, Probe, probe_ids, tolerance_of
 from .weights.sync import WeightSync
 
 
@@ -69,13 +68,13 @@ class Result:
         return asdict(self)
 
 
-def train(config: Config, *, resume: bool = False, override: bool = False) -> Result:
-    """Runs all stages. Raises `ConfigError` before Ray starts where the fault can be known by
-    then."""
+def train(config: Config, *, resume: Resume = "never", override: bool = False) -> Result:
+    """Runs all stages. resume: go on from the last checkpoint, `auto` if there is one. Raises
+    `ConfigError` before Ray starts where the fault can be known by then."""
     started = time.time()
-    console = make_console()
+    tell = partial(make_console().print, highlight=False, markup=False)
     for line in said_at_start(config):
-        console.print(line, highlight=False, markup=False)
+        tell(line)
     check_inputs(config, hub=True)
     with user_errors():
         check_engine(config.rollout.engine, config.rollout.engine_args, config.rollout.servers)
@@ -84,25 +83,24 @@ def train(config: Config, *, resume: bool = False, override: bool = False) -> Re
         # tries a user's own loss on a tiny batch
         Objective.of(config.loss, config.kl, config.offpolicy)
     check_model(config)
-    cluster = Cluster(config, partial(console.print, markup=False))
-    run_dir, checkpoint = open_run_dir(config, resume)
+    cluster = Cluster(config, tell)
+    run_dir, checkpoint = open_run_dir(config, resume, tell)
     if checkpoint is not None:
         for line in check_resumed(config, checkpoint, override):
-            console.print(f"resumed with {line}", highlight=False, markup=False)
+            tell(f"resumed with {line}")
         started -= read_progress(checkpoint).seconds
     restarts = config.cluster.max_restarts
-    while True:
-        try:
-            return run_attempt(config, cluster, run_dir, checkpoint, started)
-        except ActorLostError as error:
-            checkpoint = latest_checkpoint(run_dir)
-            if not restarts or checkpoint is None:
-                raise
-            restarts -= 1
-            make_console().print(
-                f"{error}; all actors are started anew from {checkpoint.name}", markup=False
-            )
-            cluster = Cluster(config, partial(console.print, markup=False))
+    with alone_in(run_dir):
+        while True:
+            try:
+                return run_attempt(config, cluster, run_dir, checkpoint, started)
+            except ActorLostError as error:
+                checkpoint = latest_checkpoint(run_dir, tell)
+                if not restarts or checkpoint is None:
+                    raise
+                restarts -= 1
+                tell(f"{error}; all actors are started anew from {checkpoint.name}")
+                cluster = Cluster(config, tell)
 
 
 def run_attempt(
@@ -144,17 +142,17 @@ def run_attempt(
                 config, source, suite, partial(load_tokenizer, model_path), tracker.note, opened
             )
             cluster.wait()
-            sync = WeightSync(
-                config.sync,
+            probed = min(config.sync.probe_tokens, config.max_model_length - 1)
+            weights = WeightSync(
+                config,
                 learners,
                 pool,
                 run_id=run_id,
                 run_dir=run_dir,
-                history=config.checkpoint.history,
                 fabric=cluster.placement.device != "cpu",
                 tell=tracker.note,
-                backend=transfer_backend(config.rollout.engine_args),
-                ranks=config.rollout.cards,
+                probe=Probe(tolerance_of(config.model.dtype), earlier_noise(progress)),
+                probe_ids=probe_ids(source, probed),
             )
             run = Run(
                 config=config,
@@ -165,7 +163,7 @@ def run_attempt(
                 suite=suite,
                 learners=learners,
                 pool=pool,
-                sync=sync,
+                weights=weights,
                 tracker=tracker,
                 stop=stop,
                 started=started,
@@ -175,12 +173,19 @@ def run_attempt(
             )
             with user_errors():
                 pool.episodes = episodes_of(config, tokenizer, run.said)
-            return go(run, checkpoint, imitated)
+            return on_loop(go(run, checkpoint, imitated))
 
 
-def go(run: Run, checkpoint: Path | None, imitated: Imitated | None = None) -> Result:
+def earlier_noise(progress: Progress) -> Level | None:
+    """How far engines and learners were apart in the run's earlier attempts."""
+    logp, p = progress.probe_noise_logp, progress.probe_noise_p
+    return None if logp is None or p is None else Level(logp=logp, p=p)
+
+
+async def go(run: Run, checkpoint: Path | None, imitated: Imitated | None = None) -> Result:
     """All stages from where `run.progress` stands. imitated: what a supervised stage learns."""
-    stages: dict[str, Callable[[Run], None]] = {"rl": train_rl, "reject": sample_accepted}
+    stages: dict[str, Callable[[Run], Awaitable[None]]]
+    stages = {"rl": train_rl, "reject": sample_accepted}
     if imitated is not None:
         stages["sft"] = partial(train_sft, imitated=imitated)
     names = run.config.stages
@@ -199,16 +204,17 @@ def go(run: Run, checkpoint: Path | None, imitated: Imitated | None = None) -> R
                 run.learners.restore(str(checkpoint))
             checkpoint = None
             if published:
-                run.probe.begin_stage()
+                run.weights.probe.begin_stage()
             # an earlier stage of this attempt has changed the weights
-            run.publish(new_version=published)
+            await run.publish(new_version=published)
             published = True
-            stages[name](run)
+            await stages[name](run)
             run.progress = run.progress.advance(
                 stage=run.progress.stage + 1, step=0 if name != "rl" else run.progress.step
             )
     except Interrupted:
         status = "interrupted"
+        run.tracker.note(f"saved; add --resume run_dir={run.run_dir} to go on")
     run.tracker.end()
     finish(run)
     progress = run.progress

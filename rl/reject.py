@@ -12,10 +12,11 @@ from typing import Any
 
 from ..rewards.suite import check_errors
 from ..rewards.verdict import Status
-from .checkpoints import METRICS, asked_to_stop, begin_checkpoint, finish_checkpoint
+from .checkpoints import begin_checkpoint, finish_checkpoint
 from .config.load import ConfigError
 from .groups import Group
 from .run import Interrupted, Run
+from .run_directory import METRICS, asked_to_stop, read_metrics
 
 SAMPLES = "samples.jsonl"
 PARTS = "samples"
@@ -24,7 +25,7 @@ CUT = "cut"
 """Beside the verdicts' statuses: answers that a limit ended, whatever they hold."""
 
 
-def sample_accepted(run: Run) -> None:
+async def sample_accepted(run: Run) -> None:
     """Samples answers to `reject.problems` problems and writes those that are accepted to
     `samples.jsonl`. `ConfigError` where there is none."""
     config, at_a_time = run.config.reject, run.config.schedule.prompts_per_step
@@ -40,7 +41,7 @@ def sample_accepted(run: Run) -> None:
             raise Interrupted
         step, first = run.progress.step + 1, run.progress.position
         prompts = [run.source.train(i) for i in range(first, min(first + at_a_time, problems))]
-        groups = run.sample_groups(prompts, config.samples, run.sampling(step))
+        groups = await run.sample_groups(prompts, config.samples, run.sampling(step))
         check_errors([v for g in groups for v in g.verdicts], run.config.reward.max_error_fraction)
         rows = [row for group in groups for row in accepted(run, group)]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
@@ -108,8 +109,7 @@ def figures_of(groups: Sequence[Group], rows: int) -> dict[str, float]:
 def totals(run_dir: Path) -> Counter[str]:
     """What all steps counted, by the names of the metrics without `reject/`."""
     found: Counter[str] = Counter()
-    for line in (run_dir / METRICS).read_text().splitlines():
-        row = json.loads(line)
+    for row in read_metrics(run_dir / METRICS):
         for name, value in row.items() if row["stage"] == "reject" else ():
             if name.startswith("reject/") and name != "reject/accuracy":
                 found[name.removeprefix("reject/")] += int(value)

@@ -3,6 +3,7 @@ held out."""
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,16 +108,17 @@ def with_sft_steps(config: Config, rows: int | None) -> Config:
     return config.model_copy(update={"sft": sft.model_copy(update={"steps": steps})})
 
 
-def train_sft(run: Run, imitated: Imitated) -> None:
+async def train_sft(run: Run, imitated: Imitated) -> None:
     """Supervised steps from where the run stands to `sft.steps`, each row once an epoch."""
     sft = run.config.sft
     run.tracker.begin("sft", run.progress.step, sft.steps)
     if run.progress.step == 0:
-        look(run, imitated)
+        await look(run, imitated)
     while run.progress.step < sft.steps:
-        run.stop_if_asked()
+        await run.stop_if_asked()
         position = run.progress.position
-        metrics = run.learners.step(imitated.batch(position), Objective.sft())
+        batch = imitated.batch(position)
+        metrics = await asyncio.to_thread(run.learners.step, batch, Objective.sft())
         step = run.progress.step + 1
         run.progress = run.progress.advance(step=step, position=position + sft.batch_size)
         loss = metrics["actor/loss"]
@@ -126,25 +128,25 @@ def train_sft(run: Run, imitated: Imitated) -> None:
         run.tracker.log(step, {"sft/loss": loss, **passes, **metrics}, show={"loss": f"{loss:.3f}"})
         last = step == sft.steps
         if last or (sft.eval_every and step % sft.eval_every == 0):
-            look(run, imitated)
+            await look(run, imitated)
         if sft.save_every and step % sft.save_every == 0 and not last:
-            run.save()
-    run.save()
+            await run.save()
+    await run.save(needed=True)
 
 
-def look(run: Run, imitated: Imitated) -> None:
+async def look(run: Run, imitated: Imitated) -> None:
     """The held-out loss and, with `sft.accuracy`, answers to held-out problems, of the weights of
     this moment."""
     step = run.progress.step
     if imitated.heldout:
-        loss = heldout_loss(run, imitated.heldout)
+        loss = await asyncio.to_thread(heldout_loss, run, imitated.heldout)
         run.tracker.log(step, {"sft/heldout_loss": loss}, "eval", {"held-out loss": f"{loss:.3f}"})
     if not run.config.sft.accuracy or not run.config.eval.active:
         return
     if step:  # before the first step the engines serve what the stage starts from
-        run.probe.begin_stage()
-        run.publish()
-    accuracy = evaluate(run).accuracy
+        run.weights.probe.begin_stage()
+        await run.publish()
+    accuracy = (await evaluate(run)).accuracy
     found = {"accuracy_end": accuracy} if step else {"accuracy_start": accuracy}
     run.progress = run.progress.advance(**found)
 

@@ -15,17 +15,19 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import METRICS, SUMMARY, differences, latest_checkpoint, leaves
-from .config.load import ConfigError
+from .checkpoints import differences, leaves
+from .config.load import Config, ConfigError
 from .config.stages import REFERENCE, Recipe, Stage
 from .model_files import check_files
 from .preflight import check_inputs
 from .recipe import Result, train
 from .reject import totals
+from .run_directory import METRICS, SUMMARY, alone_in, read_metrics
 from .watch.tracking import make_console
 
 DONE = "done.json"
@@ -53,45 +55,56 @@ class Row:
 
 
 def run_recipe(
-    recipe: Recipe, *, start: str | None = None, run: Callable[..., Result] = train
+    recipe: Recipe,
+    *,
+    start: str | None = None,
+    override: bool = False,
+    run: Callable[..., Result] = train,
 ) -> dict[str, Any]:
-    """Runs the stages that are not done; `start`: that one and all after it, done or not. Returns
-    the summary. `ConfigError` before anything is loaded where the fault can be known by then."""
-    began, console = time.time(), make_console()
+    """Runs the stages that are not done; `start`: that one and all after it, done or not. override:
+    a stage that was stopped goes on with other data or another model. Returns the summary.
+    `ConfigError` before anything is loaded where the fault can be known by then."""
     names = [stage.name for stage in recipe.stages]
     if start is not None and start not in names:
         raise ConfigError(f"--from {start}: there is no such stage; there are {', '.join(names)}")
     anew = names[names.index(start) :] if start is not None else []
+    tell = partial(make_console().print, highlight=False, markup=False)
     for line in check_recipe(recipe):
-        console.print(line, highlight=False, markup=False)
+        tell(line)
     done = finished(recipe, anew)
-    for name in anew:
-        shutil.rmtree(recipe.folder / name, ignore_errors=True)
-    status = "ok"
     recipe.folder.mkdir(parents=True, exist_ok=True)
-    summary = write_summary(recipe, done, status, began)
+    with alone_in(recipe.folder):
+        for name in anew:
+            shutil.rmtree(recipe.folder / name, ignore_errors=True)
+        summary = run_stages(recipe, done, tell, partial(run, resume="auto", override=override))
+    tell((recipe.folder / "summary.md").read_text())
+    return summary
+
+
+def run_stages(
+    recipe: Recipe,
+    done: dict[str, dict[str, Any]],
+    tell: Callable[[str], None],
+    run: Callable[[Config], Result],
+) -> dict[str, Any]:
+    """Runs the stages that are not in `done`, and puts them there; the summary."""
+    began = time.time()
+    summary = write_summary(recipe, done, "ok", began)
     for stage in recipe.stages:
-        said = f"stage {stage.name} ({stage.kind})"
         if stage.name in done:
-            console.print(f"{said} is done", highlight=False, markup=False)
+            tell(f"stage {stage.name} ({stage.kind}) is done")
             continue
-        console.print(said, style="bold", highlight=False, markup=False)
-        folder = stage.config.output
-        resume = latest_checkpoint(folder) is not None
-        if not resume:  # nothing in it that could be gone on with
-            shutil.rmtree(folder, ignore_errors=True)
+        tell(f"stage {stage.name} ({stage.kind})")
         proof = proof_of(recipe, stage, done)
         try:
-            result = run(stage.config, resume=resume)
+            result = run(stage.config)
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from error
-        status = result.status
-        if status == "ok":
+        if result.status == "ok":
             done[stage.name] = finish_stage(stage, proof, row_of(stage, result))
-        summary = write_summary(recipe, done, status, began)
-        if status != "ok":
+        summary = write_summary(recipe, done, result.status, began)
+        if result.status != "ok":
             break
-    console.print((recipe.folder / "summary.md").read_text(), highlight=False, markup=False)
     return summary
 
 
@@ -224,7 +237,7 @@ def finish_stage(stage: Stage, proof: Mapping[str, Any], row: Row) -> dict[str, 
 def row_of(stage: Stage, result: Result) -> Row:
     """What a finished stage says in the summary, from its own metrics."""
     folder = stage.config.output
-    logged = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    logged = read_metrics(folder / METRICS)
     steps = max((each["step"] for each in logged if each["axis"] == "train"), default=0)
     row = Row(stage=stage.name, kind=stage.kind, steps=steps, seconds=result.seconds)
     if stage.config.stages == ("reject",):

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoints import STOP, SUMMARY
 from .config.load import Config, ConfigError
 from .config.stages import Recipe, load_experiment
+from .run_directory import STOP, SUMMARY
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

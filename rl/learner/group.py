@@ -56,16 +56,6 @@ class LearnerGroup:
         metrics: dict[str, float] = self._call("step", ray.put(batch), objective)[0]
         return metrics
 
-    def accumulate(self, batch: Batch, objective: Objective) -> dict[str, float]:
-        """Adds the gradient of a part of a step; metrics over all ranks."""
-        metrics: dict[str, float] = self._call("accumulate", ray.put(batch), objective)[0]
-        return metrics
-
-    def finish(self, scale: float) -> dict[str, float]:
-        """The optimizer step of all parts, their gradients times `scale`."""
-        metrics: dict[str, float] = self._call("finish", scale)[0]
-        return metrics
-
     def skip(self, updates: int) -> None:
         """Moves the learning-rate schedules on by updates that there was nothing to learn for."""
         self._call("skip", updates)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from emberl.rl.checkpoints import latest_checkpoint
 from emberl.rl.config.load import Config, ConfigError
 from emberl.rl.config.stages import Recipe, load_experiment
 from emberl.rl.recipe import Result
@@ -69,10 +70,10 @@ class Runs:
         self.killed = ""
         self.interrupted = ""
 
-    def __call__(self, config: Config, *, resume: bool) -> Result:
+    def __call__(self, config: Config, *, resume: str, override: bool) -> Result:
         folder = config.output
         name = folder.name
-        self.done.append((name, resume))
+        self.done.append((name, latest_checkpoint(folder) is not None))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in LOGGED[name]))
         status = "ok"
@@ -147,13 +148,6 @@ def test_a_stage_that_was_stopped_goes_on(runs: Runs, how: str) -> None:
     runs.killed = runs.interrupted = ""
     run_recipe(recipe(), run=runs)
     assert runs.take() == [("think", True), *ALL[2:]]
-
-
-def test_a_stage_that_left_no_checkpoint_starts_anew(runs: Runs) -> None:
-    Path("runs/r/cold").mkdir(parents=True)
-    Path("runs/r/cold/metrics.jsonl").write_text("")
-    run_recipe(recipe(), run=runs)
-    assert runs.take() == ALL
 
 
 @pytest.mark.parametrize(

@@ -104,34 +104,10 @@ def test_rows_say_the_score_and_its_parts(tmp_path: Path) -> None:
     rows = sample_rows(groups, ["a" * 2000 + "|end", "2"], ["1+1?", "1+1?"])
     assert [row["score"] for row in rows] == ["0.75", ""]
     assert rows[0]["parts"] == "answer 1, format 0.5"
-    tracker: Any = SimpleNamespace(_stage="rl", run_dir=tmp_path, _wandb=None)
+    tracker: Any = SimpleNamespace(_stage="rl", run_dir=tmp_path, _sinks=[])
     Tracker.samples(tracker, 3, rows)
     table = (tmp_path / "samples.md").read_text()
     assert "| problem | answer | reference | verdict | score | parts |" in table
     assert "a" * HALF_CELL + " [...] " in table and "\\|end |" in table, (
         "the end of a long answer is shown"
     )
-
-
-@pytest.mark.parametrize(
-    ("stage", "axis", "steps"),
-    [
-        ("sft", "train", {"sft/step": 3}),
-        ("sft", "eval", {"sft/step": 3, "eval/step": 3}),
-        ("rl", "train", {"train/step": 3}),
-        ("rl", "eval", {"eval/step": 3}),
-    ],
-)
-def test_supervised_steps_have_an_axis_of_their_own_in_wandb(
-    tmp_path: Path, stage: str, axis: Any, steps: dict[str, int]
-) -> None:
-    """On one axis with RL's, the curves of two stages would lie on each other."""
-    rows: list[dict[str, Any]] = []
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        tracker: Any = SimpleNamespace(
-            _stage=stage, _steps=9, _last_line=-1, _bar=None, _file=file,
-            _wandb=SimpleNamespace(log=rows.append),
-            console=SimpleNamespace(print=lambda *_, **__: None),
-        )  # fmt: skip
-        Tracker.log(tracker, 3, {"loss": 0.5}, axis)
-    assert rows == [{"loss": 0.5, "stage": stage, **steps}]
