@@ -15,6 +15,7 @@ from ..rollout.samples import Completion
 from .algorithm.advantages import batch_advantages, kl_estimate, token_rewards
 from .algorithm.aggregation import token_weights
 from .config.algorithm import AdvantageConfig, KLConfig, LossConfig
+from .config.distill import DistillConfig
 from .config.load import Config, ConfigError, user_errors
 from .data.sources import PromptSource
 from .data.templates import end_token, supervised_ids
@@ -56,6 +57,7 @@ def make_batches(
     keep_all: bool = False,
     mask_cut: bool = False,
     kl: KLConfig | None = None,
+    distill: DistillConfig | None = None,
     estimate: Callable[[Batch], Batch] | None = None,
     observe: Callable[[Batch], None] | None = None,
 ) -> list[Batch]:
@@ -70,7 +72,8 @@ def make_batches(
 
     max_length: the longest answer, `seq-mean-token-sum-norm`'s constant where `loss.norm_const` is
     empty. mask_cut: completions that were cut at that length do not train (`filter.overlong_mask`).
-    kl: with kl.place=reward the penalty is taken from the rewards of tokens.
+    kl: with kl.place=reward the penalty is taken from the rewards of tokens. distill: what teachers
+    say is added to the advantages.
     estimate: adds to the whole batch what only the learners can say: old and reference log-probs,
     values. observe: is shown the whole batch, advantages and all, before anything is split or left
     out.
@@ -100,10 +103,15 @@ def make_batches(
     )
     right = np.array([correct for _, _, _, _, correct in rows])
     whole = replace(whole, correct_T=right[whole.sequence_ids_T])
+    if distill is not None and distill.active:
+        teachers = [distill.teacher_of(groups[number].prompt.source) for number, *_ in rows]
+        whole = replace(whole, teacher_ids_T=np.array(teachers, np.int32)[whole.sequence_ids_T])
     if estimate is not None:
         whole = estimate(whole)
     if advantage.per_token:
         whole = with_token_advantages(whole, advantage, kl)
+    if distill is not None and distill.active:
+        whole = with_teachers(whole, distill)
     if observe is not None:
         observe(whole)
     if parts == 1:
@@ -172,6 +180,20 @@ def with_token_advantages(batch: Batch, advantage: AdvantageConfig, kl: KLConfig
         kl_penalty=penalty,
     )
     return replace(batch, advantages_T=advantages, returns_T=returns)
+
+
+def with_teachers(batch: Batch, distill: DistillConfig) -> Batch:
+    """The batch with its advantages times `distill.reward_coef` and, where teachers are asked about
+    the sampled tokens, plus `distill.coef` times log(teacher / policy) of each token. The policy is
+    the one that sampled, so that the mean is the reverse KL at its own prefixes."""
+    advantages = distill.reward_coef * np.asarray(batch.advantages_T, np.float64)
+    if distill.on_samples:
+        assert batch.teacher_logp_T is not None and batch.teacher_ids_T is not None
+        old_T = batch.behaviour_logp_T if batch.old_logp_T is None else batch.old_logp_T
+        gap = batch.teacher_logp_T - np.asarray(old_T, np.float64)
+        taught = batch.loss_mask_T & (batch.teacher_ids_T >= 0) & np.isfinite(gap)
+        advantages += distill.coef * np.where(taught, gap, 0.0)
+    return replace(batch, advantages_T=advantages)
 
 
 def _own_weights(batch: Batch, loss: LossConfig, norm_const: float) -> Batch:

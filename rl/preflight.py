@@ -17,6 +17,7 @@ from .data.sources import check_data, is_table
 from .data.table import Head, heldout_note, read_head
 from .data.templates import PromptWriter
 from .reward_inputs import reward_input
+from .teachers import check_teachers
 
 _REFERENCES = 256
 """Rows of a table whose references are tried."""
@@ -39,6 +40,7 @@ def check_inputs(config: Config, *, hub: bool = False) -> list[str]:
             except ValueError as error:
                 raise ValueError(f"eval.sets.{name}: {error}") from error
         heads = _heads(config.data, hub)
+        check_teachers(config, heads[0], hub=hub)
         said = [head.mapper.describe() for head in (*heads[0], *heads[1])]
         for head in (*heads[0], *heads[1]):
             said += _said_of(head)

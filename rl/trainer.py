@@ -29,6 +29,7 @@ from .watch.step_metrics import (
     pooled,
     sample_metrics,
     speed_metrics,
+    teacher_metrics,
 )
 
 
@@ -38,8 +39,14 @@ def train_rl(run: Run) -> None:
     and learners take turns)."""
     config, schedule = run.config, run.config.schedule
     objective = Objective.of(
-        config.loss, config.kl, config.offpolicy, temperature=config.rollout.temperature
+        config.loss,
+        config.kl,
+        config.offpolicy,
+        distill=config.distill,
+        temperature=config.rollout.temperature,
     )
+    if config.distill.active:
+        run.learners.load_teachers(config.distill)
     alarms = Alarms(config, run.progress.entropy_start)
     run.tracker.begin("rl", run.progress.step, schedule.steps)
     if run.progress.step == 0 and config.eval.active:
@@ -224,6 +231,7 @@ def update(run: Run, trained: Sequence[Group], objective: Objective) -> dict[str
         keep_all=objective.needs_all_tokens or has_critic,
         mask_cut=config.filter.overlong_mask,
         kl=config.kl,
+        distill=config.distill,
         estimate=partial(with_estimates, run, objective),
         observe=seen.append,
     )
@@ -241,6 +249,7 @@ def update(run: Run, trained: Sequence[Group], objective: Objective) -> dict[str
     metrics |= (averages(done) if done else {}) | batch_metrics(
         seen, config.offpolicy, config.kl.coef
     )
+    metrics |= teacher_metrics(seen, config.distill)
     if not done:
         return metrics
     refresh_reference(run)
@@ -265,6 +274,10 @@ def with_estimates(run: Run, objective: Objective, batch: Batch) -> Batch:
     if config.kl.active:
         batch = replace(
             batch, reference_logp_T=learners.reference_logprobs(batch, objective.temperature)
+        )
+    if config.distill.on_samples:
+        batch = replace(
+            batch, teacher_logp_T=learners.teacher_logprobs(batch, objective.temperature)
         )
     if config.advantage.needs_critic:
         batch = replace(batch, values_T=learners.values(batch))

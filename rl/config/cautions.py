@@ -120,7 +120,7 @@ def _signal(config: Config) -> None:
     if not trains_rl(config):
         return
     rollout, kind = config.rollout, config.advantage.kind
-    compares = kind not in ("return", "gae")
+    compares = kind not in ("return", "gae") and not config.distill.active
     if rollout.group_size == 1 and compares:
         raise ValueError(
             "rollout.group_size=1 leaves an answer nothing to be compared with"

@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError, model_validator
 from yaml import YAMLError
 
 from .algorithm import (
+    LOSSES,
     AdvantageConfig,
     FilterConfig,
     KLConfig,
@@ -31,6 +32,7 @@ from .algorithm import (
 from .base import Settings
 from .cautions import refuse_what_cannot_train
 from .data import DataConfig, endless
+from .distill import DistillConfig
 from .mistakes import explain
 from .overrides import OverrideError, merged, tree_of
 from .presets import preset
@@ -91,6 +93,7 @@ class Config(Settings):
     kl: KLConfig = KLConfig()
     offpolicy: OffPolicyConfig = OffPolicyConfig()
     filter: FilterConfig = FilterConfig()
+    distill: DistillConfig = DistillConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     sync: SyncConfig = SyncConfig()
     optim: OptimConfig = OptimConfig()
@@ -103,6 +106,7 @@ class Config(Settings):
     @model_validator(mode="after")
     def _fits(self) -> Config:
         check_algorithm(self.advantage, self.kl, self.filter)
+        self._check_distilled()
         refuse_what_cannot_train(self)
         self._check_colocated()
         self._check_collective()
@@ -124,6 +128,25 @@ class Config(Settings):
                 f"data.source={self.data.source} makes problems without end; set schedule.steps"
             )
         return self
+
+    def _check_distilled(self) -> None:
+        if self.algorithm == "opd" and not self.distill.active:
+            raise ValueError(
+                "algorithm=opd learns from teachers, and distill.teachers names none; set e.g."
+                " distill.teachers.large.path=runs/large/model"
+            )
+        if self.distill.active and self.filter.zero_variance:
+            raise ValueError(
+                "filter.zero_variance=true drops groups of equal scores, which teachers have"
+                " something to say about; set filter.zero_variance=false, or algorithm=opd"
+            )
+        if self.distill.active and (self.advantage.needs_critic or self.loss.kind not in LOSSES):
+            which = (
+                "advantage.kind=gae"
+                if self.advantage.needs_critic
+                else f"loss.kind={self.loss.kind}"
+            )
+            raise ValueError(f"distill.teachers and {which} do not go together; leave one out")
 
     def _check_colocated(self) -> None:
         if not self.cluster.colocated:
@@ -176,6 +199,7 @@ class Config(Settings):
             "kl.place=reward": self.kl.active and self.kl.place == "reward",
             f"loss.denominator={self.loss.denominator}": self.loss.denominator != "all",
             f"loss.nll_coef={self.loss.nll_coef:g}": self.loss.nll_coef > 0,
+            "distill.teachers": self.distill.active,
             "cluster.colocated=true": self.cluster.colocated,
         }
         if needed := [key for key, needs in whole.items() if needs]:

@@ -11,7 +11,7 @@ from ..config.data import DataConfig
 from .arithmetic import ArithmeticSource
 from .gym import GymSource, task_of
 from .rows import GYM, check_source, eval_tables, train_tables
-from .table import TableSource, read_head
+from .table import Head, TableSource, read_head
 from .templates import Tokenizer
 
 
@@ -83,4 +83,21 @@ def check_data(settings: DataConfig) -> None:
             read_head(settings, table)
 
 
-__all__ = ["PromptSource", "check_data", "is_gym", "is_table", "open_source"]
+def known_sources(settings: DataConfig, heads: Sequence[Head]) -> set[str] | None:
+    """The names that prompts may have as their source, from the first rows `heads` of the tables;
+    None where rows that were not read may have others."""
+    if settings.source == "arithmetic":
+        return {settings.name or "arithmetic"}
+    if is_gym(settings):
+        return {settings.name or task_of(settings)}
+    if settings.name is not None:
+        return {settings.name}
+    prompts = [prompt for head in heads for prompt in head.prompts()]
+    if not heads or any(
+        not h.whole and any("data_source" in r for r in h.problems.rows) for h in heads
+    ):
+        return None
+    return {prompt.source for prompt in prompts}
+
+
+__all__ = ["PromptSource", "check_data", "is_gym", "is_table", "known_sources", "open_source"]
