@@ -15,6 +15,7 @@ from .algorithm.advantages import Floats, group_advantages, overlong_penalty
 from .algorithm.losses import Objective
 from .batch import denominator, make_batch, make_batches
 from .config.load import Config
+from .data.mixture import MixtureSource
 from .evaluate import evaluate
 from .feed import Feed, GroupFeed
 from .groups import Batch, Group
@@ -52,6 +53,8 @@ def train_rl(run: Run) -> None:
     if run.progress.step == 0 and config.eval.active:
         run.progress = run.progress.advance(accuracy_start=evaluate(run).accuracy)
 
+    if isinstance(run.source, MixtureSource) and run.progress.curriculum is not None:
+        run.source.restore(run.progress.curriculum)
     with GroupFeed(run) as feed:
         while run.progress.step < schedule.steps:
             run.stop_if_asked()
@@ -93,6 +96,11 @@ def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, float]
         "longest": config.rollout.max_response_length,
         "longest_prompt": config.data.max_prompt_length,
     }
+    if isinstance(run.source, MixtureSource):
+        graded = [(group.prompt, group.verdicts) for group in sampled]
+        position, pending = run.progress.position, run.progress.pending
+        metrics |= run.source.observe(graded, step, position, pending)
+        run.progress = run.progress.advance(curriculum=run.source.state())
     of_samples = sample_metrics(sampled, trained, shaped, **limits)
     # rewards of tokens have the KL penalty in them
     metrics = fed.metrics | of_samples | metrics | run.suite.metrics()

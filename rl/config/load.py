@@ -122,19 +122,15 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _finite(self) -> Config:
-        if self.schedule.passes is not None and endless(self.data.source):
+        without_end = [p.source for _, p in self.data.parts.values() if endless(p.source)]
+        if self.schedule.passes is not None and without_end:
             raise ValueError(
                 f"schedule.passes={self.schedule.passes:g} counts passes over a data set, but "
-                f"data.source={self.data.source} makes problems without end; set schedule.steps"
+                f"data.source={without_end[0]} makes problems without end; set schedule.steps"
             )
         return self
 
     def _check_distilled(self) -> None:
-        if self.algorithm == "opd" and not self.distill.active:
-            raise ValueError(
-                "algorithm=opd learns from teachers, and distill.teachers names none; set e.g."
-                " distill.teachers.large.path=runs/large/model"
-            )
         if self.distill.active and self.filter.zero_variance:
             raise ValueError(
                 "filter.zero_variance=true drops groups of equal scores, which teachers have"

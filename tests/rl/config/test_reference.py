@@ -20,7 +20,7 @@ QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
         "stages  [sft|rl, ...] = [rl]  # What is done, in this order: a cold start on worked solutions (`sft`), "
         "reinforcement learning (`rl`)",
         "optim.lr  number (> 0, <= 1) = 1e-06  # The largest learning rate",
-        "data.source  text or [text, ...] = required",
+        'data.source  text or [text, ...] = ""',
         "model.lora.targets  text or [text, ...] = all-linear  # Names of the adapted layers, e.g. [q_proj, v_proj]; "
         "`all-linear`: every linear layer but the output head",
         "reward.parts.NAME.weight  number (>= -1e+06, <= 1e+06) = 1  # How often the part counts in the score",
