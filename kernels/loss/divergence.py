@@ -42,6 +42,8 @@ class Teaching:
     """forward_kl: KL(teacher || policy); reverse_kl: KL(policy || teacher); jsd: beta KL(teacher ||
     m) + (1 - beta) KL(policy || m), m = beta teacher + (1 - beta) policy (arXiv 2306.13649)."""
     beta: float = 0.5
+    coef: float = 1.0
+    """Of the total in a loss, which whoever adds it up multiplies it with."""
 
 
 def divergence(logits: Tensor, teaching: Teaching) -> tuple[Tensor, Tensor]:

@@ -278,16 +278,19 @@ class BatchLoss:
         if self.whole_sequences and len(sequence):
             broken = bad.new_zeros(int(sequence.max()) + 1).index_add(0, sequence, bad)
             trains = trains & (broken[sequence] == 0)
-        weights = {
-            name: torch.where(trains, rows.pop(name), 0.0)
-            for name in ("weights", "importance", "imitation")
-            if name in rows
-        }
+
+        def weights(name: str) -> Tensor:
+            return torch.where(trains, rows.pop(name), 0.0)
+
+        shares = weights("weights"), weights("importance")
+        imitation = weights("imitation") if "imitation" in rows else None
         chunk = _Chunk(
             logp=torch.where(trains, stats.logp, rows["old_logp"]),
             batch=TokenBatch(sequence=sequence, entropy=stats.entropy, **rows),
             trains=trains,
-            **({"imitation": None} | weights),
+            weights=shares[0],
+            importance=shares[1],
+            imitation=imitation,
         )
         return chunk, bad
 

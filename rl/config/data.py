@@ -259,11 +259,10 @@ class DataConfig(Settings):
         """The sources by name, each with its share of the prompts."""
         if not self.mixture:
             return {self.name or "": (1.0, self)}
-        shares = [part.get("weight") for part in self.mixture.values()]
-        if all(share is None for share in shares):
-            shares = [1 / len(shares)] * len(shares)
+        equal = 1 / len(self.mixture)
+        shares = [float(part.get("weight") or equal) for part in self.mixture.values()]
         parts = [self._other(f"mixture.{n}", p, name=n) for n, p in self.mixture.items()]
-        return dict(zip(self.mixture, zip(map(float, shares), parts, strict=True), strict=True))
+        return dict(zip(self.mixture, zip(shares, parts, strict=True), strict=True))
 
     @property
     def at_levels(self) -> list[DataConfig]:

@@ -10,7 +10,6 @@ Shape legend: N problems of a pool.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -25,6 +24,11 @@ LEAST = 0.01
 """Weight of a problem of pass rate 0 or 1 with pick=rate, where an even one has 0.25."""
 BINS = ("unknown", "never", "hard", "medium", "easy", "always")
 """By pass rate: none known, 0, up to 1/4, up to 3/4, below 1, 1."""
+
+
+WHY = ("new", "order", "rate", "thompson", "hard", "revisit", "exhausted")
+"""Why a problem was drawn: new ones are of endless pools, and exhausted is a pool all of whose
+other problems are dropped or outside the stage."""
 
 
 def bin_of(rate: float | None) -> str:
@@ -45,8 +49,7 @@ class Choice:
     times: int
     """How often it was drawn before."""
     why: str
-    """new (an endless pool), order, rate, thompson, hard, revisit, or exhausted: all others are
-    dropped or outside the stage."""
+    """One of `WHY`."""
     rate: float | None
     """Its pass rate as it was known then."""
 
@@ -101,7 +104,8 @@ class Pool:
 
     def extreme(self) -> NDArray[np.bool_]:
         """[N] whether the last group always or never solved it."""
-        return (self.last == 0) | (self.last == 1)
+        found: NDArray[np.bool_] = (self.last == 0) | (self.last == 1)
+        return found
 
     def measure(self, index: int, solved: int, tried: int, step: int) -> None:
         found, before = solved / tried, self.rates[index]
@@ -261,16 +265,15 @@ class Curriculum:
         why they were taken; and what is dropped now."""
         found = {f"sched/source/{source.name}": 0.0 for source in self.sources}
         found |= {f"sched/difficulty/{name}": 0.0 for name in BINS}
-        why: Counter[str] = Counter(choice.why for choice in choices)
-        found |= {f"sched/picked/{name}": float(count) for name, count in why.items()}
+        found |= {f"sched/picked/{name}": 0.0 for name in WHY}
         for choice in choices:
             found[f"sched/source/{self.sources[choice.source].name}"] += 1
             found[f"sched/difficulty/{bin_of(choice.rate)}"] += 1
+            found[f"sched/picked/{choice.why}"] += 1
         pools = [pool for pools in self.pools for pool in pools]
         for name, rate in (("always_solved", 1), ("never_solved", 0)):
             dropped = [(self._dropped(pool) & (pool.last == rate)).sum() for pool in pools]
             found[f"sched/dropped/{name}"] = float(sum(dropped))
-        found["sched/revisited"] = float(why["revisit"])
         for source, at in zip(self.sources, self.progress, strict=True):
             if len(source.sizes) > 1:
                 found[f"sched/level/{source.name}"] = float(at.level)

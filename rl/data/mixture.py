@@ -34,8 +34,7 @@ class MixtureSource:
         self._levels = [
             [open_one(level) for level in _levels(p)] for _, p in settings.parts.values()
         ]
-        named = settings.mixture or {levels[0].name: None for levels in self._levels}
-        self._names = tuple(named)
+        self._names = tuple(settings.mixture) or (self._levels[0][0].name,)
         self.name = settings.name or "+".join(self._names)
         self.heldout: Sequence[Prompt] = [p for s in self._levels for p in s[-1].heldout]
         self.notes: Sequence[str] = tuple(

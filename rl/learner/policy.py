@@ -238,7 +238,7 @@ def _plus(
     assert loss is not None
     total, values_n = more
     shown = {DISTILL_TERM: values_n * teaching.weights}
-    return loss + total.to(loss.dtype), stats, metrics | shown
+    return loss + teaching.coef * total.to(loss.dtype), stats, metrics | shown
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -34,15 +34,16 @@ class Teacher(Policy):
         loss: TokenLoss | None,
         shift_n: Tensor | None,
         temperature: float,
+        teaching: Teaching | None = None,
         compared: tuple[int, int] | None = None,
     ) -> Any:
         """As a policy; or, of `compared` = (k, size of the student's vocabulary), [n, k] log-probs
         and the entries they are of (None: all in order)."""
         if compared is None:
-            return super().forward(micro, loss, shift_n, temperature)
+            return super().forward(micro, loss, shift_n, temperature, teaching)
         body = getattr(self.model, self.model.base_model_prefix)
         hidden_nH = hidden_states(body, micro)
-        rows = [self._rows(part, temperature, *compared) for part in hidden_nH.split(ROWS)]
+        rows = [self._rows(part, temperature, *compared) for part in torch.split(hidden_nH, ROWS)]
         ids = None if rows[0][1] is None else torch.cat([row[1] for row in rows])
         return torch.cat([row[0] for row in rows]), ids
 
@@ -85,7 +86,7 @@ def teaching(
                 None,
                 None,
                 objective.temperature,
-                (distill.top_k, vocabulary),
+                compared=(distill.top_k, vocabulary),
             )
         if logp_nk is None:
             logp_nk = logp.new_zeros(len(index), logp.shape[1])
@@ -99,9 +100,10 @@ def teaching(
     return Teaching(
         logp=logp_nk,
         ids=ids_nk,
-        weights=torch.where(teacher_n >= 0, weights_n, 0.0) * distill.coef,
+        weights=torch.where(teacher_n >= 0, weights_n, 0.0),
         kind=distill.loss,
         beta=distill.beta,
+        coef=distill.coef,
     )
 
 

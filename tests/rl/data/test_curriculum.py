@@ -95,7 +95,7 @@ def test_what_is_always_or_never_solved_is_dropped_and_comes_back() -> None:
     back = step(curriculum, 7, 6, solved)  # step 1 is five steps behind
     assert {c.index for c in back} == set(range(6))
     assert Counter(c.why for c in back)["revisit"] == 3
-    assert curriculum.metrics(back)["sched/revisited"] == 3
+    assert curriculum.metrics(back)["sched/picked/revisit"] == 3
     assert {bin_of(c.rate) for c in back if c.index < 3} == {"always", "never"}
 
 
