@@ -23,7 +23,7 @@ from emberl.rewards.inputs import RewardInput
 from emberl.rewards.suite import RewardSuite, build_suite
 from emberl.rewards.verdict import Status, Verdict
 from emberl.rl.algorithm.losses import Objective
-from emberl.rl.batch import demonstrations, make_batches, sft_batch
+from emberl.rl.batch import demonstrations, flat_batch, sft_batch, updates_of, with_teachers
 from emberl.rl.config.load import Config, OptimConfig, load_config
 from emberl.rl.data.sources import PromptSource, open_source
 from emberl.rl.data.tiny import make_tiny
@@ -133,19 +133,17 @@ class Bench:
             for p, group in zip(prompts, sampled, strict=True)
         ]
 
-        def taught(batch: Any) -> Any:
-            if not objective.distill.on_samples:
-                return batch
-            return replace(batch, teacher_logp_T=self.learner.teacher_logprobs(batch))
-
-        (batch,) = make_batches(
+        distill, limit = objective.distill, self.config.rollout.max_response_length
+        whole = flat_batch(groups, self.config.loss, max_length=limit, distill=distill)
+        assert whole is not None
+        if distill.on_samples:
+            whole = replace(whole, teacher_logp_T=self.learner.teacher_logprobs(whole))
+        (batch,) = updates_of(
+            with_teachers(whole, distill),
             groups,
             self.config.loss,
-            self.config.advantage,
-            max_length=self.config.rollout.max_response_length,
+            max_length=limit,
             keep_all=objective.needs_all_tokens,
-            distill=objective.distill,
-            estimate=taught,
         )
         self.learner.step(batch, objective)
 

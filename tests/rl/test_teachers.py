@@ -109,11 +109,6 @@ def test_what_fits(data: Any, groups: dict[str, Any], folder: Path) -> None:
             {"distill": taught(), "filter": {"zero_variance": True}},
             "filter.zero_variance=true drops groups of equal scores",
         ),
-        (
-            SUMS,
-            {"distill": taught(), "schedule": {"stream_parts": 2}},
-            "distill.teachers needs all of it",
-        ),
         (SUMS, {"distill": taught(loss="jsd", beta=1.0)}, "distill.beta"),
         (
             {**SUMS, "curriculum": {"rate_column": "rate"}},

@@ -12,8 +12,8 @@ import pytest
 import torch
 from emberl.rewards.verdict import Status, Verdict
 from emberl.rl.algorithm.losses import Objective
-from emberl.rl.batch import make_batches, sft_batch, with_teachers
-from emberl.rl.config.algorithm import AdvantageConfig, KLConfig, LossConfig, OffPolicyConfig
+from emberl.rl.batch import flat_batch, sft_batch, updates_of, with_teachers
+from emberl.rl.config.algorithm import KLConfig, LossConfig, OffPolicyConfig
 from emberl.rl.config.data import TinyConfig
 from emberl.rl.config.distill import DistillConfig
 from emberl.rl.config.load import ModelConfig, OptimConfig
@@ -95,20 +95,14 @@ def groups() -> list[Group]:
 
 
 def made(rank: LearnerRank, distill: DistillConfig, objective: Objective) -> Batch:
-    def estimate(batch: Batch) -> Batch:
-        if not distill.on_samples:
-            return batch
-        return replace(batch, teacher_logp_T=rank.teacher_logprobs(batch, TEMPERATURE))
-
-    (batch,) = make_batches(
-        groups(),
-        LossConfig(kind="reinforce", aggregation="token-mean"),
-        AdvantageConfig(std="none"),
-        max_length=20,
-        keep_all=objective.needs_all_tokens,
-        distill=distill,
-        estimate=estimate,
-    )
+    loss = LossConfig(kind="reinforce", aggregation="token-mean")
+    whole = flat_batch(groups(), loss, max_length=20, distill=distill)
+    assert whole is not None
+    if distill.on_samples:
+        whole = replace(whole, teacher_logp_T=rank.teacher_logprobs(whole, TEMPERATURE))
+    whole = with_teachers(whole, distill)
+    keep_all = objective.needs_all_tokens
+    (batch,) = updates_of(whole, groups(), loss, max_length=20, keep_all=keep_all)
     return batch
 
 
