@@ -60,6 +60,8 @@ class Progress:
     """Optimizer steps of the policy in RL."""
     entropy_start: float | None = None
     """Nats a token in the first RL step that trained, which `Alarms` compares with."""
+    curriculum: Mapping[str, Any] | None = None
+    """Of the order of problems (`data.mixture`, `data.curriculum`), once an RL step was done."""
     warnings: tuple[str, ...] = ()
     """What was said of a run that does not learn."""
 

@@ -125,7 +125,7 @@ def _signal(config: Config) -> None:
     if not trains_rl(config):
         return
     rollout, kind = config.rollout, config.advantage.kind
-    compares = kind not in ("return", "gae")
+    compares = kind not in ("return", "gae") and not config.distill.active
     if rollout.group_size == 1 and compares:
         raise ValueError(
             "rollout.group_size=1 leaves an answer nothing to be compared with"
@@ -269,6 +269,11 @@ def _cautions_of_algorithm(config: Config) -> list[str]:
     if not trains_rl(config):
         return []
     kl, loss, found = config.kl, config.loss, []
+    if config.algorithm == "opd" and not config.distill.active:
+        found.append(
+            "algorithm=opd without distill.teachers learns from rewards alone; name a teacher, e.g."
+            " distill.teachers.large.path=runs/large/model"
+        )
     if kl.place != "none" and kl.coef == 0:
         found.append(f"kl.place={kl.place} with kl.coef=0 penalises nothing")
     if kl.ref_refresh_steps and not kl.active:

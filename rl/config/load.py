@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError, model_validator
 from yaml import YAMLError
 
 from .algorithm import (
+    LOSSES,
     AdvantageConfig,
     FilterConfig,
     KLConfig,
@@ -31,6 +32,7 @@ from .algorithm import (
 from .base import Settings
 from .cautions import refuse_what_cannot_train
 from .data import DataConfig, endless
+from .distill import DistillConfig
 from .mistakes import explain
 from .overrides import OverrideError, merged, tree_of
 from .presets import preset
@@ -93,6 +95,7 @@ class Config(Settings):
     kl: KLConfig = KLConfig()
     offpolicy: OffPolicyConfig = OffPolicyConfig()
     filter: FilterConfig = FilterConfig()
+    distill: DistillConfig = DistillConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     sync: SyncConfig = SyncConfig()
     optim: OptimConfig = OptimConfig()
@@ -105,6 +108,7 @@ class Config(Settings):
     @model_validator(mode="after")
     def _fits(self) -> Config:
         check_algorithm(self.advantage, self.kl, self.filter)
+        self._check_distilled()
         refuse_what_cannot_train(self)
         self._check_colocated()
         self._check_collective()
@@ -118,10 +122,11 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _finite(self) -> Config:
-        if self.schedule.passes is not None and endless(self.data.source):
+        without_end = [p.source for _, p in self.data.parts.values() if endless(p.source)]
+        if self.schedule.passes is not None and without_end:
             raise ValueError(
                 f"schedule.passes={self.schedule.passes:g} counts passes over a data set, but "
-                f"data.source={self.data.source} makes problems without end; set schedule.steps"
+                f"data.source={without_end[0]} makes problems without end; set schedule.steps"
             )
         if self.sft.epochs is not None and self.sft.data is None and endless(self.data.source):
             raise ValueError(
@@ -133,6 +138,20 @@ class Config(Settings):
                 f"data.source={self.data.source} makes problems without end; set reject.problems"
             )
         return self
+
+    def _check_distilled(self) -> None:
+        if self.distill.active and self.filter.zero_variance:
+            raise ValueError(
+                "filter.zero_variance=true drops groups of equal scores, which teachers have"
+                " something to say about; set filter.zero_variance=false, or algorithm=opd"
+            )
+        if self.distill.active and (self.advantage.needs_critic or self.loss.kind not in LOSSES):
+            which = (
+                "advantage.kind=gae"
+                if self.advantage.needs_critic
+                else f"loss.kind={self.loss.kind}"
+            )
+            raise ValueError(f"distill.teachers and {which} do not go together; leave one out")
 
     def _check_colocated(self) -> None:
         if not self.cluster.colocated:

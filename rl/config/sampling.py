@@ -162,6 +162,11 @@ class EvalSetConfig(DataConfig):
 
     @model_validator(mode="after")
     def _whole(self) -> EvalSetConfig:
+        if self.scheduled:
+            raise ValueError(
+                "mixture, levels and curriculum order what is trained on; name one source to be"
+                " evaluated on"
+            )
         if self.eval_path is not None or self.eval_split is not None:
             raise ValueError(
                 "a set is evaluated whole: name its file in path, or its split in split"

@@ -97,6 +97,12 @@ class TableSource:
             suffix=f"@{epoch}" if epoch else "",
         )
 
+    def column(self, name: str) -> list[Any]:
+        """What the rows of an epoch say there, those of the first in its order; None where a row
+        has no such column."""
+        places = (self._rows[int(at)] for at in self._order(0))
+        return [self._parts[part].problems.rows[index].get(name) for part, index in places]
+
     def examples(self) -> Iterator[Prompt]:
         """Every problem once, those of training first, in the order of the data and without token
         ids."""

@@ -21,7 +21,7 @@ QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
         "reinforcement learning (`rl`);",
         "sft.data.source  text or [text, ...] = required",
         "optim.lr  number (> 0, <= 1) = 1e-06  # The largest learning rate",
-        "data.source  text or [text, ...] = required",
+        'data.source  text or [text, ...] = ""',
         "model.lora.targets  text or [text, ...] = all-linear  # Names of the adapted layers, e.g. [q_proj, v_proj]; "
         "`all-linear`: every linear layer but the output head",
         "reward.parts.NAME.weight  number (>= -1e+06, <= 1e+06) = 1  # How often the part counts in the score",
