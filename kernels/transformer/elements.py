@@ -23,6 +23,13 @@ from ..compiled_loops import to_bfloat16 as narrow
 
 
 @compiled
+def add_to(total, part):
+    """total += part, of float32 and bfloat16."""
+    for i in range(len(total)):
+        total[i] += widen(part[i])
+
+
+@compiled
 def norm(x, weight, eps, out, scales):
     """x / rms(x) * weight of every row; `scales` [T] receives 1 / rms."""
     rows, width = x.shape

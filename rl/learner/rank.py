@@ -43,6 +43,7 @@ from .policy import MicroBatchTensors, Policy, pick_attention, takes_packed, to_
 from .publisher import Parts, Published, Publisher, PublishRequest, shards_of
 from .shards import Shards
 from .trainable import Trainable, shard
+from .whole import keep_whole, passes
 
 _log = logging.getLogger(__name__)
 
@@ -150,12 +151,20 @@ class LearnerRank:
             (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
         return model
 
-    def _shard(self, module: nn.Module, layers: Any, *, offload: bool = False) -> None:
+    def _shard(
+        self, module: nn.Module, layers: Any, *, dtype: torch.dtype | None = None,
+        offload: bool = False,
+    ) -> None:  # fmt: skip
+        """For passes in `dtype`, by default that of the passes."""
+        compute = dtype or self.dtype
+        if self.spec.world == 1 and self.platform.is_cpu:
+            keep_whole(module, self.mesh, compute)
+            return
         shard(
             module,
             layers,
             self.mesh,
-            self.dtype,
+            compute,
             reduce=self.master,
             offload=offload,
             keep=self.platform.is_cpu,
@@ -216,7 +225,7 @@ class LearnerRank:
         if self.fused:
             replace_layers(body, body.layers)
         critic = Critic(body, self.master).to(self.device).train()
-        shard(critic.value, [], self.mesh, self.master, reduce=self.master)
+        self._shard(critic.value, [], dtype=self.master)
         self._shard(critic, critic.body.layers)
         if settings.path is None:
             prefix = f"{self.policy.model.base_model_prefix}."
@@ -375,6 +384,8 @@ class LearnerRank:
     ) -> Iterator[MicroBatchTensors]:
         """This rank's passes, as many as on every other rank; gradients go over to the others with
         the last one."""
+        from torch.distributed.fsdp import FSDPModule
+
         plan = plan_micro_batches(
             batch.sequence_lengths,
             self.spec.world,
@@ -383,14 +394,15 @@ class LearnerRank:
             cost=float if self.flops is None else self.flops.sequence,
         )
         mine = plan[self.spec.rank]
-        for i, sequences in enumerate(mine):
-            if gradient:
-                last = i == len(mine) - 1
-                module.set_requires_gradient_sync(last)
-                # on a CPU to gather is to cast, which costs more than the room; the optimizer makes
-                # the copies stale
-                module.set_reshard_after_backward(last or not self.platform.is_cpu)
-            yield to_tensors(batch, sequences, self.device, packed=self.packed)
+        with passes(module):
+            for i, sequences in enumerate(mine):
+                if gradient and isinstance(module, FSDPModule):
+                    last = i == len(mine) - 1
+                    module.set_requires_gradient_sync(last)
+                    # on a CPU to gather is to cast, which costs more than the room; the optimizer
+                    # makes the copies stale
+                    module.set_reshard_after_backward(last or not self.platform.is_cpu)
+                yield to_tensors(batch, sequences, self.device, packed=self.packed)
 
     def _on_device(self, row_T: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(row_T)).to(self.device)
