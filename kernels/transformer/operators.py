@@ -20,6 +20,7 @@ from . import elements
 from .products import weight_gradient
 from .threads import bits, over_parts, over_rows
 
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
