@@ -171,11 +171,11 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 
 BUDGET = {
-    "kernels": 470,
+    "kernels": 525,
     "kernels/decoding": 210,
     "kernels/loss": 1_800,
     "kernels/patch_coding": 760,
-    "kernels/transformer": 440,
+    "kernels/transformer": 620,
     "rewards": 2_290,
     "rewards/audit": 740,
     "rewards/code_tests": 3_590,
@@ -186,7 +186,7 @@ BUDGET = {
     "rl/algorithm": 1_590,
     "rl/config": 3_080,
     "rl/data": 3_530,
-    "rl/learner": 2_400,
+    "rl/learner": 2_550,
     "rl/plan": 1_830,
     "rl/watch": 1_000,
     "rl/weights": 810,

@@ -190,11 +190,10 @@ class LearnerRank:
             self.refresh_reference()
 
     def _pass_tokens(self, optim: OptimConfig) -> int:
-        """`optim.micro_batch_tokens`, or what fits; an architecture whose need is not known gets
-        the largest."""
-        if isinstance(optim.micro_batch_tokens, int):
-            return optim.micro_batch_tokens
-        largest = memory.largest_pass(self.platform)
+        """`optim.micro_batch_tokens` as far as they are worth their room, or what fits; an
+        architecture whose need is not known gets the largest."""
+        given = optim.micro_batch_tokens
+        largest = given if isinstance(given, int) else memory.largest_pass(self.platform)
         if self.flops is None:
             return largest
         sizes = [(p.numel(), p.requires_grad) for p in self.policy.parameters()]
@@ -208,6 +207,8 @@ class LearnerRank:
             checkpointing=self.spec.model.gradient_checkpointing,
             fused=self.fused,
         )
+        if isinstance(given, int):
+            return memory.worth_keeping(needed, given, self.platform)
         free = torch.tensor(memory.free_memory(self.platform), device=self.device)
         dist.all_reduce(free, op=dist.ReduceOp.MIN)  # every rank must cut the same passes
         return memory.tokens_that_fit(
@@ -250,7 +251,7 @@ class LearnerRank:
         start = time.perf_counter()
         loss, metrics = self.backward(batch, objective)
         metrics |= self._mismatch()  # before the update: the policy is still the old one
-        metrics |= {"actor/loss": loss, **self.actor.update("actor")}
+        metrics |= {"actor/loss": loss, **self._update()}
         seconds = time.perf_counter() - start
         return metrics | self._speed(batch, seconds) | {"timing_s/update_actor": seconds}
 
@@ -268,7 +269,13 @@ class LearnerRank:
         for parameter in self.policy.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
-        return metrics | self.actor.update("actor")
+        return metrics | self._update()
+
+    def _update(self) -> dict[str, float]:
+        metrics = self.actor.update("actor")
+        if self.platform.is_cpu:  # what passes freed is as much again as what stays
+            platform.give_back_memory()
+        return metrics
 
     def skip(self, updates: int) -> None:
         """Moves the learning-rate schedules on by updates that there was nothing to learn for."""

@@ -46,6 +46,7 @@ class _Whole:
     def _take(self, parameter: nn.Parameter, distributed: Any, compute: torch.dtype) -> None:
         master: Any = nn.Parameter(distributed, requires_grad=parameter.requires_grad)
         copy = nn.Parameter(parameter.detach().to(compute))  # of one dtype they share their memory
+        room: list[Any] = []  # the gradient's, kept: freed and taken anew it would scatter the heap
         self.masters.append(master)
         self.copies.append(copy)
 
@@ -53,7 +54,11 @@ class _Whole:
             """As soon as a pass has formed the gradient of a copy."""
             assert copy.grad is not None
             if master.grad is None:
-                master.grad = Shards.like(master, copy.grad.to(distributed.dtype))
+                if not room:
+                    local = master.to_local()
+                    room.append(Shards.like(master, torch.empty_like(local)))
+                room[0].to_local().copy_(copy.grad)
+                master.grad = room[0]
             else:
                 add_to(master.grad.to_local(), copy.grad)
             copy.grad = None
