@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -31,89 +31,87 @@ def make_batch(
     max_length: int,
     keep_all: bool = False,
     mask_cut: bool = False,
-    observe: Callable[[Batch], None] | None = None,
 ) -> Batch | None:
-    """`make_batches` for one update; None if no token is left that could train."""
-    batches = make_batches(
-        groups,
-        loss,
-        advantage,
-        max_length=max_length,
-        keep_all=keep_all,
-        mask_cut=mask_cut,
-        observe=observe,
+    """The batch of a step with one update, for which the learners need say nothing first; None if
+    no token is left that could train. The arguments are those of `flat_batch` and `updates_of`."""
+    whole = flat_batch(groups, loss, max_length=max_length, mask_cut=mask_cut)
+    if whole is None:
+        return None
+    whole = with_token_advantages(whole, advantage, None)
+    batches = updates_of(
+        whole, groups, loss, max_length=max_length, keep_all=keep_all, mask_cut=mask_cut
     )
     return batches[0] if batches else None
 
 
-def make_batches(
-    groups: Sequence[Group],
-    loss: LossConfig,
-    advantage: AdvantageConfig,
-    *,
-    parts: int = 1,
-    max_length: int,
-    keep_all: bool = False,
-    mask_cut: bool = False,
-    kl: KLConfig | None = None,
-    estimate: Callable[[Batch], Batch] | None = None,
-    observe: Callable[[Batch], None] | None = None,
-) -> list[Batch]:
-    """All completions that have a verdict as up to `parts` batches, one for each update, of whole
-    groups in their order.
-
-    Advantages are whitened over all parts together; weights and denominators are a part's own (as
-    verl's mini-batches). After that, a completion whose advantage is exactly 0 is left out of the
-    passes, since its gradient is exactly 0 (`keep_all` keeps it, for a loss with a KL or entropy
-    term); the denominators still count it. A part in which no token is left that could train is
-    left out.
+def flat_batch(
+    groups: Sequence[Group], loss: LossConfig, *, max_length: int, mask_cut: bool = False
+) -> Batch | None:
+    """All completions that have a verdict, group by group; None if there is none. The advantages
+    are those of the groups.
 
     max_length: the longest answer, `seq-mean-token-sum-norm`'s constant where `loss.norm_const` is
     empty. mask_cut: completions that were cut at that length do not train (`filter.overlong_mask`).
-    kl: with kl.place=reward the penalty is taken from the rewards of tokens.
-    estimate: adds to the whole batch what only the learners can say: old and reference log-probs,
-    values. observe: is shown the whole batch, advantages and all, before anything is split or left
-    out.
     """
     rows = [
-        (number, group.prompt.token_ids, completion, advantage_of, verdict.status == Status.CORRECT)
-        for number, group in enumerate(groups)
+        (group.prompt.token_ids, completion, advantage_of, verdict.status == Status.CORRECT)
+        for group in groups
         for completion, verdict, advantage_of in zip(
             group.completions, group.verdicts, _advantages(group), strict=True
         )
         if _trains(completion, verdict, mask_cut)
     ]
     if not rows:
-        return []
-    norm_const = float(loss.norm_const or max_length)
+        return None
     whole = _flat(
         [
             np.concatenate([prompt, completion.token_ids]).astype(np.int32)
-            for _, prompt, completion, _, _ in rows
+            for prompt, completion, _, _ in rows
         ],
-        [len(prompt) for _, prompt, _, _, _ in rows],
-        [completion.logprobs for _, _, completion, _, _ in rows],
-        [float(advantage_of) for _, _, _, advantage_of, _ in rows],
+        [len(prompt) for prompt, _, _, _ in rows],
+        [completion.logprobs for _, completion, _, _ in rows],
+        [float(advantage_of) for _, _, advantage_of, _ in rows],
         loss,
-        norm_const,
-        [completion.mask for _, _, completion, _, _ in rows],
+        float(loss.norm_const or max_length),
+        [completion.mask for _, completion, _, _ in rows],
     )
-    right = np.array([correct for _, _, _, _, correct in rows])
-    whole = replace(whole, correct_T=right[whole.sequence_ids_T])
-    if estimate is not None:
-        whole = estimate(whole)
-    if advantage.per_token:
-        whole = with_token_advantages(whole, advantage, kl)
-    if observe is not None:
-        observe(whole)
-    if parts == 1:
-        batches = [whole]
-    else:
-        owner = np.array([number for number, *_ in rows])
+    right = np.array([correct for *_, correct in rows])
+    return replace(whole, correct_T=right[whole.sequence_ids_T])
+
+
+def updates_of(
+    whole: Batch,
+    groups: Sequence[Group],
+    loss: LossConfig,
+    *,
+    parts: int = 1,
+    max_length: int,
+    keep_all: bool = False,
+    mask_cut: bool = False,
+) -> list[Batch]:
+    """The whole batch of these groups (`flat_batch`) as up to `parts` batches, one for each update,
+    of whole groups in their order.
+
+    Weights and denominators are a part's own (as verl's mini-batches). A completion whose advantage
+    is exactly 0 is left out of the passes, since its gradient is exactly 0 (`keep_all` keeps it,
+    for a loss with a KL or entropy term); the denominators still count it. A part in which no token
+    is left that could train is left out.
+    """
+    batches = [whole]
+    if parts > 1:
+        owner = np.array(
+            [
+                number
+                for number, group in enumerate(groups)
+                for completion, verdict in zip(group.completions, group.verdicts, strict=True)
+                if _trains(completion, verdict, mask_cut)
+            ]
+        )
         shares = [
             np.flatnonzero(np.isin(owner, share))
             for share in np.array_split(np.arange(len(groups)), parts)
         ]
+        norm_const = float(loss.norm_const or max_length)
         batches = [
             _own_weights(whole.select(share.tolist()), loss, norm_const)
             for share in shares
@@ -127,19 +125,6 @@ def make_batches(
     ]
 
 
-def denominator(groups: Sequence[Group], loss: LossConfig, *, mask_cut: bool = False) -> int:
-    """What the weights of these groups' tokens were divided by that depends on how many there are:
-    their loss tokens with `token-mean`, else their completions. With it parts of a step add up to
-    the whole: sum_p D_p loss_p / sum_p D_p."""
-    lengths = [
-        completion.num_sampled
-        for group in groups
-        for completion, verdict in zip(group.completions, group.verdicts, strict=True)
-        if _trains(completion, verdict, mask_cut)
-    ]
-    return sum(lengths) if loss.aggregation == "token-mean" else len(lengths)
-
-
 def _trains(completion: Completion, verdict: Verdict, mask_cut: bool) -> bool:
     return (
         verdict.trains
@@ -150,7 +135,10 @@ def _trains(completion: Completion, verdict: Verdict, mask_cut: bool) -> bool:
 
 def with_token_advantages(batch: Batch, advantage: AdvantageConfig, kl: KLConfig | None) -> Batch:
     """The batch, whose advantages are scores so far, with the advantage of each token and, with a
-    critic, its targets."""
+    critic, its targets. They are whitened over all updates together. kl: with kl.place=reward the
+    penalty is taken from the rewards of tokens."""
+    if not advantage.per_token:
+        return batch
     penalty = None
     if kl is not None and kl.active and kl.place == "reward":
         assert batch.reference_logp_T is not None, "kl.place=reward, but there is no reference"

@@ -13,6 +13,7 @@ from .weights.history_commands import app as patches
 
 if TYPE_CHECKING:
     from .config.load import Config
+    from .run_directory import Resume
 
 app = typer.Typer(
     help="Trains a language model to reason, with reinforcement learning.",
@@ -21,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+ADDRESS = "RAY_API_SERVER_ADDRESS"
+"""Ray's own variable for the address of the job server."""
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 
@@ -50,7 +53,10 @@ def train(
     dry_run: Annotated[
         bool, typer.Option(help="Print the resolved configuration and the placement, and stop.")
     ] = False,
-    resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(help="Go on from the run's last checkpoint; --resume auto: if there is one."),
+    ] = False,
     override: Annotated[
         bool,
         typer.Option(
@@ -72,7 +78,12 @@ def train(
     from .config.load import ConfigError, load_config
 
     try:
-        settings = load_config(config, overrides or ())
+        changes = list(overrides or ())
+        how: Resume = "must" if resume else "never"
+        if resume and "auto" in changes:  # the flag's own word, which has no key=value
+            changes.remove("auto")
+            how = "auto"
+        settings = load_config(config, changes)
         if like is not None and (not dry_run or like not in PEERS):
             raise ConfigError(
                 f"--like {like}: give --dry-run --like {' or --dry-run --like '.join(PEERS)}"
@@ -82,7 +93,7 @@ def train(
             return
         from .recipe import train as run_training
 
-        result = run_training(settings, resume=resume, override=override)
+        result = run_training(settings, resume=how, override=override)
     except ConfigError as error:
         fail(str(error), USAGE)
     except KeyboardInterrupt:
@@ -99,6 +110,74 @@ def train(
     print(json.dumps(result.as_json()), flush=True)
     if result.status == "interrupted":
         raise typer.Exit(INTERRUPTED)
+
+
+Address = Annotated[
+    str | None,
+    typer.Option(help="The dashboard of the head node, e.g. http://head:8265.", envvar=ADDRESS),
+]
+
+
+@app.command(
+    epilog="Example: emberl submit my.yaml seed=1 --address http://head:8265 --env WANDB_API_KEY"
+)
+def submit(
+    config: Annotated[Path, typer.Argument(help="The experiment, within the working directory.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="As of emberl train.")] = None,
+    address: Address = None,
+    env: Annotated[
+        list[str] | None, typer.Option(help="A variable that the job has as it is here.")
+    ] = None,
+    wheel: Annotated[
+        Path | None, typer.Option(help="emberl itself, for a cluster that has none.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the run's last checkpoint, if there is one.")
+    ] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return at once.")] = False,
+) -> None:
+    """Runs an experiment as a Ray job, with what is in the working directory; its log comes here,
+    and its exit status is this command's."""
+    from .config.load import ConfigError
+    from .submit import submit as submit_run
+
+    try:
+        status = submit_run(
+            config,
+            overrides or (),
+            address=_needed(address),
+            arguments=("--resume", "auto") if resume else (),
+            environment=env or (),
+            wheel=wheel,
+            wait=not no_wait,
+        )
+    except ConfigError as error:
+        fail(str(error), USAGE)
+    except KeyboardInterrupt:  # the job goes on
+        raise typer.Exit(INTERRUPTED) from None
+    raise typer.Exit(status)
+
+
+@app.command(epilog="Example: emberl stop runs/quickstart")
+def stop(
+    run: Annotated[str, typer.Argument(help="A run's directory, or with --address a Ray job.")],
+    address: Annotated[str | None, typer.Option(help="As of emberl submit.")] = None,
+) -> None:
+    """Has a run save after the step that it makes, and end."""
+    from .config.load import ConfigError
+    from .submit import stop as stop_run
+
+    try:
+        stop_run(run, address)
+    except ConfigError as error:
+        fail(str(error), USAGE)
+
+
+def _needed(address: str | None) -> str:
+    if address is None:
+        fail(f"give --address http://HEAD:8265, the cluster's dashboard, or set {ADDRESS}", USAGE)
+    assert address is not None
+    return address
 
 
 @app.command(epilog="Example: emberl presets")

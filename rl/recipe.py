@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,7 +17,6 @@ from ..rewards.suite import RewardSuite, build_suite
 from ..rollout.actors import ActorLostError
 from ..rollout.engine import check_engine
 from ..rollout.stops import token_bytes
-from ..rollout.vllm_backend.compat import transfer_backend
 from .algorithm.losses import Objective
 from .batch import demonstrations
 from .checkpoints import (
@@ -25,9 +25,7 @@ from .checkpoints import (
     Progress,
     check_resumed,
     latest_checkpoint,
-    open_run_dir,
     read_progress,
-    trim_metrics,
 )
 from .cluster import Cluster
 from .config.cautions import cautions, said_at_start
@@ -39,9 +37,11 @@ from .eval_sets import open_eval_sets
 from .model_files import check_adapters, check_model, load_tokenizer, prepare_model, stop_tokens
 from .preflight import check_inputs
 from .reward_inputs import reward_input
-from .run import Interrupted, Run, stop_on_signal
+from .run import Interrupted, Run, on_loop, stop_on_signal
+from .run_directory import Resume, alone_in, open_run_dir, trim_metrics
 from .trainer import train_rl
 from .watch.tracking import Tracker, make_console
+from .weights.probe import Level, Probe, probe_ids, tolerance_of
 from .weights.sync import WeightSync
 
 
@@ -68,13 +68,13 @@ class Result:
         return asdict(self)
 
 
-def train(config: Config, *, resume: bool = False, override: bool = False) -> Result:
-    """Runs all stages. Raises `ConfigError` before Ray starts where the fault can be known by
-    then."""
+def train(config: Config, *, resume: Resume = "never", override: bool = False) -> Result:
+    """Runs all stages. resume: go on from the last checkpoint, `auto` if there is one. Raises
+    `ConfigError` before Ray starts where the fault can be known by then."""
     started = time.time()
-    console = make_console()
+    tell = partial(make_console().print, highlight=False, markup=False)
     for line in said_at_start(config):
-        console.print(line, highlight=False, markup=False)
+        tell(line)
     check_inputs(config, hub=True)
     with user_errors():
         check_engine(config.rollout.engine, config.rollout.engine_args, config.rollout.servers)
@@ -83,25 +83,24 @@ def train(config: Config, *, resume: bool = False, override: bool = False) -> Re
         # tries a user's own loss on a tiny batch
         Objective.of(config.loss, config.kl, config.offpolicy)
     check_model(config)
-    cluster = Cluster(config)
-    run_dir, checkpoint = open_run_dir(config, resume)
+    cluster = Cluster(config, tell)
+    run_dir, checkpoint = open_run_dir(config, resume, tell)
     if checkpoint is not None:
         for line in check_resumed(config, checkpoint, override):
-            console.print(f"resumed with {line}", highlight=False, markup=False)
+            tell(f"resumed with {line}")
         started -= read_progress(checkpoint).seconds
     restarts = config.cluster.max_restarts
-    while True:
-        try:
-            return run_attempt(config, cluster, run_dir, checkpoint, started)
-        except ActorLostError as error:
-            checkpoint = latest_checkpoint(run_dir)
-            if not restarts or checkpoint is None:
-                raise
-            restarts -= 1
-            make_console().print(
-                f"{error}; all actors are started anew from {checkpoint.name}", markup=False
-            )
-            cluster = Cluster(config)
+    with alone_in(run_dir):
+        while True:
+            try:
+                return run_attempt(config, cluster, run_dir, checkpoint, started)
+            except ActorLostError as error:
+                checkpoint = latest_checkpoint(run_dir, tell)
+                if not restarts or checkpoint is None:
+                    raise
+                restarts -= 1
+                tell(f"{error}; all actors are started anew from {checkpoint.name}")
+                cluster = Cluster(config, tell)
 
 
 def run_attempt(
@@ -120,7 +119,7 @@ def run_attempt(
     # in this order: Ray's start sets a SIGTERM handler of its own
     with cluster, stop_on_signal() as stop:
         # the actors load while this process reads the data: both take seconds
-        learners, pool = cluster.spawn(model_path, run_id := uuid.uuid4().hex)
+        learners, pool = cluster.spawn(model_path, run_id := uuid.uuid4().hex, run_dir)
         tokenizer = load_tokenizer(model_path, config.data)
         with user_errors():
             if config.rollout.stop:
@@ -138,17 +137,17 @@ def run_attempt(
                 config, source, suite, partial(load_tokenizer, model_path), tracker.note, opened
             )
             cluster.wait()
-            sync = WeightSync(
-                config.sync,
+            probed = min(config.sync.probe_tokens, config.max_model_length - 1)
+            weights = WeightSync(
+                config,
                 learners,
                 pool,
                 run_id=run_id,
                 run_dir=run_dir,
-                history=config.checkpoint.history,
                 fabric=cluster.placement.device != "cpu",
                 tell=tracker.note,
-                backend=transfer_backend(config.rollout.engine_args),
-                ranks=config.rollout.cards,
+                probe=Probe(tolerance_of(config.model.dtype), earlier_noise(progress)),
+                probe_ids=probe_ids(source, probed),
             )
             run = Run(
                 config=config,
@@ -159,7 +158,7 @@ def run_attempt(
                 suite=suite,
                 learners=learners,
                 pool=pool,
-                sync=sync,
+                weights=weights,
                 tracker=tracker,
                 stop=stop,
                 started=started,
@@ -169,12 +168,18 @@ def run_attempt(
             )
             with user_errors():
                 pool.episodes = episodes_of(config, tokenizer, run.said)
-            return go(run, checkpoint)
+            return on_loop(go(run, checkpoint))
 
 
-def go(run: Run, checkpoint: Path | None) -> Result:
+def earlier_noise(progress: Progress) -> Level | None:
+    """How far engines and learners were apart in the run's earlier attempts."""
+    logp, p = progress.probe_noise_logp, progress.probe_noise_p
+    return None if logp is None or p is None else Level(logp=logp, p=p)
+
+
+async def go(run: Run, checkpoint: Path | None) -> Result:
     """All stages from where `run.progress` stands."""
-    stages: dict[str, Callable[[Run], None]] = {"sft": train_sft, "rl": train_rl}
+    stages: dict[str, Callable[[Run], Awaitable[None]]] = {"sft": train_sft, "rl": train_rl}
     names = run.config.stages
     status, published = "ok", False
     try:
@@ -191,16 +196,17 @@ def go(run: Run, checkpoint: Path | None) -> Result:
                 run.learners.restore(str(checkpoint))
                 checkpoint = None
             if published:
-                run.probe.begin_stage()
+                run.weights.probe.begin_stage()
             # an earlier stage of this attempt has changed the weights
-            run.publish(new_version=published)
+            await run.publish(new_version=published)
             published = True
-            stages[name](run)
+            await stages[name](run)
             run.progress = run.progress.advance(
                 stage=run.progress.stage + 1, step=0 if name != "rl" else run.progress.step
             )
     except Interrupted:
         status = "interrupted"
+        run.tracker.note(f"saved; add --resume run_dir={run.run_dir} to go on")
     run.tracker.end()
     finish(run)
     progress = run.progress
@@ -229,15 +235,15 @@ def finish(run: Run) -> None:
     run.tracker.curve()
 
 
-def train_sft(run: Run) -> None:
+async def train_sft(run: Run) -> None:
     """The cold start: supervised steps on worked solutions, each problem once."""
     config = run.config.sft
     run.tracker.begin("sft", run.progress.step, config.steps)
     while run.progress.step < config.steps:
-        run.stop_if_asked()
+        await run.stop_if_asked()
         position = run.progress.position
         batch = demonstrations(run.source, run.tokenizer, run.config, position)
-        metrics = run.learners.step(batch, Objective.sft())
+        metrics = await asyncio.to_thread(run.learners.step, batch, Objective.sft())
         run.progress = run.progress.advance(
             step=run.progress.step + 1, position=position + config.batch_size
         )
@@ -246,7 +252,7 @@ def train_sft(run: Run) -> None:
             {"sft/loss": metrics["actor/loss"], **metrics},
             show={"loss": f"{metrics['actor/loss']:.3f}"},
         )
-    run.save()
+    await run.save(needed=True)
 
 
 def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> RewardSuite:

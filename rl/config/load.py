@@ -106,8 +106,6 @@ class Config(Settings):
         refuse_what_cannot_train(self)
         self._check_colocated()
         self._check_collective()
-        if self.schedule.stream_parts > 1:
-            self._check_streaming()
         if self.schedule.oversample > 1 and self.schedule.max_staleness:
             raise ValueError(
                 f"schedule.oversample={self.schedule.oversample:g} is for max_staleness=0: with"
@@ -162,27 +160,6 @@ class Config(Settings):
                     "sync.transport=collective sends whole weights into vLLM's own processes; it"
                     f" needs {what}, or set sync.transport=object_store"
                 )
-
-    def _check_streaming(self) -> None:
-        """A part of a step can train by itself only where nothing needs the whole step."""
-        schedule, advantage = self.schedule, self.advantage
-        whole = {
-            f"schedule.minibatches={schedule.minibatches}": schedule.minibatches > 1,
-            f"schedule.epochs={schedule.epochs}": schedule.epochs > 1,
-            f"advantage.kind={advantage.kind}": advantage.kind != "group",
-            f"advantage.std={advantage.std}": advantage.std == "batch",
-            f"advantage.rescale={advantage.rescale}": advantage.rescale != "none",
-            "advantage.whiten=true": advantage.whiten,
-            "kl.place=reward": self.kl.active and self.kl.place == "reward",
-            f"loss.denominator={self.loss.denominator}": self.loss.denominator != "all",
-            f"loss.nll_coef={self.loss.nll_coef:g}": self.loss.nll_coef > 0,
-            "cluster.colocated=true": self.cluster.colocated,
-        }
-        if needed := [key for key, needs in whole.items() if needs]:
-            raise ValueError(
-                f"schedule.stream_parts={schedule.stream_parts} trains on parts of a step, but"
-                f" {', '.join(needed)} needs all of it; set schedule.stream_parts=1"
-            )
 
     @property
     def output(self) -> Path:

@@ -103,10 +103,6 @@ class ScheduleConfig(Settings):
     second on the ratio to the sampling policy is no longer 1, and the clip of the loss acts."""
     epochs: int = Field(default=1, ge=1, le=1_000)
     """Passes over a step's answers (PPO's epochs)."""
-    stream_parts: int = Field(default=1, ge=1, le=MOST_ANSWERS)
-    """The learners begin as soon as one of so many parts of a step's groups is there, whichever
-    groups come first. The gradient is the same but for rounding; 1: when all are there, in an order
-    that repeats bit for bit."""
     max_staleness: int = Field(default=0, ge=0, le=64)
     """k: a token trains at most k versions after the one that sampled it, and rollouts run ahead by
     as much while the learners work. 0: strictly on-policy, every token is sampled by the newest
@@ -206,6 +202,11 @@ class CheckpointConfig(Settings):
     """RL steps between checkpoints; 0: only at the end of a stage and on Ctrl-C."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints that stay on disk."""
+    keep_best: int = Field(default=0, ge=0)
+    """Of the others, those of the highest held-out accuracy that stay as well."""
+    max_failures: int = Field(default=3, ge=1)
+    """Checkpoints in a row that cannot be written, for want of disk for example, before the run
+    ends; of fewer a line and an alert say so."""
     history: bool = False
     """Keep every version of the weights as a patch in the run's `history`; `emberl patches apply`
     makes a model of any."""
@@ -217,7 +218,17 @@ class TrackingConfig(Settings):
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto`: online with a key, else offline; never asks for a login."""
     project: str = "emberl"
-    """The project of W&B."""
+    """The project of W&B and of the other trackers."""
+    group: str | None = None
+    """Of W&B: runs that belong together."""
+    tags: tuple[str, ...] = ()
+    """Of W&B."""
+    notes: str | None = None
+    """Of W&B: a longer text about the run."""
+    job_type: str | None = None
+    """Of W&B: `train`, `ablation`, ..."""
+    also: tuple[Literal["tensorboard", "swanlab", "mlflow"], ...] = ()
+    """Further trackers, whose packages you install."""
     samples: int = Field(default=8, ge=0)
     """Sampled answers kept at each evaluation."""
     warn_after: int = Field(default=5, ge=0)
@@ -250,8 +261,8 @@ class ClusterConfig(Settings):
     """1: a sleeping engine keeps its weights in the machine's memory. 2: it drops them; the next
     version loads them anew."""
     address: str | None = None
-    """A Ray cluster to join; empty: the one `RAY_ADDRESS` names (as in a Ray job), else a new one
-    on this machine."""
+    """A Ray cluster to join, as HOST:6379; `auto`: one that runs here, else a new one; empty: the
+    one `RAY_ADDRESS` names (as in a Ray job), else a new one on this machine."""
     start_timeout: float = Field(default=300.0, gt=0, le=LONGEST)
     """Seconds for the placement to be granted and all actors to be up."""
     max_restarts: int = Field(default=0, ge=0)

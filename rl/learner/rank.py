@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...kernels import platform
-from ...rollout.actors import node_address
+from ...rollout.actors import node_address, use_node_interface
 from ...rollout.weights.engine_transfer import BroadcastGroup
 from ..algorithm.losses import CLIPPED, COUNTED, PARTS, BatchLoss, Objective, token_loss
 from ..algorithm.offpolicy import mismatch_metrics
@@ -104,6 +104,7 @@ class LearnerRank:
 
     def connect(self, address: str) -> None:
         """Joins the process group; every collective has the deadline of the spec."""
+        use_node_interface()
         dist.init_process_group(
             self.platform.collective,
             init_method=f"tcp://{address}",
@@ -251,31 +252,11 @@ class LearnerRank:
         start = time.perf_counter()
         loss, metrics = self.backward(batch, objective)
         metrics |= self._mismatch()  # before the update: the policy is still the old one
-        metrics |= {"actor/loss": loss, **self._update()}
-        seconds = time.perf_counter() - start
-        return metrics | self._speed(batch, seconds) | {"timing_s/update_actor": seconds}
-
-    def accumulate(self, batch: Batch, objective: Objective) -> dict[str, float]:
-        """Adds the gradient of a part of a step, whose weights are relative to those of the other
-        parts (`finish`)."""
-        start = time.perf_counter()
-        loss, metrics = self.backward(batch, objective)
-        return metrics | {"actor/loss": loss, "timing_s/update_actor": time.perf_counter() - start}
-
-    def finish(self, scale: float) -> dict[str, float]:
-        """One optimizer step with the gradient of all parts, times `scale`, and what the parts'
-        tokens say together."""
-        metrics = self._mismatch()
-        for parameter in self.policy.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
-        return metrics | self._update()
-
-    def _update(self) -> dict[str, float]:
-        metrics = self.actor.update("actor")
+        metrics |= {"actor/loss": loss, **self.actor.update("actor")}
         if self.platform.is_cpu:  # what passes freed is as much again as what stays
             platform.give_back_memory()
-        return metrics
+        seconds = time.perf_counter() - start
+        return metrics | self._speed(batch, seconds) | {"timing_s/update_actor": seconds}
 
     def skip(self, updates: int) -> None:
         """Moves the learning-rate schedules on by updates that there was nothing to learn for."""
@@ -478,9 +459,18 @@ class LearnerRank:
     def save(self, folder: str) -> None:
         """The model in Hugging Face format under `folder`, and what training goes on from under
         `folder/learner`."""
-        checkpoint.save_model(
-            self.policy, Path(folder), self.dtype, self.model_path, write=self.spec.rank == 0
-        )
+        failure: Exception | None = None
+        try:
+            checkpoint.save_model(
+                self.policy, Path(folder), self.dtype, self.model_path, write=self.spec.rank == 0
+            )
+        except Exception as error:  # a full disk, by whatever name the writing library gives it
+            failure = error
+        # the others would wait for this rank in the next collective
+        failed = torch.tensor(int(failure is not None), device=self.device)
+        dist.all_reduce(failed, dist.ReduceOp.MAX)
+        if failed:
+            raise failure or OSError("another rank could not write the model")
         self.actor.save(Path(folder) / "learner", self.spec.rank)
         if self.critic is not None:
             self.critic.save(Path(folder) / "critic", self.spec.rank)
