@@ -180,11 +180,11 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 
 BUDGET = {
-    "kernels": 467,
+    "kernels": 519,
     "kernels/decoding": 201,
     "kernels/loss": 1_956,
     "kernels/patch_coding": 755,
-    "kernels/transformer": 439,
+    "kernels/transformer": 610,
     "rewards": 2_290,
     "rewards/audit": 739,
     "rewards/code_tests": 3_623,
@@ -195,7 +195,7 @@ BUDGET = {
     "rl/algorithm": 1_674,
     "rl/config": 3_748,
     "rl/data": 4_581,
-    "rl/learner": 2_649,
+    "rl/learner": 2_782,
     "rl/plan": 1_811,
     "rl/watch": 1_226,
     "rl/weights": 879,
