@@ -12,6 +12,7 @@ to parse does not vote. Where several answers have the most votes, the score is 
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
@@ -74,10 +75,10 @@ def majority_at_k(answers: Sequence[Hashable], correct: Sequence[bool]) -> float
     return sum(right[answer] for answer in tied) / len(tied)
 
 
-def evaluate(run: Run) -> Evaluation:
+async def evaluate(run: Run) -> Evaluation:
     """Samples answers to all sets of held-out problems with the weights that the engines serve,
     marks and logs them."""
-    run.wait_published()
+    await run.weights.delivered()
     step, shown = run.progress.step, run.config.tracking.samples
     metrics: dict[str, float] = {}
     show: dict[str, str] = {}
@@ -85,9 +86,13 @@ def evaluate(run: Run) -> Evaluation:
     results: list[Evaluation] = []
     for problems in run.eval_sets:
         sampling = problems.sampled(run.sampling(0))
-        groups = run.sample_groups(problems.prompts, problems.samples, sampling, problems.suite)
+        groups = await run.sample_groups(
+            problems.prompts, problems.samples, sampling, problems.suite
+        )
         texts = [[run.text(group.prompt, c) for c in group.completions] for group in groups]
-        result = summarise(groups, texts, by_reward(problems.suite), problems.name)
+        result = await asyncio.to_thread(
+            summarise, groups, texts, by_reward(problems.suite), problems.name
+        )
         problems.suite.metrics()  # a training step's figures of the reward are to be its own
         metrics |= result.metrics
         results.append(result)

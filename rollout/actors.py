@@ -9,10 +9,12 @@ learners
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Awaitable, Sequence, Set
 from typing import Any, TypeVar
 
+import psutil
 import ray
 
 from .weights.transport import ObjectStoreSource, PatchRef, WeightUpdate
@@ -33,11 +35,29 @@ class ActorLostError(RuntimeError):
     cause."""
 
 
+class CallFailedError(ActorLostError):
+    """The actor answered with an error of its own, and is still there."""
+
+
 def node_address() -> str:
     """Where other nodes of the cluster reach this process: Ray's address of its node, since a
     machine's own name may stand for a loopback address (127.0.1.1 on Debian). Loopback where there
     is no Ray."""
     return str(ray.util.get_node_ip_address()) if ray.is_initialized() else "127.0.0.1"
+
+
+def use_node_interface() -> None:
+    """Has this process's Gloo groups talk through the network interface of `node_address`, unless
+    the user named one. Left alone, Gloo takes the address that the machine's own name stands
+    for."""
+    address = node_address()
+    names = [
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if any(a.address == address for a in addresses)
+    ]
+    if names:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
 
 
 def check_reachable(address: str, nodes: Set[str]) -> None:
@@ -71,7 +91,8 @@ def gather(refs: Sequence[Any], *, who: str, what: str, timeout: float, key: str
             try:
                 results[ref] = ray.get(ref, timeout=timeout)
             except ray.exceptions.RayError as error:
-                raise ActorLostError(
+                answered = isinstance(error, ray.exceptions.RayTaskError)
+                raise (CallFailedError if answered else ActorLostError)(
                     f"{who} {list(refs).index(ref)} failed in {what!r}: {cause(error)}"
                 ) from error
     return [results[ref] for ref in refs]
@@ -119,24 +140,22 @@ async def catch_up(
     one holds that, else from the nearest anchor and the patches after it."""
     anchor = await _from_peer(worker, notice, peers, timeout)
     known = notice if anchor is None else notice.with_anchor(anchor)
-    return await call(worker.apply.remote(known), who=who, what="catch up", timeout=timeout)
+    return await call(worker.catch_up.remote(known), who=who, what="catch up", timeout=timeout)
 
 
 async def _from_peer(
     worker: Any, notice: WeightUpdate, peers: Sequence[Any], timeout: float
 ) -> PatchRef | None:
     """The anchor that a peer makes of what it holds; None where none on the worker's node can."""
-    node, _, _ = await call(
-        worker.offer.remote(), who="the new worker", what="offer", timeout=timeout
-    )
+    node, _ = await call(worker.offer.remote(), who="the new worker", what="offer", timeout=timeout)
     for peer in peers:
         try:
-            there, version, size = await call(
+            there, version = await call(
                 peer.offer.remote(), who="a peer", what="offer", timeout=timeout / 4
             )
         except ActorLostError:  # it may be what is lost next; the learners' own anchor remains
             continue
         if there == node and 0 <= version <= notice.version:
             place = ObjectStoreSource(reference=peer.export.remote())
-            return PatchRef(version=version, base_version=None, size=size, places=(place,))
+            return PatchRef(version=version, base_version=None, size=0, places=(place,))
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -12,7 +13,9 @@ import ray
 from ...rollout.actors import check_reachable, gather
 from ...rollout.weights.engine_transfer import BroadcastGroup
 from ..algorithm.losses import Objective
+from ..config.distill import DistillConfig
 from ..config.load import CriticConfig, OptimConfig
+from ..disks import Disks
 from ..groups import Batch
 from .publisher import Published, PublishRequest
 
@@ -23,9 +26,11 @@ PUBLISHING = "publishing"
 class LearnerGroup:
     """Every call goes to all ranks and returns when all are done."""
 
-    def __init__(self, ranks: Sequence[Any], *, timeout: float) -> None:
+    def __init__(self, ranks: Sequence[Any], *, timeout: float, disks: Disks | None = None) -> None:
+        """disks: of the ranks' nodes; None where all are the caller's."""
         self.ranks = tuple(ranks)
         self._timeout = timeout
+        self._disks = disks
 
     def connect(self, model_path: str, timeout: float) -> None:
         """Brings the ranks together and loads the policy, within `timeout` seconds
@@ -47,19 +52,12 @@ class LearnerGroup:
     ) -> None:
         self._call("begin_stage", optim, total_steps, critic, reference)
 
+    def load_teachers(self, distill: DistillConfig) -> None:
+        self._call("load_teachers", distill)
+
     def step(self, batch: Batch, objective: Objective) -> dict[str, float]:
         """One optimizer step on the whole batch; metrics over all ranks."""
         metrics: dict[str, float] = self._call("step", ray.put(batch), objective)[0]
-        return metrics
-
-    def accumulate(self, batch: Batch, objective: Objective) -> dict[str, float]:
-        """Adds the gradient of a part of a step; metrics over all ranks."""
-        metrics: dict[str, float] = self._call("accumulate", ray.put(batch), objective)[0]
-        return metrics
-
-    def finish(self, scale: float) -> dict[str, float]:
-        """The optimizer step of all parts, their gradients times `scale`."""
-        metrics: dict[str, float] = self._call("finish", scale)[0]
         return metrics
 
     def skip(self, updates: int) -> None:
@@ -73,6 +71,10 @@ class LearnerGroup:
     def reference_logprobs(self, batch: Batch, temperature: float) -> Any:
         """[T] the reference's."""
         return self._call("reference_logprobs", ray.put(batch), temperature)[0]
+
+    def teacher_logprobs(self, batch: Batch, temperature: float) -> Any:
+        """[T] each sequence's teacher's."""
+        return self._call("teacher_logprobs", ray.put(batch), temperature)[0]
 
     def refresh_reference(self) -> None:
         self._call("refresh_reference")
@@ -114,10 +116,17 @@ class LearnerGroup:
         return self.ranks[0].broadcast.options(concurrency_group=PUBLISHING).remote()
 
     def save(self, folder: str) -> None:
+        """Every rank writes its part; all of them are on the caller's disk when this returns."""
         self._call("save", folder)
+        if self._disks is not None:
+            self._disks.pull(Path(folder))
 
     def restore(self, folder: str) -> None:
+        if self._disks is not None:
+            self._disks.push(Path(folder))
         self._call("restore", folder)
+        if self._disks is not None:
+            self._disks.drop(Path(folder))
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
         return self._wait([getattr(rank, method).remote(*arguments) for rank in self.ranks], method)

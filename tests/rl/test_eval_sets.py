@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -178,7 +179,7 @@ class FakeRun(SimpleNamespace):
     """Answers every problem with its reference in the first sample, and with nonsense in the
     others."""
 
-    def sample_groups(
+    async def sample_groups(
         self, prompts: Sequence[Prompt], n: int, sampling: Sampling, suite: RewardSuite
     ) -> list[Group]:
         groups = []
@@ -198,12 +199,16 @@ def test_every_set_is_in_the_metrics_by_its_name(files: dict[str, str], size: in
     source = open_source(settings.data, CHAT, 0)
     suite = build_suite({name: part.model_dump() for name, part in settings.reward.parts.items()})
     logged: list[tuple[Any, ...]] = []
+
+    async def delivered() -> dict[str, float]:
+        return {}
+
     with ExitStack() as stack:
         stack.callback(suite.close)
         run = FakeRun(
             config=settings,
             eval_sets=open_eval_sets(settings, source, suite, lambda _: CHAT, print, stack),
-            wait_published=lambda: {},
+            weights=SimpleNamespace(delivered=delivered),
             progress=SimpleNamespace(step=7),
             sampling=lambda step: Sampling(max_tokens=32),
             text=lambda prompt, completion: "\\boxed{1}",
@@ -212,7 +217,7 @@ def test_every_set_is_in_the_metrics_by_its_name(files: dict[str, str], size: in
                 log=lambda *a: logged.append(a), samples=lambda *a: logged.append(a)
             ),
         )
-        result = evaluate(run)  # type: ignore[arg-type]
+        result = asyncio.run(evaluate(run))  # type: ignore[arg-type]
     (step, metrics, axis, show), (_, rows) = logged
     assert (step, axis, len(rows)) == (7, "eval", 11 if size is None else 5)
     assert metrics["val-core/aime/acc/mean@2"] == 0.5
