@@ -187,7 +187,7 @@ BUDGET = {
     "kernels/transformer": 610,
     "rewards": 2_322,
     "rewards/audit": 739,
-    "rewards/code_tests": 3_629,
+    "rewards/code_tests": 3_651,
     "rewards/math_answers": 5_391,
     "rewards/plugins": 851,
     "rewards/sandbox": 2_718,

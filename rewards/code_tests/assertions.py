@@ -9,13 +9,21 @@ ungradable is a ValueError here.
 from __future__ import annotations
 
 import ast
-import builtins
 import functools
-import sys
 from collections.abc import Iterable
 
 from ..sandbox.child import encode
-from .names import Imports, bound, called_names, free_names, imported, packages_of, parsed, parses
+from .names import (
+    BUILT_IN,
+    Imports,
+    asked_names,
+    bound,
+    free_names,
+    imported,
+    packages_of,
+    parsed,
+    parses,
+)
 from .plans import Call, FunctionPlan, JudgePlan, Plan
 
 _REFUSED = {
@@ -39,7 +47,6 @@ _FIXTURES = {
     "request",
     "benchmark",
 }
-_BUILT_IN = frozenset(dir(builtins)) | {"__file__"}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -59,7 +66,7 @@ def asserts_plan(
     tree = parsed(source, "test_list")
     given = bound(parsed(before, "test_imports")) | bound(parsed(setup, "test_setup_code"))
     free = free_names(source)
-    names = {entry} if entry else (free - given - _BUILT_IN) | (free & defined) or _outermost(tree)
+    names = {entry} if entry else (free - given - BUILT_IN) | (free & defined) or _outermost(tree)
     if not names:
         raise ValueError(
             f"the tests call no function that they do not define: {source[:200]!r}; give"
@@ -155,25 +162,7 @@ def judge_plan(
     tree = _without_runners(parsed(source, what))
     _refuse(tree)
     imports = Imports(tree, defined)
-    given = {name for part in setup for name in bound(parsed(part, what))}
-    free = free_names(ast.unparse(tree))
-    aliases = aliases or {}
-    # what the model's code was to import for the test
-    modules = {name for name in free - given - defined if name in sys.stdlib_module_names}
-    names = (
-        (free - given - _BUILT_IN - modules) | (free & defined - given) | imports.names | set(hints)
-    )
-    names -= aliases.keys()
-    called = called_names(tree) | imports.names | set(hints) | defined
-    if unknown := {name for name in names - called if not name[:1].isupper()}:
-        raise ValueError(
-            f"the tests use {', '.join(sorted(unknown))}, which nobody defines: {source[:200]!r}"
-        )
-    if not names and not aliases:
-        raise ValueError(
-            f"the tests call no function that they do not define: {source[:200]!r}; give"
-            " entry_point"
-        )
+    names, modules = asked_names(tree, source, imports, setup, set(hints), defined, aliases or {})
     kept, extras, shared = _sort_classes(tree, names)
     collected = _collected(kept)
     if not collected and not _acts(kept):
@@ -188,7 +177,8 @@ def judge_plan(
         shared |= {n.name for n in parsed(part, what).body if isinstance(n, ast.ClassDef)}
     return JudgePlan(
         test=ast.unparse(kept),
-        names={name: name for name in sorted(names | {e for e, _ in extras if e})} | aliases,
+        names={name: name for name in sorted(names | {e for e, _ in extras if e})}
+        | (aliases or {}),
         setup=tuple(
             part
             for part in (*(f"import {name}" for name in sorted(modules)), *setup)

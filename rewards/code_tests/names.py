@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import importlib
 import symtable
 import sys
+from collections.abc import Mapping, Sequence
 
 from ..syntax import syntax_tree
 
@@ -31,6 +33,7 @@ _MODEL_MODULES = {
         "user_solution",
     ),
 }
+BUILT_IN = frozenset(dir(builtins)) | {"__file__"}
 
 
 def called_names(tree: ast.AST) -> set[str]:
@@ -151,3 +154,32 @@ def _attributes(tree: ast.Module, module: str) -> set[str]:
         and isinstance(node.value, ast.Name)
         and node.value.id in aliases
     }
+
+
+def asked_names(
+    tree: ast.Module,
+    source: str,
+    imports: Imports,
+    setup: Sequence[str],
+    hints: set[str],
+    defined: frozenset[str],
+    aliases: Mapping[str, str],
+) -> tuple[set[str], set[str]]:
+    """The names that a test asks of the model's code, and the modules of the standard library that
+    it was to import for the test. Raises ValueError for a name that nobody defines."""
+    given = {name for part in setup for name in bound(parsed(part, "test_setup_code"))}
+    free = free_names(ast.unparse(tree))
+    modules = {name for name in free - given - defined if name in sys.stdlib_module_names}
+    names = (free - given - BUILT_IN - modules) | (free & defined - given) | imports.names | hints
+    names -= aliases.keys()
+    called = called_names(tree) | imports.names | hints | defined
+    if unknown := {name for name in names - called if not name[:1].isupper()}:
+        raise ValueError(
+            f"the tests use {', '.join(sorted(unknown))}, which nobody defines: {source[:200]!r}"
+        )
+    if not names and not aliases:
+        raise ValueError(
+            f"the tests call no function that they do not define: {source[:200]!r}; give"
+            " entry_point"
+        )
+    return names, modules
