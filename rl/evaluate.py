@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .eval_sets import HELD_OUT
+from ..rollout.samples import Sampling
+from .eval_sets import HELD_OUT, EvalSet
 from .evaluation.measures import accuracy, metrics, reward
+from .evaluation.sampling import sampled
 from .evaluation.votes import Same, by_reward, outcomes
 from .groups import Group
 from .run import Run
@@ -37,16 +39,18 @@ def evaluate(run: Run) -> Evaluation:
     results: list[Evaluation] = []
     for problems in run.eval_sets:
         sampling = problems.sampled(run.sampling(0))
-        groups = run.sample_groups(problems.prompts, problems.samples, sampling, problems.suite)
-        texts = [[run.text(group.prompt, c) for c in group.completions] for group in groups]
-        result = summarise(groups, texts, by_reward(problems.suite), problems.name)
+        for budget, groups in _groups(run, problems, sampling).items():
+            texts = [[run.answers.text(g.prompt, c) for c in g.completions] for g in groups]
+            name = problems.name if budget is None else f"{problems.name}@{budget}"
+            result = summarise(groups, texts, by_reward(problems.suite), name)
+            found |= result.metrics
+            show |= _line(name or "held-out", result)
+            if budget is None:
+                results.append(result)
+                first = groups[:shown]
+                answers = [t[0] for t in texts[:shown]]
+                rows += sample_rows(first, answers, [run.answers.problem(g.prompt) for g in first])
         problems.suite.metrics()  # a training step's figures of the reward are to be its own
-        found |= result.metrics
-        results.append(result)
-        show |= _line(problems.name or "held-out", result)
-        first = groups[:shown]
-        answers, questions = [t[0] for t in texts[:shown]], [run.problem(g.prompt) for g in first]
-        rows += sample_rows(first, answers, questions)
     if not any(problems.name == HELD_OUT for problems in run.eval_sets):
         found["val-core/accuracy"] = float(np.mean([r.accuracy for r in results]))
         found["val-core/reward"] = float(np.mean([r.reward for r in results]))
@@ -55,6 +59,19 @@ def evaluate(run: Run) -> Evaluation:
     return Evaluation(
         accuracy=found["val-core/accuracy"], reward=found["val-core/reward"], metrics=found
     )
+
+
+def _groups(run: Run, problems: EvalSet, sampling: Sampling) -> dict[int | None, list[Group]]:
+    """By thinking budget (None: without one) the graded answers, in the order of the problems;
+    marked while others are still decoded."""
+    found: dict[int | None, dict[int, Group]] = {}
+    prompts = problems.prompts
+    for index, budget, completions in sampled(
+        run.pool, prompts, problems.samples, sampling, problems.thinking
+    ):
+        group = run.grade(prompts[index], completions, problems.suite, sampling.max_tokens)
+        found.setdefault(budget, {})[index] = group
+    return {budget: [groups[i] for i in range(len(prompts))] for budget, groups in found.items()}
 
 
 def _line(name: str, result: Evaluation) -> dict[str, str]:

@@ -52,13 +52,15 @@ def completion(text: str, reason: Any = "stop") -> Completion:
 
 
 def test_an_answer_keeps_its_thinking_and_loses_what_frames_it() -> None:
-    assert run().text(PROMPT, completion("<think>1+1</think>2<eos>")) == "<think>1+1</think>2"
-    assert run().text(PROMPT, completion("2<pad><eos>3", "length")) == "23"
+    assert (
+        run().answers.text(PROMPT, completion("<think>1+1</think>2<eos>")) == "<think>1+1</think>2"
+    )
+    assert run().answers.text(PROMPT, completion("2<pad><eos>3", "length")) == "23"
 
 
 def test_an_answer_begins_in_its_prompt() -> None:
     begun = replace(PROMPT, prefix="<think>\n")
-    assert run().text(begun, completion("1+1</think>2<eos>")) == "<think>\n1+1</think>2"
+    assert run().answers.text(begun, completion("1+1</think>2<eos>")) == "<think>\n1+1</think>2"
 
 
 @pytest.mark.parametrize(
@@ -76,16 +78,16 @@ def test_an_answer_ends_with_or_before_the_string_that_stopped_it(
     said: str, reason: str, kept: str, cut: str
 ) -> None:
     stop = ("</a>", "\nQ:")
-    assert run(stop=stop).text(PROMPT, completion(said, reason)) == kept
-    assert run(stop=stop, include_stop=False).text(PROMPT, completion(said, reason)) == cut
+    assert run(stop=stop).answers.text(PROMPT, completion(said, reason)) == kept
+    assert run(stop=stop, include_stop=False).answers.text(PROMPT, completion(said, reason)) == cut
 
 
 def test_the_problem_is_what_was_asked() -> None:
     asked = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"})
     prompt = Prompt(id="p", token_ids=(1, 5), answer="2", source="s", messages=asked)
-    assert run().problem(prompt) == "1+1?"
+    assert run().answers.problem(prompt) == "1+1?"
     ids = tuple(TOKENIZER.encode("1+1?<eos>", add_special_tokens=False))
-    assert run().problem(Prompt(id="p", token_ids=ids, answer="2", source="s")) == "1+1?"
+    assert run().answers.problem(Prompt(id="p", token_ids=ids, answer="2", source="s")) == "1+1?"
 
 
 def test_rows_say_the_score_and_its_parts(tmp_path: Path) -> None:
