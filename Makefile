@@ -61,7 +61,7 @@ $(VENV)/.ready: pyproject.toml .ci/install $(VENV)/.files
 
 $(VENV)/.files: FORCE
 	@mkdir -p $(VENV)
-	@find rl rollout rewards kernels configs -name '*.py' -o -name '*.yaml' -o -name py.typed | LC_ALL=C sort > $@.new
+	@find rl rollout rewards kernels configs -name '*.py' -o -name '*.yaml' -o -name '*.html' -o -name py.typed | LC_ALL=C sort > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
 FORCE:

@@ -101,6 +101,66 @@ def train(
         raise typer.Exit(INTERRUPTED)
 
 
+@app.command(
+    name="eval",
+    epilog="Example: emberl eval runs/quickstart samples=8 temperature=0.6 --against base.gguf",
+)
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(help="A run's folder, a folder of weights, a GGUF file or a Hub id."),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help=(
+                "Keys of every set, e.g. samples=8 temperature=0.6 thinking.budgets=[64,256], or of"
+                " a configuration, e.g. rollout.engine=vllm cluster.rollouts=4."
+            )
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=(
+                "A ready set (gsm8k, math500, aime24, ...), files, a Hub data set, or NAME=any of"
+                " these; may be repeated. Without it: what the run itself holds out."
+            )
+        ),
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="Of a run: the checkpoint of this step.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Another model, or the folder of its evaluation, to compare with."),
+    ] = None,
+    k: Annotated[
+        list[int] | None, typer.Option(help="Of pass@k and maj@k; may be repeated. 2, 4, ..., n.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; one of the same evaluation goes on. evals/MODEL")
+    ] = None,
+) -> None:
+    """Measures a model on sets of problems; the last line of stdout is one JSON object. Started
+    again after a kill it goes on where it was."""
+    from .config.load import ConfigError
+    from .evaluation.command import evaluate_command
+
+    try:
+        result = evaluate_command(
+            model, data or (), overrides or (), step=step, against=against, ks=k or (), out=out
+        )
+    except ConfigError as error:
+        fail(str(error), USAGE)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on", INTERRUPTED)
+    except Exception as error:  # the last line must say why it failed, whatever failed
+        import traceback
+
+        traceback.print_exc()
+        fail(f"{type(error).__name__}: {error}", FAILED)
+    print(json.dumps(result), flush=True)
+
+
 @app.command(epilog="Example: emberl presets")
 def presets() -> None:
     """The values of `algorithm`: each with its paper and the settings that it stands for."""

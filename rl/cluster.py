@@ -29,16 +29,17 @@ from ..rollout.worker import RolloutWorker
 from .config.load import Config, ConfigError
 from .learner.group import PUBLISHING, LearnerGroup
 from .learner.rank import LearnerRank, RankSpec
-from .placement import ActorSlot, check_capacity, plan_placement, resources_text
+from .placement import ROLES, ActorSlot, Role, check_capacity, plan_placement, resources_text
 
 
 class Cluster:
     """A context: Ray joined or started on entry; actors, placement group and, if it was started
     here, Ray gone on exit."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, roles: tuple[Role, ...] = ROLES) -> None:
+        """roles: who is started; without learners `spawn` gives a group of none."""
         self.config = config
-        self.placement = plan_placement(config)
+        self.placement = plan_placement(config, roles)
         self.address = config.cluster.address or os.environ.get("RAY_ADDRESS")
         self._group: Any = None
         self._actors: list[Any] = []
@@ -154,7 +155,9 @@ class Cluster:
             timeout=config.rollout.timeout,
             sync_timeout=config.sync.timeout,
             max_samples=(
-                QUEUE_DEPTH * config.rollout.max_num_seqs if config.schedule.max_staleness else None
+                QUEUE_DEPTH * config.rollout.max_num_seqs
+                if config.schedule.max_staleness or not ranks
+                else None
             ),
             respawn=self.respawn,
             max_restarts=config.rollout.max_restarts,
@@ -182,7 +185,8 @@ class Cluster:
     def wait(self) -> None:
         """Until every actor has its model and the learners have met."""
         timeout = self.config.cluster.start_timeout
-        self.learners.connect(self._model_path, timeout)
+        if self.learners.ranks:
+            self.learners.connect(self._model_path, timeout)
         gather(
             self._ready,
             who="rollout worker",

@@ -42,6 +42,8 @@ class Outcome:
     vote."""
     tokens: tuple[int, ...]
     """Sampled ones."""
+    thoughts: tuple[int, ...]
+    """Of these, those of the thoughts; 0 where they are not told apart."""
     cut: tuple[bool, ...]
     """Whether the answer ended at the most tokens."""
     kind: str | None = None

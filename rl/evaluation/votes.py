@@ -49,6 +49,7 @@ def outcomes(
             scores=tuple(v.score for v in group.verdicts),
             votes=tuple(votes),
             tokens=tuple(c.num_sampled for c in group.completions),
+            thoughts=(0,) * len(group.completions),
             cut=tuple(c.finish_reason == "length" for c in group.completions),
             kind=str(group.prompt.columns["kind"]) if "kind" in group.prompt.columns else None,
         )

@@ -33,6 +33,7 @@ def outcome(problem: str, right: int, n: int) -> Outcome:
         scores=(1.0,) * right + (0.0,) * (n - right),
         votes=(0,) * right + (1,) * (n - right),
         tokens=(5,) * n,
+        thoughts=(0,) * n,
         cut=(False,) * n,
     )
 
