@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,8 @@ import typer
 from .weights.history_commands import app as patches
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from .config.load import Config
 
 app = typer.Typer(
@@ -159,6 +162,63 @@ def evaluate(
         traceback.print_exc()
         fail(f"{type(error).__name__}: {error}", FAILED)
     print(json.dumps(result), flush=True)
+
+
+@app.command(epilog="Example: emberl chat models/smollm2-135m temperature=0.7")
+def chat(
+    model: Annotated[
+        str, typer.Argument(help="A run's folder, a folder of weights, a GGUF file or a Hub id.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="E.g. temperature=0.7 system_prompt=... thinking.mode=fast."),
+    ] = None,
+) -> None:
+    """Talks with a model; thoughts are shown apart. From a pipe each line is a turn."""
+    from .evaluation.talk import chat_command
+
+    _talking(
+        lambda console: chat_command(
+            model,
+            ["temperature=0.6", "max_prompt_length=4096", "max_response_length=1024"]
+            + (overrides or []),
+            console,
+        )
+    )
+
+
+@app.command(epilog="Example: emberl sample runs/quickstart --prompt '7+5-3=?' -n 4 | jq .answer")
+def sample(
+    model: Annotated[
+        str, typer.Argument(help="A run's folder, a folder of weights, a GGUF file or a Hub id.")
+    ],
+    prompt: Annotated[
+        list[str], typer.Option(help="What is asked; may be repeated; -: each line of stdin.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="E.g. temperature=0.7 top_p=0.9 thinking.budgets=64 template=none."),
+    ] = None,
+    n: Annotated[int, typer.Option("-n", help="Answers to each prompt.")] = 1,
+) -> None:
+    """Samples answers to prompts; off a terminal each is a line of JSON."""
+    from .evaluation.talk import sample_command
+
+    settings = ["temperature=1.0", f"samples={n}", *(overrides or [])]
+    _talking(lambda console: sample_command(model, prompt, settings, console, sys.stdout))
+
+
+def _talking(talk: Callable[[Console], None]) -> None:
+    from rich.console import Console
+
+    from .config.load import ConfigError
+
+    try:
+        talk(Console(stderr=True, soft_wrap=True))
+    except ConfigError as error:
+        fail(str(error), USAGE)
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @app.command(epilog="Example: emberl presets")

@@ -64,7 +64,7 @@ def open_eval_sets(
                 name=HELD_OUT,
                 prompts=prompts,
                 samples=config.eval.samples,
-                sampling=_sampling(config, None),
+                sampling=sampling_of(config, None),
                 suite=suite,
             )
         )
@@ -120,7 +120,7 @@ def _open(
             raise ValueError(f"{line}; mend them, or set drop=bad")
         tell(f"{key}: left out: {line}")
         prompts = [prompt for row, prompt in enumerate(prompts) if row not in unfit]
-    sampling = _sampling(config, settings)
+    sampling = sampling_of(config, settings)
     longest = sampling.get("max_tokens", config.rollout.max_response_length)
     return EvalSet(
         name=name,
@@ -170,7 +170,7 @@ def _cut(
     return list(prompts)
 
 
-def _sampling(config: Config, own: EvalSetConfig | None) -> dict[str, Any]:
+def sampling_of(config: Config, own: EvalSetConfig | None) -> dict[str, Any]:
     """Fields of `Sampling` in an evaluation: those of `eval`, then the set's own where it has
     any."""
     found = {"temperature": config.eval.temperature, **config.eval.cuts, "seed": config.seed}

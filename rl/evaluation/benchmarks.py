@@ -88,10 +88,10 @@ def named_set(text: str) -> tuple[str, dict[str, Any]]:
     if not equals:
         given, source = "", text
         if text in READY:
-            return text, dict(READY[text])
+            return text, {"name": text, **READY[text]}
     elif given in READY:
         ready = {key: value for key, value in READY[given].items() if key not in _FROM_HUB}
-        return given, ready | {"source": source}
+        return given, {"name": given, **ready, "source": source}
     generated = source == "arithmetic" or source.startswith(GYM)
     if not generated and find_files(source, "--data", "test") is None:
         near = difflib.get_close_matches(source, READY, n=1)

@@ -114,8 +114,6 @@ def compare_folders(ours: Path, others: Path) -> list[dict[str, Any]]:
 def show(result: Mapping[str, Any], console: Console) -> None:
     """The table and the comparisons, for a person."""
     names, lines = table_of(result)
-    if len(lines) <= _ACROSS:  # many figures of few sets read better from top to bottom
-        names, *lines = (list(line) for line in zip(names, *lines, strict=True))
     table = Table(title=f"{result['model']}", title_justify="left")
     for place, name in enumerate(names):
         table.add_column(name.strip(), justify="right" if place else "left", no_wrap=True)
@@ -127,13 +125,17 @@ def show(result: Mapping[str, Any], console: Console) -> None:
 
 
 def table_of(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The names of the columns, and a line for each set, budget and source."""
+    """The names of the columns, and a line for each set, budget and source; of few of these a line
+    for each figure."""
     rows = [line for row in result["sets"] for line in _with_sources(row)]
     budgets = any(row["budget"] is not None for row in result["sets"])
     names = ["set", *(["budget"] if budgets else []), "problems"]
     measured = [key for row in result["sets"] for key in row if "@" in key]
     names += [*dict.fromkeys(measured), "tokens", "truncated", "unparseable", "no verdict"]
-    return names, [[_cell(row, name) for name in names] for row in rows]
+    lines = [[_cell(row, name) for name in names] for row in rows]
+    if len(lines) <= _ACROSS:  # many figures of few sets read better from top to bottom
+        names, *lines = (list(line) for line in zip(names, *lines, strict=True))
+    return names, lines
 
 
 def _with_sources(row: Figures) -> list[Figures]:

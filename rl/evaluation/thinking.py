@@ -61,14 +61,18 @@ class Thoughts:
     def length(self, prompt: Prompt, token_ids: Sequence[int]) -> int:
         """Tokens of the thoughts at the beginning of an answer, the closing tag among them; all
         where nothing closes them, 0 where nothing opens them."""
+        return self._measured(prompt, token_ids)[0]
+
+    def _measured(self, prompt: Prompt, token_ids: Sequence[int]) -> tuple[int, bool]:
+        """Their length, and whether nothing closes them."""
         if not self._opened(prompt, token_ids):
-            return 0
+            return 0, False
         tail: bytes | None = b""
         for count, token in enumerate(token_ids, 1):
             tail = self._close.step(tail, token)
             if tail is None:
-                return count
-        return len(token_ids)
+                return count, False
+        return len(token_ids), True
 
     def _opened(self, prompt: Prompt, token_ids: Sequence[int]) -> bool:
         opening = self.settings.open.strip()
@@ -80,8 +84,10 @@ class Thoughts:
 
     def cut(self, prompt: Prompt, whole: Completion, budget: int) -> Completion | None:
         """The answer with its thoughts ended at `budget` tokens, for an engine to go on from; None
-        where they are no longer than that."""
-        if self.length(prompt, whole.token_ids.tolist()) <= budget:
+        where they are no longer than that, and would not have gone on."""
+        length, still_open = self._measured(prompt, whole.token_ids.tolist())
+        goes_on = length == budget and still_open and whole.finish_reason == "length"
+        if length <= budget and not goes_on:
             return None
         count, ending = len(self.ending), np.array(self.ending, np.int32)
         spans = [
@@ -104,7 +110,7 @@ class Thoughts:
 def split(text: str, settings: ThinkingConfig, *, opened: bool = False) -> tuple[str, str]:
     """(thoughts, answer) of the text of an answer, tags left out. opened: the prompt opened them."""
     begin, said = settings.open.strip(), text.lstrip()
-    if not begin or not (opened or said.startswith(begin)):
+    if not (opened or said.startswith(begin)) or (not begin and settings.close not in text):
         return "", text
     thought, closed, answer = said.removeprefix(begin).partition(settings.close)
     return thought.strip("\n"), answer.lstrip("\n") if closed else ""
