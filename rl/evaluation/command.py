@@ -165,7 +165,7 @@ def evaluate_command(
         console.print(line, highlight=False, markup=False)
 
     folder = _evaluate(ours, out, tell)
-    result = json.loads((folder / RESULT).read_text())
+    result: dict[str, Any] = json.loads((folder / RESULT).read_text())
     if other is not None:
         there = other if isinstance(other, Path) else _evaluate(other, None, tell)
         name = json.loads((there / RESULT).read_text())["model"]

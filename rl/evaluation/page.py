@@ -73,7 +73,8 @@ def _spread(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
 
 def _data(folder: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     numbers: dict[tuple[str, str], int] = {}
-    problems, samples = [], []
+    problems: list[dict[str, Any]] = []
+    samples: list[dict[str, Any]] = []
     thinking = _thinking(folder)
     for row in rows:
         key = (row["set"], row["problem"])

@@ -63,7 +63,7 @@ def sets_of(cells: Mapping[Cell, Sequence[Outcome]], ks: Sequence[int]) -> list[
     """A row of figures for each set and budget, with its sources where there are several."""
     rows = []
     for (name, budget), outcomes in cells.items():
-        row = {"set": name, "budget": budget} | figures(outcomes, ks)
+        row: Figures = {"set": name, "budget": budget} | figures(outcomes, ks)
         sources = by_source(outcomes)
         if len(sources) > 1:
             row["sources"] = {each: figures(part, ks) for each, part in sources.items()}

@@ -110,8 +110,8 @@ def outcomes_of(folder: Path) -> dict[Cell, list[Outcome]]:
     where a sample is missing or there twice."""
     cells: dict[Cell, dict[str, list[dict[str, Any]]]] = {}
     for row in read(folder, _FIGURES).to_pylist():
-        cell = cells.setdefault((row["set"], row["budget"]), {})
-        cell.setdefault(row["problem"], []).append(row)
+        problems = cells.setdefault((row["set"], row["budget"]), {})
+        problems.setdefault(row["problem"], []).append(row)
     found: dict[Cell, list[Outcome]] = {}
     for cell, problems in sorted(cells.items(), key=lambda c: (c[0][0], c[0][1] or 1 << 40)):
         found[cell] = [_outcome(name, rows) for name, rows in sorted(problems.items())]

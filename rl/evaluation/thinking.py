@@ -67,11 +67,12 @@ class Thoughts:
         """Their length, and whether nothing closes them."""
         if not self._opened(prompt, token_ids):
             return 0, False
-        tail: bytes | None = b""
+        tail = b""
         for count, token in enumerate(token_ids, 1):
-            tail = self._close.step(tail, token)
-            if tail is None:
+            after = self._close.step(tail, token)
+            if after is None:
                 return count, False
+            tail = after
         return len(token_ids), True
 
     def _opened(self, prompt: Prompt, token_ids: Sequence[int]) -> bool:
