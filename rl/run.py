@@ -21,7 +21,7 @@ from ..rewards.suite import RewardSuite
 from ..rollout.pool import RolloutPool
 from ..rollout.samples import Completion, Prompt, Sampling
 from .answers import AnswerReader
-from .checkpoints import Progress, begin_checkpoint, finish_checkpoint
+from .checkpoints import Progress, asked_to_stop, begin_checkpoint, finish_checkpoint
 from .config.load import Config
 from .data.sources import PromptSource
 from .groups import Group
@@ -198,8 +198,8 @@ class Run:
         finish_checkpoint(folder, self.progress, self.config.checkpoint.keep, self.config)
 
     def stop_if_asked(self) -> None:
-        """Between two steps: saves and raises `Interrupted` if a signal came."""
-        if self.stop.is_set():
+        """Between two steps: saves and raises `Interrupted` if a signal or `emberl stop` came."""
+        if self.stop.is_set() or asked_to_stop(self.run_dir):
             self.wait_published()
             self.save()
             raise Interrupted

@@ -65,7 +65,10 @@ class RolloutPool:
         """Workers that were replaced."""
         self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[None]] = set()
-        threading.Thread(target=self._loop.run_forever, daemon=True, name="rollout-pool").start()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, daemon=True, name="rollout-pool"
+        )
+        self._thread.start()
 
     @property
     def workers(self) -> tuple[Any, ...]:
@@ -155,11 +158,25 @@ class RolloutPool:
         now = time.monotonic()
         return [seat.idle + (0.0 if seat.jobs else now - seat.idle_since) for seat in self._seats]
 
+    def close(self) -> None:
+        """Nothing is asked and no worker replaced after this; what was asked fails or has no outcome. Before
+        the workers are ended: one that is lost would be replaced, which starts Ray where it is
+        gone."""
+        self._respawn = None
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop)
+            self._thread.join(timeout=10)
+
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         # every wait inside has a deadline
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     # Below, everything runs in the pool's thread.
+
+    def _stop(self) -> None:
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.call_soon(self._loop.stop)
 
     def _deal(self, jobs: Sequence[Job]) -> None:
         """Gives jobs to the workers that have the least to do; what they may not take yet stays in

@@ -4,10 +4,14 @@ had."""
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+# a call of Ray's without a cluster is an error, and does not start or join one for good
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 
 def _model(name: str) -> ModuleType:

@@ -264,8 +264,8 @@ def _sample(
         stop_token_ids=reader.stop_token_ids,
         stop=config.rollout.stop,
     )
-    with Cluster(config, roles=("rollout",)) as cluster:
-        _, pool = cluster.spawn(path, uuid.uuid4().hex)
+    with Cluster(config, tell, roles=("rollout",)) as cluster:
+        _, pool = cluster.spawn(path, uuid.uuid4().hex, store.folder.absolute())
         cluster.wait()
         try:
             for each in sets:

@@ -115,6 +115,8 @@ def _base(model: Named, sets: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         tree["model"] |= {"path": model.path, "tiny": None, "lora": None}
         tree["cluster"]["colocated"] = False
         tree["schedule"]["passes"] = None
+        tree["checkpoint"]["history"] = False
+        tree["sync"]["transport"] = "auto"
     else:
         tree = {
             "name": "eval",
