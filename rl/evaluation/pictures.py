@@ -99,7 +99,9 @@ def _budget(folder: Path, result: Mapping[str, Any], pyplot: Any) -> Any:
             left.axhline(figure_free, color=colour, linestyle=":", label=f"{name}, no budget")
         ordered = sorted(rows, key=lambda row: row["tokens"])
         _line(right, ordered, [row["tokens"] for row in ordered], colour, name)
+    budgets = sorted({row["budget"] for row in result["sets"] if row["budget"] is not None})
     left.set_xscale("log", base=2)
+    left.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
     left.set_xlabel("thinking budget (tokens)")
     right.set_xlabel("mean tokens of an answer")
     left.set_ylabel("fraction correct")
@@ -159,7 +161,8 @@ def _lengths(folder: Path, result: Mapping[str, Any], pyplot: Any) -> Any:
     tokens = table["tokens"].to_numpy()[free]
     right = np.array([status == "correct" for status in table["status"].to_pylist()])[free]
     figure, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
-    edges = np.histogram_bin_edges(tokens, bins=40)
+    step = max(1, -(-int(np.ptp(tokens)) // 40))
+    edges = np.arange(tokens.min(), tokens.max() + 2 * step, step) - 0.5
     axes.hist(
         [tokens[right], tokens[~right]],
         bins=edges,

@@ -12,6 +12,7 @@ from emberl.rl.config.data import TinyConfig
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.evaluation.talk import Part, Talker, _Voice
 
+FRANCE, PARIS = "What is the capital of France?", "The capital of France is Paris."
 EMBERL = str(Path(sys.executable).with_name("emberl"))
 
 
@@ -34,17 +35,16 @@ def run(
 def test_a_real_model_answers_from_a_pipe(smollm2: Path) -> None:
     """Greedy, so that the second turn shows that it has the first in view."""
     short = ("temperature=0", "max_response_length=24", "model.dtype=float32")
-    done = run("chat", smollm2, *short, said="My name is Ada.\n\nWhat is my name?\n")
-    first, second = done.stdout.splitlines()
-    assert first and "Ada" in second
-    asked = ("--prompt", "What is the capital of France?", "--prompt", "-")
+    done = run("chat", smollm2, *short, said=f"{FRANCE}\n\nAnd of Italy?\n")
+    assert done.stdout.splitlines() == [PARIS, "The capital of Italy is Rome."]
+    asked = ("--prompt", FRANCE, "--prompt", "-")
     done = run("sample", smollm2, *asked, "-n", "2", *short, said="And of Italy?\n")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(row["prompt"][-6:], row["sample"]) for row in rows] == [
         *(("rance?", 0), ("rance?", 1), ("Italy?", 0), ("Italy?", 1))
     ]
-    assert "Paris" in rows[0]["answer"] and rows[0]["answer"] == rows[1]["answer"]
-    assert "Rome" in rows[2]["answer"]
+    assert [row["answer"] for row in rows[:2]] == [PARIS, PARIS]
+    assert "Rome" not in rows[2]["answer"], "a prompt of its own, without what was said before"
     assert all(0 < row["tokens"] <= 24 and row["logprob"] < 0 for row in rows)
 
 
