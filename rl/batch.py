@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -15,8 +15,10 @@ from ..rollout.samples import Completion
 from .algorithm.advantages import batch_advantages, kl_estimate, token_rewards
 from .algorithm.aggregation import token_weights
 from .config.algorithm import AdvantageConfig, KLConfig, LossConfig
+from .config.distill import DistillConfig
 from .config.load import Config, ConfigError, user_errors
 from .data.sources import PromptSource
+from .data.supervised import Example
 from .data.templates import end_token, supervised_ids
 from .groups import Batch, Group
 
@@ -31,89 +33,97 @@ def make_batch(
     max_length: int,
     keep_all: bool = False,
     mask_cut: bool = False,
-    observe: Callable[[Batch], None] | None = None,
 ) -> Batch | None:
-    """`make_batches` for one update; None if no token is left that could train."""
-    batches = make_batches(
-        groups,
-        loss,
-        advantage,
-        max_length=max_length,
-        keep_all=keep_all,
-        mask_cut=mask_cut,
-        observe=observe,
+    """The batch of a step with one update, for which the learners need say nothing first; None if
+    no token is left that could train. The arguments are those of `flat_batch` and `updates_of`."""
+    whole = flat_batch(groups, loss, max_length=max_length, mask_cut=mask_cut)
+    if whole is None:
+        return None
+    whole = with_token_advantages(whole, advantage, None)
+    batches = updates_of(
+        whole, groups, loss, max_length=max_length, keep_all=keep_all, mask_cut=mask_cut
     )
     return batches[0] if batches else None
 
 
-def make_batches(
+def flat_batch(
     groups: Sequence[Group],
     loss: LossConfig,
-    advantage: AdvantageConfig,
     *,
-    parts: int = 1,
     max_length: int,
-    keep_all: bool = False,
     mask_cut: bool = False,
-    kl: KLConfig | None = None,
-    estimate: Callable[[Batch], Batch] | None = None,
-    observe: Callable[[Batch], None] | None = None,
-) -> list[Batch]:
-    """All completions that have a verdict as up to `parts` batches, one for each update, of whole
-    groups in their order.
-
-    Advantages are whitened over all parts together; weights and denominators are a part's own (as
-    verl's mini-batches). After that, a completion whose advantage is exactly 0 is left out of the
-    passes, since its gradient is exactly 0 (`keep_all` keeps it, for a loss with a KL or entropy
-    term); the denominators still count it. A part in which no token is left that could train is
-    left out.
+    distill: DistillConfig | None = None,
+) -> Batch | None:
+    """All completions that have a verdict, group by group; None if there is none. The advantages
+    are those of the groups.
 
     max_length: the longest answer, `seq-mean-token-sum-norm`'s constant where `loss.norm_const` is
     empty. mask_cut: completions that were cut at that length do not train (`filter.overlong_mask`).
-    kl: with kl.place=reward the penalty is taken from the rewards of tokens.
-    estimate: adds to the whole batch what only the learners can say: old and reference log-probs,
-    values. observe: is shown the whole batch, advantages and all, before anything is split or left
-    out.
+    distill: says which teacher each has.
     """
     rows = [
-        (number, group.prompt.token_ids, completion, advantage_of, verdict.status == Status.CORRECT)
-        for number, group in enumerate(groups)
+        (group.prompt, completion, advantage_of, verdict.status == Status.CORRECT)
+        for group in groups
         for completion, verdict, advantage_of in zip(
             group.completions, group.verdicts, _advantages(group), strict=True
         )
         if _trains(completion, verdict, mask_cut)
     ]
     if not rows:
-        return []
-    norm_const = float(loss.norm_const or max_length)
+        return None
     whole = _flat(
         [
-            np.concatenate([prompt, completion.token_ids]).astype(np.int32)
-            for _, prompt, completion, _, _ in rows
+            np.concatenate([prompt.token_ids, completion.token_ids]).astype(np.int32)
+            for prompt, completion, _, _ in rows
         ],
-        [len(prompt) for _, prompt, _, _, _ in rows],
-        [completion.logprobs for _, _, completion, _, _ in rows],
-        [float(advantage_of) for _, _, _, advantage_of, _ in rows],
+        [len(prompt.token_ids) for prompt, _, _, _ in rows],
+        [completion.logprobs for _, completion, _, _ in rows],
+        [float(advantage_of) for _, _, advantage_of, _ in rows],
         loss,
-        norm_const,
-        [completion.mask for _, _, completion, _, _ in rows],
+        float(loss.norm_const or max_length),
+        [completion.mask for _, completion, _, _ in rows],
     )
-    right = np.array([correct for _, _, _, _, correct in rows])
+    right = np.array([correct for *_, correct in rows])
     whole = replace(whole, correct_T=right[whole.sequence_ids_T])
-    if estimate is not None:
-        whole = estimate(whole)
-    if advantage.per_token:
-        whole = with_token_advantages(whole, advantage, kl)
-    if observe is not None:
-        observe(whole)
-    if parts == 1:
-        batches = [whole]
-    else:
-        owner = np.array([number for number, *_ in rows])
+    if distill is None or not distill.active:
+        return whole
+    teachers = np.array([distill.teacher_of(prompt.source) for prompt, *_ in rows], np.int32)
+    return replace(whole, teacher_ids_T=teachers[whole.sequence_ids_T])
+
+
+def updates_of(
+    whole: Batch,
+    groups: Sequence[Group],
+    loss: LossConfig,
+    *,
+    parts: int = 1,
+    max_length: int,
+    keep_all: bool = False,
+    mask_cut: bool = False,
+) -> list[Batch]:
+    """The whole batch of these groups (`flat_batch`) as up to `parts` batches, one for each update,
+    of whole groups in their order.
+
+    Weights and denominators are a part's own (as verl's mini-batches). A completion whose advantage
+    is exactly 0 is left out of the passes, since its gradient is exactly 0 (`keep_all` keeps it,
+    for a loss with a KL or entropy term); the denominators still count it. A part in which no token
+    is left that could train is left out.
+    """
+    batches = [whole]
+    if parts > 1:
+        owner = np.array(
+            [
+                number
+                for number, group in enumerate(groups)
+                for completion, verdict in zip(group.completions, group.verdicts, strict=True)
+                if _trains(completion, verdict, mask_cut)
+            ]
+        )
         shares = [
             np.flatnonzero(np.isin(owner, share))
             for share in np.array_split(np.arange(len(groups)), parts)
         ]
+        norm_const = float(loss.norm_const or max_length)
         batches = [
             _own_weights(whole.select(share.tolist()), loss, norm_const)
             for share in shares
@@ -127,19 +137,6 @@ def make_batches(
     ]
 
 
-def denominator(groups: Sequence[Group], loss: LossConfig, *, mask_cut: bool = False) -> int:
-    """What the weights of these groups' tokens were divided by that depends on how many there are:
-    their loss tokens with `token-mean`, else their completions. With it parts of a step add up to
-    the whole: sum_p D_p loss_p / sum_p D_p."""
-    lengths = [
-        completion.num_sampled
-        for group in groups
-        for completion, verdict in zip(group.completions, group.verdicts, strict=True)
-        if _trains(completion, verdict, mask_cut)
-    ]
-    return sum(lengths) if loss.aggregation == "token-mean" else len(lengths)
-
-
 def _trains(completion: Completion, verdict: Verdict, mask_cut: bool) -> bool:
     return (
         verdict.trains
@@ -150,7 +147,10 @@ def _trains(completion: Completion, verdict: Verdict, mask_cut: bool) -> bool:
 
 def with_token_advantages(batch: Batch, advantage: AdvantageConfig, kl: KLConfig | None) -> Batch:
     """The batch, whose advantages are scores so far, with the advantage of each token and, with a
-    critic, its targets."""
+    critic, its targets. They are whitened over all updates together. kl: with kl.place=reward the
+    penalty is taken from the rewards of tokens."""
+    if not advantage.per_token:
+        return batch
     penalty = None
     if kl is not None and kl.active and kl.place == "reward":
         assert batch.reference_logp_T is not None, "kl.place=reward, but there is no reference"
@@ -172,6 +172,22 @@ def with_token_advantages(batch: Batch, advantage: AdvantageConfig, kl: KLConfig
         kl_penalty=penalty,
     )
     return replace(batch, advantages_T=advantages, returns_T=returns)
+
+
+def with_teachers(batch: Batch, distill: DistillConfig) -> Batch:
+    """The batch with its advantages times `distill.reward_coef` and, where teachers are asked about
+    the sampled tokens, plus `distill.coef` times log(teacher / policy) of each token. The policy is
+    the one that sampled, so that the mean is the reverse KL at its own prefixes."""
+    if not distill.active:
+        return batch
+    advantages = distill.reward_coef * np.asarray(batch.advantages_T, np.float64)
+    if distill.on_samples:
+        assert batch.teacher_logp_T is not None and batch.teacher_ids_T is not None
+        old_T = batch.behaviour_logp_T if batch.old_logp_T is None else batch.old_logp_T
+        gap = batch.teacher_logp_T - np.asarray(old_T, np.float64)
+        taught = batch.loss_mask_T & (batch.teacher_ids_T >= 0) & np.isfinite(gap)
+        advantages += distill.coef * np.where(taught, gap, 0.0)
+    return replace(batch, advantages_T=advantages)
 
 
 def _own_weights(batch: Batch, loss: LossConfig, norm_const: float) -> Batch:
@@ -231,15 +247,26 @@ def demonstration(solution: str, position: int, direct: float) -> str:
 def sft_batch(examples: Sequence[tuple[Sequence[int], int]]) -> Batch:
     """(token ids, length of the prompt in them) pairs as a batch whose loss is the answers' mean
     negative log-likelihood."""
-    sequences = [np.array(token_ids, dtype=np.int32) for token_ids, _ in examples]
-    zeros = [np.zeros(len(token_ids) - start, np.float32) for token_ids, start in examples]
+    return example_batch(
+        [
+            Example(token_ids=tuple(ids), learnt=np.arange(len(ids)) >= start)
+            for ids, start in examples
+        ]
+    )
+
+
+def example_batch(examples: Sequence[Example]) -> Batch:
+    """Sequences as a batch whose loss is the learnt tokens' mean negative log-likelihood."""
+    starts = [int(each.learnt.argmax()) for each in examples]
+    masks = [each.learnt[start:] for each, start in zip(examples, starts, strict=True)]
     return _flat(
-        sequences,
-        [start for _, start in examples],
-        zeros,
+        [np.array(each.token_ids, dtype=np.int32) for each in examples],
+        starts,
+        [np.zeros(len(mask), np.float32) for mask in masks],
         [1.0] * len(examples),
         LossConfig(aggregation="token-mean"),
         1.0,
+        masks,
     )
 
 

@@ -133,8 +133,6 @@ class Cluster:
     def close(self) -> None:
         """Ends every actor of ours, gives the placement back, and shuts Ray down if it was started
         here. Idempotent."""
-        if self.pool is not None:
-            self.pool.close()
         if ray.is_initialized():
             for actor in self._actors:
                 ray.kill(actor)
@@ -247,6 +245,8 @@ class Cluster:
         its model. What Ray raises where that fails is the caller's."""
         seat, spec = self._specs[index]
         assert self.pool is not None
+        if self._group is None:  # everything ends: a call of Ray's would start another cluster
+            raise TimeoutError("the run is over")
         ray.kill(self.pool.workers[index])
         handle = self._spawn(RolloutWorker, seat, spec)
         ray.get(handle.ready.remote(), timeout=self.config.cluster.start_timeout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,10 +29,10 @@ class Evaluation:
     metrics: dict[str, float]
 
 
-def evaluate(run: Run) -> Evaluation:
+async def evaluate(run: Run) -> Evaluation:
     """Samples answers to all sets of held-out problems with the weights that the engines serve,
     marks and logs them."""
-    run.wait_published()
+    await run.weights.delivered()
     step, shown = run.progress.step, run.config.tracking.samples
     found: dict[str, float] = {}
     show: dict[str, str] = {}
@@ -39,10 +40,11 @@ def evaluate(run: Run) -> Evaluation:
     results: list[Evaluation] = []
     for problems in run.eval_sets:
         sampling = problems.sampled(run.sampling(0))
-        for budget, groups in _groups(run, problems, sampling).items():
+        for budget, groups in (await _groups(run, problems, sampling)).items():
             texts = [[run.answers.text(g.prompt, c) for c in g.completions] for g in groups]
             name = problems.name if budget is None else f"{problems.name}@{budget}"
-            result = summarise(groups, texts, by_reward(problems.suite), name)
+            same = by_reward(problems.suite)
+            result = await asyncio.to_thread(summarise, groups, texts, same, name)
             found |= result.metrics
             show |= _line(name or "held-out", result)
             if budget is None:
@@ -61,16 +63,17 @@ def evaluate(run: Run) -> Evaluation:
     )
 
 
-def _groups(run: Run, problems: EvalSet, sampling: Sampling) -> dict[int | None, list[Group]]:
+async def _groups(run: Run, problems: EvalSet, sampling: Sampling) -> dict[int | None, list[Group]]:
     """By thinking budget (None: without one) the graded answers, in the order of the problems;
     marked while others are still decoded."""
     found: dict[int | None, dict[int, Group]] = {}
     prompts = problems.prompts
-    for index, budget, completions in sampled(
+    async for index, budget, completions in sampled(
         run.pool, prompts, problems.samples, sampling, problems.thinking
     ):
-        group = run.grade(prompts[index], completions, problems.suite, sampling.max_tokens)
-        found.setdefault(budget, {})[index] = group
+        found.setdefault(budget, {})[index] = await asyncio.to_thread(
+            run.grade, prompts[index], completions, problems.suite, sampling.max_tokens
+        )
     return {budget: [groups[i] for i in range(len(prompts))] for budget, groups in found.items()}
 
 

@@ -1,24 +1,24 @@
 """The feed: keeps the rollout workers busy, has their answers marked as they come in, and hands the
 loop its groups.
 
-The loop calls `take` once a step; between two calls the workers decode on, as far ahead as
-`schedule.max_staleness` lets them, and graders mark what they finish.
+The loop awaits `take` once a step; between two calls the workers decode on, as far ahead as
+`schedule.max_staleness` lets them, and graders, in threads, mark what they finish.
 """
 
 from __future__ import annotations
 
-import threading
+import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from ..rollout.actors import ActorLostError
-from ..rollout.jobs import Job, Outcome
-from ..rollout.samples import Completion, Prompt
+from ..rollout.jobs import Job
+from ..rollout.samples import Completion
 from ..rollout.schedule import Schedule
 from .groups import Group
 from .run import Run
@@ -33,7 +33,7 @@ RL step in which it was admitted, which gives the seed of its draws."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Feed:
-    """What one step, or a part of it, got."""
+    """The groups of one step."""
 
     groups: list[Group]
     """In order of admission; with dynamic sampling those without a signal too, for the step's
@@ -76,69 +76,86 @@ class GroupFeed:
         self._patience = (
             turns * (rollout.timeout + rollout.environment_timeout) + 2 * replaced + graded
         )
-        self._changed = threading.Condition(threading.RLock())
-        self._graders = ThreadPoolExecutor(GRADERS, thread_name_prefix="grader")
-        run.pool.on_served = partial(self._locked, self._admit)
+        self._changed = asyncio.Event()
+        self._grading = asyncio.Semaphore(GRADERS)
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    def __enter__(self) -> GroupFeed:
+    async def __aenter__(self) -> GroupFeed:
+        self._begin(self._follow_versions(self._run.pool.served))
         return self
 
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._failure = self._failure or RuntimeError("the feed was closed")
-            self._run.pool.on_served = lambda: None
-        self._graders.shutdown(wait=False, cancel_futures=True)
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
 
-    def take(self, step: int) -> Feed:
+    async def take(self, step: int) -> Feed:
         """The groups of this step, fresh enough to train on the version that is served now; asks
         for more first.
 
         Raises what made a worker, or the marking of its answers, fail.
         """
-        (feed,) = self.stream(step, 1)
-        return feed
-
-    def stream(self, step: int, parts: int) -> Iterator[Feed]:
-        """The same in so many parts, each as soon as there are enough groups for it, whichever
-        these are."""
-        with self._changed:
-            if self._failure is not None:
-                raise self._failure
-            self._step, version = step, self._run.progress.version
-            self._without_signal = len(self._dropped)
-            self._evict(self._schedule.close(version, min(self._run.pool.served, version)))
-            self._schedule.check()
-        for size in np.diff(np.linspace(0, self._per_step, parts + 1).round().astype(int)):
-            yield self._part(int(size))
-
-    def _part(self, size: int) -> Feed:
+        self._raise_failure()
+        self._step, version = step, self._run.progress.version
+        self._without_signal = len(self._dropped)
+        self._evict(self._schedule.close(version, min(self._run.pool.served, version)))
+        self._schedule.check()
         start = time.perf_counter()
-        with self._changed:
-            while True:
-                if self._failure is not None:
-                    raise self._failure
-                self._run.check_delivery()
-                self._admit()
-                if (taken := self._schedule.take(self._at_most(size))) is not None:
-                    break
-                graded = self._run.suite.finished
-                if not self._changed.wait(self._patience) and self._run.suite.finished == graded:
-                    raise ActorLostError(
-                        f"no group came within {self._patience:g} s, though"
-                        f" {self._schedule.running} are under way"
-                    )
-            sampled = sorted([*taken, *self._dropped], key=lambda pair: pair[0])
-            self._dropped = []
-            for number, _ in taken:
-                del self._open[number]
-            pending = (*self._again, *(self._open[number][0] for number in self._schedule.open))
-            self._run.progress = self._run.progress.advance(
-                position=self._position, pending=pending
+        while True:
+            self._raise_failure()
+            self._changed.clear()
+            self._admit()
+            if (taken := self._schedule.take(self._wanted())) is not None:
+                break
+            await self._change()
+        sampled = sorted([*taken, *self._dropped], key=lambda pair: pair[0])
+        self._dropped = []
+        for number, _ in taken:
+            del self._open[number]
+        pending = (*self._again, *(self._open[number][0] for number in self._schedule.open))
+        self._run.progress = self._run.progress.advance(position=self._position, pending=pending)
+        waited = time.perf_counter() - start
+        metrics = self._figures.of_step(self._schedule)
+        self._figures.took([group for _, group in taken])
+        return Feed(groups=[group for _, group in sampled], waited=waited, metrics=metrics)
+
+    async def _change(self) -> None:
+        """Until a group has come, a version is served, or something has failed."""
+        changed = asyncio.create_task(self._changed.wait())
+        delivery = self._run.weights.under_way
+        waiting: set[asyncio.Task[Any]] = {changed}
+        if delivery is not None and not delivery.done():
+            waiting.add(delivery)
+        graded = self._run.suite.finished
+        done, _ = await asyncio.wait(waiting, timeout=self._patience, return_when="FIRST_COMPLETED")
+        changed.cancel()
+        if not done and self._run.suite.finished == graded:
+            raise ActorLostError(
+                f"no group came within {self._patience:g} s, though"
+                f" {self._schedule.running} are under way"
             )
-            waited = time.perf_counter() - start
-            metrics = self._figures.of_step(self._schedule)
-            self._figures.took([group for _, group in taken])
-            return Feed(groups=[group for _, group in sampled], waited=waited, metrics=metrics)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self._run.weights.check()
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._failure = self._failure or error
+            self._changed.set()
+
+    async def _follow_versions(self, version: int) -> None:
+        """There is more room with every version that the workers serve."""
+        while True:
+            version = await self._run.pool.served_after(version)
+            self._admit()
+            self._changed.set()
 
     def _evict(self, numbers: Sequence[int]) -> None:
         """Stops groups that are too old, or that were started to spare."""
@@ -146,11 +163,10 @@ class GroupFeed:
             self._run.pool.cut([self._open[number][1] for number in numbers])
         self._open = {number: self._open[number] for number in self._schedule.open}
 
-    def _at_most(self, size: int) -> int:
-        """How many groups there will be for a part of this size: fewer where too many had no
-        signal."""
+    def _wanted(self) -> int:
+        """How many groups there will be: fewer than a step's where too many had no signal."""
         exhausted = self._without_signal > self._most_dropped and not self._schedule.running
-        return min(size, self._schedule.ready) if exhausted else size
+        return min(self._per_step, self._schedule.ready) if exhausted else self._per_step
 
     def _admit(self) -> None:
         """Asks for as many groups as the schedule has room for."""
@@ -174,73 +190,34 @@ class GroupFeed:
             self._admitted += 1
             schedule.admit(number)
             self._open[number] = (ticket, jobs[-1])
+            self._begin(self._mark(number, jobs[-1]))
         if jobs:
             self._run.pool.submit(jobs)
 
     def _job(self, number: int, position: int, step: int) -> Job:
-        prompt = self._run.source.train(position)
         return Job(
-            prompt=prompt,
+            prompt=self._run.source.train(position),
             n=self._run.config.rollout.group_size,
             sampling=self._run.sampling(step),
-            deliver=partial(self._decoded, number, prompt),
-            reissued=partial(self._locked, lambda: self._schedule.reissue(number)),
-            was_cut=self._was_cut,
+            reissued=partial(self._schedule.reissue, number),
+            was_cut=self._figures.was_cut,
         )
 
-    def _decoded(self, number: int, prompt: Prompt, outcome: Outcome) -> None:
-        """In the pool's thread: has the group marked in another."""
-        if isinstance(outcome, Exception):
-            self._fail(outcome)
+    async def _mark(self, number: int, job: Job) -> None:
+        """Has the group marked once it is there."""
+        completions = await job.outcome
+        async with self._grading:
+            group = await asyncio.to_thread(self._run.grade, job.prompt, completions)
+        if number not in self._open:  # it was cut while it was marked
             return
-        try:
-            marking = self._graders.submit(self._run.grade, prompt, outcome)
-        except RuntimeError:  # the feed was closed meanwhile
-            return
-        marking.add_done_callback(partial(self._marked, number, outcome))
-
-    def _marked(
-        self, number: int, completions: tuple[Completion, ...], marking: Future[Group]
-    ) -> None:
-        if marking.cancelled():
-            return
-        if (error := marking.exception()) is not None:
-            self._fail(error)
-            return
-        group = marking.result()
-
-        def enter() -> None:
-            if number not in self._open:  # it was cut while it was marked
-                return
-            self._schedule.finish(
-                number, (number, group), min(c.oldest_version for c in completions)
-            )
-            if self._dynamic and not group.has_signal:
-                self._schedule.drop(number)
-                self._dropped.append((number, group))
-                self._without_signal += 1
-                del self._open[number]
-                self._admit()
-
-        self._locked(enter)
-
-    def _was_cut(self, parts: tuple[Completion, ...]) -> None:
-        self._locked(lambda: self._figures.was_cut(parts))
-
-    def _locked(self, change: Callable[[], None]) -> None:
-        with self._changed:
-            try:
-                change()
-            # this runs in others' threads, which would swallow it: the loop must get it
-            except Exception as error:
-                self._failure = self._failure or error
-            self._changed.notify_all()
-
-    def _fail(self, error: BaseException) -> None:
-        def enter() -> None:
-            self._failure = self._failure or error
-
-        self._locked(enter)
+        self._schedule.finish(number, (number, group), min(c.oldest_version for c in completions))
+        if self._dynamic and not group.has_signal:
+            self._schedule.drop(number)
+            self._dropped.append((number, group))
+            self._without_signal += 1
+            del self._open[number]
+            self._admit()
+        self._changed.set()
 
 
 def censored_mean(finished: Sequence[int], cut: Sequence[int]) -> float:

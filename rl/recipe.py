@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,18 +16,14 @@ from ..rewards.suite import RewardSuite, build_suite
 from ..rollout.actors import ActorLostError
 from ..rollout.engine import check_engine
 from ..rollout.stops import token_bytes
-from ..rollout.vllm_backend.compat import transfer_backend
 from .algorithm.losses import Objective
-from .batch import demonstrations
 from .checkpoints import (
     PROGRESS,
     SETTINGS,
     Progress,
     check_resumed,
     latest_checkpoint,
-    open_run_dir,
     read_progress,
-    trim_metrics,
 )
 from .cluster import Cluster
 from .config.cautions import cautions, said_at_start
@@ -38,10 +34,14 @@ from .environments import episodes_of, load_environment
 from .eval_sets import open_eval_sets
 from .model_files import check_adapters, check_model, load_tokenizer, prepare_model, stop_tokens
 from .preflight import check_inputs
+from .reject import sample_accepted
 from .reward_inputs import reward_input
-from .run import Interrupted, Run, stop_on_signal
+from .run import Interrupted, Run, on_loop, stop_on_signal
+from .run_directory import Resume, alone_in, open_run_dir, trim_metrics
+from .sft import Imitated, open_imitated, train_sft, with_sft_steps
 from .trainer import train_rl
 from .watch.tracking import Tracker, make_console
+from .weights.probe import Level, Probe, probe_ids, tolerance_of
 from .weights.sync import WeightSync
 
 
@@ -51,7 +51,7 @@ class Result:
 
     status: str
     accuracy_start: float | None
-    """Held-out accuracy before the first RL step."""
+    """Held-out accuracy before the first RL step; without RL, before the first supervised one."""
     accuracy_end: float | None
     steps: int
     """RL steps done."""
@@ -68,13 +68,13 @@ class Result:
         return asdict(self)
 
 
-def train(config: Config, *, resume: bool = False, override: bool = False) -> Result:
-    """Runs all stages. Raises `ConfigError` before Ray starts where the fault can be known by
-    then."""
+def train(config: Config, *, resume: Resume = "never", override: bool = False) -> Result:
+    """Runs all stages. resume: go on from the last checkpoint, `auto` if there is one. Raises
+    `ConfigError` before Ray starts where the fault can be known by then."""
     started = time.time()
-    console = make_console()
+    tell = partial(make_console().print, highlight=False, markup=False)
     for line in said_at_start(config):
-        console.print(line, highlight=False, markup=False)
+        tell(line)
     check_inputs(config, hub=True)
     with user_errors():
         check_engine(config.rollout.engine, config.rollout.engine_args, config.rollout.servers)
@@ -83,25 +83,24 @@ def train(config: Config, *, resume: bool = False, override: bool = False) -> Re
         # tries a user's own loss on a tiny batch
         Objective.of(config.loss, config.kl, config.offpolicy)
     check_model(config)
-    cluster = Cluster(config, partial(console.print, markup=False))
-    run_dir, checkpoint = open_run_dir(config, resume)
+    cluster = Cluster(config, tell)
+    run_dir, checkpoint = open_run_dir(config, resume, tell)
     if checkpoint is not None:
         for line in check_resumed(config, checkpoint, override):
-            console.print(f"resumed with {line}", highlight=False, markup=False)
+            tell(f"resumed with {line}")
         started -= read_progress(checkpoint).seconds
     restarts = config.cluster.max_restarts
-    while True:
-        try:
-            return run_attempt(config, cluster, run_dir, checkpoint, started)
-        except ActorLostError as error:
-            checkpoint = latest_checkpoint(run_dir)
-            if not restarts or checkpoint is None:
-                raise
-            restarts -= 1
-            make_console().print(
-                f"{error}; all actors are started anew from {checkpoint.name}", markup=False
-            )
-            cluster = Cluster(config, partial(console.print, markup=False))
+    with alone_in(run_dir):
+        while True:
+            try:
+                return run_attempt(config, cluster, run_dir, checkpoint, started)
+            except ActorLostError as error:
+                checkpoint = latest_checkpoint(run_dir, tell)
+                if not restarts or checkpoint is None:
+                    raise
+                restarts -= 1
+                tell(f"{error}; all actors are started anew from {checkpoint.name}")
+                cluster = Cluster(config, tell)
 
 
 def run_attempt(
@@ -130,25 +129,30 @@ def run_attempt(
             suite = build_rewards(config, source, tokenizer)
             opened.callback(suite.close)
             config, passes = with_steps(config, source.size)
+            imitated = None
+            if "sft" in config.stages:
+                imitated = open_imitated(config, source, tokenizer)
+                config = with_sft_steps(config, imitated.size)
             tracker = Tracker(config, run_dir, console)
             opened.callback(tracker.close)
-            for note in (*source.notes, *([passes] if passes else [])):
+            learnt = imitated.notes if imitated is not None else ()
+            for note in (*source.notes, *([passes] if passes else []), *learnt):
                 tracker.note(note)
             sets = open_eval_sets(
                 config, source, suite, partial(load_tokenizer, model_path), tracker.note, opened
             )
             cluster.wait()
-            sync = WeightSync(
-                config.sync,
+            probed = min(config.sync.probe_tokens, config.max_model_length - 1)
+            weights = WeightSync(
+                config,
                 learners,
                 pool,
                 run_id=run_id,
                 run_dir=run_dir,
-                history=config.checkpoint.history,
                 fabric=cluster.placement.device != "cpu",
                 tell=tracker.note,
-                backend=transfer_backend(config.rollout.engine_args),
-                ranks=config.rollout.cards,
+                probe=Probe(tolerance_of(config.model.dtype), earlier_noise(progress)),
+                probe_ids=probe_ids(source, probed),
             )
             run = Run(
                 config=config,
@@ -159,7 +163,7 @@ def run_attempt(
                 suite=suite,
                 learners=learners,
                 pool=pool,
-                sync=sync,
+                weights=weights,
                 tracker=tracker,
                 stop=stop,
                 started=started,
@@ -169,12 +173,21 @@ def run_attempt(
             )
             with user_errors():
                 pool.episodes = episodes_of(config, tokenizer, run.answers.said)
-            return go(run, checkpoint)
+            return on_loop(go(run, checkpoint, imitated))
 
 
-def go(run: Run, checkpoint: Path | None) -> Result:
-    """All stages from where `run.progress` stands."""
-    stages: dict[str, Callable[[Run], None]] = {"sft": train_sft, "rl": train_rl}
+def earlier_noise(progress: Progress) -> Level | None:
+    """How far engines and learners were apart in the run's earlier attempts."""
+    logp, p = progress.probe_noise_logp, progress.probe_noise_p
+    return None if logp is None or p is None else Level(logp=logp, p=p)
+
+
+async def go(run: Run, checkpoint: Path | None, imitated: Imitated | None = None) -> Result:
+    """All stages from where `run.progress` stands. imitated: what a supervised stage learns."""
+    stages: dict[str, Callable[[Run], Awaitable[None]]]
+    stages = {"rl": train_rl, "reject": sample_accepted}
+    if imitated is not None:
+        stages["sft"] = partial(train_sft, imitated=imitated)
     names = run.config.stages
     status, published = "ok", False
     try:
@@ -187,20 +200,21 @@ def go(run: Run, checkpoint: Path | None) -> Result:
                 )
             else:
                 run.learners.begin_stage(run.config.sft_optim, run.config.sft.steps)
-            if checkpoint is not None:
+            if checkpoint is not None and name != "reject":  # which changes no weight
                 run.learners.restore(str(checkpoint))
-                checkpoint = None
+            checkpoint = None
             if published:
-                run.probe.begin_stage()
+                run.weights.probe.begin_stage()
             # an earlier stage of this attempt has changed the weights
-            run.publish(new_version=published)
+            await run.publish(new_version=published)
             published = True
-            stages[name](run)
+            await stages[name](run)
             run.progress = run.progress.advance(
                 stage=run.progress.stage + 1, step=0 if name != "rl" else run.progress.step
             )
     except Interrupted:
         status = "interrupted"
+        run.tracker.note(f"saved; add --resume run_dir={run.run_dir} to go on")
     run.tracker.end()
     finish(run)
     progress = run.progress
@@ -222,38 +236,19 @@ def go(run: Run, checkpoint: Path | None) -> Result:
 def finish(run: Run) -> None:
     """The model that a user takes away, and the picture."""
     newest = latest_checkpoint(run.run_dir)
-    if newest is not None:
+    if newest is not None and (newest / "config.json").is_file():
         model = run.run_dir / "model"
         shutil.rmtree(model, ignore_errors=True)
         shutil.copytree(newest, model, ignore=shutil.ignore_patterns("learner", PROGRESS, SETTINGS))
     run.tracker.curve()
 
 
-def train_sft(run: Run) -> None:
-    """The cold start: supervised steps on worked solutions, each problem once."""
-    config = run.config.sft
-    run.tracker.begin("sft", run.progress.step, config.steps)
-    while run.progress.step < config.steps:
-        run.stop_if_asked()
-        position = run.progress.position
-        batch = demonstrations(run.source, run.tokenizer, run.config, position)
-        metrics = run.learners.step(batch, Objective.sft())
-        run.progress = run.progress.advance(
-            step=run.progress.step + 1, position=position + config.batch_size
-        )
-        run.tracker.log(
-            run.progress.step,
-            {"sft/loss": metrics["actor/loss"], **metrics},
-            show={"loss": f"{metrics['actor/loss']:.3f}"},
-        )
-    run.save()
-
-
 def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> RewardSuite:
     """The reward suite, tried on one problem, with every reference of a finite data set checked
     before training."""
     if (
-        config.eval.size != 0
+        config.grades
+        and config.eval.size != 0
         and not source.heldout
         and not (config.eval.sets and config.eval.size is None)
     ):
@@ -264,6 +259,8 @@ def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> Rewar
         )
     with user_errors():
         suite = build_suite({name: part.model_dump() for name, part in config.reward.parts.items()})
+        if not config.grades:
+            return suite
         suite.trial(reward_input(source.train(0), tokenizer, "0"))
         rows = list(source.examples())
         bad = suite.check_references([reward_input(prompt, tokenizer, "") for prompt in rows])

@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..rewards.suite import RewardSuite
+from ..rollout.actors import CallFailedError
 from ..rollout.pool import RolloutPool
 from ..rollout.samples import Completion, Prompt, Sampling
 from .answers import AnswerReader
-from .checkpoints import Progress, asked_to_stop, begin_checkpoint, finish_checkpoint
+from .checkpoints import Progress, begin_checkpoint, finish_checkpoint
 from .config.load import Config
 from .data.sources import PromptSource
 from .groups import Group
 from .learner.group import LearnerGroup
+from .run_directory import asked_to_stop
 from .watch.tracking import Tracker
-from .weights.probe import Level, Probe, as_batch, probe_ids, tolerance_of
 from .weights.sync import WeightSync
 
 if TYPE_CHECKING:
     from .eval_sets import EvalSet
+
+T = TypeVar("T")
+
+CLOSE_S = 5.0
+"""Seconds for tasks that were cancelled."""
+THREADS = 32
+"""Of the driver, for what blocks: grading, learners, starting actors."""
 
 
 class Interrupted(Exception):
@@ -50,7 +58,7 @@ class Run:
     suite: RewardSuite
     learners: LearnerGroup
     pool: RolloutPool
-    sync: WeightSync
+    weights: WeightSync
     tracker: Tracker
     stop: threading.Event
     started: float
@@ -58,10 +66,8 @@ class Run:
     eval_sets: tuple[EvalSet, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     """As `model_files.stop_tokens` finds them."""
-    _delivery: Future[dict[str, float]] | None = None
-    _publish_executor: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="publish")
-    )
+    failed_saves: int = 0
+    """Checkpoints in a row that could not be written."""
 
     def sampling(self, step: int) -> Sampling:
         """How this step's answers are drawn: with the prompt and the sample's index the step fixes
@@ -75,6 +81,25 @@ class Run:
             stop=rollout.stop,
             seed=self.config.seed * 1_000_003 + step,
         )
+
+    async def sample_groups(
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        sampling: Sampling,
+        suite: RewardSuite | None = None,
+    ) -> list[Group]:
+        """n answers to each prompt, in the order of the prompts, marked by `suite` (None: the
+        run's) while others are still decoded."""
+        groups: dict[int, Group] = {}
+        async for index, completions in self.pool.generate(prompts, n, sampling):
+            groups[index] = await asyncio.to_thread(
+                self.grade, prompts[index], completions, suite, sampling.max_tokens
+            )
+        assert len(groups) == len(prompts), (
+            f"{len(prompts)} prompts went out, {len(groups)} groups came back"
+        )
+        return [groups[i] for i in range(len(prompts))]
 
     def grade(
         self,
@@ -102,107 +127,76 @@ class Run:
             stop_token_ids=self.stop_token_ids,
         )
 
-    def publish(self, *, new_version: bool = True, wait: bool = True) -> dict[str, float]:
-        """Has every worker serve the learners' weights, proved by digest; returns the figures of
-        the transfer. Without `wait`, where rollouts run ahead, it goes on while the learners make
-        their next step, and the figures are those of the version before."""
-        schedule, version = self.config.schedule, self.progress.version + new_version
-        start = time.perf_counter()  # to wait for the version before is the learners' loss, too
-        figures = self.wait_published()
-        self.sync.begin(version)
-        ahead = not wait and schedule.max_staleness > 0
-        later = ahead and schedule.in_flight == "finish"
-        probe = None if later or not self.config.sync.probe_tokens else self._expected()
+    async def publish(self, *, new_version: bool = True, wait: bool = True) -> dict[str, float]:
+        """Has every worker serve the learners' weights (`WeightSync.publish`)."""
+        version = self.progress.version + new_version
+        figures = await self.weights.publish(version, wait=wait)
         self.progress = self.progress.advance(version=version)
-        if not ahead:
-            return self._deliver(version, probe, later)
-        self._delivery = self._publish_executor.submit(self._deliver, version, probe, later)
-        self._delivery.add_done_callback(lambda _: self.pool.on_served())
-        return figures | {"sync/exposed_s": time.perf_counter() - start}
+        return figures
 
-    def wait_published(self) -> dict[str, float]:
-        """Waits until the workers have what was published, if that is under way; returns its
-        figures and raises its errors."""
-        delivery, self._delivery = self._delivery, None
-        return {} if delivery is None else delivery.result()  # every wait inside has a deadline
-
-    def check_delivery(self) -> None:
-        """Raises what made the delivery under way fail."""
-        if self._delivery is not None and self._delivery.done():
-            self._delivery.result()
-
-    def _deliver(
-        self, version: int, probe: tuple[tuple[int, ...], NDArray[np.float32]] | None, later: bool
-    ) -> dict[str, float]:
-        start = time.perf_counter()
-        figures = self.sync.deliver(later=later)
-        if probe is not None:
-            figures |= self._compare(
-                *probe, version=version, changed=figures.get("sync/changed_fraction")
-            )
-        return figures | {"sync/exposed_s": time.perf_counter() - start}
-
-    @contextmanager
-    def learning(self) -> Iterator[None]:
+    @asynccontextmanager
+    async def learning(self) -> AsyncIterator[None]:
         """While the learners work on devices that they share with engines, these sleep."""
         level = self.config.cluster.sleep_level if self.config.cluster.colocated else 0
         if level:
-            self.pool.sleep(level)
+            await self.pool.sleep(level)
         yield
         if level:
-            self.pool.wake()  # which changes nothing where a new version has woken them
+            await self.pool.wake()  # which changes nothing where a new version has woken them
 
-    def _expected(self) -> tuple[tuple[int, ...], NDArray[np.float32]]:
-        """Tokens to probe with, and what the learners say of all but the first before they make
-        their next step."""
-        count = min(self.config.sync.probe_tokens, self.config.max_model_length - 1)
-        token_ids = probe_ids(self.source, count)
-        return token_ids, self.learners.logprobs(as_batch(token_ids), temperature=1.0)[1:]
-
-    def _compare(
-        self,
-        token_ids: tuple[int, ...],
-        expected: NDArray[np.float32],
-        version: int,
-        changed: float | None,
-    ) -> dict[str, float]:
-        """Engines and learners side by side on the same tokens."""
-        return self.probe.check(
-            expected,
-            self.pool.probe(token_ids),
-            partial(self.pool.reload, token_ids=token_ids),
-            version=version,
-            changed=changed,
-        )
-
-    @cached_property
-    def probe(self) -> Probe:
-        """Knows how far engines and learners were apart before, also in the run's earlier
-        attempts."""
-        logp, p = self.progress.probe_noise_logp, self.progress.probe_noise_p
-        level = None if logp is None or p is None else Level(logp=logp, p=p)
-        return Probe(tolerance_of(self.config.model.dtype), level)
-
-    def save(self) -> None:
-        """A checkpoint of this moment."""
+    async def save(self, *, needed: bool = False) -> None:
+        """A checkpoint of this moment. One that cannot be written is said and the run goes on,
+        unless it is `needed` or `checkpoint.max_failures` failed in a row: OSError."""
         name = f"{self.config.stages[self.progress.stage]}-{self.progress.step:06}"
         # an SFT stage publishes what it starts from; its end is another model
-        noise = self.probe.level if self.config.stages[self.progress.stage] == "rl" else None
+        noise = (
+            self.weights.probe.level if self.config.stages[self.progress.stage] == "rl" else None
+        )
         self.progress = self.progress.advance(
             seconds=time.time() - self.started,
             probe_noise_logp=None if noise is None else noise.logp,
             probe_noise_p=None if noise is None else noise.p,
         )
         folder = begin_checkpoint(self.run_dir, name)
-        self.learners.save(str(folder.absolute()))
-        finish_checkpoint(folder, self.progress, self.config.checkpoint.keep, self.config)
+        settings = self.config.checkpoint
+        try:
+            await asyncio.to_thread(self.learners.save, str(folder.absolute()))
+            finish_checkpoint(
+                folder, self.progress, settings.keep, self.config, keep_best=settings.keep_best
+            )
+        except (OSError, CallFailedError) as error:  # the disk, ours or a rank's
+            shutil.rmtree(folder, ignore_errors=True)
+            self.failed_saves += 1
+            free = shutil.disk_usage(self.run_dir).free
+            text = f"{error}; the disk of {self.run_dir} has {free / 1e9:.1f} GB free"
+            if needed or self.failed_saves >= settings.max_failures:
+                raise OSError(f"checkpoint {name} could not be written: {text}") from error
+            self.tracker.alert(f"checkpoint {name} could not be written", text)
+        else:
+            self.failed_saves = 0
 
-    def stop_if_asked(self) -> None:
+    async def stop_if_asked(self) -> None:
         """Between two steps: saves and raises `Interrupted` if a signal or `emberl stop` came."""
         if self.stop.is_set() or asked_to_stop(self.run_dir):
-            self.wait_published()
-            self.save()
+            await self.weights.delivered()
+            await self.save(needed=True)
             raise Interrupted
+
+
+def on_loop(work: Coroutine[Any, Any, T]) -> T:
+    """Its result, on an event loop of its own. Unlike `asyncio.run` it waits for no thread at the
+    end: where something failed, one may wait for an actor that the caller is about to end."""
+    loop = asyncio.new_event_loop()
+    loop.set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="driver"))
+    try:
+        return loop.run_until_complete(work)
+    finally:
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            loop.run_until_complete(asyncio.wait(tasks, timeout=CLOSE_S))
+        loop.close()
 
 
 @contextmanager
@@ -215,6 +209,7 @@ def stop_on_signal() -> Iterator[threading.Event]:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
+        print("saving after this step; once more ends at once", file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -3,20 +3,21 @@ publish, log."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
 from ..rewards.suite import check_errors
 from .algorithm.advantages import Floats, group_advantages, overlong_penalty
 from .algorithm.losses import Objective
-from .batch import denominator, make_batch, make_batches
+from .batch import flat_batch, updates_of, with_teachers, with_token_advantages
 from .config.load import Config
+from .data.mixture import MixtureSource
 from .evaluate import evaluate
-from .feed import Feed, GroupFeed
+from .feed import GroupFeed
 from .groups import Batch, Group
 from .run import Run
 from .watch.alarms import Alarms
@@ -25,30 +26,37 @@ from .watch.step_metrics import (
     averages,
     batch_metrics,
     check_engine_logprobs,
-    of_whole_step,
-    pooled,
     sample_metrics,
     speed_metrics,
+    teacher_metrics,
 )
 
 
-def train_rl(run: Run) -> None:
+async def train_rl(run: Run) -> None:
     """RL steps from where the run stands to `schedule.steps`; every token is at most
     `schedule.max_staleness` versions older than the weights that it trains (0: on-policy, rollouts
     and learners take turns)."""
     config, schedule = run.config, run.config.schedule
     objective = Objective.of(
-        config.loss, config.kl, config.offpolicy, temperature=config.rollout.temperature
+        config.loss,
+        config.kl,
+        config.offpolicy,
+        distill=config.distill,
+        temperature=config.rollout.temperature,
     )
+    if config.distill.active:
+        await asyncio.to_thread(run.learners.load_teachers, config.distill)
+    if isinstance(run.source, MixtureSource) and run.progress.curriculum is not None:
+        run.source.restore(run.progress.curriculum)
     alarms = Alarms(config, run.progress.entropy_start)
     run.tracker.begin("rl", run.progress.step, schedule.steps)
     if run.progress.step == 0 and config.eval.active:
-        run.progress = run.progress.advance(accuracy_start=evaluate(run).accuracy)
+        run.progress = run.progress.advance(accuracy_start=(await evaluate(run)).accuracy)
 
-    with GroupFeed(run) as feed:
+    async with GroupFeed(run) as feed:
         while run.progress.step < schedule.steps:
-            run.stop_if_asked()
-            metrics = rl_step(run, feed, objective)
+            await run.stop_if_asked()
+            metrics = await rl_step(run, feed, objective)
             step, last = run.progress.step, run.progress.step == schedule.steps
             for alarm in [*alarms.after(step, metrics), *(alarms.at_end() if last else [])]:
                 run.tracker.alert(alarm.title, alarm.text)
@@ -59,18 +67,20 @@ def train_rl(run: Run) -> None:
             if config.eval.active and (
                 last or (config.eval.every and step % config.eval.every == 0)
             ):
-                run.progress = run.progress.advance(accuracy_end=evaluate(run).accuracy)
+                run.progress = run.progress.advance(accuracy_end=(await evaluate(run)).accuracy)
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-                run.save()
-        run.wait_published()
+                await run.save(needed=last)
+        await run.weights.delivered()
 
 
-def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, float]:
+async def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, float]:
     """Takes the groups of one step, trains on them, publishes and logs; returns what was logged.
     Raises `TooManyErrors` where graders rather than answers fail."""
     config, step, start = run.config, run.progress.step + 1, time.perf_counter()
-    train = train_whole if config.schedule.stream_parts == 1 else train_in_parts
-    fed, trained, metrics = train(run, feed, step, objective)
+    fed = await feed.take(step)
+    ages, trained = admitted(run, fed.groups)
+    async with run.learning():
+        metrics = ages | await update(run, trained, objective)
     sampled = fed.groups
     record_lengths(run.run_dir, step, run.progress.version, sampled)
     tokens = sum(c.num_sampled for group in sampled for c in group.completions)
@@ -86,6 +96,11 @@ def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, float]
         "longest": config.rollout.max_response_length,
         "longest_prompt": config.data.max_prompt_length,
     }
+    if isinstance(run.source, MixtureSource):
+        graded = [(group.prompt, group.verdicts) for group in sampled]
+        position, pending = run.progress.position, run.progress.pending
+        metrics |= run.source.observe(graded, step, position, pending)
+        run.progress = run.progress.advance(curriculum=run.source.state())
     of_samples = sample_metrics(sampled, trained, shaped, **limits)
     # rewards of tokens have the KL penalty in them
     metrics = fed.metrics | of_samples | metrics | run.suite.metrics()
@@ -97,88 +112,6 @@ def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, float]
     }
     run.tracker.log(step, metrics, show=show | {"tokens/s": f"{tokens / seconds:,.0f}"})
     return metrics
-
-
-def train_whole(
-    run: Run, feed: GroupFeed, step: int, objective: Objective
-) -> tuple[Feed, list[Group], dict[str, float]]:
-    """Waits for all groups of the step, trains on them and publishes: what was sampled, what
-    trained, and the metrics."""
-    fed = feed.take(step)
-    ages, trained = admitted(run, fed.groups)
-    with run.learning():
-        return fed, trained, ages | update(run, trained, objective)
-
-
-def train_in_parts(
-    run: Run, feed: GroupFeed, step: int, objective: Objective
-) -> tuple[Feed, list[Group], dict[str, float]]:
-    """As `train_whole`, but the learners begin as soon as the first part's groups are there, with
-    the same gradient.
-
-    A part's loss has the part's own denominator D_p (tokens or completions), so the step's gradient
-    is sum_p D_p g_p / sum_p D_p: each part is weighted by its D_p, and the accumulated
-    gradient is rescaled once.
-    """
-    config, learners = run.config, run.learners
-    feeds: list[Feed] = []
-    trained: list[Group] = []
-    weights: list[int] = []
-    counts: list[int] = []
-    done: list[dict[str, float]] = []
-    seen: list[Batch] = []
-    whole = passed = 0
-    for part in feed.stream(step, config.schedule.stream_parts):
-        feeds.append(part)
-        _, groups = admitted(run, part.groups)
-        trained += groups
-        counted = denominator(groups, config.loss, mask_cut=config.filter.overlong_mask)
-        whole += counted
-        batch = make_batch(
-            groups,
-            config.loss,
-            config.advantage,
-            max_length=config.rollout.max_response_length,
-            keep_all=objective.needs_all_tokens,
-            mask_cut=config.filter.overlong_mask,
-            observe=seen.append,
-        )
-        if batch is not None:
-            batch = replace(batch, weights_T=batch.weights_T * counted)
-            done.append(learners.accumulate(with_estimates(run, objective, batch), objective))
-            weights.append(int(batch.loss_mask_T.sum()))
-            counts.append(batch.num_loss_tokens)
-            passed += counted
-    fed = Feed(
-        groups=[group for part in feeds for group in part.groups],
-        waited=sum(part.waited for part in feeds),
-        metrics=summed(feeds),
-    )
-    metrics = staleness(fed.groups, run.progress.version, config.schedule.max_staleness)
-    check_engine_logprobs(seen)
-    metrics |= batch_metrics(seen, config.offpolicy, config.kl.coef) | {
-        "training/updates": float(bool(done))
-    }
-    if not done:
-        learners.skip(1)
-    else:
-        every = sum(b.num_loss_tokens for b in seen) if config.loss.kind == "ppo_clip" else None
-        metrics |= of_whole_step(
-            pooled(done, weights), done, counts, whole=whole, trained=passed, every=every
-        )
-        metrics |= learners.finish(1 / whole)
-        refresh_reference(run)
-        metrics |= run.publish(wait=False)
-    return fed, trained, metrics
-
-
-def summed(feeds: Sequence[Feed]) -> dict[str, float]:
-    """The schedule's figures of a step from those of its parts: counts add up, what describes a
-    moment is the last one's."""
-    found = dict(feeds[-1].metrics)
-    for name in ("groups_issued", "groups_reissued", "groups_evicted", "workers_restarted"):
-        found[f"sched/{name}"] = sum(feed.metrics[f"sched/{name}"] for feed in feeds)
-    return found
 
 
 def admitted(run: Run, sampled: Sequence[Group]) -> tuple[dict[str, float], list[Group]]:
@@ -209,65 +142,78 @@ def staleness(groups: Sequence[Group], version: int, bound: int) -> dict[str, fl
     return {"sched/staleness/mean": mean, "sched/staleness/max": float(ages.max())}
 
 
-def update(run: Run, trained: Sequence[Group], objective: Objective) -> dict[str, float]:
+async def update(run: Run, trained: Sequence[Group], objective: Objective) -> dict[str, float]:
     """The optimizer steps of one RL step, then a new version of the weights if there were any, and
     their figures."""
     config, schedule, learners = run.config, run.config.schedule, run.learners
     has_critic = config.advantage.needs_critic
     seen: list[Batch] = []
-    batches = make_batches(
-        trained,
-        config.loss,
-        config.advantage,
-        parts=schedule.minibatches,
-        max_length=config.rollout.max_response_length,
-        keep_all=objective.needs_all_tokens or has_critic,
-        mask_cut=config.filter.overlong_mask,
-        kl=config.kl,
-        estimate=partial(with_estimates, run, objective),
-        observe=seen.append,
+    batches: list[Batch] = []
+    longest, mask_cut = config.rollout.max_response_length, config.filter.overlong_mask
+    whole = flat_batch(
+        trained, config.loss, max_length=longest, mask_cut=mask_cut, distill=config.distill
     )
+    if whole is not None:
+        whole = await with_estimates(run, objective, whole)
+        whole = with_token_advantages(whole, config.advantage, config.kl)
+        whole = with_teachers(whole, config.distill)
+        seen.append(whole)
+        batches = updates_of(
+            whole,
+            trained,
+            config.loss,
+            parts=schedule.minibatches,
+            max_length=longest,
+            keep_all=objective.needs_all_tokens or has_critic,
+            mask_cut=mask_cut,
+        )
     check_engine_logprobs(seen)
     with_policy = not has_critic or run.progress.step >= config.critic.warmup
     done: list[dict[str, float]] = []
     for _ in range(schedule.epochs):
         for batch in batches:
-            found = learners.critic_step(batch) if has_critic else {}
-            done.append(found | (learners.step(batch, objective) if with_policy else {}))
+            found = await asyncio.to_thread(learners.critic_step, batch) if has_critic else {}
+            if with_policy:
+                found |= await asyncio.to_thread(learners.step, batch, objective)
+            done.append(found)
     metrics = {"training/updates": float(len(done) if with_policy else 0)}
     if missing := schedule.minibatches * schedule.epochs - len(done):
-        learners.skip(missing)
+        await asyncio.to_thread(learners.skip, missing)
     # the whole batch's figures come last: those of updates are of parts of it
     metrics |= (averages(done) if done else {}) | batch_metrics(
         seen, config.offpolicy, config.kl.coef
     )
+    metrics |= teacher_metrics(seen, config.distill)
     if not done:
         return metrics
-    refresh_reference(run)
-    return metrics | (run.publish(wait=False) if with_policy else {})
+    await refresh_reference(run)
+    return metrics | (await run.publish(wait=False) if with_policy else {})
 
 
-def refresh_reference(run: Run) -> None:
+async def refresh_reference(run: Run) -> None:
     """The policy of this moment becomes the reference where this step is to end with that."""
     kl = run.config.kl
     if kl.ref_refresh_steps and (run.progress.step + 1) % kl.ref_refresh_steps == 0 and kl.active:
-        run.learners.refresh_reference()
+        await asyncio.to_thread(run.learners.refresh_reference)
 
 
-def with_estimates(run: Run, objective: Objective, batch: Batch) -> Batch:
+async def with_estimates(run: Run, objective: Objective, batch: Batch) -> Batch:
     """The step's batch with what the learners say of it before its first update: the critic's
     values, and log-probs of the reference and of the old policy where these are needed."""
-    config, learners = run.config, run.learners
+    config, learners, temperature = run.config, run.learners, objective.temperature
     updates = config.schedule.minibatches * config.schedule.epochs
     # a single update does this by itself
     if objective.needs_old_logp and (updates > 1 or config.kl.place == "reward"):
-        batch = replace(batch, old_logp_T=learners.logprobs(batch, objective.temperature))
+        found = await asyncio.to_thread(learners.logprobs, batch, temperature)
+        batch = replace(batch, old_logp_T=found)
     if config.kl.active:
-        batch = replace(
-            batch, reference_logp_T=learners.reference_logprobs(batch, objective.temperature)
-        )
+        found = await asyncio.to_thread(learners.reference_logprobs, batch, temperature)
+        batch = replace(batch, reference_logp_T=found)
+    if config.distill.on_samples:
+        found = await asyncio.to_thread(learners.teacher_logprobs, batch, temperature)
+        batch = replace(batch, teacher_logp_T=found)
     if config.advantage.needs_critic:
-        batch = replace(batch, values_T=learners.values(batch))
+        batch = replace(batch, values_T=await asyncio.to_thread(learners.values, batch))
     return batch
 
 

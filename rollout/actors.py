@@ -35,6 +35,10 @@ class ActorLostError(RuntimeError):
     cause."""
 
 
+class CallFailedError(ActorLostError):
+    """The actor answered with an error of its own, and is still there."""
+
+
 def node_address() -> str:
     """Where other nodes of the cluster reach this process: Ray's address of its node, since a
     machine's own name may stand for a loopback address (127.0.1.1 on Debian). Loopback where there
@@ -87,7 +91,8 @@ def gather(refs: Sequence[Any], *, who: str, what: str, timeout: float, key: str
             try:
                 results[ref] = ray.get(ref, timeout=timeout)
             except ray.exceptions.RayError as error:
-                raise ActorLostError(
+                answered = isinstance(error, ray.exceptions.RayTaskError)
+                raise (CallFailedError if answered else ActorLostError)(
                     f"{who} {list(refs).index(ref)} failed in {what!r}: {cause(error)}"
                 ) from error
     return [results[ref] for ref in refs]
@@ -135,24 +140,22 @@ async def catch_up(
     one holds that, else from the nearest anchor and the patches after it."""
     anchor = await _from_peer(worker, notice, peers, timeout)
     known = notice if anchor is None else notice.with_anchor(anchor)
-    return await call(worker.apply.remote(known), who=who, what="catch up", timeout=timeout)
+    return await call(worker.catch_up.remote(known), who=who, what="catch up", timeout=timeout)
 
 
 async def _from_peer(
     worker: Any, notice: WeightUpdate, peers: Sequence[Any], timeout: float
 ) -> PatchRef | None:
     """The anchor that a peer makes of what it holds; None where none on the worker's node can."""
-    node, _, _ = await call(
-        worker.offer.remote(), who="the new worker", what="offer", timeout=timeout
-    )
+    node, _ = await call(worker.offer.remote(), who="the new worker", what="offer", timeout=timeout)
     for peer in peers:
         try:
-            there, version, size = await call(
+            there, version = await call(
                 peer.offer.remote(), who="a peer", what="offer", timeout=timeout / 4
             )
         except ActorLostError:  # it may be what is lost next; the learners' own anchor remains
             continue
         if there == node and 0 <= version <= notice.version:
             place = ObjectStoreSource(reference=peer.export.remote())
-            return PatchRef(version=version, base_version=None, size=size, places=(place,))
+            return PatchRef(version=version, base_version=None, size=0, places=(place,))
     return None

@@ -20,7 +20,7 @@ from .model_directory import model_directory
 from .samples import Completion, Prompt, Sampling
 from .vllm_backend import compat as vllm_compat
 from .weights.engine_transfer import BroadcastGroup
-from .weights.patch import WeightPatch
+from .weights.patch import WeightPatch, Weights
 from .weights.transport import FetchContext, TokenBucket
 
 Request = tuple[Prompt, int, Sampling]
@@ -36,6 +36,13 @@ class Engine(Protocol):
     @property
     def version(self) -> int:
         """The version of the weights that the next token is sampled from."""
+        ...
+
+    @property
+    def held(self) -> Weights | None:
+        """What is served, as the engine's own bytes: to be read only, and only what changes from
+        the next version on is written over. None before the first patch, and while what is loaded
+        was not proved."""
         ...
 
     @property
@@ -63,6 +70,8 @@ class Engine(Protocol):
     async def apply(self, patch: WeightPatch) -> int:
         """Swaps the weights at a token boundary and returns the version now served.
 
+        A patch's own digests are compared before anything changes, unless that was done
+        (`WeightPatch.verified`), and what is served when it is loaded.
         Tokens sampled before keep the old version in their spans, those after carry the new one. A
         patch of the version already served changes nothing. VersionError: another run, a version
         that goes backwards, or a patch on another base. DigestMismatchError: the bytes are not

@@ -12,33 +12,42 @@ from .actors import ActorLostError
 from .environments import GroupEpisodes
 from .samples import Completion, Prompt, Sampling
 
-Outcome = tuple[Completion, ...] | ActorLostError
-
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Job:
-    """A group that is asked for, and whom to tell."""
+    """A group that is asked for."""
 
     prompt: Prompt
     n: int
     sampling: Sampling
-    deliver: Callable[[Outcome], None]
-    """Called once, in the pool's thread: the completions in sample order, or why there will be
-    none."""
+    outcome: asyncio.Future[tuple[Completion, ...]] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+    """The completions in sample order; an `ActorLostError` where there will be none; cancelled with
+    the group."""
     reissued: Callable[[], None] = lambda: None
     """Called when the group is asked for again because its worker was lost."""
     was_cut: Callable[[tuple[Completion, ...]], None] = lambda parts: None
     """Called when a group that `RolloutPool.cut` ended had begun: its samples as far as they had
     come."""
-    tokens: float = 0.0
-    """What it is expected to cost, for balance."""
+    cost: float = 0.0
+    """Tokens that it is expected to have."""
     cut: bool = False
     episodes: GroupEpisodes = field(default_factory=GroupEpisodes)
 
     @property
-    def left(self) -> int:
-        """Samples that are to be decoded in this turn."""
+    def samples(self) -> int:
+        """Answers that are to be decoded in this turn."""
         return len(self.episodes.going_on) or self.n
+
+    def finish(self, completions: tuple[Completion, ...]) -> None:
+        if not self.outcome.done():
+            self.outcome.set_result(completions)
+
+    def fail(self, failure: ActorLostError) -> None:
+        if not self.outcome.done():
+            self.outcome.set_exception(failure)
+            self.outcome.exception()  # who waits for another group may have raised it already
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -48,32 +57,26 @@ class WorkerState:
     worker: Any
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while the actor is replaced or its weights are."""
-    jobs: set[Job] = field(default_factory=set)
-    load: float = 0.0
-    up: bool = True
     report: dict[str, float] = field(default_factory=dict)
     """What it took to bring the actor that replaced another to the newest weights."""
     restarts: int = 0
     idle: float = 0.0
-    """Seconds without a job."""
-    idle_since: float = field(default_factory=time.monotonic)
+    """Seconds without a job before this time."""
+    idle_since: float | None = field(default_factory=time.monotonic)
+    """None: it has a job."""
 
-    @property
-    def samples(self) -> int:
-        return sum(job.left for job in self.jobs)
+    def busy(self, jobs: int) -> None:
+        """It has so many jobs from now on."""
+        now = time.monotonic()
+        if self.idle_since is None and not jobs:
+            self.idle_since = now
+        elif self.idle_since is not None and jobs:
+            self.idle += now - self.idle_since
+            self.idle_since = None
 
-    def take(self, job: Job) -> None:
-        if not self.jobs:
-            self.idle += time.monotonic() - self.idle_since
-        self.jobs.add(job)
-        self.load += job.tokens
-
-    def leave(self, job: Job) -> None:
-        self.jobs.remove(job)
-        self.load -= job.tokens
-        if not self.jobs:
-            self.load = 0.0  # not what rounding leaves of it: a tie must be one
-            self.idle_since = time.monotonic()
+    def idle_seconds(self) -> float:
+        """Since it began."""
+        return self.idle + (0.0 if self.idle_since is None else time.monotonic() - self.idle_since)
 
 
-__all__ = ["Job", "Outcome", "WorkerState"]
+__all__ = ["Job", "WorkerState"]

@@ -1,36 +1,30 @@
 """The rollout pool: deals groups to the workers, gathers what they decode, and replaces a worker
 that is lost.
 
-It lives on an event loop in a thread of its own, so that answers come in while the learners work.
-Every request has an owner and a deadline; what a lost worker had not answered is asked again of
-another.
+Everything runs on the driver's event loop. Every request has an owner and a deadline; what a lost
+worker had not answered is asked again of another.
 """
 
 from __future__ import annotations
 
 import asyncio
-import queue
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any
 
 import ray
 
 from .actors import LOST, ActorLostError, WorkerLostError, call, catch_up, cause
+from .dispatch import Dispatch
 from .environments import Episodes
-from .jobs import Job, Outcome, WorkerState
+from .jobs import Job, WorkerState
 from .samples import Completion, Prompt, Sampling
 from .weights.transport import WeightUpdate
 
-T = TypeVar("T")
-
 
 class RolloutPool:
-    """Groups go to the worker with the fewest tokens to decode, so equal groups are dealt in turn
-    and the same prompts go to the same workers in the same order: a synchronous run repeats bit for
-    bit."""
+    """The same prompts go to the same workers in the same order (`Dispatch`): a synchronous run
+    repeats bit for bit."""
 
     def __init__(
         self,
@@ -45,10 +39,13 @@ class RolloutPool:
         """timeout: seconds for one request; sync_timeout: for an update of the weights.
         max_samples: answers that are given to a worker at a time; None: all. respawn: a new actor
         in the place of a lost one, `max_restarts` times."""
-        self._timeout, self._sync_timeout, self._max_samples = timeout, sync_timeout, max_samples
-        self._respawn, self._max_restarts = respawn, max_restarts if respawn is not None else 0
+        self._timeout = timeout
+        self._sync_timeout = sync_timeout
+        self._all_at_once = max_samples is None
+        self._respawn = respawn
+        self._max_restarts = max_restarts if respawn is not None else 0
         self._seats = [WorkerState(worker=worker) for worker in workers]
-        self._backlog: deque[Job] = deque()
+        self._dispatch: Dispatch[Job] = Dispatch(len(workers), max_samples)
         self.episodes: Episodes | None = None
         """Where an environment answers the model: the loop over turns."""
         # groups that no worker has and that are to have another turn, or may have one
@@ -57,149 +54,100 @@ class RolloutPool:
         self._latest: WeightUpdate | None = None
         self.served = -1
         """The version that every worker serves at least."""
-        self.on_served: Callable[[], None] = lambda: None
-        """Called, in whatever thread, when that has changed."""
+        self._new_version = asyncio.Condition()
         self._failure: ActorLostError | None = None
         self._lengths, self._answers = 0.0, 0
         self.restarts = 0
         """Workers that were replaced."""
-        self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, daemon=True, name="rollout-pool"
-        )
-        self._thread.start()
 
     @property
     def workers(self) -> tuple[Any, ...]:
         return tuple(seat.worker for seat in self._seats)
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Asks for these groups; returns at once."""
-        self._loop.call_soon_threadsafe(self._deal, list(jobs))
-
-    def generate(
+    async def generate(
         self, prompts: Sequence[Prompt], n: int, sampling: Sampling
-    ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
+    ) -> AsyncIterator[tuple[int, tuple[Completion, ...]]]:
         """Yields (index of the prompt, its n completions) as groups become complete, in no
         particular order."""
-        outcomes: queue.SimpleQueue[tuple[int, Outcome]] = queue.SimpleQueue()
+        jobs = [Job(prompt=prompt, n=n, sampling=sampling) for prompt in prompts]
+        numbers = {job.outcome: number for number, job in enumerate(jobs)}
+        self.submit(jobs)
+        pending = set(numbers)
+        while pending:  # each request has a deadline of its own, and then an outcome
+            done, pending = await asyncio.wait(pending, return_when="FIRST_COMPLETED")
+            for outcome in done:
+                yield numbers[outcome], outcome.result()
 
-        def deliver(index: int) -> Callable[[Outcome], None]:
-            return lambda outcome: outcomes.put((index, outcome))
-
-        self.submit(
-            [
-                Job(prompt=p, n=n, sampling=sampling, deliver=deliver(index))
-                for index, p in enumerate(prompts)
-            ]
-        )
-        for _ in prompts:
-            # each request has a deadline of its own, and then an outcome
-            index, outcome = outcomes.get()
-            if isinstance(outcome, ActorLostError):
-                raise outcome
-            yield index, outcome
-
-    def cut(self, jobs: Sequence[Job]) -> None:
-        """Ends these groups, of which nothing more will be delivered; returns at once."""
-        self._loop.call_soon_threadsafe(self._cut, list(jobs))
-
-    def apply(self, notice: WeightUpdate) -> list[dict[str, float]]:
+    async def serve(self, update: WeightUpdate) -> list[dict[str, float]]:
         """Has every worker serve the version that is announced: all prepare it while they decode,
         then all commit. Returns the figures of each (`receiver.Report`), with the version that it
         serves."""
-        return self._call(self._apply_all(notice, self._sync_timeout))
+        return await self._serve_version(update, self._sync_timeout)
 
-    def apply_later(self, notice: WeightUpdate) -> None:
-        """As `apply`, but returns at once: each worker serves the new version when it has finished
+    def serve_later(self, update: WeightUpdate) -> None:
+        """As `serve`, but returns at once: each worker serves the new version when it has finished
         what it decodes, and begins nothing before. What fails is raised by whatever is asked for
         next."""
 
         async def work() -> None:
             try:
-                await self._apply_all(notice, self._sync_timeout + self._timeout)
+                await self._serve_version(update, self._sync_timeout + self._timeout)
             except ActorLostError as failure:
                 self._fail(failure)
 
-        self._loop.call_soon_threadsafe(self._begin, work())
+        self._begin(work())
 
-    def digests(self) -> list[dict[str, str]]:
+    async def served_after(self, version: int) -> int:
+        """Waits until every worker serves a newer version than this one; returns that."""
+        async with self._new_version:
+            await self._new_version.wait_for(lambda: self.served > version)
+            return self.served
+
+    async def digests(self) -> list[dict[str, str]]:
         """What each worker holds: name -> xxh3-128 of the bytes."""
-        return self._call(self._digests())
+        refs = [seat.worker.digests.remote() for seat in self._seats]
+        return list(await asyncio.wait_for(asyncio.gather(*refs), self._sync_timeout))
 
-    def probe(self, token_ids: Sequence[int]) -> list[Any]:
+    async def probe(self, token_ids: Sequence[int]) -> list[Any]:
         """What each worker gives these tokens: [T-1] log-probs of all but the first."""
+        seats = range(len(self._seats))
+        return list(await asyncio.gather(*(self._probe(i, token_ids, False) for i in seats)))
 
-        async def work() -> list[Any]:
-            return list(
-                await asyncio.gather(
-                    *(self._probe(i, token_ids, False) for i in range(len(self._seats)))
-                )
-            )
-
-        return self._call(work())
-
-    def reload(self, worker: int, token_ids: Sequence[int]) -> Any:
+    async def reload(self, worker: int, token_ids: Sequence[int]) -> Any:
         """The same of one worker, after its engine has loaded all weights once more."""
-        return self._call(self._probe(worker, token_ids, True))
+        return await self._probe(worker, token_ids, True)
 
-    def sleep(self, level: int) -> None:
-        """Every worker leaves its device to the learners, once nothing is decoded; `apply` or
+    async def sleep(self, level: int) -> None:
+        """Every worker leaves its device to the learners, once nothing is decoded; `serve` or
         `wake` ends that."""
-        self._call(self._everybody("sleep", level))
+        await self._everybody("sleep", level)
 
-    def wake(self) -> None:
+    async def wake(self) -> None:
         """Every worker serves what it served."""
-        self._call(self._everybody("wake"))
+        await self._everybody("wake")
 
     def idle_seconds(self) -> list[float]:
         """Of each worker since the pool began: the time in which it had nothing to decode."""
-        now = time.monotonic()
-        return [seat.idle + (0.0 if seat.jobs else now - seat.idle_since) for seat in self._seats]
+        return [seat.idle_seconds() for seat in self._seats]
 
-    def close(self) -> None:
-        """Nothing is asked and no worker replaced after this; what was asked fails or has no outcome. Before
-        the workers are ended: one that is lost would be replaced, which starts Ray where it is
-        gone."""
-        self._respawn = None
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop)
-            self._thread.join(timeout=10)
+    # Groups
 
-    def _call(self, work: Coroutine[Any, Any, T]) -> T:
-        # every wait inside has a deadline
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-    # Below, everything runs in the pool's thread.
-
-    def _stop(self) -> None:
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
-        self._loop.call_soon(self._loop.stop)
-
-    def _deal(self, jobs: Sequence[Job]) -> None:
-        """Gives jobs to the workers that have the least to do; what they may not take yet stays in
-        the backlog."""
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Asks for these groups: gives them to the workers that have the least to do; what they may
+        not take yet stays in the backlog."""
         expected = self._lengths / self._answers if self._answers else None
         for job in jobs:
-            job.tokens = job.left * (job.sampling.max_tokens if expected is None else expected)
-        self._backlog.extend(jobs)
+            job.cost = job.samples * (job.sampling.max_tokens if expected is None else expected)
+        self._dispatch.backlog.extend(jobs)
         if self._failure is not None:
             self._fail(self._failure)
-        shares: dict[int, list[Job]] = {}
-        while self._backlog and (
-            free := [i for i, seat in enumerate(self._seats) if self._takes(seat)]
-        ):
-            i = min(free, key=lambda i: (self._seats[i].load, i))
-            job = self._backlog.popleft()
-            self._seats[i].take(job)
-            shares.setdefault(i, []).append(job)
-        for i, share in sorted(shares.items()):
+        for i, share in sorted(self._dispatch.deal().items()):
+            self._seats[i].busy(len(share))
             self._begin(self._serve(i, share))
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(work)
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 
@@ -209,18 +157,17 @@ class RolloutPool:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._fail(ActorLostError(f"the rollout pool failed: {type(error).__name__}: {error}"))
 
-    def _takes(self, seat: WorkerState) -> bool:
-        return seat.up and (
-            self._max_samples is None or not seat.jobs or seat.samples < self._max_samples
-        )
+    def _release(self, i: int, job: Job) -> None:
+        self._dispatch.release(i, job)
+        self._seats[i].busy(len(self._dispatch.jobs[i]))
 
     async def _serve(self, i: int, share: Sequence[Job]) -> None:
         """One request of a worker: all its groups, within the deadline."""
-        seat, left = self._seats[i], dict(enumerate(share))
-        worker, deadline = seat.worker, time.monotonic() + self._timeout
+        left = dict(enumerate(share))
+        worker, deadline = self._seats[i].worker, time.monotonic() + self._timeout
         try:
             stream = worker.generate.options(num_returns="streaming").remote(
-                [(job.prompt, job.left, job.sampling) for job in share],
+                [(job.prompt, job.samples, job.sampling) for job in share],
                 {job.prompt.id: job.episodes.going_on for job in share},
             )
             while left:
@@ -229,7 +176,7 @@ class RolloutPool:
                     reference, deadline - time.monotonic()
                 ):
                     if not (job := left.pop(index)).cut:
-                        self._finish(seat, job, completions)
+                        self._finish(i, job, completions)
         except StopAsyncIteration:
             assert all(job.cut for job in left.values()), (
                 f"rollout worker {i} left out groups that were not cut"
@@ -244,36 +191,36 @@ class RolloutPool:
                 )
             lost = [job for job in left.values() if not job.cut]
             for job in lost:
-                seat.leave(job)
+                self._release(i, job)
             try:
                 await self._replace(i, worker, why)
             except ActorLostError as failure:
-                self._backlog.extend(lost)
+                self._dispatch.backlog.extend(lost)
                 self._fail(failure)
                 return
             lost = [job for job in lost if not job.cut]
             for job in lost:
                 if not job.episodes.going_on:  # else it goes on from its last turn, as old as it is
                     job.reissued()
-            self._deal(lost)
+            self.submit(lost)
             self._next_turns()
         except ray.exceptions.RayError as error:
             self._fail(ActorLostError(f"rollout worker {i}: {cause(error)}"))
 
-    def _finish(self, seat: WorkerState, job: Job, completions: tuple[Completion, ...]) -> None:
+    def _finish(self, i: int, job: Job, completions: tuple[Completion, ...]) -> None:
         if self._failure is not None:  # everybody was told already
             return
-        seat.leave(job)
+        self._release(i, job)
         had = sum(len(completion) for completion in job.episodes.going_on)
         self._lengths += sum(len(completion) for completion in completions) - had
         self._answers += len(completions)
         if self.episodes is None:
-            job.deliver(completions)
+            job.finish(completions)
         else:
             self._between.add(job)
             self._begin(self._answer(self.episodes, job, completions))
-        if self._backlog:
-            self._deal([])
+        if self._dispatch.backlog:
+            self.submit([])
 
     async def _answer(
         self, episodes: Episodes, job: Job, completions: tuple[Completion, ...]
@@ -286,7 +233,7 @@ class RolloutPool:
             self._next.append(job)
         else:
             self._between.remove(job)
-            job.deliver(tuple(sorted(job.episodes.ended, key=lambda completion: completion.sample)))
+            job.finish(tuple(sorted(job.episodes.ended, key=lambda completion: completion.sample)))
         self._next_turns()
 
     def _next_turns(self) -> None:
@@ -294,32 +241,32 @@ class RolloutPool:
         they wait for each other, so that what decodes together does not depend on the clock and a
         synchronous run repeats bit for bit."""
         under_way = (
-            self._backlog
-            or any(seat.jobs for seat in self._seats)
+            self._dispatch.backlog
+            or any(self._dispatch.jobs)
             or len(self._next) < len(self._between)
         )
-        if not self._next or (self._max_samples is None and under_way):
+        if not self._next or (self._all_at_once and under_way):
             return
         jobs = sorted(self._next, key=lambda job: job.prompt.id)
         self._between.difference_update(jobs)
-        self._next, waiting = [], list(self._backlog)
-        self._backlog.clear()
-        self._deal([*jobs, *waiting])
+        self._next, waiting = [], list(self._dispatch.backlog)
+        self._dispatch.backlog.clear()
+        self.submit([*jobs, *waiting])
 
-    def _cut(self, jobs: Sequence[Job]) -> None:
+    def cut(self, jobs: Sequence[Job]) -> None:
+        """Ends these groups."""
         for job in jobs:
             job.cut = True
-        self._backlog = deque(job for job in self._backlog if not job.cut)
+            job.outcome.cancel()
+        cut = self._dispatch.remove(lambda job: job.cut)
         for job in [job for job in self._between if job.cut]:
             self._between.remove(job)
             job.was_cut((*job.episodes.ended, *job.episodes.going_on))
         self._next = [job for job in self._next if not job.cut]
-        for seat in self._seats:
-            if mine := [job for job in seat.jobs if job.cut]:
-                for job in mine:
-                    seat.leave(job)
-                self._begin(self._end(seat.worker, {job.prompt.id: job for job in mine}))
-        self._deal([])
+        for i, mine in cut.items():
+            self._seats[i].busy(len(self._dispatch.jobs[i]))
+            self._begin(self._end(self._seats[i].worker, {job.prompt.id: job for job in mine}))
+        self.submit([])
         self._next_turns()
 
     async def _end(self, worker: Any, jobs: dict[str, Job]) -> None:
@@ -334,14 +281,11 @@ class RolloutPool:
     def _fail(self, failure: ActorLostError) -> None:
         """Nothing more will come: tells everybody who waits."""
         self._failure = self._failure or failure  # the first is the cause
-        jobs = [*self._backlog, *self._between, *(job for seat in self._seats for job in seat.jobs)]
-        self._backlog.clear()
+        jobs = [*self._dispatch.clear(), *self._between]
         self._between.clear()
         self._next.clear()
-        for seat in self._seats:
-            seat.jobs.clear()
         for job in jobs:
-            job.deliver(self._failure)
+            job.fail(self._failure)
 
     async def _replace(self, i: int, lost: Any, why: str) -> None:
         """A new actor on the seat, with the weights that are served now; ActorLostError where that
@@ -352,13 +296,16 @@ class RolloutPool:
                 if self._respawn is None or seat.restarts >= self._max_restarts:
                     tried = f" (restarted {seat.restarts} times)" if seat.restarts else ""
                     raise ActorLostError(f"{why}{tried}")
-                seat.up, seat.restarts = False, seat.restarts + 1
+                self._dispatch.set_up(i, False)
+                seat.restarts += 1
                 self.restarts += 1
                 try:
-                    fresh = await self._loop.run_in_executor(None, self._respawn, i)
+                    fresh = await asyncio.to_thread(self._respawn, i)
                     if self._latest is not None:
                         peers = [
-                            other.worker for other in self._seats if other is not seat and other.up
+                            other.worker
+                            for j, other in enumerate(self._seats)
+                            if j != i and self._dispatch.up[j]
                         ]
                         who, timeout = f"rollout worker {i}", self._sync_timeout
                         seat.report = await catch_up(
@@ -367,17 +314,21 @@ class RolloutPool:
                 except (*LOST, WorkerLostError) as error:
                     why = f"rollout worker {i}, restarted: {cause(error)}"
                     continue
-                seat.worker, seat.up = fresh, True
+                seat.worker = fresh
+                self._dispatch.set_up(i, True)
 
-    async def _apply_all(self, notice: WeightUpdate, timeout: float) -> list[dict[str, float]]:
-        self._latest = notice
+    # Weights
+
+    async def _serve_version(self, update: WeightUpdate, timeout: float) -> list[dict[str, float]]:
+        self._latest = update
         seats = range(len(self._seats))
-        await asyncio.gather(*(self._ask(i, "prepare", notice, self._sync_timeout) for i in seats))
+        await asyncio.gather(*(self._ask(i, "prepare", update, self._sync_timeout) for i in seats))
         reports = list(
-            await asyncio.gather(*(self._ask(i, "commit", notice.version, timeout) for i in seats))
+            await asyncio.gather(*(self._ask(i, "commit", update.version, timeout) for i in seats))
         )
-        self.served = max(self.served, notice.version)
-        self.on_served()
+        async with self._new_version:
+            self.served = max(self.served, update.version)
+            self._new_version.notify_all()
         return reports
 
     async def _ask(self, i: int, method: str, argument: Any, timeout: float) -> dict[str, float]:
@@ -411,10 +362,6 @@ class RolloutPool:
             await call(work, who=f"rollout worker {i}", what=method, timeout=self._sync_timeout)
 
         await asyncio.gather(*(ask(i) for i in range(len(self._seats))))
-
-    async def _digests(self) -> list[dict[str, str]]:
-        refs = [seat.worker.digests.remote() for seat in self._seats]
-        return list(await asyncio.wait_for(asyncio.gather(*refs), self._sync_timeout))
 
 
 def _late(error: BaseException) -> bool:

@@ -70,11 +70,9 @@ class Schedule(Generic[T]):
         overdue: Overdue = "wait",
         oversample: float = 1.0,
     ) -> None:
-        self.groups_per_step, self.max_staleness, self.overdue = (
-            groups_per_step,
-            max_staleness,
-            overdue,
-        )
+        self.groups_per_step = groups_per_step
+        self.max_staleness = max_staleness
+        self.overdue = overdue
         self.width = ceil(groups_per_step * oversample) + groups_per_step * max_staleness
         """Open groups at most."""
         self.version = self.served = 0
@@ -142,24 +140,23 @@ class Schedule(Generic[T]):
     def take(self, wanted: int) -> list[T] | None:
         """The `wanted` ready groups that are due first, in order of admission, to train on the
         present version; None while there are fewer, or while the learner has to wait for one that
-        is due. A step may take its groups in parts."""
+        is due."""
         wait = self.overdue == "wait"
-        later = max(0, self.groups_per_step - len(self._training) - wanted)
-        if len(self._ready) < wanted or (wait and not self._in_time((), later)):
+        if len(self._ready) < wanted or (wait and not self._in_time(())):
             return None
         chosen = sorted(self._ready, key=lambda number: (self._ready[number][0], number))[:wanted]
         taken = set(chosen)
         left = [oldest for number, (oldest, _) in self._ready.items() if number not in taken]
-        if wait and not self._in_time(left, later):
+        if wait and not self._in_time(left):
             return None
         chosen.sort()
-        self._training += chosen
+        self._training = chosen
         return [self._ready.pop(number)[1] for number in chosen]
 
-    def _in_time(self, left: Iterable[int], later: int) -> bool:
+    def _in_time(self, left: Iterable[int]) -> bool:
         """Whether all running groups, and ready ones of the versions `left`, can train by their
-        deadlines: `later` of them in this step, and B in each step from the next version on. What
-        ready groups are too many by, no waiting saves: then they may become too old."""
+        deadlines, B in each step from the next version on. Waiting cannot help surplus ready
+        groups; they may go stale."""
         running, ready = Counter(self._started.values()), Counter(left)
         before = self.version - self.max_staleness
         due_running, due = (
@@ -168,7 +165,7 @@ class Schedule(Generic[T]):
         for ahead in range(self.max_staleness + 1):
             due_running += running[before + ahead]
             due += ready[before + ahead]
-            if due_running and due_running + due > self.groups_per_step * ahead + later:
+            if due_running and due_running + due > self.groups_per_step * ahead:
                 return False
         return True
 
@@ -178,11 +175,9 @@ class Schedule(Generic[T]):
         old, for their workers to stop."""
         assert version >= self.version, f"the version went from {self.version} to {version}"
         self.counts.trained += len(self._training)
-        self._training, self.version, self.served = (
-            [],
-            version,
-            version if served is None else served,
-        )
+        self._training = []
+        self.version = version
+        self.served = version if served is None else served
         late = [
             number
             for number, (oldest, _) in self._ready.items()

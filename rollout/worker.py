@@ -1,16 +1,14 @@
 """The rollout worker: a Ray actor around one engine, on a device of its own.
 
 `RolloutWorker` is the actor, `GroupService` makes whole groups of the engine's completions, and
-`WeightUpdates` is the receiver of weights beside the engine; all on one event loop.
+`Receiver` brings it new weights; all on one event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 
 import numpy as np
 import ray
@@ -19,12 +17,10 @@ from numpy.typing import NDArray
 from ..kernels import platform
 from .engine import Engine, InFlight, Request, WorkerSpec, make_engine
 from .environments import whole
+from .receiver import Receiver
 from .samples import Completion
-from .vllm_backend.transfer import GroupMember
-from .weights.engine_transfer import EngineTransfer
-from .weights.patch import Bytes, DigestMismatchError, TensorBytes, Transfer, WeightPatch
-from .weights.receiver import Receiver
-from .weights.transport import TransferError, WeightUpdate
+from .weights.patch import Bytes, WeightPatch
+from .weights.transport import WeightUpdate
 
 Finished = list[tuple[int, tuple[Completion, ...]]]
 """Prompts (by their index in the request) whose samples are all there, each with its completions in
@@ -46,8 +42,9 @@ class RolloutWorker:
         platform.set_threads(spec.threads)
         self.engine = make_engine(spec, _own_cards(platform.named(spec.device)))
         self.service = GroupService(self.engine, spec.in_flight)
-        receiver = Receiver(spec.link(), threads=spec.threads)
-        self.updates = WeightUpdates(self.engine, receiver, self.service.apply)
+        self.receiver = Receiver(
+            self.engine, spec.link(), threads=spec.threads, apply=self.service.apply
+        )
 
     async def ready(self) -> int:
         """The process id, once the engine is up."""
@@ -64,27 +61,28 @@ class RolloutWorker:
         """Ends these groups; returns what they had."""
         return await self.service.cut(prompt_ids)
 
-    async def prepare(self, notice: WeightUpdate) -> None:
+    async def prepare(self, update: WeightUpdate) -> None:
         """Makes a version ready while the old one is decoded with; raises if no bytes that can be
         had are the learners'."""
-        await self.updates.prepare(notice)
+        await self.receiver.prepare(update)
 
     async def commit(self, version: int) -> dict[str, float]:
         """Serves what was prepared; the figures of it (`receiver.Report`), with the version that is
         served from now on."""
-        return await self.updates.commit(version)
+        return await self.receiver.commit(version)
 
-    async def apply(self, notice: WeightUpdate) -> dict[str, float]:
+    async def catch_up(self, update: WeightUpdate) -> dict[str, float]:
         """Both at once, for a worker that was restarted or joins late."""
-        return await self.updates.apply(notice)
+        return await self.receiver.catch_up(update)
 
-    async def offer(self) -> tuple[str, int, int]:
-        """What this worker could give to a peer: its node, its version, bytes."""
-        return self.updates.offer()
+    async def offer(self) -> tuple[str, int]:
+        """What this worker could give to a peer: its node, and its version."""
+        node: str = ray.get_runtime_context().get_node_id()
+        return node, self.receiver.version
 
     async def export(self) -> Bytes:
         """The bytes of an anchor of what it serves."""
-        return await self.updates.export()
+        return await asyncio.to_thread(self.receiver.export)
 
     async def probe(self, token_ids: Sequence[int], reload: bool = False) -> NDArray[np.float32]:
         """[T] tokens -> [T-1] log-probs of all but the first; `reload`: after the engine has loaded
@@ -249,116 +247,4 @@ class GroupService:
         return [(*group.finished, *group.begun) for group in groups.values()]
 
 
-class WeightUpdates:
-    """PREPARE works in a thread of its own while the engine decodes; COMMIT is one `apply` of the
-    engine."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        receiver: Receiver,
-        apply: Callable[[WeightPatch], Awaitable[int]] | None = None,
-    ) -> None:
-        """apply: what stands for the engine's own, where somebody has to know before."""
-        self._engine, self._receiver, self._apply = engine, receiver, apply or engine.apply
-        self._turn = asyncio.Lock()
-        self._member = GroupMember()
-        self._pending: WeightUpdate | None = None
-        self._last_received: tuple[WeightUpdate, dict[str, float]] | None = (
-            None  # what the engine received last, and its figures
-        )
-
-    async def prepare(self, notice: WeightUpdate) -> None:
-        if self._last_received is not None and _same(notice, self._last_received[0]):
-            return
-        self._pending = (
-            notice if notice.engines is not None and notice.version > self._engine.version else None
-        )
-        if self._pending is None:
-            await asyncio.to_thread(self._receiver.prepare, notice)
-
-    async def commit(self, version: int) -> dict[str, float]:
-        """Serves what was prepared, of at least this version; what the update cost (`Report`)."""
-        async with self._turn:
-            notice, self._pending = self._pending, None
-            if notice is not None and notice.engines is not None:
-                try:
-                    return await self._receive(notice, notice.engines)
-                except TransferError:  # nothing has begun
-                    await asyncio.to_thread(self._receiver.prepare, notice)
-            if (
-                self._last_received is not None
-                and self._last_received[0].version == version == self._engine.version
-            ):
-                return self._last_received[1]
-            patch = await asyncio.to_thread(self._receiver.patch, version, self._engine.version)
-            start = time.perf_counter()
-            try:
-                served = await self._apply(patch)
-            except DigestMismatchError:  # what the engine held is damaged: everything anew, once
-                served = await self._apply(
-                    await asyncio.to_thread(self._receiver.patch, version, NOTHING)
-                )
-            return self._receiver.commit(served, time.perf_counter() - start).as_dict()
-
-    async def apply(self, notice: WeightUpdate) -> dict[str, float]:
-        """Both, for a worker that has to catch up: without the others."""
-        await self.prepare(replace(notice, engines=None))
-        return await self.commit(notice.version)
-
-    async def _receive(self, notice: WeightUpdate, version: EngineTransfer) -> dict[str, float]:
-        """The engine's own processes receive from the learners; `TransferError` if not all workers
-        come to that."""
-        missed = False
-
-        def fallback() -> Mapping[str, TensorBytes]:
-            nonlocal missed
-            missed = True
-            self._receiver.prepare(notice)
-            return self._receiver.patch(notice.version, NOTHING).tensors
-
-        start = time.perf_counter()
-        rank = await asyncio.to_thread(self._member.join, version.broadcast, self._engine.joined)
-        met = time.perf_counter()
-        transfer = Transfer(version=version, rank=rank, fallback=fallback)
-        served = await self._apply(
-            WeightPatch(
-                run_id=notice.run_id,
-                version=notice.version,
-                tensors={},
-                digests=version.digests,
-                transfer=transfer,
-            )
-        )
-        now = time.perf_counter()
-        if missed:
-            return self._receiver.commit(served, now - met).as_dict()
-        report = self._receiver.received(
-            notice, version.num_bytes, now - start, now - met
-        ).as_dict()
-        self._last_received = (notice, report)
-        return report
-
-    def offer(self) -> tuple[str, int, int]:
-        """(the node, the version that is held or -1, bytes of its anchor or a little less) for a
-        peer."""
-        held = self._receiver.held
-        size = 0 if held is None else sum(tensor.data.nbytes for tensor in held.tensors.values())
-        return node(), -1 if held is None else held.version, size
-
-    async def export(self) -> Bytes:
-        """The bytes of an anchor of the held version."""
-        return await asyncio.to_thread(self._receiver.export)
-
-
-def _same(one: WeightUpdate, other: WeightUpdate) -> bool:
-    return (one.attempt, one.version, one.root) == (other.attempt, other.version, other.root)
-
-
-def node() -> str:
-    """The id of the Ray node that this process runs on."""
-    name: str = ray.get_runtime_context().get_node_id()
-    return name
-
-
-__all__ = ["Finished", "GroupService", "RolloutWorker", "WeightUpdates"]
+__all__ = ["Finished", "GroupService", "RolloutWorker"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -14,8 +15,8 @@ import pytest
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 
-def _model(name: str) -> ModuleType:
-    path = Path(__file__).parent / "models" / f"{name}.py"
+def _module(name: str, folder: str = "models") -> ModuleType:
+    path = Path(__file__).parent / folder / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -23,10 +24,14 @@ def _model(name: str) -> ModuleType:
     return module
 
 
+# tests import it by this name: `from table_engine import TableEngine`
+sys.modules["table_engine"] = _module("table_engine", ".")
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face directory, in float32."""
-    source = _model("smollm2")
+    source = _module("smollm2")
     try:
         folder: Path = source.fetch(source.cached())
     except (source.UnavailableError, OSError) as error:
@@ -37,9 +42,9 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def qwen3_tokenizer() -> Path:
     """The directory of Qwen3's tokenizer."""
-    source = _model("qwen3_tokenizer")
+    source = _module("qwen3_tokenizer")
     try:
-        folder: Path = source.fetch(_model("smollm2").cached().with_name(source.NAME))
+        folder: Path = source.fetch(_module("smollm2").cached().with_name(source.NAME))
     except OSError as error:
         pytest.skip(str(error))
     return folder

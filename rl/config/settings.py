@@ -64,25 +64,6 @@ class ModelConfig(Settings):
         return self
 
 
-class SFTConfig(Settings):
-    """The cold start: supervised steps on the source's worked solutions, before RL."""
-
-    steps: int = Field(default=200, ge=1, le=MOST_STEPS)
-    """Optimizer steps."""
-    direct: float = Field(default=0.0, ge=0, le=1)
-    """Share of the solutions shown without their work, as an empty `<think></think>` and the answer
-    (Qwen3's way of not thinking): the model learns both ways, and RL finds out which of them
-    pays."""
-    batch_size: int = Field(default=256, ge=1, le=MOST_ANSWERS)
-    """Problems per step."""
-    lr: float = Field(default=2e-3, gt=0, le=1)
-    """The largest learning rate."""
-    warmup_steps: int = Field(default=20, ge=0)
-    """Steps over which the rate rises from 0."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the rate falls after that: not at all, to 0 in a line, or to 0 along a cosine."""
-
-
 class ScheduleConfig(Settings):
     """The loop."""
 
@@ -103,10 +84,6 @@ class ScheduleConfig(Settings):
     second on the ratio to the sampling policy is no longer 1, and the clip of the loss acts."""
     epochs: int = Field(default=1, ge=1, le=1_000)
     """Passes over a step's answers (PPO's epochs)."""
-    stream_parts: int = Field(default=1, ge=1, le=MOST_ANSWERS)
-    """The learners begin as soon as one of so many parts of a step's groups is there, whichever
-    groups come first. The gradient is the same but for rounding; 1: when all are there, in an order
-    that repeats bit for bit."""
     max_staleness: int = Field(default=0, ge=0, le=64)
     """k: a token trains at most k versions after the one that sampled it, and rollouts run ahead by
     as much while the learners work. 0: strictly on-policy, every token is sampled by the newest
@@ -171,10 +148,21 @@ class OptimConfig(Settings):
     """Over all updates that RL can make. A part of a step without any signal makes none and counts
     all the same (TRL updates there, with advantages of 0); the critic's warm-up does not count for
     the policy (as in verl)."""
+    min_lr_ratio: float = Field(default=0.0, ge=0, lt=1)
+    """Where a cosine ends, as a share of `lr` (verl's name for it)."""
     micro_batch_tokens: Annotated[int, Field(ge=1, le=1_000_000_000)] | Literal["auto"] = "auto"
     """Padded tokens of one forward and backward pass on one rank. Loss and gradient do not depend
     on it. `auto`: as many as the free memory holds, at most 16384, on a CPU 2048 (which is quicker
     there)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> OptimConfig:
+        if self.min_lr_ratio and self.schedule != "cosine":
+            raise ValueError(
+                f"optim.min_lr_ratio={self.min_lr_ratio:g} is the end of a cosine; set"
+                " optim.schedule=cosine"
+            )
+        return self
 
 
 class CriticConfig(Settings):
@@ -206,6 +194,11 @@ class CheckpointConfig(Settings):
     """RL steps between checkpoints; 0: only at the end of a stage and on Ctrl-C."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints that stay on disk."""
+    keep_best: int = Field(default=0, ge=0)
+    """Of the others, those of the highest held-out accuracy that stay as well."""
+    max_failures: int = Field(default=3, ge=1)
+    """Checkpoints in a row that cannot be written, for want of disk for example, before the run
+    ends; of fewer a line and an alert say so."""
     history: bool = False
     """Keep every version of the weights as a patch in the run's `history`; `emberl patches apply`
     makes a model of any."""
@@ -217,7 +210,17 @@ class TrackingConfig(Settings):
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto`: online with a key, else offline; never asks for a login."""
     project: str = "emberl"
-    """The project of W&B."""
+    """The project of W&B and of the other trackers."""
+    group: str | None = None
+    """Of W&B: runs that belong together; the stages of a recipe have the recipe's name there."""
+    tags: tuple[str, ...] = ()
+    """Of W&B."""
+    notes: str | None = None
+    """Of W&B: a longer text about the run."""
+    job_type: str | None = None
+    """Of W&B: `train`, `ablation`, ..."""
+    also: tuple[Literal["tensorboard", "swanlab", "mlflow"], ...] = ()
+    """Further trackers, whose packages you install."""
     samples: int = Field(default=8, ge=0)
     """Sampled answers kept at each evaluation."""
     warn_after: int = Field(default=5, ge=0)

@@ -3,12 +3,12 @@ evaluation goes on."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,7 @@ from ..data.table import read_head
 from ..eval_sets import EvalSet, open_eval_sets
 from ..model_files import check_model, load_tokenizer, prepare_model, stop_tokens
 from ..preflight import check_references
+from ..run import on_loop
 from ..watch.tracking import make_console
 from .measures import metrics, powers
 from .page import write_page
@@ -41,8 +42,8 @@ from .store import RESULT, SETTINGS, Store, open_folder, outcomes_of
 from .thinking import Thoughts
 from .votes import by_reward, final_answer, outcomes
 
-GRADERS = 4
-_MOST_PENDING = 4 * GRADERS
+_MOST_PENDING = 16
+"""Problems that wait for their verdicts, after which the oldest is waited for."""
 _BATCHING = ("timeout", "max_num_seqs", "token_rate", "servers", "servers_directory")
 """Settings of rollouts on which no answer depends."""
 OWN = "held-out"
@@ -267,18 +268,23 @@ def _sample(
     with Cluster(config, tell, roles=("rollout",)) as cluster:
         _, pool = cluster.spawn(path, uuid.uuid4().hex, store.folder.absolute())
         cluster.wait()
-        try:
+
+        async def work() -> None:
             for each in sets:
                 name = each.name or OWN
                 own = config.eval.sets.get(name)
                 thinking = ThinkingConfig() if own is None else own.thinking
                 writer = _Rows(name, each, reader, _tags(thinking, reader.tokenizer))
-                prompts, begun = left[name], time.monotonic()
-                for count, rows in enumerate(writer.sampled(pool, prompts, each.sampled(base)), 1):
+                count, total, begun = 0, len(left[name]), time.monotonic()
+                async for rows in writer.sampled(pool, left[name], each.sampled(base)):
                     store.add(rows)
-                    if count % max(1, len(prompts) // 10) == 0 or count == len(prompts):
+                    count += 1
+                    if count % max(1, total // 10) == 0 or count == total:
                         seconds = time.monotonic() - begun
-                        tell(f"{name} {count}/{len(prompts)} problems, {seconds:.0f} s")
+                        tell(f"{name} {count}/{total} problems, {seconds:.0f} s")
+
+        try:
+            on_loop(work())
         finally:
             store.flush()
 
@@ -300,30 +306,29 @@ class _Rows:
         self._name, self._problems, self._reader = name, problems, reader
         self._thoughts, self._same = thoughts, by_reward(problems.suite)
 
-    def sampled(
+    async def sampled(
         self, pool: RolloutPool, prompts: Sequence[Prompt], sampling: Sampling
-    ) -> Iterator[list[dict[str, Any]]]:
+    ) -> AsyncIterator[list[dict[str, Any]]]:
         """All rows of a problem at a time, graded in threads while others are decoded."""
         problems = self._problems
         budgets = 1 + len(problems.thinking.settings.budgets if problems.thinking else ())
-        parts: dict[int, list[Future[list[dict[str, Any]]]]] = {}
-        complete: deque[list[Future[list[dict[str, Any]]]]] = deque()
-        with ThreadPoolExecutor(GRADERS, thread_name_prefix="grade") as graders:
-            for index, budget, completions in sampled(
-                pool, prompts, problems.samples, sampling, problems.thinking
+        parts: dict[int, list[asyncio.Task[list[dict[str, Any]]]]] = {}
+        complete: deque[list[asyncio.Task[list[dict[str, Any]]]]] = deque()
+        async for index, budget, completions in sampled(
+            pool, prompts, problems.samples, sampling, problems.thinking
+        ):
+            work = asyncio.to_thread(
+                self._rows, prompts[index], budget, completions, sampling.max_tokens
+            )
+            parts.setdefault(index, []).append(asyncio.create_task(work))
+            if len(parts[index]) == budgets:
+                complete.append(parts.pop(index))
+            while complete and (
+                len(complete) > _MOST_PENDING or all(part.done() for part in complete[0])
             ):
-                work = graders.submit(
-                    self._rows, prompts[index], budget, completions, sampling.max_tokens
-                )
-                parts.setdefault(index, []).append(work)
-                if len(parts[index]) == budgets:
-                    complete.append(parts.pop(index))
-                while complete and (
-                    len(complete) > _MOST_PENDING or all(part.done() for part in complete[0])
-                ):
-                    yield [row for part in complete.popleft() for row in part.result()]
-            for futures in complete:
-                yield [row for part in futures for row in part.result()]
+                yield [row for part in complete.popleft() for row in await part]
+        for tasks in complete:
+            yield [row for part in tasks for row in await part]
 
     def _rows(
         self,

@@ -3,13 +3,12 @@ cut at budgets."""
 
 from __future__ import annotations
 
-import queue
-from collections.abc import Iterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
-from ...rollout.actors import ActorLostError
 from ...rollout.environments import GroupEpisodes, whole
-from ...rollout.jobs import Job, Outcome
+from ...rollout.jobs import Job
 from ...rollout.pool import RolloutPool
 from ...rollout.samples import Completion, Prompt, Sampling
 from .thinking import Thoughts
@@ -18,58 +17,53 @@ Key = tuple[int, int | None]
 """(index of a prompt, thinking budget)."""
 
 
-def sampled(
+async def sampled(
     pool: RolloutPool,
     prompts: Sequence[Prompt],
     n: int,
     sampling: Sampling,
     thoughts: Thoughts | None = None,
-) -> Iterator[tuple[int, int | None, tuple[Completion, ...]]]:
+) -> AsyncIterator[tuple[int, int | None, tuple[Completion, ...]]]:
     """Yields (index of the prompt, thinking budget, its n completions) as groups become complete,
     in no particular order: each prompt without a budget (None), and once for each of `thoughts`.
 
     Answers without a budget are sampled first. At a budget, those that thought for longer are cut
     there and decoded from there on, under a prompt id of its own; the others stay what they are.
     """
-    outcomes: queue.SimpleQueue[tuple[Key, Outcome]] = queue.SimpleQueue()
+    budgets = () if thoughts is None else thoughts.settings.budgets
     kept: dict[Key, list[Completion]] = {}
     begun: dict[Key, dict[int, Completion]] = {}
-
-    def job(key: Key, prompt: Prompt, parts: Sequence[Completion] = ()) -> Job:
-        return Job(
-            prompt=prompt,
-            n=len(parts) or n,
-            sampling=sampling,
-            deliver=lambda outcome: outcomes.put((key, outcome)),
-            episodes=GroupEpisodes(going_on=tuple(parts)),
-        )
-
-    pool.submit([job((index, None), prompt) for index, prompt in enumerate(prompts)])
-    left = len(prompts)
-    while left:
-        # each request has a deadline of its own, and then an outcome
-        (index, budget), outcome = outcomes.get()
-        left -= 1
-        if isinstance(outcome, ActorLostError):
-            raise outcome
-        if budget is not None:
-            yield index, budget, _joined(prompts[index].id, outcome, (index, budget), kept, begun)
-            continue
-        yield index, None, outcome
-        for budget in () if thoughts is None else thoughts.settings.budgets:
-            assert thoughts is not None
-            key, prompt = (
-                (index, budget),
-                replace(prompts[index], id=f"{prompts[index].id}#{budget}"),
-            )
-            cuts = [thoughts.cut(prompt, completion, budget) for completion in outcome]
-            kept[key] = [c for c, cut in zip(outcome, cuts, strict=True) if cut is None]
-            begun[key] = {cut.sample: cut for cut in cuts if cut is not None}
-            if begun[key]:
-                pool.submit([job(key, prompt, tuple(begun[key].values()))])
-                left += 1
-            else:
-                yield index, budget, _joined(prompts[index].id, (), key, kept, begun)
+    jobs = [Job(prompt=prompt, n=n, sampling=sampling) for prompt in prompts]
+    pending: dict[asyncio.Future[tuple[Completion, ...]], Key] = {
+        job.outcome: (index, None) for index, job in enumerate(jobs)
+    }
+    pool.submit(jobs)
+    while pending:  # each request has a deadline of its own, and then an outcome
+        done, _ = await asyncio.wait(pending, return_when="FIRST_COMPLETED")
+        for outcome in done:
+            (index, budget), decoded = pending.pop(outcome), outcome.result()
+            if budget is not None:
+                yield (
+                    index,
+                    budget,
+                    _joined(prompts[index].id, decoded, (index, budget), kept, begun),
+                )
+                continue
+            yield index, None, decoded
+            for budget in budgets:
+                assert thoughts is not None
+                key = (index, budget)
+                prompt = replace(prompts[index], id=f"{prompts[index].id}#{budget}")
+                cuts = [thoughts.cut(prompt, completion, budget) for completion in decoded]
+                kept[key] = [c for c, cut in zip(decoded, cuts, strict=True) if cut is None]
+                begun[key] = {cut.sample: cut for cut in cuts if cut is not None}
+                if not (parts := tuple(begun[key].values())):
+                    yield index, budget, _joined(prompts[index].id, (), key, kept, begun)
+                    continue
+                episodes = GroupEpisodes(going_on=parts)
+                job = Job(prompt=prompt, n=len(parts), sampling=sampling, episodes=episodes)
+                pending[job.outcome] = key
+                pool.submit([job])
 
 
 def _joined(

@@ -26,7 +26,7 @@ from torch import nn
 
 from ...rollout.vllm_backend.compat import check_sender
 from ...rollout.vllm_backend.transfer import Rendezvous, Sender
-from ...rollout.weights.apply import commit, prepare
+from ...rollout.weights.apply import advance, materialise
 from ...rollout.weights.codec import CHUNK_BYTES, spread
 from ...rollout.weights.diff import Shard, TensorPart, diff, join
 from ...rollout.weights.engine_transfer import Broadcast, BroadcastGroup, EngineTransfer
@@ -226,7 +226,7 @@ class Publisher:
             )
         else:
             base = None if patch.base_version is None else self._base
-            self._base = commit(base, prepare(patch, base, threads=self.threads))
+            self._base = advance(base, materialise(patch, base, threads=self.threads))
         return self._base
 
     def _guess(self) -> float | None:

@@ -7,19 +7,16 @@ deals groups to them, marking, the learners' steps, the publication of weights, 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator
 from typing import Any
 
 import numpy as np
 import simpy
 
+from ...rollout.dispatch import Dispatch
 from ...rollout.schedule import Schedule
 from .scenario import Scenario, StepRecord, Trace, Usage
 from .worker import SimGroup, SimWorker
-
-UNLIMITED = 1 << 20
-"""Answers that no worker reaches."""
 
 Waits = Generator[simpy.Event, Any, None]
 
@@ -47,13 +44,8 @@ class _Simulation:
             for _ in range(scenario.workers)
         ]
         count = scenario.workers
-        self._groups: list[dict[int, SimGroup]] = [{} for _ in range(count)]  # what each worker has
-        self._load = np.zeros(count)
-        self._samples = np.zeros(count, np.int64)
-        self._up = np.ones(count, np.bool_)
-        self._most = scenario.given or UNLIMITED
-        self._expected = scenario.lengths.mean
-        self._backlog: deque[SimGroup] = deque()
+        self._dispatch: Dispatch[SimGroup] = Dispatch(count, scenario.given)
+        self._cost = round(scenario.group_size * scenario.lengths.mean)
         self._admitted = self._served = self._lost = self._reissued = 0
         self._changed = self.env.event()
         self._graders = simpy.Resource(self.env, scenario.reward.graders)
@@ -116,14 +108,14 @@ class _Simulation:
         yield self.env.timeout(cost.encode)
         self._served = version  # what a replacement gets
         if in_flight == "finish" and self.scenario.max_staleness:
-            for i in np.flatnonzero(self._up):
+            for i in self._up:
                 self.env.process(self._install_drained(self.workers[i], version))
             return
         if not cost.staged:
-            for i in np.flatnonzero(self._up):
+            for i in self._up:
                 self.workers[i].hold()
         yield self.env.timeout(cost.transfer)
-        for i in np.flatnonzero(self._up):
+        for i in self._up:
             self.workers[i].install(
                 version, cost.commit, in_flight="update" if in_flight == "finish" else in_flight
             )
@@ -148,41 +140,27 @@ class _Simulation:
             source, rng = self.scenario.lengths, self._lengths
             problem = source.problem(rng)
             lengths = source.answers(problem, rng, self.scenario.group_size)
-            group = SimGroup(number=self._admitted, problem=problem, lengths=lengths)
+            number, cost = self._admitted, self._cost
+            group = SimGroup(number=number, problem=problem, lengths=lengths, cost=cost)
             self._admitted += 1
             self.schedule.admit(group.number)
-            self._backlog.append(group)
-        if self._backlog:
-            self._dispatch()
+            self._dispatch.backlog.append(group)
+        self._deal()
 
-    def _dispatch(self) -> None:
-        """To the workers that have the least to do, as the pool does."""
-        shares: dict[int, list[SimGroup]] = {}
-        tokens = self.scenario.group_size * self._expected
-        load = np.where(
-            self._up & ((self._samples < self._most) | (self._samples == 0)), self._load, np.inf
-        )
-        while self._backlog and np.isfinite(load[i := int(load.argmin())]):
-            group = self._backlog.popleft()
-            group.worker = i
-            self._groups[i][group.number] = group
-            shares.setdefault(i, []).append(group)
-            self._load[i] += tokens
-            self._samples[i] += len(group.lengths)
-            load[i] = self._load[i] if self._samples[i] < self._most else np.inf
-        for i, groups in shares.items():
+    def _deal(self) -> None:
+        for i, groups in self._dispatch.deal().items():
+            for group in groups:
+                group.worker = i
             self.workers[i].submit(groups)
 
-    def _leave(self, group: SimGroup) -> None:
-        i = group.worker
-        del self._groups[i][group.number]
-        self._samples[i] -= len(group.lengths)
-        self._load[i] = len(self._groups[i]) * self.scenario.group_size * self._expected
+    @property
+    def _up(self) -> list[int]:
+        """The workers that are there."""
+        return [i for i, up in enumerate(self._dispatch.up) if up]
 
     def _decoded(self, group: SimGroup) -> None:
-        self._leave(group)
-        if self._backlog:
-            self._dispatch()
+        self._dispatch.release(group.worker, group)
+        self._deal()
         if self.scenario.reward.seconds == 0:
             self._marked(group)
         else:
@@ -202,33 +180,29 @@ class _Simulation:
     def _stop(self, cut: list[int]) -> None:
         """Ends the answers of evicted groups."""
         numbers = set(cut)
-        for i, groups in enumerate(self._groups):
-            if found := numbers & groups.keys():
-                for group in [groups[number] for number in found]:
-                    self._leave(group)
-                self.workers[i].remove(found)
-        self._backlog = deque(group for group in self._backlog if group.number not in numbers)
+        if numbers:
+            for i, groups in self._dispatch.remove(lambda group: group.number in numbers).items():
+                self.workers[i].remove({group.number for group in groups})
 
     def _fail(self, i: int, rng: np.random.Generator) -> Waits:
         """Loses worker i now and then, and replaces it; what it had is asked for again."""
         failures, worker = self.scenario.failures, self.workers[i]
         while True:
             yield self.env.timeout(rng.exponential(failures.mtbf))
-            self._up[i], self._lost = False, self._lost + 1
+            self._dispatch.set_up(i, False)
+            self._lost += 1
             worker.lose()
-            lost = list(self._groups[i].values())
+            lost = list(self._dispatch.jobs[i])
             for group in lost:
-                self._leave(group)
+                self._dispatch.release(i, group)
             yield self.env.timeout(failures.restart)
             worker.restore(self._served)
-            self._up[i] = True
+            self._dispatch.set_up(i, True)
             for group in lost:
                 self.schedule.reissue(group.number)
-                self._backlog.append(
-                    SimGroup(number=group.number, problem=group.problem, lengths=group.lengths)
-                )
+                self._dispatch.backlog.append(group.anew())
             self._reissued += len(lost)
-            self._dispatch()
+            self._deal()
 
     def _usage(self) -> Usage:
         each = [worker.usage() for worker in self.workers]

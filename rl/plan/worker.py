@@ -33,12 +33,24 @@ class SimGroup:
     problem: Problem
     lengths: Floats
     """[G] tokens of the answers."""
+    cost: float
+    """Tokens that the pool expects."""
     left: int = 0
     """Answers that are not finished."""
     worker: int = -1
     tokens: dict[int, float] = field(default_factory=dict)
     """Version -> tokens that it sampled."""
     prefilled: bool = False
+
+    @property
+    def samples(self) -> int:
+        return len(self.lengths)
+
+    def anew(self) -> SimGroup:
+        """The same group before it was sampled."""
+        return SimGroup(
+            number=self.number, problem=self.problem, lengths=self.lengths, cost=self.cost
+        )
 
     @property
     def answer_tokens(self) -> int:

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...rollout.samples import EpisodeStatus
-from ..algorithm.losses import CLIPPED, PARTS
 from ..algorithm.offpolicy import correction, mismatch_metrics
 from ..config.algorithm import OffPolicyConfig
+from ..config.distill import DistillConfig
 from ..groups import Batch, Group
 
 Array = NDArray[Any]
@@ -211,41 +211,20 @@ def _over(name: str, values: Sequence[float]) -> float:
     return float(np.min(values)) if _SMALLEST.search(name) else float(np.mean(values))
 
 
-def pooled(done: Sequence[Mapping[str, float]], weights: Sequence[int]) -> dict[str, float]:
-    """A step's metrics from those of its parts: means over the tokens that part i has weights[i]
-    of; sums of times and of the terms of the loss, which hold their weights; the largest of maxima,
-    the smallest of minima."""
-    metrics: dict[str, float] = {}
-    for name in done[0]:
-        values = [each[name] for each in done]
-        if name in PARTS or name == "actor/loss" or name.startswith("timing_s/"):
-            metrics[name] = sum(values)
-        elif _LARGEST.search(name) or _SMALLEST.search(name):
-            metrics[name] = _over(name, values)
-        else:
-            metrics[name] = float(np.average(values, weights=weights))
-    return metrics
-
-
-def of_whole_step(
-    metrics: Mapping[str, float],
-    done: Sequence[Mapping[str, float]],
-    tokens: Sequence[int],
-    *,
-    whole: int,
-    trained: int,
-    every: int | None,
-) -> dict[str, float]:
-    """`pooled` metrics of parts whose loss terms still hold the parts' denominators. whole: the sum
-    of these over all parts; trained: over the parts that made a pass; tokens: loss tokens of each
-    of these parts; every: of all parts, where a token that was left out is known not to be
-    clipped."""
-    found = dict(metrics)
-    for name in found.keys() & {*PARTS, "actor/loss"}:
-        found[name] /= trained if name == "actor/entropy" else whole
-    if every is not None:
-        for name in found.keys() & set(CLIPPED):
-            found[name] = (
-                sum(each[name] * count for each, count in zip(done, tokens, strict=True)) / every
-            )
+def teacher_metrics(batches: Sequence[Batch], distill: DistillConfig) -> dict[str, float]:
+    """Of each teacher its share of the loss tokens and, where it is asked about these, its mean
+    log(policy / teacher) on them: the reverse KL to it. Tokens without a teacher are counted."""
+    found: dict[str, float] = {}
+    for batch in batches if distill.active else ():
+        assert batch.teacher_ids_T is not None
+        mask, old_T = batch.loss_mask_T, batch.old_logp_T
+        teachers = batch.teacher_ids_T[mask]
+        found["distill/untaught_tokens"] = float((teachers < 0).sum())
+        for number, name in enumerate(distill.teachers):
+            own = teachers == number
+            found[f"distill/tokens/{name}"] = float(own.sum())
+            if batch.teacher_logp_T is not None and own.any():
+                old_T = batch.behaviour_logp_T if old_T is None else old_T
+                gap = (old_T - batch.teacher_logp_T)[mask][own]
+                found[f"distill/reverse_kl/{name}"] = float(gap[np.isfinite(gap)].mean())
     return found

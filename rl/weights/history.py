@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...rollout.weights.apply import commit, prepare
+from ...rollout.weights.apply import advance, materialise
 from ...rollout.weights.codec import check_chunk
 from ...rollout.weights.patch import (
     CorruptPatchError,
@@ -39,7 +39,7 @@ def examine(file: Path) -> dict[str, Any]:
             except CorruptPatchError as error:
                 raise CorruptPatchError(f"tensor {name}, chunk {number}: {error}") from error
     if patch.base_version is None:
-        prepare(patch, None)
+        materialise(patch, None)
     stats, size = tensor_stats(patch), file.stat().st_size
     num_bytes = sum(found.elements * element_bytes(found.name, found.dtype) for found in stats)
     return {
@@ -130,7 +130,7 @@ def replay(given: Sequence[Path], version: int | None = None) -> Weights:
 
 def _follow(weights: Weights | None, patch: WeightPatch) -> Weights:
     if patch.base_version is None:
-        return commit(None, prepare(patch, None))
+        return advance(None, materialise(patch, None))
     # a model's files do not know their version; their digests tell
     if weights is not None and weights.version < 0:
         weights = Weights(
@@ -139,7 +139,7 @@ def _follow(weights: Weights | None, patch: WeightPatch) -> Weights:
             tensors=weights.tensors,
             digests=weights.digests,
         )
-    return commit(weights, prepare(patch, weights))
+    return advance(weights, materialise(patch, weights))
 
 
 def _model(folder: Path) -> Weights:

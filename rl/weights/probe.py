@@ -22,7 +22,7 @@ lr=1e-5 that were tried, as may a slow drift that is spread over hundreds of ver
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,11 +132,11 @@ class Probe:
         """The next version is another model by a whole stage: what the noise was is forgotten."""
         self._levels.clear()
 
-    def check(
+    async def check(
         self,
         expected: Values,
         found: Sequence[Values],
-        reload: Callable[[int], Values],
+        reload: Callable[[int], Awaitable[Values]],
         *,
         version: int,
         changed: float | None = None,
@@ -153,7 +153,7 @@ class Probe:
             if self._fault(logprobs, expected, bound, changed) is None:
                 continue
             reloads += 1
-            results[worker] = logprobs = reload(worker)
+            results[worker] = logprobs = await reload(worker)
             fault = self._fault(logprobs, expected, bound, changed)
             if fault is not None:
                 raise ActorLostError(

@@ -1,133 +1,84 @@
-"""Weight sync as the loop sees it: each version goes from the learners to every engine, proved by
-digest.
+"""The driver's side of the weights: each version goes from the learners to every engine, proved by
+digest and by a comparison of log-probs.
 
-    sync.begin(version)              between two steps: the learners copy their shards aside
-    figures = sync.deliver()         diff, encoding, PREPARE on every worker, then COMMIT; learners
-    and engines may work meanwhile
+    figures = await weights.publish(version, wait=False)
+    await weights.delivered()              # until every engine serves it
 
-The driver handles announcements only (`transport.WeightUpdate`); the bytes go from rank 0 to the
-nodes.
+Between two steps the learners copy their shards aside; diff, encoding, PREPARE on every worker,
+then COMMIT go on while they work. The driver handles announcements only
+(`transport.WeightUpdate`); the bytes go from rank 0 to the nodes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
 
 from ...rollout.actors import cause
 from ...rollout.pool import RolloutPool
+from ...rollout.vllm_backend.compat import transfer_backend
 from ...rollout.weights.engine_transfer import Broadcast, BroadcastGroup
 from ...rollout.weights.transport import Directory, PatchRef, WeightUpdate, list_patches
-from ..config.load import SyncConfig
+from ..config.load import Config
 from ..learner.group import LearnerGroup
 from ..learner.publisher import Published, PublishRequest
-
-Mode = Literal["dense", "patch"]
-Transport = Literal["object_store", "collective", "directory"]
+from .choice import Measured, Mode, Transport, choose, choose_transport, guessed_ratio
+from .probe import Probe, as_batch
 
 CHAIN_SHARE = 0.5
 """A new anchor is made once the patches since the last one are this much of it."""
-CODING_RATE = 1e9
-"""Bytes of weights a second that a patch costs on each side, until that has been measured."""
-COPY_RATE = 4e9
-"""The same of weights that come whole."""
 BROADCAST_TIMEOUT = 60.0
 """Seconds at most, after which a worker takes the bytes from Ray's object store instead."""
-ADVANTAGE = 0.8
-"""The other way must take at most this share of the time for `auto` to change over."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
-    """The measurements by which `auto` decides; None until taken."""
+class Taken:
+    """A version that the learners have copied aside."""
 
-    num_bytes: float
-    """Of the whole weights."""
-    bandwidth: float | None = None
-    """Bytes a second from the learners to an engine."""
-    ratio: float | None = None
-    """The whole weights / a patch."""
-    coding_s: float = 0.0
-    """Seconds to make a patch and to apply it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
-    mode: Mode
-    why: str
-
-
-def choose(measured: Measured, now: Mode) -> Choice:
-    """The mode that takes less time for one version, with a bias to what is in use."""
-    if measured.bandwidth is None:
-        return Choice(mode=now, why="the link has not been measured yet")
-    dense = measured.num_bytes / measured.bandwidth + measured.num_bytes / COPY_RATE
-    coding = measured.coding_s or 2 * measured.num_bytes / CODING_RATE
-    ratio = measured.ratio or 50.0
-    patch = measured.num_bytes / ratio / measured.bandwidth + coding
-    better: Mode = "patch" if patch < dense else "dense"
-    if better != now and min(patch, dense) > ADVANTAGE * max(patch, dense):
-        better = now
-    why = (
-        f"{measured.num_bytes / 1e6:.3g} MB of weights at {measured.bandwidth / 1e6:.3g} MB/s:"
-        f" dense {dense:.2g} s, patches {patch:.2g} s ({ratio:.3g}x smaller, {coding:.2g} s to"
-        " code)"
-    )
-    return Choice(mode=better, why=why)
-
-
-def choose_transport(
-    rates: Mapping[Transport, float], now: Transport, *, fabric: bool
-) -> Transport:
-    """The faster of Ray's object store and the broadcast into vLLM's processes; rates: bytes a
-    second, of those that were tried. Only where vLLM has its engine for that and devices a fabric
-    of their own (`fabric`) is it tried at all."""
-    if not fabric:
-        return "object_store"
-    if now not in rates or (other := _OTHER[now]) not in rates:
-        return now if now not in rates else _OTHER[now]
-    return other if rates[now] < ADVANTAGE * rates[other] else now
-
-
-_OTHER: Mapping[Transport, Transport] = {"object_store": "collective", "collective": "object_store"}
-
-
-def guessed_ratio(changed: float) -> float:
-    """How much smaller a patch of bfloat16 weights is, to within a factor of two, where this share
-    of them changed."""
-    return 1.0 / max(1 / 5000, min(1.0, 0.7 * changed))
+    version: int
+    seconds: float
+    """For which they stood still."""
+    later: bool
+    """Workers change to it one after another, when each has finished what it decodes."""
+    expected: NDArray[np.float32] | None
+    """What the learners say of the probe's tokens; None: nothing is compared."""
 
 
 class WeightSync:
-    """The newest version's announcement, and what it takes to write the next one."""
+    """The newest version's announcement, the delivery that is under way, and what it takes to make
+    the next one."""
 
     def __init__(
         self,
-        settings: SyncConfig,
+        config: Config,
         learners: LearnerGroup,
         pool: RolloutPool,
         *,
         run_id: str,
         run_dir: Path,
-        history: bool,
         fabric: bool,
         tell: Callable[[str], None],
-        backend: str = "",
-        ranks: int = 1,
+        probe: Probe,
+        probe_ids: Sequence[int] = (),
     ) -> None:
-        """history: keep every version in `run_dir`. fabric: the devices have one, for
-        transport=auto to try. tell: where a person reads why `auto` changed over. backend: the
-        weight-transfer engine of vLLM by which the `ranks` processes of each engine take a
-        broadcast of whole weights themselves."""
-        self._backend = backend
-        self._ranks = ranks
+        """fabric: the devices have one, for transport=auto to try. tell: where a person reads why
+        `auto` changed over. probe_ids: tokens whose log-probs are compared; none: no comparison."""
+        settings = config.sync
+        # vLLM's weight-transfer engine by which the processes of each engine take a broadcast
+        self._backend = transfer_backend(config.rollout.engine_args)
+        self._ranks = config.rollout.cards
         self._fabric = fabric
         self._settings = settings
+        self._schedule = config.schedule
         self._learners = learners
         self._pool = pool
         self._tell = tell
@@ -141,46 +92,87 @@ class WeightSync:
         self._group: BroadcastGroup | None = None
         self._broadcasts = self._restarts = 0
         self._folder = Path(settings.directory) if settings.directory else run_dir / "sync"
-        self._history = run_dir / "history" if history else None
+        self._history = run_dir / "history" if config.checkpoint.history else None
         self._anchors: tuple[PatchRef, ...] = ()
         self._patches: tuple[PatchRef, ...] = ()
         self._measured: Measured | None = None
-        self._begun: list[tuple[int, float]] = []
         self.notice: WeightUpdate | None = None
+        self.probe = probe
+        self._probe_ids = tuple(probe_ids)
+        self.under_way: asyncio.Task[dict[str, float]] | None = None
+        """The delivery of the newest version, until somebody has waited for it."""
 
-    def begin(self, version: int) -> None:
-        """The learners copy aside what is to be version `version`."""
+    async def publish(self, version: int, *, wait: bool = True) -> dict[str, float]:
+        """Has every worker serve the learners' weights as this version; returns the figures of the
+        transfer. Without `wait`, where rollouts run ahead, it goes on while the learners make their
+        next step, and the figures are those of the version before."""
+        start = time.perf_counter()  # to wait for the version before is the learners' loss, too
+        figures = await self.delivered()
+        ahead = not wait and self._schedule.max_staleness > 0
+        taken = await self._take(version, ahead and self._schedule.in_flight == "finish")
+        if not ahead:
+            return await self._deliver(taken)
+        self.under_way = asyncio.create_task(self._deliver(taken))
+        return figures | {"sync/exposed_s": time.perf_counter() - start}
+
+    async def delivered(self) -> dict[str, float]:
+        """Waits until the workers have what was published, if that is under way; returns its
+        figures and raises its errors."""
+        delivery, self.under_way = self.under_way, None
+        return {} if delivery is None else await delivery  # every wait inside has a deadline
+
+    def check(self) -> None:
+        """Raises what made the delivery under way fail."""
+        if self.under_way is not None and self.under_way.done():
+            self.under_way.result()
+
+    async def _take(self, version: int, later: bool) -> Taken:
+        """Before the learners make their next step."""
         start = time.perf_counter()
-        self._learners.take_weights()
-        self._begun.append((version, time.perf_counter() - start))
+        await asyncio.to_thread(self._learners.take_weights)
+        seconds = time.perf_counter() - start
+        expected = None
+        if self._probe_ids and not later:
+            batch = as_batch(self._probe_ids)
+            expected = (await asyncio.to_thread(self._learners.logprobs, batch, 1.0))[1:]
+        return Taken(version=version, seconds=seconds, later=later, expected=expected)
 
-    def deliver(self, *, later: bool = False) -> dict[str, float]:
-        """Every worker serves what was begun when this returns (or, `later`, once it has finished
+    async def _deliver(self, taken: Taken) -> dict[str, float]:
+        """Every worker serves what was taken when this returns (or, `later`, once it has finished
         what it decodes, before anything else); the figures of it."""
-        version, taken_s = self._begun.pop(0)
+        start = time.perf_counter()
+        version = taken.version
         if self._history is not None and self.notice is None:
             self._forget_from(version)
-        start = time.perf_counter()
-        broadcast = self._next_broadcast() if self._into_engines and not later else None
-        published = self._learners.publish(self._order(version, broadcast))
+        broadcast = None
+        if self._into_engines and not taken.later:
+            broadcast = await asyncio.to_thread(self._next_broadcast)
+        published = await asyncio.to_thread(self._learners.publish, self._order(version, broadcast))
         self.notice = self._announce(published)
         sending = self._learners.broadcast() if broadcast is not None else None
         reports: list[dict[str, float]] = []
-        if later:
-            self._pool.apply_later(self.notice)
+        if taken.later:
+            self._pool.serve_later(self.notice)
         else:
-            reports = self._pool.apply(self.notice)
+            reports = await self._pool.serve(self.notice)
             versions = {int(report["version"]) for report in reports}
             assert versions == {version}, f"workers serve versions {versions} instead of {version}"
         if sending is not None:
-            self._end_broadcast(sending)
+            await self._end_broadcast(sending)
         self._learn(published, reports)
-        seconds = taken_s + time.perf_counter() - start
-        return {
-            **_figures(published, reports),
-            "sync/diff_s": taken_s,
-            "timing_s/update_weights": seconds,
+        figures = _figures(published, reports) | {
+            "sync/diff_s": taken.seconds,
+            "timing_s/update_weights": taken.seconds + time.perf_counter() - start,
         }
+        if taken.expected is not None:
+            figures |= await self.probe.check(
+                taken.expected,
+                await self._pool.probe(self._probe_ids),
+                partial(self._pool.reload, token_ids=self._probe_ids),
+                version=version,
+                changed=figures.get("sync/changed_fraction"),
+            )
+        return figures | {"sync/exposed_s": time.perf_counter() - start}
 
     @property
     def _into_engines(self) -> bool:
@@ -200,11 +192,11 @@ class WeightSync:
         self._broadcasts += 1
         return Broadcast(group=self._group, number=self._broadcasts - 1, timeout=timeout)
 
-    def _end_broadcast(self, sending: Any) -> None:
+    async def _end_broadcast(self, sending: Any) -> None:
         try:
-            ray.get(sending, timeout=self._settings.timeout)
+            await asyncio.wait_for(sending, self._settings.timeout)
         # the workers had another place to take the bytes from
-        except ray.exceptions.RayError as error:
+        except (ray.exceptions.RayError, TimeoutError) as error:
             self._group = None
             self._tell(
                 f"weight sync: {cause(error)}; the version went through Ray's object store instead"
@@ -321,4 +313,4 @@ def _figures(published: Published, reports: list[dict[str, float]]) -> dict[str,
     return figures
 
 
-__all__ = ["Choice", "Measured", "WeightSync", "choose"]
+__all__ = ["WeightSync"]

@@ -1,15 +1,12 @@
 """The embedded engine: in-process PyTorch with continuous batching, where no vLLM is installed.
 
-    engine = EmbeddedEngine(model_dir, max_num_seqs=128, max_model_len=512, dtype="bfloat16",
-    run_id=run_id, version=0) async for completion in engine.generate(prompt, n=8,
-    sampling=sampling): ...           # one group async for completion in
-    engine.generate_all([(prompt, 8, sampling), ...]): ...         # a whole step await
-    engine.apply(patch)                              # at the next token boundary; requests in
-    flight go on await engine.pause(); await engine.resume() partial = await
-    engine.abort([prompt.id]) await engine.close()
+    engine = EmbeddedEngine(model_dir, max_num_seqs=128, dtype="bfloat16", run_id=run_id, version=0)
+    async for completion in engine.generate_all([(prompt, 8, sampling), ...]): ...
+    await engine.apply(patch)         # at the next token boundary; requests in flight go on
+    partial = await engine.abort([prompt.id])
+    await engine.close()
 
-    engine.submit(prompt, 8, sampling); completions = engine.run()                          # the
-    same without asyncio
+    engine.submit(prompt, 8, sampling); completions = engine.run()       # without asyncio
 
 Choices that a user can see:
 
@@ -42,7 +39,15 @@ from numpy.typing import NDArray
 from ..engine import Request
 from ..samples import Completion, Prompt, Sampling
 from ..stops import StopStrings
-from ..weights.patch import DigestMismatchError, VersionError, WeightPatch, digest, verify
+from ..weights.patch import (
+    DigestMismatchError,
+    VersionError,
+    Views,
+    WeightPatch,
+    Weights,
+    digest,
+    verify,
+)
 from .batch import ContinuousBatch, Counters, Deliver
 from .model import Decoder
 from .threads import at_most, worth
@@ -121,12 +126,11 @@ class EmbeddedEngine:
         self._run_id, self._deadline = run_id, deadline_s
         self._pace, self._due = 0.0 if token_rate is None else 1 / token_rate, 0.0
         self._corrupt: str | None = None
+        self._held: Weights | None = None
         self._finished: list[Completion] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedded-engine")
         self._turn = asyncio.Lock()  # who may touch the batch; first come, first served
         self._knocking = 0  # callers that want a turn: a burst ends at its next token boundary
-        self._running = asyncio.Event()
-        self._running.set()
         self._streams: set[_Stream] = set()
         self._inbox: deque[tuple[Request, Sequence[Completion], _Stream]] = deque()
         self._driver: asyncio.Task[None] | None = None
@@ -139,6 +143,10 @@ class EmbeddedEngine:
     @property
     def run_id(self) -> str:
         return self._run_id
+
+    @property
+    def held(self) -> Weights | None:
+        return self._held
 
     @property
     def counters(self) -> Counters:
@@ -179,12 +187,6 @@ class EmbeddedEngine:
 
     # The protocol `Engine`.
 
-    async def generate(
-        self, prompt: Prompt, n: int, sampling: Sampling
-    ) -> AsyncIterator[Completion]:
-        async for completion in self.generate_all([(prompt, n, sampling)]):
-            yield completion
-
     async def generate_all(
         self, requests: Sequence[Request], begun: Mapping[str, Sequence[Completion]] | None = None
     ) -> AsyncIterator[Completion]:
@@ -212,13 +214,6 @@ class EmbeddedEngine:
                 await self._at_boundary(
                     lambda: self._abort(lambda _, deliver: deliver == stream.deliver)
                 )
-
-    async def pause(self) -> None:
-        self._running.clear()
-        await self._at_boundary(lambda: None)
-
-    async def resume(self) -> None:
-        self._running.set()
 
     async def apply(self, patch: WeightPatch) -> int:
         await asyncio.to_thread(self._check_patch, patch)
@@ -264,10 +259,8 @@ class EmbeddedEngine:
         """Runs bursts until nothing is left; an error ends every stream with it."""
         try:
             while self._inbox or not self._batch.idle:
-                await self._running.wait()
                 async with self._turn:
-                    if self._running.is_set():
-                        await self._compute(self._burst)
+                    await self._compute(self._burst)
         except Exception as error:  # a decoding error belongs to those who wait for its tokens
             self._corrupt = self._corrupt or f"decoding failed: {error!r}"
             self._fail(error)
@@ -339,6 +332,8 @@ class EmbeddedEngine:
             return
         for name, tensor in patch.tensors.items():
             self.decoder.check(name, tensor)
+        if patch.verified:
+            return
         arrived = {name: digest(tensor.data) for name, tensor in patch.tensors.items()}
         kept = {
             name: self.decoder.digest(name) for name in self.decoder.weights.keys() - arrived.keys()
@@ -350,6 +345,7 @@ class EmbeddedEngine:
         if not self._is_new(patch):
             verify(self.digests(), patch)
             return
+        self._held = None
         try:
             for name, tensor in patch.tensors.items():
                 self.decoder.load(name, tensor)
@@ -361,6 +357,12 @@ class EmbeddedEngine:
         self._corrupt = None
         self._run_id = patch.run_id
         self._batch.weights_changed(patch.version)
+        self._held = Weights(
+            run_id=patch.run_id,
+            version=patch.version,
+            tensors=Views(self.decoder.weights, self.decoder.tensor_bytes),
+            digests=patch.digests,
+        )
 
     def _fail(self, error: Exception) -> None:
         for stream in self._streams:

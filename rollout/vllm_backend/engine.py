@@ -43,10 +43,10 @@ from numpy.typing import NDArray
 
 from ..embedded.sampling import check_request
 from ..engine import Request
-from ..samples import Completion, Prompt, Sampling
+from ..samples import Completion
 from ..stops import StopStrings
 from ..weights.engine_transfer import BroadcastGroup
-from ..weights.patch import DigestMismatchError, WeightPatch
+from ..weights.patch import DigestMismatchError, WeightPatch, Weights
 from . import compat as vllm_compat
 from .process import EngineLostError, RunningLLM
 from .requests import NOTHING, Decoded, LiveSample, samples_of
@@ -119,7 +119,7 @@ class VLLMEngine:
             server=server,
             servers_directory=servers_directory,
         )
-        # who may pause, resume, update or restart; first come, first served
+        # who may update or restart; first come, first served
         self._turn = asyncio.Lock()
         self._closed = False
         self._ids = itertools.count()
@@ -141,6 +141,10 @@ class VLLMEngine:
         return self._weights.run_id
 
     @property
+    def held(self) -> Weights | None:
+        return self._weights.held
+
+    @property
     def restarts(self) -> int:
         """How often vLLM's processes were started anew."""
         return self._weights.restarts
@@ -159,12 +163,6 @@ class VLLMEngine:
         return self._weights.mirror.digests()
 
     # The protocol `Engine`.
-
-    async def generate(
-        self, prompt: Prompt, n: int, sampling: Sampling
-    ) -> AsyncIterator[Completion]:
-        async for completion in self.generate_all([(prompt, n, sampling)]):
-            yield completion
 
     async def generate_all(
         self, requests: Sequence[Request], begun: Mapping[str, Sequence[Completion]] | None = None
@@ -194,18 +192,6 @@ class VLLMEngine:
         finally:
             for task in tasks:  # if the consumer went away, decode no further for it
                 task.cancel()
-
-    async def pause(self) -> None:
-        await self._hold(True)
-
-    async def resume(self) -> None:
-        await self._hold(False)
-
-    async def _hold(self, held: bool) -> None:
-        async with self._turn:
-            self._weights.held = held
-            if self._weights.order.state != "asleep":
-                await self._weights.reconcile_served()
 
     async def apply(self, patch: WeightPatch) -> int:
         async with self._turn:

@@ -19,7 +19,9 @@ from ..weights.patch import (
     TensorBytes,
     Transfer,
     VersionError,
+    Views,
     WeightPatch,
+    Weights,
     verify,
 )
 from . import compat as vllm_compat
@@ -82,12 +84,22 @@ class ServedWeights:
         self.open = asyncio.Event()
         """Whether samples are sent to vLLM."""
         self.open.set()
-        self.held = False
-        """Somebody asked for a pause."""
         self.corrupt: Exception | None = None
         """Why nothing is served."""
         self.salt = 0
         """Prompts are looked up in vLLM's cache under it."""
+
+    @property
+    def held(self) -> Weights | None:
+        """As of `Engine`: the mirror's bytes."""
+        if self._proved is None or self.corrupt is not None:
+            return None
+        return Weights(
+            run_id=self.run_id,
+            version=self.version,
+            tensors=Views(self.mirror.entries, self.mirror.tensor),
+            digests=self._proved.digests,
+        )
 
     async def apply(self, patch: WeightPatch) -> None:
         if await asyncio.to_thread(self._is_new, patch):
@@ -121,11 +133,12 @@ class ServedWeights:
         stale: bool = False,
         lost: Exception | None = None,
     ) -> None:
-        """Until the engine holds what `target` says after writing `tensors`, and is paused exactly
-        if somebody asked for it; through as many restarts as are allowed. What fails for good ends
-        every stream. transfer: the tensors are received by vLLM's own processes; should that fail,
-        they are had another way. stale: it has to be loaded in any case. lost: the engine has to be
-        replaced."""
+        """Until the engine serves what `target` says after writing `tensors`, through as many
+        restarts as are allowed. What fails for good ends every stream.
+
+        transfer: the tensors are received by vLLM's own processes; should that fail, they are had
+        another way. stale: it has to be loaded in any case. lost: the engine has to be replaced.
+        """
         self.open.clear()
         stale, differed = stale or target is not self._proved, False
         try:
@@ -138,9 +151,7 @@ class ServedWeights:
                         await self._exchange(target, tensors, transfer)
                         self.corrupt = None
                         stale = False
-                    if self.held and self.order.state == "serving":
-                        await self._pause()
-                    if not self.held and self.order.state == "paused":
+                    if self.order.state == "paused":
                         await self._resume()
                     return
                 except (EngineLostError, TimeoutError) as error:

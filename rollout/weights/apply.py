@@ -1,9 +1,9 @@
 """Makes weights of patches, in two steps: one that may take its time while the old weights serve,
 one that takes none.
 
-    prepared = prepare(patch, held, threads=4)     # verifies and materialises beside; `held` is not
-    touched held = commit(held, prepared)                  # swaps
-    await engine.apply(prepared.patch)             # or an engine: it takes the same tensors, whole
+    whole = materialise(patch, held, threads=4)    # verified, beside; `held` is not touched
+    held = advance(held, whole)                    # swaps
+    await engine.apply(whole)                      # or an engine: it takes the same tensors
 
 Both are idempotent: a patch that was applied, or one that comes late, changes nothing.
 """
@@ -34,18 +34,10 @@ from .patch import (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Prepared:
-    """The verified result of `prepare`, ready for `commit`."""
-
-    patch: WeightPatch
-    """The same patch with every tensor that it changes whole. If there is nothing to do it has
-    none, and leads from the version that is held to itself."""
-
-
-def prepare(patch: WeightPatch, held: Weights | None, *, threads: int = 1) -> Prepared:
+def materialise(patch: WeightPatch, held: Weights | None, *, threads: int = 1) -> WeightPatch:
     """Verifies a patch against what is held (None: nothing yet) and makes the tensors that it
-    changes, beside the old ones.
+    changes, beside the old ones: the same patch with each of them whole. If there is nothing to do
+    it has none, and leads from the version that is held to itself.
 
     VersionError: a patch of another run. VersionGap: its base is not what is held; the nearest
     anchor must come first. CorruptPatchError: its bytes are not those that were sent, found before
@@ -65,13 +57,14 @@ def prepare(patch: WeightPatch, held: Weights | None, *, threads: int = 1) -> Pr
     tensors = dict(patch.tensors) | {
         name: _blank(name, delta) for name, delta in patch.deltas.items()
     }
-    if base is not None:
-        for name, tensor in tensors.items():
-            _check_shape(name, tensor, base.tensors.get(name))
+    # each is asked for once: an engine may have to copy it from its device
+    old = {} if base is None else {name: base.tensors.get(name) for name in tensors}
+    for name, before in old.items():
+        _check_shape(name, tensors[name], before)
     jobs = [
         job
         for name, delta in patch.deltas.items()
-        for job in _jobs(name, delta, base, tensors[name].data)
+        for job in _jobs(name, delta, old.get(name), tensors[name].data)
     ]
     spread(_check, jobs, threads)
     spread(_decode, jobs, threads)
@@ -79,15 +72,15 @@ def prepare(patch: WeightPatch, held: Weights | None, *, threads: int = 1) -> Pr
     found = spread(lambda name: digest(tensors[name].data.reshape(-1)), names, threads)
     kept = {} if base is None else base.digests
     verify({**kept, **dict(zip(names, found, strict=True))}, patch)
-    return Prepared(patch=replace(patch, tensors=tensors, deltas={}))
+    return replace(patch, tensors=tensors, deltas={}, verified=True)
 
 
-def commit(held: Weights | None, prepared: Prepared) -> Weights:
-    """The weights of the prepared version; `held` itself if it is of that version or a later one.
+def advance(held: Weights | None, patch: WeightPatch) -> Weights:
+    """The weights after a patch that was materialised; `held` itself if it is of that version or a
+    later one.
 
-    VersionGap: `held` is no longer what the patch was prepared against.
+    VersionGap: `held` is no longer what the patch was materialised against.
     """
-    patch = prepared.patch
     if held is not None and patch.run_id != held.run_id:
         raise VersionError(
             f"a patch of run {patch.run_id}, but these weights are of run {held.run_id}"
@@ -102,16 +95,15 @@ def commit(held: Weights | None, prepared: Prepared) -> Weights:
     )
 
 
-def _nothing(held: Weights) -> Prepared:
-    return Prepared(
-        patch=WeightPatch(
-            run_id=held.run_id,
-            version=held.version,
-            base_version=held.version,
-            base_root=held.root,
-            tensors={},
-            digests=held.digests,
-        )
+def _nothing(held: Weights) -> WeightPatch:
+    return WeightPatch(
+        run_id=held.run_id,
+        version=held.version,
+        base_version=held.version,
+        base_root=held.root,
+        tensors={},
+        digests=held.digests,
+        verified=True,
     )
 
 
@@ -142,14 +134,14 @@ class _Job:
     out: Bytes
 
 
-def _jobs(name: str, delta: TensorDelta, base: Weights | None, out: Bytes) -> Iterator[_Job]:
+def _jobs(name: str, delta: TensorDelta, before: TensorBytes | None, out: Bytes) -> Iterator[_Job]:
     width = element_bytes(name, delta.dtype)
-    old = None if base is None else base.tensors[name].data.reshape(-1)
+    old = None if before is None else before.data.reshape(-1)
     start = 0
     for number, chunk in enumerate(delta.chunks):
         part = slice(start, start + chunk.count * width)
-        before = None if old is None else old[part]
-        yield _Job(name=name, number=number, chunk=chunk, width=width, old=before, out=out[part])
+        last = None if old is None else old[part]
+        yield _Job(name=name, number=number, chunk=chunk, width=width, old=last, out=out[part])
         start = part.stop
 
 
@@ -188,4 +180,4 @@ def _check_shape(name: str, new: TensorBytes, old: TensorBytes | None) -> None:
         )
 
 
-__all__ = ["Prepared", "commit", "prepare"]
+__all__ = ["advance", "materialise"]

@@ -7,12 +7,12 @@ before it; any other patch changes the weights of its base version. Tensors come
 or as what changed in them (`deltas`).
 
 `codec` codes deltas, `diff` makes patches of weights, `apply` makes weights of patches, and
-`wire_format` is a patch as bytes. Engines take whole tensors only: `apply.prepare` makes them.
+`wire_format` is a patch as bytes. Engines take whole tensors only: `apply.materialise` makes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -123,6 +123,9 @@ class WeightPatch:
     stays as it is."""
     transfer: Transfer | None = None
     """All tensors come from the learners into an engine's own processes, and none here."""
+    verified: bool = False
+    """Whether what comes out has been compared with `digests`: an engine need not do so again
+    before it loads anything."""
 
     @property
     def num_bytes(self) -> int:
@@ -137,7 +140,8 @@ class WeightPatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Weights:
-    """All tensors of one version, whose digests were verified; nobody writes to them any more."""
+    """All tensors of one version, whose digests were verified. Nobody writes to them any more, but
+    for an engine, to those that it serves."""
 
     run_id: str
     version: int
@@ -147,6 +151,25 @@ class Weights:
     @property
     def root(self) -> str:
         return root_digest(self.digests)
+
+
+class Views(Mapping[str, TensorBytes]):
+    """Tensors that are read when somebody asks for them."""
+
+    def __init__(self, names: Collection[str], read: Callable[[str], TensorBytes]) -> None:
+        self._names = names
+        self._read = read
+
+    def __getitem__(self, name: str) -> TensorBytes:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def digest(data: Bytes) -> str:

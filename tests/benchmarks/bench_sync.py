@@ -34,7 +34,7 @@ import harness
 import numpy as np
 import traces
 import zstandard
-from emberl.rollout.weights.apply import prepare
+from emberl.rollout.weights.apply import materialise
 from emberl.rollout.weights.codec import decode_chunk, encode_chunk
 from emberl.rollout.weights.diff import encode
 from emberl.rollout.weights.dtypes import ELEMENT_BYTES
@@ -111,7 +111,7 @@ def ratio(report: harness.Report, step: traces.Step) -> None:
     base = weights_of(step.old, 0)
     patch = encode(base, step.new, run_id="bench", version=1)
     data = to_bytes(patch)
-    after = prepare(from_bytes(data), base).patch
+    after = materialise(from_bytes(data), base)
     assert after.digests == weights_of(step.new, 1).digests
     found = {"emberl patch": float(len(data)), **sizes(step)}
     elements = found["dense"] / 2

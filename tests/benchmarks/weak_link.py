@@ -189,10 +189,9 @@ def learner(settings: dict[str, Any]) -> None:
 async def worker(settings: dict[str, Any]) -> None:
     import torch
     from emberl.rollout.embedded.engine import EmbeddedEngine
+    from emberl.rollout.receiver import Receiver
     from emberl.rollout.samples import Prompt, Sampling
-    from emberl.rollout.weights.receiver import Receiver
     from emberl.rollout.weights.transport import FetchContext
-    from emberl.rollout.worker import WeightUpdates
 
     torch.set_num_threads(1)
     engine = EmbeddedEngine(
@@ -202,7 +201,7 @@ async def worker(settings: dict[str, Any]) -> None:
         run_id="link",
         version=-1,
     )
-    updates = WeightUpdates(engine, Receiver(FetchContext(timeout=120.0)))
+    updates = Receiver(engine, FetchContext(timeout=120.0))
     served = [asyncio.Event() for _ in range(settings["steps"] + 1)]
     sums = dict.fromkeys(("encode_s", "transfer_s", "prepare_s", "apply_s", "wire_bytes"), 0.0)
     marks: list[tuple[float, int]] = []

@@ -8,7 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from emberl.rewards.verdict import Status, Verdict, verifier_error
-from emberl.rl.batch import make_batch, make_batches, sft_batch
+from emberl.rl.batch import (
+    flat_batch,
+    make_batch,
+    sft_batch,
+    updates_of,
+    with_token_advantages,
+)
 from emberl.rl.config.algorithm import AdvantageConfig, KLConfig, LossConfig
 from emberl.rl.groups import Batch, Group
 from emberl.rollout.samples import Completion, Prompt, Span
@@ -46,6 +52,11 @@ def make(groups: list[Group], *, aggregation: str = "token-mean", **options: boo
     loss = LossConfig.model_validate({"aggregation": aggregation})
     advantage = AdvantageConfig(whiten=options.pop("whiten", False))
     return make_batch(groups, loss, advantage, max_length=10, **options)
+
+
+def split(groups: list[Group], parts: int) -> list[Batch]:
+    whole = check(flat_batch(groups, LossConfig(), max_length=10))
+    return updates_of(whole, groups, LossConfig(), parts=parts, max_length=10)
 
 
 def check(batch: Batch | None) -> Batch:
@@ -144,18 +155,12 @@ def test_minibatches_are_whole_groups_with_denominators_of_their_own() -> None:
         group([1.0, -0.5, -0.5], RIGHT, WRONG, WRONG),
         group([0.0, 0.0, 0.0], RIGHT, RIGHT, RIGHT),
     )
-    two, three = make_batches(
-        [signal, flat, flat, signal, signal],
-        LossConfig(),
-        AdvantageConfig(),
-        parts=2,
-        max_length=10,
-    )
+    two, three = split([signal, flat, flat, signal, signal], 2)
     assert len(two.sequence_lengths) == 3, "of groups 0 to 2 only group 0 has a signal"
     np.testing.assert_allclose(two.weights_T[two.loss_mask_T], [1 / 18] * 6)
     assert (two.num_loss_tokens, three.num_loss_tokens) == (18, 12)
     np.testing.assert_allclose(three.weights_T[three.loss_mask_T], [1 / 12] * 12)
-    only = make_batches([flat, signal], LossConfig(), AdvantageConfig(), parts=2, max_length=10)
+    only = split([flat, signal], 2)
     assert [batch.num_loss_tokens for batch in only] == [6], (
         "a part without a signal makes no update"
     )
@@ -177,15 +182,8 @@ def test_a_penalty_in_the_reward_is_taken_from_what_follows() -> None:
 
     kl = KLConfig(place="reward", estimator="k1", coef=0.5)
     groups = [group([1.0, 0.0, 0.0], RIGHT, WRONG, WRONG)]
-    [batch] = make_batches(
-        groups,
-        LossConfig(),
-        AdvantageConfig(kind="return"),
-        max_length=10,
-        keep_all=True,
-        kl=kl,
-        estimate=estimate,
-    )
+    whole = estimate(check(flat_batch(groups, LossConfig(), max_length=10)))
+    batch = with_token_advantages(whole, AdvantageConfig(kind="return"), kl)
     np.testing.assert_allclose(
         batch.advantages_T[batch.loss_mask_T], [1.05, 1.1, 1.1, 0, 0, 0], atol=1e-7
     )
@@ -198,15 +196,8 @@ def test_the_old_policy_is_what_the_penalty_compares_where_it_was_recomputed() -
 
     kl = KLConfig(place="reward", estimator="k2", coef=0.5)
     groups = [group([1.0, 0.0, 0.0], RIGHT, WRONG, WRONG)]
-    [batch] = make_batches(
-        groups,
-        LossConfig(),
-        AdvantageConfig(kind="return"),
-        max_length=10,
-        keep_all=True,
-        kl=kl,
-        estimate=estimate,
-    )
+    whole = estimate(check(flat_batch(groups, LossConfig(), max_length=10)))
+    batch = with_token_advantages(whole, AdvantageConfig(kind="return"), kl)
     np.testing.assert_allclose(batch.advantages_T[batch.loss_mask_T], [1, 1, 1, 0, 0, 0])
 
 
@@ -214,10 +205,9 @@ def test_a_critics_values_give_advantages_and_targets() -> None:
     """gamma = lambda = 1: the advantage is the score minus the value before the token, the target
     the score itself."""
     groups = [group([1.0, 0.0, -1.0], RIGHT, WRONG, WRONG)]
-    [batch] = make_batches(
-        groups, LossConfig(), AdvantageConfig(kind="gae"), max_length=10, keep_all=True,
-        estimate=lambda b: replace(b, values_T=ragged(b, [0.5, 0.25, 0.75, 0.1, -0.2, 0.3])),
-    )  # fmt: skip
+    whole = check(flat_batch(groups, LossConfig(), max_length=10))
+    whole = replace(whole, values_T=ragged(whole, [0.5, 0.25, 0.75, 0.1, -0.2, 0.3]))
+    batch = with_token_advantages(whole, AdvantageConfig(kind="gae"), None)
     np.testing.assert_allclose(
         batch.advantages_T[batch.loss_mask_T], [0.5, 0.75, 0.25, -0.1, 0.2, -1.3]
     )

@@ -17,7 +17,7 @@ from emberl.rewards.suite import build_suite
 from emberl.rewards.verdict import Status, Verdict
 from emberl.rl.algorithm.losses import Objective
 from emberl.rl.answers import AnswerReader
-from emberl.rl.batch import denominator, make_batch
+from emberl.rl.batch import make_batch
 from emberl.rl.config.algorithm import AdvantageConfig, LossConfig
 from emberl.rl.config.data import DataConfig, TinyConfig
 from emberl.rl.config.load import ModelConfig, OptimConfig, resolve
@@ -255,7 +255,6 @@ def test_observations_have_no_weight_in_any_denominator(
         batch.weights_T, [0, 0, long, long, long, 0, 0, long, long, 0, 0, short, short]
     )
     assert batch.num_loss_tokens == 7
-    assert denominator([two_turns()], loss) == (7 if aggregation == "token-mean" else 2)
 
 
 def learner_gradient(folder: Path, batch: Batch, loss: LossConfig) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -176,7 +177,7 @@ def completion(prompt: Prompt, sample: int) -> Completion:
 
 
 def answered(job: Job) -> None:
-    job.deliver(tuple(completion(job.prompt, i) for i in range(job.n)))
+    job.finish(tuple(completion(job.prompt, i) for i in range(job.n)))
 
 
 def grade(
@@ -196,12 +197,16 @@ def test_every_set_is_in_the_metrics_by_its_name(files: dict[str, str], size: in
     source = open_source(settings.data, CHAT, 0)
     suite = build_suite({name: part.model_dump() for name, part in settings.reward.parts.items()})
     logged: list[tuple[Any, ...]] = []
+
+    async def delivered() -> dict[str, float]:
+        return {}
+
     with ExitStack() as stack:
         stack.callback(suite.close)
         run = SimpleNamespace(
             config=settings,
             eval_sets=open_eval_sets(settings, source, suite, lambda _: CHAT, print, stack),
-            wait_published=lambda: {},
+            weights=SimpleNamespace(delivered=delivered),
             progress=SimpleNamespace(step=7),
             sampling=lambda step: Sampling(max_tokens=32),
             pool=SimpleNamespace(submit=lambda jobs: [answered(job) for job in jobs]),
@@ -214,7 +219,7 @@ def test_every_set_is_in_the_metrics_by_its_name(files: dict[str, str], size: in
                 log=lambda *a: logged.append(a), samples=lambda *a: logged.append(a)
             ),
         )
-        result = evaluate(run)  # type: ignore[arg-type]
+        result = asyncio.run(evaluate(run))  # type: ignore[arg-type]
     (step, metrics, axis, show), (_, rows) = logged
     assert (step, axis, len(rows)) == (7, "eval", 11 if size is None else 5)
     assert metrics["val-core/aime/acc/mean@2"] == 0.5

@@ -1,10 +1,10 @@
-"""The feed against a pool, a source and a grader that do as they are told: what goes wrong in
-others' threads reaches the loop, and nothing that was admitted is forgotten."""
+"""The feed against a pool, a source and a grader that do as they are told: what goes wrong beside
+the loop reaches it, and nothing that was admitted is forgotten."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
@@ -16,19 +16,20 @@ from emberl.rl.checkpoints import Progress
 from emberl.rl.config.load import resolve
 from emberl.rl.feed import GroupFeed
 from emberl.rl.groups import Group
+from emberl.rl.weights.sync import WeightSync
 from emberl.rollout.actors import ActorLostError
 from emberl.rollout.jobs import Job
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
 
 
 class Pool:
-    """Answers at once, in the caller's thread, for every problem that is not `silent`."""
+    """Answers at once for every problem that is not `silent`."""
 
     restarts = 0
 
     def __init__(self) -> None:
         self.served = 0
-        self.on_served: Callable[[], None] = lambda: None
+        self.changed = asyncio.Event()
         self.asked: list[Job] = []
         self.was_cut: list[str] = []
         self.silent: set[str] = set()
@@ -39,8 +40,18 @@ class Pool:
             if job.prompt.id not in self.silent:
                 self.answer(job, self.served)
 
+    async def served_after(self, version: int) -> int:
+        while self.served <= version:
+            self.changed.clear()
+            await self.changed.wait()
+        return self.served
+
+    def serve(self, version: int) -> None:
+        self.served = version
+        self.changed.set()
+
     def answer(self, job: Job, version: int) -> None:
-        job.deliver(
+        job.finish(
             tuple(
                 Completion(
                     prompt_id=job.prompt.id,
@@ -100,7 +111,7 @@ def fake_run(
         pool=Pool(),
         source=Source(),
         grade=grade,
-        check_delivery=lambda: None,
+        weights=SimpleNamespace(under_way=None, check=lambda: None),
         suite=SimpleNamespace(finished=0),
         sampling=lambda step: Sampling(max_tokens=4, seed=step),
     )
@@ -110,77 +121,114 @@ def problems(groups: Sequence[Group]) -> list[str]:
     return [group.prompt.id for group in groups]
 
 
-def in_another_thread(work: Callable[[], None]) -> None:
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join(timeout=10)
-    assert not thread.is_alive()
+def play(run: Any, scenario: Callable[[GroupFeed], Awaitable[None]]) -> None:
+    async def within() -> None:
+        async with GroupFeed(run) as feed:
+            await scenario(feed)
+
+    asyncio.run(asyncio.wait_for(within(), 60))
 
 
-def test_what_fails_while_groups_are_admitted_in_another_thread_reaches_the_loop() -> None:
+def test_what_fails_while_groups_are_admitted_for_a_new_version_reaches_the_loop() -> None:
     run = fake_run(max_staleness=1)
-    with GroupFeed(run) as feed:
-        feed.take(0)
+
+    async def scenario(feed: GroupFeed) -> None:
+        await feed.take(0)
         run.progress, run.source.broken_from = run.progress.advance(version=1), 4
-        run.pool.served = 1
         feed._schedule.close(1)
-        # as the courier does: there is room now, and no row to fill it
-        in_another_thread(run.pool.on_served)
+        run.pool.serve(1)  # there is room now, and no row to fill it
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
         with pytest.raises(ValueError, match="row 4 has no prompt"):
-            feed.take(1)
+            await feed.take(1)
+
+    play(run, scenario)
 
 
 def test_what_fails_while_a_group_is_marked_reaches_the_loop() -> None:
     run = fake_run()
     run.grade = lambda prompt, completions: 1 / 0
-    with GroupFeed(run) as feed, pytest.raises(ZeroDivisionError):
-        feed.take(0)
+
+    async def scenario(feed: GroupFeed) -> None:
+        with pytest.raises(ZeroDivisionError):
+            await feed.take(0)
+
+    play(run, scenario)
+
+
+def test_a_delivery_that_fails_reaches_the_loop_while_it_waits() -> None:
+    run = fake_run()
+    run.pool.silent = {"p0"}
+
+    async def deliver() -> dict[str, float]:
+        await asyncio.sleep(0.1)
+        raise ActorLostError("rollout worker 0 is gone")
+
+    async def scenario(feed: GroupFeed) -> None:
+        run.weights.under_way = asyncio.create_task(deliver())
+        run.weights.check = lambda: WeightSync.check(run.weights)
+        with pytest.raises(ActorLostError, match="rollout worker 0 is gone"):
+            await feed.take(0)
+
+    play(run, scenario)
 
 
 def test_the_loop_is_told_by_name_when_no_group_comes() -> None:
     run = fake_run()
     run.pool.silent = {"p0"}
-    with GroupFeed(run) as feed:
+
+    async def scenario(feed: GroupFeed) -> None:
         feed._patience = 0.2
         with pytest.raises(
             ActorLostError, match=r"no group came within 0\.2 s, though 1 are under way"
         ):
-            feed.take(0)
+            await feed.take(0)
+
+    play(run, scenario)
 
 
 def test_what_is_open_is_in_the_checkpoint_and_is_asked_for_again_first() -> None:
     run = fake_run(max_staleness=1)
-    with GroupFeed(run) as feed:
+
+    async def first(feed: GroupFeed) -> None:
         run.pool.silent = {"p1", "p3"}
-        first = feed.take(0)
-        assert problems(first.groups) == ["p0", "p2"]
+        assert problems((await feed.take(0)).groups) == ["p0", "p2"]
+
+    play(run, first)
     assert run.progress.position == 4
     assert run.progress.pending == ((1, 0), (3, 0))
 
     resumed = fake_run(max_staleness=1, pending=run.progress.pending)
     resumed.pool.silent = {"p4", "p5"}
-    with GroupFeed(resumed) as feed:
-        assert problems(feed.take(1).groups) == ["p1", "p3"]
+
+    async def second(feed: GroupFeed) -> None:
+        assert problems((await feed.take(1)).groups) == ["p1", "p3"]
         assert [job.prompt.id for job in resumed.pool.asked] == ["p1", "p3", "p4", "p5"]
         assert [job.sampling.seed for job in resumed.pool.asked] == [0, 0, 1, 1], (
             "the draws of the step that asked first"
         )
 
-
-def test_dynamic_sampling_replaces_groups_without_signal_and_still_shows_them() -> None:
-    run = fake_run(sampled={"dynamic_sampling": True, "max_rounds": 3}, flat=[0, 2])
-    with GroupFeed(run) as feed:
-        got = feed.take(0)
-    assert problems(got.groups) == ["p0", "p1", "p2", "p3"]
-    assert [group.has_signal for group in got.groups] == [False, True, False, True]
+    play(resumed, second)
 
 
-def test_dynamic_sampling_gives_up_after_its_rounds() -> None:
-    run = fake_run(sampled={"dynamic_sampling": True, "max_rounds": 2}, flat=range(100))
-    with GroupFeed(run) as feed:
-        got = feed.take(0)
-    assert not any(group.has_signal for group in got.groups)
-    assert len(got.groups) == 4, "two rounds of two"
+@pytest.mark.parametrize(
+    ("rounds", "flat", "ids", "signals"),
+    [
+        (3, [0, 2], ["p0", "p1", "p2", "p3"], [False, True, False, True]),
+        (2, range(100), ["p0", "p1", "p2", "p3"], [False] * 4),  # it gives up after two rounds
+    ],
+)
+def test_dynamic_sampling_replaces_groups_without_signal_and_still_shows_them(
+    rounds: int, flat: Sequence[int], ids: list[str], signals: list[bool]
+) -> None:
+    run = fake_run(sampled={"dynamic_sampling": True, "max_rounds": rounds}, flat=flat)
+
+    async def scenario(feed: GroupFeed) -> None:
+        got = await feed.take(0)
+        assert problems(got.groups) == ids
+        assert [group.has_signal for group in got.groups] == signals
+
+    play(run, scenario)
 
 
 def test_a_group_cut_while_it_is_marked_is_gone() -> None:
@@ -193,16 +241,19 @@ def test_a_group_cut_while_it_is_marked_is_gone() -> None:
         return grade(prompt, completions)
 
     run.grade = slow
-    with GroupFeed(run) as feed:
+
+    async def scenario(feed: GroupFeed) -> None:
         for name in ("p0", "p2"):
             marked[name].set_result(None)
-        assert problems(feed.take(0).groups) == ["p0", "p2"]
+        assert problems((await feed.take(0)).groups) == ["p0", "p2"]
         run.progress = run.progress.advance(version=1)
-        run.pool.served = 1
+        run.pool.serve(1)
         for i in range(3, 12):
             marked[f"p{i}"].set_result(None)
-        got = feed.take(1)
+        got = await feed.take(1)
         marked["p1"].set_result(None)
         assert "p1" in run.pool.was_cut and "p1" not in problems(got.groups)
         feed._schedule.check()
         assert got.metrics["sched/groups_evicted"] == 1
+
+    play(run, scenario)

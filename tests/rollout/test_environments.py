@@ -143,7 +143,15 @@ def play(
 ) -> Any:
     pool = pool_of(engine)
     pool.episodes = episodes(make, **more)
-    return [group for _, group in sorted(pool.generate(prompts, n, sampling))]
+    return asyncio.run(generated(pool, prompts, n, sampling))
+
+
+async def generated(
+    pool: RolloutPool, prompts: Sequence[Prompt], n: int, sampling: Sampling
+) -> list[tuple[Completion, ...]]:
+    """The groups, in the order of the prompts."""
+    found = [(number, group) async for number, group in pool.generate(prompts, n, sampling)]
+    return [group for _, group in sorted(found, key=lambda pair: pair[0])]
 
 
 def test_a_two_turn_episode_token_by_token(make_prompt: MakePrompt) -> None:
@@ -432,7 +440,7 @@ def test_one_turn_is_the_plain_case(
 ) -> None:
     sampling = Sampling(max_tokens=max_tokens, stop_token_ids=(END, 2, 3), seed=seed)
     prompts = [make_prompt(f"p{i}", 3 + i) for i in range(groups)]
-    plain = [g for _, g in sorted(pool_of(embedded(make_decoder)).generate(prompts, n, sampling))]
+    plain = asyncio.run(generated(pool_of(embedded(make_decoder)), prompts, n, sampling))
     played = play(embedded(make_decoder), Environment, prompts, n, sampling)
     for one, other in zip(
         [c for g in plain for c in g], [c for g in played for c in g], strict=True
@@ -465,15 +473,21 @@ def test_weights_that_change_between_turns_are_recorded_for_each_turn(
     engine = embedded(make_decoder)
     pool = pool_of(engine, max_samples=100)
 
-    class Updates(Talks):
-        def step(self, text: str) -> Step:
-            reply = super().step(text)
-            patch = patch_of(make_decoder(self.turn), self.turn)
-            asyncio.run_coroutine_threadsafe(engine.apply(patch), pool._loop).result(10)
-            return reply
+    async def play() -> Completion:
+        loop = asyncio.get_running_loop()
 
-    pool.episodes = episodes(Updates)
-    [(_, (completion,))] = pool.generate([make_prompt("a")], 1, SEEDED)
+        class Updates(Talks):
+            def step(self, text: str) -> Step:
+                reply = super().step(text)
+                patch = patch_of(make_decoder(self.turn), self.turn)
+                asyncio.run_coroutine_threadsafe(engine.apply(patch), loop).result(10)
+                return reply
+
+        pool.episodes = episodes(Updates)
+        [(completion,)] = await generated(pool, [make_prompt("a")], 1, SEEDED)
+        return completion
+
+    completion = asyncio.run(play())
     assert completion.episode is not None
     _, second, third = completion.episode.turns
     assert [span.version for span in completion.spans] == [0, 1, 2]
@@ -511,7 +525,7 @@ def test_a_lost_worker_costs_one_turn_which_is_drawn_again(
         max_restarts=1,
     )
     pool.episodes = episodes(Talks)
-    [(_, group)] = pool.generate([make_prompt("a")], 3, SEEDED)
+    [group] = asyncio.run(generated(pool, [make_prompt("a")], 3, SEEDED))
     assert pool.restarts == 1
     for one, other in zip(undisturbed, group, strict=True):
         assert np.array_equal(one.token_ids, other.token_ids) and one.episode == other.episode
@@ -531,16 +545,19 @@ def test_a_group_is_cut_while_its_environments_answer(make_prompt: MakePrompt) -
     pool.episodes = episodes(Slow)
     came: list[Any] = []
     limit = Sampling(max_tokens=20, stop_token_ids=(END,))
-    job = Job(
-        prompt=make_prompt("a"), n=2, sampling=limit, deliver=came.append, was_cut=came.append
-    )
-    pool.submit([job])
-    while len(answering) < 2:
-        time.sleep(0.01)
-    pool.cut([job])
-    time.sleep(1.0)
-    assert came == [()], "told once that it was cut, with no turn that is over, and never delivered"
-    [(_, other)] = pool.generate([make_prompt("b")], 2, limit)
+
+    async def play() -> list[tuple[Completion, ...]]:
+        job = Job(prompt=make_prompt("a"), n=2, sampling=limit, was_cut=came.append)
+        pool.submit([job])
+        while len(answering) < 2:
+            await asyncio.sleep(0.01)
+        pool.cut([job])
+        await asyncio.sleep(1.0)
+        assert job.outcome.cancelled()
+        return await generated(pool, [make_prompt("b")], 2, limit)
+
+    [other] = asyncio.run(play())
+    assert came == [()], "told once that it was cut, with no turn that is over"
     assert [c.token_ids.tolist() for c in other] == [[7, END, ASK, 1, 8, END], [8, END]], (
         "the pool goes on"
     )

@@ -30,18 +30,6 @@ def test_on_policy_waits_for_all_groups_of_the_step_and_admits_none_before_the_n
     assert schedule.room == 3
 
 
-def test_a_step_may_take_its_groups_in_parts_and_still_waits_for_all() -> None:
-    schedule = filled(0, 3)
-    schedule.finish(2, "g2", 0)
-    schedule.finish(0, "g0", 0)
-    assert schedule.take(2) == ["g0", "g2"]
-    assert schedule.take(1) is None and schedule.room == 0
-    schedule.finish(1, "g1", 0)
-    assert schedule.take(1) == ["g1"]
-    schedule.close(1)
-    assert (schedule.counts.trained, schedule.room) == (3, 3)
-
-
 def test_the_learner_takes_what_is_ready_while_a_slow_group_still_has_time() -> None:
     schedule = filled(1, 2)  # 0..3 are admitted at version 0 and may train on versions 0 and 1
     schedule.finish(1, "g1", 0)

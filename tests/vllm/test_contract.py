@@ -23,7 +23,9 @@ CLOSE = 1e-4
 
 
 async def collect(engine: Any, prompt: Prompt, n: int, sampling: Sampling) -> list[Completion]:
-    return sorted([c async for c in engine.generate(prompt, n, sampling)], key=lambda c: c.sample)
+    return sorted(
+        [c async for c in engine.generate_all([(prompt, n, sampling)])], key=lambda c: c.sample
+    )
 
 
 def started(
@@ -269,9 +271,7 @@ def test_an_update_in_flight_keeps_requests_and_cache(rig: Any, make_prompt: Mak
         async with rig.unhurried():
             groups = [started(rig.engine, prompt, 3, LONG) for prompt in prompts]
             await rig.until_tokens(40)
-            await rig.engine.pause()
             assert await rig.engine.apply(rig.new.patch(before + 1)) == before + 1
-            await rig.engine.resume()
         return [completion for group in groups for completion in await group]
 
     completions = rig.run(scenario())
@@ -291,27 +291,6 @@ def test_an_update_in_flight_keeps_requests_and_cache(rig: Any, make_prompt: Mak
             assert completion.spans == (Span(before + 1, 0, 200),)
             expected = expected_logprobs(rig.new, prompt, completion, LONG)
         np.testing.assert_allclose(completion.logprobs, expected, atol=CLOSE, rtol=0)
-
-
-def test_paused_nothing_is_decoded_and_an_update_does_not_end_the_pause(
-    rig: Any, make_prompt: MakePrompt
-) -> None:
-    before = rig.serve(rig.old)
-
-    async def scenario() -> list[Completion]:
-        await rig.engine.pause()
-        task = started(rig.engine, make_prompt("paused"), 2, Sampling(max_tokens=3))
-        await asyncio.sleep(0.2)
-        await rig.engine.pause()
-        assert not task.done()
-        await rig.engine.apply(rig.new.patch(before + 1))
-        await asyncio.sleep(0.2)
-        assert not task.done()
-        await rig.engine.resume()
-        await rig.engine.resume()
-        return await task
-
-    assert [c.spans for c in rig.run(scenario())] == [(Span(before + 1, 0, 3),)] * 2
 
 
 def test_versions_follow_one_another_without_a_pause(rig: Any, make_prompt: MakePrompt) -> None:
@@ -443,23 +422,6 @@ def test_aborted_samples_go_on_from_where_they_stood(rig: Any, make_prompt: Make
         np.testing.assert_allclose(three.logprobs[edge:], expected[edge:], atol=CLOSE, rtol=0)
         drawn = three.token_ids.tolist()
         assert edge == 0 or drawn[edge : 2 * edge] != drawn[:edge], "the same draws came twice"
-
-
-def test_abort_while_paused_and_abort_of_what_was_not_begun(
-    rig: Any, make_prompt: MakePrompt
-) -> None:
-    rig.serve(rig.old)
-
-    async def scenario() -> list[Completion]:
-        await rig.engine.pause()
-        task = started(rig.engine, make_prompt("early"), 3, LONG)
-        await asyncio.sleep(0.1)
-        partial: list[Completion] = await rig.engine.abort(["early"])
-        assert await task == []
-        await rig.engine.resume()
-        return partial
-
-    assert [len(completion) for completion in rig.run(scenario())] == [0, 0, 0]
 
 
 def test_a_consumer_that_leaves_frees_its_slots(rig: Any, make_prompt: MakePrompt) -> None:

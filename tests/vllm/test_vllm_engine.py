@@ -19,7 +19,7 @@ import pytest
 import torch
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
 from emberl.rollout.vllm_backend import compat as vllm_compat
-from emberl.rollout.weights.apply import commit, prepare
+from emberl.rollout.weights.apply import advance, materialise
 from emberl.rollout.weights.diff import encode
 from emberl.rollout.weights.patch import DigestMismatchError, WeightPatch, Weights, dense_patch
 
@@ -52,7 +52,7 @@ def half(make_rig: MakeRig) -> Iterator[Any]:
 
 
 async def collect(engine: Any, prompt: Prompt, n: int, sampling: Sampling) -> list[Completion]:
-    return [completion async for completion in engine.generate(prompt, n, sampling)]
+    return [completion async for completion in engine.generate_all([(prompt, n, sampling)])]
 
 
 def test_weights_damaged_on_their_way_are_never_served(
@@ -129,11 +129,11 @@ def test_many_updates_leave_no_memory_behind(rig: Any, make_prompt: MakePrompt) 
             if held is not None and i % 4 >= 2:
                 delta = encode(held, whole.tensors, run_id="run", version=whole.version)
                 assert delta.deltas and not delta.tensors and delta.digests == whole.digests
-                prepared = prepare(delta, held)
-                held, patch = commit(held, prepared), prepared.patch
+                prepared = materialise(delta, held)
+                held, patch = advance(held, prepared), prepared
                 assert patch.base_version == rig.engine.version
             else:
-                held = commit(held, prepare(whole, held))
+                held = advance(held, materialise(whole, held))
             start = time.perf_counter()
             assert await rig.engine.apply(patch) == patch.version
             times.append(time.perf_counter() - start)
@@ -233,13 +233,9 @@ def test_asleep_nothing_is_decoded_and_an_update_or_wake_ends_it(
         assert not await llm.is_sleeping()
         first = await waiting
         await rig.engine.sleep(level)
-        await rig.engine.pause()
         await rig.engine.wake()
-        assert rig.engine._weights.order.state == "paused" and await llm.is_paused(), (
-            "a pause outlasts a sleep"
-        )
+        assert rig.engine._weights.order.state == "serving"
         await rig.engine.wake()
-        await rig.engine.resume()
         return first, await collect(rig.engine, make_prompt("asleep"), 2, Sampling(max_tokens=4))
 
     first, second = rig.run(scenario())

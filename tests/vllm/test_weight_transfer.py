@@ -100,7 +100,7 @@ async def receive(
 
 
 async def collect(engine: Any, prompt: Prompt, n: int, sampling: Sampling) -> list[Completion]:
-    return [completion async for completion in engine.generate(prompt, n, sampling)]
+    return [completion async for completion in engine.generate_all([(prompt, n, sampling)])]
 
 
 def expected_logprobs(model: Any, ids: list[int], start: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Pool:
             self.engine.submit(job.prompt, job.n, job.sampling, begun)
             answers = sorted(self.engine.run(), key=lambda completion: completion.sample)
             self.tokens += sum(map(len, answers)) - sum(map(len, begun))
-            job.deliver(tuple(answers))
+            job.finish(tuple(answers))
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +59,12 @@ def answers(
 ) -> tuple[dict[tuple[int, int | None], tuple[Completion, ...]], Pool]:
     pool: Any = Pool(engine)
     sampling = Sampling(max_tokens=LONGEST, stop_token_ids=(1,))
-    found = sampled(pool, prompts, 8, sampling, Thoughts(thinking, TOKENIZER))
-    return {(index, budget): group for index, budget, group in found}, pool
+
+    async def collect() -> dict[tuple[int, int | None], tuple[Completion, ...]]:
+        found = sampled(pool, prompts, 8, sampling, Thoughts(thinking, TOKENIZER))
+        return {(index, budget): group async for index, budget, group in found}
+
+    return asyncio.run(collect()), pool
 
 
 @pytest.mark.parametrize("ending", [None, f",{END_THINK}7"])

@@ -3,6 +3,7 @@ gets exactly that."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from emberl.rl.learner.publisher import Published, Publisher, PublishRequest, first_row, shards_of
+from emberl.rollout.receiver import Receiver
 from emberl.rollout.vllm_backend import transfer as native
 from emberl.rollout.vllm_backend.transfer import GroupMember
 from emberl.rollout.weights.diff import Shard
 from emberl.rollout.weights.engine_transfer import Broadcast
-from emberl.rollout.weights.receiver import Receiver
 from emberl.rollout.weights.transport import FetchContext, FileSource, WeightUpdate
+from table_engine import TableEngine
 from torch import nn
 
 SHAPES = {"up": (5, 300), "norm": (3,), "one": (1, 8), "none": (0, 4)}
@@ -66,6 +68,11 @@ def ranks(world: int) -> list[Publisher]:
     return [Publisher(rank=rank, world=world, threads=1) for rank in range(world)]
 
 
+def worker() -> tuple[Any, Receiver]:
+    engine: Any = TableEngine()
+    return engine, Receiver(engine, FetchContext(timeout=10.0))
+
+
 def notice(found: Published) -> WeightUpdate:
     patches = () if found.patch is None else (found.patch,)
     anchors = () if found.anchor is None else (found.anchor,)
@@ -81,19 +88,17 @@ def notice(found: Published) -> WeightUpdate:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_any_number_of_ranks_publishes_the_same_weights(world: int, tmp_path: Path) -> None:
-    publishers, receiver = ranks(world), Receiver(FetchContext(timeout=5.0))
+    publishers = ranks(world)
+    engine, receiver = worker()
     for version in range(4):
         found = publish(publishers, version, tmp_path, patch=version in (1, 3))
         assert (found.patch is None, found.anchor is None) == (
             version not in (1, 3),
             version in (1, 3),
         )
-        receiver.prepare(notice(found))
-        receiver.patch(version, version - 1)
-        receiver.commit(version)
-        assert receiver.held is not None
+        asyncio.run(receiver.catch_up(notice(found)))
         for name, whole in weights(version).items():
-            assert bytes(receiver.held.tensors[name].data) == bytes(
+            assert bytes(engine.tensors[name].data) == bytes(
                 whole.contiguous().view(-1).view(torch.uint8).numpy()
             )
         changed = sum(
@@ -120,9 +125,9 @@ def test_an_anchor_beside_a_patch_holds_the_new_weights(tmp_path: Path) -> None:
         and found.anchor is not None
         and isinstance(found.anchor.places[0], FileSource)
     )
-    late = Receiver(FetchContext(timeout=5.0))
-    report = late.prepare(notice(found))
-    assert report.wire_bytes == found.anchor.size and late.patch(1, -1).root == found.root
+    engine, late = worker()
+    report = asyncio.run(late.catch_up(notice(found)))
+    assert report["wire_bytes"] == found.anchor.size and engine.held.root == found.root
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "00000000.anchor", "00000001-from-00000000.patch", "00000001.anchor",
     ]  # fmt: skip
@@ -132,7 +137,8 @@ def test_an_anchor_beside_a_patch_holds_the_new_weights(tmp_path: Path) -> None:
 def test_a_thousand_versions_in_a_chain(tmp_path: Path) -> None:
     """Two ranks, patches only: every version bit for bit, the last one reached from version 0 in
     1,000 steps too."""
-    publishers, receiver = ranks(2), Receiver(FetchContext(timeout=5.0))
+    publishers = ranks(2)
+    engine, receiver = worker()
     rng, values = (
         np.random.default_rng(0),
         np.random.default_rng(1).integers(0x3C00, 0x3D00, (4, 60)).astype(np.uint16),
@@ -152,25 +158,21 @@ def test_a_thousand_versions_in_a_chain(tmp_path: Path) -> None:
         found = publishers[0].publish(order, [publishers[1].part(whole=version == 0)])
         first = first or found.anchor
         patches += [found.patch] if found.patch is not None else []
-        receiver.prepare(notice(found))
-        receiver.patch(version, version - 1)
-        receiver.commit(version)
-        assert (
-            receiver.held is not None and bytes(receiver.held.tensors["w"].data) == values.tobytes()
-        )
+        asyncio.run(receiver.catch_up(notice(found)))
+        assert bytes(engine.tensors["w"].data) == values.tobytes()
         values = (values + rng.choice(np.array([-1, 0, 0, 0, 1]), (4, 60))).astype(np.uint16)
-    assert first is not None and receiver.held is not None
-    late = Receiver(FetchContext(timeout=5.0))
+    assert first is not None
+    second, late = worker()
     whole = WeightUpdate(
         run_id="run",
         attempt=0,
         version=1000,
-        root=receiver.held.root,
+        root=engine.held.root,
         patches=tuple(patches),
         anchors=(first,),
     )
-    assert late.prepare(whole).replays == 1000
-    assert bytes(late.patch(1000, -1).tensors["w"].data) == bytes(receiver.held.tensors["w"].data)
+    assert asyncio.run(late.catch_up(whole))["replays"] == 1000
+    assert bytes(second.tensors["w"].data) == bytes(engine.tensors["w"].data)
 
 
 def test_shards_are_copies_in_the_dtype_that_is_served() -> None:
@@ -223,6 +225,6 @@ def test_a_version_is_sent_into_the_engines_and_lies_ready_for_who_misses_it(
         assert found.anchor is not None and [type(place) for place in found.anchor.places] == [
             FileSource
         ]
-        receiver = Receiver(FetchContext(timeout=10.0))
-        receiver.prepare(notice(found))
-        assert receiver.patch(version, -1).digests == engines.digests
+        engine, receiver = worker()
+        asyncio.run(receiver.catch_up(notice(found)))
+        assert engine.held.digests == engines.digests

@@ -144,19 +144,3 @@ def test_the_figures_of_an_update(make: Callable[..., LearnerRank]) -> None:
     assert again["rollout_corr/kl"] != pytest.approx(moved["rollout_corr/kl"]), (
         "not of the policy after the update"
     )
-
-
-def test_parts_of_a_step_say_together_how_far_the_engine_is(
-    make: Callable[..., LearnerRank],
-) -> None:
-    rank = make()
-    objective = Objective.of(LossConfig(), KLConfig(), OffPolicyConfig())
-    batch = replace(BATCH, behaviour_logp_T=np.linspace(-3, -1, BATCH.num_tokens))
-    old = rank.logprobs(batch)
-    for sequence in (1, 0):
-        assert "rollout_corr/kl" not in rank.accumulate(batch.select([sequence]), objective)
-    expected = mismatch_metrics(
-        old, batch.behaviour_logp_T, BATCH.loss_mask_T, BATCH.sequence_ids_T
-    )
-    found = rank.finish(1.0)
-    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-9)

@@ -4,6 +4,7 @@ learner: what it prints, alerts and returns."""
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -201,11 +202,14 @@ class Engine:
     restarts = served = 0
 
     def __init__(self, length: int) -> None:
-        self.length, self.on_served = length, lambda: None
+        self.length = length
+
+    async def served_after(self, version: int) -> int:
+        return await asyncio.get_running_loop().create_future()  # never
 
     def submit(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
-            job.deliver(tuple(self.answer(job.prompt.id, i) for i in range(job.n)))
+            job.finish(tuple(self.answer(job.prompt.id, i) for i in range(job.n)))
 
     def answer(self, prompt_id: str, sample: int) -> Completion:
         return Completion(
@@ -247,8 +251,11 @@ def loop(
     config = resolve(settings)
     text, alerts = io.StringIO(), []
     tracker = Tracker(config, folder, Console(file=text, soft_wrap=True))
-    quiet = {"log": lambda row: None, "finish": lambda: None}
-    tracker._wandb = SimpleNamespace(**quiet, alert=lambda **alert: alerts.append(alert))
+    wandb = SimpleNamespace(
+        log=lambda *_: None,
+        alert=lambda title, text: alerts.append({"title": title, "text": text}),
+    )
+    tracker._sinks = [SimpleNamespace(call=lambda do: do(wandb), close=lambda: None)]  # type: ignore[list-item]
     steps = iter([*entropy, *[entropy[-1]] * 99])
 
     def grade(prompt: Prompt, completions: Sequence[Completion]) -> Group:
@@ -261,6 +268,9 @@ def loop(
             for s in scores
         )
         return Group(prompt=prompt, completions=tuple(completions), verdicts=verdicts)
+
+    async def nothing(**_: Any) -> dict[str, float]:
+        return {}
 
     learners = SimpleNamespace(
         begin_stage=lambda *a: None,
@@ -282,18 +292,17 @@ def loop(
         pool=Engine(length),
         suite=SimpleNamespace(finished=0, metrics=dict),
         grade=grade,
-        save=lambda: None,
+        save=nothing,
         source=SimpleNamespace(
             train=lambda i: Prompt(id=f"p{i}", token_ids=(3,), answer="", source="s")
         ),
-        publish=lambda **_: {},
+        publish=nothing,
         learning=nullcontext,
-        stop_if_asked=lambda: None,
-        wait_published=dict,
-        check_delivery=lambda: None,
+        stop_if_asked=nothing,
+        weights=SimpleNamespace(under_way=None, check=lambda: None, delivered=nothing),
         sampling=lambda step: Sampling(max_tokens=LONGEST, seed=step),
     )
-    result = go(run, None)
+    result = asyncio.run(go(run, None))
     tracker.close()
     return result, text.getvalue(), alerts
 

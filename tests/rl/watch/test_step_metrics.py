@@ -18,7 +18,7 @@ from emberl.rewards.verdict import Status, Verdict
 from emberl.rl.algorithm.losses import Objective, token_loss
 from emberl.rl.algorithm.offpolicy import correction, mismatch_metrics
 from emberl.rl.algorithm.surrogates import value_loss
-from emberl.rl.batch import make_batches
+from emberl.rl.batch import flat_batch, with_token_advantages
 from emberl.rl.config.algorithm import AdvantageConfig, KLConfig, LossConfig, OffPolicyConfig
 from emberl.rl.evaluate import summarise
 from emberl.rl.groups import Batch, Group
@@ -28,8 +28,6 @@ from emberl.rl.watch.step_metrics import (
     batch_metrics,
     check_engine_logprobs,
     explained_variance,
-    of_whole_step,
-    pooled,
     sample_metrics,
     speed_metrics,
 )
@@ -86,18 +84,9 @@ def estimated(batch: Batch) -> Batch:
 def whole(
     advantage: AdvantageConfig, kl: KLConfig | None = None, aggregation: Any = "token-mean"
 ) -> Batch:
-    seen: list[Batch] = []
-    make_batches(
-        groups(),
-        LossConfig(aggregation=aggregation),
-        advantage,
-        max_length=7,
-        kl=kl,
-        keep_all=True,
-        estimate=estimated,
-        observe=seen.append,
-    )
-    return seen[0]
+    flat = flat_batch(groups(), LossConfig(aggregation=aggregation), max_length=7)
+    assert flat is not None
+    return with_token_advantages(estimated(flat), advantage, kl)
 
 
 PPO = AdvantageConfig(kind="gae", lam=GIVEN["lam"], whiten=True)
@@ -289,17 +278,9 @@ def test_a_nan_costs_its_token_of_the_penalty_in_the_reward() -> None:
         old[np.flatnonzero(batch.loss_mask_T)[1]] = np.nan
         return replace(batch, old_logp_T=old)
 
-    seen: list[Batch] = []
-    make_batches(
-        groups(),
-        LossConfig(),
-        PPO,
-        max_length=7,
-        kl=IN_REWARD,
-        keep_all=True,
-        estimate=broken,
-        observe=seen.append,
-    )
+    flat = flat_batch(groups(), LossConfig(), max_length=7)
+    assert flat is not None
+    seen = [with_token_advantages(broken(flat), PPO, IN_REWARD)]
     found = batch_metrics(seen, OffPolicyConfig(), 0.1)
     assert np.isfinite(seen[0].advantages_T[seen[0].loss_mask_T]).all()
     assert all(map(math.isfinite, found.values()))
@@ -329,33 +310,6 @@ def test_over_the_updates_of_a_step() -> None:
             "y/min": 1.0,
         }
     )
-
-
-def test_over_the_parts_of_a_step() -> None:
-    """Parts of 30, 10 and 20 tokens, of which the last had no signal; 25 and 10 went through a
-    pass."""
-    done = [
-        {
-            "actor/pg_loss": 60.0,
-            "actor/entropy": 15.0,
-            "actor/ratio": 1.0,
-            "actor/pg_clipfrac": 0.1,
-        },
-        {
-            "actor/pg_loss": -30.0,
-            "actor/entropy": 9.0,
-            "actor/ratio": 1.7,
-            "actor/pg_clipfrac": 0.3,
-        },
-    ]
-    found = of_whole_step(pooled(done, [25, 10]), done, [30, 10], whole=60, trained=40, every=60)
-    expected = {
-        "actor/pg_loss": 30 / 60,
-        "actor/entropy": 24 / 40,
-        "actor/ratio": 42 / 35,
-        "actor/pg_clipfrac": 6 / 60,
-    }
-    assert found == pytest.approx(expected)
 
 
 def test_explained_variance_is_that_of_a_sample() -> None:

@@ -3,8 +3,9 @@ weights that are wrong."""
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,19 @@ def test_all_but_the_first_token_count() -> None:
     assert batch.token_ids_T.tolist() == [5, 6, 7] and batch.positions_T.tolist() == [0, 1, 2]
 
 
+def check(
+    probe: Probe,
+    expected: Any,
+    found: Sequence[Any],
+    reload: Callable[[int], Any],
+    **settings: Any,
+) -> dict[str, float]:
+    async def again(worker: int) -> Any:
+        return reload(worker)
+
+    return asyncio.run(probe.check(expected, found, again, **settings))
+
+
 def never(worker: int) -> Any:
     raise AssertionError(f"worker {worker} was loaded anew")
 
@@ -61,7 +75,7 @@ def test_levels_by_hand() -> None:
 
 def test_figures_are_of_the_worker_that_differs_most() -> None:
     found = [EXPECTED + np.array([0, 0, 0, 0.004], np.float32), EXPECTED + np.float32(0.002)]
-    figures = Probe(0.01).check(EXPECTED, found, never, version=3)
+    figures = check(Probe(0.01), EXPECTED, found, never, version=3)
     assert figures["sync/probe_diff_max"] == pytest.approx(0.004, rel=1e-3)
     assert figures["sync/probe_diff_mean"] == pytest.approx(0.002, rel=1e-3)
     assert figures["sync/probe_noise"] == pytest.approx(0.002, rel=1e-3)
@@ -75,7 +89,7 @@ def test_a_worker_that_differs_is_loaded_anew_once() -> None:
         loaded.append(worker)
         return EXPECTED
 
-    figures = Probe(0.01).check(EXPECTED, [EXPECTED, EXPECTED + 1], reload, version=3)
+    figures = check(Probe(0.01), EXPECTED, [EXPECTED, EXPECTED + 1], reload, version=3)
     assert loaded == [1]
     assert figures["sync/probe_diff_max"] == 0 and figures["sync/reloads"] == 1
 
@@ -94,11 +108,11 @@ def test_a_worker_that_differs_still_ends_the_run(wrong: Any, before: int) -> No
     """Whether it is the first version or not."""
     probe = Probe(0.01)
     for version in range(before):
-        probe.check(EXPECTED, [EXPECTED], never, version=version)
+        check(probe, EXPECTED, [EXPECTED], never, version=version)
     with pytest.raises(
         ActorLostError, match=r"worker 0 does not compute with version 30 .* 4 tokens differ"
     ):
-        probe.check(EXPECTED, [wrong], lambda worker: wrong, version=30)
+        check(probe, EXPECTED, [wrong], lambda worker: wrong, version=30)
 
 
 def test_tolerance_follows_the_dtype() -> None:
@@ -120,7 +134,7 @@ def test_the_first_versions_noise_is_no_alarm_later(seed: int) -> None:
     for version in range(300):
         expected, found = noisy(rng, 0.02)
         assert (
-            probe.check(expected, [found], never, version=version, changed=0.01)["sync/reloads"]
+            check(probe, expected, [found], never, version=version, changed=0.01)["sync/reloads"]
             == 0
         )
 
@@ -132,14 +146,14 @@ def test_three_times_the_noise_is_an_alarm(resumed: bool) -> None:
     rng, probe = np.random.default_rng(0), Probe(0.1)
     for version in range(8):
         expected, found = noisy(rng, 0.02)
-        probe.check(expected, [found], never, version=version)
+        check(probe, expected, [found], never, version=version)
     if resumed:
         probe = Probe(0.1, probe.level)
     expected, found = noisy(rng, 0.06)
     with pytest.raises(ActorLostError, match=r"are noise \(most at token"):
-        probe.check(expected, [found], lambda worker: found, version=8)
+        check(probe, expected, [found], lambda worker: found, version=8)
     probe.begin_stage()
-    probe.check(expected, [found], never, version=8)
+    check(probe, expected, [found], never, version=8)
 
 
 def test_an_engine_that_stayed_behind_is_known_by_its_own_results() -> None:
@@ -149,16 +163,16 @@ def test_an_engine_that_stayed_behind_is_known_by_its_own_results() -> None:
     stale = []
     for version in range(4):
         stale.append((expected + np.float32(1e-6) * version, found + np.float32(1e-6) * version))
-        probe.check(stale[-1][0], [stale[-1][1]], never, version=version, changed=0.01)
+        check(probe, stale[-1][0], [stale[-1][1]], never, version=version, changed=0.01)
     now = expected + np.float32(5e-6)
     for version in range(4):
         old = stale[version][1]
         with pytest.raises(ActorLostError, match=rf"those of version {version} bit for bit"):
-            probe.check(now, [old], lambda worker, old=old: old, version=4, changed=0.01)
+            check(probe, now, [old], lambda worker, old=old: old, version=4, changed=0.01)
     old = stale[3][1]
-    probe.check(now, [old], never, version=4, changed=0.0)  # nothing to stay behind
+    check(probe, now, [old], never, version=4, changed=0.0)  # nothing to stay behind
     # what changed does not show in these tokens
-    probe.check(stale[3][0], [old], never, version=5, changed=0.01)
+    check(probe, stale[3][0], [old], never, version=5, changed=0.01)
 
 
 # A real engine in float32, after one optimizer step, with weights that are wrong in one way.
@@ -238,10 +252,10 @@ def test_wrong_weights_in_a_real_engine(
 
     probe = Probe(tolerance_of("float32"))
     for version, weights in enumerate(versions[:-1]):
-        probe.check(expected[version], [serve(weights)], never, version=version, changed=0.9)
+        check(probe, expected[version], [serve(weights)], never, version=version, changed=0.9)
     now, old = versions[-1], versions[-1 - age]
     serve(now)
     bad = serve(INJECTED[wrong](now, old))
     with pytest.raises(ActorLostError, match=r"worker 0 does not compute with version 4"):
-        probe.check(expected[-1], [bad], lambda worker: bad, version=4, changed=0.9)
-    probe.check(expected[-1], [serve(now)], never, version=4, changed=0.9)
+        check(probe, expected[-1], [bad], lambda worker: bad, version=4, changed=0.9)
+    check(probe, expected[-1], [serve(now)], never, version=4, changed=0.9)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from emberl.rl.config.load import SyncConfig
+from emberl.rl.config.load import resolve
 from emberl.rl.learner.publisher import Published, PublishRequest
-from emberl.rl.weights.sync import Measured, WeightSync, choose, choose_transport
+from emberl.rl.weights.choice import Measured, choose, choose_transport
+from emberl.rl.weights.probe import Probe
+from emberl.rl.weights.sync import WeightSync
 from emberl.rollout.weights.engine_transfer import BroadcastGroup
 from emberl.rollout.weights.transport import PatchRef, WeightUpdate
 
@@ -97,7 +100,7 @@ class FakePool:
     def __init__(self) -> None:
         self.notices: list[WeightUpdate] = []
 
-    def apply(self, notice: WeightUpdate) -> list[dict[str, float]]:
+    async def serve(self, notice: WeightUpdate) -> list[dict[str, float]]:
         self.notices.append(notice)
         wire = float(notice.patches[-1].size if notice.patches else 100)
         figures = {"prepare_s": 0.0, "apply_s": 0.0, "digest_failures": 0.0, "replays": 0.0}
@@ -106,31 +109,40 @@ class FakePool:
         ]
 
 
-def run(
-    settings: SyncConfig, versions: int, folder: Path
-) -> tuple[FakeLearners, FakePool, list[str]]:
-    learners: Any = FakeLearners()
-    pool: Any = FakePool()
-    told: list[str] = []
-    sync = WeightSync(
-        settings,
+def make(
+    learners: Any, pool: Any, folder: Path, tell: Callable[[str], None], **sections: Any
+) -> WeightSync:
+    tree = {"name": "t", "model": {"path": "m"}, "data": {"source": "arithmetic"}, **sections}
+    return WeightSync(
+        resolve(tree),
         learners,
         pool,
         run_id="run",
         run_dir=folder,
-        history=False,
-        fabric=False,
-        tell=told.append,
+        fabric=True,
+        tell=tell,
+        probe=Probe(0.01),
     )
-    for version in range(versions):
-        sync.begin(version)
-        figures = sync.deliver()
-        assert figures["sync/version"] == version
+
+
+def run(
+    settings: dict[str, Any], versions: int, folder: Path
+) -> tuple[FakeLearners, FakePool, list[str]]:
+    learners: Any = FakeLearners()
+    pool: Any = FakePool()
+    told: list[str] = []
+    sync = make(learners, pool, folder, told.append, sync=settings)
+
+    async def play() -> None:
+        for version in range(versions):
+            assert (await sync.publish(version))["sync/version"] == version
+
+    asyncio.run(play())
     return learners, pool, told
 
 
 def test_anchors_come_in_time_and_lead_to_the_newest_version(tmp_path: Path) -> None:
-    learners, pool, _ = run(SyncConfig(mode="patch", anchor_every=4), 10, tmp_path)
+    learners, pool, _ = run({"mode": "patch", "anchor_every": 4}, 10, tmp_path)
     assert [order.version for order in learners.orders if order.anchor] == [0, 4, 8]
     for notice in pool.notices:
         (anchor,) = notice.anchors
@@ -145,14 +157,14 @@ def test_anchors_come_in_time_and_lead_to_the_newest_version(tmp_path: Path) -> 
 
 
 def test_a_chain_of_half_an_anchor_ends(tmp_path: Path) -> None:
-    learners, _, _ = run(SyncConfig(mode="patch", anchor_every=50), 16, tmp_path)
+    learners, _, _ = run({"mode": "patch", "anchor_every": 50}, 16, tmp_path)
     assert [order.version for order in learners.orders if order.anchor] == [0, 7, 14], (
         "once six patches have 60 bytes"
     )
 
 
 def test_auto_changes_over_on_a_weak_link_and_says_why_once(tmp_path: Path) -> None:
-    learners, pool, told = run(SyncConfig(mode="auto"), 5, tmp_path)
+    learners, pool, told = run({"mode": "auto"}, 5, tmp_path)
     assert [order.patch for order in learners.orders] == [False, True, True, True, True]
     assert len(told) == 1 and told[0].startswith(
         "weight sync goes from dense to patch: 0.0001 MB of weights at 1e-06 MB/s"
@@ -172,23 +184,30 @@ def test_whole_weights_go_into_the_engines_where_all_change_at_once(tmp_path: Pa
             host="", port=0, group=len(met), workers=workers, device="cpu", backend=backend
         )
 
-    learners.meet, learners.broadcast, pool.apply_later = meet, lambda: None, pool.apply
+    async def sent() -> None: ...
+
+    learners.meet, learners.broadcast, pool.serve_later = meet, sent, pool.notices.append
     for mode in ("dense", "patch"):
-        sync = WeightSync(
-            SyncConfig(mode=mode, transport="collective"),
+        sync = make(
             learners,
             pool,
-            run_id="run",
-            run_dir=tmp_path,
-            history=False,
-            fabric=True,
-            tell=print,
-            backend="gloo",
-            ranks=2,
+            tmp_path,
+            print,
+            sync={"mode": mode, "transport": "collective", "probe_tokens": 0},
+            rollout={
+                "engine": "vllm",
+                "engine_args": {
+                    "tensor_parallel_size": 2,
+                    "weight_transfer_config": {"backend": "gloo"},
+                },
+            },
         )
-        for version, later in enumerate((False, False, True)):
-            sync.begin(version)
-            sync.deliver(later=later)
+
+        async def play(sync: WeightSync = sync) -> None:
+            for version, later in enumerate((False, False, True)):
+                await sync._deliver(await sync._take(version, later))
+
+        asyncio.run(play())
     assert met == [("gloo", 2)]
     numbers = [order.broadcast and order.broadcast.number for order in learners.orders]
     assert numbers == [0, 1, None, None, None, None]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emberl.rollout.weights.apply import Prepared, commit, prepare
+from emberl.rollout.weights.apply import advance, materialise
 from emberl.rollout.weights.diff import Shard, TensorPart, diff, encode, join
 from emberl.rollout.weights.patch import (
     CorruptPatchError,
@@ -58,7 +58,7 @@ def bytes_of(tensors: Tensors) -> dict[str, bytes]:
 
 
 def anchored(tensors: Tensors, version: int = 0, run_id: str = "run") -> Weights:
-    return commit(None, prepare(dense_patch(run_id, version, tensors.items()), None))
+    return advance(None, materialise(dense_patch(run_id, version, tensors.items()), None))
 
 
 def test_a_patch_holds_what_changed_and_the_digest_of_everything() -> None:
@@ -75,10 +75,10 @@ def test_prepare_stands_beside_and_commit_swaps() -> None:
     old, new = history(2)
     held = anchored(old)
     before = bytes_of(held.tensors)
-    prepared = prepare(encode(held, new, run_id="run", version=1), held, threads=2)
-    assert prepared.patch.tensors.keys() == {"up", "norm"}
+    prepared = materialise(encode(held, new, run_id="run", version=1), held, threads=2)
+    assert prepared.tensors.keys() == {"up", "norm"}
     assert bytes_of(held.tensors) == before and held.version == 0
-    after = commit(held, prepared)
+    after = advance(held, prepared)
     assert (after.version, bytes_of(after.tensors)) == (1, bytes_of(new))
     assert bytes_of(held.tensors) == before
     assert after.tensors["rope"] is held.tensors["rope"]
@@ -91,18 +91,18 @@ def test_applied_and_late_patches_do_nothing() -> None:
     patches = []
     for version in (1, 2, 3):
         patches.append(encode(held, tensors[version], run_id="run", version=version))
-        held = commit(held, prepare(patches[-1], held))
+        held = advance(held, materialise(patches[-1], held))
     for patch in [
         *patches,
         dense_patch("run", 2, tensors[2].items()),
         dense_patch("run", 3, tensors[3].items()),
     ]:
-        prepared = prepare(patch, held)
-        assert (prepared.patch.version, prepared.patch.tensors) == (3, {})
-        assert commit(held, prepared) is held
+        prepared = materialise(patch, held)
+        assert (prepared.version, prepared.tensors) == (3, {})
+        assert advance(held, prepared) is held
     # prepared before the newer ones were committed
-    stale = Prepared(patch=dense_patch("run", 2, tensors[2].items()))
-    assert commit(held, stale) is held
+    stale = dense_patch("run", 2, tensors[2].items())
+    assert advance(held, stale) is held
 
 
 def test_what_does_not_fit_is_refused_by_name_and_changes_nothing() -> None:
@@ -190,17 +190,17 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing() -> None:
     ]
     for patch, base, error, words in cases:
         with pytest.raises(error, match=words) as raised:
-            prepare(patch, base)
+            materialise(patch, base)
         assert raised.type is error
         assert bytes_of(held.tensors) == bytes_of(tensors[1])
-    assert bytes_of(commit(held, prepare(good, held)).tensors) == bytes_of(tensors[2])
+    assert bytes_of(advance(held, materialise(good, held)).tensors) == bytes_of(tensors[2])
 
 
 def test_what_was_prepared_against_other_weights_is_not_committed() -> None:
     tensors = history(3)
     held, other = anchored(tensors[0]), anchored(history(3, seed=1)[0])
-    prepared = prepare(encode(held, tensors[2], run_id="run", version=2), held)
-    newer = commit(held, prepare(encode(held, tensors[1], run_id="run", version=1), held))
+    prepared = materialise(encode(held, tensors[2], run_id="run", version=2), held)
+    newer = advance(held, materialise(encode(held, tensors[1], run_id="run", version=1), held))
     for now, error, words in [
         (newer, VersionGap, "builds on version 0, but version 1 is held"),
         (other, VersionGap, "another version 0"),
@@ -212,7 +212,7 @@ def test_what_was_prepared_against_other_weights_is_not_committed() -> None:
         ),
     ]:
         with pytest.raises(error, match=words):
-            commit(now, prepared)
+            advance(now, prepared)
 
 
 def test_an_anchor_follows_anything() -> None:
@@ -222,13 +222,13 @@ def test_an_anchor_follows_anything() -> None:
         lambda version: encode(None, tensors[version], run_id="run", version=version),
     ):
         for held in (None, anchored(tensors[1], 1), anchored({"old": tensors[0]["rope"]})):
-            after = commit(held, prepare(from_bytes(to_bytes(make(4))), held))
+            after = advance(held, materialise(from_bytes(to_bytes(make(4))), held))
             assert (after.version, bytes_of(after.tensors)) == (4, bytes_of(tensors[4]))
     lacking = dense_patch("run", 4, tensors[4].items())
     with pytest.raises(
         DigestMismatchError, match="tensor rope of version 4: the engine holds nothing"
     ):
-        prepare(
+        materialise(
             replace(lacking, tensors={k: v for k, v in tensors[4].items() if k != "rope"}),
             anchored(tensors[1], 1),
         )
@@ -254,7 +254,7 @@ def test_whatever_arrives_in_whatever_order_only_true_versions_are_held(
         )
         before = -1 if held is None else held.version
         try:
-            held = commit(held, prepare(patch, held))
+            held = advance(held, materialise(patch, held))
         except VersionGap:
             assert patch.base_version not in (None, before) and patch.version > before
             continue
@@ -306,7 +306,7 @@ def test_a_rank_that_remembers_other_weights_is_found() -> None:
         join(parts, anchored({"up": old}), run_id="run", version=1)
     whole = join([part_of((0, 300), strayed, new)], anchored({"up": old}), run_id="run", version=1)
     with pytest.raises(DigestMismatchError, match="tensor up of version 1"):
-        prepare(whole, anchored({"up": old}))
+        materialise(whole, anchored({"up": old}))
 
 
 def test_a_tensor_without_elements_and_ranks_without_a_share() -> None:
@@ -317,7 +317,9 @@ def test_a_tensor_without_elements_and_ranks_without_a_share() -> None:
     nothing = {"none": tensor(np.empty((0, 4)))}
     for base in (None, anchored(nothing)):
         patch = encode(base, nothing, run_id="run", version=1)
-        assert commit(base, prepare(from_bytes(to_bytes(patch)), base)).tensors["none"].shape == (
+        assert advance(base, materialise(from_bytes(to_bytes(patch)), base)).tensors[
+            "none"
+        ].shape == (
             0,
             4,
         )

@@ -39,16 +39,16 @@ class FakeWorker:
     def __init__(self, node: str, version: int, *, dead: bool = False) -> None:
         self.notice: WeightUpdate | None = None
 
-        async def offer() -> tuple[str, int, int]:
+        async def offer() -> tuple[str, int]:
             if dead:
                 raise ray.exceptions.RayActorError(error_msg="it is dead")
-            return node, version, 100
+            return node, version
 
-        async def apply(notice: WeightUpdate) -> dict[str, float]:
+        async def catch_up(notice: WeightUpdate) -> dict[str, float]:
             self.notice = notice
             return {"version": float(notice.version)}
 
-        self.offer, self.apply = Method(offer), Method(apply)
+        self.offer, self.catch_up = Method(offer), Method(catch_up)
         self.export: Any = type("Export", (), {"remote": lambda _: f"anchor of {node}"})()
 
 

@@ -8,6 +8,7 @@ every step whatever an engine serves is, byte for byte, a version that a learner
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from emberl.rollout.receiver import Receiver, UnrecoverableError
 from emberl.rollout.weights.diff import encode
 from emberl.rollout.weights.patch import (
     TensorBytes,
@@ -24,9 +26,7 @@ from emberl.rollout.weights.patch import (
     Weights,
     dense_patch,
     digest,
-    verify,
 )
-from emberl.rollout.weights.receiver import Receiver, UnrecoverableError
 from emberl.rollout.weights.transport import FetchContext, PatchRef, TransferError, WeightUpdate
 from emberl.rollout.weights.wire_format import pieces
 from hypothesis import HealthCheck, note, settings
@@ -39,6 +39,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from table_engine import TableEngine
 
 FAULTS = ("none", "none", "lost", "cut", "flip", "swap", "crash")
 """What the link does to one fetch. `swap`: the bytes of another patch come; `crash`: the engine's
@@ -88,43 +89,33 @@ class OnWire:
         return data
 
 
-class TableEngine:
-    """Serves what it was given; a crash on the way leaves it as an engine whose process ended: with
-    nothing."""
+class Engine(TableEngine):
+    """Its process may end before or after an update."""
 
-    def __init__(self) -> None:
-        self.version, self.run_id = -1, ""
-        self.tensors: dict[str, TensorBytes] = {}
+    crash = "no"
 
-    def apply(self, patch: WeightPatch) -> int:
-        if patch.base_version not in (None, self.version):
-            raise VersionError(
-                f"patch {patch.version} builds on {patch.base_version}, {self.version} is served"
-            )
-        tensors = {**(self.tensors if patch.base_version is not None else {}), **patch.tensors}
-        verify({name: digest(tensor.data) for name, tensor in tensors.items()}, patch)
-        self.tensors, self.version, self.run_id = tensors, patch.version, patch.run_id
-        return self.version
+    async def apply(self, patch: WeightPatch) -> int:
+        if self.crash == "before":
+            raise Crash
+        version = self.load(patch)
+        if self.crash == "after":
+            raise Crash
+        return version
 
 
-@dataclass(eq=False)
 class Worker:
     """A receiver and its engine: what one actor is."""
 
-    receiver: Receiver = field(default_factory=lambda: Receiver(FetchContext(timeout=1.0)))
-    engine: TableEngine = field(default_factory=TableEngine)
+    def __init__(self) -> None:
+        self.engine: Any = Engine()
+        self.receiver = Receiver(self.engine, FetchContext(timeout=1.0))
 
-    def prepare(self, notice: WeightUpdate) -> None:
-        self.receiver.prepare(notice)
+    def prepare(self, update: WeightUpdate) -> None:
+        asyncio.run(self.receiver.prepare(update))
 
     def commit(self, version: int, crash: str) -> None:
-        patch = self.receiver.patch(version, self.engine.version)
-        if crash == "before":
-            raise Crash
-        served = self.engine.apply(patch)
-        if crash == "after":
-            raise Crash
-        self.receiver.commit(served)
+        self.engine.crash = crash
+        asyncio.run(self.receiver.commit(version))
 
 
 class Learner:
@@ -266,11 +257,10 @@ class SyncMachine(RuleBasedStateMachine):
             return
         peer = self.workers[1 - who].receiver
         notice = self.learner.notice()
-        if peer.held is not None:
-            held = peer.held
+        if peer.version >= 0:
             self.wire.data.append(peer.export())
             place = OnWire(self.wire, len(self.wire.data) - 1)
-            parcel = PatchRef(version=held.version, base_version=None, size=0, places=(place,))
+            parcel = PatchRef(version=peer.version, base_version=None, size=0, places=(place,))
             notice = notice.with_anchor(parcel)
         self.workers[who] = Worker()
         self._attempt(notice, who, [], "no")

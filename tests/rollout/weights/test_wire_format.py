@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import xxhash
 import zstandard
-from emberl.rollout.weights.apply import commit, prepare
+from emberl.rollout.weights.apply import advance, materialise
 from emberl.rollout.weights.diff import Shard, diff, encode, join
 from emberl.rollout.weights.patch import (
     ELEMENT_BYTES,
@@ -248,7 +248,7 @@ def changed(
 
 
 def weights(tensors: Arrays, version: int = 3) -> Weights:
-    return commit(None, prepare(dense_patch("run", version, tensors.items()), None))
+    return advance(None, materialise(dense_patch("run", version, tensors.items()), None))
 
 
 def plain(tensors: Mapping[str, TensorBytes]) -> Whole:
@@ -270,7 +270,7 @@ def test_both_decoders_agree(pair: tuple[Arrays, Arrays]) -> None:
     ):
         data = to_bytes(patch)
         assert independent(data, plain(old)) == plain(new)
-        after = commit(held, prepare(from_bytes(data), held))
+        after = advance(held, materialise(from_bytes(data), held))
         assert plain(after.tensors) == plain(new) and after.version == 4
         dense = sum(tensor.data.nbytes for tensor in new.values())
         room = (
@@ -300,7 +300,7 @@ def test_parts_of_several_ranks_make_one_patch(
     held = weights({"w": old})
     data = to_bytes(join(parts, held, run_id="run", version=4))
     assert independent(data, plain({"w": old})) == plain({"w": new})
-    assert plain(commit(held, prepare(from_bytes(data), held)).tensors) == plain({"w": new})
+    assert plain(advance(held, materialise(from_bytes(data), held)).tensors) == plain({"w": new})
 
 
 def test_a_patch_written_by_hand() -> None:
@@ -390,7 +390,7 @@ def test_the_format_stays_what_it_is() -> None:
 def broken(data: bytes, held: Weights) -> str:
     """Why these bytes are refused."""
     with pytest.raises((CorruptPatchError, DigestMismatchError)) as refusal:
-        prepare(from_bytes(data), held)
+        materialise(from_bytes(data), held)
     assert refusal.type is CorruptPatchError
     return str(refusal.value)
 
@@ -416,7 +416,7 @@ def test_every_flipped_bit_and_every_cut_is_found() -> None:
             assert "weight patch" in broken(data[:at], held)
     assert "bytes instead of" in broken(data + b"\0", held)
     assert plain(held.tensors) == plain(old)
-    assert plain(commit(held, prepare(from_bytes(data), held)).tensors) == plain(new)
+    assert plain(advance(held, materialise(from_bytes(data), held)).tensors) == plain(new)
 
 
 @settings(deadline=None, max_examples=60)
@@ -434,7 +434,7 @@ def test_a_flipped_bit_never_gives_wrong_weights(
 def attempt(data: bytes, held: Weights) -> Weights | str:
     """The weights, or why there are none."""
     try:
-        return commit(held, prepare(from_bytes(data), held))
+        return advance(held, materialise(from_bytes(data), held))
     except (CorruptPatchError, DigestMismatchError) as refusal:
         return str(refusal)
 
@@ -505,7 +505,7 @@ def test_a_directory_that_was_written_wrongly_is_refused() -> None:
         to_bytes(replace(patch, deltas={**patch.deltas, name: short})), held
     )
     with pytest.raises(DigestMismatchError, match=rf"{name} of version 4"):
-        prepare(from_bytes(to_bytes(other)), held)
+        materialise(from_bytes(to_bytes(other)), held)
     data = bytearray(to_bytes(patch))
     size = int.from_bytes(data[56:60], "little")
     data[24] ^= 1
