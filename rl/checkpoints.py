@@ -21,6 +21,8 @@ CHECKPOINTS, PROGRESS, METRICS = "checkpoints", "progress.json", "metrics.jsonl"
 SETTINGS = "settings.json"
 """The run's configuration, in each checkpoint; named apart from the model's own config.json beside
 it."""
+STOP = "stop"
+"""A file that asks the run of this directory to save after its step and to end."""
 FIXED = ("stages", "data", "model", "seed")
 """Groups that say what a checkpoint is of. A run that goes on with others is another run."""
 SHAPE = ("model.tiny", "model.lora", "model.dtype")
@@ -104,6 +106,7 @@ def open_run_dir(config: Config, resume: bool) -> tuple[Path, Path | None]:
         probe = folder / f".write-{os.getpid()}"
         probe.touch()
         probe.unlink()
+        asked_to_stop(folder)  # of an attempt that ended before it looked
     except OSError as error:
         raise ConfigError(
             f"run_dir={folder} cannot be written ({error.strerror}); set run_dir to a directory"
@@ -117,6 +120,15 @@ def _number(path: Path, base: Path) -> int | None:
         return 1
     suffix = path.name.removeprefix(f"{base.name}-")
     return int(suffix) if suffix != path.name and suffix.isdigit() else None
+
+
+def asked_to_stop(run_dir: Path) -> bool:
+    """Whether somebody put the file there; takes it away."""
+    try:
+        (run_dir / STOP).unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import subprocess
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -26,18 +28,24 @@ from ..rollout.engine import WorkerSpec
 from ..rollout.pool import RolloutPool
 from ..rollout.schedule import QUEUE_DEPTH
 from ..rollout.worker import RolloutWorker
-from .config.load import Config, ConfigError
+from .config.load import Config, ConfigError, user_errors
+from .disks import Disks
 from .learner.group import PUBLISHING, LearnerGroup
 from .learner.rank import LearnerRank, RankSpec
 from .placement import ActorSlot, check_capacity, plan_placement, resources_text
+
+PATIENCE = 10.0
+"""Seconds without a cluster's answer after which a person is told."""
 
 
 class Cluster:
     """A context: Ray joined or started on entry; actors, placement group and, if it was started
     here, Ray gone on exit."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, tell: Callable[[str], None] = print) -> None:
+        """tell: where a person reads what the start waits for."""
         self.config = config
+        self.tell = tell
         self.placement = plan_placement(config)
         self.address = config.cluster.address or os.environ.get("RAY_ADDRESS")
         self._group: Any = None
@@ -52,13 +60,7 @@ class Cluster:
         os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
         if not ray.is_initialized():
             self._owns_ray = True
-            if self.address:
-                ray.init(
-                    address=self.address,
-                    namespace=f"emberl-{uuid.uuid4().hex[:8]}",
-                    log_to_driver=False,
-                )
-            else:
+            if not self._join():
                 # Ray guards a new cluster by a token; one of this run's own leaves no file in the
                 # user's home, which would switch authentication on for every cluster that they
                 # start later
@@ -79,16 +81,44 @@ class Cluster:
                 f"the Ray cluster{f' at {self.address}' if self.address else ''}",
             )
             self._group = placement_group(self.placement.bundles(), strategy="PACK")
-            if not self._group.wait(timeout_seconds=self.config.cluster.start_timeout):
+            timeout = self.config.cluster.start_timeout
+            granted = self._group.wait(timeout_seconds=min(PATIENCE, timeout))
+            if not granted:
+                self.tell(
+                    f"waiting for {resources_text(self.placement.total())}, up to"
+                    f" cluster.start_timeout={timeout:g} s; free now: {ray.available_resources()}"
+                )
+                granted = self._group.wait(timeout_seconds=max(1, timeout - PATIENCE))
+            if not granted:
                 raise ConfigError(
                     f"the cluster did not grant {resources_text(self.placement.total())} within"
-                    f" cluster.start_timeout={self.config.cluster.start_timeout:g} s; something"
+                    f" cluster.start_timeout={timeout:g} s; something"
                     f" else holds them: {ray.available_resources()}"
                 )
         except BaseException:
             self.close()
             raise
         return self
+
+    def _join(self) -> bool:
+        """Joins the cluster that is named, or for `auto` the one that runs here; whether there is
+        one. `ConfigError` where one that is named does not answer."""
+        if not self.address:
+            return False
+        if ":" in self.address and not self.address.startswith("ray://"):
+            _check_answers(self.address)
+        try:
+            ray.init(
+                address=self.address,
+                namespace=f"emberl-{uuid.uuid4().hex[:8]}",
+                log_to_driver=False,
+            )
+        except ConnectionError as error:
+            if self.address == "auto":
+                self.address = None
+                return False
+            raise _no_cluster(self.address, error) from error
+        return True
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -105,10 +135,13 @@ class Cluster:
                 ray.shutdown()
         self._actors, self._group = [], None
 
-    def spawn(self, model_path: str, run_id: str) -> tuple[LearnerGroup, RolloutPool]:
+    def spawn(
+        self, model_path: str, run_id: str, run_dir: Path
+    ) -> tuple[LearnerGroup, RolloutPool]:
         """Starts all actors; they load while the caller does other things, until it calls
-        `wait`."""
+        `wait`. Nodes that do not see `run_dir` are given the model's files first."""
         config, seats = self.config, self.placement.seats
+        disks = self._prepare_disks(model_path, run_dir)
         world = sum(seat.role == "learner" for seat in seats)
         ranks: list[Any] = []
         self._specs: list[tuple[ActorSlot, WorkerSpec]] = []
@@ -148,7 +181,7 @@ class Cluster:
         workers = [self._spawn(RolloutWorker, seat, worker) for seat, worker in self._specs]
         self._ready = [worker.ready.remote() for worker in workers]
         self._model_path = model_path
-        self.learners = LearnerGroup(ranks, timeout=config.cluster.step_timeout)
+        self.learners = LearnerGroup(ranks, timeout=config.cluster.step_timeout, disks=disks)
         self.pool = RolloutPool(
             workers,
             timeout=config.rollout.timeout,
@@ -160,6 +193,34 @@ class Cluster:
             max_restarts=config.rollout.max_restarts,
         )
         return self.learners, self.pool
+
+    def _prepare_disks(self, model_path: str, run_dir: Path) -> Disks:
+        """Those of the learners' nodes, after every node has got the model; `ConfigError` for
+        settings that need a disk which all nodes see, where they do not."""
+        config = self.config
+        nodes = ray.util.placement_group_table(self._group)["bundles_to_node_id"]
+        timeout = config.cluster.step_timeout
+        every = Disks(list(nodes.values()), run_dir, timeout)
+        with user_errors():
+            if Path(model_path).is_dir():
+                every.push(Path(model_path), nested=False)
+        if config.checkpoint.history and not every.shared:
+            raise ConfigError(
+                f"checkpoint.history=true needs a run directory that every node sees, but"
+                f" {run_dir} is another disk on some; set run_dir to a shared one"
+            )
+        every.close()
+        directory = config.sync.directory or str(run_dir / "sync")
+        if config.sync.transport == "directory":
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            patches = Disks(list(nodes.values()), Path(directory), timeout)
+            if not patches.shared:
+                raise ConfigError(
+                    f"sync.transport=directory needs a directory that every node sees, but"
+                    f" {directory} is another disk on some; set sync.directory to a shared one"
+                )
+        learners = [nodes[s.place] for s in self.placement.seats if s.role == "learner"]
+        return Disks(learners, run_dir, timeout)
 
     def _engine_args(self) -> dict[str, Any]:
         """With what a colocated engine needs to leave its device; on a CPU vLLM cannot, and need
@@ -213,6 +274,22 @@ class Cluster:
             runtime_env={"env_vars": platform.thread_environment(seat.threads)},
             max_restarts=0,
         )
+
+
+def _check_answers(address: str) -> None:
+    """`ConfigError` at once where nobody listens at `host:port`: Ray tries for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
+    except (OSError, ValueError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"no Ray cluster answers at {address} ({' '.join(str(error).split())[:200]}); set"
+        " cluster.address (or RAY_ADDRESS) to the head node's HOST:6379, to auto, or to nothing"
+    )
 
 
 @contextmanager

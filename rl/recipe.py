@@ -84,7 +84,7 @@ def train(config: Config, *, resume: bool = False, override: bool = False) -> Re
         # tries a user's own loss on a tiny batch
         Objective.of(config.loss, config.kl, config.offpolicy)
     check_model(config)
-    cluster = Cluster(config)
+    cluster = Cluster(config, partial(console.print, markup=False))
     run_dir, checkpoint = open_run_dir(config, resume)
     if checkpoint is not None:
         for line in check_resumed(config, checkpoint, override):
@@ -102,7 +102,7 @@ def train(config: Config, *, resume: bool = False, override: bool = False) -> Re
             make_console().print(
                 f"{error}; all actors are started anew from {checkpoint.name}", markup=False
             )
-            cluster = Cluster(config)
+            cluster = Cluster(config, partial(console.print, markup=False))
 
 
 def run_attempt(
@@ -121,7 +121,7 @@ def run_attempt(
     # in this order: Ray's start sets a SIGTERM handler of its own
     with cluster, stop_on_signal() as stop:
         # the actors load while this process reads the data: both take seconds
-        learners, pool = cluster.spawn(model_path, run_id := uuid.uuid4().hex)
+        learners, pool = cluster.spawn(model_path, run_id := uuid.uuid4().hex, run_dir)
         tokenizer = load_tokenizer(model_path, config.data)
         with user_errors():
             if config.rollout.stop:

@@ -22,7 +22,7 @@ from ..rewards.verdict import verifier_error
 from ..rollout.pool import RolloutPool
 from ..rollout.samples import Completion, FinishReason, Prompt, Sampling
 from ..rollout.stops import cut
-from .checkpoints import Progress, begin_checkpoint, finish_checkpoint
+from .checkpoints import Progress, asked_to_stop, begin_checkpoint, finish_checkpoint
 from .config.load import Config
 from .data.sources import PromptSource
 from .data.templates import framing_ids
@@ -217,8 +217,9 @@ class Run:
         finish_checkpoint(folder, self.progress, self.config.checkpoint.keep, self.config)
 
     async def stop_if_asked(self) -> None:
-        """Between two steps: saves and raises `Interrupted` if a signal came."""
-        if self.stop.is_set():
+        """Between two steps: saves and raises `Interrupted` if a signal or `emberl stop`
+        came."""
+        if self.stop.is_set() or asked_to_stop(self.run_dir):
             await self.weights.delivered()
             await self.save()
             raise Interrupted

@@ -9,10 +9,12 @@ learners
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Awaitable, Sequence, Set
 from typing import Any, TypeVar
 
+import psutil
 import ray
 
 from .weights.transport import ObjectStoreSource, PatchRef, WeightUpdate
@@ -38,6 +40,20 @@ def node_address() -> str:
     machine's own name may stand for a loopback address (127.0.1.1 on Debian). Loopback where there
     is no Ray."""
     return str(ray.util.get_node_ip_address()) if ray.is_initialized() else "127.0.0.1"
+
+
+def use_node_interface() -> None:
+    """Has this process's Gloo groups talk through the network interface of `node_address`, unless
+    the user named one. Left alone, Gloo takes the address that the machine's own name stands
+    for."""
+    address = node_address()
+    names = [
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if any(a.address == address for a in addresses)
+    ]
+    if names:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
 
 
 def check_reachable(address: str, nodes: Set[str]) -> None:

@@ -4,11 +4,15 @@ had."""
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+# a call of Ray's without a cluster is an error, and does not start or join one for good
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 
 def _module(name: str, folder: str = "models") -> ModuleType:

@@ -246,8 +246,8 @@ class ClusterConfig(Settings):
     """1: a sleeping engine keeps its weights in the machine's memory. 2: it drops them; the next
     version loads them anew."""
     address: str | None = None
-    """A Ray cluster to join; empty: the one `RAY_ADDRESS` names (as in a Ray job), else a new one
-    on this machine."""
+    """A Ray cluster to join, as HOST:6379; `auto`: one that runs here, else a new one; empty: the
+    one `RAY_ADDRESS` names (as in a Ray job), else a new one on this machine."""
     start_timeout: float = Field(default=300.0, gt=0, le=LONGEST)
     """Seconds for the placement to be granted and all actors to be up."""
     max_restarts: int = Field(default=0, ge=0)

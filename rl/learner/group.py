@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -13,6 +14,7 @@ from ...rollout.actors import check_reachable, gather
 from ...rollout.weights.engine_transfer import BroadcastGroup
 from ..algorithm.losses import Objective
 from ..config.load import CriticConfig, OptimConfig
+from ..disks import Disks
 from ..groups import Batch
 from .publisher import Published, PublishRequest
 
@@ -23,9 +25,11 @@ PUBLISHING = "publishing"
 class LearnerGroup:
     """Every call goes to all ranks and returns when all are done."""
 
-    def __init__(self, ranks: Sequence[Any], *, timeout: float) -> None:
+    def __init__(self, ranks: Sequence[Any], *, timeout: float, disks: Disks | None = None) -> None:
+        """disks: of the ranks' nodes; None where all are the caller's."""
         self.ranks = tuple(ranks)
         self._timeout = timeout
+        self._disks = disks
 
     def connect(self, model_path: str, timeout: float) -> None:
         """Brings the ranks together and loads the policy, within `timeout` seconds
@@ -104,10 +108,17 @@ class LearnerGroup:
         return self.ranks[0].broadcast.options(concurrency_group=PUBLISHING).remote()
 
     def save(self, folder: str) -> None:
+        """Every rank writes its part; all of them are on the caller's disk when this returns."""
         self._call("save", folder)
+        if self._disks is not None:
+            self._disks.pull(Path(folder))
 
     def restore(self, folder: str) -> None:
+        if self._disks is not None:
+            self._disks.push(Path(folder))
         self._call("restore", folder)
+        if self._disks is not None:
+            self._disks.drop(Path(folder))
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
         return self._wait([getattr(rank, method).remote(*arguments) for rank in self.ranks], method)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...kernels import platform
-from ...rollout.actors import node_address
+from ...rollout.actors import node_address, use_node_interface
 from ...rollout.weights.engine_transfer import BroadcastGroup
 from ..algorithm.losses import CLIPPED, COUNTED, PARTS, BatchLoss, Objective, token_loss
 from ..algorithm.offpolicy import mismatch_metrics
@@ -103,6 +103,7 @@ class LearnerRank:
 
     def connect(self, address: str) -> None:
         """Joins the process group; every collective has the deadline of the spec."""
+        use_node_interface()
         dist.init_process_group(
             self.platform.collective,
             init_method=f"tcp://{address}",

@@ -1,5 +1,4 @@
-"""A run as a Ray job: it joins the cluster that it was submitted to, and its exit status is the
-job's."""
+"""A run as a Ray job, by `emberl submit` and by Ray's own command."""
 
 from __future__ import annotations
 
@@ -13,8 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
-from small_system import Emberl
+from small_system import Emberl, read_metrics
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
@@ -96,28 +96,59 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             time.sleep(1)
         yield address
     finally:
+        processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
         head.terminate()
-        try:
-            head.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            head.kill()
+        _, left = psutil.wait_procs(processes, timeout=30)
+        for process in left:
+            process.kill()
+        head.wait(timeout=30)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def test_a_job_joins_its_cluster_and_trains(cluster: str, emberl: Emberl) -> None:
-    run_dir = emberl.folder / "run"
-    done = submit(
-        cluster,
-        "emberl",
-        "train",
-        str(emberl.config),
-        f"run_dir={run_dir}",
-        "sft.steps=5",
-        "schedule.steps=2",
+def emberl_command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [str(BIN / "emberl"), *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert '"status": "ok"' in done.stdout
-    assert (run_dir / "model/model.safetensors").exists()
+
+
+def test_a_job_is_stopped_saved_and_goes_on(cluster: str, emberl: Emberl) -> None:
+    """With a function of one's own beside the configuration, both by relative paths, as in a run
+    here; the exit status is the job's."""
+    emberl.config.touch()
+    (emberl.folder / "mine.py").write_text(
+        "import os\n"
+        "def score(completion, answer, **_):\n"
+        "    return float(os.environ['WORTH']) * (answer in completion)\n"
+    )
+    at = ("--address", cluster)
+    own = ("reward.parts={mine: {use: './mine.py:score'}}", "sft.steps=5")
+    os.environ["WORTH"] = ENVIRONMENT["WORTH"] = "0.5"
+    submitted = ("submit", "small.yaml", *own, *at, "--env", "WORTH")
+    first = emberl_command(emberl.folder, *submitted, "schedule.steps=500")
+    assert first.stdout is not None
+    job = next(line for line in first.stdout if line.startswith("submitted")).split()[1].rstrip(",")
+    run_dir, deadline = emberl.folder / "runs/small", time.monotonic() + START_SECONDS
+    while not (run_dir / "metrics.jsonl").exists() or not read_metrics(run_dir):
+        assert time.monotonic() < deadline and first.poll() is None, first.stdout.read()
+        time.sleep(0.2)
+    stopped = emberl_command(emberl.folder, "stop", job, *at)
+    told, _ = stopped.communicate(timeout=START_SECONDS)
+    assert stopped.returncode == 0 and "saves after the step" in told, told
+    told, _ = first.communicate(timeout=START_SECONDS)
+    assert first.returncode == 130 and '"status": "interrupted"' in told, told[-3000:]
+    done = len(read_metrics(run_dir))
+    assert 0 < done < 500 and (run_dir / f"checkpoints/rl-{done:06}").exists()
+    again = emberl_command(emberl.folder, *submitted, "--resume", f"schedule.steps={done + 1}")
+    told, _ = again.communicate(timeout=START_SECONDS)
+    assert again.returncode == 0 and '"status": "ok"' in told, told[-3000:]
+    scores = {row["critic/score/max"] for row in read_metrics(run_dir)}
+    assert len(read_metrics(run_dir)) == done + 1 and scores <= {0.0, 0.5}
 
 
 def test_a_job_is_held_to_the_cluster_it_joined(cluster: str, emberl: Emberl) -> None:

@@ -1,0 +1,158 @@
+"""A run as a job of a Ray cluster: `emberl submit` and `emberl stop`.
+
+The working directory travels with the job, so that the configuration, functions of one's own and
+small data sets mean there what they mean here; models, runs and what git ignores stay. What is
+large is named by its absolute path, for a disk that the cluster sees.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoints import STOP
+from .config.load import Config, ConfigError, load_config
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+STAYS = (
+    ".git",
+    ".venv*",
+    "__pycache__",
+    "runs",
+    "models",
+    "build",
+    "wandb",
+    "*.safetensors",
+    "*.gguf",
+)
+"""Patterns, as in a .gitignore, of what does not travel with a job."""
+FINAL = ("SUCCEEDED", "FAILED", "STOPPED")
+RUN_DIR = "run_dir"
+
+
+def submit(
+    file: Path,
+    overrides: Sequence[str],
+    *,
+    address: str,
+    arguments: Sequence[str] = (),
+    environment: Sequence[str] = (),
+    wheel: Path | None = None,
+    wait: bool = True,
+    tell: Callable[[str], None] = print,
+) -> int:
+    """Submits a run from the working directory and, if `wait`, follows it; the exit status.
+
+    arguments: of `emberl train`, e.g. `--resume`. environment: names of variables that the job is
+    to have as they are here. wheel: emberl itself, where the cluster has none. ConfigError before
+    anything is sent.
+    """
+    config = load_config(file, overrides)
+    here = Path.cwd()
+    if not file.resolve().is_relative_to(here):
+        raise ConfigError(
+            f"{file} is not in the working directory {here}, which is what travels; run emberl"
+            " submit in a directory above it"
+        )
+    missing = [name for name in environment if name not in os.environ]
+    if missing:
+        raise ConfigError(f"--env {missing[0]}: there is no such variable here")
+    run_dir = absolute(config.run_dir or str(config.output))
+    command = ["python", "-m", "emberl.rl.cli", "train", str(file.resolve().relative_to(here))]
+    command += [*overrides, *_absolute_paths(config), f"run_dir={run_dir}", *arguments]
+    runtime: dict[str, Any] = {
+        "working_dir": str(here),
+        "excludes": list(STAYS),
+        "env_vars": {name: os.environ[name] for name in environment},
+    }
+    if wheel is not None:
+        runtime["py_modules"] = [str(wheel.resolve())]
+    with _ray_errors(address):
+        client = _client(address)
+        job = client.submit_job(
+            entrypoint=shlex.join(command), runtime_env=runtime, metadata={RUN_DIR: run_dir}
+        )
+    tell(f"submitted {job}, which writes to {run_dir} on the node where it starts")
+    tell(f"follow it: ray job logs --follow --address {address} {job}")
+    tell(f"stop it after a step, saved: emberl stop {job} --address {address}")
+    return follow(client, job, tell) if wait else 0
+
+
+def follow(client: JobSubmissionClient, job: str, tell: Callable[[str], None]) -> int:
+    """Prints the job's log until it ends; its exit status, 1 where it never had one."""
+
+    async def lines() -> None:
+        async for text in client.tail_job_logs(job):
+            tell(text.rstrip("\n"))
+
+    asyncio.run(lines())
+    while (info := client.get_job_info(job)).status.value not in FINAL:
+        time.sleep(0.5)
+    if info.status.value == "SUCCEEDED":
+        return 0
+    tell(f"{job}: {info.status.value}: {info.message}")
+    return info.driver_exit_code or 1
+
+
+def stop(target: str, address: str | None, tell: Callable[[str], None] = print) -> None:
+    """Asks a run to save and end after the step that it makes: by its directory, or by its job,
+    which a second, small job does where the first one runs."""
+    if address is None:
+        folder = Path(target)
+        if not (folder / "config.yaml").is_file():
+            raise ConfigError(
+                f"{target} is no run's directory here; for a job add --address http://HEAD:8265"
+            )
+        (folder / STOP).touch()
+        tell(f"{folder}: it saves after the step that it makes, and ends")
+        return
+    with _ray_errors(address):
+        client = _client(address)
+        run_dir = (client.get_job_info(target).metadata or {}).get(RUN_DIR)
+        if run_dir is None:
+            raise ConfigError(f"{target} was not submitted by emberl submit; use ray job stop")
+        other = client.submit_job(entrypoint=f"touch {shlex.quote(f'{run_dir}/{STOP}')}")
+        if follow(client, other, tell):
+            raise ConfigError(f"{target}: {run_dir} could not be written where it runs")
+    tell(f"{target}: it saves after the step that it makes, and ends")
+
+
+def absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def _absolute_paths(config: Config) -> list[str]:
+    """Overrides that name by their absolute paths what a configuration names from here and what
+    does not travel: models."""
+    named = {"model.path": config.model.path, "critic.path": config.critic.path}
+    return [f"{k}={absolute(v)}" for k, v in named.items() if v is not None and Path(v).exists()]
+
+
+def _client(address: str) -> JobSubmissionClient:
+    from ray.job_submission import JobSubmissionClient
+
+    return JobSubmissionClient(address)
+
+
+@contextmanager
+def _ray_errors(address: str) -> Iterator[None]:
+    """Ray's own errors of the network and of the job server as the user's: nothing is wrong
+    here."""
+    try:
+        yield
+    except (ConnectionError, RuntimeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        line = " ".join(str(error).split())[:500]
+        raise ConfigError(
+            f"--address {address}: {line}; it is the dashboard of the head node, e.g."
+            " http://head:8265"
+        ) from error
