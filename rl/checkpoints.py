@@ -1,8 +1,6 @@
-"""How far a run has come, and the directory that it may go on from.
+"""How far a run has come, and the checkpoints that it may go on from.
 
-<run_dir>/config.yaml  metrics.jsonl  samples.md  learning_curve.png  model/          what a person
-looks at <run_dir>/checkpoints/sft-000200/{model.safetensors, config.json, ..., learner/,
-progress.json}
+<run_dir>/checkpoints/sft-000200/{model.safetensors, config.json, ..., learner/, progress.json}
 """
 
 from __future__ import annotations
@@ -10,19 +8,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .config.load import Config, ConfigError
 
-CHECKPOINTS, PROGRESS, METRICS = "checkpoints", "progress.json", "metrics.jsonl"
+CHECKPOINTS, PROGRESS = "checkpoints", "progress.json"
 SETTINGS = "settings.json"
 """The run's configuration, in each checkpoint; named apart from the model's own config.json beside
 it."""
-STOP = "stop"
-"""A file that asks the run of this directory to save after its step and to end."""
+FILES = "files.json"
+"""Sizes of a checkpoint's files."""
 FIXED = ("stages", "data", "model", "seed")
 """Groups that say what a checkpoint is of. A run that goes on with others is another run."""
 SHAPE = ("model.tiny", "model.lora", "model.dtype")
@@ -69,72 +67,32 @@ class Progress:
         return replace(self, **changes)
 
 
-def open_run_dir(config: Config, resume: bool) -> tuple[Path, Path | None]:
-    """The run's directory, and the checkpoint to go on from if `resume`; `ConfigError` where that
-    cannot be.
+def latest_checkpoint(run_dir: Path, tell: Callable[[str], None] = lambda _: None) -> Path | None:
+    """The newest checkpoint that is whole. tell: which ones are passed over, and why."""
+    order: dict[Path, tuple[int, int]] = {}
+    for folder in sorted((run_dir / CHECKPOINTS).glob("[!.]*")):
+        reason = broken(folder)
+        if reason is None:
+            progress = read_progress(folder)
+            order[folder] = (progress.stage, progress.step)
+        elif (folder / PROGRESS).exists():
+            tell(f"checkpoint {folder.name} is passed over: {reason}")
+    return max(order, key=lambda folder: order[folder], default=None)
 
-    A new run never writes into an old one: without `run_dir` it takes the next free of
-    `runs/<name>`, `runs/<name>-2`, ..., and a resumed run the newest of these.
-    """
-    if config.run_dir:
-        folder = Path(config.run_dir)
-        if not resume and (folder / METRICS).exists():
-            raise ConfigError(
-                f"run_dir={config.run_dir} already holds a run; pass --resume to go on with it, or"
-                " another run_dir"
-            )
-    else:
-        base = config.output
-        taken = sorted(
-            (p for p in base.parent.glob(f"{base.name}*") if _number(p, base) is not None),
-            key=lambda p: _number(p, base) or 0,
-        )
-        if resume and not taken:
-            raise ConfigError(
-                f"--resume found no run named {base}; leave the flag out, or set run_dir"
-            )
-        number = (_number(taken[-1], base) or 0) + (not resume) if taken else 1
-        folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
-    checkpoint = latest_checkpoint(folder) if resume else None
-    if resume and checkpoint is None:
-        raise ConfigError(
-            f"--resume found no checkpoint under {folder / CHECKPOINTS}; leave the flag out to"
-            " start anew"
-        )
+
+def broken(checkpoint: Path) -> str | None:
+    """Why it cannot be gone on from; None where it can, as far as the sizes of its files tell."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-        asked_to_stop(folder)  # of an attempt that ended before it looked
-    except OSError as error:
-        raise ConfigError(
-            f"run_dir={folder} cannot be written ({error.strerror}); set run_dir to a directory"
-            " that can"
-        ) from error
-    return folder, checkpoint
-
-
-def _number(path: Path, base: Path) -> int | None:
-    if path.name == base.name:
-        return 1
-    suffix = path.name.removeprefix(f"{base.name}-")
-    return int(suffix) if suffix != path.name and suffix.isdigit() else None
-
-
-def asked_to_stop(run_dir: Path) -> bool:
-    """Whether somebody put the file there; takes it away."""
-    try:
-        (run_dir / STOP).unlink()
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint."""
-    found = [p for p in (run_dir / CHECKPOINTS).glob("*") if (p / PROGRESS).is_file()]
-    return max(found, key=lambda p: (read_progress(p).stage, read_progress(p).step), default=None)
+        read_progress(checkpoint)
+        files = checkpoint / FILES
+        sizes = json.loads(files.read_text()) if files.is_file() else {}
+        for name, size in sizes.items():
+            here = (checkpoint / name).stat().st_size
+            if here != size:
+                return f"{name} has {here} bytes of {size}"
+    except (OSError, ValueError, TypeError) as error:  # whatever a crash or a person left there
+        return " ".join(str(error).split())
+    return None
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -209,33 +167,40 @@ def begin_checkpoint(run_dir: Path, name: str) -> Path:
 
 
 def finish_checkpoint(
-    folder: Path, progress: Progress, keep: int, config: Config | None = None
+    folder: Path, progress: Progress, keep: int, config: Config | None = None, keep_best: int = 0
 ) -> Path:
-    """Names the directory for good in one rename, so that a checkpoint is whole or absent; then
-    drops the oldest. `config` is kept beside it, for `check_resumed`."""
+    """Names the directory for good in one rename, when everything in it is on the disk, so that a
+    checkpoint is whole or absent; then drops all but the `keep` newest and the `keep_best` of the
+    highest held-out accuracy. `config` is kept beside it, for `check_resumed`."""
     (folder / PROGRESS).write_text(json.dumps(asdict(progress), indent=1))
     if config is not None:
         (folder / SETTINGS).write_text(json.dumps(config.model_dump(mode="json"), indent=1))
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    (folder / FILES).write_text(json.dumps(sizes, indent=1))
+    for path in [*files, folder / FILES, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        _to_disk(path)
     final = folder.with_name(folder.name.removeprefix("."))
     shutil.rmtree(final, ignore_errors=True)
     folder.rename(final)
+    _to_disk(final.parent)
     done = sorted(
-        (p for p in final.parent.glob("[!.]*") if (p / PROGRESS).is_file()),
+        (p for p in final.parent.glob("[!.]*") if broken(p) is None),
         key=lambda p: (p / PROGRESS).stat().st_mtime,
     )
+    best = sorted(done, key=lambda p: read_progress(p).accuracy_end or -1.0)[
+        len(done) - keep_best :
+    ]
     for old in done[:-keep]:
-        shutil.rmtree(old)
+        if old not in best:
+            shutil.rmtree(old)
     return final
 
 
-def trim_metrics(run_dir: Path, stage: str, step: int, stages: tuple[str, ...]) -> None:
-    """Drops the rows of steps that a resumed run will do again."""
-    file = run_dir / METRICS
-    if not file.exists():
-        return
-    kept = []
-    for line in file.read_text().splitlines():
-        row = json.loads(line)
-        if (stages.index(row["stage"]), row["step"]) <= (stages.index(stage), step):
-            kept.append(line)
-    file.write_text("".join(f"{line}\n" for line in kept))
+def _to_disk(path: Path) -> None:
+    """Has a file or a folder's list of names survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

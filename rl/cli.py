@@ -13,6 +13,7 @@ from .weights.history_commands import app as patches
 
 if TYPE_CHECKING:
     from .config.load import Config
+    from .run_directory import Resume
 
 app = typer.Typer(
     help="Trains a language model to reason, with reinforcement learning.",
@@ -52,7 +53,10 @@ def train(
     dry_run: Annotated[
         bool, typer.Option(help="Print the resolved configuration and the placement, and stop.")
     ] = False,
-    resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(help="Go on from the run's last checkpoint; --resume auto: if there is one."),
+    ] = False,
     override: Annotated[
         bool,
         typer.Option(
@@ -74,7 +78,12 @@ def train(
     from .config.load import ConfigError, load_config
 
     try:
-        settings = load_config(config, overrides or ())
+        changes = list(overrides or ())
+        how: Resume = "must" if resume else "never"
+        if resume and "auto" in changes:  # the flag's own word, which has no key=value
+            changes.remove("auto")
+            how = "auto"
+        settings = load_config(config, changes)
         if like is not None and (not dry_run or like not in PEERS):
             raise ConfigError(
                 f"--like {like}: give --dry-run --like {' or --dry-run --like '.join(PEERS)}"
@@ -84,7 +93,7 @@ def train(
             return
         from .recipe import train as run_training
 
-        result = run_training(settings, resume=resume, override=override)
+        result = run_training(settings, resume=how, override=override)
     except ConfigError as error:
         fail(str(error), USAGE)
     except KeyboardInterrupt:
@@ -122,7 +131,9 @@ def submit(
     wheel: Annotated[
         Path | None, typer.Option(help="emberl itself, for a cluster that has none.")
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the run's last checkpoint, if there is one.")
+    ] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return at once.")] = False,
 ) -> None:
     """Runs an experiment as a Ray job, with what is in the working directory; its log comes here,
@@ -135,7 +146,7 @@ def submit(
             config,
             overrides or (),
             address=_needed(address),
-            arguments=("--resume",) if resume else (),
+            arguments=("--resume", "auto") if resume else (),
             environment=env or (),
             wheel=wheel,
             wait=not no_wait,

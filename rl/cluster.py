@@ -235,6 +235,9 @@ class Cluster:
         """A new actor in the place of a rollout worker that is lost or stuck; returns when it has
         its model. What Ray raises where that fails is the caller's."""
         seat, spec = self._specs[index]
+        assert self.pool is not None
+        if self._group is None:  # everything ends: a call of Ray's would start another cluster
+            raise TimeoutError("the run is over")
         ray.kill(self.pool.workers[index])
         handle = self._spawn(RolloutWorker, seat, spec)
         ray.get(handle.ready.remote(), timeout=self.config.cluster.start_timeout)

@@ -25,9 +25,7 @@ from .checkpoints import (
     Progress,
     check_resumed,
     latest_checkpoint,
-    open_run_dir,
     read_progress,
-    trim_metrics,
 )
 from .cluster import Cluster
 from .config.cautions import cautions, said_at_start
@@ -40,6 +38,7 @@ from .model_files import check_adapters, check_model, load_tokenizer, prepare_mo
 from .preflight import check_inputs
 from .reward_inputs import reward_input
 from .run import Interrupted, Run, on_loop, stop_on_signal
+from .run_directory import Resume, alone_in, open_run_dir, trim_metrics
 from .trainer import train_rl
 from .watch.tracking import Tracker, make_console
 from .weights.probe import Level, Probe, probe_ids, tolerance_of
@@ -69,13 +68,13 @@ class Result:
         return asdict(self)
 
 
-def train(config: Config, *, resume: bool = False, override: bool = False) -> Result:
-    """Runs all stages. Raises `ConfigError` before Ray starts where the fault can be known by
-    then."""
+def train(config: Config, *, resume: Resume = "never", override: bool = False) -> Result:
+    """Runs all stages. resume: go on from the last checkpoint, `auto` if there is one. Raises
+    `ConfigError` before Ray starts where the fault can be known by then."""
     started = time.time()
-    console = make_console()
+    tell = partial(make_console().print, highlight=False, markup=False)
     for line in said_at_start(config):
-        console.print(line, highlight=False, markup=False)
+        tell(line)
     check_inputs(config, hub=True)
     with user_errors():
         check_engine(config.rollout.engine, config.rollout.engine_args, config.rollout.servers)
@@ -84,25 +83,24 @@ def train(config: Config, *, resume: bool = False, override: bool = False) -> Re
         # tries a user's own loss on a tiny batch
         Objective.of(config.loss, config.kl, config.offpolicy)
     check_model(config)
-    cluster = Cluster(config, partial(console.print, markup=False))
-    run_dir, checkpoint = open_run_dir(config, resume)
+    cluster = Cluster(config, tell)
+    run_dir, checkpoint = open_run_dir(config, resume, tell)
     if checkpoint is not None:
         for line in check_resumed(config, checkpoint, override):
-            console.print(f"resumed with {line}", highlight=False, markup=False)
+            tell(f"resumed with {line}")
         started -= read_progress(checkpoint).seconds
     restarts = config.cluster.max_restarts
-    while True:
-        try:
-            return run_attempt(config, cluster, run_dir, checkpoint, started)
-        except ActorLostError as error:
-            checkpoint = latest_checkpoint(run_dir)
-            if not restarts or checkpoint is None:
-                raise
-            restarts -= 1
-            make_console().print(
-                f"{error}; all actors are started anew from {checkpoint.name}", markup=False
-            )
-            cluster = Cluster(config, partial(console.print, markup=False))
+    with alone_in(run_dir):
+        while True:
+            try:
+                return run_attempt(config, cluster, run_dir, checkpoint, started)
+            except ActorLostError as error:
+                checkpoint = latest_checkpoint(run_dir, tell)
+                if not restarts or checkpoint is None:
+                    raise
+                restarts -= 1
+                tell(f"{error}; all actors are started anew from {checkpoint.name}")
+                cluster = Cluster(config, tell)
 
 
 def run_attempt(
@@ -208,6 +206,7 @@ async def go(run: Run, checkpoint: Path | None) -> Result:
             )
     except Interrupted:
         status = "interrupted"
+        run.tracker.note(f"saved; add --resume run_dir={run.run_dir} to go on")
     run.tracker.end()
     finish(run)
     progress = run.progress
@@ -253,7 +252,7 @@ async def train_sft(run: Run) -> None:
             {"sft/loss": metrics["actor/loss"], **metrics},
             show={"loss": f"{metrics['actor/loss']:.3f}"},
         )
-    await run.save()
+    await run.save(needed=True)
 
 
 def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> RewardSuite:

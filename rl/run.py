@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
@@ -19,16 +21,18 @@ from ..rewards.episode import EPISODE
 from ..rewards.inputs import RewardInput
 from ..rewards.suite import RewardSuite
 from ..rewards.verdict import verifier_error
+from ..rollout.actors import CallFailedError
 from ..rollout.pool import RolloutPool
 from ..rollout.samples import Completion, FinishReason, Prompt, Sampling
 from ..rollout.stops import cut
-from .checkpoints import Progress, asked_to_stop, begin_checkpoint, finish_checkpoint
+from .checkpoints import Progress, begin_checkpoint, finish_checkpoint
 from .config.load import Config
 from .data.sources import PromptSource
 from .data.templates import framing_ids
 from .groups import Group
 from .learner.group import LearnerGroup
 from .reward_inputs import reward_input
+from .run_directory import asked_to_stop
 from .watch.tracking import Tracker
 from .weights.sync import WeightSync
 
@@ -67,6 +71,8 @@ class Run:
     eval_sets: tuple[EvalSet, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     """As `model_files.stop_tokens` finds them."""
+    failed_saves: int = 0
+    """Checkpoints in a row that could not be written."""
 
     def sampling(self, step: int) -> Sampling:
         """How this step's answers are drawn: with the prompt and the sample's index the step fixes
@@ -200,8 +206,9 @@ class Run:
         if level:
             await self.pool.wake()  # which changes nothing where a new version has woken them
 
-    async def save(self) -> None:
-        """A checkpoint of this moment."""
+    async def save(self, *, needed: bool = False) -> None:
+        """A checkpoint of this moment. One that cannot be written is said and the run goes on,
+        unless it is `needed` or `checkpoint.max_failures` failed in a row: OSError."""
         name = f"{self.config.stages[self.progress.stage]}-{self.progress.step:06}"
         # an SFT stage publishes what it starts from; its end is another model
         noise = (
@@ -213,15 +220,28 @@ class Run:
             probe_noise_p=None if noise is None else noise.p,
         )
         folder = begin_checkpoint(self.run_dir, name)
-        await asyncio.to_thread(self.learners.save, str(folder.absolute()))
-        finish_checkpoint(folder, self.progress, self.config.checkpoint.keep, self.config)
+        settings = self.config.checkpoint
+        try:
+            await asyncio.to_thread(self.learners.save, str(folder.absolute()))
+            finish_checkpoint(
+                folder, self.progress, settings.keep, self.config, keep_best=settings.keep_best
+            )
+        except (OSError, CallFailedError) as error:  # the disk, ours or a rank's
+            shutil.rmtree(folder, ignore_errors=True)
+            self.failed_saves += 1
+            free = shutil.disk_usage(self.run_dir).free
+            text = f"{error}; the disk of {self.run_dir} has {free / 1e9:.1f} GB free"
+            if needed or self.failed_saves >= settings.max_failures:
+                raise OSError(f"checkpoint {name} could not be written: {text}") from error
+            self.tracker.alert(f"checkpoint {name} could not be written", text)
+        else:
+            self.failed_saves = 0
 
     async def stop_if_asked(self) -> None:
-        """Between two steps: saves and raises `Interrupted` if a signal or `emberl stop`
-        came."""
+        """Between two steps: saves and raises `Interrupted` if a signal or `emberl stop` came."""
         if self.stop.is_set() or asked_to_stop(self.run_dir):
             await self.weights.delivered()
-            await self.save()
+            await self.save(needed=True)
             raise Interrupted
 
 
@@ -251,6 +271,7 @@ def stop_on_signal() -> Iterator[threading.Event]:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
+        print("saving after this step; once more ends at once", file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoints import STOP
 from .config.load import Config, ConfigError, load_config
+from .run_directory import STOP
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

@@ -59,7 +59,7 @@ async def train_rl(run: Run) -> None:
             ):
                 run.progress = run.progress.advance(accuracy_end=(await evaluate(run)).accuracy)
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-                await run.save()
+                await run.save(needed=last)
         await run.weights.delivered()
 
 

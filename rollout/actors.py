@@ -35,6 +35,10 @@ class ActorLostError(RuntimeError):
     cause."""
 
 
+class CallFailedError(ActorLostError):
+    """The actor answered with an error of its own, and is still there."""
+
+
 def node_address() -> str:
     """Where other nodes of the cluster reach this process: Ray's address of its node, since a
     machine's own name may stand for a loopback address (127.0.1.1 on Debian). Loopback where there
@@ -87,7 +91,8 @@ def gather(refs: Sequence[Any], *, who: str, what: str, timeout: float, key: str
             try:
                 results[ref] = ray.get(ref, timeout=timeout)
             except ray.exceptions.RayError as error:
-                raise ActorLostError(
+                answered = isinstance(error, ray.exceptions.RayTaskError)
+                raise (CallFailedError if answered else ActorLostError)(
                     f"{who} {list(refs).index(ref)} failed in {what!r}: {cause(error)}"
                 ) from error
     return [results[ref] for ref in refs]

@@ -202,6 +202,11 @@ class CheckpointConfig(Settings):
     """RL steps between checkpoints; 0: only at the end of a stage and on Ctrl-C."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints that stay on disk."""
+    keep_best: int = Field(default=0, ge=0)
+    """Of the others, those of the highest held-out accuracy that stay as well."""
+    max_failures: int = Field(default=3, ge=1)
+    """Checkpoints in a row that cannot be written, for want of disk for example, before the run
+    ends; of fewer a line and an alert say so."""
     history: bool = False
     """Keep every version of the weights as a patch in the run's `history`; `emberl patches apply`
     makes a model of any."""
@@ -213,7 +218,17 @@ class TrackingConfig(Settings):
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto`: online with a key, else offline; never asks for a login."""
     project: str = "emberl"
-    """The project of W&B."""
+    """The project of W&B and of the other trackers."""
+    group: str | None = None
+    """Of W&B: runs that belong together."""
+    tags: tuple[str, ...] = ()
+    """Of W&B."""
+    notes: str | None = None
+    """Of W&B: a longer text about the run."""
+    job_type: str | None = None
+    """Of W&B: `train`, `ablation`, ..."""
+    also: tuple[Literal["tensorboard", "swanlab", "mlflow"], ...] = ()
+    """Further trackers, whose packages you install."""
     samples: int = Field(default=8, ge=0)
     """Sampled answers kept at each evaluation."""
     warn_after: int = Field(default=5, ge=0)

@@ -7,6 +7,7 @@ another number of ranks.
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,15 @@ from .shards import Shards
 
 # torch.distributed.checkpoint is imported where it is used: it loads torch.distributed.tensor,
 # which takes a second, in every process that only names a rank's class
+DESCRIPTION = {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "Path"),
+    ("collections", "OrderedDict"),
+}
+"""What the description of a checkpoint is made of, besides its own classes and torch's dtypes."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NOT_WEIGHTS = (
     "tokenizer",
@@ -79,7 +89,7 @@ def load_weights(shards: Shards, folder: Path) -> None:
     from torch.distributed.checkpoint import state_dict_loader
 
     state_dict_loader.load(
-        {name: p.detach() for name, p in shards.parameters.items()}, checkpoint_id=str(folder)
+        {name: p.detach() for name, p in shards.parameters.items()}, storage_reader=_reader(folder)
     )
 
 
@@ -106,7 +116,7 @@ def load_state(shards: Shards, optimizer: Any, scheduler: Any, folder: Path) -> 
     for parameter in shards.local if saved["optimizer_steps"] else []:
         moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
         optimizer.state[parameter] = {"step": torch.tensor(saved["optimizer_steps"][0]), **moments}
-    state_dict_loader.load(_state(shards, optimizer), checkpoint_id=str(folder))
+    state_dict_loader.load(_state(shards, optimizer), storage_reader=_reader(folder))
     scheduler.load_state_dict(saved["scheduler"])
     for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
         group["lr"] = lr
@@ -124,3 +134,35 @@ def _state(shards: Shards, optimizer: Any) -> dict[str, dict[str, Tensor]]:
             name: shards.like(p, s[moment]) for name, (p, s) in held.items() if moment in s
         }
     return state
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Makes what torch.distributed.checkpoint describes a checkpoint with, and nothing else: a
+    pickle may otherwise run whatever its author likes."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = (
+            module == "torch.distributed.checkpoint.metadata"
+            or (module, name) in DESCRIPTION
+            or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
+        )
+        if not allowed:
+            raise pickle.UnpicklingError(
+                f"a checkpoint names {module}.{name}, which no checkpoint of emberl does"
+            )
+        return super().find_class(module, name)
+
+
+def _reader(folder: Path) -> Any:
+    """Reads a checkpoint of `folder` without unpickling what is not plain."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            with (folder / ".metadata").open("rb") as file:
+                metadata = _PlainUnpickler(file).load()
+            if metadata.storage_meta is not None:
+                metadata.storage_meta.load_id = self.load_id
+            return metadata
+
+    return Reader(str(folder))

@@ -99,8 +99,9 @@ def tokens_that_fit(needed: Need, free: int, *, longest: int, largest: int) -> i
         raise ValueError(
             f"an update needs about {needed.of_pass(longest, longest) / gib:.1f} GiB"
             f" ({needed.state / gib:.1f} of them weights, gradients and AdamW's moments) with one"
-            f" sequence of {longest} tokens, but {free / gib:.1f} GiB are free on this learner's"
-            " device; set model.gradient_checkpointing: true, train adapters (model.lora), shorten"
+            f" sequence of {longest} tokens, but {room / gib:.1f} GiB may be planned with"
+            f" ({SPARE:.0%} of what is free on this learner's device); set"
+            " model.gradient_checkpointing: true, train adapters (model.lora), shorten"
             " rollout.max_response_length, or give more devices (cluster.learners)"
         )
     fitting = (room - needed.state - needed.loss) // (needed.token + needed.square * longest)

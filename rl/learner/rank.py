@@ -444,9 +444,18 @@ class LearnerRank:
     def save(self, folder: str) -> None:
         """The model in Hugging Face format under `folder`, and what training goes on from under
         `folder/learner`."""
-        checkpoint.save_model(
-            self.policy, Path(folder), self.dtype, self.model_path, write=self.spec.rank == 0
-        )
+        failure: Exception | None = None
+        try:
+            checkpoint.save_model(
+                self.policy, Path(folder), self.dtype, self.model_path, write=self.spec.rank == 0
+            )
+        except Exception as error:  # a full disk, by whatever name the writing library gives it
+            failure = error
+        # the others would wait for this rank in the next collective
+        failed = torch.tensor(int(failure is not None), device=self.device)
+        dist.all_reduce(failed, dist.ReduceOp.MAX)
+        if failed:
+            raise failure or OSError("another rank could not write the model")
         self.actor.save(Path(folder) / "learner", self.spec.rank)
         if self.critic is not None:
             self.critic.save(Path(folder) / "critic", self.spec.rank)

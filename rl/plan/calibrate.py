@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.compute  # `pa.compute` is there only then
 
 from ...rollout.schedule import QUEUE_DEPTH
-from ..checkpoints import METRICS
 from ..config.load import load_config
+from ..run_directory import METRICS
 from ..watch.lengths import read_lengths
 from .scenario import DecodeTable, Floats, Publication, RewardTime, Scenario, TraceLengths
 

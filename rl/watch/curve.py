@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ..run_directory import read_metrics
 
 
 def plot_curve(metrics: Path, picture: Path, title: str) -> Path | None:
     """Accuracy, reward and answer length over RL steps, from `metrics.jsonl`; None if there is
     nothing to draw yet."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = read_metrics(metrics)
     train = [r for r in rows if r["axis"] == "train" and r["stage"] == "rl"]
     held_out = [r for r in rows if r["axis"] == "eval" and r["stage"] == "rl"]
     if not train or not held_out:

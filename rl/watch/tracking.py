@@ -5,23 +5,31 @@ from __future__ import annotations
 
 import json
 import math
-import netrc
-import os
 import sys
-import urllib.parse
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-from ..checkpoints import METRICS
 from ..config.load import Config, to_yaml
 from ..groups import Group
+from ..run_directory import METRICS
 from .curve import plot_curve
+from .sinks import open_sinks
 
 Axis = Literal["train", "eval"]
+LINE_SECONDS = 60.0
+"""Off a terminal a line is printed at least so often, at the end of a step."""
 HALF_CELL = 400
 """Characters at each end of a sampled answer that `samples.md` shows."""
 
@@ -33,9 +41,8 @@ class Tracker:
         self.config, self.run_dir, self.console = config, run_dir, console
         (run_dir / "config.yaml").write_text(to_yaml(config))
         self._file = (run_dir / METRICS).open("a")
-        self._wandb = _open_wandb(config, run_dir, console)
+        self._sinks = open_sinks(config, run_dir, self.note)
         self._bar: Progress | None = None
-        self._last_line = -1
 
     def begin(self, stage: str, step: int, steps: int) -> None:
         """A new progress bar (plain lines where the output is not a terminal)."""
@@ -46,12 +53,16 @@ class Tracker:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
                 TextColumn("{task.fields[figures]}"),
                 console=self.console,
             )
             self._bar.start()
             self._bar.add_task(stage, total=steps, completed=step, figures="")
-        self._stage, self._steps, self._last_line = stage, steps, -1
+        self._stage, self._steps = stage, steps
+        self._first_step, self._last_line = step, -1
+        self._begun = self._line_time = time.monotonic()
 
     def end(self) -> None:
         if self._bar is not None:
@@ -71,18 +82,39 @@ class Tracker:
         row = {"stage": self._stage, "step": step, "axis": axis, **finite}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log({**metrics, f"{axis}/step": step, "stage": self._stage})
+        sft = self._stage == "sft"
+        prefixed = {n if n.startswith("sft/") else f"sft/{n}": v for n, v in metrics.items()}
+        of_axis = prefixed if sft else dict(metrics)
+        for sink in self._sinks:
+            sink.call(lambda it: it.log("sft" if sft else axis, step, of_axis))
         figures = "  ".join(f"{name} {value}" for name, value in (show or {}).items())
         if self._bar is not None and axis == "train":
             self._bar.update(self._bar.task_ids[0], completed=step, figures=figures)
-        elif (
-            axis == "eval"
+        elif axis == "eval" or self._due(step):
+            self._last_line = step if axis == "train" else self._last_line
+            self._line_time = time.monotonic()
+            told = f"{self._stage} {step:5}/{self._steps}  {figures}"
+            if axis == "train":
+                told += self._remaining(step)
+            self.console.print(f"{time.strftime('%H:%M:%S')}  {told}", highlight=False)
+
+    def _due(self, step: int) -> bool:
+        """Whether a step is worth a line: the first, the last, every tenth part and every
+        minute."""
+        return (
+            self._last_line < 0
             or step - self._last_line >= max(1, self._steps // 10)
             or step == self._steps
-        ):
-            self._last_line = step if axis == "train" else self._last_line
-            self.console.print(f"{self._stage} {step:5}/{self._steps}  {figures}", highlight=False)
+            or time.monotonic() - self._line_time >= LINE_SECONDS
+        )
+
+    def _remaining(self, step: int) -> str:
+        """Seconds a step so far, and the time to the end by them; nothing at the end."""
+        done, left = step - self._first_step, self._steps - step
+        if done <= 0 or left <= 0:
+            return ""
+        each = (time.monotonic() - self._begun) / done
+        return f"  {each:.3g} s/step  {_duration(each * left)} left"
 
     def samples(self, step: int, rows: Sequence[Mapping[str, str]]) -> None:
         """Appends sampled answers, as read by a person, to `samples.md`."""
@@ -97,16 +129,9 @@ class Tracker:
         table += ["| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in rows]
         with (self.run_dir / "samples.md").open("a") as file:
             file.write("\n".join(table) + "\n")
-        if self._wandb is not None:
-            import wandb
-
-            self._wandb.log(
-                {
-                    "samples": wandb.Table(
-                        columns=columns, data=[[row[c] for c in columns] for row in rows]
-                    ),
-                    "eval/step": step,
-                }
+        for sink in self._sinks:
+            sink.call(
+                lambda it: it.table(step, columns, [[row[c] for c in columns] for row in rows])
             )
 
     def curve(self) -> Path | None:
@@ -117,20 +142,20 @@ class Tracker:
 
     def note(self, text: str) -> None:
         """One line for the person who watches."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, markup=False)
 
     def alert(self, title: str, text: str) -> None:
-        """One line of warning, and an alert of W&B."""
+        """One line of warning, and an alert where the trackers have such."""
         self.console.print(f"warning: {title}: {text}", highlight=False, markup=False)
-        if self._wandb is not None:
-            self._wandb.alert(title=title, text=text, level="WARN")
+        for sink in self._sinks:
+            sink.call(lambda it: it.alert(title, text))
 
     def close(self) -> None:
         self.end()
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-            self._wandb = None
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
 
 
 def sample_rows(
@@ -160,52 +185,14 @@ def make_console() -> Console:
     )
 
 
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def _cell(text: str) -> str:
     """The beginning and the end of a long text: the answer stands at the end."""
     if len(text) > 2 * HALF_CELL:
         text = f"{text[:HALF_CELL]} [...] {text[-HALF_CELL:]}"
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
-
-
-def _open_wandb(config: Config, run_dir: Path, console: Console) -> Any:
-    mode = os.environ.get("WANDB_MODE") or config.tracking.wandb
-    if mode == "disabled":
-        return None
-    if mode == "auto":
-        mode = "online" if _has_wandb_key() else "offline"
-        if mode == "offline":
-            console.print(
-                f"W&B: no API key, so this run is kept offline under {run_dir / 'wandb'}",
-                highlight=False,
-            )
-    import wandb
-
-    run = wandb.init(
-        project=config.tracking.project,
-        name=run_dir.name,
-        dir=str(run_dir),
-        mode="online" if mode == "online" else "offline",
-        config=config.model_dump(mode="json"),
-        settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, init_timeout=60),
-    )
-    run.define_metric("train/step")
-    run.define_metric("eval/step")
-    run.define_metric("*", step_metric="train/step")
-    run.define_metric("val-core/*", step_metric="eval/step")
-    run.define_metric("val-aux/*", step_metric="eval/step")
-    return run
-
-
-def _has_wandb_key() -> bool:
-    """Whether W&B would not have to ask; its own check may prompt."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = (
-        urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-        or ""
-    )
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    # no file, or not one we can read: then there is no key
-    except (OSError, netrc.NetrcParseError):
-        return False

@@ -1,9 +1,9 @@
-"""Run directories, checkpoints that are whole or absent, metrics trimmed for a resumed run."""
+"""Checkpoints are whole or absent, and what of a run may change when it goes on."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from emberl.rl import checkpoints as p
@@ -22,49 +22,6 @@ def save(run_dir: Path, name: str, **changes: int) -> Path:
     return p.finish_checkpoint(folder, p.Progress(**changes), keep=2)
 
 
-def test_a_new_run_takes_the_next_free_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert [p.open_run_dir(config(), resume=False)[0] for _ in range(3)] == [
-        Path("runs/run"),
-        Path("runs/run-2"),
-        Path("runs/run-3"),
-    ]
-
-
-def test_resume_takes_the_newest_run_and_its_newest_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for _ in range(11):
-        folder, _ = p.open_run_dir(config(), resume=False)
-    assert folder == Path("runs/run-11")
-    save(folder, "sft-000200", stage=0, step=200)
-    save(folder, "rl-000007", stage=1, step=7, position=99)
-    resumed, checkpoint = p.open_run_dir(config(), resume=True)
-    assert resumed == folder
-    assert checkpoint == folder / "checkpoints/rl-000007"
-    assert p.read_progress(checkpoint) == p.Progress(stage=1, step=7, position=99)
-
-
-def test_an_explicit_directory_is_never_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(ConfigError, match=r"run_dir=.* already holds a run; pass --resume"):
-        p.open_run_dir(config(run_dir=str(tmp_path)), resume=False)
-
-
-def test_nothing_to_resume(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--resume found no checkpoint under"):
-        p.open_run_dir(config(run_dir=str(tmp_path)), resume=True)
-
-
-def test_an_unwritable_directory_names_the_key(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"run_dir=.*/file/run cannot be written"):
-        p.open_run_dir(config(run_dir=str(tmp_path / "file" / "run")), resume=False)
-
-
 def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path: Path) -> None:
     done = save(tmp_path, "rl-000001", stage=1, step=1)
     p.begin_checkpoint(tmp_path, "rl-000002")
@@ -80,21 +37,35 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     ]
 
 
-def test_rows_that_will_be_written_again_are_dropped(tmp_path: Path) -> None:
-    rows = [
-        {"stage": s, "step": n, "axis": a}
-        for s, n, a in (
-            ("sft", 5, "train"),
-            ("rl", 0, "eval"),
-            ("rl", 1, "train"),
-            ("rl", 2, "train"),
-        )
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    p.trim_metrics(tmp_path, "rl", 1, ("sft", "rl"))
-    assert [
-        json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
-    ] == rows[:3]
+def test_the_best_stay_beside_the_newest(tmp_path: Path) -> None:
+    for step, accuracy in enumerate((0.2, 0.9, None, 0.5, 0.4), 1):
+        folder = p.begin_checkpoint(tmp_path, f"rl-{step:06}")
+        progress = p.Progress(step=step, accuracy_end=accuracy)
+        p.finish_checkpoint(folder, progress, keep=1, keep_best=2)
+    names = sorted(f.name for f in (tmp_path / "checkpoints").iterdir())
+    assert names == ["rl-000002", "rl-000004", "rl-000005"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda c: (c / "weights").write_text("rl"), "weights has 2 bytes of 9"),
+        (lambda c: (c / "weights").unlink(), "No such file"),
+        (lambda c: (c / "progress.json").write_text('{"stage": 1, "st'), "Unterminated string"),
+        (lambda c: (c / "progress.json").write_text('{"foreign": 1}'), "foreign"),
+        (lambda c: (c / "progress.json").write_text("[1]"), ""),
+        (lambda c: (c / "files.json").write_text(""), "Expecting value"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_by_name(
+    tmp_path: Path, damage: Any, reason: str
+) -> None:
+    sound = save(tmp_path, "rl-000001", stage=1, step=1)
+    damage(save(tmp_path, "rl-000002", stage=1, step=2))
+    told: list[str] = []
+    assert p.latest_checkpoint(tmp_path, told.append) == sound
+    [line] = told
+    assert line.startswith("checkpoint rl-000002 is passed over: ") and reason in line
 
 
 def kept(where: Path, **extra: object) -> Path:

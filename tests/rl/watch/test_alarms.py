@@ -251,8 +251,11 @@ def loop(
     config = resolve(settings)
     text, alerts = io.StringIO(), []
     tracker = Tracker(config, folder, Console(file=text, soft_wrap=True))
-    quiet = {"log": lambda row: None, "finish": lambda: None}
-    tracker._wandb = SimpleNamespace(**quiet, alert=lambda **alert: alerts.append(alert))
+    wandb = SimpleNamespace(
+        log=lambda *_: None,
+        alert=lambda title, text: alerts.append({"title": title, "text": text}),
+    )
+    tracker._sinks = [SimpleNamespace(call=lambda do: do(wandb), close=lambda: None)]  # type: ignore[list-item]
     steps = iter([*entropy, *[entropy[-1]] * 99])
 
     def grade(prompt: Prompt, completions: Sequence[Completion]) -> Group:

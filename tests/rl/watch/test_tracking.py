@@ -104,7 +104,7 @@ def test_rows_say_the_score_and_its_parts(tmp_path: Path) -> None:
     rows = sample_rows(groups, ["a" * 2000 + "|end", "2"], ["1+1?", "1+1?"])
     assert [row["score"] for row in rows] == ["0.75", ""]
     assert rows[0]["parts"] == "answer 1, format 0.5"
-    tracker: Any = SimpleNamespace(_stage="rl", run_dir=tmp_path, _wandb=None)
+    tracker: Any = SimpleNamespace(_stage="rl", run_dir=tmp_path, _sinks=[])
     Tracker.samples(tracker, 3, rows)
     table = (tmp_path / "samples.md").read_text()
     assert "| problem | answer | reference | verdict | score | parts |" in table

@@ -1,0 +1,165 @@
+"""The directory of a run: which one a start takes or goes on with, and that one run alone writes
+there.
+
+<run_dir>/config.yaml  metrics.jsonl  samples.md  learning_curve.png  model/  checkpoints/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from .checkpoints import CHECKPOINTS, latest_checkpoint
+from .config.load import Config, ConfigError
+
+METRICS = "metrics.jsonl"
+STOP = "stop"
+"""A file that asks the run of this directory to save after its step and to end."""
+LOCK = ".lock"
+
+Resume = Literal["never", "must", "auto"]
+"""Whether a start goes on from a checkpoint: `auto` where there is one, else from the beginning."""
+
+
+def open_run_dir(
+    config: Config, resume: Resume, tell: Callable[[str], None] = lambda _: None
+) -> tuple[Path, Path | None]:
+    """The run's directory, and the checkpoint to go on from; `ConfigError` where that cannot be.
+
+    A new run never writes into an old one: without `run_dir` it takes the next free of
+    `runs/<name>`, `runs/<name>-2`, ..., and a resumed run the newest of these that has a
+    checkpoint. tell: which checkpoints are passed over, and why.
+    """
+    try:
+        if config.run_dir:
+            folder, checkpoint = _named(Path(config.run_dir), resume, tell)
+        else:
+            folder, checkpoint = _numbered(config.output, resume, tell)
+        probe = folder / f".write-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={config.run_dir or config.output} cannot be written ({error.strerror}); set"
+            " run_dir to a directory that can"
+        ) from error
+    if checkpoint is None:
+        (folder / METRICS).unlink(missing_ok=True)  # of a start that came to nothing
+    asked_to_stop(folder)  # of an attempt that ended before it looked
+    return folder, checkpoint
+
+
+def _named(folder: Path, resume: Resume, tell: Callable[[str], None]) -> tuple[Path, Path | None]:
+    checkpoint = None if resume == "never" else latest_checkpoint(folder, tell)
+    if resume == "must" and checkpoint is None:
+        raise ConfigError(
+            f"--resume found no checkpoint under {folder / CHECKPOINTS}; leave the flag out, or"
+            " write --resume auto, to start anew"
+        )
+    if resume == "never":
+        if latest_checkpoint(folder) is not None:
+            raise ConfigError(
+                f"run_dir={folder} already holds a run; pass --resume to go on with it, or another"
+                " run_dir"
+            )
+        if (folder / METRICS).exists() and (folder / METRICS).stat().st_size:
+            raise ConfigError(
+                f"run_dir={folder} already holds a run, which ended before its first checkpoint;"
+                " write --resume auto to start it anew, or give another run_dir"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder, checkpoint
+
+
+def _numbered(base: Path, resume: Resume, tell: Callable[[str], None]) -> tuple[Path, Path | None]:
+    numbers = {_number(path, base): path for path in base.parent.glob(f"{base.name}*")}
+    taken = sorted(number for number in numbers if number is not None)
+    if resume != "never":
+        for number in reversed(taken):
+            checkpoint = latest_checkpoint(numbers[number], tell)
+            if checkpoint is not None:
+                return numbers[number], checkpoint
+    if resume == "must":
+        raise ConfigError(
+            f"--resume found no run named {base} with a checkpoint; leave the flag out, or write"
+            " --resume auto, to start anew, or set run_dir"
+        )
+    number = taken[-1] + 1 if taken else 1
+    while True:
+        folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder, None
+        except FileExistsError:  # another start took it just now
+            number += 1
+
+
+def _number(path: Path, base: Path) -> int | None:
+    if path.name == base.name:
+        return 1
+    suffix = path.name.removeprefix(f"{base.name}-")
+    return int(suffix) if suffix != path.name and suffix.isdigit() else None
+
+
+@contextmanager
+def alone_in(run_dir: Path) -> Iterator[None]:
+    """While no other process writes there; `ConfigError` where one does."""
+    with (run_dir / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ConfigError(
+                f"run_dir={run_dir} is written by another run, {file.read().strip()}; wait for it,"
+                " end it (emberl stop), or set another run_dir"
+            ) from error
+        except OSError:  # a file system without locks: nothing can be said
+            yield
+            return
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def asked_to_stop(run_dir: Path) -> bool:
+    """Whether somebody put the file there; takes it away."""
+    try:
+        (run_dir / STOP).unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """All rows; a last line that was cut off, by a full disk or a crash, is left out."""
+    lines = file.read_text().splitlines()
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ConfigError(
+                    f"{file}:{number} is not JSON ({error}); remove the line"
+                ) from error
+    return rows
+
+
+def trim_metrics(run_dir: Path, stage: str, step: int, stages: Sequence[str]) -> None:
+    """Drops the rows of steps that a resumed run will do again."""
+    file = run_dir / METRICS
+    if not file.exists():
+        return
+    reached = (stages.index(stage), step)
+    rows = read_metrics(file)
+    kept = [row for row in rows if (stages.index(row["stage"]), row["step"]) <= reached]
+    new = file.with_suffix(".new")
+    new.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
+    new.replace(file)

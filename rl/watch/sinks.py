@@ -1,0 +1,260 @@
+"""Trackers beside `metrics.jsonl`: W&B, TensorBoard, SwanLab, MLflow.
+
+Each runs in a thread of its own behind a queue, so that none can end or slow a run: one that fails
+is said once and heard no more.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import queue
+import threading
+import urllib.parse
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..config.load import Config
+
+QUEUED = 1000
+"""Calls that may wait for a slow sink; what comes beyond is left out."""
+CLOSING = 30.0
+"""Seconds for what still waits when a run ends."""
+WANDB_ID = "wandb_id"
+"""A file in the run's directory: a resumed run goes on as the same one at W&B."""
+
+
+class Sink(Protocol):
+    """What a tracker must be able to do. axis: `train`, `eval` or `sft`, each with steps of its
+    own."""
+
+    def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None: ...
+
+    def alert(self, title: str, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Background:
+    """A sink that is opened and called in a thread of its own, in order."""
+
+    def __init__(self, name: str, opening: Callable[[], Sink], tell: Callable[[str], None]) -> None:
+        self.name = name
+        self._opening = opening
+        self._tell = tell
+        self._calls: queue.Queue[Callable[[Sink], None] | None] = queue.Queue(QUEUED)
+        self._left_out = 0
+        self._failed = False
+        self._thread = threading.Thread(target=self._work, daemon=True, name=f"{name}-sink")
+        self._thread.start()
+
+    def call(self, do: Callable[[Sink], None]) -> None:
+        """Has `do` called with the sink; returns at once."""
+        if self._failed:
+            return
+        try:
+            self._calls.put_nowait(do)
+        except queue.Full:
+            self._left_out += 1
+            if self._left_out == 1:
+                self._tell(f"{self.name} is slower than the run: figures are left out there")
+
+    def close(self, seconds: float = CLOSING) -> None:
+        """Waits for what was asked, at most so long."""
+        try:
+            self._calls.put(None, timeout=seconds)
+        except queue.Full:
+            pass
+        self._thread.join(seconds)
+        if self._thread.is_alive() and not self._failed:
+            self._tell(f"{self.name} did not end within {seconds:g} s and is left behind")
+
+    def _work(self) -> None:
+        try:
+            sink = self._opening()
+            while (do := self._calls.get()) is not None:
+                do(sink)
+            sink.close()
+        # foreign code, its helper processes and the network: whatever it is, the run goes on
+        except Exception as error:
+            self._failed = True
+            line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            self._tell(f"{self.name} ended ({line}); the run goes on, metrics.jsonl has it all")
+
+
+class Wandb:
+    """One run of Weights & Biases over all attempts of a run. `WANDB_*` variables go before the
+    configuration."""
+
+    def __init__(
+        self, config: Config, run_dir: Path, mode: str, tell: Callable[[str], None]
+    ) -> None:
+        import wandb
+
+        self._wandb = wandb
+        file, tracking = run_dir / WANDB_ID, config.tracking
+        if not file.exists():
+            file.write_text(uuid.uuid4().hex[:12])
+        options: dict[str, Any] = {
+            "project": os.environ.get("WANDB_PROJECT", tracking.project),
+            "name": os.environ.get("WANDB_NAME", run_dir.name),
+            "id": os.environ.get("WANDB_RUN_ID", file.read_text().strip()),
+            "resume": "allow" if mode == "online" else None,
+            "group": tracking.group,
+            "tags": tracking.tags or None,
+            "notes": tracking.notes,
+            "job_type": tracking.job_type,
+            "dir": str(run_dir),
+            "config": config.model_dump(mode="json"),
+            "settings": wandb.Settings(console="off", silent=True, init_timeout=60),
+        }
+        options = {name: value for name, value in options.items() if value is not None}
+        try:
+            self._run = wandb.init(mode=mode, **options)
+        except Exception as error:  # no way out, a wrong key: the run is kept here all the same
+            if mode != "online":
+                raise
+            line = " ".join(str(error).split())[:200]
+            tell(f"W&B cannot be reached ({line}): kept offline under {run_dir / 'wandb'}")
+            options.pop("resume", None)
+            self._run = wandb.init(mode="offline", **options)
+        for axis in ("train", "eval", "sft"):
+            self._run.define_metric(f"{axis}/step")
+        self._run.define_metric("*", step_metric="train/step")
+        for of_eval in ("val-core/*", "val-aux/*", "samples"):
+            self._run.define_metric(of_eval, step_metric="eval/step")
+        self._run.define_metric("sft/*", step_metric="sft/step")
+
+    def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log({**metrics, f"{axis}/step": step})
+
+    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        table = self._wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+        self._run.log({"samples": table, "eval/step": step})
+
+    def alert(self, title: str, text: str) -> None:
+        self._run.alert(title=title, text=text, level="WARN")
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoard:
+    """Event files under `run_dir/tensorboard`."""
+
+    def __init__(self, run_dir: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        text = "\n\n---\n\n".join(
+            "\n\n".join(f"**{c}**: {v}" for c, v in zip(columns, row, strict=True)) for row in rows
+        )
+        self._writer.add_text("samples", text, step)
+
+    def alert(self, title: str, text: str) -> None:
+        self._writer.add_text("alerts", f"{title}: {text}")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class SwanLab:
+    """A run of SwanLab, online with its key, else in `run_dir/swanlog`."""
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        import swanlab
+
+        self._swanlab: Any = swanlab
+        swanlab.init(
+            project=config.tracking.project,
+            experiment_name=run_dir.name,
+            config=config.model_dump(mode="json"),
+            logdir=str(run_dir / "swanlog"),
+            mode=os.environ.get(
+                "SWANLAB_MODE", "cloud" if "SWANLAB_API_KEY" in os.environ else "local"
+            ),
+        )
+
+    def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
+        self._swanlab.log(dict(metrics), step=step)
+
+    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        texts = ["\n".join(f"{c}: {v}" for c, v in zip(columns, row, strict=True)) for row in rows]
+        self._swanlab.log({"samples": [self._swanlab.Text(text) for text in texts]}, step=step)
+
+    def alert(self, title: str, text: str) -> None:
+        self._swanlab.log({"alerts": self._swanlab.Text(f"{title}: {text}")})
+
+    def close(self) -> None:
+        self._swanlab.finish()
+
+
+class MLflow:
+    """A run of MLflow, at `MLFLOW_TRACKING_URI` or in its own default place."""
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        import mlflow
+
+        self._mlflow: Any = mlflow
+        mlflow.set_experiment(config.tracking.project)
+        mlflow.start_run(run_name=run_dir.name)
+        mlflow.log_artifact(str(run_dir / "config.yaml"))
+
+    def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
+        self._mlflow.log_metrics(dict(metrics), step=step)
+
+    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        data = {c: [row[i] for row in rows] for i, c in enumerate(columns)}
+        self._mlflow.log_table(data | {"step": [step] * len(rows)}, "samples.json")
+
+    def alert(self, title: str, text: str) -> None:
+        self._mlflow.set_tag(f"alert: {title}"[:250], text[:4000])
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+def open_sinks(config: Config, run_dir: Path, tell: Callable[[str], None]) -> list[Background]:
+    """Those that the configuration names. ImportError of a package that is not installed is said
+    like any other failure."""
+    sinks = []
+    mode = _wandb_mode(config)
+    if mode == "offline" and config.tracking.wandb == "auto":
+        tell(f"W&B: no API key, so this run is kept offline under {run_dir / 'wandb'}")
+    if mode != "disabled":
+        sinks.append(Background("W&B", lambda: Wandb(config, run_dir, mode, tell), tell))
+    others: dict[str, Callable[[], Sink]] = {
+        "tensorboard": lambda: TensorBoard(run_dir),
+        "swanlab": lambda: SwanLab(config, run_dir),
+        "mlflow": lambda: MLflow(config, run_dir),
+    }
+    return sinks + [Background(name, others[name], tell) for name in config.tracking.also]
+
+
+def _wandb_mode(config: Config) -> str:
+    mode = os.environ.get("WANDB_MODE") or config.tracking.wandb
+    if mode == "auto":
+        return "online" if _has_wandb_key() else "offline"
+    return "online" if mode not in ("offline", "disabled") else mode
+
+
+def _has_wandb_key() -> bool:
+    """Whether W&B would not have to ask; its own check may prompt."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    base = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    try:
+        return netrc.netrc().authenticators(urllib.parse.urlparse(base).hostname or "") is not None
+    # no file, or not one we can read: then there is no key
+    except (OSError, netrc.NetrcParseError):
+        return False

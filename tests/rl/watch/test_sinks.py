@@ -1,0 +1,174 @@
+"""Trackers that fail, hang or die: the run goes on and says so once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from emberl.rl.watch import sinks
+from emberl.rl.watch.sinks import Background, MLflow, SwanLab, open_sinks
+
+CONFIG = SimpleNamespace(
+    tracking=SimpleNamespace(wandb="disabled", project="p", also=()),
+    model_dump=lambda mode: {"seed": 0},
+)
+
+
+class Kept:
+    """A sink that remembers, and raises at the step that it is told."""
+
+    def __init__(self, bad: int = -1) -> None:
+        self.bad, self.had, self.closed = bad, [], False
+
+    def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
+        if step == self.bad:
+            raise ConnectionResetError("Connection lost")
+        self.had.append((axis, step, dict(metrics)))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def log(sink: Background, steps: range) -> None:
+    for step in steps:
+        sink.call(lambda it, step=step: it.log("train", step, {"x": step / 2}))  # type: ignore[misc]
+
+
+def test_calls_come_in_order_and_the_end_waits_for_them() -> None:
+    kept, told = Kept(), []
+    sink = Background("W&B", lambda: kept, told.append)  # type: ignore[arg-type,return-value]
+    log(sink, range(3))
+    sink.close()
+    assert kept.had == [("train", step, {"x": step / 2}) for step in range(3)]
+    assert kept.closed and told == []
+
+
+def test_a_failure_is_said_once_and_ends_that_tracker_alone() -> None:
+    kept, told = Kept(bad=1), []
+    sink = Background("W&B", lambda: kept, told.append)  # type: ignore[arg-type,return-value]
+    log(sink, range(5))
+    sink.close()
+    [line] = told
+    assert [step for _, step, _ in kept.had] == [0]
+    assert line.startswith("W&B ended (ConnectionResetError: Connection lost); the run goes on")
+
+
+def test_one_that_cannot_be_opened_says_why() -> None:
+    told: list[str] = []
+
+    def opening() -> Any:
+        raise ImportError("No module named 'swanlab'")
+
+    sink = Background("swanlab", opening, told.append)
+    sink.close()
+    assert "No module named 'swanlab'" in told[0] and len(told) == 1
+
+
+def test_one_that_hangs_holds_up_neither_the_steps_nor_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sinks, "QUEUED", 3)
+    hung, told = threading.Event(), []
+
+    def opening() -> Any:
+        hung.wait(60)
+        return Kept()
+
+    sink = Background("W&B", opening, told.append)
+    start = time.monotonic()
+    log(sink, range(50))
+    sink.close(0.2)
+    hung.set()
+    assert time.monotonic() - start < 10
+    assert [line.split(" ", 1)[1] for line in told] == [
+        "is slower than the run: figures are left out there",
+        "did not end within 0.2 s and is left behind",
+    ]
+
+
+def test_others_by_their_own_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def module(name: str) -> ModuleType:
+        made: Any = ModuleType(name)
+        made.__getattr__ = lambda called: lambda *a, **k: calls.append((called, a, k))
+        monkeypatch.setitem(sys.modules, name, made)
+        return made
+
+    module("mlflow")
+    module("swanlab").Text = lambda text: f"T:{text}"  # type: ignore[attr-defined]
+    for sink in (MLflow(CONFIG, tmp_path), SwanLab(CONFIG, tmp_path)):  # type: ignore[arg-type]
+        sink.log("train", 3, {"a": 1.0})
+        sink.table(4, ["q", "a"], [["1+1", "2"], ["2+2", "4"]])
+        sink.close()
+    by_name = {name: (a, k) for name, a, k in calls}
+    assert by_name["log_metrics"] == (({"a": 1.0},), {"step": 3})
+    rows = {"q": ["1+1", "2+2"], "a": ["2", "4"], "step": [4, 4]}
+    assert by_name["log_table"] == ((rows, "samples.json"), {})
+    assert by_name["init"][1]["experiment_name"] == tmp_path.name
+    assert ("log", ({"samples": ["T:q: 1+1\na: 2", "T:q: 2+2\na: 4"]},), {"step": 4}) in calls
+    assert [name for name, *_ in calls if name in ("end_run", "finish")] == ["end_run", "finish"]
+
+
+def test_what_the_configuration_names_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)  # as if it were not installed
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    told: list[str] = []
+    named = SimpleNamespace(wandb="disabled", project="p", also=("mlflow",))
+    [sink] = open_sinks(SimpleNamespace(tracking=named), tmp_path, told.append)  # type: ignore[arg-type]
+    sink.close()
+    assert "mlflow ended (ModuleNotFoundError" in told[0]
+
+
+KILLED = """
+import sys, time, psutil
+from pathlib import Path
+from emberl.rl.config.load import load_config
+from emberl.rl.watch.tracking import Tracker, make_console
+config = load_config(sys.argv[1], ["tracking.wandb=offline"])
+folder = Path(sys.argv[2])
+tracker = Tracker(config, folder, make_console())
+tracker.begin("rl", 0, 50)
+tracker.log(1, {"critic/score/mean": 0.5})
+def core():
+    return [p for p in psutil.Process().children(recursive=True) if "wandb-core" in p.name()]
+deadline = time.monotonic() + 60
+while not (core() and list(folder.glob("wandb/offline-run-*/*.wandb"))):
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+time.sleep(1)
+for process in core():
+    process.kill()
+for step in range(2, 51):
+    tracker.log(step, {"critic/score/mean": 0.5})
+    time.sleep(0.01)
+tracker.close()
+print("went on")
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_wandb_core_ends_nothing(tmp_path: Path) -> None:
+    quickstart = Path(__file__).parents[3] / "configs/quickstart.yaml"
+    start = time.monotonic()
+    ran = subprocess.run(
+        [sys.executable, "-c", KILLED, str(quickstart), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert ran.returncode == 0 and "went on" in ran.stdout, ran.stderr[-3000:]
+    assert ran.stderr.count("W&B ended (") == 1, ran.stderr[-3000:]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 50
+    assert time.monotonic() - start < 150
+    assert (tmp_path / "wandb_id").read_text().strip()
