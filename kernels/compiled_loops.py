@@ -83,6 +83,49 @@ def _power_of_two(_context, x):
     return types.float32(types.float32), emit
 
 
+@_intrinsic
+def larger(_context, a, b):
+    """The larger of two float32 numbers that are not NaN: unlike `max`, whose NaN has a meaning, it
+    vectorises as a reduction."""
+
+    def emit(_context, builder, _signature, args):
+        flags = ("nnan", "nsz")
+        above = builder.fcmp_ordered(">", args[0], args[1], flags=flags)
+        return builder.select(above, args[0], args[1], flags=flags)
+
+    return types.float32(types.float32, types.float32), emit
+
+
+@_intrinsic
+def transpose_square(_context, source, start, width, target, to, target_width):
+    """Writes a square of `LANES` x `LANES` 16-bit elements transposed: its first element is number
+    `start` of `source`, whose rows are `width` long, and number `to` of `target`."""
+    shorts = ir.VectorType(ir.IntType(16), LANES)
+    half = LANES // 2
+    zips = [[first + i // 2 + i % 2 * LANES for i in range(LANES)] for first in (0, half)]
+
+    def emit(context, builder, signature, args):
+        read, written = (_Row(context, builder, signature.args[i], args[i]).data for i in (0, 3))
+
+        def address(data, first, row, step):
+            at = builder.add(first, builder.mul(step, step.type(row)))
+            return builder.bitcast(builder.gep(data, [at]), shorts.as_pointer())
+
+        rows = [builder.load(address(read, args[1], i, args[2]), align=2) for i in range(LANES)]
+        masks = [ir.Constant(ir.VectorType(_INT, LANES), zipped) for zipped in zips]
+        for _ in range(LANES.bit_length() - 1):  # each interleaves rows i and i + half
+            rows = [
+                builder.shuffle_vector(rows[i], rows[i + half], mask)
+                for i in range(half)
+                for mask in masks
+            ]
+        for i, row in enumerate(rows):
+            builder.store(row, address(written, args[4], i, args[5]), align=2)
+        return context.get_dummy_value()
+
+    return types.none(source, start, width, target, to, target_width), emit
+
+
 def load(x):
     """An element as float32."""
     raise NotImplementedError("for compiled code")

@@ -18,6 +18,7 @@ from .config.algorithm import AdvantageConfig, KLConfig, LossConfig
 from .config.distill import DistillConfig
 from .config.load import Config, ConfigError, user_errors
 from .data.sources import PromptSource
+from .data.supervised import Example
 from .data.templates import end_token, supervised_ids
 from .groups import Batch, Group
 
@@ -246,15 +247,26 @@ def demonstration(solution: str, position: int, direct: float) -> str:
 def sft_batch(examples: Sequence[tuple[Sequence[int], int]]) -> Batch:
     """(token ids, length of the prompt in them) pairs as a batch whose loss is the answers' mean
     negative log-likelihood."""
-    sequences = [np.array(token_ids, dtype=np.int32) for token_ids, _ in examples]
-    zeros = [np.zeros(len(token_ids) - start, np.float32) for token_ids, start in examples]
+    return example_batch(
+        [
+            Example(token_ids=tuple(ids), learnt=np.arange(len(ids)) >= start)
+            for ids, start in examples
+        ]
+    )
+
+
+def example_batch(examples: Sequence[Example]) -> Batch:
+    """Sequences as a batch whose loss is the learnt tokens' mean negative log-likelihood."""
+    starts = [int(each.learnt.argmax()) for each in examples]
+    masks = [each.learnt[start:] for each, start in zip(examples, starts, strict=True)]
     return _flat(
-        sequences,
-        [start for _, start in examples],
-        zeros,
+        [np.array(each.token_ids, dtype=np.int32) for each in examples],
+        starts,
+        [np.zeros(len(mask), np.float32) for mask in masks],
         [1.0] * len(examples),
         LossConfig(aggregation="token-mean"),
         1.0,
+        masks,
     )
 
 

@@ -15,6 +15,7 @@ from .config.distill import DistillConfig
 from .config.load import Config, ConfigError, user_errors
 from .data.rows import eval_tables, train_tables
 from .data.sources import check_data, is_table
+from .data.supervised import check_rows
 from .data.table import Head, heldout_note, read_head
 from .data.templates import PromptWriter
 from .reward_inputs import reward_input
@@ -28,7 +29,7 @@ _RENDERED = 64
 """Rows of a table that go through the chat template."""
 
 
-def check_inputs(config: Config, *, hub: bool = False) -> list[str]:
+def check_inputs(config: Config, *, hub: bool = False, pending: bool = False) -> list[str]:
     """Reads the first rows of every file, imports the rewards and tries both on each other. Returns
     what a person should know; `ConfigError` for what would end the run. hub: data sets and models
     of the Hub too, which may be fetched."""
@@ -51,10 +52,16 @@ def check_inputs(config: Config, *, hub: bool = False) -> list[str]:
         said += _said_of_sizes(config, *heads)
         suite = build_suite({name: part.model_dump() for name, part in config.reward.parts.items()})
         try:
-            for head in (*heads[0], *heads[1]):
+            for head in (*heads[0], *heads[1]) if config.grades else ():
                 said += check_references(config.data, suite, head)
         finally:
             suite.close()
+        if "sft" in config.stages and config.sft.data is not None and not pending:
+            try:
+                for table in train_tables(config.sft.data, hub=hub):
+                    check_rows(config.sft.data, table)
+            except ValueError as error:
+                raise ValueError(f"sft.data: {error}") from error
         tokenizer = _tokenizer(config, hub)
         if tokenizer is not None:
             for head in (*heads[0], *heads[1]):

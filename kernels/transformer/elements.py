@@ -14,11 +14,19 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from numba import float32, uint16
 
-from ..compiled_loops import compiled, exp
+from ..compiled_loops import LANES, compiled, exp, larger, transpose_square
 from ..compiled_loops import from_bfloat16 as widen
 from ..compiled_loops import to_bfloat16 as narrow
+
+
+@compiled
+def add_to(total, part):
+    """total += part, of float32 and bfloat16."""
+    for i in range(len(total)):
+        total[i] += widen(part[i])
 
 
 @compiled
@@ -130,23 +138,41 @@ def rotate_back(x, cos, sin, out):
 
 
 @compiled
+def split_heads(rows, out, block, deltas):
+    """Rows [L, heads * D] as `block` [heads, L, D], and the sum of rows * out over each head's
+    features as `deltas` [heads, L]."""
+    heads, length, width = block.shape
+    for t in range(length):
+        for h in range(heads):
+            total = float32(0.0)
+            for i in range(width):
+                bits = rows[t, h * width + i]
+                block[h, t, i] = bits
+                total += widen(bits) * widen(out[t, h * width + i])
+            deltas[h, t] = total
+
+
+@compiled
 def causal_softmax(scores, scale, sums):
     """Softmax over the first t + 1 of a row's scores, in place, for scores [heads, L, L]; `sums`
     [heads, L] receives the logarithm of the denominators, scores taken times `scale`."""
     heads, length, _ = scores.shape
+    powers = np.empty(length, np.float32)
     for h in range(heads):
         for t in range(length):
             row = scores[h, t]
             top = float32(-3.0e38)
             for j in range(t + 1):
-                top = max(top, widen(row[j]))
+                top = larger(top, widen(row[j]))
             total = float32(0.0)
             for j in range(t + 1):
-                total += exp((widen(row[j]) - top) * scale)
-            log_sum = top * scale + float32(math.log(total))
-            sums[h, t] = log_sum
+                power = exp((widen(row[j]) - top) * scale)
+                powers[j] = power
+                total += power
+            sums[h, t] = top * scale + float32(math.log(total))
+            share = float32(1.0) / total
             for j in range(t + 1):
-                row[j] = narrow(exp(widen(row[j]) * scale - log_sum))
+                row[j] = narrow(powers[j] * share)
             for j in range(t + 1, length):
                 row[j] = uint16(0)
 
@@ -169,3 +195,22 @@ def causal_softmax_backward(scores, dprobs, scale, sums, deltas):
             for j in range(t + 1, length):
                 row[j] = uint16(0)
                 slope[j] = uint16(0)
+
+
+TILE = 64
+"""Of a transposition, a multiple of `LANES`: what is read and written fits in the first cache."""
+
+
+@compiled
+def transpose(x, first, last, out):
+    """Columns first to last of 16-bit elements [T, H] into those rows of `out` [H, T]."""
+    rows, width = x.shape
+    whole_rows, whole_width = rows - rows % LANES, last - (last - first) % LANES
+    for top in range(0, whole_rows, TILE):
+        for left in range(first, whole_width, TILE):
+            for j in range(left, min(left + TILE, whole_width), LANES):
+                for i in range(top, min(top + TILE, whole_rows), LANES):
+                    transpose_square(x, i * width + j, width, out, j * rows + i, rows)
+    for i in range(rows):
+        for j in range(whole_width if i < whole_rows else first, last):
+            out[j, i] = x[i, j]

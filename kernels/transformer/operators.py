@@ -8,43 +8,17 @@ head; L tokens of one sequence; heads query heads, kv heads of keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from . import elements
-
-FEW_ROWS = 128
-"""Fewer are not worth a second thread."""
-
-
-def bits(tensor: Tensor) -> NDArray[Any]:
-    """A contiguous bfloat16 tensor as uint16, sharing its memory, which cannot be resized
-    afterwards: so never a parameter, whose gathered copy FSDP frees in that way."""
-    return tensor.detach().view(torch.uint16).numpy()
-
-
-@lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="elements")
-
-
-def over_rows(count: int, part: Callable[[int, int, int], None]) -> None:
-    """Calls part(index, start, stop) for ranges of `count` rows, one on each of torch's threads."""
-    threads = torch.get_num_threads()
-    if threads == 1 or count < FEW_ROWS:
-        part(0, 0, count)
-        return
-    edges = [count * i // threads for i in range(threads + 1)]
-    list(_pool(threads).map(part, range(threads), edges, edges[1:]))
+from .products import weight_gradient
+from .threads import bits, over_parts, over_rows
 
 
 class _Norm(torch.autograd.Function):
@@ -136,9 +110,11 @@ class _GatedMlp(torch.autograd.Function):
         dx = torch.addmm(dgate @ gate_w, dup, up_w) if wanted[0] else None
         return (
             dx,
-            dgate.t() @ x if wanted[1] else None,
-            dup.t() @ x if wanted[2] else None,
-            dout.t() @ inner if wanted[3] else None,
+            *(
+                weight_gradient(d, x) if needed else None
+                for d, needed in zip((dgate, dup), wanted[1:3], strict=True)
+            ),
+            weight_gradient(dout, inner) if wanted[3] else None,
         )
 
 
@@ -152,7 +128,7 @@ def _gated(gate: Tensor, up: Tensor) -> Tensor:
 class _Attention(torch.autograd.Function):
     """Each sequence's queries lie as a block [heads, L, D], so that the heads of a group are rows
     of one product with the keys that they share. Scores are formed anew in backward, in room for
-    one sequence."""
+    one sequence of each thread."""
 
     @staticmethod
     def forward(
@@ -169,18 +145,22 @@ class _Attention(torch.autograd.Function):
         heads, kv, count = q.shape[1] // size, k.shape[1] // size, len(q)
         turned_q, turned_k, out = torch.empty_like(q), torch.empty_like(k), torch.empty_like(q)
         sums = torch.empty(count * heads)
-        for a, b in pairwise(borders):
+
+        def attend(a: int, b: int) -> None:
+            length = b - a
             block_q, block_k = _block(turned_q, a, b, heads), _block(turned_k, a, b, kv)
             _rotate(q[a:b], cos[a:b], sin[a:b], block_q)
             _rotate(k[a:b], cos[a:b], sin[a:b], block_k)
-            scores = torch.bmm(block_q.view(kv, -1, size), block_k.transpose(1, 2)).view(
-                heads, b - a, b - a
+            scores = torch.bmm(block_q.view(kv, -1, size), block_k.transpose(1, 2))
+            elements.causal_softmax(
+                bits(scores.view(heads, length, length)),
+                np.float32(scale),
+                sums[a * heads : b * heads].view(heads, length).numpy(),
             )
-            row = sums[a * heads : b * heads].view(heads, b - a).numpy()
-            elements.causal_softmax(bits(scores), np.float32(scale), row)
-            values = v[a:b].view(b - a, kv, size).transpose(0, 1)
-            answer = torch.bmm(scores.view(kv, -1, b - a), values).view(heads, b - a, size)
-            out[a:b].view(b - a, heads, size).copy_(answer.transpose(0, 1))
+            answer = torch.bmm(scores, _heads(v[a:b], size)).view(heads, length, size)
+            _heads(out[a:b], size).copy_(answer)
+
+        over_parts(list(pairwise(borders)), attend)
         ctx.save_for_backward(turned_q, turned_k, v, cos, sin, out, sums)
         ctx.borders = borders
         ctx.size = size
@@ -192,34 +172,42 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         turned_q, turned_k, v, cos, sin, out, sums = ctx.saved_tensors
         size, heads, kv = ctx.size, turned_q.shape[1] // ctx.size, v.shape[1] // ctx.size
+        dout = dout.contiguous()
         dq, dk, dv = torch.empty_like(turned_q), torch.empty_like(turned_k), torch.empty_like(v)
-        for a, b in pairwise(ctx.borders):
+
+        def attend(a: int, b: int) -> None:
             length = b - a
             q, k = _block(turned_q, a, b, heads).view(kv, -1, size), _block(turned_k, a, b, kv)
-            values = v[a:b].view(length, kv, size).transpose(0, 1)
-            rows = dout[a:b].reshape(length, heads, size)
-            slope = rows.transpose(0, 1).contiguous().view(kv, -1, size)
-            deltas = (rows.float() * out[a:b].view(length, heads, size)).sum(-1).t().contiguous()
-            probs = torch.bmm(q, k.transpose(1, 2)).view(heads, length, length)
-            dscores = torch.bmm(slope, values.transpose(1, 2)).view(heads, length, length)
-            row = sums[a * heads : b * heads].view(heads, length).numpy()
+            slope, deltas = dout.new_empty(heads, length, size), torch.empty(heads, length)
+            elements.split_heads(bits(dout[a:b]), bits(out[a:b]), bits(slope), deltas.numpy())
+            slope = slope.view(kv, -1, size)
+            probs = torch.bmm(q, k.transpose(1, 2))
+            dscores = torch.bmm(slope, _heads(v[a:b], size).transpose(1, 2))
             elements.causal_softmax_backward(
-                bits(probs), bits(dscores), np.float32(ctx.scale), row, deltas.numpy()
+                bits(probs.view(heads, length, length)),
+                bits(dscores.view(heads, length, length)),
+                np.float32(ctx.scale),
+                sums[a * heads : b * heads].view(heads, length).numpy(),
+                deltas.numpy(),
             )
-            by_group, dscores = probs.view(kv, -1, length), dscores.view(kv, -1, length)
-            dv[a:b].view(length, kv, size).copy_(
-                torch.bmm(by_group.transpose(1, 2), slope).transpose(0, 1)
-            )
+            _heads(dv[a:b], size).copy_(torch.bmm(probs.transpose(1, 2), slope))
             turns = cos[a:b].numpy(), sin[a:b].numpy()
             dblock = torch.bmm(dscores, k).view(heads, length, size)
             elements.rotate_back(bits(dblock), *turns, bits(dq[a:b]))
             elements.rotate_back(bits(torch.bmm(dscores.transpose(1, 2), q)), *turns, bits(dk[a:b]))
+
+        over_parts(list(pairwise(ctx.borders)), attend)
         return dq, dk, dv, None, None, None, None, None
 
 
 def _block(rows: Tensor, a: int, b: int, heads: int) -> Tensor:
     """The memory of rows a to b as [heads, L, D]."""
     return rows[a:b].view(heads, b - a, -1)
+
+
+def _heads(rows: Tensor, size: int) -> Tensor:
+    """A view of rows [L, heads * D] as [heads, L, D]."""
+    return rows.view(len(rows), -1, size).transpose(0, 1)
 
 
 def _rotate(rows: Tensor, cos: Tensor, sin: Tensor, block: Tensor) -> None:

@@ -113,6 +113,11 @@ def _stages(config: Config) -> None:
         raise ValueError(
             f"stages={shown(stages)} must name sft, rl or both, each once, e.g. stages=[sft,rl]"
         )
+    if "reject" in stages and len(stages) > 1:
+        raise ValueError(
+            f"stages={shown(stages)}: reject goes alone, or as a named stage of a recipe, which"
+            " hands its samples on"
+        )
 
 
 def _signal(config: Config) -> None:
@@ -215,7 +220,8 @@ def cautions(config: Config) -> list[str]:
     """A line for each setting that trains less, or something else, than one may think."""
     found = [*_cautions_of_schedule(config), *_cautions_of_algorithm(config)]
     sft = config.sft
-    if "sft" in config.stages and sft.warmup_steps >= sft.steps:
+    known = sft.epochs is None
+    if "sft" in config.stages and known and sft.warmup_steps >= sft.steps:
         found.append(
             f"sft.warmup_steps={sft.warmup_steps} is the whole of sft.steps={sft.steps}: the"
             " learning rate never reaches sft.lr"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -57,6 +57,17 @@ SET_BY_EMBERL = (
     "tokenizer_kwargs",
 )
 """Arguments of `apply_chat_template` that a user may not give."""
+
+FORM_OF_PROMPTS = (
+    "max_prompt_length",
+    "system_prompt",
+    "merge_system",
+    "template",
+    "chat_template",
+    "chat_template_kwargs",
+    "assistant_prefix",
+)
+"""What rows of another set take over from `data` where they say nothing themselves."""
 
 
 def endless(source: str | tuple[str, ...]) -> bool:
@@ -248,6 +259,14 @@ class DataConfig(Settings):
                 r"data.answer_pattern needs a group around the reference, e.g. '#### (.+)'"
             )
         return pattern
+
+    def beside(self, data: DataConfig) -> Self:
+        """These rows with the prompts' form of the training data where they set none of their
+        own."""
+        own = self.model_fields_set
+        return self.model_copy(
+            update={k: getattr(data, k) for k in FORM_OF_PROMPTS if k not in own}
+        )
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -12,16 +12,6 @@ from .base import LONGEST, MOST_ANSWERS, MOST_TOKENS, Settings
 from .data import DataConfig
 from .reward import RewardPart
 
-_FORM_OF_PROMPTS = (
-    "max_prompt_length",
-    "system_prompt",
-    "merge_system",
-    "template",
-    "chat_template",
-    "chat_template_kwargs",
-    "assistant_prefix",
-)
-
 
 class SamplingConfig(Settings):
     """What is left of the model's distribution before a token is drawn; the defaults leave all of
@@ -182,13 +172,6 @@ class EvalSetConfig(DataConfig):
                 "a set is evaluated whole: name its file in path, or its split in split"
             )
         return self
-
-    def beside(self, data: DataConfig) -> EvalSetConfig:
-        """The set with the prompts' form of the training data where it sets none of its own."""
-        own = self.model_fields_set
-        return self.model_copy(
-            update={k: getattr(data, k) for k in _FORM_OF_PROMPTS if k not in own}
-        )
 
     @property
     def generated(self) -> bool:

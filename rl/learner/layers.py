@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.transformer import operators
+from ...kernels.transformer import operators, products
 
 _log = logging.getLogger(__name__)
 
@@ -117,7 +117,9 @@ def layer_forward(
     )
     normed = operators.rms_norm(x, first.weight, first.variance_epsilon)
     size = attention.head_dim
-    q, k, v = attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
+    q, k, v = (
+        _linear(part, normed) for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
     if hasattr(attention, "q_norm"):
         q, k = (
             operators.rms_norm(rows.view(-1, size), norm.weight, norm.variance_epsilon).view_as(
@@ -140,12 +142,20 @@ def layer_forward(
         scale=attention.scaling,
     )
     total, normed = operators.add_rms_norm(
-        x, attention.o_proj(answer), second.weight, second.variance_epsilon
+        x, _linear(attention.o_proj, answer), second.weight, second.variance_epsilon
     )
     out = operators.gated_mlp(
         normed, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
     )
     return out.view(shape) + total.view(shape)  # no view, which FSDP warns of
+
+
+def _linear(layer: Any, x: Tensor) -> Tensor:
+    """`layer(x)`; one with adapters runs as it is."""
+    if type(layer) is nn.Linear:
+        return products.linear(x, layer.weight, layer.bias)
+    out: Tensor = layer(x)
+    return out
 
 
 def _borders(shape: torch.Size, packed: Tensor | None) -> tuple[int, ...]:

@@ -22,6 +22,9 @@ LARGEST = 16384
 LARGEST_CPU = 2048
 """On a CPU: a layer's products are quickest while what they read stays in the cores' caches."""
 SMALLEST = 256
+PASS_BYTES = 1 << 30
+"""Activations of a pass on a CPU, which are far beyond its caches: a pass that keeps more of them
+takes memory and gains nothing, whatever `optim.micro_batch_tokens` allows."""
 SPARE = 0.8
 """Share of the free memory that is planned with; allocators, collectives and the estimate's error
 have the rest."""
@@ -106,6 +109,13 @@ def tokens_that_fit(needed: Need, free: int, *, longest: int, largest: int) -> i
         )
     fitting = (room - needed.state - needed.loss) // (needed.token + needed.square * longest)
     return max(SMALLEST, min(largest, fitting) // SMALLEST * SMALLEST)
+
+
+def worth_keeping(needed: Need, tokens: int, target: platform.Platform) -> int:
+    """Tokens of a pass of at most `tokens`, which on a CPU keeps no more than `PASS_BYTES`."""
+    if not target.is_cpu:
+        return tokens
+    return min(tokens, max(SMALLEST, PASS_BYTES // needed.token // SMALLEST * SMALLEST))
 
 
 def largest_pass(target: platform.Platform) -> int:

@@ -47,6 +47,7 @@ from .publisher import Parts, Published, Publisher, PublishRequest, shards_of
 from .shards import Shards
 from .teachers import Teacher, sampled_logprobs, teaching
 from .trainable import Trainable, shard
+from .whole import keep_whole, passes
 
 _log = logging.getLogger(__name__)
 
@@ -157,12 +158,20 @@ class LearnerRank:
             (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
         return model
 
-    def _shard(self, module: nn.Module, layers: Any, *, offload: bool = False) -> None:
+    def _shard(
+        self, module: nn.Module, layers: Any, *, dtype: torch.dtype | None = None,
+        offload: bool = False,
+    ) -> None:  # fmt: skip
+        """For passes in `dtype`, by default that of the passes."""
+        compute = dtype or self.dtype
+        if self.spec.world == 1 and self.platform.is_cpu:
+            keep_whole(module, self.mesh, compute)
+            return
         shard(
             module,
             layers,
             self.mesh,
-            self.dtype,
+            compute,
             reduce=self.master,
             offload=offload,
             keep=self.platform.is_cpu,
@@ -188,11 +197,10 @@ class LearnerRank:
             self.refresh_reference()
 
     def _pass_tokens(self, optim: OptimConfig) -> int:
-        """`optim.micro_batch_tokens`, or what fits; an architecture whose need is not known gets
-        the largest."""
-        if isinstance(optim.micro_batch_tokens, int):
-            return optim.micro_batch_tokens
-        largest = memory.largest_pass(self.platform)
+        """`optim.micro_batch_tokens` as far as they are worth their room, or what fits; an
+        architecture whose need is not known gets the largest."""
+        given = optim.micro_batch_tokens
+        largest = given if isinstance(given, int) else memory.largest_pass(self.platform)
         if self.flops is None:
             return largest
         sizes = [(p.numel(), p.requires_grad) for p in self.policy.parameters()]
@@ -206,6 +214,8 @@ class LearnerRank:
             checkpointing=self.spec.model.gradient_checkpointing,
             fused=self.fused,
         )
+        if isinstance(given, int):
+            return memory.worth_keeping(needed, given, self.platform)
         free = torch.tensor(memory.free_memory(self.platform), device=self.device)
         dist.all_reduce(free, op=dist.ReduceOp.MIN)  # every rank must cut the same passes
         return memory.tokens_that_fit(
@@ -223,7 +233,7 @@ class LearnerRank:
         if self.fused:
             replace_layers(body, body.layers)
         critic = Critic(body, self.master).to(self.device).train()
-        shard(critic.value, [], self.mesh, self.master, reduce=self.master)
+        self._shard(critic.value, [], dtype=self.master)
         self._shard(critic, critic.body.layers)
         if settings.path is None:
             prefix = f"{self.policy.model.base_model_prefix}."
@@ -265,6 +275,8 @@ class LearnerRank:
         loss, metrics = self.backward(batch, objective)
         metrics |= self._mismatch()  # before the update: the policy is still the old one
         metrics |= {"actor/loss": loss, **self.actor.update("actor")}
+        if self.platform.is_cpu:  # what passes freed is as much again as what stays
+            platform.give_back_memory()
         seconds = time.perf_counter() - start
         return metrics | self._speed(batch, seconds) | {"timing_s/update_actor": seconds}
 
@@ -393,6 +405,8 @@ class LearnerRank:
     ) -> Iterator[MicroBatchTensors]:
         """This rank's passes, as many as on every other rank; gradients go over to the others with
         the last one."""
+        from torch.distributed.fsdp import FSDPModule
+
         plan = plan_micro_batches(
             batch.sequence_lengths,
             self.spec.world,
@@ -401,14 +415,15 @@ class LearnerRank:
             cost=float if self.flops is None else self.flops.sequence,
         )
         mine = plan[self.spec.rank]
-        for i, sequences in enumerate(mine):
-            if gradient:
-                last = i == len(mine) - 1
-                module.set_requires_gradient_sync(last)
-                # on a CPU to gather is to cast, which costs more than the room; the optimizer makes
-                # the copies stale
-                module.set_reshard_after_backward(last or not self.platform.is_cpu)
-            yield to_tensors(batch, sequences, self.device, packed=self.packed)
+        with passes(module):
+            for i, sequences in enumerate(mine):
+                if gradient and isinstance(module, FSDPModule):
+                    last = i == len(mine) - 1
+                    module.set_requires_gradient_sync(last)
+                    # on a CPU to gather is to cast, which costs more than the room; the optimizer
+                    # makes the copies stale
+                    module.set_reshard_after_backward(last or not self.platform.is_cpu)
+                yield to_tensors(batch, sequences, self.device, packed=self.packed)
 
     def _on_device(self, row_T: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(row_T)).to(self.device)

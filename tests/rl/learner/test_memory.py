@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from emberl.kernels import platform
 from emberl.rl.learner import memory
 from emberl.rl.learner.memory import Need, tokens_that_fit
 
@@ -24,6 +25,19 @@ NEED = Need(state=1000, loss=200, token=10)
 )
 def test_as_many_tokens_as_the_memory_holds(free: int, largest: int, expected: int) -> None:
     assert tokens_that_fit(NEED, free, longest=100, largest=largest) == expected
+
+
+def test_a_cpus_pass_keeps_no_more_than_is_worth_its_room() -> None:
+    million = Need(state=0, loss=0, token=1 << 20)  # a MiB a token
+    for device, given, expected in (
+        ("cpu", 8192, memory.PASS_BYTES >> 20),
+        ("cpu", 600, 600),
+        ("cuda", 8192, 8192),
+    ):
+        assert memory.worth_keeping(million, given, platform.named(device)) == expected
+    assert memory.worth_keeping(NEED, 16384, platform.named("cpu")) == 16384, "a small model's"
+    huge = Need(state=0, loss=0, token=1 << 30)
+    assert memory.worth_keeping(huge, 8192, platform.named("cpu")) == memory.SMALLEST
 
 
 def test_kept_scores_grow_with_the_longest_sequence() -> None:

@@ -1,0 +1,59 @@
+"""Work of compiled loops dealt out over as many threads as torch has."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+FEW_ROWS = 128
+"""Fewer are not worth a second thread."""
+
+
+def bits(tensor: Tensor) -> NDArray[Any]:
+    """A contiguous bfloat16 tensor as uint16, sharing its memory, which cannot be resized
+    afterwards: so never a parameter, whose gathered copy FSDP frees in that way."""
+    return tensor.detach().view(torch.uint16).numpy()
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Its threads run torch's operations alone, each on its own core."""
+    started = threading.Barrier(threads + 1)
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="elements", initializer=begin)
+    for _ in range(threads):
+        pool.submit(int)
+    started.wait()
+    torch.set_num_threads(threads)  # threads yet to come take the number that was set last
+    return pool
+
+
+def over_rows(count: int, part: Callable[[int, int, int], None]) -> None:
+    """Calls part(index, start, stop) for ranges of `count` rows, one on each of torch's threads."""
+    threads = torch.get_num_threads()
+    if threads == 1 or count < FEW_ROWS:
+        part(0, 0, count)
+        return
+    edges = [count * i // threads for i in range(threads + 1)]
+    list(_pool(threads).map(part, range(threads), edges, edges[1:]))
+
+
+def over_parts(parts: Sequence[tuple[int, int]], work: Callable[[int, int], None]) -> None:
+    """Calls work(start, stop) for every part, as many at a time as torch has threads."""
+    threads = torch.get_num_threads()
+    if threads == 1 or len(parts) == 1:
+        for part in parts:
+            work(*part)
+        return
+    list(_pool(threads).map(work, *zip(*parts, strict=True)))
