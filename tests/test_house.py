@@ -186,7 +186,7 @@ BUDGET = {
     "rl/algorithm": 1_590,
     "rl/config": 3_080,
     "rl/data": 3_530,
-    "rl/learner": 2_590,
+    "rl/learner": 2_580,
     "rl/plan": 1_820,
     "rl/watch": 1_000,
     "rl/weights": 880,
