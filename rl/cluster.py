@@ -52,7 +52,6 @@ class Cluster:
         self._actors: list[Any] = []
         self._ready: list[Any] = []
         self._owns_ray = False
-        self.pool: RolloutPool | None = None
         if not self.address and not ray.is_initialized() and self.placement.device == "cpu":
             check_capacity(self.placement, {"CPU": platform.local_cpus()}, "this machine")
 

@@ -53,7 +53,8 @@ class Interrupted(Exception):
 
 @dataclass(kw_only=True)
 class Run:
-    """The parts of a run that is under way. Only `progress` changes."""
+    """Owns the progress of a run that is under way, beside the parts that all stages use; only the
+    progress changes."""
 
     config: Config
     run_id: str

@@ -38,7 +38,7 @@ def parse_reply(line: bytes) -> Reply:
     """Reads one line from a child. Whatever is no well-formed reply is an error of the program's
     own."""
     try:
-        data = json.loads(line, parse_int=_bounded_int, parse_constant=_refused)
+        data = _JSON.decode(line.decode())
     except (ValueError, RecursionError) as error:
         return Reply(
             error="Unreadable", text=f"the returned value is no plain value: {type(error).__name__}"
@@ -62,6 +62,9 @@ def _bounded_int(digits: str) -> int:
 
 def _refused(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
+
+
+_JSON = json.JSONDecoder(parse_int=_bounded_int, parse_constant=_refused)
 
 
 def printable(text: str) -> str:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import marshal
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,16 @@ if TYPE_CHECKING:
 
 _HERE = Path(__file__).resolve().parent
 _MOST_OUTPUT = 1 << 28
+_SHORTAGE = re.compile(
+    r"can't start new thread|Too many open files in system|Resource temporarily unavailable"
+)
+"""The program's own doing, or the machine is out of processes or files: then `_CONTROL` fails."""
+_CONTROL = """
+import threading, time
+threads = [threading.Thread(target=time.sleep, args=(0.05,)) for _ in range(16)]
+for each in threads: each.start()
+import colorsys
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,14 +150,19 @@ class Tester:
     def test(self, plan: Plan, program: Program) -> Result:
         """How many of the plan's tests the program passes. Raises SandboxError, but only after a
         second try where a fork server was lost."""
-        if isinstance(plan, ProgramPlan):
-            return self._run_program(plan, program)
         action: Callable[[], Result]
-        if isinstance(plan, FunctionPlan):
+        if isinstance(plan, ProgramPlan):
+            action = functools.partial(self._run_program, plan, program)
+        elif isinstance(plan, FunctionPlan):
             action = functools.partial(self._call_function, plan, program)
         else:
             action = functools.partial(self._judged, plan, program)
-        return twice(action)
+        result = twice(action)
+        if _SHORTAGE.search(result.message):
+            if (control := self.sandbox.run_program(_CONTROL)).exit_code:
+                raise SandboxError(f"the machine gives no more processes or files: {control}")
+            result = twice(action)
+        return result
 
     def _call_function(self, plan: FunctionPlan, program: Program) -> Result:
         total, passed, failure = len(plan.calls), 0, Result(0, 1, "")

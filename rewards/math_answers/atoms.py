@@ -187,7 +187,11 @@ class Atoms(Reader):
         if token in BIG:
             return self.big(BIG[token])
         if token in (r"\angle", r"\triangle", r"\measuredangle"):
-            return Node(Kind.RUN, (), f"{name} {self.braced_tokens()}")
+            letters = self.braced_tokens()
+            corners = letters.split() if " " in letters else list(letters)
+            if token != r"\triangle" and len(corners) == 3:  # either side may come first
+                letters = " ".join(min(corners, corners[::-1]))
+            return Node(Kind.RUN, (), f"{name} {letters}")
         if name in ACCENTS and name != "overset":
             return Node(Kind.NAME, (), f"{name} {self.braced_tokens()}{self.subscript()}")
         if name in FUNCTIONS:

@@ -178,9 +178,14 @@ def items_of(node: Node) -> list[Node] | None:
     return found
 
 
+NO_SOLUTION = (["no", "solution"], ["no", "real", "solution"], ["无解"])
+_SPELLED = {"dne": ["does", "not", "exist"], "solutions": ["solution"]}
+
+
 def words_of(node: Node) -> list[str]:
     words = re.findall(r"[^\W_]+", str(node.data).casefold())
-    return [word for word in words if word not in ("the", "a", "an", "only")]
+    kept = [word for word in words if word not in ("the", "a", "an", "only")]
+    return [part for word in kept for part in _SPELLED.get(word, [word])]
 
 
 def same_letters(gold: Node, answer: Node) -> Outcome | None:
@@ -189,7 +194,7 @@ def same_letters(gold: Node, answer: Node) -> Outcome | None:
         return outcome(gold.data == answer.data)
     run, other = (gold, answer) if gold.kind is Kind.RUN else (answer, gold)
     if other.kind is Kind.TEXT:
-        return outcome(str(other.data).casefold() == str(run.data).casefold())
+        return outcome(words_of(other) == words_of(run))
     names = (Kind.NAME, Kind.CHOICE, Kind.CONSTANT)
     if other.kind is Kind.LIST and all(i.kind in names for i in other.args):
         letters = [str(i.data) for i in other.args]

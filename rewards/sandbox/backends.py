@@ -29,7 +29,10 @@ _HERE = Path(__file__).resolve().parent
 _START_SECONDS = 30.0  # to isolate itself, on a machine however loaded
 _GRACE_SECONDS = 10.0  # beyond a run's own deadline, until the fork server counts as lost
 _LOOK_SECONDS = 0.5  # between two looks at a run that takes long
-_BINDING = {"LD_BIND_NOW": "1"}  # the fork server looks every symbol up once, or its children would
+_ENVIRONMENT = {
+    "LD_BIND_NOW": "1",  # the fork server looks every symbol up once, or its children would
+    "MALLOC_ARENA_MAX": "1",  # each thread would reserve 64 MiB of the address space it may have
+}
 _FOR_PRELOADED = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 WITH_NAMESPACES = ("zygote", "bubblewrap")
 """Back ends with namespaces, whose processes end with process 1."""
@@ -56,7 +59,7 @@ class ForkServer:
         with theirs, open(os.memfd_create("errors"), "w+b") as errors:
             self._process = subprocess.Popen(
                 _command(backend, theirs.fileno(), view),
-                env=_FOR_PRELOADED | _BINDING if preload else _BINDING,
+                env=_ENVIRONMENT | (_FOR_PRELOADED if preload else {}),
                 cwd="/",
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -308,7 +311,9 @@ def _command(backend: str, fd: int, view: View) -> list[str]:
         "--hostname",
         "box",
     ]
-    command += ["--setenv", *next(iter(_BINDING.items())), "--uid", "65534", "--gid", "65534"]
+    for name, value in _ENVIRONMENT.items():
+        command += ["--setenv", name, value]
+    command += ["--uid", "65534", "--gid", "65534"]
     for path, target in (*view.binds, *view.packages):
         command += (
             ["--symlink", os.readlink(path), target]

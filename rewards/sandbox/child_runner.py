@@ -139,6 +139,8 @@ class ChildRunner:
         if self.namespaces and (self.nobody or _kernel() >= (5, 14)):
             limits[resource.RLIMIT_NPROC] = _THREADS  # elsewhere all of the user's processes count
         for which, most in limits.items():
+            allowed = resource.getrlimit(which)[1]
+            most = most if allowed < 0 else min(most, allowed)
             resource.setrlimit(which, (most, most))
         _stack(64 << 20)
 

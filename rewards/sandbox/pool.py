@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 _DEFAULT = Limits()
+_dump = json.JSONEncoder(check_circular=False).encode
 COMPILER_LIMITS = Limits(seconds=30.0, memory_mb=1536, output_bytes=64 << 20)
 _LOOK_SECONDS = 0.5  # between two looks at a run that takes long
 _SEALS = 0x1 | 0x2 | 0x4 | 0x8  # F_SEAL_SEAL, SHRINK, GROW, WRITE
@@ -223,7 +224,7 @@ class Session:
 
     def send(self, *messages: Mapping[str, Any]) -> None:
         """Sends one line each. Raises ProgramEnded, SandboxError."""
-        self._send("".join(json.dumps(message) + "\n" for message in messages).encode())
+        self._send("".join([_dump(message) + "\n" for message in messages]).encode())
 
     def relay(self, line: bytes) -> None:
         """Sends another session's line. Raises ProgramEnded, SandboxError."""

@@ -120,6 +120,19 @@ def test_a_judge_that_does_not_come_up_is_no_verdict(reward, monkeypatch) -> Non
     assert [v.status for v in reward([row])] == [Status.VERIFIER_ERROR]
 
 
+@slow
+def test_a_machine_out_of_processes_is_not_the_programs_fault(reward, monkeypatch) -> None:
+    """Threads up to the sandbox's own limit, then beyond it; then as if the machine gave none."""
+    code = (
+        "import threading, time\ndef add(a, b):\n    for _ in range({}):\n       "
+        " threading.Thread(target=time.sleep, args=(0.2,)).start()\n    return a + b"
+    )
+    few, many = item(code.format(12), ADD), item(code.format(200), ADD)
+    assert [v.status for v in reward([few, many])] == [Status.CORRECT, Status.WRONG]
+    monkeypatch.setattr(running, "_CONTROL", "raise SystemExit(1)")
+    assert [v.status for v in reward([few, many])] == [Status.CORRECT, Status.VERIFIER_ERROR]
+
+
 STACK = (
     "import os, sys, signal\nclass Stack(list):\n    def push(self, x):\n        {}\n    pop ="
     " list.pop\n"
