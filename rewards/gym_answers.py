@@ -18,6 +18,8 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Any
 
+from .syntax import expression
+
 Entry = Mapping[str, Any]
 """A row as reasoning-gym's items are: question, answer, metadata."""
 Check = Callable[[str, Entry], bool]
@@ -205,7 +207,7 @@ def _makes(target: str | int) -> Check:
             raise ValueError("no arithmetic expression")
         used: list[int] = []
         try:
-            value = _evaluated(ast.parse(text.strip(), mode="eval").body, used)
+            value = _evaluated(expression(text), used)
         except (SyntaxError, MemoryError) as error:
             raise ValueError("no arithmetic expression") from error
         wanted = Fraction(str(metadata[target] if isinstance(target, str) else target))

@@ -15,8 +15,10 @@ from ..rollout.samples import Completion
 from .algorithm.advantages import batch_advantages, kl_estimate, token_rewards
 from .algorithm.aggregation import token_weights
 from .config.algorithm import AdvantageConfig, KLConfig, LossConfig
+from .config.distill import DistillConfig
 from .config.load import Config, ConfigError, user_errors
 from .data.sources import PromptSource
+from .data.supervised import Example
 from .data.templates import end_token, supervised_ids
 from .groups import Batch, Group
 
@@ -45,16 +47,22 @@ def make_batch(
 
 
 def flat_batch(
-    groups: Sequence[Group], loss: LossConfig, *, max_length: int, mask_cut: bool = False
+    groups: Sequence[Group],
+    loss: LossConfig,
+    *,
+    max_length: int,
+    mask_cut: bool = False,
+    distill: DistillConfig | None = None,
 ) -> Batch | None:
     """All completions that have a verdict, group by group; None if there is none. The advantages
     are those of the groups.
 
     max_length: the longest answer, `seq-mean-token-sum-norm`'s constant where `loss.norm_const` is
     empty. mask_cut: completions that were cut at that length do not train (`filter.overlong_mask`).
+    distill: says which teacher each has.
     """
     rows = [
-        (group.prompt.token_ids, completion, advantage_of, verdict.status == Status.CORRECT)
+        (group.prompt, completion, advantage_of, verdict.status == Status.CORRECT)
         for group in groups
         for completion, verdict, advantage_of in zip(
             group.completions, group.verdicts, _advantages(group), strict=True
@@ -65,10 +73,10 @@ def flat_batch(
         return None
     whole = _flat(
         [
-            np.concatenate([prompt, completion.token_ids]).astype(np.int32)
+            np.concatenate([prompt.token_ids, completion.token_ids]).astype(np.int32)
             for prompt, completion, _, _ in rows
         ],
-        [len(prompt) for prompt, _, _, _ in rows],
+        [len(prompt.token_ids) for prompt, _, _, _ in rows],
         [completion.logprobs for _, completion, _, _ in rows],
         [float(advantage_of) for _, _, advantage_of, _ in rows],
         loss,
@@ -76,7 +84,11 @@ def flat_batch(
         [completion.mask for _, completion, _, _ in rows],
     )
     right = np.array([correct for *_, correct in rows])
-    return replace(whole, correct_T=right[whole.sequence_ids_T])
+    whole = replace(whole, correct_T=right[whole.sequence_ids_T])
+    if distill is None or not distill.active:
+        return whole
+    teachers = np.array([distill.teacher_of(prompt.source) for prompt, *_ in rows], np.int32)
+    return replace(whole, teacher_ids_T=teachers[whole.sequence_ids_T])
 
 
 def updates_of(
@@ -162,6 +174,22 @@ def with_token_advantages(batch: Batch, advantage: AdvantageConfig, kl: KLConfig
     return replace(batch, advantages_T=advantages, returns_T=returns)
 
 
+def with_teachers(batch: Batch, distill: DistillConfig) -> Batch:
+    """The batch with its advantages times `distill.reward_coef` and, where teachers are asked about
+    the sampled tokens, plus `distill.coef` times log(teacher / policy) of each token. The policy is
+    the one that sampled, so that the mean is the reverse KL at its own prefixes."""
+    if not distill.active:
+        return batch
+    advantages = distill.reward_coef * np.asarray(batch.advantages_T, np.float64)
+    if distill.on_samples:
+        assert batch.teacher_logp_T is not None and batch.teacher_ids_T is not None
+        old_T = batch.behaviour_logp_T if batch.old_logp_T is None else batch.old_logp_T
+        gap = batch.teacher_logp_T - np.asarray(old_T, np.float64)
+        taught = batch.loss_mask_T & (batch.teacher_ids_T >= 0) & np.isfinite(gap)
+        advantages += distill.coef * np.where(taught, gap, 0.0)
+    return replace(batch, advantages_T=advantages)
+
+
 def _own_weights(batch: Batch, loss: LossConfig, norm_const: float) -> Batch:
     weights = token_weights(
         batch.loss_mask_T, batch.sequence_ids_T, loss.aggregation, norm_const=norm_const
@@ -219,15 +247,26 @@ def demonstration(solution: str, position: int, direct: float) -> str:
 def sft_batch(examples: Sequence[tuple[Sequence[int], int]]) -> Batch:
     """(token ids, length of the prompt in them) pairs as a batch whose loss is the answers' mean
     negative log-likelihood."""
-    sequences = [np.array(token_ids, dtype=np.int32) for token_ids, _ in examples]
-    zeros = [np.zeros(len(token_ids) - start, np.float32) for token_ids, start in examples]
+    return example_batch(
+        [
+            Example(token_ids=tuple(ids), learnt=np.arange(len(ids)) >= start)
+            for ids, start in examples
+        ]
+    )
+
+
+def example_batch(examples: Sequence[Example]) -> Batch:
+    """Sequences as a batch whose loss is the learnt tokens' mean negative log-likelihood."""
+    starts = [int(each.learnt.argmax()) for each in examples]
+    masks = [each.learnt[start:] for each, start in zip(examples, starts, strict=True)]
     return _flat(
-        sequences,
-        [start for _, start in examples],
-        zeros,
+        [np.array(each.token_ids, dtype=np.int32) for each in examples],
+        starts,
+        [np.zeros(len(mask), np.float32) for mask in masks],
         [1.0] * len(examples),
         LossConfig(aggregation="token-mean"),
         1.0,
+        masks,
     )
 
 

@@ -60,6 +60,8 @@ class Progress:
     """Optimizer steps of the policy in RL."""
     entropy_start: float | None = None
     """Nats a token in the first RL step that trained, which `Alarms` compares with."""
+    curriculum: Mapping[str, Any] | None = None
+    """Of the order of problems (`data.mixture`, `data.curriculum`), once an RL step was done."""
     warnings: tuple[str, ...] = ()
     """What was said of a run that does not learn."""
 
@@ -112,21 +114,16 @@ def check_resumed(config: Config, checkpoint: Path, override: bool) -> list[str]
             f"{checkpoint.name} holds no {SETTINGS} (an older emberl wrote it): nothing can be"
             " compared with it"
         ]
-    before, now = _leaves(json.loads(file.read_text())), _leaves(config.model_dump(mode="json"))
-    missing = object()
-    counted = ("schedule.passes", "schedule.steps") if config.schedule.passes is not None else ()
-    changed = {
-        key: (before.get(key, missing), now.get(key, missing))
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key, missing) != now.get(key, missing)
-        and key not in ("run_dir", "name", *counted)
+    before, now = leaves(json.loads(file.read_text())), leaves(config.model_dump(mode="json"))
+    counted = {  # worked out once the rows are known
+        "schedule.passes": config.schedule.passes is not None,
+        "schedule.steps": config.schedule.passes is not None,
+        "sft.steps": config.sft.epochs is not None,
     }
     lines = {
-        key: (
-            f"{key}: {'unset' if was is missing else json.dumps(was)}, now"
-            f" {'unset' if is_ is missing else json.dumps(is_)}"
-        )
-        for key, (was, is_) in changed.items()
+        key: line
+        for key, line in differences(before, now).items()
+        if key not in ("run_dir", "name") and not counted.get(key)
     }
     broken = [line for key, line in lines.items() if _under(key, SHAPE)]
     if broken:
@@ -147,12 +144,24 @@ def _under(key: str, groups: Sequence[str]) -> bool:
     return any(key == group or key.startswith(f"{group}.") for group in groups)
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """`optim.lr: 1e-06, now 1e-05` for each key whose values differ."""
+
+    def shown(values: Mapping[str, Any], key: str) -> str:
+        return json.dumps(values[key]) if key in values else "unset"
+
+    pairs = {
+        key: (shown(before, key), shown(now, key)) for key in sorted(before.keys() | now.keys())
+    }
+    return {key: f"{key}: {was}, now {is_}" for key, (was, is_) in pairs.items() if was != is_}
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted keys and their values."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            found |= _leaves(value, f"{prefix}{key}.")
+            found |= leaves(value, f"{prefix}{key}.")
         else:
             found[prefix + key] = value
     return found

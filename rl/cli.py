@@ -13,6 +13,7 @@ from .weights.history_commands import app as patches
 
 if TYPE_CHECKING:
     from .config.load import Config
+    from .config.stages import Recipe
     from .run_directory import Resume
 
 app = typer.Typer(
@@ -66,6 +67,17 @@ def train(
             )
         ),
     ] = False,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="STAGE",
+            help=(
+                "Of a recipe: do this stage and all after it anew; what they left is removed."
+                " Without it, what is done is skipped."
+            ),
+        ),
+    ] = None,
     like: Annotated[
         str | None,
         typer.Option(
@@ -73,9 +85,11 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """Runs an experiment; the last line of stdout is one JSON object with the result."""
+    """Runs an experiment, or the stages of a recipe that are not done; the last line of stdout is
+    one JSON object with the result."""
     from .config.likeness import PEERS
-    from .config.load import ConfigError, load_config
+    from .config.load import ConfigError
+    from .config.stages import Recipe, load_experiment
 
     try:
         changes = list(overrides or ())
@@ -83,17 +97,25 @@ def train(
         if resume and "auto" in changes:  # the flag's own word, which has no key=value
             changes.remove("auto")
             how = "auto"
-        settings = load_config(config, changes)
+        settings = load_experiment(config, changes)
+        recipe = isinstance(settings, Recipe)
         if like is not None and (not dry_run or like not in PEERS):
             raise ConfigError(
                 f"--like {like}: give --dry-run --like {' or --dry-run --like '.join(PEERS)}"
             )
+        if start is not None and not recipe:
+            raise ConfigError(f"--from {start}: {config} has no named stages; leave it out")
         if dry_run:
             show_plan(settings, like)
             return
-        from .recipe import train as run_training
+        if isinstance(settings, Recipe):
+            from .stages import run_recipe
 
-        result = run_training(settings, resume=how, override=override)
+            found = run_recipe(settings, start=start, override=override)
+        else:
+            from .recipe import train as run_training
+
+            found = run_training(settings, resume=how, override=override).as_json()
     except ConfigError as error:
         fail(str(error), USAGE)
     except KeyboardInterrupt:
@@ -107,8 +129,8 @@ def train(
 
         traceback.print_exc()
         fail(f"{type(error).__name__}: {error}", FAILED)
-    print(json.dumps(result.as_json()), flush=True)
-    if result.status == "interrupted":
+    print(json.dumps(found), flush=True)
+    if found["status"] == "interrupted":
         raise typer.Exit(INTERRUPTED)
 
 
@@ -361,29 +383,47 @@ def data(
         fail(str(error), USAGE)
 
 
-def show_plan(settings: Config, like: str | None = None) -> None:
-    """What `--dry-run` prints: the configuration, the placement, what a file changes of its preset,
-    doubtful settings, and what the first rows of the data show."""
+def show_plan(settings: Config | Recipe, like: str | None = None) -> None:
+    """What `--dry-run` prints, of a recipe for each stage: the configuration, the placement, what a
+    file changes of its preset, doubtful settings, and what the first rows of the data show."""
+    from .config.stages import Recipe
+    from .model_files import check_files
+    from .preflight import check_inputs
+
+    if isinstance(settings, Recipe):
+        from .stages import check_recipe
+
+        said = check_recipe(settings)
+        for number, stage in enumerate(settings.stages, 1):
+            print(f"# stage {number} of {len(settings.stages)}: {stage.name} ({stage.kind})")
+            show_run(stage.config, like)
+            print()
+    else:
+        check_files(settings)
+        said = check_inputs(settings)
+        show_run(settings, like)
+    for line in said:
+        print(f"data: {line}")
+
+
+def show_run(settings: Config, like: str | None) -> None:
+    """A run's configuration and placement, and what is said of them."""
     from ..rollout.engine import check_engine
     from .config.cautions import said_at_start
     from .config.likeness import describe
     from .config.load import to_yaml, user_errors
-    from .model_files import check_files
     from .placement import plan_placement
-    from .preflight import check_inputs
 
-    check_files(settings)
     # where it will run, vLLM may be installed
     if settings.rollout.engine != "vllm" or settings.rollout.servers:
         with user_errors():
             check_engine(
                 settings.rollout.engine, settings.rollout.engine_args, settings.rollout.servers
             )
-    said = check_inputs(settings)
     print(to_yaml(settings).rstrip())
     print("---")
     print(plan_placement(settings).describe())
-    for line in [*said_at_start(settings), *(f"data: {line}" for line in said)]:
+    for line in said_at_start(settings):
         print(line)
     if like is not None:
         print("---")

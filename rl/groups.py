@@ -86,6 +86,10 @@ class Batch:
     """Under the policy as it stood before the step's first update; None: not recomputed yet."""
     reference_logp_T: Floats | None = None
     """Under the frozen reference policy, where there is one."""
+    teacher_ids_T: Ints | None = None
+    """With distillation: which teacher the token's sequence has, -1 for none."""
+    teacher_logp_T: Floats | None = None
+    """Under that teacher, where it is asked about sampled tokens; 0 where there is none."""
     values_T: Floats | None = None
     """The critic's estimate before each loss token, where there is one."""
     returns_T: Floats | None = None

@@ -94,17 +94,30 @@ def load_tokenizer(model_path: str, settings: DataConfig) -> Any:
 
     What it decodes is what the tokens say: no spaces are taken out before full stops and the like.
     """
-    from transformers import AutoTokenizer
-
-    _quiet()
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
-    except Exception as error:  # of any kind: the files are whatever the user has
-        raise _not_a_model("model.path", model_path, error) from error
+    tokenizer = model_tokenizer("model.path", model_path)
     tokenizer.clean_up_tokenization_spaces = False
     with user_errors():
         tokenizer.chat_template = template_of(settings, tokenizer)
     return tokenizer
+
+
+def model_tokenizer(key: str, path: str) -> Any:
+    """The tokenizer of a model that `key` names, as its files have it; `ConfigError` where there is
+    none."""
+    from transformers import AutoTokenizer
+
+    _quiet()
+    found = _local(path)
+    try:
+        return AutoTokenizer.from_pretrained(path if found is None else str(found))
+    except Exception as error:  # of any kind: the files are whatever the user has
+        raise _not_a_model(key, path, error) from error
+
+
+def check_directory(key: str, path: str) -> None:
+    """`ConfigError` where a model that no engine serves is neither a directory with its parts nor a
+    possible Hub id."""
+    _check_path(key, path, engine=None)
 
 
 def stop_tokens(tokenizer: Any, model_path: str) -> tuple[int, ...]:
@@ -268,10 +281,12 @@ def _quiet() -> None:
 
 __all__ = [
     "check_adapters",
+    "check_directory",
     "check_files",
     "check_model",
     "gguf_file",
     "load_tokenizer",
+    "model_tokenizer",
     "prepare_model",
     "stop_tokens",
 ]

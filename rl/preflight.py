@@ -11,12 +11,15 @@ from ..rewards.by_source import BySource
 from ..rewards.inputs import RewardInput
 from ..rewards.suite import RewardSuite, build_suite
 from .config.data import DataConfig
+from .config.distill import DistillConfig
 from .config.load import Config, ConfigError, user_errors
 from .data.rows import eval_tables, train_tables
 from .data.sources import check_data, is_table
+from .data.supervised import check_rows
 from .data.table import Head, heldout_note, read_head
 from .data.templates import PromptWriter
 from .reward_inputs import reward_input
+from .teachers import check_teachers
 
 _REFERENCES = 256
 """Rows of a table whose references are tried."""
@@ -26,10 +29,12 @@ _RENDERED = 64
 """Rows of a table that go through the chat template."""
 
 
-def check_inputs(config: Config, *, hub: bool = False) -> list[str]:
+def check_inputs(config: Config, *, hub: bool = False, pending: bool = False) -> list[str]:
     """Reads the first rows of every file, imports the rewards and tries both on each other. Returns
     what a person should know; `ConfigError` for what would end the run. hub: data sets and models
     of the Hub too, which may be fetched."""
+    if config.data.mixture or config.data.levels:
+        return _check_parts(config, hub)
     with user_errors():
         if not is_table(config.data):
             check_data(config.data)
@@ -39,21 +44,70 @@ def check_inputs(config: Config, *, hub: bool = False) -> list[str]:
             except ValueError as error:
                 raise ValueError(f"eval.sets.{name}: {error}") from error
         heads = _heads(config.data, hub)
+        check_teachers(config, heads[0], hub=hub)
+        _check_difficulty(config.data, heads[0])
         said = [head.mapper.describe() for head in (*heads[0], *heads[1])]
         for head in (*heads[0], *heads[1]):
             said += _said_of(head)
         said += _said_of_sizes(config, *heads)
         suite = build_suite({name: part.model_dump() for name, part in config.reward.parts.items()})
         try:
-            for head in (*heads[0], *heads[1]):
+            for head in (*heads[0], *heads[1]) if config.grades else ():
                 said += check_references(config.data, suite, head)
         finally:
             suite.close()
+        if "sft" in config.stages and config.sft.data is not None and not pending:
+            try:
+                for table in train_tables(config.sft.data, hub=hub):
+                    check_rows(config.sft.data, table)
+            except ValueError as error:
+                raise ValueError(f"sft.data: {error}") from error
         tokenizer = _tokenizer(config, hub)
         if tokenizer is not None:
             for head in (*heads[0], *heads[1]):
                 _render(config.data, tokenizer, head)
     return said
+
+
+def _check_parts(config: Config, hub: bool) -> list[str]:
+    """The same of every source of a mixture at every level."""
+    check_teachers(config, [], hub=hub)
+    config = config.model_copy(update={"distill": DistillConfig()})
+    said: list[str] = []
+    for name, (_, part) in config.data.parts.items():
+        for number, level in enumerate(part.at_levels):
+            key = f"data.mixture.{name}" if config.data.mixture else "data"
+            key += f".levels[{number}]" if part.levels else ""
+            try:
+                one = check_inputs(config.model_copy(update={"data": level}), hub=hub)
+            except ConfigError as error:
+                raise ConfigError(f"{key}: {error}") from error
+            said += [f"{key}: {line}" for line in one]
+    return said
+
+
+def _check_difficulty(settings: DataConfig, heads: Sequence[Head]) -> None:
+    """ValueError where `data.curriculum.rate_column` is to be had of no row, or is no pass rate."""
+    column = settings.curriculum.rate_column
+    if column is None:
+        return
+    key = f"data.curriculum.rate_column={column!r}"
+    if not is_table(settings):
+        raise ValueError(f"{key}: data.source={settings.source} has no columns; leave it out")
+    for head in heads:
+        values = [row.get(column) for row in head.problems.rows]
+        rates = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        if not rates:
+            columns = sorted({name for row in head.problems.rows for name in row})
+            raise ValueError(
+                f"{key}: {head.table.where} has no numbers there; its columns are"
+                f" {', '.join(columns)}"
+            )
+        if outside := [rate for rate in rates if not 0 <= rate <= 1]:
+            raise ValueError(
+                f"{key}: {head.table.where} has {outside[0]:g} there, and a pass rate is between 0"
+                " and 1"
+            )
 
 
 def _heads(settings: DataConfig, hub: bool) -> tuple[list[Head], list[Head]]:

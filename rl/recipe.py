@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 import time
 import uuid
@@ -18,7 +17,6 @@ from ..rollout.actors import ActorLostError
 from ..rollout.engine import check_engine
 from ..rollout.stops import token_bytes
 from .algorithm.losses import Objective
-from .batch import demonstrations
 from .checkpoints import (
     PROGRESS,
     SETTINGS,
@@ -36,9 +34,11 @@ from .environments import episodes_of, load_environment
 from .eval_sets import open_eval_sets
 from .model_files import check_adapters, check_model, load_tokenizer, prepare_model, stop_tokens
 from .preflight import check_inputs
+from .reject import sample_accepted
 from .reward_inputs import reward_input
 from .run import Interrupted, Run, on_loop, stop_on_signal
 from .run_directory import Resume, alone_in, open_run_dir, trim_metrics
+from .sft import Imitated, open_imitated, train_sft, with_sft_steps
 from .trainer import train_rl
 from .watch.tracking import Tracker, make_console
 from .weights.probe import Level, Probe, probe_ids, tolerance_of
@@ -51,7 +51,7 @@ class Result:
 
     status: str
     accuracy_start: float | None
-    """Held-out accuracy before the first RL step."""
+    """Held-out accuracy before the first RL step; without RL, before the first supervised one."""
     accuracy_end: float | None
     steps: int
     """RL steps done."""
@@ -129,9 +129,14 @@ def run_attempt(
             suite = build_rewards(config, source, tokenizer)
             opened.callback(suite.close)
             config, passes = with_steps(config, source.size)
+            imitated = None
+            if "sft" in config.stages:
+                imitated = open_imitated(config, source, tokenizer)
+                config = with_sft_steps(config, imitated.size)
             tracker = Tracker(config, run_dir, console)
             opened.callback(tracker.close)
-            for note in (*source.notes, *([passes] if passes else [])):
+            learnt = imitated.notes if imitated is not None else ()
+            for note in (*source.notes, *([passes] if passes else []), *learnt):
                 tracker.note(note)
             sets = open_eval_sets(
                 config, source, suite, partial(load_tokenizer, model_path), tracker.note, opened
@@ -168,7 +173,7 @@ def run_attempt(
             )
             with user_errors():
                 pool.episodes = episodes_of(config, tokenizer, run.said)
-            return on_loop(go(run, checkpoint))
+            return on_loop(go(run, checkpoint, imitated))
 
 
 def earlier_noise(progress: Progress) -> Level | None:
@@ -177,9 +182,12 @@ def earlier_noise(progress: Progress) -> Level | None:
     return None if logp is None or p is None else Level(logp=logp, p=p)
 
 
-async def go(run: Run, checkpoint: Path | None) -> Result:
-    """All stages from where `run.progress` stands."""
-    stages: dict[str, Callable[[Run], Awaitable[None]]] = {"sft": train_sft, "rl": train_rl}
+async def go(run: Run, checkpoint: Path | None, imitated: Imitated | None = None) -> Result:
+    """All stages from where `run.progress` stands. imitated: what a supervised stage learns."""
+    stages: dict[str, Callable[[Run], Awaitable[None]]]
+    stages = {"rl": train_rl, "reject": sample_accepted}
+    if imitated is not None:
+        stages["sft"] = partial(train_sft, imitated=imitated)
     names = run.config.stages
     status, published = "ok", False
     try:
@@ -192,9 +200,9 @@ async def go(run: Run, checkpoint: Path | None) -> Result:
                 )
             else:
                 run.learners.begin_stage(run.config.sft_optim, run.config.sft.steps)
-            if checkpoint is not None:
+            if checkpoint is not None and name != "reject":  # which changes no weight
                 run.learners.restore(str(checkpoint))
-                checkpoint = None
+            checkpoint = None
             if published:
                 run.weights.probe.begin_stage()
             # an earlier stage of this attempt has changed the weights
@@ -228,38 +236,19 @@ async def go(run: Run, checkpoint: Path | None) -> Result:
 def finish(run: Run) -> None:
     """The model that a user takes away, and the picture."""
     newest = latest_checkpoint(run.run_dir)
-    if newest is not None:
+    if newest is not None and (newest / "config.json").is_file():
         model = run.run_dir / "model"
         shutil.rmtree(model, ignore_errors=True)
         shutil.copytree(newest, model, ignore=shutil.ignore_patterns("learner", PROGRESS, SETTINGS))
     run.tracker.curve()
 
 
-async def train_sft(run: Run) -> None:
-    """The cold start: supervised steps on worked solutions, each problem once."""
-    config = run.config.sft
-    run.tracker.begin("sft", run.progress.step, config.steps)
-    while run.progress.step < config.steps:
-        await run.stop_if_asked()
-        position = run.progress.position
-        batch = demonstrations(run.source, run.tokenizer, run.config, position)
-        metrics = await asyncio.to_thread(run.learners.step, batch, Objective.sft())
-        run.progress = run.progress.advance(
-            step=run.progress.step + 1, position=position + config.batch_size
-        )
-        run.tracker.log(
-            run.progress.step,
-            {"sft/loss": metrics["actor/loss"], **metrics},
-            show={"loss": f"{metrics['actor/loss']:.3f}"},
-        )
-    await run.save(needed=True)
-
-
 def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> RewardSuite:
     """The reward suite, tried on one problem, with every reference of a finite data set checked
     before training."""
     if (
-        config.eval.size != 0
+        config.grades
+        and config.eval.size != 0
         and not source.heldout
         and not (config.eval.sets and config.eval.size is None)
     ):
@@ -270,6 +259,8 @@ def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> Rewar
         )
     with user_errors():
         suite = build_suite({name: part.model_dump() for name, part in config.reward.parts.items()})
+        if not config.grades:
+            return suite
         suite.trial(reward_input(source.train(0), tokenizer, "0"))
         rows = list(source.examples())
         bad = suite.check_references([reward_input(prompt, tokenizer, "") for prompt in rows])

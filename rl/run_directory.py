@@ -22,6 +22,8 @@ METRICS = "metrics.jsonl"
 STOP = "stop"
 """A file that asks the run of this directory to save after its step and to end."""
 LOCK = ".lock"
+SUMMARY = "summary.json"
+"""Of a recipe, in its directory from the beginning."""
 
 Resume = Literal["never", "must", "auto"]
 """Whether a start goes on from a checkpoint: `auto` where there is one, else from the beginning."""
@@ -129,12 +131,16 @@ def alone_in(run_dir: Path) -> Iterator[None]:
 
 
 def asked_to_stop(run_dir: Path) -> bool:
-    """Whether somebody put the file there; takes it away."""
-    try:
-        (run_dir / STOP).unlink()
-    except FileNotFoundError:
-        return False
-    return True
+    """Whether somebody put the file there, or into the directory of the recipe whose stage this
+    is; takes it away."""
+    of_recipe = run_dir.parent if (run_dir.parent / SUMMARY).exists() else run_dir
+    for folder in (run_dir, of_recipe):
+        try:
+            (folder / STOP).unlink()
+        except FileNotFoundError:
+            continue
+        return True
+    return False
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config.load import Config, ConfigError, load_config
-from .run_directory import STOP
+from .config.load import Config, ConfigError
+from .config.stages import Recipe, load_experiment
+from .run_directory import STOP, SUMMARY
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -55,7 +56,7 @@ def submit(
     to have as they are here. wheel: emberl itself, where the cluster has none. ConfigError before
     anything is sent.
     """
-    config = load_config(file, overrides)
+    found = load_experiment(file, overrides)
     here = Path.cwd()
     if not file.resolve().is_relative_to(here):
         raise ConfigError(
@@ -65,9 +66,9 @@ def submit(
     missing = [name for name in environment if name not in os.environ]
     if missing:
         raise ConfigError(f"--env {missing[0]}: there is no such variable here")
-    run_dir = absolute(config.run_dir or str(config.output))
+    run_dir = absolute(str(found.folder if isinstance(found, Recipe) else found.output))
     command = ["python", "-m", "emberl.rl.cli", "train", str(file.resolve().relative_to(here))]
-    command += [*overrides, *_absolute_paths(config), f"run_dir={run_dir}", *arguments]
+    command += [*overrides, *_absolute_paths(found), f"run_dir={run_dir}", *arguments]
     runtime: dict[str, Any] = {
         "working_dir": str(here),
         "excludes": list(STAYS),
@@ -107,7 +108,7 @@ def stop(target: str, address: str | None, tell: Callable[[str], None] = print) 
     which a second, small job does where the first one runs."""
     if address is None:
         folder = Path(target)
-        if not (folder / "config.yaml").is_file():
+        if not any((folder / name).is_file() for name in ("config.yaml", SUMMARY)):
             raise ConfigError(
                 f"{target} is no run's directory here; for a job add --address http://HEAD:8265"
             )
@@ -129,10 +130,17 @@ def absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def _absolute_paths(config: Config) -> list[str]:
+def _absolute_paths(found: Config | Recipe) -> list[str]:
     """Overrides that name by their absolute paths what a configuration names from here and what
-    does not travel: models."""
-    named = {"model.path": config.model.path, "critic.path": config.critic.path}
+    does not travel: models, but for those that a recipe's stages make."""
+    if isinstance(found, Recipe):
+        return [
+            f"stages.{stage.name}.{override}"
+            for stage in found.stages
+            for override in _absolute_paths(stage.config)
+            if absolute(str(found.folder)) not in override
+        ]
+    named = {"model.path": found.model.path, "critic.path": found.critic.path}
     return [f"{k}={absolute(v)}" for k, v in named.items() if v is not None and Path(v).exists()]
 
 

@@ -13,8 +13,9 @@ import numpy as np
 from ..rewards.suite import check_errors
 from .algorithm.advantages import Floats, group_advantages, overlong_penalty
 from .algorithm.losses import Objective
-from .batch import flat_batch, updates_of, with_token_advantages
+from .batch import flat_batch, updates_of, with_teachers, with_token_advantages
 from .config.load import Config
+from .data.mixture import MixtureSource
 from .evaluate import evaluate
 from .feed import GroupFeed
 from .groups import Batch, Group
@@ -27,6 +28,7 @@ from .watch.step_metrics import (
     check_engine_logprobs,
     sample_metrics,
     speed_metrics,
+    teacher_metrics,
 )
 
 
@@ -36,8 +38,16 @@ async def train_rl(run: Run) -> None:
     and learners take turns)."""
     config, schedule = run.config, run.config.schedule
     objective = Objective.of(
-        config.loss, config.kl, config.offpolicy, temperature=config.rollout.temperature
+        config.loss,
+        config.kl,
+        config.offpolicy,
+        distill=config.distill,
+        temperature=config.rollout.temperature,
     )
+    if config.distill.active:
+        await asyncio.to_thread(run.learners.load_teachers, config.distill)
+    if isinstance(run.source, MixtureSource) and run.progress.curriculum is not None:
+        run.source.restore(run.progress.curriculum)
     alarms = Alarms(config, run.progress.entropy_start)
     run.tracker.begin("rl", run.progress.step, schedule.steps)
     if run.progress.step == 0 and config.eval.active:
@@ -86,6 +96,11 @@ async def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, 
         "longest": config.rollout.max_response_length,
         "longest_prompt": config.data.max_prompt_length,
     }
+    if isinstance(run.source, MixtureSource):
+        graded = [(group.prompt, group.verdicts) for group in sampled]
+        position, pending = run.progress.position, run.progress.pending
+        metrics |= run.source.observe(graded, step, position, pending)
+        run.progress = run.progress.advance(curriculum=run.source.state())
     of_samples = sample_metrics(sampled, trained, shaped, **limits)
     # rewards of tokens have the KL penalty in them
     metrics = fed.metrics | of_samples | metrics | run.suite.metrics()
@@ -135,10 +150,13 @@ async def update(run: Run, trained: Sequence[Group], objective: Objective) -> di
     seen: list[Batch] = []
     batches: list[Batch] = []
     longest, mask_cut = config.rollout.max_response_length, config.filter.overlong_mask
-    whole = flat_batch(trained, config.loss, max_length=longest, mask_cut=mask_cut)
+    whole = flat_batch(
+        trained, config.loss, max_length=longest, mask_cut=mask_cut, distill=config.distill
+    )
     if whole is not None:
         whole = await with_estimates(run, objective, whole)
         whole = with_token_advantages(whole, config.advantage, config.kl)
+        whole = with_teachers(whole, config.distill)
         seen.append(whole)
         batches = updates_of(
             whole,
@@ -165,6 +183,7 @@ async def update(run: Run, trained: Sequence[Group], objective: Objective) -> di
     metrics |= (averages(done) if done else {}) | batch_metrics(
         seen, config.offpolicy, config.kl.coef
     )
+    metrics |= teacher_metrics(seen, config.distill)
     if not done:
         return metrics
     await refresh_reference(run)
@@ -190,6 +209,9 @@ async def with_estimates(run: Run, objective: Objective, batch: Batch) -> Batch:
     if config.kl.active:
         found = await asyncio.to_thread(learners.reference_logprobs, batch, temperature)
         batch = replace(batch, reference_logp_T=found)
+    if config.distill.on_samples:
+        found = await asyncio.to_thread(learners.teacher_logprobs, batch, temperature)
+        batch = replace(batch, teacher_logp_T=found)
     if config.advantage.needs_critic:
         batch = replace(batch, values_T=await asyncio.to_thread(learners.values, batch))
     return batch

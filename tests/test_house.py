@@ -90,14 +90,23 @@ def test_the_arrow_check_itself(path: str, line: str, problem: str | None) -> No
 LAYERS: dict[str, tuple[set[str], ...]] = {
     "rl": (
         {"cli"},
-        {"recipe", "data_command"},
-        {"trainer", "minimal"},
+        {"stages"},
+        {"recipe", "data_command", "submit"},
+        {"trainer", "minimal", "sft", "reject"},
         {"feed", "evaluate"},
         {"run"},
         {"cluster", "weights", "plan", "data_command"},
-        {"model_files", "gguf_conversion", "eval_sets", "environments", "preflight", "placement"},
+        {
+            "model_files",
+            "gguf_conversion",
+            "eval_sets",
+            "environments",
+            "preflight",
+            "placement",
+            "teachers",
+        },
         {"learner", "batch", "watch", "reward_inputs"},
-        {"data", "checkpoints", "disks"},
+        {"data", "checkpoints", "run_directory", "disks"},
         {"algorithm", "groups"},
         {"config"},
     ),
@@ -171,29 +180,29 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 
 BUDGET = {
-    "kernels": 525,
-    "kernels/decoding": 210,
-    "kernels/loss": 1_800,
-    "kernels/patch_coding": 760,
-    "kernels/transformer": 620,
-    "rewards": 2_290,
-    "rewards/audit": 740,
-    "rewards/code_tests": 3_590,
-    "rewards/math_answers": 5_290,
-    "rewards/plugins": 860,
+    "kernels": 519,
+    "kernels/decoding": 201,
+    "kernels/loss": 1_956,
+    "kernels/patch_coding": 755,
+    "kernels/transformer": 610,
+    "rewards": 2_322,
+    "rewards/audit": 739,
+    "rewards/code_tests": 3_610,
+    "rewards/math_answers": 5_325,
+    "rewards/plugins": 851,
     "rewards/sandbox": 2_710,
-    "rl": 4_644,
-    "rl/algorithm": 1_590,
-    "rl/config": 3_080,
-    "rl/data": 3_530,
-    "rl/learner": 2_580,
-    "rl/plan": 1_820,
-    "rl/watch": 1_000,
-    "rl/weights": 880,
-    "rollout": 2_440,
-    "rollout/embedded": 1_790,
-    "rollout/vllm_backend": 2_660,
-    "rollout/weights": 1_620,
+    "rl": 5_514,
+    "rl/algorithm": 1_674,
+    "rl/config": 3_748,
+    "rl/data": 4_581,
+    "rl/learner": 2_782,
+    "rl/plan": 1_811,
+    "rl/watch": 1_226,
+    "rl/weights": 879,
+    "rollout": 2_456,
+    "rollout/embedded": 1_788,
+    "rollout/vllm_backend": 2_661,
+    "rollout/weights": 1_615,
 }
 """Lines of a folder's own Python files, or of a sub-folder's; `rl` and so on are the files at the
 top."""
@@ -367,7 +376,7 @@ def pip(cwd: Path, *arguments: str) -> None:
 def test_the_wheel_has_every_file_and_one_top_level_name(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0].split("-")[0] for name in names} == {"emberl"}
-    data = [path.relative_to(ROOT) for path in (ROOT / "configs").glob("*.yaml")]
+    data = [path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml")]
     assert {f"emberl/{path.as_posix()}" for path in [*SOURCES, *data]} <= names
     assert {f"emberl/{folder}/py.typed" for folder in FOLDERS} <= names
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..sandbox.child import encode, source_of
-from .names import literal
+from ..syntax import expression, literal
 from .nodes import HELPERS, Signature, signature_of
 from .plans import Call, FunctionPlan, Plan, ProgramPlan
 
@@ -129,7 +129,8 @@ def text_of(value: Any) -> str:
         raise ValueError(
             f"a test on stdin and stdout is neither text nor lines: {str(value)[:100]!r}"
         )
-    return str(value)
+    # Python limits the digits that `str` writes
+    return str(decimal.Decimal(value) if isinstance(value, int) else value)
 
 
 def _function_plan(cases: Sequence[Case], name: str, starter: str) -> FunctionPlan:
@@ -176,7 +177,7 @@ def _arguments(given: Any) -> tuple[list[Any], dict[str, Any]]:
     """Lines of JSON, one an argument; or a list of arguments, or arguments by name."""
     if isinstance(given, str) and re.match(r"\s*[A-Za-z_]\w* = ", given):
         try:  # LeetCode's: a = 2, b = 3
-            call = ast.parse(f"f({given.strip()})", mode="eval").body
+            call = expression(f"f({given.strip()})")
             words = call.keywords if isinstance(call, ast.Call) else []
             return [], {str(each.arg): ast.literal_eval(each.value) for each in words}
         except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -6,7 +6,8 @@ import ast
 import importlib
 import symtable
 import sys
-from typing import Any
+
+from ..syntax import syntax_tree
 
 _MODEL_MODULES = {
     *(
@@ -42,25 +43,6 @@ def called_names(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
             found |= {each.id for each in node.decorator_list if isinstance(each, ast.Name)}
     return found
-
-
-def syntax_tree(source: str) -> ast.Module:
-    """`ast.parse`, which some releases of CPython 3.11 and 3.12 let fail where another thread
-    parses (gh-106905)."""
-    for _ in range(20):
-        try:
-            return ast.parse(source)
-        except SystemError:
-            continue
-    raise ValueError("the interpreter cannot parse now")
-
-
-def literal(text: str) -> Any:
-    """The value of a Python literal. Raises what `ast.literal_eval` does."""
-    body = syntax_tree(text.lstrip(" \t")).body
-    if len(body) != 1 or not isinstance(body[0], ast.Expr):
-        raise ValueError("no literal")
-    return ast.literal_eval(body[0].value)
 
 
 def parsed(source: str, what: str) -> ast.Module:

@@ -7,7 +7,7 @@ import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .names import syntax_tree
+from ..syntax import syntax_tree
 
 HELPERS = """
 class ListNode:

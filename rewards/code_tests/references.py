@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .names import syntax_tree
+from ..syntax import syntax_tree
 
 # Columns and who writes so: HumanEval; MBPP; KodCode; SYNTHETIC-1; LeetCodeDataset; APPS, TACO,
 # CodeContests.

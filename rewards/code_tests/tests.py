@@ -7,9 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..sandbox.child import source_of
+from ..syntax import expression, literal
 from .assertions import asserts_plan, check_plan, module_plan
 from .cases import Case, cases_of, named_in_metadata, plan_of_cases, unpacked
-from .names import literal, parsed
+from .names import parsed
 from .plans import Plan
 from .references import defined_names
 
@@ -93,12 +95,14 @@ def _asserted(cases: Sequence[Case]) -> tuple[str, ...]:
     """Assertions for cases whose inputs are calls, as `add(2, 3)`; none for any other."""
     found = []
     for case in cases:
-        given, wanted = str(case.given).strip(), str(case.wanted).strip()
-        if re.fullmatch(r"[A-Za-z_]\w*\(.*\)", given, re.DOTALL) is None or case.name:
+        given = case.given.strip() if isinstance(case.given, str) and not case.name else ""
+        if re.fullmatch(r"[A-Za-z_]\w*\(.*\)", given, re.DOTALL) is None:
             return ()
         try:
+            text = isinstance(case.wanted, str)
+            wanted = case.wanted.strip() if text else source_of(case.wanted)
             literal(wanted)
-            ast.parse(given, mode="eval")
+            expression(given)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return ()
         found.append(f"assert {given} == {wanted}")

@@ -3,11 +3,11 @@ problem."""
 
 from __future__ import annotations
 
-import ast
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from ..syntax import literal
 from .extract import boxes, extract
 from .lexer import tokenise
 from .parser import TooDeep, Unreadable, parse
@@ -76,7 +76,8 @@ def read_reference(text: str) -> Reference:
 def read_gold(gold: str) -> Reference:
     """The reference of a data row: an answer, a solution with a box or `#### x`, or a list of
     answers as JSON writes it."""
-    text = _listed(gold.strip())
+    # `["$5$", "$-5$"]`, as OlympiadBench has it, is the list 5, -5
+    text = ", ".join(_items(gold.strip())) or gold.strip()
     if boxes(text) or "####" in text or len(text) > _LONG:
         candidates = extract(text).candidates
         return read_reference(
@@ -85,27 +86,21 @@ def read_gold(gold: str) -> Reference:
     return read_reference(text)
 
 
-def _listed(gold: str) -> str:
-    """`["$5$", "$-5$"]`, as OlympiadBench has it, is the list 5, -5."""
-    if not (gold[:2] in ('["', "['") and gold[-1:] == "]"):
-        return gold
+def _items(gold: str) -> list[str]:
+    """The texts of a list that is written as JSON or Python writes it; none if it is none."""
+    if gold[:2] not in ('["', "['") or gold[-1:] != "]":
+        return []
     try:
-        items = ast.literal_eval(gold)
+        items = literal(gold)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return gold
-    return ", ".join(items) if all(isinstance(item, str) for item in items) and items else gold
+        return []
+    return items if all(isinstance(item, str) for item in items) else []
 
 
 def accepted(gold: str) -> tuple[str, ...]:
     """The answers of which one will do: the names in a list of names, else the reference alone."""
-    if gold[:2] not in ('["', "['") or gold[-1:] != "]":
-        return (gold,)
-    try:
-        items = ast.literal_eval(gold)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return (gold,)
-    names = all(isinstance(item, str) and _NAME.fullmatch(item) for item in items)
-    return tuple(items) if names and items else (gold,)
+    items = _items(gold)
+    return tuple(items) if items and all(map(_NAME.fullmatch, items)) else (gold,)
 
 
 _CHOICE = re.compile(r"^[ \t]*\(?([A-J])[).:][ \t]+(\S.*?)[ \t]*$", re.MULTILINE)

@@ -116,7 +116,9 @@ def _encode_subclass(value: Any) -> Any:
 def source_of(value: Any) -> str:
     """An expression that makes the plain value again. Raises TypeError for anything else."""
     kind = type(value)
-    if value is None or kind in (bool, int, str, bytes):
+    if kind is int:
+        return repr(value) if -_JSON_DIGITS < value < _JSON_DIGITS else f"({hex(value)})"
+    if value is None or kind in (bool, str, bytes):
         return repr(value)
     if kind is float:
         return repr(value) if math.isfinite(value) else f"float({repr(value)!r})"
@@ -373,6 +375,8 @@ def _stack_size(size: int = 0, _set: Callable[..., int] = _thread.stack_size) ->
 
 
 builtins.exit = builtins.quit = _leave  # type: ignore[assignment]
+if hasattr(sys, "set_int_max_str_digits"):  # the run's own time is limited, and so is its memory
+    sys.set_int_max_str_digits(0)
 _thread.stack_size = _stack_size
 if "threading" in sys.modules:
     sys.modules["threading"].stack_size = _stack_size  # type: ignore[attr-defined]

@@ -1,15 +1,19 @@
 """From resolved settings and a batch to the `TokenLoss` of a step.
 
-The mathematics stands in `surrogates`; here it gets its ratio level, the weights of `aggregation`
-and `offpolicy`, the KL penalty and the entropy bonus. The total is the plain sum over tokens:
-nothing is divided here.
+A loss is a sum of parts per token: the policy gradient, cross entropy, the KL to a named model, the
+entropy bonus. Supervised learning is cross entropy alone, RL a policy gradient and what its
+settings add, distillation either of these with a teacher as the named model. The mathematics stands
+in `surrogates`; here it gets its ratio level and the weights of `aggregation` and `offpolicy`. The
+total is the plain sum over tokens: nothing is divided here.
 
 Shape legend: n tokens of a chunk, T tokens of the batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -19,6 +23,7 @@ from torch import Tensor
 
 from ...kernels.loss.terms import TokenStats, TokenTerms
 from ..config.algorithm import LOSSES, KLConfig, LossConfig, OffPolicyConfig
+from ..config.distill import DistillConfig
 from ..groups import Batch
 from .kinds import KINDS, weighted
 from .offpolicy import correction, renormalised
@@ -34,7 +39,15 @@ from .token_batch import TokenBatch
 
 Array = NDArray[Any]
 
-PARTS = ("actor/pg_loss", "actor/kl_loss", "actor/entropy", "actor/nll_loss", TAU_TERM)
+DISTILL_TERM = "actor/distill_loss"
+PARTS = (
+    "actor/pg_loss",
+    "actor/kl_loss",
+    "actor/entropy",
+    "actor/nll_loss",
+    DISTILL_TERM,
+    TAU_TERM,
+)
 """Metrics of `BatchLoss` that hold weights, so that their sum is the figure: the terms of the loss,
 before their coefficients. The others are means over the tokens of `COUNTED`."""
 COUNTED = "tokens"
@@ -50,18 +63,30 @@ class Objective:
     """None: the negative log-likelihood of supervised fine-tuning."""
     kl: KLConfig = field(default_factory=KLConfig)
     offpolicy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     temperature: float = 1.0
     """That of sampling: log-probs are compared under the same one."""
 
     @staticmethod
     def of(
-        loss: LossConfig, kl: KLConfig, offpolicy: OffPolicyConfig, *, temperature: float = 1.0
+        loss: LossConfig,
+        kl: KLConfig,
+        offpolicy: OffPolicyConfig,
+        *,
+        distill: DistillConfig | None = None,
+        temperature: float = 1.0,
     ) -> Objective:
         """Checks a user's own loss on a tiny batch at once, so that a run ends before it samples
         anything."""
         if loss.kind not in LOSSES:
             load_loss(loss.kind, loss.options)
-        return Objective(loss=loss, kl=kl, offpolicy=offpolicy, temperature=temperature)
+        return Objective(
+            loss=loss,
+            kl=kl,
+            offpolicy=offpolicy,
+            distill=distill or DistillConfig(),
+            temperature=temperature,
+        )
 
     @staticmethod
     def sft() -> Objective:
@@ -88,7 +113,11 @@ class Objective:
         if self.loss is None or self.loss.kind not in LOSSES:
             return True
         return bool(
-            self.needs_reference or self.loss.entropy_coef or self.loss.tau or self.loss.nll_coef
+            self.needs_reference
+            or self.distill.on_distributions
+            or self.loss.entropy_coef
+            or self.loss.tau
+            or self.loss.nll_coef
         )
 
 
@@ -160,6 +189,26 @@ def token_loss(
     return BatchLoss(objective, rows, mask, trains, ids, device, metrics)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Chunk:
+    """What the parts of a loss see of n tokens; weights are 0 where a token does not train."""
+
+    logp: Tensor
+    batch: TokenBatch
+    trains: Tensor
+    weights: Tensor
+    importance: Tensor
+    """The weights times what corrects for the policy that sampled: those of the policy gradient."""
+    imitation: Tensor | None
+    """The weights of cross entropy on correct answers, where it has any."""
+
+    def where_trained(self, values: Tensor) -> Tensor:
+        return torch.where(self.trains, values, 0.0)
+
+
+Part = Callable[[_Chunk], TokenTerms]
+
+
 class BatchLoss:
     """The loss of one batch; `metrics` holds the figures that were known before any pass."""
 
@@ -189,6 +238,7 @@ class BatchLoss:
         self.clips_by_advantage = loss is not None and loss.kind == "ppo_clip"
         """Whether a token of advantage 0 is never clipped, so that those left out of the passes are
         known not to be."""
+        self._parts = self._parts_of(loss, rows)
         self._rows = rows
         self._device = device
         self._on_device: dict[torch.dtype, dict[str, Tensor]] = {}
@@ -198,7 +248,29 @@ class BatchLoss:
             device
         )
 
+    def _parts_of(self, loss: LossConfig | None, rows: dict[str, Array]) -> list[Part]:
+        """What is added up; a KL to the teachers' whole distributions is no function of log-probs,
+        and is added where the logits are (`Policy`)."""
+        if loss is None:
+            return [lambda chunk: weighted(nll(chunk.logp), chunk.weights)]
+        parts: list[Part] = [partial(self._policy_gradient, loss)]
+        if "reference_logp" in rows:
+            parts.append(partial(_kl_to_reference, self.objective.kl))
+        if "imitation" in rows:
+            parts.append(partial(_imitation, loss.nll_coef))
+        return [*parts, partial(_entropy_bonus, loss.entropy_coef)]
+
     def __call__(self, stats: TokenStats, index: Tensor) -> TokenTerms:
+        chunk, bad = self._chunk(stats, index)
+        terms = reduce(_plus, [part(chunk) for part in self._parts])
+        metrics = {name: chunk.where_trained(value) for name, value in terms.metrics.items()}
+        metrics |= {"actor/nonfinite_logp": bad, COUNTED: chunk.trains.to(bad.dtype)}
+        # what a sequence shares out reaches its masked tokens too
+        dlogp = chunk.where_trained(terms.dlogp)
+        return TokenTerms(loss=terms.loss, dlogp=dlogp, dentropy=terms.dentropy, metrics=metrics)
+
+    def _chunk(self, stats: TokenStats, index: Tensor) -> tuple[_Chunk, Tensor]:
+        """These tokens, and which of them have a log-prob that is not finite."""
         rows = {name: row[index] for name, row in self._tensors(stats.logp.dtype).items()}
         sequence = self._sequence[index]
         trains = self._trains[index] & torch.isfinite(stats.logp)
@@ -206,27 +278,21 @@ class BatchLoss:
         if self.whole_sequences and len(sequence):
             broken = bad.new_zeros(int(sequence.max()) + 1).index_add(0, sequence, bad)
             trains = trains & (broken[sequence] == 0)
-        logp = torch.where(trains, stats.logp, rows["old_logp"])
-        weights = torch.where(trains, rows.pop("weights"), 0.0)
-        importance = torch.where(trains, rows.pop("importance"), 0.0)
-        imitation = torch.where(trains, rows.pop("imitation"), 0.0) if "imitation" in rows else None
-        batch = TokenBatch(sequence=sequence, entropy=stats.entropy, **rows)
-        if self.objective.loss is None:
-            return weighted(nll(logp), weights)
-        terms = self._policy_terms(logp, batch, importance, self.objective.loss)
-        terms = self._with_kl(terms, logp, batch, weights)
-        if imitation is not None:
-            terms = _plus(terms, weighted(nll(logp), imitation))
-            terms = _shown(
-                terms, "actor/nll_loss", imitation * -logp / self.objective.loss.nll_coef
-            )
-        terms = self._with_entropy(terms, stats.entropy, trains, weights)
-        metrics = {"actor/ppo_kl": bounded(batch.old_logp - logp)[0], **terms.metrics}
-        metrics = {name: torch.where(trains, value, 0.0) for name, value in metrics.items()}
-        metrics |= {"actor/nonfinite_logp": bad, COUNTED: trains.to(bad.dtype)}
-        # what a sequence shares out reaches its masked tokens too
-        dlogp = torch.where(trains, terms.dlogp, 0.0)
-        return TokenTerms(loss=terms.loss, dlogp=dlogp, dentropy=terms.dentropy, metrics=metrics)
+
+        def weights(name: str) -> Tensor:
+            return torch.where(trains, rows.pop(name), 0.0)
+
+        shares = weights("weights"), weights("importance")
+        imitation = weights("imitation") if "imitation" in rows else None
+        chunk = _Chunk(
+            logp=torch.where(trains, stats.logp, rows["old_logp"]),
+            batch=TokenBatch(sequence=sequence, entropy=stats.entropy, **rows),
+            trains=trains,
+            weights=shares[0],
+            importance=shares[1],
+            imitation=imitation,
+        )
+        return chunk, bad
 
     def _tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The batch's arrays in the dtype of the head's log-probs, which only its first call
@@ -238,11 +304,10 @@ class BatchLoss:
             }
         return self._on_device[dtype]
 
-    def _policy_terms(
-        self, logp: Tensor, batch: TokenBatch, weights: Tensor, loss: LossConfig
-    ) -> TokenTerms:
+    def _policy_gradient(self, loss: LossConfig, chunk: _Chunk) -> TokenTerms:
+        logp, batch, weights = chunk.logp, chunk.batch, chunk.importance
         delta = self.objective.offpolicy.opsm_delta
-        metrics: dict[str, Tensor] = {}
+        metrics = {"actor/ppo_kl": bounded(batch.old_logp - logp)[0]}
         if delta is not None:
             dropped = off_policy_sequences(
                 batch.means(batch.behaviour_logp - logp), batch.advantages, delta
@@ -260,52 +325,54 @@ class BatchLoss:
             metrics["actor/pg_loss"] = terms.loss - loss.tau * metrics[TAU_TERM]
         return TokenTerms(loss=terms.loss, dlogp=terms.dlogp, metrics={**terms.metrics, **metrics})
 
-    def _with_kl(
-        self, terms: TokenTerms, logp: Tensor, batch: TokenBatch, weights: Tensor
-    ) -> TokenTerms:
-        kl = self.objective.kl
-        if batch.reference_logp is None:
-            return terms
-        old_logp = batch.old_logp if kl.unbiased else None
-        found = kl_penalty(
-            logp, batch.reference_logp, kl.estimator, old_logp=old_logp, bound=kl.bound
-        )
-        penalty = weighted(found, weights)
-        scaled = TokenTerms(loss=kl.coef * penalty.loss, dlogp=kl.coef * penalty.dlogp)
-        return _shown(_plus(terms, scaled), "actor/kl_loss", penalty.loss)
 
-    def _with_entropy(
-        self, terms: TokenTerms, entropy: Tensor | None, trains: Tensor, weights: Tensor
-    ) -> TokenTerms:
-        if entropy is None:  # a caller that has no need of the figure
-            assert self.objective.loss is None or not self.objective.loss.entropy_coef
-            return terms
-        entropy = torch.where(trains, entropy, 0.0)
-        terms = _shown(terms, "actor/entropy", weights * entropy)
-        terms = _shown(terms, "actor/entropy_per_token", entropy)
-        assert self.objective.loss is not None
-        if not self.objective.loss.entropy_coef:
-            return terms
-        slope = -self.objective.loss.entropy_coef * weights
-        return TokenTerms(
-            loss=terms.loss + slope * entropy,
-            dlogp=terms.dlogp,
-            dentropy=slope,
-            metrics=terms.metrics,
-        )
+def _kl_to_reference(kl: KLConfig, chunk: _Chunk) -> TokenTerms:
+    batch = chunk.batch
+    assert batch.reference_logp is not None
+    old_logp = batch.old_logp if kl.unbiased else None
+    found = kl_penalty(
+        chunk.logp, batch.reference_logp, kl.estimator, old_logp=old_logp, bound=kl.bound
+    )
+    penalty = weighted(found, chunk.weights)
+    return TokenTerms(
+        loss=kl.coef * penalty.loss,
+        dlogp=kl.coef * penalty.dlogp,
+        metrics={"actor/kl_loss": penalty.loss},
+    )
+
+
+def _imitation(coef: float, chunk: _Chunk) -> TokenTerms:
+    """Cross entropy on correct answers; `coef` is in its weights already."""
+    assert chunk.imitation is not None
+    terms = weighted(nll(chunk.logp), chunk.imitation)
+    return TokenTerms(
+        loss=terms.loss, dlogp=terms.dlogp, metrics={"actor/nll_loss": terms.loss / coef}
+    )
+
+
+def _entropy_bonus(coef: float, chunk: _Chunk) -> TokenTerms:
+    """With a coefficient of 0 the figures alone, and nothing where a caller has no need of them."""
+    nothing = torch.zeros_like(chunk.logp)
+    if chunk.batch.entropy is None:
+        assert not coef
+        return TokenTerms(loss=nothing, dlogp=nothing)
+    entropy = chunk.where_trained(chunk.batch.entropy)
+    slope = -coef * chunk.weights
+    return TokenTerms(
+        loss=slope * entropy if coef else nothing,
+        dlogp=nothing,
+        dentropy=slope if coef else None,
+        metrics={
+            "actor/entropy": chunk.weights * entropy,
+            "actor/entropy_per_token": entropy,
+        },
+    )
 
 
 def _plus(terms: TokenTerms, more: TokenTerms) -> TokenTerms:
     return TokenTerms(
-        loss=terms.loss + more.loss, dlogp=terms.dlogp + more.dlogp, metrics=terms.metrics
-    )
-
-
-def _shown(terms: TokenTerms, name: str, values: Tensor) -> TokenTerms:
-    """The terms with one more figure."""
-    return TokenTerms(
-        loss=terms.loss,
-        dlogp=terms.dlogp,
-        dentropy=terms.dentropy,
-        metrics={**terms.metrics, name: values},
+        loss=terms.loss + more.loss,
+        dlogp=terms.dlogp + more.dlogp,
+        dentropy=terms.dentropy if more.dentropy is None else more.dentropy,
+        metrics={**terms.metrics, **more.metrics},
     )

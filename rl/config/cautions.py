@@ -113,6 +113,11 @@ def _stages(config: Config) -> None:
         raise ValueError(
             f"stages={shown(stages)} must name sft, rl or both, each once, e.g. stages=[sft,rl]"
         )
+    if "reject" in stages and len(stages) > 1:
+        raise ValueError(
+            f"stages={shown(stages)}: reject goes alone, or as a named stage of a recipe, which"
+            " hands its samples on"
+        )
 
 
 def _signal(config: Config) -> None:
@@ -120,7 +125,7 @@ def _signal(config: Config) -> None:
     if not trains_rl(config):
         return
     rollout, kind = config.rollout, config.advantage.kind
-    compares = kind not in ("return", "gae")
+    compares = kind not in ("return", "gae") and not config.distill.active
     if rollout.group_size == 1 and compares:
         raise ValueError(
             "rollout.group_size=1 leaves an answer nothing to be compared with"
@@ -215,7 +220,8 @@ def cautions(config: Config) -> list[str]:
     """A line for each setting that trains less, or something else, than one may think."""
     found = [*_cautions_of_schedule(config), *_cautions_of_algorithm(config)]
     sft = config.sft
-    if "sft" in config.stages and sft.warmup_steps >= sft.steps:
+    known = sft.epochs is None
+    if "sft" in config.stages and known and sft.warmup_steps >= sft.steps:
         found.append(
             f"sft.warmup_steps={sft.warmup_steps} is the whole of sft.steps={sft.steps}: the"
             " learning rate never reaches sft.lr"
@@ -263,6 +269,11 @@ def _cautions_of_algorithm(config: Config) -> list[str]:
     if not trains_rl(config):
         return []
     kl, loss, found = config.kl, config.loss, []
+    if config.algorithm == "opd" and not config.distill.active:
+        found.append(
+            "algorithm=opd without distill.teachers learns from rewards alone; name a teacher, e.g."
+            " distill.teachers.large.path=runs/large/model"
+        )
     if kl.place != "none" and kl.coef == 0:
         found.append(f"kl.place={kl.place} with kl.coef=0 penalises nothing")
     if kl.ref_refresh_steps and not kl.active:

@@ -6,11 +6,12 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from .base import Settings
+from .curriculum import CurriculumConfig
 
 KINDS = ("chain", "products", "brackets", "solve", "story")
 """The kinds of problems of the built-in source; `rl/data/arithmetic.py` shows one of each."""
@@ -57,6 +58,17 @@ SET_BY_EMBERL = (
 )
 """Arguments of `apply_chat_template` that a user may not give."""
 
+FORM_OF_PROMPTS = (
+    "max_prompt_length",
+    "system_prompt",
+    "merge_system",
+    "template",
+    "chat_template",
+    "chat_template_kwargs",
+    "assistant_prefix",
+)
+"""What rows of another set take over from `data` where they say nothing themselves."""
+
 
 def endless(source: str | tuple[str, ...]) -> bool:
     """Whether the source makes problems that never repeat by design, rather than reading a data
@@ -69,11 +81,21 @@ def endless(source: str | tuple[str, ...]) -> bool:
 class DataConfig(Settings):
     """Where problems come from, and how a row becomes a prompt with a reference answer."""
 
-    source: Annotated[str, Field(min_length=1)] | tuple[str, ...]
+    source: Annotated[str, Field(min_length=1)] | tuple[str, ...] = ""
     """`arithmetic` (built in), `reasoning_gym:<task>`, a Hub data set `owner/name`, or files:
     Parquet, Arrow, JSON, JSON lines, CSV or TSV (the texts also as .gz, .bz2, .xz, .zst), by name,
     as a glob, a folder of shards, a folder of `save_to_disk`, or a list of any of these. Rows of
-    one prompt and answer count as one problem."""
+    one prompt and answer count as one problem. Empty with `mixture`."""
+    mixture: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
+    """Several sources instead of one, by names of yours, which are their prompts' source: of each
+    its `weight` and what it has other than `data`, e.g. `{sums: {source: arithmetic, weight: 0.3},
+    gsm8k: {source: openai/gsm8k, subset: main, weight: 0.7}}`. Weights are shares of the prompts
+    and sum to 1; without any they are equal."""
+    levels: tuple[Mapping[str, Any], ...] = ()
+    """The same source at rising difficulty: of each level what it has other than `data`, e.g.
+    `[{gym: {max_terms: 3}}, {gym: {max_terms: 6}}]`. Training begins with the first and goes on by
+    `curriculum.raise_at`; held-out problems are the last one's."""
+    curriculum: CurriculumConfig = CurriculumConfig()
     layout: str = "auto"
     """Where rows have prompt, answer and tests: recognised from the columns, or that of a public
     data set by name. What `prompt_column`, `prompt_template`, `answer_column` and `tests_column`
@@ -173,6 +195,8 @@ class DataConfig(Settings):
                 "data.bad_references is data.drop now: drop is data.drop=bad, error is"
                 " data.drop=none"
             )
+        if isinstance(values, Mapping) and values.get("mixture") and values.get("source") == "":
+            return {name: value for name, value in values.items() if name != "source"}
         return values
 
     @field_validator("kinds")
@@ -236,15 +260,95 @@ class DataConfig(Settings):
             )
         return pattern
 
+    def beside(self, data: DataConfig) -> Self:
+        """These rows with the prompts' form of the training data where they set none of their
+        own."""
+        own = self.model_fields_set
+        return self.model_copy(
+            update={k: getattr(data, k) for k in FORM_OF_PROMPTS if k not in own}
+        )
+
     @property
     def sources(self) -> tuple[str, ...]:
         """The names in `source`."""
         return (self.source,) if isinstance(self.source, str) else self.source
 
+    @property
+    def parts(self) -> dict[str, tuple[float, DataConfig]]:
+        """The sources by name, each with its share of the prompts."""
+        if not self.mixture:
+            return {self.name or "": (1.0, self)}
+        equal = 1 / len(self.mixture)
+        shares = [float(part.get("weight") or equal) for part in self.mixture.values()]
+        parts = [self._other(f"mixture.{n}", p, name=n) for n, p in self.mixture.items()]
+        return dict(zip(self.mixture, zip(shares, parts, strict=True), strict=True))
+
+    @property
+    def at_levels(self) -> list[DataConfig]:
+        """The settings of each level, easiest first."""
+        if not self.levels:
+            return [self]
+        return [self._other(f"levels[{i}]", level) for i, level in enumerate(self.levels)]
+
+    def _other(self, key: str, part: Mapping[str, Any], **more: Any) -> DataConfig:
+        """These settings with what a part has of its own."""
+        if inner := {"mixture", "curriculum"} & part.keys():
+            raise ValueError(f"data.{key}.{inner.pop()} belongs to data itself; set it there")
+        own = {name: getattr(self, name) for name in self.model_fields_set - {"mixture"}}
+        if key.startswith("levels"):
+            own.pop("levels")
+        given = {name: value for name, value in part.items() if name != "weight"}
+        merged = {k: {**own[k], **v} if k == "gym" and k in own else v for k, v in given.items()}
+        try:
+            return DataConfig.model_validate({**own, **merged, **more})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(step) for step in first["loc"])
+            raise ValueError(
+                f"data.{key}{'.' * bool(where)}{where}: {first['msg'].removeprefix('Value error, ')}"
+            ) from error
+
+    @model_validator(mode="after")
+    def _mixed(self) -> DataConfig:
+        if self.source == () and not self.mixture:
+            raise ValueError("data.source is an empty list; name at least one file")
+        if bool(self.source) == bool(self.mixture):
+            which = "both are set" if self.source else "neither is set"
+            raise ValueError(f"set data.source (one source) or data.mixture (several): {which}")
+        weights = {name: part.get("weight") for name, part in self.mixture.items()}
+        given = {name: weight for name, weight in weights.items() if weight is not None}
+        for name, weight in given.items():
+            number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not number or not 0 < weight < float("inf"):
+                raise ValueError(
+                    f"data.mixture.{name}.weight={weight} must be a number above 0; leave the source"
+                    " out to have none of it"
+                )
+        if given and len(given) < len(weights):
+            missing = next(name for name in weights if name not in given)
+            raise ValueError(
+                f"data.mixture.{missing} has no weight, others have; give all a weight, or none"
+            )
+        if given and abs(sum(given.values()) - 1) > 1e-6:
+            raise ValueError(
+                f"the weights of data.mixture sum to {sum(given.values()):g}; they are shares of the"
+                " prompts and must sum to 1"
+            )
+        levels = [level for _, part in self.parts.values() for level in part.at_levels]
+        if len(levels) > len(self.parts) and self.curriculum.rate_column is not None:
+            raise ValueError(
+                "data.levels rise by measured success, data.curriculum.rate_column says what was"
+                " measured before; leave one of them out"
+            )
+        return self
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether prompts come in the order of a curriculum."""
+        return bool(self.mixture or self.levels or self.curriculum.active)
+
     @model_validator(mode="after")
     def _together(self) -> DataConfig:
-        if not self.sources:
-            raise ValueError("data.source is an empty list; name at least one file")
         if self.largest_total < 2 * self.largest_term:
             raise ValueError(
                 f"data.largest_total={self.largest_total} must be at least twice"

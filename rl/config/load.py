@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError, model_validator
 from yaml import YAMLError
 
 from .algorithm import (
+    LOSSES,
     AdvantageConfig,
     FilterConfig,
     KLConfig,
@@ -31,6 +32,7 @@ from .algorithm import (
 from .base import Settings
 from .cautions import refuse_what_cannot_train
 from .data import DataConfig, endless
+from .distill import DistillConfig
 from .mistakes import explain
 from .overrides import OverrideError, merged, tree_of
 from .presets import preset
@@ -45,10 +47,10 @@ from .settings import (
     ModelConfig,
     OptimConfig,
     ScheduleConfig,
-    SFTConfig,
     SyncConfig,
     TrackingConfig,
 )
+from .supervised import RejectConfig, SFTConfig
 
 
 class ConfigError(ValueError):
@@ -75,15 +77,17 @@ class Config(Settings):
     """Fixes every draw: the data's order, sampled tokens, the weights of what is made here."""
     run_dir: str = ""
     """Where everything is written; empty: `runs/<name>`."""
-    stages: tuple[Literal["sft", "rl"], ...] = ("rl",)
+    stages: tuple[Literal["sft", "rl", "reject"], ...] = ("rl",)
     """What is done, in this order: a cold start on worked solutions (`sft`), reinforcement learning
-    (`rl`)."""
+    (`rl`); or alone, sampling of answers that the verifier accepts (`reject`). A list of sections
+    with a `name` and a `kind` makes the file a recipe."""
     algorithm: str = "grpo"
     """A preset for `advantage`, `loss`, `kl`, `offpolicy`, `filter`, `critic` and `schedule`; what
     those groups set themselves wins, and is said at the start (`cautions.changes`)."""
     model: ModelConfig
     data: DataConfig
     sft: SFTConfig = SFTConfig()
+    reject: RejectConfig = RejectConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     advantage: AdvantageConfig = AdvantageConfig()
@@ -91,6 +95,7 @@ class Config(Settings):
     kl: KLConfig = KLConfig()
     offpolicy: OffPolicyConfig = OffPolicyConfig()
     filter: FilterConfig = FilterConfig()
+    distill: DistillConfig = DistillConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     sync: SyncConfig = SyncConfig()
     optim: OptimConfig = OptimConfig()
@@ -103,6 +108,7 @@ class Config(Settings):
     @model_validator(mode="after")
     def _fits(self) -> Config:
         check_algorithm(self.advantage, self.kl, self.filter)
+        self._check_distilled()
         refuse_what_cannot_train(self)
         self._check_colocated()
         self._check_collective()
@@ -116,12 +122,36 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _finite(self) -> Config:
-        if self.schedule.passes is not None and endless(self.data.source):
+        without_end = [p.source for _, p in self.data.parts.values() if endless(p.source)]
+        if self.schedule.passes is not None and without_end:
             raise ValueError(
                 f"schedule.passes={self.schedule.passes:g} counts passes over a data set, but "
-                f"data.source={self.data.source} makes problems without end; set schedule.steps"
+                f"data.source={without_end[0]} makes problems without end; set schedule.steps"
+            )
+        if self.sft.epochs is not None and self.sft.data is None and endless(self.data.source):
+            raise ValueError(
+                f"sft.epochs={self.sft.epochs:g} counts passes over a data set, but"
+                f" data.source={self.data.source} makes problems without end; set sft.steps"
+            )
+        if "reject" in self.stages and self.reject.problems is None and endless(self.data.source):
+            raise ValueError(
+                f"data.source={self.data.source} makes problems without end; set reject.problems"
             )
         return self
+
+    def _check_distilled(self) -> None:
+        if self.distill.active and self.filter.zero_variance:
+            raise ValueError(
+                "filter.zero_variance=true drops groups of equal scores, which teachers have"
+                " something to say about; set filter.zero_variance=false, or algorithm=opd"
+            )
+        if self.distill.active and (self.advantage.needs_critic or self.loss.kind not in LOSSES):
+            which = (
+                "advantage.kind=gae"
+                if self.advantage.needs_critic
+                else f"loss.kind={self.loss.kind}"
+            )
+            raise ValueError(f"distill.teachers and {which} do not go together; leave one out")
 
     def _check_colocated(self) -> None:
         if not self.cluster.colocated:
@@ -174,8 +204,13 @@ class Config(Settings):
     def sft_optim(self) -> OptimConfig:
         """The optimizer of the supervised stage."""
         sft = self.sft
-        changes = {"lr": sft.lr, "warmup_steps": sft.warmup_steps, "schedule": sft.schedule}
-        return self.optim.model_copy(update=changes)
+        names = ("lr", "warmup_steps", "schedule", "min_lr_ratio")
+        return self.optim.model_copy(update={name: getattr(sft, name) for name in names})
+
+    @property
+    def grades(self) -> bool:
+        """Whether any answer will be marked."""
+        return self.stages != ("sft",) or (self.sft.accuracy and self.eval.active)
 
     @property
     def max_model_length(self) -> int:
@@ -193,6 +228,27 @@ class Config(Settings):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The validated configuration of one YAML file with `key=value` overrides; raises
     `ConfigError`."""
+    tree = read_tree(path, overrides)
+    stages = tree.get("stages")
+    if isinstance(stages, list) and any(isinstance(stage, dict) for stage in stages):
+        raise ConfigError(
+            f"{path} is a recipe of {len(stages)} stages, and here one run is wanted; emberl train"
+            " runs recipes, and a stage's own settings are in its directory's config.yaml"
+        )
+    return resolve(tree)
+
+
+def read_tree(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    read: Callable[[str, Mapping[str, Any]], dict[str, Any]] = lambda text, _: tree_of(
+        text, Config
+    ),
+) -> dict[str, Any]:
+    """The file with its overrides, interpolations resolved, nothing validated; raises
+    `ConfigError`. prepare: is given what the file holds. read: makes a tree of an override, for the
+    tree so far."""
     file = Path(path)
     if not file.is_file():
         fault = "is no file" if file.exists() else "does not exist"
@@ -203,10 +259,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ConfigError(
                 f"{path}: the file must be a mapping of groups such as model, data, rollout"
             )
-        tree = OmegaConf.to_container(loaded)
+        held: Any = OmegaConf.to_container(loaded)
+        tree = prepare(held)
         for override in overrides:
-            tree = merged(tree, tree_of(override, Config))
-        tree = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+            tree = merged(tree, read(override, tree))
+        resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except ConfigError:
         raise
     except YAMLError as error:
@@ -224,8 +281,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: {key}{said}{hint}") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
-    assert isinstance(tree, dict)
-    return resolve({str(key): value for key, value in tree.items()})
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
 
 
 def resolve(tree: Mapping[str, Any]) -> Config:
@@ -291,6 +348,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "RewardConfig",
+    "RejectConfig",
     "RewardPart",
     "RolloutConfig",
     "SFTConfig",
@@ -300,6 +358,7 @@ __all__ = [
     "TrackingConfig",
     "keys",
     "load_config",
+    "read_tree",
     "resolve",
     "to_yaml",
     "user_errors",

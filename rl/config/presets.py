@@ -159,6 +159,11 @@ PRESETS: Mapping[str, Tree] = {
         "advantage": {"kind": "group", "std": "none", "rescale": "signal"},
         "loss": {"kind": "reinforce", "aggregation": "token-mean"},
     },
+    "opd": {
+        "advantage": _PLAIN,
+        "loss": {"kind": "cispo", "clip_low": 1.0, "clip_high": 4.0, "aggregation": "token-mean"},
+        "filter": _EVERY_GROUP,
+    },
 }
 
 
@@ -192,6 +197,10 @@ PAPERS: Mapping[str, str] = {
     "k2_5": "arXiv 2602.02276, eq. 1, which prints neither bounds nor tau",
     "topr": "arXiv 2503.14286",
     "gpg": "arXiv 2504.02546",
+    "opd": (
+        "on-policy distillation, https://thinkingmachines.ai/blog/on-policy-distillation: importance"
+        " sampling (here truncated), no advantages within the group"
+    ),
 }
 """Where each comes from, and what its paper leaves open."""
 

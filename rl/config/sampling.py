@@ -12,16 +12,6 @@ from .base import LONGEST, MOST_ANSWERS, MOST_TOKENS, Settings
 from .data import DataConfig
 from .reward import RewardPart
 
-_FORM_OF_PROMPTS = (
-    "max_prompt_length",
-    "system_prompt",
-    "merge_system",
-    "template",
-    "chat_template",
-    "chat_template_kwargs",
-    "assistant_prefix",
-)
-
 
 class SamplingConfig(Settings):
     """What is left of the model's distribution before a token is drawn; the defaults leave all of
@@ -172,18 +162,16 @@ class EvalSetConfig(DataConfig):
 
     @model_validator(mode="after")
     def _whole(self) -> EvalSetConfig:
+        if self.scheduled:
+            raise ValueError(
+                "mixture, levels and curriculum order what is trained on; name one source to be"
+                " evaluated on"
+            )
         if self.eval_path is not None or self.eval_split is not None:
             raise ValueError(
                 "a set is evaluated whole: name its file in path, or its split in split"
             )
         return self
-
-    def beside(self, data: DataConfig) -> EvalSetConfig:
-        """The set with the prompts' form of the training data where it sets none of its own."""
-        own = self.model_fields_set
-        return self.model_copy(
-            update={k: getattr(data, k) for k in _FORM_OF_PROMPTS if k not in own}
-        )
 
     @property
     def generated(self) -> bool:

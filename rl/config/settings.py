@@ -64,25 +64,6 @@ class ModelConfig(Settings):
         return self
 
 
-class SFTConfig(Settings):
-    """The cold start: supervised steps on the source's worked solutions, before RL."""
-
-    steps: int = Field(default=200, ge=1, le=MOST_STEPS)
-    """Optimizer steps."""
-    direct: float = Field(default=0.0, ge=0, le=1)
-    """Share of the solutions shown without their work, as an empty `<think></think>` and the answer
-    (Qwen3's way of not thinking): the model learns both ways, and RL finds out which of them
-    pays."""
-    batch_size: int = Field(default=256, ge=1, le=MOST_ANSWERS)
-    """Problems per step."""
-    lr: float = Field(default=2e-3, gt=0, le=1)
-    """The largest learning rate."""
-    warmup_steps: int = Field(default=20, ge=0)
-    """Steps over which the rate rises from 0."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the rate falls after that: not at all, to 0 in a line, or to 0 along a cosine."""
-
-
 class ScheduleConfig(Settings):
     """The loop."""
 
@@ -167,10 +148,21 @@ class OptimConfig(Settings):
     """Over all updates that RL can make. A part of a step without any signal makes none and counts
     all the same (TRL updates there, with advantages of 0); the critic's warm-up does not count for
     the policy (as in verl)."""
+    min_lr_ratio: float = Field(default=0.0, ge=0, lt=1)
+    """Where a cosine ends, as a share of `lr` (verl's name for it)."""
     micro_batch_tokens: Annotated[int, Field(ge=1, le=1_000_000_000)] | Literal["auto"] = "auto"
     """Padded tokens of one forward and backward pass on one rank. Loss and gradient do not depend
     on it. `auto`: as many as the free memory holds, at most 16384, on a CPU 2048 (which is quicker
     there)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> OptimConfig:
+        if self.min_lr_ratio and self.schedule != "cosine":
+            raise ValueError(
+                f"optim.min_lr_ratio={self.min_lr_ratio:g} is the end of a cosine; set"
+                " optim.schedule=cosine"
+            )
+        return self
 
 
 class CriticConfig(Settings):
@@ -220,7 +212,7 @@ class TrackingConfig(Settings):
     project: str = "emberl"
     """The project of W&B and of the other trackers."""
     group: str | None = None
-    """Of W&B: runs that belong together."""
+    """Of W&B: runs that belong together; the stages of a recipe have the recipe's name there."""
     tags: tuple[str, ...] = ()
     """Of W&B."""
     notes: str | None = None

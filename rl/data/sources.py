@@ -10,8 +10,9 @@ from ...rollout.samples import Prompt
 from ..config.data import DataConfig
 from .arithmetic import ArithmeticSource
 from .gym import GymSource, task_of
+from .mixture import MixtureSource
 from .rows import GYM, check_source, eval_tables, train_tables
-from .table import TableSource, read_head
+from .table import Head, TableSource, read_head
 from .templates import Tokenizer
 
 
@@ -52,6 +53,12 @@ def open_source(settings: DataConfig, tokenizer: Tokenizer, seed: int = 0) -> Pr
     seed = seed if settings.seed is None else settings.seed
     if seed < 0:
         raise ValueError(f"seed={seed} must be 0 or more")
+    if settings.scheduled:
+        return MixtureSource(settings, lambda one: _open_one(one, tokenizer, seed), seed)
+    return _open_one(settings, tokenizer, seed)
+
+
+def _open_one(settings: DataConfig, tokenizer: Tokenizer, seed: int) -> PromptSource:
     if settings.source == "arithmetic":
         return ArithmeticSource(settings, tokenizer, seed)
     if is_gym(settings):
@@ -83,4 +90,23 @@ def check_data(settings: DataConfig) -> None:
             read_head(settings, table)
 
 
-__all__ = ["PromptSource", "check_data", "is_gym", "is_table", "open_source"]
+def known_sources(settings: DataConfig, heads: Sequence[Head]) -> set[str] | None:
+    """The names that prompts may have as their source, from the first rows `heads` of the tables;
+    None where rows that were not read may have others."""
+    if settings.mixture:
+        return set(settings.mixture)
+    if settings.source == "arithmetic":
+        return {settings.name or "arithmetic"}
+    if is_gym(settings):
+        return {settings.name or task_of(settings)}
+    if settings.name is not None:
+        return {settings.name}
+    prompts = [prompt for head in heads for prompt in head.prompts()]
+    if not heads or any(
+        not h.whole and any("data_source" in r for r in h.problems.rows) for h in heads
+    ):
+        return None
+    return {prompt.source for prompt in prompts}
+
+
+__all__ = ["PromptSource", "check_data", "is_gym", "is_table", "known_sources", "open_source"]

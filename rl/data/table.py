@@ -81,7 +81,7 @@ class TableSource:
         self.heldout: Sequence[Prompt] = [
             self._prompt(self._held_parts, row, heldout=True) for row in held_rows
         ]
-        self._order = lru_cache(maxsize=2)(lambda epoch: _order(len(self._rows), seed, epoch))
+        self._order = lru_cache(maxsize=2)(lambda epoch: order_of(len(self._rows), seed, epoch))
         self.notes: Sequence[str] = tuple(self._notes)
 
     @property
@@ -96,6 +96,12 @@ class TableSource:
             self._rows[int(self._order(epoch)[at])],
             suffix=f"@{epoch}" if epoch else "",
         )
+
+    def column(self, name: str) -> list[Any]:
+        """What the rows of an epoch say there, those of the first in its order; None where a row
+        has no such column."""
+        places = (self._rows[int(at)] for at in self._order(0))
+        return [self._parts[part].problems.rows[index].get(name) for part, index in places]
 
     def examples(self) -> Iterator[Prompt]:
         """Every problem once, those of training first, in the order of the data and without token
@@ -285,8 +291,9 @@ def _first_with(parts: Sequence[_Part], keys: Set[bytes]) -> list[tuple[int, int
     return found
 
 
-def _order(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+def order_of(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """In which order an epoch has so many rows."""
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 
-__all__ = ["Head", "TableSource", "bare_prompt", "heldout_note", "read_head"]
+__all__ = ["Head", "TableSource", "bare_prompt", "heldout_note", "order_of", "read_head"]

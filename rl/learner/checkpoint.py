@@ -155,7 +155,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 def _reader(folder: Path) -> Any:
     """Reads a checkpoint of `folder` without unpickling what is not plain."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     class Reader(FileSystemReader):
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:

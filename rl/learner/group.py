@@ -13,6 +13,7 @@ import ray
 from ...rollout.actors import check_reachable, gather
 from ...rollout.weights.engine_transfer import BroadcastGroup
 from ..algorithm.losses import Objective
+from ..config.distill import DistillConfig
 from ..config.load import CriticConfig, OptimConfig
 from ..disks import Disks
 from ..groups import Batch
@@ -51,6 +52,9 @@ class LearnerGroup:
     ) -> None:
         self._call("begin_stage", optim, total_steps, critic, reference)
 
+    def load_teachers(self, distill: DistillConfig) -> None:
+        self._call("load_teachers", distill)
+
     def step(self, batch: Batch, objective: Objective) -> dict[str, float]:
         """One optimizer step on the whole batch; metrics over all ranks."""
         metrics: dict[str, float] = self._call("step", ray.put(batch), objective)[0]
@@ -67,6 +71,10 @@ class LearnerGroup:
     def reference_logprobs(self, batch: Batch, temperature: float) -> Any:
         """[T] the reference's."""
         return self._call("reference_logprobs", ray.put(batch), temperature)[0]
+
+    def teacher_logprobs(self, batch: Batch, temperature: float) -> Any:
+        """[T] each sequence's teacher's."""
+        return self._call("teacher_logprobs", ray.put(batch), temperature)[0]
 
     def refresh_reference(self) -> None:
         self._call("refresh_reference")

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import platform
+from ...kernels.loss.divergence import Teaching, linear_divergence, logits_divergence
 from ...kernels.loss.fused_loss import linear_logprob, linear_loss, logits_logprob, logits_loss
 from ...kernels.loss.terms import TokenLoss, TokenStats, TokenTerms
+from ..algorithm.losses import DISTILL_TERM
 from ..groups import Batch
 from .head import linear_head, own_logits
 
@@ -162,13 +164,18 @@ class Policy(nn.Module):
         loss: TokenLoss | None,
         shift_n: Tensor | None,
         temperature: float,
+        teaching: Teaching | None = None,
     ) -> tuple[Tensor | None, TokenStats, dict[str, Tensor]]:
         """The summed loss with its graph (None without a loss), the tokens' statistics and the
-        loss's per-token metrics."""
+        loss's per-token metrics; `teaching` adds a divergence from given distributions to it."""
         body = getattr(self.model, self.model.base_model_prefix)
         hidden_nH, targets_n = hidden_states(body, micro), micro.targets_n
         if self.head is None:
-            return self._by_logits(own_logits(self.model, hidden_nH), micro, loss, temperature)
+            logits_nV = own_logits(self.model, hidden_nH)
+            found = self._by_logits(logits_nV, micro, loss, temperature)
+            if teaching is None:
+                return found
+            return _plus(found, logits_divergence(logits_nV / temperature, teaching), teaching)
         head = self.model.get_output_embeddings()
         if loss is None:
             stats = linear_logprob(
@@ -182,7 +189,7 @@ class Policy(nn.Module):
                 shift=shift_n,
             )
             return None, stats, {}
-        return linear_loss(
+        found = linear_loss(
             hidden_nH,
             head.weight,
             targets_n,
@@ -194,6 +201,18 @@ class Policy(nn.Module):
             shift=shift_n,
             sequence_ids=micro.sequence_ids_n if loss.whole_sequences else None,
         )
+        if teaching is None:
+            return found
+        more = linear_divergence(
+            hidden_nH,
+            head.weight,
+            teaching,
+            bias=head.bias,
+            temperature=temperature,
+            logit_scale=self.head.scale,
+            softcap=self.head.softcap,
+        )
+        return _plus(found, more, teaching)
 
     def _by_logits(
         self,
@@ -207,6 +226,19 @@ class Policy(nn.Module):
         return logits_loss(
             logits_nV, micro.targets_n, MicroBatchLoss(loss, micro.index_n), temperature=temperature
         )
+
+
+def _plus(
+    found: tuple[Tensor | None, TokenStats, dict[str, Tensor]],
+    more: tuple[Tensor, Tensor],
+    teaching: Teaching,
+) -> tuple[Tensor | None, TokenStats, dict[str, Tensor]]:
+    """A loss with the total and the values [n] of one more part of it."""
+    loss, stats, metrics = found
+    assert loss is not None
+    total, values_n = more
+    shown = {DISTILL_TERM: values_n * teaching.weights}
+    return loss + teaching.coef * total.to(loss.dtype), stats, metrics | shown
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...kernels import platform
+from ...kernels.loss.divergence import Teaching
 from ...rollout.actors import node_address, use_node_interface
 from ...rollout.weights.engine_transfer import BroadcastGroup
 from ..algorithm.losses import CLIPPED, COUNTED, PARTS, BatchLoss, Objective, token_loss
 from ..algorithm.offpolicy import mismatch_metrics
 from ..algorithm.surrogates import value_loss
+from ..config.distill import DistillConfig
 from ..config.load import CriticConfig, ModelConfig, OptimConfig
 from ..groups import Batch
 from . import checkpoint, memory
@@ -42,6 +45,7 @@ from .lora import inject_adapters, merged_shards
 from .policy import MicroBatchTensors, Policy, pick_attention, takes_packed, to_tensors
 from .publisher import Parts, Published, Publisher, PublishRequest, shards_of
 from .shards import Shards
+from .teachers import Teacher, sampled_logprobs, teaching
 from .trainable import Trainable, shard
 from .whole import keep_whole, passes
 
@@ -91,6 +95,7 @@ class LearnerRank:
         self.publisher = Publisher(rank=spec.rank, world=spec.world, threads=spec.threads)
         self.critic: Trainable | None = None
         self.reference: Policy | None = None
+        self.teachers: list[Teacher] = []
         self._seen: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]] = []
         """Of each batch since the last update: old and engine's log-probs, loss mask, sequence
         ids."""
@@ -132,6 +137,7 @@ class LearnerRank:
         except ValueError as error:  # an architecture that is not counted trains all the same
             self.flops = None
             _log.warning("no TFLOP/s and MFU will be logged: %s", error)
+        self.vocabulary = len(model.get_output_embeddings().weight)
         if self.spec.model.lora is not None:
             inject_adapters(model, self.spec.model.lora, self.spec.seed)
         if self.fused:
@@ -246,6 +252,22 @@ class LearnerRank:
             zip(policy.parameters, policy.local, strict=True)
         )
 
+    def load_teachers(self, distill: DistillConfig) -> None:
+        """The frozen teachers, in the order of the settings; in host memory between their
+        passes."""
+        from transformers import AutoModelForCausalLM
+
+        self.teachers = []
+        for settings in distill.teachers.values():
+            model = self._load(AutoModelForCausalLM, settings.path)
+            if self.fused:
+                replace_layers(model, getattr(model, model.base_model_prefix).layers)
+            teacher = Teacher(model)
+            layers = getattr(model, model.base_model_prefix).layers
+            self._shard(teacher, layers, offload=not self.platform.is_cpu)
+            teacher.eval().requires_grad_(False)
+            self.teachers.append(teacher)
+
     def step(self, batch: Batch, objective: Objective) -> dict[str, float]:
         """One optimizer step on the whole batch; the same metrics on every rank."""
         batch = self._with_old_logp(batch, objective)
@@ -293,7 +315,10 @@ class LearnerRank:
         logp_T = torch.zeros(batch.num_tokens, dtype=torch.float64, device=self.device)
         for micro in self._micro_batches(batch, self.policy):
             shift = behaviour_T[micro.index_n] if objective.on_samples else None
-            part, stats, metrics = self.policy(micro, loss_function, shift, objective.temperature)
+            compared = self._teaching(micro, batch, objective)
+            part, stats, metrics = self.policy(
+                micro, loss_function, shift, objective.temperature, compared
+            )
             assert part is not None
             part.backward()
             loss += part.detach()
@@ -310,6 +335,14 @@ class LearnerRank:
             )
         loss_value, sums = self._sums(loss, totals)
         return loss_value, loss_function.metrics | token_means(sums, batch, loss_function)
+
+    def _teaching(
+        self, micro: MicroBatchTensors, batch: Batch, objective: Objective
+    ) -> Teaching | None:
+        if not objective.distill.on_distributions:
+            return None
+        cut = partial(to_tensors, batch, device=self.device, packed=self.packed)
+        return teaching(self.teachers, micro, batch, objective, self.vocabulary, cut)
 
     def _mismatch(self) -> dict[str, float]:
         """How far the engines' policy was from the old one, over all that was seen since the last
@@ -409,6 +442,16 @@ class LearnerRank:
         return self._per_token(
             batch, reference, lambda micro: reference(micro, None, None, temperature)[1].logp
         )
+
+    def teacher_logprobs(self, batch: Batch, temperature: float = 1.0) -> NDArray[Any]:
+        """The same of each sequence's teacher, 0 where it has none."""
+
+        def look(own: Batch, teacher: Teacher) -> NDArray[Any]:
+            return self._per_token(
+                own, teacher, lambda micro: teacher(micro, None, None, temperature)[1].logp
+            )
+
+        return sampled_logprobs(self.teachers, batch, look)
 
     def values(self, batch: Batch) -> NDArray[Any]:
         """[T] the critic's estimate before every loss token of the batch (0 elsewhere), whole on

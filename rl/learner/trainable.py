@@ -72,11 +72,13 @@ class Trainable:
             fused=True,
         )
         name = "constant_with_warmup" if optim.schedule == "constant" else optim.schedule
+        ends = {"min_lr_rate": optim.min_lr_ratio} if optim.min_lr_ratio else None
         self.scheduler = get_scheduler(
-            name,
+            f"{name}_with_min_lr" if ends else name,
             self.optimizer,
             num_warmup_steps=optim.warmup_steps,
             num_training_steps=max(1, total_steps),
+            scheduler_specific_kwargs=ends,
         )
 
     def update(self, name: str) -> dict[str, float]:

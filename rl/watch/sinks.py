@@ -14,7 +14,7 @@ import urllib.parse
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from ..config.load import Config
 
@@ -22,6 +22,7 @@ QUEUED = 1000
 """Calls that may wait for a slow sink; what comes beyond is left out."""
 CLOSING = 30.0
 """Seconds for what still waits when a run ends."""
+Mode = Literal["online", "offline", "disabled"]
 WANDB_ID = "wandb_id"
 """A file in the run's directory: a resumed run goes on as the same one at W&B."""
 
@@ -91,7 +92,7 @@ class Wandb:
     configuration."""
 
     def __init__(
-        self, config: Config, run_dir: Path, mode: str, tell: Callable[[str], None]
+        self, config: Config, run_dir: Path, mode: Mode, tell: Callable[[str], None]
     ) -> None:
         import wandb
 
@@ -241,11 +242,13 @@ def open_sinks(config: Config, run_dir: Path, tell: Callable[[str], None]) -> li
     return sinks + [Background(name, others[name], tell) for name in config.tracking.also]
 
 
-def _wandb_mode(config: Config) -> str:
+def _wandb_mode(config: Config) -> Mode:
     mode = os.environ.get("WANDB_MODE") or config.tracking.wandb
     if mode == "auto":
         return "online" if _has_wandb_key() else "offline"
-    return "online" if mode not in ("offline", "disabled") else mode
+    if mode == "offline":
+        return "offline"
+    return "disabled" if mode == "disabled" else "online"
 
 
 def _has_wandb_key() -> bool:

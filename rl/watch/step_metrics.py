@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ...rollout.samples import EpisodeStatus
 from ..algorithm.offpolicy import correction, mismatch_metrics
 from ..config.algorithm import OffPolicyConfig
+from ..config.distill import DistillConfig
 from ..groups import Batch, Group
 
 Array = NDArray[Any]
@@ -208,3 +209,22 @@ def _over(name: str, values: Sequence[float]) -> float:
     if _LARGEST.search(name):
         return float(np.max(values))
     return float(np.min(values)) if _SMALLEST.search(name) else float(np.mean(values))
+
+
+def teacher_metrics(batches: Sequence[Batch], distill: DistillConfig) -> dict[str, float]:
+    """Of each teacher its share of the loss tokens and, where it is asked about these, its mean
+    log(policy / teacher) on them: the reverse KL to it. Tokens without a teacher are counted."""
+    found: dict[str, float] = {}
+    for batch in batches if distill.active else ():
+        assert batch.teacher_ids_T is not None
+        mask, old_T = batch.loss_mask_T, batch.old_logp_T
+        teachers = batch.teacher_ids_T[mask]
+        found["distill/untaught_tokens"] = float((teachers < 0).sum())
+        for number, name in enumerate(distill.teachers):
+            own = teachers == number
+            found[f"distill/tokens/{name}"] = float(own.sum())
+            if batch.teacher_logp_T is not None and own.any():
+                old_T = batch.behaviour_logp_T if old_T is None else old_T
+                gap = (old_T - batch.teacher_logp_T)[mask][own]
+                found[f"distill/reverse_kl/{name}"] = float(gap[np.isfinite(gap)].mean())
+    return found

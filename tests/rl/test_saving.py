@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 import time
 from pathlib import Path
@@ -39,8 +40,9 @@ class Learners:
 
 def run(folder: Path, learners: Learners, alerts: list[str]) -> Run:
     unused: dict[str, Any] = dict.fromkeys(
-        ("run_id", "tokenizer", "source", "suite", "pool", "sync", "stop")
+        ("run_id", "tokenizer", "source", "suite", "pool", "stop")
     )
+    weights = SimpleNamespace(probe=SimpleNamespace(level=None))
     tracker: Any = SimpleNamespace(alert=lambda title, text: alerts.append(f"{title}: {text}"))
     return Run(
         **unused,
@@ -48,6 +50,7 @@ def run(folder: Path, learners: Learners, alerts: list[str]) -> Run:
         run_dir=folder,
         learners=learners,  # type: ignore[arg-type]
         tracker=tracker,
+        weights=weights,  # type: ignore[arg-type]
         started=time.time(),
         progress=Progress(stage=0, step=3),
     )
@@ -56,28 +59,28 @@ def run(folder: Path, learners: Learners, alerts: list[str]) -> Run:
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path) -> None:
     alerts: list[str] = []
     made = run(tmp_path, Learners(FULL, FULL, None, OSError("gone"), FULL, FULL), alerts)
-    made.save()
-    made.save()
+    asyncio.run(made.save())
+    asyncio.run(made.save())
     assert len(alerts) == 2 and "the disk of" in alerts[0] and "GB free" in alerts[0]
     assert latest_checkpoint(tmp_path) is None
     assert not list((tmp_path / "checkpoints").iterdir()), "a half one would keep the disk full"
-    made.save()
+    asyncio.run(made.save())
     assert latest_checkpoint(tmp_path) is not None
-    made.save()
-    made.save()
+    asyncio.run(made.save())
+    asyncio.run(made.save())
     with pytest.raises(OSError, match=r"could not be written: .*No space left.*the disk of"):
-        made.save()
+        asyncio.run(made.save())
     assert latest_checkpoint(tmp_path) is not None, "the one before stays"
 
 
 def test_what_is_needed_must_be_written(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
-        run(tmp_path, Learners(FULL), []).save(needed=True)
+        asyncio.run(run(tmp_path, Learners(FULL), []).save(needed=True))
 
 
 def test_a_lost_rank_is_not_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(ActorLostError, match="rank 1"):
-        run(tmp_path, Learners(ActorLostError("learner rank 1 died")), []).save()
+        asyncio.run(run(tmp_path, Learners(ActorLostError("learner rank 1 died")), []).save())
 
 
 class Touch:

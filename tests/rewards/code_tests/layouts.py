@@ -22,6 +22,7 @@ class Layout(NamedTuple):
 
 
 _DIGITS = "7" * 5000
+_HUGE = 10**5000  # more digits than `int` reads and `str` writes by default
 LONG = [
     Layout(
         "large output",
@@ -36,10 +37,22 @@ LONG = [
         ["print('7' * 4999)"],
     ),
     Layout(
+        "huge integers, printed",
+        {"tests": [{"input": _HUGE, "output": _HUGE + 1}]},
+        ["print(int(input()) + 1)"],
+        ["print(int(input()))"],
+    ),
+    Layout(
         "TACO call, huge integers",
         {"input_output": f'{{"fn_name": "f", "inputs": [[5000]], "outputs": [{_DIGITS}]}}'},
-        ["import sys\nsys.set_int_max_str_digits(0)\ndef f(n): return int('7' * n)"],
+        ["def f(n): return int('7' * n)"],
         ["def f(n): return 7"],
+    ),
+    Layout(
+        "call, huge integers both ways",
+        {"input_output": f'{{"fn_name": "f", "inputs": [[{_DIGITS}]], "outputs": [{_DIGITS}]}}'},
+        ["def f(n): return n"],
+        ["def f(n): return n + 1"],
     ),
 ]
 

@@ -45,6 +45,7 @@ NAMES = [
     "k2_5",
     "topr",
     "gpg",
+    "opd",
 ]
 
 

@@ -17,10 +17,11 @@ QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
     "line",
     [
         "seed  int (>= 0, < 4294967296) = 0  # Fixes every draw: the data's order, sampled tokens,",
-        "stages  [sft|rl, ...] = [rl]  # What is done, in this order: a cold start on worked solutions (`sft`), "
-        "reinforcement learning (`rl`)",
+        "stages  [sft|rl|reject, ...] = [rl]  # What is done, in this order: a cold start on worked solutions (`sft`), "
+        "reinforcement learning (`rl`);",
+        "sft.data.source  text or [text, ...] = required",
         "optim.lr  number (> 0, <= 1) = 1e-06  # The largest learning rate",
-        "data.source  text or [text, ...] = required",
+        'data.source  text or [text, ...] = ""',
         "model.lora.targets  text or [text, ...] = all-linear  # Names of the adapted layers, e.g. [q_proj, v_proj]; "
         "`all-linear`: every linear layer but the output head",
         "reward.parts.NAME.weight  number (>= -1e+06, <= 1e+06) = 1  # How often the part counts in the score",

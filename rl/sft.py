@@ -1,0 +1,162 @@
+"""Supervised learning as a stage: what is imitated, the steps, and how well it does on what was
+held out."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .algorithm.losses import Objective
+from .batch import demonstrations, example_batch
+from .config.load import Config, ConfigError, user_errors
+from .data.sources import PromptSource
+from .data.supervised import Demonstrations, Example
+from .data.templates import end_token, supervised_ids
+from .evaluate import evaluate
+from .groups import Batch
+from .run import Run
+
+_PASS = 64
+"""Held-out sequences whose loss is taken at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Imitated:
+    """What supervised steps learn from: rows of `sft.data`, or the worked solutions of a source."""
+
+    config: Config
+    source: PromptSource
+    tokenizer: Any
+    rows: Demonstrations | None
+    heldout: Sequence[Example]
+
+    @property
+    def size(self) -> int | None:
+        """Rows in an epoch; None: they never repeat by design."""
+        return self.source.size if self.rows is None else self.rows.size
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a person should know of the rows."""
+        if self.rows is None:
+            return ()
+        return (*self.rows.notes, f"sft.data: {self.rows.size:,} rows to learn")
+
+    def batch(self, position: int) -> Batch:
+        """The `sft.batch_size` rows from `position` on."""
+        if self.rows is None:
+            return demonstrations(self.source, self.tokenizer, self.config, position)
+        size = self.config.sft.batch_size
+        found = [e for i in range(position, position + size) for e in self.rows.examples(i)]
+        if not found:
+            raise ConfigError(
+                f"all of the {size} rows of sft.data from number {position} on have more than"
+                f" {self.config.max_model_length} tokens, the longest prompt and answer; raise"
+                " rollout.max_response_length"
+            )
+        return example_batch(found)
+
+
+def open_imitated(config: Config, source: PromptSource, tokenizer: Any) -> Imitated:
+    """Reads `sft.data`, where it is set, once. `ConfigError` for what is wrong with it."""
+    sft, rows = config.sft, None
+    with user_errors():
+        if sft.data is not None:
+            try:
+                rows = Demonstrations(
+                    sft.data.beside(config.data),
+                    tokenizer,
+                    config.seed if sft.data.seed is None else sft.data.seed,
+                    limit=config.max_model_length,
+                    heldout=sft.heldout,
+                )
+            except ValueError as error:
+                raise ValueError(f"sft.data: {error}") from error
+            heldout = rows.heldout
+        else:
+            heldout = _heldout_solutions(source, tokenizer, sft.heldout)
+    return Imitated(config=config, source=source, tokenizer=tokenizer, rows=rows, heldout=heldout)
+
+
+def _heldout_solutions(source: PromptSource, tokenizer: Any, count: int) -> list[Example]:
+    found = []
+    for prompt in source.heldout[:count]:
+        solution = source.solution(prompt)
+        if solution is not None:
+            ids = supervised_ids(prompt, solution, tokenizer, end_token(tokenizer))
+            learnt = np.arange(len(ids)) >= len(prompt.token_ids)
+            found.append(Example(token_ids=ids, learnt=learnt))
+    if len(found) < count:
+        raise ValueError(
+            f"sft.heldout={count}, but only {len(found)} of the {len(source.heldout)} held-out"
+            " problems have a worked solution; lower it, or raise data.heldout"
+        )
+    return found
+
+
+def with_sft_steps(config: Config, rows: int | None) -> Config:
+    """The configuration with the steps that `sft.epochs` asks for."""
+    sft = config.sft
+    if sft.epochs is None or rows is None:
+        return config
+    steps = max(1, math.ceil(sft.epochs * rows / sft.batch_size - 1e-9))
+    return config.model_copy(update={"sft": sft.model_copy(update={"steps": steps})})
+
+
+async def train_sft(run: Run, imitated: Imitated) -> None:
+    """Supervised steps from where the run stands to `sft.steps`, each row once an epoch."""
+    sft = run.config.sft
+    run.tracker.begin("sft", run.progress.step, sft.steps)
+    if run.progress.step == 0:
+        await look(run, imitated)
+    while run.progress.step < sft.steps:
+        await run.stop_if_asked()
+        position = run.progress.position
+        batch = imitated.batch(position)
+        metrics = await asyncio.to_thread(run.learners.step, batch, Objective.sft())
+        step = run.progress.step + 1
+        run.progress = run.progress.advance(step=step, position=position + sft.batch_size)
+        loss = metrics["actor/loss"]
+        passes = (
+            {} if not imitated.size else {"sft/epoch": (position + sft.batch_size) / imitated.size}
+        )
+        run.tracker.log(step, {"sft/loss": loss, **passes, **metrics}, show={"loss": f"{loss:.3f}"})
+        last = step == sft.steps
+        if last or (sft.eval_every and step % sft.eval_every == 0):
+            await look(run, imitated)
+        if sft.save_every and step % sft.save_every == 0 and not last:
+            await run.save()
+    await run.save(needed=True)
+
+
+async def look(run: Run, imitated: Imitated) -> None:
+    """The held-out loss and, with `sft.accuracy`, answers to held-out problems, of the weights of
+    this moment."""
+    step = run.progress.step
+    if imitated.heldout:
+        loss = await asyncio.to_thread(heldout_loss, run, imitated.heldout)
+        run.tracker.log(step, {"sft/heldout_loss": loss}, "eval", {"held-out loss": f"{loss:.3f}"})
+    if not run.config.sft.accuracy or not run.config.eval.active:
+        return
+    if step:  # before the first step the engines serve what the stage starts from
+        run.weights.probe.begin_stage()
+        await run.publish()
+    accuracy = (await evaluate(run)).accuracy
+    found = {"accuracy_end": accuracy} if step else {"accuracy_start": accuracy}
+    run.progress = run.progress.advance(**found)
+
+
+def heldout_loss(run: Run, examples: Sequence[Example]) -> float:
+    """Mean negative log-likelihood of a learnt token."""
+    total, count = 0.0, 0
+    for at in range(0, len(examples), _PASS):
+        batch = example_batch(examples[at : at + _PASS])
+        logp_T = run.learners.logprobs(batch, temperature=1.0)
+        total -= float(logp_T[batch.loss_mask_T].sum(dtype=np.float64))
+        count += batch.num_loss_tokens
+    return total / count

@@ -1,0 +1,275 @@
+"""Runs a recipe: each stage a run of its own in a directory of the recipe's, what is done skipped,
+and a table of what each stage gained.
+
+<run_dir>/<stage>/{config.yaml, metrics.jsonl, model/ or samples.jsonl, ...}   as a single run's
+<run_dir>/<stage>/done.json     proof of completion: settings, inputs and their hash
+<run_dir>/summary.md, summary.json   what the stages that are done gained
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import Any
+
+from .checkpoints import differences, leaves
+from .config.load import Config, ConfigError
+from .config.stages import REFERENCE, Recipe, Stage
+from .model_files import check_files
+from .preflight import check_inputs
+from .recipe import Result, train
+from .reject import totals
+from .run_directory import METRICS, SUMMARY, alone_in, read_metrics
+from .watch.tracking import make_console
+
+DONE = "done.json"
+FREE = ("name", "run_dir", "tracking", "cluster", "checkpoint", "sync")
+"""Groups that do not say what a stage makes: a stage that is done stays so under others."""
+LENGTH = re.compile(r"val-aux/(.+/)?response_length/mean")
+COLUMNS = ("stage", "kind", "before", "after", "tokens", "steps", "minutes", "")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A line of the summary."""
+
+    stage: str
+    kind: str
+    before: float | None = None
+    """Accuracy on held-out problems of the model that the stage started from."""
+    accuracy: float | None = None
+    """The same after the stage."""
+    length: float | None = None
+    """Tokens of a held-out answer, the mean."""
+    steps: int = 0
+    seconds: float = 0.0
+    note: str = ""
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    start: str | None = None,
+    override: bool = False,
+    run: Callable[..., Result] = train,
+) -> dict[str, Any]:
+    """Runs the stages that are not done; `start`: that one and all after it, done or not. override:
+    a stage that was stopped goes on with other data or another model. Returns the summary.
+    `ConfigError` before anything is loaded where the fault can be known by then."""
+    names = [stage.name for stage in recipe.stages]
+    if start is not None and start not in names:
+        raise ConfigError(f"--from {start}: there is no such stage; there are {', '.join(names)}")
+    anew = names[names.index(start) :] if start is not None else []
+    tell = partial(make_console().print, highlight=False, markup=False)
+    for line in check_recipe(recipe):
+        tell(line)
+    done = finished(recipe, anew)
+    recipe.folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(recipe.folder):
+        for name in anew:
+            shutil.rmtree(recipe.folder / name, ignore_errors=True)
+        summary = run_stages(recipe, done, tell, partial(run, resume="auto", override=override))
+    tell((recipe.folder / "summary.md").read_text())
+    return summary
+
+
+def run_stages(
+    recipe: Recipe,
+    done: dict[str, dict[str, Any]],
+    tell: Callable[[str], None],
+    run: Callable[[Config], Result],
+) -> dict[str, Any]:
+    """Runs the stages that are not in `done`, and puts them there; the summary."""
+    began = time.time()
+    summary = write_summary(recipe, done, "ok", began)
+    for stage in recipe.stages:
+        if stage.name in done:
+            tell(f"stage {stage.name} ({stage.kind}) is done")
+            continue
+        tell(f"stage {stage.name} ({stage.kind})")
+        proof = proof_of(recipe, stage, done)
+        try:
+            result = run(stage.config)
+        except ConfigError as error:
+            raise ConfigError(f"stage {stage.name}: {error}") from error
+        if result.status == "ok":
+            done[stage.name] = finish_stage(stage, proof, row_of(stage, result))
+        summary = write_summary(recipe, done, result.status, began)
+        if result.status != "ok":
+            break
+    return summary
+
+
+def write_summary(
+    recipe: Recipe, done: Mapping[str, Mapping[str, Any]], status: str, began: float
+) -> dict[str, Any]:
+    """The table and the figures so far."""
+    rows = [Row(**done[stage.name]["row"]) for stage in recipe.stages if stage.name in done]
+    known = [row for row in rows if row.accuracy is not None]
+    summary = {
+        "status": status,
+        "accuracy_start": known[0].before if known else None,
+        "accuracy_end": known[-1].accuracy if known else None,
+        "stages": [asdict(row) for row in rows],
+        "seconds": round(time.time() - began, 1),
+        "run_dir": str(recipe.folder),
+    }
+    (recipe.folder / "summary.md").write_text(f"# {recipe.name}\n\n{table(rows)}")
+    (recipe.folder / SUMMARY).write_text(json.dumps(summary, indent=1))
+    return summary
+
+
+def check_recipe(recipe: Recipe) -> list[str]:
+    """Looks at the files, the data and the rewards of all stages; returns what a person should
+    know, each once."""
+    said: dict[str, None] = {}
+    for stage in recipe.stages:
+        try:
+            if not _made_here(recipe, stage.config.model.path):
+                check_files(stage.config)
+            data = stage.config.sft.data
+            pending = data is not None and _made_here(recipe, *data.sources)
+            said |= dict.fromkeys(check_inputs(stage.config, pending=pending))
+        except ConfigError as error:
+            raise ConfigError(f"stage {stage.name}: {error}") from error
+    return list(said)
+
+
+def _made_here(recipe: Recipe, *paths: str | None) -> bool:
+    """Whether one of these is what a stage leaves."""
+    return bool({str(stage.output) for stage in recipe.stages} & set(paths))
+
+
+def finished(recipe: Recipe, anew: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What the stages that are done, and are not to be done `anew`, wrote of themselves.
+    `ConfigError` where one was done with other settings or inputs, where its output is gone, or
+    where one before those of `anew` is not done."""
+    done: dict[str, dict[str, Any]] = {}
+    for stage in recipe.stages:
+        file, redo = stage.config.output / DONE, f"redo it with --from {stage.name}"
+        if stage.name in anew:
+            continue
+        if not file.is_file():
+            if anew:
+                raise ConfigError(
+                    f"--from {anew[0]}: stage {stage.name} before it is not done; take --from"
+                    f" {stage.name}, or leave it out"
+                )
+            continue
+        said = json.loads(file.read_text())
+        if not stage.output.exists():
+            raise ConfigError(f"stage {stage.name} is done, but {stage.output} is gone; {redo}")
+        proof = proof_of(recipe, stage, done)
+        if said["hash"] != proof["hash"]:
+            changed = [
+                line
+                for part in ("settings", "inputs")
+                for line in differences(said[part], proof[part]).values()
+            ]
+            raise ConfigError(
+                f"stage {stage.name} is done, with other settings or inputs:"
+                f" {'; '.join(changed[:5])}; {redo}, which redoes what follows too, give them back,"
+                " or take another run_dir"
+            )
+        done[stage.name] = said
+    return done
+
+
+def proof_of(recipe: Recipe, stage: Stage, done: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What decides the stage's output: dotted settings, inputs, and the hash of both."""
+    text = json.dumps(stage.config.model_dump(mode="json", exclude=set(FREE)))
+    for each in recipe.stages:  # by names, so that a recipe's directory may be moved
+        text = text.replace(json.dumps(str(each.output)), json.dumps(REFERENCE + each.name))
+    found = {"settings": leaves(json.loads(text)), "inputs": inputs_of(stage, done)}
+    return {"hash": sha256(json.dumps(found, sort_keys=True).encode()).hexdigest(), **found}
+
+
+def inputs_of(stage: Stage, done: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The earlier stages that are used, by what each wrote when it was done, and hashes of local
+    files."""
+    config = stage.config
+    found = {
+        REFERENCE + name: str(done[name]["id"]) if name in done else "not done"
+        for name in stage.takes
+    }
+    named = [*config.data.sources, config.data.eval_path or (), config.model.path or ()]
+    if config.sft.data is not None:
+        named += config.sft.data.sources
+    paths = [p for each in named for p in ([each] if isinstance(each, str) else each)]
+    for path in map(Path, paths):
+        if config.output.parent not in path.parents:
+            found |= {str(file): _content(file) for file in _files(path.expanduser())}
+    return found
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
+
+
+def _content(file: Path) -> str:
+    """A hash of a file; of one that is larger than 1 GiB, such as weights, its size."""
+    size = file.stat().st_size
+    if size > 1 << 30:
+        return f"{size} bytes"
+    with file.open("rb") as opened:
+        return file_digest(opened, "sha256").hexdigest()
+
+
+def finish_stage(stage: Stage, proof: Mapping[str, Any], row: Row) -> dict[str, Any]:
+    """Writes that a stage is done, whole or not at all."""
+    said = {**proof, "id": uuid.uuid4().hex, "row": asdict(row)}
+    file = stage.config.output / DONE
+    file.with_suffix(".part").write_text(json.dumps(said, indent=1))
+    file.with_suffix(".part").replace(file)
+    return said
+
+
+def row_of(stage: Stage, result: Result) -> Row:
+    """What a finished stage says in the summary, from its own metrics."""
+    folder = stage.config.output
+    logged = read_metrics(folder / METRICS)
+    steps = max((each["step"] for each in logged if each["axis"] == "train"), default=0)
+    row = Row(stage=stage.name, kind=stage.kind, steps=steps, seconds=result.seconds)
+    if stage.config.stages == ("reject",):
+        counts = totals(folder)
+        correct, answers, kept = counts["correct"], counts["answers"], counts["rows"]
+        share = f"{correct / answers:.1%}"
+        note = f"{correct:,} of {answers:,} answers accepted ({share}), {kept:,} kept"
+        return replace(row, note=note)
+    looked = [each for each in logged if "val-core/accuracy" in each]
+    if not looked:
+        return row
+    before = looked[0]["val-core/accuracy"] if looked[0]["step"] == 0 else None
+    lengths = [v for k, v in looked[-1].items() if LENGTH.fullmatch(k)]
+    return replace(
+        row,
+        before=before,
+        accuracy=looked[-1]["val-core/accuracy"],
+        length=sum(lengths) / len(lengths),
+    )
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown, as wide as its widest cells."""
+    cells: list[tuple[str, ...]] = [COLUMNS]
+    for row in rows:
+        accuracies = ["" if x is None else f"{x:.1%}" for x in (row.before, row.accuracy)]
+        length = "" if row.length is None else f"{row.length:.0f}"
+        minutes = f"{row.seconds / 60:.1f}"
+        cells.append((row.stage, row.kind, *accuracies, length, str(row.steps), minutes, row.note))
+    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    cells.insert(1, tuple("-" * width for width in widths))
+    lines = [
+        " | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) for line in cells
+    ]
+    return "".join(f"| {line} |\n" for line in lines)

@@ -1,0 +1,88 @@
+"""The supervised loss and its gradient against a plain implementation, in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from emberl.rl.algorithm.losses import Objective
+from emberl.rl.batch import example_batch
+from emberl.rl.config.data import TinyConfig
+from emberl.rl.config.load import ModelConfig, OptimConfig
+from emberl.rl.data.supervised import Example
+from emberl.rl.data.tiny import make_tiny
+from emberl.rl.learner.rank import LearnerRank, RankSpec
+from emberl.rl.learner.trainable import Trainable, shard
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.slow
+SMALL = TinyConfig(hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate=48)
+EXAMPLES = [  # two answers in one, an answer at the end, one of a single token
+    Example(
+        token_ids=(3, 4, 7, 8, 1, 5, 6, 9, 2, 1),
+        learnt=np.array([0, 0, 1, 1, 1, 0, 0, 1, 1, 1], bool),
+    ),
+    Example(token_ids=(5, 9, 9, 4), learnt=np.array([0, 0, 1, 1], bool)),
+    Example(token_ids=(6, 1), learnt=np.array([0, 1], bool)),
+]
+
+
+def plain(path: str) -> tuple[float, torch.Tensor]:
+    """Each sequence by itself through transformers; the mean cross entropy of the learnt tokens."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for example in EXAMPLES:
+        ids = torch.tensor([example.token_ids])
+        logp = model(ids).logits[0].log_softmax(-1)
+        for at in np.flatnonzero(example.learnt):
+            total = total - logp[at - 1, example.token_ids[at]]
+            count += 1
+    (total / count).backward()
+    return float(total.detach()) / count, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("packing", ["on", "off"])
+@pytest.mark.parametrize("tokens", [4, 1024])
+def test_loss_and_gradient_are_those_of_a_plain_implementation(
+    tmp_path: Path, packing: str, tokens: int
+) -> None:
+    """Packed or padded, in one pass or in several: no answer sees another document."""
+    path = str(make_tiny(tmp_path, SMALL, seed=1))
+    settings = ModelConfig.model_validate({"path": path, "dtype": "float64", "packing": packing})
+    rank = LearnerRank(
+        RankSpec(rank=0, world=1, device="cpu", threads=1, model=settings, timeout=60.0)
+    )
+    rank.connect(rank.address())
+    try:
+        rank.load(path)
+        rank.begin_stage(OptimConfig(micro_batch_tokens=tokens), 10)
+        loss, _ = rank.backward(example_batch(EXAMPLES), Objective.sft())
+        found = torch.cat([p.grad.full_tensor().flatten() for p in rank.policy.parameters()])
+    finally:
+        rank.close()
+    expected, gradient = plain(path)
+    assert loss == pytest.approx(expected, rel=1e-12)
+    assert float((found - gradient).abs().max()) < 1e-12 * max(1.0, float(gradient.abs().max()))
+
+
+def test_a_cosine_may_end_above_zero() -> None:
+    """DeepSeek-R1's supervised stages: 5e-5 down to 5e-6."""
+    torch.distributed.init_process_group(init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+    try:
+        module = torch.nn.Linear(2, 2)
+        mesh = init_device_mesh("cpu", (1,))
+        shard(module, [], mesh, torch.float32, reduce=torch.float32)
+        optim = OptimConfig(lr=5e-5, schedule="cosine", min_lr_ratio=0.1, warmup_steps=0)
+        trainable = Trainable(module, optim, 10)
+        rates = [trainable.scheduler.get_last_lr()[0]]
+        for _ in range(10):
+            trainable.skip(1)
+            rates.append(trainable.scheduler.get_last_lr()[0])
+    finally:
+        torch.distributed.destroy_process_group()
+    assert rates[0] == pytest.approx(5e-5)
+    assert rates[5] == pytest.approx((5e-5 + 5e-6) / 2)
+    assert rates[10] == pytest.approx(5e-6)
