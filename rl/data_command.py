@@ -32,16 +32,19 @@ def show_data(source: str, overrides: Sequence[str], model: str | None) -> Itera
     ValueError as for a run.
     """
     config = _config(source, overrides, model)
-    settings = config.data
-    if not is_table(settings):
-        raise ValueError(
-            f"data.source={settings.source!r} is generated; emberl data shows rows of files and of"
-            " the Hub"
-        )
-    heads = [read_head(settings, table) for table in train_tables(settings)]
-    tokenizer = _tokenizer(config, model)
-    for head in heads:
-        yield from _table(config, settings, head, tokenizer)
+    for name, (_, settings) in config.data.parts.items():
+        if is_table(settings):
+            heads = [read_head(settings, table) for table in train_tables(settings)]
+            tokenizer = _tokenizer(config, model)
+            for head in heads:
+                yield from _table(config, settings, head, tokenizer)
+        elif config.data.mixture:
+            yield f"data.mixture.{name}: made by {settings.source}"
+        else:
+            raise ValueError(
+                f"data.source={settings.source!r} is generated; emberl data shows rows of files and"
+                " of the Hub"
+            )
 
 
 def _config(source: str, overrides: Sequence[str], model: str | None) -> Config:

@@ -137,12 +137,15 @@ class Curriculum:
         self.plan: dict[int, Choice] = {}
         """By position, the draws that have not come back."""
         self.progress = [Progress() for _ in sources]
-        self.pools = [[Pool.of(size, s.rates) for size in s.sizes] for s in sources]
+        self.pools = self._new_pools()
         self._order = lru_cache(maxsize=4)(
             lambda source, level, size, epoch: np.random.default_rng(
                 [seed, 1, source, level, epoch]
             ).permutation(size)
         )
+
+    def _new_pools(self) -> list[list[Pool]]:
+        return [[Pool.of(size, s.rates) for size in s.sizes] for s in self.sources]
 
     def at(self, position: int) -> Choice | None:
         """The draw of a position, made with all before it where it is new; None for one that has
@@ -300,6 +303,7 @@ class Curriculum:
         self.step, self.next = state["step"], state["next"]
         self.plan = {int(p): Choice(*choice) for p, choice in state["plan"].items()}
         self.progress = [Progress(**at) for at in state["progress"]]
+        self.pools = self._new_pools()  # whatever was drawn before
         for pools, saved in zip(self.pools, state["pools"], strict=True):
             for pool, columns in zip(pools, saved, strict=True):
                 _unpack(pool, columns)

@@ -112,6 +112,7 @@ class MixtureSource:
         """ValueError where the state is of other data."""
         with self._lock:
             self._curriculum.restore(state)
+            self._by_id = {}
 
     def examples(self) -> Iterator[Prompt]:
         for levels in self._levels:

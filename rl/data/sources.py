@@ -10,7 +10,6 @@ from ...rollout.samples import Prompt
 from ..config.data import DataConfig
 from .arithmetic import ArithmeticSource
 from .gym import GymSource, task_of
-from .mixture import MixtureSource
 from .rows import GYM, check_source, eval_tables, train_tables
 from .table import Head, TableSource, read_head
 from .templates import Tokenizer
@@ -54,6 +53,8 @@ def open_source(settings: DataConfig, tokenizer: Tokenizer, seed: int = 0) -> Pr
     if seed < 0:
         raise ValueError(f"seed={seed} must be 0 or more")
     if settings.scheduled:
+        from .mixture import MixtureSource  # which is made of sources
+
         return MixtureSource(settings, lambda one: _open_one(one, tokenizer, seed), seed)
     return _open_one(settings, tokenizer, seed)
 

@@ -26,7 +26,7 @@ from torch import nn
 
 from ...rollout.vllm_backend.compat import check_sender
 from ...rollout.vllm_backend.transfer import Rendezvous, Sender
-from ...rollout.weights.apply import advance, materialise
+from ...rollout.weights.apply import advance, changed_elements, materialise
 from ...rollout.weights.codec import CHUNK_BYTES, spread
 from ...rollout.weights.diff import Shard, TensorPart, diff, join
 from ...rollout.weights.engine_transfer import Broadcast, BroadcastGroup, EngineTransfer
@@ -40,7 +40,6 @@ from ...rollout.weights.patch import (
     digest,
     element_bytes,
 )
-from ...rollout.weights.stats import changed_elements
 from ...rollout.weights.tensors import dtype_name
 from ...rollout.weights.transport import Directory, ObjectStore, PatchRef, PatchStore
 from ...rollout.weights.wire_format import pieces

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...rollout.weights.apply import advance, materialise
+from ...rollout.weights.apply import advance, materialise, tensor_stats
 from ...rollout.weights.codec import check_chunk
 from ...rollout.weights.patch import (
     CorruptPatchError,
@@ -19,7 +19,6 @@ from ...rollout.weights.patch import (
     digest,
     element_bytes,
 )
-from ...rollout.weights.stats import tensor_stats
 from ...rollout.weights.tensors import WEIGHTS, read_model, write_model
 from ...rollout.weights.transport import list_patches
 from ...rollout.weights.wire_format import from_bytes

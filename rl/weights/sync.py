@@ -113,6 +113,8 @@ class WeightSync:
         if not ahead:
             return await self._deliver(taken)
         self.under_way = asyncio.create_task(self._deliver(taken))
+        # if the run fails otherwise first, nobody asks for it
+        self.under_way.add_done_callback(lambda task: task.cancelled() or task.exception())
         return figures | {"sync/exposed_s": time.perf_counter() - start}
 
     async def delivered(self) -> dict[str, float]:

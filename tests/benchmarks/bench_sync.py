@@ -34,12 +34,11 @@ import harness
 import numpy as np
 import traces
 import zstandard
-from emberl.rollout.weights.apply import materialise
+from emberl.rollout.weights.apply import changed_elements, materialise
 from emberl.rollout.weights.codec import decode_chunk, encode_chunk
 from emberl.rollout.weights.diff import encode
 from emberl.rollout.weights.dtypes import ELEMENT_BYTES
 from emberl.rollout.weights.patch import Weights, digest
-from emberl.rollout.weights.stats import changed_elements
 from emberl.rollout.weights.wire_format import from_bytes, to_bytes
 
 PARTS = ("ratio", "speed", "exposed", "network")

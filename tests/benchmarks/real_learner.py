@@ -3,7 +3,7 @@ MODEL [--threads 2].
 
 Both train the same sequences in the same dtype, each in a process of its own that the parent asks
 for one step in turn, so that what the machine does between them falls on both. tokens/s by the
-medians; memory is each process's peak.
+medians; processor seconds tell what a loaded machine hides; memory is each process's peak.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -161,9 +162,14 @@ def measure(
         for name, rows in found.items()
     }
     peaks = {name: rows[-1]["peak"] for name, rows in found.items()}
+    processor = {
+        name: statistics.median(b["cpu"] - a["cpu"] for a, b in pairwise(rows))
+        for name, rows in found.items()
+    }
     return {
         **{f"{name} tokens/s": speed for name, speed in speeds.items()},
         "speed ratio": speeds["learner"] / speeds["plain"],
+        "processor seconds ratio": processor["plain"] / processor["learner"],
         **{f"{name} peak bytes": peak for name, peak in peaks.items()},
         "memory ratio": peaks["plain"] / peaks["learner"],
     }
