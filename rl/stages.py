@@ -208,7 +208,7 @@ def inputs_of(stage: Stage, done: Mapping[str, Mapping[str, Any]]) -> dict[str, 
         *(n for data in read for n in (data.source, data.eval_path or ())),
     ]
     paths = [p for each in named for p in ([each] if isinstance(each, str) else each)]
-    for path in map(Path, paths):
+    for path in map(Path, filter(None, paths)):
         if config.output.parent not in path.parents:
             found |= {str(file): _content(file) for file in _files(path.expanduser())}
     return found
