@@ -201,11 +201,14 @@ def inputs_of(stage: Stage, done: Mapping[str, Mapping[str, Any]]) -> dict[str, 
         REFERENCE + name: str(done[name]["id"]) if name in done else "not done"
         for name in stage.takes
     }
-    named = [*config.data.sources, config.data.eval_path or (), config.model.path or ()]
-    if config.sft.data is not None:
-        named += config.sft.data.sources
+    read = [part for _, part in config.data.parts.values()]
+    read += [config.sft.data] if config.sft.data is not None else []
+    named = [
+        config.model.path or (),
+        *(n for data in read for n in (data.source, data.eval_path or ())),
+    ]
     paths = [p for each in named for p in ([each] if isinstance(each, str) else each)]
-    for path in map(Path, paths):
+    for path in map(Path, filter(None, paths)):
         if config.output.parent not in path.parents:
             found |= {str(file): _content(file) for file in _files(path.expanduser())}
     return found

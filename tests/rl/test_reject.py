@@ -43,7 +43,7 @@ def group(*, cut: Sequence[int] = (4,), episode: Episode | None = None) -> Group
 def run(keep: int) -> Any:
     return SimpleNamespace(
         config=SimpleNamespace(reject=RejectConfig(keep=keep)),
-        text=lambda prompt, completion: ANSWERS[completion.sample],
+        answers=SimpleNamespace(text=lambda prompt, completion: ANSWERS[completion.sample]),
     )
 
 
