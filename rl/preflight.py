@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,15 @@ _RENDERED = 64
 """Rows of a table that go through the chat template."""
 
 
-def check_inputs(config: Config, *, hub: bool = False, pending: bool = False) -> list[str]:
+def check_inputs(
+    config: Config, *, hub: bool = False, pending: bool = False, made: Collection[str] = ()
+) -> list[str]:
     """Reads the first rows of every file, imports the rewards and tries both on each other. Returns
     what a person should know; `ConfigError` for what would end the run. hub: data sets and models
-    of the Hub too, which may be fetched."""
+    of the Hub too, which may be fetched. pending: `sft.data` is still to be made, and so are the
+    models `made`."""
     if config.data.mixture or config.data.levels:
-        return _check_parts(config, hub)
+        return _check_parts(config, hub, pending, made)
     with user_errors():
         if not is_table(config.data):
             check_data(config.data)
@@ -44,7 +47,7 @@ def check_inputs(config: Config, *, hub: bool = False, pending: bool = False) ->
             except ValueError as error:
                 raise ValueError(f"eval.sets.{name}: {error}") from error
         heads = _heads(config.data, hub)
-        check_teachers(config, heads[0], hub=hub)
+        check_teachers(config, heads[0], hub=hub, made=made)
         _check_difficulty(config.data, heads[0])
         said = [head.mapper.describe() for head in (*heads[0], *heads[1])]
         for head in (*heads[0], *heads[1]):
@@ -69,9 +72,9 @@ def check_inputs(config: Config, *, hub: bool = False, pending: bool = False) ->
     return said
 
 
-def _check_parts(config: Config, hub: bool) -> list[str]:
+def _check_parts(config: Config, hub: bool, pending: bool, made: Collection[str]) -> list[str]:
     """The same of every source of a mixture at every level."""
-    check_teachers(config, [], hub=hub)
+    check_teachers(config, [], hub=hub, made=made)
     config = config.model_copy(update={"distill": DistillConfig()})
     said: list[str] = []
     for name, (_, part) in config.data.parts.items():
@@ -79,7 +82,8 @@ def _check_parts(config: Config, hub: bool) -> list[str]:
             key = f"data.mixture.{name}" if config.data.mixture else "data"
             key += f".levels[{number}]" if part.levels else ""
             try:
-                one = check_inputs(config.model_copy(update={"data": level}), hub=hub)
+                own = config.model_copy(update={"data": level})
+                one = check_inputs(own, hub=hub, pending=pending)
             except ConfigError as error:
                 raise ConfigError(f"{key}: {error}") from error
             said += [f"{key}: {line}" for line in one]

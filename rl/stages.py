@@ -137,7 +137,8 @@ def check_recipe(recipe: Recipe) -> list[str]:
                 check_files(stage.config)
             data = stage.config.sft.data
             pending = data is not None and _made_here(recipe, *data.sources)
-            said |= dict.fromkeys(check_inputs(stage.config, pending=pending))
+            made = {str(other.output) for other in recipe.stages}
+            said |= dict.fromkeys(check_inputs(stage.config, pending=pending, made=made))
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from error
     return list(said)
