@@ -2,14 +2,14 @@
 # make demo-lm  the same with a real model of 135M parameters, which it fetches (93 MB)
 # make test   sets everything up, then runs the tests
 # make smollm2   fetches a small real language model into models/smollm2-135m
-# Others: install, test-unit (under a minute), test-vllm, test-ascend, test-faults, lint, bench, clean. PYTHON=python3.12 picks the interpreter.
+# Others: install, test-unit (under a minute), test-vllm, test-ascend, test-faults, test-browser, lint, bench, clean. PYTHON=python3.12 picks the interpreter.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo demo-lm smollm2 test test-unit test-vllm test-ascend test-faults lint bench install clean FORCE
+.PHONY: demo demo-lm smollm2 test test-unit test-vllm test-ascend test-faults test-browser lint bench install clean FORCE
 
 demo: install
 	$(BIN)/emberl train configs/quickstart.yaml
@@ -43,6 +43,11 @@ test-vllm:
 	tests/vllm/setup.sh $(VENV)-vllm
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/pytest tests/vllm
 
+# The page of an evaluation in a headless browser: Debian's chromium, which is installed where that is possible.
+test-browser: install
+	tests/browser/setup.sh
+	$(BIN)/pytest tests/browser
+
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -61,7 +66,7 @@ $(VENV)/.ready: pyproject.toml .ci/install $(VENV)/.files
 
 $(VENV)/.files: FORCE
 	@mkdir -p $(VENV)
-	@find rl rollout rewards kernels configs -name '*.py' -o -name '*.yaml' -o -name py.typed | LC_ALL=C sort > $@.new
+	@find rl rollout rewards kernels configs -name '*.py' -o -name '*.yaml' -o -name '*.html' -o -name py.typed | LC_ALL=C sort > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
 FORCE:

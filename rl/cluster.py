@@ -32,7 +32,7 @@ from .config.load import Config, ConfigError, user_errors
 from .disks import Disks
 from .learner.group import PUBLISHING, LearnerGroup
 from .learner.rank import LearnerRank, RankSpec
-from .placement import ActorSlot, check_capacity, plan_placement, resources_text
+from .placement import ROLES, ActorSlot, Role, check_capacity, plan_placement, resources_text
 
 PATIENCE = 10.0
 """Seconds without a cluster's answer after which a person is told."""
@@ -42,11 +42,17 @@ class Cluster:
     """A context: Ray joined or started on entry; actors, placement group and, if it was started
     here, Ray gone on exit."""
 
-    def __init__(self, config: Config, tell: Callable[[str], None] = print) -> None:
-        """tell: where a person reads what the start waits for."""
+    def __init__(
+        self,
+        config: Config,
+        tell: Callable[[str], None] = print,
+        roles: tuple[Role, ...] = ROLES,
+    ) -> None:
+        """tell: where a person reads what the start waits for. roles: who is started; without
+        learners `spawn` gives a group of none."""
         self.config = config
         self.tell = tell
-        self.placement = plan_placement(config)
+        self.placement = plan_placement(config, roles)
         self.address = config.cluster.address or os.environ.get("RAY_ADDRESS")
         self._group: Any = None
         self._actors: list[Any] = []
@@ -187,7 +193,9 @@ class Cluster:
             timeout=config.rollout.timeout,
             sync_timeout=config.sync.timeout,
             max_samples=(
-                QUEUE_DEPTH * config.rollout.max_num_seqs if config.schedule.max_staleness else None
+                QUEUE_DEPTH * config.rollout.max_num_seqs
+                if config.schedule.max_staleness or not ranks
+                else None
             ),
             respawn=self.respawn,
             max_restarts=config.rollout.max_restarts,
@@ -246,7 +254,8 @@ class Cluster:
     def wait(self) -> None:
         """Until every actor has its model and the learners have met."""
         timeout = self.config.cluster.start_timeout
-        self.learners.connect(self._model_path, timeout)
+        if self.learners.ranks:
+            self.learners.connect(self._model_path, timeout)
         gather(
             self._ready,
             who="rollout worker",

@@ -12,8 +12,9 @@ from ..rewards.suite import RewardSuite, build_suite
 from ..rollout.samples import Prompt, Sampling
 from .config.data import DataConfig
 from .config.load import Config, ConfigError, user_errors
-from .config.sampling import EvalSetConfig
+from .config.sampling import EvalSetConfig, ThinkingConfig
 from .data.sources import PromptSource, open_source
+from .evaluation.thinking import Thoughts, in_mode
 from .reward_inputs import reward_input
 
 GENERATED_SIZE = 512
@@ -34,6 +35,8 @@ class EvalSet:
     sampling: Mapping[str, Any]
     """Fields of `Sampling` that are this set's own."""
     suite: RewardSuite
+    thinking: Thoughts | None = None
+    """Where thoughts are ended by force as well."""
 
     def sampled(self, sampling: Sampling) -> Sampling:
         """The run's sampling with what is this set's own."""
@@ -42,30 +45,32 @@ class EvalSet:
 
 def open_eval_sets(
     config: Config,
-    source: PromptSource,
+    source: PromptSource | None,
     suite: RewardSuite,
     tokenizer_of: Callable[[DataConfig], Any],
     tell: Callable[[str], None],
     opened: ExitStack,
 ) -> tuple[EvalSet, ...]:
-    """The held-out problems of `source` and every set of `eval.sets`; suites of their own are
-    closed by `opened`.
+    """The held-out problems of `source`, if there is one, and every set of `eval.sets`; suites of
+    their own are closed by `opened`.
 
     tell: says what was left out. Raises ConfigError for a set that cannot be read or graded.
     """
     sets = []
-    if config.eval.size != 0 and source.heldout:
+    if source is not None and config.eval.size != 0 and source.heldout:
         prompts = _cut(source.heldout, config.eval.size, "eval.size", "held-out problems", tell)
         sets.append(
             EvalSet(
                 name=HELD_OUT,
                 prompts=prompts,
                 samples=config.eval.samples,
-                sampling=_sampling(config, None),
+                sampling=sampling_of(config, None),
                 suite=suite,
             )
         )
-    sources = {prompt.source for each in sets for prompt in each.prompts} | {source.name}
+    sources = {prompt.source for each in sets for prompt in each.prompts}
+    if source is not None:
+        sources.add(source.name)
     for name, own in config.eval.sets.items():
         settings = own.beside(config.data)
         if name in sources:
@@ -95,6 +100,7 @@ def _open(
     generated = settings.generated
     if generated:
         settings = settings.model_copy(update={"heldout": settings.size or GENERATED_SIZE})
+    settings = in_mode(settings, settings.thinking, tokenizer.chat_template)
     source = open_source(settings, tokenizer, config.seed)
     prompts = list(source.heldout) if generated else _all_of(source)
     for note in source.notes:
@@ -105,19 +111,42 @@ def _open(
         opened.callback(suite.close)
         suite.trial(reward_input(prompts[0], tokenizer, "0"))
     bad = suite.check_references([reward_input(prompt, tokenizer, "") for prompt in prompts])
-    if 2 * len({b.row for b in bad}) > len(prompts):
-        raise ValueError(
-            f"{len(bad)} of {len(prompts)} references cannot be graded against: {bad[0]}"
-        )
+    unfit = {b.row for b in bad}
     if bad:
-        tell(f"{key}: {len(bad)} of {len(prompts)} references cannot be graded against: {bad[0]}")
+        line = f"{len(unfit)} of {len(prompts)} references cannot be graded against: {bad[0]}"
+        if 2 * len(unfit) > len(prompts):
+            raise ValueError(line)
+        if settings.drop == "none":
+            raise ValueError(f"{line}; mend them, or set drop=bad")
+        tell(f"{key}: left out: {line}")
+        prompts = [prompt for row, prompt in enumerate(prompts) if row not in unfit]
+    sampling = sampling_of(config, settings)
+    longest = sampling.get("max_tokens", config.rollout.max_response_length)
     return EvalSet(
         name=name,
         prompts=prompts,
         samples=settings.samples or config.eval.samples,
-        sampling=_sampling(config, settings),
+        sampling=sampling,
         suite=suite,
+        thinking=_thoughts(config, settings.thinking, tokenizer, longest),
     )
+
+
+def _thoughts(
+    config: Config, settings: ThinkingConfig, tokenizer: Any, longest: int
+) -> Thoughts | None:
+    """What ends thoughts at budgets; ValueError where there is no room for an answer after one."""
+    if not settings.budgets:
+        return None
+    if config.rollout.environment is not None:
+        raise ValueError("thinking.budgets are for answers of one turn; leave them out")
+    thoughts = Thoughts(settings, tokenizer)
+    if (most := settings.budgets[-1]) + len(thoughts.ending) >= longest:
+        raise ValueError(
+            f"thinking.budgets={most} and the {len(thoughts.ending)} tokens of its ending leave no"
+            f" room for an answer in max_response_length={longest}; raise that, or lower the budget"
+        )
+    return thoughts
 
 
 def _all_of(source: PromptSource) -> list[Prompt]:
@@ -141,7 +170,7 @@ def _cut(
     return list(prompts)
 
 
-def _sampling(config: Config, own: EvalSetConfig | None) -> dict[str, Any]:
+def sampling_of(config: Config, own: EvalSetConfig | None) -> dict[str, Any]:
     """Fields of `Sampling` in an evaluation: those of `eval`, then the set's own where it has
     any."""
     found = {"temperature": config.eval.temperature, **config.eval.cuts, "seed": config.seed}

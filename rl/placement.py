@@ -55,8 +55,11 @@ class Placement:
         return "\n".join(lines)
 
 
-def plan_placement(config: Config) -> Placement:
-    """The seats of a configuration.
+ROLES: tuple[Role, ...] = ("learner", "rollout")
+
+
+def plan_placement(config: Config, roles: tuple[Role, ...] = ROLES) -> Placement:
+    """The seats of a configuration; `roles`: of these only, as where nothing learns.
 
     An actor's threads are its bundle's CPUs. On a CPU-only cluster that trains on-policy, learners
     and rollouts take turns, so each side may use the CPUs of both.
@@ -68,9 +71,8 @@ def plan_placement(config: Config) -> Placement:
         "rollout": len(config.rollout.servers) or cluster.rollouts,
     }
     cpus = {"learner": cluster.cpus_per_learner, "rollout": cluster.cpus_per_rollout}
-    everything = sum(counts[role] * cpus[role] for role in counts)
+    everything = sum(counts[role] * cpus[role] for role in roles)
     seats = []
-    roles: tuple[Role, ...] = ("learner", "rollout")
     for role in roles:
         alone = target.is_cpu and config.schedule.max_staleness == 0
         threads = int(everything / counts[role] if alone else cpus[role])
@@ -83,7 +85,7 @@ def plan_placement(config: Config) -> Placement:
             else float(config.rollout.cards)
         )
         bundle = {"CPU": cpus[role]} if cardless else {target.resource: cards, "CPU": cpus[role]}
-        first = 0 if cluster.colocated or role == "learner" else cluster.learners
+        first = 0 if cluster.colocated or role == roles[0] else cluster.learners
         seats += [
             ActorSlot(role=role, index=i, bundle=bundle, threads=max(1, threads), place=first + i)
             for i in range(counts[role])

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,12 @@ _RENDERED = 64
 """Rows of a table that go through the chat template."""
 
 
-def check_inputs(
-    config: Config, *, hub: bool = False, pending: bool = False, made: Collection[str] = ()
-) -> list[str]:
+def check_inputs(config: Config, *, hub: bool = False) -> list[str]:
     """Reads the first rows of every file, imports the rewards and tries both on each other. Returns
     what a person should know; `ConfigError` for what would end the run. hub: data sets and models
-    of the Hub too, which may be fetched. pending: `sft.data` is still to be made, and so are the
-    models `made`."""
+    of the Hub too, which may be fetched."""
     if config.data.mixture or config.data.levels:
-        return _check_parts(config, hub, pending, made)
+        return _check_parts(config, hub)
     with user_errors():
         if not is_table(config.data):
             check_data(config.data)
@@ -47,7 +44,7 @@ def check_inputs(
             except ValueError as error:
                 raise ValueError(f"eval.sets.{name}: {error}") from error
         heads = _heads(config.data, hub)
-        check_teachers(config, heads[0], hub=hub, made=made)
+        check_teachers(config, heads[0], hub=hub)
         _check_difficulty(config.data, heads[0])
         said = [head.mapper.describe() for head in (*heads[0], *heads[1])]
         for head in (*heads[0], *heads[1]):
@@ -59,7 +56,7 @@ def check_inputs(
                 said += check_references(config.data, suite, head)
         finally:
             suite.close()
-        if "sft" in config.stages and config.sft.data is not None and not pending:
+        if "sft" in config.stages and config.sft.data is not None:
             try:
                 for table in train_tables(config.sft.data, hub=hub):
                     check_rows(config.sft.data, table)
@@ -72,9 +69,9 @@ def check_inputs(
     return said
 
 
-def _check_parts(config: Config, hub: bool, pending: bool, made: Collection[str]) -> list[str]:
+def _check_parts(config: Config, hub: bool) -> list[str]:
     """The same of every source of a mixture at every level."""
-    check_teachers(config, [], hub=hub, made=made)
+    check_teachers(config, [], hub=hub)
     config = config.model_copy(update={"distill": DistillConfig()})
     said: list[str] = []
     for name, (_, part) in config.data.parts.items():
@@ -82,8 +79,7 @@ def _check_parts(config: Config, hub: bool, pending: bool, made: Collection[str]
             key = f"data.mixture.{name}" if config.data.mixture else "data"
             key += f".levels[{number}]" if part.levels else ""
             try:
-                own = config.model_copy(update={"data": level})
-                one = check_inputs(own, hub=hub, pending=pending)
+                one = check_inputs(config.model_copy(update={"data": level}), hub=hub)
             except ConfigError as error:
                 raise ConfigError(f"{key}: {error}") from error
             said += [f"{key}: {line}" for line in one]

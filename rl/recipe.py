@@ -173,7 +173,7 @@ def run_attempt(
                 stop_token_ids=stop_tokens(tokenizer, model_path),
             )
             with user_errors():
-                pool.episodes = episodes_of(config, tokenizer, run.said)
+                pool.episodes = episodes_of(config, tokenizer, run.answers.said)
             return on_loop(go(run, checkpoint, imitated))
 
 

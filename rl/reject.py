@@ -68,7 +68,7 @@ def accepted(run: Run, group: Group) -> list[Mapping[str, Any]]:
     conversation."""
     found: dict[str, Mapping[str, Any]] = {}
     for completion, status in zip(group.completions, outcomes(group), strict=True):
-        text = run.text(group.prompt, completion)
+        text = run.answers.text(group.prompt, completion)
         if status != Status.CORRECT or text in found or len(found) == run.config.reject.keep:
             continue
         episode = completion.episode

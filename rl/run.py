@@ -11,27 +11,22 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..rewards.episode import EPISODE
-from ..rewards.inputs import RewardInput
 from ..rewards.suite import RewardSuite
-from ..rewards.verdict import verifier_error
 from ..rollout.actors import CallFailedError
 from ..rollout.pool import RolloutPool
-from ..rollout.samples import Completion, FinishReason, Prompt, Sampling
-from ..rollout.stops import cut
+from ..rollout.samples import Completion, Prompt, Sampling
+from .answers import AnswerReader
 from .checkpoints import Progress, begin_checkpoint, finish_checkpoint
 from .config.load import Config
 from .data.sources import PromptSource
-from .data.templates import framing_ids
 from .groups import Group
 from .learner.group import LearnerGroup
-from .reward_inputs import reward_input
 from .run_directory import asked_to_stop
 from .watch.tracking import Tracker
 from .weights.sync import WeightSync
@@ -114,81 +109,24 @@ class Run:
         suite: RewardSuite | None = None,
         max_tokens: int = 0,
     ) -> Group:
-        """Marks the last turn of each completion, which has the earlier ones before it as its
-        prompt does, by `suite` (None: the run's reward); what a broken environment cut short has no
-        verdict."""
-        unmarked = replace(
-            reward_input(prompt, self.tokenizer, ""),
-            prompt=self.tokenizer.decode(list(prompt.token_ids)).removesuffix(prompt.prefix),
+        """As of `AnswerReader`, by `suite` (None: the run's reward)."""
+        return self.answers.grade(
+            prompt,
+            completions,
+            suite or self.suite,
             max_tokens=max_tokens or self.config.rollout.max_response_length,
             step=self.progress.step,
             max_steps=self.config.schedule.steps,
         )
-        sound = [c for c in completions if c.episode is None or not c.episode.failed]
-        inputs = [self._marked(unmarked, prompt, completion) for completion in sound]
-        graded = iter((suite or self.suite).grade(inputs))
-        verdicts = [
-            (
-                verifier_error(f"rollout.environment, {c.episode.status}: {c.episode.message}")
-                if c.episode is not None and c.episode.failed
-                else next(graded)
-            )
-            for c in completions
-        ]
-        return Group(prompt=prompt, completions=tuple(completions), verdicts=tuple(verdicts))
-
-    def _marked(self, asked: RewardInput, prompt: Prompt, completion: Completion) -> RewardInput:
-        """The problem `asked` with an answer to it; of an episode, its last turn after the
-        others."""
-        start, episode = completion.last_turn, completion.episode
-        answered = replace(
-            asked,
-            completion=self.text(prompt, completion),
-            token_ids=tuple(completion.token_ids[start:].tolist()),
-            finish_reason=completion.finish_reason,
-            max_tokens=asked.max_tokens - start,
-        )
-        if episode is None:
-            return answered
-        before = [*prompt.token_ids, *completion.token_ids[:start].tolist()]
-        told = {"reward": episode.reward, "turns": len(episode.turns), "status": episode.status}
-        earlier = episode.messages[:-1] if self.tokenizer.chat_template is not None else ()
-        return replace(
-            answered,
-            prompt=self.tokenizer.decode(before) if start else asked.prompt,
-            messages=(*asked.messages, *earlier),
-            columns={**asked.columns, EPISODE: told},
-        )
-
-    def text(self, prompt: Prompt, completion: Completion) -> str:
-        """An answer as the grader and a person read it: what the prompt has of it already, then
-        what was sampled; of an episode its last turn."""
-        if completion.episode is not None:
-            return completion.episode.messages[-1]["content"]
-        return prompt.prefix + self.said(completion.token_ids.tolist(), completion.finish_reason)
-
-    def said(self, token_ids: Sequence[int], finish_reason: FinishReason) -> str:
-        """Sampled tokens as text, without the end token and what else frames a conversation, and up
-        to a stop string (`rollout.include_stop`)."""
-        rollout = self.config.rollout
-        stopped = finish_reason == "stop"
-        by_string = stopped and rollout.stop and token_ids[-1] not in self.stop_token_ids
-        if stopped and not by_string:
-            token_ids = token_ids[:-1]
-        text: str = self.tokenizer.decode([t for t in token_ids if t not in self._framing])
-        return cut(text, rollout.stop, keep=rollout.include_stop) if by_string else text
 
     @cached_property
-    def _framing(self) -> frozenset[int]:
-        return framing_ids(self.tokenizer)
-
-    def problem(self, prompt: Prompt) -> str:
-        """What was asked, as a person reads it: the last message, without what the chat template
-        puts around it."""
-        if prompt.messages:
-            return prompt.messages[-1]["content"]
-        text: str = self.tokenizer.decode([t for t in prompt.token_ids if t not in self._framing])
-        return text
+    def answers(self) -> AnswerReader:
+        """How sampled answers are read."""
+        return AnswerReader(
+            tokenizer=self.tokenizer,
+            rollout=self.config.rollout,
+            stop_token_ids=self.stop_token_ids,
+        )
 
     async def publish(self, *, new_version: bool = True, wait: bool = True) -> dict[str, float]:
         """Has every worker serve the learners' weights (`WeightSync.publish`)."""

@@ -3,7 +3,7 @@ loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,10 @@ PROBE = "Let f(x) = 12x^2 - 7.5; then\n\tf(3)=100.5 <think>\u00e9\u4e16</think>"
 """Two tokenizers of one vocabulary that cut this in the same way have the same merges, too."""
 
 
-def check_teachers(
-    config: Config, heads: Sequence[Head], *, hub: bool, made: Collection[str] = ()
-) -> None:
+def check_teachers(config: Config, heads: Sequence[Head], *, hub: bool) -> None:
     """`ConfigError` for a teacher that is no model, one whose tokens are not the student's, or one
     with a source that the data do not have. heads: of the tables to train on. hub: models of the
-    Hub too, whose tokenizers may be fetched. made: models that an earlier stage will leave."""
+    Hub too, whose tokenizers may be fetched."""
     teachers = config.distill.teachers
     known = known_sources(config.data, heads) if teachers else None
     if known is not None:
@@ -29,8 +27,6 @@ def check_teachers(
     student = None
     for name, teacher in teachers.items():
         key = f"distill.teachers.{name}.path"
-        if teacher.path in made:
-            continue
         check_directory(key, teacher.path)
         if not hub and not Path(teacher.path).expanduser().exists():
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -122,6 +122,48 @@ class RolloutConfig(SamplingConfig):
         return math.prod(int(size) for size in sizes)
 
 
+class ThinkingConfig(Settings):
+    """The model's thoughts in an evaluation: whether it has any, and how long they may be."""
+
+    mode: Literal["template", "slow", "fast"] = "template"
+    """`slow`: with thoughts, `fast`: without, by the chat template's own variable (`enable_thinking`
+    of Qwen3, `thinking` of DeepSeek), or where it has none by how every answer begins: the opening
+    tag, or an empty pair of tags. `template`: as the template has it."""
+    open: str = "<think>"
+    """What begins thoughts, at the end of the prompt or the beginning of the answer; an answer
+    without it has none. Empty: all of an answer is thought until `close`."""
+    close: str = Field(default="</think>", min_length=1)
+    """What ends them."""
+    budgets: tuple[int, ...] = ()
+    """Tokens after which thoughts are ended by force (s1, arXiv 2501.19393; Qwen3's thinking
+    budget, arXiv 2505.09388), a column of the result for each: what was thought without a budget
+    is cut there, and the model goes on from `ending`. Empty: thoughts end by themselves."""
+    ending: str | None = None
+    """What is put behind thoughts that are ended by force, e.g. `"\n</think>\n\n"`; empty: `close`
+    alone."""
+
+    @field_validator("budgets", mode="before")
+    @classmethod
+    def _one_or_more(cls, budgets: Any) -> Any:
+        return (budgets,) if isinstance(budgets, int) else budgets
+
+    @field_validator("budgets")
+    @classmethod
+    def _rising(cls, budgets: tuple[int, ...]) -> tuple[int, ...]:
+        if any(budget < 1 for budget in budgets) or len(set(budgets)) < len(budgets):
+            raise ValueError("give each number of tokens once, 1 or more, e.g. [64, 256]")
+        return tuple(sorted(budgets))
+
+    @model_validator(mode="after")
+    def _closes(self) -> ThinkingConfig:
+        if self.open and self.ending is not None and self.close not in self.ending:
+            raise ValueError(
+                f"ending={self.ending!r} does not hold close={self.close!r}, so thoughts would go on"
+                " after it; put it in"
+            )
+        return self
+
+
 class EvalSetConfig(DataConfig):
     """A set of problems to be evaluated on, all of it: the keys of `data`, with `path` for
     `source`, and its own answers. What is not set is as in `eval` and `rollout`, and the template,
@@ -146,6 +188,7 @@ class EvalSetConfig(DataConfig):
     """Empty: `eval.repetition_penalty`."""
     max_response_length: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     """Tokens; the engines are made for it. Empty: `rollout.max_response_length`."""
+    thinking: ThinkingConfig = ThinkingConfig()
     verifier: RewardPart | None = None
     """What marks the answers: a name such as `math`, or the keys of a part of the reward; empty:
     the run's reward."""

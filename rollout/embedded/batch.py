@@ -219,6 +219,10 @@ class ContinuousBatch:
                 request.deliver(partial[-1])
         return partial
 
+    def so_far(self) -> list[Completion]:
+        """The samples in slots as far as they got."""
+        return [self._completion(slot, "abort") for slot in range(len(self._active))]
+
     def _admit(self) -> None:
         """Fills free slots from the queue; a sample may end with its first token, so more may
         fit."""

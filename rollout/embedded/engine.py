@@ -159,9 +159,15 @@ class EmbeddedEngine:
 
     # The synchronous way.
 
-    def submit(self, prompt: Prompt, n: int, sampling: Sampling) -> None:
-        """Queues n samples for `run` or `step`."""
-        self._batch.submit(prompt, n, sampling, self._finished.append)
+    def submit(
+        self, prompt: Prompt, n: int, sampling: Sampling, begun: Sequence[Completion] = ()
+    ) -> None:
+        """Queues n samples for `run` or `step`, or those that have begun, from where they stand."""
+        self._batch.submit(prompt, n, sampling, self._finished.append, begun)
+
+    def so_far(self) -> list[Completion]:
+        """What is decoded of the samples in slots, for a person to read as it comes."""
+        return self._batch.so_far()
 
     def step(self) -> list[Completion]:
         """Decodes one token of each sequence; returns what finished."""

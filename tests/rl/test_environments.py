@@ -6,7 +6,6 @@ from __future__ import annotations
 import socket
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ from emberl.rewards.inputs import RewardInput
 from emberl.rewards.suite import build_suite
 from emberl.rewards.verdict import Status, Verdict
 from emberl.rl.algorithm.losses import Objective
+from emberl.rl.answers import AnswerReader
 from emberl.rl.batch import make_batch
-from emberl.rl.checkpoints import Progress
 from emberl.rl.config.algorithm import AdvantageConfig, LossConfig
 from emberl.rl.config.data import DataConfig, TinyConfig
 from emberl.rl.config.load import ModelConfig, OptimConfig, resolve
@@ -27,7 +26,6 @@ from emberl.rl.environments import load_environment, observer
 from emberl.rl.groups import Batch, Group
 from emberl.rl.learner.rank import LearnerRank, RankSpec
 from emberl.rl.reward_inputs import reward_input
-from emberl.rl.run import Run
 from emberl.rl.trainer import staleness
 from emberl.rl.watch.lengths import read_lengths, record_lengths
 from emberl.rl.watch.step_metrics import sample_metrics
@@ -379,22 +377,13 @@ def test_the_last_turn_is_marked_and_the_environment_may_be_a_part() -> None:
         "game": {"use": "environment", "weight": 0.5},
     }
     suite = build_suite(parts)
-    run: Any = SimpleNamespace(
-        tokenizer=tokenizer,
-        suite=suite,
-        config=resolve_empty(),
-        progress=Progress(),
-        stop_token_ids=(1,),
-        _framing=frozenset({1}),
-    )
-    for name in ("text", "said", "_marked"):
-        setattr(run, name, getattr(Run, name).__get__(run))
-    row = run._marked(reward_input(prompt, tokenizer, ""), prompt, good)
+    reader = AnswerReader(tokenizer=tokenizer, rollout=resolve_empty().rollout, stop_token_ids=(1,))
+    row = reader.marked(reward_input(prompt, tokenizer, ""), prompt, good)
     assert row.completion == "\\boxed{4}" and row.token_ids == tuple(turns[2])
     assert [m["content"] for m in row.messages] == ["which number?", "is it 3?", "more"]
     assert row.prompt == tokenizer.decode([30, 31, *turns[0], *turns[1]])
     assert row.columns["episode"] == {"reward": 0.5, "turns": 2, "status": "done"}
-    group = Run.grade(run, prompt, [good, bad])
+    group = reader.grade(prompt, [good, bad], suite, max_tokens=64)
     suite.close()
     assert (group.verdicts[0].status, group.verdicts[0].score) == (Status.CORRECT, 0.75)
     assert group.verdicts[1].status == Status.VERIFIER_ERROR

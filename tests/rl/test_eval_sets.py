@@ -21,6 +21,7 @@ from emberl.rl.data.tiny import tiny_tokenizer
 from emberl.rl.eval_sets import HELD_OUT, EvalSet, open_eval_sets
 from emberl.rl.evaluate import evaluate
 from emberl.rl.groups import Group
+from emberl.rollout.jobs import Job
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
 
 CHAT = tiny_tokenizer(TinyConfig(vocabulary="bytes", chat_template=True))
@@ -175,20 +176,17 @@ def completion(prompt: Prompt, sample: int) -> Completion:
     )
 
 
-class FakeRun(SimpleNamespace):
-    """Answers every problem with its reference in the first sample, and with nonsense in the
-    others."""
+def answered(job: Job) -> None:
+    job.finish(tuple(completion(job.prompt, i) for i in range(job.n)))
 
-    async def sample_groups(
-        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, suite: RewardSuite
-    ) -> list[Group]:
-        groups = []
-        for prompt in prompts:
-            texts = [f"\\boxed{{{prompt.answer if i == 0 else 77}}}" for i in range(n)]
-            verdicts = suite.grade([RewardInput(completion=t, answer=prompt.answer) for t in texts])
-            completions = tuple(completion(prompt, i) for i in range(n))
-            groups.append(Group(prompt=prompt, completions=completions, verdicts=tuple(verdicts)))
-        return groups
+
+def grade(
+    prompt: Prompt, completions: Sequence[Completion], suite: RewardSuite, max_tokens: int
+) -> Group:
+    """The first answer is the reference, and the others are nonsense."""
+    texts = [f"\\boxed{{{prompt.answer if c.sample == 0 else 77}}}" for c in completions]
+    verdicts = suite.grade([RewardInput(completion=t, answer=prompt.answer) for t in texts])
+    return Group(prompt=prompt, completions=tuple(completions), verdicts=tuple(verdicts))
 
 
 @pytest.mark.parametrize("size", [None, 0])
@@ -205,14 +203,18 @@ def test_every_set_is_in_the_metrics_by_its_name(files: dict[str, str], size: in
 
     with ExitStack() as stack:
         stack.callback(suite.close)
-        run = FakeRun(
+        run = SimpleNamespace(
             config=settings,
             eval_sets=open_eval_sets(settings, source, suite, lambda _: CHAT, print, stack),
             weights=SimpleNamespace(delivered=delivered),
             progress=SimpleNamespace(step=7),
             sampling=lambda step: Sampling(max_tokens=32),
-            text=lambda prompt, completion: "\\boxed{1}",
-            problem=lambda prompt: prompt.messages[-1]["content"],
+            pool=SimpleNamespace(submit=lambda jobs: [answered(job) for job in jobs]),
+            grade=grade,
+            answers=SimpleNamespace(
+                text=lambda prompt, completion: "\\boxed{1}",
+                problem=lambda prompt: prompt.messages[-1]["content"],
+            ),
             tracker=SimpleNamespace(
                 log=lambda *a: logged.append(a), samples=lambda *a: logged.append(a)
             ),

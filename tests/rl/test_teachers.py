@@ -169,15 +169,6 @@ def test_only_what_rl_trains_on_is_mixed(groups: dict[str, Any], folder: Path) -
         check(folder, **groups)
 
 
-def test_a_teacher_that_an_earlier_stage_makes_is_not_there_yet() -> None:
-    distill = {"teachers": {"first": {"path": "runs/r/first/model"}}}
-    tree = {"name": "t", "algorithm": "opd", "model": {"tiny": SMALL}, "data": SUMS}
-    config = resolve({**tree, "distill": distill})
-    with pytest.raises(ConfigError, match="'runs/r/first/model' does not exist"):
-        check_inputs(config)
-    check_inputs(config, made=["runs/r/first/model"])
-
-
 def test_a_resolved_mixture_can_be_read_again(folder: Path) -> None:
     """As `--resume` and `schedule.passes` do."""
     config = resolve({"name": "t", "model": {"tiny": {}}, "data": {"mixture": {"a": SUMS}}})

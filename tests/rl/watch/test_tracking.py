@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from emberl.rewards.verdict import Status, Verdict, verifier_error
+from emberl.rl.answers import AnswerReader
 from emberl.rl.config.data import TinyConfig
 from emberl.rl.config.sampling import RolloutConfig
 from emberl.rl.data.tiny import tiny_tokenizer
 from emberl.rl.groups import Group
-from emberl.rl.run import Run
 from emberl.rl.watch.tracking import HALF_CELL, Tracker, sample_rows
 from emberl.rollout.samples import Completion, Prompt, Span
 
@@ -22,25 +22,8 @@ PROMPT = Prompt(id="p", token_ids=(5,), answer="2", source="s")
 TOKENIZER = tiny_tokenizer(TinyConfig(vocabulary="bytes", chat_template=True))
 
 
-def run(**rollout: Any) -> Any:
-    """As much of a run as reads tokens."""
-    parts: dict[str, Any] = dict.fromkeys(
-        (
-            "config",
-            "run_id",
-            "run_dir",
-            "source",
-            "suite",
-            "learners",
-            "pool",
-            "sync",
-            "tracker",
-            "stop",
-        ),
-        None,
-    )
-    parts["config"] = SimpleNamespace(rollout=RolloutConfig(**rollout))
-    return Run(**parts, tokenizer=TOKENIZER, started=0.0, progress=None, stop_token_ids=(1,))  # type: ignore[arg-type]
+def reader(**rollout: Any) -> AnswerReader:
+    return AnswerReader(tokenizer=TOKENIZER, rollout=RolloutConfig(**rollout), stop_token_ids=(1,))
 
 
 def completion(text: str, reason: Any = "stop") -> Completion:
@@ -52,13 +35,13 @@ def completion(text: str, reason: Any = "stop") -> Completion:
 
 
 def test_an_answer_keeps_its_thinking_and_loses_what_frames_it() -> None:
-    assert run().text(PROMPT, completion("<think>1+1</think>2<eos>")) == "<think>1+1</think>2"
-    assert run().text(PROMPT, completion("2<pad><eos>3", "length")) == "23"
+    assert reader().text(PROMPT, completion("<think>1+1</think>2<eos>")) == "<think>1+1</think>2"
+    assert reader().text(PROMPT, completion("2<pad><eos>3", "length")) == "23"
 
 
 def test_an_answer_begins_in_its_prompt() -> None:
     begun = replace(PROMPT, prefix="<think>\n")
-    assert run().text(begun, completion("1+1</think>2<eos>")) == "<think>\n1+1</think>2"
+    assert reader().text(begun, completion("1+1</think>2<eos>")) == "<think>\n1+1</think>2"
 
 
 @pytest.mark.parametrize(
@@ -76,16 +59,16 @@ def test_an_answer_ends_with_or_before_the_string_that_stopped_it(
     said: str, reason: str, kept: str, cut: str
 ) -> None:
     stop = ("</a>", "\nQ:")
-    assert run(stop=stop).text(PROMPT, completion(said, reason)) == kept
-    assert run(stop=stop, include_stop=False).text(PROMPT, completion(said, reason)) == cut
+    assert reader(stop=stop).text(PROMPT, completion(said, reason)) == kept
+    assert reader(stop=stop, include_stop=False).text(PROMPT, completion(said, reason)) == cut
 
 
 def test_the_problem_is_what_was_asked() -> None:
     asked = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"})
     prompt = Prompt(id="p", token_ids=(1, 5), answer="2", source="s", messages=asked)
-    assert run().problem(prompt) == "1+1?"
+    assert reader().problem(prompt) == "1+1?"
     ids = tuple(TOKENIZER.encode("1+1?<eos>", add_special_tokens=False))
-    assert run().problem(Prompt(id="p", token_ids=ids, answer="2", source="s")) == "1+1?"
+    assert reader().problem(Prompt(id="p", token_ids=ids, answer="2", source="s")) == "1+1?"
 
 
 def test_rows_say_the_score_and_its_parts(tmp_path: Path) -> None:

@@ -1,0 +1,115 @@
+"""Sampled answers as people and graders read them: tokens to text, and text to verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from ..rewards.episode import EPISODE
+from ..rewards.inputs import RewardInput
+from ..rewards.suite import RewardSuite
+from ..rewards.verdict import verifier_error
+from ..rollout.samples import Completion, FinishReason, Prompt
+from ..rollout.stops import cut
+from .config.sampling import RolloutConfig
+from .data.templates import framing_ids
+from .groups import Group
+from .reward_inputs import reward_input
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerReader:
+    """Of one model under one configuration."""
+
+    tokenizer: Any
+    rollout: RolloutConfig
+    stop_token_ids: tuple[int, ...]
+    """As `model_files.stop_tokens` finds them."""
+
+    def grade(
+        self,
+        prompt: Prompt,
+        completions: Sequence[Completion],
+        suite: RewardSuite,
+        *,
+        max_tokens: int,
+        step: int = 0,
+        max_steps: int = 0,
+    ) -> Group:
+        """Marks the last turn of each completion, which has the earlier ones before it as its
+        prompt does; what a broken environment cut short has no verdict. max_tokens, step,
+        max_steps: as in `RewardInput`."""
+        unmarked = replace(
+            reward_input(prompt, self.tokenizer, ""),
+            prompt=self.tokenizer.decode(list(prompt.token_ids)).removesuffix(prompt.prefix),
+            max_tokens=max_tokens,
+            step=step,
+            max_steps=max_steps,
+        )
+        sound = [c for c in completions if c.episode is None or not c.episode.failed]
+        inputs = [self.marked(unmarked, prompt, completion) for completion in sound]
+        graded = iter(suite.grade(inputs))
+        verdicts = [
+            (
+                verifier_error(f"rollout.environment, {c.episode.status}: {c.episode.message}")
+                if c.episode is not None and c.episode.failed
+                else next(graded)
+            )
+            for c in completions
+        ]
+        return Group(prompt=prompt, completions=tuple(completions), verdicts=tuple(verdicts))
+
+    def marked(self, asked: RewardInput, prompt: Prompt, completion: Completion) -> RewardInput:
+        """The problem `asked` with an answer to it; of an episode, its last turn after the
+        others."""
+        start, episode = completion.last_turn, completion.episode
+        answered = replace(
+            asked,
+            completion=self.text(prompt, completion),
+            token_ids=tuple(completion.token_ids[start:].tolist()),
+            finish_reason=completion.finish_reason,
+            max_tokens=asked.max_tokens - start,
+        )
+        if episode is None:
+            return answered
+        before = [*prompt.token_ids, *completion.token_ids[:start].tolist()]
+        told = {"reward": episode.reward, "turns": len(episode.turns), "status": episode.status}
+        earlier = episode.messages[:-1] if self.tokenizer.chat_template is not None else ()
+        return replace(
+            answered,
+            prompt=self.tokenizer.decode(before) if start else asked.prompt,
+            messages=(*asked.messages, *earlier),
+            columns={**asked.columns, EPISODE: told},
+        )
+
+    def text(self, prompt: Prompt, completion: Completion) -> str:
+        """An answer as the grader and a person read it: what the prompt has of it already, then
+        what was sampled; of an episode its last turn."""
+        if completion.episode is not None:
+            return completion.episode.messages[-1]["content"]
+        return prompt.prefix + self.said(completion.token_ids.tolist(), completion.finish_reason)
+
+    def said(self, token_ids: Sequence[int], finish_reason: FinishReason) -> str:
+        """Sampled tokens as text, without the end token and what else frames a conversation, and up
+        to a stop string (`rollout.include_stop`)."""
+        rollout = self.rollout
+        stopped = finish_reason == "stop"
+        by_string = stopped and rollout.stop and token_ids[-1] not in self.stop_token_ids
+        if stopped and not by_string:
+            token_ids = token_ids[:-1]
+        text: str = self.tokenizer.decode([t for t in token_ids if t not in self._framing])
+        return cut(text, rollout.stop, keep=rollout.include_stop) if by_string else text
+
+    def problem(self, prompt: Prompt) -> str:
+        """What was asked, as a person reads it: the last message, without what the chat template
+        puts around it."""
+        if prompt.messages:
+            return prompt.messages[-1]["content"]
+        text: str = self.tokenizer.decode([t for t in prompt.token_ids if t not in self._framing])
+        return text
+
+    @cached_property
+    def _framing(self) -> frozenset[int]:
+        return framing_ids(self.tokenizer)

@@ -1,0 +1,380 @@
+"""`emberl eval`: a model on one or several sets, its answers kept as they come, so that a killed
+evaluation goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ...rewards.suite import build_suite
+from ...rollout.engine import check_engine
+from ...rollout.pool import RolloutPool
+from ...rollout.samples import Completion, Prompt, Sampling
+from ..answers import AnswerReader
+from ..cluster import Cluster
+from ..config.load import Config, ConfigError, user_errors
+from ..config.reward import RewardPart
+from ..config.sampling import EvalSetConfig, ThinkingConfig
+from ..data.rows import train_tables
+from ..data.sources import check_data, is_gym, is_table, open_source
+from ..data.table import read_head
+from ..eval_sets import EvalSet, open_eval_sets
+from ..model_files import check_model, load_tokenizer, prepare_model, stop_tokens
+from ..preflight import check_references
+from ..run import on_loop
+from ..watch.tracking import make_console
+from .measures import metrics, powers
+from .page import write_page
+from .pictures import draw
+from .report import compare_folders, sets_of, show
+from .sampling import sampled
+from .settings import Named, configure, find_model
+from .store import RESULT, SETTINGS, Store, open_folder, outcomes_of
+from .thinking import Thoughts
+from .votes import by_reward, final_answer, outcomes
+
+_MOST_PENDING = 16
+"""Problems that wait for their verdicts, after which the oldest is waited for."""
+_BATCHING = ("timeout", "max_num_seqs", "token_rate", "servers", "servers_directory")
+"""Settings of rollouts on which no answer depends."""
+OWN = "held-out"
+"""What the problems that a run holds out itself are called."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """An evaluation that was looked at, of which nothing is loaded."""
+
+    named: Named
+    config: Config
+    ks: tuple[int, ...]
+    """Of pass@k and maj@k; empty: 2, 4, ... and n."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that its answers depend on."""
+        tree = self.config.model_dump(mode="json")
+        for key in _BATCHING:
+            del tree["rollout"][key]
+        groups = ("seed", "model", "data", "rollout", "reward", "eval")
+        return {"weights": _identity(self.named.path), **{key: tree[key] for key in groups}}
+
+
+def plan(
+    model: str,
+    data: Sequence[str],
+    overrides: Sequence[str],
+    *,
+    step: int | None = None,
+    ks: Sequence[int] = (),
+) -> Plan:
+    """`ConfigError` for what can be known to be wrong before anything is loaded: the model's files,
+    unknown sets and keys, references, numbers of answers."""
+    named = find_model(model, step)
+    config = configure(named, data, overrides)
+    check_model(config)
+    with user_errors():
+        check_engine(config.rollout.engine, config.rollout.engine_args, config.rollout.servers)
+    sets = {name: _checked(name, each, config) for name, each in config.eval.sets.items()}
+    config = config.model_copy(update={"eval": config.eval.model_copy(update={"sets": sets})})
+    counts = {name: each.samples or config.eval.samples for name, each in sets.items()}
+    if config.eval.size != 0:
+        counts[OWN] = config.eval.samples
+    for name, n in counts.items():
+        if any(k < 1 or k > n for k in ks):
+            raise ConfigError(
+                f"--k {max(ks)} needs as many answers to each problem of {name}, but samples={n};"
+                f" set samples={max(ks)} or a smaller --k"
+            )
+        own = sets[name].temperature if name in sets else None
+        if n > 1 and (config.eval.temperature if own is None else own) == 0:
+            raise ConfigError(
+                f"samples={n} with temperature=0 gives {name} the same answer {n} times; set"
+                " temperature, e.g. temperature=0.6, or samples=1"
+            )
+    return Plan(named=named, config=config, ks=tuple(sorted(set(ks))))
+
+
+def _checked(name: str, settings: EvalSetConfig, config: Config) -> EvalSetConfig:
+    """The set with a verifier of its own, after a look at its first rows."""
+    settings = settings.beside(config.data)
+    try:
+        if not is_table(settings):
+            check_data(settings)
+            use = "gym" if is_gym(settings) else "math"
+            part = settings.verifier or RewardPart(use=use)
+            return settings.model_copy(update={"verifier": part})
+        heads = [read_head(settings, table) for table in train_tables(settings)]
+        tasks = sorted({head.mapper.task for head in heads})
+        if settings.verifier is None and len(tasks) > 1:
+            raise ValueError(
+                f"some rows ask for {tasks[0]} and some for {tasks[1]}; give them as two sets"
+            )
+        part = settings.verifier or RewardPart(use=tasks[0])
+        suite = build_suite({"answer": part.model_dump()})
+        try:
+            for head in heads:
+                check_references(settings, suite, head)
+        finally:
+            suite.close()
+    except ValueError as error:
+        raise ConfigError(f"--data {name}: {error}") from error
+    return settings.model_copy(update={"verifier": part})
+
+
+def _identity(path: str) -> list[list[Any]] | str:
+    """Names, sizes and times of the weights; of the Hub the id."""
+    found = Path(path).expanduser()
+    if not found.exists():
+        return path
+    files = [found] if found.is_file() else sorted(found.glob("*.safetensors"))
+    return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def evaluate_command(
+    model: str,
+    data: Sequence[str],
+    overrides: Sequence[str],
+    *,
+    step: int | None = None,
+    against: str | None = None,
+    ks: Sequence[int] = (),
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Runs an evaluation, and where `against` is a model and not the folder of an evaluation that
+    one, too; returns the result as it stands in `result.json`."""
+    console = make_console()
+    ours = plan(model, data, overrides, step=step, ks=ks)
+    other: Plan | Path | None = None
+    if against is not None and (Path(against) / SETTINGS).is_file():
+        other = Path(against)
+        if not (other / RESULT).is_file():
+            raise ConfigError(f"--against {against}: that evaluation is not done; go on with it")
+    elif against is not None:
+        other = plan(against, data, overrides, ks=ks)
+
+    def tell(line: str) -> None:
+        console.print(line, highlight=False, markup=False)
+
+    folder = _evaluate(ours, out, tell)
+    result: dict[str, Any] = json.loads((folder / RESULT).read_text())
+    if other is not None:
+        there = other if isinstance(other, Path) else _evaluate(other, None, tell)
+        name = json.loads((there / RESULT).read_text())["model"]
+        result["against"] = {"model": name, "out": str(there)}
+        result["against"]["sets"] = compare_folders(folder, there)
+        _finish(folder, result, there)
+    show(result, console)
+    tell(f"samples, pictures and {folder / 'report.html'} are in {folder}")
+    return result
+
+
+def _evaluate(job: Plan, out: Path | None, tell: Callable[[str], None]) -> Path:
+    """The folder of an evaluation that is done."""
+    config, started = job.config, time.time()
+    folder = open_folder(out, job.named.label, job.settings)
+    store = Store(folder)
+    with ExitStack() as opened:
+        path = prepare_model(config, folder, tell, anew=False)
+        tokenizer = load_tokenizer(path, config.data)
+        source = None
+        with user_errors():
+            suite = build_suite({n: part.model_dump() for n, part in config.reward.parts.items()})
+            opened.callback(suite.close)
+            if config.eval.size != 0:
+                source = open_source(config.data, tokenizer, config.seed)
+            sets = open_eval_sets(
+                config, source, suite, partial(load_tokenizer, path), tell, opened
+            )
+            if not sets:
+                raise ConfigError(
+                    f"{job.named.label} holds out no problems; name a set with --data"
+                )
+        done = store.done()
+        left = {
+            each.name or OWN: [p for p in each.prompts if (each.name or OWN, p.id) not in done]
+            for each in sets
+        }
+        if done:
+            total = sum(len(each.prompts) for each in sets)
+            tell(f"{folder} has {len(done)} of {total} problems; the others follow")
+        if any(left.values()):
+            reader = AnswerReader(
+                tokenizer=tokenizer,
+                rollout=config.rollout,
+                stop_token_ids=stop_tokens(tokenizer, path),
+            )
+            _sample(config, path, reader, sets, left, store, tell)
+    found = outcomes_of(folder)
+    for each in sets:
+        cell = found[each.name or OWN, None]
+        assert len(cell) == len(each.prompts), f"{len(cell)} of {len(each.prompts)} problems"
+        assert all(outcome.n == each.samples for outcome in cell)
+    rows = [
+        row
+        for name in dict.fromkeys(name for name, _ in found)
+        for row in sets_of(
+            {cell: o for cell, o in found.items() if cell[0] == name},
+            job.ks or powers(found[name, None][0].n),
+        )
+    ]
+    named: dict[str, float] = {}
+    for (name, budget), members in found.items():
+        named |= metrics(members, name if budget is None else f"{name}@{budget}")
+    result = {
+        "status": "ok",
+        "model": job.named.label,
+        "path": job.named.path,
+        "out": str(folder),
+        "answers": sum(o.n for members in found.values() for o in members),
+        "seconds": round(time.time() - started, 1),
+        "sets": rows,
+        "metrics": named,
+    }
+    _finish(folder, result)
+    return folder
+
+
+def _finish(folder: Path, result: Mapping[str, Any], against: Path | None = None) -> None:
+    draw(folder, result)
+    write_page(folder, result)
+    (folder / RESULT).write_text(json.dumps(result, indent=1))
+
+
+def _sample(
+    config: Config,
+    path: str,
+    reader: AnswerReader,
+    sets: Sequence[EvalSet],
+    left: Mapping[str, Sequence[Prompt]],
+    store: Store,
+    tell: Callable[[str], None],
+) -> None:
+    """Answers to all problems that are left, into the store."""
+    base = Sampling(
+        max_tokens=config.rollout.max_response_length,
+        stop_token_ids=reader.stop_token_ids,
+        stop=config.rollout.stop,
+    )
+    with Cluster(config, tell, roles=("rollout",)) as cluster:
+        _, pool = cluster.spawn(path, uuid.uuid4().hex, store.folder.absolute())
+        cluster.wait()
+
+        async def work() -> None:
+            for each in sets:
+                name = each.name or OWN
+                own = config.eval.sets.get(name)
+                thinking = ThinkingConfig() if own is None else own.thinking
+                writer = _Rows(name, each, reader, _tags(thinking, reader.tokenizer))
+                count, total, begun = 0, len(left[name]), time.monotonic()
+                async for rows in writer.sampled(pool, left[name], each.sampled(base)):
+                    store.add(rows)
+                    count += 1
+                    if count % max(1, total // 10) == 0 or count == total:
+                        seconds = time.monotonic() - begun
+                        tell(f"{name} {count}/{total} problems, {seconds:.0f} s")
+
+        try:
+            on_loop(work())
+        finally:
+            store.flush()
+
+
+def _tags(settings: ThinkingConfig, tokenizer: Any) -> Thoughts | None:
+    """What counts the tokens of thoughts; None where the tokens cannot be read as text."""
+    try:
+        return Thoughts(settings, tokenizer)
+    except ValueError:
+        return None
+
+
+class _Rows:
+    """The rows of a set's problems."""
+
+    def __init__(
+        self, name: str, problems: EvalSet, reader: AnswerReader, thoughts: Thoughts | None
+    ) -> None:
+        self._name, self._problems, self._reader = name, problems, reader
+        self._thoughts, self._same = thoughts, by_reward(problems.suite)
+
+    async def sampled(
+        self, pool: RolloutPool, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> AsyncIterator[list[dict[str, Any]]]:
+        """All rows of a problem at a time, graded in threads while others are decoded."""
+        problems = self._problems
+        budgets = 1 + len(problems.thinking.settings.budgets if problems.thinking else ())
+        parts: dict[int, list[asyncio.Task[list[dict[str, Any]]]]] = {}
+        complete: deque[list[asyncio.Task[list[dict[str, Any]]]]] = deque()
+        async for index, budget, completions in sampled(
+            pool, prompts, problems.samples, sampling, problems.thinking
+        ):
+            work = asyncio.to_thread(
+                self._rows, prompts[index], budget, completions, sampling.max_tokens
+            )
+            parts.setdefault(index, []).append(asyncio.create_task(work))
+            if len(parts[index]) == budgets:
+                complete.append(parts.pop(index))
+            while complete and (
+                len(complete) > _MOST_PENDING or all(part.done() for part in complete[0])
+            ):
+                yield [row for part in complete.popleft() for row in await part]
+        for tasks in complete:
+            yield [row for part in tasks for row in await part]
+
+    def _rows(
+        self,
+        prompt: Prompt,
+        budget: int | None,
+        completions: Sequence[Completion],
+        max_tokens: int,
+    ) -> list[dict[str, Any]]:
+        reader = self._reader
+        group = reader.grade(prompt, completions, self._problems.suite, max_tokens=max_tokens)
+        texts = [reader.text(prompt, completion) for completion in completions]
+        [outcome] = outcomes([group], [texts], self._same, any_k=True)
+        shared = {
+            "set": self._name,
+            "problem": prompt.id,
+            "budget": budget,
+            "source": prompt.source,
+            "kind": outcome.kind,
+            "question": reader.problem(prompt),
+            "reference": prompt.answer,
+            "prompt_tokens": len(prompt.token_ids),
+        }
+        rows = []
+        for completion, verdict, text, vote in zip(
+            completions, group.verdicts, texts, outcome.votes, strict=True
+        ):
+            tokens = completion.token_ids.tolist()
+            thought = 0 if self._thoughts is None else self._thoughts.length(prompt, tokens)
+            forced = len(completion) - completion.num_sampled
+            rows.append(
+                shared
+                | {
+                    "sample": completion.sample,
+                    "text": text,
+                    "token_ids": tokens,
+                    "tokens": completion.num_sampled,
+                    "forced_tokens": forced,
+                    "thought_tokens": min(thought, budget) if budget and forced else thought,
+                    "finish_reason": completion.finish_reason,
+                    "status": verdict.status.value,
+                    "score": verdict.score,
+                    "parts": json.dumps(dict(verdict.parts)),
+                    "message": verdict.message,
+                    "answer": final_answer(text),
+                    "vote": vote,
+                    "grade_s": verdict.seconds,
+                }
+            )
+        return rows

@@ -1,0 +1,131 @@
+"""What the commands `eval`, `chat` and `sample` are asked for, as a configuration like a run's.
+
+Keys of a set (`samples=4`, `thinking.budgets=[64,256]`) go to every set, keys of a configuration
+(`rollout.max_num_seqs=64`, `seed=1`) to the whole, `eval.sets.NAME.key` to one set.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...kernels import platform
+from ..checkpoints import CHECKPOINTS, PROGRESS, latest_checkpoint
+from ..config.load import Config, ConfigError, load_config, resolve
+from ..config.overrides import merged, tree_of
+from ..config.sampling import EvalSetConfig
+from .benchmarks import named_set
+
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Named:
+    """What MODEL stands for."""
+
+    path: str
+    """A directory, a GGUF file or a Hub id, as in `model.path`."""
+    label: str
+    """Short, for folders and tables."""
+    run: Config | None = None
+    """The configuration of the run that it comes from: its prompts have the same form."""
+
+
+def find_model(model: str, step: int | None = None) -> Named:
+    """The model of a name: of a run's directory its final model, or the newest checkpoint of one
+    that is not done, or that of an RL `step`. `ConfigError` where it has none."""
+    folder = Path(model).expanduser()
+    if not (folder / CONFIG).is_file() or (folder / "config.json").exists():
+        if step is not None:
+            raise ConfigError(f"--step {step} is for the directory of a run, and {model} is none")
+        return Named(path=model, label=Path(model.rstrip("/")).name.removesuffix(".gguf"))
+    run = load_config(folder / CONFIG)
+    found = folder / "model" if (folder / "model" / "config.json").is_file() else None
+    newest = latest_checkpoint(folder)
+    if step is not None:
+        names = sorted(p.name for p in (folder / CHECKPOINTS).glob("*") if (p / PROGRESS).is_file())
+        chosen = [name for name in names if name.endswith(f"-{step:06}")]
+        if not chosen:
+            raise ConfigError(
+                f"--step {step}: {model} has no such checkpoint, only {', '.join(names) or 'none'}"
+            )
+        # of an RL step before one of the cold start
+        found = folder / CHECKPOINTS / sorted(chosen, key=lambda name: name.startswith("sft"))[0]
+    elif newest is not None and (found is None or _older(found, newest)):
+        found = newest
+    if found is None:
+        raise ConfigError(f"{model} is the directory of a run that has saved no model yet")
+    name = folder.resolve().name
+    label = name if found.name == "model" else f"{name}-{found.name}"
+    return Named(path=str(found), label=label, run=run)
+
+
+def _older(model: Path, checkpoint: Path) -> bool:
+    """Whether a run went on after its final model was written."""
+    files = (model / "config.json", checkpoint / PROGRESS)
+    return files[0].stat().st_mtime < files[1].stat().st_mtime
+
+
+def configure(
+    model: Named, data: Sequence[str], overrides: Sequence[str], *, own_data: bool = True
+) -> Config:
+    """The configuration of an evaluation on these sets; without any, of a run's own held-out
+    problems (`own_data`). `ConfigError` for an unknown set or key."""
+    sets: dict[str, dict[str, Any]] = {}
+    try:
+        for text in data:
+            name, keys = named_set(text)
+            if name in sets:
+                raise ValueError(f"--data {text}: there is a set {name} already; write NAME={text}")
+            sets[name] = keys
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if not sets and own_data and model.run is None:
+        raise ConfigError(
+            f"nothing to evaluate {model.label} on; name a set, e.g. --data gsm8k or --data"
+            " problems.jsonl"
+        )
+    tree: Any = _base(model, sets)
+    for override in overrides:
+        top = override.partition("=")[0].partition(".")[0]
+        if top in Config.model_fields:
+            tree = merged(tree, tree_of(override, Config))
+        elif top in EvalSetConfig.model_fields or top == "path":
+            change = tree_of(override, EvalSetConfig)
+            tree["eval"]["sets"] = {
+                name: merged(keys, change) for name, keys in tree["eval"]["sets"].items()
+            }
+        else:
+            known = [*EvalSetConfig.model_fields, *Config.model_fields]
+            near = difflib.get_close_matches(top, known, n=1)
+            raise ConfigError(
+                f"unknown key {top} in {override!r}"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
+    return resolve(tree)
+
+
+def _base(model: Named, sets: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    tree: dict[str, Any]
+    if model.run is not None:
+        tree = model.run.model_dump(mode="json")
+        tree["model"] |= {"path": model.path, "tiny": None, "lora": None}
+        tree["cluster"]["colocated"] = False
+        tree["schedule"]["passes"] = None
+        tree["checkpoint"]["history"] = False
+        tree["sync"]["transport"] = "auto"
+    else:
+        tree = {
+            "name": "eval",
+            "model": {"path": model.path},
+            "data": {"source": "arithmetic"},
+            "cluster": {},
+        }
+        if platform.named("auto").is_cpu:
+            tree["cluster"]["cpus_per_rollout"] = float(platform.local_cpus())
+    if sets or model.run is None:
+        tree["eval"] = {"size": 0, "sets": {name: dict(keys) for name, keys in sets.items()}}
+    return tree

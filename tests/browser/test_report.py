@@ -1,0 +1,129 @@
+"""The page of an evaluation in a real browser: what it shows, what its filters find, and that a
+model's answer is text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from emberl.rl.evaluation.page import write_page
+from emberl.rl.evaluation.pictures import draw
+from emberl.rl.evaluation.report import sets_of
+from emberl.rl.evaluation.store import Store, outcomes_of
+
+HOSTILE = (
+    '</script><script>window.bad = 1</script><img src=x onerror="window.bad = 2">'
+    "<!-- \u2028 ${7*7} $title &lt;b&gt; <b>bold</b> ﷽ \u202e"
+)
+STATUSES = ("correct", "wrong", "unparseable")
+
+
+def row(number: int, sample: int, **keys: Any) -> dict[str, Any]:
+    return {
+        "set": "maths" if number % 2 else "code",
+        "problem": f"p/{number}",
+        "budget": None,
+        "sample": sample,
+        "source": f"s{number % 3}",
+        "question": f"What is {number} + 1?",
+        "reference": str(number + 1),
+        "text": f"<think>count {number}</think>it is {number + sample}",
+        "token_ids": [1],
+        "prompt_tokens": 5,
+        "tokens": 10 * number + sample,
+        "forced_tokens": 0,
+        "thought_tokens": 3,
+        "finish_reason": "stop",
+        "status": STATUSES[(number + sample) % 3],
+        "score": float((number + sample) % 3 == 0),
+        "parts": "{}",
+        "message": "",
+        "answer": str(number + sample),
+        "vote": 0 if (number + sample) % 3 == 0 else 1,
+        "grade_s": 0.0,
+    } | keys
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluation")
+    store = Store(folder)
+    for number in range(40):
+        store.add([row(number, 0), row(number, 1)])
+    hostile = {"question": HOSTILE, "text": HOSTILE, "message": HOSTILE, "answer": HOSTILE}
+    hostile |= {"set": "foreign", "source": HOSTILE, "problem": HOSTILE, "tokens": 9999}
+    store.add([row(1, 0, **hostile), row(1, 1, **hostile)])
+    store.flush()
+    result = {"model": f"m {HOSTILE}", "sets": sets_of(outcomes_of(folder), [2])}
+    assert [p.name for p in draw(folder, result)] == ["accuracy.png", "k.png", "lengths.png"]
+    return write_page(folder, result)
+
+
+def listed(browser: Any) -> list[str]:
+    found: list[str] = browser.run(
+        "return [...document.querySelectorAll('#list details')].map((d) => d.innerText)"
+    )
+    return found
+
+
+def choose(browser: Any, **values: str) -> str:
+    for name, value in values.items():
+        browser.run(
+            "const f = document.getElementById(arguments[0]); f.value = arguments[1];"
+            " f.dispatchEvent(new Event('input', {bubbles: true}))",
+            name,
+            value,
+        )
+    count: str = browser.run("return document.getElementById('count').innerText")
+    return count
+
+
+def test_the_browser_of_samples(browser: Any, page: Path, tmp_path: Path) -> None:
+    browser.open(page)
+    assert choose(browser) == "1 to 50 of 82"
+    assert len(listed(browser)) == 50
+    browser.run("document.getElementById('next').click()")
+    assert choose(browser, search="") == "1 to 50 of 82", "a change begins at the first page"
+    browser.run("document.getElementById('next').click()")
+    assert len(listed(browser)) == 32
+    expected = sum((n + s) % 3 == 1 for n in range(40) for s in (0, 1)) + 1
+    assert choose(browser, status="wrong").endswith(f"of {expected}")
+    assert all(line.startswith("wrong") for line in listed(browser))
+    both = sum((n + s) % 3 == 1 for n in range(0, 40, 2) for s in (0, 1))
+    assert choose(browser, set="code").endswith(f"of {both}")
+    assert choose(browser, status="", set="", source="s1").endswith("of 26")
+    assert choose(browser, source="", **{"from": "100", "to": "121"}) == "1 to 6 of 6"
+    assert choose(browser, search="IS 11 +") == "1 to 2 of 2", "the question, in any case"
+    assert choose(browser, search="count 12") == "1 to 2 of 2", "the thoughts"
+    browser.run("document.querySelector('#list details').open = true")
+    shown = browser.run(
+        "return new Promise((done) => setTimeout(() => done("
+        "[...document.querySelectorAll('#list details div > *')].map((e) => e.innerText)), 100))"
+    )
+    assert shown == [
+        *("question", "What is 12 + 1?", "reference", "13", "thoughts", "count 12"),
+        *("answer", "it is 12", "read as", "12"),
+    ]
+    assert choose(browser, search="nowhere") == "none"
+    browser.screenshot(tmp_path / "page.png")
+    sizes = browser.run("return [...document.images].map((i) => i.naturalWidth)")
+    assert len(sizes) == 3 and min(sizes) > 300, "pictures are in the page"
+    assert browser.log() == []
+
+
+def test_foreign_text_is_text(browser: Any, page: Path) -> None:
+    browser.open(page)
+    assert choose(browser, set="foreign") == "1 to 2 of 2"
+    browser.run("document.querySelector('#list details').open = true")
+    shown: str = browser.run(
+        "return new Promise((done) => setTimeout(() => done("
+        "document.querySelector('#list details pre').textContent), 100))"
+    )
+    assert shown == HOSTILE
+    state = "return [window.bad === undefined, document.images.length, document.scripts.length]"
+    assert browser.run(state) == [True, 3, 2]
+    assert HOSTILE in browser.run("return document.querySelector('h1').textContent")
+    assert browser.run("return document.querySelectorAll('b').length") == 0
+    assert browser.log() == []
+    assert "http" not in page.read_text().split("<script type")[0].replace("http-equiv", "")

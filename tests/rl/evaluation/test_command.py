@@ -1,0 +1,272 @@
+"""`emberl eval` as a user calls it: killed and gone on with, compared, and refused with a reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from emberl.rewards.suite import build_suite
+from emberl.rl.config.data import TinyConfig
+from emberl.rl.config.load import ConfigError
+from emberl.rl.config.sampling import EvalSetConfig
+from emberl.rl.data.rows import train_tables
+from emberl.rl.data.table import read_head
+from emberl.rl.data.tiny import make_tiny
+from emberl.rl.evaluation.benchmarks import READY, named_set
+from emberl.rl.evaluation.command import plan
+from emberl.rl.evaluation.report import compare_folders
+from emberl.rl.evaluation.settings import find_model
+from emberl.rl.evaluation.store import read
+from emberl.rl.reward_inputs import reward_input
+
+EMBERL = str(Path(sys.executable).with_name("emberl"))
+DATA = Path(__file__).parents[4] / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = TinyConfig(hidden=32, layers=1, heads=2, head_dim=16, vocabulary="bytes")
+    return make_tiny(tmp_path_factory.mktemp("models") / "tiny", settings, seed=0)
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    rows = [
+        {"prompt": f"{i}+1=?", "answer": str(i + 1), "data_source": ("odd" if i % 2 else "even")}
+        for i in range(40)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def command(model: Path, *arguments: object) -> list[str]:
+    fixed = ["rollout.max_num_seqs=64", "cluster.device=cpu", "model.dtype=float32"]
+    return [EMBERL, "eval", str(model), *map(str, arguments), *fixed]
+
+
+def run(arguments: Sequence[str], cwd: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        arguments, cwd=cwd, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def parts(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted((folder / "samples").glob("part-*.parquet"))}
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on_and_is_compared(
+    model: Path, problems: Path, tmp_path: Path
+) -> None:
+    """Killed with -9 in the middle: what was written stays as it is, and every sample is there
+    once. A second model on the same problems is then compared with it."""
+    asked = ["--data", problems, "samples=64", "temperature=1.0", "max_response_length=24"]
+    first = command(model, *asked, "--out", "one", "thinking.open=", "thinking.budgets=[4]")
+    process = subprocess.Popen(
+        [*first, "rollout.token_rate=60"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 150
+    while len(kept := parts(tmp_path / "one")) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, "no part came"
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = parts(tmp_path / "one")
+    before = read(tmp_path / "one").num_rows
+    assert 0 < before < 40 * 64 * 2, "it was in the middle"
+    shutil.copy(
+        tmp_path / "one/samples/part-000000.parquet", tmp_path / "one/samples/.part-000099.parquet"
+    )  # as a kill in the middle of a write leaves it
+    result = run(first, tmp_path)
+    assert parts(tmp_path / "one").items() >= kept.items()
+    rows = read(tmp_path / "one").to_pylist()
+    keys = [(row["problem"], row["budget"], row["sample"]) for row in rows]
+    assert len(keys) == len(set(keys)) == 40 * 64 * 2
+    assert result["answers"] == 40 * 64 * 2
+    assert {(row["set"], row["budget"], row["n"]) for row in result["sets"]} == {
+        ("sums", None, 64),
+        ("sums", 4, 64),
+    }
+    assert set(result["sets"][0]["sources"]) == {"even", "odd"}
+    forced = [row for row in rows if row["forced_tokens"]]
+    assert forced and all(row["thought_tokens"] == row["budget"] == 4 for row in forced)
+    for row in result["sets"]:
+        mine = [r for r in rows if r["budget"] == row["budget"]]
+        right = sum(r["status"] == "correct" for r in mine) / len(mine)
+        assert row["mean@64"]["value"] == pytest.approx(right)
+        assert row["tokens"] == pytest.approx(sum(r["tokens"] for r in mine) / len(mine))
+    files = {path.name for path in (tmp_path / "one").iterdir()}
+    assert files >= {"report.html", "accuracy.png", "budget.png", "k.png", "lengths.png"}
+    other = make_tiny(tmp_path / "other", TinyConfig(
+        hidden=32, layers=1, heads=2, head_dim=16, vocabulary="bytes"), seed=1)  # fmt: skip
+    second = command(other, *asked, "--against", "one", "thinking.open=", "thinking.budgets=[4]")
+    compared = run(second, tmp_path)
+    assert compared["out"] == "evals/other" and compared["against"]["model"] == "tiny"
+    for found in compared["against"]["sets"]:
+        assert found["problems"] == 40
+        assert found["difference"] == pytest.approx(found["ours"] - found["other"])
+        assert 0 < found["p_value"] <= 1
+    mirrored = compare_folders(tmp_path / "one", tmp_path / "evals" / "other")
+    for there, here in zip(mirrored, compared["against"]["sets"], strict=True):
+        assert there["difference"] == pytest.approx(-here["difference"])
+        assert (there["p_value"], there["better"]) == (here["p_value"], here["worse"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], r"nothing to evaluate tiny on; name a set"),
+        (["--data", "gsmk8"], r"no ready set; did you mean gsm8k\?"),
+        (["--data", "nowhere.jsonl"], r"no file of that name"),
+        (["--data", "SUMS", "--data", "SUMS"], r"there is a set sums already"),
+        (["--data", "SUMS", "sampels=4"], r"unknown key sampels.*did you mean samples"),
+        (["--data", "SUMS", "samples=4"], r"samples=4 with temperature=0"),
+        (["--data", "SUMS", "--k", 8], r"--k 8 .*samples=1; set samples=8"),
+        (["--data", "SUMS", "verifier=maths"], r"--data sums: .*did you mean 'math'"),
+        (["--data", "SUMS", "answer_column=nope"], r"--data sums: .*nope"),
+        (["--data", "BAD"], r"--data bad: 3 of 4 references .* cannot be graded"),
+        (["--data", "BAD", "drop=none"], r"--data bad: .*references"),
+        (["--data", "SUMS", "--step", 3], r"--step 3 is for the directory of a run"),
+        (["--data", "SUMS", "--against", "nowhere"], r"'nowhere'"),
+    ],
+)
+def test_what_is_wrong_is_named_before_anything_is_loaded(
+    model: Path,
+    problems: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[Any],
+    message: str,
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    answers = ["1", "\\frac{1}{", "see the picture", "\\text{Answer is omitted}"]
+    bad.write_text(
+        "".join(json.dumps({"question": f"{i}?", "final": a}) + "\n" for i, a in enumerate(answers))
+    )
+    named = {"SUMS": str(problems), "BAD": str(bad)}
+    arguments = [named.get(str(each), each) for each in arguments]
+    options: dict[str, Any] = {"data": [], "overrides": [], "ks": []}
+    if str(bad) in arguments:
+        arguments += ["prompt_column=question", "answer_column=final"]
+    monkeypatch.chdir(tmp_path)
+    rest = iter(arguments)
+    against = None
+    for each in rest:
+        if each == "--data":
+            options["data"].append(next(rest))
+        elif each == "--k":
+            options["ks"].append(next(rest))
+        elif each == "--step":
+            options["step"] = next(rest)
+        elif each == "--against":
+            against = next(rest)
+        else:
+            options["overrides"].append(each)
+    with pytest.raises(ConfigError, match=message):
+        plan(str(model) if against is None else against, **options)
+    assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+
+
+def test_a_model_without_a_tokenizer_is_named(model: Path, problems: Path, tmp_path: Path) -> None:
+    bare = shutil.copytree(model, tmp_path / "bare")
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match=r"bare' has no tokenizer"):
+        plan(str(bare), [str(problems)], [])
+
+
+def test_the_models_of_a_run(model: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    tree = {"name": "r", "model": {"tiny": {}}, "data": {"source": "arithmetic"}}
+    (run_dir / "config.yaml").write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match="has saved no model yet"):
+        find_model(str(run_dir))
+    for name, stage, step in [("sft-000010", 0, 10), ("rl-000010", 1, 10), ("rl-000020", 1, 20)]:
+        folder = shutil.copytree(model, run_dir / "checkpoints" / name)
+        (folder / "progress.json").write_text(json.dumps({"stage": stage, "step": step}))
+    assert find_model(str(run_dir)).label == "run-rl-000020"
+    assert Path(find_model(str(run_dir), 10).path).name == "rl-000010"
+    with pytest.raises(ConfigError, match="only rl-000010, rl-000020, sft-000010"):
+        find_model(str(run_dir), 15)
+    shutil.copytree(model, run_dir / "model")
+    os.utime(run_dir / "model" / "config.json")
+    found = find_model(str(run_dir))
+    assert (Path(found.path).name, found.label) == ("model", "run")
+    assert found.run is not None and found.run.data.source == "arithmetic"
+
+
+ROWS: dict[str, dict[str, Any]] = {
+    "gsm8k": {"question": "q?", "answer": "so\n#### 7"},
+    "math500": {"problem": "q?", "solution": "s", "answer": "\\frac{1}{2}", "level": 1},
+    "aime24": {"id": 1, "problem": "q?", "solution": "s", "answer": "073", "year": "2024"},
+    "aime25": {"problem": "q?", "answer": "70", "id": "0"},
+    "amc23": {"id": 0, "question": "q?", "answer": 27.0, "url": "u"},
+    "minerva": {"question": "q?", "answer": "4.5e33"},
+    "olympiadbench": {"question": "q?", "solution": ["s"], "final_answer": ["2"], "context": None},
+}
+"""A row of each data set as its page on the Hub describes it."""
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_ready_set_reads_rows_of_its_data_set(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(ROWS[name]) + "\n")
+    check(name, file)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("gsm8k", "gsm8k/test.jsonl"),
+        ("humaneval", "humaneval/HumanEval.jsonl.gz"),
+        ("mbpp", "mbpp/mbpp.jsonl"),
+        ("mbpp+", "mbpp/sanitized-mbpp.json"),
+    ],
+)
+def test_a_ready_set_reads_the_real_file(name: str, file: str) -> None:
+    if not (DATA / file).is_file():
+        pytest.skip(f"there is no {DATA / file}")
+    check(name, DATA / file)
+
+
+def check(name: str, file: Path) -> None:
+    found, keys = named_set(f"{name}={file}")
+    assert found == name
+    settings = EvalSetConfig(**keys)
+    assert settings.verifier is not None
+    [table] = train_tables(settings)
+    head = read_head(settings, table)
+    assert head.problems.counts.bad == 0
+    suite = build_suite({"answer": settings.verifier.model_dump()})
+    rows = [reward_input(prompt, None, "") for prompt in head.prompts(name)][:16]
+    try:
+        assert [suite.parts[0].reward.check_reference(row) for row in rows] == [None] * len(rows)
+    finally:
+        suite.close()
+    if "{prompt}" in str(settings.prompt_template) or settings.verifier.use == "math":
+        content = rows[0].messages[-1]["content"]
+        assert ("\\boxed{}" in content) == (settings.verifier.use == "math")
+
+
+def test_every_ready_set_is_a_valid_set() -> None:
+    for name in READY:
+        found, keys = named_set(name)
+        assert (found, EvalSetConfig(**keys).name) == (name, name)
+    assert set(ROWS) | {"humaneval", "humaneval+", "mbpp", "mbpp+", "livecodebench"} == set(READY)
