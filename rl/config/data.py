@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -81,6 +81,8 @@ def endless(source: str | tuple[str, ...]) -> bool:
 class DataConfig(Settings):
     """Where problems come from, and how a row becomes a prompt with a reference answer."""
 
+    ordered: ClassVar[bool] = True
+    """Whether a curriculum may order these problems."""
     source: Annotated[str, Field(min_length=1)] | tuple[str, ...] = ""
     """`arithmetic` (built in), `reasoning_gym:<task>`, a Hub data set `owner/name`, or files:
     Parquet, Arrow, JSON, JSON lines, CSV or TSV (the texts also as .gz, .bz2, .xz, .zst), by name,
@@ -310,6 +312,10 @@ class DataConfig(Settings):
 
     @model_validator(mode="after")
     def _mixed(self) -> DataConfig:
+        if self.scheduled and not self.ordered:
+            raise ValueError(
+                "mixture, levels and curriculum order the problems of RL; name one source here"
+            )
         if self.source == () and not self.mixture:
             raise ValueError("data.source is an empty list; name at least one file")
         if bool(self.source) == bool(self.mixture):

@@ -169,6 +169,7 @@ class EvalSetConfig(DataConfig):
     `source`, and its own answers. What is not set is as in `eval` and `rollout`, and the template,
     the system prompt and the longest prompt as in `data`."""
 
+    ordered = False
     heldout: int = Field(default=0, ge=0, le=0)
     """0: nothing of a set is trained on."""
     size: int | None = Field(default=None, ge=1, le=100_000_000)
@@ -205,11 +206,6 @@ class EvalSetConfig(DataConfig):
 
     @model_validator(mode="after")
     def _whole(self) -> EvalSetConfig:
-        if self.scheduled:
-            raise ValueError(
-                "mixture, levels and curriculum order what is trained on; name one source to be"
-                " evaluated on"
-            )
         if self.eval_path is not None or self.eval_split is not None:
             raise ValueError(
                 "a set is evaluated whole: name its file in path, or its split in split"

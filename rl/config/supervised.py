@@ -18,6 +18,7 @@ class SFTDataConfig(DataConfig):
     `prompt_column` and `solution_column` say. The template, the system prompt and the longest
     prompt are those of `data` unless set here."""
 
+    ordered = False
     heldout: int = Field(default=0, ge=0, le=0)
     """0: `sft.heldout` says how many are held out."""
 

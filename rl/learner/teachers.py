@@ -20,6 +20,7 @@ from ..algorithm.losses import Objective
 from ..groups import Batch
 from .head import own_logits
 from .policy import MicroBatchTensors, Policy, hidden_states
+from .whole import passes
 
 ROWS = 512
 """Tokens whose logits a teacher makes at a time."""
@@ -80,7 +81,7 @@ def teaching(
     for number, teacher in enumerate(teachers):
         own_n = teacher_n == number
         sequences = torch.unique_consecutive(micro.sequence_ids_n[own_n]).tolist()
-        with torch.no_grad():
+        with torch.no_grad(), passes(teacher):
             logp, ids = teacher(
                 cut(tuple(sequences)),
                 None,

@@ -145,6 +145,7 @@ def test_what_fits(data: Any, groups: dict[str, Any], folder: Path) -> None:
             ({"a": {"weight": 1}, "b": {}}, "data.mixture.b has no weight, others have"),
             ({"a": {"tems": [2, 2]}}, "data.mixture.a.tems: Extra inputs"),
             ({"a": {"levels": [{"terms": [2, 1]}]}}, r"data.levels\[0\].terms: data.terms must be"),
+            ({"a": {"curriculum": {}}}, "data.mixture.a.curriculum belongs to data itself"),
             ({"a": {"mixture": {}}}, "data.mixture.a.mixture belongs to data itself"),
         ]
     ],
@@ -152,6 +153,20 @@ def test_what_fits(data: Any, groups: dict[str, Any], folder: Path) -> None:
 def test_what_does_not_fit(data: Any, groups: dict[str, Any], message: str, folder: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         check(folder, data, **groups)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"eval": {"sets": {"more": {"mixture": {"a": SUMS}}}}},
+        {"stages": ["sft"], "sft": {"data": {"mixture": {"a": SUMS}}}},
+    ],
+)
+def test_only_what_rl_trains_on_is_mixed(groups: dict[str, Any], folder: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="mixture, levels and curriculum order the problems of RL"
+    ):
+        check(folder, **groups)
 
 
 def test_a_resolved_mixture_can_be_read_again(folder: Path) -> None:

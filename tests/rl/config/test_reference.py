@@ -19,7 +19,7 @@ QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
         "seed  int (>= 0, < 4294967296) = 0  # Fixes every draw: the data's order, sampled tokens,",
         "stages  [sft|rl|reject, ...] = [rl]  # What is done, in this order: a cold start on worked solutions (`sft`), "
         "reinforcement learning (`rl`);",
-        "sft.data.source  text or [text, ...] = ",
+        'sft.data.source  text or [text, ...] = ""',
         "optim.lr  number (> 0, <= 1) = 1e-06  # The largest learning rate",
         'data.source  text or [text, ...] = ""',
         "model.lora.targets  text or [text, ...] = all-linear  # Names of the adapted layers, e.g. [q_proj, v_proj]; "
