@@ -2,7 +2,7 @@
 learner's part of it.
 
     python tests/benchmarks/bench_real.py [decode] [step] [learner] [--model DIR] [--vllm PYTHON]
-    [--quick] [--json FILE]
+    [--sequences 64 128] [--prompts 32] [--quick] [--json FILE]
 
 `make smollm2` leaves the model (SmolLM2-135M-Instruct, bfloat16) where it is looked for. Every
 implementation has a process of its own with as many threads as there are cores; they take turns, so
@@ -203,8 +203,10 @@ def served(side: str, model: str, sequences: int, python: str) -> Iterator[Calla
         process.kill()
 
 
-def decode(report: Report, model: str, vllm_python: str | None, rounds: int) -> None:
-    for sequences in (64, 128):
+def decode(
+    report: Report, model: str, vllm_python: str | None, rounds: int, sizes: list[int]
+) -> None:
+    for sequences in sizes:
         tokens = sum(length for _, length in make_work(sequences)) * GROUP
         sides = {"generate": sys.executable, "embedded": sys.executable}
         if vllm_python:
@@ -386,6 +388,9 @@ def main() -> None:
     parser.add_argument(
         "--vllm", default=None, metavar="PYTHON", help="an interpreter that has vLLM"
     )
+    parser.add_argument(
+        "--sequences", type=int, nargs="+", default=[64, 128], help="of decode, multiples of 8"
+    )
     parser.add_argument("--prompts", type=int, default=32, help="of a step")
     parser.add_argument("--serve", nargs=3, help="internal: SIDE MODEL SEQUENCES")
     parser.add_argument("--trl", nargs=4, help="internal: FOLDER MODEL PROMPTS STEPS")
@@ -404,7 +409,7 @@ def main() -> None:
     report = Report("real", args.json, "transformers", "trl", "ray")
     parts = args.parts or ["decode", "step", "learner"]
     if "decode" in parts:
-        decode(report, args.model, args.vllm, 1 if args.quick else 3)
+        decode(report, args.model, args.vllm, 1 if args.quick else 3, args.sequences)
     if "step" in parts:
         step(report, args.model, 8 if args.quick else args.prompts, 1)
     if "learner" in parts:
