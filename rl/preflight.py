@@ -29,7 +29,7 @@ _RENDERED = 64
 """Rows of a table that go through the chat template."""
 
 
-def check_inputs(config: Config, *, hub: bool = False, pending: bool = False) -> list[str]:
+def check_inputs(config: Config, *, hub: bool = False) -> list[str]:
     """Reads the first rows of every file, imports the rewards and tries both on each other. Returns
     what a person should know; `ConfigError` for what would end the run. hub: data sets and models
     of the Hub too, which may be fetched."""
@@ -56,7 +56,7 @@ def check_inputs(config: Config, *, hub: bool = False, pending: bool = False) ->
                 said += check_references(config.data, suite, head)
         finally:
             suite.close()
-        if "sft" in config.stages and config.sft.data is not None and not pending:
+        if "sft" in config.stages and config.sft.data is not None:
             try:
                 for table in train_tables(config.sft.data, hub=hub):
                     check_rows(config.sft.data, table)

@@ -28,6 +28,7 @@ from .checkpoints import (
 from .cluster import Cluster
 from .config.cautions import cautions, said_at_start
 from .config.load import Config, ConfigError, user_errors, with_steps
+from .data.mixture import MixtureSource
 from .data.sources import PromptSource, open_source
 from .data.table import TableSource
 from .environments import episodes_of, load_environment
@@ -273,7 +274,7 @@ def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> Rewar
         )
         if (
             config.data.drop == "none"
-            or not isinstance(source, TableSource)
+            or not isinstance(source, TableSource | MixtureSource)
             or 2 * len(ids) > len(rows)
         ):
             suite.close()

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoints import differences, leaves
-from .config.load import Config, ConfigError
+from .config.distill import DistillConfig
+from .config.load import Config, ConfigError, SFTConfig
 from .config.stages import REFERENCE, Recipe, Stage
 from .model_files import check_files
 from .preflight import check_inputs
@@ -131,21 +132,21 @@ def check_recipe(recipe: Recipe) -> list[str]:
     """Looks at the files, the data and the rewards of all stages; returns what a person should
     know, each once."""
     said: dict[str, None] = {}
+    made = {str(stage.output) for stage in recipe.stages}
     for stage in recipe.stages:
+        config = stage.config
+        # what an earlier stage leaves is looked at when it is there
+        if config.sft.data is not None and made & {*config.sft.data.sources}:
+            config = config.model_copy(update={"sft": SFTConfig()})
+        if made & {teacher.path for teacher in config.distill.teachers.values()}:
+            config = config.model_copy(update={"distill": DistillConfig()})
         try:
-            if not _made_here(recipe, stage.config.model.path):
-                check_files(stage.config)
-            data = stage.config.sft.data
-            pending = data is not None and _made_here(recipe, *data.sources)
-            said |= dict.fromkeys(check_inputs(stage.config, pending=pending))
+            if config.model.path not in made:
+                check_files(config)
+            said |= dict.fromkeys(check_inputs(config))
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from error
     return list(said)
-
-
-def _made_here(recipe: Recipe, *paths: str | None) -> bool:
-    """Whether one of these is what a stage leaves."""
-    return bool({str(stage.output) for stage in recipe.stages} & set(paths))
 
 
 def finished(recipe: Recipe, anew: Sequence[str]) -> dict[str, dict[str, Any]]:

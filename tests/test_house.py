@@ -191,7 +191,7 @@ BUDGET = {
     "rewards/math_answers": 5_391,
     "rewards/plugins": 851,
     "rewards/sandbox": 2_718,
-    "rl": 5_533,
+    "rl": 5_551,
     "rl/algorithm": 1_674,
     "rl/config": 3_791,
     "rl/data": 4_587,

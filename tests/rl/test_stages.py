@@ -200,3 +200,21 @@ def test_a_file_of_a_later_stage_is_looked_at_before_the_first(runs: Runs) -> No
     with pytest.raises(ConfigError, match=r"stage think: model\.path='./nowhere' does not exist"):
         run_recipe(recipe("stages.think.model.path=./nowhere"), run=runs)
     assert runs.take() == []
+
+
+def test_a_teacher_that_a_stage_makes_is_waited_for(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With teachers a distill stage is reinforcement learning on the student's own samples."""
+    student = "  - {name: student, kind: distill, algorithm: opd, model: {path: stage:base},"
+    teachers = "distill: {teachers: {t: {path: stage:think}}}}\n"
+    Path("r.yaml").write_text(f"{TEXT}{student} {teachers}")
+    found = recipe()
+    stage = found.stages[-1]
+    assert stage.config.stages == ("rl",) and stage.takes == ("think",)
+    assert stage.config.distill.teachers["t"].path == "runs/r/think/model"
+    monkeypatch.setitem(LOGGED, "student", LOGGED["think"])
+    run_recipe(found, run=runs)
+    assert runs.take()[-1] == ("student", False)
+    with pytest.raises(ConfigError, match=r"stage student: .*distill.*nowhere"):
+        run_recipe(recipe("stages.student.distill.teachers.t.path=./nowhere"), run=runs)
