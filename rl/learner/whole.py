@@ -63,7 +63,8 @@ class _Whole:
                 add_to(master.grad.to_local(), copy.grad)
             copy.grad = None
 
-        copy.register_post_accumulate_grad_hook(collect)
+        register: Any = copy.register_post_accumulate_grad_hook  # untyped in torch
+        register(collect)
 
     def enter(self) -> None:
         with torch.no_grad():
