@@ -29,6 +29,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
     def begin() -> None:
         torch.set_num_threads(1)
+        # a thread's own setting: what runs here are the insides of autograd functions
+        torch.set_grad_enabled(False)
         started.wait()
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="elements", initializer=begin)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 from emberl.kernels.transformer import operators
+from emberl.kernels.transformer import threads as sharing
 from torch import Tensor
 
 
@@ -36,3 +38,22 @@ def test_rows_shared_out_over_threads_are_the_same() -> None:
         )
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(two, one, rtol=0.02, atol=0.01 * float(one.abs().max()))
+
+
+@pytest.mark.usefixtures("threads")
+def test_what_is_shared_out_records_no_graph() -> None:
+    """Parts of one result that are written at the same time would record their graphs into it at
+    the same time: a step failed, rarely, with "a leaf Variable that requires grad"."""
+    torch.set_num_threads(2)
+    seen: list[tuple[bool, str]] = []
+    inputs = torch.ones(4, requires_grad=True)
+    out = torch.empty(4)
+
+    def work(start: int, stop: int) -> None:
+        out[start:stop].copy_(2 * inputs[start:stop])
+        seen.append((torch.is_grad_enabled(), threading.current_thread().name.split("_")[0]))
+
+    with torch.no_grad():  # as in the forward pass of an autograd function
+        sharing.over_parts([(0, 1), (1, 2), (2, 4)], work)
+    assert seen == [(False, "elements")] * 3
+    assert not out.requires_grad and out.tolist() == [2.0] * 4
