@@ -23,6 +23,7 @@ import asyncio
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -187,7 +188,8 @@ class Episodes:
                     result = error
                 except BaseException as error:  # untrusted, SystemExit included
                     result = _StepError("error", f"{type(error).__name__}: {error}")
-                loop.call_soon_threadsafe(settle, result)
+                with suppress(RuntimeError):  # the run is over, and its loop closed
+                    loop.call_soon_threadsafe(settle, result)
 
             # a daemon, so that a stuck one does not hold up the exit
             thread = threading.Thread(target=run, daemon=True, name="environment")

@@ -70,7 +70,7 @@ def test_all_of_a_peers_file_is_answered_at_once() -> None:
     [
         ("critic.warmup_steps=5", "did you mean critic.lr_warmup_steps?"),
         ("rollout.group_sze=8", "did you mean rollout.group_size?"),
-        ("checkpoint.foo=1", "checkpoint has every, keep, history"),
+        ("checkpoint.foo=1", "checkpoint has every, keep, keep_best, max_failures, history"),
         ("xyzzyq=1", "the top level has name, seed"),
         ("reward.parts.answer.wieght=1", "did you mean reward.parts.answer.weight?"),
     ],
