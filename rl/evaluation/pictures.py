@@ -105,7 +105,7 @@ def _budget(folder: Path, result: Mapping[str, Any], pyplot: Any) -> Any:
     left.set_xlabel("thinking budget (tokens)")
     right.set_xlabel("mean tokens of an answer")
     left.set_ylabel("fraction correct")
-    left.set_ylim(bottom=0)
+    left.set_ylim(0, 1.03)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -148,9 +148,9 @@ def _by_k(folder: Path, result: Mapping[str, Any], pyplot: Any) -> Any:
     axes.set_xticks(ks, [str(k) for k in ks])
     axes.set_xlabel("k")
     axes.set_ylabel("fraction of problems")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.03)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    axes.legend(loc="lower right", fontsize=9)
     return figure
 
 

@@ -41,7 +41,8 @@ def find_model(model: str, step: int | None = None) -> Named:
     if not (folder / CONFIG).is_file() or (folder / "config.json").exists():
         if step is not None:
             raise ConfigError(f"--step {step} is for the directory of a run, and {model} is none")
-        return Named(path=model, label=Path(model.rstrip("/")).name.removesuffix(".gguf"))
+        label = folder.resolve().parent.name if folder.name == "model" else folder.name
+        return Named(path=model, label=label.removesuffix(".gguf"))
     run = load_config(folder / CONFIG)
     found = folder / "model" if (folder / "model" / "config.json").is_file() else None
     newest = latest_checkpoint(folder)

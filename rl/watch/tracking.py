@@ -30,6 +30,8 @@ from .sinks import open_sinks
 Axis = Literal["train", "eval"]
 LINE_SECONDS = 60.0
 """Off a terminal a line is printed at least so often, at the end of a step."""
+WIDTH = 200
+"""Columns off a terminal, of which a log has as many as it likes."""
 HALF_CELL = 400
 """Characters at each end of a sampled answer that `samples.md` shows."""
 
@@ -180,8 +182,12 @@ def sample_rows(
 
 def make_console() -> Console:
     """The console for people is stderr: stdout is kept for the one JSON line."""
+    terminal = sys.stderr.isatty()
     return Console(
-        stderr=True, soft_wrap=True, force_terminal=None if sys.stderr.isatty() else False
+        stderr=True,
+        soft_wrap=True,
+        force_terminal=None if terminal else False,
+        width=None if terminal else WIDTH,
     )
 
 
