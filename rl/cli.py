@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .evaluation.commands import app as evaluation
+from .exits import FAILED, INTERRUPTED, USAGE, fail
+from .job_commands import app as jobs
 from .weights.history_commands import app as patches
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from .config.load import Config
     from .config.stages import Recipe
     from .run_directory import Resume
@@ -25,10 +24,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-ADDRESS = "RAY_API_SERVER_ADDRESS"
-"""Ray's own variable for the address of the job server."""
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 
 def _version(wanted: bool) -> None:
@@ -137,191 +132,6 @@ def train(
         raise typer.Exit(INTERRUPTED)
 
 
-@app.command(
-    name="eval",
-    epilog="Example: emberl eval runs/quickstart samples=8 temperature=0.6 --against base.gguf",
-)
-def evaluate(
-    model: Annotated[
-        str,
-        typer.Argument(help="A run's folder, a folder of weights, a GGUF file or a Hub id."),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help=(
-                "Keys of every set, e.g. samples=8 temperature=0.6 thinking.budgets=[64,256], or of"
-                " a configuration, e.g. rollout.engine=vllm cluster.rollouts=4."
-            )
-        ),
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=(
-                "A ready set (gsm8k, math500, aime24, ...), files, a Hub data set, or NAME=any of"
-                " these; may be repeated. Without it: what the run itself holds out."
-            )
-        ),
-    ] = None,
-    step: Annotated[int | None, typer.Option(help="Of a run: the checkpoint of this step.")] = None,
-    against: Annotated[
-        str | None,
-        typer.Option(help="Another model, or the folder of its evaluation, to compare with."),
-    ] = None,
-    k: Annotated[
-        list[int] | None, typer.Option(help="Of pass@k and maj@k; may be repeated. 2, 4, ..., n.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder; one of the same evaluation goes on. evals/MODEL")
-    ] = None,
-) -> None:
-    """Measures a model on sets of problems; the last line of stdout is one JSON object. Started
-    again after a kill it goes on where it was."""
-    from .config.load import ConfigError
-    from .evaluation.command import evaluate_command
-
-    try:
-        result = evaluate_command(
-            model, data or (), overrides or (), step=step, against=against, ks=k or (), out=out
-        )
-    except ConfigError as error:
-        fail(str(error), USAGE)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on", INTERRUPTED)
-    except Exception as error:  # the last line must say why it failed, whatever failed
-        import traceback
-
-        traceback.print_exc()
-        fail(f"{type(error).__name__}: {error}", FAILED)
-    print(json.dumps(result), flush=True)
-
-
-@app.command(epilog="Example: emberl chat models/smollm2-135m temperature=0.7")
-def chat(
-    model: Annotated[
-        str, typer.Argument(help="A run's folder, a folder of weights, a GGUF file or a Hub id.")
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="E.g. temperature=0.7 system_prompt=... thinking.mode=fast."),
-    ] = None,
-) -> None:
-    """Talks with a model; thoughts are shown apart. From a pipe each line is a turn."""
-    from .evaluation.talk import chat_command
-
-    _talking(
-        lambda console: chat_command(
-            model,
-            ["temperature=0.6", "max_prompt_length=4096", "max_response_length=1024"]
-            + (overrides or []),
-            console,
-        )
-    )
-
-
-@app.command(epilog="Example: emberl sample runs/quickstart --prompt '7+5-3=?' -n 4 | jq .answer")
-def sample(
-    model: Annotated[
-        str, typer.Argument(help="A run's folder, a folder of weights, a GGUF file or a Hub id.")
-    ],
-    prompt: Annotated[
-        list[str], typer.Option(help="What is asked; may be repeated; -: each line of stdin.")
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="E.g. temperature=0.7 top_p=0.9 thinking.budgets=64 template=none."),
-    ] = None,
-    n: Annotated[int, typer.Option("-n", help="Answers to each prompt.")] = 1,
-) -> None:
-    """Samples answers to prompts; off a terminal each is a line of JSON."""
-    from .evaluation.talk import sample_command
-
-    settings = ["temperature=1.0", f"samples={n}", *(overrides or [])]
-    _talking(lambda console: sample_command(model, prompt, settings, console, sys.stdout))
-
-
-def _talking(talk: Callable[[Console], None]) -> None:
-    from rich.console import Console
-
-    from .config.load import ConfigError
-
-    try:
-        talk(Console(stderr=True, soft_wrap=True))
-    except ConfigError as error:
-        fail(str(error), USAGE)
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
-
-
-Address = Annotated[
-    str | None,
-    typer.Option(help="The dashboard of the head node, e.g. http://head:8265.", envvar=ADDRESS),
-]
-
-
-@app.command(
-    epilog="Example: emberl submit my.yaml seed=1 --address http://head:8265 --env WANDB_API_KEY"
-)
-def submit(
-    config: Annotated[Path, typer.Argument(help="The experiment, within the working directory.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="As of emberl train.")] = None,
-    address: Address = None,
-    env: Annotated[
-        list[str] | None, typer.Option(help="A variable that the job has as it is here.")
-    ] = None,
-    wheel: Annotated[
-        Path | None, typer.Option(help="emberl itself, for a cluster that has none.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option(help="Go on from the run's last checkpoint, if there is one.")
-    ] = False,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return at once.")] = False,
-) -> None:
-    """Runs an experiment as a Ray job, with what is in the working directory; its log comes here,
-    and its exit status is this command's."""
-    from .config.load import ConfigError
-    from .submit import submit as submit_run
-
-    try:
-        status = submit_run(
-            config,
-            overrides or (),
-            address=_needed(address),
-            arguments=("--resume", "auto") if resume else (),
-            environment=env or (),
-            wheel=wheel,
-            wait=not no_wait,
-        )
-    except ConfigError as error:
-        fail(str(error), USAGE)
-    except KeyboardInterrupt:  # the job goes on
-        raise typer.Exit(INTERRUPTED) from None
-    raise typer.Exit(status)
-
-
-@app.command(epilog="Example: emberl stop runs/quickstart")
-def stop(
-    run: Annotated[str, typer.Argument(help="A run's directory, or with --address a Ray job.")],
-    address: Annotated[str | None, typer.Option(help="As of emberl submit.")] = None,
-) -> None:
-    """Has a run save after the step that it makes, and end."""
-    from .config.load import ConfigError
-    from .submit import stop as stop_run
-
-    try:
-        stop_run(run, address)
-    except ConfigError as error:
-        fail(str(error), USAGE)
-
-
-def _needed(address: str | None) -> str:
-    if address is None:
-        fail(f"give --address http://HEAD:8265, the cluster's dashboard, or set {ADDRESS}", USAGE)
-    assert address is not None
-    return address
-
-
 @app.command(epilog="Example: emberl presets")
 def presets() -> None:
     """The values of `algorithm`: each with its paper and the settings that it stands for."""
@@ -409,6 +219,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON line."
         raise typer.Exit(FAILED)
 
 
+app.add_typer(evaluation)
+app.add_typer(jobs)
 app.add_typer(patches, name="patches")
 
 
@@ -548,14 +360,6 @@ def show_run(settings: Config, like: str | None) -> None:
     if like is not None:
         print("---")
         print(describe(settings, "verl" if like == "verl" else "trl"))
-
-
-def fail(message: str, status: int) -> Any:
-    """One line for a person on stderr, one JSON line on stdout, and a status that is not zero."""
-    line = " ".join(message.split())
-    print(f"error: {line}", file=sys.stderr, flush=True)
-    print(json.dumps({"status": "error", "error": line}), flush=True)
-    raise typer.Exit(status)
 
 
 def main() -> None:
