@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..rewards.suite import check_errors
+from ..rewards.suite import TooManyErrors, check_errors
 from .algorithm.advantages import Floats, group_advantages, overlong_penalty
 from .algorithm.losses import Objective
 from .batch import flat_batch, updates_of, with_teachers, with_token_advantages
@@ -56,7 +56,14 @@ async def train_rl(run: Run) -> None:
     async with GroupFeed(run) as feed:
         while run.progress.step < schedule.steps:
             await run.stop_if_asked()
-            metrics = await rl_step(run, feed, objective)
+            before = run.progress
+            try:
+                metrics = await rl_step(run, feed, objective)
+            except TooManyErrors:  # of the graders, before anything is learnt from the step
+                run.progress = before
+                await run.weights.delivered()
+                await run.save()
+                raise
             step, last = run.progress.step, run.progress.step == schedule.steps
             for alarm in [*alarms.after(step, metrics), *(alarms.at_end() if last else [])]:
                 run.tracker.alert(alarm.title, alarm.text)
@@ -106,10 +113,12 @@ async def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, 
     metrics = fed.metrics | of_samples | metrics | run.suite.metrics()
     metrics |= {"timing_s/gen": fed.waited, "sched/learner_idle": fed.waited / seconds}
     metrics |= speed_metrics(metrics["perf/total_num_tokens"], tokens, seconds, devices(config))
-    show = {
-        "reward": f"{metrics['critic/score/mean']:.3f}",
-        "accuracy": f"{metrics['training/accuracy']:.1%}",
-    }
+    show = {"reward": "none"}  # no answer of the step has a verdict
+    if "critic/score/mean" in metrics:
+        show = {
+            "reward": f"{metrics['critic/score/mean']:.3f}",
+            "accuracy": f"{metrics['training/accuracy']:.1%}",
+        }
     run.tracker.log(step, metrics, show=show | {"tokens/s": f"{tokens / seconds:,.0f}"})
     return metrics
 

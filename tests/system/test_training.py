@@ -259,3 +259,21 @@ def test_a_resumed_run_asks_again_for_what_was_in_flight(emberl: Emberl) -> None
     assert trained >= set(range(first, progress["position"])), (
         "all that was admitted before the checkpoint"
     )
+
+
+def test_a_run_that_ends_by_its_graders_saves_the_step_before(emberl: Emberl) -> None:
+    (emberl.folder / "late.py").write_text(
+        "def score(completions, trainer_state, **_):\n"
+        "    if trainer_state.global_step >= 2:\n"
+        "        raise KeyError('answer')\n"
+        "    return [float(len(c) % 2) for c in completions]\n"
+    )
+    late = "reward.parts={late: {use: ./late.py:score}}"
+    brief = ("stages=[rl]", "eval.size=0", "checkpoint.every=0")
+    emberl.train(late, *brief, status=1)
+    run_dir = emberl.folder / "run"
+    assert "late.py:3" in (emberl.folder / "stderr.txt").read_text()
+    assert [row["step"] for row in read_metrics(run_dir)] == [1, 2]
+    assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["rl-000002"]
+    emberl.train(late, *brief, "reward.max_error_fraction=1", "--resume", "schedule.steps=3")
+    assert [row["step"] for row in read_metrics(run_dir)] == [1, 2, 3]
