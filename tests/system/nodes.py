@@ -1,4 +1,4 @@
-"""Machines of a cluster as network namespaces of this one: addresses, host names and /tmp of their
+"""Machines of a cluster as network namespaces of this one: addresses, host names and a disk of their
 own, as containers on several hosts have; a process of one reaches the others by the network alone.
 """
 
@@ -16,6 +16,13 @@ from pathlib import Path
 
 BIN = Path(sys.executable).parent
 SUBNET = "10.91.7"
+# where this file's folder and the environment are not, which all machines see; its name is short,
+# as paths of sockets must be
+DISK = next(
+    path
+    for path in ("/mnt", "/srv", "/media", "/tmp")
+    if Path(path).is_dir() and not sys.prefix.startswith(f"{path}/")
+)
 # a token in the user's home would switch authentication on for some of the processes only
 ENVIRONMENT = os.environ | {
     "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -37,7 +44,7 @@ def why_not() -> str | None:
 
 @dataclass(frozen=True)
 class Node:
-    """One machine: `folder` is what its processes see as /tmp."""
+    """One machine: `folder` is what its processes see as `DISK`."""
 
     name: str
     address: str
@@ -48,7 +55,7 @@ class Node:
         # Debian gives a machine's own name 127.0.1.1
         inside = (
             f"mount --bind {self.folder}/hosts /etc/hosts && hostname {self.name}"
-            f" && mount --bind {self.folder} /tmp && mount -t tmpfs tmpfs /dev/shm && cd /tmp"
+            f" && mount --bind {self.folder} {DISK} && mount -t tmpfs tmpfs /dev/shm && cd {DISK}"
             ' && exec "$@"'
         )
         unshared = ["unshare", "--mount", "--uts", "sh", "-c", inside, "sh", *command]
@@ -98,7 +105,7 @@ def ray_cluster(nodes: Sequence[Node], cpus: Sequence[int]) -> Iterator[str]:
     try:
         for node, number in zip(nodes, cpus, strict=True):
             role = (
-                ["--head", "--port=6379", "--include-dashboard=false"]
+                ["--head", "--port=6379", "--include-dashboard=false", f"--temp-dir={DISK}/ray"]
                 if node is head
                 else [f"--address={address}"]
             )

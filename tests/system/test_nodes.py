@@ -40,7 +40,7 @@ def boxes(tmp_path: Path) -> Iterator[list[nodes.Node]]:
 
 
 def run(box: nodes.Node, *arguments: str) -> dict[str, object]:
-    command = [str(nodes.BIN / "emberl"), "train", "small.yaml", "run_dir=/tmp/run"]
+    command = [str(nodes.BIN / "emberl"), "train", "small.yaml", f"run_dir={nodes.DISK}/run"]
     process = box.start("train.log", *command, *arguments)
     try:
         process.wait(timeout=300)
