@@ -21,7 +21,8 @@ class Browser:
     def __init__(self, address: str) -> None:
         self._client = httpx.Client(base_url=address, timeout=60)
         options = {"args": ["--headless=new", "--no-sandbox", "--disable-gpu",
-                            "--disable-dev-shm-usage", "--window-size=1200,1400"]}  # fmt: skip
+                            "--disable-dev-shm-usage", "--window-size=1200,1400", "--no-first-run",
+                            "--disable-background-networking"]}  # fmt: skip
         wanted = {
             "capabilities": {
                 "alwaysMatch": {
@@ -58,7 +59,8 @@ class Browser:
         self._client.close()
 
 
-@pytest.fixture(scope="session")
+# of a module, not of the session: other tests kill all children of this process
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     driver = shutil.which("chromedriver")
     if driver is None:

@@ -6,6 +6,7 @@ Adam's eps is of the size of the gradients: with the usual one a factor on the l
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -280,10 +281,14 @@ def test_a_step_is_that_of_plain_pytorch(model: str, name: str) -> None:
     trained = with_advantages(config, groups)
     objective = Objective.of(config.loss, config.kl, config.offpolicy)
     with learner(model, config) as rank:
+
+        async def publish(wait: bool) -> dict[str, float]:
+            return {}
+
         run: Any = SimpleNamespace(
-            config=config, learners=rank, progress=Progress(), publish=lambda wait: {}
+            config=config, learners=rank, progress=Progress(), publish=publish
         )
-        metrics = update(run, trained, objective)
+        metrics = asyncio.run(update(run, trained, objective))
         found = {
             key.removeprefix("model."): value.full_tensor().clone()
             for key, value in rank.policy.state_dict().items()
