@@ -197,11 +197,9 @@ def finish_checkpoint(
         (p for p in final.parent.glob("[!.]*") if broken(p) is None),
         key=lambda p: (p / PROGRESS).stat().st_mtime,
     )
-    best = sorted(done, key=lambda p: read_progress(p).accuracy_end or -1.0)[
-        len(done) - keep_best :
-    ]
+    best = sorted(done, key=lambda p: read_progress(p).accuracy_end or -1.0, reverse=True)
     for old in done[:-keep]:
-        if old not in best:
+        if old not in best[:keep_best]:
             shutil.rmtree(old)
     return final
 

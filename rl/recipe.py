@@ -38,7 +38,7 @@ from .preflight import check_inputs
 from .reject import sample_accepted
 from .reward_inputs import reward_input
 from .run import Interrupted, Run, on_loop, stop_on_signal
-from .run_directory import Resume, alone_in, open_run_dir, trim_metrics
+from .run_directory import Resume, alone_in, forget_earlier, open_run_dir, trim_metrics
 from .sft import Imitated, open_imitated, train_sft, with_sft_steps
 from .trainer import train_rl
 from .watch.tracking import Tracker, make_console
@@ -92,6 +92,7 @@ def train(config: Config, *, resume: Resume = "never", override: bool = False) -
         started -= read_progress(checkpoint).seconds
     restarts = config.cluster.max_restarts
     with alone_in(run_dir):
+        forget_earlier(run_dir, anew=checkpoint is None)
         while True:
             try:
                 return run_attempt(config, cluster, run_dir, checkpoint, started)

@@ -51,10 +51,15 @@ def open_run_dir(
             f"run_dir={config.run_dir or config.output} cannot be written ({error.strerror}); set"
             " run_dir to a directory that can"
         ) from error
-    if checkpoint is None:
-        (folder / METRICS).unlink(missing_ok=True)  # of a start that came to nothing
-    asked_to_stop(folder)  # of an attempt that ended before it looked
     return folder, checkpoint
+
+
+def forget_earlier(run_dir: Path, *, anew: bool) -> None:
+    """Removes what earlier attempts left that is not this one's: a wish to stop, and `anew` the
+    figures of a start that came to nothing. Only while `alone_in` it: they may be a living run's."""
+    asked_to_stop(run_dir)
+    if anew:
+        (run_dir / METRICS).unlink(missing_ok=True)
 
 
 def _named(folder: Path, resume: Resume, tell: Callable[[str], None]) -> tuple[Path, Path | None]:

@@ -37,13 +37,16 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     ]
 
 
-def test_the_best_stay_beside_the_newest(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("keep_best", "left"), [(0, [5]), (2, [2, 4, 5]), (3, [2, 4, 5]), (9, [1, 2, 3, 4, 5])]
+)
+def test_the_best_stay_beside_the_newest(tmp_path: Path, keep_best: int, left: list[int]) -> None:
     for step, accuracy in enumerate((0.2, 0.9, None, 0.5, 0.4), 1):
         folder = p.begin_checkpoint(tmp_path, f"rl-{step:06}")
         progress = p.Progress(step=step, accuracy_end=accuracy)
-        p.finish_checkpoint(folder, progress, keep=1, keep_best=2)
+        p.finish_checkpoint(folder, progress, keep=1, keep_best=keep_best)
     names = sorted(f.name for f in (tmp_path / "checkpoints").iterdir())
-    assert names == ["rl-000002", "rl-000004", "rl-000005"]
+    assert names == [f"rl-{step:06}" for step in left]
 
 
 @pytest.mark.parametrize(

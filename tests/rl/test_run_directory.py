@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from emberl.rl import checkpoints, run_directory
 from emberl.rl.config.load import Config, ConfigError, resolve
-from emberl.rl.run_directory import alone_in, open_run_dir, trim_metrics
+from emberl.rl.run_directory import alone_in, forget_earlier, open_run_dir, trim_metrics
 
 
 def config(**extra: object) -> Config:
@@ -84,6 +84,12 @@ def test_a_named_directory_is_never_overwritten(tmp_path: Path) -> None:
     ):
         open_run_dir(named, "never")
     assert open_run_dir(named, "auto")[1] is None
+    assert (folder / "metrics.jsonl").exists(), "another run may be writing it"
+    with alone_in(folder):
+        (folder / "stop").touch()
+        forget_earlier(folder, anew=False)
+        assert not (folder / "stop").exists() and (folder / "metrics.jsonl").exists()
+        forget_earlier(folder, anew=True)
     assert not (folder / "metrics.jsonl").exists(), "it starts anew"
     save(folder, "rl-000001", step=1)
     with pytest.raises(ConfigError, match=r"run_dir=.* already holds a run; pass --resume"):
