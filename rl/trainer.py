@@ -84,6 +84,7 @@ async def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, 
     """Takes the groups of one step, trains on them, publishes and logs; returns what was logged.
     Raises `TooManyErrors` where graders rather than answers fail."""
     config, step, start = run.config, run.progress.step + 1, time.perf_counter()
+    before = run.progress.version
     fed = await feed.take(step)
     ages, trained = admitted(run, fed.groups)
     async with run.learning():
@@ -112,6 +113,7 @@ async def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, 
     # rewards of tokens have the KL penalty in them
     metrics = fed.metrics | of_samples | metrics | run.suite.metrics()
     metrics |= {"timing_s/gen": fed.waited, "sched/learner_idle": fed.waited / seconds}
+    metrics |= run.weights.check_step(metrics, before)
     metrics |= speed_metrics(metrics["perf/total_num_tokens"], tokens, seconds, devices(config))
     show = {"reward": "none"}  # no answer of the step has a verdict
     if "critic/score/mean" in metrics:

@@ -10,15 +10,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
 
 from .actors import LOST, ActorLostError, WorkerLostError, call, catch_up, cause
 from .dispatch import Dispatch
+from .engine import Request
 from .environments import Episodes
 from .jobs import Job, WorkerState
 from .samples import Completion, Prompt, Sampling
+from .weights.canary import Canary, DecodeProof
 from .weights.transport import WeightUpdate
 
 
@@ -111,12 +114,33 @@ class RolloutPool:
 
     async def probe(self, token_ids: Sequence[int]) -> list[Any]:
         """What each worker gives these tokens: [T-1] log-probs of all but the first."""
-        seats = range(len(self._seats))
-        return list(await asyncio.gather(*(self._probe(i, token_ids, False) for i in seats)))
+        return await self._of_each("probe", token_ids, False)
 
     async def reload(self, worker: int, token_ids: Sequence[int]) -> Any:
         """The same of one worker, after its engine has loaded all weights once more."""
-        return await self._probe(worker, token_ids, True)
+        return await self._until_answered(worker, "probe", token_ids, True)
+
+    async def decoded_anew(
+        self, worker: int, requests: Sequence[Request]
+    ) -> list[tuple[Completion, Any]]:
+        """`decoded` of one worker, after its engine has loaded all weights once more."""
+        await self.reload(worker, requests[0][0].token_ids)
+        found: list[tuple[Completion, Any]] = await self._until_answered(
+            worker, "decoded", requests
+        )
+        return found
+
+    async def prove(self, canary: Canary, requests: Sequence[Request]) -> list[DecodeProof | None]:
+        """Of each worker (`GroupService.prove`)."""
+        return await self._of_each("prove", canary, requests)
+
+    async def decoded(self, requests: Sequence[Request]) -> list[list[tuple[Completion, Any]]]:
+        """Of each worker (`GroupService.decoded`)."""
+        return await self._of_each("decoded", requests)
+
+    async def _of_each(self, method: str, *arguments: Any) -> list[Any]:
+        work = (self._until_answered(i, method, *arguments) for i in range(len(self._seats)))
+        return list(await asyncio.gather(*work))
 
     async def sleep(self, level: int) -> None:
         """Every worker leaves its device to the learners, once nothing is decoded; `serve` or
@@ -211,6 +235,8 @@ class RolloutPool:
         if self._failure is not None:  # everybody was told already
             return
         self._release(i, job)
+        if i:
+            completions = tuple(replace(completion, worker=i) for completion in completions)
         had = sum(len(completion) for completion in job.episodes.going_on)
         self._lengths += sum(len(completion) for completion in completions) - had
         self._answers += len(completions)
@@ -342,14 +368,14 @@ class RolloutPool:
             await self._replace(i, worker, str(error))  # which brings it to the newest version
         return seat.report
 
-    async def _probe(self, i: int, token_ids: Sequence[int], reload: bool) -> Any:
+    async def _until_answered(self, i: int, method: str, *arguments: Any) -> Any:
         while True:
             async with self._seats[i].lock:
                 worker = self._seats[i].worker
             try:
-                work = worker.probe.remote(token_ids, reload)
+                work = getattr(worker, method).remote(*arguments)
                 return await call(
-                    work, who=f"rollout worker {i}", what="probe", timeout=self._sync_timeout
+                    work, who=f"rollout worker {i}", what=method, timeout=self._sync_timeout
                 )
             except WorkerLostError as error:
                 await self._replace(i, worker, str(error))

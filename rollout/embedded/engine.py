@@ -29,6 +29,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,12 +40,14 @@ from numpy.typing import NDArray
 from ..engine import Request
 from ..samples import Completion, Prompt, Sampling
 from ..stops import StopStrings
+from ..weights.canary import Canary, altered
 from ..weights.patch import (
     DigestMismatchError,
     VersionError,
     Views,
     WeightPatch,
     Weights,
+    dense_patch,
     digest,
     verify,
 )
@@ -127,6 +130,7 @@ class EmbeddedEngine:
         self._pace, self._due = 0.0 if token_rate is None else 1 / token_rate, 0.0
         self._corrupt: str | None = None
         self._held: Weights | None = None
+        self._canary: Canary | None = None
         self._finished: list[Completion] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedded-engine")
         self._turn = asyncio.Lock()  # who may touch the batch; first come, first served
@@ -146,7 +150,7 @@ class EmbeddedEngine:
 
     @property
     def held(self) -> Weights | None:
-        return self._held
+        return None if self._canary is not None else self._held
 
     @property
     def counters(self) -> Counters:
@@ -226,6 +230,10 @@ class EmbeddedEngine:
         return await self._at_boundary(
             lambda: self.decoder.token_logprobs(ids)[0].float().cpu().numpy()
         )
+
+    async def canary(self, canary: Canary | None) -> None:
+        self._check_serving()
+        await self._at_boundary(lambda: self._load_canary(canary))
 
     async def sleep(self, level: int) -> None:
         """Nothing to give back: on a CPU, where it shares what the learners use, memory is one."""
@@ -311,6 +319,8 @@ class EmbeddedEngine:
 
     def _is_new(self, patch: WeightPatch) -> bool:
         """Whether it has to be loaded; VersionError if it may not come now."""
+        if self._canary is not None:
+            raise VersionError("a canary is being decoded")
         if self._run_id and patch.run_id != self._run_id:
             raise VersionError(
                 f"a patch of run {patch.run_id}, but this engine serves run {self._run_id}"
@@ -363,6 +373,29 @@ class EmbeddedEngine:
             tensors=Views(self.decoder.weights, self.decoder.tensor_bytes),
             digests=patch.digests,
         )
+
+    def _load_canary(self, canary: Canary | None) -> None:
+        """By the way that an update takes."""
+        change, held = canary or self._canary, self._held
+        if change is None:
+            return
+        assert held is not None, "there is a canary of what was proved only"
+        assert self._batch.idle, "a canary is decoded by itself"
+        try:
+            for name in self.decoder.weights:
+                self.decoder.load(
+                    name,
+                    altered(name, self.decoder.tensor_bytes(name), change, back=canary is None),
+                )
+            self.decoder.pack()
+            self._batch.weights_changed(self.version)
+            if canary is None:
+                patch = dense_patch(held.run_id, held.version, {}.items())
+                verify(self.digests(), replace(patch, digests=held.digests))
+        except BaseException:
+            self._corrupt = f"version {self.version} could not be taken back after a canary"
+            raise
+        self._canary = canary
 
     def _fail(self, error: Exception) -> None:
         for stream in self._streams:
