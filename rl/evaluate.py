@@ -33,11 +33,17 @@ async def evaluate(run: Run) -> Evaluation:
     """Samples answers to all sets of held-out problems with the weights that the engines serve,
     marks and logs them."""
     await run.weights.delivered()
+    with run.tracker.doing("evaluating"):
+        return await _evaluate(run)
+
+
+async def _evaluate(run: Run) -> Evaluation:
     step, shown = run.progress.step, run.config.tracking.samples
     found: dict[str, float] = {}
     show: dict[str, str] = {}
     rows: list[dict[str, str]] = []
     results: list[Evaluation] = []
+    kept: list[Group] = []
     for problems in run.eval_sets:
         sampling = problems.sampled(run.sampling(0))
         for budget, groups in (await _groups(run, problems, sampling)).items():
@@ -52,12 +58,14 @@ async def evaluate(run: Run) -> Evaluation:
                 first = groups[:shown]
                 answers = [t[0] for t in texts[:shown]]
                 rows += sample_rows(first, answers, [run.answers.problem(g.prompt) for g in first])
+                kept += groups
         problems.suite.metrics()  # a training step's figures of the reward are to be its own
     if not any(problems.name == HELD_OUT for problems in run.eval_sets):
         found["val-core/accuracy"] = float(np.mean([r.accuracy for r in results]))
         found["val-core/reward"] = float(np.mean([r.reward for r in results]))
     run.tracker.log(step, found, "eval", show)
     run.tracker.samples(step, rows)
+    await asyncio.to_thread(run.tracker.keep, "eval", step, kept, run.answers)
     return Evaluation(
         accuracy=found["val-core/accuracy"], reward=found["val-core/reward"], metrics=found
     )

@@ -110,14 +110,15 @@ class Run:
         max_tokens: int = 0,
     ) -> Group:
         """As of `AnswerReader`, by `suite` (None: the run's reward)."""
-        return self.answers.grade(
-            prompt,
-            completions,
-            suite or self.suite,
-            max_tokens=max_tokens or self.config.rollout.max_response_length,
-            step=self.progress.step,
-            max_steps=self.config.schedule.steps,
-        )
+        with self.tracker.spans.span("graders", "grade"):
+            return self.answers.grade(
+                prompt,
+                completions,
+                suite or self.suite,
+                max_tokens=max_tokens or self.config.rollout.max_response_length,
+                step=self.progress.step,
+                max_steps=self.config.schedule.steps,
+            )
 
     @cached_property
     def answers(self) -> AnswerReader:
@@ -161,10 +162,11 @@ class Run:
         folder = begin_checkpoint(self.run_dir, name)
         settings = self.config.checkpoint
         try:
-            await asyncio.to_thread(self.learners.save, str(folder.absolute()))
-            finish_checkpoint(
-                folder, self.progress, settings.keep, self.config, keep_best=settings.keep_best
-            )
+            with self.tracker.doing(f"saving {name}"):
+                await asyncio.to_thread(self.learners.save, str(folder.absolute()))
+                finish_checkpoint(
+                    folder, self.progress, settings.keep, self.config, keep_best=settings.keep_best
+                )
         except (OSError, CallFailedError) as error:  # the disk, ours or a rank's
             shutil.rmtree(folder, ignore_errors=True)
             self.failed_saves += 1

@@ -46,6 +46,7 @@ from .settings import (
     LoraConfig,
     ModelConfig,
     OptimConfig,
+    ProfileConfig,
     ScheduleConfig,
     SyncConfig,
     TrackingConfig,
@@ -103,6 +104,7 @@ class Config(Settings):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+    profile: ProfileConfig = ProfileConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
