@@ -180,6 +180,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 
 BUDGET = {
+    "configs/ascend": 99,
     "kernels": 519,
     "kernels/decoding": 201,
     "kernels/loss": 1_956,
@@ -196,7 +197,7 @@ BUDGET = {
     "rl/config": 3_794,
     "rl/data": 4_587,
     "rl/evaluation": 2_336,
-    "rl/learner": 2_783,
+    "rl/learner": 2_817,
     "rl/plan": 1_811,
     "rl/watch": 1_568,
     "rl/weights": 880,

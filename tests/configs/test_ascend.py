@@ -113,6 +113,7 @@ def test_the_extra_names_the_same_versions() -> None:
     wanted = requirements()
     for name, requirement in required(own["optional-dependencies"]["ascend"]).items():
         assert requirement.specifier == wanted[name].specifier, name
+    assert required(own["dependencies"])["ray"].specifier == wanted["ray"].specifier
 
 
 SHAPES = {
