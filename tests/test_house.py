@@ -180,6 +180,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 
 BUDGET = {
+    "configs/ascend": 99,
     "kernels": 519,
     "kernels/decoding": 201,
     "kernels/loss": 1_956,
@@ -191,14 +192,14 @@ BUDGET = {
     "rewards/math_answers": 5_391,
     "rewards/plugins": 851,
     "rewards/sandbox": 2_718,
-    "rl": 5_442,
-    "rl/algorithm": 1_674,
-    "rl/config": 3_794,
-    "rl/data": 4_587,
+    "rl": 5_479,
+    "rl/algorithm": 1_692,
+    "rl/config": 3_806,
+    "rl/data": 4_646,
     "rl/evaluation": 2_336,
-    "rl/learner": 2_783,
+    "rl/learner": 2_817,
     "rl/plan": 1_811,
-    "rl/watch": 1_232,
+    "rl/watch": 1_568,
     "rl/weights": 880,
     "rollout": 2_458,
     "rollout/embedded": 1_798,
