@@ -59,6 +59,25 @@ def checksum(memory, place_rows, place_columns, first_row, first_column, columns
 
 
 @compiled
+def part_of_change(
+    place_rows, place_columns, first_row, first_column, columns, positions, old, new
+):
+    """What a change adds to the part of its tensor's checksum that lies in these rows and
+    columns."""
+    total, row, start = np.int64(0), np.int64(0), np.int64(0)
+    for i in range(len(positions)):
+        position = np.int64(positions[i])
+        if position - start >= columns:
+            row = position // columns
+            start = row * columns
+        r, c = row - first_row, position - start - first_column
+        if r < 0 or c < 0 or r >= len(place_rows) or c >= len(place_columns):
+            continue
+        total += weight(position) * (np.int64(new[i]) - np.int64(old[i]))
+    return total
+
+
+@compiled
 def check_positions(positions, size):
     """Whether they ascend without repeating and are within a tensor of `size` elements: what is
     wrong, and with which."""
@@ -127,6 +146,7 @@ __all__ = [
     "check_positions",
     "checksum",
     "exchange",
+    "part_of_change",
     "weight",
     "write",
 ]

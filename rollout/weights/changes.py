@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -47,7 +48,7 @@ def find(name: str, delta: TensorDelta, before: TensorBytes) -> tuple[TensorChan
     old = before.data.reshape(-1)
     scratch = np.empty(max(chunk.count for chunk in delta.chunks) * width, np.uint8)
     hashed, start = xxhash.xxh3_128(), 0
-    found: list[tuple[NDArray[np.integer], ...]] = []
+    found: list[Difference] = []
     for number, chunk in enumerate(delta.chunks):
         part = old[start * width : (start + chunk.count) * width]
         try:
@@ -55,50 +56,49 @@ def find(name: str, delta: TensorDelta, before: TensorBytes) -> tuple[TensorChan
             if chunk.mode is not Mode.SKIP:
                 out = scratch[: part.nbytes]
                 decode_chunk(chunk, part, out, width)
-                found.append(_differences(elements(part, width), elements(out, width), start, size))
+                found.append(_difference(elements(part, width), elements(out, width), start, size))
                 part = out
         except CorruptPatchError as error:
             raise CorruptPatchError(f"tensor {name}, chunk {number}: {error}") from error
         hashed.update(part.data)
         start += chunk.count
-        if sum(len(positions) for positions, _, _ in found) > MOST * size:
+        if sum(len(difference.positions) for difference in found) > MOST * size:
             return None
-    made = (
-        [np.concatenate(column) for column in zip(*found, strict=True)]
-        if found
-        else [np.empty(0, kind) for kind in (_position_type(size), f"<u{width}", f"<u{width}")]
-    )
-    return _change(delta.dtype, delta.shape, *made), hashed.hexdigest()
+    found = found or [_difference(elements(old[:0], width), elements(old[:0], width), 0, size)]
+    whole = Difference(*(np.concatenate(column) for column in zip(*found, strict=True)))
+    return _change(delta.dtype, delta.shape, whole), hashed.hexdigest()
 
 
-def _differences(
+class Difference(NamedTuple):
+    """[k] each, as in `TensorChange`."""
+
+    positions: NDArray[np.integer]
+    old: NDArray[np.unsignedinteger]
+    new: NDArray[np.unsignedinteger]
+
+
+def _difference(
     old: NDArray[np.unsignedinteger], new: NDArray[np.unsignedinteger], start: int, size: int
-) -> tuple[NDArray[np.integer], ...]:
+) -> Difference:
     where = np.flatnonzero(old != new)
-    return (where + start).astype(_position_type(size)), old[where], new[where]
+    return Difference((where + start).astype(_position_type(size)), old[where], new[where])
 
 
 def between(before: TensorBytes, after: TensorBytes) -> TensorChange:
     """What turns the one into the other; both of one dtype and shape."""
     width = element_bytes("a tensor", before.dtype)
     old, new = (elements(side.data.reshape(-1), width) for side in (before, after))
-    return _change(before.dtype, tuple(before.shape), *_differences(old, new, 0, len(old)))
+    return _change(before.dtype, tuple(before.shape), _difference(old, new, 0, len(old)))
 
 
-def _change(
-    dtype: str,
-    shape: tuple[int, ...],
-    positions: NDArray[np.integer],
-    old: NDArray[np.unsignedinteger],
-    new: NDArray[np.unsignedinteger],
-) -> TensorChange:
+def _change(dtype: str, shape: tuple[int, ...], found: Difference) -> TensorChange:
     return TensorChange(
         dtype=dtype,
         shape=shape,
-        positions=positions,
-        old=old,
-        new=new,
-        checksum=int(scatter.change_checksum(positions, old, new)),
+        positions=found.positions,
+        old=found.old,
+        new=found.new,
+        checksum=int(scatter.change_checksum(*found)),
     )
 
 
@@ -152,7 +152,7 @@ def merged(first: TensorChange, second: TensorChange) -> TensorChange:
         positions, first.positions, assume_unique=True, return_indices=True
     )
     old[np.searchsorted(positions, shared)] = first.old[of_first]
-    return _change(first.dtype, first.shape, positions, old, new)
+    return _change(first.dtype, first.shape, Difference(positions, old, new))
 
 
 def follow(

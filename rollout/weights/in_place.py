@@ -47,8 +47,12 @@ class Place:
         """Writes `new` where `old` lies and reads it back: (`scatter.INTACT`, -1), or what is wrong
         and with which element. Nothing was written unless that is `NOT_NEW`."""
         if self.memory.device.type == "cpu":
-            problem, index = scatter.exchange(
-                *self._arrays(change.new), change.positions, change.old, change.new
+            problem, index = call(
+                scatter.exchange,
+                *self._arrays(change.new),
+                change.positions,
+                change.old,
+                change.new,
             )
             return int(problem), int(index)
         at, chosen = self._find(change.positions)
@@ -64,7 +68,7 @@ class Place:
     def restore(self, change: TensorChange) -> None:
         """Writes `old`."""
         if self.memory.device.type == "cpu":
-            scatter.write(*self._arrays(change.old), change.positions, change.old)
+            call(scatter.write, *self._arrays(change.old), change.positions, change.old)
         else:
             at, chosen = self._find(change.positions)
             self.memory.index_copy_(0, at, self._moved(change.old)[chosen])
@@ -73,7 +77,7 @@ class Place:
         """Of what lies here, as its part of the whole tensor's (`scatter`)."""
         if self.memory.device.type == "cpu":
             kind = np.dtype(f"<u{self.memory.element_size()}")
-            return int(scatter.checksum(*self._arrays(np.empty(0, kind))))
+            return int(call(scatter.checksum, *self._arrays(np.empty(0, kind))))
         size, device = self.memory.element_size(), self.memory.device
         mask = (1 << 8 * size) - 1 if size < 8 else -1
         positions = self.first_column + torch.arange(len(self.columns), device=device)
@@ -84,6 +88,14 @@ class Place:
             elements = self.memory[rows + self.columns].long() & mask
             total += (weight(positions + number[:, None] * self.width) * elements).sum()
         return int(total)
+
+    def change_checksum(self, change: TensorChange) -> int:
+        """What a change adds to `checksum`."""
+        parts = (self.rows.cpu().numpy(), self.columns.cpu().numpy())
+        where = (*parts, self.first_row, self.first_column, self.width)
+        return int(
+            call(scatter.part_of_change, *where, change.positions, change.old, change.new)
+        )
 
     def _arrays(self, like: NDArray[Any]) -> tuple[Any, ...]:
         return (
@@ -110,6 +122,11 @@ class Place:
         return torch.from_numpy(signed_values).to(self.memory.device)
 
 
+def call(compiled: Any, *arguments: Any) -> Any:
+    """numba's types say nothing of its functions' parameters."""
+    return compiled(*arguments)
+
+
 def plain(held: Tensor, shape: Sequence[int], first: tuple[int, int] = (0, 0)) -> Place:
     """Of a tensor of one or two dimensions, with any strides, that has the elements from (row,
     column) `first` on of a tensor of `shape`; one dimension is one row."""
@@ -127,6 +144,15 @@ def plain(held: Tensor, shape: Sequence[int], first: tuple[int, int] = (0, 0)) -
         first_row=first[0],
         first_column=first[1],
     )
+
+
+def part_checksum(place: Place, whole: Tensor) -> int:
+    """What `place.checksum()` has to be where the tensor is `whole`, which lies on the host."""
+    columns, first = len(place.columns), place.first_column
+    rows = whole.reshape(-1, place.width)[place.first_row : place.first_row + len(place.rows)]
+    shape = (1, place.width) if whole.dim() < 2 else tuple(whole.shape)
+    part = rows[:, first : first + columns]
+    return plain(part, shape, (place.first_row, first)).checksum()
 
 
 def write_all(
@@ -167,4 +193,4 @@ def signed(number: int) -> int:
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-__all__ = ["INTEGERS", "Place", "plain", "signed", "weight", "write_all"]
+__all__ = ["INTEGERS", "Place", "part_checksum", "plain", "signed", "weight", "write_all"]
