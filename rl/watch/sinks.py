@@ -268,7 +268,7 @@ def open_sinks(config: Config, run_dir: Path, tell: Callable[[str], None]) -> li
     """Those that the configuration names. ImportError of a package that is not installed is said
     like any other failure."""
     sinks = []
-    mode = _wandb_mode(config)
+    mode = wandb_mode(config.tracking.wandb)
     if mode == "offline" and config.tracking.wandb == "auto":
         tell(f"W&B: no API key, so this run is kept offline under {run_dir / 'wandb'}")
     if mode != "disabled":
@@ -281,20 +281,21 @@ def open_sinks(config: Config, run_dir: Path, tell: Callable[[str], None]) -> li
     return sinks + [Background(name, others[name], tell) for name in config.tracking.also]
 
 
-def _wandb_mode(config: Config) -> Mode:
-    mode = os.environ.get("WANDB_MODE") or config.tracking.wandb
+def wandb_mode(wanted: str, environ: Mapping[str, str] = os.environ) -> Mode:
+    """What `tracking.wandb` comes to here; `WANDB_MODE` goes before it."""
+    mode = environ.get("WANDB_MODE") or wanted
     if mode == "auto":
-        return "online" if has_wandb_key() else "offline"
+        return "online" if has_wandb_key(environ) else "offline"
     if mode == "offline":
         return "offline"
     return "disabled" if mode == "disabled" else "online"
 
 
-def has_wandb_key() -> bool:
+def has_wandb_key(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether W&B would not have to ask; its own check may prompt."""
-    if os.environ.get("WANDB_API_KEY"):
+    if environ.get("WANDB_API_KEY"):
         return True
-    base = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    base = environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     try:
         return netrc.netrc().authenticators(urllib.parse.urlparse(base).hostname or "") is not None
     # no file, or not one we can read: then there is no key

@@ -13,8 +13,8 @@ import pytest
 from emberl.rewards.audit.audit import audit, read_rows
 from emberl.rewards.verdict import Status, Verdict, verifier_error
 from emberl.rl.answers import AnswerReader
-from emberl.rl.config.data import TinyConfig
 from emberl.rl.config.sampling import RolloutConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import tiny_tokenizer
 from emberl.rl.groups import Group
 from emberl.rl.watch import rollouts

@@ -1,0 +1,167 @@
+"""What `emberl doctor` asks of a machine, and what it says of it. Loads no torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import resource
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from ...rewards.processes import processors
+from ...rewards.sandbox.choose import choose_backend
+from ...rewards.sandbox.runs import SandboxUnavailable
+from ..config.load import Config
+
+PATIENCE = 5.0
+"""Seconds for an answer of a program or of another machine."""
+
+
+class State(StrEnum):
+    OK = "ok"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """One line, e.g. `Check(name="/dev/shm", state=State.OK, text="24.0 GiB free")`."""
+
+    name: str
+    state: State
+    text: str
+    """What was found."""
+    fix: str = ""
+    """What to do; empty where all is well."""
+
+    def __str__(self) -> str:
+        line = f"{self.state:8} {self.name:18} {self.text}"
+        return f"{line} -> {self.fix}" if self.fix else line
+
+
+class Machine:
+    """The machine that checks look at; a test's own answers otherwise. `config`: what is to run
+    here; None: nothing that is known, and what only some runs need is no error."""
+
+    def __init__(
+        self, config: Config | None = None, environ: Mapping[str, str] = os.environ
+    ) -> None:
+        self.config = config
+        self.environ = environ
+
+    def lacking(self, needed: bool) -> State:
+        """Of a line about what is not there: an error where the configuration needs it."""
+        return State.ERROR if needed and self.config is not None else State.WARNING
+
+    def version(self, package: str) -> str | None:
+        """Of an installed distribution."""
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def requirements(self) -> tuple[str, ...]:
+        """Of emberl's distribution, as in pyproject.toml."""
+        return tuple(importlib.metadata.requires("emberl") or ())
+
+    def read(self, path: str) -> str | None:
+        """A file's text; None where it cannot be read."""
+        try:
+            return Path(path).read_text(errors="replace")
+        except OSError:
+            return None
+
+    def output(self, *command: str) -> str | None:
+        """What a program prints; None where there is none or it fails."""
+        try:
+            ran = subprocess.run(
+                command, capture_output=True, text=True, timeout=PATIENCE, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return ran.stdout if ran.returncode == 0 else None
+
+    def which(self, program: str) -> str | None:
+        return shutil.which(program)
+
+    def writable(self, path: str) -> bool:
+        return os.access(path, os.W_OK)
+
+    def free(self, path: str) -> int:
+        """Bytes; OSError where there is no such path."""
+        return shutil.disk_usage(path).free
+
+    def cores(self) -> tuple[int, int]:
+        """Processors that this process may use, and those of the machine."""
+        return processors(), os.cpu_count() or 1
+
+    def limit(self, name: str) -> tuple[int, int]:
+        """Soft and hard limit, e.g. of `RLIMIT_NOFILE`; -1: none."""
+        soft, hard = resource.getrlimit(getattr(resource, name))
+        return soft, hard
+
+    def sandbox(self) -> str:
+        """The back end that code rewards get here, by a trial run; `SandboxUnavailable`."""
+        server = choose_backend(None, allow_unsafe=False)
+        server.close()
+        return server.backend
+
+    def hostname(self) -> str:
+        return socket.gethostname()
+
+    def addresses(self, host: str) -> list[str]:
+        """What a name stands for; none where nobody knows."""
+        try:
+            return sorted({str(found[4][0]) for found in socket.getaddrinfo(host, None)})
+        except OSError:
+            return []
+
+    def outward(self) -> str:
+        """This machine's address on the way to others, as Ray takes it; loopback where there is no
+        way. Sends nothing."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect(("8.8.8.8", 80))
+                return str(probe.getsockname()[0])
+            except OSError:
+                return "127.0.0.1"
+
+    def can_listen(self, port: int = 0, host: str = "127.0.0.1") -> bool:
+        with socket.socket() as probe:
+            try:
+                probe.bind((host, port))
+            except OSError:
+                return False
+        return True
+
+    def reaches(self, host: str, port: int) -> str | None:
+        """Why a connection cannot be made; None where it can."""
+        try:
+            socket.create_connection((host, port), timeout=PATIENCE).close()
+        except OSError as error:
+            return str(error)
+        return None
+
+
+Examination = Callable[[Machine], Iterable[Check]]
+"""One of the doctor's: looks at one thing, and says it in a line or a few."""
+
+
+def worst(checks: Iterable[Check]) -> State:
+    """The state that decides the exit code."""
+    states = [check.state for check in checks]
+    return next((state for state in (State.ERROR, State.WARNING) if state in states), State.OK)
+
+
+def examined(machine: Machine, examinations: Iterable[Examination]) -> Iterator[Check]:
+    """The lines of each, in order."""
+    for examination in examinations:
+        yield from examination(machine)
+
+
+__all__ = ["Check", "Examination", "Machine", "SandboxUnavailable", "State", "examined", "worst"]
