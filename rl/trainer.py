@@ -16,7 +16,7 @@ from .algorithm.losses import Objective
 from .batch import flat_batch, updates_of, with_teachers, with_token_advantages
 from .config.load import Config
 from .data.mixture import MixtureSource
-from .evaluate import evaluate
+from .evaluate import begin_evaluation
 from .feed import GroupFeed
 from .groups import Batch, Group
 from .run import Run
@@ -50,8 +50,10 @@ async def train_rl(run: Run) -> None:
         run.source.restore(run.progress.curriculum)
     alarms = Alarms(config, run.progress.entropy_start)
     run.tracker.begin("rl", run.progress.step, schedule.steps)
-    if run.progress.step == 0 and config.eval.active:
-        run.progress = run.progress.advance(accuracy_start=(await evaluate(run)).accuracy)
+    if config.eval.active and (run.progress.step == 0 or run.progress.evaluating is not None):
+        await begin_evaluation(run)
+    else:
+        run.progress = run.progress.advance(evaluating=None)
 
     async with GroupFeed(run) as feed:
         while run.progress.step < schedule.steps:
@@ -60,7 +62,12 @@ async def train_rl(run: Run) -> None:
             try:
                 metrics = await rl_step(run, feed, objective)
             except TooManyErrors:  # of the graders, before anything is learnt from the step
-                run.progress = before
+                found = run.progress  # an evaluation may have ended meanwhile
+                run.progress = before.advance(
+                    evaluating=found.evaluating,
+                    accuracy_start=found.accuracy_start,
+                    accuracy_end=found.accuracy_end,
+                )
                 await run.weights.delivered()
                 await run.save()
                 raise
@@ -74,7 +81,9 @@ async def train_rl(run: Run) -> None:
             if config.eval.active and (
                 last or (config.eval.every and step % config.eval.every == 0)
             ):
-                run.progress = run.progress.advance(accuracy_end=(await evaluate(run)).accuracy)
+                await begin_evaluation(run)
+            if last:
+                await run.evaluated()
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 await run.save(needed=last)
         await run.weights.delivered()
