@@ -19,6 +19,7 @@ from ..rollout.engine import check_engine
 from ..rollout.stops import token_bytes
 from .algorithm.losses import Objective
 from .checkpoints import (
+    EVALUATED,
     PROGRESS,
     SETTINGS,
     Progress,
@@ -117,7 +118,13 @@ def run_attempt(
     started: when the run began, less the time in which it did not run."""
     progress = read_progress(checkpoint) if checkpoint else Progress()
     if checkpoint and progress.stage < len(config.stages):
-        trim_metrics(run_dir, config.stages[progress.stage], progress.step, config.stages)
+        trim_metrics(
+            run_dir,
+            config.stages[progress.stage],
+            progress.step,
+            config.stages,
+            evaluates=progress.step == 0 or progress.evaluating is not None,
+        )
         trim_steps(run_dir, config.stages[progress.stage], progress.step, config.stages)
     console = make_console()
     model_path = prepare_model(
@@ -254,8 +261,9 @@ def finish(run: Run) -> None:
     newest = latest_checkpoint(run.run_dir)
     if newest is not None and (newest / "config.json").is_file():
         model = run.run_dir / "model"
+        not_of_model = ("learner", PROGRESS, SETTINGS, EVALUATED)
         shutil.rmtree(model, ignore_errors=True)
-        shutil.copytree(newest, model, ignore=shutil.ignore_patterns("learner", PROGRESS, SETTINGS))
+        shutil.copytree(newest, model, ignore=shutil.ignore_patterns(*not_of_model))
     run.tracker.curve()
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -176,14 +176,22 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def trim_metrics(run_dir: Path, stage: str, step: int, stages: Sequence[str]) -> None:
-    """Drops the rows of steps that a resumed run will do again."""
+def trim_metrics(
+    run_dir: Path, stage: str, step: int, stages: Sequence[str], *, evaluates: bool = False
+) -> None:
+    """Drops the rows of steps that a resumed run will do again; evaluates: the evaluation of this
+    step, too."""
     file = run_dir / METRICS
     if not file.exists():
         return
     reached = (stages.index(stage), step)
     rows = read_metrics(file)
-    kept = [row for row in rows if (stages.index(row["stage"]), row["step"]) <= reached]
+
+    def stays(row: Mapping[str, Any]) -> bool:
+        at = (stages.index(row["stage"]), row["step"])
+        return at < reached or (at == reached and not (evaluates and row["axis"] == "eval"))
+
+    kept = [row for row in rows if stays(row)]
     new = file.with_suffix(".new")
     new.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
     new.replace(file)

@@ -17,7 +17,7 @@ from .algorithm.losses import Objective
 from .batch import flat_batch, updates_of, with_teachers, with_token_advantages
 from .config.load import Config
 from .data.mixture import MixtureSource
-from .evaluate import evaluate
+from .evaluate import begin_evaluation
 from .feed import GroupFeed
 from .groups import Batch, Group
 from .run import Run
@@ -63,8 +63,10 @@ async def train_rl(run: Run) -> None:
         alert=run.tracker.alert,
     )
     run.tracker.begin("rl", run.progress.step, schedule.steps)
-    if run.progress.step == 0 and config.eval.active:
-        run.progress = run.progress.advance(accuracy_start=(await evaluate(run)).accuracy)
+    if config.eval.active and (run.progress.step == 0 or run.progress.evaluating is not None):
+        await begin_evaluation(run)
+    else:
+        run.progress = run.progress.advance(evaluating=None)
 
     async with GroupFeed(run) as feed:
         while run.progress.step < schedule.steps:
@@ -75,7 +77,12 @@ async def train_rl(run: Run) -> None:
                     metrics = await rl_step(run, feed, objective)
             except TooManyErrors as error:  # of the graders, before anything is learnt from it
                 run.tracker.alert("too many verifier errors", str(error))
-                run.progress = before
+                found = run.progress  # an evaluation may have ended meanwhile
+                run.progress = before.advance(
+                    evaluating=found.evaluating,
+                    accuracy_start=found.accuracy_start,
+                    accuracy_end=found.accuracy_end,
+                )
                 await run.weights.delivered()
                 await run.save()
                 raise
@@ -91,7 +98,9 @@ async def train_rl(run: Run) -> None:
             if config.eval.active and (
                 last or (config.eval.every and step % config.eval.every == 0)
             ):
-                run.progress = run.progress.advance(accuracy_end=(await evaluate(run)).accuracy)
+                await begin_evaluation(run)
+            if last:
+                await run.evaluated()
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 await run.save(needed=last)
         await run.weights.delivered()

@@ -103,7 +103,7 @@ class StageConsole:
         """An evaluation is done."""
         self._held_out = "  ".join(f"{name} {value}" for name, value in shown.items())
         self._line_time = time.monotonic()
-        if step == self._first_step:  # that was no step's time
+        if not self._shown:  # before the first step: that was no step's time
             self._begun = self._line_time
         self._line(step, shown)
         self._refresh()

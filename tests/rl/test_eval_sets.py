@@ -181,7 +181,11 @@ def answered(job: Job) -> None:
 
 
 def grade(
-    prompt: Prompt, completions: Sequence[Completion], suite: RewardSuite, max_tokens: int
+    prompt: Prompt,
+    completions: Sequence[Completion],
+    suite: RewardSuite,
+    max_tokens: int,
+    step: int,
 ) -> Group:
     """The first answer is the reference, and the others are nonsense."""
     texts = [f"\\boxed{{{prompt.answer if c.sample == 0 else 77}}}" for c in completions]

@@ -291,6 +291,8 @@ def loop(
         run_dir=folder,
         progress=Progress(),
         answers=None,
+        evaluation=None,
+        evaluated=nothing,
         started=0.0,
         tracker=tracker,
         learners=learners,
