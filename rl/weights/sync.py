@@ -86,8 +86,8 @@ class WeightSync:
         self._ranks = config.rollout.cards
         self._fabric = fabric
         self._settings = settings
-        self._patience = config.rollout.timeout  # of answers under way
         self._schedule = config.schedule
+        self._patience = config.rollout.timeout
         self._learners = learners
         self._pool = pool
         self._tell = tell
@@ -130,6 +130,9 @@ class WeightSync:
         self._told_apart: bool | None = None
         self.under_way: asyncio.Task[dict[str, float]] | None = None
         """The delivery of the newest version, until somebody has waited for it."""
+        self._held_at: int | None = None
+        self._newest = -1  # the version whose delivery is or was under way last
+        self._released = asyncio.Event()
 
     def begin_stage(self) -> None:
         """The next version is another model by a whole stage."""
@@ -144,10 +147,13 @@ class WeightSync:
         transfer. Without `wait`, where rollouts run ahead, it goes on while the learners make their
         next step, and the figures are those of the version before."""
         start = time.perf_counter()  # to wait for the version before is the learners' loss, too
+        if self.under_way is not None and self._is_held(self._newest):
+            self.under_way.cancel()  # it has not begun, and this version takes its place
+            self.under_way = None
         figures = await self.delivered()
         ahead = not wait and self._schedule.max_staleness > 0
         taken = await self._take(version, ahead and self._schedule.in_flight == "finish")
-        due = self._canary_due(version)
+        due = self._held_at is None and self._canary_due(version)
         if not ahead:
             figures = await self._deliver(taken)
             if self._follows and self.decoding is not None:
@@ -155,6 +161,7 @@ class WeightSync:
             due = due or self._canary_due(version)  # what the delivery has shown
             return figures | (await self._prove(version) if due else {})
         if due:
+            self._newest = version
             figures |= await self._deliver(taken)
             if taken.later:  # what is under way is finished first
                 await asyncio.wait_for(
@@ -162,6 +169,7 @@ class WeightSync:
                 )
             figures |= await self._prove(version)
             return figures | {"sync/exposed_s": time.perf_counter() - start}
+        self._newest = version
         self.under_way = asyncio.create_task(self._deliver(taken))
         # if the run fails otherwise first, nobody asks for it
         self.under_way.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -205,6 +213,27 @@ class WeightSync:
         if self.under_way is not None and self.under_way.done():
             self.under_way.result()
 
+    def hold(self, version: int) -> None:
+        """Keeps the workers at this version, once they have it, until `release`. Learners publish
+        on meanwhile; of what they publish only the newest is delivered then."""
+        self._held_at = version
+        self._released.clear()
+
+    def release(self) -> None:
+        self._held_at = None
+        self._released.set()
+
+    async def serving(self, version: int) -> None:
+        """Waits until every worker serves this version or a newer one; raises what made its
+        delivery fail."""
+        if self.under_way is not None and self._newest <= version:
+            await asyncio.shield(self.under_way)
+        patience = self._settings.timeout + self._patience  # as `RolloutPool.serve_later` has
+        await asyncio.wait_for(self._pool.served_after(version - 1), patience)
+
+    def _is_held(self, version: int) -> bool:
+        return self._held_at is not None and version > self._held_at
+
     async def _take(self, version: int, later: bool) -> Taken:
         """Before the learners make their next step."""
         start = time.perf_counter()
@@ -219,8 +248,10 @@ class WeightSync:
     async def _deliver(self, taken: Taken) -> dict[str, float]:
         """Every worker serves what was taken when this returns (or, `later`, once it has finished
         what it decodes, before anything else); the figures of it."""
-        start = time.perf_counter()
         version = taken.version
+        while self._is_held(version):
+            await self._released.wait()
+        start = time.perf_counter()
         if self._history is not None and self.notice is None:
             self._forget_from(version)
         broadcast = None

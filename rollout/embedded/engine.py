@@ -48,12 +48,12 @@ from ..weights.patch import (
     WeightPatch,
     Weights,
     dense_patch,
-    digest,
     verify,
 )
 from .batch import ContinuousBatch, Counters, Deliver
 from .model import Decoder
 from .threads import at_most, worth
+from .update import Update
 
 T = TypeVar("T")
 
@@ -80,6 +80,7 @@ class EmbeddedEngine:
     in flight."""
 
     joined = None  # weights come through the worker alone
+    takes_changes = True
 
     def __init__(
         self,
@@ -129,6 +130,7 @@ class EmbeddedEngine:
         self._run_id, self._deadline = run_id, deadline_s
         self._pace, self._due = 0.0 if token_rate is None else 1 / token_rate, 0.0
         self._corrupt: str | None = None
+        self._places = self._where()
         self._held: Weights | None = None
         self._canary: Canary | None = None
         self._finished: list[Completion] = []
@@ -139,6 +141,8 @@ class EmbeddedEngine:
         self._inbox: deque[tuple[Request, Sequence[Completion], _Stream]] = deque()
         self._driver: asyncio.Task[None] | None = None
         self._closed = False
+        self.pause_s = 0.0
+        """Seconds for which decoding stood still at the last update."""
 
     @property
     def version(self) -> int:
@@ -220,8 +224,8 @@ class EmbeddedEngine:
                 )
 
     async def apply(self, patch: WeightPatch) -> int:
-        await asyncio.to_thread(self._check_patch, patch)
-        await self._at_boundary(lambda: self._apply(patch))
+        update = await asyncio.to_thread(self._check_patch, patch)
+        await self._at_boundary(lambda: self._apply(patch, update))
         return self.version
 
     async def probe(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
@@ -336,31 +340,22 @@ class EmbeddedEngine:
             )
         return True
 
-    def _check_patch(self, patch: WeightPatch) -> None:
-        """Finds all that can be wrong with what came while the old weights go on to decode."""
+    def _check_patch(self, patch: WeightPatch) -> Update | None:
+        """None if there is nothing to do."""
         if not self._is_new(patch):
-            return
-        for name, tensor in patch.tensors.items():
-            self.decoder.check(name, tensor)
-        if patch.verified:
-            return
-        arrived = {name: digest(tensor.data) for name, tensor in patch.tensors.items()}
-        kept = {
-            name: self.decoder.digest(name) for name in self.decoder.weights.keys() - arrived.keys()
-        }
-        verify(arrived | kept, patch)
+            return None
+        return Update(self.decoder, patch)
 
-    def _apply(self, patch: WeightPatch) -> None:
+    def _apply(self, patch: WeightPatch, update: Update | None) -> None:
         """All that decoding waits for."""
-        if not self._is_new(patch):
+        if update is None or not self._is_new(patch):
             verify(self.digests(), patch)
             return
+        start = time.perf_counter()
         self._held = None
         try:
-            for name, tensor in patch.tensors.items():
-                self.decoder.load(name, tensor)
-            self.decoder.pack()
-            verify(self.digests(), patch)
+            update.write()
+            self._check_in_place(patch.version)
         except BaseException:  # not before: what is asked meanwhile waits for the update
             self._corrupt = f"the update to version {patch.version} did not complete"
             raise
@@ -373,6 +368,24 @@ class EmbeddedEngine:
             tensors=Views(self.decoder.weights, self.decoder.tensor_bytes),
             digests=patch.digests,
         )
+        self.pause_s = time.perf_counter() - start
+
+    def _where(self) -> dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]]:
+        return {
+            name: (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+            for name, tensor in self.decoder.weights.items()
+        }
+
+    def _check_in_place(self, version: int) -> None:
+        """RuntimeError if a tensor lies elsewhere than at the start: decoding reads what was there
+        then."""
+        now = self._where()
+        for name, place in self._places.items():
+            if now.get(name) != place:
+                raise RuntimeError(
+                    f"version {version}: {name} lies elsewhere than it did (pointer, shape and"
+                    f" stride {now.get(name)} instead of {place}), and decoding reads the old place"
+                )
 
     def _load_canary(self, canary: Canary | None) -> None:
         """By the way that an update takes."""
@@ -388,6 +401,7 @@ class EmbeddedEngine:
                     altered(name, self.decoder.tensor_bytes(name), change, back=canary is None),
                 )
             self.decoder.pack()
+            self._check_in_place(self.version)
             self._batch.weights_changed(self.version)
             if canary is None:
                 patch = dense_patch(held.run_id, held.version, {}.items())

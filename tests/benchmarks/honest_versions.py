@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from emberl.rewards.verdict import Status, Verdict
 from emberl.rl.algorithm.losses import Objective
 from emberl.rl.batch import flat_batch
 from emberl.rl.config.algorithm import LossConfig
 from emberl.rl.config.load import ModelConfig, OptimConfig
-from emberl.rl.groups import Batch, Group
+from emberl.rl.groups import Group
 from emberl.rl.learner.publisher import shards_of, tensor_bytes
 from emberl.rl.learner.rank import LearnerRank, RankSpec
 from emberl.rollout.embedded.engine import EmbeddedEngine
 from emberl.rollout.samples import Completion, Prompt, Sampling
 from emberl.rollout.weights.patch import dense_patch
-from emberl.rewards.verdict import Status, Verdict
 from transformers import AutoTokenizer
 
 TEXTS = (
