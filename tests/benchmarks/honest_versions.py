@@ -2,7 +2,10 @@
 
 Each version is one AdamW step of the real learner on answers that the embedded engine has decoded.
 FOLDER gets one file a version with the log-probs of the same tokens by the learner and by the
-engine, decoded and read at once; a run that was stopped goes on from its last checkpoint.
+engine, decoded and read at once; a run that was stopped goes on from its last checkpoint. With
+--judge the files are held against every gate of a run instead: no version may be an alarm, and how
+near the nearest came is said, with how far apart an update and rounding are, and which older
+versions of the engine's log-probs, served again, would be found.
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ from emberl.rl.config.load import ModelConfig, OptimConfig
 from emberl.rl.groups import Group
 from emberl.rl.learner.publisher import shards_of, tensor_bytes
 from emberl.rl.learner.rank import LearnerRank, RankSpec
+from emberl.rl.weights.decoding import FOLLOWED
+from emberl.rl.weights.gate import MEAN, Gate
+from emberl.rl.weights.probe import Level, Probe, tolerance_of
 from emberl.rollout.embedded.engine import EmbeddedEngine
 from emberl.rollout.samples import Completion, Prompt, Sampling
 from emberl.rollout.weights.patch import dense_patch
@@ -53,7 +59,11 @@ def main() -> None:
     parser.add_argument("--versions", type=int, default=200)
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--judge", action="store_true")
     options = parser.parse_args()
+    if options.judge:
+        judge(options.folder, tolerance_of(options.dtype))
+        return
     options.folder.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     prompts = [
@@ -135,6 +145,42 @@ async def play(
             (saved / "version").write_text(str(version + 1))
     await engine.close()
     rank.close()
+
+
+def judge(folder: Path, tolerance: float) -> None:
+    """Every recorded version through the probe of what is read, the probe of what is decoded, and
+    the gate."""
+    probes = {"read": Probe(tolerance), "decoded": Probe(tolerance)}
+    gate, nearest = Gate(tolerance), dict.fromkeys(("read", "decoded", "gate"), (0.0, -1))
+    alarms, noise, moved = 0, [], []
+    files = sorted(folder.glob("?????.npz"))
+    for version, file in enumerate(files):
+        row = np.load(file)
+        starts = np.flatnonzero(np.diff(row["sequence"], prepend=-1))[:6:2]
+        part = np.concatenate([np.arange(start, start + FOLLOWED) for start in starts])
+        pairs = {
+            "read": (row["prefill"], row["learner"].astype(np.float32)),
+            "decoded": (row["decode"][part], row["prefill"][part]),
+        }
+        apart = np.abs(np.exp(row["decode"]) - np.exp(row["learner"])).mean()
+        noise.append(apart)
+        moved.append(np.abs(np.exp(row["moved"]) - np.exp(row["learner"])).mean())
+        ratios = {}
+        for name, (found, expected) in pairs.items():
+            level, bound = Level.between(found, expected), probes[name]._bound(len(found))
+            ratios[name] = max(level.logp / bound.logp, level.p / bound.p)
+            probes[name]._levels.append(level)
+        figure = gate.check({MEAN: float(apart)}, version=version, moved=moved[-1])
+        ratios["gate"] = figure["sync/gate"]
+        alarms += any(ratio > 1 for ratio in ratios.values())
+        nearest = {n: max(nearest[n], (ratio, version)) for n, ratio in ratios.items()}
+    print(f"{len(files)} versions, {alarms} with an alarm; nearest to a bound (1 is the bound):")
+    for name, (ratio, version) in nearest.items():
+        print(f"  {name}: {ratio:.2f} at version {version}")
+    print(
+        f"rounding {np.median(noise):.2e} (largest {max(noise):.2e}), one update moves"
+        f" {np.median(moved):.2e}, in probabilities"
+    )
 
 
 if __name__ == "__main__":
