@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..rewards.suite import TooManyErrors, check_errors
+from ..rewards.suite import check_errors
 from .algorithm.advantages import Floats, group_advantages, overlong_penalty
 from .algorithm.losses import Objective
 from .batch import flat_batch, updates_of, with_teachers, with_token_advantages
@@ -56,14 +56,7 @@ async def train_rl(run: Run) -> None:
     async with GroupFeed(run) as feed:
         while run.progress.step < schedule.steps:
             await run.stop_if_asked()
-            before = run.progress
-            try:
-                metrics = await rl_step(run, feed, objective)
-            except TooManyErrors:  # of the graders, before anything is learnt from the step
-                run.progress = before
-                await run.weights.delivered()
-                await run.save()
-                raise
+            metrics = await rl_step(run, feed, objective)
             step, last = run.progress.step, run.progress.step == schedule.steps
             for alarm in [*alarms.after(step, metrics), *(alarms.at_end() if last else [])]:
                 run.tracker.alert(alarm.title, alarm.text)
@@ -108,6 +101,7 @@ async def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, 
         position, pending = run.progress.position, run.progress.pending
         metrics |= run.source.observe(graded, step, position, pending)
         run.progress = run.progress.advance(curriculum=run.source.state())
+    run.held = run.progress
     of_samples = sample_metrics(sampled, trained, shaped, **limits)
     # rewards of tokens have the KL penalty in them
     metrics = fed.metrics | of_samples | metrics | run.suite.metrics()
@@ -178,6 +172,7 @@ async def update(run: Run, trained: Sequence[Group], objective: Objective) -> di
         )
     check_engine_logprobs(seen)
     with_policy = not has_critic or run.progress.step >= config.critic.warmup
+    run.held = None  # until the step is done
     done: list[dict[str, float]] = []
     for _ in range(schedule.epochs):
         for batch in batches:

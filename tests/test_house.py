@@ -108,7 +108,7 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
         {"reward_inputs"},
         {"data", "checkpoints", "run_directory", "disks"},
         {"algorithm", "groups"},
-        {"config", "exits"},
+        {"config", "exits", "local_ray"},
     ),
     "rollout": (
         {"worker", "vllm_extension", "receiver"},

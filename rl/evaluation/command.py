@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -266,7 +265,7 @@ def _sample(
         stop=config.rollout.stop,
     )
     with Cluster(config, tell, roles=("rollout",)) as cluster:
-        _, pool = cluster.spawn(path, uuid.uuid4().hex, store.folder.absolute())
+        _, pool = cluster.spawn(path, store.folder.absolute())
         cluster.wait()
 
         async def work() -> None:
