@@ -88,7 +88,7 @@ def load_policy(model: str) -> Policy:
     dist.init_process_group(init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
     policy = Policy(AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager"))
     mesh = init_device_mesh(DEVICE.type, (1,))
-    shard(policy, policy.model.model.layers, mesh, F32, reduce=F32, keep=True)
+    shard(policy, policy.model.model.layers, mesh, F32, device=DEVICE, master=F32, keep=True)
     return policy.train()
 
 

@@ -180,10 +180,11 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 
 BUDGET = {
+    "configs/ascend": 99,
     "kernels": 519,
     "kernels/decoding": 201,
     "kernels/loss": 1_956,
-    "kernels/patch_coding": 755,
+    "kernels/patch_coding": 887,
     "kernels/transformer": 612,
     "rewards": 2_322,
     "rewards/audit": 739,
@@ -192,18 +193,18 @@ BUDGET = {
     "rewards/plugins": 851,
     "rewards/sandbox": 2_718,
     "rl": 5_479,
-    "rl/algorithm": 1_674,
-    "rl/config": 3_794,
-    "rl/data": 4_587,
+    "rl/algorithm": 1_692,
+    "rl/config": 3_806,
+    "rl/data": 4_646,
     "rl/evaluation": 2_336,
-    "rl/learner": 2_783,
+    "rl/learner": 2_817,
     "rl/plan": 1_811,
     "rl/watch": 1_568,
     "rl/weights": 880,
-    "rollout": 2_458,
-    "rollout/embedded": 1_798,
+    "rollout": 2_478,
+    "rollout/embedded": 1_991,
     "rollout/vllm_backend": 2_650,
-    "rollout/weights": 1_605,
+    "rollout/weights": 2_042,
 }
 """Lines of a folder's own Python files, or of a sub-folder's; `rl` and so on are the files at the
 top."""

@@ -150,22 +150,10 @@ def token_loss(
         "kl.place=loss, but there is no reference"
     )
     mask, behaviour = batch.loss_mask_T, batch.behaviour_logp_T
-    if objective.on_samples and not np.isfinite(batch.advantages_T[mask]).all():
-        count = int((~np.isfinite(batch.advantages_T[mask])).sum())
-        raise ValueError(
-            f"{count} of {mask.sum()} loss tokens have an advantage that is not finite; check the"
-            " size of the rewards, and with a critic its values (critic/values/*,"
-            " critic/grad_norm)"
-        )
+    if objective.on_samples:
+        _refuse_infinite_advantages(batch)
     old = behaviour if old_logp is None or not objective.needs_old_logp else old_logp
-    weights = importance = batch.weights_T
-    metrics: dict[str, float] = {}
-    if objective.on_samples and objective.offpolicy.active:
-        found = correction(old, behaviour, mask, batch.sequence_ids_T, objective.offpolicy)
-        metrics = found.metrics
-        if objective.loss is not None and objective.loss.denominator == "kept":
-            weights = renormalised(weights, found.kept)
-        importance = weights * found.weights
+    weights, importance, metrics = _corrected_weights(objective, batch, old)
     rows = {"old_logp": old, "behaviour_logp": behaviour}
     if objective.needs_reference and reference_logp is not None:
         rows["reference_logp"] = reference_logp
@@ -187,6 +175,36 @@ def token_loss(
         np.maximum(np.bincount(ids, weights=mask), 1.0)[ids] if len(ids) else np.zeros(0)
     )
     return BatchLoss(objective, rows, mask, trains, ids, device, metrics)
+
+
+def _refuse_infinite_advantages(batch: Batch) -> None:
+    advantages = batch.advantages_T[batch.loss_mask_T]
+    if count := int((~np.isfinite(advantages)).sum()):
+        raise ValueError(
+            f"{count} of {len(advantages)} loss tokens have an advantage that is not finite; check"
+            " the size of the rewards, and with a critic its values (critic/values/*,"
+            " critic/grad_norm)"
+        )
+
+
+def _corrected_weights(
+    objective: Objective, batch: Batch, old: Array
+) -> tuple[Array, Array, dict[str, float]]:
+    """The tokens' weights [T], those times what corrects for the policy that sampled [T], and the
+    correction's metrics. old: [T] log-probs under the old policy."""
+    if not (objective.on_samples and objective.offpolicy.active):
+        return batch.weights_T, batch.weights_T, {}
+    corrected = correction(
+        old,
+        batch.behaviour_logp_T,
+        batch.loss_mask_T,
+        batch.sequence_ids_T,
+        objective.offpolicy,
+    )
+    weights = batch.weights_T
+    if objective.loss is not None and objective.loss.denominator == "kept":
+        weights = renormalised(weights, corrected.kept)
+    return weights, weights * corrected.weights, corrected.metrics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

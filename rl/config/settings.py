@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from .base import LONGEST, MOST_ANSWERS, MOST_STEPS, Settings
-from .data import TinyConfig
+from .tiny import TinyConfig
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 

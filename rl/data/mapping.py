@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ...rewards.math_answers.references import accepted
@@ -21,10 +21,10 @@ from .answers import (
     plain,
     shows,
 )
-from .layouts import Layout, by_name, columns_text, given, lookup, spelled
+from .layouts import columns_text, given, lookup, spelled
 from .messages import Message, read_messages, split_off_reply
-from .recognition import recognise
-from .templates import fields, fill, missing
+from .table_layout import require_column, table_layout
+from .templates import fields, fill
 
 _ALTERNATIVES = frozenset(
     ("answers", "aliases", "spans", "text", "target", "targets", "truths")
@@ -64,14 +64,16 @@ class Mapper:
     def __init__(
         self, settings: DataConfig, head: Sequence[Mapping[str, Any]], key: str, where: str
     ) -> None:
-        self._settings, self._head, self._key, self._where = settings, head[:_SEEN], key, where
+        self._settings = settings
+        self._head = head[:_SEEN]
+        self._where = where
         for name in fields(settings.prompt_template or ""):
-            self._require("prompt_template", name)
+            require_column("prompt_template", name, self._head, where)
         named = ("prompt_column", "answer_column", "tests_column", "solution_column")
         for option in named:
             if path := getattr(settings, option):
-                self._require(option, path)
-        self.layout = self._find_layout()
+                require_column(option, path, self._head, where)
+        self.layout = table_layout(settings, self._head, f"{key}={where!r}")
         explicit = settings.prompt_column is not None or settings.prompt_template is not None
         self._composed = not explicit and not self.layout.template
         self._stated = settings.answer_column is not None
@@ -108,51 +110,6 @@ class Mapper:
             kind(value) for value in values if given(value)
         )
 
-    def _find_layout(self) -> Layout:
-        settings = self._settings
-        try:
-            found = (
-                recognise(self._head)
-                if settings.layout == "auto"
-                else by_name(settings.layout, self._head)
-            )
-        except ValueError as error:
-            raise ValueError(f"{self._key}={self._where!r}: {error}") from None
-        known = found is not None
-        layout = found or Layout(name="auto")
-        if settings.tests_column is not None:
-            layout = replace(
-                layout, tests=(settings.tests_column,) if settings.tests_column else (), answer=()
-            )
-        if settings.answer_column is not None:
-            layout = replace(
-                layout,
-                answer=(settings.answer_column,) if settings.answer_column else (),
-                options="",
-            )
-        if settings.prompt_column is not None:
-            layout = replace(
-                layout, prompt=settings.prompt_column, template="", options="", name=layout.name
-            )
-        has = columns_text(self._head)
-        if not (layout.prompt or layout.template or settings.prompt_template):
-            raise ValueError(
-                f"{self._key}={self._where!r}: no column is known to be the prompt, there is only"
-                f" {has}; set data.prompt_column, or data.prompt_template to make it of several"
-            )
-        if not layout.answer and not layout.tests and settings.answer_column != "":
-            what = (
-                "no column is known to be the answer"
-                if known
-                else "no column is known to be prompt or answer"
-            )
-            raise ValueError(
-                f"{self._key}={self._where!r}: {what}, there is only {has}; set data.answer_column"
-                " (or data.tests_column for programs), or data.answer_column='\"\"' for a reward"
-                " that needs no reference"
-            )
-        return layout
-
     def _find_options(self) -> str:
         """The options' path; empty where the prompts show them already."""
         path = self.layout.options if self._composed else ""
@@ -163,16 +120,6 @@ class Mapper:
             for row in self._head
         ]
         return "" if all(shown) else path
-
-    def _require(self, key: str, path: str) -> None:
-        if all(lookup(row, path) is None and path not in row for row in self._head):
-            shown, holder = path, self._head[0]
-            if "." in path:
-                inner = lookup(holder, path.rpartition(".")[0])
-                holder = inner if isinstance(inner, Mapping) else holder
-            raise ValueError(
-                f"data.{key}={path!r}: in {self._where!r} {missing(shown, list(holder))}"
-            )
 
     @property
     def task(self) -> str:

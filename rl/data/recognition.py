@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from . import column_names as columns
 from .layouts import (
     LAYOUTS,
     STARTER,
@@ -25,228 +26,6 @@ from .layouts import (
 
 _FRAMES = ("openrlhf", "trl", "sharegpt")
 
-# Names of columns in any other data set, in lower case with `_` for what separates words; the first
-# that rows have is meant.
-_PROMPTS = (
-    "prompt",
-    "problem",
-    "question",
-    "problem_text",
-    "question_content",
-    "question_text",
-    "problem_statement",
-    "problem_description",
-    "question_stem",
-    "query",
-    "instruction",
-    "quiz",
-    "puzzle",
-    "prompts",
-    "questions",
-    "task",
-    "input",
-    "inputs",
-    "description",
-    "statement",
-    "stem",
-    "exercise",
-    "sentence",
-    "original_question",
-    "user",
-    "user_prompt",
-    "content",
-    "conversations",
-    "conversation",
-    "messages",
-    "context_messages",
-    "chat",
-    "dialogue",
-    "text",
-    "body",
-    "ctx",
-    "goal",
-    "hypothesis",
-    "conclusion",
-    "instruct_prompt",
-    "complete_prompt",
-    "informal_statement",
-    "claim",
-    "q_text",
-    "human",
-    "q",
-    "问题",
-    "题目",
-    "题干",
-    "指令",
-    "turns",
-)
-_ANSWERS = (
-    "ground_truth",
-    "final_answer",
-    "expected_answer",
-    "reference_answer",
-    "gold_answer",
-    "gt_answer",
-    "true_answer",
-    "correct_answer",
-    "verified_answer",
-    "short_answer",
-    "answer_number",
-    "numerical_answer",
-    "answer_value",
-    "golden_answers",
-    "correct_option",
-    "correct_answer_id",
-    "correct_answer_index",
-    "correct_index",
-    "answer_id",
-    "answer_key",
-    "answer_idx",
-    "answer_index",
-    "cop",
-    "correct",
-    "answer",
-    "gold",
-    "gt",
-    "label",
-    "labels",
-    "target",
-    "targets",
-    "final_ans",
-    "ans",
-    "answers",
-    "result",
-    "ref_answer",
-    "reference",
-    "references",
-    "expected",
-    "expected_output",
-    "correct_answers",
-    "final_decision",
-    "答案",
-    "参考答案",
-    "标准答案",
-    "输出",
-    "solution",
-    "solutions",
-    "response",
-    "output",
-    "completion",
-    "rationale",
-    "explanation",
-    "generated_solution",
-    "chosen",
-    "assistant",
-    "a",
-)
-_TESTS = (
-    "tests",
-    "test",
-    "test_cases",
-    "test_list",
-    "input_output",
-    "official_tests",
-    "private_test_cases",
-    "public_test_cases",
-    "private_tests",
-    "public_tests",
-    "generated_tests",
-    "unit_tests",
-    "unit_test",
-    "testcases",
-    "test_case",
-    "testcase",
-    "test_code",
-    "hidden_tests",
-    "assertions",
-    "asserts",
-    "check",
-    "examples_tests",
-)
-_BEFORE = (
-    "passage",
-    "context",
-    "article",
-    "story",
-    "body",
-    "background",
-    "premise",
-    "premises",
-    "puzzle",
-    "dialogue",
-)
-_AFTER = {
-    "instruction": ("input",),
-    "指令": ("输入",),
-    "description": (
-        "input_format",
-        "output_format",
-        "input_specification",
-        "output_specification",
-        "constraints",
-    ),
-}
-_OPTIONS = (
-    "choices",
-    "options",
-    "endings",
-    "candidates",
-    "answer_choices",
-    "multiple_choice_options",
-    "option",
-    "选项",
-)
-_ONE_OPTION = re.compile(r"(|(?:q_)?op|opt|option|choice|answer|ans|ending|sol|选项)_?([a-j]|\d)")
-_DISTRACTOR = re.compile(r"(?:incorrect|wrong|false)_(?:answer|option)s?_?\d*|distractors?_?\d*")
-_STATED = re.compile(
-    r"(?!.*(?:predict|model|long|wrong|false|incorrect|original|student|generated))"
-    r".*(?:answer|truth)"
-)
-"""Names that are in no list, of what is rather an answer than a worked solution."""
-_WORKED = ("solution", "solutions", "response", "output", "completion", "rationale", "explanation",
-           "generated_solution", "chosen", "assistant")  # fmt: skip
-"""Names of whole solutions, whose answers must be looked for."""
-# Of names that are in no list: words in them, the likeliest first.
-_PROMPT_WORDS = (
-    "prompt",
-    "problem",
-    "question",
-    "query",
-    "instruction",
-    "puzzle",
-    "task",
-    "text",
-    "题",
-)
-_ANSWER_WORDS = (
-    "truth",
-    "truths",
-    "answer",
-    "answers",
-    "gold",
-    "golden",
-    "target",
-    "label",
-    "expected",
-    "solution",
-    "solutions",
-    "result",
-    "output",
-    "response",
-    "ans",
-    "答案",
-)
-_TEST_WORDS = ("tests", "test", "testcases", "asserts", "assertions", "cases")
-_NESTED_FIRST = (
-    "reward_model",
-    "verification_info",
-    "reward",
-    "extra_info",
-    "metadata",
-    "meta",
-    "info",
-)
-
 
 def recognise(head: Sequence[Row]) -> Layout | None:
     """The first layout of the table that fits rows, else one made of names that say what they are;
@@ -261,7 +40,7 @@ def recognise(head: Sequence[Row]) -> Layout | None:
             for path, pattern in layout.where
         ):
             found = settled(layout, head)
-            if guess and guess.answer and all(normal(p) in _WORKED for p in found.answer):
+            if guess and guess.answer and all(normal(p) in columns.WORKED for p in found.answer):
                 found = replace(found, answer=guess.answer)
             if found.answer or found.tests:
                 return found
@@ -270,67 +49,31 @@ def recognise(head: Sequence[Row]) -> Layout | None:
 
 def _guess(head: Sequence[Row]) -> Layout | None:
     names = _named(head)
+    talks = _conversations(head)
     tests = _tests(names, head)
-    prompts = [names[name] for name in _PROMPTS if name in names]
-    prompts = (
-        [path for path in prompts if some(head, path)] or _loosely(names, _PROMPT_WORDS) or prompts
-    )
-    talks = [
-        column
-        for column, value in head[0].items()
-        if isinstance(value, list) and value and isinstance(value[0], Mapping)
-        if "from" in value[0] or "role" in value[0]
-    ]
-    prompts = prompts or talks
-    spoken = [path for path in prompts if not _is_number(head, path)]
-    parts = {path: (path, *_around(names, path)) for path in spoken}
-    varied = [path for path in spoken if any(_varies(head, part) for part in parts[path])]
-    if not varied:
-        loose = [p for p in _loosely(names, _PROMPT_WORDS) if _varies(head, p)]
-        varied = [path for path in loose if " " in str(lookup(head[0], path))]
-    # the name of a task is no prompt
-    spoken = varied or [path for path in spoken if len(head) == 1 or normal(path) != "task"]
-    nested = [path for path in spoken if any(other.startswith(f"{path}.") for other in spoken)]
-    prompt = likeliest(head, [path for path in spoken if path not in nested] or spoken)
+    prompt = _prompt(names, head, talks)
     if prompt is None:
         return None
     name = normal(prompt)
     tests = () if prompt in tests else tests
     options = _choices(names, head)
-    taken = {prompt, *options.split("|")}
-    answers = [path for path in _answers(names) if path not in taken]
-    answers.sort(key=lambda path: all(isinstance(lookup(row, path), bool) for row in head))
-    if not any(some(head, path) for path in answers):
-        loose = [path for path in _loosely(names, _ANSWER_WORDS) if path not in taken]
-        answers = [path for path in loose if some(head, path)] or answers
-    answer = likeliest(head, answers)
-    replied = [p for p in talks if _is_reply(lookup(head[0], p)[-1])]
+    answer = _answer(names, head, {prompt, *options.split("|")})
+    replied = [path for path in talks if _is_reply(lookup(head[0], path)[-1])]
     if answer is None and not tests and replied:
         prompt = answer = replied[0]
-    listed = names.get("answers", "")
-    if answer == listed and isinstance(lookup(head[0], f"{listed}.0"), Mapping):
-        options = listed
-    if not options and answer not in (None, listed) and _is_number(head, str(answer)):
-        options = listed if isinstance(lookup(head[0], listed), list) else ""
-    wrong = [names[key] for key in names if _DISTRACTOR.fullmatch(key) and some(head, names[key])]
-    if wrong and not options and answer is not None:
-        options = "|".join((answer, *wrong))
+    options = _options(names, head, options, answer)
     turns = name in ("conversations", "conversation", "messages", "chat", "dialogue")
     if answer is None and not tests and (turns or prompt in talks):
         answer = prompt
-    before = tuple(
-        names[key] for key in _BEFORE if key in names and names[key] not in (prompt, answer)
-    )
-    after = tuple(
-        names[key] for key in _AFTER.get(name, ()) if key in names and names[key] != answer
-    )
+    before = [names[key] for key in columns.BEFORE if key in names]
+    after = [names[key] for key in columns.AFTER.get(name, ()) if key in names]
     return Layout(
         name="auto",
         prompt=prompt,
         answer=() if answer is None or tests else (answer,),
         tests=tests,
-        before=tuple(path for path in before if some(head, path)),
-        after=tuple(path for path in after if some(head, path)),
+        before=tuple(p for p in before if p not in (prompt, answer) and some(head, p)),
+        after=tuple(p for p in after if p != answer and some(head, p)),
         options=options,
         first=_first_number(head, options, answer),
         starter=tuple(path for path in STARTER if some(head, path))[:1],
@@ -338,21 +81,78 @@ def _guess(head: Sequence[Row]) -> Layout | None:
     )
 
 
+def _conversations(head: Sequence[Row]) -> list[str]:
+    """Columns that hold lists of messages."""
+    return [
+        column
+        for column, value in head[0].items()
+        if isinstance(value, list) and value and isinstance(value[0], Mapping)
+        if "from" in value[0] or "role" in value[0]
+    ]
+
+
+def _prompt(names: Mapping[str, str], head: Sequence[Row], talks: list[str]) -> str | None:
+    """The path of what is asked: the likeliest by name that is no number and is not the same in
+    every row."""
+    known = [names[name] for name in columns.PROMPTS if name in names]
+    loose = _loosely(names, columns.PROMPT_WORDS)
+    prompts = [path for path in known if some(head, path)] or loose or known or talks
+    spoken = [path for path in prompts if not _is_number(head, path)]
+    parts = {path: (path, *_around(names, path)) for path in spoken}
+    varied = [path for path in spoken if any(_varies(head, part) for part in parts[path])]
+    if not varied:
+        varied = [p for p in loose if _varies(head, p) and " " in str(lookup(head[0], p))]
+    # the name of a task is no prompt
+    spoken = varied or [path for path in spoken if len(head) == 1 or normal(path) != "task"]
+    nested = [path for path in spoken if any(other.startswith(f"{path}.") for other in spoken)]
+    return likeliest(head, [path for path in spoken if path not in nested] or spoken)
+
+
+def _answer(names: Mapping[str, str], head: Sequence[Row], taken: set[str]) -> str | None:
+    """The path of the reference answer, which is none of those taken; a yes or no comes last."""
+    answers = [path for path in _answers(names) if path not in taken]
+    answers.sort(key=lambda path: all(isinstance(lookup(row, path), bool) for row in head))
+    if not any(some(head, path) for path in answers):
+        loose = [path for path in _loosely(names, columns.ANSWER_WORDS) if path not in taken]
+        answers = [path for path in loose if some(head, path)] or answers
+    return likeliest(head, answers)
+
+
+def _options(
+    names: Mapping[str, str], head: Sequence[Row], options: str, answer: str | None
+) -> str:
+    """Where choices are once the answer is known: also a list of answers that it points into, and
+    the wrong answers beside it."""
+    listed = names.get("answers", "")
+    if answer == listed and isinstance(lookup(head[0], f"{listed}.0"), Mapping):
+        options = listed
+    if not options and answer not in (None, listed) and _is_number(head, str(answer)):
+        options = listed if isinstance(lookup(head[0], listed), list) else ""
+    wrong = [
+        names[key] for key in names if columns.DISTRACTOR.fullmatch(key) and some(head, names[key])
+    ]
+    if wrong and not options and answer is not None:
+        options = "|".join((answer, *wrong))
+    return options
+
+
 def _choices(names: Mapping[str, str], head: Sequence[Row]) -> str:
     """Where a question's choices are: a column of that name, a column for each, or a list in a
     column whose name has a word for them."""
-    for key in _OPTIONS:
+    for key in columns.OPTIONS:
         if key in names and some(head, names[key]):
             return names[key]
     groups: dict[str, dict[str, str]] = {}
     for key, path in names.items():
-        if (one := _ONE_OPTION.fullmatch(key)) and "." not in path:
+        if (one := columns.ONE_OPTION.fullmatch(key)) and "." not in path:
             groups.setdefault(one[1], {})[one[2]] = path
     for stem, group in groups.items():
         lettered = {"a", "b"} <= set(group)
         if lettered or (stem and {"1", "2"} <= set(group)):
             return "|".join(group[key] for key in sorted(group))
-    listed = [path for path in _loosely(names, ("option", "choice", *_OPTIONS)) if some(head, path)]
+    listed = [
+        path for path in _loosely(names, ("option", "choice", *columns.OPTIONS)) if some(head, path)
+    ]
     return next((p for p in listed if isinstance(lookup(head[0], p), list)), "")
 
 
@@ -381,18 +181,28 @@ def _named(head: Sequence[Row]) -> dict[str, str]:
 
 
 def _order(column: str) -> int:
-    return _NESTED_FIRST.index(column) if column in _NESTED_FIRST else len(_NESTED_FIRST)
+    return (
+        columns.NESTED_FIRST.index(column)
+        if column in columns.NESTED_FIRST
+        else len(columns.NESTED_FIRST)
+    )
 
 
 def _answers(names: Mapping[str, str]) -> list[str]:
     """Paths of answers, the likeliest first: a column before what is nested, except in a place made
     for it."""
-    known = [names[name] for name in _ANSWERS if name in names]
-    known = [path for path in known if normal(path.split(".")[0]) not in _BEFORE or "." not in path]
+    known = [names[name] for name in columns.ANSWERS if name in names]
+    known = [
+        path
+        for path in known
+        if normal(path.split(".")[0]) not in columns.BEFORE or "." not in path
+    ]
     made = [path for path in known if path.split(".")[0] in ("reward_model", "verification_info")]
     flat = [path for path in known if "." not in path]
-    worked = next((at for at, path in enumerate(flat) if normal(path) in _WORKED), len(flat))
-    flat[worked:worked] = [p for n, p in names.items() if "." not in p and _STATED.fullmatch(n)]
+    worked = next((at for at, path in enumerate(flat) if normal(path) in columns.WORKED), len(flat))
+    flat[worked:worked] = [
+        p for n, p in names.items() if "." not in p and columns.STATED.fullmatch(n)
+    ]
     info = [
         f"{turns}.{at}.info.reference_answer"
         for turns in ("messages", "conversations")
@@ -402,9 +212,11 @@ def _answers(names: Mapping[str, str]) -> list[str]:
 
 
 def _tests(names: Mapping[str, str], head: Sequence[Row]) -> tuple[str, ...]:
-    found = [names[name] for name in _TESTS if name in names and some(head, names[name])]
+    found = [names[name] for name in columns.TESTS if name in names and some(head, names[name])]
     flat = [path for path in found if "." not in path]
-    found = flat or found or [path for path in _loosely(names, _TEST_WORDS) if "." not in path]
+    found = (
+        flat or found or [path for path in _loosely(names, columns.TEST_WORDS) if "." not in path]
+    )
     chosen = [path for path in found if any(_tests_something(lookup(row, path)) for row in head)]
     if not any(most(head, path) for path in chosen):
         chosen = []
@@ -459,7 +271,11 @@ def _is_reply(turn: Mapping[str, Any]) -> bool:
 
 def _around(names: Mapping[str, str], path: str) -> list[str]:
     """The columns that may stand before or behind a prompt."""
-    return [names[key] for key in (*_BEFORE, *_AFTER.get(normal(path), ())) if key in names]
+    return [
+        names[key]
+        for key in (*columns.BEFORE, *columns.AFTER.get(normal(path), ()))
+        if key in names
+    ]
 
 
 def _varies(head: Sequence[Row], path: str) -> bool:

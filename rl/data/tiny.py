@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from ..config.data import TinyConfig
+from ..config.tiny import TinyConfig
 
 PAD, EOS, THINK, END_THINK = "<pad>", "<eos>", "<think>", "</think>"
 ARITHMETIC = "0123456789+-*=?,()x"

@@ -60,9 +60,13 @@ def need(
     attention: str,
     checkpointing: bool = False,
     fused: bool = False,
+    resident: bool = False,
+    gathered: int | None = None,
 ) -> Need:
     """parameters, trained: numbers of all of them, and of those with a gradient; fused: layers keep
-    their products' inputs only (`layers.py`)."""
+    their products' inputs only (`layers.py`); resident: the free memory is what the master weights
+    have left; gathered: how many parameters are whole at a time, where gradients are reduced after
+    every pass (None: all)."""
     size = dtype.itemsize
     master = max(4, size)
     heads = (model.heads + 2 * model.kv_heads) * model.head_dim
@@ -80,13 +84,27 @@ def need(
     kept = 0
     if attention == "eager":  # scores, the float32 softmax, and its copy in the model's dtype
         kept = model.heads * (4 + 2 * size) * (1 if checkpointing else model.layers)
-    shards = (parameters + 3 * trained) * master // world
+    shards = ((0 if resident else parameters) + 3 * trained) * master // world
+    whole = parameters if gathered is None else gathered
+    slopes = min(trained, whole) * (size + (master if size != master else 0))
     return Need(
-        state=shards + parameters * size + trained * (size + (master if size != master else 0)),
+        state=shards + whole * size + slopes,
         loss=CHUNK_BYTES + model.hidden * model.vocabulary * master,
         token=token + 4 * model.hidden * master,
         square=kept,
     )
+
+
+def gathered_at_once(model: ModelFlops, parameters: int) -> int:
+    """Parameters of what a pass holds whole when it reshards: two layers, as the next is fetched
+    early, and what is outside the layers."""
+    layer = model.token // 2 // model.layers
+    return min(parameters, parameters - (model.layers - 2) * layer)
+
+
+def fits(needed: Need, free: int) -> bool:
+    """Whether a pass of the smallest size does."""
+    return needed.of_pass(SMALLEST, SMALLEST) <= int(free * SPARE)
 
 
 def tokens_that_fit(needed: Need, free: int, *, longest: int, largest: int) -> int:

@@ -91,6 +91,9 @@ class LearnerRank:
             self.platform.is_cpu and self.dtype == torch.bfloat16 and spec.model.attention == "auto"
         )
         """Whether the policy's layers are run by `layers.py`."""
+        self.reduce_every_pass = False
+        """Whether gradients are summed over ranks after each pass, not after the last: then none of
+        them waits whole, which for a large model is more than a device has."""
         self.peak = peak_flops(platform.device_name(self.platform))
         self.publisher = Publisher(rank=spec.rank, world=spec.world, threads=spec.threads)
         self.critic: Trainable | None = None
@@ -155,9 +158,9 @@ class LearnerRank:
         return policy
 
     def _load(self, auto: Any, path: str) -> Any:
-        model = auto.from_pretrained(
-            path, dtype=self.master, attn_implementation=self.attention
-        ).to(self.device)
+        # in host memory, on an accelerator in the files' own dtype: sharding moves one layer at a time
+        dtype = self.master if self.platform.is_cpu else "auto"
+        model = auto.from_pretrained(path, dtype=dtype, attn_implementation=self.attention)
         if self.spec.model.gradient_checkpointing:
             new_name = getattr(model, "activation_checkpointing_enable", None)  # of transformers 5
             (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -177,7 +180,8 @@ class LearnerRank:
             layers,
             self.mesh,
             compute,
-            reduce=self.master,
+            device=self.device,
+            master=self.master,
             offload=offload,
             keep=self.platform.is_cpu,
         )
@@ -203,15 +207,17 @@ class LearnerRank:
 
     def _pass_tokens(self, optim: OptimConfig) -> int:
         """`optim.micro_batch_tokens` as far as they are worth their room, or what fits; an
-        architecture whose need is not known gets the largest."""
+        architecture whose need is not known gets the largest. Sets `reduce_every_pass`."""
         given = optim.micro_batch_tokens
         largest = given if isinstance(given, int) else memory.largest_pass(self.platform)
         if self.flops is None:
             return largest
         sizes = [(p.numel(), p.requires_grad) for p in self.policy.parameters()]
-        needed = memory.need(
+        parameters = sum(size for size, _ in sizes)
+        need = partial(
+            memory.need,
             self.flops,
-            parameters=sum(size for size, _ in sizes),
+            parameters=parameters,
             trained=sum(size for size, trained in sizes if trained),
             world=self.spec.world,
             dtype=self.dtype,
@@ -219,16 +225,20 @@ class LearnerRank:
             checkpointing=self.spec.model.gradient_checkpointing,
             fused=self.fused,
         )
-        if isinstance(given, int):
-            return memory.worth_keeping(needed, given, self.platform)
+        if isinstance(given, int) and self.platform.is_cpu:
+            return memory.worth_keeping(need(), given, self.platform)
         free = torch.tensor(memory.free_memory(self.platform), device=self.device)
         dist.all_reduce(free, op=dist.ReduceOp.MIN)  # every rank must cut the same passes
-        return memory.tokens_that_fit(
-            needed,
-            int(free) // (self.spec.world if self.platform.is_cpu else 1),
-            longest=memory.SMALLEST,
-            largest=largest,
-        )
+        room, needed = int(free) // (self.spec.world if self.platform.is_cpu else 1), need()
+        if not self.platform.is_cpu:
+            needed = need(resident=True)
+            self.reduce_every_pass = not memory.fits(needed, room)
+            if self.reduce_every_pass:
+                gathered = memory.gathered_at_once(self.flops, parameters)
+                needed = need(resident=True, gathered=gathered)
+        if isinstance(given, int):
+            return given
+        return memory.tokens_that_fit(needed, room, longest=memory.SMALLEST, largest=largest)
 
     def _make_critic(self, settings: CriticConfig, total_steps: int) -> Trainable:
         """From `critic.path`, or with the policy's body of this moment, adapters merged in."""
@@ -237,7 +247,7 @@ class LearnerRank:
         body = self._load(AutoModel, settings.path or self.model_path)
         if self.fused:
             replace_layers(body, body.layers)
-        critic = Critic(body, self.master).to(self.device).train()
+        critic = Critic(body, self.master).train()
         self._shard(critic.value, [], dtype=self.master)
         self._shard(critic, critic.body.layers)
         if settings.path is None:
@@ -424,7 +434,7 @@ class LearnerRank:
             for i, sequences in enumerate(mine):
                 if gradient and isinstance(module, FSDPModule):
                     last = i == len(mine) - 1
-                    module.set_requires_gradient_sync(last)
+                    module.set_requires_gradient_sync(last or self.reduce_every_pass)
                     # on a CPU to gather is to cast, which costs more than the room; the optimizer
                     # makes the copies stale
                     module.set_reshard_after_backward(last or not self.platform.is_cpu)

@@ -23,13 +23,15 @@ def shard(
     mesh: DeviceMesh,
     compute: torch.dtype,
     *,
-    reduce: torch.dtype,
+    device: torch.device,
+    master: torch.dtype,
     offload: bool = False,
     keep: bool = False,
 ) -> None:
-    """Shards `parts`, then what is left of `module`, by FSDP2: passes gather parameters in
-    `compute`, gradients are summed over ranks in `reduce`. With `offload` the shards lie in host
-    memory between passes; with `keep` what a pass gathered stays until it is resharded
+    """Shards `parts`, then what is left of `module`, by FSDP2. Each part is moved to the device and
+    turned into `master` before its turn, so that no device ever holds the whole. Passes gather
+    parameters in `compute`, gradients are summed over ranks in `master`. With `offload` the shards
+    lie in host memory between passes; with `keep` what a pass gathered stays until it is resharded
     (`set_reshard_after_backward`, `reshard`)."""
     from torch.distributed.fsdp import (
         CPUOffloadPolicy,
@@ -37,10 +39,14 @@ def shard(
         OffloadPolicy,
         fully_shard,
     )
+    from torch.distributed.tensor import DTensor
 
-    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
+    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master)
     where = CPUOffloadPolicy() if offload else OffloadPolicy()
     for part in [*parts, module]:
+        for tensor in part.parameters():
+            if not isinstance(tensor, DTensor):  # those of parts are sharded already
+                tensor.data = tensor.data.to(device, master)
         sharded: Any = fully_shard(
             part,
             mesh=mesh,

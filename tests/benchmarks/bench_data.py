@@ -95,7 +95,8 @@ def write_distinct(path: Path, rows: int) -> None:
 def open_once(path: str) -> None:
     """Prints processor seconds, peak bytes and problems as JSON."""
     from emberl.rewards.suite import build_suite
-    from emberl.rl.config.data import DataConfig, TinyConfig
+    from emberl.rl.config.data import DataConfig
+    from emberl.rl.config.tiny import TinyConfig
     from emberl.rl.data.sources import check_data, open_source
     from emberl.rl.data.tiny import tiny_tokenizer
     from emberl.rl.reward_inputs import reward_input

@@ -256,7 +256,7 @@ def exposed(report: harness.Report, size: str, steps: int) -> None:
 def network(report: harness.Report, sizes: Sequence[str], steps: int) -> None:
     """The slot count and the length give the decoding of a batch, `step_s` the learner's part."""
     import weak_link
-    from emberl.rl.config.data import TinyConfig
+    from emberl.rl.config.tiny import TinyConfig
     from emberl.rl.data.tiny import make_tiny
 
     large = {

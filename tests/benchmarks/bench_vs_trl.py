@@ -64,7 +64,8 @@ def digits(completions: Sequence[str], **_: object) -> list[float]:
 
 def make(folder: Path, size: str) -> None:
     """The model and the prompts that both train on."""
-    from emberl.rl.config.data import DataConfig, TinyConfig
+    from emberl.rl.config.data import DataConfig
+    from emberl.rl.config.tiny import TinyConfig
     from emberl.rl.data.sources import open_source
     from emberl.rl.data.tiny import make_tiny
     from transformers import AutoTokenizer

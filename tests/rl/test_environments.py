@@ -19,8 +19,9 @@ from emberl.rl.algorithm.losses import Objective
 from emberl.rl.answers import AnswerReader
 from emberl.rl.batch import make_batch
 from emberl.rl.config.algorithm import AdvantageConfig, LossConfig
-from emberl.rl.config.data import DataConfig, TinyConfig
+from emberl.rl.config.data import DataConfig
 from emberl.rl.config.load import ModelConfig, OptimConfig, resolve
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny, tiny_tokenizer
 from emberl.rl.environments import load_environment, observer
 from emberl.rl.groups import Batch, Group

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from emberl.rewards.inputs import RewardInput
 from emberl.rewards.suite import RewardSuite, build_suite
-from emberl.rl.config.data import TinyConfig
 from emberl.rl.config.load import Config, ConfigError, resolve
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.sources import open_source
 from emberl.rl.data.tiny import tiny_tokenizer
 from emberl.rl.eval_sets import HELD_OUT, EvalSet, open_eval_sets

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emberl.rl.config.data import DataConfig, TinyConfig
+from emberl.rl.config.data import DataConfig
 from emberl.rl.config.load import Config, ConfigError, resolve
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.model_files import (
     check_files,

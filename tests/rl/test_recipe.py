@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from emberl.rl.batch import demonstration
-from emberl.rl.config.data import DataConfig, TinyConfig
+from emberl.rl.config.data import DataConfig
 from emberl.rl.config.load import resolve
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.arithmetic import ProblemMaker
 from emberl.rl.data.tiny import tiny_tokenizer
 from emberl.rl.model_files import prepare_model

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emberl.rl.config.data import TinyConfig
 from emberl.rl.config.load import ConfigError, resolve
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.preflight import check_inputs
 

@@ -18,8 +18,8 @@ import torch
 from emberl.rewards.verdict import Status, Verdict
 from emberl.rl.algorithm.losses import Objective
 from emberl.rl.checkpoints import Progress
-from emberl.rl.config.data import TinyConfig
 from emberl.rl.config.load import Config, ModelConfig, resolve
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.groups import Group
 from emberl.rl.learner.rank import LearnerRank, RankSpec

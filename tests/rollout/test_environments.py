@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from emberl.rl.config.data import TinyConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny, tiny_tokenizer
 from emberl.rollout.embedded.engine import EmbeddedEngine
 from emberl.rollout.embedded.model import Decoder

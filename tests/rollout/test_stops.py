@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emberl.rl.config.data import TinyConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny, tiny_tokenizer
 from emberl.rollout.embedded.engine import EmbeddedEngine
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span

@@ -7,7 +7,7 @@ import json
 import shutil
 
 import pytest
-from emberl.rl.config.data import TinyConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
 from small_system import Emberl, read_metrics, timeless
 

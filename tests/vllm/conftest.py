@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from emberl.rl.config.data import TinyConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
 from emberl.rollout.embedded.engine import EmbeddedEngine
 from emberl.rollout.embedded.model import DTYPE_NAMES

@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from emberl.rl.config.data import TinyConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
 from emberl.rollout.vllm_backend.compat import installed_version
 

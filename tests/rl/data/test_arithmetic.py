@@ -10,7 +10,8 @@ from random import Random
 from typing import Any
 
 import pytest
-from emberl.rl.config.data import KINDS, DataConfig, TinyConfig
+from emberl.rl.config.data import KINDS, DataConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.arithmetic import ArithmeticSource, Problem, ProblemMaker, is_heldout
 from emberl.rl.data.sources import open_source
 from emberl.rl.data.tiny import tiny_tokenizer

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from emberl.rewards.verdict import Status, Verdict
 from emberl.rl.config.curriculum import CurriculumConfig
-from emberl.rl.config.data import DataConfig, TinyConfig
+from emberl.rl.config.data import DataConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.curriculum import Choice, Curriculum, Source, bin_of
 from emberl.rl.data.sources import open_source
 from emberl.rl.data.tiny import tiny_tokenizer

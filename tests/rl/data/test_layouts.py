@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from emberl.rewards.inputs import Reward, RewardInput
 from emberl.rewards.registry import load_reward
-from emberl.rl.config.data import LAYOUTS, DataConfig, TinyConfig
+from emberl.rl.config.data import LAYOUTS, DataConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.sources import check_data, open_source
 from emberl.rl.data.tiny import tiny_tokenizer
 

@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow
 import pytest
 import zstandard
-from emberl.rl.config.data import DataConfig, TinyConfig
+from emberl.rl.config.data import DataConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data import prepared
 from emberl.rl.data.answers import final_answer
 from emberl.rl.data.files import pieces

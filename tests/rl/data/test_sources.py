@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emberl.rl.config.data import DataConfig, TinyConfig
+from emberl.rl.config.data import DataConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.sources import PromptSource, check_data, open_source
 from emberl.rl.data.templates import fill
 from emberl.rl.data.tiny import tiny_tokenizer

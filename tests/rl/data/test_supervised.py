@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emberl.rl.config.data import DataConfig, TinyConfig
+from emberl.rl.config.data import DataConfig
 from emberl.rl.config.supervised import SFTDataConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.rows import file_tables
 from emberl.rl.data.supervised import Demonstrations, Example, RowReader, examples_of
 from emberl.rl.data.templates import PromptWriter, end_token

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emberl.rl.config.data import DataConfig, TinyConfig
+from emberl.rl.config.data import DataConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.sources import open_source
 from emberl.rl.data.templates import (
     PromptWriter,

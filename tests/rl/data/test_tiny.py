@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from emberl.rl.config.data import KINDS, DataConfig, TinyConfig
+from emberl.rl.config.data import KINDS, DataConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.arithmetic import ProblemMaker
 from emberl.rl.data.templates import end_token, prompt_ids, render, supervised_ids
 from emberl.rl.data.tiny import make_tiny, tiny_model, tiny_tokenizer

@@ -14,7 +14,8 @@ import pyarrow
 import pytest
 from emberl.rewards.inputs import Reward, RewardInput
 from emberl.rewards.registry import load_reward
-from emberl.rl.config.data import DataConfig, TinyConfig
+from emberl.rl.config.data import DataConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.rows import train_tables
 from emberl.rl.data.sources import check_data, open_source
 from emberl.rl.data.table import read_head

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 from emberl.rewards.suite import build_suite
-from emberl.rl.config.data import TinyConfig
 from emberl.rl.config.load import ConfigError
 from emberl.rl.config.sampling import EvalSetConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.rows import train_tables
 from emberl.rl.data.table import read_head
 from emberl.rl.data.tiny import make_tiny

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from emberl.rl.config.data import TinyConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.evaluation.talk import Part, Talker, _Voice
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emberl.rl.config.data import DataConfig, TinyConfig
+from emberl.rl.config.data import DataConfig
 from emberl.rl.config.sampling import ThinkingConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.templates import render, template_of
 from emberl.rl.data.tiny import END_THINK, THINK, make_tiny, tiny_tokenizer
 from emberl.rl.evaluation.sampling import sampled

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from emberl.rl.batch import sft_batch
-from emberl.rl.config.data import TinyConfig
 from emberl.rl.config.load import CriticConfig, ModelConfig, OptimConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.learner.rank import LearnerRank, RankSpec
 

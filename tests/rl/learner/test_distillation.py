@@ -14,9 +14,9 @@ from emberl.rewards.verdict import Status, Verdict
 from emberl.rl.algorithm.losses import Objective
 from emberl.rl.batch import flat_batch, sft_batch, updates_of, with_teachers
 from emberl.rl.config.algorithm import KLConfig, LossConfig, OffPolicyConfig
-from emberl.rl.config.data import TinyConfig
 from emberl.rl.config.distill import DistillConfig
 from emberl.rl.config.load import ModelConfig, OptimConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.groups import Batch, Group
 from emberl.rl.learner.rank import LearnerRank, RankSpec

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emberl.rl.config.data import TinyConfig
+from emberl.rl.config.tiny import TinyConfig
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("gradients.py")

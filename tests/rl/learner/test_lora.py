@@ -8,8 +8,8 @@ import pytest
 import torch
 from emberl.rl.algorithm.losses import Objective
 from emberl.rl.batch import sft_batch
-from emberl.rl.config.data import TinyConfig
 from emberl.rl.config.load import CriticConfig, LoraConfig, ModelConfig, OptimConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.learner.checkpoint import full_tensors
 from emberl.rl.learner.lora import inject_adapters, merged_tensors

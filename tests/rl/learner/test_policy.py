@@ -13,7 +13,7 @@ import pytest
 import torch
 from emberl.kernels import platform
 from emberl.rl.batch import sft_batch
-from emberl.rl.config.data import TinyConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.groups import Batch
 from emberl.rl.learner.policy import (

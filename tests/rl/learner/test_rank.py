@@ -15,8 +15,8 @@ from emberl.rl.algorithm.losses import Objective
 from emberl.rl.algorithm.offpolicy import mismatch_metrics
 from emberl.rl.batch import sft_batch
 from emberl.rl.config.algorithm import KLConfig, LossConfig, OffPolicyConfig
-from emberl.rl.config.data import TinyConfig
 from emberl.rl.config.load import ModelConfig, OptimConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.learner.rank import LearnerRank, RankSpec
 from transformers import AutoModelForCausalLM

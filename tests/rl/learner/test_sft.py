@@ -9,8 +9,8 @@ import pytest
 import torch
 from emberl.rl.algorithm.losses import Objective
 from emberl.rl.batch import example_batch
-from emberl.rl.config.data import TinyConfig
 from emberl.rl.config.load import ModelConfig, OptimConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.supervised import Example
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.learner.rank import LearnerRank, RankSpec

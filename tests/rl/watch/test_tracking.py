@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from emberl.rewards.verdict import Status, Verdict, verifier_error
 from emberl.rl.answers import AnswerReader
-from emberl.rl.config.data import TinyConfig
 from emberl.rl.config.sampling import RolloutConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import tiny_tokenizer
 from emberl.rl.groups import Group
 from emberl.rl.watch.tracking import HALF_CELL, Tracker, sample_rows

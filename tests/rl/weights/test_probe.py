@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from emberl.rl.config.data import TinyConfig
+from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.weights.probe import Level, Probe, as_batch, probe_ids, tolerance_of
 from emberl.rollout.actors import ActorLostError
