@@ -55,6 +55,8 @@ class Cluster:
         self.tell = tell
         self.placement = plan_placement(config, roles)
         self.address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+        self.learners: LearnerGroup
+        self.pool: RolloutPool
         self._group: Any = None
         self._actors: list[Any] = []
         self._ready: list[Any] = []

@@ -181,10 +181,10 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 BUDGET = {
     "configs/ascend": 99,
-    "kernels": 519,
+    "kernels": 543,
     "kernels/decoding": 201,
     "kernels/loss": 1_956,
-    "kernels/patch_coding": 887,
+    "kernels/patch_coding": 907,
     "kernels/transformer": 612,
     "rewards": 2_322,
     "rewards/audit": 739,
@@ -192,19 +192,19 @@ BUDGET = {
     "rewards/math_answers": 5_391,
     "rewards/plugins": 851,
     "rewards/sandbox": 2_718,
-    "rl": 5_479,
+    "rl": 5_708,
     "rl/algorithm": 1_692,
-    "rl/config": 3_806,
+    "rl/config": 3_895,
     "rl/data": 4_646,
-    "rl/evaluation": 2_336,
-    "rl/learner": 2_817,
+    "rl/evaluation": 2_338,
+    "rl/learner": 2_906,
     "rl/plan": 1_811,
     "rl/watch": 1_568,
     "rl/weights": 880,
-    "rollout": 2_478,
+    "rollout": 2_596,
     "rollout/embedded": 1_991,
     "rollout/vllm_backend": 2_650,
-    "rollout/weights": 2_042,
+    "rollout/weights": 2_098,
 }
 """Lines of a folder's own Python files, or of a sub-folder's; `rl` and so on are the files at the
 top."""

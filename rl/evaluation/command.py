@@ -20,7 +20,7 @@ from ...rollout.pool import RolloutPool
 from ...rollout.samples import Completion, Prompt, Sampling
 from ..answers import AnswerReader
 from ..cluster import Cluster
-from ..config.load import Config, ConfigError, user_errors
+from ..config.load import Config, ConfigError, shown_tree, user_errors
 from ..config.reward import RewardPart
 from ..config.sampling import EvalSetConfig, ThinkingConfig
 from ..data.rows import train_tables
@@ -61,7 +61,7 @@ class Plan:
     @property
     def settings(self) -> dict[str, Any]:
         """All that its answers depend on."""
-        tree = self.config.model_dump(mode="json")
+        tree = shown_tree(self.config)
         for key in _BATCHING:
             del tree["rollout"][key]
         groups = ("seed", "model", "data", "rollout", "reward", "eval")

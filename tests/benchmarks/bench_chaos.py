@@ -45,7 +45,8 @@ CONFIG = f"""\
 name: chaos
 stages: [sft, rl]
 model: {{tiny: {{hidden: 64, layers: 2, heads: 2, kv_heads: 1, head_dim: 32, intermediate: 128}}, dtype: float32}}
-data: {{source: arithmetic, kinds: {{chain: 1}}, terms: [2, 2], largest_total: 20, steps: short, heldout: 16, max_prompt_length: 16}}
+data: {{source: arithmetic, kinds: {{chain: 1}}, terms: [2, 2], largest_total: 20, steps: short,
+  heldout: 16, max_prompt_length: 16}}
 sft: {{steps: 20, batch_size: 64, lr: 5.0e-3, warmup_steps: 5}}
 rollout: {{group_size: 4, max_response_length: 12, max_num_seqs: 64, token_rate: 40, max_restarts: 20, timeout: 120}}
 schedule: {{steps: {STEPS}, prompts_per_step: 16}}
@@ -56,7 +57,8 @@ sync: {{mode: dense, timeout: 120}}
 eval: {{every: 0, size: 16}}
 checkpoint: {{every: 4, keep: 2}}
 tracking: {{wandb: offline}}
-cluster: {{device: cpu, learners: 2, rollouts: 2, cpus_per_learner: 0.25, cpus_per_rollout: 0.25, step_timeout: 120, max_restarts: 20}}
+cluster: {{device: cpu, learners: 2, rollouts: 2, cpus_per_learner: 0.25, cpus_per_rollout: 0.25,
+  step_timeout: 120, max_restarts: 20}}
 """
 
 
@@ -74,7 +76,8 @@ def ours(mark: str) -> dict[int, str]:
 
 def rows_of(folder: Path) -> list[int]:
     file = folder / "run/metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = file.read_text().splitlines() if file.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
     return [row["step"] for row in rows if row["stage"] == "rl" and row["axis"] == "train"]
 
 
