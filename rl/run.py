@@ -24,6 +24,7 @@ from ..rollout.samples import Completion, Prompt, Sampling
 from .answers import AnswerReader
 from .checkpoints import (
     Progress,
+    add_evaluation,
     begin_checkpoint,
     finish_checkpoint,
     latest_checkpoint,
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+GRADERS = 8
+"""Groups that are marked at the same time, of training and of evaluation each; rewards have
+processes of their own."""
 CLOSE_S = 5.0
 """Seconds for tasks that were cancelled."""
 THREADS = 32
@@ -78,6 +82,8 @@ class Run:
     held: Progress | None = None
     """What goes with the learners' weights; None while a step changes these."""
     _writing: asyncio.Task[None] | None = None
+    evaluation: asyncio.Task[None] | None = None
+    """What goes on beside the training, until somebody has waited for it."""
 
     def sampling(self, step: int) -> Sampling:
         """How this step's answers are drawn: with the prompt and the sample's index the step fixes
@@ -117,16 +123,19 @@ class Run:
         completions: Sequence[Completion],
         suite: RewardSuite | None = None,
         max_tokens: int = 0,
+        step: int | None = None,
     ) -> Group:
-        """As of `AnswerReader`, by `suite` (None: the run's reward)."""
-        return self.answers.grade(
-            prompt,
-            completions,
-            suite or self.suite,
-            max_tokens=max_tokens or self.config.rollout.max_response_length,
-            step=self.progress.step,
-            max_steps=self.config.schedule.steps,
-        )
+        """As of `AnswerReader`, by `suite` (None: the run's reward), at `step` (None: that of this
+        moment)."""
+        with self.tracker.spans.span("graders", "grade"):
+            return self.answers.grade(
+                prompt,
+                completions,
+                suite or self.suite,
+                max_tokens=max_tokens or self.config.rollout.max_response_length,
+                step=self.progress.step if step is None else step,
+                max_steps=self.config.schedule.steps,
+            )
 
     @cached_property
     def answers(self) -> AnswerReader:
@@ -154,11 +163,23 @@ class Run:
         if level:
             await self.pool.wake()  # which changes nothing where a new version has woken them
 
+    async def evaluated(self) -> None:
+        """Waits for the evaluation that is under way, if there is one; raises its errors."""
+        evaluation, self.evaluation = self.evaluation, None
+        if evaluation is not None:
+            await evaluation
+
+    def checkpoint(self, step: int) -> str:
+        """The name of this stage's checkpoint after so many steps."""
+        return f"{self.config.stages[self.progress.stage]}-{step:06}"
+
     async def save(self, *, needed: bool = False) -> None:
         """A checkpoint of this moment, which is written while the run goes on; waits for the one
         before it, and if it is `needed` for this one too (`saved`)."""
         await self.saved()
-        name = f"{self.config.stages[self.progress.stage]}-{self.progress.step:06}"
+        if self.progress.evaluating not in (None, self.progress.step):
+            await self.evaluated()  # from this checkpoint it could not be done again
+        name = self.checkpoint(self.progress.step)
         # an SFT stage publishes what it starts from; its end is another model
         noise = (
             self.weights.probe.level if self.config.stages[self.progress.stage] == "rl" else None
@@ -169,7 +190,8 @@ class Run:
             probe_noise_p=None if noise is None else noise.p,
         )
         try:
-            await asyncio.to_thread(self.learners.snapshot)
+            with self.tracker.doing(f"saving {name}"):
+                await asyncio.to_thread(self.learners.snapshot)
         except CallFailedError as error:  # no memory for it, for example
             self._could_not(name, error, needed)
             return
@@ -192,7 +214,7 @@ class Run:
         try:
             folder = begin_checkpoint(self.run_dir, name)
             await asyncio.to_thread(self.learners.write, str(folder.absolute()))
-            await asyncio.to_thread(
+            done = await asyncio.to_thread(
                 finish_checkpoint,
                 folder,
                 progress,
@@ -200,6 +222,8 @@ class Run:
                 self.config,
                 keep_best=settings.keep_best,
             )
+            if progress.evaluating is not None and self.progress.evaluating is None:
+                add_evaluation(done, self.progress)  # it has ended meanwhile
         except (OSError, CallFailedError) as error:  # the disk, ours or a rank's
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -227,9 +251,14 @@ class Run:
         if not held.step or (done and (done.stage, done.step) >= (held.stage, held.step)):
             return
         try:
-            self.progress = held
+            found = self.progress  # an evaluation may have ended meanwhile
+            self.progress = held.advance(
+                evaluating=found.evaluating,
+                accuracy_start=found.accuracy_start,
+                accuracy_end=found.accuracy_end,
+            )
             await self.save(needed=True)
-        except (OSError, ActorLostError) as failure:  # the first error is what the run ends by
+        except Exception as failure:  # the first error is what the run ends by
             self.tracker.note(f"the step before could not be saved: {failure}")
             return
         self.tracker.note(f"saved {self.config.stages[held.stage]} step {held.step}")

@@ -6,6 +6,7 @@ import asyncio
 import pickle
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,7 +51,9 @@ def run(folder: Path, learners: Learners, alerts: list[str]) -> Run:
     )
     weights = SimpleNamespace(probe=SimpleNamespace(level=None))
     tracker: Any = SimpleNamespace(
-        alert=lambda title, text: alerts.append(f"{title}: {text}"), note=lambda text: None
+        alert=lambda title, text: alerts.append(f"{title}: {text}"),
+        note=lambda text: None,
+        doing=lambda what: nullcontext(),
     )
     return Run(
         **unused,
