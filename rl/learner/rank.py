@@ -112,7 +112,7 @@ class LearnerRank:
 
     def connect(self, address: str) -> None:
         """Joins the process group; every collective has the deadline of the spec."""
-        use_node_interface()
+        use_node_interface(self.platform.interface_variables)
         dist.init_process_group(
             self.platform.collective,
             init_method=f"tcp://{address}",
@@ -288,7 +288,8 @@ class LearnerRank:
         if self.platform.is_cpu:  # what passes freed is as much again as what stays
             platform.give_back_memory()
         seconds = time.perf_counter() - start
-        return metrics | self._speed(batch, seconds) | {"timing_s/update_actor": seconds}
+        metrics |= self._speed(batch, seconds) | platform.memory_statistics(self.platform)
+        return metrics | {"timing_s/update_actor": seconds}
 
     def skip(self, updates: int) -> None:
         """Moves the learning-rate schedules on by updates that there was nothing to learn for."""
