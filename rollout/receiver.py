@@ -2,8 +2,8 @@
 
     engine serves v --prepare(update)--> w is ready beside it --commit(w)--> engine serves w
 
-PREPARE fetches, verifies and materialises what changes, in a thread of its own, while the engine
-decodes. COMMIT, all that decoding waits for, is one `apply` of the engine with these tensors.
+PREPARE fetches and verifies what changes, and finds where, in a thread of its own, while the engine
+decodes. COMMIT, all that decoding waits for, is one `apply` of the engine with that.
 The only copy of all weights is the engine's (`Engine.held`). Either may come twice, late, or for a
 version that was passed long ago; it then does nothing. Whatever goes wrong leaves what is served as
 it was.
@@ -16,13 +16,15 @@ import time
 from collections import ChainMap
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
 
 from .engine import Engine
 from .vllm_backend.transfer import GroupMember
-from .weights.apply import materialise
+from .weights.apply import materialise, merge, resolve
+from .weights.changes import follow
 from .weights.engine_transfer import EngineTransfer
 from .weights.patch import (
     Bytes,
@@ -31,6 +33,7 @@ from .weights.patch import (
     TensorBytes,
     Transfer,
     VersionError,
+    Views,
     WeightPatch,
     Weights,
 )
@@ -70,10 +73,27 @@ class Ready:
     """A version that the engine may change to."""
 
     update: WeightUpdate
-    patch: WeightPatch
-    """Verified, with every tensor that it changes whole."""
-    passed: frozenset[tuple[int, str]]
-    """(version, root) of all on the way: the patch leads on from any of them."""
+    steps: tuple[WeightPatch, ...]
+    """Verified patches, each of which builds on the one before: whole tensors, or what changes in
+    them."""
+    passed: tuple[tuple[int, str], ...]
+    """(version, root) of what the first one builds on, if it does, and of what each leads to."""
+
+    @property
+    def patch(self) -> WeightPatch:
+        """All steps as one."""
+        return reduce(merge, self.steps)
+
+    def after(self, held: Weights | None) -> WeightPatch:
+        """The steps that are left from what is held, as one."""
+        if held is None or (held.version, held.root) not in self.passed:
+            return self.patch
+        done = self.passed.index((held.version, held.root))
+        return reduce(merge, self.steps[done:] or self.steps[-1:])
+
+    @property
+    def version(self) -> int:
+        return self.steps[-1].version
 
 
 class Receiver:
@@ -92,6 +112,8 @@ class Receiver:
         self._link = link
         self._threads = threads
         self._apply = apply or engine.apply
+        # whether the engine writes positions and values into its own storage
+        self._find = resolve if getattr(engine, "takes_changes", False) else materialise
         self._preparing = asyncio.Lock()
         self._committing = asyncio.Lock()
         self._member = GroupMember()
@@ -121,10 +143,10 @@ class Receiver:
                 except TransferError:  # nothing has begun
                     await asyncio.to_thread(self._prepare, update)
             ready = self._ready
-            if ready is None or ready.patch.version < version:
+            if ready is None or ready.version < version:
                 if self._engine.held is not None and self._engine.version >= version:
                     return replace(self._report, version=self._engine.version).as_dict()
-                here = "nothing" if ready is None else f"version {ready.patch.version}"
+                here = "nothing" if ready is None else f"version {ready.version}"
                 raise VersionError(f"version {version} was not prepared, {here} is ready")
             patch = await asyncio.to_thread(self._onto_what_is_served, ready)
             start = time.perf_counter()
@@ -132,7 +154,9 @@ class Receiver:
                 served = await self._apply(patch)
             except DigestMismatchError:  # what the engine held is damaged: everything anew, once
                 served = await self._apply(await asyncio.to_thread(self._anew, ready.update))
-            self._report.apply_s += time.perf_counter() - start
+            # of an engine that does not say, all of it
+            stood_still = getattr(self._engine, "pause_s", None)
+            self._report.apply_s += stood_still or time.perf_counter() - start
             if self._ready is ready:
                 self._ready = None
             return replace(self._report, version=served).as_dict()
@@ -209,9 +233,9 @@ class Receiver:
         held = self._engine.held
         if not _leads_on(ready, held):
             return self._reach(ready.update, held, None).patch
-        if ready.patch.base_version is None or held is None:
+        if ready.steps[0].base_version is None or held is None:
             return ready.patch
-        return replace(ready.patch, base_version=held.version, base_root=held.root)
+        return replace(ready.after(held), base_version=held.version, base_root=held.root)
 
     def _anew(self, update: WeightUpdate) -> WeightPatch:
         """All tensors of the announced version, whatever is held."""
@@ -225,9 +249,9 @@ class Receiver:
         for route in update.routes(start):
             try:
                 found = self._follow(update, route, held, ready)
-                if (found.patch.version, found.patch.root) != (update.version, update.root):
+                if found.passed[-1] != (update.version, update.root):
                     raise DigestMismatchError(
-                        f"version {found.patch.version} is not what the learners hold"
+                        f"version {found.version} is not what the learners hold"
                     )
                 return found
             except RECOVERABLE as error:
@@ -253,7 +277,7 @@ class Receiver:
             start = time.perf_counter()
             patch = from_bytes(data)
             base = None if patch.base_version is None else _after(held, ready)
-            patch = materialise(patch, base, threads=self._threads)
+            patch = self._find(patch, base, threads=self._threads)
             self._report.prepare_s += time.perf_counter() - start
             self._report.replays += number > 0 or (patch.base_version is None and held is not None)
             ready = _joined(update, ready, base, patch)
@@ -275,7 +299,7 @@ class Receiver:
 
 
 def _leads_on(ready: Ready, held: Weights | None) -> bool:
-    if ready.patch.base_version is None:
+    if ready.steps[0].base_version is None:
         return True
     return held is not None and (held.version, held.root) in ready.passed
 
@@ -284,37 +308,33 @@ def _after(held: Weights | None, ready: Ready | None) -> Weights | None:
     """The weights that an engine which holds `held` will have once it has changed."""
     if ready is None:
         return held
-    tensors = ready.patch.tensors
-    if ready.patch.base_version is not None:
+    patch = ready.patch
+    tensors = patch.tensors
+    if patch.base_version is not None:
         assert held is not None, "a patch without what it builds on"
         layers: Any = (tensors, held.tensors)  # typed for what can be written to
         tensors = ChainMap(*layers)
+    if patch.changes:
+        # a commit may be writing them meanwhile: what is read is the same either way
+        tensors = Views(list(tensors), partial(follow, tensors, patch.changes))
     return Weights(
-        run_id=ready.patch.run_id,
-        version=ready.patch.version,
+        run_id=patch.run_id,
+        version=patch.version,
         tensors=tensors,
-        digests=ready.patch.digests,
+        digests=patch.digests,
     )
 
 
 def _joined(
     update: WeightUpdate, ready: Ready | None, base: Weights | None, patch: WeightPatch
 ) -> Ready:
-    """One patch after another as one."""
+    """One patch after another."""
     here = (patch.version, patch.root)
     if patch.base_version is None or base is None:
-        return Ready(update=update, patch=patch, passed=frozenset((here,)))
+        return Ready(update=update, steps=(patch,), passed=(here,))
     if ready is None:
-        return Ready(
-            update=update, patch=patch, passed=frozenset(((base.version, base.root), here))
-        )
-    both = replace(
-        patch,
-        base_version=ready.patch.base_version,
-        base_root=ready.patch.base_root,
-        tensors={**ready.patch.tensors, **patch.tensors},
-    )
-    return Ready(update=update, patch=both, passed=ready.passed | {here})
+        return Ready(update=update, steps=(patch,), passed=((base.version, base.root), here))
+    return Ready(update=update, steps=(*ready.steps, patch), passed=(*ready.passed, here))
 
 
 def _covers(newest: Weights, update: WeightUpdate) -> bool:

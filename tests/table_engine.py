@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from emberl.rollout.weights.changes import check
 from emberl.rollout.weights.patch import (
+    DigestMismatchError,
     TensorBytes,
     VersionError,
     Views,
@@ -18,7 +20,8 @@ class TableEngine:
 
     joined = None
 
-    def __init__(self) -> None:
+    def __init__(self, *, takes_changes: bool = False) -> None:
+        self.takes_changes = takes_changes
         self.version = -1
         self.run_id = ""
         self.tensors: dict[str, TensorBytes] = {}
@@ -32,6 +35,12 @@ class TableEngine:
         if patch.version == self.version and patch.run_id == self.run_id:
             return self.version
         self.held = None
+        for name, change in patch.changes.items():
+            elements = self.tensors[name].data.view(change.new.dtype)
+            check(name, change, self.tensors[name].dtype, self.tensors[name].shape)
+            if (elements[change.positions] != change.old).any():
+                raise DigestMismatchError(f"tensor {name}: another change is meant")
+            elements[change.positions] = change.new
         for name, tensor in patch.tensors.items():
             if name in self.tensors and self.tensors[name].data.nbytes == tensor.data.nbytes:
                 self.tensors[name].data[:] = tensor.data

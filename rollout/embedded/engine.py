@@ -45,12 +45,12 @@ from ..weights.patch import (
     Views,
     WeightPatch,
     Weights,
-    digest,
     verify,
 )
 from .batch import ContinuousBatch, Counters, Deliver
 from .model import Decoder
 from .threads import at_most, worth
+from .update import Update
 
 T = TypeVar("T")
 
@@ -77,6 +77,7 @@ class EmbeddedEngine:
     in flight."""
 
     joined = None  # weights come through the worker alone
+    takes_changes = True
 
     def __init__(
         self,
@@ -135,6 +136,8 @@ class EmbeddedEngine:
         self._inbox: deque[tuple[Request, Sequence[Completion], _Stream]] = deque()
         self._driver: asyncio.Task[None] | None = None
         self._closed = False
+        self.pause_s = 0.0
+        """Seconds for which decoding stood still at the last update."""
 
     @property
     def version(self) -> int:
@@ -216,8 +219,8 @@ class EmbeddedEngine:
                 )
 
     async def apply(self, patch: WeightPatch) -> int:
-        await asyncio.to_thread(self._check_patch, patch)
-        await self._at_boundary(lambda: self._apply(patch))
+        update = await asyncio.to_thread(self._check_patch, patch)
+        await self._at_boundary(lambda: self._apply(patch, update))
         return self.version
 
     async def probe(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
@@ -326,31 +329,21 @@ class EmbeddedEngine:
             )
         return True
 
-    def _check_patch(self, patch: WeightPatch) -> None:
-        """Finds all that can be wrong with what came while the old weights go on to decode."""
+    def _check_patch(self, patch: WeightPatch) -> Update | None:
+        """None if there is nothing to do."""
         if not self._is_new(patch):
-            return
-        for name, tensor in patch.tensors.items():
-            self.decoder.check(name, tensor)
-        if patch.verified:
-            return
-        arrived = {name: digest(tensor.data) for name, tensor in patch.tensors.items()}
-        kept = {
-            name: self.decoder.digest(name) for name in self.decoder.weights.keys() - arrived.keys()
-        }
-        verify(arrived | kept, patch)
+            return None
+        return Update(self.decoder, patch)
 
-    def _apply(self, patch: WeightPatch) -> None:
+    def _apply(self, patch: WeightPatch, update: Update | None) -> None:
         """All that decoding waits for."""
-        if not self._is_new(patch):
+        if update is None or not self._is_new(patch):
             verify(self.digests(), patch)
             return
+        start = time.perf_counter()
         self._held = None
         try:
-            for name, tensor in patch.tensors.items():
-                self.decoder.load(name, tensor)
-            self.decoder.pack()
-            verify(self.digests(), patch)
+            update.write()
         except BaseException:  # not before: what is asked meanwhile waits for the update
             self._corrupt = f"the update to version {patch.version} did not complete"
             raise
@@ -363,6 +356,7 @@ class EmbeddedEngine:
             tensors=Views(self.decoder.weights, self.decoder.tensor_bytes),
             digests=patch.digests,
         )
+        self.pause_s = time.perf_counter() - start
 
     def _fail(self, error: Exception) -> None:
         for stream in self._streams:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 64
-"""Rows of a product that the layout is chosen for; any number may come."""
+from ..weights.in_place import Place
+from . import packed as onednn
 
 
 class Matrix:
@@ -22,6 +22,7 @@ class Matrix:
         self.weight, self.bias = weight, bias
         self._packed: Tensor | None = None
         self._version = -1
+        self._told: bool | None = None  # whether the copy lies as its layout says
         self._packs = weight.device.type == "cpu" and packable(weight.dtype)
 
     def pack(self) -> None:
@@ -30,12 +31,29 @@ class Matrix:
         if not self._packs or self._version == self.weight._version:
             return
         self._packed = None  # frees its memory before the next one takes as much
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS)
+        packed = onednn.pack(self.weight)
         if not torch.equal(packed.to_dense().view(torch.uint8), self.weight.view(torch.uint8)):
             raise RuntimeError(
                 f"oneDNN's copy of a {tuple(self.weight.shape)} weight matrix has other bytes"
             )
-        self._packed, self._version = packed, self.weight._version
+        self._packed, self._version, self._told = packed, self.weight._version, None
+
+    def places(self, first_row: int, rows: int) -> list[Place] | None:
+        """Where the copy that is multiplied has these rows; none if there is no copy, None if that
+        cannot be told: then `repack` after writing to `weight`."""
+        if self._packed is None:
+            return []
+        if self._told is None:
+            self._told = onednn.lies_as_told(self._packed, self.weight)
+        if not self._told:
+            return None
+        place = onednn.place(self._packed, self.weight, first_row=first_row, rows=rows)
+        return None if place is None else [place]
+
+    def repack(self) -> None:
+        """`pack`, after a write that torch does not know of."""
+        self._version = -1
+        self.pack()
 
     def __call__(self, x: Tensor) -> Tensor:
         """[n, in] -> [n, out]."""
@@ -58,7 +76,7 @@ def packable(dtype: torch.dtype) -> bool:
     try:
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+        packed = onednn.pack(weight)
         product = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
         return torch.equal(product, x[:, :16]) and torch.equal(packed.to_dense(), weight)
     except (

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..weights.patch import Bytes, TensorBytes, digest
+from ..weights.in_place import Place, plain
+from ..weights.patch import Bytes, TensorBytes, TensorChange, digest
 from ..weights.tensors import checkpoint_tensors, dtype_name
 from .architecture import Architecture, inverse_frequencies, read_architecture
 from .matrix import Matrix
@@ -126,7 +127,7 @@ class Decoder:
         decoder.pack()
         return decoder
 
-    def check(self, name: str, tensor: TensorBytes) -> None:
+    def check(self, name: str, tensor: TensorBytes | TensorChange) -> None:
         """ValueError unless `tensor` can become the tensor that Hugging Face calls `name`."""
         held = self.weights.get(name)
         if held is None:
@@ -157,6 +158,22 @@ class Decoder:
         data = tensor.data if tensor.data.flags.writeable else tensor.data.copy()
         held = self.weights[name]
         held.view(-1).view(torch.uint8).copy_(torch.from_numpy(data.reshape(-1)))
+
+    def places(self, name: str) -> tuple[list[Place], list[Matrix]]:
+        """Everywhere that this tensor lies, and the matrices whose copies have to be packed anew
+        because nobody can tell where it lies in them. Valid until the next `pack`."""
+        held = self.weights[name]
+        found, stale = [plain(held, held.shape)], []
+        for matrix in self.matrices if held.dim() == 2 else ():
+            if matrix.weight.untyped_storage().data_ptr() != held.untyped_storage().data_ptr():
+                continue
+            first_row = held.storage_offset() // held.shape[1]
+            copies = matrix.places(first_row, held.shape[0])
+            if copies is None:
+                stale.append(matrix)
+            else:
+                found += copies
+        return found, stale
 
     def tensor_bytes(self, name: str) -> TensorBytes:
         """The held bytes of one tensor (on CPU a view of them, not a copy)."""

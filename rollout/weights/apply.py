@@ -4,6 +4,7 @@ one that takes none.
     whole = materialise(patch, held, threads=4)    # verified, beside; `held` is not touched
     held = advance(held, whole)                    # swaps
     await engine.apply(whole)                      # or an engine: it takes the same tensors
+    await engine.apply(resolve(patch, held))       # or, where it can, positions and values
 
 Both are idempotent: a patch that was applied, or one that comes late, changes nothing. And what a
 patch changes, in numbers: `tensor_stats`.
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import zstandard
 
+from . import changes
 from .codec import check_chunk, decode_chunk, spread
 from .patch import (
     Bytes,
@@ -27,6 +29,7 @@ from .patch import (
     CorruptPatchError,
     Mode,
     TensorBytes,
+    TensorChange,
     TensorDelta,
     VersionError,
     VersionGap,
@@ -48,15 +51,8 @@ def materialise(patch: WeightPatch, held: Weights | None, *, threads: int = 1) -
     any is used. DigestMismatchError: what comes out is not what the learners hold, or what is held
     under the same version is not. Each names the tensor, and nothing has changed.
     """
-    if held is not None:
-        if patch.run_id != held.run_id:
-            raise VersionError(
-                f"a patch of run {patch.run_id}, but these weights are of run {held.run_id}"
-            )
-        if patch.version == held.version:
-            verify(held.digests, patch)
-        if patch.version <= held.version:
-            return _nothing(held)
+    if held is not None and _is_late(patch, held):
+        return _nothing(held)
     base = None if patch.base_version is None else _check_base(patch, held)
     tensors = dict(patch.tensors) | {
         name: _blank(name, delta) for name, delta in patch.deltas.items()
@@ -79,6 +75,73 @@ def materialise(patch: WeightPatch, held: Weights | None, *, threads: int = 1) -
     return replace(patch, tensors=tensors, deltas={}, verified=True)
 
 
+def resolve(patch: WeightPatch, held: Weights | None, *, threads: int = 1) -> WeightPatch:
+    """As `materialise`, for an engine that writes what changed into its own storage: of a tensor
+    that changes little it has the positions and values (`changes`), and no whole tensor is made.
+    `held` is read, and its digest after the change is the learners': so what it was is proved, too.
+    """
+    if held is None or patch.base_version is None or _is_late(patch, held):
+        return materialise(patch, held, threads=threads)
+    base = _check_base(patch, held)
+    old = {name: base.tensors.get(name) for name in patch.deltas}
+
+    def find(name: str) -> tuple[TensorChange, str] | None:
+        delta, before = patch.deltas[name], old[name]
+        _check_shape(name, _blank(name, delta, fill=False), before)
+        assert before is not None, "checked above"
+        return changes.find(name, delta, before)
+
+    found = dict(zip(old, spread(find, list(old), threads), strict=True))
+    little = {name: pair for name, pair in found.items() if pair is not None}
+    known = {name: after for name, (_, after) in little.items()}
+    # the rest as whole tensors, which also compares what was found here with the learners' digests
+    rest = materialise(
+        replace(
+            patch,
+            base_root=None,
+            deltas={name: delta for name, delta in patch.deltas.items() if name not in little},
+        ),
+        replace(base, digests={**base.digests, **known}),
+        threads=threads,
+    )
+    little_changes = {name: change for name, (change, _) in little.items()}
+    return replace(rest, base_root=patch.base_root, changes=little_changes)
+
+
+def _is_late(patch: WeightPatch, held: Weights) -> bool:
+    """Whether there is nothing left to do; VersionError for a patch of another run,
+    DigestMismatchError for other weights of the same version."""
+    if patch.run_id != held.run_id:
+        raise VersionError(
+            f"a patch of run {patch.run_id}, but these weights are of run {held.run_id}"
+        )
+    if patch.version == held.version:
+        verify(held.digests, patch)
+    return patch.version <= held.version
+
+
+def merge(first: WeightPatch, second: WeightPatch) -> WeightPatch:
+    """Two verified patches, of which one builds on the other, as one."""
+    if second.base_version is None:
+        return second
+    tensors, found = dict(first.tensors), dict(first.changes)
+    for name, change in second.changes.items():
+        if name in tensors:
+            tensors[name] = changes.patched(tensors[name], change)
+        else:
+            found[name] = changes.merged(found[name], change) if name in found else change
+    for name, tensor in second.tensors.items():
+        tensors[name] = tensor
+        found.pop(name, None)
+    return replace(
+        second,
+        base_version=first.base_version,
+        base_root=first.base_root,
+        tensors=tensors,
+        changes=found,
+    )
+
+
 def advance(held: Weights | None, patch: WeightPatch) -> Weights:
     """The weights after a patch that was materialised; `held` itself if it is of that version or a
     later one.
@@ -91,6 +154,7 @@ def advance(held: Weights | None, patch: WeightPatch) -> Weights:
         )
     if held is not None and patch.version <= held.version:
         return held
+    assert not patch.changes, "they are an engine's to write"
     tensors = patch.tensors
     if patch.base_version is not None:
         tensors = {**_check_base(patch, held).tensors, **tensors}
@@ -167,11 +231,11 @@ def _named(job: _Job) -> Iterator[None]:
         raise CorruptPatchError(f"tensor {job.name}, chunk {job.number}: {error}") from error
 
 
-def _blank(name: str, delta: TensorDelta) -> TensorBytes:
+def _blank(name: str, delta: TensorDelta, *, fill: bool = True) -> TensorBytes:
     count, size = sum(chunk.count for chunk in delta.chunks), math.prod(delta.shape)
     if count != size:
         raise CorruptPatchError(f"tensor {name}: chunks of {count} elements for {size}")
-    data = np.empty(size * element_bytes(name, delta.dtype), np.uint8)
+    data = np.empty(size * element_bytes(name, delta.dtype) if fill else 0, np.uint8)
     return TensorBytes(dtype=delta.dtype, shape=delta.shape, data=data)
 
 
@@ -237,4 +301,12 @@ def _changed(chunk: Chunk, width: int) -> int:
     return chunk.count if chunk.mode is Mode.RAW else 0
 
 
-__all__ = ["TensorStats", "advance", "changed_elements", "materialise", "tensor_stats"]
+__all__ = [
+    "TensorStats",
+    "advance",
+    "changed_elements",
+    "materialise",
+    "merge",
+    "resolve",
+    "tensor_stats",
+]

@@ -7,7 +7,8 @@ before it; any other patch changes the weights of its base version. Tensors come
 or as what changed in them (`deltas`).
 
 `codec` codes deltas, `diff` makes patches of weights, `apply` makes weights of patches, and
-`wire_format` is a patch as bytes. Engines take whole tensors only: `apply.materialise` makes them.
+`wire_format` is a patch as bytes. Engines take whole tensors, which `apply.materialise` makes, and
+most take positions and values, too (`TensorChange`), which `apply.resolve` makes.
 """
 
 from __future__ import annotations
@@ -92,6 +93,28 @@ class TensorDelta:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TensorChange:
+    """What changed in one tensor, ready to be written where the tensor lies. `changes.check` says
+    whether it may be."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    positions: NDArray[np.integer]
+    """[k] int32, or int64 for a tensor of 2^31 elements and more: where, in C order; ascending."""
+    old: NDArray[np.unsignedinteger]
+    """[k] the elements' bits, as unsigned integers of their width, before; and"""
+    new: NDArray[np.unsignedinteger]
+    """after."""
+    checksum: int
+    """What the change adds to the tensor's checksum (`kernels.patch_coding.scatter`), as a signed
+    64-bit number."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.positions.nbytes + self.old.nbytes + self.new.nbytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Transfer:
     """All that one engine has to know to receive a version in its own processes."""
 
@@ -121,6 +144,8 @@ class WeightPatch:
     deltas: Mapping[str, TensorDelta] = field(default_factory=dict)
     """Tensors that come as changes of the base (of zeros, in an anchor). What comes in neither way
     stays as it is."""
+    changes: Mapping[str, TensorChange] = field(default_factory=dict)
+    """Tensors that come as positions and values, within one machine."""
     transfer: Transfer | None = None
     """All tensors come from the learners into an engine's own processes, and none here."""
     verified: bool = False

@@ -61,8 +61,8 @@ class Learner:
 class Engine(TableEngine):
     """Writes down what it is given; `damage` is done to it before so many patches."""
 
-    def __init__(self, damage: int = 0) -> None:
-        super().__init__()
+    def __init__(self, damage: int = 0, *, takes_changes: bool = False) -> None:
+        super().__init__(takes_changes=takes_changes)
         self.damage = damage
         self.given: list[tuple[int | None, set[str]]] = []
         self.gate = asyncio.Event()
@@ -70,7 +70,7 @@ class Engine(TableEngine):
 
     async def apply(self, patch: WeightPatch) -> int:
         await self.gate.wait()
-        self.given.append((patch.base_version, set(patch.tensors)))
+        self.given.append((patch.base_version, set(patch.tensors) | set(patch.changes)))
         if self.version >= 0 and self.damage:
             self.damage -= 1
             self.tensors["c"].data[0] ^= 1

@@ -11,12 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from emberl.rollout.embedded import packed
 from emberl.rollout.embedded.engine import EmbeddedEngine
 from emberl.rollout.embedded.kv_cache import KVCache, PromptState
 from emberl.rollout.embedded.model import Decoder
 from emberl.rollout.engine import Engine
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
-from emberl.rollout.weights.patch import DigestMismatchError, VersionError, WeightPatch, dense_patch
+from emberl.rollout.weights.changes import between
+from emberl.rollout.weights.patch import (
+    CorruptPatchError,
+    DigestMismatchError,
+    VersionError,
+    WeightPatch,
+    dense_patch,
+)
 
 MakeDecoder = Callable[..., Decoder]
 MakePrompt = Callable[..., Prompt]
@@ -310,6 +318,114 @@ def test_what_is_refused_leaves_the_old_weights_served(
         assert await engine.apply(good) == 6
         assert await engine.apply(good) == 6
         assert engine.digests() == new.digests()
+        await engine.close()
+
+    run(scenario())
+
+
+def a_few(old: Decoder, new: Decoder, version: int, every: int = 7) -> WeightPatch:
+    """From `old` to what has every seventh element of `new`, as positions and values."""
+    before = patch_of(old, version - 1)
+    changes, after = {}, {}
+    for name, tensor in before.tensors.items():
+        kind = {2: np.uint16, 4: np.uint32, 8: np.uint64}[old.dtype.itemsize]
+        data = tensor.data.copy()
+        data.view(kind)[::every] = new.tensor_bytes(name).data.view(kind)[::every]
+        after[name] = replace(tensor, data=data)
+        changes[name] = between(tensor, after[name])
+    whole = dense_patch("run", version, after.items())
+    return replace(whole, tensors={}, changes=changes, base_version=version - 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("tied", "told"), [(True, True), (False, True), (True, False)])
+def test_positions_and_values_are_written_where_the_engine_reads(
+    make_decoder: MakeDecoder,
+    make_prompt: MakePrompt,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    tied: bool,
+    told: bool,
+) -> None:
+    """Into fused matrices, their copies for matrix units and a tied head: what it says afterwards
+    is, bit for bit, what a decoder that loads the same bytes says. 64 hidden units: copies have
+    blocks of 16 and 64. told: whether the layout of the copies can be."""
+    if not told:
+        monkeypatch.setattr(packed, "layout", lambda *_: None)
+    shape = {"hidden_size": 64, "vocab_size": 100, "tie_word_embeddings": tied}
+    old, new = (make_decoder(seed, dtype=dtype, **shape) for seed in (0, 1))
+    old.pack()
+    first = a_few(old, new, 6)
+    ids = [3, 9, 90, 41, 7, 55]
+
+    async def scenario() -> None:
+        engine = EmbeddedEngine(old, max_model_len=220, run_id="run", version=5)
+        under_way = asyncio.create_task(collect(engine, make_prompt("p"), 2, LONG))
+        await until_steps(engine, 5)
+        assert await engine.apply(first) == 6
+        assert engine.digests() == first.digests
+        fresh = Decoder(old.arch, dtype)
+        for name in old.weights:
+            fresh.load(name, old.tensor_bytes(name))
+        fresh.pack()
+        expected = fresh.token_logprobs(torch.tensor([ids]))[0].float().numpy()
+        np.testing.assert_array_equal(await engine.probe(ids), expected)
+        for completion in await under_way:
+            assert [span.version for span in completion.spans] == [5, 6]
+        await engine.close()
+
+    run(scenario())
+
+
+def test_bad_positions_leave_the_old_weights_served(
+    make_decoder: MakeDecoder, make_prompt: MakePrompt
+) -> None:
+    old, name = make_decoder(0, dtype=torch.float32), "model.layers.1.self_attn.k_proj.weight"
+    old.pack()
+    good = a_few(old, make_decoder(1, dtype=torch.float32), 6)
+    change, before = good.changes[name], old.digests()
+
+    def bad(**what: Any) -> WeightPatch:
+        return replace(good, changes={**good.changes, name: replace(change, **what)})
+
+    positions = change.positions
+    cases: list[tuple[WeightPatch, type[Exception], str]] = [
+        (bad(positions=positions + 10_000), CorruptPatchError, f"{name}: .*outside"),
+        (bad(positions=positions[::-1].copy()), CorruptPatchError, f"{name}: .*ascend"),
+        (bad(positions=positions // 8 * 8), CorruptPatchError, f"{name}: .*repeating"),
+        (bad(checksum=change.checksum + 1), CorruptPatchError, f"{name}: .*checksum"),
+        (bad(new=change.new[::-1].copy()), CorruptPatchError, f"{name}: .*checksum"),
+        (bad(shape=(1, *change.shape)), ValueError, name),
+        (
+            replace(good, changes={**good.changes, "model.rope.weight": change}),
+            ValueError,
+            r"model\.rope\.weight is not a tensor of this",
+        ),
+        (
+            replace(good, changes={k: v for k, v in good.changes.items() if k != name}),
+            DigestMismatchError,
+            name,
+        ),
+    ]
+
+    async def scenario() -> None:
+        engine = EmbeddedEngine(old, max_model_len=64, run_id="run", version=5)
+        for patch, error, words in cases:
+            for verified in (False, True):
+                with pytest.raises(error, match=words):
+                    await engine.apply(replace(patch, verified=verified))
+                assert (engine.version, engine.digests()) == (5, before)
+        (completion,) = await collect(engine, make_prompt("p"), 1, Sampling(max_tokens=20))
+        assert completion.spans == (Span(5, 0, 20),)
+        # what lies there is not what the change was made for: nothing is half written
+        kept = old.weights["model.norm.weight"].clone()
+        old.weights["model.norm.weight"][0] += 1
+        with pytest.raises(DigestMismatchError, match=r"model\.norm\.weight: element 0"):
+            await engine.apply(replace(good, verified=True))
+        old.weights["model.norm.weight"].copy_(kept)
+        assert engine.digests() == before
+        with pytest.raises(DigestMismatchError, match="serves nothing"):
+            await collect(engine, make_prompt("p"), 1, Sampling(max_tokens=2))
         await engine.close()
 
     run(scenario())

@@ -43,3 +43,23 @@ def test_what_is_not_packed_is_multiplied_as_it_is() -> None:
     matrix.pack()
     weight.fill_(2.0)
     assert matrix(torch.ones(1, 16, dtype=torch.float64))[0, 0] == 32
+
+
+@pytest.mark.skipif(not packable(torch.float32), reason="this build of torch packs no matrices")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(100, 70), (192, 64), (33, 16)])
+def test_an_element_is_written_where_it_lies_in_the_copy(
+    dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    if not packable(dtype):
+        pytest.skip("this processor multiplies no packed matrices of this dtype")
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    matrix, x = Matrix(weight), torch.eye(shape[1], dtype=dtype)
+    matrix.pack()
+    rows = shape[0] // 2
+    (place,) = matrix.places(rows, shape[0] - rows) or ()
+    integers = place.memory.dtype
+    for row, column in ((0, 0), (5, 3), (shape[0] - rows - 1, shape[1] - 1)):
+        new = torch.tensor(float(row + 2), dtype=dtype)
+        place.memory[place.rows[row] + place.columns[column]] = new.view(integers)
+        assert matrix(x)[column, rows + row] == new, "the copy is what is multiplied"

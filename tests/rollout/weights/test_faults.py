@@ -1,6 +1,7 @@
 """Faults on every step of a weight update, drawn at random: 0 silent mismatches, 0 hangs.
 
-A learner, two workers and a link that loses, repeats, reorders, cuts and flips, as a hypothesis
+A learner, two workers (one takes whole tensors, one positions and values) and a link that loses,
+repeats, reorders, cuts and flips, as a hypothesis
 state machine. All is the real thing but the engine, which is a table of bytes, and the link. After
 every step whatever an engine serves is, byte for byte, a version that a learner published.
 `make test-faults` injects 10,000 faults (EMBERL_FAULTS), CI a few hundred.
@@ -106,8 +107,8 @@ class Engine(TableEngine):
 class Worker:
     """A receiver and its engine: what one actor is."""
 
-    def __init__(self) -> None:
-        self.engine: Any = Engine()
+    def __init__(self, *, takes_changes: bool) -> None:
+        self.engine: Any = Engine(takes_changes=takes_changes)
         self.receiver = Receiver(self.engine, FetchContext(timeout=1.0))
 
     def prepare(self, update: WeightUpdate) -> None:
@@ -196,7 +197,7 @@ class SyncMachine(RuleBasedStateMachine):
     def begin(self, seed: int) -> None:
         self.seed, self.runs, self.wire = seed, 0, Wire()
         self.learner = Learner(seed, 0, self.wire)
-        self.workers = [Worker(), Worker()]
+        self.workers = [Worker(takes_changes=False), Worker(takes_changes=True)]
         self.truth: dict[tuple[str, int], Weights] = {}
 
     @rule(target=notices, anchor=st.booleans())
@@ -239,7 +240,7 @@ class SyncMachine(RuleBasedStateMachine):
     def lose_worker(self, who: int) -> None:
         """Its place is taken by one that holds nothing: a late joiner."""
         SyncMachine.faults_injected += 1
-        self.workers[who] = Worker()
+        self.workers[who] = Worker(takes_changes=bool(who))
 
     @rule(target=notices, back=st.integers(0, 3))
     def restart_learner(self, back: int) -> WeightUpdate:
@@ -262,7 +263,7 @@ class SyncMachine(RuleBasedStateMachine):
             place = OnWire(self.wire, len(self.wire.data) - 1)
             parcel = PatchRef(version=peer.version, base_version=None, size=0, places=(place,))
             notice = notice.with_anchor(parcel)
-        self.workers[who] = Worker()
+        self.workers[who] = Worker(takes_changes=bool(who))
         self._attempt(notice, who, [], "no")
         self._holds_newest(who)
 
@@ -293,7 +294,7 @@ class SyncMachine(RuleBasedStateMachine):
             if crash is not None:
                 worker.commit(notice.version, crash)
         except Crash:
-            self.workers[who] = Worker()
+            self.workers[who] = Worker(takes_changes=bool(who))
         except (UnrecoverableError, VersionError) as error:
             note(f"not served: {error}")
         SyncMachine.faults_injected += self.wire.injected - before

@@ -1,0 +1,152 @@
+"""Writing what changed into weights where they lie, with proof, and checksums that such a change
+updates.
+
+A checkpoint's tensor, seen as rows of `columns` elements, lies in an engine's memory at
+
+    element (r, c) -> place_rows[r - first_row] + place_columns[c - first_column]
+
+whatever the engine made of it: a part of a fused matrix, a rank's slice of it, a copy in blocks for
+matrix units (oneDNN's layouts are of this form, too). What is outside of these rows and columns is
+not in this memory.
+
+The checksum of a tensor is sum over p of weight(p) * element(p), modulo 2^64, where elements are
+read as unsigned integers and weights are odd numbers mixed from the position: a change of one
+element always changes it, one of several does but for one case in 2^64 (of changes that were not
+made to fool it: it is no digest).
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+# (numba infers the types of what it compiles)
+from __future__ import annotations
+
+import numpy as np
+
+from .lanes import compiled, shift_right
+
+FIRST_FACTOR = -0x61C8864680B583EB
+SECOND_FACTOR = -0x4B47D0C5A2A4B1DB
+"""Odd; as signed 64-bit numbers (the first is 2^64 over the golden ratio, as in SplitMix64)."""
+
+INTACT, OUTSIDE, UNSORTED, NOT_OLD, NOT_NEW = 0, 1, 2, 3, 4
+
+
+@compiled
+def weight(position):
+    """An odd 64-bit number."""
+    mixed = (position + 1) * FIRST_FACTOR
+    return (mixed ^ shift_right(mixed, 32)) * SECOND_FACTOR | 1
+
+
+@compiled
+def change_checksum(positions, old, new):
+    """What a change of these elements, [k] each, adds to the tensor's checksum."""
+    total = np.int64(0)
+    for i in range(len(positions)):
+        total += weight(np.int64(positions[i])) * (np.int64(new[i]) - np.int64(old[i]))
+    return total
+
+
+@compiled
+def checksum(memory, place_rows, place_columns, first_row, first_column, columns):
+    """The part of a tensor's checksum that lies in this memory."""
+    total = np.int64(0)
+    for row in range(len(place_rows)):
+        start = (first_row + row) * columns + first_column
+        for column in range(len(place_columns)):
+            element = memory[place_rows[row] + place_columns[column]]
+            total += weight(start + column) * np.int64(element)
+    return total
+
+
+@compiled
+def part_of_change(
+    place_rows, place_columns, first_row, first_column, columns, positions, old, new
+):
+    """What a change adds to the part of its tensor's checksum that lies in these rows and
+    columns."""
+    total, row, start = np.int64(0), np.int64(0), np.int64(0)
+    for i in range(len(positions)):
+        position = np.int64(positions[i])
+        if position - start >= columns:
+            row = position // columns
+            start = row * columns
+        r, c = row - first_row, position - start - first_column
+        if r < 0 or c < 0 or r >= len(place_rows) or c >= len(place_columns):
+            continue
+        total += weight(position) * (np.int64(new[i]) - np.int64(old[i]))
+    return total
+
+
+@compiled
+def check_positions(positions, size):
+    """Whether they ascend without repeating and are within a tensor of `size` elements: what is
+    wrong, and with which."""
+    last = np.int64(-1)
+    for i in range(len(positions)):
+        position = np.int64(positions[i])
+        if position < 0 or position >= size:
+            return OUTSIDE, i
+        if position <= last:
+            return UNSORTED, i
+        last = position
+    return INTACT, -1
+
+
+@compiled
+def exchange(
+    memory, place_rows, place_columns, first_row, first_column, columns, positions, old, new
+):
+    """Writes `new` where `old` must lie, and reads it back: what is wrong, and with which change.
+    Nothing was written unless that is NOT_NEW. Positions ascend."""
+    for step in range(3):
+        row, start = np.int64(0), np.int64(0)
+        for i in range(len(positions)):
+            position = np.int64(positions[i])
+            if position - start >= columns:
+                row = position // columns
+                start = row * columns
+            r, c = row - first_row, position - start - first_column
+            if r < 0 or c < 0 or r >= len(place_rows) or c >= len(place_columns):
+                continue
+            at = place_rows[r] + place_columns[c]
+            if step == 1:
+                memory[at] = new[i]
+            elif step == 0:
+                if memory[at] != old[i]:
+                    return NOT_OLD, i
+            elif memory[at] != new[i]:
+                return NOT_NEW, i
+    return INTACT, -1
+
+
+@compiled
+def write(memory, place_rows, place_columns, first_row, first_column, columns, positions, values):
+    """Writes without looking: the way back of `exchange`, and what it is measured against."""
+    row, start = np.int64(0), np.int64(0)
+    for i in range(len(positions)):
+        position = np.int64(positions[i])
+        if position - start >= columns:
+            row = position // columns
+            start = row * columns
+        r, c = row - first_row, position - start - first_column
+        if r < 0 or c < 0 or r >= len(place_rows) or c >= len(place_columns):
+            continue
+        memory[place_rows[r] + place_columns[c]] = values[i]
+
+
+__all__ = [
+    "FIRST_FACTOR",
+    "INTACT",
+    "NOT_NEW",
+    "NOT_OLD",
+    "OUTSIDE",
+    "SECOND_FACTOR",
+    "UNSORTED",
+    "change_checksum",
+    "check_positions",
+    "checksum",
+    "exchange",
+    "part_of_change",
+    "weight",
+    "write",
+]

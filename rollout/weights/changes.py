@@ -1,0 +1,170 @@
+"""Positions and values: what changed in a tensor, to be written into an engine's own storage.
+
+    change, after = find("up.weight", delta, held.tensors["up.weight"])   # beside what is served
+    check("up.weight", change, "BF16", (64, 32))                          # before it stands still
+
+What is found is proved by the digest of the tensor that it gives (`after`), which is read on the
+way and never held.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ...kernels.patch_coding import scatter
+from .codec import check_chunk, decode_chunk, elements
+from .patch import (
+    CorruptPatchError,
+    Mode,
+    TensorBytes,
+    TensorChange,
+    TensorDelta,
+    element_bytes,
+)
+
+MOST = 0.25
+"""Share of a tensor's elements up to which it is written one by one; beyond that it costs more than
+to load it whole."""
+WIDTHS = (2, 4, 8)
+"""Bytes of the elements that are written one by one."""
+
+
+def find(name: str, delta: TensorDelta, before: TensorBytes) -> tuple[TensorChange, str] | None:
+    """What `delta` changes in `before`, and the digest of the tensor after it; None if it is more
+    than `MOST` of it, or of a dtype that is loaded whole.
+
+    CorruptPatchError: bytes that are not those that were sent, with the chunk's number.
+    """
+    width = element_bytes(name, delta.dtype)
+    size = math.prod(delta.shape)
+    if width not in WIDTHS or not size:
+        return None
+    old = before.data.reshape(-1)
+    scratch = np.empty(max(chunk.count for chunk in delta.chunks) * width, np.uint8)
+    hashed, start = xxhash.xxh3_128(), 0
+    found: list[Difference] = []
+    for number, chunk in enumerate(delta.chunks):
+        part = old[start * width : (start + chunk.count) * width]
+        try:
+            check_chunk(chunk)
+            if chunk.mode is not Mode.SKIP:
+                out = scratch[: part.nbytes]
+                decode_chunk(chunk, part, out, width)
+                found.append(_difference(elements(part, width), elements(out, width), start, size))
+                part = out
+        except CorruptPatchError as error:
+            raise CorruptPatchError(f"tensor {name}, chunk {number}: {error}") from error
+        hashed.update(part.data)
+        start += chunk.count
+        if sum(len(difference.positions) for difference in found) > MOST * size:
+            return None
+    found = found or [_difference(elements(old[:0], width), elements(old[:0], width), 0, size)]
+    whole = Difference(*(np.concatenate(column) for column in zip(*found, strict=True)))
+    return _change(delta.dtype, delta.shape, whole), hashed.hexdigest()
+
+
+class Difference(NamedTuple):
+    """[k] each, as in `TensorChange`."""
+
+    positions: NDArray[np.integer]
+    old: NDArray[np.unsignedinteger]
+    new: NDArray[np.unsignedinteger]
+
+
+def _difference(
+    old: NDArray[np.unsignedinteger], new: NDArray[np.unsignedinteger], start: int, size: int
+) -> Difference:
+    where = np.flatnonzero(old != new)
+    return Difference((where + start).astype(_position_type(size)), old[where], new[where])
+
+
+def between(before: TensorBytes, after: TensorBytes) -> TensorChange:
+    """What turns the one into the other; both of one dtype and shape."""
+    width = element_bytes("a tensor", before.dtype)
+    old, new = (elements(side.data.reshape(-1), width) for side in (before, after))
+    return _change(before.dtype, tuple(before.shape), _difference(old, new, 0, len(old)))
+
+
+def _change(dtype: str, shape: tuple[int, ...], found: Difference) -> TensorChange:
+    return TensorChange(
+        dtype=dtype,
+        shape=shape,
+        positions=found.positions,
+        old=found.old,
+        new=found.new,
+        checksum=int(scatter.change_checksum(*found)),
+    )
+
+
+def check(name: str, change: TensorChange, dtype: str, shape: tuple[int, ...]) -> None:
+    """Finds all that can be wrong with what came, before anything is written: ValueError if it is
+    not of a tensor of this dtype and shape, CorruptPatchError for positions outside of it, that
+    repeat or do not ascend, and for a checksum that is not theirs. Each names the tensor."""
+    if (change.dtype, tuple(change.shape)) != (dtype, tuple(shape)):
+        raise ValueError(
+            f"{name}: got {change.dtype} {tuple(change.shape)}, the engine serves {dtype}"
+            f" {tuple(shape)}"
+        )
+    size, width = math.prod(shape), element_bytes(name, dtype)
+    kinds = {values.dtype.str for values in (change.old, change.new)}
+    lengths = {len(values) for values in (change.positions, change.old, change.new)}
+    if kinds != {f"<u{width}"} or len(lengths) > 1 or change.positions.dtype.kind != "i":
+        raise CorruptPatchError(
+            f"tensor {name}: positions and values must be as many, and values of {width} bytes"
+        )
+    problem, index = scatter.check_positions(change.positions, size)
+    if problem == scatter.OUTSIDE:
+        raise CorruptPatchError(
+            f"tensor {name}: position {change.positions[index]} is outside of its {size} elements"
+        )
+    if problem == scatter.UNSORTED:
+        raise CorruptPatchError(
+            f"tensor {name}: position {change.positions[index]} comes after"
+            f" {change.positions[index - 1]}; they must ascend without repeating"
+        )
+    found = int(scatter.change_checksum(change.positions, change.old, change.new))
+    if found != change.checksum:
+        raise CorruptPatchError(
+            f"tensor {name}: its changes have the checksum {found}, not {change.checksum}"
+        )
+
+
+def patched(before: TensorBytes, change: TensorChange) -> TensorBytes:
+    """The whole tensor after a change, as a copy. Also of a tensor that has it already."""
+    data = np.array(before.data.reshape(-1))
+    elements(data, element_bytes("a tensor", before.dtype))[change.positions] = change.new
+    return TensorBytes(dtype=before.dtype, shape=before.shape, data=data)
+
+
+def merged(first: TensorChange, second: TensorChange) -> TensorChange:
+    """Both as one: `second` was found in what `first` gives."""
+    both = np.concatenate((second.positions, first.positions))
+    positions, at = np.unique(both, return_index=True)  # of two the one that comes first here
+    new = np.concatenate((second.new, first.new))[at]
+    old = np.concatenate((second.old, first.old))[at]
+    shared, _, of_first = np.intersect1d(
+        positions, first.positions, assume_unique=True, return_indices=True
+    )
+    old[np.searchsorted(positions, shared)] = first.old[of_first]
+    return _change(first.dtype, first.shape, Difference(positions, old, new))
+
+
+def follow(
+    tensors: Mapping[str, TensorBytes], changes: Mapping[str, TensorChange], name: str
+) -> TensorBytes:
+    """The tensor after these changes."""
+    change = changes.get(name)
+    return tensors[name] if change is None else patched(tensors[name], change)
+
+
+def _position_type(size: int) -> str:
+    return "<i4" if size < 1 << 31 else "<i8"
+
+
+__all__ = ["MOST", "between", "check", "find", "follow", "merged", "patched"]
