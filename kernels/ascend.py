@@ -5,7 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Role = Literal["learner", "rollout"]
 
@@ -77,8 +82,10 @@ DETERMINISTIC = {"HCCL_DETERMINISTIC": "true", "LCCL_DETERMINISTIC": "1"}
 
 
 def environment(role: str, given: Mapping[str, str]) -> dict[str, str]:
-    """What to add to `given` for a process of this role."""
-    return {
+    """What to add to `given` for a process of this role, and the switch, which other nodes do not
+    know."""
+    own = {SWITCH: given[SWITCH]} if SWITCH in given else {}
+    return own | {
         variable.name: variable.value
         for variable in ENVIRONMENT
         if role in variable.roles and variable.name not in given
@@ -86,13 +93,16 @@ def environment(role: str, given: Mapping[str, str]) -> dict[str, str]:
 
 
 def describe(given: Mapping[str, str]) -> list[str]:
-    """A line for each variable, as a run says them at its start."""
+    """A line for each variable, and one for the layers, as a run says them at its start."""
+    on = switched_on(given)
+    parts = [f"{n} {OPERATORS[n] if n in on else 'in plain torch'}" for n in OPERATORS]
+    layers = f"layers: {', '.join(parts)} ({SWITCH} chooses)"
     return [
         f"{variable.name}={given.get(variable.name, variable.value)}"
         f" ({' and '.join(variable.roles)}{', yours' if variable.name in given else ''}):"
         f" {variable.reason}"
         for variable in ENVIRONMENT
-    ]
+    ] + [layers]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,3 +122,81 @@ class Generation:
 A2 = Generation(name="A2", sold_as="910B", cards=8, image="", soc="Ascend910B")
 A3 = Generation(name="A3", sold_as="910C", cards=16, image="-a3", soc="Ascend910_93")
 GENERATIONS = (A2, A3)
+
+OPERATORS = {
+    "norm": "npu::npu_rms_norm",
+    "gate": "npu::npu_swiglu",
+    "rotary": "npu::npu_rotary_mul",
+    "attention": "npu::npu_fusion_attention",
+}
+"""Called by position: torch-npu 2.10 and 2.13 name their first argument differently."""
+SWITCH = "EMBERL_FUSED"
+"""Environment variable: names of the parts of a layer that use these, separated by commas; `none`:
+none of them, all in plain torch; unset: all."""
+MASK = 2048
+"""Side of the triangle that the attention's compressed causal mask is."""
+CAUSAL = 3
+"""`sparse_mode` of such a mask, aligned at the lower right corner."""
+
+
+def switched_on(environ: Mapping[str, str]) -> frozenset[str]:
+    """Names of the parts that use an operator. ValueError for a name that there is not."""
+    given = environ.get(SWITCH)
+    if given is None:
+        return frozenset(OPERATORS)
+    names = {name.strip() for name in given.split(",")} - {"", "none"}
+    if unknown := names - OPERATORS.keys():
+        raise ValueError(
+            f"{SWITCH}={given}: {', '.join(sorted(unknown))} is no part of a layer; choose of"
+            f" {', '.join(OPERATORS)}, or none"
+        )
+    return frozenset(names)
+
+
+def _operator(name: str) -> Any:
+    import torch
+
+    return getattr(torch.ops.npu, OPERATORS[name].rpartition(":")[2])
+
+
+def rms_norm(x_TH: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The operator wants a weight of the input's dtype."""
+    out: Tensor = _operator("norm")(x_TH, weight.to(x_TH.dtype), eps)[0]
+    return out
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up: of one tensor's two halves."""
+    import torch
+
+    out: Tensor = _operator("gate")(torch.cat((gate, up), dim=-1), -1)
+    return out
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, heads, D], cos and sin [T, D]: the operator takes them as [1, T, heads or 1, D]."""
+    out: Tensor = _operator("rotary")(x[None], cos[None, :, None], sin[None, :, None])
+    return out[0]
+
+
+@lru_cache(maxsize=4)
+def _triangle(device: str) -> Tensor:
+    import torch
+
+    return torch.ones(MASK, MASK, dtype=torch.bool, device=device).triu(1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, ends: tuple[int, ...], scale: float) -> Tensor:
+    """Causal attention within each sequence of a packed row (layout TND). `ends` are numbers of the
+    host, cumulative and without the leading 0: the device is not waited for."""
+    lengths = list(ends)
+    out: Tensor = _operator("attention")(
+        q, k, v, q.shape[1], "TND", atten_mask=mask(q.device), scale=scale,
+        actual_seq_qlen=lengths, actual_seq_kvlen=lengths, sparse_mode=CAUSAL,
+    )[0]  # fmt: skip
+    return out
+
+
+def mask(device: torch.device) -> Tensor:
+    """True above the diagonal, where nothing is seen."""
+    return _triangle(str(device))

@@ -47,6 +47,10 @@ class Platform:
     attention of torch_npu."""
     interface_variables: tuple[str, ...] = ("GLOO_SOCKET_IFNAME",)
     """Where collectives are told which network interface to talk through."""
+    float64: bool = True
+    """Whether its collectives sum float64, and its kernels compute in it."""
+    fused_layers: bool = False
+    """Whether it has operators for the parts of a layer (`kernels/transformer/fused.py`)."""
     wide_products: bool = False
     """Whether torch multiplies bfloat16 matrices here into a float32 result, or onto one, rounding
     nothing (`out_dtype`)."""
@@ -80,6 +84,8 @@ NPU = Platform(
     weight_transfer="nccl",  # vllm-ascend puts its HCCL under this name
     flash_built_in=True,
     lengths_on_host=True,
+    float64=False,
+    fused_layers=True,
     interface_variables=("GLOO_SOCKET_IFNAME", *ascend.INTERFACE_VARIABLES),
 )
 PLATFORMS = {p.device: p for p in (CPU, CUDA, NPU)}
@@ -172,6 +178,13 @@ def compute_dtype(name: str, platform: Platform) -> torch.dtype:
         return torch.bfloat16 if supports_bf16(platform) else torch.float32
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def sum_dtype(device: str) -> torch.dtype:
+    """In what long sums are formed on a device of torch's type: float64 where it knows it."""
+    import torch
+
+    return torch.float64 if device not in PLATFORMS or PLATFORMS[device].float64 else torch.float32
 
 
 def set_threads(count: int) -> None:

@@ -24,7 +24,8 @@ def device(
         typer.Option("--json", help="Where to write the figures; they are printed too."),
     ] = None,
     name: Annotated[
-        str, typer.Option("--device", help="auto, cpu, cuda or npu, as cluster.device.")
+        str,
+        typer.Option("--device", help="As cluster.device; auto: an accelerator if there is one."),
     ] = "auto",
     model: Annotated[
         str | None, typer.Option(help="A local model to decode with; default: a tiny one.")

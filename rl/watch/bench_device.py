@@ -35,7 +35,15 @@ from ...kernels.platform import Platform
 from ...rollout.weights.patch import digest
 from .bench_timing import seconds, waiting
 
-PACKAGES = ("torch", "torch_npu", "vllm", "vllm_ascend", "transformers", "triton_ascend", "emberl")
+PACKAGES = (
+    "torch",
+    *(p.module for p in platform.PLATFORMS.values() if p.module),
+    "vllm",
+    "vllm_ascend",
+    "transformers",
+    "triton_ascend",
+    "emberl",
+)
 MEBI = 1 << 20
 
 

@@ -70,7 +70,7 @@ def ascend_only(examination: Examination) -> Examination:
         if present(machine):
             yield from examination(machine)
 
-    look.__name__ = examination.__name__  # type: ignore[attr-defined]
+    look.__name__ = getattr(examination, "__name__", "look")
     return look
 
 
@@ -135,6 +135,15 @@ TOOLKITS = (
 )
 
 
+VERSION_FILES = (
+    "ascend_toolkit_install.info",
+    "aarch64-linux/ascend_toolkit_install.info",
+    "x86_64-linux/ascend_toolkit_install.info",
+    "version.cfg",
+    "version.info",
+)
+
+
 def cann(machine: Machine) -> Iterator[Check]:
     """The toolkit, whether its environment was sourced, and its version."""
     home = machine.environ.get("ASCEND_HOME_PATH") or machine.environ.get("ASCEND_TOOLKIT_HOME")
@@ -150,10 +159,9 @@ def cann(machine: Machine) -> Iterator[Check]:
         return
     wanted = release(machine).cann
     version = None
-    for name in ("ascend_toolkit_install.info", "aarch64-linux/ascend_toolkit_install.info",
-                 "x86_64-linux/ascend_toolkit_install.info", "version.cfg", "version.info"):  # fmt: skip
-        text = machine.read(f"{home}/{name}")
-        version = version or field(text, "version") or field(text, "runtime_running_version")
+    for name in VERSION_FILES:
+        read = machine.read(f"{home}/{name}")
+        version = version or field(read, "version") or field(read, "runtime_running_version")
     found = number(version or "")
     if found is None:
         fix = f"check that {home} is CANN {wanted}"
