@@ -41,15 +41,13 @@ def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, ends: tuple[int, ...], scale: float
 ) -> Tensor:
     """[T, heads, D] causal attention within each sequence; k and v may have fewer heads."""
-    parts = [
-        F.scaled_dot_product_attention(
-            *(rows[a:b].transpose(0, 1)[None] for rows in (q, k, v)),
-            is_causal=True,
-            scale=scale,
-            enable_gqa=True,
-        )[0].transpose(0, 1)
-        for a, b in pairwise((0, *ends))
-    ]
+    parts = []
+    for a, b in pairwise((0, *ends)):
+        one, two, three = (rows[a:b].transpose(0, 1)[None] for rows in (q, k, v))
+        answer = F.scaled_dot_product_attention(
+            one, two, three, is_causal=True, scale=scale, enable_gqa=True
+        )
+        parts.append(answer[0].transpose(0, 1))
     return torch.cat(parts)
 
 

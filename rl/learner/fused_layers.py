@@ -68,4 +68,5 @@ def layer(
     x = x + attention.o_proj(answer.flatten(1))
     normed = parts("norm", x, second.weight, second.variance_epsilon)
     inner = parts("gate", mlp.gate_proj(normed), mlp.up_proj(normed))
-    return (x + mlp.down_proj(inner)).view(shape)
+    out: Tensor = (x + mlp.down_proj(inner)).view(shape)
+    return out
