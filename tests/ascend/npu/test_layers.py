@@ -21,6 +21,7 @@ from emberl.kernels.transformer.fused import Parts
 from emberl.rl.learner.fused_layers import fused_forward
 from emberl.rl.learner.layers import ATTENTION, packed_attention
 from emberl.rl.learner.trainable import shard
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -57,7 +58,11 @@ class Seen(TorchDispatchMode):
         self.count[name] = self.count.get(name, 0) + 1
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64 and tensor.device.type == "npu":
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.dtype == torch.float64
+                and tensor.device.type == "npu"
+            ):
                 self.float64.add(name)
         return out
 
@@ -98,7 +103,9 @@ def test_every_layer_uses_the_operators(family: str) -> None:
     made, layers = model(family, ATTENTION), SIZES["num_hidden_layers"]
     with Seen() as seen:
         hidden = made.model(**packed((17, 40, 7))).last_hidden_state
-        assert hidden.shape == (1, 64, 64) and hidden.device == NPU and hidden.dtype == torch.bfloat16
+        assert (
+            hidden.shape == (1, 64, 64) and hidden.device == NPU and hidden.dtype == torch.bfloat16
+        )
         hidden.float().sum().backward()
     for parameter in made.model.parameters():
         assert parameter.grad is not None
@@ -106,10 +113,19 @@ def test_every_layer_uses_the_operators(family: str) -> None:
     norms = 4 if family == "qwen3" else 2
     assert seen.count["npu::npu_fusion_attention"] == layers
     assert seen.count["npu::npu_rms_norm"] == norms * layers
-    assert seen.count["npu::npu_swiglu"] == layers and seen.count["npu::npu_rotary_mul"] == 2 * layers
-    for name in ("npu_fusion_attention_grad", "npu_rms_norm_backward", "npu_swiglu_backward", "npu_rotary_mul_backward"):
+    assert (
+        seen.count["npu::npu_swiglu"] == layers and seen.count["npu::npu_rotary_mul"] == 2 * layers
+    )
+    for name in (
+        "npu_fusion_attention_grad",
+        "npu_rms_norm_backward",
+        "npu_swiglu_backward",
+        "npu_rotary_mul_backward",
+    ):
         assert seen.count[f"npu::{name}"] % layers == 0 and seen.count[f"npu::{name}"], name
-    assert not any(name.endswith("_local_scalar_dense") for name in seen.count), "no wait for the device"
+    assert not any(name.endswith("_local_scalar_dense") for name in seen.count), (
+        "no wait for the device"
+    )
     assert seen.float64 == set()
 
 
@@ -134,6 +150,18 @@ def test_transformers_own_layers_run_too(attention: str) -> None:
     assert ("npu::npu_fusion_attention" in seen.count) == (attention == "flash_attention_2")
 
 
+class Body(nn.Module):
+    """As the learner's policy wraps it: what is sharded runs inside one forward."""
+
+    def __init__(self, made: Any) -> None:
+        super().__init__()
+        self.made = made
+
+    def forward(self, **given: Any) -> torch.Tensor:
+        hidden: torch.Tensor = self.made.model(**given).last_hidden_state
+        return hidden
+
+
 def test_sharded_layers_on_a_mesh() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -144,8 +172,9 @@ def test_sharded_layers_on_a_mesh() -> None:
             mesh = init_device_mesh("npu", (2,))
         made = model("qwen3", ATTENTION, torch.float32)
         shapes = {name: p.shape for name, p in made.named_parameters()}
-        shard(made, made.model.layers, mesh, torch.bfloat16, device=NPU, master=torch.float32)
-        hidden = made.model(**packed((24, 40))).last_hidden_state
+        root = Body(made)
+        shard(root, made.model.layers, mesh, torch.bfloat16, device=NPU, master=torch.float32)
+        hidden = root(**packed((24, 40)))
         assert hidden.dtype == torch.bfloat16
         hidden.float().sum().backward()
         for name, parameter in made.named_parameters():
