@@ -8,9 +8,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.resolvers import oc
-
 MASK = "***"
 SHORTEST = 8
 """Characters of a value that is looked for in every text: shorter ones are no secrets."""
@@ -28,6 +25,8 @@ _known: dict[str, str] = {}
 
 def _environment(name: str, *default: Any) -> Any:
     """omegaconf's `oc.env`, which also remembers what it gave."""
+    from omegaconf.resolvers import oc
+
     value = oc.env(name, *default)
     if name in os.environ and len(os.environ[name]) >= SHORTEST:
         _known[os.environ[name]] = f"${{oc.env:{name}}}"
@@ -36,6 +35,8 @@ def _environment(name: str, *default: Any) -> Any:
 
 def watch_environment() -> None:
     """From now on what an interpolation takes from the environment is known, and hidden."""
+    from omegaconf import OmegaConf  # not where nothing but messages is looked at
+
     new_name = getattr(OmegaConf, "register_resolver", None)  # of omegaconf 2.4
     (new_name or OmegaConf.register_new_resolver)("oc.env", _environment, replace=True)
 
