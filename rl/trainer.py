@@ -118,7 +118,7 @@ async def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, 
     async with run.learning():
         metrics = ages | await update(run, trained, objective)
     sampled = fed.groups
-    record_lengths(run.run_dir, step, run.progress.version, sampled, trained)
+    record_lengths(run.run_dir, step, version, sampled, trained)
     tokens = sum(c.num_sampled for group in sampled for c in group.completions)
     seconds = time.perf_counter() - start
     run.progress = run.progress.advance(
