@@ -142,13 +142,10 @@ def test_a_job_is_stopped_saved_and_goes_on(cluster: str, emberl: Emberl) -> Non
     )
     assert f"{job}: running, rl " in seen and "reward" in seen, seen
     stopped = emberl_command(emberl.folder, "stop", job, *at)
-    print(job, seen)
     told, _ = stopped.communicate(timeout=START_SECONDS)
-    print(told)
     assert stopped.returncode == 0 and "saves after the step" in told, told
     told, _ = first.communicate(timeout=START_SECONDS)
     assert first.returncode == 130 and '"status": "interrupted"' in told, told[-3000:]
-    print(told[-1500:])
     done = len(read_metrics(run_dir))
     assert 0 < done < 500 and (run_dir / f"checkpoints/rl-{done:06}").exists()
     again = emberl_command(emberl.folder, *submitted, "--resume", f"schedule.steps={done + 1}")
