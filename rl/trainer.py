@@ -75,8 +75,7 @@ async def train_rl(run: Run) -> None:
             try:
                 async with tracing(run.progress.step + 1):
                     metrics = await rl_step(run, feed, objective)
-            except TooManyErrors as error:  # of the graders, before anything is learnt from it
-                run.tracker.alert("too many verifier errors", str(error))
+            except TooManyErrors:  # of the graders, before anything is learnt from the step
                 found = run.progress  # an evaluation may have ended meanwhile
                 run.progress = before.advance(
                     evaluating=found.evaluating,
