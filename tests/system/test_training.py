@@ -168,7 +168,7 @@ def check_profile(folder: Path) -> None:
         assert events & {"aten::mm", "aten::_fused_rms_norm"}, f"{name} shows no layer"
     assert any("Backward" in str(event) for event in named["learner-0-step-000002.json.gz"])
     timeline = json.loads((folder / "timeline.json").read_text())["traceEvents"]
-    threads = {e["args"]["name"] for e in timeline if e["name"] == "thread_name"}
+    threads = {e["args"]["name"].split(" (")[0] for e in timeline if e["name"] == "thread_name"}
     assert {"loop", "learners", "rollout 0", "rollout 1"} <= threads
     names = {(e["cat"], e["name"]) for e in timeline if e["ph"] == "X"}
     assert {("loop", "update"), ("learners", "step"), ("loop", "waiting for answers")} <= names

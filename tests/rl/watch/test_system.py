@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -65,3 +67,43 @@ def test_a_node_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPa
     watch.close()
     gate.set()
     assert time.monotonic() - start < 5
+
+
+NODES = """
+import time, ray
+from ray.cluster_utils import Cluster
+from emberl.rl.watch.system import SystemWatch
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+other = cluster.add_node(num_cpus=1)
+ray.init(address=cluster.address, log_to_driver=False)
+told = []
+watch = SystemWatch(0.5, lambda seconds, load: told.append({n.split("/")[1] for n in load}))
+def wait(done):
+    deadline = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < deadline, told[-3:]
+        time.sleep(0.05)
+wait(lambda: told[-1:] == [{"0", "1"}])
+cluster.remove_node(other)
+wait(lambda: told[-2:] == [{"0"}, {"0"}])
+start = time.monotonic()
+watch.close()
+print("both, then one", time.monotonic() - start < 5)
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_every_node_is_looked_at_until_it_is_lost() -> None:
+    environ = os.environ | {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    environ.pop("RAY_ADDRESS", None)
+    ran = subprocess.run(
+        [sys.executable, "-c", NODES],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environ,
+        check=False,
+    )
+    assert "both, then one True" in ran.stdout, ran.stderr[-3000:]
