@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from ..rewards.suite import TooManyErrors, check_errors
+from ..rewards.suite import check_errors
 from .algorithm.advantages import Floats, group_advantages, overlong_penalty
 from .algorithm.losses import Objective
 from .batch import flat_batch, updates_of, with_teachers, with_token_advantages
@@ -71,12 +71,8 @@ async def train_rl(run: Run) -> None:
     async with GroupFeed(run) as feed:
         while run.progress.step < schedule.steps:
             await run.stop_if_asked()
-            try:
-                async with tracing(run.progress.step + 1):
-                    metrics = await rl_step(run, feed, objective)
-            except TooManyErrors as error:
-                run.tracker.alert("too many verifier errors", str(error))
-                raise
+            async with tracing(run.progress.step + 1):
+                metrics = await rl_step(run, feed, objective)
             step, last = run.progress.step, run.progress.step == schedule.steps
             for alarm in failures(step, metrics):
                 run.tracker.alert(alarm.title, alarm.text)
@@ -109,7 +105,7 @@ async def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, 
     async with run.learning():
         metrics = ages | await update(run, trained, objective)
     sampled = fed.groups
-    record_lengths(run.run_dir, step, run.progress.version, sampled, trained)
+    record_lengths(run.run_dir, step, version, sampled, trained)
     tokens = sum(c.num_sampled for group in sampled for c in group.completions)
     seconds = time.perf_counter() - start
     run.progress = run.progress.advance(
