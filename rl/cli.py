@@ -11,6 +11,8 @@ import typer
 from .evaluation.commands import app as evaluation
 from .exits import FAILED, INTERRUPTED, USAGE, fail
 from .job_commands import app as jobs
+from .local_ray import before_import
+from .watch.bench_command import app as bench
 from .watch_commands import app as watching
 from .weights.history_commands import app as patches
 
@@ -107,6 +109,8 @@ def train(
         if dry_run:
             show_plan(settings, like)
             return
+        stages = [s.config for s in settings.stages] if isinstance(settings, Recipe) else [settings]
+        before_import(next((s.cluster.address for s in stages if s.cluster.address), None))
         if isinstance(settings, Recipe):
             from .stages import run_recipe
 
@@ -248,6 +252,7 @@ app.add_typer(evaluation)
 app.add_typer(jobs)
 app.add_typer(watching)
 app.add_typer(patches, name="patches")
+app.add_typer(bench, name="bench")
 
 
 @app.command(

@@ -21,6 +21,8 @@ from .weights.transport import ObjectStoreSource, PatchRef, WeightUpdate
 
 T = TypeVar("T")
 
+PEERS = 5.0
+"""Seconds in which Ray finds out that an actor's process is gone."""
 LOST = (
     TimeoutError,
     ray.exceptions.RayActorError,
@@ -35,6 +37,10 @@ class ActorLostError(RuntimeError):
     cause."""
 
 
+class PlaceLostError(RuntimeError):
+    """There is no node any more that an actor could be started on."""
+
+
 class CallFailedError(ActorLostError):
     """The actor answered with an error of its own, and is still there."""
 
@@ -46,18 +52,18 @@ def node_address() -> str:
     return str(ray.util.get_node_ip_address()) if ray.is_initialized() else "127.0.0.1"
 
 
-def use_node_interface() -> None:
-    """Has this process's Gloo groups talk through the network interface of `node_address`, unless
-    the user named one. Left alone, Gloo takes the address that the machine's own name stands
-    for."""
+def use_node_interface(variables: Sequence[str] = ("GLOO_SOCKET_IFNAME",)) -> None:
+    """Has this process's groups talk through the network interface of `node_address`, unless the
+    user named one in these variables. Left alone, Gloo takes the address that the machine's own
+    name stands for."""
     address = node_address()
     names = [
         name
         for name, addresses in psutil.net_if_addrs().items()
         if any(a.address == address for a in addresses)
     ]
-    if names:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
+    for variable in variables if names else ():
+        os.environ.setdefault(variable, names[0])
 
 
 def check_reachable(address: str, nodes: Set[str]) -> None:
@@ -91,11 +97,30 @@ def gather(refs: Sequence[Any], *, who: str, what: str, timeout: float, key: str
             try:
                 results[ref] = ray.get(ref, timeout=timeout)
             except ray.exceptions.RayError as error:
+                ref, error = _first_lost(ref, error, pending)
                 answered = isinstance(error, ray.exceptions.RayTaskError)
                 raise (CallFailedError if answered else ActorLostError)(
                     f"{who} {list(refs).index(ref)} failed in {what!r}: {cause(error)}"
                 ) from error
     return [results[ref] for ref in refs]
+
+
+def _first_lost(
+    ref: Any, error: ray.exceptions.RayError, others: Sequence[Any]
+) -> tuple[Any, ray.exceptions.RayError]:
+    """A peer that died, if one did, else the failure itself: an actor that missed the dead one in a
+    collective may answer before Ray has noticed."""
+    if not others or not isinstance(error, ray.exceptions.RayTaskError):
+        return ref, error
+    done, _ = ray.wait(list(others), num_returns=len(others), timeout=PEERS)
+    for other in done:
+        try:
+            ray.get(other, timeout=PEERS)
+        except ray.exceptions.RayTaskError:
+            continue
+        except ray.exceptions.RayError as found:
+            return other, found
+    return ref, error
 
 
 def cause(error: Exception) -> str:

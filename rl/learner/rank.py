@@ -43,6 +43,7 @@ from . import checkpoint, memory
 from .batching import plan_micro_batches
 from .critic import Critic
 from .flops import ModelFlops, peak_flops, speed
+from .fused_layers import fused_forward
 from .layers import ATTENTION, replace_layers
 from .lora import inject_adapters, merged_shards
 from .policy import MicroBatchTensors, Policy, pick_attention, takes_packed, to_tensors
@@ -90,10 +91,10 @@ class LearnerRank:
             self.attention = pick_attention(self.platform, self.dtype)
         packing = spec.model.packing
         self.packed = takes_packed(self.attention) if packing == "auto" else packing == "on"
-        self.fused = (
-            self.platform.is_cpu and self.dtype == torch.bfloat16 and spec.model.attention == "auto"
-        )
-        """Whether the policy's layers are run by `layers.py`."""
+        own = self.platform.is_cpu or self.platform.fused_layers
+        self.fused = own and self.dtype == torch.bfloat16 and spec.model.attention == "auto"
+        """Whether the policy's layers are run by `layers.py`, on NPUs by `fused_layers.py`."""
+        self.sums = platform.sum_dtype(self.platform.device)
         self.reduce_every_pass = False
         """Whether gradients are summed over ranks after each pass, not after the last: then none of
         them waits whole, which for a large model is more than a device has."""
@@ -103,6 +104,7 @@ class LearnerRank:
         self.critic: Trainable | None = None
         self.reference: Policy | None = None
         self.teachers: list[Teacher] = []
+        self._taken: checkpoint.Snapshot | None = None
         self._seen: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]] = []
         """Of each batch since the last update: old and engine's log-probs, loss mask, sequence
         ids."""
@@ -124,14 +126,18 @@ class LearnerRank:
 
     def connect(self, address: str) -> None:
         """Joins the process group; every collective has the deadline of the spec."""
-        use_node_interface()
+        use_node_interface(self.platform.interface_variables)
+        host, _, port = address.rpartition(":")
+        within = self.spec.timeout
         dist.init_process_group(
             self.platform.collective,
-            init_method=f"tcp://{address}",
+            store=platform.meeting_store(host, int(port), self.spec.rank, within),
             rank=self.spec.rank,
             world_size=self.spec.world,
-            timeout=timedelta(seconds=self.spec.timeout),
+            timeout=timedelta(seconds=within),
         )
+        # a thread that writes checkpoints has collectives of its own
+        self._writers: Any = platform.host_group(within)
 
     def load(self, model_path: str) -> None:
         """Reads the model and shards it."""
@@ -156,13 +162,18 @@ class LearnerRank:
         if self.spec.model.lora is not None:
             inject_adapters(model, self.spec.model.lora, self.spec.seed)
         if self.fused:
-            self.fused = replace_layers(model, getattr(model, model.base_model_prefix).layers)
+            self.fused = self._replace(model, getattr(model, model.base_model_prefix).layers)
             if self.fused:  # also of what is loaded later
                 self.attention = ATTENTION
                 self.packed |= self.spec.model.packing == "auto"
         policy = Policy(model).train()
         self._shard(policy, getattr(model, model.base_model_prefix).layers, offload=offload)
         return policy
+
+    def _replace(self, model: Any, layers: Any) -> bool:
+        if self.platform.is_cpu:
+            return replace_layers(model, layers)
+        return replace_layers(model, layers, fused_forward(self.device), self.device)
 
     def _load(self, auto: Any, path: str) -> Any:
         # in host memory, on an accelerator in the files' own dtype: sharding moves one layer at a time
@@ -230,7 +241,7 @@ class LearnerRank:
             dtype=self.dtype,
             attention=self.attention,
             checkpointing=self.spec.model.gradient_checkpointing,
-            fused=self.fused,
+            fused=self.fused and self.platform.is_cpu,
         )
         if isinstance(given, int) and self.platform.is_cpu:
             return memory.worth_keeping(need(), given, self.platform)
@@ -253,7 +264,7 @@ class LearnerRank:
 
         body = self._load(AutoModel, settings.path or self.model_path)
         if self.fused:
-            replace_layers(body, body.layers)
+            self._replace(body, body.layers)
         critic = Critic(body, self.master).train()
         self._shard(critic.value, [], dtype=self.master)
         self._shard(critic, critic.body.layers)
@@ -283,7 +294,7 @@ class LearnerRank:
         for settings in distill.teachers.values():
             model = self._load(AutoModelForCausalLM, settings.path)
             if self.fused:
-                replace_layers(model, getattr(model, model.base_model_prefix).layers)
+                self._replace(model, getattr(model, model.base_model_prefix).layers)
             teacher = Teacher(model)
             layers = getattr(model, model.base_model_prefix).layers
             self._shard(teacher, layers, offload=not self.platform.is_cpu)
@@ -300,7 +311,8 @@ class LearnerRank:
         if self.platform.is_cpu:  # what passes freed is as much again as what stays
             platform.give_back_memory()
         seconds = time.perf_counter() - start
-        return metrics | self._speed(batch, seconds) | {"timing_s/update_actor": seconds}
+        metrics |= self._speed(batch, seconds) | platform.memory_statistics(self.platform)
+        return metrics | {"timing_s/update_actor": seconds}
 
     def skip(self, updates: int) -> None:
         """Moves the learning-rate schedules on by updates that there was nothing to learn for."""
@@ -333,8 +345,8 @@ class LearnerRank:
         )
         behaviour_T = self._on_device(batch.behaviour_logp_T)
         totals: dict[str, Tensor] = {}
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        logp_T = torch.zeros(batch.num_tokens, dtype=torch.float64, device=self.device)
+        loss = torch.zeros((), dtype=self.sums, device=self.device)
+        logp_T = torch.zeros(batch.num_tokens, dtype=self.sums, device=self.device)
         for micro in self._micro_batches(batch, self.policy):
             shift = behaviour_T[micro.index_n] if objective.on_samples else None
             compared = self._teaching(micro, batch, objective)
@@ -344,10 +356,10 @@ class LearnerRank:
             assert part is not None
             part.backward()
             loss += part.detach()
-            logp_T[micro.index_n] = stats.logp.detach().double()
+            logp_T[micro.index_n] = stats.logp.detach().to(self.sums)
             for name, values in metrics.items():
                 totals[name] = (
-                    totals.get(name, torch.zeros_like(loss)) + values.detach().double().sum()
+                    totals.get(name, torch.zeros_like(loss)) + values.detach().to(self.sums).sum()
                 )
         if objective.on_samples and batch.num_tokens:
             dist.all_reduce(logp_T)
@@ -413,14 +425,14 @@ class LearnerRank:
             self._on_device(batch.values_T),
             self._on_device(batch.returns_T),
         )
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        loss = torch.zeros((), dtype=self.sums, device=self.device)
         clipped = torch.zeros_like(loss)
         for micro in self._micro_batches(batch, module):
             values, at = module(micro), micro.index_n
             clip = self.critic_settings.clip
             errors, slope, held = value_loss(values.detach(), old_T[at], targets_T[at], clip=clip)
             values.backward(slope.to(values.dtype) / max(1, batch.num_loss_tokens))
-            loss += errors.double().sum() / max(1, batch.num_loss_tokens)
+            loss += errors.to(self.sums).sum() / max(1, batch.num_loss_tokens)
             clipped += held.sum()
         value, sums = self._sums(loss, {"critic/vf_clipfrac": clipped})
         return value, {name: total / max(1, batch.num_loss_tokens) for name, total in sums.items()}
@@ -542,32 +554,52 @@ class LearnerRank:
         """Rank 0: sends what was last published to the engines that wait for it."""
         self.publisher.broadcast()
 
-    def save(self, folder: str) -> None:
-        """The model in Hugging Face format under `folder`, and what training goes on from under
-        `folder/learner`."""
+    def snapshot(self) -> int:
+        """Copies what a checkpoint holds aside, between two steps; bytes on this rank."""
+        first = self.spec.rank == 0
+        taken = checkpoint.Snapshot(
+            model=checkpoint.whole_model(self.policy, self.dtype, keep=first),
+            states={},
+            positions={},
+        )
+        for name, trained in (("learner", self.actor), ("critic", self.critic)):
+            if trained is not None:
+                taken.states[name], position = trained.aside()
+                taken.positions |= {name: position} if first else {}
+        if self.reference is not None:
+            shards = Shards.of(self.reference, frozen=True)
+            taken.states["reference"] = checkpoint.aside(checkpoint.weights_of(shards))
+        self._taken = taken
+        return taken.num_bytes
+
+    def write(self, folder: str) -> None:
+        """Writes what was copied aside, in another thread than the rest: the model in Hugging Face
+        format under `folder`, and what training goes on from under `folder/learner`."""
+        taken, self._taken = self._taken, None
+        assert taken is not None, "nothing was copied aside"
         failure: Exception | None = None
         try:
-            checkpoint.save_model(
-                self.policy, Path(folder), self.dtype, self.model_path, write=self.spec.rank == 0
-            )
+            if taken.model is not None:
+                checkpoint.write_model(
+                    self.policy, taken.model, Path(folder), self.dtype, self.model_path
+                )
         except Exception as error:  # a full disk, by whatever name the writing library gives it
             failure = error
         # the others would wait for this rank in the next collective
-        failed = torch.tensor(int(failure is not None), device=self.device)
-        dist.all_reduce(failed, dist.ReduceOp.MAX)
+        failed = torch.tensor(int(failure is not None))
+        dist.all_reduce(failed, dist.ReduceOp.MAX, group=self._writers)
         if failed:
             raise failure or OSError("another rank could not write the model")
-        self.actor.save(Path(folder) / "learner", self.spec.rank)
-        if self.critic is not None:
-            self.critic.save(Path(folder) / "critic", self.spec.rank)
-        if self.reference is not None:
-            checkpoint.save_weights(
-                Shards.of(self.reference, frozen=True), Path(folder) / "reference"
-            )
-        dist.barrier()
+        checkpoint.write_states(taken, Path(folder), self._writers)
+        dist.barrier(group=self._writers)
+
+    def save(self, folder: str) -> None:
+        """Both, one after the other."""
+        self.snapshot()
+        self.write(folder)
 
     def restore(self, folder: str) -> None:
-        """Goes on from what `save` wrote, possibly with another number of ranks."""
+        """Goes on from what `write` wrote, possibly with another number of ranks."""
         self.actor.restore(Path(folder) / "learner")
         if self.critic is not None:
             self.critic.restore(Path(folder) / "critic")
