@@ -61,7 +61,8 @@ async def _beside(run: Run, step: int, version: int) -> None:
     """An evaluation while the learners go on."""
     try:
         await run.weights.serving(version)
-        marks = await asyncio.gather(*(_decoded(run, each, step) for each in run.eval_sets))
+        with run.tracker.spans.span("evaluation", "decoding"):
+            marks = await asyncio.gather(*(_decoded(run, each, step) for each in run.eval_sets))
     finally:
         run.weights.release()
     result = await _logged(run, step, marks, with_versions=True)
@@ -79,8 +80,9 @@ async def evaluate(run: Run) -> Evaluation:
     marks and logs them."""
     await run.weights.delivered()
     step = run.progress.step
-    marks = [await _decoded(run, problems, step) for problems in run.eval_sets]
-    return await _logged(run, step, marks)
+    with run.tracker.doing("evaluating"):
+        marks = [await _decoded(run, problems, step) for problems in run.eval_sets]
+        return await _logged(run, step, marks)
 
 
 async def _decoded(run: Run, problems: EvalSet, step: int) -> Marks:
@@ -113,6 +115,7 @@ async def _logged(
     show: dict[str, str] = {}
     rows: list[dict[str, str]] = []
     results: list[Evaluation] = []
+    kept: list[Group] = []
     versions: set[int] = set()
     for problems, of_set in zip(run.eval_sets, marks, strict=True):
         for budget, tasks in of_set.items():
@@ -129,6 +132,7 @@ async def _logged(
                 first = groups[:shown]
                 answers = [t[0] for t in texts[:shown]]
                 rows += sample_rows(first, answers, [run.answers.problem(g.prompt) for g in first])
+                kept += groups
     if not any(problems.name == HELD_OUT for problems in run.eval_sets):
         found["val-core/accuracy"] = float(np.mean([r.accuracy for r in results]))
         found["val-core/reward"] = float(np.mean([r.reward for r in results]))
@@ -139,6 +143,7 @@ async def _logged(
         }
     run.tracker.log(step, found, "eval", show)
     run.tracker.samples(step, rows)
+    await asyncio.to_thread(run.tracker.keep, "eval", step, kept, run.answers)
     return Evaluation(
         accuracy=found["val-core/accuracy"], reward=found["val-core/reward"], metrics=found
     )

@@ -117,14 +117,15 @@ class Run:
     ) -> Group:
         """As of `AnswerReader`, by `suite` (None: the run's reward), at `step` (None: that of this
         moment)."""
-        return self.answers.grade(
-            prompt,
-            completions,
-            suite or self.suite,
-            max_tokens=max_tokens or self.config.rollout.max_response_length,
-            step=self.progress.step if step is None else step,
-            max_steps=self.config.schedule.steps,
-        )
+        with self.tracker.spans.span("graders", "grade"):
+            return self.answers.grade(
+                prompt,
+                completions,
+                suite or self.suite,
+                max_tokens=max_tokens or self.config.rollout.max_response_length,
+                step=self.progress.step if step is None else step,
+                max_steps=self.config.schedule.steps,
+            )
 
     @cached_property
     def answers(self) -> AnswerReader:
@@ -181,10 +182,11 @@ class Run:
         folder = begin_checkpoint(self.run_dir, name)
         settings = self.config.checkpoint
         try:
-            await asyncio.to_thread(self.learners.save, str(folder.absolute()))
-            done = finish_checkpoint(
-                folder, saved, settings.keep, self.config, keep_best=settings.keep_best
-            )
+            with self.tracker.doing(f"saving {name}"):
+                await asyncio.to_thread(self.learners.save, str(folder.absolute()))
+                done = finish_checkpoint(
+                    folder, saved, settings.keep, self.config, keep_best=settings.keep_best
+                )
             if saved.evaluating is not None and self.progress.evaluating is None:
                 add_evaluation(done, self.progress)  # it has ended meanwhile
         except (OSError, CallFailedError) as error:  # the disk, ours or a rank's

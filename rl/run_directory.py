@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,11 +23,19 @@ METRICS = "metrics.jsonl"
 STOP = "stop"
 """A file that asks the run of this directory to save after its step and to end."""
 LOCK = ".lock"
+RESULT = "result.json"
+"""The line with which a run ended, of its last attempt that did."""
 SUMMARY = "summary.json"
 """Of a recipe, in its directory from the beginning."""
 
 Resume = Literal["never", "must", "auto"]
 """Whether a start goes on from a checkpoint: `auto` where there is one, else from the beginning."""
+
+
+RECORDS = ("alerts.jsonl", "system.jsonl", "spans.jsonl")
+"""Beside `METRICS`: lines by the clock, of all attempts."""
+ANSWERS = ("rollouts", "lengths.parquet")
+"""Folders with a file for each step."""
 
 
 def open_run_dir(
@@ -58,8 +67,12 @@ def forget_earlier(run_dir: Path, *, anew: bool) -> None:
     """Removes what earlier attempts left that is not this one's: a wish to stop, and `anew` the
     figures of a start that came to nothing. Only while `alone_in` it: they may be a living run's."""
     asked_to_stop(run_dir)
+    (run_dir / RESULT).unlink(missing_ok=True)
     if anew:
-        (run_dir / METRICS).unlink(missing_ok=True)
+        for name in (METRICS, *RECORDS):
+            (run_dir / name).unlink(missing_ok=True)
+        for name in ANSWERS:
+            shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
 def _named(folder: Path, resume: Resume, tell: Callable[[str], None]) -> tuple[Path, Path | None]:

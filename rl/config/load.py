@@ -48,6 +48,7 @@ from .settings import (
     LoraConfig,
     ModelConfig,
     OptimConfig,
+    ProfileConfig,
     ScheduleConfig,
     SyncConfig,
     TrackingConfig,
@@ -105,6 +106,7 @@ class Config(Settings):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+    profile: ProfileConfig = ProfileConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")

@@ -31,7 +31,7 @@ from ..eval_sets import EvalSet, open_eval_sets
 from ..model_files import check_model, load_tokenizer, prepare_model, stop_tokens
 from ..preflight import check_references
 from ..run import on_loop
-from ..watch.tracking import make_console
+from ..watch.console import make_console
 from .measures import metrics, powers
 from .page import write_page
 from .pictures import draw
