@@ -232,6 +232,9 @@ async def go(run: Run, checkpoint: Path | None, imitated: Imitated | None = None
     except Interrupted:
         status = "interrupted"
         run.tracker.note(f"saved; add --resume run_dir={run.run_dir} to go on")
+    except Exception as error:  # whatever it was, who sees the trackers alone is told
+        run.tracker.alert("this attempt ended by an error", f"{type(error).__name__}: {error}")
+        raise
     run.tracker.end()
     if spent := run.tracker.spans.summary():
         run.tracker.note(spent)

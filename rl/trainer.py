@@ -75,8 +75,7 @@ async def train_rl(run: Run) -> None:
             try:
                 async with tracing(run.progress.step + 1):
                     metrics = await rl_step(run, feed, objective)
-            except TooManyErrors as error:  # of the graders, before anything is learnt from it
-                run.tracker.alert("too many verifier errors", str(error))
+            except TooManyErrors:  # of the graders, before anything is learnt from the step
                 found = run.progress  # an evaluation may have ended meanwhile
                 run.progress = before.advance(
                     evaluating=found.evaluating,
@@ -118,7 +117,7 @@ async def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, 
     async with run.learning():
         metrics = ages | await update(run, trained, objective)
     sampled = fed.groups
-    record_lengths(run.run_dir, step, run.progress.version, sampled, trained)
+    record_lengths(run.run_dir, step, version, sampled, trained)
     tokens = sum(c.num_sampled for group in sampled for c in group.completions)
     seconds = time.perf_counter() - start
     run.progress = run.progress.advance(
