@@ -7,6 +7,7 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,7 +102,11 @@ def make(folder: Path, max_staleness: int, **progress: Any) -> tuple[Any, list[A
         pool=Pool(),  # type: ignore[arg-type]
         weights=Weights(),  # type: ignore[arg-type]
         tracker=SimpleNamespace(  # type: ignore[arg-type]
-            log=lambda *row: rows.append(row), samples=lambda *_: None
+            log=lambda *row: rows.append(row),
+            samples=lambda *_: None,
+            keep=lambda *_: None,
+            doing=lambda what: nullcontext(),
+            spans=SimpleNamespace(span=lambda *_, **__: nullcontext()),
         ),
         stop=None,  # type: ignore[arg-type]
         started=time.time(),
