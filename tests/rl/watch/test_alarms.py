@@ -300,6 +300,7 @@ def loop(
         suite=SimpleNamespace(finished=0, metrics=dict),
         grade=grade,
         save=nothing,
+        saved=nothing,
         source=SimpleNamespace(
             train=lambda i: Prompt(id=f"p{i}", token_ids=(3,), answer="", source="s")
         ),
