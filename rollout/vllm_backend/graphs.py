@@ -95,11 +95,18 @@ def places(model: Any) -> dict[str, Place]:
     for prefix, module in model.named_modules():
         held = {**vars(module), **module._parameters, **module._buffers}
         for name, value in held.items():
-            if hasattr(value, "data_ptr") and value.numel() and value.device.type != "meta":
+            if _has_memory(value):
                 found[f"{prefix}.{name}".lstrip(".")] = Place(
                     value.data_ptr(), tuple(value.shape), tuple(value.stride()), str(value.dtype)
                 )
     return found
+
+
+def _has_memory(value: Any) -> bool:
+    """A tensor with an address: neither packed by oneDNN nor sparse nor without data."""
+    if not hasattr(value, "data_ptr") or str(value.layout) != "torch.strided":
+        return False
+    return bool(value.numel()) and value.device.type != "meta"
 
 
 def moved(before: Mapping[str, Place], after: Mapping[str, Place]) -> list[str]:
