@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -224,7 +223,7 @@ def draw_all(run_dir: Path, file: Path) -> Path:
 
 def as_regex(patterns: Sequence[str]) -> str:
     """One regular expression for names of which some have a `*`."""
-    each = (".*".join(re.escape(part) for part in pattern.split("*")) for pattern in patterns)
+    each = (pattern.replace(".", r"\.").replace("*", ".*") for pattern in patterns)
     return f"^({'|'.join(each)})$"
 
 
@@ -255,3 +254,19 @@ def workspace(project: str, entity: str | None, name: str) -> Any:
             for section in SECTIONS
         ],
     )
+
+
+def save(made: Any) -> str:
+    """Has W&B keep a workspace; its address. `ValueError` where W&B does not."""
+    from .sinks import has_wandb_key
+
+    if not has_wandb_key():
+        raise ValueError(
+            "W&B has no key here: run `wandb login`, or set WANDB_API_KEY; --png draws a run"
+            " without it"
+        )
+    try:
+        return str(made.save().url)
+    except Exception as error:  # foreign code and the network
+        line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"W&B did not take the workspace: {line}") from error
