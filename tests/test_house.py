@@ -197,7 +197,7 @@ BUDGET = {
     "rl/config": 3_983,
     "rl/data": 4_649,
     "rl/evaluation": 2_379,
-    "rl/learner": 3_024,
+    "rl/learner": 3_025,
     "rl/plan": 1_811,
     "rl/watch": 4_301,
     "rl/weights": 911,
