@@ -28,7 +28,7 @@ Mode = Literal["online", "offline", "disabled"]
 AXES: dict[str, tuple[str, ...]] = {
     "train/step": (
         *("actor/*", "critic/*", "training/*", "rollout_corr/*", "reward/*", "distill/*"),
-        *("perf/*", "timing_s/*", "histogram/*"),
+        *("perf/*", "timing_s/*", "histogram/*", "reject/*"),
     ),
     "eval/step": ("val-core/*", "val-aux/*"),
     "sft/step": ("sft/*",),
