@@ -463,7 +463,8 @@ class LearnerRank:
                 yield to_tensors(batch, sequences, self.device, packed=self.packed)
 
     def _on_device(self, row_T: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(row_T)).to(self.device)
+        row = torch.from_numpy(np.ascontiguousarray(row_T))
+        return (row.to(self.sums) if row.dtype == torch.float64 else row).to(self.device)
 
     def logprobs(self, batch: Batch, temperature: float = 1.0) -> NDArray[Any]:
         """[T] the policy's log-prob of every loss token of the batch (0 elsewhere) in the master

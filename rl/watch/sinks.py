@@ -26,7 +26,10 @@ CLOSING = 30.0
 """Seconds for what still waits when a run ends."""
 Mode = Literal["online", "offline", "disabled"]
 AXES: dict[str, tuple[str, ...]] = {
-    "train/step": (),
+    "train/step": (
+        *("actor/*", "critic/*", "training/*", "rollout_corr/*", "reward/*", "distill/*"),
+        *("perf/*", "timing_s/*", "histogram/*", "reject/*"),
+    ),
     "eval/step": ("val-core/*", "val-aux/*"),
     "sft/step": ("sft/*",),
     "rollout/version": (
@@ -35,7 +38,8 @@ AXES: dict[str, tuple[str, ...]] = {
     ),
     "system/seconds": ("system/*",),
 }
-"""Of W&B: what each is the horizontal axis of; everything else has `train/step`."""
+"""Of W&B: what each is the horizontal axis of. No two patterns may fit one name, as `*` and
+another would: W&B takes either, now this one and now that."""
 WANDB_ID = "wandb_id"
 """A file in the run's directory: a resumed run goes on as the same one at W&B."""
 
@@ -141,7 +145,6 @@ class Wandb:
             self._run = wandb.init(mode="offline", **options)
         for axis in AXES:
             self._run.define_metric(axis)
-        self._run.define_metric("*", step_metric="train/step")
         for axis, names in AXES.items():
             for name in names:
                 self._run.define_metric(name, step_metric=axis)

@@ -226,7 +226,7 @@ def test_what_wandb_itself_keeps_of_a_run(tmp_path: Path, monkeypatch: pytest.Mo
         for r in found
         if r.WhichOneof("record_type") == "metric"
     }
-    assert axes["*"] == "train/step" and axes["sched/*"] == "rollout/version"
+    assert axes["actor/*"] == "train/step" and axes["sched/*"] == "rollout/version"
     assert axes["val-core/*"] == "eval/step" and axes["system/*"] == "system/seconds"
     rows = [
         {
