@@ -93,9 +93,7 @@ class Place:
         """What a change adds to `checksum`."""
         parts = (self.rows.cpu().numpy(), self.columns.cpu().numpy())
         where = (*parts, self.first_row, self.first_column, self.width)
-        return int(
-            call(scatter.part_of_change, *where, change.positions, change.old, change.new)
-        )
+        return int(call(scatter.part_of_change, *where, change.positions, change.old, change.new))
 
     def _arrays(self, like: NDArray[Any]) -> tuple[Any, ...]:
         return (
