@@ -38,6 +38,8 @@ class Update:
             places, stale = decoder.places(name)
             self._changes.append((name, change, places))
             self._stale += [matrix for matrix in stale if matrix not in self._stale]
+        for _, _, places in self._changes[:1]:
+            places[0].warm_up()
         kept = decoder.weights.keys() - patch.tensors.keys() - patch.changes.keys()
         arrived = {name: found for name, found in patch.digests.items() if name not in kept}
         if not patch.verified:

@@ -79,6 +79,9 @@ class PlacedModel:
                 del self.places[name]
                 self.reasons[name] = "it does not lie where its loader seems to write it"
 
+        for place in next(iter(self.places.values()), ()):
+            place.warm_up()
+
     def write(self, changes: Mapping[str, TensorChange], version: int) -> None:
         """Writes what changed, or nothing: NotPlacedError, CorruptPatchError or
         DigestMismatchError, with the tensor's name."""
