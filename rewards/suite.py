@@ -63,6 +63,13 @@ class RewardSuite:
         self._under_way: dict[str, list[_Call]] = {part.name: [] for part in parts}
         self._lock = threading.Lock()
 
+    def apart(self) -> RewardSuite:
+        """The same parts with figures of their own: what it grades is not in this one's
+        `metrics`. Only one of the two is to be closed."""
+        other = RewardSuite(self.parts)
+        other._under_way, other._lock = self._under_way, self._lock
+        return other
+
     def grade(self, inputs: Sequence[RewardInput]) -> list[Verdict]:
         """One verdict per input, in order. Blocks no longer than the longest deadline of the
         parts."""

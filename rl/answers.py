@@ -42,11 +42,7 @@ class AnswerReader:
         prompt does; what a broken environment cut short has no verdict. max_tokens, step,
         max_steps: as in `RewardInput`."""
         unmarked = replace(
-            reward_input(prompt, self.tokenizer, ""),
-            prompt=self.tokenizer.decode(list(prompt.token_ids)).removesuffix(prompt.prefix),
-            max_tokens=max_tokens,
-            step=step,
-            max_steps=max_steps,
+            self.asked(prompt), max_tokens=max_tokens, step=step, max_steps=max_steps
         )
         sound = [c for c in completions if c.episode is None or not c.episode.failed]
         inputs = [self.marked(unmarked, prompt, completion) for completion in sound]
@@ -60,6 +56,11 @@ class AnswerReader:
             for c in completions
         ]
         return Group(prompt=prompt, completions=tuple(completions), verdicts=tuple(verdicts))
+
+    def asked(self, prompt: Prompt) -> RewardInput:
+        """The problem as a grader reads it, without an answer."""
+        whole = self.tokenizer.decode(list(prompt.token_ids)).removesuffix(prompt.prefix)
+        return replace(reward_input(prompt, self.tokenizer, ""), prompt=whole)
 
     def marked(self, asked: RewardInput, prompt: Prompt, completion: Completion) -> RewardInput:
         """The problem `asked` with an answer to it; of an episode, its last turn after the

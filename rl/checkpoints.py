@@ -13,12 +13,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .config.load import Config, ConfigError
+from .config.earlier import brought_up
+from .config.load import Config, ConfigError, resolve
 
 CHECKPOINTS, PROGRESS = "checkpoints", "progress.json"
 SETTINGS = "settings.json"
 """The run's configuration, in each checkpoint; named apart from the model's own config.json beside
 it."""
+EVALUATED = "evaluation.json"
+"""What an evaluation that was under way when a checkpoint was written has found since."""
 FILES = "files.json"
 """Sizes of a checkpoint's files."""
 FIXED = ("stages", "data", "model", "seed")
@@ -51,6 +54,9 @@ class Progress:
     """Wall time of the RL steps that gave these tokens."""
     seconds: float = 0.0
     """Wall time of the whole run, set-up included, over all its attempts."""
+    evaluating: int | None = None
+    """The step whose evaluation is under way. Its weights are the checkpoint's, and a resumed run
+    begins with it."""
     accuracy_start: float | None = None
     accuracy_end: float | None = None
     probe_noise_logp: float | None = None
@@ -99,9 +105,25 @@ def broken(checkpoint: Path) -> str | None:
 
 def read_progress(checkpoint: Path) -> Progress:
     fields = json.loads((checkpoint / PROGRESS).read_text())
+    if (found := checkpoint / EVALUATED).is_file():
+        fields |= json.loads(found.read_text())
     pending = tuple((position, step) for position, step in fields.pop("pending", ()))
     warnings = tuple(fields.pop("warnings", ()))
     return Progress(pending=pending, warnings=warnings, **fields)
+
+
+def add_evaluation(checkpoint: Path, progress: Progress) -> None:
+    """What the evaluation of this checkpoint's step has found, which it was written before."""
+    if not (checkpoint / PROGRESS).is_file():
+        return
+    found = {
+        "evaluating": None,
+        "accuracy_start": progress.accuracy_start,
+        "accuracy_end": progress.accuracy_end,
+    }
+    new = checkpoint / f".{EVALUATED}"
+    new.write_text(json.dumps(found))
+    new.replace(checkpoint / EVALUATED)
 
 
 def check_resumed(config: Config, checkpoint: Path, override: bool) -> list[str]:
@@ -114,16 +136,22 @@ def check_resumed(config: Config, checkpoint: Path, override: bool) -> list[str]
             f"{checkpoint.name} holds no {SETTINGS} (an older emberl wrote it): nothing can be"
             " compared with it"
         ]
-    before, now = leaves(json.loads(file.read_text())), leaves(config.model_dump(mode="json"))
+    tree, _ = brought_up(json.loads(file.read_text()))
+    before, now = leaves(tree), leaves(config.model_dump(mode="json"))
     counted = {  # worked out once the rows are known
         "schedule.passes": config.schedule.passes is not None,
         "schedule.steps": config.schedule.passes is not None,
         "sft.steps": config.sft.epochs is not None,
     }
+    plain = {"name": config.name, "model": {"path": "any"}, "data": {"source": "arithmetic"}}
+    defaults = leaves(resolve({**plain, "algorithm": config.algorithm}).model_dump(mode="json"))
     lines = {
         key: line
         for key, line in differences(before, now).items()
-        if key not in ("run_dir", "name") and not counted.get(key)
+        if key not in ("run_dir", "name")
+        and not counted.get(key)
+        # a key that the emberl which wrote it did not know yet
+        and not (key not in before and now[key] == defaults.get(key))
     }
     broken = [line for key, line in lines.items() if _under(key, SHAPE)]
     if broken:
@@ -197,11 +225,19 @@ def finish_checkpoint(
         (p for p in final.parent.glob("[!.]*") if broken(p) is None),
         key=lambda p: (p / PROGRESS).stat().st_mtime,
     )
-    best = sorted(done, key=lambda p: read_progress(p).accuracy_end or -1.0, reverse=True)
+    best = sorted(done, key=_accuracy, reverse=True)
     for old in done[:-keep]:
         if old not in best[:keep_best]:
             shutil.rmtree(old)
     return final
+
+
+def _accuracy(checkpoint: Path) -> float:
+    """Below all where it is not known yet."""
+    progress = read_progress(checkpoint)
+    if progress.evaluating is not None or progress.accuracy_end is None:
+        return -1.0
+    return progress.accuracy_end
 
 
 def _to_disk(path: Path) -> None:

@@ -11,6 +11,7 @@ import typer
 from .evaluation.commands import app as evaluation
 from .exits import FAILED, INTERRUPTED, USAGE, fail
 from .job_commands import app as jobs
+from .watch_commands import app as watching
 from .weights.history_commands import app as patches
 
 if TYPE_CHECKING:
@@ -245,6 +246,7 @@ def doctor(
 
 app.add_typer(evaluation)
 app.add_typer(jobs)
+app.add_typer(watching)
 app.add_typer(patches, name="patches")
 
 

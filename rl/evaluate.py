@@ -1,20 +1,27 @@
-"""Evaluation of a run on held-out problems, with the weights that its engines serve."""
+"""Evaluation of a run on held-out problems, with the weights that its engines serve.
+
+Where rollouts and learners take turns, both wait for it. Where `schedule.max_staleness` lets
+rollouts run ahead, its prompts go to the workers beside those of the training, and the learners go
+on: the workers stay at the version that is evaluated until all its answers are there, so that each
+is by that version, and training goes on with what that version samples as far as the bound lets it.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..rollout.samples import Sampling
+from ..rollout.samples import Completion
+from .checkpoints import CHECKPOINTS, add_evaluation
 from .eval_sets import HELD_OUT, EvalSet
 from .evaluation.measures import accuracy, metrics, reward
 from .evaluation.sampling import sampled
 from .evaluation.votes import Same, by_reward, outcomes
 from .groups import Group
-from .run import Run
+from .run import GRADERS, Run
 from .watch.tracking import sample_rows
 
 
@@ -29,52 +36,117 @@ class Evaluation:
     metrics: dict[str, float]
 
 
+Marks = Mapping[int | None, Mapping[int, asyncio.Task[Group]]]
+"""Of one set: by thinking budget (None: without one) and index of the problem, the answers as they
+are marked."""
+
+
+async def begin_evaluation(run: Run) -> None:
+    """Evaluates the weights of this moment, those of step `run.progress.step`. With
+    `max_staleness` 0 it is done when this returns; else it goes on as `run.evaluation`, one at a
+    time."""
+    step, version = run.progress.step, run.progress.version
+    if not run.config.schedule.max_staleness:
+        _keep(run, step, await evaluate(run))
+        return
+    await run.evaluated()
+    run.weights.hold(version)
+    run.progress = run.progress.advance(evaluating=step)
+    run.evaluation = asyncio.create_task(_beside(run, step, version))
+    # if the run fails otherwise first, nobody asks for it
+    run.evaluation.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+
+async def _beside(run: Run, step: int, version: int) -> None:
+    """An evaluation while the learners go on."""
+    try:
+        await run.weights.serving(version)
+        with run.tracker.spans.span("evaluation", "decoding"):
+            marks = await asyncio.gather(*(_decoded(run, each, step) for each in run.eval_sets))
+    finally:
+        run.weights.release()
+    result = await _logged(run, step, marks, with_versions=True)
+    _keep(run, step, result)
+    add_evaluation(run.run_dir / CHECKPOINTS / run.checkpoint(step), run.progress)
+
+
+def _keep(run: Run, step: int, result: Evaluation) -> None:
+    found = {"accuracy_end": result.accuracy} if step else {"accuracy_start": result.accuracy}
+    run.progress = run.progress.advance(evaluating=None, **found)
+
+
 async def evaluate(run: Run) -> Evaluation:
     """Samples answers to all sets of held-out problems with the weights that the engines serve,
     marks and logs them."""
     await run.weights.delivered()
-    step, shown = run.progress.step, run.config.tracking.samples
+    step = run.progress.step
+    with run.tracker.doing("evaluating"):
+        marks = [await _decoded(run, problems, step) for problems in run.eval_sets]
+        return await _logged(run, step, marks)
+
+
+async def _decoded(run: Run, problems: EvalSet, step: int) -> Marks:
+    """When all answers to a set are there; their marking may go on."""
+    sampling = problems.sampled(run.sampling(0))
+    suite = problems.suite.apart()  # a training step's figures of the reward are to be its own
+    slots = asyncio.Semaphore(GRADERS)
+
+    async def mark(index: int, completions: Sequence[Completion]) -> Group:
+        async with slots:
+            return await asyncio.to_thread(
+                run.grade, problems.prompts[index], completions, suite, sampling.max_tokens, step
+            )
+
+    marks: dict[int | None, dict[int, asyncio.Task[Group]]] = {}
+    async for index, budget, completions in sampled(
+        run.pool, problems.prompts, problems.samples, sampling, problems.thinking
+    ):
+        marks.setdefault(budget, {})[index] = asyncio.create_task(mark(index, completions))
+    return marks
+
+
+async def _logged(
+    run: Run, step: int, marks: Sequence[Marks], *, with_versions: bool = False
+) -> Evaluation:
+    """The figures of all sets, once everything is marked. with_versions: which weights gave the
+    answers is among them."""
+    shown = run.config.tracking.samples
     found: dict[str, float] = {}
     show: dict[str, str] = {}
     rows: list[dict[str, str]] = []
     results: list[Evaluation] = []
-    for problems in run.eval_sets:
-        sampling = problems.sampled(run.sampling(0))
-        for budget, groups in (await _groups(run, problems, sampling)).items():
+    kept: list[Group] = []
+    versions: set[int] = set()
+    for problems, of_set in zip(run.eval_sets, marks, strict=True):
+        for budget, tasks in of_set.items():
+            groups = [await tasks[index] for index in range(len(problems.prompts))]
             texts = [[run.answers.text(g.prompt, c) for c in g.completions] for g in groups]
             name = problems.name if budget is None else f"{problems.name}@{budget}"
-            same = by_reward(problems.suite)
+            same = by_reward(problems.suite.apart())
             result = await asyncio.to_thread(summarise, groups, texts, same, name)
             found |= result.metrics
             show |= _line(name or "held-out", result)
+            versions |= {s.version for g in groups for c in g.completions for s in c.spans}
             if budget is None:
                 results.append(result)
                 first = groups[:shown]
                 answers = [t[0] for t in texts[:shown]]
                 rows += sample_rows(first, answers, [run.answers.problem(g.prompt) for g in first])
-        problems.suite.metrics()  # a training step's figures of the reward are to be its own
+                kept += groups
     if not any(problems.name == HELD_OUT for problems in run.eval_sets):
         found["val-core/accuracy"] = float(np.mean([r.accuracy for r in results]))
         found["val-core/reward"] = float(np.mean([r.reward for r in results]))
+    if with_versions:
+        found |= {
+            "val-aux/version/oldest": float(min(versions)),
+            "val-aux/version/newest": float(max(versions)),
+        }
     run.tracker.log(step, found, "eval", show)
     run.tracker.samples(step, rows)
+    await asyncio.to_thread(run.tracker.keep, "eval", step, kept, run.answers)
     return Evaluation(
         accuracy=found["val-core/accuracy"], reward=found["val-core/reward"], metrics=found
     )
-
-
-async def _groups(run: Run, problems: EvalSet, sampling: Sampling) -> dict[int | None, list[Group]]:
-    """By thinking budget (None: without one) the graded answers, in the order of the problems;
-    marked while others are still decoded."""
-    found: dict[int | None, dict[int, Group]] = {}
-    prompts = problems.prompts
-    async for index, budget, completions in sampled(
-        run.pool, prompts, problems.samples, sampling, problems.thinking
-    ):
-        found.setdefault(budget, {})[index] = await asyncio.to_thread(
-            run.grade, prompts[index], completions, problems.suite, sampling.max_tokens
-        )
-    return {budget: [groups[i] for i in range(len(prompts))] for budget, groups in found.items()}
 
 
 def _line(name: str, result: Evaluation) -> dict[str, str]:

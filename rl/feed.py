@@ -21,10 +21,7 @@ from ..rollout.jobs import Job
 from ..rollout.samples import Completion
 from ..rollout.schedule import Schedule
 from .groups import Group
-from .run import Run
-
-GRADERS = 8
-"""Groups that are marked at the same time; rewards have processes of their own."""
+from .run import GRADERS, Run
 
 Ticket = tuple[int, int]
 """What determines a group before it is sampled: the position of its problem in the source, and the
@@ -125,10 +122,14 @@ class GroupFeed:
         waiting: set[asyncio.Task[Any]] = {changed}
         if delivery is not None and not delivery.done():
             waiting.add(delivery)
+        evaluation = self._run.evaluation
+        evaluating = evaluation is not None and not evaluation.done()
+        if evaluation is not None and evaluating:
+            waiting.add(evaluation)  # what it asks for has deadlines of its own
         graded = self._run.suite.finished
         done, _ = await asyncio.wait(waiting, timeout=self._patience, return_when="FIRST_COMPLETED")
         changed.cancel()
-        if not done and self._run.suite.finished == graded:
+        if not done and self._run.suite.finished == graded and not evaluating:
             raise ActorLostError(
                 f"no group came within {self._patience:g} s, though"
                 f" {self._schedule.running} are under way"
@@ -138,6 +139,8 @@ class GroupFeed:
         if self._failure is not None:
             raise self._failure
         self._run.weights.check()
+        if self._run.evaluation is not None and self._run.evaluation.done():
+            self._run.evaluation.result()
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

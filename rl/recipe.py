@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 import uuid
@@ -18,6 +19,7 @@ from ..rollout.engine import check_engine
 from ..rollout.stops import token_bytes
 from .algorithm.losses import Objective
 from .checkpoints import (
+    EVALUATED,
     PROGRESS,
     SETTINGS,
     Progress,
@@ -38,10 +40,14 @@ from .preflight import check_inputs
 from .reject import sample_accepted
 from .reward_inputs import reward_input
 from .run import Interrupted, Run, on_loop, stop_on_signal
-from .run_directory import Resume, alone_in, forget_earlier, open_run_dir, trim_metrics
+from .run_directory import RESULT, Resume, alone_in, forget_earlier, open_run_dir, trim_metrics
 from .sft import Imitated, open_imitated, train_sft, with_sft_steps
 from .trainer import train_rl
-from .watch.tracking import Tracker, make_console
+from .watch.console import make_console
+from .watch.profiles import write_timeline
+from .watch.rollouts import trim_steps
+from .watch.system import SystemWatch
+from .watch.tracking import Tracker
 from .weights.probe import Level, Probe, probe_ids, tolerance_of
 from .weights.sync import WeightSync
 
@@ -112,7 +118,14 @@ def run_attempt(
     started: when the run began, less the time in which it did not run."""
     progress = read_progress(checkpoint) if checkpoint else Progress()
     if checkpoint and progress.stage < len(config.stages):
-        trim_metrics(run_dir, config.stages[progress.stage], progress.step, config.stages)
+        trim_metrics(
+            run_dir,
+            config.stages[progress.stage],
+            progress.step,
+            config.stages,
+            evaluates=progress.step == 0 or progress.evaluating is not None,
+        )
+        trim_steps(run_dir, config.stages[progress.stage], progress.step, config.stages)
     console = make_console()
     model_path = prepare_model(
         config, run_dir, lambda text: console.print(text, markup=False), anew=checkpoint is None
@@ -137,6 +150,8 @@ def run_attempt(
                 config = with_sft_steps(config, imitated.size)
             tracker = Tracker(config, run_dir, console)
             opened.callback(tracker.close)
+            opened.callback(SystemWatch(config.tracking.system_every, tracker.system).close)
+            learners.record = partial(tracker.spans.add, "learners")
             learnt = imitated.notes if imitated is not None else ()
             for note in (*source.notes, *([passes] if passes else []), *learnt):
                 tracker.note(note)
@@ -218,9 +233,13 @@ async def go(run: Run, checkpoint: Path | None, imitated: Imitated | None = None
         status = "interrupted"
         run.tracker.note(f"saved; add --resume run_dir={run.run_dir} to go on")
     run.tracker.end()
+    if spent := run.tracker.spans.summary():
+        run.tracker.note(spent)
+    if run.config.profile.steps:
+        run.tracker.note(f"where time went: {write_timeline(run.run_dir).parent}")
     finish(run)
     progress = run.progress
-    return Result(
+    result = Result(
         status=status,
         accuracy_start=progress.accuracy_start,
         accuracy_end=progress.accuracy_end,
@@ -233,6 +252,8 @@ async def go(run: Run, checkpoint: Path | None, imitated: Imitated | None = None
         updates=progress.updates,
         warnings=(*cautions(run.config), *progress.warnings),
     )
+    (run.run_dir / RESULT).write_text(json.dumps(result.as_json() | {"step_time": spent}))
+    return result
 
 
 def finish(run: Run) -> None:
@@ -240,8 +261,9 @@ def finish(run: Run) -> None:
     newest = latest_checkpoint(run.run_dir)
     if newest is not None and (newest / "config.json").is_file():
         model = run.run_dir / "model"
+        not_of_model = ("learner", PROGRESS, SETTINGS, EVALUATED)
         shutil.rmtree(model, ignore_errors=True)
-        shutil.copytree(newest, model, ignore=shutil.ignore_patterns("learner", PROGRESS, SETTINGS))
+        shutil.copytree(newest, model, ignore=shutil.ignore_patterns(*not_of_model))
     run.tracker.curve()
 
 

@@ -22,7 +22,7 @@ from ..rollout.actors import CallFailedError
 from ..rollout.pool import RolloutPool
 from ..rollout.samples import Completion, Prompt, Sampling
 from .answers import AnswerReader
-from .checkpoints import Progress, begin_checkpoint, finish_checkpoint
+from .checkpoints import Progress, add_evaluation, begin_checkpoint, finish_checkpoint
 from .config.load import Config
 from .data.sources import PromptSource
 from .groups import Group
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+GRADERS = 8
+"""Groups that are marked at the same time, of training and of evaluation each; rewards have
+processes of their own."""
 CLOSE_S = 5.0
 """Seconds for tasks that were cancelled."""
 THREADS = 32
@@ -69,6 +72,8 @@ class Run:
     """As `model_files.stop_tokens` finds them."""
     failed_saves: int = 0
     """Checkpoints in a row that could not be written."""
+    evaluation: asyncio.Task[None] | None = None
+    """What goes on beside the training, until somebody has waited for it."""
 
     def sampling(self, step: int) -> Sampling:
         """How this step's answers are drawn: with the prompt and the sample's index the step fixes
@@ -108,16 +113,19 @@ class Run:
         completions: Sequence[Completion],
         suite: RewardSuite | None = None,
         max_tokens: int = 0,
+        step: int | None = None,
     ) -> Group:
-        """As of `AnswerReader`, by `suite` (None: the run's reward)."""
-        return self.answers.grade(
-            prompt,
-            completions,
-            suite or self.suite,
-            max_tokens=max_tokens or self.config.rollout.max_response_length,
-            step=self.progress.step,
-            max_steps=self.config.schedule.steps,
-        )
+        """As of `AnswerReader`, by `suite` (None: the run's reward), at `step` (None: that of this
+        moment)."""
+        with self.tracker.spans.span("graders", "grade"):
+            return self.answers.grade(
+                prompt,
+                completions,
+                suite or self.suite,
+                max_tokens=max_tokens or self.config.rollout.max_response_length,
+                step=self.progress.step if step is None else step,
+                max_steps=self.config.schedule.steps,
+            )
 
     @cached_property
     def answers(self) -> AnswerReader:
@@ -145,10 +153,22 @@ class Run:
         if level:
             await self.pool.wake()  # which changes nothing where a new version has woken them
 
+    async def evaluated(self) -> None:
+        """Waits for the evaluation that is under way, if there is one; raises its errors."""
+        evaluation, self.evaluation = self.evaluation, None
+        if evaluation is not None:
+            await evaluation
+
+    def checkpoint(self, step: int) -> str:
+        """The name of this stage's checkpoint after so many steps."""
+        return f"{self.config.stages[self.progress.stage]}-{step:06}"
+
     async def save(self, *, needed: bool = False) -> None:
         """A checkpoint of this moment. One that cannot be written is said and the run goes on,
         unless it is `needed` or `checkpoint.max_failures` failed in a row: OSError."""
-        name = f"{self.config.stages[self.progress.stage]}-{self.progress.step:06}"
+        if self.progress.evaluating not in (None, self.progress.step):
+            await self.evaluated()  # from this checkpoint it could not be done again
+        name = self.checkpoint(self.progress.step)
         # an SFT stage publishes what it starts from; its end is another model
         noise = (
             self.weights.probe.level if self.config.stages[self.progress.stage] == "rl" else None
@@ -158,13 +178,17 @@ class Run:
             probe_noise_logp=None if noise is None else noise.logp,
             probe_noise_p=None if noise is None else noise.p,
         )
+        saved = self.progress
         folder = begin_checkpoint(self.run_dir, name)
         settings = self.config.checkpoint
         try:
-            await asyncio.to_thread(self.learners.save, str(folder.absolute()))
-            finish_checkpoint(
-                folder, self.progress, settings.keep, self.config, keep_best=settings.keep_best
-            )
+            with self.tracker.doing(f"saving {name}"):
+                await asyncio.to_thread(self.learners.save, str(folder.absolute()))
+                done = finish_checkpoint(
+                    folder, saved, settings.keep, self.config, keep_best=settings.keep_best
+                )
+            if saved.evaluating is not None and self.progress.evaluating is None:
+                add_evaluation(done, self.progress)  # it has ended meanwhile
         except (OSError, CallFailedError) as error:  # the disk, ours or a rank's
             shutil.rmtree(folder, ignore_errors=True)
             self.failed_saves += 1

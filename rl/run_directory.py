@@ -9,8 +9,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +23,19 @@ METRICS = "metrics.jsonl"
 STOP = "stop"
 """A file that asks the run of this directory to save after its step and to end."""
 LOCK = ".lock"
+RESULT = "result.json"
+"""The line with which a run ended, of its last attempt that did."""
 SUMMARY = "summary.json"
 """Of a recipe, in its directory from the beginning."""
 
 Resume = Literal["never", "must", "auto"]
 """Whether a start goes on from a checkpoint: `auto` where there is one, else from the beginning."""
+
+
+RECORDS = ("alerts.jsonl", "system.jsonl", "spans.jsonl")
+"""Beside `METRICS`: lines by the clock, of all attempts."""
+ANSWERS = ("rollouts", "lengths.parquet")
+"""Folders with a file for each step."""
 
 
 def open_run_dir(
@@ -58,8 +67,12 @@ def forget_earlier(run_dir: Path, *, anew: bool) -> None:
     """Removes what earlier attempts left that is not this one's: a wish to stop, and `anew` the
     figures of a start that came to nothing. Only while `alone_in` it: they may be a living run's."""
     asked_to_stop(run_dir)
+    (run_dir / RESULT).unlink(missing_ok=True)
     if anew:
-        (run_dir / METRICS).unlink(missing_ok=True)
+        for name in (METRICS, *RECORDS):
+            (run_dir / name).unlink(missing_ok=True)
+        for name in ANSWERS:
+            shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
 def _named(folder: Path, resume: Resume, tell: Callable[[str], None]) -> tuple[Path, Path | None]:
@@ -163,14 +176,22 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def trim_metrics(run_dir: Path, stage: str, step: int, stages: Sequence[str]) -> None:
-    """Drops the rows of steps that a resumed run will do again."""
+def trim_metrics(
+    run_dir: Path, stage: str, step: int, stages: Sequence[str], *, evaluates: bool = False
+) -> None:
+    """Drops the rows of steps that a resumed run will do again; evaluates: the evaluation of this
+    step, too."""
     file = run_dir / METRICS
     if not file.exists():
         return
     reached = (stages.index(stage), step)
     rows = read_metrics(file)
-    kept = [row for row in rows if (stages.index(row["stage"]), row["step"]) <= reached]
+
+    def stays(row: Mapping[str, Any]) -> bool:
+        at = (stages.index(row["stage"]), row["step"])
+        return at < reached or (at == reached and not (evaluates and row["axis"] == "eval"))
+
+    kept = [row for row in rows if stays(row)]
     new = file.with_suffix(".new")
     new.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
     new.replace(file)

@@ -126,6 +126,7 @@ async def train_sft(run: Run, imitated: Imitated) -> None:
             {} if not imitated.size else {"sft/epoch": (position + sft.batch_size) / imitated.size}
         )
         run.tracker.log(step, {"sft/loss": loss, **passes, **metrics}, show={"loss": f"{loss:.3f}"})
+        run.tracker.spans.step = step + 1
         last = step == sft.steps
         if last or (sft.eval_every and step % sft.eval_every == 0):
             await look(run, imitated)

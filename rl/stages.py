@@ -29,7 +29,7 @@ from .preflight import check_inputs
 from .recipe import Result, train
 from .reject import totals
 from .run_directory import METRICS, SUMMARY, alone_in, read_metrics
-from .watch.tracking import make_console
+from .watch.console import make_console
 
 DONE = "done.json"
 FREE = ("name", "run_dir", "tracking", "cluster", "checkpoint", "sync")

@@ -103,6 +103,36 @@ def follow(client: JobSubmissionClient, job: str, tell: Callable[[str], None]) -
     return info.driver_exit_code or 1
 
 
+@contextmanager
+def follower(
+    job: str, address: str, script: str, *, wait: bool
+) -> Iterator[tuple[Callable[[], str], Callable[[], list[str]]]]:
+    """A small job that runs a shell's script in the run directory of another job, until the block
+    ends. Yields two functions: the state of the other job, and the lines that the script has
+    printed. wait: until it has ended."""
+    with _ray_errors(address):
+        client = _client(address)
+        run_dir = _run_dir_of(client, job)
+        other = client.submit_job(entrypoint=f"cd {shlex.quote(run_dir)} && {script}")
+        try:
+            while wait and client.get_job_status(other).value not in FINAL:
+                time.sleep(0.5)
+            yield (
+                lambda: str(client.get_job_status(job).value).lower(),
+                lambda: client.get_job_logs(other).splitlines(),
+            )
+        finally:
+            if not wait:
+                client.stop_job(other)
+
+
+def _run_dir_of(client: JobSubmissionClient, job: str) -> str:
+    run_dir = (client.get_job_info(job).metadata or {}).get(RUN_DIR)
+    if run_dir is None:
+        raise ConfigError(f"{job} was not submitted by emberl submit; use ray job")
+    return run_dir
+
+
 def stop(target: str, address: str | None, tell: Callable[[str], None] = print) -> None:
     """Asks a run to save and end after the step that it makes: by its directory, or by its job,
     which a second, small job does where the first one runs."""
@@ -117,9 +147,7 @@ def stop(target: str, address: str | None, tell: Callable[[str], None] = print) 
         return
     with _ray_errors(address):
         client = _client(address)
-        run_dir = (client.get_job_info(target).metadata or {}).get(RUN_DIR)
-        if run_dir is None:
-            raise ConfigError(f"{target} was not submitted by emberl submit; use ray job stop")
+        run_dir = _run_dir_of(client, target)
         other = client.submit_job(entrypoint=f"touch {shlex.quote(f'{run_dir}/{STOP}')}")
         if follow(client, other, tell):
             raise ConfigError(f"{target}: {run_dir} could not be written where it runs")

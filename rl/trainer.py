@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -16,16 +17,20 @@ from .algorithm.losses import Objective
 from .batch import flat_batch, updates_of, with_teachers, with_token_advantages
 from .config.load import Config
 from .data.mixture import MixtureSource
-from .evaluate import evaluate
+from .evaluate import begin_evaluation
 from .feed import GroupFeed
 from .groups import Batch, Group
 from .run import Run
-from .watch.alarms import Alarms
+from .watch.alarms import Alarms, failures
+from .watch.console import figures
 from .watch.lengths import record_lengths
+from .watch.profiles import traced
+from .watch.spans import LOOP, STEP
 from .watch.step_metrics import (
     averages,
     batch_metrics,
     check_engine_logprobs,
+    histograms,
     sample_metrics,
     speed_metrics,
     teacher_metrics,
@@ -49,22 +54,41 @@ async def train_rl(run: Run) -> None:
     if isinstance(run.source, MixtureSource) and run.progress.curriculum is not None:
         run.source.restore(run.progress.curriculum)
     alarms = Alarms(config, run.progress.entropy_start)
+    tracing = partial(
+        traced,
+        steps=config.profile.steps,
+        run_dir=run.run_dir,
+        learners=run.learners,
+        workers=run.pool,
+        alert=run.tracker.alert,
+    )
     run.tracker.begin("rl", run.progress.step, schedule.steps)
-    if run.progress.step == 0 and config.eval.active:
-        run.progress = run.progress.advance(accuracy_start=(await evaluate(run)).accuracy)
+    if config.eval.active and (run.progress.step == 0 or run.progress.evaluating is not None):
+        await begin_evaluation(run)
+    else:
+        run.progress = run.progress.advance(evaluating=None)
 
     async with GroupFeed(run) as feed:
         while run.progress.step < schedule.steps:
             await run.stop_if_asked()
             before = run.progress
             try:
-                metrics = await rl_step(run, feed, objective)
-            except TooManyErrors:  # of the graders, before anything is learnt from the step
-                run.progress = before
+                async with tracing(run.progress.step + 1):
+                    metrics = await rl_step(run, feed, objective)
+            except TooManyErrors as error:  # of the graders, before anything is learnt from it
+                run.tracker.alert("too many verifier errors", str(error))
+                found = run.progress  # an evaluation may have ended meanwhile
+                run.progress = before.advance(
+                    evaluating=found.evaluating,
+                    accuracy_start=found.accuracy_start,
+                    accuracy_end=found.accuracy_end,
+                )
                 await run.weights.delivered()
                 await run.save()
                 raise
             step, last = run.progress.step, run.progress.step == schedule.steps
+            for alarm in failures(step, metrics):
+                run.tracker.alert(alarm.title, alarm.text)
             for alarm in [*alarms.after(step, metrics), *(alarms.at_end() if last else [])]:
                 run.tracker.alert(alarm.title, alarm.text)
                 run.progress = run.progress.advance(
@@ -74,7 +98,9 @@ async def train_rl(run: Run) -> None:
             if config.eval.active and (
                 last or (config.eval.every and step % config.eval.every == 0)
             ):
-                run.progress = run.progress.advance(accuracy_end=(await evaluate(run)).accuracy)
+                await begin_evaluation(run)
+            if last:
+                await run.evaluated()
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 await run.save(needed=last)
         await run.weights.delivered()
@@ -84,12 +110,15 @@ async def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, 
     """Takes the groups of one step, trains on them, publishes and logs; returns what was logged.
     Raises `TooManyErrors` where graders rather than answers fail."""
     config, step, start = run.config, run.progress.step + 1, time.perf_counter()
-    fed = await feed.take(step)
+    spans, version, began = run.tracker.spans, run.progress.version, time.time()
+    spans.step = step
+    with spans.span(LOOP, "waiting for answers"):
+        fed = await feed.take(step)
     ages, trained = admitted(run, fed.groups)
     async with run.learning():
         metrics = ages | await update(run, trained, objective)
     sampled = fed.groups
-    record_lengths(run.run_dir, step, run.progress.version, sampled)
+    record_lengths(run.run_dir, step, run.progress.version, sampled, trained)
     tokens = sum(c.num_sampled for group in sampled for c in group.completions)
     seconds = time.perf_counter() - start
     run.progress = run.progress.advance(
@@ -113,13 +142,14 @@ async def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, 
     metrics = fed.metrics | of_samples | metrics | run.suite.metrics()
     metrics |= {"timing_s/gen": fed.waited, "sched/learner_idle": fed.waited / seconds}
     metrics |= speed_metrics(metrics["perf/total_num_tokens"], tokens, seconds, devices(config))
-    show = {"reward": "none"}  # no answer of the step has a verdict
-    if "critic/score/mean" in metrics:
-        show = {
-            "reward": f"{metrics['critic/score/mean']:.3f}",
-            "accuracy": f"{metrics['training/accuracy']:.1%}",
-        }
-    run.tracker.log(step, metrics, show=show | {"tokens/s": f"{tokens / seconds:,.0f}"})
+    metrics["rollout/version"] = float(version)
+    spans.add(LOOP, STEP, began, time.time())
+    for worker, since, until in run.pool.busy_spans():
+        spans.add(f"rollout {worker}", "decoding", since, until)
+    # without a verdict in the whole step there is no reward to show
+    run.tracker.log(step, metrics, show={"reward": "none"} | figures(metrics))
+    run.tracker.histograms(step, histograms(sampled, trained, version))
+    await asyncio.to_thread(run.tracker.keep, "train", step, sampled, run.answers, trained)
     return metrics
 
 
@@ -162,8 +192,10 @@ async def update(run: Run, trained: Sequence[Group], objective: Objective) -> di
     whole = flat_batch(
         trained, config.loss, max_length=longest, mask_cut=mask_cut, distill=config.distill
     )
+    spans = run.tracker.spans
     if whole is not None:
-        whole = await with_estimates(run, objective, whole)
+        with spans.span(LOOP, "estimates"):
+            whole = await with_estimates(run, objective, whole)
         whole = with_token_advantages(whole, config.advantage, config.kl)
         whole = with_teachers(whole, config.distill)
         seen.append(whole)
@@ -179,8 +211,8 @@ async def update(run: Run, trained: Sequence[Group], objective: Objective) -> di
     check_engine_logprobs(seen)
     with_policy = not has_critic or run.progress.step >= config.critic.warmup
     done: list[dict[str, float]] = []
-    for _ in range(schedule.epochs):
-        for batch in batches:
+    with spans.span(LOOP, "update"):
+        for batch in [*batches] * schedule.epochs:
             found = await asyncio.to_thread(learners.critic_step, batch) if has_critic else {}
             if with_policy:
                 found |= await asyncio.to_thread(learners.step, batch, objective)
@@ -196,7 +228,8 @@ async def update(run: Run, trained: Sequence[Group], objective: Objective) -> di
     if not done:
         return metrics
     await refresh_reference(run)
-    return metrics | (await run.publish(wait=False) if with_policy else {})
+    with spans.span(LOOP, "publish"):
+        return metrics | (await run.publish(wait=False) if with_policy else {})
 
 
 async def refresh_reference(run: Run) -> None:

@@ -50,6 +50,10 @@ class Job:
             self.outcome.exception()  # who waits for another group may have raised it already
 
 
+MOST_SPANS = 100
+"""That are remembered of a worker while nobody asks."""
+
+
 @dataclass(kw_only=True, slots=True, eq=False)
 class WorkerState:
     """One worker's place in the pool; the actor on it may be replaced."""
@@ -64,15 +68,30 @@ class WorkerState:
     """Seconds without a job before this time."""
     idle_since: float | None = field(default_factory=time.monotonic)
     """None: it has a job."""
+    busy_since: float = 0.0
+    """`time.time()` since which it has had one, or since `busy_spans` last told."""
+    told: list[tuple[float, float]] = field(default_factory=list)
+    """Ended times with a job that `busy_spans` has not told yet; the newest `MOST_SPANS`."""
 
     def busy(self, jobs: int) -> None:
         """It has so many jobs from now on."""
         now = time.monotonic()
         if self.idle_since is None and not jobs:
             self.idle_since = now
+            self.told = [*self.told[-MOST_SPANS:], (self.busy_since, time.time())]
         elif self.idle_since is not None and jobs:
             self.idle += now - self.idle_since
             self.idle_since = None
+            self.busy_since = time.time()
+
+    def busy_spans(self) -> list[tuple[float, float]]:
+        """When it had jobs since the last call: pairs of `time.time()`."""
+        found, self.told = self.told, []
+        if self.idle_since is None:
+            now = time.time()
+            found = [*found, (self.busy_since, now)]
+            self.busy_since = now
+        return found
 
     def idle_seconds(self) -> float:
         """Since it began."""

@@ -123,6 +123,11 @@ class RolloutPool:
         `wake` ends that."""
         await self._everybody("sleep", level)
 
+    async def trace(self, begin: bool) -> list[bytes]:
+        """Begins a trace of every worker's process, or ends it: what each recorded."""
+        refs = [seat.worker.trace.remote(begin) for seat in self._seats]
+        return list(await asyncio.wait_for(asyncio.gather(*refs), self._sync_timeout))
+
     async def wake(self) -> None:
         """Every worker serves what it served."""
         await self._everybody("wake")
@@ -130,6 +135,11 @@ class RolloutPool:
     def idle_seconds(self) -> list[float]:
         """Of each worker since the pool began: the time in which it had nothing to decode."""
         return [seat.idle_seconds() for seat in self._seats]
+
+    def busy_spans(self) -> list[tuple[int, float, float]]:
+        """(worker, beginning, end) of the times with something to decode since the last call, as
+        `time.time()`."""
+        return [(i, *span) for i, seat in enumerate(self._seats) for span in seat.busy_spans()]
 
     # Groups
 

@@ -19,6 +19,7 @@ from .engine import Engine, InFlight, Request, WorkerSpec, make_engine
 from .environments import whole
 from .receiver import Receiver
 from .samples import Completion
+from .tracing import ProcessTrace
 from .weights.patch import Bytes, WeightPatch
 from .weights.transport import WeightUpdate
 
@@ -42,6 +43,7 @@ class RolloutWorker:
         platform.set_threads(spec.threads)
         self.engine = make_engine(spec, _own_cards(platform.named(spec.device)))
         self.service = GroupService(self.engine, spec.in_flight)
+        self._trace = ProcessTrace()
         self.receiver = Receiver(
             self.engine, spec.link(), threads=spec.threads, apply=self.service.apply
         )
@@ -102,6 +104,13 @@ class RolloutWorker:
     async def digests(self) -> dict[str, str]:
         """name -> xxh3-128 of the bytes that are served."""
         return self.engine.digests()
+
+    async def trace(self, begin: bool) -> bytes:
+        """Begins a trace of this process, or ends it and returns it."""
+        if begin:
+            self._trace.begin()
+            return b""
+        return await asyncio.to_thread(self._trace.end)
 
     async def close(self) -> None:
         await self.engine.close()

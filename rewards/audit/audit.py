@@ -1,23 +1,27 @@
 """Auditing a reward: recorded completions and a corpus of hacks go through it, and its
 disagreements are set down.
 
-`audit(use, data)` is what `emberl audit` calls. The data is JSONL or JSONL.gz; a row has the
-completion (`pred`, `completion` or `response`), the reference (`gold`, `answer`, `reference` or
-`ground_truth`), and optionally `label` (whether the completion is right), `prompt`, `source`, `id`;
-other columns reach the reward by name.
+`audit(use, data)` is what `emberl audit` calls. The data is JSONL, JSONL.gz or JSONL.zst, or a
+folder of such files, as a run's `rollouts`; a row has the completion (`pred`, `completion` or
+`response`), the reference (`gold`, `answer`, `reference` or `ground_truth`), and optionally `label`
+(whether the completion is right), `prompt`, `messages`, `source`, `id`; other columns reach the
+reward by name, and where the row is of a run those of its `columns` alone.
 """
 
 from __future__ import annotations
 
 import gzip
 import html
+import io
 import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import zstandard
 
 from ..inputs import Reward, RewardInput
 from ..registry import load_reward
@@ -100,28 +104,57 @@ def audit(
 
 
 def read_rows(path: Path | str, limit: int = 0) -> list[Row]:
-    """The rows of a JSONL or JSONL.gz file. Raises ValueError naming the line that cannot be
-    used."""
+    """The rows of a JSONL, JSONL.gz or JSONL.zst file, or of all such in a folder. Raises
+    ValueError naming the line that cannot be used."""
     path = Path(path)
+    files = (
+        [f for f in sorted(path.glob("[!.]*.jsonl*")) if f.is_file()] if path.is_dir() else [path]
+    )
+    rows: list[Row] = []
+    for file in files:
+        rows += _read_file(file, limit - len(rows) if limit else 0)
+        if limit and len(rows) == limit:
+            break
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    return rows
+
+
+def _read_file(path: Path, limit: int) -> list[Row]:
     if not path.is_file():
         raise ValueError(f"no file {path}")
     rows: list[Row] = []
     try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8")
-            if path.suffix == ".gz"
-            else path.open(encoding="utf-8")
-        ) as file:
+        with _opened(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     rows.append(_read_row(line, f"{path}:{number}", str(number)))
                 if limit and len(rows) == limit:
                     break
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zstandard.ZstdError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if not rows:
-        raise ValueError(f"{path} has no rows")
     return rows
+
+
+def _opened(path: Path) -> IO[str]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8")
+    if path.suffix == ".zst":
+        return io.TextIOWrapper(io.BytesIO(unpacked(path.read_bytes())), encoding="utf-8")
+    return path.open(encoding="utf-8")
+
+
+def unpacked(data: bytes) -> bytes:
+    """What zstandard packed, in one frame or several. EOFError where the last one is cut off, which
+    its own readers pass over."""
+    parts = []
+    while data:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        parts.append(frame.decompress(data))
+        if not frame.eof:
+            raise EOFError("the file ends in the middle")
+        data = frame.unused_data
+    return b"".join(parts)
 
 
 def _read_row(line: str, place: str, name: str) -> Row:
@@ -142,17 +175,20 @@ def _read_row(line: str, place: str, name: str) -> Row:
         raise ValueError(f"{place}: label is {label!r}; it must be true or false")
     prompt = columns.pop("prompt", "")
     chat = isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
+    source = str(columns.pop("source", columns.pop("data_source", "")))
+    name = str(columns.get("id", name))
+    messages = prompt if chat else ()
+    if isinstance(columns.get("columns"), dict):  # of a run, whose own figures are no columns
+        messages, columns = columns.get("messages", ()), columns["columns"]
     row = RewardInput(
-        messages=tuple(prompt) if chat else (),
+        messages=tuple(messages),
         completion=completion,
         answer=reference if isinstance(reference, str) else json.dumps(reference),
         prompt=prompt if isinstance(prompt, str) else json.dumps(prompt),
-        source=str(columns.pop("source", columns.pop("data_source", ""))),
+        source=source,
         columns=columns,
     )
-    return Row(
-        id=str(columns.get("id", name)), input=row, label=None if label is None else bool(label)
-    )
+    return Row(id=name, input=row, label=None if label is None else bool(label))
 
 
 def audit_reward(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ from .base import Settings
 from .cautions import refuse_what_cannot_train
 from .data import DataConfig, endless
 from .distill import DistillConfig
+from .earlier import brought_up
 from .mistakes import explain
 from .overrides import OverrideError, merged, tree_of
 from .presets import preset
@@ -46,6 +48,7 @@ from .settings import (
     LoraConfig,
     ModelConfig,
     OptimConfig,
+    ProfileConfig,
     ScheduleConfig,
     SyncConfig,
     TrackingConfig,
@@ -103,6 +106,7 @@ class Config(Settings):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+    profile: ProfileConfig = ProfileConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
@@ -260,6 +264,9 @@ def read_tree(
                 f"{path}: the file must be a mapping of groups such as model, data, rollout"
             )
         held: Any = OmegaConf.to_container(loaded)
+        held, earlier = brought_up(held)
+        for line in earlier:
+            print(f"{path}: {line}", file=sys.stderr)
         tree = prepare(held)
         for override in overrides:
             tree = merged(tree, read(override, tree))

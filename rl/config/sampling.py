@@ -224,7 +224,8 @@ class EvalConfig(SamplingConfig):
     """Held-out problems, before, during and after RL."""
 
     every: int = Field(default=25, ge=0)
-    """RL steps between evaluations; 0: only before and after."""
+    """RL steps between evaluations; 0: only before and after. With `schedule.max_staleness` above 0
+    the learners go on meanwhile."""
     size: int | None = Field(default=None, ge=0, le=100_000_000)
     """The first so many of the problems that `data` holds out; empty: all of them; 0: none."""
     samples: int = Field(default=1, ge=1, le=65_536)

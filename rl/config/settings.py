@@ -222,7 +222,14 @@ class TrackingConfig(Settings):
     also: tuple[Literal["tensorboard", "swanlab", "mlflow"], ...] = ()
     """Further trackers, whose packages you install."""
     samples: int = Field(default=8, ge=0)
-    """Sampled answers kept at each evaluation."""
+    """Sampled answers kept at each evaluation, and of each step."""
+    rollouts: Literal["some", "all", "none"] = "some"
+    """Which answers are kept in full under the run's `rollouts`, with parts, scores and versions,
+    as JSON lines that `emberl audit` reads: of each step `samples` of them, or every one."""
+    spans: bool = True
+    """Writes who was busy when to `spans.jsonl`, for `emberl report`: a few dozen lines a step."""
+    system_every: float = Field(default=15.0, ge=0, le=LONGEST)
+    """Seconds between two looks at the load of the run's machines; 0: none."""
     warn_after: int = Field(default=5, ge=0)
     """Steps in a row without a sign of learning (no update, equal rewards, answers all cut off,
     ...) after which one line says so, on the console and as an alert of W&B; 0: never."""
@@ -230,6 +237,15 @@ class TrackingConfig(Settings):
     """Share of the entropy of the first step below which a policy that does not solve its problems
     is said to have collapsed. arXiv 2505.22617 saw 76 % of the gain come with the first 73 % of
     the entropy that was lost, and little after it; 0: never said."""
+
+
+class ProfileConfig(Settings):
+    """Where time goes."""
+
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """RL steps of which torch's profiler writes a trace of every learner and rollout worker, under
+    the run's `profile`, with a timeline of the whole run (Perfetto loads them). vLLM's own
+    processes are not in them."""
 
 
 class ClusterConfig(Settings):

@@ -347,12 +347,15 @@ def fields(template: str) -> list[str]:
 
 
 def column(row: Mapping[str, Any], path: str) -> Any:
-    """The value at `reward_model.ground_truth` and the like; KeyError says what is there
-    instead."""
+    """The value at `reward_model.ground_truth`, `test_list.0` and the like; KeyError says what is
+    there instead."""
     if path in row:
         return row[path]
     value: Any = row
     for part in path.split("."):
+        if isinstance(value, list | tuple) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+            continue
         if not isinstance(value, Mapping) or part not in value:
             raise KeyError(missing(path, value if isinstance(value, Mapping) else row))
         value = value[part]

@@ -31,7 +31,7 @@ from ..eval_sets import EvalSet, open_eval_sets
 from ..model_files import check_model, load_tokenizer, prepare_model, stop_tokens
 from ..preflight import check_references
 from ..run import on_loop
-from ..watch.tracking import make_console
+from ..watch.console import make_console
 from .measures import metrics, powers
 from .page import write_page
 from .pictures import draw
@@ -90,7 +90,9 @@ def plan(
     if config.eval.size != 0:
         counts[OWN] = config.eval.samples
     for name, n in counts.items():
-        if any(k < 1 or k > n for k in ks):
+        if any(k < 1 for k in ks):
+            raise ConfigError(f"--k {min(ks)}: pass@k and maj@k are of 1 answer or more")
+        if any(k > n for k in ks):
             raise ConfigError(
                 f"--k {max(ks)} needs as many answers to each problem of {name}, but samples={n};"
                 f" set samples={max(ks)} or a smaller --k"

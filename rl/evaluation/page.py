@@ -3,15 +3,14 @@ file that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from ..config.sampling import ThinkingConfig
+from ..watch import page
 from .report import comparison_lines, table_of
 from .store import SAMPLES, SETTINGS, read
 from .thinking import split
@@ -23,6 +22,20 @@ _COLUMNS = (
     *("set", "problem", "budget", "sample", "source", "question", "reference", "text", "tokens"),
     *("finish_reason", "status", "message", "answer"),
 )
+_SHOWN = {
+    "filters": [
+        *(["status", "verdict"], ["set", "set"], ["source", "source"]),
+        ["budget", "thinking budget"],
+    ],
+    "parts": [
+        *(
+            ["question", "question"],
+            ["reference", "reference"],
+            ["thoughts", "thoughts", "thoughts"],
+        ),
+        *(["text", "answer"], ["answer", "read as"], ["message", "the verifier says"]),
+    ],
+}
 
 
 def write_page(folder: Path, result: Mapping[str, Any]) -> Path:
@@ -38,27 +51,23 @@ def write_page(folder: Path, result: Mapping[str, Any]) -> Path:
         )
     )
     names, lines = table_of(result)
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines
-    )
     pictures = "".join(
-        f'<img alt="{name}" src="data:image/png;base64,'
-        f'{base64.b64encode(file.read_bytes()).decode()}">'
+        page.picture(name, file.read_bytes())
         for name in ("accuracy", "budget", "k", "lengths")
         if (file := folder / f"{name}.png").is_file()
     )
-    text = Template(Path(__file__).with_suffix(".html").read_text()).substitute(
-        title=escape(f"{result['model']}: evaluation"),
-        table=f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
-        comparison="".join(f"<p>{escape(line)}</p>" for line in comparison_lines(result)),
-        pictures=pictures,
-        note=escape(note),
-        data=_as_script(_data(folder, kept)),
+    body = (
+        page.table(lines, names)
+        + page.paragraphs(comparison_lines(result))
+        + f"<div>{pictures}</div><h2>Samples</h2><p>{escape(note)}</p>{page.SAMPLES}"
     )
-    page = folder / PAGE
-    page.write_text(text, encoding="utf-8")
-    return page
+    return page.write_page(
+        folder / PAGE,
+        title=f"{result['model']}: evaluation",
+        body=body,
+        data=_SHOWN | _data(folder, kept),
+        scripts=["samples.js"],
+    )
 
 
 def _spread(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
@@ -85,10 +94,12 @@ def _data(folder: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 | {k: row[k] for k in ("set", "source", "question", "reference")}
             )
         thoughts, answer = split(row["text"], thinking.get(row["set"], ThinkingConfig()))
+        budget = "" if row["budget"] is None else f", budget {row['budget']}"
+        cut = ", cut" if row["finish_reason"] == "length" else ""
+        line = f"{row['problem']} #{row['sample']}, {row['tokens']} tokens{budget}{cut}"
         samples.append(
-            {"problem": numbers[key], "thoughts": thoughts, "text": answer}
-            | {"finish": row["finish_reason"]}
-            | {k: row[k] for k in ("budget", "sample", "tokens", "status", "message", "answer")}
+            {"problem": numbers[key], "thoughts": thoughts, "text": answer, "line": line}
+            | {k: row[k] for k in ("budget", "tokens", "status", "message", "answer")}
         )
     return {"problems": problems, "samples": samples}
 
@@ -100,9 +111,3 @@ def _thinking(folder: Path) -> dict[str, ThinkingConfig]:
         return {}
     sets = json.loads(file.read_text())["eval"]["sets"]
     return {name: ThinkingConfig(**keys["thinking"]) for name, keys in sets.items()}
-
-
-def _as_script(value: Any) -> str:
-    """JSON that a script element can hold: no `<` ends it."""
-    text = json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
-    return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

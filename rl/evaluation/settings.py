@@ -14,9 +14,10 @@ from typing import Any
 
 from ...kernels import platform
 from ..checkpoints import CHECKPOINTS, PROGRESS, latest_checkpoint
+from ..config.data import DataConfig
 from ..config.load import Config, ConfigError, load_config, resolve
 from ..config.overrides import merged, tree_of
-from ..config.sampling import EvalSetConfig
+from ..config.sampling import EvalConfig, EvalSetConfig, RolloutConfig
 from .benchmarks import named_set
 
 CONFIG = "config.yaml"
@@ -74,7 +75,7 @@ def configure(
     model: Named, data: Sequence[str], overrides: Sequence[str], *, own_data: bool = True
 ) -> Config:
     """The configuration of an evaluation on these sets; without any, of a run's own held-out
-    problems (`own_data`). `ConfigError` for an unknown set or key."""
+    problems (`own_data`), for which keys of a set count, too. `ConfigError` for an unknown set or key."""
     sets: dict[str, dict[str, Any]] = {}
     try:
         for text in data:
@@ -99,6 +100,8 @@ def configure(
             tree["eval"]["sets"] = {
                 name: merged(keys, change) for name, keys in tree["eval"]["sets"].items()
             }
+            if tree["eval"].get("size") != 0:
+                tree = merged(tree, _of_held_out(top, change, override))
         else:
             known = [*EvalSetConfig.model_fields, *Config.model_fields]
             near = difflib.get_close_matches(top, known, n=1)
@@ -107,6 +110,19 @@ def configure(
                 + (f"; did you mean {near[0]}?" if near else "")
             )
     return resolve(tree)
+
+
+def _of_held_out(top: str, change: dict[str, Any], override: str) -> dict[str, Any]:
+    """A key of a set as the problems have it that a run holds out itself."""
+    if top in EvalConfig.model_fields:
+        return {"eval": change}
+    if top in RolloutConfig.model_fields:
+        return {"rollout": change}
+    group = "data." if top in DataConfig.model_fields else "eval.sets.NAME."
+    raise ConfigError(
+        f"{override!r} is for sets that --data names, and here the run's own held-out problems are"
+        f" evaluated; name a set, or set {group}{override}"
+    )
 
 
 def _base(model: Named, sets: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,8 @@ wait."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ class LearnerGroup:
         self.ranks = tuple(ranks)
         self._timeout = timeout
         self._disks = disks
+        self.record: Callable[[str, float, float], None] = lambda what, start, end: None
+        """Told of every call: what was asked, and from when to when, as `time.time()`."""
 
     def connect(self, model_path: str, timeout: float) -> None:
         """Brings the ranks together and loads the policy, within `timeout` seconds
@@ -88,6 +91,10 @@ class LearnerGroup:
         metrics: dict[str, float] = self._call("critic_step", ray.put(batch))[0]
         return metrics
 
+    def trace(self, begin: bool) -> list[bytes]:
+        """Begins a trace of every rank's process, or ends it: what each recorded."""
+        return self._call("trace", begin)
+
     def take_weights(self) -> None:
         """Copies the weights aside, as the next version to be published."""
         self._call("take_weights")
@@ -132,6 +139,14 @@ class LearnerGroup:
         return self._wait([getattr(rank, method).remote(*arguments) for rank in self.ranks], method)
 
     def _wait(self, refs: Sequence[Any], what: str) -> list[Any]:
-        return gather(
-            refs, who="learner rank", what=what, timeout=self._timeout, key="cluster.step_timeout"
-        )
+        start = time.time()
+        try:
+            return gather(
+                refs,
+                who="learner rank",
+                what=what,
+                timeout=self._timeout,
+                key="cluster.step_timeout",
+            )
+        finally:
+            self.record(what, start, time.time())

@@ -29,6 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ...kernels import platform
 from ...kernels.loss.divergence import Teaching
 from ...rollout.actors import node_address, use_node_interface
+from ...rollout.tracing import ProcessTrace
 from ...rollout.weights.engine_transfer import BroadcastGroup
 from ..algorithm.losses import CLIPPED, COUNTED, PARTS, BatchLoss, Objective, token_loss
 from ..algorithm.offpolicy import mismatch_metrics
@@ -96,12 +97,20 @@ class LearnerRank:
         them waits whole, which for a large model is more than a device has."""
         self.peak = peak_flops(platform.device_name(self.platform))
         self.publisher = Publisher(rank=spec.rank, world=spec.world, threads=spec.threads)
+        self._trace = ProcessTrace()
         self.critic: Trainable | None = None
         self.reference: Policy | None = None
         self.teachers: list[Teacher] = []
         self._seen: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]] = []
         """Of each batch since the last update: old and engine's log-probs, loss mask, sequence
         ids."""
+
+    def trace(self, begin: bool) -> bytes:
+        """Begins a trace of this process, or ends it and returns it."""
+        if begin:
+            self._trace.begin()
+            return b""
+        return self._trace.end()
 
     def address(self) -> str:
         """`host:port` at which rank 0 will wait for the others."""

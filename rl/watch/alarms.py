@@ -94,6 +94,24 @@ class Alarms:
         return f"{when}: {sign.cause(self._last)}"
 
 
+def failures(step: int, metrics: Metrics) -> list[Alarm]:
+    """What went wrong in a step and was made good or left out: said each time."""
+    found = []
+    if count := metrics.get("sync/digest_failures", 0):
+        text = (
+            f"step {step}: {count:.0f} times weights came whose digests were not the learners'; they"
+            " were sent again and never served: look at the network and at memory errors"
+        )
+        found.append(Alarm(title="digest failures", text=text))
+    if count := metrics.get("training/verifier_errors", 0):
+        text = (
+            f"step {step}: {count:.0f} answers have no verdict because their grader failed; they do"
+            " not train: `status` verifier_error in rollouts/ has the messages"
+        )
+        found.append(Alarm(title="verifier errors", text=text))
+    return found
+
+
 def signs(config: Config) -> list[Sign]:
     """What is looked for in a run of this configuration."""
     floor, longest = config.tracking.entropy_floor, config.rollout.max_response_length

@@ -32,12 +32,24 @@ SCHEMA = pa.schema(
         ("grade_s", pa.float64()),
         ("versions", pa.list_(pa.int32())),  # that sampled it, in order
         ("version_tokens", pa.list_(pa.int32())),  # and how many tokens each of them
+        ("source", pa.string()),
+        ("status", pa.string()),  # of its verdict
+        ("score", pa.float64()),
+        ("advantage", pa.float64()),  # none where it does not train
     ]
 )
 
 
-def record_lengths(run_dir: Path, step: int, version: int, groups: Sequence[Group]) -> Path:
-    """Writes the rows of one step; `version` is the one that the step trains."""
+def record_lengths(
+    run_dir: Path,
+    step: int,
+    version: int,
+    groups: Sequence[Group],
+    trained: Sequence[Group] = (),
+) -> Path:
+    """Writes the rows of one step; `version` is the one that the step trains, `trained` are those
+    of the groups that do."""
+    advantages = {id(group.completions): group.advantages for group in trained}
     rows = [
         {
             "step": step,
@@ -51,9 +63,16 @@ def record_lengths(run_dir: Path, step: int, version: int, groups: Sequence[Grou
             "grade_s": verdict.seconds,
             "versions": [version for version, _ in completion.sampled_by_version],
             "version_tokens": [count for _, count in completion.sampled_by_version],
+            "source": group.prompt.source,
+            "status": verdict.status.value,
+            "score": verdict.score,
+            "advantage": None if own is None else float(own[i]),
         }
         for group in groups
-        for completion, verdict in zip(group.completions, group.verdicts, strict=True)
+        for own in [advantages.get(id(group.completions))]
+        for i, (completion, verdict) in enumerate(
+            zip(group.completions, group.verdicts, strict=True)
+        )
     ]
     folder = run_dir / LENGTHS
     folder.mkdir(exist_ok=True)

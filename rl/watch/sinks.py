@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from numpy.typing import NDArray
+
 from ..config.load import Config
 
 QUEUED = 1000
@@ -23,17 +25,31 @@ QUEUED = 1000
 CLOSING = 30.0
 """Seconds for what still waits when a run ends."""
 Mode = Literal["online", "offline", "disabled"]
+AXES: dict[str, tuple[str, ...]] = {
+    "train/step": (),
+    "eval/step": ("val-core/*", "val-aux/*"),
+    "sft/step": ("sft/*",),
+    "rollout/version": (
+        *("sched/*", "response_length/*", "response/*", "prompt_length/*", "num_turns/*"),
+        *("observation_length/*", "episode/*", "sync/*"),
+    ),
+    "system/seconds": ("system/*",),
+}
+"""Of W&B: what each is the horizontal axis of; everything else has `train/step`."""
 WANDB_ID = "wandb_id"
 """A file in the run's directory: a resumed run goes on as the same one at W&B."""
 
 
 class Sink(Protocol):
-    """What a tracker must be able to do. axis: `train`, `eval` or `sft`, each with steps of its
-    own."""
+    """What a tracker must be able to do. axis: `train`, `eval`, `sft` or `system`, each with steps
+    of its own (of `system`: seconds)."""
 
     def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None: ...
 
-    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None: ...
+    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Sampled answers, with verdicts and scores."""
+
+    def histograms(self, step: int, values: Mapping[str, NDArray[Any]]) -> None: ...
 
     def alert(self, title: str, text: str) -> None: ...
 
@@ -123,19 +139,32 @@ class Wandb:
             tell(f"W&B cannot be reached ({line}): kept offline under {run_dir / 'wandb'}")
             options.pop("resume", None)
             self._run = wandb.init(mode="offline", **options)
-        for axis in ("train", "eval", "sft"):
-            self._run.define_metric(f"{axis}/step")
+        for axis in AXES:
+            self._run.define_metric(axis)
         self._run.define_metric("*", step_metric="train/step")
-        for of_eval in ("val-core/*", "val-aux/*", "samples"):
-            self._run.define_metric(of_eval, step_metric="eval/step")
-        self._run.define_metric("sft/*", step_metric="sft/step")
+        for axis, names in AXES.items():
+            for name in names:
+                self._run.define_metric(name, step_metric=axis)
+        self._table: Any = None
 
     def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log({**metrics, f"{axis}/step": step})
+        self._run.log({**metrics, "system/seconds" if axis == "system" else f"{axis}/step": step})
 
-    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        table = self._wandb.Table(columns=list(columns), data=[list(row) for row in rows])
-        self._run.log({"samples": table, "eval/step": step})
+    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """One table that grows, for W&B to filter and group by any column."""
+        if self._table is None:
+            self._table = self._wandb.Table(
+                columns=list(columns), log_mode="INCREMENTAL", allow_mixed_types=True
+            )
+        for row in rows:
+            self._table.add_data(*row)
+        self._run.log({"samples": self._table, "train/step": step})
+
+    def histograms(self, step: int, values: Mapping[str, NDArray[Any]]) -> None:
+        made = {
+            f"histogram/{name}": self._wandb.Histogram(v.tolist()) for name, v in values.items()
+        }
+        self._run.log({**made, "train/step": step})
 
     def alert(self, title: str, text: str) -> None:
         self._run.alert(title=title, text=text, level="WARN")
@@ -156,11 +185,15 @@ class TensorBoard:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         text = "\n\n---\n\n".join(
             "\n\n".join(f"**{c}**: {v}" for c, v in zip(columns, row, strict=True)) for row in rows
         )
         self._writer.add_text("samples", text, step)
+
+    def histograms(self, step: int, values: Mapping[str, NDArray[Any]]) -> None:
+        for name, value in values.items():
+            self._writer.add_histogram(f"histogram/{name}", value, step)
 
     def alert(self, title: str, text: str) -> None:
         self._writer.add_text("alerts", f"{title}: {text}")
@@ -189,9 +222,12 @@ class SwanLab:
     def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
         self._swanlab.log(dict(metrics), step=step)
 
-    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         texts = ["\n".join(f"{c}: {v}" for c, v in zip(columns, row, strict=True)) for row in rows]
         self._swanlab.log({"samples": [self._swanlab.Text(text) for text in texts]}, step=step)
+
+    def histograms(self, step: int, values: Mapping[str, NDArray[Any]]) -> None:
+        """It has none."""
 
     def alert(self, title: str, text: str) -> None:
         self._swanlab.log({"alerts": self._swanlab.Text(f"{title}: {text}")})
@@ -214,9 +250,12 @@ class MLflow:
     def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
         self._mlflow.log_metrics(dict(metrics), step=step)
 
-    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         data = {c: [row[i] for row in rows] for i, c in enumerate(columns)}
         self._mlflow.log_table(data | {"step": [step] * len(rows)}, "samples.json")
+
+    def histograms(self, step: int, values: Mapping[str, NDArray[Any]]) -> None:
+        """It has none."""
 
     def alert(self, title: str, text: str) -> None:
         self._mlflow.set_tag(f"alert: {title}"[:250], text[:4000])

@@ -105,6 +105,30 @@ def correct(groups: Sequence[Group]) -> float:
     return float(np.mean([v.status == "correct" for group in groups for v in group.verdicts]))
 
 
+def histograms(groups: Sequence[Group], trained: Sequence[Group], version: int) -> dict[str, Array]:
+    """Of a step's answers: lengths in tokens, the age of each at its first token in versions, and
+    by source scores and, of the groups that train, advantages."""
+    found: dict[str, Array] = {
+        "response_length": np.array([c.num_sampled for g in groups for c in g.completions]),
+        "staleness": np.array(
+            [version - c.oldest_version for g in groups for c in g.completions if len(c)]
+        ),
+    }
+    for name, chosen, values in (
+        ("score", groups, [g.scores for g in groups]),
+        ("advantage", trained, [g.advantages for g in trained]),
+    ):
+        for source in dict.fromkeys(g.prompt.source for g in chosen):
+            own = [
+                v
+                for g, v in zip(chosen, values, strict=True)
+                if g.prompt.source == source and v is not None
+            ]
+            joined = np.concatenate(own) if own else np.zeros(0)
+            found[f"{name}/{source}"] = joined[np.isfinite(joined)]
+    return {name: values for name, values in found.items() if len(values)}
+
+
 def speed_metrics(tokens: float, sampled: int, seconds: float, devices: int) -> dict[str, float]:
     """tokens: of prompts and answers (`perf/total_num_tokens`); sampled: of answers alone, of the
     whole system."""

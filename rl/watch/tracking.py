@@ -1,39 +1,39 @@
-"""Where a run's figures go: `metrics.jsonl`, the console, Weights & Biases, a table of sampled
-answers, the learning curve."""
+"""Where a run's figures go: `metrics.jsonl`, the console, Weights & Biases, sampled answers, spans,
+the learning curve."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from ..answers import AnswerReader
 from ..config.load import Config, to_yaml
 from ..groups import Group
 from ..run_directory import METRICS
+from .console import StageConsole, make_console, plain
 from .curve import plot_curve
+from .records import ALERTS, SYSTEM
+from .rollouts import RolloutLog, Rows, rows_of
 from .sinks import open_sinks
+from .spans import SPANS, Spans
 
 Axis = Literal["train", "eval"]
-LINE_SECONDS = 60.0
-"""Off a terminal a line is printed at least so often, at the end of a step."""
-WIDTH = 200
-"""Columns off a terminal, of which a log has as many as it likes."""
 HALF_CELL = 400
 """Characters at each end of a sampled answer that `samples.md` shows."""
+COLUMNS = (
+    *("stage", "axis", "step", "source", "question", "completion", "reference", "status", "score"),
+    *("tokens", "advantage"),
+)
+"""Of the trackers' table of samples, before a column for each part of the reward."""
 
 
 class Tracker:
@@ -44,32 +44,21 @@ class Tracker:
         (run_dir / "config.yaml").write_text(to_yaml(config))
         self._file = (run_dir / METRICS).open("a")
         self._sinks = open_sinks(config, run_dir, self.note)
-        self._bar: Progress | None = None
+        self._on_console: StageConsole | None = None
+        self._stage = ""
+        self._rollouts = RolloutLog(run_dir, self.alert)
+        self.spans = Spans(run_dir / SPANS if config.tracking.spans else None)
 
     def begin(self, stage: str, step: int, steps: int) -> None:
         """A new progress bar (plain lines where the output is not a terminal)."""
         self.end()
-        if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[figures]}"),
-                console=self.console,
-            )
-            self._bar.start()
-            self._bar.add_task(stage, total=steps, completed=step, figures="")
         self._stage, self._steps = stage, steps
-        self._first_step, self._last_line = step, -1
-        self._begun = self._line_time = time.monotonic()
+        self._on_console = StageConsole(self.console, stage, step, steps)
 
     def end(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._on_console is not None:
+            self._on_console.close()
+            self._on_console = None
 
     def log(
         self,
@@ -84,39 +73,74 @@ class Tracker:
         row = {"stage": self._stage, "step": step, "axis": axis, **finite}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
+        self.spans.flush()
         sft = self._stage == "sft"
         prefixed = {n if n.startswith("sft/") else f"sft/{n}": v for n, v in metrics.items()}
         of_axis = prefixed if sft else dict(metrics)
         for sink in self._sinks:
             sink.call(lambda it: it.log("sft" if sft else axis, step, of_axis))
-        figures = "  ".join(f"{name} {value}" for name, value in (show or {}).items())
-        if self._bar is not None and axis == "train":
-            self._bar.update(self._bar.task_ids[0], completed=step, figures=figures)
-        elif axis == "eval" or self._due(step):
-            self._last_line = step if axis == "train" else self._last_line
-            self._line_time = time.monotonic()
-            told = f"{self._stage} {step:5}/{self._steps}  {figures}"
-            if axis == "train":
-                told += self._remaining(step)
-            self.console.print(f"{time.strftime('%H:%M:%S')}  {told}", highlight=False)
+        if self._on_console is not None:
+            tell = self._on_console.step if axis == "train" else self._on_console.looked
+            tell(step, show or {})
 
-    def _due(self, step: int) -> bool:
-        """Whether a step is worth a line: the first, the last, every tenth part and every
-        minute."""
-        return (
-            self._last_line < 0
-            or step - self._last_line >= max(1, self._steps // 10)
-            or step == self._steps
-            or time.monotonic() - self._line_time >= LINE_SECONDS
-        )
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """While the run does something else than steps, e.g. `saving`: on the console, and as a
+        span."""
+        with self.spans.span("loop", what.split()[0]):
+            if self._on_console is None:
+                yield
+                return
+            with self._on_console.doing(what):
+                yield
 
-    def _remaining(self, step: int) -> str:
-        """Seconds a step so far, and the time to the end by them; nothing at the end."""
-        done, left = step - self._first_step, self._steps - step
-        if done <= 0 or left <= 0:
-            return ""
-        each = (time.monotonic() - self._begun) / done
-        return f"  {each:.3g} s/step  {_duration(each * left)} left"
+    def keep(
+        self,
+        axis: Axis,
+        step: int,
+        groups: Sequence[Group],
+        reader: AnswerReader,
+        trained: Sequence[Group] = (),
+    ) -> None:
+        """Has answers kept as `tracking.rollouts` says, and a few shown by the trackers; returns
+        before that is done."""
+        how, few = self.config.tracking.rollouts, self.config.tracking.samples
+        if how == "none" and not few:
+            return
+        chosen = groups if how == "all" else few_of(groups, few, whole=axis == "train")
+        stage = self._stage
+
+        def rows() -> Rows:
+            made = list(rows_of(chosen, reader, trained))
+            self._show(stage, axis, step, made[:few])
+            return made if how != "none" else []
+
+        if chosen:
+            self._rollouts.put(stage, axis, step, rows)
+
+    def _show(self, stage: str, axis: Axis, step: int, rows: Rows) -> None:
+        parts = list(self.config.reward.parts)
+        columns = [*COLUMNS, *(f"part/{name}" for name in parts)]
+        where = {"stage": stage, "axis": axis, "step": step}
+        table = [
+            [(where | row).get(name) for name in COLUMNS] + [row["parts"].get(p) for p in parts]
+            for row in rows
+        ]
+        if table:
+            for sink in self._sinks:
+                sink.call(lambda it: it.table(step, columns, table))
+
+    def histograms(self, step: int, values: Mapping[str, NDArray[Any]]) -> None:
+        """How a step's figures are spread, by name."""
+        for sink in self._sinks:
+            sink.call(lambda it: it.histograms(step, values))
+
+    def system(self, seconds: float, metrics: Mapping[str, float]) -> None:
+        """Load of the run's machines, so long after it began."""
+        with (self.run_dir / SYSTEM).open("a") as file:
+            file.write(json.dumps({"time": time.time(), **metrics}) + "\n")
+        for sink in self._sinks:
+            sink.call(lambda it: it.log("system", int(seconds), metrics))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, str]]) -> None:
         """Appends sampled answers, as read by a person, to `samples.md`."""
@@ -131,10 +155,6 @@ class Tracker:
         table += ["| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in rows]
         with (self.run_dir / "samples.md").open("a") as file:
             file.write("\n".join(table) + "\n")
-        for sink in self._sinks:
-            sink.call(
-                lambda it: it.table(step, columns, [[row[c] for c in columns] for row in rows])
-            )
 
     def curve(self) -> Path | None:
         """Draws the learning curve from everything logged so far."""
@@ -144,20 +164,41 @@ class Tracker:
 
     def note(self, text: str) -> None:
         """One line for the person who watches."""
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(plain(text), highlight=False, markup=False)
 
     def alert(self, title: str, text: str) -> None:
-        """One line of warning, and an alert where the trackers have such."""
-        self.console.print(f"warning: {title}: {text}", highlight=False, markup=False)
+        """One line of warning, kept in `alerts.jsonl`, and an alert where the trackers have
+        such."""
+        self.console.print(plain(f"warning: {title}: {text}"), highlight=False, markup=False)
+        if self._on_console is not None:
+            self._on_console.warned(f"{title}: {text}")
+        try:
+            with (self.run_dir / ALERTS).open("a") as file:
+                file.write(json.dumps({"time": time.time(), "title": title, "text": text}) + "\n")
+        except OSError:  # a full disk is among what is said here
+            pass
         for sink in self._sinks:
             sink.call(lambda it: it.alert(title, text))
 
     def close(self) -> None:
         self.end()
+        self._rollouts.close()
+        self.spans.flush()
         self._file.close()
         for sink in self._sinks:
             sink.close()
         self._sinks = []
+
+
+def few_of(groups: Sequence[Group], answers: int, *, whole: bool) -> list[Group]:
+    """Groups that hold about so many answers: `whole` ones, or the first answer of each."""
+    if not whole:
+        return [
+            replace(g, completions=g.completions[:1], verdicts=g.verdicts[:1], advantages=None)
+            for g in groups[:answers]
+        ]
+    size = max(1, len(groups[0].completions)) if groups else 1
+    return list(groups[: math.ceil(answers / size)])
 
 
 def sample_rows(
@@ -180,25 +221,11 @@ def sample_rows(
     return rows
 
 
-def make_console() -> Console:
-    """The console for people is stderr: stdout is kept for the one JSON line."""
-    terminal = sys.stderr.isatty()
-    return Console(
-        stderr=True,
-        soft_wrap=True,
-        force_terminal=None if terminal else False,
-        width=None if terminal else WIDTH,
-    )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
 def _cell(text: str) -> str:
     """The beginning and the end of a long text: the answer stands at the end."""
     if len(text) > 2 * HALF_CELL:
         text = f"{text[:HALF_CELL]} [...] {text[-HALF_CELL:]}"
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+__all__ = ["Axis", "Tracker", "few_of", "make_console", "sample_rows"]

@@ -79,6 +79,7 @@ class WeightSync:
         self._fabric = fabric
         self._settings = settings
         self._schedule = config.schedule
+        self._patience = config.rollout.timeout
         self._learners = learners
         self._pool = pool
         self._tell = tell
@@ -101,17 +102,24 @@ class WeightSync:
         self._probe_ids = tuple(probe_ids)
         self.under_way: asyncio.Task[dict[str, float]] | None = None
         """The delivery of the newest version, until somebody has waited for it."""
+        self._held_at: int | None = None
+        self._newest = -1  # the version whose delivery is or was under way last
+        self._released = asyncio.Event()
 
     async def publish(self, version: int, *, wait: bool = True) -> dict[str, float]:
         """Has every worker serve the learners' weights as this version; returns the figures of the
         transfer. Without `wait`, where rollouts run ahead, it goes on while the learners make their
         next step, and the figures are those of the version before."""
         start = time.perf_counter()  # to wait for the version before is the learners' loss, too
+        if self.under_way is not None and self._is_held(self._newest):
+            self.under_way.cancel()  # it has not begun, and this version takes its place
+            self.under_way = None
         figures = await self.delivered()
         ahead = not wait and self._schedule.max_staleness > 0
         taken = await self._take(version, ahead and self._schedule.in_flight == "finish")
         if not ahead:
             return await self._deliver(taken)
+        self._newest = version
         self.under_way = asyncio.create_task(self._deliver(taken))
         # if the run fails otherwise first, nobody asks for it
         self.under_way.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -128,6 +136,27 @@ class WeightSync:
         if self.under_way is not None and self.under_way.done():
             self.under_way.result()
 
+    def hold(self, version: int) -> None:
+        """Keeps the workers at this version, once they have it, until `release`. Learners publish
+        on meanwhile; of what they publish only the newest is delivered then."""
+        self._held_at = version
+        self._released.clear()
+
+    def release(self) -> None:
+        self._held_at = None
+        self._released.set()
+
+    async def serving(self, version: int) -> None:
+        """Waits until every worker serves this version or a newer one; raises what made its
+        delivery fail."""
+        if self.under_way is not None and self._newest <= version:
+            await asyncio.shield(self.under_way)
+        patience = self._settings.timeout + self._patience  # as `RolloutPool.serve_later` has
+        await asyncio.wait_for(self._pool.served_after(version - 1), patience)
+
+    def _is_held(self, version: int) -> bool:
+        return self._held_at is not None and version > self._held_at
+
     async def _take(self, version: int, later: bool) -> Taken:
         """Before the learners make their next step."""
         start = time.perf_counter()
@@ -142,8 +171,10 @@ class WeightSync:
     async def _deliver(self, taken: Taken) -> dict[str, float]:
         """Every worker serves what was taken when this returns (or, `later`, once it has finished
         what it decodes, before anything else); the figures of it."""
-        start = time.perf_counter()
         version = taken.version
+        while self._is_held(version):
+            await self._released.wait()
+        start = time.perf_counter()
         if self._history is not None and self.notice is None:
             self._forget_from(version)
         broadcast = None

@@ -46,6 +46,34 @@ class Browser:
         body = {"script": script, "args": list(arguments)}
         return self._ask("POST", f"{self._session}/execute/sync", body)
 
+    def listed(self) -> list[str]:
+        """The lines of a page's browser of samples."""
+        found: list[str] = self.run(
+            "return [...document.querySelectorAll('#list details')].map((d) => d.innerText)"
+        )
+        return found
+
+    def choose(self, **values: str) -> str:
+        """Sets filters of that browser; how many samples it says there are."""
+        for name, value in values.items():
+            self.run(
+                "const f = document.getElementById(arguments[0]); f.value = arguments[1];"
+                " f.dispatchEvent(new Event('input', {bubbles: true}))",
+                name,
+                value,
+            )
+        count: str = self.run("return document.getElementById('count').innerText")
+        return count
+
+    def opened(self) -> list[str]:
+        """Opens the first sample; its headings and texts in turn."""
+        self.run("document.querySelector('#list details').open = true")
+        found: list[str] = self.run(
+            "return new Promise((done) => setTimeout(() => done("
+            "[...document.querySelectorAll('#list details div > *')].map((e) => e.textContent)), 100))"
+        )
+        return found
+
     def log(self) -> list[str]:
         """What the console has of errors and warnings since the last call."""
         body = {"type": "browser"}

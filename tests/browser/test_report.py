@@ -60,52 +60,29 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_page(folder, result)
 
 
-def listed(browser: Any) -> list[str]:
-    found: list[str] = browser.run(
-        "return [...document.querySelectorAll('#list details')].map((d) => d.innerText)"
-    )
-    return found
-
-
-def choose(browser: Any, **values: str) -> str:
-    for name, value in values.items():
-        browser.run(
-            "const f = document.getElementById(arguments[0]); f.value = arguments[1];"
-            " f.dispatchEvent(new Event('input', {bubbles: true}))",
-            name,
-            value,
-        )
-    count: str = browser.run("return document.getElementById('count').innerText")
-    return count
-
-
 def test_the_browser_of_samples(browser: Any, page: Path, tmp_path: Path) -> None:
     browser.open(page)
-    assert choose(browser) == "1 to 50 of 82"
-    assert len(listed(browser)) == 50
+    assert browser.choose() == "1 to 50 of 82"
+    assert len(browser.listed()) == 50
     browser.run("document.getElementById('next').click()")
-    assert choose(browser, search="") == "1 to 50 of 82", "a change begins at the first page"
+    assert browser.choose(search="") == "1 to 50 of 82", "a change begins at the first page"
     browser.run("document.getElementById('next').click()")
-    assert len(listed(browser)) == 32
+    assert len(browser.listed()) == 32
     expected = sum((n + s) % 3 == 1 for n in range(40) for s in (0, 1)) + 1
-    assert choose(browser, status="wrong").endswith(f"of {expected}")
-    assert all(line.startswith("wrong") for line in listed(browser))
+    assert browser.choose(status="wrong").endswith(f"of {expected}")
+    assert all(line.startswith("wrong") for line in browser.listed())
     both = sum((n + s) % 3 == 1 for n in range(0, 40, 2) for s in (0, 1))
-    assert choose(browser, set="code").endswith(f"of {both}")
-    assert choose(browser, status="", set="", source="s1").endswith("of 26")
-    assert choose(browser, source="", **{"from": "100", "to": "121"}) == "1 to 6 of 6"
-    assert choose(browser, search="IS 11 +") == "1 to 2 of 2", "the question, in any case"
-    assert choose(browser, search="count 12") == "1 to 2 of 2", "the thoughts"
-    browser.run("document.querySelector('#list details').open = true")
-    shown = browser.run(
-        "return new Promise((done) => setTimeout(() => done("
-        "[...document.querySelectorAll('#list details div > *')].map((e) => e.innerText)), 100))"
-    )
+    assert browser.choose(set="code").endswith(f"of {both}")
+    assert browser.choose(status="", set="", source="s1").endswith("of 26")
+    assert browser.choose(source="", **{"from": "100", "to": "121"}) == "1 to 6 of 6"
+    assert browser.choose(search="IS 11 +") == "1 to 2 of 2", "the question, in any case"
+    assert browser.choose(search="count 12") == "1 to 2 of 2", "the thoughts"
+    shown = browser.opened()
     assert shown == [
         *("question", "What is 12 + 1?", "reference", "13", "thoughts", "count 12"),
         *("answer", "it is 12", "read as", "12"),
     ]
-    assert choose(browser, search="nowhere") == "none"
+    assert browser.choose(search="nowhere") == "none"
     browser.screenshot(tmp_path / "page.png")
     sizes = browser.run("return [...document.images].map((i) => i.naturalWidth)")
     assert len(sizes) == 3 and min(sizes) > 300, "pictures are in the page"
@@ -114,13 +91,8 @@ def test_the_browser_of_samples(browser: Any, page: Path, tmp_path: Path) -> Non
 
 def test_foreign_text_is_text(browser: Any, page: Path) -> None:
     browser.open(page)
-    assert choose(browser, set="foreign") == "1 to 2 of 2"
-    browser.run("document.querySelector('#list details').open = true")
-    shown: str = browser.run(
-        "return new Promise((done) => setTimeout(() => done("
-        "document.querySelector('#list details pre').textContent), 100))"
-    )
-    assert shown == HOSTILE
+    assert browser.choose(set="foreign") == "1 to 2 of 2"
+    assert browser.opened()[1] == HOSTILE
     state = "return [window.bad === undefined, document.images.length, document.scripts.length]"
     assert browser.run(state) == [True, 3, 2]
     assert HOSTILE in browser.run("return document.querySelector('h1').textContent")

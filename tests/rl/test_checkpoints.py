@@ -49,6 +49,20 @@ def test_the_best_stay_beside_the_newest(tmp_path: Path, keep_best: int, left: l
     assert names == [f"rl-{step:06}" for step in left]
 
 
+def test_an_accuracy_that_is_not_known_yet_makes_no_checkpoint_the_best(tmp_path: Path) -> None:
+    """Step 3 has the accuracy of step 2's evaluation while its own is under way: 0.3."""
+    for step, accuracy, evaluating in ((1, 0.5, None), (2, 0.9, None), (3, 0.9, 3), (4, 0.2, None)):
+        progress = p.Progress(step=step, accuracy_end=accuracy, evaluating=evaluating)
+        folder = p.begin_checkpoint(tmp_path, f"rl-{step:06}")
+        done = p.finish_checkpoint(folder, progress, keep=1, keep_best=2)
+        if step == 3:
+            assert sorted(f.name[-1] for f in done.parent.iterdir()) == ["1", "2", "3"]
+            p.add_evaluation(done, p.Progress(accuracy_end=0.3))
+            assert p.read_progress(done) == p.Progress(step=3, accuracy_end=0.3)
+            assert p.latest_checkpoint(tmp_path) == done
+    assert sorted(f.name[-1] for f in (tmp_path / "checkpoints").iterdir()) == ["1", "2", "4"]
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [

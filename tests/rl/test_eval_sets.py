@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -181,7 +181,11 @@ def answered(job: Job) -> None:
 
 
 def grade(
-    prompt: Prompt, completions: Sequence[Completion], suite: RewardSuite, max_tokens: int
+    prompt: Prompt,
+    completions: Sequence[Completion],
+    suite: RewardSuite,
+    max_tokens: int,
+    step: int,
 ) -> Group:
     """The first answer is the reference, and the others are nonsense."""
     texts = [f"\\boxed{{{prompt.answer if c.sample == 0 else 77}}}" for c in completions]
@@ -197,6 +201,7 @@ def test_every_set_is_in_the_metrics_by_its_name(files: dict[str, str], size: in
     source = open_source(settings.data, CHAT, 0)
     suite = build_suite({name: part.model_dump() for name, part in settings.reward.parts.items()})
     logged: list[tuple[Any, ...]] = []
+    kept: list[int] = []
 
     async def delivered() -> dict[str, float]:
         return {}
@@ -216,11 +221,15 @@ def test_every_set_is_in_the_metrics_by_its_name(files: dict[str, str], size: in
                 problem=lambda prompt: prompt.messages[-1]["content"],
             ),
             tracker=SimpleNamespace(
-                log=lambda *a: logged.append(a), samples=lambda *a: logged.append(a)
+                log=lambda *a: logged.append(a),
+                samples=lambda *a: logged.append(a),
+                doing=lambda what: nullcontext(),
+                keep=lambda axis, step, groups, reader: kept.append(len(groups)),
             ),
         )
         result = asyncio.run(evaluate(run))  # type: ignore[arg-type]
     (step, metrics, axis, show), (_, rows) = logged
+    assert len(kept) == 1 and kept[0] >= len(rows), "the answers to all sets are kept"
     assert (step, axis, len(rows)) == (7, "eval", 11 if size is None else 5)
     assert metrics["val-core/aime/acc/mean@2"] == 0.5
     assert metrics["val-aux/aime/reward/mean@2"] == 0.25

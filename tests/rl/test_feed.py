@@ -112,6 +112,7 @@ def fake_run(
         source=Source(),
         grade=grade,
         weights=SimpleNamespace(under_way=None, check=lambda: None),
+        evaluation=None,
         suite=SimpleNamespace(finished=0),
         sampling=lambda step: Sampling(max_tokens=4, seed=step),
     )
@@ -182,6 +183,23 @@ def test_the_loop_is_told_by_name_when_no_group_comes() -> None:
         with pytest.raises(
             ActorLostError, match=r"no group came within 0\.2 s, though 1 are under way"
         ):
+            await feed.take(0)
+
+    play(run, scenario)
+
+
+def test_while_an_evaluation_keeps_the_workers_the_feed_waits_for_what_becomes_of_it() -> None:
+    run = fake_run()
+    run.pool.silent = {"p0"}
+
+    async def evaluate() -> None:
+        await asyncio.sleep(0.2)
+        raise ActorLostError("rollout worker 1 is gone")
+
+    async def scenario(feed: GroupFeed) -> None:
+        feed._patience = 0.05
+        run.evaluation = asyncio.create_task(evaluate())
+        with pytest.raises(ActorLostError, match="rollout worker 1 is gone"):
             await feed.take(0)
 
     play(run, scenario)

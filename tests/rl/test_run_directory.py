@@ -144,6 +144,10 @@ def test_rows_that_will_be_written_again_are_dropped(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"stage": "rl", "st')
     trim_metrics(tmp_path, "rl", 1, ("sft", "rl"))
     assert [json.loads(line) for line in file.read_text().splitlines()] == rows[:3]
+    trim_metrics(tmp_path, "rl", 1, ("sft", "rl"), evaluates=True)
+    assert [json.loads(line) for line in file.read_text().splitlines()] == rows[:3]
+    trim_metrics(tmp_path, "rl", 0, ("sft", "rl"), evaluates=True)
+    assert [json.loads(line) for line in file.read_text().splitlines()] == rows[:1]
     file.write_text('{"stage": "rl", "st\n{"stage": "rl", "step": 1}\n')
     with pytest.raises(ConfigError, match=r"metrics.jsonl:1 is not JSON"):
         trim_metrics(tmp_path, "rl", 1, ("sft", "rl"))

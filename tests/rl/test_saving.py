@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,7 +44,10 @@ def run(folder: Path, learners: Learners, alerts: list[str]) -> Run:
         ("run_id", "tokenizer", "source", "suite", "pool", "stop")
     )
     weights = SimpleNamespace(probe=SimpleNamespace(level=None))
-    tracker: Any = SimpleNamespace(alert=lambda title, text: alerts.append(f"{title}: {text}"))
+    tracker: Any = SimpleNamespace(
+        alert=lambda title, text: alerts.append(f"{title}: {text}"),
+        doing=lambda what: nullcontext(),
+    )
     return Run(
         **unused,
         config=resolve(SETTINGS),

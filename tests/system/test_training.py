@@ -239,13 +239,22 @@ def test_a_lost_worker_is_replaced_and_what_it_had_not_answered_is_asked_again(
 
 
 def test_a_resumed_run_asks_again_for_what_was_in_flight(emberl: Emberl) -> None:
-    """Neither lost nor doubled: every problem that was admitted before the checkpoint trains
-    once."""
+    """Neither lost nor doubled: every problem that was admitted before the checkpoint trains once,
+    and an evaluation that was under way beside the training is done once more, by the same
+    weights."""
     import pyarrow.parquet
 
-    asynchronous = ("schedule.max_staleness=2", "eval.every=0", "run_dir=run")
+    asynchronous = ("schedule.max_staleness=2", "eval.every=2", "run_dir=run")
     emberl.train("schedule.steps=4", *asynchronous)
-    progress = json.loads((emberl.folder / "run/checkpoints/rl-000004/progress.json").read_text())
+    checkpoints, before = (
+        emberl.folder / "run/checkpoints",
+        read_metrics(emberl.folder / "run", "eval"),
+    )
+    # as after a kill in the middle of the evaluation of step 2
+    shutil.rmtree(checkpoints / "rl-000004")
+    (checkpoints / "rl-000002/evaluation.json").unlink()
+    progress = json.loads((checkpoints / "rl-000002/progress.json").read_text())
+    assert progress["evaluating"] == 2
     pending = [position for position, _ in progress["pending"]]
     assert len(pending) in (16, 32), (
         "one or two steps ahead, as the last version was served already or not"
@@ -254,11 +263,17 @@ def test_a_resumed_run_asks_again_for_what_was_in_flight(emberl: Emberl) -> None
     rows = pyarrow.parquet.read_table(emberl.folder / "run/lengths.parquet").to_pylist()
     asked = [row["prompt_id"] for row in rows if row["sample"] == 0]
     assert len(asked) == len(set(asked)) == 8 * 16
-    first = progress["position"] - len(pending) - 4 * 16
+    first = progress["position"] - len(pending) - 2 * 16
     trained = {int(name.rsplit("/", 1)[1]) for name in asked}
     assert trained >= set(range(first, progress["position"])), (
         "all that was admitted before the checkpoint"
     )
+    evaluations = read_metrics(emberl.folder / "run", "eval")
+    assert [row["step"] for row in evaluations] == [0, 2, 4, 6, 8]
+    assert evaluations[:2] == before[:2]
+    for row in evaluations:
+        # what a stage starts from is a version, too
+        assert row["val-aux/version/oldest"] == row["val-aux/version/newest"] == row["step"] + 1
 
 
 def test_a_run_that_ends_by_its_graders_saves_the_step_before(emberl: Emberl) -> None:

@@ -14,22 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emberl.rewards.suite import build_suite
-from emberl.rl.config.load import ConfigError
-from emberl.rl.config.sampling import EvalSetConfig
+from emberl.rl.config.load import ConfigError, resolve
 from emberl.rl.config.tiny import TinyConfig
-from emberl.rl.data.rows import train_tables
-from emberl.rl.data.table import read_head
 from emberl.rl.data.tiny import make_tiny
-from emberl.rl.evaluation.benchmarks import READY, named_set
 from emberl.rl.evaluation.command import plan
 from emberl.rl.evaluation.report import compare_folders
-from emberl.rl.evaluation.settings import find_model
+from emberl.rl.evaluation.settings import Named, configure, find_model
 from emberl.rl.evaluation.store import read
-from emberl.rl.reward_inputs import reward_input
 
 EMBERL = str(Path(sys.executable).with_name("emberl"))
-DATA = Path(__file__).parents[4] / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +131,8 @@ def test_a_killed_evaluation_goes_on_and_is_compared(
         (["--data", "SUMS", "sampels=4"], r"unknown key sampels.*did you mean samples"),
         (["--data", "SUMS", "samples=4"], r"samples=4 with temperature=0"),
         (["--data", "SUMS", "--k", 8], r"--k 8 .*samples=1; set samples=8"),
+        (["--data", "SUMS", "--k", 0], r"--k 0: pass@k and maj@k are of 1 answer or more"),
+        (["--data", "a/b=SUMS"], r"'a/b' is to be the set's name"),
         (["--data", "SUMS", "verifier=maths"], r"--data sums: .*did you mean 'math'"),
         (["--data", "SUMS", "answer_column=nope"], r"--data sums: .*nope"),
         (["--data", "BAD"], r"--data bad: 3 of 4 references .* cannot be graded"),
@@ -160,7 +155,10 @@ def test_what_is_wrong_is_named_before_anything_is_loaded(
         "".join(json.dumps({"question": f"{i}?", "final": a}) + "\n" for i, a in enumerate(answers))
     )
     named = {"SUMS": str(problems), "BAD": str(bad)}
-    arguments = [named.get(str(each), each) for each in arguments]
+    arguments = [
+        named.get(e, e.replace("=SUMS", f"={problems}")) if isinstance(e, str) else e
+        for e in arguments
+    ]
     options: dict[str, Any] = {"data": [], "overrides": [], "ks": []}
     if str(bad) in arguments:
         arguments += ["prompt_column=question", "answer_column=final"]
@@ -212,61 +210,18 @@ def test_the_models_of_a_run(model: Path, tmp_path: Path) -> None:
     assert found.run is not None and found.run.data.source == "arithmetic"
 
 
-ROWS: dict[str, dict[str, Any]] = {
-    "gsm8k": {"question": "q?", "answer": "so\n#### 7"},
-    "math500": {"problem": "q?", "solution": "s", "answer": "\\frac{1}{2}", "level": 1},
-    "aime24": {"id": 1, "problem": "q?", "solution": "s", "answer": "073", "year": "2024"},
-    "aime25": {"problem": "q?", "answer": "70", "id": "0"},
-    "amc23": {"id": 0, "question": "q?", "answer": 27.0, "url": "u"},
-    "minerva": {"question": "q?", "answer": "4.5e33"},
-    "olympiadbench": {"question": "q?", "solution": ["s"], "final_answer": ["2"], "context": None},
-}
-"""A row of each data set as its page on the Hub describes it."""
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_a_ready_set_reads_rows_of_its_data_set(name: str, tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps(ROWS[name]) + "\n")
-    check(name, file)
-
-
-@pytest.mark.parametrize(
-    ("name", "file"),
-    [
-        ("gsm8k", "gsm8k/test.jsonl"),
-        ("humaneval", "humaneval/HumanEval.jsonl.gz"),
-        ("mbpp", "mbpp/mbpp.jsonl"),
-        ("mbpp+", "mbpp/sanitized-mbpp.json"),
-    ],
-)
-def test_a_ready_set_reads_the_real_file(name: str, file: str) -> None:
-    if not (DATA / file).is_file():
-        pytest.skip(f"there is no {DATA / file}")
-    check(name, DATA / file)
-
-
-def check(name: str, file: Path) -> None:
-    found, keys = named_set(f"{name}={file}")
-    assert found == name
-    settings = EvalSetConfig(**keys)
-    assert settings.verifier is not None
-    [table] = train_tables(settings)
-    head = read_head(settings, table)
-    assert head.problems.counts.bad == 0
-    suite = build_suite({"answer": settings.verifier.model_dump()})
-    rows = [reward_input(prompt, None, "") for prompt in head.prompts(name)][:16]
-    try:
-        assert [suite.parts[0].reward.check_reference(row) for row in rows] == [None] * len(rows)
-    finally:
-        suite.close()
-    if "{prompt}" in str(settings.prompt_template) or settings.verifier.use == "math":
-        content = rows[0].messages[-1]["content"]
-        assert ("\\boxed{}" in content) == (settings.verifier.use == "math")
-
-
-def test_every_ready_set_is_a_valid_set() -> None:
-    for name in READY:
-        found, keys = named_set(name)
-        assert (found, EvalSetConfig(**keys).name) == (name, name)
-    assert set(ROWS) | {"humaneval", "humaneval+", "mbpp", "mbpp+", "livecodebench"} == set(READY)
+def test_keys_of_a_set_count_for_what_a_run_holds_out(model: Path, tmp_path: Path) -> None:
+    tree = {"name": "r", "model": {"path": str(model)}, "data": {"source": "arithmetic"}}
+    named = Named(path=str(model), label="r", run=resolve(tree))
+    asked = ["samples=8", "temperature=0.6", "size=7", "max_response_length=9", "eval.top_k=5"]
+    config = configure(named, [], asked)
+    assert (config.eval.samples, config.eval.temperature, config.eval.size) == (8, 0.6, 7)
+    assert (config.rollout.max_response_length, config.eval.top_k) == (9, 5)
+    with pytest.raises(
+        ConfigError, match=r"'template=none' is for sets .* set data\.template=none"
+    ):
+        configure(named, [], ["template=none"])
+    with pytest.raises(ConfigError, match=r"the run's own held-out problems are evaluated"):
+        configure(named, [], ["thinking.budgets=[4]"])
+    beside = configure(named, ["arithmetic"], asked)
+    assert (beside.eval.samples, beside.eval.sets["arithmetic"].samples) == (1, 8)

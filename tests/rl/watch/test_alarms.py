@@ -204,6 +204,9 @@ class Engine:
     def __init__(self, length: int) -> None:
         self.length = length
 
+    def busy_spans(self) -> list[tuple[int, float, float]]:
+        return []
+
     async def served_after(self, version: int) -> int:
         return await asyncio.get_running_loop().create_future()  # never
 
@@ -245,7 +248,7 @@ def loop(
         "rollout": {"group_size": 2, "max_response_length": LONGEST},
         "checkpoint": {"every": 0},
         "schedule": {"steps": 4, "prompts_per_step": 2},
-        "tracking": {"warn_after": 3, "wandb": "disabled"},
+        "tracking": {"warn_after": 3, "wandb": "disabled", "rollouts": "none", "samples": 0},
         **tree,
     }
     config = resolve(settings)
@@ -253,6 +256,7 @@ def loop(
     tracker = Tracker(config, folder, Console(file=text, soft_wrap=True))
     wandb = SimpleNamespace(
         log=lambda *_: None,
+        histograms=lambda *_: None,
         alert=lambda title, text: alerts.append({"title": title, "text": text}),
     )
     tracker._sinks = [SimpleNamespace(call=lambda do: do(wandb), close=lambda: None)]  # type: ignore[list-item]
@@ -286,6 +290,9 @@ def loop(
         config=config,
         run_dir=folder,
         progress=Progress(),
+        answers=None,
+        evaluation=None,
+        evaluated=nothing,
         started=0.0,
         tracker=tracker,
         learners=learners,

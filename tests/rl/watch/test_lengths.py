@@ -36,7 +36,8 @@ def group(name: str, lengths: tuple[int, ...], spans: tuple[tuple[Span, ...], ..
 
 def test_each_answer_is_a_row(tmp_path: Path) -> None:
     two_versions = (Span(6, 0, 3), Span(7, 3, 8))
-    record_lengths(tmp_path, 8, 7, [group("a", (8, 2), (two_versions, (Span(7, 0, 2),)))])
+    sampled = group("a", (8, 2), (two_versions, (Span(7, 0, 2),)))
+    record_lengths(tmp_path, 8, 7, [sampled], [sampled.with_advantages(np.array([0.5, -0.5]))])
     first, second = read_lengths(tmp_path).to_pylist()
     assert first == {
         "step": 8,
@@ -50,7 +51,12 @@ def test_each_answer_is_a_row(tmp_path: Path) -> None:
         "grade_s": 0.0,
         "versions": [6, 7],
         "version_tokens": [3, 5],
+        "source": sampled.prompt.source,
+        "status": sampled.verdicts[0].status,
+        "score": sampled.verdicts[0].score,
+        "advantage": 0.5,
     }
+    assert second["advantage"] == -0.5
     assert (second["sample"], second["response_length"], second["grade_s"]) == (1, 2, 0.5)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 import subprocess
 import sys
 import threading
@@ -11,6 +13,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from emberl.rl.watch import sinks
 from emberl.rl.watch.sinks import Background, MLflow, SwanLab, open_sinks
@@ -172,3 +175,73 @@ def test_a_killed_wandb_core_ends_nothing(tmp_path: Path) -> None:
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 50
     assert time.monotonic() - start < 150
     assert (tmp_path / "wandb_id").read_text().strip()
+
+
+def records(folder: Path) -> list[Any]:
+    """What a run kept offline, as W&B will send it."""
+    from wandb.proto import wandb_internal_pb2
+
+    [file] = folder.glob("wandb/offline-run-*/*.wandb")
+    data, at = file.read_bytes(), 7  # LevelDB's log format after a header
+    found, parts = [], b""
+    while at + 7 <= len(data):
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if LOG_BLOCK - at % LOG_BLOCK < 7:
+            at += LOG_BLOCK - at % LOG_BLOCK
+        if kind in (1, 4):  # whole, or the last of several
+            found.append(wandb_internal_pb2.Record.FromString(parts))
+            parts = b""
+    return found
+
+
+LOG_BLOCK = 32768
+
+
+@pytest.mark.slow
+def test_what_wandb_itself_keeps_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real package, offline: axes, a table that grows, histograms, alerts."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    tracking = {"project": "p", "group": "g", "tags": ("a",), "notes": "n", "job_type": "train"}
+    config: Any = SimpleNamespace(
+        tracking=SimpleNamespace(**tracking), model_dump=lambda mode: {"seed": 0}
+    )
+    sink = sinks.Wandb(config, tmp_path, "offline", lambda _: None)
+    for step in (1, 2):
+        sink.log("train", step, {"critic/score/mean": step / 2, "rollout/version": step - 1})
+        sink.table(step, ["step", "part/x"], [[step, 0.5], [step, None]])
+        sink.histograms(step, {"score/s": np.array([0.0, 1.0, 1.0])})
+    sink.log("system", 15, {"system/0/cpu": 0.5})
+    sink.alert("no update", "why")
+    sink.close()
+    deadline = time.monotonic() + 60  # W&B's own process writes
+    found = records(tmp_path)
+    while not any(r.WhichOneof("record_type") == "exit" for r in found):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+        found = records(tmp_path)
+    axes = {
+        r.metric.name or r.metric.glob_name: r.metric.step_metric
+        for r in found
+        if r.WhichOneof("record_type") == "metric"
+    }
+    assert axes["*"] == "train/step" and axes["sched/*"] == "rollout/version"
+    assert axes["val-core/*"] == "eval/step" and axes["system/*"] == "system/seconds"
+    rows = [
+        {
+            (item.key or ".".join(item.nested_key)): json.loads(item.value_json)
+            for item in r.history.item
+        }
+        for r in found
+        if r.WhichOneof("record_type") == "history"
+    ]
+    logged = [{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]
+    assert {"critic/score/mean": 1.0, "rollout/version": 1, "train/step": 2} in logged
+    assert {"system/0/cpu": 0.5, "system/seconds": 15} in logged
+    tables = [row for row in logged if "samples.nrows" in row]
+    assert [row["samples.log_mode"] for row in tables] == ["INCREMENTAL"] * 2
+    assert [row["samples.ncols"] for row in tables] == [2, 2]
+    spread = next(row for row in logged if "histogram/score/s.values" in row)
+    assert sum(spread["histogram/score/s.values"]) == 3
+    assert [r.alert.title for r in found if r.WhichOneof("record_type") == "alert"] == ["no update"]

@@ -156,6 +156,31 @@ def test_anchors_come_in_time_and_lead_to_the_newest_version(tmp_path: Path) -> 
     )
 
 
+def test_a_held_version_gives_way_to_a_newer_one(tmp_path: Path) -> None:
+    """While an evaluation keeps the workers at 1, learners publish 2, 3 and 4: nobody waits, and 4
+    alone is delivered, as a patch on 1."""
+    learners: Any = FakeLearners()
+    pool: Any = FakePool()
+    ahead = {"schedule": {"max_staleness": 3}, "sync": {"mode": "patch"}}
+    sync = make(learners, pool, tmp_path, print, **ahead)
+
+    async def play() -> None:
+        await sync.publish(0)
+        await sync.publish(1, wait=False)
+        sync.hold(1)  # before the delivery of 1 has begun
+        await sync.delivered()
+        for version in (2, 3, 4):
+            await asyncio.wait_for(sync.publish(version, wait=False), 10)
+            await asyncio.sleep(0)
+        assert [notice.version for notice in pool.notices] == [0, 1]
+        sync.release()
+        assert (await sync.delivered())["sync/version"] == 4
+
+    asyncio.run(play())
+    assert [notice.version for notice in pool.notices] == [0, 1, 4]
+    assert [order.version for order in learners.orders] == [0, 1, 4]
+
+
 def test_a_chain_of_half_an_anchor_ends(tmp_path: Path) -> None:
     learners, _, _ = run({"mode": "patch", "anchor_every": 50}, 16, tmp_path)
     assert [order.version for order in learners.orders if order.anchor] == [0, 7, 14], (

@@ -1,0 +1,63 @@
+"""Keys that earlier versions of emberl knew, as files of theirs and directories of their runs hold
+them: what was removed is left out, what was renamed goes by its new name, and a line says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+REMOVED: Mapping[str, str] = {
+    "schedule.stream_parts": "a step trains whole",
+    "sft.stop_loss": "sft.steps or sft.epochs alone ends the stage",
+    "sft.stop_accuracy": "sft.steps or sft.epochs alone ends the stage",
+    "sft.check_every": "sft.eval_every says how often a supervised stage is evaluated",
+}
+"""Key: what is so without it."""
+RENAMED: Mapping[str, str] = {
+    "data.template_args": "data.chat_template_kwargs",
+    "data.bad_references": "data.drop",
+}
+"""Old key: new key, in the same group."""
+VALUES: Mapping[str, Mapping[str, str]] = {"data.drop": {"drop": "bad", "error": "none"}}
+"""New key: old value: new value."""
+
+
+def brought_up(tree: Mapping[str, Any], shown: str = "") -> tuple[dict[str, Any], list[str]]:
+    """The tree of a file (of a recipe with its stages) in today's keys, and a line for each that
+    was not. shown: what stands before a key in a line."""
+    found: dict[str, Any] = {}
+    lines: list[str] = []
+    for group, held in tree.items():
+        if isinstance(held, Mapping) and group != "stages":
+            found[group], more = _group(group, held, shown)
+            lines += more
+        elif group == "stages" and isinstance(held, list):
+            found[group] = []
+            for number, stage in enumerate(held, 1):
+                new, more = (stage, [])
+                if isinstance(stage, Mapping):
+                    new, more = brought_up(stage, f"stage {stage.get('name', number)}: ")
+                found[group].append(new)
+                lines += more
+        else:
+            found[group] = held
+    return found, lines
+
+
+def _group(name: str, held: Mapping[str, Any], shown: str) -> tuple[dict[str, Any], list[str]]:
+    found: dict[str, Any] = {}
+    lines: list[str] = []
+    for last, value in held.items():
+        key = f"{name}.{last}"
+        if key in REMOVED:
+            why = REMOVED[key]
+            lines.append(f"{shown}{key}={value} is left out, emberl has no such key now: {why}")
+        elif key in RENAMED:
+            new = RENAMED[key]
+            words = VALUES.get(new, {})
+            kept = words.get(value, value) if isinstance(value, str) else value
+            found.setdefault(new.rpartition(".")[2], kept)
+            lines.append(f"{shown}{key} is {new} now, here {kept}")
+        else:
+            found[last] = value
+    return found, lines

@@ -1,0 +1,196 @@
+"""What a person sees of a run that is under way: on a terminal a live panel, elsewhere lines with
+the time, at least one a minute while there is something to say."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+LINE_SECONDS = 60.0
+"""Off a terminal a line is printed at least so often, at the end of a step."""
+WIDTH = 200
+"""Columns off a terminal, of which a log has as many as it likes."""
+ACROSS = 4
+"""Figures side by side on a terminal."""
+FIGURES = {
+    "reward": ("critic/score/mean", ".3f"),
+    "accuracy": ("training/accuracy", ".1%"),
+    "length": ("response_length/mean", ",.0f"),
+    "entropy": ("actor/entropy_per_token", ".3f"),
+    "tokens/s": ("perf/sampled_tokens_per_second", ",.0f"),
+    "rollouts idle": ("sched/rollout_idle", ".0%"),
+    "learners idle": ("sched/learner_idle", ".0%"),
+    "version": ("rollout/version", ".0f"),
+    "staleness": ("sched/staleness/mean", ".2f"),
+    "s/step": ("timing_s/step", ".3g"),
+    "verifier errors": ("training/verifier_errors", ".0f"),
+    "loss": ("sft/loss", ".3f"),
+}
+"""What a person watches: a name, the metric, and how it is written."""
+ON_A_LINE = ("reward", "accuracy", "length", "entropy", "tokens/s", "loss")
+"""Of these, what a line off a terminal has."""
+
+
+def figures(metrics: Mapping[str, float]) -> dict[str, str]:
+    """Those of a step that it has, as text."""
+    shown = {
+        name: format(metrics[metric], how)
+        for name, (metric, how) in FIGURES.items()
+        if metrics.get(metric) is not None
+    }
+    if shown.get("verifier errors") == "0":
+        del shown["verifier errors"]
+    return shown
+
+
+class StageConsole:
+    """One stage of a run on the console."""
+
+    def __init__(self, console: Console, stage: str, step: int, steps: int) -> None:
+        self._console, self._stage, self._steps = console, stage, steps
+        self._first_step, self._last_line = step, -1
+        self._begun = self._line_time = time.monotonic()
+        self._shown: dict[str, str] = {}
+        self._held_out = self._doing = self._warning = ""
+        self._live: Live | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=console,
+            )
+            self._bar.add_task(stage, total=steps, completed=step)
+            self._live = Live(self._panel(), console=console, refresh_per_second=2)
+            self._live.start()
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.update(self._panel())
+            self._live.stop()
+            self._live = None
+
+    def step(self, step: int, shown: Mapping[str, str]) -> None:
+        """A step is done. shown: figures by the names that a person reads."""
+        self._shown = dict(shown)
+        if self._live is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step)
+            self._live.update(self._panel())
+        elif self._due(step):
+            few = {name: value for name, value in shown.items() if name in ON_A_LINE}
+            self._last_line, self._line_time = step, time.monotonic()
+            self._line(step, few or shown, self._remaining(step))
+
+    def looked(self, step: int, shown: Mapping[str, str]) -> None:
+        """An evaluation is done."""
+        self._held_out = "  ".join(f"{name} {value}" for name, value in shown.items())
+        self._line_time = time.monotonic()
+        if not self._shown:  # before the first step: that was no step's time
+            self._begun = self._line_time
+        self._line(step, shown)
+        self._refresh()
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Shows what the run does instead of steps, e.g. `saving`."""
+        self._doing = what
+        self._refresh()
+        if self._live is None:
+            self._console.print(f"{time.strftime('%H:%M:%S')}  {what}", highlight=False)
+        try:
+            yield
+        finally:
+            self._doing = ""
+            self._refresh()
+
+    def warned(self, text: str) -> None:
+        self._warning = text
+        self._refresh()
+
+    def _refresh(self) -> None:
+        if self._live is not None:
+            self._live.update(self._panel())
+
+    def _line(self, step: int, shown: Mapping[str, str], end: str = "") -> None:
+        text = "  ".join(f"{name} {value}" for name, value in shown.items())
+        told = f"{self._stage} {step:5}/{self._steps}  {text}{end}"
+        self._console.print(f"{time.strftime('%H:%M:%S')}  {told}", highlight=False, markup=False)
+
+    def _panel(self) -> RenderableType:
+        return panel(
+            self._bar, self._shown, {"held-out": self._held_out, "now": self._doing}, self._warning
+        )
+
+    def _due(self, step: int) -> bool:
+        """Whether a step is worth a line: the first, the last, every tenth part and every
+        minute."""
+        return (
+            self._last_line < 0
+            or step - self._last_line >= max(1, self._steps // 10)
+            or step == self._steps
+            or time.monotonic() - self._line_time >= LINE_SECONDS
+        )
+
+    def _remaining(self, step: int) -> str:
+        """Seconds a step so far, and the time to the end by them; nothing at the end."""
+        done, left = step - self._first_step, self._steps - step
+        if done <= 0 or left <= 0:
+            return ""
+        each = (time.monotonic() - self._begun) / done
+        return f"  {each:.3g} s/step  {duration(each * left)} left"
+
+
+def panel(
+    head: RenderableType, shown: Mapping[str, str], said: Mapping[str, str], warning: str
+) -> RenderableType:
+    """Figures in columns under a head, then lines of what is said where there is any; all foreign
+    text without markup."""
+    table = Table.grid(padding=(0, 3))
+    cells = [Text.assemble((f"{name} ", "dim"), value) for name, value in shown.items()]
+    for at in range(0, len(cells), ACROSS):
+        table.add_row(*cells[at : at + ACROSS])
+    lines = [Text.assemble((f"{name} ", "dim"), text) for name, text in said.items() if text]
+    if warning:
+        lines.append(Text(plain(f"warning: {warning}"), style="yellow"))
+    return Group(head, table, *lines)
+
+
+def plain(text: str) -> str:
+    """Foreign text for a terminal: what would steer it, or change the direction of letters, is
+    shown as U+FFFD."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def make_console() -> Console:
+    """The console for people is stderr: stdout is kept for the one JSON line."""
+    terminal = sys.stderr.isatty()
+    return Console(
+        stderr=True,
+        soft_wrap=True,
+        force_terminal=None if terminal else False,
+        width=None if terminal else WIDTH,
+    )
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,61 @@
+"""Parts of a self-contained HTML page: nothing is loaded from elsewhere, and what a model or a data
+set says is text, whatever it holds."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+_HERE = Path(__file__).parent
+SAMPLES = '<form id="filters"></form>\n<div id="list"></div>'
+"""Where `samples.js` puts its browser."""
+
+
+def write_page(
+    file: Path, *, title: str, body: str, data: dict[str, Any], scripts: Sequence[str]
+) -> Path:
+    """body: HTML; data: JSON that the scripts, by their names here, read."""
+    text = Template((_HERE / "page.html").read_text()).substitute(
+        title=escape(title),
+        style=(_HERE / "page.css").read_text(),
+        body=body,
+        data=_as_script(data),
+        script="".join((_HERE / name).read_text() for name in scripts),
+    )
+    # half a surrogate pair, which a tokenizer may give, is an escape of JSON
+    file.write_bytes(text.encode("utf-8", "backslashreplace"))
+    return file
+
+
+def table(lines: Iterable[Sequence[str]], head: Sequence[str] = (), name: str = "") -> str:
+    """Cells are texts."""
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    top = f"<thead>{row(head, 'th')}</thead>" if head else ""
+    body = "".join(row(line, "td") for line in lines)
+    kind = f' class="{name}"' if name else ""
+    return f'<div class="scroll"><table{kind}>{top}<tbody>{body}</tbody></table></div>'
+
+
+def paragraphs(texts: Iterable[str], name: str = "") -> str:
+    kind = f' class="{name}"' if name else ""
+    return "".join(f"<p{kind}>{escape(text)}</p>" for text in texts)
+
+
+def picture(name: str, png: bytes) -> str:
+    return (
+        f'<img alt="{escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    )
+
+
+def _as_script(value: Any) -> str:
+    """JSON that a script element can hold: no `<` ends it."""
+    text = json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
+    return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

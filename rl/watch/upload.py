@@ -1,0 +1,48 @@
+"""`emberl sync`: brings what W&B kept offline to its server, by `wandb sync` itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ..config.load import ConfigError
+from .sinks import has_wandb_key
+
+OFFLINE = "offline-run-*"
+
+
+def sync(folder: Path, tell: Callable[[str], None] = print) -> int:
+    """Uploads every offline run of a run's directory, of a recipe's or of one above them; the exit
+    status. What was uploaded before is passed over. `ConfigError` where there is nothing, or no
+    key."""
+    found = sorted(
+        {
+            p
+            for pattern in ("wandb", "*/wandb", "*/*/wandb")
+            for p in folder.glob(f"{pattern}/{OFFLINE}")
+        }
+    )
+    if not found:
+        raise ConfigError(
+            f"{folder} has no run that W&B kept offline (wandb/{OFFLINE}); runs with a key, or with"
+            " tracking.wandb=online, are uploaded while they go on"
+        )
+    new = [run for run in found if not list(run.glob("*.wandb.synced"))]
+    if len(new) < len(found):
+        tell(f"{len(found) - len(new)} of {len(found)} offline runs were uploaded before")
+    if not new:
+        return 0
+    if not has_wandb_key():
+        raise ConfigError(
+            f"{len(new)} offline runs wait, but W&B has no key here: run `wandb login`, or set"
+            " WANDB_API_KEY (and WANDB_BASE_URL for a server of your own)"
+        )
+    for run in new:
+        tell(f"uploading {run}")
+        ended = subprocess.run([sys.executable, "-m", "wandb", "sync", str(run)], check=False)
+        if ended.returncode or not list(run.glob("*.wandb.synced")):
+            tell(f"{run} could not be uploaded; what it holds is still there")
+            return ended.returncode or 1
+    return 0

@@ -1,0 +1,103 @@
+"""The commands that look at runs: `emberl report`, `top`, `sync` and `dashboard`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .exits import USAGE, fail
+
+app = typer.Typer()
+
+Folder = Annotated[Path, typer.Argument(help="A run's directory.", metavar="DIR")]
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """A wrong argument and a disk that says no end the command with one line."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(str(error), USAGE)
+
+
+@app.command(epilog="Example: emberl report runs/quickstart-2 --against runs/quickstart")
+def report(
+    run: Folder,
+    against: Annotated[
+        Path | None, typer.Option(help="Another run, whose settings are compared.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The file; default: report.html in the run's directory.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Where to write who was busy when for ui.perfetto.dev.")
+    ] = None,
+) -> None:
+    """Writes a run as one HTML file: curves, spread, who was busy when, answers, settings."""
+    from .watch.report import write_report
+
+    with _user_errors():
+        print(write_report(run, out, against))
+        if trace is not None:
+            from .watch.profiles import write_timeline
+
+            print(write_timeline(run, trace))
+
+
+@app.command(epilog="Example: emberl sync runs/quickstart")
+def sync(run: Folder) -> None:
+    """Uploads to W&B what a run kept offline."""
+    from .watch.upload import sync as upload
+
+    with _user_errors():
+        status = upload(run)
+    raise typer.Exit(status)
+
+
+@app.command(epilog="Example: emberl dashboard runs/quickstart --png dashboard.png")
+def dashboard(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run's directory, for --png.", metavar="[DIR]")
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Draws the run's own figures into this file instead.")
+    ] = None,
+    project: Annotated[str, typer.Option(help="Of W&B, as tracking.project.")] = "emberl",
+    entity: Annotated[str | None, typer.Option(help="Of W&B; default: your own.")] = None,
+    name: Annotated[str, typer.Option(help="Of the workspace.")] = "emberl",
+) -> None:
+    """Makes a W&B workspace with sections Learning, Rollouts, Rewards, Weight sync, Schedule and
+    System, or a picture of them from a local run."""
+    from .watch.dashboard import draw_all, workspace
+
+    with _user_errors():
+        if png is None:
+            if run is not None:
+                raise ValueError(f"{run}: a local run is drawn with --png FILE")
+            made = workspace(project, entity, name).save()
+            print(made.url)
+            return
+        if run is None:
+            raise ValueError(f"--png {png} needs a run's directory")
+        print(draw_all(run, png))
+
+
+@app.command(epilog="Example: emberl top runs/quickstart")
+def top(
+    run: Annotated[str, typer.Argument(help="A run's directory, or with --address a Ray job.")],
+    address: Annotated[str | None, typer.Option(help="As of emberl submit.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print it once and end.")] = False,
+) -> None:
+    """Shows a run that goes on elsewhere: progress, figures, warnings; until it ends or Ctrl-C."""
+    from .watch.top import watch
+
+    with _user_errors():
+        try:
+            watch(run, address, once=once)
+        except KeyboardInterrupt:
+            raise typer.Exit from None
