@@ -59,7 +59,7 @@ def install() -> None:
         return
     if hasattr(create, "emberl"):
         return
-    library = torch.library.Library("emberl", "DEF")  # type: ignore[no-untyped-call]
+    library: Any = torch.library.Library("emberl", "DEF")  # type: ignore[no-untyped-call]
     library.define("packed_linear(Tensor x, Tensor? bias, Tensor number, int rows) -> Tensor")
     library.impl("packed_linear", _packed_linear, "CPU")
     torch.library.register_fake("emberl::packed_linear", _shape)

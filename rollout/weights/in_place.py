@@ -191,7 +191,8 @@ def write_all(
 def weight(positions: Tensor) -> Tensor:
     """`scatter.weight` on any device."""
     mixed = (positions + 1) * loops().FIRST_FACTOR
-    return (mixed ^ (mixed >> 32 & LOW)) * loops().SECOND_FACTOR | 1
+    found: Tensor = (mixed ^ (mixed >> 32 & LOW)) * loops().SECOND_FACTOR | 1
+    return found
 
 
 def signed(number: int) -> int:
