@@ -9,10 +9,13 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from . import ascend
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +45,12 @@ class Platform:
     flash_built_in: bool = False
     """Whether transformers' flash_attention_2 needs no package of its own: on NPUs it is the fused
     attention of torch_npu."""
+    interface_variables: tuple[str, ...] = ("GLOO_SOCKET_IFNAME",)
+    """Where collectives are told which network interface to talk through."""
+    float64: bool = True
+    """Whether its collectives sum float64, and its kernels compute in it."""
+    fused_layers: bool = False
+    """Whether it has operators for the parts of a layer (`kernels/transformer/fused.py`)."""
     wide_products: bool = False
     """Whether torch multiplies bfloat16 matrices here into a float32 result, or onto one, rounding
     nothing (`out_dtype`)."""
@@ -75,6 +84,9 @@ NPU = Platform(
     weight_transfer="nccl",  # vllm-ascend puts its HCCL under this name
     flash_built_in=True,
     lengths_on_host=True,
+    float64=False,
+    fused_layers=True,
+    interface_variables=("GLOO_SOCKET_IFNAME", *ascend.INTERFACE_VARIABLES),
 )
 PLATFORMS = {p.device: p for p in (CPU, CUDA, NPU)}
 
@@ -168,6 +180,13 @@ def compute_dtype(name: str, platform: Platform) -> torch.dtype:
     return dtype
 
 
+def sum_dtype(device: str) -> torch.dtype:
+    """In what long sums are formed on a device of torch's type: float64 where it knows it."""
+    import torch
+
+    return torch.float64 if device not in PLATFORMS or PLATFORMS[device].float64 else torch.float32
+
+
 def set_threads(count: int) -> None:
     """Fixes this process's thread pools. Pools of several actors that fight for the cores slow each
     other 10-20 times, so every actor calls this before its first operation, with the CPUs that Ray
@@ -193,6 +212,33 @@ def thread_environment(count: int) -> dict[str, str]:
         "MKL_NUM_THREADS": str(max(1, count)),
         "OMP_WAIT_POLICY": "PASSIVE",
     }
+
+
+def actor_environment(device: str, role: str, given: Mapping[str, str]) -> dict[str, str]:
+    """What the process of an actor (`learner` or `rollout`) on this device must start with beside
+    its threads; what `given` has stays as it is."""
+    return ascend.environment(role, given) if device == NPU.device else {}
+
+
+def describe_environment(device: str, given: Mapping[str, str]) -> list[str]:
+    """A line for each of these variables: value, whose it is, and why."""
+    return ascend.describe(given) if device == NPU.device else []
+
+
+def memory_statistics(platform: Platform) -> dict[str, float]:
+    """GB that this process had allocated, and that its allocator held, at most since the last call
+    (verl's names); nothing on a CPU."""
+    if platform.is_cpu:
+        return {}
+    import torch
+
+    module = torch.get_device_module(platform.device)
+    found = {
+        "perf/max_memory_allocated_gb": module.max_memory_allocated() / 1e9,
+        "perf/max_memory_reserved_gb": module.max_memory_reserved() / 1e9,
+    }
+    module.reset_peak_memory_stats()
+    return found
 
 
 def process_group(

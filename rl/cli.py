@@ -11,6 +11,7 @@ import typer
 from .evaluation.commands import app as evaluation
 from .exits import FAILED, INTERRUPTED, USAGE, fail
 from .job_commands import app as jobs
+from .watch.bench_command import app as bench
 from .watch_commands import app as watching
 from .weights.history_commands import app as patches
 
@@ -248,6 +249,7 @@ app.add_typer(evaluation)
 app.add_typer(jobs)
 app.add_typer(watching)
 app.add_typer(patches, name="patches")
+app.add_typer(bench, name="bench")
 
 
 @app.command(

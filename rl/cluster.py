@@ -283,7 +283,10 @@ class Cluster:
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 placement_group=self._group, placement_group_bundle_index=seat.place
             ),
-            runtime_env={"env_vars": platform.thread_environment(seat.threads)},
+            runtime_env={
+                "env_vars": platform.thread_environment(seat.threads)
+                | platform.actor_environment(self.placement.device, seat.role, os.environ)
+            },
             max_restarts=0,
         )
 

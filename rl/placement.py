@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -52,7 +53,8 @@ class Placement:
             f" {seat.threads} threads"
             for seat in self.seats
         ]
-        return "\n".join(lines)
+        said = platform.describe_environment(self.device, os.environ)
+        return "\n".join([*lines, *(f"  {line}" for line in said)])
 
 
 ROLES: tuple[Role, ...] = ("learner", "rollout")

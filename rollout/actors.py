@@ -46,18 +46,18 @@ def node_address() -> str:
     return str(ray.util.get_node_ip_address()) if ray.is_initialized() else "127.0.0.1"
 
 
-def use_node_interface() -> None:
-    """Has this process's Gloo groups talk through the network interface of `node_address`, unless
-    the user named one. Left alone, Gloo takes the address that the machine's own name stands
-    for."""
+def use_node_interface(variables: Sequence[str] = ("GLOO_SOCKET_IFNAME",)) -> None:
+    """Has this process's groups talk through the network interface of `node_address`, unless the
+    user named one in these variables. Left alone, Gloo takes the address that the machine's own
+    name stands for."""
     address = node_address()
     names = [
         name
         for name, addresses in psutil.net_if_addrs().items()
         if any(a.address == address for a in addresses)
     ]
-    if names:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
+    for variable in variables if names else ():
+        os.environ.setdefault(variable, names[0])
 
 
 def check_reachable(address: str, nodes: Set[str]) -> None:

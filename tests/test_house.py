@@ -129,7 +129,7 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
     ),
     "kernels": (
         {"loss", "decoding", "transformer", "patch_coding"},
-        {"platform", "compiled_loops"},
+        {"platform", "compiled_loops", "ascend"},
     ),
 }
 """Of each folder, its files and sub-folders from the top down. Imports go to the same layer or to
@@ -181,30 +181,30 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 BUDGET = {
     "configs/ascend": 99,
-    "kernels": 519,
+    "kernels": 767,
     "kernels/decoding": 201,
     "kernels/loss": 1_956,
     "kernels/patch_coding": 907,
-    "kernels/transformer": 612,
+    "kernels/transformer": 732,
     "rewards": 2_329,
     "rewards/audit": 775,
     "rewards/code_tests": 3_651,
     "rewards/math_answers": 5_391,
     "rewards/plugins": 851,
     "rewards/sandbox": 2_718,
-    "rl": 5_825,
-    "rl/algorithm": 1_692,
+    "rl": 5_832,
+    "rl/algorithm": 1_693,
     "rl/config": 3_893,
     "rl/data": 4_649,
     "rl/evaluation": 2_377,
-    "rl/learner": 2_841,
+    "rl/learner": 2_939,
     "rl/plan": 1_811,
-    "rl/watch": 3_236,
+    "rl/watch": 4_268,
     "rl/weights": 911,
     "rollout": 2_554,
     "rollout/embedded": 1_991,
     "rollout/vllm_backend": 2_650,
-    "rollout/weights": 2_066,
+    "rollout/weights": 2_068,
 }
 """Lines of a folder's own Python files, or of a sub-folder's; `rl` and so on are the files at the
 top."""
@@ -225,6 +225,13 @@ def test_no_folder_outgrows_its_budget() -> None:
 DEVICE_NAMES = {"cuda", "npu", "nccl", "hccl", "torch_npu"}
 DEVICE_TEXT = re.compile(rf"\b(?:{'|'.join(sorted(DEVICE_NAMES))})\b|VISIBLE_DEVICES")
 PLATFORM = Path("kernels/platform.py")
+NAMING = {
+    PLATFORM: "how devices are called",
+    Path("kernels/ascend.py"): "the environment and the operators that NPUs alone have",
+    Path("rl/watch/doctor_ascend.py"): "packages and versions of NPUs are what it looks at",
+    Path("rl/watch/doctor_ascend_box.py"): "their tools and settings are what it looks at",
+}
+"""Files that may name devices, and why; what runs a model asks `PLATFORM`."""
 
 
 def device_names(source: str) -> list[int]:
@@ -259,9 +266,9 @@ def _names_a_device(node: ast.AST) -> bool:
     return False
 
 
-def test_one_file_names_devices_and_collectives() -> None:
+def test_few_files_name_devices_and_collectives() -> None:
     strays = {
-        str(path): device_names((ROOT / path).read_text()) for path in SOURCES if path != PLATFORM
+        str(path): device_names((ROOT / path).read_text()) for path in SOURCES if path not in NAMING
     }
     assert {path: lines for path, lines in strays.items() if lines} == {}
     assert device_names((ROOT / PLATFORM).read_text())

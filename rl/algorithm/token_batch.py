@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from ...kernels import platform
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TokenBatch:
@@ -41,10 +43,9 @@ class TokenBatch:
         would be off by 1e-4 of itself."""
         if not len(values):
             return values
-        totals = torch.zeros(
-            int(self.sequence.max()) + 1, dtype=torch.float64, device=values.device
-        )
-        return totals.index_add(0, self.sequence, values.double())[self.sequence].to(values.dtype)
+        wide = platform.sum_dtype(values.device.type)
+        totals = torch.zeros(int(self.sequence.max()) + 1, dtype=wide, device=values.device)
+        return totals.index_add(0, self.sequence, values.to(wide))[self.sequence].to(values.dtype)
 
     def means(self, values: Tensor) -> Tensor:
         """[n] that sum over the sequence's number of loss tokens."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from itertools import pairwise
 from types import MethodType
 from typing import Any
@@ -30,9 +31,15 @@ TOLERANCE = 0.03
 rounds to 0.004, and the two round at different places."""
 
 
-def replace_layers(model: Any, layers: Any) -> bool:
-    """Replaces the layers' forward where they are of a family that is known and the check passes;
-    whether it did."""
+Forward = Callable[..., Any]
+
+
+def replace_layers(
+    model: Any, layers: Any, forward: Forward | None = None, device: torch.device | None = None
+) -> bool:
+    """Replaces the layers' forward where they are of a family that is known and the check, which
+    runs on `device`, passes; whether it did. forward: by default that of a CPU."""
+    forward, device = forward or layer_forward, device or torch.device("cpu")
     from transformers import AttentionInterface
 
     config = model.config.get_text_config()
@@ -45,17 +52,19 @@ def replace_layers(model: Any, layers: Any) -> bool:
     )
     if not known or not all(_usual(layer) for layer in layers):
         return False
-    distance = _distance(layers[0], config)
+    distance = _distance(layers[0], config, forward, device)
     if not distance <= TOLERANCE:
         _log.warning(
-            "the CPU's own layers differ by %.3f from those of transformers, which are used",
+            "the learner's own layers on %s differ by %.3f from those of transformers, which are"
+            " used",
+            device.type,
             distance,
         )
         return False
     AttentionInterface.register(ATTENTION, packed_attention)
     model.config._attn_implementation = ATTENTION
     for layer in layers:
-        layer.forward = MethodType(layer_forward, layer)
+        layer.forward = MethodType(forward, layer)
     return True
 
 
@@ -69,20 +78,20 @@ def _usual(layer: Any) -> bool:
     )
 
 
-def _distance(layer: Any, config: Any) -> float:
+def _distance(layer: Any, config: Any, ours: Forward, device: torch.device) -> float:
     """Between the replaced and the own forward of a copy of the layer, by output and gradient of 24
     drawn tokens."""
     before = layer.self_attn.config._attn_implementation
-    layer = copy.deepcopy(layer).to(torch.bfloat16)
+    layer = copy.deepcopy(layer).to(device, torch.bfloat16)
     layer.self_attn.config._attn_implementation = "sdpa"
     attention, generator = layer.self_attn, torch.Generator().manual_seed(0)
-    x = torch.randn(1, 24, config.hidden_size, generator=generator).to(torch.bfloat16)
+    x = torch.randn(1, 24, config.hidden_size, generator=generator).to(device, torch.bfloat16)
     angles = torch.outer(torch.arange(24), torch.linspace(1, 0, attention.head_dim // 2)).repeat(
         1, 2
     )[None]
-    turns = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+    turns = (angles.cos().to(x), angles.sin().to(x))
     found = []
-    for forward in (layer_forward, type(layer).forward):
+    for forward in (ours, type(layer).forward):
         given = x.clone().requires_grad_()
         out = forward(layer, given, position_embeddings=turns)
         (gradient,) = torch.autograd.grad(out, given, x.flip(1))

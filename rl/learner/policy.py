@@ -43,6 +43,9 @@ class MicroBatchTensors:
     """[sequences + 1] int32, where in the packed row each sequence starts, and the row's length."""
     longest: int = 0
     """Tokens of the longest packed sequence."""
+    ends: tuple[int, ...] | None = None
+    """`borders` without the first, as numbers, where the device's attention reads them on the host:
+    formed once for all layers and passes over them."""
 
     def layout(self) -> dict[str, Any]:
         """Arguments of the model's body beside the token ids. transformers makes a block-diagonal
@@ -51,7 +54,9 @@ class MicroBatchTensors:
         the device."""
         if self.positions_BL is None:
             return {}
+        ends = {} if self.ends is None else {"ends": self.ends}
         return {
+            **ends,
             "position_ids": self.positions_BL,
             "cu_seq_lens_q": self.borders,
             "cu_seq_lens_k": self.borders,
@@ -136,6 +141,7 @@ def _packed_layout(lengths: list[int], device: torch.device) -> dict[str, Any]:
         "positions_BL": torch.from_numpy(positions[None]).to(device),
         "borders": torch.from_numpy(borders.astype(np.int32)).to("cpu" if on_host else device),
         "longest": max(filled),
+        "ends": tuple(map(int, borders[1:])) if on_host else None,
     }
 
 

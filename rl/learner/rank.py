@@ -41,6 +41,7 @@ from . import checkpoint, memory
 from .batching import plan_micro_batches
 from .critic import Critic
 from .flops import ModelFlops, peak_flops, speed
+from .fused_layers import fused_forward
 from .layers import ATTENTION, replace_layers
 from .lora import inject_adapters, merged_shards
 from .policy import MicroBatchTensors, Policy, pick_attention, takes_packed, to_tensors
@@ -88,10 +89,10 @@ class LearnerRank:
             self.attention = pick_attention(self.platform, self.dtype)
         packing = spec.model.packing
         self.packed = takes_packed(self.attention) if packing == "auto" else packing == "on"
-        self.fused = (
-            self.platform.is_cpu and self.dtype == torch.bfloat16 and spec.model.attention == "auto"
-        )
-        """Whether the policy's layers are run by `layers.py`."""
+        own = self.platform.is_cpu or self.platform.fused_layers
+        self.fused = own and self.dtype == torch.bfloat16 and spec.model.attention == "auto"
+        """Whether the policy's layers are run by `layers.py`, on NPUs by `fused_layers.py`."""
+        self.sums = platform.sum_dtype(self.platform.device)
         self.reduce_every_pass = False
         """Whether gradients are summed over ranks after each pass, not after the last: then none of
         them waits whole, which for a large model is more than a device has."""
@@ -121,7 +122,7 @@ class LearnerRank:
 
     def connect(self, address: str) -> None:
         """Joins the process group; every collective has the deadline of the spec."""
-        use_node_interface()
+        use_node_interface(self.platform.interface_variables)
         dist.init_process_group(
             self.platform.collective,
             init_method=f"tcp://{address}",
@@ -153,13 +154,18 @@ class LearnerRank:
         if self.spec.model.lora is not None:
             inject_adapters(model, self.spec.model.lora, self.spec.seed)
         if self.fused:
-            self.fused = replace_layers(model, getattr(model, model.base_model_prefix).layers)
+            self.fused = self._replace(model, getattr(model, model.base_model_prefix).layers)
             if self.fused:  # also of what is loaded later
                 self.attention = ATTENTION
                 self.packed |= self.spec.model.packing == "auto"
         policy = Policy(model).train()
         self._shard(policy, getattr(model, model.base_model_prefix).layers, offload=offload)
         return policy
+
+    def _replace(self, model: Any, layers: Any) -> bool:
+        if self.platform.is_cpu:
+            return replace_layers(model, layers)
+        return replace_layers(model, layers, fused_forward(self.device), self.device)
 
     def _load(self, auto: Any, path: str) -> Any:
         # in host memory, on an accelerator in the files' own dtype: sharding moves one layer at a time
@@ -227,7 +233,7 @@ class LearnerRank:
             dtype=self.dtype,
             attention=self.attention,
             checkpointing=self.spec.model.gradient_checkpointing,
-            fused=self.fused,
+            fused=self.fused and self.platform.is_cpu,
         )
         if isinstance(given, int) and self.platform.is_cpu:
             return memory.worth_keeping(need(), given, self.platform)
@@ -250,7 +256,7 @@ class LearnerRank:
 
         body = self._load(AutoModel, settings.path or self.model_path)
         if self.fused:
-            replace_layers(body, body.layers)
+            self._replace(body, body.layers)
         critic = Critic(body, self.master).train()
         self._shard(critic.value, [], dtype=self.master)
         self._shard(critic, critic.body.layers)
@@ -280,7 +286,7 @@ class LearnerRank:
         for settings in distill.teachers.values():
             model = self._load(AutoModelForCausalLM, settings.path)
             if self.fused:
-                replace_layers(model, getattr(model, model.base_model_prefix).layers)
+                self._replace(model, getattr(model, model.base_model_prefix).layers)
             teacher = Teacher(model)
             layers = getattr(model, model.base_model_prefix).layers
             self._shard(teacher, layers, offload=not self.platform.is_cpu)
@@ -297,7 +303,8 @@ class LearnerRank:
         if self.platform.is_cpu:  # what passes freed is as much again as what stays
             platform.give_back_memory()
         seconds = time.perf_counter() - start
-        return metrics | self._speed(batch, seconds) | {"timing_s/update_actor": seconds}
+        metrics |= self._speed(batch, seconds) | platform.memory_statistics(self.platform)
+        return metrics | {"timing_s/update_actor": seconds}
 
     def skip(self, updates: int) -> None:
         """Moves the learning-rate schedules on by updates that there was nothing to learn for."""
@@ -330,8 +337,8 @@ class LearnerRank:
         )
         behaviour_T = self._on_device(batch.behaviour_logp_T)
         totals: dict[str, Tensor] = {}
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        logp_T = torch.zeros(batch.num_tokens, dtype=torch.float64, device=self.device)
+        loss = torch.zeros((), dtype=self.sums, device=self.device)
+        logp_T = torch.zeros(batch.num_tokens, dtype=self.sums, device=self.device)
         for micro in self._micro_batches(batch, self.policy):
             shift = behaviour_T[micro.index_n] if objective.on_samples else None
             compared = self._teaching(micro, batch, objective)
@@ -341,10 +348,10 @@ class LearnerRank:
             assert part is not None
             part.backward()
             loss += part.detach()
-            logp_T[micro.index_n] = stats.logp.detach().double()
+            logp_T[micro.index_n] = stats.logp.detach().to(self.sums)
             for name, values in metrics.items():
                 totals[name] = (
-                    totals.get(name, torch.zeros_like(loss)) + values.detach().double().sum()
+                    totals.get(name, torch.zeros_like(loss)) + values.detach().to(self.sums).sum()
                 )
         if objective.on_samples and batch.num_tokens:
             dist.all_reduce(logp_T)
@@ -407,14 +414,14 @@ class LearnerRank:
             self._on_device(batch.values_T),
             self._on_device(batch.returns_T),
         )
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        loss = torch.zeros((), dtype=self.sums, device=self.device)
         clipped = torch.zeros_like(loss)
         for micro in self._micro_batches(batch, module):
             values, at = module(micro), micro.index_n
             clip = self.critic_settings.clip
             errors, slope, held = value_loss(values.detach(), old_T[at], targets_T[at], clip=clip)
             values.backward(slope.to(values.dtype) / max(1, batch.num_loss_tokens))
-            loss += errors.double().sum() / max(1, batch.num_loss_tokens)
+            loss += errors.to(self.sums).sum() / max(1, batch.num_loss_tokens)
             clipped += held.sum()
         value, sums = self._sums(loss, {"critic/vf_clipfrac": clipped})
         return value, {name: total / max(1, batch.num_loss_tokens) for name, total in sums.items()}

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ...kernels import platform
+
 if TYPE_CHECKING:  # as in `checkpoint`
     from torch.distributed.tensor import DTensor
 
@@ -40,7 +42,9 @@ class Shards:
             local.grad = None if parameter.grad is None else parameter.grad.to_local()
             parameter.grad = None
         gradients = [local.grad for local in self.local if local.grad is not None]
-        squares = torch.stack([norm.double() ** 2 for norm in torch._foreach_norm(gradients)]).sum()
+        norms = torch._foreach_norm(gradients)
+        wide = platform.sum_dtype(norms[0].device.type)
+        squares = torch.stack([norm.to(wide) ** 2 for norm in norms]).sum()
         dist.all_reduce(squares)
         norm = float(squares.sqrt())
         if clip < norm < float("inf"):

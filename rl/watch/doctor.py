@@ -16,6 +16,7 @@ from packaging.version import Version
 
 from ...kernels import platform as accelerators
 from ..config.load import Config
+from .doctor_ascend import ASCEND
 from .machine import Check, Examination, Machine, SandboxUnavailable, State, examined
 from .sinks import has_wandb_key, wandb_mode
 
@@ -320,6 +321,7 @@ EXAMINATIONS: tuple[Examination, ...] = (
     python,
     packages,
     accelerator,
+    *ASCEND,
     sandbox,
     compiler,
     cores,

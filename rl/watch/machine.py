@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
+import platform
 import resource
 import shutil
 import socket
@@ -65,6 +67,9 @@ class Machine:
         except importlib.metadata.PackageNotFoundError:
             return None
 
+    def python(self) -> str:
+        return platform.python_version()
+
     def requirements(self) -> tuple[str, ...]:
         """Of emberl's distribution, as in pyproject.toml."""
         return tuple(importlib.metadata.requires("emberl") or ())
@@ -75,6 +80,19 @@ class Machine:
             return Path(path).read_text(errors="replace")
         except OSError:
             return None
+
+    def listing(self, folder: str) -> list[str]:
+        """Names in a folder; none where it cannot be read."""
+        try:
+            return sorted(os.listdir(folder))
+        except OSError:
+            return []
+
+    def package(self, name: str) -> str | None:
+        """The folder that a package would be imported from, without importing it."""
+        spec = importlib.util.find_spec(name)
+        places = [] if spec is None else list(spec.submodule_search_locations or ())
+        return places[0] if places else None
 
     def output(self, *command: str) -> str | None:
         """What a program prints; None where there is none or it fails."""

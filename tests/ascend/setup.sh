@@ -1,9 +1,11 @@
 #!/bin/sh
 # Makes the virtual environment of `make test-ascend` (first argument, default .venv-ascend): torch for the CPU beside
-# triton-ascend, which cannot live with stock Triton, and MLIR 19 from Debian, which runs the lowered kernels on x86.
-# Needs a network and, for MLIR, root and apt-get; without them the tests that run kernels skip and say so.
+# triton-ascend, which cannot live with stock Triton; MLIR 19 from Debian, which runs the lowered kernels on x86; the real torch-npu
+# over stand-ins of CANN's libraries that are built from one file of C; and vllm-ascend's sources.
+# Needs a network and, for MLIR, root and apt-get. What cannot be had is said, and the tests that need it skip.
 set -eu
 venv=${1:-.venv-ascend}
+here=$(cd "$(dirname "$0")" && pwd)
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 if ! "$venv/bin/python" -c "import torch, triton.backends.ascend, pytest" 2>/dev/null; then
     # pybind11 is imported by triton-ascend without being declared; numpy 2.3 breaks its front end
@@ -12,16 +14,42 @@ if ! "$venv/bin/python" -c "import torch, triton.backends.ascend, pytest" 2>/dev
     "$venv/bin/pip" install -q --no-deps "triton-ascend==3.2.0"
     "$venv/bin/pip" install -q "numpy<2.3" pybind11 pytest
 fi
-# vllm-ascend's sources, to be read: 27 MB that are unpacked, not installed
-if [ ! -d "$venv/vllm-ascend-0.23.0" ]; then
+# What the learner imports, as far as it needs it here; emberl itself by links to these sources
+if ! "$venv/bin/python" -c "import transformers, numba, pydantic, ray" 2>/dev/null; then
+    "$venv/bin/pip" install -q "numpy<2.3" "transformers==5.5.4" "ray>=2.52" numba pydantic omegaconf safetensors xxhash zstandard packaging \
+        psutil pyyaml typer rich tokenizers ||
+        echo "test-ascend: transformers and what else the learner needs could not be had; its tests skip" >&2
+fi
+mkdir -p "$venv/src/emberl"
+for folder in rl rollout rewards kernels configs; do
+    ln -sfn "$(cd "$here/../.." && pwd)/$folder" "$venv/src/emberl/$folder"
+done
+
+# unpack NAME VERSION FOLDER [pip's options]: a wheel's files, not installed: importing them is a matter of each test
+unpack() {
+    name=$1 version=$2 folder=$3
+    shift 3
+    [ -d "$folder" ] && return
     wheel=$(mktemp -d)
-    if "$venv/bin/pip" download -q --no-deps --only-binary :all: --platform manylinux_2_34_x86_64 --python-version 3.11 \
-        -d "$wheel" "vllm-ascend==0.23.0"; then
-        "$venv/bin/python" -m zipfile -e "$wheel"/*.whl "$venv/vllm-ascend-0.23.0"
+    if "$venv/bin/pip" download -q --no-deps --only-binary :all: "$@" -d "$wheel" "$name==$version"; then
+        "$venv/bin/python" -m zipfile -e "$wheel"/*.whl "$folder"
     else
-        echo "test-ascend: no wheel of vllm-ascend 0.23.0; the tests of its sources skip" >&2
+        echo "test-ascend: no wheel of $name $version; the tests that read or run it skip" >&2
     fi
     rm -rf "$wheel"
+}
+unpack vllm-ascend 0.23.0 "$venv/vllm-ascend-0.23.0" --platform manylinux_2_34_x86_64 --python-version 3.11
+unpack torch-npu 2.13.0 "$venv/torch-npu-2.13.0"
+unpack torch-npu 2.10.0.post4 "$venv/torch-npu-2.10.0" --platform manylinux_2_28_x86_64 --python-version 3.11
+if command -v cc >/dev/null; then
+    mkdir -p "$venv/cann"
+    # the six that torch-npu links to; the others hold nothing that it needs when it is loaded
+    for library in ascendcl acl_op_compiler hccl ge_runner graph acl_tdt_channel; do
+        part=$([ $library = ascendcl ] && echo -DRUNTIME || [ $library = acl_op_compiler ] && echo -DCOMPILER || true)
+        cc -shared -fPIC -O1 $part -o "$venv/cann/lib$library.so" "$here/cann_stub.c" -Wl,-soname,lib$library.so
+    done
+else
+    echo "test-ascend: no C compiler; the tests on torch-npu skip" >&2
 fi
 if [ ! -x /usr/lib/llvm-19/bin/mlir-opt ] || ! command -v cc >/dev/null; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

@@ -132,6 +132,7 @@ def where() -> type:
                 "group": context.get_placement_group_id(),
                 "npu": os.environ.get("ASCEND_RT_VISIBLE_DEVICES"),
                 "threads": os.environ["OMP_NUM_THREADS"],
+                "queue": os.environ.get("TASK_QUEUE_ENABLE"),
             }
 
     return Where
@@ -165,6 +166,7 @@ def test_the_eight_device_configuration_actor_by_actor(npu_box: None) -> None:
         )
         for seat, seen in zip(seats, found, strict=True):
             assert seen["threads"] == str(seat.threads)
+            assert seen["queue"] == ("2" if seat.role == "learner" else "1")
             assert seen["resources"] == {"NPU": 1.0, "CPU": seat.bundle["CPU"]}
             bundles = ray.util.placement_group_table(cluster._group)["bundles"]
             assert bundles[seats.index(seat)] == {"NPU": 1.0, "CPU": seat.bundle["CPU"]}

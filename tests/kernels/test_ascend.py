@@ -1,0 +1,46 @@
+"""The environment of processes that use an NPU."""
+
+from __future__ import annotations
+
+import pytest
+from emberl.kernels import ascend, platform
+
+
+def test_learners_and_engines_get_their_own() -> None:
+    learner, rollout = (ascend.environment(role, {}) for role in ("learner", "rollout"))
+    assert learner["TASK_QUEUE_ENABLE"] == "2" and rollout["TASK_QUEUE_ENABLE"] == "1"
+    assert learner["PYTORCH_NPU_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_NPU_ALLOC_CONF" not in rollout, "vllm-ascend's sleep mode refuses it"
+    shared = {"HCCL_CONNECT_TIMEOUT": "1800", "HCCL_EXEC_TIMEOUT": "3600",
+              "HCCL_HOST_SOCKET_PORT_RANGE": "auto", "HCCL_NPU_SOCKET_PORT_RANGE": "auto"}  # fmt: skip
+    assert shared.items() <= learner.items() and shared.items() <= rollout.items()
+    assert 120 <= int(learner["HCCL_CONNECT_TIMEOUT"]) <= 7200, "what HCCL takes"
+
+
+def test_what_the_user_set_stays_and_is_said() -> None:
+    given = {"HCCL_CONNECT_TIMEOUT": "600", "TASK_QUEUE_ENABLE": "1"}
+    added = ascend.environment("learner", given)
+    assert not added.keys() & given.keys()
+    lines = platform.describe_environment("npu", given)
+    assert len(lines) == len(ascend.ENVIRONMENT) + 1, "and one for the layers"
+    [line] = [line for line in lines if line.startswith("HCCL_CONNECT")]
+    assert line.startswith("HCCL_CONNECT_TIMEOUT=600 (learner and rollout, yours): ")
+
+
+def test_every_variable_has_a_reason_and_one_value_for_each_role() -> None:
+    pairs = [(v.name, role) for v in ascend.ENVIRONMENT for role in v.roles]
+    assert len(set(pairs)) == len(pairs)
+    assert all(len(v.reason) > 20 for v in ascend.ENVIRONMENT)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_other_devices_get_nothing(device: str) -> None:
+    assert platform.actor_environment(device, "learner", {}) == {}
+    assert platform.describe_environment(device, {}) == []
+
+
+def test_collectives_of_npus_are_told_the_interface_too() -> None:
+    assert set(platform.NPU.interface_variables) == {
+        "GLOO_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME",
+    }  # fmt: skip
+    assert platform.CUDA.interface_variables == ("GLOO_SOCKET_IFNAME",)
