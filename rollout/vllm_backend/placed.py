@@ -215,12 +215,18 @@ def _whole_shapes(model: Any) -> Iterator[Owners]:
 
 
 def _meta_parameter(layer: Any) -> Any:
-    """As it was before it was loaded, with its loader."""
+    """As it was before it was loaded, with its loader, of which a reload leaves a wrapper."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+    from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
     from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
 
     parameters, _ = get_layerwise_info(layer).restore_metadata
-    return restore_layer_refs(parameters["weight"], layer)
+    made: Any = restore_layer_refs(to_meta_tensor(parameters["weight"]), layer)
+    loader = getattr(made, "weight_loader", None)
+    while getattr(loader, "__name__", "") == "online_process_loader":
+        loader = loader.__wrapped__
+        made.weight_loader = loader
+    return made
 
 
 def _address(tensor: Tensor) -> int:
