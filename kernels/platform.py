@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -258,16 +259,39 @@ def process_group(
     return group
 
 
-def meet(platform: Platform, host: str, port: int, rank: int, size: int, timeout: float) -> Any:
-    """`process_group` of processes that know an address of rank 0's machine, where that one keeps
-    the store."""
+def host_group(timeout: float) -> Any:
+    """A group of all ranks for what is in host memory, beside the default one; every rank must
+    call this. timeout: seconds."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
+
+def meeting_store(host: str, port: int, rank: int, timeout: float) -> Any:
+    """What the processes of a group find each other by; rank 0 keeps it, listening at `host`
+    alone, where torch by itself listens at every address of the machine."""
     from datetime import timedelta
 
     import torch.distributed
 
     c10d: Any = torch.distributed
-    within = timedelta(seconds=timeout)
-    store = c10d.TCPStore(host, port, is_master=rank == 0, wait_for_workers=False, timeout=within)
+    options: dict[str, Any] = {
+        "is_master": rank == 0,
+        "wait_for_workers": False,
+        "timeout": timedelta(seconds=timeout),
+    }
+    if rank == 0:
+        listener = socket.create_server((host, port), backlog=2048)
+        options["master_listen_fd"] = listener.detach()  # the store's from now on
+    return c10d.TCPStore(host, port, **options)
+
+
+def meet(platform: Platform, host: str, port: int, rank: int, size: int, timeout: float) -> Any:
+    """`process_group` of processes that know an address of rank 0's machine, where that one keeps
+    the store."""
+    store = meeting_store(host, port, rank, timeout)
     return process_group(platform, store, rank, size, f"meeting-{port}", timeout)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .config.earlier import brought_up
-from .config.load import Config, ConfigError, resolve
+from .config.load import Config, ConfigError, resolve, shown_tree
 
 CHECKPOINTS, PROGRESS = "checkpoints", "progress.json"
 SETTINGS = "settings.json"
@@ -137,7 +137,7 @@ def check_resumed(config: Config, checkpoint: Path, override: bool) -> list[str]
             " compared with it"
         ]
     tree, _ = brought_up(json.loads(file.read_text()))
-    before, now = leaves(tree), leaves(config.model_dump(mode="json"))
+    before, now = leaves(tree), leaves(shown_tree(config))
     counted = {  # worked out once the rows are known
         "schedule.passes": config.schedule.passes is not None,
         "schedule.steps": config.schedule.passes is not None,
@@ -211,7 +211,7 @@ def finish_checkpoint(
     highest held-out accuracy. `config` is kept beside it, for `check_resumed`."""
     (folder / PROGRESS).write_text(json.dumps(asdict(progress), indent=1))
     if config is not None:
-        (folder / SETTINGS).write_text(json.dumps(config.model_dump(mode="json"), indent=1))
+        (folder / SETTINGS).write_text(json.dumps(shown_tree(config), indent=1))
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
     (folder / FILES).write_text(json.dumps(sizes, indent=1))

@@ -11,6 +11,7 @@ import typer
 from .evaluation.commands import app as evaluation
 from .exits import FAILED, INTERRUPTED, USAGE, fail
 from .job_commands import app as jobs
+from .local_ray import before_import
 from .watch.bench_command import app as bench
 from .watch_commands import app as watching
 from .weights.history_commands import app as patches
@@ -108,6 +109,8 @@ def train(
         if dry_run:
             show_plan(settings, like)
             return
+        stages = [s.config for s in settings.stages] if isinstance(settings, Recipe) else [settings]
+        before_import(next((s.cluster.address for s in stages if s.cluster.address), None))
         if isinstance(settings, Recipe):
             from .stages import run_recipe
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import socket
 import subprocess
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,15 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..kernels import platform
-from ..rollout.actors import gather
+from ..rollout.actors import LOST, ActorLostError, PlaceLostError, gather
 from ..rollout.engine import WorkerSpec
 from ..rollout.pool import RolloutPool
 from ..rollout.schedule import QUEUE_DEPTH
 from ..rollout.worker import RolloutWorker
+from . import local_ray
 from .config.load import Config, ConfigError, user_errors
 from .disks import Disks
-from .learner.group import PUBLISHING, LearnerGroup
+from .learner.group import PUBLISHING, WRITING, LearnerGroup
 from .learner.rank import LearnerRank, RankSpec
 from .placement import ROLES, ActorSlot, Role, check_capacity, plan_placement, resources_text
 
@@ -54,10 +55,18 @@ class Cluster:
         self.tell = tell
         self.placement = plan_placement(config, roles)
         self.address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+        self.learners: LearnerGroup
+        self.pool: RolloutPool
         self._group: Any = None
         self._actors: list[Any] = []
         self._ready: list[Any] = []
-        self._owns_ray = False
+        self.spawned = False
+        """Whether the actors were started."""
+        self.run_id = uuid.uuid4().hex
+        """Of the weights that these engines take."""
+        self._owns_ray = self._local = False
+        self.next_version = 0
+        """The smallest that workers do not know yet."""
         if not self.address and not ray.is_initialized() and self.placement.device == "cpu":
             check_capacity(self.placement, {"CPU": platform.local_cpus()}, "this machine")
 
@@ -67,10 +76,8 @@ class Cluster:
         if not ray.is_initialized():
             self._owns_ray = True
             if not self._join():
-                # Ray guards a new cluster by a token; one of this run's own leaves no file in the
-                # user's home, which would switch authentication on for every cluster that they
-                # start later
-                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+                local_ray.before_start()
+                self._local = True
                 with another_process_group():
                     ray.init(
                         # never a cluster that happens to run here: it was not asked for
@@ -139,21 +146,54 @@ class Cluster:
                 remove_placement_group(self._group)
             if self._owns_ray:
                 ray.shutdown()
+        if self._local:
+            local_ray.after_end()
         self._actors, self._group = [], None
 
-    def spawn(
-        self, model_path: str, run_id: str, run_dir: Path
-    ) -> tuple[LearnerGroup, RolloutPool]:
+    def spawn(self, model_path: str, run_dir: Path) -> tuple[LearnerGroup, RolloutPool]:
         """Starts all actors; they load while the caller does other things, until it calls
-        `wait`. Nodes that do not see `run_dir` are given the model's files first."""
+        `wait`. Nodes that do not see `run_dir` are given the model's files first. Again, with the
+        actors that there are."""
+        if self.spawned:
+            return self.learners, self.pool
+        self._disks = self._prepare_disks(model_path, run_dir)
+        self._model_path = model_path
+        self._plan(model_path)
+        self._start_learners()
+        workers = [self._spawn(RolloutWorker, seat, spec) for seat, spec in self._workers]
+        self.pool = self._pool_of(workers)
+        self.spawned = True
+        return self.learners, self.pool
+
+    def restart_learners(self) -> None:
+        """Puts new ranks in the place of the learners, who then load the model, and gives the
+        engines, which stay, a pool that knows of nothing that was asked for."""
+        for rank in self.learners.ranks:
+            ray.kill(rank)
+        self.next_version = max(self.next_version, self.pool.announced + 1)
+        gone, workers = set(self.pool.gone), list(self.pool.workers)
+        self._start_learners()
+        ended = {i: worker.reset.remote() for i, worker in enumerate(workers) if i not in gone}
+        for i, ref in ended.items():
+            try:
+                ray.get(ref, timeout=self.config.sync.timeout)
+            except LOST:
+                try:
+                    workers[i] = self.respawn(i)
+                except PlaceLostError:
+                    gone.add(i)
+        if len(gone) == len(workers):
+            raise ActorLostError("no rollout worker is left")
+        self.pool = self._pool_of(workers, gone)
+
+    def _plan(self, model_path: str) -> None:
+        """What each actor is to know."""
         config, seats = self.config, self.placement.seats
-        disks = self._prepare_disks(model_path, run_dir)
         world = sum(seat.role == "learner" for seat in seats)
-        ranks: list[Any] = []
-        self._specs: list[tuple[ActorSlot, WorkerSpec]] = []
-        for seat in seats:
-            if seat.role == "learner":
-                rank = RankSpec(
+        self._ranks = [
+            (
+                seat,
+                RankSpec(
                     rank=seat.index,
                     world=world,
                     device=self.placement.device,
@@ -162,17 +202,22 @@ class Cluster:
                     timeout=config.cluster.step_timeout,
                     seed=config.seed,
                     longest=config.max_model_length,
-                )
-                ranks.append(self._spawn(LearnerRank, seat, rank))
-            else:
-                worker = WorkerSpec(
+                ),
+            )
+            for seat in seats
+            if seat.role == "learner"
+        ]
+        self._workers = [
+            (
+                seat,
+                WorkerSpec(
                     model_path=model_path,
                     device=self.placement.device,
                     dtype=config.model.dtype,
                     threads=seat.threads,
                     max_num_seqs=config.rollout.max_num_seqs,
                     max_model_len=config.max_model_length,
-                    run_id=run_id,
+                    run_id=self.run_id,
                     timeout=config.sync.timeout,
                     in_flight=config.schedule.in_flight,
                     engine=config.rollout.engine,
@@ -182,25 +227,34 @@ class Cluster:
                     servers_directory=config.rollout.servers_directory,
                     max_restarts=config.rollout.max_restarts,
                     rate_limit=config.sync.rate_limit,
-                )
-                self._specs.append((seat, worker))
-        workers = [self._spawn(RolloutWorker, seat, worker) for seat, worker in self._specs]
-        self._ready = [worker.ready.remote() for worker in workers]
-        self._model_path = model_path
-        self.learners = LearnerGroup(ranks, timeout=config.cluster.step_timeout, disks=disks)
-        self.pool = RolloutPool(
+                ),
+            )
+            for seat in seats
+            if seat.role == "rollout"
+        ]
+
+    def _start_learners(self) -> None:
+        ranks = [self._spawn(LearnerRank, seat, spec) for seat, spec in self._ranks]
+        timeout = self.config.cluster.step_timeout
+        self.learners = LearnerGroup(ranks, timeout=timeout, disks=self._disks)
+
+    def _pool_of(self, workers: Sequence[Any], gone: Collection[int] = ()) -> RolloutPool:
+        config = self.config
+        self._ready = [w.ready.remote() for i, w in enumerate(workers) if i not in gone]
+        return RolloutPool(
             workers,
             timeout=config.rollout.timeout,
             sync_timeout=config.sync.timeout,
             max_samples=(
                 QUEUE_DEPTH * config.rollout.max_num_seqs
-                if config.schedule.max_staleness or not ranks
+                if config.schedule.max_staleness or not self._ranks
                 else None
             ),
             respawn=self.respawn,
             max_restarts=config.rollout.max_restarts,
+            gone=gone,
+            tell=self.tell,
         )
-        return self.learners, self.pool
 
     def _prepare_disks(self, model_path: str, run_dir: Path) -> Disks:
         """Those of the learners' nodes, after every node has got the model; `ConfigError` for
@@ -241,14 +295,23 @@ class Cluster:
 
     def respawn(self, index: int) -> Any:
         """A new actor in the place of a rollout worker that is lost or stuck; returns when it has
-        its model. What Ray raises where that fails is the caller's."""
-        seat, spec = self._specs[index]
+        its model. `PlaceLostError` where its node is gone and no other has room; what Ray raises
+        where it fails otherwise is the caller's."""
+        seat, spec = self._workers[index]
         assert self.pool is not None
         if self._group is None:  # everything ends: a call of Ray's would start another cluster
             raise TimeoutError("the run is over")
         ray.kill(self.pool.workers[index])
         handle = self._spawn(RolloutWorker, seat, spec)
-        ray.get(handle.ready.remote(), timeout=self.config.cluster.start_timeout)
+        ready = handle.ready.remote()
+        deadline = time.monotonic() + self.config.cluster.start_timeout
+        while not ray.wait([ready], timeout=PATIENCE)[0]:
+            if len(self._workers) > 1 and not self._group.wait(timeout_seconds=1):
+                ray.kill(handle)
+                raise PlaceLostError(f"no node has room for {resources_text(seat.bundle)}")
+            if time.monotonic() > deadline:
+                raise TimeoutError("it has not loaded its model within cluster.start_timeout")
+        ray.get(ready)
         return handle
 
     def wait(self) -> None:
@@ -275,8 +338,8 @@ class Cluster:
             name: amount for name, amount in seat.bundle.items() if name not in ("CPU", "GPU")
         }
         remote: Any = ray.remote  # its types know no concurrency groups
-        publishing = {PUBLISHING: 1} if seat.role == "learner" else None
-        return remote(concurrency_groups=publishing)(actor).options(
+        beside = {PUBLISHING: 1, WRITING: 1} if seat.role == "learner" else None
+        return remote(concurrency_groups=beside)(actor).options(
             num_cpus=seat.bundle["CPU"],
             num_gpus=seat.bundle.get("GPU", 0),
             resources=others or None,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..rewards.suite import RewardSuite, build_suite
-from ..rollout.actors import ActorLostError
+from ..rollout.actors import ActorLostError, CallFailedError
 from ..rollout.engine import check_engine
 from ..rollout.stops import token_bytes
 from .algorithm.losses import Objective
@@ -35,12 +35,21 @@ from .data.sources import PromptSource, open_source
 from .data.table import TableSource
 from .environments import episodes_of, load_environment
 from .eval_sets import open_eval_sets
+from .learner.group import LearnersLostError
 from .model_files import check_adapters, check_model, load_tokenizer, prepare_model, stop_tokens
 from .preflight import check_inputs
 from .reject import sample_accepted
 from .reward_inputs import reward_input
 from .run import Interrupted, Run, on_loop, stop_on_signal
-from .run_directory import RESULT, Resume, alone_in, forget_earlier, open_run_dir, trim_metrics
+from .run_directory import (
+    RESULT,
+    Resume,
+    alone_in,
+    forget_earlier,
+    forget_figures,
+    open_run_dir,
+    trim_metrics,
+)
 from .sft import Imitated, open_imitated, train_sft, with_sft_steps
 from .trainer import train_rl
 from .watch.console import make_console
@@ -96,26 +105,65 @@ def train(config: Config, *, resume: Resume = "never", override: bool = False) -
         for line in check_resumed(config, checkpoint, override):
             tell(f"resumed with {line}")
         started -= read_progress(checkpoint).seconds
-    restarts = config.cluster.max_restarts
     with alone_in(run_dir):
         forget_earlier(run_dir, anew=checkpoint is None)
+        attempts = Attempts(run_dir, config.cluster.max_restarts, checkpoint, tell)
         while True:
             try:
-                return run_attempt(config, cluster, run_dir, checkpoint, started)
+                # in this order: Ray's start sets a SIGTERM handler of its own
+                with cluster, stop_on_signal() as stop:
+                    return with_learners(config, cluster, attempts, stop, started)
             except ActorLostError as error:
-                checkpoint = latest_checkpoint(run_dir, tell)
-                if not restarts or checkpoint is None:
-                    raise
-                restarts -= 1
-                tell(f"{error}; all actors are started anew from {checkpoint.name}")
+                attempts.another(error, "all actors are started")
                 cluster = Cluster(config, tell)
 
 
-def run_attempt(
-    config: Config, cluster: Cluster, run_dir: Path, checkpoint: Path | None, started: float
+class Attempts:
+    """What a run goes on from after a failure, and how often: `cluster.max_restarts` times in a
+    row, each checkpoint anew."""
+
+    def __init__(
+        self, run_dir: Path, most: int, checkpoint: Path | None, tell: Callable[[str], None]
+    ) -> None:
+        self.run_dir, self.checkpoint = run_dir, checkpoint
+        self._most, self._left, self._tell = most, most, tell
+
+    def another(self, error: Exception, what: str) -> None:
+        """Allows one more attempt; raises the error where there were enough. what: happens then."""
+        newest = latest_checkpoint(self.run_dir, self._tell)
+        if newest != self.checkpoint:
+            self._left = self._most
+        if not self._left:
+            raise error
+        self._left, self.checkpoint = self._left - 1, newest
+        if newest is None:
+            forget_figures(self.run_dir)
+        where = "the beginning" if newest is None else newest.name
+        self._tell(f"{error}; {what} anew from {where}")
+
+
+def with_learners(
+    config: Config,
+    cluster: Cluster,
+    attempts: Attempts,
+    stop: threading.Event,
+    started: float,
 ) -> Result:
-    """The run from a checkpoint, or from the beginning, to its end, with actors of its own.
-    started: when the run began, less the time in which it did not run."""
+    """The run to its end, with new learners where these are lost, while the engines stay."""
+    while True:
+        try:
+            return run_attempt(config, cluster, attempts, stop, started)
+        except (LearnersLostError, CallFailedError) as error:
+            attempts.another(error, "the learners are started")
+            cluster.restart_learners()
+
+
+def run_attempt(
+    config: Config, cluster: Cluster, attempts: Attempts, stop: threading.Event, started: float
+) -> Result:
+    """The run from a checkpoint, or from the beginning, to its end. started: when the run began,
+    less the time in which it did not run."""
+    run_dir, checkpoint = attempts.run_dir, attempts.checkpoint
     progress = read_progress(checkpoint) if checkpoint else Progress()
     if checkpoint and progress.stage < len(config.stages):
         trim_metrics(
@@ -126,71 +174,72 @@ def run_attempt(
             evaluates=progress.step == 0 or progress.evaluating is not None,
         )
         trim_steps(run_dir, config.stages[progress.stage], progress.step, config.stages)
+    # engines that have served a later one take no version back
+    progress = progress.advance(version=max(progress.version, cluster.next_version))
     console = make_console()
+    anew = checkpoint is None and not cluster.spawned  # engines have loaded what there is
     model_path = prepare_model(
-        config, run_dir, lambda text: console.print(text, markup=False), anew=checkpoint is None
+        config, run_dir, lambda text: console.print(text, markup=False), anew=anew
     )
     check_adapters(config, model_path)
-    # in this order: Ray's start sets a SIGTERM handler of its own
-    with cluster, stop_on_signal() as stop:
+    with ExitStack() as opened:
         # the actors load while this process reads the data: both take seconds
-        learners, pool = cluster.spawn(model_path, run_id := uuid.uuid4().hex, run_dir)
+        learners, pool = cluster.spawn(model_path, run_dir)
         tokenizer = load_tokenizer(model_path, config.data)
         with user_errors():
             if config.rollout.stop:
                 token_bytes(tokenizer)  # says whether the engines can find these in its tokens
             source = open_source(config.data, tokenizer, config.seed)
-        with ExitStack() as opened:
-            suite = build_rewards(config, source, tokenizer)
-            opened.callback(suite.close)
-            config, passes = with_steps(config, source.size)
-            imitated = None
-            if "sft" in config.stages:
-                imitated = open_imitated(config, source, tokenizer)
-                config = with_sft_steps(config, imitated.size)
-            tracker = Tracker(config, run_dir, console)
-            opened.callback(tracker.close)
-            opened.callback(SystemWatch(config.tracking.system_every, tracker.system).close)
-            learners.record = partial(tracker.spans.add, "learners")
-            learnt = imitated.notes if imitated is not None else ()
-            for note in (*source.notes, *([passes] if passes else []), *learnt):
-                tracker.note(note)
-            sets = open_eval_sets(
-                config, source, suite, partial(load_tokenizer, model_path), tracker.note, opened
-            )
-            cluster.wait()
-            probed = min(config.sync.probe_tokens, config.max_model_length - 1)
-            weights = WeightSync(
-                config,
-                learners,
-                pool,
-                run_id=run_id,
-                run_dir=run_dir,
-                fabric=cluster.placement.device != "cpu",
-                tell=tracker.note,
-                probe=Probe(tolerance_of(config.model.dtype), earlier_noise(progress)),
-                probe_ids=probe_ids(source, probed),
-            )
-            run = Run(
-                config=config,
-                run_id=run_id,
-                run_dir=run_dir,
-                tokenizer=tokenizer,
-                source=source,
-                suite=suite,
-                learners=learners,
-                pool=pool,
-                weights=weights,
-                tracker=tracker,
-                stop=stop,
-                started=started,
-                progress=progress,
-                eval_sets=sets,
-                stop_token_ids=stop_tokens(tokenizer, model_path),
-            )
-            with user_errors():
-                pool.episodes = episodes_of(config, tokenizer, run.answers.said)
-            return on_loop(go(run, checkpoint, imitated))
+        suite = build_rewards(config, source, tokenizer)
+        opened.callback(suite.close)
+        config, passes = with_steps(config, source.size)
+        imitated = None
+        if "sft" in config.stages:
+            imitated = open_imitated(config, source, tokenizer)
+            config = with_sft_steps(config, imitated.size)
+        tracker = Tracker(config, run_dir, console)
+        opened.callback(tracker.close)
+        opened.callback(SystemWatch(config.tracking.system_every, tracker.system).close)
+        learners.record = partial(tracker.spans.add, "learners")
+        learnt = imitated.notes if imitated is not None else ()
+        for note in (*source.notes, *([passes] if passes else []), *learnt):
+            tracker.note(note)
+        sets = open_eval_sets(
+            config, source, suite, partial(load_tokenizer, model_path), tracker.note, opened
+        )
+        cluster.wait()
+        probed = min(config.sync.probe_tokens, config.max_model_length - 1)
+        weights = WeightSync(
+            config,
+            learners,
+            pool,
+            run_id=cluster.run_id,
+            run_dir=run_dir,
+            fabric=cluster.placement.device != "cpu",
+            tell=tracker.note,
+            probe=Probe(tolerance_of(config.model.dtype), earlier_noise(progress)),
+            probe_ids=probe_ids(source, probed),
+        )
+        run = Run(
+            config=config,
+            run_id=cluster.run_id,
+            run_dir=run_dir,
+            tokenizer=tokenizer,
+            source=source,
+            suite=suite,
+            learners=learners,
+            pool=pool,
+            weights=weights,
+            tracker=tracker,
+            stop=stop,
+            started=started,
+            progress=progress,
+            eval_sets=sets,
+            stop_token_ids=stop_tokens(tokenizer, model_path),
+        )
+        with user_errors():
+            pool.episodes = episodes_of(config, tokenizer, run.answers.said)
+        return on_loop(go(run, checkpoint, imitated))
 
 
 def earlier_noise(progress: Progress) -> Level | None:
@@ -225,13 +274,25 @@ async def go(run: Run, checkpoint: Path | None, imitated: Imitated | None = None
             # an earlier stage of this attempt has changed the weights
             await run.publish(new_version=published)
             published = True
-            await stages[name](run)
+            run.held = run.progress
+            try:
+                await stages[name](run)
+            except Interrupted:
+                raise
+            except Exception as error:
+                await run.rescue(error)
+                raise
+            await run.saved()
+            run.held = None
             run.progress = run.progress.advance(
                 stage=run.progress.stage + 1, step=0 if name != "rl" else run.progress.step
             )
     except Interrupted:
         status = "interrupted"
         run.tracker.note(f"saved; add --resume run_dir={run.run_dir} to go on")
+    except Exception as error:  # whatever it was, who sees the trackers alone is told
+        run.tracker.alert("this attempt ended by an error", f"{type(error).__name__}: {error}")
+        raise
     run.tracker.end()
     if spent := run.tracker.spans.summary():
         run.tracker.note(spent)

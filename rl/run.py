@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,15 +18,22 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..rewards.suite import RewardSuite
-from ..rollout.actors import CallFailedError
+from ..rollout.actors import ActorLostError, CallFailedError
 from ..rollout.pool import RolloutPool
 from ..rollout.samples import Completion, Prompt, Sampling
 from .answers import AnswerReader
-from .checkpoints import Progress, add_evaluation, begin_checkpoint, finish_checkpoint
+from .checkpoints import (
+    Progress,
+    add_evaluation,
+    begin_checkpoint,
+    finish_checkpoint,
+    latest_checkpoint,
+    read_progress,
+)
 from .config.load import Config
 from .data.sources import PromptSource
 from .groups import Group
-from .learner.group import LearnerGroup
+from .learner.group import LearnerGroup, LearnersLostError
 from .run_directory import asked_to_stop
 from .watch.tracking import Tracker
 from .weights.sync import WeightSync
@@ -72,6 +79,9 @@ class Run:
     """As `model_files.stop_tokens` finds them."""
     failed_saves: int = 0
     """Checkpoints in a row that could not be written."""
+    held: Progress | None = None
+    """What goes with the learners' weights; None while a step changes these."""
+    _writing: asyncio.Task[None] | None = None
     evaluation: asyncio.Task[None] | None = None
     """What goes on beside the training, until somebody has waited for it."""
 
@@ -164,8 +174,9 @@ class Run:
         return f"{self.config.stages[self.progress.stage]}-{step:06}"
 
     async def save(self, *, needed: bool = False) -> None:
-        """A checkpoint of this moment. One that cannot be written is said and the run goes on,
-        unless it is `needed` or `checkpoint.max_failures` failed in a row: OSError."""
+        """A checkpoint of this moment, which is written while the run goes on; waits for the one
+        before it, and if it is `needed` for this one too (`saved`)."""
+        await self.saved()
         if self.progress.evaluating not in (None, self.progress.step):
             await self.evaluated()  # from this checkpoint it could not be done again
         name = self.checkpoint(self.progress.step)
@@ -178,30 +189,86 @@ class Run:
             probe_noise_logp=None if noise is None else noise.logp,
             probe_noise_p=None if noise is None else noise.p,
         )
-        saved = self.progress
-        folder = begin_checkpoint(self.run_dir, name)
-        settings = self.config.checkpoint
         try:
             with self.tracker.doing(f"saving {name}"):
-                await asyncio.to_thread(self.learners.save, str(folder.absolute()))
-                done = finish_checkpoint(
-                    folder, saved, settings.keep, self.config, keep_best=settings.keep_best
-                )
-            if saved.evaluating is not None and self.progress.evaluating is None:
+                await asyncio.to_thread(self.learners.snapshot)
+        except CallFailedError as error:  # no memory for it, for example
+            self._could_not(name, error, needed)
+            return
+        self._writing = asyncio.create_task(self._write(name, self.progress, needed))
+        # if the run fails otherwise first, nobody asks for it
+        self._writing.add_done_callback(lambda task: task.cancelled() or task.exception())
+        if needed:
+            await self.saved()
+
+    async def saved(self) -> None:
+        """Until the checkpoint that is being written is on the disk. One that cannot be written is
+        said and the run goes on, unless it was `needed` or `checkpoint.max_failures` failed in a
+        row: OSError."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            await writing  # the ranks' part has a deadline
+
+    async def _write(self, name: str, progress: Progress, needed: bool) -> None:
+        settings, folder = self.config.checkpoint, None
+        try:
+            folder = begin_checkpoint(self.run_dir, name)
+            await asyncio.to_thread(self.learners.write, str(folder.absolute()))
+            done = await asyncio.to_thread(
+                finish_checkpoint,
+                folder,
+                progress,
+                settings.keep,
+                self.config,
+                keep_best=settings.keep_best,
+            )
+            if progress.evaluating is not None and self.progress.evaluating is None:
                 add_evaluation(done, self.progress)  # it has ended meanwhile
         except (OSError, CallFailedError) as error:  # the disk, ours or a rank's
-            shutil.rmtree(folder, ignore_errors=True)
-            self.failed_saves += 1
-            free = shutil.disk_usage(self.run_dir).free
-            text = f"{error}; the disk of {self.run_dir} has {free / 1e9:.1f} GB free"
-            if needed or self.failed_saves >= settings.max_failures:
-                raise OSError(f"checkpoint {name} could not be written: {text}") from error
-            self.tracker.alert(f"checkpoint {name} could not be written", text)
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+            self._could_not(name, error, needed)
         else:
             self.failed_saves = 0
 
+    def _could_not(self, name: str, error: Exception, needed: bool) -> None:
+        self.failed_saves += 1
+        free = shutil.disk_usage(self.run_dir).free
+        text = f"{error}; the disk of {self.run_dir} has {free / 1e9:.1f} GB free"
+        if needed or self.failed_saves >= self.config.checkpoint.max_failures:
+            raise OSError(f"checkpoint {name} could not be written: {text}") from error
+        self.tracker.alert(f"checkpoint {name} could not be written", text)
+
+    async def rescue(self, error: Exception) -> None:
+        """After an error that ends the run, or this attempt: what the learners hold is saved, if
+        that is the state after some step, and it is not on the disk yet."""
+        with suppress(OSError, ActorLostError):  # it was said, or the learners are what is lost
+            await self.saved()
+        held, newest = self.held, latest_checkpoint(self.run_dir)
+        if isinstance(error, LearnersLostError | CallFailedError | OSError) or held is None:
+            return
+        done = None if newest is None else read_progress(newest)
+        if not held.step or (done and (done.stage, done.step) >= (held.stage, held.step)):
+            return
+        try:
+            found = self.progress  # an evaluation may have ended meanwhile
+            self.progress = held.advance(
+                evaluating=found.evaluating,
+                accuracy_start=found.accuracy_start,
+                accuracy_end=found.accuracy_end,
+            )
+            await self.save(needed=True)
+        except Exception as failure:  # the first error is what the run ends by
+            self.tracker.note(f"the step before could not be saved: {failure}")
+            return
+        self.tracker.note(f"saved {self.config.stages[held.stage]} step {held.step}")
+
     async def stop_if_asked(self) -> None:
-        """Between two steps: saves and raises `Interrupted` if a signal or `emberl stop` came."""
+        """Between two steps: saves and raises `Interrupted` if a signal or `emberl stop` came.
+        Raises what made a checkpoint fail."""
+        self.held = self.progress
+        if self._writing is not None and self._writing.done():
+            await self.saved()
         if self.stop.is_set() or asked_to_stop(self.run_dir):
             await self.weights.delivered()
             await self.save(needed=True)

@@ -64,15 +64,23 @@ def open_run_dir(
 
 
 def forget_earlier(run_dir: Path, *, anew: bool) -> None:
-    """Removes what earlier attempts left that is not this one's: a wish to stop, and `anew` the
+    """Removes what earlier attempts left that is not this one's: a wish to stop, checkpoints half
+    written, and `anew` the
     figures of a start that came to nothing. Only while `alone_in` it: they may be a living run's."""
     asked_to_stop(run_dir)
+    for half in (run_dir / CHECKPOINTS).glob(".*"):
+        shutil.rmtree(half, ignore_errors=True)
     (run_dir / RESULT).unlink(missing_ok=True)
     if anew:
-        for name in (METRICS, *RECORDS):
-            (run_dir / name).unlink(missing_ok=True)
-        for name in ANSWERS:
-            shutil.rmtree(run_dir / name, ignore_errors=True)
+        forget_figures(run_dir)
+
+
+def forget_figures(run_dir: Path) -> None:
+    """Removes the figures and answers of a start that came to nothing."""
+    for name in (METRICS, *RECORDS):
+        (run_dir / name).unlink(missing_ok=True)
+    for name in ANSWERS:
+        shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
 def _named(folder: Path, resume: Resume, tell: Callable[[str], None]) -> tuple[Path, Path | None]:

@@ -118,9 +118,11 @@ async def train_sft(run: Run, imitated: Imitated) -> None:
         await run.stop_if_asked()
         position = run.progress.position
         batch = imitated.batch(position)
+        run.held = None
         metrics = await asyncio.to_thread(run.learners.step, batch, Objective.sft())
         step = run.progress.step + 1
         run.progress = run.progress.advance(step=step, position=position + sft.batch_size)
+        run.held = run.progress
         loss = metrics["actor/loss"]
         passes = (
             {} if not imitated.size else {"sft/epoch": (position + sft.batch_size) / imitated.size}

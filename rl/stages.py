@@ -23,6 +23,7 @@ from typing import Any
 from .checkpoints import differences, leaves
 from .config.distill import DistillConfig
 from .config.load import Config, ConfigError, SFTConfig
+from .config.masking import masked
 from .config.stages import REFERENCE, Recipe, Stage
 from .model_files import check_files
 from .preflight import check_inputs
@@ -186,7 +187,7 @@ def finished(recipe: Recipe, anew: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def proof_of(recipe: Recipe, stage: Stage, done: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What decides the stage's output: dotted settings, inputs, and the hash of both."""
-    text = json.dumps(stage.config.model_dump(mode="json", exclude=set(FREE)))
+    text = json.dumps(masked(stage.config.model_dump(mode="json", exclude=set(FREE))))
     for each in recipe.stages:  # by names, so that a recipe's directory may be moved
         text = text.replace(json.dumps(str(each.output)), json.dumps(REFERENCE + each.name))
     found = {"settings": leaves(json.loads(text)), "inputs": inputs_of(stage, done)}

@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from ..rewards.suite import TooManyErrors, check_errors
+from ..rewards.suite import check_errors
 from .algorithm.advantages import Floats, group_advantages, overlong_penalty
 from .algorithm.losses import Objective
 from .batch import flat_batch, updates_of, with_teachers, with_token_advantages
@@ -71,21 +71,8 @@ async def train_rl(run: Run) -> None:
     async with GroupFeed(run) as feed:
         while run.progress.step < schedule.steps:
             await run.stop_if_asked()
-            before = run.progress
-            try:
-                async with tracing(run.progress.step + 1):
-                    metrics = await rl_step(run, feed, objective)
-            except TooManyErrors as error:  # of the graders, before anything is learnt from it
-                run.tracker.alert("too many verifier errors", str(error))
-                found = run.progress  # an evaluation may have ended meanwhile
-                run.progress = before.advance(
-                    evaluating=found.evaluating,
-                    accuracy_start=found.accuracy_start,
-                    accuracy_end=found.accuracy_end,
-                )
-                await run.weights.delivered()
-                await run.save()
-                raise
+            async with tracing(run.progress.step + 1):
+                metrics = await rl_step(run, feed, objective)
             step, last = run.progress.step, run.progress.step == schedule.steps
             for alarm in failures(step, metrics):
                 run.tracker.alert(alarm.title, alarm.text)
@@ -118,7 +105,7 @@ async def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, 
     async with run.learning():
         metrics = ages | await update(run, trained, objective)
     sampled = fed.groups
-    record_lengths(run.run_dir, step, run.progress.version, sampled, trained)
+    record_lengths(run.run_dir, step, version, sampled, trained)
     tokens = sum(c.num_sampled for group in sampled for c in group.completions)
     seconds = time.perf_counter() - start
     run.progress = run.progress.advance(
@@ -137,6 +124,7 @@ async def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, 
         position, pending = run.progress.position, run.progress.pending
         metrics |= run.source.observe(graded, step, position, pending)
         run.progress = run.progress.advance(curriculum=run.source.state())
+    run.held = run.progress
     of_samples = sample_metrics(sampled, trained, shaped, **limits)
     # rewards of tokens have the KL penalty in them
     metrics = fed.metrics | of_samples | metrics | run.suite.metrics()
@@ -210,6 +198,7 @@ async def update(run: Run, trained: Sequence[Group], objective: Objective) -> di
         )
     check_engine_logprobs(seen)
     with_policy = not has_critic or run.progress.step >= config.critic.warmup
+    run.held = None  # until the step is done
     done: list[dict[str, float]] = []
     with spans.span(LOOP, "update"):
         for batch in [*batches] * schedule.epochs:

@@ -21,6 +21,8 @@ from .weights.transport import ObjectStoreSource, PatchRef, WeightUpdate
 
 T = TypeVar("T")
 
+PEERS = 5.0
+"""Seconds in which Ray finds out that an actor's process is gone."""
 LOST = (
     TimeoutError,
     ray.exceptions.RayActorError,
@@ -33,6 +35,10 @@ LOST = (
 class ActorLostError(RuntimeError):
     """An actor died, failed or did not answer within its deadline; the message names it and the
     cause."""
+
+
+class PlaceLostError(RuntimeError):
+    """There is no node any more that an actor could be started on."""
 
 
 class CallFailedError(ActorLostError):
@@ -91,11 +97,30 @@ def gather(refs: Sequence[Any], *, who: str, what: str, timeout: float, key: str
             try:
                 results[ref] = ray.get(ref, timeout=timeout)
             except ray.exceptions.RayError as error:
+                ref, error = _first_lost(ref, error, pending)
                 answered = isinstance(error, ray.exceptions.RayTaskError)
                 raise (CallFailedError if answered else ActorLostError)(
                     f"{who} {list(refs).index(ref)} failed in {what!r}: {cause(error)}"
                 ) from error
     return [results[ref] for ref in refs]
+
+
+def _first_lost(
+    ref: Any, error: ray.exceptions.RayError, others: Sequence[Any]
+) -> tuple[Any, ray.exceptions.RayError]:
+    """A peer that died, if one did, else the failure itself: an actor that missed the dead one in a
+    collective may answer before Ray has noticed."""
+    if not others or not isinstance(error, ray.exceptions.RayTaskError):
+        return ref, error
+    done, _ = ray.wait(list(others), num_returns=len(others), timeout=PEERS)
+    for other in done:
+        try:
+            ray.get(other, timeout=PEERS)
+        except ray.exceptions.RayTaskError:
+            continue
+        except ray.exceptions.RayError as found:
+            return other, found
+    return ref, error
 
 
 def cause(error: Exception) -> str:

@@ -64,6 +64,8 @@ class WorkerState:
     report: dict[str, float] = field(default_factory=dict)
     """What it took to bring the actor that replaced another to the newest weights."""
     restarts: int = 0
+    gone: bool = False
+    """For good: its node was lost, and others do its work."""
     idle: float = 0.0
     """Seconds without a job before this time."""
     idle_since: float | None = field(default_factory=time.monotonic)

@@ -9,12 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from typing import Any
 
 import ray
 
-from .actors import LOST, ActorLostError, WorkerLostError, call, catch_up, cause
+from .actors import (
+    LOST,
+    ActorLostError,
+    PlaceLostError,
+    WorkerLostError,
+    call,
+    catch_up,
+    cause,
+)
 from .dispatch import Dispatch
 from .environments import Episodes
 from .jobs import Job, WorkerState
@@ -35,10 +43,13 @@ class RolloutPool:
         max_samples: int | None = None,
         respawn: Callable[[int], Any] | None = None,
         max_restarts: int = 0,
+        gone: Collection[int] = (),
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         """timeout: seconds for one request; sync_timeout: for an update of the weights.
         max_samples: answers that are given to a worker at a time; None: all. respawn: a new actor
-        in the place of a lost one, `max_restarts` times."""
+        in the place of a lost one, `max_restarts` times. gone: workers that are lost for good.
+        tell: that one was lost for good, and why."""
         self._timeout = timeout
         self._sync_timeout = sync_timeout
         self._all_at_once = max_samples is None
@@ -46,12 +57,17 @@ class RolloutPool:
         self._max_restarts = max_restarts if respawn is not None else 0
         self._seats = [WorkerState(worker=worker) for worker in workers]
         self._dispatch: Dispatch[Job] = Dispatch(len(workers), max_samples)
+        self._tell = tell
+        for i in gone:
+            self._seats[i].gone = True
+            self._dispatch.set_up(i, False)
         self.episodes: Episodes | None = None
         """Where an environment answers the model: the loop over turns."""
         # groups that no worker has and that are to have another turn, or may have one
         self._between: set[Job] = set()
         self._next: list[Job] = []  # of these, those whose environments have answered
         self._latest: WeightUpdate | None = None
+        self._probed: list[int] = []
         self.served = -1
         """The version that every worker serves at least."""
         self._new_version = asyncio.Condition()
@@ -64,6 +80,19 @@ class RolloutPool:
     @property
     def workers(self) -> tuple[Any, ...]:
         return tuple(seat.worker for seat in self._seats)
+
+    @property
+    def gone(self) -> tuple[int, ...]:
+        """Workers that are lost for good, while others do their work."""
+        return tuple(i for i, seat in enumerate(self._seats) if seat.gone)
+
+    @property
+    def announced(self) -> int:
+        """The newest version that workers were told of; -1: none."""
+        return -1 if self._latest is None else self._latest.version
+
+    def _here(self) -> list[int]:
+        return [i for i, seat in enumerate(self._seats) if not seat.gone]
 
     async def generate(
         self, prompts: Sequence[Prompt], n: int, sampling: Sampling
@@ -106,17 +135,20 @@ class RolloutPool:
 
     async def digests(self) -> list[dict[str, str]]:
         """What each worker holds: name -> xxh3-128 of the bytes."""
-        refs = [seat.worker.digests.remote() for seat in self._seats]
+        refs = [self._seats[i].worker.digests.remote() for i in self._here()]
         return list(await asyncio.wait_for(asyncio.gather(*refs), self._sync_timeout))
 
     async def probe(self, token_ids: Sequence[int]) -> list[Any]:
-        """What each worker gives these tokens: [T-1] log-probs of all but the first."""
-        seats = range(len(self._seats))
-        return list(await asyncio.gather(*(self._probe(i, token_ids, False) for i in seats)))
+        """What each worker that is here gives these tokens: [T-1] log-probs of all but the
+        first."""
+        self._probed = self._here()
+        found = await asyncio.gather(*(self._probe(i, token_ids, False) for i in self._probed))
+        return [logprobs for logprobs in found if logprobs is not None]
 
     async def reload(self, worker: int, token_ids: Sequence[int]) -> Any:
-        """The same of one worker, after its engine has loaded all weights once more."""
-        return await self._probe(worker, token_ids, True)
+        """The same of one of these, after its engine has loaded all weights once more."""
+        seats = [i for i in self._probed if not self._seats[i].gone]
+        return await self._probe(seats[worker], token_ids, True)
 
     async def sleep(self, level: int) -> None:
         """Every worker leaves its device to the learners, once nothing is decoded; `serve` or
@@ -172,50 +204,83 @@ class RolloutPool:
         self._seats[i].busy(len(self._dispatch.jobs[i]))
 
     async def _serve(self, i: int, share: Sequence[Job]) -> None:
-        """One request of a worker: all its groups, within the deadline."""
+        """One request of a worker: all its groups, within the deadline.
+
+        Where everything is asked for at once, the worker that takes a lost one's place gets the
+        same request again, whatever of it had come: what decodes together decides the last bits of
+        the log-probs, so the run repeats bit for bit. Otherwise what is left goes to whoever has
+        least to do.
+        """
         left = dict(enumerate(share))
-        worker, deadline = self._seats[i].worker, time.monotonic() + self._timeout
+        request = [(job.prompt, job.samples, job.sampling) for job in share]
+        begun = {job.prompt.id: tuple(job.episodes.going_on) for job in share}
+        while True:
+            worker = self._seats[i].worker
+            try:
+                await self._stream(i, worker, request, begun, left)
+                return
+            except LOST as error:
+                why = f"rollout worker {i}: {cause(error)}"
+                if _late(error):
+                    why = (
+                        f"rollout worker {i} has not finished its answers within"
+                        f" rollout.timeout={self._timeout:g} s; raise it, or lower"
+                        " rollout.max_response_length"
+                    )
+                if not await self._after_loss(i, worker, why, left):
+                    return
+            except ray.exceptions.RayError as error:
+                self._fail(ActorLostError(f"rollout worker {i}: {cause(error)}"))
+                return
+
+    async def _stream(
+        self, i: int, worker: Any, request: Any, begun: Any, left: dict[int, Job]
+    ) -> None:
+        """Takes the groups that are `left` of a request as they come."""
+        deadline = time.monotonic() + self._timeout
+        stream = worker.generate.options(num_returns="streaming").remote(request, begun)
         try:
-            stream = worker.generate.options(num_returns="streaming").remote(
-                [(job.prompt, job.samples, job.sampling) for job in share],
-                {job.prompt.id: job.episodes.going_on for job in share},
-            )
             while left:
                 reference = await asyncio.wait_for(anext(stream), deadline - time.monotonic())
                 for index, completions in await asyncio.wait_for(
                     reference, deadline - time.monotonic()
                 ):
-                    if not (job := left.pop(index)).cut:
+                    job = left.pop(index, None)
+                    if job is not None and not job.cut:
                         self._finish(i, job, completions)
         except StopAsyncIteration:
             assert all(job.cut for job in left.values()), (
                 f"rollout worker {i} left out groups that were not cut"
             )
-        except LOST as error:
-            why = f"rollout worker {i}: {cause(error)}"
-            if _late(error):
-                why = (
-                    f"rollout worker {i} has not finished its answers within"
-                    f" rollout.timeout={self._timeout:g} s; raise it, or lower"
-                    " rollout.max_response_length"
-                )
-            lost = [job for job in left.values() if not job.cut]
+
+    async def _after_loss(self, i: int, worker: Any, why: str, left: dict[int, Job]) -> bool:
+        """Brings another worker to the place of a lost one; whether it is to be asked for the same
+        again."""
+        lost = [job for job in left.values() if not job.cut]
+        if not self._all_at_once:
             for job in lost:
                 self._release(i, job)
-            try:
-                await self._replace(i, worker, why)
-            except ActorLostError as failure:
+        try:
+            await self._replace(i, worker, why)
+        except ActorLostError as failure:
+            if not self._all_at_once:
                 self._dispatch.backlog.extend(lost)
-                self._fail(failure)
-                return
-            lost = [job for job in lost if not job.cut]
+            self._fail(failure)
+            return False
+        again = self._all_at_once and not self._seats[i].gone
+        if self._all_at_once and not again:
             for job in lost:
-                if not job.episodes.going_on:  # else it goes on from its last turn, as old as it is
-                    job.reissued()
-            self.submit(lost)
-            self._next_turns()
-        except ray.exceptions.RayError as error:
-            self._fail(ActorLostError(f"rollout worker {i}: {cause(error)}"))
+                if not job.cut:
+                    self._release(i, job)
+        lost = [job for job in lost if not job.cut]
+        for job in lost:
+            if not job.episodes.going_on:  # else it goes on from its last turn, as old as it is
+                job.reissued()
+        if again:
+            return bool(lost)
+        self.submit(lost)
+        self._next_turns()
+        return False
 
     def _finish(self, i: int, job: Job, completions: tuple[Completion, ...]) -> None:
         if self._failure is not None:  # everybody was told already
@@ -298,15 +363,16 @@ class RolloutPool:
             job.fail(self._failure)
 
     async def _replace(self, i: int, lost: Any, why: str) -> None:
-        """A new actor on the seat, with the weights that are served now; ActorLostError where that
-        is not allowed or does not help."""
+        """A new actor on the seat, with the weights that are served now. Where that is not allowed
+        or does not help, the others do its work, and ActorLostError if there is none."""
         seat = self._seats[i]
         async with seat.lock:
-            while seat.worker is lost:
+            while seat.worker is lost and not seat.gone:
+                self._dispatch.set_up(i, False)
                 if self._respawn is None or seat.restarts >= self._max_restarts:
                     tried = f" (restarted {seat.restarts} times)" if seat.restarts else ""
-                    raise ActorLostError(f"{why}{tried}")
-                self._dispatch.set_up(i, False)
+                    self._give_up(i, f"{why}{tried}")
+                    return
                 seat.restarts += 1
                 self.restarts += 1
                 try:
@@ -321,21 +387,35 @@ class RolloutPool:
                         seat.report = await catch_up(
                             fresh, self._latest, peers, who=who, timeout=timeout
                         )
+                except PlaceLostError as error:
+                    self._give_up(i, f"{why}; {error}")
+                    return
                 except (*LOST, WorkerLostError) as error:
                     why = f"rollout worker {i}, restarted: {cause(error)}"
                     continue
                 seat.worker = fresh
                 self._dispatch.set_up(i, True)
 
+    def _give_up(self, i: int, why: str) -> None:
+        """Goes on without a worker; ActorLostError without any."""
+        others = [j for j in self._here() if j != i]
+        if not others or self._respawn is None or not self._max_restarts:
+            raise ActorLostError(why)
+        self._seats[i].gone = True
+        self._tell(f"{why}; the run goes on with {len(others)} rollout workers")
+
     # Weights
 
     async def _serve_version(self, update: WeightUpdate, timeout: float) -> list[dict[str, float]]:
         self._latest = update
-        seats = range(len(self._seats))
+        seats = self._here()
         await asyncio.gather(*(self._ask(i, "prepare", update, self._sync_timeout) for i in seats))
-        reports = list(
-            await asyncio.gather(*(self._ask(i, "commit", update.version, timeout) for i in seats))
+        found = await asyncio.gather(
+            *(self._ask(i, "commit", update.version, timeout) for i in seats)
         )
+        reports = [
+            report for i, report in zip(seats, found, strict=True) if not self._seats[i].gone
+        ]
         async with self._new_version:
             self.served = max(self.served, update.version)
             self._new_version.notify_all()
@@ -345,6 +425,8 @@ class RolloutPool:
         seat = self._seats[i]
         async with seat.lock:  # a worker that is just being replaced
             worker = seat.worker
+        if seat.gone:
+            return seat.report
         try:
             work = getattr(worker, method).remote(argument)
             return await call(work, who=f"rollout worker {i}", what=method, timeout=timeout)
@@ -353,7 +435,7 @@ class RolloutPool:
         return seat.report
 
     async def _probe(self, i: int, token_ids: Sequence[int], reload: bool) -> Any:
-        while True:
+        while not self._seats[i].gone:
             async with self._seats[i].lock:
                 worker = self._seats[i].worker
             try:
@@ -363,6 +445,7 @@ class RolloutPool:
                 )
             except WorkerLostError as error:
                 await self._replace(i, worker, str(error))
+        return None
 
     async def _everybody(self, method: str, *arguments: Any) -> None:
         async def ask(i: int) -> None:
@@ -371,7 +454,7 @@ class RolloutPool:
             work = getattr(worker, method).remote(*arguments)
             await call(work, who=f"rollout worker {i}", what=method, timeout=self._sync_timeout)
 
-        await asyncio.gather(*(ask(i) for i in range(len(self._seats))))
+        await asyncio.gather(*(ask(i) for i in self._here()))
 
 
 def _late(error: BaseException) -> bool:

@@ -63,6 +63,10 @@ class RolloutWorker:
         """Ends these groups; returns what they had."""
         return await self.service.cut(prompt_ids)
 
+    async def reset(self) -> None:
+        """Ends all groups: whoever asked for them is gone."""
+        await self.service.cut_all()
+
     async def prepare(self, update: WeightUpdate) -> None:
         """Makes a version ready while the old one is decoded with; raises if no bytes that can be
         had are the learners'."""
@@ -254,6 +258,10 @@ class GroupService:
         for completion in await self.engine.abort(list(groups)):
             groups[completion.prompt_id].park(completion)
         return [(*group.finished, *group.begun) for group in groups.values()]
+
+    async def cut_all(self) -> None:
+        """Ends everything that is under way."""
+        await self.cut(list(self._groups))
 
 
 __all__ = ["Finished", "GroupService", "RolloutWorker"]

@@ -108,7 +108,7 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
         {"reward_inputs"},
         {"data", "checkpoints", "run_directory", "disks"},
         {"algorithm", "groups"},
-        {"config", "exits"},
+        {"config", "exits", "local_ray"},
     ),
     "rollout": (
         {"worker", "vllm_extension", "receiver"},
@@ -181,7 +181,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 BUDGET = {
     "configs/ascend": 99,
-    "kernels": 767,
+    "kernels": 791,
     "kernels/decoding": 201,
     "kernels/loss": 1_956,
     "kernels/patch_coding": 907,
@@ -192,19 +192,19 @@ BUDGET = {
     "rewards/math_answers": 5_391,
     "rewards/plugins": 851,
     "rewards/sandbox": 2_718,
-    "rl": 5_832,
+    "rl": 6_075,
     "rl/algorithm": 1_693,
-    "rl/config": 3_893,
+    "rl/config": 3_983,
     "rl/data": 4_649,
-    "rl/evaluation": 2_377,
-    "rl/learner": 2_939,
-    "rl/plan": 1_811,
-    "rl/watch": 4_268,
+    "rl/evaluation": 2_379,
+    "rl/learner": 3_024,
+    "rl/plan": 1_961,
+    "rl/watch": 4_284,
     "rl/weights": 911,
-    "rollout": 2_554,
-    "rollout/embedded": 1_991,
-    "rollout/vllm_backend": 2_650,
-    "rollout/weights": 2_068,
+    "rollout": 2_672,
+    "rollout/embedded": 2_005,
+    "rollout/vllm_backend": 3_221,
+    "rollout/weights": 2_118,
 }
 """Lines of a folder's own Python files, or of a sub-folder's; `rl` and so on are the files at the
 top."""

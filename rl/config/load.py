@@ -35,6 +35,7 @@ from .cautions import refuse_what_cannot_train
 from .data import DataConfig, endless
 from .distill import DistillConfig
 from .earlier import brought_up
+from .masking import masked, remember, watch_environment
 from .mistakes import explain
 from .overrides import OverrideError, merged, tree_of
 from .presets import preset
@@ -270,7 +271,9 @@ def read_tree(
         tree = prepare(held)
         for override in overrides:
             tree = merged(tree, read(override, tree))
+        watch_environment()
         resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+        remember(resolved)
     except ConfigError:
         raise
     except YAMLError as error:
@@ -328,8 +331,15 @@ def with_steps(config: Config, problems: int | None) -> tuple[Config, str | None
 
 
 def to_yaml(config: Config) -> str:
-    """The full resolved configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+    """The full configuration as YAML, without secrets."""
+    return OmegaConf.to_yaml(OmegaConf.create(shown_tree(config)))
+
+
+def shown_tree(config: Config) -> dict[str, Any]:
+    """All settings as they may be written anywhere: keys of services masked, what came from the
+    environment as the interpolation that it was."""
+    tree: dict[str, Any] = masked(config.model_dump(mode="json"))
+    return tree
 
 
 def keys() -> list[str]:
@@ -367,6 +377,7 @@ __all__ = [
     "load_config",
     "read_tree",
     "resolve",
+    "shown_tree",
     "to_yaml",
     "user_errors",
 ]

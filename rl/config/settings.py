@@ -273,8 +273,9 @@ class ClusterConfig(Settings):
     one `RAY_ADDRESS` names (as in a Ray job), else a new one on this machine."""
     start_timeout: float = Field(default=300.0, gt=0, le=LONGEST)
     """Seconds for the placement to be granted and all actors to be up."""
-    max_restarts: int = Field(default=0, ge=0)
-    """How often all actors are started anew from the last checkpoint when a learner is lost, or a
-    rollout worker for good; 0: the run ends, and --resume goes on."""
+    max_restarts: int = Field(default=3, ge=0)
+    """How often in a row, without a new checkpoint between, the run goes on from the last one when
+    learners are lost: with new ones, while the engines stay. Where no rollout worker is left, all
+    actors are started anew. 0: the run ends, and --resume goes on."""
     step_timeout: float = Field(default=3600.0, gt=0, le=LONGEST)
     """Seconds for one optimizer step or one checkpoint on the learners."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,7 +20,7 @@ from ...rollout.pool import RolloutPool
 from ...rollout.samples import Completion, Prompt, Sampling
 from ..answers import AnswerReader
 from ..cluster import Cluster
-from ..config.load import Config, ConfigError, user_errors
+from ..config.load import Config, ConfigError, shown_tree, user_errors
 from ..config.reward import RewardPart
 from ..config.sampling import EvalSetConfig, ThinkingConfig
 from ..data.rows import train_tables
@@ -62,7 +61,7 @@ class Plan:
     @property
     def settings(self) -> dict[str, Any]:
         """All that its answers depend on."""
-        tree = self.config.model_dump(mode="json")
+        tree = shown_tree(self.config)
         for key in _BATCHING:
             del tree["rollout"][key]
         groups = ("seed", "model", "data", "rollout", "reward", "eval")
@@ -268,7 +267,7 @@ def _sample(
         stop=config.rollout.stop,
     )
     with Cluster(config, tell, roles=("rollout",)) as cluster:
-        _, pool = cluster.spawn(path, uuid.uuid4().hex, store.folder.absolute())
+        _, pool = cluster.spawn(path, store.folder.absolute())
         cluster.wait()
 
         async def work() -> None:

@@ -60,6 +60,9 @@ def evaluate(
     """Measures a model on sets of problems; the last line of stdout is one JSON object. Started
     again after a kill it goes on where it was."""
     from ..config.load import ConfigError
+    from ..local_ray import before_import
+
+    before_import(None)
     from .command import evaluate_command
 
     try:

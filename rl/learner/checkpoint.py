@@ -2,7 +2,8 @@
 that training goes on from.
 
 The exact state is saved by torch.distributed.checkpoint in sharded form, so a run may go on with
-another number of ranks.
+another number of ranks. A checkpoint is made in two: every rank copies its part aside (`Snapshot`),
+between two steps, and a thread of it writes that while training goes on.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import pickle
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +52,58 @@ def full_tensors(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tens
         yield name, tensor.to(dtype)
 
 
-def save_model(
-    policy: Policy, folder: Path, dtype: torch.dtype, origin: str, *, write: bool
+@dataclass(kw_only=True, slots=True, eq=False)
+class Snapshot:
+    """What one rank writes of a checkpoint: a moment's state in host memory of its own, which a
+    thread writes while training goes on. Bytes of each parameter that trains: 12 / ranks (master
+    and two moments; a critic as much again for its own, a frozen reference 4 / ranks), and on rank
+    0 those of the served dtype for the whole model."""
+
+    model: dict[str, Tensor] | None
+    """The whole weights by their Hugging Face names, in the bytes that engines serve; only on rank
+    0."""
+    states: dict[str, dict[str, Any]]
+    """Folder -> this rank's shards."""
+    positions: dict[str, dict[str, Any]]
+    """Folder -> what stands beside them in `scheduler.pt`; only on rank 0."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of host memory that it takes on this rank."""
+        whole = [] if self.model is None else list(self.model.values())
+        held = [
+            t for state in self.states.values() for part in state.values() for t in _local(part)
+        ]
+        return sum(t.numel() * t.element_size() for t in [*whole, *held])
+
+
+def _local(part: Any) -> list[Tensor]:
+    if isinstance(part, dict):
+        return [tensor for each in part.values() for tensor in _local(each)]
+    return [part.to_local() if hasattr(part, "to_local") else part]
+
+
+def whole_model(policy: Policy, dtype: torch.dtype, *, keep: bool) -> dict[str, Tensor] | None:
+    """Every weight in host memory of its own; all ranks take part, one keeps."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in full_tensors(policy, dtype):
+        if keep:
+            tensors[name] = tensor.detach().to("cpu", copy=True)
+    return tensors if keep else None
+
+
+def aside(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy of sharded tensors in host memory."""
+    from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+    copied: dict[str, Any] = BlockingAsyncStager(cache_staged_state_dict=False).stage(state)
+    return copied
+
+
+def write_model(
+    policy: Policy, tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype, origin: str
 ) -> None:
-    """Writes weights (in the bytes that engines serve), config and the tokenizer's files; all ranks
-    take part, one writes."""
-    # storages of their own
-    tensors = {name: tensor.cpu().clone() for name, tensor in full_tensors(policy, dtype)}
-    if not write:
-        return
+    """A Hugging Face directory: weights, config and the tokenizer's files."""
     from huggingface_hub import save_torch_state_dict
     from transformers import AutoTokenizer
 
@@ -75,54 +120,52 @@ def save_model(
         AutoTokenizer.from_pretrained(origin).save_pretrained(folder)
 
 
-def save_weights(shards: Shards, folder: Path) -> None:
-    """The values of the shards alone, of a model that is not trained."""
+def write_states(snapshot: Snapshot, folder: Path, group: Any) -> None:
+    """Everything of a snapshot but the model, under `folder`; all ranks of the process group
+    `group` take part, at the same time, in a thread that does nothing else with it."""
     from torch.distributed.checkpoint import state_dict_saver
 
-    state_dict_saver.save(
-        {name: p.detach() for name, p in shards.parameters.items()}, checkpoint_id=str(folder)
-    )
+    for name, state in snapshot.states.items():
+        state_dict_saver.save(state, checkpoint_id=str(folder / name), process_group=group)
+    for name, position in snapshot.positions.items():
+        torch.save(position, folder / name / "scheduler.pt")
+
+
+def weights_of(shards: Shards) -> dict[str, Any]:
+    """The values of the shards alone, of a model that is not trained."""
+    return {name: p.detach() for name, p in shards.parameters.items()}
 
 
 def load_weights(shards: Shards, folder: Path) -> None:
-    """The inverse of `save_weights`, in place."""
+    """Reads what `weights_of` gave, in place."""
     from torch.distributed.checkpoint import state_dict_loader
 
-    state_dict_loader.load(
-        {name: p.detach() for name, p in shards.parameters.items()}, storage_reader=_reader(folder)
-    )
+    state_dict_loader.load(weights_of(shards), storage_reader=_reader(folder))
 
 
-def save_state(shards: Shards, optimizer: Any, scheduler: Any, folder: Path, rank: int) -> None:
-    """Float32 masters, the optimizer's moments and the schedule's position."""
-    from torch.distributed.checkpoint import state_dict_saver
-
-    state_dict_saver.save(_state(shards, optimizer), checkpoint_id=str(folder))
-    if rank == 0:
-        steps = [
-            float(optimizer.state[p]["step"]) for p in shards.local if "step" in optimizer.state[p]
-        ]
-        torch.save(
-            {"scheduler": scheduler.state_dict(), "optimizer_steps": steps[:1]},
-            folder / "scheduler.pt",
-        )
+def position_of(shards: Shards, optimizer: Any, scheduler: Any) -> dict[str, Any]:
+    """The schedule's position."""
+    steps = [
+        float(optimizer.state[p]["step"]) for p in shards.local if "step" in optimizer.state[p]
+    ]
+    return {"scheduler": scheduler.state_dict(), "optimizer_steps": steps[:1]}
 
 
 def load_state(shards: Shards, optimizer: Any, scheduler: Any, folder: Path) -> None:
-    """The inverse of `save_state`: everything is read into the tensors in place."""
+    """Masters, moments and the schedule's position, read in place."""
     from torch.distributed.checkpoint import state_dict_loader
 
     saved = torch.load(folder / "scheduler.pt", weights_only=True)
     for parameter in shards.local if saved["optimizer_steps"] else []:
         moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
         optimizer.state[parameter] = {"step": torch.tensor(saved["optimizer_steps"][0]), **moments}
-    state_dict_loader.load(_state(shards, optimizer), storage_reader=_reader(folder))
+    state_dict_loader.load(state_of(shards, optimizer), storage_reader=_reader(folder))
     scheduler.load_state_dict(saved["scheduler"])
     for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
         group["lr"] = lr
 
 
-def _state(shards: Shards, optimizer: Any) -> dict[str, dict[str, Tensor]]:
+def state_of(shards: Shards, optimizer: Any) -> dict[str, dict[str, Tensor]]:
     """Masters and moments by name, as sharded tensors that share the originals' memory."""
     state: dict[str, dict[str, Tensor]] = {
         "model": {name: p.detach() for name, p in shards.parameters.items()}

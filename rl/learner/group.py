@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from ...rollout.actors import check_reachable, gather
+from ...rollout.actors import ActorLostError, CallFailedError, check_reachable, gather
 from ...rollout.weights.engine_transfer import BroadcastGroup
 from ..algorithm.losses import Objective
 from ..config.distill import DistillConfig
@@ -22,6 +22,12 @@ from .publisher import Published, PublishRequest
 
 PUBLISHING = "publishing"
 """The thread of an actor that publishes weights, beside the one that trains."""
+WRITING = "writing"
+"""The thread that writes checkpoints."""
+
+
+class LearnersLostError(ActorLostError):
+    """A rank is gone or stuck: the group has to be made anew, from a checkpoint."""
 
 
 class LearnerGroup:
@@ -39,7 +45,7 @@ class LearnerGroup:
         """Brings the ranks together and loads the policy, within `timeout` seconds
         (`cluster.start_timeout`). ValueError if rank 0 meets the others at an address that other
         nodes cannot reach."""
-        wait = partial(gather, who="learner rank", timeout=timeout, key="cluster.start_timeout")
+        wait = partial(_gather, timeout=timeout, key="cluster.start_timeout")
         address = wait([self.ranks[0].address.remote()], what="address")[0]
         if len(self.ranks) > 1:
             check_reachable(address, {n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"]})
@@ -122,9 +128,15 @@ class LearnerGroup:
         the end of it."""
         return self.ranks[0].broadcast.options(concurrency_group=PUBLISHING).remote()
 
-    def save(self, folder: str) -> None:
-        """Every rank writes its part; all of them are on the caller's disk when this returns."""
-        self._call("save", folder)
+    def snapshot(self) -> None:
+        """Every rank copies its part of a checkpoint aside; training may then go on."""
+        self._call("snapshot")
+
+    def write(self, folder: str) -> None:
+        """Every rank writes what it copied, while it trains; all of it is on the caller's disk when
+        this returns."""
+        beside = {"concurrency_group": WRITING}
+        self._wait([rank.write.options(**beside).remote(folder) for rank in self.ranks], "write")
         if self._disks is not None:
             self._disks.pull(Path(folder))
 
@@ -141,12 +153,15 @@ class LearnerGroup:
     def _wait(self, refs: Sequence[Any], what: str) -> list[Any]:
         start = time.time()
         try:
-            return gather(
-                refs,
-                who="learner rank",
-                what=what,
-                timeout=self._timeout,
-                key="cluster.step_timeout",
-            )
+            return _gather(refs, what, self._timeout, "cluster.step_timeout")
         finally:
             self.record(what, start, time.time())
+
+
+def _gather(refs: Sequence[Any], what: str, timeout: float, key: str) -> list[Any]:
+    try:
+        return gather(refs, who="learner rank", what=what, timeout=timeout, key=key)
+    except CallFailedError:
+        raise
+    except ActorLostError as error:
+        raise LearnersLostError(str(error)) from error

@@ -102,6 +102,7 @@ class LearnerRank:
         self.critic: Trainable | None = None
         self.reference: Policy | None = None
         self.teachers: list[Teacher] = []
+        self._taken: checkpoint.Snapshot | None = None
         self._seen: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]] = []
         """Of each batch since the last update: old and engine's log-probs, loss mask, sequence
         ids."""
@@ -123,13 +124,17 @@ class LearnerRank:
     def connect(self, address: str) -> None:
         """Joins the process group; every collective has the deadline of the spec."""
         use_node_interface(self.platform.interface_variables)
+        host, _, port = address.rpartition(":")
+        within = self.spec.timeout
         dist.init_process_group(
             self.platform.collective,
-            init_method=f"tcp://{address}",
+            store=platform.meeting_store(host, int(port), self.spec.rank, within),
             rank=self.spec.rank,
             world_size=self.spec.world,
-            timeout=timedelta(seconds=self.spec.timeout),
+            timeout=timedelta(seconds=within),
         )
+        # a thread that writes checkpoints has collectives of its own
+        self._writers: Any = platform.host_group(within)
 
     def load(self, model_path: str) -> None:
         """Reads the model and shards it."""
@@ -525,32 +530,52 @@ class LearnerRank:
         """Rank 0: sends what was last published to the engines that wait for it."""
         self.publisher.broadcast()
 
-    def save(self, folder: str) -> None:
-        """The model in Hugging Face format under `folder`, and what training goes on from under
-        `folder/learner`."""
+    def snapshot(self) -> int:
+        """Copies what a checkpoint holds aside, between two steps; bytes on this rank."""
+        first = self.spec.rank == 0
+        taken = checkpoint.Snapshot(
+            model=checkpoint.whole_model(self.policy, self.dtype, keep=first),
+            states={},
+            positions={},
+        )
+        for name, trained in (("learner", self.actor), ("critic", self.critic)):
+            if trained is not None:
+                taken.states[name], position = trained.aside()
+                taken.positions |= {name: position} if first else {}
+        if self.reference is not None:
+            shards = Shards.of(self.reference, frozen=True)
+            taken.states["reference"] = checkpoint.aside(checkpoint.weights_of(shards))
+        self._taken = taken
+        return taken.num_bytes
+
+    def write(self, folder: str) -> None:
+        """Writes what was copied aside, in another thread than the rest: the model in Hugging Face
+        format under `folder`, and what training goes on from under `folder/learner`."""
+        taken, self._taken = self._taken, None
+        assert taken is not None, "nothing was copied aside"
         failure: Exception | None = None
         try:
-            checkpoint.save_model(
-                self.policy, Path(folder), self.dtype, self.model_path, write=self.spec.rank == 0
-            )
+            if taken.model is not None:
+                checkpoint.write_model(
+                    self.policy, taken.model, Path(folder), self.dtype, self.model_path
+                )
         except Exception as error:  # a full disk, by whatever name the writing library gives it
             failure = error
         # the others would wait for this rank in the next collective
-        failed = torch.tensor(int(failure is not None), device=self.device)
-        dist.all_reduce(failed, dist.ReduceOp.MAX)
+        failed = torch.tensor(int(failure is not None))
+        dist.all_reduce(failed, dist.ReduceOp.MAX, group=self._writers)
         if failed:
             raise failure or OSError("another rank could not write the model")
-        self.actor.save(Path(folder) / "learner", self.spec.rank)
-        if self.critic is not None:
-            self.critic.save(Path(folder) / "critic", self.spec.rank)
-        if self.reference is not None:
-            checkpoint.save_weights(
-                Shards.of(self.reference, frozen=True), Path(folder) / "reference"
-            )
-        dist.barrier()
+        checkpoint.write_states(taken, Path(folder), self._writers)
+        dist.barrier(group=self._writers)
+
+    def save(self, folder: str) -> None:
+        """Both, one after the other."""
+        self.snapshot()
+        self.write(folder)
 
     def restore(self, folder: str) -> None:
-        """Goes on from what `save` wrote, possibly with another number of ranks."""
+        """Goes on from what `write` wrote, possibly with another number of ranks."""
         self.actor.restore(Path(folder) / "learner")
         if self.critic is not None:
             self.critic.restore(Path(folder) / "critic")

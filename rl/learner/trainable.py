@@ -109,8 +109,10 @@ class Trainable:
         for _ in range(updates):
             self.scheduler.step()
 
-    def save(self, folder: Path, rank: int) -> None:
-        checkpoint.save_state(self.shards, self.optimizer, self.scheduler, folder, rank)
+    def aside(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A copy of what `restore` reads: this rank's shards, and the schedule's position."""
+        state = checkpoint.aside(checkpoint.state_of(self.shards, self.optimizer))
+        return state, checkpoint.position_of(self.shards, self.optimizer, self.scheduler)
 
     def restore(self, folder: Path) -> None:
         checkpoint.load_state(self.shards, self.optimizer, self.scheduler, folder)

@@ -103,6 +103,12 @@ def failures(step: int, metrics: Metrics) -> list[Alarm]:
             " were sent again and never served: look at the network and at memory errors"
         )
         found.append(Alarm(title="digest failures", text=text))
+    if count := metrics.get("sync/reloads", 0):
+        text = (
+            f"step {step}: {count:.0f} engines gave other log-probs than the learners, though their"
+            " digests were right, and loaded all weights once more: they had multiplied by a copy"
+        )
+        found.append(Alarm(title="probe failures", text=text))
     if count := metrics.get("training/verifier_errors", 0):
         text = (
             f"step {step}: {count:.0f} answers have no verdict because their grader failed; they do"

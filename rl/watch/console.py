@@ -136,7 +136,7 @@ class StageConsole:
 
     def _panel(self) -> RenderableType:
         return panel(
-            self._bar, self._shown, {"held-out": self._held_out, "now": self._doing}, self._warning
+            self._bar, self._shown, {"evaluated": self._held_out, "now": self._doing}, self._warning
         )
 
     def _due(self, step: int) -> bool:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -224,7 +223,7 @@ def draw_all(run_dir: Path, file: Path) -> Path:
 
 def as_regex(patterns: Sequence[str]) -> str:
     """One regular expression for names of which some have a `*`."""
-    each = (".*".join(re.escape(part) for part in pattern.split("*")) for pattern in patterns)
+    each = (pattern.replace(".", r"\.").replace("*", ".*") for pattern in patterns)
     return f"^({'|'.join(each)})$"
 
 

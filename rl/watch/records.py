@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,16 @@ class Record:
     result: dict[str, Any] | None
     """The line with which it ended; None before."""
     running: bool
+    """On this machine."""
+    host: str
+    """Where its newest attempt began; empty where that is not known."""
 
     @property
     def state(self) -> str:
         if self.running:
             return "running"
+        if self.result is None and self.host not in ("", socket.gethostname()):
+            return f"running, or ended without a result, on {self.host}"
         return "ended without a result" if self.result is None else str(self.result["status"])
 
 
@@ -52,6 +58,7 @@ def read_record(folder: Path) -> Record:
         alerts=_lines(folder / ALERTS),
         result=json.loads(result.read_text()) if result.is_file() else None,
         running=is_running(folder),
+        host=lock.read_text().rpartition(" on ")[2] if (lock := folder / LOCK).is_file() else "",
     )
 
 

@@ -29,7 +29,7 @@ SUFFIX = ".jsonl.zst"
 WAITING = 4
 """Steps that may wait for the disk; then the run waits for it, too."""
 CLOSING = 60.0
-"""Seconds for what still waits when a run ends."""
+"""Seconds that a run waits for the disk, in a step or at its end."""
 LEVEL = 3
 """Of zstandard."""
 Rows = list[dict[str, Any]]
@@ -90,9 +90,13 @@ class RolloutLog:
         self._thread.start()
 
     def put(self, stage: str, axis: str, step: int, rows: Callable[[], Rows]) -> None:
-        """Has what `rows` makes written; waits only where `WAITING` files do."""
-        if self._thread.is_alive():
-            self._queue.put((f"{stage}-{axis}-{step:06}{SUFFIX}", rows))
+        """Has what `rows` makes written; waits only where `WAITING` files do, at most `CLOSING`
+        seconds, and then leaves it out."""
+        name = f"{stage}-{axis}-{step:06}{SUFFIX}"
+        try:
+            self._queue.put((name, rows), timeout=CLOSING)
+        except queue.Full:
+            self._tell("answers are not kept", f"{self.folder / name}: the disk does not answer")
 
     def close(self, seconds: float = CLOSING) -> None:
         """Waits for what was given, at most so long."""

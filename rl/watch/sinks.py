@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
 
-from ..config.load import Config
+from ..config.load import Config, shown_tree
 
 QUEUED = 1000
 """Calls that may wait for a slow sink; what comes beyond is left out."""
@@ -126,7 +126,7 @@ class Wandb:
             "notes": tracking.notes,
             "job_type": tracking.job_type,
             "dir": str(run_dir),
-            "config": config.model_dump(mode="json"),
+            "config": shown_tree(config),
             "settings": wandb.Settings(console="off", silent=True, init_timeout=60),
         }
         options = {name: value for name, value in options.items() if value is not None}
@@ -212,7 +212,7 @@ class SwanLab:
         swanlab.init(
             project=config.tracking.project,
             experiment_name=run_dir.name,
-            config=config.model_dump(mode="json"),
+            config=shown_tree(config),
             logdir=str(run_dir / "swanlog"),
             mode=os.environ.get(
                 "SWANLAB_MODE", "cloud" if "SWANLAB_API_KEY" in os.environ else "local"

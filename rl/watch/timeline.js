@@ -20,7 +20,7 @@ function draw() {
       bar.title = `${track}: ${name}, ${(end - begin).toFixed(3)} s, step ${step}`;
       bars.append(bar);
     }
-    lanes.append(lane);
+    if (bars.children.length) lanes.append(lane);
   }
   field("ruler").replaceChildren(...[0, 0.25, 0.5, 0.75, 1].map((at) => element("span", `${(from + at * width).toFixed(width < 20 ? 2 : 0)} s`)));
 }

@@ -89,7 +89,7 @@ def watch(
             console.print(shown(view))
             return
         with Live(shown(view), console=console, auto_refresh=False) as live:
-            while view.state == "running":
+            while view.state.startswith("running"):
                 time.sleep(EVERY)
                 view = look()
                 live.update(shown(view), refresh=True)

@@ -23,7 +23,7 @@ from ...rollout.weights.tensors import WEIGHTS, read_model, write_model
 from ...rollout.weights.transport import list_patches
 from ...rollout.weights.wire_format import from_bytes
 
-BROKEN = (CorruptPatchError, DigestMismatchError, VersionError, ValueError, OSError)
+BROKEN = (CorruptPatchError, DigestMismatchError, VersionError, ValueError, OSError, MemoryError)
 """Errors of a file or of the order of several; each message names the file or the tensor."""
 
 

@@ -19,10 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
-import zstandard
 
 from . import changes
-from .codec import check_chunk, decode_chunk, spread
+from .codec import CHUNK_BYTES, check_chunk, decode_chunk, decompress, spread
 from .patch import (
     Bytes,
     Chunk,
@@ -40,6 +39,9 @@ from .patch import (
     verify,
 )
 
+EXPANSION = 1024
+"""Bytes of weights that an anchor may make of each of its own."""
+
 
 def materialise(patch: WeightPatch, held: Weights | None, *, threads: int = 1) -> WeightPatch:
     """Verifies a patch against what is held (None: nothing yet) and makes the tensors that it
@@ -54,13 +56,17 @@ def materialise(patch: WeightPatch, held: Weights | None, *, threads: int = 1) -
     if held is not None and _is_late(patch, held):
         return _nothing(held)
     base = None if patch.base_version is None else _check_base(patch, held)
-    tensors = dict(patch.tensors) | {
-        name: _blank(name, delta) for name, delta in patch.deltas.items()
+    # all is looked at before there is room for any: whoever made the patch may mean no good
+    shapes = dict(patch.tensors) | {
+        name: _blank(name, delta, fill=False) for name, delta in patch.deltas.items()
     }
     # each is asked for once: an engine may have to copy it from its device
-    old = {} if base is None else {name: base.tensors.get(name) for name in tensors}
+    old = {} if base is None else {name: base.tensors.get(name) for name in shapes}
     for name, before in old.items():
-        _check_shape(name, tensors[name], before)
+        _check_shape(name, shapes[name], before)
+    if base is None:
+        _check_expansion(patch)
+    tensors = shapes | {name: _blank(name, delta) for name, delta in patch.deltas.items()}
     jobs = [
         job
         for name, delta in patch.deltas.items()
@@ -239,6 +245,19 @@ def _blank(name: str, delta: TensorDelta, *, fill: bool = True) -> TensorBytes:
     return TensorBytes(dtype=delta.dtype, shape=delta.shape, data=data)
 
 
+def _check_expansion(patch: WeightPatch) -> None:
+    """CorruptPatchError for an anchor that would make far more weights than it has bytes."""
+    sent = sum(delta.num_bytes for delta in patch.deltas.values())
+    made = sum(
+        math.prod(delta.shape) * element_bytes(name, delta.dtype)
+        for name, delta in patch.deltas.items()
+    )
+    if made > EXPANSION * sent + CHUNK_BYTES:
+        raise CorruptPatchError(
+            f"weight patch {patch.version} would make {made} bytes of weights of {sent}"
+        )
+
+
 def _check_shape(name: str, new: TensorBytes, old: TensorBytes | None) -> None:
     after = f"{new.dtype} {tuple(new.shape)}"
     before = "nothing" if old is None else f"{old.dtype} {tuple(old.shape)}"
@@ -294,9 +313,7 @@ def _changed(chunk: Chunk, width: int) -> int:
         head = int.from_bytes(chunk.payload[:9].tobytes(), "little")
         return head >> 6 & ((1 << (head & 63)) - 1)
     if chunk.mode is Mode.DENSE:
-        planes = np.frombuffer(
-            zstandard.ZstdDecompressor().decompress(chunk.payload.data), np.uint8
-        )
+        planes = np.frombuffer(decompress(chunk.payload, chunk.count * width), np.uint8)
         return int(np.count_nonzero(planes.reshape(width, -1).any(axis=0)))
     return chunk.count if chunk.mode is Mode.RAW else 0
 

@@ -71,7 +71,7 @@ def decode_chunk(chunk: Chunk, old: Bytes | None, out: Bytes, width: int) -> Non
             raise CorruptPatchError(f"{chunk.payload.nbytes} raw bytes for {out.nbytes}")
         out[:] = chunk.payload
     elif chunk.mode is Mode.DENSE:
-        planes = np.frombuffer(_decompress(chunk.payload, out.nbytes), np.uint8).reshape(width, -1)
+        planes = np.frombuffer(decompress(chunk.payload, out.nbytes), np.uint8).reshape(width, -1)
         out.reshape(-1, width)[:] ^= planes.T
     elif chunk.mode is Mode.SPARSE:
         from ...kernels.patch_coding.delta import decode_changes
@@ -121,7 +121,7 @@ def _worth_trying(differences: npt.NDArray[np.signedinteger], width: int) -> boo
     return bool(np.sum(np.log2(np.abs(changed)) + 1) < 8 * width * differences.size)
 
 
-def _decompress(payload: Bytes, size: int) -> bytes:
+def decompress(payload: Bytes, size: int) -> bytes:
     try:
         if zstandard.get_frame_parameters(payload.data).content_size != size:
             raise CorruptPatchError(f"a compressed payload of another size than {size} bytes")

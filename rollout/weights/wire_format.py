@@ -87,8 +87,8 @@ Sparse stream
                   new = old - d if negative else old + d, modulo 2^W
 
 Size
-    A chunk's payload is never larger than its new bytes, and the encoder makes chunks of 1 MiB (the
-    last of a tensor may be shorter). So a file has at most 1.002 times the bytes of the weights,
+    A chunk's payload is never larger than its new bytes, and none has more than 1 MiB of elements (the
+    encoder's have as much, but for the last of a tensor). So a file has at most 1.002 times the bytes of the weights,
     and 128 + the run id, and for each tensor 48 + its name + 6 a dimension.
 """
 
@@ -121,6 +121,9 @@ CRC = struct.Struct("<I")
 NO_ROOT = bytes(16)
 DTYPES = tuple(ELEMENT_BYTES)
 KEPT = 255
+LONGEST_NAME, DIMENSIONS, NAMES = 4096, 16, 16
+"""Bytes of a name, dimensions of a tensor, and bytes of all names for a byte of the directory: what
+a reader takes, whoever wrote the file."""
 
 
 def to_bytes(patch: WeightPatch) -> bytes:
@@ -263,10 +266,15 @@ def _read_directory(
     run_id = reader.string().decode()
     tensors: list[tuple[str, str, tuple[int, ...], list[tuple[Mode, int, int]]]] = []
     names: list[str] = []
-    previous = b""
+    previous, room = b"", NAMES * len(directory)
     for _ in range(reader.varint()):
         first, last, middle = reader.varint(), reader.varint(), reader.string()
+        if first + last + len(middle) > LONGEST_NAME:
+            raise ValueError(f"name {len(names)} is longer than {LONGEST_NAME} bytes")
         encoded = previous[:first] + middle + previous[len(previous) - last :]
+        room -= len(encoded)
+        if room < 0:
+            raise ValueError("its names are longer than the names of weights can be")
         if first + last > len(previous) or (names and encoded <= previous):
             raise ValueError(f"name {len(names)}")
         names.append(encoded.decode())
@@ -275,11 +283,16 @@ def _read_directory(
         if dtype != KEPT:
             if dtype >= len(DTYPES):
                 raise ValueError(f"dtype {dtype} of {names[-1]}")
-            shape = tuple(reader.varint() for _ in range(reader.varint()))
+            dimensions, width = reader.varint(), ELEMENT_BYTES[DTYPES[dtype]]
+            if dimensions > DIMENSIONS:
+                raise ValueError(f"{dimensions} dimensions of {names[-1]}")
+            shape = tuple(reader.varint() for _ in range(dimensions))
             chunks = [
                 (Mode(reader.byte()), reader.varint(), reader.varint())
                 for _ in range(reader.varint())
             ]
+            if any(count * width > CHUNK_BYTES for _, count, _ in chunks):
+                raise ValueError(f"a chunk of {names[-1]} has more than {CHUNK_BYTES} bytes")
             if sum(count for _, count, _ in chunks) != math.prod(shape):
                 raise ValueError(
                     f"chunks of {names[-1]} do not make its {math.prod(shape)} elements"
@@ -340,6 +353,8 @@ class _Reader:
     def varint(self) -> int:
         value, shift, more = 0, 0, True
         while more:
+            if shift > 63:
+                raise ValueError("a number of more than ten bytes")
             byte = self.byte()
             more = byte >= 128
             value |= (byte & 127) << shift

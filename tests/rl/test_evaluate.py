@@ -7,6 +7,7 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,11 +98,17 @@ def make(folder: Path, max_staleness: int, **progress: Any) -> tuple[Any, list[A
         tokenizer=Tokenizer(),
         source=None,  # type: ignore[arg-type]
         suite=suite,
-        learners=SimpleNamespace(save=lambda folder: None),  # type: ignore[arg-type]
+        learners=SimpleNamespace(  # type: ignore[arg-type]
+            snapshot=lambda: None, write=lambda folder: None
+        ),
         pool=Pool(),  # type: ignore[arg-type]
         weights=Weights(),  # type: ignore[arg-type]
         tracker=SimpleNamespace(  # type: ignore[arg-type]
-            log=lambda *row: rows.append(row), samples=lambda *_: None
+            log=lambda *row: rows.append(row),
+            samples=lambda *_: None,
+            doing=lambda what: nullcontext(),
+            spans=SimpleNamespace(span=lambda *_: nullcontext()),
+            keep=lambda *_: None,
         ),
         stop=None,  # type: ignore[arg-type]
         started=time.time(),
@@ -124,6 +131,7 @@ def test_learners_go_on_and_the_figures_stand_at_their_own_step(tmp_path: Path) 
         assert run.progress.evaluating == 3
         assert run.weights.said == ["hold 7"], "before the learners can publish anything"
         await run.save()  # which does not wait for it
+        await run.saved()
         run.progress = run.progress.advance(step=4, version=8)
         right, wrong = await run.pool.asked(2)
         answer(right, 5)
@@ -159,6 +167,7 @@ def test_a_later_checkpoint_waits_for_what_it_could_not_repeat(tmp_path: Path) -
         for job in jobs:
             answer(job, 5)
         await saving
+        await run.saved()
 
     play(scenario)
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()

@@ -137,6 +137,10 @@ def test_a_job_is_stopped_saved_and_goes_on(cluster: str, emberl: Emberl) -> Non
     while not (run_dir / "metrics.jsonl").exists() or not read_metrics(run_dir):
         assert time.monotonic() < deadline and first.poll() is None, first.stdout.read()
         time.sleep(0.2)
+    seen, _ = emberl_command(emberl.folder, "top", job, *at, "--once").communicate(
+        timeout=START_SECONDS
+    )
+    assert f"{job}: running, rl " in seen and "reward" in seen, seen
     stopped = emberl_command(emberl.folder, "stop", job, *at)
     told, _ = stopped.communicate(timeout=START_SECONDS)
     assert stopped.returncode == 0 and "saves after the step" in told, told

@@ -3,6 +3,7 @@ its last line."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from emberl.rl.run import stop_on_signal
+from emberl.rl.watch.rollouts import read_rows
 from small_system import Emberl, read_metrics, timeless
 
 pytestmark = pytest.mark.slow
@@ -63,6 +65,14 @@ def test_reward_rises_and_anybody_can_load_the_model(emberl: Emberl) -> None:
     assert answer.startswith("3+4=?<think>")
 
 
+def answers(run_dir: Path) -> list[tuple[object, ...]]:
+    """Of what a run kept all but times."""
+    keys = ("stage", "axis", "step", "id", "completion", "score", "advantage", "versions")
+    found = [tuple(str(row[key]) for key in keys) for row in read_rows(run_dir)]
+    assert len(found) > 16, "of four steps and three evaluations"
+    return sorted(found)
+
+
 PPO = (
     "algorithm=ppo",
     "critic.warmup=1",
@@ -95,6 +105,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(emberl: Emberl, algorithm: tuple
     assert weights(whole / "model") == weights(part / "model")
     assert timeless(read_metrics(whole)) == timeless(read_metrics(part))
     assert timeless(read_metrics(whole, "eval")) == timeless(read_metrics(part, "eval"))
+    assert answers(whole) == answers(part), "nothing stands twice"
     trained = [row for row in read_metrics(whole) if "actor/pg_clipfrac" in row]
     assert len(trained) >= 2
     if algorithm == PPO:
@@ -143,15 +154,37 @@ ANOTHER_RUN = {
 }
 
 
+def check_profile(folder: Path) -> None:
+    """A trace of each process, of its working threads too, and a timeline of all."""
+    traces = {
+        file.name: json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+        for file in folder.glob("*.json.gz")
+    }
+    assert sorted(traces) == [
+        f"{role}-{i}-step-000002.json.gz" for role in ("learner", "rollout") for i in (0, 1)
+    ]
+    named = {name: {event.get("name") for event in events} for name, events in traces.items()}
+    for name, events in named.items():
+        assert events & {"aten::mm", "aten::_fused_rms_norm"}, f"{name} shows no layer"
+    assert any("Backward" in str(event) for event in named["learner-0-step-000002.json.gz"])
+    timeline = json.loads((folder / "timeline.json").read_text())["traceEvents"]
+    threads = {e["args"]["name"].split(" (")[0] for e in timeline if e["name"] == "thread_name"}
+    assert {"loop", "learners", "rollout 0", "rollout 1"} <= threads
+    names = {(e["cat"], e["name"]) for e in timeline if e["ph"] == "X"}
+    assert {("loop", "update"), ("learners", "step"), ("loop", "waiting for answers")} <= names
+
+
 def test_two_workers_and_two_ranks_run_the_same_problem(emberl: Emberl) -> None:
     result = emberl.train(
         "cluster.learners=2",
         "cluster.rollouts=2",
         "cluster.cpus_per_learner=0.25",
         "cluster.cpus_per_rollout=0.25",
+        "profile.steps=[2]",
         "run_dir=run",
     )
     assert result["steps"] == 4
+    check_profile(emberl.folder / "run/profile")
     versions = [
         row["sync/version"] for row in read_metrics(emberl.folder / "run") if "sync/version" in row
     ]

@@ -20,7 +20,7 @@ from emberl.rl.checkpoints import Progress
 from emberl.rl.config.load import Config, resolve
 from emberl.rl.groups import Group
 from emberl.rl.recipe import Result, go
-from emberl.rl.watch.alarms import Alarms
+from emberl.rl.watch.alarms import Alarms, failures
 from emberl.rl.watch.tracking import Tracker
 from emberl.rollout.pool import Job
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
@@ -300,6 +300,7 @@ def loop(
         suite=SimpleNamespace(finished=0, metrics=dict),
         grade=grade,
         save=nothing,
+        saved=nothing,
         source=SimpleNamespace(
             train=lambda i: Prompt(id=f"p{i}", token_ids=(3,), answer="", source="s")
         ),
@@ -370,3 +371,13 @@ def test_the_loop_says_that_it_does_not_learn(
     assert text in " ".join(result.warnings)
     assert (result.updates, result.steps) == (updates, case.get("schedule", {"steps": 4})["steps"])
     assert json.loads(json.dumps(result.as_json()))["warnings"] == list(result.warnings)
+
+
+def test_what_failed_and_was_made_good_is_said() -> None:
+    fine = {"sync/digest_failures": 0.0, "sync/reloads": 0.0, "training/verifier_errors": 0.0}
+    assert failures(3, fine) == []
+    said = failures(3, dict.fromkeys(fine, 2.0))
+    assert [alarm.title for alarm in said] == [
+        *("digest failures", "probe failures", "verifier errors"),
+    ]
+    assert all(alarm.text.startswith("step 3: 2 ") for alarm in said)

@@ -93,7 +93,7 @@ def test_a_run_from_another_terminal(tmp_path: Path) -> None:
 
     def look() -> str:
         text = io.StringIO()
-        watch(str(run), once=True, console=Console(file=text, width=100))
+        watch(str(run), once=True, console=Console(file=text, width=250))
         return text.getvalue()
 
     assert "run: ended without a result, rl 3/10" in look()
@@ -105,6 +105,8 @@ def test_a_run_from_another_terminal(tmp_path: Path) -> None:
     assert "run: running, rl 3/10, 28 s left" in seen
     assert "accuracy 40.0% at rl 3" in seen and "no update: [bold]x[/bold]" in seen
     assert "\x1b" not in seen, "a terminal is not steered by what an alarm quotes"
+    (run / ".lock").write_text("process 7 on another")
+    assert "run: running, or ended without a result, on another, rl 3/10" in look()
     (run / "result.json").write_text('{"status": "ok"}')
     assert "run: ok, rl 3/10" in look()
     with pytest.raises(ConfigError, match="give one of its stages: run"):

@@ -6,6 +6,8 @@ from __future__ import annotations
 import inspect
 import math
 import struct
+import time
+import tracemalloc
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -513,3 +515,67 @@ def test_a_directory_that_was_written_wrongly_is_refused() -> None:
     assert "do not have the root" in broken(bytes(data), held)
     with pytest.raises(ValueError, match="without a digest: strange"):
         to_bytes(replace(patch, deltas={**patch.deltas, "strange": delta}))
+
+
+# Files whose checksums are right and whose author means no good.
+
+
+def number(value: int) -> bytes:
+    out = bytearray()
+    while value >> 7:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def hostile(directory: bytes, names: list[str], digest: bytes = bytes(16)) -> bytes:
+    lines = "\n".join(f"{name} {digest.hex()}" for name in names)
+    root = xxhash.xxh3_128_digest(lines.encode())
+    head = struct.pack(
+        "<4sHHqq16s16sIIQI", b"EMWP", 2, 0, 1, -1, root, bytes(16), len(directory), 0, 0, 0
+    )
+    return head + struct.pack("<I", zlib.crc32(head + directory)) + directory
+
+
+def skips(elements: int, at_once: int) -> bytes:
+    """One float64 tensor of chunks that say nothing changes."""
+    count = elements // at_once
+    chunks = b"".join(b"\0" + number(at_once) + number(0) for _ in range(count))
+    head = number(1) + b"r" + number(1) + number(0) + number(0) + number(1) + b"w"
+    shape = bytes([WIDTHS.index(8)]) + number(1) + number(elements)
+    return head + shape + number(count) + chunks + bytes(16) + bytes(4 * count)
+
+
+def prefixes(count: int) -> tuple[bytes, list[str]]:
+    """Names that each repeat the one before it."""
+    names = ["a" * (i + 1) for i in range(count)]
+    entries = b"".join(number(i) + number(0) + number(1) + b"a\xff" for i in range(count))
+    return number(1) + b"r" + number(count) + entries + bytes(16 * count), names
+
+
+def long_name(size: int) -> tuple[bytes, list[str]]:
+    entry = number(0) + number(0) + number(size) + b"a" * size + b"\xff"
+    return number(1) + b"r" + number(1) + entry + bytes(16), ["a" * size]
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        (hostile(skips(1 << 30, 1 << 30), ["w"]), "a chunk of w has more than"),
+        (hostile(skips(1 << 40, 1 << 40), ["w"]), "a chunk of w has more than"),
+        (hostile(skips(1 << 32, 1 << 17), ["w"]), "would make 34359738368 bytes of weights of 0"),
+        (hostile(*prefixes(3000)), "names are longer than"),
+        (hostile(*long_name(5000)), "is longer than 4096 bytes"),
+        (hostile(number(1) + b"r" + b"\xff" * 300_000 + b"\1", []), "more than ten bytes"),
+    ],
+)
+def test_what_a_hostile_file_costs_is_bounded(file: bytes, reason: str) -> None:
+    tracemalloc.start()
+    start = time.process_time()
+    try:
+        with pytest.raises(CorruptPatchError, match=reason):
+            materialise(from_bytes(file), None)
+        assert tracemalloc.get_traced_memory()[1] < 100 * len(file) + (1 << 20)
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - start < 5
