@@ -203,8 +203,8 @@ BUDGET = {
     "rl/weights": 911,
     "rollout": 2_672,
     "rollout/embedded": 2_005,
-    "rollout/vllm_backend": 3_221,
-    "rollout/weights": 2_118,
+    "rollout/vllm_backend": 3_222,
+    "rollout/weights": 2_114,
 }
 """Lines of a folder's own Python files, or of a sub-folder's; `rl` and so on are the files at the
 top."""

@@ -222,7 +222,7 @@ def _meta_parameter(layer: Any) -> Any:
 
     parameters, _ = get_layerwise_info(layer).restore_metadata
     made: Any = restore_layer_refs(to_meta_tensor(parameters["weight"]), layer)
-    loader = getattr(made, "weight_loader", None)
+    loader: Any = getattr(made, "weight_loader", None)
     while getattr(loader, "__name__", "") == "online_process_loader":
         loader = loader.__wrapped__
         made.weight_loader = loader

@@ -188,7 +188,8 @@ def read_mirror(
     """The tensors of another process's mirror one by one, each a copy: what is made of it shares
     nothing with the mirror. Not `copied`: views, to be read and let go."""
     with open(path, "rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # pages of its own where it is written to, which it is not: torch wants arrays that can be
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     for name, entry in entries:
         data = np.frombuffer(memory, np.uint8, entry.size, entry.start)
         data = data.copy() if copied else data
