@@ -38,15 +38,11 @@ def check_inputs(config: Config, *, hub: bool = False) -> list[str]:
     with user_errors():
         if not is_table(config.data):
             check_data(config.data)
-        for name, settings in config.eval.sets.items():
-            try:
-                check_data(settings)
-            except ValueError as error:
-                raise ValueError(f"eval.sets.{name}: {error}") from error
+        of_sets = _check_sets(config, hub)
         heads = _heads(config.data, hub)
         check_teachers(config, heads[0], hub=hub)
         _check_difficulty(config.data, heads[0])
-        said = [head.mapper.describe() for head in (*heads[0], *heads[1])]
+        said = [head.mapper.describe() for head in (*heads[0], *heads[1])] + of_sets
         for head in (*heads[0], *heads[1]):
             said += _said_of(head)
         said += _said_of_sizes(config, *heads)
@@ -69,11 +65,36 @@ def check_inputs(config: Config, *, hub: bool = False) -> list[str]:
     return said
 
 
+def _check_sets(config: Config, hub: bool) -> list[str]:
+    """The same of the sets of problems that a run is evaluated on: ValueError names the set."""
+    said: list[str] = []
+    for name, own in config.eval.sets.items():
+        settings, parts = own.beside(config.data), config.reward.parts
+        if own.verifier is not None:
+            parts = {"answer": own.verifier}
+        try:
+            check_data(settings)
+            if not is_table(settings) or not config.grades:
+                continue
+            suite = build_suite({part: keys.model_dump() for part, keys in parts.items()})
+            try:
+                for table in train_tables(settings, hub=hub):
+                    lines = check_references(settings, suite, read_head(settings, table))
+                    said += [f"eval.sets.{name}: {line}" for line in lines]
+            finally:
+                suite.close()
+        except ValueError as error:
+            raise ValueError(f"eval.sets.{name}: {error}") from error
+    return said
+
+
 def _check_parts(config: Config, hub: bool) -> list[str]:
     """The same of every source of a mixture at every level."""
     check_teachers(config, [], hub=hub)
-    config = config.model_copy(update={"distill": DistillConfig()})
-    said: list[str] = []
+    with user_errors():
+        said = _check_sets(config, hub)
+    evaluated = config.eval.model_copy(update={"sets": {}})
+    config = config.model_copy(update={"distill": DistillConfig(), "eval": evaluated})
     for name, (_, part) in config.data.parts.items():
         for number, level in enumerate(part.at_levels):
             key = f"data.mixture.{name}" if config.data.mixture else "data"

@@ -222,7 +222,7 @@ class Run:
                 self.config,
                 keep_best=settings.keep_best,
             )
-            if progress.evaluating is not None and self.progress.evaluating is None:
+            if progress.evaluating not in (None, self.progress.evaluating):
                 add_evaluation(done, self.progress)  # it has ended meanwhile
         except (OSError, CallFailedError) as error:  # the disk, ours or a rank's
             if folder is not None:

@@ -73,14 +73,13 @@ def dashboard(
 ) -> None:
     """Makes a W&B workspace with sections Learning, Rollouts, Rewards, Weight sync, Schedule and
     System, or a picture of them from a local run."""
-    from .watch.dashboard import draw_all, workspace
+    from .watch.dashboard import draw_all, save, workspace
 
     with _user_errors():
         if png is None:
             if run is not None:
                 raise ValueError(f"{run}: a local run is drawn with --png FILE")
-            made = workspace(project, entity, name).save()
-            print(made.url)
+            print(save(workspace(project, entity, name)))
             return
         if run is None:
             raise ValueError(f"--png {png} needs a run's directory")

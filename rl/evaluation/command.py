@@ -37,7 +37,7 @@ from .pictures import draw
 from .report import compare_folders, sets_of, show
 from .sampling import sampled
 from .settings import Named, configure, find_model
-from .store import RESULT, SETTINGS, Store, open_folder, outcomes_of
+from .store import RESULT, Store, is_evaluation, open_folder, outcomes_of
 from .thinking import Thoughts
 from .votes import by_reward, final_answer, outcomes
 
@@ -156,7 +156,7 @@ def evaluate_command(
     console = make_console()
     ours = plan(model, data, overrides, step=step, ks=ks)
     other: Plan | Path | None = None
-    if against is not None and (Path(against) / SETTINGS).is_file():
+    if against is not None and is_evaluation(Path(against)):
         other = Path(against)
         if not (other / RESULT).is_file():
             raise ConfigError(f"--against {against}: that evaluation is not done; go on with it")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ...rewards.verdict import Status
@@ -114,11 +115,12 @@ def compare_folders(ours: Path, others: Path) -> list[dict[str, Any]]:
 def show(result: Mapping[str, Any], console: Console) -> None:
     """The table and the comparisons, for a person."""
     names, lines = table_of(result)
-    table = Table(title=f"{result['model']}", title_justify="left")
+    # a path may have what rich takes for its own marks
+    table = Table(title=escape(result["model"]), title_justify="left")
     for place, name in enumerate(names):
-        table.add_column(name.strip(), justify="right" if place else "left", no_wrap=True)
+        table.add_column(escape(name.strip()), justify="right" if place else "left", no_wrap=True)
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(escape, line))
     console.print(table)
     for text in comparison_lines(result):
         console.print(text, highlight=False, markup=False)

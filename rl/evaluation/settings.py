@@ -66,9 +66,10 @@ def find_model(model: str, step: int | None = None) -> Named:
 
 
 def _older(model: Path, checkpoint: Path) -> bool:
-    """Whether a run went on after its final model was written."""
-    files = (model / "config.json", checkpoint / PROGRESS)
-    return files[0].stat().st_mtime < files[1].stat().st_mtime
+    """Whether a run went on after its final model was written, a copy of what was its newest
+    checkpoint then, with that one's times."""
+    ours, newest = model / "config.json", checkpoint / "config.json"
+    return newest.is_file() and ours.stat().st_mtime < newest.stat().st_mtime
 
 
 def configure(

@@ -63,6 +63,12 @@ Cell = tuple[str, int | None]
 """A set, and a thinking budget."""
 
 
+def is_evaluation(folder: Path) -> bool:
+    """Whether this is an evaluation's folder; a run's checkpoints have settings of that name,
+    too."""
+    return (folder / SETTINGS).is_file() and (folder / SAMPLES).is_dir()
+
+
 class Store:
     """One evaluation's folder, open for writing."""
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .calibrate import calibrate, trace_lengths
@@ -152,7 +153,9 @@ def describe_keys() -> str:
 
 def show(found: Plan, console: Console) -> None:
     """The table for a person."""
-    table = Table(title=f"{found.title} (simulated)", show_header=False, title_justify="left")
+    table = Table(
+        title=f"{escape(found.title)} (simulated)", show_header=False, title_justify="left"
+    )
     for name, value in _lines(found):
         table.add_row(name, value)
     console.print(table)
@@ -168,7 +171,7 @@ def show(found: Plan, console: Console) -> None:
             )
         console.print(splits)
     for name, source in found.sources.items():
-        console.print(f"  {name}: {source}", style="dim", highlight=False)
+        console.print(f"  {name}: {source}", style="dim", highlight=False, markup=False)
 
 
 def _lines(found: Plan) -> list[tuple[str, str]]:

@@ -114,7 +114,9 @@ class StageConsole:
         self._doing = what
         self._refresh()
         if self._live is None:
-            self._console.print(f"{time.strftime('%H:%M:%S')}  {what}", highlight=False)
+            self._console.print(
+                f"{time.strftime('%H:%M:%S')}  {what}", highlight=False, markup=False
+            )
         try:
             yield
         finally:

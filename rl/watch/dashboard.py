@@ -254,3 +254,19 @@ def workspace(project: str, entity: str | None, name: str) -> Any:
             for section in SECTIONS
         ],
     )
+
+
+def save(made: Any) -> str:
+    """Has W&B keep a workspace; its address. `ValueError` where W&B does not."""
+    from .sinks import has_wandb_key
+
+    if not has_wandb_key():
+        raise ValueError(
+            "W&B has no key here: run `wandb login`, or set WANDB_API_KEY; --png draws a run"
+            " without it"
+        )
+    try:
+        return str(made.save().url)
+    except Exception as error:  # foreign code and the network
+        line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"W&B did not take the workspace: {line}") from error

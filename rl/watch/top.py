@@ -83,13 +83,14 @@ def watch(
     """Shows a run until it ends; `once`: as it is now. address: of the Ray job `target`.
     `ConfigError` where there is no run."""
     console = console or Console()
+    once = once or not console.is_terminal
     with _local(target) if address is None else _of_job(target, address, once) as look:
         view = look()
-        if once or not console.is_terminal:
+        if once:
             console.print(shown(view))
             return
         with Live(shown(view), console=console, auto_refresh=False) as live:
-            while view.state.startswith("running"):
+            while view.state.startswith(("running", "pending")):
                 time.sleep(EVERY)
                 view = look()
                 live.update(shown(view), refresh=True)

@@ -22,6 +22,7 @@ from collections import Counter
 from pathlib import Path
 
 import psutil
+from harness import Report
 
 STEPS = 24
 KINDS = {
@@ -153,7 +154,8 @@ class Trial:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--every", type=float, default=20.0, help="mean seconds between kills")
+    parser.add_argument("--each", type=int, default=5, help="kills of a run")
+    parser.add_argument("--start", type=float, default=60.0, help="seconds that a start takes")
     parser.add_argument("--seconds", type=float, default=1e9, help="no new run after these")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", default=",".join(KINDS))
@@ -179,22 +181,33 @@ def main() -> None:
     while sum(done.values()) < kills and time.monotonic() - began < options.seconds:
         runs += 1
         trial, mine = Trial(base / f"run{runs}"), []
-        following = time.monotonic() + chosen.uniform(0, 2 * options.every)
+        left = min(options.each, kills - sum(done.values()))
+        # a fifth of them before the first step, at whatever the start is at
+        plan = sorted(
+            0 if chosen.random() < 0.2 else chosen.randint(1, STEPS - 1) for _ in range(left)
+        )
+        following, starts = time.monotonic() + chosen.uniform(0, options.start), 1
         while (found := trial.ended()) is None:
-            time.sleep(0.2)
-            if time.monotonic() > following and sum(done.values()) < kills:
-                kind, starts = kinds[sum(done.values()) % len(kinds)], trial.starts
+            time.sleep(0.05)
+            if trial.starts != starts:
+                following, starts = (
+                    time.monotonic() + chosen.uniform(0, options.start),
+                    trial.starts,
+                )
+            reached = len(rows_of(trial.folder))
+            early = plan and plan[0] == 0 and time.monotonic() > following
+            if early or (plan and 0 < plan[0] <= reached):
+                time.sleep(chosen.uniform(0, 1.5))
+                kind = kinds[sum(done.values()) % len(kinds)]
                 if trial.kill(kind, chosen):
+                    plan.pop(0)
                     done[kind] += 1
-                    mine.append(
-                        f"{kind} at {len(rows_of(trial.folder)) if (trial.folder / 'run/metrics.jsonl').exists() else 0}"
-                    )
-                    deadline = time.monotonic() + 5
+                    mine.append(f"{kind} at step {len(rows_of(trial.folder))}")
+                    deadline = time.monotonic() + 8
                     while trial.process.poll() is None and time.monotonic() < deadline:
                         time.sleep(0.1)
                     again[kind] += trial.process.poll() is not None
-                    assert trial.starts == starts
-                following = time.monotonic() + chosen.uniform(0, 2 * options.every)
+                    following = time.monotonic() + chosen.uniform(0, options.start)
         left = trial.clean()
         if not found and weights_of(trial.folder) != wanted:
             found = "other weights"
@@ -207,9 +220,10 @@ def main() -> None:
     for kind in kinds:
         print(f"| {kind} | {done[kind]} | {again[kind]} |")
     print(f"{sum(done.values())} kills in {runs} runs of {STEPS} steps; wrong: {wrong or 'none'}")
-    if options.json is not None:
-        record = {"bench": "chaos", "case": "kills", "value": sum(done.values()), "unit": "kills"}
-        options.json.write_text(json.dumps(record | {"kinds": done, "wrong": wrong}) + "\n")
+    report = Report("chaos", options.json)
+    for kind in kinds:
+        report.record("kills", kind, done[kind], "kills", started_again=again[kind])
+    report.record("kills", "wrong runs", len(wrong), "runs", floor=0)
     raise SystemExit(bool(wrong))
 
 

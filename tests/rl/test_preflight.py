@@ -96,6 +96,27 @@ def test_what_would_end_a_run_is_found(
         checked(str(file), **groups)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_evaluation_set_is_looked_at_beforehand(mixed: bool, tmp_path: Path) -> None:
+    """By the verifier that the set has, or else by the run's reward."""
+    rows = write(tmp_path / "rows.jsonl", SUMS[:9])
+    unreadable = [{"question": f"Q{i}", "answer": a} for i, a in enumerate(["\\frac{1", "\\frac{"])]
+    bad = write(tmp_path / "bad.jsonl", [*unreadable, {"question": "Q", "answer": "3"}])
+    half = write(tmp_path / "half.jsonl", [unreadable[0], {"question": "Q", "answer": "3"}])
+    source: dict[str, Any] = {
+        "mixture": {"a": {"source": rows}, "b": {"source": rows, "heldout": 5}}
+    }
+    data = {"source": "", "data": source} if mixed else {"source": rows}
+    with pytest.raises(
+        ConfigError, match=r"eval\.sets\.x: 2 of 3 references of .*bad\.jsonl cannot"
+    ):
+        checked(**data, eval={"sets": {"x": {"path": bad}}})
+    said = checked(**data, eval={"sets": {"x": {"path": half, "verifier": "math"}}})
+    assert sum("eval.sets.x: 1 of 2 references" in line for line in said) == 1
+    prose = {"path": half, "verifier": {"use": "format", "options": {"pattern": ".*"}}}
+    assert not any("eval.sets" in line for line in checked(**data, eval={"sets": {"x": prose}}))
+
+
 def test_the_data_command_shows_rows_verdicts_and_lengths(tmp_path: Path) -> None:
     rows = [
         {"question": "Find 1+1.", "answer": "#### 2"},

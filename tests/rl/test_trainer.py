@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,7 +68,11 @@ def test_parts_without_a_signal_are_told_to_the_learners() -> None:
         return {}
 
     run: Any = SimpleNamespace(
-        config=config, learners=learners, progress=Progress(), publish=publish
+        config=config,
+        learners=learners,
+        progress=Progress(),
+        publish=publish,
+        tracker=SimpleNamespace(spans=SimpleNamespace(span=lambda *_: nullcontext())),
     )
     scored = [
         g.with_advantages(a)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from emberl.rl.run import on_loop
-from emberl.rollout.actors import ActorLostError
+from emberl.rollout.actors import ActorLostError, PlaceLostError
 from emberl.rollout.jobs import Job
 from emberl.rollout.pool import RolloutPool
 from emberl.rollout.samples import Prompt, Sampling
@@ -59,3 +59,85 @@ def test_a_lost_worker_is_replaced_until_the_loop_ends(
     on_loop(play())
     time.sleep(0.1)
     assert replaced == ([] if ended else [0])
+
+
+class Answering:
+    """A worker that answers every group of a request, one after another, and breaks down after so
+    many; what it was asked for."""
+
+    def __init__(self, breaks_after: int | None = None) -> None:
+        self.requests: list[list[str]] = []
+        self._breaks_after = breaks_after
+
+    @property
+    def generate(self) -> Answering:
+        return self
+
+    def options(self, **_: Any) -> Answering:
+        return self
+
+    async def remote(self, requests: Any, _: Any) -> AsyncIterator[Any]:
+        self.requests.append([prompt.id for prompt, _, _ in requests])
+        for index in range(len(requests)):
+            if index == self._breaks_after:
+                raise TimeoutError("killed")
+            answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            answer.set_result([(index, ("done",))])
+            yield answer
+
+
+def play_lost(
+    make_prompt: Callable[..., Prompt], respawn: Callable[[int], Any], max_samples: int | None
+) -> tuple[Answering, Answering, list[int], list[str], RolloutPool]:
+    """Six groups over two workers, of which the first breaks down after its first answer; also the
+    numbers of the groups that were asked for again, and what was told."""
+    again: list[int] = []
+    told: list[str] = []
+
+    async def play() -> tuple[Answering, Answering, RolloutPool]:
+        breaking, sound = Answering(breaks_after=1), Answering()
+        pool = RolloutPool(
+            [breaking, sound],
+            timeout=20,
+            sync_timeout=20,
+            max_samples=max_samples,
+            respawn=respawn,
+            max_restarts=1,
+            tell=told.append,
+        )
+        jobs = [
+            Job(
+                prompt=make_prompt(str(i)),
+                n=1,
+                sampling=Sampling(max_tokens=2),
+                reissued=lambda i=i: again.append(i),  # type: ignore[misc]
+            )
+            for i in range(6)
+        ]
+        pool.submit(jobs)
+        await asyncio.wait_for(asyncio.gather(*(job.outcome for job in jobs)), 10)
+        return breaking, sound, pool
+
+    breaking, sound, pool = on_loop(play())
+    return breaking, sound, again, told, pool
+
+
+def test_who_takes_a_lost_ones_place_gets_the_same_request(
+    make_prompt: Callable[..., Prompt],
+) -> None:
+    fresh = Answering()
+    breaking, sound, again, told, _ = play_lost(make_prompt, lambda index: fresh, None)
+    assert breaking.requests == fresh.requests == [["0", "2", "4"]], "whole, what it had too"
+    assert sound.requests == [["1", "3", "5"]]
+    assert again == [2, 4] and told == []
+
+
+def test_others_do_the_work_of_one_whose_node_is_gone(make_prompt: Callable[..., Prompt]) -> None:
+    def no_room(index: int) -> Any:
+        raise PlaceLostError("no node has room for 1 CPU")
+
+    _, sound, again, told, pool = play_lost(make_prompt, no_room, None)
+    assert sound.requests == [["1", "3", "5"], ["2", "4"]]
+    assert again == [2, 4] and pool.gone == (0,)
+    assert len(told) == 1
+    assert "no node has room for 1 CPU; the run goes on with 1 rollout workers" in told[0]

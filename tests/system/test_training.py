@@ -231,23 +231,31 @@ def test_a_lost_worker_ends_the_run_with_its_name(emberl: Emberl) -> None:
     """Invariant 7: the exit status is not zero, and the last line says why."""
     with ThreadPoolExecutor(1) as beside:
         killed = beside.submit(kill_worker, emberl, '"stage": "rl", "step": 1')
-        result = emberl.train("schedule.steps=1000", "rollout.max_restarts=0", status=1)
+        result = emberl.train(
+            "schedule.steps=1000", "rollout.max_restarts=0", "cluster.max_restarts=0", status=1
+        )
         killed.result()
     assert "rollout worker 0" in result["error"]
 
 
-def kill_worker(emberl: Emberl, text: str) -> None:
-    """Kills the rollout worker of a run in this process once its metrics have this text."""
+def kill_worker(emberl: Emberl, text: str, actor: str = "RolloutWorker") -> int:
+    """Kills the only actor of this kind of a run in this process once its metrics have this text;
+    its process id."""
     wait_for(emberl.folder / "run/metrics.jsonl", text)
-    [victim] = [int(p.name) for p in Path("/proc").glob("[0-9]*") if _is_worker(p)]
+    [victim] = actors(actor)
     os.kill(victim, signal.SIGKILL)
+    return victim
 
 
-def _is_worker(folder: Path) -> bool:
-    """Whether this is the rollout worker of a run in this process: Ray names its processes after
-    the actor."""
+def actors(kind: str) -> list[int]:
+    return [int(p.name) for p in Path("/proc").glob("[0-9]*") if _is_actor(p, kind)]
+
+
+def _is_actor(folder: Path, kind: str) -> bool:
+    """Whether this is such an actor of a run in this process: Ray names its processes after the
+    actor."""
     try:
-        if not (folder / "cmdline").read_bytes().startswith(b"ray::RolloutWorker"):
+        if not (folder / "cmdline").read_bytes().startswith(f"ray::{kind}".encode()):
             return False
         pid, driver = int(folder.name), os.getpid()
         while pid > 1 and pid != driver:
@@ -255,6 +263,29 @@ def _is_worker(folder: Path) -> bool:
         return pid == driver
     except (OSError, ValueError):  # a process that ended while we looked
         return False
+
+
+def test_a_lost_learner_and_a_lost_worker_change_no_bit(emberl: Emberl) -> None:
+    """New learners go on from the last checkpoint, and the engine stays."""
+    steps = ("schedule.steps=8", "sft.steps=10", "rollout.token_rate=60", "eval.every=0")
+    emberl.train(*steps, "run_dir=quiet")
+
+    def hit() -> list[int]:
+        kill_worker(emberl, '"stage": "rl", "step": 3', "LearnerRank")
+        stayed = actors("RolloutWorker")
+        wait_for(emberl.folder / "run/metrics.jsonl", '"stage": "rl", "step": 5')
+        assert actors("RolloutWorker") == stayed
+        return [*stayed, kill_worker(emberl, '"stage": "rl", "step": 5')]
+
+    with ThreadPoolExecutor(1) as beside:
+        hits = beside.submit(hit)
+        emberl.train(*steps)
+        first, second = hits.result()
+    assert first == second
+    told = (emberl.folder / "stderr.txt").read_text()
+    assert "the learners are started anew from rl-000002" in told
+    assert [row["step"] for row in read_metrics(emberl.folder / "run")] == list(range(1, 9))
+    assert weights(emberl.folder / "run/model") == weights(emberl.folder / "quiet/model")
 
 
 def test_a_lost_worker_is_replaced_and_what_it_had_not_answered_is_asked_again(

@@ -572,19 +572,19 @@ def test_positions_and_values(rig: Any, make_prompt: MakePrompt) -> None:
     served = rig.run(rig.engine.probe(ids))
 
     async def scenario() -> tuple[list[Completion], Any]:
+        for patch, error, words in cases:
+            with pytest.raises(error, match=words):
+                await rig.engine.apply(patch)
+        assert rig.engine.version == before
+        np.testing.assert_array_equal(await rig.engine.probe(ids), served)
+        if rig.kind != "embedded":  # whose memory would then be damaged
+            other = replace(good, changes={**good.changes, name: meant})
+            with pytest.raises(DigestMismatchError, match=f"{name}: element .* is not what"):
+                await rig.engine.apply(other)
+            np.testing.assert_array_equal(await rig.engine.probe(ids), served)
         async with rig.unhurried():
             task = started(rig.engine, make_prompt("meanwhile"), 4, LONG)
             await rig.until_tokens(20)
-            for patch, error, words in cases:
-                with pytest.raises(error, match=words):
-                    await rig.engine.apply(patch)
-            assert rig.engine.version == before
-            np.testing.assert_array_equal(await rig.engine.probe(ids), served)
-            if rig.kind != "embedded":  # whose memory would then be damaged
-                other = replace(good, changes={**good.changes, name: meant})
-                with pytest.raises(DigestMismatchError, match=f"{name}: element .* is not what"):
-                    await rig.engine.apply(other)
-                np.testing.assert_array_equal(await rig.engine.probe(ids), served)
             assert await rig.engine.apply(good) == before + 1
         return await task, await rig.engine.probe(ids)
 

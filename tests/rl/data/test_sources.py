@@ -7,16 +7,19 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from emberl.rewards.suite import build_suite
 from emberl.rl.config.data import DataConfig
 from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.sources import PromptSource, check_data, open_source
 from emberl.rl.data.templates import fill
 from emberl.rl.data.tiny import tiny_tokenizer
+from emberl.rl.reward_inputs import reward_input
 
 CHAT = tiny_tokenizer(TinyConfig(vocabulary="bytes", chat_template=True))
 PLAIN = tiny_tokenizer(TinyConfig(vocabulary="bytes"))
@@ -516,6 +519,41 @@ class TestReasoningGym:
         heldout = {p.columns["question"] for p in sources[0].heldout}
         assert len(heldout) == 40
         assert not heldout & {s.train(i).columns["question"] for s in sources for i in range(400)}
+
+    def test_levels_rise_at_measured_success(self) -> None:
+        """Answers are marked by the task's own scorer; 12 of 16 right is 75 %."""
+        levels = [{"gym": {"max_terms": 1}}, {"gym": {"min_terms": 2, "max_terms": 2}}]
+        source: Any = opened(
+            "reasoning_gym:chain_sum",
+            CHAT,
+            heldout=4,
+            gym={"min_terms": 1, "min_digits": 1, "max_digits": 1},
+            levels=levels,
+            curriculum={"raise_at": 0.75, "raise_after": 16},
+        )
+        suite = build_suite({"answer": {"use": "gym"}})
+
+        def step(number: int, right: int) -> tuple[set[int], float]:
+            """The terms of the problems of a step, and the level after it."""
+            prompts = [source.train(16 * number + i) for i in range(16)]
+            answers = [p.answer if i < right else "no" for i, p in enumerate(prompts)]
+            rows = [
+                replace(reward_input(p, None, ""), completion=f"<answer>{a}</answer>")
+                for p, a in zip(prompts, answers, strict=True)
+            ]
+            marks = [[verdict] for verdict in suite.grade(rows)]
+            graded = list(zip(prompts, marks, strict=True))
+            found = source.observe(graded, number + 1, 16 * (number + 1), [])
+            terms = {len(p.columns["metadata"]["expression"].split()) // 2 + 1 for p in prompts}
+            return terms, found["sched/level/chain_sum"]
+
+        try:
+            assert step(0, right=11) == ({1}, 0)
+            assert step(1, right=12) == ({1}, 1)
+            assert step(2, right=16) == ({2}, 1), "the last level stays"
+        finally:
+            suite.close()
+        assert {len(p.columns["metadata"]["expression"].split()) for p in source.heldout} == {3}
 
     def test_a_task_laid_out_in_advance(self) -> None:
         source = opened("reasoning_gym:gsm_symbolic", heldout=8, max_prompt_length=4096)

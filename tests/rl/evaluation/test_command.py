@@ -20,7 +20,7 @@ from emberl.rl.data.tiny import make_tiny
 from emberl.rl.evaluation.command import plan
 from emberl.rl.evaluation.report import compare_folders
 from emberl.rl.evaluation.settings import Named, configure, find_model
-from emberl.rl.evaluation.store import read
+from emberl.rl.evaluation.store import Store, is_evaluation, open_folder, read
 
 EMBERL = str(Path(sys.executable).with_name("emberl"))
 
@@ -203,11 +203,24 @@ def test_the_models_of_a_run(model: Path, tmp_path: Path) -> None:
     assert Path(find_model(str(run_dir), 10).path).name == "rl-000010"
     with pytest.raises(ConfigError, match="only rl-000010, rl-000020, sft-000010"):
         find_model(str(run_dir), 15)
-    shutil.copytree(model, run_dir / "model")
-    os.utime(run_dir / "model" / "config.json")
+    newest = run_dir / "checkpoints" / "rl-000020"
+    os.utime(newest / "config.json", (3e9, 3e9))
+    os.utime(newest / "progress.json", (3e9 + 1, 3e9 + 1))
+    shutil.copytree(newest, run_dir / "model")  # as a run does at its end
     found = find_model(str(run_dir))
     assert (Path(found.path).name, found.label) == ("model", "run")
     assert found.run is not None and found.run.data.source == "arithmetic"
+    os.utime(newest / "config.json", (3e9 + 2, 3e9 + 2))
+    assert find_model(str(run_dir)).label == "run-rl-000020", "the run went on"
+
+
+def test_a_checkpoint_to_compare_with_is_no_evaluation(model: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(model, tmp_path / "rl-000002")
+    (checkpoint / "settings.json").write_text("{}")
+    assert not is_evaluation(checkpoint)
+    folder = open_folder(tmp_path / "done", "m", {})
+    Store(folder)
+    assert is_evaluation(folder)
 
 
 def test_keys_of_a_set_count_for_what_a_run_holds_out(model: Path, tmp_path: Path) -> None:

@@ -144,3 +144,28 @@ def test_the_figures_of_an_update(make: Callable[..., LearnerRank]) -> None:
     assert again["rollout_corr/kl"] != pytest.approx(moved["rollout_corr/kl"]), (
         "not of the policy after the update"
     )
+
+
+def test_a_checkpoint_is_of_its_moment_though_it_is_written_later(
+    make: Callable[..., LearnerRank], tmp_path: Path
+) -> None:
+    rank = make()
+    rank.step(BATCH, Objective.sft())
+    then = rank.logprobs(BATCH)
+    parameters = sum(p.numel() for p in rank.policy.parameters())
+    # master and two moments, and what is served, in float64 here
+    assert rank.snapshot() == 4 * 8 * parameters
+    rank.step(BATCH, Objective.sft())
+    later = rank.logprobs(BATCH)
+    rank.write(str(tmp_path / "saved"))
+    rank.step(BATCH, Objective.sft())
+    again = make()
+    again.restore(str(tmp_path / "saved"))
+    np.testing.assert_array_equal(again.logprobs(BATCH), then)
+    again.step(BATCH, Objective.sft())
+    np.testing.assert_array_equal(again.logprobs(BATCH), later)
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float64)
+    own = {name: p.full_tensor() for name, p in make().policy.model.named_parameters()}
+    assert {name: p.shape for name, p in served.named_parameters()} == {
+        name: p.shape for name, p in own.items()
+    }

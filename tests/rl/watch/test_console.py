@@ -6,11 +6,14 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from emberl.rl import submit
 from emberl.rl.config.load import ConfigError
 from emberl.rl.run_directory import alone_in
 from emberl.rl.watch import console as shown_by
+from emberl.rl.watch import top
 from emberl.rl.watch.console import StageConsole, figures
 from emberl.rl.watch.records import read_record
 from emberl.rl.watch.top import watch
@@ -113,3 +116,45 @@ def test_a_run_from_another_terminal(tmp_path: Path) -> None:
         read_record(tmp_path)
     with pytest.raises(ConfigError, match=r"nothing has no metrics\.jsonl"):
         watch(str(tmp_path / "nothing"), once=True)
+
+
+class Jobs:
+    """Ray's client of jobs: one that runs for three looks, and the small one that reads its
+    files."""
+
+    def __init__(self) -> None:
+        self.looks, self.asked, self.stopped = 0, "", ""
+
+    def get_job_info(self, job: str) -> SimpleNamespace:
+        return SimpleNamespace(metadata={"run_dir": "/shared/my run"})
+
+    def submit_job(self, entrypoint: str) -> str:
+        self.asked = entrypoint
+        return "other"
+
+    def get_job_status(self, job: str) -> SimpleNamespace:
+        self.looks += job == "job"
+        ended = job == "other" or self.looks > 3
+        return SimpleNamespace(value="SUCCEEDED" if ended else "RUNNING")
+
+    def get_job_logs(self, job: str) -> str:
+        row = {"stage": "rl", "axis": "train", "step": self.looks, **METRICS}
+        return f'Running entrypoint for job {job}\n"no row"\n{json.dumps(row)}\n{{"stage": "r'
+
+    def stop_job(self, job: str) -> None:
+        self.stopped = job
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_job_by_a_small_one_beside_it(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    jobs = Jobs()
+    monkeypatch.setattr(submit, "_client", lambda address: jobs)
+    monkeypatch.setattr(top, "EVERY", 0.01)
+    text = io.StringIO()
+    screen = Console(file=text, width=100, force_terminal=terminal, height=20)
+    watch("job", "http://head:8265", console=screen)
+    follows = "-F " if terminal else ""
+    assert jobs.asked == f"cd '/shared/my run' && tail -n 40 {follows}metrics.jsonl"
+    assert jobs.stopped == ("other" if terminal else "")
+    assert "job: running, rl 1" in text.getvalue() or "job: running, rl 0" in text.getvalue()
+    assert ("job: succeeded, rl" in text.getvalue()) == terminal, "it looks until the job ends"

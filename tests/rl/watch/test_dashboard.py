@@ -92,6 +92,13 @@ def test_the_workspace_has_the_sections_and_their_axes(monkeypatch: pytest.Monke
     assert [len(s["panels"]) for s in made["sections"]] == [len(s.panels) for s in SECTIONS]
     reward = made["sections"][0]["panels"][1]
     assert reward == {"title": "reward", "x": "train/step", "y": ["critic/score/mean"]}
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://nowhere.invalid")
+    with pytest.raises(ValueError, match="W&B has no key here"):
+        dashboard.save(made)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    with pytest.raises(ValueError, match="did not take the workspace: AttributeError"):
+        dashboard.save(made)
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
     with pytest.raises(ValueError, match="pip install wandb-workspaces"):
         dashboard.workspace("p", None, "n")
