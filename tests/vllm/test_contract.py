@@ -589,7 +589,8 @@ def test_positions_and_values(rig: Any, make_prompt: MakePrompt) -> None:
         return await task, await rig.engine.probe(ids)
 
     decoded, written = rig.run(scenario())
-    assert {tuple(span.version for span in c.spans) for c in decoded} == {(before, before + 1)}
+    seen = {tuple(span.version for span in completion.spans) for completion in decoded}
+    assert seen <= {(before,), (before, before + 1)}, "each token has the version it was drawn with"
     assert rig.engine.digests() == good.digests
     if rig.kind != "embedded":
         assert rig.engine._weights._elsewhere == {}, "every tensor of this model has a place"
