@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from ..weights.canary import Canary, altered
 from ..weights.changes import patched
 from ..weights.engine_transfer import BroadcastGroup
 from ..weights.patch import (
@@ -26,6 +27,7 @@ from ..weights.patch import (
     Views,
     WeightPatch,
     Weights,
+    digest,
     verify,
 )
 from . import compat as vllm_compat
@@ -92,6 +94,8 @@ class ServedWeights:
             self.mirror.write(checkpoint_bytes(Path(settings.model), settings.dtype))
         # of the version served, without its tensors; None: those of `model`
         self._proved: WeightPatch | None = None
+        self._canary: Canary | None = None
+        self._served: WeightPatch | None = None  # while `_proved` is a canary
         self.open = asyncio.Event()
         """Whether samples are sent to vLLM."""
         self.open.set()
@@ -103,7 +107,7 @@ class ServedWeights:
     @property
     def held(self) -> Weights | None:
         """As of `Engine`: the mirror's bytes."""
-        if self._proved is None or self.corrupt is not None:
+        if self._proved is None or self.corrupt is not None or self._canary is not None:
             return None
         return Weights(
             run_id=self.run_id,
@@ -122,7 +126,37 @@ class ServedWeights:
                 await self.reconcile(target, whole, transfer=patch.transfer)
             self.run_id = patch.run_id
             self.version = patch.version
-            self._proved = target
+            self._proved, self._canary, self._served = target, None, None
+
+    async def load_canary(self, canary: Canary | None) -> None:
+        """As of `Engine.canary`. What is proved is the canary until it is taken back, so that
+        processes which are started anew meanwhile load that."""
+        here, change = self._proved, canary or self._canary
+        if change is None:
+            return
+        assert here is not None, "there is a canary of what was proved only"
+        back = canary is None
+        names = list(self.mirror.entries)
+
+        def changed(name: str) -> TensorBytes:
+            return altered(name, self.mirror.tensor(name), change, back=back)
+
+        if back:
+            target = self._served
+            assert target is not None
+        else:
+            digests = {name: digest(changed(name).data) for name in names}
+            target, self._served = replace(here, digests=digests), here
+
+        def read(name: str) -> TensorBytes:  # a second time, after a restart, it is there already
+            held = self.mirror.tensor(name)
+            return held if digest(held.data) == target.digests[name] else changed(name)
+
+        self._canary = change
+        await self.reconcile(target, Views(names, read), stale=True)
+        self._proved = target
+        if back:
+            self._canary = self._served = None
 
     def _whole(self, patch: WeightPatch) -> dict[str, TensorBytes]:
         """The tensors that a patch changes, from what lies in the mirror."""
@@ -140,8 +174,8 @@ class ServedWeights:
         if self._elsewhere is None:
             try:
                 found = await self._within("place", self._call_workers("emberl_place"))
-            except EngineLostError:
-                return False  # loading it whole starts it anew
+            except Exception:  # of a lost engine, or a server of another version: whole, then
+                return False
             self._elsewhere = {name: why for reasons in found for name, why in reasons.items()}
         stays = {
             name: self._elsewhere[name]
@@ -270,6 +304,8 @@ class ServedWeights:
     def _is_new(self, patch: WeightPatch) -> bool:
         """Whether it has to be applied. All that can be wrong with it is found here, before
         anything changes."""
+        if self._canary is not None and self.corrupt is None:
+            raise VersionError("a canary is being decoded")
         if self.run_id and patch.run_id != self.run_id:
             raise VersionError(
                 f"a patch of run {patch.run_id}, but this engine serves run {self.run_id}"

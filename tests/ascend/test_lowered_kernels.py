@@ -26,6 +26,12 @@ if importlib.util.find_spec("emberl") is None:  # this environment has torch and
         folder = Path(__file__).parents[2].joinpath(*name.split(".")[1:])
         sys.modules[name].__path__ = [str(folder)] if "." in name else []
 
+SHOWS = {
+    "Triton kernels of the fused loss: lowered by triton-ascend, executed on x86, within the Unified Buffer": (
+        "test_the_lowered_kernel_suits_a_vector_core, test_the_plan_covers_what_the_lowered_kernel_allocates,"
+        " test_the_lowered_kernels_compute_what_torch_does"
+    )
+}
 spec = importlib.util.spec_from_file_location("lowering", Path(__file__).with_name("lowering.py"))
 lowering: Any = importlib.util.module_from_spec(spec)
 sys.modules["lowering"] = lowering

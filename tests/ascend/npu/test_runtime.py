@@ -17,11 +17,16 @@ import torch.distributed as dist
 import torch_npu
 from emberl.kernels import ascend, platform
 from emberl.rl.learner import memory
+from emberl.rl.watch.doctor_ascend import MATRIX, build
+from emberl.rl.watch.machine import Machine
 
 SHOWS = {
     "device, memory, streams, host-pinned memory": "test_the_platform_finds_it, test_memory_and_streams",
     "an hccl process group is made (its communicator is not)": "test_an_hccl_group_is_made",
-    "schemas of every operator called, torch-npu 2.13 and 2.10.0.post4": "test_operators_have_the_schemas_that_are_called",
+    "schemas of every operator called, torch-npu 2.13 and 2.10.0.post4": (
+        "test_operators_have_the_schemas_that_are_called, test_adamw_is_one_operator"
+    ),
+    "doctor's version table against vllm-ascend's wheel": "test_the_doctors_table_is_the_wheels",
 }
 NPU = platform.NPU
 
@@ -135,3 +140,22 @@ def test_adamw_is_one_operator(version: str) -> None:
         assert has
     else:
         assert "Tensor[] state_steps" in older("_fused_adamw_")
+
+
+def test_the_doctors_table_is_the_wheels() -> None:
+    """The first row against what vllm-ascend 0.23.0 asks for, and its build information as the
+    doctor reads it."""
+    wheel = Path(torch_npu.__file__).parents[2] / "vllm-ascend-0.23.0"
+    if not wheel.exists():
+        pytest.skip("the wheel of vllm-ascend 0.23.0 could not be had")
+    [row, *_] = MATRIX
+    text = next(wheel.glob("*.dist-info/METADATA")).read_text()
+    asked = dict(re.findall(r"^Requires-Dist: ([\w-]+)==(\S+)$", text, re.MULTILINE))
+    assert asked["torch"] == row.torch and asked["torch-npu"] == row.torch_npu
+    assert asked["transformers"] == row.transformers
+    assert asked["triton-ascend"] == row.triton_ascend
+    machine = Machine(None, {})
+    machine.package = lambda name: str(wheel / "vllm_ascend")  # type: ignore[method-assign]
+    machine.output = lambda *_: "| 0     Ascend910       | OK |"  # type: ignore[method-assign]
+    [check] = build(machine)
+    assert check.text == "vllm-ascend is built for A2, this box is an A3 (910C)"

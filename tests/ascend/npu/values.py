@@ -4,6 +4,7 @@ and all else (memory, copies, streams, autograd's formulas and dispatch) is torc
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+THREAD = ThreadPoolExecutor(max_workers=1)
 ALLOWED = frozenset(
     {
         "empty", "empty_strided", "set_", "resize_", "record_stream", "is_pinned", "_pin_memory",
@@ -18,7 +20,52 @@ ALLOWED = frozenset(
     }
 )  # fmt: skip
 """What the stand-ins can do themselves."""
-COLLECTIVES = frozenset({"c10d", "_c10d_functional", "c10d_functional", "fsdp"})
+COLLECTIVES = frozenset({"c10d", "_c10d_functional", "c10d_functional"})
+
+
+Reference = Callable[[dict[str, Any]], Any]
+"""From an operator's arguments by name, defaults included, to its result."""
+
+
+def gather_backward(given: dict[str, Any]) -> Tensor:
+    out = torch.zeros(given["self_size"], dtype=given["grad"].dtype)
+    return out.scatter_add_(given["dim"], given["index"], given["grad"])
+
+
+def slopes(run: Callable[..., Tensor], given: tuple[Tensor, ...], slope: Tensor) -> Any:
+    """Gradients by torch's autograd: in a thread of its own, as below a dispatch mode there is
+    none."""
+
+    def differentiate() -> Any:
+        leaves = [x.detach().requires_grad_() for x in given]
+        return torch.autograd.grad(run(*leaves), leaves, slope)
+
+    return THREAD.submit(differentiate).result(timeout=60)
+
+
+def matmul_backward(given: dict[str, Any]) -> Any:
+    found = slopes(torch.matmul, (given["self"], given["other"]), given["grad"])
+    return tuple(x if wanted else None for x, wanted in zip(found, given["mask"], strict=True))
+
+
+OWN: dict[str, Reference] = {
+    "matmul_backward": matmul_backward,
+    "_npu_dtype_cast": lambda given: given["input"].to(given["dtype"]),
+    "_npu_dtype_cast_backward": lambda given: given["grad"].to(given["dtype"]),
+    "npu_gather_backward": gather_backward,
+}
+"""What torch-npu's autograd makes of `.to(dtype)`, `gather` and `matmul`."""
+
+
+def bound(func: Any) -> Callable[..., dict[str, Any]]:
+    """Arguments by their names in the schema."""
+    arguments = func._schema.arguments
+
+    def bind(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        given = {a.name: a.default_value for a in arguments if a.has_default_value()}
+        return given | {a.name: v for a, v in zip(arguments, args, strict=False)} | kwargs
+
+    return bind
 
 
 def whole_storage(tensor: Tensor) -> Tensor:
@@ -32,9 +79,9 @@ class ByTheCPU(TorchDispatchMode):
     """Views and memory go to torch-npu, computations to the CPU. `references`: for operators of
     torch-npu itself, by name. `seen` counts what was computed."""
 
-    def __init__(self, references: dict[str, Callable[..., Any]] | None = None) -> None:
+    def __init__(self, references: dict[str, Reference] | None = None) -> None:
         super().__init__()
-        self.references = references or {}
+        self.references = OWN | (references or {})
         self.seen: dict[str, int] = {}
         self.float64: list[str] = []
         """Operations that had a float64 tensor on the device."""
@@ -55,10 +102,12 @@ class ByTheCPU(TorchDispatchMode):
         self.seen[func._schema.name] = self.seen.get(func._schema.name, 0) + 1
         if any(t.dtype == torch.float64 for t in there) or kwargs.get("dtype") == torch.float64:
             self.float64.append(name)
-        if func.namespace != "aten":
+        if func.namespace not in ("aten", "fsdp") or name in self.references:
             if name not in self.references:
                 raise NotImplementedError(f"the CPU has no {func}")
-            return _Call(self.references[name], func, name).on_copies(args, kwargs, onto=True)
+            reference, bind = self.references[name], bound(func)
+            run = lambda *a, **k: reference(bind(*a, **k))  # noqa: E731
+            return _Call(run, func, name).on_copies(args, kwargs, onto=True)
         return _Call(func, func, name).on_copies(args, kwargs, onto=onto)
 
 

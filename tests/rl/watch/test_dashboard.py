@@ -47,7 +47,8 @@ def test_every_name_is_one_that_a_run_logs() -> None:
 
 def test_every_panel_has_the_axis_that_wandb_gives_its_names() -> None:
     def axis_of(name: str) -> str:
-        return next((axis for axis, own in AXES.items() if matching(own, [name])), "train/step")
+        [found] = [axis for axis, own in AXES.items() if matching(own, [name])]
+        return found
 
     wrong = [
         (name, panel.axis)
@@ -57,6 +58,9 @@ def test_every_panel_has_the_axis_that_wandb_gives_its_names() -> None:
         if axis_of(name.replace("*", "x")) != panel.axis
     ]
     assert wrong == []
+    for name in LOGGED:
+        if name not in AXES:
+            axis_of(name)  # one, and only one: of several, W&B would take any
     assert [section.title for section in SECTIONS] == [
         *("Learning", "Rollouts", "Rewards", "Weight sync", "Schedule", "System"),
     ]
