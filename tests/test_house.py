@@ -199,7 +199,7 @@ BUDGET = {
     "rl/evaluation": 2_388,
     "rl/learner": 3_025,
     "rl/plan": 1_814,
-    "rl/watch": 4_306,
+    "rl/watch": 4_311,
     "rl/weights": 911,
     "rollout": 2_672,
     "rollout/embedded": 1_991,
