@@ -85,6 +85,9 @@ def flat_batch(
     )
     right = np.array([correct for *_, correct in rows])
     whole = replace(whole, correct_T=right[whole.sequence_ids_T])
+    workers = np.array([completion.worker for _, completion, _, _ in rows], np.int32)
+    if workers.max() > 0:
+        whole = replace(whole, worker_ids_T=workers[whole.sequence_ids_T])
     if distill is None or not distill.active:
         return whole
     teachers = np.array([distill.teacher_of(prompt.source) for prompt, *_ in rows], np.int32)

@@ -82,6 +82,8 @@ class Batch:
     a gradient were left out of the passes."""
     correct_T: Bools | None = None
     """Whether the token's completion was marked correct."""
+    worker_ids_T: Ints | None = None
+    """Which rollout worker decoded the token's sequence; None: there is only one."""
     old_logp_T: Floats | None = None
     """Under the policy as it stood before the step's first update; None: not recomputed yet."""
     reference_logp_T: Floats | None = None

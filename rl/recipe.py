@@ -15,7 +15,7 @@ from typing import Any
 
 from ..rewards.suite import RewardSuite, build_suite
 from ..rollout.actors import ActorLostError, CallFailedError
-from ..rollout.engine import check_engine
+from ..rollout.engine import Request, check_engine
 from ..rollout.stops import token_bytes
 from .algorithm.losses import Objective
 from .checkpoints import (
@@ -57,6 +57,7 @@ from .watch.profiles import write_timeline
 from .watch.rollouts import trim_steps
 from .watch.system import SystemWatch
 from .watch.tracking import Tracker
+from .weights.decoding import proof_requests
 from .weights.probe import Level, Probe, probe_ids, tolerance_of
 from .weights.sync import WeightSync
 
@@ -219,6 +220,7 @@ def run_attempt(
             tell=tracker.note,
             probe=Probe(tolerance_of(config.model.dtype), earlier_noise(progress)),
             probe_ids=probe_ids(source, probed),
+            proof_requests=proof_of_decoding(config, source),
         )
         run = Run(
             config=config,
@@ -240,6 +242,15 @@ def run_attempt(
         with user_errors():
             pool.episodes = episodes_of(config, tokenizer, run.answers.said)
         return on_loop(go(run, checkpoint, imitated))
+
+
+def proof_of_decoding(config: Config, source: PromptSource) -> tuple[Request, ...]:
+    """What engines decode of a canary, if they do."""
+    if not config.sync.canary:
+        return ()
+    return proof_requests(
+        source, slots=config.rollout.max_num_seqs, longest=config.max_model_length
+    )
 
 
 def earlier_noise(progress: Progress) -> Level | None:
@@ -270,7 +281,7 @@ async def go(run: Run, checkpoint: Path | None, imitated: Imitated | None = None
                 run.learners.restore(str(checkpoint))
             checkpoint = None
             if published:
-                run.weights.probe.begin_stage()
+                run.weights.begin_stage()
             # an earlier stage of this attempt has changed the weights
             await run.publish(new_version=published)
             published = True

@@ -147,7 +147,7 @@ async def look(run: Run, imitated: Imitated) -> None:
     if not run.config.sft.accuracy or not run.config.eval.active:
         return
     if step:  # before the first step the engines serve what the stage starts from
-        run.weights.probe.begin_stage()
+        run.weights.begin_stage()
         await run.publish()
     accuracy = (await evaluate(run)).accuracy
     found = {"accuracy_end": accuracy} if step else {"accuracy_start": accuracy}

@@ -129,6 +129,7 @@ async def rl_step(run: Run, feed: GroupFeed, objective: Objective) -> dict[str, 
     # rewards of tokens have the KL penalty in them
     metrics = fed.metrics | of_samples | metrics | run.suite.metrics()
     metrics |= {"timing_s/gen": fed.waited, "sched/learner_idle": fed.waited / seconds}
+    metrics |= run.weights.check_step(metrics, version)
     metrics |= speed_metrics(metrics["perf/total_num_tokens"], tokens, seconds, devices(config))
     metrics["rollout/version"] = float(version)
     spans.add(LOOP, STEP, began, time.time())

@@ -19,6 +19,7 @@ from ..kernels import platform
 from .model_directory import model_directory
 from .samples import Completion, Prompt, Sampling
 from .vllm_backend import compat as vllm_compat
+from .weights.canary import Canary
 from .weights.engine_transfer import BroadcastGroup
 from .weights.patch import WeightPatch, Weights
 from .weights.transport import FetchContext, TokenBucket
@@ -95,6 +96,12 @@ class Engine(Protocol):
         An end-to-end proof that digests cannot give: an engine that goes on multiplying by a packed
         copy of old weights holds the right bytes.
         """
+        ...
+
+    async def canary(self, canary: Canary | None) -> None:
+        """Changes what it serves to this canary of it, or, None, back: by the way that updates take,
+        proved by digest, under the same version, and with nothing else under way. DigestMismatchError
+        where it cannot be taken back: then it serves nothing until a whole patch comes."""
         ...
 
     async def sleep(self, level: int) -> None:

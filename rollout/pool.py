@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -24,9 +25,11 @@ from .actors import (
     cause,
 )
 from .dispatch import Dispatch
+from .engine import Request
 from .environments import Episodes
 from .jobs import Job, WorkerState
 from .samples import Completion, Prompt, Sampling
+from .weights.canary import Canary, DecodeProof
 from .weights.transport import WeightUpdate
 
 
@@ -141,14 +144,40 @@ class RolloutPool:
     async def probe(self, token_ids: Sequence[int]) -> list[Any]:
         """What each worker that is here gives these tokens: [T-1] log-probs of all but the
         first."""
-        self._probed = self._here()
-        found = await asyncio.gather(*(self._probe(i, token_ids, False) for i in self._probed))
-        return [logprobs for logprobs in found if logprobs is not None]
+        return await self._of_each("probe", token_ids, False)
 
     async def reload(self, worker: int, token_ids: Sequence[int]) -> Any:
         """The same of one of these, after its engine has loaded all weights once more."""
-        seats = [i for i in self._probed if not self._seats[i].gone]
-        return await self._probe(seats[worker], token_ids, True)
+        return await self._until_answered(self._asked(worker), "probe", token_ids, True)
+
+    async def decoded_anew(
+        self, worker: int, requests: Sequence[Request]
+    ) -> list[tuple[Completion, Any]]:
+        """`decoded` of one worker, after its engine has loaded all weights once more."""
+        await self.reload(worker, requests[0][0].token_ids)
+        found: list[tuple[Completion, Any]] = await self._until_answered(
+            self._asked(worker), "decoded", requests
+        )
+        return found
+
+    async def prove(self, canary: Canary, requests: Sequence[Request]) -> list[DecodeProof | None]:
+        """Of each worker (`GroupService.prove`)."""
+        return await self._of_each("prove", canary, requests)
+
+    async def decoded(self, requests: Sequence[Request]) -> list[list[tuple[Completion, Any]]]:
+        """Of each worker (`GroupService.decoded`)."""
+        return await self._of_each("decoded", requests)
+
+    async def _of_each(self, method: str, *arguments: Any) -> list[Any]:
+        """Of each worker that is here."""
+        self._probed = self._here()
+        work = (self._until_answered(i, method, *arguments) for i in self._probed)
+        found = zip(self._probed, await asyncio.gather(*work), strict=True)
+        return [answer for i, answer in found if not self._seats[i].gone]
+
+    def _asked(self, worker: int) -> int:
+        """The seat of one of those that `_of_each` gave an answer of."""
+        return [i for i in self._probed if not self._seats[i].gone][worker]
 
     async def sleep(self, level: int) -> None:
         """Every worker leaves its device to the learners, once nothing is decoded; `serve` or
@@ -286,6 +315,8 @@ class RolloutPool:
         if self._failure is not None:  # everybody was told already
             return
         self._release(i, job)
+        if i:
+            completions = tuple(replace(completion, worker=i) for completion in completions)
         had = sum(len(completion) for completion in job.episodes.going_on)
         self._lengths += sum(len(completion) for completion in completions) - had
         self._answers += len(completions)
@@ -434,14 +465,14 @@ class RolloutPool:
             await self._replace(i, worker, str(error))  # which brings it to the newest version
         return seat.report
 
-    async def _probe(self, i: int, token_ids: Sequence[int], reload: bool) -> Any:
+    async def _until_answered(self, i: int, method: str, *arguments: Any) -> Any:
         while not self._seats[i].gone:
             async with self._seats[i].lock:
                 worker = self._seats[i].worker
             try:
-                work = worker.probe.remote(token_ids, reload)
+                work = getattr(worker, method).remote(*arguments)
                 return await call(
-                    work, who=f"rollout worker {i}", what="probe", timeout=self._sync_timeout
+                    work, who=f"rollout worker {i}", what=method, timeout=self._sync_timeout
                 )
             except WorkerLostError as error:
                 await self._replace(i, worker, str(error))

@@ -126,6 +126,8 @@ class Completion:
     started: float = 0.0
     """Wall-clock time (`time.time()`) of admission to the engine."""
     finished: float = 0.0
+    worker: int = 0
+    """Number of the rollout worker that decoded it, or its last turn."""
     loss_mask: NDArray[np.bool_] | None = None
     """[T] whether the token was drawn from the policy, and so trains; None: all were. Others are an
     environment's words."""

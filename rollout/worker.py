@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
 
 import numpy as np
 import ray
@@ -20,6 +23,7 @@ from .environments import whole
 from .receiver import Receiver
 from .samples import Completion
 from .tracing import ProcessTrace
+from .weights.canary import Canary, DecodeProof
 from .weights.patch import Bytes, WeightPatch
 from .weights.transport import WeightUpdate
 
@@ -75,7 +79,8 @@ class RolloutWorker:
     async def commit(self, version: int) -> dict[str, float]:
         """Serves what was prepared; the figures of it (`receiver.Report`), with the version that is
         served from now on."""
-        return await self.receiver.commit(version)
+        report = await self.receiver.commit(version)
+        return report | {"engine_restarts": float(getattr(self.engine, "restarts", 0))}
 
     async def catch_up(self, update: WeightUpdate) -> dict[str, float]:
         """Both at once, for a worker that was restarted or joins late."""
@@ -96,6 +101,14 @@ class RolloutWorker:
         if reload:
             await self.engine.reload()
         return await self.engine.probe(token_ids)
+
+    async def prove(self, canary: Canary, requests: Sequence[Request]) -> DecodeProof | None:
+        """`GroupService.prove`."""
+        return await self.service.prove(canary, requests)
+
+    async def decoded(self, requests: Sequence[Request]) -> list[tuple[Completion, Any]]:
+        """`GroupService.decoded`."""
+        return await self.service.decoded(requests)
 
     async def sleep(self, level: int) -> None:
         """Leaves the device to the learners."""
@@ -236,20 +249,68 @@ class GroupService:
         hold."""
         if self._in_flight == "update":
             return await self.engine.apply(patch)
+        async with self._alone(park=self._in_flight == "park"):
+            return await self.engine.apply(patch)
+
+    @asynccontextmanager
+    async def _alone(self, *, park: bool) -> AsyncIterator[None]:
+        """Within, nothing is decoded for anybody else."""
         self._updates += 1
         try:
             async with self._updating:
-                if self._in_flight == "park":
+                if park:
                     for parked in await self.engine.abort(list(self._groups)):
                         if (group := self._groups.get(parked.prompt_id)) is not None:
                             group.park(parked)
                 async with self._quiet:
                     await self._quiet.wait_for(lambda: not self._streams)
-                return await self.engine.apply(patch)
+                yield
         finally:
             self._updates -= 1
             async with self._open:
                 self._open.notify_all()
+
+    async def prove(self, canary: Canary, requests: Sequence[Request]) -> DecodeProof | None:
+        """What the engine decodes for these before the canary is loaded, with it, and when it is
+        taken back; groups under way are set aside meanwhile. None: the engine, a user's, knows no
+        canaries."""
+        load = getattr(self.engine, "canary", None)
+        if load is None:
+            return None
+        async with self._alone(park=True):
+            start = time.perf_counter()
+            before = await self._all(requests)
+            await load(canary)
+            try:
+                changed = await self._all(requests)
+                read = [await self._read(requests, completion) for completion in changed]
+            finally:
+                await load(None)
+            after = await self._all(requests)
+            return DecodeProof(
+                before=before,
+                canary=changed,
+                read=tuple(read),
+                after=after,
+                seconds=time.perf_counter() - start,
+            )
+
+    async def decoded(self, requests: Sequence[Request]) -> list[tuple[Completion, Any]]:
+        """The samples of these requests, each with the log-probs [n] that the engine gives the same
+        tokens as a prompt."""
+        done = await self._all(requests)
+        return [(completion, await self._read(requests, completion)) for completion in done]
+
+    async def _all(self, requests: Sequence[Request]) -> tuple[Completion, ...]:
+        done = [completion async for completion in self.engine.generate_all(requests)]
+        return tuple(sorted(done, key=lambda c: (c.prompt_id, c.sample)))
+
+    async def _read(
+        self, requests: Sequence[Request], completion: Completion
+    ) -> NDArray[np.float32]:
+        [prompt] = [p.token_ids for p, _, _ in requests if p.id == completion.prompt_id]
+        found = await self.engine.probe([*prompt, *completion.token_ids.tolist()])
+        return found[len(prompt) - 1 :]
 
     async def cut(self, prompt_ids: Collection[str]) -> list[tuple[Completion, ...]]:
         """Ends these groups; returns the samples of each that was still under way, as far as they

@@ -173,6 +173,26 @@ def mismatch_metrics(
     }
 
 
+def worker_mismatch(
+    old: NDArray[Any],
+    behaviour: NDArray[Any],
+    mask: NDArray[np.bool_],
+    workers: NDArray[Any] | None,
+) -> dict[str, float]:
+    """`training/rollout_probs_diff_mean` of each rollout worker's tokens; nothing where there is
+    one worker."""
+    if workers is None:
+        return {}
+    finite = np.asarray(mask, bool) & np.isfinite(old) & np.isfinite(behaviour)
+    apart = np.abs(np.exp(np.asarray(old, np.float64)) - np.exp(np.asarray(behaviour, np.float64)))
+    return {
+        f"training/rollout_probs_diff_mean/worker_{worker}": float(
+            apart[finite & (workers == worker)].mean()
+        )
+        for worker in np.unique(workers[finite])
+    }
+
+
 def weight_metrics(
     weights: NDArray[Any],
     log_w: NDArray[Any],

@@ -124,6 +124,13 @@ class SyncConfig(Settings):
     """After each update engines and learners must give so many tokens of training prompts the same
     log-probs, but for the rounding that earlier versions have shown; fewer tokens find less. 0: not
     asked."""
+    canary: bool = True
+    """At the start of every engine, and after what could make it capture or pack anew, weights that
+    differ in every tensor are loaded, decoded with, compared with the learners' and taken back
+    (`timing_s/canary`): the proof that what decodes is what was sent. Where engines sleep and wake
+    at every step, as often as 5 % of the time allow."""
+    canary_every: int = Field(default=100, ge=0)
+    """Versions after which that is done again; 0: never."""
     timeout: float = Field(default=600.0, gt=0, le=LONGEST)
     """Seconds for one version to be served, and proved by digest, on every worker."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from ...rollout.actors import ActorLostError, CallFailedError, check_reachable, gather
+from ...rollout.weights.canary import Canary
 from ...rollout.weights.engine_transfer import BroadcastGroup
 from ..algorithm.losses import Objective
 from ..config.distill import DistillConfig
@@ -76,6 +77,18 @@ class LearnerGroup:
     def logprobs(self, batch: Batch, temperature: float) -> Any:
         """[T] the policy's log-prob of every loss token."""
         return self._call("logprobs", ray.put(batch), temperature)[0]
+
+    def canary(self, seed: int) -> Canary:
+        """That of the weights of now."""
+        canary: Canary = self._call("canary", seed)[0]
+        return canary
+
+    def canary_logprobs(
+        self, batch: Batch, canary: Canary, left_out: Sequence[str] = ()
+    ) -> list[Any]:
+        """[T] as `logprobs`, of the canary, and for each name of it without that tensor."""
+        found: list[Any] = self._call("canary_logprobs", ray.put(batch), canary, tuple(left_out))[0]
+        return found
 
     def reference_logprobs(self, batch: Batch, temperature: float) -> Any:
         """[T] the reference's."""

@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -30,13 +30,15 @@ from ...kernels import platform
 from ...kernels.loss.divergence import Teaching
 from ...rollout.actors import node_address, use_node_interface
 from ...rollout.tracing import ProcessTrace
+from ...rollout.weights.canary import Canary, canary_of
 from ...rollout.weights.engine_transfer import BroadcastGroup
 from ..algorithm.losses import CLIPPED, COUNTED, PARTS, BatchLoss, Objective, token_loss
-from ..algorithm.offpolicy import mismatch_metrics
+from ..algorithm.offpolicy import mismatch_metrics, worker_mismatch
 from ..algorithm.surrogates import value_loss
 from ..config.distill import DistillConfig
 from ..config.load import CriticConfig, ModelConfig, OptimConfig
 from ..groups import Batch
+from . import canary as canaries
 from . import checkpoint, memory
 from .batching import plan_micro_batches
 from .critic import Critic
@@ -106,6 +108,7 @@ class LearnerRank:
         self._seen: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]] = []
         """Of each batch since the last update: old and engine's log-probs, loss mask, sequence
         ids."""
+        self._workers: list[NDArray[Any] | None] = []
 
     def trace(self, begin: bool) -> bytes:
         """Begins a trace of this process, or ends it and returns it."""
@@ -364,6 +367,7 @@ class LearnerRank:
             self._seen.append(
                 (old_T, batch.behaviour_logp_T, batch.loss_mask_T, batch.sequence_ids_T)
             )
+            self._workers.append(batch.worker_ids_T)
         loss_value, sums = self._sums(loss, totals)
         return loss_value, loss_function.metrics | token_means(sums, batch, loss_function)
 
@@ -379,14 +383,16 @@ class LearnerRank:
         """How far the engines' policy was from the old one, over all that was seen since the last
         update."""
         seen, self._seen = self._seen, []
+        workers, self._workers = self._workers, []
         if not seen:
             return {}
         old, behaviour, mask, ids = ([*rows] for rows in zip(*seen, strict=True))
         starts = np.cumsum([0, *(int(part[-1]) + 1 for part in ids[:-1])])
         numbered = np.concatenate([part + start for part, start in zip(ids, starts, strict=True)])
-        return mismatch_metrics(
-            np.concatenate(old), np.concatenate(behaviour), np.concatenate(mask), numbered
-        )
+        of = [row for row in workers if row is not None]
+        known = np.concatenate(of) if len(of) == len(workers) else None
+        rows = np.concatenate(old), np.concatenate(behaviour), np.concatenate(mask)
+        return mismatch_metrics(*rows, numbered) | worker_mismatch(*rows, known)
 
     def _with_old_logp(self, batch: Batch, objective: Objective) -> Batch:
         if not objective.needs_old_logp or batch.old_logp_T is not None:
@@ -466,6 +472,24 @@ class LearnerRank:
         return self._per_token(
             batch, self.policy, lambda micro: self.policy(micro, None, None, temperature)[1].logp
         )
+
+    def canary(self, seed: int) -> Canary:
+        """That of the weights of now."""
+        model, spec = self.policy.model, self.spec
+        return canary_of(seed, canaries.squares(model, spec.rank, spec.world, self.device))
+
+    def canary_logprobs(
+        self, batch: Batch, canary: Canary, left_out: Sequence[str] = ()
+    ) -> list[NDArray[Any]]:
+        """[T] as `logprobs`, of the canary, and then for each name of it without that tensor."""
+        model, rank, world = self.policy.model, self.spec.rank, self.spec.world
+        with canaries.changed(model, canary, rank, world):
+            found = [self.logprobs(batch)]
+            for name in left_out:
+                canaries.change(model, canary, rank, world, back=True, only=name)
+                found.append(self.logprobs(batch))
+                canaries.change(model, canary, rank, world, only=name)
+        return found
 
     def reference_logprobs(self, batch: Batch, temperature: float = 1.0) -> NDArray[Any]:
         """The same of the reference."""

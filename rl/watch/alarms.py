@@ -38,6 +38,8 @@ class Sign:
     """Whether a step's metrics have it; None where they do not tell."""
     cause: Callable[[Metrics], str]
     """What it means and what may be done, from the last step's metrics."""
+    at_once: bool = False
+    """Whether a single step says it."""
 
 
 class Alarms:
@@ -70,20 +72,20 @@ class Alarms:
                 continue
             self._told[sign.title] += 1
             self._seen[sign.title] = [*self._seen[sign.title], step] if shows else []
-        return self._say(lambda seen, told: seen >= self._patience)
+        return self._say(lambda sign, seen, told: seen >= self._patience or sign.at_once)
 
     def at_end(self) -> list[Alarm]:
         """The signs that held in every step of a run that was too short for `after`."""
-        return self._say(lambda seen, told: seen == told < self._patience)
+        return self._say(lambda sign, seen, told: seen == told < self._patience)
 
-    def _say(self, holds: Callable[[int, int], bool]) -> list[Alarm]:
+    def _say(self, holds: Callable[[Sign, int, int], bool]) -> list[Alarm]:
         found = [
             sign
             for sign in self._signs
             if self._patience
             and self._seen[sign.title]
             and sign.title not in self._said
-            and holds(len(self._seen[sign.title]), self._told[sign.title])
+            and holds(sign, len(self._seen[sign.title]), self._told[sign.title])
         ]
         self._said |= {sign.title for sign in found}
         return [Alarm(title=sign.title, text=self._text(sign)) for sign in found]
@@ -129,6 +131,18 @@ def signs(config: Config) -> list[Sign]:
             title="all rewards equal",
             shows=lambda m: _all_equal(m) and not _all_zero(m),
             cause=_cause_of_equal,
+        ),
+        Sign(
+            title="engines and learners apart",
+            shows=lambda m: m["sync/gate"] > 1 if "sync/gate" in m else None,
+            cause=lambda m: (
+                "the probabilities of the tokens that train differ between engines and learners by"
+                f" {m['training/rollout_probs_diff_mean']:.2g} on average, {m['sync/gate']:.2g}"
+                " times what rounding and the updates in between are taken for: an engine may"
+                " decode with older weights (look at training/rollout_probs_diff_mean/worker_*), or"
+                " draw from another distribution than it says (rollout.temperature, top_p)"
+            ),
+            at_once=True,
         ),
         Sign(title="no update", shows=_no_update, cause=_cause_of_no_update),
         Sign(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...rollout.samples import EpisodeStatus
-from ..algorithm.offpolicy import correction, mismatch_metrics
+from ..algorithm.offpolicy import correction, mismatch_metrics, worker_mismatch
 from ..config.algorithm import OffPolicyConfig
 from ..config.distill import DistillConfig
 from ..groups import Batch, Group
@@ -170,6 +170,7 @@ def batch_metrics(
             found |= correction(old, behaviour, mask, ids, offpolicy).metrics
         else:
             found |= mismatch_metrics(old, behaviour, mask, ids)
+        found |= worker_mismatch(old, behaviour, mask, _column(batches, "worker_ids_T"))
     return found
 
 

@@ -12,6 +12,7 @@ then COMMIT go on while they work. The driver handles announcements only
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ import ray
 from numpy.typing import NDArray
 
 from ...rollout.actors import cause
+from ...rollout.engine import Request
 from ...rollout.pool import RolloutPool
 from ...rollout.vllm_backend.compat import transfer_backend
 from ...rollout.weights.engine_transfer import Broadcast, BroadcastGroup
@@ -32,10 +34,14 @@ from ..config.load import Config
 from ..learner.group import LearnerGroup
 from ..learner.publisher import Published, PublishRequest
 from .choice import Measured, Mode, Transport, choose, choose_transport, guessed_ratio
-from .probe import Probe, as_batch
+from .decoding import DecodeCheck
+from .gate import Gate
+from .probe import Level, Probe, as_batch, tolerance_of
 
 CHAIN_SHARE = 0.5
 """A new anchor is made once the patches since the last one are this much of it."""
+WOKEN_SHARE = 0.05
+"""Of a run's time, for the canaries of engines that sleep and wake at every step."""
 BROADCAST_TIMEOUT = 60.0
 """Seconds at most, after which a worker takes the bytes from Ray's object store instead."""
 
@@ -69,9 +75,11 @@ class WeightSync:
         tell: Callable[[str], None],
         probe: Probe,
         probe_ids: Sequence[int] = (),
+        proof_requests: Sequence[Request] = (),
     ) -> None:
         """fabric: the devices have one, for transport=auto to try. tell: where a person reads why
-        `auto` changed over. probe_ids: tokens whose log-probs are compared; none: no comparison."""
+        `auto` changed over, and what can be proved. probe_ids: tokens whose log-probs are compared;
+        none: no comparison. proof_requests: what is decoded of a canary; none: no canary."""
         settings = config.sync
         # vLLM's weight-transfer engine by which the processes of each engine take a broadcast
         self._backend = transfer_backend(config.rollout.engine_args)
@@ -100,11 +108,39 @@ class WeightSync:
         self.notice: WeightUpdate | None = None
         self.probe = probe
         self._probe_ids = tuple(probe_ids)
+        self.decoding: DecodeCheck | None = None
+        if proof_requests:
+            self.decoding = DecodeCheck(
+                proof_requests,
+                learners,
+                pool,
+                tell,
+                dtype=config.model.dtype,
+                tolerance=tolerance_of(config.model.dtype),
+            )
+        self._follows = self.decoding is not None and bool(probe_ids)
+        self._sleeps = config.cluster.colocated
+        self._started = time.monotonic()
+        self._due: str | None = "start"
+        self._proved_version = self._engine_restarts = self._pool_restarts = 0
+        self._expected: NDArray[np.float32] | None = None  # of the version before
+        self.gate = Gate(tolerance_of(config.model.dtype))
+        self.moved: Level | None = None
+        """What the last update has moved the probe's log-probs by."""
+        self._told_apart: bool | None = None
         self.under_way: asyncio.Task[dict[str, float]] | None = None
         """The delivery of the newest version, until somebody has waited for it."""
         self._held_at: int | None = None
         self._newest = -1  # the version whose delivery is or was under way last
         self._released = asyncio.Event()
+
+    def begin_stage(self) -> None:
+        """The next version is another model by a whole stage."""
+        self.probe.begin_stage()
+        self.gate.begin_stage()
+        if self.decoding is not None:
+            self.decoding.probe.begin_stage()
+        self._expected = self.moved = None
 
     async def publish(self, version: int, *, wait: bool = True) -> dict[str, float]:
         """Has every worker serve the learners' weights as this version; returns the figures of the
@@ -117,19 +153,60 @@ class WeightSync:
         figures = await self.delivered()
         ahead = not wait and self._schedule.max_staleness > 0
         taken = await self._take(version, ahead and self._schedule.in_flight == "finish")
+        due = self._held_at is None and self._canary_due(version)
         if not ahead:
-            return await self._deliver(taken)
+            figures = await self._deliver(taken)
+            if self._follows and self.decoding is not None:
+                figures |= await self.decoding.follow(version, figures.get("sync/changed_fraction"))
+            due = due or self._canary_due(version)  # what the delivery has shown
+            return figures | (await self._prove(version) if due else {})
+        if due:
+            self._newest = version
+            figures |= await self._deliver(taken)
+            if taken.later:  # what is under way is finished first
+                await asyncio.wait_for(
+                    self._pool.served_after(version - 1), self._settings.timeout + self._patience
+                )
+            figures |= await self._prove(version)
+            return figures | {"sync/exposed_s": time.perf_counter() - start}
         self._newest = version
         self.under_way = asyncio.create_task(self._deliver(taken))
         # if the run fails otherwise first, nobody asks for it
         self.under_way.add_done_callback(lambda task: task.cancelled() or task.exception())
         return figures | {"sync/exposed_s": time.perf_counter() - start}
 
+    def _canary_due(self, version: int) -> bool:
+        """Whether something may have captured or packed anew since the last proof, or it is
+        long ago."""
+        if self.decoding is None:
+            return False
+        if self._pool.restarts != self._pool_restarts:
+            self._due = "a worker was replaced"
+        every = self._settings.canary_every
+        if every and version - self._proved_version >= every:
+            self._due = f"{every} versions"
+        if self._due is None and self._sleeps:
+            # waking at every step is what colocated engines do: a bounded share of the run's time
+            spent, whole = self.decoding.seconds, time.monotonic() - self._started
+            return spent <= WOKEN_SHARE * whole
+        return self._due is not None
+
+    async def _prove(self, version: int) -> dict[str, float]:
+        assert self.decoding is not None
+        self._due, self._proved_version = None, version
+        self._pool_restarts = self._pool.restarts
+        return await self.decoding.prove(version)
+
     async def delivered(self) -> dict[str, float]:
         """Waits until the workers have what was published, if that is under way; returns its
         figures and raises its errors."""
         delivery, self.under_way = self.under_way, None
         return {} if delivery is None else await delivery  # every wait inside has a deadline
+
+    def check_step(self, metrics: Mapping[str, float], version: int) -> dict[str, float]:
+        """`Gate.check` of a step that began with this version."""
+        moved = None if self.moved is None else self.moved.p
+        return self.gate.check(metrics, version=version, moved=moved)
 
     def check(self) -> None:
         """Raises what made the delivery under way fail."""
@@ -197,7 +274,11 @@ class WeightSync:
             "sync/diff_s": taken.seconds,
             "timing_s/update_weights": taken.seconds + time.perf_counter() - start,
         }
+        restarts = sum(int(report.get("engine_restarts", 0)) for report in reports)
+        if restarts != self._engine_restarts:
+            self._engine_restarts, self._due = restarts, "an engine was started anew"
         if taken.expected is not None:
+            self._note_move(taken)
             figures |= await self.probe.check(
                 taken.expected,
                 await self._pool.probe(self._probe_ids),
@@ -205,7 +286,38 @@ class WeightSync:
                 version=version,
                 changed=figures.get("sync/changed_fraction"),
             )
+            figures |= self._say_apart(version, figures)
+            if figures["sync/reloads"]:
+                self._due = "an engine was loaded anew"
         return figures | {"sync/exposed_s": time.perf_counter() - start}
+
+    def _note_move(self, taken: Taken) -> None:
+        before, self._expected = self._expected, taken.expected
+        assert taken.expected is not None
+        if before is not None:
+            self.moved = Level.between(taken.expected, before)
+
+    def _say_apart(self, version: int, figures: Mapping[str, float]) -> dict[str, float]:
+        """How far what one update moves is from rounding, once, and again where that turns."""
+        if self.moved is None or not self.moved.p:
+            return {}
+        noise, moved = figures["sync/probe_noise_p"], self.moved.p
+        apart = moved > noise
+        if apart != self._told_apart:
+            self._told_apart = apart
+            text = (
+                f"version {version}: the update moves the probabilities of {len(self._probe_ids)}"
+                f" tokens by {moved:.2g} on average, engines and learners differ by {noise:.2g}"
+            )
+            if apart:
+                self._tell(f"{text}: a version behind is {moved / max(noise, 1e-12):.3g} times it")
+            else:
+                self._tell(
+                    f"{text}: these cannot tell whether an engine is a version behind, only whether"
+                    f" it is {math.ceil(2 * noise / moved)} or more behind, or repeats an older"
+                    " one's results bit for bit"
+                )
+        return {"sync/probe_moved": self.moved.logp, "sync/probe_moved_p": moved}
 
     @property
     def _into_engines(self) -> bool:

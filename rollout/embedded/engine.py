@@ -29,6 +29,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,12 +40,14 @@ from numpy.typing import NDArray
 from ..engine import Request
 from ..samples import Completion, Prompt, Sampling
 from ..stops import StopStrings
+from ..weights.canary import Canary, altered
 from ..weights.patch import (
     DigestMismatchError,
     VersionError,
     Views,
     WeightPatch,
     Weights,
+    dense_patch,
     verify,
 )
 from .batch import ContinuousBatch, Counters, Deliver
@@ -127,7 +130,9 @@ class EmbeddedEngine:
         self._run_id, self._deadline = run_id, deadline_s
         self._pace, self._due = 0.0 if token_rate is None else 1 / token_rate, 0.0
         self._corrupt: str | None = None
+        self._places = self._where()
         self._held: Weights | None = None
+        self._canary: Canary | None = None
         self._finished: list[Completion] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedded-engine")
         self._turn = asyncio.Lock()  # who may touch the batch; first come, first served
@@ -149,7 +154,7 @@ class EmbeddedEngine:
 
     @property
     def held(self) -> Weights | None:
-        return self._held
+        return None if self._canary is not None else self._held
 
     @property
     def counters(self) -> Counters:
@@ -229,6 +234,10 @@ class EmbeddedEngine:
         return await self._at_boundary(
             lambda: self.decoder.token_logprobs(ids)[0].float().cpu().numpy()
         )
+
+    async def canary(self, canary: Canary | None) -> None:
+        self._check_serving()
+        await self._at_boundary(lambda: self._load_canary(canary))
 
     async def sleep(self, level: int) -> None:
         """Nothing to give back: on a CPU, where it shares what the learners use, memory is one."""
@@ -314,6 +323,8 @@ class EmbeddedEngine:
 
     def _is_new(self, patch: WeightPatch) -> bool:
         """Whether it has to be loaded; VersionError if it may not come now."""
+        if self._canary is not None:
+            raise VersionError("a canary is being decoded")
         if self._run_id and patch.run_id != self._run_id:
             raise VersionError(
                 f"a patch of run {patch.run_id}, but this engine serves run {self._run_id}"
@@ -344,6 +355,7 @@ class EmbeddedEngine:
         self._held = None
         try:
             update.write()
+            self._check_in_place(patch.version)
         except BaseException:  # not before: what is asked meanwhile waits for the update
             self._corrupt = f"the update to version {patch.version} did not complete"
             raise
@@ -357,6 +369,47 @@ class EmbeddedEngine:
             digests=patch.digests,
         )
         self.pause_s = time.perf_counter() - start
+
+    def _where(self) -> dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]]:
+        return {
+            name: (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+            for name, tensor in self.decoder.weights.items()
+        }
+
+    def _check_in_place(self, version: int) -> None:
+        """RuntimeError if a tensor lies elsewhere than at the start: decoding reads what was there
+        then."""
+        now = self._where()
+        for name, place in self._places.items():
+            if now.get(name) != place:
+                raise RuntimeError(
+                    f"version {version}: {name} lies elsewhere than it did (pointer, shape and"
+                    f" stride {now.get(name)} instead of {place}), and decoding reads the old place"
+                )
+
+    def _load_canary(self, canary: Canary | None) -> None:
+        """By the way that an update takes."""
+        change, held = canary or self._canary, self._held
+        if change is None:
+            return
+        assert held is not None, "there is a canary of what was proved only"
+        assert self._batch.idle, "a canary is decoded by itself"
+        try:
+            for name in self.decoder.weights:
+                self.decoder.load(
+                    name,
+                    altered(name, self.decoder.tensor_bytes(name), change, back=canary is None),
+                )
+            self.decoder.pack()
+            self._check_in_place(self.version)
+            self._batch.weights_changed(self.version)
+            if canary is None:
+                patch = dense_patch(held.run_id, held.version, {}.items())
+                verify(self.digests(), replace(patch, digests=held.digests))
+        except BaseException:
+            self._corrupt = f"version {self.version} could not be taken back after a canary"
+            raise
+        self._canary = canary
 
     def _fail(self, error: Exception) -> None:
         for stream in self._streams:

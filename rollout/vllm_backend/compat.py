@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels import platform
+from .graphs import choice, has_rl_config
 
 OWNER = "EMBERL_ENGINE_OWNER"
 """Environment variable: the process id of the rollout worker that an engine belongs to."""
@@ -229,12 +230,23 @@ def _npu(
                 " leave it out, emberl sets it"
             )
     allocator = environ.get("PYTORCH_NPU_ALLOC_CONF", "")
-    if settings.engine_args.get("enable_sleep_mode") and "expandable_segments:True" in allocator:
+    if (
+        settings.engine_args.get("enable_sleep_mode")
+        and "expandable_segments:True" in allocator
+        and not has_rl_config()
+    ):
         raise ValueError(
             f"PYTORCH_NPU_ALLOC_CONF={allocator} with rollout.engine_args.enable_sleep_mode: the"
             " memory pool of the sleep mode cannot work with expandable segments; unset it for the"
             " rollout workers (learners may keep it)"
         )
+    if has_rl_config():  # which sets the allocator and the format itself
+        own = {
+            "enabled": True,
+            "sleep_mode_extra_cleanup": bool(settings.engine_args.get("enable_sleep_mode")),
+        }
+        additional["rl_config"] = own | dict(additional.get("rl_config") or {})
+        return {"VLLM_ASCEND_ENABLE_NZ": "0"}, {"additional_config": additional}
     arguments = {"additional_config": additional | {"weight_nz_mode": 0}}
     return {"VLLM_ASCEND_ENABLE_NZ": "0"}, arguments
 
@@ -279,6 +291,9 @@ def engine_arguments(settings: EngineSettings, of_platform: Mapping[str, Any]) -
         "generation_config": "vllm",
     }
     assert forced.keys() == SET_BY_EMBERL.keys()
+    graphs = choice(platform.named(settings.device).device, installed_version())
+    if graphs.eager:
+        chosen["enforce_eager"] = True
     return {**chosen, **settings.engine_args, **of_platform, **forced}
 
 

@@ -45,6 +45,7 @@ from ..embedded.sampling import check_request
 from ..engine import Request
 from ..samples import Completion
 from ..stops import StopStrings
+from ..weights.canary import Canary
 from ..weights.engine_transfer import BroadcastGroup
 from ..weights.patch import DigestMismatchError, WeightPatch, Weights
 from . import compat as vllm_compat
@@ -223,6 +224,14 @@ class VLLMEngine:
             f"p{next(self._ids)}", list(token_ids), str(self._weights.salt)
         )
         return np.array(await self._llm.within("probe", work, self._deadline), np.float32)
+
+    async def canary(self, canary: Canary | None) -> None:
+        async with self._turn:
+            self._check_serving()
+            if self._tasks:  # those that have just ended; nobody else may ask for anything
+                await asyncio.wait(list(self._tasks), timeout=self._deadline)
+            assert not self._tasks, "a canary is decoded by itself"
+            await self._weights.load_canary(canary)
 
     async def sleep(self, level: int) -> None:
         async with self._turn:

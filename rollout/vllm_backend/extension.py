@@ -29,6 +29,7 @@ from .compat import (
     repack_tied_head,
     update_weights,
 )
+from .graphs import check_in_place, places
 from .shared_memory import Entry, read_mirror, write_mirror
 
 
@@ -97,6 +98,7 @@ class WeightExtension:
         """Around a reload: the digests of what is loaded; `keep` has its bytes, too. RuntimeError
         if a parameter was left out, of which vLLM only warns."""
         model = self.model_runner.get_model()
+        before = places(model)
         held, filled = {name for name, _ in model.named_parameters()}, set[str]()
         digests: dict[str, str] = {}
         load = model.load_weights
@@ -120,6 +122,7 @@ class WeightExtension:
         finally:
             del model.load_weights
         repack_tied_head(model)
+        check_in_place(self, before, places(model))
         missing = sorted(held - filled)
         if missing:
             raise RuntimeError(

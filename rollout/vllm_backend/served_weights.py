@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+from ..weights.canary import Canary, altered
 from ..weights.engine_transfer import BroadcastGroup
 from ..weights.patch import (
     DigestMismatchError,
@@ -23,6 +24,7 @@ from ..weights.patch import (
     Views,
     WeightPatch,
     Weights,
+    digest,
     verify,
 )
 from . import compat as vllm_compat
@@ -129,6 +131,8 @@ class ServedWeights:
             self.mirror.write(checkpoint_bytes(Path(settings.model), settings.dtype))
         # of the version served, without its tensors; None: those of `model`
         self._proved: WeightPatch | None = None
+        self._canary: Canary | None = None
+        self._served: WeightPatch | None = None  # while `_proved` is a canary
         self.open = asyncio.Event()
         """Whether samples are sent to vLLM."""
         self.open.set()
@@ -140,7 +144,7 @@ class ServedWeights:
     @property
     def held(self) -> Weights | None:
         """As of `Engine`: the mirror's bytes."""
-        if self._proved is None or self.corrupt is not None:
+        if self._proved is None or self.corrupt is not None or self._canary is not None:
             return None
         return Weights(
             run_id=self.run_id,
@@ -155,7 +159,37 @@ class ServedWeights:
             await self.reconcile(target, patch.tensors, transfer=patch.transfer)
             self.run_id = patch.run_id
             self.version = patch.version
-            self._proved = target
+            self._proved, self._canary, self._served = target, None, None
+
+    async def load_canary(self, canary: Canary | None) -> None:
+        """As of `Engine.canary`. What is proved is the canary until it is taken back, so that
+        processes which are started anew meanwhile load that."""
+        here, change = self._proved, canary or self._canary
+        if change is None:
+            return
+        assert here is not None, "there is a canary of what was proved only"
+        back = canary is None
+        names = list(self.mirror.entries)
+
+        def changed(name: str) -> TensorBytes:
+            return altered(name, self.mirror.tensor(name), change, back=back)
+
+        if back:
+            target = self._served
+            assert target is not None
+        else:
+            digests = {name: digest(changed(name).data) for name in names}
+            target, self._served = replace(here, digests=digests), here
+
+        def read(name: str) -> TensorBytes:  # a second time, after a restart, it is there already
+            held = self.mirror.tensor(name)
+            return held if digest(held.data) == target.digests[name] else changed(name)
+
+        self._canary = change
+        await self.reconcile(target, Views(names, read), stale=True)
+        self._proved = target
+        if back:
+            self._canary = self._served = None
 
     async def reconcile_served(self, *, stale: bool = False, lost: Exception | None = None) -> None:
         """Brings the engine to what is served already: `reconcile`."""
@@ -225,6 +259,8 @@ class ServedWeights:
     def _is_new(self, patch: WeightPatch) -> bool:
         """Whether it has to be applied. All that can be wrong with it is found here, before
         anything changes."""
+        if self._canary is not None and self.corrupt is None:
+            raise VersionError("a canary is being decoded")
         if self.run_id and patch.run_id != self.run_id:
             raise VersionError(
                 f"a patch of run {patch.run_id}, but this engine serves run {self.run_id}"

@@ -257,3 +257,31 @@ def test_a_communicator_without_its_library_does_nothing_and_says_nothing() -> N
         assert ast.unparse(first.test) == "self.disabled" and isinstance(first.body[0], ast.Return)
     with pytest.raises(RuntimeError, match="is disabled"):
         vllm_compat.check_communicator(types.SimpleNamespace(disabled=True))
+
+
+def test_before_rl_config_engines_run_eager() -> None:
+    """0.23 has no such configuration, and makes tensors anew after loading."""
+    graphs = importlib.import_module("emberl.rollout.vllm_backend.graphs")
+    assert "class RlConfig" not in source("ascend_config.py")
+    assert graphs.choice("npu", "0.23.0").eager and not graphs.choice("npu", "0.26.0").eager
+
+
+NEWER = sorted(Path(sys.prefix).glob("vllm-ascend-*/vllm_ascend/ascend_config.py"))
+
+
+def test_rl_config_takes_what_emberl_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its class forbids unknown keys. Any newer wheel that lies beside the one above is read."""
+    found = [path for path in NEWER if "class RlConfig" in path.read_text()]
+    if not found:
+        pytest.skip("no wheel of vllm-ascend 0.26 or later lies here; see tests/ascend/setup.sh")
+    monkeypatch.setattr(vllm_compat, "has_rl_config", lambda: True)
+    given = vllm_compat.prepare(settings(enable_sleep_mode=True), {})[1]["additional_config"]
+    for path in found:
+        [config] = [
+            n
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.ClassDef) and n.name == "RlConfig"
+        ]
+        assert set(given["rl_config"]) <= set(fields(config)), path
+        assert "weight_nz_mode = 0" in ast.unparse(config), "it keeps the plain format by itself"
+        assert "_disable_expandable_segments()" in ast.unparse(config)

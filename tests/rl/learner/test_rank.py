@@ -77,6 +77,17 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
     assert (rank.logprobs(BATCH) != before)[BATCH.loss_mask_T].all()
 
 
+def test_a_canary_changes_what_is_said_and_nothing_else(make: Callable[..., LearnerRank]) -> None:
+    rank, mask = make(dtype="float32"), BATCH.loss_mask_T
+    before = rank.logprobs(BATCH)
+    canary = rank.canary(3)
+    whole, without = rank.canary_logprobs(BATCH, canary, ["model.norm.weight"])
+    assert (whole != before)[mask].all() and (without != whole)[mask].all()
+    np.testing.assert_array_equal(rank.logprobs(BATCH), before)
+    rank.step(BATCH, Objective.sft())
+    np.testing.assert_array_equal(rank.canary_logprobs(BATCH, canary)[0] != whole, mask)
+
+
 def test_what_had_no_signal_moves_the_learning_rate_on(make: Callable[..., LearnerRank]) -> None:
     rank = make()
     rank.begin_stage(OptimConfig(lr=1e-2, schedule="linear"), 10)

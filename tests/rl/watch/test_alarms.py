@@ -307,7 +307,9 @@ def loop(
         publish=nothing,
         learning=nullcontext,
         stop_if_asked=nothing,
-        weights=SimpleNamespace(under_way=None, check=lambda: None, delivered=nothing),
+        weights=SimpleNamespace(
+            under_way=None, check=lambda: None, delivered=nothing, check_step=lambda *_: {}
+        ),
         sampling=lambda step: Sampling(max_tokens=LONGEST, seed=step),
     )
     result = asyncio.run(go(run, None))

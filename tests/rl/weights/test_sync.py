@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from emberl.rl.config.load import resolve
 from emberl.rl.learner.publisher import Published, PublishRequest
@@ -238,3 +240,112 @@ def test_whole_weights_go_into_the_engines_where_all_change_at_once(tmp_path: Pa
     assert met == [("gloo", 2)]
     numbers = [order.broadcast and order.broadcast.number for order in learners.orders]
     assert numbers == [0, 1, None, None, None, None]
+
+
+class Decoding:
+    """In the place of a `DecodeCheck`."""
+
+    seconds = 0.0
+
+    def __init__(self) -> None:
+        self.proved: list[int] = []
+        self.followed: list[int] = []
+
+    async def prove(self, version: int) -> dict[str, float]:
+        self.proved.append(version)
+        return {"sync/canary": 1.0}
+
+    async def follow(self, version: int, changed: float | None) -> dict[str, float]:
+        self.followed.append(version)
+        return {}
+
+
+def proving(
+    folder: Path, events: dict[int, Callable[[Any, Any], None]], **sections: Any
+) -> tuple[list[int], Decoding]:
+    """Versions 0 to 9; events: what happens before a version to the pool and the synchronisation."""
+    pool: Any = FakePool()
+    pool.restarts = 0
+    learners: Any = FakeLearners()
+    sync = make(learners, pool, folder, print, **sections)
+    made = Decoding()
+    sync.decoding, sync._follows = made, True  # type: ignore[assignment]
+
+    async def play() -> None:
+        for version in range(10):
+            events.get(version, lambda *_: None)(pool, sync)
+            await sync.publish(version, wait=not sections.get("schedule"))
+        await sync.delivered()
+
+    asyncio.run(play())
+    return made.proved, made
+
+
+def replaced(pool: Any, _: Any) -> None:
+    pool.restarts += 1
+
+
+def test_a_canary_at_the_start_after_replacements_and_every_so_often(tmp_path: Path) -> None:
+    assert proving(tmp_path, {})[0] == [0]
+    proved, decoding = proving(tmp_path, {4: replaced}, sync={"canary_every": 3})
+    assert proved == [0, 3, 4, 7] and decoding.followed == list(range(10))
+
+
+def test_rollouts_that_run_ahead_wait_for_a_canary_alone(tmp_path: Path) -> None:
+    proved, decoding = proving(tmp_path, {4: replaced}, schedule={"max_staleness": 2})
+    assert proved == [0, 4] and decoding.followed == []
+
+
+def test_engines_that_were_started_anew_are_proved(tmp_path: Path) -> None:
+    async def report(notice: WeightUpdate) -> list[dict[str, float]]:
+        figures = await FakePool().serve(notice)
+        return [each | {"engine_restarts": float(notice.version >= 6)} for each in figures]
+
+    def patched(pool: Any, _: Any) -> None:
+        pool.serve = report
+
+    assert proving(tmp_path, {0: patched})[0] == [0, 6]
+
+
+def test_colocated_engines_are_proved_in_a_bounded_share_of_the_time(tmp_path: Path) -> None:
+    def spent(_: Any, sync: Any) -> None:
+        sync.decoding.seconds = 1e9
+
+    cluster = {"colocated": True, "learners": 1, "rollouts": 1}
+    settings = {"cluster": cluster, "rollout": {"engine": "vllm"}}
+    assert proving(tmp_path, {}, **settings)[0] == list(range(10))
+    assert proving(tmp_path, {3: spent}, **settings)[0] == [0, 1, 2]
+    assert proving(tmp_path, {3: spent, 5: replaced}, **settings)[0] == [0, 1, 2, 5]
+
+
+def test_what_an_update_moves_is_said_beside_rounding(tmp_path: Path) -> None:
+    told: list[str] = []
+    learners: Any = FakeLearners()
+    pool: Any = FakePool()
+    sync = make(learners, pool, tmp_path, told.append)
+    sync._probe_ids = (1, 2, 3)
+    moves = iter([0.0, 0.1, 0.2, 0.2001, 0.2002])
+
+    def said(batch: Any, temperature: float) -> Any:
+        return np.log(np.array([0.5, 0.5, 0.5], np.float32)) + np.float32(next(moves))
+
+    def noisy(ids: Any) -> Any:
+        async def found() -> list[Any]:
+            return [sync._expected + np.float32(0.004)]
+
+        return found()
+
+    learners.logprobs, pool.probe, pool.reload = said, noisy, print
+
+    async def play() -> list[dict[str, float]]:
+        return [await sync.publish(version) for version in range(5)]
+
+    figures = asyncio.run(play())
+    assert "sync/probe_moved_p" not in figures[0]
+    assert figures[1]["sync/probe_moved_p"] == pytest.approx(0.5 * (math.exp(0.1) - 1), rel=1e-3)
+    told = [line for line in told if line.startswith("version")]
+    assert len(told) == 2
+    assert told[0].startswith("version 1: the update moves the probabilities of 3 tokens by 0.053")
+    assert (
+        told[1].startswith("version 3") and "cannot tell whether an engine is a version" in told[1]
+    )

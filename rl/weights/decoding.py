@@ -1,0 +1,311 @@
+"""The proof that engines decode with the weights that they were sent.
+
+`Probe` compares a prefill. What decodes may read something else: a captured graph that goes on
+reading old storage, a copy packed for small batches, keys and values of older weights. So engines
+decode a canary (`rollout.weights.canary`), by the way that all tokens are decoded, and the learners
+say what the same tokens have in the canary. Three comparisons, each with a bound of its own:
+
+- with the served weights: the engine's rounding, which is held to an absolute bound;
+- with the canary, read as a prompt: the update reached what prompts are computed with;
+- with the canary, decoded: it is held to what the same engine shows when it reads the same tokens,
+  so that a single tensor that only decoding left behind is told from rounding.
+
+What one tensor that was left behind would move is computed by the learners for the tensors of one
+layer, and what is too little to be told from rounding is said.
+
+At the updates in between each engine decodes a few tokens and reads them (`follow`): tokens that
+are bit for bit those of an older version, or that decoding and reading give different
+probabilities, are a fault. This finds an engine that decodes with an older version as a whole
+however near that is, where results repeat bit for bit, and a part of it where it moves more than
+rounding does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ...rollout.actors import ActorLostError
+from ...rollout.engine import Request
+from ...rollout.pool import RolloutPool
+from ...rollout.samples import Completion, Prompt, Sampling
+from ...rollout.weights.canary import DecodeProof
+from ..batch import sft_batch
+from ..data.sources import PromptSource
+from ..learner.group import LearnerGroup
+from .probe import Level, Probe, Values
+
+LENGTHS = (24, 16, 8, 4)
+"""Tokens that are decoded of four prompts, two samples of each: as they end, batches of 8, 6, 4 and
+2 go on."""
+WIDE = 32
+"""Samples at most of one more prompt, two tokens of each: a batch as large as the engine's slots."""
+FOLLOWED = 8
+"""Tokens of the first three prompts at each update."""
+READ_FACTOR, DECODE_FACTOR = 8.0, 1.5
+"""A canary that is read may differ from the learners' by so many times what the served weights do;
+one that is decoded by so many times what reading it does."""
+LEAST = {"float32": 1e-3, "float64": 1e-3}
+OTHER_LEAST = 5e-3
+"""Nats; below this nothing is a fault: log-probs of engines come in float32, of weights that were
+rounded."""
+LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+def proof_requests(
+    source: PromptSource, *, slots: int, longest: int, seed: int = 0
+) -> tuple[Request, ...]:
+    """What is decoded of a canary: prompts of different lengths from the first of the training
+    data. slots, longest: the engine's `max_num_seqs` and `max_model_len`."""
+    requests = []
+    lengths = [*LENGTHS, 2] if slots > 2 * len(LENGTHS) else [*LENGTHS]
+    for number, wanted in enumerate(lengths):
+        token_ids = source.train(number).token_ids
+        wanted = min(wanted, max(1, longest // 2))
+        token_ids = token_ids[: max(1, min(longest - wanted, len(token_ids) - 3 * number))]
+        wide = number == len(LENGTHS)
+        requests.append(
+            (
+                Prompt(id=f"proof {number}", token_ids=token_ids[:8] if wide else token_ids,
+                       answer="", source=""),
+                min(slots, WIDE) if wide else 2,
+                Sampling(max_tokens=wanted, temperature=1.0, seed=seed),
+            )
+        )  # fmt: skip
+    return tuple(requests)
+
+
+def followed(requests: Sequence[Request]) -> tuple[Request, ...]:
+    """The part of these that is decoded at every update."""
+    return tuple(
+        (prompt, 1, replace(sampling, max_tokens=min(FOLLOWED, sampling.max_tokens)))
+        for prompt, _, sampling in requests[:3]
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Effect:
+    """What one tensor that is left behind moves."""
+
+    name: str
+    logp: float
+    """Mean |difference| in nats, as `Level.logp`."""
+
+
+class DecodeCheck:
+    """All engines' of a run."""
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        learners: LearnerGroup,
+        pool: RolloutPool,
+        tell: Callable[[str], None],
+        *,
+        dtype: str,
+        tolerance: float,
+    ) -> None:
+        """tolerance: of `Probe`. dtype: as in `model.dtype`."""
+        self._requests = tuple(requests)
+        self._learners, self._pool, self._tell = learners, pool, tell
+        self._tolerance, self._least = tolerance, LEAST.get(dtype, OTHER_LEAST)
+        self.probe = Probe(tolerance)
+        self._effects: list[Effect] | None = None
+        self._unknown = False
+        self.seconds = 0.0
+        """That canaries have taken so far."""
+
+    async def prove(self, version: int) -> dict[str, float]:
+        """Loads, decodes and takes back a canary on every worker; `ActorLostError` names one that
+        does not decode with it, or with what it served before when it is taken back."""
+        start = time.perf_counter()
+        canary = await asyncio.to_thread(self._learners.canary, version)
+        proofs = await self._pool.prove(canary, self._requests)
+        known: dict[tuple[Any, ...], Values] = {}
+        figures = {"sync/canary": 1.0, "sync/canary_diff": 0.0, "sync/canary_noise": 0.0}
+        for worker, proof in enumerate(proofs):
+            if proof is None:
+                if not self._unknown:
+                    self._unknown = True
+                    self._tell(
+                        "rollout.engine has no canary(): that it decodes with what it was sent is"
+                        " not proved, only followed"
+                    )
+                continue
+            served = await self._say(proof.before, known)
+            expected = await self._say(proof.canary, known, canary)
+            fault, level, bound = self._compare(proof, served, expected)
+            if fault is None:
+                figures["sync/canary_diff"] = max(figures["sync/canary_diff"], level.logp)
+                figures["sync/canary_noise"] = max(figures["sync/canary_noise"], bound.logp)
+                if self._effects is None:
+                    await self._measure(canary, proof, level, bound.logp, version)
+                continue
+            raise ActorLostError(
+                f"rollout worker {worker} does not decode with the weights that it holds (canary of"
+                f" version {version}): {fault}; a graph, a packed copy or a cache is older than the"
+                " weights: try rollout.engine_args.enforce_eager=true with rollout.engine=vllm;"
+                " sync.canary=false switches the proof off"
+            )
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        return figures | {"timing_s/canary": seconds}
+
+    async def follow(self, version: int, changed: float | None) -> dict[str, float]:
+        """Each worker decodes a few tokens and reads them."""
+        requests = followed(self._requests)
+
+        async def pairs(found: Sequence[tuple[Completion, Values]]) -> tuple[Values, Values]:
+            decoded = np.concatenate([completion.logprobs for completion, _ in found])
+            return decoded, np.concatenate([read for _, read in found])
+
+        async def reload(worker: int) -> tuple[Values, Values]:
+            return await pairs(await self._pool.decoded_anew(worker, requests))
+
+        found = [await pairs(each) for each in await self._pool.decoded(requests)]
+        figures = await self.probe.check_pairs(
+            found,
+            reload,
+            version=version,
+            changed=changed,
+            what="decode with",
+            other="what it reads of them as a prompt",
+        )
+        return {
+            "sync/decode_noise": figures["sync/probe_noise"],
+            "sync/decode_noise_p": figures["sync/probe_noise_p"],
+            "sync/reloads": figures["sync/reloads"],
+        }
+
+    async def _say(
+        self,
+        completions: Sequence[Completion],
+        known: dict[tuple[Any, ...], Values],
+        canary: Any = None,
+    ) -> Values:
+        """The learners' log-probs of these tokens; asked once for what several workers decoded."""
+        key = (canary is None, *(c.token_ids.tobytes() for c in completions))
+        if key not in known:
+            batch = sft_batch(self._sequences(completions))
+            if canary is None:
+                values = await asyncio.to_thread(self._learners.logprobs, batch, 1.0)
+            else:
+                values = (await asyncio.to_thread(self._learners.canary_logprobs, batch, canary))[0]
+            known[key] = values[batch.loss_mask_T]
+        return known[key]
+
+    def _sequences(self, completions: Sequence[Completion]) -> list[tuple[list[int], int]]:
+        prompts = {prompt.id: prompt.token_ids for prompt, _, _ in self._requests}
+        return [
+            ([*prompts[c.prompt_id], *c.token_ids.tolist()], len(prompts[c.prompt_id]))
+            for c in completions
+        ]
+
+    def _compare(
+        self, proof: DecodeProof, served: Values, expected: Values
+    ) -> tuple[str | None, Level, Level]:
+        """A fault, how far what was decoded is from the learners' canary, and how far it may be."""
+        noise = Level.between(logprobs(proof.before), served)
+        read = Level.between(np.concatenate(proof.read), expected)
+        decoded = Level.between(logprobs(proof.canary), expected)
+        bound = max(DECODE_FACTOR * read.logp, self._least)
+        limits = Level(logp=bound, p=self._tolerance / 2)
+        most = max(READ_FACTOR * noise.logp, 2 * self._least)
+        tokens = len(expected)
+        fault = None
+        if not noise.within(Level(logp=self._tolerance, p=self._tolerance / 2)):
+            fault = (
+                f"before it the log-probs of {tokens} tokens differ from the learners' by"
+                f" {noise.logp:.3g}, where {self._tolerance:.3g} is the most"
+            )
+        elif not read.logp <= most:
+            fault = (
+                f"the log-probs that it reads of {tokens} tokens differ from the learners' by"
+                f" {read.logp:.3g}, where {most:.3g} is rounding"
+            )
+        elif not decoded.within(limits):
+            fault = (
+                f"the log-probs of {tokens} tokens that it decoded differ from the learners' by"
+                f" {decoded.logp:.3g}, where {bound:.3g} is rounding"
+            )
+        elif (back := self._back(proof, served, noise)) is not None:
+            fault = back
+        return fault, decoded, limits
+
+    def _back(self, proof: DecodeProof, served: Values, noise: Level) -> str | None:
+        """What is wrong with what is decoded once the canary is taken back."""
+        for first, second in zip(proof.before, proof.after, strict=True):
+            if first.token_ids.tolist() != second.token_ids.tolist():
+                at = next(
+                    i
+                    for i, (a, b) in enumerate(zip(first.token_ids, second.token_ids, strict=False))
+                    if a != b
+                )
+                return (
+                    "when it was taken back, other tokens were decoded than before (sample"
+                    f" {first.sample} of {first.prompt_id!r} from token {at} on)"
+                )
+        again = Level.between(logprobs(proof.after), served)
+        limit = max(DECODE_FACTOR * noise.logp, self._least)
+        if again.logp <= limit:
+            return None
+        return (
+            f"when it was taken back, the log-probs of {len(served)} tokens differ from the"
+            f" learners' by {again.logp:.3g}, where {limit:.3g} is rounding"
+        )
+
+    async def _measure(
+        self, canary: Any, proof: DecodeProof, level: Level, bound: float, version: int
+    ) -> None:
+        """What one stale tensor would move, and whether that can be told from rounding."""
+        names = last_layer(canary.powers)
+        chosen = proof.canary[: 2 * len(LENGTHS)]
+        batch = sft_batch(self._sequences(chosen))
+        rows = await asyncio.to_thread(self._learners.canary_logprobs, batch, canary, names)
+        whole, *others = [row[batch.loss_mask_T] for row in rows]
+        self._effects = sorted(
+            (
+                Effect(name=name, logp=Level.between(row, whole).logp)
+                for name, row in zip(names, others, strict=True)
+            ),
+            key=lambda effect: effect.logp,
+        )
+        seen = np.sqrt(max(0.0, bound**2 - level.logp**2))
+        hidden = [effect.name for effect in self._effects if effect.logp <= seen]
+        least, most = self._effects[0], self._effects[-1]
+        self._tell(
+            f"canary of version {version}: {len(canary.powers) + len(canary.zeros)} tensors"
+            f" changed, {len(logprobs(proof.canary))} tokens decoded in {proof.seconds:.2g} s;"
+            f" engine and learners differ by {level.logp:.2g} nats, {bound:.2g} would be a fault;"
+            f" one stale tensor moves {least.logp:.2g} ({least.name}) to {most.logp:.2g}"
+        )
+        if hidden:
+            self._tell(
+                f"canary of version {version} cannot tell from rounding whether one of these alone"
+                f" is stale: {', '.join(hidden)}"
+            )
+
+
+def logprobs(completions: Sequence[Completion]) -> Values:
+    """Of all tokens, in order."""
+    return np.concatenate([completion.logprobs for completion in completions])
+
+
+def last_layer(names: Mapping[str, Any]) -> list[str]:
+    """The tensors of the last layer, whose single ones move the log-probs least, and those that are
+    in none."""
+    numbers = [int(found[1]) for name in names if (found := LAYER.search(name))]
+    return [
+        name
+        for name in names
+        if (found := LAYER.search(name)) is None or int(found[1]) == max(numbers)
+    ]
+
+
+__all__ = ["DecodeCheck", "Effect", "followed", "last_layer", "proof_requests"]

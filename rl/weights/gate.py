@@ -1,0 +1,101 @@
+"""The gate on every step: over the tokens that train, engines' and learners' probabilities differ by
+rounding, and by the updates in between where rollouts run ahead, and by nothing else.
+
+These tokens are many and were decoded on the real path, so this sees what a proof at the start
+cannot, an engine that stayed behind later. It compares probabilities, on which rare tokens weigh
+little, with the median of the versions before; the KL only warns, since a single rare token can
+make it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import deque
+from collections.abc import Mapping
+
+from ...rollout.actors import ActorLostError
+
+MEAN = "training/rollout_probs_diff_mean"
+KL = "rollout_corr/k3_kl"
+OF_WORKER = re.compile(rf"{MEAN}/worker_(\d+)")
+STALENESS = "sched/staleness/max"
+WARN, STOP, KL_WARN = 3.0, 8.0, 30.0
+"""Times what is expected."""
+WARN_LEAST, STOP_LEAST = 0.05, 0.2
+"""Shares of the absolute tolerance below which nothing is said, and nothing stops."""
+REMEMBERED = 32
+"""Steps whose median is expected."""
+
+
+class Gate:
+    """Sees the metrics of each step in turn."""
+
+    def __init__(self, tolerance: float) -> None:
+        """tolerance: of `Probe`, nats."""
+        self._tolerance = tolerance
+        self._noise: deque[float] = deque(maxlen=REMEMBERED)
+        self._kl: deque[float] = deque(maxlen=REMEMBERED)
+
+    def begin_stage(self) -> None:
+        """What comes is another model: what its rounding is has to be measured anew."""
+        self._noise.clear()
+        self._kl.clear()
+
+    def check(
+        self, metrics: Mapping[str, float], *, version: int, moved: float | None
+    ) -> dict[str, float]:
+        """`sync/gate`: how far the step's tokens are from the learners, where 1 is the threshold
+        from which there is an alarm (`Alarms`); nothing of a step without such figures.
+
+        version: that was served when the step began. moved: what one update changes of the
+        probabilities, as the probe measured it. ActorLostError past a second threshold.
+        """
+        if MEAN not in metrics:
+            return {}
+        worker, apart = self._furthest(metrics)
+        between = metrics.get(STALENESS, 0.0) * (moved or 0.0)
+        expected = self._median(self._noise)
+        # the first steps are held to the absolute bounds alone
+        warn = max(WARN_LEAST * self._tolerance, WARN * ((expected or 0.0) + between))
+        stop = max(STOP_LEAST * self._tolerance, STOP * ((expected or 0.0) + between))
+        if expected is None:
+            warn, stop = self._tolerance / 2 + WARN * between, self._tolerance + STOP * between
+        if not apart <= stop:  # NaN is not
+            raise ActorLostError(
+                f"{worker} decoded with other weights than version {version}: the probabilities of"
+                f" the tokens that train differ from the learners' by {apart:.3g} on average,"
+                f" where {(expected or 0.0) + between:.3g} is expected (rounding"
+                f" {expected or 0.0:.3g}, updates in between {between:.3g}) and {stop:.3g} is the"
+                " most; a graph, a packed copy or a cache is older than the weights, or the engine"
+                " draws from another distribution than it says"
+            )
+        kl = abs(metrics.get(KL, 0.0))
+        usual = self._median(self._kl)
+        kl_warn = max(self._tolerance**2, KL_WARN * (usual or 0.0))
+        if usual is None or between:
+            kl_warn = math.inf
+        figure = max(apart / warn, kl / kl_warn)
+        if figure <= 1:
+            self._noise.append(max(0.0, apart - between))
+            self._kl.append(kl)
+        return {"sync/gate": figure}
+
+    def _furthest(self, metrics: Mapping[str, float]) -> tuple[str, float]:
+        """Who is furthest from the learners, and how far."""
+        workers = {
+            f"rollout worker {found[1]}": value
+            for name, value in metrics.items()
+            if (found := OF_WORKER.fullmatch(name))
+        }
+        if not workers:
+            return "the only rollout worker", metrics[MEAN]
+        worst = max(workers, key=lambda name: (math.isnan(workers[name]), workers[name]))
+        return worst, max(metrics[MEAN], workers[worst])
+
+    @staticmethod
+    def _median(values: deque[float]) -> float | None:
+        return sorted(values)[len(values) // 2] if values else None
+
+
+__all__ = ["Gate"]

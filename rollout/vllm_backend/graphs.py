@@ -1,0 +1,148 @@
+"""Captured graphs: where vLLM runs with them, and that what they read stays where it was.
+
+A graph reads the addresses that it was captured with. Weights that are written in place are read at
+the next replay; a tensor that is made anew is not, and nothing says so. So a table chooses where
+graphs are used, each update compares where every tensor of the model lies with where it lay before,
+and the canary (`..weights.canary`) decodes through them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...kernels import platform
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """A row of the table."""
+
+    device: str
+    """A platform's name."""
+    oldest: tuple[int, int]
+    """The first minor version of vLLM that it holds for."""
+    eager: bool
+    reason: str
+
+
+CHOICES = (
+    Choice(
+        device=platform.CPU.device,
+        oldest=(0, 0),
+        eager=False,
+        reason="vLLM captures no graphs on a CPU, and its default there is left alone",
+    ),
+    Choice(
+        device=platform.CUDA.device,
+        oldest=(0, 0),
+        eager=False,
+        reason="reload_weights copies into the storage that was captured (0.21 and later also for"
+        " mixtures of experts, vllm #40390); what moves all the same is refused, and the canary"
+        " decodes through the graphs",
+    ),
+    Choice(
+        device=platform.NPU.device,
+        oldest=(0, 26),
+        eager=False,
+        reason="rl_config keeps matrices in the plain format, and its sleep captures anew what it"
+        " frees; what moves all the same is refused, and the canary decodes through the graphs",
+    ),
+    Choice(
+        device=platform.NPU.device,
+        oldest=(0, 0),
+        eager=True,
+        reason="before rl_config, vllm-ascend makes tensors anew after loading while its graphs read"
+        " the old ones, and cannot capture again (vime #157, vllm-ascend #13905, #17197)",
+    ),
+)
+"""The first row that fits counts."""
+
+
+def choice(device: str, version: str | None) -> Choice:
+    """The row of a platform and of a version such as `0.32.0+cpu`; unknown: the oldest."""
+    parts = (version or "0.0").split(".")
+    minor = (int(parts[0]), int("".join(c for c in parts[1] if c.isdigit()) or 0))
+    return next(c for c in CHOICES if c.device == device and minor >= c.oldest)
+
+
+def has_rl_config() -> bool:
+    """Whether the installed vllm-ascend takes `additional_config.rl_config` (0.26 and later), read
+    from its source: importing it needs CANN."""
+    spec = importlib.util.find_spec("vllm_ascend")
+    if spec is None or not spec.submodule_search_locations:
+        return False
+    source = Path(next(iter(spec.submodule_search_locations)), "ascend_config.py")
+    return source.is_file() and "class RlConfig" in source.read_text()
+
+
+class Place(NamedTuple):
+    """Where a tensor lies, as a graph sees it."""
+
+    pointer: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+
+
+def places(model: Any) -> dict[str, Place]:
+    """Of every parameter, buffer and other tensor that a module of the model holds: what is derived
+    from weights is read by graphs, too. A tensor without memory of its own is left out."""
+    found = {}
+    for prefix, module in model.named_modules():
+        held = {**vars(module), **module._parameters, **module._buffers}
+        for name, value in held.items():
+            if _has_memory(value):
+                found[f"{prefix}.{name}".lstrip(".")] = Place(
+                    value.data_ptr(), tuple(value.shape), tuple(value.stride()), str(value.dtype)
+                )
+    return found
+
+
+def _has_memory(value: Any) -> bool:
+    """A tensor with an address: neither packed by oneDNN nor sparse nor without data."""
+    if not hasattr(value, "data_ptr") or str(value.layout) != "torch.strided":
+        return False
+    return bool(value.numel()) and value.device.type != "meta"
+
+
+def moved(before: Mapping[str, Place], after: Mapping[str, Place]) -> list[str]:
+    """What lies elsewhere, or otherwise, or is gone, with what differs: `x.weight (pointer)`."""
+    found = []
+    for name, place in before.items():
+        if name not in after:
+            found.append(f"{name} (gone)")
+        elif after[name] != place:
+            differs = next(
+                part
+                for part, old, new in zip(Place._fields, place, after[name], strict=True)
+                if old != new
+            )
+            found.append(f"{name} ({differs})")
+    return found
+
+
+def captures(worker: Any) -> bool:
+    """Whether a worker of vLLM's decodes with captured graphs."""
+    config = worker.vllm_config
+    mode = getattr(getattr(config, "compilation_config", None), "cudagraph_mode", None)
+    if worker.device.type == platform.CPU.device or config.model_config.enforce_eager:
+        return False
+    return getattr(mode, "name", "") != "NONE"
+
+
+def check_in_place(worker: Any, before: Mapping[str, Place], after: Mapping[str, Place]) -> None:
+    """RuntimeError with the first name where graphs would go on reading what was before."""
+    elsewhere = moved(before, after)
+    if elsewhere and captures(worker):
+        raise RuntimeError(
+            f"the update made {len(elsewhere)} tensors of the engine anew, e.g. {elsewhere[0]}:"
+            " captured graphs would go on reading the old ones; set"
+            " rollout.engine_args.enforce_eager=true"
+        )
+
+
+__all__ = ["Choice", "captures", "check_in_place", "choice", "has_rl_config", "moved", "places"]
