@@ -199,7 +199,7 @@ BUDGET = {
     "rl/evaluation": 2_388,
     "rl/learner": 3_162,
     "rl/plan": 1_964,
-    "rl/watch": 4_346,
+    "rl/watch": 4_351,
     "rl/weights": 1_461,
     "rollout": 2_773,
     "rollout/embedded": 2_058,

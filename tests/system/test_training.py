@@ -191,7 +191,7 @@ def test_two_workers_and_two_ranks_run_the_same_problem(emberl: Emberl) -> None:
     assert versions == sorted(set(versions)), "each step serves a version of its own"
 
 
-def wait_for(file: Path, text: str, seconds: float = 120.0) -> None:
+def wait_for(file: Path, text: str, seconds: float = 240.0) -> None:
     deadline = time.monotonic() + seconds
     while not (file.exists() and text in file.read_text()):
         assert time.monotonic() < deadline, f"{text!r} never appeared in {file}"
