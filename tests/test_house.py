@@ -198,13 +198,13 @@ BUDGET = {
     "rl/data": 4_649,
     "rl/evaluation": 2_388,
     "rl/learner": 3_162,
-    "rl/plan": 1_814,
-    "rl/watch": 4_321,
+    "rl/plan": 1_964,
+    "rl/watch": 4_351,
     "rl/weights": 1_461,
     "rollout": 2_773,
-    "rollout/embedded": 2_044,
-    "rollout/vllm_backend": 2_861,
-    "rollout/weights": 2_238,
+    "rollout/embedded": 2_058,
+    "rollout/vllm_backend": 3_433,
+    "rollout/weights": 2_254,
 }
 """Lines of a folder's own Python files, or of a sub-folder's; `rl` and so on are the files at the
 top."""

@@ -97,7 +97,8 @@ def calibrate(
         ),
         "decoding": measured.summary,
         "publication": (
-            f"{publication.encode:.3g} s, of which decoding stands still {publication.commit:.3g} s"
+            f"{publication.encode:.3g} s; decoding stands still {publication.commit:.3g} s, as"
+            f" measured with rollout.engine={source.rollout.engine}, sync.mode={source.sync.mode}"
         ),
         "delivery and marking": f"{latency:.3g} s a group",
     }

@@ -24,7 +24,7 @@ from .calibrate import calibrate, trace_lengths
 from .devices import DEVICES
 from .figures import Figures, best_split, figures
 from .scenario import Scenario, TraceLengths
-from .settings import PlanSettings, load_plan, make_scenario
+from .settings import PlanSettings, commit, load_plan, make_scenario
 from .simulator import simulate
 
 
@@ -78,6 +78,11 @@ def plan_devices(settings: PlanSettings, trace: Path | None = None) -> Plan:
     sources["model"] = settings.shape.source
     sources["learner.fixed, link.*, reward.*"] = "assumptions; see emberl plan --keys"
     link = settings.link
+    sources["commit"] = f"{commit(settings):.3g} s in which an engine stands still: " + (
+        "link.commit"
+        if link.commit is not None
+        else f"{link.engine}, {link.mode}, rates of {link.rates or 'the data sheet (assumptions)'}"
+    )
     title = f"{settings.model} on {settings.devices} x {name}"
     return Plan(
         title=f"{title}, {link.mode} weights at {link.bandwidth:g} GB/s a node",

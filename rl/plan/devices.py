@@ -21,6 +21,30 @@ BYTES = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CommitRates:
+    """What an engine's standing still for new weights is made of. `emberl bench device` measures
+    them, under "commit" of its JSON."""
+
+    copy_bytes_per_s: float
+    """From the host's memory into the device's."""
+    hash_bytes_per_s: float
+    """xxh3-128 on one core of the host: every process of an engine hashes all that it loads."""
+    scatter_elements_per_s: float
+    """Elements compared, written one by one and read back in the device's memory."""
+
+
+LINE = 64
+"""Bytes that a device's memory moves for one element of two."""
+PASSES = 3
+"""Over each changed element: compared, written, read back."""
+
+
+def scattered(bandwidth: float, efficiency: float) -> float:
+    """Elements a second, each in a line of its own. An assumption."""
+    return bandwidth * efficiency / (PASSES * LINE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
     """One accelerator as the scheduler counts it (a 910C is two)."""
 
@@ -38,9 +62,23 @@ class Device:
     """Seconds of a decode step besides reading and multiplying: launches, all-reduces of layers."""
     sources: Mapping[str, str]
     """Figure -> where it is from; what is not here is an assumption."""
+    host_link: float
+    """Bytes per second from the host's memory to one device."""
     read_efficiency: float = 0.6
     """Share of `bandwidth` in decoding."""
 
+    @property
+    def commit(self) -> CommitRates:
+        """Of one device, from its data sheet."""
+        return CommitRates(
+            copy_bytes_per_s=self.host_link,
+            hash_bytes_per_s=HASH,
+            scatter_elements_per_s=scattered(self.bandwidth, self.read_efficiency),
+        )
+
+
+HASH = 10e9
+"""Bytes per second of xxh3-128 on one core. An assumption."""
 
 DEVICES = {
     "910B": Device(
@@ -51,6 +89,7 @@ DEVICES = {
         per_node=8,
         mfu=0.30,
         step_overhead=5e-3,
+        host_link=25e9,
         sources={
             "flops": (
                 "376 TFLOPS, as the 910C's die (arXiv 2506.12708); public figures range 256-376"
@@ -69,6 +108,7 @@ DEVICES = {
         per_node=16,
         mfu=0.30,
         step_overhead=5e-3,
+        host_link=25e9,
         sources={
             "flops": "376 TFLOPS per die, a device (arXiv 2506.12708)",
             "bandwidth": "1.6 TB/s per die (arXiv 2506.12708)",
@@ -85,6 +125,7 @@ DEVICES = {
         per_node=8,
         mfu=0.40,
         step_overhead=3e-3,
+        host_link=50e9,
         sources={
             "flops": "989.5 TFLOPS dense, NVIDIA data sheet (1,979 with sparsity)",
             "bandwidth": "4.8 TB/s, NVIDIA data sheet",

@@ -8,6 +8,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property
 from math import ceil, inf, log2
+from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
@@ -15,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ...rollout.schedule import QUEUE_DEPTH
 from ..config.load import ConfigError, Settings
+from .commit import Engine, commit_seconds, read_rates
 from .devices import MODELS, Device, ModelShape, decode_table, device, most_slots
 from .scenario import Failures, InFlight, LognormalLengths, Publication, RewardTime, Scenario
 
@@ -82,8 +84,15 @@ class LinkSettings(Settings):
     prepare: float = Field(default=40.0, gt=0)
     """GB/s of weights that one rollout node verifies by digest before it commits. An assumption: 8
     cores at 5 GB/s."""
-    commit: float = Field(default=1.0, ge=0)
-    """Seconds in which the engine stands still (TRL's report: 1.1 s)."""
+    engine: Engine = "vllm"
+    """What commits the weights: `commit` follows from it, from `mode` and from the model's size."""
+    changed: float = Field(default=0.01, gt=0, le=1)
+    """Share of the weights that a patch changes."""
+    rates: Path | None = None
+    """A file of `emberl bench device --json`, with the rates that a commit is made of; empty: the
+    device's data sheet."""
+    commit: float | None = Field(default=None, ge=0)
+    """Seconds in which the engine stands still, where they are known; empty: from the above."""
 
 
 class RewardSettings(Settings):
@@ -222,8 +231,23 @@ def publication(settings: PlanSettings, learners: int) -> Publication:
     return Publication(
         encode=weights / senders / link.encode if link.mode == "patch" else 0.0,
         transfer=arrival + weights / link.prepare,
-        commit=link.commit,
+        commit=commit(settings),
         staged=link.staged,
+    )
+
+
+def commit(settings: PlanSettings) -> float:
+    """Seconds in which an engine stands still for one version."""
+    link = settings.link
+    if link.commit is not None:
+        return link.commit
+    return commit_seconds(
+        settings.shape,
+        settings.hardware.commit if link.rates is None else read_rates(link.rates),
+        engine=link.engine,
+        mode=link.mode,
+        cards=settings.cards,
+        changed=link.changed,
     )
 
 

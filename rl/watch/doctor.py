@@ -16,7 +16,7 @@ from packaging.version import Version
 
 from ...kernels import platform as accelerators
 from ..config.load import Config
-from .doctor_ascend import ASCEND
+from .doctor_ascend import ASCEND, INSTALLED, present
 from .machine import Check, Examination, Machine, SandboxUnavailable, State, examined
 from .sinks import has_wandb_key, wandb_mode
 
@@ -56,11 +56,14 @@ def packages(machine: Machine) -> Iterator[Check]:
     rollout = machine.config.rollout if machine.config is not None else None
     # an engine of one's own; servers have theirs
     needed = {"vllm"} if rollout and rollout.engine == "vllm" and not rollout.servers else set()
+    on_npus = present(machine)
     for requirement in map(Requirement, machine.requirements()):
         marker = requirement.marker
         extra = marker is not None and not marker.evaluate({"extra": ""})
         if extra and not any(marker.evaluate({"extra": name}) for name in _EXTRAS):  # type: ignore[union-attr]
             continue
+        if extra and on_npus and requirement.name in INSTALLED:
+            continue  # said there, with how they are installed together
         yield _package(machine, requirement, extra and requirement.name not in needed)
 
 

@@ -51,6 +51,8 @@ MATRIX = (
 """As of `DATED`; the first is what emberl is made for."""
 OLDEST_DRIVER = "25.3.rc1"
 """From there on cards share memory between processes (what verl asks for)."""
+INSTALLED = ("torch-npu", "vllm", "vllm-ascend", "triton-ascend")
+"""Packages whose lines `versions` has, on a machine with NPUs."""
 SOURCE = "VLLM_TARGET_DEVICE=empty pip install ./vllm (v{}, configs/ascend/README.md)"
 
 

@@ -40,6 +40,12 @@ AXES: dict[str, tuple[str, ...]] = {
 }
 """Of W&B: what each is the horizontal axis of. No two patterns may fit one name, as `*` and
 another would: W&B takes either, now this one and now that."""
+INCREMENT = 8
+"""Rows of W&B's table of samples, times the increments before, that wait for the next one."""
+MOST_ROWS = 10_000
+"""Of that table, which is kept in memory."""
+MOST_TEXT = 2_000
+"""Characters of a text there."""
 WANDB_ID = "wandb_id"
 """A file in the run's directory: a resumed run goes on as the same one at W&B."""
 
@@ -149,19 +155,30 @@ class Wandb:
             for name in names:
                 self._run.define_metric(name, step_metric=axis)
         self._table: Any = None
+        self._table_step = self._waiting = self._increments = 0
 
     def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log({**metrics, "system/seconds" if axis == "system" else f"{axis}/step": step})
 
     def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """One table that grows, for W&B to filter and group by any column."""
+        """One table that grows, for W&B to filter and group by any column; the whole texts are in
+        the run's `rollouts`."""
         if self._table is None:
             self._table = self._wandb.Table(
                 columns=list(columns), log_mode="INCREMENTAL", allow_mixed_types=True
             )
-        for row in rows:
-            self._table.add_data(*row)
-        self._run.log({"samples": self._table, "train/step": step})
+        self._table_step = step
+        for row in rows[: MOST_ROWS - len(self._table.data)]:
+            self._table.add_data(*(_short(cell) for cell in row))
+            self._waiting += 1
+        # each increment names all before it: so they grow with the root of the steps
+        if self._waiting > INCREMENT * self._increments:
+            self._log_table()
+
+    def _log_table(self) -> None:
+        if self._waiting:
+            self._increments, self._waiting = self._increments + 1, 0
+            self._run.log({"samples": self._table, "train/step": self._table_step})
 
     def histograms(self, step: int, values: Mapping[str, NDArray[Any]]) -> None:
         made = {
@@ -173,7 +190,15 @@ class Wandb:
         self._run.alert(title=title, text=text, level="WARN")
 
     def close(self) -> None:
+        self._log_table()
         self._run.finish()
+
+
+def _short(cell: Any) -> Any:
+    """The beginning and the end of a long text."""
+    if not isinstance(cell, str) or len(cell) <= MOST_TEXT:
+        return cell
+    return f"{cell[: MOST_TEXT // 2]} [...] {cell[-MOST_TEXT // 2 :]}"
 
 
 class TensorBoard:

@@ -95,6 +95,8 @@ class Decoder:
         self.head = Matrix(self.embedding if arch.tied else torch.empty_like(self.embedding))
         self.weights: Mapping[str, Tensor] = dict(self._named())
         self._cos, self._sin = self._rope_tables(0)
+        self.packings = 0
+        """How often `pack` was called."""
 
     @classmethod
     def from_directory(
@@ -147,6 +149,7 @@ class Decoder:
 
     def pack(self) -> None:
         """Lays out anew what `load` changed; needed before the next pass."""
+        self.packings += 1
         for matrix in self.matrices:
             matrix.pack()
 

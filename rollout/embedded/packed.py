@@ -70,11 +70,12 @@ def layout(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor] 
         pattern[:, 0] = values[:rows]
         pattern[0, 1:] = values[rows:]
         packed = pack(pattern.view(dtype))
-        lies = memory(packed).clone()
+        lies = memory(packed)
         where = lies.nonzero()[:, 0]
         if len(where) != marked:
             return None
         part = (lies[where].long() - 1) * base**digit
+        del lies, packed, pattern  # each is as large as the matrix
         code = part if code is None else code + part
     assert code is not None, "there is a digit"
     at = where[code.argsort()]

@@ -28,16 +28,14 @@ class Update:
         DigestMismatchError: it would not give what the learners hold.
         """
         self._decoder, self._patch = decoder, patch
-        self._changes: list[tuple[str, TensorChange, list[Place]]] = []
-        self._stale: list[Matrix] = []
         for name, tensor in patch.tensors.items():
             decoder.check(name, tensor)
         for name, change in patch.changes.items():
             decoder.check(name, change)
             check(name, change, change.dtype, change.shape)
-            places, stale = decoder.places(name)
-            self._changes.append((name, change, places))
-            self._stale += [matrix for matrix in stale if matrix not in self._stale]
+        self._find()
+        for _, _, places in self._changes[:1]:
+            places[0].warm_up()
         kept = decoder.weights.keys() - patch.tensors.keys() - patch.changes.keys()
         arrived = {name: found for name, found in patch.digests.items() if name not in kept}
         if not patch.verified:
@@ -47,9 +45,21 @@ class Update:
             }
         verify(arrived | {name: decoder.digest(name) for name in kept}, patch)
 
+    def _find(self) -> None:
+        """Where to write."""
+        self._found_at = self._decoder.packings
+        self._changes: list[tuple[str, TensorChange, list[Place]]] = []
+        self._stale: list[Matrix] = []
+        for name, change in self._patch.changes.items():
+            places, stale = self._decoder.places(name)
+            self._changes.append((name, change, places))
+            self._stale += [matrix for matrix in stale if matrix not in self._stale]
+
     def write(self) -> None:
         """Nothing may be decoded meanwhile. DigestMismatchError: what lies there is not what it has
         to be."""
+        if self._decoder.packings != self._found_at:  # copies were made anew meanwhile
+            self._find()
         write_all(self._changes)
         for matrix in self._stale:
             matrix.repack()

@@ -65,6 +65,8 @@ SLOWEST = 1.0
 class VLLMEngine:
     """Implements `Engine`. To be used on one event loop."""
 
+    takes_changes = True
+
     def __init__(
         self,
         model: Path | str,
@@ -154,6 +156,11 @@ class VLLMEngine:
     def joined(self) -> BroadcastGroup | None:
         """The group through which the learners can send weights into vLLM's processes."""
         return self._weights.joined
+
+    @property
+    def pause_s(self) -> float:
+        """Seconds for which decoding stood still at the last update."""
+        return self._weights.pause_s
 
     @property
     def _llm(self) -> RunningLLM | RunningServer:

@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..weights.patch import Bytes, TensorBytes, digest
+from ..weights.patch import (
+    Bytes,
+    CorruptPatchError,
+    DigestMismatchError,
+    TensorBytes,
+    digest,
+)
 from ..weights.tensors import as_tensor
 from .compat import (
     OWNER,
@@ -29,8 +35,10 @@ from .compat import (
     repack_tied_head,
     update_weights,
 )
+from .cpu_linear import install
 from .graphs import check_in_place, places
-from .shared_memory import Entry, read_mirror, write_mirror
+from .placed import PlacedModel
+from .shared_memory import Entry, read_mirror, read_parcel, write_mirror
 
 
 class WeightExtension:
@@ -41,6 +49,7 @@ class WeightExtension:
     device: torch.device
     rank: int
     weight_transfer_engine: Any
+    _emberl_placed: PlacedModel | None = None
     init_weight_transfer_engine: Callable[[dict[str, Any]], None]
     start_weight_update: Callable[[], None]
     finish_weight_update: Callable[[], None]
@@ -63,11 +72,31 @@ class WeightExtension:
         entries: [name, dtype, shape, start, size] of each. RuntimeError if the model has a
         parameter that none of them filled: it would go on serving old values.
         """
+        self._emberl_placed = None
         with self._emberl_loading() as digests:
             self.model_runner.reload_weights(
                 weights_iterator=_as_torch(read_mirror(path, _entries(entries).items()))
             )
         return digests
+
+    def emberl_place(self, path: str, entries: Sequence[Sequence[Any]]) -> dict[str, str]:
+        """Learns where the tensors of the mirror at `path`, which were loaded, lie; name -> why it
+        cannot be told, of those that have to be loaded whole."""
+        if self._emberl_placed is None:
+            tensors = dict(read_mirror(path, _entries(entries).items(), copied=False))
+            self._emberl_placed = PlacedModel(self.model_runner.get_model(), tensors)
+        return self._emberl_placed.reasons
+
+    def emberl_write(self, path: str, entries: Sequence[Sequence[Any]], version: int) -> str:
+        """Writes the changes of the parcel at `path` where they belong, or nothing: then what is
+        wrong, with the tensor's name."""
+        if self._emberl_placed is None:
+            return "this process does not know yet where its tensors lie"
+        try:
+            self._emberl_placed.write(read_parcel(path, entries), version)
+        except (CorruptPatchError, DigestMismatchError, ValueError) as error:
+            return str(error)
+        return ""
 
     def emberl_join(self, init_info: dict[str, Any]) -> None:
         """Meets the learners, in the group of vLLM's weight-transfer engine."""
@@ -80,6 +109,7 @@ class WeightExtension:
         """Loads every tensor that the learners send now, through vLLM's weight-transfer engine; the
         engine's first process fills the mirror with them. Otherwise as `emberl_load`."""
         listed = _entries(entries)
+        self._emberl_placed = None
 
         def keep(name: str, data: Bytes) -> None:
             if self.rank == 0:
@@ -168,5 +198,6 @@ def _ended(process: int) -> bool:
 register_gloo()
 if OWNER in os.environ:  # vLLM imports this file in its workers, before they load a model
     end_with(int(os.environ[OWNER]))
+install()
 
 __all__ = ["WeightExtension", "end_with"]

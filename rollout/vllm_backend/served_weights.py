@@ -8,17 +8,20 @@ Everything here happens in one turn after the other (`VLLMEngine` holds the lock
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+import warnings
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ..weights.canary import Canary, altered
+from ..weights.changes import patched
 from ..weights.engine_transfer import BroadcastGroup
 from ..weights.patch import (
     DigestMismatchError,
     TensorBytes,
+    TensorChange,
     Transfer,
     VersionError,
     Views,
@@ -31,57 +34,10 @@ from . import compat as vllm_compat
 from .process import EngineLostError, RunningLLM, start
 from .requests import LiveSample
 from .server import RunningServer, connect
-from .shared_memory import Mirror, checkpoint_bytes
+from .shared_memory import Mirror, Parcel, checkpoint_bytes
+from .update_order import LEGAL, OrderError, State, Step, UpdateOrder
 
 T = TypeVar("T")
-
-State = Literal["serving", "paused", "asleep", "awake", "loaded", "cleared", "broken"]
-Step = Literal["pause", "sleep", "wake", "load", "clear", "prove", "resume"]
-
-LEGAL: dict[Step, dict[State, State]] = {
-    "pause": {"serving": "paused", "broken": "paused"},
-    "sleep": {"paused": "asleep"},
-    "wake": {"asleep": "awake"},
-    "load": {"paused": "loaded", "awake": "loaded"},
-    "clear": {"loaded": "cleared"},
-    "prove": {"cleared": "paused"},
-    "resume": {"paused": "serving"},
-}
-"""The order in which an engine's weights may be changed, step -> state before -> state after; any
-other order raises:
-
-    serving -> paused -> loaded -> cleared -> paused -> serving          an update
-    serving -> paused -> asleep -> awake -> loaded -> ...                a colocated engine
-
-Out of order each step is a silent fault on some device: loading into a running step mixes two
-versions in one token, loading into sleeping weights is a device fault on an NPU and goes unnoticed
-on CUDA, going on with prompts that older weights cached, or serving bytes that nobody compared, is
-noticed by nobody. What woke has to be loaded and proved before it serves."""
-
-
-class OrderError(RuntimeError):
-    """A step of a weight update that may not come now."""
-
-
-class UpdateOrder:
-    """Where one engine stands. A step that fails leaves it `broken`, and from there only `pause`
-    leads on."""
-
-    def __init__(self) -> None:
-        self.state: State = "serving"
-
-    @contextmanager
-    def step(self, step: Step) -> Iterator[None]:
-        """Around the taking of a step: raises `OrderError` before it if it may not come now."""
-        if self.state not in LEGAL[step]:
-            allowed = " or ".join(name for name, moves in LEGAL.items() if self.state in moves)
-            raise OrderError(
-                f"{step!r} may not come while the engine is {self.state!r}: from here only"
-                f" {allowed} may"
-            )
-        before, self.state = self.state, "broken"
-        yield
-        self.state = LEGAL[step][before]
 
 
 class Requests(Protocol):
@@ -120,6 +76,13 @@ class ServedWeights:
         self._deadline = deadline_s
         self._max_restarts = max_restarts
         self.restarts = 0
+        self.pause_s = 0.0
+        """Seconds for which decoding stood still at the last update."""
+        self._stopped = 0.0
+        self._directory = servers_directory
+        # why tensors cannot be written in place; None: nobody has asked the processes yet
+        self._elsewhere: dict[str, str] | None = None
+        self._told: frozenset[str] = frozenset()
         self.run_id = run_id
         self.version = version
         self._server = server
@@ -155,8 +118,12 @@ class ServedWeights:
 
     async def apply(self, patch: WeightPatch) -> None:
         if await asyncio.to_thread(self._is_new, patch):
-            target = replace(patch, tensors={}, transfer=None)
-            await self.reconcile(target, patch.tensors, transfer=patch.transfer)
+            target = replace(patch, tensors={}, changes={}, transfer=None)
+            if await self._writable(patch):
+                await self._write(target, patch)
+            else:
+                whole = await asyncio.to_thread(self._whole, patch)
+                await self.reconcile(target, whole, transfer=patch.transfer)
             self.run_id = patch.run_id
             self.version = patch.version
             self._proved, self._canary, self._served = target, None, None
@@ -190,6 +157,83 @@ class ServedWeights:
         self._proved = target
         if back:
             self._canary = self._served = None
+
+    def _whole(self, patch: WeightPatch) -> dict[str, TensorBytes]:
+        """The tensors that a patch changes, from what lies in the mirror."""
+        return dict(patch.tensors) | {
+            name: patched(self.mirror.tensor(name), change)
+            for name, change in patch.changes.items()
+        }
+
+    async def _writable(self, patch: WeightPatch) -> bool:
+        """Whether the engine's processes can write what changes into their own memory. What they
+        have to know for it is learnt once, before anything waits."""
+        whole = patch.base_version is None or patch.transfer is not None
+        if whole or self._proved is None or self.order.state != "serving":
+            return False
+        if self._elsewhere is None:
+            try:
+                found = await self._within("place", self._call_workers("emberl_place"))
+            except Exception:  # of a lost engine, or a server of another version: whole, then
+                return False
+            self._elsewhere = {name: why for reasons in found for name, why in reasons.items()}
+        stays = {
+            name: self._elsewhere[name]
+            for name in sorted(patch.tensors.keys() | patch.changes.keys())
+            if name in self._elsewhere
+        }
+        if stays and stays.keys() != self._told:
+            self._told = frozenset(stays)
+            first = next(iter(stays))
+            warnings.warn(
+                f"vLLM loads versions whole: {len(stays)} tensors cannot be written in place, e.g."
+                f" {first} ({stays[first]})",
+                stacklevel=2,
+            )
+        return not stays
+
+    async def _write(self, target: WeightPatch, patch: WeightPatch) -> None:
+        """Writes what changed. DigestMismatchError with what was wrong, after which the old version
+        is served; whatever else goes wrong, the new one is loaded whole."""
+        changes = await asyncio.to_thread(self._as_changes, patch)
+        parcel = await asyncio.to_thread(Parcel, changes, self._directory)
+        self.open.clear()
+        try:
+            await self._write_parcel(target, parcel)
+            await asyncio.to_thread(self.mirror.write_changes, changes)
+        except DigestMismatchError:  # some processes may have written it: all load what was served
+            await self.reconcile_served(stale=True)
+            raise
+        except Exception as error:  # a process that ended, or that vLLM says nothing more of
+            lost = error if isinstance(error, EngineLostError | TimeoutError) else None
+            await asyncio.to_thread(self.mirror.write_changes, changes)
+            await self.reconcile(target, {}, lost=lost)
+        except BaseException:
+            self.corrupt = RuntimeError("a weight update was interrupted")
+            await self._requests.fail(self.corrupt)
+            raise
+        finally:
+            parcel.close()
+            self.open.set()
+
+    async def _write_parcel(self, target: WeightPatch, parcel: Parcel) -> None:
+        start = time.perf_counter()
+        await self._pause()
+        with self.order.step("load"):
+            arguments = (parcel.path, parcel.entries, target.version)
+            work = self.llm.call_workers("emberl_write", *arguments)
+            problems = [problem for problem in await self._within("write", work) if problem]
+            if problems:
+                raise DigestMismatchError(problems[0])
+        with self.order.step("clear"):
+            await self._clear()
+        with self.order.step("prove"):  # each process has compared what it wrote
+            await self._within("label", self.llm.label(target.version))
+        await self._resume()
+        self.pause_s = time.perf_counter() - start
+
+    def _as_changes(self, patch: WeightPatch) -> dict[str, TensorChange]:
+        return dict(patch.changes) | self.mirror.as_changes(patch.tensors)
 
     async def reconcile_served(self, *, stale: bool = False, lost: Exception | None = None) -> None:
         """Brings the engine to what is served already: `reconcile`."""
@@ -235,6 +279,7 @@ class ServedWeights:
                         stale = False
                     if self.order.state == "paused":
                         await self._resume()
+                        self.pause_s = time.perf_counter() - self._stopped
                     return
                 except (EngineLostError, TimeoutError) as error:
                     lost = error
@@ -285,6 +330,7 @@ class ServedWeights:
         self, target: WeightPatch, tensors: Mapping[str, TensorBytes], transfer: Transfer | None
     ) -> None:
         slept = self.order.state == "asleep"
+        self._elsewhere, self._stopped = None, time.perf_counter()
         if slept:
             with self.order.step("wake"):
                 await self._within("wake", self.llm.wake("weights"))
@@ -363,6 +409,7 @@ class ServedWeights:
         else:
             self.llm = start(self._settings)
         self.llm.on_tokens(self._requests.count)
+        self._elsewhere = None
         self.order = UpdateOrder()
         self.joined = None
 

@@ -15,16 +15,17 @@ import math
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from ..weights.changes import between, check, patched
 from ..weights.dtypes import ELEMENT_BYTES
 from ..weights.engine_transfer import Layout
-from ..weights.patch import Bytes, TensorBytes, WeightPatch, digest, verify
+from ..weights.patch import Bytes, TensorBytes, TensorChange, WeightPatch, digest, verify
 from ..weights.tensors import checkpoint_tensors, dtype_name
 
 ALIGNMENT = 64
@@ -42,6 +43,31 @@ class Entry(NamedTuple):
     """Bytes."""
 
 
+class SharedFile:
+    """Memory that other processes of this user open by its path."""
+
+    def __init__(self, name: str, directory: str | None) -> None:
+        """directory: where they see it as a file; None: on this machine, in no file system."""
+        self._file: str | None = None
+        if directory is None:
+            self.descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+        else:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            self.descriptor, self._file = tempfile.mkstemp(prefix=f"{name}-", dir=directory)
+
+    @property
+    def path(self) -> str:
+        return self._file or f"/proc/{os.getpid()}/fd/{self.descriptor}"
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+            if self._file is not None:
+                os.unlink(self._file)
+
+
 class Mirror:
     """Holds nothing until the first write, which must be of every tensor and fixes the names and
     shapes of all later ones."""
@@ -51,19 +77,14 @@ class Mirror:
         the engine's processes see the mirror as a file; None: they run on this machine, under the
         same user."""
         self.dtype = dtype
-        self._file: str | None = None
-        if directory is None:
-            self._descriptor = os.memfd_create("emberl-mirror", os.MFD_CLOEXEC)
-        else:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            self._descriptor, self._file = tempfile.mkstemp(prefix="emberl-mirror-", dir=directory)
+        self._shared = SharedFile("emberl-mirror", directory)
         self._memory: mmap.mmap | None = None
         self.entries: dict[str, Entry] = {}
 
     @property
     def path(self) -> str:
         """Where another process of this user on this machine opens it."""
-        return self._file or f"/proc/{os.getpid()}/fd/{self._descriptor}"
+        return self._shared.path
 
     @property
     def num_bytes(self) -> int:
@@ -76,6 +97,9 @@ class Mirror:
         self.expect(
             {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in patch.tensors.items()}
         )
+        for name, change in patch.changes.items():
+            self.expect({name: (change.dtype, tuple(change.shape))})
+            check(name, change, change.dtype, change.shape)
         for name, tensor in patch.tensors.items():
             size = math.prod(tensor.shape) * ELEMENT_BYTES[tensor.dtype]
             if tensor.data.nbytes != size:
@@ -85,7 +109,10 @@ class Mirror:
                 )
         if patch.verified:
             return
-        arrived = {name: digest(tensor.data) for name, tensor in patch.tensors.items()}
+        arrived = {name: digest(tensor.data) for name, tensor in patch.tensors.items()} | {
+            name: digest(patched(self.tensor(name), change).data)
+            for name, change in patch.changes.items()
+        }
         kept = {
             name: digest(self._bytes(entry))
             for name, entry in self.entries.items()
@@ -112,6 +139,16 @@ class Mirror:
         for name, tensor in tensors.items():
             self._bytes(self.entries[name])[:] = tensor.data.reshape(-1)
 
+    def write_changes(self, changes: Mapping[str, TensorChange]) -> None:
+        """Writes what changed, whatever lies there. Again, it changes nothing."""
+        for name, change in changes.items():
+            elements = self._bytes(self.entries[name]).view(change.new.dtype)
+            elements[change.positions] = change.new
+
+    def as_changes(self, tensors: Mapping[str, TensorBytes]) -> dict[str, TensorChange]:
+        """What is different in whole tensors."""
+        return {name: between(self.tensor(name), tensor) for name, tensor in tensors.items()}
+
     def lay_out(self, tensors: Layout) -> None:
         """Makes room for these tensors; nothing to do once there is."""
         if self.entries or not tensors:
@@ -121,8 +158,8 @@ class Mirror:
             size = math.prod(shape) * ELEMENT_BYTES[dtype]
             self.entries[name] = Entry(dtype, shape, position, size)
             position += -(-size // ALIGNMENT) * ALIGNMENT
-        os.ftruncate(self._descriptor, position)
-        self._memory = mmap.mmap(self._descriptor, position)
+        os.ftruncate(self._shared.descriptor, position)
+        self._memory = mmap.mmap(self._shared.descriptor, position)
 
     def tensor(self, name: str) -> TensorBytes:
         """A view."""
@@ -135,14 +172,10 @@ class Mirror:
 
     def close(self) -> None:
         """Gives the memory back once no other process has it mapped. Idempotent."""
-        if self._descriptor >= 0:
-            # the map is freed with the last view of it
-            self._memory = None
-            self.entries = {}
-            os.close(self._descriptor)
-            self._descriptor = -1
-            if self._file is not None:
-                os.unlink(self._file)
+        # the map is freed with the last view of it
+        self._memory = None
+        self.entries = {}
+        self._shared.close()
 
     def _bytes(self, entry: Entry) -> Bytes:
         assert self._memory is not None, "the mirror holds nothing yet"
@@ -150,14 +183,16 @@ class Mirror:
 
 
 def read_mirror(
-    path: str, entries: Iterable[tuple[str, Entry]]
+    path: str, entries: Iterable[tuple[str, Entry]], *, copied: bool = True
 ) -> Iterator[tuple[str, TensorBytes]]:
     """The tensors of another process's mirror one by one, each a copy: what is made of it shares
-    nothing with the mirror."""
+    nothing with the mirror. Not `copied`: views, to be read and let go."""
     with open(path, "rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # pages of its own where it is written to, which it is not: torch wants arrays that can be
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     for name, entry in entries:
-        data = np.frombuffer(memory, np.uint8, entry.size, entry.start).copy()
+        data = np.frombuffer(memory, np.uint8, entry.size, entry.start)
+        data = data.copy() if copied else data
         yield name, TensorBytes(dtype=entry.dtype, shape=tuple(entry.shape), data=data)
 
 
@@ -166,6 +201,57 @@ def write_mirror(path: str, entry: Entry, data: Bytes) -> None:
     with open(path, "r+b") as file:
         file.seek(entry.start)
         file.write(data.data)
+
+
+class Parcel:
+    """Changes in memory that an engine's processes read, for one update."""
+
+    def __init__(self, changes: Mapping[str, TensorChange], directory: str | None = None) -> None:
+        """directory: as of `Mirror`."""
+        self._memory = SharedFile("emberl-parcel", directory)
+        self.entries: list[list[Any]] = []
+        """[name, dtype, shape, changes, width of a position, checksum, start] of each."""
+        position = 0
+        with open(self._memory.descriptor, "wb", closefd=False) as file:
+            for name, change in changes.items():
+                width = change.positions.itemsize
+                shape, count = list(change.shape), len(change.positions)
+                self.entries.append(
+                    [name, change.dtype, shape, count, width, change.checksum, position]
+                )
+                for values in (change.positions, change.old, change.new):
+                    position += file.write(values.data)
+                position += file.write(bytes(-position % ALIGNMENT))
+
+    @property
+    def path(self) -> str:
+        return self._memory.path
+
+    def close(self) -> None:
+        self._memory.close()
+
+
+def read_parcel(path: str, entries: Iterable[Sequence[Any]]) -> dict[str, TensorChange]:
+    """The changes of another process's parcel, as views."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+    changes = {}
+    for name, dtype, shape, count, width, checksum, start in entries:
+        positions = np.frombuffer(memory, f"<i{width}", count, start)
+        start += positions.nbytes
+        kind = np.dtype(f"<u{ELEMENT_BYTES[dtype]}")
+        old = np.frombuffer(memory, kind, count, start)
+        new = np.frombuffer(memory, kind, count, start + old.nbytes)
+        changes[str(name)] = TensorChange(
+            dtype=dtype,
+            shape=tuple(shape),
+            positions=positions,
+            old=old,
+            new=new,
+            checksum=checksum,
+        )
+    return changes
 
 
 def checkpoint_bytes(path: Path, dtype: str) -> dict[str, TensorBytes]:
@@ -183,4 +269,12 @@ def checkpoint_bytes(path: Path, dtype: str) -> dict[str, TensorBytes]:
     return tensors
 
 
-__all__ = ["Entry", "Mirror", "checkpoint_bytes", "read_mirror", "write_mirror"]
+__all__ = [
+    "Entry",
+    "Mirror",
+    "Parcel",
+    "checkpoint_bytes",
+    "read_mirror",
+    "read_parcel",
+    "write_mirror",
+]

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ...kernels.patch_coding import scatter
 from .codec import check_chunk, decode_chunk, elements
 from .patch import (
     CorruptPatchError,
@@ -69,6 +68,14 @@ def find(name: str, delta: TensorDelta, before: TensorBytes) -> tuple[TensorChan
     return _change(delta.dtype, delta.shape, whole), hashed.hexdigest()
 
 
+def loops() -> Any:
+    """`kernels.patch_coding.scatter`, at run time: numba takes most of a second, and vLLM's workers
+    do not start where it was loaded before (they look through all that is)."""
+    from ...kernels.patch_coding import scatter
+
+    return scatter
+
+
 class Difference(NamedTuple):
     """[k] each, as in `TensorChange`."""
 
@@ -98,7 +105,7 @@ def _change(dtype: str, shape: tuple[int, ...], found: Difference) -> TensorChan
         positions=found.positions,
         old=found.old,
         new=found.new,
-        checksum=int(scatter.change_checksum(*found)),
+        checksum=int(loops().change_checksum(*found)),
     )
 
 
@@ -118,17 +125,17 @@ def check(name: str, change: TensorChange, dtype: str, shape: tuple[int, ...]) -
         raise CorruptPatchError(
             f"tensor {name}: positions and values must be as many, and values of {width} bytes"
         )
-    problem, index = scatter.check_positions(change.positions, size)
-    if problem == scatter.OUTSIDE:
+    problem, index = loops().check_positions(change.positions, size)
+    if problem == loops().OUTSIDE:
         raise CorruptPatchError(
             f"tensor {name}: position {change.positions[index]} is outside of its {size} elements"
         )
-    if problem == scatter.UNSORTED:
+    if problem == loops().UNSORTED:
         raise CorruptPatchError(
             f"tensor {name}: position {change.positions[index]} comes after"
             f" {change.positions[index - 1]}; they must ascend without repeating"
         )
-    found = int(scatter.change_checksum(change.positions, change.old, change.new))
+    found = int(loops().change_checksum(change.positions, change.old, change.new))
     if found != change.checksum:
         raise CorruptPatchError(
             f"tensor {name}: its changes have the checksum {found}, not {change.checksum}"
@@ -167,4 +174,4 @@ def _position_type(size: int) -> str:
     return "<i4" if size < 1 << 31 else "<i8"
 
 
-__all__ = ["MOST", "between", "check", "find", "follow", "merged", "patched"]
+__all__ = ["MOST", "between", "check", "find", "follow", "loops", "merged", "patched"]

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...kernels.patch_coding import scatter
+from .changes import loops
 from .patch import DigestMismatchError, TensorChange
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -44,11 +44,10 @@ class Place:
     """What owns the memory, where `memory` does not."""
 
     def exchange(self, change: TensorChange) -> tuple[int, int]:
-        """Writes `new` where `old` lies and reads it back: (`scatter.INTACT`, -1), or what is wrong
+        """Writes `new` where `old` lies and reads it back: (`INTACT`, -1), or what is wrong
         and with which element. Nothing was written unless that is `NOT_NEW`."""
         if self.memory.device.type == "cpu":
-            problem, index = call(
-                scatter.exchange,
+            problem, index = loops().exchange(
                 *self._arrays(change.new),
                 change.positions,
                 change.old,
@@ -56,19 +55,33 @@ class Place:
             )
             return int(problem), int(index)
         at, chosen = self._find(change.positions)
-        for what, values in ((scatter.NOT_OLD, change.old), (scatter.NOT_NEW, change.new)):
+        for what, values in ((loops().NOT_OLD, change.old), (loops().NOT_NEW, change.new)):
             moved = self._moved(values)[chosen]
-            if what == scatter.NOT_NEW:
+            if what == loops().NOT_NEW:
                 self.memory.index_copy_(0, at, moved)
             wrong = (self.memory[at] != moved).nonzero()
             if len(wrong):
                 return what, int(chosen.nonzero()[wrong[0, 0], 0])
-        return scatter.INTACT, -1
+        return loops().INTACT, -1
+
+    def warm_up(self) -> None:
+        """Has compiled what `exchange` and `checksum` take, for changes in another process's
+        memory, too: while decoding stands still it would cost seconds."""
+        kind = np.dtype(f"<u{self.memory.element_size()}")
+        for shared in (False, True):
+            columns = np.empty(0, "<i4"), np.empty(0, kind), np.empty(0, kind)
+            for column in columns:
+                column.flags.writeable = not shared
+            if self.memory.device.type == "cpu":
+                loops().exchange(*self._arrays(columns[1]), *columns)
+                loops().write(*self._arrays(columns[1]), columns[0], columns[1])
+                loops().change_checksum(*columns)
+                loops().check_positions(columns[0], 0)
 
     def restore(self, change: TensorChange) -> None:
         """Writes `old`."""
         if self.memory.device.type == "cpu":
-            call(scatter.write, *self._arrays(change.old), change.positions, change.old)
+            loops().write(*self._arrays(change.old), change.positions, change.old)
         else:
             at, chosen = self._find(change.positions)
             self.memory.index_copy_(0, at, self._moved(change.old)[chosen])
@@ -77,7 +90,7 @@ class Place:
         """Of what lies here, as its part of the whole tensor's (`scatter`)."""
         if self.memory.device.type == "cpu":
             kind = np.dtype(f"<u{self.memory.element_size()}")
-            return int(call(scatter.checksum, *self._arrays(np.empty(0, kind))))
+            return int(loops().checksum(*self._arrays(np.empty(0, kind))))
         size, device = self.memory.element_size(), self.memory.device
         mask = (1 << 8 * size) - 1 if size < 8 else -1
         positions = self.first_column + torch.arange(len(self.columns), device=device)
@@ -93,7 +106,7 @@ class Place:
         """What a change adds to `checksum`."""
         parts = (self.rows.cpu().numpy(), self.columns.cpu().numpy())
         where = (*parts, self.first_row, self.first_column, self.width)
-        return int(call(scatter.part_of_change, *where, change.positions, change.old, change.new))
+        return int(loops().part_of_change(*where, change.positions, change.old, change.new))
 
     def _arrays(self, like: NDArray[Any]) -> tuple[Any, ...]:
         return (
@@ -118,11 +131,6 @@ class Place:
     def _moved(self, values: NDArray[np.unsignedinteger]) -> Tensor:
         signed_values = values.view(f"<i{values.itemsize}")
         return torch.from_numpy(signed_values).to(self.memory.device)
-
-
-def call(compiled: Any, *arguments: Any) -> Any:
-    """numba's types say nothing of its functions' parameters."""
-    return compiled(*arguments)
 
 
 def plain(held: Tensor, shape: Sequence[int], first: tuple[int, int] = (0, 0)) -> Place:
@@ -163,16 +171,16 @@ def write_all(
     for name, change, places in changes:
         for place in places:
             problem, index = place.exchange(change)
-            if problem == scatter.INTACT:
+            if problem == loops().INTACT:
                 done.append((place, change))
                 continue
-            if problem == scatter.NOT_NEW:
+            if problem == loops().NOT_NEW:
                 place.restore(change)
             for written, its in reversed(done):
                 written.restore(its)
             what = (
                 "is not what the change was made for"
-                if problem == scatter.NOT_OLD
+                if problem == loops().NOT_OLD
                 else ("does not hold what was written")
             )
             raise DigestMismatchError(
@@ -182,8 +190,9 @@ def write_all(
 
 def weight(positions: Tensor) -> Tensor:
     """`scatter.weight` on any device."""
-    mixed = (positions + 1) * scatter.FIRST_FACTOR
-    return (mixed ^ (mixed >> 32 & LOW)) * scatter.SECOND_FACTOR | 1
+    mixed = (positions + 1) * loops().FIRST_FACTOR
+    found: Tensor = (mixed ^ (mixed >> 32 & LOW)) * loops().SECOND_FACTOR | 1
+    return found
 
 
 def signed(number: int) -> int:

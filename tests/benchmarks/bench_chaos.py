@@ -125,12 +125,16 @@ class Trial:
         status = self.process.poll()
         if status is None:
             return "hang" if time.monotonic() - self.began > DEADLINE else None
-        last = (self.folder / f"log{self.starts}").read_text().strip().splitlines()[-1:]
+        # among what helpers that were killed leave on stderr
+        told = (self.folder / f"log{self.starts}").read_text(errors="replace").splitlines()
+        last = [line for line in told if line.startswith('{"status"')][-1:]
         if status:
             if self.starts > 20:
                 return f"did not come up again: {last}"
             self.start()
             return None
+        if not last:
+            return "ended well without a result"
         result = json.loads(last[0])
         if (result["status"], result["steps"]) != ("ok", STEPS):
             return f"ended with {result['status']} after {result['steps']} steps"

@@ -191,7 +191,7 @@ def test_two_workers_and_two_ranks_run_the_same_problem(emberl: Emberl) -> None:
     assert versions == sorted(set(versions)), "each step serves a version of its own"
 
 
-def wait_for(file: Path, text: str, seconds: float = 120.0) -> None:
+def wait_for(file: Path, text: str, seconds: float = 240.0) -> None:
     deadline = time.monotonic() + seconds
     while not (file.exists() and text in file.read_text()):
         assert time.monotonic() < deadline, f"{text!r} never appeared in {file}"
@@ -310,14 +310,14 @@ def test_a_resumed_run_asks_again_for_what_was_in_flight(emberl: Emberl) -> None
 
     asynchronous = ("schedule.max_staleness=2", "eval.every=2", "run_dir=run")
     emberl.train("schedule.steps=4", *asynchronous)
-    checkpoints, before = (
-        emberl.folder / "run/checkpoints",
-        read_metrics(emberl.folder / "run", "eval"),
-    )
-    # as after a kill in the middle of the evaluation of step 2
+    run_dir = emberl.folder / "run"
+    checkpoints, before = run_dir / "checkpoints", read_metrics(run_dir, "eval")
+    # as after a kill in the middle of the evaluation of step 2, which may have been faster
     shutil.rmtree(checkpoints / "rl-000004")
-    (checkpoints / "rl-000002/evaluation.json").unlink()
-    progress = json.loads((checkpoints / "rl-000002/progress.json").read_text())
+    (checkpoints / "rl-000002/evaluation.json").unlink(missing_ok=True)
+    file = checkpoints / "rl-000002/progress.json"
+    file.write_text(file.read_text().replace('"evaluating": null', '"evaluating": 2   '))
+    progress = json.loads(file.read_text())
     assert progress["evaluating"] == 2
     pending = [position for position, _ in progress["pending"]]
     assert len(pending) in (16, 32), (

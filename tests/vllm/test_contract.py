@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 import torch
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
-from emberl.rollout.weights.patch import DigestMismatchError, VersionError, WeightPatch
+from emberl.rollout.weights.changes import between
+from emberl.rollout.weights.patch import (
+    CorruptPatchError,
+    DigestMismatchError,
+    VersionError,
+    WeightPatch,
+    dense_patch,
+)
 from transformers import AutoTokenizer, RepetitionPenaltyLogitsProcessor
 
 MakePrompt = Callable[..., Prompt]
@@ -527,6 +534,69 @@ def test_a_patch_of_some_tensors(rig: Any, make_prompt: MakePrompt) -> None:
         atol=CLOSE,
         rtol=0,
     )
+
+
+def test_positions_and_values(rig: Any, make_prompt: MakePrompt) -> None:
+    """They are written in place: what it decodes then is what it decodes of the same weights loaded
+    whole, bit for bit; what is bad among them is refused, and the old weights go on."""
+    before = rig.serve(rig.old)
+    old, new = rig.old.tensors(), rig.new.tensors()
+    after = {}
+    for key, held in old.items():
+        data = held.data.copy()
+        data.view(np.uint32)[::7] = new[key].data.view(np.uint32)[::7]
+        after[key] = replace(held, data=data)
+    good = replace(
+        dense_patch("run", before + 1, after.items()),
+        tensors={},
+        changes={key: between(old[key], after[key]) for key in old},
+        base_version=before,
+        verified=True,
+    )
+    name = "model.layers.1.self_attn.k_proj.weight"
+    change = good.changes[name]
+
+    def bad(**what: Any) -> WeightPatch:
+        return replace(good, changes={**good.changes, name: replace(change, **what)})
+
+    stray = {**good.changes, "model.stray.weight": change}
+    meant = between(after[name], old[name])
+    cases: list[tuple[WeightPatch, type[Exception], str]] = [
+        (bad(positions=change.positions + 100_000), CorruptPatchError, f"{name}: .*outside"),
+        (bad(positions=change.positions[::-1].copy()), CorruptPatchError, f"{name}: .*ascend"),
+        (bad(positions=change.positions // 14 * 14), CorruptPatchError, f"{name}: .*repeating"),
+        (bad(checksum=change.checksum + 1), CorruptPatchError, f"{name}: .*checksum"),
+        (replace(good, changes=stray), ValueError, r"model\.stray\.weight is not a tensor of this"),
+    ]
+    ids = list(make_prompt("written", 40).token_ids)
+    served = rig.run(rig.engine.probe(ids))
+
+    async def scenario() -> tuple[list[Completion], Any]:
+        for patch, error, words in cases:
+            with pytest.raises(error, match=words):
+                await rig.engine.apply(patch)
+        assert rig.engine.version == before
+        np.testing.assert_array_equal(await rig.engine.probe(ids), served)
+        if rig.kind != "embedded":  # whose memory would then be damaged
+            other = replace(good, changes={**good.changes, name: meant})
+            with pytest.raises(DigestMismatchError, match=f"{name}: element .* is not what"):
+                await rig.engine.apply(other)
+            np.testing.assert_array_equal(await rig.engine.probe(ids), served)
+        async with rig.unhurried():
+            task = started(rig.engine, make_prompt("meanwhile"), 4, LONG)
+            await rig.until_tokens(20)
+            assert await rig.engine.apply(good) == before + 1
+        return await task, await rig.engine.probe(ids)
+
+    decoded, written = rig.run(scenario())
+    seen = {tuple(span.version for span in completion.spans) for completion in decoded}
+    assert seen <= {(before,), (before, before + 1)}, "each token has the version it was drawn with"
+    assert rig.engine.digests() == good.digests
+    if rig.kind != "embedded":
+        assert rig.engine._weights._elsewhere == {}, "every tensor of this model has a place"
+    rig.run(rig.engine.apply(dense_patch("run", before + 2, after.items())))
+    np.testing.assert_array_equal(rig.run(rig.engine.probe(ids)), written)
+    assert np.abs(written - served).max() > 0.1
 
 
 def test_probe(rig: Any, make_prompt: MakePrompt) -> None:

@@ -239,7 +239,8 @@ def test_a_step_by_the_operators(model: str) -> None:
     with ByTheCPU(SDPA) as plain:
         expected, _ = steps("npu", model, "bfloat16", "sdpa", 1)
     for operator in ascend.OPERATORS.values():
-        assert mode.seen.get(operator, 0) > 0 and operator not in plain.seen
+        # once each layer at least, beside the two of the comparison
+        assert mode.seen.get(operator, 0) > 4 and operator not in plain.seen
     assert mode.seen["npu::npu_fusion_attention_grad"] > 0
     assert mode.float64 == [], "float64 on the device"
     for name in ("actor/loss", "actor/grad_norm"):

@@ -37,7 +37,7 @@ class Fake(Machine):
         return self.answers["outputs"].get(command[0])
 
     def which(self, program: str) -> str | None:
-        return self.answers["programs"].get(program)
+        return self.answers.get("programs", {}).get(program)
 
     def free(self, path: str) -> int:
         if isinstance(self.answers["free"], OSError):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from emberl.kernels import ascend
 from emberl.rl.config.load import load_config
+from emberl.rl.watch import doctor
 from emberl.rl.watch.doctor_ascend import ASCEND, MATRIX, number
 from emberl.rl.watch.machine import Check, Machine, State, examined
 
@@ -277,6 +278,14 @@ def test_a_box_of_910c_is_healthy_with_its_own_wheel() -> None:
     box.folders["/dev"] += [f"davinci{n}" for n in range(8, 16)]
     box.files["/site/vllm_ascend/_build_info.py"] = "__device_type__ = 'A3'\n"
     assert found(box) == []
+
+
+def test_a_package_has_one_line_and_the_fix_for_npus() -> None:
+    box = Box()
+    box.versions["vllm"] = None
+    box.requirements = lambda: ("vllm>=0.23; extra == 'vllm'",)  # type: ignore[method-assign]
+    lines = [c for c in (*doctor.packages(box), *look(box)) if c.name == "vllm"]
+    assert len(lines) == 1 and "VLLM_TARGET_DEVICE=empty" in lines[0].fix
 
 
 def test_torch_may_be_newer_where_no_vllm_ascend_holds_it_back() -> None:

@@ -4,6 +4,7 @@ plan follows its roofline."""
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from emberl.rl.cli import app
@@ -105,3 +106,50 @@ def test_the_search_finds_the_peak_with_few_trials() -> None:
     best, found = best_split(evaluate, list(range(1, 1000)), 500)
     assert best in (333, 334) and set(found) == set(tried)
     assert len(tried) == len(set(tried)) < 30
+
+
+@pytest.mark.parametrize(
+    ("words", "seconds"),
+    [
+        # 65.6 GB: a quarter over 25 GB/s each, all hashed by every process at 10 GB/s
+        pytest.param(["link.mode=dense"], 0.1 + 65.6 / 4 / 25 + 6.56, id="vllm, whole"),
+        pytest.param(
+            ["link.mode=dense", "link.engine=embedded", "engine.cards=8"],
+            0.01 + 65.6 / 8 / 25 + 6.56,
+            id="embedded, whole",
+        ),
+        # 328 million elements of 8 bytes (position, old, new) over 25 GB/s, a quarter of them
+        # written at 5 a nanosecond, and a 32nd of a quarter of the checksums at 160
+        pytest.param([], 0.1 + 0.10496 + 0.0164 + 0.0016, id="vllm, a patch of 1 %"),
+        pytest.param(
+            ["link.changed=0.1", "link.engine=embedded"], 0.01 + 1.0496 + 0.164, id="of 10 %"
+        ),
+        pytest.param(["link.commit=1"], 1.0, id="known"),
+    ],
+)
+def test_how_long_an_engine_stands_still_for_a_32b_model(words: list[str], seconds: float) -> None:
+    settings = load_plan(words, {"devices": 512})
+    assert publication(settings, 128).commit == pytest.approx(seconds, rel=2e-3)
+
+
+def test_rates_that_were_measured_are_taken_and_bad_ones_refused(tmp_path: Path) -> None:
+    file = tmp_path / "device.json"
+    rates = {
+        "copy_bytes_per_s": 1e9,
+        "hash_bytes_per_s": 2e9,
+        "scatter_elements_per_s": 1e8,
+    }
+    file.write_text(json.dumps({"device": "cpu", "commit": rates}))
+    words = [f"link.rates={file}", "model=7b", "link.engine=embedded", "engine.cards=1"]
+    found = publication(load_plan([*words, "link.mode=dense"], {"devices": 512}), 128)
+    assert found.commit == pytest.approx(0.01 + 15.2 / 1 + 15.2 / 2)
+    found = publication(load_plan(words, {"devices": 512}), 128)
+    assert found.commit == pytest.approx(0.01 + 0.076 * 8 + 0.76)
+    for text, why in (
+        (json.dumps({"commit": {**rates, "hash_bytes_per_s": 0}}), "hash_bytes_per_s=0"),
+        (json.dumps({"commit": {}}), "copy_bytes_per_s"),
+        ("{", "cannot be read"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"link.rates=.*{why}"):
+            publication(load_plan(words, {"devices": 512}), 128)

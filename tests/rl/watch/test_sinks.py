@@ -208,7 +208,7 @@ def test_what_wandb_itself_keeps_of_a_run(tmp_path: Path, monkeypatch: pytest.Mo
         tracking=SimpleNamespace(**tracking), model_dump=lambda mode: {"seed": 0}
     )
     sink = sinks.Wandb(config, tmp_path, "offline", lambda _: None)
-    for step in (1, 2):
+    for step in (1, 2, 3):
         sink.log("train", step, {"critic/score/mean": step / 2, "rollout/version": step - 1})
         sink.table(step, ["step", "part/x"], [[step, 0.5], [step, None]])
         sink.histograms(step, {"score/s": np.array([0.0, 1.0, 1.0])})
@@ -241,7 +241,8 @@ def test_what_wandb_itself_keeps_of_a_run(tmp_path: Path, monkeypatch: pytest.Mo
     assert {"system/0/cpu": 0.5, "system/seconds": 15} in logged
     tables = [row for row in logged if "samples.nrows" in row]
     assert [row["samples.log_mode"] for row in tables] == ["INCREMENTAL"] * 2
-    assert [row["samples.ncols"] for row in tables] == [2, 2]
+    assert [row["train/step"] for row in tables] == [1, 3], "the end has what waited"
+    assert [len(row["samples.previous_increments_paths"]) for row in tables] == [0, 1]
     spread = next(row for row in logged if "histogram/score/s.values" in row)
     assert sum(spread["histogram/score/s.values"]) == 3
     assert [r.alert.title for r in found if r.WhichOneof("record_type") == "alert"] == ["no update"]

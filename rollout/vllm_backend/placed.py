@@ -1,0 +1,237 @@
+"""In a worker of vLLM's: where each tensor of a checkpoint lies in the model's memory.
+
+It is learnt from the model's own weight loaders, whatever they do with names, fused matrices and a
+rank's slices: each tensor is loaded once as one without memory (torch's `meta`), and what is copied
+where is written down instead of done. That holds for loaders that end in `Tensor.copy_` of a part
+of the tensor, as vLLM's own sparse patches demand, too (`checkpoint_weight_patch`, 0.32; those make
+a whole tensor of each patch and read every element of the model, go over NCCL alone, and know no
+packed matrices). What was learnt is proved by checksums of what lies there. What cannot be placed
+is loaded whole, with the reason.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..embedded import packed as onednn
+from ..weights.changes import check
+from ..weights.dtypes import TORCH_NAMES
+from ..weights.in_place import Place, part_checksum, plain, signed, write_all
+from ..weights.patch import DigestMismatchError, TensorBytes, TensorChange
+from ..weights.tensors import as_tensor
+from .cpu_linear import Copy, copy_of
+
+AUDIT = 32
+"""Updates in which every tensor's checksum is compared once."""
+WHOLE_LAYERS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
+"""vLLM's methods of layers whose parameters are used as they are loaded."""
+
+
+class NotPlacedError(ValueError):
+    """A tensor whose place in the model's memory is not known, and why."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Write:
+    """A loader's copy: a part of the checkpoint's tensor into a part of a parameter."""
+
+    into: Tensor
+    source: Tensor
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Owners:
+    """Whose memory parameters are, by the address of their storage."""
+
+    copies: dict[int, list[tuple[Copy, Any]]] = field(default_factory=dict)
+    """oneDNN's copies of a parameter, with its layer."""
+    refused: dict[int, str] = field(default_factory=dict)
+    """Why a parameter's elements cannot be written one by one."""
+
+
+class PlacedModel:
+    """A model's memory. To be made anew after each load."""
+
+    def __init__(self, model: Any, tensors: Mapping[str, TensorBytes]) -> None:
+        """tensors: what it has loaded."""
+        self.places: dict[str, list[Place]] = {}
+        self.reasons: dict[str, str] = {}
+        """Of the tensors that have no places."""
+        self._expected: dict[str, list[int]] = {}
+        with _whole_shapes(model) as owners:
+            for name, tensor in tensors.items():
+                try:
+                    self.places[name] = _places(model, owners, name, tensor)
+                # loaders of a hundred models: whatever they raise, the tensor is loaded whole
+                except Exception as error:
+                    self.reasons[name] = f"{type(error).__name__}: {error}"
+        for name in list(self.places):
+            held = as_tensor(tensors[name])
+            self._expected[name] = [part_checksum(place, held) for place in self.places[name]]
+            if self._checksums(name) != self._expected[name]:
+                del self.places[name]
+                self.reasons[name] = "it does not lie where its loader seems to write it"
+
+        for place in next(iter(self.places.values()), ()):
+            place.warm_up()
+
+    def write(self, changes: Mapping[str, TensorChange], version: int) -> None:
+        """Writes what changed, or nothing: NotPlacedError, CorruptPatchError or
+        DigestMismatchError, with the tensor's name."""
+        for name, change in changes.items():
+            if name not in self.places:
+                why = self.reasons.get(name, "it is no tensor of this model")
+                raise NotPlacedError(f"{name} cannot be written in place: {why}")
+            check(name, change, change.dtype, change.shape)
+        write_all((name, change, self.places[name]) for name, change in changes.items())
+        expected = dict(self._expected) | {
+            name: [
+                signed(before + place.change_checksum(change))
+                for place, before in zip(self.places[name], self._expected[name], strict=True)
+            ]
+            for name, change in changes.items()
+        }
+        for name in sorted(self.places)[version % AUDIT :: AUDIT]:
+            if self._checksums(name) != expected[name]:
+                for changed, change in changes.items():
+                    for place in self.places[changed]:
+                        place.restore(change)
+                raise DigestMismatchError(
+                    f"tensor {name}: what lies in the engine's memory does not have the checksum"
+                    " of what was written"
+                )
+        self._expected = expected
+
+    def _checksums(self, name: str) -> list[int]:
+        return [place.checksum() for place in self.places[name]]
+
+
+def _places(model: Any, owners: Owners, name: str, tensor: TensorBytes) -> list[Place]:
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
+    source = torch.empty(tensor.shape, dtype=dtype, device="meta")
+    with _written_down(source) as writes:
+        model.load_weights([(name, source)])
+    places = [place for write in writes for place in _of_write(owners, write, tuple(tensor.shape))]
+    if not places and not _elsewhere(model):
+        raise NotPlacedError("its loader writes nothing")
+    return places
+
+
+def _elsewhere(model: Any) -> bool:
+    """Whether other processes have layers that this one has not (pipeline parallelism)."""
+    return any("PPMissingLayer" in type(layer).__name__ for layer in model.modules())
+
+
+def _of_write(owners: Owners, write: Write, shape: tuple[int, ...]) -> list[Place]:
+    into, source = write.into, write.source
+    if into.dtype != source.dtype or into.shape != source.shape or into.dim() not in (1, 2):
+        raise NotPlacedError(f"its loader copies {tuple(source.shape)} into {tuple(into.shape)}")
+    steps = torch.empty(shape, device="meta").stride()
+    if any(n > 1 and a != b for n, a, b in zip(source.shape, source.stride(), steps, strict=True)):
+        raise NotPlacedError("its loader turns it round")
+    first = divmod(int(source.storage_offset()), shape[-1])
+    address = _address(into)
+    if address in owners.refused:
+        raise NotPlacedError(owners.refused[address])
+    found = [] if into.is_meta else [plain(into, shape, first)]
+    for copy, _ in owners.copies.get(address, ()):
+        found.append(_in_copy(copy, into, shape, first))
+    if not found:
+        raise NotPlacedError("its parameter has no memory that can be written to")
+    return found
+
+
+def _in_copy(copy: Copy, into: Tensor, shape: tuple[int, ...], first: tuple[int, int]) -> Place:
+    layout = onednn.layout(copy.shape, copy.dtype)
+    row, column = divmod(int(into.storage_offset()), copy.shape[1])
+    if layout is None or into.dim() != 2 or into.stride() != (copy.shape[1], 1):
+        raise NotPlacedError("oneDNN's copy of its matrix has a layout that cannot be told")
+    down, right = layout
+    return Place(
+        memory=onednn.memory(copy.packed),
+        rows=down[row : row + into.shape[0]],
+        columns=right[column : column + into.shape[1]],
+        width=shape[1],
+        first_row=first[0],
+        first_column=first[1],
+        keeps=copy.packed,
+    )
+
+
+@contextmanager
+def _written_down(source: Tensor) -> Iterator[list[Write]]:
+    """Within, what this thread copies from `source` is written down instead."""
+    writes: list[Write] = []
+    copy, me, address = torch.Tensor.copy_, threading.get_ident(), _address(source)
+
+    def copy_(into: Tensor, what: Tensor, non_blocking: bool = False) -> Tensor:
+        if threading.get_ident() != me:
+            return copy(into, what, non_blocking)
+        if not what.is_meta or _address(what) != address:
+            raise NotPlacedError("its loader makes other values of it")
+        writes.append(Write(into=into, source=what))
+        return into
+
+    torch.Tensor.copy_ = copy_  # type: ignore[assignment,method-assign]
+    try:
+        yield writes
+    finally:
+        torch.Tensor.copy_ = copy  # type: ignore[method-assign]
+
+
+@contextmanager
+def _whole_shapes(model: Any) -> Iterator[Owners]:
+    """Within, parameters that vLLM gave up for a packed copy have their shapes again, without
+    memory, for the loaders to write to."""
+    owners, given_up = Owners(), []
+    for layer in model.modules():
+        weight, copy = getattr(layer, "weight", None), copy_of(layer)
+        method = type(getattr(layer, "quant_method", None)).__name__
+        if method not in (*WHOLE_LAYERS, "NoneType"):
+            for parameter in layer.parameters(recurse=False):
+                owners.refused[_address(parameter)] = f"its layer is quantised or packed ({method})"
+        if not isinstance(weight, Tensor):
+            continue
+        if weight.numel() == 0 and copy is not None:
+            shape = _meta_parameter(layer)
+            given_up.append((layer, weight))
+            layer._parameters["weight"] = weight = shape
+        if copy is not None:
+            owners.copies.setdefault(_address(weight), []).append((copy, layer))
+        elif hasattr(layer, "cpu_linear") and getattr(layer.cpu_linear, "__closure__", None):
+            owners.refused[_address(weight)] = "vLLM packed it, and nobody can tell how"
+    try:
+        yield owners
+    finally:
+        for layer, weight in given_up:
+            layer._parameters["weight"] = weight
+
+
+def _meta_parameter(layer: Any) -> Any:
+    """As it was before it was loaded, with its loader, of which a reload leaves a wrapper."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+    from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
+    from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
+
+    parameters, _ = get_layerwise_info(layer).restore_metadata
+    made: Any = restore_layer_refs(to_meta_tensor(parameters["weight"]), layer)
+    loader: Any = getattr(made, "weight_loader", None)
+    while getattr(loader, "__name__", "") == "online_process_loader":
+        loader = loader.__wrapped__
+        made.weight_loader = loader
+    return made
+
+
+def _address(tensor: Tensor) -> int:
+    # meta tensors have no memory, but storages of their own
+    return int(tensor.untyped_storage()._cdata)
+
+
+__all__ = ["AUDIT", "NotPlacedError", "PlacedModel"]
