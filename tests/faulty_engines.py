@@ -142,12 +142,16 @@ class PretendLLM:
         self.steps.append("load")
         listed = {str(n): Entry(d, tuple(s), a, z) for n, d, s, a, z in entries}
         found = {}
-        for name, tensor in read_mirror(path, listed.items()):
-            self.engine.decoder.load(name, tensor)
-            found[name] = digest(tensor.data)
-        self.engine.decoder.pack()
-        self.engine._batch.weights_changed(0)
-        self._refresh(self.version)
+
+        def load() -> None:
+            for name, tensor in read_mirror(path, listed.items()):
+                self.engine.decoder.load(name, tensor)
+                found[name] = digest(tensor.data)
+            self.engine.decoder.pack()
+            self.engine._batch.weights_changed(0)
+            self._refresh(self.version)
+
+        await self.engine._at_boundary(load)
         return [found]
 
     async def clear_prefix_cache(self) -> bool:
