@@ -200,7 +200,7 @@ BUDGET = {
     "rl/learner": 3_162,
     "rl/plan": 1_964,
     "rl/watch": 4_351,
-    "rl/weights": 1_463,
+    "rl/weights": 1_481,
     "rollout": 2_773,
     "rollout/embedded": 2_058,
     "rollout/vllm_backend": 3_433,

@@ -36,39 +36,53 @@ class Gate:
         self._tolerance = tolerance
         self._noise: deque[float] = deque(maxlen=REMEMBERED)
         self._kl: deque[float] = deque(maxlen=REMEMBERED)
+        self._ahead: deque[float] = deque(maxlen=REMEMBERED)
+        """How far apart steps were whose rollouts ran ahead of the learners."""
 
     def begin_stage(self) -> None:
         """What comes is another model: what its rounding is has to be measured anew."""
         self._noise.clear()
         self._kl.clear()
+        self._ahead.clear()
 
     def check(
-        self, metrics: Mapping[str, float], *, version: int, moved: float | None
+        self,
+        metrics: Mapping[str, float],
+        *,
+        version: int,
+        moved: float | None,
+        within: float = 0.0,
     ) -> dict[str, float]:
         """`sync/gate`: how far the step's tokens are from the learners, where 1 is the threshold
         from which there is an alarm (`Alarms`); nothing of a step without such figures.
 
         version: that was served when the step began. moved: what one update changes of the
-        probabilities, as the probe measured it. ActorLostError past a second threshold.
+        probabilities, as the probe measured it. within: updates of this step before the last of
+        its log-probs. ActorLostError past a second threshold, but only
+        of steps whose tokens are all of that version.
         """
         if MEAN not in metrics:
             return {}
         worker, apart = self._furthest(metrics)
-        between = metrics.get(STALENESS, 0.0) * (moved or 0.0)
+        stale = metrics.get(STALENESS, 0.0) + within
+        between = max(stale * (moved or 0.0), (stale > 0) * (self._median(self._ahead) or 0.0))
         expected = self._median(self._noise)
         # the first steps are held to the absolute bounds alone
         warn = max(WARN_LEAST * self._tolerance, WARN * ((expected or 0.0) + between))
-        stop = max(STOP_LEAST * self._tolerance, STOP * ((expected or 0.0) + between))
+        stop = max(STOP_LEAST * self._tolerance, STOP * (expected or 0.0))
         if expected is None:
-            warn, stop = self._tolerance / 2 + WARN * between, self._tolerance + STOP * between
+            warn, stop = self._tolerance / 2 + WARN * between, self._tolerance
+        if stale > 0:
+            # how far an update of the learners' own may go is not known beforehand
+            stop = math.inf
+            self._ahead.append(apart)
         if not apart <= stop:  # NaN is not
             raise ActorLostError(
                 f"{worker} decoded with other weights than version {version}: the probabilities of"
-                f" the tokens that train differ from the learners' by {apart:.3g} on average,"
-                f" where {(expected or 0.0) + between:.3g} is expected (rounding"
-                f" {expected or 0.0:.3g}, updates in between {between:.3g}) and {stop:.3g} is the"
-                " most; a graph, a packed copy or a cache is older than the weights, or the engine"
-                " draws from another distribution than it says"
+                f" the tokens that train differ from the learners' by {apart:.3g} on average, where"
+                f" rounding of {expected or 0.0:.3g} is expected and {stop:.3g} is the most; a"
+                " graph, a packed copy or a cache is older than the weights, or the engine draws"
+                " from another distribution than it says"
             )
         kl = abs(metrics.get(KL, 0.0))
         usual = self._median(self._kl)
@@ -76,8 +90,8 @@ class Gate:
         if usual is None or between:
             kl_warn = math.inf
         figure = max(apart / warn, kl / kl_warn)
-        if figure <= 1:
-            self._noise.append(max(0.0, apart - between))
+        if figure <= 1 and not stale:
+            self._noise.append(apart)
             self._kl.append(kl)
         return {"sync/gate": figure}
 

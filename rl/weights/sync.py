@@ -87,6 +87,7 @@ class WeightSync:
         self._fabric = fabric
         self._settings = settings
         self._schedule = config.schedule
+        self._recomputed = config.offpolicy.old_logp == "recompute"
         self._patience = config.rollout.timeout
         self._learners = learners
         self._pool = pool
@@ -206,7 +207,10 @@ class WeightSync:
     def check_step(self, metrics: Mapping[str, float], version: int) -> dict[str, float]:
         """`Gate.check` of a step that began with this version."""
         moved = None if self.moved is None else self.moved.p
-        return self.gate.check(metrics, version=version, moved=moved)
+        within = max(0.0, metrics.get("training/updates", 1.0) - 1)
+        if self._recomputed:
+            within = 0.0  # all were computed before the step's first update
+        return self.gate.check(metrics, version=version, moved=moved, within=within)
 
     def check(self) -> None:
         """Raises what made the delivery under way fail."""

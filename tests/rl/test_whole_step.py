@@ -24,6 +24,7 @@ from emberl.rl.data.tiny import make_tiny
 from emberl.rl.groups import Group
 from emberl.rl.learner.rank import LearnerRank, RankSpec
 from emberl.rl.trainer import update, with_advantages
+from emberl.rl.watch.spans import Spans
 from emberl.rollout.samples import Completion, Prompt, Span
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -286,7 +287,11 @@ def test_a_step_is_that_of_plain_pytorch(model: str, name: str) -> None:
             return {}
 
         run: Any = SimpleNamespace(
-            config=config, learners=rank, progress=Progress(), publish=publish
+            config=config,
+            learners=rank,
+            progress=Progress(),
+            publish=publish,
+            tracker=SimpleNamespace(spans=Spans(None)),
         )
         metrics = asyncio.run(update(run, trained, objective))
         found = {

@@ -39,6 +39,25 @@ def test_updates_in_between_are_expected_where_rollouts_run_ahead() -> None:
     assert gate.check({MEAN: 0.03}, version=6, moved=0.007)["sync/gate"] > 1
 
 
+def test_large_updates_in_between_are_an_alarm_and_no_end() -> None:
+    """Three steps of a real run in float32 after a short warm-up of the learning rate."""
+    gate = Gate(1e-3)
+    ahead = {"sched/staleness/max": 1.0}
+    gate.check({MEAN: 1e-6}, version=0, moved=None)
+    assert gate.check({MEAN: 0.0237, **ahead}, version=2, moved=0.0021)["sync/gate"] > 3
+    assert gate.check({MEAN: 0.03, **ahead}, version=3, moved=0.0021)["sync/gate"] < 1
+    with pytest.raises(ActorLostError, match="nan"):
+        gate.check({MEAN: math.nan, **ahead}, version=4, moved=0.0021)
+    with pytest.raises(ActorLostError, match="rounding of 1e-06 is expected"):
+        gate.check({MEAN: 0.0237}, version=4, moved=0.0021)
+
+
+def test_later_minibatches_come_after_updates_of_the_step_itself() -> None:
+    gate = Gate(0.01)
+    figure = gate.check({MEAN: 0.02}, version=0, moved=0.004, within=3.0)["sync/gate"]
+    assert figure == pytest.approx(0.02 / (0.005 + 3 * 3 * 0.004))
+
+
 def test_the_first_step_is_held_to_the_absolute_bound() -> None:
     assert Gate(0.01).check({MEAN: 0.004}, version=0, moved=None)["sync/gate"] == 0.8
     with pytest.raises(ActorLostError, match="worker"):
