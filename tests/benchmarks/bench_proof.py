@@ -119,8 +119,12 @@ def make_engine(world: World, engine: str, fault: faulty.Fault) -> Any:
     )  # fmt: skip
 
 
+FALSE_ALARM = "FALSE ALARM"
+
+
 async def play(world: World, engine: str, fault: faulty.Fault) -> str:
-    """What finds the fault; empty: nothing. An honest engine is told by an empty kind."""
+    """What finds the fault; empty: nothing. An honest engine is told by an empty kind; what stops an
+    engine whose fault has not begun is a false alarm."""
     faults = [fault]
     if fault.kind == "one worker of two old":
         faults = [faulty.Fault(), fault]
@@ -164,7 +168,7 @@ async def play(world: World, engine: str, fault: faulty.Fault) -> str:
             gate.check(await step(world, version, engines), version=version, moved=moved)
         return ""
     except ActorLostError:
-        return stage
+        return stage if fault.kind and version >= fault.begins else f"{FALSE_ALARM}, {stage}"
     finally:
         for each in engines:
             await each.close()
@@ -217,13 +221,18 @@ def main() -> None:
             what = asyncio.run(play(world, engine, fault))
             when = "start" if not fault.begins else "later"
             found[fault.kind, f"{engine}, {when}", what or "SILENT"] += 1
+            if what.startswith(FALSE_ALARM):
+                alarms += 1
+                print("false alarm:", world.dtype, engine, fault, what, flush=True)
             if not what:
                 print("silent:", world.dtype, engine, fault, flush=True)
             if number % 50 == 49:
                 print(f"{number + 1} injected, {time.time() - start:.0f} s", flush=True)
             if number % 10 == 0:
                 honest += 1
-                what = asyncio.run(play(world, engine, faulty.Fault(begins=2)))
+                what = asyncio.run(
+                    play(world, engine, faulty.Fault(begins=rng.choice([0, 2, VERSIONS - 4])))
+                )
                 alarms += bool(what)
                 if what:
                     print("false alarm:", world.dtype, engine, what, flush=True)
