@@ -7,12 +7,22 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from emberl.rl.run import on_loop
 from emberl.rollout.actors import ActorLostError, PlaceLostError
 from emberl.rollout.jobs import Job
 from emberl.rollout.pool import RolloutPool
-from emberl.rollout.samples import Prompt, Sampling
+from emberl.rollout.samples import Completion, Prompt, Sampling, Span
+
+ANSWER = Completion(
+    prompt_id="0",
+    sample=0,
+    token_ids=np.array([5, 6], np.int32),
+    logprobs=np.array([-0.5, -1.5], np.float32),
+    spans=(Span(0, 0, 2),),
+    finish_reason="stop",
+)
 
 
 class Dying:
@@ -82,7 +92,7 @@ class Answering:
             if index == self._breaks_after:
                 raise TimeoutError("killed")
             answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-            answer.set_result([(index, ("done",))])
+            answer.set_result([(index, (ANSWER,))])
             yield answer
 
 

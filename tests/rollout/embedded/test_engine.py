@@ -359,6 +359,13 @@ def test_positions_and_values_are_written_where_the_engine_reads(
     ids = [3, 9, 90, 41, 7, 55]
 
     async def scenario() -> None:
+        spare = make_decoder(0, dtype=dtype, **shape)
+        spare.pack()
+        warm = EmbeddedEngine(spare, max_model_len=220, run_id="run", version=5)
+        await warm.apply(
+            first
+        )  # compiles, and learns the layouts, which takes longer than decoding
+        await warm.close()
         engine = EmbeddedEngine(old, max_model_len=220, run_id="run", version=5)
         under_way = asyncio.create_task(collect(engine, make_prompt("p"), 2, LONG))
         await until_steps(engine, 5)
