@@ -13,6 +13,8 @@ import pytest
 
 # a call of Ray's without a cluster is an error, and does not start or join one for good
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+# No test needs a hub; one that names what is not there would wait for its retries.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def _module(name: str, folder: str = "models") -> ModuleType:
