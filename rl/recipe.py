@@ -108,12 +108,14 @@ def train(config: Config, *, resume: Resume = "never", override: bool = False) -
         started -= read_progress(checkpoint).seconds
     with alone_in(run_dir):
         forget_earlier(run_dir, anew=checkpoint is None)
+        model_path = prepare_model(config, run_dir, tell, anew=checkpoint is None)
+        check_adapters(config, model_path)
         attempts = Attempts(run_dir, config.cluster.max_restarts, checkpoint, tell)
         while True:
             try:
                 # in this order: Ray's start sets a SIGTERM handler of its own
                 with cluster, stop_on_signal() as stop:
-                    return with_learners(config, cluster, attempts, stop, started)
+                    return with_learners(config, cluster, model_path, attempts, stop, started)
             except ActorLostError as error:
                 attempts.another(error, "all actors are started")
                 cluster = Cluster(config, tell)
@@ -146,6 +148,7 @@ class Attempts:
 def with_learners(
     config: Config,
     cluster: Cluster,
+    model_path: str,
     attempts: Attempts,
     stop: threading.Event,
     started: float,
@@ -153,14 +156,19 @@ def with_learners(
     """The run to its end, with new learners where these are lost, while the engines stay."""
     while True:
         try:
-            return run_attempt(config, cluster, attempts, stop, started)
+            return run_attempt(config, cluster, model_path, attempts, stop, started)
         except (LearnersLostError, CallFailedError) as error:
             attempts.another(error, "the learners are started")
             cluster.restart_learners()
 
 
 def run_attempt(
-    config: Config, cluster: Cluster, attempts: Attempts, stop: threading.Event, started: float
+    config: Config,
+    cluster: Cluster,
+    model_path: str,
+    attempts: Attempts,
+    stop: threading.Event,
+    started: float,
 ) -> Result:
     """The run from a checkpoint, or from the beginning, to its end. started: when the run began,
     less the time in which it did not run."""
@@ -178,11 +186,6 @@ def run_attempt(
     # engines that have served a later one take no version back
     progress = progress.advance(version=max(progress.version, cluster.next_version))
     console = make_console()
-    anew = checkpoint is None and not cluster.spawned  # engines have loaded what there is
-    model_path = prepare_model(
-        config, run_dir, lambda text: console.print(text, markup=False), anew=anew
-    )
-    check_adapters(config, model_path)
     with ExitStack() as opened:
         # the actors load while this process reads the data: both take seconds
         learners, pool = cluster.spawn(model_path, run_dir)
