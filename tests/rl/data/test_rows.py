@@ -349,8 +349,8 @@ def test_two_processes_prepare_the_same_table(tmp_path: Path) -> None:
     file = tmp_path / "rows.parquet"
     write_repeated(file, 20_000, 5_000)
     code = (
-        "import sys; from emberl.rl.config.data import DataConfig, TinyConfig; from emberl.rl.data"
-        " import prepared;from emberl.rl.data.table import TableSource; from emberl.rl.data.tiny"
+        "import sys; from emberl.rl.config.data import DataConfig; from emberl.rl.config.tiny import"
+        " TinyConfig; from emberl.rl.data import prepared; from emberl.rl.data.table import TableSource; from emberl.rl.data.tiny"
         " import tiny_tokenizer;prepared.CACHED_BYTES = 1; t ="
         " tiny_tokenizer(TinyConfig(vocabulary='bytes'));s ="
         " TableSource(DataConfig(source=sys.argv[1], heldout=0), t, 0); print(s.size,"

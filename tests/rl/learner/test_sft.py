@@ -74,7 +74,8 @@ def test_a_cosine_may_end_above_zero() -> None:
     try:
         module = torch.nn.Linear(2, 2)
         mesh = init_device_mesh("cpu", (1,))
-        shard(module, [], mesh, torch.float32, reduce=torch.float32)
+        cpu = torch.device("cpu")
+        shard(module, [], mesh, torch.float32, device=cpu, master=torch.float32)
         optim = OptimConfig(lr=5e-5, schedule="cosine", min_lr_ratio=0.1, warmup_steps=0)
         trainable = Trainable(module, optim, 10)
         rates = [trainable.scheduler.get_last_lr()[0]]

@@ -57,8 +57,9 @@ def test_it_trains_as_fsdp_does(
         layers = module.body.layers if hasattr(module, "body") else []
         if hasattr(module, "model"):
             layers = module.model.model.layers
-        reduce = torch.float64 if dtype == "float64" else torch.float32
-        shard(module, layers, mesh, compute, reduce=reduce, keep=True)
+        master = torch.float64 if dtype == "float64" else torch.float32
+        cpu = torch.device("cpu")
+        shard(module, layers, mesh, compute, device=cpu, master=master, keep=True)
 
     monkeypatch.setattr(ranks, "keep_whole", by_fsdp)
     sharded = updated(path, dtype)
