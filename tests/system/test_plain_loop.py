@@ -50,7 +50,7 @@ def tokens(groups: Sequence[Group]) -> list[tuple[str, list[int], list[float]]]:
 def test_the_actors_are_the_page(emberl: Emberl, monkeypatch: pytest.MonkeyPatch) -> None:
     sampled: list[Sequence[Group]] = []
 
-    def record(_dir: Path, _step: int, _version: int, groups: Sequence[Group]) -> None:
+    def record(_dir: Path, _step: int, _version: int, groups: Sequence[Group], _: object) -> None:
         sampled.append(groups)
 
     monkeypatch.setattr(trainer, "record_lengths", record)
