@@ -140,6 +140,8 @@ class Wandb:
             "settings": wandb.Settings(console="off", silent=True, init_timeout=60),
         }
         options = {name: value for name, value in options.items() if value is not None}
+        # left by the process that started this one: its wandb-core may have ended, or write nothing
+        os.environ.pop("WANDB_SERVICE", None)
         try:
             self._run = wandb.init(mode=mode, **options)
         except Exception as error:  # no way out, a wrong key: the run is kept here all the same

@@ -153,7 +153,7 @@ for process in core():
     process.kill()
 for step in range(2, 51):
     tracker.log(step, {"critic/score/mean": 0.5})
-    time.sleep(0.01)
+    time.sleep(0.05)
 tracker.close()
 print("went on")
 """
