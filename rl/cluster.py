@@ -311,7 +311,7 @@ class Cluster:
                 raise PlaceLostError(f"no node has room for {resources_text(seat.bundle)}")
             if time.monotonic() > deadline:
                 raise TimeoutError("it has not loaded its model within cluster.start_timeout")
-        ray.get(ready)
+        ray.get(ready, timeout=PATIENCE)  # raises what its start raised
         return handle
 
     def wait(self) -> None:

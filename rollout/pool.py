@@ -186,7 +186,7 @@ class RolloutPool:
 
     async def trace(self, begin: bool) -> list[bytes]:
         """Begins a trace of every worker's process, or ends it: what each recorded."""
-        refs = [seat.worker.trace.remote(begin) for seat in self._seats]
+        refs = [self._seats[i].worker.trace.remote(begin) for i in self._here()]
         return list(await asyncio.wait_for(asyncio.gather(*refs), self._sync_timeout))
 
     async def wake(self) -> None:

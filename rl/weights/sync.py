@@ -326,8 +326,10 @@ class WeightSync:
     @property
     def _into_engines(self) -> bool:
         """Whether versions go into the engines' processes: whole ones only, and where all change at
-        once (engines that are updated one after another cannot receive together)."""
-        return self._transport == "collective" and self._mode == "dense" and bool(self._backend)
+        once (engines that are updated one after another cannot receive together), and where every
+        worker is there: a broadcast waits for all that it counts."""
+        into = self._transport == "collective" and self._mode == "dense" and bool(self._backend)
+        return into and not self._pool.gone
 
     def _next_broadcast(self) -> Broadcast:
         """Of the group that stands, or of a new one where a worker was replaced or the last

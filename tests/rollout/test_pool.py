@@ -151,3 +151,26 @@ def test_others_do_the_work_of_one_whose_node_is_gone(make_prompt: Callable[...,
     assert again == [2, 4] and pool.gone == (0,)
     assert len(told) == 1
     assert "no node has room for 1 CPU; the run goes on with 1 rollout workers" in told[0]
+
+
+class Traced:
+    """A worker whose process has recorded something."""
+
+    def __init__(self, recorded: bytes | None) -> None:
+        self._recorded = recorded
+
+    @property
+    def trace(self) -> Traced:
+        return self
+
+    async def remote(self, begin: bool) -> bytes:
+        assert self._recorded is not None, "it is gone"
+        return self._recorded
+
+
+def test_a_trace_is_asked_of_who_is_here() -> None:
+    async def play() -> list[bytes]:
+        pool = RolloutPool([Traced(None), Traced(b"here")], timeout=5, sync_timeout=5, gone=(0,))
+        return await pool.trace(False)
+
+    assert on_loop(play()) == [b"here"]

@@ -98,6 +98,7 @@ class FakePool:
 
     restarts = 0
     workers: Sequence[Any] = (0,)
+    gone: tuple[int, ...] = ()
 
     def __init__(self) -> None:
         self.notices: list[WeightUpdate] = []
@@ -214,7 +215,8 @@ def test_whole_weights_go_into_the_engines_where_all_change_at_once(tmp_path: Pa
     async def sent() -> None: ...
 
     learners.meet, learners.broadcast, pool.serve_later = meet, sent, pool.notices.append
-    for mode in ("dense", "patch"):
+    for mode, gone in (("dense", ()), ("patch", ()), ("dense", (0,))):
+        pool.gone = gone
         sync = make(
             learners,
             pool,
@@ -239,7 +241,7 @@ def test_whole_weights_go_into_the_engines_where_all_change_at_once(tmp_path: Pa
         asyncio.run(play())
     assert met == [("gloo", 2)]
     numbers = [order.broadcast and order.broadcast.number for order in learners.orders]
-    assert numbers == [0, 1, None, None, None, None]
+    assert numbers == [0, 1, None, None, None, None, None, None, None]
 
 
 class Decoding:
