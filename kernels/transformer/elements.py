@@ -5,7 +5,8 @@ torch takes a pass, and a float32 copy, for every cast, product and sum of these
 here as uint16.
 
 What is compiled is kept between processes; see `kernels/compiled_loops.py`.
-Shape legend: T tokens, H features of a row, I features of the MLP, D features of a head.
+Shape legend: T tokens, H features of a row, I features of the MLP, D features of a head, N
+sequences of at most L tokens.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -105,51 +106,94 @@ def gated_backward(gate, up, dout, out, dgate, dup):
 
 
 @compiled
-def rotate(x, cos, sin, out):
-    """Rotary embedding of rows [T, heads * D] by the token's angles [T, D / 2], into `out` [heads,
-    T, D]."""
-    heads, rows, width = out.shape
+def rotate(x, cos, sin, starts, lengths, out):
+    """Rotary embedding of rows [T, heads * D] by the token's angles [T, D / 2], into `out` [N,
+    heads, L, D]: of the N sequences that begin at row `starts` and have `lengths` rows; zeros
+    behind the shorter ones."""
+    count, heads, _, width = out.shape
     half = width // 2
-    for t in range(rows):
+    for n in range(count):
         for h in range(heads):
-            for i in range(half):
-                a = widen(x[t, h * width + i])
-                b = widen(x[t, h * width + half + i])
-                c = cos[t, i]
-                s = sin[t, i]
-                out[h, t, i] = narrow(a * c - b * s)
-                out[h, t, half + i] = narrow(b * c + a * s)
+            for t in range(lengths[n]):
+                row = starts[n] + t
+                source = x[row]
+                cosines = cos[row]
+                sines = sin[row]
+                target = out[n, h, t]
+                for i in range(half):
+                    a = widen(source[h * width + i])
+                    b = widen(source[h * width + half + i])
+                    c = cosines[i]
+                    s = sines[i]
+                    target[i] = narrow(a * c - b * s)
+                    target[half + i] = narrow(b * c + a * s)
+            out[n, h, lengths[n] :] = uint16(0)
 
 
 @compiled
-def rotate_back(x, cos, sin, out):
-    """The inverse rotation of [heads, T, D] into rows [T, heads * D]."""
-    heads, rows, width = x.shape
+def rotate_back(x, cos, sin, starts, lengths, out):
+    """The inverse rotation of [N, heads, L, D] into rows [T, heads * D]."""
+    count, heads, _, width = x.shape
     half = width // 2
-    for t in range(rows):
+    for n in range(count):
         for h in range(heads):
-            for i in range(half):
-                a = widen(x[h, t, i])
-                b = widen(x[h, t, half + i])
-                c = cos[t, i]
-                s = sin[t, i]
-                out[t, h * width + i] = narrow(a * c + b * s)
-                out[t, h * width + half + i] = narrow(b * c - a * s)
+            for t in range(lengths[n]):
+                row = starts[n] + t
+                source = x[n, h, t]
+                cosines = cos[row]
+                sines = sin[row]
+                target = out[row]
+                for i in range(half):
+                    a = widen(source[i])
+                    b = widen(source[half + i])
+                    c = cosines[i]
+                    s = sines[i]
+                    target[h * width + i] = narrow(a * c + b * s)
+                    target[h * width + half + i] = narrow(b * c - a * s)
 
 
 @compiled
-def split_heads(rows, out, block, deltas):
-    """Rows [L, heads * D] as `block` [heads, L, D], and the sum of rows * out over each head's
-    features as `deltas` [heads, L]."""
-    heads, length, width = block.shape
-    for t in range(length):
+def gather_heads(rows, starts, lengths, block):
+    """Rows [T, heads * D] as `block` [N, heads, L, D], zeros behind the shorter sequences."""
+    count, heads, _, width = block.shape
+    for n in range(count):
         for h in range(heads):
-            total = float32(0.0)
-            for i in range(width):
-                bits = rows[t, h * width + i]
-                block[h, t, i] = bits
-                total += widen(bits) * widen(out[t, h * width + i])
-            deltas[h, t] = total
+            for t in range(lengths[n]):
+                source = rows[starts[n] + t]
+                target = block[n, h, t]
+                for i in range(width):
+                    target[i] = source[h * width + i]
+            block[n, h, lengths[n] :] = uint16(0)
+
+
+@compiled
+def scatter_heads(block, starts, lengths, rows):
+    """The inverse of `gather_heads`."""
+    count, heads, _, width = block.shape
+    for n in range(count):
+        for h in range(heads):
+            for t in range(lengths[n]):
+                source = block[n, h, t]
+                target = rows[starts[n] + t]
+                for i in range(width):
+                    target[h * width + i] = source[i]
+
+
+@compiled
+def products_of_rows(block, out, starts, lengths, deltas):
+    """The sum over each head's features of `block` [N, heads, L, D] times rows `out` [T, heads *
+    D], as `deltas` [N, heads, L]; zeros behind the shorter sequences."""
+    count, heads, _, width = block.shape
+    for n in range(count):
+        for h in range(heads):
+            for t in range(lengths[n]):
+                total = float32(0.0)
+                one = block[n, h, t]
+                other = out[starts[n] + t]
+                for i in range(width):
+                    total += widen(one[i]) * widen(other[h * width + i])
+                deltas[n, h, t] = total
+            deltas[n, h, lengths[n] :] = float32(0.0)
 
 
 @compiled

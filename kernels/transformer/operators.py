@@ -3,17 +3,19 @@ pass only what cannot be formed anew from the operands: no float32 copies, no sc
 a gate.
 
 Shape legend: T tokens of a pass, sequences one behind the other; H, I features; D features of a
-head; L tokens of one sequence; heads query heads, kv heads of keys and values.
+head; N sequences of at most L tokens; heads query heads, kv heads of keys and values.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import elements
@@ -125,10 +127,56 @@ def _gated(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
+@dataclass(frozen=True, slots=True)
+class _Alike:
+    """Sequences of similar length, which one product takes together, filled up with zeros."""
+
+    starts: NDArray[np.int64]
+    """[N] rows at which they begin."""
+    lengths: NDArray[np.int64]
+    """[N]"""
+    longest: int
+    """L"""
+    first: int
+    """Rows of filled-up sequences before this group."""
+
+    @property
+    def last(self) -> int:
+        return self.first + len(self.starts) * self.longest
+
+
+SCORES = 2**18
+"""Of sequences that are taken together, at the most: they stay in a core's second cache."""
+FILLING = 1 / 8
+"""Of the rows of a group, at the most."""
+
+
+@lru_cache(maxsize=64)
+def _groups(borders: tuple[int, ...], heads: int) -> tuple[_Alike, ...]:
+    """All sequences, in groups of similar length; the same in every layer of a pass."""
+    starts = np.array(borders[:-1], np.int64)
+    lengths = np.array(borders[1:], np.int64) - starts
+    order = np.argsort(-lengths, kind="stable")
+    groups: list[_Alike] = []
+    taken = 0
+    while taken < len(order):
+        longest = int(lengths[order[taken]])
+        room = max(1, SCORES // (heads * longest * longest))
+        fits = lengths[order[taken : taken + room]]
+        filling = 1 - np.cumsum(fits) / (np.arange(1, len(fits) + 1) * longest)
+        count = max(1, int(np.argmax(filling > FILLING)) or len(fits))
+        chosen = order[taken : taken + count]
+        first = groups[-1].last if groups else 0
+        groups.append(_Alike(starts[chosen], lengths[chosen], longest, first))
+        taken += count
+    return tuple(groups)
+
+
 class _Attention(torch.autograd.Function):
-    """Each sequence's queries lie as a block [heads, L, D], so that the heads of a group are rows
-    of one product with the keys that they share. Scores are formed anew in backward, in room for
-    one sequence of each thread."""
+    """Short sequences go through together: a call of an operator costs more than what it computes
+    for one of them. Each sequence's queries lie as a block [heads, L, D], so that the heads of a
+    group are rows of one product with the keys that they share. Scores are formed anew in
+    backward, in room for one group of sequences of each thread."""
 
     @staticmethod
     def forward(
@@ -142,27 +190,34 @@ class _Attention(torch.autograd.Function):
         size: int,
         scale: float,
     ) -> Tensor:
-        heads, kv, count = q.shape[1] // size, k.shape[1] // size, len(q)
-        turned_q, turned_k, out = torch.empty_like(q), torch.empty_like(k), torch.empty_like(q)
-        sums = torch.empty(count * heads)
+        heads, kv = q.shape[1] // size, k.shape[1] // size
+        groups = _groups(borders, heads)
+        rows = groups[-1].last
+        turned_q, turned_k = q.new_empty(rows, heads * size), k.new_empty(rows, kv * size)
+        out, sums = torch.empty_like(q), torch.empty(rows, heads)
+        angles = cos.numpy(), sin.numpy()
+        q_bits, k_bits, v_bits, out_bits = bits(q), bits(k), bits(v), bits(out)
 
-        def attend(a: int, b: int) -> None:
-            length = b - a
-            block_q, block_k = _block(turned_q, a, b, heads), _block(turned_k, a, b, kv)
-            _rotate(q[a:b], cos[a:b], sin[a:b], block_q)
-            _rotate(k[a:b], cos[a:b], sin[a:b], block_k)
-            scores = torch.bmm(block_q.view(kv, -1, size), block_k.transpose(1, 2))
+        def attend(group: _Alike) -> None:
+            at = group.starts, group.lengths
+            block_q, block_k = (_blocks(turned, group, size) for turned in (turned_q, turned_k))
+            elements.rotate(q_bits, *angles, *at, bits(block_q))
+            elements.rotate(k_bits, *angles, *at, bits(block_k))
+            values = torch.empty_like(block_k)
+            elements.gather_heads(v_bits, *at, bits(values))
+            scores = torch.bmm(_shared(block_q, kv), block_k.flatten(0, 1).transpose(1, 2))
+            log_sums = sums[group.first : group.last].view(-1, group.longest)
             elements.causal_softmax(
-                bits(scores.view(heads, length, length)),
+                bits(scores.view(*log_sums.shape, group.longest)),
                 np.float32(scale),
-                sums[a * heads : b * heads].view(heads, length).numpy(),
+                log_sums.numpy(),
             )
-            answer = torch.bmm(scores, _heads(v[a:b], size)).view(heads, length, size)
-            _heads(out[a:b], size).copy_(answer)
+            answer = torch.bmm(scores, values.flatten(0, 1))
+            elements.scatter_heads(bits(answer.view_as(block_q)), *at, out_bits)
 
-        over_parts(list(pairwise(borders)), attend)
+        over_parts(groups, attend)
         ctx.save_for_backward(turned_q, turned_k, v, cos, sin, out, sums)
-        ctx.borders = borders
+        ctx.groups = groups
         ctx.size = size
         ctx.scale = scale
         return out
@@ -171,47 +226,51 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         turned_q, turned_k, v, cos, sin, out, sums = ctx.saved_tensors
-        size, heads, kv = ctx.size, turned_q.shape[1] // ctx.size, v.shape[1] // ctx.size
-        dout = dout.contiguous()
-        dq, dk, dv = torch.empty_like(turned_q), torch.empty_like(turned_k), torch.empty_like(v)
+        size, kv = ctx.size, v.shape[1] // ctx.size
+        dq, dk, dv = torch.empty_like(out), torch.empty_like(v), torch.empty_like(v)
+        angles = cos.numpy(), sin.numpy()
+        dq_bits, dk_bits, dv_bits = bits(dq), bits(dk), bits(dv)
+        v_bits, out_bits, dout_bits = bits(v), bits(out), bits(dout.contiguous())
 
-        def attend(a: int, b: int) -> None:
-            length = b - a
-            q, k = _block(turned_q, a, b, heads).view(kv, -1, size), _block(turned_k, a, b, kv)
-            slope, deltas = dout.new_empty(heads, length, size), torch.empty(heads, length)
-            elements.split_heads(bits(dout[a:b]), bits(out[a:b]), bits(slope), deltas.numpy())
-            slope = slope.view(kv, -1, size)
+        def attend(group: _Alike) -> None:
+            at = group.starts, group.lengths
+            block_q, block_k = (_blocks(turned, group, size) for turned in (turned_q, turned_k))
+            slope, values = torch.empty_like(block_q), torch.empty_like(block_k)
+            deltas = torch.empty(block_q.shape[:-1])
+            elements.gather_heads(dout_bits, *at, bits(slope))
+            elements.gather_heads(v_bits, *at, bits(values))
+            elements.products_of_rows(bits(slope), out_bits, *at, deltas.numpy())
+            q, k, slopes = _shared(block_q, kv), block_k.flatten(0, 1), _shared(slope, kv)
             probs = torch.bmm(q, k.transpose(1, 2))
-            dscores = torch.bmm(slope, _heads(v[a:b], size).transpose(1, 2))
+            dscores = torch.bmm(slopes, values.flatten(0, 1).transpose(1, 2))
+            log_sums = sums[group.first : group.last].view(-1, group.longest)
             elements.causal_softmax_backward(
-                bits(probs.view(heads, length, length)),
-                bits(dscores.view(heads, length, length)),
+                bits(probs.view(*log_sums.shape, group.longest)),
+                bits(dscores.view(*log_sums.shape, group.longest)),
                 np.float32(ctx.scale),
-                sums[a * heads : b * heads].view(heads, length).numpy(),
-                deltas.numpy(),
+                log_sums.numpy(),
+                deltas.view_as(log_sums).numpy(),
             )
-            _heads(dv[a:b], size).copy_(torch.bmm(probs.transpose(1, 2), slope))
-            turns = cos[a:b].numpy(), sin[a:b].numpy()
-            dblock = torch.bmm(dscores, k).view(heads, length, size)
-            elements.rotate_back(bits(dblock), *turns, bits(dq[a:b]))
-            elements.rotate_back(bits(torch.bmm(dscores.transpose(1, 2), q)), *turns, bits(dk[a:b]))
+            dvalues = torch.bmm(probs.transpose(1, 2), slopes).view_as(values)
+            elements.scatter_heads(bits(dvalues), *at, dv_bits)
+            dblock_q = torch.bmm(dscores, k).view_as(block_q)
+            elements.rotate_back(bits(dblock_q), *angles, *at, dq_bits)
+            dblock_k = torch.bmm(dscores.transpose(1, 2), q).view_as(block_k)
+            elements.rotate_back(bits(dblock_k), *angles, *at, dk_bits)
 
-        over_parts(list(pairwise(ctx.borders)), attend)
+        over_parts(ctx.groups, attend)
         return dq, dk, dv, None, None, None, None, None
 
 
-def _block(rows: Tensor, a: int, b: int, heads: int) -> Tensor:
-    """The memory of rows a to b as [heads, L, D]."""
-    return rows[a:b].view(heads, b - a, -1)
+def _blocks(rows: Tensor, group: _Alike, size: int) -> Tensor:
+    """The memory of a group's rows as [N, heads, L, D]."""
+    part = rows[group.first : group.last]
+    return part.view(len(group.starts), -1, group.longest, size)
 
 
-def _heads(rows: Tensor, size: int) -> Tensor:
-    """A view of rows [L, heads * D] as [heads, L, D]."""
-    return rows.view(len(rows), -1, size).transpose(0, 1)
-
-
-def _rotate(rows: Tensor, cos: Tensor, sin: Tensor, block: Tensor) -> None:
-    elements.rotate(bits(rows), cos.numpy(), sin.numpy(), bits(block))
+def _shared(block: Tensor, kv: int) -> Tensor:
+    """[N, heads, L, D] as [N * kv, heads / kv * L, D]: rows that share their keys."""
+    return block.view(len(block) * kv, -1, block.shape[-1])
 
 
 def rms_norm(x_TH: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -6,12 +6,13 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+Part = TypeVar("Part")
 FEW_ROWS = 128
 """Fewer are not worth a second thread."""
 
@@ -51,11 +52,11 @@ def over_rows(count: int, part: Callable[[int, int, int], None]) -> None:
     list(_pool(threads).map(part, range(threads), edges, edges[1:]))
 
 
-def over_parts(parts: Sequence[tuple[int, int]], work: Callable[[int, int], None]) -> None:
-    """Calls work(start, stop) for every part, as many at a time as torch has threads."""
+def over_parts(parts: Sequence[Part], work: Callable[[Part], None]) -> None:
+    """Calls work(part) for every part, as many at a time as torch has threads."""
     threads = torch.get_num_threads()
     if threads == 1 or len(parts) == 1:
         for part in parts:
-            work(*part)
+            work(part)
         return
-    list(_pool(threads).map(work, *zip(*parts, strict=True)))
+    list(_pool(threads).map(work, parts))

@@ -49,11 +49,11 @@ def test_what_is_shared_out_records_no_graph() -> None:
     inputs = torch.ones(4, requires_grad=True)
     out = torch.empty(4)
 
-    def work(start: int, stop: int) -> None:
-        out[start:stop].copy_(2 * inputs[start:stop])
+    def work(part: slice) -> None:
+        out[part].copy_(2 * inputs[part])
         seen.append((torch.is_grad_enabled(), threading.current_thread().name.split("_")[0]))
 
     with torch.no_grad():  # as in the forward pass of an autograd function
-        sharing.over_parts([(0, 1), (1, 2), (2, 4)], work)
+        sharing.over_parts([slice(0, 1), slice(1, 2), slice(2, 4)], work)
     assert seen == [(False, "elements")] * 3
     assert not out.requires_grad and out.tolist() == [2.0] * 4

@@ -65,12 +65,28 @@ def test_sums_over_passes_are_torchs() -> None:
 
 
 @pytest.mark.usefixtures("threads")
-def test_attention_is_torchs_for_sequences_of_any_length() -> None:
+@pytest.mark.parametrize(
+    ("borders", "together"),
+    [
+        ((0, 1, 40, 41, 150), [[109], [39], [1, 1]]),
+        # 5 of 48 rows are filling; with the sequence of 10, 11 of 64 would be more than an eighth
+        ((0, 10, 24, 40, 53), [[16, 14, 13], [10]]),
+    ],
+)
+def test_attention_is_torchs_for_sequences_of_any_length(
+    borders: tuple[int, ...], together: list[list[int]]
+) -> None:
     heads, kv, size = 4, 2, 16
-    borders = (0, 1, 40, 41, 150)
-    given = drawn(150, heads * size), drawn(150, kv * size, seed=1), drawn(150, kv * size, seed=2)
-    slope = drawn(150, heads * size, seed=3)
-    flat = torch.ones(150, size // 2), torch.zeros(150, size // 2)  # angles of 0: nothing turns
+    groups = operators._groups(borders, heads)
+    assert [group.lengths.tolist() for group in groups] == together
+    count = borders[-1]
+    given = (
+        drawn(count, heads * size),
+        drawn(count, kv * size, seed=1),
+        drawn(count, kv * size, seed=2),
+    )
+    slope = drawn(count, heads * size, seed=3)
+    flat = torch.ones(count, size // 2), torch.zeros(count, size // 2)  # angles of 0: none turns
     leaves = [tensor.clone().requires_grad_() for tensor in given]
     out = operators.causal_attention(*leaves, *flat, borders, size=size, scale=0.3)
     found = [out.detach(), *torch.autograd.grad(out, leaves, slope)]
