@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from .evaluation.commands import app as evaluation
-from .exits import FAILED, INTERRUPTED, USAGE, fail
+from .exits import FAILED, USAGE, fail
 from .job_commands import app as jobs
-from .local_ray import before_import
+from .train_commands import app as training
 from .watch.bench_command import app as bench
 from .watch_commands import app as watching
 from .weights.history_commands import app as patches
-
-if TYPE_CHECKING:
-    from .config.load import Config
-    from .config.stages import Recipe
-    from .run_directory import Resume
 
 app = typer.Typer(
     help="Trains a language model to reason, with reinforcement learning.",
@@ -46,119 +41,7 @@ def _root(
     """Each command has --help with an example."""
 
 
-@app.command(epilog="Example: emberl train configs/quickstart.yaml schedule.steps=50 seed=1")
-def train(
-    config: Annotated[Path, typer.Argument(help="The experiment, a YAML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to it, e.g. optim.lr=1e-4.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option(help="Print the resolved configuration and the placement, and stop.")
-    ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option(help="Go on from the run's last checkpoint; --resume auto: if there is one."),
-    ] = False,
-    override: Annotated[
-        bool,
-        typer.Option(
-            help=(
-                "With --resume: go on although stages, data, model or seed are not the"
-                " checkpoint's."
-            )
-        ),
-    ] = False,
-    start: Annotated[
-        str | None,
-        typer.Option(
-            "--from",
-            metavar="STAGE",
-            help=(
-                "Of a recipe: do this stage and all after it anew; what they left is removed."
-                " Without it, what is done is skipped."
-            ),
-        ),
-    ] = None,
-    like: Annotated[
-        str | None,
-        typer.Option(
-            help="With --dry-run: the overrides that give the defaults of `verl` or of `trl`."
-        ),
-    ] = None,
-) -> None:
-    """Runs an experiment, or the stages of a recipe that are not done; the last line of stdout is
-    one JSON object with the result."""
-    from .config.likeness import PEERS
-    from .config.load import ConfigError
-    from .config.stages import Recipe, load_experiment
-
-    try:
-        changes = list(overrides or ())
-        how: Resume = "must" if resume else "never"
-        if resume and "auto" in changes:  # the flag's own word, which has no key=value
-            changes.remove("auto")
-            how = "auto"
-        settings = load_experiment(config, changes)
-        recipe = isinstance(settings, Recipe)
-        if like is not None and (not dry_run or like not in PEERS):
-            raise ConfigError(
-                f"--like {like}: give --dry-run --like {' or --dry-run --like '.join(PEERS)}"
-            )
-        if start is not None and not recipe:
-            raise ConfigError(f"--from {start}: {config} has no named stages; leave it out")
-        if dry_run:
-            show_plan(settings, like)
-            return
-        stages = [s.config for s in settings.stages] if isinstance(settings, Recipe) else [settings]
-        before_import(next((s.cluster.address for s in stages if s.cluster.address), None))
-        if isinstance(settings, Recipe):
-            from .stages import run_recipe
-
-            found = run_recipe(settings, start=start, override=override)
-        else:
-            from .recipe import train as run_training
-
-            found = run_training(settings, resume=how, override=override).as_json()
-    except ConfigError as error:
-        fail(str(error), USAGE)
-    except KeyboardInterrupt:
-        fail(
-            "interrupted before anything could be saved; --resume goes on from the last checkpoint,"
-            " if there is one",
-            INTERRUPTED,
-        )
-    except Exception as error:  # the last line of a run must say why it failed, whatever failed
-        import traceback
-
-        traceback.print_exc()
-        fail(f"{type(error).__name__}: {error}", FAILED)
-    print(json.dumps(found), flush=True)
-    if found["status"] == "interrupted":
-        raise typer.Exit(INTERRUPTED)
-
-
-@app.command(epilog="Example: emberl presets")
-def presets() -> None:
-    """The values of `algorithm`: each with its paper and the settings that it stands for."""
-    from .config.cautions import describe_presets
-
-    print("\n".join(describe_presets()))
-
-
-@app.command(name="keys", epilog="Example: emberl keys rollout")
-def reference(
-    within: Annotated[
-        str, typer.Argument(help="A key or a group; with it the whole of what is said of each.")
-    ] = "",
-) -> None:
-    """Every key of a configuration: its type, its default and what it means."""
-    from .config.load import Config
-    from .config.reference import table
-
-    try:
-        print("\n".join(table(Config, within)))
-    except ValueError as error:
-        fail(str(error), USAGE)
+app.add_typer(training)
 
 
 @app.command(epilog="Example: emberl audit math --data graded.jsonl.gz --html report.html")
@@ -246,13 +129,6 @@ def doctor(
         print(*checks, sep="\n")
     if status is State.ERROR:
         raise typer.Exit(FAILED)
-
-
-app.add_typer(evaluation)
-app.add_typer(jobs)
-app.add_typer(watching)
-app.add_typer(patches, name="patches")
-app.add_typer(bench, name="bench")
 
 
 @app.command(
@@ -346,51 +222,11 @@ def data(
         fail(str(error), USAGE)
 
 
-def show_plan(settings: Config | Recipe, like: str | None = None) -> None:
-    """What `--dry-run` prints, of a recipe for each stage: the configuration, the placement, what a
-    file changes of its preset, doubtful settings, and what the first rows of the data show."""
-    from .config.stages import Recipe
-    from .model_files import check_files
-    from .preflight import check_inputs
-
-    if isinstance(settings, Recipe):
-        from .stages import check_recipe
-
-        said = check_recipe(settings)
-        for number, stage in enumerate(settings.stages, 1):
-            print(f"# stage {number} of {len(settings.stages)}: {stage.name} ({stage.kind})")
-            show_run(stage.config, like)
-            print()
-    else:
-        check_files(settings)
-        said = check_inputs(settings)
-        show_run(settings, like)
-    for line in said:
-        print(f"data: {line}")
-
-
-def show_run(settings: Config, like: str | None) -> None:
-    """A run's configuration and placement, and what is said of them."""
-    from ..rollout.engine import check_engine
-    from .config.cautions import said_at_start
-    from .config.likeness import describe
-    from .config.load import to_yaml, user_errors
-    from .placement import plan_placement
-
-    # where it will run, vLLM may be installed
-    if settings.rollout.engine != "vllm" or settings.rollout.servers:
-        with user_errors():
-            check_engine(
-                settings.rollout.engine, settings.rollout.engine_args, settings.rollout.servers
-            )
-    print(to_yaml(settings).rstrip())
-    print("---")
-    print(plan_placement(settings).describe())
-    for line in said_at_start(settings):
-        print(line)
-    if like is not None:
-        print("---")
-        print(describe(settings, "verl" if like == "verl" else "trl"))
+app.add_typer(evaluation)
+app.add_typer(jobs)
+app.add_typer(watching)
+app.add_typer(patches, name="patches")
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -11,6 +14,25 @@ import typer
 from .config.masking import hidden
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+
+@contextmanager
+def telling_why(interrupted: str) -> Iterator[None]:
+    """The last line of a run must say why it failed, whatever failed. interrupted: what it says
+    after Ctrl-C."""
+    from .config.load import ConfigError
+
+    try:
+        yield
+    except ConfigError as error:
+        fail(str(error), USAGE)
+    except KeyboardInterrupt:
+        fail(interrupted, INTERRUPTED)
+    except typer.Exit:
+        raise
+    except Exception as error:
+        print(hidden(traceback.format_exc()), end="", file=sys.stderr, flush=True)
+        fail(f"{type(error).__name__}: {error}", FAILED)
 
 
 def fail(message: str, status: int) -> Any:

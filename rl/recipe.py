@@ -52,7 +52,7 @@ from .run_directory import (
 )
 from .sft import Imitated, open_imitated, train_sft, with_sft_steps
 from .trainer import train_rl
-from .watch.console import make_console
+from .watch.console import make_console, say
 from .watch.profiles import write_timeline
 from .watch.rollouts import trim_steps
 from .watch.system import SystemWatch
@@ -89,7 +89,7 @@ def train(config: Config, *, resume: Resume = "never", override: bool = False) -
     """Runs all stages. resume: go on from the last checkpoint, `auto` if there is one. Raises
     `ConfigError` before Ray starts where the fault can be known by then."""
     started = time.time()
-    tell = partial(make_console().print, highlight=False, markup=False)
+    tell = partial(say, make_console())
     for line in said_at_start(config):
         tell(line)
     check_inputs(config, hub=True)

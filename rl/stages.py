@@ -30,7 +30,7 @@ from .preflight import check_inputs
 from .recipe import Result, train
 from .reject import totals
 from .run_directory import METRICS, SUMMARY, alone_in, read_metrics
-from .watch.console import make_console
+from .watch.console import make_console, say
 
 DONE = "done.json"
 FREE = ("name", "run_dir", "tracking", "cluster", "checkpoint", "sync")
@@ -70,7 +70,7 @@ def run_recipe(
     if start is not None and start not in names:
         raise ConfigError(f"--from {start}: there is no such stage; there are {', '.join(names)}")
     anew = names[names.index(start) :] if start is not None else []
-    tell = partial(make_console().print, highlight=False, markup=False)
+    tell = partial(say, make_console())
     for line in check_recipe(recipe):
         tell(line)
     done = finished(recipe, anew)

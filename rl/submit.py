@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config.load import Config, ConfigError
+from .config.masking import hidden
 from .config.stages import Recipe, load_experiment
 from .run_directory import STOP, SUMMARY
 
@@ -81,9 +82,10 @@ def submit(
         job = client.submit_job(
             entrypoint=shlex.join(command), runtime_env=runtime, metadata={RUN_DIR: run_dir}
         )
+    shown = hidden(address)
     tell(f"submitted {job}, which writes to {run_dir} on the node where it starts")
-    tell(f"follow it: ray job logs --follow --address {address} {job}")
-    tell(f"stop it after a step, saved: emberl stop {job} --address {address}")
+    tell(f"follow it: ray job logs --follow --address {shown} {job}")
+    tell(f"stop it after a step, saved: emberl stop {job} --address {shown}")
     return follow(client, job, tell) if wait else 0
 
 
@@ -91,15 +93,15 @@ def follow(client: JobSubmissionClient, job: str, tell: Callable[[str], None]) -
     """Prints the job's log until it ends; its exit status, 1 where it never had one."""
 
     async def lines() -> None:
-        async for text in client.tail_job_logs(job):
-            tell(text.rstrip("\n"))
+        async for text in client.tail_job_logs(job):  # Ray's own first line has the whole command
+            tell(hidden(text.rstrip("\n")))
 
     asyncio.run(lines())
     while (info := client.get_job_info(job)).status.value not in FINAL:
         time.sleep(0.5)
     if info.status.value == "SUCCEEDED":
         return 0
-    tell(f"{job}: {info.status.value}: {info.message}")
+    tell(hidden(f"{job}: {info.status.value}: {info.message}"))
     return info.driver_exit_code or 1
 
 

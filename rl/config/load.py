@@ -75,7 +75,7 @@ def user_errors() -> Iterator[None]:
 class Config(Settings):
     """One experiment."""
 
-    name: str = Field(min_length=1, max_length=200, pattern="^[^/]*$")
+    name: str = Field(min_length=1, max_length=200, pattern=r"^[^/\x00-\x1f.\s][^/\x00-\x1f]*$")
     """Names the run's directory, and the run in W&B."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Fixes every draw: the data's order, sampled tokens, the weights of what is made here."""
@@ -273,7 +273,7 @@ def read_tree(
             tree = merged(tree, read(override, tree))
         watch_environment()
         resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
-        remember(resolved)
+        remember(tree, resolved)
     except ConfigError:
         raise
     except YAMLError as error:

@@ -5,31 +5,44 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 MASK = "***"
 SHORTEST = 8
-"""Characters of a value that is looked for in every text: shorter ones are no secrets."""
+"""Characters of a value that is looked for in every text: shorter ones would be found in words."""
 NAMED = re.compile(
-    r"(^|_)(api|access|secret|private|auth)_?key$|^(key|token)$"
-    r"|(auth|access|api|bearer|hf|secret|refresh|_?id)_token$"
-    r"|(secret|passwd|password|credentials?|authorization)$",
-    re.IGNORECASE,
+    r"(^|_)((api|access|secret|private|auth|signing)_?key|passwd|password|passphrase|pwd|secret"
+    r"|credentials?|authorization|cookie)$"
+    r"|^(key|token)$|(auth|access|api|bearer|hf|secret|refresh|id)_token$"
 )
-"""Names of keys whose texts are masked."""
-IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
-"""user:password of a URL."""
+"""Names, as `_plain` writes them, of keys whose texts are masked."""
+OFTEN = re.compile(r"_(key|token|pass|pat)$")
+"""Names of keys that hold a secret, or the name of a column or a token: masked where the text is a
+`RANDOM` one."""
+RANDOM = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w+/=.~-]{16,}")
+IN_URL = re.compile(r"(?<=://)[^/\s]+(?=@)|(?<=[?&]key=)[^&\s]+|(?<=token=)[^&\s]+")
+"""user:password of a URL, and keys that it hands over."""
+ISSUED = re.compile(
+    r"\b(sk-(?=[\w-]*\d)[\w-]{16,}|hf_[A-Za-z0-9]{30,}|gh[opsu]_\w{30,}|github_pat_\w{30,}"
+    r"|glpat-[\w-]{16,}|xox[abp]-[\w-]{16,}|AKIA[A-Z0-9]{16}|AIza[\w-]{30,}"
+    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)|(?<=Bearer )(?=\S*\d)[\w+/=.~-]{8,}"
+)
+"""Keys as services issue them, whatever they are called."""
 _known: dict[str, str] = {}
+_kept: dict[tuple[str, str], str] = {}
+"""(key, value) -> the text with the interpolation that the value came from."""
 
 
 def _environment(name: str, *default: Any) -> Any:
-    """omegaconf's `oc.env`, which also remembers what it gave."""
+    """omegaconf's `oc.env`, which also remembers what it gave, but for places, which say nothing
+    and are in many texts."""
     from omegaconf.resolvers import oc
 
     value = oc.env(name, *default)
-    if name in os.environ and len(os.environ[name]) >= SHORTEST:
-        _known[os.environ[name]] = f"${{oc.env:{name}}}"
+    given = os.environ.get(name, "")
+    if len(given) >= SHORTEST and not given.startswith(("/", "~", ".")):
+        _known[given] = f"${{oc.env:{name}}}"
     return value
 
 
@@ -41,10 +54,15 @@ def watch_environment() -> None:
     (new_name or OmegaConf.register_new_resolver)("oc.env", _environment, replace=True)
 
 
-def remember(tree: Any) -> None:
-    """The values of a configuration that the names of their keys say are secret."""
-    for name, value in _leaves(tree, ""):
-        if isinstance(value, str) and len(value) >= SHORTEST and NAMED.search(name):
+def remember(written: Any, resolved: Any) -> None:
+    """The values of a configuration that the names of their keys say are secret, and those that
+    hold what `written` has of the environment."""
+    for name, text, value in _leaves("", written, resolved):
+        if not isinstance(value, str) or not value:
+            continue
+        if isinstance(text, str) and "${oc.env:" in text:
+            _kept[name, value] = text
+        elif len(value) >= SHORTEST and _secret(name, value):
             _known.setdefault(value, MASK)
 
 
@@ -52,7 +70,7 @@ def hidden(text: str) -> str:
     """The text without secrets: what came from the environment as the interpolation that it was."""
     for value, instead in sorted(_known.items(), key=lambda pair: -len(pair[0])):
         text = text.replace(value, instead)
-    return IN_URL.sub(MASK, text)
+    return ISSUED.sub(MASK, IN_URL.sub(MASK, text))
 
 
 def masked(value: Any, name: str = "") -> Any:
@@ -61,18 +79,39 @@ def masked(value: Any, name: str = "") -> Any:
         return {key: masked(each, str(key)) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [masked(each, name) for each in value]
-    if not isinstance(value, str):
+    if isinstance(value, bool | None):
         return value
+    if not isinstance(value, str):
+        return MASK if _secret(name, str(value)) and len(str(value)) >= SHORTEST else value
+    if (name, value) in _kept:
+        return _kept[name, value]
     text = hidden(value)
-    return MASK if text == value and value and NAMED.search(name) else text
+    return MASK if text == value and value and _secret(name, value) else text
 
 
-def _leaves(value: Any, name: str) -> list[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        return [leaf for key, each in value.items() for leaf in _leaves(each, str(key))]
-    if isinstance(value, list | tuple):
-        return [leaf for each in value for leaf in _leaves(each, name)]
-    return [(name, value)]
+def _secret(name: str, value: str) -> bool:
+    name = _plain(name)
+    return bool(NAMED.search(name) or (OFTEN.search(name) and RANDOM.fullmatch(value)))
+
+
+def _plain(name: str) -> str:
+    """`X-Api-Key` and `apiKey` as `x_api_key` and `api_key`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).replace("-", "_").lower()
+
+
+def _leaves(name: str, written: Any, resolved: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(key, as written, as resolved) of every value; None for what stands in no file, as a whole
+    group that an interpolation gave."""
+    if isinstance(resolved, Mapping):
+        there = written if isinstance(written, Mapping) else {}
+        for key, each in resolved.items():
+            yield from _leaves(str(key), there.get(key), each)
+    elif isinstance(resolved, list | tuple):
+        same = isinstance(written, list | tuple) and len(written) == len(resolved)
+        for i, each in enumerate(resolved):
+            yield from _leaves(name, written[i] if same else None, each)
+    else:
+        yield name, written, resolved
 
 
 __all__ = ["MASK", "hidden", "masked", "remember", "watch_environment"]

@@ -15,7 +15,7 @@ from .reference import entries
 _FIXES = {
     "string_type": "a text goes here; put it in quotes",
     "string_too_short": "it must not be empty",
-    "string_pattern_mismatch": "it must hold no slash",
+    "string_pattern_mismatch": "it names a directory: no slash in it, no dot or space first",
     "tuple_type": "a list goes here, e.g. [a,b]",
     "dict_type": "a mapping goes here, e.g. {{a: 1}}",
     "mapping_type": "a mapping goes here, e.g. {{a: 1}}",

@@ -30,14 +30,14 @@ from ..eval_sets import EvalSet, open_eval_sets
 from ..model_files import check_model, load_tokenizer, prepare_model, stop_tokens
 from ..preflight import check_references
 from ..run import on_loop
-from ..watch.console import make_console
+from ..watch.console import make_console, say
 from .measures import metrics, powers
 from .page import write_page
 from .pictures import draw
 from .report import compare_folders, sets_of, show
 from .sampling import sampled
 from .settings import Named, configure, find_model
-from .store import RESULT, Store, is_evaluation, open_folder, outcomes_of
+from .store import RESULT, Store, is_evaluation, open_folder, outcomes_of, read
 from .thinking import Thoughts
 from .votes import by_reward, final_answer, outcomes
 
@@ -154,6 +154,7 @@ def evaluate_command(
     """Runs an evaluation, and where `against` is a model and not the folder of an evaluation that
     one, too; returns the result as it stands in `result.json`."""
     console = make_console()
+    tell = partial(say, console)
     ours = plan(model, data, overrides, step=step, ks=ks)
     other: Plan | Path | None = None
     if against is not None and is_evaluation(Path(against)):
@@ -162,9 +163,6 @@ def evaluate_command(
             raise ConfigError(f"--against {against}: that evaluation is not done; go on with it")
     elif against is not None:
         other = plan(against, data, overrides, ks=ks)
-
-    def tell(line: str) -> None:
-        console.print(line, highlight=False, markup=False)
 
     folder = _evaluate(ours, out, tell)
     result: dict[str, Any] = json.loads((folder / RESULT).read_text())
@@ -242,6 +240,12 @@ def _evaluate(job: Plan, out: Path | None, tell: Callable[[str], None]) -> Path:
         "metrics": named,
     }
     _finish(folder, result)
+    if all(score is None for members in found.values() for o in members for score in o.scores):
+        why = read(folder, ("message",))["message"][0].as_py()
+        raise RuntimeError(
+            f"no answer has a verdict ({why}); {folder} has the answers; mend the verifier and give"
+            " another --out"
+        )
     return folder
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..exits import FAILED, INTERRUPTED, USAGE, fail
+from ..exits import INTERRUPTED, USAGE, fail, telling_why
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,25 +59,15 @@ def evaluate(
 ) -> None:
     """Measures a model on sets of problems; the last line of stdout is one JSON object. Started
     again after a kill it goes on where it was."""
-    from ..config.load import ConfigError
     from ..local_ray import before_import
 
     before_import(None)
-    from .command import evaluate_command
+    with telling_why("interrupted; the same command goes on"):
+        from .command import evaluate_command
 
-    try:
         result = evaluate_command(
             model, data or (), overrides or (), step=step, against=against, ks=k or (), out=out
         )
-    except ConfigError as error:
-        fail(str(error), USAGE)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on", INTERRUPTED)
-    except Exception as error:  # the last line must say why it failed, whatever failed
-        import traceback
-
-        traceback.print_exc()
-        fail(f"{type(error).__name__}: {error}", FAILED)
     print(json.dumps(result), flush=True)
 
 

@@ -184,8 +184,12 @@ class _PlainUnpickler(pickle.Unpickler):
     pickle may otherwise run whatever its author likes."""
 
     def find_class(self, module: str, name: str) -> Any:
+        from torch.distributed.checkpoint import metadata
+
+        # what that module has imported, `os.system` for one, is none of its own
+        own = getattr(metadata, name, None)
         allowed = (
-            module == "torch.distributed.checkpoint.metadata"
+            (module == metadata.__name__ and getattr(own, "__module__", "") == module)
             or (module, name) in DESCRIPTION
             or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
         )

@@ -21,6 +21,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from ..config.masking import hidden
+
 LINE_SECONDS = 60.0
 """Off a terminal a line is printed at least so often, at the end of a step."""
 WIDTH = 200
@@ -114,9 +116,7 @@ class StageConsole:
         self._doing = what
         self._refresh()
         if self._live is None:
-            self._console.print(
-                f"{time.strftime('%H:%M:%S')}  {what}", highlight=False, markup=False
-            )
+            say(self._console, f"{time.strftime('%H:%M:%S')}  {what}")
         try:
             yield
         finally:
@@ -134,7 +134,7 @@ class StageConsole:
     def _line(self, step: int, shown: Mapping[str, str], end: str = "") -> None:
         text = "  ".join(f"{name} {value}" for name, value in shown.items())
         told = f"{self._stage} {step:5}/{self._steps}  {text}{end}"
-        self._console.print(f"{time.strftime('%H:%M:%S')}  {told}", highlight=False, markup=False)
+        say(self._console, f"{time.strftime('%H:%M:%S')}  {told}")
 
     def _panel(self) -> RenderableType:
         return panel(
@@ -179,6 +179,11 @@ def plain(text: str) -> str:
     """Foreign text for a terminal: what would steer it, or change the direction of letters, is
     shown as U+FFFD."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def say(console: Console, text: str) -> None:
+    """A line for a person, in which foreign text steers nothing and secrets are masked."""
+    console.print(plain(hidden(text)), highlight=False, markup=False)
 
 
 def make_console() -> Console:

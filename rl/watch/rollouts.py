@@ -21,6 +21,7 @@ import zstandard
 
 from ...rewards.audit.audit import unpacked
 from ..answers import AnswerReader
+from ..config.masking import hidden
 from ..groups import Group
 from .lengths import LENGTHS
 
@@ -67,7 +68,7 @@ def rows_of(
                 "status": verdict.status.value,
                 "score": verdict.score,
                 "parts": dict(verdict.parts),
-                "message": verdict.message,
+                "message": hidden(verdict.message),
                 "advantage": None if own is None else float(own[i]),
                 "tokens": completion.num_sampled,
                 "finish_reason": completion.finish_reason,

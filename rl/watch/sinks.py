@@ -9,6 +9,7 @@ from __future__ import annotations
 import netrc
 import os
 import queue
+import sys
 import threading
 import urllib.parse
 import uuid
@@ -19,6 +20,7 @@ from typing import Any, Literal, Protocol
 from numpy.typing import NDArray
 
 from ..config.load import Config, shown_tree
+from ..config.masking import hidden
 
 QUEUED = 1000
 """Calls that may wait for a slow sink; what comes beyond is left out."""
@@ -126,17 +128,21 @@ class Wandb:
         file, tracking = run_dir / WANDB_ID, config.tracking
         if not file.exists():
             file.write_text(uuid.uuid4().hex[:12])
+        tree = shown_tree(config)
+        shown = tree["tracking"]
+        # W&B keeps the command line
+        sys.argv[1:] = [hidden(word) for word in sys.argv[1:]]
         options: dict[str, Any] = {
             "project": os.environ.get("WANDB_PROJECT", tracking.project),
             "name": os.environ.get("WANDB_NAME", run_dir.name),
             "id": os.environ.get("WANDB_RUN_ID", file.read_text().strip()),
             "resume": "allow" if mode == "online" else None,
-            "group": tracking.group,
-            "tags": tracking.tags or None,
-            "notes": tracking.notes,
-            "job_type": tracking.job_type,
+            "group": shown["group"],
+            "tags": shown["tags"] or None,
+            "notes": shown["notes"],
+            "job_type": shown["job_type"],
             "dir": str(run_dir),
-            "config": shown_tree(config),
+            "config": tree,
             "settings": wandb.Settings(console="off", silent=True, init_timeout=60),
         }
         options = {name: value for name, value in options.items() if value is not None}

@@ -17,9 +17,10 @@ from rich.console import Console
 
 from ..answers import AnswerReader
 from ..config.load import Config, to_yaml
+from ..config.masking import hidden
 from ..groups import Group
 from ..run_directory import METRICS
-from .console import StageConsole, make_console, plain
+from .console import StageConsole, make_console, say
 from .curve import plot_curve
 from .records import ALERTS, SYSTEM
 from .rollouts import RolloutLog, Rows, rows_of
@@ -164,12 +165,13 @@ class Tracker:
 
     def note(self, text: str) -> None:
         """One line for the person who watches."""
-        self.console.print(plain(text), highlight=False, markup=False)
+        say(self.console, text)
 
     def alert(self, title: str, text: str) -> None:
         """One line of warning, kept in `alerts.jsonl`, and an alert where the trackers have
         such."""
-        self.console.print(plain(f"warning: {title}: {text}"), highlight=False, markup=False)
+        text = hidden(text)
+        say(self.console, f"warning: {title}: {text}")
         if self._on_console is not None:
             self._on_console.warned(f"{title}: {text}")
         try:

@@ -167,18 +167,31 @@ def test_an_error_saves_the_step_before(
         asyncio.run(made.rescue(error))  # it is there: nothing is written again
 
 
-class Touch:
-    """What runs when it is unpickled."""
+def names(module: str, name: str, argument: str) -> bytes:
+    """A pickle that calls `module.name(argument)`."""
+    texts = [
+        pickle.SHORT_BINUNICODE + bytes([len(t)]) + t.encode() for t in (module, name, argument)
+    ]
+    called = texts[0] + texts[1] + pickle.STACK_GLOBAL + texts[2] + pickle.TUPLE1 + pickle.REDUCE
+    return pickle.PROTO + bytes([4]) + called + pickle.STOP
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
-def test_a_foreign_checkpoint_runs_nothing(tmp_path: Path) -> None:
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(Touch(tmp_path / "ran")))
-    with pytest.raises(pickle.UnpicklingError, match=r"a checkpoint names \w+\.\w+"):
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("os", "system"),
+        ("posix", "system"),
+        ("torch", "os.system"),
+        # what the module of a checkpoint's own classes has imported
+        ("torch.distributed.checkpoint.metadata", "os.system"),
+        ("torch.distributed.checkpoint.metadata", "os"),
+        ("torch.distributed.checkpoint.metadata", "torch.os.system"),
+        ("pathlib", "Path.touch"),
+        ("collections", "_sys.exit"),
+    ],
+)
+def test_a_foreign_checkpoint_runs_nothing(tmp_path: Path, module: str, name: str) -> None:
+    (tmp_path / ".metadata").write_bytes(names(module, name, f"touch {tmp_path}/ran"))
+    with pytest.raises(pickle.UnpicklingError, match="a checkpoint names "):
         _reader(tmp_path).read_metadata()
     assert not (tmp_path / "ran").exists()

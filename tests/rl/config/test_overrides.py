@@ -108,7 +108,10 @@ def test_a_hash_never_cuts_what_is_not_in_brackets(text: str) -> None:
         ("=5", "override '=5' must have the form key=value"),
         ("a..b=5", "must have the form key=value"),
         ("name=null", "name=None: a text goes here, and null is none; write 'null' in quotes"),
-        ("name=a/b", "name='a/b': it must hold no slash"),
+        *(
+            (f"name={name}", "it names a directory: no slash in it, no dot or space first")
+            for name in ("a/b", "..", ".", "../../x", "/tmp/x", ".hidden", " ", "a\nb", "a\0")
+        ),
         ("model=[]", "model=[]: a group goes here; set one of its keys, model.path"),
         ("optim.betas=[0.9]", "optim.betas=[0.9]: a list of 2 values goes here"),
         ("data.terms=[2,3,4]", "data.terms=[2, 3, 4]: a list of 2 values goes here"),
