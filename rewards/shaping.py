@@ -7,6 +7,8 @@ import re
 from abc import abstractmethod
 from collections.abc import Sequence
 
+import regex
+
 from .inputs import Reward, RewardInput
 from .verdict import Status, Verdict
 
@@ -58,22 +60,42 @@ class FormatReward(_Inline):
 
     `pattern`: `think` (`<think>..</think>` and an answer), `think_answer` (as in R1, with
     `<answer>..</answer>`), `boxed`, or a regular expression for the whole completion. A `<think>`
-    that the prompt opened counts as the completion's.
+    that the prompt opened counts as the completion's. An answer that a regular expression does not
+    decide within `timeout` seconds is `over_limit`.
     """
 
-    def __init__(self, pattern: str = "think") -> None:
+    def __init__(self, pattern: str = "think", timeout: float = 10.0) -> None:
+        self.inline = pattern in FORMATS  # those take time in proportion to the text
+        self._timeout, self._finished = timeout, 0
         try:
-            self._pattern = re.compile(FORMATS.get(pattern, pattern), re.DOTALL)
-        except re.error as error:
+            self._pattern = regex.compile(FORMATS.get(pattern, pattern), regex.DOTALL)
+        except regex.error as error:
             known = ", ".join(FORMATS)
             raise ValueError(
                 f"pattern {pattern!r} is neither {known} nor a regular expression: {error}"
             ) from error
 
+    @property
+    def finished(self) -> int:
+        return self._finished
+
+    def __call__(self, batch: Sequence[RewardInput], /) -> list[Verdict]:
+        verdicts = []
+        for row in batch:
+            try:
+                verdicts.append(_graded(self.score(row)))
+            except TimeoutError:
+                message = f"the pattern took more than {self._timeout:g} s"
+                verdicts.append(Verdict(status=Status.OVER_LIMIT, score=0.0, message=message))
+            self._finished += 1
+        return verdicts
+
     def score(self, row: RewardInput) -> float:
         opened = row.prompt.rstrip().endswith("<think>")
         text = ("<think>" if opened else "") + row.completion.strip()
-        return float(self._pattern.fullmatch(text) is not None)
+        # without Python's lock meanwhile, which the built-in `re` holds
+        found = self._pattern.fullmatch(text, timeout=self._timeout, concurrent=not self.inline)
+        return float(found is not None)
 
 
 class LanguageReward(_Inline):

@@ -288,8 +288,11 @@ def grade_each(reward: Reward, inputs: Sequence[RewardInput]) -> list[Verdict]:
     by one, so that no row costs its neighbours their verdicts."""
     try:
         verdicts = list(reward(inputs))
-    # a reward is untrusted: its fault costs its samples, never the run
-    except (Exception, SystemExit) as error:
+    # a reward is untrusted, and time limits of libraries derive from BaseException: its fault costs
+    # its samples, never the run
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and _is_main_thread():
+            raise
         if len(inputs) > 1:
             return [verdict for row in inputs for verdict in grade_each(reward, [row])]
         return [verifier_error(f"raised {type(error).__name__}: {error}")]
@@ -297,6 +300,11 @@ def grade_each(reward: Reward, inputs: Sequence[RewardInput]) -> list[Verdict]:
         message = f"returned {len(verdicts)} verdicts for {len(inputs)} completions"
         return [verifier_error(message) for _ in inputs]
     return verdicts
+
+
+def _is_main_thread() -> bool:
+    """Where a person's Ctrl-C arrives."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def _applies(verdict: Verdict) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..rewards.suite import TooManyErrors, check_errors
 from ..rollout.samples import Completion
 from .checkpoints import CHECKPOINTS, add_evaluation
 from .eval_sets import HELD_OUT, EvalSet
@@ -141,6 +142,11 @@ async def _logged(
             "val-aux/version/oldest": float(min(versions)),
             "val-aux/version/newest": float(max(versions)),
         }
+    try:
+        check_errors([v for g in kept for v in g.verdicts], run.config.reward.max_error_fraction)
+    except TooManyErrors as error:  # the weights are none the worse for it, the figure is
+        text = f"evaluation at step {step}: {error}; these count as not right"
+        run.tracker.alert("verifier errors", text)
     run.tracker.log(step, found, "eval", show)
     run.tracker.samples(step, rows)
     await asyncio.to_thread(run.tracker.keep, "eval", step, kept, run.answers)

@@ -24,7 +24,7 @@ from .answers import (
 from .layouts import columns_text, given, lookup, spelled
 from .messages import Message, read_messages, split_off_reply
 from .table_layout import require_column, table_layout
-from .templates import fields, fill
+from .templates import column, fields, fill
 
 _ALTERNATIVES = frozenset(
     ("answers", "aliases", "spans", "text", "target", "targets", "truths")
@@ -252,12 +252,9 @@ class Mapper:
         )
 
     def _content(self, row: Mapping[str, Any]) -> str | tuple[Message, ...]:
-        template = self._settings.prompt_template
         try:
-            if template is not None:
-                return fill(template, row)
-            if self.layout.template:
-                return fill(self.layout.template, row)
+            if template := self._settings.prompt_template or self.layout.template:
+                return self._filled(template, row)
         except KeyError as error:
             raise BadRow(error.args[0]) from None
         value = lookup(row, self.layout.prompt)
@@ -272,6 +269,19 @@ class Mapper:
         return (
             self._compose(content, row) if isinstance(content, str) and self._composed else content
         )
+
+    def _filled(self, template: str, row: Mapping[str, Any]) -> str:
+        """Raises BadRow where its columns say nothing, or one is no text."""
+        values = {name: column(row, name) for name in fields(template)}
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                raise BadRow(
+                    f"the column {name!r} of the template holds a mapping of"
+                    f" {', '.join(map(str, value))}; name one of these, as {name}.KEY"
+                )
+        if values and not any(map(given, values.values())):
+            raise BadRow(f"the columns {', '.join(values)} of the template are empty")
+        return fill(template, row)
 
     def _compose(self, prompt: str, row: Mapping[str, Any]) -> str:
         """The prompt with what belongs to it: passage, input, choices, signature."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 Message = Mapping[str, str]
@@ -20,8 +21,8 @@ _ROLES = {
     "ai": "assistant",
     "developer": "system",
 }
-
-
+_USUAL = ("user", "assistant", "system", "tool", "function")
+"""Of which others may be slips; a template may know quite others."""
 _SIDES = {
     "system": "system",
     **dict.fromkeys(("human", "user", "input", "question", "prompt", "instruction"), "user"),
@@ -88,7 +89,10 @@ def _message(message: Mapping[str, Any]) -> Message:
         raise ValueError(
             f"must be text or a list of messages with role and content, got {message!r:.80}"
         )
-    return {"role": _ROLES.get(role.lower(), role.lower()), "content": _text(content, message)}
+    role = _ROLES.get(role.lower(), role.lower())
+    if role not in _USUAL and (near := get_close_matches(role, _USUAL, n=1, cutoff=0.75)):
+        raise ValueError(f"has a message of role {role!r}; is {near[0]!r} meant?")
+    return {"role": role, "content": _text(content, message)}
 
 
 def _text(content: Any, message: Mapping[str, Any]) -> str:

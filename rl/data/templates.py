@@ -265,9 +265,12 @@ class PromptWriter:
         if continued and self._template is None:
             text += "\n"
         text, prefix = with_prefix(text, prefix)
+        token_ids = prompt_ids(text, self._tokenizer, chat=self._template is not None)
+        if not token_ids:
+            raise ValueError(f"the model's tokenizer makes no token of the prompt {text[:80]!r}")
         return Prompt(
             id=id,
-            token_ids=prompt_ids(text, self._tokenizer, chat=self._template is not None),
+            token_ids=token_ids,
             answer=answer,
             source=source,
             messages=tuple(messages),
@@ -333,10 +336,13 @@ _FIELD = re.compile(r"\{\{|\}\}|\{([A-Za-z_][\w.]*)\}")
 
 def fill(template: str, columns: Mapping[str, Any]) -> str:
     """Puts columns into a template: `{name}`, with `{{` and `}}` for braces; `\\boxed{}` stays as
-    it is."""
+    it is. A null, which some tables write as NaN, is no text."""
 
     def value(match: re.Match[str]) -> str:
-        return match.group()[0] if match.group(1) is None else str(column(columns, match.group(1)))
+        if match.group(1) is None:
+            return match.group()[0]
+        found = column(columns, match.group(1))
+        return "" if found is None or found != found else str(found)
 
     return _FIELD.sub(value, template)
 

@@ -1,8 +1,14 @@
 """Shaping rewards against numbers worked out by hand."""
 
+from __future__ import annotations
+
+import threading
+import time
+
 import pytest
 from emberl.rewards.inputs import RewardInput
 from emberl.rewards.shaping import FormatReward, LanguageReward, OverlongReward, RepetitionReward
+from emberl.rewards.suite import build_suite
 from emberl.rewards.verdict import Status
 
 
@@ -28,6 +34,44 @@ def score(reward, completion: str, **fields) -> float:
 )
 def test_format(pattern: str, completion: str, expected: float) -> None:
     assert score(FormatReward(pattern), completion) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [(r"(a|aa)+b", "a" * 60), (r"(?:\s*\w+\s*)+!", "word " * 12), (r"(.*?,){12}P", "1," * 40)],
+)
+def test_a_pattern_that_explodes_costs_its_own_answer_and_holds_up_nobody(
+    pattern: str, text: str
+) -> None:
+    suite = build_suite(
+        {
+            "form": {
+                "use": "format",
+                "timeout": 0.5,
+                "deadline": 60.0,
+                "options": {"pattern": pattern},
+            }
+        }
+    )
+    ticks: list[int] = []
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.wait(0.05):
+            ticks.append(1)
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    start = time.process_time()
+    found = suite.grade([RewardInput(completion=t) for t in (text, "no", *[text] * 3)])
+    seconds = time.process_time() - start
+    done.set()
+    ticker.join()
+    assert found[1].status is Status.WRONG
+    assert all(v.status in (Status.OVER_LIMIT, Status.WRONG) and v.score == 0 for v in found)
+    assert seconds < 5, "four times the limit, which is of processor time"
+    late = found[0].status is Status.OVER_LIMIT
+    assert not late or len(ticks) > 10, "Python's lock is let go meanwhile"
 
 
 def test_a_thought_that_the_prompt_opened_counts() -> None:

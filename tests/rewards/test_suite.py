@@ -1,5 +1,6 @@
 """The suite: weights, gates, failed parts, deadlines, figures, and what a configuration may say."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -261,14 +262,27 @@ def test_a_row_that_raises_costs_no_neighbour() -> None:
     def grade(batch):
         if any(row.completion == "bomb" for row in batch):
             raise RecursionError("too deep")
-        if any(row.completion == "exit" for row in batch):
-            raise SystemExit(3)
+        for text, error in others.items():
+            if any(row.completion == text for row in batch):
+                raise error
         return [Verdict(status=Status.CORRECT, score=1.0) for _ in batch]
 
+    # the time limits of libraries are of this kind, so that `except Exception` lets them pass
+    others = {
+        "exit": SystemExit(3),
+        "limit": asyncio.CancelledError(),
+        "interrupt": KeyboardInterrupt(),
+    }
     suite = RewardSuite([Part(name="p", reward=Calls(grade))])
-    found = suite.grade([RewardInput(completion=text) for text in ("a", "bomb", "b", "exit")])
-    assert [verdict.score for verdict in found] == [1.0, None, 1.0, None]
-    assert "RecursionError" in found[1].message and "SystemExit" in found[3].message
+    texts = ("a", "bomb", "b", *others)
+    found = suite.grade([RewardInput(completion=text) for text in texts])
+    assert [verdict.score for verdict in found] == [1.0, None, 1.0, None, None, None]
+    for verdict, name in zip(
+        (found[1], *found[3:]),
+        ("RecursionError", "SystemExit", "CancelledError", "KeyboardInterrupt"),
+        strict=True,
+    ):
+        assert f"raised {name}" in verdict.message
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,16 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from emberl.rewards.suite import build_suite
+from emberl.rewards.inputs import Reward, RewardInput
+from emberl.rewards.suite import Part, RewardSuite, build_suite
+from emberl.rewards.verdict import Verdict, verifier_error
 from emberl.rl.checkpoints import Progress, read_progress
 from emberl.rl.config.load import resolve
 from emberl.rl.eval_sets import HELD_OUT, EvalSet
@@ -90,6 +93,7 @@ def make(folder: Path, max_staleness: int, **progress: Any) -> tuple[Any, list[A
     suite = build_suite({"answer": {"use": "math"}})
     prompts = [Prompt(id=f"h/{i}", token_ids=(5,), answer="1", source="h") for i in range(2)]
     rows: list[Any] = []
+    alerts: list[tuple[str, str]] = []
     tree = {"name": "run", "model": {"path": "m"}, "data": {"source": "arithmetic"}}
     run: Any = Run(
         config=resolve({**tree, "schedule": {"max_staleness": max_staleness}}),
@@ -109,6 +113,8 @@ def make(folder: Path, max_staleness: int, **progress: Any) -> tuple[Any, list[A
             doing=lambda what: nullcontext(),
             spans=SimpleNamespace(span=lambda *_: nullcontext()),
             keep=lambda *_: None,
+            alert=lambda *said: alerts.append(said),
+            alerts=alerts,
         ),
         stop=None,  # type: ignore[arg-type]
         started=time.time(),
@@ -186,6 +192,33 @@ def test_an_evaluation_that_fails_lets_the_weights_go_and_says_so(tmp_path: Path
 
     play(scenario)
     assert run.weights.said[-1] == "release" and rows == []
+
+
+class Broken(Reward):
+    def __call__(self, batch: Sequence[RewardInput], /) -> list[Verdict]:
+        return [verifier_error("no such host") for _ in batch]
+
+
+def test_a_figure_without_verdicts_is_said_to_be_one(tmp_path: Path) -> None:
+    run, rows = make(tmp_path, max_staleness=0)
+    suite = RewardSuite([Part(name="answer", reward=Broken())])
+    run.eval_sets = (replace(run.eval_sets[0], suite=suite),)
+
+    async def scenario() -> None:
+        evaluation = asyncio.create_task(begin_evaluation(run))
+        for job in await run.pool.asked(2):
+            answer(job, 5)
+        await evaluation
+
+    play(scenario)
+    assert run.tracker.alerts == [
+        (
+            "verifier errors",
+            "evaluation at step 3: 2 of 2 completions have no verdict (limit 1.0%); the causes:"
+            " 2 x answer: no such host; these count as not right",
+        )
+    ]
+    assert rows[0][1]["val-core/accuracy"] == 0.0
 
 
 def test_where_they_take_turns_the_learners_wait(tmp_path: Path) -> None:

@@ -381,3 +381,63 @@ def test_a_table_is_read_in_pieces(tmp_path: Path) -> None:
     assert [len(piece) for piece in pieces(file, 8)] == [8, 8, 4]
     write_repeated(tmp_path / "rows.parquet", 250, 10)
     assert max(len(piece) for piece in pieces(tmp_path / "rows.parquet", 64)) <= 64
+
+
+TEMPLATE = "Add.\n{question} {hint}"
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"question": "2+2=?", "hint": "even"}, "Add.\n2+2=? even"),
+        ({"question": "2+2=?", "hint": None}, "Add.\n2+2=? "),
+        ({"question": "2+2=?", "hint": float("nan")}, "Add.\n2+2=? "),
+        ({"question": "2+2=?", "hint": ""}, "Add.\n2+2=? "),
+        ({"question": "2+2=?", "hint": 0}, "Add.\n2+2=? 0"),
+        ({"question": "2+2=?", "hint": [1, 2]}, "Add.\n2+2=? [1, 2]"),
+    ],
+)
+def test_what_a_template_makes_of_a_column(tmp_path: Path, row: Any, prompt: str) -> None:
+    options = {"prompt_template": TEMPLATE, "answer_column": "answer"}
+    assert one(tmp_path, {**row, "answer": "4"}, **options) == (prompt, "4")
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"question": None, "hint": None}, "the columns question, hint of the template are empty"),
+        ({"question": " ", "hint": ""}, "the columns question, hint of the template are empty"),
+        (
+            {"question": {"text": "2+2", "id": 3}, "hint": ""},
+            "the column 'question' of the template holds a mapping of text, id; name one of these",
+        ),
+    ],
+)
+def test_a_template_s_columns_must_say_something(tmp_path: Path, row: Any, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        one(
+            tmp_path,
+            {**row, "answer": "4"},
+            prompt_template=TEMPLATE,
+            answer_column="answer",
+            drop="none",
+        )
+
+
+@pytest.mark.parametrize(
+    ("role", "near"), [("usr", "user"), ("assitant", "assistant"), ("Sytem", "system")]
+)
+def test_a_slip_in_a_role_is_seen(role: str, near: str) -> None:
+    with pytest.raises(ValueError, match=f"role '{role.lower()}'; is '{near}' meant"):
+        read_messages([{"role": role, "content": "2+2=?"}])
+
+
+@pytest.mark.parametrize("role", ["tool", "Developer", "human", "context", "environment"])
+def test_roles_that_some_templates_know(role: str) -> None:
+    assert read_messages([{"role": role, "content": "x"}])
+
+
+@pytest.mark.parametrize("answer", [float("nan"), None, "", [], {}, {"value": None}])
+def test_no_answer(tmp_path: Path, answer: Any) -> None:
+    with pytest.raises(ValueError, match="no answer in the column 'answer'"):
+        one(tmp_path, {"prompt": "2+2=?", "answer": answer}, drop="none")
