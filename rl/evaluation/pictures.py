@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from ..watch.plots import plain_words
 from .store import read
 
 _COLOURS = ("#d94801", "#2171b5", "#31a354", "#756bb1", "#636363", "#dd1c77", "#8c6d31", "#17becf")
 
 
+@plain_words
 def draw(folder: Path, result: Mapping[str, Any]) -> list[Path]:
     """Writes the pictures that the result has something for; returns them."""
     import matplotlib

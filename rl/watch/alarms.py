@@ -122,7 +122,14 @@ def failures(step: int, metrics: Metrics) -> list[Alarm]:
 
 def signs(config: Config) -> list[Sign]:
     """What is looked for in a run of this configuration."""
-    floor, longest = config.tracking.entropy_floor, config.rollout.max_response_length
+    return [
+        *_signs_of_answers(config.rollout.max_response_length),
+        *_signs_of_updates(config.tracking.entropy_floor),
+    ]
+
+
+def _signs_of_answers(longest: int) -> list[Sign]:
+    """Of rewards, and of what was sampled."""
     return [
         Sign(
             title="reward stuck at 0", shows=_all_zero, cause=lambda m: _cause_of_zero(m, longest)
@@ -153,6 +160,12 @@ def signs(config: Config) -> list[Sign]:
                 " or check that the model ends its answers (chat template, end token)"
             ),
         ),
+    ]
+
+
+def _signs_of_updates(floor: float) -> list[Sign]:
+    """Of the policy and its gradients."""
+    return [
         Sign(
             title="entropy collapsed",
             shows=lambda m: _collapsed(m, floor),

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..run_directory import read_metrics
+from .plots import plain_words
 
 
+@plain_words
 def plot_curve(metrics: Path, picture: Path, title: str) -> Path | None:
     """Accuracy, reward and answer length over RL steps, from `metrics.jsonl`; None if there is
     nothing to draw yet."""
@@ -48,10 +50,12 @@ def plot_curve(metrics: Path, picture: Path, title: str) -> Path | None:
         marker="o",
         label="held-out accuracy",
     )
-    top.set_ylim(0, 1.02)
-    top.set_ylabel("fraction correct")
+    low, high = top.get_ylim()  # a reward need not be a fraction
+    shares = low >= -0.06 and high <= 1.06
+    top.set_ylim(*((0, 1.02) if shares else (low, high)))
+    top.set_ylabel("fraction correct" if shares else "reward, fraction correct")
     top.grid(alpha=0.3)
-    top.legend(loc="lower right", fontsize=9)
+    top.legend(loc="best", fontsize=9)
     top.set_title(title)
     bottom.plot(*_series(train, "response_length/mean"), color="#31a354", linewidth=1.2)
     bottom.set_ylabel("tokens per answer")

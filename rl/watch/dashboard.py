@@ -10,6 +10,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from .plots import plain_words
+
 ACROSS = 3
 """Panels side by side."""
 
@@ -173,6 +175,7 @@ def draw(section: Section, rows: Sequence[Mapping[str, Any]]) -> bytes | None:
     return _png(section.title, drawn)
 
 
+@plain_words
 def _png(title: str, drawn: Sequence[tuple[Panel, Mapping[str, Any]]]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

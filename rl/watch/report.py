@@ -22,6 +22,7 @@ from . import page
 from .console import duration
 from .dashboard import SECTIONS, draw
 from .lengths import LENGTHS, read_lengths
+from .plots import plain_words
 from .records import Record, logged_rows, read_record
 from .rollouts import files_of, read_rows
 from .spans import LOOP, STEP, Span, in_lanes, read_spans
@@ -124,6 +125,7 @@ def _spread(folder: Path) -> str:
     return f"<h2>Spread</h2><p>All answers that came to a step.</p>{shown}"
 
 
+@plain_words
 def draw_spread(answers: pa.Table) -> bytes:
     """Histograms of lengths and staleness, and by source of scores and advantages; a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+
+from packaging.version import Version
 
 from ..config.load import ConfigError
 from .sinks import has_wandb_key
 
 OFFLINE = "offline-run-*"
+RESUMES = Version("0.29")
+"""From here on `wandb sync` heeds `WANDB_RESUME`; before it had an option of its own."""
 
 
 def sync(folder: Path, tell: Callable[[str], None] = print) -> int:
@@ -41,7 +47,11 @@ def sync(folder: Path, tell: Callable[[str], None] = print) -> int:
         )
     for run in new:
         tell(f"uploading {run}")
-        ended = subprocess.run([sys.executable, "-m", "wandb", "sync", str(run)], check=False)
+        # a later sitting goes on where the earlier one ended, and does not take its place
+        command = [sys.executable, "-m", "wandb", "sync", str(run)]
+        command += ["--append"] if Version(version("wandb")) < RESUMES else []
+        environment = os.environ | {"WANDB_RESUME": "allow"}
+        ended = subprocess.run(command, check=False, env=environment)
         if ended.returncode or not list(run.glob("*.wandb.synced")):
             tell(f"{run} could not be uploaded; what it holds is still there")
             return ended.returncode or 1

@@ -15,13 +15,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emberl.rl.watch import sinks
+from emberl.rl.config.load import load_config
+from emberl.rl.watch import sinks, upload
 from emberl.rl.watch.sinks import Background, MLflow, SwanLab, open_sinks
 
 CONFIG = SimpleNamespace(
     tracking=SimpleNamespace(wandb="disabled", project="p", also=()),
     model_dump=lambda mode: {"seed": 0},
 )
+
+
+QUICKSTART = Path(__file__).parents[3] / "configs/quickstart.yaml"
 
 
 class Kept:
@@ -161,10 +165,9 @@ print("went on")
 
 @pytest.mark.slow
 def test_a_killed_wandb_core_ends_nothing(tmp_path: Path) -> None:
-    quickstart = Path(__file__).parents[3] / "configs/quickstart.yaml"
     start = time.monotonic()
     ran = subprocess.run(
-        [sys.executable, "-c", KILLED, str(quickstart), str(tmp_path)],
+        [sys.executable, "-c", KILLED, str(QUICKSTART), str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=200,
@@ -177,11 +180,11 @@ def test_a_killed_wandb_core_ends_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "wandb_id").read_text().strip()
 
 
-def records(folder: Path) -> list[Any]:
-    """What a run kept offline, as W&B will send it."""
+def records(folder: Path, sitting: int = 0) -> list[Any]:
+    """What a sitting of a run kept offline, as W&B will send it."""
     from wandb.proto import wandb_internal_pb2
 
-    [file] = folder.glob("wandb/offline-run-*/*.wandb")
+    file = sorted(folder.glob("wandb/offline-run-*/*.wandb"))[sitting]
     data, at = file.read_bytes(), 7  # LevelDB's log format after a header
     found, parts = [], b""
     while at + 7 <= len(data):
@@ -203,9 +206,13 @@ LOG_BLOCK = 32768
 def test_what_wandb_itself_keeps_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real package, offline: axes, a table that grows, histograms, alerts."""
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    tracking = {"project": "p", "group": "g", "tags": ("a",), "notes": "n", "job_type": "train"}
-    config: Any = SimpleNamespace(
-        tracking=SimpleNamespace(**tracking), model_dump=lambda mode: {"seed": 0}
+    monkeypatch.setattr(sys, "argv", ["emberl", "train", "x.api_key=sk-proj-abc123def456ghi789"])
+    config = load_config(
+        QUICKSTART,
+        [
+            *("tracking.project=p", "tracking.group=g", "tracking.tags=[a,b]", "tracking.notes=n"),
+            *("tracking.job_type=train", "reward.parts.answer.options.token=s3cr3t-s3cr3t"),
+        ],
     )
     sink = sinks.Wandb(config, tmp_path, "offline", lambda _: None)
     for step in (1, 2, 3):
@@ -215,12 +222,20 @@ def test_what_wandb_itself_keeps_of_a_run(tmp_path: Path, monkeypatch: pytest.Mo
     sink.log("system", 15, {"system/0/cpu": 0.5})
     sink.alert("no update", "why")
     sink.close()
-    deadline = time.monotonic() + 60  # W&B's own process writes
-    found = records(tmp_path)
-    while not any(r.WhichOneof("record_type") == "exit" for r in found):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-        found = records(tmp_path)
+    found = whole(tmp_path)
+    [run] = [r.run for r in found if r.WhichOneof("record_type") == "run"]
+    assert run.run_id == (tmp_path / "wandb_id").read_text()
+    assert (run.project, run.run_group, run.job_type) == ("p", "g", "train")
+    assert (run.display_name, list(run.tags), run.notes) == (tmp_path.name, ["a", "b"], "n")
+    kept = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert kept["optim"]["lr"] == config.optim.lr
+    assert kept["reward"]["parts"]["answer"]["options"] == {"token": "***"}
+    given = [
+        list(r.environment.args) for r in found if r.WhichOneof("record_type") == "environment"
+    ]
+    assert ["train", "x.api_key=***"] in given
+    for file in (f for f in tmp_path.rglob("*") if f.is_file()):
+        assert not any(s in file.read_bytes() for s in (b"s3cr3t-s3cr3t", b"sk-proj-abc"))
     axes = {
         r.metric.name or r.metric.glob_name: r.metric.step_metric
         for r in found
@@ -246,3 +261,43 @@ def test_what_wandb_itself_keeps_of_a_run(tmp_path: Path, monkeypatch: pytest.Mo
     spread = next(row for row in logged if "histogram/score/s.values" in row)
     assert sum(spread["histogram/score/s.values"]) == 3
     assert [r.alert.title for r in found if r.WhichOneof("record_type") == "alert"] == ["no update"]
+    # a resumed run is the same one
+    time.sleep(1.1)  # W&B names a sitting's folder by the second
+    sink = sinks.Wandb(config, tmp_path, "offline", lambda _: None)
+    sink.log("sft", 4, {"sft/loss": 1.0})
+    sink.close()
+    later = whole(tmp_path, 1)
+    [again] = [r.run for r in later if r.WhichOneof("record_type") == "run"]
+    assert again.run_id == run.run_id and again.project == "p"
+
+
+def whole(folder: Path, sitting: int = 0) -> list[Any]:
+    """`records` of a sitting that has ended: W&B's own process writes them."""
+    deadline = time.monotonic() + 60
+    while True:
+        if len(list(folder.glob("wandb/offline-run-*/*.wandb"))) > sitting:
+            found = records(folder, sitting)
+            if any(r.WhichOneof("record_type") == "exit" for r in found):
+                return found
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_later_sitting_is_uploaded_behind_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`wandb sync` begins at the first row again where it is not told that a run is resumed."""
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    for name in ("offline-run-1-x", "offline-run-2-x"):
+        (tmp_path / "wandb" / name).mkdir(parents=True)
+    ran: list[tuple[str, str | None]] = []
+
+    def run(command: list[str], env: Mapping[str, str], **_: Any) -> Any:
+        folder = Path(command[4])
+        (folder / "run-x.wandb.synced").touch()
+        ran.append((folder.name, env.get("WANDB_RESUME")))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(upload.subprocess, "run", run)
+    assert upload.sync(tmp_path, lambda _: None) == 0
+    assert ran == [("offline-run-1-x", "allow"), ("offline-run-2-x", "allow")]
