@@ -18,6 +18,7 @@ import ray
 from numpy.typing import NDArray
 
 from ..kernels import platform
+from .actors import use_node_interface
 from .engine import Engine, InFlight, Request, WorkerSpec, make_engine
 from .environments import whole
 from .receiver import Receiver
@@ -45,6 +46,7 @@ class RolloutWorker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         platform.set_threads(spec.threads)
+        use_node_interface()  # for the processes that an engine starts
         self.engine = make_engine(spec, _own_cards(platform.named(spec.device)))
         self.service = GroupService(self.engine, spec.in_flight)
         self._trace = ProcessTrace()

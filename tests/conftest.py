@@ -29,7 +29,8 @@ def _module(name: str, folder: str = "models") -> ModuleType:
 # tests import it by this name: `from table_engine import TableEngine`; the environment of
 # tests/ascend has the kernels' files alone
 if importlib.util.find_spec("emberl") is not None:
-    sys.modules["table_engine"] = _module("table_engine", ".")
+    for name in ("table_engine", "listening"):
+        sys.modules[name] = _module(name, ".")
 
 
 @pytest.fixture(scope="session")

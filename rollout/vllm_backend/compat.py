@@ -159,9 +159,15 @@ def prepare(
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """(environment variables, engine arguments) that this platform needs; ValueError for what it
     cannot work with."""
+    from ..actors import node_address  # loads Ray, which vLLM's own processes need not
+
     target = platform.named(settings.device)
     variables = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", OWNER: str(os.getpid())}
-    unless_set = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+    unless_set = {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HOST_IP": node_address(),  # where its processes meet and listen
+    }
     arguments: dict[str, Any] = {}
     if target.is_cpu:
         unless_set |= {

@@ -20,6 +20,7 @@ import torch
 from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
 from emberl.rollout.vllm_backend.compat import installed_version
+from listening import beyond_loopback, watched
 
 pytestmark = [
     pytest.mark.slow,
@@ -173,6 +174,31 @@ def logprobs(model: Path, tokens: list[int]) -> np.ndarray:
         .squeeze(-1)
         .numpy()
     )
+
+
+def test_a_run_on_vllm_listens_on_loopback_alone(tmp_path: Path) -> None:
+    """Two ranks of vLLM, which meet; what they listen at by themselves is where the machine's own
+    route leads."""
+    (tmp_path / "small.yaml").write_text(CONFIG.replace("MODEL", f"tiny: {json.dumps(TINY)}"))
+    process = subprocess.Popen(
+        [
+            *(str(Path(sys.executable).with_name("emberl")), "train", "small.yaml", *ON_VLLM),
+            *("stages=[rl]", "schedule.steps=1", "run_dir=run"),
+            "rollout.engine_args.tensor_parallel_size=2",
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        names, seen = watched(process)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err[-3000:]
+    assert any(name.startswith("VLLM::Worker_TP1") for name in names), names
+    assert beyond_loopback(seen) == []
 
 
 def test_a_slip_in_engine_args_ends_the_run_before_it_starts(tmp_path: Path) -> None:
