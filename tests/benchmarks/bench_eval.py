@@ -6,7 +6,7 @@ killed with -9 when half of the problems are written; the second goes on. The re
 driver and of the rollout worker is read every two seconds; growth is that of the second half of an
 attempt over its first, by medians, so that what is filled at the start does not count.
 
-    .venv/bin/python tests/benchmarks/bench_eval.py GSM8K_TEST.jsonl [--quick] [--json FILE]
+    python tests/benchmarks/bench_eval.py GSM8K_TEST.jsonl [--tokens N] [--quick] [--json FILE]
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "smollm2-135m")
+    parser.add_argument("--tokens", type=int, default=256, help="of an answer, at the most")
     options = parser.parse_args()
     report = Report("eval", options.json, "torch", "ray", "pyarrow")
     count = QUICK if options.quick else PROBLEMS
@@ -107,7 +108,8 @@ def main() -> None:
         folder = Path(scratch) / "evaluation"
         command = [
             *(EMBERL, "eval", str(options.model), "--data", f"gsm8k={options.data}"),
-            *(f"size={count}", f"samples={ANSWERS}", "temperature=0.6", "max_response_length=256"),
+            *(f"size={count}", f"samples={ANSWERS}", "temperature=0.6"),
+            f"max_response_length={options.tokens}",
             *("--out", str(folder), "rollout.max_num_seqs=64"),
         ]
         start = time.monotonic()

@@ -53,7 +53,7 @@ optim: {{lr: 1.0e-6}}
 eval: {{size: 0}}
 checkpoint: {{every: 0}}
 tracking: {{wandb: disabled}}
-cluster: {{device: cpu, learners: 1, rollouts: 2, cpus_per_learner: 1, cpus_per_rollout: 0.5}}
+cluster: {{device: cpu, learners: 2, rollouts: 2, cpus_per_learner: 0.5, cpus_per_rollout: 0.5}}
 """
 
 
