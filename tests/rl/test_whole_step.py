@@ -22,7 +22,8 @@ from emberl.rl.config.load import Config, ModelConfig, resolve
 from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.groups import Group
-from emberl.rl.learner.rank import LearnerRank, RankSpec
+from emberl.rl.learner.loading import RankSpec
+from emberl.rl.learner.rank import LearnerRank
 from emberl.rl.trainer import update, with_advantages
 from emberl.rl.watch.spans import Spans
 from emberl.rollout.samples import Completion, Prompt, Span

@@ -24,7 +24,8 @@ from emberl.rl.algorithm.losses import Objective
 from emberl.rl.config.algorithm import KLConfig, LossConfig, OffPolicyConfig
 from emberl.rl.config.load import CriticConfig, ModelConfig, OptimConfig
 from emberl.rl.groups import Batch
-from emberl.rl.learner.rank import LearnerRank, RankSpec
+from emberl.rl.learner.loading import RankSpec
+from emberl.rl.learner.rank import LearnerRank
 from torch.distributed import fsdp
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM, get_scheduler
 
@@ -132,7 +133,7 @@ def run(rank: int, world: int, port: int, path: str, out: Path, budget: int, pac
     learner.begin_stage(
         OptimConfig(lr=1e-3, micro_batch_tokens=budget), 1, CriticConfig(lr=1e-3), reference=True
     )
-    learner.reduce_every_pass = world == 4  # as where whole gradients would not fit
+    learner.passes.size.reduce_every_pass = world == 4  # as where whole gradients would not fit
     found: dict[str, Any] = {}
     batch = ragged_batch()
     for name, weighted, objective in objectives(batch):

@@ -12,7 +12,8 @@ from emberl.rl.batch import sft_batch
 from emberl.rl.config.load import CriticConfig, ModelConfig, OptimConfig
 from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
-from emberl.rl.learner.rank import LearnerRank, RankSpec
+from emberl.rl.learner.loading import RankSpec
+from emberl.rl.learner.rank import LearnerRank
 
 
 @pytest.fixture

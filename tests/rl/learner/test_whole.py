@@ -12,8 +12,9 @@ from emberl.rl.batch import sft_batch
 from emberl.rl.config.load import CriticConfig, ModelConfig, OptimConfig
 from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
-from emberl.rl.learner import rank as ranks
-from emberl.rl.learner.rank import LearnerRank, RankSpec
+from emberl.rl.learner import loading
+from emberl.rl.learner.loading import RankSpec
+from emberl.rl.learner.rank import LearnerRank
 from emberl.rl.learner.trainable import shard
 
 pytestmark = pytest.mark.slow
@@ -61,7 +62,7 @@ def test_it_trains_as_fsdp_does(
         cpu = torch.device("cpu")
         shard(module, layers, mesh, compute, device=cpu, master=master, keep=True)
 
-    monkeypatch.setattr(ranks, "keep_whole", by_fsdp)
+    monkeypatch.setattr(loading, "keep_whole", by_fsdp)
     sharded = updated(path, dtype)
     assert whole.keys() == sharded.keys()
     assert all(torch.equal(whole[name], sharded[name]) for name in whole)

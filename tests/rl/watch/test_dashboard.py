@@ -19,8 +19,8 @@ SOURCES = Path(__file__).parents[3] / "rl"
 LOGGED = json.loads((Path(__file__).parent / "logged_metrics.json").read_text())
 """Names of a run of `configs/quickstart.yaml` in small, with `schedule.max_staleness=1`."""
 ELSEWHERE = {
-    "actor/pg_clipfrac_lower": "learner/rank.py",
-    "actor/kl_loss": "learner/rank.py",
+    "actor/pg_clipfrac_lower": "learner/training_step.py",
+    "actor/kl_loss": "learner/training_step.py",
     "actor/reward_kl_penalty": "watch/step_metrics.py",
     "sft/heldout_loss": "sft.py",
     "num_turns/mean": "watch/step_metrics.py",

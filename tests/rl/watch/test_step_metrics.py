@@ -22,7 +22,7 @@ from emberl.rl.batch import flat_batch, with_token_advantages
 from emberl.rl.config.algorithm import AdvantageConfig, KLConfig, LossConfig, OffPolicyConfig
 from emberl.rl.evaluate import summarise
 from emberl.rl.groups import Batch, Group
-from emberl.rl.learner.rank import token_means
+from emberl.rl.learner.training_step import token_means
 from emberl.rl.watch.step_metrics import (
     averages,
     batch_metrics,
