@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...rollout.vllm_backend.compat import check_sender
 from ...rollout.vllm_backend.transfer import Rendezvous, Sender
+from ...rollout.vllm_backend.transfer_api import check_sender
 from ...rollout.weights.apply import advance, changed_elements, materialise
 from ...rollout.weights.codec import CHUNK_BYTES, spread
 from ...rollout.weights.diff import Shard, TensorPart, diff, join

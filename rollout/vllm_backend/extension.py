@@ -26,19 +26,12 @@ from ..weights.patch import (
     digest,
 )
 from ..weights.tensors import as_tensor
-from .compat import (
-    OWNER,
-    check_communicator,
-    installed_version,
-    labels_tokens,
-    register_gloo,
-    repack_tied_head,
-    update_weights,
-)
+from .compat import OWNER, installed_version, labels_tokens, repack_tied_head
 from .cpu_linear import install
 from .graphs import check_in_place, places
 from .placed import PlacedModel
 from .shared_memory import Entry, read_mirror, read_parcel, write_mirror
+from .transfer_api import check_communicator, register_gloo, update_weights
 
 
 class WeightExtension:

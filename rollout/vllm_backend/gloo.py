@@ -2,9 +2,9 @@
 come by gloo.
 
 vLLM loads this file in its workers where `weight_transfer_config` names the backend "gloo"
-(`vllm_compat.register_gloo`). It takes the same steps as vLLM's own for NCCL: a group with the
+(`transfer_api.register_gloo`). It takes the same steps as vLLM's own for NCCL: a group with the
 trainer as rank 0, one broadcast a tensor, each loaded as in a checkpoint, layer by layer. To vLLM
-0.24 the worker itself begins and ends an update (`vllm_compat.update_weights`).
+0.24 the worker itself begins and ends an update (`transfer_api.update_weights`).
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from ..weights.patch import (
     verify,
 )
 from . import compat as vllm_compat
+from . import transfer_api
 from .process import EngineLostError, RunningLLM, start
 from .requests import LiveSample
 from .server import RunningServer, connect
@@ -359,13 +360,13 @@ class ServedWeights:
         try:
             if self.joined != group:
                 size = 1 + group.workers * group.ranks
-                joining = vllm_compat.transfer_init(
+                joining = transfer_api.transfer_init(
                     group.backend, group.host, group.engine_port, transfer.rank, size
                 )
                 await self._within("join", self.llm.call_workers("emberl_join", joining))
                 self.joined = group
             await asyncio.to_thread(self.mirror.lay_out, version.tensors)
-            update = vllm_compat.transfer_update(group.backend, version.described)
+            update = transfer_api.transfer_update(group.backend, version.described)
             return await self._within("receive", self._call_workers("emberl_receive", update))
         except Exception as error:
             raise EngineLostError(

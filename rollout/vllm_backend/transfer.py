@@ -31,7 +31,7 @@ from ..weights.engine_transfer import Broadcast, BroadcastGroup, EngineTransfer
 from ..weights.patch import TensorBytes
 from ..weights.tensors import as_tensor
 from ..weights.transport import TransferError
-from . import compat as vllm_compat
+from . import transfer_api
 
 c10d: Any = torch.distributed  # it exports more than its types say
 
@@ -143,7 +143,9 @@ def open_group(group: BroadcastGroup, timeout: float) -> Send:
     size = 1 + group.workers * group.ranks
     if group.backend != platform.CPU.weight_transfer:
         device = platform.device_of_process(platform.named(group.device))
-        return vllm_compat.open_transfer(group.backend, group.host, group.engine_port, size, device)
+        return transfer_api.open_transfer(
+            group.backend, group.host, group.engine_port, size, device
+        )
     processes = platform.meet(platform.CPU, group.host, group.engine_port, 0, size, timeout)
 
     def broadcast(tensors: Mapping[str, torch.Tensor]) -> None:

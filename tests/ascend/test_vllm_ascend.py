@@ -53,6 +53,7 @@ if not installed():  # this environment has torch and Triton only
         module.__path__ = [str(ROOT.joinpath(*name.split(".")[1:]))] if "." in name else []
 
 vllm_compat = importlib.import_module("emberl.rollout.vllm_backend.compat")
+transfer_api = importlib.import_module("emberl.rollout.vllm_backend.transfer_api")
 platform = importlib.import_module("emberl.kernels.platform")
 
 
@@ -193,13 +194,13 @@ def test_its_transfer_engine_takes_what_emberl_gives(monkeypatch: pytest.MonkeyP
         for kind in ("init", "update")
     }
     monkeypatch.setattr(
-        vllm_compat, "_worker_engine", lambda backend: types.SimpleNamespace(**infos)
+        transfer_api, "_worker_engine", lambda backend: types.SimpleNamespace(**infos)
     )
     backend = platform.NPU.weight_transfer
-    assert vllm_compat.transfer_init(backend, "host", 1, 3, 9) == {
+    assert transfer_api.transfer_init(backend, "host", 1, 3, 9) == {
         "master_address": "host", "master_port": 1, "rank_offset": 3, "world_size": 9,
     }  # fmt: skip
-    assert vllm_compat.transfer_update(backend, {"a": ("bfloat16", (2, 3))}) == {
+    assert transfer_api.transfer_update(backend, {"a": ("bfloat16", (2, 3))}) == {
         "names": ["a"], "dtype_names": ["bfloat16"], "shapes": [[2, 3]], "packed": True,
     }  # fmt: skip
 
@@ -256,7 +257,7 @@ def test_a_communicator_without_its_library_does_nothing_and_says_nothing() -> N
         first = next(n for n in pyhccl[name].body if isinstance(n, ast.If))
         assert ast.unparse(first.test) == "self.disabled" and isinstance(first.body[0], ast.Return)
     with pytest.raises(RuntimeError, match="is disabled"):
-        vllm_compat.check_communicator(types.SimpleNamespace(disabled=True))
+        transfer_api.check_communicator(types.SimpleNamespace(disabled=True))
 
 
 def test_before_rl_config_engines_run_eager() -> None:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
 from emberl.rollout.vllm_backend import compat as vllm_compat
+from emberl.rollout.vllm_backend import transfer_api
 from emberl.rollout.vllm_backend.transfer import GroupMember, Rendezvous, Sender
 from emberl.rollout.weights.engine_transfer import Broadcast, BroadcastGroup, EngineTransfer
 from emberl.rollout.weights.patch import TensorBytes, Transfer, WeightPatch, dense_patch
@@ -273,16 +274,18 @@ def test_vllms_own_sender_is_driven_as_it_wants(monkeypatch: pytest.MonkeyPatch)
         )
     looked_up_in = packed_tensor if to_027 else nccl_engine
     monkeypatch.setattr(looked_up_in, "packed_nccl_broadcast_producer", broadcast)
-    send = vllm_compat.open_transfer("nccl", "host", 7, 5, "cpu")
+    send = transfer_api.open_transfer("nccl", "host", 7, 5, "cpu")
     for value in (1.0, 2.0):
         send({"a": torch.tensor([value]), "b": torch.tensor([3.0])})
     assert kept == [("a", [1.0]), ("b", [3.0]), ("a", [2.0]), ("b", [3.0])]
     assert [(info.master_address, info.master_port, info.world_size) for info in met] == [
         ("host", 7, 5)
     ]
-    joining = engine.init_info_cls(**vllm_compat.transfer_init("nccl", "host", 7, 3, 5))
+    joining = engine.init_info_cls(**transfer_api.transfer_init("nccl", "host", 7, 3, 5))
     assert (joining.rank_offset, joining.world_size) == (3, 5)
-    update = engine.update_info_cls(**vllm_compat.transfer_update("nccl", {"a": ("float32", (1,))}))
+    update = engine.update_info_cls(
+        **transfer_api.transfer_update("nccl", {"a": ("float32", (1,))})
+    )
     assert (update.names, update.dtype_names, update.shapes) == (["a"], ["float32"], [[1]])
     said = update if to_027 else joining
     assert said.packed, "as what is sent"
@@ -293,7 +296,7 @@ def test_vllms_own_sender_is_driven_as_it_wants(monkeypatch: pytest.MonkeyPatch)
     assert packed == [sizes, sizes]
     group.disabled = True
     with pytest.raises(RuntimeError, match="is disabled"):
-        vllm_compat.open_transfer("nccl", "host", 7, 5, "cpu")
+        transfer_api.open_transfer("nccl", "host", 7, 5, "cpu")
 
 
 CONFIG = """\

@@ -18,6 +18,7 @@ from emberl.kernels import platform
 from emberl.rollout.receiver import Receiver
 from emberl.rollout.vllm_backend import compat as vllm_compat
 from emberl.rollout.vllm_backend import transfer as native
+from emberl.rollout.vllm_backend import transfer_api
 from emberl.rollout.vllm_backend.transfer import GroupMember, Rendezvous, Sender
 from emberl.rollout.weights.engine_transfer import Broadcast, BroadcastGroup, EngineTransfer
 from emberl.rollout.weights.patch import TensorBytes, WeightPatch, dense_patch
@@ -203,10 +204,10 @@ def test_a_silent_communicator_is_found_out() -> None:
     with pytest.raises(
         RuntimeError, match=r"PyHcclCommunicator is disabled: .* could not load the library"
     ):
-        vllm_compat.check_communicator(PyHcclCommunicator())
+        transfer_api.check_communicator(PyHcclCommunicator())
     PyHcclCommunicator.disabled = False
-    vllm_compat.check_communicator(PyHcclCommunicator())
-    vllm_compat.check_communicator(object())
+    transfer_api.check_communicator(PyHcclCommunicator())
+    transfer_api.check_communicator(object())
 
 
 def test_what_a_user_may_ask_for() -> None:
@@ -225,14 +226,14 @@ def test_what_a_user_may_ask_for() -> None:
 
 
 def test_a_learner_without_vllm_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_compat, "installed_version", lambda: None)
-    vllm_compat.check_sender("")
-    vllm_compat.check_sender("gloo")
+    monkeypatch.setattr(transfer_api, "installed_version", lambda: None)
+    transfer_api.check_sender("")
+    transfer_api.check_sender("gloo")
     with pytest.raises(
         ValueError,
         match=r"backend=nccl: learners send by vLLM's own communicator, so vLLM .* must be",
     ):
-        vllm_compat.check_sender("nccl")
+        transfer_api.check_sender("nccl")
 
 
 def test_a_learner_sends_as_vllm_0_23_wants(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,13 +251,13 @@ def test_a_learner_sends_as_vllm_0_23_wants(monkeypatch: pytest.MonkeyPatch) -> 
             assert trainer_args == {"group": group, "packed": True}
             sent.append([(name, tensor.tolist()) for name, tensor in iterator])
 
-    monkeypatch.setattr(vllm_compat, "installed_version", lambda: "0.23.0")
-    monkeypatch.setattr(vllm_compat, "_factory", SimpleNamespace)
-    monkeypatch.setattr(vllm_compat, "_worker_engine", lambda backend: Worker)
-    send = vllm_compat.open_transfer("nccl", "host", 7, 5, "cpu")
+    monkeypatch.setattr(transfer_api, "installed_version", lambda: "0.23.0")
+    monkeypatch.setattr(transfer_api, "_factory", SimpleNamespace)
+    monkeypatch.setattr(transfer_api, "_worker_engine", lambda backend: Worker)
+    send = transfer_api.open_transfer("nccl", "host", 7, 5, "cpu")
     send({"a": torch.tensor([1.0])})
     send({"a": torch.tensor([2.0]), "b": torch.tensor([3.0])})
     assert sent == [[("a", [1.0])], [("a", [2.0]), ("b", [3.0])]]
     group.disabled = True
     with pytest.raises(RuntimeError, match="is disabled"):
-        vllm_compat.open_transfer("nccl", "host", 7, 5, "cpu")
+        transfer_api.open_transfer("nccl", "host", 7, 5, "cpu")

@@ -1,0 +1,156 @@
+"""vLLM's weight-transfer engines, as its versions have them.
+
+The methods of vLLM's workers and the factory, in which vllm-ascend 0.23 puts its own, are the same
+from 0.23 to 0.32. What differs is read off the classes: since 0.28 it is said at the start that
+tensors come packed, before with each update; since 0.28 the trainer has an engine of its own,
+before two static methods of the workers'. Importing this file loads neither vLLM nor torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...kernels import platform
+from .compat import installed_version
+
+
+def register_gloo() -> None:
+    """In a process of vLLM's: adds the engine for CPUs to the factory. Idempotent."""
+    registry = _factory().WeightTransferEngineFactory
+    if platform.CPU.weight_transfer not in registry._registry:
+        registry.register_engine(
+            platform.CPU.weight_transfer, f"{__package__}.gloo", "GlooWeightTransferEngine"
+        )
+
+
+def transfer_init(backend: str, host: str, port: int, rank: int, size: int) -> dict[str, Any]:
+    """What `init_weight_transfer_engine` is given; rank: of the engine's first process, among
+    `size` of all and the sender."""
+    meeting = {"master_address": host, "master_port": port, "rank_offset": rank, "world_size": size}
+    return meeting | _packed(_worker_engine(backend).init_info_cls)
+
+
+def transfer_update(
+    backend: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> dict[str, Any]:
+    """What `update_weights` is given; tensors: name -> torch's name of the dtype, and shape."""
+    dtypes, shapes = zip(*tensors.values(), strict=True)
+    info = {
+        "names": list(tensors),
+        "dtype_names": list(dtypes),
+        "shapes": [list(shape) for shape in shapes],
+    }
+    return info | _packed(_worker_engine(backend).update_info_cls)
+
+
+def update_weights(worker: Any, update: dict[str, Any]) -> None:
+    """`update_weights` of one of vLLM's workers. To 0.24 that ends by waiting for an accelerator,
+    and a CPU has none."""
+    to_024 = bool(inspect.signature(worker.start_weight_update).parameters)
+    (
+        worker.weight_transfer_engine if to_024 and worker.device.type == "cpu" else worker
+    ).update_weights(update)
+
+
+def check_communicator(communicator: Any) -> None:
+    """RuntimeError for one that found no library: vLLM's and vllm-ascend's then do nothing, and say
+    nothing."""
+    if getattr(communicator, "disabled", False):
+        raise RuntimeError(
+            f"{type(communicator).__name__} is disabled: this process could not load the library of"
+            " the devices' collectives (or VLLM_DISABLE_PYNCCL is set); mend that, or leave"
+            " rollout.engine_args.weight_transfer_config out"
+        )
+
+
+def check_sender(backend: str) -> None:
+    """ValueError where a learner cannot send through `backend`."""
+    if backend not in ("", platform.CPU.weight_transfer) and installed_version() is None:
+        raise ValueError(
+            f"rollout.engine_args.weight_transfer_config.backend={backend}: learners send by vLLM's"
+            " own communicator, so vLLM (on NPUs with vllm-ascend) must be installed for them too;"
+            " install it, or leave weight_transfer_config out"
+        )
+
+
+def open_transfer(
+    backend: str, host: str, port: int, size: int, device: Any
+) -> Callable[[Mapping[str, Any]], None]:
+    """A learner's end of a group, once all have met; what it returns sends name -> tensor, by way
+    of `device`."""
+    check_sender(backend)
+    worker = _worker_engine(backend)
+    if hasattr(worker, "trainer_send_weights"):
+        group = worker.trainer_init(
+            {"master_address": host, "master_port": port, "world_size": size}
+        )
+        check_communicator(group)
+        packed = {"group": group, "packed": True}
+        return lambda tensors: worker.trainer_send_weights(iter(_Source(tensors, device)), packed)
+    trainer, source = (
+        _factory().WeightTransferTrainerFactory._registry[backend](),
+        _Source({}, device),
+    )
+    info = trainer.init_info_cls(master_address=host, master_port=port, world_size=size, rank=0)
+    sender = trainer.trainer_init(info, client=_NoClient(), source=source)
+    check_communicator(sender.model_update_group)
+
+    def send(tensors: Mapping[str, Any]) -> None:
+        source.tensors = tensors
+        sender.send_weights()
+
+    return send
+
+
+@dataclass
+class _Source:
+    """Serves as vLLM's `WeightSource`; one tensor at a time goes to the device."""
+
+    tensors: Mapping[str, Any]
+    device: Any
+
+    def metadata(self) -> list[Any]:
+        param_meta = importlib.import_module("vllm.distributed.weight_transfer.base").ParamMeta
+        return [
+            param_meta(name, tensor.dtype, tuple(tensor.shape))
+            for name, tensor in self.tensors.items()
+        ]
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        return ((name, tensor.to(self.device)) for name, tensor in self.tensors.items())
+
+
+class _NoClient:
+    """Serves as vLLM's `VLLMWeightSyncClient`: each rollout worker tells its own engine."""
+
+    def __getattr__(self, _name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
+def _factory() -> Any:
+    importlib.import_module("vllm.platforms").current_platform  # noqa: B018 -- loads vllm-ascend, which changes the factory
+    return importlib.import_module("vllm.distributed.weight_transfer.factory")
+
+
+def _worker_engine(backend: str) -> Any:
+    register_gloo()
+    return _factory().WeightTransferEngineFactory._registry[backend]()
+
+
+def _packed(info: Any) -> dict[str, Any]:
+    return {"packed": True} if "packed" in info.__dataclass_fields__ else {}
+
+
+__all__ = [
+    "check_communicator",
+    "check_sender",
+    "open_transfer",
+    "register_gloo",
+    "transfer_init",
+    "transfer_update",
+    "update_weights",
+]
