@@ -21,10 +21,10 @@ from .answers import (
     plain,
     shows,
 )
+from .columns import column, fields, fill
 from .layouts import columns_text, given, lookup, spelled
 from .messages import Message, read_messages, split_off_reply
 from .table_layout import require_column, table_layout
-from .templates import column, fields, fill
 
 _ALTERNATIVES = frozenset(
     ("answers", "aliases", "spans", "text", "target", "targets", "truths")

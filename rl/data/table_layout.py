@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..config.data import DataConfig
+from .columns import missing
 from .layouts import Layout, Row, by_name, columns_text, lookup
 from .recognition import recognise
-from .templates import missing
 
 
 def table_layout(settings: DataConfig, head: Sequence[Row], table: str) -> Layout:

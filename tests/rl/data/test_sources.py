@@ -16,8 +16,8 @@ import pytest
 from emberl.rewards.suite import build_suite
 from emberl.rl.config.data import DataConfig
 from emberl.rl.config.tiny import TinyConfig
+from emberl.rl.data.columns import fill
 from emberl.rl.data.sources import PromptSource, check_data, open_source
-from emberl.rl.data.templates import fill
 from emberl.rl.data.tiny import tiny_tokenizer
 from emberl.rl.reward_inputs import reward_input
 
