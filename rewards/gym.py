@@ -56,7 +56,8 @@ class GymReward(Reward):
                 raise ValueError(
                     f"options.tasks allows {task!r}, which cannot be graded: {REFUSED[task]}"
                 )
-        self._binary, self._tasks = binary, TASKS | set(tasks)
+        self._binary = binary
+        self._tasks = TASKS | set(tasks)
         self._limits = Limits(seconds=timeout, memory_mb=2048)
         self._sandbox: Sandbox | None = None
         if set(tasks) - TASKS:

@@ -33,8 +33,8 @@ Reference answer:
 Answer to be marked:
 {completion}
 
-Is the answer to be marked right? Compare its final result with the reference answer. End with one line, "Score: 1" if \
-it is right or "Score: 0" if it is not."""
+Is the answer to be marked right? Compare its final result with the reference answer. \
+End with one line, "Score: 1" if it is right or "Score: 0" if it is not."""
 PATTERN = r"[Ss]core\W{0,5}(-?\d+(?:\.\d+)?)"
 _FIELD = re.compile(r"\{(question|answer|completion)\}")
 _AGAIN = (408, 409, 425, 429)
@@ -85,9 +85,13 @@ class JudgeReward(Reward):
                 "timeout and best must be positive, retries at least 0 and concurrency at least 1"
             )
         self._pattern = _compiled(pattern)
-        self._url, self._prompt, self._timeout, self._retries = base_url, prompt, timeout, retries
+        self._url = base_url
+        self._prompt = prompt
+        self._timeout = timeout
+        self._retries = retries
         self._scores = {str(word).lower(): float(value) for word, value in (scores or {}).items()}
-        self._best, self._concurrency = best, concurrency
+        self._best = best
+        self._concurrency = concurrency
         self._request = {"model": model, "temperature": 0.0} | dict(request or {})
         self._system = [{"role": "system", "content": system}] if system else []
         key = os.environ.get(api_key_env)

@@ -135,7 +135,8 @@ class OverlongReward(_Inline):
             raise ValueError(
                 f"buffer is {buffer}; it must be between 1 and max_tokens ({max_tokens})"
             )
-        self._buffer, self._max_tokens = buffer, max_tokens
+        self._buffer = buffer
+        self._max_tokens = max_tokens
 
     def score(self, row: RewardInput) -> float:
         limit = self._max_tokens or row.max_tokens
@@ -158,7 +159,8 @@ class RepetitionReward(_Inline):
     def __init__(self, ngram: int = 4, penalty: float = 1.0) -> None:
         if ngram < 1 or not 0 < penalty < float("inf"):
             raise ValueError(f"ngram ({ngram}) must be at least 1 and penalty ({penalty}) positive")
-        self._ngram, self._penalty = ngram, penalty
+        self._ngram = ngram
+        self._penalty = penalty
 
     def score(self, row: RewardInput) -> float:
         words = re.findall(

@@ -67,7 +67,8 @@ class RewardSuite:
         """The same parts with figures of their own: what it grades is not in this one's
         `metrics`. Only one of the two is to be closed."""
         other = RewardSuite(self.parts)
-        other._under_way, other._lock = self._under_way, self._lock
+        other._under_way = self._under_way
+        other._lock = self._lock
         return other
 
     def grade(self, inputs: Sequence[RewardInput]) -> list[Verdict]:
@@ -320,7 +321,8 @@ class _Call:
     or the exit."""
 
     def __init__(self, part: Part, inputs: Sequence[RewardInput]) -> None:
-        self.part, self.inputs = part, inputs
+        self.part = part
+        self.inputs = inputs
         self.result: list[Verdict] | None = None
         self.done = threading.Event()
         self.abandoned = False

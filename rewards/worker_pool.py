@@ -60,8 +60,11 @@ class WorkerPool:
             "memory_bytes": memory_bytes,
             "network": network,
         }
-        self._environment, self._output = environment, output
-        self._workers, self._recycle, self._spare = workers, recycle, spare
+        self._environment = environment
+        self._output = output
+        self._workers = workers
+        self._recycle = recycle
+        self._spare = spare
         self._slots = threading.BoundedSemaphore(workers)
         self._lock = threading.Lock()
         self._idle: list[WorkerProcess] = []

@@ -77,7 +77,9 @@ class WorkerProcess:
         self, setup: Mapping[str, Any], environment: Mapping[str, str] | None, output: bool
     ) -> None:
         self.socket, theirs = socket.socketpair()
-        self.ready, self.served, self.stopped = False, 0, False
+        self.ready = False
+        self.served = 0
+        self.stopped = False
         self._buffer = bytearray()
         environment = dict(os.environ if environment is None else environment)
         environment["EMBERL_WORKER_PATH"] = json.dumps([path or os.getcwd() for path in sys.path])

@@ -59,7 +59,9 @@ class GroupFeed:
         )
         self._open: dict[int, tuple[Ticket, Job]] = {}  # by number
         self._again: list[Ticket] = list(run.progress.pending)
-        self._position, self._step, self._admitted = run.progress.position, run.progress.step, 0
+        self._position = run.progress.position
+        self._step = run.progress.step
+        self._admitted = 0
         self._dropped: list[tuple[int, Group]] = []
         self._without_signal = 0  # groups that were dropped since the step began
         self._figures = _Figures(run)
@@ -269,7 +271,8 @@ class _Figures:
             (after - before) / max(now - self._at, 1e-9)
             for after, before in zip(idle, self._idle, strict=True)
         ]
-        self._at, self._idle = now, idle
+        self._at = now
+        self._idle = idle
         if self._run.config.schedule.oversample > 1 and self._finished and self._partial:
             cut = [len(c) for c in self._partial if c.finish_reason == "abort"]
             whole = self._finished + [len(c) for c in self._partial if c.finish_reason != "abort"]

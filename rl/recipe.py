@@ -128,8 +128,11 @@ class Attempts:
     def __init__(
         self, run_dir: Path, most: int, checkpoint: Path | None, tell: Callable[[str], None]
     ) -> None:
-        self.run_dir, self.checkpoint = run_dir, checkpoint
-        self._most, self._left, self._tell = most, most, tell
+        self.run_dir = run_dir
+        self.checkpoint = checkpoint
+        self._most = most
+        self._left = most
+        self._tell = tell
 
     def another(self, error: Exception, what: str) -> None:
         """Allows one more attempt; raises the error where there were enough. what: happens then."""
@@ -138,7 +141,8 @@ class Attempts:
             self._left = self._most
         if not self._left:
             raise error
-        self._left, self.checkpoint = self._left - 1, newest
+        self._left -= 1
+        self.checkpoint = newest
         if newest is None:
             forget_figures(self.run_dir)
         where = "the beginning" if newest is None else newest.name

@@ -11,8 +11,8 @@ from ..rollout.samples import Prompt
 
 def conversation(prompt: Prompt, tokenizer: Any) -> tuple[Mapping[str, str], ...]:
     """The messages that reward functions see; none where the model reads plain text, since without
-    a chat template peers hand their functions texts. `tokenizer` is None before one is loaded, where
-    a template is assumed."""
+    a chat template peers hand their functions texts. `tokenizer` is None before one is loaded,
+    where a template is assumed."""
     return prompt.messages if tokenizer is None or tokenizer.chat_template is not None else ()
 
 

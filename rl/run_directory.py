@@ -65,8 +65,8 @@ def open_run_dir(
 
 def forget_earlier(run_dir: Path, *, anew: bool) -> None:
     """Removes what earlier attempts left that is not this one's: a wish to stop, checkpoints half
-    written, and `anew` the
-    figures of a start that came to nothing. Only while `alone_in` it: they may be a living run's."""
+    written, and, if `anew`, the figures of a start that came to nothing. Only while `alone_in` it:
+    they may be a living run's."""
     asked_to_stop(run_dir)
     for half in (run_dir / CHECKPOINTS).glob(".*"):
         shutil.rmtree(half, ignore_errors=True)

@@ -71,8 +71,9 @@ def check_reachable(address: str, nodes: Set[str]) -> None:
     host = address.rpartition(":")[0].strip("[]")
     if len(nodes) > 1 and (host.startswith("127.") or host in ("localhost", "::1")):
         raise ValueError(
-            f"Ray knows a node of learners as {host}, which other nodes ({', '.join(sorted(nodes))}) "
-            "cannot reach; start Ray on every node with --node-ip-address=ADDRESS"
+            f"Ray knows a node of learners as {host}, which other nodes"
+            f" ({', '.join(sorted(nodes))}) cannot reach; start Ray on every node with"
+            " --node-ip-address=ADDRESS"
         )
 
 

@@ -99,9 +99,10 @@ class Engine(Protocol):
         ...
 
     async def canary(self, canary: Canary | None) -> None:
-        """Changes what it serves to this canary of it, or, None, back: by the way that updates take,
-        proved by digest, under the same version, and with nothing else under way. DigestMismatchError
-        where it cannot be taken back: then it serves nothing until a whole patch comes."""
+        """Changes what it serves to this canary of it, or, None, back: by the way that updates
+        take, proved by digest, under the same version, and with nothing else under way.
+        DigestMismatchError where it cannot be taken back: then it serves nothing until a whole
+        patch comes."""
         ...
 
     async def sleep(self, level: int) -> None:

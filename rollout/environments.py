@@ -105,9 +105,13 @@ class Episodes:
         this token; ValueError if it cannot be tokenised. role: of the observations. prefix: how
         turns after the first begin, where an observation's tokens have that already. timeout:
         seconds for one `step`."""
-        self._make, self._text, self._observe = make, text, observe
-        self._role, self._prefix = role, prefix
-        self._max_turns, self._timeout = max_turns, timeout
+        self._make = make
+        self._text = text
+        self._observe = observe
+        self._role = role
+        self._prefix = prefix
+        self._max_turns = max_turns
+        self._timeout = timeout
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._late: list[threading.Thread] = []
 

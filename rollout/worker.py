@@ -171,7 +171,8 @@ class GroupService:
     """
 
     def __init__(self, engine: Engine, in_flight: InFlight = "update") -> None:
-        self.engine, self._in_flight = engine, in_flight
+        self.engine = engine
+        self._in_flight = in_flight
         self._groups: dict[str, _Group] = {}  # those under way, by their prompt's id
         self._streams = 0
         self._quiet = asyncio.Condition()

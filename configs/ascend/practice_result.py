@@ -1,4 +1,6 @@
-"""python configs/ascend/practice_result.py RUN [--against RUN] [--device F] [--doctor F] > result.json
+"""Usage:
+
+    python configs/ascend/practice_result.py RUN [--against RUN] [--device F] [--doctor F] > FILE
 
 One JSON file of a practice run: its configuration, the figures of every step, and the acceptance of
 practice.md. Needs nothing but Python.

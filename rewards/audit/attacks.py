@@ -233,7 +233,8 @@ class _Host:
         self.secret = secrets.token_hex(16)
         self._directory = tempfile.TemporaryDirectory(prefix="emberl-attacks-")
         folder = Path(self._directory.name)
-        self._secret_file, self._canary = folder / "secret", folder / "canary"
+        self._secret_file = folder / "secret"
+        self._canary = folder / "canary"
         self._secret_file.write_text(self.secret)
         self._canary.write_text("untouched")
         os.environ["EMBERL_ATTACK_SECRET"] = self.secret

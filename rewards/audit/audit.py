@@ -335,10 +335,15 @@ def to_text(found: Audit) -> str:
     return "\n".join(lines)
 
 
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;width:100%}td,th{border-top:1px solid #ddd;padding:.4rem .6rem;text-align:left;vertical-align:top}
-pre{white-space:pre-wrap;word-break:break-word;margin:0;max-height:16rem;overflow:auto;font-size:13px}
-summary{cursor:pointer;font-weight:600}.kind{white-space:nowrap;font-weight:600}"""
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;"
+    "color:#222}\n"
+    "table{border-collapse:collapse;width:100%}td,th{border-top:1px solid #ddd;padding:.4rem .6rem;"
+    "text-align:left;vertical-align:top}\n"
+    "pre{white-space:pre-wrap;word-break:break-word;margin:0;max-height:16rem;overflow:auto;"
+    "font-size:13px}\n"
+    "summary{cursor:pointer;font-weight:600}.kind{white-space:nowrap;font-weight:600}"
+)
 
 
 def to_html(found: Audit) -> str:
@@ -358,11 +363,13 @@ def to_html(found: Audit) -> str:
         )
         if item.second is not None:
             said += f" / second: {item.second.status}"
-        rows.append(
-            "<tr><td"
-            f" class=kind>{escape(item.kind)}<br>{escape(item.row.id)}</td><td><pre>{escape(item.row.input.answer)}"
-            f"</pre></td><td><pre>{escape(text)}</pre></td><td>{escape(said)}<br>{escape(item.verdict.message)}</td></tr>"
+        cells = (
+            f"<td class=kind>{escape(item.kind)}<br>{escape(item.row.id)}</td>",
+            f"<td><pre>{escape(item.row.input.answer)}</pre></td>",
+            f"<td><pre>{escape(text)}</pre></td>",
+            f"<td>{escape(said)}<br>{escape(item.verdict.message)}</td>",
         )
+        rows.append(f"<tr>{''.join(cells)}</tr>")
     hidden = len(found.disagreements) - len(rows)
     note = f"<p>{hidden} more are not shown.</p>" if hidden else ""
     title = f"Audit of {found.figures.get('reward', 'a reward')}"

@@ -46,7 +46,9 @@ class raises(contextlib.AbstractContextManager[_Caught]):
 
     def __new__(cls, expected: Any, *call: Any, match: str | None = None, **keywords: Any) -> Any:
         made = super().__new__(cls)
-        made.expected, made.pattern, made.caught = expected, match, _Caught()
+        made.expected = expected
+        made.pattern = match
+        made.caught = _Caught()
         if not call:
             return made
         with made as caught:
@@ -66,7 +68,8 @@ class raises(contextlib.AbstractContextManager[_Caught]):
             raise Failed(f"did not raise {self.expected}")
         if not issubclass(kind, self.expected):
             return False
-        self.caught.value, self.caught.type = error, kind
+        self.caught.value = error
+        self.caught.type = kind
         if self.pattern is not None:
             self.caught.match(self.pattern)
         return True
@@ -82,7 +85,8 @@ class approx:
         abs: float | None = None,
         nan_ok: bool = False,
     ) -> None:
-        self.expected, self.nan_ok = expected, nan_ok
+        self.expected = expected
+        self.nan_ok = nan_ok
         self.rel = 1e-6 if rel is None and abs is None else (rel or 0.0)
         self.abs = 1e-12 if abs is None else abs
 

@@ -87,8 +87,11 @@ class CodeReward(Reward):
             )
         self.limits = Limits(seconds=timeout, memory_mb=memory_mb, output_bytes=output_bytes)
         self.compiler_limits = dataclasses.replace(COMPILER_LIMITS, seconds=compile_seconds)
-        self.partial, self.language, self.max_code_chars = partial, language, max_code_chars
-        self.packages, self.reference_seconds = tuple(packages), reference_seconds
+        self.partial = partial
+        self.language = language
+        self.max_code_chars = max_code_chars
+        self.packages = tuple(packages)
+        self.reference_seconds = reference_seconds
         start: Callable[..., Sandbox | RemoteSandbox]
         if url is not None:
             # needs httpx, which no sandbox of our own does

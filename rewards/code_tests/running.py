@@ -131,9 +131,13 @@ class Tester:
         tolerance: float,
         partial: bool,
     ) -> None:
-        self._start, self.packages = start, packages
-        self.limits, self.compiler_limits = limits, compiler_limits
-        self.total_seconds, self.tolerance, self.partial = total_seconds, tolerance, partial
+        self._start = start
+        self.packages = packages
+        self.limits = limits
+        self.compiler_limits = compiler_limits
+        self.total_seconds = total_seconds
+        self.tolerance = tolerance
+        self.partial = partial
         self.sandbox = start(preload=packages)
         self._judges: dict[tuple[str, ...], Sandbox | RemoteSandbox] = {}
         self._lock = threading.Lock()

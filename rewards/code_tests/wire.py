@@ -229,7 +229,8 @@ class Side:
 
     def __init__(self, child: Child) -> None:
         self.child = child
-        self.shared, self.named = {}, set()
+        self.shared = {}
+        self.named = set()
 
     def pack_other(self, value: Any) -> Any:
         raise NotImplementedError

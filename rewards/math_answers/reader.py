@@ -31,7 +31,10 @@ class Reader(ABC):
     """A place in a list of tokens. `bars`: how many `|` are open; `depth`: levels open now."""
 
     def __init__(self, tokens: list[Token]) -> None:
-        self.tokens, self.at, self.depth, self.bars = tokens, 0, 0, 0
+        self.tokens = tokens
+        self.at = 0
+        self.depth = 0
+        self.bars = 0
 
     def peek(self, ahead: int = 0) -> str:
         index = self.at + ahead

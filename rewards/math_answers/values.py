@@ -122,8 +122,11 @@ class _Evaluator:
     def __init__(
         self, env: Mapping[str, Fraction], reading: Reading, context: Any, real: bool, point: int
     ) -> None:
-        self.env, self.reading, self.context = env, reading, context
-        self.real, self.point = real, point
+        self.env = env
+        self.reading = reading
+        self.context = context
+        self.real = real
+        self.point = point
 
     def value(self, node: Node) -> Value:
         if (operate := _OPERATIONS.get(node.kind)) is None:

@@ -53,10 +53,12 @@ class PluginReward(Reward):
             )
         if not timeout > 0:
             raise ValueError(f"timeout is {timeout}; it must be positive seconds")
-        self.target, self.timeout = target, timeout
+        self.target = target
+        self.timeout = timeout
         self._inline: Adapted | None = None
         self._pool: WorkerPool | None = None
-        self._workers, self._memory_bytes = concurrency, memory_bytes
+        self._workers = concurrency
+        self._memory_bytes = memory_bytes
         self._setup: dict[str, Any] = {
             "target": target,
             "style": style,
@@ -64,7 +66,8 @@ class PluginReward(Reward):
         }
         if isolation == "inline":
             self._inline = make(**self._setup)
-            self.style, self.batched = self._inline.style, self._inline.batched
+            self.style = self._inline.style
+            self.batched = self._inline.batched
         else:
             self._start()
 
@@ -84,7 +87,8 @@ class PluginReward(Reward):
         if message:
             self.close()
             raise ValueError(f"{self.target}: {message.removeprefix('ValueError: ')}")
-        self.style, self.batched = described.value["style"], described.value["batched"]
+        self.style = described.value["style"]
+        self.batched = described.value["batched"]
 
     def __call__(self, batch: Sequence[RewardInput], /) -> list[Verdict]:
         calls = [list(batch)] if self.batched else [[row] for row in batch]

@@ -47,7 +47,8 @@ class ForkServer:
     def __init__(self, backend: str, preload: Sequence[str] = ()) -> None:
         self.backend = backend
         self.busy = False
-        self._overslept, self._started = False, 0.0
+        self._overslept = False
+        self._started = 0.0
         self._folder = ""
         if backend not in WITH_NAMESPACES:
             self._folder = tempfile.mkdtemp(prefix="emberl-sandbox-")
@@ -95,7 +96,8 @@ class ForkServer:
         """Starts a child on `fds`: its channel, source or program at 3, then 0, 1 and 2. Raises
         SandboxError."""
         assert not self.busy, "a fork server does one run at a time"
-        self.busy, self._overslept = True, False
+        self.busy = True
+        self._overslept = False
         memory = limits.memory_mb << 20
         message = REQUEST.pack(
             kind, limits.wall_seconds, limits.seconds, memory, limits.output_bytes

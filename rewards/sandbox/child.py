@@ -127,7 +127,8 @@ def source_of(value: Any) -> str:
     if kind is tuple:
         return f"({''.join(source_of(item) + ', ' for item in value)})"
     if kind is dict:
-        return f"{{{', '.join(f'{source_of(key)}: {source_of(item)}' for key, item in value.items())}}}"
+        items = (f"{source_of(key)}: {source_of(item)}" for key, item in value.items())
+        return f"{{{', '.join(items)}}}"
     if kind is set or kind is frozenset:
         return f"{kind.__name__}([{', '.join(map(source_of, value))}])"
     if kind is complex:

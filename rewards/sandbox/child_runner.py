@@ -95,9 +95,11 @@ class ChildRunner:
         privileges: str,
         main: Callable[[], NoReturn],
     ) -> None:
-        self.control, self.pid = control, os.getpid()
+        self.control = control
+        self.pid = os.getpid()
         self.namespaces: bool = config["kind"] in ("zygote", "bubblewrap")
-        self.nobody, self.may_chroot = privileges == "two ids", privileges != "none"
+        self.nobody = privileges == "two ids"
+        self.may_chroot = privileges != "none"
         self.locked = mmap.mmap(-1, 1)  # shared with the child until it is locked down
         self.filters = [self._filter(bytes.fromhex(text)) for text in config["filters"]]
         self.compiler: list[str] = config["compiler"]

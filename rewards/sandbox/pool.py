@@ -217,7 +217,9 @@ class Session:
     does not keep to it is found out after a grace."""
 
     def __init__(self, server: ForkServer, channel: socket.socket, limits: Limits) -> None:
-        self._server, self._channel, self._limits = server, channel, limits
+        self._server = server
+        self._channel = channel
+        self._limits = limits
         self._received = bytearray()
         self._our_turn = 0.0  # when it began
         channel.settimeout(limits.seconds + _LOOK_SECONDS)

@@ -196,7 +196,9 @@ class RemoteSession:
         limits: Limits,
         foreseen: Sequence[Mapping[str, Any]],
     ) -> None:
-        self._box, self._request, self._limits = box, request, limits
+        self._box = box
+        self._request = request
+        self._limits = limits
         self._foreseen = list(foreseen)
         self._sent: list[Mapping[str, Any]] = []
         self._replies: list[bytes] = []

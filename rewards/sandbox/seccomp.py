@@ -17,25 +17,33 @@ ALLOW, EPERM, ENOSYS, KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
 LOAD, AND, JUMP_EQUAL, JUMP_GREATER_EQUAL, RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
-_X86_64 = """read 0 write 1 open 2 close 3 stat 4 fstat 5 lstat 6 poll 7 lseek 8 mmap 9 mprotect 10 munmap 11 brk 12
-rt_sigaction 13 rt_sigprocmask 14 rt_sigreturn 15 ioctl 16 pread64 17 pwrite64 18 readv 19 writev 20 access 21 pipe 22
-select 23 sched_yield 24 mremap 25 madvise 28 dup 32 dup2 33 nanosleep 35 alarm 37 setitimer 38 getpid 39 clone 56
-fork 57 vfork 58 execve 59 exit 60 wait4 61 uname 63 fcntl 72 ftruncate 77 getdents 78 getcwd 79 chdir 80 rename 82
-unlink 87 readlink 89 chmod 90 fchmod 91 umask 95 gettimeofday 96 getrlimit 97 getrusage 98 sysinfo 99 times 100
-getuid 102 getgid 104 geteuid 107 getegid 108 getppid 110 getpgrp 111 sigaltstack 131 arch_prctl 158 gettid 186
-time 201 futex 202 sched_getaffinity 204 getdents64 217 set_tid_address 218 restart_syscall 219 clock_gettime 228
-clock_getres 229 clock_nanosleep 230 exit_group 231 waitid 247 openat 257 newfstatat 262 unlinkat 263 renameat 264
-readlinkat 267 fchmodat 268 faccessat 269 pselect6 270 ppoll 271 set_robust_list 273 dup3 292 pipe2 293 prlimit64 302
-renameat2 316 getrandom 318 execveat 322 copy_file_range 326 statx 332 rseq 334 clone3 435 faccessat2 439"""
-_AARCH64 = """read 63 write 64 close 57 fstat 80 lseek 62 mmap 222 mprotect 226 munmap 215 brk 214 rt_sigaction 134
-rt_sigprocmask 135 rt_sigreturn 139 ioctl 29 pread64 67 pwrite64 68 readv 65 writev 66 sched_yield 124 mremap 216
-madvise 233 dup 23 nanosleep 101 setitimer 103 getpid 172 clone 220 execve 221 exit 93 wait4 260 uname 160 fcntl 25
-ftruncate 46 getcwd 17 chdir 49 fchmod 52 umask 166 gettimeofday 169 getrusage 165 sysinfo 179 times 153 getuid 174
-getgid 176 geteuid 175 getegid 177 getppid 173 sigaltstack 132 gettid 178 futex 98 sched_getaffinity 123 getdents64 61
-set_tid_address 96 restart_syscall 128 clock_gettime 113 clock_getres 114 clock_nanosleep 115 exit_group 94 waitid 95
-openat 56 newfstatat 79 unlinkat 35 renameat 38 readlinkat 78 fchmodat 53 faccessat 48 pselect6 72 ppoll 73
-set_robust_list 99 dup3 24 pipe2 59 prlimit64 261 renameat2 276 getrandom 278 execveat 281 copy_file_range 285
-statx 291 rseq 293 clone3 435 faccessat2 439"""
+_X86_64 = """
+read 0 write 1 open 2 close 3 stat 4 fstat 5 lstat 6 poll 7 lseek 8 mmap 9 mprotect 10 munmap 11
+brk 12 rt_sigaction 13 rt_sigprocmask 14 rt_sigreturn 15 ioctl 16 pread64 17 pwrite64 18 readv 19
+writev 20 access 21 pipe 22 select 23 sched_yield 24 mremap 25 madvise 28 dup 32 dup2 33
+nanosleep 35 alarm 37 setitimer 38 getpid 39 clone 56 fork 57 vfork 58 execve 59 exit 60 wait4 61
+uname 63 fcntl 72 ftruncate 77 getdents 78 getcwd 79 chdir 80 rename 82 unlink 87 readlink 89
+chmod 90 fchmod 91 umask 95 gettimeofday 96 getrlimit 97 getrusage 98 sysinfo 99 times 100
+getuid 102 getgid 104 geteuid 107 getegid 108 getppid 110 getpgrp 111 sigaltstack 131
+arch_prctl 158 gettid 186 time 201 futex 202 sched_getaffinity 204 getdents64 217
+set_tid_address 218 restart_syscall 219 clock_gettime 228 clock_getres 229 clock_nanosleep 230
+exit_group 231 waitid 247 openat 257 newfstatat 262 unlinkat 263 renameat 264 readlinkat 267
+fchmodat 268 faccessat 269 pselect6 270 ppoll 271 set_robust_list 273 dup3 292 pipe2 293
+prlimit64 302 renameat2 316 getrandom 318 execveat 322 copy_file_range 326 statx 332 rseq 334
+clone3 435 faccessat2 439
+"""
+_AARCH64 = """
+read 63 write 64 close 57 fstat 80 lseek 62 mmap 222 mprotect 226 munmap 215 brk 214
+rt_sigaction 134 rt_sigprocmask 135 rt_sigreturn 139 ioctl 29 pread64 67 pwrite64 68 readv 65
+writev 66 sched_yield 124 mremap 216 madvise 233 dup 23 nanosleep 101 setitimer 103 getpid 172
+clone 220 execve 221 exit 93 wait4 260 uname 160 fcntl 25 ftruncate 46 getcwd 17 chdir 49 fchmod 52
+umask 166 gettimeofday 169 getrusage 165 sysinfo 179 times 153 getuid 174 getgid 176 geteuid 175
+getegid 177 getppid 173 sigaltstack 132 gettid 178 futex 98 sched_getaffinity 123 getdents64 61
+set_tid_address 96 restart_syscall 128 clock_gettime 113 clock_getres 114 clock_nanosleep 115
+exit_group 94 waitid 95 openat 56 newfstatat 79 unlinkat 35 renameat 38 readlinkat 78 fchmodat 53
+faccessat 48 pselect6 72 ppoll 73 set_robust_list 99 dup3 24 pipe2 59 prlimit64 261 renameat2 276
+getrandom 278 execveat 281 copy_file_range 285 statx 291 rseq 293 clone3 435 faccessat2 439
+"""
 
 
 def _table(text: str) -> dict[str, int]:
@@ -76,10 +84,15 @@ def _free(names: str) -> dict[str, Sequence[When]]:
     return dict.fromkeys(names.split(), ())
 
 
-_BASE: Rules = _free("""read write close mmap munmap brk mremap mprotect madvise futex lseek readv writev fstat
-    rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday
-    time times getrusage getrlimit getpid gettid getuid geteuid getgid getegid getppid getrandom sched_yield sched_getaffinity
-    set_robust_list set_tid_address rseq restart_syscall uname sysinfo exit exit_group alarm""") | {
+_BASE: Rules = _free(
+    """
+    read write close mmap munmap brk mremap mprotect madvise futex lseek readv writev fstat
+    rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack clock_gettime clock_getres clock_nanosleep
+    nanosleep gettimeofday time times getrusage getrlimit getpid gettid getuid geteuid getgid
+    getegid getppid getrandom sched_yield sched_getaffinity set_robust_list set_tid_address rseq
+    restart_syscall uname sysinfo exit exit_group alarm
+    """
+) | {
     "fcntl": (When(1, 0xFFFFFFFF, _SAFE_FCNTL),),
     "ioctl": (When(1, 0xFFFFFFFF, _SAFE_IOCTL),),
     "prlimit64": _READ_LIMITS,
@@ -113,8 +126,11 @@ COMPILER: Rules = {
     **_LOOKING,
     **_DUPLICATING,
     **_free(
-        """open openat pwrite64 ftruncate unlink unlinkat rename renameat renameat2 chmod fchmod fchmodat umask chdir
-        pipe pipe2 fork vfork execve execveat wait4 waitid copy_file_range getdents getpgrp"""
+        """
+        open openat pwrite64 ftruncate unlink unlinkat rename renameat renameat2 chmod fchmod
+        fchmodat umask chdir pipe pipe2 fork vfork execve execveat wait4 waitid copy_file_range
+        getdents getpgrp
+        """
     ),
     "clone": (When(0, _NAMESPACES, (0,)),),
     "arch_prctl": (When(0, 0xFFFFFFFF, (0x1002, 0x3001)),),

@@ -305,10 +305,8 @@ class DataConfig(Settings):
             return DataConfig.model_validate({**own, **merged, **more})
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(step) for step in first["loc"])
-            raise ValueError(
-                f"data.{key}{'.' * bool(where)}{where}: {first['msg'].removeprefix('Value error, ')}"
-            ) from error
+            where = ".".join([f"data.{key}", *(str(step) for step in first["loc"])])
+            raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from error
 
     @model_validator(mode="after")
     def _mixed(self) -> DataConfig:
@@ -327,8 +325,8 @@ class DataConfig(Settings):
             number = isinstance(weight, int | float) and not isinstance(weight, bool)
             if not number or not 0 < weight < float("inf"):
                 raise ValueError(
-                    f"data.mixture.{name}.weight={weight} must be a number above 0; leave the source"
-                    " out to have none of it"
+                    f"data.mixture.{name}.weight={weight} must be a number above 0; leave the"
+                    " source out to have none of it"
                 )
         if given and len(given) < len(weights):
             missing = next(name for name in weights if name not in given)
@@ -337,8 +335,8 @@ class DataConfig(Settings):
             )
         if given and abs(sum(given.values()) - 1) > 1e-6:
             raise ValueError(
-                f"the weights of data.mixture sum to {sum(given.values()):g}; they are shares of the"
-                " prompts and must sum to 1"
+                f"the weights of data.mixture sum to {sum(given.values()):g}; they are shares of"
+                " the prompts and must sum to 1"
             )
         levels = [level for _, part in self.parts.values() for level in part.at_levels]
         if len(levels) > len(self.parts) and self.curriculum.rate_column is not None:

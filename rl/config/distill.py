@@ -57,8 +57,8 @@ class DistillConfig(Settings):
         named = Counter(s for teacher in self.teachers.values() for s in set(teacher.sources))
         if twice := [source for source, count in named.items() if count > 1]:
             raise ValueError(
-                f"distill.teachers: the source {twice[0]!r} has {named[twice[0]]} teachers; leave it"
-                " to one of them"
+                f"distill.teachers: the source {twice[0]!r} has {named[twice[0]]} teachers; leave"
+                " it to one of them"
             )
         own = {name: getattr(self, name) for name in type(self).model_fields if name != "teachers"}
         if not self.teachers and own != {n: type(self).model_fields[n].default for n in own}:

@@ -198,8 +198,8 @@ PAPERS: Mapping[str, str] = {
     "topr": "arXiv 2503.14286",
     "gpg": "arXiv 2504.02546",
     "opd": (
-        "on-policy distillation, https://thinkingmachines.ai/blog/on-policy-distillation: importance"
-        " sampling (here truncated), no advantages within the group"
+        "on-policy distillation, https://thinkingmachines.ai/blog/on-policy-distillation:"
+        " importance sampling (here truncated), no advantages within the group"
     ),
 }
 """Where each comes from, and what its paper leaves open."""

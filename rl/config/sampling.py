@@ -126,9 +126,9 @@ class ThinkingConfig(Settings):
     """The model's thoughts in an evaluation: whether it has any, and how long they may be."""
 
     mode: Literal["template", "slow", "fast"] = "template"
-    """`slow`: with thoughts, `fast`: without, by the chat template's own variable (`enable_thinking`
-    of Qwen3, `thinking` of DeepSeek), or where it has none by how every answer begins: the opening
-    tag, or an empty pair of tags. `template`: as the template has it."""
+    """`slow`: with thoughts, `fast`: without, by the chat template's own variable
+    (`enable_thinking` of Qwen3, `thinking` of DeepSeek), or where it has none by how every answer
+    begins: the opening tag, or an empty pair of tags. `template`: as the template has it."""
     open: str = "<think>"
     """What begins thoughts, at the end of the prompt or the beginning of the answer; an answer
     without it has none. Empty: all of an answer is thought until `close`."""
@@ -158,8 +158,8 @@ class ThinkingConfig(Settings):
     def _closes(self) -> ThinkingConfig:
         if self.open and self.ending is not None and self.close not in self.ending:
             raise ValueError(
-                f"ending={self.ending!r} does not hold close={self.close!r}, so thoughts would go on"
-                " after it; put it in"
+                f"ending={self.ending!r} does not hold close={self.close!r}, so thoughts would go"
+                " on after it; put it in"
             )
         return self
 

@@ -129,7 +129,9 @@ class Curriculum:
     settings, sources, seed and history draw the same."""
 
     def __init__(self, settings: CurriculumConfig, sources: Sequence[Source], seed: int) -> None:
-        self.settings, self.sources, self.seed = settings, tuple(sources), seed
+        self.settings = settings
+        self.sources = tuple(sources)
+        self.seed = seed
         self.step = 0
         """RL steps done."""
         self.next = 0
@@ -248,11 +250,14 @@ class Curriculum:
             at = self.progress[choice.source]
             if choice.level != at.level:
                 continue
-            at.solved, at.tried = at.solved + solved, at.tried + tried
+            at.solved += solved
+            at.tried += tried
             if at.tried >= self.settings.raise_after:
                 last = at.level == len(self.pools[choice.source]) - 1
                 raised = not last and at.solved >= self.settings.raise_at * at.tried
-                at.level, at.solved, at.tried = at.level + raised, 0, 0
+                at.level += raised
+                at.solved = 0
+                at.tried = 0
 
     def forget(self, before: int, pending: Iterable[int]) -> None:
         """Drops the draws of positions below `before` that nobody waits for."""
@@ -300,7 +305,8 @@ class Curriculum:
                 f"the checkpoint's curriculum is of sources with {sizes} problems, the data have"
                 f" {[list(source.sizes) for source in self.sources]}; give the data it was of"
             )
-        self.step, self.next = state["step"], state["next"]
+        self.step = state["step"]
+        self.next = state["next"]
         self.plan = {int(p): Choice(*choice) for p, choice in state["plan"].items()}
         self.progress = [Progress(**at) for at in state["progress"]]
         self.pools = self._new_pools()  # whatever was drawn before
@@ -328,7 +334,9 @@ def _packed(pool: Pool) -> dict[str, Any]:
 
 
 def _unpack(pool: Pool, saved: Mapping[str, Any]) -> None:
-    pool.drawn, pool.cursor, pool.hard = saved["drawn"], saved["cursor"], saved["hard"]
+    pool.drawn = saved["drawn"]
+    pool.cursor = saved["cursor"]
+    pool.hard = saved["hard"]
     for name in _COLUMNS:
         column = getattr(pool, name)
         values = [np.nan if x is None else x for x in saved[name]]

@@ -29,7 +29,8 @@ class MixtureSource:
     def __init__(
         self, settings: DataConfig, open_one: Callable[[DataConfig], PromptSource], seed: int
     ) -> None:
-        self._settings, self._seed = settings.curriculum, seed
+        self._settings = settings.curriculum
+        self._seed = seed
         self._weights = [weight for weight, _ in settings.parts.values()]
         self._levels = [
             [open_one(level) for level in _levels(p)] for _, p in settings.parts.values()

@@ -112,7 +112,9 @@ class _Fold:
     """One pass over a table: its problems in parts, and what became of the rows."""
 
     def __init__(self, table: Table, mapper: Mapper, settings: DataConfig) -> None:
-        self._table, self._mapper, self._drop = table, mapper, settings.drop == "bad"
+        self._table = table
+        self._mapper = mapper
+        self._drop = settings.drop == "bad"
         self._needed = sorted(mapper.needed)
         self._seen: set[bytes] = set()
         self._read = self._folded = self._bad = 0

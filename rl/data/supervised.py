@@ -74,7 +74,8 @@ class RowReader:
 
     def __init__(self, settings: DataConfig, table: Table) -> None:
         head = table.head()
-        self._settings, self._mapper = settings, None
+        self._settings = settings
+        self._mapper = None
         self._talk = next((name for name in CONVERSATIONS if _answered(head[0].get(name))), None)
         if self._talk is None or settings.prompt_column is not None:
             self._talk = None
@@ -154,7 +155,8 @@ class Demonstrations:
     def __init__(
         self, settings: DataConfig, tokenizer: Tokenizer, seed: int, *, limit: int, heldout: int
     ) -> None:
-        self._tokenizer, self._limit = tokenizer, limit
+        self._tokenizer = tokenizer
+        self._limit = limit
         self._writer = PromptWriter(settings, tokenizer)
         self._end = end_token(tokenizer)
         rows: list[tuple[Message, ...]] = []

@@ -308,8 +308,11 @@ class _Rows:
     def __init__(
         self, name: str, problems: EvalSet, reader: AnswerReader, thoughts: Thoughts | None
     ) -> None:
-        self._name, self._problems, self._reader = name, problems, reader
-        self._thoughts, self._same = thoughts, by_reward(problems.suite)
+        self._name = name
+        self._problems = problems
+        self._reader = reader
+        self._thoughts = thoughts
+        self._same = by_reward(problems.suite)
 
     async def sampled(
         self, pool: RolloutPool, prompts: Sequence[Prompt], sampling: Sampling

@@ -76,7 +76,8 @@ def configure(
     model: Named, data: Sequence[str], overrides: Sequence[str], *, own_data: bool = True
 ) -> Config:
     """The configuration of an evaluation on these sets; without any, of a run's own held-out
-    problems (`own_data`), for which keys of a set count, too. `ConfigError` for an unknown set or key."""
+    problems (`own_data`), for which keys of a set count, too. `ConfigError` for an unknown set or
+    key."""
     sets: dict[str, dict[str, Any]] = {}
     try:
         for text in data:

@@ -99,7 +99,8 @@ class Store:
             hidden = path.with_name(f".{path.name}")
             parquet.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA), hidden)
             os.replace(hidden, path)
-            self._rows, self._next = [], self._next + 1
+            self._rows = []
+            self._next += 1
         self._since = time.monotonic()
 
 

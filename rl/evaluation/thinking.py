@@ -32,8 +32,8 @@ def in_mode(settings: D, thinking: ThinkingConfig, template: str | None) -> D:
     if settings.assistant_prefix:
         raise ValueError(
             f"thinking.mode={thinking.mode} sets how answers begin, since the chat template has no"
-            f" {' or '.join(VARIABLES)}, but assistant_prefix={settings.assistant_prefix!r} does so,"
-            " too; leave one of them out"
+            f" {' or '.join(VARIABLES)}, but assistant_prefix={settings.assistant_prefix!r} does"
+            " so, too; leave one of them out"
         )
     begin = thinking.open if slow else f"{thinking.open}{thinking.close}"
     return settings.model_copy(update={"assistant_prefix": begin})
@@ -48,7 +48,8 @@ class Thoughts:
 
     def __init__(self, settings: ThinkingConfig, tokenizer: Any) -> None:
         """ValueError where the tokenizer cannot spell the tags."""
-        self.settings, self._tokenizer = settings, tokenizer
+        self.settings = settings
+        self._tokenizer = tokenizer
         self._close = StopMatcher((settings.close,), token_bytes(tokenizer))
         text = settings.close if settings.ending is None else settings.ending
         try:
@@ -109,7 +110,8 @@ class Thoughts:
 
 
 def split(text: str, settings: ThinkingConfig, *, opened: bool = False) -> tuple[str, str]:
-    """(thoughts, answer) of the text of an answer, tags left out. opened: the prompt opened them."""
+    """(thoughts, answer) of the text of an answer, tags left out. opened: the prompt opened
+    them."""
     begin, said = settings.open.strip(), text.lstrip()
     if not (opened or said.startswith(begin)) or (not begin and settings.close not in text):
         return "", text

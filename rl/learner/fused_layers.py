@@ -21,8 +21,13 @@ def fused_forward(device: torch.device) -> Forward:
     """A decoder layer's forward with what `device` has."""
     parts = Parts.of(device)
 
-    def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None,
-                position_embeddings: tuple[Tensor, Tensor] | None = None, **given: Any) -> Any:  # fmt: skip
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **given: Any,
+    ) -> Any:
         assert position_embeddings is not None
         return layer(self, hidden_states, position_embeddings, ends(hidden_states, given), parts)
 

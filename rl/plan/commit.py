@@ -1,9 +1,10 @@
 """How long an engine stands still for new weights: a sum over what it does with them between two
 tokens.
 
-Dense, every process of a vLLM engine reads all tensors from the host's memory, hashes them and loads
-its part; the embedded engine copies and hashes them. Of a patch, each changed element is compared,
-written and read back, and a vLLM engine compares checksums of one tensor in `AUDIT` besides.
+Dense, every process of a vLLM engine reads all tensors from the host's memory, hashes them and
+loads its part; the embedded engine copies and hashes them. Of a patch, each changed element is
+compared, written and read back, and a vLLM engine compares checksums of one tensor in `AUDIT`
+besides.
 """
 
 from __future__ import annotations

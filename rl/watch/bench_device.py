@@ -8,8 +8,8 @@ as one JSON file.
      "decode": {"running": [...], "context": [...], "seconds": [[...]], "model": "..."},
      "commit": {"copy_bytes_per_s": ..., "hash_bytes_per_s": ..., "scatter_elements_per_s": ...}}
 
-`emberl plan link.rates=FILE` reads `commit`. A part that fails has an `error` instead of figures, and
-the others go on. Every figure is the median of several rounds after one that does not count.
+`emberl plan link.rates=FILE` reads `commit`. A part that fails has an `error` instead of figures,
+and the others go on. Every figure is the median of several rounds after one that does not count.
 """
 
 from __future__ import annotations
@@ -208,7 +208,8 @@ def collective(target: Platform, ranks: int, sizes: Sizes) -> dict[str, Any]:
 def decode(
     target: Platform, where: torch.device, sizes: Sizes, model: str | None
 ) -> dict[str, Any]:
-    """Seconds of a decode step of the embedded engine, by running answers and tokens before them."""
+    """Seconds of a decode step of the embedded engine, by running answers and tokens before
+    them."""
     from ...rollout.embedded.engine import EmbeddedEngine
     from ...rollout.samples import Prompt, Sampling
 

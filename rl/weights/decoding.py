@@ -45,7 +45,8 @@ LENGTHS = (24, 16, 8, 4)
 """Tokens that are decoded of four prompts, two samples of each: as they end, batches of 8, 6, 4 and
 2 go on."""
 WIDE = 32
-"""Samples at most of one more prompt, two tokens of each: a batch as large as the engine's slots."""
+"""Samples at most of one more prompt, two tokens of each: a batch as large as the engine's
+slots."""
 FOLLOWED = 8
 """Tokens of the first three prompts at each update."""
 READ_FACTOR, DECODE_FACTOR, READ_SHARE = 8.0, 2.0, 0.3

@@ -1,5 +1,5 @@
-"""The gate on every step: over the tokens that train, engines' and learners' probabilities differ by
-rounding, and by the updates in between where rollouts run ahead, and by nothing else.
+"""The gate on every step: over the tokens that train, engines' and learners' probabilities differ
+by rounding, and by the updates in between where rollouts run ahead, and by nothing else.
 
 These tokens are many and were decoded on the real path, so this sees what a proof at the start
 cannot, an engine that stayed behind later. It compares probabilities, on which rare tokens weigh

@@ -50,7 +50,8 @@ class CPUStep:
         self, decoder: Decoder, cache: KVCache, slots: int, max_len: int, threads: int
     ) -> None:
         arch, dtype = decoder.arch, decoder.dtype
-        self.decoder, self.cache = decoder, cache
+        self.decoder = decoder
+        self.cache = cache
         self._threads = threads
         self._pool = ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="decode")
         self._hidden = torch.zeros(slots, arch.hidden_size, dtype=dtype)

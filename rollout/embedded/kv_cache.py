@@ -46,7 +46,8 @@ class KVCache:
 
         self._storage = (zeros(), zeros())
         self._shape = (slots, arch.num_kv_heads, -1, arch.head_dim)
-        self._heads, self._scale = arch.num_kv_heads, arch.head_dim**-0.5
+        self._heads = arch.num_kv_heads
+        self._scale = arch.head_dim**-0.5
         self._mask = torch.full((slots, _rounded(max_len)), -torch.inf, dtype=dtype, device=device)
         """[S, longest]: 0 where a token is held, else -inf; added to the scores."""
         self._rows = torch.arange(slots, device=device)

@@ -19,7 +19,8 @@ class Matrix:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """weight [out, in], bias [out]; both may be overwritten in place, `pack` afterwards."""
-        self.weight, self.bias = weight, bias
+        self.weight = weight
+        self.bias = bias
         self._packed: Tensor | None = None
         self._version = -1
         self._told: bool | None = None  # whether the copy lies as its layout says
@@ -36,7 +37,9 @@ class Matrix:
             raise RuntimeError(
                 f"oneDNN's copy of a {tuple(self.weight.shape)} weight matrix has other bytes"
             )
-        self._packed, self._version, self._told = packed, self.weight._version, None
+        self._packed = packed
+        self._version = self.weight._version
+        self._told = None
 
     def places(self, first_row: int, rows: int) -> list[Place] | None:
         """Where the copy that is multiplied has these rows; none if there is no copy, None if that

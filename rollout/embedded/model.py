@@ -42,7 +42,8 @@ class Layer:
             return Matrix(empty(rows, columns), empty(rows) if bias else None)
 
         hidden, mlp, heads = arch.hidden_size, arch.intermediate_size, arch.num_heads
-        self.attention_norm, self.mlp_norm = empty(hidden), empty(hidden)
+        self.attention_norm = empty(hidden)
+        self.mlp_norm = empty(hidden)
         self.qkv = matrix((heads + 2 * arch.num_kv_heads) * arch.head_dim, hidden, arch.qkv_bias)
         self.q_norm = empty(arch.head_dim) if arch.qk_norm else None
         self.k_norm = empty(arch.head_dim) if arch.qk_norm else None
@@ -86,7 +87,9 @@ class Decoder:
             raise ValueError(
                 f"dtype {dtype}: the embedded engine decodes in bfloat16, float32 or float64"
             )
-        self.arch, self.dtype, self.device = arch, dtype, torch.device(device)
+        self.arch = arch
+        self.dtype = dtype
+        self.device = torch.device(device)
         self.layers = [Layer(arch, dtype, self.device) for _ in range(arch.num_layers)]
         self.embedding = torch.empty(
             arch.vocab_size, arch.hidden_size, dtype=dtype, device=self.device

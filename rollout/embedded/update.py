@@ -27,7 +27,8 @@ class Update:
         ValueError: what is not of this model. CorruptPatchError: `changes.check`.
         DigestMismatchError: it would not give what the learners hold.
         """
-        self._decoder, self._patch = decoder, patch
+        self._decoder = decoder
+        self._patch = patch
         for name, tensor in patch.tensors.items():
             decoder.check(name, tensor)
         for name, change in patch.changes.items():

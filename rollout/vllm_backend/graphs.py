@@ -55,8 +55,8 @@ CHOICES = (
         device=platform.NPU.device,
         oldest=(0, 0),
         eager=True,
-        reason="before rl_config, vllm-ascend makes tensors anew after loading while its graphs read"
-        " the old ones, and cannot capture again (vime #157, vllm-ascend #13905, #17197)",
+        reason="before rl_config, vllm-ascend makes tensors anew after loading while its graphs"
+        " read the old ones, and cannot capture again (vime #157, vllm-ascend #13905, #17197)",
     ),
 )
 """The first row that fits counts."""

@@ -62,7 +62,8 @@ class RunningLLM:
     """vLLM at work. Every method must be called on one event loop."""
 
     def __init__(self, llm: Any, tail: LogTail) -> None:
-        self._llm, self._tail = llm, tail
+        self._llm = llm
+        self._tail = tail
         self.vocab_size: int = llm.model_config.get_vocab_size()
         self._count: Count = lambda _request_id, _tokens: None
         self._waiting = False

@@ -110,8 +110,12 @@ class LiveSample:
 
     def send_as(self, request_id: str) -> None:
         """It starts from what it was asked for with, under this id."""
-        self.request_id, self.tokens, self.spans, self.restart = request_id, 0, [], False
-        self.tail, self.stopped = b"", None
+        self.request_id = request_id
+        self.tokens = 0
+        self.spans = []
+        self.restart = False
+        self.tail = b""
+        self.stopped = None
         if self.stop is not None and self.begun is not None:
             self.tail = self.stop.tail(self.begun.open_turn)
 

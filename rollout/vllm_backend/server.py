@@ -110,7 +110,8 @@ class RunningServer:
     with its words."""
 
     def __init__(self, url: str, vocab_size: int) -> None:
-        self.url, self.vocab_size = url, vocab_size
+        self.url = url
+        self.vocab_size = vocab_size
         self._mine = uuid.uuid4().hex[:12]  # others may use the server too
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         self._client = httpx.AsyncClient(base_url=url, timeout=None, limits=limits)

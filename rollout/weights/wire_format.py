@@ -1,8 +1,8 @@
 """A weight patch as bytes: what is sent over a weak link, and what a file of a run's weight history
 holds.
 
-    data = to_bytes(patch)          # or `pieces(patch)`, one after the other, without a copy of
-    what is large patch = from_bytes(data)        # CorruptPatchError says what is broken
+    data = to_bytes(patch)     # or `pieces(patch)`, without a copy of what is large
+    patch = from_bytes(data)   # CorruptPatchError says what is broken
 
 Integers are little-endian, u32 is unsigned of 32 bits, i64 signed of 64. A *varint* has seven bits
 a byte, lowest first; all its bytes but the last have bit 7 set. A *string* is a varint n and n
@@ -30,10 +30,10 @@ Directory
     T times       name: varint p, varint s, string m; it is the first p bytes of the name before it,
                   then m, then the last s bytes of the name before it (before the first is an empty
                   name)
-                  u8 dtype: 0 BF16, 1 F16, 2 F32, 3 F64, 4 F8_E4M3, 5 F8_E5M2, 6 BOOL, 7 U8, 8 I8, 9
-                      U16, 10 I16, 11 U32,
-                  12 I32, 13 U64, 14 I64; or 255: the tensor stays as it is (never in an anchor),
-                  and that is all varint number of dimensions, and a varint for each
+                  u8 dtype: 0 BF16, 1 F16, 2 F32, 3 F64, 4 F8_E4M3, 5 F8_E5M2, 6 BOOL, 7 U8, 8 I8,
+                  9 U16, 10 I16, 11 U32, 12 I32, 13 U64, 14 I64; or 255: the tensor stays as it is
+                  (never in an anchor), and that is all
+                  varint number of dimensions, and a varint for each
                   varint C, number of chunks; C times: u8 mode, varint number of elements, varint
                   bytes of payload
     T times       16 bytes: xxh3-128 of the tensor's bytes after applying
@@ -51,16 +51,18 @@ Body
     0 skip        nothing; new = old
     1 sparse      the stream below
     2 dense       one zstd frame of W/8 planes: the first bytes of all elements of old XOR new, then
-    all second bytes, ... 3 raw         new
+                  all second bytes, ...
+    3 raw         new
 
 Sparse stream
     A string of bits: bit i is bit i % 8 of byte i // 8, and the last byte is filled with zeros. A
-        field of n bits has its
-    lowest bit first. A *number* is a field of 6 bits, n, and a field of n bits, the number.
+    field of n bits has its lowest bit first. A *number* is a field of 6 bits, n, and a field of n
+    bits, the number.
     A *list* codes numbers v, each with a parameter k that follows from those before it; k starts at
     what is given, and m = 32 * 2^k. Each is q bits 1, a bit 0 and a field of k bits, r: v = q * 2^k
     + r; or 24 bits 1 and a number: v is that. After it m = m + min(v, 24 * 2^k) - m // 32; then k
-    grows by 1 as long as k < 38 and m // 32 // 2^k > 1, and shrinks by 1 as long as k > 0 and m // 32 // 2^k = 0.
+    grows by 1 as long as k < 38 and m // 32 // 2^k > 1, and shrinks by 1 as long as k > 0 and
+    m // 32 // 2^k = 0.
 
     number        how many elements changed
     2 bits        t
@@ -74,7 +76,7 @@ Sparse stream
       if any are marked:
         6 bits    k of the list of gaps
         each      gap: how many elements of the class, in order, lie between this marked one and the
-            one before it
+                  one before it
       if any changed, for those that did, in order:
         1 bit     wide
         6 bits    k of the list of runs
@@ -87,9 +89,10 @@ Sparse stream
                   new = old - d if negative else old + d, modulo 2^W
 
 Size
-    A chunk's payload is never larger than its new bytes, and none has more than 1 MiB of elements (the
-    encoder's have as much, but for the last of a tensor). So a file has at most 1.002 times the bytes of the weights,
-    and 128 + the run id, and for each tensor 48 + its name + 6 a dimension.
+    A chunk's payload is never larger than its new bytes, and none has more than 1 MiB of elements
+    (the encoder's have as much, but for the last of a tensor). So a file has at most 1.002 times
+    the bytes of the weights, and 128 + the run id, and for each tensor 48 + its name + 6 a
+    dimension.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Faults injected into what decodes, and what finds each: python bench_proof.py [--injections 1000].
+"""Faults injected into what decodes, and what finds each: python bench_proof.py [--injections
+1000].
 
 Tiny models, an engine of each kind whose decoding has weights of its own, and a fault of each kind
 (`tests/faulty_engines.py`) that is there from the start, or begins at a later version. Every
@@ -123,8 +124,8 @@ FALSE_ALARM = "FALSE ALARM"
 
 
 async def play(world: World, engine: str, fault: faulty.Fault) -> str:
-    """What finds the fault; empty: nothing. An honest engine is told by an empty kind; what stops an
-    engine whose fault has not begun is a false alarm."""
+    """What finds the fault; empty: nothing. An honest engine is told by an empty kind; what stops
+    an engine whose fault has not begun is a false alarm."""
     faults = [fault]
     if fault.kind == "one worker of two old":
         faults = [faulty.Fault(), fault]

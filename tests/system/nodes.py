@@ -1,5 +1,6 @@
-"""Machines of a cluster as network namespaces of this one: addresses, host names and a disk of their
-own, as containers on several hosts have; a process of one reaches the others by the network alone.
+"""Machines of a cluster as network namespaces of this one: addresses, host names and a disk of
+their own, as containers on several hosts have; a process of one reaches the others by the network
+alone.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ def test_the_largest_scores_train_without_an_overflow(
 
 
 # Token rewards, GAE
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 IDS = np.array([0, 0, 0, 0, 0, 1, 1])
 MASK = np.array([False, True, True, False, True, False, True])

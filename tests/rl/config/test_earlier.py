@@ -40,8 +40,8 @@ def test_a_file_with_old_keys_is_read_and_each_is_said(
     assert config.data.drop == "none"
     assert capsys.readouterr().err.splitlines() == [
         (
-            f"{file}: schedule.stream_parts=4 is left out, emberl has no such key now: a step trains"
-            " whole"
+            f"{file}: schedule.stream_parts=4 is left out, emberl has no such key now: a step"
+            " trains whole"
         ),
         f"{file}: data.template_args is data.chat_template_kwargs now, here"
         " {'enable_thinking': False}",

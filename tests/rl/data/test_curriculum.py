@@ -108,7 +108,8 @@ def test_where_everything_is_dropped_training_goes_on() -> None:
 
 
 def test_a_stated_share_is_of_hard_ones() -> None:
-    """Of 20 problems 0 to 3 are solved once in eight times, and no problem is drawn twice at a time."""
+    """Of 20 problems 0 to 3 are solved once in eight times, and no problem is drawn twice at a
+    time."""
     curriculum = make(20, hard_share=0.25, hard_below=0.2)
 
     def solved(c: Choice) -> int:

@@ -1,4 +1,5 @@
-"""`emberl eval` as a user calls it: killed and gone on with, compared, and refused with a reason."""
+"""`emberl eval` as a user calls it: killed and gone on with, compared, and refused with a
+reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Layers in parts, in plain torch, against those of transformers; and which part uses an operator."""
+"""Layers in parts, in plain torch, against those of transformers; and which part uses an
+operator."""
 
 from __future__ import annotations
 

@@ -76,7 +76,8 @@ def test_a_pattern_is_the_same_for_wandb_and_for_a_picture() -> None:
 
 def test_the_workspace_has_the_sections_and_their_axes(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the package's names, as of wandb-workspaces 0.4.13: `LinePlot(title, x, y,
-    metric_regex)`, `Section(name, panels, is_open)`, `Workspace(name, project, entity, sections)`."""
+    metric_regex)`, `Section(name, panels, is_open)`, `Workspace(name, project, entity,
+    sections)`."""
 
     def keys(**given: Any) -> dict[str, Any]:
         return given

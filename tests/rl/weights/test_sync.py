@@ -265,7 +265,8 @@ class Decoding:
 def proving(
     folder: Path, events: dict[int, Callable[[Any, Any], None]], **sections: Any
 ) -> tuple[list[int], Decoding]:
-    """Versions 0 to 9; events: what happens before a version to the pool and the synchronisation."""
+    """Versions 0 to 9; events: what happens before a version to the pool and the
+    synchronisation."""
     pool: Any = FakePool()
     pool.restarts = 0
     learners: Any = FakeLearners()
