@@ -13,10 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..rewards.suite import RewardSuite, build_suite
 from ..rollout.actors import ActorLostError, CallFailedError
 from ..rollout.engine import Request, check_engine
-from ..rollout.stops import token_bytes
+from ..rollout.pool import RolloutPool
 from .algorithm.losses import Objective
 from .checkpoints import (
     EVALUATED,
@@ -29,17 +28,14 @@ from .checkpoints import (
 )
 from .cluster import Cluster
 from .config.cautions import cautions, said_at_start
-from .config.load import Config, ConfigError, user_errors, with_steps
-from .data.mixture import MixtureSource
-from .data.sources import PromptSource, open_source
-from .data.table import TableSource
+from .config.load import Config, user_errors
 from .environments import episodes_of, load_environment
 from .eval_sets import open_eval_sets
-from .learner.group import LearnersLostError
+from .learner.group import LearnerGroup, LearnersLostError
 from .model_files import check_adapters, check_model, load_tokenizer, prepare_model, stop_tokens
 from .preflight import check_inputs
+from .problems import Problems, open_problems
 from .reject import sample_accepted
-from .reward_inputs import reward_input
 from .run import Interrupted, Run, on_loop, stop_on_signal
 from .run_directory import (
     RESULT,
@@ -50,7 +46,7 @@ from .run_directory import (
     open_run_dir,
     trim_metrics,
 )
-from .sft import Imitated, open_imitated, train_sft, with_sft_steps
+from .sft import Imitated, train_sft
 from .trainer import train_rl
 from .watch.console import make_console, say
 from .watch.profiles import write_timeline
@@ -177,93 +173,88 @@ def run_attempt(
     """The run from a checkpoint, or from the beginning, to its end. started: when the run began,
     less the time in which it did not run."""
     run_dir, checkpoint = attempts.run_dir, attempts.checkpoint
-    progress = read_progress(checkpoint) if checkpoint else Progress()
-    if checkpoint and progress.stage < len(config.stages):
-        trim_metrics(
-            run_dir,
-            config.stages[progress.stage],
-            progress.step,
-            config.stages,
-            evaluates=progress.step == 0 or progress.evaluating is not None,
-        )
-        trim_steps(run_dir, config.stages[progress.stage], progress.step, config.stages)
+    progress = stand_of(config, run_dir, checkpoint)
     # engines that have served a later one take no version back
     progress = progress.advance(version=max(progress.version, cluster.next_version))
     console = make_console()
     with ExitStack() as opened:
         # the actors load while this process reads the data: both take seconds
         learners, pool = cluster.spawn(model_path, run_dir)
-        tokenizer = load_tokenizer(model_path, config.data)
-        with user_errors():
-            if config.rollout.stop:
-                token_bytes(tokenizer)  # says whether the engines can find these in its tokens
-            source = open_source(config.data, tokenizer, config.seed)
-        suite = build_rewards(config, source, tokenizer)
-        opened.callback(suite.close)
-        config, passes = with_steps(config, source.size)
-        imitated = None
-        if "sft" in config.stages:
-            imitated = open_imitated(config, source, tokenizer)
-            config = with_sft_steps(config, imitated.size)
+        problems = open_problems(config, model_path, opened)
+        config = problems.config
         tracker = Tracker(config, run_dir, console)
         opened.callback(tracker.close)
         opened.callback(SystemWatch(config.tracking.system_every, tracker.system).close)
         learners.record = partial(tracker.spans.add, "learners")
-        learnt = imitated.notes if imitated is not None else ()
-        for note in (*source.notes, *([passes] if passes else []), *learnt):
+        for note in problems.notes:
             tracker.note(note)
+        tokenizer_of = partial(load_tokenizer, model_path)
         sets = open_eval_sets(
-            config, source, suite, partial(load_tokenizer, model_path), tracker.note, opened
+            config, problems.source, problems.suite, tokenizer_of, tracker.note, opened
         )
         cluster.wait()
-        probed = min(config.sync.probe_tokens, config.max_model_length - 1)
-        weights = WeightSync(
-            config,
-            learners,
-            pool,
-            run_id=cluster.run_id,
-            run_dir=run_dir,
-            fabric=cluster.placement.device != "cpu",
-            tell=tracker.note,
-            probe=Probe(tolerance_of(config.model.dtype), earlier_noise(progress)),
-            probe_ids=probe_ids(source, probed),
-            proof_requests=proof_of_decoding(config, source),
-        )
         run = Run(
             config=config,
             run_id=cluster.run_id,
             run_dir=run_dir,
-            tokenizer=tokenizer,
-            source=source,
-            suite=suite,
+            tokenizer=problems.tokenizer,
+            source=problems.source,
+            suite=problems.suite,
             learners=learners,
             pool=pool,
-            weights=weights,
+            weights=open_sync(problems, cluster, (learners, pool), tracker, progress),
             tracker=tracker,
             stop=stop,
             started=started,
             progress=progress,
             eval_sets=sets,
-            stop_token_ids=stop_tokens(tokenizer, model_path),
+            stop_token_ids=stop_tokens(problems.tokenizer, model_path),
         )
         with user_errors():
-            pool.episodes = episodes_of(config, tokenizer, run.answers.said)
-        return on_loop(go(run, checkpoint, imitated))
+            pool.episodes = episodes_of(config, problems.tokenizer, run.answers.said)
+        return on_loop(go(run, checkpoint, problems.imitated))
 
 
-def proof_of_decoding(config: Config, source: PromptSource) -> tuple[Request, ...]:
-    """What engines decode of a canary, if they do."""
-    if not config.sync.canary:
-        return ()
-    return proof_requests(
-        source, slots=config.rollout.max_num_seqs, longest=config.max_model_length
-    )
+def stand_of(config: Config, run_dir: Path, checkpoint: Path | None) -> Progress:
+    """Where the checkpoint stands (None: the beginning); figures of later steps are forgotten."""
+    if checkpoint is None:
+        return Progress()
+    progress = read_progress(checkpoint)
+    if progress.stage < len(config.stages):
+        stage = config.stages[progress.stage]
+        evaluates = progress.step == 0 or progress.evaluating is not None
+        trim_metrics(run_dir, stage, progress.step, config.stages, evaluates=evaluates)
+        trim_steps(run_dir, stage, progress.step, config.stages)
+    return progress
 
 
-def earlier_noise(progress: Progress) -> Level | None:
-    """How far engines and learners were apart in the run's earlier attempts."""
+def open_sync(
+    problems: Problems,
+    cluster: Cluster,
+    actors: tuple[LearnerGroup, RolloutPool],
+    tracker: Tracker,
+    progress: Progress,
+) -> WeightSync:
+    """The way of the weights from these learners to these engines, and how they are proved."""
+    config = problems.config
+    longest = config.max_model_length
     logp, p = progress.probe_noise_logp, progress.probe_noise_p
-    return None if logp is None or p is None else Level(logp=logp, p=p)
+    earlier = None if logp is None or p is None else Level(logp=logp, p=p)
+    proved: tuple[Request, ...] = ()
+    if config.sync.canary:
+        slots = config.rollout.max_num_seqs
+        proved = proof_requests(problems.source, slots=slots, longest=longest)
+    return WeightSync(
+        config,
+        *actors,
+        run_id=cluster.run_id,
+        run_dir=tracker.run_dir,
+        fabric=cluster.placement.device != "cpu",
+        tell=tracker.note,
+        probe=Probe(tolerance_of(config.model.dtype), earlier),
+        probe_ids=probe_ids(problems.source, min(config.sync.probe_tokens, longest - 1)),
+        proof_requests=proved,
+    )
 
 
 async def go(run: Run, checkpoint: Path | None, imitated: Imitated | None = None) -> Result:
@@ -277,15 +268,7 @@ async def go(run: Run, checkpoint: Path | None, imitated: Imitated | None = None
     try:
         while run.progress.stage < len(names):
             name = names[run.progress.stage]
-            if name == "rl":
-                critic = run.config.critic if run.config.advantage.needs_critic else None
-                run.learners.begin_stage(
-                    run.config.optim, run.config.updates, critic, run.config.kl.active
-                )
-            else:
-                run.learners.begin_stage(run.config.sft_optim, run.config.sft.steps)
-            if checkpoint is not None and name != "reject":  # which changes no weight
-                run.learners.restore(str(checkpoint))
+            begin_stage(run, checkpoint)
             checkpoint = None
             if published:
                 run.weights.begin_stage()
@@ -317,22 +300,39 @@ async def go(run: Run, checkpoint: Path | None, imitated: Imitated | None = None
     if run.config.profile.steps:
         run.tracker.note(f"where time went: {write_timeline(run.run_dir).parent}")
     finish(run)
+    result = result_of(run, status)
+    (run.run_dir / RESULT).write_text(json.dumps(result.as_json() | {"step_time": spent}))
+    return result
+
+
+def begin_stage(run: Run, checkpoint: Path | None) -> None:
+    """Fresh optimizers for the stage that is next; weights and optimizers of the checkpoint where
+    there is one."""
+    config = run.config
+    name = config.stages[run.progress.stage]
+    if name == "rl":
+        critic = config.critic if config.advantage.needs_critic else None
+        run.learners.begin_stage(config.optim, config.updates, critic, config.kl.active)
+    else:
+        run.learners.begin_stage(config.sft_optim, config.sft.steps)
+    if checkpoint is not None and name != "reject":  # which changes no weight
+        run.learners.restore(str(checkpoint))
+
+
+def result_of(run: Run, status: str) -> Result:
     progress = run.progress
-    result = Result(
+    rate = progress.tokens / progress.train_seconds if progress.train_seconds else 0.0
+    return Result(
         status=status,
         accuracy_start=progress.accuracy_start,
         accuracy_end=progress.accuracy_end,
-        steps=progress.step if "rl" in names[: progress.stage + 1] else 0,
+        steps=progress.step if "rl" in run.config.stages[: progress.stage + 1] else 0,
         seconds=round(time.time() - run.started, 1),
-        tokens_per_second=(
-            round(progress.tokens / progress.train_seconds, 1) if progress.train_seconds else 0.0
-        ),
+        tokens_per_second=round(rate, 1),
         run_dir=str(run.run_dir),
         updates=progress.updates,
         warnings=(*cautions(run.config), *progress.warnings),
     )
-    (run.run_dir / RESULT).write_text(json.dumps(result.as_json() | {"step_time": spent}))
-    return result
 
 
 def finish(run: Run) -> None:
@@ -344,48 +344,3 @@ def finish(run: Run) -> None:
         shutil.rmtree(model, ignore_errors=True)
         shutil.copytree(newest, model, ignore=shutil.ignore_patterns(*not_of_model))
     run.tracker.curve()
-
-
-def build_rewards(config: Config, source: PromptSource, tokenizer: Any) -> RewardSuite:
-    """The reward suite, tried on one problem, with every reference of a finite data set checked
-    before training."""
-    if (
-        config.grades
-        and config.eval.size != 0
-        and not source.heldout
-        and not (config.eval.sets and config.eval.size is None)
-    ):
-        raise ConfigError(
-            f"there is nothing to evaluate on: data.heldout={config.data.heldout} leaves no"
-            " held-out problems; raise data.heldout, name data.eval_path or data.eval_split, or"
-            " set eval.size=0"
-        )
-    with user_errors():
-        suite = build_suite({name: part.model_dump() for name, part in config.reward.parts.items()})
-        if not config.grades:
-            return suite
-        suite.trial(reward_input(source.train(0), tokenizer, "0"))
-        rows = list(source.examples())
-        bad = suite.check_references([reward_input(prompt, tokenizer, "") for prompt in rows])
-    if bad:
-        ids = {rows[b.row].id for b in bad}
-        shown = "; ".join(f"{rows[b.row].id}: {b}" for b in bad[:3])
-        message = (
-            f"{len(ids)} of {len(rows)} references of data.source={config.data.source!r} cannot be"
-            f" graded against: {shown}"
-        )
-        if (
-            config.data.drop == "none"
-            or not isinstance(source, TableSource | MixtureSource)
-            or 2 * len(ids) > len(rows)
-        ):
-            suite.close()
-            fix = (
-                "mend them, or set data.drop=bad"
-                if 2 * len(ids) <= len(rows)
-                else "is it the right column?"
-            )
-            raise ConfigError(f"{message}; {fix}")
-        source.leave_out(ids)
-        source.notes = (*source.notes, f"left out: {message}")
-    return suite

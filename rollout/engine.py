@@ -247,19 +247,22 @@ def _vllm(spec: WorkerSpec, cards: tuple[str, ...]) -> Engine:
     from .vllm_backend.engine import VLLMEngine
 
     dtype = platform.compute_dtype(spec.dtype, platform.named(spec.device))
-    return VLLMEngine(
-        spec.model_path,
-        max_num_seqs=spec.max_num_seqs,
-        max_model_len=spec.max_model_len,
+    settings = vllm_compat.EngineSettings(
+        model=spec.model_path,
         dtype=str(dtype).removeprefix("torch."),
         device=spec.device,
         threads=spec.threads,
+        max_num_seqs=spec.max_num_seqs,
+        max_model_len=spec.max_model_len,
         cards=cards,
+        engine_args=spec.engine_args,
+    )
+    return VLLMEngine(
+        settings,
         run_id=spec.run_id,
         version=-1,
         deadline_s=spec.timeout,
         max_restarts=spec.max_restarts,
-        engine_args=spec.engine_args,
         server=spec.server,
         servers_directory=spec.servers_directory,
     )

@@ -19,6 +19,7 @@ from emberl.rollout.embedded.matrix import Matrix
 from emberl.rollout.embedded.model import Decoder
 from emberl.rollout.samples import Prompt, Sampling
 from emberl.rollout.vllm_backend import served_weights
+from emberl.rollout.vllm_backend.compat import EngineSettings
 from emberl.rollout.vllm_backend.engine import VLLMEngine
 from emberl.rollout.vllm_backend.requests import Decoded
 from emberl.rollout.vllm_backend.shared_memory import Entry, read_mirror
@@ -175,9 +176,8 @@ def pretend_vllm(model: Path, fault: Fault, dtype: str, monkeypatch: Any) -> VLL
     """vLLM's engine of ours on a `PretendLLM`."""
     llm = PretendLLM(model, dtype, fault)
     monkeypatch.setattr(served_weights, "start", lambda settings: llm)
-    engine = VLLMEngine(
-        model, max_num_seqs=8, max_model_len=128, dtype=dtype, run_id="run", version=-1
-    )
+    settings = EngineSettings(model=str(model), max_num_seqs=8, max_model_len=128, dtype=dtype)
+    engine = VLLMEngine(settings, run_id="run", version=-1)
     apply = engine.apply
 
     async def counted(patch: Any) -> int:

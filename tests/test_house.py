@@ -92,7 +92,7 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
         {"cli"},
         {"stages", "job_commands", "watch_commands"},
         {"recipe", "data_command", "submit"},
-        {"trainer", "minimal", "sft", "reject"},
+        {"trainer", "minimal", "sft", "reject", "problems"},
         {"feed", "evaluate"},
         {"run", "evaluation", "eval_sets"},
         {"cluster", "weights", "plan", "data_command"},

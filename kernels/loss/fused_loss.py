@@ -73,9 +73,7 @@ def linear_logprob(
     size = chunk_bytes(call)
     backend = choose(call, size)
     if backend == "reference":
-        stats = reference.logprob(call.hidden, call.targets, call.head, entropy=entropy)
-        refuse_not_finite(call, stats.logp)
-        return stats
+        return _by_reference(call, entropy)
     job = _job(call, entropy, backend)
     with torch.autocast(hidden.device.type, enabled=False):
         return chunked.logprob(job, call.index, shift=shift, chunk_bytes=size)
@@ -119,25 +117,13 @@ def linear_loss(
         softcap=softcap,
         shift=shift,
     )
-    check("sequence_ids", sequence_ids, (len(hidden),), None, hidden.device)
-    if loss.whole_sequences and sequence_ids is None:
-        raise ValueError(
-            "sequence_ids is None, but the loss couples the tokens of a sequence; give one id per"
-            " token"
-        )
+    _check_sequences(sequence_ids, loss, hidden)
     size = chunk_bytes(call)
     backend = choose(call, size)
     if backend == "reference":
-        stats = reference.logprob(call.hidden, call.targets, call.head, entropy=loss.needs_entropy)
-        refuse_not_finite(call, stats.logp)
-        return _total(stats, loss)
-    grads = torch.is_grad_enabled()
-    needs = (
-        grads and hidden.requires_grad,
-        grads and weight.requires_grad,
-        grads and bias is not None and bias.requires_grad,
-    )
+        return _total(_by_reference(call, loss.needs_entropy), loss)
     job = _job(call, loss.needs_entropy, backend)
+    needs = (_trains(hidden), _trains(weight), _trains(bias))
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         formed = chunked.formed_loss(
             job,
@@ -152,6 +138,26 @@ def linear_loss(
         call.hidden, call.head.weight, call.head.bias, formed
     )
     return value, formed.stats, formed.metrics
+
+
+def _check_sequences(sequence_ids: Tensor | None, loss: TokenLoss, hidden: Tensor) -> None:
+    check("sequence_ids", sequence_ids, (len(hidden),), None, hidden.device)
+    if loss.whole_sequences and sequence_ids is None:
+        raise ValueError(
+            "sequence_ids is None, but the loss couples the tokens of a sequence; give one id per"
+            " token"
+        )
+
+
+def _by_reference(call: Call, entropy: bool) -> TokenStats:
+    stats = reference.logprob(call.hidden, call.targets, call.head, entropy=entropy)
+    refuse_not_finite(call, stats.logp)
+    return stats
+
+
+def _trains(tensor: Tensor | None) -> bool:
+    """Whether a gradient of it is wanted."""
+    return torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
 
 
 def logits_logprob(

@@ -65,26 +65,17 @@ class CodeReward(Reward):
         allow_unsafe: bool = False,
         url: str | None = None,
     ) -> None:
-        if language not in ("auto", "python", "cpp"):
-            raise ValueError(f"language is {language!r}; use 'auto', 'python' or 'cpp'")
         if url is not None and (backend is not None or allow_unsafe):
             raise ValueError(
                 "url names a remote sandbox; backend and allow_unsafe are for one on this machine"
             )
-        if language == "cpp" and compiler() is None and url is None:
-            raise ValueError("language 'cpp' needs g++ (apt install g++)")
+        _check_language(language, remote=url is not None)
         if not float_tolerance >= 0 or not total_seconds > 0:
             raise ValueError(
                 f"float_tolerance ({float_tolerance}) and total_seconds ({total_seconds}) must be"
                 " positive"
             )
-        if isinstance(packages, str) or (
-            missing := [name for name in packages if not _installed(name)]
-        ):
-            wrong = repr(packages) if isinstance(packages, str) else ", ".join(missing)
-            raise ValueError(
-                f"packages: {wrong} is no list of installed packages; give e.g. ['numpy']"
-            )
+        _check_packages(packages)
         self.limits = Limits(seconds=timeout, memory_mb=memory_mb, output_bytes=output_bytes)
         self.compiler_limits = dataclasses.replace(COMPILER_LIMITS, seconds=compile_seconds)
         self.partial = partial
@@ -230,5 +221,21 @@ class CodeReward(Reward):
         )
 
 
-def _installed(name: str) -> bool:
-    return name.isidentifier() and importlib.util.find_spec(name) is not None
+def _check_language(language: str, *, remote: bool) -> None:
+    if language not in ("auto", "python", "cpp"):
+        raise ValueError(f"language is {language!r}; use 'auto', 'python' or 'cpp'")
+    if language == "cpp" and compiler() is None and not remote:
+        raise ValueError("language 'cpp' needs g++ (apt install g++)")
+
+
+def _check_packages(packages: Sequence[str]) -> None:
+    if isinstance(packages, str):
+        wrong = repr(packages)
+    else:
+        wrong = ", ".join(
+            name
+            for name in packages
+            if not name.isidentifier() or importlib.util.find_spec(name) is None
+        )
+    if wrong:
+        raise ValueError(f"packages: {wrong} is no list of installed packages; give e.g. ['numpy']")

@@ -31,13 +31,13 @@ from ..model_files import check_model, load_tokenizer, prepare_model, stop_token
 from ..preflight import check_references
 from ..run import on_loop
 from ..watch.console import make_console, say
-from .measures import metrics, powers
+from .measures import Outcome, metrics, powers
 from .page import write_page
 from .pictures import draw
 from .report import compare_folders, sets_of, show
 from .sampling import sampled
 from .settings import Named, configure, find_model
-from .store import RESULT, Store, is_evaluation, open_folder, outcomes_of, read
+from .store import RESULT, Cell, Store, is_evaluation, open_folder, outcomes_of, read
 from .thinking import Thoughts
 from .votes import by_reward, final_answer, outcomes
 
@@ -214,6 +214,24 @@ def _evaluate(job: Plan, out: Path | None, tell: Callable[[str], None]) -> Path:
             )
             _sample(config, path, reader, sets, left, store, tell)
     found = outcomes_of(folder)
+    _finish(folder, _result(job, folder, sets, found, started))
+    if all(score is None for members in found.values() for o in members for score in o.scores):
+        why = read(folder, ("message",))["message"][0].as_py()
+        raise RuntimeError(
+            f"no answer has a verdict ({why}); {folder} has the answers; mend the verifier and give"
+            " another --out"
+        )
+    return folder
+
+
+def _result(
+    job: Plan,
+    folder: Path,
+    sets: Sequence[EvalSet],
+    found: dict[Cell, list[Outcome]],
+    started: float,
+) -> dict[str, Any]:
+    """Of an evaluation all of whose samples are in the folder."""
     for each in sets:
         cell = found[each.name or OWN, None]
         assert len(cell) == len(each.prompts), f"{len(cell)} of {len(each.prompts)} problems"
@@ -229,7 +247,7 @@ def _evaluate(job: Plan, out: Path | None, tell: Callable[[str], None]) -> Path:
     named: dict[str, float] = {}
     for (name, budget), members in found.items():
         named |= metrics(members, name if budget is None else f"{name}@{budget}")
-    result = {
+    return {
         "status": "ok",
         "model": job.named.label,
         "path": job.named.path,
@@ -239,14 +257,6 @@ def _evaluate(job: Plan, out: Path | None, tell: Callable[[str], None]) -> Path:
         "sets": rows,
         "metrics": named,
     }
-    _finish(folder, result)
-    if all(score is None for members in found.values() for o in members for score in o.scores):
-        why = read(folder, ("message",))["message"][0].as_py()
-        raise RuntimeError(
-            f"no answer has a verdict ({why}); {folder} has the answers; mend the verifier and give"
-            " another --out"
-        )
-    return folder
 
 
 def _finish(folder: Path, result: Mapping[str, Any], against: Path | None = None) -> None:

@@ -42,8 +42,7 @@ def calibrate(
     """The scenario of a run, with these settings changed, and where each of its numbers is from.
     `also`: runs of the same model on the same learners with other batches, which tell the learners'
     fixed time from that of the tokens."""
-    file = run_dir / "config.yaml"
-    source, target = load_config(file), load_config(file, overrides)
+    source, target = (load_config(run_dir / "config.yaml", keys) for keys in ((), overrides))
     steps = training_steps(run_dir / METRICS)
     table = read_lengths(run_dir)
     table = table.filter(pa.compute.greater(table["step"], SKIPPED))
@@ -57,19 +56,13 @@ def calibrate(
         timed += learner_steps(training_steps(other / METRICS), tokens_by_step(read_lengths(other)))
     fixed, per_token = learner_time(timed)
     measured = decoding(table, workers=source.cluster.rollouts, slots=target.rollout.max_num_seqs)
-    publication = Publication(
-        encode=float(
-            np.mean(
-                [row["timing_s/update_weights"] - row.get("sync/apply_s", 0.0) for row in steps]
-            )
-        ),
-        commit=float(np.mean([row.get("sync/apply_s", 0.0) for row in steps])),
-    )
-    latency = (
-        delivery_latency(steps, table)
-        if source.schedule.max_staleness == 0
-        else grade_seconds(table)
-    )
+    commits = [row.get("sync/apply_s", 0.0) for row in steps]
+    encodes = [row["timing_s/update_weights"] - row.get("sync/apply_s", 0.0) for row in steps]
+    publication = Publication(encode=float(np.mean(encodes)), commit=float(np.mean(commits)))
+    if source.schedule.max_staleness == 0:
+        latency = delivery_latency(steps, table)
+    else:
+        latency = float(np.mean(np.asarray(table["grade_s"])))
     latency = max(0.0, latency + measured.offset)
     scenario = Scenario(
         workers=target.cluster.rollouts,
@@ -234,10 +227,6 @@ def delivery_latency(steps: Sequence[Mapping[str, Any]], table: pa.Table) -> flo
         if step in waited
     ]
     return max(0.0, float(np.median(spare)))
-
-
-def grade_seconds(table: pa.Table) -> float:
-    return float(np.mean(np.asarray(table["grade_s"])))
 
 
 def recorded_lengths(table: pa.Table, longest: int | None = None) -> TraceLengths:

@@ -70,17 +70,24 @@ class EngineSettings:
 
     model: str
     """A Hugging Face directory or Hub id."""
-    dtype: str
-    device: str
+    dtype: str = "bfloat16"
+    device: str = "cpu"
     """A platform's name, as in `cluster.device`."""
-    threads: int
+    threads: int = 1
     """Of the engine's process on a CPU."""
-    max_num_seqs: int
-    max_model_len: int
+    max_num_seqs: int = 128
+    max_model_len: int = 1024
     cards: tuple[str, ...] = ()
     """Ids of the cards that are this engine's; empty: those that its process sees."""
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     """The user's own, by vLLM's names."""
+
+    def __post_init__(self) -> None:
+        if self.max_num_seqs < 1 or self.max_model_len < 2:
+            raise ValueError(
+                f"max_num_seqs={self.max_num_seqs}, max_model_len={self.max_model_len}: at least 1"
+                " and 2 are needed"
+            )
 
 
 def installed_version() -> str | None:

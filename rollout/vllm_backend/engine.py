@@ -1,7 +1,7 @@
 """The engine on vLLM, and so, with its platform plugin vllm-ascend, on NPUs.
 
-    engine = VLLMEngine(model_dir, max_num_seqs=128, max_model_len=512, dtype="bfloat16",
-    run_id=run_id, version=0)
+    settings = EngineSettings(model=model_dir, max_num_seqs=128, max_model_len=512)
+    engine = VLLMEngine(settings, run_id=run_id, version=0)
 
 The same protocol as `EmbeddedEngine`. Choices that a user can see:
 
@@ -35,8 +35,6 @@ import time
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,46 +67,25 @@ class VLLMEngine:
 
     def __init__(
         self,
-        model: Path | str,
+        settings: vllm_compat.EngineSettings,
         *,
-        max_num_seqs: int = 128,
-        max_model_len: int = 1024,
-        dtype: str = "bfloat16",
-        device: str = "cpu",
-        threads: int = 1,
-        cards: tuple[str, ...] = (),
         run_id: str = "",
         version: int = 0,
         deadline_s: float = 120.0,
         max_restarts: int = 0,
-        engine_args: Mapping[str, Any] | None = None,
         server: str = "",
         servers_directory: str | None = None,
     ) -> None:
-        """`model` is a Hugging Face directory, or a Hub id with version -1.
+        """A Hub id as `settings.model` needs version -1.
 
         run_id, version: as of `EmbeddedEngine`. deadline_s: the longest that one step of a weight
         update, a pause or an abort may take, and that no token may come while some are asked for; a
         sample has that and a second for each token it asks, from its first. server: the address of
         a running vLLM to use instead of starting one (`vllm_server`), with a directory that both
-        see, if they are on two machines. The rest: `vllm_compat.EngineSettings`. ValueError and
-        EngineLostError: `vllm_process.start`, `vllm_server.connect`.
+        see, if they are on two machines. ValueError and EngineLostError: `process.start`,
+        `server.connect`.
         """
-        if max_num_seqs < 1 or max_model_len < 2:
-            raise ValueError(
-                f"max_num_seqs={max_num_seqs}, max_model_len={max_model_len}: at least 1 and 2 are"
-                " needed"
-            )
-        self._settings = vllm_compat.EngineSettings(
-            model=str(model),
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            cards=cards,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            engine_args=engine_args or {},
-        )
+        self._settings = settings
         self._deadline = deadline_s
         self.sent: dict[str, LiveSample] = {}
         """By request id, those that vLLM has."""
@@ -128,7 +105,7 @@ class VLLMEngine:
         self._ids = itertools.count()
         self._tasks: dict[asyncio.Task[None], LiveSample] = {}
         self._endings: set[asyncio.Task[None]] = set()
-        self._stop_strings = StopStrings(model)
+        self._stop_strings = StopStrings(settings.model)
         self._watch: asyncio.Task[None] | None = None
         self._rescue: asyncio.Task[None] | None = None
         self._served_s = 0.0

@@ -103,21 +103,17 @@ def next_version(tensors: dict[str, TensorBytes], seed: int) -> dict[str, Tensor
 
 
 def make_engine(kind: str, folder: Path, dtype: str) -> Any:
-    settings: dict[str, Any] = {
-        "max_num_seqs": 4,
-        "max_model_len": 128,
-        "dtype": dtype,
-        "run_id": "bench",
-        "version": -1,
-        "deadline_s": 600,
-    }
+    settings: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 128, "dtype": dtype}
+    serving: dict[str, Any] = {"run_id": "bench", "version": -1, "deadline_s": 600}
     if kind == "embedded":
         from emberl.rollout.embedded.engine import EmbeddedEngine
 
-        return EmbeddedEngine(folder, **settings)
+        return EmbeddedEngine(folder, **settings, **serving)
+    from emberl.rollout.vllm_backend.compat import EngineSettings
     from emberl.rollout.vllm_backend.engine import VLLMEngine
 
-    return VLLMEngine(folder, **settings, engine_args={"enforce_eager": True})
+    own = EngineSettings(model=str(folder), **settings, engine_args={"enforce_eager": True})
+    return VLLMEngine(own, **serving)
 
 
 class Processes:

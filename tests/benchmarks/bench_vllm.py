@@ -80,9 +80,14 @@ def ours(model: str, dtype: str, work: Work) -> Callable[[], int]:
     import asyncio
 
     from emberl.rollout.samples import Prompt, Sampling
+    from emberl.rollout.vllm_backend.compat import EngineSettings
     from emberl.rollout.vllm_backend.engine import VLLMEngine
 
-    engine = VLLMEngine(model, max_model_len=MAX_MODEL_LEN, dtype=dtype, engine_args=ENGINE_ARGS)
+    engine = VLLMEngine(
+        EngineSettings(
+            model=model, max_model_len=MAX_MODEL_LEN, dtype=dtype, engine_args=ENGINE_ARGS
+        )
+    )
     loop = asyncio.new_event_loop()
     requests = [
         (

@@ -22,7 +22,11 @@ from emberl.rl.data.tiny import make_tiny
 from emberl.rollout.embedded.engine import EmbeddedEngine
 from emberl.rollout.embedded.model import DTYPE_NAMES
 from emberl.rollout.samples import Prompt
-from emberl.rollout.vllm_backend.compat import installed_version, labels_tokens
+from emberl.rollout.vllm_backend.compat import (
+    EngineSettings,
+    installed_version,
+    labels_tokens,
+)
 from emberl.rollout.weights.patch import TensorBytes, WeightPatch, dense_patch
 from emberl.rollout.weights.tensors import checkpoint_tensors
 
@@ -164,17 +168,15 @@ def make_vllm(
 ) -> Any:
     from emberl.rollout.vllm_backend.engine import VLLMEngine
 
-    return VLLMEngine(
-        model.folder,
+    own = {"enforce_eager": True, "block_size": BLOCK, "max_num_batched_tokens": BUDGET}
+    settings = EngineSettings(
+        model=str(model.folder),
         max_num_seqs=MAX_NUM_SEQS,
         max_model_len=MAX_MODEL_LEN,
         dtype=dtype,
-        run_id="run",
-        deadline_s=deadline_s,
-        max_restarts=max_restarts,
-        engine_args={"enforce_eager": True, "block_size": BLOCK, "max_num_batched_tokens": BUDGET}
-        | engine_args,
+        engine_args=own | engine_args,
     )
+    return VLLMEngine(settings, run_id="run", deadline_s=deadline_s, max_restarts=max_restarts)
 
 
 def make_on_server(
@@ -182,14 +184,8 @@ def make_on_server(
 ) -> Any:
     from emberl.rollout.vllm_backend.engine import VLLMEngine
 
-    return VLLMEngine(
-        model.folder,
-        max_model_len=MAX_MODEL_LEN,
-        dtype=dtype,
-        run_id="run",
-        server=server,
-        max_restarts=max_restarts,
-    )
+    settings = EngineSettings(model=str(model.folder), max_model_len=MAX_MODEL_LEN, dtype=dtype)
+    return VLLMEngine(settings, run_id="run", server=server, max_restarts=max_restarts)
 
 
 MAKERS: dict[str, Callable[..., Any]] = {

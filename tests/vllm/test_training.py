@@ -19,7 +19,7 @@ import pytest
 import torch
 from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
-from emberl.rollout.vllm_backend.compat import installed_version
+from emberl.rollout.vllm_backend.compat import EngineSettings, installed_version
 from listening import beyond_loopback, watched
 
 pytestmark = [
@@ -155,7 +155,8 @@ def test_a_run_on_a_server_leaves_what_it_learned_there(
         check_served_at_the_end(tmp_path / "run")
         assert httpx.get(f"{url}/weight_info").json()["weight_version"] == "4"
         tokens, loop = list(range(4, 23)), asyncio.new_event_loop()
-        engine = VLLMEngine(learned, server=url, max_model_len=28, dtype="float32", version=4)
+        settings = EngineSettings(model=str(learned), max_model_len=28, dtype="float32")
+        engine = VLLMEngine(settings, server=url, version=4)
         served = loop.run_until_complete(engine.probe(tokens))
         loop.run_until_complete(engine.close())
     np.testing.assert_allclose(served, logprobs(learned, tokens), atol=1e-4, rtol=0)

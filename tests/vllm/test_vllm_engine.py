@@ -333,10 +333,14 @@ def bfloat16_patch(model: Any, version: int) -> WeightPatch:
 
 OWNER = """
 import sys
+from emberl.rollout.vllm_backend.compat import EngineSettings
 from emberl.rollout.vllm_backend.engine import VLLMEngine
 
 if __name__ == "__main__":
-    engine = VLLMEngine(sys.argv[1], max_model_len=64, dtype="float32", engine_args={"enforce_eager": True})
+    eager = {"enforce_eager": True}
+    engine = VLLMEngine(
+        EngineSettings(model=sys.argv[1], max_model_len=64, dtype="float32", engine_args=eager)
+    )
     print("up", flush=True)
     sys.stdin.read()
 """
