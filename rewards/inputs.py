@@ -66,8 +66,7 @@ class Reward(ABC):
         return 0
 
     def check_reference(self, row: RewardInput) -> str | None:
-        """What is wrong with a row's reference, before training; None if it can be graded
-        against."""
+        """The fault of a row's reference, before training; None if it can be graded against."""
         return None
 
     def check_references(self, rows: Sequence[RewardInput]) -> Sequence[str | None]:

@@ -1,4 +1,4 @@
-"""What the kernel says of processes: how long they waited for a processor, who descends from whom,
+"""The kernel's records of processes: how long they waited for a processor, who descends from whom,
 and how many processors there are for us.
 
 A limit on wall time makes a verdict depend on the load of the machine. A limit on *own time* does

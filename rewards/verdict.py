@@ -14,9 +14,9 @@ from enum import StrEnum
 
 
 class Status(StrEnum):
-    """What happened. Two carry no score: after `VERIFIER_ERROR` a completion never enters a loss or
-    a baseline, and `NOT_APPLICABLE` is said by one part of a reward and leaves the score to the
-    others."""
+    """How a completion was marked. Two carry no score: after `VERIFIER_ERROR` a completion never
+    enters a loss or a baseline, and `NOT_APPLICABLE` is said by one part of a reward and leaves the
+    score to the others."""
 
     CORRECT = "correct"
     WRONG = "wrong"

@@ -51,7 +51,7 @@ class Ended(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of one task: the JSON value that the worker returned if `ended` is DONE, else a
+    """The outcome of one task: the JSON value that the worker returned if `ended` is DONE, else a
     message."""
 
     ended: Ended
@@ -126,8 +126,8 @@ class WorkerProcess:
         self.ready = True
 
     def ask(self, task: Any, timeout: float) -> Answer:
-        """What became of the task. A worker at its limit is ended, and so is one of which the
-        machine makes nothing."""
+        """Waits for the outcome of the task. A worker at its limit is ended, and so is one of which
+        the machine makes nothing."""
         self.served += 1
         pid, sent = self.process.pid, time.monotonic()
         waited_before, used_before = waited(pid), cpu_seconds(pid)

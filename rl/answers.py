@@ -104,8 +104,8 @@ class AnswerReader:
         return cut(text, rollout.stop, keep=rollout.include_stop) if by_string else text
 
     def problem(self, prompt: Prompt) -> str:
-        """What was asked, as a person reads it: the last message, without what the chat template
-        puts around it."""
+        """The question as a person reads it: the last message, without what the chat template puts
+        around it."""
         if prompt.messages:
             return prompt.messages[-1]["content"]
         text: str = self.tokenizer.decode([t for t in prompt.token_ids if t not in self._framing])

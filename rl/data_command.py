@@ -27,7 +27,7 @@ _WIDTH = 40
 
 
 def show_data(source: str, overrides: Sequence[str], model: str | None) -> Iterator[str]:
-    """What is printed, line by line. source: a configuration (.yaml), or what `data.source` may be.
+    """The lines that are printed. source: a configuration (.yaml), or what `data.source` may be.
 
     ValueError as for a run.
     """

@@ -1,5 +1,5 @@
-"""What `rollout.environment` names, ready for the pool: the user's class, and observations as
-tokens."""
+"""The environment of `rollout.environment`, ready for the pool: the user's class, and observations
+as tokens."""
 
 from __future__ import annotations
 

@@ -135,7 +135,8 @@ def _open(
 def _thoughts(
     config: Config, settings: ThinkingConfig, tokenizer: Any, longest: int
 ) -> Thoughts | None:
-    """What ends thoughts at budgets; ValueError where there is no room for an answer after one."""
+    """The function that ends thoughts at budgets; ValueError where there is no room for an answer
+    after one."""
     if not settings.budgets:
         return None
     if config.rollout.environment is not None:

@@ -28,7 +28,7 @@ from .watch.tracking import sample_rows
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """What one evaluation found."""
+    """The result of one evaluation."""
 
     accuracy: float
     """mean@n over all problems: the fraction of answers that are correct."""
@@ -156,7 +156,7 @@ async def _logged(
 
 
 def _line(name: str, result: Evaluation) -> dict[str, str]:
-    """What the console shows of a set."""
+    """The figures of a set on the console."""
     line = {f"{name} accuracy": f"{result.accuracy:.1%}"}
     # a graded reward, of which "correct" says little
     if abs(result.reward - result.accuracy) > 1e-9:

@@ -24,8 +24,8 @@ from .groups import Group
 from .run import GRADERS, Run
 
 Ticket = tuple[int, int]
-"""What determines a group before it is sampled: the position of its problem in the source, and the
-RL step in which it was admitted, which gives the seed of its draws."""
+"""The key of a group before it is sampled: the position of its problem in the source, and the RL
+step in which it was admitted, which gives the seed of its draws."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -240,7 +240,7 @@ def censored_mean(finished: Sequence[int], cut: Sequence[int]) -> float:
 
 
 class _Figures:
-    """What happened since the last step: differences of what only grows."""
+    """Counts since the last step: differences of counters that only grow."""
 
     def __init__(self, run: Run) -> None:
         self._run = run

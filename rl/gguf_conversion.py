@@ -37,7 +37,7 @@ TEXT_SPLITS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GgufHeader:
-    """What a GGUF file says of itself before any weight is read."""
+    """The header of a GGUF file, before any weight is read."""
 
     architecture: str
     tokenizer: str

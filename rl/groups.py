@@ -95,7 +95,7 @@ class Batch:
     values_T: Floats | None = None
     """The critic's estimate before each loss token, where there is one."""
     returns_T: Floats | None = None
-    """What it should have said; without a critic the return to go, where rewards are of tokens."""
+    """The critic's targets; without a critic the return to go, where rewards are of tokens."""
     rewards_T: Floats | None = None
     """The reward of each token, KL penalty included, where rewards are of tokens."""
     kl_T: Floats | None = None

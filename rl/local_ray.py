@@ -1,5 +1,5 @@
-"""What a Ray cluster that a run starts for itself is told by environment variables: to listen at
-loopback alone, and to let in who knows its token. Ray reads some of them when it is imported."""
+"""Environment variables of a Ray cluster that a run starts for itself: to listen at loopback alone,
+and to let in who knows its token. Ray reads some of them when it is imported."""
 
 from __future__ import annotations
 

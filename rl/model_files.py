@@ -53,10 +53,10 @@ def check_files(config: Config) -> None:
 def prepare_model(
     config: Config, run_dir: Path, tell: Callable[[str], None], *, anew: bool = True
 ) -> str:
-    """What the actors load: an absolute directory or a Hub id. A GGUF file is converted, a tiny
-    model made, once, in the run's `model_init`, `anew` where an earlier try may have left one of
-    other settings there; a Hub id's files are fetched into Hugging Face's cache. tell: a person
-    reads what takes its time."""
+    """The model that the actors load: an absolute directory or a Hub id. A GGUF file is converted,
+    a tiny model made, once, in the run's `model_init`, `anew` where an earlier try may have left
+    one of other settings there; a Hub id's files are fetched into Hugging Face's cache. tell: a
+    person reads what takes its time."""
     path, made = config.model.path, (run_dir / "model_init").absolute()
     if anew:
         shutil.rmtree(made, ignore_errors=True)

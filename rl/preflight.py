@@ -1,5 +1,4 @@
-"""What can be found out about data, rewards and template before Ray and the actors start, and by
-`--dry-run`."""
+"""Checks of data, rewards and template before Ray and the actors start, and by `--dry-run`."""
 
 from __future__ import annotations
 

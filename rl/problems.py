@@ -19,7 +19,7 @@ from .sft import Imitated, open_imitated, with_sft_steps
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problems:
-    """What a run learns from, and what marks answers to it."""
+    """The problems of a run, and the rewards for answers to them."""
 
     config: Config
     """With the numbers of steps that follow from the size of the data."""
@@ -27,9 +27,9 @@ class Problems:
     source: PromptSource
     suite: RewardSuite
     imitated: Imitated | None
-    """What a supervised stage learns."""
+    """The worked solutions of a supervised stage."""
     notes: tuple[str, ...]
-    """What a person should know of them."""
+    """Remarks for a person."""
 
 
 def open_problems(config: Config, model_path: str, opened: ExitStack) -> Problems:

@@ -118,8 +118,8 @@ def train(config: Config, *, resume: Resume = "never", override: bool = False) -
 
 
 class Attempts:
-    """What a run goes on from after a failure, and how often: `cluster.max_restarts` times in a
-    row, each checkpoint anew."""
+    """The checkpoint that a run goes on from after a failure, and how often: `cluster.max_restarts`
+    times in a row, each checkpoint anew."""
 
     def __init__(
         self, run_dir: Path, most: int, checkpoint: Path | None, tell: Callable[[str], None]

@@ -107,7 +107,7 @@ def figures_of(groups: Sequence[Group], rows: int) -> dict[str, float]:
 
 
 def totals(run_dir: Path) -> Counter[str]:
-    """What all steps counted, by the names of the metrics without `reject/`."""
+    """Counts over all steps, by the names of the metrics without `reject/`."""
     found: Counter[str] = Counter()
     for row in read_metrics(run_dir / METRICS):
         for name, value in row.items() if row["stage"] == "reject" else ():

@@ -17,7 +17,7 @@ def conversation(prompt: Prompt, tokenizer: Any) -> tuple[Mapping[str, str], ...
 
 
 def reward_input(prompt: Prompt, tokenizer: Any, completion: str) -> RewardInput:
-    """What is known of a problem before its answer is sampled, as rewards see it."""
+    """A problem as rewards see it before its answer is sampled."""
     return RewardInput(
         completion=completion,
         answer=prompt.answer,

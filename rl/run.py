@@ -80,10 +80,10 @@ class Run:
     failed_saves: int = 0
     """Checkpoints in a row that could not be written."""
     held: Progress | None = None
-    """What goes with the learners' weights; None while a step changes these."""
+    """The progress of the learners' weights; None while a step changes these."""
     _writing: asyncio.Task[None] | None = None
     evaluation: asyncio.Task[None] | None = None
-    """What goes on beside the training, until somebody has waited for it."""
+    """Goes on beside the training; None once somebody has waited for it."""
 
     def sampling(self, step: int) -> Sampling:
         """How this step's answers are drawn: with the prompt and the sample's index the step fixes

@@ -27,7 +27,8 @@ _PASS = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Imitated:
-    """What supervised steps learn from: rows of `sft.data`, or the worked solutions of a source."""
+    """The worked solutions of supervised steps: rows of `sft.data`, or the worked solutions of a
+    source."""
 
     config: Config
     source: PromptSource
@@ -42,7 +43,7 @@ class Imitated:
 
     @property
     def notes(self) -> Sequence[str]:
-        """What a person should know of the rows."""
+        """Remarks for a person about the rows."""
         if self.rows is None:
             return ()
         return (*self.rows.notes, f"sft.data: {self.rows.size:,} rows to learn")

@@ -151,9 +151,9 @@ def check_recipe(recipe: Recipe) -> list[str]:
 
 
 def finished(recipe: Recipe, anew: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What the stages that are done, and are not to be done `anew`, wrote of themselves.
-    `ConfigError` where one was done with other settings or inputs, where its output is gone, or
-    where one before those of `anew` is not done."""
+    """The records of stages that are done, and are not to be done `anew`. `ConfigError` where one
+    was done with other settings or inputs, where its output is gone, or where one before those of
+    `anew` is not done."""
     done: dict[str, dict[str, Any]] = {}
     for stage in recipe.stages:
         file, redo = stage.config.output / DONE, f"redo it with --from {stage.name}"
@@ -186,7 +186,7 @@ def finished(recipe: Recipe, anew: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def proof_of(recipe: Recipe, stage: Stage, done: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What decides the stage's output: dotted settings, inputs, and the hash of both."""
+    """The inputs of a stage's output: dotted settings, inputs, and the hash of both."""
     text = json.dumps(masked(stage.config.model_dump(mode="json", exclude=set(FREE))))
     for each in recipe.stages:  # by names, so that a recipe's directory may be moved
         text = text.replace(json.dumps(str(each.output)), json.dumps(REFERENCE + each.name))
@@ -240,7 +240,7 @@ def finish_stage(stage: Stage, proof: Mapping[str, Any], row: Row) -> dict[str, 
 
 
 def row_of(stage: Stage, result: Result) -> Row:
-    """What a finished stage says in the summary, from its own metrics."""
+    """A finished stage's line in the summary, from its own metrics."""
     folder = stage.config.output
     logged = read_metrics(folder / METRICS)
     steps = max((each["step"] for each in logged if each["axis"] == "train"), default=0)

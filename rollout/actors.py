@@ -29,7 +29,7 @@ LOST = (
     ray.exceptions.RaySystemError,
     ray.exceptions.WorkerCrashedError,
 )
-"""What says that an actor is gone or stuck; any other error is its answer."""
+"""Errors of an actor that is gone or stuck; any other error is its answer."""
 
 
 class ActorLostError(RuntimeError):

@@ -37,7 +37,7 @@ class Dispatch(Generic[J]):
         self.backlog: deque[J] = deque()
         """Groups that no worker may take yet."""
         self.jobs: list[dict[J, None]] = [{} for _ in range(workers)]
-        """What each worker has, in the order in which it was given."""
+        """Each worker's groups, in the order in which they were given."""
         self.up = [True] * workers
         """Whether each worker may be given anything."""
         self._max_samples = max_samples

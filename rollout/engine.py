@@ -41,7 +41,7 @@ class Engine(Protocol):
 
     @property
     def held(self) -> Weights | None:
-        """What is served, as the engine's own bytes: to be read only, and only what changes from
+        """The served weights as the engine's own bytes: to be read only, and only what changes from
         the next version on is written over. None before the first patch, and while what is loaded
         was not proved."""
         ...
@@ -132,7 +132,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerSpec:
-    """What a rollout worker needs to start its engine."""
+    """Settings with which a rollout worker starts its engine."""
 
     model_path: str
     """A local directory or a Hub id."""

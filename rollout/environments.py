@@ -209,7 +209,7 @@ class Episodes:
 
 
 class _StepError(Exception):
-    """What an environment did wrong."""
+    """A fault of the user's environment."""
 
     def __init__(self, status: Literal["error", "timeout", "bad_reply"], message: str) -> None:
         super().__init__(message[:1000])
@@ -235,7 +235,7 @@ def _checked(reply: Any) -> Step:
 
 
 def whole(completion: Completion, before: Completion | None) -> Completion:
-    """What an engine made of `before`, with the mask, which engines know nothing of."""
+    """An engine's continuation of `before`, with the mask, which engines know nothing of."""
     if before is None:
         return completion
     had = len(before)

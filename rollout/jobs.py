@@ -1,4 +1,4 @@
-"""What the pool keeps of a group that is asked for, and of a worker."""
+"""The pool's records of a group that is asked for, and of a worker."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class WorkerState:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while the actor is replaced or its weights are."""
     report: dict[str, float] = field(default_factory=dict)
-    """What it took to bring the actor that replaced another to the newest weights."""
+    """Metrics of bringing the actor that replaced another to the newest weights."""
     restarts: int = 0
     gone: bool = False
     """For good: its node was lost, and others do its work."""

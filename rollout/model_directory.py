@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
-"""What is fetched of a repository: weights, configuration, tokenizer; not the same weights in other
-formats."""
+"""Files that are fetched of a repository: weights, configuration, tokenizer; not the same weights
+in other formats."""
 
 
 def model_directory(name: str) -> Path:

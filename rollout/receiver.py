@@ -168,7 +168,7 @@ class Receiver:
 
     @property
     def version(self) -> int:
-        """What a peer can have from here; -1: nothing."""
+        """The version that a peer can have from here; -1: none."""
         held = self._engine.held
         return -1 if held is None else held.version
 

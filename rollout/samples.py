@@ -87,18 +87,18 @@ the environment raised, was late, or returned something else than (observation, 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Episode:
-    """What an environment made of a completion that has turns."""
+    """The turns of a completion, as its environment answered them."""
 
     turns: tuple[int, ...]
     """Where each turn of the model begins among the completion's tokens."""
     messages: tuple[Mapping[str, str], ...]
-    """What was said after the prompt, as text: the model's turns, and the observations between
+    """The conversation after the prompt, as text: the model's turns, and the observations between
     them."""
     reward: float | None
     """The sum of the turns' rewards; None where the environment gave none."""
     status: EpisodeStatus
     message: str = ""
-    """What went wrong, in one line."""
+    """The error, in one line."""
 
     @property
     def failed(self) -> bool:

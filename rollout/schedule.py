@@ -76,8 +76,8 @@ class Schedule(Generic[T]):
         self.width = ceil(groups_per_step * oversample) + groups_per_step * max_staleness
         """Open groups at most."""
         self.version = self.served = 0
-        """What the learners train, and what a group that is admitted now may start with: older
-        while workers finish what they decode before they take an update."""
+        """The version that learners train, and the one that a group admitted now may start with:
+        older while workers finish what they decode before they take an update."""
         self.counts = Counts()
         self._started: dict[int, int] = {}  # number -> version at which a worker got it
         # number -> (version of the oldest token, the group)

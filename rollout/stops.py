@@ -92,8 +92,8 @@ def cut(text: str, stop: Sequence[str], *, keep: bool) -> str:
 
 
 def token_bytes(tokenizer: Any) -> list[bytes]:
-    """What each token id adds to a text, by id; ValueError for a tokenizer whose tokens add no
-    fixed bytes."""
+    """The bytes that each token id adds to a text, by id; ValueError for a tokenizer whose tokens
+    add no fixed bytes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     pieces = {id: piece for piece, id in tokenizer.get_vocab().items()}
     added = {int(id): str(token) for id, token in tokenizer.added_tokens_decoder.items()}

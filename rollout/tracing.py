@@ -26,8 +26,8 @@ class ProcessTrace:
         self._profile.start()
 
     def end(self) -> bytes:
-        """What was recorded since `begin`, as gzipped JSON in Chrome's format; none where it was
-        not begun, as in an actor that replaced another."""
+        """The trace since `begin`, as gzipped JSON in Chrome's format; none where it was not begun,
+        as in an actor that replaced another."""
         profile, self._profile = self._profile, None
         if profile is None:
             return b""

@@ -89,7 +89,7 @@ class RolloutWorker:
         return await self.receiver.catch_up(update)
 
     async def offer(self) -> tuple[str, int]:
-        """What this worker could give to a peer: its node, and its version."""
+        """This worker's offer to its peers: its node, and its version."""
         node: str = ray.get_runtime_context().get_node_id()
         return node, self.receiver.version
 
@@ -274,8 +274,8 @@ class GroupService:
                 self._open.notify_all()
 
     async def prove(self, canary: Canary, requests: Sequence[Request]) -> DecodeProof | None:
-        """What the engine decodes for these before the canary is loaded, with it, and when it is
-        taken back; groups under way are set aside meanwhile. None: the engine, a user's, knows no
+        """The engine's tokens for these before the canary is loaded, with it, and when it is taken
+        back; groups under way are set aside meanwhile. None: the engine, a user's, knows no
         canaries."""
         load = getattr(self.engine, "canary", None)
         if load is None:

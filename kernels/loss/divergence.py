@@ -30,7 +30,7 @@ Kind = Literal["forward_kl", "reverse_kl", "jsd"]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Teaching:
-    """What n tokens' distributions are compared with, and how."""
+    """The distributions that n tokens' own are compared with, and the measure."""
 
     logp: Tensor
     """[n, k] the teacher's log-probs."""

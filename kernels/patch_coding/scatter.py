@@ -39,7 +39,7 @@ def weight(position):
 
 @compiled
 def change_checksum(positions, old, new):
-    """What a change of these elements, [k] each, adds to the tensor's checksum."""
+    """The contribution of these changed elements, [k] each, to the tensor's checksum."""
     total = np.int64(0)
     for i in range(len(positions)):
         total += weight(np.int64(positions[i])) * (np.int64(new[i]) - np.int64(old[i]))
@@ -62,7 +62,7 @@ def checksum(memory, place_rows, place_columns, first_row, first_column, columns
 def part_of_change(
     place_rows, place_columns, first_row, first_column, columns, positions, old, new
 ):
-    """What a change adds to the part of its tensor's checksum that lies in these rows and
+    """A change's contribution to the part of its tensor's checksum that lies in these rows and
     columns."""
     total, row, start = np.int64(0), np.int64(0), np.int64(0)
     for i in range(len(positions)):

@@ -95,7 +95,7 @@ PARTS: Mapping[str, Part] = {
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a device's layers are run with: an operator, or plain torch."""
+    """The operators that run a device's layers, each with plain torch where it has none."""
 
     on: frozenset[str]
 

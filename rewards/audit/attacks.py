@@ -226,8 +226,8 @@ def _problems(run: Run, host: _Host) -> list[str]:
 
 
 class _Host:
-    """What the programs would like to reach: a listener, a secret (file and environment), a canary;
-    and a look at what they left behind."""
+    """The targets of the programs: a listener, a secret (file and environment), a canary; and a
+    look at what they left behind."""
 
     def __enter__(self) -> _Host:
         self.secret = secrets.token_hex(16)

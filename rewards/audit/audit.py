@@ -145,8 +145,8 @@ def _opened(path: Path) -> IO[str]:
 
 
 def unpacked(data: bytes) -> bytes:
-    """What zstandard packed, in one frame or several. EOFError where the last one is cut off, which
-    its own readers pass over."""
+    """Unpacks zstandard's data, in one frame or several. EOFError where the last one is cut off,
+    which its own readers pass over."""
     parts = []
     while data:
         frame = zstandard.ZstdDecompressor().decompressobj()

@@ -292,7 +292,7 @@ def _outermost(tree: ast.Module) -> set[str]:
 
 
 def _refuse(tree: ast.Module) -> None:
-    """What a test does that the judge has no means for."""
+    """A test uses something that the judge does not support."""
     for module, names in imported(tree):
         root = module.partition(".")[0]
         if (

@@ -113,7 +113,7 @@ def plan_of_cases(cases: Sequence[Case], name: str = "", starter: str = "") -> P
 
 
 def text_of(value: Any) -> str:
-    """What a program reads or prints: text, a list of lines, or either behind a key or in a list of
+    """A program's input or output: text, a list of lines, or either behind a key or in a list of
     one."""
     if isinstance(value, str):
         return value

@@ -111,7 +111,7 @@ def extract_program(
 
 
 def _after_thoughts(text: str) -> str | None:
-    """What follows the thoughts; None if they never end."""
+    """The text behind the thoughts; None if they never end."""
     for opening, closing in _THOUGHTS:
         _, closed, answer = text.rpartition(closing)
         if closed:

@@ -185,8 +185,8 @@ def _run(request: dict[str, Any], namespace: dict[str, Any]) -> tuple[int, int, 
 
 
 def _outcome(action: Callable[[], Any]) -> dict[str, str]:
-    """What went wrong, or nothing. A test may leave by `sys.exit(0)`; the model's code may not end
-    it."""
+    """`error` and `text` of the action's failure; empty: it passed. A test may leave by
+    `sys.exit(0)`; the model's code may not end it."""
     try:
         action()
     except SystemExit as error:

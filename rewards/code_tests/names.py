@@ -1,4 +1,4 @@
-"""What a data set's test code binds, reads, calls and imports, by its tree; the code is not run."""
+"""Names that a data set's test code binds, reads, calls and imports, from its syntax tree alone."""
 
 from __future__ import annotations
 
@@ -118,7 +118,8 @@ def packages_of(source: str) -> tuple[str, ...]:
 
 
 class Imports:
-    """What a test imports: packages, the model's module under whatever name, and names from it."""
+    """The imports of a test: packages, the model's module under whatever name, and names from
+    it."""
 
     def __init__(self, tree: ast.Module, defined: frozenset[str]) -> None:
         self.packages: set[str] = set()

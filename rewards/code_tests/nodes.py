@@ -61,8 +61,8 @@ def _from_TreeNode(node):
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What is to be made of a function's arguments and value, by their places: "", a class, or "*"
-    and a class for a list."""
+    """The classes of a function's arguments and value, by their places: "", a class, or "*" and a
+    class for a list."""
 
     arguments: tuple[tuple[str, str], ...] = ()
     """Name and form of each."""

@@ -38,7 +38,7 @@ class FunctionPlan:
     """Names that the model's code is to define."""
     entry: str = ""
     prompt: str = ""
-    """What a bare function body continues, as in HumanEval."""
+    """The text that a bare function body continues, as in HumanEval."""
     needs: tuple[str, ...] = ()
     """Installed packages that the code in front or behind imports."""
 

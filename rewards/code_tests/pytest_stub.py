@@ -1,4 +1,5 @@
-"""What tests of data sets use of pytest, for the judge: pytest itself is not in sight there.
+"""The parts of pytest that tests of data sets use, for the judge: pytest itself is not in sight
+there.
 
 `raises`, `approx`, `mark.parametrize` (other marks do nothing), fixtures of functions, `fail`,
 `skip`, `capsys`.

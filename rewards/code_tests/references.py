@@ -47,7 +47,7 @@ def solutions_of(columns: Mapping[str, Any]) -> list[str]:
 
 
 def defined_names(columns: Mapping[str, Any]) -> frozenset[str]:
-    """What the row's own solution binds at its top level, imports left out."""
+    """Names that the row's own solution binds at its top level, imports left out."""
     for key in _ONE:
         text = columns.get(key)
         if isinstance(text, str) and _is_program(text) and "```" not in text:

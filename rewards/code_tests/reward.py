@@ -116,7 +116,7 @@ class CodeReward(Reward):
         return self.tester.finished
 
     def check_reference(self, row: RewardInput) -> str | None:
-        """What is wrong with a row's tests, without running anything, or None."""
+        """The fault of a row's tests, without running anything; None: there is none."""
         try:
             self._plan(row)
         except ValueError as error:
@@ -124,8 +124,8 @@ class CodeReward(Reward):
         return None
 
     def check_references(self, rows: Sequence[RewardInput]) -> list[str | None]:
-        """What is wrong with each row's tests, or None: they cannot be graded, or refuse the row's
-        own solution.
+        """The fault of each row's tests, or None: they cannot be graded, or refuse the row's own
+        solution.
 
         Rows whose turn has not come after `reference_seconds` are not run, and a warning says how
         many."""

@@ -43,7 +43,7 @@ _MAPPINGS: dict[str, Any] = {
 
 
 class Child(Protocol):
-    """What `child.py` gives this file."""
+    """The functions of `child.py` that this file needs."""
 
     def send(self, message: dict[str, Any]) -> None: ...
     def read_line(self) -> dict[str, Any]: ...
@@ -111,7 +111,7 @@ class Table:
         return {"at": number}
 
     def bodies(self) -> list[list[Any]]:
-        """What each object holds; the table grows while the objects in them are met."""
+        """The contents of each object; the table grows while the objects in them are met."""
         found: list[list[Any]] = []
         while len(found) < len(self.objects):
             found.append(self._body(self.objects[len(found)]))
@@ -225,7 +225,7 @@ class Side:
     shared: dict[str, type]
     named: set[str]
     handles: tuple[type, ...] = ()
-    """What stands for an object of the other end; its attributes are not for asking here."""
+    """A stand-in for an object of the other end; its attributes are not for asking here."""
 
     def __init__(self, child: Child) -> None:
         self.child = child

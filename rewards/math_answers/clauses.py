@@ -1,5 +1,5 @@
-"""What a sentence says besides its answer: reasons, origins, comparisons, labels and the choices
-that it rules out."""
+"""The parts of a sentence that are not its answer: reasons, origins, comparisons, labels and the
+choices that it rules out."""
 
 from __future__ import annotations
 

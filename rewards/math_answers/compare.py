@@ -39,7 +39,7 @@ def compare(gold: Reference, answer: str, policy: Policy) -> Outcome:
 
 
 def _same_text(gold: str, answer: str) -> Outcome:
-    """What is outside the grammar equals only what is spelled with the same tokens."""
+    """An expression outside the grammar equals only one with the same tokens."""
     if len(answer) > MAX_TEXT or len(gold) > MAX_TEXT:
         return Outcome.EQUAL if gold.split() == answer.split() else Outcome.UNKNOWN
     return Outcome.EQUAL if squeeze(gold) == squeeze(answer) else Outcome.UNKNOWN

@@ -50,7 +50,7 @@ _THOUGHT_PARTS = (
     *("hink", "HINK", "hought", "HOUGHT", "reasoning>", "reflection>", "scratchpad>"),
     *("easoning>", "REASONING>", "_of_thought"),
 )
-"""What a text with thoughts has in it: looking for these costs less than the expression."""
+"""Marks of a text with thoughts: looking for these costs less than the expression."""
 _MARKER_PARTS = (
     *("nswer", "NSWER", "esult", "olution", "ption", "hoice", "A:", "A：", "答", "选", "结果"),
 )
@@ -92,7 +92,7 @@ _LETTERED_PARTS = re.compile(r"^\s*\([a-e]\)\s+(\S.{0,200})$", re.MULTILINE)
 """`(a) 2` and, in the next line, `(b) 3`"""
 _LETTERED = re.compile(r"[(（]?[A-J][)）.]")
 _COUNTED = re.compile(r"(?<=\d)\s?[(（][\u4e00-\u9fff]{1,3}[)）]")
-"""What is counted, as it is noted in brackets behind a number."""
+"""A noun that is counted, in brackets behind its number."""
 _BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*|__([^_\n]{1,200})__")
 _HEADING = re.compile(r"(?::\*\*|\*\*:)[^*]*\d[^*]*$")
 """`**2. Total:** 7 pens`: the answer stands behind the bold."""
@@ -124,13 +124,13 @@ def extract(completion: str, opened: bool = False) -> Extracted:
 
 
 def _without_cut_off_box(text: str) -> str:
-    """What stands before a box that is never closed: it holds half an answer."""
+    """The text before a box that is never closed: it holds half an answer."""
     at = text.rfind("\\boxed")
     return text[:at] if at >= 0 and text.count("{", at) > text.count("}", at) else text
 
 
 def final_text(completion: str, opened: bool = False) -> str | None:
-    """What follows the last thought; None if one was opened and never closed."""
+    """The text behind the last thought; None if one was opened and never closed."""
     if not opened and not (
         ("<" in completion and any(part in completion for part in _THOUGHT_PARTS))
         or "THINK]" in completion
@@ -194,8 +194,8 @@ def _in_boxes(text: str) -> list[str]:
 
 
 def _box_content(box: str) -> str:
-    """What a box says; of a sentence in it, such as `the answer is 5`, what it states; an aligned
-    line by itself."""
+    """The content of a box; of a sentence in it, such as `the answer is 5`, what it states; an
+    aligned line by itself."""
     if "{align" in box and "\\\\" not in box:
         return re.sub(r"\\(?:begin|end)\{align(?:ed)?\*?\}|(?<!\\)&", " ", box).strip()
     stating = any(part in box for part in ("nswer is", "答案", "答：", "答:"))
@@ -209,7 +209,7 @@ def _box_content(box: str) -> str:
 
 
 def _in_tag(text: str) -> list[str]:
-    """What every `<answer>...</answer>` holds; of a sentence in it, what it states."""
+    """The content of every `<answer>...</answer>`; of a sentence in it, what it states."""
     if "nswer>" not in text and "NSWER>" not in text:
         return []
     start, found = -1, list[str]()

@@ -41,8 +41,7 @@ _STATING = re.compile(
     r"|[是为有共得到剩于需负要了或和]|^\W*)\Z",
     re.IGNORECASE,
 )
-"""What stands before a number that a sentence states: `there are two left`, not `both of the
-two`."""
+"""Words before a number that a sentence states: `there are two left`, not `both of the two`."""
 _SIGNED = re.compile(
     r"(?<![\d)}\]])(?<![\d)}\]]\s)\b(?:negative|minus)\s(?=\$?\.?\d)|负(?=\d)", re.I
 )

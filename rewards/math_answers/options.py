@@ -1,4 +1,4 @@
-"""What users of the math reward may choose, and what a comparison can come to."""
+"""The options of the math reward, and the outcomes of a comparison."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def all_of(outcomes: Sequence[Outcome]) -> Outcome:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
-    """What users disagree about; the defaults suit reinforcement learning on MATH-like data."""
+    """Conventions on which users differ; the defaults suit reinforcement learning on MATH-like
+    data."""
 
     percent: Literal["either", "exact"] = "either"
     """`either`: 10% is 10 as well as 1/10; `exact`: it is 1/10."""

@@ -1,4 +1,4 @@
-"""What a sentence states: its choice, formula, equation or number, as a person reads it."""
+"""The statement of a sentence: its choice, formula, equation or number, as a person reads it."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ _CONTEXT = re.compile(
     r"|\d.*\bto\s[a-z]+\s(?:[A-Za-z']+\s){0,3}\Z|[用以在每]\Z",
     re.IGNORECASE,
 )
-"""What stands before a number that is not the answer: the price, the time, the purpose."""
+"""Words before a number that is not the answer: the price, the time, the purpose."""
 _NO_CONTEXT = re.compile(
     r"\b(?:(?:left|ends?(?:\sup)?|ended(?:\sup)?)\swith|result(?:s|ed|ing)?\sin"
     r"|(?:needs?|needed|has|have|had|able|going|used|wants?|takes?|up|left|gets?)\sto\s\w+)"
@@ -110,7 +110,7 @@ _LISTED_WITH = re.compile(r"\s[A-Za-z\s']{0,40}(?:,|,?\sand)\s(?:\$\s)?\Z|\sto\s
 
 
 def last_statement(text: str) -> list[str]:
-    """What the last sentence with a number, a formula or a choice states."""
+    """The statement of the last sentence with a number, a formula or a choice."""
     text = tail(text)
     found = sentences(_LISTED.sub("", text))
     last = found[-1] if found else ""
@@ -146,7 +146,7 @@ def _is_denied(sentence: str) -> bool:
 
 
 def announced(rest: str) -> tuple[str, int]:
-    """What a marker announces, and where that ends: formulas, a choice, a short phrase, or the
+    """The answer that a marker announces, and its end: formulas, a choice, a short phrase, or the
     number of the sentence."""
     lead = re.match(r"[\s*:：_>]*", rest)
     start = lead.end() if lead is not None else 0

@@ -39,7 +39,7 @@ _NO_ANSWER = frozenset(
         "see solution",
     )
 )
-"""What data sets write where a problem has no answer (NuminaMath-1.5: proof, notfound)."""
+"""References of problems without an answer (NuminaMath-1.5: proof, notfound)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ def rewritings(text: str) -> list[str]:
 
 _OPERATORS = frozenset("+-*/^_=<>!")
 _FREE = (Kind.TEXT, Kind.CHOICE, Kind.CLOCK, Kind.RUN, Kind.NAME, Kind.BASED)
-"""What a problem names, and an answer must name as well."""
+"""Names of a problem that an answer must have as well."""
 
 
 def is_copy(reference: Node | None, answer: str, prompt: str) -> bool:

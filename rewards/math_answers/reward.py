@@ -45,8 +45,8 @@ _Pair = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class _Decision:
-    """What is known of a reference and the candidates: an outcome, or the answers that need
-    algebra."""
+    """The state of a comparison of a reference with the candidates: an outcome, or the answers that
+    need algebra."""
 
     outcome: Outcome
     open: tuple[str, ...] = ()
@@ -102,8 +102,8 @@ class MathReward(Reward):
         return _timed(status, message, time.perf_counter() - start), open_
 
     def check_reference(self, row: RewardInput) -> str | None:
-        """What is wrong with a reference, in words; None if it is accepted against itself and its
-        usual rewritings."""
+        """The fault of a reference, in words; None if it is accepted against itself and its usual
+        rewritings."""
         if (problem := why_no_answer(row.answer)) is not None:
             return problem
         if re.fullmatch(r"-?\d{1,15}", row.answer):  # as most are: large data sets open in seconds

@@ -334,7 +334,7 @@ def _same_ratio(gold: Node, answer: Node) -> Outcome:
 
 
 def _label(node: Node) -> Node | None:
-    """What an item `x = 1` names."""
+    """The name in an item `x = 1`."""
     equation = node.kind is Kind.RELATION and node.data == ("=",)
     return node.args[0] if equation and is_name(node.args[0]) else None
 

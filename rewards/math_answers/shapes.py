@@ -1,4 +1,4 @@
-"""What a tree states: a name and what it is said to be, chains of equations, inequalities as
+"""The statements of a tree: a name and what it is said to be, chains of equations, inequalities as
 intervals, items of collections."""
 
 from __future__ import annotations

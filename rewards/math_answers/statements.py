@@ -1,5 +1,5 @@
-"""What a tree states: a name and what it is said to be, chains of equations, conditions; and when
-two state the same."""
+"""The statements of a tree: a name and what it is said to be, chains of equations, conditions; and
+when two state the same."""
 
 from __future__ import annotations
 
@@ -41,9 +41,8 @@ def is_expression_of_names(node: Node) -> bool:
 
 
 def state(node: Node, take_last: bool, loose: bool) -> Statement:
-    """What a tree states. `take_last`: whether a chain counts by its last side, true or false;
-    `loose`: whether
-    `x + y = 5` states 5."""
+    """The statements of a tree. `take_last`: whether a chain counts by its last side, true or
+    false; `loose`: whether `x + y = 5` states 5."""
     if node.kind is not Kind.RELATION or not isinstance(node.data, tuple):
         return Statement(whole_set(node))
     signs, sides = list(node.data), list(node.args)

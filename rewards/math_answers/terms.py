@@ -222,7 +222,7 @@ class Terms(Atoms):
         return Node(Kind.QUANTITY, (result,), DEGREE)
 
     def argument(self) -> Node:
-        """What follows ^, _, \\frac or \\sqrt: a braced expression, or one token (`\\frac12`,
+        """The operand of ^, _, \\frac or \\sqrt: a braced expression, or one token (`\\frac12`,
         `x^2`)."""
         self.enter()
         if self.skip("{"):

@@ -9,7 +9,8 @@ from fractions import Fraction
 
 
 class Kind(StrEnum):
-    """What a node is. In brackets: what `args` and `data` hold; a kind without `data` has none."""
+    """The kind of a node. In brackets: what `args` and `data` hold; a kind without `data` has
+    none."""
 
     # scalars
     NUMBER = "number"  # data (Fraction, digits after the point; -1: an integer, or exact)

@@ -36,7 +36,7 @@ Value = Any
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What two trees that are compared agree upon.
+    """Conventions shared by two trees that are compared.
 
     `quantities`: names that stand alone on either side, so that `a(b+c)` is a product where `a` is
     one of them;

@@ -59,7 +59,7 @@ def resolve(name: str, group: str, built_in: Sequence[str] = ()) -> str:
 
 
 def import_function(target: str) -> Function:
-    """What `place:attribute` names. ValueError says what is missing, with the user's file and
+    """Loads the object `place:attribute`. ValueError says what is missing, with the user's file and
     line."""
     place, _, name = target.rpartition(":")
     if not place or not name:

@@ -1,5 +1,5 @@
-"""What a function returned, as plain values that go through a socket: a score with further numbers,
-or why there is none.
+"""A function's result as plain values that go through a socket: a score with further numbers, or
+why there is none.
 
 A result is `{"score", "parts", "message"}` and perhaps `status` or `right`; `{"none": True}` where
 the function does not apply to the sample; or `{"error"}`.
@@ -23,7 +23,7 @@ _LOGS = "extra_logs"
 
 
 def result(value: Any, extras: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What a function returned for one completion. `extras`: what it logged of it by other ways."""
+    """A function's result for one completion. `extras`: what it logged of it by other ways."""
     if isinstance(value, Verdict):
         return _of_verdict(value, extras or {})
     given = dict(extras or {})
@@ -46,9 +46,9 @@ def result(value: Any, extras: Mapping[str, Any] | None = None) -> dict[str, Any
 def batch_results(
     values: Any, count: int, logged: Mapping[str, Sequence[Any]]
 ) -> list[dict[str, Any]]:
-    """What a function returned for a batch: a list, array or tensor of results, or a mapping that
-    has one under `rewards` or `scores`, with further values of each sample or of the batch.
-    `logged`: the same by other ways.
+    """A function's result for a batch: a list, array or tensor of results, or a mapping that has
+    one under `rewards` or `scores`, with further values of each sample or of the batch. `logged`:
+    the same by other ways.
 
     Raises ValueError for another number of results.
     """

@@ -31,8 +31,8 @@ _VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a style gives to one call: by place, by name, and to parameters that have no default by
-    a column's name."""
+    """The arguments that a style gives to one call: by place, by name, and to parameters that have
+    no default by a column's name."""
 
     arguments: dict[str, Any] = field(default_factory=dict)
     positional: tuple[Any, ...] = ()
@@ -179,8 +179,8 @@ def _parameters(function: Function) -> list[inspect.Parameter]:
 
 
 class _Logs:
-    """What a TRL function logs while it runs: a metric of the batch, or a column with a value for
-    each sample."""
+    """A value that a TRL function logs while it runs: a metric of the batch, or a column with a
+    value for each sample."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -307,7 +307,7 @@ def _slime_batch(batch: Sequence[RewardInput]) -> Call:
 
 
 class _Parser:
-    """What a verifiers function may ask of `parser`."""
+    """The methods of `parser` that a verifiers function may call."""
 
     def parse(self, text: str) -> str:
         return text

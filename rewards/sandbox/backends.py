@@ -253,7 +253,7 @@ def _link_packages(view: View, folder: str) -> None:
 
 
 def _config(backend: str, view: View, preload: Sequence[str], folder: str) -> dict[str, Any]:
-    """What the fork server has to know, and the files that it cannot see itself."""
+    """The fork server's settings, and the files that it cannot see itself."""
     scratch = f"{folder}/scratch" if folder else "/tmp"
     isolated = backend in WITH_NAMESPACES
     flags = ["-O2", "-std=gnu++17", "-static", "-pipe", "-w", "-x", "c++", "-", "-o"]

@@ -1,5 +1,5 @@
-"""What runs inside a locked-down child: the model's program, its calls one at a time, or a data
-set's test code.
+"""Code that runs inside a locked-down child: the model's program, its calls one at a time, or a
+data set's test code.
 
 Standard library only; `zygote.py` loads this file by path. Everything the model's program can reach
 here it can also replace, so nothing here is trusted by the parent: a reply is a value that the

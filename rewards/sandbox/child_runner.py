@@ -124,7 +124,7 @@ class ChildRunner:
         return found
 
     def _for_all(self) -> None:
-        """What every child inherits."""
+        """The state that every child inherits."""
         _check(_libc.prctl(38, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
         _check(_libc.prctl(4, 0, 0, 0, 0), "PR_SET_DUMPABLE")
         if self.nobody:
@@ -286,7 +286,7 @@ class ChildRunner:
         os.setpgid(0, 0)
 
     def _prepare_foreign(self, kind: int, memory: int) -> None:
-        """What a process that is no longer this interpreter needs: the compiler's directory, or no
+        """The view of a process that is no longer this interpreter: the compiler's directory, or no
         directory at all."""
         if kind == COMPILE:
             os.mkdir(self.scratch, 0o700)

@@ -48,7 +48,7 @@ _REMOTE = (
 
 
 def fix(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> str:
-    """What to do on this kind of machine: a host, a container, a pod."""
+    """Advice for this kind of machine: a host, a container, a pod."""
     if "KUBERNETES_SERVICE_HOST" in environment:
         place = _KUBERNETES
     elif (

@@ -284,8 +284,8 @@ class Session:
 
 @contextlib.contextmanager
 def _our_own_errors() -> Iterator[None]:
-    """What the trainer's side cannot have (descriptors, memory, processes, room on disk) says
-    nothing about a program."""
+    """Turns an OSError of the trainer's side (no descriptors, memory, processes or room on disk)
+    into a SandboxError: it says nothing about a program."""
     try:
         yield
     except OSError as error:

@@ -18,7 +18,7 @@ class SandboxUnavailable(SandboxError, ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What one run may use.
+    """The limits of one run.
 
     Time is the program's own, so that a loaded machine changes no verdict: that in which it waits
     for a processor does not count.

@@ -135,7 +135,7 @@ def _launch(control: _socket.socket, config: dict[str, Any], parent: int) -> Non
 
 
 def _stay(config: dict[str, Any]) -> None:
-    """What takes the place of namespaces: see `child_runner.py`."""
+    """Settings in the place of namespaces: see `child_runner.py`."""
     # readable when it ends, whoever holds its sockets
     config["trainer"] = os.pidfd_open(os.getppid())
     if _libc.prctl(36, 1, 0, 0, 0) < 0:  # PR_SET_CHILD_SUBREAPER

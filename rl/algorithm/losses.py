@@ -209,7 +209,7 @@ def _corrected_weights(
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Chunk:
-    """What the parts of a loss see of n tokens; weights are 0 where a token does not train."""
+    """The inputs of a loss's parts for n tokens; weights are 0 where a token does not train."""
 
     logp: Tensor
     batch: TokenBatch
@@ -267,8 +267,8 @@ class BatchLoss:
         )
 
     def _parts_of(self, loss: LossConfig | None, rows: dict[str, Array]) -> list[Part]:
-        """What is added up; a KL to the teachers' whole distributions is no function of log-probs,
-        and is added where the logits are (`Policy`)."""
+        """The terms that are added up; a KL to the teachers' whole distributions is no function of
+        log-probs, and is added where the logits are (`Policy`)."""
         if loss is None:
             return [lambda chunk: weighted(nll(chunk.logp), chunk.weights)]
         parts: list[Part] = [partial(self._policy_gradient, loss)]

@@ -25,7 +25,7 @@ is 4.9e8."""
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Correction:
-    """What `correction` found, over the T tokens of a batch."""
+    """The result of `correction` over the T tokens of a batch."""
 
     weights: Floats
     """[T] multiplies each token's policy-gradient term; 0 where rejected or not a loss token."""

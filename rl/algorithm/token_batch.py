@@ -1,4 +1,4 @@
-"""What a loss sees of a chunk of tokens, and sums over the sequences in it.
+"""A loss's view of a chunk of tokens, and sums over the sequences in it.
 
 Shape legend: n tokens of a chunk, S sequences of the batch.
 """

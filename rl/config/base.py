@@ -1,4 +1,5 @@
-"""What every group of keys is: frozen, closed, and strict about YAML's booleans. Loads no torch."""
+"""The base of every group of keys: frozen, closed, and strict about YAML's booleans. Loads no
+torch."""
 
 from __future__ import annotations
 

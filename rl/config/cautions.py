@@ -1,4 +1,4 @@
-"""What a configuration would do that its reader may not expect: settings that cannot train are
+"""Consequences of a configuration that its reader may not expect: settings that cannot train are
 refused, doubtful ones are said, and so is what a file changes of the preset that it names. Loads no
 torch.
 """
@@ -76,7 +76,7 @@ def describe_presets() -> list[str]:
 
 
 def said_at_start(config: Config) -> list[str]:
-    """What `--dry-run` and the start of a run print for a person."""
+    """Lines that `--dry-run` and the start of a run print for a person."""
     notes = changes(config)
     if config.schedule.passes is not None:
         notes.append(

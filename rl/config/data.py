@@ -67,7 +67,7 @@ FORM_OF_PROMPTS = (
     "chat_template_kwargs",
     "assistant_prefix",
 )
-"""What rows of another set take over from `data` where they say nothing themselves."""
+"""Keys that another set takes over from `data` where it does not set them itself."""
 
 
 def endless(source: str | tuple[str, ...]) -> bool:

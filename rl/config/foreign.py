@@ -1,4 +1,4 @@
-"""What verl, TRL and OpenRLHF call our keys, so that a name of theirs is answered with ours.
+"""The names that verl, TRL and OpenRLHF have for our keys, so that theirs are answered with ours.
 
 Left: a name as its owner writes it, group and all. Right: our key; or, where there is no such key,
 what to do, after `-`. verl's are of `verl/trainer/config` (August 2026), TRL's of `GRPOConfig`
@@ -318,7 +318,7 @@ PEERS: Mapping[str, Mapping[str, str]] = {"verl": VERL, "TRL": TRL, "OpenRLHF": 
 
 
 def our_name(key: str) -> str | None:
-    """What to write for a peer's name: whole (`actor_rollout_ref.rollout.n`), from any group on
+    """Our key for a peer's name: whole (`actor_rollout_ref.rollout.n`), from any group on
     (`rollout.n`), or under another group (`schedule.total_epochs`), with Hydra's plus signs or
     dashes. None for a name that nobody has, or that means several things."""
     parts = key.lstrip("+-~").replace("-", "_").split(".")

@@ -35,7 +35,7 @@ def overrides(config: Config, peer: Peer) -> list[str]:
 
 
 def describe(config: Config, peer: Peer) -> str:
-    """What `--dry-run --like` prints: an override a line, with what it replaces, then what no
+    """The lines of `--dry-run --like`: an override a line, with what it replaces, then what no
     setting reproduces."""
     found = differences(config, peer)
     lines = [f"# overrides that give {config.algorithm} the defaults of {peer}:"]
@@ -44,7 +44,7 @@ def describe(config: Config, peer: Peer) -> str:
 
 
 def notes(config: Config, peer: Peer) -> list[str]:
-    """What a peer does by default that emberl has no setting for."""
+    """A default of a peer for which emberl has no setting."""
     found = []
     if peer == "verl" and config.loss.kind == "dppo_tv":
         found.append("verl truncates the ratio of dppo_tv under a stop-gradient")

@@ -58,7 +58,7 @@ from .supervised import RejectConfig, SFTConfig
 
 
 class ConfigError(ValueError):
-    """What a user must change, in one line that names the key, the value and the fix."""
+    """A mistake that a user must correct, in one line that names the key, the value and the fix."""
 
 
 @contextmanager

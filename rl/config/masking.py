@@ -1,5 +1,5 @@
-"""What a configuration holds that nobody else is to read: keys of services, and whatever came out
-of the environment. It stays in memory; files, trackers and messages have it masked."""
+"""Secrets of a configuration: keys of services, and whatever came out of the environment. It stays
+in memory; files, trackers and messages have it masked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of a configuration that is not valid: the key, the value and what would be right."""
+"""Messages about a configuration that is not valid: the key, the value and what would be right."""
 
 from __future__ import annotations
 

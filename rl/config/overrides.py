@@ -124,7 +124,8 @@ def _texts(value: str) -> list[str] | None:
 
 
 def _yaml(value: str) -> Any:
-    """What YAML reads, where it reads it whole: in brackets or quotes, or a word; else the text."""
+    """The text as YAML, where YAML reads it whole: in brackets or quotes, or a word; else the
+    text."""
     stripped = value.strip()
     closed = len(stripped) > 1 and stripped[0] + stripped[-1] in ("[]", "{}", "''", '""')
     if not closed and (len(stripped.split()) != 1 or "#" in stripped):

@@ -73,7 +73,7 @@ class Entry:
 
     @property
     def meaning(self) -> str:
-        """What stands below the field, in one line."""
+        """The docstring below the field, in one line."""
         text = docstrings(self.owner).get(self.key.rpartition(".")[2], "")
         if not text and self.group is not None:
             text = inspect.getdoc(self.group) or ""
@@ -149,7 +149,7 @@ def _is_mapping(kind: Any) -> bool:
 
 @cache
 def docstrings(model: type[BaseModel]) -> dict[str, str]:
-    """What stands below each field of a model, or of one that it extends, in its source."""
+    """The docstrings below the fields of a model, or of one that it extends, from its source."""
     found: dict[str, str] = {}
     for owner in reversed(model.__mro__):
         if issubclass(owner, BaseModel) and owner is not BaseModel:

@@ -49,8 +49,8 @@ def holds_tests(value: Any) -> bool:
 
 
 def final_answer(text: str) -> str:
-    """What a worked solution comes to: behind `####`, in its last box, or after `The answer is`; a
-    short text is its own."""
+    """The final answer of a worked solution: behind `####`, in its last box, or after `The answer
+    is`; a short text is its own."""
     text = text.strip()
     if "####" in text:
         return text.rpartition("####")[2].strip().partition("\n")[0].strip()

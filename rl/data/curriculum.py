@@ -68,7 +68,7 @@ class Source:
 
 @dataclass(slots=True, eq=False)
 class Pool:
-    """What is known of a pool's problems."""
+    """The records of a pool's problems."""
 
     size: int | None
     drawn: int = 0

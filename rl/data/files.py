@@ -317,7 +317,7 @@ _READ: Mapping[str, Callable[[Path, int], Iterator[Piece]]] = {
 
 
 def nearby(path: Path) -> str:
-    """What there is instead of a missing file, for an error."""
+    """The files that are there instead of a missing one, for an error."""
     folder = path.parent
     if not folder.is_dir():
         return f"; nor does its folder {str(folder)!r}"

@@ -46,7 +46,8 @@ class Layout:
     """The signature that a program is to have."""
     system: str = ""
     metadata: tuple[tuple[str, str], ...] = ()
-    """What the `gym` reward wants in the column `metadata`, and the path that it comes from."""
+    """Keys that the `gym` reward needs in the column `metadata`, and the paths that they come
+    from."""
 
 
 STARTER = ("starter_code", "test_info.0.function_declaration")

@@ -34,7 +34,7 @@ _SEEN = 64  # rows by which the layout is recognised
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mapped:
-    """What a row says: a question or messages, and a reference answer."""
+    """The content of a row: a question or messages, and a reference answer."""
 
     content: str | tuple[Message, ...]
     answer: str

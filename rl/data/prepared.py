@@ -36,7 +36,7 @@ _OWN = (_NUMBER, _KEY, _SIZE, _TURNS)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counts:
-    """What became of a table's rows."""
+    """The outcome of reading a table's rows."""
 
     read: int
     folded: int

@@ -31,7 +31,7 @@ class Table:
     name: str
     """Short."""
     files: tuple[Path, ...]
-    """What the rows are made of; of the Hub, the files of its cache."""
+    """The files that the rows are read from; of the Hub, those of its cache."""
     pieces: Callable[[], Iterator[tuple[str, Piece]]]
     """The rows in order, and the name of the file that each piece is of."""
     rows: int | None = None
@@ -64,7 +64,7 @@ def piece_rows(piece: Piece, columns: Sequence[str] | None = None) -> list[Row]:
 
 
 def check_source(settings: DataConfig) -> None:
-    """What can be said of `data.source` without reading it; ValueError names what it may be."""
+    """Checks `data.source` without reading it; ValueError names what it may be."""
     for name in settings.sources:
         files = find_files(name, "data.source", settings.split, settings.subset)
         if files is not None or (_HUB_ID.fullmatch(name) and not _is_file_name(name)):

@@ -32,7 +32,7 @@ class PromptSource(Protocol):
 
     @property
     def notes(self) -> Sequence[str]:
-        """What a person should know: how many rows were dropped, and why."""
+        """Remarks for a person: how many rows were dropped, and why."""
 
     def train(self, i: int) -> Prompt:
         """The problem at position i >= 0 of the run, the same whenever it is asked for."""
@@ -78,7 +78,7 @@ def is_table(settings: DataConfig) -> bool:
 
 
 def check_data(settings: DataConfig) -> None:
-    """What can be known without tokenizer and network: files, the first rows of each, task names.
+    """Checks what needs neither tokenizer nor network: files, the first rows of each, task names.
     ValueError as above."""
     if is_gym(settings):
         task_of(settings)

@@ -98,8 +98,8 @@ class TableSource:
         )
 
     def column(self, name: str) -> list[Any]:
-        """What the rows of an epoch say there, those of the first in its order; None where a row
-        has no such column."""
+        """The values of the rows of an epoch in this column, those of the first in its order; None
+        where a row has no such column."""
         places = (self._rows[int(at)] for at in self._order(0))
         return [self._parts[part].problems.rows[index].get(name) for part, index in places]
 

@@ -13,13 +13,13 @@ from ..config.data import DataConfig
 from .columns import fill
 
 ASSISTANTS = ("assistant", "model", "gpt", "bot")
-"""What data sets call whoever answers."""
+"""The roles by which data sets name whoever answers."""
 TOOLS = ("tool", "function", "ipython", "observation")
 """Whose messages some templates write in another form."""
 
 
 class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer."""
+    """The part of a Hugging Face tokenizer that is used."""
 
     chat_template: Any
     eos_token_id: Any
@@ -135,8 +135,8 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 
 def end_token(tokenizer: Any) -> int:
-    """What ends a worked solution: the end of a turn, or the tokenizer's end token; ValueError
-    where it has neither."""
+    """The token that ends a worked solution: the end of a turn, or the tokenizer's end token;
+    ValueError where it has neither."""
     end = end_of_turn(tokenizer)
     if end is None:
         end = tokenizer.eos_token_id
@@ -218,7 +218,7 @@ class PromptWriter:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know of the prompts made so far."""
+        """Remarks for a person about the prompts made so far."""
         if not self._answered:
             return []
         return [

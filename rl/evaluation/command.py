@@ -46,7 +46,7 @@ _MOST_PENDING = 16
 _BATCHING = ("timeout", "max_num_seqs", "token_rate", "servers", "servers_directory")
 """Settings of rollouts on which no answer depends."""
 OWN = "held-out"
-"""What the problems that a run holds out itself are called."""
+"""The name of the problems that a run holds out itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,7 +305,7 @@ def _sample(
 
 
 def _tags(settings: ThinkingConfig, tokenizer: Any) -> Thoughts | None:
-    """What counts the tokens of thoughts; None where the tokens cannot be read as text."""
+    """The counter of thoughts' tokens; None where the tokens cannot be read as text."""
     try:
         return Thoughts(settings, tokenizer)
     except ValueError:

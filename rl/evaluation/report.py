@@ -1,4 +1,4 @@
-"""What an evaluation found: figures as JSON, tables for a terminal, lines of a comparison."""
+"""The report of an evaluation: figures as JSON, tables for a terminal, lines of a comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands `eval`, `chat` and `sample` are asked for, as a configuration like a run's.
+"""The arguments of the commands `eval`, `chat` and `sample` as a configuration like a run's.
 
 Keys of a set (`samples=4`, `thinking.budgets=[64,256]`) go to every set, keys of a configuration
 (`rollout.max_num_seqs=64`, `seed=1`) to the whole, `eval.sets.NAME.key` to one set.
@@ -25,7 +25,7 @@ CONFIG = "config.yaml"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Named:
-    """What MODEL stands for."""
+    """The model that MODEL names."""
 
     path: str
     """A directory, a GGUF file or a Hub id, as in `model.path`."""

@@ -32,7 +32,7 @@ Heard = Callable[[Sequence[int]], None]
 """Is told of all tokens of an answer so far."""
 Message = dict[str, str]
 SET = "prompt"
-"""What the settings of a conversation are called among the sets."""
+"""The name of a conversation's settings among the sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Part:
 
     thoughts: str
     text: str
-    """What follows them."""
+    """The answer behind them."""
 
 
 class Talker:

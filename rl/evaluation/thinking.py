@@ -15,7 +15,8 @@ from ..config.data import DataConfig
 from ..config.sampling import ThinkingConfig
 
 VARIABLES = ("enable_thinking", "thinking")
-"""What chat templates call the switch: Qwen3, GLM and SmolLM3 the first, DeepSeek the second."""
+"""The switch's name in chat templates: the first of Qwen3, GLM and SmolLM3, the second of
+DeepSeek."""
 D = TypeVar("D", bound=DataConfig)
 
 

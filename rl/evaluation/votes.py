@@ -148,9 +148,9 @@ def _as_input(group: Group, answer: str, reference: str) -> RewardInput:
 
 
 def final_answer(text: str) -> str:
-    """What a majority compares first: the final answers that the math verifier reads in a text, or
-    else the last number of a sentence, or all of what follows the thoughts; without dollar signs,
-    spaces and a full stop."""
+    """Answers as a majority compares them first: the final answers that the math verifier reads in
+    a text, or else the last number of a sentence, or all of what follows the thoughts; without
+    dollar signs, spaces and a full stop."""
     said = ", ".join(extract(text).candidates)
     if not said:
         said = (final_text(text) or "").strip()

@@ -32,7 +32,7 @@ DESCRIPTION = {
     ("pathlib", "Path"),
     ("collections", "OrderedDict"),
 }
-"""What the description of a checkpoint is made of, besides its own classes and torch's dtypes."""
+"""Types in the description of a checkpoint, besides its own classes and torch's dtypes."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NOT_WEIGHTS = (
     "tokenizer",
@@ -54,10 +54,10 @@ def full_tensors(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tens
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Snapshot:
-    """What one rank writes of a checkpoint: a moment's state in host memory of its own, which a
-    thread writes while training goes on. Bytes of each parameter that trains: 12 / ranks (master
-    and two moments; a critic as much again for its own, a frozen reference 4 / ranks), and on rank
-    0 those of the served dtype for the whole model."""
+    """One rank's part of a checkpoint: a moment's state in host memory of its own, which a thread
+    writes while training goes on. Bytes of each parameter that trains: 12 / ranks (master and two
+    moments; a critic as much again for its own, a frozen reference 4 / ranks), and on rank 0 those
+    of the served dtype for the whole model."""
 
     model: dict[str, Tensor] | None
     """The whole weights by their Hugging Face names, in the bytes that engines serve; only on rank

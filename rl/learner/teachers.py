@@ -70,8 +70,8 @@ def teaching(
     vocabulary: int,
     cut: Callable[[tuple[int, ...]], MicroBatchTensors],
 ) -> Teaching:
-    """What the loss tokens of a micro-batch are compared with: each teacher passes its own
-    sequences, which `cut` makes a micro-batch of (none of them too, to keep step with other
+    """The distributions that a micro-batch's loss tokens are compared with: each teacher passes its
+    own sequences, which `cut` makes a micro-batch of (none of them too, to keep step with other
     ranks)."""
     distill, index = objective.distill, micro.index_n
     assert batch.teacher_ids_T is not None and distill.loss != "policy_gradient"

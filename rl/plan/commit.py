@@ -57,7 +57,7 @@ of two bytes in a line of 64."""
 
 
 def read_rates(path: Path) -> CommitRates:
-    """What `emberl bench device --json` measured; ValueError with what is missing."""
+    """The rates that `emberl bench device --json` measured; ValueError with what is missing."""
     try:
         found = json.loads(path.read_text())["commit"]
         rates = {field.name: float(found[field.name]) for field in fields(CommitRates)}

@@ -22,8 +22,8 @@ BYTES = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CommitRates:
-    """What an engine's standing still for new weights is made of. `emberl bench device` measures
-    them, under "commit" of its JSON."""
+    """The parts of an engine's standstill for new weights. `emberl bench device` measures them,
+    under "commit" of its JSON."""
 
     copy_bytes_per_s: float
     """From the host's memory into the device's."""

@@ -1,5 +1,5 @@
-"""What a Hugging Face config.json says of a Llama, Qwen2 or Qwen3 decoder, checked before any
-weight is read."""
+"""The shape of a Llama, Qwen2 or Qwen3 decoder from its Hugging Face config.json, checked before
+any weight is read."""
 
 from __future__ import annotations
 

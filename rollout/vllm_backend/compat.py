@@ -35,7 +35,7 @@ OLDEST, NEWEST = (0, 23), (0, 32)
 tried."""
 RANGE = " to ".join(f"{major}.{minor}" for major, minor in (OLDEST, NEWEST))
 DTYPES = {"bfloat16": "BF16", "float32": "F32"}
-"""What vLLM decodes in -> as safetensors spells it."""
+"""vLLM's name of a dtype that it can decode in -> that of safetensors."""
 BLOCK = 128
 """Tokens of a block of the key-value cache on a CPU, vLLM's default there."""
 KV_CACHE_BYTES = 4 << 30
@@ -66,7 +66,7 @@ SET_BY_EMBERL = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSettings:
-    """What an engine is started with."""
+    """Settings with which an engine is started."""
 
     model: str
     """A Hugging Face directory or Hub id."""

@@ -22,7 +22,7 @@ REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort":
 
 
 class Decoded(NamedTuple):
-    """What an engine's processes returned for one request."""
+    """The tokens and log-probs of one request from an engine's processes."""
 
     token_ids: Sequence[int]
     logprobs: Sequence[float]
@@ -65,12 +65,12 @@ class LiveSample:
     """Where its completion, or the error that ended it, goes."""
     stop: StopMatcher | None = None
     begun: Completion | None = None
-    """What it had already when it was asked for; it goes on from there."""
+    """The tokens that it had when it was asked for; it goes on from there."""
     request_id: str = ""
     tokens: int = 0
     """Decoded so far beyond `begun`, as far as this process has heard."""
     tail: bytes | None = b""
-    """What its stop strings remember of the answer; None: one is complete."""
+    """The state of its stop strings; None: one is complete."""
     stopped: int | None = None
     """How many of the tokens there are up to the one that completed a stop string; engines run
     ahead of that."""
@@ -81,14 +81,15 @@ class LiveSample:
     started: float = field(default_factory=time.time)
     work: asyncio.Future[Decoded] | None = None
     restart: bool = False
-    """What comes of the present request does not count: it is sent anew."""
+    """Results of the present request do not count: it is sent anew."""
     unwanted: bool = False
     """Somebody aborted it."""
     partial: Completion | None = None
 
     @property
     def token_ids(self) -> list[int]:
-        """What an engine reads before it decodes: the prompt, and what was decoded before."""
+        """The tokens that an engine reads before it decodes: the prompt, and what was decoded
+        before."""
         return [
             *self.prompt.token_ids,
             *(() if self.begun is None else self.begun.token_ids.tolist()),

@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 GENERATE = "/inference/v1/generate"
 ID_PREFIX = "generate-tokens-"
-"""What the server puts before a request's id."""
+"""The server's prefix of a request's id."""
 RETRY_S = 1.0
 START = (
     "start it as VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --dtype {dtype}"

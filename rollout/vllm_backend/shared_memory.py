@@ -146,7 +146,7 @@ class Mirror:
             elements[change.positions] = change.new
 
     def as_changes(self, tensors: Mapping[str, TensorBytes]) -> dict[str, TensorChange]:
-        """What is different in whole tensors."""
+        """How these tensors differ from the stored ones, element by element."""
         return {name: between(self.tensor(name), tensor) for name, tensor in tensors.items()}
 
     def lay_out(self, tensors: Layout) -> None:

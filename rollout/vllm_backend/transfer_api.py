@@ -28,7 +28,7 @@ def register_gloo() -> None:
 
 
 def transfer_init(backend: str, host: str, port: int, rank: int, size: int) -> dict[str, Any]:
-    """What `init_weight_transfer_engine` is given; rank: of the engine's first process, among
+    """The argument of `init_weight_transfer_engine`; rank: of the engine's first process, among
     `size` of all and the sender."""
     meeting = {"master_address": host, "master_port": port, "rank_offset": rank, "world_size": size}
     return meeting | _packed(_worker_engine(backend).init_info_cls)
@@ -37,7 +37,7 @@ def transfer_init(backend: str, host: str, port: int, rank: int, size: int) -> d
 def transfer_update(
     backend: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> dict[str, Any]:
-    """What `update_weights` is given; tensors: name -> torch's name of the dtype, and shape."""
+    """The argument of `update_weights`; tensors: name -> torch's name of the dtype, and shape."""
     dtypes, shapes = zip(*tensors.values(), strict=True)
     info = {
         "names": list(tensors),
