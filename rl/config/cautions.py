@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .algorithm import (
     ADVANTAGES,
@@ -19,10 +19,8 @@ from .algorithm import (
     OffPolicyConfig,
 )
 from .base import Settings
+from .experiment import Experiment
 from .presets import PAPERS, PRESETS, preset
-
-if TYPE_CHECKING:
-    from .load import Config
 
 GREEDY = 0.01
 """Temperatures below this sample one answer again and again."""
@@ -35,14 +33,14 @@ _GROUPS: Mapping[str, type[Settings]] = {
 }
 
 
-def trains_rl(config: Config) -> bool:
+def trains_rl(config: Experiment) -> bool:
     """Whether there will be an RL step at all."""
     return "rl" in config.stages and (
         config.schedule.steps > 0 or config.schedule.passes is not None
     )
 
 
-def changes(config: Config) -> list[str]:
+def changes(config: Experiment) -> list[str]:
     """A line for each setting of the algorithm that is not what its preset makes it, e.g.
     `loss.aggregation=token-mean overrides gspo's seq-mean-token-mean`."""
     tree = preset(config.algorithm)
@@ -75,7 +73,7 @@ def describe_presets() -> list[str]:
     return lines
 
 
-def said_at_start(config: Config) -> list[str]:
+def said_at_start(config: Experiment) -> list[str]:
     """Lines that `--dry-run` and the start of a run print for a person."""
     notes = changes(config)
     if config.schedule.passes is not None:
@@ -100,14 +98,14 @@ def shown(value: Any) -> str:
     return str(value) if isinstance(value, str | int) else json.dumps(dict(value))
 
 
-def refuse_what_cannot_train(config: Config) -> None:
+def refuse_what_cannot_train(config: Experiment) -> None:
     """ValueError for settings with which no weight would ever move, or with which the loss is
     another than its name."""
     for check in (_stages, _signal, _critic, _old_policy, _ratio, _masks):
         check(config)
 
 
-def _stages(config: Config) -> None:
+def _stages(config: Experiment) -> None:
     stages = config.stages
     if not stages or len(set(stages)) < len(stages):
         raise ValueError(
@@ -120,7 +118,7 @@ def _stages(config: Config) -> None:
         )
 
 
-def _signal(config: Config) -> None:
+def _signal(config: Experiment) -> None:
     """Answers of a group that cannot differ, or have nothing to be compared with."""
     if not trains_rl(config):
         return
@@ -140,7 +138,7 @@ def _signal(config: Config) -> None:
         )
 
 
-def _critic(config: Config) -> None:
+def _critic(config: Experiment) -> None:
     warmup, steps = config.critic.warmup, config.schedule.steps
     known = config.schedule.passes is None
     if known and trains_rl(config) and config.advantage.needs_critic and warmup >= steps:
@@ -150,7 +148,7 @@ def _critic(config: Config) -> None:
         )
 
 
-def _old_policy(config: Config) -> None:
+def _old_policy(config: Experiment) -> None:
     """Engine log-probs of a changed distribution are no old policy for the learner, whose
     distribution is the model's."""
     changed, offpolicy = config.rollout.changed, config.offpolicy
@@ -172,7 +170,7 @@ def _old_policy(config: Config) -> None:
         )
 
 
-def _ratio(config: Config) -> None:
+def _ratio(config: Experiment) -> None:
     """REINFORCE has no ratio, so it is right for tokens of the newest policy alone, or with weights
     of their own."""
     schedule, offpolicy = config.schedule, config.offpolicy
@@ -196,7 +194,7 @@ def _ratio(config: Config) -> None:
         )
 
 
-def _masks(config: Config) -> None:
+def _masks(config: Experiment) -> None:
     """A mask that rejects w = 1 rejects what the engine got right."""
     offpolicy = config.offpolicy
     if (
@@ -216,7 +214,7 @@ def _masks(config: Config) -> None:
         )
 
 
-def cautions(config: Config) -> list[str]:
+def cautions(config: Experiment) -> list[str]:
     """A line for each setting that trains less, or something else, than one may think."""
     found = [*_cautions_of_schedule(config), *_cautions_of_algorithm(config)]
     sft = config.sft
@@ -229,7 +227,7 @@ def cautions(config: Config) -> list[str]:
     return found
 
 
-def _cautions_of_schedule(config: Config) -> list[str]:
+def _cautions_of_schedule(config: Experiment) -> list[str]:
     if not trains_rl(config):
         return []
     schedule, optim, found = config.schedule, config.optim, []
@@ -265,7 +263,7 @@ def _cautions_of_schedule(config: Config) -> list[str]:
     return found
 
 
-def _cautions_of_algorithm(config: Config) -> list[str]:
+def _cautions_of_algorithm(config: Experiment) -> list[str]:
     if not trains_rl(config):
         return []
     kl, loss, found = config.kl, config.loss, []
