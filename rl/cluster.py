@@ -32,7 +32,7 @@ from . import local_ray
 from .config.load import Config, ConfigError, user_errors
 from .disks import Disks
 from .learner.group import PUBLISHING, WRITING, LearnerGroup
-from .learner.loading import RankSpec
+from .learner.model_loader import RankSpec
 from .learner.rank import LearnerRank
 from .placement import ROLES, ActorSlot, Role, check_capacity, plan_placement, resources_text
 

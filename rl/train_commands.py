@@ -133,7 +133,7 @@ def reference(
 ) -> None:
     """Every key of a configuration: its type, its default and what it means."""
     from .config.load import Config
-    from .config.reference import table
+    from .config.key_reference import table
 
     try:
         print("\n".join(table(Config, within)))

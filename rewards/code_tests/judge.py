@@ -1,6 +1,6 @@
 """The judge: runs a data set's test code in a sandbox of its own, where the model's functions and
-objects are remote ones (`remote.py`). The test compares plain values here, out of the model's
-reach.
+objects are remote ones (`remote_objects.py`). The test compares plain values here, out of the
+model's reach.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from .remote import Name, Remote, awaiting, is_remote, remote_type
+from .remote_objects import Name, Remote, awaiting, is_remote, remote_type
 from .wire import CannotPass, Child, Side
 
 _KINDS: dict[str, type] = {

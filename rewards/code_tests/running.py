@@ -228,7 +228,7 @@ class Tester:
         seen = {"named": list(plan.names), "shared": plan.shared, "printing": plan.printing}
         test = {
             "task": "library",
-            "library": _library("wire", "remote", "judge"),
+            "library": _library("wire", "remote_objects", "judge"),
             "setup": plan.setup,
             "names": dict(plan.names),
             "modules": plan.modules,

@@ -37,11 +37,11 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+from .expressions import MODULO, Terms
 from .lexer import Token, tokenise
 from .number_words import read_number
 from .reader import TooDeep, Unreadable
 from .spelling import spell
-from .terms import MODULO, Terms
 from .tree import Kind, Node
 from .units import words
 

@@ -27,11 +27,11 @@ from .cautions import refuse_what_cannot_train
 from .data import endless
 from .earlier import brought_up
 from .experiment import Experiment
+from .key_reference import entries
 from .masking import masked, remember, watch_environment
 from .mistakes import explain
 from .overrides import OverrideError, merged, tree_of
 from .presets import preset
-from .reference import entries
 from .reward import RewardConfig, RewardPart
 from .sampling import EvalConfig, RolloutConfig
 from .settings import (

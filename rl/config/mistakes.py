@@ -9,8 +9,8 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from .foreign import our_name
+from .key_reference import entries
 from .overrides import kinds_at, members
-from .reference import entries
 
 _FIXES = {
     "string_type": "a text goes here; put it in quotes",

@@ -1,7 +1,7 @@
 """One learner rank: a Ray actor that owns a device, its shard of the policy and of the optimizer's
 state.
 
-`loading.py` reads and shards its models, `rank_passes.py` runs them over its share of a batch,
+`model_loader.py` reads and shards its models, `rank_passes.py` runs them over its share of a batch,
 `training_step.py` forms gradients and metrics.
 """
 
@@ -33,7 +33,7 @@ from ..groups import Batch
 from . import canary as canaries
 from . import checkpoint
 from .flops import peak_flops, speed
-from .loading import ModelLoader, RankSpec
+from .model_loader import ModelLoader, RankSpec
 from .policy import Policy
 from .publisher import Parts, Published, Publisher, PublishRequest, shards_of
 from .rank_passes import RankPasses, pass_size

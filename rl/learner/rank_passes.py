@@ -18,7 +18,7 @@ from ..config.load import OptimConfig
 from ..groups import Batch
 from . import memory
 from .batching import plan_micro_batches
-from .loading import ModelLoader
+from .model_loader import ModelLoader
 from .policy import MicroBatchTensors, Policy, to_tensors
 from .whole import passes
 

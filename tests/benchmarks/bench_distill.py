@@ -28,7 +28,7 @@ from emberl.rl.config.load import Config, OptimConfig, load_config
 from emberl.rl.data.sources import PromptSource, open_source
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.groups import Group
-from emberl.rl.learner.loading import RankSpec
+from emberl.rl.learner.model_loader import RankSpec
 from emberl.rl.learner.publisher import shards_of, tensor_bytes
 from emberl.rl.learner.rank import LearnerRank
 from emberl.rl.model_files import load_tokenizer

@@ -23,7 +23,7 @@ from emberl.rl.batch import flat_batch
 from emberl.rl.config.algorithm import LossConfig
 from emberl.rl.config.load import ModelConfig, OptimConfig
 from emberl.rl.groups import Group
-from emberl.rl.learner.loading import RankSpec
+from emberl.rl.learner.model_loader import RankSpec
 from emberl.rl.learner.publisher import shards_of, tensor_bytes
 from emberl.rl.learner.rank import LearnerRank
 from emberl.rl.weights.decoding import FOLLOWED

@@ -49,7 +49,7 @@ def learner(model: str, threads: int, tokens: int | str, batch: Batch) -> Any:
     from emberl.rl.algorithm.losses import Objective
     from emberl.rl.config.algorithm import LossConfig
     from emberl.rl.config.load import ModelConfig, OptimConfig
-    from emberl.rl.learner.loading import RankSpec
+    from emberl.rl.learner.model_loader import RankSpec
     from emberl.rl.learner.rank import LearnerRank
 
     settings = ModelConfig(path=model, dtype="bfloat16")

@@ -25,7 +25,7 @@ from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny, tiny_tokenizer
 from emberl.rl.environments import load_environment, observer
 from emberl.rl.groups import Batch, Group
-from emberl.rl.learner.loading import RankSpec
+from emberl.rl.learner.model_loader import RankSpec
 from emberl.rl.learner.rank import LearnerRank
 from emberl.rl.reward_inputs import reward_input
 from emberl.rl.trainer import staleness

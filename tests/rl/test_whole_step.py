@@ -22,7 +22,7 @@ from emberl.rl.config.load import Config, ModelConfig, resolve
 from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.groups import Group
-from emberl.rl.learner.loading import RankSpec
+from emberl.rl.learner.model_loader import RankSpec
 from emberl.rl.learner.rank import LearnerRank
 from emberl.rl.trainer import update, with_advantages
 from emberl.rl.watch.spans import Spans

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from emberl.rl.config.foreign import PEERS, our_name
+from emberl.rl.config.key_reference import NAME
 from emberl.rl.config.load import ConfigError, keys, load_config
-from emberl.rl.config.reference import NAME
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 

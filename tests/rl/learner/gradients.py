@@ -24,7 +24,7 @@ from emberl.rl.algorithm.losses import Objective
 from emberl.rl.config.algorithm import KLConfig, LossConfig, OffPolicyConfig
 from emberl.rl.config.load import CriticConfig, ModelConfig, OptimConfig
 from emberl.rl.groups import Batch
-from emberl.rl.learner.loading import RankSpec
+from emberl.rl.learner.model_loader import RankSpec
 from emberl.rl.learner.rank import LearnerRank
 from torch.distributed import fsdp
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM, get_scheduler

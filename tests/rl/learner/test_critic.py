@@ -12,7 +12,7 @@ from emberl.rl.batch import sft_batch
 from emberl.rl.config.load import CriticConfig, ModelConfig, OptimConfig
 from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
-from emberl.rl.learner.loading import RankSpec
+from emberl.rl.learner.model_loader import RankSpec
 from emberl.rl.learner.rank import LearnerRank
 
 

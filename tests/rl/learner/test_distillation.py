@@ -19,7 +19,7 @@ from emberl.rl.config.load import ModelConfig, OptimConfig
 from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.groups import Batch, Group
-from emberl.rl.learner.loading import RankSpec
+from emberl.rl.learner.model_loader import RankSpec
 from emberl.rl.learner.rank import LearnerRank
 from emberl.rl.watch.step_metrics import teacher_metrics
 from emberl.rollout.samples import Completion, Prompt, Span

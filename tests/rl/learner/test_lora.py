@@ -12,8 +12,8 @@ from emberl.rl.config.load import CriticConfig, LoraConfig, ModelConfig, OptimCo
 from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.learner.checkpoint import full_tensors
-from emberl.rl.learner.loading import RankSpec
 from emberl.rl.learner.lora import inject_adapters, merged_tensors
+from emberl.rl.learner.model_loader import RankSpec
 from emberl.rl.learner.rank import LearnerRank
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -13,7 +13,7 @@ from emberl.rl.config.load import ModelConfig, OptimConfig
 from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.supervised import Example
 from emberl.rl.data.tiny import make_tiny
-from emberl.rl.learner.loading import RankSpec
+from emberl.rl.learner.model_loader import RankSpec
 from emberl.rl.learner.rank import LearnerRank
 from emberl.rl.learner.trainable import Trainable, shard
 from torch.distributed.device_mesh import init_device_mesh

@@ -12,8 +12,8 @@ from emberl.rl.batch import sft_batch
 from emberl.rl.config.load import CriticConfig, ModelConfig, OptimConfig
 from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
-from emberl.rl.learner import loading
-from emberl.rl.learner.loading import RankSpec
+from emberl.rl.learner import model_loader
+from emberl.rl.learner.model_loader import RankSpec
 from emberl.rl.learner.rank import LearnerRank
 from emberl.rl.learner.trainable import shard
 
@@ -62,7 +62,7 @@ def test_it_trains_as_fsdp_does(
         cpu = torch.device("cpu")
         shard(module, layers, mesh, compute, device=cpu, master=master, keep=True)
 
-    monkeypatch.setattr(loading, "keep_whole", by_fsdp)
+    monkeypatch.setattr(model_loader, "keep_whole", by_fsdp)
     sharded = updated(path, dtype)
     assert whole.keys() == sharded.keys()
     assert all(torch.equal(whole[name], sharded[name]) for name in whole)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from emberl.rl.config.cautions import describe_presets
+from emberl.rl.config.key_reference import entries, line_of, table
 from emberl.rl.config.load import Config, load_config
 from emberl.rl.config.presets import PAPERS, PRESETS
-from emberl.rl.config.reference import entries, line_of, table
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 
