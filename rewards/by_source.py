@@ -78,12 +78,12 @@ class BySource(Reward):
 
     def _split(self, rows: Sequence[RewardInput]) -> dict[str | None, list[int]]:
         """The numbers of the rows by the pattern that they belong to; None: no pattern."""
-        found: dict[str, str | None] = {}
+        named: dict[str, str | None] = {}
         split: dict[str | None, list[int]] = {}
         for i, row in enumerate(rows):
-            if row.source not in found:
-                found[row.source] = self._pattern_of(row.source)
-            split.setdefault(found[row.source], []).append(i)
+            if row.source not in named:
+                named[row.source] = self._pattern_of(row.source)
+            split.setdefault(named[row.source], []).append(i)
         return split
 
     def _pattern_of(self, source: str) -> str | None:

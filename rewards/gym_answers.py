@@ -155,8 +155,8 @@ def _matrix(answer: str, entry: Entry) -> bool:
 
 def _cells(text: str) -> list[list[int]]:
     if "[" in text:
-        found = json.loads(text)
-        rows = found if found and isinstance(found[0], list) else [found]
+        cells = json.loads(text)
+        rows = cells if cells and isinstance(cells[0], list) else [cells]
         if not all(type(cell) is int for row in rows for cell in row):
             raise ValueError("a matrix of something else")
         return [list(row) for row in rows]

@@ -215,12 +215,12 @@ class JudgeReward(Reward):
 
 def _compiled(pattern: str) -> re.Pattern[str]:
     try:
-        found = re.compile(pattern)
+        expression = re.compile(pattern)
     except re.error as error:
         raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from error
-    if found.groups < 1:
+    if expression.groups < 1:
         raise ValueError(f"pattern {pattern!r} needs a group around the score, e.g. {PATTERN!r}")
-    return found
+    return expression
 
 
 def _asked_pause(response: httpx.Response) -> float:

@@ -23,8 +23,8 @@ def descendants(root: int) -> Iterator[int]:
     """The processes below `root`, without it."""
     parents: dict[int, int] = {}
     for entry in _PROC.iterdir():
-        if entry.name.isdigit() and (found := stat_of(int(entry.name))) is not None:
-            parents[int(entry.name)] = int(found[1])
+        if entry.name.isdigit() and (stat := stat_of(int(entry.name))) is not None:
+            parents[int(entry.name)] = int(stat[1])
     for pid in parents:
         above = parents.get(pid)
         while above is not None and above != root:
@@ -94,7 +94,9 @@ def _quotas(root: Path) -> Iterator[float]:
     except OSError:
         return
     words = [line.split(":", 2) for line in lines]
-    paths = {name: found[2] for found in words if len(found) == 3 for name in found[1].split(",")}
+    paths = {
+        name: fields[2] for fields in words if len(fields) == 3 for name in fields[1].split(",")
+    }
     for base, point, kind, options in mounts:
         if kind == "cgroup" and "cpu" not in options.split(","):
             continue

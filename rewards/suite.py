@@ -145,11 +145,11 @@ class RewardSuite:
         `reward/<part>/status/<status>`, and `reward/<part>/extra/<name>`, the mean of what a reward
         gave or logged beside its score."""
         with self._lock:
-            found: dict[str, float] = {}
+            metrics: dict[str, float] = {}
             for name, tally in self._tally.items():
-                found |= {f"reward/{name}/{key}": value for key, value in tally.figures().items()}
+                metrics |= {f"reward/{name}/{key}": value for key, value in tally.figures().items()}
                 self._tally[name] = _Tally()
-        return found
+        return metrics
 
     def check_references(self, rows: Sequence[str | RewardInput]) -> list[BadReference]:
         """The references that some part cannot grade against, with their row (the index in `rows`).
@@ -157,7 +157,7 @@ class RewardSuite:
         inputs = [
             RewardInput(completion="", answer=row) if isinstance(row, str) else row for row in rows
         ]
-        found: list[BadReference] = []
+        refused: list[BadReference] = []
         for part in self.parts:
             try:
                 messages = part.reward.check_references(inputs)
@@ -165,10 +165,10 @@ class RewardSuite:
                 raise ValueError(f"reward.{part.name}: {error}") from error
             for index, (row, message) in enumerate(zip(inputs, messages, strict=True)):
                 if message is not None:
-                    found.append(
+                    refused.append(
                         BadReference(row=index, answer=row.answer, part=part.name, message=message)
                     )
-        return sorted(found, key=lambda bad: bad.row)
+        return sorted(refused, key=lambda bad: bad.row)
 
     def trial(self, example: RewardInput) -> None:
         """Calls every plugin once, before training. Raises ValueError naming the part that cannot
@@ -377,20 +377,22 @@ class _Tally:
         self.batch_seconds = max(self.batch_seconds, batch_seconds)
 
     def figures(self) -> dict[str, float]:
-        found = {f"status/{status.value}": float(self.statuses[status.value]) for status in Status}
+        figures = {
+            f"status/{status.value}": float(self.statuses[status.value]) for status in Status
+        }
         if self.scores:
             mean = sum(self.scores) / len(self.scores)
-            found |= {
+            figures |= {
                 "mean": mean,
                 "std": math.sqrt(sum((s - mean) ** 2 for s in self.scores) / len(self.scores)),
             }
-        found |= {
+        figures |= {
             f"extra/{name}": sum(values) / len(values) for name, values in self.extras.items()
         }
         if self.seconds:
-            found |= {
+            figures |= {
                 "seconds_mean": sum(self.seconds) / len(self.seconds),
                 "seconds_max": max(self.seconds),
             }
-            found["batch_seconds_max"] = self.batch_seconds
-        return found
+            figures["batch_seconds_max"] = self.batch_seconds
+        return figures

@@ -279,12 +279,12 @@ def _receive(channel: socket.socket) -> Any:
 
 
 def _exactly(channel: socket.socket, count: int) -> bytes:
-    found = bytearray()
-    while len(found) < count:
-        if not (chunk := channel.recv(min(count - len(found), 1 << 20))):
+    data = bytearray()
+    while len(data) < count:
+        if not (chunk := channel.recv(min(count - len(data), 1 << 20))):
             os._exit(0)  # the other side is gone
-        found += chunk
-    return bytes(found)
+        data += chunk
+    return bytes(data)
 
 
 def _reply(channel: socket.socket, value: dict[str, Any]) -> None:

@@ -174,11 +174,11 @@ def _cut(
 def sampling_of(config: Config, own: EvalSetConfig | None) -> dict[str, Any]:
     """Fields of `Sampling` in an evaluation: those of `eval`, then the set's own where it has
     any."""
-    found = {"temperature": config.eval.temperature, **config.eval.cuts, "seed": config.seed}
+    keys = {"temperature": config.eval.temperature, **config.eval.cuts, "seed": config.seed}
     if own is not None:
         names = {"temperature": "temperature", "max_response_length": "max_tokens"}
         names |= {name: name for name in config.eval.cuts}
-        found |= {
+        keys |= {
             field: value for key, field in names.items() if (value := getattr(own, key)) is not None
         }
-    return found
+    return keys

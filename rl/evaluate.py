@@ -72,8 +72,8 @@ async def _beside(run: Run, step: int, version: int) -> None:
 
 
 def _keep(run: Run, step: int, result: Evaluation) -> None:
-    found = {"accuracy_end": result.accuracy} if step else {"accuracy_start": result.accuracy}
-    run.progress = run.progress.advance(evaluating=None, **found)
+    changed = {"accuracy_end": result.accuracy} if step else {"accuracy_start": result.accuracy}
+    run.progress = run.progress.advance(evaluating=None, **changed)
 
 
 async def evaluate(run: Run) -> Evaluation:
@@ -112,7 +112,7 @@ async def _logged(
     """The figures of all sets, once everything is marked. with_versions: which weights gave the
     answers is among them."""
     shown = run.config.tracking.samples
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     show: dict[str, str] = {}
     rows: list[dict[str, str]] = []
     results: list[Evaluation] = []
@@ -125,7 +125,7 @@ async def _logged(
             name = problems.name if budget is None else f"{problems.name}@{budget}"
             same = by_reward(problems.suite.apart())
             result = await asyncio.to_thread(summarise, groups, texts, same, name)
-            found |= result.metrics
+            metrics |= result.metrics
             show |= _line(name or "held-out", result)
             versions |= {s.version for g in groups for c in g.completions for s in c.spans}
             if budget is None:
@@ -135,10 +135,10 @@ async def _logged(
                 rows += sample_rows(first, answers, [run.answers.problem(g.prompt) for g in first])
                 kept += groups
     if not any(problems.name == HELD_OUT for problems in run.eval_sets):
-        found["val-core/accuracy"] = float(np.mean([r.accuracy for r in results]))
-        found["val-core/reward"] = float(np.mean([r.reward for r in results]))
+        metrics["val-core/accuracy"] = float(np.mean([r.accuracy for r in results]))
+        metrics["val-core/reward"] = float(np.mean([r.reward for r in results]))
     if with_versions:
-        found |= {
+        metrics |= {
             "val-aux/version/oldest": float(min(versions)),
             "val-aux/version/newest": float(max(versions)),
         }
@@ -147,11 +147,11 @@ async def _logged(
     except TooManyErrors as error:  # the weights are none the worse for it, the figure is
         text = f"evaluation at step {step}: {error}; these count as not right"
         run.tracker.alert("verifier errors", text)
-    run.tracker.log(step, found, "eval", show)
+    run.tracker.log(step, metrics, "eval", show)
     run.tracker.samples(step, rows)
     await asyncio.to_thread(run.tracker.keep, "eval", step, kept, run.answers)
     return Evaluation(
-        accuracy=found["val-core/accuracy"], reward=found["val-core/reward"], metrics=found
+        accuracy=metrics["val-core/accuracy"], reward=metrics["val-core/reward"], metrics=metrics
     )
 
 
@@ -172,5 +172,7 @@ def summarise(
 ) -> Evaluation:
     """Metrics of graded groups of n answers each; same: as in `votes.outcomes`; name: as in
     `measures.metrics`."""
-    found = outcomes(groups, texts, same)
-    return Evaluation(accuracy=accuracy(found), reward=reward(found), metrics=metrics(found, name))
+    judged = outcomes(groups, texts, same)
+    return Evaluation(
+        accuracy=accuracy(judged), reward=reward(judged), metrics=metrics(judged, name)
+    )

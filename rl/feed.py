@@ -264,7 +264,7 @@ class _Figures:
             "sched/groups_evicted": counts.cut + counts.stale,
             "sched/workers_restarted": pool.restarts,
         }
-        found = {name: float(total - self._before.get(name, 0)) for name, total in totals.items()}
+        since = {name: float(total - self._before.get(name, 0)) for name, total in totals.items()}
         self._before = dict(totals)
         now, idle = time.monotonic(), pool.idle_seconds()
         spent = [
@@ -277,11 +277,11 @@ class _Figures:
             cut = [len(c) for c in self._partial if c.finish_reason == "abort"]
             whole = self._finished + [len(c) for c in self._partial if c.finish_reason != "abort"]
             expected = censored_mean(whole, cut)
-            found["sched/oversample/length_bias"] = (
+            since["sched/oversample/length_bias"] = (
                 sum(self._finished) / len(self._finished) / expected - 1
             )
         self._partial = []
-        return found | {
+        return since | {
             "sched/groups_running": float(schedule.running),
             "sched/groups_ready": float(schedule.ready),
             "sched/rollout_idle": sum(spent) / len(spent),

@@ -67,8 +67,8 @@ def prepare_model(
         if not (made / "config.json").exists():
             make_tiny(made, config.model.tiny, config.seed)
         return str(made)
-    found = _local(path)
-    if found is None:
+    local = _local(path)
+    if local is None:
         tell(f"model.path={path}: its files come from the Hub, or from the cache of earlier runs")
         try:
             model_directory(path)
@@ -76,9 +76,9 @@ def prepare_model(
         except (OSError, ValueError) as error:
             raise _not_a_model("model.path", path, error) from error
         return path
-    file = gguf_file("model.path", found)
+    file = gguf_file("model.path", local)
     if file is None:
-        return str(found)
+        return str(local)
     if not (made / "config.json").exists():
         from .gguf_conversion import convert
 
@@ -107,9 +107,9 @@ def model_tokenizer(key: str, path: str) -> Any:
     from transformers import AutoTokenizer
 
     _quiet()
-    found = _local(path)
+    local = _local(path)
     try:
-        return AutoTokenizer.from_pretrained(path if found is None else str(found))
+        return AutoTokenizer.from_pretrained(path if local is None else str(local))
     except Exception as error:  # of any kind: the files are whatever the user has
         raise _not_a_model(key, path, error) from error
 
@@ -124,14 +124,14 @@ def stop_tokens(tokenizer: Any, model_path: str) -> tuple[int, ...]:
     """The tokens that end an answer: the tokenizer's end token, all that the model's
     generation_config.json and config.json name, and those that end an assistant's turn by the chat
     template or by their name."""
-    found = [tokenizer.eos_token_id, end_of_turn(tokenizer), *_end_tokens(model_path)]
-    found += [tokenizer.get_vocab().get(name) for name in ENDS_OF_TURNS]
-    return tuple(dict.fromkeys(t for t in found if t is not None))
+    ids = [tokenizer.eos_token_id, end_of_turn(tokenizer), *_end_tokens(model_path)]
+    ids += [tokenizer.get_vocab().get(name) for name in ENDS_OF_TURNS]
+    return tuple(dict.fromkeys(t for t in ids if t is not None))
 
 
 def _end_tokens(model_path: str) -> list[int]:
     """`eos_token_id`, a number or a list of them, of the model's configurations."""
-    found: list[int] = []
+    ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
         file = model_directory(model_path) / name
         if not file.exists():
@@ -145,8 +145,8 @@ def _end_tokens(model_path: str) -> list[int]:
         # a model of texts and pictures has one inside
         for part in (config, config.get("text_config") or {}):
             end = part.get("eos_token_id")
-            found += end if isinstance(end, list) else [] if end is None else [end]
-    return found
+            ids += end if isinstance(end, list) else [] if end is None else [end]
+    return ids
 
 
 def check_adapters(config: Config, model_path: str) -> None:
@@ -192,23 +192,23 @@ def gguf_file(key: str, path: Path) -> Path | None:
 
 def _local(path: str) -> Path | None:
     """The absolute path where there is one, None where only the Hub can know the name."""
-    found = Path(path).expanduser().absolute()
-    return found if found.exists() else None
+    local = Path(path).expanduser().absolute()
+    return local if local.exists() else None
 
 
 def _check_path(key: str, path: str, engine: str | None) -> None:
     """engine: as in `rollout.engine`, None where none serves the model."""
-    found = _local(path)
-    if found is None:
+    local = _local(path)
+    if local is None:
         if _HUB_ID.fullmatch(path) is None or path.endswith(".gguf"):
             raise ConfigError(
                 f"{key}={path!r} does not exist; give a directory, a GGUF file or a Hub id"
                 " (owner/name)"
             )
         return
-    file = gguf_file(key, found)
+    file = gguf_file(key, local)
     if file is None:
-        _check_directory(key, found, engine)
+        _check_directory(key, local, engine)
         return
     if engine is None:
         raise ConfigError(f"{key}={path!r} is a GGUF file; only model.path may be one")
@@ -232,7 +232,7 @@ def _check_directory(key: str, folder: Path, engine: str | None) -> None:
         {"tokenizer": TOKENIZER_FILES} if engine is not None else {}
     )
     for what, patterns in wanted.items():
-        if not any(found for pattern in patterns for found in folder.glob(pattern)):
+        if not any(file for pattern in patterns for file in folder.glob(pattern)):
             raise ConfigError(
                 f"{key}={str(folder)!r} has no {what}: none of {', '.join(patterns)}; add the files"
             )

@@ -221,15 +221,15 @@ def check_references(settings: DataConfig, suite: RewardSuite, head: Head) -> li
 def _refusals(suite: RewardSuite, inputs: Sequence[RewardInput]) -> list[str | None]:
     """Why a reference is refused by the first part that says so; programs are not run for it, only
     their tests read."""
-    found: list[str | None] = [None] * len(inputs)
+    refusals: list[str | None] = [None] * len(inputs)
     for part in suite.parts:
         if isinstance(part.reward, BySource):  # which runs what its code rows have of solutions
             messages = part.reward.check_references(inputs[:_RUN])
         else:
             messages = [part.reward.check_reference(row) for row in inputs]
         for i, message in enumerate(messages):
-            found[i] = found[i] or message
-    return found
+            refusals[i] = refusals[i] or message
+    return refusals
 
 
 def _tokenizer(config: Config, hub: bool) -> Any:

@@ -66,21 +66,21 @@ async def sample_accepted(run: Run) -> None:
 def accepted(run: Run, group: Group) -> list[Mapping[str, Any]]:
     """The first `reject.keep` correct answers that differ, each as a row with the whole
     conversation."""
-    found: dict[str, Mapping[str, Any]] = {}
+    by_text: dict[str, Mapping[str, Any]] = {}
     for completion, status in zip(group.completions, outcomes(group), strict=True):
         text = run.answers.text(group.prompt, completion)
-        if status != Status.CORRECT or text in found or len(found) == run.config.reject.keep:
+        if status != Status.CORRECT or text in by_text or len(by_text) == run.config.reject.keep:
             continue
         episode = completion.episode
         said = [{"role": "assistant", "content": text}] if episode is None else episode.messages
-        found[text] = {
+        by_text[text] = {
             "id": group.prompt.id,
             "source": group.prompt.source,
             "messages": [*group.prompt.messages, *said],
             "reference": group.prompt.answer,
             "tokens": completion.num_sampled,
         }
-    return list(found.values())
+    return list(by_text.values())
 
 
 def outcomes(group: Group) -> list[str]:
@@ -108,12 +108,12 @@ def figures_of(groups: Sequence[Group], rows: int) -> dict[str, float]:
 
 def totals(run_dir: Path) -> Counter[str]:
     """Counts over all steps, by the names of the metrics without `reject/`."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for row in read_metrics(run_dir / METRICS):
         for name, value in row.items() if row["stage"] == "reject" else ():
             if name.startswith("reject/") and name != "reject/accuracy":
-                found[name.removeprefix("reject/")] += int(value)
-    return found
+                counts[name.removeprefix("reject/")] += int(value)
+    return counts
 
 
 def gather_samples(run_dir: Path, steps: int) -> None:

@@ -251,11 +251,11 @@ class Run:
         if not held.step or (done and (done.stage, done.step) >= (held.stage, held.step)):
             return
         try:
-            found = self.progress  # an evaluation may have ended meanwhile
+            reached = self.progress  # an evaluation may have ended meanwhile
             self.progress = held.advance(
-                evaluating=found.evaluating,
-                accuracy_start=found.accuracy_start,
-                accuracy_end=found.accuracy_end,
+                evaluating=reached.evaluating,
+                accuracy_start=reached.accuracy_start,
+                accuracy_end=reached.accuracy_end,
             )
             await self.save(needed=True)
         except Exception as failure:  # the first error is what the run ends by

@@ -53,14 +53,14 @@ class Imitated:
         if self.rows is None:
             return demonstrations(self.source, self.tokenizer, self.config, position)
         size = self.config.sft.batch_size
-        found = [e for i in range(position, position + size) for e in self.rows.examples(i)]
-        if not found:
+        examples = [e for i in range(position, position + size) for e in self.rows.examples(i)]
+        if not examples:
             raise ConfigError(
                 f"all of the {size} rows of sft.data from number {position} on have more than"
                 f" {self.config.max_model_length} tokens, the longest prompt and answer; raise"
                 " rollout.max_response_length"
             )
-        return example_batch(found)
+        return example_batch(examples)
 
 
 def open_imitated(config: Config, source: PromptSource, tokenizer: Any) -> Imitated:
@@ -85,19 +85,19 @@ def open_imitated(config: Config, source: PromptSource, tokenizer: Any) -> Imita
 
 
 def _heldout_solutions(source: PromptSource, tokenizer: Any, count: int) -> list[Example]:
-    found = []
+    solutions = []
     for prompt in source.heldout[:count]:
         solution = source.solution(prompt)
         if solution is not None:
             ids = supervised_ids(prompt, solution, tokenizer, end_token(tokenizer))
             learnt = np.arange(len(ids)) >= len(prompt.token_ids)
-            found.append(Example(token_ids=ids, learnt=learnt))
-    if len(found) < count:
+            solutions.append(Example(token_ids=ids, learnt=learnt))
+    if len(solutions) < count:
         raise ValueError(
-            f"sft.heldout={count}, but only {len(found)} of the {len(source.heldout)} held-out"
+            f"sft.heldout={count}, but only {len(solutions)} of the {len(source.heldout)} held-out"
             " problems have a worked solution; lower it, or raise data.heldout"
         )
-    return found
+    return solutions
 
 
 def with_sft_steps(config: Config, rows: int | None) -> Config:
@@ -151,8 +151,8 @@ async def look(run: Run, imitated: Imitated) -> None:
         run.weights.begin_stage()
         await run.publish()
     accuracy = (await evaluate(run)).accuracy
-    found = {"accuracy_end": accuracy} if step else {"accuracy_start": accuracy}
-    run.progress = run.progress.advance(**found)
+    changed = {"accuracy_end": accuracy} if step else {"accuracy_start": accuracy}
+    run.progress = run.progress.advance(**changed)
 
 
 def heldout_loss(run: Run, examples: Sequence[Example]) -> float:

@@ -190,15 +190,15 @@ def proof_of(recipe: Recipe, stage: Stage, done: Mapping[str, Mapping[str, Any]]
     text = json.dumps(masked(stage.config.model_dump(mode="json", exclude=set(FREE))))
     for each in recipe.stages:  # by names, so that a recipe's directory may be moved
         text = text.replace(json.dumps(str(each.output)), json.dumps(REFERENCE + each.name))
-    found = {"settings": leaves(json.loads(text)), "inputs": inputs_of(stage, done)}
-    return {"hash": sha256(json.dumps(found, sort_keys=True).encode()).hexdigest(), **found}
+    inputs = {"settings": leaves(json.loads(text)), "inputs": inputs_of(stage, done)}
+    return {"hash": sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(), **inputs}
 
 
 def inputs_of(stage: Stage, done: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """The earlier stages that are used, by what each wrote when it was done, and hashes of local
     files."""
     config = stage.config
-    found = {
+    inputs = {
         REFERENCE + name: str(done[name]["id"]) if name in done else "not done"
         for name in stage.takes
     }
@@ -211,8 +211,8 @@ def inputs_of(stage: Stage, done: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     paths = [p for each in named for p in ([each] if isinstance(each, str) else each)]
     for path in map(Path, filter(None, paths)):
         if config.output.parent not in path.parents:
-            found |= {str(file): _content(file) for file in _files(path.expanduser())}
-    return found
+            inputs |= {str(file): _content(file) for file in _files(path.expanduser())}
+    return inputs
 
 
 def _files(path: Path) -> list[Path]:

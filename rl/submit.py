@@ -57,7 +57,7 @@ def submit(
     to have as they are here. wheel: emberl itself, where the cluster has none. ConfigError before
     anything is sent.
     """
-    found = load_experiment(file, overrides)
+    loaded = load_experiment(file, overrides)
     here = Path.cwd()
     if not file.resolve().is_relative_to(here):
         raise ConfigError(
@@ -67,9 +67,9 @@ def submit(
     missing = [name for name in environment if name not in os.environ]
     if missing:
         raise ConfigError(f"--env {missing[0]}: there is no such variable here")
-    run_dir = absolute(str(found.folder if isinstance(found, Recipe) else found.output))
+    run_dir = absolute(str(loaded.folder if isinstance(loaded, Recipe) else loaded.output))
     command = ["python", "-m", "emberl.rl.cli", "train", str(file.resolve().relative_to(here))]
-    command += [*overrides, *_absolute_paths(found), f"run_dir={run_dir}", *arguments]
+    command += [*overrides, *_absolute_paths(loaded), f"run_dir={run_dir}", *arguments]
     runtime: dict[str, Any] = {
         "working_dir": str(here),
         "excludes": list(STAYS),
@@ -160,17 +160,17 @@ def absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def _absolute_paths(found: Config | Recipe) -> list[str]:
+def _absolute_paths(loaded: Config | Recipe) -> list[str]:
     """Overrides that name by their absolute paths what a configuration names from here and what
     does not travel: models, but for those that a recipe's stages make."""
-    if isinstance(found, Recipe):
+    if isinstance(loaded, Recipe):
         return [
             f"stages.{stage.name}.{override}"
-            for stage in found.stages
+            for stage in loaded.stages
             for override in _absolute_paths(stage.config)
-            if absolute(str(found.folder)) not in override
+            if absolute(str(loaded.folder)) not in override
         ]
-    named = {"model.path": found.model.path, "critic.path": found.critic.path}
+    named = {"model.path": loaded.model.path, "critic.path": loaded.critic.path}
     return [f"{k}={absolute(v)}" for k, v in named.items() if v is not None and Path(v).exists()]
 
 

@@ -203,10 +203,12 @@ async def update(run: Run, trained: Sequence[Group], objective: Objective) -> di
     done: list[dict[str, float]] = []
     with spans.span(LOOP, "update"):
         for batch in [*batches] * schedule.epochs:
-            found = await asyncio.to_thread(learners.critic_step, batch) if has_critic else {}
+            part_metrics = (
+                await asyncio.to_thread(learners.critic_step, batch) if has_critic else {}
+            )
             if with_policy:
-                found |= await asyncio.to_thread(learners.step, batch, objective)
-            done.append(found)
+                part_metrics |= await asyncio.to_thread(learners.step, batch, objective)
+            done.append(part_metrics)
     metrics = {"training/updates": float(len(done) if with_policy else 0)}
     if missing := schedule.minibatches * schedule.epochs - len(done):
         await asyncio.to_thread(learners.skip, missing)
@@ -236,14 +238,14 @@ async def with_estimates(run: Run, objective: Objective, batch: Batch) -> Batch:
     updates = config.schedule.minibatches * config.schedule.epochs
     # a single update does this by itself
     if objective.needs_old_logp and (updates > 1 or config.kl.place == "reward"):
-        found = await asyncio.to_thread(learners.logprobs, batch, temperature)
-        batch = replace(batch, old_logp_T=found)
+        logp_T = await asyncio.to_thread(learners.logprobs, batch, temperature)
+        batch = replace(batch, old_logp_T=logp_T)
     if config.kl.active:
-        found = await asyncio.to_thread(learners.reference_logprobs, batch, temperature)
-        batch = replace(batch, reference_logp_T=found)
+        logp_T = await asyncio.to_thread(learners.reference_logprobs, batch, temperature)
+        batch = replace(batch, reference_logp_T=logp_T)
     if config.distill.on_samples:
-        found = await asyncio.to_thread(learners.teacher_logprobs, batch, temperature)
-        batch = replace(batch, teacher_logp_T=found)
+        logp_T = await asyncio.to_thread(learners.teacher_logprobs, batch, temperature)
+        batch = replace(batch, teacher_logp_T=logp_T)
     if config.advantage.needs_critic:
         batch = replace(batch, values_T=await asyncio.to_thread(learners.values, batch))
     return batch

@@ -119,8 +119,8 @@ def _first_lost(
             ray.get(other, timeout=PEERS)
         except ray.exceptions.RayTaskError:
             continue
-        except ray.exceptions.RayError as found:
-            return other, found
+        except ray.exceptions.RayError as lost:
+            return other, lost
     return ref, error
 
 

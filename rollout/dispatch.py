@@ -74,11 +74,11 @@ class Dispatch(Generic[J]):
     def remove(self, unwanted: Callable[[J], bool]) -> dict[int, list[J]]:
         """Takes these groups out of the backlog and from their workers: the latter by worker."""
         self.backlog = deque(job for job in self.backlog if not unwanted(job))
-        found = {i: [job for job in jobs if unwanted(job)] for i, jobs in enumerate(self.jobs)}
-        for worker, jobs in found.items():
+        removed = {i: [job for job in jobs if unwanted(job)] for i, jobs in enumerate(self.jobs)}
+        for worker, jobs in removed.items():
             for job in jobs:
                 self.release(worker, job)
-        return {worker: jobs for worker, jobs in found.items() if jobs}
+        return {worker: jobs for worker, jobs in removed.items() if jobs}
 
     def clear(self) -> Iterable[J]:
         """Takes all groups out."""

@@ -88,12 +88,12 @@ class WorkerState:
 
     def busy_spans(self) -> list[tuple[float, float]]:
         """When it had jobs since the last call: pairs of `time.time()`."""
-        found, self.told = self.told, []
+        spans, self.told = self.told, []
         if self.idle_since is None:
             now = time.time()
-            found = [*found, (self.busy_since, now)]
+            spans = [*spans, (self.busy_since, now)]
             self.busy_since = now
-        return found
+        return spans
 
     def idle_seconds(self) -> float:
         """Since it began."""

@@ -248,12 +248,12 @@ class Receiver:
         start = newest.version if newest is not None and newest.run_id == update.run_id else None
         for route in update.routes(start):
             try:
-                found = self._follow(update, route, held, ready)
-                if found.passed[-1] != (update.version, update.root):
+                reached = self._follow(update, route, held, ready)
+                if reached.passed[-1] != (update.version, update.root):
                     raise DigestMismatchError(
-                        f"version {found.version} is not what the learners hold"
+                        f"version {reached.version} is not what the learners hold"
                     )
-                return found
+                return reached
             except RECOVERABLE as error:
                 self._report.digest_failures += isinstance(
                     error, CorruptPatchError | DigestMismatchError

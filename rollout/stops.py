@@ -84,10 +84,10 @@ class StopStrings:
 def cut(text: str, stop: Sequence[str], *, keep: bool) -> str:
     """The text up to the stop string that begins first, of several that begin there the shortest;
     `keep`: with it."""
-    found = [(at, len(string)) for string in stop if (at := text.find(string)) >= 0]
-    if not found:
+    matches = [(at, len(string)) for string in stop if (at := text.find(string)) >= 0]
+    if not matches:
         return text
-    at, length = min(found)
+    at, length = min(matches)
     return text[: at + length if keep else at]
 
 

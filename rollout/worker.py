@@ -312,8 +312,8 @@ class GroupService:
         self, requests: Sequence[Request], completion: Completion
     ) -> NDArray[np.float32]:
         [prompt] = [p.token_ids for p, _, _ in requests if p.id == completion.prompt_id]
-        found = await self.engine.probe([*prompt, *completion.token_ids.tolist()])
-        return found[len(prompt) - 1 :]
+        logps = await self.engine.probe([*prompt, *completion.token_ids.tolist()])
+        return logps[len(prompt) - 1 :]
 
     async def cut(self, prompt_ids: Collection[str]) -> list[tuple[Completion, ...]]:
         """Ends these groups; returns the samples of each that was still under way, as far as they

@@ -155,8 +155,16 @@ def module_imports(module: str) -> set[str]:
 
 
 def layer(folder: str, unit: str) -> int:
-    """0: the top, where what no layer names yet belongs, too."""
-    return next((i for i, units in enumerate(LAYERS[folder]) if unit in units), 0)
+    """0: the top."""
+    return next(i for i, units in enumerate(LAYERS[folder]) if unit in units)
+
+
+def test_every_file_and_folder_has_its_layer() -> None:
+    units = {
+        folder: {m.split(".")[1] for m in MODULES if m.split(".")[0] == folder} for folder in LAYERS
+    }
+    named = {folder: set().union(*layers) for folder, layers in LAYERS.items()}
+    assert {folder: own - {"__init__"} for folder, own in units.items()} == named
 
 
 def test_arrows_run_downwards_within_a_folder_too() -> None:
@@ -218,6 +226,96 @@ def test_no_folder_outgrows_its_budget() -> None:
     for folder, count in lines.items():
         print(f"{folder:24}{count:7,} of {BUDGET[folder]:,} lines")
     assert [folder for folder, count in lines.items() if count > ROOM * BUDGET[folder]] == []
+
+
+LONGEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS = 400, 60, 10
+OPTIONS = {
+    "rewards/code_tests/reward.py:CodeReward.__init__",
+    "rewards/judge_model.py:JudgeReward.__init__",
+}
+"""Signatures that are the options of a reward, which `reward.parts.NAME.options` names one by
+one."""
+
+
+def functions(tree: ast.AST, within: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
+    """(dotted name, node) of every function and method, those inside others too."""
+    for node in ast.iter_child_nodes(tree):
+        name = within
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            name = f"{within}.{node.name}" if within else node.name
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield name, node  # type: ignore[misc]
+        yield from functions(node, name)
+
+
+def too_large(path: Path, source: str) -> list[str]:
+    """What of a file is beyond the bounds: its lines, a function's lines, a function's
+    parameters."""
+    lines = len(source.splitlines())
+    problems = [f"{path} has {lines} lines"] if lines > LONGEST_FILE else []
+    for name, node in functions(ast.parse(source)):
+        assert node.end_lineno is not None
+        length = node.end_lineno - node.lineno + 1
+        if length > LONGEST_FUNCTION:
+            problems.append(f"{path}:{name} has {length} lines")
+        given = [arg.arg for arg in (*node.args.args, *node.args.kwonlyargs)]
+        count = len([arg for arg in given if arg not in ("self", "cls")])
+        if (
+            count > MOST_PARAMETERS
+            and path.parts[0] != "kernels"
+            and f"{path}:{name}" not in OPTIONS
+        ):
+            problems.append(f"{path}:{name} has {count} parameters")
+    return problems
+
+
+def test_files_functions_and_signatures_are_short() -> None:
+    large = [problem for path in SOURCES for problem in too_large(path, (ROOT / path).read_text())]
+    assert large == []
+
+
+def test_the_check_of_sizes_itself() -> None:
+    many = ", ".join(f"a{i}" for i in range(11))
+    body = "    x = 1\n" * 60
+    source = f"class A:\n def f(self, {many}): ...\nasync def g():\n{body}" + "#\n" * 400
+    problems = ["rl/a.py has 463 lines", "rl/a.py:A.f has 11 parameters", "rl/a.py:g has 61 lines"]
+    assert too_large(Path("rl/a.py"), source) == problems
+    assert too_large(Path("kernels/a.py"), f"def f({many}): ...") == []
+
+
+SAME_KIND = {
+    "answers": "answers as texts",
+    "batch": "sequences that go through a model together",
+    "canary": "weights that differ everywhere",
+    "command": "a command of `emberl`",
+    "compare": "a model's answer against the expected one",
+    "curriculum": "the order of problems",
+    "engine": "an engine",
+    "environments": "environments of several turns",
+    "extract": "the answer in a completion",
+    "gym": "reasoning-gym",
+    "head": "a language model's output layer",
+    "page": "an HTML page",
+    "passes": "passes over a tensor's elements",
+    "pool": "a pool of workers",
+    "references": "reference answers of a row",
+    "report": "what a run came to, for a person",
+    "reward": "a reward",
+    "sampling": "how answers are drawn",
+    "settings": "settings",
+    "stages": "the stages of a recipe",
+    "supervised": "supervised learning",
+    "teachers": "the teachers of a distillation",
+    "threads": "threads of a computation on a CPU",
+    "tiny": "the model that is made from a seed",
+    "worker": "a rollout worker, real or simulated",
+}
+"""Names that several files have, and what each of them is."""
+
+
+def test_files_of_one_name_are_of_one_kind() -> None:
+    stems = [path.stem for path in SOURCES if path.stem != "__init__"]
+    assert {stem for stem in stems if stems.count(stem) > 1} == SAME_KIND.keys()
 
 
 DEVICE_NAMES = {"cuda", "npu", "nccl", "hccl", "torch_npu"}

@@ -128,9 +128,9 @@ def linear_divergence(
             logits = head.logits(raw, head.scale(part))
         values[part], slope = divergence(logits.detach(), _part(teaching, part))
         slope *= teaching.weights[part, None].to(wide)
-        found = torch.autograd.grad(logits, leaves, slope)
-        grads[0][part] = found[0]
-        for grad, more in zip(grads[1:], found[1:], strict=True):
+        gradients = torch.autograd.grad(logits, leaves, slope)
+        grads[0][part] = gradients[0]
+        for grad, more in zip(grads[1:], gradients[1:], strict=True):
             grad += more
     formed = _Gradients(
         value=(values * teaching.weights.to(wide)).sum(),

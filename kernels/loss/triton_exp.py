@@ -168,8 +168,8 @@ def cores(device: torch.device) -> int:
     properties = torch.get_device_module(device).get_device_properties(device)
     if (count := getattr(properties, "multi_processor_count", None)) is not None:
         return 4 * int(count)
-    found = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
-    return int(found["num_vectorcore"])
+    device_properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    return int(device_properties["num_vectorcore"])
 
 
 class TritonPasses:

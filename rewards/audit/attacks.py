@@ -73,13 +73,13 @@ class AttackReport:
     def lines(self) -> list[str]:
         """For a person: a line for each attack and the sum."""
         held = sum(attack.contained for attack in self.attacks)
-        found = [str(attack) for attack in self.attacks]
+        lines = [str(attack) for attack in self.attacks]
         if self.skipped:
-            found.append(
+            lines.append(
                 "skipped, without a program or without g++ here (apt install g++):"
                 f" {', '.join(self.skipped)}"
             )
-        return [*found, f"{held} of {len(self.attacks)} contained, back end {self.backend}"]
+        return [*lines, f"{held} of {len(self.attacks)} contained, back end {self.backend}"]
 
     def record(self) -> dict[str, object]:
         """For `--json`."""
@@ -118,7 +118,7 @@ def run_attacks(
     backend: str | None = None,
 ) -> AttackReport:
     """Runs hostile programs, each with `seconds` of time and 256 MiB."""
-    found: list[Attack] = []
+    judged: list[Attack] = []
     skipped: list[str] = []
     with _Host() as host, contextlib.closing(_reward(seconds, compile_seconds, backend)) as reward:
         for row in rows:
@@ -126,9 +126,9 @@ def run_attacks(
             if not runnable or (row.get("language") == "cpp" and compiler() is None):
                 skipped.append(row["id"])
             else:
-                found.append(_run_one(row, host, reward))
+                judged.append(_run_one(row, host, reward))
         return AttackReport(
-            backend=reward.sandbox.backend, attacks=tuple(found), skipped=tuple(skipped)
+            backend=reward.sandbox.backend, attacks=tuple(judged), skipped=tuple(skipped)
         )
 
 
@@ -212,17 +212,17 @@ def _watched(
 
 def _problems(run: Run, host: _Host) -> list[str]:
     output = (run.stdout + b"\n" + run.stderr).decode("utf-8", "replace")
-    found = ["read a secret of the host"] if host.secret in output else []
+    problems = ["read a secret of the host"] if host.secret in output else []
     printed = run.stdout.decode("utf-8", "replace")
     if (claim := _CLAIM.search(printed)) is not None:
-        found.append(f"claims success: {printed[claim.start() :][:60]!r}")
+        problems.append(f"claims success: {printed[claim.start() :][:60]!r}")
     if any(
         "-" not in number
         for line in _NUMBERS.findall(printed)
         for number in re.findall(r"-?\d+", line)
     ):
-        found.append(f"a forbidden system call worked: {printed[:60]!r}")
-    return found
+        problems.append(f"a forbidden system call worked: {printed[:60]!r}")
+    return problems
 
 
 class _Host:
@@ -278,10 +278,10 @@ class _Host:
         return len(list(descendants(os.getpid()))), set(_files(code)), _segments()
 
     def changes(self, before: tuple[int, set[str], set[str]], code: str) -> list[str]:
-        found = [f"connected to the host ({len(self.connections)})"] if self.connections else []
+        changes = [f"connected to the host ({len(self.connections)})"] if self.connections else []
         self.connections.clear()
         if self._canary.read_text() != "untouched":
-            found.append("overwrote a file of the host")
+            changes.append("overwrote a file of the host")
             self._canary.write_text("untouched")
         deadline = time.monotonic() + 2.0
         while (count := len(list(descendants(os.getpid())))) > before[
@@ -289,12 +289,12 @@ class _Host:
         ] and time.monotonic() < deadline:
             time.sleep(0.02)  # a reaped process may still be listed for a moment
         if count > before[0]:
-            found.append(f"left {count - before[0]} processes behind")
+            changes.append(f"left {count - before[0]} processes behind")
         if files := set(_files(code)) - before[1]:
-            found.append(f"left files behind: {sorted(files)}")
+            changes.append(f"left files behind: {sorted(files)}")
         if segments := _segments() - before[2]:
-            found.append(f"left shared memory behind: {sorted(segments)}")
-        return found
+            changes.append(f"left shared memory behind: {sorted(segments)}")
+        return changes
 
 
 def _files(code: str) -> Iterator[str]:

@@ -83,7 +83,7 @@ def audit(
     reward = load_reward(use, style=style, options=options)
     other = load_reward(second) if second and second != use else None
     try:
-        found = audit_reward(reward, rows, second=other, hacks=True)
+        result = audit_reward(reward, rows, second=other, hacks=True)
     finally:
         for graded in (reward, other):
             if (close := getattr(graded, "close", None)) is not None:
@@ -93,14 +93,14 @@ def audit(
         "second": second if other is not None else None,
         "data": str(data) if data else None,
     }
-    found = Audit(
-        figures=named | dict(found.figures),
-        disagreements=found.disagreements,
-        paid_hacks=found.paid_hacks,
+    result = Audit(
+        figures=named | dict(result.figures),
+        disagreements=result.disagreements,
+        paid_hacks=result.paid_hacks,
     )
     if html_path is not None:
-        Path(html_path).write_text(to_html(found), encoding="utf-8")
-    return found
+        Path(html_path).write_text(to_html(result), encoding="utf-8")
+    return result
 
 
 def read_rows(path: Path | str, limit: int = 0) -> list[Row]:
@@ -295,9 +295,9 @@ def _rates(pairs: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
     }
 
 
-def to_text(found: Audit) -> str:
+def to_text(audit: Audit) -> str:
     """The figures for a terminal."""
-    figures = found.figures
+    figures = audit.figures
     lines = [
         f"{figures.get('reward', 'reward')} on {figures['rows']} rows,"
         f" {figures['per_second'] or 0:,} a second"
@@ -346,12 +346,12 @@ _STYLE = (
 )
 
 
-def to_html(found: Audit) -> str:
+def to_html(audit: Audit) -> str:
     """One page without scripts or outside resources: the figures, then each disagreement for a
     person to judge."""
     escape = html.escape
     rows = []
-    for item in found.disagreements[:_SHOWN]:
+    for item in audit.disagreements[:_SHOWN]:
         completion = item.row.input.completion
         text = (
             completion
@@ -370,16 +370,16 @@ def to_html(found: Audit) -> str:
             f"<td>{escape(said)}<br>{escape(item.verdict.message)}</td>",
         )
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    hidden = len(found.disagreements) - len(rows)
+    hidden = len(audit.disagreements) - len(rows)
     note = f"<p>{hidden} more are not shown.</p>" if hidden else ""
-    title = f"Audit of {found.figures.get('reward', 'a reward')}"
+    title = f"Audit of {audit.figures.get('reward', 'a reward')}"
     return (
         "<!doctype html><html lang=en><meta"
         f" charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>"
-        f"<h1>{escape(title)}</h1><pre>{escape(to_text(found))}</pre>"
-        f"<h2>Disagreements ({len(found.disagreements)})</h2>{note}"
+        f"<h1>{escape(title)}</h1><pre>{escape(to_text(audit))}</pre>"
+        f"<h2>Disagreements ({len(audit.disagreements)})</h2>{note}"
         "<table><tr><th>What</th><th>Reference</th><th>Completion</th><th>Verdict</th></tr>"
         f"{''.join(rows)}</table>"
         "<details><summary>Figures as"
-        f" JSON</summary><pre>{escape(json.dumps(found.figures, indent=1))}</pre></details></html>"
+        f" JSON</summary><pre>{escape(json.dumps(audit.figures, indent=1))}</pre></details></html>"
     )

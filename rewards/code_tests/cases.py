@@ -62,12 +62,12 @@ def cases_of(value: Any, name: str = "") -> list[Case]:
     if isinstance(value, list) and all(
         isinstance(case, Mapping) and _sides(case) for case in value
     ):
-        found = []
+        cases = []
         for case in value:
             given, wanted = _sides(case)
             stdin = case.get("testtype", case.get("type")) in ("stdin", "stdin_stdout")
-            found.append(Case(case[given], case[wanted], "" if stdin else _name_in(case) or name))
-        return found
+            cases.append(Case(case[given], case[wanted], "" if stdin else _name_in(case) or name))
+        return cases
     raise ValueError(f"tests of an unknown form: {str(value)[:100]!r}")
 
 
@@ -233,7 +233,7 @@ def unpacked(text: str) -> Any:
         data = opened.decompress(base64.b64decode(text, validate=True), _MOST_PACKED)
         if opened.unconsumed_tail:
             raise ValueError(f"packed tests of more than {_MOST_PACKED >> 20} MiB")
-        found = (
+        parsed = (
             _PlainUnpickler(io.BytesIO(data)).load()
             if data[:1] == b"\x80"
             else json.loads(data, parse_int=_integer)
@@ -250,7 +250,7 @@ def unpacked(text: str) -> Any:
         raise ValueError(
             f"the tests are neither JSON nor packed JSON: {error}: {text[:60]!r}"
         ) from None
-    return found
+    return parsed
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -101,13 +101,13 @@ def extract_program(
     if not fitting:
         return None
     chosen = _choose(fitting, entries)
-    found = chosen.kind
-    if found == "untagged":
-        found = "cpp" if language == "cpp" else _guess(chosen.source, language)
-    if found == "cpp":
+    kind = chosen.kind
+    if kind == "untagged":
+        kind = "cpp" if language == "cpp" else _guess(chosen.source, language)
+    if kind == "cpp":
         return Program(chosen.source, "cpp", True)
     same = [block for block in fitting if block.kind == chosen.kind]
-    return Program(_joined(same, chosen, entries), found, True)
+    return Program(_joined(same, chosen, entries), kind, True)
 
 
 def _after_thoughts(text: str) -> str | None:
@@ -123,8 +123,8 @@ def _after_thoughts(text: str) -> str | None:
 
 def _unwrapped(text: str) -> str:
     for opening, closing in _WRAPPERS:
-        before, found, rest = text.rpartition(opening)
-        if found and ("```" in rest or "```" not in before):
+        before, opened, rest = text.rpartition(opening)
+        if opened and ("```" in rest or "```" not in before):
             return rest.partition(closing)[0]
     return text
 
@@ -184,8 +184,8 @@ def _end(lines: Sequence[str], fences: dict[int, re.Match[str]], start: int) -> 
                     return number
                 first = number if first is None else first
         else:
-            for found in _QUOTES.findall(lines[number]):
-                quote = "" if found == quote else quote or found
+            for quoting in _QUOTES.findall(lines[number]):
+                quote = "" if quoting == quote else quote or quoting
     return len(lines) if first is None else first
 
 
@@ -259,13 +259,13 @@ def _joined(blocks: Sequence[Block], chosen: Block, entries: Collection[str]) ->
 
 def _bound(source: str) -> set[str]:
     """Names that code binds by definitions and imports at the start of a line."""
-    found = set(_DEFINED.findall(source))
+    bound_names = set(_DEFINED.findall(source))
     for names in _IMPORTED.findall(source):
         for part in names.strip("()\\ ").split(","):
             words = part.split()
             if words:
-                found.add(words[-1].partition(".")[0])
-    return found
+                bound_names.add(words[-1].partition(".")[0])
+    return bound_names
 
 
 def _dedented(source: str, entries: Collection[str]) -> str:

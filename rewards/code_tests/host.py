@@ -111,8 +111,8 @@ class Host(Side):
         self, request: dict[str, Any], arguments: list[Any], keywords: dict[str, Any]
     ) -> Any:
         name = request["do"]
-        found = self.operations.get(name) or getattr(operator, name)
-        return found(*arguments, **keywords)
+        operation = self.operations.get(name) or getattr(operator, name)
+        return operation(*arguments, **keywords)
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         answer = super().answer(request)

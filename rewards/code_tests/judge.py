@@ -83,9 +83,9 @@ class Judge(Side):
 
     def unpack_other(self, kind: str, body: Any) -> Any:
         if kind == "builtin":
-            found = getattr(builtins, body)
-            if isinstance(found, type):
-                return found
+            named = getattr(builtins, body)
+            if isinstance(named, type):
+                return named
         if kind != "ref":
             raise ValueError("no value")
         number, able, name, what, kinds = body
@@ -104,13 +104,13 @@ class Judge(Side):
         above = next(
             (i for i, name in enumerate(kinds) if name.partition(".")[0] != "solution"), len(kinds)
         )
-        found = super().exception_type(kinds[above:])
+        known = super().exception_type(kinds[above:])
         for name in reversed(kinds[:above]):
             short = name.rpartition(".")[2]
             if short not in self.types:
-                self.types[short] = type(short, (found,), {"__str__": _own_text})
-            found = self.types[short]
-        return found
+                self.types[short] = type(short, (known,), {"__str__": _own_text})
+            known = self.types[short]
+        return known
 
     def heard(self, answer: dict[str, Any]) -> None:
         if self.capture is not None:
@@ -204,24 +204,24 @@ def _outcome(action: Callable[[], Any]) -> dict[str, str]:
 def _collected(namespace: dict[str, Any]) -> list[Callable[[], Any]]:
     """The module's tests as pytest finds them: functions, methods of Test classes, and unittest's
     cases."""
-    found: list[Callable[[], Any]] = []
+    tests: list[Callable[[], Any]] = []
     unittest, pytest = sys.modules.get("unittest"), sys.modules.get("pytest")
     for name, value in list(namespace.items()):
         if isinstance(value, type) and unittest and issubclass(value, unittest.TestCase):
             if value is not unittest.TestCase:
-                found += [
+                tests += [
                     _unittest(each) for each in unittest.TestLoader().loadTestsFromTestCase(value)
                 ]
         elif isinstance(value, type) and name.startswith("Test"):
-            found += [
+            tests += [
                 variant
                 for method in vars(value)
                 if method.startswith("test")
                 for variant in _variants(pytest, vars(value)[method], value, namespace)
             ]
         elif name.startswith("test") and isinstance(value, types.FunctionType):
-            found += _variants(pytest, value, None, namespace)
-    return found
+            tests += _variants(pytest, value, None, namespace)
+    return tests
 
 
 def _variants(
@@ -230,8 +230,8 @@ def _variants(
     if isinstance(test, staticmethod):
         test, owner = test.__func__, None
     if pytest is not None:
-        found: list[Callable[[], Any]] = pytest.variants(test, owner, namespace)
-        return found
+        variants: list[Callable[[], Any]] = pytest.variants(test, owner, namespace)
+        return variants
     if owner is None:
         return [test]
 

@@ -38,14 +38,14 @@ BUILT_IN = frozenset(dir(builtins)) | {"__file__"}
 
 def called_names(tree: ast.AST) -> set[str]:
     """Names that code calls, looks into, or hands on: decorators and arguments among them."""
-    found: set[str] = set()
+    called: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             for each in (node.func, *node.args, *(keyword.value for keyword in node.keywords)):
-                found |= {each.id} if isinstance(each, ast.Name) else set()
+                called |= {each.id} if isinstance(each, ast.Name) else set()
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found |= {each.id for each in node.decorator_list if isinstance(each, ast.Name)}
-    return found
+            called |= {each.id for each in node.decorator_list if isinstance(each, ast.Name)}
+    return called
 
 
 def parsed(source: str, what: str) -> ast.Module:
@@ -82,9 +82,9 @@ def free_names(source: str) -> set[str]:
 
 def bound(tree: ast.Module) -> set[str]:
     """The names that a module's code binds at its top level."""
-    found: set[str] = set()
+    names: set[str] = set()
     symbols = symtable.symtable(ast.unparse(tree), "<test>", "exec").get_symbols()
-    found |= {
+    names |= {
         s.get_name() for s in symbols if s.is_assigned() or s.is_imported() or s.is_namespace()
     }
     for node in ast.walk(tree):
@@ -94,21 +94,21 @@ def bound(tree: ast.Module) -> set[str]:
             and node.names[0].name == "*"
         ):
             module = importlib.import_module(node.module)
-            found |= set(getattr(module, "__all__", ())) or {
+            names |= set(getattr(module, "__all__", ())) or {
                 name for name in dir(module) if name[:1] != "_"
             }
-    return found
+    return names
 
 
 def imported(tree: ast.AST) -> list[tuple[str, list[str]]]:
     """Modules that code imports, and the names that it takes from them (`import module`: none)."""
-    found: list[tuple[str, list[str]]] = []
+    imports: list[tuple[str, list[str]]] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(alias.name, []) for alias in node.names]
+            imports += [(alias.name, []) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found.append((node.module or "", [alias.name for alias in node.names]))
-    return found
+            imports.append((node.module or "", [alias.name for alias in node.names]))
+    return imports
 
 
 def packages_of(source: str) -> tuple[str, ...]:

@@ -27,23 +27,27 @@ _PYTHON3, _CPP = 3, 2  # CodeContests' numbers of languages
 
 def solutions_of(columns: Mapping[str, Any]) -> list[str]:
     """The row's own solutions as completions, the most trusted first; none where it has none."""
-    found = [
+    solutions = [
         text for key in _ONE if isinstance(text := columns.get(key), str) and _is_program(text)
     ][:1]
-    if not found:
-        found = [text for text in _many(columns.get(_MANY)) if _is_program(text)][:_MOST]
-    if not found:
-        found = [text for text in _best(columns.get("inferences")) if _is_program(text)][:1]
+    if not solutions:
+        solutions = [text for text in _many(columns.get(_MANY)) if _is_program(text)][:_MOST]
+    if not solutions:
+        solutions = [text for text in _best(columns.get("inferences")) if _is_program(text)][:1]
     prompt = columns.get("prompt")
     if (
-        found
+        solutions
         and columns.get("entry_point")
         and isinstance(prompt, str)
-        and columns.get("canonical_solution") == found[0]
+        and columns.get("canonical_solution") == solutions[0]
     ):
         head = str(columns.get("code_prompt") or prompt)
-        found = [head + found[0]] if f"def {columns['entry_point']}" not in found[0] else found
-    return [text if "```" in text else f"```{_tag(text)}\n{text}\n```" for text in found]
+        solutions = (
+            [head + solutions[0]]
+            if f"def {columns['entry_point']}" not in solutions[0]
+            else solutions
+        )
+    return [text if "```" in text else f"```{_tag(text)}\n{text}\n```" for text in solutions]
 
 
 def defined_names(columns: Mapping[str, Any]) -> frozenset[str]:
@@ -61,12 +65,12 @@ def defined_names(columns: Mapping[str, Any]) -> frozenset[str]:
             ):  # a body that continues a prompt
                 continue
             kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-            found = {node.name for node in body if isinstance(node, kinds)}
+            names = {node.name for node in body if isinstance(node, kinds)}
             targets = [
                 target for node in body if isinstance(node, ast.Assign) for target in node.targets
             ]
             return frozenset(
-                found | {target.id for target in targets if isinstance(target, ast.Name)}
+                names | {target.id for target in targets if isinstance(target, ast.Name)}
             )
     return frozenset()
 

@@ -129,11 +129,11 @@ class CodeReward(Reward):
 
         Rows whose turn has not come after `reference_seconds` are not run, and a warning says how
         many."""
-        found = [self.check_reference(row) for row in rows]
+        faults = [self.check_reference(row) for row in rows]
         own = [
             (i, texts)
             for i, row in enumerate(rows)
-            if found[i] is None and (texts := solutions_of(row.columns))
+            if faults[i] is None and (texts := solutions_of(row.columns))
         ]
         end, late = time.monotonic() + self.reference_seconds, 0
         with ThreadPoolExecutor(self.sandbox.workers) as pool:
@@ -141,14 +141,14 @@ class CodeReward(Reward):
             for i, run in runs:
                 refusal = run.result()
                 late += refusal is None
-                found[i] = refusal or None
+                faults[i] = refusal or None
         if late:
             warnings.warn(
                 f"{late} of {len(own)} reference solutions were not run within reference_seconds="
                 f"{self.reference_seconds:g}; raise it to prove all tests before training",
                 stacklevel=2,
             )
-        return found
+        return faults
 
     def _refused(self, row: RewardInput, solutions: Sequence[str], end: float) -> str | None:
         """Why the row's tests accept none of its solutions; empty if they do, None if the time is

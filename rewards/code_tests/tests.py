@@ -79,8 +79,8 @@ def _plan_of_cases(columns: Mapping[str, Any], answer: str) -> Plan:
     for value in [columns[key] for key in _CASE_COLUMNS if columns.get(key)] or (
         [answer] if answer else []
     ):
-        if found := cases_of(value):
-            cases += found
+        if given := cases_of(value):
+            cases += given
     if not cases:
         raise ValueError(
             f"the row has no tests: none of test_list, {', '.join(_CASE_COLUMNS)} nor the answer"
@@ -93,7 +93,7 @@ def _plan_of_cases(columns: Mapping[str, Any], answer: str) -> Plan:
 
 def _asserted(cases: Sequence[Case]) -> tuple[str, ...]:
     """Assertions for cases whose inputs are calls, as `add(2, 3)`; none for any other."""
-    found = []
+    asserted = []
     for case in cases:
         given = case.given.strip() if isinstance(case.given, str) and not case.name else ""
         if re.fullmatch(r"[A-Za-z_]\w*\(.*\)", given, re.DOTALL) is None:
@@ -105,8 +105,8 @@ def _asserted(cases: Sequence[Case]) -> tuple[str, ...]:
             expression(given)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return ()
-        found.append(f"assert {given} == {wanted}")
-    return tuple(found)
+        asserted.append(f"assert {given} == {wanted}")
+    return tuple(asserted)
 
 
 def _is_code(text: str) -> bool:

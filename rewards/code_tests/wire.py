@@ -112,10 +112,10 @@ class Table:
 
     def bodies(self) -> list[list[Any]]:
         """The contents of each object; the table grows while the objects in them are met."""
-        found: list[list[Any]] = []
-        while len(found) < len(self.objects):
-            found.append(self._body(self.objects[len(found)]))
-        return found
+        bodies: list[list[Any]] = []
+        while len(bodies) < len(self.objects):
+            bodies.append(self._body(self.objects[len(bodies)]))
+        return bodies
 
     def _body(self, value: Any) -> list[Any]:
         name = name_of(type(value))
@@ -392,7 +392,7 @@ class Side:
         names."""
         for name in kinds:
             module, _, attribute = name.rpartition(".")
-            found = getattr(sys.modules.get(module) if module else builtins, attribute, None)
-            if isinstance(found, type) and issubclass(found, BaseException):
-                return found
+            known = getattr(sys.modules.get(module) if module else builtins, attribute, None)
+            if isinstance(known, type) and issubclass(known, BaseException):
+                return known
         return Exception

@@ -297,12 +297,12 @@ class Atoms(Reader):
         while self.take() != "}":
             pass
         self.depth -= 1
-        found = tuple(Node(Kind.LIST, tuple(row)) for row in rows if row)
+        lists = tuple(Node(Kind.LIST, tuple(row)) for row in rows if row)
         if name.endswith("cases"):
-            if all(len(row.args) == 1 and row.args[0].kind is Kind.RELATION for row in found):
-                return Node(Kind.LIST, tuple(row.args[0] for row in found))
-            return Node(Kind.CASES, found)
-        return Node(Kind.MATRIX, found, name if name in ("vmatrix", "Vmatrix") else "matrix")
+            if all(len(row.args) == 1 and row.args[0].kind is Kind.RELATION for row in lists):
+                return Node(Kind.LIST, tuple(row.args[0] for row in lists))
+            return Node(Kind.CASES, lists)
+        return Node(Kind.MATRIX, lists, name if name in ("vmatrix", "Vmatrix") else "matrix")
 
     def case_condition(self) -> Node:
         """The rest of a row of cases: a relation, or words without `if`, `is` and the like."""

@@ -25,11 +25,11 @@ def compare(gold: Reference, answer: str, policy: Policy) -> Outcome:
     try:
         if gold.tree is None:
             return _same_text(gold.text, answer)
-        found = same(gold.tree, parse(answer), policy)
-        if found is Outcome.EQUAL or "." not in gold.text:  # the reference says what a comma is
-            return found
+        outcome = same(gold.tree, parse(answer), policy)
+        if outcome is Outcome.EQUAL or "." not in gold.text:  # the reference says what a comma is
+            return outcome
         pointed = with_points(answer)
-        return found if pointed is None else same(gold.tree, parse(pointed), policy)
+        return outcome if pointed is None else same(gold.tree, parse(pointed), policy)
     except (TooBig, TooDeep, RecursionError, MemoryError, OverflowError):
         return Outcome.TOO_BIG
     except Unreadable:

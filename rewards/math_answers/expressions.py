@@ -271,7 +271,7 @@ def _is_numeric(factors: list[Node]) -> bool:
 
 
 def _flat(factors: list[Node]) -> tuple[Node, ...]:
-    found: list[Node] = []
+    nodes: list[Node] = []
     for factor in factors:
-        found += factor.args if factor.kind is Kind.PRODUCT else (factor,)
-    return tuple(found)
+        nodes += factor.args if factor.kind is Kind.PRODUCT else (factor,)
+    return tuple(nodes)

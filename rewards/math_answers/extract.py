@@ -116,8 +116,8 @@ def extract(completion: str, opened: bool = False) -> Extracted:
     if ">" in text[-20:]:
         text = text[:-200] + _END_TOKENS.sub("", text[-200:])
     for rule in RULES:
-        if found := list(dict.fromkeys(rule.find(text))):
-            return Extracted(tuple(found[: MAX_ANSWERS + 1]), rule.name)
+        if answers := list(dict.fromkeys(rule.find(text))):
+            return Extracted(tuple(answers[: MAX_ANSWERS + 1]), rule.name)
         if rule is RULES[0]:
             text = _without_cut_off_box(text)
     return NOTHING
@@ -153,7 +153,7 @@ def boxes(text: str) -> list[str]:
         at = text.find("\\fbox")
     if at < 0:
         return []
-    found: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     stack: list[int] = []  # for each open brace: where its content starts if it is a box's, else -1
     for match in _BOX.finditer(text, at):
         token = match.group()
@@ -161,36 +161,36 @@ def boxes(text: str) -> list[str]:
             stack.append(-1)
         elif token == "}":
             if stack and (start := stack.pop()) >= 0:
-                while found and found[-1][0] > start:
-                    found.pop()
-                found.append((start, match.start()))
+                while spans and spans[-1][0] > start:
+                    spans.pop()
+                spans.append((start, match.start()))
         elif match["bare"]:
-            found.append(match.span("bare"))
+            spans.append(match.span("bare"))
         elif len(token) > 2:
             stack.append(match.end())
-    return [text[start:end] for start, end in found]
+    return [text[start:end] for start, end in spans]
 
 
 def _in_boxes(text: str) -> list[str]:
-    found: list[str] = []
+    contents: list[str] = []
     for box in dict.fromkeys(boxes(text)):
         if _CONTENT.search(_PHANTOM.sub("", box[:TAIL])):
-            found.append(_box_content(box))
-            if len(found) > MAX_ANSWERS:
-                return found
-    if not found:
+            contents.append(_box_content(box))
+            if len(contents) > MAX_ANSWERS:
+                return contents
+    if not contents:
         return []
     if "<" in text:
-        found += [tag for tag in _in_tag(text) if "\\boxed" not in tag]
+        contents += [tag for tag in _in_tag(text) if "\\boxed" not in tag]
     after = text[max(text.rfind("\\boxed"), text.rfind("\\fbox"), len(text) - TAIL) :]
     if _BOX_DENIED.match(after) is not None:
-        found.pop()
+        contents.pop()
     if "nswer" not in after and "NSWER" not in after and "答案" not in after:
-        return found
+        return contents
     stated = _after_marker(after[after.find("}") + 1 :])
-    if len(found) > 1 and stated and _FINAL.search(after) is not None:
+    if len(contents) > 1 and stated and _FINAL.search(after) is not None:
         return stated  # boxes around what was found on the way
-    return found + stated
+    return contents + stated
 
 
 def _box_content(box: str) -> str:
@@ -212,25 +212,25 @@ def _in_tag(text: str) -> list[str]:
     """The content of every `<answer>...</answer>`; of a sentence in it, what it states."""
     if "nswer>" not in text and "NSWER>" not in text:
         return []
-    start, found = -1, list[str]()
+    start, contents = -1, list[str]()
     for tag in _TAG.finditer(text):
         if not tag.group(1):
             start = tag.end()
         elif start >= 0:
             inner, start = text[start : tag.start()].strip(), -1
             if _CONTENT.search(inner[:TAIL]) and _PLACEHOLDER.fullmatch(inner) is None:
-                found.append(inner)
-                if len(found) > MAX_ANSWERS:
+                contents.append(inner)
+                if len(contents) > MAX_ANSWERS:
                     break
-    return [stated for inner in dict.fromkeys(found) for stated in _of_text(inner)]
+    return [stated for inner in dict.fromkeys(contents) for stated in _of_text(inner)]
 
 
 def _of_text(text: str) -> list[str]:
     """The answer that a text without a box states."""
     text = text[:20_000].strip() if len(text) <= 20_000 else text.rstrip()[-TAIL:]
     for rule in RULES[2:]:
-        if found := rule.find(text):
-            return found
+        if answers := rule.find(text):
+            return answers
     return []
 
 
@@ -250,9 +250,9 @@ def _in_last_line(text: str) -> list[str]:
 
 def _in_json(text: str) -> list[str]:
     """The value of the last `"answer": ...`."""
-    if '"' not in text[-TAIL:] or not (found := _JSON.findall(text[-TAIL:])):
+    if '"' not in text[-TAIL:] or not (values := _JSON.findall(text[-TAIL:])):
         return []
-    return _of_text(next(value for value in found[-1] if value)) if any(found[-1]) else []
+    return _of_text(next(value for value in values[-1] if value)) if any(values[-1]) else []
 
 
 def _after_marker(text: str) -> list[str]:

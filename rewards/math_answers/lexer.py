@@ -221,11 +221,11 @@ def _styled(style: str, content: str, spaced: bool) -> list[Token]:
     bare = re.sub(r"^(?:,\s*)?(and|or)\b", r"\1", inner)
     parts = re.split(r"^(?:and|or)\b|\b(?:and|or)$|^[，,、]|[，,、]$", bare)
     if len(parts) > 1:
-        found: list[Token] = []
+        styled: list[Token] = []
         for part in parts:
-            found += [Token("text", part.strip(), spaced)] if part.strip() else []
-            found.append(Token("join", ",", spaced))
-        return found[:-1]
+            styled += [Token("text", part.strip(), spaced)] if part.strip() else []
+            styled.append(Token("join", ",", spaced))
+        return styled[:-1]
     return [Token("text", inner, spaced)] if not re.match(r"[\d.]", inner) else _scan(inner)
 
 

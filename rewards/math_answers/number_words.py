@@ -88,8 +88,8 @@ def in_digits(sentence: str) -> str:
         before = sentence[max(0, match.start() - 12) : match.start()]
         groups = match.groupdict()
         part = groups.get("part") or groups.get("half") or groups.get("bottom")
-        found = _value(match) if part or _STATING.search(before) is not None else None
-        return match.group() if found is None else found
+        value = _value(match) if part or _STATING.search(before) is not None else None
+        return match.group() if value is None else value
 
     pattern = _ENGLISH if sentence.isascii() else _CHINESE
     return pattern.sub(written, sentence)

@@ -134,11 +134,11 @@ def _parse_tokens(tokens: list[Token]) -> Node:
 
 
 def _spelled(tokens: list[Token]) -> tuple[str, ...]:
-    found = [t.text.casefold() if t.kind == "text" else t.text for t in tokens]
-    for at in range(len(found) - 3):  # the braces of one token after ^ and _ say nothing
-        if found[at] in ("^", "_") and found[at + 1] == "{" and found[at + 3] == "}":
-            found[at + 1] = found[at + 3] = ""
-    return tuple(text for text in found if text)
+    texts = [t.text.casefold() if t.kind == "text" else t.text for t in tokens]
+    for at in range(len(texts) - 3):  # the braces of one token after ^ and _ say nothing
+        if texts[at] in ("^", "_") and texts[at + 1] == "{" and texts[at + 3] == "}":
+            texts[at + 1] = texts[at + 3] = ""
+    return tuple(text for text in texts if text)
 
 
 def _words(tokens: list[Token]) -> Node | None:
@@ -159,8 +159,8 @@ def _words(tokens: list[Token]) -> Node | None:
             items += [[words] for words in more]
     if len(items) == 1 and (digits := read_number(" ".join(items[0]))) is not None:
         return parse(digits)
-    found = tuple(Node(Kind.TEXT, (), " ".join(words)) for words in items if words)
-    return found[0] if len(found) == 1 else Node(Kind.LIST, found)
+    nodes = tuple(Node(Kind.TEXT, (), " ".join(words)) for words in items if words)
+    return nodes[0] if len(nodes) == 1 else Node(Kind.LIST, nodes)
 
 
 def _read_choice(text: str) -> Node | None:
@@ -192,17 +192,17 @@ class _Parser(Terms):
         return _parse_tokens(tokens)
 
     def items(self) -> Node:
-        found, both = [self.item()], False
+        items, both = [self.item()], False
         while self.peek() in (",", ";") and self.kind() != "text":
             while self.peek() in (",", ";") and self.kind() != "text":
                 both |= self.kind() == "both"
                 self.at += 1
             if not self.peek() or self.peek() in (")", "]", "}", r"\}", r"\rangle", "|"):
                 break
-            found.append(self.item())
-        if len(found) == 1:
-            return found[0]
-        return Node(Kind.LIST, tuple(found), "and" if both else None)
+            items.append(self.item())
+        if len(items) == 1:
+            return items[0]
+        return Node(Kind.LIST, tuple(items), "and" if both else None)
 
     def item(self) -> Node:
         self.enter()
@@ -278,21 +278,21 @@ class _Parser(Terms):
         return Node(Kind.RELATION, tuple(sides), tuple(signs)) if signs else sides[0]
 
     def ratio(self) -> Node:
-        found = [self.union()]
+        parts = [self.union()]
         while self.bars == 0 and self.peek() == ":" and self.kind() == "sign":
             self.at += 1
-            found.append(self.union())
-        return found[0] if len(found) == 1 else Node(Kind.RATIO, tuple(found))
+            parts.append(self.union())
+        return parts[0] if len(parts) == 1 else Node(Kind.RATIO, tuple(parts))
 
     def union(self) -> Node:
-        found, signs = [self.sum()], set()
+        parts, signs = [self.sum()], set()
         while (sign := self.peek()) in (r"\cup", r"\cap", r"\setminus"):
             self.at += 1
             signs.add({r"\cup": "union", r"\cap": "intersection", r"\setminus": "without"}[sign])
-            found.append(self.sum())
+            parts.append(self.sum())
         if len(signs) > 1:
             raise Unreadable("unions and intersections side by side")
-        return found[0] if len(found) == 1 else Node(Kind.UNION, tuple(found), signs.pop())
+        return parts[0] if len(parts) == 1 else Node(Kind.UNION, tuple(parts), signs.pop())
 
 
 _LEAD = words(

@@ -112,16 +112,16 @@ _LISTED_WITH = re.compile(r"\s[A-Za-z\s']{0,40}(?:,|,?\sand)\s(?:\$\s)?\Z|\sto\s
 def last_statement(text: str) -> list[str]:
     """The statement of the last sentence with a number, a formula or a choice."""
     text = tail(text)
-    found = sentences(_LISTED.sub("", text))
-    last = found[-1] if found else ""
+    parts = sentences(_LISTED.sub("", text))
+    last = parts[-1] if parts else ""
     if last.endswith(("?", "？")) or (_is_denied(_NEGATED.sub("", last)) and not choices(last)):
         return []
     if (nothing := _NO_SOLUTION.search(last)) is not None:
         return [nothing.group(1)]
     if last and re.search(r"\d|\$|\\", last) is None:
-        found[-1] = last = in_digits(last)
-    for sentence in reversed(found):
-        if sentence is found[-1] and _UNFINISHED.search(sentence):
+        parts[-1] = last = in_digits(last)
+    for sentence in reversed(parts):
+        if sentence is parts[-1] and _UNFINISHED.search(sentence):
             return []  # the text was cut off
         if sentence.endswith(("?", "？")):
             return []  # what the problem asks, without an answer behind it
@@ -153,8 +153,8 @@ def announced(rest: str) -> tuple[str, int]:
     body = rest[start : start + 1500]
     if not body:
         return "", 0
-    found = sentences(body)
-    sentence = found[0] if found else ""
+    stated = sentences(body)
+    sentence = stated[0] if stated else ""
     end = start + body.find(sentence) + len(sentence)
     named = unbold(_REASON.split(sentence, maxsplit=1)[0])
     if (choice := _CHOICE.match(named)) is not None:
@@ -261,12 +261,12 @@ def _of_numbers(plain: str, numbers: list[re.Match[str]]) -> str:
     return prefix + _amount(chosen) + ("" if prefix else _unit_after(plain, chosen.end()))
 
 
-def _of_range(found: re.Match[str], sentence: str) -> str:
+def _of_range(match: re.Match[str], sentence: str) -> str:
     """`3 to 5 days` is neither 3 nor 5; `the ratio is 3 to 5` is 3:5."""
-    if found["low"]:
-        return f"({found['low']}, {found['high']})"
+    if match["low"]:
+        return f"({match['low']}, {match['high']})"
     is_ratio = re.search(r"\bratio\b", sentence, re.IGNORECASE) is not None
-    return re.sub(r"\sto\s", ":", found.group()) if is_ratio else found.group()
+    return re.sub(r"\sto\s", ":", match.group()) if is_ratio else match.group()
 
 
 def _object(plain: str, numbers: list[re.Match[str]]) -> re.Match[str]:
@@ -346,5 +346,5 @@ def _near_hedge(text: str, start: int, end: int) -> str | None:
     before, after = text[max(0, start - 40) : start], text[end : end + 40]
     if _OR_BEFORE.search(before) is None and _OR_AFTER.match(after) is None:
         return None
-    found = NUMBER.findall(before[-20:] + text[start:end] + after[:20])
-    return " or ".join(found)
+    numbers = NUMBER.findall(before[-20:] + text[start:end] + after[:20])
+    return " or ".join(numbers)

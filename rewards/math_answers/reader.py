@@ -56,9 +56,9 @@ class Reader(ABC):
 
     def skip(self, *texts: str) -> bool:
         """Whether the next token is one of these, which is then taken."""
-        found = self.kind() not in ("text", "") and self.peek() in texts
-        self.at += found
-        return found
+        skipped = self.kind() not in ("text", "") and self.peek() in texts
+        self.at += skipped
+        return skipped
 
     def enter(self) -> None:
         self.depth += 1
@@ -112,19 +112,19 @@ class Reader(ABC):
 
     def digits(self) -> str:
         if self.skip("{"):
-            found = self.take()
+            token = self.take()
             self.take("}")
-            return found
-        found = self.take()
-        if len(found) > 1 and found.isdigit():
+            return token
+        token = self.take()
+        if len(token) > 1 and token.isdigit():
             self.at -= 1
             self.tokens = [
                 *self.tokens[: self.at],
-                Token("number", found[1:]),
+                Token("number", token[1:]),
                 *self.tokens[self.at + 1 :],
             ]
-            return found[0]
-        return found
+            return token[0]
+        return token
 
     def based(self, text: str) -> Node:
         self.take("_")

@@ -83,11 +83,11 @@ class MathReward(Reward):
         graded = [(row, *self._graded(row)) for row in batch]
         pairs = [(row.answer, answer) for row, _, open_ in graded for answer in open_]
         answers = self._compare_by_algebra(pairs) if pairs else {}
-        found = []
+        verdicts = []
         for row, verdict, open_ in graded:
             own = [answers[row.answer, answer] for answer in open_]
-            found.append(_algebraic_verdict(own, verdict.seconds) if own else verdict)
-        return found
+            verdicts.append(_algebraic_verdict(own, verdict.seconds) if own else verdict)
+        return verdicts
 
     def _graded(self, row: RewardInput) -> tuple[Verdict, tuple[str, ...]]:
         """The verdict, and the answers that only algebra can decide. No answer raises."""
@@ -156,7 +156,7 @@ class MathReward(Reward):
             if decided in outcomes:
                 return _Decision(decided)
         decided_texts = zip(candidates, outcomes, strict=True)
-        unknown = tuple(text for text, found in decided_texts if found is Outcome.UNKNOWN)
+        unknown = tuple(text for text, outcome in decided_texts if outcome is Outcome.UNKNOWN)
         if not unknown:
             return _Decision(Outcome.EQUAL)
         if not all(needs_algebra(reference, answer, policy) for answer in unknown):
@@ -168,12 +168,12 @@ class MathReward(Reward):
         new = [pair for pair in dict.fromkeys(pairs) if pair not in known]
         trees = [(self._reference(gold).tree, parse(answer)) for gold, answer in new]
         tasks = [{"gold": scalar(gold), "answer": scalar(answer)} for gold, answer in trees]
-        found = dict(zip(new, self._pool.run(tasks, self.timeout), strict=True))
+        answers = dict(zip(new, self._pool.run(tasks, self.timeout), strict=True))
         if len(self._algebra) > _CACHE:
             self._algebra.clear()
         lost = (Ended.LOST, Ended.RAISED)
-        self._algebra.update({p: a for p, a in found.items() if a.ended not in lost})
-        return known | found
+        self._algebra.update({p: a for p, a in answers.items() if a.ended not in lost})
+        return known | answers
 
 
 def needs_algebra(reference: Reference, answer: str, policy: Policy) -> bool:

@@ -59,8 +59,8 @@ def same(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Ou
         return Outcome.EQUAL if gold == answer else Outcome.UNKNOWN
     gold, ours = without_declarations(gold)
     answer, theirs = without_declarations(answer)
-    if (found := same_conditions(gold, ours, theirs)) is not Outcome.EQUAL:
-        return found
+    if (outcome := same_conditions(gold, ours, theirs)) is not Outcome.EQUAL:
+        return outcome
     gold, answer = with_same_argument(gold, answer)
     answer = with_same_parameter(gold, answer, (*ours, *theirs))
     if variables(gold) != variables(answer):
@@ -80,10 +80,10 @@ def same(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Ou
         return _same_equations(gold, answer, left, right)
     if names_differ(left.name, right.name):
         return Outcome.DIFFERENT
-    found = _same_bodies(left.body, right.body, policy, computed)
-    if found is Outcome.DIFFERENT and is_plain(gold) and _is_rounded(answer):
+    outcome = _same_bodies(left.body, right.body, policy, computed)
+    if outcome is Outcome.DIFFERENT and is_plain(gold) and _is_rounded(answer):
         return _same_bodies(left.body, answer.args[-1], policy, computed)
-    return found
+    return outcome
 
 
 def _is_rounded(node: Node) -> bool:
@@ -133,8 +133,8 @@ def _same_bodies(gold: Node, answer: Node, policy: Policy, computed: bool = Fals
         items = (gold if gold.kind is Kind.LIST else answer).args
         if all(i.kind is Kind.RELATION and as_interval(i).kind is Kind.GROUP for i in items):
             return Outcome.DIFFERENT  # a > 1, b > 4 are about two things
-    if Kind.RUN in kinds and (found := same_letters(gold, answer)) is not None:
-        return found
+    if Kind.RUN in kinds and (letters := same_letters(gold, answer)) is not None:
+        return letters
     if Kind.MODULO in kinds:
         return _same_congruence(gold, answer, policy) if len(kinds) == 1 else Outcome.DIFFERENT
     if Kind.RELATION in kinds:
@@ -238,11 +238,11 @@ def _side_by_side(gold: Sequence[Node], answers: Sequence[Node], policy: Policy)
     """Items in order; dots stand for dots."""
     if len(gold) != len(answers):
         return Outcome.DIFFERENT
-    found = []
+    outcomes = []
     for a, b in zip(gold, answers, strict=True):
         dots = Kind.DOTS in (a.kind, b.kind)
-        found.append(outcome(a.kind is b.kind) if dots else same(a, b, policy))
-    return all_of(found)
+        outcomes.append(outcome(a.kind is b.kind) if dots else same(a, b, policy))
+    return all_of(outcomes)
 
 
 def _same_collection(gold: Node, answer: Node, policy: Policy) -> Outcome:
@@ -325,12 +325,12 @@ def _same_ordered(gold: Node, answer: Node, policy: Policy) -> Outcome:
 
 def _same_ratio(gold: Node, answer: Node) -> Outcome:
     """4:6 is 2:3."""
-    found = []
+    outcomes = []
     for a, b in zip(gold.args[1:], answer.args[1:], strict=True):
         ours = Node(Kind.QUOTIENT, (a, gold.args[0]))
         theirs = Node(Kind.QUOTIENT, (b, answer.args[0]))
-        found.append(same_value(ours, theirs, None))
-    return all_of(found)
+        outcomes.append(same_value(ours, theirs, None))
+    return all_of(outcomes)
 
 
 def _label(node: Node) -> Node | None:
@@ -383,13 +383,13 @@ def _same_relation(gold: Node, answer: Node, policy: Policy) -> Outcome:
     if gold.data != answer.data or len(gold.args) != len(answer.args):
         return Outcome.DIFFERENT
     free = replace(policy, unsimplified="accept")
-    found = _side_by_side(gold.args, answer.args, free)
-    if found is not Outcome.EQUAL and gold.data in _SYMMETRIC:
+    outcome = _side_by_side(gold.args, answer.args, free)
+    if outcome is not Outcome.EQUAL and gold.data in _SYMMETRIC:
         turned = _side_by_side(gold.args, answer.args[::-1], free)
-        found = turned if turned is Outcome.EQUAL else found
-    if found is not Outcome.EQUAL and gold.data in (("<",), ("<=",), ("!=",), ("=",)):
+        outcome = turned if turned is Outcome.EQUAL else outcome
+    if outcome is not Outcome.EQUAL and gold.data in (("<",), ("<=",), ("!=",), ("=",)):
         return proportional(gold, answer, gold.data not in (("!=",), ("=",)))
-    return found
+    return outcome
 
 
 def _turned(node: Node) -> Node:

@@ -105,12 +105,12 @@ def _same_amount(ours: Amount, theirs: Amount, policy: Policy) -> Outcome:
         return same_value(ours.core, theirs.core, policy)
     if a is not None and b is not None and not same_count(a, b):
         return Outcome.DIFFERENT
-    found = []
+    outcomes = []
     if policy.percent == "either" or PERCENT not in (a, b):
-        found.append(same_value(ours.core, theirs.core, policy))
+        outcomes.append(same_value(ours.core, theirs.core, policy))
     if a != b and {a, b} & {PERCENT, DEGREE}:  # 10% is 1/10 as well as 10, 180 degrees are pi
-        found.append(same_value(_scaled(ours), _scaled(theirs), policy))
-    return Outcome.EQUAL if Outcome.EQUAL in found else found[0]
+        outcomes.append(same_value(_scaled(ours), _scaled(theirs), policy))
+    return Outcome.EQUAL if Outcome.EQUAL in outcomes else outcomes[0]
 
 
 def _scaled(side: Amount) -> Node:

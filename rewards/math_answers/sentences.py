@@ -77,7 +77,7 @@ def sentences(text: str) -> list[str]:
     """The sentences in order; a formula is never cut, a display formula belongs to the sentence
     before."""
     spans = [m.span() for m in FORMULA.finditer(text)]
-    found, start, at = list[str](), 0, 0
+    parts, start, at = list[str](), 0, 0
     for end in sorted(m.span() for pattern in (_SENTENCE, _LINES) for m in pattern.finditer(text)):
         while at < len(spans) and spans[at][1] <= end[0]:
             at += 1
@@ -87,11 +87,11 @@ def sentences(text: str) -> list[str]:
         if text[end[0]] == "\n" and _DISPLAY.match(text, end[1]) is not None:
             continue  # `The result is` and a display formula below it
         if piece:
-            found.append(piece)
+            parts.append(piece)
         start = end[1]
     if text[start:].strip():
-        found.append(text[start:].strip())
-    return found
+        parts.append(text[start:].strip())
+    return parts
 
 
 def unbold(text: str) -> str:

@@ -56,9 +56,9 @@ def whole_set(node: Node) -> Node:
                 return node
             element = element.args[0]
         if element.kind is Kind.NAME:
-            found = as_interval(condition)
-            if found.kind in (Kind.GROUP, Kind.UNION) and variables(condition) == {element.data}:
-                return found
+            interval = as_interval(condition)
+            if interval.kind in (Kind.GROUP, Kind.UNION) and variables(condition) == {element.data}:
+                return interval
     if node == Node(Kind.NAME, (), "mathbb R") or (
         node.kind is Kind.TEXT and str(node.data).lower() in _ALL_REALS
     ):
@@ -170,12 +170,12 @@ def items_of(node: Node) -> list[Node] | None:
         node.kind is Kind.UNION and node.data == "union"
     ):
         return expanded(node)
-    found: list[Node] = []
+    items: list[Node] = []
     for item in node.args:
         nested = item.kind is Kind.SET and node.kind is Kind.UNION
         inner = items_of(item) if nested or _has_sign(item) else None
-        found += [item] if inner is None else inner
-    return found
+        items += [item] if inner is None else inner
+    return items
 
 
 NO_SOLUTION = (["no", "solution"], ["no", "real", "solution"], ["无解"])

@@ -146,10 +146,10 @@ def spell(text: str) -> str:
     text = re.sub(r"\\\$(?=\s*[-\d.])", "¤", text)
     text = re.sub(r"\$\s*([-\d.,]+)\s*$", r"¤\1", text) if text.count("$") == 1 else text
     text = text.replace("$", " ").replace("¤", "$")
-    while (found := _WRAPPER.match(text)) is not None and closing(text, found.end()) == len(
+    while (wrapper := _WRAPPER.match(text)) is not None and closing(text, wrapper.end()) == len(
         text.rstrip()
     ) - 1:
-        text = text.rstrip()[found.end() : -1]
+        text = text.rstrip()[wrapper.end() : -1]
     text = _GROUPED.sub(_plain_number, text)
     text = _BRACED_COMMA.sub(".", text)
     if "," in text and _SEPARATING.search(text) is None:
@@ -161,12 +161,12 @@ def spell(text: str) -> str:
 
 
 def _plain_number(match: re.Match[str]) -> str:
-    found = match.group()
-    if re.fullmatch(r"[\d.]+,\d+", found):
-        return found.replace(".", "").replace(",", ".")
-    if re.fullmatch(r"\d{1,3}(?:\.\d{3}){2,}", found):
-        return found.replace(".", "")
-    return re.sub(r"\{\s?,\s?\}|\\[!, ]|[,' ~]", "", found)
+    number = match.group()
+    if re.fullmatch(r"[\d.]+,\d+", number):
+        return number.replace(".", "").replace(",", ".")
+    if re.fullmatch(r"\d{1,3}(?:\.\d{3}){2,}", number):
+        return number.replace(".", "")
+    return re.sub(r"\{\s?,\s?\}|\\[!, ]|[,' ~]", "", number)
 
 
 def with_points(text: str) -> str | None:

@@ -263,9 +263,9 @@ def agree(a: Node, b: Node) -> bool | None:
     told."""
     try:
         ours, theirs = amount(a), amount(b)
-        found = same_value(ours.core, theirs.core, Policy())
-        if found is Outcome.DIFFERENT and ours.unit != theirs.unit:
-            found = same_scalar(a, b, Policy(unsimplified="accept"))
+        outcome = same_value(ours.core, theirs.core, Policy())
+        if outcome is Outcome.DIFFERENT and ours.unit != theirs.unit:
+            outcome = same_scalar(a, b, Policy(unsimplified="accept"))
     except Undefined:
         return None
-    return None if found is Outcome.UNKNOWN else found is Outcome.EQUAL
+    return None if outcome is Outcome.UNKNOWN else outcome is Outcome.EQUAL

@@ -110,10 +110,10 @@ def exact(node: Node) -> Fraction | None:
     if variables(node):
         return None
     try:
-        found = _Evaluator({}, Reading(), _fast, False, 0).value(node)
+        value = _Evaluator({}, Reading(), _fast, False, 0).value(node)
     except Undefined:
         return None
-    return found if isinstance(found, Fraction) else None
+    return value if isinstance(value, Fraction) else None
 
 
 class _Evaluator:

@@ -69,12 +69,12 @@ def import_function(target: str) -> Function:
     except (Exception, SystemExit) as error:  # a user's module may do anything when it is imported
         raise ValueError(f"{place} cannot be imported: {describe(error)}") from error
     try:
-        found: Any = functools.reduce(getattr, name.split("."), module)
+        loaded: Any = functools.reduce(getattr, name.split("."), module)
     except AttributeError:
-        found = None
-    if not callable(found):
+        loaded = None
+    if not callable(loaded):
         raise ValueError(f"{place} has no function {name!r}{_offered(module)}")
-    function: Function = found
+    function: Function = loaded
     return function
 
 

@@ -38,9 +38,9 @@ def result(value: Any, extras: Mapping[str, Any] | None = None) -> dict[str, Any
         return {"none": True, "parts": parts}
     if (score := number(value)) is None:
         return {"error": f"returned {short(value)}, which is no finite number"}
-    found = {"score": score, "parts": parts, "message": ", ".join(texts)}
+    plain = {"score": score, "parts": parts, "message": ", ".join(texts)}
     right = next((parts[name] >= 1 for name in _RIGHT if name in parts), None)
-    return found if right is None else found | {"right": right}
+    return plain if right is None else plain | {"right": right}
 
 
 def batch_results(
@@ -78,10 +78,10 @@ def number(value: Any) -> float | None:
     if isinstance(value, (str, bytes)) or value is None:
         return None
     try:
-        found = float(value.item() if hasattr(value, "item") else value)
+        plain = float(value.item() if hasattr(value, "item") else value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         return None
-    return found if math.isfinite(found) else None
+    return plain if math.isfinite(plain) else None
 
 
 def short(value: Any) -> str:
@@ -109,7 +109,7 @@ def _of_verdict(verdict: Verdict, extras: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sorted_out(given: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
     """Numbers, which are logged, and texts, which a person may read. Anything else is left out."""
-    parts = {name: found for name, value in given.items() if (found := number(value)) is not None}
+    parts = {name: plain for name, value in given.items() if (plain := number(value)) is not None}
     texts = [
         f"{name}: {value[:_LONGEST]}"
         for name, value in given.items()

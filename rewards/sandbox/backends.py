@@ -139,7 +139,7 @@ class ForkServer:
     def _run_processes(self) -> set[int]:
         """The processes of the run: those below the fork server that have no children."""
         below = set(descendants(self._process.pid))
-        parents = {int(found[1]) for pid in below if (found := stat_of(pid)) is not None}
+        parents = {int(stat[1]) for pid in below if (stat := stat_of(pid)) is not None}
         return below - parents
 
     def finish(self, limits: Limits, patience: float | None = None) -> Run:
@@ -234,8 +234,8 @@ def _end_session(leader: int) -> None:
         left = [
             int(entry.name)
             for entry in Path("/proc").iterdir()
-            if entry.name.isdigit() and (found := stat_of(int(entry.name))) is not None
-            if int(found[3]) == leader and found[0] not in "ZX"
+            if entry.name.isdigit() and (stat := stat_of(int(entry.name))) is not None
+            if int(stat[3]) == leader and stat[0] not in "ZX"
         ]
         if not left:
             return

@@ -185,11 +185,11 @@ _HOME |= dict.fromkeys(_MODULES.split(), "")
 
 
 def _names(code: types.CodeType) -> set[str]:
-    found = set(code.co_names)
+    names = set(code.co_names)
     for constant in code.co_consts:
         if type(constant) is types.CodeType:
-            found |= _names(constant)
-    return found
+            names |= _names(constant)
+    return names
 
 
 def _compiled(text: str, name: str, namespace: dict[str, Any], usual: bool) -> types.CodeType:
@@ -201,8 +201,8 @@ def _compiled(text: str, name: str, namespace: dict[str, Any], usual: bool) -> t
         for word in _names(code) & _HOME.keys():
             if word not in namespace:
                 module = _HOME[word] or word
-                found = __import__(module)
-                namespace[word] = getattr(found, word) if _HOME[word] else found
+                loaded = __import__(module)
+                namespace[word] = getattr(loaded, word) if _HOME[word] else loaded
         sys.setrecursionlimit(50_000)
     return code
 

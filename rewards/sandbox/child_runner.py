@@ -119,9 +119,9 @@ class ChildRunner:
 
     def _filter(self, program: bytes) -> _Filter:
         buffer = ctypes.create_string_buffer(program, len(program))
-        found = _Filter(len(program) // 8, ctypes.addressof(buffer))
-        found.buffer = buffer  # keeps it alive
-        return found
+        filter = _Filter(len(program) // 8, ctypes.addressof(buffer))
+        filter.buffer = buffer  # keeps it alive
+        return filter
 
     def _for_all(self) -> None:
         """The state that every child inherits."""

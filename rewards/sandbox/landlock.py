@@ -49,11 +49,11 @@ def _checked(result: int, what: str) -> int:
 def version() -> int:
     """Landlock's version in this kernel. Raises OSError if it has none, or if it is switched
     off."""
-    found: int = _libc.syscall(
+    version: int = _libc.syscall(
         _CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(_ASK_VERSION)
     )
     return _checked(
-        found, "landlock_create_ruleset (Linux 5.13 with landlock among its security modules)"
+        version, "landlock_create_ruleset (Linux 5.13 with landlock among its security modules)"
     )
 
 
@@ -71,10 +71,10 @@ def ruleset(readable: list[str], writable: list[str]) -> int:
     files, tcp, scopes = handled(abi)
     words = (files, tcp, scopes)[: 1 if abi < 4 else 2 if abi < 6 else 3]
     attributes = struct.pack(f"<{len(words)}Q", *words)
-    found: int = _libc.syscall(
+    descriptor: int = _libc.syscall(
         _CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint32(0)
     )
-    ruleset = _checked(found, "landlock_create_ruleset")
+    ruleset = _checked(descriptor, "landlock_create_ruleset")
     for path in readable:
         _allow(ruleset, path, files & (EXECUTE | READ_FILE | READ_DIR))
     for path in writable:
@@ -109,7 +109,7 @@ def readable_below(path: str, masks: list[str]) -> list[str]:
         return []
     if not any(mask.startswith(path + "/") for mask in masks):
         return [path]
-    found: list[str] = []
+    readable: list[str] = []
     for entry in sorted(os.listdir(path)):
-        found += readable_below(f"{path}/{entry}", masks)
-    return found
+        readable += readable_below(f"{path}/{entry}", masks)
+    return readable

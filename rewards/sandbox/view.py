@@ -114,9 +114,9 @@ def _package_entries(names: Sequence[str]) -> Iterator[tuple[str, str]]:
             continue
         entries |= dict.fromkeys(_files(distribution, owners))
         for requirement in distribution.requires or ():
-            found = re.match(r"[\w.-]+", requirement)
-            if found and "extra ==" not in requirement.partition(";")[2]:
-                waiting.append(found[0])
+            match = re.match(r"[\w.-]+", requirement)
+            if match and "extra ==" not in requirement.partition(";")[2]:
+                waiting.append(match[0])
     for name in names:  # one that was not installed, or only linked to its source
         spec = importlib.util.find_spec(name)
         places = spec and (spec.submodule_search_locations or [str(spec.origin)])

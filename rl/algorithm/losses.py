@@ -348,10 +348,10 @@ def _kl_to_reference(kl: KLConfig, chunk: _Chunk) -> TokenTerms:
     batch = chunk.batch
     assert batch.reference_logp is not None
     old_logp = batch.old_logp if kl.unbiased else None
-    found = kl_penalty(
+    estimate = kl_penalty(
         chunk.logp, batch.reference_logp, kl.estimator, old_logp=old_logp, bound=kl.bound
     )
-    penalty = weighted(found, chunk.weights)
+    penalty = weighted(estimate, chunk.weights)
     return TokenTerms(
         loss=kl.coef * penalty.loss,
         dlogp=kl.coef * penalty.dlogp,

@@ -144,7 +144,7 @@ def mismatch_metrics(
     log_ppl, their_log_ppl = (-np.bincount(ids, weights=row) / counts for row in (ours, theirs))
     difference = log_ppl - their_log_ppl
     total = _bounded(np.bincount(ids, weights=gap))
-    found = {
+    metrics = {
         "kl": -gap.mean(),
         "k3_kl": (np.expm1(_bounded(gap)) - gap).mean(),
         "training_ppl": np.exp(np.minimum(log_ppl, LOG_RATIO_LIMIT)).mean(),
@@ -168,7 +168,7 @@ def mismatch_metrics(
     }
     if min(p.std() for p in probabilities) > 0:
         shown["rollout_actor_probs_pearson_corr"] = np.corrcoef(*probabilities)[0, 1]
-    return {f"rollout_corr/{name}": float(value) for name, value in found.items()} | {
+    return {f"rollout_corr/{name}": float(value) for name, value in metrics.items()} | {
         f"training/{name}": float(value) for name, value in shown.items()
     }
 
@@ -217,7 +217,7 @@ def weight_metrics(
         before = np.exp(_bounded(pooled(log_w, mask, sequence_ids, how)[mask][first]))
         largest, smallest = before.max(), before.min()
     squares = float((used**2).mean())
-    found = {
+    metrics = {
         "rollout_is_mean": used.mean(),
         "rollout_is_std": used.std(),
         "rollout_is_max": largest,
@@ -226,7 +226,7 @@ def weight_metrics(
         "rollout_is_ratio_fraction_high": (before > config.high).mean(),
         "rollout_is_ratio_fraction_low": (before < low).mean(),
     }
-    return {f"rollout_corr/{name}": float(value) for name, value in found.items()}
+    return {f"rollout_corr/{name}": float(value) for name, value in metrics.items()}
 
 
 def rejection_metrics(

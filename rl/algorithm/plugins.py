@@ -108,13 +108,13 @@ def _load_advantage(kind: str, options: str) -> AdvantageFunction:
         given = function([s.copy() for s in scores], **keywords)
         shapes = [np.shape(s) for s in scores]
         if not isinstance(given, list | tuple) or [np.shape(a) for a in given] != shapes:
-            found = (
+            got = (
                 [np.shape(a) for a in given]
                 if isinstance(given, list | tuple)
                 else type(given).__name__
             )
             raise ValueError(
-                f"advantage.kind={kind!r} returned {found} for groups of {shapes}; return a list of"
+                f"advantage.kind={kind!r} returned {got} for groups of {shapes}; return a list of"
                 " these shapes"
             )
         advantages = [

@@ -28,8 +28,12 @@ class Settings(BaseModel):
         kind = cls.model_fields[info.field_name].annotation
         if isinstance(value, bool) and {"on", "off"} <= _words(kind):
             return "on" if value else "off"
-        if not _takes(kind, bool) and not _takes(kind, BaseModel) and (found := _booleans(value)):
-            word = "yes and on as true" if found[0] else "no and off as false"
+        if (
+            not _takes(kind, bool)
+            and not _takes(kind, BaseModel)
+            and (booleans := _booleans(value))
+        ):
+            word = "yes and on as true" if booleans[0] else "no and off as false"
             number = _takes(kind, int) or _takes(kind, float)
             fix = "write a number" if number else "put the word in quotes"
             raise ValueError(f"a boolean does not go here (YAML reads {word}); {fix}")
@@ -56,7 +60,7 @@ def _booleans(value: Any) -> list[bool]:
     if isinstance(value, bool):
         return [value]
     if isinstance(value, list | tuple):
-        return [found for part in value for found in _booleans(part)]
+        return [boolean for part in value for boolean in _booleans(part)]
     if isinstance(value, Mapping):
         return [part for part in value.values() if isinstance(part, bool)]
     return []

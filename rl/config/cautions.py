@@ -216,66 +216,66 @@ def _masks(config: Experiment) -> None:
 
 def cautions(config: Experiment) -> list[str]:
     """A line for each setting that trains less, or something else, than one may think."""
-    found = [*_cautions_of_schedule(config), *_cautions_of_algorithm(config)]
+    lines = [*_cautions_of_schedule(config), *_cautions_of_algorithm(config)]
     sft = config.sft
     known = sft.epochs is None
     if "sft" in config.stages and known and sft.warmup_steps >= sft.steps:
-        found.append(
+        lines.append(
             f"sft.warmup_steps={sft.warmup_steps} is the whole of sft.steps={sft.steps}: the"
             " learning rate never reaches sft.lr"
         )
-    return found
+    return lines
 
 
 def _cautions_of_schedule(config: Experiment) -> list[str]:
     if not trains_rl(config):
         return []
-    schedule, optim, found = config.schedule, config.optim, []
+    schedule, optim, lines = config.schedule, config.optim, []
     warmup = config.critic.warmup if config.advantage.needs_critic else 0
     known = schedule.passes is None
     if known and 2 * warmup > schedule.steps:
-        found.append(
+        lines.append(
             f"critic.warmup={warmup} leaves the policy {schedule.steps - warmup} of"
             f" schedule.steps={schedule.steps} to train"
         )
     updates = config.updates - warmup * schedule.minibatches * schedule.epochs
     if known and updates <= optim.warmup_steps:
-        found.append(
+        lines.append(
             f"optim.warmup_steps={optim.warmup_steps} is the whole of the {updates} updates: the"
             " learning rate never reaches optim.lr"
             + (", and the only update has the rate 0" if updates == 1 else "")
         )
     if optim.lr < 1e-10:
-        found.append(f"optim.lr={optim.lr:g} is too small to move a float32 weight")
+        lines.append(f"optim.lr={optim.lr:g} is too small to move a float32 weight")
     if schedule.minibatches > schedule.prompts_per_step:
-        found.append(
+        lines.append(
             f"schedule.minibatches={schedule.minibatches} is more than"
             f" schedule.prompts_per_step={schedule.prompts_per_step}: a part holds whole groups, so"
             " there will be fewer updates"
         )
     stale = schedule.max_staleness
     if stale and config.offpolicy.old_logp == "recompute" and config.offpolicy.weight == "none":
-        found.append(
+        lines.append(
             f"schedule.max_staleness={stale} with offpolicy.old_logp=recompute takes the newest"
             " weights for the policy that sampled; set offpolicy.weight=token to correct for the"
             " older ones"
         )
-    return found
+    return lines
 
 
 def _cautions_of_algorithm(config: Experiment) -> list[str]:
     if not trains_rl(config):
         return []
-    kl, loss, found = config.kl, config.loss, []
+    kl, loss, lines = config.kl, config.loss, []
     if config.algorithm == "opd" and not config.distill.active:
-        found.append(
+        lines.append(
             "algorithm=opd without distill.teachers learns from rewards alone; name a teacher, e.g."
             " distill.teachers.large.path=runs/large/model"
         )
     if kl.place != "none" and kl.coef == 0:
-        found.append(f"kl.place={kl.place} with kl.coef=0 penalises nothing")
+        lines.append(f"kl.place={kl.place} with kl.coef=0 penalises nothing")
     if kl.ref_refresh_steps and not kl.active:
-        found.append(
+        lines.append(
             f"kl.ref_refresh_steps={kl.ref_refresh_steps} without a KL penalty refreshes nothing"
         )
     once = (
@@ -284,13 +284,13 @@ def _cautions_of_algorithm(config: Experiment) -> list[str]:
     )
     narrow = loss.kind == "ppo_clip" and loss.ratio_level != "token" and loss.clip_high < 0.01
     if narrow and config.offpolicy.old_logp == "rollout":
-        found.append(
+        lines.append(
             f"loss.clip_high={loss.clip_high:g} at loss.ratio_level={loss.ratio_level} is narrower"
             " than an engine's rounding: many sequences are clipped before the policy has moved;"
             " set offpolicy.old_logp=recompute"
         )
     elif narrow and once:
-        found.append(
+        lines.append(
             "one update a step: the policy is the one that sampled, so that no sequence is ever"
             " clipped; GSPO's paper has schedule.minibatches=4"
         )
@@ -301,8 +301,8 @@ def _cautions_of_algorithm(config: Experiment) -> list[str]:
         and loss.clip_low == loss.clip_high == 0
         and not once
     ):
-        found.append(
+        lines.append(
             "loss.clip_low=0 and loss.clip_high=0 clip whatever moves away from the old policy at"
             " once"
         )
-    return found
+    return lines

@@ -25,27 +25,27 @@ VALUES: Mapping[str, Mapping[str, str]] = {"data.drop": {"drop": "bad", "error":
 def brought_up(tree: Mapping[str, Any], shown: str = "") -> tuple[dict[str, Any], list[str]]:
     """The tree of a file (of a recipe with its stages) in today's keys, and a line for each that
     was not. shown: what stands before a key in a line."""
-    found: dict[str, Any] = {}
+    renewed: dict[str, Any] = {}
     lines: list[str] = []
     for group, held in tree.items():
         if isinstance(held, Mapping) and group != "stages":
-            found[group], more = _group(group, held, shown)
+            renewed[group], more = _group(group, held, shown)
             lines += more
         elif group == "stages" and isinstance(held, list):
-            found[group] = []
+            renewed[group] = []
             for number, stage in enumerate(held, 1):
                 new, more = (stage, [])
                 if isinstance(stage, Mapping):
                     new, more = brought_up(stage, f"stage {stage.get('name', number)}: ")
-                found[group].append(new)
+                renewed[group].append(new)
                 lines += more
         else:
-            found[group] = held
-    return found, lines
+            renewed[group] = held
+    return renewed, lines
 
 
 def _group(name: str, held: Mapping[str, Any], shown: str) -> tuple[dict[str, Any], list[str]]:
-    found: dict[str, Any] = {}
+    renewed: dict[str, Any] = {}
     lines: list[str] = []
     for last, value in held.items():
         key = f"{name}.{last}"
@@ -56,8 +56,8 @@ def _group(name: str, held: Mapping[str, Any], shown: str) -> tuple[dict[str, An
             new = RENAMED[key]
             words = VALUES.get(new, {})
             kept = words.get(value, value) if isinstance(value, str) else value
-            found.setdefault(new.rpartition(".")[2], kept)
+            renewed.setdefault(new.rpartition(".")[2], kept)
             lines.append(f"{shown}{key} is {new} now, here {kept}")
         else:
-            found[last] = value
-    return found, lines
+            renewed[last] = value
+    return renewed, lines

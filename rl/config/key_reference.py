@@ -48,9 +48,9 @@ class Entry:
     @property
     def _kinds(self) -> list[Any]:
         """The members of the annotation, and what a mapping in it holds."""
-        found = list(members(self.field.annotation))
-        held = [get_args(kind)[1] for kind in found if _is_mapping(kind)]
-        return [*found, *(kind for inner in held for kind in members(inner))]
+        kinds = list(members(self.field.annotation))
+        held = [get_args(kind)[1] for kind in kinds if _is_mapping(kind)]
+        return [*kinds, *(kind for inner in held for kind in members(inner))]
 
     @property
     def is_mapping(self) -> bool:
@@ -92,11 +92,13 @@ def entries(model: type[BaseModel], prefix: str = "") -> Iterator[Entry]:
 
 def table(model: type[BaseModel], within: str = "") -> list[str]:
     """A line for each key, or for each at or below `within`; ValueError if there is none."""
-    found = [e for e in entries(model) if not within or f"{e.key}.".startswith(f"{within}.")]
-    if not found:
+    shown_entries = [
+        e for e in entries(model) if not within or f"{e.key}.".startswith(f"{within}.")
+    ]
+    if not shown_entries:
         groups = ", ".join(e.key for e in entries(model) if "." not in e.key)
         raise ValueError(f"there is no key {within!r}; the first names are {groups}")
-    return [line_of(entry, whole=bool(within)) for entry in found]
+    return [line_of(entry, whole=bool(within)) for entry in shown_entries]
 
 
 def line_of(entry: Entry, *, whole: bool = False) -> str:
@@ -129,13 +131,13 @@ def _either(kind: Any) -> str:
 
 def _bounds(field: FieldInfo) -> str:
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    found = [
+    bounds = [
         f"{sign} {shown(getattr(rule, name))}"
         for rule in field.metadata
         for name, sign in signs.items()
         if getattr(rule, name, None) is not None
     ]
-    return f" ({', '.join(found)})" if found else ""
+    return f" ({', '.join(bounds)})" if bounds else ""
 
 
 def _plain(value: Any) -> Any:
@@ -150,11 +152,11 @@ def _is_mapping(kind: Any) -> bool:
 @cache
 def docstrings(model: type[BaseModel]) -> dict[str, str]:
     """The docstrings below the fields of a model, or of one that it extends, from its source."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for owner in reversed(model.__mro__):
         if issubclass(owner, BaseModel) and owner is not BaseModel:
-            found |= _of_source(inspect.getsource(owner))
-    return found
+            texts |= _of_source(inspect.getsource(owner))
+    return texts
 
 
 def _of_source(source: str) -> dict[str, str]:

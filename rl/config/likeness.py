@@ -20,13 +20,13 @@ PEERS: tuple[Peer, ...] = ("verl", "trl")
 def differences(config: Config, peer: Peer) -> dict[str, tuple[Any, Any]]:
     """key -> (what the configuration says, what the peer's default is), where these differ."""
     wanted = _verl(config) if peer == "verl" else _trl(config)
-    found = {}
+    different = {}
     for key, value in wanted.items():
         group, _, name = key.partition(".")
         now = getattr(getattr(config, group), name)
         if now != value:
-            found[key] = (now, value)
-    return found
+            different[key] = (now, value)
+    return different
 
 
 def overrides(config: Config, peer: Peer) -> list[str]:
@@ -37,19 +37,21 @@ def overrides(config: Config, peer: Peer) -> list[str]:
 def describe(config: Config, peer: Peer) -> str:
     """The lines of `--dry-run --like`: an override a line, with what it replaces, then what no
     setting reproduces."""
-    found = differences(config, peer)
+    different = differences(config, peer)
     lines = [f"# overrides that give {config.algorithm} the defaults of {peer}:"]
-    lines += [f"{key}={shown(value)}  # here {shown(now)}" for key, (now, value) in found.items()]
+    lines += [
+        f"{key}={shown(value)}  # here {shown(now)}" for key, (now, value) in different.items()
+    ]
     return "\n".join([*lines, *(f"# not reproduced: {note}" for note in notes(config, peer))])
 
 
 def notes(config: Config, peer: Peer) -> list[str]:
     """A default of a peer for which emberl has no setting."""
-    found = []
+    lines = []
     if peer == "verl" and config.loss.kind == "dppo_tv":
-        found.append("verl truncates the ratio of dppo_tv under a stop-gradient")
+        lines.append("verl truncates the ratio of dppo_tv under a stop-gradient")
     if peer == "verl" and config.algorithm in ("k1_5", "k2_5", "topr", "vapo"):
-        found.append(f"verl has no {config.algorithm}")
+        lines.append(f"verl has no {config.algorithm}")
     if peer == "trl" and config.algorithm in (
         "k1_5",
         "k2_5",
@@ -60,10 +62,10 @@ def notes(config: Config, peer: Peer) -> list[str]:
         "reinforce_pp",
         "ppo",
     ):
-        found.append(f"TRL's GRPOTrainer has no {config.algorithm}")
+        lines.append(f"TRL's GRPOTrainer has no {config.algorithm}")
     if config.rollout.group_size > 1 and peer == "verl":
-        found.append("verl's rollout.n is 1 by default; every recipe sets it")
-    return found
+        lines.append("verl's rollout.n is 1 by default; every recipe sets it")
+    return lines
 
 
 def _common(config: Config) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def _path(location: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
     """The key, without what pydantic adds to name a member of a union."""
     path: list[str] = []
     for part in map(str, location):
-        kinds = [kind for found in kinds_at(model, path) for kind in members(found)]
+        kinds = [kind for annotation in kinds_at(model, path) for kind in members(annotation)]
         names_a_member = path and any(map(_is_leaf, kinds)) and not kinds_at(model, [*path, part])
         if not names_a_member or part.isdigit():
             path.append(part)
@@ -61,7 +61,7 @@ def _path(location: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
 def _count(path: list[str], model: type[BaseModel]) -> int:
     """Values of the list of a fixed length at, or around, this path; 0 where there is none."""
     around = path[:-1] if path[-1].isdigit() else path
-    kinds = [kind for found in kinds_at(model, around) for kind in members(found)]
+    kinds = [kind for annotation in kinds_at(model, around) for kind in members(annotation)]
     lists = [get_args(kind) for kind in kinds if get_origin(kind) is tuple]
     return max((len(parts) for parts in lists if Ellipsis not in parts), default=0)
 
@@ -75,8 +75,8 @@ def _names(path: list[str], model: type[BaseModel]) -> list[str]:
     """The keys of the group at this path."""
     return [
         name
-        for found in (kinds_at(model, path) if path else [model])
-        for kind in members(found)
+        for annotation in (kinds_at(model, path) if path else [model])
+        for kind in members(annotation)
         if isinstance(kind, type) and issubclass(kind, BaseModel)
         for name in kind.model_fields
     ]

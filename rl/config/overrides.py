@@ -31,7 +31,9 @@ def tree_of(override: str, model: type[BaseModel]) -> dict[str, Any]:
     if not equals or not all(path) or not key.strip():
         form = "must have the form key=value, e.g. optim.lr=1e-4"
         raise OverrideError(f"override {override!r} {form}")
-    tree: Any = read(value, [kind for found in kinds_at(model, path) for kind in members(found)])
+    tree: Any = read(
+        value, [kind for annotation in kinds_at(model, path) for kind in members(annotation)]
+    )
     for part in reversed(path):
         tree = {part: tree}
     assert isinstance(tree, dict)
@@ -61,11 +63,11 @@ def read(value: str, kinds: Sequence[Any]) -> Any:
 
 def kinds_at(model: Any, path: Sequence[str]) -> list[Any]:
     """The annotations of the key at this path, one for each way through a union; [] for no key."""
-    found = [model]
+    reached = [model]
     for part in path:
-        inside = [_inside(member, part) for kind in found for member in members(kind)]
-        found = [inner for kinds in inside for inner in kinds]
-    return found
+        inside = [_inside(member, part) for kind in reached for member in members(kind)]
+        reached = [inner for kinds in inside for inner in kinds]
+    return reached
 
 
 def members(kind: Any) -> Iterator[Any]:
@@ -117,9 +119,9 @@ def _texts(value: str) -> list[str] | None:
     stripped = value.strip()
     if not (stripped.startswith("[") and stripped.endswith("]")):
         return None
-    found = _load(stripped, plain=True)
-    if isinstance(found, list) and all(isinstance(item, str) for item in found):
-        return found
+    parsed = _load(stripped, plain=True)
+    if isinstance(parsed, list) and all(isinstance(item, str) for item in parsed):
+        return parsed
     return None
 
 
@@ -130,9 +132,9 @@ def _yaml(value: str) -> Any:
     closed = len(stripped) > 1 and stripped[0] + stripped[-1] in ("[]", "{}", "''", '""')
     if not closed and (len(stripped.split()) != 1 or "#" in stripped):
         return value
-    found = _load(stripped)
-    whole = found is not None or stripped in ("null", "~", "Null", "NULL")
-    return found if whole and (closed or not isinstance(found, list | dict)) else value
+    parsed = _load(stripped)
+    whole = parsed is not None or stripped in ("null", "~", "Null", "NULL")
+    return parsed if whole and (closed or not isinstance(parsed, list | dict)) else value
 
 
 def _load(text: str, *, plain: bool = False) -> Any:

@@ -103,7 +103,7 @@ def _named(tree: dict[str, Any]) -> dict[str, Any]:
         listed = [{"name": name, **_group(listed, name)} for name in listed]
     if not isinstance(listed, list) or not any(isinstance(each, dict) for each in listed):
         return tree
-    found: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     for number, section in enumerate(listed, 1):
         name = section.get("name") if isinstance(section, dict) else None
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
@@ -111,7 +111,7 @@ def _named(tree: dict[str, Any]) -> dict[str, Any]:
                 f"stage {number} has no name that a directory may have (name: {name!r}); in a"
                 " recipe each stage is a section such as {name: cold_start, kind: sft}"
             )
-        if name in found or name == BASE:
+        if name in by_name or name == BASE:
             why = "stands for the file's own model" if name == BASE else "is another stage's, too"
             raise ConfigError(f"stage {number}: the name {name!r} {why}; give it another")
         kind = section.get("kind")
@@ -119,8 +119,8 @@ def _named(tree: dict[str, Any]) -> dict[str, Any]:
             near = difflib.get_close_matches(str(kind), KINDS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"stage {name}: its kind is {kind!r}, not {', '.join(KINDS)}{hint}")
-        found[name] = {key: value for key, value in section.items() if key != "name"}
-    return {**tree, "stages": found}
+        by_name[name] = {key: value for key, value in section.items() if key != "name"}
+    return {**tree, "stages": by_name}
 
 
 def _tree_of(override: str, tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,9 +59,9 @@ def final_answer(text: str) -> str:
     if match := _COUNTED.fullmatch(text):
         return match[1]
     if _MARKED.search(text):  # most references have none, and looking closer takes its time
-        found = extract(text)
-        stated = found.candidates[0] if len(found.candidates) == 1 else ""
-        if found.how in ("marker", "answer_tag") and (
+        extracted = extract(text)
+        stated = extracted.candidates[0] if len(extracted.candidates) == 1 else ""
+        if extracted.how in ("marker", "answer_tag") and (
             len(text) > 40 or len(stated) == 1 or any(each.isdigit() for each in stated)
         ):
             return stated or text
@@ -99,9 +99,11 @@ def options_of(row: Mapping[str, Any], layout: Layout) -> tuple[list[str], list[
     if isinstance(value, Sequence) and not isinstance(value, str):
         items = [each[0] if isinstance(each, list) and len(each) == 1 else each for each in value]
         if items and all(isinstance(each, Mapping) for each in items):
-            found = [_label_and_text(each) for each in items]
-            labels = [label for label, _ in found]
-            return labels if any(labels) else list(_LETTERS[: len(found)]), [t for _, t in found]
+            options = [_label_and_text(each) for each in items]
+            labels = [label for label, _ in options]
+            return labels if any(labels) else list(_LETTERS[: len(options)]), [
+                t for _, t in options
+            ]
         texts = [str(text) for text in items]
         if re.fullmatch(r"(option|choice)_?1", paths[0]) and layout.first == 1:
             return [str(i + 1) for i in range(len(texts))], texts

@@ -299,21 +299,21 @@ class ArithmeticSource:
         )
 
     def _heldout(self, settings: DataConfig) -> list[Prompt]:
-        found: list[Prompt] = []
+        prompts: list[Prompt] = []
         if settings.heldout == 0:
-            return found
+            return prompts
         for problem in self._maker.heldout():
-            prompt = self._prompt(problem, f"{self.name}/heldout/{len(found)}")
+            prompt = self._prompt(problem, f"{self.name}/heldout/{len(prompts)}")
             if self._writer.fits(prompt):
-                found.append(prompt)
+                prompts.append(prompt)
             elif settings.overlong == "error":
                 raise ValueError(
                     self._writer.too_long(f"the problem {problem.text!r}", len(prompt.token_ids))
                 )
-            if len(found) == settings.heldout:
-                return found
+            if len(prompts) == settings.heldout:
+                return prompts
         raise ValueError(
-            f"data.heldout={settings.heldout}, but these settings give only {len(found)} held-out"
+            f"data.heldout={settings.heldout}, but these settings give only {len(prompts)} held-out"
             f" problems; raise data.terms={list(settings.terms)} or data.largest_term, or lower"
             " data.heldout"
         )

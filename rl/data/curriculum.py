@@ -104,14 +104,14 @@ class Pool:
 
     def extreme(self) -> NDArray[np.bool_]:
         """[N] whether the last group always or never solved it."""
-        found: NDArray[np.bool_] = (self.last == 0) | (self.last == 1)
-        return found
+        extreme: NDArray[np.bool_] = (self.last == 0) | (self.last == 1)
+        return extreme
 
     def measure(self, index: int, solved: int, tried: int, step: int) -> None:
-        found, before = solved / tried, self.rates[index]
+        rate, before = solved / tried, self.rates[index]
         first = np.isnan(self.last[index])
-        self.rates[index] = found if first else (before + found) / 2
-        self.last[index], self.tried[index], self.step[index] = found, tried, step
+        self.rates[index] = rate if first else (before + rate) / 2
+        self.last[index], self.tried[index], self.step[index] = rate, tried, step
 
 
 @dataclass(slots=True)
@@ -271,21 +271,21 @@ class Curriculum:
     def metrics(self, choices: Sequence[Choice]) -> dict[str, float]:
         """`sched/*` of a step's draws: where they came from, how hard they were thought to be and
         why they were taken; and what is dropped now."""
-        found = {f"sched/source/{source.name}": 0.0 for source in self.sources}
-        found |= {f"sched/difficulty/{name}": 0.0 for name in BINS}
-        found |= {f"sched/picked/{name}": 0.0 for name in WHY}
+        metrics = {f"sched/source/{source.name}": 0.0 for source in self.sources}
+        metrics |= {f"sched/difficulty/{name}": 0.0 for name in BINS}
+        metrics |= {f"sched/picked/{name}": 0.0 for name in WHY}
         for choice in choices:
-            found[f"sched/source/{self.sources[choice.source].name}"] += 1
-            found[f"sched/difficulty/{bin_of(choice.rate)}"] += 1
-            found[f"sched/picked/{choice.why}"] += 1
+            metrics[f"sched/source/{self.sources[choice.source].name}"] += 1
+            metrics[f"sched/difficulty/{bin_of(choice.rate)}"] += 1
+            metrics[f"sched/picked/{choice.why}"] += 1
         pools = [pool for pools in self.pools for pool in pools]
         for name, rate in (("always_solved", 1), ("never_solved", 0)):
             dropped = [(self._dropped(pool) & (pool.last == rate)).sum() for pool in pools]
-            found[f"sched/dropped/{name}"] = float(sum(dropped))
+            metrics[f"sched/dropped/{name}"] = float(sum(dropped))
         for source, at in zip(self.sources, self.progress, strict=True):
             if len(source.sizes) > 1:
-                found[f"sched/level/{source.name}"] = float(at.level)
-        return found
+                metrics[f"sched/level/{source.name}"] = float(at.level)
+        return metrics
 
     def state(self) -> dict[str, Any]:
         """Everything that changes, as JSON takes it."""

@@ -68,10 +68,10 @@ def find_files(
     """
     path = Path(name).expanduser()
     if not path.exists() and glob.has_magic(name):
-        found = [Path(each) for each in sorted(glob.glob(str(path), recursive=True))]
+        matching = [Path(each) for each in sorted(glob.glob(str(path), recursive=True))]
         files = [
             file
-            for each in found
+            for each in matching
             for file in ([each] if each.is_file() else _of_folder(each, key, split, None))
         ]
         if not files:

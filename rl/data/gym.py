@@ -113,21 +113,21 @@ class GymSource:
             chunk += 1
 
     def _heldout(self, settings: DataConfig) -> list[Prompt]:
-        found: list[Prompt] = []
+        prompts: list[Prompt] = []
         if settings.heldout == 0:
-            return found
+            return prompts
         for item in self._candidates():
-            prompt = self._prompt(item, f"{self.name}/heldout/{len(found)}")
+            prompt = self._prompt(item, f"{self.name}/heldout/{len(prompts)}")
             if self._writer.fits(prompt):
-                found.append(prompt)
+                prompts.append(prompt)
             elif settings.overlong == "error":
                 raise ValueError(
                     self._writer.too_long(f"a problem of {self._task}", len(prompt.token_ids))
                 )
-            if len(found) == settings.heldout:
-                return found
+            if len(prompts) == settings.heldout:
+                return prompts
         raise ValueError(
-            f"data.heldout={settings.heldout}, but {self._task} gives only {len(found)} held-out"
+            f"data.heldout={settings.heldout}, but {self._task} gives only {len(prompts)} held-out"
             " problems; make it harder with data.gym, or lower data.heldout"
         )
 

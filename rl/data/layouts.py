@@ -315,8 +315,8 @@ def likeliest(head: Sequence[Row], paths: Sequence[str]) -> str | None:
     """The first path at which most rows say something, else the first at which one does, else the
     first column."""
     for fits in (most, some, lambda head, path: any(path in row for row in head)):
-        if (found := next((path for path in paths if fits(head, path)), None)) is not None:
-            return found
+        if (fitting := next((path for path in paths if fits(head, path)), None)) is not None:
+            return fitting
     return None
 
 
@@ -335,12 +335,12 @@ def normal(name: str) -> str:
 
 def columns_text(head: Sequence[Row]) -> str:
     """The columns for an error, with what is in nested ones."""
-    found: dict[str, None] = {}
+    columns: dict[str, None] = {}
     for row in head[:20]:
         for column, value in row.items():
             inner = list(value) if isinstance(value, Mapping) else []
-            found[f"{column} ({', '.join(map(str, inner))})" if inner else str(column)] = None
-    return ", ".join(found) or "none at all"
+            columns[f"{column} ({', '.join(map(str, inner))})" if inner else str(column)] = None
+    return ", ".join(columns) or "none at all"
 
 
 __all__ = [

@@ -322,13 +322,13 @@ class Mapper:
         pattern = self._settings.answer_pattern
         if pattern is None:
             return text if self._stated else final_answer(text)
-        found = list(re.finditer(pattern, text))
-        if not found or not found[-1].group(1):
+        matches = list(re.finditer(pattern, text))
+        if not matches or not matches[-1].group(1):
             raise BadRow(
                 f"data.answer_pattern={pattern!r} finds nothing in the column {path!r}:"
                 f" {text[-80:]!r}"
             )
-        return str(found[-1].group(1)).strip()
+        return str(matches[-1].group(1)).strip()
 
     def _text(self, value: Any, path: str) -> str:
         """An answer as text: a number as it is, the one item of a list, a mapping's own answer,

@@ -37,10 +37,10 @@ def read_messages(value: Any) -> str | tuple[Message, ...]:
     ValueError where it is neither; the text is for the end of a sentence.
     """
     if isinstance(value, str):
-        found = _opened(value)
-        if found is None:
+        opened = _opened(value)
+        if opened is None:
             return value
-        value = found
+        value = opened
     if isinstance(value, Mapping):
         value = next((value[key] for key in ("messages", "conversations") if key in value), [value])
     if isinstance(value, Sequence) and len(value) == 1 and isinstance(value[0], str):

@@ -89,7 +89,7 @@ class MixtureSource:
         """Takes in the groups of RL step `step`, in their order; returns what was sampled and why.
         position, pending: as in the run's progress after them."""
         with self._lock:
-            found = [
+            observed = [
                 (
                     self._by_id[prompt.id],
                     sum(v.status == Status.CORRECT for v in verdicts if v.trains),
@@ -99,11 +99,11 @@ class MixtureSource:
                 if prompt.id in self._by_id
             ]
             curriculum = self._curriculum
-            curriculum.observe(found, step)
+            curriculum.observe(observed, step)
             curriculum.forget(position, [p for p, _ in pending])
             waiting = set(curriculum.plan.values())
             self._by_id = {name: c for name, c in self._by_id.items() if c in waiting}
-            return curriculum.metrics([choice for choice, _, _ in found])
+            return curriculum.metrics([choice for choice, _, _ in observed])
 
     def state(self) -> dict[str, Any]:
         with self._lock:

@@ -97,11 +97,11 @@ def prepare(table: Table, mapper: Mapper, settings: DataConfig) -> Prepared:
 
     cached = _cache_file(table, settings)
     if cached is not None:
-        found = _load(cached)
-        if found is None and _save(_Fold(table, mapper, settings), cached):
-            found = _load(cached)
-        if found is not None:
-            return found
+        prepared = _load(cached)
+        if prepared is None and _save(_Fold(table, mapper, settings), cached):
+            prepared = _load(cached)
+        if prepared is not None:
+            return prepared
     fold = _Fold(table, mapper, settings)
     parts = list(fold.parts())
     counts = fold.counts()
@@ -131,15 +131,15 @@ class _Fold:
             for at, row in enumerate(piece_rows(piece, self._needed)):
                 number = self._read + at
                 try:
-                    found = self._figures(row)
+                    of_row = self._figures(row)
                 except BadRow as error:
                     self._note_bad(
                         f"{self._table.key}={where!r}, row {number + 1 - start}: {error}"
                     )
                     continue
-                if found is not None:
+                if of_row is not None:
                     chosen.append(at)
-                    figures.append((number, *found))
+                    figures.append((number, *of_row))
             self._read += len(piece)
             if chosen:
                 yield _with_figures(_taken(piece, chosen), figures)
@@ -199,10 +199,10 @@ def _taken(piece: Any, chosen: Sequence[int]) -> Any:
     )
 
 
-def _with_figures(rows: Any, found: Sequence[tuple[int, bytes, int, int]]) -> Any:
+def _with_figures(rows: Any, of_rows: Sequence[tuple[int, bytes, int, int]]) -> Any:
     import pyarrow
 
-    numbers, keys, sizes, turns = zip(*found, strict=True)
+    numbers, keys, sizes, turns = zip(*of_rows, strict=True)
     figures = (
         _array(pyarrow.int64(), np.array(numbers, np.int64)),
         _array(pyarrow.binary(16), np.frombuffer(b"".join(keys), "V16")),

@@ -39,11 +39,15 @@ def recognise(head: Sequence[Row]) -> Layout | None:
             any(re.search(pattern, str(lookup(row, path))) for row in head[:3])
             for path, pattern in layout.where
         ):
-            found = settled(layout, head)
-            if guess and guess.answer and all(normal(p) in columns.WORKED for p in found.answer):
-                found = replace(found, answer=guess.answer)
-            if found.answer or found.tests:
-                return found
+            recognised = settled(layout, head)
+            if (
+                guess
+                and guess.answer
+                and all(normal(p) in columns.WORKED for p in recognised.answer)
+            ):
+                recognised = replace(recognised, answer=guess.answer)
+            if recognised.answer or recognised.tests:
+                return recognised
     return guess
 
 
@@ -165,19 +169,19 @@ def _first_number(head: Sequence[Row], options: str, answer: str | None) -> int:
 
 
 def _named(head: Sequence[Row]) -> dict[str, str]:
-    """Paths by their normal names: the columns, and behind them what one level of nesting holds."""
-    found: dict[str, str] = {}
+    """Paths by their normal names: the by_name, and behind them what one level of nesting holds."""
+    by_name: dict[str, str] = {}
     for row in head[:20]:
         for column in row:
-            found.setdefault(normal(column), column)
-    for column in sorted(found.values(), key=lambda c: (_order(c), c)):
+            by_name.setdefault(normal(column), column)
+    for column in sorted(by_name.values(), key=lambda c: (_order(c), c)):
         for row in head[:20]:
             value = lookup(row, column)
             value = opened(value)
             if isinstance(value, Mapping):
                 for key in value:
-                    found.setdefault(normal(str(key)), f"{column}.{key}")
-    return found
+                    by_name.setdefault(normal(str(key)), f"{column}.{key}")
+    return by_name
 
 
 def _order(column: str) -> int:
@@ -212,12 +216,20 @@ def _answers(names: Mapping[str, str]) -> list[str]:
 
 
 def _tests(names: Mapping[str, str], head: Sequence[Row]) -> tuple[str, ...]:
-    found = [names[name] for name in columns.TESTS if name in names and some(head, names[name])]
-    flat = [path for path in found if "." not in path]
-    found = (
-        flat or found or [path for path in _loosely(names, columns.TEST_WORDS) if "." not in path]
+    columns_of_tests = [
+        names[name] for name in columns.TESTS if name in names and some(head, names[name])
+    ]
+    flat = [path for path in columns_of_tests if "." not in path]
+    columns_of_tests = (
+        flat
+        or columns_of_tests
+        or [path for path in _loosely(names, columns.TEST_WORDS) if "." not in path]
     )
-    chosen = [path for path in found if any(_tests_something(lookup(row, path)) for row in head)]
+    chosen = [
+        path
+        for path in columns_of_tests
+        if any(_tests_something(lookup(row, path)) for row in head)
+    ]
     if not any(most(head, path) for path in chosen):
         chosen = []
     if pair := _paired(names, head, chosen):

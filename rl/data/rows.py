@@ -39,18 +39,18 @@ class Table:
 
     def head(self, rows: int = HEAD) -> list[Row]:
         """The first rows. ValueError if there is none."""
-        found: list[Row] = []
+        head: list[Row] = []
         for _, piece in self.pieces():
-            found += piece_rows(
-                piece if isinstance(piece, list) else piece.slice(0, rows - len(found))
+            head += piece_rows(
+                piece if isinstance(piece, list) else piece.slice(0, rows - len(head))
             )
-            if len(found) >= rows:
+            if len(head) >= rows:
                 break
-        if not found:
+        if not head:
             raise ValueError(
                 f"{self.key}={self.where!r} has no rows; give a data set with at least one"
             )
-        return found[:rows]
+        return head[:rows]
 
 
 def piece_rows(piece: Piece, columns: Sequence[str] | None = None) -> list[Row]:
@@ -84,14 +84,14 @@ def check_source(settings: DataConfig) -> None:
 def train_tables(settings: DataConfig, *, hub: bool = True) -> list[Table]:
     """The tables of `data.source`. hub: those of the Hub too, which may download them."""
     check_source(settings)
-    found: list[Table] = []
+    tables: list[Table] = []
     for name in settings.sources:
         files = find_files(name, "data.source", settings.split, settings.subset)
         if files is not None:
-            found += file_tables(files, "data.source", name)
+            tables += file_tables(files, "data.source", name)
         elif hub:
-            found.append(_hub_table(settings, name, settings.split, "data.split"))
-    return found
+            tables.append(_hub_table(settings, name, settings.split, "data.split"))
+    return tables
 
 
 def eval_tables(settings: DataConfig, *, hub: bool = True) -> list[Table] | None:
@@ -102,11 +102,11 @@ def eval_tables(settings: DataConfig, *, hub: bool = True) -> list[Table] | None
         return [table for path in paths for table in _eval_files(path)]
     if settings.eval_split is None:
         return None
-    found: list[Table] = []
+    tables: list[Table] = []
     for name in settings.sources:
         if Path(name).expanduser().is_dir():
             files = find_files(name, "data.eval_split", settings.eval_split, settings.subset)
-            found += file_tables(files or [], "data.eval_split", name)
+            tables += file_tables(files or [], "data.eval_split", name)
         elif find_files(name, "data.source") is not None or _is_file_name(name):
             raise ValueError(
                 f"data.eval_split={settings.eval_split!r} needs a Hub data set or a folder, but"
@@ -114,13 +114,13 @@ def eval_tables(settings: DataConfig, *, hub: bool = True) -> list[Table] | None
                 " or set data.heldout"
             )
         elif hub:
-            found.append(_hub_table(settings, name, settings.eval_split, "data.eval_split"))
-    return found
+            tables.append(_hub_table(settings, name, settings.eval_split, "data.eval_split"))
+    return tables
 
 
 def _eval_files(path: str) -> list[Table]:
     files = next(
-        (found for split in ("test", "train") if (found := _try(path, split)) is not None), None
+        (tables for split in ("test", "train") if (tables := _try(path, split)) is not None), None
     )
     if files is None:
         raise ValueError(f"data.eval_path={path!r} does not exist{nearby(Path(path).expanduser())}")

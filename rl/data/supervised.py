@@ -47,7 +47,7 @@ def examples_of(
     """Every answer of the assistant to anything, each learnt once, in as few sequences as the
     template allows; the longest first. end: the token that ends an answer. `BadRow` where there is
     no answer."""
-    found: list[Example] = []
+    examples: list[Example] = []
     stop = len(messages)
     while stop:
         start = stop
@@ -57,15 +57,15 @@ def examples_of(
         if start and answer.strip():
             prompt = writer.conversation(messages[:start], id="", answer="", source="", columns={})
             ids = supervised_ids(prompt, answer, tokenizer, end)
-            holder = next((each for each in found if each.token_ids[: len(ids)] == ids), None)
+            holder = next((each for each in examples if each.token_ids[: len(ids)] == ids), None)
             if holder is None:
                 holder = Example(token_ids=ids, learnt=np.zeros(len(ids), bool))
-                found.append(holder)
+                examples.append(holder)
             holder.learnt[len(prompt.token_ids) : len(ids)] = True
         stop = start if start < stop else stop - 1
-    if not found:
+    if not examples:
         raise BadRow("there is no answer of the assistant in it")
-    return found
+    return examples
 
 
 class RowReader:
@@ -198,8 +198,8 @@ class Demonstrations:
         return self._examples(self._rows[int(self._order(epoch)[at])])
 
     def _examples(self, messages: Sequence[Message]) -> list[Example]:
-        found = examples_of(messages, self._writer, self._tokenizer, self._end)
-        return [each for each in found if len(each.token_ids) <= self._limit]
+        examples = examples_of(messages, self._writer, self._tokenizer, self._end)
+        return [each for each in examples if len(each.token_ids) <= self._limit]
 
 
 def _key(messages: Sequence[Message]) -> bytes:

@@ -250,7 +250,7 @@ def heldout_note(settings: DataConfig, problems: int) -> str:
 
 def _frame(writer: PromptWriter) -> int:
     """Tokens that template and system prompt add at most to a prompt of one or two messages."""
-    found = 0
+    longest = 0
     for messages in (
         ({"role": "user", "content": "x"},),
         ({"role": "system", "content": "x"}, {"role": "user", "content": "x"}),
@@ -259,8 +259,8 @@ def _frame(writer: PromptWriter) -> int:
             prompt = writer.conversation(messages, id="", answer="", source="", columns={})
         except ValueError:  # a template without a system role: rows that have one say so themselves
             continue
-        found = max(found, len(prompt.token_ids) + _SLACK)
-    return found
+        longest = max(longest, len(prompt.token_ids) + _SLACK)
+    return longest
 
 
 def _keys(part: _Part) -> list[bytes]:
@@ -281,14 +281,14 @@ def _chosen(parts: Sequence[_Part], settings: DataConfig) -> set[bytes]:
 
 def _first_with(parts: Sequence[_Part], keys: Set[bytes]) -> list[tuple[int, int]]:
     """The first row of each of these problems."""
-    found: list[tuple[int, int]] = []
+    places: list[tuple[int, int]] = []
     left = set(keys)
     for at, part in enumerate(parts):
         for index, key in zip(part.kept, _keys(part), strict=True):
             if key in left:
                 left.remove(key)
-                found.append((at, int(index)))
-    return found
+                places.append((at, int(index)))
+    return places
 
 
 def order_of(size: int, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -19,11 +19,13 @@ def table_layout(settings: DataConfig, head: Sequence[Row], table: str) -> Layou
     known to be the prompt or the answer.
     """
     try:
-        found = recognise(head) if settings.layout == "auto" else by_name(settings.layout, head)
+        recognised = (
+            recognise(head) if settings.layout == "auto" else by_name(settings.layout, head)
+        )
     except ValueError as error:
         raise ValueError(f"{table}: {error}") from None
-    known = found is not None
-    layout = found or Layout(name="auto")
+    known = recognised is not None
+    layout = recognised or Layout(name="auto")
     if settings.tests_column is not None:
         layout = replace(
             layout, tests=(settings.tests_column,) if settings.tests_column else (), answer=()

@@ -130,8 +130,8 @@ def end_of_turn(tokenizer: Any) -> int | None:
         return None
     rest = text.rpartition(answer)[2].lstrip() if answer in text else ""
     added = {str(token.content): int(id) for id, token in tokenizer.added_tokens_decoder.items()}
-    found = [content for content in added if rest.startswith(content)]
-    return added[max(found, key=len)] if found else None
+    ends = [content for content in added if rest.startswith(content)]
+    return added[max(ends, key=len)] if ends else None
 
 
 def end_token(tokenizer: Any) -> int:

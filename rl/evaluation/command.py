@@ -134,10 +134,10 @@ def _checked(name: str, settings: EvalSetConfig, config: Config) -> EvalSetConfi
 
 def _identity(path: str) -> list[list[Any]] | str:
     """Names, sizes and times of the weights; of the Hub the id."""
-    found = Path(path).expanduser()
-    if not found.exists():
+    file = Path(path).expanduser()
+    if not file.exists():
         return path
-    files = [found] if found.is_file() else sorted(found.glob("*.safetensors"))
+    files = [file] if file.is_file() else sorted(file.glob("*.safetensors"))
     return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
@@ -228,31 +228,31 @@ def _result(
     job: Plan,
     folder: Path,
     sets: Sequence[EvalSet],
-    found: dict[Cell, list[Outcome]],
+    cells: dict[Cell, list[Outcome]],
     started: float,
 ) -> dict[str, Any]:
     """Of an evaluation all of whose samples are in the folder."""
     for each in sets:
-        cell = found[each.name or OWN, None]
+        cell = cells[each.name or OWN, None]
         assert len(cell) == len(each.prompts), f"{len(cell)} of {len(each.prompts)} problems"
         assert all(outcome.n == each.samples for outcome in cell)
     rows = [
         row
-        for name in dict.fromkeys(name for name, _ in found)
+        for name in dict.fromkeys(name for name, _ in cells)
         for row in sets_of(
-            {cell: o for cell, o in found.items() if cell[0] == name},
-            job.ks or powers(found[name, None][0].n),
+            {cell: o for cell, o in cells.items() if cell[0] == name},
+            job.ks or powers(cells[name, None][0].n),
         )
     ]
     named: dict[str, float] = {}
-    for (name, budget), members in found.items():
+    for (name, budget), members in cells.items():
         named |= metrics(members, name if budget is None else f"{name}@{budget}")
     return {
         "status": "ok",
         "model": job.named.label,
         "path": job.named.path,
         "out": str(folder),
-        "answers": sum(o.n for members in found.values() for o in members),
+        "answers": sum(o.n for members in cells.values() for o in members),
         "seconds": round(time.time() - started, 1),
         "sets": rows,
         "metrics": named,

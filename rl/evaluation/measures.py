@@ -94,7 +94,7 @@ def majority_at_k(votes: Sequence[int | None], k: int) -> float:
         return 0.0 if right < max(most, 1) else 1 / (1 + wrong.count(right))
     if n > _LARGEST_N:
         raise ValueError(f"maj@{k} of {n} answers cannot be counted; ask for maj@{n}")
-    found = 0.0
+    score = 0.0
     for a in range(1, min(right, k) + 1):
         ties = (k - a) // a
         ways: Floats = np.zeros((k - a + 1, ties + 1))  # [drawn, tied]
@@ -107,8 +107,8 @@ def majority_at_k(votes: Sequence[int | None], k: int) -> float:
         total = (
             ways * np.array([comb(silent, k - a - drawn) for drawn in range(k - a + 1)])[:, None]
         )
-        found += comb(right, a) * float((total.sum(0) / np.arange(1, ties + 2)).sum())
-    return min(1.0, found / comb(n, k))
+        score += comb(right, a) * float((total.sum(0) / np.arange(1, ties + 2)).sum())
+    return min(1.0, score / comb(n, k))
 
 
 def _with_others(ways: Floats, answers: int, count: int, a: int) -> Floats:
@@ -127,14 +127,16 @@ def _with_others(ways: Floats, answers: int, count: int, a: int) -> Floats:
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
     """The 95 % bootstrap interval (percentiles) of the mean over problems; None of fewer than
     two."""
-    found = np.asarray(values, np.float64)
-    if len(found) < 2:
+    sample = np.asarray(values, np.float64)
+    if len(sample) < 2:
         return None
     rng = np.random.default_rng(seed)
-    at_once = max(1, 2_000_000 // len(found))
+    at_once = max(1, 2_000_000 // len(sample))
     means = np.concatenate(
         [
-            found[rng.integers(0, len(found), (min(at_once, RESAMPLES - done), len(found)))].mean(1)
+            sample[
+                rng.integers(0, len(sample), (min(at_once, RESAMPLES - done), len(sample)))
+            ].mean(1)
             for done in range(0, RESAMPLES, at_once)
         ]
     )
@@ -201,17 +203,17 @@ def metrics(outcomes: Sequence[Outcome], name: str = "") -> dict[str, float]:
     by_source: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         by_source[name or outcome.source].append(outcome)
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     for source, members in by_source.items():
-        found |= _of_source(source, members)
+        figures |= _of_source(source, members)
     place = f"val-aux/{name}" if name else "val-aux"
     if not name:
         for kind, right in _by_kind(outcomes).items():
-            found[f"val-aux/{kind}/accuracy"] = right
-        found |= {"val-core/accuracy": accuracy(outcomes), "val-core/reward": reward(outcomes)}
-    found[f"{place}/verifier_errors"] = float(sum(s is None for o in outcomes for s in o.scores))
-    found[f"{place}/response_length/mean"] = mean_tokens(outcomes)
-    return found
+            figures[f"val-aux/{kind}/accuracy"] = right
+        figures |= {"val-core/accuracy": accuracy(outcomes), "val-core/reward": reward(outcomes)}
+    figures[f"{place}/verifier_errors"] = float(sum(s is None for o in outcomes for s in o.scores))
+    figures[f"{place}/response_length/mean"] = mean_tokens(outcomes)
+    return figures
 
 
 def accuracy(outcomes: Sequence[Outcome]) -> float:
@@ -232,21 +234,21 @@ def mean_tokens(outcomes: Sequence[Outcome]) -> float:
 def _of_source(source: str, members: Sequence[Outcome]) -> dict[str, float]:
     """verl's figures of one data source, and pass@k, for 2, 4, ... and n."""
     n = members[0].n
-    found = {f"val-core/{source}/acc/mean@{n}": accuracy(members)}
-    found[f"val-aux/{source}/reward/mean@{n}"] = reward(members)
+    figures = {f"val-core/{source}/acc/mean@{n}": accuracy(members)}
+    figures[f"val-aux/{source}/reward/mean@{n}"] = reward(members)
     if n == 1:
-        return found
-    found[f"val-aux/{source}/acc/std@{n}"] = float(
+        return figures
+    figures[f"val-aux/{source}/acc/std@{n}"] = float(
         np.mean([np.sqrt(o.mean * (1 - o.mean)) for o in members])
     )
     for k in powers(n):
         section = "val-core" if k == n else "val-aux"
-        found[f"val-core/{source}/acc/pass@{k}"] = float(np.mean([o.passed(k) for o in members]))
-        found[f"{section}/{source}/acc/best@{k}/mean"] = float(
+        figures[f"val-core/{source}/acc/pass@{k}"] = float(np.mean([o.passed(k) for o in members]))
+        figures[f"{section}/{source}/acc/best@{k}/mean"] = float(
             np.mean([best_at_k(n, o.right, k) for o in members])
         )
-    found[f"val-core/{source}/acc/maj@{n}"] = float(np.mean([o.majority(n) for o in members]))
-    return found
+    figures[f"val-core/{source}/acc/maj@{n}"] = float(np.mean([o.majority(n) for o in members]))
+    return figures
 
 
 def _by_kind(outcomes: Sequence[Outcome]) -> Mapping[str, float]:

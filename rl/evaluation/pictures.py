@@ -133,11 +133,11 @@ def _by_k(folder: Path, result: Mapping[str, Any], pyplot: Any) -> Any:
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for row, colour in zip(rows, _COLOURS * len(rows), strict=False):
         for kind, style in (("pass", "-"), ("maj", "--")):
-            found = {
+            curves = {
                 int(name.split("@")[1]): row[name] for name in row if name.startswith(f"{kind}@")
             }
-            ks = [1, *sorted(found)]
-            values = [row[f"mean@{row['n']}"], *(found[k] for k in ks[1:])]
+            ks = [1, *sorted(curves)]
+            values = [row[f"mean@{row['n']}"], *(curves[k] for k in ks[1:])]
             axes.plot(
                 ks,
                 [v["value"] for v in values],

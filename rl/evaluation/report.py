@@ -25,11 +25,11 @@ _ACROSS = 4
 def figures(outcomes: Sequence[Outcome], ks: Sequence[int]) -> Figures:
     """Of the outcomes of one set at one budget; what is a mean over problems has its interval."""
     n = outcomes[0].n
-    found: Figures = {"problems": len(outcomes), "n": n}
+    figures_of_set: Figures = {"problems": len(outcomes), "n": n}
 
     def mean(name: str, of: Callable[[Outcome], float]) -> None:
         values = [of(outcome) for outcome in outcomes]
-        found[name] = {"value": sum(values) / len(values), "interval": interval(values)}
+        figures_of_set[name] = {"value": sum(values) / len(values), "interval": interval(values)}
 
     mean(f"mean@{n}", lambda o: o.mean)
     for k in ks:
@@ -41,7 +41,7 @@ def figures(outcomes: Sequence[Outcome], ks: Sequence[int]) -> Figures:
     def share(status: Status) -> float:
         return sum(s is status for o in outcomes for s in o.statuses) / answers
 
-    return found | {
+    return figures_of_set | {
         "reward": reward(outcomes),
         "tokens": mean_tokens(outcomes),
         "thought_tokens": sum(t for o in outcomes for t in o.thoughts) / answers,
@@ -54,10 +54,10 @@ def figures(outcomes: Sequence[Outcome], ks: Sequence[int]) -> Figures:
 
 
 def by_source(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    found: dict[str, list[Outcome]] = defaultdict(list)
+    by_name: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
-        found[outcome.source].append(outcome)
-    return found
+        by_name[outcome.source].append(outcome)
+    return by_name
 
 
 def sets_of(cells: Mapping[Cell, Sequence[Outcome]], ks: Sequence[int]) -> list[Figures]:
@@ -91,14 +91,14 @@ def compare_folders(ours: Path, others: Path) -> list[dict[str, Any]]:
             f" reference there, e.g. {differing[0][1]}; evaluate both on the same data"
         )
     cells, theirs = outcomes_of(ours), outcomes_of(others)
-    found = []
+    compared = []
     for cell in (cell for cell in cells if cell in theirs):
         known = {outcome.problem: outcome for outcome in theirs[cell]}
         both = [outcome for outcome in cells[cell] if outcome.problem in known]
         if both:
             other = [known[outcome.problem] for outcome in both]
             result = compare(both, other)
-            found.append(
+            compared.append(
                 {
                     "set": cell[0],
                     "budget": cell[1],
@@ -107,9 +107,9 @@ def compare_folders(ours: Path, others: Path) -> list[dict[str, Any]]:
                 }
                 | asdict(result)
             )
-    if not found:
+    if not compared:
         raise ConfigError("--against: the two evaluations have no set and problem in common")
-    return found
+    return compared
 
 
 def show(result: Mapping[str, Any], console: Console) -> None:
@@ -173,16 +173,16 @@ def shown(figure: Mapping[str, Any]) -> str:
 def comparison_lines(result: Mapping[str, Any]) -> list[str]:
     """A line for each comparison of `--against`."""
     lines = []
-    for found in result.get("against", {}).get("sets", []):
-        at = "" if found["budget"] is None else f" at a budget of {found['budget']}"
-        interval = found["interval"]
+    for each in result.get("against", {}).get("sets", []):
+        at = "" if each["budget"] is None else f" at a budget of {each['budget']}"
+        interval = each["interval"]
         within = (
             "" if interval is None else f" [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
         )
         lines.append(
-            f"{found['set']}{at}: {found['ours']:.1%} against {found['other']:.1%} of"
-            f" {result['against']['model']}, {100 * found['difference']:+.1f} points{within},"
-            f" p={found['p_value']:.3g} ({found['problems']} problems, {found['better']} better,"
-            f" {found['worse']} worse)"
+            f"{each['set']}{at}: {each['ours']:.1%} against {each['other']:.1%} of"
+            f" {result['against']['model']}, {100 * each['difference']:+.1f} points{within},"
+            f" p={each['p_value']:.3g} ({each['problems']} problems, {each['better']} better,"
+            f" {each['worse']} worse)"
         )
     return lines

@@ -45,7 +45,7 @@ def find_model(model: str, step: int | None = None) -> Named:
         label = folder.resolve().parent.name if folder.name == "model" else folder.name
         return Named(path=model, label=label.removesuffix(".gguf"))
     run = load_config(folder / CONFIG)
-    found = folder / "model" if (folder / "model" / "config.json").is_file() else None
+    weights = folder / "model" if (folder / "model" / "config.json").is_file() else None
     newest = latest_checkpoint(folder)
     if step is not None:
         names = sorted(p.name for p in (folder / CHECKPOINTS).glob("*") if (p / PROGRESS).is_file())
@@ -55,14 +55,14 @@ def find_model(model: str, step: int | None = None) -> Named:
                 f"--step {step}: {model} has no such checkpoint, only {', '.join(names) or 'none'}"
             )
         # of an RL step before one of the cold start
-        found = folder / CHECKPOINTS / sorted(chosen, key=lambda name: name.startswith("sft"))[0]
-    elif newest is not None and (found is None or _older(found, newest)):
-        found = newest
-    if found is None:
+        weights = folder / CHECKPOINTS / sorted(chosen, key=lambda name: name.startswith("sft"))[0]
+    elif newest is not None and (weights is None or _older(weights, newest)):
+        weights = newest
+    if weights is None:
         raise ConfigError(f"{model} is the directory of a run that has saved no model yet")
     name = folder.resolve().name
-    label = name if found.name == "model" else f"{name}-{found.name}"
-    return Named(path=str(found), label=label, run=run)
+    label = name if weights.name == "model" else f"{name}-{weights.name}"
+    return Named(path=str(weights), label=label, run=run)
 
 
 def _older(model: Path, checkpoint: Path) -> bool:

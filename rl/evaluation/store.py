@@ -119,10 +119,10 @@ def outcomes_of(folder: Path) -> dict[Cell, list[Outcome]]:
     for row in read(folder, _FIGURES).to_pylist():
         problems = cells.setdefault((row["set"], row["budget"]), {})
         problems.setdefault(row["problem"], []).append(row)
-    found: dict[Cell, list[Outcome]] = {}
+    by_cell: dict[Cell, list[Outcome]] = {}
     for cell, problems in sorted(cells.items(), key=lambda c: (c[0][0], c[0][1] or 1 << 40)):
-        found[cell] = [_outcome(name, rows) for name, rows in sorted(problems.items())]
-    return found
+        by_cell[cell] = [_outcome(name, rows) for name, rows in sorted(problems.items())]
+    return by_cell
 
 
 def _outcome(problem: str, rows: list[dict[str, Any]]) -> Outcome:

@@ -104,20 +104,20 @@ class Talker:
         budget = next(iter(self.settings.thinking.budgets), None)
         limit = self.sampling.max_tokens if budget is None else budget
         first = replace(self.sampling, max_tokens=limit)
-        found = self._decode([(prompt, n, first) for prompt in prompts], {}, heard)
+        answered = self._decode([(prompt, n, first) for prompt in prompts], {}, heard)
         if budget is not None:
             assert self._thoughts is not None
             begun: dict[str, list[Completion]] = {}
             for prompt in prompts:
-                for c in [c for c in found[prompt.id] if c.finish_reason == "length"]:
+                for c in [c for c in answered[prompt.id] if c.finish_reason == "length"]:
                     cut = self._thoughts.cut(prompt, c, budget)
                     begun.setdefault(prompt.id, []).append(c if cut is None else cut)
-                    found[prompt.id].remove(c)
+                    answered[prompt.id].remove(c)
             requests = [(p, len(begun[p.id]), self.sampling) for p in prompts if p.id in begun]
             for name, more in self._decode(requests, begun, heard).items():
                 before = {c.sample: c for c in begun[name]}
-                found[name] += [whole(c, before[c.sample]) for c in more]
-        return [sorted(found[prompt.id], key=lambda c: c.sample) for prompt in prompts]
+                answered[name] += [whole(c, before[c.sample]) for c in more]
+        return [sorted(answered[prompt.id], key=lambda c: c.sample) for prompt in prompts]
 
     def _decode(
         self,
@@ -125,26 +125,26 @@ class Talker:
         begun: dict[str, list[Completion]],
         heard: Heard | None,
     ) -> dict[str, list[Completion]]:
-        found: dict[str, list[Completion]] = {prompt.id: [] for prompt, _, _ in requests}
+        answered: dict[str, list[Completion]] = {prompt.id: [] for prompt, _, _ in requests}
         if isinstance(self._engine, EmbeddedEngine):
             for prompt, n, sampling in requests:
                 self._engine.submit(prompt, n, sampling, begun.get(prompt.id, ()))
             left = sum(n for _, n, _ in requests)
             while left:
                 for completion in self._engine.step():
-                    found[completion.prompt_id].append(completion)
+                    answered[completion.prompt_id].append(completion)
                     left -= 1
                 if heard is not None and (running := self._engine.so_far()):
                     heard(running[0].token_ids.tolist())
-            return found
+            return answered
 
         async def collect() -> None:
             async for completion in self._engine.generate_all(requests, begun):
-                found[completion.prompt_id].append(completion)
+                answered[completion.prompt_id].append(completion)
 
         if requests:
             self._loop.run_until_complete(collect())
-        return found
+        return answered
 
     def read(self, prompt: Prompt, token_ids: Sequence[int], reason: Any = "abort") -> Part:
         """The text of an answer, or of its beginning."""

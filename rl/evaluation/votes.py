@@ -68,17 +68,17 @@ def vote_numbers(
     answers: list[list[str | None]] = []
     asked: list[tuple[int, str, str]] = []
     for i, (group, said) in enumerate(zip(groups, texts, strict=True)):
-        found = [
+        numbers = [
             (final_answer(text) if v.status is not Status.CORRECT else "")
             if v.status in _VOTES
             else None
             for text, v in zip(said, group.verdicts, strict=True)
         ]
-        answers.append(found)
+        answers.append(numbers)
         right = sum(v.status is Status.CORRECT for v in group.verdicts)
         wrong = Counter(
             answer
-            for answer, v in zip(found, group.verdicts, strict=True)
+            for answer, v in zip(numbers, group.verdicts, strict=True)
             if answer is not None and v.status is not Status.CORRECT
         )
         # only then may it matter which of the wrong ones are the same
@@ -94,8 +94,8 @@ def vote_numbers(
             if one != other:
                 leaders[i][other] = one
     return [
-        _numbered(found, [v.status is Status.CORRECT for v in group.verdicts], leader)
-        for found, group, leader in zip(answers, groups, leaders, strict=True)
+        _numbered(numbers, [v.status is Status.CORRECT for v in group.verdicts], leader)
+        for numbers, group, leader in zip(answers, groups, leaders, strict=True)
     ]
 
 

@@ -93,9 +93,11 @@ def _packed(
     needed = max(-(-sum(lengths[i] for i in rest) // budget), -(-len(rest) // PACKED_SEQUENCES))
     rounds = -(-(len(alone) + needed) // world)
     rest_lengths, rest_costs = [lengths[i] for i in rest], [costs[i] for i in rest]
-    while (found := _divide(rest_lengths, rest_costs, rounds * world - len(alone), budget)) is None:
+    while (
+        packed := _divide(rest_lengths, rest_costs, rounds * world - len(alone), budget)
+    ) is None:
         rounds += 1
-    pieces = [*((i,) for i in alone), *(tuple(rest[i] for i in part) for part in found)]
+    pieces = [*((i,) for i in alone), *(tuple(rest[i] for i in part) for part in packed)]
     return sorted(pieces, key=lambda piece: -sum(costs[i] for i in piece))
 
 
@@ -173,5 +175,5 @@ def karmarkar_karp(costs: Sequence[float], bins: int) -> list[list[int]]:
         merged = sorted([*a[:a_only], *both, *b[:b_only]], key=lambda part: -part[0])
         smallest = merged[-1][0] if len(merged) == bins else 0
         heapq.heappush(heap, (smallest - merged[0][0], order, merged))
-    found = [sorted(members) for _, members in heap[0][2]]
-    return found + [[] for _ in range(bins - len(found))]
+    parts = [sorted(members) for _, members in heap[0][2]]
+    return parts + [[] for _ in range(bins - len(parts))]

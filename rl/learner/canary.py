@@ -89,12 +89,12 @@ def _served(name: str) -> str:
 
 def _sums(model: nn.Module) -> Mapping[str, int]:
     """Of each parameter's bits here."""
-    found = {}
+    sums = {}
     for name, parameter in model.named_parameters():
         local: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         bits = local.detach().view(torch.int64 if local.dtype == torch.float64 else torch.int32)
-        found[name] = int(bits.sum())
-    return found
+        sums[name] = int(bits.sum())
+    return sums
 
 
 __all__ = ["change", "changed", "squares"]

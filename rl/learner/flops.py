@@ -168,8 +168,8 @@ def speed(
     tokens/s and TFLOP/s of a device, and where its `peak` is known the share of it (verl's names;
     MFU is between 0 and 1)."""
     rate = flops / seconds / devices
-    found = {
+    metrics = {
         "perf/actor/tokens_per_second_per_device": tokens / seconds / devices,
         "perf/actor/tflops_per_device": rate / 1e12,
     }
-    return found if peak is None else found | {"perf/mfu/actor": rate / peak}
+    return metrics if peak is None else metrics | {"perf/mfu/actor": rate / peak}

@@ -37,8 +37,8 @@ def fused_forward(device: torch.device) -> Forward:
 def ends(hidden: Tensor, given: dict[str, Any]) -> tuple[int, ...]:
     """Where each sequence of a packed row ends, or each padded row."""
     if given.get("ends") is not None:
-        found: tuple[int, ...] = given["ends"]
-        return found
+        ends: tuple[int, ...] = given["ends"]
+        return ends
     borders = given.get("cu_seq_lens_q")
     if borders is not None:
         return tuple(borders.tolist()[1:])

@@ -87,8 +87,8 @@ class LearnerGroup:
         self, batch: Batch, canary: Canary, left_out: Sequence[str] = ()
     ) -> list[Any]:
         """[T] as `logprobs`, of the canary, and for each name of it without that tensor."""
-        found: list[Any] = self._call("canary_logprobs", ray.put(batch), canary, tuple(left_out))[0]
-        return found
+        logps: list[Any] = self._call("canary_logprobs", ray.put(batch), canary, tuple(left_out))[0]
+        return logps
 
     def reference_logprobs(self, batch: Batch, temperature: float) -> Any:
         """[T] the reference's."""

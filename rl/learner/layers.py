@@ -90,15 +90,15 @@ def _distance(layer: Any, config: Any, ours: Forward, device: torch.device) -> f
         1, 2
     )[None]
     turns = (angles.cos().to(x), angles.sin().to(x))
-    found = []
+    distances = []
     for forward in (ours, type(layer).forward):
         given = x.clone().requires_grad_()
         out = forward(layer, given, position_embeddings=turns)
         (gradient,) = torch.autograd.grad(out, given, x.flip(1))
-        found.append((out.detach().float() - x, gradient.float() - x.flip(1)))
+        distances.append((out.detach().float() - x, gradient.float() - x.flip(1)))
     config._attn_implementation = before
     return max(
-        float((a - b).norm() / b.norm().clamp(min=1e-6)) for a, b in zip(*found, strict=True)
+        float((a - b).norm() / b.norm().clamp(min=1e-6)) for a, b in zip(*distances, strict=True)
     )
 
 

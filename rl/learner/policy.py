@@ -178,10 +178,10 @@ class Policy(nn.Module):
         hidden_nH, targets_n = hidden_states(body, micro), micro.targets_n
         if self.head is None:
             logits_nV = own_logits(self.model, hidden_nH)
-            found = self._by_logits(logits_nV, micro, loss, temperature)
+            result = self._by_logits(logits_nV, micro, loss, temperature)
             if teaching is None:
-                return found
-            return _plus(found, logits_divergence(logits_nV / temperature, teaching), teaching)
+                return result
+            return _plus(result, logits_divergence(logits_nV / temperature, teaching), teaching)
         head = self.model.get_output_embeddings()
         if loss is None:
             stats = linear_logprob(
@@ -195,7 +195,7 @@ class Policy(nn.Module):
                 shift=shift_n,
             )
             return None, stats, {}
-        found = linear_loss(
+        result = linear_loss(
             hidden_nH,
             head.weight,
             targets_n,
@@ -208,7 +208,7 @@ class Policy(nn.Module):
             sequence_ids=micro.sequence_ids_n if loss.whole_sequences else None,
         )
         if teaching is None:
-            return found
+            return result
         more = linear_divergence(
             hidden_nH,
             head.weight,
@@ -218,7 +218,7 @@ class Policy(nn.Module):
             logit_scale=self.head.scale,
             softcap=self.head.softcap,
         )
-        return _plus(found, more, teaching)
+        return _plus(result, more, teaching)
 
     def _by_logits(
         self,
@@ -235,12 +235,12 @@ class Policy(nn.Module):
 
 
 def _plus(
-    found: tuple[Tensor | None, TokenStats, dict[str, Tensor]],
+    result: tuple[Tensor | None, TokenStats, dict[str, Tensor]],
     more: tuple[Tensor, Tensor],
     teaching: Teaching,
 ) -> tuple[Tensor | None, TokenStats, dict[str, Tensor]]:
     """A loss with the total and the values [n] of one more part of it."""
-    loss, stats, metrics = found
+    loss, stats, metrics = result
     assert loss is not None
     total, values_n = more
     shown = {DISTILL_TERM: values_n * teaching.weights}

@@ -96,13 +96,13 @@ class Published:
 def shards_of(model: nn.Module, dtype: torch.dtype, rank: int, world: int) -> dict[str, Shard]:
     """This rank's consecutive elements of every weight in the dtype that is served, in host memory
     of their own; a collective where there are adapters."""
-    found: dict[str, Shard] = {}
+    shards: dict[str, Shard] = {}
     pinned = False
     for name, shape, local in merged_shards(model, rank, world):
         pinned = pinned or local.device.type != "cpu"
         host = torch.empty(local.shape, dtype=dtype, pin_memory=local.device.type != "cpu")
         host.copy_(local, non_blocking=True)
-        found[name] = Shard(
+        shards[name] = Shard(
             dtype=dtype_name(dtype),
             shape=shape,
             start=first_row(shape, rank, world) * int(np.prod(shape[1:], dtype=np.int64)),
@@ -110,7 +110,7 @@ def shards_of(model: nn.Module, dtype: torch.dtype, rank: int, world: int) -> di
         )
     if pinned:
         torch.accelerator.synchronize()
-    return found
+    return shards
 
 
 def first_row(shape: Sequence[int], rank: int, world: int) -> int:
@@ -279,9 +279,9 @@ def _whole(shards: Shards, threads: int) -> dict[str, TensorPart]:
             shape=shard.shape,
             start=shard.start,
             chunks=tuple(_raw(name, shard)),
-            digest=found,
+            digest=digest_of_whole,
         )
-        for (name, shard), found in zip(shards.items(), digests, strict=True)
+        for (name, shard), digest_of_whole in zip(shards.items(), digests, strict=True)
     }
 
 

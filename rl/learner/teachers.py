@@ -58,8 +58,8 @@ class Teacher(Policy):
         shared = min(vocabulary, logp.shape[1])
         if shared == vocabulary == logp.shape[1] and not 0 < k < shared:
             return logp, None
-        found = logp[:, :shared].topk(min(k or shared, shared), dim=-1)
-        return found.values, found.indices
+        best = logp[:, :shared].topk(min(k or shared, shared), dim=-1)
+        return best.values, best.indices
 
 
 def teaching(
@@ -118,10 +118,10 @@ def sampled_logprobs(
     assert batch.teacher_ids_T is not None
     first = np.flatnonzero(np.diff(batch.sequence_ids_T, prepend=-1))
     teacher_S = batch.teacher_ids_T[first]
-    found = np.zeros(batch.num_tokens, np.float64)
+    logp_T = np.zeros(batch.num_tokens, np.float64)
     for number, teacher in enumerate(teachers):
         sequences = np.flatnonzero(teacher_S == number)
         if len(sequences):  # the same on every rank
             where = np.isin(batch.sequence_ids_T, sequences)
-            found[where] = look(batch.select(sequences.tolist()), teacher)
-    return found
+            logp_T[where] = look(batch.select(sequences.tolist()), teacher)
+    return logp_T

@@ -103,10 +103,10 @@ def training_steps(metrics: Path) -> list[dict[str, Any]]:
     if not metrics.is_file():
         raise ValueError(f"{metrics} does not exist: --from-run needs the folder of a run")
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    found = {row["step"]: row for row in rows if row["stage"] == "rl" and row["axis"] == "train"}
+    by_step = {row["step"]: row for row in rows if row["stage"] == "rl" and row["axis"] == "train"}
     return [
         row
-        for step, row in sorted(found.items())
+        for step, row in sorted(by_step.items())
         if step > SKIPPED and "timing_s/update_weights" in row
     ]
 
@@ -209,10 +209,10 @@ def mean_running(begin: Floats, end: Floats) -> Floats:
     order = np.argsort(times, kind="stable")
     times, running = times[order], np.cumsum(change[order])
     area = np.concatenate([[0.0], np.cumsum(running[:-1] * np.diff(times))])
-    found: Floats = (np.interp(end, times, area) - np.interp(begin, times, area)) / np.maximum(
+    means: Floats = (np.interp(end, times, area) - np.interp(begin, times, area)) / np.maximum(
         end - begin, 1e-9
     )
-    return found
+    return means
 
 
 def delivery_latency(steps: Sequence[Mapping[str, Any]], table: pa.Table) -> float:
@@ -273,9 +273,9 @@ def nonnegative_least_squares(features: Floats, y: Floats) -> tuple[Floats, int]
     columns = range(features.shape[1])
     for size in columns:
         for chosen in combinations(columns, size + 1):
-            found = np.linalg.lstsq(features[:, chosen], y, rcond=None)[0]
-            residual = float(((features[:, chosen] @ found - y) ** 2).sum())
-            if (found >= 0).all() and residual < error - EQUAL * total:
+            weights = np.linalg.lstsq(features[:, chosen], y, rcond=None)[0]
+            residual = float(((features[:, chosen] @ weights - y) ** 2).sum())
+            if (weights >= 0).all() and residual < error - EQUAL * total:
                 best, error = np.zeros(features.shape[1]), residual
-                best[list(chosen)] = found
+                best[list(chosen)] = weights
     return best, int((best > 0).sum())

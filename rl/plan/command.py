@@ -118,8 +118,8 @@ def plan_run(run_dir: Path, overrides: Sequence[str], also: Sequence[Path] = ())
     key=value; `also`: see `calibrate`."""
     scenario, sources = calibrate(run_dir, overrides, also)
     title = f"as {run_dir}" + (f" with {' '.join(overrides)}" if overrides else "")
-    found = figures(simulate(scenario))
-    return Plan(title=title, scenario=scenario, figures=found, splits={}, sources=sources)
+    simulated = figures(simulate(scenario))
+    return Plan(title=title, scenario=scenario, figures=simulated, splits={}, sources=sources)
 
 
 def plan(
@@ -151,32 +151,32 @@ def describe_keys() -> str:
     return "\n".join([settings.rstrip(), *sheets])
 
 
-def show(found: Plan, console: Console) -> None:
+def show(plan: Plan, console: Console) -> None:
     """The table for a person."""
     table = Table(
-        title=f"{escape(found.title)} (simulated)", show_header=False, title_justify="left"
+        title=f"{escape(plan.title)} (simulated)", show_header=False, title_justify="left"
     )
-    for name, value in _lines(found):
+    for name, value in _lines(plan):
         table.add_row(name, value)
     console.print(table)
-    if len(found.splits) > 1:
+    if len(plan.splits) > 1:
         splits = Table("learner devices", "tokens/s", "step, s", "learners idle", "rollouts idle")
-        for n, tried in found.splits.items():
+        for n, tried in plan.splits.items():
             splits.add_row(
-                f"{n} *" if n == found.learners else str(n),
+                f"{n} *" if n == plan.learners else str(n),
                 f"{tried['tokens_per_s']:,.0f}",
                 f"{tried['step_s']:.4g}",
                 f"{tried['learner_idle']:.1%}",
                 f"{tried['rollout_idle']:.1%}",
             )
         console.print(splits)
-    for name, source in found.sources.items():
+    for name, source in plan.sources.items():
         console.print(f"  {name}: {source}", style="dim", highlight=False, markup=False)
 
 
-def _lines(found: Plan) -> list[tuple[str, str]]:
-    f, scenario = found.figures, found.scenario
-    split = "" if found.learners is None else f"{found.learners} devices learn; "
+def _lines(plan: Plan) -> list[tuple[str, str]]:
+    f, scenario = plan.figures, plan.scenario
+    split = "" if plan.learners is None else f"{plan.learners} devices learn; "
     lags = ", ".join(
         f"{lag}: {share:.1%}" for lag, share in f["staleness"].items() if share >= 5e-4
     )

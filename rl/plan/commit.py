@@ -59,8 +59,8 @@ of two bytes in a line of 64."""
 def read_rates(path: Path) -> CommitRates:
     """The rates that `emberl bench device --json` measured; ValueError with what is missing."""
     try:
-        found = json.loads(path.read_text())["commit"]
-        rates = {field.name: float(found[field.name]) for field in fields(CommitRates)}
+        measured = json.loads(path.read_text())["commit"]
+        rates = {field.name: float(measured[field.name]) for field in fields(CommitRates)}
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(
             f"link.rates={path} cannot be read ({error}); emberl bench device --json makes it"

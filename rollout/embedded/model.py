@@ -169,7 +169,7 @@ class Decoder:
         """Everywhere that this tensor lies, and the matrices whose copies have to be packed anew
         because nobody can tell where it lies in them. Valid until the next `pack`."""
         held = self.weights[name]
-        found, stale = [plain(held, held.shape)], []
+        places, stale = [plain(held, held.shape)], []
         for matrix in self.matrices if held.dim() == 2 else ():
             if matrix.weight.untyped_storage().data_ptr() != held.untyped_storage().data_ptr():
                 continue
@@ -178,8 +178,8 @@ class Decoder:
             if copies is None:
                 stale.append(matrix)
             else:
-                found += copies
-        return found, stale
+                places += copies
+        return places, stale
 
     def tensor_bytes(self, name: str) -> TensorBytes:
         """The held bytes of one tensor (on CPU a view of them, not a copy)."""

@@ -68,8 +68,8 @@ class Update:
             self._decoder.load(name, tensor)
         self._decoder.pack()
         whole = {name: self._patch.digests[name] for name in self._patch.tensors}
-        found = {name: self._decoder.digest(name) for name in whole}
-        verify(found, replace(self._patch, digests=whole))
+        digests = {name: self._decoder.digest(name) for name in whole}
+        verify(digests, replace(self._patch, digests=whole))
 
 
 __all__ = ["Update"]

