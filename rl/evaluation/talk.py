@@ -79,11 +79,6 @@ class Talker:
         self._loop = asyncio.new_event_loop()
         self._engine: Any = self._loop.run_until_complete(_started(config, path, longest, self.n))
 
-    @property
-    def streams(self) -> bool:
-        """Whether tokens can be read as they come."""
-        return isinstance(self._engine, EmbeddedEngine)
-
     def prompt(self, messages: Sequence[Message], number: int = 0) -> Prompt:
         """ValueError where the conversation is too long, or the template refuses it."""
         made = self._writer.conversation(

@@ -4,7 +4,6 @@ devices."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property
 from math import ceil, inf, log2
@@ -303,8 +302,3 @@ def make_scenario(settings: PlanSettings, learners: int) -> Scenario:
         warmup=settings.warmup,
         seed=settings.seed,
     )
-
-
-def ideal(scenario: Scenario) -> Scenario:
-    """The same run over a link that takes no time."""
-    return replace(scenario, publication=Publication())
