@@ -183,6 +183,3 @@ def _histogram(lengths: Sequence[int], unit: str, settings: DataConfig) -> Itera
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         bar = "#" * round(_WIDTH * count / max(counts))
         yield f"{int(low):7} to {int(np.ceil(high)):7}  {count:6}  {bar}".rstrip()
-
-
-__all__ = ["show_data"]

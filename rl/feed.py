@@ -286,6 +286,3 @@ class _Figures:
             "sched/groups_ready": float(schedule.ready),
             "sched/rollout_idle": sum(spent) / len(spent),
         }
-
-
-__all__ = ["Feed", "GroupFeed", "Ticket"]

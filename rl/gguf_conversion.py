@@ -266,6 +266,3 @@ def _splitter(split: str) -> Any:
     if split == _SINGLE_DIGITS:
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), whole])
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), behavior="isolated"), whole])
-
-
-__all__ = ["ARCHITECTURES", "GgufHeader", "convert", "read_header"]

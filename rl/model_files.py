@@ -277,16 +277,3 @@ def _quiet() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
-
-__all__ = [
-    "check_adapters",
-    "check_directory",
-    "check_files",
-    "check_model",
-    "gguf_file",
-    "load_tokenizer",
-    "model_tokenizer",
-    "prepare_model",
-    "stop_tokens",
-]

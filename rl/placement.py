@@ -125,6 +125,3 @@ def _sum(bundles: Iterable[dict[str, float]]) -> dict[str, float]:
         for name, amount in bundle.items():
             counted[name] = counted.get(name, 0.0) + amount
     return dict(sorted(counted.items()))
-
-
-__all__ = ["Placement", "ActorSlot", "check_capacity", "plan_placement", "resources_text"]

@@ -262,6 +262,3 @@ def _render(settings: DataConfig, tokenizer: Any, head: Head) -> None:
             raise ConfigError(
                 f"{head.table.key}={head.table.where!r}, {prompt.id}: {error}"
             ) from error
-
-
-__all__ = ["check_inputs", "check_references"]

@@ -84,6 +84,3 @@ def unlike(student: Any, teacher: Any) -> str | None:
     except Exception:  # a vocabulary of few characters has no token for this text
         return None
     return None if cut[0] == cut[1] else "they cut one text differently"
-
-
-__all__ = ["check_teachers", "unlike"]

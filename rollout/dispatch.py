@@ -105,6 +105,3 @@ class Dispatch(Generic[J]):
                 return worker
             heapq.heappop(self._free)
         return None
-
-
-__all__ = ["Decodable", "Dispatch"]

@@ -272,5 +272,3 @@ BUILT_IN: Mapping[str, Callable[[WorkerSpec, tuple[str, ...]], Engine]] = {
     "embedded": _embedded,
     "vllm": _vllm,
 }
-
-__all__ = ["Engine", "InFlight", "Request", "WorkerSpec", "check_engine", "make_engine"]

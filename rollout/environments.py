@@ -271,6 +271,3 @@ def _ended(
         message=message,
     )
     return replace(completion, episode=episode)
-
-
-__all__ = ["Environment", "Episodes", "GroupEpisodes", "Session", "Step", "whole"]

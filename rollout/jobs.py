@@ -98,6 +98,3 @@ class WorkerState:
     def idle_seconds(self) -> float:
         """Since it began."""
         return self.idle + (0.0 if self.idle_since is None else time.monotonic() - self.idle_since)
-
-
-__all__ = ["Job", "WorkerState"]

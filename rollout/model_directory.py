@@ -20,6 +20,3 @@ def model_directory(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(name, allow_patterns=list(PATTERNS)))
-
-
-__all__ = ["model_directory"]

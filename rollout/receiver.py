@@ -349,6 +349,3 @@ def _name(route: Sequence[PatchRef]) -> str:
     return " -> ".join(
         f"{'anchor' if p.base_version is None else 'patch'} {p.version}" for p in route
     )
-
-
-__all__ = ["Receiver", "Report", "UnrecoverableError"]

@@ -197,15 +197,3 @@ def merge_spans(spans: Sequence[Span]) -> tuple[Span, ...]:
         else:
             merged.append(span)
     return tuple(merged)
-
-
-__all__ = [
-    "Completion",
-    "Episode",
-    "EpisodeStatus",
-    "FinishReason",
-    "Prompt",
-    "Sampling",
-    "Span",
-    "merge_spans",
-]

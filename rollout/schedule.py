@@ -208,6 +208,3 @@ class Schedule(Generic[T]):
         assert counts.finished == ended + kept, (
             f"{counts} with {kept} kept: finished groups and their ends differ"
         )
-
-
-__all__ = ["QUEUE_DEPTH", "Counts", "Overdue", "Schedule"]

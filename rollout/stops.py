@@ -146,5 +146,3 @@ def _alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _alphabet()
-
-__all__ = ["StopMatcher", "StopStrings", "cut", "token_bytes"]

@@ -326,6 +326,3 @@ class GroupService:
     async def cut_all(self) -> None:
         """Ends everything that is under way."""
         await self.cut(list(self._groups))
-
-
-__all__ = ["Finished", "GroupService", "RolloutWorker"]

@@ -239,13 +239,3 @@ def _select(word, rank):
     start = popcount(((rank * 0x0101010101010101 | HIGH_BITS) - counts) & HIGH_BITS) << 3
     below = shift_right(counts << 8, start) & 255
     return start + SELECT[shift_right(word, start) & 255, rank - below]
-
-
-__all__ = [
-    "CLASSES",
-    "CLASS_BITS",
-    "by_class",
-    "choose_thresholds",
-    "find_changes",
-    "place_changes",
-]

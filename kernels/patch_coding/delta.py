@@ -279,6 +279,3 @@ def _get_classes(words, at, end, size, thresholds, ranks, differences, bounds):
             return -1
         bounds[number + 1] = done + count
     return at if bounds[-1] == len(ranks) else -1
-
-
-__all__ = ["decode_changes", "encode_changes"]

@@ -132,21 +132,3 @@ def write(memory, place_rows, place_columns, first_row, first_column, columns, p
         if r < 0 or c < 0 or r >= len(place_rows) or c >= len(place_columns):
             continue
         memory[place_rows[r] + place_columns[c]] = values[i]
-
-
-__all__ = [
-    "FIRST_FACTOR",
-    "INTACT",
-    "NOT_NEW",
-    "NOT_OLD",
-    "OUTSIDE",
-    "SECOND_FACTOR",
-    "UNSORTED",
-    "change_checksum",
-    "check_positions",
-    "checksum",
-    "exchange",
-    "part_of_change",
-    "weight",
-    "write",
-]

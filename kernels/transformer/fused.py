@@ -107,14 +107,3 @@ class Parts:
     def __call__(self, name: str, *given: Any) -> Tensor:
         part = PARTS[name]
         return (part.fused if name in self.on else part.reference)(*given)
-
-
-__all__ = [
-    "PARTS",
-    "Part",
-    "Parts",
-    "attention_reference",
-    "gated_reference",
-    "rms_norm_reference",
-    "rotary_reference",
-]

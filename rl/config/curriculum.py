@@ -67,6 +67,3 @@ class CurriculumConfig(Settings):
     @property
     def active(self) -> bool:
         return self != CurriculumConfig()
-
-
-__all__ = ["CurriculumConfig", "DifficultyStage"]

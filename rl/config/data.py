@@ -376,6 +376,3 @@ class DataConfig(Settings):
                 "set data.eval_path (a file) or data.eval_split (a split of data.source), not both"
             )
         return self
-
-
-__all__ = ["KINDS", "LAYOUTS", "DataConfig"]

@@ -88,6 +88,3 @@ class DistillConfig(Settings):
         named = [i for i, teacher in enumerate(teachers) if source in teacher.sources]
         everywhere = [i for i, teacher in enumerate(teachers) if not teacher.sources]
         return (named or everywhere or [-1])[0]
-
-
-__all__ = ["DistillConfig", "TeacherConfig"]

@@ -112,6 +112,3 @@ def _leaves(name: str, written: Any, resolved: Any) -> Iterator[tuple[str, Any, 
             yield from _leaves(name, written[i] if same else None, each)
     else:
         yield name, written, resolved
-
-
-__all__ = ["MASK", "hidden", "masked", "remember", "watch_environment"]

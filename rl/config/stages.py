@@ -244,6 +244,3 @@ def _filled(tree: Any, outputs: Mapping[str, str], key: str = "") -> Any:
     if isinstance(tree, list):
         return [_filled(value, outputs) for value in tree]
     return tree
-
-
-__all__ = ["BASE", "KINDS", "OUTPUTS", "REFERENCE", "Recipe", "Stage", "load_experiment"]

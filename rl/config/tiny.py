@@ -52,6 +52,3 @@ class TinyConfig(Settings):
                 " roles"
             )
         return self
-
-
-__all__ = ["TinyConfig"]

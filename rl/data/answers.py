@@ -167,15 +167,3 @@ def plain(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "\n".join(plain(each) for each in value if isinstance(each, str | list))
     return "" if value is None or isinstance(value, Mapping) else str(value).strip("\n")
-
-
-__all__ = [
-    "KEYS",
-    "final_answer",
-    "holds_tests",
-    "is_program",
-    "letter_of",
-    "options_of",
-    "plain",
-    "shows",
-]

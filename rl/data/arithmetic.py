@@ -299,24 +299,16 @@ class ArithmeticSource:
         )
 
     def _heldout(self, settings: DataConfig) -> list[Prompt]:
-        prompts: list[Prompt] = []
-        if settings.heldout == 0:
+        prompts = self._writer.first_fitting(
+            self._maker.heldout(),
+            settings.heldout,
+            lambda problem, i: self._prompt(problem, f"{self.name}/heldout/{i}"),
+            lambda problem: f"the problem {problem.text!r}",
+        )
+        if len(prompts) == settings.heldout:
             return prompts
-        for problem in self._maker.heldout():
-            prompt = self._prompt(problem, f"{self.name}/heldout/{len(prompts)}")
-            if self._writer.fits(prompt):
-                prompts.append(prompt)
-            elif settings.overlong == "error":
-                raise ValueError(
-                    self._writer.too_long(f"the problem {problem.text!r}", len(prompt.token_ids))
-                )
-            if len(prompts) == settings.heldout:
-                return prompts
         raise ValueError(
             f"data.heldout={settings.heldout}, but these settings give only {len(prompts)} held-out"
             f" problems; raise data.terms={list(settings.terms)} or data.largest_term, or lower"
             " data.heldout"
         )
-
-
-__all__ = ["ArithmeticSource", "Problem", "ProblemMaker", "is_heldout"]

@@ -341,6 +341,3 @@ def _unpack(pool: Pool, saved: Mapping[str, Any]) -> None:
         column = getattr(pool, name)
         values = [np.nan if x is None else x for x in saved[name]]
         column[saved["seen"]] = np.array(values, column.dtype)
-
-
-__all__ = ["BINS", "Choice", "Curriculum", "Source", "bin_of"]

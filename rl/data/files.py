@@ -328,6 +328,3 @@ def nearby(path: Path) -> str:
         if near
         else f"; {str(folder.resolve())!r} has no data file"
     )
-
-
-__all__ = ["SUFFIXES", "Piece", "Row", "find_files", "format_of", "nearby", "pieces"]

@@ -113,23 +113,15 @@ class GymSource:
             chunk += 1
 
     def _heldout(self, settings: DataConfig) -> list[Prompt]:
-        prompts: list[Prompt] = []
-        if settings.heldout == 0:
+        prompts = self._writer.first_fitting(
+            self._candidates(),
+            settings.heldout,
+            lambda item, i: self._prompt(item, f"{self.name}/heldout/{i}"),
+            lambda _: f"a problem of {self._task}",
+        )
+        if len(prompts) == settings.heldout:
             return prompts
-        for item in self._candidates():
-            prompt = self._prompt(item, f"{self.name}/heldout/{len(prompts)}")
-            if self._writer.fits(prompt):
-                prompts.append(prompt)
-            elif settings.overlong == "error":
-                raise ValueError(
-                    self._writer.too_long(f"a problem of {self._task}", len(prompt.token_ids))
-                )
-            if len(prompts) == settings.heldout:
-                return prompts
         raise ValueError(
             f"data.heldout={settings.heldout}, but {self._task} gives only {len(prompts)} held-out"
             " problems; make it harder with data.gym, or lower data.heldout"
         )
-
-
-__all__ = ["GymSource", "task_of"]

@@ -341,23 +341,3 @@ def columns_text(head: Sequence[Row]) -> str:
             inner = list(value) if isinstance(value, Mapping) else []
             columns[f"{column} ({', '.join(map(str, inner))})" if inner else str(column)] = None
     return ", ".join(columns) or "none at all"
-
-
-__all__ = [
-    "LAYOUTS",
-    "NAMES",
-    "STARTER",
-    "TRUTH",
-    "Layout",
-    "by_name",
-    "columns_text",
-    "given",
-    "likeliest",
-    "lookup",
-    "most",
-    "normal",
-    "opened",
-    "settled",
-    "some",
-    "spelled",
-]

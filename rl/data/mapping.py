@@ -398,6 +398,3 @@ def _replied(prompt: Any) -> bool:
 def _list_of(value: Any) -> Any:
     """The list that a text spells; everything else as it is."""
     return spelled(value) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
-
-
-__all__ = ["BadRow", "Mapped", "Mapper"]

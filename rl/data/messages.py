@@ -134,6 +134,3 @@ def _opened(text: str) -> Any:
         if all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns)
         else None
     )
-
-
-__all__ = ["Message", "read_messages", "split_off_reply"]

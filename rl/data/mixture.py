@@ -145,6 +145,3 @@ def _rates(source: PromptSource, column: str) -> NDArray[np.float64]:
     assert isinstance(source, TableSource)
     values = source.column(column)
     return np.array([np.nan if v is None else float(v) for v in values], np.float64)
-
-
-__all__ = ["MixtureSource"]

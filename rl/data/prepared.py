@@ -319,6 +319,3 @@ def _has_objects(value: Any) -> bool:
     if isinstance(value, list):
         return any(_has_objects(each) for each in value)
     return not (value is None or isinstance(value, str | int | float))
-
-
-__all__ = ["Counts", "Prepared", "Rows", "cache_folder", "key_of", "prepare"]

@@ -296,6 +296,3 @@ def _varies(head: Sequence[Row], path: str) -> bool:
 
 def _is_number(head: Sequence[Row], path: str) -> bool:
     return all(isinstance(lookup(row, path), int | float | None) for row in head)
-
-
-__all__ = ["recognise"]

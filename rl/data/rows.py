@@ -263,16 +263,3 @@ def _worded(value: Any) -> Any:
 def batched(rows: Iterator[Any], size: int) -> Iterator[list[Any]]:
     while batch := list(itertools.islice(rows, size)):
         yield batch
-
-
-__all__ = [
-    "GYM",
-    "HEAD",
-    "Table",
-    "as_json",
-    "check_source",
-    "eval_tables",
-    "file_tables",
-    "piece_rows",
-    "train_tables",
-]

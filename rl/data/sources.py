@@ -108,6 +108,3 @@ def known_sources(settings: DataConfig, heads: Sequence[Head]) -> set[str] | Non
     ):
         return None
     return {prompt.source for prompt in prompts}
-
-
-__all__ = ["PromptSource", "check_data", "is_gym", "is_table", "known_sources", "open_source"]

@@ -205,6 +205,3 @@ class Demonstrations:
 def _key(messages: Sequence[Message]) -> bytes:
     said = "\0".join(f"{message['role']}\0{message['content']}" for message in messages)
     return blake2b(said.encode(errors="surrogatepass"), digest_size=16).digest()
-
-
-__all__ = ["Demonstrations", "Example", "check_rows", "examples_of"]

@@ -294,6 +294,3 @@ def _first_with(parts: Sequence[_Part], keys: Set[bytes]) -> list[tuple[int, int
 def order_of(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """In which order an epoch has so many rows."""
     return np.random.default_rng([seed, epoch]).permutation(size)
-
-
-__all__ = ["Head", "TableSource", "bare_prompt", "heldout_note", "order_of", "read_head"]

@@ -4,14 +4,15 @@ supervised learning."""
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ...rollout.samples import Prompt
 from ..config.data import DataConfig
 from .columns import fill
 
+T = TypeVar("T")
 ASSISTANTS = ("assistant", "model", "gpt", "bot")
 """The roles by which data sets name whoever answers."""
 TOOLS = ("tool", "function", "ipython", "observation")
@@ -300,6 +301,29 @@ class PromptWriter:
     def fits(self, prompt: Prompt) -> bool:
         return len(prompt.token_ids) <= self._settings.max_prompt_length
 
+    def first_fitting(
+        self,
+        problems: Iterable[T],
+        count: int,
+        write: Callable[[T, int], Prompt],
+        name: Callable[[T], str],
+    ) -> list[Prompt]:
+        """The first `count` prompts that fit, or fewer where the problems run out. write: the
+        prompt of a problem, the i-th of those that fit; name: of a problem, for the error about a
+        prompt that does not fit and may not be left out."""
+        prompts: list[Prompt] = []
+        if count == 0:
+            return prompts
+        for problem in problems:
+            prompt = write(problem, len(prompts))
+            if self.fits(prompt):
+                prompts.append(prompt)
+            elif self._settings.overlong == "error":
+                raise ValueError(self.too_long(name(problem), len(prompt.token_ids)))
+            if len(prompts) == count:
+                break
+        return prompts
+
     def too_long(self, what: str, length: int | None) -> str:
         """The error for a prompt that does not fit."""
         has = "fits" if length is None else f"has {length} tokens, more than"
@@ -343,17 +367,3 @@ def _encode(text: str, tokenizer: Tokenizer, *, add_special_tokens: bool) -> tup
         raise ValueError(
             f"the tokenizer of the model cannot encode {text[:200]!r}: {error}"
         ) from error
-
-
-__all__ = [
-    "PromptWriter",
-    "Tokenizer",
-    "end_of_turn",
-    "end_token",
-    "framing_ids",
-    "prompt_ids",
-    "render",
-    "supervised_ids",
-    "template_of",
-    "with_prefix",
-]

@@ -90,6 +90,3 @@ def tiny_model(settings: TinyConfig, vocab_size: int, seed: int) -> Qwen3ForCaus
     make_generation: Any = GenerationConfig
     model.generation_config = make_generation(pad_token_id=0, eos_token_id=1, bos_token_id=None)
     return model
-
-
-__all__ = ["make_tiny", "tiny_model", "tiny_tokenizer"]

@@ -315,6 +315,3 @@ def _turns(person: bool) -> Iterator[str]:
 
 def _lines(stream: TextIO) -> Iterator[str]:
     return (line.strip() for line in stream if line.strip())
-
-
-__all__ = ["Talker", "chat_command", "sample_command"]

@@ -95,6 +95,3 @@ def _sums(model: nn.Module) -> Mapping[str, int]:
         bits = local.detach().view(torch.int64 if local.dtype == torch.float64 else torch.int32)
         sums[name] = int(bits.sum())
     return sums
-
-
-__all__ = ["change", "changed", "squares"]

@@ -296,6 +296,3 @@ def _raw(name: str, shard: Shard) -> Iterator[Chunk]:
 
 def _num_elements(parts: Sequence[Parts]) -> int:
     return sum(piece.count for part in parts for piece in part.values())
-
-
-__all__ = ["PublishRequest", "Published", "Publisher", "first_row", "shards_of", "tensor_bytes"]

@@ -75,6 +75,3 @@ def read_rates(path: Path) -> CommitRates:
     if wrong:
         raise ValueError(f"link.rates={path}: commit.{wrong[0]}={rates[wrong[0]]} must be above 0")
     return CommitRates(**rates)
-
-
-__all__ = ["AUDIT", "Engine", "Mode", "commit_seconds", "read_rates"]

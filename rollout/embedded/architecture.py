@@ -113,6 +113,3 @@ def inverse_frequencies(arch: Architecture) -> Tensor:
     turns = arch.rope["original_max_position_embeddings"] / (2 * math.pi / speeds)
     blend: Tensor = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - blend) * speeds / factor + blend * speeds
-
-
-__all__ = ["Architecture", "inverse_frequencies", "parse_architecture", "read_architecture"]

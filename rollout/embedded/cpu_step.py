@@ -140,6 +140,3 @@ class CPUStep:
         function(*arguments, 0, edges[1])
         for other in others:
             other.result()
-
-
-__all__ = ["CPUStep", "as_array", "supports"]

@@ -117,6 +117,3 @@ class KVCache:
 
 def _rounded(length: int) -> int:
     return -(-length // STEP) * STEP
-
-
-__all__ = ["KVCache", "PromptState"]

@@ -88,6 +88,3 @@ def packable(dtype: torch.dtype) -> bool:
         NotImplementedError,
     ):  # another build: without oneDNN, or with other operators
         return False
-
-
-__all__ = ["Matrix", "packable"]

@@ -288,6 +288,3 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, batch: int) -> Tensor:
     keys, values = rows(k).repeat_interleave(group, 1), rows(v).repeat_interleave(group, 1)
     out = F.scaled_dot_product_attention(rows(q), keys, values, is_causal=True)
     return out.transpose(1, 2).reshape(q.shape[0], -1)
-
-
-__all__ = ["DTYPE_NAMES", "Attend", "Decoder", "causal_attention"]

@@ -204,14 +204,3 @@ def _cut(logp: Tensor, settings: SlotSampling) -> Tensor:
     keep = (before < top_p[:, None]) | (top_p[:, None] >= 1) | (rank == 0)
     ordered = torch.log_softmax(ordered.masked_fill(~keep, -torch.inf), -1)
     return torch.empty_like(logp).scatter_(1, order, ordered)
-
-
-__all__ = [
-    "SlotSampling",
-    "check_request",
-    "check_sampling",
-    "penalised",
-    "sample",
-    "stream_key",
-    "uniforms",
-]

@@ -70,6 +70,3 @@ class Update:
         whole = {name: self._patch.digests[name] for name in self._patch.tensors}
         digests = {name: self._decoder.digest(name) for name in whole}
         verify(digests, replace(self._patch, digests=whole))
-
-
-__all__ = ["Update"]

@@ -373,21 +373,3 @@ def check_transfer(backend: str, target: platform.Platform) -> None:
             f"rollout.engine_args.weight_transfer_config.backend={backend}: on {target.device} set"
             f" {target.weight_transfer!r}"
         )
-
-
-__all__ = [
-    "DTYPES",
-    "OWNER",
-    "EngineSettings",
-    "check_engine_args",
-    "check_installed",
-    "check_signatures",
-    "check_transfer",
-    "engine_arguments",
-    "installed_version",
-    "labels_tokens",
-    "parallel_ranks",
-    "prepare",
-    "repack_tied_head",
-    "transfer_backend",
-]

@@ -370,6 +370,3 @@ class VLLMEngine:
         if why is not None:
             kind = DigestMismatchError if isinstance(why, DigestMismatchError) else RuntimeError
             raise kind(f"the vLLM engine serves nothing: {why}")
-
-
-__all__ = ["VLLMEngine"]

@@ -192,5 +192,3 @@ register_gloo()
 if OWNER in os.environ:  # vLLM imports this file in its workers, before they load a model
     end_with(int(os.environ[OWNER]))
 install()
-
-__all__ = ["WeightExtension", "end_with"]

@@ -97,6 +97,3 @@ class GlooWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # t
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
         """Asked of every engine to vLLM 0.27."""
         raise NotImplementedError("learners send by `transfer.open_group`")
-
-
-__all__ = ["GlooWeightTransferEngine"]

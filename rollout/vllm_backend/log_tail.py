@@ -64,6 +64,3 @@ class LogTail:
                 self._lines.append(raw.decode(errors="replace").rstrip())
                 os.write(self._onward, raw)
         os.close(self._onward)
-
-
-__all__ = ["LogTail"]

@@ -247,6 +247,3 @@ class RunningLLM:
             return outputs
 
         core.get_output_async = receive_and_count
-
-
-__all__ = ["EngineLostError", "RunningLLM", "start"]

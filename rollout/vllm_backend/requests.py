@@ -216,6 +216,3 @@ def samples_of(
                 stop=stop,
                 begun=part,
             )
-
-
-__all__ = ["NOTHING", "Count", "Decoded", "LiveSample", "parameters", "samples_of"]

@@ -253,6 +253,3 @@ class RunningServer:
 
     def _lost(self, error: Exception) -> EngineLostError:
         return EngineLostError(f"{self.url} does not answer: {error or type(error).__name__}")
-
-
-__all__ = ["RunningServer", "connect"]

@@ -267,14 +267,3 @@ def checkpoint_bytes(path: Path, dtype: str) -> dict[str, TensorBytes]:
                 dtype=dtype_name(kind), shape=tuple(tensor.shape), data=data
             )
     return tensors
-
-
-__all__ = [
-    "Entry",
-    "Mirror",
-    "Parcel",
-    "checkpoint_bytes",
-    "read_mirror",
-    "read_parcel",
-    "write_mirror",
-]

@@ -160,6 +160,3 @@ def _free_port(host: str) -> int:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-__all__ = ["GroupMember", "Rendezvous", "Send", "Sender", "open_group"]

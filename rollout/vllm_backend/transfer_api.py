@@ -143,14 +143,3 @@ def _worker_engine(backend: str) -> Any:
 
 def _packed(info: Any) -> dict[str, Any]:
     return {"packed": True} if "packed" in info.__dataclass_fields__ else {}
-
-
-__all__ = [
-    "check_communicator",
-    "check_sender",
-    "open_transfer",
-    "register_gloo",
-    "transfer_init",
-    "transfer_update",
-    "update_weights",
-]

@@ -53,6 +53,3 @@ class UpdateOrder:
         before, self.state = self.state, "broken"
         yield
         self.state = LEGAL[step][before]
-
-
-__all__ = ["LEGAL", "OrderError", "State", "Step", "UpdateOrder"]
