@@ -237,6 +237,21 @@ OPTIONS = {
 one."""
 
 
+STILL_LARGER = {
+    "rl/cli.py": 401,
+    "rl/cli.py:train": 88,
+    "rl/watch/alarms.py:signs": 75,
+    "rl/weights/sync.py": 467,
+    "rl/weights/sync.py:WeightSync.__init__": 71,
+    "rollout/embedded/batch.py": 445,
+    "rollout/embedded/engine.py": 425,
+    "rollout/embedded/engine.py:EmbeddedEngine.__init__": 61,
+    "rollout/pool.py": 493,
+    "rollout/vllm_backend/served_weights.py": 433,
+}
+"""Lines of what is beyond the bounds; it may become shorter, not longer."""
+
+
 def functions(tree: ast.AST, within: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
     """(dotted name, node) of every function and method, those inside others too."""
     for node in ast.iter_child_nodes(tree):
@@ -252,11 +267,12 @@ def too_large(path: Path, source: str) -> list[str]:
     """What of a file is beyond the bounds: its lines, a function's lines, a function's
     parameters."""
     lines = len(source.splitlines())
-    problems = [f"{path} has {lines} lines"] if lines > LONGEST_FILE else []
+    most = STILL_LARGER.get(str(path), LONGEST_FILE)
+    problems = [f"{path} has {lines} lines"] if lines > most else []
     for name, node in functions(ast.parse(source)):
         assert node.end_lineno is not None
         length = node.end_lineno - node.lineno + 1
-        if length > LONGEST_FUNCTION:
+        if length > STILL_LARGER.get(f"{path}:{name}", LONGEST_FUNCTION):
             problems.append(f"{path}:{name} has {length} lines")
         given = [arg.arg for arg in (*node.args.args, *node.args.kwonlyargs)]
         count = len([arg for arg in given if arg not in ("self", "cls")])
