@@ -155,7 +155,9 @@ def module_imports(module: str) -> set[str]:
 
 
 def layer(folder: str, unit: str) -> int:
-    """0: the top."""
+    """0: the top, with what `__init__` hands on."""
+    if unit == "__init__":
+        return 0
     return next(i for i, units in enumerate(LAYERS[folder]) if unit in units)
 
 
@@ -186,31 +188,31 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 
 BUDGET = {
-    "configs/ascend": 99,
+    "configs/ascend": 101,
     "kernels": 791,
     "kernels/decoding": 201,
-    "kernels/loss": 1_956,
-    "kernels/patch_coding": 907,
-    "kernels/transformer": 732,
-    "rewards": 2_329,
-    "rewards/audit": 775,
-    "rewards/code_tests": 3_651,
-    "rewards/math_answers": 5_391,
-    "rewards/plugins": 851,
-    "rewards/sandbox": 2_718,
-    "rl": 6_115,
+    "kernels/loss": 1_962,
+    "kernels/patch_coding": 876,
+    "kernels/transformer": 825,
+    "rewards": 2_346,
+    "rewards/audit": 783,
+    "rewards/code_tests": 3_676,
+    "rewards/math_answers": 5_397,
+    "rewards/plugins": 855,
+    "rewards/sandbox": 2_743,
+    "rl": 6_155,
     "rl/algorithm": 1_713,
-    "rl/config": 3_990,
-    "rl/data": 4_649,
-    "rl/evaluation": 2_388,
-    "rl/learner": 3_162,
-    "rl/plan": 1_964,
-    "rl/watch": 4_353,
-    "rl/weights": 1_481,
-    "rollout": 2_773,
-    "rollout/embedded": 2_058,
-    "rollout/vllm_backend": 3_433,
-    "rollout/weights": 2_254,
+    "rl/config": 4_002,
+    "rl/data": 4_598,
+    "rl/evaluation": 2_394,
+    "rl/learner": 3_306,
+    "rl/plan": 1_945,
+    "rl/watch": 4_354,
+    "rl/weights": 1_484,
+    "rollout": 2_746,
+    "rollout/embedded": 2_038,
+    "rollout/vllm_backend": 3_370,
+    "rollout/weights": 2_257,
 }
 """Lines of a folder's own Python files, or of a sub-folder's; `rl` and so on are the files at the
 top."""
