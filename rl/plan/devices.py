@@ -143,7 +143,7 @@ def device(name: str) -> Device:
     return DEVICES[name.upper()]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """The sizes that decide a model's speed, from the config.json of the model it is named
     after."""
@@ -171,24 +171,11 @@ class ModelShape:
         return 4 * (2 * self.parameters + attention)
 
 
-def _shape(
-    source: str, parameters: float, layers: int, heads: int, kv_heads: int, dim: int
-) -> ModelShape:
-    return ModelShape(
-        source=source,
-        parameters=parameters,
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=dim,
-    )
-
-
 MODELS = {
-    "0.6m": _shape("quickstart", 0.6e6, 3, 2, 1, 64),
-    "7b": _shape("Qwen2.5-7B", 7.6e9, 28, 28, 4, 128),
-    "32b": _shape("Qwen2.5-32B", 32.8e9, 64, 40, 8, 128),
-    "72b": _shape("Qwen2.5-72B", 72.7e9, 80, 64, 8, 128),
+    "0.6m": ModelShape("quickstart", 0.6e6, layers=3, heads=2, kv_heads=1, head_dim=64),
+    "7b": ModelShape("Qwen2.5-7B", 7.6e9, layers=28, heads=28, kv_heads=4, head_dim=128),
+    "32b": ModelShape("Qwen2.5-32B", 32.8e9, layers=64, heads=40, kv_heads=8, head_dim=128),
+    "72b": ModelShape("Qwen2.5-72B", 72.7e9, layers=80, heads=64, kv_heads=8, head_dim=128),
 }
 
 

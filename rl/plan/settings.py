@@ -154,13 +154,9 @@ class PlanSettings(Settings):
         """Devices of one engine."""
         if self.engine.cards is not None:
             return self.engine.cards
-        sizes = [1 << i for i in range(20)]
-        enough = [
-            n
-            for n in sizes
-            if most_slots(self.hardware, self.shape, n, self.mean_context) >= ENOUGH
-        ]
-        return enough[0]
+        sizes = (1 << i for i in range(20))
+        context = self.mean_context
+        return next(n for n in sizes if most_slots(self.hardware, self.shape, n, context) >= ENOUGH)
 
     @property
     def slots(self) -> int:
@@ -217,10 +213,8 @@ def publication(settings: PlanSettings, learners: int) -> Publication:
     """The times of one version when `learners` devices publish it to the others."""
     link, weights = settings.link, settings.shape.weight_bytes / GB
     per_node = settings.hardware.per_node
-    senders, receivers = (
-        max(1, learners // per_node),
-        max(1, ceil((settings.devices - learners) / per_node)),
-    )
+    senders = max(1, learners // per_node)
+    receivers = max(1, ceil((settings.devices - learners) / per_node))
     wire = weights / link.ratio if link.mode == "patch" else weights
     arrival = wire / link.bandwidth
     if link.relay:
@@ -258,12 +252,8 @@ tree, not for all of them."""
 def make_scenario(settings: PlanSettings, learners: int) -> Scenario:
     """The scenario in which `learners` of the devices learn."""
     settings.check_split(learners)
-    hardware, shape, lengths, schedule = (
-        settings.hardware,
-        settings.shape,
-        settings.lengths,
-        settings.schedule,
-    )
+    hardware, shape = settings.hardware, settings.shape
+    lengths, schedule = settings.lengths, settings.schedule
     source = LognormalLengths(
         mean_uncut=lengths.mean,
         cv=lengths.cv,
