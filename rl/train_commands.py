@@ -132,8 +132,8 @@ def reference(
     ] = "",
 ) -> None:
     """Every key of a configuration: its type, its default and what it means."""
-    from .config.load import Config
     from .config.key_reference import table
+    from .config.load import Config
 
     try:
         print("\n".join(table(Config, within)))

@@ -90,7 +90,7 @@ def test_the_arrow_check_itself(path: str, line: str, problem: str | None) -> No
 LAYERS: dict[str, tuple[set[str], ...]] = {
     "rl": (
         {"cli"},
-        {"stages", "job_commands", "watch_commands"},
+        {"stages", "job_commands", "train_commands", "watch_commands"},
         {"recipe", "data_command", "submit"},
         {"trainer", "minimal", "sft", "reject", "problems"},
         {"feed", "evaluate"},
@@ -156,9 +156,7 @@ def module_imports(module: str) -> set[str]:
 
 def layer(folder: str, unit: str) -> int:
     """0: the top, with what `__init__` hands on."""
-    if unit == "__init__":
-        return 0
-    return next(i for i, units in enumerate(LAYERS[folder]) if unit in units)
+    return next((i for i, units in enumerate(LAYERS[folder]) if unit in units), 0)
 
 
 def test_every_file_and_folder_has_its_layer() -> None:
@@ -194,24 +192,24 @@ BUDGET = {
     "kernels/loss": 1_962,
     "kernels/patch_coding": 876,
     "kernels/transformer": 825,
-    "rewards": 2_346,
+    "rewards": 2_376,
     "rewards/audit": 783,
     "rewards/code_tests": 3_676,
     "rewards/math_answers": 5_397,
     "rewards/plugins": 855,
     "rewards/sandbox": 2_743,
-    "rl": 6_155,
+    "rl": 6_209,
     "rl/algorithm": 1_713,
-    "rl/config": 4_002,
-    "rl/data": 4_598,
-    "rl/evaluation": 2_394,
-    "rl/learner": 3_306,
-    "rl/plan": 1_945,
-    "rl/watch": 4_354,
+    "rl/config": 4_041,
+    "rl/data": 4_618,
+    "rl/evaluation": 2_396,
+    "rl/learner": 3_310,
+    "rl/plan": 1_922,
+    "rl/watch": 4_424,
     "rl/weights": 1_484,
-    "rollout": 2_746,
+    "rollout": 2_748,
     "rollout/embedded": 2_038,
-    "rollout/vllm_backend": 3_370,
+    "rollout/vllm_backend": 3_376,
     "rollout/weights": 2_257,
 }
 """Lines of a folder's own Python files, or of a sub-folder's; `rl` and so on are the files at the
@@ -240,9 +238,6 @@ one."""
 
 
 STILL_LARGER = {
-    "rl/cli.py": 401,
-    "rl/cli.py:train": 88,
-    "rl/watch/alarms.py:signs": 75,
     "rl/weights/sync.py": 467,
     "rl/weights/sync.py:WeightSync.__init__": 71,
     "rollout/embedded/batch.py": 445,
