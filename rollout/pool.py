@@ -1,5 +1,4 @@
-"""The rollout pool: deals groups to the workers, gathers what they decode, and replaces a worker
-that is lost.
+"""The rollout pool: deals groups to the workers of its crew, and gathers what they decode.
 
 Everything runs on the driver's event loop. Every request has an owner and a deadline; what a lost
 worker had not answered is asked again of another.
@@ -15,25 +14,16 @@ from typing import Any
 
 import ray
 
-from .actors import (
-    LOST,
-    ActorLostError,
-    PlaceLostError,
-    WorkerLostError,
-    call,
-    catch_up,
-    cause,
-)
+from .actors import LOST, ActorLostError, cause
+from .crew import Crew
 from .dispatch import Dispatch
-from .engine import Request
 from .environments import Episodes
-from .jobs import Job, WorkerState
+from .jobs import Job
 from .samples import Completion, Prompt, Sampling
-from .weights.canary import Canary, DecodeProof
 from .weights.transport import WeightUpdate
 
 
-class RolloutPool:
+class RolloutPool(Crew):
     """The same prompts go to the same workers in the same order (`Dispatch`): a synchronous run
     repeats bit for bit."""
 
@@ -54,48 +44,24 @@ class RolloutPool:
         in the place of a lost one, `max_restarts` times. gone: workers that are lost for good.
         tell: that one was lost for good, and why."""
         self._timeout = timeout
-        self._sync_timeout = sync_timeout
         self._all_at_once = max_samples is None
-        self._respawn = respawn
-        self._max_restarts = max_restarts if respawn is not None else 0
-        self._seats = [WorkerState(worker=worker) for worker in workers]
-        self._dispatch: Dispatch[Job] = Dispatch(len(workers), max_samples)
-        self._tell = tell
-        for i in gone:
-            self._seats[i].gone = True
-            self._dispatch.set_up(i, False)
+        super().__init__(
+            workers,
+            Dispatch(len(workers), max_samples),
+            sync_timeout=sync_timeout,
+            respawn=respawn,
+            max_restarts=max_restarts,
+            gone=gone,
+            tell=tell,
+        )
         self.episodes: Episodes | None = None
         """Where an environment answers the model: the loop over turns."""
         # groups that no worker has and that are to have another turn, or may have one
         self._between: set[Job] = set()
         self._next: list[Job] = []  # of these, those whose environments have answered
-        self._latest: WeightUpdate | None = None
-        self._probed: list[int] = []
-        self.served = -1
-        """The version that every worker serves at least."""
-        self._new_version = asyncio.Condition()
         self._failure: ActorLostError | None = None
         self._lengths, self._answers = 0.0, 0
-        self.restarts = 0
-        """Workers that were replaced."""
         self._tasks: set[asyncio.Task[None]] = set()
-
-    @property
-    def workers(self) -> tuple[Any, ...]:
-        return tuple(seat.worker for seat in self._seats)
-
-    @property
-    def gone(self) -> tuple[int, ...]:
-        """Workers that are lost for good, while others do their work."""
-        return tuple(i for i, seat in enumerate(self._seats) if seat.gone)
-
-    @property
-    def announced(self) -> int:
-        """The newest version that workers were told of; -1: none."""
-        return -1 if self._latest is None else self._latest.version
-
-    def _here(self) -> list[int]:
-        return [i for i, seat in enumerate(self._seats) if not seat.gone]
 
     async def generate(
         self, prompts: Sequence[Prompt], n: int, sampling: Sampling
@@ -129,78 +95,6 @@ class RolloutPool:
                 self._fail(failure)
 
         self._begin(work())
-
-    async def served_after(self, version: int) -> int:
-        """Waits until every worker serves a newer version than this one; returns that."""
-        async with self._new_version:
-            await self._new_version.wait_for(lambda: self.served > version)
-            return self.served
-
-    async def digests(self) -> list[dict[str, str]]:
-        """What each worker holds: name -> xxh3-128 of the bytes."""
-        refs = [self._seats[i].worker.digests.remote() for i in self._here()]
-        return list(await asyncio.wait_for(asyncio.gather(*refs), self._sync_timeout))
-
-    async def probe(self, token_ids: Sequence[int]) -> list[Any]:
-        """What each worker that is here gives these tokens: [T-1] log-probs of all but the
-        first."""
-        return await self._of_each("probe", token_ids, False)
-
-    async def reload(self, worker: int, token_ids: Sequence[int]) -> Any:
-        """The same of one of these, after its engine has loaded all weights once more."""
-        return await self._until_answered(self._asked(worker), "probe", token_ids, True)
-
-    async def decoded_anew(
-        self, worker: int, requests: Sequence[Request]
-    ) -> list[tuple[Completion, Any]]:
-        """`decoded` of one worker, after its engine has loaded all weights once more."""
-        await self.reload(worker, requests[0][0].token_ids)
-        found: list[tuple[Completion, Any]] = await self._until_answered(
-            self._asked(worker), "decoded", requests
-        )
-        return found
-
-    async def prove(self, canary: Canary, requests: Sequence[Request]) -> list[DecodeProof | None]:
-        """Of each worker (`GroupService.prove`)."""
-        return await self._of_each("prove", canary, requests)
-
-    async def decoded(self, requests: Sequence[Request]) -> list[list[tuple[Completion, Any]]]:
-        """Of each worker (`GroupService.decoded`)."""
-        return await self._of_each("decoded", requests)
-
-    async def _of_each(self, method: str, *arguments: Any) -> list[Any]:
-        """Of each worker that is here."""
-        self._probed = self._here()
-        work = (self._until_answered(i, method, *arguments) for i in self._probed)
-        found = zip(self._probed, await asyncio.gather(*work), strict=True)
-        return [answer for i, answer in found if not self._seats[i].gone]
-
-    def _asked(self, worker: int) -> int:
-        """The seat of one of those that `_of_each` gave an answer of."""
-        return [i for i in self._probed if not self._seats[i].gone][worker]
-
-    async def sleep(self, level: int) -> None:
-        """Every worker leaves its device to the learners, once nothing is decoded; `serve` or
-        `wake` ends that."""
-        await self._everybody("sleep", level)
-
-    async def trace(self, begin: bool) -> list[bytes]:
-        """Begins a trace of every worker's process, or ends it: what each recorded."""
-        refs = [self._seats[i].worker.trace.remote(begin) for i in self._here()]
-        return list(await asyncio.wait_for(asyncio.gather(*refs), self._sync_timeout))
-
-    async def wake(self) -> None:
-        """Every worker serves what it served."""
-        await self._everybody("wake")
-
-    def idle_seconds(self) -> list[float]:
-        """Of each worker since the pool began: the time in which it had nothing to decode."""
-        return [seat.idle_seconds() for seat in self._seats]
-
-    def busy_spans(self) -> list[tuple[int, float, float]]:
-        """(worker, beginning, end) of the times with something to decode since the last call, as
-        `time.time()`."""
-        return [(i, *span) for i, seat in enumerate(self._seats) for span in seat.busy_spans()]
 
     # Groups
 
@@ -392,100 +286,6 @@ class RolloutPool:
         self._next.clear()
         for job in jobs:
             job.fail(self._failure)
-
-    async def _replace(self, i: int, lost: Any, why: str) -> None:
-        """A new actor on the seat, with the weights that are served now. Where that is not allowed
-        or does not help, the others do its work, and ActorLostError if there is none."""
-        seat = self._seats[i]
-        async with seat.lock:
-            while seat.worker is lost and not seat.gone:
-                self._dispatch.set_up(i, False)
-                if self._respawn is None or seat.restarts >= self._max_restarts:
-                    tried = f" (restarted {seat.restarts} times)" if seat.restarts else ""
-                    self._give_up(i, f"{why}{tried}")
-                    return
-                seat.restarts += 1
-                self.restarts += 1
-                try:
-                    fresh = await asyncio.to_thread(self._respawn, i)
-                    if self._latest is not None:
-                        peers = [
-                            other.worker
-                            for j, other in enumerate(self._seats)
-                            if j != i and self._dispatch.up[j]
-                        ]
-                        who, timeout = f"rollout worker {i}", self._sync_timeout
-                        seat.report = await catch_up(
-                            fresh, self._latest, peers, who=who, timeout=timeout
-                        )
-                except PlaceLostError as error:
-                    self._give_up(i, f"{why}; {error}")
-                    return
-                except (*LOST, WorkerLostError) as error:
-                    why = f"rollout worker {i}, restarted: {cause(error)}"
-                    continue
-                seat.worker = fresh
-                self._dispatch.set_up(i, True)
-
-    def _give_up(self, i: int, why: str) -> None:
-        """Goes on without a worker; ActorLostError without any."""
-        others = [j for j in self._here() if j != i]
-        if not others or self._respawn is None or not self._max_restarts:
-            raise ActorLostError(why)
-        self._seats[i].gone = True
-        self._tell(f"{why}; the run goes on with {len(others)} rollout workers")
-
-    # Weights
-
-    async def _serve_version(self, update: WeightUpdate, timeout: float) -> list[dict[str, float]]:
-        self._latest = update
-        seats = self._here()
-        await asyncio.gather(*(self._ask(i, "prepare", update, self._sync_timeout) for i in seats))
-        found = await asyncio.gather(
-            *(self._ask(i, "commit", update.version, timeout) for i in seats)
-        )
-        reports = [
-            report for i, report in zip(seats, found, strict=True) if not self._seats[i].gone
-        ]
-        async with self._new_version:
-            self.served = max(self.served, update.version)
-            self._new_version.notify_all()
-        return reports
-
-    async def _ask(self, i: int, method: str, argument: Any, timeout: float) -> dict[str, float]:
-        seat = self._seats[i]
-        async with seat.lock:  # a worker that is just being replaced
-            worker = seat.worker
-        if seat.gone:
-            return seat.report
-        try:
-            work = getattr(worker, method).remote(argument)
-            return await call(work, who=f"rollout worker {i}", what=method, timeout=timeout)
-        except WorkerLostError as error:
-            await self._replace(i, worker, str(error))  # which brings it to the newest version
-        return seat.report
-
-    async def _until_answered(self, i: int, method: str, *arguments: Any) -> Any:
-        while not self._seats[i].gone:
-            async with self._seats[i].lock:
-                worker = self._seats[i].worker
-            try:
-                work = getattr(worker, method).remote(*arguments)
-                return await call(
-                    work, who=f"rollout worker {i}", what=method, timeout=self._sync_timeout
-                )
-            except WorkerLostError as error:
-                await self._replace(i, worker, str(error))
-        return None
-
-    async def _everybody(self, method: str, *arguments: Any) -> None:
-        async def ask(i: int) -> None:
-            async with self._seats[i].lock:
-                worker = self._seats[i].worker
-            work = getattr(worker, method).remote(*arguments)
-            await call(work, who=f"rollout worker {i}", what=method, timeout=self._sync_timeout)
-
-        await asyncio.gather(*(ask(i) for i in self._here()))
 
 
 def _late(error: BaseException) -> bool:

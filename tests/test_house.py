@@ -112,7 +112,7 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
     ),
     "rollout": (
         {"worker", "vllm_extension", "receiver"},
-        {"pool"},
+        {"pool", "crew"},
         {"environments", "jobs"},
         {"vllm_backend", "embedded", "engine", "model_directory"},
         {"weights", "samples", "stops", "tracing", "actors", "schedule", "dispatch"},
