@@ -100,17 +100,24 @@ class WorkerPool:
         return answers
 
     def check(self, timeout: float = START_SECONDS) -> str:
-        """Starts a worker and waits for it; what went wrong, or an empty string."""
+        """Starts a worker and waits for it; what went wrong, or an empty string. Another one where
+        it was lost without a word, as one that was killed from outside is."""
         if not self._slots.acquire(timeout=timeout):
             return "no worker was free"
-        worker = None
         try:
-            worker = self._take()
-            worker.wait_ready(timeout)
-        except WorkerLost as error:
-            return str(error)
+            for attempt in range(1, ATTEMPTS + 1):
+                worker = None
+                try:
+                    worker = self._take()
+                    worker.wait_ready(timeout)
+                    self._give_back(worker)
+                    break
+                except WorkerLost as error:
+                    if worker is not None:
+                        worker.close()
+                    if error.final or attempt == ATTEMPTS:
+                        return str(error)
         finally:
-            self._give_back(worker)
             self._slots.release()
         return ""
 

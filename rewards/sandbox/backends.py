@@ -41,7 +41,7 @@ WITH_NAMESPACES = ("zygote", "bubblewrap")
 class ForkServer:
     """One fork server, isolated and ready. Not thread-safe: one run at a time.
 
-    Raises SandboxUnavailable if it cannot isolate itself.
+    Raises SandboxUnavailable if it cannot isolate itself, SandboxError if it was lost meanwhile.
     """
 
     def __init__(self, backend: str, preload: Sequence[str] = ()) -> None:
@@ -75,9 +75,11 @@ class ForkServer:
                 self.close()
                 errors.seek(0)
                 said = errors.read(500).decode(errors="replace").strip()  # bwrap says why there
-                if isinstance(error, SandboxUnavailable):
-                    raise SandboxUnavailable(f"{backend}: {said or error}") from None
-                raise
+                if not isinstance(error, SandboxError):
+                    raise
+                refused = bool(said) or isinstance(error, SandboxUnavailable)
+                kind = SandboxUnavailable if refused else SandboxError
+                raise kind(f"{backend}: {said or error}") from None
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._control.settimeout(_START_SECONDS)
@@ -87,10 +89,11 @@ class ForkServer:
         except TimeoutError:
             raise SandboxUnavailable(f"no answer within {_START_SECONDS:g} s") from None
         except OSError as error:
-            raise SandboxUnavailable(str(error)) from None
+            raise SandboxError(str(error)) from None
+        if not answer:  # it would have said why: it was killed
+            raise SandboxError("the process ended while it isolated itself")
         if answer != READY:
-            why = answer.removeprefix(NO_RUN).decode(errors="replace")
-            raise SandboxUnavailable(why or "the process ended while it isolated itself")
+            raise SandboxUnavailable(answer.removeprefix(NO_RUN).decode(errors="replace"))
 
     def start(self, kind: int, limits: Limits, fds: Sequence[int]) -> None:
         """Starts a child on `fds`: its channel, source or program at 3, then 0, 1 and 2. Raises

@@ -102,16 +102,25 @@ def _hide_memory() -> None:
 
 def _tried(backend: str, preload: Sequence[str]) -> ForkServer:
     """Starts a fork server and runs an empty child, so that a filter that the kernel refuses shows
-    now."""
+    now. Once more where it is lost: one that was killed from outside says nothing about this
+    machine."""
     if not sys.platform.startswith("linux"):
         raise SandboxUnavailable(f"{backend}: only Linux has what it needs")
     if backend == "bubblewrap" and shutil.which("bwrap") is None:
         raise SandboxUnavailable("bubblewrap: bwrap is not installed")
-    try:
-        server = ForkServer(backend, preload)
-    except OSError as error:  # no descriptor, process or room on disk
-        raise SandboxUnavailable(f"{backend}: {error}") from None
-    limits = Limits()
+    lost = ""
+    for _ in range(2):
+        try:
+            return _trial(backend, preload)
+        except SandboxUnavailable:
+            raise
+        except (SandboxError, OSError) as error:  # OSError: no descriptor, process or room on disk
+            lost = str(error).removeprefix(f"{backend}: ")
+    raise SandboxUnavailable(f"{backend}: {lost}")
+
+
+def _trial(backend: str, preload: Sequence[str]) -> ForkServer:
+    server, limits = ForkServer(backend, preload), Limits()
     try:
         ours, theirs = socket.socketpair()
         with ours, theirs:
@@ -121,7 +130,7 @@ def _tried(backend: str, preload: Sequence[str]) -> ForkServer:
             run = server.finish(limits)
         if run.exit_code != 0:
             raise SandboxError(f"the trial run gave {run}")
-    except SandboxError as error:
+    except BaseException:
         server.close()
-        raise SandboxUnavailable(f"{backend}: {error}") from None
+        raise
     return server

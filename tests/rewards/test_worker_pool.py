@@ -81,6 +81,14 @@ def serve_broken():
     raise RuntimeError("cannot be set up")
 
 
+def serve_killed_once(mark: str):
+    """As one that something ends while it starts."""
+    if not os.path.exists(mark):
+        open(mark, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return serve()
+
+
 @pytest.fixture
 def make(monkeypatch):
     monkeypatch.setattr(sys, "path", [os.path.dirname(__file__), *sys.path])
@@ -259,6 +267,15 @@ def test_a_factory_that_fails_is_reported(make) -> None:
     answer = pool.run([["x"]], timeout=5)[0]
     assert answer.ended is Ended.LOST
     assert "cannot be set up" in answer.message
+
+
+def test_a_worker_killed_while_it_starts_is_replaced(make, tmp_path) -> None:
+    pool = WorkerPool(
+        "test_worker_pool:serve_killed_once", {"mark": str(tmp_path / "mark")}, workers=1
+    )
+    assert pool.check() == ""
+    assert pool.run([["fine"]], timeout=5)[0].value == ["fine"]
+    pool.close()
 
 
 def test_a_closed_pool_and_a_deadline_answer(make) -> None:

@@ -1,11 +1,14 @@
 """Which back end a machine gives, and what the refusal says."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from emberl.rewards.sandbox import choose
+from emberl.rewards.sandbox.backends import ForkServer
 from emberl.rewards.sandbox.pool import Sandbox, SandboxUnavailable
 
 slow = pytest.mark.slow
@@ -25,6 +28,27 @@ def test_without_walls_it_refuses_and_names_the_fix(monkeypatch) -> None:
         Sandbox(backend="unsafe")
     with pytest.raises(ValueError, match="chroot"):
         Sandbox(backend="chroot")
+
+
+@slow
+@pytest.mark.parametrize("when", ["_begin", "start"])
+def test_a_fork_server_killed_while_it_is_tried_is_no_reason_for_fewer_walls(
+    monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    with Sandbox(workers=1) as usual:
+        backend = usual.backend
+    real, killed = getattr(ForkServer, when), []
+
+    def kill_first(server: ForkServer, *arguments):
+        if not killed:
+            killed.append(server.pid)
+            os.kill(server.pid, signal.SIGKILL)
+        return real(server, *arguments)
+
+    monkeypatch.setattr(ForkServer, when, kill_first)
+    with Sandbox(workers=1) as found:
+        assert found.backend == backend and killed
+        assert found.run_program("print(6 * 7)").stdout == b"42\n"
 
 
 @slow
