@@ -22,6 +22,8 @@ SETTINGS = "settings.json"
 it."""
 EVALUATED = "evaluation.json"
 """What an evaluation that was under way when a checkpoint was written has found since."""
+REMOVED = ".removed-"
+"""How the name begins of a checkpoint that is being removed."""
 FILES = "files.json"
 """Sizes of a checkpoint's files."""
 FIXED = ("stages", "data", "model", "seed")
@@ -218,8 +220,10 @@ def finish_checkpoint(
     for path in [*files, folder / FILES, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
         _to_disk(path)
     final = folder.with_name(folder.name.removeprefix("."))
-    shutil.rmtree(final, ignore_errors=True)
+    earlier = _out_of_sight(final) if final.exists() else None
     folder.rename(final)
+    if earlier is not None:
+        shutil.rmtree(earlier, ignore_errors=True)
     _to_disk(final.parent)
     done = sorted(
         (p for p in final.parent.glob("[!.]*") if broken(p) is None),
@@ -228,8 +232,27 @@ def finish_checkpoint(
     best = sorted(done, key=_accuracy, reverse=True)
     for old in done[:-keep]:
         if old not in best[:keep_best]:
-            shutil.rmtree(old)
+            shutil.rmtree(_out_of_sight(old))
     return final
+
+
+def _out_of_sight(checkpoint: Path) -> Path:
+    """Its name from now on: one that a crash leaves half removed is not to look like a whole."""
+    gone = checkpoint.with_name(f"{REMOVED}{checkpoint.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    return checkpoint.rename(gone)
+
+
+def remove_halves(run_dir: Path, tell: Callable[[str], None] = lambda _: None) -> None:
+    """What a run left of checkpoints that it was writing or removing when it ended. tell: of the
+    first kind, since the run goes on from the one before."""
+    for half in sorted((run_dir / CHECKPOINTS).glob(".*")):
+        if not half.name.startswith(REMOVED):
+            tell(
+                f"checkpoint {half.name.removeprefix('.')} is passed over: the run ended while it"
+                " was written"
+            )
+        shutil.rmtree(half, ignore_errors=True)
 
 
 def _accuracy(checkpoint: Path) -> float:

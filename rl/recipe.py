@@ -103,7 +103,7 @@ def train(config: Config, *, resume: Resume = "never", override: bool = False) -
             tell(f"resumed with {line}")
         started -= read_progress(checkpoint).seconds
     with alone_in(run_dir):
-        forget_earlier(run_dir, anew=checkpoint is None)
+        forget_earlier(run_dir, anew=checkpoint is None, tell=tell)
         model_path = prepare_model(config, run_dir, tell, anew=checkpoint is None)
         check_adapters(config, model_path)
         attempts = Attempts(run_dir, config.cluster.max_restarts, checkpoint, tell)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from .checkpoints import CHECKPOINTS, latest_checkpoint
+from .checkpoints import CHECKPOINTS, latest_checkpoint, remove_halves
 from .config.load import Config, ConfigError
 
 METRICS = "metrics.jsonl"
@@ -63,13 +63,14 @@ def open_run_dir(
     return folder, checkpoint
 
 
-def forget_earlier(run_dir: Path, *, anew: bool) -> None:
+def forget_earlier(
+    run_dir: Path, *, anew: bool, tell: Callable[[str], None] = lambda _: None
+) -> None:
     """Removes what earlier attempts left that is not this one's: a wish to stop, checkpoints half
-    written, and, if `anew`, the figures of a start that came to nothing. Only while `alone_in` it:
-    they may be a living run's."""
+    written (tell: which), and, if `anew`, the figures of a start that came to nothing. Only while
+    `alone_in` it: they may be a living run's."""
     asked_to_stop(run_dir)
-    for half in (run_dir / CHECKPOINTS).glob(".*"):
-        shutil.rmtree(half, ignore_errors=True)
+    remove_halves(run_dir, tell)
     (run_dir / RESULT).unlink(missing_ok=True)
     if anew:
         forget_figures(run_dir)

@@ -28,6 +28,33 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path: Path) -> No
     assert p.latest_checkpoint(tmp_path) == done
 
 
+def test_a_crash_while_one_is_removed_or_replaced_leaves_no_half_that_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, "rl-000001", step=1)
+    second = save(tmp_path, "rl-000002", step=2)
+
+    def crash(folder: Path, **_: object) -> None:
+        if folder.exists():
+            (folder / "weights").unlink()
+            (folder / "files.json").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(p.shutil, "rmtree", crash)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, "rl-000002", step=2)  # again, as after a resumed run's first step
+    assert p.latest_checkpoint(tmp_path) == second and p.broken(second) is None
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, "rl-000003", step=3)  # which drops the first
+    assert sorted(f.name for f in second.parent.glob("[!.]*")) == ["rl-000002", "rl-000003"]
+    monkeypatch.undo()
+    p.begin_checkpoint(tmp_path, "rl-000004")
+    told: list[str] = []
+    p.remove_halves(tmp_path, told.append)
+    assert told == ["checkpoint rl-000004 is passed over: the run ended while it was written"]
+    assert not list(second.parent.glob(".*"))
+
+
 def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, f"rl-{step:06}", stage=1, step=step)
