@@ -10,11 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import subprocess
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..kernels import platform
-from ..rollout.actors import LOST, ActorLostError, PlaceLostError, gather
+from ..rollout.actors import LOST, ActorLostError, PlaceLostError, cause
 from ..rollout.engine import WorkerSpec
 from ..rollout.pool import RolloutPool
 from ..rollout.schedule import QUEUE_DEPTH
@@ -60,12 +58,13 @@ class Cluster:
         self.pool: RolloutPool
         self._group: Any = None
         self._actors: list[Any] = []
-        self._ready: list[Any] = []
+        self._ready: dict[int, Any] = {}
         self.spawned = False
         """Whether the actors were started."""
         self.run_id = uuid.uuid4().hex
         """Of the weights that these engines take."""
         self._owns_ray = self._local = False
+        self._watch: local_ray.Watch | None = None
         self.next_version = 0
         """The smallest that workers do not know yet."""
         if not self.address and not ray.is_initialized() and self.placement.device == "cpu":
@@ -79,7 +78,7 @@ class Cluster:
             if not self._join():
                 local_ray.before_start()
                 self._local = True
-                with another_process_group():
+                with local_ray.another_process_group():
                     ray.init(
                         # never a cluster that happens to run here: it was not asked for
                         address="local",
@@ -88,6 +87,7 @@ class Cluster:
                         log_to_driver=False,
                         logging_level=logging.ERROR,
                     )
+                self._watch = local_ray.Watch()
         try:
             check_capacity(
                 self.placement,
@@ -146,6 +146,8 @@ class Cluster:
             if self._group is not None:
                 remove_placement_group(self._group)
             if self._owns_ray:
+                if self._watch is not None:
+                    self._watch.close()
                 ray.shutdown()
         if self._local:
             local_ray.after_end()
@@ -178,9 +180,9 @@ class Cluster:
         for i, ref in ended.items():
             try:
                 ray.get(ref, timeout=self.config.sync.timeout)
-            except LOST:
+            except LOST as error:
                 try:
-                    workers[i] = self.respawn(i)
+                    workers[i] = self._another(i, f"rollout worker {i}: {cause(error)}")
                 except PlaceLostError:
                     gone.add(i)
         if len(gone) == len(workers):
@@ -241,7 +243,7 @@ class Cluster:
 
     def _pool_of(self, workers: Sequence[Any], gone: Collection[int] = ()) -> RolloutPool:
         config = self.config
-        self._ready = [w.ready.remote() for i, w in enumerate(workers) if i not in gone]
+        self._ready = {i: w.ready.remote() for i, w in enumerate(workers) if i not in gone}
         return RolloutPool(
             workers,
             timeout=config.rollout.timeout,
@@ -299,7 +301,6 @@ class Cluster:
         its model. `PlaceLostError` where its node is gone and no other has room; what Ray raises
         where it fails otherwise is the caller's."""
         seat, spec = self._workers[index]
-        assert self.pool is not None
         if self._group is None:  # everything ends: a call of Ray's would start another cluster
             raise TimeoutError("the run is over")
         ray.kill(self.pool.workers[index])
@@ -315,18 +316,46 @@ class Cluster:
         ray.get(ready, timeout=PATIENCE)  # raises what its start raised
         return handle
 
+    def _another(self, i: int, why: str) -> Any:
+        """As `respawn`, and once more where that one is lost too, as often as
+        `rollout.max_restarts` allows; then ActorLostError. why: what became of the one before."""
+        for _ in range(self.config.rollout.max_restarts):
+            try:
+                return self.respawn(i)
+            except PlaceLostError:
+                raise
+            except LOST as error:
+                why = f"rollout worker {i}, restarted: {cause(error)}"
+        raise ActorLostError(why)
+
     def wait(self) -> None:
-        """Until every actor has its model and the learners have met."""
+        """Until every actor has its model and the learners have met. A worker that is lost before
+        is started anew, and no other."""
         timeout = self.config.cluster.start_timeout
         if self.learners.ranks:
             self.learners.connect(self._model_path, timeout)
-        gather(
-            self._ready,
-            who="rollout worker",
-            what="ready",
-            timeout=timeout,
-            key="cluster.start_timeout",
-        )
+        deadline = time.monotonic() + timeout
+        for i, ready in self._ready.items():
+            try:
+                ray.get(ready, timeout=max(0.0, deadline - time.monotonic()))
+            except ray.exceptions.RayError as error:
+                self._not_up(i, error)
+
+    def _not_up(self, i: int, error: ray.exceptions.RayError) -> None:
+        """What is done about a worker that has not come up; ActorLostError where nothing can be."""
+        why = f"rollout worker {i} failed in 'ready': {cause(error)}"
+        if late := isinstance(error, TimeoutError):
+            timeout = self.config.cluster.start_timeout
+            why = f"rollout worker {i}: no model within cluster.start_timeout={timeout:g} s"
+        refused = not isinstance(error, LOST) or getattr(error, "actor_init_failed", False)
+        if late or refused:
+            raise ActorLostError(why) from error
+        try:
+            self.pool.seat(i, self._another(i, why))
+        except PlaceLostError as nowhere:
+            self.pool.leave_out(i, f"{why}; {nowhere}")
+        else:
+            self.tell(f"{why}; another has taken its place")
 
     def _spawn(self, actor: type, seat: ActorSlot, spec: RankSpec | WorkerSpec) -> Any:
         handle = self.options(actor, seat).remote(spec)
@@ -369,20 +398,3 @@ def _no_cluster(address: str, error: Exception) -> ConfigError:
         f"no Ray cluster answers at {address} ({' '.join(str(error).split())[:200]}); set"
         " cluster.address (or RAY_ADDRESS) to the head node's HOST:6379, to auto, or to nothing"
     )
-
-
-@contextmanager
-def another_process_group() -> Iterator[None]:
-    """What is started within belongs to another process group than this process. `timeout`, a
-    shell's job control and service managers signal a group: SIGTERM would end Ray under a driver
-    that still has to save."""
-    ours = os.getpgrp()
-    # ends with its input
-    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, process_group=0) as first:
-        with suppress(PermissionError):  # the leader of a session cannot leave its group
-            os.setpgid(0, first.pid)
-        try:
-            yield
-        finally:
-            with suppress(PermissionError):
-                os.setpgid(0, ours)

@@ -36,8 +36,13 @@ def telling_why(interrupted: str) -> Iterator[None]:
 
 
 def fail(message: str, status: int) -> Any:
-    """One line for a person on stderr, one JSON line on stdout, and a status that is not zero."""
+    """`say`, and a status that is not zero."""
+    say(message)
+    raise typer.Exit(status)
+
+
+def say(message: str) -> None:
+    """Why it ends: one line for a person on stderr, one JSON line on stdout."""
     line = hidden(" ".join(message.split()))
     print(f"error: {line}", file=sys.stderr, flush=True)
     print(json.dumps({"status": "error", "error": line}), flush=True)
-    raise typer.Exit(status)

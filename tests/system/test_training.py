@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -225,81 +224,6 @@ def test_a_signal_to_the_whole_process_group_saves_and_exits_cleanly(emberl: Emb
     assert (emberl.folder / f"run/checkpoints/rl-{result['steps']:06}/progress.json").exists()
     again = emberl.train(f"schedule.steps={result['steps'] + 1}", "run_dir=run", "--resume")
     assert again["steps"] == result["steps"] + 1
-
-
-def test_a_lost_worker_ends_the_run_with_its_name(emberl: Emberl) -> None:
-    """Invariant 7: the exit status is not zero, and the last line says why."""
-    with ThreadPoolExecutor(1) as beside:
-        killed = beside.submit(kill_worker, emberl, '"stage": "rl", "step": 1')
-        result = emberl.train(
-            "schedule.steps=1000", "rollout.max_restarts=0", "cluster.max_restarts=0", status=1
-        )
-        killed.result()
-    assert "rollout worker 0" in result["error"]
-
-
-def kill_worker(emberl: Emberl, text: str, actor: str = "RolloutWorker") -> int:
-    """Kills the only actor of this kind of a run in this process once its metrics have this text;
-    its process id."""
-    wait_for(emberl.folder / "run/metrics.jsonl", text)
-    [victim] = actors(actor)
-    os.kill(victim, signal.SIGKILL)
-    return victim
-
-
-def actors(kind: str) -> list[int]:
-    return [int(p.name) for p in Path("/proc").glob("[0-9]*") if _is_actor(p, kind)]
-
-
-def _is_actor(folder: Path, kind: str) -> bool:
-    """Whether this is such an actor of a run in this process: Ray names its processes after the
-    actor."""
-    try:
-        if not (folder / "cmdline").read_bytes().startswith(f"ray::{kind}".encode()):
-            return False
-        pid, driver = int(folder.name), os.getpid()
-        while pid > 1 and pid != driver:
-            pid = int((Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[1])
-        return pid == driver
-    except (OSError, ValueError):  # a process that ended while we looked
-        return False
-
-
-def test_a_lost_learner_and_a_lost_worker_change_no_bit(emberl: Emberl) -> None:
-    """New learners go on from the last checkpoint, and the engine stays."""
-    steps = ("schedule.steps=8", "sft.steps=10", "rollout.token_rate=60", "eval.every=0")
-    emberl.train(*steps, "run_dir=quiet")
-
-    def hit() -> list[int]:
-        kill_worker(emberl, '"stage": "rl", "step": 3', "LearnerRank")
-        stayed = actors("RolloutWorker")
-        wait_for(emberl.folder / "run/metrics.jsonl", '"stage": "rl", "step": 5')
-        assert actors("RolloutWorker") == stayed
-        return [*stayed, kill_worker(emberl, '"stage": "rl", "step": 5')]
-
-    with ThreadPoolExecutor(1) as beside:
-        hits = beside.submit(hit)
-        emberl.train(*steps)
-        first, second = hits.result()
-    assert first == second
-    told = (emberl.folder / "stderr.txt").read_text()
-    assert "the learners are started anew from rl-000002" in told
-    assert [row["step"] for row in read_metrics(emberl.folder / "run")] == list(range(1, 9))
-    assert weights(emberl.folder / "run/model") == weights(emberl.folder / "quiet/model")
-
-
-def test_a_lost_worker_is_replaced_and_what_it_had_not_answered_is_asked_again(
-    emberl: Emberl,
-) -> None:
-    with ThreadPoolExecutor(1) as beside:
-        killed = beside.submit(kill_worker, emberl, '"stage": "rl", "step": 5')
-        result = emberl.train("schedule.steps=30", "schedule.max_staleness=1", "eval.every=0")
-        killed.result()
-    assert result["steps"] == 30
-    rows = read_metrics(emberl.folder / "run")
-    assert [row["step"] for row in rows] == list(range(1, 31))
-    assert sum(row["sched/workers_restarted"] for row in rows) == 1
-    assert max(row["sched/staleness/max"] for row in rows) == 1
 
 
 def test_a_resumed_run_asks_again_for_what_was_in_flight(emberl: Emberl) -> None:
