@@ -71,20 +71,31 @@ ENVIRONMENT = (
         roles=BOTH,
         reason="the same on the card, where processes share one",
     ),
+    Variable(
+        name="VLLM_ASCEND_ENABLE_NZ",
+        value="0",
+        roles=("rollout",),
+        reason="matrices in FRACTAL_NZ have another layout, into which vllm-ascend refuses to write"
+        " new weights",
+    ),
 )
 """Set unless the user's environment has the name. Sources: vllm-ascend's Dockerfile and platform,
 verl #6562, Huawei's references of HCCL 8.5 and of torch-npu. No figure of ours stands behind any of
 them."""
 INTERFACE_VARIABLES = ("HCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
 """The interface of the node's address goes there, as it goes to Gloo's."""
-DETERMINISTIC = {"HCCL_DETERMINISTIC": "true", "LCCL_DETERMINISTIC": "1"}
-"""Sums over ranks in one order; slower, and the user's to set."""
+DETERMINISTIC = "HCCL_DETERMINISTIC"
+"""`true` or `strict`: sums over ranks in one order; slower, and the user's to set, once for all
+nodes."""
+SAME_OF_LCCL = "LCCL_DETERMINISTIC"
 
 
 def environment(role: str, given: Mapping[str, str]) -> dict[str, str]:
-    """What to add to `given` for a process of this role, and the switch, which other nodes do not
+    """What to add to `given` for a process of this role, and the switches, which other nodes do not
     know."""
-    own = {SWITCH: given[SWITCH]} if SWITCH in given else {}
+    own = {name: given[name] for name in (SWITCH, DETERMINISTIC, SAME_OF_LCCL) if name in given}
+    if given.get(DETERMINISTIC, "").lower() in ("true", "strict"):
+        own.setdefault(SAME_OF_LCCL, "1")
     return own | {
         variable.name: variable.value
         for variable in ENVIRONMENT
@@ -92,8 +103,26 @@ def environment(role: str, given: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def additional_config(has_rl_config: bool, sleeps: bool) -> dict[str, Any]:
+    """What vllm-ascend's `additional_config` must have for an engine whose weights change.
+    has_rl_config: of 0.27.1 and later. sleeps: whether it leaves its memory to learners."""
+    if has_rl_config:
+        return {"rl_config": {"enabled": True, "sleep_mode_extra_cleanup": sleeps}}
+    return {"weight_nz_mode": 0}
+
+
+ENGINES = (
+    f"additional_config={additional_config(False, False)} (rollout, before vllm-ascend 0.27.1): as"
+    " VLLM_ASCEND_ENABLE_NZ; and enforce_eager, as its graphs would read weights of before an update",
+    f"additional_config={additional_config(True, False)} (rollout, from 0.27.1 on): format, allocator"
+    " and graphs for weights that change; sleep_mode_extra_cleanup with enable_sleep_mode",
+)
+"""Arguments that engines get, and why."""
+
+
 def describe(given: Mapping[str, str]) -> list[str]:
-    """A line for each variable, and one for the layers, as a run says them at its start."""
+    """A line for each variable, those of engines' arguments, and one for the layers, as a run says
+    them at its start."""
     on = switched_on(given)
     parts = [f"{n} {OPERATORS[n] if n in on else 'in plain torch'}" for n in OPERATORS]
     layers = f"layers: {', '.join(parts)} ({SWITCH} chooses)"
@@ -102,7 +131,13 @@ def describe(given: Mapping[str, str]) -> list[str]:
         f" ({' and '.join(variable.roles)}{', yours' if variable.name in given else ''}):"
         f" {variable.reason}"
         for variable in ENVIRONMENT
-    ] + [layers]
+    ] + [
+        f"{', '.join(INTERFACE_VARIABLES)}: the interface of Ray's address of each node, unless given",
+        f"{DETERMINISTIC}={given.get(DETERMINISTIC, '')} (learner and rollout): yours to set; true"
+        f" sums over ranks in one order, slower, and sets {SAME_OF_LCCL}=1",
+        *ENGINES,
+        layers,
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,11 +152,20 @@ class Generation:
     """Ending of vllm-ascend's image tags."""
     soc: str
     """How torch's device names begin."""
+    link: float
+    """Bytes a second one way between two cards of a box. A2: one of seven HCCS links of 56 GB/s both
+    ways; A3: a die's share of the package's (arXiv 2506.12708). Neither was measured by us."""
 
 
-A2 = Generation(name="A2", sold_as="910B", cards=8, image="", soc="Ascend910B")
-A3 = Generation(name="A3", sold_as="910C", cards=16, image="-a3", soc="Ascend910_93")
+A2 = Generation(name="A2", sold_as="910B", cards=8, image="", soc="Ascend910B", link=28e9)
+A3 = Generation(name="A3", sold_as="910C", cards=16, image="-a3", soc="Ascend910_93", link=196e9)
 GENERATIONS = (A2, A3)
+
+
+def generation_of(device_name: str) -> Generation | None:
+    """Of torch's name of a device, such as `Ascend910B3`."""
+    return next((each for each in GENERATIONS if device_name.startswith(each.soc)), None)
+
 
 OPERATORS = {
     "norm": "npu::npu_rms_norm",

@@ -10,7 +10,7 @@ import ctypes
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -43,6 +43,8 @@ class Platform:
     weight_transfer: str = ""
     """The weight-transfer engine by which vLLM's processes receive weights over the devices'
     fabric; ours on a CPU."""
+    weight_transfer_later: str = ""
+    """The same, as later versions of the device's plugin for vLLM call it."""
     flash_built_in: bool = False
     """Whether transformers' flash_attention_2 needs no package of its own: on NPUs it is the fused
     attention of torch_npu."""
@@ -82,7 +84,8 @@ NPU = Platform(
     visible_devices="ASCEND_RT_VISIBLE_DEVICES",
     ray_noset="RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES",
     module="torch_npu",
-    weight_transfer="nccl",  # vllm-ascend puts its HCCL under this name
+    weight_transfer="nccl",  # vllm-ascend puts its HCCL under this name to 0.26
+    weight_transfer_later="hccl",
     flash_built_in=True,
     lengths_on_host=True,
     float64=False,
@@ -130,8 +133,34 @@ def _register(platform: Platform) -> bool:
     return True
 
 
-def device_of_process(platform: Platform) -> torch.device:
-    """The device of an actor that owns one card: Ray hides the others, so it is always number 0."""
+def sees_all_cards(platform: Platform, environ: Mapping[str, str]) -> bool:
+    """Whether Ray was told to leave every card visible to every actor, as it reads `ray_noset`."""
+    return environ.get(platform.ray_noset or "", "").lower() in ("1", "true")
+
+
+def card_index(
+    platform: Platform, cards: Sequence[str], environ: Mapping[str, str] = os.environ
+) -> int:
+    """By which number torch knows an actor's card. cards: the names that Ray has for it. It is the
+    first one where Ray hides the others; else the one of that name among those that are visible.
+    ValueError where it is not."""
+    if not cards or not sees_all_cards(platform, environ):
+        return 0
+    given = environ.get(platform.visible_devices or "", "")
+    seen = [name.strip() for name in given.split(",")] if given else None
+    if seen is None and cards[0].isdigit():
+        return int(cards[0])
+    if seen is None or cards[0] not in seen:
+        raise ValueError(
+            f"{platform.visible_devices}={given} hides card {cards[0]}, which Ray gave to this"
+            f" actor: unset {platform.ray_noset}, or start Ray with the same list"
+        )
+    return seen.index(cards[0])
+
+
+def device_of_process(platform: Platform, index: int = 0) -> torch.device:
+    """The device of a process that uses one card, number `index` of those that it sees
+    (`card_index`)."""
     import torch
 
     if platform.is_cpu:
@@ -141,8 +170,8 @@ def device_of_process(platform: Platform) -> torch.device:
             f"cluster.device={platform.device!r} needs the package {platform.module}, which is not"
             " installed"
         )
-    torch.accelerator.set_device_index(0)
-    return torch.device(platform.device, 0)
+    torch.accelerator.set_device_index(index)
+    return torch.device(platform.device, index)
 
 
 def device_name(platform: Platform) -> str | None:
@@ -226,19 +255,19 @@ def describe_environment(device: str, given: Mapping[str, str]) -> list[str]:
     return ascend.describe(given) if device == NPU.device else []
 
 
-def memory_statistics(platform: Platform) -> dict[str, float]:
+def memory_statistics(platform: Platform, device: torch.device | None = None) -> dict[str, float]:
     """GB that this process had allocated, and that its allocator held, at most since the last call
-    (verl's names); nothing on a CPU."""
+    (verl's names); nothing on a CPU. device: None: the thread's current one."""
     if platform.is_cpu:
         return {}
     import torch
 
     module = torch.get_device_module(platform.device)
     found = {
-        "perf/max_memory_allocated_gb": module.max_memory_allocated() / 1e9,
-        "perf/max_memory_reserved_gb": module.max_memory_reserved() / 1e9,
+        "perf/max_memory_allocated_gb": module.max_memory_allocated(device) / 1e9,
+        "perf/max_memory_reserved_gb": module.max_memory_reserved(device) / 1e9,
     }
-    module.reset_peak_memory_stats()
+    module.reset_peak_memory_stats(device)
     return found
 
 

@@ -91,46 +91,6 @@ def audit(
     print(json.dumps(found.figures) if as_json else auditing.to_text(found))
 
 
-@app.command(epilog="Example: emberl doctor configs/quickstart.yaml")
-def doctor(
-    config: Annotated[
-        Path | None,
-        typer.Argument(
-            help="What is to run here; without it nothing that only some runs need is an error."
-        ),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to it, as of emberl train.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON line.")] = False,
-) -> None:
-    """Examines this machine: versions, sandbox, processors, limits, disk, network, W&B; each line
-    with its fix."""
-    from dataclasses import asdict
-
-    from .config.load import ConfigError
-    from .config.stages import Recipe, load_experiment
-    from .watch.doctor import examine
-    from .watch.machine import State, worst
-
-    try:
-        settings = None if config is None else load_experiment(config, overrides or ())
-        if isinstance(settings, Recipe):
-            checks = [check for stage in settings.stages for check in examine(stage.config)]
-            checks = list(dict.fromkeys(checks))
-        else:
-            checks = examine(settings)
-    except ConfigError as error:
-        fail(str(error), USAGE)
-    status = worst(checks)
-    if as_json:
-        print(json.dumps({"status": status, "checks": [asdict(check) for check in checks]}))
-    else:
-        print(*checks, sep="\n")
-    if status is State.ERROR:
-        raise typer.Exit(FAILED)
-
-
 @app.command(
     epilog="Example: emberl plan --device 910B --devices 1024 link.bandwidth=3 link.mode=dense"
 )

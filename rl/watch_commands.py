@@ -1,15 +1,18 @@
-"""The commands that look at runs: `emberl report`, `top`, `sync` and `dashboard`."""
+"""The commands that look at runs, and at a machine before one: `emberl report`, `top`, `sync`,
+`dashboard` and `doctor`."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .exits import USAGE, fail
+from .exits import FAILED, USAGE, fail
 
 app = typer.Typer()
 
@@ -100,3 +103,49 @@ def top(
             watch(run, address, once=once)
         except KeyboardInterrupt:
             raise typer.Exit from None
+
+
+@app.command(epilog="Example: emberl doctor configs/quickstart.yaml")
+def doctor(
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            help="What is to run here; without it nothing that only some runs need is an error."
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, as of emberl train.")
+    ] = None,
+    live: Annotated[
+        bool,
+        typer.Option(
+            help="Uses the device, too: products, collectives, an engine, engine against learner."
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON line.")] = False,
+) -> None:
+    """Examines this machine: versions, sandbox, processors, limits, disk, network, W&B; each line
+    with its fix."""
+    from .config.load import ConfigError
+    from .config.stages import Recipe, load_experiment
+    from .watch.doctor import examine
+    from .watch.machine import State, worst
+
+    try:
+        settings = None if config is None else load_experiment(config, overrides or ())
+    except ConfigError as error:
+        fail(str(error), USAGE)
+    stages = [s.config for s in settings.stages] if isinstance(settings, Recipe) else [settings]
+    checks = []
+    for number, stage in enumerate(stages, 1):
+        for check in examine(stage, live=live and number == len(stages)):
+            if check in checks:  # stages have lines in common
+                continue
+            checks.append(check)
+            if not as_json:
+                print(check, flush=True)
+    status = worst(checks)
+    if as_json:
+        print(json.dumps({"status": status, "checks": [asdict(check) for check in checks]}))
+    if status is State.ERROR:
+        raise typer.Exit(FAILED)

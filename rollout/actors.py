@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import psutil
 import ray
 
+from ..kernels import platform
 from .weights.transport import ObjectStoreSource, PatchRef, WeightUpdate
 
 T = TypeVar("T")
@@ -50,6 +51,18 @@ def node_address() -> str:
     machine's own name may stand for a loopback address (127.0.1.1 on Debian). Loopback where there
     is no Ray."""
     return str(ray.util.get_node_ip_address()) if ray.is_initialized() else "127.0.0.1"
+
+
+def own_cards(target: platform.Platform) -> tuple[str, ...]:
+    """Names of the cards that Ray gave this actor; none outside of one."""
+    if not ray.is_initialized():
+        return ()
+    return tuple(ray.get_runtime_context().get_accelerator_ids().get(target.resource, ()))
+
+
+def own_device(target: platform.Platform) -> Any:
+    """This actor's torch.device, also where Ray leaves every card visible (`ray_noset`)."""
+    return platform.device_of_process(target, platform.card_index(target, own_cards(target)))
 
 
 def use_node_interface(variables: Sequence[str] = ("GLOO_SOCKET_IFNAME",)) -> None:

@@ -235,7 +235,7 @@ def _embedded(spec: WorkerSpec, cards: tuple[str, ...]) -> Engine:
         max_num_seqs=spec.max_num_seqs,
         max_model_len=spec.max_model_len,
         dtype=platform.compute_dtype(spec.dtype, target),
-        device=str(platform.device_of_process(target)),
+        device=str(platform.device_of_process(target, platform.card_index(target, cards))),
         run_id=spec.run_id,
         version=-1,
         deadline_s=spec.timeout,

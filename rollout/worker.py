@@ -18,7 +18,7 @@ import ray
 from numpy.typing import NDArray
 
 from ..kernels import platform
-from .actors import use_node_interface
+from .actors import own_cards, use_node_interface
 from .engine import Engine, InFlight, Request, WorkerSpec, make_engine
 from .environments import whole
 from .receiver import Receiver
@@ -47,7 +47,7 @@ class RolloutWorker:
     def __init__(self, spec: WorkerSpec) -> None:
         platform.set_threads(spec.threads)
         use_node_interface()  # for the processes that an engine starts
-        self.engine = make_engine(spec, _own_cards(platform.named(spec.device)))
+        self.engine = make_engine(spec, own_cards(platform.named(spec.device)))
         self.service = GroupService(self.engine, spec.in_flight)
         self._trace = ProcessTrace()
         self.receiver = Receiver(
@@ -133,11 +133,6 @@ class RolloutWorker:
 
     async def close(self) -> None:
         await self.engine.close()
-
-
-def _own_cards(target: platform.Platform) -> tuple[str, ...]:
-    """Ids of the cards that Ray gave this actor."""
-    return tuple(ray.get_runtime_context().get_accelerator_ids().get(target.resource, ()))
 
 
 class _Group:

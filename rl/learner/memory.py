@@ -140,11 +140,11 @@ def largest_pass(target: platform.Platform) -> int:
     return LARGEST_CPU if target.is_cpu else LARGEST
 
 
-def free_memory(target: platform.Platform) -> int:
-    """Bytes that this process may still take on its device: on a CPU by what the machine and its
-    control group leave."""
+def free_memory(target: platform.Platform, device: torch.device | None = None) -> int:
+    """Bytes that this process may still take on its device (None: the thread's current one): on a
+    CPU by what the machine and its control group leave."""
     if not target.is_cpu:
-        free, _ = torch.get_device_module(target.device).mem_get_info()
+        free, _ = torch.get_device_module(target.device).mem_get_info(device)
         return int(free)
     rows = dict(
         line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...kernels import platform
+from ...rollout.actors import own_device
 from ..config.load import CriticConfig, ModelConfig
 from . import memory
 from .critic import Critic
@@ -58,7 +59,7 @@ class ModelLoader:
     def __init__(self, spec: RankSpec) -> None:
         self.spec = spec
         self.platform = platform.named(spec.device)
-        self.device = platform.device_of_process(self.platform)
+        self.device = own_device(self.platform)
         self.dtype = platform.compute_dtype(spec.model.dtype, self.platform)
         self.master = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.attention = spec.model.attention

@@ -78,6 +78,8 @@ class LearnerRank:
 
     def connect(self, address: str) -> None:
         """Joins the process group; every collective has the deadline of the spec."""
+        # a thread begins with the first card as its own, whatever the actor's constructor chose
+        platform.device_of_process(self.platform, self.models.device.index or 0)
         use_node_interface(self.platform.interface_variables)
         host, _, port = address.rpartition(":")
         within = self.spec.timeout
@@ -141,7 +143,8 @@ class LearnerRank:
         if self.platform.is_cpu:  # what passes freed is as much again as what stays
             platform.give_back_memory()
         seconds = time.perf_counter() - start
-        metrics |= self._speed(batch, seconds) | platform.memory_statistics(self.platform)
+        metrics |= self._speed(batch, seconds)
+        metrics |= platform.memory_statistics(self.platform, self.models.device)
         return metrics | {"timing_s/update_actor": seconds}
 
     def backward(self, batch: Batch, objective: Objective) -> tuple[float, dict[str, float]]:

@@ -55,7 +55,7 @@ def pass_size(models: ModelLoader, policy: Policy, optim: OptimConfig) -> PassSi
     )
     if isinstance(given, int) and target.is_cpu:
         return PassSize(tokens=memory.worth_keeping(need(), given, target))
-    free = torch.tensor(memory.free_memory(target), device=models.device)
+    free = torch.tensor(memory.free_memory(target, models.device), device=models.device)
     dist.all_reduce(free, op=dist.ReduceOp.MIN)  # every rank must cut the same passes
     room = int(free) // (spec.world if target.is_cpu else 1)
     needed = need()

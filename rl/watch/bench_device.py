@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform as python_platform
 import socket
 import subprocess
@@ -113,11 +114,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def gemm(target: Platform, where: torch.device, sizes: Sizes) -> dict[str, Any]:
-    """FLOP/s of square products, by dtype and size."""
-    dtypes = [torch.float32, torch.bfloat16]
-    if target.is_cpu and not platform.supports_bf16(target):
-        dtypes = dtypes[:1]
+def gemm(
+    target: Platform, where: torch.device, sizes: Sizes, dtypes: tuple[torch.dtype, ...] = ()
+) -> dict[str, Any]:
+    """FLOP/s of square products, by dtype and size. dtypes: by default those that run fast."""
+    if not dtypes:
+        wide = target.is_cpu and not platform.supports_bf16(target)
+        dtypes = (torch.float32,) if wide else (torch.float32, torch.bfloat16)
     found = {}
     for dtype in dtypes:
         for n in sizes.gemm:
@@ -184,25 +187,41 @@ def collective(target: Platform, ranks: int, sizes: Sizes) -> dict[str, Any]:
         port = probe.getsockname()[1]
     module = f"{__package__}.bench_exchange"
     numbers = [port, sizes.reduced, sizes.rounds, sizes.deadline]
+    own = platform.actor_environment(target.device, "learner", os.environ)
     workers = [
         subprocess.Popen(
             [sys.executable, "-m", module, target.device, *map(str, [rank, ranks, *numbers])],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env=os.environ | own,
         )
         for rank in range(ranks)
     ]
     try:
-        out, err = workers[0].communicate(timeout=sizes.deadline)
-        found = json.loads(out) if workers[0].returncode == 0 else {"error": err[-500:]}
+        out, _ = workers[0].communicate(timeout=sizes.deadline)
+        found = json.loads(out) if workers[0].returncode == 0 else {}
     except subprocess.TimeoutExpired:
         found = {"error": f"no answer in {sizes.deadline:g} s from {ranks} ranks"}
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.communicate()
-    return {"ranks": ranks, "bytes": sizes.reduced, **found}
+    why = _ended(workers)
+    return {
+        "ranks": ranks,
+        "bytes": sizes.reduced,
+        **(found if "all_reduce" in found else why or found),
+    }
+
+
+def _ended(workers: list[subprocess.Popen[str]]) -> dict[str, Any]:
+    """Ends what still runs. Where ranks had ended by errors of their own, the first one's, which
+    the others may only have waited for."""
+    failed = [rank for rank, worker in enumerate(workers) if worker.poll() not in (None, 0)]
+    said = []
+    for worker in workers:
+        worker.kill()
+        said.append(worker.communicate()[1])
+    if not failed:
+        return {}
+    return {"error": f"rank {failed[0]}: {said[failed[0]].strip()[-500:]}"}
 
 
 def decode(

@@ -4,7 +4,6 @@ DEVICE RANK RANKS PORT BYTES ROUNDS DEADLINE; rank 0 prints one JSON line."""
 from __future__ import annotations
 
 import json
-import os
 import sys
 from datetime import timedelta
 
@@ -19,13 +18,9 @@ def exchange(
     device: str, rank: int, ranks: int, port: int, size: int, rounds: int, deadline: float
 ) -> dict[str, object]:
     """Bytes a second of a tensor that all sum, and of one that all get."""
-    os.environ |= platform.actor_environment(device, "learner", os.environ)
     target = platform.named(device)
     platform.set_threads(1)
-    where = platform.device_of_process(target)
-    if not target.is_cpu:
-        torch.accelerator.set_device_index(rank)
-        where = torch.device(device, rank)
+    where = platform.device_of_process(target, 0 if target.is_cpu else rank)
     dist.init_process_group(
         target.collective,
         init_method=f"tcp://127.0.0.1:{port}",

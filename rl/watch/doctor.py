@@ -17,6 +17,7 @@ from packaging.version import Version
 from ...kernels import platform as accelerators
 from ..config.load import Config
 from .doctor_ascend import ASCEND, INSTALLED, present
+from .doctor_live import LIVE
 from .machine import Check, Examination, Machine, SandboxUnavailable, State, examined
 from .sinks import has_wandb_key, wandb_mode
 
@@ -37,9 +38,10 @@ PROCESSES = 2000
 """Processes and threads that a small run needs: Ray's own, and those of each actor."""
 
 
-def examine(config: Config | None = None) -> list[Check]:
-    """All lines, in reading order. Starts and ends a sandbox process; takes about a second."""
-    return list(examined(Machine(config), EXAMINATIONS))
+def examine(config: Config | None = None, *, live: bool = False) -> Iterator[Check]:
+    """All lines, in reading order, as they are found. Starts and ends a sandbox process; takes about
+    a second. live: uses the device, too, which takes a minute or a few."""
+    yield from examined(Machine(config), (*EXAMINATIONS, *(LIVE if live else ())))
 
 
 def python(machine: Machine) -> Iterator[Check]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ...kernels import ascend
-from ...kernels.platform import NPU
+from ...kernels.platform import NPU, sees_all_cards
 from .machine import Check, Examination, Machine, State
 
 _GIB = 1 << 30
@@ -91,12 +92,13 @@ def health(machine: Machine) -> Iterator[Check]:
 def visible(machine: Machine) -> Iterator[Check]:
     """Ray hides the other cards from each actor; a variable from outside interferes."""
     name, switch = str(NPU.visible_devices), str(NPU.ray_noset)
-    if machine.environ.get(switch, "0") not in ("", "0"):
-        text = "every actor would see every card, and all would take number 0"
-        yield Check(
-            name=switch, state=State.ERROR, text=text, fix=f"unset {switch} before Ray starts"
-        )
     given = machine.environ.get(name)
+    if sees_all_cards(NPU, machine.environ):
+        text = (
+            "every actor sees every card; emberl's take the one that Ray gave them, by its number"
+        )
+        fix = f"unset {switch} before Ray starts, unless something else in the cluster needs it"
+        yield Check(name=switch, state=State.WARNING, text=text, fix=fix)
     if given is None:
         return
     ids = given.split(",")
@@ -124,8 +126,14 @@ def settings(machine: Machine) -> Iterator[Check]:
         if value != "0":
             text = f"{value}: vllm-ascend refuses new weights in FRACTAL_NZ"
             yield Check(name=name, state=State.ERROR, text=text, fix=f"unset {name}; emberl sets 0")
+    by_rl_config = _has_rl_config(machine)
+    yield from _rl_config(machine, additional.get("rl_config"), by_rl_config)
     sleeps = bool(arguments.get("enable_sleep_mode")) or bool(config and config.cluster.colocated)
-    if sleeps and "expandable_segments:True" in env.get("PYTORCH_NPU_ALLOC_CONF", ""):
+    if (
+        sleeps
+        and not by_rl_config
+        and "expandable_segments:True" in env.get("PYTORCH_NPU_ALLOC_CONF", "")
+    ):
         text = "expandable segments end an engine that sleeps"
         fix = "unset PYTORCH_NPU_ALLOC_CONF; emberl sets it for learners alone"
         yield Check(name="PYTORCH_NPU_ALLOC_CONF", state=State.ERROR, text=text, fix=fix)
@@ -156,6 +164,29 @@ def settings(machine: Machine) -> Iterator[Check]:
         text = f"captured to {max(sizes)}, rollout.max_num_seqs={most}: no graph beyond"
         fix = f"add {most} to cudagraph_capture_sizes"
         yield Check(name="ACL graphs", state=State.WARNING, text=text, fix=fix)
+
+
+def _has_rl_config(machine: Machine) -> bool:
+    """As `rollout.vllm_backend.graphs` finds it out."""
+    source = machine.read(f"{machine.package('vllm_ascend')}/ascend_config.py") or ""
+    return "class RlConfig" in source
+
+
+def _rl_config(machine: Machine, given: Any, has_it: bool) -> Iterator[Check]:
+    """The switch of 0.27.1 and later for weights that change, on which graphs depend."""
+    have, name = machine.version("vllm-ascend"), "additional_config.rl_config"
+    if given is not None and not has_it:
+        text = f"vllm-ascend {have} has no such key (0.27.1 and later): it does nothing"
+        fix = "leave it out, emberl sets what the installed version has"
+        yield Check(name=name, state=State.WARNING, text=text, fix=fix)
+    elif given is not None and not dict(given).get("enabled", True):
+        text = "enabled: false, but weights change: matrices go to FRACTAL_NZ, graphs keep old ones"
+        fix = "leave it out, emberl sets enabled: true"
+        yield Check(name=name, state=State.ERROR, text=text, fix=fix)
+    if have is not None and not has_it:
+        text = f"off: graphs of vllm-ascend {have} would read weights of before an update"
+        text += " (from 0.27.1 on emberl decodes with them)"
+        yield Check(name="graphs", state=State.OK, text=text)
 
 
 def collectives(machine: Machine) -> Iterator[Check]:

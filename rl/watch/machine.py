@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
+import re
 import resource
 import shutil
+import signal
 import socket
 import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from ...rewards.processes import processors
 from ...rewards.sandbox.choose import choose_backend
@@ -164,6 +172,53 @@ class Machine:
         except OSError as error:
             return str(error)
         return None
+
+    def live(
+        self, part: str, order: Mapping[str, Any], deadline: float, environ: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """What a part of `live.py` finds in a process of its own, which after `deadline` seconds is
+        ended with all that it started; where it finds nothing, `error` says why."""
+        command = [sys.executable, "-m", f"{__package__}.live", part, json.dumps(order)]
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            done = _group_ended(command, deadline, environ, out, err)
+            said = [_lines(file) for file in (out, err)]
+        if done is None:
+            return {"error": f"no answer in {deadline:g} s"}
+        with contextlib.suppress(ValueError, IndexError):
+            found = json.loads(said[0][-1])
+            if done == 0 and isinstance(found, dict):
+                return found
+        lines = said[1] or said[0] or [f"it ended with status {done}"]
+        # an error's own words may have several lines
+        named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]
+        return {"error": (named or lines)[-1].strip()[:500]}
+
+
+def _lines(file: Any) -> list[str]:
+    file.seek(0)
+    return str(file.read()).strip().splitlines()
+
+
+def _group_ended(
+    command: list[str], deadline: float, environ: Mapping[str, str], out: Any, err: Any
+) -> int | None:
+    """The exit status of a command; None where it had none at its deadline. Whatever it started is
+    ended with it."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=dict(environ),
+        start_new_session=True,
+    )  # fmt: skip
+    ended, until = None, time.monotonic() + deadline
+    try:
+        while ended is None and time.monotonic() < until:
+            # without reaping it: the group keeps its number until all of it is told to end
+            ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            time.sleep(0.0 if ended else 0.05)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        status = process.wait()
+    return status if ended else None
 
 
 Examination = Callable[[Machine], Iterable[Check]]

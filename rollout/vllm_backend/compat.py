@@ -25,7 +25,7 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
-from ...kernels import platform
+from ...kernels import ascend, platform
 from .graphs import choice, has_rl_config
 
 OWNER = "EMBERL_ENGINE_OWNER"
@@ -253,32 +253,26 @@ def _npu(
             " memory pool of the sleep mode cannot work with expandable segments; unset it for the"
             " rollout workers (learners may keep it)"
         )
-    if has_rl_config():  # which sets the allocator and the format itself
-        own = {
-            "enabled": True,
-            "sleep_mode_extra_cleanup": bool(settings.engine_args.get("enable_sleep_mode")),
-        }
-        additional["rl_config"] = own | dict(additional.get("rl_config") or {})
-        return {"VLLM_ASCEND_ENABLE_NZ": "0"}, {"additional_config": additional}
-    arguments = {"additional_config": additional | {"weight_nz_mode": 0}}
-    return {"VLLM_ASCEND_ENABLE_NZ": "0"}, arguments
+    sleeps = bool(settings.engine_args.get("enable_sleep_mode"))
+    own = ascend.additional_config(has_rl_config(), sleeps)
+    if "rl_config" in own:  # which sets the allocator and the format itself
+        own["rl_config"] |= dict(additional.get("rl_config") or {})
+    return {"VLLM_ASCEND_ENABLE_NZ": "0"}, {"additional_config": additional | own}
 
 
 def _visible_cards(
     target: platform.Platform, settings: EngineSettings, environ: Mapping[str, str]
 ) -> dict[str, str]:
     variable, switch = target.visible_devices, target.ray_noset
-    if (
-        variable is None
-        or switch is None
-        or environ.get(switch, "0") in ("", "0")
-        or variable in environ
-    ):
+    if variable is None or not platform.sees_all_cards(target, environ):
         return {}
+    given = environ.get(variable)
+    if given is not None and not set() < set(settings.cards) < set(given.split(",")):
+        return {}  # it is this worker's own
     if not settings.cards:
         raise ValueError(
-            f"{switch}={environ[switch]} leaves every card visible, and vLLM would take the first"
-            f" ones in every rollout worker: unset it, or set {variable} for each worker"
+            f"{switch}={environ[str(switch)]} leaves every card visible, and vLLM would take the"
+            f" first ones in every rollout worker: unset it, or set {variable} for each worker"
         )
     return {variable: ",".join(settings.cards)}
 
@@ -304,8 +298,7 @@ def engine_arguments(settings: EngineSettings, of_platform: Mapping[str, Any]) -
         "generation_config": "vllm",
     }
     assert forced.keys() == SET_BY_EMBERL.keys()
-    graphs = choice(platform.named(settings.device).device, installed_version())
-    if graphs.eager:
+    if choice(platform.named(settings.device).device).eager:
         chosen["enforce_eager"] = True
     return {**chosen, **settings.engine_args, **of_platform, **forced}
 
@@ -368,8 +361,9 @@ def transfer_backend(engine_args: Mapping[str, Any]) -> str:
 
 def check_transfer(backend: str, target: platform.Platform) -> None:
     """ValueError for a weight-transfer engine that emberl does not drive on this platform."""
-    if backend not in ("", target.weight_transfer):
+    known = [name for name in (target.weight_transfer, target.weight_transfer_later) if name]
+    if backend not in ("", *known):
         raise ValueError(
             f"rollout.engine_args.weight_transfer_config.backend={backend}: on {target.device} set"
-            f" {target.weight_transfer!r}"
+            f" {' or, as newer versions call it, '.join(map(repr, known))}"
         )

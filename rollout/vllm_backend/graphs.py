@@ -23,22 +23,20 @@ class Choice:
 
     device: str
     """A platform's name."""
-    oldest: tuple[int, int]
-    """The first minor version of vLLM that it holds for."""
     eager: bool
     reason: str
+    rl_config: bool = False
+    """Whether it holds only where the installed vllm-ascend has `rl_config`."""
 
 
 CHOICES = (
     Choice(
         device=platform.CPU.device,
-        oldest=(0, 0),
         eager=False,
         reason="vLLM captures no graphs on a CPU, and its default there is left alone",
     ),
     Choice(
         device=platform.CUDA.device,
-        oldest=(0, 0),
         eager=False,
         reason="reload_weights copies into the storage that was captured (0.21 and later also for"
         " mixtures of experts, vllm #40390); what moves all the same is refused, and the canary"
@@ -46,14 +44,13 @@ CHOICES = (
     ),
     Choice(
         device=platform.NPU.device,
-        oldest=(0, 26),
+        rl_config=True,
         eager=False,
         reason="rl_config keeps matrices in the plain format, and its sleep captures anew what it"
         " frees; what moves all the same is refused, and the canary decodes through the graphs",
     ),
     Choice(
         device=platform.NPU.device,
-        oldest=(0, 0),
         eager=True,
         reason="before rl_config, vllm-ascend makes tensors anew after loading while its graphs"
         " read the old ones, and cannot capture again (vime #157, vllm-ascend #13905, #17197)",
@@ -62,15 +59,14 @@ CHOICES = (
 """The first row that fits counts."""
 
 
-def choice(device: str, version: str | None) -> Choice:
-    """The row of a platform and of a version such as `0.32.0+cpu`; unknown: the oldest."""
-    parts = (version or "0.0").split(".")
-    minor = (int(parts[0]), int("".join(c for c in parts[1] if c.isdigit()) or 0))
-    return next(c for c in CHOICES if c.device == device and minor >= c.oldest)
+def choice(device: str) -> Choice:
+    """The row of a platform, and of what is installed."""
+    found = has_rl_config()
+    return next(c for c in CHOICES if c.device == device and (found or not c.rl_config))
 
 
 def has_rl_config() -> bool:
-    """Whether the installed vllm-ascend takes `additional_config.rl_config` (0.26 and later), read
+    """Whether the installed vllm-ascend takes `additional_config.rl_config` (0.27.1 and later), read
     from its source: importing it needs CANN."""
     spec = importlib.util.find_spec("vllm_ascend")
     if spec is None or not spec.submodule_search_locations:

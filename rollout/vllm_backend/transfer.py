@@ -26,7 +26,7 @@ import torch
 import torch.distributed
 
 from ...kernels import platform
-from ..actors import node_address
+from ..actors import node_address, own_device
 from ..weights.engine_transfer import Broadcast, BroadcastGroup, EngineTransfer
 from ..weights.patch import TensorBytes
 from ..weights.tensors import as_tensor
@@ -142,7 +142,7 @@ def open_group(group: BroadcastGroup, timeout: float) -> Send:
     """Meets the engines' processes as rank 0; the result broadcasts tensors to them."""
     size = 1 + group.workers * group.ranks
     if group.backend != platform.CPU.weight_transfer:
-        device = platform.device_of_process(platform.named(group.device))
+        device = own_device(platform.named(group.device))
         return transfer_api.open_transfer(
             group.backend, group.host, group.engine_port, size, device
         )

@@ -138,7 +138,10 @@ def _factory() -> Any:
 
 def _worker_engine(backend: str) -> Any:
     register_gloo()
-    return _factory().WeightTransferEngineFactory._registry[backend]()
+    registry = _factory().WeightTransferEngineFactory._registry
+    if backend not in registry:  # newer vllm-ascend adds its own by a plugin of vLLM
+        importlib.import_module("vllm.plugins").load_general_plugins()
+    return registry[backend]()
 
 
 def _packed(info: Any) -> dict[str, Any]:

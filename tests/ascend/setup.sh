@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes the virtual environment of `make test-ascend` (first argument, default .venv-ascend): torch for the CPU beside
 # triton-ascend, which cannot live with stock Triton; MLIR 19 from Debian, which runs the lowered kernels on x86; the real torch-npu
-# over stand-ins of CANN's libraries that are built from one file of C; and vllm-ascend's sources.
+# over stand-ins of CANN's libraries that are built from one file of C; and the sources of three vllm-ascends and of Liger's kernels.
 # Needs a network and, for MLIR, root and apt-get. What cannot be had is said, and the tests that need it skip.
 set -eu
 venv=${1:-.venv-ascend}
@@ -39,6 +39,22 @@ unpack() {
     rm -rf "$wheel"
 }
 unpack vllm-ascend 0.23.0 "$venv/vllm-ascend-0.23.0" --platform manylinux_2_34_x86_64 --python-version 3.11
+unpack vllm-ascend 0.26.0rc1 "$venv/vllm-ascend-0.26.0rc1" --platform manylinux_2_34_x86_64 --python-version 3.11
+# The newest one has no wheel. Its sources are what pip has unpacked when it fails to read their metadata, which needs a build.
+newest="$venv/vllm-ascend-0.30.0rc2"
+if [ ! -d "$newest" ]; then
+    sources=$(mktemp -d)
+    TMPDIR=$sources SOC_VERSION=ascend910b1 COMPILE_CUSTOM_KERNELS=0 "$venv/bin/pip" download -q --no-deps --no-clean --no-build-isolation \
+        --no-binary :all: -d "$sources" vllm-ascend==0.30.0rc2 >/dev/null 2>&1 || true
+    found=$(find "$sources" -type d -name vllm_ascend -path '*vllm-ascend_*' | head -n 1)
+    if [ -n "$found" ]; then
+        mkdir -p "$newest" && cp -r "$found" "$newest/"
+    else
+        echo "test-ascend: no sources of vllm-ascend 0.30.0rc2; the tests that read them skip" >&2
+    fi
+    rm -rf "$sources"
+fi
+unpack liger-kernel 0.8.5 "$venv/liger-kernel-0.8.5"
 unpack torch-npu 2.13.0 "$venv/torch-npu-2.13.0"
 unpack torch-npu 2.10.0.post4 "$venv/torch-npu-2.10.0" --platform manylinux_2_28_x86_64 --python-version 3.11
 if command -v cc >/dev/null; then

@@ -1,5 +1,6 @@
-"""What emberl relies on in vllm-ascend 0.23.0, read in the sources of its wheel: importing it needs
-CANN, reading does not."""
+"""What emberl relies on in vllm-ascend 0.23.0, in the newest wheel and in the newest source
+distribution, read in their sources: importing them needs CANN, reading does not. Names, signatures,
+switches and entries are shown, not what they do."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import importlib
 import importlib.util
 import sys
 import types
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,6 @@ SHOWS = {
     ),
 }
 ROOT = Path(__file__).parents[2]
-WHEEL = Path(sys.prefix) / "vllm-ascend-0.23.0" / "vllm_ascend"
-
-pytestmark = pytest.mark.skipif(
-    not WHEEL.exists(),
-    reason="the wheel of vllm-ascend 0.23.0 could not be had; tests/ascend/setup.sh says why",
-)
 
 
 def installed() -> bool:
@@ -57,16 +53,42 @@ transfer_api = importlib.import_module("emberl.rollout.vllm_backend.transfer_api
 platform = importlib.import_module("emberl.kernels.platform")
 
 
-def source(path: str) -> str:
-    return (WHEEL / path).read_text()
+@dataclass(frozen=True)
+class Release:
+    """One vllm-ascend's sources."""
+
+    version: str
+
+    @property
+    def folder(self) -> Path:
+        return Path(sys.prefix) / f"vllm-ascend-{self.version}" / "vllm_ascend"
+
+    @property
+    def newer(self) -> bool:
+        """Whether it has `rl_config`, and weight transfer by its own name."""
+        return self.version == VERSIONS[-1]
+
+    def source(self, path: str) -> str:
+        return (self.folder / path).read_text()
+
+    def class_of(self, path: str, name: str) -> ast.ClassDef:
+        [found] = [
+            n
+            for n in ast.walk(ast.parse(self.source(path)))
+            if isinstance(n, ast.ClassDef) and n.name == name
+        ]
+        return found
 
 
-def class_of(path: str, name: str) -> ast.ClassDef:
-    [found] = [
-        n
-        for n in ast.walk(ast.parse(source(path)))
-        if isinstance(n, ast.ClassDef) and n.name == name
-    ]
+VERSIONS = ("0.23.0", "0.26.0rc1", "0.30.0rc2")
+"""What emberl is made for, the newest wheel, and the newest source distribution."""
+
+
+@pytest.fixture(params=VERSIONS)
+def release(request: pytest.FixtureRequest) -> Release:
+    found = Release(request.param)
+    if not found.folder.exists():
+        pytest.skip(f"vllm-ascend {found.version} could not be had; tests/ascend/setup.sh says why")
     return found
 
 
@@ -98,28 +120,30 @@ def settings(**engine_args: Any) -> Any:
     )
 
 
-def test_what_is_set_on_an_npu_has_the_names_and_values_that_it_reads() -> None:
+def test_what_is_set_on_an_npu_has_the_names_and_values_that_it_reads(release: Release) -> None:
     variables, arguments = vllm_compat.prepare(settings(), {})
-    names = ast.parse(source("envs.py"))
-    known = {node.value for node in ast.walk(names) if isinstance(node, ast.Constant)}
-    assert "VLLM_ASCEND_ENABLE_NZ" in known and variables["VLLM_ASCEND_ENABLE_NZ"] == "0"
-    assert '"VLLM_ASCEND_ENABLE_NZ", 1' in source("envs.py"), "it is on unless it is switched off"
     [key] = arguments["additional_config"]
-    assert f'"{key}",' in source("ascend_config.py") and arguments["additional_config"][key] == 0
+    assert variables["VLLM_ASCEND_ENABLE_NZ"] == "0" == str(arguments["additional_config"][key])
+    if release.newer:  # a field of the configuration, and the variable is gone
+        assert "weight_nz_mode: int = 1" in release.source("ascend_config.py"), "it is on by itself"
+        return
+    assert '"VLLM_ASCEND_ENABLE_NZ", 1' in release.source("envs.py"), "it is on by itself"
+    assert f'"{key}",' in release.source("ascend_config.py")
 
 
-def test_the_format_that_is_switched_off_is_refused_where_weights_change() -> None:
-    worker = methods(class_of("worker/worker.py", "NPUWorker"))
+def test_the_format_that_is_switched_off_is_refused_where_weights_change(release: Release) -> None:
+    worker = methods(release.class_of("worker/worker.py", "NPUWorker"))
     assert "weight_nz_mode" in ast.unparse(worker["wake_up"]) and "raise ValueError" in ast.unparse(
         worker["wake_up"]
     )
     assert "self._check_nz_disabled()" in ast.unparse(worker["start_weight_update"])
     check = ast.unparse(worker["_check_nz_disabled"])
-    assert "envs_ascend.VLLM_ASCEND_ENABLE_NZ" in check and "raise ValueError" in check
+    switch = "weight_nz_mode" if release.newer else "envs_ascend.VLLM_ASCEND_ENABLE_NZ"
+    assert switch in check and "raise ValueError" in check
 
 
-def test_workers_sleep_and_wake_as_is_asked() -> None:
-    worker = methods(class_of("worker/worker.py", "NPUWorker"))
+def test_workers_sleep_and_wake_as_is_asked(release: Release) -> None:
+    worker = methods(release.class_of("worker/worker.py", "NPUWorker"))
     assert parameters(worker["sleep"]) == ["self", "level"] and parameters(worker["wake_up"]) == [
         "self",
         "tags",
@@ -130,16 +154,18 @@ def test_workers_sleep_and_wake_as_is_asked() -> None:
     )
 
 
-def test_expandable_segments_and_the_memory_pool_exclude_each_other() -> None:
-    assert 'assert "expandable_segments:True" not in conf' in source("device_allocator/camem.py")
+def test_expandable_segments_and_the_memory_pool_exclude_each_other(release: Release) -> None:
+    assert 'assert "expandable_segments:True" not in conf' in release.source(
+        "device_allocator/camem.py"
+    )
     with pytest.raises(ValueError, match="expandable segments"):
         vllm_compat.prepare(
             settings(enable_sleep_mode=True), {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"}
         )
 
 
-def test_cards_are_chosen_by_the_variable_that_it_reads() -> None:
-    npu = class_of("platform.py", "NPUPlatform")
+def test_cards_are_chosen_by_the_variable_that_it_reads(release: Release) -> None:
+    npu = release.class_of("platform.py", "NPUPlatform")
     assigned = {
         ast.unparse(n.target): ast.unparse(n.value)
         for n in npu.body
@@ -148,10 +174,10 @@ def test_cards_are_chosen_by_the_variable_that_it_reads() -> None:
     assert assigned["device_control_env_var"].strip("'") == platform.NPU.visible_devices
 
 
-def test_the_worker_takes_an_extension_and_reloads_weights_as_vllm_does() -> None:
-    worker = class_of("worker/worker.py", "NPUWorker")
+def test_the_worker_takes_an_extension_and_reloads_weights_as_vllm_does(release: Release) -> None:
+    worker = release.class_of("worker/worker.py", "NPUWorker")
     assert "WorkerBase" in [ast.unparse(base) for base in worker.bases]
-    runner = class_of("worker/model_runner_v1.py", "NPUModelRunner")
+    runner = release.class_of("worker/model_runner_v1.py", "NPUModelRunner")
     assert "GPUModelRunner" in [ast.unparse(base) for base in runner.bases]
     assert "reload_weights" not in methods(runner), "vLLM's own is what was tested"
     extension = ast.parse((ROOT / "rollout" / "vllm_backend" / "extension.py").read_text())
@@ -159,14 +185,18 @@ def test_the_worker_takes_an_extension_and_reloads_weights_as_vllm_does() -> Non
     assert methods(added) and not methods(added).keys() & methods(worker).keys()
 
 
-def test_weight_transfer_entries_keep_vllms_names() -> None:
-    replaced = source("patch/platform/patch_weight_transfer_engine.py")
-    assert '_registry["nccl"] = lambda: HCCLWeightTransferEngine' in replaced
-    assert '_registry["ipc"] = _load_npu_ipc_engine' in replaced
-    assert fields(class_of(HCCL, "HCCLWeightTransferInitInfo")) == [
+def test_weight_transfer_entries_keep_vllms_names(release: Release) -> None:
+    if release.newer:
+        added = release.source("distributed/weight_transfer/__init__.py")
+        assert f'register_engine(\n        "{platform.NPU.weight_transfer_later}",' in added
+    else:
+        replaced = release.source("patch/platform/patch_weight_transfer_engine.py")
+        entry = f'_registry["{platform.NPU.weight_transfer}"] = lambda: HCCLWeightTransferEngine'
+        assert entry in replaced
+    assert fields(release.class_of(HCCL, "HCCLWeightTransferInitInfo")) == [
         "master_address", "master_port", "rank_offset", "world_size",
     ]  # fmt: skip
-    assert fields(class_of(HCCL, "HCCLWeightTransferUpdateInfo")) == [
+    assert fields(release.class_of(HCCL, "HCCLWeightTransferUpdateInfo")) == [
         "names",
         "dtype_names",
         "shapes",
@@ -174,7 +204,7 @@ def test_weight_transfer_entries_keep_vllms_names() -> None:
         "packed_buffer_size_bytes",
         "packed_num_buffers",
     ]
-    engine = methods(class_of(HCCL, "HCCLWeightTransferEngine"))
+    engine = methods(release.class_of(HCCL, "HCCLWeightTransferEngine"))
     assert parameters(engine["trainer_init"]) == ["init_info"]
     assert parameters(engine["trainer_send_weights"]) == ["iterator", "trainer_args"]
 
@@ -182,13 +212,15 @@ def test_weight_transfer_entries_keep_vllms_names() -> None:
 HCCL = "distributed/weight_transfer/hccl_engine.py"
 
 
-def test_its_transfer_engine_takes_what_emberl_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_transfer_engine_takes_what_emberl_gives(
+    release: Release, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its infos are dataclasses made of these dictionaries: an unknown key would be refused, and
     tensors that one side packs and the other does not would hang both."""
     infos = {
         f"{kind}_info_cls": types.SimpleNamespace(
             __dataclass_fields__=dict.fromkeys(
-                fields(class_of(HCCL, f"HCCLWeightTransfer{kind.title()}Info"))
+                fields(release.class_of(HCCL, f"HCCLWeightTransfer{kind.title()}Info"))
             )
         )
         for kind in ("init", "update")
@@ -205,9 +237,9 @@ def test_its_transfer_engine_takes_what_emberl_gives(monkeypatch: pytest.MonkeyP
     }  # fmt: skip
 
 
-def test_learners_send_as_it_says() -> None:
-    engine = methods(class_of(HCCL, "HCCLWeightTransferEngine"))
-    assert {"group", "packed"} <= set(fields(class_of(HCCL, "HCCLTrainerSendWeightsArgs")))
+def test_learners_send_as_it_says(release: Release) -> None:
+    engine = methods(release.class_of(HCCL, "HCCLWeightTransferEngine"))
+    assert {"group", "packed"} <= set(fields(release.class_of(HCCL, "HCCLTrainerSendWeightsArgs")))
     sending, meeting = (
         ast.unparse(engine["trainer_send_weights"]),
         ast.unparse(engine["trainer_init"]),
@@ -226,31 +258,35 @@ def test_learners_send_as_it_says() -> None:
     )
 
 
-def test_its_workers_take_the_steps_of_a_transfer() -> None:
-    worker = methods(class_of("worker/worker.py", "NPUWorker"))
+def test_its_workers_take_the_steps_of_a_transfer(release: Release) -> None:
+    worker = methods(release.class_of("worker/worker.py", "NPUWorker"))
     assert parameters(worker["init_weight_transfer_engine"]) == ["self", "init_info"]
     start = worker["start_weight_update"]
-    assert parameters(start)[2:] == [] and [ast.unparse(d) for d in start.args.defaults] == [
-        "True"
-    ], "as a checkpoint"
+    assert parameters(start)[2:] == []
+    assert {ast.unparse(d) for d in start.args.defaults} <= {"True"}, "as a checkpoint"
     assert parameters(worker["update_weights"]) == ["self", "update_info"]
-    assert "load_weights=model.load_weights" in ast.unparse(worker["update_weights"]), (
-        "looked up when the tensors come"
-    )
+    loads = "self.weight_transfer_engine.update_weights" if release.newer else "model.load_weights"
+    assert loads in ast.unparse(worker["update_weights"]), "looked up when the tensors come"
     assert parameters(worker["finish_weight_update"]) == ["self"]
     assert "self.weight_transfer_engine = None" in ast.unparse(worker["__init__"])
 
 
-def test_its_engines_are_in_the_factory_once_the_platform_is_known() -> None:
+def test_its_engines_are_in_the_factory_once_the_platform_is_known(release: Release) -> None:
     """A learner that sends asks for vLLM's `current_platform` first."""
-    start = methods(class_of("platform.py", "NPUPlatform"))["pre_register_and_update"]
+    start = methods(release.class_of("platform.py", "NPUPlatform"))["pre_register_and_update"]
     assert "adapt_patch(is_global_patch=True)" in ast.unparse(start)
-    assert "patch_weight_transfer_engine" in source("patch/platform/__init__.py")
+    if release.newer:  # which `compat` has vLLM load
+        general = ast.unparse(ast.parse(release.source("__init__.py")))
+        assert "weight_transfer import register_engine" in general
+    else:
+        assert "patch_weight_transfer_engine" in release.source("patch/platform/__init__.py")
 
 
-def test_a_communicator_without_its_library_does_nothing_and_says_nothing() -> None:
+def test_a_communicator_without_its_library_does_nothing_and_says_nothing(release: Release) -> None:
     """Whoever uses it must look at `disabled` first."""
-    pyhccl = methods(class_of("distributed/device_communicators/pyhccl.py", "PyHcclCommunicator"))
+    pyhccl = methods(
+        release.class_of("distributed/device_communicators/pyhccl.py", "PyHcclCommunicator")
+    )
     [handler] = [n for n in ast.walk(pyhccl["__init__"]) if isinstance(n, ast.ExceptHandler)]
     assert "self.disabled = True" in [ast.unparse(node) for node in handler.body]
     for name in ("all_reduce", "broadcast"):
@@ -260,29 +296,28 @@ def test_a_communicator_without_its_library_does_nothing_and_says_nothing() -> N
         transfer_api.check_communicator(types.SimpleNamespace(disabled=True))
 
 
-def test_before_rl_config_engines_run_eager() -> None:
-    """0.23 has no such configuration, and makes tensors anew after loading."""
+def test_graphs_are_used_where_rl_config_is(
+    release: Release, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it tensors are made anew after loading, and graphs read the old ones."""
     graphs = importlib.import_module("emberl.rollout.vllm_backend.graphs")
-    assert "class RlConfig" not in source("ascend_config.py")
-    assert graphs.choice("npu", "0.23.0").eager and not graphs.choice("npu", "0.26.0").eager
+    spec = types.SimpleNamespace(submodule_search_locations=[str(release.folder)])
+    monkeypatch.setattr(graphs.importlib.util, "find_spec", lambda name: spec)
+    has_it = release.newer
+    assert graphs.has_rl_config() == has_it
+    assert graphs.choice("npu").eager != has_it
 
 
-NEWER = sorted(Path(sys.prefix).glob("vllm-ascend-*/vllm_ascend/ascend_config.py"))
-
-
-def test_rl_config_takes_what_emberl_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its class forbids unknown keys. Any newer wheel that lies beside the one above is read."""
-    found = [path for path in NEWER if "class RlConfig" in path.read_text()]
-    if not found:
-        pytest.skip("no wheel of vllm-ascend 0.26 or later lies here; see tests/ascend/setup.sh")
+def test_rl_config_takes_what_emberl_gives(
+    release: Release, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It refuses unknown keys."""
+    if "class RlConfig" not in release.source("ascend_config.py"):
+        assert "rl_config" not in release.source("ascend_config.py")
+        return
     monkeypatch.setattr(vllm_compat, "has_rl_config", lambda: True)
     given = vllm_compat.prepare(settings(enable_sleep_mode=True), {})[1]["additional_config"]
-    for path in found:
-        [config] = [
-            n
-            for n in ast.walk(ast.parse(path.read_text()))
-            if isinstance(n, ast.ClassDef) and n.name == "RlConfig"
-        ]
-        assert set(given["rl_config"]) <= set(fields(config)), path
-        assert "weight_nz_mode = 0" in ast.unparse(config), "it keeps the plain format by itself"
-        assert "_disable_expandable_segments()" in ast.unparse(config)
+    config = release.class_of("ascend_config.py", "RlConfig")
+    assert set(given["rl_config"]) <= set(fields(config))
+    assert "weight_nz_mode = 0" in ast.unparse(config), "it keeps the plain format by itself"
+    assert "_disable_expandable_segments()" in ast.unparse(config)

@@ -22,9 +22,38 @@ def test_what_the_user_set_stays_and_is_said() -> None:
     added = ascend.environment("learner", given)
     assert not added.keys() & given.keys()
     lines = platform.describe_environment("npu", given)
-    assert len(lines) == len(ascend.ENVIRONMENT) + 1, "and one for the layers"
+    more = (
+        "HCCL_SOCKET_IFNAME",
+        "HCCL_DETERMINISTIC",
+        "additional_config",
+        "additional_config",
+        "layers",
+    )
+    assert [line.startswith(name) for line, name in zip(lines[-5:], more, strict=True)] == [
+        True
+    ] * 5
+    assert len(lines) == len(ascend.ENVIRONMENT) + len(more)
     [line] = [line for line in lines if line.startswith("HCCL_CONNECT")]
     assert line.startswith("HCCL_CONNECT_TIMEOUT=600 (learner and rollout, yours): ")
+
+
+def test_engines_get_what_keeps_weights_that_change_right() -> None:
+    """As `rollout.vllm_backend` gives it to them, and as it is listed."""
+    assert ascend.environment("rollout", {})["VLLM_ASCEND_ENABLE_NZ"] == "0"
+    assert "VLLM_ASCEND_ENABLE_NZ" not in ascend.environment("learner", {})
+    assert ascend.additional_config(False, True) == {"weight_nz_mode": 0}
+    assert ascend.additional_config(True, True)["rl_config"]["sleep_mode_extra_cleanup"] is True
+    text = " ".join(platform.describe_environment("npu", {}))
+    assert "weight_nz_mode" in text and "rl_config" in text
+
+
+def test_one_order_of_sums_is_for_all_nodes() -> None:
+    added = ascend.environment("learner", {"HCCL_DETERMINISTIC": "true"})
+    assert added["HCCL_DETERMINISTIC"] == "true" and added["LCCL_DETERMINISTIC"] == "1"
+    assert "LCCL_DETERMINISTIC" not in ascend.environment("learner", {})
+    assert "LCCL_DETERMINISTIC" not in ascend.environment(
+        "learner", {"HCCL_DETERMINISTIC": "false"}
+    )
 
 
 def test_every_variable_has_a_reason_and_one_value_for_each_role() -> None:

@@ -281,7 +281,7 @@ def test_the_worst_line_decides() -> None:
 
 @pytest.mark.slow
 def test_this_machine_gets_a_line_for_everything() -> None:
-    lines = doctor.examine()
+    lines = list(doctor.examine())
     names = [check.name for check in lines]
     assert {"python", "torch", "ray", "sandbox", "processors", "/dev/shm", "disk", "W&B"} <= {
         *names

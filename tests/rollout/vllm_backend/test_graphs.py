@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from emberl.kernels import platform
-from emberl.rollout.vllm_backend import compat
+from emberl.rollout.vllm_backend import compat, graphs
 from emberl.rollout.vllm_backend.graphs import (
     captures,
     check_in_place,
@@ -26,25 +26,18 @@ SETTINGS = compat.EngineSettings(
 
 
 @pytest.mark.parametrize(
-    ("device", "version", "eager"),
-    [
-        ("cpu", "0.32.0", False),
-        ("cuda", "0.23.0", False),
-        ("cuda", None, False),
-        ("npu", "0.23.0rc1", True),
-        ("npu", "0.25.1", True),
-        ("npu", "0.26.0", False),
-        ("npu", "1.0.0", False),
-        ("npu", None, True),
-    ],
+    ("device", "rl_config", "eager"),
+    [("cpu", False, False), ("cuda", False, False), ("npu", False, True), ("npu", True, False)],
 )
-def test_the_table(device: str, version: str | None, eager: bool) -> None:
-    found = choice(device, version)
+def test_the_table(
+    device: str, rl_config: bool, eager: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "has_rl_config", lambda: rl_config)
+    found = choice(device)
     assert found.eager == eager and found.device == device and found.reason
 
 
-def test_eager_is_chosen_and_a_user_may_choose_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "installed_version", lambda: "0.23.0")
+def test_eager_is_chosen_and_a_user_may_choose_otherwise() -> None:
     assert compat.engine_arguments(SETTINGS, {})["enforce_eager"] is True
     own = replace(SETTINGS, engine_args={"enforce_eager": False})
     assert compat.engine_arguments(own, {})["enforce_eager"] is False
