@@ -13,7 +13,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -165,7 +165,11 @@ def distance(learner: LearnerRank, batch: Batch, model: str) -> dict[str, Any]:
     return {"tokens": batch.num_loss_tokens} | found
 
 
-PARTS = {"products": products, "collectives": collectives, "engine": engine}
+PARTS: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "products": products,
+    "collectives": collectives,
+    "engine": engine,
+}
 
 if __name__ == "__main__":
     part, order = sys.argv[1:]
