@@ -113,9 +113,9 @@ def additional_config(has_rl_config: bool, sleeps: bool) -> dict[str, Any]:
 
 ENGINES = (
     f"additional_config={additional_config(False, False)} (rollout, before vllm-ascend 0.27.1): as"
-    " VLLM_ASCEND_ENABLE_NZ; and enforce_eager, as its graphs would read weights of before an update",
-    f"additional_config={additional_config(True, False)} (rollout, from 0.27.1 on): format, allocator"
-    " and graphs for weights that change; sleep_mode_extra_cleanup with enable_sleep_mode",
+    " VLLM_ASCEND_ENABLE_NZ; and enforce_eager, as its graphs would read old weights",
+    f"additional_config={additional_config(True, False)} (rollout, from 0.27.1 on): format,"
+    " allocator, graphs for weights that change; sleep_mode_extra_cleanup with enable_sleep_mode",
 )
 """Arguments that engines get, and why."""
 
@@ -132,7 +132,8 @@ def describe(given: Mapping[str, str]) -> list[str]:
         f" {variable.reason}"
         for variable in ENVIRONMENT
     ] + [
-        f"{', '.join(INTERFACE_VARIABLES)}: the interface of Ray's address of each node, unless given",
+        f"{', '.join(INTERFACE_VARIABLES)}: the interface of Ray's address of each node, unless"
+        " given",
         f"{DETERMINISTIC}={given.get(DETERMINISTIC, '')} (learner and rollout): yours to set; true"
         f" sums over ranks in one order, slower, and sets {SAME_OF_LCCL}=1",
         *ENGINES,
@@ -153,8 +154,8 @@ class Generation:
     soc: str
     """How torch's device names begin."""
     link: float
-    """Bytes a second one way between two cards of a box. A2: one of seven HCCS links of 56 GB/s both
-    ways; A3: a die's share of the package's (arXiv 2506.12708). Neither was measured by us."""
+    """Bytes a second one way between two cards of a box. A2: one of seven HCCS links of 56 GB/s
+    both ways; A3: a die's share of its package's (arXiv 2506.12708). Neither was measured by us."""
 
 
 A2 = Generation(name="A2", sold_as="910B", cards=8, image="", soc="Ascend910B", link=28e9)

@@ -187,7 +187,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 BUDGET = {
     "configs/ascend": 101,
-    "kernels": 791,
+    "kernels": 866,
     "kernels/decoding": 201,
     "kernels/loss": 1_962,
     "kernels/patch_coding": 876,
@@ -205,7 +205,7 @@ BUDGET = {
     "rl/evaluation": 2_396,
     "rl/learner": 3_310,
     "rl/plan": 1_922,
-    "rl/watch": 4_424,
+    "rl/watch": 4_892,
     "rl/weights": 1_484,
     "rollout": 2_748,
     "rollout/embedded": 2_038,
@@ -339,6 +339,7 @@ NAMING = {
     Path("kernels/ascend.py"): "the environment and the operators that NPUs alone have",
     Path("rl/watch/doctor_ascend.py"): "packages and versions of NPUs are what it looks at",
     Path("rl/watch/doctor_ascend_box.py"): "their tools and settings are what it looks at",
+    Path("rl/watch/doctor_live.py"): "its fixes name the tools of each device",
 }
 """Files that may name devices, and why; what runs a model asks `PLATFORM`."""
 

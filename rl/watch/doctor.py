@@ -39,8 +39,8 @@ PROCESSES = 2000
 
 
 def examine(config: Config | None = None, *, live: bool = False) -> Iterator[Check]:
-    """All lines, in reading order, as they are found. Starts and ends a sandbox process; takes about
-    a second. live: uses the device, too, which takes a minute or a few."""
+    """All lines, in reading order, as they are found. Starts and ends a sandbox process; takes
+    about a second. live: uses the device, too, which takes a minute or a few."""
     yield from examined(Machine(config), (*EXAMINATIONS, *(LIVE if live else ())))
 
 

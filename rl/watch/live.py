@@ -31,7 +31,8 @@ from ..config.tiny import TinyConfig
 from ..data.tiny import make_tiny
 from ..groups import Batch, Group
 from ..learner.flops import peak_flops
-from ..learner.rank import LearnerRank, RankSpec
+from ..learner.model_loader import RankSpec
+from ..learner.rank import LearnerRank
 from . import bench_device
 from .bench_device import MEBI, Sizes
 

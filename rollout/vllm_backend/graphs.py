@@ -66,8 +66,8 @@ def choice(device: str) -> Choice:
 
 
 def has_rl_config() -> bool:
-    """Whether the installed vllm-ascend takes `additional_config.rl_config` (0.27.1 and later), read
-    from its source: importing it needs CANN."""
+    """Whether the installed vllm-ascend takes `additional_config.rl_config` (0.27.1 and later),
+    read from its source: importing it needs CANN."""
     spec = importlib.util.find_spec("vllm_ascend")
     if spec is None or not spec.submodule_search_locations:
         return False
