@@ -24,11 +24,13 @@ pytest.importorskip(
     reason="triton-ascend is not installed; `make test-ascend` installs it",
 )
 
-if importlib.util.find_spec("emberl") is None:  # this environment has torch and Triton only
+loaded = sys.modules.get("emberl")  # another of these files may have put one there by hand
+lacking = importlib.util.find_spec("emberl") is None if loaded is None else loaded.__spec__ is None
+if lacking:  # this environment has torch and Triton only
     for name in ("emberl", "emberl.kernels", "emberl.kernels.loss"):
-        sys.modules[name] = types.ModuleType(name)
+        module = sys.modules.setdefault(name, types.ModuleType(name))
         folder = Path(__file__).parents[2].joinpath(*name.split(".")[1:])
-        sys.modules[name].__path__ = [str(folder)] if "." in name else []
+        module.__path__ = [str(folder)] if "." in name else []
 
 if "lowering" not in sys.modules:
     spec = importlib.util.spec_from_file_location(
