@@ -4,7 +4,7 @@ one's place."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
 from .actors import LOST, ActorLostError, PlaceLostError, WorkerLostError, call, catch_up, cause
@@ -48,6 +48,8 @@ class Crew:
         self._new_version = asyncio.Condition()
         self.restarts = 0
         """Workers that were replaced."""
+        self.prove_fresh: Callable[[int, Any], Awaitable[None]] | None = None
+        """Of a worker in a lost one's place, before it decodes; WorkerLostError: it may not."""
 
     @property
     def workers(self) -> tuple[Any, ...]:
@@ -163,6 +165,8 @@ class Crew:
                         seat.report = await catch_up(
                             fresh, self._latest, peers, who=who, timeout=timeout
                         )
+                        if self.prove_fresh is not None:
+                            await self.prove_fresh(i, fresh)
                 except PlaceLostError as error:
                     self._give_up(i, f"{why}; {error}")
                     return

@@ -24,7 +24,7 @@ from .environments import whole
 from .receiver import Receiver
 from .samples import Completion
 from .tracing import ProcessTrace
-from .weights.canary import Canary, DecodeProof
+from .weights.canary import Canary, DecodeProof, canary_of, squares_of
 from .weights.patch import Bytes, WeightPatch
 from .weights.transport import WeightUpdate
 
@@ -107,6 +107,10 @@ class RolloutWorker:
     async def prove(self, canary: Canary, requests: Sequence[Request]) -> DecodeProof | None:
         """`GroupService.prove`."""
         return await self.service.prove(canary, requests)
+
+    async def prove_alone(self, seed: int, requests: Sequence[Request]) -> DecodeProof | None:
+        """`GroupService.prove_alone`."""
+        return await self.service.prove_alone(seed, requests)
 
     async def decoded(self, requests: Sequence[Request]) -> list[tuple[Completion, Any]]:
         """`GroupService.decoded`."""
@@ -292,6 +296,15 @@ class GroupService:
                 after=after,
                 seconds=time.perf_counter() - start,
             )
+
+    async def prove_alone(self, seed: int, requests: Sequence[Request]) -> DecodeProof | None:
+        """As `prove`, with a canary of the weights that are held here: where there is nobody to say
+        what it computes. None also where nothing is held."""
+        held = self.engine.held
+        if held is None:
+            return None
+        squares = await asyncio.to_thread(squares_of, held.tensors)
+        return await self.prove(canary_of(seed, squares), requests)
 
     async def decoded(self, requests: Sequence[Request]) -> list[tuple[Completion, Any]]:
         """The samples of these requests, each with the log-probs [n] that the engine gives the same

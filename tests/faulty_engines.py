@@ -18,7 +18,7 @@ from emberl.rollout.embedded.engine import EmbeddedEngine
 from emberl.rollout.embedded.matrix import Matrix
 from emberl.rollout.embedded.model import Decoder
 from emberl.rollout.samples import Prompt, Sampling
-from emberl.rollout.vllm_backend import served_weights
+from emberl.rollout.vllm_backend import engine_processes
 from emberl.rollout.vllm_backend.compat import EngineSettings
 from emberl.rollout.vllm_backend.engine import VLLMEngine
 from emberl.rollout.vllm_backend.requests import Decoded
@@ -175,7 +175,7 @@ class PretendLLM:
 def pretend_vllm(model: Path, fault: Fault, dtype: str, monkeypatch: Any) -> VLLMEngine:
     """vLLM's engine of ours on a `PretendLLM`."""
     llm = PretendLLM(model, dtype, fault)
-    monkeypatch.setattr(served_weights, "start", lambda settings: llm)
+    monkeypatch.setattr(engine_processes, "start", lambda settings: llm)
     settings = EngineSettings(model=str(model), max_num_seqs=8, max_model_len=128, dtype=dtype)
     engine = VLLMEngine(settings, run_id="run", version=-1)
     apply = engine.apply
@@ -194,6 +194,7 @@ class LocalPool:
 
     services: list[Any]
     restarts: int = 0
+    announced: int = 0
     told: list[str] = field(default_factory=list)
 
     async def prove(self, *arguments: Any) -> list[Any]:

@@ -209,7 +209,7 @@ BUDGET = {
     "rl/weights": 1_484,
     "rollout": 2_748,
     "rollout/embedded": 2_038,
-    "rollout/vllm_backend": 3_376,
+    "rollout/vllm_backend": 3_560,
     "rollout/weights": 2_257,
 }
 """Lines of a folder's own Python files, or of a sub-folder's; `rl` and so on are the files at the
@@ -237,15 +237,7 @@ OPTIONS = {
 one."""
 
 
-STILL_LARGER = {
-    "rl/weights/sync.py": 467,
-    "rl/weights/sync.py:WeightSync.__init__": 71,
-    "rollout/embedded/batch.py": 445,
-    "rollout/embedded/engine.py": 425,
-    "rollout/embedded/engine.py:EmbeddedEngine.__init__": 61,
-    "rollout/pool.py": 493,
-    "rollout/vllm_backend/served_weights.py": 433,
-}
+STILL_LARGER: dict[str, int] = {}
 """Lines of what is beyond the bounds; it may become shorter, not longer."""
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import extending, njit, types
+from numba.core import cgutils
 
 # it rewrites what it decorates in a way that no annotation tells
 intrinsic: Any = extending.intrinsic
@@ -44,6 +45,22 @@ def shift_right(_context, x, by):
     return types.int64(types.int64, types.int64), lambda _c, builder, _s, args: builder.lshr(
         args[0], args[1]
     )
+
+
+@intrinsic
+def prefetch(_context, array, index):
+    """Has the line of an element brought into the cache, to be written to."""
+
+    def emit(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        address = builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(8).as_pointer())
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [address.type, number, number, number])
+        call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        builder.call(call, [address, number(1), number(3), number(1)])  # to write, soon, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), emit
 
 
 @intrinsic

@@ -21,13 +21,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from .lanes import compiled, shift_right
+from .lanes import compiled, prefetch, shift_right
 
 FIRST_FACTOR = -0x61C8864680B583EB
 SECOND_FACTOR = -0x4B47D0C5A2A4B1DB
 """Odd; as signed 64-bit numbers (the first is 2^64 over the golden ratio, as in SplitMix64)."""
 
-INTACT, OUTSIDE, UNSORTED, NOT_OLD, NOT_NEW = 0, 1, 2, 3, 4
+INTACT, OUTSIDE, UNSORTED = 0, 1, 2
+AHEAD = 32
+"""Elements ahead of the one that is written whose lines of the cache are asked for: about as many
+as a core waits for at once."""
 
 
 @compiled
@@ -93,36 +96,10 @@ def check_positions(positions, size):
 
 
 @compiled
-def exchange(
-    memory, place_rows, place_columns, first_row, first_column, columns, positions, old, new
-):
-    """Writes `new` where `old` must lie, and reads it back: what is wrong, and with which change.
-    Nothing was written unless that is NOT_NEW. Positions ascend."""
-    for step in range(3):
-        row, start = np.int64(0), np.int64(0)
-        for i in range(len(positions)):
-            position = np.int64(positions[i])
-            if position - start >= columns:
-                row = position // columns
-                start = row * columns
-            r, c = row - first_row, position - start - first_column
-            if r < 0 or c < 0 or r >= len(place_rows) or c >= len(place_columns):
-                continue
-            at = place_rows[r] + place_columns[c]
-            if step == 1:
-                memory[at] = new[i]
-            elif step == 0:
-                if memory[at] != old[i]:
-                    return NOT_OLD, i
-            elif memory[at] != new[i]:
-                return NOT_NEW, i
-    return INTACT, -1
-
-
-@compiled
-def write(memory, place_rows, place_columns, first_row, first_column, columns, positions, values):
-    """Writes without looking: the way back of `exchange`, and what it is measured against."""
-    row, start = np.int64(0), np.int64(0)
+def find(place_rows, place_columns, first_row, first_column, columns, positions, at, chosen):
+    """Where these positions, which ascend, lie in a memory: writes it to `at`, and which of them
+    they are to `chosen`; how many lie there."""
+    count, row, start = 0, np.int64(0), np.int64(0)
     for i in range(len(positions)):
         position = np.int64(positions[i])
         if position - start >= columns:
@@ -131,4 +108,42 @@ def write(memory, place_rows, place_columns, first_row, first_column, columns, p
         r, c = row - first_row, position - start - first_column
         if r < 0 or c < 0 or r >= len(place_rows) or c >= len(place_columns):
             continue
-        memory[place_rows[r] + place_columns[c]] = values[i]
+        at[count] = place_rows[r] + place_columns[c]
+        chosen[count] = i
+        count += 1
+    return count
+
+
+@compiled
+def exchange(memory, at, old, new):
+    """Writes `new` where `old` must lie: -1, or the first of which something else lies there; then
+    all is as it was. `at` are unsigned and do not repeat."""
+    last = len(at) - 1
+    for i in range(len(at)):
+        prefetch(memory, np.int64(at[min(i + AHEAD, last)]))
+        if memory[at[i]] != old[i]:
+            for j in range(i):
+                memory[at[j]] = old[j]
+            return i
+        memory[at[i]] = new[i]
+    return -1
+
+
+@compiled
+def write(memory, at, values):
+    """Writes without looking: the way back of `exchange`, and what it is measured against."""
+    last = len(at) - 1
+    for i in range(len(at)):
+        prefetch(memory, np.int64(at[min(i + AHEAD, last)]))
+        memory[at[i]] = values[i]
+
+
+@compiled
+def differs(memory, at, values):
+    """The first that is not what lies there; -1 if all are."""
+    last = len(at) - 1
+    for i in range(len(at)):
+        prefetch(memory, np.int64(at[min(i + AHEAD, last)]))
+        if memory[at[i]] != values[i]:
+            return i
+    return -1

@@ -3,8 +3,8 @@ tokens.
 
 Dense, every process of a vLLM engine reads all tensors from the host's memory, hashes them and
 loads its part; the embedded engine copies and hashes them. Of a patch, each changed element is
-compared, written and read back, and a vLLM engine compares checksums of one tensor in `AUDIT`
-besides.
+compared and written; to bring them to the device, to find where they belong, and to read back and
+compare checksums goes on beside decoding.
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ Mode = Literal["dense", "patch"]
 
 ORDERS_S = {"vllm": 0.1, "embedded": 0.01}
 """Seconds to stop an engine at a token boundary and have it go on. An assumption."""
-POSITION_BYTES = 4
-AUDIT = 32
-"""Updates in which every tensor's checksum is compared once."""
 
 
 def commit_seconds(
@@ -41,26 +38,14 @@ def commit_seconds(
         # every process hashes whole tensors, and keeps its part of them
         hashed = shape.weight_bytes / rates.hash_bytes_per_s
         return orders + part * shape.weight_bytes / rates.copy_bytes_per_s + hashed
-    elements = changed * shape.parameters
-    element = shape.weight_bytes / shape.parameters
-    # positions, old and new values go to every process, which looks for its own
-    moved = elements * (POSITION_BYTES + 2 * element) / rates.copy_bytes_per_s
-    audit = 0.0
-    if engine == "vllm":
-        audit = part * shape.parameters / AUDIT / (PER_CHECKSUM * rates.scatter_elements_per_s)
-    return orders + moved + part * elements / rates.scatter_elements_per_s + audit
-
-
-PER_CHECKSUM = 32
-"""Elements of a checksum, which are read in order, in the time of one that is written alone: those
-of two bytes in a line of 64."""
+    return orders + part * changed * shape.parameters / rates.scatter_elements_per_s
 
 
 def read_rates(path: Path) -> CommitRates:
     """The rates that `emberl bench device --json` measured; ValueError with what is missing."""
     try:
-        measured = json.loads(path.read_text())["commit"]
-        rates = {field.name: float(measured[field.name]) for field in fields(CommitRates)}
+        found = json.loads(path.read_text())["commit"]
+        rates = {field.name: float(found[field.name]) for field in fields(CommitRates)}
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(
             f"link.rates={path} cannot be read ({error}); emberl bench device --json makes it"

@@ -30,13 +30,13 @@ class CommitRates:
     hash_bytes_per_s: float
     """xxh3-128 on one core of the host: every process of an engine hashes all that it loads."""
     scatter_elements_per_s: float
-    """Elements compared, written one by one and read back in the device's memory."""
+    """Elements compared and written one by one in the device's memory."""
 
 
 LINE = 64
 """Bytes that a device's memory moves for one element of two."""
-PASSES = 3
-"""Over each changed element: compared, written, read back."""
+PASSES = 2
+"""Over each changed element: compared, written."""
 
 
 def scattered(bandwidth: float, efficiency: float) -> float:

@@ -167,7 +167,6 @@ def commit(target: Platform, where: torch.device, sizes: Sizes) -> dict[str, Any
     def write() -> None:
         (weights[at] == values).all()
         weights[at] = values
-        (weights[at] == values).all()
 
     scattered = seconds(write, wait, sizes.rounds)
     return {

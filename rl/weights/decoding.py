@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from ...rollout.actors import ActorLostError
+from ...rollout.actors import ActorLostError, WorkerLostError, call
 from ...rollout.engine import Request
 from ...rollout.pool import RolloutPool
 from ...rollout.samples import Completion, Prompt, Sampling
@@ -113,12 +113,18 @@ class DecodeCheck:
         *,
         dtype: str,
         tolerance: float,
+        timeout: float = 600.0,
     ) -> None:
-        """tolerance: of `Probe`. dtype: as in `model.dtype`."""
+        """tolerance: of `Probe`. dtype: as in `model.dtype`. timeout: seconds for the proof of a
+        worker that takes a lost one's place."""
+        self._timeout = timeout
         self._requests = tuple(requests)
         self._learners, self._pool, self._tell = learners, pool, tell
         self._tolerance, self._least = tolerance, LEAST.get(dtype, OTHER_LEAST)
         self.probe = Probe(tolerance)
+        self._bound = (
+            tolerance / 2
+        )  # of what is decoded, until a first canary says what rounding is
         self._effects: list[Effect] | None = None
         self._unknown = False
         self.seconds = 0.0
@@ -147,6 +153,7 @@ class DecodeCheck:
             if fault is None:
                 figures["sync/canary_diff"] = max(figures["sync/canary_diff"], level.logp)
                 figures["sync/canary_noise"] = max(figures["sync/canary_noise"], bound.logp)
+                self._bound = figures["sync/canary_noise"]
                 if self._effects is None:
                     await self._measure(canary, proof, level, bound.logp, version)
                 continue
@@ -159,6 +166,34 @@ class DecodeCheck:
         seconds = time.perf_counter() - start
         self.seconds += seconds
         return figures | {"timing_s/canary": seconds}
+
+    async def prove_fresh(self, worker: int, actor: Any) -> None:
+        """Of a worker that takes a lost one's place while the learners are between two versions:
+        with a canary, what it decodes is what it reads, and other than without it. The next version
+        is proved with the learners. WorkerLostError: it is not."""
+        who, timeout = f"rollout worker {worker}", self._timeout
+        work = actor.prove_alone.remote(self._pool.announced, self._requests)
+        proof = await call(work, who=who, what="prove_alone", timeout=timeout)
+        if proof is not None and (fault := self._alone(proof)) is not None:
+            raise WorkerLostError(
+                f"{who}, restarted, does not decode with the weights that it holds: {fault}"
+            )
+
+    def _alone(self, proof: DecodeProof) -> str | None:
+        """A fault, as far as one engine can say by itself."""
+        apart = Level.between(logprobs(proof.canary), np.concatenate(proof.read))
+        limit = max(self._bound, self._least)
+        if all(
+            a.token_ids.tolist() == b.token_ids.tolist()
+            for a, b in zip(proof.before, proof.canary, strict=True)
+        ):
+            return "it decodes the same tokens when all of its weights are others"
+        if not apart.within(Level(logp=limit, p=self._tolerance / 2)):
+            return (
+                "the log-probs of the tokens that it decoded with a canary differ from what it"
+                f" reads of them by {apart.logp:.3g}, where {limit:.3g} is rounding"
+            )
+        return other_tokens(proof)
 
     async def follow(self, version: int, changed: float | None) -> dict[str, float]:
         """Each worker decodes a few tokens and reads them."""
@@ -243,17 +278,8 @@ class DecodeCheck:
 
     def _back(self, proof: DecodeProof, served: Values, noise: Level) -> str | None:
         """What is wrong with what is decoded once the canary is taken back."""
-        for first, second in zip(proof.before, proof.after, strict=True):
-            if first.token_ids.tolist() != second.token_ids.tolist():
-                at = next(
-                    i
-                    for i, (a, b) in enumerate(zip(first.token_ids, second.token_ids, strict=False))
-                    if a != b
-                )
-                return (
-                    "when it was taken back, other tokens were decoded than before (sample"
-                    f" {first.sample} of {first.prompt_id!r} from token {at} on)"
-                )
+        if (fault := other_tokens(proof)) is not None:
+            return fault
         again = Level.between(logprobs(proof.after), served)
         limit = max(DECODE_FACTOR * noise.logp, self._least)
         if again.logp <= limit:
@@ -295,6 +321,20 @@ class DecodeCheck:
             )
 
 
+def other_tokens(proof: DecodeProof) -> str | None:
+    """Where what is decoded once the canary is taken back is not what was decoded before."""
+    for first, second in zip(proof.before, proof.after, strict=True):
+        if first.token_ids.tolist() != second.token_ids.tolist():
+            pairs = zip(first.token_ids, second.token_ids, strict=False)
+            shorter = min(len(first), len(second))
+            at = next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
+            return (
+                "when it was taken back, other tokens were decoded than before (sample"
+                f" {first.sample} of {first.prompt_id!r} from token {at} on)"
+            )
+    return None
+
+
 def logprobs(completions: Sequence[Completion]) -> Values:
     """Of all tokens, in order."""
     return np.concatenate([completion.logprobs for completion in completions])
@@ -309,6 +349,3 @@ def last_layer(names: Mapping[str, Any]) -> list[str]:
         for name in names
         if (found := LAYER.search(name)) is None or int(found[1]) == max(numbers)
     ]
-
-
-__all__ = ["DecodeCheck", "Effect", "followed", "last_layer", "proof_requests"]

@@ -15,35 +15,28 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import ray
 from numpy.typing import NDArray
 
-from ...rollout.actors import cause
 from ...rollout.engine import Request
 from ...rollout.pool import RolloutPool
-from ...rollout.vllm_backend.compat import transfer_backend
-from ...rollout.weights.engine_transfer import Broadcast, BroadcastGroup
+from ...rollout.weights.engine_transfer import Broadcast
 from ...rollout.weights.transport import Directory, PatchRef, WeightUpdate, list_patches
 from ..config.load import Config
 from ..learner.group import LearnerGroup
 from ..learner.publisher import Published, PublishRequest
-from .choice import Measured, Mode, Transport, choose, choose_transport, guessed_ratio
 from .decoding import DecodeCheck
+from .due import CanaryDue
 from .gate import Gate
 from .probe import Level, Probe, as_batch, tolerance_of
+from .route import Route
 
 CHAIN_SHARE = 0.5
 """A new anchor is made once the patches since the last one are this much of it."""
-WOKEN_SHARE = 0.05
-"""Of a run's time, for the canaries of engines that sleep and wake at every step."""
-BROADCAST_TIMEOUT = 60.0
-"""Seconds at most, after which a worker takes the bytes from Ray's object store instead."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,10 +74,7 @@ class WeightSync:
         `auto` changed over, and what can be proved. probe_ids: tokens whose log-probs are compared;
         none: no comparison. proof_requests: what is decoded of a canary; none: no canary."""
         settings = config.sync
-        # vLLM's weight-transfer engine by which the processes of each engine take a broadcast
-        self._backend = transfer_backend(config.rollout.engine_args)
-        self._ranks = config.rollout.cards
-        self._fabric = fabric
+        self._route = Route(config, learners, pool, fabric=fabric, tell=tell)
         self._settings = settings
         self._schedule = config.schedule
         self._recomputed = config.offpolicy.old_logp == "recompute"
@@ -94,36 +84,18 @@ class WeightSync:
         self._tell = tell
         self._run_id = run_id
         self._attempt = time.time_ns()
-        self._mode: Mode = settings.mode if settings.mode != "auto" else "dense"
-        self._transport: Transport = (
-            "object_store" if settings.transport == "auto" else settings.transport
-        )
-        self._rates: dict[Transport, float] = {}
-        self._group: BroadcastGroup | None = None
-        self._broadcasts = self._restarts = 0
         self._folder = Path(settings.directory) if settings.directory else run_dir / "sync"
         self._history = run_dir / "history" if config.checkpoint.history else None
         self._anchors: tuple[PatchRef, ...] = ()
         self._patches: tuple[PatchRef, ...] = ()
-        self._measured: Measured | None = None
         self.notice: WeightUpdate | None = None
         self.probe = probe
         self._probe_ids = tuple(probe_ids)
-        self.decoding: DecodeCheck | None = None
-        if proof_requests:
-            self.decoding = DecodeCheck(
-                proof_requests,
-                learners,
-                pool,
-                tell,
-                dtype=config.model.dtype,
-                tolerance=tolerance_of(config.model.dtype),
-            )
+        self.decoding = self._decode_check(proof_requests, config.model.dtype)
         self._follows = self.decoding is not None and bool(probe_ids)
-        self._sleeps = config.cluster.colocated
-        self._started = time.monotonic()
-        self._due: str | None = "start"
-        self._proved_version = self._engine_restarts = self._pool_restarts = 0
+        self._due = CanaryDue(
+            every=settings.canary_every, sleeps=config.cluster.colocated, tell=tell
+        )
         self._expected: NDArray[np.float32] | None = None  # of the version before
         self.gate = Gate(tolerance_of(config.model.dtype))
         self.moved: Level | None = None
@@ -134,6 +106,21 @@ class WeightSync:
         self._held_at: int | None = None
         self._newest = -1  # the version whose delivery is or was under way last
         self._released = asyncio.Event()
+
+    def _decode_check(self, requests: Sequence[Request], dtype: str) -> DecodeCheck | None:
+        if not requests:
+            return None
+        made = DecodeCheck(
+            requests,
+            self._learners,
+            self._pool,
+            self._tell,
+            dtype=dtype,
+            tolerance=tolerance_of(dtype),
+            timeout=self._settings.timeout,
+        )
+        self._pool.prove_fresh = made.prove_fresh
+        return made
 
     def begin_stage(self) -> None:
         """The next version is another model by a whole stage."""
@@ -177,25 +164,14 @@ class WeightSync:
         return figures | {"sync/exposed_s": time.perf_counter() - start}
 
     def _canary_due(self, version: int) -> bool:
-        """Whether something may have captured or packed anew since the last proof, or it is
-        long ago."""
         if self.decoding is None:
             return False
-        if self._pool.restarts != self._pool_restarts:
-            self._due = "a worker was replaced"
-        every = self._settings.canary_every
-        if every and version - self._proved_version >= every:
-            self._due = f"{every} versions"
-        if self._due is None and self._sleeps:
-            # waking at every step is what colocated engines do: a bounded share of the run's time
-            spent, whole = self.decoding.seconds, time.monotonic() - self._started
-            return spent <= WOKEN_SHARE * whole
-        return self._due is not None
+        spent, restarts = self.decoding.seconds, self._pool.restarts
+        return self._due.check(version, pool_restarts=restarts, spent=spent)
 
     async def _prove(self, version: int) -> dict[str, float]:
         assert self.decoding is not None
-        self._due, self._proved_version = None, version
-        self._pool_restarts = self._pool.restarts
+        self._due.proved(version, pool_restarts=self._pool.restarts)
         return await self.decoding.prove(version)
 
     async def delivered(self) -> dict[str, float]:
@@ -259,8 +235,8 @@ class WeightSync:
         if self._history is not None and self.notice is None:
             self._forget_from(version)
         broadcast = None
-        if self._into_engines and not taken.later:
-            broadcast = await asyncio.to_thread(self._next_broadcast)
+        if self._route.into_engines and not taken.later:
+            broadcast = await asyncio.to_thread(self._route.next_broadcast)
         published = await asyncio.to_thread(self._learners.publish, self._order(version, broadcast))
         self.notice = self._announce(published)
         sending = self._learners.broadcast() if broadcast is not None else None
@@ -272,15 +248,13 @@ class WeightSync:
             versions = {int(report["version"]) for report in reports}
             assert versions == {version}, f"workers serve versions {versions} instead of {version}"
         if sending is not None:
-            await self._end_broadcast(sending)
-        self._learn(published, reports)
+            await self._route.end_broadcast(sending)
+        self._route.learn(published, reports)
         figures = _figures(published, reports) | {
             "sync/diff_s": taken.seconds,
             "timing_s/update_weights": taken.seconds + time.perf_counter() - start,
         }
-        restarts = sum(int(report.get("engine_restarts", 0)) for report in reports)
-        if restarts != self._engine_restarts:
-            self._engine_restarts, self._due = restarts, "an engine was started anew"
+        self._due.note(reports)
         if taken.expected is not None:
             self._note_move(taken)
             figures |= await self.probe.check(
@@ -292,7 +266,7 @@ class WeightSync:
             )
             figures |= self._say_apart(version, figures)
             if figures["sync/reloads"]:
-                self._due = "an engine was loaded anew"
+                self._due.why = "an engine was loaded anew"
         return figures | {"sync/exposed_s": time.perf_counter() - start}
 
     def _note_move(self, taken: Taken) -> None:
@@ -323,55 +297,27 @@ class WeightSync:
                 )
         return {"sync/probe_moved": self.moved.logp, "sync/probe_moved_p": moved}
 
-    @property
-    def _into_engines(self) -> bool:
-        """Whether versions go into the engines' processes: whole ones only, and where all change at
-        once (engines that are updated one after another cannot receive together), and where every
-        worker is there: a broadcast waits for all that it counts."""
-        into = self._transport == "collective" and self._mode == "dense" and bool(self._backend)
-        return into and not self._pool.gone
-
-    def _next_broadcast(self) -> Broadcast:
-        """Of the group that stands, or of a new one where a worker was replaced or the last
-        broadcast failed."""
-        timeout = min(self._settings.timeout / 4, BROADCAST_TIMEOUT)
-        if self._group is None or self._pool.restarts != self._restarts:
-            workers = len(self._pool.workers)
-            self._group = self._learners.meet(workers, timeout, self._backend, self._ranks)
-            self._broadcasts = 0
-            self._restarts = self._pool.restarts
-        self._broadcasts += 1
-        return Broadcast(group=self._group, number=self._broadcasts - 1, timeout=timeout)
-
-    async def _end_broadcast(self, sending: Any) -> None:
-        try:
-            await asyncio.wait_for(sending, self._settings.timeout)
-        # the workers had another place to take the bytes from
-        except (ray.exceptions.RayError, TimeoutError) as error:
-            self._group = None
-            self._tell(
-                f"weight sync: {cause(error)}; the version went through Ray's object store instead"
-            )
-
     def _order(self, version: int, broadcast: Broadcast | None) -> PublishRequest:
-        patch = self.notice is not None and (self._mode == "patch" or self._history is not None)
+        patch = self.notice is not None and (
+            self._route.mode == "patch" or self._history is not None
+        )
         return PublishRequest(
             run_id=self._run_id,
             version=version,
             patch=patch,
-            anchor=not patch or self._mode == "dense" or self._anchor_due(version),
-            dense=self._mode == "dense",
-            directory=str(self._folder) if self._transport == "directory" else None,
+            anchor=not patch or self._route.mode == "dense" or self._anchor_due(version),
+            dense=self._route.mode == "dense",
+            directory=str(self._folder) if self._route.transport == "directory" else None,
             broadcast=broadcast,
             history=None if self._history is None else str(self._history),
         )
 
     def _anchor_due(self, version: int) -> bool:
-        if not self._anchors or self._measured is None:
+        if not self._anchors or self._route.measured is None:
             return True
         since = [ref.size for ref in self._patches if ref.version > self._anchors[0].version]
         old = version - self._anchors[0].version >= self._settings.anchor_every
-        return old or sum(since) > CHAIN_SHARE * self._measured.num_bytes
+        return old or sum(since) > CHAIN_SHARE * self._route.measured.num_bytes
 
     def _announce(self, published: Published) -> WeightUpdate:
         """Patches are kept back to the anchor before the newest, for a worker that missed a
@@ -380,11 +326,11 @@ class WeightSync:
             oldest = self._anchors[0].version if self._anchors else published.version
             self._patches = tuple(ref for ref in self._patches if ref.version > oldest)
             self._anchors = (published.anchor,)
-        if published.patch is None or self._mode == "dense":
+        if published.patch is None or self._route.mode == "dense":
             self._patches = ()
         else:
             self._patches = (*self._patches, published.patch)
-        if self._transport == "directory":
+        if self._route.transport == "directory":
             Directory(self._folder).keep([*self._anchors, *self._patches])
         return WeightUpdate(
             run_id=self._run_id,
@@ -395,43 +341,6 @@ class WeightSync:
             anchors=self._anchors,
             engines=published.engines,
         )
-
-    def _learn(self, published: Published, reports: Sequence[Mapping[str, float]]) -> None:
-        """Takes the measurements of one version and, in mode `auto`, decides about the next."""
-        now = self._measured or Measured(num_bytes=float(published.num_bytes))
-        rates = [
-            r["wire_bytes"] / r["transfer_s"]
-            for r in reports
-            if r["wire_bytes"] and r["transfer_s"]
-        ]
-        if rates:
-            now = replace(now, bandwidth=min(rates))
-            self._rates[self._transport] = min(rates)
-        if published.patch is not None:
-            seconds = [float(report["prepare_s"]) for report in reports if self._mode == "patch"]
-            prepare_s = max(seconds, default=0.0)
-            ratio = published.num_bytes / max(1, published.patch.size)
-            now = replace(
-                now, ratio=ratio, coding_s=published.encode_s + (prepare_s or published.encode_s)
-            )
-        elif published.changed is not None:
-            now = replace(now, ratio=guessed_ratio(published.changed))
-        self._measured = now
-        if self._settings.transport == "auto":
-            fabric = self._fabric and self._mode == "dense" and bool(self._backend)
-            transport = choose_transport(self._rates, self._transport, fabric=fabric)
-            if transport != self._transport:
-                measured = ", ".join(
-                    f"{name} {rate / 1e6:.3g} MB/s" for name, rate in self._rates.items()
-                )
-                self._tell(f"weight sync goes from {self._transport} to {transport}: {measured}")
-                self._transport = transport
-        if self._settings.mode != "auto":
-            return
-        choice = choose(now, self._mode)
-        if choice.mode != self._mode:
-            self._tell(f"weight sync goes from {self._mode} to {choice.mode}: {choice.why}")
-            self._mode = choice.mode
 
     def _forget_from(self, version: int) -> None:
         """A resumed run does these versions again."""
@@ -462,6 +371,3 @@ def _figures(published: Published, reports: list[dict[str, float]]) -> dict[str,
             for name in ("digest_failures", "replays")
         }
     return figures
-
-
-__all__ = ["WeightSync"]

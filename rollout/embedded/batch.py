@@ -13,18 +13,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..samples import Completion, FinishReason, Prompt, Sampling, Span, merge_spans
-from ..stops import StopMatcher, StopStrings
+from ..stops import StopStrings
 from .cpu_step import CPUStep, supports
 from .kv_cache import KVCache, PromptState
 from .model import Decoder, causal_attention
 from .sampling import SlotSampling, check_request, penalised, sample, stream_key, uniforms
+from .slots import ActiveSequence, Counters, Deliver, WaitingRequest, unstarted
 
 PREFILL_TOKENS = 4096
 """Padded prompt tokens of one prefill pass: enough to fill the matrix units, little enough to stay
@@ -33,58 +33,6 @@ in cache."""
 SHAPES = 8
 """Batches and prompts are padded to a multiple of this: oneDNN compiles a kernel per shape and
 keeps about a thousand."""
-
-Deliver = Callable[[Completion], None]
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    prompt: Prompt
-    samples: Sequence[int]
-    """Indices within the group."""
-    sampling: Sampling
-    deliver: Deliver
-    stop: StopMatcher | None = None
-    begun: Completion | None = None
-    """What the only sample of this request has already."""
-    placed: int = 0
-    """Samples that were given a slot."""
-    state: PromptState | None = None
-    """The prefilled tokens, kept until the last sample is admitted or the weights change."""
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """What is prefilled: the prompt, and what was decoded before."""
-        return self.prompt.token_ids + (
-            () if self.begun is None else tuple(self.begun.token_ids.tolist())
-        )
-
-    @property
-    def left(self) -> Sequence[int]:
-        return self.samples[self.placed :]
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    """One sample in a slot."""
-
-    request: _Request
-    sample: int
-    started: float
-    spans: list[Span] = field(default_factory=list)
-    """Tokens of earlier weight versions."""
-    tail: bytes | None = b""
-    """What its stop strings remember of the answer."""
-
-
-@dataclass(slots=True)
-class Counters:
-    """Work done since the engine started."""
-
-    prefill_tokens: int = 0
-    """Prompt tokens computed, pads left out."""
-    decode_steps: int = 0
-    decode_tokens: int = 0
 
 
 class ContinuousBatch:
@@ -109,8 +57,8 @@ class ContinuousBatch:
         self._step: CPUStep | None = None
         if supports(decoder):
             self._step = CPUStep(decoder, self._cache, slots, max_model_len, threads)
-        self._waiting: deque[_Request] = deque()
-        self._active: list[_Sequence] = []
+        self._waiting: deque[WaitingRequest] = deque()
+        self._active: list[ActiveSequence] = []
         real = torch.float64 if decoder.dtype == torch.float64 else torch.float32
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -151,10 +99,12 @@ class ContinuousBatch:
         self.check(prompt, n, sampling)
         stop = self._stop_strings.matcher(sampling.stop)
         if not begun:
-            self._waiting.append(_Request(prompt, range(n), sampling, deliver, stop))
+            self._waiting.append(WaitingRequest(prompt, range(n), sampling, deliver, stop))
         for part in begun:
             assert part.prompt_id == prompt.id and len(part) < sampling.max_tokens
-            self._waiting.append(_Request(prompt, (part.sample,), sampling, deliver, stop, part))
+            self._waiting.append(
+                WaitingRequest(prompt, (part.sample,), sampling, deliver, stop, part)
+            )
 
     def check(self, prompt: Prompt, n: int, sampling: Sampling) -> None:
         """ValueError if such a request could not be served."""
@@ -203,7 +153,7 @@ class ContinuousBatch:
         """Ends every sample of the selected requests; delivers and returns them as far as they
         got."""
 
-        def hit(request: _Request) -> bool:
+        def hit(request: WaitingRequest) -> bool:
             return select(request.prompt, request.deliver)
 
         partial: list[Completion] = []
@@ -215,7 +165,7 @@ class ContinuousBatch:
         for request in filter(hit, list(self._waiting)):
             self._waiting.remove(request)
             for index in request.left:
-                partial.append(request.begun or _unstarted(request.prompt.id, index))
+                partial.append(request.begun or unstarted(request.prompt.id, index))
                 request.deliver(partial[-1])
         return partial
 
@@ -244,13 +194,13 @@ class ContinuousBatch:
                     self._waiting.popleft()
             self._emit(first, torch.cat(logits))
 
-    def _place(self, request: _Request, start: int, stop: int) -> None:
+    def _place(self, request: WaitingRequest, start: int, stop: int) -> None:
         """Writes the settings of the request's next samples into slots start..stop-1."""
         sampling, length = request.sampling, len(request.prompt.token_ids)
         now = time.time()
         indices = request.left[: stop - start]
         request.placed += stop - start
-        self._active += [_Sequence(request, index, now) for index in indices]
+        self._active += [ActiveSequence(request, index, now) for index in indices]
         keys = np.array(
             [stream_key(sampling.seed, request.prompt.id, index) for index in indices], np.uint64
         )
@@ -291,7 +241,7 @@ class ContinuousBatch:
     def _prefill(self) -> None:
         """Computes the prompts at the head of the queue, as many as fit one pass, whether or not a
         slot is free yet."""
-        batch: list[_Request] = []
+        batch: list[WaitingRequest] = []
         longest = 0
         for request in self._waiting:
             length = max(longest, len(request.token_ids))
@@ -426,20 +376,3 @@ class ContinuousBatch:
 
 def _rounded(count: int) -> int:
     return -(-count // SHAPES) * SHAPES
-
-
-def _unstarted(prompt_id: str, index: int) -> Completion:
-    now = time.time()
-    return Completion(
-        prompt_id=prompt_id,
-        sample=index,
-        token_ids=np.zeros(0, np.int32),
-        logprobs=np.zeros(0, np.float32),
-        spans=(),
-        finish_reason="abort",
-        started=now,
-        finished=now,
-    )
-
-
-__all__ = ["ContinuousBatch", "Counters", "Deliver"]

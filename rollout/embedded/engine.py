@@ -29,7 +29,6 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,20 +39,13 @@ from numpy.typing import NDArray
 from ..engine import Request
 from ..samples import Completion, Prompt, Sampling
 from ..stops import StopStrings
-from ..weights.canary import Canary, altered
-from ..weights.patch import (
-    DigestMismatchError,
-    VersionError,
-    Views,
-    WeightPatch,
-    Weights,
-    dense_patch,
-    verify,
-)
-from .batch import ContinuousBatch, Counters, Deliver
+from ..weights.canary import Canary
+from ..weights.patch import DigestMismatchError, WeightPatch, Weights
+from .batch import ContinuousBatch
 from .model import Decoder
+from .slots import Counters, Deliver
 from .threads import at_most, worth
-from .update import Update
+from .versions import ServedVersion
 
 T = TypeVar("T")
 
@@ -127,22 +119,20 @@ class EmbeddedEngine:
             stop_strings=StopStrings(None if isinstance(model, Decoder) else model),
         )
         self._batch.version = version
-        self._run_id, self._deadline = run_id, deadline_s
+        self._weights = ServedVersion(self._batch, run_id, self._threads)
+        self._deadline = deadline_s
         self._pace, self._due = 0.0 if token_rate is None else 1 / token_rate, 0.0
-        self._corrupt: str | None = None
-        self._places = self._where()
-        self._held: Weights | None = None
-        self._canary: Canary | None = None
         self._finished: list[Completion] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedded-engine")
         self._turn = asyncio.Lock()  # who may touch the batch; first come, first served
+        self._updating = (
+            asyncio.Lock()
+        )  # who may change the weights, with what goes before and after
         self._knocking = 0  # callers that want a turn: a burst ends at its next token boundary
         self._streams: set[_Stream] = set()
         self._inbox: deque[tuple[Request, Sequence[Completion], _Stream]] = deque()
         self._driver: asyncio.Task[None] | None = None
         self._closed = False
-        self.pause_s = 0.0
-        """Seconds for which decoding stood still at the last update."""
 
     @property
     def version(self) -> int:
@@ -150,11 +140,16 @@ class EmbeddedEngine:
 
     @property
     def run_id(self) -> str:
-        return self._run_id
+        return self._weights.run_id
 
     @property
     def held(self) -> Weights | None:
-        return None if self._canary is not None else self._held
+        return self._weights.held
+
+    @property
+    def pause_s(self) -> float:
+        """Seconds for which decoding stood still at the last update."""
+        return self._weights.pause_s
 
     @property
     def counters(self) -> Counters:
@@ -224,8 +219,15 @@ class EmbeddedEngine:
                 )
 
     async def apply(self, patch: WeightPatch) -> int:
-        update = await asyncio.to_thread(self._check_patch, patch)
-        await self._at_boundary(lambda: self._apply(patch, update))
+        async with self._updating:
+            update = await asyncio.to_thread(self._weights.check, patch)
+            await self._at_boundary(lambda: self._weights.apply(patch, update))
+            if update is not None:
+                try:
+                    await asyncio.to_thread(self._weights.read_back, update)
+                except DigestMismatchError as error:
+                    self._fail(error)  # decoding has gone on meanwhile
+                    raise
         return self.version
 
     async def probe(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
@@ -237,7 +239,8 @@ class EmbeddedEngine:
 
     async def canary(self, canary: Canary | None) -> None:
         self._check_serving()
-        await self._at_boundary(lambda: self._load_canary(canary))
+        async with self._updating:
+            await self._at_boundary(lambda: self._weights.load_canary(canary))
 
     async def sleep(self, level: int) -> None:
         """Nothing to give back: on a CPU, where it shares what the learners use, memory is one."""
@@ -274,7 +277,7 @@ class EmbeddedEngine:
                 async with self._turn:
                     await self._compute(self._burst)
         except Exception as error:  # a decoding error belongs to those who wait for its tokens
-            self._corrupt = self._corrupt or f"decoding failed: {error!r}"
+            self._weights.corrupt = self._weights.corrupt or f"decoding failed: {error!r}"
             self._fail(error)
 
     async def _at_boundary(self, work: Callable[[], T]) -> T:
@@ -291,8 +294,9 @@ class EmbeddedEngine:
                 asyncio.get_running_loop().run_in_executor(self._thread, work), self._deadline
             )
         except TimeoutError:
-            self._corrupt = f"no token boundary within {self._deadline:g} s (deadline_s)"
-            raise TimeoutError(f"embedded engine: {self._corrupt}") from None
+            why = f"no token boundary within {self._deadline:g} s (deadline_s)"
+            self._weights.corrupt = why
+            raise TimeoutError(f"embedded engine: {why}") from None
 
     def _burst(self) -> None:
         self._check_serving()
@@ -321,96 +325,6 @@ class EmbeddedEngine:
         self._take_inbox()
         return self._batch.abort(select)
 
-    def _is_new(self, patch: WeightPatch) -> bool:
-        """Whether it has to be loaded; VersionError if it may not come now."""
-        if self._canary is not None:
-            raise VersionError("a canary is being decoded")
-        if self._run_id and patch.run_id != self._run_id:
-            raise VersionError(
-                f"a patch of run {patch.run_id}, but this engine serves run {self._run_id}"
-            )
-        if patch.version < self.version:
-            raise VersionError(f"version goes backwards: {patch.version} after {self.version}")
-        if patch.version == self.version and self._corrupt is None:
-            return False
-        if patch.base_version not in (None, self.version):
-            raise VersionError(
-                f"patch {patch.version} builds on {patch.base_version}, the engine serves"
-                f" {self.version}"
-            )
-        return True
-
-    def _check_patch(self, patch: WeightPatch) -> Update | None:
-        """None if there is nothing to do."""
-        if not self._is_new(patch):
-            return None
-        return Update(self.decoder, patch)
-
-    def _apply(self, patch: WeightPatch, update: Update | None) -> None:
-        """All that decoding waits for."""
-        if update is None or not self._is_new(patch):
-            verify(self.digests(), patch)
-            return
-        start = time.perf_counter()
-        self._held = None
-        try:
-            update.write()
-            self._check_in_place(patch.version)
-        except BaseException:  # not before: what is asked meanwhile waits for the update
-            self._corrupt = f"the update to version {patch.version} did not complete"
-            raise
-        self._corrupt = None
-        self._run_id = patch.run_id
-        self._batch.weights_changed(patch.version)
-        self._held = Weights(
-            run_id=patch.run_id,
-            version=patch.version,
-            tensors=Views(self.decoder.weights, self.decoder.tensor_bytes),
-            digests=patch.digests,
-        )
-        self.pause_s = time.perf_counter() - start
-
-    def _where(self) -> dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]]:
-        return {
-            name: (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
-            for name, tensor in self.decoder.weights.items()
-        }
-
-    def _check_in_place(self, version: int) -> None:
-        """RuntimeError if a tensor lies elsewhere than at the start: decoding reads what was there
-        then."""
-        now = self._where()
-        for name, place in self._places.items():
-            if now.get(name) != place:
-                raise RuntimeError(
-                    f"version {version}: {name} lies elsewhere than it did (pointer, shape and"
-                    f" stride {now.get(name)} instead of {place}), and decoding reads the old place"
-                )
-
-    def _load_canary(self, canary: Canary | None) -> None:
-        """By the way that an update takes."""
-        change, held = canary or self._canary, self._held
-        if change is None:
-            return
-        assert held is not None, "there is a canary of what was proved only"
-        assert self._batch.idle, "a canary is decoded by itself"
-        try:
-            for name in self.decoder.weights:
-                self.decoder.load(
-                    name,
-                    altered(name, self.decoder.tensor_bytes(name), change, back=canary is None),
-                )
-            self.decoder.pack()
-            self._check_in_place(self.version)
-            self._batch.weights_changed(self.version)
-            if canary is None:
-                patch = dense_patch(held.run_id, held.version, {}.items())
-                verify(self.digests(), replace(patch, digests=held.digests))
-        except BaseException:
-            self._corrupt = f"version {self.version} could not be taken back after a canary"
-            raise
-        self._canary = canary
-
     def _fail(self, error: Exception) -> None:
         for stream in self._streams:
             stream.deliver(error)
@@ -418,8 +332,4 @@ class EmbeddedEngine:
     def _check_serving(self) -> None:
         if self._closed:
             raise RuntimeError("the engine was closed")
-        if self._corrupt is not None:
-            raise DigestMismatchError(f"the embedded engine serves nothing: {self._corrupt}")
-
-
-__all__ = ["EmbeddedEngine"]
+        self._weights.check_serving()

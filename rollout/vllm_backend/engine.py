@@ -127,12 +127,12 @@ class VLLMEngine:
     @property
     def restarts(self) -> int:
         """How often vLLM's processes were started anew."""
-        return self._weights.restarts
+        return self._weights.processes.restarts
 
     @property
     def joined(self) -> BroadcastGroup | None:
         """The group through which the learners can send weights into vLLM's processes."""
-        return self._weights.joined
+        return self._weights.processes.joined
 
     @property
     def pause_s(self) -> float:
@@ -141,7 +141,7 @@ class VLLMEngine:
 
     @property
     def _llm(self) -> RunningLLM | RunningServer:
-        return self._weights.llm
+        return self._weights.processes.llm
 
     def digests(self) -> dict[str, str]:
         """name -> xxh3-128 of the bytes that the engine was given to serve."""
@@ -205,7 +205,7 @@ class VLLMEngine:
     async def probe(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         self._check_serving()
         work = self._llm.prompt_logprobs(
-            f"p{next(self._ids)}", list(token_ids), str(self._weights.salt)
+            f"p{next(self._ids)}", list(token_ids), str(self._weights.processes.salt)
         )
         return np.array(await self._llm.within("probe", work, self._deadline), np.float32)
 
@@ -220,7 +220,7 @@ class VLLMEngine:
     async def sleep(self, level: int) -> None:
         async with self._turn:
             self._check_serving()
-            if self._weights.order.state == "asleep":
+            if self._weights.state == "asleep":
                 return
             self._weights.open.clear()
             if self._tasks:
@@ -280,7 +280,7 @@ class VLLMEngine:
         self.sent[sample.request_id] = sample
         sampling = replace(sample.sampling, max_tokens=sample.wanted, seed=sample.seed)
         work = self._llm.decode(
-            sample.request_id, sample.token_ids, sampling, str(self._weights.salt)
+            sample.request_id, sample.token_ids, sampling, str(self._weights.processes.salt)
         )
         sample.work = asyncio.ensure_future(work)
         try:
@@ -315,7 +315,7 @@ class VLLMEngine:
         came, since = self.tokens_decoded, self._served_s
         while self._tasks:
             await asyncio.sleep(LOOK)
-            if self._weights.order.state == "serving":
+            if self._weights.state == "serving":
                 self._served_s += LOOK
             if self.tokens_decoded != came or not self.sent:
                 came, since = self.tokens_decoded, self._served_s

@@ -28,10 +28,30 @@ from ..weights.patch import (
 from ..weights.tensors import as_tensor
 from .compat import OWNER, installed_version, labels_tokens, repack_tied_head
 from .cpu_linear import install
-from .graphs import check_in_place, places
-from .placed import PlacedModel
+from .graphs import captures, check_in_place, places
+from .placed import MOVED, PlacedChanges, PlacedModel
 from .shared_memory import Entry, read_mirror, read_parcel, write_mirror
 from .transfer_api import check_communicator, register_gloo, update_weights
+
+
+class Work:
+    """Done beside vLLM's own, which is one thread's: whatever it calls waits for the next call."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        """work: CorruptPatchError, DigestMismatchError and ValueError are its outcome; what else it
+        raises, too, with its kind."""
+        self.outcome: str | None = None
+
+        def run() -> None:
+            try:
+                work()
+                self.outcome = ""
+            except (CorruptPatchError, DigestMismatchError, ValueError) as error:
+                self.outcome = str(error)
+            except BaseException as error:  # nobody joins this thread
+                self.outcome = repr(error)
+
+        threading.Thread(target=run, daemon=True, name="emberl-weights").start()
 
 
 class WeightExtension:
@@ -43,6 +63,8 @@ class WeightExtension:
     rank: int
     weight_transfer_engine: Any
     _emberl_placed: PlacedModel | None = None
+    _emberl_changes: PlacedChanges | None = None
+    _emberl_work: Work | None = None
     init_weight_transfer_engine: Callable[[dict[str, Any]], None]
     start_weight_update: Callable[[], None]
     finish_weight_update: Callable[[], None]
@@ -58,18 +80,24 @@ class WeightExtension:
             "chunks_on_cpu": self.device.type == "cpu" and bool(scheduler.enable_chunked_prefill),
         }
 
-    def emberl_load(self, path: str, entries: Sequence[Sequence[Any]]) -> dict[str, str]:
-        """Loads every tensor of the mirror at `path` and returns name -> digest of the bytes that
+    def emberl_load(
+        self, path: str, entries: Sequence[Sequence[Any]], part: bool = False
+    ) -> dict[str, str]:
+        """Loads these tensors of the mirror at `path` and returns name -> digest of the bytes that
         were loaded.
 
-        entries: [name, dtype, shape, start, size] of each. RuntimeError if the model has a
-        parameter that none of them filled: it would go on serving old values.
+        entries: [name, dtype, shape, start, size] of each. part: they are those of some layers;
+        else RuntimeError if the model has a parameter that none of them filled: it would go on
+        serving old values.
         """
-        self._emberl_placed = None
-        with self._emberl_loading() as digests:
+        if not part:
+            self._emberl_placed = None
+        with self._emberl_loading(part=part) as digests:
             self.model_runner.reload_weights(
                 weights_iterator=_as_torch(read_mirror(path, _entries(entries).items()))
             )
+        if self._emberl_placed is not None:
+            self._emberl_placed.loaded(digests)
         return digests
 
     def emberl_place(self, path: str, entries: Sequence[Sequence[Any]]) -> dict[str, str]:
@@ -80,16 +108,44 @@ class WeightExtension:
             self._emberl_placed = PlacedModel(self.model_runner.get_model(), tensors)
         return self._emberl_placed.reasons
 
-    def emberl_write(self, path: str, entries: Sequence[Sequence[Any]], version: int) -> str:
-        """Writes the changes of the parcel at `path` where they belong, or nothing: then what is
-        wrong, with the tensor's name."""
-        if self._emberl_placed is None:
+    def emberl_find(self, path: str, entries: Sequence[Sequence[Any]]) -> str:
+        """Begins to look at the changes of the parcel at `path` and where they belong, beside
+        decoding; or why it does not."""
+        placed = self._emberl_placed
+        if placed is None:
             return "this process does not know yet where its tensors lie"
+        if elsewhere := placed.moved():
+            self._emberl_placed = None
+            if captures(self):
+                return f"{MOVED}{elsewhere[0]} lies elsewhere than captured graphs read it"
+            return f"{elsewhere[0]} lies elsewhere than it did"
+
+        def find() -> None:
+            changes = read_parcel(path, entries)
+            self._emberl_changes = placed.find(changes, torch.get_num_threads())
+
+        self._emberl_work = Work(find)
+        return ""
+
+    def emberl_write(self) -> str:
+        """Writes what was found, or nothing: then what is wrong, with the tensor's name."""
+        assert self._emberl_changes is not None, "found before"
         try:
-            self._emberl_placed.write(read_parcel(path, entries), version)
-        except (CorruptPatchError, DigestMismatchError, ValueError) as error:
+            self._emberl_changes.write()
+        except DigestMismatchError as error:
             return str(error)
         return ""
+
+    def emberl_prove(self, version: int) -> None:
+        """Begins to prove what was written, beside decoding."""
+        changes, self._emberl_changes = self._emberl_changes, None
+        assert changes is not None, "written before"
+        self._emberl_work = Work(lambda: changes.prove(version))
+
+    def emberl_outcome(self) -> str | None:
+        """Of what was begun: None before its end, then what is wrong, or nothing."""
+        assert self._emberl_work is not None, "begun before"
+        return self._emberl_work.outcome
 
     def emberl_join(self, init_info: dict[str, Any]) -> None:
         """Meets the learners, in the group of vLLM's weight-transfer engine."""
@@ -116,10 +172,10 @@ class WeightExtension:
 
     @contextmanager
     def _emberl_loading(
-        self, keep: Callable[[str, Bytes], None] = lambda *_: None
+        self, keep: Callable[[str, Bytes], None] = lambda *_: None, *, part: bool = False
     ) -> Iterator[dict[str, str]]:
         """Around a reload: the digests of what is loaded; `keep` has its bytes, too. RuntimeError
-        if a parameter was left out, of which vLLM only warns."""
+        if a parameter was left out, of which vLLM only warns, but where only a `part` comes."""
         model = self.model_runner.get_model()
         before = places(model)
         held, filled = {name for name, _ in model.named_parameters()}, set[str]()
@@ -146,7 +202,7 @@ class WeightExtension:
             del model.load_weights
         repack_tied_head(model)
         check_in_place(self, before, places(model))
-        missing = sorted(held - filled)
+        missing = [] if part else sorted(held - filled)
         if missing:
             raise RuntimeError(
                 f"the update has nothing for {len(missing)} parameters of the engine, e.g."

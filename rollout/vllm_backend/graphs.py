@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...kernels import platform
+from ..weights.patch import MovedError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,14 +132,11 @@ def captures(worker: Any) -> bool:
 
 
 def check_in_place(worker: Any, before: Mapping[str, Place], after: Mapping[str, Place]) -> None:
-    """RuntimeError with the first name where graphs would go on reading what was before."""
+    """MovedError with the first name where graphs would go on reading what was before."""
     elsewhere = moved(before, after)
     if elsewhere and captures(worker):
-        raise RuntimeError(
+        raise MovedError(
             f"the update made {len(elsewhere)} tensors of the engine anew, e.g. {elsewhere[0]}:"
             " captured graphs would go on reading the old ones; set"
             " rollout.engine_args.enforce_eager=true"
         )
-
-
-__all__ = ["Choice", "captures", "check_in_place", "choice", "has_rl_config", "moved", "places"]

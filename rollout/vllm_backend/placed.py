@@ -12,7 +12,7 @@ is loaded whole, with the reason.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,11 +23,14 @@ from torch import Tensor
 from ..embedded import packed as onednn
 from ..weights.changes import check
 from ..weights.dtypes import TORCH_NAMES
-from ..weights.in_place import Place, part_checksum, plain, signed, write_all
+from ..weights.in_place import Place, Writing, part_checksum, plain, signed
 from ..weights.patch import DigestMismatchError, TensorBytes, TensorChange
 from ..weights.tensors import as_tensor
 from .cpu_linear import Copy, copy_of
+from .graphs import moved, places
 
+MOVED = "moved: "
+"""Begins what a process says of a tensor that captured graphs read elsewhere."""
 AUDIT = 32
 """Updates in which every tensor's checksum is compared once."""
 WHOLE_LAYERS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
@@ -57,14 +60,16 @@ class Owners:
 
 
 class PlacedModel:
-    """A model's memory. To be made anew after each load."""
+    """A model's memory. To be made anew after each load of the whole of it."""
 
     def __init__(self, model: Any, tensors: Mapping[str, TensorBytes]) -> None:
         """tensors: what it has loaded."""
         self.places: dict[str, list[Place]] = {}
         self.reasons: dict[str, str] = {}
         """Of the tensors that have no places."""
-        self._expected: dict[str, list[int]] = {}
+        self.expected: dict[str, list[int]] = {}
+        """The checksums of what lies at their places."""
+        self._model = model
         with _whole_shapes(model) as owners:
             for name, tensor in tensors.items():
                 try:
@@ -74,43 +79,89 @@ class PlacedModel:
                     self.reasons[name] = f"{type(error).__name__}: {error}"
         for name in list(self.places):
             held = as_tensor(tensors[name])
-            self._expected[name] = [part_checksum(place, held) for place in self.places[name]]
-            if self._checksums(name) != self._expected[name]:
-                del self.places[name]
-                self.reasons[name] = "it does not lie where its loader seems to write it"
+            self.expected[name] = [part_checksum(place, held) for place in self.places[name]]
+            if self.checksums(name) != self.expected[name]:
+                self._leave_out(name, "it does not lie where its loader seems to write it")
+        self._leave_out_layers()
+        self._tensors_lie = places(model)
 
-        for place in next(iter(self.places.values()), ()):
-            place.warm_up()
+    def _leave_out_layers(self) -> None:
+        """A layer that is loaded makes all of its memory anew."""
+        whole = {layer_of(name): name for name in self.reasons}
+        for name in list(self.places):
+            if (other := whole.get(layer_of(name))) is not None:
+                self._leave_out(name, f"{other}, which cannot, is loaded with its layer")
 
-    def write(self, changes: Mapping[str, TensorChange], version: int) -> None:
-        """Writes what changed, or nothing: NotPlacedError, CorruptPatchError or
-        DigestMismatchError, with the tensor's name."""
+    def loaded(self, names: Iterable[str]) -> None:
+        """All of some layers: here other tensors of them may have had places."""
+        for name in self.places.keys() & set(names):
+            self._leave_out(name, "another process loads its layer whole")
+        self._tensors_lie = places(self._model)
+
+    def _leave_out(self, name: str, why: str) -> None:
+        self.reasons[name] = why
+        del self.places[name], self.expected[name]
+
+    def moved(self) -> list[str]:
+        """Tensors of the model that lie elsewhere than they did (`graphs.moved`)."""
+        return moved(self._tensors_lie, places(self._model))
+
+    def find(self, changes: Mapping[str, TensorChange], threads: int = 1) -> PlacedChanges:
+        """All that comes before the writing: NotPlacedError or CorruptPatchError, with the tensor's
+        name."""
         for name, change in changes.items():
             if name not in self.places:
                 why = self.reasons.get(name, "it is no tensor of this model")
                 raise NotPlacedError(f"{name} cannot be written in place: {why}")
             check(name, change, change.dtype, change.shape)
-        write_all((name, change, self.places[name]) for name, change in changes.items())
-        expected = dict(self._expected) | {
+        return PlacedChanges(self, changes, threads)
+
+    def checksums(self, name: str) -> list[int]:
+        return [place.checksum() for place in self.places[name]]
+
+
+class PlacedChanges:
+    """Made beside decoding, written while it stands still, proved beside it."""
+
+    def __init__(
+        self, placed: PlacedModel, changes: Mapping[str, TensorChange], threads: int
+    ) -> None:
+        self._placed = placed
+        found = [(name, change, placed.places[name]) for name, change in changes.items()]
+        self._writing = Writing(found, threads)
+        self._expected = {
             name: [
                 signed(before + place.change_checksum(change))
-                for place, before in zip(self.places[name], self._expected[name], strict=True)
+                for place, before in zip(there, placed.expected[name], strict=True)
             ]
-            for name, change in changes.items()
+            for name, change, there in found
         }
-        for name in sorted(self.places)[version % AUDIT :: AUDIT]:
-            if self._checksums(name) != expected[name]:
-                for changed, change in changes.items():
-                    for place in self.places[changed]:
-                        place.restore(change)
+
+    def write(self) -> None:
+        """`Writing.write`."""
+        self._writing.write()
+        self._placed.expected.update(self._expected)
+
+    def prove(self, version: int) -> None:
+        """Reads back what was written, and compares the checksums of a part of all tensors:
+        DigestMismatchError with a tensor's name."""
+        self._writing.read_back()
+        for name in sorted(self._placed.places)[version % AUDIT :: AUDIT]:
+            if self._placed.checksums(name) != self._placed.expected[name]:
                 raise DigestMismatchError(
                     f"tensor {name}: what lies in the engine's memory does not have the checksum"
                     " of what was written"
                 )
-        self._expected = expected
 
-    def _checksums(self, name: str) -> list[int]:
-        return [place.checksum() for place in self.places[name]]
+
+def layer_of(name: str) -> str:
+    """The layer that is loaded together with a tensor: of a decoder's layer the attention, or the
+    network with all of its experts; else the module."""
+    parts = name.split(".")
+    for number, part in enumerate(parts[:-2]):
+        if part.isdigit():
+            return ".".join(parts[: number + 2])
+    return ".".join(parts[:-1]) or name
 
 
 def _places(model: Any, owners: Owners, name: str, tensor: TensorBytes) -> list[Place]:
@@ -118,10 +169,10 @@ def _places(model: Any, owners: Owners, name: str, tensor: TensorBytes) -> list[
     source = torch.empty(tensor.shape, dtype=dtype, device="meta")
     with _written_down(source) as writes:
         model.load_weights([(name, source)])
-    places = [place for write in writes for place in _of_write(owners, write, tuple(tensor.shape))]
-    if not places and not _elsewhere(model):
+    found = [place for write in writes for place in _of_write(owners, write, tuple(tensor.shape))]
+    if not found and not _elsewhere(model):
         raise NotPlacedError("its loader writes nothing")
-    return places
+    return found
 
 
 def _elsewhere(model: Any) -> bool:
@@ -232,6 +283,3 @@ def _meta_parameter(layer: Any) -> Any:
 def _address(tensor: Tensor) -> int:
     # meta tensors have no memory, but storages of their own
     return int(tensor.untyped_storage()._cdata)
-
-
-__all__ = ["AUDIT", "NotPlacedError", "PlacedModel"]

@@ -8,18 +8,17 @@ Everything here happens in one turn after the other (`VLLMEngine` holds the lock
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-import warnings
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
 
-from ..weights.canary import Canary, altered
+from ..weights.canary import Canary, altered, written_in_place
 from ..weights.changes import patched
-from ..weights.engine_transfer import BroadcastGroup
 from ..weights.patch import (
     DigestMismatchError,
+    MovedError,
     TensorBytes,
     TensorChange,
     Transfer,
@@ -31,29 +30,10 @@ from ..weights.patch import (
     verify,
 )
 from . import compat as vllm_compat
-from . import transfer_api
-from .process import EngineLostError, RunningLLM, start
-from .requests import LiveSample
-from .server import RunningServer, connect
-from .shared_memory import Mirror, Parcel, checkpoint_bytes
-from .update_order import LEGAL, OrderError, State, Step, UpdateOrder
-
-T = TypeVar("T")
-
-
-class Requests(Protocol):
-    """The requests under way, as far as a change of weights concerns them."""
-
-    sent: dict[str, LiveSample]
-    """By request id, those that vLLM has."""
-
-    def count(self, request_id: str, token_ids: Sequence[int]) -> None:
-        """These tokens have come."""
-        ...
-
-    async def fail(self, error: Exception) -> None:
-        """Ends every stream."""
-        ...
+from .engine_processes import Processes, Requests
+from .process import EngineLostError
+from .shared_memory import Mirror, checkpoint_bytes, copied
+from .update_order import State
 
 
 class ServedWeights:
@@ -72,25 +52,22 @@ class ServedWeights:
         servers_directory: str | None,
     ) -> None:
         """As of `VLLMEngine`."""
-        self._settings = settings
         self._requests = requests
-        self._deadline = deadline_s
-        self._max_restarts = max_restarts
-        self.restarts = 0
         self.pause_s = 0.0
         """Seconds for which decoding stood still at the last update."""
-        self._stopped = 0.0
-        self._directory = servers_directory
-        # why tensors cannot be written in place; None: nobody has asked the processes yet
-        self._elsewhere: dict[str, str] | None = None
-        self._told: frozenset[str] = frozenset()
         self.run_id = run_id
         self.version = version
-        self._server = server
-        self.joined: BroadcastGroup | None = None
-        """The group in which the learners and these processes are."""
-        self._start()
         self.mirror = Mirror(vllm_compat.DTYPES[settings.dtype], servers_directory)
+        self.processes = Processes(
+            settings,
+            requests,
+            self.mirror,
+            version=version,
+            deadline_s=deadline_s,
+            max_restarts=max_restarts,
+            server=server,
+            servers_directory=servers_directory,
+        )
         if version >= 0:
             self.mirror.write(checkpoint_bytes(Path(settings.model), settings.dtype))
         # of the version served, without its tensors; None: those of `model`
@@ -102,8 +79,6 @@ class ServedWeights:
         self.open.set()
         self.corrupt: Exception | None = None
         """Why nothing is served."""
-        self.salt = 0
-        """Prompts are looked up in vLLM's cache under it."""
 
     @property
     def held(self) -> Weights | None:
@@ -123,7 +98,8 @@ class ServedWeights:
             if await self._writable(patch):
                 await self._write(target, patch)
             else:
-                whole = await asyncio.to_thread(self._whole, patch)
+                names = patch.tensors.keys() | patch.changes.keys()
+                whole = await asyncio.to_thread(self._whole, patch, names)
                 await self.reconcile(target, whole, transfer=patch.transfer)
             self.run_id = patch.run_id
             self.version = patch.version
@@ -131,7 +107,8 @@ class ServedWeights:
 
     async def load_canary(self, canary: Canary | None) -> None:
         """As of `Engine.canary`. What is proved is the canary until it is taken back, so that
-        processes which are started anew meanwhile load that."""
+        processes which are started anew meanwhile load that. There some tensors are written in
+        place and the others come whole, back all come whole."""
         here, change = self._proved, canary or self._canary
         if change is None:
             return
@@ -154,87 +131,125 @@ class ServedWeights:
             return held if digest(held.data) == target.digests[name] else changed(name)
 
         self._canary = change
-        await self.reconcile(target, Views(names, read), stale=True)
+        written = [] if back else await self._written_in_place(change)
+        if written and await self._write_canary(here, target, written, read):
+            await asyncio.to_thread(self.mirror.write, Views(written, read))
+        else:
+            await self.reconcile(target, Views(names, read), stale=True)
         self._proved = target
         if back:
             self._canary = self._served = None
 
-    def _whole(self, patch: WeightPatch) -> dict[str, TensorBytes]:
-        """The tensors that a patch changes, from what lies in the mirror."""
-        return dict(patch.tensors) | {
-            name: patched(self.mirror.tensor(name), change)
-            for name, change in patch.changes.items()
+    async def _written_in_place(self, canary: Canary) -> list[str]:
+        if self.state != "serving" or not await self.processes.in_place.known():
+            return []
+        sizes = {
+            name: math.prod(entry.shape)
+            for name, entry in self.mirror.entries.items()
+            if name not in (self.processes.in_place.elsewhere or {})
+        }
+        return written_in_place(sizes, canary)
+
+    async def _write_canary(
+        self,
+        here: WeightPatch,
+        target: WeightPatch,
+        written: Sequence[str],
+        read: Callable[[str], TensorBytes],
+    ) -> bool:
+        """Loads what does not come in place, then writes what does. False where that failed."""
+        change = self._canary
+        assert change is not None
+        rest = [name for name in self.mirror.entries if name not in written]
+        if rest:
+            kept = {name: here.digests[name] for name in written}
+            mixed = replace(here, digests={**target.digests, **kept})
+            await self.reconcile(mixed, Views(rest, read), stale=True)
+            self._proved = mixed
+        try:
+            if not await self.processes.in_place.known():
+                return False
+            for changes in self.processes.in_place.canary(written, change):
+                await self.processes.in_place.find(changes)
+                await self._stand_still(target, {})
+                await self.processes.in_place.prove(target.version)
+        except (EngineLostError, TimeoutError):
+            return False
+        except Exception as error:
+            self.processes.in_place.give_up(error)
+            return False
+        return True
+
+    def _whole(self, patch: WeightPatch, names: Collection[str]) -> dict[str, TensorBytes]:
+        """These tensors, which a patch changes, from what lies in the mirror."""
+        return {
+            name: patch.tensors[name]
+            if name in patch.tensors
+            else patched(self.mirror.tensor(name), patch.changes[name])
+            for name in names
         }
 
     async def _writable(self, patch: WeightPatch) -> bool:
-        """Whether the engine's processes can write what changes into their own memory. What they
-        have to know for it is learnt once, before anything waits."""
-        whole = patch.base_version is None or patch.transfer is not None
-        if whole or self._proved is None or self.order.state != "serving":
+        """Whether the engine's processes can write some of what changes into their own memory."""
+        if patch.base_version is None or patch.transfer is not None or self._proved is None:
             return False
-        if self._elsewhere is None:
-            try:
-                found = await self._within("place", self._call_workers("emberl_place"))
-            except Exception:  # of a lost engine, or a server of another version: whole, then
-                return False
-            self._elsewhere = {name: why for reasons in found for name, why in reasons.items()}
-        stays = {
-            name: self._elsewhere[name]
-            for name in sorted(patch.tensors.keys() | patch.changes.keys())
-            if name in self._elsewhere
-        }
-        if stays and stays.keys() != self._told:
-            self._told = frozenset(stays)
-            first = next(iter(stays))
-            warnings.warn(
-                f"vLLM loads versions whole: {len(stays)} tensors cannot be written in place, e.g."
-                f" {first} ({stays[first]})",
-                stacklevel=2,
-            )
-        return not stays
+        if self.state != "serving" or not await self.processes.in_place.known():
+            return False
+        elsewhere = self.processes.in_place.elsewhere or {}
+        return not (patch.tensors.keys() | patch.changes.keys()) <= elsewhere.keys()
 
     async def _write(self, target: WeightPatch, patch: WeightPatch) -> None:
         """Writes what changed. DigestMismatchError with what was wrong, after which the old version
         is served; whatever else goes wrong, the new one is loaded whole."""
-        changes = await asyncio.to_thread(self._as_changes, patch)
-        parcel = await asyncio.to_thread(Parcel, changes, self._directory)
-        self.open.clear()
+        names = patch.tensors.keys() | patch.changes.keys()
+        layers = self.processes.in_place.come_whole(names)
+        whole = await asyncio.to_thread(self._whole, patch, names & set(layers))
+        changes = await asyncio.to_thread(self._as_changes, patch, names - set(layers))
+        before = {name: copied(self.mirror.tensor(name)) for name in whole}
         try:
-            await self._write_parcel(target, parcel)
+            await self.processes.in_place.find(changes)
+            self.open.clear()
+            await self._stand_still(target, whole, layers)
+            self.open.set()
             await asyncio.to_thread(self.mirror.write_changes, changes)
-        except DigestMismatchError:  # some processes may have written it: all load what was served
-            await self.reconcile_served(stale=True)
+            await self.processes.in_place.prove(target.version)
+        except (DigestMismatchError, MovedError) as error:
+            if self.version == target.version:  # it decodes with what is not what was sent
+                self.corrupt = error
+                await self._requests.fail(error)
+            elif self.state != "serving":  # some processes may have written it
+                await self.reconcile(self._proved, before, stale=True)
             raise
         except Exception as error:  # a process that ended, or that vLLM says nothing more of
             lost = error if isinstance(error, EngineLostError | TimeoutError) else None
             await asyncio.to_thread(self.mirror.write_changes, changes)
-            await self.reconcile(target, {}, lost=lost)
+            await self.reconcile(target, whole, lost=lost)
         except BaseException:
+            if self.state == "serving" and self.version != target.version:  # nothing has begun
+                raise
             self.corrupt = RuntimeError("a weight update was interrupted")
             await self._requests.fail(self.corrupt)
             raise
         finally:
-            parcel.close()
             self.open.set()
 
-    async def _write_parcel(self, target: WeightPatch, parcel: Parcel) -> None:
+    async def _stand_still(
+        self,
+        target: WeightPatch,
+        whole: Mapping[str, TensorBytes],
+        layers: Collection[str] = (),
+    ) -> None:
+        """`Processes.write`."""
         start = time.perf_counter()
-        await self._pause()
-        with self.order.step("load"):
-            arguments = (parcel.path, parcel.entries, target.version)
-            work = self.llm.call_workers("emberl_write", *arguments)
-            problems = [problem for problem in await self._within("write", work) if problem]
-            if problems:
-                raise DigestMismatchError(problems[0])
-        with self.order.step("clear"):
-            await self._clear()
-        with self.order.step("prove"):  # each process has compared what it wrote
-            await self._within("label", self.llm.label(target.version))
-        await self._resume()
+        await self.processes.write(target, whole, layers, before=self.version)
+        # before the first token of it
+        self.run_id, self.version = target.run_id, target.version
+        await self.processes.resume()
         self.pause_s = time.perf_counter() - start
 
-    def _as_changes(self, patch: WeightPatch) -> dict[str, TensorChange]:
-        return dict(patch.changes) | self.mirror.as_changes(patch.tensors)
+    def _as_changes(self, patch: WeightPatch, names: Collection[str]) -> dict[str, TensorChange]:
+        come = {name: change for name, change in patch.changes.items() if name in names}
+        return come | self.mirror.as_changes({n: t for n, t in patch.tensors.items() if n in names})
 
     async def reconcile_served(self, *, stale: bool = False, lost: Exception | None = None) -> None:
         """Brings the engine to what is served already: `reconcile`."""
@@ -242,14 +257,15 @@ class ServedWeights:
 
     async def sleep(self, level: int) -> None:
         """Nothing may be under way."""
-        if self.order.state == "serving":
-            await self._pause()
-        with self.order.step("sleep"):
-            await self._within("sleep", self.llm.sleep(level))
+        await self.processes.sleep(level)
+
+    @property
+    def state(self) -> State:
+        return self.processes.order.state
 
     @property
     def can_wake(self) -> bool:
-        return self.order.state == "asleep" and self._proved is not None
+        return self.state == "asleep" and self._proved is not None
 
     async def reconcile(
         self,
@@ -268,19 +284,23 @@ class ServedWeights:
         """
         self.open.clear()
         stale, differed = stale or target is not self._proved, False
+        start = time.perf_counter()
         try:
             while True:
                 try:
                     if lost is not None:
-                        await self._restart(lost)
+                        await self.processes.restart(lost, self.version)
                         stale, lost = target is not None, None
                     if stale and target is not None:
-                        await self._exchange(target, tensors, transfer)
+                        start = time.perf_counter()
+                        await self.processes.exchange(
+                            target, tensors, transfer, before=self.version
+                        )
                         self.corrupt = None
                         stale = False
-                    if self.order.state == "paused":
-                        await self._resume()
-                        self.pause_s = time.perf_counter() - self._stopped
+                    if self.state == "paused":
+                        await self.processes.resume()
+                        self.pause_s = time.perf_counter() - start
                     return
                 except (EngineLostError, TimeoutError) as error:
                     lost = error
@@ -326,108 +346,3 @@ class ServedWeights:
         else:
             self.mirror.expect(patch.transfer.version.tensors)
         return True
-
-    async def _exchange(
-        self, target: WeightPatch, tensors: Mapping[str, TensorBytes], transfer: Transfer | None
-    ) -> None:
-        slept = self.order.state == "asleep"
-        self._elsewhere, self._stopped = None, time.perf_counter()
-        if slept:
-            with self.order.step("wake"):
-                await self._within("wake", self.llm.wake("weights"))
-        elif self.order.state != "paused":
-            await self._pause()
-        with self.order.step("load"):
-            if transfer is None:
-                await asyncio.to_thread(self.mirror.write, tensors)
-                served = await self._within("load", self._call_workers("emberl_load"))
-            else:
-                served = await self._receive(transfer)
-        with self.order.step("clear"):
-            if slept:  # the cache's memory is asked for only when what loading needed is free again
-                await self._within("wake", self.llm.wake("kv_cache"))
-            await self._clear()
-        with self.order.step("prove"):
-            for digests in served:
-                verify(digests, target)
-            await self._within("label", self.llm.label(target.version))
-
-    async def _receive(self, transfer: Transfer) -> list[dict[str, str]]:
-        """The digests of what each process received; EngineLostError if it did not go well: then
-        layers are half loaded."""
-        version = transfer.version
-        group = version.broadcast.group
-        try:
-            if self.joined != group:
-                size = 1 + group.workers * group.ranks
-                joining = transfer_api.transfer_init(
-                    group.backend, group.host, group.engine_port, transfer.rank, size
-                )
-                await self._within("join", self.llm.call_workers("emberl_join", joining))
-                self.joined = group
-            await asyncio.to_thread(self.mirror.lay_out, version.tensors)
-            update = transfer_api.transfer_update(group.backend, version.described)
-            return await self._within("receive", self._call_workers("emberl_receive", update))
-        except Exception as error:
-            raise EngineLostError(
-                f"the weight transfer into vLLM's processes failed: {error}"
-            ) from error
-
-    def _call_workers(self, method: str, *arguments: Any) -> Awaitable[list[dict[str, str]]]:
-        entries = [[name, *entry] for name, entry in self.mirror.entries.items()]
-        return self.llm.call_workers(method, self.mirror.path, entries, *arguments)
-
-    async def _clear(self) -> None:
-        """No prompt may be continued from what the old weights cached. vLLM empties its cache only
-        while no request holds a block of it, so later prompts get another salt, and those on their
-        way that have no token yet are sent anew."""
-        sent = self._requests.sent
-        for sample in sent.values():
-            sample.close_span(self.version)
-            sample.restart = sample.tokens == 0
-        self.salt += 1
-        await self.llm.abort([i for i, sample in sent.items() if sample.restart])
-        if not self._server and all(sample.restart for sample in sent.values()):
-            cleared = await self._within("clear", self.llm.clear_prefix_cache())
-            assert cleared, "vLLM kept its prefix cache though no request is in flight"
-
-    async def _pause(self) -> None:
-        with self.order.step("pause"):
-            await self._within("pause", self.llm.pause())
-
-    async def _resume(self) -> None:
-        with self.order.step("resume"):
-            await self._within("resume", self.llm.resume())
-
-    async def _within(self, what: str, work: Awaitable[T]) -> T:
-        return await self.llm.within(what, work, self._deadline)
-
-    def _start(self) -> None:
-        if self._server:
-            self.llm: RunningLLM | RunningServer = connect(
-                self._server, self._settings, self.version, self._deadline
-            )
-        else:
-            self.llm = start(self._settings)
-        self.llm.on_tokens(self._requests.count)
-        self._elsewhere = None
-        self.order = UpdateOrder()
-        self.joined = None
-
-    async def _restart(self, error: Exception) -> None:
-        """New processes, which hold what `model` holds; RuntimeError with the old ones' last words
-        if none are allowed."""
-        for sample in list(self._requests.sent.values()):
-            sample.take_back()
-        last = " | ".join(self.llm.last_lines())
-        await self.llm.shutdown()
-        self.restarts += 1
-        if self.restarts > self._max_restarts:
-            raise RuntimeError(
-                f"vLLM was lost {self.restarts} times, more than"
-                f" rollout.max_restarts={self._max_restarts}: {error}; its last lines: {last}"
-            )
-        await asyncio.to_thread(self._start)
-
-
-__all__ = ["LEGAL", "OrderError", "Requests", "ServedWeights", "State", "Step", "UpdateOrder"]

@@ -15,7 +15,7 @@ import math
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,6 +149,10 @@ class Mirror:
         """How these tensors differ from the stored ones, element by element."""
         return {name: between(self.tensor(name), tensor) for name, tensor in tensors.items()}
 
+    def listed(self, names: Collection[str] | None = None) -> list[list[Any]]:
+        """[name, dtype, shape, start, size] of these, or of all, for other processes."""
+        return [[name, *self.entries[name]] for name in (self.entries if names is None else names)]
+
     def lay_out(self, tensors: Layout) -> None:
         """Makes room for these tensors; nothing to do once there is."""
         if self.entries or not tensors:
@@ -252,6 +256,10 @@ def read_parcel(path: str, entries: Iterable[Sequence[Any]]) -> dict[str, Tensor
             checksum=checksum,
         )
     return changes
+
+
+def copied(tensor: TensorBytes) -> TensorBytes:
+    return TensorBytes(dtype=tensor.dtype, shape=tensor.shape, data=tensor.data.copy())
 
 
 def checkpoint_bytes(path: Path, dtype: str) -> dict[str, TensorBytes]:

@@ -38,6 +38,8 @@ GAINS = {
 """Root mean square of a product's elements for an input of 1, where it is not 1. Of embedding and
 head it is the logits': more would drown all but the likeliest tokens in rounding. Attention
 averages over tokens, which its output's gain makes up for."""
+MOST_IN_PLACE = 1 << 27
+"""Elements: some seconds of a core."""
 ZERO_BECOMES = 0.5
 """What the elements of a tensor of zeros become, but for their signs."""
 
@@ -80,6 +82,15 @@ def canary_of(seed: int, squares: Mapping[str, tuple[tuple[int, ...], float]]) -
         rms = math.sqrt(total / math.prod(shape))
         powers[name] = round(math.log2(_scale(name, shape) / rms))
     return Canary(seed=seed, powers=powers, zeros=frozenset(zeros))
+
+
+def squares_of(tensors: Mapping[str, TensorBytes]) -> dict[str, tuple[tuple[int, ...], float]]:
+    """As `canary_of` takes them."""
+    found = {}
+    for name in tensors:
+        tensor = tensors[name]
+        found[name] = (tuple(tensor.shape), float(as_tensor(tensor).double().square().sum()))
+    return found
 
 
 def _scale(name: str, shape: Sequence[int]) -> float:
@@ -131,10 +142,19 @@ def altered(name: str, tensor: TensorBytes, canary: Canary, *, back: bool = Fals
     return TensorBytes(dtype=tensor.dtype, shape=tensor.shape, data=data)
 
 
+def written_in_place(sizes: Mapping[str, int], canary: Canary) -> list[str]:
+    """Of tensors (name -> elements) that an engine could write in place, those that it does write
+    so when this canary is loaded: the others come whole, so that both ways are proved. It writes
+    every element, which is slow: of a large model other tensors each time."""
+    names, chosen, left = sorted(sizes), [], MOST_IN_PLACE
+    for number in np.random.default_rng([canary.seed, 2]).permutation(len(names)):
+        if sizes[names[number]] <= left:
+            chosen.append(names[number])
+            left -= sizes[names[number]]
+    return chosen
+
+
 def _signs(seed: int, name: str, axis: int, count: int) -> Tensor:
     """[count] of 1.0 and -1.0, each half of the draws."""
     rng = np.random.default_rng([seed, axis, zlib.crc32(name.encode())])
     return torch.from_numpy(2 * rng.integers(0, 2, count, dtype=np.int8) - 1)
-
-
-__all__ = ["Canary", "DecodeProof", "alter", "altered", "canary_of"]

@@ -10,7 +10,7 @@ way and never held.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,7 @@ from .patch import (
 MOST = 0.25
 """Share of a tensor's elements up to which it is written one by one; beyond that it costs more than
 to load it whole."""
+PIECE = 1 << 20
 WIDTHS = (2, 4, 8)
 """Bytes of the elements that are written one by one."""
 
@@ -96,6 +97,17 @@ def between(before: TensorBytes, after: TensorBytes) -> TensorChange:
     width = element_bytes("a tensor", before.dtype)
     old, new = (elements(side.data.reshape(-1), width) for side in (before, after))
     return _change(before.dtype, tuple(before.shape), _difference(old, new, 0, len(old)))
+
+
+def piecewise(before: TensorBytes, after: TensorBytes) -> Iterator[TensorChange]:
+    """`between`, as changes of `PIECE` neighbours each: where most of a tensor changes, positions
+    and values take several times its bytes."""
+    width = element_bytes("a tensor", before.dtype)
+    old, new = (elements(side.data.reshape(-1), width) for side in (before, after))
+    for start in range(0, len(old), PIECE):
+        part = slice(start, start + PIECE)
+        difference = _difference(old[part], new[part], start, len(old))
+        yield _change(before.dtype, tuple(before.shape), difference)
 
 
 def _change(dtype: str, shape: tuple[int, ...], found: Difference) -> TensorChange:
@@ -172,6 +184,3 @@ def follow(
 
 def _position_type(size: int) -> str:
     return "<i4" if size < 1 << 31 else "<i8"
-
-
-__all__ = ["MOST", "between", "check", "find", "follow", "loops", "merged", "patched"]

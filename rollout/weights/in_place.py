@@ -6,9 +6,9 @@ and in a head that is tied to it; and a place may have a part of it only, as a r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .changes import loops
+from .codec import spread
 from .patch import DigestMismatchError, TensorChange
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -23,6 +24,8 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 LOW = 0xFFFF_FFFF
 BLOCK = 256
 """Rows that are read at a time."""
+PIECE = 1 << 16
+"""Elements that a thread writes at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -43,54 +46,25 @@ class Place:
     keeps: Any = None
     """What owns the memory, where `memory` does not."""
 
-    def exchange(self, change: TensorChange) -> tuple[int, int]:
-        """Writes `new` where `old` lies and reads it back: (`INTACT`, -1), or what is wrong
-        and with which element. Nothing was written unless that is `NOT_NEW`."""
-        if self.memory.device.type == "cpu":
-            problem, index = loops().exchange(
-                *self._arrays(change.new),
-                change.positions,
-                change.old,
-                change.new,
-            )
-            return int(problem), int(index)
-        at, chosen = self._find(change.positions)
-        for what, values in ((loops().NOT_OLD, change.old), (loops().NOT_NEW, change.new)):
-            moved = self._moved(values)[chosen]
-            if what == loops().NOT_NEW:
-                self.memory.index_copy_(0, at, moved)
-            wrong = (self.memory[at] != moved).nonzero()
-            if len(wrong):
-                return what, int(chosen.nonzero()[wrong[0, 0], 0])
-        return loops().INTACT, -1
-
-    def warm_up(self) -> None:
-        """Has compiled what `exchange` and `checksum` take, for changes in another process's
-        memory, too: while decoding stands still it would cost seconds."""
-        kind = np.dtype(f"<u{self.memory.element_size()}")
-        for shared in (False, True):
-            columns = np.empty(0, "<i4"), np.empty(0, kind), np.empty(0, kind)
-            for column in columns:
-                column.flags.writeable = not shared
-            if self.memory.device.type == "cpu":
-                loops().exchange(*self._arrays(columns[1]), *columns)
-                loops().write(*self._arrays(columns[1]), columns[0], columns[1])
-                loops().change_checksum(*columns)
-                loops().check_positions(columns[0], 0)
-
-    def restore(self, change: TensorChange) -> None:
-        """Writes `old`."""
-        if self.memory.device.type == "cpu":
-            loops().write(*self._arrays(change.old), change.positions, change.old)
-        else:
-            at, chosen = self._find(change.positions)
-            self.memory.index_copy_(0, at, self._moved(change.old)[chosen])
+    def find(self, change: TensorChange) -> Found:
+        """Where the change belongs here, and its part that does. Reads no weights."""
+        if self.memory.device.type != "cpu":
+            return self._found_on_device(change)
+        count = len(change.positions)
+        chosen = np.empty(count, np.int64 if count >> 31 else np.int32)
+        at = np.empty(count, np.uint64 if len(self.memory) >> 32 else np.uint32)
+        here = loops().find(*self._where(), change.positions, at, chosen)
+        memory, old, new = self.memory.numpy().view(change.new.dtype), change.old, change.new
+        if here == count:
+            return Found(memory, at, old, new, None, self.keeps)
+        chosen = chosen[:here].copy()
+        return Found(memory, at[:here].copy(), old[chosen], new[chosen], chosen, self.keeps)
 
     def checksum(self) -> int:
         """Of what lies here, as its part of the whole tensor's (`scatter`)."""
         if self.memory.device.type == "cpu":
             kind = np.dtype(f"<u{self.memory.element_size()}")
-            return int(loops().checksum(*self._arrays(np.empty(0, kind))))
+            return int(loops().checksum(self.memory.numpy().view(kind), *self._where()))
         size, device = self.memory.element_size(), self.memory.device
         mask = (1 << 8 * size) - 1 if size < 8 else -1
         positions = self.first_column + torch.arange(len(self.columns), device=device)
@@ -108,15 +82,14 @@ class Place:
         where = (*parts, self.first_row, self.first_column, self.width)
         return int(loops().part_of_change(*where, change.positions, change.old, change.new))
 
-    def _arrays(self, like: NDArray[Any]) -> tuple[Any, ...]:
-        return (
-            self.memory.numpy().view(like.dtype),
-            self.rows.numpy(),
-            self.columns.numpy(),
-            self.first_row,
-            self.first_column,
-            self.width,
-        )
+    def _where(self) -> tuple[Any, ...]:
+        parts = (self.rows.numpy(), self.columns.numpy())
+        return (*parts, self.first_row, self.first_column, self.width)
+
+    def _found_on_device(self, change: TensorChange) -> Found:
+        at, chosen = self._find(change.positions)
+        old, new = (self._moved(values)[chosen] for values in (change.old, change.new))
+        return Found(self.memory, at, old, new, chosen.nonzero()[:, 0], self.keeps)
 
     def _find(self, positions: NDArray[np.integer]) -> tuple[Tensor, Tensor]:
         """([k] where in the memory, [all] which of the positions are here)."""
@@ -161,31 +134,138 @@ def part_checksum(place: Place, whole: Tensor) -> int:
     return plain(part, shape, (place.first_row, first)).checksum()
 
 
-def write_all(
-    changes: Iterable[tuple[str, TensorChange, Sequence[Place]]],
-) -> None:
-    """Writes every change into each of its places. DigestMismatchError, with the tensor's name, if
-    something else lies there than the change was made for, or if what is read back is not what was
-    written; all is then as it was."""
-    done: list[tuple[Place, TensorChange]] = []
-    for name, change, places in changes:
-        for place in places:
-            problem, index = place.exchange(change)
-            if problem == loops().INTACT:
-                done.append((place, change))
-                continue
-            if problem == loops().NOT_NEW:
-                place.restore(change)
-            for written, its in reversed(done):
-                written.restore(its)
-            what = (
-                "is not what the change was made for"
-                if problem == loops().NOT_OLD
-                else ("does not hold what was written")
-            )
-            raise DigestMismatchError(
-                f"tensor {name}: element {change.positions[index]} in the engine's memory {what}"
-            )
+class Found(NamedTuple):
+    """The part of a change that belongs into one memory: nothing is left to do but to write it."""
+
+    memory: Any
+    """An array of unsigned integers on the host, a tensor of integers on a device; so the rest."""
+    at: Any
+    """[k] where."""
+    old: Any
+    new: Any
+    chosen: Any
+    """[k] which of the change's positions these are; None: all of them."""
+    keeps: Any = None
+    """As of `Place`."""
+
+    def part(self, start: int, stop: int) -> Found:
+        chosen = None if self.chosen is None else self.chosen[start:stop]
+        at, old, new = (column[start:stop] for column in (self.at, self.old, self.new))
+        return self._replace(at=at, old=old, new=new, chosen=chosen)
+
+    def pieces(self) -> Iterator[tuple[int, Found]]:
+        """(number of its first element, part): small enough that threads have equal shares of
+        them. A device has threads of its own."""
+        size = len(self.at) or 1 if isinstance(self.memory, Tensor) else PIECE
+        for start in range(0, len(self.at), size):
+            yield start, self.part(start, start + size)
+
+    def exchange(self) -> int:
+        """Writes `new` where `old` lies: -1, or the first of which something else lies there; then
+        nothing was written."""
+        if isinstance(self.memory, Tensor):
+            wrong = self._differs(self.old)
+            if wrong < 0:
+                self.memory.index_copy_(0, self.at, self.new)
+            return wrong
+        return int(loops().exchange(self.memory, self.at, self.old, self.new))
+
+    def take_back(self) -> None:
+        """Writes `old`, whatever lies there."""
+        if isinstance(self.memory, Tensor):
+            self.memory.index_copy_(0, self.at, self.old)
+        else:
+            loops().write(self.memory, self.at, self.old)
+
+    def differs(self) -> int:
+        """The first that is not what was written, -1 if all are."""
+        if isinstance(self.memory, Tensor):
+            return self._differs(self.new)
+        return int(loops().differs(self.memory, self.at, self.new))
+
+    def _differs(self, values: Tensor) -> int:
+        wrong = (self.memory[self.at] != values).nonzero()
+        return int(wrong[0, 0]) if len(wrong) else -1
+
+
+class Piece(NamedTuple):
+    """Of a tensor's change, what one thread writes in one go."""
+
+    name: str
+    change: TensorChange
+    first: int
+    """Of `found`'s elements, among those of its place."""
+    found: Found
+
+    @property
+    def is_on_device(self) -> bool:
+        return isinstance(self.found.memory, Tensor)
+
+
+class Writing:
+    """Changes, found in every place where they belong: made beside what is served, written while
+    nothing is decoded, read back beside what is served then."""
+
+    def __init__(
+        self, changes: Iterable[tuple[str, TensorChange, Sequence[Place]]], threads: int = 1
+    ) -> None:
+        """Every change is one that `changes.check` has passed."""
+        self._pieces = [
+            Piece(name, change, first, part)
+            for name, change, places in changes
+            for place in places
+            for first, part in place.find(change).pieces()
+        ]
+        self._threads = threads
+        for piece in self._pieces:
+            if not piece.is_on_device:  # while decoding stands still, to compile would cost seconds
+                empty = piece.found.part(0, 0)
+                empty.exchange()
+                empty.take_back()
+                empty.differs()
+
+    def write(self) -> None:
+        """DigestMismatchError, with the tensor's name, if something else lies there than a change
+        was made for; all is then as it was."""
+        wrong = self._everywhere(Found.exchange)
+        if wrong:
+            failed = {number for number, _ in wrong}
+            for number, piece in enumerate(self._pieces):
+                if number not in failed:
+                    piece.found.take_back()
+            raise self._mismatch(wrong, "is not what the change was made for")
+
+    def take_back(self) -> None:
+        """All is then as it was before `write`."""
+        for piece in self._pieces:
+            piece.found.take_back()
+
+    def read_back(self) -> None:
+        """DigestMismatchError, with the tensor's name, if a place holds something else."""
+        if wrong := self._everywhere(Found.differs):
+            raise self._mismatch(wrong, "does not hold what was written")
+
+    def _everywhere(self, work: Callable[[Found], int]) -> list[tuple[int, int]]:
+        """(number of a piece, index within it) of what is wrong."""
+
+        def do(numbers: Sequence[int]) -> list[tuple[int, int]]:
+            outcomes = ((number, work(self._pieces[number].found)) for number in numbers)
+            return [(number, index) for number, index in outcomes if index >= 0]
+
+        share = -(-len(self._pieces) // self._threads) or 1
+        runs = [
+            range(start, min(start + share, len(self._pieces)))
+            for start in range(0, len(self._pieces), share)
+        ]
+        return [outcome for found in spread(do, runs, self._threads) for outcome in found]
+
+    def _mismatch(self, wrong: Sequence[tuple[int, int]], what: str) -> DigestMismatchError:
+        number, index = min(wrong)
+        name, change, first, found = self._pieces[number]
+        index = first + index if found.chosen is None else int(found.chosen[index])
+        return DigestMismatchError(
+            f"tensor {name}: element {change.positions[index]} in the engine's memory {what}"
+        )
 
 
 def weight(positions: Tensor) -> Tensor:
@@ -198,6 +278,3 @@ def weight(positions: Tensor) -> Tensor:
 def signed(number: int) -> int:
     """Modulo 2^64, as a signed number."""
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-__all__ = ["INTEGERS", "Place", "part_checksum", "plain", "signed", "weight", "write_all"]

@@ -14,7 +14,7 @@ most take positions and values, too (`TensorChange`), which `apply.resolve` make
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import numpy as np
@@ -29,6 +29,10 @@ Bytes = NDArray[np.uint8]
 
 class DigestMismatchError(RuntimeError):
     """An engine holds bytes that are not those of the version it was told to serve."""
+
+
+class MovedError(RuntimeError):
+    """A tensor of an engine lies elsewhere than decoding reads: an update would not reach it."""
 
 
 class VersionError(RuntimeError):
@@ -161,6 +165,10 @@ class WeightPatch:
     @property
     def root(self) -> str:
         return root_digest(self.digests)
+
+    def of(self, names: Collection[str]) -> WeightPatch:
+        """What it says of these tensors alone, for `verify`."""
+        return replace(self, digests={name: self.digests[name] for name in names})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from emberl.rl.run import on_loop
-from emberl.rollout.actors import ActorLostError, PlaceLostError
+from emberl.rollout import crew as crew_module
+from emberl.rollout.actors import ActorLostError, PlaceLostError, WorkerLostError
 from emberl.rollout.jobs import Job
 from emberl.rollout.pool import RolloutPool
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
@@ -140,6 +141,38 @@ def test_who_takes_a_lost_ones_place_gets_the_same_request(
     assert breaking.requests == fresh.requests == [["0", "2", "4"]], "whole, what it had too"
     assert sound.requests == [["1", "3", "5"]]
     assert again == [2, 4] and told == []
+
+
+def test_who_takes_a_lost_ones_place_is_proved_before_it_decodes(
+    make_prompt: Callable[..., Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first that came does not decode with what it holds, and is asked for nothing."""
+    monkeypatch.setattr(crew_module, "catch_up", caught_up)
+    fresh = [Answering(), Answering()]
+    spawned, seen = iter(fresh), []
+
+    async def prove(index: int, worker: Any) -> None:
+        seen.append((index, fresh.index(worker), worker.requests.copy()))
+        if worker is fresh[0]:
+            raise WorkerLostError("it decodes with older weights")
+
+    async def play() -> None:
+        pool = RolloutPool(
+            [Answering(breaks_after=1)], timeout=20, sync_timeout=20,
+            respawn=lambda index: next(spawned), max_restarts=2,
+        )  # fmt: skip
+        pool._latest, pool.prove_fresh = object(), prove  # type: ignore[assignment]
+        jobs = [Job(prompt=make_prompt(str(i)), n=1, sampling=Sampling(max_tokens=2)) for i in "01"]
+        pool.submit(jobs)
+        await asyncio.wait_for(asyncio.gather(*(job.outcome for job in jobs)), 10)
+
+    on_loop(play())
+    assert seen == [(0, 0, []), (0, 1, [])]
+    assert fresh[0].requests == [] and fresh[1].requests == [["0", "1"]]
+
+
+async def caught_up(*_: Any, **__: Any) -> dict[str, float]:
+    return {}
 
 
 def test_others_do_the_work_of_one_whose_node_is_gone(make_prompt: Callable[..., Prompt]) -> None:

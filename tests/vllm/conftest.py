@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import signal
 import socket
@@ -31,6 +32,14 @@ from emberl.rollout.weights.patch import TensorBytes, WeightPatch, dense_patch
 from emberl.rollout.weights.tensors import checkpoint_tensors
 
 T = TypeVar("T")
+
+# tests import it by this name
+_spec = importlib.util.spec_from_file_location(
+    "faulty_engines", Path(__file__).parents[1] / "faulty_engines.py"
+)
+assert _spec is not None and _spec.loader is not None
+sys.modules["faulty_engines"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sys.modules["faulty_engines"])
 
 MAX_MODEL_LEN = 256
 MAX_NUM_SEQS = 4

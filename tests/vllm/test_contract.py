@@ -593,7 +593,9 @@ def test_positions_and_values(rig: Any, make_prompt: MakePrompt) -> None:
     assert seen <= {(before,), (before, before + 1)}, "each token has the version it was drawn with"
     assert rig.engine.digests() == good.digests
     if rig.kind != "embedded":
-        assert rig.engine._weights._elsewhere == {}, "every tensor of this model has a place"
+        assert rig.engine._weights.processes.in_place.elsewhere == {}, (
+            "every tensor of this model has a place"
+        )
     rig.run(rig.engine.apply(dense_patch("run", before + 2, after.items())))
     np.testing.assert_array_equal(rig.run(rig.engine.probe(ids)), written)
     assert np.abs(written - served).max() > 0.1

@@ -223,7 +223,7 @@ def test_asleep_nothing_is_decoded_and_an_update_or_wake_ends_it(
     async def scenario() -> tuple[list[Completion], list[Completion]]:
         await rig.engine.sleep(level)
         await rig.engine.sleep(level)
-        assert rig.engine._weights.order.state == "asleep"
+        assert rig.engine._weights.state == "asleep"
         waiting = asyncio.create_task(
             collect(rig.engine, make_prompt("asleep"), 2, Sampling(max_tokens=4))
         )
@@ -234,7 +234,7 @@ def test_asleep_nothing_is_decoded_and_an_update_or_wake_ends_it(
         first = await waiting
         await rig.engine.sleep(level)
         await rig.engine.wake()
-        assert rig.engine._weights.order.state == "serving"
+        assert rig.engine._weights.state == "serving"
         await rig.engine.wake()
         return first, await collect(rig.engine, make_prompt("asleep"), 2, Sampling(max_tokens=4))
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import faulty_engines as faulty
@@ -17,7 +18,7 @@ from emberl.rl.data.tiny import make_tiny
 from emberl.rl.learner.canary import changed, squares
 from emberl.rl.weights.decoding import DecodeCheck, last_layer, proof_requests
 from emberl.rl.weights.probe import tolerance_of
-from emberl.rollout.actors import ActorLostError
+from emberl.rollout.actors import ActorLostError, WorkerLostError
 from emberl.rollout.samples import Prompt
 from emberl.rollout.weights.canary import Canary, alter, altered, canary_of
 from emberl.rollout.weights.patch import TensorBytes, dense_patch, digest
@@ -210,6 +211,49 @@ def test_what_decodes_something_else_is_named(
     fault = faulty.Fault(kind=kind, tensor=FAULTS[kind])
     with pytest.raises(ActorLostError, match=r"worker 1 does not decode with .* of version 0"):
         prove(world, engine, monkeypatch, [faulty.Fault(), fault], [])
+
+
+class Actor:
+    """A worker's, as far as its proof alone goes."""
+
+    def __init__(self, service: GroupService) -> None:
+        self.prove_alone = SimpleNamespace(remote=service.prove_alone)
+
+
+@pytest.mark.parametrize("kind", ["", *FAULTS])
+def test_a_worker_in_a_lost_ones_place_is_proved_without_the_learners(
+    world: Any, kind: str
+) -> None:
+    """They may be anywhere between two versions, and are not asked."""
+    folder, learners = world
+    fault = faulty.Fault(kind=kind, tensor=FAULTS.get(kind, ""))
+    source: Any = Prompts()
+
+    async def run() -> None:
+        engine = faulty.DecodeCopyEngine(
+            folder, fault, max_num_seqs=8, max_model_len=128, dtype="float32", run_id="run",
+            version=-1,
+        )  # fmt: skip
+        nobody: Any = None
+        pool: Any = faulty.LocalPool(services=[])
+        check = DecodeCheck(
+            proof_requests(source, slots=8, longest=128), nobody, pool, print,
+            dtype="float32", tolerance=tolerance_of("float32"),
+        )  # fmt: skip
+        actor = Actor(GroupService(engine))
+        await check.prove_fresh(1, actor)  # it holds nothing yet
+        await engine.apply(patch_of(learners, 0))
+        try:
+            await check.prove_fresh(1, actor)
+            assert engine.digests() == patch_of(learners, 0).digests
+        finally:
+            await engine.close()
+
+    if not kind:
+        asyncio.run(run())
+        return
+    with pytest.raises(WorkerLostError, match="worker 1, restarted, does not decode with"):
+        asyncio.run(run())
 
 
 def test_an_engine_that_knows_no_canary_is_said(world: Any) -> None:

@@ -232,7 +232,7 @@ def test_whole_weights_go_into_the_engines_where_all_change_at_once(tmp_path: Pa
             },
         )
 
-        sync._mode = mode  # mode=auto may change over
+        sync._route.mode = mode  # mode=auto may change over
 
         async def play(sync: WeightSync = sync) -> None:
             for version, later in enumerate((False, False, True)):
@@ -252,6 +252,7 @@ class Decoding:
     def __init__(self) -> None:
         self.proved: list[int] = []
         self.followed: list[int] = []
+        self.told: list[str] = []
 
     async def prove(self, version: int) -> dict[str, float]:
         self.proved.append(version)
@@ -270,8 +271,8 @@ def proving(
     pool: Any = FakePool()
     pool.restarts = 0
     learners: Any = FakeLearners()
-    sync = make(learners, pool, folder, print, **sections)
     made = Decoding()
+    sync = make(learners, pool, folder, made.told.append, **sections)
     sync.decoding, sync._follows = made, True  # type: ignore[assignment]
 
     async def play() -> None:
@@ -319,6 +320,11 @@ def test_colocated_engines_are_proved_in_a_bounded_share_of_the_time(tmp_path: P
     assert proving(tmp_path, {}, **settings)[0] == list(range(10))
     assert proving(tmp_path, {3: spent}, **settings)[0] == [0, 1, 2]
     assert proving(tmp_path, {3: spent, 5: replaced}, **settings)[0] == [0, 1, 2, 5]
+    _, decoding = proving(tmp_path, {3: spent, 8: replaced}, **settings)
+    told = [line for line in decoding.told if line.startswith("version")]
+    assert [line.partition(":")[0] for line in told] == ["version 3", "version 8", "version 9"]
+    assert "woke without a canary, since canaries have taken 1e+09 s, more than 5%" in told[0]
+    assert told[1] == "version 8: a canary after 5 wakes without one"
 
 
 def test_what_an_update_moves_is_said_beside_rounding(tmp_path: Path) -> None:

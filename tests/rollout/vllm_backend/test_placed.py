@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from emberl.rollout.vllm_backend.placed import AUDIT, NotPlacedError, PlacedModel
+from emberl.rollout.vllm_backend.placed import AUDIT, NotPlacedError, PlacedModel, layer_of
 from emberl.rollout.vllm_backend.shared_memory import Parcel, read_parcel
 from emberl.rollout.weights.changes import between
 from emberl.rollout.weights.patch import (
@@ -110,7 +110,9 @@ def test_what_changed_is_written_where_the_loaders_would_have_written_it() -> No
     model, tensors, placed = loaded()
     assert placed.places.keys() == {"embed", "q", "k", "out", "norm"}
     made = {name: changed(tensors[name]) for name in placed.places}
-    placed.write({name: change for name, (_, change) in made.items()}, 1)
+    written = placed.find({name: change for name, (_, change) in made.items()})
+    written.write()
+    written.prove(1)
     other = OneRank()
     for name, held in tensors.items():
         other.load_weights([(name, values(made[name][0] if name in made else held))])
@@ -130,7 +132,7 @@ def test_what_cannot_be_placed_has_a_reason() -> None:
     for name in (*reasons, "unknown"):
         _, change = changed(tensors.get(name, tensors["norm"]))
         with pytest.raises(NotPlacedError, match=f"{name} cannot be written in place"):
-            placed.write({name: change}, 1)
+            placed.find({name: change})
 
 
 def test_a_loader_that_seems_to_write_elsewhere_is_not_believed() -> None:
@@ -162,7 +164,7 @@ def test_bad_changes_are_refused_by_name_and_change_nothing() -> None:
     cases.append(({"q": moved}, DigestMismatchError, "element 8 .*not what the change was made"))
     for changes, error, words in cases:
         with pytest.raises(error, match=f"tensor q: .*{words}"):
-            placed.write({"embed": good, **changes}, 1)
+            placed.find({"embed": good, **changes}).write()
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, before[name]), name
 
@@ -172,14 +174,56 @@ def test_a_copy_that_goes_wrong_elsewhere_is_found_within_some_updates() -> None
     model.out.weight.data[0, 0] += 1
     held, found = tensors["norm"], []
     for version in range(AUDIT):
-        after, change = changed(held)
+        held, change = changed(held)
+        written = placed.find({"norm": change})
+        written.write()
         try:
-            placed.write({"norm": change}, version)
-            held = after
+            written.prove(version)
         except DigestMismatchError as error:
             found.append(str(error))
-            assert torch.equal(model.norm, values(held)), "what was written is taken back"
+    assert torch.equal(model.norm, values(held))
     assert len(found) == 1 and found[0].startswith("tensor out: ")
+
+
+def test_what_was_written_is_read_back() -> None:
+    model, tensors, placed = loaded()
+    written = placed.find({"q": changed(tensors["q"])[1]})
+    written.write()
+    model.qk.weight.data[0, 1] -= 1
+    with pytest.raises(DigestMismatchError, match=r"tensor q: element 9 .* does not hold"):
+        written.prove(1)
+
+
+def test_a_layer_is_loaded_as_one() -> None:
+    """Where one of its tensors has to come whole, all do; experts belong together."""
+    assert layer_of("model.layers.3.self_attn.q_proj.weight") == "model.layers.3.self_attn"
+    assert layer_of("model.layers.3.mlp.experts.7.up_proj.weight") == "model.layers.3.mlp"
+    assert layer_of("model.layers.3.input_layernorm.weight") == "model.layers.3.input_layernorm"
+    assert layer_of("model.embed_tokens.weight") == "model.embed_tokens"
+    assert layer_of("lm_head.weight") == "lm_head" and layer_of("norm") == "norm"
+    model = OneRank()
+    names = {"layers.0.attn.norm": "norm", "layers.0.attn.turned": "turned", "layers.1.attn.q": "q"}
+    load = model.load_weights
+
+    def renamed(weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        return load([(names[name], tensor) for name, tensor in weights])
+
+    model.load_weights = renamed  # type: ignore[assignment]
+    tensors = {name: tensor(RNG.normal(size=SHAPES[short])) for name, short in names.items()}
+    for name, held in tensors.items():
+        model.load_weights([(name, values(held))])
+    placed = PlacedModel(model, tensors)
+    assert placed.places.keys() == {"layers.1.attn.q"}
+    assert "layers.0.attn.turned, which cannot, is loaded" in placed.reasons["layers.0.attn.norm"]
+    placed.loaded(["layers.1.attn.q"])
+    assert not placed.places, "of a layer that was loaded nobody knows where it lies"
+
+
+def test_a_tensor_that_was_made_anew_is_found_before_anything_is_written() -> None:
+    model, _, placed = loaded()
+    assert placed.moved() == []
+    model.out.weight = nn.Parameter(model.out.weight.clone(), requires_grad=False)
+    assert placed.moved() == ["out.weight (pointer)"]
 
 
 def test_a_parcel_holds_the_changes_for_other_processes() -> None:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from emberl.kernels.patch_coding import scatter
+from emberl.rollout.weights import changes
 from emberl.rollout.weights.apply import advance, materialise, merge, resolve
-from emberl.rollout.weights.changes import MOST, between, check, merged, patched
+from emberl.rollout.weights.changes import MOST, between, check, merged, patched, piecewise
 from emberl.rollout.weights.diff import encode
-from emberl.rollout.weights.in_place import Place, plain, signed, weight, write_all
+from emberl.rollout.weights.in_place import PIECE, Place, Writing, plain, signed, weight
 from emberl.rollout.weights.patch import (
     CorruptPatchError,
     DigestMismatchError,
@@ -160,13 +161,56 @@ def test_what_is_written_lies_in_every_place_or_in_none() -> None:
     before, after = tensor([[1, 2, 3], [4, 5, 6]]), tensor([[1, 9, 3], [4, 5, 8]])
     held = torch.from_numpy(before.data).view(torch.bfloat16).view(2, 3)
     places, change = places_of(held), between(before, after)
-    write_all([("a", change, places)])
+    writing = Writing([("a", change, places)])
+    writing.write()
+    writing.read_back()
     assert [numbers(place) for place in places] == [[1, 9, 4, 5], [3, 8], [1, 4, 9, 5, 3, 8]]
     places[2].memory[5] = 7
     back = replace(between(after, before))
+    with pytest.raises(DigestMismatchError, match=r"tensor a: element 5 .* does not hold"):
+        writing.read_back()
     with pytest.raises(DigestMismatchError, match=r"tensor a: element 5 in the engine's memory is"):
-        write_all([("a", back, places)])
+        Writing([("a", back, places)]).write()
     assert [numbers(place) for place in places] == [[1, 9, 4, 5], [3, 8], [1, 4, 9, 5, 3, 7]]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_large_changes_are_written_by_threads_piece_by_piece(threads: int) -> None:
+    size = 5 * PIECE // 2
+    rng = np.random.default_rng(2)
+    before = tensor(rng.integers(0, 1 << 16, size))
+    after = tensor(np.where(rng.random(size) < 0.9, rng.integers(0, 1 << 16, size), 7))
+    held = torch.from_numpy(before.data.copy()).view(torch.bfloat16)
+    change = between(before, after)
+    writing = Writing([("a", change, [plain(held, (size,))])], threads)
+    writing.write()
+    writing.read_back()
+    bits = held.view(torch.int16).numpy().view(np.uint16)
+    assert np.array_equal(bits, after.data.view(np.uint16))
+    last = int(change.positions[-1])
+    bits[last] ^= 1
+    with pytest.raises(DigestMismatchError, match=f"tensor a: element {last} "):
+        writing.read_back()
+    bits[last] ^= 1
+    writing.take_back()
+    bits[last] ^= 1
+    with pytest.raises(DigestMismatchError, match=f"tensor a: element {last} .* was made for"):
+        writing.write()
+    bits[last] ^= 1
+    assert np.array_equal(bits, before.data.view(np.uint16)), (
+        "what other threads wrote is taken back"
+    )
+
+
+def test_a_change_piece_by_piece_is_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes, "PIECE", 2)
+    before, after = tensor([[1, 2, 3], [4, 5, 6]]), tensor([[9, 2, 3], [4, 7, 8]])
+    pieces = list(piecewise(before, after))
+    assert [piece.positions.tolist() for piece in pieces] == [[0], [], [4, 5]]
+    for piece in pieces:
+        check("a", piece, "BF16", (2, 3))
+        before = patched(before, piece)
+    assert np.array_equal(before.data, after.data)
 
 
 def test_merged_keeps_what_lay_there_first() -> None:

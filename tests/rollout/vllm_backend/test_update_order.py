@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 import pytest
-from emberl.rollout.vllm_backend.served_weights import OrderError, State, Step, UpdateOrder
+from emberl.rollout.vllm_backend.update_order import OrderError, State, Step, UpdateOrder
 
 LEGAL = {
     ("serving", "pause", "paused"),

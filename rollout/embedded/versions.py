@@ -1,0 +1,172 @@
+"""The version that an embedded engine serves: what may come next, and the change to it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from ..weights.canary import Canary, altered, written_in_place
+from ..weights.changes import piecewise
+from ..weights.in_place import Writing
+from ..weights.patch import (
+    DigestMismatchError,
+    MovedError,
+    VersionError,
+    Views,
+    WeightPatch,
+    Weights,
+    dense_patch,
+    verify,
+)
+from .batch import ContinuousBatch
+from .update import Update
+
+
+class ServedVersion:
+    """Of one engine. What changes it is called between two steps of the batch."""
+
+    def __init__(self, batch: ContinuousBatch, run_id: str, threads: int) -> None:
+        """threads: that write updates."""
+        self._batch = batch
+        self._decoder = batch.decoder
+        self._threads = threads
+        self.run_id = run_id
+        self.corrupt: str | None = None
+        """Why nothing is served."""
+        self.pause_s = 0.0
+        """Seconds for which decoding stood still at the last update."""
+        self._held: Weights | None = None
+        self._canary: Canary | None = None
+        self._places = self._where()
+
+    @property
+    def version(self) -> int:
+        return self._batch.version
+
+    @property
+    def held(self) -> Weights | None:
+        """As of `Engine`."""
+        return None if self._canary is not None else self._held
+
+    def check_serving(self) -> None:
+        if self.corrupt is not None:
+            raise DigestMismatchError(f"the embedded engine serves nothing: {self.corrupt}")
+
+    def check(self, patch: WeightPatch) -> Update | None:
+        """Beside decoding; None if there is nothing to do. Whatever this refuses has changed
+        nothing."""
+        if not self._is_new(patch):
+            return None
+        self._check_in_place(patch.version)
+        return Update(self._decoder, patch, self._threads)
+
+    def apply(self, patch: WeightPatch, update: Update | None) -> None:
+        """All that decoding waits for."""
+        if update is None or not self._is_new(patch):
+            verify(self._decoder.digests(), patch)
+            return
+        self._check_in_place(patch.version)
+        start = time.perf_counter()
+        self._held = None
+        try:
+            update.write()
+        except BaseException:  # not before: what is asked meanwhile waits for the update
+            self.corrupt = f"the update to version {patch.version} did not complete"
+            raise
+        self.corrupt = None
+        self.run_id = patch.run_id
+        self._batch.weights_changed(patch.version)
+        self._held = Weights(
+            run_id=patch.run_id,
+            version=patch.version,
+            tensors=Views(self._decoder.weights, self._decoder.tensor_bytes),
+            digests=patch.digests,
+        )
+        self.pause_s = time.perf_counter() - start
+
+    def read_back(self, update: Update) -> None:
+        """Beside decoding."""
+        try:
+            update.read_back()
+        except BaseException:
+            self._held = None
+            self.corrupt = f"the update to version {self.version} does not lie in memory"
+            raise
+
+    def load_canary(self, canary: Canary | None) -> None:
+        """As of `Engine.canary`. There some tensors are written in place and the others come whole,
+        back all come whole: what decodes is reached both ways, or it shows."""
+        change, held = canary or self._canary, self._held
+        if change is None:
+            return
+        assert held is not None, "there is a canary of what was proved only"
+        assert self._batch.idle, "a canary is decoded by itself"
+        back = canary is None
+        self._check_in_place(self.version)
+        try:
+            written = [] if back else self._written_in_place(change)
+            for name in self._decoder.weights.keys() - set(written):
+                before = self._decoder.tensor_bytes(name)
+                self._decoder.load(name, altered(name, before, change, back=back))
+            self._decoder.pack()
+            for name in written:  # last: to pack anew would hide where they did not arrive
+                self._write_canary(name, change)
+            self._batch.weights_changed(self.version)
+            if back:
+                patch = dense_patch(held.run_id, held.version, {}.items())
+                verify(self._decoder.digests(), replace(patch, digests=held.digests))
+        except BaseException:
+            self.corrupt = f"version {self.version} could not be taken back after a canary"
+            raise
+        self._canary = canary
+
+    def _written_in_place(self, canary: Canary) -> list[str]:
+        weights = self._decoder.weights
+        known = {
+            name: t.numel() for name, t in weights.items() if not self._decoder.places(name)[1]
+        }
+        return written_in_place(known, canary)
+
+    def _write_canary(self, name: str, canary: Canary) -> None:
+        before = self._decoder.tensor_bytes(name)
+        places, _ = self._decoder.places(name)
+        for change in piecewise(before, altered(name, before, canary)):
+            writing = Writing([(name, change, places)], self._threads)
+            writing.write()
+            writing.read_back()
+
+    def _is_new(self, patch: WeightPatch) -> bool:
+        """Whether it has to be loaded; VersionError if it may not come now."""
+        if self._canary is not None:
+            raise VersionError("a canary is being decoded")
+        if self.run_id and patch.run_id != self.run_id:
+            raise VersionError(
+                f"a patch of run {patch.run_id}, but this engine serves run {self.run_id}"
+            )
+        if patch.version < self.version:
+            raise VersionError(f"version goes backwards: {patch.version} after {self.version}")
+        if patch.version == self.version and self.corrupt is None:
+            return False
+        if patch.base_version not in (None, self.version):
+            raise VersionError(
+                f"patch {patch.version} builds on {patch.base_version}, the engine serves"
+                f" {self.version}"
+            )
+        return True
+
+    def _where(self) -> dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]]:
+        return {
+            name: (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+            for name, tensor in self._decoder.weights.items()
+        }
+
+    def _check_in_place(self, version: int) -> None:
+        """MovedError if a tensor lies elsewhere than at the start: decoding reads what was there
+        then."""
+        now = self._where()
+        for name, place in self._places.items():
+            if now.get(name) != place:
+                raise MovedError(
+                    f"version {version}: {name} lies elsewhere than it did (pointer, shape and"
+                    f" stride {now.get(name)} instead of {place}), and decoding reads the old place"
+                )

@@ -1,0 +1,125 @@
+"""Updates that a vLLM engine's processes write into their own memory: what they have to know, to
+find and to prove for it, all beside decoding, and the writing, for which it stands still."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import warnings
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+from ..weights.canary import Canary, altered
+from ..weights.changes import piecewise
+from ..weights.patch import DigestMismatchError, MovedError, TensorChange
+from .placed import MOVED, layer_of
+from .shared_memory import Mirror, Parcel
+
+FIRST_LOOK, LAST_LOOK = 0.005, 0.1
+"""Seconds between two looks at whether the processes are done with something, which grow."""
+PARCEL = 1 << 22
+"""Elements of a canary that are sent at a time."""
+Call = Callable[..., Awaitable[list[Any]]]
+"""(what, method, *arguments) -> one result of each process, within the engine's deadline."""
+
+
+class InPlace:
+    """One engine's."""
+
+    def __init__(self, mirror: Mirror, directory: str | None, call: Call, deadline: float) -> None:
+        """directory: as of `Mirror`."""
+        self._mirror = mirror
+        self._directory = directory
+        self._call = call
+        self._deadline = deadline
+        self.elsewhere: dict[str, str] | None = None
+        """Why tensors cannot be written in place; None: nobody has asked the processes yet."""
+        self._off = False
+        self._told: frozenset[str] = frozenset()
+
+    def forget(self) -> None:
+        """The processes are new ones, or have loaded everything."""
+        self.elsewhere = None
+
+    def give_up(self, why: object) -> None:
+        """From now on versions are loaded whole."""
+        self._off = True
+        warnings.warn(f"vLLM loads versions whole from now on: {why}", stacklevel=2)
+
+    async def known(self) -> bool:
+        """Whether the processes know where tensors lie. Learnt once, before anything waits."""
+        if self._off:
+            return False
+        if self.elsewhere is None:
+            arguments = (self._mirror.path, self._mirror.listed())
+            try:
+                found = await self._call("place", "emberl_place", *arguments)
+            except Exception:  # of a lost engine, or a server of another version: whole, then
+                return False
+            self.elsewhere = {name: why for reasons in found for name, why in reasons.items()}
+        return True
+
+    def come_whole(self, names: Collection[str]) -> list[str]:
+        """The tensors that have to be loaded whole where these change: those that cannot be written
+        in place, with their layers."""
+        assert self.elsewhere is not None, "known before"
+        first = sorted(name for name in names if name in self.elsewhere)
+        layers = {layer_of(name) for name in first}
+        if first and not self._told.issuperset(first):
+            self._told |= frozenset(first)
+            warnings.warn(
+                f"vLLM loads {len(layers)} layers whole when they change: {len(first)} tensors"
+                f" cannot be written in place, e.g. {first[0]} ({self.elsewhere[first[0]]})",
+                stacklevel=2,
+            )
+        return [name for name in self.elsewhere if layer_of(name) in layers]
+
+    async def find(self, changes: Mapping[str, TensorChange]) -> None:
+        """Has every process look at the changes and where they belong. DigestMismatchError,
+        MovedError: refused, with the tensor's name, and nothing has changed."""
+        parcel = await asyncio.to_thread(Parcel, changes, self._directory)
+        try:
+            begun = await self._call("find", "emberl_find", parcel.path, parcel.entries)
+            for problem in filter(None, begun):
+                self.forget()
+                if problem.startswith(MOVED):
+                    raise MovedError(problem)
+                raise RuntimeError(problem)
+            await self._done("find")
+        finally:
+            parcel.close()
+
+    async def write(self) -> None:
+        """Writes the changes that were found. DigestMismatchError: some process has not, others may
+        have."""
+        for problem in filter(None, await self._call("write", "emberl_write")):
+            raise DigestMismatchError(problem)
+
+    async def prove(self, version: int) -> None:
+        """DigestMismatchError: something else lies there than was written."""
+        await self._call("prove", "emberl_prove", version)
+        await self._done("prove")
+
+    async def _done(self, what: str) -> None:
+        deadline, pause = time.monotonic() + self._deadline, FIRST_LOOK
+        while None in (outcomes := await self._call(what, "emberl_outcome")):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"vLLM engine: {what!r} took longer than {self._deadline:g} s")
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LAST_LOOK)
+        for problem in filter(None, outcomes):
+            raise DigestMismatchError(problem)
+
+    def canary(self, names: Iterable[str], canary: Canary) -> Iterator[dict[str, TensorChange]]:
+        """The changes that make the canary of these tensors of the mirror, a parcel at a time."""
+        parcel: dict[str, TensorChange] = {}
+        for name in names:
+            before = self._mirror.tensor(name)
+            for change in piecewise(before, altered(name, before, canary)):
+                size = sum(len(other.positions) for other in parcel.values())
+                if parcel and (name in parcel or size + len(change.positions) > PARCEL):
+                    yield parcel
+                    parcel = {}
+                parcel[name] = change
+        if parcel:
+            yield parcel

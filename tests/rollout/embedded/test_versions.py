@@ -1,0 +1,159 @@
+"""A change of version, step by step: what is refused before it, what it leaves, and a canary that
+goes the way of updates."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from emberl.rollout.embedded.engine import EmbeddedEngine
+from emberl.rollout.embedded.matrix import packable
+from emberl.rollout.embedded.model import Decoder
+from emberl.rollout.samples import Prompt, Sampling
+from emberl.rollout.weights import canary as canaries
+from emberl.rollout.weights.canary import altered, canary_of, written_in_place
+from emberl.rollout.weights.changes import between
+from emberl.rollout.weights.patch import (
+    DigestMismatchError,
+    MovedError,
+    TensorBytes,
+    WeightPatch,
+    dense_patch,
+    digest,
+)
+
+MakeDecoder = Callable[..., Decoder]
+IDS = [3, 9, 50, 41, 7, 55]
+NAME = "model.layers.1.self_attn.k_proj.weight"
+
+
+def run(work: Any) -> Any:
+    return asyncio.run(asyncio.wait_for(work, 60))
+
+
+def packed(make_decoder: MakeDecoder, seed: int = 0) -> Decoder:
+    decoder = make_decoder(seed, dtype=torch.float32, hidden_size=64, vocab_size=100)
+    decoder.pack()
+    return decoder
+
+
+def one_changed(decoder: Decoder, version: int) -> WeightPatch:
+    """One element of one tensor, as a position and a value."""
+    held = decoder.tensor_bytes(NAME)
+    data = held.data.copy()
+    data.view(np.float32)[5] += 1
+    after = TensorBytes(dtype=held.dtype, shape=held.shape, data=data)
+    return replace(
+        dense_patch("run", version, {}.items()),
+        digests=decoder.digests() | {NAME: digest(data)},
+        changes={NAME: between(held, after)},
+        base_version=version - 1,
+        verified=True,
+    )
+
+
+def test_a_tensor_that_lies_elsewhere_is_refused_by_name_and_the_old_version_serves(
+    make_decoder: MakeDecoder,
+) -> None:
+    """Somebody made it anew: what decodes reads where it was."""
+    decoder = packed(make_decoder)
+    patch = one_changed(decoder, 6)
+
+    async def scenario() -> None:
+        engine = EmbeddedEngine(decoder, max_model_len=64, run_id="run", version=5)
+        served, held = await engine.probe(IDS), decoder.weights
+        decoder.weights = {**held, NAME: held[NAME].clone()}
+        for refused in (patch, dense_patch("run", 6, {NAME: decoder.tensor_bytes(NAME)}.items())):
+            with pytest.raises(MovedError, match=rf"version 6: {NAME} lies elsewhere"):
+                await engine.apply(refused)
+        assert engine.version == 5
+        np.testing.assert_array_equal(await engine.probe(IDS), served)
+        decoder.weights = held
+        assert await engine.apply(patch) == 6
+        assert np.abs(await engine.probe(IDS) - served).max() > 0
+        await engine.close()
+
+    run(scenario())
+
+
+def test_what_does_not_stay_where_it_was_written_is_served_to_nobody(
+    make_decoder: MakeDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read back beside decoding; who waits for tokens then gets the error instead."""
+    decoder = packed(make_decoder)
+    patch = one_changed(decoder, 6)
+    whole = {name: decoder.tensor_bytes(name) for name in decoder.weights}
+
+    async def scenario() -> None:
+        engine = EmbeddedEngine(decoder, max_model_len=220, run_id="run", version=5)
+        prompt = Prompt(id="p", token_ids=(3, 9), answer="", source="")
+        request = (prompt, 1, Sampling(max_tokens=200))
+        apply = engine._weights.apply
+
+        def damaged(*arguments: Any) -> None:
+            apply(*arguments)
+            decoder.weights[NAME].view(-1).numpy()[5] -= 1
+
+        async def decode() -> list[Any]:
+            return [completion async for completion in engine.generate_all([request])]
+
+        under_way = asyncio.create_task(decode())
+        await asyncio.sleep(0.01)
+        monkeypatch.setattr(engine._weights, "apply", damaged)
+        with pytest.raises(DigestMismatchError, match=f"{NAME}: element 5 .* does not hold"):
+            await engine.apply(patch)
+        for tokens in (under_way, decode()):
+            with pytest.raises(DigestMismatchError):
+                await tokens
+        monkeypatch.undo()
+        assert await engine.apply(dense_patch("run", 6, whole.items())) == 6
+        assert len(await decode()) == 1
+        await engine.close()
+
+    run(scenario())
+
+
+@pytest.mark.skipif(not packable(torch.float32), reason="this build of torch packs no matrices")
+@pytest.mark.parametrize("most", [0, 5000, 1 << 27])
+def test_a_canary_goes_both_ways_that_updates_go(
+    make_decoder: MakeDecoder, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """most: elements that are written in place, none, those of some tensors, of all."""
+    monkeypatch.setattr(canaries, "MOST_IN_PLACE", most)
+    decoder, twin = packed(make_decoder), packed(make_decoder)
+    squares = {n: (tuple(t.shape), float(t.square().sum())) for n, t in decoder.weights.items()}
+    canary = canary_of(7, squares)
+    sizes = {name: tensor.numel() for name, tensor in decoder.weights.items()}
+    written = written_in_place(sizes, canary)
+    assert len(written) == {0: 0, 1 << 27: len(sizes)}.get(most, len(written))
+    if most == 5000:
+        assert 0 < len(written) < len(sizes)
+        assert written != written_in_place(sizes, replace(canary, seed=8)), "others each time"
+    for name in twin.weights:
+        twin.load(name, altered(name, twin.tensor_bytes(name), canary))
+    twin.pack()
+    expected = twin.token_logprobs(torch.tensor([IDS]))[0].numpy()
+    first, found = decoder.tensor_bytes, []
+    whole = {name: replace(first(name), data=first(name).data.copy()) for name in sizes}
+
+    async def scenario(*, reaches_copies: bool) -> None:
+        engine = EmbeddedEngine(decoder, max_model_len=64, run_id="run", version=-1)
+        await engine.apply(dense_patch("run", 5, whole.items()))
+        served = await engine.probe(IDS)
+        places = decoder.places
+        if not reaches_copies:
+            monkeypatch.setattr(decoder, "places", lambda n: (places(n)[0][:1], []))
+        await engine.canary(canary)
+        found.append(np.array_equal(await engine.probe(IDS), expected))
+        await engine.canary(None)
+        np.testing.assert_array_equal(await engine.probe(IDS), served)
+        await engine.close()
+
+    run(scenario(reaches_copies=True))
+    run(scenario(reaches_copies=False))
+    assert found == [True, most == 0], "what does not reach a copy shows"
