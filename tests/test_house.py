@@ -187,30 +187,30 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 BUDGET = {
     "configs/ascend": 101,
-    "kernels": 866,
+    "kernels": 865,
     "kernels/decoding": 201,
     "kernels/loss": 1_962,
-    "kernels/patch_coding": 876,
+    "kernels/patch_coding": 908,
     "kernels/transformer": 825,
-    "rewards": 2_376,
+    "rewards": 2_383,
     "rewards/audit": 783,
     "rewards/code_tests": 3_676,
     "rewards/math_answers": 5_397,
     "rewards/plugins": 855,
-    "rewards/sandbox": 2_743,
-    "rl": 6_209,
+    "rewards/sandbox": 2_755,
+    "rl": 6_319,
     "rl/algorithm": 1_713,
     "rl/config": 4_041,
     "rl/data": 4_618,
     "rl/evaluation": 2_396,
-    "rl/learner": 3_310,
-    "rl/plan": 1_922,
-    "rl/watch": 4_892,
-    "rl/weights": 1_484,
-    "rollout": 2_748,
-    "rollout/embedded": 2_038,
-    "rollout/vllm_backend": 3_560,
-    "rollout/weights": 2_257,
+    "rl/learner": 3_314,
+    "rl/plan": 1_907,
+    "rl/watch": 4_891,
+    "rl/weights": 1_614,
+    "rollout": 2_808,
+    "rollout/embedded": 2_138,
+    "rollout/vllm_backend": 3_734,
+    "rollout/weights": 2_371,
 }
 """Lines of a folder's own Python files, or of a sub-folder's; `rl` and so on are the files at the
 top."""
@@ -237,10 +237,6 @@ OPTIONS = {
 one."""
 
 
-STILL_LARGER: dict[str, int] = {}
-"""Lines of what is beyond the bounds; it may become shorter, not longer."""
-
-
 def functions(tree: ast.AST, within: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
     """(dotted name, node) of every function and method, those inside others too."""
     for node in ast.iter_child_nodes(tree):
@@ -256,12 +252,11 @@ def too_large(path: Path, source: str) -> list[str]:
     """What of a file is beyond the bounds: its lines, a function's lines, a function's
     parameters."""
     lines = len(source.splitlines())
-    most = STILL_LARGER.get(str(path), LONGEST_FILE)
-    problems = [f"{path} has {lines} lines"] if lines > most else []
+    problems = [f"{path} has {lines} lines"] if lines > LONGEST_FILE else []
     for name, node in functions(ast.parse(source)):
         assert node.end_lineno is not None
         length = node.end_lineno - node.lineno + 1
-        if length > STILL_LARGER.get(f"{path}:{name}", LONGEST_FUNCTION):
+        if length > LONGEST_FUNCTION:
             problems.append(f"{path}:{name} has {length} lines")
         given = [arg.arg for arg in (*node.args.args, *node.args.kwonlyargs)]
         count = len([arg for arg in given if arg not in ("self", "cls")])
