@@ -66,7 +66,8 @@ class FormatReward(_Inline):
 
     def __init__(self, pattern: str = "think", timeout: float = 10.0) -> None:
         self.inline = pattern in FORMATS  # those take time in proportion to the text
-        self._timeout, self._finished = timeout, 0
+        self._timeout = timeout
+        self._finished = 0
         try:
             self._pattern = regex.compile(FORMATS.get(pattern, pattern), regex.DOTALL)
         except regex.error as error:

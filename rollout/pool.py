@@ -60,7 +60,8 @@ class RolloutPool(Crew):
         self._between: set[Job] = set()
         self._next: list[Job] = []  # of these, those whose environments have answered
         self._failure: ActorLostError | None = None
-        self._lengths, self._answers = 0.0, 0
+        self._lengths = 0.0
+        self._answers = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def generate(

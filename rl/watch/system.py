@@ -67,7 +67,8 @@ class SystemWatch:
     def __init__(self, every: float, tell: Callable[[float, Mapping[str, float]], None]) -> None:
         """tell: seconds since it began, and `system/NODE/...`, where 0 is the driver's node and the
         others are counted in the order of their addresses."""
-        self._every, self._tell = every, tell
+        self._every = every
+        self._tell = tell
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True, name="system")
         self._others: dict[int, Any] = {}

@@ -119,8 +119,11 @@ class DecodeCheck:
         worker that takes a lost one's place."""
         self._timeout = timeout
         self._requests = tuple(requests)
-        self._learners, self._pool, self._tell = learners, pool, tell
-        self._tolerance, self._least = tolerance, LEAST.get(dtype, OTHER_LEAST)
+        self._learners = learners
+        self._pool = pool
+        self._tell = tell
+        self._tolerance = tolerance
+        self._least = LEAST.get(dtype, OTHER_LEAST)
         self.probe = Probe(tolerance)
         self._bound = (
             tolerance / 2

@@ -47,7 +47,8 @@ class ContinuousBatch:
         threads: int = 1,
         stop_strings: StopStrings | None = None,
     ) -> None:
-        self.decoder, self.max_model_len = decoder, max_model_len
+        self.decoder = decoder
+        self.max_model_len = max_model_len
         self._stop_strings = stop_strings or StopStrings(None)
         self.version = 0
         self.counters = Counters()
@@ -209,10 +210,8 @@ class ContinuousBatch:
         have = 0
         if (begun := request.begun) is not None:
             have = len(begun)
-            self._active[start].spans, self._active[start].started = (
-                list(begun.spans),
-                begun.started,
-            )
+            self._active[start].spans = list(begun.spans)
+            self._active[start].started = begun.started
             self._tokens[start, length : length + have] = torch.from_numpy(begun.token_ids)
             self._logprobs[start, length : length + have] = torch.from_numpy(begun.logprobs)
             if request.stop is not None:

@@ -121,7 +121,8 @@ class EmbeddedEngine:
         self._batch.version = version
         self._weights = ServedVersion(self._batch, run_id, self._threads)
         self._deadline = deadline_s
-        self._pace, self._due = 0.0 if token_rate is None else 1 / token_rate, 0.0
+        self._pace = 0.0 if token_rate is None else 1 / token_rate
+        self._due = 0.0
         self._finished: list[Completion] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedded-engine")
         self._turn = asyncio.Lock()  # who may touch the batch; first come, first served

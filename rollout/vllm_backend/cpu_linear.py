@@ -81,7 +81,8 @@ def install() -> None:
 
     # what is defined lasts as long as its library
     create_onednn_mm.emberl = library  # type: ignore[attr-defined]
-    ops.create_onednn_mm, ops.onednn_mm = create_onednn_mm, onednn_mm
+    ops.create_onednn_mm = create_onednn_mm
+    ops.onednn_mm = onednn_mm
 
 
 def _packed_linear(x: Tensor, bias: Tensor | None, number: Tensor, rows: int) -> Tensor:

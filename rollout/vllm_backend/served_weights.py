@@ -103,7 +103,9 @@ class ServedWeights:
                 await self.reconcile(target, whole, transfer=patch.transfer)
             self.run_id = patch.run_id
             self.version = patch.version
-            self._proved, self._canary, self._served = target, None, None
+            self._proved = target
+            self._canary = None
+            self._served = None
 
     async def load_canary(self, canary: Canary | None) -> None:
         """As of `Engine.canary`. What is proved is the canary until it is taken back, so that
@@ -243,7 +245,8 @@ class ServedWeights:
         start = time.perf_counter()
         await self.processes.write(target, whole, layers, before=self.version)
         # before the first token of it
-        self.run_id, self.version = target.run_id, target.version
+        self.run_id = target.run_id
+        self.version = target.version
         await self.processes.resume()
         self.pause_s = time.perf_counter() - start
 
