@@ -21,7 +21,7 @@ SETTINGS = "settings.json"
 """The run's configuration, in each checkpoint; named apart from the model's own config.json beside
 it."""
 EVALUATED = "evaluation.json"
-"""What an evaluation that was under way when a checkpoint was written has found since."""
+"""The results of an evaluation that was under way when its checkpoint was written."""
 REMOVED = ".removed-"
 """How the name begins of a checkpoint that is being removed."""
 FILES = "files.json"
@@ -29,7 +29,7 @@ FILES = "files.json"
 FIXED = ("stages", "data", "model", "seed")
 """Groups that say what a checkpoint is of. A run that goes on with others is another run."""
 SHAPE = ("model.tiny", "model.lora", "model.dtype")
-"""What the tensors of a checkpoint cannot follow, and the runs' bookkeeping cannot either."""
+"""Settings that neither a checkpoint's tensors nor the run's bookkeeping can follow."""
 HOW = ("model.attention", "model.packing", "model.gradient_checkpointing")
 """How a model is computed, not which; may change."""
 
@@ -71,7 +71,7 @@ class Progress:
     curriculum: Mapping[str, Any] | None = None
     """Of the order of problems (`data.mixture`, `data.curriculum`), once an RL step was done."""
     warnings: tuple[str, ...] = ()
-    """What was said of a run that does not learn."""
+    """Warnings about a run that does not learn."""
 
     def advance(self, **changes: Any) -> Progress:
         return replace(self, **changes)
@@ -115,7 +115,7 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 def add_evaluation(checkpoint: Path, progress: Progress) -> None:
-    """What the evaluation of this checkpoint's step has found, which it was written before."""
+    """The results of the evaluation of this checkpoint's step, which it was written before."""
     if not (checkpoint / PROGRESS).is_file():
         return
     found = {

@@ -190,7 +190,7 @@ class Cluster:
         self.pool = self._pool_of(workers, gone)
 
     def _plan(self, model_path: str) -> None:
-        """What each actor is to know."""
+        """The settings of each actor."""
         config, seats = self.config, self.placement.seats
         world = sum(seat.role == "learner" for seat in seats)
         self._ranks = [
@@ -342,7 +342,7 @@ class Cluster:
                 self._not_up(i, error)
 
     def _not_up(self, i: int, error: ray.exceptions.RayError) -> None:
-        """What is done about a worker that has not come up; ActorLostError where nothing can be."""
+        """Deals with a worker that has not come up; ActorLostError where nothing can be."""
         why = f"rollout worker {i} failed in 'ready': {cause(error)}"
         if late := isinstance(error, TimeoutError):
             timeout = self.config.cluster.start_timeout

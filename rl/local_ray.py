@@ -92,7 +92,7 @@ class Watch:
 
 @contextmanager
 def another_process_group() -> Iterator[None]:
-    """What is started within belongs to another process group than this process. `timeout`, a
+    """Processes started within belong to another process group than this process. `timeout`, a
     shell's job control and service managers signal a group: SIGTERM would end Ray under a driver
     that still has to save."""
     ours = os.getpgrp()

@@ -75,12 +75,11 @@ class Crew:
             return self.served
 
     async def digests(self) -> list[dict[str, str]]:
-        """What each worker holds: name -> xxh3-128 of the bytes."""
+        """The weights of each worker: name -> xxh3-128 of the bytes."""
         return await self._of_each("digests")
 
     async def probe(self, token_ids: Sequence[int]) -> list[Any]:
-        """What each worker that is here gives these tokens: [T-1] log-probs of all but the
-        first."""
+        """Each present worker's log-probs of these tokens but the first: [T-1]."""
         return await self._of_each("probe", token_ids, False)
 
     async def reload(self, worker: int, token_ids: Sequence[int]) -> Any:

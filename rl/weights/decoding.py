@@ -64,8 +64,8 @@ LAYER = re.compile(r"\.layers\.(\d+)\.")
 def proof_requests(
     source: PromptSource, *, slots: int, longest: int, seed: int = 0
 ) -> tuple[Request, ...]:
-    """What is decoded of a canary: prompts of different lengths from the first of the training
-    data. slots, longest: the engine's `max_num_seqs` and `max_model_len`."""
+    """The requests that are decoded with a canary: prompts of different lengths from the first of
+    the training data. slots, longest: the engine's `max_num_seqs` and `max_model_len`."""
     requests = []
     lengths = [*LENGTHS, 2] if slots > 2 * len(LENGTHS) else [*LENGTHS]
     for number, wanted in enumerate(lengths):
@@ -94,7 +94,7 @@ def followed(requests: Sequence[Request]) -> tuple[Request, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Effect:
-    """What one tensor that is left behind moves."""
+    """The effect of one tensor that is left behind."""
 
     name: str
     logp: float
@@ -280,7 +280,7 @@ class DecodeCheck:
         return fault, decoded, limits
 
     def _back(self, proof: DecodeProof, served: Values, noise: Level) -> str | None:
-        """What is wrong with what is decoded once the canary is taken back."""
+        """The fault of what is decoded once the canary is taken back."""
         if (fault := other_tokens(proof)) is not None:
             return fault
         again = Level.between(logprobs(proof.after), served)
@@ -295,7 +295,7 @@ class DecodeCheck:
     async def _measure(
         self, canary: Any, proof: DecodeProof, level: Level, bound: float, version: int
     ) -> None:
-        """What one stale tensor would move, and whether that can be told from rounding."""
+        """The effect of one stale tensor, and whether it can be told from rounding."""
         names = last_layer(canary.powers)
         chosen = proof.canary[: 2 * len(LENGTHS)]
         batch = sft_batch(self._sequences(chosen))

@@ -49,7 +49,7 @@ class Taken:
     later: bool
     """Workers change to it one after another, when each has finished what it decodes."""
     expected: NDArray[np.float32] | None
-    """What the learners say of the probe's tokens; None: nothing is compared."""
+    """The learners' log-probs of the probe's tokens; None: nothing is compared."""
 
 
 class WeightSync:
@@ -99,7 +99,7 @@ class WeightSync:
         self._expected: NDArray[np.float32] | None = None  # of the version before
         self.gate = Gate(tolerance_of(config.model.dtype))
         self.moved: Level | None = None
-        """What the last update has moved the probe's log-probs by."""
+        """The change of the probe's log-probs by the last update."""
         self._told_apart: bool | None = None
         self.under_way: asyncio.Task[dict[str, float]] | None = None
         """The delivery of the newest version, until somebody has waited for it."""

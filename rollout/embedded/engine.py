@@ -170,7 +170,7 @@ class EmbeddedEngine:
         self._batch.submit(prompt, n, sampling, self._finished.append, begun)
 
     def so_far(self) -> list[Completion]:
-        """What is decoded of the samples in slots, for a person to read as it comes."""
+        """The samples in slots as far as they are decoded, for a person to read as they come."""
         return self._batch.so_far()
 
     def step(self) -> list[Completion]:

@@ -26,7 +26,7 @@ class WaitingRequest:
     deliver: Deliver
     stop: StopMatcher | None = None
     begun: Completion | None = None
-    """What the only sample of this request has already."""
+    """The beginning that the only sample of this request has already."""
     placed: int = 0
     """Samples that were given a slot."""
     state: PromptState | None = None
@@ -34,7 +34,7 @@ class WaitingRequest:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """What is prefilled: the prompt, and what was decoded before."""
+        """The tokens that are prefilled: the prompt, and what was decoded before."""
         return self.prompt.token_ids + (
             () if self.begun is None else tuple(self.begun.token_ids.tolist())
         )
@@ -54,7 +54,7 @@ class ActiveSequence:
     spans: list[Span] = field(default_factory=list)
     """Tokens of earlier weight versions."""
     tail: bytes | None = b""
-    """What its stop strings remember of the answer."""
+    """The state of its stop strings."""
 
 
 @dataclass(slots=True)

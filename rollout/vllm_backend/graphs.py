@@ -107,7 +107,8 @@ def _has_memory(value: Any) -> bool:
 
 
 def moved(before: Mapping[str, Place], after: Mapping[str, Place]) -> list[str]:
-    """What lies elsewhere, or otherwise, or is gone, with what differs: `x.weight (pointer)`."""
+    """Tensors that lie elsewhere, or otherwise, or are gone, with the difference: `x.weight
+    (pointer)`."""
     found = []
     for name, place in before.items():
         if name not in after:

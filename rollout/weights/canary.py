@@ -41,7 +41,7 @@ averages over tokens, which its output's gain makes up for."""
 MOST_IN_PLACE = 1 << 27
 """Elements: some seconds of a core."""
 ZERO_BECOMES = 0.5
-"""What the elements of a tensor of zeros become, but for their signs."""
+"""The size of the elements that a tensor of zeros gets."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -93,7 +93,7 @@ def _difference(
 
 
 def between(before: TensorBytes, after: TensorBytes) -> TensorChange:
-    """What turns the one into the other; both of one dtype and shape."""
+    """The change that turns the one into the other; both of one dtype and shape."""
     width = element_bytes("a tensor", before.dtype)
     old, new = (elements(side.data.reshape(-1), width) for side in (before, after))
     return _change(before.dtype, tuple(before.shape), _difference(old, new, 0, len(old)))

@@ -44,7 +44,7 @@ class Place:
     first_row: int = 0
     first_column: int = 0
     keeps: Any = None
-    """What owns the memory, where `memory` does not."""
+    """The owner of the memory, where `memory` is not."""
 
     def find(self, change: TensorChange) -> Found:
         """Where the change belongs here, and its part that does. Reads no weights."""
@@ -77,7 +77,7 @@ class Place:
         return int(total)
 
     def change_checksum(self, change: TensorChange) -> int:
-        """What a change adds to `checksum`."""
+        """A change's contribution to `checksum`."""
         parts = (self.rows.cpu().numpy(), self.columns.cpu().numpy())
         where = (*parts, self.first_row, self.first_column, self.width)
         return int(loops().part_of_change(*where, change.positions, change.old, change.new))

@@ -98,7 +98,7 @@ class TensorDelta:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TensorChange:
-    """What changed in one tensor, ready to be written where the tensor lies. `changes.check` says
+    """The change of one tensor, ready to be written where the tensor lies. `changes.check` says
     whether it may be."""
 
     dtype: str
@@ -110,8 +110,8 @@ class TensorChange:
     new: NDArray[np.unsignedinteger]
     """after."""
     checksum: int
-    """What the change adds to the tensor's checksum (`kernels.patch_coding.scatter`), as a signed
-    64-bit number."""
+    """The change's contribution to the tensor's checksum (`kernels.patch_coding.scatter`), as a
+    signed 64-bit number."""
 
     @property
     def num_bytes(self) -> int:
