@@ -28,7 +28,7 @@ SECOND_FACTOR = -0x4B47D0C5A2A4B1DB
 """Odd; as signed 64-bit numbers (the first is 2^64 over the golden ratio, as in SplitMix64)."""
 
 INTACT, OUTSIDE, UNSORTED = 0, 1, 2
-AHEAD = 32
+AHEAD = 64
 """Elements ahead of the one that is written whose lines of the cache are asked for: about as many
 as a core waits for at once."""
 
@@ -141,9 +141,13 @@ def write(memory, at, values):
 @compiled
 def differs(memory, at, values):
     """The first that is not what lies there; -1 if all are."""
-    last = len(at) - 1
-    for i in range(len(at)):
+    last, wrong = len(at) - 1, np.int64(0)
+    for i in range(len(at)):  # without a branch, since hardly ever one is wrong
         prefetch(memory, np.int64(at[min(i + AHEAD, last)]))
+        wrong |= np.int64(memory[at[i]] ^ values[i])
+    if wrong == 0:
+        return -1
+    for i in range(len(at)):
         if memory[at[i]] != values[i]:
             return i
     return -1
