@@ -37,6 +37,8 @@ def before_start() -> None:
 
     constants: Any = ray_constants
     _set_token()
+    # workers that would wait for tasks: every actor here has a process of its own environment
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     if os.environ.setdefault(LOOPBACK, "0") == "0":
         constants.ENABLE_RAY_CLUSTER = False
 

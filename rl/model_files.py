@@ -64,6 +64,7 @@ def prepare_model(
         from .data.tiny import make_tiny
 
         assert config.model.tiny is not None
+        _quiet()
         if not (made / "config.json").exists():
             make_tiny(made, config.model.tiny, config.seed)
         return str(made)

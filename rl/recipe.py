@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -102,19 +103,28 @@ def train(config: Config, *, resume: Resume = "never", override: bool = False) -
         for line in check_resumed(config, checkpoint, override):
             tell(f"resumed with {line}")
         started -= read_progress(checkpoint).seconds
-    with alone_in(run_dir):
+    with alone_in(run_dir), ThreadPoolExecutor(1, thread_name_prefix="model") as beside:
         forget_earlier(run_dir, anew=checkpoint is None, tell=tell)
-        model_path = prepare_model(config, run_dir, tell, anew=checkpoint is None)
-        check_adapters(config, model_path)
+        model = beside.submit(ready_model, config, run_dir, tell, checkpoint is None)
+        if config.model.path is not None or config.model.lora is not None:
+            model.result()  # what is wrong with it is said before Ray starts
         attempts = Attempts(run_dir, config.cluster.max_restarts, checkpoint, tell)
         while True:
             try:
                 # in this order: Ray's start sets a SIGTERM handler of its own
                 with cluster, stop_on_signal() as stop:
-                    return with_learners(config, cluster, model_path, attempts, stop, started)
+                    return with_learners(config, cluster, model.result(), attempts, stop, started)
             except ActorLostError as error:
                 attempts.another(error, "all actors are started")
                 cluster = Cluster(config, tell)
+
+
+def ready_model(config: Config, run_dir: Path, tell: Callable[[str], None], anew: bool) -> str:
+    """`prepare_model`, with adapters that fit it. A tiny model is made while Ray comes up: both
+    take seconds."""
+    path = prepare_model(config, run_dir, tell, anew=anew)
+    check_adapters(config, path)
+    return path
 
 
 class Attempts:

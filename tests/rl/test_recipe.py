@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+from emberl.rl import recipe
 from emberl.rl.batch import demonstration
 from emberl.rl.config.data import DataConfig
 from emberl.rl.config.load import resolve
@@ -86,3 +89,65 @@ def test_a_new_run_trains_the_model_that_its_configuration_names(tmp_path: Path)
         return made
 
     assert [hidden(16, anew=True), hidden(32, anew=True), hidden(16, anew=False)] == [16, 32, 32]
+
+
+class RayThat:
+    """In place of the cluster: says when it begins to come up, and goes on once it is told to."""
+
+    def __init__(self, said: list[str], begun: threading.Event) -> None:
+        self._said, self._begun = said, begun
+
+    def __enter__(self) -> None:
+        self._said.append("Ray begins")
+        self._begun.set()
+
+    def __exit__(self, *_: object) -> None:
+        self._said.append("Ray ends")
+
+
+@pytest.mark.parametrize(
+    ("model", "waits", "said"),
+    [
+        # both take seconds, and there is nothing that could be wrong with a tiny model
+        ({"tiny": {}}, True, ["Ray begins", "model", "made", "Ray ends"]),
+        ({"path": "somewhere"}, False, ["model", "Ray begins", "made", "Ray ends"]),
+        ({"tiny": {}, "lora": {}}, False, ["model", "Ray begins", "made", "Ray ends"]),
+    ],
+)
+def test_a_tiny_model_is_made_while_ray_comes_up(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: dict[str, Any],
+    waits: bool,
+    said: list[str],
+) -> None:
+    found: list[str] = []
+    begun = threading.Event()
+
+    def ready(*_: Any) -> str:
+        assert not waits or begun.wait(30)
+        found.append("model")
+        return "made"
+
+    def trained(config: Any, cluster: Any, model_path: str, *_: Any) -> None:
+        found.append(model_path)
+
+    monkeypatch.setattr(recipe, "ready_model", ready)
+    monkeypatch.setattr(recipe, "with_learners", trained)
+    monkeypatch.setattr(recipe, "Cluster", lambda *_: RayThat(found, begun))
+    monkeypatch.setattr(recipe, "check_model", lambda _: None)
+    tree = {"name": "t", "model": model, "data": {"source": "arithmetic"}}
+    recipe.train(resolve({**tree, "run_dir": str(tmp_path / "run")}))
+    assert found == said
+
+
+def test_a_model_that_cannot_be_made_ends_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+    monkeypatch.setattr(recipe, "prepare_model", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(recipe, "Cluster", lambda *_: RayThat(found, threading.Event()))
+    tree = {"name": "t", "model": {"tiny": {}}, "data": {"source": "arithmetic"}}
+    with pytest.raises(ZeroDivisionError):
+        recipe.train(resolve({**tree, "run_dir": str(tmp_path / "run")}))
+    assert found == ["Ray begins", "Ray ends"]
