@@ -41,7 +41,7 @@ def _root(
     """Each command has --help with an example."""
 
 
-app.add_typer(training)
+app.registered_commands += training.registered_commands  # the first that --help shows
 
 
 @app.command(epilog="Example: emberl audit math --data graded.jsonl.gz --html report.html")

@@ -189,6 +189,8 @@ def _png(title: str, drawn: Sequence[tuple[Panel, Mapping[str, Any]]]) -> bytes:
         for name, points in lines.items():
             mark = "." if len(points) < 40 else None
             plot.plot(*zip(*points, strict=True), linewidth=1.2, marker=mark, label=name)
+        if not any(y for points in lines.values() for _, y in points):
+            plot.set_ylim(0, 1)  # of counts, which matplotlib would draw down to less than none
         plot.set_title(panel.title, fontsize=10)
         plot.set_xlabel(panel.axis, fontsize=8)
         plot.tick_params(labelsize=8)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from time import localtime, strftime
 from typing import Any
@@ -32,6 +33,8 @@ MOST_SAMPLES = 10_000
 MOST_CHARACTERS = 40_000_000
 """Of the samples of a page together; browsers grow slow beyond."""
 MOST_SPANS = 20_000
+FEW, RANGES = 16, 40
+"""Of a histogram: values that have a bar each, and ranges of more."""
 _SHOWN = {
     "filters": [
         *(["status", "verdict"], ["axis", "sampled for"], ["step", "step"]),
@@ -152,7 +155,7 @@ def draw_spread(answers: pa.Table) -> bytes:
         if known:
             plot.hist(
                 [[v for v, s in known if s == name] for name in names],
-                bins=min(40, max(2, len({v for v, _ in known}))),
+                bins=_bins({float(v) for v, _ in known}),
                 stacked=True,
                 label=names,
             )
@@ -164,6 +167,15 @@ def draw_spread(answers: pa.Table) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=100)
     return out.getvalue()
+
+
+def _bins(values: Collection[float]) -> int | list[float]:
+    """Bars around few values, where they are, else so many ranges."""
+    if len(values) > FEW:
+        return RANGES
+    ordered = sorted(values)
+    gap = min((b - a for a, b in pairwise(ordered)), default=1.0)
+    return [edge for value in ordered for edge in (value - 0.4 * gap, value + 0.4 * gap)]
 
 
 def _timeline(spans: Sequence[Span]) -> str:

@@ -9,7 +9,7 @@ import pyarrow
 import pytest
 from emberl.rl.watch.curve import plot_curve
 from emberl.rl.watch.dashboard import SECTIONS, draw
-from emberl.rl.watch.report import draw_spread
+from emberl.rl.watch.report import _bins, draw_spread
 from matplotlib import image, pyplot
 
 NAMES = ("costs $5 or $\\frac$", "$", "$x_{$", "\\$5$")
@@ -71,3 +71,16 @@ def test_no_reward_is_outside_of_the_curve(
     plot_curve(metrics(tmp_path, "sums", rewards), tmp_path / "curve.png", "t")
     assert drawn == [(pytest.approx(low), pytest.approx(high), label)]
     assert image.imread(tmp_path / "curve.png").shape[:2] == (720, 960)
+
+
+@pytest.mark.parametrize(
+    ("values", "bars"),
+    [
+        ({0.0}, [(-0.4, 0.4)]),
+        ({1.0, 0.0}, [(-0.4, 0.4), (0.6, 1.4)]),
+        ({0.0, 0.5, 3.0}, [(-0.2, 0.2), (0.3, 0.7), (2.8, 3.2)]),
+    ],
+)
+def test_few_values_have_a_bar_each(values: set[float], bars: list[tuple[float, float]]) -> None:
+    assert _bins(values) == [pytest.approx(edge) for bar in bars for edge in bar]
+    assert _bins({float(i) for i in range(17)}) == 40
