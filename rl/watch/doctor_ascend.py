@@ -40,6 +40,10 @@ MATRIX = (
         triton_ascend="3.2.2", cann="9.1.0", transformers="5.5.4",
     ),
     Release(
+        vllm_ascend="0.26.0rc1", vllm="0.26.0", torch="2.10.0", torch_npu="2.10.0.post4",
+        triton_ascend="3.2.2", cann="9.1.0", transformers="5.14.1",
+    ),
+    Release(
         vllm_ascend="0.18.0", vllm="0.18.0", torch="2.9.0", torch_npu="2.9.0.post1",
         triton_ascend="3.2.0", cann="8.5.1",
     ),

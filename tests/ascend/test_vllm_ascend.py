@@ -16,13 +16,15 @@ from typing import Any
 import pytest
 
 SHOWS = {
-    "vllm-ascend 0.23.0: switches, sleep and wake, worker, by its sources": (
+    "vllm-ascend 0.23.0, 0.26.0rc1, 0.30.0rc2: switches, sleep and wake, worker, graphs, rl_config (sources)": (
         "test_what_is_set_on_an_npu_has_the_names_and_values_that_it_reads,"
         " test_the_format_that_is_switched_off_is_refused_where_weights_change,"
         " test_workers_sleep_and_wake_as_is_asked,"
-        " test_expandable_segments_and_the_memory_pool_exclude_each_other"
+        " test_expandable_segments_and_the_memory_pool_exclude_each_other,"
+        " test_cards_are_chosen_by_the_variable_that_it_reads,"
+        " test_graphs_are_used_where_rl_config_is, test_rl_config_takes_what_emberl_gives"
     ),
-    "vllm-ascend 0.23.0: weight transfer by HCCL, by its sources": (
+    "vllm-ascend 0.23.0, 0.26.0rc1, 0.30.0rc2: weight transfer by HCCL (sources)": (
         "test_weight_transfer_entries_keep_vllms_names,"
         " test_its_transfer_engine_takes_what_emberl_gives, test_learners_send_as_it_says,"
         " test_its_workers_take_the_steps_of_a_transfer,"
