@@ -132,6 +132,7 @@ def test_a_cpu_engine_keeps_to_its_threads_and_its_memory(monkeypatch: pytest.Mo
         "EMBERL_ENGINE_OWNER": str(os.getpid()),
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "3",
     }
@@ -141,6 +142,7 @@ def test_a_cpu_engine_keeps_to_its_threads_and_its_memory(monkeypatch: pytest.Mo
         "VLLM_CPU_OMP_THREADS_BIND": "0-3",
         "OMP_NUM_THREADS": "4",
         "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_HOST_IP": "10.0.0.7",
     }
     variables, arguments = prepare(SETTINGS, given | {"VLLM_CPU_KVCACHE_SPACE": "1"})
     assert not variables.keys() & given.keys() and arguments == whole
