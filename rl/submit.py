@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from .config.load import Config, ConfigError
 from .config.masking import hidden
 from .config.stages import Recipe, load_experiment
+from .exits import INTERRUPTED
 from .run_directory import STOP, SUMMARY
 
 if TYPE_CHECKING:
@@ -36,6 +39,9 @@ STAYS = (
     "*.gguf",
 )
 """Patterns, as in a .gitignore, of what does not travel with a job."""
+STOP_WAIT, SAVES_WITHIN = "RAY_JOB_STOP_WAIT_TIME_S", "600"
+"""Ray's name for the seconds between SIGTERM and SIGKILL where a job is stopped by its dashboard or
+API, three if nobody says more; and what a run is given to end its step and save."""
 FINAL = ("SUCCEEDED", "FAILED", "STOPPED")
 RUN_DIR = "run_dir"
 
@@ -73,11 +79,10 @@ def submit(
     runtime: dict[str, Any] = {
         "working_dir": str(here),
         "excludes": list(STAYS),
-        "env_vars": {name: os.environ[name] for name in environment},
+        "env_vars": {STOP_WAIT: SAVES_WITHIN} | {n: os.environ[n] for n in environment},
     }
-    if wheel is not None:
-        runtime["py_modules"] = [str(wheel.resolve())]
-    with _ray_errors(address):
+    with _ray_errors(address), _unpacked(wheel) as packages:
+        runtime["py_modules"] = packages
         client = _client(address)
         job = client.submit_job(
             entrypoint=shlex.join(command), runtime_env=runtime, metadata={RUN_DIR: run_dir}
@@ -89,8 +94,27 @@ def submit(
     return follow(client, job, tell) if wait else 0
 
 
+@contextmanager
+def _unpacked(wheel: Path | None) -> Iterator[list[str]]:
+    """What a wheel holds, as folders that Ray makes importable. The wheel itself Ray would install
+    with all that it needs, another torch and another Ray over the cluster's."""
+    if wheel is None:
+        yield []
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with zipfile.ZipFile(wheel) as packed:
+                packed.extractall(folder)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise ConfigError(
+                f"--wheel {wheel}: {error}; make it by pip wheel --no-deps, in emberl's repository"
+            ) from error
+        yield sorted(str(path) for path in Path(folder).iterdir())
+
+
 def follow(client: JobSubmissionClient, job: str, tell: Callable[[str], None]) -> int:
-    """Prints the job's log until it ends; its exit status, 1 where it never had one."""
+    """Prints the job's log until it ends; its exit status, or where it has none, that of a run
+    which was stopped or failed."""
 
     async def lines() -> None:
         async for text in client.tail_job_logs(job):  # Ray's own first line has the whole command
@@ -102,7 +126,7 @@ def follow(client: JobSubmissionClient, job: str, tell: Callable[[str], None]) -
     if info.status.value == "SUCCEEDED":
         return 0
     tell(hidden(f"{job}: {info.status.value}: {info.message}"))
-    return info.driver_exit_code or 1
+    return info.driver_exit_code or (INTERRUPTED if info.status.value == "STOPPED" else 1)
 
 
 @contextmanager
@@ -184,9 +208,11 @@ def _client(address: str) -> JobSubmissionClient:
 def _ray_errors(address: str) -> Iterator[None]:
     """Ray's own errors of the network and of the job server as the user's: nothing is wrong
     here."""
+    from ray.exceptions import RayError  # what a wrong token is
+
     try:
         yield
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, RayError) as error:
         if isinstance(error, ConfigError):
             raise
         line = " ".join(str(error).split())[:500]

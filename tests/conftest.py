@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -53,3 +55,23 @@ def qwen3_tokenizer() -> Path:
     except OSError as error:
         pytest.skip(str(error))
     return folder
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """emberl's own, built from a copy, so that no build folder is left in the tree."""
+    pytest.importorskip("setuptools")
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+    root = Path(__file__).parents[1]
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, tree)
+    for folder in ("rl", "rollout", "rewards", "kernels", "configs"):
+        shutil.copytree(root / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input"]
+    command += ["wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out)]
+    done = subprocess.run(
+        command, check=False, cwd=tree, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    [built] = out.glob("emberl-*.whl")
+    return built

@@ -7,7 +7,6 @@ import ast
 import graphlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -448,36 +447,6 @@ def test_transformers_works_with_our_root_on_the_path() -> None:
     assert not file.startswith(str(ROOT))
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that no build folder is left in the tree."""
-    pytest.importorskip("setuptools")
-    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    for folder in FOLDERS:
-        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    pip(tree, "wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out))
-    [built] = out.glob("emberl-*.whl")
-    return built
-
-
-def pip(cwd: Path, *arguments: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-input",
-        *arguments,
-    ]
-    done = subprocess.run(
-        command, check=False, cwd=cwd, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.slow
 def test_the_wheel_has_every_file_and_one_top_level_name(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -491,7 +460,9 @@ def test_the_wheel_has_every_file_and_one_top_level_name(wheel: Path) -> None:
 def test_an_installed_package_has_no_bare_names(wheel: Path, tmp_path: Path) -> None:
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    pip(elsewhere, "install", "--no-deps", "--target", str(site), str(wheel))
+    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input"]
+    command += ["install", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(command, check=True, cwd=elsewhere, timeout=300)
     code = (
         f"from importlib.util import find_spec\nfor name in {FOLDERS}:\n    ours, bare ="
         " find_spec('emberl.' + name), find_spec(name)\n   "

@@ -1,14 +1,17 @@
-"""A run as a Ray job, by `emberl submit` and by Ray's own command."""
+"""A run as a Ray job, by `emberl submit` and by Ray's own command, on a cluster that lets in who
+knows its token and where emberl is not installed."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,11 +21,11 @@ from small_system import Emberl, read_metrics
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
-START_SECONDS = 180.0
-# a token in the user's home would switch authentication on for the head but not for the client
+START_SECONDS = 300.0
 ENVIRONMENT = os.environ | {
     "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-    "RAY_AUTH_MODE": "disabled",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
 }
 
 
@@ -45,12 +48,30 @@ def submit(address: str, *command: str, timeout: float = 300) -> subprocess.Comp
     )  # fmt: skip
 
 
+def without_emberl(folder: Path) -> Path:
+    """The interpreter of an environment with the packages of this one, but for emberl."""
+    import ray
+
+    venv.create(folder, symlinks=True)
+    [site] = folder.glob("lib/python*/site-packages")
+    # a folder that is merely on the path: links of editable packages in it are not followed
+    (site / "packages.pth").write_text(f"{Path(ray.__file__).parents[1]}\n")
+    python = folder / "bin/python"
+    look = "import importlib.util as u; print([bool(u.find_spec(n)) for n in ('ray', 'emberl')])"
+    found = subprocess.run([python, "-c", look], capture_output=True, text=True, check=True)
+    if found.stdout.strip() != "[True, False]":
+        pytest.skip("emberl is installed here as a package like any other")
+    return python
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The job server of a cluster of two CPUs with ports of its own; only this cluster is ended
     afterwards, so it is a child to terminate and never `ray stop`, which ends every cluster on the
     machine."""
     folder = tmp_path_factory.mktemp("head")
+    python = without_emberl(folder / "environment")
+    path = f"{python.parent}{os.pathsep}{ENVIRONMENT['PATH']}"
     # of its own and short: Ray leaves the address of the last cluster in the folder, which a later
     # ray.init() would join, and the paths of its sockets may not be long
     scratch = tempfile.mkdtemp(prefix="ray", dir="/tmp")
@@ -58,7 +79,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with (folder / "head.log").open("w") as log:
         head = subprocess.Popen(
             [
-                str(BIN / "ray"),
+                str(python),
+                "-m",
+                "ray.scripts.scripts",
                 "start",
                 "--head",
                 "--block",
@@ -74,7 +97,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             ],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=ENVIRONMENT,
+            env=ENVIRONMENT | {"PATH": path},
         )
     address, deadline, answer = (
         f"http://127.0.0.1:{dashboard}",
@@ -105,19 +128,50 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def emberl_command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+def emberl_command(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     command = [str(BIN / "emberl"), *arguments]
     return subprocess.Popen(
         command,
         cwd=folder,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def test_a_job_is_stopped_saved_and_goes_on(cluster: str, emberl: Emberl) -> None:
+def told_by(command: subprocess.Popen[str]) -> str:
+    return command.communicate(timeout=START_SECONDS)[0]
+
+
+def said(command: subprocess.Popen[str], words: str) -> str:
+    """The next line with these words."""
+    assert command.stdout is not None
+    lines = []
+    for line in command.stdout:
+        lines.append(line)
+        if words in line:
+            return line
+    raise AssertionError("".join(lines)[-4000:])
+
+
+def until_logged(run_dir: Path, steps: int, command: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not (run_dir / "metrics.jsonl").exists() or len(read_metrics(run_dir)) < steps:
+        assert time.monotonic() < deadline and command.poll() is None, told_by(command)
+        time.sleep(0.2)
+
+
+def kill_driver(run_dir: Path) -> None:
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if "emberl.rl.cli" in line and f"run_dir={run_dir}" in line:
+            process.kill()
+
+
+def test_a_job_is_killed_submitted_again_and_stopped(
+    cluster: str, emberl: Emberl, wheel: Path
+) -> None:
     """With a function of one's own beside the configuration, both by relative paths, as in a run
     here; the exit status is the job's."""
     emberl.config.touch()
@@ -127,32 +181,37 @@ def test_a_job_is_stopped_saved_and_goes_on(cluster: str, emberl: Emberl) -> Non
         "    return float(os.environ['WORTH']) * (answer in completion)\n"
     )
     at = ("--address", cluster)
+    refused = emberl_command(
+        emberl.folder, "submit", "small.yaml", *at, RAY_AUTH_TOKEN=secrets.token_hex(32)
+    )
+    assert "token" in told_by(refused).lower() and refused.returncode == 2
     own = ("reward.parts={mine: {use: './mine.py:score'}}", "sft.steps=5")
     os.environ["WORTH"] = ENVIRONMENT["WORTH"] = "0.5"
-    submitted = ("submit", "small.yaml", *own, *at, "--env", "WORTH")
+    submitted = ("submit", "small.yaml", *own, *at, "--env", "WORTH", "--wheel", str(wheel))
+    submitted += ("--resume",)
+    run_dir = emberl.folder / "runs/small"
+
     first = emberl_command(emberl.folder, *submitted, "schedule.steps=500")
-    assert first.stdout is not None
-    job = next(line for line in first.stdout if line.startswith("submitted")).split()[1].rstrip(",")
-    run_dir, deadline = emberl.folder / "runs/small", time.monotonic() + START_SECONDS
-    while not (run_dir / "metrics.jsonl").exists() or not read_metrics(run_dir):
-        assert time.monotonic() < deadline and first.poll() is None, first.stdout.read()
-        time.sleep(0.2)
-    seen, _ = emberl_command(emberl.folder, "top", job, *at, "--once").communicate(
-        timeout=START_SECONDS
-    )
+    until_logged(run_dir, 3, first)
+    kill_driver(run_dir)
+    told = told_by(first)
+    assert first.returncode not in (0, 130) and ": FAILED: " in told, told[-3000:]
+
+    again = emberl_command(emberl.folder, *submitted, "schedule.steps=500")
+    job = said(again, "submitted").split()[1].rstrip(",")
+    until_logged(run_dir, 4, again)
+    seen = told_by(emberl_command(emberl.folder, "top", job, *at, "--once"))
     assert f"{job}: running, rl " in seen and "reward" in seen, seen
     stopped = emberl_command(emberl.folder, "stop", job, *at)
-    told, _ = stopped.communicate(timeout=START_SECONDS)
+    told = told_by(stopped)
     assert stopped.returncode == 0 and "saves after the step" in told, told
-    told, _ = first.communicate(timeout=START_SECONDS)
-    assert first.returncode == 130 and '"status": "interrupted"' in told, told[-3000:]
-    done = len(read_metrics(run_dir))
-    assert 0 < done < 500 and (run_dir / f"checkpoints/rl-{done:06}").exists()
-    again = emberl_command(emberl.folder, *submitted, "--resume", f"schedule.steps={done + 1}")
-    told, _ = again.communicate(timeout=START_SECONDS)
-    assert again.returncode == 0 and '"status": "ok"' in told, told[-3000:]
-    scores = {row["critic/score/max"] for row in read_metrics(run_dir)}
-    assert len(read_metrics(run_dir)) == done + 1 and scores <= {0.0, 0.5}
+    told = told_by(again)
+    assert again.returncode == 130 and '"status": "interrupted"' in told, told[-3000:]
+    rows = read_metrics(run_dir)
+    done = len(rows)
+    assert [row["step"] for row in rows] == list(range(1, done + 1)) and 3 < done < 500
+    assert {row["critic/score/max"] for row in rows} <= {0.0, 0.5}
+    assert (run_dir / f"checkpoints/rl-{done:06}").exists()
 
 
 def test_a_job_is_held_to_the_cluster_it_joined(cluster: str, emberl: Emberl) -> None:

@@ -32,8 +32,9 @@ def test_ray_takes_its_cluster_file() -> None:
 
 def test_the_kubernetes_job_has_room_for_its_run() -> None:
     spec = read("rayjob.yaml")["spec"]
-    emberl, train, config, *overrides = shlex.split(spec["entrypoint"])
+    emberl, train, config, *overrides, resume, auto = shlex.split(spec["entrypoint"])
     assert (emberl, train) == ("emberl", "train")
+    assert (resume, auto) == ("--resume", "auto") or spec["backoffLimit"] == 0
     settings = load_config(CONFIGS.parent / config, [*overrides, "cluster.device=cuda"])
     needed = plan_placement(settings).total()
     [group] = spec["rayClusterSpec"]["workerGroupSpecs"]
