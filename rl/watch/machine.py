@@ -184,10 +184,11 @@ class Machine:
             said = [_lines(file) for file in (out, err)]
         if done is None:
             return {"error": f"no answer in {deadline:g} s"}
-        with contextlib.suppress(ValueError, IndexError):
-            found = json.loads(said[0][-1])
-            if done == 0 and isinstance(found, dict):
-                return found
+        for line in reversed(said[0] if done == 0 else []):  # an engine's processes print, too
+            with contextlib.suppress(ValueError):
+                found = json.loads(line)
+                if isinstance(found, dict):
+                    return found
         lines = said[1] or said[0] or [f"it ended with status {done}"]
         # an error's own words may have several lines
         named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]
