@@ -183,7 +183,9 @@ def test_the_worker_takes_an_extension_and_reloads_weights_as_vllm_does(release:
     assert "GPUModelRunner" in [ast.unparse(base) for base in runner.bases]
     assert "reload_weights" not in methods(runner), "vLLM's own is what was tested"
     extension = ast.parse((ROOT / "rollout" / "vllm_backend" / "extension.py").read_text())
-    [added] = [n for n in extension.body if isinstance(n, ast.ClassDef)]
+    [added] = [
+        n for n in extension.body if isinstance(n, ast.ClassDef) and n.name == "WeightExtension"
+    ]
     assert methods(added) and not methods(added).keys() & methods(worker).keys()
 
 
