@@ -214,6 +214,23 @@ def test_a_job_is_killed_submitted_again_and_stopped(
     assert (run_dir / f"checkpoints/rl-{done:06}").exists()
 
 
+def test_rays_own_stop_leaves_a_submitted_job_time_to_save(
+    cluster: str, emberl: Emberl, wheel: Path
+) -> None:
+    emberl.config.touch()
+    at = ("--address", cluster)
+    longer = ("sft.steps=5", "schedule.steps=500", "--wheel", str(wheel))
+    run = emberl_command(emberl.folder, "submit", "small.yaml", *longer, *at)
+    job = said(run, "submitted").split()[1].rstrip(",")
+    run_dir = emberl.folder / "runs/small"
+    until_logged(run_dir, 3, run)
+    stop = [str(BIN / "ray"), "job", "stop", "--address", cluster, job]
+    subprocess.run(stop, env=ENVIRONMENT, capture_output=True, timeout=START_SECONDS, check=True)
+    told = told_by(run)
+    assert run.returncode == 130 and '"status": "interrupted"' in told, told[-3000:]
+    assert (run_dir / f"checkpoints/rl-{len(read_metrics(run_dir)):06}").exists()
+
+
 def test_a_job_is_held_to_the_cluster_it_joined(cluster: str, emberl: Emberl) -> None:
     greedy = submit(
         cluster,
