@@ -107,6 +107,49 @@ def check_served_at_the_end(run: Path) -> None:
         ) == answer.replace("&lt;", "<")
 
 
+PLAIN = """\
+import json, sys
+from vllm import LLM, SamplingParams
+
+folder, prompts = sys.argv[1], json.loads(sys.argv[2])
+llm = LLM(folder, enforce_eager=True, max_model_len=64, kv_cache_memory_bytes=1 << 27)
+greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+found = llm.generate([{"prompt_token_ids": ids} for ids in prompts], greedy)
+print("\\ntokens", json.dumps([list(each.outputs[0].token_ids) for each in found]))
+"""
+
+
+@torch.no_grad()
+def check_loads_in_vllm(model: Path) -> None:
+    """vLLM by itself, without anything of emberl's, decodes of what a run leaves what transformers
+    does."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = [tokenizer(text).input_ids for text in ("3+4=?", "12+5=?", "9+9=?")]
+    reference, expected = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), []
+    for ids in prompts:
+        drawn = reference.generate(
+            torch.tensor([ids]),
+            min_new_tokens=12,
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=-1,
+        )
+        expected.append(drawn[0, len(ids) :].tolist())
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(model), json.dumps(prompts)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    # among what vLLM itself prints
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("tokens ")]
+    assert json.loads(line.removeprefix("tokens ")) == expected
+
+
 def test_a_run_on_vllm_is_the_run_on_the_embedded_engine(tmp_path: Path) -> None:
     on_vllm = train(tmp_path, *ON_VLLM, "run_dir=vllm")
     embedded = train(tmp_path, "run_dir=embedded")
@@ -119,6 +162,7 @@ def test_a_run_on_vllm_is_the_run_on_the_embedded_engine(tmp_path: Path) -> None
     assert first[0] == first[1] and first[0].count("&lt;/think>") >= 4
     check_steps(tmp_path / "vllm")
     check_served_at_the_end(tmp_path / "vllm")
+    check_loads_in_vllm(tmp_path / "vllm/model")
 
 
 def test_colocated_engines_sleep_while_the_learner_works(tmp_path: Path) -> None:
