@@ -54,7 +54,12 @@ class InPlace:
             arguments = (self._mirror.path, self._mirror.listed())
             try:
                 found = await self._call("place", "emberl_place", *arguments)
-            except Exception:  # of a lost engine, or a server of another version: whole, then
+            except Exception as error:  # of a lost engine, or a server of another version
+                warnings.warn(
+                    f"vLLM loads this version whole: its processes cannot tell where tensors lie"
+                    f" ({type(error).__name__}: {error})",
+                    stacklevel=2,
+                )
                 return False
             self.elsewhere = {name: why for reasons in found for name, why in reasons.items()}
         return True
