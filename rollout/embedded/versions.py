@@ -16,6 +16,7 @@ from ..weights.patch import (
     WeightPatch,
     Weights,
     dense_patch,
+    is_next,
     verify,
 )
 from .batch import ContinuousBatch
@@ -139,20 +140,7 @@ class ServedVersion:
         """Whether it has to be loaded; VersionError if it may not come now."""
         if self._canary is not None:
             raise VersionError("a canary is being decoded")
-        if self.run_id and patch.run_id != self.run_id:
-            raise VersionError(
-                f"a patch of run {patch.run_id}, but this engine serves run {self.run_id}"
-            )
-        if patch.version < self.version:
-            raise VersionError(f"version goes backwards: {patch.version} after {self.version}")
-        if patch.version == self.version and self.corrupt is None:
-            return False
-        if patch.base_version not in (None, self.version):
-            raise VersionError(
-                f"patch {patch.version} builds on {patch.base_version}, the engine serves"
-                f" {self.version}"
-            )
-        return True
+        return is_next(patch, self.run_id, self.version, served=self.corrupt is None)
 
     def _where(self) -> dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]]:
         return {

@@ -27,6 +27,7 @@ from ..weights.patch import (
     WeightPatch,
     Weights,
     digest,
+    is_next,
     verify,
 )
 from . import compat as vllm_compat
@@ -330,20 +331,9 @@ class ServedWeights:
         anything changes."""
         if self._canary is not None and self.corrupt is None:
             raise VersionError("a canary is being decoded")
-        if self.run_id and patch.run_id != self.run_id:
-            raise VersionError(
-                f"a patch of run {patch.run_id}, but this engine serves run {self.run_id}"
-            )
-        if patch.version < self.version:
-            raise VersionError(f"version goes backwards: {patch.version} after {self.version}")
-        if patch.version == self.version and self.corrupt is None:
+        if not is_next(patch, self.run_id, self.version, served=self.corrupt is None):
             verify(self.mirror.digests(), patch)
             return False
-        if patch.base_version not in (None, self.version):
-            raise VersionError(
-                f"patch {patch.version} builds on {patch.base_version}, the engine serves"
-                f" {self.version}"
-            )
         if patch.transfer is None:
             self.mirror.check(patch)
         else:

@@ -234,6 +234,24 @@ def dense_patch(
     return WeightPatch(run_id=run_id, version=version, tensors=by_name, digests=digests)
 
 
+def is_next(patch: WeightPatch, run_id: str, version: int, *, served: bool) -> bool:
+    """Whether an engine at this version has to load it; VersionError if it may not come now.
+
+    run_id: of the run whose versions are taken; empty: any. served: whether the version is whole.
+    """
+    if run_id and patch.run_id != run_id:
+        raise VersionError(f"a patch of run {patch.run_id}, but this engine serves run {run_id}")
+    if patch.version < version:
+        raise VersionError(f"version goes backwards: {patch.version} after {version}")
+    if patch.version == version and served:
+        return False
+    if patch.base_version not in (None, version):
+        raise VersionError(
+            f"patch {patch.version} builds on {patch.base_version}, the engine serves {version}"
+        )
+    return True
+
+
 def verify(held: Mapping[str, str], patch: WeightPatch) -> None:
     """Raises `DigestMismatchError` naming the first tensor whose held digest is not the patch's."""
     for name in sorted(set(held) | set(patch.digests)):
