@@ -3,9 +3,7 @@ fix."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,17 +12,7 @@ from emberl.rl.watch import doctor
 from emberl.rl.watch.doctor_ascend import ASCEND, number
 from emberl.rl.watch.machine import Check, Machine, State, examined
 
-
-def _load(name: str) -> Any:
-    """A module of this folder, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-planted = sys.modules.get("planted") or _load("planted")
+planted: Any = sys.modules["planted"]  # `conftest.py` has loaded it
 Box, FAULTS, A3_SMI, STATUS = planted.Box, planted.FAULTS, planted.A3_SMI, planted.STATUS
 OK, WARNING, ERROR = State.OK, State.WARNING, State.ERROR
 

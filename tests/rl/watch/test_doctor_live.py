@@ -3,7 +3,6 @@ machine's CPU, whole and with faults planted in the processes that it starts."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import tempfile
@@ -20,17 +19,7 @@ from emberl.rl.watch import doctor, doctor_live
 from emberl.rl.watch.doctor_live import LIVE, MEAN
 from emberl.rl.watch.machine import Check, Machine, State, _group_ended, examined
 
-
-def _load(name: str) -> Any:
-    """A module of this folder, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-planted = sys.modules.get("planted") or _load("planted")
+planted: Any = sys.modules["planted"]  # `conftest.py` has loaded it
 Box, FAULTS = planted.Box, planted.LIVE_FAULTS
 OK, WARNING, ERROR = State.OK, State.WARNING, State.ERROR
 ROOT = Path(__file__).parents[3]

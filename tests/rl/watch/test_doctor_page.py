@@ -3,7 +3,6 @@ that found it. `EMBERL_WRITE=1 pytest tests/rl/watch/test_doctor_page.py` writes
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import sys
@@ -23,16 +22,7 @@ TOGETHER = (
 TOGETHER_LIVE = ("one slow card of eight", "a collective that hangs")
 
 
-def _load(name: str) -> Any:
-    """A module of this folder, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-planted = sys.modules.get("planted") or _load("planted")
+planted: Any = sys.modules["planted"]  # `conftest.py` has loaded it
 COMMAND = "    $ emberl doctor configs/ascend/8x910b_qwen2.5_7b.yaml --live"
 
 
