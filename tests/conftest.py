@@ -35,6 +35,15 @@ if importlib.util.find_spec("emberl") is not None:
         sys.modules[name] = _module(name, ".")
 
 
+@pytest.fixture(autouse=True)
+def _no_secrets_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test's configuration took from the environment is masked in no other's texts."""
+    masking = sys.modules.get("emberl.rl.config.masking")
+    if masking is not None:
+        monkeypatch.setattr(masking, "_known", {})
+        monkeypatch.setattr(masking, "_kept", {})
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face directory, in float32."""

@@ -114,6 +114,7 @@ def ray_cluster(nodes: Sequence[Node], cpus: Sequence[int]) -> Iterator[str]:
             started.append(node.start("ray.log", *ray, "start", *role, *named, *common))
             if node is head:
                 _until_reached(head, 60)
+        _until_joined(nodes, 60)
         yield address
     finally:
         for process in reversed(started):
@@ -137,3 +138,26 @@ def _until_reached(head: Node, seconds: float) -> None:
             return
         assert time.monotonic() < deadline, (head.folder / "ray.log").read_text()[-3000:]
         time.sleep(0.3)
+
+
+def _until_joined(nodes: Sequence[Node], seconds: float) -> None:
+    """Waits until every raylet is known to the head: a run counts what is there as it begins."""
+    head = nodes[0]
+    look = (
+        "import ray, time\n"
+        f"ray.init(address='{head.address}:6379', log_to_driver=False)\n"
+        f"deadline = time.monotonic() + {seconds}\n"
+        f"while sum(node['Alive'] for node in ray.nodes()) < {len(nodes)}:\n"
+        "    assert time.monotonic() < deadline\n"
+        "    time.sleep(0.3)\n"
+    )
+    tried = subprocess.run(
+        head.command(sys.executable, "-c", look),
+        check=False,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=2 * seconds,
+    )
+    logs = [(node.folder / "ray.log").read_text()[-1000:] for node in nodes]
+    assert tried.returncode == 0, "\n".join([tried.stderr[-2000:], *logs])
