@@ -28,6 +28,10 @@ SECOND_FACTOR = -0x4B47D0C5A2A4B1DB
 """Odd; as signed 64-bit numbers (the first is 2^64 over the golden ratio, as in SplitMix64)."""
 
 INTACT, OUTSIDE, UNSORTED = 0, 1, 2
+WRITTEN, OTHER, LOST = 0, 1, 2
+BLOCK = 256
+"""Elements that are read back at a time, while their lines of the cache are at hand: to fetch these
+once more costs as much as to write."""
 AHEAD = 64
 """Elements ahead of the one that is written whose lines of the cache are asked for: about as many
 as a core waits for at once."""
@@ -116,17 +120,40 @@ def find(place_rows, place_columns, first_row, first_column, columns, positions,
 
 @compiled
 def exchange(memory, at, old, new):
-    """Writes `new` where `old` must lie: -1, or the first of which something else lies there; then
-    all is as it was. `at` are unsigned and do not repeat."""
-    last = len(at) - 1
-    for i in range(len(at)):
-        prefetch(memory, np.int64(at[min(i + AHEAD, last)]))
-        if memory[at[i]] != old[i]:
-            for j in range(i):
-                memory[at[j]] = old[j]
-            return i
-        memory[at[i]] = new[i]
-    return -1
+    """Writes `new` where `old` must lie, and reads it back: WRITTEN, or what is wrong and where,
+    and then all is as it was. OTHER: something else lay there. LOST: what was written is not
+    there. `at` are unsigned and do not repeat."""
+    count = len(at)
+    for start in range(0, count, BLOCK):
+        stop = min(start + BLOCK, count)
+        for i in range(start, stop):
+            prefetch(memory, np.int64(at[min(i + AHEAD, count - 1)]))
+            if memory[at[i]] != old[i]:
+                _back(memory, at, old, i)
+                return OTHER, i
+            memory[at[i]] = new[i]
+        wrong = np.int64(0)
+        for i in range(start, stop):  # without a branch, since hardly ever one is wrong
+            wrong |= np.int64(memory[at[i]] ^ new[i])
+        if wrong != 0:
+            i = _first_other(memory, at, new, start)
+            _back(memory, at, old, stop)
+            return LOST, i
+    return WRITTEN, -1
+
+
+@compiled
+def _back(memory, at, old, count):
+    for i in range(count - 1, -1, -1):
+        memory[at[i]] = old[i]
+
+
+@compiled
+def _first_other(memory, at, values, start):
+    i = start
+    while memory[at[i]] == values[i]:
+        i += 1
+    return i
 
 
 @compiled
@@ -136,18 +163,3 @@ def write(memory, at, values):
     for i in range(len(at)):
         prefetch(memory, np.int64(at[min(i + AHEAD, last)]))
         memory[at[i]] = values[i]
-
-
-@compiled
-def differs(memory, at, values):
-    """The first that is not what lies there; -1 if all are."""
-    last, wrong = len(at) - 1, np.int64(0)
-    for i in range(len(at)):  # without a branch, since hardly ever one is wrong
-        prefetch(memory, np.int64(at[min(i + AHEAD, last)]))
-        wrong |= np.int64(memory[at[i]] ^ values[i])
-    if wrong == 0:
-        return -1
-    for i in range(len(at)):
-        if memory[at[i]] != values[i]:
-            return i
-    return -1

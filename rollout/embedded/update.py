@@ -1,10 +1,10 @@
 """One update of a decoder's weights: all that can be checked and found while the old ones decode,
-the writing, for which decoding stands still, and the reading back, while the new ones decode.
+and the writing, for which decoding stands still.
 
 What came whole is proved by digest once it lies there. What came as positions and values was proved
 by the digest of the tensor that it gives when it was found; here it is written only where what it
-was made for lies, bit for bit, in each copy of the tensor, and read back. What does not change is
-proved by digest beforehand.
+was made for lies, bit for bit, in each copy of the tensor, and read back before a token is decoded
+with it. What does not change is proved by digest beforehand.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Update:
 
     def write(self) -> None:
         """Nothing may be decoded meanwhile. DigestMismatchError: what lies there is not what it has
-        to be."""
+        to be, before or after."""
         if self._decoder.packings != self._found_at:  # copies were made anew meanwhile
             self._find()
         self._writing.write()
@@ -69,7 +69,3 @@ class Update:
         self._decoder.pack()
         whole = self._patch.tensors.keys()
         verify({name: self._decoder.digest(name) for name in whole}, self._patch.of(whole))
-
-    def read_back(self) -> None:
-        """Beside decoding. DigestMismatchError: what was written does not lie there."""
-        self._writing.read_back()

@@ -85,15 +85,6 @@ class ServedVersion:
         )
         self.pause_s = time.perf_counter() - start
 
-    def read_back(self, update: Update) -> None:
-        """Beside decoding."""
-        try:
-            update.read_back()
-        except BaseException:
-            self._held = None
-            self.corrupt = f"the update to version {self.version} does not lie in memory"
-            raise
-
     def load_canary(self, canary: Canary | None) -> None:
         """As of `Engine.canary`. There some tensors are written in place and the others come whole,
         back all come whole: what decodes is reached both ways, or it shows."""
@@ -132,9 +123,7 @@ class ServedVersion:
         before = self._decoder.tensor_bytes(name)
         places, _ = self._decoder.places(name)
         for change in piecewise(before, altered(name, before, canary)):
-            writing = Writing([(name, change, places)], self._threads)
-            writing.write()
-            writing.read_back()
+            Writing([(name, change, places)], self._threads).write()
 
     def _is_new(self, patch: WeightPatch) -> bool:
         """Whether it has to be loaded; VersionError if it may not come now."""

@@ -19,7 +19,8 @@ The same protocol as `EmbeddedEngine`. Choices that a user can see:
 - What is served is proved twice: a patch's digests are compared before anything changes, and each
   process of the engine answers with the digests of the bytes that it loaded. Between the two
   nothing is decoded. Bytes that differ are loaded once more; if they differ again the engine serves
-  nothing until a whole patch comes.
+  nothing until a whole patch comes. What is written in place is compared and read back while
+  decoding stands still; an audit follows beside it, and what ends meanwhile is handed out after it.
 - Weights reach vLLM's processes through a mirror of ours, or whole from the learners by vLLM's own
   weight transfer (`native`).
 - An engine whose processes end, or from which nothing comes within its deadline, is started anew,
@@ -256,6 +257,7 @@ class VLLMEngine:
             outcome: Completion | BaseException = await self._decode(sample)
         except Exception as error:  # it belongs to those who wait for the tokens
             outcome = error
+        await self._weights.audited.wait()
         if isinstance(outcome, Completion) and outcome.finish_reason == "abort":
             sample.partial = outcome
         sample.outcomes.put_nowait(outcome)

@@ -7,13 +7,16 @@ Nothing here knows which version is served; `ServedWeights` does.
 from __future__ import annotations
 
 import asyncio
+import warnings
 from collections.abc import Awaitable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from ..weights.engine_transfer import BroadcastGroup
-from ..weights.patch import TensorBytes, Transfer, WeightPatch, verify
+from ..weights.patch import MovedError, TensorBytes, Transfer, WeightPatch, verify
 from . import compat as vllm_compat
 from . import transfer_api
+from .graphs import MOVED
 from .process import EngineLostError, RunningLLM, start
 from .requests import LiveSample
 from .server import RunningServer, connect
@@ -96,6 +99,19 @@ class Processes:
             )
         await asyncio.to_thread(self._start, version)
 
+    def give_up_graphs(self, error: MovedError) -> None:
+        """The processes that are started next capture none: a load of theirs would move tensors
+        again. Nobody lost these, so the start counts for nothing. `error` where that is no help."""
+        if self._server or self._settings.engine_args.get("enforce_eager"):
+            raise error
+        warnings.warn(
+            f"vLLM is started anew, and decodes without captured graphs from now on: {error}",
+            stacklevel=2,
+        )
+        own = {**self._settings.engine_args, "enforce_eager": True}
+        self._settings = replace(self._settings, engine_args=own)
+        self._max_restarts += 1
+
     async def pause(self) -> None:
         with self.order.step("pause"):
             await self._within("pause", self.llm.pause())
@@ -171,9 +187,16 @@ class Processes:
         return await self._within(what, self.llm.call_workers(method, *arguments))
 
     async def _load(self, names: Collection[str], *, part: bool = False) -> list[dict[str, str]]:
-        """The digests of what each process has loaded."""
+        """The digests of what each process has loaded. MovedError: `graphs.check_in_place`."""
         arguments = (self._mirror.path, self._mirror.listed(names), part)
-        return await self.call("load", "emberl_load", *arguments)
+        try:
+            return await self.call("load", "emberl_load", *arguments)
+        except (EngineLostError, TimeoutError):
+            raise
+        except Exception as error:  # vLLM hands on the words of what its processes raise
+            if MOVED not in str(error):
+                raise
+            raise MovedError(f"{MOVED}{str(error).rpartition(MOVED)[2]}") from error
 
     async def _receive(self, transfer: Transfer) -> list[dict[str, str]]:
         """The digests of what each process received; EngineLostError if it did not go well: then

@@ -28,8 +28,8 @@ from ..weights.patch import (
 from ..weights.tensors import as_tensor
 from .compat import OWNER, installed_version, labels_tokens, repack_tied_head
 from .cpu_linear import install
-from .graphs import captures, check_in_place, places
-from .placed import MOVED, PlacedChanges, PlacedModel
+from .graphs import MOVED, captures, check_in_place, places
+from .placed import PlacedChanges, PlacedModel
 from .shared_memory import Entry, read_mirror, read_parcel, write_mirror
 from .transfer_api import check_communicator, register_gloo, update_weights
 
@@ -117,7 +117,7 @@ class WeightExtension:
         if elsewhere := placed.moved():
             self._emberl_placed = None
             if captures(self):
-                return f"{MOVED}{elsewhere[0]} lies elsewhere than captured graphs read it"
+                return f"{MOVED}{elsewhere[0]} lies elsewhere than they read it"
             return f"{elsewhere[0]} lies elsewhere than it did"
 
         def find() -> None:

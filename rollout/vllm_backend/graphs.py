@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 from ...kernels import platform
 from ..weights.patch import MovedError
 
+MOVED = "captured graphs are left behind: "
+"""Begins what a process says of a tensor that they read elsewhere."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
@@ -137,7 +140,6 @@ def check_in_place(worker: Any, before: Mapping[str, Place], after: Mapping[str,
     elsewhere = moved(before, after)
     if elsewhere and captures(worker):
         raise MovedError(
-            f"the update made {len(elsewhere)} tensors of the engine anew, e.g. {elsewhere[0]}:"
-            " captured graphs would go on reading the old ones; set"
-            " rollout.engine_args.enforce_eager=true"
+            f"{MOVED}the load made {len(elsewhere)} tensors of the engine anew, e.g."
+            f" {elsewhere[0]}; set rollout.engine_args.enforce_eager=true"
         )

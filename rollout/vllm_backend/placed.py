@@ -29,8 +29,6 @@ from ..weights.tensors import as_tensor
 from .cpu_linear import Copy, copy_of
 from .graphs import moved, places
 
-MOVED = "moved: "
-"""Begins what a process says of a tensor that captured graphs read elsewhere."""
 AUDIT = 32
 """Updates in which every tensor's checksum is compared once."""
 WHOLE_LAYERS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
@@ -121,7 +119,7 @@ class PlacedModel:
 
 
 class PlacedChanges:
-    """Made beside decoding, written while it stands still, proved beside it."""
+    """Made beside decoding, written and read back while it stands still, audited beside it."""
 
     def __init__(
         self, placed: PlacedModel, changes: Mapping[str, TensorChange], threads: int
@@ -143,9 +141,8 @@ class PlacedChanges:
         self._placed.expected.update(self._expected)
 
     def prove(self, version: int) -> None:
-        """Reads back what was written, and compares the checksums of a part of all tensors:
-        DigestMismatchError with a tensor's name."""
-        self._writing.read_back()
+        """Compares the checksums of a part of all tensors: DigestMismatchError with a tensor's
+        name."""
         for name in sorted(self._placed.places)[version % AUDIT :: AUDIT]:
             if self._placed.checksums(name) != self._placed.expected[name]:
                 raise DigestMismatchError(

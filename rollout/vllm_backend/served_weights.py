@@ -78,6 +78,9 @@ class ServedWeights:
         self.open = asyncio.Event()
         """Whether samples are sent to vLLM."""
         self.open.set()
+        self.audited = asyncio.Event()
+        """Whether samples that ended may be handed out: what they were decoded with is proved."""
+        self.audited.set()
         self.corrupt: Exception | None = None
         """Why nothing is served."""
 
@@ -212,6 +215,7 @@ class ServedWeights:
         try:
             await self.processes.in_place.find(changes)
             self.open.clear()
+            self.audited.clear()
             await self._stand_still(target, whole, layers)
             self.open.set()
             await asyncio.to_thread(self.mirror.write_changes, changes)
@@ -235,6 +239,7 @@ class ServedWeights:
             raise
         finally:
             self.open.set()
+            self.audited.set()
 
     async def _stand_still(
         self,
@@ -307,6 +312,9 @@ class ServedWeights:
                         self.pause_s = time.perf_counter() - start
                     return
                 except (EngineLostError, TimeoutError) as error:
+                    lost = error
+                except MovedError as error:
+                    self.processes.give_up_graphs(error)
                     lost = error
                 except DigestMismatchError:
                     if differed:

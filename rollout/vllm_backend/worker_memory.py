@@ -12,7 +12,8 @@ from typing import Any
 from ..weights.canary import Canary, altered
 from ..weights.changes import piecewise
 from ..weights.patch import DigestMismatchError, MovedError, TensorChange
-from .placed import MOVED, layer_of
+from .graphs import MOVED
+from .placed import layer_of
 from .shared_memory import Mirror, Parcel
 
 FIRST_LOOK, LAST_LOOK = 0.005, 0.1

@@ -6,7 +6,7 @@ and in a head that is tied to it; and a place may have a part of it only, as a r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ BLOCK = 256
 """Rows that are read at a time."""
 PIECE = 1 << 16
 """Elements that a thread writes at a time."""
+NOT_MADE_FOR = "is not what the change was made for"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -160,15 +161,13 @@ class Found(NamedTuple):
         for start in range(0, len(self.at), size):
             yield start, self.part(start, start + size)
 
-    def exchange(self) -> int:
-        """Writes `new` where `old` lies: -1, or the first of which something else lies there; then
-        nothing was written."""
+    def exchange(self) -> Wrong | None:
+        """Writes `new` where `old` lies and reads it back; what is wrong, and then nothing was
+        written."""
         if isinstance(self.memory, Tensor):
-            wrong = self._differs(self.old)
-            if wrong < 0:
-                self.memory.index_copy_(0, self.at, self.new)
-            return wrong
-        return int(loops().exchange(self.memory, self.at, self.old, self.new))
+            return self._exchange_on_device(self.memory)
+        what, index = loops().exchange(self.memory, self.at, self.old, self.new)
+        return None if what == loops().WRITTEN else Wrong(int(index), what == loops().LOST)
 
     def take_back(self) -> None:
         """Writes `old`, whatever lies there."""
@@ -177,15 +176,24 @@ class Found(NamedTuple):
         else:
             loops().write(self.memory, self.at, self.old)
 
-    def differs(self) -> int:
-        """The first that is not what was written, -1 if all are."""
-        if isinstance(self.memory, Tensor):
-            return self._differs(self.new)
-        return int(loops().differs(self.memory, self.at, self.new))
+    def _exchange_on_device(self, memory: Tensor) -> Wrong | None:
+        for is_lost, values in ((False, self.old), (True, self.new)):
+            if is_lost:
+                memory.index_copy_(0, self.at, values)
+            other = (memory[self.at] != values).nonzero()
+            if len(other):
+                if is_lost:
+                    self.take_back()
+                return Wrong(int(other[0, 0]), is_lost)
+        return None
 
-    def _differs(self, values: Tensor) -> int:
-        wrong = (self.memory[self.at] != values).nonzero()
-        return int(wrong[0, 0]) if len(wrong) else -1
+
+class Wrong(NamedTuple):
+    """Of what was to be written into one memory."""
+
+    element: int
+    is_lost: bool
+    """What was written does not lie there; else something else lay there before."""
 
 
 class Piece(NamedTuple):
@@ -203,8 +211,8 @@ class Piece(NamedTuple):
 
 
 class Writing:
-    """Changes, found in every place where they belong: made beside what is served, written while
-    nothing is decoded, read back beside what is served then."""
+    """Changes, found in every place where they belong: made beside what is served, written and read
+    back while nothing is decoded."""
 
     def __init__(
         self, changes: Iterable[tuple[str, TensorChange, Sequence[Place]]], threads: int = 1
@@ -222,35 +230,38 @@ class Writing:
                 empty = piece.found.part(0, 0)
                 empty.exchange()
                 empty.take_back()
-                empty.differs()
 
     def write(self) -> None:
         """DigestMismatchError, with the tensor's name, if something else lies there than a change
-        was made for; all is then as it was."""
-        wrong = self._everywhere(Found.exchange)
-        if wrong:
-            failed = {number for number, _ in wrong}
-            for number, piece in enumerate(self._pieces):
-                if number not in failed:
-                    piece.found.take_back()
-            raise self._mismatch(wrong, "is not what the change was made for")
+        was made for, or afterwards than was written; all is then as it was."""
+        wrong = dict(self._everywhere())
+        if not wrong:
+            return
+        for number, piece in reversed(list(enumerate(self._pieces))):
+            if number not in wrong:
+                piece.found.take_back()
+        number = min(wrong)
+        index, is_lost = wrong[number]
+        name, change, first, found = self._pieces[number]
+        position = change.positions[
+            first + index if found.chosen is None else int(found.chosen[index])
+        ]
+        what = "does not hold what was written" if is_lost else NOT_MADE_FOR
+        raise DigestMismatchError(
+            f"tensor {name}: element {position} in the engine's memory {what}"
+        )
 
     def take_back(self) -> None:
         """All is then as it was before `write`."""
         for piece in self._pieces:
             piece.found.take_back()
 
-    def read_back(self) -> None:
-        """DigestMismatchError, with the tensor's name, if a place holds something else."""
-        if wrong := self._everywhere(Found.differs):
-            raise self._mismatch(wrong, "does not hold what was written")
+    def _everywhere(self) -> list[tuple[int, Wrong]]:
+        """(number of a piece, what is wrong with it)."""
 
-    def _everywhere(self, work: Callable[[Found], int]) -> list[tuple[int, int]]:
-        """(number of a piece, index within it) of what is wrong."""
-
-        def do(numbers: Sequence[int]) -> list[tuple[int, int]]:
-            outcomes = ((number, work(self._pieces[number].found)) for number in numbers)
-            return [(number, index) for number, index in outcomes if index >= 0]
+        def do(numbers: Sequence[int]) -> list[tuple[int, Wrong]]:
+            outcomes = ((number, self._pieces[number].found.exchange()) for number in numbers)
+            return [(number, wrong) for number, wrong in outcomes if wrong is not None]
 
         share = -(-len(self._pieces) // self._threads) or 1
         runs = [
@@ -258,14 +269,6 @@ class Writing:
             for start in range(0, len(self._pieces), share)
         ]
         return [outcome for found in spread(do, runs, self._threads) for outcome in found]
-
-    def _mismatch(self, wrong: Sequence[tuple[int, int]], what: str) -> DigestMismatchError:
-        number, index = min(wrong)
-        name, change, first, found = self._pieces[number]
-        index = first + index if found.chosen is None else int(found.chosen[index])
-        return DigestMismatchError(
-            f"tensor {name}: element {change.positions[index]} in the engine's memory {what}"
-        )
 
 
 def weight(positions: Tensor) -> Tensor:

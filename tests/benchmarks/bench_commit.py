@@ -2,7 +2,8 @@
 written, on a random model of Qwen2.5-0.5B's shape of which 1 % changed.
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python tests/benchmarks/bench_commit.py [--quick]
-    [--json FILE] [--engines embedded vllm] [--dtypes bfloat16 float32] [--layers 24] [--rounds 5]
+    [--json FILE] [--engines embedded vllm] [--dtypes bfloat16 float32] [--layers 24]
+    [--words 151936] [--rounds 5]
 
 One line per engine, dtype and way ("whole": a dense version; "in place": a patch):
 pause     seconds for which decoding stands still (of the middle round), its share of the whole
@@ -13,8 +14,8 @@ memory    bytes beside the engine's own at the most (PSS of all processes less t
 floor     (embedded, CPU seconds of one thread) the same changes written without any proof, where
           they lie known: by a bare loop into the plain weights, and into the plain weights and
           oneDNN's copies; as `index_copy_` into the plain weights; and the changed bytes as one copy
-          of memory. The ratio is the time of apply and proof (compared and written in the pause,
-          read back beside decoding) over that.
+          of memory. The ratio is the time of apply and proof (compared, written and read back, all
+          of it in the pause) over that.
 """
 
 from __future__ import annotations
@@ -168,10 +169,6 @@ def floors(engine: Any, patch: WeightPatch, rounds: int) -> dict[str, float]:
 
     there = Writing((n, c, engine.decoder.places(n)[0]) for n, c in patch.changes.items())
 
-    def proved(writing: Writing) -> None:
-        writing.write()
-        writing.read_back()
-
     plain = [
         (torch.from_numpy(at.astype(np.int64)), *map(signed, (memory, new)))
         for [(memory, at, _, new, *_), *_] in found.values()
@@ -188,7 +185,7 @@ def floors(engine: Any, patch: WeightPatch, rounds: int) -> dict[str, float]:
         "index_copy_, plain weights": index_copy,
         "loop, plain weights": lambda: into(slice(0, 1)),
         "loop, plain weights and copies": lambda: into(slice(None)),
-        "compared, written and read back": lambda: proved(there),
+        "compared, written and read back": there.write,
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
@@ -289,10 +286,11 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--dtypes", nargs="+", choices=tuple(NAMES), default=tuple(NAMES))
     parser.add_argument("--layers", type=int, default=24, help="of Qwen2.5-0.5B's 24")
+    parser.add_argument("--words", type=int, default=151_936, help="of its vocabulary")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     report = harness.Report("commit", arguments.json, "numpy", "numba", "vllm")
-    layers, words = (2, 4096) if arguments.quick else (arguments.layers, 151_936)
+    layers, words = (2, 4096) if arguments.quick else (arguments.layers, arguments.words)
     for kind in arguments.engines:
         for dtype in arguments.dtypes:
             with tempfile.TemporaryDirectory() as folder:

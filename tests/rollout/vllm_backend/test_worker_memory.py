@@ -1,6 +1,6 @@
 """Updates that an engine's processes write into their own memory, with a worker whose model is small
-enough to look into: what cannot be placed comes with its layer, and what goes wrong leaves the old
-version."""
+enough to look into: what cannot be placed comes with its layer, what goes wrong leaves the old
+version, or nothing is handed out."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from emberl.rollout.samples import Prompt, Sampling
 from emberl.rollout.vllm_backend import engine_processes, transfer_api
 from emberl.rollout.vllm_backend.compat import EngineSettings
+from emberl.rollout.vllm_backend.engine import VLLMEngine
+from emberl.rollout.vllm_backend.requests import Decoded
 from emberl.rollout.vllm_backend.served_weights import ServedWeights
 from emberl.rollout.weights.changes import between
 from emberl.rollout.weights.patch import (
@@ -55,17 +58,29 @@ class Model(nn.Module):
 class Worker(WeightExtension):
     """One process, in this one."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, moves: bool = False) -> None:
+        """moves: whether a load makes a tensor anew."""
         self.model, self.loads = Model(), list[list[str]]()
-        self.device, self.rank = torch.device("cpu"), 0
+        self.device: Any = torch.device("cpu")
+        self.rank = 0
         self.vllm_config = None
 
         def reload(weights_iterator: Any) -> None:
             given = list(weights_iterator)
             self.loads.append(sorted(name for name, _ in given))
+            if moves:
+                self.model.q = nn.Parameter(self.model.q.clone(), requires_grad=False)
             self.model.load_weights(given)
 
         self.model_runner = SimpleNamespace(get_model=lambda: self.model, reload_weights=reload)
+
+    def capture(self, *, eager: bool) -> None:
+        """Pretends to, unless it is to be eager."""
+        self.device = SimpleNamespace(type="meta")
+        self.vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(enforce_eager=eager),
+            compilation_config=SimpleNamespace(cudagraph_mode=SimpleNamespace(name="FULL")),
+        )
 
 
 class LLM:
@@ -75,11 +90,25 @@ class LLM:
 
     def __init__(self, worker: Worker) -> None:
         self.worker, self.steps = worker, list[str]()
+        self.may_end = asyncio.Event()
+        self._count: Any = None
 
-    def on_tokens(self, count: Any) -> None: ...
+    def on_tokens(self, count: Any) -> None:
+        self._count = count
+
+    def last_lines(self) -> list[str]:
+        return []
+
+    async def decode(self, request_id: str, *_: Any) -> Decoded:
+        await self.may_end.wait()
+        self._count(request_id, [5])
+        return Decoded([5], [-0.5], "length")
 
     async def call_workers(self, method: str, *arguments: Any) -> list[Any]:
-        return [getattr(self.worker, method)(*arguments)]
+        try:
+            return [getattr(self.worker, method)(*arguments)]
+        except RuntimeError as error:  # as vLLM does
+            raise Exception(f"Call to collective_rpc method failed: {error}") from error
 
     async def clear_prefix_cache(self) -> bool:
         return True
@@ -121,9 +150,9 @@ def with_first(name: str, value: float) -> TensorBytes:
     return replace(OLD[name], data=data)
 
 
-def patch(names: Iterable[str]) -> WeightPatch:
+def patch(names: Iterable[str], version: int = 1) -> WeightPatch:
     after = {**OLD, **{name: with_first(name, 7) for name in names}}
-    whole = dense_patch("run", 1, after.items())
+    whole = dense_patch("run", version, after.items())
     changes = {name: between(OLD[name], after[name]) for name in names}
     return replace(whole, tensors={}, changes=changes, base_version=0, verified=True)
 
@@ -135,7 +164,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> tuple[ServedWeights, Worker, LLM,
     monkeypatch.setattr(engine_processes, "start", lambda settings: llm)
     weights = ServedWeights(
         EngineSettings(model="m", max_num_seqs=2, max_model_len=8, dtype="float32"), requests,
-        run_id="run", version=-1, deadline_s=20, max_restarts=0, server="", servers_directory=None,
+        run_id="run", version=-1, deadline_s=60, max_restarts=0, server="", servers_directory=None,
     )  # fmt: skip
     asyncio.run(weights.apply(dense_patch("run", 0, OLD.items())))
     return weights, worker, llm, requests
@@ -167,14 +196,10 @@ def test_what_is_refused_leaves_the_old_version(monkeypatch: pytest.MonkeyPatch)
     update, name = patch(["layers.0.attn.q"]), "layers.0.attn.q"
     asyncio.run(weights.processes.in_place.known())
     before = len(llm.steps)
-    # captured graphs read where it was
-    worker.vllm_config = SimpleNamespace(
-        model_config=SimpleNamespace(enforce_eager=False),
-        compilation_config=SimpleNamespace(cudagraph_mode=SimpleNamespace(name="FULL")),
-    )
-    kept, worker.device = worker.model.q, SimpleNamespace(type="meta")
+    worker.capture(eager=False)  # graphs read where it was
+    kept = worker.model.q
     worker.model.q = nn.Parameter(kept.clone(), requires_grad=False)
-    with pytest.raises(MovedError, match=r"q \(pointer\) lies elsewhere than captured graphs"):
+    with pytest.raises(MovedError, match=r"graphs .*: q \(pointer\) lies elsewhere than they"):
         asyncio.run(weights.apply(update))
     worker.model.q = kept
     assert "pause" not in llm.steps[before:] and weights.corrupt is None
@@ -191,19 +216,73 @@ def test_what_is_refused_leaves_the_old_version(monkeypatch: pytest.MonkeyPatch)
     assert (weights.version, held(worker)["q"]) == (1, 7)
 
 
-def test_what_does_not_stay_where_it_was_written_is_served_to_nobody(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    weights, worker, _, requests = served(monkeypatch)
+def test_what_an_audit_finds_is_served_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is what was decoded since the update, which the audit ends after."""
+    worker = Worker()
+    llm = LLM(worker)
+    monkeypatch.setattr(engine_processes, "start", lambda settings: llm)
+    settings = EngineSettings(model="m", max_num_seqs=2, max_model_len=8, dtype="float32")
+    prompt = Prompt(id="p", token_ids=(3,), answer="", source="")
+    request = (prompt, 1, Sampling(max_tokens=1))
     prove = worker.emberl_prove
 
     def damaged(version: int) -> None:
         worker.model.q[0, 0] = 3
-        prove(version)
+        llm.may_end.set()
+        worker._emberl_work = SimpleNamespace(outcome=None)  # type: ignore[assignment]
+        asyncio.get_running_loop().call_later(0.2, prove, version)
 
-    monkeypatch.setattr(worker, "emberl_prove", damaged)
-    with pytest.raises(DigestMismatchError, match=r"element 0 .* does not hold"):
-        asyncio.run(weights.apply(patch(["layers.0.attn.q"])))
-    assert weights.held is None and weights.corrupt is not None and len(requests.failed) == 1
+    async def decode(engine: VLLMEngine) -> list[Any]:
+        return [completion async for completion in engine.generate_all([request])]
+
+    async def scenario() -> None:
+        engine = VLLMEngine(settings, run_id="run", version=-1)
+        await engine.apply(dense_patch("run", 0, OLD.items()))
+        under_way = asyncio.create_task(decode(engine))
+        await asyncio.sleep(0)
+        monkeypatch.setattr(worker, "emberl_prove", damaged)
+        with pytest.raises(DigestMismatchError, match=r"layers\.0\.attn\.q: .* checksum"):
+            await engine.apply(patch(["layers.0.attn.q"], version=32))  # which audits it
+        assert llm.may_end.is_set()
+        for tokens in (under_way, decode(engine)):
+            with pytest.raises(DigestMismatchError):
+                await tokens
+        assert engine.held is None
+        monkeypatch.undo()
+        await engine.apply(dense_patch("run", 32, OLD.items()))
+        assert held(worker)["q"] == 1 and len(await decode(engine)) == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_load_that_leaves_graphs_behind_is_repeated_without_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever is allowed of lost processes; and a server, which is not ours to start, says what
+    it has to be started with."""
+    started: list[Worker] = []
+
+    def start(settings: EngineSettings) -> LLM:
+        started.append(Worker(moves=True))
+        started[-1].capture(eager=bool(settings.engine_args.get("enforce_eager")))
+        return LLM(started[-1])
+
+    monkeypatch.setattr(engine_processes, "start", start)
+    monkeypatch.setattr(engine_processes, "connect", lambda _, settings, *__: start(settings))
+    settings = EngineSettings(model="m", max_num_seqs=2, max_model_len=8, dtype="float32")
+
+    def served_by(server: str) -> ServedWeights:
+        return ServedWeights(
+            settings, NoRequests(), run_id="run", version=-1, deadline_s=60, max_restarts=0,
+            server=server, servers_directory=None,
+        )  # fmt: skip
+
+    weights = served_by("")
+    with pytest.warns(UserWarning, match=r"without captured graphs .* e\.g\. q \(pointer\)"):
+        asyncio.run(weights.apply(dense_patch("run", 0, OLD.items())))
+    assert (weights.version, weights.corrupt, weights.processes.restarts) == (0, None, 1)
+    assert len(started) == 2 and held(started[-1])["q"] == 1
     asyncio.run(weights.apply(dense_patch("run", 1, OLD.items())))
-    assert weights.corrupt is None and held(worker)["q"] == 1
+    assert (weights.version, len(started)) == (1, 2)
+    with pytest.raises(MovedError, match=r"q \(pointer\); .*enforce.eager"):
+        asyncio.run(served_by("http://there").apply(dense_patch("run", 0, OLD.items())))
