@@ -148,11 +148,18 @@ def bench_toy(report: Report) -> None:
         )
 
 
-def bench_links(report: Report, scales: Sequence[int], share: float, picture: Path | None) -> None:
+def bench_links(
+    report: Report,
+    scales: Sequence[int],
+    share: float,
+    ways: Sequence[str],
+    length: Sequence[str],
+    picture: Path | None,
+) -> None:
     """The split is the same everywhere, so that only the link differs."""
     shares: dict[int, dict[str, list[float]]] = {}
     for devices in scales:
-        common = [f"schedule.prompts_per_step={SCALES[devices]}", "steps=48", "warmup=24"]
+        common = [f"schedule.prompts_per_step={SCALES[devices]}", *length]
         learners = 8 * round(share * devices / 8)
         scenario = make_scenario(load_plan(common, {"devices": devices}), learners)
         # a link that takes no time
@@ -170,12 +177,12 @@ def bench_links(report: Report, scales: Sequence[int], share: float, picture: Pa
             staleness=perfect["staleness_mean"],
         )
         shares[devices] = {}
-        for way, changes in WAYS.items():
+        for way in ways:
             for bandwidth in BANDWIDTHS:
                 words = [
                     *common,
                     f"link.bandwidth={bandwidth}",
-                    *(f"{k}={v}" for k, v in changes.items()),
+                    *(f"{k}={v}" for k, v in WAYS[way].items()),
                 ]
                 now: Figures = figures(
                     simulate(make_scenario(load_plan(words, {"devices": devices}), learners))
@@ -221,11 +228,12 @@ def draw(shares: Mapping[int, Mapping[str, Sequence[float]]], picture: Path) -> 
         layout="constrained",
         squeeze=False,
     )
-    colours = ("#969696", "#6baed6", "#d94801")
-    width = 0.8 / len(WAYS)
+    colours = ("#969696", "#6baed6", "#d94801", "#525252", "#08519c", "#7f2704")
     for axis, (devices, ways) in zip(axes[0], shares.items(), strict=True):
-        for i, ((way, values), colour) in enumerate(zip(ways.items(), colours, strict=True)):
-            places = np.arange(len(BANDWIDTHS)) + (i - (len(WAYS) - 1) / 2) * width
+        width = 0.8 / len(ways)
+        for i, (way, values) in enumerate(ways.items()):
+            colour = colours[list(WAYS).index(way)]
+            places = np.arange(len(BANDWIDTHS)) + (i - (len(ways) - 1) / 2) * width
             axis.bar(places, [100 * value for value in values], width, color=colour, label=way)
         axis.axhline(100 * GOAL, color="black", linewidth=0.8, linestyle="--")
         axis.set_xticks(range(len(BANDWIDTHS)), [f"{bandwidth:g}" for bandwidth in BANDWIDTHS])
@@ -334,15 +342,25 @@ def main() -> None:
         "--share", type=float, default=None, help="of the devices that learn (default: the best)"
     )
     parser.add_argument(
+        "--ways", type=int, nargs="+", default=range(len(WAYS)), help="for links: which, from 0"
+    )
+    parser.add_argument("--steps", type=int, default=24, help="of a simulated run that count")
+    parser.add_argument("--warmup", type=int, default=24, help="steps before these")
+    parser.add_argument("--only-links", action="store_true", help="nothing else")
+    parser.add_argument(
         "--picture", type=Path, default=None, metavar="FILE", help="draw the links, a PNG"
     )
     args = parser.parse_args()
     report = Report("plan", args.json, "simpy")
     if not args.only_reality:
-        bench_speed(report, 1024 if args.quick else 10240)
-        bench_toy(report)
+        if not args.only_links:
+            bench_speed(report, 1024 if args.quick else 10240)
+            bench_toy(report)
         share = args.share or (SHARE if args.quick else best_share(report))
-        bench_links(report, args.devices[: 1 if args.quick else None], share, args.picture)
+        ways = [list(WAYS)[number] for number in args.ways]
+        length = [f"steps={args.warmup + args.steps}", f"warmup={args.warmup}"]
+        scales = args.devices[: 1 if args.quick else None]
+        bench_links(report, scales, share, ways, length, args.picture)
     if args.reality or args.only_reality:
         with tempfile.TemporaryDirectory() as temporary:
             folder = args.runs or Path(temporary)
