@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 from ..rewards.suite import check_errors
 from ..rewards.verdict import Status
-from .checkpoints import begin_checkpoint, finish_checkpoint
+from .checkpoints import CHECKPOINTS, begin_checkpoint, finish_checkpoint
 from .config.load import ConfigError
 from .groups import Group
 from .run import Interrupted, Run
@@ -31,7 +32,8 @@ async def sample_accepted(run: Run) -> None:
     config, at_a_time = run.config.reject, run.config.schedule.prompts_per_step
     problems = config.problems or run.source.size
     assert problems, "a source without end, but reject.problems is not set"
-    steps = math.ceil(problems / at_a_time)
+    left = max(0, problems - run.progress.position)
+    steps = run.progress.step + math.ceil(left / at_a_time)
     run.tracker.begin("reject", run.progress.step, steps)
     (run.run_dir / PARTS).mkdir(exist_ok=True)
     while run.progress.step < steps:
@@ -60,7 +62,11 @@ async def sample_accepted(run: Run) -> None:
         )
         folder = begin_checkpoint(run.run_dir, f"reject-{step:06}")
         finish_checkpoint(folder, run.progress, run.config.checkpoint.keep, run.config)
-    gather_samples(run.run_dir, steps)
+    try:
+        gather_samples(run.run_dir, steps)
+    except ConfigError:  # started again, perhaps with other settings, it is to sample anew
+        shutil.rmtree(run.run_dir / CHECKPOINTS, ignore_errors=True)
+        raise
 
 
 def accepted(run: Run, group: Group) -> list[Mapping[str, Any]]:

@@ -16,15 +16,16 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import differences, leaves
+from .checkpoints import differences, latest_checkpoint, leaves
 from .config.distill import DistillConfig
-from .config.load import Config, ConfigError, SFTConfig
+from .config.load import Config, ConfigError, SFTConfig, resolve
 from .config.masking import masked
 from .config.stages import REFERENCE, Recipe, Stage
+from .contents import code_files, contents
 from .model_files import check_files
 from .preflight import check_inputs
 from .recipe import Result, train
@@ -35,7 +36,8 @@ from .watch.console import make_console, say
 DONE = "done.json"
 FREE = ("name", "run_dir", "tracking", "cluster", "checkpoint", "sync")
 """Groups that do not say what a stage makes: a stage that is done stays so under others."""
-LENGTH = re.compile(r"val-aux/(.+/)?response_length/mean")
+LENGTH = re.compile(r"val-aux/([^@]+/)?response_length/mean")
+"""Of answers without a thinking budget."""
 COLUMNS = ("stage", "kind", "before", "after", "tokens", "steps", "minutes", "")
 
 
@@ -101,7 +103,9 @@ def run_stages(
         try:
             result = run(stage.config)
         except ConfigError as error:
-            raise ConfigError(f"stage {stage.name}: {error}") from error
+            begun = latest_checkpoint(stage.config.output) is not None
+            fix = f" (--from {stage.name} does the stage anew)" if begun else ""
+            raise ConfigError(f"stage {stage.name}: {error}{fix}") from error
         if result.status == "ok":
             done[stage.name] = finish_stage(stage, proof, row_of(stage, result))
         summary = write_summary(recipe, done, result.status, began)
@@ -170,12 +174,7 @@ def finished(recipe: Recipe, anew: Sequence[str]) -> dict[str, dict[str, Any]]:
         if not stage.output.exists():
             raise ConfigError(f"stage {stage.name} is done, but {stage.output} is gone; {redo}")
         proof = proof_of(recipe, stage, done)
-        if said["hash"] != proof["hash"]:
-            changed = [
-                line
-                for part in ("settings", "inputs")
-                for line in differences(said[part], proof[part]).values()
-            ]
+        if changed := changes(said, proof, stage.config):
             raise ConfigError(
                 f"stage {stage.name} is done, with other settings or inputs:"
                 f" {'; '.join(changed[:5])}; {redo}, which redoes what follows too, give them back,"
@@ -183,6 +182,21 @@ def finished(recipe: Recipe, anew: Sequence[str]) -> dict[str, dict[str, Any]]:
             )
         done[stage.name] = said
     return done
+
+
+def changes(said: Mapping[str, Any], proof: Mapping[str, Any], config: Config) -> list[str]:
+    """A line for each setting and input of a stage that is done which is another now; a key that
+    the emberl which did it did not know counts where it is not at its default."""
+    if said["hash"] == proof["hash"]:
+        return []
+    plain = {"name": config.name, "model": {"path": "any"}, "data": {"source": "arithmetic"}}
+    defaults = leaves(resolve({**plain, "algorithm": config.algorithm}).model_dump(mode="json"))
+    settings = {
+        key: line
+        for key, line in differences(said["settings"], proof["settings"]).items()
+        if key in said["settings"] or proof["settings"][key] != defaults.get(key)
+    }
+    return [*settings.values(), *differences(said["inputs"], proof["inputs"]).values()]
 
 
 def proof_of(recipe: Recipe, stage: Stage, done: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -196,7 +210,7 @@ def proof_of(recipe: Recipe, stage: Stage, done: Mapping[str, Mapping[str, Any]]
 
 def inputs_of(stage: Stage, done: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """The earlier stages that are used, by what each wrote when it was done, and hashes of local
-    files."""
+    files: models, data and a user's own functions."""
     config = stage.config
     inputs = {
         REFERENCE + name: str(done[name]["id"]) if name in done else "not done"
@@ -206,28 +220,12 @@ def inputs_of(stage: Stage, done: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     read += [config.sft.data] if config.sft.data is not None else []
     named = [
         config.model.path or (),
+        *(teacher.path for teacher in config.distill.teachers.values()),
         *(n for data in read for n in (data.source, data.eval_path or ())),
+        code_files(config.model_dump(mode="json")),
     ]
-    paths = [p for each in named for p in ([each] if isinstance(each, str) else each)]
-    for path in map(Path, filter(None, paths)):
-        if config.output.parent not in path.parents:
-            inputs |= {str(file): _content(file) for file in _files(path.expanduser())}
-    return inputs
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
-
-
-def _content(file: Path) -> str:
-    """A hash of a file; of one that is larger than 1 GiB, such as weights, its size."""
-    size = file.stat().st_size
-    if size > 1 << 30:
-        return f"{size} bytes"
-    with file.open("rb") as opened:
-        return file_digest(opened, "sha256").hexdigest()
+    paths = [p for each in named for p in ([each] if isinstance(each, str) else each) if p]
+    return inputs | contents(p for p in paths if config.output.parent not in Path(p).parents)
 
 
 def finish_stage(stage: Stage, proof: Mapping[str, Any], row: Row) -> dict[str, Any]:

@@ -113,6 +113,12 @@ class Config(Experiment):
                 else f"loss.kind={self.loss.kind}"
             )
             raise ValueError(f"distill.teachers and {which} do not go together; leave one out")
+        paths = {teacher.path.rstrip("/") for teacher in self.distill.teachers.values()}
+        if paths == {(self.model.path or "").rstrip("/")} and not self.distill.reward_coef:
+            raise ValueError(
+                f"distill.teachers: {self.model.path} is the student's own model, which has nothing"
+                " to learn from itself; name another, or set distill.reward_coef"
+            )
 
     def _check_colocated(self) -> None:
         if not self.cluster.colocated:

@@ -26,6 +26,10 @@ from .overrides import merged, tree_of
 
 Output = Literal["model", "samples"]
 BASE, REFERENCE = "base", "stage:"
+TAKEN = ("summary.json", "summary.md", "stop", ".lock")
+"""Names of files in a recipe's directory."""
+OF_RECIPE = ("name", "run_dir", "stages")
+"""Keys that a stage has from its recipe."""
 OUTPUTS: Mapping[Output, str] = {"model": "model", "samples": "samples.jsonl"}
 """Where in its directory a stage leaves what it makes."""
 
@@ -86,6 +90,11 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Config |
     if not common.get("name"):
         raise ConfigError("name is required but missing; add it to the file or pass name=...")
     folder = Path(common.get("run_dir") or f"runs/{common['name']}")
+    for group, other in _references(common):
+        raise ConfigError(
+            f"{group} takes {REFERENCE}{other} for all stages, which none before it has left; give"
+            " it to the stages that take it"
+        )
     _check_references(sections)
     stages: list[Stage] = []
     for name, section in sections.items():
@@ -111,8 +120,7 @@ def _named(tree: dict[str, Any]) -> dict[str, Any]:
                 f"stage {number} has no name that a directory may have (name: {name!r}); in a"
                 " recipe each stage is a section such as {name: cold_start, kind: sft}"
             )
-        if name in by_name or name == BASE:
-            why = "stands for the file's own model" if name == BASE else "is another stage's, too"
+        if why := _refused(name, by_name):
             raise ConfigError(f"stage {number}: the name {name!r} {why}; give it another")
         kind = section.get("kind")
         if not isinstance(kind, str) or kind not in KINDS:
@@ -120,17 +128,39 @@ def _named(tree: dict[str, Any]) -> dict[str, Any]:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"stage {name}: its kind is {kind!r}, not {', '.join(KINDS)}{hint}")
         by_name[name] = {key: value for key, value in section.items() if key != "name"}
+        for key in OF_RECIPE:
+            if key in by_name[name]:
+                raise ConfigError(
+                    f"stage {name}: {key} is the recipe's; leave it out, or set it for the whole"
+                    " file"
+                )
     return {**tree, "stages": by_name}
+
+
+def _refused(name: str, others: Mapping[str, Any]) -> str | None:
+    """Why a stage cannot have this name."""
+    if name == BASE:
+        return "stands for the file's own model"
+    if name in TAKEN:
+        return "is that of a file of the recipe"
+    # directories of some systems know no capitals
+    same = [other for other in others if other.casefold() == name.casefold()]
+    if not same:
+        return None
+    return "is another stage's, too" if same == [name] else f"is as good as {same[0]!r}"
 
 
 def _tree_of(override: str, tree: Mapping[str, Any]) -> dict[str, Any]:
     """`stages.NAME.KEY=value` as a tree; others as in a single run."""
     sections = tree.get("stages")
     group, _, rest = override.partition(".")
-    name, _, inner = rest.partition(".")
     if group != "stages" or not isinstance(sections, Mapping):
         return tree_of(override, Config)
-    if name not in sections or not inner:
+    # a name may have points
+    named = [each for each in sections if rest.startswith(f"{each}.")]
+    name = max(named, key=len, default="")
+    inner = rest.removeprefix(f"{name}.")
+    if not name or not inner:
         raise ConfigError(
             f"override {override!r}: there is no such stage; stages.NAME.KEY=value has one of"
             f" {', '.join(sections)} for NAME"
@@ -146,6 +176,8 @@ def _check_references(sections: Mapping[str, Mapping[str, Any]]) -> None:
         for group, other in _references(section):
             said = f"stage {name}: {group} takes {REFERENCE}{other}"
             if other == BASE:
+                if group not in ("model", "distill"):
+                    raise ConfigError(f"{said}, a model, where samples are to be given")
                 continue
             if other not in sections:
                 near = difflib.get_close_matches(other, order, n=1)
@@ -218,13 +250,15 @@ def _stage(
     if runs == "sft":
         tree = merged({"sft": {"accuracy": True}}, tree)
     outputs = {stage.name: str(stage.output) for stage in earlier}
+    if own_path := _group(common, "model").get("path"):
+        outputs[BASE] = str(own_path)
     tree = _filled(tree, outputs)
     tree |= {
         "name": f"{common['name']}-{name}",
         "run_dir": str(folder / name),
         "stages": [runs],
     }
-    tree["tracking"] = {**_group(tree, "tracking"), "group": str(common["name"])}
+    tree["tracking"] = {"group": str(common["name"]), **_group(tree, "tracking")}
     return Stage(name=name, kind=kind, config=resolve(tree), takes=takes)
 
 
@@ -237,7 +271,12 @@ def _group(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _filled(tree: Any, outputs: Mapping[str, str], key: str = "") -> Any:
     """The tree with paths for references. Samples have their system message in them."""
     if isinstance(tree, str) and tree.startswith(REFERENCE):
-        path = outputs[tree.removeprefix(REFERENCE)]
+        path = outputs.get(tree.removeprefix(REFERENCE))
+        if path is None:
+            raise ConfigError(
+                f"{key} takes {tree}, but the file's model has no path: it is made anew from"
+                " model.tiny; name a stage"
+            )
         return {"source": path, "system_prompt": None} if key == "data" else path
     if isinstance(tree, Mapping):
         return {name: _filled(value, outputs, name) for name, value in tree.items()}

@@ -91,3 +91,11 @@ class RejectConfig(Settings):
     """Answers to each problem."""
     keep: int = Field(default=1, ge=1, le=65_536)
     """Accepted answers that are kept of each problem, the first that differ."""
+
+    @model_validator(mode="after")
+    def _keeps(self) -> RejectConfig:
+        if self.keep > self.samples:
+            raise ValueError(
+                f"reject.keep={self.keep} is more than reject.samples={self.samples}; raise samples"
+            )
+        return self

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 from emberl.rewards.verdict import Status, Verdict, verifier_error
+from emberl.rl.checkpoints import Progress, latest_checkpoint
 from emberl.rl.config.load import ConfigError
 from emberl.rl.config.supervised import RejectConfig
 from emberl.rl.groups import Group
-from emberl.rl.reject import accepted, figures_of, gather_samples
+from emberl.rl.reject import accepted, figures_of, gather_samples, sample_accepted
 from emberl.rollout.samples import Completion, Episode, Prompt, Span
 
 PROMPT = Prompt(
@@ -42,7 +45,7 @@ def group(*, cut: Sequence[int] = (4,), episode: Episode | None = None) -> Group
 
 def run(keep: int) -> Any:
     return SimpleNamespace(
-        config=SimpleNamespace(reject=RejectConfig(keep=keep)),
+        config=SimpleNamespace(reject=RejectConfig(keep=keep, samples=16)),
         answers=SimpleNamespace(text=lambda prompt, completion: ANSWERS[completion.sample]),
     )
 
@@ -66,6 +69,67 @@ def test_of_an_episode_all_turns_are_kept() -> None:
     episode = Episode(turns=(0,), messages=turns, reward=None, status="done")
     [row] = accepted(run(1), group(episode=episode))
     assert row["messages"] == [*PROMPT.messages, *turns]
+
+
+def sampling(folder: Path, *, right: bool) -> tuple[Any, list[int]]:
+    """A run that stands after two steps of two problems each, of eight problems in all, and is now
+    to take three at a time; and the numbers of those that it is asked for."""
+    asked: list[int] = []
+
+    async def sample_groups(prompts: Sequence[int], n: int, how: Any) -> list[Group]:
+        asked.extend(prompts)
+        status = Status("correct" if right else "wrong")
+        verdict = Verdict(status=status, score=float(right))
+        one = Group(prompt=PROMPT, completions=group().completions[:1], verdicts=(verdict,))
+        return [one] * len(prompts)
+
+    made = run(1)
+    made.config = SimpleNamespace(
+        reject=RejectConfig(keep=1, problems=8),
+        schedule=SimpleNamespace(prompts_per_step=3),
+        reward=SimpleNamespace(max_error_fraction=0.01),
+        checkpoint=SimpleNamespace(keep=2),
+    )
+    made.run_dir, made.stop, made.started = folder, threading.Event(), 0.0
+    made.source = SimpleNamespace(size=None, train=lambda i: i)
+    made.progress = Progress(step=2, position=4)
+    made.sampling, made.sample_groups = (lambda step: None), sample_groups
+    made.suite = SimpleNamespace(metrics=dict)
+    logged = (folder / "metrics.jsonl").open("a", buffering=1)
+    made.tracker = SimpleNamespace(
+        begin=lambda *_: None,
+        log=lambda step, figures, show: logged.write(
+            json.dumps({"stage": "reject", "axis": "train", "step": step, **figures}) + "\n"
+        ),
+    )
+    return made, asked
+
+
+def test_no_problem_is_left_out_where_a_step_takes_other_numbers_than_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emberl.rl.checkpoints.shown_tree", lambda config: {})
+    (tmp_path / "samples").mkdir()
+    for step in (1, 2):
+        (tmp_path / f"samples/{step:06}.jsonl").write_text("{}\n{}\n")
+    made, asked = sampling(tmp_path, right=True)
+    asyncio.run(sample_accepted(made))
+    assert asked == [4, 5, 6, 7] and made.progress.position == 8
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 8
+    assert latest_checkpoint(tmp_path) is not None
+
+
+def test_where_nothing_was_accepted_another_start_samples_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emberl.rl.checkpoints.shown_tree", lambda config: {})
+    (tmp_path / "samples").mkdir()
+    for step in (1, 2):
+        (tmp_path / f"samples/{step:06}.jsonl").write_text("")
+    made, _ = sampling(tmp_path, right=False)
+    with pytest.raises(ConfigError, match="rejection sampling accepted none of 4 answers: 4 wrong"):
+        asyncio.run(sample_accepted(made))
+    assert latest_checkpoint(tmp_path) is None
 
 
 def test_the_figures_of_a_step() -> None:

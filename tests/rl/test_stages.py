@@ -38,7 +38,7 @@ LOGGED: dict[str, list[dict[str, Any]]] = {
         {"stage": "rl", "step": 7, "axis": "train", "critic/score/mean": 0.5},
         # two sets: the mean of their lengths
         {"stage": "rl", "step": 7, "axis": "eval", "val-core/accuracy": 0.75, "val-aux/a/response_length/mean": 30.0,
-         "val-aux/b/response_length/mean": 50.0},
+         "val-aux/b/response_length/mean": 50.0, "val-aux/b@8/response_length/mean": 9.0},
     ],
     "samples": [
         {"stage": "reject", "step": 1, "axis": "train", "reject/answers": 32.0, "reject/correct": 24.0,
@@ -150,6 +150,17 @@ def test_a_stage_that_was_stopped_goes_on(runs: Runs, how: str) -> None:
     assert runs.take() == [("think", True), *ALL[2:]]
 
 
+def test_a_stage_that_cannot_go_on_says_how_it_begins_anew(runs: Runs) -> None:
+    runs.interrupted = "think"
+    run_recipe(recipe(), run=runs)
+
+    def refusing(config: Config, **options: Any) -> Result:
+        raise ConfigError("rl-000003 is of another run (seed: 0, now 1)")
+
+    with pytest.raises(ConfigError, match=r"stage think: .* \(--from think does the stage anew\)$"):
+        run_recipe(recipe(), run=refusing)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -185,6 +196,30 @@ def test_an_input_that_changed_or_went_is_refused(runs: Runs) -> None:
     shutil.rmtree("runs/r/cold/model")
     with pytest.raises(ConfigError, match=r"stage cold is done, but runs/r/cold/model is gone"):
         run_recipe(recipe(own), run=runs)
+
+
+def test_a_function_of_one_s_own_that_changed_is_refused(runs: Runs) -> None:
+    """And a teacher's weights; not what only a newer emberl asks for."""
+    Path("brief.py").write_text("def brief(completions): return [0.5] * len(completions)\n")
+    Path("r.yaml").write_text(
+        "name: r\nmodel: {tiny: {hidden: 64}}\ndata: {source: arithmetic, heldout: 16}\n"
+        "reward: {parts: {brief: {use: ./brief.py:brief, style: trl}}}\n"
+        "stages: [{name: think, kind: rl}]\n"
+    )
+    run_recipe(recipe(), run=runs)
+    Path("brief.py").write_text("def brief(completions): return [0.7] * len(completions)\n")
+    with pytest.raises(ConfigError, match=r"stage think is done, .*: (\./)?brief\.py: "):
+        run_recipe(recipe(), run=runs)
+    Path("brief.py").write_text("def brief(completions): return [0.5] * len(completions)\n")
+    file = Path("runs/r/think/done.json")
+    said = json.loads(file.read_text())
+    del said["settings"]["rollout.max_num_seqs"]
+    file.write_text(json.dumps(said | {"hash": "of fewer keys"}))
+    runs.take()
+    run_recipe(recipe(), run=runs)
+    assert runs.take() == []
+    with pytest.raises(ConfigError, match=r"rollout\.max_num_seqs: unset, now 7"):
+        run_recipe(recipe("rollout.max_num_seqs=7"), run=runs)
 
 
 def test_from_needs_what_is_before_it(runs: Runs) -> None:

@@ -81,6 +81,25 @@ def test_a_list_of_words_is_one_run(tmp_path: Path) -> None:
     assert isinstance(load(tmp_path, COMMON + STAGES, "stages=[rl]"), Config)
 
 
+def test_a_name_may_have_points_and_a_group_of_one_s_own_stays(tmp_path: Path) -> None:
+    text = COMMON + "stages: [{name: a, kind: sft}, {name: a.b, kind: sft}]\n"
+    recipe = load(tmp_path, text, "stages.a.b.sft.steps=3", "stages.a.sft.steps=2")
+    assert [s.config.sft.steps for s in recipe.stages] == [2, 3]
+    assert {s.config.tracking.group for s in recipe.stages} == {"r"}
+    own = load(tmp_path, text, "tracking.group=mine")
+    assert {s.config.tracking.group for s in own.stages} == {"mine"}
+
+
+def test_the_file_s_own_model_may_teach(tmp_path: Path) -> None:
+    stages = (
+        "stages: [{name: a, kind: sft}, {name: b, kind: distill, algorithm: opd,"
+        " distill: {teachers: {t: {path: stage:base}}}}]\n"
+    )
+    recipe = load(tmp_path, COMMON.replace("tiny: {hidden: 64}", "path: big") + stages)
+    assert recipe.stages[1].config.distill.teachers["t"].path == "big"
+    assert recipe.stages[1].config.model.path == "runs/r/a/model"
+
+
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
@@ -115,6 +134,24 @@ def test_a_list_of_words_is_one_run(tmp_path: Path) -> None:
             "{name: a, kind: reject, reject: {problems: 1}}, {name: b, kind: rl, model: {path: stage:a}}",
             "stage b: model takes stage:a, which leaves samples, where model is to be given",
         ),
+        ("{name: stop, kind: rl}", "stage 1: the name 'stop' is that of a file of the recipe"),
+        ("{name: A, kind: sft}, {name: a, kind: rl}", "stage 2: the name 'a' is as good as 'A'"),
+        ("{name: a, kind: rl, run_dir: x}", "stage a: run_dir is the recipe's; leave it out"),
+        ("{name: a, kind: rl, stages: [sft]}", "stage a: stages is the recipe's; leave it out"),
+        ("{name: a, kind: rl, data: stage:base}", "data takes stage:base, a model, where samples"),
+        (
+            "{name: a, kind: distill, distill: {teachers: {t: {path: stage:base}}}}",
+            "stage a: path takes stage:base, but the file's model has no path",
+        ),
+        (
+            "{name: a, kind: sft}, {name: b, kind: distill, algorithm: opd, distill: {teachers: {t: {path: stage:a}}}}",
+            "stage b: distill.teachers: runs/r/a/model is the student's own model, which has nothing to learn",
+        ),
+        (
+            "{name: a, kind: reject, reject: {problems: 4, samples: 1, keep: 3}}",
+            "stage a: reject.keep=3 is more than reject.samples=1",
+        ),
+        ("{name: a, kind: rl}]\nsft: {data: stage:a} #", "sft takes stage:a for all stages, which none"),
         ("{name: a, kind: distill}", "stage a: a distill stage needs a teacher"),
         ("{name: a, kind: reject}", "stage a: data.source=arithmetic makes problems without end; set reject.problems"),
         ("{name: a, kind: sft, sft: {epochs: 2}}", "stage a: sft.epochs=2 counts passes over a data set"),

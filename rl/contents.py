@@ -1,0 +1,46 @@
+"""What files hold, as hashes: by which a result that is kept is known to be of other inputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+
+_CODE = re.compile(r"(?P<file>[^:]+\.py):[A-Za-z_][\w.]*")
+"""A user's own function, `./file.py:function`."""
+
+
+def contents(paths: Iterable[str | Path]) -> dict[str, str]:
+    """Hashes of these files, and of all in these directories; what is not here (a Hub id) is left
+    out."""
+    files = (file for path in paths for file in _files(Path(path).expanduser()))
+    return {str(file): _content(file) for file in files}
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
+
+
+def _content(file: Path) -> str:
+    """A hash of a file; of one that is larger than 1 GiB, such as weights, its size."""
+    size = file.stat().st_size
+    if size > 1 << 30:
+        return f"{size} bytes"
+    with file.open("rb") as opened:
+        return file_digest(opened, "sha256").hexdigest()
+
+
+def code_files(settings: Any) -> list[str]:
+    """The files of a user's own functions that settings name, each once."""
+    if isinstance(settings, str):
+        named = _CODE.fullmatch(settings)
+        return [named["file"]] if named else []
+    if isinstance(settings, Mapping):
+        settings = list(settings.values())
+    if isinstance(settings, list | tuple):
+        return list(dict.fromkeys(file for each in settings for file in code_files(each)))
+    return []
