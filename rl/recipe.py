@@ -44,14 +44,17 @@ from .run_directory import (
     alone_in,
     forget_earlier,
     forget_figures,
+    is_stage,
     open_run_dir,
     trim_metrics,
+    trim_samples,
 )
 from .sft import Imitated, train_sft
 from .trainer import train_rl
 from .watch.console import make_console, say
 from .watch.profiles import write_timeline
 from .watch.rollouts import trim_steps
+from .watch.sinks import forget_tracked
 from .watch.system import SystemWatch
 from .watch.tracking import Tracker
 from .weights.decoding import proof_requests
@@ -99,12 +102,15 @@ def train(config: Config, *, resume: Resume = "never", override: bool = False) -
     check_model(config)
     cluster = Cluster(config, tell)
     run_dir, checkpoint = open_run_dir(config, resume, tell)
+    changed = [] if checkpoint is None else check_resumed(config, checkpoint, override)
+    for line in changed:
+        tell(f"resumed with {line}")
     if checkpoint is not None:
-        for line in check_resumed(config, checkpoint, override):
-            tell(f"resumed with {line}")
         started -= read_progress(checkpoint).seconds
     with alone_in(run_dir), ThreadPoolExecutor(1, thread_name_prefix="model") as beside:
         forget_earlier(run_dir, anew=checkpoint is None, tell=tell)
+        if checkpoint is None or changed:
+            forget_tracked(run_dir, anew=checkpoint is None)
         model = beside.submit(ready_model, config, run_dir, tell, checkpoint is None)
         if config.model.path is not None or config.model.lora is not None:
             model.result()  # what is wrong with it is said before Ray starts
@@ -233,7 +239,8 @@ def stand_of(config: Config, run_dir: Path, checkpoint: Path | None) -> Progress
     if progress.stage < len(config.stages):
         stage = config.stages[progress.stage]
         evaluates = progress.step == 0 or progress.evaluating is not None
-        trim_metrics(run_dir, stage, progress.step, config.stages, evaluates=evaluates)
+        for trim in (trim_metrics, trim_samples):
+            trim(run_dir, stage, progress.step, config.stages, evaluates=evaluates)
         trim_steps(run_dir, stage, progress.step, config.stages)
     return progress
 
@@ -300,7 +307,12 @@ async def go(run: Run, checkpoint: Path | None, imitated: Imitated | None = None
             )
     except Interrupted:
         status = "interrupted"
-        run.tracker.note(f"saved; add --resume run_dir={run.run_dir} to go on")
+        again = (
+            "the same command again goes"
+            if is_stage(run.run_dir)
+            else (f"add --resume run_dir={run.run_dir} to go")
+        )
+        run.tracker.note(f"saved; {again} on")
     except Exception as error:  # whatever it was, who sees the trackers alone is told
         run.tracker.alert("this attempt ended by an error", f"{type(error).__name__}: {error}")
         raise

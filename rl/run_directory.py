@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from .checkpoints import CHECKPOINTS, latest_checkpoint, remove_halves
 from .config.load import Config, ConfigError
 
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.md"
 STOP = "stop"
 """A file that asks the run of this directory to save after its step and to end."""
 LOCK = ".lock"
@@ -78,7 +80,7 @@ def forget_earlier(
 
 def forget_figures(run_dir: Path) -> None:
     """Removes the figures and answers of a start that came to nothing."""
-    for name in (METRICS, *RECORDS):
+    for name in (METRICS, SAMPLES, *RECORDS):
         (run_dir / name).unlink(missing_ok=True)
     for name in ANSWERS:
         shutil.rmtree(run_dir / name, ignore_errors=True)
@@ -160,14 +162,18 @@ def alone_in(run_dir: Path) -> Iterator[None]:
 def asked_to_stop(run_dir: Path) -> bool:
     """Whether somebody put the file there, or into the directory of the recipe whose stage this
     is; takes it away."""
-    of_recipe = run_dir.parent if (run_dir.parent / SUMMARY).exists() else run_dir
-    for folder in (run_dir, of_recipe):
+    for folder in (run_dir, *([run_dir.parent] if is_stage(run_dir) else [])):
         try:
             (folder / STOP).unlink()
         except FileNotFoundError:
             continue
         return True
     return False
+
+
+def is_stage(run_dir: Path) -> bool:
+    """Whether this is the directory of a recipe's stage."""
+    return (run_dir.parent / SUMMARY).exists()
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -193,14 +199,45 @@ def trim_metrics(
     file = run_dir / METRICS
     if not file.exists():
         return
-    reached = (stages.index(stage), step)
     rows = read_metrics(file)
 
     def stays(row: Mapping[str, Any]) -> bool:
-        at = (stages.index(row["stage"]), row["step"])
-        return at < reached or (at == reached and not (evaluates and row["axis"] == "eval"))
+        done = _done(row["stage"], row["step"], stage, step, stages)
+        return done > 0 or (done == 0 and not (evaluates and row["axis"] == "eval"))
 
     kept = [row for row in rows if stays(row)]
     new = file.with_suffix(".new")
     new.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
+    new.replace(file)
+
+
+def _done(own: str, own_step: int, stage: str, step: int, stages: Sequence[str]) -> int:
+    """Of a step `own_step` of a stage: 1 before `step` of `stage`, 0 that one, -1 beyond. One of a
+    stage that `stages` no longer has is done."""
+    if own not in stages:
+        return 1
+    at, reached = (stages.index(own), own_step), (stages.index(stage), step)
+    return (at < reached) - (at > reached)
+
+
+def trim_samples(
+    run_dir: Path, stage: str, step: int, stages: Sequence[str], *, evaluates: bool = False
+) -> None:
+    """Drops from `samples.md` the evaluations that a resumed run will do again, as
+    `trim_metrics`."""
+    file = run_dir / SAMPLES
+    if not file.exists():
+        return
+    # newline: a carriage return within an answer begins no line
+    with file.open(newline="") as opened:
+        before, *sections = re.split(r"(?=^### \w+ step \d+$)", opened.read(), flags=re.MULTILINE)
+    kept = [before]
+    for section in sections:
+        _, name, _, number = section.splitlines()[0].split()
+        done = _done(name, int(number), stage, step, stages)
+        if done > 0 or (done == 0 and not evaluates):
+            kept.append(section)
+    new = file.with_suffix(".new")
+    with new.open("w", newline="") as opened:
+        opened.write("".join(kept))
     new.replace(file)

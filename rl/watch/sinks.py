@@ -14,6 +14,7 @@ import threading
 import urllib.parse
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from ..config.load import Config, shown_tree
 from ..config.masking import hidden
+from .sent import Sent, forget_sent
 
 QUEUED = 1000
 """Calls that may wait for a slow sink; what comes beyond is left out."""
@@ -71,22 +73,32 @@ class Sink(Protocol):
 class Background:
     """A sink that is opened and called in a thread of its own, in order."""
 
-    def __init__(self, name: str, opening: Callable[[], Sink], tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        opening: Callable[[], Sink],
+        tell: Callable[[str], None],
+        sent: Sent | None = None,
+    ) -> None:
+        """sent: the rows that it had in earlier attempts, where it goes on as the same run."""
         self.name = name
+        self._sent = sent
         self._opening = opening
         self._tell = tell
-        self._calls: queue.Queue[Callable[[Sink], None] | None] = queue.Queue(QUEUED)
+        self._calls: queue.Queue[tuple[str | None, Callable[[Sink], None]] | None]
+        self._calls = queue.Queue(QUEUED)
         self._left_out = 0
         self._failed = False
         self._thread = threading.Thread(target=self._work, daemon=True, name=f"{name}-sink")
         self._thread.start()
 
-    def call(self, do: Callable[[Sink], None]) -> None:
-        """Has `do` called with the sink; returns at once."""
+    def call(self, do: Callable[[Sink], None], key: str | None = None) -> None:
+        """Has `do` called with the sink; returns at once. key: of a row, which it is to have
+        once."""
         if self._failed:
             return
         try:
-            self._calls.put_nowait(do)
+            self._calls.put_nowait((key, do))
         except queue.Full:
             self._left_out += 1
             if self._left_out == 1:
@@ -105,14 +117,22 @@ class Background:
     def _work(self) -> None:
         try:
             sink = self._opening()
-            while (do := self._calls.get()) is not None:
-                do(sink)
+            while (call := self._calls.get()) is not None:
+                key, do = call
+                if self._sent is None or key is None or key not in self._sent:
+                    do(sink)
+                    self._note(key, rows_waiting=bool(getattr(sink, "waiting", 0)))
             sink.close()
+            self._note(None, rows_waiting=False)
         # foreign code, its helper processes and the network: whatever it is, the run goes on
         except Exception as error:
             self._failed = True
             line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             self._tell(f"{self.name} ended ({line}); the run goes on, metrics.jsonl has it all")
+
+    def _note(self, key: str | None, *, rows_waiting: bool) -> None:
+        if self._sent is not None:
+            self._sent.add(key, rows_waiting)
 
 
 class Wandb:
@@ -163,7 +183,9 @@ class Wandb:
             for name in names:
                 self._run.define_metric(name, step_metric=axis)
         self._table: Any = None
-        self._table_step = self._waiting = self._increments = 0
+        self.waiting = 0
+        """Rows of the table that are kept back."""
+        self._table_step = self._increments = 0
 
     def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log({**metrics, "system/seconds" if axis == "system" else f"{axis}/step": step})
@@ -178,14 +200,14 @@ class Wandb:
         self._table_step = step
         for row in rows[: MOST_ROWS - len(self._table.data)]:
             self._table.add_data(*(_short(cell) for cell in row))
-            self._waiting += 1
+            self.waiting += 1
         # each increment names all before it: so they grow with the root of the steps
-        if self._waiting > INCREMENT * self._increments:
+        if self.waiting > INCREMENT * self._increments:
             self._log_table()
 
     def _log_table(self) -> None:
-        if self._waiting:
-            self._increments, self._waiting = self._increments + 1, 0
+        if self.waiting:
+            self._increments, self.waiting = self._increments + 1, 0
             self._run.log({"samples": self._table, "train/step": self._table_step})
 
     def histograms(self, step: int, values: Mapping[str, NDArray[Any]]) -> None:
@@ -308,13 +330,26 @@ def open_sinks(config: Config, run_dir: Path, tell: Callable[[str], None]) -> li
     if mode == "offline" and config.tracking.wandb == "auto":
         tell(f"W&B: no API key, so this run is kept offline under {run_dir / 'wandb'}")
     if mode != "disabled":
-        sinks.append(Background("W&B", lambda: Wandb(config, run_dir, mode, tell), tell))
+        opening = partial(Wandb, config, run_dir, mode, tell)
+        sinks.append(Background("W&B", opening, tell, Sent(run_dir, "wandb")))
     others: dict[str, Callable[[], Sink]] = {
         "tensorboard": lambda: TensorBoard(run_dir),
         "swanlab": lambda: SwanLab(config, run_dir),
         "mlflow": lambda: MLflow(config, run_dir),
     }
-    return sinks + [Background(name, others[name], tell) for name in config.tracking.also]
+    for name in config.tracking.also:
+        # the others begin a run of their own with each attempt
+        sent = Sent(run_dir, name) if name == "tensorboard" else None
+        sinks.append(Background(name, others[name], tell, sent))
+    return sinks
+
+
+def forget_tracked(run_dir: Path, *, anew: bool) -> None:
+    """Before an attempt whose rows will not be those of the ones before. anew: it is another run to
+    the trackers."""
+    forget_sent(run_dir)
+    if anew:
+        (run_dir / WANDB_ID).unlink(missing_ok=True)
 
 
 def wandb_mode(wanted: str, environ: Mapping[str, str] = os.environ) -> Mode:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,11 +20,12 @@ from ..answers import AnswerReader
 from ..config.load import Config, to_yaml
 from ..config.masking import hidden
 from ..groups import Group
-from ..run_directory import METRICS
+from ..run_directory import METRICS, SAMPLES
 from .console import StageConsole, make_console, say
 from .curve import plot_curve
 from .records import ALERTS, SYSTEM
 from .rollouts import RolloutLog, Rows, rows_of
+from .sent import TABLE
 from .sinks import open_sinks
 from .spans import SPANS, Spans
 
@@ -45,6 +47,7 @@ class Tracker:
         (run_dir / "config.yaml").write_text(to_yaml(config))
         self._file = (run_dir / METRICS).open("a")
         self._sinks = open_sinks(config, run_dir, self.note)
+        self._rows: Counter[str] = Counter()
         self._on_console: StageConsole | None = None
         self._stage = ""
         self._rollouts = RolloutLog(run_dir, self.alert)
@@ -78,11 +81,19 @@ class Tracker:
         sft = self._stage == "sft"
         prefixed = {n if n.startswith("sft/") else f"sft/{n}": v for n, v in metrics.items()}
         of_axis = prefixed if sft else dict(metrics)
+        key = self._key("row", self._stage, axis, step)
         for sink in self._sinks:
-            sink.call(lambda it: it.log("sft" if sft else axis, step, of_axis))
+            sink.call(lambda it: it.log("sft" if sft else axis, step, of_axis), key)
         if self._on_console is not None:
             tell = self._on_console.step if axis == "train" else self._on_console.looked
             tell(step, show or {})
+
+    def _key(self, kind: str, stage: str, axis: Axis, step: int) -> str:
+        """By which the trackers know a row again that an earlier attempt sent; of several alike
+        their number tells them apart."""
+        key = f"{kind} {stage} {axis} {step}"
+        self._rows[key] += 1
+        return f"{key} {self._rows[key]}"
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:
@@ -128,13 +139,15 @@ class Tracker:
             for row in rows
         ]
         if table:
+            key = self._key(TABLE, stage, axis, step)
             for sink in self._sinks:
-                sink.call(lambda it: it.table(step, columns, table))
+                sink.call(lambda it: it.table(step, columns, table), key)
 
     def histograms(self, step: int, values: Mapping[str, NDArray[Any]]) -> None:
         """How a step's figures are spread, by name."""
+        key = self._key("histograms", self._stage, "train", step)
         for sink in self._sinks:
-            sink.call(lambda it: it.histograms(step, values))
+            sink.call(lambda it: it.histograms(step, values), key)
 
     def system(self, seconds: float, metrics: Mapping[str, float]) -> None:
         """Load of the run's machines, so long after it began."""
@@ -154,7 +167,7 @@ class Tracker:
             "|" + "---|" * len(columns),
         ]
         table += ["| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in rows]
-        with (self.run_dir / "samples.md").open("a") as file:
+        with (self.run_dir / SAMPLES).open("a") as file:
             file.write("\n".join(table) + "\n")
 
     def curve(self) -> Path | None:

@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 from emberl.rl import checkpoints, run_directory
 from emberl.rl.config.load import Config, ConfigError, resolve
-from emberl.rl.run_directory import alone_in, forget_earlier, open_run_dir, trim_metrics
+from emberl.rl.run_directory import (
+    alone_in,
+    forget_earlier,
+    open_run_dir,
+    trim_metrics,
+    trim_samples,
+)
 
 
 def config(**extra: object) -> Config:
@@ -151,3 +157,27 @@ def test_rows_that_will_be_written_again_are_dropped(tmp_path: Path) -> None:
     file.write_text('{"stage": "rl", "st\n{"stage": "rl", "step": 1}\n')
     with pytest.raises(ConfigError, match=r"metrics.jsonl:1 is not JSON"):
         trim_metrics(tmp_path, "rl", 1, ("sft", "rl"))
+
+
+def test_answers_that_will_be_shown_again_are_dropped(tmp_path: Path) -> None:
+    """Also those of a start that came to nothing."""
+    shown = {
+        at: f"\n### {at}\n\n| answer |\n|---|\n| 1 \r### rl step 9\r \u2028|\n"
+        for at in ("sft step 9", "rl step 0", "rl step 5", "rl step 10")
+    }
+    file = tmp_path / "samples.md"
+
+    def left(step: int, *, evaluates: bool = False) -> list[str]:
+        file.write_bytes("".join(shown.values()).encode())
+        trim_samples(tmp_path, "rl", step, ("sft", "rl"), evaluates=evaluates)
+        text = file.read_bytes().decode()
+        return [at for at, section in shown.items() if section.strip("\n") in text]
+
+    trim_samples(tmp_path, "rl", 1, ("sft", "rl"))
+    assert not file.exists()
+    assert left(7) == ["sft step 9", "rl step 0", "rl step 5"]
+    assert left(5) == left(7)
+    assert left(5, evaluates=True) == ["sft step 9", "rl step 0"]
+    assert left(0, evaluates=True) == ["sft step 9"]
+    forget_earlier(tmp_path, anew=True)
+    assert not file.exists()

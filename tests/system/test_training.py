@@ -105,6 +105,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(emberl: Emberl, algorithm: tuple
     assert timeless(read_metrics(whole)) == timeless(read_metrics(part))
     assert timeless(read_metrics(whole, "eval")) == timeless(read_metrics(part, "eval"))
     assert answers(whole) == answers(part), "nothing stands twice"
+    assert (whole / "samples.md").read_text() == (part / "samples.md").read_text()
     trained = [row for row in read_metrics(whole) if "actor/pg_clipfrac" in row]
     assert len(trained) >= 2
     if algorithm == PPO:

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 from emberl.rl.config.load import load_config
 from emberl.rl.watch import sinks, upload
-from emberl.rl.watch.sinks import Background, MLflow, SwanLab, open_sinks
+from emberl.rl.watch.sent import Sent
+from emberl.rl.watch.sinks import Background, MLflow, SwanLab, forget_tracked, open_sinks
+from emberl.rl.watch.tracking import Tracker, make_console
 
 CONFIG = SimpleNamespace(
     tracking=SimpleNamespace(wandb="disabled", project="p", also=()),
@@ -32,12 +34,15 @@ class Kept:
     """A sink that remembers, and raises at the step that it is told."""
 
     def __init__(self, bad: int = -1) -> None:
-        self.bad, self.had, self.closed = bad, [], False
+        self.bad, self.had, self.closed, self.waiting = bad, [], False, 0
 
     def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
         if step == self.bad:
             raise ConnectionResetError("Connection lost")
         self.had.append((axis, step, dict(metrics)))
+
+    def table(self, step: int, columns: Any, rows: Any) -> None:
+        self.had.append(("table", step, {}))
 
     def close(self) -> None:
         self.closed = True
@@ -76,6 +81,36 @@ def test_one_that_cannot_be_opened_says_why() -> None:
     sink = Background("swanlab", opening, told.append)
     sink.close()
     assert "No module named 'swanlab'" in told[0] and len(told) == 1
+
+
+def test_a_step_that_is_done_again_is_sent_once(tmp_path: Path) -> None:
+    """Two attempts, of which the first is killed: what its tracker had is not sent again, what
+    still waited there is; with other settings, everything."""
+    config = load_config(QUICKSTART, ["tracking.wandb=disabled"])
+
+    def attempt(steps: range, *, waiting: int) -> list[tuple[str, int, dict[str, float]]]:
+        kept = Kept()
+        kept.waiting = waiting
+        sink = Background("W&B", lambda: kept, lambda _: None, Sent(tmp_path, "wandb"))  # type: ignore[arg-type,return-value]
+        tracker = Tracker(config, tmp_path, make_console())
+        tracker._sinks, tracker._stage = [sink], "rl"
+        for step in steps:
+            tracker.log(step, {"x": 1.0})
+            tracker.log(step, {"loss": 1.0}, "eval")
+            tracker.log(step, {"accuracy": 1.0}, "eval")  # two rows of one step
+            tracker._show("rl", "eval", step, [{"parts": {}}])
+        while sink._calls.qsize():
+            time.sleep(0.01)
+        time.sleep(0.1)
+        return kept.had
+
+    of_step = [("train", 1), ("eval", 1), ("eval", 1), ("table", 1)]
+    assert [had[:2] for had in attempt(range(1, 3), waiting=0)][:4] == of_step
+    assert [(a, n) for a, n, _ in attempt(range(2, 4), waiting=1)] == [(a, 3) for a, _ in of_step]
+    assert attempt(range(3, 4), waiting=0) == [("table", 3, {})], "it was never sent on"
+    assert attempt(range(3, 4), waiting=0) == []
+    forget_tracked(tmp_path, anew=False)
+    assert len(attempt(range(3, 4), waiting=0)) == 4
 
 
 def test_one_that_hangs_holds_up_neither_the_steps_nor_the_end(
