@@ -75,7 +75,7 @@ class Pool:
     cursor: int = 0
     """Places of the epochs' orders that were passed."""
     hard: int = 0
-    """Draws of hard problems."""
+    """Draws of hard problems, and of others where there was none."""
     rates: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     """[N] pass rates, NaN where none is known."""
     last: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
@@ -187,9 +187,10 @@ class Curriculum:
         if free.any():
             open_ = free
         hard = open_ & (pool.rates > 0) & (pool.rates <= settings.hard_below)
-        if settings.hard_share * (pool.drawn + 1) - pool.hard >= 1 and hard.any():
-            pool.hard += 1
-            return int(rng.choice(np.flatnonzero(hard))), "hard"
+        if settings.hard_share * (pool.drawn + 1) - pool.hard >= 1:
+            pool.hard += 1  # made up for later, whole steps would be of hard ones alone
+            if hard.any():
+                return int(rng.choice(np.flatnonzero(hard))), "hard"
         if settings.pick == "order" or not open_.any():
             index = self._next_in_order(pool, open_, source, level)
         else:

@@ -176,17 +176,37 @@ class Demonstrations:
         bad = read - len(rows)
         if 2 * bad > read:
             raise ValueError(f"{bad} of {read} rows cannot be learnt from: {example}")
-        self.notes = [f"{bad} of {read} rows left out: {example}"] if bad else []
-        for messages in rows[:_TRIED]:
-            self._examples(messages)
+        self.notes: list[str] = [f"{bad} of {read} rows left out: {example}"] if bad else []
+        self._try(rows[:_TRIED])
         if heldout >= len(rows):
             raise ValueError(
                 f"sft.heldout={heldout} leaves nothing to learn of the {len(rows)} rows; lower it"
             )
         rows.sort(key=_key)
         self.heldout = [each for messages in rows[:heldout] for each in self._examples(messages)]
+        if heldout and not self.heldout:
+            raise ValueError(
+                f"sft.heldout={heldout}: all of these rows have more than {self._limit} tokens, the"
+                " longest prompt and answer; raise rollout.max_response_length"
+            )
         self._rows = rows[heldout:]
         self._order = lru_cache(maxsize=2)(lambda epoch: order_of(len(self._rows), seed, epoch))
+
+    def _try(self, rows: Sequence[Sequence[Message]]) -> None:
+        """ValueError where the template refuses the first rows, or none of them is short enough; a
+        note where some are too long."""
+        too_long = sum(not self._examples(messages) for messages in rows)
+        said = (
+            f"{too_long} of the first {len(rows)} rows have more than {self._limit} tokens, the"
+            " longest prompt and answer"
+        )
+        if too_long == len(rows):
+            raise ValueError(f"{said}; raise rollout.max_response_length")
+        if too_long:
+            self.notes.append(
+                f"{said}: such rows teach nothing; rollout.max_response_length would have to be"
+                " larger for them"
+            )
 
     @property
     def size(self) -> int:

@@ -120,7 +120,22 @@ def test_a_stated_share_is_of_hard_ones() -> None:
     hard = [c for c in later if c.why == "hard"]
     assert {c.index for c in hard} == {0, 1, 2, 3}
     share = len(hard) / len(later)
-    assert share == pytest.approx(0.25, abs=0.03), "and what the first step owed"
+    assert share == pytest.approx(0.25, abs=0.03)
+
+
+def test_a_share_that_nobody_could_have_had_is_not_made_up_for() -> None:
+    """Forty steps in which no problem is known to be hard, then eight that are; and no more of
+    these at a time than there are."""
+    curriculum = make(400, hard_share=0.5, hard_below=0.4)
+    for n in range(1, 41):
+        assert all(c.why != "hard" for c in step(curriculum, n, 10, lambda c: 4))
+    step(curriculum, 41, 8, lambda c: 1)
+    for n in range(42, 52):
+        drawn = [c.why for c in step(curriculum, n, 10, lambda c: 1 if c.why == "hard" else 4)]
+        assert drawn.count("hard") == 5
+    for n in range(52, 55):
+        hard = [c.index for c in step(curriculum, n, 40, lambda c: 4) if c.why == "hard"]
+        assert len(hard) == len(set(hard)) <= 8
 
 
 def test_a_rate_is_the_last_group_and_what_was_before_by_halves() -> None:

@@ -189,6 +189,11 @@ def test_a_row_that_is_too_long_has_no_example(tmp_path: Path) -> None:
     lengths = sorted(len(whole.examples(i)[0].token_ids) for i in range(10))
     cut = demonstrations(tmp_path, limit=lengths[5], heldout=0)
     assert sum(bool(cut.examples(i)) for i in range(10)) == 6
+    assert f"4 of the first 10 rows have more than {lengths[5]} tokens" in cut.notes[-1]
+    with pytest.raises(ValueError, match=r"10 of the first 10 rows have more than 3 tokens, .*; r"):
+        demonstrations(tmp_path, limit=3, heldout=0)
+    with pytest.raises(ValueError, match=r"sft\.heldout=2: all of these rows have more than"):
+        demonstrations(tmp_path, limit=lengths[0], heldout=2)
 
 
 def test_more_held_out_than_there_are(tmp_path: Path) -> None:
