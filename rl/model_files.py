@@ -13,6 +13,7 @@ from typing import Any
 from ..rollout.model_directory import model_directory
 from .config.data import DataConfig
 from .config.load import Config, ConfigError, user_errors
+from .data.hub import look_up
 from .data.templates import end_of_turn, template_of
 
 TOKENIZER_FILES = (
@@ -71,6 +72,7 @@ def prepare_model(
     local = _local(path)
     if local is None:
         tell(f"model.path={path}: its files come from the Hub, or from the cache of earlier runs")
+        look_up()
         try:
             model_directory(path)
         # huggingface_hub's, for no such model and for no way to it
@@ -109,6 +111,8 @@ def model_tokenizer(key: str, path: str) -> Any:
 
     _quiet()
     local = _local(path)
+    if local is None:
+        look_up()
     try:
         return AutoTokenizer.from_pretrained(path if local is None else str(local))
     except Exception as error:  # of any kind: the files are whatever the user has
@@ -255,6 +259,7 @@ def _check_architecture(key: str, path: str, config: dict[str, Any]) -> None:
 def _hub_config(key: str, path: str) -> Any:
     from transformers import AutoConfig
 
+    look_up()
     try:
         return AutoConfig.from_pretrained(path)
     # what transformers raises for a missing model, and for a broken one

@@ -30,6 +30,9 @@ _SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "eval": ("eval", "evaluation"),
 }
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""A half of a pair as JSON escapes it."""
+_HALF = re.compile("[\ud800-\udfff]")
 _DESCRIPTIONS = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json")
 
 Row = dict[str, Any]
@@ -237,7 +240,7 @@ def _json(path: Path, rows: int) -> Iterator[Piece]:
             yield from _batched(_lines(text), rows)
             return
         try:
-            value = json.loads(text.read())
+            value = _parsed(text.read())
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"line {error.lineno} is not JSON ({error}); correct or remove it"
@@ -249,12 +252,28 @@ def _lines(text: IO[str]) -> Iterator[Row]:
     for number, line in enumerate(text, 1):
         if line.strip():
             try:
-                value = json.loads(line)
+                value = _parsed(line)
             except ValueError as error:
                 raise ValueError(
                     f"line {number} is not JSON ({error}); correct or remove it"
                 ) from error
             yield _row(value, number)
+
+
+def _parsed(text: str) -> Any:
+    """Half a surrogate pair, which JSON can hold and no tokenizer or file takes, becomes U+FFFD."""
+    value = json.loads(text)
+    return _with_characters(value) if _SURROGATE.search(text) else value
+
+
+def _with_characters(value: Any) -> Any:
+    if isinstance(value, str):
+        return _HALF.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [_with_characters(each) for each in value]
+    if isinstance(value, dict):
+        return {_with_characters(key): _with_characters(each) for key, each in value.items()}
+    return value
 
 
 def _parses(line: str) -> bool:

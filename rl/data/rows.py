@@ -13,6 +13,7 @@ from typing import Any
 
 from ..config.data import DataConfig
 from .files import SUFFIXES, Piece, Row, find_files, format_of, nearby, pieces
+from .hub import look_up
 
 GYM = "reasoning_gym:"
 HEAD = 2048
@@ -210,6 +211,7 @@ def _row_count(file: Path) -> int | None:
 def _hub_table(settings: DataConfig, name: str, split: str, key: str) -> Table:
     import datasets  # here, because it takes seconds to load and most runs do without
 
+    look_up()
     try:
         rows = datasets.load_dataset(name, settings.subset, split=split, revision=settings.revision)
     # the Hub client and the builders have dozens of error types, none of them ours

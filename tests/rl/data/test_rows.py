@@ -21,7 +21,9 @@ from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data import prepared
 from emberl.rl.data.answers import final_answer
 from emberl.rl.data.files import pieces
+from emberl.rl.data.hub import within_reach
 from emberl.rl.data.messages import read_messages, split_off_reply
+from emberl.rl.data.rows import train_tables
 from emberl.rl.data.sources import check_data, open_source
 from emberl.rl.data.table import TableSource
 from emberl.rl.data.tiny import tiny_tokenizer
@@ -441,3 +443,33 @@ def test_roles_that_some_templates_know(role: str) -> None:
 def test_no_answer(tmp_path: Path, answer: Any) -> None:
     with pytest.raises(ValueError, match="no answer in the column 'answer'"):
         one(tmp_path, {"prompt": "2+2=?", "answer": answer}, drop="none")
+
+
+def test_half_a_surrogate_pair_costs_no_row(tmp_path: Path) -> None:
+    """JSON can hold one; a whole pair is the character that it is."""
+    for name, text in {
+        "a.jsonl": '{"problem": "x \\ud83d", "answer": ["\\uDE00"]}\n{"problem": "\\ud83d\\ude00"}\n',
+        "a.json": '[{"problem": "x \\ud83d", "answer": ["\\uDE00"]}, {"problem": "\\ud83d\\ude00"}]',
+    }.items():
+        (tmp_path / name).write_text(text)
+        rows = [row for piece in pieces(tmp_path / name) for row in piece]
+        assert rows == [{"problem": "x \ufffd", "answer": ["\ufffd"]}, {"problem": "\U0001f600"}]
+
+
+def test_without_a_way_to_the_hub_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets.config
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with pytest.raises(ValueError, match=r"'who/knows' cannot be loaded from the Hub .*Offline"):
+        train_tables(DataConfig(source="who/knows"))
+    assert constants.HF_HUB_OFFLINE, "its clients are not to try again"
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    within_reach.cache_clear()
+    assert within_reach("http://127.0.0.1:9"), "a proxy may know the way"
+    within_reach.cache_clear()
