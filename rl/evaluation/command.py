@@ -3,11 +3,9 @@ evaluation goes on."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,33 +14,31 @@ from typing import Any
 
 from ...rewards.suite import build_suite
 from ...rollout.engine import check_engine
-from ...rollout.pool import RolloutPool
-from ...rollout.samples import Completion, Prompt, Sampling
+from ...rollout.samples import Prompt, Sampling
 from ..answers import AnswerReader
 from ..cluster import Cluster
+from ..config.data import DataConfig
 from ..config.load import Config, ConfigError, shown_tree, user_errors
 from ..config.reward import RewardPart
 from ..config.sampling import EvalSetConfig, ThinkingConfig
-from ..data.rows import train_tables
+from ..contents import code_files, contents
+from ..data.rows import eval_tables, train_tables
 from ..data.sources import check_data, is_gym, is_table, open_source
 from ..data.table import read_head
 from ..eval_sets import EvalSet, open_eval_sets
 from ..model_files import check_model, load_tokenizer, prepare_model, stop_tokens
 from ..preflight import check_references
 from ..run import on_loop
+from ..run_directory import alone_in
 from ..watch.console import make_console, say
 from .measures import Outcome, metrics, powers
 from .page import write_page
 from .pictures import draw
 from .report import compare_folders, sets_of, show
-from .sampling import sampled
+from .sample_rows import Rows, counter_of
 from .settings import Named, configure, find_model
 from .store import RESULT, Cell, Store, is_evaluation, open_folder, outcomes_of, read
-from .thinking import Thoughts
-from .votes import by_reward, final_answer, outcomes
 
-_MOST_PENDING = 16
-"""Problems that wait for their verdicts, after which the oldest is waited for."""
 _BATCHING = ("timeout", "max_num_seqs", "token_rate", "servers", "servers_directory")
 """Settings of rollouts on which no answer depends."""
 OWN = "held-out"
@@ -65,7 +61,11 @@ class Plan:
         for key in _BATCHING:
             del tree["rollout"][key]
         groups = ("seed", "model", "data", "rollout", "reward", "eval")
-        return {"weights": _identity(self.named.path), **{key: tree[key] for key in groups}}
+        return {
+            "weights": _identity(self.named.path),
+            "files": contents([*_data_files(self.config), *code_files(tree)]),
+            **{key: tree[key] for key in groups},
+        }
 
 
 def plan(
@@ -141,6 +141,20 @@ def _identity(path: str) -> list[list[Any]] | str:
     return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
+def _data_files(config: Config) -> list[Path]:
+    """Of all sets, as far as they are on this machine."""
+    used: list[DataConfig] = [each.beside(config.data) for each in config.eval.sets.values()]
+    if config.eval.size != 0:
+        used += [part for _, part in config.data.parts.values()]
+    return [
+        file
+        for each in used
+        if is_table(each)
+        for table in (*train_tables(each, hub=False), *(eval_tables(each, hub=False) or ()))
+        for file in table.files
+    ]
+
+
 def evaluate_command(
     model: str,
     data: Sequence[str],
@@ -181,8 +195,9 @@ def _evaluate(job: Plan, out: Path | None, tell: Callable[[str], None]) -> Path:
     """The folder of an evaluation that is done."""
     config, started = job.config, time.time()
     folder = open_folder(out, job.named.label, job.settings)
-    store = Store(folder)
     with ExitStack() as opened:
+        opened.enter_context(alone_in(folder))
+        store = Store(folder)
         path = prepare_model(config, folder, tell, anew=False)
         tokenizer = load_tokenizer(path, config.data)
         source = None
@@ -289,7 +304,7 @@ def _sample(
                 name = each.name or OWN
                 own = config.eval.sets.get(name)
                 thinking = ThinkingConfig() if own is None else own.thinking
-                writer = _Rows(name, each, reader, _tags(thinking, reader.tokenizer))
+                writer = Rows(name, each, reader, counter_of(thinking, reader.tokenizer))
                 count, total, begun = 0, len(left[name]), time.monotonic()
                 async for rows in writer.sampled(pool, left[name], each.sampled(base)):
                     store.add(rows)
@@ -302,97 +317,3 @@ def _sample(
             on_loop(work())
         finally:
             store.flush()
-
-
-def _tags(settings: ThinkingConfig, tokenizer: Any) -> Thoughts | None:
-    """The counter of thoughts' tokens; None where the tokens cannot be read as text."""
-    try:
-        return Thoughts(settings, tokenizer)
-    except ValueError:
-        return None
-
-
-class _Rows:
-    """The rows of a set's problems."""
-
-    def __init__(
-        self, name: str, problems: EvalSet, reader: AnswerReader, thoughts: Thoughts | None
-    ) -> None:
-        self._name = name
-        self._problems = problems
-        self._reader = reader
-        self._thoughts = thoughts
-        self._same = by_reward(problems.suite)
-
-    async def sampled(
-        self, pool: RolloutPool, prompts: Sequence[Prompt], sampling: Sampling
-    ) -> AsyncIterator[list[dict[str, Any]]]:
-        """All rows of a problem at a time, graded in threads while others are decoded."""
-        problems = self._problems
-        budgets = 1 + len(problems.thinking.settings.budgets if problems.thinking else ())
-        parts: dict[int, list[asyncio.Task[list[dict[str, Any]]]]] = {}
-        complete: deque[list[asyncio.Task[list[dict[str, Any]]]]] = deque()
-        async for index, budget, completions in sampled(
-            pool, prompts, problems.samples, sampling, problems.thinking
-        ):
-            work = asyncio.to_thread(
-                self._rows, prompts[index], budget, completions, sampling.max_tokens
-            )
-            parts.setdefault(index, []).append(asyncio.create_task(work))
-            if len(parts[index]) == budgets:
-                complete.append(parts.pop(index))
-            while complete and (
-                len(complete) > _MOST_PENDING or all(part.done() for part in complete[0])
-            ):
-                yield [row for part in complete.popleft() for row in await part]
-        for tasks in complete:
-            yield [row for part in tasks for row in await part]
-
-    def _rows(
-        self,
-        prompt: Prompt,
-        budget: int | None,
-        completions: Sequence[Completion],
-        max_tokens: int,
-    ) -> list[dict[str, Any]]:
-        reader = self._reader
-        group = reader.grade(prompt, completions, self._problems.suite, max_tokens=max_tokens)
-        texts = [reader.text(prompt, completion) for completion in completions]
-        [outcome] = outcomes([group], [texts], self._same, any_k=True)
-        shared = {
-            "set": self._name,
-            "problem": prompt.id,
-            "budget": budget,
-            "source": prompt.source,
-            "kind": outcome.kind,
-            "question": reader.problem(prompt),
-            "reference": prompt.answer,
-            "prompt_tokens": len(prompt.token_ids),
-        }
-        rows = []
-        for completion, verdict, text, vote in zip(
-            completions, group.verdicts, texts, outcome.votes, strict=True
-        ):
-            tokens = completion.token_ids.tolist()
-            thought = 0 if self._thoughts is None else self._thoughts.length(prompt, tokens)
-            forced = len(completion) - completion.num_sampled
-            rows.append(
-                shared
-                | {
-                    "sample": completion.sample,
-                    "text": text,
-                    "token_ids": tokens,
-                    "tokens": completion.num_sampled,
-                    "forced_tokens": forced,
-                    "thought_tokens": min(thought, budget) if budget and forced else thought,
-                    "finish_reason": completion.finish_reason,
-                    "status": verdict.status.value,
-                    "score": verdict.score,
-                    "parts": json.dumps(dict(verdict.parts)),
-                    "message": verdict.message,
-                    "answer": final_answer(text),
-                    "vote": vote,
-                    "grade_s": verdict.seconds,
-                }
-            )
-        return rows

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import comb
+from math import comb, gcd
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,6 +152,8 @@ def sign_flip_p_value(differences: Sequence[int]) -> float:
     test.
     """
     sizes = [abs(int(d)) for d in differences if d]
+    unit = gcd(*sizes) or 1  # of many answers: a shorter distribution
+    sizes = [size // unit for size in sizes]
     chances = np.ones(1)
     for size in sizes:
         longer = np.zeros(len(chances) + 2 * size)
@@ -159,7 +161,7 @@ def sign_flip_p_value(differences: Sequence[int]) -> float:
         longer[2 * size :] += 0.5 * chances
         chances = longer
     sums = np.arange(len(chances)) - sum(sizes)
-    return float(min(1.0, chances[np.abs(sums) >= abs(sum(differences))].sum()))
+    return float(min(1.0, chances[np.abs(sums) >= abs(sum(differences)) // unit].sum()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,6 +18,7 @@ from ..config.data import DataConfig
 from ..config.load import Config, ConfigError, load_config, resolve
 from ..config.overrides import merged, tree_of
 from ..config.sampling import EvalConfig, EvalSetConfig, RolloutConfig
+from ..run_directory import SUMMARY
 from .benchmarks import named_set
 
 CONFIG = "config.yaml"
@@ -39,6 +40,10 @@ def find_model(model: str, step: int | None = None) -> Named:
     """The model of a name: of a run's directory its final model, or the newest checkpoint of one
     that is not done, or that of an RL `step`. `ConfigError` where it has none."""
     folder = Path(model).expanduser()
+    if (folder / SUMMARY).is_file() and (stages := _stages(folder)):
+        raise ConfigError(
+            f"{model} is the directory of a recipe; name one of its stages: {', '.join(stages)}"
+        )
     if not (folder / CONFIG).is_file() or (folder / "config.json").exists():
         if step is not None:
             raise ConfigError(f"--step {step} is for the directory of a run, and {model} is none")
@@ -63,6 +68,12 @@ def find_model(model: str, step: int | None = None) -> Named:
     name = folder.resolve().name
     label = name if weights.name == "model" else f"{name}-{weights.name}"
     return Named(path=str(weights), label=label, run=run)
+
+
+def _stages(folder: Path) -> list[str]:
+    """The directories of a recipe's stages that have a model."""
+    models = sorted(folder.glob("*/model/config.json"), key=lambda file: file.stat().st_mtime)
+    return [str(file.parents[1]) for file in models]
 
 
 def _older(model: Path, checkpoint: Path) -> bool:

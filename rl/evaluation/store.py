@@ -97,11 +97,26 @@ class Store:
         if self._rows:
             path = self.folder / SAMPLES / f"part-{self._next:06}.parquet"
             hidden = path.with_name(f".{path.name}")
-            parquet.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA), hidden)
+            parquet.write_table(_table(self._rows), hidden)
             os.replace(hidden, path)
             self._rows = []
             self._next += 1
         self._since = time.monotonic()
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    try:
+        return pa.Table.from_pylist(rows, schema=SCHEMA)
+    except UnicodeEncodeError:  # half a surrogate pair, of a data set or a verifier's message
+        return pa.Table.from_pylist(
+            [{key: _whole(value) for key, value in row.items()} for row in rows], schema=SCHEMA
+        )
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    return value
 
 
 def read(folder: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -162,7 +177,9 @@ def open_folder(out: Path | None, label: str, settings: Mapping[str, Any]) -> Pa
             folder = base.with_name(f"{base.name}-{number}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / SETTINGS).write_text(json.dumps(settings, indent=1))
+        new = folder / f".{SETTINGS}"
+        new.write_text(json.dumps(settings, indent=1))
+        new.replace(folder / SETTINGS)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error.strerror}); set --out") from error
     return folder
@@ -177,5 +194,6 @@ def _differing(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}: {json.dumps(before.get(key))[:100]}, now {json.dumps(settings.get(key))[:100]}"
         for key in sorted(before.keys() | settings.keys())
-        if before.get(key) != settings.get(key)
+        # what an older emberl did not write down cannot be compared
+        if before.get(key) != settings.get(key) and (key in before or key != "files")
     ]

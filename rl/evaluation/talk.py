@@ -5,11 +5,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from io import TextIOWrapper
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -76,6 +81,9 @@ class Talker:
         own = {"max_tokens": longest} | sampling_of(config, self.settings)
         self.sampling = Sampling(stop_token_ids=stops, stop=config.rollout.stop, **own)
         self.n = self.settings.samples or config.eval.samples
+        self.stop = threading.Event()
+        """Set by another thread or a signal, it ends what is being answered; only the embedded
+        engine looks at it."""
         self._loop = asyncio.new_event_loop()
         self._engine: Any = self._loop.run_until_complete(_started(config, path, longest, self.n))
 
@@ -94,8 +102,8 @@ class Talker:
     def answers(
         self, prompts: Sequence[Prompt], n: int, heard: Heard | None = None
     ) -> list[list[Completion]]:
-        """n answers to each prompt, in order. heard: of a single answer, where the engine
-        streams."""
+        """n answers to each prompt, in order; once `stop` is set, as far as they are. heard: of a
+        single answer, where the engine streams."""
         budget = next(iter(self.settings.thinking.budgets), None)
         limit = self.sampling.max_tokens if budget is None else budget
         first = replace(self.sampling, max_tokens=limit)
@@ -126,7 +134,8 @@ class Talker:
                 self._engine.submit(prompt, n, sampling, begun.get(prompt.id, ()))
             left = sum(n for _, n, _ in requests)
             while left:
-                for completion in self._engine.step():
+                stopped = self.stop.is_set()
+                for completion in self._engine.stop() if stopped else self._engine.step():
                     answered[completion.prompt_id].append(completion)
                     left -= 1
                 if heard is not None and (running := self._engine.so_far()):
@@ -184,6 +193,7 @@ def sample_command(
     model: str, prompts: Sequence[str], overrides: Sequence[str], console: Console, out: TextIO
 ) -> None:
     """Prints answers: for a person where `out` is a terminal, else a line of JSON for each."""
+    lenient(sys.stdin, out)
     asked = [text for given in prompts for text in (_lines(sys.stdin) if given == "-" else [given])]
     if not asked:
         raise ConfigError("nothing to answer; give --prompt TEXT, or --prompt - and lines on stdin")
@@ -229,9 +239,12 @@ def chat_command(model: str, overrides: Sequence[str], console: Console) -> None
     """Talks with a person; from a pipe each line is a turn, answers go to stdout and thoughts to
     stderr."""
     person = sys.stdin.isatty()
+    lenient(sys.stdin, sys.stdout, sys.stderr)
     talker = Talker(model, overrides, lambda line: console.print(line, markup=False))
     if person:
-        console.print("/new begins anew, /quit or Ctrl-D ends", style="dim")
+        console.print(
+            "/new begins anew, Ctrl-C ends an answer, /quit or Ctrl-D the conversation", style="dim"
+        )
     messages: list[Message] = []
     try:
         for line in _turns(person):
@@ -247,10 +260,36 @@ def chat_command(model: str, overrides: Sequence[str], console: Console) -> None
                     raise ConfigError(str(error)) from error
                 console.print(f"{error} (/new)", style="red", markup=False)
                 continue
-            answer = _answer(talker, prompt)
+            with ctrl_c_stops(talker) if person else nullcontext():
+                answer = _answer(talker, prompt)
             messages.append({"role": "assistant", "content": answer.text})
     finally:
         talker.close()
+
+
+def lenient(*streams: Any) -> None:
+    """Bytes that are no text in their encoding, and characters that it has not, are replaced."""
+    for stream in streams:
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+@contextmanager
+def ctrl_c_stops(talker: Talker) -> Iterator[None]:
+    """The first Ctrl-C ends the answer; the second whatever there is."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if talker.stop.is_set():
+            raise KeyboardInterrupt
+        talker.stop.set()
+
+    talker.stop.clear()
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        talker.stop.clear()
 
 
 def _answer(talker: Talker, prompt: Prompt) -> Part:

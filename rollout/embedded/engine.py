@@ -181,6 +181,12 @@ class EmbeddedEngine:
         finished, self._finished[:] = list(self._finished), []
         return finished
 
+    def stop(self) -> list[Completion]:
+        """Ends everything that was submitted; returns it as far as it was decoded."""
+        self._batch.abort(lambda prompt, deliver: True)
+        finished, self._finished[:] = list(self._finished), []
+        return finished
+
     def run(self) -> list[Completion]:
         """Decodes until nothing is left; returns the completions in the order in which they
         finished."""

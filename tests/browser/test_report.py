@@ -16,6 +16,8 @@ HOSTILE = (
     '</script><script>window.bad = 1</script><img src=x onerror="window.bad = 2">'
     "<!-- \u2028 ${7*7} $title &lt;b&gt; <b>bold</b> ﷽ \u202e"
 )
+ODD = f"a\x00b\x1b[31m \r\n \ud83d مرحبا \u202e {'x' * 300_000} \U0001f600"
+"""What a page cannot hold as it is, and a line longer than any window."""
 STATUSES = ("correct", "wrong", "unparseable")
 
 
@@ -54,6 +56,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hostile = {"question": HOSTILE, "text": HOSTILE, "message": HOSTILE, "answer": HOSTILE}
     hostile |= {"set": "foreign", "source": HOSTILE, "problem": HOSTILE, "tokens": 9999}
     store.add([row(1, 0, **hostile), row(1, 1, **hostile)])
+    odd = dict.fromkeys(("question", "text", "message", "source", "problem"), ODD) | {"set": "odd"}
+    store.add([row(1, 0, **odd), row(1, 1, **odd)])
     store.flush()
     result = {"model": f"m {HOSTILE}", "sets": sets_of(outcomes_of(folder), [2])}
     assert [p.name for p in draw(folder, result)] == ["accuracy.png", "k.png", "lengths.png"]
@@ -62,13 +66,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_browser_of_samples(browser: Any, page: Path, tmp_path: Path) -> None:
     browser.open(page)
-    assert browser.choose() == "1 to 50 of 82"
+    assert browser.choose() == "1 to 50 of 84"
     assert len(browser.listed()) == 50
     browser.run("document.getElementById('next').click()")
-    assert browser.choose(search="") == "1 to 50 of 82", "a change begins at the first page"
+    assert browser.choose(search="") == "1 to 50 of 84", "a change begins at the first page"
     browser.run("document.getElementById('next').click()")
-    assert len(browser.listed()) == 32
-    expected = sum((n + s) % 3 == 1 for n in range(40) for s in (0, 1)) + 1
+    assert len(browser.listed()) == 34
+    expected = sum((n + s) % 3 == 1 for n in range(40) for s in (0, 1)) + 2
     assert browser.choose(status="wrong").endswith(f"of {expected}")
     assert all(line.startswith("wrong") for line in browser.listed())
     both = sum((n + s) % 3 == 1 for n in range(0, 40, 2) for s in (0, 1))
@@ -99,3 +103,16 @@ def test_foreign_text_is_text(browser: Any, page: Path) -> None:
     assert browser.run("return document.querySelectorAll('b').length") == 0
     assert browser.log() == []
     assert "http" not in page.read_text().split("<script type")[0].replace("http-equiv", "")
+
+
+def test_odd_text_is_shown_and_wrapped(browser: Any, page: Path) -> None:
+    browser.open(page)
+    assert browser.choose(set="odd") == "1 to 2 of 2"
+    shown = browser.opened()
+    assert shown[1] == ODD.replace("\ud83d", "\\ud83d")
+    wide = (
+        "return [...document.querySelectorAll('body *')].filter((e) => !e.closest('.scroll') &&"
+        " e.getBoundingClientRect().right > window.innerWidth).map((e) => e.outerHTML.slice(0, 80))"
+    )
+    assert browser.run(wide) == [], "nothing stands out of the window"
+    assert browser.log() == []

@@ -18,10 +18,11 @@ import pytest
 from emberl.rl.config.load import ConfigError, resolve
 from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
-from emberl.rl.evaluation.command import plan
+from emberl.rl.evaluation.command import evaluate_command, plan
 from emberl.rl.evaluation.report import compare_folders
 from emberl.rl.evaluation.settings import Named, configure, find_model
-from emberl.rl.evaluation.store import Store, is_evaluation, open_folder, read
+from emberl.rl.evaluation.store import SCHEMA, Store, is_evaluation, open_folder, read
+from emberl.rl.run_directory import alone_in
 
 EMBERL = str(Path(sys.executable).with_name("emberl"))
 
@@ -182,6 +183,48 @@ def test_what_is_wrong_is_named_before_anything_is_loaded(
     assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
 
 
+def test_answers_to_other_rows_are_not_mixed(
+    model: Path, problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor those marked by another version of a function of one's own."""
+    monkeypatch.chdir(tmp_path)
+    file, mine = Path(shutil.copy(problems, "sums.jsonl")), Path("mine.py")
+    mine.write_text("def score(solution_str, ground_truth, **_): return 1.0")
+
+    def folder() -> str:
+        settings = plan(str(model), [str(file)], ["verifier=./mine.py:score"]).settings
+        assert len(settings["files"]) == 2
+        return str(open_folder(None, "m", settings))
+
+    assert [folder(), folder()] == ["evals/m", "evals/m"]
+    text = file.read_text()
+    file.write_text(text.replace("1+1=?", "1 + 1 = ?"))
+    assert folder() == "evals/m-2"
+    file.write_text(text)
+    mine.write_text(mine.read_text().replace("1.0", "0.0"))
+    assert folder() == "evals/m-3"
+    old = json.loads(Path("evals/m/settings.json").read_text())
+    del old["files"]
+    Path("evals/m/settings.json").write_text(json.dumps(old))
+    assert folder() == "evals/m", "of an older emberl"
+
+
+def test_two_do_not_write_into_one_folder(model: Path, problems: Path, tmp_path: Path) -> None:
+    job = plan(str(model), [str(problems)], [])
+    out = open_folder(tmp_path / "out", job.named.label, job.settings)
+    with alone_in(out), pytest.raises(ConfigError, match="is written by another run, process"):
+        evaluate_command(str(model), [str(problems)], [], out=out)
+
+
+def test_half_a_surrogate_pair_costs_no_answer(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    row = dict.fromkeys(SCHEMA.names) | {"set": "s", "problem": "p", "token_ids": [1]}
+    store.add([row | {"question": "\ud83d x", "message": "\udc80"}])
+    store.flush()
+    [kept] = read(tmp_path).to_pylist()
+    assert (kept["question"], kept["message"], kept["token_ids"]) == ("\\ud83d x", "\\udc80", [1])
+
+
 def test_a_model_without_a_tokenizer_is_named(model: Path, problems: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(model, tmp_path / "bare")
     for file in bare.glob("tokenizer*"):
@@ -197,6 +240,14 @@ def test_the_models_of_a_run(model: Path, tmp_path: Path) -> None:
     (run_dir / "config.yaml").write_text(json.dumps(tree))
     with pytest.raises(ConfigError, match="has saved no model yet"):
         find_model(str(run_dir))
+    recipe = tmp_path / "recipe"
+    for number, stage in enumerate(("zeta", "alpha")):
+        (recipe / stage / "model").mkdir(parents=True)
+        (recipe / stage / "model/config.json").write_text("{}")
+        os.utime(recipe / stage / "model/config.json", (number, number))
+    (recipe / "summary.json").write_text("{}")
+    with pytest.raises(ConfigError, match=rf"one of its stages: {recipe}/zeta, {recipe}/alpha$"):
+        find_model(str(recipe))
     for name, stage, step in [("sft-000010", 0, 10), ("rl-000010", 1, 10), ("rl-000020", 1, 20)]:
         folder = shutil.copytree(model, run_dir / "checkpoints" / name)
         (folder / "progress.json").write_text(json.dumps({"stage": stage, "step": step}))

@@ -125,6 +125,7 @@ def test_the_interval_is_as_wide_as_the_normal_one_of_many_problems() -> None:
         ([1] * 8 + [-1] * 2, 2 * (1 + 10 + 45) / 1024),  # McNemar's exact test of 8 against 2
         ([3, 1, 1], 2 / 8),  # sums 5 and -5
         ([2, -1], 1.0),  # |sum| 1 is the smallest there is
+        ([3 * 64**3, 64**3, 64**3], 2 / 8),  # of many answers, counted in their common unit
     ],
 )
 def test_the_paired_test_by_hand(differences: list[int], p: float) -> None:

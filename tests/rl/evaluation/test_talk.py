@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
 from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
-from emberl.rl.evaluation.talk import Part, Talker, _Voice
+from emberl.rl.evaluation.talk import Part, Talker, _lines, _Voice, ctrl_c_stops, lenient
 
 FRANCE, PARIS = "What is the capital of France?", "The capital of France is Paris."
 EMBERL = str(Path(sys.executable).with_name("emberl"))
@@ -68,6 +72,16 @@ def test_a_budget_is_kept_to_the_token_and_thoughts_stand_apart(tmp_path: Path) 
         heard: list[int] = []
         talker.answers([prompt], 1, lambda tokens: heard.append(len(tokens)))
         assert heard == sorted(heard) and len(set(heard)) > 10, "it streams"
+
+        def stopping(tokens: Sequence[int]) -> None:
+            if len(tokens) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with ctrl_c_stops(talker):
+            [[cut]] = talker.answers([prompt], 1, stopping)
+        assert 0 < len(cut) <= 4 and cut.finish_reason == "abort", "one Ctrl-C ended it"
+        [[whole]] = talker.answers([prompt], 1)
+        assert len(whole) == 40 or whole.finish_reason == "stop", "the next one is answered"
         with pytest.raises(ValueError, match=r"\d+ tokens are more than max_prompt_length=1024"):
             talker.prompt([{"role": "user", "content": "1" * 2000}])
     finally:
@@ -84,6 +98,12 @@ def test_a_voice_never_takes_back_what_it_said(capsys: pytest.CaptureFixture[str
     voice.hear(Part(thoughts="so 1+1 is 2", text="café"), done=True)
     shown = capsys.readouterr()
     assert shown.out == "café\n"
+
+
+def test_bytes_that_are_no_text_are_read_as_such() -> None:
+    said = TextIOWrapper(BytesIO(b"1+\xff1?\n\n \xe2\x82\n"), encoding="utf-8")
+    lenient(said, None)
+    assert list(_lines(said)) == ["1+\ufffd1?", "\ufffd"]
 
 
 def test_what_cannot_be_answered_is_one_line(tmp_path: Path) -> None:
