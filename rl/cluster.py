@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
 import uuid
 from collections.abc import Callable, Collection, Sequence
@@ -29,13 +28,21 @@ from ..rollout.worker import RolloutWorker
 from . import local_ray
 from .config.load import Config, ConfigError, user_errors
 from .disks import Disks
+from .joining import check_answers, no_cluster
 from .learner.group import PUBLISHING, WRITING, LearnerGroup
 from .learner.model_loader import RankSpec
 from .learner.rank import LearnerRank
-from .placement import ROLES, ActorSlot, Role, check_capacity, plan_placement, resources_text
-
-PATIENCE = 10.0
-"""Seconds without a cluster's answer after which a person is told."""
+from .placement import (
+    PATIENCE,
+    ROLES,
+    ActorSlot,
+    Role,
+    check_capacity,
+    plan_placement,
+    resources_text,
+    wait_for_grant,
+    wait_for_nodes,
+)
 
 
 class Cluster:
@@ -78,7 +85,7 @@ class Cluster:
             if not self._join():
                 local_ray.before_start()
                 self._local = True
-                with local_ray.another_process_group():
+                with local_ray.another_process_group(), local_ray.needed_alone():
                     ray.init(
                         # never a cluster that happens to run here: it was not asked for
                         address="local",
@@ -89,26 +96,14 @@ class Cluster:
                     )
                 self._watch = local_ray.Watch()
         try:
-            check_capacity(
-                self.placement,
-                ray.cluster_resources(),
-                f"the Ray cluster{f' at {self.address}' if self.address else ''}",
-            )
+            # first: an autoscaler sees what is asked for
             self._group = placement_group(self.placement.bundles(), strategy="PACK")
-            timeout = self.config.cluster.start_timeout
-            granted = self._group.wait(timeout_seconds=min(PATIENCE, timeout))
-            if not granted:
-                self.tell(
-                    f"waiting for {resources_text(self.placement.total())}, up to"
-                    f" cluster.start_timeout={timeout:g} s; free now: {ray.available_resources()}"
-                )
-                granted = self._group.wait(timeout_seconds=max(1, timeout - PATIENCE))
-            if not granted:
-                raise ConfigError(
-                    f"the cluster did not grant {resources_text(self.placement.total())} within"
-                    f" cluster.start_timeout={timeout:g} s; something"
-                    f" else holds them: {ray.available_resources()}"
-                )
+            settings, where = self.config.cluster, "the Ray cluster"
+            where += f" at {self.address}" if self.address else ""
+            seconds = 0.0 if self._local else settings.join_timeout
+            have, free, tell = ray.cluster_resources, ray.available_resources, self.tell
+            wait_for_nodes(self.placement, seconds, have, where, tell)
+            wait_for_grant(self._group, self.placement, settings.start_timeout, free, tell)
         except BaseException:
             self.close()
             raise
@@ -120,7 +115,7 @@ class Cluster:
         if not self.address:
             return False
         if ":" in self.address and not self.address.startswith("ray://"):
-            _check_answers(self.address)
+            check_answers(self.address)
         try:
             ray.init(
                 address=self.address,
@@ -131,7 +126,7 @@ class Cluster:
             if self.address == "auto":
                 self.address = None
                 return False
-            raise _no_cluster(self.address, error) from error
+            raise no_cluster(self.address, error) from error
         return True
 
     def __exit__(self, *_: object) -> None:
@@ -382,19 +377,3 @@ class Cluster:
             },
             max_restarts=0,
         )
-
-
-def _check_answers(address: str) -> None:
-    """`ConfigError` at once where nobody listens at `host:port`: Ray tries for minutes."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
-    except (OSError, ValueError) as error:
-        raise _no_cluster(address, error) from error
-
-
-def _no_cluster(address: str, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"no Ray cluster answers at {address} ({' '.join(str(error).split())[:200]}); set"
-        " cluster.address (or RAY_ADDRESS) to the head node's HOST:6379, to auto, or to nothing"
-    )

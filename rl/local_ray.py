@@ -43,6 +43,25 @@ def before_start() -> None:
         constants.ENABLE_RAY_CLUSTER = False
 
 
+@contextmanager
+def needed_alone() -> Iterator[None]:
+    """A cluster that is started within has no autoscaler, no reader of logs and no dashboard's
+    server, which Ray starts whether or not somebody asks for them: nothing here talks to them, and
+    on two cores they are a tenth of a start, for one of which it waits."""
+    from ray._private.node import Node
+
+    node: Any = Node
+    unneeded = ("start_monitor", "start_log_monitor", "start_api_server")
+    there = {name: getattr(node, name) for name in unneeded if hasattr(node, name)}
+    for name in there:
+        setattr(node, name, lambda self, *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, method in there.items():
+            setattr(node, name, method)
+
+
 def after_end() -> None:
     """This process may join another machine's cluster next."""
     from ray._private import ray_constants

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ..kernels import platform
 from .config.load import Config, ConfigError
@@ -13,6 +14,10 @@ from .config.load import Config, ConfigError
 Role = Literal["learner", "rollout"]
 SHARE = 0.5
 """Of a device, for Ray, that a learner and a rollout worker share."""
+PATIENCE = 10.0
+"""Seconds without a cluster's answer after which a person is told."""
+LOOK = 0.5
+"""Seconds between two looks at what a cluster has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +118,52 @@ def check_capacity(placement: Placement, available: dict[str, float], where: str
                 f"the placement needs {wanted:g} {name} but {where} has {have:g}: lower"
                 f" cluster.learners={learners} or cluster.rollouts={rollouts}, or change {other}"
             )
+
+
+def wait_for_nodes(
+    placement: Placement,
+    seconds: float,
+    have: Callable[[], dict[str, float]],
+    where: str,
+    tell: Callable[[str], None],
+) -> None:
+    """Until a cluster has (`have`) what the placement needs: nodes may be about to register, or an
+    autoscaler to bring them, which sees the placement group. `ConfigError` after so many seconds,
+    which are `cluster.join_timeout`."""
+    deadline, told = time.monotonic() + seconds, False
+    while True:
+        try:
+            check_capacity(placement, have(), where)
+        except ConfigError as error:
+            if time.monotonic() >= deadline:
+                raise
+            if not told:
+                tell(f"waiting for nodes, up to cluster.join_timeout={seconds:g} s: {error}")
+                told = True
+            time.sleep(LOOK)
+        else:
+            return
+
+
+def wait_for_grant(
+    group: Any,
+    placement: Placement,
+    timeout: float,
+    free: Callable[[], dict[str, float]],
+    tell: Callable[[str], None],
+) -> None:
+    """Until Ray's placement group has its resources, which others may hold. `ConfigError` after
+    `cluster.start_timeout`."""
+    wanted = resources_text(placement.total())
+    granted = group.wait(timeout_seconds=min(PATIENCE, timeout))
+    if not granted:
+        tell(f"waiting for {wanted}, up to cluster.start_timeout={timeout:g} s; free now: {free()}")
+        granted = group.wait(timeout_seconds=max(1, timeout - PATIENCE))
+    if not granted:
+        raise ConfigError(
+            f"the cluster did not grant {wanted} within cluster.start_timeout={timeout:g} s;"
+            f" something else holds them: {free()}"
+        )
 
 
 def resources_text(bundle: dict[str, float]) -> str:

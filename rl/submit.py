@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from .config.load import Config, ConfigError
 from .config.masking import hidden
 from .config.stages import Recipe, load_experiment
-from .exits import INTERRUPTED
+from .exits import FAILED, INTERRUPTED
 from .run_directory import STOP, SUMMARY
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ STAYS = (
 STOP_WAIT, SAVES_WITHIN = "RAY_JOB_STOP_WAIT_TIME_S", "600"
 """Ray's name for the seconds between SIGTERM and SIGKILL where a job is stopped by its dashboard or
 API, three if nobody says more; and what a run is given to end its step and save."""
+SILENCE = 30.0
+"""Seconds without a line of a job's log after which its job server is asked for a sign of life."""
 FINAL = ("SUCCEEDED", "FAILED", "STOPPED")
 RUN_DIR = "run_dir"
 
@@ -114,19 +116,43 @@ def _unpacked(wheel: Path | None) -> Iterator[list[str]]:
 
 def follow(client: JobSubmissionClient, job: str, tell: Callable[[str], None]) -> int:
     """Prints the job's log until it ends; its exit status, or where it has none, that of a run
-    which was stopped or failed."""
+    which was stopped or failed. A job server that is lost meanwhile is said, and a failure."""
+    from aiohttp import ClientError
+    from ray.exceptions import RayError
 
-    async def lines() -> None:
-        async for text in client.tail_job_logs(job):  # Ray's own first line has the whole command
-            tell(hidden(text.rstrip("\n")))
-
-    asyncio.run(lines())
-    while (info := client.get_job_info(job)).status.value not in FINAL:
-        time.sleep(0.5)
+    try:
+        asyncio.run(_print_log(client, job, tell))
+        while (info := client.get_job_info(job)).status.value not in FINAL:
+            time.sleep(0.5)
+    except (OSError, RuntimeError, ClientError, RayError) as error:
+        line = " ".join(str(error).split())[:300]
+        tell(
+            hidden(
+                f"{job}: its job server was lost ({type(error).__name__}: {line}); once that is"
+                " back, ray job status and ray job logs say what became of it"
+            )
+        )
+        return FAILED
     if info.status.value == "SUCCEEDED":
         return 0
     tell(hidden(f"{job}: {info.status.value}: {info.message}"))
-    return info.driver_exit_code or (INTERRUPTED if info.status.value == "STOPPED" else 1)
+    return info.driver_exit_code or (INTERRUPTED if info.status.value == "STOPPED" else FAILED)
+
+
+async def _print_log(client: JobSubmissionClient, job: str, tell: Callable[[str], None]) -> None:
+    """To its end. Where nothing comes for a while, the job server is asked whether it is there: a
+    machine that is gone closes no connection."""
+    texts = client.tail_job_logs(job)
+    following = asyncio.ensure_future(anext(texts, None))
+    while True:
+        if not (await asyncio.wait({following}, timeout=SILENCE))[0]:
+            await asyncio.to_thread(client.get_job_status, job)
+            continue
+        text = following.result()
+        if text is None:
+            return
+        tell(hidden(text.rstrip("\n")))  # Ray's own first line has the whole command
+        following = asyncio.ensure_future(anext(texts, None))
 
 
 @contextmanager

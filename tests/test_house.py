@@ -107,7 +107,7 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
         {"reward_inputs"},
         {"data", "checkpoints", "run_directory", "disks"},
         {"algorithm", "groups"},
-        {"config", "exits", "local_ray", "contents"},
+        {"config", "exits", "local_ray", "contents", "joining"},
     ),
     "rollout": (
         {"worker", "vllm_extension", "receiver"},

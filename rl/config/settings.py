@@ -280,6 +280,9 @@ class ClusterConfig(Settings):
     one `RAY_ADDRESS` names (as in a Ray job), else a new one on this machine."""
     start_timeout: float = Field(default=300.0, gt=0, le=LONGEST)
     """Seconds for the placement to be granted and all actors to be up."""
+    join_timeout: float = Field(default=60.0, ge=0, le=LONGEST)
+    """Seconds that a cluster which is joined is given to have what the placement needs, for nodes
+    that are about to register and for an autoscaler that brings them; then it is an error."""
     max_restarts: int = Field(default=3, ge=0)
     """How often in a row, without a new checkpoint between, the run goes on from the last one when
     learners are lost: with new ones, while the engines stay. Where no rollout worker is left, all

@@ -263,7 +263,11 @@ def network(machine: Machine) -> Iterator[Check]:
         yield Check(name="address", state=State.OK, text=text)
     for where, key in _others(machine.config):
         host, _, port = where.rpartition(":")
-        why = machine.reaches(host.strip("[]"), int(port))
+        why = (
+            machine.joins(where)
+            if key == "cluster.address"
+            else machine.reaches(host.strip("[]"), int(port))
+        )
         if why is None:
             yield Check(name=key, state=State.OK, text=f"{where} answers")
         else:

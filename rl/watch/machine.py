@@ -173,6 +173,12 @@ class Machine:
             return str(error)
         return None
 
+    def joins(self, address: str) -> str | None:
+        """Why no Ray cluster can be joined at host:port; None where one can."""
+        from ..joining import why_no_head
+
+        return why_no_head(address)
+
     def live(
         self, part: str, order: Mapping[str, Any], deadline: float, environ: Mapping[str, str]
     ) -> dict[str, Any]:

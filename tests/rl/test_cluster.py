@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import ray
+from emberl.rl import joining, placement
 from emberl.rl.cluster import Cluster
 from emberl.rl.config.load import Config, ConfigError, load_config, resolve
-from emberl.rl.placement import check_capacity, plan_placement
+from emberl.rl.placement import check_capacity, plan_placement, wait_for_nodes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -117,6 +122,50 @@ def test_too_few_cpus_is_known_before_ray_starts() -> None:
     assert not ray.is_initialized()
 
 
+def test_nodes_that_are_about_to_register_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    need, told = plan_placement(config(device="cpu", learners=2, rollouts=1)), list[str]()
+    monkeypatch.setattr(placement, "LOOK", 0.0)
+    growing = iter([{}, {"CPU": 1.0}, {"CPU": 3.0}])
+    wait_for_nodes(need, 60, lambda: next(growing), "the Ray cluster at h:1", told.append)
+    [line] = told
+    assert "waiting for nodes, up to cluster.join_timeout=60 s" in line
+    assert "needs 3 CPU but the Ray cluster at h:1 has 0" in line
+    with pytest.raises(ConfigError, match=r"needs 3 CPU but the Ray cluster at h:1 has 2: lower"):
+        wait_for_nodes(need, 0.01, lambda: {"CPU": 2.0}, "the Ray cluster at h:1", told.append)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "what listens there is not Ray's"),
+        (None, r"has not answered within 0\.5 s"),
+    ],
+)
+def test_a_server_that_is_no_ray_cluster(
+    answer: bytes | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A web server, such as the cluster's own dashboard, and one that takes connections alone."""
+    monkeypatch.setattr(joining, "PATIENCE", 0.5)
+
+    def serve() -> None:
+        with suppress(OSError):  # it is closed
+            while answer is not None:
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(100)
+                    connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, daemon=True).start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        begun = time.monotonic()
+        elsewhere = config(device="cpu", address=address)
+        with pytest.raises(ConfigError, match=f"at {address} .*{words}"), Cluster(elsewhere):
+            pass
+        assert time.monotonic() - begun < 5
+        server.shutdown(socket.SHUT_RDWR)
+
+
 def where() -> type:
     """An actor that says where it sits, sent to its process by value: by name that would import
     this file, and torch."""
@@ -188,6 +237,6 @@ def test_a_colocated_learner_and_engine_see_the_same_card(npu_box: None) -> None
 
 @pytest.mark.slow
 def test_a_placement_that_does_not_fit_the_cluster(npu_box: None) -> None:
-    nine = config(device="npu", learners=8, rollouts=1)
+    nine = config(device="npu", learners=8, rollouts=1, join_timeout=0)
     with pytest.raises(ConfigError, match="needs 9 NPU but the Ray cluster has 8"), Cluster(nine):
         pass

@@ -13,6 +13,7 @@ import tempfile
 import time
 import venv
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -129,7 +130,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def emberl_command(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    command = [str(BIN / "emberl"), *arguments]
+    return started(folder, str(BIN / "emberl"), *arguments, **environment)
+
+
+def started(folder: Path, *command: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command,
         cwd=folder,
@@ -167,6 +171,24 @@ def kill_driver(run_dir: Path) -> None:
         line = process.info["cmdline"] or []
         if "emberl.rl.cli" in line and f"run_dir={run_dir}" in line:
             process.kill()
+
+
+@contextmanager
+def both_cpus_held(cluster: str, folder: Path) -> Iterator[None]:
+    """By another job, while the block runs."""
+    hold = (
+        "import ray, pathlib, time; ray.init();"
+        "ray.util.placement_group([{'CPU': 2}]).wait(60); print('held', flush=True);"
+        f"[time.sleep(0.2) for _ in range(1500) if not pathlib.Path({str(folder / 'go')!r}).exists()]"
+    )
+    job = ("job", "submit", "--address", cluster, "--", "python", "-c", hold)
+    holder = started(folder, str(BIN / "ray"), *job)
+    try:
+        said(holder, "held")
+        yield
+    finally:
+        (folder / "go").touch()
+        told_by(holder)
 
 
 def test_a_job_is_killed_submitted_again_and_stopped(
@@ -214,14 +236,16 @@ def test_a_job_is_killed_submitted_again_and_stopped(
     assert (run_dir / f"checkpoints/rl-{done:06}").exists()
 
 
-def test_rays_own_stop_leaves_a_submitted_job_time_to_save(
+def test_a_job_waits_its_turn_and_rays_own_stop_leaves_it_time_to_save(
     cluster: str, emberl: Emberl, wheel: Path
 ) -> None:
     emberl.config.touch()
     at = ("--address", cluster)
     longer = ("sft.steps=5", "schedule.steps=500", "--wheel", str(wheel))
-    run = emberl_command(emberl.folder, "submit", "small.yaml", *longer, *at)
-    job = said(run, "submitted").split()[1].rstrip(",")
+    with both_cpus_held(cluster, emberl.folder):
+        run = emberl_command(emberl.folder, "submit", "small.yaml", *longer, *at)
+        job = said(run, "submitted").split()[1].rstrip(",")
+        assert "CPU, up to cluster.start_timeout" in said(run, "waiting for")
     run_dir = emberl.folder / "runs/small"
     until_logged(run_dir, 3, run)
     stop = [str(BIN / "ray"), "job", "stop", "--address", cluster, job]
@@ -240,8 +264,28 @@ def test_a_job_is_held_to_the_cluster_it_joined(cluster: str, emberl: Emberl) ->
         f"run_dir={emberl.folder / 'greedy'}",
         "cluster.learners=4",
         "cluster.cpus_per_learner=1",
+        "cluster.join_timeout=1",
     )
     assert greedy.returncode != 0, "the job's status is the run's"
     assert "needs 4.5 CPU but the Ray cluster" in greedy.stdout, (
         "it must not start a cluster of its own"
     )
+
+
+def test_a_job_waits_for_nodes_and_nobody_for_a_lost_head(
+    cluster: str, emberl: Emberl, wheel: Path
+) -> None:
+    """The last test: the job server is gone after it."""
+    emberl.config.touch()
+    more = ("cluster.learners=4", "cluster.cpus_per_learner=1", "cluster.join_timeout=600")
+    at = ("--address", cluster, "--wheel", str(wheel))
+    run = emberl_command(emberl.folder, "submit", "small.yaml", *more, *at)
+    assert "needs 4.5 CPU but the Ray cluster" in said(run, "waiting for nodes")
+    port = cluster.rpartition(":")[2]
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if f"--port={port}" in line and any("dashboard.py" in word for word in line):
+            process.kill()
+    told = told_by(run)
+    assert run.returncode == 1 and "its job server was lost" in told, told[-3000:]
+    assert "Traceback" not in told, told[-3000:]

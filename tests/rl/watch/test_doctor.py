@@ -70,6 +70,9 @@ class Fake(Machine):
     def reaches(self, host: str, port: int) -> str | None:
         return self.answers["unreachable"].get(f"{host}:{port}")
 
+    def joins(self, address: str) -> str | None:
+        return self.answers["unreachable"].get(address)
+
 
 def test_packages() -> None:
     wanted = [
@@ -211,12 +214,12 @@ def test_what_is_elsewhere_must_answer() -> None:
         "cluster": {"address": "head:6379"},
         "rollout": {"engine": "vllm", "servers": ["http://a:8000", "https://b"]},
     }
-    fake = Fake(settings, outward="10.0.0.5", unreachable={"b:443": "refused"})
+    fake = Fake(settings, outward="10.0.0.5", unreachable={"b:443": "refused", "head:6379": "HTTP"})
     lines = {f"{c.name} {c.text}": c.state for c in doctor.network(fake)}
     assert lines == {
         "ports free ones on 127.0.0.1": OK,
         "address box stands for 127.0.1.1; Ray knows this node as 10.0.0.5": OK,
-        "cluster.address head:6379 answers": OK,
+        "cluster.address head:6379: HTTP": ERROR,
         "rollout.servers a:8000 answers": OK,
         "rollout.servers b:443: refused": ERROR,
     }
