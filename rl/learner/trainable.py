@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..config.load import OptimConfig
 from . import checkpoint
+from .rates import learning_rate
 from .shards import Shards
 
 
@@ -62,8 +63,6 @@ class Trainable:
     """AdamW over the shards of those parameters of `module` that require a gradient."""
 
     def __init__(self, module: nn.Module, optim: OptimConfig, total_steps: int) -> None:
-        from transformers import get_scheduler
-
         self.module: Any = module  # FSDP2 adds its methods to the class of the module
         self.optim = optim
         self.shards = Shards.of(module)
@@ -77,15 +76,7 @@ class Trainable:
             weight_decay=optim.weight_decay,
             fused=True,
         )
-        name = "constant_with_warmup" if optim.schedule == "constant" else optim.schedule
-        ends = {"min_lr_rate": optim.min_lr_ratio} if optim.min_lr_ratio else None
-        self.scheduler = get_scheduler(
-            f"{name}_with_min_lr" if ends else name,
-            self.optimizer,
-            num_warmup_steps=optim.warmup_steps,
-            num_training_steps=max(1, total_steps),
-            scheduler_specific_kwargs=ends,
-        )
+        self.scheduler = learning_rate(self.optimizer, optim, max(1, total_steps))
 
     def update(self, name: str) -> dict[str, float]:
         """One optimizer step with the gradients at hand; its figures under `name`/. A gradient that

@@ -27,7 +27,7 @@ from emberl.rl.groups import Batch
 from emberl.rl.learner.model_loader import RankSpec
 from emberl.rl.learner.rank import LearnerRank
 from torch.distributed import fsdp
-from transformers import AutoModelForCausalLM, Qwen3ForCausalLM, get_scheduler
+from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 LOSSES: dict[str, dict[str, Any]] = {
     "grpo": {"clip_high": 0.28},
@@ -101,7 +101,7 @@ def take_gradient(module: torch.nn.Module) -> np.ndarray:
     return torch.cat(row).numpy()
 
 
-LOADED = (fsdp.fully_shard, AutoModelForCausalLM, Qwen3ForCausalLM, get_scheduler)
+LOADED = (fsdp.fully_shard, AutoModelForCausalLM, Qwen3ForCausalLM)
 """What a rank imports when it needs it, for all of them at once."""
 
 

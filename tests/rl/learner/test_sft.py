@@ -15,9 +15,8 @@ from emberl.rl.data.supervised import Example
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.learner.model_loader import RankSpec
 from emberl.rl.learner.rank import LearnerRank
-from emberl.rl.learner.trainable import Trainable, shard
-from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoModelForCausalLM
+from emberl.rl.learner.rates import learning_rate
+from transformers import AutoModelForCausalLM, get_scheduler
 
 pytestmark = pytest.mark.slow
 SMALL = TinyConfig(hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, intermediate=48)
@@ -69,22 +68,28 @@ def test_loss_and_gradient_are_those_of_a_plain_implementation(
     assert float((found - gradient).abs().max()) < 1e-12 * max(1.0, float(gradient.abs().max()))
 
 
-def test_a_cosine_may_end_above_zero() -> None:
-    """DeepSeek-R1's supervised stages: 5e-5 down to 5e-6."""
-    torch.distributed.init_process_group(init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
-    try:
-        module = torch.nn.Linear(2, 2)
-        mesh = init_device_mesh("cpu", (1,))
-        cpu = torch.device("cpu")
-        shard(module, [], mesh, torch.float32, device=cpu, master=torch.float32)
-        optim = OptimConfig(lr=5e-5, schedule="cosine", min_lr_ratio=0.1, warmup_steps=0)
-        trainable = Trainable(module, optim, 10)
-        rates = [trainable.scheduler.get_last_lr()[0]]
-        for _ in range(10):
-            trainable.skip(1)
-            rates.append(trainable.scheduler.get_last_lr()[0])
-    finally:
-        torch.distributed.destroy_process_group()
-    assert rates[0] == pytest.approx(5e-5)
-    assert rates[5] == pytest.approx((5e-5 + 5e-6) / 2)
-    assert rates[10] == pytest.approx(5e-6)
+@pytest.mark.parametrize(
+    ("schedule", "least", "theirs"),
+    [
+        ("constant", 0.0, "constant_with_warmup"),
+        ("linear", 0.0, "linear"),
+        ("cosine", 0.0, "cosine"),
+        ("cosine", 0.1, "cosine_with_min_lr"),
+    ],
+)
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_the_learning_rate_is_that_of_transformers(
+    schedule: str, least: float, theirs: str, warmup: int
+) -> None:
+    """To the bit, and DeepSeek-R1's supervised stages go from 5e-5 down to 5e-6."""
+    optimizer, other = (torch.optim.SGD([torch.zeros(1)], lr=5e-5) for _ in range(2))
+    settings = OptimConfig(schedule=schedule, min_lr_ratio=least, warmup_steps=warmup)
+    ours = learning_rate(optimizer, settings, 10)
+    ends = {"min_lr_rate": least} if least else None
+    expected = get_scheduler(theirs, other, warmup, 10, scheduler_specific_kwargs=ends)
+    for update in range(12):
+        assert ours.get_last_lr() == expected.get_last_lr(), update
+        if (schedule, least, update) == ("cosine", 0.1, 10):
+            assert ours.get_last_lr() == pytest.approx([5e-6])
+        for each in (optimizer, other, ours, expected):
+            each.step()
