@@ -36,8 +36,9 @@ KINDS = {
 }
 """Kind -> what stands in the command line of its processes."""
 MARK = "EMBERL_CHAOS"
-DEADLINE = 900.0
-"""Seconds for one start of a run, after which it is said to hang."""
+GOES = 120.0
+"""Seconds after the end of a run until nothing of it is to be left: Ray's agents look every few
+seconds whether their raylet is there, and on a busy machine later."""
 REWARD = """\
 def score(prompt, completion, answer, **columns):
     return float(completion.split("</think>")[-1].strip() == str(answer))
@@ -59,7 +60,7 @@ eval: {{every: 0, size: 16}}
 checkpoint: {{every: 4, keep: 2}}
 tracking: {{wandb: offline}}
 cluster: {{device: cpu, learners: 2, rollouts: 2, cpus_per_learner: 0.25, cpus_per_rollout: 0.25,
-  step_timeout: 120, max_restarts: 20}}
+  start_timeout: 900, step_timeout: 300, max_restarts: 20}}
 """
 
 
@@ -89,8 +90,9 @@ def weights_of(folder: Path) -> str:
 class Trial:
     """One run in a directory of its own, and what was done to it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.mark = folder, uuid.uuid4().hex
+    def __init__(self, folder: Path, deadline: float) -> None:
+        """deadline: seconds for one start of the run, after which it is said to hang."""
+        self.folder, self.mark, self.deadline = folder, uuid.uuid4().hex, deadline
         folder.mkdir(parents=True)
         (folder / "marks.py").write_text(REWARD)
         (folder / "chaos.yaml").write_text(CONFIG)
@@ -124,7 +126,7 @@ class Trial:
         is started again."""
         status = self.process.poll()
         if status is None:
-            return "hang" if time.monotonic() - self.began > DEADLINE else None
+            return "hang" if time.monotonic() - self.began > self.deadline else None
         # among what helpers that were killed leave on stderr
         told = (self.folder / f"log{self.starts}").read_text(errors="replace").splitlines()
         last = [line for line in told if line.startswith('{"status"')][-1:]
@@ -143,8 +145,8 @@ class Trial:
         return ""
 
     def clean(self) -> int:
-        """Ends what is left of it; how many processes were still there after 30 s."""
-        deadline = time.monotonic() + 30
+        """Ends what is left of it; how many processes were still there after `GOES` seconds."""
+        deadline = time.monotonic() + GOES
         while (left := ours(self.mark)) and time.monotonic() < deadline:
             time.sleep(0.5)
         for pid in left:
@@ -160,6 +162,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--each", type=int, default=5, help="kills of a run")
     parser.add_argument("--start", type=float, default=60.0, help="seconds that a start takes")
+    parser.add_argument("--deadline", type=float, default=900.0, help="of one start of a run")
     parser.add_argument("--seconds", type=float, default=1e9, help="no new run after these")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", default=",".join(KINDS))
@@ -171,7 +174,7 @@ def main() -> None:
     chosen, began = random.Random(options.seed), time.monotonic()
     base = Path(tempfile.mkdtemp(prefix="chaos-"))
 
-    quiet = Trial(base / "undisturbed")
+    quiet = Trial(base / "undisturbed", options.deadline)
     while (found := quiet.ended()) is None:
         time.sleep(0.5)
     assert not found, f"the undisturbed run: {found}, {base}"
@@ -184,7 +187,7 @@ def main() -> None:
     runs = 0
     while sum(done.values()) < kills and time.monotonic() - began < options.seconds:
         runs += 1
-        trial, mine = Trial(base / f"run{runs}"), []
+        trial, mine = Trial(base / f"run{runs}", options.deadline), []
         left = min(options.each, kills - sum(done.values()))
         # a fifth of them before the first step, at whatever the start is at
         plan = sorted(
