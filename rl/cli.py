@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .evaluation.commands import app as evaluation
-from .exits import FAILED, USAGE, fail
+from .exits import FAILED, USAGE, fail, say
 from .job_commands import app as jobs
 from .train_commands import app as training
 from .watch.bench_command import app as bench
@@ -189,7 +191,14 @@ app.add_typer(patches, name="patches")
 app.add_typer(bench, name="bench")
 
 
+_DASHED = re.compile(r"--(\w+(?:\.\w+)+)(=.*)?", re.DOTALL)
+
+
 def main() -> None:
+    dashed = next((found for word in sys.argv[1:] if (found := _DASHED.fullmatch(word))), None)
+    if dashed is not None:  # click knows no more than that there is no such option
+        say(f"{dashed[0]}: overrides have no dashes; write {dashed[1]}{dashed[2] or '=VALUE'}")
+        raise SystemExit(USAGE)
     app()
 
 

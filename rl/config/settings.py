@@ -59,7 +59,7 @@ class ModelConfig(Settings):
         if (self.path is None) == (self.tiny is None):
             raise ValueError(
                 "set either model.path (a Hub id or a directory) or model.tiny (a small model made"
-                " here)"
+                f" here){'' if self.path is None else '; with model.path add model.tiny=null'}"
             )
         return self
 

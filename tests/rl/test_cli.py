@@ -71,6 +71,7 @@ def test_audit_of_the_sandbox_tells_contained_from_not(tmp_path: Path) -> None:
         (["audit", "sandbox"], "needs --attacks FILE"),
         (["audit", "math", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["audit", "mth"], "did you mean 'math'"),
+        (["train", "a.yaml", "--optim.lr=1e-4"], "overrides have no dashes; write optim.lr=1e-4"),
     ],
 )
 def test_a_wrong_call_is_one_line(arguments: list[str], message: str) -> None:

@@ -61,6 +61,7 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
             "schedule.prompts_per_step=0: input should be greater than or equal to 1",
         ),
         ("model.tiny={}", "set either model.path (a Hub id or a directory) or model.tiny"),
+        ("model.tiny={}", "with model.path add model.tiny=null"),
         ("algorithm=grop", "did you mean"),
         ("group_size", "override 'group_size' must have the form key=value"),
         ("cluster.device=tpu", "cluster.device='tpu'"),
