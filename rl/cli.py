@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -41,6 +42,8 @@ def _root(
     ] = False,
 ) -> None:
     """Each command has --help with an example."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `start` leaves it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 app.registered_commands += training.registered_commands  # the first that --help shows

@@ -88,6 +88,7 @@ def test_the_arrow_check_itself(path: str, line: str, problem: str | None) -> No
 
 LAYERS: dict[str, tuple[set[str], ...]] = {
     "rl": (
+        {"start"},
         {"cli"},
         {"stages", "job_commands", "train_commands", "watch_commands"},
         {"recipe", "data_command", "submit"},

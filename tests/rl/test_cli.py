@@ -4,6 +4,7 @@ they end."""
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -77,6 +78,25 @@ def test_audit_of_the_sandbox_tells_contained_from_not(tmp_path: Path) -> None:
 def test_a_wrong_call_is_one_line(arguments: list[str], message: str) -> None:
     result = json.loads(run(*arguments, status=2))
     assert message in result["error"]
+
+
+def test_ctrl_c_while_the_command_is_loaded_shows_no_traceback() -> None:
+    """The moment is that of the first import of `cli`; afterwards a command handles it itself."""
+    code = (
+        "import builtins, os, signal, sys\n"
+        "real = builtins.__import__\n"
+        "def slow(name, *rest):\n"
+        "    if name == 'typer':\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return real(name, *rest)\n"
+        "builtins.__import__ = slow\n"
+        "from emberl.rl.start import main\n"
+        "main()\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (found.returncode, found.stdout, found.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_doctor_gives_every_line_a_level() -> None:
