@@ -74,7 +74,10 @@ class Cluster:
         self._watch: local_ray.Watch | None = None
         self.next_version = 0
         """The smallest that workers do not know yet."""
-        if not self.address and not ray.is_initialized() and self.placement.device == "cpu":
+        device = platform.named(self.placement.device)
+        # of a device that torch knows without another package it is known that there is none
+        bare = device.is_cpu or (device.module is None and platform.detect().is_cpu)
+        if bare and not self.address and not ray.is_initialized():
             check_capacity(self.placement, {"CPU": platform.local_cpus()}, "this machine")
 
     def __enter__(self) -> Cluster:

@@ -86,7 +86,7 @@ class Trainable:
             self.optimizer.step()
         else:
             self.skipped += 1
-        lr = self.scheduler.get_last_lr()[0]
+        lr = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {

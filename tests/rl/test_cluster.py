@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from emberl.kernels import platform
 from emberl.rl import joining, placement
 from emberl.rl.cluster import Cluster
 from emberl.rl.config.load import Config, ConfigError, load_config, resolve
@@ -116,9 +117,13 @@ def test_too_few_cpus_names_the_keys() -> None:
     assert "cluster.cpus_per_rollout" in str(error.value)
 
 
-def test_too_few_cpus_is_known_before_ray_starts() -> None:
+def test_too_little_is_known_before_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="this machine has"):
         Cluster(config(device="cpu", learners=1000))
+    monkeypatch.setattr(platform, "detect", lambda: platform.CPU)
+    little = {"cpus_per_learner": 0.1, "cpus_per_rollout": 0.1}
+    with pytest.raises(ConfigError, match="2 GPU but this machine has 0"):
+        Cluster(config(device="cuda", **little))
     assert not ray.is_initialized()
 
 
