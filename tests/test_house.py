@@ -203,7 +203,7 @@ BUDGET = {
     "rl/config": 4_041,
     "rl/data": 4_618,
     "rl/evaluation": 2_396,
-    "rl/learner": 3_314,
+    "rl/learner": 3_560,
     "rl/plan": 1_907,
     "rl/watch": 4_891,
     "rl/weights": 1_614,

@@ -42,6 +42,7 @@ VERL: Mapping[str, str] = {
     "actor_rollout_ref.rollout.seed": "seed",
     "actor_rollout_ref.model.enable_gradient_checkpointing": "model.gradient_checkpointing",
     "actor_rollout_ref.model.use_remove_padding": "model.packing",
+    "actor_rollout_ref.actor.use_prefix_grouper": "model.share_prompts",
     "actor_rollout_ref.actor.optim.lr": "optim.lr",
     "actor_rollout_ref.actor.optim.betas": "optim.betas",
     "actor_rollout_ref.actor.optim.weight_decay": "optim.weight_decay",

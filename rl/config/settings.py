@@ -51,6 +51,11 @@ class ModelConfig(Settings):
     """Sequences of a pass end to end in one row instead of padded; `auto`: where the attention
     passes over other sequences' tokens (flash and flex attention). Loss and gradient do not depend
     on it."""
+    share_prompts: Literal["auto", "on", "off"] = "auto"
+    """Computes a prompt once for its group of answers in a learner's pass (verl's
+    use_prefix_grouper); `auto`: in packed passes of Llama, Qwen2 and Qwen3. On a CPU in float32
+    that also chooses packed passes, but for very small models. Loss and gradient do not depend on
+    it."""
     lora: LoraConfig | None = None
     """Trains adapters instead of all weights; empty: all weights."""
 

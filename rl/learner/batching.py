@@ -13,7 +13,7 @@ step beforehand.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,8 @@ def plan_micro_batches(
     budget: int,
     *,
     packed: bool = False,
-    cost: Callable[[int], float] = float,
+    costs: Sequence[float] | None = None,
+    most: int = PACKED_SEQUENCES,
 ) -> list[list[MicroBatch]]:
     """The micro-batches of each rank, given the S sequence lengths and the tokens (padding
     included) that one pass may hold.
@@ -42,14 +43,17 @@ def plan_micro_batches(
     cost about the same.
 
     packed: passes hold sequences one behind the other, not padded to the longest.
-    cost: of a sequence by its length, what packed passes are balanced by; `ModelFlops.sequence` has
-    attention's
-        quadratic part.
+    costs: of each sequence, what packed passes are balanced by (None: the lengths);
+        `ModelFlops.sequence` has attention's quadratic part.
+    most: sequences of a packed pass.
     """
     sizes = [int(length) for length in lengths]
     if not sizes:
         return [[()] for _ in range(world)]
-    pieces = _packed(sizes, world, budget, cost) if packed else _padded(sizes, world, budget)
+    if packed:
+        pieces = _packed(sizes, world, budget, [float(c) for c in costs or sizes], most)
+    else:
+        pieces = _padded(sizes, world, budget)
     pieces += [()] * (-len(pieces) % world)
     return [pieces[rank::world] for rank in range(world)]
 
@@ -82,19 +86,18 @@ def _cut(sizes: Sequence[int], budget: int) -> list[tuple[int, int]]:
 
 
 def _packed(
-    lengths: Sequence[int], world: int, budget: int, cost: Callable[[int], float]
+    lengths: Sequence[int], world: int, budget: int, costs: Sequence[float], most: int
 ) -> list[MicroBatch]:
     """Passes in descending order of cost, in the smallest multiple of `world` for which a division
     within the budget is found. The smallest that exists is NP-hard to find; best-fit decreasing
     needs at most 11/9 of it and one more."""
-    costs = [cost(length) for length in lengths]
     alone = [i for i, length in enumerate(lengths) if length > budget]
     rest = [i for i, length in enumerate(lengths) if length <= budget]
-    needed = max(-(-sum(lengths[i] for i in rest) // budget), -(-len(rest) // PACKED_SEQUENCES))
+    needed = max(-(-sum(lengths[i] for i in rest) // budget), -(-len(rest) // most))
     rounds = -(-(len(alone) + needed) // world)
     rest_lengths, rest_costs = [lengths[i] for i in rest], [costs[i] for i in rest]
     while (
-        packed := _divide(rest_lengths, rest_costs, rounds * world - len(alone), budget)
+        packed := _divide(rest_lengths, rest_costs, rounds * world - len(alone), budget, most)
     ) is None:
         rounds += 1
     pieces = [*((i,) for i in alone), *(tuple(rest[i] for i in part) for part in packed)]
@@ -102,39 +105,34 @@ def _packed(
 
 
 def _divide(
-    lengths: Sequence[int], costs: Sequence[float], passes: int, budget: int
+    lengths: Sequence[int], costs: Sequence[float], passes: int, budget: int, most: int
 ) -> list[list[int]] | None:
     """The first division into at most that many passes of which none is too large; None: there is
     none."""
-    for parts in _divisions(lengths, costs, passes, budget):
-        fits = all(
-            sum(lengths[i] for i in part) <= budget and len(part) <= PACKED_SEQUENCES
-            for part in parts
-        )
+    for parts in _divisions(lengths, costs, passes, budget, most):
+        fits = all(sum(lengths[i] for i in part) <= budget and len(part) <= most for part in parts)
         if fits and len(parts) <= passes:
             return parts
     return None
 
 
 def _divisions(
-    lengths: Sequence[int], costs: Sequence[float], passes: int, budget: int
+    lengths: Sequence[int], costs: Sequence[float], passes: int, budget: int, most: int
 ) -> Iterator[list[list[int]]]:
     """Balanced by cost, the best; balanced by tokens, which fits where room is scarcer; not
     balanced, but tight."""
     yield karmarkar_karp(costs, passes)
     yield karmarkar_karp(lengths, passes)
-    yield _best_fit(lengths, budget)
+    yield _best_fit(lengths, budget, most)
 
 
-def _best_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
+def _best_fit(sizes: Sequence[int], budget: int, most: int) -> list[list[int]]:
     """As few parts as come out when each item, the longest first, goes where it leaves the least
     room."""
     parts: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        open_parts = [
-            p for p in range(len(parts)) if room[p] >= sizes[i] and len(parts[p]) < PACKED_SEQUENCES
-        ]
+        open_parts = [p for p in range(len(parts)) if room[p] >= sizes[i] and len(parts[p]) < most]
         if open_parts:
             best = min(open_parts, key=lambda p: room[p])
             parts[best].append(i)

@@ -105,17 +105,28 @@ class ModelFlops:
         *,
         causal: bool = True,
         frozen_weights: bool = False,
+        repeated: int = 0,
     ) -> int:
         """Forward and backward of an update, without the optimizer.
 
+        repeated: tokens of prompts that another sequence has computed; attention sees them.
         frozen_weights: nothing but adapters (LoRA) trains: there are no gradients by the model's
         own weights, and products
             with them cost twice a forward pass. The adapters' own small products are not counted.
         """
         sizes = [int(length) for length in lengths]
         attention = sum(self.attention(length, causal=causal) for length in sizes)
-        weights = sum(sizes) * self.token + int(loss_tokens) * self.head
+        weights = (sum(sizes) - repeated) * self.token + int(loss_tokens) * self.head
         return 3 * attention + (2 if frozen_weights else 3) * weights
+
+
+def counted(config: Any) -> bool:
+    """Whether `ModelFlops` counts the model: its layers mix tokens by full attention alone."""
+    try:
+        ModelFlops.of(config)
+    except ValueError:
+        return False
+    return True
 
 
 PEAKS = {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...kernels.transformer.fused import Parts
 from .layers import Forward
+from .shared_prompts import SharedRows, over_sequences
 
 
 def fused_forward(device: torch.device) -> Forward:
@@ -29,7 +30,14 @@ def fused_forward(device: torch.device) -> Forward:
         **given: Any,
     ) -> Any:
         assert position_embeddings is not None
-        return layer(self, hidden_states, position_embeddings, ends(hidden_states, given), parts)
+        return layer(
+            self,
+            hidden_states,
+            position_embeddings,
+            ends(hidden_states, given),
+            parts,
+            given.get("shared"),
+        )
 
     return forward
 
@@ -46,7 +54,12 @@ def ends(hidden: Tensor, given: dict[str, Any]) -> tuple[int, ...]:
 
 
 def layer(
-    self: Any, hidden: Tensor, turns: tuple[Tensor, Tensor], ends: tuple[int, ...], parts: Parts
+    self: Any,
+    hidden: Tensor,
+    turns: tuple[Tensor, Tensor],
+    ends: tuple[int, ...],
+    parts: Parts,
+    shared: SharedRows | None = None,
 ) -> Tensor:
     """hidden [B, L, H], a packed row or padded ones: of the same shape what the layer makes of
     it."""
@@ -69,7 +82,11 @@ def layer(
         )
     cos, sin = (turn.expand(shape[0], -1, -1).reshape(len(x), size).to(x.dtype) for turn in turns)
     q, k = parts("rotary", q, cos, sin), parts("rotary", k, cos, sin)
-    answer = parts("attention", q, k, v, ends, attention.scaling)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return parts("attention", q, k, v, ends, attention.scaling)
+
+    answer = over_sequences(shared, attend, q, k, v)
     x = x + attention.o_proj(answer.flatten(1))
     normed = parts("norm", x, second.weight, second.variance_epsilon)
     inner = parts("gate", mlp.gate_proj(normed), mlp.up_proj(normed))

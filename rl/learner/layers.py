@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from types import MethodType
 from typing import Any
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.transformer import operators, products
+from .shared_prompts import over_sequences, share_in_attention
 
 _log = logging.getLogger(__name__)
 
@@ -40,8 +42,6 @@ def replace_layers(
     """Replaces the layers' forward where they are of a family that is known and the check, which
     runs on `device`, passes; whether it did. forward: by default that of a CPU."""
     forward, device = forward or layer_forward, device or torch.device("cpu")
-    from transformers import AttentionInterface
-
     config = model.config.get_text_config()
     full = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
     known = (
@@ -61,11 +61,19 @@ def replace_layers(
             distance,
         )
         return False
-    AttentionInterface.register(ATTENTION, packed_attention)
-    model.config._attn_implementation = ATTENTION
+    use_packed_attention(model)
     for layer in layers:
         layer.forward = MethodType(forward, layer)
     return True
+
+
+def use_packed_attention(model: Any) -> None:
+    """Gives the model `packed_attention`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, packed_attention)
+    share_in_attention(ATTENTION)
+    model.config._attn_implementation = ATTENTION
 
 
 def _usual(layer: Any) -> bool:
@@ -140,16 +148,13 @@ def layer_forward(
         turn[..., : size // 2].float().expand(shape[0], -1, -1).reshape(len(x), -1).contiguous()
         for turn in position_embeddings
     )
-    answer = operators.causal_attention(
-        q,
-        k,
-        v,
-        cos,
-        sin,
-        _borders(shape, given.get("cu_seq_lens_q")),
+    attend = partial(
+        operators.causal_attention,
+        borders=_borders(shape, given.get("cu_seq_lens_q")),
         size=size,
         scale=attention.scaling,
     )
+    answer = over_sequences(given.get("shared"), attend, q, k, v, cos, sin)
     total, normed = operators.add_rms_norm(
         x, _linear(attention.o_proj, answer), second.weight, second.variance_epsilon
     )

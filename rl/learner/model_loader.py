@@ -20,17 +20,22 @@ from ...rollout.actors import own_device
 from ..config.load import CriticConfig, ModelConfig
 from . import memory
 from .critic import Critic
-from .flops import ModelFlops
+from .flops import COUNTED, ModelFlops, counted
 from .fused_layers import fused_forward
-from .layers import ATTENTION, replace_layers
+from .layers import ATTENTION, replace_layers, use_packed_attention
 from .lora import inject_adapters, merged_shards
 from .policy import Policy, pick_attention, takes_packed
 from .shards import Shards
+from .shared_prompts import share_in_attention
 from .teachers import Teacher
 from .trainable import shard
 from .whole import keep_whole
 
 _log = logging.getLogger(__name__)
+
+WORTH_PACKING = 4_000_000
+"""FLOPs of a token in a forward pass, from which a sequence's attention on its own costs a CPU less
+than what packed passes save in float32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +72,9 @@ class ModelLoader:
             self.attention = pick_attention(self.platform, self.dtype)
         packing = spec.model.packing
         self.packed = takes_packed(self.attention) if packing == "auto" else packing == "on"
+        self.shares_prompts = False
+        """Whether passes compute a prompt once for all of its answers; known as models are
+        loaded."""
         own = self.platform.is_cpu or self.platform.fused_layers
         self.fused = own and self.dtype == torch.bfloat16 and spec.model.attention == "auto"
         """Whether the policy's layers are run by `layers.py`, on NPUs by `fused_layers.py`."""
@@ -100,18 +108,55 @@ class ModelLoader:
         layers = getattr(model, model.base_model_prefix).layers
         if self.fused:
             self.fused = self._replace(model, layers)
-            if self.fused:  # also of what is loaded later
-                self.attention = ATTENTION
-                self.packed |= self.spec.model.packing == "auto"
+        if self.fused or self._gains_by_packing():
+            if not self.fused:
+                use_packed_attention(model)
+            self.attention = ATTENTION  # also of what is loaded later
+            self.packed |= self.spec.model.packing == "auto"
+        self.shares_prompts = self._may_share(model)
         policy = Policy(model).train()
         self._shard(policy, layers, offload=offload)
         return policy
+
+    def _gains_by_packing(self) -> bool:
+        """Whether a CPU's padded passes in float32 would be slower than packed ones that compute a
+        prompt once."""
+        model = self.spec.model
+        return (
+            self.platform.is_cpu
+            and self.dtype == torch.float32
+            and (model.attention, model.packing) == ("auto", "auto")
+            and self.flops is not None
+            and (model.share_prompts == "on" or self.flops.token >= WORTH_PACKING)
+            and model.share_prompts != "off"
+        )
+
+    def _may_share(self, model: Any) -> bool:
+        """`model.share_prompts`, for a model that is loaded.
+
+        Raises:
+            ValueError: it is on and cannot be.
+        """
+        wanted = self.spec.model.share_prompts
+        can = self.packed and counted(model.config)
+        if wanted == "on" and not can:
+            raise ValueError(
+                "model.share_prompts=on needs packed passes (model.packing=on) and a model whose"
+                f" layers mix tokens by full attention alone ({', '.join(COUNTED)}), but"
+                f" model.packing={self.spec.model.packing}, model.attention={self.attention} and"
+                f" model_type={model.config.model_type!r}; set auto or off"
+            )
+        if can and wanted != "off":
+            share_in_attention(self.attention)
+            return True
+        return False
 
     def load_critic(self, settings: CriticConfig, policy: Policy) -> Critic:
         """From `critic.path`, or with the policy's body of this moment, adapters merged in."""
         from transformers import AutoModel
 
         body = self._read(AutoModel, settings.path or self.model_path)
+        self.shares_prompts &= counted(body.config)
         if self.fused:
             self._replace(body, body.layers)
         critic = Critic(body, self.master).train()
@@ -130,6 +175,7 @@ class ModelLoader:
         from transformers import AutoModelForCausalLM
 
         model = self._read(AutoModelForCausalLM, path)
+        self.shares_prompts &= counted(model.config)
         layers = getattr(model, model.base_model_prefix).layers
         if self.fused:
             self._replace(model, layers)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...kernels import platform
@@ -21,6 +22,7 @@ from ...kernels.loss.terms import TokenLoss, TokenStats, TokenTerms
 from ..algorithm.losses import DISTILL_TERM
 from ..groups import Batch
 from .head import linear_head, own_logits
+from .shared_prompts import SharedRows, sharing_sequences
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -46,6 +48,9 @@ class MicroBatchTensors:
     ends: tuple[int, ...] | None = None
     """`borders` without the first, as numbers, where the device's attention reads them on the host:
     formed once for all layers and passes over them."""
+    shared: SharedRows | None = None
+    """Of a packed row that holds prompts once: `borders`, `longest` and `ends` are those of the
+    sequences with their own prompts, as attention sees them."""
 
     def layout(self) -> dict[str, Any]:
         """Arguments of the model's body beside the token ids. transformers makes a block-diagonal
@@ -55,8 +60,10 @@ class MicroBatchTensors:
         if self.positions_BL is None:
             return {}
         ends = {} if self.ends is None else {"ends": self.ends}
+        shared = {} if self.shared is None else {"shared": self.shared}
         return {
             **ends,
+            **shared,
             "position_ids": self.positions_BL,
             "cu_seq_lens_q": self.borders,
             "cu_seq_lens_k": self.borders,
@@ -98,50 +105,90 @@ def _round_up(size: int, multiple: int) -> int:
 
 
 def to_tensors(
-    batch: Batch, sequences: tuple[int, ...], device: torch.device, *, packed: bool = False
+    batch: Batch,
+    sequences: tuple[int, ...],
+    device: torch.device,
+    *,
+    packed: bool = False,
+    share_prompts: bool = False,
 ) -> MicroBatchTensors:
     """Pads these sequences of the batch, or packs them into one row whose end is filled up by a
-    sequence of its own; an empty tuple gives filling and no loss, to keep step with other ranks."""
+    sequence of its own; an empty tuple gives filling and no loss, to keep step with other ranks.
+
+    share_prompts: in a packed row a prompt that neighbours have in common stands once.
+    """
     starts = np.concatenate(([0], np.cumsum(batch.sequence_lengths)))
     spans = [np.arange(starts[s], starts[s + 1]) for s in sequences] or [np.zeros(0, np.int64)]
     lengths = [len(span) for span in spans]
     if packed:
-        height, width = 1, _round_up(sum(lengths), PACKED)
-        places = np.cumsum([0, *lengths[:-1]])
+        runs = sharing_sequences(batch, sequences) if share_prompts and sequences else ()
+        own = _own_tokens(lengths, [(len(run.sequences), run.prompt) for run in runs])
+        rows, used = _packed_rows(lengths, own)
+        height, width = 1, _round_up(used, PACKED)
     else:
         height, width = _round_up(len(spans), HEIGHT), _round_up(max(lengths), WIDTH)
-        places = np.arange(len(spans)) * width
+        rows = [place * width + np.arange(n) for place, n in enumerate(lengths)]
     token_ids = np.zeros(height * width, np.int64)
-    rows, index = [], []
-    for place, span in zip(places, spans, strict=True):
-        token_ids[place : place + len(span)] = batch.token_ids_T[span]
+    predicting, index = [], []
+    for row, span in zip(rows, spans, strict=True):
+        token_ids[row] = batch.token_ids_T[span]
         where = np.flatnonzero(batch.loss_mask_T[span])
         assert not len(where) or where[0] > 0, (
             "the first token of a sequence has nothing to be predicted from"
         )
-        rows.append(place + where - 1)
+        predicting.append(row[where - 1])
         index.append(span[where])
     index_n = np.concatenate(index)
     return MicroBatchTensors(
         token_ids_BL=torch.from_numpy(token_ids.reshape(height, width)).to(device),
-        rows_n=torch.from_numpy(np.concatenate(rows)).to(device),
+        rows_n=torch.from_numpy(np.concatenate(predicting)).to(device),
         targets_n=torch.from_numpy(batch.token_ids_T[index_n].astype(np.int64)).to(device),
         index_n=torch.from_numpy(index_n).to(device),
         sequence_ids_n=torch.from_numpy(batch.sequence_ids_T[index_n]).to(device),
-        **(_packed_layout([*lengths, width - sum(lengths)], device) if packed else {}),
+        **(_packed_layout([*rows, np.arange(used, width)], width, device) if packed else {}),
     )
 
 
-def _packed_layout(lengths: list[int], device: torch.device) -> dict[str, Any]:
-    filled = [length for length in lengths if length]
-    borders = np.cumsum([0, *filled])
-    positions = np.arange(borders[-1]) - np.repeat(borders[:-1], filled)
+def _own_tokens(lengths: list[int], runs: list[tuple[int, int]]) -> list[int]:
+    """Of each sequence the tokens that stand in the row for it alone; runs: (sequences, length of
+    their prompt)."""
+    own = list(lengths)
+    place = 0
+    for count, prompt in runs:
+        for i in range(place + 1, place + count):
+            own[i] -= prompt
+        place += count
+    return own
+
+
+def _packed_rows(lengths: list[int], own: list[int]) -> tuple[list[NDArray[np.int64]], int]:
+    """The rows of each sequence's tokens, the first of which are those of the sequence before it
+    where it does not have all to itself; and how many rows there are."""
+    rows: list[NDArray[np.int64]] = []
+    used = 0
+    for length, alone in zip(lengths, own, strict=True):
+        new = np.arange(used, used + alone)
+        rows.append(np.concatenate([rows[-1][: length - alone], new]) if alone < length else new)
+        used += alone
+    return rows, used
+
+
+def _packed_layout(
+    rows: list[NDArray[np.int64]], width: int, device: torch.device
+) -> dict[str, Any]:
+    """rows: of every sequence, the filling included, in a row of `width` tokens."""
+    rows = [each for each in rows if len(each)]
+    borders = np.cumsum([0, *map(len, rows)])
+    positions = np.empty(width, np.int64)
+    for each in rows:
+        positions[each] = np.arange(len(each))
     on_host = platform.named(device.type).lengths_on_host
     return {
         "positions_BL": torch.from_numpy(positions[None]).to(device),
         "borders": torch.from_numpy(borders.astype(np.int32)).to("cpu" if on_host else device),
-        "longest": max(filled),
+        "longest": max(map(len, rows)),
         "ends": tuple(map(int, borders[1:])) if on_host else None,
+        "shared": SharedRows.of(np.concatenate(rows), device) if borders[-1] > width else None,
     }
 
 

@@ -38,6 +38,7 @@ from .policy import Policy
 from .publisher import Parts, Published, Publisher, PublishRequest, shards_of
 from .rank_passes import RankPasses, pass_size
 from .shards import Shards
+from .shared_prompts import repeated_tokens
 from .teachers import Teacher, sampled_logprobs
 from .trainable import Trainable
 from .training_step import EngineMismatch, critic_backward, policy_backward
@@ -170,6 +171,7 @@ class LearnerRank:
             batch.sequence_lengths,
             int(batch.loss_mask_T.sum()),
             frozen_weights=self.spec.model.lora is not None,
+            repeated=repeated_tokens(batch) if self.models.shares_prompts else 0,
         )
         return speed(
             cost, tokens=batch.num_tokens, seconds=seconds, devices=self.spec.world, peak=self.peak

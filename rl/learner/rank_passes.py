@@ -17,9 +17,10 @@ from ...kernels import platform
 from ..config.load import OptimConfig
 from ..groups import Batch
 from . import memory
-from .batching import plan_micro_batches
+from .batching import MicroBatch, plan_micro_batches
 from .model_loader import ModelLoader
 from .policy import MicroBatchTensors, Policy, to_tensors
+from .shared_prompts import plan_sharing
 from .whole import passes
 
 
@@ -88,14 +89,7 @@ class RankPasses:
         from torch.distributed.fsdp import FSDPModule
 
         models = self.models
-        plan = plan_micro_batches(
-            batch.sequence_lengths,
-            models.spec.world,
-            self.size.tokens,
-            packed=models.packed,
-            cost=float if models.flops is None else models.flops.sequence,
-        )
-        mine = plan[models.spec.rank]
+        mine = self.plan(batch)[models.spec.rank]
         with passes(module):
             for i, sequences in enumerate(mine):
                 if gradient and isinstance(module, FSDPModule):
@@ -106,9 +100,30 @@ class RankPasses:
                     module.set_reshard_after_backward(last or not models.platform.is_cpu)
                 yield self.tensors(batch, sequences)
 
+    def plan(self, batch: Batch) -> list[list[MicroBatch]]:
+        """The passes of every rank."""
+        models, budget = self.models, self.size.tokens
+        if models.shares_prompts:
+            return plan_sharing(batch, models.spec.world, budget, models.flops)
+        lengths = batch.sequence_lengths
+        return plan_micro_batches(
+            lengths,
+            models.spec.world,
+            budget,
+            packed=models.packed,
+            costs=None if models.flops is None else [models.flops.sequence(n) for n in lengths],
+        )
+
     def tensors(self, batch: Batch, sequences: tuple[int, ...]) -> MicroBatchTensors:
         """Some sequences of the batch as one micro-batch on the device."""
-        return to_tensors(batch, sequences, self.models.device, packed=self.models.packed)
+        models = self.models
+        return to_tensors(
+            batch,
+            sequences,
+            models.device,
+            packed=models.packed,
+            share_prompts=models.shares_prompts,
+        )
 
     @torch.no_grad()
     def per_token(

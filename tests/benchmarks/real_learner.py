@@ -22,18 +22,19 @@ from typing import IO, Any
 import numpy as np
 from emberl.rl.groups import Batch
 
-PROMPT = 40
-"""Tokens at the beginning of every sequence that are not trained on."""
 
-
-def make_batch(sequences: int) -> Batch:
-    """Sequences of 90 to 199 random tokens, drawn from a fixed seed."""
+def make_batch(sequences: int, prompt: int, group: int) -> Batch:
+    """Sequences of random tokens, drawn from a fixed seed: 50 to 159 that train behind `prompt`
+    that do not, which `group` neighbours have in common."""
     rng = np.random.default_rng(0)
-    lengths = rng.integers(90, 200, sequences)
+    lengths = prompt + rng.integers(50, 160, sequences)
     positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
-    mask, count = positions >= PROMPT, len(positions)
+    mask, count = positions >= prompt, len(positions)
+    token_ids = rng.integers(5, 49_000, count).astype(np.int32)
+    prompts = rng.integers(5, 49_000, (-(-sequences // group), prompt)).astype(np.int32)
+    token_ids[~mask] = prompts.repeat(group, 0)[:sequences].ravel()
     return Batch(
-        token_ids_T=rng.integers(5, 49_000, count).astype(np.int32),
+        token_ids_T=token_ids,
         positions_T=positions,
         sequence_ids_T=np.repeat(np.arange(sequences, dtype=np.int32), lengths),
         loss_mask_T=mask,
@@ -44,7 +45,7 @@ def make_batch(sequences: int) -> Batch:
     )
 
 
-def learner(model: str, threads: int, tokens: int | str, batch: Batch) -> Any:
+def learner(options: argparse.Namespace, batch: Batch) -> Any:
     """A function that makes one step of ours."""
     from emberl.rl.algorithm.losses import Objective
     from emberl.rl.config.algorithm import LossConfig
@@ -52,35 +53,39 @@ def learner(model: str, threads: int, tokens: int | str, batch: Batch) -> Any:
     from emberl.rl.learner.model_loader import RankSpec
     from emberl.rl.learner.rank import LearnerRank
 
-    settings = ModelConfig(path=model, dtype="bfloat16")
+    settings = ModelConfig(
+        path=options.model, dtype=options.dtype, share_prompts=options.share_prompts
+    )
     rank = LearnerRank(
-        RankSpec(rank=0, world=1, device="cpu", threads=threads, model=settings, timeout=600)
+        RankSpec(
+            rank=0, world=1, device="cpu", threads=options.threads, model=settings, timeout=600
+        )
     )
     rank.connect(rank.address())
-    rank.load(model)
-    rank.begin_stage(OptimConfig.model_validate({"lr": 1e-6, "micro_batch_tokens": tokens}), 100)
+    rank.load(options.model)
+    optim = OptimConfig.model_validate({"lr": 1e-6, "micro_batch_tokens": options.tokens})
+    rank.begin_stage(optim, 100)
     objective = Objective(loss=LossConfig())
     return lambda: rank.step(batch, objective)
 
 
-def plain(model: str, threads: int, tokens: int | str, batch: Batch) -> Any:
-    """A function that makes one step of a policy gradient with transformers in bfloat16, the logits
-    of the loss tokens only, sequences sorted by length, and AdamW."""
+def plain(options: argparse.Namespace, batch: Batch) -> Any:
+    """A function that makes one step of a policy gradient with transformers, the logits of the loss
+    tokens only, sequences sorted by length, and AdamW."""
     import torch
     from emberl.rl.learner.batching import plan_micro_batches
     from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(options.threads)
     policy = AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.bfloat16, attn_implementation="sdpa"
+        options.model, dtype=getattr(torch, options.dtype), attn_implementation="sdpa"
     ).train()
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
     borders = np.concatenate(([0], np.cumsum(batch.sequence_lengths)))
-    (passes,) = plan_micro_batches(
-        batch.sequence_lengths, 1, 2048 if tokens == "auto" else int(tokens)
-    )
+    tokens = 2048 if options.tokens == "auto" else int(options.tokens)
+    (passes,) = plan_micro_batches(batch.sequence_lengths, 1, tokens)
 
     def step() -> None:
         for chosen in passes:
@@ -118,7 +123,7 @@ def serve(options: argparse.Namespace) -> None:
     import resource
 
     make = {"learner": learner, "plain": plain}[options.serve]
-    step = make(options.model, options.threads, options.tokens, make_batch(options.sequences))
+    step = make(options, make_batch(options.sequences, options.prompt, options.group))
     for _ in sys.stdin:
         start = time.perf_counter()
         step()
@@ -130,15 +135,28 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def measure(
-    model: Path, *, threads: int, tokens: int | str, sequences: int, rounds: int
+    model: Path,
+    *,
+    threads: int,
+    sequences: int,
+    rounds: int,
+    tokens: int | str = "auto",
+    dtype: str = "bfloat16",
+    prompt: int = 40,
+    group: int = 1,
+    share_prompts: str = "auto",
 ) -> dict[str, float]:
     """Medians of `rounds` steps of each, after one to warm up: tokens/s, their ratio, peak bytes
-    and their ratio."""
+    and their ratio. The arguments are the command line's."""
     arguments = [
         str(model),
         f"--threads={threads}",
         f"--tokens={tokens}",
         f"--sequences={sequences}",
+        f"--dtype={dtype}",
+        f"--prompt={prompt}",
+        f"--group={group}",
+        f"--share-prompts={share_prompts}",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     processes = {
@@ -157,7 +175,7 @@ def measure(
         for process in processes.values():
             process.kill()
             process.wait()
-    total = make_batch(sequences).num_tokens
+    total = make_batch(sequences, prompt, group).num_tokens
     speeds = {
         name: total / statistics.median(r["seconds"] for r in rows[1:])
         for name, rows in found.items()
@@ -195,6 +213,10 @@ def main() -> None:
     )
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--prompt", type=int, default=40, help="tokens that are not trained on")
+    parser.add_argument("--group", type=int, default=1, help="sequences with the same prompt")
+    parser.add_argument("--share-prompts", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--serve", choices=["learner", "plain"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -207,6 +229,10 @@ def main() -> None:
         tokens=options.tokens,
         sequences=options.sequences,
         rounds=options.rounds,
+        dtype=options.dtype,
+        prompt=options.prompt,
+        group=options.group,
+        share_prompts=options.share_prompts,
     )
     print(json.dumps({name: round(value, 3) for name, value in found.items()}))
 

@@ -1,0 +1,219 @@
+"""The prompt that a group's answers have in common, computed once in a learner's pass instead of
+once for each answer (as Prefix Grouper, arXiv 2506.05433, but by its layout alone).
+
+A packed row holds a prompt once and its answers behind it. What works on tokens one by one
+(projections, norms, MLPs) sees every row once. Attention sees whole sequences: queries, keys and
+values are laid out with a copy of the prompt before each answer, and of what comes out the prompt's
+first copy goes on. So every attention over packed sequences will do, and a prompt's gradient is the
+sum over its copies, as without sharing.
+
+Shape legend: S sequences of a batch, R rows of the packed row, E tokens of the sequences laid out
+one behind the other, filling included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..groups import Batch
+from .batching import PACKED_SEQUENCES, MicroBatch, plan_micro_batches
+from .flops import ModelFlops
+
+SHARE = 4
+"""Passes are dealt to ranks in pieces of at most this part of what a rank computes, so that they
+can be balanced; a group that is more is cut, and its prompt computed once for each piece."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharingSequences:
+    """Neighbours in a batch that begin with the same prompt."""
+
+    sequences: tuple[int, ...]
+    prompt: int
+    """Its tokens: those before the first token that trains."""
+
+
+def sharing_sequences(batch: Batch, sequences: Iterable[int]) -> list[SharingSequences]:
+    """The sequences in their order, in runs of one prompt."""
+    lengths = batch.sequence_lengths
+    ends = np.cumsum(lengths)
+    trained = np.flatnonzero(batch.loss_mask_T)
+    runs: list[SharingSequences] = []
+    before = np.zeros(0, np.int32)
+    for s in sequences:
+        start, end = ends[s] - lengths[s], ends[s]
+        first = np.searchsorted(trained, start)
+        stop = min(end, trained[first]) if first < len(trained) else end
+        prompt = batch.token_ids_T[start:stop]
+        if runs and np.array_equal(prompt, before):
+            runs[-1] = SharingSequences((*runs[-1].sequences, s), len(prompt))
+        else:
+            runs.append(SharingSequences((s,), len(prompt)))
+            before = prompt
+    return runs
+
+
+def repeated_tokens(batch: Batch) -> int:
+    """Tokens of prompts that stand in the batch again and are not computed again."""
+    runs = sharing_sequences(batch, range(len(batch.sequence_lengths)))
+    return sum((len(run.sequences) - 1) * run.prompt for run in runs)
+
+
+def plan_sharing(
+    batch: Batch, world: int, budget: int, flops: ModelFlops | None
+) -> list[list[MicroBatch]]:
+    """As `plan_micro_batches`, packed, with the answers to a prompt in one pass where they fit.
+
+    budget: tokens of a pass with every sequence's own prompt, which is what attention keeps.
+    """
+    lengths = batch.sequence_lengths
+    runs = sharing_sequences(batch, range(len(lengths)))
+    whole = sum(_cost(run.sequences, run.prompt, lengths, None) for run in runs)
+    pieces = [
+        SharingSequences(part, run.prompt)
+        for run in runs
+        for part in _cut(run, lengths, budget, whole / (SHARE * world))
+    ]
+    most = max((len(piece.sequences) for piece in pieces), default=1)
+    plan = plan_micro_batches(
+        [int(lengths[list(piece.sequences)].sum()) for piece in pieces],
+        world,
+        budget,
+        packed=True,
+        costs=[_cost(piece.sequences, piece.prompt, lengths, flops) for piece in pieces],
+        most=max(1, PACKED_SEQUENCES // most),
+    )
+    return [
+        [tuple(chain.from_iterable(pieces[i].sequences for i in taken)) for taken in of_rank]
+        for of_rank in plan
+    ]
+
+
+def _cost(
+    sequences: Sequence[int], prompt: int, lengths: NDArray[np.int64], flops: ModelFlops | None
+) -> float:
+    """Of a pass over sequences that share their prompt; in tokens where the model is not
+    counted."""
+    repeated = (len(sequences) - 1) * prompt
+    if flops is None:
+        return float(lengths[list(sequences)].sum() - repeated)
+    return float(sum(flops.sequence(lengths[s]) for s in sequences) - repeated * flops.token)
+
+
+def _cut(
+    run: SharingSequences, lengths: NDArray[np.int64], budget: int, share: float
+) -> list[tuple[int, ...]]:
+    """The run in as few parts of about equal number as keep to both bounds, or single ones."""
+    for parts in range(1, len(run.sequences)):
+        cut = [tuple(part.tolist()) for part in np.array_split(np.array(run.sequences), parts)]
+        if all(
+            lengths[list(part)].sum() <= budget and _cost(part, run.prompt, lengths, None) <= share
+            for part in cut
+        ):
+            return cut
+    return [(s,) for s in run.sequences]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedRows:
+    """Which rows of a packed row, that holds each prompt once, are which tokens of its
+    sequences."""
+
+    rows_E: Tensor
+    """The row of each token."""
+    first_R: Tensor
+    """The first token of each row."""
+    copies: tuple[tuple[Tensor, Tensor], ...]
+    """(rows, tokens): the rows that are a token once more, no row twice in a pair, so that sums
+    over copies are formed in one order on every device."""
+
+    @classmethod
+    def of(cls, rows_E: NDArray[np.int64], device: torch.device) -> SharedRows:
+        """rows_E: every row is the row of a token."""
+        first_R = np.unique(rows_E, return_index=True)[1]
+        order = np.argsort(rows_E, kind="stable")
+        counts = np.bincount(rows_E)
+        number_E = np.empty_like(rows_E)
+        number_E[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+        copies = []
+        for number in range(1, int(counts.max())):
+            tokens = np.flatnonzero(number_E == number)
+            copies.append((_on(rows_E[tokens], device), _on(tokens, device)))
+        return cls(_on(rows_E, device), _on(first_R, device), tuple(copies))
+
+
+def _on(index: NDArray[np.int64], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(index, np.int64)).to(device)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, shared: SharedRows) -> Tensor:
+        ctx.shared = shared
+        return rows.index_select(0, shared.rows_E)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        shared: SharedRows = ctx.shared
+        wide = torch.float64 if slope.dtype == torch.float64 else torch.float32
+        total = slope.index_select(0, shared.first_R).to(wide)
+        for rows, tokens in shared.copies:
+            total.index_add_(0, rows, slope.index_select(0, tokens).to(wide))
+        return total.to(slope.dtype), None
+
+
+def over_sequences(
+    shared: SharedRows | None, attend: Callable[..., Tensor], *rows: Tensor
+) -> Tensor:
+    """`attend` of tensors [R, ...], which it gets as [E, ...] and of which it makes [E, ...]: its
+    result as [R, ...]. shared: None leaves all as it is."""
+    if shared is None:
+        return attend(*rows)
+    answer = attend(*(_spread(each, shared) for each in rows))
+    return answer.index_select(0, shared.first_R)
+
+
+def _spread(rows: Tensor, shared: SharedRows) -> Tensor:
+    spread: Tensor = _Spread.apply(rows, shared)  # type: ignore[no-untyped-call]
+    return spread
+
+
+def share_in_attention(name: str) -> None:
+    """Makes the function behind this `attn_implementation` of transformers take the keyword
+    `shared`; without it it stays what it was."""
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    inner = ALL_ATTENTION_FUNCTIONS[name]
+    if getattr(inner, "takes_shared", False):
+        return
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any
+    ) -> tuple[Tensor, Any]:
+        """[1, heads, R, D] in, [1, R, heads, D] out."""
+        shared = given.pop("shared", None)
+        if shared is None:
+            result: tuple[Tensor, Any] = inner(module, query, key, value, mask, **given)
+            return result
+        given.pop("position_ids", None)  # of rows, while the borders are of sequences
+
+        def attend(*heads: Tensor) -> Tensor:
+            q, k, v = (each.transpose(0, 1)[None] for each in heads)
+            answer: Tensor = inner(module, q, k, v, mask, **given)[0][0]
+            return answer
+
+        rows = (each[0].transpose(0, 1) for each in (query, key, value))
+        return over_sequences(shared, attend, *rows)[None], None
+
+    attention.takes_shared = True  # type: ignore[attr-defined]
+    AttentionInterface.register(name, attention)
