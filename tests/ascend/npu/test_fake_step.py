@@ -175,6 +175,7 @@ def test_a_step_of_one_rank_of_two(family: str, checkpointing: bool, tmp_path: P
     with FakeTensorMode(allow_non_fake_inputs=True):
         made = learner(path, gradient_checkpointing=checkpointing)
         assert made.models.fused and made.models.packed, "the operators' layers, packed rows"
+        assert made.models.shares_prompts, "three tokens that all six sequences begin with"
         assert made.models.vocabulary > fused_loss.SMALL_VOCABULARY, "the loss goes by chunks"
         made.begin_stage(OptimConfig(lr=1e-3, grad_clip=CLIP, micro_batch_tokens=64), 10)
         before = {name: p.to_local() for name, p in made.policy.named_parameters()}
