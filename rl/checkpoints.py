@@ -170,6 +170,19 @@ def check_resumed(config: Config, checkpoint: Path, override: bool) -> list[str]
     return list(lines.values())
 
 
+def nothing_left(config: Config, progress: Progress) -> str | None:
+    """What a person is told who goes on with a run that has done what it was to do."""
+    steps = config.schedule.steps
+    last = config.stages[progress.stage : progress.stage + 2] == ("rl",)
+    counted = config.schedule.passes is not None  # worked out once the rows are known
+    if not last or counted or progress.step < steps or progress.evaluating is not None:
+        return None
+    return (
+        f"rl step {progress.step} of schedule.steps={steps} is done: nothing is left to train; a"
+        " larger schedule.steps goes on"
+    )
+
+
 def _under(key: str, groups: Sequence[str]) -> bool:
     return any(key == group or key.startswith(f"{group}.") for group in groups)
 

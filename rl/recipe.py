@@ -25,6 +25,7 @@ from .checkpoints import (
     Progress,
     check_resumed,
     latest_checkpoint,
+    nothing_left,
     read_progress,
 )
 from .cluster import Cluster
@@ -106,7 +107,10 @@ def train(config: Config, *, resume: Resume = "never", override: bool = False) -
     for line in changed:
         tell(f"resumed with {line}")
     if checkpoint is not None:
-        started -= read_progress(checkpoint).seconds
+        progress = read_progress(checkpoint)
+        started -= progress.seconds
+        if (line := nothing_left(config, progress)) is not None:
+            tell(line)
     with alone_in(run_dir), ThreadPoolExecutor(1, thread_name_prefix="model") as beside:
         forget_earlier(run_dir, anew=checkpoint is None, tell=tell)
         if checkpoint is None or changed:

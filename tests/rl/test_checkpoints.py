@@ -186,3 +186,27 @@ def test_a_model_of_another_shape_is_never_resumed(
 def test_an_older_checkpoint_cannot_be_compared(tmp_path: Path) -> None:
     checkpoint = save(tmp_path, "rl-000007", stage=0, step=7)
     assert "nothing can be compared" in p.check_resumed(config(), checkpoint, override=False)[0]
+
+
+@pytest.mark.parametrize(
+    ("progress", "settings", "said"),
+    [
+        ({"stage": 1, "step": 9}, {}, True),  # more than is asked for now, too
+        ({"stage": 1, "step": 7}, {}, False),
+        ({"stage": 0, "step": 9}, {}, False),  # a supervised stage's
+        ({"stage": 1, "step": 8, "evaluating": 8}, {}, False),
+        (
+            {"stage": 1, "step": 200},
+            {"schedule": {"passes": 1}, "data": {"source": "a.jsonl"}},
+            False,
+        ),
+    ],
+)
+def test_whether_a_run_has_anything_left_to_train(
+    progress: dict[str, int], settings: dict[str, object], said: bool
+) -> None:
+    asked = config(**{"stages": ["sft", "rl"], "schedule": {"steps": 8}, **settings})
+    line = p.nothing_left(asked, p.Progress(**progress))
+    assert (line is not None) == said
+    if line is not None:
+        assert "of schedule.steps=8 is done: nothing is left to train" in line
