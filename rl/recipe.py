@@ -109,8 +109,8 @@ def train(config: Config, *, resume: Resume = "never", override: bool = False) -
     if checkpoint is not None:
         progress = read_progress(checkpoint)
         started -= progress.seconds
-        if (line := nothing_left(config, progress)) is not None:
-            tell(line)
+        if (done := nothing_left(config, progress)) is not None:
+            tell(done)
     with alone_in(run_dir), ThreadPoolExecutor(1, thread_name_prefix="model") as beside:
         forget_earlier(run_dir, anew=checkpoint is None, tell=tell)
         if checkpoint is None or changed:

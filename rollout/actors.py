@@ -29,6 +29,7 @@ LOST = (
     ray.exceptions.RayActorError,
     ray.exceptions.RaySystemError,
     ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OutOfMemoryError,
 )
 """Errors of an actor that is gone or stuck; any other error is its answer."""
 

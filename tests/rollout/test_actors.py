@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 import ray
-from emberl.rollout.actors import cause, check_reachable, node_address
+from emberl.rollout.actors import (
+    ActorLostError,
+    WorkerLostError,
+    call,
+    cause,
+    check_reachable,
+    node_address,
+)
 
 PAGE = """Task was killed due to the node running low on memory.
 Memory on the node (IP: 10.0.0.1, ID: 1) where the task was running was 22.36GB / 23.48GB.
@@ -50,3 +59,25 @@ def test_the_address_is_ray_s_not_the_host_name_s(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.7")
     assert node_address() == "10.0.0.7"
+
+
+def test_a_worker_that_rays_memory_monitor_ended_may_be_replaced() -> None:
+    """It is gone as one that was killed; a refusal is final."""
+
+    async def fails(error: Exception) -> None:
+        raise error
+
+    with pytest.raises(WorkerLostError, match=r"worker 1 failed in 'prove': Ray's memory monitor"):
+        asyncio.run(
+            call(
+                fails(ray.exceptions.OutOfMemoryError(PAGE)),
+                who="worker 1",
+                what="prove",
+                timeout=9,
+            )
+        )
+    with pytest.raises(ActorLostError) as refused:
+        asyncio.run(
+            call(fails(ray.exceptions.RayError("no")), who="worker 1", what="prove", timeout=9)
+        )
+    assert not isinstance(refused.value, WorkerLostError)
