@@ -325,6 +325,8 @@ NAMING = {
     PLATFORM: "how devices are called",
     Path("kernels/ascend.py"): "the environment and the operators that NPUs alone have",
     Path("rl/watch/doctor_ascend.py"): "packages and versions of NPUs are what it looks at",
+    Path("rl/watch/doctor_ascend_driver.py"): "their driver and CANN are what it looks at",
+    Path("rl/watch/doctor_ascend_hccl.py"): "their collectives are what it looks at",
     Path("rl/watch/doctor_ascend_box.py"): "their tools and settings are what it looks at",
     Path("rl/watch/doctor_live.py"): "its fixes name the tools of each device",
 }

@@ -1,5 +1,6 @@
 """What `emberl doctor` says of a machine with Ascend NPUs: versions, against a dated table, and
-what shadows what. `doctor_ascend_box.py` looks at cards, settings and networks.
+what shadows what. `doctor_ascend_driver.py` looks at driver, firmware and CANN,
+`doctor_ascend_box.py` at cards, settings and disks, `doctor_ascend_hccl.py` at networks.
 
 Read in tools' output and in files; nothing is imported and no card is touched.
 """
@@ -8,53 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from ...kernels import ascend
 from .doctor_ascend_box import BOX, smi
+from .doctor_ascend_driver import DATED, MATRIX, cann, driver, firmware, release
+from .doctor_ascend_hccl import collectives
 from .machine import Check, Examination, Machine, State
 
-DATED = "2026-08-16"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu/"
 INDEX = "https://mirrors.huaweicloud.com/ascend/repos/pypi"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Release:
-    """The versions that one vllm-ascend was made for (its versioning policy)."""
-
-    vllm_ascend: str
-    vllm: str
-    torch: str
-    torch_npu: str
-    triton_ascend: str
-    cann: str
-    transformers: str = ""
-
-
-MATRIX = (
-    Release(
-        vllm_ascend="0.23.0", vllm="0.23.0", torch="2.10.0", torch_npu="2.10.0.post4",
-        triton_ascend="3.2.2", cann="9.1.0", transformers="5.5.4",
-    ),
-    Release(
-        vllm_ascend="0.26.0rc1", vllm="0.26.0", torch="2.10.0", torch_npu="2.10.0.post4",
-        triton_ascend="3.2.2", cann="9.1.0", transformers="5.14.1",
-    ),
-    Release(
-        vllm_ascend="0.18.0", vllm="0.18.0", torch="2.9.0", torch_npu="2.9.0.post1",
-        triton_ascend="3.2.0", cann="8.5.1",
-    ),
-    Release(
-        vllm_ascend="0.13.0", vllm="0.13.0", torch="2.8.0", torch_npu="2.8.0.post2",
-        triton_ascend="3.2.0", cann="8.5.0",
-    ),
-)  # fmt: skip
-"""As of `DATED`; the first is what emberl is made for."""
-OLDEST_DRIVER = "25.3.rc1"
-"""From there on cards share memory between processes (what verl asks for)."""
 INSTALLED = ("torch-npu", "vllm", "vllm-ascend", "triton-ascend")
 """Packages whose lines `versions` has, on a machine with NPUs."""
 SOURCE = "VLLM_TARGET_DEVICE=empty pip install ./vllm (v{}, configs/ascend/README.md)"
@@ -78,110 +43,6 @@ def ascend_only(examination: Examination) -> Examination:
 
     look.__name__ = getattr(examination, "__name__", "look")
     return look
-
-
-def release(machine: Machine) -> Release:
-    """The row of the installed vllm-ascend; the first where there is none, or an unknown one."""
-    found = number(machine.version("vllm-ascend") or "")
-    return next(
-        (
-            row
-            for row in MATRIX
-            if found is not None and found.release == Version(row.vllm_ascend).release
-        ),
-        MATRIX[0],
-    )
-
-
-def number(text: str) -> Version | None:
-    """`25.3.rc1`, `8.5.1` and the like."""
-    try:
-        return Version(text.strip().replace(".rc", "rc").replace(".RC", "rc"))
-    except InvalidVersion:
-        return None
-
-
-def field(text: str | None, name: str) -> str | None:
-    """`Version=25.2.3` of an info file."""
-    found = re.search(rf"^\s*{name}\s*=\s*\[?([\w.+-]+)", text or "", re.MULTILINE | re.IGNORECASE)
-    return found[1] if found else None
-
-
-def driver(machine: Machine) -> Iterator[Check]:
-    """`npu-smi`, and the versions of driver and firmware."""
-    said = smi(machine)
-    if said is None:
-        fix = "install driver and firmware, or give the container npu-smi, /usr/local/dcmi and"
-        fix += " /usr/local/Ascend/driver (configs/ascend/Dockerfile)"
-        text = "npu-smi does not answer"
-        yield Check(name="driver", state=machine.lacking(True), text=text, fix=fix)
-        return
-    version = field(machine.read("/usr/local/Ascend/driver/version.info"), "Version")
-    version = version or (re.findall(r"npu-smi\s+([\w.]+)", said) or [None])[0]
-    found = number(version or "")
-    if found is None:
-        fix = "mount /usr/local/Ascend/driver/version.info of the host"
-        yield Check(name="driver", state=State.WARNING, text="of unknown version", fix=fix)
-    elif found < Version(OLDEST_DRIVER.replace(".rc", "rc")):
-        fix = f"install driver {OLDEST_DRIVER} or later on the host"
-        text = f"{version}, older than {OLDEST_DRIVER}: cards cannot share memory between processes"
-        yield Check(name="driver", state=State.WARNING, text=text, fix=fix)
-    else:
-        yield Check(name="driver", state=State.OK, text=str(version))
-    firmware = field(machine.read("/usr/local/Ascend/firmware/version.info"), "Version")
-    if firmware is not None:
-        short = re.match(r"\d+\.\d+", firmware)
-        yield Check(name="firmware", state=State.OK, text=firmware if short else f"{firmware} (?)")
-
-
-TOOLKITS = (
-    "/usr/local/Ascend/ascend-toolkit/latest",
-    "/usr/local/Ascend/cann",
-    "/usr/local/Ascend/latest",
-)
-
-
-VERSION_FILES = (
-    "ascend_toolkit_install.info",
-    "aarch64-linux/ascend_toolkit_install.info",
-    "x86_64-linux/ascend_toolkit_install.info",
-    "version.cfg",
-    "version.info",
-)
-
-
-def cann(machine: Machine) -> Iterator[Check]:
-    """The toolkit, whether its environment was sourced, and its version."""
-    home = machine.environ.get("ASCEND_HOME_PATH") or machine.environ.get("ASCEND_TOOLKIT_HOME")
-    lies = next((place for place in TOOLKITS if machine.listing(place)), None)
-    if home is None and lies is None:
-        fix = "install CANN 9.1.0, or start from quay.io/ascend/cann:9.1.0-910b-ubuntu22.04-py3.12"
-        yield Check(name="CANN", state=machine.lacking(True), text="absent", fix=fix)
-        return
-    if home is None:
-        fix = "source /usr/local/Ascend/ascend-toolkit/set_env.sh before Ray and emberl start"
-        text = f"in {lies}, but its environment is not set: importing torch would fail"
-        yield Check(name="CANN", state=machine.lacking(True), text=text, fix=fix)
-        return
-    wanted = release(machine).cann
-    version = None
-    for name in VERSION_FILES:
-        read = machine.read(f"{home}/{name}")
-        version = version or field(read, "version") or field(read, "runtime_running_version")
-    found = number(version or "")
-    if found is None:
-        fix = f"check that {home} is CANN {wanted}"
-        yield Check(name="CANN", state=State.WARNING, text=f"{home}, of unknown version", fix=fix)
-    elif found.release[:2] != Version(wanted).release[:2]:
-        fix = f"install CANN {wanted}, or the vllm-ascend that was made for {version}"
-        text = f"{version}, where vllm-ascend {release(machine).vllm_ascend} was made for {wanted}"
-        yield Check(name="CANN", state=State.WARNING, text=text, fix=fix)
-    else:
-        yield Check(name="CANN", state=State.OK, text=f"{version} in {home}")
-    if "ATB_HOME_PATH" not in machine.environ:
-        fix = "source /usr/local/Ascend/nnal/atb/set_env.sh (it is in vllm-ascend's images)"
-        text = "ATB_HOME_PATH is not set: vllm-ascend's operators will not load"
-        yield Check(name="NNAL/ATB", state=State.WARNING, text=text, fix=fix)
 
 
 def same(wanted: str) -> Callable[[Version], bool]:
@@ -323,6 +184,9 @@ def _decodes_with_vllm(machine: Machine) -> bool:
 
 
 ASCEND: tuple[Examination, ...] = tuple(
-    map(ascend_only, (driver, cann, versions, pair, python, triton, build, *BOX))
+    map(
+        ascend_only,
+        (driver, firmware, cann, versions, pair, python, triton, build, *BOX, collectives),
+    )
 )
 """In reading order."""

@@ -1,9 +1,9 @@
-"""Cards, settings, networks and disks of a machine with Ascend NPUs, for `doctor_ascend.py`."""
+"""Cards, settings and disks of a machine with Ascend NPUs, for `doctor_ascend.py`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,6 @@ from .machine import Check, Examination, Machine, State
 _GIB = 1 << 30
 USED = 8192
 """MB of a card that say that somebody is on it: 3 to 4 GB are taken on an idle one."""
-PORTS = (60000, 60015)
-"""HCCL's own, where no range is given."""
-TIMEOUTS = (120, 7200)
-"""Seconds that HCCL_CONNECT_TIMEOUT may have."""
 SHARED = ("nfs", "nfs4", "cifs", "lustre", "ceph", "fuse.ceph", "fuse.glusterfs", "beegfs", "gpfs")
 NODES = ("davinci_manager", "devmm_svm", "hisi_hdc")
 
@@ -39,9 +35,10 @@ def cards(machine: Machine) -> Iterator[Check]:
         fix = " ".join(f"--device=/dev/{name}" for name in lacking)
         text = f"{len(found)} cards, but no /dev/{', /dev/'.join(lacking)}"
         yield Check(name="cards", state=State.ERROR, text=text, fix=f"docker run {fix}")
-    closed = [name for name in found if not machine.writable(f"/dev/{name}")]
+    used = [*found, *(name for name in NODES if name in names)]
+    closed = [name for name in used if not machine.writable(f"/dev/{name}")]
     if closed:
-        text = f"/dev/{closed[0]} may not be used by this user ({len(closed)} of {len(found)})"
+        text = f"/dev/{closed[0]} may not be used by this user ({len(closed)} of {len(used)})"
         fix = "usermod -aG HwHiAiUser USER and log in anew, or run as root in a container"
         yield Check(name="cards", state=State.ERROR, text=text, fix=fix)
     if not lacking and not closed:
@@ -64,6 +61,16 @@ def placed(machine: Machine) -> int:
     return cluster.learners if cluster.colocated else cluster.learners + engines
 
 
+KIND = re.compile(r"^\|\s*\d+\s+((?:Ascend)?\d{3}\w*)\s*\|\s*(\w+)\s*\|", re.MULTILINE)
+"""Of npu-smi's first line of a card: its name, and its health."""
+PROCESS = re.compile(
+    r"^\|\s*(\d+)\s+\d+\s*\|\s*(\d+)\s*\|\s*([^|]*?)\s*\|\s*(\d+)\s*\|\s*$", re.MULTILINE
+)
+"""Of its table of processes: card, process, name, MB. Those of other containers are not in it."""
+MADE_FOR = re.compile(r"910B\d|Ascend910(?:_93\w*)?$|910_93")
+"""A2 and A3, as npu-smi names their cards."""
+
+
 def health(machine: Machine) -> Iterator[Check]:
     """What npu-smi says of each card, and whether somebody else is on it."""
     said = smi(machine)
@@ -75,18 +82,31 @@ def health(machine: Machine) -> Iterator[Check]:
             fix = f"npu-smi info -t health -i {card}, then npu-smi set -t reset -i {card} -c 0;"
             fix += f" or leave it out by {NPU.visible_devices}"
             yield Check(name=f"card {card}", state=State.ERROR, text=f"health {state}", fix=fix)
+    others = sorted({kind for kind, _ in KIND.findall(said) if not MADE_FOR.match(kind)})
+    if others:
+        text = f"{', '.join(others)}: emberl is made for 910B (A2) and 910C (A3); older ones have"
+        text += " no bfloat16, 310 do not train"
+        fix = "use an A2 or A3 box"
+        yield Check(name="kind of card", state=machine.lacking(True), text=text, fix=fix)
     taken = [
         (int(a), int(b))
         for a, b in re.findall(r"(\d+)\s*/\s*(\d+)\s*\|\s*$", said, re.MULTILINE)
         if int(b) > 10_000
     ]
     busy = [used for used, _ in taken if used > USED]
-    if busy:
-        fix = "npu-smi info shows the processes; end them, or wait"
-        text = (
-            f"{len(busy)} of {len(taken)} cards hold up to {max(busy) / 1024:.0f} GB of somebody's"
-        )
-        yield Check(name="HBM", state=State.WARNING, text=text, fix=fix)
+    running = PROCESS.findall(said)
+    if not busy and not running:
+        return
+    if running:
+        card, process, name, held = max(running, key=lambda row: int(row[3]))
+        text = f"{len(running)} processes on the cards, {name} ({process}) with"
+        text += f" {int(held) / 1024:.0f} GB of card {card}"
+        fix = f"end what is left of an earlier run (kill {process}), or wait"
+    else:
+        most = max(busy) / 1024
+        text = f"{len(busy)} of {len(taken)} cards hold up to {most:.0f} GB of somebody's"
+        fix = "npu-smi info on the host shows the processes; end them, or wait"
+    yield Check(name="HBM", state=State.WARNING, text=text, fix=fix)
 
 
 def visible(machine: Machine) -> Iterator[Check]:
@@ -101,22 +121,40 @@ def visible(machine: Machine) -> Iterator[Check]:
         yield Check(name=switch, state=State.WARNING, text=text, fix=fix)
     if given is None:
         return
-    ids = given.split(",")
-    if not all(i.strip().isdigit() for i in ids) or len(set(ids)) < len(ids):
-        text = f"{given!r} is no list of card numbers"
-        yield Check(
-            name=name, state=State.ERROR, text=text, fix=f"export {name}=0,1,2,3, or unset it"
-        )
-    elif len(ids) < placed(machine):
-        text = f"{given} shows {len(ids)} cards, the placement needs {placed(machine)}"
+    cards = sum(re.fullmatch(r"davinci\d+", each) is not None for each in machine.listing("/dev"))
+    seen, why = _read_by_cann(given.split(","), cards)
+    wanted = placed(machine)
+    local = machine.config is not None and not machine.config.cluster.address
+    if why:
+        text = f"{given!r}: {why}, and CANN reads no further: {seen or 'no'} cards"
+        fix = f"export {name}=0,1,2,3 (ascending, no spaces), or unset it"
+        yield Check(name=name, state=State.ERROR, text=text, fix=fix)
+    elif local and seen < wanted:
+        text = f"{given} shows {seen} cards, the placement needs {wanted}"
         yield Check(name=name, state=State.ERROR, text=text, fix=f"unset {name} before Ray starts")
+
+
+def _read_by_cann(ids: list[str], cards: int) -> tuple[int, str]:
+    """How many of the numbers CANN takes, and what ends its reading; "" where nothing does. It
+    wants bare numbers of cards that there are, in ascending order. cards: 0: unknown."""
+    for i, each in enumerate(ids):
+        if not each.isdigit():
+            return i, f"{each!r} is no number"
+        if cards and int(each) >= cards:
+            return i, f"there is no card {each} among {cards}"
+        if i and int(each) <= int(ids[i - 1]):
+            return i, f"{each} after {ids[i - 1]} is not ascending"
+    return len(ids), ""
 
 
 def settings(machine: Machine) -> Iterator[Check]:
     """Switches that make engines slow or end them: formats, allocator, task queue, graphs."""
     env, config = machine.environ, machine.config
     arguments = dict(config.rollout.engine_args) if config is not None else {}
-    graphs = not arguments.get("enforce_eager", False)
+    by_rl_config = _has_rl_config(machine)  # without, emberl decodes eagerly whatever is given
+    by_vllm = config is None or config.rollout.engine == "vllm"
+    eager = bool(arguments.get("enforce_eager", False))
+    graphs = by_vllm and by_rl_config and not eager
     additional = arguments.get("additional_config") or {}
     nz = {
         "VLLM_ASCEND_ENABLE_NZ": env.get("VLLM_ASCEND_ENABLE_NZ", "0"),
@@ -126,7 +164,6 @@ def settings(machine: Machine) -> Iterator[Check]:
         if value != "0":
             text = f"{value}: vllm-ascend refuses new weights in FRACTAL_NZ"
             yield Check(name=name, state=State.ERROR, text=text, fix=f"unset {name}; emberl sets 0")
-    by_rl_config = _has_rl_config(machine)
     yield from _rl_config(machine, additional.get("rl_config"), by_rl_config)
     sleeps = bool(arguments.get("enable_sleep_mode")) or bool(config and config.cluster.colocated)
     if (
@@ -137,6 +174,21 @@ def settings(machine: Machine) -> Iterator[Check]:
         text = "expandable segments end an engine that sleeps"
         fix = "unset PYTORCH_NPU_ALLOC_CONF; emberl sets it for learners alone"
         yield Check(name="PYTORCH_NPU_ALLOC_CONF", state=State.ERROR, text=text, fix=fix)
+    yield from _switches(env, graphs)
+    if by_rl_config and eager:
+        text = "enforce_eager: the host launches each kernel of each decode step"
+        fix = "leave enforce_eager out; compilation_config: {cudagraph_mode: FULL_DECODE_ONLY}"
+        yield Check(name="ACL graphs", state=State.WARNING, text=text, fix=fix)
+    sizes = (arguments.get("compilation_config") or {}).get("cudagraph_capture_sizes")
+    if graphs and sizes and config is not None and max(sizes) < config.rollout.max_num_seqs:
+        most = config.rollout.max_num_seqs
+        text = f"captured to {max(sizes)}, rollout.max_num_seqs={most}: no graph beyond"
+        fix = f"add {most} to cudagraph_capture_sizes"
+        yield Check(name="ACL graphs", state=State.WARNING, text=text, fix=fix)
+
+
+def _switches(env: Mapping[str, str], graphs: bool) -> Iterator[Check]:
+    """Variables that are set for all processes at once. graphs: whether engines use them."""
     if env.get("TASK_QUEUE_ENABLE") == "2" and graphs:
         text = "2 for all processes: engines with ACL graphs fail or are slow"
         fix = "unset TASK_QUEUE_ENABLE; emberl gives learners 2 and engines 1"
@@ -154,16 +206,16 @@ def settings(machine: Machine) -> Iterator[Check]:
             text=text,
             fix="unset ASCEND_LAUNCH_BLOCKING",
         )
-    if not graphs:
-        text = "enforce_eager: the host launches each kernel of each decode step"
-        fix = "leave enforce_eager out; compilation_config: {cudagraph_mode: FULL_DECODE_ONLY}"
-        yield Check(name="ACL graphs", state=State.WARNING, text=text, fix=fix)
-    sizes = (arguments.get("compilation_config") or {}).get("cudagraph_capture_sizes")
-    if graphs and sizes and config is not None and max(sizes) < config.rollout.max_num_seqs:
-        most = config.rollout.max_num_seqs
-        text = f"captured to {max(sizes)}, rollout.max_num_seqs={most}: no graph beyond"
-        fix = f"add {most} to cudagraph_capture_sizes"
-        yield Check(name="ACL graphs", state=State.WARNING, text=text, fix=fix)
+    if env.get("ASCEND_GLOBAL_LOG_LEVEL", "3") in ("0", "1"):
+        text = f"{env['ASCEND_GLOBAL_LOG_LEVEL']}: CANN logs every launch, which slows it and fills"
+        text += " the disk (~/ascend/log)"
+        name = "ASCEND_GLOBAL_LOG_LEVEL"
+        yield Check(name=name, state=State.WARNING, text=text, fix=f"unset {name} (3: errors)")
+    try:
+        ascend.switched_on(env)
+    except ValueError as error:
+        fix = f"unset {ascend.SWITCH}"
+        yield Check(name=ascend.SWITCH, state=State.ERROR, text=str(error), fix=fix)
 
 
 def _has_rl_config(machine: Machine) -> bool:
@@ -189,85 +241,6 @@ def _rl_config(machine: Machine, given: Any, has_it: bool) -> Iterator[Check]:
         yield Check(name="graphs", state=State.OK, text=text)
 
 
-def collectives(machine: Machine) -> Iterator[Check]:
-    """HCCL's timeouts, ports and interfaces."""
-    env = machine.environ
-    given = env.get("HCCL_CONNECT_TIMEOUT")
-    least, most = TIMEOUTS
-    if given is not None and not (given.isdigit() and least <= int(given) <= most):
-        text = f"{given}: HCCL takes {least} to {most} seconds"
-        yield Check(
-            name="HCCL_CONNECT_TIMEOUT",
-            state=State.ERROR,
-            text=text,
-            fix="export HCCL_CONNECT_TIMEOUT=1800",
-        )
-    elif given is not None and int(given) < 600:
-        text = f"{given} s: less than a large model takes to load"
-        yield Check(
-            name="HCCL_CONNECT_TIMEOUT",
-            state=State.WARNING,
-            text=text,
-            fix="unset it; emberl sets 1800",
-        )
-    yield from _ports(machine)
-    here = set(machine.listing("/sys/class/net"))
-    for name in (*ascend.INTERFACE_VARIABLES, "GLOO_SOCKET_IFNAME"):
-        wanted = env.get(name, "").lstrip("=^").split(",")[0]
-        if wanted and here and not any(each.startswith(wanted) for each in here):
-            text = f"{wanted}: there is no such interface ({', '.join(sorted(here))})"
-            yield Check(
-                name=name,
-                state=State.ERROR,
-                text=text,
-                fix=f"unset {name}, or name the one of Ray's address",
-            )
-    several = machine.config is not None and machine.config.cluster.address is not None
-    link = machine.output("hccn_tool", "-i", "0", "-link", "-g") if several else None
-    if link is not None and "UP" not in link.upper():
-        text = f"card 0: {' '.join(link.split())}"
-        fix = "check cable and switch of every card: hccn_tool -i N -link -g, -ip -g, -ping -g"
-        yield Check(name="card network", state=State.ERROR, text=text, fix=fix)
-
-
-def _ports(machine: Machine) -> Iterator[Check]:
-    """Without a range HCCL takes 16 ports from 60000 on, which the kernel may have given away."""
-    name = "HCCL_HOST_SOCKET_PORT_RANGE"
-    given = machine.environ.get(name)
-    if given is not None and given != "auto" and _count(given) < 2:
-        text = f"{given}: a learner and an engine on one card need a port each"
-        yield Check(name=name, state=State.ERROR, text=text, fix=f"unset {name}; emberl sets auto")
-    base = machine.environ.get("HCCL_IF_BASE_PORT")
-    if base is not None and not (base.isdigit() and 1024 <= int(base) <= 65520):
-        text = f"{base}: must be 1024 to 65520"
-        yield Check(name="HCCL_IF_BASE_PORT", state=State.ERROR, text=text, fix="unset it")
-        return
-    if given == "auto" or (given is None and base is None):
-        return  # emberl's own
-    first = int(base) if base is not None and given is None else PORTS[0]
-    drawn = (machine.read("/proc/sys/net/ipv4/ip_local_port_range") or "0 0").split()
-    kept = machine.read("/proc/sys/net/ipv4/ip_local_reserved_ports") or ""
-    if int(drawn[0]) <= first <= int(drawn[1]) and not _covers(kept, first):
-        text = f"ports {first} to {first + 15} may be given to others by the kernel"
-        fix = f"sysctl -w net.ipv4.ip_local_reserved_ports={first}-{first + 15}"
-        yield Check(name="HCCL ports", state=State.WARNING, text=text, fix=fix)
-
-
-def _ranges(text: str) -> Iterator[tuple[int, int]]:
-    for part in filter(None, text.strip().split(",")):
-        first, _, last = part.partition("-")
-        if first.isdigit():
-            yield int(first), int(last) if last.isdigit() else int(first)
-
-
-def _count(text: str) -> int:
-    return sum(last - first + 1 for first, last in _ranges(text))
-
-
-def _covers(text: str, port: int) -> bool:
-    return any(first <= port <= last for first, last in _ranges(text))
-
-
 def ray(machine: Machine) -> Iterator[Check]:
     """A cluster that is joined must know its cards."""
     config = machine.config
@@ -280,6 +253,11 @@ def ray(machine: Machine) -> Iterator[Check]:
     if found is None:
         fix = "ray start --resources '{\"" + NPU.resource + "\": 8}' on every node (not --num-gpus)"
         text = f"the cluster has no {NPU.resource}"
+        yield Check(name="Ray", state=State.ERROR, text=text, fix=fix)
+    elif float(found[2]) < placed(machine):
+        text = f"the cluster has {found[2]} {NPU.resource}, {placed(machine)} are needed"
+        fix = "ray start --address=HEAD:6379 on the other machines, with --resources where Ray"
+        fix += " finds no card there"
         yield Check(name="Ray", state=State.ERROR, text=text, fix=fix)
     elif float(found[2]) - float(found[1]) < placed(machine):
         text = f"{found[1]} of {found[2]} {NPU.resource} are taken, {placed(machine)} are needed"
@@ -304,9 +282,13 @@ def host(machine: Machine) -> Iterator[Check]:
         yield Check(
             name="/dev/shm on NPUs", state=State.WARNING, text=text, fix="docker run --shm-size=64g"
         )
-    if "jemalloc" not in machine.environ.get(
-        "LD_PRELOAD", ""
-    ) and "tcmalloc" not in machine.environ.get("LD_PRELOAD", ""):
+    preloaded = re.split(r"[\s:]+", machine.environ.get("LD_PRELOAD", ""))
+    lost = [p for p in preloaded if p.startswith("/") and not machine.exists(p)]
+    if lost:
+        text = f"{lost[0]}: there is no such file, and nothing is preloaded"
+        fix = "apt install libjemalloc2; export LD_PRELOAD=libjemalloc.so.2"
+        yield Check(name="LD_PRELOAD", state=State.WARNING, text=text, fix=fix)
+    elif not any("jemalloc" in each or "tcmalloc" in each for each in preloaded):
         text = "not preloaded: the host that launches kernels is slower without"
         fix = "apt install libjemalloc2; export LD_PRELOAD=libjemalloc.so.2"
         yield Check(name="jemalloc", state=State.WARNING, text=text, fix=fix)
@@ -328,4 +310,4 @@ def _file_system(mounts: str, folder: Path) -> str:
     return max(above, default=(0, ""))[1]
 
 
-BOX: tuple[Examination, ...] = (cards, health, visible, settings, collectives, ray, host)
+BOX: tuple[Examination, ...] = (cards, health, visible, settings, ray, host)

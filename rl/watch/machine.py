@@ -89,6 +89,9 @@ class Machine:
         except OSError:
             return None
 
+    def exists(self, path: str) -> bool:
+        return Path(path).exists()
+
     def listing(self, folder: str) -> list[str]:
         """Names in a folder; none where it cannot be read."""
         try:

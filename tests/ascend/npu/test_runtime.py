@@ -17,7 +17,8 @@ import torch.distributed as dist
 import torch_npu
 from emberl.kernels import ascend, platform
 from emberl.rl.learner import memory
-from emberl.rl.watch.doctor_ascend import MATRIX, build
+from emberl.rl.watch.doctor_ascend import build
+from emberl.rl.watch.doctor_ascend_driver import MATRIX
 from emberl.rl.watch.machine import Machine
 
 SHOWS = {

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from emberl.kernels import ascend
 from emberl.rl.watch import doctor
-from emberl.rl.watch.doctor_ascend import ASCEND, number
+from emberl.rl.watch.doctor_ascend import ASCEND
+from emberl.rl.watch.doctor_ascend_driver import field, number
+from emberl.rl.watch.doctor_ascend_hccl import _chosen
 from emberl.rl.watch.machine import Check, Machine, State, examined
 
 planted: Any = sys.modules["planted"]  # `conftest.py` has loaded it
@@ -95,11 +97,74 @@ def test_without_a_configuration_what_only_some_runs_need_is_a_warning() -> None
 
 @pytest.mark.parametrize(
     ("text", "release"),
-    [("25.3.rc1", (25, 3)), ("8.5.0", (8, 5, 0)), ("8.3.RC2", (8, 3)), ("x", None)],
+    [
+        ("25.3.rc1", (25, 3)),
+        ("8.5.0", (8, 5, 0)),
+        ("8.3.RC2", (8, 3)),
+        ("x", None),
+        ("25.0.rc1.1", (25, 0)),
+        ("25.5.0.b061", (25, 5, 0)),
+        ("9.1.0-beta.3", (9, 1, 0)),
+    ],
 )
 def test_versions_as_huawei_writes_them(text: str, release: tuple[int, ...] | None) -> None:
     read = number(text)
     assert (read.release if read else None) == release
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "found"),
+    [
+        ("runtime_running_version=[7.5.0.1.129:8.0.RC3]\n", "runtime_running_version", "8.0.RC3"),
+        ("Version=8.2.0.0.201\nversion_dir=8.2.RC1\n", "version_dir", "8.2.RC1"),
+        (planted.BOARD.format("NOK"), "Compatibility", "NOK"),
+        (planted.BOARD.format("OK"), "Firmware Version", "7.8.0.5.216"),
+        ("package_name=x\n", "version", None),
+    ],
+)
+def test_what_files_and_tools_say_is_read(text: str, name: str, found: str | None) -> None:
+    assert field(text, name) == found
+
+
+def test_firmware_in_its_drivers_range_is_well_without_npu_smi() -> None:
+    """As on a box whose npu-smi says nothing of the pair: the driver's own file names a range."""
+    box = Box()
+    box.outputs["npu-smi info -t board -i 0"] = None
+    [line] = [check for check in look(box) if check.name == "firmware"]
+    assert line.state is OK and "7.0.0 to 8.9.9" in line.text
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        ("eth", ["eth0", "eth1"]), ("=eth0", ["eth0"]), ("=eth", []), ("^eth", ["lo"]),
+        ("^=eth0", ["eth1", "lo"]), ("ib,eth1", ["eth1"]), ("^docker", ["eth0", "eth1", "lo"]),
+    ],
+)  # fmt: skip
+def test_interfaces_as_hccl_reads_them(given: str, chosen: list[str]) -> None:
+    assert _chosen(given, ["eth0", "eth1", "lo"], prefixes=True) == chosen
+
+
+@pytest.mark.parametrize("given", ["eth0,lo", "lo"])
+def test_gloo_takes_names(given: str) -> None:
+    assert _chosen(given, ["eth0", "lo"], prefixes=False) == sorted(given.split(","))
+    assert _chosen("eth", ["eth0", "lo"], prefixes=False) == []
+
+
+def test_what_only_looks_like_a_fault_is_none() -> None:
+    """Settings that others use and that are right."""
+    box = Box("16x910b_qwen3_32b")
+    box.outputs["ray"] = STATUS.replace("0.0/8.0", "0.0/16.0")
+    box.environ.update(  # type: ignore[attr-defined]
+        HCCL_SOCKET_IFNAME="^docker", GLOO_SOCKET_IFNAME="eth0", HCCL_BUFFSIZE="200",
+        HCCL_HOST_SOCKET_PORT_RANGE="61000-61050", HCCL_NPU_SOCKET_PORT_RANGE="61000,61050-61100",
+        HCCL_EXEC_TIMEOUT="0", ASCEND_RT_VISIBLE_DEVICES="0,1,2,3,4,5,6,7",
+        LD_PRELOAD="/usr/lib/libjemalloc.so.2", HCCL_IF_IP="10.0.0.7",
+    )  # fmt: skip
+    assert found(box) == []
+    eager = Box(overrides=(*planted.EAGER, *planted.LESS))  # emberl's own choice with 0.23
+    eager.environ["TASK_QUEUE_ENABLE"] = "2"  # type: ignore[index]
+    assert found(eager) == []
 
 
 def test_what_emberl_sets_itself_is_no_fault() -> None:
