@@ -192,7 +192,7 @@ class Machine:
             done = _group_ended(command, deadline, environ, out, err)
             said = [_lines(file) for file in (out, err)]
         if done is None:
-            return {"error": f"no answer in {deadline:g} s"}
+            return {"error": f"no answer in {deadline:g} s{self._beside_others()}"}
         for line in reversed(said[0] if done == 0 else []):  # an engine's processes print, too
             with contextlib.suppress(ValueError):
                 found = json.loads(line)
@@ -202,6 +202,11 @@ class Machine:
         # an error's own words may have several lines
         named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]
         return {"error": (named or lines)[-1].strip()[:500]}
+
+    def _beside_others(self) -> str:
+        """Of a machine with more work than processors, on which all takes longer."""
+        load, cores = os.getloadavg()[0], self.cores()[0]
+        return f" (load {load:.0f} on {cores} processors)" if load > 2 * cores else ""
 
 
 def _lines(file: Any) -> list[str]:

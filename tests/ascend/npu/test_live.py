@@ -14,7 +14,8 @@ import torch
 import torch_npu  # noqa: F401 -- registers the device
 from emberl.kernels import ascend, platform
 from emberl.rl.data.tiny import make_tiny
-from emberl.rl.watch import doctor_live, live
+from emberl.rl.watch import doctor_live
+from emberl.rl.watch import live_parts as live
 from emberl.rl.watch.machine import Machine, State
 from emberl.rollout.engine import WorkerSpec
 from references import REFERENCES, alone

@@ -4,6 +4,7 @@ machine's CPU, whole and with faults planted in the processes that it starts."""
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -21,6 +22,11 @@ from emberl.rl.watch.machine import Check, Machine, State, _group_ended, examine
 
 planted: Any = sys.modules["planted"]  # `conftest.py` has loaded it
 Box, FAULTS = planted.Box, planted.LIVE_FAULTS
+SHOWS = {
+    "doctor --live: what slow, hanging and wrong devices are told (made-up answers of a faked box)": (
+        "test_a_fault_of_the_device_is_found_with_its_fix, test_a_healthy_box_has_a_line_for_each_part"
+    ),
+}
 OK, WARNING, ERROR = State.OK, State.WARNING, State.ERROR
 ROOT = Path(__file__).parents[3]
 
@@ -45,7 +51,7 @@ def test_a_healthy_box_has_a_line_for_each_part() -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault[0] for fault in FAULTS])
-def test_a_planted_fault_is_found_with_its_fix(
+def test_a_fault_of_the_device_is_found_with_its_fix(
     fault: tuple[str, Any, tuple[str, ...], str, State, str],
 ) -> None:
     _, plant, overrides, name, state, fix = fault
@@ -210,6 +216,16 @@ def test_a_part_that_ends_without_an_answer_says_why(tmp_path: Path, code: str, 
     machine = here(tmp_path, code)
     found = machine.live("products", {"device": "cpu"}, 120.0, machine.environ)
     assert error in found["error"]
+
+
+def test_what_is_spawned_from_a_part_imports_nothing_of_ours_with_it() -> None:
+    """Spawned processes import the file that was started; vLLM's end where numba is loaded."""
+    code = "import sys, emberl.rl.watch.live; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    ).stdout.split()
+    assert "emberl.rl.watch.live" in loaded
+    assert not {"torch", "numba", "numpy", "ray", "transformers"} & set(loaded)
 
 
 def test_the_doctor_is_quiet_about_the_device_unless_it_is_asked(
