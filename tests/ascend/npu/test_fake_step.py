@@ -24,7 +24,7 @@ import torch_npu  # noqa: F401 -- registers the device
 from emberl.kernels import ascend, platform
 from emberl.kernels.loss import fused_loss
 from emberl.rl.algorithm.losses import Objective
-from emberl.rl.config.algorithm import LossConfig
+from emberl.rl.config.algorithm import KLConfig, LossConfig
 from emberl.rl.config.load import CriticConfig, ModelConfig, OptimConfig
 from emberl.rl.groups import Batch
 from emberl.rl.learner import layers
@@ -38,6 +38,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 SHOWS = {
     "the whole learner step with FSDP2 on npu: Llama, Qwen2, Qwen3 (FakeTensor)": (
         "test_a_step_of_one_rank_of_two, test_a_critic_step_too"
+    ),
+    "a reference in host memory beside the policy, KL in the loss, FSDP2 on npu (FakeTensor)": (
+        "test_a_reference_lies_in_host_memory_between_its_passes"
     ),
 }
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -54,6 +57,8 @@ class Recorded(TorchDispatchMode):
         self.count: dict[str, int] = {}
         self.float64: set[str] = set()
         self.reduced: set[torch.dtype] = set()
+        self.copied: set[tuple[str, str]] = set()
+        """From which kind of device to which other one."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
@@ -71,6 +76,9 @@ class Recorded(TorchDispatchMode):
         if name == "c10d::_reduce_scatter_base_":
             self.reduced.add(args[1].dtype)
         out = func(*args, **(kwargs or {}))
+        if name in ("aten::copy_", "aten::_to_copy"):
+            source = args[1] if name == "aten::copy_" else args[0]
+            self.copied.add((source.device.type, out.device.type))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if (
                 isinstance(tensor, torch.Tensor)
@@ -139,6 +147,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(torch.Tensor, "tolist", tolist)
     monkeypatch.setattr(torch.Tensor, "numpy", numpy)
+    # unknown to FakeTensorMode; `test_runtime.py` has real ones
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(platform, "memory_statistics", lambda *_: {})
     # whether the layers agree needs values: `test_learner.py`
     monkeypatch.setattr(layers, "_distance", lambda *_: 0.0)
@@ -215,3 +225,30 @@ def test_a_critic_step_too(tmp_path: Path) -> None:
     assert seen.count["aten::_fused_adamw_"] == 2, "policy and critic"
     assert seen.float64 == set()
     assert {"critic/vf_loss", "critic/grad_norm", "actor/loss"} <= found.keys()
+
+
+def test_a_reference_lies_in_host_memory_between_its_passes(tmp_path: Path) -> None:
+    """FSDP2 brings one layer of it at a time to the device, in the dtype of the passes, and its
+    log-probs go into the loss. Its weights are not trained."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        made = learner(configuration(tmp_path, "qwen2"))
+        optim = OptimConfig(lr=1e-3, grad_clip=CLIP, micro_batch_tokens=64)
+        with Recorded(), made.models.device:
+            made.begin_stage(optim, 10, reference=True)
+        assert made.reference is not None
+        lies = {p.to_local().device.type for p in made.reference.parameters()}
+        assert lies == {"cpu"}
+        rows = batch()
+        with Recorded() as seen:
+            logp = made.reference_logprobs(rows)
+        passes = seen.count["npu::npu_fusion_attention"] // LAYERS
+        # each part is copied to the device, then gathered over the ranks
+        assert seen.count["c10d::_allgather_base_"] == passes * (LAYERS + 1)
+        assert ("cpu", "npu") in seen.copied
+        assert {p.to_local().device.type for p in made.reference.parameters()} == {"cpu"}
+        rows = replace(rows, reference_logp_T=logp)
+        objective = Objective(loss=LossConfig(), kl=KLConfig(place="loss", coef=0.01))
+        with Recorded() as step:
+            found = made.step(rows, objective)
+    assert seen.float64 | step.float64 == set()
+    assert step.count["aten::_fused_adamw_"] == 1 and "actor/kl_loss" in found
