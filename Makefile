@@ -39,6 +39,9 @@ test-ascend:
 	OMP_NUM_THREADS=1 $(VENV)-ascend/bin/pytest tests/ascend --ignore=tests/ascend/npu $(VERIFIED:%=--verified %)
 	OMP_NUM_THREADS=1 ASCEND_LAUNCH_BLOCKING=1 LD_LIBRARY_PATH=$(abspath $(VENV)-ascend/cann) \
 		PYTHONPATH=$(abspath $(VENV)-ascend/src):$(abspath $(VENV)-ascend/torch-npu-2.13.0) $(VENV)-ascend/bin/pytest tests/ascend tests/ascend/npu --ignore-glob='tests/ascend/test_*' $(VERIFIED:%=--verified %) || [ $$? -eq 5 ]  # 5: no torch-npu, so no tests
+ifdef VERIFIED  # what the ordinary tests show of NPUs
+	PYTHONPATH=tests/ascend $(BIN)/pytest -p verified --verified $(VERIFIED) $$(grep -l "^SHOWS = {" -r tests --include=test_*.py | grep -v ^tests/ascend)
+endif
 
 # Rollouts on real vLLM for the CPU, in an environment of its own (vLLM pins the versions of torch and transformers).
 # VLLM_VERSION=0.23.0 make test-vllm VENV=.venv-0.23 tests another version.

@@ -18,7 +18,11 @@ from typing import Any
 REWARD, SPEED = "critic/score/mean", "perf/throughput"
 STEPS, HOURS, WINDOW = 100, 12.0, 10
 LARGEST_ERROR, LEAST_SPEED, LEAST_SHARE = 0.05, 100.0, 0.7
-KEPT = ("critic/score/", "response_length/", "actor/", "perf/", "timing_s/", "training/", "val-")
+KEPT = (
+    "critic/score/", "response_length/", "actor/", "perf/", "timing_s/", "training/", "val-",
+    "distill/", "sched/",
+)  # fmt: skip
+"""What practice.md asks to look at, by how the names begin."""
 
 
 def steps_of(run: Path) -> list[dict[str, Any]]:

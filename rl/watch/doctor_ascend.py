@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 
 from packaging.version import Version
 
-from ...kernels import ascend
-from .doctor_ascend_box import BOX, smi
+from .doctor_ascend_box import BOX, generation
 from .doctor_ascend_driver import DATED, MATRIX, cann, driver, firmware, release
 from .doctor_ascend_hccl import collectives
 from .machine import Check, Examination, Machine, State
@@ -168,14 +167,6 @@ def build(machine: Machine) -> Iterator[Check]:
         fix = "reinstall vllm-ascend with CANN's environment sourced"
         sleeps = machine.config is not None and machine.config.cluster.colocated
         yield Check(name="vllm-ascend C", state=machine.lacking(sleeps), text=text, fix=fix)
-
-
-def generation(machine: Machine) -> ascend.Generation | None:
-    """By the names that npu-smi prints: `910B3` on A2, `Ascend910` on A3."""
-    said = smi(machine) or ""
-    if re.search(r"\b910B\d", said):
-        return ascend.A2
-    return ascend.A3 if re.search(r"\bAscend910\b|\b910_93", said) else None
 
 
 def _decodes_with_vllm(machine: Machine) -> bool:

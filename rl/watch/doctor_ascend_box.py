@@ -22,6 +22,14 @@ def smi(machine: Machine) -> str | None:
     return machine.output("npu-smi", "info")
 
 
+def generation(machine: Machine) -> ascend.Generation | None:
+    """By the names that npu-smi prints: `910B3` on A2, `Ascend910` on A3."""
+    said = smi(machine) or ""
+    if re.search(r"\b910B\d", said):
+        return ascend.A2
+    return ascend.A3 if re.search(r"\bAscend910\b|\b910_93", said) else None
+
+
 def cards(machine: Machine) -> Iterator[Check]:
     """The device files, those of the driver beside them, and whether this user may use them."""
     names = machine.listing("/dev")
@@ -193,11 +201,16 @@ def _switches(env: Mapping[str, str], graphs: bool) -> Iterator[Check]:
         text = "2 for all processes: engines with ACL graphs fail or are slow"
         fix = "unset TASK_QUEUE_ENABLE; emberl gives learners 2 and engines 1"
         yield Check(name="TASK_QUEUE_ENABLE", state=State.ERROR, text=text, fix=fix)
-    if env.get("TASK_QUEUE_ENABLE") == "0":
-        text = "0: every kernel waits for its launch"
-        yield Check(
-            name="TASK_QUEUE_ENABLE", state=State.WARNING, text=text, fix="unset TASK_QUEUE_ENABLE"
-        )
+    slow = {
+        "0": "0: every kernel waits for its launch",
+        "1": "1 for all processes: learners, which run eagerly, launch faster with 2",
+    }
+    given = env.get("TASK_QUEUE_ENABLE", "")
+    if given in slow:
+        fix = "unset TASK_QUEUE_ENABLE (vllm-ascend's image sets it); emberl gives learners 2 and"
+        fix += " engines 1"
+        name = "TASK_QUEUE_ENABLE"
+        yield Check(name=name, state=State.WARNING, text=slow[given], fix=fix)
     if env.get("ASCEND_LAUNCH_BLOCKING", "0") not in ("", "0"):
         text = "1: for debugging; every kernel is waited for"
         yield Check(

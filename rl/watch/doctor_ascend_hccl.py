@@ -9,6 +9,7 @@ from itertools import pairwise
 
 from ...kernels import ascend
 from ...kernels.platform import NPU
+from .doctor_ascend_box import generation
 from .machine import Check, Machine, State
 
 PORTS = (60000, 60015)
@@ -26,6 +27,7 @@ def collectives(machine: Machine) -> Iterator[Check]:
     """HCCL's timeouts, buffers, ports and interfaces."""
     yield from _timeouts(machine.environ)
     yield from _values(machine.environ)
+    yield from _fused(machine)
     yield from _ports(machine)
     yield from _interfaces(machine)
     several = machine.config is not None and machine.config.cluster.address is not None
@@ -70,6 +72,18 @@ def _values(env: Mapping[str, str]) -> Iterator[Check]:
     if given is not None and given.lower() not in ("true", "false", "strict"):
         text = f"{given}: HCCL knows true, false and strict"
         yield Check(name=name, state=State.ERROR, text=text, fix=f"export {name}=true, or unset it")
+
+
+FUSED = ("VLLM_ASCEND_ENABLE_MATMUL_ALLREDUCE", "VLLM_ASCEND_ENABLE_FLASHCOMM1")
+"""Switches by which vllm-ascend multiplies and communicates in one operator."""
+
+
+def _fused(machine: Machine) -> Iterator[Check]:
+    """Such operators and the ranges of ports, which emberl sets, exclude each other on A2."""
+    for name in FUSED if generation(machine) is ascend.A2 else ():
+        if machine.environ.get(name, "0") not in ("", "0"):
+            text = f"on: its operators do not go with {' and '.join(RANGES)} on A2"
+            yield Check(name=name, state=State.WARNING, text=text, fix=f"unset {name}")
 
 
 def _ports(machine: Machine) -> Iterator[Check]:

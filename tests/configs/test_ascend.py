@@ -22,6 +22,20 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+SHOWS = {
+    "requirements.txt and the extra resolve, Python 3.11 and 3.12, x86-64 and aarch64 (recorded metadata)": (
+        "test_the_requirements_resolve, test_ours_and_theirs_agree_on_what_is_not_recorded,"
+        " test_what_the_readme_says_does_not_resolve_does_not,"
+        " test_the_extra_names_the_same_versions"
+    ),
+    "the three runs are placed on their boxes, and their learners' memory fits (estimated)": (
+        "test_a_run_is_placed_on_its_box, test_a_learner_fits_its_card"
+    ),
+    "practice: each command is a run of that algorithm, results are judged (made-up curves)": (
+        "test_each_practice_is_a_run, test_practice_says_what_the_file_has,"
+        " test_a_practice_that_learns_is_accepted_and_is_one_file, test_what_is_not_accepted"
+    ),
+}
 ROOT = Path(__file__).parents[2]
 ASCEND = ROOT / "configs" / "ascend"
 WHEELS = json.loads((Path(__file__).parent / "ascend_wheels.json").read_text())["packages"]
@@ -237,6 +251,47 @@ def test_each_practice_is_a_run() -> None:
         assert config.algorithm == name and config.schedule.steps == 100
         assert plan_placement(config).total()["NPU"] == 8
         assert config.distill.active == (name == "opd")
+
+
+def test_practice_says_what_the_file_has() -> None:
+    """Every figure of the page that the configuration or the judge has, too."""
+    config = load_config(ASCEND / "8x910b_qwen2.5_7b.yaml", [])
+    cluster, judge = config.cluster, practice_result()
+    words = f"(Qwen2.5-7B-Instruct, DAPO-Math-17k, {cluster.learners} learners, {cluster.rollouts}"
+    words += f" engines, {config.schedule.prompts_per_step} prompts of {config.rollout.group_size}"
+    assert f"{words} answers)" in page()
+    assert str(config.model.path).endswith("Qwen2.5-7B-Instruct")
+    assert str(config.data.source).endswith("DAPO-Math-17k")
+    assert f"{judge.STEPS} steps or {judge.HOURS:g} hours" in page()
+    assert config.schedule.steps == judge.STEPS and judge.WINDOW == 10
+    assert f"under {judge.LARGEST_ERROR:.0%}".replace("%", " %") in page()
+    assert f"{judge.LEAST_SHARE} of an A100's" in page()
+    assert f"over {judge.LEAST_SPEED:g} tokens/s a card" in page()
+    gspo = load_config(ASCEND / "8x910b_qwen2.5_7b.yaml", ["algorithm=gspo"])
+    assert (gspo.loss.clip_low, gspo.loss.clip_high) == (3e-4, 4e-4) and "3e-4 and 4e-4" in page()
+    assert gspo.schedule.minibatches == 4 and "four updates a step" in page()
+    for name in re.findall(r"`((?:actor|sched|distill|critic|training)/[^`*]*)\*?`", page()):
+        assert name.startswith(judge.KEPT), f"{name} is not in the file that is sent back"
+
+
+def test_commands_of_the_readme_are_runs() -> None:
+    found = re.findall(r"`emberl train (configs/\S+\.yaml)((?: [\w.]+=\S+)*)", _readme())
+    assert len(found) >= 2
+    for path, overrides in found:
+        config = load_config(ROOT / path, overrides.split())
+        assert plan_placement(config).total()["NPU"] <= 8, f"{path}{overrides}"
+
+
+def _readme() -> str:
+    return (ASCEND / "README.md").read_text()
+
+
+def test_what_a_practice_asks_to_look_at_is_logged() -> None:
+    logged = json.loads((ROOT / "tests" / "rl" / "watch" / "logged_metrics.json").read_text())
+    judge = practice_result()
+    asked = re.findall(r"`((?:actor|sched|critic|training)/[^`*]*)\*?`", page())
+    for name in (*asked, judge.REWARD, judge.SPEED):
+        assert any(each.startswith(name) for each in logged), name
 
 
 def practice_result() -> Any:

@@ -5,6 +5,15 @@ from __future__ import annotations
 import pytest
 from emberl.kernels import ascend, platform
 
+SHOWS = {
+    "environment of learners and engines, each variable with its reason (names and values)": (
+        "test_learners_and_engines_get_their_own, test_what_the_user_set_stays_and_is_said,"
+        " test_engines_get_what_keeps_weights_that_change_right,"
+        " test_one_order_of_sums_is_for_all_nodes,"
+        " test_every_variable_has_a_reason_and_one_value_for_each_role"
+    ),
+}
+
 
 def test_learners_and_engines_get_their_own() -> None:
     learner, rollout = (ascend.environment(role, {}) for role in ("learner", "rollout"))

@@ -18,6 +18,13 @@ from emberl.rl.cluster import Cluster
 from emberl.rl.config.load import Config, ConfigError, load_config, resolve
 from emberl.rl.placement import check_capacity, plan_placement, wait_for_nodes
 
+SHOWS = {
+    "placement of learners and engines on 8 NPUs, colocated pairs (real Ray, NPUs that are not there)": (
+        "test_the_eight_device_configuration_actor_by_actor,"
+        " test_a_colocated_learner_and_engine_see_the_same_card,"
+        " test_a_placement_that_does_not_fit_the_cluster"
+    ),
+}
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 

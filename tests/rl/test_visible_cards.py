@@ -19,6 +19,13 @@ from emberl.kernels import platform
 from emberl.rl.cluster import Cluster
 from emberl.rl.config.load import Config, resolve
 
+SHOWS = {
+    "which card an actor takes: visible cards, NOSET, shares of a card (real Ray, NPUs that are not there)": (
+        "test_the_number_of_a_card, test_a_card_that_is_hidden_is_refused,"
+        " test_ray_hides_the_others, test_without_hiding_each_takes_its_own,"
+        " test_a_shared_card_is_the_same_for_both_without_hiding"
+    ),
+}
 NPU = platform.NPU
 VISIBLE, NOSET = str(NPU.visible_devices), str(NPU.ray_noset)
 

@@ -15,6 +15,12 @@ from emberl.rl.learner.fused_layers import fused_forward
 from emberl.rl.learner.layers import replace_layers
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+SHOWS = {
+    "layers in the parts that the operators replace give what transformers' give, packed (plain torch, CPU)": (
+        "test_a_packed_row_gives_what_transformers_gives_each_sequence,"
+        " test_padded_rows_are_sequences_of_one_length, test_layers_that_differ_are_not_used"
+    ),
+}
 SIZES: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,

@@ -16,6 +16,12 @@ from emberl.rl.watch.bench_timing import seconds
 from typer.testing import CliRunner
 
 CPU, HERE = platform.CPU, torch.device("cpu")
+SHOWS = {
+    "bench device: its figures, its file, and that emberl plan reads it (a CPU's figures)": (
+        "test_figures_are_sizes_over_times, test_a_broken_part_costs_no_other,"
+        " test_decoding_is_a_table_of_steps, test_the_command_writes_what_a_plan_reads"
+    ),
+}
 SMALL = Sizes(gemm=(8,), moved=1000, reduced=4096, elements=10, running=(1, 2), context=(4,),
               steps=3, rounds=1, deadline=90.0)  # fmt: skip
 

@@ -16,6 +16,12 @@ from emberl.rl.watch.machine import Check, Machine, State, examined
 
 planted: Any = sys.modules["planted"]  # `conftest.py` has loaded it
 Box, FAULTS, A3_SMI, STATUS = planted.Box, planted.FAULTS, planted.A3_SMI, planted.STATUS
+SHOWS = {
+    "doctor: faults of versions, cards, settings and networks are found with their fixes (a faked box)": (
+        "test_a_planted_fault_is_found_with_its_fix, test_a_healthy_box_has_no_fault,"
+        " test_what_only_looks_like_a_fault_is_none"
+    ),
+}
 OK, WARNING, ERROR = State.OK, State.WARNING, State.ERROR
 
 
@@ -172,11 +178,8 @@ def test_what_emberl_sets_itself_is_no_fault() -> None:
     for role in ("learner", "rollout"):
         box = Box(None)
         added = ascend.environment(role, {})
-        if role == "learner":  # level 2 and the allocator are for this process alone
-            added = {
-                k: v
-                for k, v in added.items()
-                if k not in ("TASK_QUEUE_ENABLE", "PYTORCH_NPU_ALLOC_CONF")
-            }
+        # of the task queue and the allocator each role has its own, which are not for all
+        for name in ("TASK_QUEUE_ENABLE", "PYTORCH_NPU_ALLOC_CONF"):
+            added.pop(name, None)
         box.environ.update(added)  # type: ignore[attr-defined]
         assert found(box) == []

@@ -20,6 +20,12 @@ from emberl.rollout.vllm_backend.graphs import (
     places,
 )
 
+SHOWS = {
+    "graphs only where an update writes in place or rl_config is there (made-up sources, torch on a CPU)": (
+        "test_the_table, test_refused_only_where_graphs_read_the_old,"
+        " test_rl_config_is_used_where_the_installed_version_has_it"
+    ),
+}
 SETTINGS = compat.EngineSettings(
     model="m", dtype="bfloat16", device="npu", threads=1, max_num_seqs=8, max_model_len=64
 )
