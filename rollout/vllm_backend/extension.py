@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels import platform
 from ..weights.patch import (
     Bytes,
     CorruptPatchError,
@@ -106,6 +107,7 @@ class WeightExtension:
         if self._emberl_placed is None:
             tensors = dict(read_mirror(path, _entries(entries).items(), copied=False))
             self._emberl_placed = PlacedModel(self.model_runner.get_model(), tensors)
+            platform.give_back_memory()
         return self._emberl_placed.reasons
 
     def emberl_find(self, path: str, entries: Sequence[Sequence[Any]]) -> str:
@@ -140,7 +142,12 @@ class WeightExtension:
         """Begins to prove what was written, beside decoding."""
         changes, self._emberl_changes = self._emberl_changes, None
         assert changes is not None, "written before"
-        self._emberl_work = Work(lambda: changes.prove(version))
+
+        def prove() -> None:
+            changes.prove(version)
+            platform.give_back_memory()
+
+        self._emberl_work = Work(prove)
 
     def emberl_outcome(self) -> str | None:
         """Of what was begun: None before its end, then what is wrong, or nothing."""
@@ -200,6 +207,7 @@ class WeightExtension:
             yield digests
         finally:
             del model.load_weights
+            platform.give_back_memory()  # of layers that were made anew one by one
         repack_tied_head(model)
         check_in_place(self, before, places(model))
         missing = [] if part else sorted(held - filled)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ...kernels import platform
 from ..weights.canary import Canary, altered, written_in_place
 from ..weights.changes import patched
 from ..weights.patch import (
@@ -110,6 +111,7 @@ class ServedWeights:
             self._proved = target
             self._canary = None
             self._served = None
+            await asyncio.to_thread(platform.give_back_memory)
 
     async def load_canary(self, canary: Canary | None) -> None:
         """As of `Engine.canary`. What is proved is the canary until it is taken back, so that

@@ -10,7 +10,7 @@ pause     seconds for which decoding stands still (of the middle round), its sha
           version's, and the CPU seconds of all processes for it, which a busy machine leaves alone.
 prepare   seconds beside decoding: a patch to positions and values, proved by digest.
 memory    bytes beside the engine's own at the most (PSS of all processes less that of the engine
-          after its start), over the model's.
+          after its start, and without what the benchmark has freed), over the model's.
 floor     (embedded, CPU seconds of one thread) the same changes written without any proof, where
           they lie known: by a bare loop into the plain weights, and into the plain weights and
           oneDNN's copies; as `index_copy_` into the plain weights; and the changed bytes as one copy
@@ -37,6 +37,7 @@ import harness
 import numpy as np
 import psutil
 import torch
+from emberl.kernels import platform
 from emberl.rollout.weights.apply import resolve
 from emberl.rollout.weights.codec import elements
 from emberl.rollout.weights.diff import encode
@@ -124,6 +125,11 @@ class Processes:
 
     def __init__(self) -> None:
         self.all = [psutil.Process(), *psutil.Process().children(recursive=True)]
+
+    def settled(self) -> int:
+        """`pss`, once this process has given back what it freed."""
+        platform.give_back_memory()
+        return self.pss()
 
     def pss(self) -> int:
         total = 0
@@ -217,13 +223,13 @@ async def measure(
     size = float(sum(tensor.data.nbytes for tensor in tensors.values()))
     engine = make_engine(kind, folder, dtype)
     processes = Processes()
-    own, version = processes.pss(), 0
+    own, version = processes.settled(), 0
     found: dict[str, dict[str, list[float]]] = {
         way: {"pause": [], "cpu": [], "prepare": [], "memory": [], "kept": []}
         for way in ("whole", "in place")
     }
     await engine.apply(dense_patch("bench", 0, tensors.items()))
-    base = processes.pss()
+    base = processes.settled()
     floor: dict[str, float] = {}
     for number in range(rounds + 1):
         for way, rows in found.items():
@@ -233,7 +239,8 @@ async def measure(
             if way == "whole":
                 sent = dense_patch("bench", version, after.items())
             del after
-            start, before = time.perf_counter(), processes.pss()
+            before = processes.settled()
+            start = time.perf_counter()
             with processes.peak() as seen:
                 patch = sent if way == "whole" else resolve(sent, engine.held)
                 patch = replace(patch, verified=True)
