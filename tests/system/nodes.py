@@ -96,8 +96,11 @@ def machines(root: Path, count: int) -> Iterator[list[Node]]:
 
 
 @contextmanager
-def ray_cluster(nodes: Sequence[Node], cpus: Sequence[int]) -> Iterator[str]:
-    """A raylet on every machine, the first one the head; its address."""
+def ray_cluster(
+    nodes: Sequence[Node], cpus: Sequence[int], *, seconds: float = 60
+) -> Iterator[str]:
+    """A raylet on every machine, the first one the head, all up within so many seconds each; its
+    address."""
     head = nodes[0]
     address = f"{head.address}:6379"
     common = ["--block", "--disable-usage-stats", "--object-store-memory=200000000"]
@@ -113,8 +116,8 @@ def ray_cluster(nodes: Sequence[Node], cpus: Sequence[int]) -> Iterator[str]:
             named = [f"--node-ip-address={node.address}", f"--num-cpus={number}"]
             started.append(node.start("ray.log", *ray, "start", *role, *named, *common))
             if node is head:
-                _until_reached(head, 60)
-        _until_joined(nodes, 60)
+                _until_reached(head, seconds)
+        _until_joined(nodes, seconds)
         yield address
     finally:
         for process in reversed(started):
@@ -145,8 +148,14 @@ def _until_joined(nodes: Sequence[Node], seconds: float) -> None:
     head = nodes[0]
     look = (
         "import ray, time\n"
-        f"ray.init(address='{head.address}:6379', log_to_driver=False)\n"
         f"deadline = time.monotonic() + {seconds}\n"
+        "while not ray.is_initialized():\n"  # refused until the head's own raylet is known to it
+        "    try:\n"
+        f"        ray.init(address='{head.address}:6379', log_to_driver=False)\n"
+        "    except Exception:\n"
+        "        if time.monotonic() > deadline:\n"
+        "            raise\n"
+        "        time.sleep(0.3)\n"
         f"while sum(node['Alive'] for node in ray.nodes()) < {len(nodes)}:\n"
         "    assert time.monotonic() < deadline\n"
         "    time.sleep(0.3)\n"
