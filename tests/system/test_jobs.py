@@ -13,7 +13,7 @@ import tempfile
 import time
 import venv
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -120,7 +120,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             time.sleep(1)
         yield address
     finally:
-        processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+        processes = []
+        with suppress(psutil.NoSuchProcess):  # it ended, which is said above
+            first = psutil.Process(head.pid)
+            processes = [first, *first.children(recursive=True)]
         head.terminate()
         _, left = psutil.wait_procs(processes, timeout=30)
         for process in left:
