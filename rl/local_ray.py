@@ -9,7 +9,6 @@ import secrets
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -20,8 +19,6 @@ LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's switch for nodes that other machines reach, on by default on Linux alone."""
 NEEDED = ("gcs_server", "raylet")
 """Of Ray's processes on a node, those that it cannot do without."""
-REGISTERS = 180.0
-"""Seconds for a node's processes to be up: on a busy machine each takes ten to load."""
 
 
 def before_import(address: str | None) -> None:
@@ -50,34 +47,17 @@ def before_start() -> None:
 def needed_alone() -> Iterator[None]:
     """A cluster that is started within has no autoscaler, no reader of logs and no dashboard's
     server, which Ray starts whether or not somebody asks for them: nothing here talks to them, and
-    on two cores they are a tenth of a start, for one of which it waits. Its node has `REGISTERS`
-    seconds to come up, of which Ray gives thirty."""
-    from ray._private import services
+    on two cores they are a tenth of a start, for one of which it waits."""
     from ray._private.node import Node
 
     node: Any = Node
-    ray_services: Any = services
     unneeded = ("start_monitor", "start_log_monitor", "start_api_server")
     there = {name: getattr(node, name) for name in unneeded if hasattr(node, name)}
-    get_node = ray_services.get_node
-
-    def patient(*arguments: Any) -> Any:
-        deadline = time.monotonic() + REGISTERS
-        while True:
-            try:
-                return get_node(*arguments)
-            except RuntimeError:  # it is not there yet
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.1)
-
     for name in there:
         setattr(node, name, lambda self, *_, **__: None)
-    ray_services.get_node = patient
     try:
         yield
     finally:
-        ray_services.get_node = get_node
         for name, method in there.items():
             setattr(node, name, method)
 
