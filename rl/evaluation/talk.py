@@ -39,6 +39,12 @@ Message = dict[str, str]
 SET = "prompt"
 """The name of a conversation's settings among the sets."""
 
+VISIBLE = {
+    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"},
+    **dict.fromkeys(range(0x7F, 0xA0), 0xFFFD),
+}
+"""On a terminal, pictures of control characters: a model's answer is not to steer it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
@@ -219,8 +225,9 @@ def _show_sample(
         screen = Console(file=out)
         screen.rule(f"{completion.sample + 1}: {completion.num_sampled} tokens")
         if part.thoughts:
-            screen.print(part.thoughts, style="dim italic", markup=False, highlight=False)
-        screen.print(part.text, markup=False, highlight=False)
+            thoughts = part.thoughts.translate(VISIBLE)
+            screen.print(thoughts, style="dim italic", markup=False, highlight=False)
+        screen.print(part.text.translate(VISIBLE), markup=False, highlight=False)
         return
     row = {
         "prompt": text,
@@ -326,9 +333,10 @@ class _Voice:
             if now.startswith(before) and now != before:
                 if name == "text" and not before and self._said["thoughts"]:
                     self._thoughts.print()
-                console.print(
-                    now[len(before) :], end="", style=style, markup=False, highlight=False
-                )
+                new = now[len(before) :]
+                if console.is_terminal:
+                    new = new.translate(VISIBLE)
+                console.print(new, end="", style=style, markup=False, highlight=False)
                 console.file.flush()
                 self._said[name] = now
         if done:

@@ -15,6 +15,7 @@ import pytest
 from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.evaluation.talk import Part, Talker, _lines, _Voice, ctrl_c_stops, lenient
+from rich.console import Console
 
 FRANCE, PARIS = "What is the capital of France?", "The capital of France is Paris."
 EMBERL = str(Path(sys.executable).with_name("emberl"))
@@ -98,6 +99,17 @@ def test_a_voice_never_takes_back_what_it_said(capsys: pytest.CaptureFixture[str
     voice.hear(Part(thoughts="so 1+1 is 2", text="café"), done=True)
     shown = capsys.readouterr()
     assert shown.out == "café\n"
+
+
+def test_an_answer_does_not_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    for terminal, said in (
+        (True, "\u241b]52;c;x\u2407\n\ta\ufffd"),
+        (False, "\x1b]52;c;x\x07\n\ta\x9b"),
+    ):
+        voice = _Voice("</think>")
+        voice._answer = Console(soft_wrap=True, force_terminal=terminal, no_color=True)
+        voice.hear(Part(thoughts="", text="\x1b]52;c;x\x07\n\ta\x9b"))
+        assert capsys.readouterr().out.replace(" " * 8, "\t") == said
 
 
 def test_bytes_that_are_no_text_are_read_as_such() -> None:
