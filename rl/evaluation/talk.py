@@ -335,8 +335,10 @@ class _Voice:
                     self._thoughts.print()
                 new = now[len(before) :]
                 if console.is_terminal:
-                    new = new.translate(VISIBLE)
-                console.print(new, end="", style=style, markup=False, highlight=False)
+                    seen = new.translate(VISIBLE)
+                    console.print(seen, end="", style=style, markup=False, highlight=False)
+                else:  # as it is: rich would leave out characters
+                    console.file.write(new)
                 console.file.flush()
                 self._said[name] = now
         if done:
