@@ -18,7 +18,7 @@ pytestmark = [
         reason="vLLM is not installed here; make test-vllm has it",
     ),
 ]
-DEADLINE = 600.0
+DEADLINE = 1200.0
 """Seconds: vLLM's three processes import for a minute of processor time, which others may want."""
 
 
