@@ -13,11 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .architecture import Architecture
 
+ALIGNED = 64
+"""Bytes: vectors are read a line of the cache at a time."""
 STEP = 16
 """The width is a multiple of this; every widening copies the cache once."""
 
@@ -40,11 +43,12 @@ class KVCache:
     def __init__(
         self, arch: Architecture, slots: int, max_len: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        def zeros() -> list[Tensor]:
-            size = slots * arch.num_kv_heads * arch.head_dim * _rounded(max_len)
-            return [torch.zeros(size, dtype=dtype, device=device) for _ in range(arch.num_layers)]
+        size = slots * arch.num_kv_heads * arch.head_dim * _rounded(max_len)
 
-        self._storage = (zeros(), zeros())
+        def storage() -> list[Tensor]:
+            return [_zeros(size, dtype, device) for _ in range(arch.num_layers)]
+
+        self._storage = (storage(), storage())
         self._shape = (slots, arch.num_kv_heads, -1, arch.head_dim)
         self._heads = arch.num_kv_heads
         self._scale = arch.head_dim**-0.5
@@ -113,6 +117,17 @@ class KVCache:
         queries = q.reshape(pairs, heads // self._heads, dim)
         scores = torch.baddbmm(self._bias, queries, keys.transpose(1, 2), alpha=self._scale)
         return torch.bmm(torch.softmax(scores, -1), values).view(n, heads * dim)
+
+
+def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[size] zeros. In a CPU's memory they are taken page by page as they are written to, so that
+    room for the longest sequences costs nothing before there are any: numpy asks the system for
+    empty pages, where torch writes zeros to all of them."""
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    pages = np.zeros(size * dtype.itemsize + ALIGNED, np.uint8)
+    start = -pages.ctypes.data % ALIGNED
+    return torch.from_numpy(pages[start : start + size * dtype.itemsize]).view(dtype)
 
 
 def _rounded(length: int) -> int:
