@@ -230,10 +230,10 @@ def trim_samples(
         return
     # newline: a carriage return within an answer begins no line
     with file.open(newline="") as opened:
-        before, *sections = re.split(r"(?=^### \w+ step \d+$)", opened.read(), flags=re.MULTILINE)
+        before, *sections = re.split(r"(?=^\n### \w+ step \d+$)", opened.read(), flags=re.MULTILINE)
     kept = [before]
     for section in sections:
-        _, name, _, number = section.splitlines()[0].split()
+        _, name, _, number = section.split("\n", 2)[1].split()
         done = _done(name, int(number), stage, step, stages)
         if done > 0 or (done == 0 and not evaluates):
             kept.append(section)
