@@ -19,10 +19,11 @@ SUMS = {"source": "arithmetic", "heldout": 4}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two teachers, one of bytes, and a table of rated problems of two sources."""
+    """Two teachers, one of bytes, a student of bytes, and a table of rated problems of two
+    sources."""
     found = tmp_path_factory.mktemp("teachers")
-    for name in ("arithmetic", "bytes"):
-        make_tiny(found / name, TinyConfig.model_validate({**SMALL, "vocabulary": name}), 0)
+    for name, vocabulary in (("arithmetic",) * 2, ("bytes",) * 2, ("student", "bytes")):
+        make_tiny(found / name, TinyConfig.model_validate({**SMALL, "vocabulary": vocabulary}), 0)
     rows = [
         {"question": f"{i}+1=?", "answer": f"{i + 1}", "data_source": "ab"[i % 2], "rate": i / 40}
         for i in range(40)
@@ -52,10 +53,10 @@ TWO = {"heldout": 4, "mixture": {"sums": {"source": "arithmetic"}, "rows": TABLE
     [
         (SUMS, {"distill": taught()}),
         (SUMS, {"distill": taught("@/arithmetic", "arithmetic")}),
-        (TABLE, {"model": {"path": "@/bytes"}, "distill": taught("@/bytes", "a", "b")}),
-        (TABLE, {"model": {"path": "@/bytes"}, "distill": taught("@/bytes", "a", reward_coef=1)}),
-        (TWO, {"model": {"path": "@/bytes"}, "distill": taught("@/bytes", "sums", "rows")}),
-        ({**TABLE, "curriculum": {"rate_column": "rate"}}, {"model": {"path": "@/bytes"}}),
+        (TABLE, {"model": {"path": "@/student"}, "distill": taught("@/bytes", "a", "b")}),
+        (TABLE, {"model": {"path": "@/student"}, "distill": taught("@/bytes", "a", reward_coef=1)}),
+        (TWO, {"model": {"path": "@/student"}, "distill": taught("@/bytes", "sums", "rows")}),
+        ({**TABLE, "curriculum": {"rate_column": "rate"}}, {"model": {"path": "@/student"}}),
     ],
 )
 def test_what_fits(data: Any, groups: dict[str, Any], folder: Path) -> None:
@@ -86,7 +87,7 @@ def test_what_fits(data: Any, groups: dict[str, Any], folder: Path) -> None:
         ),
         (
             TABLE,
-            {"model": {"path": "@/bytes"}, "distill": taught("@/bytes", "a")},
+            {"model": {"path": "@/student"}, "distill": taught("@/bytes", "a")},
             "distill.teachers has none for the source 'b', and distill.reward_coef=0",
         ),
         (
@@ -117,7 +118,7 @@ def test_what_fits(data: Any, groups: dict[str, Any], folder: Path) -> None:
         ),
         (
             {**TABLE, "curriculum": {"rate_column": "solved"}},
-            {"model": {"path": "@/bytes"}},
+            {"model": {"path": "@/student"}},
             "has no numbers there; its columns are answer, data_source, question, rate",
         ),
         (

@@ -259,7 +259,7 @@ def loop(
         histograms=lambda *_: None,
         alert=lambda title, text: alerts.append({"title": title, "text": text}),
     )
-    tracker._sinks = [SimpleNamespace(call=lambda do: do(wandb), close=lambda: None)]  # type: ignore[list-item]
+    tracker._sinks = [SimpleNamespace(call=lambda do, key=None: do(wandb), close=lambda: None)]  # type: ignore[list-item]
     steps = iter([*entropy, *[entropy[-1]] * 99])
 
     def grade(prompt: Prompt, completions: Sequence[Completion]) -> Group:
