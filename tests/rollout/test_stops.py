@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from emberl.kernels import platform
 from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny, tiny_tokenizer
 from emberl.rollout.embedded.engine import EmbeddedEngine
@@ -284,6 +285,8 @@ def test_an_answer_that_goes_on_remembers_where_it_stood(folder: Path) -> None:
 def test_the_settings_of_one_answer_are_not_anothers(folder: Path, dtype: str) -> None:
     """Twelve groups with penalties, cuts and strings of their own, of which some end early: alone
     and in shared slots."""
+    if dtype == "bfloat16" and not platform.supports_bf16(platform.named("cpu")):
+        pytest.skip("without bfloat16 products a row's rounding depends on how many there are")
     mix = [
         replace(
             FREE,
