@@ -53,9 +53,9 @@ class ModelConfig(Settings):
     on it."""
     share_prompts: Literal["auto", "on", "off"] = "auto"
     """Computes a prompt once for its group of answers in a learner's pass (verl's
-    use_prefix_grouper); `auto`: in packed passes of Llama, Qwen2 and Qwen3. On a CPU in float32
-    that also chooses packed passes, but for very small models. Loss and gradient do not depend on
-    it."""
+    use_prefix_grouper); `auto`: in packed passes of Llama, Qwen2 and Qwen3 by flash attention or
+    the learner's own. On a CPU in float32 that also chooses packed passes, but for very small
+    models. Loss and gradient do not depend on it."""
     lora: LoraConfig | None = None
     """Trains adapters instead of all weights; empty: all weights."""
 

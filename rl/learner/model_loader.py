@@ -138,11 +138,14 @@ class ModelLoader:
             ValueError: it is on and cannot be.
         """
         wanted = self.spec.model.share_prompts
-        can = self.packed and counted(model.config)
+        # others take a mask, which transformers makes for the rows instead of the sequences
+        unmasked = self.attention == ATTENTION or "flash" in self.attention
+        can = self.packed and unmasked and counted(model.config)
         if wanted == "on" and not can:
             raise ValueError(
-                "model.share_prompts=on needs packed passes (model.packing=on) and a model whose"
-                f" layers mix tokens by full attention alone ({', '.join(COUNTED)}), but"
+                "model.share_prompts=on needs packed passes (model.packing=auto) with flash"
+                " attention or the learner's own (model.attention=auto), and a model whose layers"
+                f" mix tokens by full attention alone ({', '.join(COUNTED)}), but"
                 f" model.packing={self.spec.model.packing}, model.attention={self.attention} and"
                 f" model_type={model.config.model_type!r}; set auto or off"
             )

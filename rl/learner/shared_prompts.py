@@ -132,8 +132,9 @@ class SharedRows:
     first_R: Tensor
     """The first token of each row."""
     copies: tuple[tuple[Tensor, Tensor], ...]
-    """(rows, tokens): the rows that are a token once more, no row twice in a pair, so that sums
-    over copies are formed in one order on every device."""
+    """(rows [n], tokens [n, c]) for each number c of further copies: rows that have so many, and
+    which tokens these are. No row stands twice, so that sums over copies have one order on every
+    device."""
 
     @classmethod
     def of(cls, rows_E: NDArray[np.int64], device: torch.device) -> SharedRows:
@@ -141,12 +142,12 @@ class SharedRows:
         first_R = np.unique(rows_E, return_index=True)[1]
         order = np.argsort(rows_E, kind="stable")
         counts = np.bincount(rows_E)
-        number_E = np.empty_like(rows_E)
-        number_E[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+        starts = np.cumsum(counts) - counts
         copies = []
-        for number in range(1, int(counts.max())):
-            tokens = np.flatnonzero(number_E == number)
-            copies.append((_on(rows_E[tokens], device), _on(tokens, device)))
+        for count in np.unique(counts[counts > 1]):
+            rows = np.flatnonzero(counts == count)
+            tokens = order[starts[rows, None] + np.arange(1, count)]
+            copies.append((_on(rows, device), _on(tokens, device)))
         return cls(_on(rows_E, device), _on(first_R, device), tuple(copies))
 
 
@@ -167,7 +168,8 @@ class _Spread(torch.autograd.Function):
         wide = torch.float64 if slope.dtype == torch.float64 else torch.float32
         total = slope.index_select(0, shared.first_R).to(wide)
         for rows, tokens in shared.copies:
-            total.index_add_(0, rows, slope.index_select(0, tokens).to(wide))
+            further = slope.index_select(0, tokens.flatten()).unflatten(0, tokens.shape)
+            total.index_add_(0, rows, further.sum(1, dtype=wide))
         return total.to(slope.dtype), None
 
 

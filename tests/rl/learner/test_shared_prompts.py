@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,12 @@ import pytest
 import torch
 from emberl.kernels.transformer.fused import Parts
 from emberl.rl.batch import sft_batch
+from emberl.rl.config.load import ModelConfig
 from emberl.rl.groups import Batch
 from emberl.rl.learner import fused_layers
 from emberl.rl.learner.flops import ModelFlops
 from emberl.rl.learner.layers import replace_layers, use_packed_attention
+from emberl.rl.learner.model_loader import ModelLoader, RankSpec
 from emberl.rl.learner.policy import hidden_states, to_tensors
 from emberl.rl.learner.shared_prompts import (
     SharedRows,
@@ -97,7 +100,7 @@ def test_the_layout_of_a_row() -> None:
     assert micro.shared.rows_E[:9].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5]
     assert micro.shared.first_R[:7].tolist() == [0, 1, 2, 3, 4, 8, 9]
     [(rows, tokens)] = micro.shared.copies
-    assert (rows.tolist(), tokens.tolist()) == ([0, 1, 2], [5, 6, 7])
+    assert (rows.tolist(), tokens.tolist()) == ([0, 1, 2], [[5], [6], [7]])
 
 
 def test_prompts_that_differ_make_a_plain_row() -> None:
@@ -217,6 +220,25 @@ def test_any_attention_of_packed_sequences_can_share() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     assert len(calls) == 2 * 3
     assert all("shared" not in given for given in calls)
+
+
+def test_an_attention_with_a_mask_does_not_share() -> None:
+    """Its mask would be of the rows, while queries and keys are of the sequences."""
+
+    def loader(attention: str, share: str) -> ModelLoader:
+        settings = ModelConfig.model_validate(
+            {"path": "m", "dtype": "float32", "attention": attention, "packing": "on"}
+            | {"share_prompts": share}
+        )
+        return ModelLoader(
+            RankSpec(rank=0, world=1, device="cpu", threads=1, model=settings, timeout=1)
+        )
+
+    model = SimpleNamespace(config=CONFIGS["llama"])
+    for attention in ("eager", "sdpa", "flex_attention"):
+        assert not loader(attention, "auto")._may_share(model)
+        with pytest.raises(ValueError, match=f"model.attention={attention} "):
+            loader(attention, "on")._may_share(model)
 
 
 def test_answers_to_a_prompt_go_through_together() -> None:
