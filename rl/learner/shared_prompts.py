@@ -168,7 +168,8 @@ class _Spread(torch.autograd.Function):
         wide = torch.float64 if slope.dtype == torch.float64 else torch.float32
         total = slope.index_select(0, shared.first_R).to(wide)
         for rows, tokens in shared.copies:
-            further = slope.index_select(0, tokens.flatten()).unflatten(0, tokens.shape)
+            further = slope.index_select(0, tokens.flatten())
+            further = further.view(*tokens.shape, *slope.shape[1:])
             total.index_add_(0, rows, further.sum(1, dtype=wide))
         return total.to(slope.dtype), None
 
