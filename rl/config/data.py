@@ -68,6 +68,8 @@ FORM_OF_PROMPTS = (
     "assistant_prefix",
 )
 """Keys that another set takes over from `data` where it does not set them itself."""
+GENERATED = ("kinds", "terms", "largest_term", "largest_total", "steps", "gym")
+"""Keys that say what generated problems are like."""
 
 
 def endless(source: str | tuple[str, ...]) -> bool:

@@ -25,6 +25,8 @@ RESAMPLES = 10_000
 LEVEL = 0.95
 _LARGEST_N = 1000
 """Answers to one problem up to which binomial coefficients are finite floats."""
+_LONGEST_SUMS = 500_000_000
+"""Additions of an exact paired test: about a second."""
 Floats = NDArray[np.float64]
 
 
@@ -149,11 +151,17 @@ def sign_flip_p_value(differences: Sequence[int]) -> float:
     well have the other sign: the share of all 2^m sign patterns whose sum is as far from 0.
 
     Exact, by the distribution of the sum. With one answer to each problem it is McNemar's exact
-    test.
+    test. Where that distribution would be too long (numbers of answers without a common factor,
+    many problems) the share among `RESAMPLES` patterns drawn with a fixed seed, and the observed
+    one.
     """
     sizes = [abs(int(d)) for d in differences if d]
     unit = gcd(*sizes) or 1  # of many answers: a shorter distribution
     sizes = [size // unit for size in sizes]
+    if sum(sizes) * len(sizes) > _LONGEST_SUMS:
+        drawn = np.random.default_rng(0).choice((-1, 1), (RESAMPLES, len(sizes))) @ sizes
+        far = np.count_nonzero(np.abs(drawn) >= abs(sum(differences)) // unit)
+        return float((far + 1) / (RESAMPLES + 1))
     chances = np.ones(1)
     for size in sizes:
         longer = np.zeros(len(chances) + 2 * size)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ...kernels import platform
 from ..checkpoints import CHECKPOINTS, PROGRESS, latest_checkpoint
-from ..config.data import DataConfig
+from ..config.data import GENERATED, DataConfig, endless
 from ..config.load import Config, ConfigError, load_config, resolve
 from ..config.overrides import merged, tree_of
 from ..config.sampling import EvalConfig, EvalSetConfig, RolloutConfig
@@ -95,7 +95,7 @@ def configure(
             name, keys = named_set(text)
             if name in sets:
                 raise ValueError(f"--data {text}: there is a set {name} already; write NAME={text}")
-            sets[name] = keys
+            sets[name] = _generated_as_in(model.run, keys["source"]) | keys
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if not sets and own_data and model.run is None:
@@ -123,6 +123,13 @@ def configure(
                 + (f"; did you mean {near[0]}?" if near else "")
             )
     return resolve(tree)
+
+
+def _generated_as_in(run: Config | None, source: str) -> dict[str, Any]:
+    """What a run's own generated problems are like, for a set of the same source."""
+    if run is None or run.data.source != source or not endless(source):
+        return {}
+    return run.data.model_dump(mode="json", include=set(GENERATED))
 
 
 def _of_held_out(top: str, change: dict[str, Any], override: str) -> dict[str, Any]:

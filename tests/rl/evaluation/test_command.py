@@ -290,3 +290,13 @@ def test_keys_of_a_set_count_for_what_a_run_holds_out(model: Path, tmp_path: Pat
         configure(named, [], ["thinking.budgets=[4]"])
     beside = configure(named, ["arithmetic"], asked)
     assert (beside.eval.samples, beside.eval.sets["arithmetic"].samples) == (1, 8)
+
+
+def test_a_generated_set_asks_what_the_run_was_trained_on(model: Path) -> None:
+    data = {"source": "arithmetic", "kinds": {"story": 1}, "terms": [3, 4], "largest_term": 20}
+    tree = {"name": "r", "model": {"path": str(model)}, "data": data}
+    named = Named(path=str(model), label="r", run=resolve(tree))
+    own = configure(named, ["arithmetic"], ["terms=[5,5]"]).eval.sets["arithmetic"]
+    assert (own.kinds, own.largest_term, own.terms) == ({"story": 1}, 20, (5, 5))
+    other = configure(named, ["reasoning_gym:chain_sum"], []).eval.sets["chain_sum"]
+    assert other.gym == {}

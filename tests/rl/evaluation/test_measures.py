@@ -143,6 +143,18 @@ def test_the_paired_test_is_the_share_of_all_sign_patterns(differences: list[int
     assert sign_flip_p_value(differences) == pytest.approx(sum(far) / len(patterns))
 
 
+def test_a_paired_test_whose_sums_are_too_many_is_drawn() -> None:
+    """11 differences of some ten million each; exact over all 2,048 patterns here."""
+    differences = [10_000_019 + 7919 * i for i in range(8)] + [-10_000_079, -9_999_991, -12_345_677]
+    sums = [
+        sum(s * d for s, d in zip(signs, differences, strict=True))
+        for signs in itertools.product((1, -1), repeat=11)
+    ]
+    exact = sum(abs(s) >= abs(sum(differences)) for s in sums) / 2048
+    assert sign_flip_p_value(differences) == pytest.approx(exact, abs=0.015)  # 3 sigma
+    assert sign_flip_p_value(differences) == sign_flip_p_value(differences)
+
+
 def test_models_with_other_numbers_of_answers_are_compared_by_their_means() -> None:
     ours = [outcome("a", 4, 4), outcome("b", 2, 4), outcome("c", 1, 4)]
     others = [outcome("a", 1, 2), outcome("b", 1, 2), outcome("c", 1, 2)]
