@@ -14,7 +14,7 @@ Nothing else may run meanwhile.
   that suits it best, each sequence counted to its own length.
   vLLM: `LLM.generate` with n=8, compiled; `--vllm` is the interpreter that has it (`make test-vllm`
       makes one).
-  VLLM_EAGER=1 leaves its compiler out.
+  VLLM_EAGER=1 leaves its compiler out. BENCH_REAL_DTYPE=float32 compares all in float32.
 - step: 32 prompts x 8 answers, TRL's GRPOTrainer beside `emberl train`, both on every answer.
 - learner: `real_learner.py`.
 """
@@ -39,6 +39,8 @@ ROOT = Path(__file__).parents[2]
 GROUP, LONGEST = 8, 128
 SETTLE_S = 1.0
 EAGER = os.environ.get("VLLM_EAGER") == "1"
+DTYPE = os.environ.get("BENCH_REAL_DTYPE", "bfloat16")
+"""Of all that is compared; float32 is for a CPU that does not multiply bfloat16."""
 FLOPS_A_TOKEN = 0.27e9
 """Of the 135M model, decoding."""
 
@@ -74,9 +76,7 @@ def embedded(model: str, work: Work) -> Callable[[], int]:
     from emberl.rollout.samples import Prompt, Sampling
 
     torch.set_num_threads(os.cpu_count() or 1)
-    engine = EmbeddedEngine(
-        model, max_num_seqs=len(work) * GROUP, max_model_len=256, dtype="bfloat16"
-    )
+    engine = EmbeddedEngine(model, max_num_seqs=len(work) * GROUP, max_model_len=256, dtype=DTYPE)
     prompts = prompt_ids(model, work)
 
     def run() -> int:
@@ -94,7 +94,7 @@ def generate(model: str, work: Work) -> Callable[[], int]:
 
     torch.set_num_threads(os.cpu_count() or 1)
     policy = AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.bfloat16, attn_implementation="sdpa"
+        model, dtype=getattr(torch, DTYPE), attn_implementation="sdpa"
     ).eval()
     prompts = [ids for ids in prompt_ids(model, work) for _ in range(GROUP)]
     width = max(map(len, prompts))
@@ -125,7 +125,7 @@ def vllm(model: str, work: Work) -> Callable[[], int]:
 
     llm = LLM(
         model=model,
-        dtype="bfloat16",
+        dtype=DTYPE,
         max_model_len=256,
         max_num_seqs=len(work) * GROUP,
         generation_config="vllm",
@@ -243,7 +243,7 @@ def decode(
 CONFIG = """
 name: bench
 stages: [rl]
-model: {{path: {model}, dtype: bfloat16}}
+model: {{path: {model}, dtype: {dtype}}}
 data: {{source: {data}, heldout: 0, max_prompt_length: 96}}
 rollout: {{group_size: {group}, max_response_length: {tokens}, max_num_seqs: 256}}
 reward: {{parts: {{digits: {{use: "{file}:digits"}}}}}}
@@ -270,6 +270,7 @@ def emberl_step(folder: Path, model: str, prompts: int, steps: int) -> tuple[flo
     (folder / "bench.yaml").write_text(
         CONFIG.format(
             model=model,
+            dtype=DTYPE,
             data=folder / "prompts.jsonl",
             group=GROUP,
             tokens=LONGEST,
@@ -331,7 +332,7 @@ def train_with_trl(folder: Path, model: str, prompts: int, steps: int) -> None:
         beta=0.0,
         temperature=1.0,
         use_cpu=True,
-        bf16=True,
+        bf16=DTYPE == "bfloat16",
         logging_steps=1,
         report_to=[],
         save_strategy="no",
@@ -339,7 +340,7 @@ def train_with_trl(folder: Path, model: str, prompts: int, steps: int) -> None:
         disable_tqdm=True,
     )
     trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16),
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, DTYPE)),
         reward_funcs=digits,
         args=config,
         train_dataset=datasets.load_dataset(
@@ -422,6 +423,7 @@ def main() -> None:
                 sequences=64,
                 rounds=1 if args.quick else 3,
                 group=group,
+                dtype=DTYPE,
             )
             for side, ratio in (("plain", 1.0), ("learner", found["speed ratio"])):
                 report.record(
