@@ -1,4 +1,5 @@
-"""Checks of data, rewards and template before Ray and the actors start, and by `--dry-run`."""
+"""Checks of data, rewards, template and functions of one's own before Ray and the actors start, and
+by `--dry-run`."""
 
 from __future__ import annotations
 
@@ -8,7 +9,10 @@ from typing import Any
 
 from ..rewards.by_source import BySource
 from ..rewards.inputs import RewardInput
+from ..rewards.plugins.loading import PluginFile
 from ..rewards.suite import RewardSuite, build_suite
+from .algorithm.plugins import load_advantage, load_loss
+from .config.algorithm import ADVANTAGES, LOSSES
 from .config.data import DataConfig
 from .config.distill import DistillConfig
 from .config.load import Config, ConfigError, user_errors
@@ -29,9 +33,15 @@ _RENDERED = 64
 
 
 def check_inputs(config: Config, *, hub: bool = False) -> list[str]:
-    """Reads the first rows of every file, imports the rewards and tries both on each other. Returns
-    what a person should know; `ConfigError` for what would end the run. hub: data sets and models
-    of the Hub too, which may be fetched."""
+    """Reads the first rows of every file, imports the rewards and tries both on each other, and a
+    loss and an advantage of one's own on tiny batches. Returns what a person should know;
+    `ConfigError` for what would end the run. hub: data sets and models of the Hub too, which may be
+    fetched."""
+    with user_errors():
+        if config.loss.kind not in LOSSES:
+            load_loss(config.loss.kind, config.loss.options, PluginFile.of(config.loss.kind))
+        if config.advantage.kind not in ADVANTAGES:
+            load_advantage(config.advantage.kind, config.advantage.options)
     if config.data.mixture or config.data.levels:
         return _check_parts(config, hub)
     with user_errors():

@@ -17,7 +17,6 @@ from typing import Any
 from ..rollout.actors import ActorLostError, CallFailedError
 from ..rollout.engine import Request, check_engine
 from ..rollout.pool import RolloutPool
-from .algorithm.losses import Objective
 from .checkpoints import (
     EVALUATED,
     PROGRESS,
@@ -98,8 +97,6 @@ def train(config: Config, *, resume: Resume = "never", override: bool = False) -
         check_engine(config.rollout.engine, config.rollout.engine_args, config.rollout.servers)
         if config.rollout.environment is not None:
             load_environment(config.rollout.environment)
-        # tries a user's own loss on a tiny batch
-        Objective.of(config.loss, config.kl, config.offpolicy)
     check_model(config)
     cluster = Cluster(config, tell)
     run_dir, checkpoint = open_run_dir(config, resume, tell)

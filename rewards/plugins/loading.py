@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,24 @@ _HOUSE = tuple(
 _LIBRARIES = tuple(
     sysconfig.get_paths()[name] + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")
 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PluginFile:
+    """A user's file as it is where a run was started: other machines may have another, or none."""
+
+    path: str
+    """Absolute."""
+    text: str
+
+    @staticmethod
+    def of(name: str) -> PluginFile | None:
+        """Of `./file.py:function`; None for another kind of name, and where there is no file."""
+        place = name.rpartition(":")[0]
+        path = Path(place).expanduser().resolve()
+        if not place.endswith(".py") or not path.is_file():
+            return None
+        return PluginFile(path=str(path), text=path.read_text())
 
 
 def load_function(name: str, group: str, built_in: Sequence[str] = ()) -> Function:
@@ -58,14 +77,14 @@ def resolve(name: str, group: str, built_in: Sequence[str] = ()) -> str:
     )
 
 
-def import_function(target: str) -> Function:
+def import_function(target: str, file: PluginFile | None = None) -> Function:
     """Loads the object `place:attribute`. ValueError says what is missing, with the user's file and
-    line."""
+    line. file: is taken instead of the one that stands there now."""
     place, _, name = target.rpartition(":")
     if not place or not name:
         raise ValueError(f"{target!r} must be package.module:function or ./file.py:function")
     try:
-        module = _import_file(place) if place.endswith(".py") else _import_module(place)
+        module = _import_file(place, file) if place.endswith(".py") else _import_module(place)
     except (Exception, SystemExit) as error:  # a user's module may do anything when it is imported
         raise ValueError(f"{place} cannot be imported: {describe(error)}") from error
     try:
@@ -107,9 +126,9 @@ def _import_module(place: str) -> ModuleType:
     return importlib.import_module(place)
 
 
-def _import_file(place: str) -> ModuleType:
-    path = Path(place).expanduser().resolve()
-    if not path.is_file():
+def _import_file(place: str, file: PluginFile | None = None) -> ModuleType:
+    path = Path(place if file is None else file.path).expanduser().resolve()
+    if file is None and not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     name = f"_emberl_plugin_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -118,7 +137,10 @@ def _import_file(place: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickle look a class's module up there
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))  # it may import its neighbours
-    spec.loader.exec_module(module)
+    if file is None:
+        spec.loader.exec_module(module)
+    else:
+        exec(compile(file.text, file.path, "exec"), vars(module))
     return module
 
 

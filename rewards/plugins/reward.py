@@ -98,7 +98,9 @@ class PluginReward(Reward):
         return verdicts
 
     def trial(self, example: RewardInput) -> None:
-        """One call. Raises ValueError if it fails or gives neither a score nor None."""
+        """One call, with two completions where the function takes a batch: one alone would not show
+        that it gives fewer results. Raises ValueError if it fails or gives neither a score nor
+        None."""
         if self._inline is not None and _needs_main_thread(self._inline, example, self.timeout):
             warnings.warn(
                 f"{self.target} sets signal handlers, which only a main thread may: it runs in a"
@@ -107,8 +109,9 @@ class PluginReward(Reward):
             )
             self._inline = None
             self._start()
-        (verdict,) = self([example])
-        if verdict.status is Status.VERIFIER_ERROR:
+        for verdict in self([example, example] if self.batched else [example]):
+            if verdict.status is not Status.VERIFIER_ERROR:
+                continue
             raise ValueError(f"{verdict.message} (trial call on {example.completion[:80]!r})")
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...kernels.loss.terms import TokenStats, TokenTerms
+from ...rewards.plugins.loading import PluginFile
 from ..config.algorithm import LOSSES, KLConfig, LossConfig, OffPolicyConfig
 from ..config.distill import DistillConfig
 from ..groups import Batch
@@ -66,6 +67,8 @@ class Objective:
     distill: DistillConfig = field(default_factory=DistillConfig)
     temperature: float = 1.0
     """That of sampling: log-probs are compared under the same one."""
+    file: PluginFile | None = None
+    """Where `loss.kind` is a file's: learners work in other folders, and on other machines."""
 
     @staticmethod
     def of(
@@ -78,14 +81,17 @@ class Objective:
     ) -> Objective:
         """Checks a user's own loss on a tiny batch at once, so that a run ends before it samples
         anything."""
+        file = None
         if loss.kind not in LOSSES:
-            load_loss(loss.kind, loss.options)
+            file = PluginFile.of(loss.kind)
+            load_loss(loss.kind, loss.options, file)
         return Objective(
             loss=loss,
             kl=kl,
             offpolicy=offpolicy,
             distill=distill or DistillConfig(),
             temperature=temperature,
+            file=file,
         )
 
     @staticmethod
@@ -245,7 +251,7 @@ class BatchLoss:
         loss = objective.loss
         self._user: UserLoss | None = None
         if loss is not None and loss.kind not in LOSSES:
-            self._user = load_loss(loss.kind, loss.options)
+            self._user = load_loss(loss.kind, loss.options, objective.file)
         coupled = loss is not None and (
             loss.ratio_level != "token" or objective.offpolicy.opsm_delta is not None
         )

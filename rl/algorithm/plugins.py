@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...rewards.plugins.loading import load_function
+from ...rewards.plugins.loading import PluginFile, describe, import_function, load_function
 from ..config.algorithm import ADVANTAGE_PLUGINS, LOSS_PLUGINS
 
 if TYPE_CHECKING:  # an advantage needs no torch
@@ -82,14 +83,16 @@ class UserLoss:
         return part
 
 
-def load_loss(kind: str, options: Mapping[str, Any]) -> UserLoss:
-    """The loss that `kind` names, after `check_loss`; ValueError says what is wrong with it."""
-    return _load_loss(kind, json.dumps(dict(options), sort_keys=True))
+def load_loss(kind: str, options: Mapping[str, Any], file: PluginFile | None = None) -> UserLoss:
+    """The loss that `kind` names, after `check_loss`; ValueError says what is wrong with it. file:
+    the one that `kind` names, from where the run was started."""
+    return _load_loss(kind, json.dumps(dict(options), sort_keys=True), file)
 
 
 @functools.lru_cache(maxsize=8)
-def _load_loss(kind: str, options: str) -> UserLoss:
-    loss = UserLoss(name=kind, function=_find(kind, LOSS_PLUGINS), options=json.loads(options))
+def _load_loss(kind: str, options: str, file: PluginFile | None) -> UserLoss:
+    function = _find(kind, LOSS_PLUGINS, file)
+    loss = UserLoss(name=kind, function=function, options=json.loads(options))
     check_loss(loss)
     return loss
 
@@ -130,7 +133,10 @@ def _load_advantage(kind: str, options: str) -> AdvantageFunction:
         return advantages
 
     trial = [np.array(s) for s in ([1.0, 0.0, 0.5, np.nan], [1.0, 1.0], [0.25], [np.nan])]
-    _run(lambda: checked(trial), f"advantage.kind={kind!r}")
+    with warnings.catch_warnings():
+        # of the mean of no verdict at all, say, which numpy warns of
+        warnings.simplefilter("ignore", RuntimeWarning)
+        _run(lambda: checked(trial), f"advantage.kind={kind!r}")
     return checked
 
 
@@ -205,20 +211,19 @@ def _numerical(loss: UserLoss, logp: Tensor, batch: TokenBatch, i: int) -> Tenso
 
 
 def _run(call: Callable[[], Any], name: str) -> Any:
-    """A trial of a user's code: whatever it raises becomes one line that says whose it is."""
+    """A trial of a user's code: whatever it raises becomes one line that says whose it is, and
+    where."""
     try:
         return call()
-    except ValueError:
-        raise
     except Exception as error:
-        raise ValueError(
-            f"{name} failed on a tiny batch: {type(error).__name__}: {error}"
-        ) from error
+        if str(error).startswith(name):  # of what it returned
+            raise
+        raise ValueError(f"{name} failed on a tiny batch: {describe(error)}") from error
 
 
-def _find(kind: str, group: str) -> Callable[..., Any]:
+def _find(kind: str, group: str, file: PluginFile | None = None) -> Callable[..., Any]:
     """The function of `package.module:function`, `./file.py:function` or an entry point."""
     try:
-        return load_function(kind, group)
+        return load_function(kind, group) if file is None else import_function(kind, file)
     except ValueError as error:
         raise ValueError(f"{kind!r}: {error}") from error

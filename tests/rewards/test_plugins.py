@@ -200,9 +200,8 @@ def test_the_same_errors_come_out_of_the_process() -> None:
 def test_a_trial_call_finds_a_broken_function(function: str, message: str) -> None:
     suite = build_suite({"mine": {"use": f"example_rewards.broken:{function}"}})
     try:
-        if function != "wrong_count":  # one completion gets one score; only a batch shows it
-            with pytest.raises(ValueError, match=f"reward.mine: .*{message}"):
-                suite.trial(row("x"))
+        with pytest.raises(ValueError, match=f"reward.mine: .*{message}"):
+            suite.trial(row("x"))
         verdicts = suite.grade([row("x"), row("y")])
         assert [v.status for v in verdicts] == [Status.VERIFIER_ERROR] * 2
         assert message in verdicts[0].message

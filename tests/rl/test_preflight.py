@@ -16,6 +16,11 @@ from typer.testing import CliRunner
 SUMS = [{"question": f"{i}+0=?", "answer": str(i)} for i in range(600)]
 
 
+def one_for_all(*_: Any) -> list[float]:
+    """No advantage and no loss."""
+    return [1.0]
+
+
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -78,6 +83,16 @@ def test_doubtful_sizes_are_said(
             [{"question": "Q", "test_list": ["assert f(1) == 1"]}] * 9,
             {"data": {"heldout": 0}},
             "references .* cannot be graded against: .*it is empty; is it the right column, and the right reward.*use=code",
+        ),
+        (
+            SUMS[:9],
+            {"advantage": {"kind": f"{__file__}:one_for_all"}},
+            r"returned \[\(\)\] for groups of .*; return a list of these shapes",
+        ),
+        (
+            SUMS[:9],
+            {"loss": {"kind": f"{__file__}:one_for_all"}},
+            r"returned list for 8 tokens; return one loss per token",
         ),
         (
             SUMS[:9],

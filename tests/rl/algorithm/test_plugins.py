@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,7 @@ def test_a_stated_derivative_may_be_meant_so(at: Callable[[str], str]) -> None:
                 " 'advantage'"
             ),
         ),
+        ("broken", " in broken)"),  # the place
         ("wrong_slope", "is not the numerical derivative"),
         ("absent", "has no function 'absent'; it has mine, stated"),
     ],
@@ -151,6 +153,29 @@ def test_a_loss_that_cannot_be_trained_with_ends_the_run_at_its_start(
     with pytest.raises(ValueError) as error:
         objective(kind=at(name))
     assert message in str(error.value)
+
+
+def test_a_learner_in_another_folder_has_the_file_of_where_the_run_was_started(
+    ragged: Callable[..., Any],
+    objective: Callable[..., Objective],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    (here / "own.py").write_text("def f(logp, batch):\n    return -2 * logp\n")
+    monkeypatch.chdir(here)
+    sent = pickle.dumps(objective(kind="./own.py:f"))
+    (there / "own.py").write_text("def f(logp, batch):\n    return -3 * logp\n")
+    (here / "own.py").unlink()
+    monkeypatch.chdir(there)
+    plugins._load_loss.cache_clear()  # as in another process
+    step = ragged(4)
+    twice = step.terms(pickle.loads(sent)).dlogp
+    thrice = step.terms(objective(kind="./own.py:f")).dlogp
+    torch.testing.assert_close(1.5 * twice, thrice)
+    assert thrice.abs().sum() > 0
 
 
 def test_an_option_that_does_not_exist(
