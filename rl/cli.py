@@ -138,6 +138,7 @@ def plan(
     from rich.console import Console
 
     from .plan import command as planning
+    from .watch.console import make_console
 
     try:
         if keys:
@@ -145,7 +146,7 @@ def plan(
             return
         options = {"device": device, "devices": devices, "learners": learners, "model": model}
         found = planning.plan(
-            overrides or (), options=options, from_run=from_run, trace=trace, also=also or ()
+            overrides or (), options, from_run, trace, also or (), console=make_console()
         )
     except (ValueError, OSError) as error:
         fail(str(error), USAGE)

@@ -107,7 +107,8 @@ def describe(error: BaseException) -> str:
         if not f.filename.startswith((*_HOUSE, "<")) and not _in_library(f.filename)
     ]
     # a plugin may be installed itself
-    others = [f for f in frames if not f.filename.startswith((*_HOUSE, "<"))]
+    others = [f for f in frames if f"{os.sep}site-packages{os.sep}" in f.filename]
+    others = [f for f in others if not f.filename.startswith(_HOUSE)]
     text = f"{type(error).__name__}: {str(error)[:1000]}"
     if not (users or others):
         return text

@@ -79,11 +79,9 @@ class Objective:
         distill: DistillConfig | None = None,
         temperature: float = 1.0,
     ) -> Objective:
-        """Checks a user's own loss on a tiny batch at once, so that a run ends before it samples
-        anything."""
-        file = None
+        """Checks a user's own loss on a tiny batch at once."""
+        file = PluginFile.of(loss.kind)
         if loss.kind not in LOSSES:
-            file = PluginFile.of(loss.kind)
             load_loss(loss.kind, loss.options, file)
         return Objective(
             loss=loss,

@@ -23,6 +23,7 @@ from rich.table import Table
 from .calibrate import calibrate, trace_lengths
 from .devices import DEVICES
 from .figures import Figures, best_split, figures
+from .progress import PlanProgress
 from .scenario import Scenario, TraceLengths
 from .settings import PlanSettings, commit, load_plan, make_scenario
 from .simulator import simulate
@@ -57,13 +58,18 @@ class Plan:
         }
 
 
-def plan_devices(settings: PlanSettings, trace: Path | None = None) -> Plan:
+def plan_devices(
+    settings: PlanSettings, trace: Path | None = None, progress: PlanProgress | None = None
+) -> Plan:
     """Plans from data sheets; searches the best split unless `learners` is set."""
     lengths = trace_lengths(trace) if trace is not None else None
     settings.check_split(settings.learners or 1)
+    progress = progress or PlanProgress()
 
     def tried(learners: int) -> Figures:
-        return figures(simulate(_scenario(settings, learners, lengths)))
+        scenario = _scenario(settings, learners, lengths)
+        what = f"{settings.devices} devices, {learners} learn"
+        return figures(simulate(scenario, progress.watch(what, scenario.steps)))
 
     if settings.learners is not None:
         learners = settings.learners
@@ -72,7 +78,9 @@ def plan_devices(settings: PlanSettings, trace: Path | None = None) -> Plan:
         node = settings.hardware.per_node
         most = settings.devices - settings.cards
         candidates = list(range(node, most + 1, node)) or [most]
-        learners, splits = best_split(tried, candidates, _balanced(settings, candidates))
+        learners, splits = best_split(
+            tried, candidates, _balanced(settings, candidates), progress.expect
+        )
     name = settings.hardware.name
     sources = {f"{name} {figure}": text for figure, text in settings.hardware.sources.items()}
     sources["model"] = settings.shape.source
@@ -113,33 +121,44 @@ def _balanced(settings: PlanSettings, candidates: Sequence[int]) -> int:
     return min(candidates, key=gap)
 
 
-def plan_run(run_dir: Path, overrides: Sequence[str], also: Sequence[Path] = ()) -> Plan:
+def plan_run(
+    run_dir: Path,
+    overrides: Sequence[str],
+    also: Sequence[Path] = (),
+    progress: PlanProgress | None = None,
+) -> Plan:
     """Plans from what a run measured, at its own settings or with some of them changed by
     key=value; `also`: see `calibrate`."""
     scenario, sources = calibrate(run_dir, overrides, also)
     title = f"as {run_dir}" + (f" with {' '.join(overrides)}" if overrides else "")
-    simulated = figures(simulate(scenario))
+    progress = progress or PlanProgress()
+    simulated = figures(simulate(scenario, progress.watch(title, scenario.steps)))
     return Plan(title=title, scenario=scenario, figures=simulated, splits={}, sources=sources)
 
 
 def plan(
     overrides: Sequence[str],
-    *,
     options: dict[str, Any],
     from_run: Path | None,
     trace: Path | None,
     also: Sequence[Path] = (),
+    *,
+    console: Console | None = None,
 ) -> Plan:
-    """The command; `ConfigError` or `ValueError` for what a person must change."""
+    """The command; `ConfigError` or `ValueError` for what a person must change. console: where
+    progress is shown; None: nowhere."""
     if from_run is not None:
         given = [name for name, value in options.items() if value is not None]
         if given or trace is not None:
             extra = ", ".join(given) or "--trace"
             raise ValueError(f"--from-run plans with the run's own devices: leave out {extra}")
-        return plan_run(from_run, overrides, also)
+        with PlanProgress(console) as progress:
+            return plan_run(from_run, overrides, also, progress)
     if also:
         raise ValueError("--also adds to what --from-run measured: name that run, too")
-    return plan_devices(load_plan(overrides, options), trace)
+    settings = load_plan(overrides, options)
+    with PlanProgress(console) as progress:
+        return plan_devices(settings, trace, progress)
 
 
 def describe_keys() -> str:

@@ -46,12 +46,17 @@ def figures(trace: Trace) -> Figures:
 
 
 def best_split(
-    evaluate: Callable[[int], Figures], candidates: list[int], guess: int
+    evaluate: Callable[[int], Figures],
+    candidates: list[int],
+    guess: int,
+    expect: Callable[[int], None] = lambda trials: None,
 ) -> tuple[int, dict[int, Figures]]:
     """The candidate with the most tokens per second, and the figures of all that were tried.
 
     More learners first help (while the learners are the bottleneck), then hurt, so the search
     climbs from the guess with halving strides and tries some twenty of many hundred candidates.
+    expect: is told before each round how many trials there will be in all, if the search has to
+    climb no further.
     """
     tried: dict[int, Figures] = {}
 
@@ -64,6 +69,7 @@ def best_split(
     here = min(range(len(candidates)), key=lambda i: abs(candidates[i] - guess))
     stride = max(1, len(candidates) // 8)
     while True:
+        expect(min(len(candidates), max(1, len(tried)) + 2 * stride.bit_length()))
         near = [i for i in (here - stride, here + stride) if 0 <= i < len(candidates)]
         best = max([here, *near], key=rate)
         if best != here:

@@ -7,7 +7,7 @@ deals groups to them, marking, the learners' steps, the publication of weights, 
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -21,14 +21,16 @@ from .worker import SimGroup, SimWorker
 Waits = Generator[simpy.Event, Any, None]
 
 
-def simulate(scenario: Scenario) -> Trace:
-    """Runs the scenario to its last step; deterministic in its seed."""
-    return _Simulation(scenario).run()
+def simulate(scenario: Scenario, tell: Callable[[int], None] | None = None) -> Trace:
+    """Runs the scenario to its last step; deterministic in its seed. tell: how many steps are
+    done, after each."""
+    return _Simulation(scenario, tell).run()
 
 
 class _Simulation:
-    def __init__(self, scenario: Scenario) -> None:
+    def __init__(self, scenario: Scenario, tell: Callable[[int], None] | None) -> None:
         self.scenario = scenario
+        self._tell = tell
         self.env = simpy.Environment()
         lengths, failures = (np.random.default_rng([scenario.seed, i]) for i in range(2))
         self._lengths = lengths
@@ -98,6 +100,8 @@ class _Simulation:
                 )
             )
             usage.append(self._usage())
+            if self._tell is not None:
+                self._tell(len(steps))
         self._stop(schedule.close(scenario.steps))
         schedule.check()
 

@@ -4,6 +4,7 @@ plan follows its roofline."""
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from emberl.rl.cli import app
 from emberl.rl.config.load import ConfigError
 from emberl.rl.plan.devices import DEVICES, MODELS, decode_table, most_slots
 from emberl.rl.plan.figures import best_split
+from emberl.rl.plan.progress import PlanProgress
 from emberl.rl.plan.settings import load_plan, make_scenario, publication
+from rich.console import Console
 from typer.testing import CliRunner
 
 SMALL = (
@@ -33,7 +36,7 @@ def test_the_command_searches_the_split() -> None:
     assert found["simulated"] and max(rates, key=rates.__getitem__) == found["learners"]
     assert rates[found["learners"]] == found["tokens_per_s"]
     assert found["engines"] == 64 - found["learners"], "a 7B model fits one card"
-    assert "arXiv" in found["sources"]["910B flops"]
+    assert done.stderr[10:].startswith("simulating 64 devices, ")
 
 
 @pytest.mark.parametrize(
@@ -106,6 +109,45 @@ def test_the_search_finds_the_peak_with_few_trials() -> None:
     best, found = best_split(evaluate, list(range(1, 1000)), 500)
     assert best in (333, 334) and set(found) == set(tried)
     assert len(tried) == len(set(tried)) < 30
+
+
+def test_the_search_says_how_many_trials_there_will_be() -> None:
+    """100 candidates: strides of 12, 6, 3 and 1 with two trials each. The guess is the peak."""
+    expected: list[int] = []
+
+    def evaluate(learners: int) -> dict[str, float]:
+        return {"tokens_per_s": -float(abs(learners - 50))}
+
+    best, found = best_split(evaluate, list(range(1, 101)), 50, expected.append)
+    assert best == 50 and len(found) == 9 and expected == [9, 9, 9, 9]
+
+
+def test_progress_off_a_terminal_is_a_line_at_once_and_then_with_the_time_left() -> None:
+    """Three simulations of four steps, 2 s a step: an estimate after 3 s at the earliest, the next
+    15 s later; at 4 s half a simulation is done and two and a half are left."""
+    out, now = StringIO(), [0.0]
+    with PlanProgress(Console(file=out, width=200), clock=lambda: now[0]) as progress:
+        progress.expect(3)
+        for name in ("a", "b", "c"):
+            tell = progress.watch(name, 4)
+            for step in range(1, 5):
+                now[0] += 2.0
+                tell(step)
+    assert [line[10:] for line in out.getvalue().splitlines()] == [
+        "simulating a (1 of about 3)",
+        "simulating a (1 of about 3)  20 s left",
+        "simulating c (3 of about 3)  4 s left",
+    ]
+
+
+def test_progress_on_a_terminal_is_a_bar_that_goes_away() -> None:
+    out = StringIO()
+    console = Console(file=out, width=100, force_terminal=True, color_system=None)
+    with PlanProgress(console) as progress:
+        progress.watch("a [b]", 2)(1)
+    text = out.getvalue()
+    assert "simulating a [b] " in text and "\u2501" in text and " 0 s left" in text
+    assert text.endswith("\x1b[2K"), "the line is cleared"
 
 
 @pytest.mark.parametrize(
