@@ -153,7 +153,9 @@ class Receiver:
             try:
                 served = await self._apply(patch)
             except DigestMismatchError:  # what the engine held is damaged: everything anew, once
-                served = await self._apply(await asyncio.to_thread(self._anew, ready.update))
+                anew = await asyncio.to_thread(self._anew, ready.update)
+                self._report.digest_failures += 1
+                served = await self._apply(anew)
             # of an engine that does not say, all of it
             stood_still = getattr(self._engine, "pause_s", None)
             self._report.apply_s += stood_still or time.perf_counter() - start

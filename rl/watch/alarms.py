@@ -101,8 +101,9 @@ def failures(step: int, metrics: Metrics) -> list[Alarm]:
     found = []
     if count := metrics.get("sync/digest_failures", 0):
         text = (
-            f"step {step}: {count:.0f} times weights came whose digests were not the learners';"
-            " they were sent again and never served: look at the network and at memory errors"
+            f"step {step}: {count:.0f} times weights came, or lay in an engine's memory, that were"
+            " not the learners' bit for bit; they were sent again: look at the network and at"
+            " memory errors"
         )
         found.append(Alarm(title="digest failures", text=text))
     if count := metrics.get("sync/reloads", 0):

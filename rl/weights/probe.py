@@ -146,8 +146,15 @@ class Probe:
 
         reload: has a worker load everything once more and gives its log-probs then. ActorLostError
         where they differ still. changed: the share of the weights that is new in this version;
-        None: unknown.
+        None: unknown. ValueError where the learners' own are no numbers: that is no engine's fault.
         """
+        wrong = int(np.count_nonzero(~np.isfinite(expected)))
+        if wrong:
+            raise ValueError(
+                f"the learners' own log-probs of {wrong} of {len(expected)} tokens are NaN or"
+                f" infinite at version {version}: their weights are damaged; resume from an earlier"
+                " checkpoint"
+            )
 
         async def again(worker: int) -> tuple[Values, Values]:
             return await reload(worker), expected

@@ -32,14 +32,20 @@ class Matrix:
         if not self._packs or self._version == self.weight._version:
             return
         self._packed = None  # frees its memory before the next one takes as much
-        packed = onednn.pack(self.weight)
-        if not torch.equal(packed.to_dense().view(torch.uint8), self.weight.view(torch.uint8)):
+        self._packed = onednn.pack(self.weight)
+        if not self.intact():
+            self._packed = None
             raise RuntimeError(
                 f"oneDNN's copy of a {tuple(self.weight.shape)} weight matrix has other bytes"
             )
-        self._packed = packed
         self._version = self.weight._version
         self._told = None
+
+    def intact(self) -> bool:
+        """Whether the copy that is multiplied, if there is one, has the bytes of `weight`."""
+        if self._packed is None:
+            return True
+        return torch.equal(self._packed.to_dense().view(torch.uint8), self.weight.view(torch.uint8))
 
     def places(self, first_row: int, rows: int) -> list[Place] | None:
         """Where the copy that is multiplied has these rows; none if there is no copy, None if that

@@ -19,7 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..weights.in_place import Place, plain
-from ..weights.patch import Bytes, TensorBytes, TensorChange, digest
+from ..weights.patch import (
+    Bytes,
+    DigestMismatchError,
+    TensorBytes,
+    TensorChange,
+    check_size,
+    digest,
+)
 from ..weights.tensors import checkpoint_tensors, dtype_name
 from .architecture import Architecture, inverse_frequencies, read_architecture
 from .matrix import Matrix
@@ -28,6 +35,8 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [N, H, D], k [N, K, D], v [N, K, D]) -> [N, H * D]; decides what each token may see,
 and what is cached."""
 
+AUDIT = 32
+"""Updates in which every copy of a matrix is compared once."""
 DTYPE_NAMES = {dtype: dtype_name(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)}
 
 
@@ -133,7 +142,8 @@ class Decoder:
         return decoder
 
     def check(self, name: str, tensor: TensorBytes | TensorChange) -> None:
-        """ValueError unless `tensor` can become the tensor that Hugging Face calls `name`."""
+        """ValueError unless `tensor` can become the tensor that Hugging Face calls `name`, and if
+        it comes whole has as many bytes."""
         held = self.weights.get(name)
         if held is None:
             raise ValueError(f"{name} is not a tensor of this {self.arch.family} model")
@@ -142,6 +152,8 @@ class Decoder:
                 f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, "
                 f"the engine serves {DTYPE_NAMES[self.dtype]} {tuple(held.shape)}"
             )
+        if isinstance(tensor, TensorBytes):
+            check_size(name, tensor)
 
     @property
     def matrices(self) -> Iterator[Matrix]:
@@ -149,6 +161,12 @@ class Decoder:
         yield self.head
         for layer in self.layers:
             yield from (layer.qkv, layer.out, layer.gate_up, layer.down)
+
+    def read(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, the tensor that a pass reads now), as its layers have them."""
+        yield from self._named()
+        if self.arch.tied:
+            yield "lm_head.weight", self.head.weight
 
     def pack(self) -> None:
         """Lays out anew what `load` changed; needed before the next pass."""
@@ -167,7 +185,8 @@ class Decoder:
 
     def places(self, name: str) -> tuple[list[Place], list[Matrix]]:
         """Everywhere that this tensor lies, and the matrices whose copies have to be packed anew
-        because nobody can tell where it lies in them. Valid until the next `pack`."""
+        because nobody can tell where it lies in them. Valid until the next `pack`.
+        DigestMismatchError if such a copy is not of what is held."""
         held = self.weights[name]
         places, stale = [plain(held, held.shape)], []
         for matrix in self.matrices if held.dim() == 2 else ():
@@ -176,10 +195,26 @@ class Decoder:
             first_row = held.storage_offset() // held.shape[1]
             copies = matrix.places(first_row, held.shape[0])
             if copies is None:
+                self._check_copy(name, matrix)
                 stale.append(matrix)
             else:
                 places += copies
         return places, stale
+
+    def audit(self, number: int) -> None:
+        """Whether copies that are multiplied are of what is held: of one of `AUDIT` parts of them,
+        which `number` chooses. DigestMismatchError with a tensor's name."""
+        for matrix in list(self.matrices)[number % AUDIT :: AUDIT]:
+            where = matrix.weight.untyped_storage().data_ptr()
+            lies = (n for n, t in self.weights.items() if t.untyped_storage().data_ptr() == where)
+            self._check_copy(next(lies, "of a matrix"), matrix)
+
+    def _check_copy(self, name: str, matrix: Matrix) -> None:
+        if not matrix.intact():
+            raise DigestMismatchError(
+                f"tensor {name}: the copy of its matrix that is multiplied has other bytes than the"
+                " engine holds"
+            )
 
     def tensor_bytes(self, name: str) -> TensorBytes:
         """The held bytes of one tensor (on CPU a view of them, not a copy)."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from ..weights.changes import check, patched
 from ..weights.in_place import Writing
-from ..weights.patch import WeightPatch, digest, verify
+from ..weights.patch import WeightPatch, check_names, digest, verify
 from .matrix import Matrix
 from .model import Decoder
 
@@ -23,7 +23,8 @@ class Update:
         """Finds all that can be wrong with what came, and with what is held, and where to write.
 
         threads: that write. ValueError: what is not of this model. CorruptPatchError:
-        `changes.check`. DigestMismatchError: it would not give what the learners hold.
+        `changes.check`. DigestMismatchError: it would not give what the learners hold, or what is
+        multiplied is not what is held (`Decoder.audit`).
         """
         self._decoder = decoder
         self._patch = patch
@@ -33,6 +34,7 @@ class Update:
         for name, change in patch.changes.items():
             decoder.check(name, change)
             check(name, change, change.dtype, change.shape)
+        check_names(patch, decoder.weights)
         self._find()
         kept = decoder.weights.keys() - patch.tensors.keys() - patch.changes.keys()
         arrived = {name: found for name, found in patch.digests.items() if name not in kept}
@@ -42,6 +44,8 @@ class Update:
                 for name, change in patch.changes.items()
             }
         verify(arrived | {name: decoder.digest(name) for name in kept}, patch)
+        if patch.base_version is not None:  # else all copies are made anew
+            decoder.audit(patch.version)
 
     def _find(self) -> None:
         """Where to write."""

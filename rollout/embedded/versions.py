@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import replace
+from typing import Any
 
 from ..weights.canary import Canary, altered, written_in_place
 from ..weights.changes import piecewise
@@ -11,10 +13,12 @@ from ..weights.in_place import Writing
 from ..weights.patch import (
     DigestMismatchError,
     MovedError,
+    RefusedError,
     VersionError,
     Views,
     WeightPatch,
     Weights,
+    check_base,
     dense_patch,
     is_next,
     verify,
@@ -58,6 +62,7 @@ class ServedVersion:
         nothing."""
         if not self._is_new(patch):
             return None
+        check_base(patch, None if self._held is None else self._held.root)
         self._check_in_place(patch.version)
         return Update(self._decoder, patch, self._threads)
 
@@ -68,11 +73,14 @@ class ServedVersion:
             return
         self._check_in_place(patch.version)
         start = time.perf_counter()
-        self._held = None
+        held, self._held = self._held, None
         try:
             update.write()
-        except BaseException:  # not before: what is asked meanwhile waits for the update
-            self.corrupt = f"the update to version {patch.version} did not complete"
+        except BaseException as error:  # not before: what is asked meanwhile waits for the update
+            if isinstance(error, RefusedError) and held is not None and self._is_intact(held):
+                self._held = held  # nothing was written: it is the patch that is wrong
+            else:
+                self.corrupt = f"the update to version {patch.version} did not complete"
             raise
         self.corrupt = None
         self.run_id = patch.run_id
@@ -85,6 +93,11 @@ class ServedVersion:
         )
         self.pause_s = time.perf_counter() - start
 
+    def _is_intact(self, held: Weights) -> bool:
+        """Whether all that is held and multiplied is what was proved."""
+        copies = all(matrix.intact() for matrix in self._decoder.matrices)
+        return copies and self._decoder.digests() == held.digests
+
     def load_canary(self, canary: Canary | None) -> None:
         """As of `Engine.canary`. There some tensors are written in place and the others come whole,
         back all come whole: what decodes is reached both ways, or it shows."""
@@ -96,6 +109,7 @@ class ServedVersion:
         back = canary is None
         self._check_in_place(self.version)
         try:
+            # which compares copies that nobody has looked at yet with what they are of
             written = [] if back else self._written_in_place(change)
             for name in self._decoder.weights.keys() - set(written):
                 before = self._decoder.tensor_bytes(name)
@@ -131,11 +145,14 @@ class ServedVersion:
             raise VersionError("a canary is being decoded")
         return is_next(patch, self.run_id, self.version, served=self.corrupt is None)
 
-    def _where(self) -> dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]]:
-        return {
-            name: (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
-            for name, tensor in self._decoder.weights.items()
-        }
+    def _where(self) -> dict[str, tuple[Any, ...]]:
+        """Of what is written and of what passes read, which has to be the same memory."""
+        written, read = self._decoder.weights.items(), self._decoder.read()
+        found: dict[str, tuple[Any, ...]] = {}
+        for name, tensor in itertools.chain(written, read):
+            place = tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+            found[name] = (*found.get(name, ()), place)
+        return found
 
     def _check_in_place(self, version: int) -> None:
         """MovedError if a tensor lies elsewhere than at the start: decoding reads what was there
@@ -145,5 +162,6 @@ class ServedVersion:
             if now.get(name) != place:
                 raise MovedError(
                     f"version {version}: {name} lies elsewhere than it did (pointer, shape and"
-                    f" stride {now.get(name)} instead of {place}), and decoding reads the old place"
+                    f" stride, as written and as read: {now.get(name)} instead of {place}), so an"
+                    " update would not reach what decodes"
                 )

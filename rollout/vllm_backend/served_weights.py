@@ -27,6 +27,8 @@ from ..weights.patch import (
     Views,
     WeightPatch,
     Weights,
+    check_base,
+    check_names,
     digest,
     is_next,
     verify,
@@ -165,7 +167,8 @@ class ServedWeights:
         written: Sequence[str],
         read: Callable[[str], TensorBytes],
     ) -> bool:
-        """Loads what does not come in place, then writes what does. False where that failed."""
+        """Loads what does not come in place, then writes what does. False where that failed, but
+        DigestMismatchError where something else lay there than was proved: it was decoded with."""
         change = self._canary
         assert change is not None
         rest = [name for name in self.mirror.entries if name not in written]
@@ -174,16 +177,23 @@ class ServedWeights:
             mixed = replace(here, digests={**target.digests, **kept})
             await self.reconcile(mixed, Views(rest, read), stale=True)
             self._proved = mixed
+        found = False
         try:
             if not await self.processes.in_place.known():
                 return False
             for changes in self.processes.in_place.canary(written, change):
+                found = False
                 await self.processes.in_place.find(changes)
+                found = True
                 await self._stand_still(target, {})
                 await self.processes.in_place.prove(target.version)
         except (EngineLostError, TimeoutError):
             return False
         except Exception as error:
+            if found and isinstance(error, DigestMismatchError):
+                self.corrupt = error
+                await self._requests.fail(error)
+                raise
             self.processes.in_place.give_up(error)
             return False
         return True
@@ -344,8 +354,10 @@ class ServedWeights:
         if not is_next(patch, self.run_id, self.version, served=self.corrupt is None):
             verify(self.mirror.digests(), patch)
             return False
+        check_base(patch, None if self._proved is None else self._proved.root)
         if patch.transfer is None:
             self.mirror.check(patch)
         else:
             self.mirror.expect(patch.transfer.version.tensors)
+            check_names(patch, self.mirror.entries or patch.digests)
         return True

@@ -25,7 +25,16 @@ import torch
 from ..weights.changes import between, check, patched
 from ..weights.dtypes import ELEMENT_BYTES
 from ..weights.engine_transfer import Layout
-from ..weights.patch import Bytes, TensorBytes, TensorChange, WeightPatch, digest, verify
+from ..weights.patch import (
+    Bytes,
+    TensorBytes,
+    TensorChange,
+    WeightPatch,
+    check_names,
+    check_size,
+    digest,
+    verify,
+)
 from ..weights.tensors import checkpoint_tensors, dtype_name
 
 ALIGNMENT = 64
@@ -101,12 +110,8 @@ class Mirror:
             self.expect({name: (change.dtype, tuple(change.shape))})
             check(name, change, change.dtype, change.shape)
         for name, tensor in patch.tensors.items():
-            size = math.prod(tensor.shape) * ELEMENT_BYTES[tensor.dtype]
-            if tensor.data.nbytes != size:
-                raise ValueError(
-                    f"{name}: {tensor.dtype} {tensor.shape} is {size} bytes, got"
-                    f" {tensor.data.nbytes}"
-                )
+            check_size(name, tensor)
+        check_names(patch, self.entries or patch.tensors)
         if patch.verified:
             return
         arrived = {name: digest(tensor.data) for name, tensor in patch.tensors.items()} | {

@@ -73,10 +73,16 @@ class DecodeProof:
 
 
 def canary_of(seed: int, squares: Mapping[str, tuple[tuple[int, ...], float]]) -> Canary:
-    """squares: name -> (shape of the whole tensor, sum of the squares of its elements)."""
+    """squares: name -> (shape of the whole tensor, sum of the squares of its elements). ValueError
+    with the name of a tensor that has elements which are no numbers."""
     powers, zeros = {}, []
     for name, (shape, total) in squares.items():
-        if not total or not math.isfinite(total):
+        if not math.isfinite(total):
+            raise ValueError(
+                f"{name} has elements that are NaN or infinite, and so no log-prob is a number;"
+                " begin from weights without them, e.g. an earlier checkpoint"
+            )
+        if not total:
             zeros.append(name)
             continue
         rms = math.sqrt(total / math.prod(shape))
@@ -118,11 +124,8 @@ def alter(
     if name == canary.without:
         return
     zero = name in canary.zeros
-    if zero and back:
-        tensor.zero_()
-        return
-    if zero:
-        tensor.fill_(ZERO_BECOMES)
+    if zero and not back:  # a zero keeps its sign, by which it is known bit for bit
+        tensor.copy_(torch.full_like(tensor, ZERO_BECOMES).copysign_(tensor))
     if axis != "columns":
         first, count = rows or (0, tensor.shape[0] if tensor.dim() else 1)
         signs = _signs(canary.seed, name, 0, count)[first : first + max(1, len(tensor))]
@@ -132,6 +135,8 @@ def alter(
             tensor.mul_(_signs(canary.seed, name, 1, tensor.shape[-1]).to(tensor))
         if not zero:
             tensor.mul_(2.0 ** (-canary.powers[name] if back else canary.powers[name]))
+    if zero and back:
+        tensor.mul_(0.0)
 
 
 def altered(name: str, tensor: TensorBytes, canary: Canary, *, back: bool = False) -> TensorBytes:

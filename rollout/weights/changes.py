@@ -133,9 +133,17 @@ def check(name: str, change: TensorChange, dtype: str, shape: tuple[int, ...]) -
     size, width = math.prod(shape), element_bytes(name, dtype)
     kinds = {values.dtype.str for values in (change.old, change.new)}
     lengths = {len(values) for values in (change.positions, change.old, change.new)}
-    if kinds != {f"<u{width}"} or len(lengths) > 1 or change.positions.dtype.kind != "i":
+    kinds_of_positions = {np.dtype("<i4"), np.dtype("<i8")}
+    flat = all(v.ndim == 1 for v in (change.positions, change.old, change.new))
+    if (
+        kinds != {f"<u{width}"}
+        or len(lengths) > 1
+        or not flat
+        or change.positions.dtype not in kinds_of_positions
+    ):
         raise CorruptPatchError(
-            f"tensor {name}: positions and values must be as many, and values of {width} bytes"
+            f"tensor {name}: positions and values must be as many, in one dimension, positions as"
+            f" integers of 4 or 8 bytes, values of {width} bytes"
         )
     problem, index = loops().check_positions(change.positions, size)
     if problem == loops().OUTSIDE:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .changes import loops
 from .codec import spread
-from .patch import DigestMismatchError, TensorChange
+from .patch import DigestMismatchError, RefusedError, TensorChange
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of an element -> the dtype that its bits are moved as."""
@@ -232,8 +232,9 @@ class Writing:
                 empty.take_back()
 
     def write(self) -> None:
-        """DigestMismatchError, with the tensor's name, if something else lies there than a change
-        was made for, or afterwards than was written; all is then as it was."""
+        """With the tensor's name: RefusedError if something else lies there than a change was made
+        for, DigestMismatchError if afterwards something else does than was written; all is then as
+        it was."""
         wrong = dict(self._everywhere())
         if not wrong:
             return
@@ -247,7 +248,8 @@ class Writing:
             first + index if found.chosen is None else int(found.chosen[index])
         ]
         what = "does not hold what was written" if is_lost else NOT_MADE_FOR
-        raise DigestMismatchError(
+        lost = any(each.is_lost for each in wrong.values())
+        raise (DigestMismatchError if lost else RefusedError)(
             f"tensor {name}: element {position} in the engine's memory {what}"
         )
 

@@ -13,6 +13,7 @@ most take positions and values, too (`TensorChange`), which `apply.resolve` make
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -29,6 +30,10 @@ Bytes = NDArray[np.uint8]
 
 class DigestMismatchError(RuntimeError):
     """An engine holds bytes that are not those of the version it was told to serve."""
+
+
+class RefusedError(DigestMismatchError):
+    """Something else lies in an engine's memory than a change was made for: nothing was written."""
 
 
 class MovedError(RuntimeError):
@@ -208,6 +213,37 @@ class Views(Mapping[str, TensorBytes]):
 def digest(data: Bytes) -> str:
     """xxh3-128 of a tensor's bytes, as hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(data.data)
+
+
+def check_size(name: str, tensor: TensorBytes) -> None:
+    """ValueError if its data is not as many bytes as its dtype and shape say."""
+    size = math.prod(tensor.shape) * element_bytes(name, tensor.dtype)
+    if tensor.data.dtype != np.uint8:
+        raise ValueError(f"{name}: its data must be bytes (uint8), got {tensor.data.dtype}")
+    if tensor.data.nbytes != size:
+        raise ValueError(
+            f"{name}: {tensor.dtype} {tensor.shape} is {size} bytes, got {tensor.data.nbytes}"
+        )
+
+
+def check_names(patch: WeightPatch, names: Collection[str]) -> None:
+    """Finds what a patch for an engine that serves these tensors cannot be: one of others, or one
+    that has something twice. DigestMismatchError and ValueError, with a name."""
+    if twice := sorted(patch.tensors.keys() & patch.changes.keys()):
+        raise ValueError(
+            f"{twice[0]} comes twice in patch {patch.version}: whole, and as what changes in it"
+        )
+    here = dict.fromkeys(names, "a tensor")
+    verify(here, replace(patch, digests=dict.fromkeys(patch.digests, "a tensor")))
+
+
+def check_base(patch: WeightPatch, root: str | None) -> None:
+    """VersionError if it builds on other weights than those of this root digest; None: unknown."""
+    if None not in (root, patch.base_version, patch.base_root) and root != patch.base_root:
+        raise VersionError(
+            f"patch {patch.version} builds on another version {patch.base_version} than the one"
+            " that is served"
+        )
 
 
 def root_digest(digests: Mapping[str, str]) -> str:

@@ -85,6 +85,23 @@ def test_zeros_become_something_and_come_back() -> None:
     assert not torch.signbit(now).any() and not now.any()
 
 
+def test_zeros_come_back_with_their_signs() -> None:
+    """They are other bytes, which digests see."""
+    canary = Canary(seed=0, powers={}, zeros=frozenset({"b"}))
+    before = torch.tensor([[0.0, -0.0, 0.0], [-0.0, -0.0, 0.0]])
+    now = before.clone()
+    alter(now, "b", canary)
+    assert set(now.abs().flatten().tolist()) == {0.5}
+    alter(now, "b", canary, back=True)
+    assert torch.equal(now.view(torch.int32), before.view(torch.int32))
+
+
+@pytest.mark.parametrize("total", [float("nan"), float("inf")])
+def test_what_is_no_number_has_no_canary_and_is_named(total: float) -> None:
+    with pytest.raises(ValueError, match=r"^a\.b has elements that are NaN or infinite"):
+        canary_of(0, {"a.b": ((2, 2), total)})
+
+
 def test_bytes_change_as_tensors_do() -> None:
     data = np.random.default_rng(0).standard_normal(24, np.float32).view(np.uint8)
     tensor = TensorBytes(dtype="F32", shape=(4, 6), data=data)

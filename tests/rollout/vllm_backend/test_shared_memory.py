@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from emberl.rollout.vllm_backend.shared_memory import ALIGNMENT, Mirror, read_mirror
+from emberl.rollout.weights.changes import between
 from emberl.rollout.weights.patch import (
     DigestMismatchError,
     TensorBytes,
@@ -74,6 +75,18 @@ BAD: list[tuple[WeightPatch, type[Exception], str]] = [
         replace(partial(b=floats(1)), tensors={"b": floats(2)}),
         DigestMismatchError,
         "tensor b of version 2",
+    ),
+    (
+        replace(
+            dense_patch("run", 2, {"a": floats(1, 2, 3), "b": floats(4)}.items()), verified=True
+        ),
+        DigestMismatchError,
+        "tensor c of version 2: the engine holds a tensor, the learners hold nothing",
+    ),
+    (
+        replace(partial(b=floats(1)), changes={"b": between(floats(4), floats(1))}),
+        ValueError,
+        "b comes twice in patch 2",
     ),
     (
         replace(partial(b=floats(1), c=floats(7, 8)), tensors={"b": floats(1)}),

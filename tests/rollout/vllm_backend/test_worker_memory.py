@@ -19,6 +19,7 @@ from emberl.rollout.vllm_backend.compat import EngineSettings
 from emberl.rollout.vllm_backend.engine import VLLMEngine
 from emberl.rollout.vllm_backend.requests import Decoded
 from emberl.rollout.vllm_backend.served_weights import ServedWeights
+from emberl.rollout.weights.canary import canary_of, squares_of
 from emberl.rollout.weights.changes import between
 from emberl.rollout.weights.patch import (
     DigestMismatchError,
@@ -214,6 +215,30 @@ def test_what_is_refused_leaves_the_old_version(monkeypatch: pytest.MonkeyPatch)
     assert requests.failed == []
     asyncio.run(weights.apply(update))
     assert (weights.version, held(worker)["q"]) == (1, 7)
+
+
+def test_what_a_canary_finds_in_the_memory_is_served_to_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One element is another than was sent: loaded whole, it would be mended and said to nobody."""
+    for table in (SHAPES, OLD):  # all that is left can be placed, and is written
+        monkeypatch.delitem(table, "layers.1.mlp.scaled")
+    weights, worker, _, requests = served(monkeypatch)
+    name, canary = "layers.0.attn.q", canary_of(1, squares_of(OLD))
+
+    async def there_and_back() -> None:
+        await weights.load_canary(canary)
+        await weights.load_canary(None)
+
+    asyncio.run(there_and_back())
+    assert (held(worker)["q"], weights.corrupt) == (1, None)
+    asyncio.run(weights.processes.in_place.known())
+    worker.model.q[0, 0] = 3
+    with pytest.raises(DigestMismatchError, match=rf"{name}: element 0 .* made for"):
+        asyncio.run(weights.load_canary(canary))
+    assert weights.held is None and len(requests.failed) == 1
+    asyncio.run(weights.apply(dense_patch("run", 1, OLD.items())))
+    assert (weights.version, held(worker)["q"], weights.corrupt) == (1, 1, None)
 
 
 def test_what_an_audit_finds_is_served_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,9 @@ def test_two_patches_as_one(seed: int, first: float, second: float) -> None:
         ({"old": np.array([6, 8], np.uint16)}, "checksum"),
         ({"new": np.array([7], np.uint16)}, "as many"),
         ({"new": np.array([7, 4], np.uint32)}, "values of 2 bytes"),
+        ({"positions": CHANGE.positions[:, None]}, "one dimension"),
+        ({"positions": CHANGE.positions.astype(">i4")}, "integers of 4 or 8 bytes"),
+        ({"positions": CHANGE.positions.astype("i1")}, "integers of 4 or 8 bytes"),
     ],
 )
 def test_a_bad_change_is_refused_with_the_tensors_name(bad: dict[str, Any], words: str) -> None:
