@@ -298,13 +298,14 @@ def _rates(pairs: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
 def to_text(audit: Audit) -> str:
     """The figures for a terminal."""
     figures = audit.figures
-    lines = [
-        f"{figures.get('reward', 'reward')} on {figures['rows']} rows,"
-        f" {figures['per_second'] or 0:,} a second"
-    ]
-    lines.append(
-        "  statuses: " + ", ".join(f"{name} {count}" for name, count in figures["statuses"].items())
-    )
+    named = figures.get("reward", "reward")
+    lines = [f"{named} without rows: --data FILE has graded pairs or recorded completions"]
+    if figures["rows"]:
+        counts = ", ".join(f"{name} {count}" for name, count in figures["statuses"].items())
+        lines = [
+            f"{named} on {figures['rows']} rows, {figures['per_second'] or 0:,} a second",
+            f"  statuses: {counts}",
+        ]
     for source, rates in (
         {"all": figures, **figures["sources"]} if figures.get("labelled") else {}
     ).items():

@@ -68,6 +68,12 @@ def test_a_second_grader_without_labels() -> None:
     assert "only the first accepts" in to_html(found)
 
 
+def test_an_audit_without_rows_says_where_they_come_from() -> None:
+    first, second = to_text(audit("math", None)).splitlines()
+    assert first == "math without rows: --data FILE has graded pairs or recorded completions"
+    assert second.startswith("  hacks paid: 0 of ")
+
+
 def _rows(count: int):
     from emberl.rewards.audit.audit import Row
 
