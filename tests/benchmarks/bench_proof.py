@@ -35,6 +35,8 @@ from emberl.rl.weights.gate import Gate
 from emberl.rl.weights.probe import Level, Probe, as_batch, tolerance_of
 from emberl.rollout.actors import ActorLostError
 from emberl.rollout.samples import Prompt, Sampling
+from emberl.rollout.weights.apply import resolve
+from emberl.rollout.weights.diff import encode
 from emberl.rollout.weights.patch import TensorBytes, dense_patch
 from emberl.rollout.weights.tensors import dtype_name
 from emberl.rollout.worker import GroupService
@@ -93,7 +95,8 @@ class World:
             known[key] = self.learners.logprobs(batch)
         return known[key]
 
-    def patch(self, version: int) -> Any:
+    def patch(self, version: int, held: Any = None) -> Any:
+        """Whole; or, where an engine holds the version before, what changes from it."""
         tensors = {}
         for name, tensor in self.versions[version].items():
             served = tensor.to(self.learners.dtype)
@@ -101,7 +104,9 @@ class World:
             tensors[name] = TensorBytes(
                 dtype=dtype_name(served.dtype), shape=tuple(served.shape), data=data
             )
-        return dense_patch("run", version, tensors.items())
+        if held is None or held.version != version - 1:
+            return dense_patch("run", version, tensors.items())
+        return resolve(encode(held, tensors, run_id="run", version=version), held)
 
 
 class Setattr:
@@ -148,7 +153,7 @@ async def play(world: World, engine: str, fault: faulty.Fault) -> str:
     try:
         for version in range(first, fault.begins + 3):
             for each in engines:
-                await each.apply(world.patch(version))
+                await each.apply(world.patch(version, each.held))
             if version < fault.begins - 2:
                 continue
             expected = world.logprobs(version, batch)[1:]
