@@ -11,8 +11,6 @@ function's own file only: whoever edits this one has to delete the `.nbi` files.
 # (numba infers the types of what it compiles)
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,17 +20,13 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from numba.np import arrayobj
 
+from .kept import KEPT
+
 FASTMATH = {"reassoc", "contract", "arcp", "nsz", "afn"}
 """Sums may be reordered, which is what lets them be vectorised; NaN and infinity keep their
 meaning."""
 
-# kept between processes where the installation may be written to: compiling takes seconds
-compiled: Any = njit(
-    nogil=True,
-    fastmath=FASTMATH,
-    cache=os.access(Path(__file__).parent, os.W_OK),
-    error_model="numpy",
-)
+compiled: Any = njit(nogil=True, fastmath=FASTMATH, cache=KEPT, error_model="numpy")
 
 _intrinsic: Any = intrinsic  # it rewrites what it decorates in a way that no annotation tells
 

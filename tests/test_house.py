@@ -130,6 +130,7 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
     "kernels": (
         {"loss", "decoding", "transformer", "patch_coding"},
         {"platform", "compiled_loops", "ascend"},
+        {"kept"},
     ),
 }
 """Of each folder, its files and sub-folders from the top down. Imports go to the same layer or to

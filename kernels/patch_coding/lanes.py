@@ -9,21 +9,20 @@ whoever edits this one, `bitstream.py` or `classes.py` has to delete `__pycache_
 # (numba infers the types of what it compiles)
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
 from numba import extending, njit, types
 from numba.core import cgutils
 
+from ..kept import KEPT
+
 # it rewrites what it decorates in a way that no annotation tells
 intrinsic: Any = extending.intrinsic
 
 LANES = 64
 
-# kept between processes where the installation may be written to: compiling takes seconds
-compiled = njit(nogil=True, cache=os.access(Path(__file__).parent, os.W_OK))
+compiled = njit(nogil=True, cache=KEPT)
 
 
 @intrinsic
