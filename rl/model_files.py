@@ -27,6 +27,8 @@ TOKENIZER_FILES = (
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 ENDS_OF_TURNS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 """Of a model that was taught to chat, whatever template a run gives it."""
+TINY_TOKENIZER_BYTES = 65_536
+"""More than any tiny model's tokenizer.json has."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -107,16 +109,30 @@ def load_tokenizer(model_path: str, settings: DataConfig) -> Any:
 def model_tokenizer(key: str, path: str) -> Any:
     """The tokenizer of a model that `key` names, as its files have it; `ConfigError` where there is
     none."""
-    from transformers import AutoTokenizer
-
     _quiet()
     local = _local(path)
     if local is None:
         look_up()
     try:
+        if local is not None and _made_here(local):
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(str(local))
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(path if local is None else str(local))
     except Exception as error:  # of any kind: the files are whatever the user has
         raise _not_a_model(key, path, error) from error
+
+
+def _made_here(folder: Path) -> bool:
+    """Whether a directory's tokenizer is a tiny model's. Its class is known, and `AutoTokenizer`
+    would load the registry of all architectures to find it, which takes a second."""
+    file = folder / "tokenizer.json"
+    if not file.is_file() or file.stat().st_size > TINY_TOKENIZER_BYTES:
+        return False
+    model = json.loads(file.read_text(encoding="utf-8")).get("model", {})
+    return bool(model.get("type") == "WordLevel" and model["vocab"].get("</think>") == 3)
 
 
 def check_directory(key: str, path: str) -> None:

@@ -1,15 +1,19 @@
 """A small Qwen3-architecture model and a character tokenizer, made from a seed and saved in Hugging
-Face format."""
+Face format. The models of transformers are not loaded for it: that alone takes as long as the rest
+of what a run does before its actors start."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from ..config.tiny import TinyConfig
 
@@ -28,8 +32,14 @@ def make_tiny(directory: str | Path, settings: TinyConfig, seed: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_tokenizer(settings)
     tokenizer.save_pretrained(folder)
-    model = tiny_model(settings, len(tokenizer), seed)
-    model.save_pretrained(folder)
+    ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    for name, content in (
+        ("config.json", tiny_config(settings, len(tokenizer)) | ends),
+        ("generation_config.json", ends),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    weights = tiny_weights(settings, len(tokenizer), seed)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -66,27 +76,61 @@ def tiny_tokenizer(settings: TinyConfig) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_model(settings: TinyConfig, vocab_size: int, seed: int) -> Qwen3ForCausalLM:
-    """The randomly initialised model; the caller's random state is left as it was."""
-    config = Qwen3Config(
-        vocab_size=vocab_size,
-        hidden_size=settings.hidden,
-        intermediate_size=settings.intermediate,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.kv_heads,
-        head_dim=settings.head_dim,
-        max_position_embeddings=settings.max_positions,
-        tie_word_embeddings=True,
-        initializer_range=settings.init_std,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-        dtype="float32",
-    )
-    with torch.random.fork_rng(devices=[]):
+def tiny_config(settings: TinyConfig, vocab_size: int) -> dict[str, Any]:
+    """What config.json says of the architecture."""
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "dtype": "float32",
+        "vocab_size": vocab_size,
+        "hidden_size": settings.hidden,
+        "intermediate_size": settings.intermediate,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": settings.heads,
+        "num_key_value_heads": settings.kv_heads,
+        "head_dim": settings.head_dim,
+        "max_position_embeddings": settings.max_positions,
+        "initializer_range": settings.init_std,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "layer_types": ["full_attention"] * settings.layers,
+        "use_sliding_window": False,
+    }
+
+
+def tiny_weights(settings: TinyConfig, vocab_size: int, seed: int) -> dict[str, Tensor]:
+    """Parameter -> its first values, those of `Qwen3ForCausalLM` by the same seed; the caller's
+    random state is left as it was."""
+    width, inner = settings.hidden, settings.intermediate
+    queries, keys = settings.heads * settings.head_dim, settings.kv_heads * settings.head_dim
+    parts = {
+        "self_attn.q_proj": (width, queries),
+        "self_attn.k_proj": (width, keys),
+        "self_attn.v_proj": (width, keys),
+        "self_attn.o_proj": (queries, width),
+        "mlp.gate_proj": (width, inner),
+        "mlp.up_proj": (width, inner),
+        "mlp.down_proj": (inner, width),
+    }
+    layers = [f"model.layers.{i}" for i in range(settings.layers)]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config)
-    make_generation: Any = GenerationConfig
-    model.generation_config = make_generation(pad_token_id=0, eos_token_id=1, bos_token_id=None)
-    return model
+        # as there, these draw values of torch's choice first
+        modules: dict[str, nn.Embedding | nn.Linear]
+        modules = {"model.embed_tokens": nn.Embedding(vocab_size, width, padding_idx=0)}
+        for layer in layers:
+            for name, (takes, gives) in parts.items():
+                modules[f"{layer}.{name}"] = nn.Linear(takes, gives, bias=False)
+        for module in modules.values():
+            module.weight.normal_(0.0, settings.init_std)
+        modules["model.embed_tokens"].weight[0] = 0.0
+    norms = {"model.norm": width}
+    for layer in layers:
+        norms |= {f"{layer}.self_attn.{name}_norm": settings.head_dim for name in "qk"}
+        norms |= {f"{layer}.{at}_layernorm": width for at in ("input", "post_attention")}
+    weights = {name: module.weight.detach() for name, module in modules.items()}
+    weights |= {name: torch.ones(size) for name, size in norms.items()}
+    return {f"{name}.weight": weight for name, weight in weights.items()}

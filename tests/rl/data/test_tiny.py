@@ -3,6 +3,8 @@ saved directory."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from emberl.rl.config.data import KINDS, DataConfig
 from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.arithmetic import ProblemMaker
 from emberl.rl.data.templates import end_token, prompt_ids, render, supervised_ids
-from emberl.rl.data.tiny import make_tiny, tiny_model, tiny_tokenizer
+from emberl.rl.data.tiny import make_tiny, tiny_tokenizer, tiny_weights
+from emberl.rl.model_files import model_tokenizer
 from emberl.rollout.samples import Prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -146,8 +149,46 @@ def test_transformers_loads_what_was_saved(tmp_path: Path, vocabulary: str) -> N
     assert model.lm_head.weight is model.model.embed_tokens.weight
     for holder in (model.config, model.generation_config, tokenizer):
         assert (holder.eos_token_id, holder.pad_token_id, holder.bos_token_id) == (1, 0, None)
-    for name, tensor in tiny_model(config, len(ours), seed=0).state_dict().items():
+    # what transformers makes of these settings by the same seed, and the settings that it read
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        theirs = type(model)(model.config)
+    assert model.state_dict().keys() == theirs.state_dict().keys()
+    for name, tensor in theirs.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
+    plain = type(model.config)(
+        vocab_size=len(ours), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, intermediate_size=24, max_position_embeddings=64,
+        initializer_range=0.06, tie_word_embeddings=True,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    ).to_dict()  # fmt: skip
+    read = model.config.to_dict()
+    given = {"architectures", "dtype", "transformers_version", "_name_or_path"}
+    assert {k for k in plain if plain[k] != read.get(k)} <= given
+
+
+def test_a_run_loads_the_tokenizer_that_transformers_would(tmp_path: Path) -> None:
+    folder = make_tiny(tmp_path, TinyConfig(**SMALL, vocabulary="bytes", chat_template=True), 0)
+    ours, theirs = model_tokenizer("model.path", str(folder)), AutoTokenizer.from_pretrained(folder)
+    assert type(ours) is type(theirs)
+    assert ours.init_kwargs == theirs.init_kwargs
+    assert ours.get_vocab() == theirs.get_vocab()
+
+
+def test_a_tiny_model_is_made_without_the_models_of_transformers(tmp_path: Path) -> None:
+    """To load these takes seconds of every start."""
+    program = """
+import sys
+from emberl.rl.config.tiny import TinyConfig
+from emberl.rl.data.tiny import make_tiny
+from emberl.rl.model_files import model_tokenizer
+make_tiny(sys.argv[1], TinyConfig(), 0)
+model_tokenizer("model.path", sys.argv[1])
+print(*({"transformers.modeling_utils", "transformers.models"} & {*sys.modules}))
+"""
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == []
 
 
 def test_the_seed_is_the_model(tmp_path: Path) -> None:
@@ -163,17 +204,16 @@ def test_the_seed_is_the_model(tmp_path: Path) -> None:
 def test_default_size() -> None:
     # by hand: 23 * 128 embedding + 3 * (q, o: 2 * 128 * 128; k, v: 2 * 128 * 64; mlp: 3 * 128 *
     # 384; norms: 2 * 128 + 2 * 64) + 128
-    model = tiny_model(TinyConfig(), 23, seed=0)
+    weights = tiny_weights(TinyConfig(), 23, seed=0)
     assert (
-        sum(p.numel() for p in model.parameters())
-        == 2944 + 3 * (32768 + 16384 + 147456 + 384) + 128
+        sum(w.numel() for w in weights.values()) == 2944 + 3 * (32768 + 16384 + 147456 + 384) + 128
     )
 
 
 def test_initial_weights_have_the_spread_that_was_asked_for() -> None:
     for std in (0.06, 0.02):
-        model = tiny_model(TinyConfig(init_std=std), 23, seed=0)
-        matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2}
+        weights = tiny_weights(TinyConfig(init_std=std), 23, seed=0)
+        matrices = {name: w for name, w in weights.items() if w.ndim == 2}
         assert len(matrices) == 1 + 3 * 7
         for name, matrix in matrices.items():
             assert matrix.std().item() == pytest.approx(std, rel=0.05), name
