@@ -114,9 +114,7 @@ def ray_cluster(
                 else [f"--address={address}"]
             )
             named = [f"--node-ip-address={node.address}", f"--num-cpus={number}"]
-            started.append(node.start("ray.log", *ray, "start", *role, *named, *common))
-            if node is head:
-                _until_reached(head, seconds)
+            started.append(_started(node, (*ray, "start", *role, *named, *common), seconds))
         _until_joined(nodes, seconds)
         yield address
     finally:
@@ -129,18 +127,17 @@ def ray_cluster(
                 process.kill()
 
 
-def _until_reached(head: Node, seconds: float) -> None:
-    """Waits for the head's port."""
-    look = f"import socket; socket.create_connection(('{head.address}', 6379), 1)"
+def _started(node: Node, command: Sequence[str], seconds: float) -> subprocess.Popen[bytes]:
+    """Waits until Ray says that the machine's raylet is up. It gives that 30 s, which a busy
+    machine needs longer for: then again."""
     deadline = time.monotonic() + seconds
-    while True:
-        tried = subprocess.run(
-            head.command(sys.executable, "-c", look), check=False, capture_output=True
-        )
-        if tried.returncode == 0:
-            return
-        assert time.monotonic() < deadline, (head.folder / "ray.log").read_text()[-3000:]
+    process = node.start("ray.log", *command)
+    while "Ray runtime started" not in (told := (node.folder / "ray.log").read_text()):
+        if process.poll() is not None:
+            assert time.monotonic() < deadline, told[-3000:]
+            process = node.start("ray.log", *command)
         time.sleep(0.3)
+    return process
 
 
 def _until_joined(nodes: Sequence[Node], seconds: float) -> None:
