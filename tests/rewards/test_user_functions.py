@@ -89,7 +89,7 @@ CASES: list[tuple[str, dict[str, Any], list[RewardInput], Any]] = [
     ("trl_ids", {}, [plain("abc", token_ids=(1, 2))], [3]),
     ("trl_required", {}, [plain("abc", columns={"difficulty": 4})], [4]),
     ("trl_required", {}, [plain("abc")], "difficulty"),
-    ("trl_scalar", {}, [plain("abc")], "instead of a list of 1"),
+    ("trl_scalar", {}, [plain("abc")], "instead of a list of 2"),
     ("trl_kwargs_gt", {}, [plain("18"), plain("1")], [1, 0]),
     ("think_format", {}, [chat("<think>a</think>\n<answer>b</answer>")], [1]),
     ("tag_count", {}, [chat("<think>\na\n</think>\n\n<answer>\nb\n</answer>")], [1]),
@@ -141,7 +141,7 @@ CASES: list[tuple[str, dict[str, Any], list[RewardInput], Any]] = [
     ("badrepr", {}, [r("x")], "no finite"),
     ("recursion", {}, [r("x")], "RecursionError"),
     ("base", {}, [r("x")], "Base: limit"),
-    ("toomany", {}, [plain("x")], "returned 7 scores for 1"),
+    ("toomany", {}, [plain("x")], "returned 7 scores for 2"),
     ("alpha", {}, [r("x")], "no known style"),
     ("makes_float", {}, [r("x")], "instead of a reward function"),
 ]
