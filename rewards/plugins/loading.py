@@ -40,7 +40,8 @@ class PluginFile:
 
     path: str
     """Absolute."""
-    text: str
+    source: bytes
+    """In the encoding that it declares."""
 
     @staticmethod
     def of(name: str) -> PluginFile | None:
@@ -49,7 +50,7 @@ class PluginFile:
         path = Path(place).expanduser().resolve()
         if not place.endswith(".py") or not path.is_file():
             return None
-        return PluginFile(path=str(path), text=path.read_text())
+        return PluginFile(path=str(path), source=path.read_bytes())
 
 
 def load_function(name: str, group: str, built_in: Sequence[str] = ()) -> Function:
@@ -141,7 +142,7 @@ def _import_file(place: str, file: PluginFile | None = None) -> ModuleType:
     if file is None:
         spec.loader.exec_module(module)
     else:
-        exec(compile(file.text, file.path, "exec"), vars(module))
+        exec(compile(file.source, file.path, "exec"), vars(module))
     return module
 
 

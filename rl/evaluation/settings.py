@@ -126,10 +126,14 @@ def configure(
 
 
 def _generated_as_in(run: Config | None, source: str) -> dict[str, Any]:
-    """What a run's own generated problems are like, for a set of the same source."""
-    if run is None or run.data.source != source or not endless(source):
+    """What a run's own generated problems are like, for a set of the same source: in a mixture
+    those of that source, of levels the last, from which the held-out problems are."""
+    if run is None or not endless(source):
         return {}
-    return run.data.model_dump(mode="json", include=set(GENERATED))
+    for _, part in run.data.parts.values():
+        if part.source == source:
+            return part.at_levels[-1].model_dump(mode="json", include=set(GENERATED))
+    return {}
 
 
 def _of_held_out(top: str, change: dict[str, Any], override: str) -> dict[str, Any]:

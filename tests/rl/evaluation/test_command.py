@@ -300,3 +300,10 @@ def test_a_generated_set_asks_what_the_run_was_trained_on(model: Path) -> None:
     assert (own.kinds, own.largest_term, own.terms) == ({"story": 1}, 20, (5, 5))
     other = configure(named, ["reasoning_gym:chain_sum"], []).eval.sets["chain_sum"]
     assert other.gym == {}
+    mixture = {"sums": data, "more": {"source": "reasoning_gym:chain_sum", "gym": {"max_terms": 3}}}
+    named = Named(path=str(model), label="r", run=resolve({**tree, "data": {"mixture": mixture}}))
+    sets = configure(named, ["arithmetic", "reasoning_gym:chain_sum"], []).eval.sets
+    assert sets["arithmetic"].terms == (3, 4) and sets["chain_sum"].gym == {"max_terms": 3}
+    levels = {**data, "levels": [{"terms": [2, 2]}, {"terms": [6, 7]}]}
+    named = Named(path=str(model), label="r", run=resolve({**tree, "data": levels}))
+    assert configure(named, ["arithmetic"], []).eval.sets["arithmetic"].terms == (6, 7)
