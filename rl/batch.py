@@ -17,8 +17,8 @@ from .algorithm.aggregation import token_weights
 from .config.algorithm import AdvantageConfig, KLConfig, LossConfig
 from .config.distill import DistillConfig
 from .config.load import Config, ConfigError, user_errors
+from .data.demonstrations import Example
 from .data.sources import PromptSource
-from .data.supervised import Example
 from .data.templates import end_token, supervised_ids
 from .groups import Batch, Group
 

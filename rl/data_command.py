@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..rewards.code_tests.references import solutions_of
+from ..rewards.code_tests.solutions import solutions_of
 from ..rewards.suite import build_suite
 from ..rollout.samples import Prompt
 from .config.data import DataConfig

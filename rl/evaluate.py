@@ -18,8 +18,8 @@ from ..rewards.suite import TooManyErrors, check_errors
 from ..rollout.samples import Completion
 from .checkpoints import CHECKPOINTS, add_evaluation
 from .eval_sets import HELD_OUT, EvalSet
+from .evaluation.generation import sampled
 from .evaluation.measures import accuracy, metrics, reward
-from .evaluation.sampling import sampled
 from .evaluation.votes import Same, by_reward, outcomes
 from .groups import Group
 from .run import GRADERS, Run

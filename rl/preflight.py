@@ -16,13 +16,13 @@ from .config.algorithm import ADVANTAGES, LOSSES
 from .config.data import DataConfig
 from .config.distill import DistillConfig
 from .config.load import Config, ConfigError, user_errors
+from .data.demonstrations import check_rows
 from .data.rows import eval_tables, train_tables
 from .data.sources import check_data, is_table
-from .data.supervised import check_rows
 from .data.table import Head, heldout_note, read_head
 from .data.templates import PromptWriter
 from .reward_inputs import reward_input
-from .teachers import check_teachers
+from .teacher_checks import check_teachers
 
 _REFERENCES = 256
 """Rows of a table whose references are tried."""

@@ -30,7 +30,6 @@ from .checkpoints import (
 from .cluster import Cluster
 from .config.cautions import cautions, said_at_start
 from .config.load import Config, user_errors
-from .environments import episodes_of, load_environment
 from .eval_sets import open_eval_sets
 from .learner.group import LearnerGroup, LearnersLostError
 from .model_files import check_adapters, check_model, load_tokenizer, prepare_model, stop_tokens
@@ -51,6 +50,7 @@ from .run_directory import (
 )
 from .sft import Imitated, train_sft
 from .trainer import train_rl
+from .user_environment import episodes_of, load_environment
 from .watch.console import make_console, say
 from .watch.profiles import write_timeline
 from .watch.rollouts import trim_steps

@@ -14,8 +14,8 @@ import numpy as np
 from .algorithm.losses import Objective
 from .batch import demonstrations, example_batch
 from .config.load import Config, ConfigError, user_errors
+from .data.demonstrations import Demonstrations, Example
 from .data.sources import PromptSource
-from .data.supervised import Demonstrations, Example
 from .data.templates import end_token, supervised_ids
 from .evaluate import evaluate
 from .groups import Batch

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -99,10 +99,10 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
         {
             "model_files",
             "gguf_conversion",
-            "environments",
+            "user_environment",
             "preflight",
             "placement",
-            "teachers",
+            "teacher_checks",
         },
         {"learner", "batch", "watch", "answers"},
         {"reward_inputs"},
@@ -285,38 +285,43 @@ def test_the_check_of_sizes_itself() -> None:
 
 
 SAME_KIND = {
-    "answers": "answers as texts",
-    "batch": "sequences that go through a model together",
-    "canary": "weights that differ everywhere",
+    "canary": "makes a canary's weights of the served ones: a tensor's, and a learner's model's",
     "command": "a command of `emberl`",
     "compare": "a model's answer against the expected one",
-    "curriculum": "the order of problems",
-    "engine": "an engine",
-    "environments": "environments of several turns",
+    "engine": "what decodes: the protocol, and each engine",
     "extract": "the answer in a completion",
-    "gym": "reasoning-gym",
-    "head": "a language model's output layer",
-    "page": "an HTML page",
-    "passes": "passes over a tensor's elements",
-    "pool": "a pool of workers",
-    "references": "reference answers of a row",
-    "report": "what a run came to, for a person",
+    "page": "an HTML page: its parts, and an evaluation's",
+    "pool": "hands work to workers that it keeps",
+    "report": "what a run or an evaluation came to, for a person",
     "reward": "a reward",
-    "sampling": "how answers are drawn",
-    "settings": "settings",
-    "stages": "the stages of a recipe",
-    "supervised": "supervised learning",
-    "teachers": "the teachers of a distillation",
-    "threads": "threads of a computation on a CPU",
-    "tiny": "the model that is made from a seed",
-    "worker": "a rollout worker, real or simulated",
+    "settings": "what a user may set",
 }
-"""Names that several files have, and what each of them is."""
+"""Names that files of several folders have, and what each of these files is."""
+CONFIG = Path("rl/config")
+"""Its X.py holds the settings of X, and may have the name of the file that has X itself."""
+
+
+def repeated_names(paths: Iterable[Path]) -> set[str]:
+    """Names of several files, `CONFIG` and every `__init__` left out."""
+    stems = [path.stem for path in paths if path.stem != "__init__" and path.parent != CONFIG]
+    return {stem for stem in stems if stems.count(stem) > 1}
 
 
 def test_files_of_one_name_are_of_one_kind() -> None:
-    stems = [path.stem for path in SOURCES if path.stem != "__init__"]
-    assert {stem for stem in stems if stems.count(stem) > 1} == SAME_KIND.keys()
+    assert repeated_names(SOURCES) == SAME_KIND.keys()
+
+
+def test_a_file_of_the_configuration_that_shares_its_name_holds_settings() -> None:
+    others = {path.stem for path in SOURCES if path.parent != CONFIG} - {"__init__"}
+    shared = [path for path in SOURCES if path.parent == CONFIG and path.stem in others]
+    docs = {path: ast.get_docstring(ast.parse((ROOT / path).read_text())) for path in shared}
+    assert shared
+    assert [path for path, doc in docs.items() if not (doc or "").startswith("The settings ")] == []
+
+
+def test_the_check_of_names_itself() -> None:
+    paths = map(Path, ["rl/a.py", "kernels/loss/a.py", "rl/config/b.py", "rl/b.py", "rl/c.py"])
+    assert repeated_names(paths) == {"a"}
 
 
 DEVICE_NAMES = {"cuda", "npu", "nccl", "hccl", "torch_npu"}

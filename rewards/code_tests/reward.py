@@ -23,8 +23,8 @@ from ..verdict import Status, Verdict, verifier_error
 from .compare import FLOAT_TOLERANCE
 from .extract import extract_program
 from .plans import JudgePlan, Plan, ProgramPlan
-from .references import solutions_of
 from .running import Tester
+from .solutions import solutions_of
 from .tests import plan_of
 
 if TYPE_CHECKING:

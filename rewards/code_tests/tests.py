@@ -13,7 +13,7 @@ from .assertions import asserts_plan, check_plan, module_plan
 from .cases import Case, cases_of, named_in_metadata, plan_of_cases, unpacked
 from .names import parsed
 from .plans import Plan
-from .references import defined_names
+from .solutions import defined_names
 
 _CASE_COLUMNS = [
     *("tests", "test", "input_output", "test_cases", "verification_info"),

@@ -1,5 +1,5 @@
-"""Recipes: a list of named stages in one file, each a run of its own over the file's common
-settings. Loads no torch.
+"""The settings `stages` make a recipe: named stages in one file, each a run of its own over the
+file's common settings. Loads no torch.
 
     stages:
       - {name: cold_start, kind: sft, sft: {steps: 100}}

@@ -11,7 +11,10 @@ from typing import Any
 
 from ...rewards.math_answers.references import accepted
 from ..config.data import DataConfig
-from .answers import (
+from .columns import column, fields, fill
+from .layouts import columns_text, given, lookup, spelled
+from .messages import Message, read_messages, split_off_reply
+from .reference_texts import (
     KEYS,
     final_answer,
     holds_tests,
@@ -21,9 +24,6 @@ from .answers import (
     plain,
     shows,
 )
-from .columns import column, fields, fill
-from .layouts import columns_text, given, lookup, spelled
-from .messages import Message, read_messages, split_off_reply
 from .table_layout import require_column, table_layout
 
 _ALTERNATIVES = frozenset(

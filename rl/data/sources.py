@@ -9,7 +9,7 @@ from typing import Protocol
 from ...rollout.samples import Prompt
 from ..config.data import DataConfig
 from .arithmetic import ArithmeticSource
-from .gym import GymSource, task_of
+from .gym_source import GymSource, task_of
 from .rows import GYM, check_source, eval_tables, train_tables
 from .table import Head, TableSource, read_head
 from .templates import Tokenizer

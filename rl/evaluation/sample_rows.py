@@ -13,7 +13,7 @@ from ...rollout.samples import Completion, Prompt, Sampling
 from ..answers import AnswerReader
 from ..config.sampling import ThinkingConfig
 from ..eval_sets import EvalSet
-from .sampling import sampled
+from .generation import sampled
 from .thinking import Thoughts
 from .votes import by_reward, final_answer, outcomes
 

@@ -21,7 +21,7 @@ from ...kernels.loss.fused_loss import linear_logprob, linear_loss, logits_logpr
 from ...kernels.loss.terms import TokenLoss, TokenStats, TokenTerms
 from ..algorithm.losses import DISTILL_TERM
 from ..groups import Batch
-from .head import linear_head, own_logits
+from .logits import linear_head, own_logits
 from .shared_prompts import SharedRows, sharing_sequences
 
 

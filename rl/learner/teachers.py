@@ -18,7 +18,7 @@ from ...kernels.loss.divergence import Teaching
 from ...kernels.loss.terms import TokenLoss
 from ..algorithm.losses import Objective
 from ..groups import Batch
-from .head import own_logits
+from .logits import own_logits
 from .policy import MicroBatchTensors, Policy, hidden_states
 from .whole import passes
 

@@ -16,7 +16,7 @@ import simpy
 from ...rollout.dispatch import Dispatch
 from ...rollout.schedule import Schedule
 from .scenario import Scenario, StepRecord, Trace, Usage
-from .worker import SimGroup, SimWorker
+from .simulated_worker import SimGroup, SimWorker
 
 Waits = Generator[simpy.Event, Any, None]
 

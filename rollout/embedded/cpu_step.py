@@ -2,7 +2,7 @@
 next.
 
 Between two matrix products one compiled pass does what torch does in a dozen operators
-(`kernels.decoding.passes`).
+(`kernels.decoding.operations`).
 
 Shape legend: n sequences, S slots, W longest sequence, E hidden, H query heads, K key/value heads,
 D head size, I MLP, V vocabulary.
@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...kernels.decoding import passes
+from ...kernels.decoding import operations
 from .kv_cache import KVCache
 from .model import Decoder
 from .sampling import SlotSampling
@@ -36,7 +36,7 @@ def supports(decoder: Decoder) -> bool:
 
 
 def as_array(tensor: Tensor) -> NDArray[Any]:
-    """The tensor's memory as the passes take it: bfloat16 as uint16."""
+    """The tensor's memory as the operations take it: bfloat16 as uint16."""
     bits = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
     array: NDArray[Any] = bits.numpy()
     return array
@@ -93,19 +93,19 @@ class CPUStep:
         ):
             first_norm, second_norm, q_norm, k_norm = weights
             keys, values = as_array(cache.keys[number]), as_array(cache.values[number])
-            passes.add_norm(hidden, delta, first_norm, eps, normed, 0, n)
+            operations.add_norm(hidden, delta, first_norm, eps, normed, 0, n)
             qkv = as_array(layer.qkv(self._normed[:rows]))
             self._share(
-                passes.attend, n, attention_work,
+                operations.attend, n, attention_work,
                 qkv, q_norm, k_norm, eps, *self._rotation, keys, values, places, attended,
             )  # fmt: skip
             delta = as_array(layer.out(self._attended[:rows]))
-            passes.add_norm(hidden, delta, second_norm, eps, normed, 0, n)
+            operations.add_norm(hidden, delta, second_norm, eps, normed, 0, n)
             gate_up = as_array(layer.gate_up(self._normed[:rows]))
             work = n * 4 * arch.intermediate_size
-            self._share(passes.silu_product, n, work, gate_up, product)
+            self._share(operations.silu_product, n, work, gate_up, product)
             delta = as_array(layer.down(self._product[:rows]))
-        passes.add_norm(hidden, delta, self._last_norm, eps, normed, 0, n)
+        operations.add_norm(hidden, delta, self._last_norm, eps, normed, 0, n)
         return self.decoder.head(self._normed[:rows])
 
     def draw(
@@ -116,7 +116,7 @@ class CPUStep:
         n = len(logits)
         tokens, logprobs = np.empty(n, np.int64), np.empty(n, np.float32)
         self._share(
-            passes.draw,
+            operations.draw,
             n,
             logits.numel(),
             as_array(logits),

@@ -41,10 +41,10 @@ from ..samples import Completion, Prompt, Sampling
 from ..stops import StopStrings
 from ..weights.canary import Canary
 from ..weights.patch import WeightPatch, Weights
-from .batch import ContinuousBatch
+from .continuous_batch import ContinuousBatch
 from .model import Decoder
 from .slots import Counters, Deliver
-from .threads import at_most, worth
+from .thread_count import at_most, worth
 from .versions import ServedVersion
 
 T = TypeVar("T")

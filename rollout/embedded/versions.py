@@ -23,7 +23,7 @@ from ..weights.patch import (
     is_next,
     verify,
 )
-from .batch import ContinuousBatch
+from .continuous_batch import ContinuousBatch
 from .update import Update
 
 

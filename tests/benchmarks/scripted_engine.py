@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from emberl.rollout import engine as engines
-from emberl.rollout.embedded.batch import ContinuousBatch
+from emberl.rollout.embedded.continuous_batch import ContinuousBatch
 from emberl.rollout.embedded.engine import EmbeddedEngine
 from emberl.rollout.embedded.sampling import stream_key
 

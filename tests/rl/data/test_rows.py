@@ -19,10 +19,10 @@ import zstandard
 from emberl.rl.config.data import DataConfig
 from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data import prepared
-from emberl.rl.data.answers import final_answer
 from emberl.rl.data.files import pieces
 from emberl.rl.data.hub import within_reach
 from emberl.rl.data.messages import read_messages, split_off_reply
+from emberl.rl.data.reference_texts import final_answer
 from emberl.rl.data.rows import train_tables
 from emberl.rl.data.sources import check_data, open_source
 from emberl.rl.data.table import TableSource

@@ -14,7 +14,7 @@ from emberl.rl.config.sampling import ThinkingConfig
 from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.templates import render, template_of
 from emberl.rl.data.tiny import END_THINK, THINK, make_tiny, tiny_tokenizer
-from emberl.rl.evaluation.sampling import sampled
+from emberl.rl.evaluation.generation import sampled
 from emberl.rl.evaluation.thinking import Thoughts, in_mode, split
 from emberl.rollout.embedded.engine import EmbeddedEngine
 from emberl.rollout.jobs import Job

@@ -11,7 +11,7 @@ from emberl.rl.algorithm.losses import Objective
 from emberl.rl.batch import example_batch
 from emberl.rl.config.load import ModelConfig, OptimConfig
 from emberl.rl.config.tiny import TinyConfig
-from emberl.rl.data.supervised import Example
+from emberl.rl.data.demonstrations import Example
 from emberl.rl.data.tiny import make_tiny
 from emberl.rl.learner.model_loader import RankSpec
 from emberl.rl.learner.rank import LearnerRank

@@ -11,8 +11,8 @@ import pytest
 from emberl.rl.config.data import DataConfig
 from emberl.rl.config.supervised import SFTDataConfig
 from emberl.rl.config.tiny import TinyConfig
+from emberl.rl.data.demonstrations import Demonstrations, Example, RowReader, examples_of
 from emberl.rl.data.rows import file_tables
-from emberl.rl.data.supervised import Demonstrations, Example, RowReader, examples_of
 from emberl.rl.data.templates import PromptWriter, end_token
 from emberl.rl.data.tiny import tiny_tokenizer
 from transformers import AutoTokenizer

@@ -23,12 +23,12 @@ from emberl.rl.config.data import DataConfig
 from emberl.rl.config.load import ModelConfig, OptimConfig, resolve
 from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny, tiny_tokenizer
-from emberl.rl.environments import load_environment, observer
 from emberl.rl.groups import Batch, Group
 from emberl.rl.learner.model_loader import RankSpec
 from emberl.rl.learner.rank import LearnerRank
 from emberl.rl.reward_inputs import reward_input
 from emberl.rl.trainer import staleness
+from emberl.rl.user_environment import load_environment, observer
 from emberl.rl.watch.lengths import read_lengths, record_lengths
 from emberl.rl.watch.step_metrics import sample_metrics
 from emberl.rollout.samples import Completion, Episode, Prompt, Span

@@ -1,4 +1,4 @@
-"""The compiled passes of a decoding step against plain torch, in both element types."""
+"""The compiled operations of a decoding step against plain torch, in both element types."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from emberl.kernels.decoding import passes
+from emberl.kernels.decoding import operations
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -41,7 +41,7 @@ def test_add_norm(dtype: torch.dtype, size: int) -> None:
         random(size, dtype=dtype, seed=2),
     )
     before, out = x.clone(), torch.full_like(x, 9.0)
-    passes.add_norm(array(x), array(delta), array(weight), 1e-5, array(out), 1, 4)
+    operations.add_norm(array(x), array(delta), array(weight), 1e-5, array(out), 1, 4)
     assert torch.equal(x[1:4], (before + delta)[1:4])
     assert torch.equal(x[[0, 4]], before[[0, 4]])  # other rows are somebody else's
     single = x.float()
@@ -53,7 +53,7 @@ def test_add_norm(dtype: torch.dtype, size: int) -> None:
 def test_nothing_is_added_where_there_is_no_delta() -> None:
     x, out = random(2, 8, dtype=torch.float32), torch.empty(2, 8)
     before = x.clone()
-    passes.add_norm(
+    operations.add_norm(
         array(x), np.zeros((2, 0), np.float32), np.ones(8, np.float32), 0.0, array(out), 0, 2
     )
     assert torch.equal(x, before)
@@ -64,7 +64,7 @@ def test_nothing_is_added_where_there_is_no_delta() -> None:
 def test_silu_product(dtype: torch.dtype) -> None:
     gate_up, out = 20 * random(4, 2 * 37, dtype=dtype), torch.empty(4, 37, dtype=dtype)
     gate_up[0, :4] = torch.tensor([-300.0, 300.0, 0.0, -88.0], dtype=dtype)
-    passes.silu_product(array(gate_up), array(out), 0, 4)
+    operations.silu_product(array(gate_up), array(out), 0, 4)
     gate, up = gate_up.chunk(2, -1)
     assert close(out, F.silu(gate) * up, dtype)
 
@@ -87,7 +87,7 @@ def test_attention_to_all_that_was_stored(
     angles = torch.arange(width)[:, None] * torch.logspace(0, -2, size // 2)
     cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat((-angles.sin(), angles.sin()), -1)
     positions, out = torch.tensor([0, 5, 23]), torch.empty(3, queries * size, dtype=dtype)
-    passes.attend(
+    operations.attend(
         array(qkv), *map(array, weights), 1e-6, cos.numpy(), sin.numpy(),
         array(keys), array(values), positions.numpy(), array(out), 0, 3,
     )  # fmt: skip
@@ -124,7 +124,7 @@ def test_draws_and_their_log_probs(dtype: torch.dtype, temperature: float) -> No
     ).numpy()
     tokens, logprobs = np.empty(rows, np.int64), np.empty(rows, np.float32)
     heat = np.full(rows, temperature, np.float32)
-    passes.draw(array(logits), heat, np.zeros(rows, bool), uniform, tokens, logprobs, 0, rows)
+    operations.draw(array(logits), heat, np.zeros(rows, bool), uniform, tokens, logprobs, 0, rows)
     exact = torch.log_softmax(logits.double() / temperature, -1)
     above = exact.exp().cumsum(-1).numpy()
     below = above - exact.exp().numpy()
@@ -137,7 +137,7 @@ def test_a_greedy_draw_is_the_first_of_the_likeliest() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0]], dtype=torch.bfloat16)
     tokens, logprobs = np.empty(1, np.int64), np.empty(1, np.float32)
     heat, greedy = np.full(1, 7.0, np.float32), np.ones(1, bool)
-    passes.draw(array(logits), heat, greedy, np.full(1, 0.999), tokens, logprobs, 0, 1)
+    operations.draw(array(logits), heat, greedy, np.full(1, 0.999), tokens, logprobs, 0, 1)
     assert tokens[0] == 1
     assert logprobs[0] == pytest.approx(3 - math.log(1 + 2 * math.exp(3) + math.exp(1)), abs=1e-6)
 
@@ -147,7 +147,7 @@ def test_the_last_uniform_number_draws_a_token_that_exists() -> None:
     logits[0, 3] = 0.0
     tokens, logprobs = np.empty(1, np.int64), np.empty(1, np.float32)
     heat, last = np.ones(1, np.float32), np.full(1, 1 - 2.0**-52)
-    passes.draw(array(logits), heat, np.zeros(1, bool), last, tokens, logprobs, 0, 1)
+    operations.draw(array(logits), heat, np.zeros(1, bool), last, tokens, logprobs, 0, 1)
     assert tokens[0] == 3
     assert logprobs[0] == pytest.approx(0, abs=1e-6)
 
@@ -156,7 +156,7 @@ def test_a_row_that_is_not_finite_gives_a_log_prob_that_says_so() -> None:
     logits = torch.zeros(1, 8)
     logits[0, 2] = math.nan
     tokens, logprobs = np.empty(1, np.int64), np.empty(1, np.float32)
-    passes.draw(
+    operations.draw(
         array(logits),
         np.ones(1, np.float32),
         np.zeros(1, bool),

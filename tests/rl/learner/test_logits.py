@@ -10,7 +10,7 @@ import torch
 from emberl.kernels.loss.terms import TokenStats, TokenTerms
 from emberl.rl.batch import sft_batch
 from emberl.rl.config.load import LoraConfig
-from emberl.rl.learner.head import LinearHead, own_logits
+from emberl.rl.learner.logits import LinearHead, own_logits
 from emberl.rl.learner.lora import inject_adapters
 from emberl.rl.learner.policy import Policy, to_tensors
 from torch import Tensor
