@@ -6,7 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from .verdict import Verdict
 
@@ -52,6 +52,8 @@ class Reward(ABC):
     Only `__call__` has to be written; everything else has a default that does nothing.
     """
 
+    Options: ClassVar[type | None] = None
+    """Where there are many options: a dataclass of them, which the constructor takes alone."""
     inline = False
     """Whether a batch takes so little time that a thread would cost more than the work."""
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -42,59 +43,71 @@ _CACHED = 100_000
 _BACKOFF, _LONGEST_BACKOFF = 0.5, 30.0
 
 
-class JudgeReward(Reward):
-    """The score that a judge gives, `best` being full marks: score = number / best.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgeOptions:
+    """The options of `judge`. ValueError for one that does not fit."""
 
-    `base_url` (e.g. `http://host:8000/v1`), `model`: as its server names it. `prompt`: the judge's
-    user message, with {question}, {answer} and {completion}; other braces stay. `system`: its
-    system message. `pattern`: a regular expression whose last match in the reply has the score as
-    group 1, a number or a word of `scores`, e.g. `{yes: 1, no: 0}`. `request`: further fields of
-    the request, e.g. `{max_tokens: 2048}`; the temperature is 0. `api_key_env`: the environment
-    variable with the key. `timeout`: seconds of one request; `retries`: further ones after a
-    refused connection, a time-out or HTTP 408, 409, 425, 429 and 5xx, after 0.5, 1, 2, ... s or
-    what `Retry-After` says. The same request is made once: replies are cached. Raises ValueError
-    for an option that does not fit.
-    """
+    base_url: str
+    """E.g. `http://host:8000/v1`."""
+    model: str
+    """As its server names it."""
+    prompt: str = PROMPT
+    """The judge's user message, with {question}, {answer} and {completion}; other braces stay."""
+    system: str = ""
+    """Its system message."""
+    pattern: str = PATTERN
+    """A regular expression whose last match in the reply has the score as group 1, a number or a
+    word of `scores`."""
+    scores: Mapping[str, float] | None = None
+    """Scores by the judge's words, e.g. {yes: 1, no: 0}."""
+    best: float = 1.0
+    """Full marks: score = number / best."""
+    request: Mapping[str, Any] | None = None
+    """Further fields of the request, e.g. {max_tokens: 2048}; the temperature is 0."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """The environment variable with the key."""
+    timeout: float = 60.0
+    """Seconds of one request."""
+    retries: int = 3
+    """Further requests after a refused connection, a time-out or HTTP 408, 409, 425, 429 and 5xx,
+    after 0.5, 1, 2, ... s or what `Retry-After` says."""
+    concurrency: int = 32
+    """Requests at a time."""
 
-    def __init__(
-        self,
-        *,
-        base_url: str,
-        model: str,
-        prompt: str = PROMPT,
-        system: str = "",
-        pattern: str = PATTERN,
-        scores: Mapping[str, float] | None = None,
-        best: float = 1.0,
-        request: Mapping[str, Any] | None = None,
-        api_key_env: str = "OPENAI_API_KEY",
-        timeout: float = 60.0,
-        retries: int = 3,
-        concurrency: int = 32,
-    ) -> None:
-        if not base_url.startswith(("http://", "https://")):
+    def __post_init__(self) -> None:
+        if not self.base_url.startswith(("http://", "https://")):
             raise ValueError(
-                f"base_url is {base_url!r}; it must be an address like http://host:8000/v1"
+                f"base_url is {self.base_url!r}; it must be an address like http://host:8000/v1"
             )
-        if "{completion}" not in prompt:
+        if "{completion}" not in self.prompt:
             raise ValueError(
                 "prompt shows the judge no {completion}; it may have {question} and {answer} too"
             )
-        if not timeout > 0 or retries < 0 or concurrency < 1 or not best > 0:
+        if not self.timeout > 0 or self.retries < 0 or self.concurrency < 1 or not self.best > 0:
             raise ValueError(
                 "timeout and best must be positive, retries at least 0 and concurrency at least 1"
             )
-        self._pattern = _compiled(pattern)
-        self._url = base_url
-        self._prompt = prompt
-        self._timeout = timeout
-        self._retries = retries
-        self._scores = {str(word).lower(): float(value) for word, value in (scores or {}).items()}
-        self._best = best
-        self._concurrency = concurrency
-        self._request = {"model": model, "temperature": 0.0} | dict(request or {})
-        self._system = [{"role": "system", "content": system}] if system else []
-        key = os.environ.get(api_key_env)
+
+
+class JudgeReward(Reward):
+    """The score that a judge gives. The same request is made once: replies are cached."""
+
+    Options = JudgeOptions
+
+    def __init__(self, options: JudgeOptions) -> None:
+        self._pattern = _compiled(options.pattern)
+        self._url = options.base_url
+        self._prompt = options.prompt
+        self._timeout = options.timeout
+        self._retries = options.retries
+        self._scores = {
+            str(word).lower(): float(value) for word, value in (options.scores or {}).items()
+        }
+        self._best = options.best
+        self._concurrency = options.concurrency
+        self._request = {"model": options.model, "temperature": 0.0} | dict(options.request or {})
+        self._system = [{"role": "system", "content": options.system}] if options.system else []
+        key = os.environ.get(options.api_key_env)
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._cache: OrderedDict[bytes, asyncio.Task[Verdict]] = OrderedDict()
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -70,11 +70,13 @@ class UnknownOption(ValueError):
 
 def _construct(name: str, keywords: dict[str, Any]) -> Reward:
     module, _, attribute = BUILT_IN[name].partition(":")
-    factory = getattr(importlib.import_module(module, __package__), attribute)
+    kind = getattr(importlib.import_module(module, __package__), attribute)
+    options = kind.Options or kind  # whose keywords are the options
     for limit in ("timeout", "concurrency"):  # a shaping reward takes microseconds and has neither
-        if limit not in inspect.signature(factory).parameters:
+        if limit not in inspect.signature(options).parameters:
             keywords.pop(limit, None)
-    reward: Reward = factory(**_checked(factory, keywords, name))
+    made = options(**_checked(options, keywords, name))
+    reward: Reward = kind(made) if kind.Options else made
     return reward
 
 

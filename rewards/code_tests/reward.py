@@ -1,6 +1,6 @@
 """`CodeReward`: runs a model's program against a data set's tests.
 
-reward = CodeReward(timeout=5.0)
+reward = CodeReward(CodeOptions(timeout=5.0))
 reward([RewardInput(completion="```python\\ndef add(a, b): return a + b\\n```",
                     columns={"test_list": ["assert add(2, 3) == 5"]})])[0].score    # 1.0
 """
@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..inputs import Reward, RewardInput
@@ -31,76 +32,99 @@ if TYPE_CHECKING:
     from ..sandbox.remote import RemoteSandbox
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodeOptions:
+    """The options of `code`. ValueError for one that does not fit."""
+
+    timeout: float = 5.0
+    """Seconds that a function's calls have together, and each run of a program (`Limits`)."""
+    memory_mb: int = 512
+    """Memory of the same."""
+    output_bytes: int = 8 << 20
+    """Output of the same; they may write more where a test expects more."""
+    concurrency: int | None = None
+    """Runs at the same time; None: one a core."""
+    partial: bool = False
+    """Whether a program that fails tests scores the fraction that it passes."""
+    float_tolerance: float = FLOAT_TOLERANCE
+    """Between a number and the expected one, relative to the larger of that and 1."""
+    language: str = "auto"
+    """Of programs that tests give stdin: python, cpp, or auto, C++ where the fence says so."""
+    packages: Sequence[str] = ()
+    """Installed packages that programs may import, e.g. [numpy]; tests may import numpy and
+    these."""
+    total_seconds: float = 60.0
+    """For all runs of one completion."""
+    compile_seconds: float = COMPILER_LIMITS.seconds
+    """For the compiler."""
+    reference_seconds: float = 600.0
+    """For all runs of `check_references`."""
+    max_code_chars: int = 100_000
+    """A longer program is not run."""
+    backend: str | None = None
+    """The sandbox's; None: the first that this machine has."""
+    allow_unsafe: bool = False
+    """Whether to run programs where the machine has no sandbox."""
+    url: str | None = None
+    """A remote sandbox in the place of this machine's (`sandbox/remote.py`)."""
+
+    def __post_init__(self) -> None:
+        if self.url is not None and (self.backend is not None or self.allow_unsafe):
+            raise ValueError(
+                "url names a remote sandbox; backend and allow_unsafe are for one on this machine"
+            )
+        _check_language(self.language, remote=self.url is not None)
+        if not self.float_tolerance >= 0 or not self.total_seconds > 0:
+            raise ValueError(
+                f"float_tolerance ({self.float_tolerance}) and total_seconds"
+                f" ({self.total_seconds}) must be positive"
+            )
+        _check_packages(self.packages)
+
+
 class CodeReward(Reward):
     """Scores 1 if every test passes, else 0; with `partial`, the fraction that passes. Thread-safe.
 
     Tests: whatever `plan_of` reads from `columns` or `answer`. Programs are Python, or C++ where
-    stdin and stdout are tested (`language` "cpp", or "auto" with a C++ fence). `packages`:
-    installed packages that programs may import, for example `["numpy"]`; tests may import numpy and
-    these. `timeout` (s), `memory_mb` and `output_bytes` (see `Limits`; more where a test expects
-    more) hold for a function's calls together and for each run of a program; `total_seconds` for
-    all runs of one completion, `compile_seconds` for the compiler, `reference_seconds` for all runs
-    of `check_references`. `concurrency`: runs at the same time, by default one a core. `url`: a
-    remote sandbox in the place of this machine's (see `sandbox/remote.py`). Raises
-    SandboxUnavailable, a ValueError, where the machine has no sandbox and `allow_unsafe` is not
-    set.
+    stdin and stdout are tested. Raises SandboxUnavailable, a ValueError, where the machine has no
+    sandbox and `allow_unsafe` is not set.
     """
 
-    def __init__(
-        self,
-        *,
-        timeout: float = 5.0,
-        memory_mb: int = 512,
-        output_bytes: int = 8 << 20,
-        concurrency: int | None = None,
-        partial: bool = False,
-        float_tolerance: float = FLOAT_TOLERANCE,
-        language: str = "auto",
-        packages: Sequence[str] = (),
-        total_seconds: float = 60.0,
-        compile_seconds: float = COMPILER_LIMITS.seconds,
-        reference_seconds: float = 600.0,
-        max_code_chars: int = 100_000,
-        backend: str | None = None,
-        allow_unsafe: bool = False,
-        url: str | None = None,
-    ) -> None:
-        if url is not None and (backend is not None or allow_unsafe):
-            raise ValueError(
-                "url names a remote sandbox; backend and allow_unsafe are for one on this machine"
-            )
-        _check_language(language, remote=url is not None)
-        if not float_tolerance >= 0 or not total_seconds > 0:
-            raise ValueError(
-                f"float_tolerance ({float_tolerance}) and total_seconds ({total_seconds}) must be"
-                " positive"
-            )
-        _check_packages(packages)
-        self.limits = Limits(seconds=timeout, memory_mb=memory_mb, output_bytes=output_bytes)
-        self.compiler_limits = dataclasses.replace(COMPILER_LIMITS, seconds=compile_seconds)
-        self.partial = partial
-        self.language = language
-        self.max_code_chars = max_code_chars
-        self.packages = tuple(packages)
-        self.reference_seconds = reference_seconds
+    Options = CodeOptions
+
+    def __init__(self, options: CodeOptions) -> None:
+        self.limits = Limits(
+            seconds=options.timeout,
+            memory_mb=options.memory_mb,
+            output_bytes=options.output_bytes,
+        )
+        self.compiler_limits = dataclasses.replace(COMPILER_LIMITS, seconds=options.compile_seconds)
+        self.partial = options.partial
+        self.language = options.language
+        self.max_code_chars = options.max_code_chars
+        self.packages = tuple(options.packages)
+        self.reference_seconds = options.reference_seconds
         start: Callable[..., Sandbox | RemoteSandbox]
-        if url is not None:
+        if options.url is not None:
             # needs httpx, which no sandbox of our own does
             from ..sandbox.remote import RemoteSandbox
 
-            start = functools.partial(RemoteSandbox, url, workers=concurrency)
+            start = functools.partial(RemoteSandbox, options.url, workers=options.concurrency)
         else:
             start = functools.partial(
-                Sandbox, workers=concurrency, backend=backend, allow_unsafe=allow_unsafe
+                Sandbox,
+                workers=options.concurrency,
+                backend=options.backend,
+                allow_unsafe=options.allow_unsafe,
             )
         self.tester = Tester(
             start,
             self.packages,
             limits=self.limits,
             compiler_limits=self.compiler_limits,
-            total_seconds=total_seconds,
-            tolerance=float_tolerance,
-            partial=partial,
+            total_seconds=options.total_seconds,
+            tolerance=options.float_tolerance,
+            partial=self.partial,
         )
         self.sandbox = self.tester.sandbox
 

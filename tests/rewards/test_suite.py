@@ -227,6 +227,12 @@ def test_a_suite_from_a_configuration() -> None:
         ({"a": {"use": "math", "options": {"percent": "maybe"}}}, "percent is 'maybe'"),
         ({"a": {"use": "math", "style": "verl"}}, "takes no style"),
         ({"a": {"use": "overlong"}}, "needs the option buffer"),
+        ({"a": {"use": "judge"}}, "needs the option base_url, model"),
+        (
+            {"a": {"use": "code", "options": {"partail": True}}},
+            "'code' has no option partail; it takes timeout, memory_mb, output_bytes, concurrency",
+        ),
+        ({"a": {"use": "code", "options": {"language": "rust"}}}, "language is 'rust'"),
         ({"a": {"use": "format", "options": {"pattern": "("}}}, "nor a regular expression"),
     ],
 )
