@@ -24,13 +24,15 @@ class OverrideError(ValueError):
     """An override that is no `key=value`."""
 
 
-def tree_of(override: str, model: type[BaseModel]) -> dict[str, Any]:
-    """`a.b=value` as {a: {b: value}}, of the type that `model` has there; else `OverrideError`."""
+def tree_of(
+    override: str, model: type[BaseModel], example: str = "optim.lr=1e-4"
+) -> dict[str, Any]:
+    """`a.b=value` as {a: {b: value}}, of the type that `model` has there; else `OverrideError`,
+    with an example of what would be one."""
     key, equals, value = override.partition("=")
     path = key.split(".")
     if not equals or not all(path) or not key.strip():
-        form = "must have the form key=value, e.g. optim.lr=1e-4"
-        raise OverrideError(f"override {override!r} {form}")
+        raise OverrideError(f"override {override!r} must have the form key=value, e.g. {example}")
     tree: Any = read(
         value, [kind for annotation in kinds_at(model, path) for kind in members(annotation)]
     )

@@ -8,8 +8,7 @@ others.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +17,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute  # `pa.compute` is there only then
 
-from ...rollout.schedule import QUEUE_DEPTH
 from ..config.load import load_config
 from ..run_directory import METRICS
 from ..watch.lengths import read_lengths
-from .scenario import DecodeTable, Floats, Publication, RewardTime, Scenario, TraceLengths
+from .scenario import (
+    DecodeTable,
+    Floats,
+    PlanSchedule,
+    Publication,
+    RewardTime,
+    Scenario,
+    TraceLengths,
+)
 
 SKIPPED = 2
 """Steps at the beginning of a run that are not used: they compile and warm up."""
@@ -32,7 +38,7 @@ means something."""
 EQUAL = 1e-9
 """Of two fits whose errors differ by less (of all there is to explain), the one with fewer terms is
 taken."""
-STEPS, WARMUP = 80, 10
+STEPS, WARMUP, GRADERS = 80, 10, 64
 """Of the simulation."""
 
 
@@ -43,48 +49,41 @@ def calibrate(
     `also`: runs of the same model on the same learners with other batches, which tell the learners'
     fixed time from that of the tokens."""
     source, target = (load_config(run_dir / "config.yaml", keys) for keys in ((), overrides))
-    steps = training_steps(run_dir / METRICS)
-    table = read_lengths(run_dir)
-    table = table.filter(pa.compute.greater(table["step"], SKIPPED))
-    if not steps or not table.num_rows:
+    recordings = [read_recording(folder) for folder in (run_dir, *also)]
+    steps, answers = recordings[0]
+    if not steps or not answers.num_rows:
         raise ValueError(
             f"{run_dir} has too few RL steps to learn from: {SKIPPED} are skipped, and some must be"
             " left"
         )
-    timed = learner_steps(steps, tokens_by_step(table))
-    for other in also:
-        timed += learner_steps(training_steps(other / METRICS), tokens_by_step(read_lengths(other)))
+    timed = [step for recording in recordings for step in learner_steps(*recording)]
     fixed, per_token = learner_time(timed)
-    measured = decoding(table, workers=source.cluster.rollouts, slots=target.rollout.max_num_seqs)
+    measured = decoding(answers, workers=source.cluster.rollouts, slots=target.rollout.max_num_seqs)
     commits = [row.get("sync/apply_s", 0.0) for row in steps]
     encodes = [row["timing_s/update_weights"] - row.get("sync/apply_s", 0.0) for row in steps]
     publication = Publication(encode=float(np.mean(encodes)), commit=float(np.mean(commits)))
     if source.schedule.max_staleness == 0:
-        latency = delivery_latency(steps, table)
+        latency = delivery_latency(steps, answers)
     else:
-        latency = float(np.mean(np.asarray(table["grade_s"])))
+        latency = float(np.mean(np.asarray(answers["grade_s"])))
     latency = max(0.0, latency + measured.offset)
+    lengths = recorded_lengths(answers, target.rollout.max_response_length)
+    own = target.schedule.model_dump(include=set(PlanSchedule.model_fields))
     scenario = Scenario(
         workers=target.cluster.rollouts,
         slots=target.rollout.max_num_seqs,
-        given=QUEUE_DEPTH * target.rollout.max_num_seqs if target.schedule.max_staleness else None,
         table=measured.table,
-        lengths=recorded_lengths(table, target.rollout.max_response_length),
-        prompts_per_step=target.schedule.prompts_per_step,
-        group_size=target.rollout.group_size,
+        lengths=lengths,
+        schedule=PlanSchedule(group_size=target.rollout.group_size, **own),
         learner_fixed=fixed,
         learner_per_token=per_token * source.cluster.learners / target.cluster.learners,
-        max_staleness=target.schedule.max_staleness,
-        overdue="evict" if target.schedule.oversample > 1 else target.schedule.overdue,
-        in_flight=target.schedule.in_flight,
-        oversample=target.schedule.oversample,
-        reward=RewardTime(seconds=latency, graders=64),
+        reward=RewardTime(seconds=latency, cv=0, graders=GRADERS),
         publication=publication,
         steps=STEPS,
         warmup=WARMUP,
     )
-    sources = {
-        "answers": f"{table.num_rows} recorded, mean {scenario.lengths.mean:.0f} tokens",
+    return scenario, {
+        "answers": f"{answers.num_rows} recorded, mean {lengths.mean:.0f} tokens",
         "learner": (
             f"{fixed:.3g} s a step and {1e6 * per_token:.3g} us a token, of {len(timed)} steps"
         ),
@@ -95,53 +94,53 @@ def calibrate(
         ),
         "delivery and marking": f"{latency:.3g} s a group",
     }
-    return scenario, sources
 
 
-def training_steps(metrics: Path) -> list[dict[str, Any]]:
-    """The rows of RL steps after the first `SKIPPED`; of steps that were done twice the later."""
+class Recording(NamedTuple):
+    """What a run recorded after its first `SKIPPED` steps."""
+
+    steps: list[dict[str, Any]]
+    """Metrics of its RL steps; of steps that were done twice the later."""
+    answers: pa.Table
+
+
+def read_recording(run_dir: Path) -> Recording:
+    metrics = run_dir / METRICS
     if not metrics.is_file():
         raise ValueError(f"{metrics} does not exist: --from-run needs the folder of a run")
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     by_step = {row["step"]: row for row in rows if row["stage"] == "rl" and row["axis"] == "train"}
-    return [
+    steps = [
         row
         for step, row in sorted(by_step.items())
         if step > SKIPPED and "timing_s/update_weights" in row
     ]
-
-
-def tokens_by_step(table: pa.Table) -> dict[int, int]:
-    """Prompt and answer tokens of the groups of each step."""
-    total = np.asarray(table["prompt_length"]) + np.asarray(table["response_length"])
-    steps, inverse = np.unique(np.asarray(table["step"]), return_inverse=True)
-    return {
-        int(step): int(n)
-        for step, n in zip(steps, np.bincount(inverse, weights=total), strict=True)
-    }
+    answers = read_lengths(run_dir)
+    return Recording(steps, answers.filter(pa.compute.greater(answers["step"], SKIPPED)))
 
 
 class LearnerStep(NamedTuple):
     """A step's tokens and the time that they took."""
 
     tokens: int
+    """Of prompts and answers."""
     seconds: float
     """All that is neither waiting for groups nor publishing."""
     updating: float
     """Of these, in optimizer steps."""
 
 
-def learner_steps(
-    steps: Sequence[Mapping[str, Any]], tokens: Mapping[int, int]
-) -> list[LearnerStep]:
+def learner_steps(steps: Sequence[dict[str, Any]], answers: pa.Table) -> list[LearnerStep]:
+    total = np.asarray(answers["prompt_length"]) + np.asarray(answers["response_length"])
+    number = np.asarray(answers["step"])
     return [
         LearnerStep(
-            tokens[row["step"]],
+            int(total[number == row["step"]].sum()),
             row["timing_s/step"] - row["timing_s/gen"] - row["timing_s/update_weights"],
             row.get("timing_s/update_actor", 0.0),
         )
         for row in steps
-        if row["step"] in tokens
+        if row["step"] in number
     ]
 
 
@@ -154,14 +153,13 @@ def learner_time(steps: Sequence[LearnerStep]) -> tuple[float, float]:
     x = np.array([step.tokens for step in steps], np.float64)
     y = np.array([step.seconds for step in steps])
     if np.quantile(x, 0.9) >= SPREAD * np.quantile(x, 0.1):
-        weights, _ = nonnegative_least_squares(np.stack([np.ones_like(x), x], axis=1), y)
-        return float(weights[0]), float(weights[1])
+        fixed, per_token = nonnegative_least_squares(np.stack([np.ones_like(x), x], axis=1), y)
+        return float(fixed), float(per_token)
     updates = float(np.mean([step.updating for step in steps]))
     return max(0.0, float(y.mean()) - updates), updates / float(x.mean())
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Decoding:
+class Decoding(NamedTuple):
     """An engine's speed, estimated from recorded answers."""
 
     table: DecodeTable
@@ -171,34 +169,31 @@ class Decoding:
     summary: str
 
 
-def decoding(table: pa.Table, *, workers: int, slots: int) -> Decoding:
+def decoding(answers: pa.Table, *, workers: int, slots: int) -> Decoding:
     """An answer of L tokens takes (a + b n + c n context) L + offset seconds, n answers in its
     worker's batch.
 
     Which worker decoded an answer is not recorded: n is what ran meanwhile, over all workers,
     divided by their number.
     """
-    lengths = np.asarray(table["response_length"]).astype(np.float64)
-    begin, seconds = np.asarray(table["started"]), np.asarray(table["decode_s"])
+    lengths = np.asarray(answers["response_length"]).astype(np.float64)
+    begin, seconds = np.asarray(answers["started"]), np.asarray(answers["decode_s"])
     sound = (lengths > 0) & (seconds > 0)
     lengths, begin, seconds = lengths[sound], begin[sound], seconds[sound]
-    context = np.asarray(table["prompt_length"])[sound] + lengths / 2
+    context = np.asarray(answers["prompt_length"])[sound] + lengths / 2
     n = np.maximum(1.0, mean_running(begin, begin + seconds) / workers)
     one = np.ones_like(n)
     features = np.stack([lengths, n * lengths, n * context * lengths, one, -one], axis=1)
-    (a, b, c, longer, shorter), _ = nonnegative_least_squares(features, seconds)
-    running, contexts = (
-        np.array([1.0, float(max(2, slots))]),
-        np.array([0.0, 2 * float(context.max())]),
-    )
+    a, b, c, longer, shorter = nonnegative_least_squares(features, seconds)
+    running = np.array([1.0, float(max(2, slots))])
+    contexts = np.array([0.0, 2 * float(context.max())])
     grid = a + b * running[:, None] + c * running[:, None] * contexts[None, :]
     typical = float(a + b * n.mean() + c * (n * context).mean())
+    rate = 1 / max(typical, 1e-9)
     return Decoding(
         table=DecodeTable(running=running, context=contexts, seconds=np.maximum(grid, 1e-9)),
         offset=float(longer - shorter),
-        summary=(
-            f"{1 / max(typical, 1e-9):.3g} tokens/s an answer at {n.mean():.3g} answers a worker"
-        ),
+        summary=f"{rate:.3g} tokens/s an answer at {n.mean():.3g} answers a worker",
     )
 
 
@@ -209,45 +204,38 @@ def mean_running(begin: Floats, end: Floats) -> Floats:
     order = np.argsort(times, kind="stable")
     times, running = times[order], np.cumsum(change[order])
     area = np.concatenate([[0.0], np.cumsum(running[:-1] * np.diff(times))])
-    means: Floats = (np.interp(end, times, area) - np.interp(begin, times, area)) / np.maximum(
-        end - begin, 1e-9
-    )
-    return means
+    during: Floats = np.interp(end, times, area) - np.interp(begin, times, area)
+    return during / np.maximum(end - begin, 1e-9)
 
 
-def delivery_latency(steps: Sequence[Mapping[str, Any]], table: pa.Table) -> float:
+def delivery_latency(steps: Sequence[dict[str, Any]], answers: pa.Table) -> float:
     """Of a synchronous run: what a step waited beyond its longest decoding, for dealing, delivery
     and marking."""
-    waited = {row["step"]: row["timing_s/gen"] for row in steps}
-    number, begin = np.asarray(table["step"]), np.asarray(table["started"])
-    end = begin + np.asarray(table["decode_s"])
+    number, begin = np.asarray(answers["step"]), np.asarray(answers["started"])
+    end = begin + np.asarray(answers["decode_s"])
     spare = [
-        waited[step] - (end[number == step].max() - begin[number == step].min())
-        for step in np.unique(number)
-        if step in waited
+        row["timing_s/gen"] - (end[own].max() - begin[own].min())
+        for row in steps
+        if (own := number == row["step"]).any()
     ]
     return max(0.0, float(np.median(spare)))
 
 
-def recorded_lengths(table: pa.Table, longest: int | None = None) -> TraceLengths:
+def recorded_lengths(answers: pa.Table, longest: float = np.inf) -> TraceLengths:
     """The groups of a recording, their answers cut at `longest`; a table without groups becomes
     groups of one."""
-    lengths = np.asarray(table["response_length"]).astype(np.float64)
-    if longest is not None:
-        lengths = np.minimum(lengths, longest)
-    names = set(table.column_names)
+    lengths = np.minimum(np.asarray(answers["response_length"]).astype(np.float64), longest)
+    names = set(answers.column_names)
     prompts = (
-        np.asarray(table["prompt_length"])
+        np.asarray(answers["prompt_length"])
         if "prompt_length" in names
         else np.zeros(len(lengths), np.int64)
     )
-    if {"step", "prompt_id"} <= names:
-        keys = list(zip(table["step"].to_pylist(), table["prompt_id"].to_pylist(), strict=True))
-    else:
-        keys = [(i, "") for i in range(len(lengths))]
-    rows: dict[tuple[int, str], list[int]] = {}
-    for i, key in enumerate(keys):
-        rows.setdefault(key, []).append(i)
+    key = ("step", "prompt_id")
+    grouped = answers.select(key).to_pylist() if names.issuperset(key) else range(len(lengths))
+    rows: dict[str, list[int]] = {}
+    for i, group in enumerate(grouped):
+        rows.setdefault(str(group), []).append(i)
     return TraceLengths(
         prompts=tuple(int(prompts[own[0]]) for own in rows.values()),
         recorded=tuple(lengths[own] for own in rows.values()),
@@ -265,9 +253,8 @@ def trace_lengths(source: Path) -> TraceLengths:
     return recorded_lengths(table)
 
 
-def nonnegative_least_squares(features: Floats, y: Floats) -> tuple[Floats, int]:
-    """The weights >= 0 with the least squared error and how many are above 0: every subset of the
-    few features is tried."""
+def nonnegative_least_squares(features: Floats, y: Floats) -> Floats:
+    """The weights >= 0 with the least squared error: every subset of the few features is tried."""
     total = float((y**2).sum())
     best, error = np.zeros(features.shape[1]), total
     columns = range(features.shape[1])
@@ -278,4 +265,4 @@ def nonnegative_least_squares(features: Floats, y: Floats) -> tuple[Floats, int]
             if (weights >= 0).all() and residual < error - EQUAL * total:
                 best, error = np.zeros(features.shape[1]), residual
                 best[list(chosen)] = weights
-    return best, int((best > 0).sum())
+    return best

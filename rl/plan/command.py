@@ -11,7 +11,7 @@ Both simulate the schedule that runs really follow; the result is an expectation
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from rich.table import Table
 
 from .calibrate import calibrate, trace_lengths
 from .devices import DEVICES
-from .figures import Figures, best_split, figures
+from .figures import Figures, best_split, figures, imbalance
 from .progress import PlanProgress
-from .scenario import Scenario, TraceLengths
-from .settings import PlanSettings, commit, load_plan, make_scenario
+from .scenario import Scenario
+from .settings import PlanSettings, commit_seconds, load_plan, make_scenario
 from .simulator import simulate
 
 
@@ -36,12 +36,12 @@ class Plan:
     title: str
     scenario: Scenario
     figures: Figures
-    learners: int | None = None
-    """Devices; None where a run's own layout was simulated."""
-    splits: dict[int, Figures]
-    """Of each number of learner devices that was tried."""
     sources: dict[str, str]
     """Where its numbers are from."""
+    learners: int | None = None
+    """Devices; None where a run's own layout was simulated."""
+    splits: dict[int, Figures] = field(default_factory=dict)
+    """Of each number of learner devices that was tried."""
 
     def record(self) -> dict[str, Any]:
         """For `--json`."""
@@ -56,84 +56,6 @@ class Plan:
             "splits_tokens_per_s": rates,
             "sources": self.sources,
         }
-
-
-def plan_devices(
-    settings: PlanSettings, trace: Path | None = None, progress: PlanProgress | None = None
-) -> Plan:
-    """Plans from data sheets; searches the best split unless `learners` is set."""
-    lengths = trace_lengths(trace) if trace is not None else None
-    settings.check_split(settings.learners or 1)
-    progress = progress or PlanProgress()
-
-    def tried(learners: int) -> Figures:
-        scenario = _scenario(settings, learners, lengths)
-        what = f"{settings.devices} devices, {learners} learn"
-        return figures(simulate(scenario, progress.watch(what, scenario.steps)))
-
-    if settings.learners is not None:
-        learners = settings.learners
-        splits = {learners: tried(learners)}
-    else:
-        node = settings.hardware.per_node
-        most = settings.devices - settings.cards
-        candidates = list(range(node, most + 1, node)) or [most]
-        learners, splits = best_split(
-            tried, candidates, _balanced(settings, candidates), progress.expect
-        )
-    name = settings.hardware.name
-    sources = {f"{name} {figure}": text for figure, text in settings.hardware.sources.items()}
-    sources["model"] = settings.shape.source
-    sources["learner.fixed, link.*, reward.*"] = "assumptions; see emberl plan --keys"
-    link = settings.link
-    sources["commit"] = f"{commit(settings):.3g} s in which an engine stands still: " + (
-        "link.commit"
-        if link.commit is not None
-        else f"{link.engine}, {link.mode}, rates of {link.rates or 'the data sheet (assumptions)'}"
-    )
-    title = f"{settings.model} on {settings.devices} x {name}"
-    return Plan(
-        title=f"{title}, {link.mode} weights at {link.bandwidth:g} GB/s a node",
-        scenario=_scenario(settings, learners, lengths),
-        figures=splits[learners],
-        learners=learners,
-        splits=splits,
-        sources=sources,
-    )
-
-
-def _scenario(settings: PlanSettings, learners: int, lengths: TraceLengths | None) -> Scenario:
-    scenario = make_scenario(settings, learners)
-    return scenario if lengths is None else replace(scenario, lengths=lengths)
-
-
-def _balanced(settings: PlanSettings, candidates: Sequence[int]) -> int:
-    """The split at which full engines would decode as many tokens as the learners train."""
-
-    def gap(learners: int) -> float:
-        scenario = make_scenario(settings, learners)
-        row = scenario.table.rows(scenario.slots)[-1]
-        share = settings.mean_context / scenario.table.context[-1]
-        step = row[min(len(row) - 1, int(share * (len(row) - 1)))]
-        decoded = scenario.workers * scenario.slots / step
-        return abs(decoded * scenario.learner_per_token - 1)
-
-    return min(candidates, key=gap)
-
-
-def plan_run(
-    run_dir: Path,
-    overrides: Sequence[str],
-    also: Sequence[Path] = (),
-    progress: PlanProgress | None = None,
-) -> Plan:
-    """Plans from what a run measured, at its own settings or with some of them changed by
-    key=value; `also`: see `calibrate`."""
-    scenario, sources = calibrate(run_dir, overrides, also)
-    title = f"as {run_dir}" + (f" with {' '.join(overrides)}" if overrides else "")
-    progress = progress or PlanProgress()
-    simulated = figures(simulate(scenario, progress.watch(title, scenario.steps)))
-    return Plan(title=title, scenario=scenario, figures=simulated, splits={}, sources=sources)
 
 
 def plan(
@@ -161,6 +83,60 @@ def plan(
         return plan_devices(settings, trace, progress)
 
 
+def plan_run(
+    run_dir: Path, overrides: Sequence[str], also: Sequence[Path], progress: PlanProgress
+) -> Plan:
+    """Plans from what a run measured, at its own settings or with some of them changed by
+    key=value; `also`: see `calibrate`."""
+    scenario, sources = calibrate(run_dir, overrides, also)
+    title = f"as {run_dir}" + (f" with {' '.join(overrides)}" if overrides else "")
+    simulated = figures(simulate(scenario, progress.watch(title, scenario.steps)))
+    return Plan(title=title, scenario=scenario, figures=simulated, sources=sources)
+
+
+def plan_devices(settings: PlanSettings, trace: Path | None, progress: PlanProgress) -> Plan:
+    """Plans from data sheets; searches the best split unless `learners` is set."""
+    lengths = trace_lengths(trace) if trace is not None else None
+    settings.check_split(settings.learners or 1)
+
+    def tried(learners: int) -> Figures:
+        scenario = make_scenario(settings, learners, lengths)
+        what = f"{settings.devices} devices, {learners} learn"
+        return figures(simulate(scenario, progress.watch(what, scenario.steps)))
+
+    if settings.learners is not None:
+        candidates = [settings.learners]
+    else:
+        node, most = settings.hardware.per_node, settings.devices - settings.cards
+        candidates = list(range(node, most + 1, node)) or [most]
+    context = settings.mean_context
+    guess = min(candidates, key=lambda n: imbalance(make_scenario(settings, n), context))
+    learners, splits = best_split(tried, candidates, guess, progress.expect)
+    name, link = settings.hardware.name, settings.link
+    title = f"{settings.model} on {settings.devices} x {name}"
+    return Plan(
+        title=f"{title}, {link.mode} weights at {link.bandwidth:g} GB/s a node",
+        scenario=make_scenario(settings, learners, lengths),
+        figures=splits[learners],
+        learners=learners,
+        splits=splits,
+        sources=_sources(settings),
+    )
+
+
+def _sources(settings: PlanSettings) -> dict[str, str]:
+    name, link = settings.hardware.name, settings.link
+    rates = f"rates of {link.rates or 'the data sheet (assumptions)'}"
+    way = "link.commit" if link.commit is not None else f"{link.engine}, {link.mode}, {rates}"
+    commit = f"{commit_seconds(settings):.3g} s in which an engine stands still: {way}"
+    return {
+        **{f"{name} {figure}": text for figure, text in settings.hardware.sources.items()},
+        "model": settings.shape.source,
+        "learner.fixed, link.*, reward.*": "assumptions; see emberl plan --keys",
+        "commit": commit,
+    }
+
+
 def describe_keys() -> str:
     """All settings with their defaults, and the data sheets."""
     settings = OmegaConf.to_yaml(OmegaConf.create(PlanSettings().model_dump(mode="json")))
@@ -175,7 +151,7 @@ def show(plan: Plan, console: Console) -> None:
     table = Table(
         title=f"{escape(plan.title)} (simulated)", show_header=False, title_justify="left"
     )
-    for name, value in _lines(plan):
+    for name, value in _lines(plan).items():
         table.add_row(name, value)
     console.print(table)
     if len(plan.splits) > 1:
@@ -193,21 +169,19 @@ def show(plan: Plan, console: Console) -> None:
         console.print(f"  {name}: {source}", style="dim", highlight=False, markup=False)
 
 
-def _lines(plan: Plan) -> list[tuple[str, str]]:
+def _lines(plan: Plan) -> dict[str, str]:
     f, scenario = plan.figures, plan.scenario
     split = "" if plan.learners is None else f"{plan.learners} devices learn; "
-    lags = ", ".join(
-        f"{lag}: {share:.1%}" for lag, share in f["staleness"].items() if share >= 5e-4
-    )
-    exposed = f["sync_exposed_learner_s"], f["sync_exposed_rollout_s"]
-    return [
-        ("split", f"{split}{scenario.workers} engines of {scenario.slots} slots roll out"),
-        ("step", f"{f['step_s']:.4g} s"),
-        ("trained tokens (answers)", f"{f['tokens_per_s']:,.0f} a second"),
-        ("rollouts idle", f"{f['rollout_idle']:.1%}; {f['slots_used']:.1%} of the slots in use"),
-        ("learners idle", f"{f['learner_idle']:.1%}; {f['learner_busy']:.1%} training"),
-        ("sync exposed", "learners {:.3g} s, rollouts {:.3g} s a step".format(*exposed)),
-        ("staleness of tokens", lags),
-        ("evicted groups", f"{f['evicted_groups']:.3g} a step"),
-        ("workers lost", f"{f['workers_lost']}, groups asked for again {f['groups_reissued']}"),
-    ]
+    lags = [f"{lag}: {share:.1%}" for lag, share in f["staleness"].items() if share >= 5e-4]
+    learners, rollouts = f["sync_exposed_learner_s"], f["sync_exposed_rollout_s"]
+    return {
+        "split": f"{split}{scenario.workers} engines of {scenario.slots} slots roll out",
+        "step": f"{f['step_s']:.4g} s",
+        "trained tokens (answers)": f"{f['tokens_per_s']:,.0f} a second",
+        "rollouts idle": f"{f['rollout_idle']:.1%}; {f['slots_used']:.1%} of the slots in use",
+        "learners idle": f"{f['learner_idle']:.1%}; {f['learner_busy']:.1%} training",
+        "sync exposed": f"learners {learners:.3g} s, rollouts {rollouts:.3g} s a step",
+        "staleness of tokens": ", ".join(lags),
+        "evicted groups": f"{f['evicted_groups']:.3g} a step",
+        "workers lost": f"{f['workers_lost']}, groups asked for again {f['groups_reissued']}",
+    }

@@ -8,40 +8,48 @@ replaces it with what a run measured.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from pydantic import Field, ValidationError
 
+from ..config.base import Settings
+from ..config.mistakes import explain
 from ..learner.flops import PEAKS
 from .scenario import DecodeTable
 
 BYTES = 2
 """Of a weight, key or value in bfloat16."""
+HASH = 10e9
+"""Bytes per second of xxh3-128 on one core. An assumption."""
+LINE = 64
+"""Bytes that a device's memory moves for one element of two."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CommitRates:
+class CommitRates(Settings):
     """The parts of an engine's standstill for new weights. `emberl bench device` measures them,
     under "commit" of its JSON."""
 
-    copy_bytes_per_s: float
+    copy_bytes_per_s: float = Field(gt=0)
     """From the host's memory into the device's."""
-    hash_bytes_per_s: float
+    hash_bytes_per_s: float = Field(gt=0)
     """xxh3-128 on one core of the host: every process of an engine hashes all that it loads."""
-    scatter_elements_per_s: float
+    scatter_elements_per_s: float = Field(gt=0)
     """Elements compared and written one by one in the device's memory."""
 
 
-LINE = 64
-"""Bytes that a device's memory moves for one element of two."""
-PASSES = 2
-"""Over each changed element: compared, written."""
-
-
-def scattered(bandwidth: float, efficiency: float) -> float:
-    """Elements a second, each in a line of its own. An assumption."""
-    return bandwidth * efficiency / (PASSES * LINE)
+def read_rates(path: Path) -> CommitRates:
+    """The rates that `emberl bench device --json` measured; ValueError with what is missing."""
+    try:
+        return CommitRates.model_validate(json.loads(path.read_text())["commit"])
+    except ValidationError as error:
+        what = f"is wrong under 'commit': {explain(error, CommitRates)}"
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        what = f"cannot be read: {error!r}"
+    raise ValueError(f"link.rates={path} {what}; emberl bench device --json makes it")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,17 +76,16 @@ class Device:
     """Share of `bandwidth` in decoding."""
 
     @property
-    def commit(self) -> CommitRates:
-        """Of one device, from its data sheet."""
+    def rates(self) -> CommitRates:
+        """From its data sheet."""
+        scattered = self.bandwidth * self.read_efficiency / LINE
         return CommitRates(
             copy_bytes_per_s=self.host_link,
             hash_bytes_per_s=HASH,
-            scatter_elements_per_s=scattered(self.bandwidth, self.read_efficiency),
+            # an assumption: each element is in a line of its own, compared and written
+            scatter_elements_per_s=scattered / 2,
         )
 
-
-HASH = 10e9
-"""Bytes per second of xxh3-128 on one core. An assumption."""
 
 DEVICES = {
     "910B": Device(
@@ -134,13 +141,6 @@ DEVICES = {
         },
     ),
 }
-
-
-def device(name: str) -> Device:
-    """A preset by its name, whatever its case."""
-    if name.upper() not in DEVICES:
-        raise ValueError(f"device={name!r} is none of {', '.join(DEVICES)}")
-    return DEVICES[name.upper()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,46 +2,49 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from .scenario import Trace
+from .scenario import Scenario, Usage
+from .simulator import Simulation
 
 Figures = dict[str, Any]
 
 
-def figures(trace: Trace) -> Figures:
+def figures(trace: Simulation) -> Figures:
     """Means over the steps after the warm-up; seconds, tokens, shares of 1."""
-    scenario, skipped = trace.scenario, trace.scenario.warmup
-    steps = trace.steps[skipped:]
-    before, after = trace.usage[skipped], trace.usage[-1]
-    seconds = after.time - before.time
+    scenario, counts = trace.scenario, trace.counts
+    earlier, steps = trace.steps[: scenario.warmup], trace.steps[scenario.warmup :]
+    before = earlier[-1].usage if earlier else Usage()
+    idle, held, slot_seconds, decoded = (
+        last - first for first, last in zip(before, steps[-1].usage, strict=True)
+    )
+    seconds = steps[-1].end - steps[0].start
     worker_seconds = scenario.workers * seconds
     tokens = sum(step.answer_tokens for step in steps)
-    lags: dict[int, float] = {}
+    lags: defaultdict[int, float] = defaultdict(float)
     for step in steps:
         for lag, count in step.lags.items():
-            lags[lag] = lags.get(lag, 0.0) + count
+            lags[lag] += count
     total = sum(lags.values())
-    counts = trace.counts
+    exposed = sum(step.end - step.published_from for step in steps)
     return {
         "step_s": seconds / len(steps),
         "tokens_per_s": tokens / seconds,
-        "rollout_idle": (after.idle - before.idle) / worker_seconds,
-        "slots_used": (after.slot_seconds - before.slot_seconds) / worker_seconds / scenario.slots,
+        "rollout_idle": idle / worker_seconds,
+        "slots_used": slot_seconds / worker_seconds / scenario.slots,
         "learner_idle": sum(step.trained_from - step.start for step in steps) / seconds,
         "learner_busy": sum(step.published_from - step.trained_from for step in steps) / seconds,
-        "sync_exposed_learner_s": (
-            sum(step.end - step.published_from for step in steps) / len(steps)
-        ),
-        "sync_exposed_rollout_s": (after.held - before.held) / scenario.workers / len(steps),
+        "sync_exposed_learner_s": exposed / len(steps),
+        "sync_exposed_rollout_s": held / scenario.workers / len(steps),
         "staleness": {str(lag): lags[lag] / total for lag in sorted(lags)},
         "staleness_mean": sum(lag * count for lag, count in lags.items()) / total,
         "staleness_max": max(lags),
         "evicted_groups": (counts.cut + counts.stale) / len(trace.steps),
-        "wasted_tokens": max(0.0, 1 - tokens / (after.decoded - before.decoded)),
+        "wasted_tokens": max(0.0, 1 - tokens / decoded),
         "workers_lost": trace.lost,
-        "groups_reissued": trace.reissued,
+        "groups_reissued": counts.reissued,
     }
 
 
@@ -66,7 +69,7 @@ def best_split(
             tried[learners] = evaluate(learners)
         return float(tried[learners]["tokens_per_s"])
 
-    here = min(range(len(candidates)), key=lambda i: abs(candidates[i] - guess))
+    here = candidates.index(guess)
     stride = max(1, len(candidates) // 8)
     while True:
         expect(min(len(candidates), max(1, len(tried)) + 2 * stride.bit_length()))
@@ -78,3 +81,13 @@ def best_split(
             return candidates[here], dict(sorted(tried.items()))
         else:
             stride = max(1, stride // 2)
+
+
+def imbalance(scenario: Scenario, context: float) -> float:
+    """How far from 1 is what full engines decode over what the learners train in the same time.
+    context: tokens that a running answer reads."""
+    row = scenario.table.rows(scenario.slots)[-1]
+    share = context / scenario.table.context[-1]
+    step = row[min(len(row) - 1, int(share * (len(row) - 1)))]
+    decoded = scenario.workers * scenario.slots / step
+    return float(abs(decoded * scenario.learner_per_token - 1))

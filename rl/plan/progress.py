@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from ..watch.console import duration, say
 
@@ -24,26 +24,23 @@ class PlanProgress:
         self._console, self._clock = console, clock
         self._begun, self._next = clock(), clock() + FIRST
         self._at, self._total = -1, 1
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(10),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            refresh_per_second=2,
+            transient=True,
+            disable=console is None or not console.is_terminal,
+        )
+        self._task = self._bar.add_task("preparing", total=None, left="")
 
     def __enter__(self) -> PlanProgress:
-        if self._console is not None and self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(10),
-                TextColumn("{task.fields[left]}"),
-                console=self._console,
-                refresh_per_second=2,
-                transient=True,
-            )
-            self._task = self._bar.add_task("preparing", total=None, left="")
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
     def expect(self, simulations: int) -> None:
         """So many at the least, with those that are done."""
@@ -52,13 +49,11 @@ class PlanProgress:
     def watch(self, what: str, steps: int) -> Callable[[int], None]:
         """Another simulation begins; what is returned is told how many of its steps are done."""
         self._at += 1
-        self._total = max(self._total, self._at + 1)
+        self.expect(self._total)
         self._show(what, 0.0)
         return lambda done: self._show(what, done / steps)
 
     def _show(self, what: str, part: float) -> None:
-        if self._console is None:
-            return
         done, now = self._at + part, self._clock()
         text, left = f"simulating {what}", ""
         if self._total > 1:
@@ -66,11 +61,8 @@ class PlanProgress:
         if done:
             seconds = (now - self._begun) * (self._total - done) / done
             left = f"{duration(seconds)} left"
-        if self._bar is not None:
-            self._bar.update(
-                self._task, description=text, left=left, completed=done, total=self._total
-            )
-        elif not done or now >= self._next:
+        self._bar.update(self._task, description=text, left=left, completed=done, total=self._total)
+        if self._bar.disable and self._console is not None and (not done or now >= self._next):
             self._next = now + (EVERY if done else FIRST)
-            text = "  ".join([time.strftime("%H:%M:%S"), text, *([left] if left else [])])
-            say(self._console, text)
+            line = "  ".join(filter(None, [time.strftime("%H:%M:%S"), text, left]))
+            say(self._console, line)

@@ -1,102 +1,106 @@
-"""The nouns of `emberl plan`: what a simulated run is made of. Times are seconds, lengths tokens,
-sizes bytes.
+"""The nouns of `emberl plan`: what a simulated run is made of, and what is seen of it. Times are
+seconds, lengths tokens, sizes bytes.
 
-A `Scenario` holds numbers only; `plan_devices` gets them from data sheets and `plan_calibrate` from
-a run.
+Groups of keys (`Settings`) are those of the command; the other parts of a `Scenario` are numbers
+that follow from data sheets (`settings`) or from a run (`calibrate`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from statistics import NormalDist
-from typing import Any, Literal, NamedTuple, Protocol
+from math import inf
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from ...rollout.schedule import Overdue
+from ..config.base import Settings
 
 InFlight = Literal["update", "finish", "park"]
 Floats = NDArray[np.float64]
 
 
-class Problem(NamedTuple):
-    """A prompt, and what makes its answers as long as they are."""
-
-    prompt: int
-    """Tokens."""
-    kind: float
+def lognormal(mean: float, cv: float, z: Any) -> Any:
+    """Values of this mean and standard deviation over mean, at z of the standard normal."""
+    sigma = np.sqrt(np.log1p(cv**2))
+    return mean * np.exp(sigma * z - sigma**2 / 2)
 
 
-class Lengths(Protocol):
-    """Where the lengths of answers come from."""
+class LognormalLengths(Settings):
+    """Lognormal answers, cut at a longest one; `--trace` takes recorded ones instead."""
 
-    def problem(self, rng: np.random.Generator) -> Problem: ...
+    mean: float = Field(default=8192, gt=0)
+    """Tokens, before the cut at `cap`."""
+    cv: float = Field(default=1.0, ge=0)
+    """Standard deviation over mean, before the cut; 0: all answers are equally long."""
+    cap: int = Field(default=32768, ge=1)
+    prompt: int = Field(default=512, ge=0)
+    correlation: float = Field(default=0.0, ge=0, le=1)
+    """Between the logarithms of the answers to one prompt: a hard problem makes all long."""
 
-    def answers(self, problem: Problem, rng: np.random.Generator, group_size: int) -> Floats:
-        """[G] tokens; drawn anew each time that the problem is asked."""
-        ...
-
-    @property
-    def mean(self) -> float:
-        """Tokens of an answer."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LognormalLengths:
-    """Long-tailed answers, cut at a longest one: an answer's length is lognormal before the cut."""
-
-    mean_uncut: float
-    cv: float
-    """Standard deviation over the mean, before the cut; 0: all answers are equally long."""
-    cap: float
-    prompt: int = 0
-    correlation: float = 0.0
-    """Of the logarithms within a group: a hard problem makes all its answers long."""
-
-    def problem(self, rng: np.random.Generator) -> Problem:
-        return Problem(self.prompt, rng.standard_normal())
-
-    def answers(self, problem: Problem, rng: np.random.Generator, group_size: int) -> Floats:
-        sigma = np.sqrt(np.log1p(self.cv**2))
+    def draw(self, rng: np.random.Generator, group_size: int) -> tuple[int, Floats]:
+        """A prompt's tokens, and [G] those of its answers."""
+        problem = rng.standard_normal()
         own = rng.standard_normal(group_size)
-        z = np.sqrt(self.correlation) * problem.kind + np.sqrt(1 - self.correlation) * own
-        lengths: Floats = np.clip(
-            np.rint(self.mean_uncut * np.exp(sigma * z - sigma**2 / 2)), 1, self.cap
-        )
-        return lengths
-
-    @property
-    def mean(self) -> float:
-        z = (np.arange(20_000) + 0.5) / 20_000
-        sigma = np.sqrt(np.log1p(self.cv**2))
-        quantiles = np.array([NormalDist().inv_cdf(p) for p in z])
-        return float(
-            np.minimum(self.mean_uncut * np.exp(sigma * quantiles - sigma**2 / 2), self.cap).mean()
-        )
+        z = np.sqrt(self.correlation) * problem + np.sqrt(1 - self.correlation) * own
+        return self.prompt, np.clip(np.rint(lognormal(self.mean, self.cv, z)), 1, self.cap)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TraceLengths:
     """Lengths that a run recorded: whole groups are drawn again, so what answers to one prompt have
-    in common stays, and a prompt that is asked twice takes as long."""
+    in common stays."""
 
     prompts: tuple[int, ...]
     recorded: tuple[Floats, ...]
     """Tokens of each group's answers."""
 
-    def problem(self, rng: np.random.Generator) -> Problem:
+    def draw(self, rng: np.random.Generator, group_size: int) -> tuple[int, Floats]:
+        """A prompt's tokens, and [G] those of its answers."""
         i = int(rng.integers(len(self.prompts)))
-        return Problem(self.prompts[i], i)
-
-    def answers(self, problem: Problem, rng: np.random.Generator, group_size: int) -> Floats:
-        recorded = self.recorded[int(problem.kind)]
-        return recorded if len(recorded) == group_size else rng.choice(recorded, group_size)
+        own = self.recorded[i]
+        return self.prompts[i], own if len(own) == group_size else rng.choice(own, group_size)
 
     @property
     def mean(self) -> float:
+        """Tokens of an answer."""
         return float(np.concatenate(self.recorded).mean())
+
+
+class PlanSchedule(Settings):
+    """As `schedule` of a run's configuration."""
+
+    prompts_per_step: int = Field(default=1024, ge=1)
+    group_size: int = Field(default=16, ge=1)
+    max_staleness: int = Field(default=8, ge=0)
+    overdue: Overdue = "wait"
+    in_flight: InFlight = "update"
+    oversample: float = Field(default=1.0, ge=1)
+
+
+class RewardTime(Settings):
+    """How long marking takes."""
+
+    seconds: float = Field(default=1.0, ge=0)
+    """From a group's last token until the learners may have it; the mean."""
+    cv: float = Field(default=1.0, ge=0)
+    """0: always the same; else lognormal."""
+    graders: int = Field(default=256, ge=1)
+    """Groups at a time."""
+
+    def draw(self, rng: np.random.Generator) -> float:
+        return float(lognormal(self.seconds, self.cv, rng.standard_normal()))
+
+
+class Failures(Settings):
+    """Of rollout engines."""
+
+    mtbf: float = Field(default=inf, gt=0, allow_inf_nan=True)
+    """Hours between two losses of one engine, on average."""
+    restart: float = Field(default=300.0, ge=0)
+    """Seconds until its replacement decodes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -116,46 +120,11 @@ class DecodeTable:
     prefill: float = 0.0
     """Seconds per prompt token; decoding stands still meanwhile."""
 
-    def __post_init__(self) -> None:
-        shape = (len(self.running), len(self.context))
-        if self.seconds.shape != shape or not (
-            np.all(self.seconds > 0) and np.all(np.isfinite(self.seconds))
-        ):
-            raise ValueError(
-                f"a decode table needs {shape} positive step times, got {self.seconds.shape}"
-            )
-        if np.any(np.diff(self.running) <= 0) or np.any(np.diff(self.context) <= 0):
-            raise ValueError("a decode table's batches and contexts must ascend")
-
-    @classmethod
-    def constant(cls, tokens_per_second: float) -> DecodeTable:
-        """Every answer gets this many tokens a second, whatever else runs."""
-        seconds = np.array([[1 / tokens_per_second]])
-        return cls(running=np.array([1.0]), context=np.array([0.0]), seconds=seconds)
-
     def rows(self, slots: int) -> list[list[float]]:
         """[slots + 1][C]: the step times of each batch."""
         batches = np.arange(slots + 1, dtype=np.float64)
         columns = [np.interp(batches, self.running, column) for column in self.seconds.T]
         return [list(map(float, row)) for row in np.stack(columns, axis=1)]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RewardTime:
-    """How long marking takes."""
-
-    seconds: float = 0.0
-    """From a group's last token until the learner may have it; the mean."""
-    cv: float = 0.0
-    """0: always the same; else lognormal."""
-    graders: int = 8
-    """Groups that are marked at the same time."""
-
-    def draw(self, rng: np.random.Generator) -> float:
-        if self.cv == 0:
-            return self.seconds
-        sigma = np.sqrt(np.log1p(self.cv**2))
-        return float(self.seconds * np.exp(sigma * rng.standard_normal() - sigma**2 / 2))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,16 +145,6 @@ class Publication:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Failures:
-    """Of rollout workers."""
-
-    mtbf: float = np.inf
-    """Mean seconds between two losses of one worker."""
-    restart: float = 60.0
-    """Until its replacement decodes."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Scenario:
     """One run to simulate."""
 
@@ -193,42 +152,34 @@ class Scenario:
     """Rollout engines."""
     slots: int
     """Answers that one of them decodes at a time."""
-    given: int | None = None
-    """Answers of incomplete groups that the pool gives one of them at a time; those without a slot
-    wait there. None: all."""
     table: DecodeTable
-    lengths: Lengths
-    prompts_per_step: int
-    """B, groups."""
-    group_size: int
-    """G, answers to each prompt."""
+    lengths: LognormalLengths | TraceLengths
+    schedule: PlanSchedule
     learner_fixed: float
     """Seconds of a step whatever its size: everything between the last group and the
     publication."""
     learner_per_token: float
     """And for each token of the groups, prompts included."""
-    max_staleness: int = 0
-    overdue: Overdue = "wait"
-    in_flight: InFlight = "update"
-    oversample: float = 1.0
-    reward: RewardTime = field(default_factory=RewardTime)
-    publication: Publication = field(default_factory=Publication)
+    reward: RewardTime
+    publication: Publication = Publication()
     failures: Failures = field(default_factory=Failures)
-    steps: int = 20
-    warmup: int = 5
+    steps: int
+    warmup: int
     """Steps that the figures leave out: the first ones fill the pipeline."""
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.warmup < self.steps:
-            raise ValueError(
-                f"warmup={self.warmup} must leave some of the {self.steps} steps to measure"
-            )
-        if self.workers < 1 or self.slots < 1:
-            raise ValueError(
-                f"workers={self.workers} with slots={self.slots} cannot decode; use at least 1 of"
-                " each"
-            )
+
+class Usage(NamedTuple):
+    """Of one or all rollout workers, since the beginning."""
+
+    idle: float = 0.0
+    """Worker-seconds with nothing to decode."""
+    held: float = 0.0
+    """Worker-seconds in which running answers stood still for new weights."""
+    slot_seconds: float = 0.0
+    """Of slots in use."""
+    decoded: float = 0.0
+    """Tokens, those that were thrown away included."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,38 +192,7 @@ class StepRecord:
     published_from: float
     end: float
     answer_tokens: int
-    tokens: int
-    """Answers and prompts."""
     lags: dict[int, float]
     """Versions behind the one that is trained -> tokens of answers."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Usage:
-    """Of all rollout workers, since the beginning."""
-
-    time: float
-    idle: float
-    """Worker-seconds with nothing to decode."""
-    held: float
-    """Worker-seconds in which running answers stood still for new weights."""
-    slot_seconds: float
-    """Of slots in use."""
-    decoded: float
-    """Tokens, those that were thrown away included."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Trace:
-    """A simulated run."""
-
-    scenario: Scenario
-    steps: tuple[StepRecord, ...]
-    usage: tuple[Usage, ...]
-    """At the beginning and after each step."""
-    counts: Any
-    """The schedule's own books (`rollout.schedule.Counts`)."""
-    lost: int
-    """Workers."""
-    reissued: int
-    """Groups that were decoded again because their worker was lost."""
+    usage: Usage
+    """At its end."""

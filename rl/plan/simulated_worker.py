@@ -9,17 +9,17 @@ table. One event per finished answer is all it takes.
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
-from math import sqrt
-from typing import cast
+from itertools import count, pairwise
+from math import inf, sqrt
+from typing import NamedTuple, cast
 
 import simpy
 
-from .scenario import DecodeTable, Floats, InFlight, Problem, Usage
+from .scenario import Floats, InFlight, Scenario, Usage
 
 EPSILON = 1e-6
 """Tokens: what rounding may do to a mark."""
@@ -27,67 +27,57 @@ EPSILON = 1e-6
 
 @dataclass(slots=True, eq=False)
 class SimGroup:
-    """A prompt and its answers on their way."""
+    """A prompt and its answers on their way. `dataclasses.replace` gives it as it was before it was
+    sampled."""
 
     number: int
-    problem: Problem
+    prompt: int
+    """Tokens."""
     lengths: Floats
     """[G] tokens of the answers."""
-    cost: float
-    """Tokens that the pool expects."""
-    left: int = 0
+    left: int = field(init=False, default=0)
     """Answers that are not finished."""
-    worker: int = -1
-    tokens: dict[int, float] = field(default_factory=dict)
+    tokens: dict[int, float] = field(init=False, default_factory=dict)
     """Version -> tokens that it sampled."""
-    prefilled: bool = False
+    prefilled: bool = field(init=False, default=False)
 
     @property
     def samples(self) -> int:
         return len(self.lengths)
 
-    def anew(self) -> SimGroup:
-        """The same group before it was sampled."""
-        return SimGroup(
-            number=self.number, problem=self.problem, lengths=self.lengths, cost=self.cost
-        )
+    @property
+    def cost(self) -> float:
+        """What the pool expects is the same of all groups."""
+        return 1.0
 
     @property
     def answer_tokens(self) -> int:
         return int(self.lengths.sum())
 
-    @property
-    def all_tokens(self) -> int:
-        return self.answer_tokens + self.problem.prompt * len(self.lengths)
 
+class Answer(NamedTuple):
+    """One that is decoded: its marks, and a number that tells answers with equal ends apart."""
 
-@dataclass(slots=True, eq=False)
-class _Answer:
+    end: float
+    number: int
+    start: float
     group: SimGroup
-    length: float
-    start: float = 0.0
-    """The worker's mark at which it began."""
 
 
 class SimWorker:
     """Decodes answers; `finished` is called with each group whose last answer is there."""
 
     def __init__(
-        self,
-        env: simpy.Environment,
-        table: DecodeTable,
-        slots: int,
-        finished: Callable[[SimGroup], None],
+        self, env: simpy.Environment, scenario: Scenario, finished: Callable[[SimGroup], None]
     ) -> None:
         self._env = env
-        self._slots = slots
+        self._slots = scenario.slots
         self._finished = finished
-        self._rows = table.rows(slots)
-        self._contexts = [float(c) for c in table.context]
-        self._prefill = table.prefill
-        # a heap by the mark at which an answer ends
-        self._running: list[tuple[float, int, _Answer]] = []
-        self._waiting: deque[_Answer] = deque()
+        self._rows = scenario.table.rows(scenario.slots)
+        self._contexts = [float(c) for c in scenario.table.context]
+        self._prefill = scenario.table.prefill
+        self._running: list[Answer] = []  # a heap
+        self._waiting: deque[tuple[SimGroup, float]] = deque()  # and the answer's length
         self._numbers = count()
         self._mark = 0.0
         self._context = 0.0  # tokens that all running answers read
@@ -110,23 +100,21 @@ class SimWorker:
             return
         self._advance()
         for group in groups:
-            group.left = len(group.lengths)
-            self._waiting.extend(_Answer(group, float(length)) for length in group.lengths)
+            group.left = group.samples
+            self._waiting.extend((group, float(length)) for length in group.lengths)
         self._admit()
         self._plan()
 
-    def remove(self, groups: set[int]) -> None:
+    def remove(self, unwanted: Callable[[SimGroup], bool]) -> None:
         """Stops all answers of these groups."""
         self._advance()
-        kept = [item for item in self._running if item[2].group.number not in groups]
+        kept = [answer for answer in self._running if not unwanted(answer.group)]
         if len(kept) < len(self._running):
             self._running = kept
             heapq.heapify(self._running)
-            self._context = sum(self._read(item[2]) for item in kept)
-        self._waiting = deque(
-            answer for answer in self._waiting if answer.group.number not in groups
-        )
-        self._late = [group for group in self._late if group.number not in groups]
+            self._context = sum(map(self._read, kept))
+        self._waiting = deque(item for item in self._waiting if not unwanted(item[0]))
+        self._late = [group for group in self._late if not unwanted(group)]
         self._admit()
         self._plan()
         self._tell_drained()
@@ -141,8 +129,8 @@ class SimWorker:
         """New groups wait for the next `install`; the event comes when those that are here are
         finished."""
         self._updates += 1
-        self._drained.append(self._env.event())
-        drained = self._drained[-1]
+        drained = self._env.event()
+        self._drained.append(drained)
         self._tell_drained()
         return drained
 
@@ -157,8 +145,8 @@ class SimWorker:
         self._stall(seconds)
         self._changes.append((self._mark, version))
         self._held = False
-        for answer in self._waiting:
-            answer.group.prefilled = False
+        for group, _ in self._waiting:
+            group.prefilled = False
         self._plan()
         if in_flight == "finish":
             self._updates -= 1
@@ -166,33 +154,9 @@ class SimWorker:
                 late, self._late = self._late, []
                 self.submit(late)
 
-    def lose(self) -> None:
-        """The process is gone, with all that it was decoding."""
-        self._advance()
-        self._running = []
-        self._context = 0.0
-        self._held = True
-        self._waiting.clear()
-        self._late.clear()
-        self._plan()
-        self._tell_drained()
-
-    def restore(self, version: int) -> None:
-        """Its replacement, with these weights."""
-        self._advance()
-        self._held = False
-        self._changes.append((self._mark, version))
-        self._plan()
-
     def usage(self) -> Usage:
         self._advance()
-        return Usage(
-            time=self._env.now,
-            idle=self._idle,
-            held=self._stood,
-            slot_seconds=self._slot_seconds,
-            decoded=self._decoded,
-        )
+        return Usage(self._idle, self._stood, self._slot_seconds, self._decoded)
 
     def _tell_drained(self) -> None:
         if not self._running and not self._waiting:
@@ -200,8 +164,8 @@ class SimWorker:
                 event.succeed()
             self._drained = []
 
-    def _read(self, answer: _Answer) -> float:
-        return answer.group.problem.prompt + self._mark - answer.start
+    def _read(self, answer: Answer) -> float:
+        return answer.group.prompt + self._mark - answer.start
 
     def _step_seconds(self, row: Sequence[float], context: float) -> float:
         grid = self._contexts
@@ -213,40 +177,37 @@ class SimWorker:
 
     def _advance(self) -> None:
         """Brings the mark to the present."""
-        now, n = self._env.now, len(self._running)
-        if now == self._since:
+        n, span = len(self._running), self._env.now - self._since
+        if span == 0:
             return
-        span = now - self._since
         if n == 0:
             self._idle += 0.0 if self._waiting else span
         elif self._held:
             self._stood += span
         else:
-            decoding = max(0.0, now - max(self._since, self._stalled))
+            decoding = max(0.0, self._env.now - max(self._since, self._stalled))
             a, b = self._first, self._slope
-            tokens = (
-                decoding / a
-                if abs(b) < 1e-15
-                else (sqrt(max(0.0, a * a + 2 * b * decoding)) - a) / b
-            )
+            if abs(b) < 1e-15:
+                tokens = decoding / a
+            else:
+                tokens = (sqrt(max(0.0, a * a + 2 * b * decoding)) - a) / b
             self._mark += tokens
             self._first += b * tokens
             self._context += n * tokens
             self._decoded += n * tokens
         self._slot_seconds += n * span
-        self._since = now
+        self._since = self._env.now
 
     def _admit(self) -> None:
         """Fills free slots; the first answer of a group pays for reading its prompt."""
         while self._waiting and len(self._running) < self._slots:
-            answer = self._waiting.popleft()
-            if not answer.group.prefilled:
-                answer.group.prefilled = True
-                if self._prefill:
-                    self._stall(self._prefill * answer.group.problem.prompt)
-            answer.start = self._mark
-            heapq.heappush(self._running, (self._mark + answer.length, next(self._numbers), answer))
-            self._context += answer.group.problem.prompt
+            group, length = self._waiting.popleft()
+            if not group.prefilled:
+                group.prefilled = True
+                self._stall(self._prefill * group.prompt)
+            answer = Answer(self._mark + length, next(self._numbers), self._mark, group)
+            heapq.heappush(self._running, answer)
+            self._context += group.prompt
 
     def _stall(self, seconds: float) -> None:
         self._stalled = max(self._stalled, self._env.now) + seconds
@@ -257,7 +218,7 @@ class SimWorker:
         n = len(self._running)
         if n == 0 or self._held:
             return
-        end = self._running[0][0]
+        end = self._running[0].end
         tokens = max(0.0, end - self._mark)
         row, context = self._rows[n], self._context / n
         self._first = self._step_seconds(row, context)
@@ -276,8 +237,8 @@ class SimWorker:
         self._context += len(self._running) * (end - self._mark)
         self._mark = end
         complete = []
-        while self._running and self._running[0][0] <= end + EPSILON:
-            answer = heapq.heappop(self._running)[2]
+        while self._running and self._running[0].end <= end + EPSILON:
+            answer = heapq.heappop(self._running)
             self._context -= self._read(answer)
             self._note(answer)
             answer.group.left -= 1
@@ -289,14 +250,11 @@ class SimWorker:
         for group in complete:
             self._finished(group)
 
-    def _note(self, answer: _Answer) -> None:
+    def _note(self, answer: Answer) -> None:
         """Which version sampled how many of its tokens."""
-        changes, tokens = self._changes, answer.group.tokens
-        i = bisect_right(changes, (answer.start, 1 << 60)) - 1
-        start = answer.start
-        for j in range(i, bisect_left(changes, (self._mark, -1))):
-            stop = changes[j + 1][0] if j + 1 < len(changes) else self._mark
-            stop = min(stop, self._mark)
+        tokens = answer.group.tokens
+        first = bisect_right(self._changes, (answer.start, inf)) - 1
+        for (mark, version), (next_mark, _) in pairwise([*self._changes[first:], (inf, -1)]):
+            start, stop = max(mark, answer.start), min(next_mark, self._mark)
             if stop > start:
-                tokens[changes[j][1]] = tokens.get(changes[j][1], 0.0) + stop - start
-            start = stop
+                tokens[version] = tokens.get(version, 0.0) + stop - start

@@ -25,12 +25,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from emberl.rl.plan.command import plan_devices, plan_run
 from emberl.rl.plan.figures import Figures, figures
-from emberl.rl.plan.scenario import DecodeTable, LognormalLengths, Publication, Scenario
+from emberl.rl.plan.progress import PlanProgress
+from emberl.rl.plan.scenario import (
+    DecodeTable,
+    LognormalLengths,
+    PlanSchedule,
+    Publication,
+    RewardTime,
+    Scenario,
+)
 from emberl.rl.plan.settings import load_plan, make_scenario
 from emberl.rl.plan.simulator import simulate
 from harness import Report, arguments
@@ -38,21 +45,20 @@ from harness import Report, arguments
 TOY = Scenario(
     workers=16,
     slots=64,
-    table=DecodeTable.constant(60),
-    lengths=LognormalLengths(mean_uncut=8192, cv=1, cap=32768),
-    prompts_per_step=512,
-    group_size=1,
+    table=DecodeTable(
+        running=np.array([1.0]), context=np.array([0.0]), seconds=np.array([[1 / 60]])
+    ),
+    lengths=LognormalLengths(mean=8192, cv=1, cap=32768, prompt=0),
+    schedule=PlanSchedule(prompts_per_step=512, group_size=1, max_staleness=0),
     learner_fixed=90,
     learner_per_token=0,
+    reward=RewardTime(seconds=0),
     publication=Publication(commit=1),
     steps=40,
     warmup=10,
 )
-TOY_CASES: dict[str, tuple[dict[str, Any], float]] = {
-    "synchronous": ({}, 640.0),
-    "oversample 1.25": ({"oversample": 1.25, "overdue": "evict"}, 283.0),
-}
-"""Changes -> seconds a step of the other simulation."""
+TOY_CASES = {"synchronous": (1.0, 640.0), "oversample 1.25": (1.25, 283.0)}
+"""(schedule.oversample, seconds a step of the other simulation)."""
 
 SCALES = {1024: 1024, 4096: 1024, 10240: 2048}
 """NPUs -> prompts a step, with 16 answers each: as many as max_staleness=8 needs for the longest
@@ -124,7 +130,7 @@ def bench_speed(report: Report, devices: int) -> None:
     start = time.perf_counter()
     trace = simulate(scenario)
     seconds = time.perf_counter() - start
-    answers = trace.counts.finished * scenario.group_size
+    answers = trace.counts.finished * scenario.schedule.group_size
     report.record(
         f"{devices} devices",
         "simulator",
@@ -136,8 +142,9 @@ def bench_speed(report: Report, devices: int) -> None:
 
 
 def bench_toy(report: Report) -> None:
-    for case, (changes, expected) in TOY_CASES.items():
-        found = figures(simulate(replace(TOY, **changes)))
+    for case, (oversample, expected) in TOY_CASES.items():
+        schedule = TOY.schedule.model_copy(update={"oversample": oversample})
+        found = figures(simulate(replace(TOY, schedule=schedule)))
         report.record(
             case,
             "simulator",
@@ -205,7 +212,8 @@ def bench_links(
 
 def best_share(report: Report) -> float:
     """The share of 1,024 devices that should learn, with a perfect link."""
-    found = plan_devices(load_plan(["link.bandwidth=inf"], {"devices": 1024}))
+    settings = load_plan(["link.bandwidth=inf"], {"devices": 1024})
+    found = plan_devices(settings, None, PlanProgress())
     assert found.learners is not None
     report.record(
         "1024 NPUs", "best split", found.learners, "learners", step=found.figures["step_s"]
@@ -259,14 +267,17 @@ def bench_reality(report: Report, folder: Path, settings: Mapping[str, Sequence[
     base, also = folder / "calibration", folder / "calibration-2"
     real_run(folder, base, ())
     real_run(folder, also, ALSO)
-    measured, found = measured_step(base, 0), plan_run(base, (), [also]).figures["step_s"]
+    measured, found = (
+        measured_step(base, 0),
+        plan_run(base, (), [also], PlanProgress()).figures["step_s"],
+    )
     report.record(
         "calibration", "planner", found, "s/step", ratio=found / measured, measured=measured
     )
     for case, overrides in settings.items():
         run_dir = folder / case.replace(" ", "-").replace(",", "")
         real_run(folder, run_dir, overrides)
-        planned = plan_run(base, overrides, [also]).figures
+        planned = plan_run(base, overrides, [also], PlanProgress()).figures
         measured = measured_step(run_dir, planned["staleness_max"])
         ratio = planned["step_s"] / measured
         report.record(
