@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from emberl.kernels.platform import CPU, compute_dtype
 from emberl.rl.config.data import DataConfig
 from emberl.rl.data.templates import PromptWriter
 from emberl.rl.weights.probe import Level
@@ -205,7 +206,7 @@ def test_logprobs_are_near_in_both_dtypes(
 ) -> None:
     """In float32 to 1e-4 everywhere; in bfloat16 within the noise by which a probe knows right
     weights."""
-    ids = torch.tensor([token for prompt in prompts[:4] for token in prompt])[:128]
+    ids = torch.tensor([token for prompt in prompts[:4] for token in prompt])[:48]
     with torch.no_grad():
         single = Decoder.from_directory(smollm2, torch.float32).token_logprobs(ids[None])[0].numpy()
         half = (
@@ -236,7 +237,7 @@ def brief(data_source, solution_str, ground_truth, extra_info=None):
 '''
 CONFIG = """\
 name: real
-model: {path: MODEL, dtype: bfloat16}
+model: {path: MODEL}
 data: {source: sums.jsonl, prompt_column: question, heldout: 4, max_prompt_length: 64}
 rollout: {group_size: 4, max_response_length: 24, max_num_seqs: 16}
 reward: {parts: {brief: {use: FOLDER/brief.py:brief}}}
@@ -250,7 +251,8 @@ cluster: {device: cpu}
 
 
 def test_two_steps_on_a_real_model(emberl: Emberl, smollm2: Path) -> None:
-    """With ten lines of a reward of one's own; plain transformers loads what was trained."""
+    """With ten lines of a reward of one's own; plain transformers loads what was trained. In the
+    dtype that this processor multiplies: without bfloat16 products it would take half an hour."""
     folder = emberl.folder
     (folder / "brief.py").write_text(REWARD)
     rows = [{"question": f"What is {a}+{a + 3}?", "answer": str(2 * a + 3)} for a in range(2, 22)]
@@ -271,8 +273,9 @@ def test_two_steps_on_a_real_model(emberl: Emberl, smollm2: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(folder / "run" / "model", dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(folder / "run" / "model")
-    assert model.dtype == torch.bfloat16 and model.config.rope_parameters["rope_theta"] == 100000
-    start = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
+    dtype = compute_dtype("auto", CPU)
+    assert model.dtype == dtype and model.config.rope_parameters["rope_theta"] == 100000
+    start = AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype)
     changed = sum(
         not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True)
     )
