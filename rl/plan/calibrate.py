@@ -56,7 +56,7 @@ def calibrate(
             f"{run_dir} has too few RL steps to learn from: {SKIPPED} are skipped, and some must be"
             " left"
         )
-    timed = [step for recording in recordings for step in learner_steps(*recording)]
+    timed = np.concatenate([learner_steps(*recording) for recording in recordings])
     fixed, per_token = learner_time(timed)
     measured = decoding(answers, workers=source.cluster.rollouts, slots=target.rollout.max_num_seqs)
     commits = [row.get("sync/apply_s", 0.0) for row in steps]
@@ -96,15 +96,9 @@ def calibrate(
     }
 
 
-class Recording(NamedTuple):
-    """What a run recorded after its first `SKIPPED` steps."""
-
-    steps: list[dict[str, Any]]
-    """Metrics of its RL steps; of steps that were done twice the later."""
-    answers: pa.Table
-
-
-def read_recording(run_dir: Path) -> Recording:
+def read_recording(run_dir: Path) -> tuple[list[dict[str, Any]], pa.Table]:
+    """The metrics of a run's RL steps after the first `SKIPPED` (of steps that were done twice the
+    later), and the answers of these steps."""
     metrics = run_dir / METRICS
     if not metrics.is_file():
         raise ValueError(f"{metrics} does not exist: --from-run needs the folder of a run")
@@ -116,46 +110,37 @@ def read_recording(run_dir: Path) -> Recording:
         if step > SKIPPED and "timing_s/update_weights" in row
     ]
     answers = read_lengths(run_dir)
-    return Recording(steps, answers.filter(pa.compute.greater(answers["step"], SKIPPED)))
+    return steps, answers.filter(pa.compute.greater(answers["step"], SKIPPED))
 
 
-class LearnerStep(NamedTuple):
-    """A step's tokens and the time that they took."""
-
-    tokens: int
-    """Of prompts and answers."""
-    seconds: float
-    """All that is neither waiting for groups nor publishing."""
-    updating: float
-    """Of these, in optimizer steps."""
-
-
-def learner_steps(steps: Sequence[dict[str, Any]], answers: pa.Table) -> list[LearnerStep]:
+def learner_steps(steps: Sequence[dict[str, Any]], answers: pa.Table) -> Floats:
+    """[N, 3] of each step: tokens of prompts and answers; seconds that were neither waiting for
+    groups nor publishing; of these, seconds in optimizer steps."""
     total = np.asarray(answers["prompt_length"]) + np.asarray(answers["response_length"])
     number = np.asarray(answers["step"])
-    return [
-        LearnerStep(
-            int(total[number == row["step"]].sum()),
+    rows = [
+        (
+            total[number == row["step"]].sum(),
             row["timing_s/step"] - row["timing_s/gen"] - row["timing_s/update_weights"],
             row.get("timing_s/update_actor", 0.0),
         )
         for row in steps
         if row["step"] in number
     ]
+    return np.array(rows, np.float64).reshape(-1, 3)
 
 
-def learner_time(steps: Sequence[LearnerStep]) -> tuple[float, float]:
+def learner_time(steps: Floats) -> tuple[float, float]:
     """(seconds a step, seconds a token); neither is below 0.
 
     Least squares, where the steps' sizes differ enough to tell the two apart. Else the optimizer
     steps are taken to be proportional to the tokens, and the rest to be fixed.
     """
-    x = np.array([step.tokens for step in steps], np.float64)
-    y = np.array([step.seconds for step in steps])
+    x, y, updating = steps.T
     if np.quantile(x, 0.9) >= SPREAD * np.quantile(x, 0.1):
         fixed, per_token = nonnegative_least_squares(np.stack([np.ones_like(x), x], axis=1), y)
         return float(fixed), float(per_token)
-    updates = float(np.mean([step.updating for step in steps]))
+    updates = float(updating.mean())
     return max(0.0, float(y.mean()) - updates), updates / float(x.mean())
 
 

@@ -10,16 +10,16 @@ Both simulate the schedule that runs really follow; the result is an expectation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..config.key_reference import entries, line_of
 from .calibrate import calibrate, trace_lengths
 from .devices import DEVICES
 from .figures import Figures, best_split, figures, imbalance
@@ -60,41 +60,33 @@ class Plan:
 
 def plan(
     overrides: Sequence[str],
-    options: dict[str, Any],
-    from_run: Path | None,
-    trace: Path | None,
+    options: Mapping[str, Any],
+    from_run: Path | None = None,
+    trace: Path | None = None,
     also: Sequence[Path] = (),
     *,
     console: Console | None = None,
 ) -> Plan:
     """The command; `ConfigError` or `ValueError` for what a person must change. console: where
     progress is shown; None: nowhere."""
-    if from_run is not None:
-        given = [name for name, value in options.items() if value is not None]
-        if given or trace is not None:
-            extra = ", ".join(given) or "--trace"
-            raise ValueError(f"--from-run plans with the run's own devices: leave out {extra}")
+    if from_run is None:
+        if also:
+            raise ValueError("--also adds to what --from-run measured: name that run, too")
+        settings = load_plan(overrides, options)
         with PlanProgress(console) as progress:
-            return plan_run(from_run, overrides, also, progress)
-    if also:
-        raise ValueError("--also adds to what --from-run measured: name that run, too")
-    settings = load_plan(overrides, options)
+            return _plan_devices(settings, trace, progress)
+    given = [name for name, value in options.items() if value is not None]
+    if given or trace is not None:
+        extra = ", ".join(given) or "--trace"
+        raise ValueError(f"--from-run plans with the run's own devices: leave out {extra}")
+    scenario, sources = calibrate(from_run, overrides, also)
+    title = f"as {from_run}" + (f" with {' '.join(overrides)}" if overrides else "")
     with PlanProgress(console) as progress:
-        return plan_devices(settings, trace, progress)
+        found = figures(simulate(scenario, progress.watch(title, scenario.steps)))
+    return Plan(title=title, scenario=scenario, figures=found, sources=sources)
 
 
-def plan_run(
-    run_dir: Path, overrides: Sequence[str], also: Sequence[Path], progress: PlanProgress
-) -> Plan:
-    """Plans from what a run measured, at its own settings or with some of them changed by
-    key=value; `also`: see `calibrate`."""
-    scenario, sources = calibrate(run_dir, overrides, also)
-    title = f"as {run_dir}" + (f" with {' '.join(overrides)}" if overrides else "")
-    simulated = figures(simulate(scenario, progress.watch(title, scenario.steps)))
-    return Plan(title=title, scenario=scenario, figures=simulated, sources=sources)
-
-
-def plan_devices(settings: PlanSettings, trace: Path | None, progress: PlanProgress) -> Plan:
+def _plan_devices(settings: PlanSettings, trace: Path | None, progress: PlanProgress) -> Plan:
     """Plans from data sheets; searches the best split unless `learners` is set."""
     lengths = trace_lengths(trace) if trace is not None else None
     settings.check_split(settings.learners or 1)
@@ -138,12 +130,12 @@ def _sources(settings: PlanSettings) -> dict[str, str]:
 
 
 def describe_keys() -> str:
-    """All settings with their defaults, and the data sheets."""
-    settings = OmegaConf.to_yaml(OmegaConf.create(PlanSettings().model_dump(mode="json")))
+    """All settings with their defaults and what they mean, and the data sheets."""
+    keys = [line_of(entry, whole=True).removesuffix("  # ") for entry in entries(PlanSettings)]
     sheets = [
         f"# {d.name}: {name}: {text}" for d in DEVICES.values() for name, text in d.sources.items()
     ]
-    return "\n".join([settings.rstrip(), *sheets])
+    return "\n".join([*keys, *sheets])
 
 
 def show(plan: Plan, console: Console) -> None:

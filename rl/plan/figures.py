@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from .scenario import Scenario, Usage
 from .simulator import Simulation
 
@@ -16,11 +18,11 @@ def figures(trace: Simulation) -> Figures:
     """Means over the steps after the warm-up; seconds, tokens, shares of 1."""
     scenario, counts = trace.scenario, trace.counts
     earlier, steps = trace.steps[: scenario.warmup], trace.steps[scenario.warmup :]
-    before = earlier[-1].usage if earlier else Usage()
+    begun, before = (earlier[-1].end, earlier[-1].usage) if earlier else (0.0, Usage())
     idle, held, slot_seconds, decoded = (
         last - first for first, last in zip(before, steps[-1].usage, strict=True)
     )
-    seconds = steps[-1].end - steps[0].start
+    seconds = steps[-1].end - begun
     worker_seconds = scenario.workers * seconds
     tokens = sum(step.answer_tokens for step in steps)
     lags: defaultdict[int, float] = defaultdict(float)
@@ -28,15 +30,14 @@ def figures(trace: Simulation) -> Figures:
         for lag, count in step.lags.items():
             lags[lag] += count
     total = sum(lags.values())
-    exposed = sum(step.end - step.published_from for step in steps)
     return {
         "step_s": seconds / len(steps),
         "tokens_per_s": tokens / seconds,
         "rollout_idle": idle / worker_seconds,
         "slots_used": slot_seconds / worker_seconds / scenario.slots,
-        "learner_idle": sum(step.trained_from - step.start for step in steps) / seconds,
-        "learner_busy": sum(step.published_from - step.trained_from for step in steps) / seconds,
-        "sync_exposed_learner_s": exposed / len(steps),
+        "learner_idle": sum(step.waited for step in steps) / seconds,
+        "learner_busy": sum(step.trained for step in steps) / seconds,
+        "sync_exposed_learner_s": sum(step.published for step in steps) / len(steps),
         "sync_exposed_rollout_s": held / scenario.workers / len(steps),
         "staleness": {str(lag): lags[lag] / total for lag in sorted(lags)},
         "staleness_mean": sum(lag * count for lag, count in lags.items()) / total,
@@ -86,8 +87,7 @@ def best_split(
 def imbalance(scenario: Scenario, context: float) -> float:
     """How far from 1 is what full engines decode over what the learners train in the same time.
     context: tokens that a running answer reads."""
-    row = scenario.table.rows(scenario.slots)[-1]
-    share = context / scenario.table.context[-1]
-    step = row[min(len(row) - 1, int(share * (len(row) - 1)))]
+    table = scenario.table
+    step = table.seconds[-1, np.searchsorted(table.context, context, side="right") - 1]
     decoded = scenario.workers * scenario.slots / step
     return float(abs(decoded * scenario.learner_per_token - 1))

@@ -17,12 +17,11 @@ FIRST, EVERY = 3.0, 15.0
 class PlanProgress:
     """A context in which `watch` follows one simulation after another."""
 
-    def __init__(
-        self, console: Console | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """console: None says nothing. clock: seconds, for tests."""
-        self._console, self._clock = console, clock
-        self._begun, self._next = clock(), clock() + FIRST
+    def __init__(self, console: Console | None) -> None:
+        """console: None says nothing."""
+        self._console = console
+        self._begun = time.monotonic()
+        self._next = self._begun + FIRST
         self._at, self._total = -1, 1
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -54,7 +53,7 @@ class PlanProgress:
         return lambda done: self._show(what, done / steps)
 
     def _show(self, what: str, part: float) -> None:
-        done, now = self._at + part, self._clock()
+        done, now = self._at + part, time.monotonic()
         text, left = f"simulating {what}", ""
         if self._total > 1:
             text += f" ({self._at + 1} of about {self._total})"

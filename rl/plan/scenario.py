@@ -7,6 +7,7 @@ that follow from data sheets (`settings`) or from a run (`calibrate`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal, NamedTuple
@@ -182,17 +183,17 @@ class Usage(NamedTuple):
     """Tokens, those that were thrown away included."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepRecord:
-    """One simulated step; times are on the simulation's clock."""
+class StepRecord(NamedTuple):
+    """One simulated step."""
 
-    start: float
-    """The learners begin to wait for groups."""
-    trained_from: float
-    published_from: float
     end: float
+    """On the simulation's clock."""
+    waited: float
+    """Of the learners, for groups."""
+    trained: float
+    published: float
     answer_tokens: int
-    lags: dict[int, float]
+    lags: Mapping[int, float]
     """Versions behind the one that is trained -> tokens of answers."""
     usage: Usage
     """At its end."""

@@ -30,6 +30,7 @@ ENOUGH = 64
 """Answers that an engine should decode at a time: fewer leave most of its time to reading
 weights."""
 MOST_SLOTS = 256
+"""That an engine is given, whatever memory it has."""
 RELAY_BLOCKS = 64
 """A relayed version travels in so many blocks: the last node waits for one block per hop of the
 tree, not for all of them."""
@@ -38,14 +39,18 @@ ORDERS_S = {"vllm": 0.1, "embedded": 0.01}
 
 
 class EngineSettings(Settings):
+    """One engine."""
+
     cards: int | None = Field(default=None, ge=1)
     """Devices of one engine (tensor parallel); empty: the smallest power of two that has memory for
-    `ENOUGH` answers."""
+    64 answers."""
     slots: int | None = Field(default=None, ge=1)
-    """Answers at a time; empty: as many as fit the memory, `MOST_SLOTS` at most."""
+    """Answers at a time; empty: as many as fit the memory, 256 at most."""
 
 
 class LearnerSettings(Settings):
+    """All learners."""
+
     fixed: float = Field(default=5.0, ge=0)
     """Seconds of a step besides its tokens: packing, the optimizer, logging. An assumption."""
     mfu: float | None = Field(default=None, gt=0, le=1)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count, pairwise
 from math import inf, sqrt
-from typing import NamedTuple, cast
+from typing import ClassVar, NamedTuple
 
 import simpy
 
@@ -35,6 +35,8 @@ class SimGroup:
     """Tokens."""
     lengths: Floats
     """[G] tokens of the answers."""
+    cost: ClassVar[float] = 1.0
+    """The pool expects the same of all groups."""
     left: int = field(init=False, default=0)
     """Answers that are not finished."""
     tokens: dict[int, float] = field(init=False, default_factory=dict)
@@ -44,11 +46,6 @@ class SimGroup:
     @property
     def samples(self) -> int:
         return len(self.lengths)
-
-    @property
-    def cost(self) -> float:
-        """What the pool expects is the same of all groups."""
-        return 1.0
 
     @property
     def answer_tokens(self) -> int:
@@ -87,7 +84,7 @@ class SimWorker:
         self._late: list[SimGroup] = []  # submitted while an update waits for what is running
         self._drained: list[simpy.Event] = []
         self._updates = 0  # that wait for this
-        self._turn = 0  # wake-ups of earlier turns are void
+        self._planned: simpy.Event | None = None  # wake-ups that were planned earlier are void
         # seconds of the next token, and how they grow with each token
         self._first = 1.0
         self._slope = 0.0
@@ -214,25 +211,24 @@ class SimWorker:
 
     def _plan(self) -> None:
         """Sets the clock for the next answer that ends."""
-        self._turn += 1
         n = len(self._running)
         if n == 0 or self._held:
+            self._planned = None
             return
-        end = self._running[0].end
-        tokens = max(0.0, end - self._mark)
+        tokens = max(0.0, self._running[0].end - self._mark)
         row, context = self._rows[n], self._context / n
         self._first = self._step_seconds(row, context)
         last = self._step_seconds(row, context + tokens)
         self._slope = (last - self._first) / tokens if tokens > EPSILON else 0.0
         wait = max(0.0, self._stalled - self._env.now) + tokens * (self._first + last) / 2
-        wake = self._env.timeout(wait, (self._turn, end))
-        assert wake.callbacks is not None
-        wake.callbacks.append(self._wake)
+        self._planned = self._env.timeout(wait)
+        assert self._planned.callbacks is not None
+        self._planned.callbacks.append(self._wake)
 
     def _wake(self, event: simpy.Event) -> None:
-        turn, end = cast("tuple[int, float]", event.value)
-        if turn != self._turn:
+        if event is not self._planned:
             return
+        end = self._running[0].end
         self._advance()
         self._context += len(self._running) * (end - self._mark)
         self._mark = end

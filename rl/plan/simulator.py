@@ -29,9 +29,7 @@ HOUR = 3600
 def simulate(scenario: Scenario, tell: Callable[[int], None] = lambda done: None) -> Simulation:
     """Runs the scenario to its last step; deterministic in its seed. tell: how many steps are
     done, after each."""
-    simulation = Simulation(scenario, tell)
-    simulation.run()
-    return simulation
+    return Simulation(scenario, tell).run()
 
 
 class Simulation:
@@ -66,8 +64,9 @@ class Simulation:
             for i in range(workers):
                 self._env.process(self._fail(i, np.random.default_rng(failures.integers(1 << 62))))
 
-    def run(self) -> None:
+    def run(self) -> Simulation:
         self._env.run(until=self._env.process(self._learn()))
+        return self
 
     # The learners
 
@@ -91,10 +90,10 @@ class Simulation:
             yield from self._publish(version + 1)
             self.steps.append(
                 StepRecord(
-                    start=start,
-                    trained_from=trained_from,
-                    published_from=published_from,
                     end=self._env.now,
+                    waited=trained_from - start,
+                    trained=published_from - trained_from,
+                    published=self._env.now - published_from,
                     answer_tokens=answer_tokens,
                     lags=_lags(groups, version),
                     usage=Usage(*map(sum, zip(*(w.usage() for w in self._workers), strict=True))),

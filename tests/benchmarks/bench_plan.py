@@ -27,9 +27,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from emberl.rl.plan.command import plan_devices, plan_run
+from emberl.rl.plan.command import plan
 from emberl.rl.plan.figures import Figures, figures
-from emberl.rl.plan.progress import PlanProgress
 from emberl.rl.plan.scenario import (
     DecodeTable,
     LognormalLengths,
@@ -212,8 +211,7 @@ def bench_links(
 
 def best_share(report: Report) -> float:
     """The share of 1,024 devices that should learn, with a perfect link."""
-    settings = load_plan(["link.bandwidth=inf"], {"devices": 1024})
-    found = plan_devices(settings, None, PlanProgress())
+    found = plan(["link.bandwidth=inf"], {"devices": 1024})
     assert found.learners is not None
     report.record(
         "1024 NPUs", "best split", found.learners, "learners", step=found.figures["step_s"]
@@ -269,7 +267,7 @@ def bench_reality(report: Report, folder: Path, settings: Mapping[str, Sequence[
     real_run(folder, also, ALSO)
     measured, found = (
         measured_step(base, 0),
-        plan_run(base, (), [also], PlanProgress()).figures["step_s"],
+        plan((), {}, base, None, [also]).figures["step_s"],
     )
     report.record(
         "calibration", "planner", found, "s/step", ratio=found / measured, measured=measured
@@ -277,7 +275,7 @@ def bench_reality(report: Report, folder: Path, settings: Mapping[str, Sequence[
     for case, overrides in settings.items():
         run_dir = folder / case.replace(" ", "-").replace(",", "")
         real_run(folder, run_dir, overrides)
-        planned = plan_run(base, overrides, [also], PlanProgress()).figures
+        planned = plan(overrides, {}, base, None, [also]).figures
         measured = measured_step(run_dir, planned["staleness_max"])
         ratio = planned["step_s"] / measured
         report.record(

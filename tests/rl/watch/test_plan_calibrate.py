@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from emberl.rl.plan.calibrate import (
-    LearnerStep,
     calibrate,
     decoding,
     learner_steps,
@@ -21,6 +20,7 @@ from emberl.rl.plan.calibrate import (
     trace_lengths,
 )
 from emberl.rl.plan.command import plan
+from emberl.rl.plan.scenario import Floats
 from emberl.rl.watch.lengths import LENGTHS, SCHEMA
 from pyarrow import parquet
 
@@ -160,7 +160,7 @@ def test_the_learners_time_is_split_by_a_line_where_steps_differ_and_by_kind_whe
             "timing_s/update_actor": busy - 0.5,
         }
 
-    def timed(sizes: dict[int, int]) -> list[LearnerStep]:
+    def timed(sizes: dict[int, int]) -> Floats:
         answers = pa.table(
             {
                 "step": list(sizes),

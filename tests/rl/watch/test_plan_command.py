@@ -39,6 +39,13 @@ def test_the_command_searches_the_split() -> None:
     assert done.stderr[10:].startswith("simulating 64 devices, ")
 
 
+def test_the_keys_are_printed_with_what_they_mean_and_the_sources() -> None:
+    done = CliRunner().invoke(app, ["plan", "--keys"])
+    assert "link.bandwidth  number (> 0) = 25  # GB/s of one node" in done.stdout
+    assert "An assumption: 8 cores at 1 GB/s." in done.stdout, "whole, as a plan's sources promise"
+    assert "# H200: per_node: 8, HGX H200" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -123,11 +130,14 @@ def test_the_search_says_how_many_trials_there_will_be() -> None:
     assert best == 50 and len(found) == 9 and expected == [9, 9, 9, 9]
 
 
-def test_progress_off_a_terminal_is_a_line_at_once_and_then_with_the_time_left() -> None:
+def test_progress_off_a_terminal_is_a_line_at_once_and_then_with_the_time_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Three simulations of four steps, 2 s a step: an estimate after 3 s at the earliest, the next
     15 s later; at 4 s half a simulation is done and two and a half are left."""
     out, now = StringIO(), [0.0]
-    with PlanProgress(Console(file=out, width=200), clock=lambda: now[0]) as progress:
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with PlanProgress(Console(file=out, width=200)) as progress:
         progress.expect(3)
         for name in ("a", "b", "c"):
             tell = progress.watch(name, 4)
