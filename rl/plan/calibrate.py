@@ -210,17 +210,14 @@ def recorded_lengths(answers: pa.Table, longest: float = np.inf) -> TraceLengths
     """The groups of a recording, their answers cut at `longest`; a table without groups becomes
     groups of one."""
     lengths = np.minimum(np.asarray(answers["response_length"]).astype(np.float64), longest)
-    names = set(answers.column_names)
-    prompts = (
-        np.asarray(answers["prompt_length"])
-        if "prompt_length" in names
-        else np.zeros(len(lengths), np.int64)
+    alone = np.arange(len(lengths))
+    prompts, *key = (
+        np.asarray(answers[name]) if name in answers.column_names else default
+        for name, default in [("prompt_length", 0 * alone), ("step", alone), ("prompt_id", alone)]
     )
-    key = ("step", "prompt_id")
-    grouped = answers.select(key).to_pylist() if names.issuperset(key) else range(len(lengths))
-    rows: dict[str, list[int]] = {}
-    for i, group in enumerate(grouped):
-        rows.setdefault(str(group), []).append(i)
+    rows: dict[tuple[Any, ...], list[int]] = {}
+    for i, group in enumerate(zip(*key, strict=True)):
+        rows.setdefault(group, []).append(i)
     return TraceLengths(
         prompts=tuple(int(prompts[own[0]]) for own in rows.values()),
         recorded=tuple(lengths[own] for own in rows.values()),

@@ -69,11 +69,12 @@ def plan(
 ) -> Plan:
     """The command; `ConfigError` or `ValueError` for what a person must change. console: where
     progress is shown; None: nowhere."""
+    progress = PlanProgress(console)
     if from_run is None:
         if also:
             raise ValueError("--also adds to what --from-run measured: name that run, too")
         settings = load_plan(overrides, options)
-        with PlanProgress(console) as progress:
+        with progress.bar:
             return _plan_devices(settings, trace, progress)
     given = [name for name, value in options.items() if value is not None]
     if given or trace is not None:
@@ -81,7 +82,7 @@ def plan(
         raise ValueError(f"--from-run plans with the run's own devices: leave out {extra}")
     scenario, sources = calibrate(from_run, overrides, also)
     title = f"as {from_run}" + (f" with {' '.join(overrides)}" if overrides else "")
-    with PlanProgress(console) as progress:
+    with progress.bar:
         found = figures(simulate(scenario, progress.watch(title, scenario.steps)))
     return Plan(title=title, scenario=scenario, figures=found, sources=sources)
 

@@ -15,7 +15,7 @@ FIRST, EVERY = 3.0, 15.0
 
 
 class PlanProgress:
-    """A context in which `watch` follows one simulation after another."""
+    """`watch` follows one simulation after another, in the context of `bar`."""
 
     def __init__(self, console: Console | None) -> None:
         """console: None says nothing."""
@@ -23,7 +23,7 @@ class PlanProgress:
         self._begun = time.monotonic()
         self._next = self._begun + FIRST
         self._at, self._total = -1, 1
-        self._bar = Progress(
+        self.bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(10),
             TextColumn("{task.fields[left]}"),
@@ -32,14 +32,7 @@ class PlanProgress:
             transient=True,
             disable=console is None or not console.is_terminal,
         )
-        self._task = self._bar.add_task("preparing", total=None, left="")
-
-    def __enter__(self) -> PlanProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self._task = self.bar.add_task("preparing", total=None, left="")
 
     def expect(self, simulations: int) -> None:
         """So many at the least, with those that are done."""
@@ -60,8 +53,8 @@ class PlanProgress:
         if done:
             seconds = (now - self._begun) * (self._total - done) / done
             left = f"{duration(seconds)} left"
-        self._bar.update(self._task, description=text, left=left, completed=done, total=self._total)
-        if self._bar.disable and self._console is not None and (not done or now >= self._next):
+        self.bar.update(self._task, description=text, left=left, completed=done, total=self._total)
+        if self.bar.disable and self._console is not None and (not done or now >= self._next):
             self._next = now + (EVERY if done else FIRST)
             line = "  ".join(filter(None, [time.strftime("%H:%M:%S"), text, left]))
             say(self._console, line)

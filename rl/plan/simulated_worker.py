@@ -74,7 +74,8 @@ class SimWorker:
         self._contexts = [float(c) for c in scenario.table.context]
         self._prefill = scenario.table.prefill
         self._running: list[Answer] = []  # a heap
-        self._waiting: deque[tuple[SimGroup, float]] = deque()  # and the answer's length
+        # (group, an answer's length), while all slots are taken
+        self._waiting: deque[tuple[SimGroup, float]] = deque()
         self._numbers = count()
         self._mark = 0.0
         self._context = 0.0  # tokens that all running answers read
@@ -156,7 +157,7 @@ class SimWorker:
         return Usage(self._idle, self._stood, self._slot_seconds, self._decoded)
 
     def _tell_drained(self) -> None:
-        if not self._running and not self._waiting:
+        if not self._running:
             for event in self._drained:
                 event.succeed()
             self._drained = []
@@ -178,7 +179,7 @@ class SimWorker:
         if span == 0:
             return
         if n == 0:
-            self._idle += 0.0 if self._waiting else span
+            self._idle += span
         elif self._held:
             self._stood += span
         else:

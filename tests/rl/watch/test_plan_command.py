@@ -137,7 +137,8 @@ def test_progress_off_a_terminal_is_a_line_at_once_and_then_with_the_time_left(
     15 s later; at 4 s half a simulation is done and two and a half are left."""
     out, now = StringIO(), [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    with PlanProgress(Console(file=out, width=200)) as progress:
+    progress = PlanProgress(Console(file=out, width=200))
+    with progress.bar:
         progress.expect(3)
         for name in ("a", "b", "c"):
             tell = progress.watch(name, 4)
@@ -154,7 +155,8 @@ def test_progress_off_a_terminal_is_a_line_at_once_and_then_with_the_time_left(
 def test_progress_on_a_terminal_is_a_bar_that_goes_away() -> None:
     out = StringIO()
     console = Console(file=out, width=100, force_terminal=True, color_system=None)
-    with PlanProgress(console) as progress:
+    progress = PlanProgress(console)
+    with progress.bar:
         progress.watch("a [b]", 2)(1)
     text = out.getvalue()
     assert "simulating a [b] " in text and "\u2501" in text and " 0 s left" in text
