@@ -169,9 +169,8 @@ def batch_advantages(
             lam = length_adaptive_lambda(sequence_counts(mask, sequence_ids), config.vapo_alpha)
         lam_critic = config.lam if config.lam_critic is None else config.lam_critic
         advantages = gae(rewards, values, mask, sequence_ids, gamma=config.gamma, lam=lam)
-        targets = value_targets(
-            rewards, values, mask, sequence_ids, gamma=config.gamma, lam=lam_critic
-        )
+        of_critic = gae(rewards, values, mask, sequence_ids, gamma=config.gamma, lam=lam_critic)
+        targets = value_targets(of_critic, values, mask)
     else:
         advantages = np.where(mask, scores, 0.0)
     if config.whiten:
@@ -270,17 +269,11 @@ def gae(
 
 
 def value_targets(
-    rewards: NDArray[Any],
-    values: NDArray[Any],
-    mask: NDArray[np.bool_],
-    sequence_ids: NDArray[Any],
-    *,
-    gamma: float,
-    lam: float | NDArray[Any],
+    advantages: NDArray[Any], values: NDArray[Any], mask: NDArray[np.bool_]
 ) -> Floats:
     """[T] what the critic should have said: A + V, from advantages before any whitening; 0 outside
-    `mask`. VAPO (arXiv 2504.05118) takes lambda = 1 here whatever the policy's lambda is."""
-    advantages = gae(rewards, values, mask, sequence_ids, gamma=gamma, lam=lam)
+    `mask`. VAPO (arXiv 2504.05118) takes those of lambda = 1 here whatever the policy's lambda
+    is."""
     return np.where(mask, advantages + np.where(mask, values, 0.0), 0.0)
 
 

@@ -27,37 +27,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "rl" / "plan"))
 from emberl.rl.plan.command import plan
 from emberl.rl.plan.figures import Figures, figures
-from emberl.rl.plan.scenario import (
-    DecodeTable,
-    LognormalLengths,
-    PlanSchedule,
-    Publication,
-    RewardTime,
-    Scenario,
-)
+from emberl.rl.plan.scenario import Publication
 from emberl.rl.plan.settings import load_plan, make_scenario
 from emberl.rl.plan.simulator import simulate
 from harness import Report, arguments
-
-TOY = Scenario(
-    workers=16,
-    slots=64,
-    table=DecodeTable(
-        running=np.array([1.0]), context=np.array([0.0]), seconds=np.array([[1 / 60]])
-    ),
-    lengths=LognormalLengths(mean=8192, cv=1, cap=32768, prompt=0),
-    schedule=PlanSchedule(prompts_per_step=512, group_size=1, max_staleness=0),
-    learner_fixed=90,
-    learner_per_token=0,
-    reward=RewardTime(seconds=0),
-    publication=Publication(commit=1),
-    steps=40,
-    warmup=10,
-)
-TOY_CASES = {"synchronous": (1.0, 640.0), "oversample 1.25": (1.25, 283.0)}
-"""(schedule.oversample, seconds a step of the other simulation)."""
+from other_simulation import TOY, TOY_CASES, changed
 
 SCALES = {1024: 1024, 4096: 1024, 10240: 2048}
 """NPUs -> prompts a step, with 16 answers each: as many as max_staleness=8 needs for the longest
@@ -141,9 +119,8 @@ def bench_speed(report: Report, devices: int) -> None:
 
 
 def bench_toy(report: Report) -> None:
-    for case, (oversample, expected) in TOY_CASES.items():
-        schedule = TOY.schedule.model_copy(update={"oversample": oversample})
-        found = figures(simulate(replace(TOY, schedule=schedule)))
+    for case, (changes, expected) in TOY_CASES.items():
+        found = figures(simulate(changed(TOY, steps=40, warmup=10, **changes)))
         report.record(
             case,
             "simulator",

@@ -24,16 +24,17 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from harness import Report, arguments, median
+from beside_trl import Work as Steps
+from beside_trl import compare
+from harness import Report, arguments, median, served
 
 ROOT = Path(__file__).parents[2]
 GROUP, LONGEST = 8, 128
@@ -168,39 +169,17 @@ def serve(side: str, model: str, sequences: int) -> None:
     os._exit(0)  # vLLM's processes outlive an engine that just ends
 
 
-@contextmanager
-def served(side: str, model: str, sequences: int, python: str) -> Iterator[Callable[[], float]]:
+def serving(
+    side: str, model: str, sequences: int, python: str
+) -> AbstractContextManager[Callable[[], float]]:
     """The seconds of one round of `side`, each time it is called."""
-    command = [python, __file__, "--serve", side, model, str(sequences)]
-    threads = str(os.cpu_count() or 1)
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "VLLM_LOGGING_LEVEL": "ERROR"}
-    environment |= {"VLLM_CPU_OMP_THREADS_BIND": f"0-{int(threads) - 1}"}
-    with (
-        tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=environment,
-        ) as process,
-    ):
-        asked, answers = process.stdin, process.stdout
-        assert asked is not None and answers is not None
-
-        def round_of(asked: IO[str] = asked, answers: IO[str] = answers) -> float:
-            asked.write("\n")
-            asked.flush()
-            answer = answers.readline()
-            if not answer:
-                log.seek(0)
-                sys.exit(f"{side} failed:\n{log.read()[-3000:]}")
-            return float(answer)
-
-        yield round_of
-        asked.close()
-        process.kill()
+    threads = os.cpu_count() or 1
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
+    }
+    return served(side, [python, __file__, "--serve", side, model, str(sequences)], environment)
 
 
 def decode(
@@ -214,7 +193,7 @@ def decode(
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         with ExitStack() as opened:
             ready = {
-                side: opened.enter_context(served(side, model, sequences, python))
+                side: opened.enter_context(serving(side, model, sequences, python))
                 for side, python in sides.items()
             }
             for number in range(1 + rounds):
@@ -240,125 +219,6 @@ def decode(
             )
 
 
-CONFIG = """
-name: bench
-stages: [rl]
-model: {{path: {model}, dtype: {dtype}}}
-data: {{source: {data}, heldout: 0, max_prompt_length: 96}}
-rollout: {{group_size: {group}, max_response_length: {tokens}, max_num_seqs: 256}}
-reward: {{parts: {{digits: {{use: "{file}:digits"}}}}}}
-loss: {{aggregation: token-mean}}
-filter: {{zero_variance: false}}
-schedule: {{steps: {steps}, prompts_per_step: {prompts}}}
-optim: {{lr: 1.0e-6}}
-eval: {{size: 0}}
-checkpoint: {{every: 0}}
-tracking: {{wandb: disabled}}
-cluster: {{device: cpu, learners: 2, rollouts: 1, cpus_per_learner: 0.5, cpus_per_rollout: 1}}
-"""
-
-
-def digits(completions: list[Any], **_: object) -> list[float]:
-    """The reward of both, in TRL's form: the share of digits."""
-    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in texts]
-
-
-def emberl_step(folder: Path, model: str, prompts: int, steps: int) -> tuple[float, float]:
-    """Median completion tokens/s of a step after the first, and the answers' mean length."""
-    run_dir = Path(tempfile.mkdtemp(dir=folder))
-    (folder / "bench.yaml").write_text(
-        CONFIG.format(
-            model=model,
-            dtype=DTYPE,
-            data=folder / "prompts.jsonl",
-            group=GROUP,
-            tokens=LONGEST,
-            steps=steps,
-            prompts=prompts,
-            file=Path(__file__).resolve(),
-        )
-    )
-    command = [
-        str(Path(sys.executable).with_name("emberl")),
-        "train",
-        str(folder / "bench.yaml"),
-        f"run_dir={run_dir}",
-    ]
-    subprocess.run(command, check=True, timeout=3600, stdout=subprocess.DEVNULL)
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][1:]
-    return median([r["perf/sampled_tokens_per_second"] for r in rows]), median(
-        [r["response_length/mean"] for r in rows]
-    )
-
-
-def trl_step(folder: Path, model: str, prompts: int, steps: int) -> tuple[float, float]:
-    """The same of TRL, in a process of its own."""
-    command = [sys.executable, __file__, "--trl", str(folder), model, str(prompts), str(steps)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}
-    found = subprocess.run(
-        command, check=True, timeout=3600, stdout=subprocess.PIPE, text=True, env=environment
-    )
-    speed, length = json.loads(found.stdout.strip().splitlines()[-1])
-    return speed, length
-
-
-def train_with_trl(folder: Path, model: str, prompts: int, steps: int) -> None:
-    """In the child: prints [tokens/s, mean length] as JSON."""
-    import datasets
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-
-        def on_step_begin(self, *_: object, **__: object) -> None:
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *_: object, **__: object) -> None:
-            self.seconds.append(time.perf_counter() - self.start)
-
-    clock = Clock()
-    config = GRPOConfig(
-        output_dir=str(folder / "trl"),
-        per_device_train_batch_size=32,
-        gradient_accumulation_steps=GROUP * prompts // 32,
-        num_generations=GROUP,
-        max_steps=steps,
-        max_completion_length=LONGEST,
-        learning_rate=1e-6,
-        beta=0.0,
-        temperature=1.0,
-        use_cpu=True,
-        bf16=DTYPE == "bfloat16",
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-    )
-    trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, DTYPE)),
-        reward_funcs=digits,
-        args=config,
-        train_dataset=datasets.load_dataset(
-            "json", data_files=str(folder / "chats.jsonl"), split="train"
-        ),
-        processing_class=AutoTokenizer.from_pretrained(model),
-        callbacks=[clock],
-    )
-    trainer.train()
-    lengths = [
-        row["completions/mean_length"]
-        for row in trainer.state.log_history
-        if "completions/mean_length" in row
-    ]
-    speeds = [GROUP * prompts * n / s for n, s in zip(lengths, clock.seconds, strict=False)][1:]
-    print(json.dumps([median(speeds), median(lengths)]))
-
-
 def step(report: Report, model: str, prompts: int, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -368,15 +228,33 @@ def step(report: Report, model: str, prompts: int, rounds: int) -> None:
         )
         chats = [{"prompt": [{"role": "user", "content": q}]} for q in questions]
         (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
-        ours, theirs = [], []
-        for _ in range(rounds):
-            ours.append(emberl_step(folder, model, prompts, 3))
-            theirs.append(trl_step(folder, model, prompts, 3))
-        speed, peer = median([s for s, _ in ours]), median([s for s, _ in theirs])
-        case = f"step {prompts}x{GROUP}"
-        report.record(case, "trl", peer, "tokens/s", ratio=1.0, length=theirs[0][1])
+        steps = Steps(
+            folder=str(folder),
+            asked="chats.jsonl",
+            model=model,
+            dtype=DTYPE,
+            group=GROUP,
+            prompts=prompts,
+            longest_prompt=96,
+            longest=LONGEST,
+            steps=3,
+            warmup=1,
+            slots=256,
+            rollouts=1,
+            rollout_cpus=1,
+            pass_size=32,
+        )
+        ours, theirs = compare(steps, rounds)
+        case, ratio = f"step {prompts}x{GROUP}", ours.tokens_per_s / theirs.tokens_per_s
+        report.record(case, "trl", theirs.tokens_per_s, "tokens/s", ratio=1.0, length=theirs.length)
         report.record(
-            case, "emberl", speed, "tokens/s", ratio=speed / peer, floor=3.0, length=ours[0][1]
+            case,
+            "emberl",
+            ours.tokens_per_s,
+            "tokens/s",
+            ratio=ratio,
+            floor=3.0,
+            length=ours.length,
         )
 
 
@@ -394,13 +272,9 @@ def main() -> None:
     )
     parser.add_argument("--prompts", type=int, default=32, help="of a step")
     parser.add_argument("--serve", nargs=3, help="internal: SIDE MODEL SEQUENCES")
-    parser.add_argument("--trl", nargs=4, help="internal: FOLDER MODEL PROMPTS STEPS")
     args = parser.parse_args()
     if args.serve:
         serve(args.serve[0], args.serve[1], int(args.serve[2]))
-        return
-    if args.trl:
-        train_with_trl(Path(args.trl[0]), args.trl[1], int(args.trl[2]), int(args.trl[3]))
         return
     if not (Path(args.model) / "config.json").exists():
         sys.exit(

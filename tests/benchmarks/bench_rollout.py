@@ -62,14 +62,11 @@ def make_work(sequences: int, group: int, seed: int = 0) -> Work:
     return work
 
 
-def measure(size: str, dtype: str, threads: int, quick: bool) -> dict[str, Any]:
-    """Runs in a process of its own; returns tokens per second of each implementation."""
+def make_model(size: str) -> Any:
+    """A Qwen3 of this size in float32, made from a seed, that knows no end token."""
     import torch
-    from emberl.rollout.embedded.engine import EmbeddedEngine
-    from emberl.rollout.samples import Prompt, Sampling
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    torch.set_num_threads(threads)
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=32,
@@ -81,7 +78,17 @@ def measure(size: str, dtype: str, threads: int, quick: bool) -> dict[str, Any]:
         bos_token_id=None,
         **SIZES[size],
     )
-    model = Qwen3ForCausalLM(config).eval()
+    return Qwen3ForCausalLM(config)
+
+
+def measure(size: str, dtype: str, threads: int, quick: bool) -> dict[str, Any]:
+    """Runs in a process of its own; returns tokens per second of each implementation."""
+    import torch
+    from emberl.rollout.embedded.engine import EmbeddedEngine
+    from emberl.rollout.samples import Prompt, Sampling
+
+    torch.set_num_threads(threads)
+    model = make_model(size).eval()
     with tempfile.TemporaryDirectory() as path:
         model.save_pretrained(path)
         engine = EmbeddedEngine(path, max_num_seqs=SLOTS, max_model_len=160, dtype=dtype)

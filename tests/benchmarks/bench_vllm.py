@@ -13,16 +13,15 @@ waits while the other is measured. The ratio is the median of those of the pairs
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import IO, Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
 
-from bench_rollout import SIZES, Work, make_work
-from harness import Report, arguments, median
+from bench_rollout import Work, make_model, make_work
+from harness import Report, arguments, median, served
 
 SEQUENCES, GROUP, MAX_MODEL_LEN = 128, 8, 160
 FLOOR = 0.95
@@ -136,58 +135,14 @@ def processes_of() -> int:
     )
 
 
-@contextmanager
-def served(impl: str, model: str, dtype: str) -> Iterator[Callable[[], float]]:
+def serving(impl: str, model: str, dtype: str) -> AbstractContextManager[Callable[[], float]]:
     """Asked once: its processes. Asked again: the seconds of one round of `impl`."""
-    command = [sys.executable, __file__, "--serve", impl, model, dtype]
-    environment = os.environ | {
+    environment = {
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
     }
-    with (
-        tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=environment,
-        ) as process,
-    ):
-        asked, answers = process.stdin, process.stdout
-        assert asked is not None and answers is not None
-
-        def answer_of(asked: IO[str] = asked, answers: IO[str] = answers) -> float:
-            asked.write("\n")
-            asked.flush()
-            answer = answers.readline()
-            if not answer:
-                log.seek(0)
-                sys.exit(f"{impl} failed:\n{log.read()[-2000:]}")
-            return float(answer)
-
-        yield answer_of
-        asked.close()
-
-
-def make_model(size: str, folder: str) -> None:
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=32,
-        head_dim=64,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        eos_token_id=None,
-        pad_token_id=0,
-        bos_token_id=None,
-        **SIZES[size],
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return served(impl, [sys.executable, __file__, "--serve", impl, model, dtype], environment)
 
 
 def main() -> None:
@@ -201,9 +156,9 @@ def main() -> None:
     tokens = sum(length for _, length in make_work(SEQUENCES, GROUP))
     for size, dtype in CASES[:1] if args.quick else CASES:
         with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
-            make_model(size, folder)
+            make_model(size).save_pretrained(folder)
             sides = {
-                i: opened.enter_context(served(i, folder, dtype))
+                i: opened.enter_context(serving(i, folder, dtype))
                 for i in ("LLM.generate", "VLLMEngine")
             }
             processes = {impl: int(side()) for impl, side in sides.items()}

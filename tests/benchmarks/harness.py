@@ -12,10 +12,14 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning pools slow a two-core machine 10-20x
 
@@ -104,6 +108,39 @@ def in_turns(impls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, l
             run()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+@contextmanager
+def served(
+    name: str, command: Sequence[str], environment: Mapping[str, str]
+) -> Iterator[Callable[[], float]]:
+    """A process that answers every line with a number: each call asks for one. It is to end when no
+    more lines come."""
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=os.environ | environment,
+        ) as process,
+    ):
+        asked, answers = process.stdin, process.stdout
+        assert asked is not None and answers is not None
+
+        def answer(asked: IO[str] = asked, answers: IO[str] = answers) -> float:
+            asked.write("\n")
+            asked.flush()
+            line = answers.readline()
+            if not line:
+                log.seek(0)
+                sys.exit(f"{name} failed:\n{log.read()[-3000:]}")
+            return float(line)
+
+        yield answer
+        asked.close()
 
 
 def median(values: Sequence[float]) -> float:

@@ -24,6 +24,7 @@ import torch_npu  # noqa: F401 -- registers the device
 from emberl.kernels import ascend, platform
 from emberl.kernels.loss import fused_loss
 from emberl.rl.algorithm.losses import Objective
+from emberl.rl.batch import sft_batch
 from emberl.rl.config.algorithm import KLConfig, LossConfig
 from emberl.rl.config.load import CriticConfig, ModelConfig, OptimConfig
 from emberl.rl.groups import Batch
@@ -117,18 +118,11 @@ def configuration(folder: Path, family: str) -> str:
 
 def batch() -> Batch:
     lengths = [9, 21, 14, 6, 17, 30]
-    ids = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
-    mask = positions >= 3
-    return Batch(
-        token_ids_T=np.full(len(ids), 7, np.int32),
-        positions_T=positions,
-        sequence_ids_T=ids,
-        loss_mask_T=mask,
-        behaviour_logp_T=np.where(mask, -2.0, 0.0).astype(np.float32),
+    found = sft_batch([([7] * n, 3) for n in lengths])
+    return replace(
+        found,
+        behaviour_logp_T=np.where(found.loss_mask_T, -2.0, 0.0).astype(np.float32),
         advantages_T=np.repeat(np.array([1.0, -1.0] * 3), lengths),
-        weights_T=np.where(mask, 1.0 / mask.sum(), 0.0),
-        num_loss_tokens=int(mask.sum()),
     )
 
 

@@ -9,6 +9,7 @@ card's own arithmetic.
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from emberl.kernels import ascend
 from emberl.rewards.verdict import Status, Verdict
 from emberl.rl.algorithm.advantages import group_advantages
 from emberl.rl.algorithm.losses import Objective
-from emberl.rl.batch import make_batch
+from emberl.rl.batch import make_batch, sft_batch
 from emberl.rl.config.algorithm import LossConfig
 from emberl.rl.config.load import Config, ModelConfig, OptimConfig, load_config
 from emberl.rl.data.sources import open_source
@@ -53,19 +54,13 @@ def batch() -> Batch:
     """Five answers of unlike lengths, from a fixed seed."""
     rng = np.random.default_rng(3)
     lengths = [9, 21, 14, 6, 17]
-    ids = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
-    mask = positions >= 3
-    behaviour = np.where(mask, -2.5 + 0.3 * rng.standard_normal(len(ids)), np.nan)
-    return Batch(
-        token_ids_T=rng.integers(4, 20, len(ids)).astype(np.int32),
-        positions_T=positions,
-        sequence_ids_T=ids,
-        loss_mask_T=mask,
-        behaviour_logp_T=behaviour,
+    behaviour = -2.5 + 0.3 * rng.standard_normal(sum(lengths))
+    tokens = rng.integers(4, 20, sum(lengths))
+    found = sft_batch([(part.tolist(), 3) for part in np.split(tokens, np.cumsum(lengths)[:-1])])
+    return replace(
+        found,
+        behaviour_logp_T=np.where(found.loss_mask_T, behaviour, np.nan),
         advantages_T=np.repeat(rng.standard_normal(len(lengths)), lengths),
-        weights_T=np.where(mask, 1.0 / mask.sum(), 0.0),
-        num_loss_tokens=int(mask.sum()),
     )
 
 

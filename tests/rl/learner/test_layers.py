@@ -12,23 +12,9 @@ import torch
 from emberl.rl.batch import sft_batch
 from emberl.rl.learner.layers import ATTENTION, layer_forward, replace_layers
 from emberl.rl.learner.policy import hidden_states, takes_packed, to_tensors
+from small_models import CONFIGS, SMALL
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 60,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-}
-CONFIGS = {
-    "llama": LlamaConfig(**SMALL),
-    "qwen2": Qwen2Config(**SMALL),
-    "qwen3": Qwen3Config(**SMALL, head_dim=24),
-}
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 
 def states_and_gradients(model: Any, packed: bool) -> tuple[Tensor, dict[str, Tensor]]:

@@ -30,30 +30,11 @@ from emberl.rl.learner.shared_prompts import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import CONFIGS
 from torch import Tensor
-from transformers import (
-    AttentionInterface,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 CPU = torch.device("cpu")
-SMALL: dict[str, Any] = {
-    "vocab_size": 60,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-}
-CONFIGS = {
-    "llama": LlamaConfig(**SMALL),
-    "qwen2": Qwen2Config(**SMALL),
-    "qwen3": Qwen3Config(**SMALL, head_dim=24),
-}
 ONE, TWO = (5, 6, 7, 8, 9, 10, 11), (12, 13, 14)
 ANSWERS = [(ONE, (20, 21)), (ONE, (22,)), (TWO, (23, 24, 25)), (ONE, (26, 27)), (ONE, (28,) * 30)]
 

@@ -23,16 +23,10 @@ from emberl.rl.plan.simulator import Simulation, simulate
 from emberl.rollout.schedule import Schedule
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from other_simulation import TOY, TOY_CASES, changed, steady
 
 EQUAL = LognormalLengths(mean=100, cv=0, cap=1000, prompt=0)
 """Every answer has 100 tokens: 10 s at 10 tokens a second."""
-
-
-def steady(tokens_per_second: float) -> DecodeTable:
-    """Every answer gets this many tokens a second, whatever else runs."""
-    seconds = np.array([[1 / tokens_per_second]])
-    return DecodeTable(running=np.array([1.0]), context=np.array([0.0]), seconds=seconds)
-
 
 BASE = Scenario(
     workers=2,
@@ -48,12 +42,6 @@ BASE = Scenario(
 )
 TRAIN = 3.0 + 0.001 * 4 * 4 * 100
 """4.6 s for the 16 answers of a step."""
-
-
-def changed(scenario: Scenario, **changes: Any) -> Scenario:
-    """With these fields, or keys of its schedule, in the place of its own."""
-    own = {name: changes.pop(name) for name in list(changes) if name in PlanSchedule.model_fields}
-    return replace(scenario, schedule=scenario.schedule.model_copy(update=own), **changes)
 
 
 def step_seconds(scenario: Scenario) -> float:
@@ -283,53 +271,17 @@ def test_no_trained_token_is_older_than_the_bound(
     assert 0 <= found["slots_used"] <= 1 + 1e-9 and 0 <= found["rollout_idle"] <= 1
 
 
-@pytest.mark.parametrize(
-    ("changes", "seconds"),
-    [
-        pytest.param({}, 640, id="synchronous"),
-        pytest.param(
-            {"oversample": 1.25, "overdue": "evict"},
-            283,
-            id="a quarter more groups, the slowest cut",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("changes", "seconds"), TOY_CASES.values(), ids=TOY_CASES)
 def test_another_simulation_of_the_same_system_gives_the_same_step_time(
-    changes: dict[str, object], seconds: float
+    changes: dict[str, Any], seconds: float
 ) -> None:
-    """1,024 slots at 60 tokens/s, 512 answers a step, lognormal of mean 8k and CV 1 cut at 32k, 90
-    s of training, 1 s of pause: figures of an independent token-level simulation, to 3 %."""
-    scenario = Scenario(
-        workers=16,
-        slots=64,
-        table=steady(60),
-        lengths=LognormalLengths(mean=8192, prompt=0),
-        schedule=PlanSchedule(prompts_per_step=512, group_size=1, max_staleness=0),
-        learner_fixed=90,
-        learner_per_token=0,
-        reward=RewardTime(seconds=0),
-        publication=Publication(commit=1),
-        steps=24,
-        warmup=8,
-    )
-    trace = simulate(changed(scenario, **changes))
-    assert figures(trace)["step_s"] == pytest.approx(seconds, rel=0.03)
+    """To 3 %."""
+    assert step_seconds(changed(TOY, **changes)) == pytest.approx(seconds, rel=0.03)
 
 
 def test_with_the_bound_a_step_takes_at_least_the_longest_answer_over_k_plus_1() -> None:
     """What the bound costs: an answer of 546 s must train within k + 1 steps."""
-    scenario = Scenario(
-        workers=16,
-        slots=64,
-        table=steady(60),
-        lengths=LognormalLengths(mean=8192, prompt=0),
-        schedule=PlanSchedule(prompts_per_step=512, group_size=1, max_staleness=2),
-        learner_fixed=90,
-        learner_per_token=0,
-        reward=RewardTime(seconds=0),
-        steps=15,
-        warmup=6,
-    )
+    scenario = changed(TOY, publication=Publication(), max_staleness=2, steps=15, warmup=6)
     assert step_seconds(scenario) == pytest.approx((32768 / 60 + 90) / 3, rel=0.02)
 
 
