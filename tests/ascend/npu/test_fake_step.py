@@ -32,9 +32,9 @@ from emberl.rl.learner import layers
 from emberl.rl.learner.model_loader import ModelLoader, RankSpec
 from emberl.rl.learner.rank import LearnerRank
 from references import ALONE, register
+from seen import Seen
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
 SHOWS = {
     "the whole learner step with FSDP2 on npu: Llama, Qwen2, Qwen3 (FakeTensor)": (
@@ -50,20 +50,17 @@ NUMBER = 0.01
 """What every number is that the host reads."""
 
 
-class Recorded(TorchDispatchMode):
-    """Counts operators by name, gives the host its numbers, and notes float64 on the device."""
+class Recorded(Seen):
+    """Gives the host its numbers, too, and notes what is reduced and copied."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count: dict[str, int] = {}
-        self.float64: set[str] = set()
         self.reduced: set[torch.dtype] = set()
         self.copied: set[tuple[str, str]] = set()
         """From which kind of device to which other one."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
-        self.count[name] = self.count.get(name, 0) + 1
         if name == "aten::_local_scalar_dense" and isinstance(args[0], FakeTensor):
             if args[0].dtype == torch.bool:
                 return True
@@ -76,17 +73,10 @@ class Recorded(TorchDispatchMode):
             return args[0], torch.empty_like(args[0]), torch.empty_like(args[0])
         if name == "c10d::_reduce_scatter_base_":
             self.reduced.add(args[1].dtype)
-        out = func(*args, **(kwargs or {}))
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         if name in ("aten::copy_", "aten::_to_copy"):
             source = args[1] if name == "aten::copy_" else args[0]
             self.copied.add((source.device.type, out.device.type))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if (
-                isinstance(tensor, torch.Tensor)
-                and tensor.dtype == torch.float64
-                and tensor.device.type == "npu"
-            ):
-                self.float64.add(name)
         return out
 
 

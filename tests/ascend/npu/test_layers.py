@@ -21,9 +21,9 @@ from emberl.kernels.transformer.fused import Parts
 from emberl.rl.learner.fused_layers import fused_forward
 from emberl.rl.learner.layers import ATTENTION, packed_attention
 from emberl.rl.learner.trainable import shard
+from seen import Seen
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -43,28 +43,6 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
 }  # fmt: skip
 NPU = torch.device("npu", 0)
-
-
-class Seen(TorchDispatchMode):
-    """Counts operators by name, and says which had a float64 tensor on the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: dict[str, int] = {}
-        self.float64: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        self.count[name] = self.count.get(name, 0) + 1
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if (
-                isinstance(tensor, torch.Tensor)
-                and tensor.dtype == torch.float64
-                and tensor.device.type == "npu"
-            ):
-                self.float64.add(name)
-        return out
 
 
 @pytest.fixture(autouse=True)
