@@ -53,7 +53,7 @@ class Reward(ABC):
     """
 
     Options: ClassVar[type | None] = None
-    """Where there are many options: a dataclass of them, which the constructor takes alone."""
+    """Where there are many options: a dataclass that tells the constructor's keywords."""
     inline = False
     """Whether a batch takes so little time that a thread would cost more than the work."""
 

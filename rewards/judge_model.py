@@ -90,11 +90,13 @@ class JudgeOptions:
 
 
 class JudgeReward(Reward):
-    """The score that a judge gives. The same request is made once: replies are cached."""
+    """The score that a judge gives. The same request is made once: replies are cached. Its keywords
+    are `JudgeOptions`."""
 
     Options = JudgeOptions
 
-    def __init__(self, options: JudgeOptions) -> None:
+    def __init__(self, **keywords: Any) -> None:
+        options = JudgeOptions(**keywords)
         self._pattern = _compiled(options.pattern)
         self._url = options.base_url
         self._prompt = options.prompt

@@ -75,8 +75,7 @@ def _construct(name: str, keywords: dict[str, Any]) -> Reward:
     for limit in ("timeout", "concurrency"):  # a shaping reward takes microseconds and has neither
         if limit not in inspect.signature(options).parameters:
             keywords.pop(limit, None)
-    made = options(**_checked(options, keywords, name))
-    reward: Reward = kind(made) if kind.Options else made
+    reward: Reward = kind(**_checked(options, keywords, name))
     return reward
 
 

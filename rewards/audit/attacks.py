@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..code_tests.reward import CodeOptions, CodeReward
+from ..code_tests.reward import CodeReward
 from ..inputs import RewardInput
 from ..processes import descendants
 from ..sandbox.pool import Outcome, Run, SandboxError
@@ -133,14 +133,13 @@ def run_attacks(
 
 
 def _reward(seconds: float, compile_seconds: float, backend: str | None) -> CodeReward:
-    options = CodeOptions(
+    return CodeReward(
         timeout=seconds,
         memory_mb=256,
         compile_seconds=compile_seconds,
         concurrency=1,
         backend=backend,
     )
-    return CodeReward(options)
 
 
 def _run_one(row: Mapping[str, str], host: _Host, reward: CodeReward) -> Attack:

@@ -1,6 +1,6 @@
 """`CodeReward`: runs a model's program against a data set's tests.
 
-reward = CodeReward(CodeOptions(timeout=5.0))
+reward = CodeReward(timeout=5.0)
 reward([RewardInput(completion="```python\\ndef add(a, b): return a + b\\n```",
                     columns={"test_list": ["assert add(2, 3) == 5"]})])[0].score    # 1.0
 """
@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..inputs import Reward, RewardInput
 from ..sandbox.pool import COMPILER_LIMITS, Limits, Sandbox, SandboxError
@@ -84,6 +84,7 @@ class CodeOptions:
 
 class CodeReward(Reward):
     """Scores 1 if every test passes, else 0; with `partial`, the fraction that passes. Thread-safe.
+    Its keywords are `CodeOptions`.
 
     Tests: whatever `plan_of` reads from `columns` or `answer`. Programs are Python, or C++ where
     stdin and stdout are tested. Raises SandboxUnavailable, a ValueError, where the machine has no
@@ -92,7 +93,8 @@ class CodeReward(Reward):
 
     Options = CodeOptions
 
-    def __init__(self, options: CodeOptions) -> None:
+    def __init__(self, **keywords: Any) -> None:
+        options = CodeOptions(**keywords)
         self.limits = Limits(
             seconds=options.timeout,
             memory_mb=options.memory_mb,

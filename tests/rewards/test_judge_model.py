@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from emberl.rewards.inputs import RewardInput
-from emberl.rewards.judge_model import JudgeOptions, JudgeReward
+from emberl.rewards.judge_model import JudgeReward
 from emberl.rewards.suite import build_suite
 from emberl.rewards.verdict import Status
 
@@ -80,7 +80,7 @@ def serve() -> Iterator[Callable[[Callable[[str], Reply]], Server]]:
 
 def judge(server: Server, **options: Any) -> JudgeReward:
     given: dict[str, Any] = {"timeout": 5.0, "retries": 0} | options
-    return JudgeReward(JudgeOptions(base_url=server.url, model="judge-7b", **given))
+    return JudgeReward(base_url=server.url, model="judge-7b", **given)
 
 
 def row(completion: str, answer: str = "18") -> RewardInput:

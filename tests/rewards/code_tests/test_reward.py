@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from emberl.rewards.code_tests import running
-from emberl.rewards.code_tests.reward import CodeOptions, CodeReward
+from emberl.rewards.code_tests.reward import CodeReward
 from emberl.rewards.code_tests.tests import plan_of
 from emberl.rewards.inputs import RewardInput
 from emberl.rewards.processes import descendants
@@ -31,7 +31,7 @@ ADD = {"test_list": ["assert add(2, 3) == 5", "assert add(0, 0) == 0"]}
 @pytest.fixture(scope="module")
 def reward():
     try:
-        found = CodeReward(CodeOptions(timeout=1.0, memory_mb=256))
+        found = CodeReward(timeout=1.0, memory_mb=256)
     except SandboxUnavailable as error:
         pytest.skip(str(error))
     yield found
@@ -185,7 +185,7 @@ def test_partial_and_stop_at_the_first_failure() -> None:
         ]
     }
     programs = {"tests": [{"input": str(n), "output": str(n % 3)} for n in range(4)]}
-    some = CodeReward(CodeOptions(timeout=1.0, partial=True, concurrency=1))
+    some = CodeReward(timeout=1.0, partial=True, concurrency=1)
     try:
         first, second, none = some(
             [item("def f(x): return x", tests), item("print(input())", programs), item("", tests)]
@@ -273,7 +273,7 @@ def test_cpp(reward) -> None:
 )
 def test_bad_options(options: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        CodeReward(CodeOptions(**options))
+        CodeReward(**options)
 
 
 # --- reference solutions: none may be rejected
@@ -298,7 +298,7 @@ def references(name: str) -> list[tuple[str, dict]]:
 @pytest.mark.parametrize(("name", "count"), [("mbpp", 974), ("sanitized", 427), ("humaneval", 164)])
 def test_reference_solutions(name: str, count: int) -> None:
     # one reference computes for seconds, more on a loaded machine
-    patient = CodeReward(CodeOptions(timeout=60.0))
+    patient = CodeReward(timeout=60.0)
     rows = references(name)
     try:
         verdicts = patient([item(code, columns) for code, columns in rows])
@@ -343,7 +343,7 @@ def test_programs_of_the_contests(reward) -> None:
 def test_layouts(group: str) -> None:
     """Every right program is paid, no wrong one, and every one has a verdict."""
     table: list[Layout] = layouts()[group]
-    graded = CodeReward(CodeOptions(timeout=20.0, packages=["numpy"] if group == "numpy" else []))
+    graded = CodeReward(timeout=20.0, packages=["numpy"] if group == "numpy" else [])
     cases = [
         (each, code, code in each.right) for each in table for code in [*each.right, *each.wrong]
     ]
@@ -381,7 +381,7 @@ def test_the_plus_sets_and_mutants_of_their_solutions() -> None:
         for program in [code, *mutants(code, number, 2)]:
             items.append(item(program, row))
             wanted.append(_passes(plainly(program, row)))
-    graded = CodeReward(CodeOptions(timeout=3.0))
+    graded = CodeReward(timeout=3.0)
     try:
         verdicts = graded(items)
     finally:
@@ -427,4 +427,4 @@ def test_references_are_proved_before_training(reward) -> None:
 def test_only_the_packages_that_are_named_are_importable(reward) -> None:
     assert reward([item("import numpy\ndef add(a, b): return a + b", ADD)])[0].score == 0
     with pytest.raises(ValueError, match="packages"):
-        CodeReward(CodeOptions(packages=["no_such_package"]))
+        CodeReward(packages=["no_such_package"])

@@ -9,7 +9,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from emberl.rewards.code_tests.reward import CodeOptions, CodeReward
+from emberl.rewards.code_tests.reward import CodeReward
 from emberl.rewards.inputs import RewardInput
 from emberl.rewards.sandbox import remote
 from emberl.rewards.sandbox.pool import (
@@ -246,7 +246,7 @@ def test_a_talk(box, service) -> None:
 
 
 def test_the_code_reward_on_a_remote_sandbox(service) -> None:
-    reward = CodeReward(CodeOptions(url=service.url, timeout=1.0, concurrency=2))
+    reward = CodeReward(url=service.url, timeout=1.0, concurrency=2)
 
     def graded(code: str, **columns):
         return reward([RewardInput(completion=f"```python\n{code}\n```", columns=columns)])[0]
@@ -271,4 +271,4 @@ def test_the_code_reward_on_a_remote_sandbox(service) -> None:
     assert graded("print(5)", **stdin).status is Status.VERIFIER_ERROR
     reward.close()
     with pytest.raises(ValueError, match="remote"):
-        CodeReward(CodeOptions(url=service.url, backend="zygote"))
+        CodeReward(url=service.url, backend="zygote")
