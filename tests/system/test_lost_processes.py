@@ -144,10 +144,19 @@ def left_of(process: subprocess.Popen[str], others: list[psutil.Process]) -> lis
     its agents: these try for a minute to report that to a server which is gone too."""
     process.wait(timeout=60)
     agents = [each for each in others if each.is_running() and each.name().endswith("Agent")]
-    _, left = psutil.wait_procs([each for each in others if each not in agents], timeout=30)
+    _, there = psutil.wait_procs([each for each in others if each not in agents], timeout=30)
+    left = [each for each in there if not ended(each)]
     for each in [*left, *agents]:
         each.kill()
     return [str(each) for each in left]
+
+
+def ended(process: psutil.Process) -> bool:
+    """Also one that nobody has waited for: whoever inherits it may take its time over that."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_a_killed_driver_and_a_killed_cluster_are_gone_on_from(emberl: Emberl) -> None:
