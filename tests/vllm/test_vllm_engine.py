@@ -352,7 +352,7 @@ def test_nothing_outlives_a_killed_owner(models: tuple[Any, Any], tmp_path: Path
         assert sum(child.name().startswith("VLLM") for child in children) >= 2
         owner.send_signal(signal.SIGKILL)
     _, there = psutil.wait_procs(children, timeout=30)
-    alive = [child for child in there if child.status() != psutil.STATUS_ZOMBIE]
+    alive = [p for p in there if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     for child in alive:
         child.kill()
     assert alive == []
