@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from .base import Settings
 from .curriculum import CurriculumConfig
 
-KINDS = ("chain", "products", "brackets", "solve", "story")
+KINDS = ("chain", "products", "brackets", "solve", "story", "compare")
 """The kinds of problems of the built-in source; `rl/data/arithmetic.py` shows one of each."""
 LAYOUTS = (
     "gsm8k",
@@ -175,14 +175,14 @@ class DataConfig(Settings):
     begins the model's."""
 
     kinds: Mapping[str, float] = Field(default_factory=lambda: {"chain": 1.0})
-    """arithmetic: the kinds of problems (chain, products, brackets, solve, story) and their
-    weights."""
+    """arithmetic: the kinds of problems (chain, products, brackets, solve, story, compare) and
+    their weights."""
     terms: tuple[int, int] = (4, 6)
     """arithmetic: the fewest and the most numbers in a problem; it takes one step fewer to work
     out."""
     largest_term: int = Field(default=9, ge=2, le=99)
-    """arithmetic: the numbers of `chain`, `solve` and `story` are 1 to this; those of the other
-    kinds have one digit."""
+    """arithmetic: the numbers of `chain`, `solve`, `story` and `compare` are 1 to this; those of
+    the other kinds have one digit."""
     largest_total: int = Field(default=99, ge=20, le=999)
     """arithmetic: no intermediate result exceeds this, and none is negative."""
     steps: Literal["full", "short"] = "full"
@@ -355,11 +355,17 @@ class DataConfig(Settings):
 
     @model_validator(mode="after")
     def _together(self) -> DataConfig:
-        if self.largest_total < 2 * self.largest_term:
+        reckons = any(weight for kind, weight in self.kinds.items() if kind != "compare")
+        if reckons and self.largest_total < 2 * self.largest_term:
             raise ValueError(
                 f"data.largest_total={self.largest_total} must be at least twice"
                 f" data.largest_term={self.largest_term}, so that any number can be added or taken"
                 " away"
+            )
+        if self.kinds.get("compare") and self.largest_term < self.terms[1]:
+            raise ValueError(
+                f"data.largest_term={self.largest_term} gives too few different numbers to compare;"
+                f" data.terms={list(self.terms)} needs {self.terms[1]}"
             )
         if self.template in ("none", "raw") and (
             self.chat_template is not None or self.chat_template_kwargs

@@ -8,11 +8,13 @@ in minutes.
     story     Mia has 7 apples, then gets 5 more, then gives 3 away. How many apples does Mia have
     now?
               7 + 5 = 12. 12 - 3 = 9. The answer is 9.
+    compare   Which number is the largest: 35, 82 or 7?
+              The answer is 82.
 
-`story` is for a model that speaks English already, the others are for one that starts from nothing.
-Nothing is ever negative. A hash of a problem's text, or of the chain that a story tells, says
-whether it is held out: no run, whatever its seed, trains on a problem that any run is evaluated on,
-nor on its sum in other words.
+`story` and `compare` are for a model that speaks English already, the others are for one that
+starts from nothing. Nothing is ever negative. A hash of a problem's text, or of the chain that a
+story tells, or of the numbers that are compared, says whether it is held out: no run, whatever its
+seed, trains on a problem that any run is evaluated on, nor on the same numbers in other words.
 """
 
 from __future__ import annotations
@@ -49,8 +51,8 @@ class Problem:
     solution: str
     answer: str
     bare: str
-    """The text, or of a story the chain that it tells: what the side of a problem and its being new
-    depend on."""
+    """The text, or of a story the chain that it tells, or the sorted numbers of a comparison: what
+    the side of a problem and its being new depend on."""
 
 
 @dataclass(slots=True)
@@ -125,6 +127,18 @@ def _story(work: _Work, terms: int) -> tuple[str, int]:
         total = work.step(total, sign, term)
     work.bare += "=?"
     return f"{text}. How many {things} does {name} have now?", total
+
+
+def _compare(work: _Work, terms: int) -> tuple[str, int]:
+    numbers: list[int] = []
+    while len(numbers) < terms:
+        number = 1 + work.below(work.largest_term)
+        if number not in numbers:
+            numbers.append(number)
+    word, choose = (("largest", max), ("smallest", min))[work.below(2)]
+    work.bare = " ".join(map(str, sorted(numbers)))
+    *first, last = map(str, numbers)
+    return f"Which number is the {word}: {', '.join(first)} or {last}?", choose(numbers)
 
 
 def _products(work: _Work, terms: int) -> tuple[str, int]:
@@ -204,14 +218,17 @@ _MAKE: dict[str, Callable[[_Work, int], tuple[str, int]]] = {
     "brackets": _brackets,
     "solve": _solve,
     "story": _story,
+    "compare": _compare,
 }
+IN_ENGLISH = ("story", "compare")
+"""Kinds whose problems and solutions are sentences."""
 
 
 def _solution(kind: str, steps: Sequence[str], total: int) -> str:
-    if kind != "story":
+    if kind not in IN_ENGLISH:
         return f"<think>{','.join(steps)}</think>{total}"
     spaced = [re.sub(r"[+=-]", r" \g<0> ", step) for step in steps]
-    return f"{'. '.join(spaced)}. The answer is {total}."
+    return ". ".join([*spaced, f"The answer is {total}."])
 
 
 def is_heldout(text: str) -> bool:

@@ -132,8 +132,8 @@ class SharedRows:
     first_R: Tensor
     """The first token of each row."""
     copies: tuple[tuple[Tensor, Tensor], ...]
-    """(rows [n], tokens [n, c]) for each number c of further copies: rows that have so many, and
-    which tokens these are. No row stands twice, so that sums over copies have one order on every
+    """(rows [n], tokens [n, c]) for each number c > 1 of copies: rows that have so many, and which
+    tokens these are. No row stands twice, so that sums over copies have one order on every
     device."""
 
     @classmethod
@@ -146,7 +146,7 @@ class SharedRows:
         copies = []
         for count in np.unique(counts[counts > 1]):
             rows = np.flatnonzero(counts == count)
-            tokens = order[starts[rows, None] + np.arange(1, count)]
+            tokens = order[starts[rows, None] + np.arange(count)]
             copies.append((_on(rows, device), _on(tokens, device)))
         return cls(_on(rows_E, device), _on(first_R, device), tuple(copies))
 
@@ -166,12 +166,11 @@ class _Spread(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
         shared: SharedRows = ctx.shared
         wide = torch.float64 if slope.dtype == torch.float64 else torch.float32
-        total = slope.index_select(0, shared.first_R).to(wide)
+        total = slope.index_select(0, shared.first_R)
         for rows, tokens in shared.copies:
-            further = slope.index_select(0, tokens.flatten())
-            further = further.view(*tokens.shape, *slope.shape[1:])
-            total.index_add_(0, rows, further.sum(1, dtype=wide))
-        return total.to(slope.dtype), None
+            each = slope.index_select(0, tokens.flatten()).view(*tokens.shape, *slope.shape[1:])
+            total.index_copy_(0, rows, each.sum(1, dtype=wide).to(slope.dtype))
+        return total, None
 
 
 def over_sequences(

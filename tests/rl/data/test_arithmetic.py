@@ -12,14 +12,20 @@ from typing import Any
 import pytest
 from emberl.rl.config.data import KINDS, DataConfig
 from emberl.rl.config.tiny import TinyConfig
-from emberl.rl.data.arithmetic import ArithmeticSource, Problem, ProblemMaker, is_heldout
+from emberl.rl.data.arithmetic import (
+    IN_ENGLISH,
+    ArithmeticSource,
+    Problem,
+    ProblemMaker,
+    is_heldout,
+)
 from emberl.rl.data.sources import open_source
 from emberl.rl.data.tiny import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 TOKENIZER = tiny_tokenizer(TinyConfig())
-SYMBOLIC = tuple(kind for kind in KINDS if kind != "story")
+SYMBOLIC = tuple(kind for kind in KINDS if kind not in IN_ENGLISH)
 """What the character tokenizer can spell."""
 MIX = dict.fromkeys(SYMBOLIC, 1.0)
 
@@ -35,7 +41,10 @@ def problems(n: int, seed: int = 0, **options: Any) -> list[Problem]:
 
 def value(problem: Problem) -> int:
     """What Python's own evaluation says."""
-    text = (told(problem.text) if problem.kind == "story" else problem.text).removesuffix("=?")
+    if problem.kind == "compare":
+        numbers = [int(number) for number in re.findall(r"\d+", problem.text)]
+        return max(numbers) if "largest" in problem.text else min(numbers)
+    text = told(problem).removesuffix("=?")
     if problem.kind != "solve":
         return int(eval(text))
     left, right = text.removesuffix(",x").split("=")
@@ -43,8 +52,14 @@ def value(problem: Problem) -> int:
     return x
 
 
-def told(story: str) -> str:
-    """The sum in a story, read by its verbs."""
+def told(problem: Problem) -> str:
+    """`Problem.bare` by another way: a story's sum read by its verbs, the sorted numbers that are
+    compared, otherwise the text."""
+    if problem.kind == "compare":
+        return " ".join(sorted(re.findall(r"\d+", problem.text), key=int))
+    if problem.kind != "story":
+        return problem.text
+    story = problem.text
     start, *events = story.split(".")[0].split(", then ")
     [total] = re.findall(r"^[A-Z][a-z]+ has (\d+) [a-z]+s$", start)
     signs = {"gets": "+", "finds": "+", "buys": "+", "gives": "-", "loses": "-", "sells": "-"}
@@ -56,7 +71,7 @@ any_settings = st.builds(
     lambda kind, fewest, more, term, total, steps: data(
         kinds={kind: 1},
         terms=(fewest, fewest + more),
-        largest_term=term,
+        largest_term=max(term, fewest + more) if kind == "compare" else term,
         largest_total=max(total, 2 * term),
         steps=steps,
     ),
@@ -74,10 +89,15 @@ any_settings = st.builds(
 def test_every_problem_is_right_and_within_its_limits(config: DataConfig, seed: int) -> None:
     problem = ProblemMaker(config).draw(Random(seed))
     assert problem.answer == str(value(problem))
-    assert problem.bare == (told(problem.text) if problem.kind == "story" else problem.text)
+    assert problem.bare == told(problem)
     numbers = re.findall(r"\d+|x", problem.bare.removesuffix(",x=?"))
     count = len(numbers) - (problem.kind == "solve")  # the result that is given
     assert config.terms[0] <= count <= config.terms[1]
+    if problem.kind == "compare":
+        assert problem.solution == f"The answer is {problem.answer}."
+        assert len(set(numbers)) == count
+        assert all(1 <= int(number) <= config.largest_term for number in numbers)
+        return
     if problem.kind == "story":
         work, answer = re.fullmatch(r"(.*)\. The answer is (\d+)\.", problem.solution).groups()  # type: ignore[union-attr]
         steps = work.replace(" ", "").split(".")
@@ -150,11 +170,33 @@ def test_a_story_by_hand() -> None:
     )
 
 
-def test_a_held_out_sum_is_trained_on_in_no_words() -> None:
-    maker = ProblemMaker(data(kinds={"story": 1}, terms=(3, 3)))
+def test_a_comparison_by_hand() -> None:
+    maker = ProblemMaker(data(kinds={"compare": 1}, terms=(3, 3), largest_term=99))
+    # 35, 82, 82 again (drawn anew), 7; then the largest
+    draws = [0.0, 0.0, 34 / 99, 81.5 / 99, 81.5 / 99, 6.5 / 99, 0.4]
+    problem = maker.draw(FakeRandom(draws))
+    assert problem == Problem(
+        kind="compare",
+        text="Which number is the largest: 35, 82 or 7?",
+        solution="The answer is 82.",
+        answer="82",
+        bare="7 35 82",
+    )
+    assert maker.draw(FakeRandom([*draws[:-1], 0.5])).answer == "7"
+
+
+def test_as_many_different_numbers_as_are_compared() -> None:
+    with pytest.raises(ValueError, match=r"data\.largest_term=5 .* data\.terms=\[3, 6\]"):
+        data(kinds={"compare": 1}, terms=(3, 6), largest_term=5)
+
+
+@pytest.mark.parametrize(("kind", "largest"), [("story", 9), ("compare", 40)])
+def test_a_held_out_sum_is_trained_on_in_no_words(kind: str, largest: int) -> None:
+    options: dict[str, Any] = {"kinds": {kind: 1}, "terms": (3, 3), "largest_term": largest}
+    maker = ProblemMaker(data(**options))
     heldout = [problem.bare for problem in islice(maker.heldout(), 200)]
     assert len(set(heldout)) == 200
-    trained = {problem.bare for problem in problems(4000, kinds={"story": 1}, terms=(3, 3))}
+    trained = {problem.bare for problem in problems(4000, **options)}
     assert not trained & set(heldout)
 
 
@@ -249,7 +291,7 @@ def test_kinds_are_drawn_by_weight() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_problems_hardly_ever_repeat(kind: str) -> None:
-    texts = [p.text for p in problems(10_000, kinds={kind: 1}, terms=(5, 7))]
+    texts = [p.text for p in problems(10_000, kinds={kind: 1}, terms=(5, 7), largest_term=20)]
     assert len(set(texts)) > 9_900
 
 

@@ -81,7 +81,7 @@ def test_the_layout_of_a_row() -> None:
     assert micro.shared.rows_E[:9].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5]
     assert micro.shared.first_R[:7].tolist() == [0, 1, 2, 3, 4, 8, 9]
     [(rows, tokens)] = micro.shared.copies
-    assert (rows.tolist(), tokens.tolist()) == ([0, 1, 2], [[5], [6], [7]])
+    assert (rows.tolist(), tokens.tolist()) == ([0, 1, 2], [[0, 5], [1, 6], [2, 7]])
 
 
 def test_prompts_that_differ_make_a_plain_row() -> None:
