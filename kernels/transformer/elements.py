@@ -106,20 +106,22 @@ def gated_backward(gate, up, dout, out, dgate, dup):
 
 
 @compiled
-def rotate(x, cos, sin, starts, lengths, out):
-    """Rotary embedding of rows [T, heads * D] by the token's angles [T, D / 2], into `out` [N,
-    heads, L, D]: of the N sequences that begin at row `starts` and have `lengths` rows; zeros
-    behind the shorter ones."""
-    count, heads, _, width = out.shape
+def rotate(x, cos, sin, rows, out):
+    """Rotary embedding of x [T, heads * D] by the token's angles [T, D / 2], into `out` [N, heads,
+    L, D]: of the rows [N, L] of x, zeros where a row is below 0."""
+    count, heads, length, width = out.shape
     half = width // 2
     for n in range(count):
         for h in range(heads):
-            for t in range(lengths[n]):
-                row = starts[n] + t
+            for t in range(length):
+                row = rows[n, t]
+                target = out[n, h, t]
+                if row < 0:
+                    target[:] = uint16(0)
+                    continue
                 source = x[row]
                 cosines = cos[row]
                 sines = sin[row]
-                target = out[n, h, t]
                 for i in range(half):
                     a = widen(source[h * width + i])
                     b = widen(source[h * width + half + i])
@@ -127,19 +129,22 @@ def rotate(x, cos, sin, starts, lengths, out):
                     s = sines[i]
                     target[i] = narrow(a * c - b * s)
                     target[half + i] = narrow(b * c + a * s)
-            out[n, h, lengths[n] :] = uint16(0)
 
 
 @compiled
-def rotate_back(x, cos, sin, starts, lengths, out):
-    """The inverse rotation of [N, heads, L, D] into rows [T, heads * D]."""
-    count, heads, _, width = x.shape
+def rotate_back(x, before, cos, sin, rows, out):
+    """The inverse of `rotate`, into the rows of out [T, heads * D]; x is [N, heads, before + L, D],
+    of which the first rows are left out."""
+    count, length = rows.shape
+    heads, width = x.shape[1], x.shape[3]
     half = width // 2
     for n in range(count):
         for h in range(heads):
-            for t in range(lengths[n]):
-                row = starts[n] + t
-                source = x[n, h, t]
+            for t in range(length):
+                row = rows[n, t]
+                if row < 0:
+                    continue
+                source = x[n, h, before + t]
                 cosines = cos[row]
                 sines = sin[row]
                 target = out[row]
@@ -153,92 +158,154 @@ def rotate_back(x, cos, sin, starts, lengths, out):
 
 
 @compiled
-def gather_heads(rows, starts, lengths, block):
-    """Rows [T, heads * D] as `block` [N, heads, L, D], zeros behind the shorter sequences."""
-    count, heads, _, width = block.shape
+def gather_heads(x, rows, block):
+    """Those rows [N, L] of x [T, heads * D] as `block` [N, heads, L, D], zeros where a row is below
+    0."""
+    count, heads, length, width = block.shape
     for n in range(count):
         for h in range(heads):
-            for t in range(lengths[n]):
-                source = rows[starts[n] + t]
+            for t in range(length):
+                row = rows[n, t]
                 target = block[n, h, t]
+                if row < 0:
+                    target[:] = uint16(0)
+                    continue
+                source = x[row]
                 for i in range(width):
                     target[i] = source[h * width + i]
-            block[n, h, lengths[n] :] = uint16(0)
 
 
 @compiled
-def scatter_heads(block, starts, lengths, rows):
-    """The inverse of `gather_heads`."""
-    count, heads, _, width = block.shape
+def scatter_heads(block, before, rows, out):
+    """The inverse of `gather_heads`; block is [N, heads, before + L, D], of which the first rows
+    are left out."""
+    count, length = rows.shape
+    heads, width = block.shape[1], block.shape[3]
     for n in range(count):
         for h in range(heads):
-            for t in range(lengths[n]):
-                source = block[n, h, t]
-                target = rows[starts[n] + t]
+            for t in range(length):
+                row = rows[n, t]
+                if row < 0:
+                    continue
+                source = block[n, h, before + t]
+                target = out[row]
                 for i in range(width):
                     target[h * width + i] = source[i]
 
 
 @compiled
-def products_of_rows(block, out, starts, lengths, deltas):
-    """The sum over each head's features of `block` [N, heads, L, D] times rows `out` [T, heads *
-    D], as `deltas` [N, heads, L]; zeros behind the shorter sequences."""
-    count, heads, _, width = block.shape
+def products_of_rows(block, out, rows, deltas):
+    """The sum over each head's features of `block` [N, heads, L, D] times those rows [N, L] of
+    `out` [T, heads * D], as `deltas` [N, heads, L]; zeros where a row is below 0."""
+    count, heads, length, width = block.shape
     for n in range(count):
         for h in range(heads):
-            for t in range(lengths[n]):
+            for t in range(length):
+                row = rows[n, t]
                 total = float32(0.0)
-                one = block[n, h, t]
-                other = out[starts[n] + t]
-                for i in range(width):
-                    total += widen(one[i]) * widen(other[h * width + i])
+                if row >= 0:
+                    one = block[n, h, t]
+                    other = out[row]
+                    for i in range(width):
+                        total += widen(one[i]) * widen(other[h * width + i])
                 deltas[n, h, t] = total
-            deltas[n, h, lengths[n] :] = float32(0.0)
 
 
 @compiled
-def causal_softmax(scores, scale, sums):
-    """Softmax over the first t + 1 of a row's scores, in place, for scores [heads, L, L]; `sums`
-    [heads, L] receives the logarithm of the denominators, scores taken times `scale`."""
-    heads, length, _ = scores.shape
-    powers = np.empty(length, np.float32)
+def causal_softmax(scores, before, scale, sums):
+    """Softmax over the first before + t + 1 of a row's scores, in place, for scores [heads, L,
+    before + L]; `sums` [heads, L] receives the logarithm of the denominators, scores taken times
+    `scale`."""
+    heads, length, width = scores.shape
+    powers = np.empty(width, np.float32)
     for h in range(heads):
         for t in range(length):
             row = scores[h, t]
+            seen = before + t + 1
             top = float32(-3.0e38)
-            for j in range(t + 1):
+            for j in range(seen):
                 top = larger(top, widen(row[j]))
             total = float32(0.0)
-            for j in range(t + 1):
+            for j in range(seen):
                 power = exp((widen(row[j]) - top) * scale)
                 powers[j] = power
                 total += power
             sums[h, t] = top * scale + float32(math.log(total))
             share = float32(1.0) / total
-            for j in range(t + 1):
+            for j in range(seen):
                 row[j] = narrow(powers[j] * share)
-            for j in range(t + 1, length):
+            for j in range(seen, width):
                 row[j] = uint16(0)
 
 
 @compiled
-def causal_softmax_backward(scores, dprobs, scale, sums, deltas):
+def causal_softmax_backward(scores, dprobs, before, scale, sums, deltas):
     """In place: `scores` become the probabilities again, and `dprobs` the scores' gradient;
     `deltas` [heads, L] is the sum of out * dout of each query."""
-    heads, length, _ = scores.shape
+    heads, length, width = scores.shape
     for h in range(heads):
         for t in range(length):
             row = scores[h, t]
             slope = dprobs[h, t]
             log_sum = sums[h, t]
             delta = deltas[h, t]
-            for j in range(t + 1):
+            seen = before + t + 1
+            for j in range(seen):
                 p = exp(widen(row[j]) * scale - log_sum)
                 row[j] = narrow(p)
                 slope[j] = narrow(p * (widen(slope[j]) - delta) * scale)
-            for j in range(t + 1, length):
+            for j in range(seen, width):
                 row[j] = uint16(0)
                 slope[j] = uint16(0)
+
+
+@compiled
+def sum_of_copies(block, total):
+    """Adds over n the first P of each head's rows of `block` [N, heads, L, D] to `total` [heads, P,
+    D] in float32."""
+    count = block.shape[0]
+    heads, length, width = total.shape
+    for h in range(heads):
+        for t in range(length):
+            target = total[h, t]
+            for n in range(count):
+                source = block[n, h, t]
+                for i in range(width):
+                    target[i] += widen(source[i])
+
+
+@compiled
+def add_heads(total, first, out):
+    """Adds float32 `total` [heads, P, D] to the P rows of out [T, heads * D] from `first` on."""
+    heads, length, width = total.shape
+    for h in range(heads):
+        for t in range(length):
+            source = total[h, t]
+            target = out[first + t]
+            for i in range(width):
+                at = h * width + i
+                target[at] = narrow(widen(target[at]) + source[i])
+
+
+@compiled
+def add_rotated_back(total, cos, sin, first, out):
+    """As `add_heads`, rotated back by those rows' angles."""
+    heads, length, width = total.shape
+    half = width // 2
+    for h in range(heads):
+        for t in range(length):
+            source = total[h, t]
+            cosines = cos[first + t]
+            sines = sin[first + t]
+            target = out[first + t]
+            for i in range(half):
+                a = source[i]
+                b = source[half + i]
+                c = cosines[i]
+                s = sines[i]
+                at = h * width + i
+                target[at] = narrow(widen(target[at]) + a * c + b * s)
+                target[at + half] = narrow(widen(target[at + half]) + b * c - a * s)
 
 
 TILE = 64

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import elements
 from .products import weight_gradient
+from .spans import Span
 from .threads import bits, over_parts, over_rows
 
 
@@ -129,46 +130,62 @@ def _gated(gate: Tensor, up: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Alike:
-    """Sequences of similar length, which one product takes together, filled up with zeros."""
+    """Sequences of similar length behind the same prompt, which one product takes together, filled
+    up with zeros."""
 
-    starts: NDArray[np.int64]
-    """[N] rows at which they begin."""
-    lengths: NDArray[np.int64]
-    """[N]"""
-    longest: int
-    """L"""
-    first: int
-    """Rows of filled-up sequences before this group."""
+    queries: NDArray[np.int64]
+    """[N, L] rows, -1 where there is none."""
+    keys: NDArray[np.int64]
+    """[N, before + L] rows: the prompt's and the queries'."""
+    prompt: int
+    before: int
+    first_query: int
+    """Rows of `queries` of the groups before this one."""
+    first_key: int
 
     @property
-    def last(self) -> int:
-        return self.first + len(self.starts) * self.longest
+    def last_query(self) -> int:
+        return self.first_query + self.queries.size
+
+    @property
+    def last_key(self) -> int:
+        return self.first_key + self.keys.size
 
 
 SCORES = 2**18
 """Of sequences that are taken together, at the most: they stay in a core's second cache."""
-FILLING = 1 / 8
-"""Of the rows of a group, at the most."""
+FILLING, FEW_ROWS = 1 / 8, 32
+"""Of the rows of a group at the most; so few rows cost less than calls for another group."""
 
 
 @lru_cache(maxsize=64)
-def _groups(borders: tuple[int, ...], heads: int) -> tuple[_Alike, ...]:
+def _groups(spans: tuple[Span, ...], heads: int) -> tuple[_Alike, ...]:
     """All sequences, in groups of similar length; the same in every layer of a pass."""
-    starts = np.array(borders[:-1], np.int64)
-    lengths = np.array(borders[1:], np.int64) - starts
-    order = np.argsort(-lengths, kind="stable")
+    left = sorted(spans, key=lambda s: (s.prompt, s.before, -s.length))
     groups: list[_Alike] = []
-    taken = 0
-    while taken < len(order):
-        longest = int(lengths[order[taken]])
-        room = max(1, SCORES // (heads * longest * longest))
-        fits = lengths[order[taken : taken + room]]
-        filling = 1 - np.cumsum(fits) / (np.arange(1, len(fits) + 1) * longest)
-        count = max(1, int(np.argmax(filling > FILLING)) or len(fits))
-        chosen = order[taken : taken + count]
-        first = groups[-1].last if groups else 0
-        groups.append(_Alike(starts[chosen], lengths[chosen], longest, first))
-        taken += count
+    while left:
+        _, longest, prompt, before = left[0]
+        room = max(1, SCORES // (heads * longest * (before + longest)))
+        fits = [s for s in left[:room] if s[2:] == (prompt, before)]
+        lengths = np.array([s.length for s in fits], np.int64)
+        rows = np.arange(1, len(fits) + 1) * longest
+        too_much = rows - np.cumsum(lengths) > np.maximum(FILLING * rows, FEW_ROWS)
+        count = int(np.argmax(too_much)) or len(fits)
+        starts = np.array([s.start for s in fits[:count]], np.int64)
+        places = np.arange(longest)
+        queries = np.where(places < lengths[:count, None], starts[:, None] + places, -1)
+        shared = np.broadcast_to(np.arange(prompt, prompt + before), (count, before))
+        groups.append(
+            _Alike(
+                queries,
+                np.concatenate([shared, queries], axis=1),
+                prompt,
+                before,
+                groups[-1].last_query if groups else 0,
+                groups[-1].last_key if groups else 0,
+            )
+        )
+        left = left[count:]
     return tuple(groups)
 
 
@@ -186,34 +203,34 @@ class _Attention(torch.autograd.Function):
         v: Tensor,
         cos: Tensor,
         sin: Tensor,
-        borders: tuple[int, ...],
+        spans: tuple[Span, ...],
         size: int,
         scale: float,
     ) -> Tensor:
         heads, kv = q.shape[1] // size, k.shape[1] // size
-        groups = _groups(borders, heads)
-        rows = groups[-1].last
-        turned_q, turned_k = q.new_empty(rows, heads * size), k.new_empty(rows, kv * size)
-        out, sums = torch.empty_like(q), torch.empty(rows, heads)
+        groups = _groups(spans, heads)
+        turned_q = q.new_empty(groups[-1].last_query, heads * size)
+        turned_k = q.new_empty(groups[-1].last_key, kv * size)
+        out, sums = torch.empty_like(q), torch.empty(groups[-1].last_query, heads)
         angles = cos.numpy(), sin.numpy()
         q_bits, k_bits, v_bits, out_bits = bits(q), bits(k), bits(v), bits(out)
 
         def attend(group: _Alike) -> None:
-            at = group.starts, group.lengths
-            block_q, block_k = (_blocks(turned, group, size) for turned in (turned_q, turned_k))
-            elements.rotate(q_bits, *angles, *at, bits(block_q))
-            elements.rotate(k_bits, *angles, *at, bits(block_k))
+            block_q, block_k = _blocks(turned_q, turned_k, group, size)
+            elements.rotate(q_bits, *angles, group.queries, bits(block_q))
+            elements.rotate(k_bits, *angles, group.keys, bits(block_k))
             values = torch.empty_like(block_k)
-            elements.gather_heads(v_bits, *at, bits(values))
+            elements.gather_heads(v_bits, group.keys, bits(values))
             scores = torch.bmm(_shared(block_q, kv), block_k.flatten(0, 1).transpose(1, 2))
-            log_sums = sums[group.first : group.last].view(-1, group.longest)
+            log_sums = sums[group.first_query : group.last_query].view(-1, block_q.shape[2])
             elements.causal_softmax(
-                bits(scores.view(*log_sums.shape, group.longest)),
+                bits(scores.view(*log_sums.shape, -1)),
+                group.before,
                 np.float32(scale),
                 log_sums.numpy(),
             )
             answer = torch.bmm(scores, values.flatten(0, 1))
-            elements.scatter_heads(bits(answer.view_as(block_q)), *at, out_bits)
+            elements.scatter_heads(bits(answer.view_as(block_q)), 0, group.queries, out_bits)
 
         over_parts(groups, attend)
         ctx.save_for_backward(turned_q, turned_k, v, cos, sin, out, sums)
@@ -231,41 +248,59 @@ class _Attention(torch.autograd.Function):
         angles = cos.numpy(), sin.numpy()
         dq_bits, dk_bits, dv_bits = bits(dq), bits(dk), bits(dv)
         v_bits, out_bits, dout_bits = bits(v), bits(out), bits(dout.contiguous())
+        of_prompts: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
 
         def attend(group: _Alike) -> None:
-            at = group.starts, group.lengths
-            block_q, block_k = (_blocks(turned, group, size) for turned in (turned_q, turned_k))
+            block_q, block_k = _blocks(turned_q, turned_k, group, size)
             slope, values = torch.empty_like(block_q), torch.empty_like(block_k)
             deltas = torch.empty(block_q.shape[:-1])
-            elements.gather_heads(dout_bits, *at, bits(slope))
-            elements.gather_heads(v_bits, *at, bits(values))
-            elements.products_of_rows(bits(slope), out_bits, *at, deltas.numpy())
+            elements.gather_heads(dout_bits, group.queries, bits(slope))
+            elements.gather_heads(v_bits, group.keys, bits(values))
+            elements.products_of_rows(bits(slope), out_bits, group.queries, deltas.numpy())
             q, k, slopes = _shared(block_q, kv), block_k.flatten(0, 1), _shared(slope, kv)
             probs = torch.bmm(q, k.transpose(1, 2))
             dscores = torch.bmm(slopes, values.flatten(0, 1).transpose(1, 2))
-            log_sums = sums[group.first : group.last].view(-1, group.longest)
+            log_sums = sums[group.first_query : group.last_query].view(-1, block_q.shape[2])
             elements.causal_softmax_backward(
-                bits(probs.view(*log_sums.shape, group.longest)),
-                bits(dscores.view(*log_sums.shape, group.longest)),
+                bits(probs.view(*log_sums.shape, -1)),
+                bits(dscores.view(*log_sums.shape, -1)),
+                group.before,
                 np.float32(ctx.scale),
                 log_sums.numpy(),
                 deltas.view_as(log_sums).numpy(),
             )
             dvalues = torch.bmm(probs.transpose(1, 2), slopes).view_as(values)
-            elements.scatter_heads(bits(dvalues), *at, dv_bits)
             dblock_q = torch.bmm(dscores, k).view_as(block_q)
-            elements.rotate_back(bits(dblock_q), *angles, *at, dq_bits)
             dblock_k = torch.bmm(dscores.transpose(1, 2), q).view_as(block_k)
-            elements.rotate_back(bits(dblock_k), *angles, *at, dk_bits)
+            before = group.before
+            elements.rotate_back(bits(dblock_q), 0, *angles, group.queries, dq_bits)
+            elements.scatter_heads(bits(dvalues), before, group.queries, dv_bits)
+            elements.rotate_back(bits(dblock_k), before, *angles, group.queries, dk_bits)
+            if before:
+                totals = np.zeros((2, kv, before, size), np.float32)
+                elements.sum_of_copies(bits(dblock_k), totals[0])
+                elements.sum_of_copies(bits(dvalues), totals[1])
+                of_prompts[group.first_key] = totals[0], totals[1]
 
         over_parts(ctx.groups, attend)
+        for group in ctx.groups:  # in their order, so that sums do not depend on threads
+            if group.before:
+                keys, values = of_prompts[group.first_key]
+                elements.add_rotated_back(keys, *angles, group.prompt, dk_bits)
+                elements.add_heads(values, group.prompt, dv_bits)
         return dq, dk, dv, None, None, None, None, None
 
 
-def _blocks(rows: Tensor, group: _Alike, size: int) -> Tensor:
-    """The memory of a group's rows as [N, heads, L, D]."""
-    part = rows[group.first : group.last]
-    return part.view(len(group.starts), -1, group.longest, size)
+def _blocks(turned_q: Tensor, turned_k: Tensor, group: _Alike, size: int) -> tuple[Tensor, Tensor]:
+    """The memory of a group's queries as [N, heads, L, D], and of its keys as [N, kv, before + L,
+    D]."""
+    queries = turned_q[group.first_query : group.last_query]
+    keys = turned_k[group.first_key : group.last_key]
+    count, longest = group.queries.shape
+    return (
+        queries.view(count, -1, longest, size),
+        keys.view(count, -1, group.before + longest, size),
+    )
 
 
 def _shared(block: Tensor, kv: int) -> Tensor:
@@ -296,20 +331,21 @@ def causal_attention(
     v: Tensor,
     cos: Tensor,
     sin: Tensor,
-    borders: tuple[int, ...],
+    spans: tuple[Span, ...],
     *,
     size: int,
     scale: float,
 ) -> Tensor:
-    """[T, heads * D] causal attention within each sequence, after the rotary embedding.
+    """[T, heads * D] causal attention within each sequence and to the prompt before it, after the
+    rotary embedding.
 
     Args:
         q, k, v: [T, heads * D], [T, kv * D] twice.
         cos, sin: [T, D / 2] float32.
-        borders: where each sequence begins, and T.
+        spans: every row is of one of them; prompts are rows of other spans.
         size: D.
     """
     out: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
-        q.contiguous(), k.contiguous(), v.contiguous(), cos, sin, borders, size, scale
+        q.contiguous(), k.contiguous(), v.contiguous(), cos, sin, spans, size, scale
     )
     return out

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 from types import MethodType
 from typing import Any
@@ -20,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.transformer import operators, products
-from .shared_prompts import over_sequences, share_in_attention
+from ...kernels.transformer.spans import spans_between
+from .shared_prompts import share_in_attention
 
 _log = logging.getLogger(__name__)
 
@@ -148,13 +148,14 @@ def layer_forward(
         turn[..., : size // 2].float().expand(shape[0], -1, -1).reshape(len(x), -1).contiguous()
         for turn in position_embeddings
     )
-    attend = partial(
-        operators.causal_attention,
-        borders=_borders(shape, given.get("cu_seq_lens_q")),
-        size=size,
-        scale=attention.scaling,
+    shared = given.get("shared")
+    if shared is None:
+        spans = spans_between(_borders(shape, given.get("cu_seq_lens_q")))
+    else:
+        spans = shared.spans
+    answer = operators.causal_attention(
+        q, k, v, cos, sin, spans, size=size, scale=attention.scaling
     )
-    answer = over_sequences(given.get("shared"), attend, q, k, v, cos, sin)
     total, normed = operators.add_rms_norm(
         x, _linear(attention.o_proj, answer), second.weight, second.variance_epsilon
     )

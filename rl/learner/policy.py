@@ -188,7 +188,7 @@ def _packed_layout(
         "borders": torch.from_numpy(borders.astype(np.int32)).to("cpu" if on_host else device),
         "longest": max(map(len, rows)),
         "ends": tuple(map(int, borders[1:])) if on_host else None,
-        "shared": SharedRows.of(np.concatenate(rows), device) if borders[-1] > width else None,
+        "shared": SharedRows.of(rows, device) if borders[-1] > width else None,
     }
 
 

@@ -5,7 +5,8 @@ A packed row holds a prompt once and its answers behind it. What works on tokens
 (projections, norms, MLPs) sees every row once. Attention sees whole sequences: queries, keys and
 values are laid out with a copy of the prompt before each answer, and of what comes out the prompt's
 first copy goes on. So every attention over packed sequences will do, and a prompt's gradient is the
-sum over its copies, as without sharing.
+sum over its copies, as without sharing. The learner's own attention on a CPU makes no copies: it
+reads prompts where they stand (`SharedRows.spans`).
 
 Shape legend: S sequences of a batch, R rows of the packed row, E tokens of the sequences laid out
 one behind the other, filling included.
@@ -13,7 +14,7 @@ one behind the other, filling included.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...kernels.transformer.spans import Span
 from ..groups import Batch
 from .batching import PACKED_SEQUENCES, MicroBatch, plan_micro_batches
 from .flops import ModelFlops
@@ -135,10 +137,15 @@ class SharedRows:
     """(rows [n], tokens [n, c]) for each number c > 1 of copies: rows that have so many, and which
     tokens these are. No row stands twice, so that sums over copies have one order on every
     device."""
+    spans: tuple[Span, ...]
+    """The rows of each sequence that are its own and the prompt before them, for an attention that
+    reads a prompt where it stands."""
 
     @classmethod
-    def of(cls, rows_E: NDArray[np.int64], device: torch.device) -> SharedRows:
-        """rows_E: every row is the row of a token."""
+    def of(cls, sequences: Sequence[NDArray[np.int64]], device: torch.device) -> SharedRows:
+        """sequences: of each the rows of its tokens; its first ones may be those of an earlier one,
+        every other one is the next row."""
+        rows_E = np.concatenate(sequences)
         first_R = np.unique(rows_E, return_index=True)[1]
         order = np.argsort(rows_E, kind="stable")
         counts = np.bincount(rows_E)
@@ -148,7 +155,20 @@ class SharedRows:
             rows = np.flatnonzero(counts == count)
             tokens = order[starts[rows, None] + np.arange(count)]
             copies.append((_on(rows, device), _on(tokens, device)))
-        return cls(_on(rows_E, device), _on(first_R, device), tuple(copies))
+        return cls(
+            _on(rows_E, device), _on(first_R, device), tuple(copies), tuple(_spans(sequences))
+        )
+
+
+def _spans(sequences: Sequence[NDArray[np.int64]]) -> Iterator[Span]:
+    used = 0
+    for rows in sequences:
+        before = int((rows < used).sum())
+        own = len(rows) - before
+        assert np.array_equal(rows[:before], rows[0] + np.arange(before)), "a prompt is one piece"
+        if own:
+            yield Span(used, own, int(rows[0]) if before else 0, before)
+        used += own
 
 
 def _on(index: NDArray[np.int64], device: torch.device) -> Tensor:

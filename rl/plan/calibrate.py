@@ -50,12 +50,13 @@ def calibrate(
     fixed time from that of the tokens."""
     source, target = (load_config(run_dir / "config.yaml", keys) for keys in ((), overrides))
     recordings = [read_recording(folder) for folder in (run_dir, *also)]
+    for folder, (steps, answers) in zip((run_dir, *also), recordings, strict=True):
+        if not steps or not answers.num_rows:
+            raise ValueError(
+                f"{folder} has too few RL steps to learn from: {SKIPPED} are skipped, and some must"
+                " be left"
+            )
     steps, answers = recordings[0]
-    if not steps or not answers.num_rows:
-        raise ValueError(
-            f"{run_dir} has too few RL steps to learn from: {SKIPPED} are skipped, and some must be"
-            " left"
-        )
     timed = np.concatenate([learner_steps(*recording) for recording in recordings])
     fixed, per_token = learner_time(timed)
     measured = decoding(answers, workers=source.cluster.rollouts, slots=target.rollout.max_num_seqs)

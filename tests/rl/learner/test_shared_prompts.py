@@ -80,6 +80,7 @@ def test_the_layout_of_a_row() -> None:
     assert micro.shared is not None
     assert micro.shared.rows_E[:9].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5]
     assert micro.shared.first_R[:7].tolist() == [0, 1, 2, 3, 4, 8, 9]
+    assert micro.shared.spans == ((0, 5, 0, 0), (5, 1, 0, 3), (6, 122, 0, 0))
     [(rows, tokens)] = micro.shared.copies
     assert (rows.tolist(), tokens.tolist()) == ([0, 1, 2], [[0, 5], [1, 6], [2, 7]])
 
@@ -94,7 +95,7 @@ def test_prompts_that_differ_make_a_plain_row() -> None:
 @settings(max_examples=50, deadline=None)
 def test_a_gradient_is_the_sum_over_copies(rows: list[int]) -> None:
     rows_E = np.unique(rows, return_inverse=True)[1].astype(np.int64)
-    shared = SharedRows.of(rows_E, CPU)
+    shared = SharedRows.of([rows_E], CPU)
     x = torch.randn(int(rows_E.max()) + 1, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(len(rows_E), 3, dtype=torch.float64)
     out = over_sequences(shared, lambda each: each * weight, x)
@@ -106,7 +107,7 @@ def test_a_gradient_is_the_sum_over_copies(rows: list[int]) -> None:
 
 def test_sums_over_copies_are_formed_in_float32() -> None:
     """1 + 257 x 2^-8 in bfloat16, one by one, would stay 1 plus what its 8 bits hold."""
-    shared = SharedRows.of(np.zeros(258, np.int64), CPU)
+    shared = SharedRows.of([np.zeros(258, np.int64)], CPU)
     x = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
     scales = torch.full((258, 1), 2.0**-8, dtype=torch.bfloat16)
     scales[0] = 1.0

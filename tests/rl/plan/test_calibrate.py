@@ -184,6 +184,8 @@ def test_a_run_with_another_batch_tells_the_fixed_time(tmp_path: Path) -> None:
     both, sources = calibrate(run, also=[larger])
     assert (both.learner_fixed, both.learner_per_token) == pytest.approx((1.0, 0.002))
     assert "of 20 steps" in sources["learner"]
+    with pytest.raises(ValueError, match="short has too few RL steps"):
+        calibrate(run, also=[larger, recording(tmp_path / "short", steps=2)])
 
 
 def test_weights_are_never_negative() -> None:
