@@ -20,7 +20,7 @@ from . import memory
 from .batching import MicroBatch, plan_micro_batches
 from .model_loader import ModelLoader
 from .policy import MicroBatchTensors, Policy, to_tensors
-from .shared_prompts import plan_sharing
+from .shared_prompts import KEYS, plan_sharing
 from .whole import passes
 
 
@@ -104,7 +104,8 @@ class RankPasses:
         """The passes of every rank."""
         models, budget = self.models, self.size.tokens
         if models.shares_prompts:
-            return plan_sharing(batch, models.spec.world, budget, models.flops)
+            copy = KEYS if models.fused and models.platform.is_cpu else 1.0
+            return plan_sharing(batch, models.spec.world, budget, models.flops, copy=copy)
         lengths = batch.sequence_lengths
         return plan_micro_batches(
             lengths,

@@ -32,6 +32,8 @@ from .flops import ModelFlops
 SHARE = 4
 """Passes are dealt to ranks in pieces of at most this part of what a rank computes, so that they
 can be balanced; a group that is more is cut, and its prompt computed once for each piece."""
+KEYS = 1 / 8
+"""Of what a pass keeps of a token, at most what its key is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,23 +72,29 @@ def repeated_tokens(batch: Batch) -> int:
 
 
 def plan_sharing(
-    batch: Batch, world: int, budget: int, flops: ModelFlops | None
+    batch: Batch, world: int, budget: int, flops: ModelFlops | None, *, copy: float = 1.0
 ) -> list[list[MicroBatch]]:
     """As `plan_micro_batches`, packed, with the answers to a prompt in one pass where they fit.
 
-    budget: tokens of a pass with every sequence's own prompt, which is what attention keeps.
+    budget: tokens of a pass, of which a token of a prompt's copy before another answer takes
+        `copy`: all of it where attention works on copies, `KEYS` where it keeps their keys alone.
     """
     lengths = batch.sequence_lengths
     runs = sharing_sequences(batch, range(len(lengths)))
     whole = sum(_cost(run.sequences, run.prompt, lengths, None) for run in runs)
+
+    def room(sequences: Sequence[int], prompt: int) -> int:
+        repeated = (len(sequences) - 1) * prompt
+        return int(lengths[list(sequences)].sum()) - int((1 - copy) * repeated)
+
     pieces = [
         SharingSequences(part, run.prompt)
         for run in runs
-        for part in _cut(run, lengths, budget, whole / (SHARE * world))
+        for part in _cut(run, lengths, room, budget, whole / (SHARE * world))
     ]
     most = max((len(piece.sequences) for piece in pieces), default=1)
     plan = plan_micro_batches(
-        [int(lengths[list(piece.sequences)].sum()) for piece in pieces],
+        [room(piece.sequences, piece.prompt) for piece in pieces],
         world,
         budget,
         packed=True,
@@ -111,13 +119,17 @@ def _cost(
 
 
 def _cut(
-    run: SharingSequences, lengths: NDArray[np.int64], budget: int, share: float
+    run: SharingSequences,
+    lengths: NDArray[np.int64],
+    room: Callable[[Sequence[int], int], int],
+    budget: int,
+    share: float,
 ) -> list[tuple[int, ...]]:
     """The run in as few parts of about equal number as keep to both bounds, or single ones."""
     for parts in range(1, len(run.sequences)):
         cut = [tuple(part.tolist()) for part in np.array_split(np.array(run.sequences), parts)]
         if all(
-            lengths[list(part)].sum() <= budget and _cost(part, run.prompt, lengths, None) <= share
+            room(part, run.prompt) <= budget and _cost(part, run.prompt, lengths, None) <= share
             for part in cut
         ):
             return cut

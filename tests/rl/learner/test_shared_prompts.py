@@ -240,6 +240,23 @@ def test_answers_to_a_prompt_go_through_together() -> None:
     assert all(len(one) <= 4 for rank in tight for one in rank), "71 tokens each"
 
 
+def test_keys_alone_of_a_copy_take_less_room() -> None:
+    """Four prompts of 70 tokens with eight answers of one each: 568 tokens with all copies, 140
+    where those of 7 of them take an eighth."""
+    rows = [((p, *ONE * 10)[:70], (i,)) for p in range(90, 94) for i in range(20, 28)]
+    batch = batch_of(rows)
+    for share, budget, expected in (
+        (1.0, 568, 4),
+        (1 / 8, 140, 4),
+        (1 / 8, 280, 2),
+        (1 / 8, 568, 1),
+    ):
+        [passes] = plan_sharing(batch, 1, budget, None, copy=share)
+        assert [len(one) for one in passes] == [32 // expected] * expected
+    [passes] = plan_sharing(batch, 1, 139, None, copy=1 / 8)
+    assert max(map(len, passes)) < 8
+
+
 def test_a_pass_is_balanced_by_what_it_computes() -> None:
     """Eight answers of 4 tokens to a prompt of 96, and eight of 100 tokens to one of none but a
     token: 128 and 801 tokens, both 800 without sharing."""
