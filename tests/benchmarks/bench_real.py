@@ -242,8 +242,6 @@ def step(report: Report, model: str, prompts: int, rounds: int) -> None:
             slots=256,
             rollouts=1,
             rollout_cpus=1,
-            learners=1,
-            learner_cpus=1,
             pass_size=32,
         )
         ours, theirs = compare(steps, rounds)

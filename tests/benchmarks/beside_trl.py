@@ -34,7 +34,7 @@ optim: {{lr: 1.0e-6}}
 eval: {{size: 0}}
 checkpoint: {{every: 0}}
 tracking: {{wandb: disabled}}
-cluster: {{device: cpu, learners: {learners}, rollouts: {rollouts}, cpus_per_learner: {learner_cpus}, cpus_per_rollout: {rollout_cpus}}}
+cluster: {{device: cpu, learners: 2, rollouts: {rollouts}, cpus_per_learner: 0.5, cpus_per_rollout: {rollout_cpus}}}
 """
 
 
@@ -61,9 +61,6 @@ class Work:
     """Answers that a rollout worker of emberl's decodes at a time."""
     rollouts: int
     rollout_cpus: float
-    learners: int = 2
-    learner_cpus: float = 0.5
-    """Of each rank; two ranks of one thread are quicker for a toy, one of two threads for a real model."""
     pass_size: int
     """Answers in one pass of TRL's."""
 
