@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import elements
+from .attention_spans import Span
 from .products import weight_gradient
-from .spans import Span
 from .threads import bits, over_parts, over_rows
 
 

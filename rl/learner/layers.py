@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.transformer import operators, products
-from ...kernels.transformer.spans import spans_between
+from ...kernels.transformer.attention_spans import spans_between
 from .shared_prompts import share_in_attention
 
 _log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...kernels.transformer.spans import Span
+from ...kernels.transformer.attention_spans import Span
 from ..groups import Batch
 from .batching import PACKED_SEQUENCES, MicroBatch, plan_micro_batches
 from .flops import ModelFlops
