@@ -154,7 +154,7 @@ class _Alike:
 
 SCORES = 2**18
 """Of sequences that are taken together, at the most: they stay in a core's second cache."""
-FILLING, FEW_ROWS = 1 / 8, 32
+FILLING, FILLED_ROWS = 1 / 8, 32
 """Of the rows of a group at the most; so few rows cost less than calls for another group."""
 
 
@@ -169,7 +169,7 @@ def _groups(spans: tuple[Span, ...], heads: int) -> tuple[_Alike, ...]:
         fits = [s for s in left[:room] if s[2:] == (prompt, before)]
         lengths = np.array([s.length for s in fits], np.int64)
         rows = np.arange(1, len(fits) + 1) * longest
-        too_much = rows - np.cumsum(lengths) > np.maximum(FILLING * rows, FEW_ROWS)
+        too_much = rows - np.cumsum(lengths) > np.maximum(FILLING * rows, FILLED_ROWS)
         count = int(np.argmax(too_much)) or len(fits)
         starts = np.array([s.start for s in fits[:count]], np.int64)
         places = np.arange(longest)
