@@ -13,13 +13,13 @@ import numpy as np
 from ..rewards.code_tests.solutions import solutions_of
 from ..rewards.suite import build_suite
 from ..rollout.samples import Prompt
+from .answers import reward_input
 from .config.data import DataConfig
 from .config.load import Config, load_config, resolve
 from .data.rows import train_tables
 from .data.sources import is_table
 from .data.table import Head, read_head
 from .data.templates import PromptWriter, Tokenizer
-from .reward_inputs import reward_input
 
 SHOWN = 3
 _BARS = 10

@@ -10,12 +10,12 @@ from typing import Any
 
 from ..rewards.suite import RewardSuite, build_suite
 from ..rollout.samples import Prompt, Sampling
+from .answers import reward_input
 from .config.data import DataConfig
 from .config.load import Config, ConfigError, user_errors
 from .config.sampling import EvalSetConfig, ThinkingConfig
 from .data.sources import PromptSource, open_source
 from .evaluation.thinking import Thoughts, in_mode
-from .reward_inputs import reward_input
 
 GENERATED_SIZE = 512
 """Problems of a set that is generated rather than read, where its `size` is empty."""

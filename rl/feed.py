@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..rollout.actors import ActorLostError
-from ..rollout.jobs import Job
+from ..rollout.crew import Job
 from ..rollout.samples import Completion
 from ..rollout.schedule import Schedule
 from .groups import Group

@@ -12,6 +12,7 @@ from ..rewards.inputs import RewardInput
 from ..rewards.plugins.loading import PluginFile
 from ..rewards.suite import RewardSuite, build_suite
 from .algorithm.plugins import load_advantage, load_loss
+from .answers import reward_input
 from .config.algorithm import ADVANTAGES, LOSSES
 from .config.data import DataConfig
 from .config.distill import DistillConfig
@@ -21,7 +22,6 @@ from .data.rows import eval_tables, train_tables
 from .data.sources import check_data, is_table
 from .data.table import Head, heldout_note, read_head
 from .data.templates import PromptWriter
-from .reward_inputs import reward_input
 from .teacher_checks import check_teachers
 
 _REFERENCES = 256

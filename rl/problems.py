@@ -8,12 +8,12 @@ from typing import Any
 
 from ..rewards.suite import RewardSuite, build_suite
 from ..rollout.stops import token_bytes
+from .answers import reward_input
 from .config.load import Config, ConfigError, user_errors, with_steps
 from .data.mixture import MixtureSource
 from .data.sources import PromptSource, open_source
 from .data.table import TableSource
 from .model_files import load_tokenizer
-from .reward_inputs import reward_input
 from .sft import Imitated, open_imitated, with_sft_steps
 
 

@@ -15,11 +15,10 @@ from typing import Any
 import ray
 
 from .actors import LOST, ActorLostError, cause
-from .crew import Crew
-from .dispatch import Dispatch
+from .crew import Crew, Job
 from .environments import Episodes
-from .jobs import Job
 from .samples import Completion, Prompt, Sampling
+from .schedule import Dispatch
 from .weights.transport import WeightUpdate
 
 

@@ -105,7 +105,6 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
             "teacher_checks",
         },
         {"learner", "batch", "watch", "answers"},
-        {"reward_inputs"},
         {"data", "checkpoints", "run_directory", "disks"},
         {"algorithm", "groups"},
         {"config", "exits", "local_ray", "contents", "joining"},
@@ -113,9 +112,9 @@ LAYERS: dict[str, tuple[set[str], ...]] = {
     "rollout": (
         {"worker", "vllm_extension", "receiver"},
         {"pool", "crew"},
-        {"environments", "jobs"},
+        {"environments"},
         {"vllm_backend", "embedded", "engine", "model_directory"},
-        {"weights", "samples", "stops", "tracing", "actors", "schedule", "dispatch"},
+        {"weights", "samples", "stops", "tracing", "actors", "schedule"},
     ),
     "rewards": (
         {"audit"},

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ..platform import CPU, CUDA
 from . import chunked, reference
-from .arguments import Call, check, prepare, refuse_not_finite
 from .chunked import log_once
-from .head import accumulator, product_dtype
+from .head import Call, accumulator, check, prepare, product_dtype, refuse_not_finite
 from .passes import Passes, TorchPasses
 from .shifted_exp import Job
 from .terms import TokenLoss, TokenStats

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .arguments import not_finite
-from .head import Head, Transform, accumulator, add_product
+from .head import Head, Transform, accumulator, add_product, not_finite
 from .passes import LOWEST, Passes
 from .terms import TokenStats
 from .tiling import COLUMNS

@@ -26,15 +26,16 @@ from ...rewards.plugins.loading import PluginFile
 from ..config.algorithm import LOSSES, KLConfig, LossConfig, OffPolicyConfig
 from ..config.distill import DistillConfig
 from ..groups import Batch
-from .kinds import KINDS, weighted
 from .offpolicy import correction, renormalised
 from .plugins import UserLoss, load_loss
 from .surrogates import (
+    KINDS,
     TAU_TERM,
     bounded,
     kl_penalty,
     nll,
     off_policy_sequences,
+    weighted,
 )
 from .token_batch import TokenBatch
 

@@ -7,8 +7,8 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
+from ...rollout.crew import Job
 from ...rollout.environments import GroupEpisodes, whole
-from ...rollout.jobs import Job
 from ...rollout.pool import RolloutPool
 from ...rollout.samples import Completion, Prompt, Sampling
 from .thinking import Thoughts

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.transformer import operators, products
+from ...kernels.transformer import operators
 from ...kernels.transformer.attention_spans import spans_between
 from .shared_prompts import share_in_attention
 
@@ -168,7 +168,7 @@ def layer_forward(
 def _linear(layer: Any, x: Tensor) -> Tensor:
     """`layer(x)`; one with adapters runs as it is."""
     if type(layer) is nn.Linear:
-        return products.linear(x, layer.weight, layer.bias)
+        return operators.linear(x, layer.weight, layer.bias)
     out: Tensor = layer(x)
     return out
 

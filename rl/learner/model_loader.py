@@ -25,11 +25,10 @@ from .fused_layers import fused_forward
 from .layers import ATTENTION, replace_layers, use_packed_attention
 from .lora import inject_adapters, merged_shards
 from .policy import Policy, pick_attention, takes_packed
-from .shards import Shards
+from .shards import Shards, keep_whole
 from .shared_prompts import share_in_attention
 from .teachers import Teacher
 from .trainable import shard
-from .whole import keep_whole
 
 _log = logging.getLogger(__name__)
 

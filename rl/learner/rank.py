@@ -1,8 +1,8 @@
 """One learner rank: a Ray actor that owns a device, its shard of the policy and of the optimizer's
 state.
 
-`model_loader.py` reads and shards its models, `rank_passes.py` runs them over its share of a batch,
-`training_step.py` forms gradients and metrics.
+`model_loader.py` reads and shards its models, `training_step.py` runs them over its share of a batch
+and forms gradients and metrics.
 """
 
 from __future__ import annotations
@@ -36,12 +36,11 @@ from .flops import peak_flops, speed
 from .model_loader import ModelLoader, RankSpec
 from .policy import Policy
 from .publisher import Parts, Published, Publisher, PublishRequest, shards_of
-from .rank_passes import RankPasses, pass_size
 from .shards import Shards
 from .shared_prompts import repeated_tokens
 from .teachers import Teacher, sampled_logprobs
 from .trainable import Trainable
-from .training_step import EngineMismatch, critic_backward, policy_backward
+from .training_step import EngineMismatch, RankPasses, critic_backward, pass_size, policy_backward
 
 
 class LearnerRank:

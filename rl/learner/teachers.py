@@ -20,7 +20,7 @@ from ..algorithm.losses import Objective
 from ..groups import Batch
 from .logits import own_logits
 from .policy import MicroBatchTensors, Policy, hidden_states
-from .whole import passes
+from .shards import passes
 
 ROWS = 512
 """Tokens whose logits a teacher makes at a time."""

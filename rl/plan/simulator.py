@@ -1,7 +1,7 @@
 """The simulator of `emberl plan`: emberl's schedule on devices that do not exist.
 
 Admission, waiting, eviction and dealing are not modelled: `rollout.schedule.Schedule` and
-`rollout.dispatch.Dispatch`, which real runs use, decide here too, and keep the same books.
+`rollout.schedule.Dispatch`, which real runs use, decide here too, and keep the same books.
 Simulated are the engines (`simulated_worker`), marking, the learners' steps, the publication of
 weights, and lost workers.
 """
@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import simpy
 
-from ...rollout.dispatch import Dispatch
-from ...rollout.schedule import QUEUE_DEPTH, Schedule
+from ...rollout.schedule import QUEUE_DEPTH, Dispatch, Schedule
 from .scenario import Scenario, StepRecord, Usage
 from .simulated_worker import SimGroup, SimWorker
 

@@ -21,10 +21,17 @@ from torch import Tensor
 from ..samples import Completion, FinishReason, Prompt, Sampling, Span, merge_spans
 from ..stops import StopStrings
 from .cpu_step import CPUStep, supports
-from .kv_cache import KVCache, PromptState
+from .kv_cache import (
+    ActiveSequence,
+    Counters,
+    Deliver,
+    KVCache,
+    PromptState,
+    WaitingRequest,
+    unstarted,
+)
 from .model import Decoder, causal_attention
 from .sampling import SlotSampling, check_request, penalised, sample, stream_key, uniforms
-from .slots import ActiveSequence, Counters, Deliver, WaitingRequest, unstarted
 
 PREFILL_TOKENS = 4096
 """Padded prompt tokens of one prefill pass: enough to fill the matrix units, little enough to stay

@@ -27,8 +27,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,9 +43,8 @@ from ..stops import StopStrings
 from ..weights.canary import Canary
 from ..weights.patch import WeightPatch, Weights
 from .continuous_batch import ContinuousBatch
+from .kv_cache import Counters, Deliver
 from .model import Decoder
-from .slots import Counters, Deliver
-from .thread_count import at_most, worth
 from .versions import ServedVersion
 
 T = TypeVar("T")
@@ -53,6 +53,31 @@ BURST = 32
 """Steps in one visit to the compute thread, which takes in new requests itself: long enough to hide
 the hand-over."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+SHARE = 1 << 29
+"""Multiply-adds of a step that are worth a thread: about what one core does in the time that waking
+others for each of a layer's operators takes."""
+
+
+def worth(weights: int, rows: int, most: int) -> int:
+    """Threads for a step of `rows` tokens through `weights` weights, of `most` that there are. It
+    depends on nothing that changes while an engine runs, so neither does the order of its sums."""
+    return max(1, min(most, weights * rows // SHARE))
+
+
+@contextmanager
+def at_most(count: int) -> Iterator[None]:
+    """Runs torch's operators of the calling thread on `count` threads."""
+    before = torch.get_num_threads()
+    if before == count:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Stream:

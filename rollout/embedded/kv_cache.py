@@ -1,5 +1,5 @@
-"""Keys and values of the sequences being decoded, one slot each; the slots in use are always
-0..n-1.
+"""The slots of a batch: keys and values of the sequences being decoded, one slot each, and the
+records of these and of the samples that wait. The slots in use are always 0..n-1.
 
 Every layer's cache is a contiguous [S, K, W, D] whose width W follows the longest sequence in use:
 a CPU's batched multiply copies its operands where they are not contiguous, which costs more than
@@ -11,12 +11,16 @@ prompt tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..samples import Completion, Prompt, Sampling, Span
+from ..stops import StopMatcher
 from .architecture import Architecture
 
 ALIGNED = 64
@@ -132,3 +136,73 @@ def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _rounded(length: int) -> int:
     return -(-length // STEP) * STEP
+
+
+Deliver = Callable[[Completion], None]
+
+
+@dataclass(slots=True, eq=False)
+class WaitingRequest:
+    """Samples of one prompt that wait for slots."""
+
+    prompt: Prompt
+    samples: Sequence[int]
+    """Indices within the group."""
+    sampling: Sampling
+    deliver: Deliver
+    stop: StopMatcher | None = None
+    begun: Completion | None = None
+    """The beginning that the only sample of this request has already."""
+    placed: int = 0
+    """Samples that were given a slot."""
+    state: PromptState | None = None
+    """The prefilled tokens, kept until the last sample is admitted or the weights change."""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The tokens that are prefilled: the prompt, and what was decoded before."""
+        return self.prompt.token_ids + (
+            () if self.begun is None else tuple(self.begun.token_ids.tolist())
+        )
+
+    @property
+    def left(self) -> Sequence[int]:
+        return self.samples[self.placed :]
+
+
+@dataclass(slots=True, eq=False)
+class ActiveSequence:
+    """One sample in a slot."""
+
+    request: WaitingRequest
+    sample: int
+    started: float
+    spans: list[Span] = field(default_factory=list)
+    """Tokens of earlier weight versions."""
+    tail: bytes | None = b""
+    """The state of its stop strings."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Work done since the engine started."""
+
+    prefill_tokens: int = 0
+    """Prompt tokens computed, pads left out."""
+    decode_steps: int = 0
+    decode_tokens: int = 0
+
+
+def unstarted(prompt_id: str, index: int) -> Completion:
+    """Of a sample that was aborted before its first token."""
+    now = time.time()
+    return Completion(
+        prompt_id=prompt_id,
+        sample=index,
+        token_ids=np.zeros(0, np.int32),
+        logprobs=np.zeros(0, np.float32),
+        spans=(),
+        finish_reason="abort",
+        started=now,
+        finished=now,
+    )

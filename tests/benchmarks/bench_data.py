@@ -95,11 +95,11 @@ def write_distinct(path: Path, rows: int) -> None:
 def open_once(path: str) -> None:
     """Prints processor seconds, peak bytes and problems as JSON."""
     from emberl.rewards.suite import build_suite
+    from emberl.rl.answers import reward_input
     from emberl.rl.config.data import DataConfig
     from emberl.rl.config.tiny import TinyConfig
     from emberl.rl.data.sources import check_data, open_source
     from emberl.rl.data.tiny import tiny_tokenizer
-    from emberl.rl.reward_inputs import reward_input
 
     tokenizer = tiny_tokenizer(TinyConfig(vocabulary="bytes", chat_template=True))
     loaded = resource.getrusage(resource.RUSAGE_SELF)

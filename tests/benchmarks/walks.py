@@ -65,7 +65,7 @@ SETTINGS = (
     "tracking.wandb=disabled",
 )
 LOOKING_ON = ("rl/watch/", "rl/config/")
-CALLERS = {"rl/answers.py", "rl/reward_inputs.py"}
+CALLERS = {"rl/answers.py"}
 
 
 def main() -> None:

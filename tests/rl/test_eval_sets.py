@@ -21,7 +21,7 @@ from emberl.rl.data.tiny import tiny_tokenizer
 from emberl.rl.eval_sets import HELD_OUT, EvalSet, open_eval_sets
 from emberl.rl.evaluate import evaluate
 from emberl.rl.groups import Group
-from emberl.rollout.jobs import Job
+from emberl.rollout.crew import Job
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
 
 CHAT = tiny_tokenizer(TinyConfig(vocabulary="bytes", chat_template=True))

@@ -24,7 +24,7 @@ from emberl.rl.eval_sets import HELD_OUT, EvalSet
 from emberl.rl.evaluate import begin_evaluation
 from emberl.rl.run import Run
 from emberl.rollout.actors import ActorLostError
-from emberl.rollout.jobs import Job
+from emberl.rollout.crew import Job
 from emberl.rollout.samples import Completion, Prompt, Span
 
 DIGITS = {5: "1", 6: "2", 1: "<eos>"}

@@ -18,7 +18,7 @@ from emberl.rl.feed import GroupFeed
 from emberl.rl.groups import Group
 from emberl.rl.weights.sync import WeightSync
 from emberl.rollout.actors import ActorLostError
-from emberl.rollout.jobs import Job
+from emberl.rollout.crew import Job
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
 
 

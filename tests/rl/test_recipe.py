@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from emberl.rl import recipe
+from emberl.rl.answers import conversation
 from emberl.rl.batch import demonstration
 from emberl.rl.config.data import DataConfig
 from emberl.rl.config.load import resolve
@@ -16,7 +17,6 @@ from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.arithmetic import ProblemMaker
 from emberl.rl.data.tiny import tiny_tokenizer
 from emberl.rl.model_files import prepare_model
-from emberl.rl.reward_inputs import conversation
 from emberl.rollout.samples import Prompt
 
 WORKED = "<think>7+5=12,12-3=9</think>9"

@@ -16,7 +16,7 @@ from emberl.rewards.inputs import RewardInput
 from emberl.rewards.suite import build_suite
 from emberl.rewards.verdict import Status, Verdict
 from emberl.rl.algorithm.losses import Objective
-from emberl.rl.answers import AnswerReader
+from emberl.rl.answers import AnswerReader, reward_input
 from emberl.rl.batch import make_batch
 from emberl.rl.config.algorithm import AdvantageConfig, LossConfig
 from emberl.rl.config.data import DataConfig
@@ -26,7 +26,6 @@ from emberl.rl.data.tiny import make_tiny, tiny_tokenizer
 from emberl.rl.groups import Batch, Group
 from emberl.rl.learner.model_loader import RankSpec
 from emberl.rl.learner.rank import LearnerRank
-from emberl.rl.reward_inputs import reward_input
 from emberl.rl.trainer import staleness
 from emberl.rl.user_environment import load_environment, observer
 from emberl.rl.watch.lengths import read_lengths, record_lengths

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from emberl.rollout.dispatch import Dispatch
+from emberl.rollout.schedule import Dispatch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

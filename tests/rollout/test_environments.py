@@ -17,11 +17,11 @@ import pytest
 import torch
 from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny, tiny_tokenizer
+from emberl.rollout.crew import Job
 from emberl.rollout.embedded.engine import EmbeddedEngine
 from emberl.rollout.embedded.model import Decoder
 from emberl.rollout.engine import Request
 from emberl.rollout.environments import Environment, Episodes, Step, whole
-from emberl.rollout.jobs import Job
 from emberl.rollout.pool import RolloutPool
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span, merge_spans
 from emberl.rollout.stops import StopStrings

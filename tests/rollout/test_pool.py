@@ -12,7 +12,7 @@ import pytest
 from emberl.rl.run import on_loop
 from emberl.rollout import crew as crew_module
 from emberl.rollout.actors import ActorLostError, PlaceLostError, WorkerLostError
-from emberl.rollout.jobs import Job
+from emberl.rollout.crew import Job
 from emberl.rollout.pool import RolloutPool
 from emberl.rollout.samples import Completion, Prompt, Sampling, Span
 

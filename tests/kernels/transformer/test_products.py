@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from emberl.kernels.transformer import operators
 from emberl.kernels.transformer.attention_spans import Span, spans_between
-from emberl.kernels.transformer.products import linear, transposed
+from emberl.kernels.transformer.operators import linear, transposed
 from emberl.kernels.transformer.sums import add_to
 from torch import Tensor
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from emberl.kernels.loss.terms import TokenStats, TokenTerms
-from emberl.rl.algorithm.aggregation import token_weights
 from emberl.rl.algorithm.losses import Objective, token_loss
+from emberl.rl.batch import token_weights
 from emberl.rl.config.algorithm import KLConfig, LossConfig, OffPolicyConfig
 from emberl.rl.groups import Batch
 

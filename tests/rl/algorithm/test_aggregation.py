@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from emberl.rl.algorithm.aggregation import token_weights
+from emberl.rl.batch import token_weights
 
 IDS = np.array([0, 0, 0, 1, 1, 2])
 MASK = np.array([False, True, True, True, False, False])

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 from emberl.rewards.suite import build_suite
+from emberl.rl.answers import reward_input
 from emberl.rl.config.data import DataConfig
 from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.columns import fill
 from emberl.rl.data.sources import PromptSource, check_data, open_source
 from emberl.rl.data.tiny import tiny_tokenizer
-from emberl.rl.reward_inputs import reward_input
 
 CHAT = tiny_tokenizer(TinyConfig(vocabulary="bytes", chat_template=True))
 PLAIN = tiny_tokenizer(TinyConfig(vocabulary="bytes"))

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from emberl.rewards.suite import build_suite
 from emberl.rewards.verdict import Status
+from emberl.rl.answers import reward_input
 from emberl.rl.config.sampling import EvalSetConfig
 from emberl.rl.data.rows import train_tables
 from emberl.rl.data.table import read_head
 from emberl.rl.evaluation.benchmarks import READY, named_set
-from emberl.rl.reward_inputs import reward_input
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
 

@@ -16,8 +16,8 @@ from emberl.rl.data.templates import render, template_of
 from emberl.rl.data.tiny import END_THINK, THINK, make_tiny, tiny_tokenizer
 from emberl.rl.evaluation.generation import sampled
 from emberl.rl.evaluation.thinking import Thoughts, in_mode, split
+from emberl.rollout.crew import Job
 from emberl.rollout.embedded.engine import EmbeddedEngine
-from emberl.rollout.jobs import Job
 from emberl.rollout.samples import Completion, Prompt, Sampling
 from pydantic import ValidationError
 from transformers import AutoTokenizer

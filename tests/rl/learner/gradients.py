@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from emberl.rl.algorithm.aggregation import token_weights
 from emberl.rl.algorithm.losses import Objective
+from emberl.rl.batch import token_weights
 from emberl.rl.config.algorithm import KLConfig, LossConfig, OffPolicyConfig
 from emberl.rl.config.load import CriticConfig, ModelConfig, OptimConfig
 from emberl.rl.groups import Batch

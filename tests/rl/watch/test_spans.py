@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from emberl.rl.watch.spans import SPANS, Span, Spans, in_lanes, read_spans, trace_of
-from emberl.rollout.jobs import WorkerState
+from emberl.rollout.crew import WorkerState
 
 
 def span(track: str, start: float, end: float, name: str = "x") -> Span:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emberl.rollout.embedded.thread_count import SHARE, at_most, worth
+from emberl.rollout.embedded.engine import SHARE, at_most, worth
 
 
 @pytest.mark.parametrize(

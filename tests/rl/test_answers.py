@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from emberl.rl.reward_inputs import reward_input
+from emberl.rl.answers import reward_input
 from emberl.rollout.samples import Prompt
 
 TURN = {"role": "user", "content": "2+2?"}
