@@ -1,5 +1,7 @@
-"""The workers of a pool, and the pool's records of them (`WorkerState`) and of a group that is asked
-for (`Job`): calls to all of them, and the actor that takes the place of a lost one."""
+"""The workers of a pool: calls to all of them, and the actor that takes the place of a lost one.
+
+`WorkerState` is the pool's record of one, `Job` that of a group that is asked for.
+"""
 
 from __future__ import annotations
 

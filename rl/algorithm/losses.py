@@ -3,8 +3,8 @@
 A loss is a sum of parts per token: the policy gradient, cross entropy, the KL to a named model, the
 entropy bonus. Supervised learning is cross entropy alone, RL a policy gradient and what its
 settings add, distillation either of these with a teacher as the named model. The mathematics stands
-in `surrogates`; here it gets its ratio level and the weights of `aggregation` and `offpolicy`. The
-total is the plain sum over tokens: nothing is divided here.
+in `surrogates`; here it gets its ratio level and the weights of `batch.token_weights` and
+`offpolicy`. The total is the plain sum over tokens: nothing is divided here.
 
 Shape legend: n tokens of a chunk, T tokens of the batch.
 """
@@ -42,14 +42,8 @@ from .token_batch import TokenBatch
 Array = NDArray[Any]
 
 DISTILL_TERM = "actor/distill_loss"
-PARTS = (
-    "actor/pg_loss",
-    "actor/kl_loss",
-    "actor/entropy",
-    "actor/nll_loss",
-    DISTILL_TERM,
-    TAU_TERM,
-)
+POLICY_TERMS = ("actor/pg_loss", "actor/kl_loss", "actor/entropy", "actor/nll_loss")
+PARTS = (*POLICY_TERMS, DISTILL_TERM, TAU_TERM)
 """Metrics of `BatchLoss` that hold weights, so that their sum is the figure: the terms of the loss,
 before their coefficients. The others are means over the tokens of `COUNTED`."""
 COUNTED = "tokens"

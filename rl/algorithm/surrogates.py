@@ -2,8 +2,8 @@
 form, and the kinds of `loss.kind` that are made of them.
 
 Everything is minimised. r = exp(l) is policy over old policy, l = log r; A is the advantage.
-Functions see tokens only: no mask, no weight and no mean, which `losses` puts around them; the kinds
-alone (`KINDS`) multiply the tokens' weights in, at the settings' ratio level.
+Functions see tokens only: no mask, no weight and no mean, which `losses` puts around them; the
+kinds alone (`KINDS`) multiply the tokens' weights in, at the settings' ratio level.
 `TokenTerms.dlogp` is here the derivative by the first argument, with the stop-gradients of the
 paper respected. l is held within +-20 (verl, OpenRLHF), with derivative 0 beyond, so that exp never
 overflows.

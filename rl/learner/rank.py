@@ -1,8 +1,8 @@
 """One learner rank: a Ray actor that owns a device, its shard of the policy and of the optimizer's
 state.
 
-`model_loader.py` reads and shards its models, `training_step.py` runs them over its share of a batch
-and forms gradients and metrics.
+`model_loader.py` reads and shards its models, `training_step.py` runs them over its share of a
+batch and forms gradients and metrics.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ def test_what_a_later_stage_may_ask() -> None:
 
 def test_settings_presets_and_advantages_load_no_torch() -> None:
     code = (
-        "import sys; from emberl.rl.algorithm import advantages, aggregation, offpolicy; "
+        "import sys; from emberl.rl.algorithm import advantages, offpolicy; "
         "from emberl.rl.config import algorithm, presets; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
