@@ -26,7 +26,7 @@ from .layers import ATTENTION, replace_layers, use_packed_attention
 from .lora import inject_adapters, merged_shards
 from .policy import Policy, pick_attention, takes_packed
 from .shards import Shards, keep_whole
-from .shared_prompts import share_in_attention
+from .shared_prompts import KEYS, share_in_attention
 from .teachers import Teacher
 from .trainable import shard
 
@@ -74,6 +74,10 @@ class ModelLoader:
         self.shares_prompts = False
         """Whether passes compute a prompt once for all of its answers; known as models are
         loaded."""
+        self.copied_prompt = 1.0
+        """The part of a prompt's token that a pass keeps for each further answer to it, over all
+        models: `shared_prompts.KEYS` where every model's attention reads prompts where they
+        stand."""
         own = self.platform.is_cpu or self.platform.fused_layers
         self.fused = own and self.dtype == torch.bfloat16 and spec.model.attention == "auto"
         """Whether the policy's layers are run by `layers.py`, on NPUs by `fused_layers.py`."""
@@ -107,6 +111,7 @@ class ModelLoader:
         layers = getattr(model, model.base_model_prefix).layers
         if self.fused:
             self.fused = self._replace(model, layers)
+            self.copied_prompt = KEYS if self.fused and self.platform.is_cpu else 1.0
         if self.fused or self._gains_by_packing():
             if not self.fused:
                 use_packed_attention(model)
@@ -159,8 +164,8 @@ class ModelLoader:
 
         body = self._read(AutoModel, settings.path or self.model_path)
         self.shares_prompts &= counted(body.config)
-        if self.fused:
-            self._replace(body, body.layers)
+        if self.fused and not self._replace(body, body.layers):
+            self.copied_prompt = 1.0
         critic = Critic(body, self.master).train()
         self._shard(critic.value, [], dtype=self.master)
         self._shard(critic, critic.body.layers)
@@ -179,8 +184,8 @@ class ModelLoader:
         model = self._read(AutoModelForCausalLM, path)
         self.shares_prompts &= counted(model.config)
         layers = getattr(model, model.base_model_prefix).layers
-        if self.fused:
-            self._replace(model, layers)
+        if self.fused and not self._replace(model, layers):
+            self.copied_prompt = 1.0
         teacher = Teacher(model)
         self._shard(teacher, layers, offload=not self.platform.is_cpu)
         teacher.eval().requires_grad_(False)

@@ -29,7 +29,7 @@ from .batching import MicroBatch, plan_micro_batches
 from .model_loader import ModelLoader
 from .policy import MicroBatchTensors, Policy, to_tensors
 from .shards import passes
-from .shared_prompts import KEYS, plan_sharing
+from .shared_prompts import plan_sharing
 from .teachers import Teacher, teaching
 
 
@@ -113,7 +113,7 @@ class RankPasses:
         """The passes of every rank."""
         models, budget = self.models, self.size.tokens
         if models.shares_prompts:
-            copy = KEYS if models.fused and models.platform.is_cpu else 1.0
+            copy = models.copied_prompt
             return plan_sharing(batch, models.spec.world, budget, models.flops, copy=copy)
         lengths = batch.sequence_lengths
         return plan_micro_batches(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,13 +15,17 @@ import torch
 from emberl.kernels.transformer.fused import Parts
 from emberl.rl.batch import sft_batch
 from emberl.rl.config.load import ModelConfig
+from emberl.rl.config.tiny import TinyConfig
+from emberl.rl.data.tiny import make_tiny
 from emberl.rl.groups import Batch
 from emberl.rl.learner import fused_layers
 from emberl.rl.learner.flops import ModelFlops
 from emberl.rl.learner.layers import replace_layers, use_packed_attention
 from emberl.rl.learner.model_loader import ModelLoader, RankSpec
 from emberl.rl.learner.policy import hidden_states, to_tensors
+from emberl.rl.learner.rank import LearnerRank
 from emberl.rl.learner.shared_prompts import (
+    KEYS,
     SharedRows,
     SharingSequences,
     over_sequences,
@@ -255,6 +261,31 @@ def test_keys_alone_of_a_copy_take_less_room() -> None:
         assert [len(one) for one in passes] == [32 // expected] * expected
     [passes] = plan_sharing(batch, 1, 139, None, copy=1 / 8)
     assert max(map(len, passes)) < 8
+
+
+def test_a_model_that_makes_copies_is_planned_with_room_for_them(tmp_path: Path) -> None:
+    """A teacher whose layers stay transformers' own (its MLP has another activation) beside a
+    policy whose layers read prompts where they stand: one plan of passes serves both."""
+    tiny = TinyConfig(hidden=64, layers=1, heads=2, kv_heads=1, head_dim=32, intermediate=96)
+    for name in ("policy", "alike", "other"):
+        make_tiny(tmp_path / name, tiny, seed=0)
+    described = tmp_path / "other" / "config.json"
+    config = json.loads(described.read_text())
+    described.write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    model = ModelConfig.model_validate({"path": str(tmp_path / "policy"), "dtype": "bfloat16"})
+    rank = LearnerRank(
+        RankSpec(rank=0, world=1, device="cpu", threads=1, model=model, timeout=60.0)
+    )
+    rank.connect(rank.address())
+    try:
+        rank.load(str(tmp_path / "policy"))
+        kept = [rank.models.copied_prompt]
+        for name in ("alike", "other"):
+            rank.models.load_teacher(str(tmp_path / name))
+            kept.append(rank.models.copied_prompt)
+    finally:
+        rank.close()
+    assert kept == [KEYS, KEYS, 1.0]
 
 
 def test_a_pass_is_balanced_by_what_it_computes() -> None:
