@@ -9,12 +9,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .config.earlier import brought_up
 from .config.load import Config, ConfigError, resolve, shown_tree
+from .groups import Progress
 
 CHECKPOINTS, PROGRESS = "checkpoints", "progress.json"
 SETTINGS = "settings.json"
@@ -32,49 +33,6 @@ SHAPE = ("model.tiny", "model.lora", "model.dtype")
 """Settings that neither a checkpoint's tensors nor the run's bookkeeping can follow."""
 HOW = ("model.attention", "model.packing", "model.gradient_checkpointing")
 """How a model is computed, not which; may change."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """All that the driver must remember; with the learner's state it determines the rest of the
-    run."""
-
-    stage: int = 0
-    """Index into `stages`; equal to their number when the run is done."""
-    step: int = 0
-    """Steps done of this stage."""
-    version: int = 0
-    """Of the weights."""
-    position: int = 0
-    """Problems taken from the source so far."""
-    pending: tuple[tuple[int, int], ...] = ()
-    """Of these, the ones whose groups have not trained yet: (position, RL step of admission). A
-    resumed run asks for them again, before any new ones."""
-    tokens: int = 0
-    """Completion tokens sampled for training."""
-    train_seconds: float = 0.0
-    """Wall time of the RL steps that gave these tokens."""
-    seconds: float = 0.0
-    """Wall time of the whole run, set-up included, over all its attempts."""
-    evaluating: int | None = None
-    """The step whose evaluation is under way. Its weights are the checkpoint's, and a resumed run
-    begins with it."""
-    accuracy_start: float | None = None
-    accuracy_end: float | None = None
-    probe_noise_logp: float | None = None
-    """How far engines and learners are apart by rounding alone; None where it was not measured."""
-    probe_noise_p: float | None = None
-    updates: int = 0
-    """Optimizer steps of the policy in RL."""
-    entropy_start: float | None = None
-    """Nats a token in the first RL step that trained, which `Alarms` compares with."""
-    curriculum: Mapping[str, Any] | None = None
-    """Of the order of problems (`data.mixture`, `data.curriculum`), once an RL step was done."""
-    warnings: tuple[str, ...] = ()
-    """Warnings about a run that does not learn."""
-
-    def advance(self, **changes: Any) -> Progress:
-        return replace(self, **changes)
 
 
 def latest_checkpoint(run_dir: Path, tell: Callable[[str], None] = lambda _: None) -> Path | None:

@@ -1,12 +1,12 @@
-"""The nouns `Group` and `Batch`: a prompt's G graded completions, and the flat tokens that a
-learner trains on.
+"""The nouns of the loop: `Group`, a prompt's G graded completions; `Batch`, the flat tokens that a
+learner trains on; `Progress`, how far a run has come.
 
 Shape legend: G completions of a group, T tokens of a batch, S sequences of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,3 +130,46 @@ class Batch:
             np.arange(len(rows), dtype=np.int32), [len(r) for r in rows]
         )
         return replace(self, **arrays)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """All that the driver must remember; with the learner's state it determines the rest of the
+    run."""
+
+    stage: int = 0
+    """Index into `stages`; equal to their number when the run is done."""
+    step: int = 0
+    """Steps done of this stage."""
+    version: int = 0
+    """Of the weights."""
+    position: int = 0
+    """Problems taken from the source so far."""
+    pending: tuple[tuple[int, int], ...] = ()
+    """Of these, the ones whose groups have not trained yet: (position, RL step of admission). A
+    resumed run asks for them again, before any new ones."""
+    tokens: int = 0
+    """Completion tokens sampled for training."""
+    train_seconds: float = 0.0
+    """Wall time of the RL steps that gave these tokens."""
+    seconds: float = 0.0
+    """Wall time of the whole run, set-up included, over all its attempts."""
+    evaluating: int | None = None
+    """The step whose evaluation is under way. Its weights are the checkpoint's, and a resumed run
+    begins with it."""
+    accuracy_start: float | None = None
+    accuracy_end: float | None = None
+    probe_noise_logp: float | None = None
+    """How far engines and learners are apart by rounding alone; None where it was not measured."""
+    probe_noise_p: float | None = None
+    updates: int = 0
+    """Optimizer steps of the policy in RL."""
+    entropy_start: float | None = None
+    """Nats a token in the first RL step that trained, which `Alarms` compares with."""
+    curriculum: Mapping[str, Any] | None = None
+    """Of the order of problems (`data.mixture`, `data.curriculum`), once an RL step was done."""
+    warnings: tuple[str, ...] = ()
+    """Warnings about a run that does not learn."""
+
+    def advance(self, **changes: Any) -> Progress:
+        return replace(self, **changes)

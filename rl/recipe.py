@@ -21,7 +21,6 @@ from .checkpoints import (
     EVALUATED,
     PROGRESS,
     SETTINGS,
-    Progress,
     check_resumed,
     latest_checkpoint,
     nothing_left,
@@ -31,6 +30,7 @@ from .cluster import Cluster
 from .config.cautions import cautions, said_at_start
 from .config.load import Config, user_errors
 from .eval_sets import open_eval_sets
+from .groups import Progress
 from .learner.group import LearnerGroup, LearnersLostError
 from .model_files import check_adapters, check_model, load_tokenizer, prepare_model, stop_tokens
 from .preflight import check_inputs

@@ -23,7 +23,6 @@ from ..rollout.pool import RolloutPool
 from ..rollout.samples import Completion, Prompt, Sampling
 from .answers import AnswerReader
 from .checkpoints import (
-    Progress,
     add_evaluation,
     begin_checkpoint,
     finish_checkpoint,
@@ -32,7 +31,7 @@ from .checkpoints import (
 )
 from .config.load import Config
 from .data.sources import PromptSource
-from .groups import Group
+from .groups import Group, Progress
 from .learner.group import LearnerGroup, LearnersLostError
 from .run_directory import asked_to_stop
 from .watch.tracking import Tracker

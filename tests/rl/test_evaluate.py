@@ -18,10 +18,11 @@ import pytest
 from emberl.rewards.inputs import Reward, RewardInput
 from emberl.rewards.suite import Part, RewardSuite, build_suite
 from emberl.rewards.verdict import Verdict, verifier_error
-from emberl.rl.checkpoints import Progress, read_progress
+from emberl.rl.checkpoints import read_progress
 from emberl.rl.config.load import resolve
 from emberl.rl.eval_sets import HELD_OUT, EvalSet
 from emberl.rl.evaluate import begin_evaluation
+from emberl.rl.groups import Progress
 from emberl.rl.run import Run
 from emberl.rollout.actors import ActorLostError
 from emberl.rollout.crew import Job

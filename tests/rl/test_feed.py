@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from emberl.rewards.verdict import Status, Verdict
-from emberl.rl.checkpoints import Progress
 from emberl.rl.config.load import resolve
 from emberl.rl.feed import GroupFeed
-from emberl.rl.groups import Group
+from emberl.rl.groups import Group, Progress
 from emberl.rl.weights.sync import WeightSync
 from emberl.rollout.actors import ActorLostError
 from emberl.rollout.crew import Job

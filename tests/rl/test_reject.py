@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from emberl.rewards.verdict import Status, Verdict, verifier_error
-from emberl.rl.checkpoints import Progress, latest_checkpoint
+from emberl.rl.checkpoints import latest_checkpoint
 from emberl.rl.config.load import ConfigError
 from emberl.rl.config.supervised import RejectConfig
-from emberl.rl.groups import Group
+from emberl.rl.groups import Group, Progress
 from emberl.rl.reject import accepted, figures_of, gather_samples, sample_accepted
 from emberl.rollout.samples import Completion, Episode, Prompt, Span
 

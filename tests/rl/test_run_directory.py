@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from emberl.rl import checkpoints, run_directory
 from emberl.rl.config.load import Config, ConfigError, resolve
+from emberl.rl.groups import Progress
 from emberl.rl.run_directory import (
     alone_in,
     forget_earlier,
@@ -30,7 +31,7 @@ def config(**extra: object) -> Config:
 def save(run_dir: Path, name: str, **changes: int) -> Path:
     folder = checkpoints.begin_checkpoint(run_dir, name)
     (folder / "weights").write_text(name)
-    return checkpoints.finish_checkpoint(folder, checkpoints.Progress(**changes), keep=2)
+    return checkpoints.finish_checkpoint(folder, Progress(**changes), keep=2)
 
 
 @pytest.fixture(autouse=True)
@@ -63,9 +64,7 @@ def test_resume_takes_the_newest_run_that_has_a_checkpoint(resume: run_directory
     resumed, checkpoint = open_run_dir(config(), resume)
     assert resumed == folder
     assert checkpoint == folder / "checkpoints/rl-000007"
-    assert checkpoints.read_progress(checkpoint) == checkpoints.Progress(
-        stage=1, step=7, position=99
-    )
+    assert checkpoints.read_progress(checkpoint) == Progress(stage=1, step=7, position=99)
 
 
 def test_auto_starts_where_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:

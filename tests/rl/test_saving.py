@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 from emberl.rewards.suite import TooManyErrors
-from emberl.rl.checkpoints import Progress, latest_checkpoint, read_progress
+from emberl.rl.checkpoints import latest_checkpoint, read_progress
 from emberl.rl.config.load import resolve
+from emberl.rl.groups import Progress
 from emberl.rl.learner.checkpoint import _reader
 from emberl.rl.learner.group import LearnersLostError
 from emberl.rl.run import Run

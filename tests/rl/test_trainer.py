@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from emberl.rewards.verdict import Status, Verdict
 from emberl.rl.algorithm.losses import Objective
-from emberl.rl.checkpoints import Progress
 from emberl.rl.config.load import resolve
-from emberl.rl.groups import Group
+from emberl.rl.groups import Group, Progress
 from emberl.rl.trainer import update
 from emberl.rollout.samples import Completion, Prompt, Span
 

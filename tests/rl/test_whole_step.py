@@ -17,11 +17,10 @@ import pytest
 import torch
 from emberl.rewards.verdict import Status, Verdict
 from emberl.rl.algorithm.losses import Objective
-from emberl.rl.checkpoints import Progress
 from emberl.rl.config.load import Config, ModelConfig, resolve
 from emberl.rl.config.tiny import TinyConfig
 from emberl.rl.data.tiny import make_tiny
-from emberl.rl.groups import Group
+from emberl.rl.groups import Group, Progress
 from emberl.rl.learner.model_loader import RankSpec
 from emberl.rl.learner.rank import LearnerRank
 from emberl.rl.trainer import update, with_advantages

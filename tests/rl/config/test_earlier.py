@@ -12,6 +12,7 @@ from emberl.rl.config.earlier import REMOVED, RENAMED
 from emberl.rl.config.load import ConfigError, keys, load_config, resolve, to_yaml
 from emberl.rl.config.stages import load_experiment
 from emberl.rl.evaluation.settings import find_model
+from emberl.rl.groups import Progress
 
 PLAIN: dict[str, Any] = {
     "name": "old",
@@ -86,7 +87,7 @@ def test_an_old_run_can_be_evaluated_and_resumed(tmp_path: Path) -> None:
     assert named.path == str(model) and named.run == config
 
     folder = checkpoints.begin_checkpoint(tmp_path, "rl-000001")
-    done = checkpoints.finish_checkpoint(folder, checkpoints.Progress(step=1), keep=1)
+    done = checkpoints.finish_checkpoint(folder, Progress(step=1), keep=1)
     (done / "settings.json").write_text(json.dumps(tree))
     assert checkpoints.check_resumed(config, done, override=False) == []
     other = resolve({**PLAIN, "data": {"source": "arithmetic", "drop": "none"}})

@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
-from emberl.rl.checkpoints import Progress, begin_checkpoint, check_resumed, finish_checkpoint
+from emberl.rl.checkpoints import begin_checkpoint, check_resumed, finish_checkpoint
 from emberl.rl.cli import app
 from emberl.rl.config.load import load_config, shown_tree, to_yaml
 from emberl.rl.config.masking import hidden, masked
 from emberl.rl.exits import telling_why
+from emberl.rl.groups import Progress
 from emberl.rl.watch.tracking import Tracker
 from rich.console import Console
 from typer import Exit

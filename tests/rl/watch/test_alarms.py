@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 from emberl.rewards.verdict import Status, Verdict
-from emberl.rl.checkpoints import Progress
 from emberl.rl.config.load import Config, resolve
-from emberl.rl.groups import Group
+from emberl.rl.groups import Group, Progress
 from emberl.rl.recipe import Result, go
 from emberl.rl.watch.alarms import Alarms, failures
 from emberl.rl.watch.tracking import Tracker
