@@ -4,7 +4,7 @@ and their figures.
 Pure NumPy over the T tokens of a batch, before it is split. `old` is the learner's own log-prob of
 each token under the weights that sampled it (or were closest), `behaviour` the engine's. The result
 multiplies the policy-gradient term of each token; a rejected token has weight 0 and keeps its place
-in the denominators (see `aggregation`).
+in the denominators (see `batch.token_weights`).
 """
 
 from __future__ import annotations
