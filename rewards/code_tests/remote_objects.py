@@ -21,7 +21,7 @@ _BINARY = "add sub mul truediv floordiv mod pow matmul lshift rshift and or xor"
 
 
 class Name:
-    """Stands for a name of the model's until it is looked up."""
+    """Stands for a name of the model's code until it is looked up."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -32,7 +32,7 @@ async def awaiting(remote: Any) -> Any:
 
 
 class Remote:
-    """An object of the model's; see the file's first lines for what it refuses."""
+    """A stand-in for an object of the model's; the module docstring lists what it refuses."""
 
     __slots__ = ("_judge", "_kind", "_named", "_number", "_tainted")
 
@@ -107,7 +107,7 @@ def is_remote(value: Any) -> bool:
 
 
 def _asking(name: str) -> Callable[..., Any]:
-    """An operator without a second operand."""
+    """The method of an operator without a second operand."""
 
     def ask(self: Any, *arguments: Any) -> Any:
         if self._tainted:
@@ -134,6 +134,7 @@ def _combining(name: str, swapped: bool) -> Callable[..., Any]:
                 raise TypeError(
                     "an operator between the model's object and a plain value yields a plain value"
                 )
+            # the other end may have kept the test's value in it, to give it back as a plain answer
             object.__setattr__(made, "_tainted", True)
         return made
 
@@ -172,8 +173,8 @@ _made: dict[str, type] = {}
 
 
 def remote_type(able: str) -> type:
-    """The class of remote objects with just these abilities, so that `callable` and `Iterator` tell
-    the truth."""
+    """The class of remote objects with just these abilities, so that `callable` and `isinstance(x,
+    Iterator)` answer correctly."""
     if able not in _made:
         _made[able] = type(
             "Remote", (Remote,), {"__slots__": (), **dict(_ABLE[c] for c in able if c in _ABLE)}

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodeOptions:
-    """The options of `code`. ValueError for one that does not fit."""
+    """The options of `code`. Raises ValueError for one that is invalid."""
 
     timeout: float = 5.0
     """Seconds that a function's calls have together, and each run of a program (`Limits`)."""
@@ -83,12 +83,12 @@ class CodeOptions:
 
 
 class CodeReward(Reward):
-    """Scores 1 if every test passes, else 0; with `partial`, the fraction that passes. Thread-safe.
-    Its keywords are `CodeOptions`.
+    """Scores 1 if every test passes, else 0; with `partial`, the fraction of tests that pass.
+    Thread-safe. Its keywords are `CodeOptions`.
 
-    Tests: whatever `plan_of` reads from `columns` or `answer`. Programs are Python, or C++ where
-    stdin and stdout are tested. Raises SandboxUnavailable, a ValueError, where the machine has no
-    sandbox and `allow_unsafe` is not set.
+    Tests are what `plan_of` reads from `columns` or `answer`. Programs are Python, or C++ if stdin
+    and stdout are tested. Raises SandboxUnavailable, a ValueError, where the machine has no sandbox
+    and `allow_unsafe` is not set.
     """
 
     Options = CodeOptions
@@ -138,11 +138,11 @@ class CodeReward(Reward):
 
     @property
     def finished(self) -> int:
-        """Runs so far: while it grows, a batch is under way however long it takes."""
+        """Number of runs so far; as long as it grows, a batch is not stuck."""
         return self.tester.finished
 
     def check_reference(self, row: RewardInput) -> str | None:
-        """The fault of a row's tests, without running anything; None: there is none."""
+        """What is wrong with a row's tests, without running them; None if nothing is."""
         try:
             self._plan(row)
         except ValueError as error:
@@ -150,11 +150,12 @@ class CodeReward(Reward):
         return None
 
     def check_references(self, rows: Sequence[RewardInput]) -> list[str | None]:
-        """The fault of each row's tests, or None: they cannot be graded, or refuse the row's own
-        solution.
+        """What is wrong with each row's tests, None if nothing is: they cannot be graded, or they
+        refuse the row's own solution.
 
-        Rows whose turn has not come after `reference_seconds` are not run, and a warning says how
-        many."""
+        Rows that are not reached within `reference_seconds` are not run; a warning gives their
+        number.
+        """
         faults = [self.check_reference(row) for row in rows]
         own = [
             (i, texts)
@@ -177,8 +178,8 @@ class CodeReward(Reward):
         return faults
 
     def _refused(self, row: RewardInput, solutions: Sequence[str], end: float) -> str | None:
-        """Why the row's tests accept none of its solutions; empty if they do, None if the time is
-        over."""
+        """Why the row's tests accept none of its solutions; empty if they accept one, None if the
+        time is over."""
         first = ""
         for solution in solutions:
             if time.monotonic() > end:
@@ -199,7 +200,8 @@ class CodeReward(Reward):
         self.tester.close()
 
     def _plan(self, row: RewardInput) -> Plan:
-        """The row's plan, if the packages that it needs are in sight."""
+        """The plan of a row. Raises ValueError if there is none, or if it needs packages that are
+        not visible."""
         plan = plan_of(row.columns, row.answer)
         if isinstance(plan, ProgramPlan):
             return plan
