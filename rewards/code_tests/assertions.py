@@ -242,7 +242,7 @@ def _call(test: ast.expr, names: set[str]) -> Call | None:
         )
 
     def of_instance(node: ast.expr) -> bool:
-        """`Solution().method(...)`"""
+        """Whether a node is a call such as `Solution().method(...)`."""
         return (
             isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)

@@ -61,8 +61,8 @@ class Host(Side):
             sys.stdout = self.printed
 
     def pack_other(self, value: Any) -> Any:
-        """A reference to the object: its number, the operations that its type has, the name of its
-        class, that of its type, and its base classes if it is a class itself."""
+        """A reference to the object: its number, the operations that it supports, the short and the
+        full name of its class, and the names of its bases if it is a class itself."""
         place = self.places.setdefault(id(value), len(self.held))
         if place == len(self.held):
             self.held.append(value)

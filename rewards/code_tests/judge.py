@@ -100,8 +100,8 @@ class Judge(Side):
         return awaiting(remote) if "a" in able else remote
 
     def exception_type(self, kinds: list[str]) -> type[BaseException]:
-        """The type of an exception, also of the model's own types, by the names that the test gives
-        them."""
+        """The type of an exception. For one of the model's own classes it is a type of that name,
+        derived from the nearest known one."""
         above = next(
             (i for i, name in enumerate(kinds) if name.partition(".")[0] != "solution"), len(kinds)
         )

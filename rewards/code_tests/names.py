@@ -53,6 +53,7 @@ def parsed(source: str, what: str) -> ast.Module:
     """The syntax tree of a column's code. Raises ValueError if it is not Python."""
     try:
         return syntax_tree(source)
+    # the parser raises the last two for code that is nested too deeply
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"the column {what!r} is no Python: {error}") from None
 
@@ -94,6 +95,7 @@ def bound(tree: ast.Module) -> set[str]:
             and node.module in sys.stdlib_module_names
             and node.names[0].name == "*"
         ):
+            # only the module itself knows what `*` binds
             module = importlib.import_module(node.module)
             names |= set(getattr(module, "__all__", ())) or {
                 name for name in dir(module) if name[:1] != "_"
@@ -134,6 +136,8 @@ class Imports:
                 self.pytest = True
             elif root in sys.stdlib_module_names:
                 continue
+            # a module whose names the row's own solution defines is the model's, whatever it is
+            # called
             elif root in _MODEL_MODULES or root == "" or (names and set(names) <= defined):
                 self.modules.add(module or "solution")
                 self.names |= set(names) - {"*"}

@@ -129,6 +129,7 @@ def signature_of(starter: str, name: str) -> Signature:
 def _functions(starter: str) -> list[ast.FunctionDef]:
     lines = starter.rstrip().split("\n")
     indent = len(lines[-1]) - len(lines[-1].lstrip())
+    # most starters end with the signature, which is no Python without a body
     for text in (starter, f"{starter.rstrip()}\n{' ' * (indent + 4)}pass\n"):
         try:
             return [n for n in ast.walk(syntax_tree(text)) if isinstance(n, ast.FunctionDef)]

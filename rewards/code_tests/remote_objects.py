@@ -1,13 +1,12 @@
-"""Remote objects: what a test sees of the model's functions and objects, inside the judge's
-sandbox.
+"""Remote objects: the stand-ins for the model's functions and objects in the judge's sandbox.
 
-A `Remote` does what the model's object does, by asking for it, with these exceptions, since the
-other end may be hostile and must not be asked about an answer that it is then told:
+A `Remote` forwards every operation to the model's object. The other end may be hostile, and a
+question that contains the expected answer would give it away, so there are exceptions:
 - it equals no plain value and is not ordered against one; remote objects are compared with each
   other by their own `==`;
-- operators with a plain value work for instances of classes that the test itself names, and only
-  yield objects;
-- yes-or-no questions of plain values (`startswith`, `issubset`) are not put to it.
+- operators with a plain value work only for instances of classes that the test names, and yield
+  only objects;
+- questions about plain values (`startswith`, `issubset`) are not forwarded.
 """
 
 from __future__ import annotations

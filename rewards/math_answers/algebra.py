@@ -121,9 +121,11 @@ def _big(node: Node, bound: dict[str, Any]) -> Any:
         for n in walk(body)
     ):
         raise NoMeaning("a sequence")
+    # a Dummy, as the letter may also be a free variable elsewhere
     symbol = sympy.Dummy(variable, **{"integer" if name in ("sum", "prod") else "real": True})
     expression = translate(body, {**bound, variable: symbol})
     if name == "lim":
+        # infinity is approached from one side only
         side = "+-" if lower.data != "infty" else "-"
         return sympy.Limit(expression, symbol, translate(lower, bound), side)
     if Kind.LIST in (lower.kind, upper.kind):

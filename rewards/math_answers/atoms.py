@@ -130,7 +130,7 @@ class Atoms(Reader):
         return inner
 
     def quotient_items(self) -> Node:
-        """Items, or `a \\over b` and `n \\choose k` of two such."""
+        """Items, or the quotient `a \\over b` or binomial `n \\choose k` of two."""
         inner = self.items()
         if self.skip(r"\over"):
             return Node(Kind.QUOTIENT, (inner, self.items()))
@@ -139,7 +139,7 @@ class Atoms(Reader):
         return inner
 
     def braces(self) -> Node:
-        """A set: its items, or an element and its condition."""
+        """A set by its items, or by an element and its condition."""
         self.bars = 1  # a bar or a colon inside means `such that`
         if self.skip(r"\}"):
             return Node(Kind.SET)

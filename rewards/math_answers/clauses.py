@@ -43,7 +43,8 @@ _PARTS = (
 removed."""
 _LABEL = re.compile(
     r"\b(?:step|equation|eqn?\.?|formula|question|problem|exercise|figure|fig\.|case|section"
-    r"|theorem|lemma|chapter|example|table|method|part|rule)\s?[(#]?\d{1,3}(?:\.\d+)*\)?(?!\s?[=+*/^×÷]|\w)"
+    r"|theorem|lemma|chapter|example|table|method|part|rule)"
+    r"\s?[(#]?\d{1,3}(?:\.\d+)*\)?(?!\s?[=+*/^×÷]|\w)"
     r"|第\d+[步题章节问]|(?:步骤|问题|例)\d+",
     re.IGNORECASE,
 )

@@ -37,8 +37,8 @@ _CHINESE = re.compile(
 )
 _STATING = re.compile(
     r"(?:\b(?:is|are|was|were|has|have|had|be|equals?|gets?|needs?|exactly|only|with|of|or|and"
-    r"|makes?|made|earn(?:s|ed)|pa(?:ys|id)|spen(?:ds|t)|sold|bought|ate|read|costs?|t(?:akes|ook)|gave|saved"
-    r"|received|contains?|remain)\s"
+    r"|makes?|made|earn(?:s|ed)|pa(?:ys|id)|spen(?:ds|t)|sold|bought|ate|read|costs?|t(?:akes|ook)"
+    r"|gave|saved|received|contains?|remain)\s"
     r"|[是为有共得到剩于需负要了或和]|^\W*)\Z",
     re.IGNORECASE,
 )

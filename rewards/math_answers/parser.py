@@ -233,7 +233,8 @@ class _Parser(Terms):
         return self.kind(1) == "text" and self.peek(1).split()[0].lower() in _DECLARING
 
     def remark(self, result: Node) -> Node:
-        """A condition in brackets behind the answer: `k\\pi (k \\in \\mathbb{Z})`."""
+        """The statement with a condition in brackets behind it, as in `k\\pi (k \\in
+        \\mathbb{Z})`."""
         end = self.at + 1
         while end < len(self.tokens) and self.tokens[end].text not in "()":
             end += 1

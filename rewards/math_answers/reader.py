@@ -86,7 +86,8 @@ class Reader(ABC):
         return Node(Kind.NUMBER, (), (Fraction(text), digits))
 
     def repeating(self, text: str) -> Node | None:
-        """`0.\\overline{3}`, `0.1\\dot{6}`, `0.\\dot{1}4285\\dot{7}`, `0.(3)`."""
+        """The value of a repeating decimal, else None: `0.\\overline{3}`, `0.1\\dot{6}`,
+        `0.\\dot{1}4285\\dot{7}`, `0.(3)`."""
         start, sign = self.at, self.peek()
         if sign == "." and self.peek(1) in (r"\overline", r"\dot", r"\bar"):
             self.at += 1

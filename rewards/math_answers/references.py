@@ -40,7 +40,7 @@ _NO_ANSWER = frozenset(
         "see solution",
     )
 )
-"""References of problems without an answer (NuminaMath-1.5: proof, notfound)."""
+"""Texts that stand for a missing answer (NuminaMath-1.5: proof, notfound)."""
 
 
 @dataclass(frozen=True, slots=True)

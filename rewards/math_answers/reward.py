@@ -101,7 +101,7 @@ class MathReward(Reward):
         return _timed(status, message, time.perf_counter() - start), open_
 
     def check_reference(self, row: RewardInput) -> str | None:
-        """What is wrong with a reference; None if it is accepted against itself and its usual
+        """The fault of a reference, in words; None if it is accepted against itself and its usual
         rewritings."""
         if (problem := why_no_answer(row.answer)) is not None:
             return problem

@@ -146,6 +146,7 @@ def independent(node: Node) -> list[Node] | None:
     """The values of a tuple whose `+-` are independent of each other, so that (+-1, +-2) has four;
     None for other nodes."""
     signs = sum(_has_sign(a) for a in node.args)
+    # at most 2^5 tuples
     if node.kind is not Kind.GROUP or signs < 2 or len(node.args) > 5:
         return None
     choices = [expanded(a) or [a] for a in node.args]

@@ -41,7 +41,8 @@ _SUBSCRIPT = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "012345678
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
 _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋ₙ]+")
 _DAMAGED = re.compile("\f(?=rac)|\t(?=ext|imes|frac|heta|an)|\b(?=oxed|egin|inom)|\r(?=ight|ho)")
-"""Control characters that `\\f`, `\\t`, `\\b` and `\\r` of a command became by unescaping twice."""
+"""Control characters made of `\\f`, `\\t`, `\\b` and `\\r` at the start of a command by unescaping
+twice."""
 _DOUBLED = re.compile(r"\\\\(?=[a-zA-Z])")
 _BLOCKS = (
     (re.compile(r"<sup>([^<]*)</sup>"), r"^{\1}"),
