@@ -2,8 +2,8 @@
 every byte of its own.
 
 Values are compared in the plain JSON form of `child.encode`, never as live objects: without pickle
-or `__eq__`, without hashing the model's numbers (numbers of equal hash would make a dict
-quadratic), and no deeper than the expected value goes.
+or `__eq__`, without hashing the model's numbers (numbers chosen to have equal hashes would
+make a dict quadratic), and no deeper than the expected value goes.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 
-# Possessive quantifiers: `after a after a ...` took more than linear time with backtracking.
+# Possessive, so that a whole amount is taken or none: not the 1 of `1,200 = ...`.
 _AMOUNT = r"\\?\$?\d++(?:[.,:]\d++)*+%?+\$?+(?!\s?[=+*/×÷^<>−:-]|\w)"
 _NO_CLAUSE = (
     r"(?:(?!(?:that|this|which|he|she|it|they|we|you|there"

@@ -252,6 +252,7 @@ def _word(value: str, spaced: bool, before: list[Token]) -> list[Token]:
     if value in ("am", "pm", "AM", "PM") or (after_number and value in ("th", "st", "nd", "rd")):
         return [Token("text", lower, spaced)]
     unit = after_number and is_unit_word(value)
+    # capitals keep their order: as a product BAC would equal ABC
     if value.isupper():
         return [Token("text" if unit else "run", value, spaced)]
     is_word = len(value) >= 4 or lower in _COMMON or lower in MULTIPLIERS

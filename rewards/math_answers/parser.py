@@ -217,6 +217,7 @@ class _Parser(Terms):
             result = self.chain()
         if (modulus := self.modulus()) is not None:
             result = Node(Kind.MODULO, (result, modulus))
+        # kept with the answer: `5 if the coin is fair, otherwise 7` is not 5
         if self.kind() == "text" and self.peek().split()[0].lower().strip(",.") in _CONDITIONS:
             result = Node(Kind.QUALIFIED, (result,), self.condition())
         elif self.peek() == "," and self._declares_after():

@@ -35,7 +35,7 @@ _EXCLUDED = re.compile(
     r"(\d(?:\s?[A-Za-z]{1,20})?\s?[-+*/×÷–]\s?\d[^=]{0,80}=\s?\$?\d.{0,80}?)"
     r"\b(?:is|are)\snot\s(?!right|correct|true|the\b|possible|equal|valid|an?\b)(?=[a-z])"
 )
-"""An equation whose result is denied something else: `12 - 8 = 4 girls are not in the team` states
+"""An equation whose result is then denied a property: `12 - 8 = 4 girls are not in the team` states
 4."""
 _CONDITIONAL = re.compile(r"\bif\b.*\b(?:otherwise|else)\b|如果.*否则", re.I)
 _CASE = re.compile(r"\d\S{0,20}\s(?:if|when)\b|当[^当时\d]{1,40}时[^当\d]{0,40}\d", re.I)

@@ -190,6 +190,7 @@ def same_value(gold: Node, answer: Node, policy: Policy | None) -> Outcome:
     agreed = []
     for point in range(count):
         a, b = ours[point % len(ours)], theirs[point % len(theirs)]
+        # outside the domain of either side there is nothing to compare
         if a is None or b is None:
             continue
         if not _close(a, b):
@@ -239,7 +240,7 @@ def _rounds(gold: Node, answer: Node, a: Value, b: Value, policy: Policy) -> boo
     """Whether one of two numbers is a decimal that rounds the other. A decimal answer to an exact
     reference needs `policy.rounding` significant digits, and the reference must not be a short
     decimal. A decimal reference of three digits or more takes an exact answer within one unit of
-    its last place, or a finer decimal that rounds to it."""
+    its last place; one of `policy.rounding` digits also takes a finer decimal that rounds to it."""
     if not policy.rounding:
         return False
     ours, theirs = _decimals(gold), _decimals(answer)

@@ -56,6 +56,7 @@ def whole_set(node: Node) -> Node:
             if element.args[1] != Node(Kind.NAME, (), "mathbb R"):
                 return node
             element = element.args[0]
+        # only of x itself: in {3k | k \in Z} the element counts too
         if element.kind is Kind.NAME:
             interval = as_interval(condition)
             if interval.kind in (Kind.GROUP, Kind.UNION) and variables(condition) == {element.data}:

@@ -106,6 +106,8 @@ _NOT_A_NOUN = words(
     "trillion dozen hundred half twice double triple squared cubed first second third at by "
     "from vs versus mod modulo equals equal"
 )
+"""Words that no unit holds. Without them `5 \\text{ is false}` and `5 \\text{ but it could be 6}`
+would be 5 of something."""
 MULTIPLIERS = {
     "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12,
     "dozen": 12, "百": 100, "千": 1000, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,

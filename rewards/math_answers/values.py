@@ -292,6 +292,7 @@ class _Evaluator:
         name, inner = node.args
         letter = str(name.data)
         unsigned = inner.args[0] if inner.kind is Kind.NEGATIVE else inner
+        # a number or a name alone is an argument: I(0) is not I times 0
         single = unsigned.kind is Kind.NUMBER or inner.kind is Kind.NAME
         if not single and inner.kind is not Kind.GROUP:
             always = letter in _ALWAYS_FUNCTIONS or not letter.isalpha() or _is_shift(letter, inner)
