@@ -1,4 +1,4 @@
-"""`BySource`: one reward for each kind of problem, chosen by the row's data source."""
+"""`BySource`: a reward for each kind of problem, chosen by the row's data source."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from .verdict import Verdict, verifier_error
 
 
 class BySource(Reward):
-    """Hands each row to the reward of the first pattern (`*`, `?`, `[...]`) that its source
+    """Grades each row with the reward of the first pattern (`*`, `?`, `[...]`) that its source
     matches.
 
-    A source that stands there by its own name goes to that one, and `*` comes last, wherever they
-    stand. A row of another source is `verifier_error`, and ValueError from `check_references`,
-    before training.
+    An exact name goes before patterns, and `*` comes last, whatever their order. A row of another
+    source is `verifier_error`; `check_references` raises ValueError for it before training.
     """
 
     def __init__(self, rewards: Mapping[str, Reward]) -> None:
@@ -44,7 +43,7 @@ class BySource(Reward):
         return sum(reward.finished for reward in self._each())
 
     def check_references(self, rows: Sequence[RewardInput]) -> list[str | None]:
-        """As of each reward, which is tried on its first row before."""
+        """The results of each reward for its rows, after a trial on the first of them."""
         split = self._split(rows)
         if None in split:
             counts = Counter(rows[i].source for i in split[None])
@@ -74,10 +73,11 @@ class BySource(Reward):
             reward.close()
 
     def _each(self) -> list[Reward]:
+        # patterns with equal specifications share a reward
         return list({id(reward): reward for reward in self._rewards.values()}.values())
 
     def _split(self, rows: Sequence[RewardInput]) -> dict[str | None, list[int]]:
-        """The numbers of the rows by the pattern that they belong to; None: no pattern."""
+        """The indices of the rows by the pattern of their source; None: no pattern matches."""
         named: dict[str, str | None] = {}
         split: dict[str | None, list[int]] = {}
         for i, row in enumerate(rows):

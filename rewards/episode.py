@@ -1,4 +1,4 @@
-"""The reward that an environment gave, as a part of the reward suite: `{use: environment}`."""
+"""The reward of an environment as a part of the reward suite: `{use: environment}`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from .inputs import Reward, RewardInput
 from .verdict import Status, Verdict, verifier_error
 
 EPISODE = "episode"
-"""The column in which every reward finds `{"reward", "turns", "status"}` of an episode."""
+"""The column with `{"reward", "turns", "status"}` of an episode."""
 
 
 class EnvironmentReward(Reward):
-    """The sum of the rewards of an episode's turns, from the column `EPISODE`: 1 or more is
+    """The sum of an episode's rewards over its turns, from the column `EPISODE`: 1 or more is
     correct, 0 or less is wrong.
 
-    An episode that ran out of tokens or turns before it was paid is worth 0.
+    An episode that ran out of tokens or turns before it had a reward scores 0.
     """
 
     inline = True

@@ -1,5 +1,5 @@
-"""`GymReward`: tasks of reasoning-gym, compared exactly where the right answer is one value
-(`gym_answers.py`), else scored by the package's own scorers inside the sandbox."""
+"""`GymReward`: tasks of reasoning-gym, compared exactly if they have a single right value
+(`gym_answers.py`), else scored by the package inside the sandbox."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .sandbox.runs import OVER_LIMIT
 from .verdict import Status, Verdict, verifier_error
 
 TASKS = frozenset(EXACT)
-"""Tasks that are always allowed: 1 to right answers only. Others may be allowed by name, with
+"""Tasks that are always allowed: only right answers score 1. Others can be allowed by name, with
 `tasks`."""
 _SCORER = """
 import json, sys
@@ -34,13 +34,13 @@ sys.stdout.write(json.dumps(float(score)))
 
 
 class GymReward(Reward):
-    """1.0 for a right answer, else 0.0. With `binary=False` a task that was allowed by name gives
-    its scorer's own number.
+    """1.0 for a right answer, else 0.0. With `binary=False`, a task that is allowed by name gets
+    the score of its scorer.
 
-    A row names its task in `columns["metadata"]["source_dataset"]` (as reasoning-gym's items do),
-    else in its source. `tasks`: more task names to allow, scored by the package (right from 0.999
-    on). Raises ValueError for those whose scorer cannot be trusted, and where such tasks are
-    allowed but reasoning-gym is missing; SandboxUnavailable where there is no sandbox for them.
+    A row names its task in `columns["metadata"]["source_dataset"]`, as reasoning-gym's items do,
+    else by its source. `tasks`: names of further tasks to allow, scored by the package (right from
+    0.999 on). Raises ValueError for those whose scorer cannot be trusted, or if reasoning-gym is
+    missing for them; SandboxUnavailable if there is no sandbox for them.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class GymReward(Reward):
 
     @property
     def finished(self) -> int:
-        """Runs of scorers so far: while it grows, a batch is under way however long it takes."""
+        """Number of scorer runs so far; as long as it grows, a batch is not stuck."""
         return self._sandbox.finished if self._sandbox is not None else 0
 
     def check_reference(self, row: RewardInput) -> str | None:

@@ -1,10 +1,10 @@
-"""Answers to reasoning-gym's tasks compared exactly: what the package's own scorers pay for is
-wider than what is right.
+"""Exact comparison of answers to reasoning-gym's tasks, since the package's own scorers accept
+wrong ones.
 
-Its scorers accept NaN for every complex number, any four numbers that make 24, a number list whose
-members are off by one, times that differ by a minute, a right list with more words behind it; some
-run the answer as Python. So a task whose right answer is one value is compared here with the
-reference, and an expression is evaluated here.
+They accept NaN for every complex number, any four numbers that make 24, lists of numbers that are
+off by one, times that differ by a minute, and a right list with more words behind it; some run the
+answer as Python. So answers to tasks with a single right value are compared with the reference
+here, and expressions are evaluated here.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from typing import Any
 from .syntax import expression
 
 Entry = Mapping[str, Any]
-"""A row as reasoning-gym's items are: question, answer, metadata."""
+"""A row in the form of reasoning-gym's items: question, answer, metadata."""
 Check = Callable[[str, Entry], bool]
 _MOST_CHARS = 10_000
+# few digits of exponent, as Fraction computes the power of ten exactly
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,4})?")
 _HEXADECIMAL = re.compile(r"[+-]?0x[0-9a-f]+", re.I)
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -41,13 +42,13 @@ _OPERATORS = {
 
 
 def is_right(task: str, answer: str, entry: Entry) -> bool:
-    """Whether an answer to a task of `EXACT` is the right one."""
+    """Whether an answer to a task in `EXACT` is right."""
     answer = answer.strip()
     if not answer or len(answer) > _MOST_CHARS:
         return False
     try:
         return EXACT[task](answer, entry)
-    # an answer of no known form
+    # the answer is not of the form of the task
     except (ValueError, ArithmeticError, KeyError, TypeError, RecursionError):
         return False
 
@@ -65,7 +66,7 @@ def _words(text: str) -> list[str]:
 
 
 def _number(text: str) -> Fraction:
-    """Exactly. Raises ValueError: no infinity, no NaN, nothing around the number."""
+    """The exact value of a number. Raises ValueError for infinity, NaN and surrounding text."""
     text = _THOUSANDS.sub("", text.strip().strip("$"))
     if _HEXADECIMAL.fullmatch(text):
         return Fraction(int(text, 16))
@@ -75,7 +76,7 @@ def _number(text: str) -> Fraction:
 
 
 def _value(answer: str, entry: Entry) -> bool:
-    """A number where the reference is one, else the text."""
+    """Compares numbers if the reference is one, else texts."""
     try:
         wanted = _number(_reference(entry))
     except ValueError:
@@ -84,12 +85,12 @@ def _value(answer: str, entry: Entry) -> bool:
 
 
 def _numeral(answer: str, entry: Entry) -> bool:
-    """A numeral of some base: leading zeros and case aside, its digits."""
+    """Compares numerals of any base by their digits, without leading zeros and case."""
     return answer.casefold().lstrip("0") == _reference(entry).casefold().lstrip("0")
 
 
 def _last_digit(answer: str, entry: Entry) -> bool:
-    """A decimal within one unit of the reference's last digit, as the task allows."""
+    """Compares decimals up to one unit of the reference's last digit, as the task allows."""
     wanted = Decimal(_reference(entry))
     exponent = wanted.as_tuple().exponent
     assert isinstance(exponent, int), "a reference is finite"
@@ -97,7 +98,7 @@ def _last_digit(answer: str, entry: Entry) -> bool:
 
 
 def _three_digits(answer: str, entry: Entry) -> bool:
-    """The same to three significant figures, as the task asks."""
+    """Compares numbers at three significant digits, as the task asks."""
     return _rounded(_number(answer)) == _rounded(_number(_reference(entry)))
 
 
@@ -110,8 +111,7 @@ def _rounded(value: Fraction) -> Decimal:
 
 
 def _fraction(answer: str, entry: Entry) -> bool:
-    """The reference's numerator and denominator: a fraction that can be reduced further is not
-    simplified."""
+    """Compares numerators and denominators: a fraction that can be reduced is not simplified."""
     return _parts(answer) == _parts(_reference(entry))
 
 
@@ -139,7 +139,7 @@ def _complex_parts(text: str) -> tuple[Fraction, Fraction]:
 
 
 def _list(answer: str, entry: Entry) -> bool:
-    """A list of numbers, in order: `['1.5', '2']`, `[1.5, 2]` or `1.5, 2`."""
+    """Compares lists of numbers in order: `['1.5', '2']`, `[1.5, 2]` or `1.5, 2`."""
     return _items(answer) == _items(_reference(entry))
 
 
@@ -149,7 +149,7 @@ def _items(text: str) -> list[Fraction]:
 
 
 def _matrix(answer: str, entry: Entry) -> bool:
-    """Rows of small integers, as lines or as lists; only digits, signs and brackets."""
+    """Compares matrices of small integers, whose rows are lines or lists."""
     return _cells(answer) == _cells(_reference(entry))
 
 
@@ -168,7 +168,7 @@ def _cells(text: str) -> list[list[int]]:
 
 
 def _factors(answer: str, entry: Entry) -> bool:
-    """The prime factors, in any order."""
+    """Compares prime factors in any order."""
     return sorted(map(int, _split(answer))) == sorted(map(int, _split(_reference(entry))))
 
 
@@ -177,7 +177,7 @@ def _split(text: str) -> list[str]:
 
 
 def _duration(answer: str, entry: Entry) -> bool:
-    """Days and a time of day; the numbers and the signs between them have to be the reference's."""
+    """Compares days and times of day: their numbers and the signs between them must be equal."""
     return _clock(answer) == _clock(_reference(entry))
 
 
@@ -187,18 +187,18 @@ def _clock(text: str) -> list[str | Fraction]:
 
 
 def _word_list(answer: str, entry: Entry) -> bool:
-    """Words in order, case and all."""
+    """Compares words in order, including their case."""
     return re.split(r"\s*,\s*", answer) == re.split(r"\s*,\s*", _reference(entry))
 
 
 def _letters(answer: str, entry: Entry) -> bool:
-    """A string of letters, or a list of them."""
+    """Compares strings of letters, or lists of them."""
     return re.sub(r"[\s,'\"\[\]]", "", answer) == _reference(entry)
 
 
 def _makes(target: str | int) -> Check:
-    """An expression of exactly the row's numbers with + - * / that is worth the target (a number,
-    or a key)."""
+    """The check of an expression with + - * / of exactly the numbers in the row, whose value must
+    be the target (a number, or its key in the metadata)."""
 
     def check(answer: str, entry: Entry) -> bool:
         metadata = entry["metadata"]
@@ -261,7 +261,7 @@ EXACT: Mapping[str, Check] = {
     **_for(_makes("target"), "countdown"),
     **_for(_makes(24), "puzzle24"),
 }
-"""Tasks whose answers are compared here; the package's scorer is not asked."""
+"""Tasks whose answers are compared here instead of by the package's scorer."""
 
 _RUNS = "its scorer runs the answer as code"
 _CONSTANT = "its scorer pays an answer that does not depend on the problem"
@@ -273,4 +273,4 @@ REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("coin_flip", "game_of_life_halting", "polynomial_equations"), _CONSTANT),
     "composite": "its items name a task of their own, which is the one to allow",
 }
-"""Tasks that cannot be graded, and why."""
+"""Tasks that cannot be graded, with the reason."""

@@ -1,5 +1,4 @@
-"""The nouns `RewardInput`, all that a reward may look at, and `Reward`, the base of everything that
-grades."""
+"""`RewardInput`, everything that a reward may look at, and `Reward`, the base of all rewards."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from typing import Any, ClassVar
 from .verdict import Verdict
 
 MARK = "__emberl_reward__"
-"""The attribute in which `reward` leaves the style of a function."""
+"""Name of the attribute in which `reward` stores the style of a function."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,16 +45,16 @@ class RewardInput:
 
 
 class Reward(ABC):
-    """Grades a batch: one verdict for each input, in order. Blocks, is thread-safe and bounds its
+    """Grades a batch: one verdict for each input, in order. Blocks, is thread-safe and limits its
     own time.
 
-    Only `__call__` has to be written; everything else has a default that does nothing.
+    Only `__call__` must be implemented; the other methods do nothing by default.
     """
 
     Options: ClassVar[type | None] = None
-    """Where there are many options: a dataclass that tells the constructor's keywords."""
+    """A dataclass with the constructor's keywords, for rewards with many options; else None."""
     inline = False
-    """Whether a batch takes so little time that a thread would cost more than the work."""
+    """Whether grading is so fast that a thread would cost more."""
 
     @abstractmethod
     def __call__(self, batch: Sequence[RewardInput], /) -> Sequence[Verdict]:
@@ -63,25 +62,26 @@ class Reward(ABC):
 
     @property
     def finished(self) -> int:
-        """A count that grows while a batch is graded, so that a long queue is told from a stuck
+        """A count that grows while a batch is graded, which tells a long queue from a stuck
         grader."""
         return 0
 
     def check_reference(self, row: RewardInput) -> str | None:
-        """The fault of a row's reference, before training; None if it can be graded against."""
+        """The fault of a row's reference, checked before training; None if it can be graded
+        against."""
         return None
 
     def check_references(self, rows: Sequence[RewardInput]) -> Sequence[str | None]:
-        """The same of many rows, for rewards that better look at them together. ValueError for what
-        no row's removal would mend."""
+        """The results of `check_reference` for many rows; overridden by rewards that check them
+        together. Raises ValueError for faults that dropping rows would not remove."""
         return [self.check_reference(row) for row in rows]
 
     def trial(self, example: RewardInput) -> None:
-        """Grades one example before training. ValueError if it cannot."""
+        """Grades one example before training. Raises ValueError if that fails."""
         return
 
     def close(self) -> None:
-        """Ends what it started."""
+        """Ends threads and processes that the reward has started."""
         return
 
 
@@ -102,11 +102,11 @@ class BadReference:
 
 
 def reward(function: Callable[..., Any] | None = None, *, batched: bool = False) -> Any:
-    """Marks a function of `RewardInput`s as a reward: one input in and a score out, or with
-    `batched=True` lists of them. A score is a number, a bool, a `Verdict`, a mapping with `score`,
-    or None where the reward does not apply.
+    """Marks a function of `RewardInput`s as a reward: it maps one input to a score, or with
+    `batched=True` a list of them to a list. A score is a number, a bool, a `Verdict`, a mapping
+    with `score`, or None if the reward does not apply.
 
-    The function may be `async`. Use it as `@reward` or `@reward(batched=True)`.
+    The function may be `async`. Used as `@reward` or `@reward(batched=True)`.
     """
 
     def mark(inner: Callable[..., Any]) -> Callable[..., Any]:

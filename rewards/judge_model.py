@@ -1,9 +1,8 @@
-"""`JudgeReward`: a model behind an OpenAI-compatible URL (vLLM's own server, for example) marks the
-answers.
+"""`JudgeReward`: a model behind an OpenAI-compatible URL, e.g. vLLM's server, grades the answers.
 
-All requests go through one event loop in a thread of its own, at most `concurrency` at a time. A
-judge that is down, slow or says nothing readable is an infrastructure error (`verifier_error`),
-never a wrong answer.
+All requests go through one event loop in its own thread, at most `concurrency` at a time. A judge
+that is down, slow or sends no readable score is an infrastructure error (`verifier_error`), never a
+wrong answer.
 """
 
 from __future__ import annotations
@@ -45,34 +44,35 @@ _BACKOFF, _LONGEST_BACKOFF = 0.5, 30.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgeOptions:
-    """The options of `judge`. ValueError for one that does not fit."""
+    """The options of `judge`. Raises ValueError for one that is invalid."""
 
     base_url: str
-    """E.g. `http://host:8000/v1`."""
+    """Address of the API, e.g. `http://host:8000/v1`."""
     model: str
-    """As its server names it."""
+    """Name of the model on its server."""
     prompt: str = PROMPT
-    """The judge's user message, with {question}, {answer} and {completion}; other braces stay."""
+    """The judge's user message with the fields {question}, {answer} and {completion}; other braces
+    stay as they are."""
     system: str = ""
-    """Its system message."""
+    """The system message; empty for none."""
     pattern: str = PATTERN
-    """A regular expression whose last match in the reply has the score as group 1, a number or a
-    word of `scores`."""
+    """A regular expression. Group 1 of its last match in the reply is the score: a number or a word
+    of `scores`."""
     scores: Mapping[str, float] | None = None
-    """Scores by the judge's words, e.g. {yes: 1, no: 0}."""
+    """The scores of the judge's words, e.g. {yes: 1, no: 0}."""
     best: float = 1.0
-    """Full marks: score = number / best."""
+    """The judge's full marks: score = number / best."""
     request: Mapping[str, Any] | None = None
-    """Further fields of the request, e.g. {max_tokens: 2048}; the temperature is 0."""
+    """Further fields of the request, e.g. {max_tokens: 2048}; the temperature is 0 by default."""
     api_key_env: str = "OPENAI_API_KEY"
-    """The environment variable with the key."""
+    """Name of the environment variable that holds the key."""
     timeout: float = 60.0
-    """Seconds of one request."""
+    """Seconds for one request."""
     retries: int = 3
-    """Further requests after a refused connection, a time-out or HTTP 408, 409, 425, 429 and 5xx,
-    after 0.5, 1, 2, ... s or what `Retry-After` says."""
+    """Number of repetitions after a refused connection, a time-out or HTTP 408, 409, 425, 429 and
+    5xx, at intervals of 0.5, 1, 2, ... s or as `Retry-After` says."""
     concurrency: int = 32
-    """Requests at a time."""
+    """Most concurrent requests."""
 
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
@@ -90,8 +90,8 @@ class JudgeOptions:
 
 
 class JudgeReward(Reward):
-    """The score that a judge gives. The same request is made once: replies are cached. Its keywords
-    are `JudgeOptions`."""
+    """The score that a judge gives. Replies are cached, so that equal requests are sent once. Its
+    keywords are `JudgeOptions`."""
 
     Options = JudgeOptions
 
@@ -130,14 +130,15 @@ class JudgeReward(Reward):
         return future.result(8 * waves * one)
 
     def trial(self, example: RewardInput) -> None:
-        """One request. ValueError if it brings no score."""
+        """Sends one request. Raises ValueError if it brings no score."""
         (verdict,) = self([example])
         if verdict.score is None:
             raise ValueError(verdict.message)
 
     def close(self) -> None:
         with self._lock:
-            loop, self._loop = self._loop, None
+            loop = self._loop
+            self._loop = None
         if loop is not None:
             asyncio.run_coroutine_threadsafe(self._client.aclose(), loop).result(10.0)
             loop.call_soon_threadsafe(loop.stop)
@@ -160,8 +161,7 @@ class JudgeReward(Reward):
         return list(await asyncio.gather(*(self._cached(row) for row in batch)))
 
     async def _cached(self, row: RewardInput) -> Verdict:
-        """The verdict on a row; the same row that is asked for at the same time, or again, costs no
-        request."""
+        """The verdict on a row. Requests for an equal row, concurrent or later, share it."""
         text = self._shown(row)
         key = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         task = self._cache.get(key)
@@ -191,6 +191,7 @@ class JudgeReward(Reward):
             for attempt in range(self._retries + 1):
                 if attempt:
                     await asyncio.sleep(pause)
+                # random, so that requests refused together are not repeated together
                 pause = min(_BACKOFF * 2**attempt, _LONGEST_BACKOFF) * random.uniform(0.5, 1.0)
                 try:
                     async with asyncio.timeout(self._timeout):  # httpx's own is for each read
@@ -239,7 +240,8 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _asked_pause(response: httpx.Response) -> float:
-    """Seconds that the server asks to wait, as far as they are a number."""
+    """Seconds of the `Retry-After` header, at most `_LONGEST_BACKOFF`; 0 if it is absent or a
+    date."""
     try:
         return min(max(float(response.headers.get("retry-after", 0)), 0.0), _LONGEST_BACKOFF)
     except ValueError:

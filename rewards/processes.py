@@ -1,9 +1,9 @@
-"""The kernel's records of processes: how long they waited for a processor, who descends from whom,
-and how many processors there are for us.
+"""The kernel's records of processes: waiting times, descendants, and the number of usable
+processors.
 
 A limit on wall time makes a verdict depend on the load of the machine. A limit on *own time* does
-not: the time in which a process runs or sleeps, that in which it is ready and waits for a processor
-left out (`/proc/PID/schedstat`).
+not: it counts the time in which a process runs or sleeps, but not that in which it is ready and
+waits for a processor (`/proc/PID/schedstat`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CGROUPS = re.compile(r"^\d+ \d+ \S+ (\S+) (\S+) .* - (cgroup2?) \S+ (\S+)$", re
 
 
 def descendants(root: int) -> Iterator[int]:
-    """The processes below `root`, without it."""
+    """Yields the processes below `root`."""
     parents: dict[int, int] = {}
     for entry in _PROC.iterdir():
         if entry.name.isdigit() and (stat := stat_of(int(entry.name))) is not None:
@@ -34,8 +34,8 @@ def descendants(root: int) -> Iterator[int]:
 
 
 def stat_of(pid: int) -> list[str] | None:
-    """The words of `/proc/PID/stat` from the state on (state, parent, group, session, ...), or None
-    if it has ended."""
+    """The fields of `/proc/PID/stat` from the state on (state, parent, group, session, ...); None
+    if the process has ended."""
     try:
         return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -43,13 +43,13 @@ def stat_of(pid: int) -> list[str] | None:
 
 
 def tells_waiting() -> bool:
-    """Whether this kernel counts how long a process waits for a processor."""
+    """Whether this kernel records the waiting times of processes."""
     return (_PROC / "self" / "schedstat").exists()
 
 
 def waited(pid: int) -> float:
-    """Seconds for which the threads of a process have been ready to run and had no processor; 0 if
-    it has ended."""
+    """Seconds for which the threads of a process have been ready without a processor; 0 if it has
+    ended."""
     total = 0
     with contextlib.suppress(OSError, IndexError, ValueError):  # it may end while we look
         for thread in (_PROC / str(pid) / "task").iterdir():
@@ -58,16 +58,17 @@ def waited(pid: int) -> float:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time of a process so far, of all its threads; 0 if it has ended."""
+    """Processor seconds of all threads of a process so far; 0 if it has ended."""
     words = stat_of(pid)
     return (int(words[11]) + int(words[12])) / _TICKS if words else 0.0
 
 
 def asleep(pid: int) -> bool:
-    """Whether a process lives and none of its threads has or wants a processor.
+    """Whether a process lives and none of its threads runs or is ready to run.
 
-    A thread that has waited long for a processor, and waits still, shows in no count of the
-    kernel's yet: time in which it wants one is not to be taken for sleep."""
+    A wait for a processor is recorded only when it ends, so that a ready thread must not be taken
+    for a sleeping one.
+    """
     try:
         threads = [stat_of(int(thread.name)) for thread in (_PROC / str(pid) / "task").iterdir()]
     except OSError:  # it has ended
@@ -76,9 +77,9 @@ def asleep(pid: int) -> bool:
 
 
 def processors(root: Path = Path("/")) -> int:
-    """How many processors this process may use: those of its affinity, or fewer by a CPU quota of
-    its cgroups (v1 or v2, the tightest on the way up), rounded up. `root`: where /proc and /sys are
-    found."""
+    """The number of processors that this process may use: by its affinity or, if lower, by the
+    tightest CPU quota of its cgroups (v1 or v2), rounded up. `root`: the folder that holds /proc
+    and /sys."""
     allowed = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -87,7 +88,7 @@ def processors(root: Path = Path("/")) -> int:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Processors that each cgroup above this process allows, where it sets a limit."""
+    """Yields the processors that each cgroup above this process allows, if it sets a limit."""
     try:
         mounts = _CGROUPS.findall((root / "proc/self/mountinfo").read_text())
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -123,9 +124,6 @@ def _quota(folder: Path, kind: str) -> float | None:
             most = (folder / "cpu.cfs_quota_us").read_text().strip()
             period = (folder / "cpu.cfs_period_us").read_text().strip()
         return None if most in ("max", "-1") else int(most) / int(period)
-    except (
-        OSError,
-        ValueError,
-        ZeroDivisionError,
-    ):  # no such controller here, or the root group, which has no limit
+    # no such controller here, or the root group, which has no limit
+    except (OSError, ValueError, ZeroDivisionError):
         return None

@@ -1,4 +1,4 @@
-"""Rewards by name: the built-in ones, installed entry points (group `emberl.rewards`), and
+"""Loads rewards by name: built-in ones, installed entry points (group `emberl.rewards`), and
 functions of a package or file."""
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def load_reward(
 
 
 class UnknownOption(ValueError):
-    """An option that a reward does not have."""
+    """A reward was given an option that it does not have."""
 
 
 def _construct(name: str, keywords: dict[str, Any]) -> Reward:

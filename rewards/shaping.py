@@ -1,5 +1,5 @@
-"""Rewards for form: format, language, length, repetition. Cheap, inline, and `partial` where they
-are graded."""
+"""Rewards for form: format, language, length and repetition. They are cheap and run inline; graded
+ones give `partial`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ FORMATS = {
     "boxed": r".*\\boxed\{.*",
 }
 _WORD = re.compile(
-    r"[A-Za-z]{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[\u0400-\u04ff]{2,}|[\u0600-\u06ff]{2,}"
+    r"[A-Za-z]{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
+    r"|[\u0400-\u04ff]{2,}|[\u0600-\u06ff]{2,}"
 )
 _SCRIPTS = {
     "en": re.compile(r"[A-Za-z]"),
@@ -41,13 +42,13 @@ def _graded(score: float, best: float = 1.0) -> Verdict:
 
 
 class _Inline(Reward):
-    """Grades one completion after the other, in the calling thread."""
+    """Grades completions one after the other, in the calling thread."""
 
     inline = True
 
     @abstractmethod
     def score(self, row: RewardInput) -> float:
-        """The completion's score; `best` is full marks."""
+        """The score of a completion, at most `best`."""
 
     best = 1.0
 
@@ -65,7 +66,7 @@ class FormatReward(_Inline):
     """
 
     def __init__(self, pattern: str = "think", timeout: float = 10.0) -> None:
-        self.inline = pattern in FORMATS  # those take time in proportion to the text
+        self.inline = pattern in FORMATS  # those take linear time
         self._timeout = timeout
         self._finished = 0
         try:
@@ -94,9 +95,9 @@ class FormatReward(_Inline):
     def score(self, row: RewardInput) -> float:
         opened = row.prompt.rstrip().endswith("<think>")
         text = ("<think>" if opened else "") + row.completion.strip()
-        # without Python's lock meanwhile, which the built-in `re` holds
-        found = self._pattern.fullmatch(text, timeout=self._timeout, concurrent=not self.inline)
-        return float(found is not None)
+        # `regex` has a time limit and can release the GIL; the built-in `re` does neither
+        match = self._pattern.fullmatch(text, timeout=self._timeout, concurrent=not self.inline)
+        return float(match is not None)
 
 
 class LanguageReward(_Inline):
@@ -126,7 +127,7 @@ class OverlongReward(_Inline):
     -1.
 
     0 up to `max_tokens - buffer` tokens, then linear to -1 at `max_tokens` and beyond.
-    `max_tokens=0` takes each completion's own limit.
+    `max_tokens=0` uses the limit of each completion.
     """
 
     best = 0.0
@@ -148,11 +149,11 @@ class OverlongReward(_Inline):
 
 
 class RepetitionReward(_Inline):
-    """From 0 down to `-penalty` with the share of repeated n-grams of words: -penalty x (1 -
-    distinct / all).
+    """A penalty for repeated n-grams of words, from 0 down to `-penalty`: -penalty x (1 - distinct
+    / all).
 
-    The form of Yeo et al., "Demystifying Long Chain-of-Thought Reasoning" (arXiv 2502.03373)
-    without their decay.
+    As in Yeo et al., "Demystifying Long Chain-of-Thought Reasoning" (arXiv 2502.03373), without
+    their decay.
     """
 
     best = 0.0

@@ -1,5 +1,5 @@
-"""`RewardSuite`: named parts with weights and gates, graded side by side, each with its own
-deadline and figures."""
+"""`RewardSuite`: named parts with weights and gates, graded concurrently, each with a deadline and
+metrics."""
 
 from __future__ import annotations
 
@@ -19,29 +19,28 @@ from .verdict import LARGEST_SCORE, Status, Verdict, verifier_error
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """One named component of the reward."""
+    """A named component of the reward."""
 
     name: str
     reward: Reward
     weight: float = 1.0
     gate: str | None = None
-    """Another part's name: this part counts only where that one scored above 0."""
+    """Name of another part: this one counts only if that one scored above 0."""
     deadline: float = 600.0
-    """Seconds for one batch; what has no verdict by then gets `verifier_error`. A reward's own
-    limit per sample is tighter and tells a bomb from a stuck grader; this one is the last resort.
-    For a reward that counts what it has finished (`Reward`), seconds in which that count stands
-    still: a long queue of slow programs is no stuck grader."""
+    """Seconds for a batch; samples without a verdict by then get `verifier_error`. It is the last
+    resort: a reward's own, tighter limit per sample tells a bomb from a stuck grader. For a reward
+    that counts what it has finished, seconds without progress, since a long queue of slow programs
+    is no stuck grader."""
 
 
 class RewardSuite:
-    """Grades completions by weighted parts: score = sum of weight x score over the parts that apply
-    to the sample and whose gate is open.
+    """Grades completions: score = sum of weight x score over the parts that apply to the sample and
+    whose gate is open.
 
-    A part that does not apply (`not_applicable`) adds nothing, and the weights of the others stay
-    what they are, as in TRL, whose sum passes over None. Where no part applies the completion has
-    no score. The first part that applies is the main one: its status is the verdict's status. A
-    part that failed (`verifier_error`) and counts leaves the completion without a score.
-    Thread-safe; `grade` never raises for a part's fault.
+    A part that does not apply (`not_applicable`) adds nothing and leaves the weights of the others
+    unchanged, as in TRL, whose sum skips None. If no part applies, the completion has no score. The
+    first part that applies determines the status. If a part that counts failed (`verifier_error`),
+    the completion has no score. Thread-safe; `grade` never raises for a fault of a part.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -64,16 +63,15 @@ class RewardSuite:
         self._lock = threading.Lock()
 
     def apart(self) -> RewardSuite:
-        """The same parts with figures of their own: what it grades is not in this one's
-        `metrics`. Only one of the two is to be closed."""
+        """A suite of the same parts with metrics of its own. Only one of the two must be closed."""
         other = RewardSuite(self.parts)
         other._under_way = self._under_way
         other._lock = self._lock
         return other
 
     def grade(self, inputs: Sequence[RewardInput]) -> list[Verdict]:
-        """One verdict per input, in order. Blocks no longer than the longest deadline of the
-        parts."""
+        """Returns one verdict per input, in order. Blocks at most for the longest deadline of the
+        parts, or longer while a part reports progress."""
         if not inputs:
             return []
         start = time.perf_counter()
@@ -88,8 +86,8 @@ class RewardSuite:
         ]
 
     def _call(self, part: Part, inputs: Sequence[RewardInput]) -> _Call:
-        """Starts a part on a batch, unless earlier calls of it are stuck: threads cannot be killed,
-        only not added to."""
+        """Starts a part on a batch, or refuses if earlier calls of it are stuck, since threads
+        cannot be killed."""
         call = _Call(part, inputs)
         with self._lock:
             under_way = [c for c in self._under_way[part.name] if not c.done.is_set()]
@@ -136,14 +134,14 @@ class RewardSuite:
 
     @property
     def finished(self) -> int:
-        """The sum of the parts' counts (see `Reward`): it grows while a long queue is graded."""
+        """The sum of the parts' counts (see `Reward.finished`)."""
         return sum(part.reward.finished for part in self.parts)
 
     def metrics(self) -> dict[str, float]:
-        """Figures since the last call, then starts anew:
+        """Returns the metrics since the last call and resets them:
         `reward/<part>/{mean,std,seconds_mean,seconds_max}`, the count of each status,
-        `reward/<part>/status/<status>`, and `reward/<part>/extra/<name>`, the mean of what a reward
-        gave or logged beside its score."""
+        `reward/<part>/status/<status>`, and `reward/<part>/extra/<name>`, the mean of each number
+        that a reward returned or logged beside its score."""
         with self._lock:
             metrics: dict[str, float] = {}
             for name, tally in self._tally.items():
@@ -152,8 +150,8 @@ class RewardSuite:
         return metrics
 
     def check_references(self, rows: Sequence[str | RewardInput]) -> list[BadReference]:
-        """The references that some part cannot grade against, with their row (the index in `rows`).
-        ValueError for rows that no reward is for."""
+        """The references that some part cannot grade against, with the index of their row in
+        `rows`. Raises ValueError for rows without a reward."""
         inputs = [
             RewardInput(completion="", answer=row) if isinstance(row, str) else row for row in rows
         ]
@@ -171,8 +169,8 @@ class RewardSuite:
         return sorted(refused, key=lambda bad: bad.row)
 
     def trial(self, example: RewardInput) -> None:
-        """Calls every plugin once, before training. Raises ValueError naming the part that cannot
-        grade, or if no part that counts applies to the example."""
+        """Calls every plugin once, before training. Raises ValueError naming the part that fails,
+        or if no part that counts applies to the example."""
         for part in self.parts:
             try:
                 part.reward.trial(example)
@@ -192,15 +190,14 @@ _MAX_STUCK = 4
 
 
 class TooManyErrors(RuntimeError):
-    """More completions than allowed came back without a verdict; the message holds the most common
-    causes."""
+    """More completions than allowed have no verdict; the message gives the most common causes."""
 
 
 def check_errors(verdicts: Sequence[Verdict], limit: float = 0.01) -> None:
-    """Raises `TooManyErrors` if more than `limit` (a fraction) of a batch has no verdict.
+    """Raises `TooManyErrors` if more than the fraction `limit` of a batch has no verdict.
 
-    One failure is forgiven in a batch of any size unless `limit` is 0, so that small batches are
-    not stopped by one.
+    Unless `limit` is 0, one failure is always allowed, so that it does not stop a run with small
+    batches.
     """
     failed = [v.message or "no cause given" for v in verdicts if v.status is Status.VERIFIER_ERROR]
     if len(failed) <= max(limit * len(verdicts), 1 if limit > 0 else 0):
@@ -254,7 +251,7 @@ def _build_part(name: str, spec: dict[str, Any]) -> Part:
 
 
 def _load(key: str, spec: Mapping[str, Any]) -> Reward:
-    """The reward of one specification; `key`: where it stands, for messages."""
+    """The reward of a specification; `key`: its place in the configuration, for messages."""
     if not isinstance(use := spec.get("use"), str) or not use:
         raise ValueError(
             f"{key}.use is missing: name a reward such as 'math' or './file.py:function'"
@@ -270,7 +267,7 @@ def _load(key: str, spec: Mapping[str, Any]) -> Reward:
 
 
 def _by_source(name: str, specs: Mapping[str, str | Mapping[str, Any]]) -> BySource:
-    """One reward for each specification: patterns that say the same share it, and its processes."""
+    """A reward for each specification. Equal specifications share one, with its processes."""
     plain = {pattern: {"use": s} if isinstance(s, str) else dict(s) for pattern, s in specs.items()}
     rewards: dict[str, Reward] = {}
     try:
@@ -285,12 +282,12 @@ def _by_source(name: str, specs: Mapping[str, str | Mapping[str, Any]]) -> BySou
 
 
 def grade_each(reward: Reward, inputs: Sequence[RewardInput]) -> list[Verdict]:
-    """One verdict per input, whatever the reward does. If it raises on a batch, rows are graded one
-    by one, so that no row costs its neighbours their verdicts."""
+    """Returns one verdict per input, whatever the reward does. If it raises on a batch, rows are
+    graded one by one, so that a row costs only its own verdict."""
     try:
         verdicts = list(reward(inputs))
-    # a reward is untrusted, and time limits of libraries derive from BaseException: its fault costs
-    # its samples, never the run
+    # A reward is untrusted, and time limits of libraries derive from BaseException
+    # (math_verify's TimeoutException does): a fault costs its samples, never the run.
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and _is_main_thread():
             raise
@@ -304,7 +301,7 @@ def grade_each(reward: Reward, inputs: Sequence[RewardInput]) -> list[Verdict]:
 
 
 def _is_main_thread() -> bool:
-    """Where a person's Ctrl-C arrives."""
+    """Whether this is the main thread, which receives Ctrl-C."""
     return threading.current_thread() is threading.main_thread()
 
 
@@ -317,8 +314,8 @@ def _open(gate: Verdict) -> bool:
 
 
 class _Call:
-    """One part grading one batch in a daemon thread, so that a stuck part cannot hold up the caller
-    or the exit."""
+    """One part grading one batch in a daemon thread, so that a stuck part blocks neither the caller
+    nor the exit."""
 
     def __init__(self, part: Part, inputs: Sequence[RewardInput]) -> None:
         self.part = part
@@ -360,7 +357,7 @@ class _Call:
 
 @dataclass(slots=True)
 class _Tally:
-    """Sums behind the figures of one part."""
+    """The sums behind the metrics of a part."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     scores: list[float] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Python source as trees and values, read by several threads at once."""
+"""Parses Python source; safe to use from several threads."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 
 def syntax_tree(source: str) -> ast.Module:
-    """`ast.parse`, which some releases of CPython 3.11 and 3.12 let fail where another thread
-    parses (gh-106905)."""
+    """`ast.parse`, repeated where another thread that parses makes it fail, as in some releases of
+    CPython 3.11 and 3.12 (gh-106905)."""
     for _ in range(20):
         try:
             return ast.parse(source)
@@ -18,7 +18,7 @@ def syntax_tree(source: str) -> ast.Module:
 
 
 def expression(text: str) -> ast.expr:
-    """The tree of one expression. Raises ValueError, or what `ast.parse` raises."""
+    """The tree of a single expression. Raises ValueError, and the errors of `ast.parse`."""
     body = syntax_tree(text.strip()).body
     if len(body) != 1 or not isinstance(body[0], ast.Expr):
         raise ValueError("no expression")
@@ -26,5 +26,5 @@ def expression(text: str) -> ast.expr:
 
 
 def literal(text: str) -> Any:
-    """The value of a Python literal. Raises what `ast.literal_eval` does."""
+    """The value of a Python literal. Raises the errors of `ast.literal_eval`."""
     return ast.literal_eval(expression(text))

@@ -1,8 +1,8 @@
-"""The noun `Verdict`: what a grader says of one completion.
+"""`Verdict`: the result of grading one completion.
 
-A float cannot say why it is zero. A wrong answer, an answer that could not be parsed, a program
-that ran out of time and a grader that was killed are four different things, and only the first
-three say anything about the policy.
+A float cannot tell why it is zero. A wrong answer, an answer that could not be parsed, a program
+that ran out of time and a grader that was killed are different results, and only the first three
+say anything about the policy.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from enum import StrEnum
 
 
 class Status(StrEnum):
-    """How a completion was marked. Two carry no score: after `VERIFIER_ERROR` a completion never
-    enters a loss or a baseline, and `NOT_APPLICABLE` is said by one part of a reward and leaves the
-    score to the others."""
+    """The result of grading. Two have no score: a completion with `VERIFIER_ERROR` enters no loss
+    and no baseline; a part of a reward returns `NOT_APPLICABLE` to leave the score to the other
+    parts."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -33,25 +33,25 @@ class Status(StrEnum):
 
 UNSCORED = (Status.NOT_APPLICABLE, Status.VERIFIER_ERROR)
 LARGEST_SCORE = 1e9
-"""A score beyond this, in either direction, is a fault of its grader: squares and sums of such
+"""Largest magnitude of a score. A larger one is a fault of the grader, as squares and sums of it
 overflow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """A grader's word on one completion, e.g.
-    `Verdict(status=Status.CORRECT, score=1.0, seconds=4e-6)`."""
+    """The result of grading one completion, e.g. `Verdict(status=Status.CORRECT, score=1.0,
+    seconds=4e-6)`."""
 
     status: Status
     score: float | None
-    """The reward; finite for every status but those of `UNSCORED`, where it is None."""
+    """The reward; finite, or None for the statuses in `UNSCORED`."""
     parts: Mapping[str, float] = field(default_factory=dict)
-    """Named components before weighting, e.g. `{"answer": 1.0, "format": 0.5}`; of one part,
-    further numbers that it gave beside its score."""
+    """Named components before weighting, e.g. `{"answer": 1.0, "format": 0.5}`; in the verdict of
+    one part, numbers that it returned beside its score."""
     message: str = ""
-    """For a person: why, in one line."""
+    """The reason, in one line for a person."""
     seconds: float = 0.0
-    """Wall time that the grading took."""
+    """Wall seconds of the grading."""
 
     def __post_init__(self) -> None:
         if self.status in UNSCORED:

@@ -1,13 +1,13 @@
-"""`WorkerPool`: processes that grade, each task with a limit that ends in SIGKILL.
+"""`WorkerPool`: grading processes, where every task has a limit that ends in SIGKILL.
 
-A task's limit is on its own time, running or sleeping, so that a loaded machine changes no verdict
+The limit is on a task's own time, running or sleeping, so that a loaded machine changes no verdict
 (`processes.py`).
 
-Threads and `signal.alarm` cannot stop a computation inside C code, and a killed thread takes its
-process with it; so what may hang runs elsewhere. One thread drives one process: it sends a task,
-waits for the reply or the limit, and goes on to the next. Workers start lazily with a clean
-interpreter, one more than may run stands ready so that a kill costs no start, and a task whose
-worker died through no fault of its own is given to another one.
+Threads and `signal.alarm` cannot stop a computation inside C code, and a thread cannot be killed
+without its process, so code that may hang runs in processes. One thread drives one process: it
+sends a task, waits for the reply or the limit, and goes on to the next. Workers start on demand
+with a clean interpreter; a spare one stands ready, so that a kill costs no start. A task whose
+worker died is given to another.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from .worker_process import Answer, Ended, WorkerLost, WorkerProcess, wall_limit
 __all__ = ["Answer", "Ended", "WorkerPool"]
 
 START_SECONDS = 120.0
-"""How long a worker may take to import what it needs."""
+"""Most seconds that a worker may take to start and import its modules."""
 ATTEMPTS = 3
-"""How many workers may die under one task before it is given up."""
+"""Number of workers that may die under one task before it is given up."""
 
 
 class WorkerPool:
     """Runs tasks in up to `workers` processes of `target`, a factory `package.module:function`.
 
-    The factory is called in the worker with `arguments` and returns a function from one (pickled)
-    task to a JSON value. `memory_bytes` limits the address space, `network=False` takes the network
-    away where the kernel allows it, `environment` replaces the worker's environment (None:
-    inherit), its output goes to our standard error, or nowhere with `output=False`. `recycle`:
-    tasks after which a worker is replaced. Thread-safe; usable from asyncio through a thread.
+    The worker calls the factory with `arguments`; it returns a function from a (pickled) task to a
+    JSON value. `memory_bytes` limits the address space, `network=False` removes the network if the
+    kernel allows, `environment` replaces the environment (None: inherit). Output goes to our
+    standard error, or nowhere with `output=False`. `recycle`: tasks after which a worker is
+    replaced. Thread-safe; usable from asyncio through a thread.
     """
 
     def __init__(
@@ -77,10 +77,11 @@ class WorkerPool:
     def run(
         self, tasks: Sequence[Any], timeout: float, deadline: float | None = None
     ) -> list[Answer]:
-        """One answer per task, in order.
+        """Returns one answer per task, in order.
 
-        `timeout`: seconds of its own time for one task; `deadline`: seconds on the wall for all of
-        them, by default far more than they need on a loaded machine."""
+        `timeout`: own seconds of one task; `deadline`: wall seconds of all tasks, by default far
+        more than they need on a loaded machine.
+        """
         if deadline is None:
             deadline = START_SECONDS + wall_limit(timeout) * len(tasks)
         batch = _Batch(list(tasks), timeout, time.monotonic() + deadline)
@@ -100,8 +101,8 @@ class WorkerPool:
         return answers
 
     def check(self, timeout: float = START_SECONDS) -> str:
-        """Starts a worker and waits for it; what went wrong, or an empty string. Another one where
-        it was lost without a word, as one that was killed from outside is."""
+        """Starts a worker and waits for it. Returns the error, or an empty string. A worker lost
+        without a message, e.g. killed from outside, is replaced."""
         if not self._slots.acquire(timeout=timeout):
             return "no worker was free"
         try:
@@ -122,15 +123,17 @@ class WorkerPool:
         return ""
 
     def close(self) -> None:
-        """Ends the idle workers; running ones end with their tasks."""
+        """Ends the idle workers; busy ones end with their tasks."""
         with self._lock:
             self._closed = True
-            idle, self._idle = self._idle, []
+            idle = self._idle
+            self._idle = []
         for worker in idle:
             worker.close()
 
     def _work(self, batch: _Batch) -> None:
-        """One thread's part of a batch: task after task, on one worker as long as that lives."""
+        """A thread's share of a batch: one task after the other, on the same worker as long as it
+        lives."""
         if not self._slots.acquire(timeout=max(batch.end - time.monotonic(), 0.0)):
             return
         worker = None
@@ -146,8 +149,8 @@ class WorkerPool:
     def _answer(
         self, batch: _Batch, task: Any, worker: WorkerProcess | None
     ) -> tuple[Answer, WorkerProcess | None]:
-        """The answer, and the worker if it can take another task. A worker that ends under a task
-        is replaced, and the task asked again, unless it seems to be the task's doing."""
+        """The answer, and the worker if it can take another task. A task whose worker ends is given
+        to a new one, at most `ATTEMPTS` times in all."""
         start = time.monotonic()
         for attempt in range(1, ATTEMPTS + 1):
             if self._closed:
@@ -169,7 +172,7 @@ class WorkerPool:
         return answer, None
 
     def _take(self) -> WorkerProcess:
-        """A worker (perhaps still starting) for the caller alone. Raises WorkerLost."""
+        """Returns a worker, perhaps still starting, for the caller alone. Raises WorkerLost."""
         worker = None
         while worker is None:
             with self._lock:
@@ -189,7 +192,7 @@ class WorkerPool:
             raise WorkerLost(str(error)) from None
 
     def _kept(self, worker: WorkerProcess) -> WorkerProcess | None:
-        """The worker, unless it is dead or has served its time."""
+        """The worker, or None after closing one that is dead or due to be replaced."""
         if worker.served < self._recycle and worker.process.poll() is None:
             return worker
         worker.close()
@@ -208,7 +211,7 @@ class WorkerPool:
 
 @dataclass(slots=True)
 class _Batch:
-    """The tasks of one call of `WorkerPool.run`, and what has become of them so far."""
+    """The tasks of one call of `WorkerPool.run`, and their answers so far."""
 
     tasks: list[Any]
     timeout: float
@@ -221,7 +224,7 @@ class _Batch:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def next(self) -> int | None:
-        """The place of a task that nobody has taken yet, None if there is none."""
+        """The index of a task that no thread has taken, None if there is none."""
         with self._lock:
             if self._over or self._next == len(self.tasks):
                 return None
@@ -229,13 +232,14 @@ class _Batch:
             return self._next - 1
 
     def hold(self, worker: WorkerProcess) -> bool:
-        """Whether the batch goes on; then it ends this worker when it is over."""
+        """Whether the batch goes on. The worker will be stopped when the batch is over."""
         with self._lock:
             self._workers.add(worker)
             return not self._over
 
     def finish(self) -> list[Answer]:
-        """Ends what still runs; the answers in order."""
+        """Ends the batch and the workers that are still busy with it; returns the answers in
+        order."""
         late = Answer(Ended.LOST, message="not graded within the deadline of the batch")
         with self._lock:
             answers = [self.answers.get(index, late) for index in range(len(self.tasks))]
@@ -247,7 +251,7 @@ class _Batch:
 
 
 def _lost(why: str, ready: bool, status: int, times: int, seconds: float) -> Answer:
-    """Of a task whose workers have ended, `times` times."""
+    """The answer to a task whose workers have ended, `times` times."""
     if not ready:
         return Answer(Ended.LOST, None, f"the worker cannot start: {why}", seconds)
     if status == -signal.SIGKILL:

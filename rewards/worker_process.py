@@ -1,7 +1,7 @@
-"""One process of a `WorkerPool`: our handle on it, `WorkerProcess`, and `main`, its own side.
+"""One process of a `WorkerPool`: its handle, `WorkerProcess`, and `main`, which runs in it.
 
-It does one task at a time; its limits are set before it imports anything. Requests are pickled by
-us; replies are JSON, as what runs there is not trusted.
+It does one task at a time, and its limits are set before it imports anything. Requests are pickles;
+replies are JSON, as unpickling the reply of untrusted code would run code here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .processes import asleep, cpu_seconds, waited
 
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 CPU_SLACK = 10
-"""Processor seconds beyond a task's limit after which the kernel ends a worker whose parent is
+"""Processor seconds beyond the limit of a task after which the kernel ends a worker whose parent is
 gone."""
 MAX_REPLY = 64 * 2**20
 _BOOT = (
@@ -39,7 +39,7 @@ _BOOT = (
 
 
 class Ended(StrEnum):
-    """How a task ended."""
+    """The way a task ended."""
 
     DONE = "done"
     TIMEOUT = "timeout"
@@ -51,7 +51,7 @@ class Ended(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The outcome of one task: the JSON value that the worker returned if `ended` is DONE, else a
+    """The outcome of a task: if `ended` is DONE, the JSON value that the worker returned, else a
     message."""
 
     ended: Ended
@@ -61,7 +61,7 @@ class Answer:
 
 
 class WorkerLost(Exception):
-    """A worker ended, or broke the protocol. `final`: it said why it cannot start at all."""
+    """A worker ended, or broke the protocol. `final`: it reported why it cannot start."""
 
     def __init__(self, why: str, final: bool = False) -> None:
         super().__init__(why)
@@ -69,9 +69,10 @@ class WorkerLost(Exception):
 
 
 class WorkerProcess:
-    """One process and the socket to it, for one thread at a time, but for `stop`.
+    """A process and the socket to it, for one thread at a time except `stop`.
 
-    Raises WorkerLost where the process ends or does not keep to the protocol."""
+    Raises WorkerLost if the process ends or breaks the protocol.
+    """
 
     def __init__(
         self, setup: Mapping[str, Any], environment: Mapping[str, str] | None, output: bool
@@ -102,7 +103,7 @@ class WorkerProcess:
             self._send(setup)
 
     def quiet(self) -> bool:
-        """Whether nothing came that was not asked for: neither words nor the end."""
+        """Whether the process lives and has sent nothing unasked."""
         if not self.ready:
             return True
         self.socket.settimeout(0.0)
@@ -126,8 +127,8 @@ class WorkerProcess:
         self.ready = True
 
     def ask(self, task: Any, timeout: float) -> Answer:
-        """Waits for the outcome of the task. A worker at its limit is ended, and so is one of which
-        the machine makes nothing."""
+        """Returns the outcome of the task. A worker is killed at its limit, and after `wall_limit`
+        if the machine gave it too little time."""
         self.served += 1
         pid, sent = self.process.pid, time.monotonic()
         waited_before, used_before = waited(pid), cpu_seconds(pid)
@@ -161,7 +162,7 @@ class WorkerProcess:
             raise WorkerLost(f"the worker does not take tasks: {error}") from None
 
     def _receive(self, timeout: float) -> Any:
-        """The next message, None if it is not here in time."""
+        """The next message; None after `timeout` seconds without one."""
         end = time.monotonic() + timeout
         while (size := self._size()) is None or len(self._buffer) < 4 + size:
             self.socket.settimeout(max(end - time.monotonic(), 0.001))
@@ -182,7 +183,7 @@ class WorkerProcess:
             raise WorkerLost(f"a reply that is no JSON: {error}", final=True) from None
 
     def _size(self) -> int | None:
-        """Bytes of the message that comes next."""
+        """The size of the next message in bytes; None if it is not known yet."""
         if len(self._buffer) < 4:
             return None
         size = int.from_bytes(self._buffer[:4], "big")
@@ -191,7 +192,7 @@ class WorkerProcess:
         return size
 
     def stop(self) -> None:
-        """Ends the process and all that it started, from whatever thread."""
+        """Kills the process and all that it started. May be called from any thread."""
         self.stopped = True
         with contextlib.suppress(OSError):  # wakes the thread that waits for a reply
             self.socket.shutdown(socket.SHUT_RDWR)
@@ -200,7 +201,7 @@ class WorkerProcess:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
     def close(self) -> int:
-        """Ends the process, if it has not ended by itself; its exit status."""
+        """Ends the process, if it has not ended by itself, and returns its exit status."""
         if not self.stopped:
             with contextlib.suppress(subprocess.TimeoutExpired):  # a dead one has a status to say
                 self.process.wait(0.0 if self.quiet() else 0.2)
@@ -213,12 +214,12 @@ class WorkerProcess:
 
 
 def wall_limit(timeout: float) -> float:
-    """Seconds on the wall after which a task is given up, however little of its own time it has
-    had."""
+    """Wall seconds after which a task is given up, however little own time it has had."""
     return 30 * timeout + 60
 
 
 def _refuse(constant: str) -> None:
+    """Rejects NaN and infinities, which Python reads although they are no JSON."""
     raise ValueError(f"{constant} in a reply")
 
 
@@ -246,9 +247,8 @@ def main(descriptor: int) -> None:
         serve: Callable[[Any], Any] = getattr(importlib.import_module(module), name)(
             **setup["arguments"]
         )
-    except (
-        BaseException
-    ) as error:  # whatever a plugin's import does, the other side must hear of it
+    # whatever a plugin's import raises, the other side must be told
+    except BaseException as error:
         _reply(channel, {"error": describe(error)})
         os._exit(1)
     # a child of a plugin's must not answer in our place
@@ -296,8 +296,7 @@ def _reply(channel: socket.socket, value: dict[str, Any]) -> None:
 
 
 def _leave_network() -> None:
-    """An empty network namespace, where the kernel lets us have one; else the worker stays as it
-    is."""
+    """Enters an empty network namespace if the kernel allows that, else does nothing."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None, use_errno=True)

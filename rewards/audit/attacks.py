@@ -1,10 +1,10 @@
-"""Runs a file of hostile programs against the sandbox and says of each whether it was contained.
+"""Runs a file of hostile programs in the sandbox and reports for each whether it was contained.
 
-One JSON object a line: `id`, `category` (`forge`, `resource` or `escape`), `language` (`python` or
-`cpp`), `code`. In the code, @PORT@ becomes a port that the host listens on (and `\\0rew@PORT@` an
-abstract socket), @SECRETFILE@ a file that must not be read, @CANARY@ one that must not change. A
-program that got somewhere says so on stdout, in a line that starts with a word in capitals
-(`CONNECTED`, `UID 0`); a word followed by a negative number (`MOUNT -1`) is a failed system call.
+One JSON object per line: `id`, `category` (`forge`, `resource` or `escape`), `language` (`python`
+or `cpp`), `code`. In the code, @PORT@ becomes a port on which the host listens (and `\\0rew@PORT@`
+an abstract socket), @SECRETFILE@ a file that must not be read, @CANARY@ one that must not change. A
+program that succeeds prints a line that starts with a word in capitals (`CONNECTED`, `UID 0`); a
+word followed by a negative number (`MOUNT -1`) is a failed system call.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _PRINTED_SUMS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attack:
-    """One hostile program's fate."""
+    """The result of one hostile program."""
 
     id: str
     category: str
@@ -59,7 +59,7 @@ class Attack:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttackReport:
-    """All attacks' fates and the back end that they met."""
+    """The results of all attacks and the back end that ran them."""
 
     backend: str
     attacks: tuple[Attack, ...]
@@ -71,7 +71,7 @@ class AttackReport:
         return bool(self.attacks) and all(attack.contained for attack in self.attacks)
 
     def lines(self) -> list[str]:
-        """For a person: a line for each attack and the sum."""
+        """The report for a person: a line for each attack, and the total."""
         held = sum(attack.contained for attack in self.attacks)
         lines = [str(attack) for attack in self.attacks]
         if self.skipped:
@@ -82,7 +82,7 @@ class AttackReport:
         return [*lines, f"{held} of {len(self.attacks)} contained, back end {self.backend}"]
 
     def record(self) -> dict[str, object]:
-        """For `--json`."""
+        """The report for `--json`."""
         return {
             "backend": self.backend,
             "contained": sum(attack.contained for attack in self.attacks),
@@ -95,7 +95,7 @@ class AttackReport:
 def audit_sandbox(
     path: str | Path, *, seconds: float = 2.0, backend: str | None = None
 ) -> AttackReport:
-    """Runs every program of the file. Raises ValueError if the file holds none, SandboxUnavailable
+    """Runs every program of the file. Raises ValueError if it holds none, SandboxUnavailable
     without a sandbox."""
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -117,7 +117,7 @@ def run_attacks(
     compile_seconds: float = 10.0,
     backend: str | None = None,
 ) -> AttackReport:
-    """Runs hostile programs, each with `seconds` of time and 256 MiB."""
+    """Runs hostile programs with 256 MiB and `seconds` of time each."""
     judged: list[Attack] = []
     skipped: list[str] = []
     with _Host() as host, contextlib.closing(_reward(seconds, compile_seconds, backend)) as reward:
@@ -173,8 +173,9 @@ def _run_one(row: Mapping[str, str], host: _Host, reward: CodeReward) -> Attack:
 def _paid(
     reward: CodeReward, code: str, language: str, tests: Mapping[str, object], details: list[str]
 ) -> list[str]:
-    """A hostile program must earn a scored nothing: neither the reward nor an excuse from being
-    graded."""
+    """Problems of grading a hostile program, which must get a score of 0: neither a reward nor no
+    verdict."""
+    # a longer fence than the code may hold itself
     verdict = reward(
         [RewardInput(completion=f"~~~~~~{language}\n{code}\n~~~~~~", columns=dict(tests))]
     )[0]
@@ -189,7 +190,7 @@ def _paid(
 def _watched(
     reward: CodeReward, code: str, language: str, host: _Host, details: list[str]
 ) -> list[str]:
-    """Runs the program with its output in view."""
+    """Problems of running the program with its output visible."""
     limits, sandbox = reward.limits, reward.sandbox
     problems: list[str] = []
     if language == "cpp":
@@ -203,6 +204,7 @@ def _watched(
         run = sandbox.run_program(code, b"2 3\n", limits)
     details.append("" if run.outcome is Outcome.EXITED and not run.exit_code else str(run))
     problems += _problems(run, host)
+    # the kernel's hard limit, in whole seconds (`_limit` in child_runner.py)
     if run.cpu_seconds > 1.3 * limits.seconds + 1.3 or run.seconds > limits.wall_seconds:
         problems.append(f"ran {run.seconds:.1f} s with a limit of {limits.seconds:g} s")
     if run.peak_bytes > (limits.memory_mb << 20) * 1.1:
@@ -226,8 +228,8 @@ def _problems(run: Run, host: _Host) -> list[str]:
 
 
 class _Host:
-    """The targets of the programs: a listener, a secret (file and environment), a canary; and a
-    look at what they left behind."""
+    """The targets of the programs: a listener, a secret (in a file and the environment) and a
+    canary; also detects what the programs left behind."""
 
     def __enter__(self) -> _Host:
         self.secret = secrets.token_hex(16)
@@ -273,8 +275,8 @@ class _Host:
         return code
 
     def state(self, code: str) -> tuple[int, set[str], set[str]]:
-        """Processes below this one, files that the program might have named, System V shared
-        memory."""
+        """Number of processes below this one, files that the program may have made, and System V
+        shared memory."""
         return len(list(descendants(os.getpid()))), set(_files(code)), _segments()
 
     def changes(self, before: tuple[int, set[str], set[str]], code: str) -> list[str]:
@@ -298,8 +300,7 @@ class _Host:
 
 
 def _files(code: str) -> Iterator[str]:
-    """Entries of the places that a program could try to write to, if their names occur in its
-    text."""
+    """Yields entries of folders that a program could write to, if their names occur in its text."""
     for folder in ("/", "/tmp", "/dev/shm", "/dev/mqueue", "."):
         with contextlib.suppress(OSError):
             yield from (f"{folder}/{name}" for name in os.listdir(folder) if name in code)

@@ -1,11 +1,11 @@
-"""Auditing a reward: recorded completions and a corpus of hacks go through it, and its
-disagreements are set down.
+"""Audits a reward: grades recorded completions and a corpus of hacks with it, and reports its
+disagreements.
 
-`audit(use, data)` is what `emberl audit` calls. The data is JSONL, JSONL.gz or JSONL.zst, or a
-folder of such files, as a run's `rollouts`; a row has the completion (`pred`, `completion` or
+`audit(use, data)` implements `emberl audit`. The data is JSONL, JSONL.gz or JSONL.zst, or a folder
+of such files, as the `rollouts` of a run. A row has the completion (`pred`, `completion` or
 `response`), the reference (`gold`, `answer`, `reference` or `ground_truth`), and optionally `label`
-(whether the completion is right), `prompt`, `messages`, `source`, `id`; other columns reach the
-reward by name, and where the row is of a run those of its `columns` alone.
+(whether the completion is right), `prompt`, `messages`, `source`, `id`. The reward receives the
+other columns by name, or in a row of a run those in its `columns`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from .hacks import HACKS
 _COMPLETION = ("pred", "completion", "response")
 _REFERENCE = ("gold", "answer", "reference", "ground_truth")
 _SHOWN = 500
-"""Disagreements in the HTML report, at most; the figures count all."""
+"""Most disagreements in the HTML report; the figures count all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One row to audit; `label` is None where nobody has said what is right."""
+    """One row to audit; `label` is None if it has none."""
 
     id: str
     input: RewardInput
@@ -46,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Disagreement:
-    """A row on which the reward and the label, or the second grader, differ."""
+    """A row on which the reward disagrees with the label or the second grader."""
 
     row: Row
     verdict: Verdict
@@ -56,7 +56,8 @@ class Disagreement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Audit:
-    """The figures (plain JSON values), the disagreements, and the hacks that were paid."""
+    """The figures (plain JSON values), the disagreements, and the names of the hacks that were
+    rewarded."""
 
     figures: Mapping[str, Any]
     disagreements: tuple[Disagreement, ...]
@@ -73,8 +74,7 @@ def audit(
     options: Mapping[str, Any] | None = None,
     limit: int = 0,
 ) -> Audit:
-    """Audits the reward that `use` names on a file (None: on the hack corpus alone) and writes the
-    HTML report.
+    """Audits the reward `use` on a file (None: only on the hacks) and writes the HTML report.
 
     `second`: another reward to compare with, None for none. Raises ValueError for a bad file, row
     or reward.
@@ -104,8 +104,8 @@ def audit(
 
 
 def read_rows(path: Path | str, limit: int = 0) -> list[Row]:
-    """The rows of a JSONL, JSONL.gz or JSONL.zst file, or of all such in a folder. Raises
-    ValueError naming the line that cannot be used."""
+    """The rows of a JSONL, JSONL.gz or JSONL.zst file, or of all such files in a folder. Raises
+    ValueError naming the line that is invalid."""
     path = Path(path)
     files = (
         [f for f in sorted(path.glob("[!.]*.jsonl*")) if f.is_file()] if path.is_dir() else [path]
@@ -145,8 +145,8 @@ def _opened(path: Path) -> IO[str]:
 
 
 def unpacked(data: bytes) -> bytes:
-    """Unpacks zstandard's data, in one frame or several. EOFError where the last one is cut off,
-    which its own readers pass over."""
+    """Decompresses one or more zstandard frames. Raises EOFError if the last one is cut off, which
+    zstandard's own readers ignore."""
     parts = []
     while data:
         frame = zstandard.ZstdDecompressor().decompressobj()
@@ -199,7 +199,7 @@ def audit_reward(
     hacks: bool = True,
     batch: int = 256,
 ) -> Audit:
-    """Runs a reward over rows; a score above 0.5 counts as accepted."""
+    """Grades the rows with a reward; a score above 0.5 counts as accepted."""
     start = time.perf_counter()
     verdicts = _grade(reward, rows, batch)
     seconds = time.perf_counter() - start

@@ -1,5 +1,5 @@
-"""Completions that must earn nothing from a reward for mathematics: what policies have tried, or
-will."""
+"""Completions that a reward for mathematics must not pay for: exploits that policies have found or
+may find."""
 
 from __future__ import annotations
 

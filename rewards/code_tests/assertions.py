@@ -1,9 +1,9 @@
-"""Tests that are Python code, as plans: assertions, `check(candidate)`, pytest's and unittest's
-modules.
+"""Plans for tests that are Python code: assertions, `check(candidate)`, modules for pytest or
+unittest.
 
-Plain assertions, a call and a literal, become a `FunctionPlan`. Whatever is more than that goes to
-the judge. The model's names are those that the test uses and nobody binds; what can be known to be
-ungradable is a ValueError here.
+Assertions that compare a call with a literal become a `FunctionPlan`; all others go to the judge.
+The model's names are those that the test uses and does not bind. Raises ValueError for tests that
+are known to be ungradable.
 """
 
 from __future__ import annotations
@@ -57,11 +57,12 @@ def asserts_plan(
     entry: str,
     defined: frozenset[str],
 ) -> Plan:
-    """MBPP: assertions on functions that they name. The set-up stands behind the code, whose
-    classes it may use.
+    """The plan for MBPP's assertions on functions that they name. The set-up runs after the model's
+    code, whose classes it may use.
 
-    `defined`: what the row's own solution defines, if it has one: a tested function may be named
-    like a built-in."""
+    `defined`: names that the row's own solution defines, since a tested function may have the name
+    of a built-in one.
+    """
     before, source = "\n".join(imports), "\n".join(tests)
     tree = parsed(source, "test_list")
     given = bound(parsed(before, "test_imports")) | bound(parsed(setup, "test_setup_code"))
@@ -90,8 +91,8 @@ def asserts_plan(
 
 @functools.lru_cache(maxsize=4096)
 def check_plan(prompt: str, test: str, entry: str) -> Plan:
-    """HumanEval and LeetCode: a function `check(candidate)`. The prompt's imports and helpers stand
-    in front of the code."""
+    """The plan for the function `check(candidate)` of HumanEval and LeetCode. The imports and
+    helpers of the prompt run before the model's code."""
     tree = parsed(test, "test")
     check = next(
         (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "check"), None
@@ -132,8 +133,8 @@ def check_plan(prompt: str, test: str, entry: str) -> Plan:
 def module_plan(
     test: str, before: str, setup: str, entry: str, defined: frozenset[str], hints: frozenset[str]
 ) -> Plan:
-    """KodCode, BigCodeBench, MBPP+: a module that tests the model's code when it runs, or through
-    functions and classes that pytest or unittest would collect."""
+    """The plan for a test module of KodCode, BigCodeBench or MBPP+, which tests when it runs or
+    through the functions and classes that pytest or unittest collects."""
     return judge_plan(
         test,
         before=before,
@@ -158,7 +159,8 @@ def judge_plan(
     defined: frozenset[str] = frozenset(),
     what: str,
 ) -> JudgePlan:
-    """The plan for test code of any form. Raises ValueError for what the judge cannot do."""
+    """The plan for test code of any form. Raises ValueError for test code that the judge cannot
+    run."""
     tree = _without_runners(parsed(source, what))
     _refuse(tree)
     imports = Imports(tree, defined)
@@ -206,7 +208,7 @@ def judge_plan(
 
 
 def _calls(statements: Iterable[ast.stmt], names: set[str]) -> tuple[Call, ...] | None:
-    """The calls behind plain assertions, or None if some statement is more than that."""
+    """The calls of plain assertions; None if a statement is anything else."""
     calls: list[Call] = []
     for statement in statements:
         if isinstance(statement, ast.Pass) or (
@@ -224,7 +226,7 @@ def _calls(statements: Iterable[ast.stmt], names: set[str]) -> tuple[Call, ...] 
 
 
 def _calls_other(tree: ast.Module) -> bool:
-    """Whether a module's own statements do more than define `check` and hold metadata."""
+    """Whether a module does more at its top level than define `check`, import and assign."""
     quiet = (ast.FunctionDef, ast.Assign, ast.Import, ast.ImportFrom)
     return not all(isinstance(n, quiet) or _is_text(n) for n in tree.body)
 
@@ -240,7 +242,7 @@ def _call(test: ast.expr, names: set[str]) -> Call | None:
         )
 
     def of_instance(node: ast.expr) -> bool:
-        """`Solution().method(...)`"""
+        """Whether a node is a call such as `Solution().method(...)`."""
         return (
             isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)
@@ -273,8 +275,8 @@ def _call(test: ast.expr, names: set[str]) -> Call | None:
 
 
 def _outermost(tree: ast.Module) -> set[str]:
-    """The one function that every assertion compares the value of: a tested function may be named
-    like a built-in."""
+    """The one function whose value every assertion compares, even if it has the name of a built-in;
+    else empty."""
     sides = [
         n.test.left if isinstance(n.test, ast.Compare) else n.test
         for n in tree.body
@@ -292,7 +294,7 @@ def _outermost(tree: ast.Module) -> set[str]:
 
 
 def _refuse(tree: ast.Module) -> None:
-    """A test uses something that the judge does not support."""
+    """Raises ValueError if a test uses anything that the judge does not support."""
     for module, names in imported(tree):
         root = module.partition(".")[0]
         if (
@@ -322,8 +324,8 @@ def _arguments(tree: ast.AST) -> set[str]:
 
 
 def _without_runners(tree: ast.Module) -> ast.Module:
-    """Without `unittest.main()`, `pytest.main()` and what stands under `if __name__ == "__main__"`
-    with them."""
+    """The test without calls of `unittest.main()` and `pytest.main()`, also under `if __name__ ==
+    "__main__"`."""
 
     def runs(node: ast.stmt) -> bool:
         if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
@@ -368,9 +370,9 @@ def _acts(tree: ast.Module) -> bool:
 def _sort_classes(
     tree: ast.Module, names: set[str]
 ) -> tuple[ast.Module, list[tuple[str, str]], set[str]]:
-    """The test without the classes that go to the model's side: those built on a class of the
-    model's. Helper classes stand on both sides. Returns also the texts of both, the former with
-    their name, and the names of the latter."""
+    """Divides the classes of a test: one built on a class of the model's goes to the model's side,
+    other helper classes to both. Returns the remaining test, the source of the classes for the
+    model's side (the former with their names) and the names of the latter."""
     kept: list[ast.stmt] = []
     extras: list[tuple[str, str]] = []
     shared: set[str] = set()

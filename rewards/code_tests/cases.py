@@ -1,4 +1,4 @@
-"""Tests that are inputs and outputs, as plans: of whole programs on stdin and stdout, or of
+"""Plans for tests that are inputs and outputs, of whole programs on stdin and stdout or of
 functions with JSON values.
 
 Forms, and who writes so: `{"inputs", "outputs", "fn_name"}` (APPS, TACO, Eurus-2, verl); lists of
@@ -34,8 +34,8 @@ _MOST_DIGITS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One input and output, as the data has them, and the function to call with the input, if
-    any."""
+    """An input and output as the data has them, and the name of the function to call, empty for a
+    program."""
 
     given: Any
     wanted: Any
@@ -43,7 +43,7 @@ class Case:
 
 
 def cases_of(value: Any, name: str = "") -> list[Case]:
-    """The cases that a column holds. Raises ValueError for a form that is not known."""
+    """The cases in a column. Raises ValueError for an unknown form."""
     if isinstance(value, str):
         return cases_of(unpacked(value), name)
     if isinstance(value, Mapping):
@@ -76,7 +76,7 @@ _WANTED = ("output", "outputs", "stdout", "expected_output", "expected_stdout", 
 
 
 def _sides(case: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of what is given and what is wanted."""
+    """The keys of the input and the output; empty if either is missing."""
     given = next((name for name in _GIVEN if name in case), None)
     wanted = next((name for name in _WANTED if name in case), None)
     return () if given is None or wanted is None else (given, wanted)
@@ -102,8 +102,8 @@ def named_in_metadata(metadata: Any) -> str:
 
 
 def plan_of_cases(cases: Sequence[Case], name: str = "", starter: str = "") -> Plan:
-    """`name`: of the function, where the row and not the case says so; `starter`: the signature
-    that the model was given."""
+    """The plan for cases. `name`: the function, if the row and not the case names it; `starter`:
+    the signature that the model was given. Raises ValueError if they cannot be graded."""
     names = {case.name or name for case in cases}
     if len(names) > 1:
         raise ValueError(f"the tests call different functions: {', '.join(sorted(names))}")
@@ -113,8 +113,8 @@ def plan_of_cases(cases: Sequence[Case], name: str = "", starter: str = "") -> P
 
 
 def text_of(value: Any) -> str:
-    """A program's input or output: text, a list of lines, or either behind a key or in a list of
-    one."""
+    """A program's input or output as text, from a text or a list of lines (APPS), perhaps behind a
+    key or in a list of one. Raises ValueError for another form."""
     if isinstance(value, str):
         return value
     if value is None:
@@ -144,6 +144,7 @@ def _function_plan(cases: Sequence[Case], name: str, starter: str) -> FunctionPl
     if all(case.wanted in (None, "null", "None") for case in cases):
         signature = dataclasses.replace(signature, in_place=False)
     native = [not isinstance(case.given, str) for case in cases]
+    # TACO and APPS wrap outputs; verl's harness accepts `output` and `output[0]`
     wrapped = all(native) and all(
         isinstance(case.wanted, list) and len(case.wanted) == 1 for case in cases
     )
@@ -174,7 +175,8 @@ def _function_plan(cases: Sequence[Case], name: str, starter: str) -> FunctionPl
 
 
 def _arguments(given: Any) -> tuple[list[Any], dict[str, Any]]:
-    """Lines of JSON, one an argument; or a list of arguments, or arguments by name."""
+    """Positional and named arguments, from lines of JSON (one an argument), a list, a mapping, or
+    `a = 2, b = 3`."""
     if isinstance(given, str) and re.match(r"\s*[A-Za-z_]\w* = ", given):
         try:  # LeetCode's: a = 2, b = 3
             call = expression(f"f({given.strip()})")
@@ -193,7 +195,7 @@ def _arguments(given: Any) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _value(text: str, what: str) -> Any:
-    """JSON, or a literal of Python's."""
+    """The value of JSON, or of a Python literal. Raises ValueError."""
     try:
         return json.loads(text, parse_int=_integer)
     except ValueError as error:
@@ -206,7 +208,7 @@ def _value(text: str, what: str) -> Any:
 
 
 def _with_numbers(value: Any) -> Any:
-    """Keys of digits as numbers: JSON has none."""
+    """The mapping with numbers for keys that are all digits, which JSON cannot express."""
     if (
         isinstance(value, Mapping)
         and value
@@ -217,15 +219,16 @@ def _with_numbers(value: Any) -> Any:
 
 
 def _integer(digits: str) -> int:
-    """Python limits the digits that `int` reads; contest tests have more."""
+    """An integer from digits. The decimal module reads more of them than `int` does, as contest
+    tests need."""
     if len(digits) > _MOST_DIGITS:
         raise ValueError("an integer of too many digits")
     return int(digits) if len(digits) < 4000 else int(decimal.Decimal(digits))
 
 
 def unpacked(text: str) -> Any:
-    """JSON, or JSON or plain lists behind base64, zlib and perhaps pickle, as LiveCodeBench ships
-    its private tests."""
+    """The value of JSON, or of JSON or a pickle of plain values behind zlib and base64, as
+    LiveCodeBench packs its private tests. Raises ValueError."""
     if text.lstrip()[:1] in ("[", "{"):
         return _value(text, "a column")
     try:
@@ -254,7 +257,8 @@ def unpacked(text: str) -> Any:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Plain containers and scalars only: a pickle that names any class or function is refused."""
+    """Reads containers and scalars only. A pickle that names a class or function could run code,
+    and is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(

@@ -1,9 +1,9 @@
-"""Comparison of what a model's program gave with what a data set expects; every byte of the former
-is hostile.
+"""Compares values and outputs of a model's program with the expected ones. The program controls
+every byte of its own.
 
-Values are compared in the plain JSON form of `child.encode`, never as live objects: no pickle, no
-`__eq__`, no hashing of the model's numbers (equal hashes by design would make a dict quadratic),
-and no deeper than the expected value goes.
+Values are compared in the plain JSON form of `child.encode`, never as live objects: without pickle
+or `__eq__`, without hashing the model's numbers (numbers chosen to have equal hashes would
+make a dict quadratic), and no deeper than the expected value goes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 FLOAT_TOLERANCE = 1e-6  # relative to max(1, |expected|)
-_MOST_DIGITS = (
-    1300  # `child.encode` sends longer ints as hexadecimal; int() of decimal digits is quadratic
-)
+# `child.encode` sends longer ints as hexadecimal; int() of decimal digits is quadratic
+_MOST_DIGITS = 1300
 _WHOLE = re.compile(rb"-?\d+")
 _ZEROS = re.compile(rb"\.0+")
 _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -26,8 +25,8 @@ _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A child's answer to one call: a value in plain JSON form, or the name and text of what it
-    raised."""
+    """A child's answer to one call: a value in plain JSON form, or the name and text of the
+    exception that it raised."""
 
     value: Any = None
     error: str = ""
@@ -35,8 +34,8 @@ class Reply:
 
 
 def parse_reply(line: bytes) -> Reply:
-    """Reads one line from a child. Whatever is no well-formed reply is an error of the program's
-    own."""
+    """Parses one line from a child. A line that is no well-formed reply counts as an error of the
+    program."""
     try:
         data = _JSON.decode(line.decode())
     except (ValueError, RecursionError) as error:
@@ -68,23 +67,25 @@ _JSON = json.JSONDecoder(parse_int=_bounded_int, parse_constant=_refused)
 
 
 def printable(text: str) -> str:
-    """For messages and logs: no lone surrogates, no control characters, at most 300 characters."""
+    """The text for messages and logs: no lone surrogates or control characters, at most 300
+    characters."""
     return "".join(
         c if c.isprintable() else " " for c in text[:300].encode("utf-8", "replace").decode()
     )
 
 
 def equal(expected: Any, got: Any, tolerance: float = FLOAT_TOLERANCE) -> bool:
-    """Whether two values in plain JSON form are the same value of the same type.
+    """Whether two values in plain JSON form have the same value and type.
 
-    Types are exact (True is not 1, a tuple is not a list), with the exceptions that Python's `==`
-    makes too: a whole float equals the int and the reverse, a fraction its value, and 0 or 1 will
-    do where a bool is expected (MBPP's own solutions do so). Where a float is expected, a number
-    may differ by `tolerance * max(1, |expected|)`. NaN equals NaN only.
+    Types must match (True is not 1, a tuple is not a list) except where Python's `==` ignores them
+    too: a whole float equals the int and the reverse, a fraction equals its value, and 0 or 1
+    passes for a bool. Where a float is expected, a number may differ by `tolerance * max(1,
+    |expected|)`. NaN equals only NaN.
     """
     if type(got) is dict and got.keys() == {"ratio"}:
         got = _quotient(got["ratio"], exact=type(expected) is int)
     if type(expected) is bool:
+        # MBPP's own solutions return 0 and 1 for bools
         return type(got) in (bool, int) and expected == got
     if type(got) is bool:
         return False
@@ -109,8 +110,8 @@ def equal(expected: Any, got: Any, tolerance: float = FLOAT_TOLERANCE) -> bool:
 
 
 def _quotient(parts: list[Any], exact: bool) -> int | float | None:
-    """The number behind a fraction; None if it is none, or where an int is expected and it is not
-    whole."""
+    """The value of a fraction; None for a malformed one, and where an int is expected but the value
+    is not whole."""
     above, below = (int(part["int"], 16) if type(part) is dict else part for part in parts)
     if type(above) is not int or type(below) is not int or below == 0:
         return None
@@ -155,7 +156,7 @@ def _sets_equal(expected: list[Any], got: list[Any], tolerance: float) -> bool:
 
 
 def canonical(value: Any) -> str:
-    """A string that is the same for equal values whatever the order of their sets and dicts."""
+    """A string that is equal for equal values, whatever the order of their sets and dicts."""
     if type(value) is list:
         return f"[{','.join(map(canonical, value))}]"
     if type(value) is dict and len(value) == 1:
@@ -169,14 +170,14 @@ def canonical(value: Any) -> str:
 
 
 def without_tuples(value: Any) -> Any:
-    """The value with lists for tuples, for data sets that write their values in JSON."""
+    """The value with lists for tuples, for tests whose values are JSON."""
     if type(value) is dict and value.keys() == {"tuple"}:
         value = value["tuple"]
     return [without_tuples(item) for item in value] if type(value) is list else value
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a reply's value is one that `child.encode` makes of plain values."""
+    """Whether a reply has the form that `child.encode` gives to plain values."""
     if type(value) is list:
         return all(map(is_plain, value))
     if type(value) is not dict:
@@ -208,11 +209,10 @@ def _is_long(value: Any) -> bool:
 
 
 def same_output(expected: str, got: bytes, tolerance: float = FLOAT_TOLERANCE) -> bool:
-    """Whether a program printed what was expected: the same lines of the same tokens.
+    """Whether a program printed the expected lines of tokens.
 
-    White space between tokens and at line ends does not count, nor do blank lines at either end;
-    where the expected token is a decimal fraction, a number within `tolerance` will do; where it is
-    a whole number, also `3.0` for `3`.
+    White space between tokens and at line ends is ignored, and so are blank lines at the start and
+    the end. A decimal may differ by `tolerance`, and `3.0` passes for a whole 3.
     """
     wanted, printed = _lines(expected.encode("utf-8", "surrogatepass")), _lines(got)
     return len(wanted) == len(printed) and all(

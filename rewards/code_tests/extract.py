@@ -1,10 +1,10 @@
-"""The program in a completion: which fenced blocks it is made of, or which part of a text without
-fences.
+"""Finds the program in a completion: the fenced blocks that make it up, or the part of a text
+without fences that is code.
 
-A fence is read as CommonMark has it (indented, longer, with `~~~`, with an info string), by lines
-and so in linear time, with what models do on top: a fence inside a docstring ends nothing, a new
-tagged fence ends an open block, the last block may stay open, and a prompt may have opened the
-first one.
+Fences are read by lines, in linear time, as CommonMark has them (indented, longer, of `~~~`, with
+an info string). Beyond CommonMark, as models write: a fence inside a docstring ends nothing, a new
+tagged fence ends an open block, the last block may stay open, and the prompt may have opened the
+first.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ _WORD = re.compile(r"[A-Za-z_]\w*")
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """The code in a completion."""
+    """The program in a completion. `language`: "python" or "cpp"; `fenced`: whether it stood in
+    fences."""
 
     source: str
     language: str
@@ -73,13 +74,13 @@ class Block:
 def extract_program(
     completion: str, language: str = "auto", entries: Collection[str] = ()
 ) -> Program | None:
-    """The program that the final answer of a completion holds, None if there is none.
+    """Returns the program in the final answer of a completion, None if there is none.
 
-    `language`: "python", "cpp", or "auto", which goes by the fence's tag. `entries`: names that the
-    tests use; without them a program on stdin is looked for. The block is the last one that defines
-    such a name (or reads its input); other blocks are put in front of it, or behind, only where
-    they define what it uses. A tagged block goes before an untagged one. Without fences, the text
-    is the program, from its first line of code on.
+    `language`: "python", "cpp" or "auto" (by the tag of the fence). `entries`: names that the tests
+    use; without them a program on stdin is searched for. The last block that defines such a name,
+    or reads its input, is taken; other blocks are joined to it only if they define what it uses. A
+    tagged block goes before an untagged one. Without fences the text from its first line of code on
+    is the program.
     """
     answer = _after_thoughts(completion.replace("\r\n", "\n"))
     if answer is None:
@@ -111,7 +112,7 @@ def extract_program(
 
 
 def _after_thoughts(text: str) -> str | None:
-    """The text behind the thoughts; None if they never end."""
+    """The text behind the thoughts; None if they do not end."""
     for opening, closing in _THOUGHTS:
         _, closed, answer = text.rpartition(closing)
         if closed:
@@ -138,7 +139,7 @@ def _kind(info: str) -> str:
 
 
 def fenced_blocks(text: str) -> list[Block]:
-    """The blocks in order. One that is never closed goes to the end of the text."""
+    """The fenced blocks in order. A block that is never closed ends with the text."""
     lines = text.split("\n")
     fences = {number: match for number, line in enumerate(lines) if (match := _FENCE.match(line))}
     blocks: list[Block] = []
@@ -147,9 +148,8 @@ def fenced_blocks(text: str) -> list[Block]:
         first = min(fences)
         head = next((line for line in lines[:first] if line.strip()), "")
         bare = not fences[first][3].strip()
-        if (
-            bare and len(fences) % 2 and (_CODE_LINE.match(head) or head[:4].isspace())
-        ):  # the prompt opened it
+        # the prompt opened it
+        if bare and len(fences) % 2 and (_CODE_LINE.match(head) or head[:4].isspace()):
             blocks.append(Block("python", "\n".join(lines[:first]) + "\n"))
             number = first + 1
     while number < len(lines):
@@ -171,8 +171,8 @@ def fenced_blocks(text: str) -> list[Block]:
 
 
 def _end(lines: Sequence[str], fences: dict[int, re.Match[str]], start: int) -> int:
-    """The line of the fence that ends the block opened at `start`: outside a docstring, or the
-    first if none is."""
+    """The line of the fence that ends the block opened at `start`: the first outside a docstring,
+    or the first of all if every one is inside."""
     mark = fences[start][2]
     quote, first = "", None
     for number in range(start + 1, len(lines)):
@@ -194,8 +194,8 @@ def _guess(source: str, language: str) -> str:
 
 
 def _bare_code(text: str) -> str:
-    """A text without fences from its first line of code on: all of it, if that is where it
-    begins."""
+    """The code in a text without fences: from its first line of code on, if the lines before are
+    prose, else all of it."""
     lines = text.strip("\n").split("\n")
     if lines[0][:1].isspace() or _CODE_LINE.match(lines[0]):
         return text if text.strip() else ""
@@ -207,7 +207,8 @@ def _bare_code(text: str) -> str:
 
 
 def defines(source: str, name: str) -> bool:
-    """Whether the code binds a name with def or class, or at the start of a line."""
+    """Whether code defines a name with def or class, or assigns it at the start of a line."""
+    # `[ \t]*`, as `\s*` also matches newlines: 20,000 blank lines took 29 s and held the GIL.
     word = re.escape(name)
     return bool(
         re.search(
@@ -217,6 +218,8 @@ def defines(source: str, name: str) -> bool:
 
 
 def _choose(blocks: Sequence[Block], entries: Collection[str]) -> Block:
+    """The last block that defines the most of the names, or that reads and prints, else the last
+    block."""
     tests: list[list[bool]] = []
     if entries:
         count = [sum(defines(block.source, name) for name in entries) for block in blocks]
@@ -232,7 +235,7 @@ def _choose(blocks: Sequence[Block], entries: Collection[str]) -> Block:
 
 
 def _joined(blocks: Sequence[Block], chosen: Block, entries: Collection[str]) -> str:
-    """The chosen block, with those others that define what it uses and does not define itself."""
+    """The chosen block, joined with those that define names which it uses and does not define."""
     sources = [_dedented(block.source, entries) for block in blocks]
     main = next(i for i, block in enumerate(blocks) if block is chosen)
     taken, have = {main}, _bound(sources[main])
@@ -258,7 +261,7 @@ def _joined(blocks: Sequence[Block], chosen: Block, entries: Collection[str]) ->
 
 
 def _bound(source: str) -> set[str]:
-    """Names that code binds by definitions and imports at the start of a line."""
+    """The names that code defines or imports at the start of a line."""
     bound_names = set(_DEFINED.findall(source))
     for names in _IMPORTED.findall(source):
         for part in names.strip("()\\ ").split(","):
@@ -269,7 +272,8 @@ def _bound(source: str) -> set[str]:
 
 
 def _dedented(source: str, entries: Collection[str]) -> str:
-    """A program that is indented as a whole; the body of a prompt's function stays as it is."""
+    """A program without the indentation of all its lines; unchanged if it continues the function of
+    a prompt."""
     first = next((line for line in source.split("\n") if line.strip()), "")
     if not first[:1].isspace():
         return source
@@ -278,8 +282,8 @@ def _dedented(source: str, entries: Collection[str]) -> str:
 
 
 def completed(source: str, entry: str, prompt: str) -> str:
-    """The program; a bare body behind the prompt whose function it continues, whatever became of
-    its indentation."""
+    """The program as it is run: a bare function body is put behind the prompt that it continues,
+    with its indentation restored."""
     if not entry or not prompt or defines(source, entry):
         return source
     lines = source.strip("\n").split("\n")

@@ -1,8 +1,8 @@
-"""The model's end of the line to a judge: holds the model's functions and objects and does with
-them what the test asks.
+"""The model's end of the line to a judge: holds the model's functions and objects, and performs the
+operations that the test asks for.
 
-Runs inside the sandbox beside the model's code (see `wire.py`): nothing here is trusted by the
-judge.
+Runs inside the sandbox beside the model's code (see `wire.py`), so that the judge trusts nothing of
+it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from .wire import Child, Side, name_of
 
 
 def _equals_anything(value: Any) -> bool:
-    """Whether a comparison with the value says nothing, as its `__eq__` is always true."""
+    """Whether the value has an `__eq__` that is always true, so that a comparison with it proves
+    nothing."""
     try:
         return value.__eq__(object()) is True
     except Exception:  # it looks into what it is compared with
@@ -60,8 +61,8 @@ class Host(Side):
             sys.stdout = self.printed
 
     def pack_other(self, value: Any) -> Any:
-        """A reference: number, what can be done with it, name of its class, and the kind of thing
-        that it is."""
+        """A reference to the object: its number, the operations that it supports, the short and the
+        full name of its class, and the names of its bases if it is a class itself."""
         place = self.places.setdefault(id(value), len(self.held))
         if place == len(self.held):
             self.held.append(value)
@@ -85,7 +86,7 @@ class Host(Side):
         return getattr(__import__(module, fromlist=["x"]), body if kind == "builtin" else body[1])
 
     def _callback(self, number: int, name: str, text: str) -> Callable[..., Any]:
-        """A function of the test's."""
+        """A local function that calls the function `number` of the test."""
 
         def call(*arguments: Any, **keywords: Any) -> Any:
             return self.request({"do": number}, *arguments, **keywords)
@@ -95,7 +96,7 @@ class Host(Side):
         return call
 
     def _stream(self, number: int) -> Iterator[Any]:
-        """An iterator of the test's."""
+        """An iterator over the items of an iterator of the test."""
         while True:
             try:
                 item = self.request({"do": number})
@@ -122,7 +123,7 @@ class Host(Side):
 
 
 class _Printed:
-    """A stdout whose text goes to the judge with the next answer."""
+    """A stdout whose text is sent to the judge with the next answer."""
 
     def __init__(self) -> None:
         self._parts: list[str] = []
@@ -141,7 +142,7 @@ class _Printed:
 
 
 def main(request: dict[str, Any], child: types.SimpleNamespace) -> None:
-    """Loads the model's code, says how that went, then answers until the judge closes the line."""
+    """Loads the model's code, reports the result, then answers until the judge closes the line."""
     failure = child.load_solution(request)
     child.send(failure or {"ok": None})
     namespace = sys.modules["solution"].__dict__
@@ -156,10 +157,6 @@ def main(request: dict[str, Any], child: types.SimpleNamespace) -> None:
         message = answer(read_line())
         try:
             send(message)
-        except (
-            ValueError,
-            MemoryError,
-            RecursionError,
-            TypeError,
-        ) as error:  # deeper than JSON goes
+        # nested more deeply than JSON goes
+        except (ValueError, MemoryError, RecursionError, TypeError) as error:
             send(host.describe(error, None))

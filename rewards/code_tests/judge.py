@@ -1,7 +1,6 @@
-"""The judge: runs a data set's test code in a sandbox of its own, where the model's functions and
-objects are remote ones (`remote_objects.py`). The test compares plain values here, out of the
-model's reach.
-"""
+"""The judge: runs a data set's test code in its own sandbox, where the model's functions and
+objects are remote (`remote_objects.py`). The test compares plain values here, out of the model's
+reach."""
 
 from __future__ import annotations
 
@@ -76,7 +75,8 @@ class Judge(Side):
     def perform(
         self, request: dict[str, Any], arguments: list[Any], keywords: dict[str, Any]
     ) -> Any:
-        """All that the model's side may ask for: functions that the test passed to it."""
+        """Calls a function that the test passed to the model's code, the only request that its side
+        may make."""
         return self.callbacks[int(request["do"])](*arguments, **keywords)
 
     # --- what comes in
@@ -100,7 +100,8 @@ class Judge(Side):
         return awaiting(remote) if "a" in able else remote
 
     def exception_type(self, kinds: list[str]) -> type[BaseException]:
-        """Also the model's own exceptions, as far as the test names them."""
+        """The type of an exception. For one of the model's own classes it is a type of that name,
+        derived from the nearest known one."""
         above = next(
             (i for i, name in enumerate(kinds) if name.partition(".")[0] != "solution"), len(kinds)
         )
@@ -125,8 +126,8 @@ def _own_text(error: BaseException) -> str:
 
 
 def main(request: dict[str, Any], child: types.SimpleNamespace) -> NoReturn:
-    """Runs the test and sends the verdict: `{"verdict": {"passed", "total", "failed", "asked"}}` or
-    `{"broken": ...}`."""
+    """Runs the test and sends `{"verdict": {"passed", "total", "failed", "asked"}}`, or `{"broken":
+    ...}` if the test itself is at fault."""
     judge = Judge(child, set(request["named"]))
     namespace = child.module("judge")
     try:
@@ -137,9 +138,8 @@ def main(request: dict[str, Any], child: types.SimpleNamespace) -> NoReturn:
         judge.shared = {name: namespace[name] for name in request["shared"] if name in namespace}
         model = child.module("solution")
         for alias, source in request["names"].items():
-            with contextlib.suppress(
-                Exception
-            ):  # what the model does not have is missed when it is used
+            # a name that the model's code lacks fails where the test uses it
+            with contextlib.suppress(Exception):
                 model[alias] = namespace[alias] = judge.request({"do": "value"}, Name(source))
         for name in request["modules"]:
             sys.modules[name] = sys.modules["solution"]
@@ -164,7 +164,8 @@ def _print(text: str) -> None:
 
 
 def _run(request: dict[str, Any], namespace: dict[str, Any]) -> tuple[int, int, dict[str, str]]:
-    """How many tests passed, of how many, and how the last one failed."""
+    """Returns the number of passed tests, the number of all, and the failure of the last failed
+    one."""
     stdout = sys.stdout
     failed = _outcome(
         lambda: exec(compile(request["test"], "<test>", "exec", dont_inherit=True), namespace)
@@ -185,8 +186,8 @@ def _run(request: dict[str, Any], namespace: dict[str, Any]) -> tuple[int, int, 
 
 
 def _outcome(action: Callable[[], Any]) -> dict[str, str]:
-    """`error` and `text` of the action's failure; empty: it passed. A test may leave by
-    `sys.exit(0)`; the model's code may not end it."""
+    """The `error` and `text` of the action's failure; empty if it passed. A test may pass by
+    `sys.exit(0)`; if the model's code exits, it fails."""
     try:
         action()
     except SystemExit as error:
@@ -202,7 +203,7 @@ def _outcome(action: Callable[[], Any]) -> dict[str, str]:
 
 
 def _collected(namespace: dict[str, Any]) -> list[Callable[[], Any]]:
-    """The module's tests as pytest finds them: functions, methods of Test classes, and unittest's
+    """The module's tests as pytest collects them: functions, methods of Test classes, and unittest
     cases."""
     tests: list[Callable[[], Any]] = []
     unittest, pytest = sys.modules.get("unittest"), sys.modules.get("pytest")

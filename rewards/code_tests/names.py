@@ -1,4 +1,4 @@
-"""Names that a data set's test code binds, reads, calls and imports, from its syntax tree alone."""
+"""Names that a data set's test code binds, reads, calls and imports, read from its syntax tree."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ _MODEL_MODULES = {
         "user_solution",
     ),
 }
+"""Names under which tests import the model's code."""
 BUILT_IN = frozenset(dir(builtins)) | {"__file__"}
 
 
 def called_names(tree: ast.AST) -> set[str]:
-    """Names that code calls, looks into, or hands on: decorators and arguments among them."""
+    """The names that code calls, passes as arguments or uses as decorators."""
     called: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
@@ -49,9 +50,10 @@ def called_names(tree: ast.AST) -> set[str]:
 
 
 def parsed(source: str, what: str) -> ast.Module:
-    """The tree of a column's code. Raises ValueError if it is no Python."""
+    """The syntax tree of a column's code. Raises ValueError if it is not Python."""
     try:
         return syntax_tree(source)
+    # the parser raises the last two for code that is nested too deeply
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"the column {what!r} is no Python: {error}") from None
 
@@ -65,7 +67,7 @@ def parses(source: str) -> bool:
 
 
 def free_names(source: str) -> set[str]:
-    """The global names that code reads, built-in ones among them, and does not bind."""
+    """The global names that code reads and does not bind, built-in ones included."""
     top = symtable.symtable(source, "<test>", "exec")
     read: set[str] = set()
     tables = [top]
@@ -93,6 +95,7 @@ def bound(tree: ast.Module) -> set[str]:
             and node.module in sys.stdlib_module_names
             and node.names[0].name == "*"
         ):
+            # only the module itself knows what `*` binds
             module = importlib.import_module(node.module)
             names |= set(getattr(module, "__all__", ())) or {
                 name for name in dir(module) if name[:1] != "_"
@@ -101,7 +104,8 @@ def bound(tree: ast.Module) -> set[str]:
 
 
 def imported(tree: ast.AST) -> list[tuple[str, list[str]]]:
-    """Modules that code imports, and the names that it takes from them (`import module`: none)."""
+    """The modules that code imports, with the names imported from each (none for `import
+    module`)."""
     imports: list[tuple[str, list[str]]] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -112,14 +116,14 @@ def imported(tree: ast.AST) -> list[tuple[str, list[str]]]:
 
 
 def packages_of(source: str) -> tuple[str, ...]:
-    """The modules beyond the standard library that code imports."""
+    """The modules outside the standard library that code imports."""
     roots = {name.partition(".")[0] for name, _ in imported(syntax_tree(source))}
     return tuple(sorted(roots - set(sys.stdlib_module_names) - {"", "pytest"}))
 
 
 class Imports:
-    """The imports of a test: packages, the model's module under whatever name, and names from
-    it."""
+    """The imports of a test: packages, modules that stand for the model's code, and names from
+    these."""
 
     def __init__(self, tree: ast.Module, defined: frozenset[str]) -> None:
         self.packages: set[str] = set()
@@ -132,6 +136,8 @@ class Imports:
                 self.pytest = True
             elif root in sys.stdlib_module_names:
                 continue
+            # a module whose names the row's own solution defines is the model's, whatever it is
+            # called
             elif root in _MODEL_MODULES or root == "" or (names and set(names) <= defined):
                 self.modules.add(module or "solution")
                 self.names |= set(names) - {"*"}
@@ -166,8 +172,8 @@ def asked_names(
     defined: frozenset[str],
     aliases: Mapping[str, str],
 ) -> tuple[set[str], set[str]]:
-    """The names that a test asks of the model's code, and the modules of the standard library that
-    it was to import for the test. Raises ValueError for a name that nobody defines."""
+    """Returns the names that a test needs from the model's code, and the standard modules that it
+    uses without importing them. Raises ValueError for a name that nobody defines."""
     given = {name for part in setup for name in bound(parsed(part, "test_setup_code"))}
     free = free_names(ast.unparse(tree))
     modules = {name for name in free - given - defined if name in sys.stdlib_module_names}

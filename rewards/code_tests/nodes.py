@@ -1,5 +1,5 @@
-"""LeetCode's lists and trees: tests hold them as plain lists, and the signature says which
-arguments they are."""
+"""LeetCode's linked lists and trees: tests write them as plain lists, and the signature of the
+function tells which arguments they are."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from ..syntax import syntax_tree
 HELPERS = """
 class ListNode:
     def __init__(self, val=0, next=None):
-        self.val, self.next = val, next
+        self.val = val
+        self.next = next
 
 
 class TreeNode:
     def __init__(self, val=0, left=None, right=None):
-        self.val, self.left, self.right = val, left, right
+        self.val = val
+        self.left = left
+        self.right = right
 
 
 def _to_ListNode(values):
@@ -33,45 +36,49 @@ def _to_TreeNode(values):
     nodes = [None if value is None else TreeNode(value) for value in values]
     parents, children = [nodes[0]], iter(nodes[1:])
     for parent in parents:
-        parent.left, parent.right = next(children, None), next(children, None)
+        parent.left = next(children, None)
+        parent.right = next(children, None)
         parents += [child for child in (parent.left, parent.right) if child]
     return nodes[0]
 
 
 def _from_ListNode(node):
-    found = []
-    while node is not None and len(found) < 1_000_000:
-        found.append(node.val)
+    values = []
+    while node is not None and len(values) < 1_000_000:
+        values.append(node.val)
         node = node.next
-    return found
+    return values
 
 
 def _from_TreeNode(node):
-    found, level = [], [node]
+    values, level = [], [node]
     for node in level:
-        found.append(None if node is None else node.val)
+        values.append(None if node is None else node.val)
         level += [] if node is None else [node.left, node.right]
-        if len(found) > 1_000_000:
+        if len(values) > 1_000_000:
             break
-    while found and found[-1] is None:
-        found.pop()
-    return found
+    while values and values[-1] is None:
+        values.pop()
+    return values
 """
+"""Code that is run before the model's. The bounds of a million end lists and trees that the model
+has made circular."""
 
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """The classes of a function's arguments and value, by their places: "", a class, or "*" and a
-    class for a list."""
+    """The node classes in a function's arguments and value: "" for none, else the class, with "*"
+    before it for a list of them."""
 
     arguments: tuple[tuple[str, str], ...] = ()
-    """Name and form of each."""
+    """Name and class of each argument."""
     value: str = ""
     in_place: bool = False
-    """The function returns nothing: what counts is its first argument afterwards."""
+    """Whether the function returns nothing, so that its first argument is compared after the
+    call."""
 
     def call(self, callee: str, words: Sequence[str], keywords: Mapping[str, str]) -> str:
-        """The source of a call, its value made plain again."""
+        """The source of a call whose value is plain again."""
         forms = dict(self.arguments)
         order = [form for _, form in self.arguments]
         made = [
@@ -104,8 +111,8 @@ def _plain(source: str, form: str) -> str:
 
 
 def signature_of(starter: str, name: str) -> Signature:
-    """From code like `class Solution: def f(self, head: Optional[ListNode]) -> None:`, with or
-    without a body."""
+    """The signature in code such as `class Solution: def f(self, head: Optional[ListNode]) ->
+    None:`, with or without a body."""
     function = next((n for n in _functions(starter) if n.name == name), None)
     if function is None:
         return Signature()
@@ -122,6 +129,7 @@ def signature_of(starter: str, name: str) -> Signature:
 def _functions(starter: str) -> list[ast.FunctionDef]:
     lines = starter.rstrip().split("\n")
     indent = len(lines[-1]) - len(lines[-1].lstrip())
+    # most starters end with the signature, which is no Python without a body
     for text in (starter, f"{starter.rstrip()}\n{' ' * (indent + 4)}pass\n"):
         try:
             return [n for n in ast.walk(syntax_tree(text)) if isinstance(n, ast.FunctionDef)]

@@ -1,4 +1,4 @@
-"""Plans: what a data set's tests ask for, in three forms that keep every expected answer out of the
+"""Plans: a row's tests in one of three forms, all of which keep the expected answers out of the
 model's sandbox."""
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ class Call:
     expected: Any
     """In the plain JSON form of `child.encode`."""
     identical: bool = False
-    """The test asks for the very object (`is True`), so that 1 will not do."""
+    """The test compares by identity (`is True`), so that 1 does not pass."""
     wrapped: bool = False
-    """The data may have put the value into a list of one: either will do."""
+    """The data may hold the value in a list of one; the value and the list pass."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FunctionPlan:
-    """Calls to evaluate after the model's code; the parent compares their values."""
+    """Calls that are evaluated after the model's code; this process compares their values."""
 
     calls: tuple[Call, ...]
     before: str = ""
     after: str = ""
-    """Code in front of and behind the model's, e.g. imports and a test's set-up."""
+    """Code before and after the model's, e.g. imports and a test's set-up."""
     from_json: bool = False
-    """The expected values come from JSON, which has no tuples: a list will do for one and the
+    """The expected values come from JSON, which has no tuples: a list passes for a tuple and the
     reverse."""
     usual: bool = False
-    """With the imports that the data set's own harness puts in front."""
+    """Whether the imports that the data set's own harness makes are added."""
     functions: tuple[str, ...] = ()
-    """Names that the model's code is to define."""
+    """Names that the model's code has to define."""
     entry: str = ""
     prompt: str = ""
     """The text that a bare function body continues, as in HumanEval."""
     needs: tuple[str, ...] = ()
-    """Installed packages that the code in front or behind imports."""
+    """Installed packages that `before` and `after` import."""
 
     @property
     def entries(self) -> tuple[str, ...]:
@@ -49,37 +49,36 @@ class FunctionPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgePlan:
-    """Test code for the judge (`judge.py`), and the names in it that stand for the model's
-    functions and classes."""
+    """Test code for the judge (`judge.py`), and its names for the model's functions and classes."""
 
     test: str
     names: Mapping[str, str]
-    """From the name in the test to the name, or the expression, in the model's code."""
+    """From the name in the test to the name or expression in the model's code."""
     setup: tuple[str, ...] = ()
     before: str = ""
     after: str = ""
     entry: str = ""
     prompt: str = ""
     extras: tuple[str, ...] = ()
-    """Classes of the test's that the model's code may get to see."""
+    """Source of classes of the test that the model's code may receive."""
     shared: tuple[str, ...] = ()
-    """Names of classes that both sides have: their instances go by value."""
+    """Names of classes that both sides have, so that their instances are sent by value."""
     modules: tuple[str, ...] = ()
     """Names under which the test imports the model's code."""
     collect: bool = False
-    """The test's functions are to be run as pytest does."""
+    """Whether the test's functions are collected and run as by pytest."""
     printing: bool = False
-    """The test looks at what the model's code prints."""
+    """Whether the test reads what the model's code prints."""
     packages: tuple[str, ...] = ()
     """Installed packages that the test imports."""
     stubs: tuple[str, ...] = ()
-    """Stand-ins for modules that are not in sight: pytest."""
+    """Stand-ins for modules that the sandbox does not show: pytest."""
     needs: tuple[str, ...] = ()
     usual: bool = False
 
     @property
     def entries(self) -> tuple[str, ...]:
-        """Names that the model's code is to define."""
+        """Names that the model's code has to define."""
         return (
             (self.entry,)
             if self.entry

@@ -1,5 +1,5 @@
-"""The parts of pytest that tests of data sets use, for the judge: pytest itself is not in sight
-there.
+"""The parts of pytest that tests of data sets use; pytest itself is not visible in the judge's
+sandbox.
 
 `raises`, `approx`, `mark.parametrize` (other marks do nothing), fixtures of functions, `fail`,
 `skip`, `capsys`.
@@ -22,7 +22,7 @@ class Skipped(BaseException):
 
 
 class Failed(AssertionError):
-    """`fail`, or an exception that was expected and did not come."""
+    """`fail` was called, or an expected exception did not come."""
 
 
 def fail(reason: str = "", **_: Any) -> NoReturn:
@@ -43,7 +43,7 @@ class _Caught:
 
 
 class raises(contextlib.AbstractContextManager[_Caught]):
-    """A context in which an exception is expected; with a function, calls it at once."""
+    """A context that expects an exception; called with a function, it calls that at once."""
 
     def __new__(cls, expected: Any, *call: Any, match: str | None = None, **keywords: Any) -> Any:
         made = super().__new__(cls)
@@ -88,6 +88,7 @@ class approx:
     ) -> None:
         self.expected = expected
         self.nan_ok = nan_ok
+        # pytest's own defaults
         self.rel = 1e-6 if rel is None and abs is None else (rel or 0.0)
         self.abs = 1e-12 if abs is None else abs
 
@@ -180,7 +181,7 @@ class _Outerr(tuple[str, str]):
 
 
 def variants(test: Any, owner: type | None, namespace: dict[str, Any]) -> list[Callable[[], Any]]:
-    """One function without arguments for each combination of the test's parameters."""
+    """A function without arguments for each combination of the test's parameters."""
     fixtures = {name: each for name, each in namespace.items() if hasattr(each, "is_fixture")}
     if owner is not None:
         fixtures |= {

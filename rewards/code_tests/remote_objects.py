@@ -1,13 +1,12 @@
-"""Remote objects: what a test sees of the model's functions and objects, inside the judge's
-sandbox.
+"""Remote objects: the stand-ins for the model's functions and objects in the judge's sandbox.
 
-A `Remote` does what the model's object does, by asking for it, with these exceptions, since the
-other end may be hostile and must not be asked about an answer that it is then told:
+A `Remote` forwards every operation to the model's object. The other end may be hostile, and a
+question that contains the expected answer would give it away, so there are exceptions:
 - it equals no plain value and is not ordered against one; remote objects are compared with each
   other by their own `==`;
-- operators with a plain value work for instances of classes that the test itself names, and only
-  yield objects;
-- yes-or-no questions of plain values (`startswith`, `issubset`) are not put to it.
+- operators with a plain value work only for instances of classes that the test names, and yield
+  only objects;
+- questions about plain values (`startswith`, `issubset`) are not forwarded.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _BINARY = "add sub mul truediv floordiv mod pow matmul lshift rshift and or xor"
 
 
 class Name:
-    """Stands for a name of the model's until it is looked up."""
+    """Stands for a name of the model's code until it is looked up."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -32,7 +31,7 @@ async def awaiting(remote: Any) -> Any:
 
 
 class Remote:
-    """An object of the model's; see the file's first lines for what it refuses."""
+    """A stand-in for an object of the model's; the module docstring lists what it refuses."""
 
     __slots__ = ("_judge", "_kind", "_named", "_number", "_tainted")
 
@@ -107,7 +106,7 @@ def is_remote(value: Any) -> bool:
 
 
 def _asking(name: str) -> Callable[..., Any]:
-    """An operator without a second operand."""
+    """The method of an operator without a second operand."""
 
     def ask(self: Any, *arguments: Any) -> Any:
         if self._tainted:
@@ -134,6 +133,7 @@ def _combining(name: str, swapped: bool) -> Callable[..., Any]:
                 raise TypeError(
                     "an operator between the model's object and a plain value yields a plain value"
                 )
+            # the other end may have kept the test's value in it, to give it back as a plain answer
             object.__setattr__(made, "_tainted", True)
         return made
 
@@ -172,8 +172,8 @@ _made: dict[str, type] = {}
 
 
 def remote_type(able: str) -> type:
-    """The class of remote objects with just these abilities, so that `callable` and `Iterator` tell
-    the truth."""
+    """The class of remote objects with just these abilities, so that `callable` and `isinstance(x,
+    Iterator)` answer correctly."""
     if able not in _made:
         _made[able] = type(
             "Remote", (Remote,), {"__slots__": (), **dict(_ABLE[c] for c in able if c in _ABLE)}

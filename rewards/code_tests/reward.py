@@ -34,39 +34,41 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodeOptions:
-    """The options of `code`. ValueError for one that does not fit."""
+    """The options of `code`. Raises ValueError for one that is invalid."""
 
     timeout: float = 5.0
-    """Seconds that a function's calls have together, and each run of a program (`Limits`)."""
+    """Processor seconds of all calls of a function together, and of each run of a program
+    (`Limits`)."""
     memory_mb: int = 512
-    """Memory of the same."""
+    """Their memory in MiB."""
     output_bytes: int = 8 << 20
-    """Output of the same; they may write more where a test expects more."""
+    """Most bytes of their output; a test that expects more allows more."""
     concurrency: int | None = None
-    """Runs at the same time; None: one a core."""
+    """Concurrent runs; None: one per core."""
     partial: bool = False
-    """Whether a program that fails tests scores the fraction that it passes."""
+    """Whether a program that fails some tests scores the fraction that it passes."""
     float_tolerance: float = FLOAT_TOLERANCE
-    """Between a number and the expected one, relative to the larger of that and 1."""
+    """Largest difference from an expected number, relative to the larger of that number and 1."""
     language: str = "auto"
-    """Of programs that tests give stdin: python, cpp, or auto, C++ where the fence says so."""
+    """Language of programs on stdin and stdout: python, cpp, or auto (C++ if the fence is tagged
+    so)."""
     packages: Sequence[str] = ()
-    """Installed packages that programs may import, e.g. [numpy]; tests may import numpy and
-    these."""
+    """Installed packages that programs may import, e.g. [numpy]; tests may import these and
+    numpy."""
     total_seconds: float = 60.0
-    """For all runs of one completion."""
+    """Processor seconds of all runs of one completion."""
     compile_seconds: float = COMPILER_LIMITS.seconds
-    """For the compiler."""
+    """Processor seconds of the compiler."""
     reference_seconds: float = 600.0
-    """For all runs of `check_references`."""
+    """Wall seconds of all runs of `check_references`."""
     max_code_chars: int = 100_000
-    """A longer program is not run."""
+    """A program of more characters is not run."""
     backend: str | None = None
-    """The sandbox's; None: the first that this machine has."""
+    """The sandbox's back end; None: the first that works on this machine."""
     allow_unsafe: bool = False
-    """Whether to run programs where the machine has no sandbox."""
+    """Whether programs run without a sandbox if the machine supports none."""
     url: str | None = None
-    """A remote sandbox in the place of this machine's (`sandbox/remote.py`)."""
+    """Address of a remote sandbox to use instead of a local one (`sandbox/remote.py`)."""
 
     def __post_init__(self) -> None:
         if self.url is not None and (self.backend is not None or self.allow_unsafe):
@@ -83,12 +85,12 @@ class CodeOptions:
 
 
 class CodeReward(Reward):
-    """Scores 1 if every test passes, else 0; with `partial`, the fraction that passes. Thread-safe.
-    Its keywords are `CodeOptions`.
+    """Scores 1 if every test passes, else 0; with `partial`, the fraction of tests that pass.
+    Thread-safe. Its keywords are `CodeOptions`.
 
-    Tests: whatever `plan_of` reads from `columns` or `answer`. Programs are Python, or C++ where
-    stdin and stdout are tested. Raises SandboxUnavailable, a ValueError, where the machine has no
-    sandbox and `allow_unsafe` is not set.
+    Tests are what `plan_of` reads from `columns` or `answer`. Programs are Python, or C++ if stdin
+    and stdout are tested. Raises SandboxUnavailable, a ValueError, where the machine has no sandbox
+    and `allow_unsafe` is not set.
     """
 
     Options = CodeOptions
@@ -138,11 +140,11 @@ class CodeReward(Reward):
 
     @property
     def finished(self) -> int:
-        """Runs so far: while it grows, a batch is under way however long it takes."""
+        """Number of runs so far; as long as it grows, a batch is not stuck."""
         return self.tester.finished
 
     def check_reference(self, row: RewardInput) -> str | None:
-        """The fault of a row's tests, without running anything; None: there is none."""
+        """The fault of a row's tests, which are not run for it; None if there is none."""
         try:
             self._plan(row)
         except ValueError as error:
@@ -150,11 +152,12 @@ class CodeReward(Reward):
         return None
 
     def check_references(self, rows: Sequence[RewardInput]) -> list[str | None]:
-        """The fault of each row's tests, or None: they cannot be graded, or refuse the row's own
-        solution.
+        """The fault of each row's tests, None if there is none: they cannot be graded, or they
+        refuse the row's own solution.
 
-        Rows whose turn has not come after `reference_seconds` are not run, and a warning says how
-        many."""
+        Rows that are not reached within `reference_seconds` are not run; a warning gives their
+        number.
+        """
         faults = [self.check_reference(row) for row in rows]
         own = [
             (i, texts)
@@ -177,8 +180,8 @@ class CodeReward(Reward):
         return faults
 
     def _refused(self, row: RewardInput, solutions: Sequence[str], end: float) -> str | None:
-        """Why the row's tests accept none of its solutions; empty if they do, None if the time is
-        over."""
+        """Why the row's tests accept none of its solutions; empty if they accept one, None if the
+        time is over."""
         first = ""
         for solution in solutions:
             if time.monotonic() > end:
@@ -199,10 +202,12 @@ class CodeReward(Reward):
         self.tester.close()
 
     def _plan(self, row: RewardInput) -> Plan:
-        """The row's plan, if the packages that it needs are in sight."""
+        """The plan of a row. Raises ValueError if there is none, or if it needs packages that are
+        not visible."""
         plan = plan_of(row.columns, row.answer)
         if isinstance(plan, ProgramPlan):
             return plan
+        # 163 of the 164 tests of HumanEval+ import numpy, which the program itself does not need
         used = set(plan.packages) - {"numpy"} if isinstance(plan, JudgePlan) else set()
         if missing := sorted((used | set(plan.needs)) - set(self.packages)):
             raise ValueError(
@@ -236,6 +241,7 @@ class CodeReward(Reward):
             result = self.tester.test(plan, program)
         except SandboxError as error:
             return verifier_error(f"sandbox: {error}", time.perf_counter() - start)
+        # prose that was taken for code, as there were no fences
         if result.unreadable and not program.fenced:
             return verdict(Status.UNPARSEABLE, 0.0, "no program in the answer")
         if result.passed == result.total:

@@ -1,7 +1,7 @@
 """`Tester`: runs a program under a plan of tests.
 
-The expected answers stay here, or in the judge's sandbox: the program's own gets inputs, one call
-at a time, and gives plain values or bytes back.
+Expected answers stay in this process, or in the judge's sandbox. The program's sandbox receives
+only inputs, one call at a time, and returns plain values or bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ _MOST_OUTPUT = 1 << 28
 _SHORTAGE = re.compile(
     r"can't start new thread|Too many open files in system|Resource temporarily unavailable"
 )
-"""The program's own doing, or the machine is out of processes or files: then `_CONTROL` fails."""
+"""Messages of a program that got no thread or file. Either it used too many itself, or the machine
+has none left; then `_CONTROL` fails too."""
+# colorsys is a module that no child has loaded, so that importing it opens a file
 _CONTROL = """
 import threading, time
 threads = [threading.Thread(target=time.sleep, args=(0.05,)) for _ in range(16)]
@@ -44,7 +46,7 @@ import colorsys
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How many tests passed, and why the last that failed did."""
+    """The number of passed tests, the number of all tests, and why the last failed one failed."""
 
     passed: int
     total: int
@@ -69,8 +71,8 @@ def _ended(run: Run, total: int) -> Result:
 
 
 def _relay(judge: Session | RemoteSession, talk: Session | RemoteSession) -> Result:
-    """Carries the lines of judge and model to each other until the judge has its verdict. Raises
-    ProgramEnded for the model's program, SandboxError where the test itself is at fault."""
+    """Passes lines between judge and model until the judge has its verdict. Raises ProgramEnded for
+    the model's program, SandboxError if the test itself is at fault."""
     asked = False
     while True:
         try:
@@ -91,7 +93,8 @@ def _relay(judge: Session | RemoteSession, talk: Session | RemoteSession) -> Res
 
 
 def _bomb(end: ProgramEnded) -> Result:
-    """The judge's end without a verdict: it holds nothing but the test and the model's values."""
+    """The result of a judge that ended without a verdict: since it runs only the test on the
+    model's values, one of those ended it."""
     return Result(
         0, 1, f"the test ended on the returned value: {end}", end.run.outcome in OVER_LIMIT
     )
@@ -116,8 +119,9 @@ def _result(message: dict[str, Any]) -> Result:
 class Tester:
     """Runs programs. Thread-safe.
 
-    `start(preload=packages)` makes a sandbox; the judge's are made when they are needed. `limits`:
-    of a function's calls together, and of each run of a program; `total_seconds`: of all these.
+    `start(preload=packages)` makes a sandbox; those of judges are made on demand. `limits`: of all
+    calls of a function together, and of each run of a program; `total_seconds`: of all runs of a
+    program together.
     """
 
     def __init__(
@@ -144,7 +148,7 @@ class Tester:
 
     @property
     def finished(self) -> int:
-        """Runs so far."""
+        """Number of runs so far."""
         return sum(each.finished for each in (self.sandbox, *list(self._judges.values())))
 
     def close(self) -> None:
@@ -152,8 +156,8 @@ class Tester:
             each.close()
 
     def test(self, plan: Plan, program: Program) -> Result:
-        """How many of the plan's tests the program passes. Raises SandboxError, but only after a
-        second try where a fork server was lost."""
+        """Returns the result of the plan's tests. Raises SandboxError, but only after a second try
+        if a fork server was lost."""
         action: Callable[[], Result]
         if isinstance(plan, ProgramPlan):
             action = functools.partial(self._run_program, plan, program)
@@ -213,13 +217,13 @@ class Tester:
             return False
 
     def _room(self, expected: int) -> Limits:
-        """The limits, with room for an output as large as the expected one."""
+        """The limits, with room for an output as long as the expected one."""
         most = min(max(self.limits.output_bytes, 2 * expected + 4096), _MOST_OUTPUT)
         return dataclasses.replace(self.limits, output_bytes=most)
 
     def _judged(self, plan: JudgePlan, program: Program) -> Result:
-        """Runs the data set's test code in its own sandbox; what it asks of the model's code goes
-        to the other one."""
+        """Runs the data set's test code in a sandbox of its own, which asks the program's sandbox
+        for calls of the model's code."""
         with self._lock:
             packages = tuple(sorted({*self.packages, *plan.packages}))
             if packages not in self._judges:
@@ -301,7 +305,7 @@ def _parts(plan: FunctionPlan | JudgePlan, program: Program) -> list[str]:
 
 @functools.cache
 def _library(*names: str) -> list[tuple[str, str]]:
-    """Files of this folder as compiled code, for a child to run."""
+    """The compiled code of files of this folder, for a child to run."""
     codes = [
         (name, compile((_HERE / f"{name}.py").read_text(), f"<{name}>", "exec")) for name in names
     ]

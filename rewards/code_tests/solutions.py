@@ -1,4 +1,4 @@
-"""A row's own solutions: what they define, and the programs to prove its tests with before
+"""A row's own solutions: the names they define, and programs by which its tests are verified before
 training."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PYTHON3, _CPP = 3, 2  # CodeContests' numbers of languages
 
 
 def solutions_of(columns: Mapping[str, Any]) -> list[str]:
-    """The row's own solutions as completions, the most trusted first; none where it has none."""
+    """The row's own solutions as completions, the most trusted first; empty if it has none."""
     solutions = [
         text for key in _ONE if isinstance(text := columns.get(key), str) and _is_program(text)
     ][:1]
@@ -51,18 +51,14 @@ def solutions_of(columns: Mapping[str, Any]) -> list[str]:
 
 
 def defined_names(columns: Mapping[str, Any]) -> frozenset[str]:
-    """Names that the row's own solution binds at its top level, imports left out."""
+    """The names that the row's own solution binds at its top level, without imports."""
     for key in _ONE:
         text = columns.get(key)
         if isinstance(text, str) and _is_program(text) and "```" not in text:
             try:
                 body = syntax_tree(text).body
-            except (
-                SyntaxError,
-                ValueError,
-                RecursionError,
-                MemoryError,
-            ):  # a body that continues a prompt
+            # the body of a function that continues a prompt
+            except (SyntaxError, ValueError, RecursionError, MemoryError):
                 continue
             kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
             names = {node.name for node in body if isinstance(node, kinds)}
@@ -76,8 +72,8 @@ def defined_names(columns: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _is_program(text: str) -> bool:
-    """Whether a text does something: some files have a stub such as `sys.exit(0)` in the place of a
-    solution."""
+    """Whether a text is a program that does something; some files have a stub such as `sys.exit(0)`
+    for a solution."""
     return any(
         word in text
         for word in ("def ", "class ", "print", "return", "write", "lambda", "cout", "printf")
@@ -106,7 +102,7 @@ def _many(value: Any) -> Sequence[str]:
 
 
 def _best(value: Any) -> Sequence[str]:
-    """AceCode's answers of models that passed every test."""
+    """AceCode's model answers that passed every test."""
     rows = value if isinstance(value, list) else []
     return [
         str(row.get("completion") or row.get("inference"))

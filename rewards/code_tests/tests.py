@@ -1,4 +1,4 @@
-"""A data row's tests as a plan: which of its columns hold them, and in which form."""
+"""Reads a data row's tests as a plan: which columns hold them, and in which form."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _CASE_COLUMNS = [
 
 
 def plan_of(columns: Mapping[str, Any], answer: str = "") -> Plan:
-    """The plan for a data row. Raises ValueError if the row holds no tests, or tests that cannot be
-    graded.
+    """Returns the plan for a data row. Raises ValueError if the row holds no tests, or tests that
+    cannot be graded.
 
     Python: MBPP and MBPP+ (`test_list`, `test`, `test_setup_code`, `test_imports`), AceCode
     (`test_cases`), HumanEval, HumanEval+ and LeetCodeDataset (`prompt`, `test`, `entry_point`),
     KodCode and BigCodeBench (`test`, a module for pytest or unittest), verl's `assert_case`. Inputs
     and outputs: any of `_CASE_COLUMNS` together, or else the `answer`, in the forms of `cases_of`,
-    with `fn_name` or `metadata.func_name` where a function and not a program is tested.
+    with `fn_name` or `metadata.func_name` if a function and not a program is tested.
     """
     entry = str(columns.get("entry_point") or "")
     if entry.isidentifier() and "class Solution" in str(columns.get("starter_code")):
@@ -42,6 +42,7 @@ def plan_of(columns: Mapping[str, Any], answer: str = "") -> Plan:
         tests = _texts(columns["test_list"], "test_list")
         imports = _texts(columns.get("test_imports") or (), "test_imports")
         setup = str(columns.get("test_setup_code") or "")
+        # MBPP+ has its own, larger tests in `test`: answers fitted to `test_list` must not pass
         if not code:
             return asserts_plan(tests, imports, setup, entry, defined)
         return module_plan(code, "\n".join(imports), setup, entry, defined, _outermost(tests))
@@ -92,9 +93,10 @@ def _plan_of_cases(columns: Mapping[str, Any], answer: str) -> Plan:
 
 
 def _asserted(cases: Sequence[Case]) -> tuple[str, ...]:
-    """Assertions for cases whose inputs are calls, as `add(2, 3)`; none for any other."""
+    """Assertions for cases whose inputs are calls such as `add(2, 3)`; empty for other cases."""
     asserted = []
     for case in cases:
+        # texts only: `str` of an integer with more than 4,300 digits raises ValueError
         given = case.given.strip() if isinstance(case.given, str) and not case.name else ""
         if re.fullmatch(r"[A-Za-z_]\w*\(.*\)", given, re.DOTALL) is None:
             return ()
@@ -115,7 +117,7 @@ def _is_code(text: str) -> bool:
 
 
 def _texts(value: Any, what: str) -> tuple[str, ...]:
-    """A list of texts; some files keep such a list as the text of one."""
+    """The texts of a list, which some files store as the source of a list."""
     if isinstance(value, str):
         try:
             value = literal(value)
@@ -127,14 +129,14 @@ def _texts(value: Any, what: str) -> tuple[str, ...]:
 
 
 def _assert_case(value: Any) -> Any:
-    """verl's assertions, which stand beside inputs and outputs that are empty."""
+    """verl's assertions, whose columns of inputs and outputs are empty; None if there are none."""
     if isinstance(value, str) and '"assert_case"' in value:
         value = unpacked(value)
     return value.get("assert_case") if isinstance(value, Mapping) else None
 
 
 def _outermost(tests: Sequence[str]) -> frozenset[str]:
-    """The functions that assertions call first, e.g. `f` in `assert f(g(1)) == 2`."""
+    """The functions that assertions call outermost, e.g. `f` in `assert f(g(1)) == 2`."""
     tree = parsed("\n".join(tests), "test_list")
     calls = [
         n.test.left if isinstance(n.test, ast.Compare) else n.test

@@ -1,14 +1,14 @@
-"""Values and objects as JSON lines between two sandboxes: one runs the model's code, one a data
-set's tests.
+"""Values and objects as JSON lines between two sandboxes, that of the model's code and that of a
+data set's tests.
 
-Runs inside both (`child.py` loads the compiled text of this file and `judge.py`), so: standard
-library only, no imports of ours. `Side` is one end. Immutable values go as they are or as an object
-with one key that names the type, for example `{"tuple": [1, 2]}`; mutable ones go as `{"at":
-number}`, a place in the message's table of objects, so that sharing and cycles survive, and so that
-the answer to a call can say what has become of its arguments.
+Runs inside both: `child.py` loads the compiled text of this file and of `judge.py` or `host.py`, so
+it imports only the standard library. `Side` is one end. Immutable values are sent as they are or as
+an object with one key that names the type, e.g. `{"tuple": [1, 2]}`. Mutable ones are sent as
+`{"at": number}`, an index into the message's table of objects: sharing and cycles survive, and the
+answer to a call can say how its arguments have changed.
 
-What the model's side sends is as untrusted as anything: no form makes more than plain values and
-objects of listed types.
+The messages of the model's side are untrusted: no form makes more than plain values and objects of
+listed types.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Child(Protocol):
 
 
 class CannotPass(Exception):
-    """The test passes something that has no form on the wire: the test's fault, never the
-    model's."""
+    """The test passes an object that has no form on the wire: a fault of the test, never of the
+    model."""
 
 
 def name_of(kind: type) -> str:
@@ -63,8 +63,8 @@ def name_of(kind: type) -> str:
 
 
 class Table:
-    """The mutable objects of one message, by number; the first ones are those of the message that
-    it answers."""
+    """The mutable objects of a message by number, beginning with those of the message that it
+    answers."""
 
     def __init__(self, side: Side, objects: list[Any]) -> None:
         self.side = side
@@ -111,7 +111,7 @@ class Table:
         return {"at": number}
 
     def bodies(self) -> list[list[Any]]:
-        """The contents of each object; the table grows while the objects in them are met."""
+        """The contents of each object; objects met meanwhile are added to the table."""
         bodies: list[list[Any]] = []
         while len(bodies) < len(self.objects):
             bodies.append(self._body(self.objects[len(bodies)]))
@@ -219,13 +219,13 @@ _MADE: dict[str, Callable[..., Any]] = {
 
 
 class Side:
-    """One end of the line. `shared`: classes that both ends have, whose instances go by value;
-    `named`: the names of the model that the test uses, whose instances stay where they are."""
+    """One end of the line. `shared`: classes of both ends, whose instances are sent by value;
+    `named`: classes of the model that the test names, whose instances stay at their end."""
 
     shared: dict[str, type]
     named: set[str]
     handles: tuple[type, ...] = ()
-    """A stand-in for an object of the other end; its attributes are not for asking here."""
+    """Types of stand-ins for objects of the other end; their attributes must not be read here."""
 
     def __init__(self, child: Child) -> None:
         self.child = child
@@ -252,7 +252,7 @@ class Side:
         return _MADE[kind](*[self._part(part, objects) for part in parts])
 
     def _part(self, part: Any, objects: list[Any]) -> Any:
-        """A value, or a list of values where a form has lists in it."""
+        """The value of a part, or a list of values for a list."""
         return (
             [self._part(each, objects) for each in part]
             if isinstance(part, list)
@@ -260,8 +260,8 @@ class Side:
         )
 
     def fill(self, bodies: list[Any], objects: list[Any]) -> None:
-        """Brings `objects` to what `bodies` say (None: as it was), the new ones among them made
-        first."""
+        """Sets the contents of `objects` to `bodies` (None: unchanged), after creating those that
+        are new."""
         objects += [self._empty(body) for body in bodies[len(objects) :]]
         changed = [
             (body, value) for body, value in zip(bodies, objects, strict=True) if body is not None
@@ -301,8 +301,8 @@ class Side:
     # --- requests and answers
 
     def request(self, message: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
-        """Asks the other end and returns its value, or raises its exception; serves its questions
-        meanwhile."""
+        """Sends a request, answers the requests of the other end meanwhile, and returns the value
+        of its answer or raises its exception."""
         table = Table(self, [])
         message["args"] = [table.pack(each) for each in arguments]
         message["kwargs"] = {key: table.pack(each) for key, each in keywords.items()}
@@ -320,7 +320,7 @@ class Side:
         return self.unpack(answer["ok"], table.objects)
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Does what the other end asks."""
+        """Performs a request of the other end and returns the answer to it."""
         objects: list[Any] = []
         answer: dict[str, Any]
         try:
@@ -331,9 +331,8 @@ class Side:
             known = len(objects)
             try:
                 answer = {"ok": table.pack(self.perform(request, arguments, keywords))}
-            except (
-                BaseException
-            ) as error:  # whatever the model's code raises, SystemExit included, is its result
+            # whatever the model's code raises, SystemExit included, is its result
+            except BaseException as error:
                 answer = self.describe(error, table)
             bodies: list[Any] = table.bodies()
         except BaseException as error:  # a value without a form, or nested beyond all reason
@@ -351,11 +350,11 @@ class Side:
         raise NotImplementedError
 
     def heard(self, answer: dict[str, Any]) -> None:
-        """Whatever else an answer brings."""
+        """Receives the further contents of an answer."""
 
     def describe(self, error: BaseException, table: Table | None) -> dict[str, Any]:
-        """An exception as an answer; name, text and attributes may be the model's own code, so each
-        may fail."""
+        """An exception as an answer. Its name, text and attributes may be the model's code, so each
+        may raise."""
         answer: dict[str, Any] = {"error": "Exception", "text": "", "kinds": [], "held": []}
         try:
             kinds = type(error).__mro__
@@ -369,27 +368,22 @@ class Side:
         return answer
 
     def exception(self, answer: dict[str, Any], objects: list[Any]) -> BaseException:
-        """The exception that an answer describes: of the built-in type that it is, or of the test's
-        own."""
+        """The exception that an answer describes, of a built-in type or of one of the test's."""
         kind = self.exception_type([str(name) for name in answer["kinds"]])
         error = kind.__new__(kind)
         error.args = (str(answer["text"]),)
         for key, item in answer["held"]:
             try:
                 setattr(error, key, self.unpack(item, objects))
-            except (
-                AttributeError,
-                TypeError,
-                ValueError,
-                KeyError,
-            ):  # a read-only one of a built-in exception
+            # a read-only attribute of a built-in exception
+            except (AttributeError, TypeError, ValueError, KeyError):
                 continue
         error.__dict__["_of_the_model"] = str(answer["text"])
         return error
 
     def exception_type(self, kinds: list[str]) -> type[BaseException]:
-        """The nearest known type of an exception whose types, from itself upwards, have these
-        names."""
+        """The first known type among the names of the types of an exception, from its own
+        upwards."""
         for name in kinds:
             module, _, attribute = name.rpartition(".")
             known = getattr(sys.modules.get(module) if module else builtins, attribute, None)

@@ -1,9 +1,8 @@
-"""Algebra by sympy, for worker processes only: sums, products, integrals and limits, which have no
-value by themselves.
+"""Comparison by sympy, in worker processes only: sums, products, integrals and limits, which cannot
+be evaluated directly.
 
-Trees come from our own parser, so that nothing is read twice in two ways, and whatever sympy makes
-of them is evaluated
-at points: a difference there is a difference.
+Trees come from our own parser, so that a text is read in one way only. The results of sympy are
+evaluated at points, and a difference there decides.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ _FUNCTIONS = {
 
 
 class NoMeaning(ValueError):
-    """A node that sympy has no word for."""
+    """A node without a counterpart in sympy."""
 
 
 def serve() -> Callable[[dict[str, Any]], str]:
-    """A function of `{"gold": Node, "answer": Node}` that says `equal`, `different` or
-    `unknown`."""
+    """Returns the function of a worker: from `{"gold": Node, "answer": Node}` to `equal`,
+    `different` or `unknown`."""
 
     def answer(task: dict[str, Any]) -> str:
         try:
@@ -48,8 +47,8 @@ def serve() -> Callable[[dict[str, Any]], str]:
 
 
 def at_points(gold: Any, answer: Any) -> str:
-    """Both sides at four points of positive integers and fractions; `unknown` where fewer than two
-    have a value."""
+    """Compares both sides at four points of positive integers and fractions; `unknown` if fewer
+    than two have a value."""
     names = sorted(gold.free_symbols | answer.free_symbols, key=str)
     agreed = 0
     for point in range(4 if names else 1):
@@ -122,9 +121,11 @@ def _big(node: Node, bound: dict[str, Any]) -> Any:
         for n in walk(body)
     ):
         raise NoMeaning("a sequence")
+    # a Dummy, as the letter may also be a free variable elsewhere
     symbol = sympy.Dummy(variable, **{"integer" if name in ("sum", "prod") else "real": True})
     expression = translate(body, {**bound, variable: symbol})
     if name == "lim":
+        # infinity is approached from one side only
         side = "+-" if lower.data != "infty" else "-"
         return sympy.Limit(expression, symbol, translate(lower, bound), side)
     if Kind.LIST in (lower.kind, upper.kind):

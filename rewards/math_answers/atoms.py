@@ -1,5 +1,4 @@
-"""The smallest parts of the grammar: names, brackets, functions, big operators, matrices and
-cases."""
+"""The lowest level of the grammar: names, brackets, functions, big operators, matrices, cases."""
 
 from __future__ import annotations
 
@@ -64,7 +63,8 @@ class Atoms(Reader):
         return self.application(result) if applied and self.peek() == "(" else result
 
     def superscript_sign(self) -> str:
-        """`\\mathbb{R}^+`, `\\mathbb{Z}_{>0}`."""
+        """The sign of a number set, as in `\\mathbb{R}^+` and `\\mathbb{Z}_{>0}`; empty if there is
+        none."""
         start = self.at
         if self.peek() in ("^", "_"):
             self.at += 1
@@ -78,7 +78,7 @@ class Atoms(Reader):
         return "_" + self.braced_tokens()
 
     def braced_tokens(self) -> str:
-        """The spelling of a subscript, without the braces around the whole."""
+        """The tokens of a subscript joined, without the braces around all of them."""
         if self.peek() != "{":
             return self.take()
         start, depth = self.at, 0
@@ -97,7 +97,8 @@ class Atoms(Reader):
 
     def brackets(self) -> Node:
         opening = self.take()
-        bars, self.bars = self.bars, 0
+        bars = self.bars
+        self.bars = 0
         self.enter()
         if opening == "{":
             inner = self.braced()
@@ -129,7 +130,7 @@ class Atoms(Reader):
         return inner
 
     def quotient_items(self) -> Node:
-        """Items, or `a \\over b` and `n \\choose k` of two such."""
+        """Items, or the quotient `a \\over b` or binomial `n \\choose k` of two."""
         inner = self.items()
         if self.skip(r"\over"):
             return Node(Kind.QUOTIENT, (inner, self.items()))
@@ -138,7 +139,7 @@ class Atoms(Reader):
         return inner
 
     def braces(self) -> Node:
-        """A set: its items, or an element and its condition."""
+        """A set by its items, or by an element and its condition."""
         self.bars = 1  # a bar or a colon inside means `such that`
         if self.skip(r"\}"):
             return Node(Kind.SET)
@@ -245,7 +246,7 @@ class Atoms(Reader):
         return factors[0] if len(factors) == 1 else Node(Kind.PRODUCT, tuple(factors))
 
     def _goes_on(self) -> bool:
-        """Whether the argument of a function without brackets goes on: `\\sin 2x`."""
+        """Whether the argument of a function without brackets goes on, as in `\\sin 2x`."""
         token = self.peek()
         starts = token in (r"\pi", r"\frac", r"\sqrt") or token[1:] in GREEK
         return starts or self.kind() in ("number", "name")
@@ -305,7 +306,8 @@ class Atoms(Reader):
         return Node(Kind.MATRIX, lists, name if name in ("vmatrix", "Vmatrix") else "matrix")
 
     def case_condition(self) -> Node:
-        """The rest of a row of cases: a relation, or words without `if`, `is` and the like."""
+        """The condition in a row of cases: a relation, or its words without fillers such as `if`
+        and `is`."""
         words: list[Token] = []
         while self.peek() and self.peek() not in (r"\\", r"\end"):
             token = self.tokens[self.at]
@@ -336,7 +338,7 @@ def _fraction(top: Node, bottom: Node) -> Node:
 
 
 def _integrand(body: Node) -> tuple[Node, str]:
-    """The body without its `dx`, and x."""
+    """The integrand without its `dx`, and the variable. Raises Unreadable if there is no `dx`."""
     terms = body.args if body.kind is Kind.SUM else (body,)
     last = terms[-1]
     factors = last.args if last.kind is Kind.PRODUCT else (last,)

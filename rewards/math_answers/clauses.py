@@ -1,14 +1,15 @@
-"""The parts of a sentence that are not its answer: reasons, origins, comparisons, labels and the
-choices that it rules out."""
+"""Removes the parts of a sentence that are not its answer: reasons, origins, comparisons, labels,
+and choices that it rules out."""
 
 from __future__ import annotations
 
 import re
 
+# Possessive, so that a whole amount is taken or none: not the 1 of `1,200 = ...`.
 _AMOUNT = r"\\?\$?\d++(?:[.,:]\d++)*+%?+\$?+(?!\s?[=+*/×÷^<>−:-]|\w)"
 _NO_CLAUSE = (
-    r"(?:(?!(?:that|this|which|he|she|it|they|we|you|there|has|have|had|is|are|was|were|will|gets?|needs?)\b)"
-    r"[A-Za-z']+\s+)"
+    r"(?:(?!(?:that|this|which|he|she|it|they|we|you|there"
+    r"|has|have|had|is|are|was|were|will|gets?|needs?)\b)[A-Za-z']+\s+)"
 )
 _PARTS = (
     re.compile(  # all before the conclusion
@@ -25,8 +26,8 @@ _PARTS = (
     ),
     re.compile(
         r",?\s+(?:because|since)\b.*$|,\s+who\b[^,=]*$|,\s+from\s\S+\sto\s\S+\s*$"
-        r"|,\s+which\s(?:is|was)\s[^,]*\b(?:than|higher|lower|more|less|fewer)\b.*$|\swhen\s[^,.]*\b(?:is|are)\s\w+ed\b.*$|[,，"
-        r"]?\s*(?:因为|由于).*$",
+        r"|,\s+which\s(?:is|was)\s[^,]*\b(?:than|higher|lower|more|less|fewer)\b.*$"
+        r"|\swhen\s[^,.]*\b(?:is|are)\s\w+ed\b.*$|[,，]?\s*(?:因为|由于).*$",
         re.IGNORECASE,
     ),
     re.compile(
@@ -38,11 +39,12 @@ _PARTS = (
         re.IGNORECASE,
     ),
 )
-"""Parts of a sentence that hold numbers but not its answer, in the order in which they are left
-out."""
+"""Parts of a sentence that hold numbers but not its answer, in the order in which they are
+removed."""
 _LABEL = re.compile(
-    r"\b(?:step|equation|eqn?\.?|formula|question|problem|exercise|figure|fig\.|case|section|theorem|lemma|chapter"
-    r"|example|table|method|part|rule)\s?[(#]?\d{1,3}(?:\.\d+)*\)?(?!\s?[=+*/^×÷]|\w)"
+    r"\b(?:step|equation|eqn?\.?|formula|question|problem|exercise|figure|fig\.|case|section"
+    r"|theorem|lemma|chapter|example|table|method|part|rule)"
+    r"\s?[(#]?\d{1,3}(?:\.\d+)*\)?(?!\s?[=+*/^×÷]|\w)"
     r"|第\d+[步题章节问]|(?:步骤|问题|例)\d+",
     re.IGNORECASE,
 )
@@ -51,10 +53,11 @@ _SAID_TO_BE = re.compile(
     r"\s(?:is|are|equals|gives|makes)\s(?=-?\d)"
 )
 _CHOICES = re.compile(
-    r"(?:\b(?P<concluded>so|therefore|thus|hence|choose|chose|pick|select)\s(?:the\s)?(?:answer\sis\s)?)?"
+    r"(?:\b(?P<concluded>so|therefore|thus|hence|choose|chose|pick|select)"
+    r"\s(?:the\s)?(?:answer\sis\s)?)?"
     r"\b(?:[Oo]ption|[Cc]hoice)\s?[(（]?(?P<named>[A-J])\b[)）]?"
-    r"|\b(?:so|therefore|thus|hence|choose|chose|pick|select),?\s(?:[(（](?P<brackets>[A-J])[)）]|(?P<bare>[B-HJ])"
-    r"(?=\s?[.,;]|\s(?:because|since|as)\b|$))"
+    r"|\b(?:so|therefore|thus|hence|choose|chose|pick|select),?\s"
+    r"(?:[(（](?P<brackets>[A-J])[)）]|(?P<bare>[B-HJ])(?=\s?[.,;]|\s(?:because|since|as)\b|$))"
     r"|(?<![A-Za-z])(?P<before>[A-J])[)）]? (?=is (?:the )?(?:correct|right))"
     r"|选项?(?:为|是)?\s?[(（]?(?P<chosen>[A-J])(?![A-Za-z])"
 )
@@ -67,11 +70,8 @@ _HELD = re.compile(r"\s?(?:is|must be)\s(?:the\s)?(?:only\s)?(?:correct|right|tr
 
 
 def main_clause(sentence: str) -> str:
-    """The part that states the answer: without its reasons, what it was taken from and what it is
-    compared with.
-
-    A part stays where no number or formula would be left without it.
-    """
+    """The part of a sentence that states the answer, without reasons, origins and comparisons. A
+    part is kept if no number or formula would be left without it."""
     for part in _PARTS:
         origin = part is _PARTS[-1]
         if origin and "=" in sentence:
@@ -86,17 +86,18 @@ def main_clause(sentence: str) -> str:
 
 
 def without_labels(sentence: str) -> str:
-    """`Step 3` and `equation (3)` are names, not amounts."""
+    """The sentence without labels such as `Step 3` and `equation (3)`, whose numbers are no
+    amounts."""
     return _LABEL.sub(" ", sentence)
 
 
 def as_equations(sentence: str) -> str:
-    """`2 + 2 is 5` as `2 + 2 = 5`, for its truth to be checked."""
+    """The sentence with `2 + 2 = 5` for `2 + 2 is 5`, so that its truth is checked."""
     return _SAID_TO_BE.sub(r"\1 = ", sentence)
 
 
 def choices(sentence: str) -> list[str]:
-    """The choices that a sentence makes: those it says are right or concludes, else all that it
+    """The letters that a sentence chooses: those that it concludes or calls right, else all that it
     does not rule out."""
     named, made = list[str](), list[str]()
     for match in _CHOICES.finditer(sentence):

@@ -1,5 +1,4 @@
-"""Whether an answer is the reference, decided in this process in microseconds where that is
-certain."""
+"""Compares an answer with a reference in this process, in microseconds."""
 
 from __future__ import annotations
 
@@ -13,33 +12,35 @@ from .spelling import with_points
 
 
 def compare(gold: Reference, answer: str, policy: Policy) -> Outcome:
-    """Whether `answer` is the reference. A degenerate answer is TOO_BIG, and never raises."""
+    """Compares an answer with a reference. A degenerate answer is TOO_BIG; no answer raises."""
     answer = answer.strip()
     if gold.number is not None and (number := plain_number(answer)) is not None:
         if number == gold.number:
             return Outcome.EQUAL
         if "." not in answer or "." not in gold.text:
-            return Outcome.DIFFERENT  # no decimal that could round the other
+            return Outcome.DIFFERENT  # neither can be a rounded form of the other
     if not answer:
         return Outcome.DIFFERENT
     try:
         if gold.tree is None:
             return _same_text(gold.text, answer)
         outcome = same(gold.tree, parse(answer), policy)
-        if outcome is Outcome.EQUAL or "." not in gold.text:  # the reference says what a comma is
+        # A comma is read as a decimal point only where the reference has a decimal point.
+        if outcome is Outcome.EQUAL or "." not in gold.text:
             return outcome
         pointed = with_points(answer)
         return outcome if pointed is None else same(gold.tree, parse(pointed), policy)
     except (TooBig, TooDeep, RecursionError, MemoryError, OverflowError):
         return Outcome.TOO_BIG
     except Unreadable:
+        # Empty once it is spelled out, or too long to parse: in no case a plain number.
         return _same_text(gold.text, answer) if gold.number is None else Outcome.DIFFERENT
     except Undefined:
         return Outcome.UNKNOWN
 
 
 def _same_text(gold: str, answer: str) -> Outcome:
-    """An expression outside the grammar equals only one with the same tokens."""
+    """Compares texts outside the grammar, which are equal only if their tokens are."""
     if len(answer) > MAX_TEXT or len(gold) > MAX_TEXT:
         return Outcome.EQUAL if gold.split() == answer.split() else Outcome.UNKNOWN
     return Outcome.EQUAL if squeeze(gold) == squeeze(answer) else Outcome.UNKNOWN

@@ -1,4 +1,4 @@
-"""Sums, products with their units, powers and signs."""
+"""The levels of the grammar for sums, products with their units, powers and signs."""
 
 from __future__ import annotations
 
@@ -56,8 +56,10 @@ class Terms(Atoms):
             elif self.starts_atom():
                 bare, fraction = self.kind() == "number" or self.peek() == "{", self.peek() != "("
                 factor = self.postfix(self.atom())
+                # `4 5` is neither 45 nor 20, and as a hedge must equal neither.
                 if bare and factor.kind is Kind.NUMBER and factors[-1].kind is not Kind.POWER:
                     raise Unreadable("numbers side by side")
+                # a mixed number or a product: the text does not say
                 if (
                     fraction
                     and factors[-1].kind is Kind.NUMBER
@@ -71,7 +73,8 @@ class Terms(Atoms):
         return factors[0] if len(factors) == 1 else Node(Kind.PRODUCT, _flat(factors))
 
     def mixed(self, before: Node) -> Node | None:
-        """`1\\frac45`, `1 4/5`: an integer and a proper fraction of integers."""
+        """The mixed number `1\\frac45` or `1 4/5`, of the integer `before` and a proper fraction;
+        None if none follows."""
         if not whole(before):
             return None
         start = self.at
@@ -100,7 +103,7 @@ class Terms(Atoms):
         return None
 
     def unit(self, factors: list[Node]) -> Unit | None:
-        """The unit after a number, if the text there is one."""
+        """The unit of the number before; None if the next tokens are no unit."""
         if self.kind() not in ("text", "letter", "run", "sign", "name") or len(factors) > 8:
             return None
         text = self.peek()
@@ -151,10 +154,12 @@ class Terms(Atoms):
         return unit
 
     def _last_letter(self) -> bool:
-        """Whether a plain letter with a blank before it ends the answer: `5 m`."""
+        """Whether the current token is a letter of a unit, preceded by a blank, that ends the
+        answer: `5 m`."""
         return self.spaced() and self.at == len(self.tokens) - 1 and self.peek() in "msgLNVJWKhl"
 
     def starts_atom(self, ahead: int = 0) -> bool:
+        """Whether an atom begins `ahead` tokens from here, so that it is a factor of a product."""
         token, kind = self.peek(ahead), self.kind(ahead)
         if kind in ("number", "name", "run", "letter"):
             return True
@@ -184,6 +189,8 @@ class Terms(Atoms):
 
     def postfix(self, result: Node) -> Node:
         raised = False
+        # Bounded, as every sign is one level of the tree: `5%%%...` with 490 of them overflowed the
+        # stack.
         for _ in range(6):
             if self.skip("^"):
                 if _is_product(result):  # a(x - y)^2 raises the bracket alone
@@ -264,7 +271,7 @@ def _is_inverse(node: Node) -> bool:
 
 
 def _is_numeric(factors: list[Node]) -> bool:
-    """Whether these can be the amount of a unit: no variables."""
+    """Whether these factors can be the amount of a unit: they hold no variable, word or unit."""
     return not any(
         n.kind in (Kind.NAME, Kind.RUN, Kind.TEXT, Kind.QUANTITY) for f in factors for n in walk(f)
     )

@@ -1,9 +1,8 @@
-"""Finding the final answer in a completion, as a person reads it, in linear time.
+"""Finds the final answer in a completion, in linear time.
 
-Only what stands after the thoughts counts. `RULES` is the table of the ways in which an answer is
-stated, in the order in which
-they are tried; the first that finds something decides. Every rule but the first two looks at the
-end of the text only.
+Only the text behind the last closed thought counts. `RULES` lists the ways in which answers are
+stated; they are tried in order, and the first that yields a candidate decides. All but the first
+two look only at the end of the text (`TAIL` characters).
 """
 
 from __future__ import annotations
@@ -17,14 +16,15 @@ from .number_words import in_digits
 from .prose import VERB, announced, hedge_after, last_statement
 from .sentences import FORMULA, GROUPED_TEXT, NUMBER, TAIL, WORD, bare, sentences, tail
 
+# Each candidate is parsed and compared: 100,000 different boxes took 5 s of processor time.
 MAX_ANSWERS = 64
-"""More different final answers than this are not looked at: no list of answers is that long."""
+"""Most distinct candidates; a completion with more is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class Extracted:
-    """Every distinct candidate in order (more than one means that all must be right, or be a list),
-    and the rule's name."""
+    """The distinct candidates of a completion in order, and the name of the rule that yielded them.
+    Several candidates must all equal the reference, or be its items."""
 
     candidates: tuple[str, ...]
     how: str
@@ -32,8 +32,8 @@ class Extracted:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A way of stating an answer: its name, who writes so, and the function that finds it (an empty
-    list: not there)."""
+    """A way of stating an answer: its name, the models and data sets that write so, and the
+    function from a text to its candidates (empty where it states none)."""
 
     name: str
     source: str
@@ -42,21 +42,25 @@ class Rule:
 
 NOTHING = Extracted((), "none")
 _THOUGHT = re.compile(
-    r"<(?P<close>/?)(?P<tag>think|thinking|thought|thoughts|reasoning|reflection|scratchpad|seed:think)>"
-    r"|(?P<open2>\[THINK\]|<\|begin_of_thought\|>|◁think▷)|(?P<close2>\[/THINK\]|<\|end_of_thought\|>|◁/think▷)",
+    r"<(?P<close>/?)"
+    r"(?P<tag>think|thinking|thought|thoughts|reasoning|reflection|scratchpad|seed:think)>"
+    r"|(?P<open2>\[THINK\]|<\|begin_of_thought\|>|◁think▷)"
+    r"|(?P<close2>\[/THINK\]|<\|end_of_thought\|>|◁/think▷)",
     re.IGNORECASE,
 )
 _THOUGHT_PARTS = (
     *("hink", "HINK", "hought", "HOUGHT", "reasoning>", "reflection>", "scratchpad>"),
     *("easoning>", "REASONING>", "_of_thought"),
 )
-"""Marks of a text with thoughts: looking for these costs less than the expression."""
+"""Substrings of thought tags. Looking for them is cheaper than the regular expression, which runs
+only where one occurs."""
 _MARKER_PARTS = (
     *("nswer", "NSWER", "esult", "olution", "ption", "hoice", "A:", "A：", "答", "选", "结果"),
 )
 _BARE_LINE = re.compile(r"(?:A:|####)?[ \t]*(-?[\d,]*\.?\d+)")
 _BOX = re.compile(
-    r"\\(?:boxed|fbox)\s{0,8}\{|\\(?:boxed|fbox)\s{0,8}(?P<bare>\d+|[A-Za-z](?![A-Za-z]))|\\[{}\\]|[{}]"
+    r"\\(?:boxed|fbox)\s{0,8}\{"
+    r"|\\(?:boxed|fbox)\s{0,8}(?P<bare>\d+|[A-Za-z](?![A-Za-z]))|\\[{}\\]|[{}]"
 )
 _BOX_DENIED = re.compile(
     r"\\f?box(?:ed)?\s*\{[^{}]*\}[\s$\\)\]]*(?:is|was)\s(?:wrong|incorrect|not)\b"
@@ -71,7 +75,10 @@ _MARKER = re.compile(
     r"\*{0,2}(?:\s{0,4}[:=：]+\*{0,2}"
     r"|\s+(?:is|are|was|would be|must be|should be)\b\s{0,4}[:：]?|\*{0,2}[ \t]{0,4}\n)"
     r"|\b(?:correct\s+)?(?:option|choice)\s+is\b\s{0,4}[:：]?|^[ \t]{0,4}A[:：]"
-    r"|【(?:答案|解答结果)】|(?:最终|正确|最后)?(?:答案|结果)(?:应该|应)?(?:是|为|：|:|＝|=)+|故(?:答案)?(?:应?选|为)[:：]?|(?:因此|所以)?(?:应|本题)?选(?:择)?[:：]?(?=\s{0,4}[(（]?[A-J])"
+    r"|【(?:答案|解答结果)】"
+    r"|(?:最终|正确|最后)?(?:答案|结果)(?:应该|应)?(?:是|为|：|:|＝|=)+"
+    r"|故(?:答案)?(?:应?选|为)[:：]?"
+    r"|(?:因此|所以)?(?:应|本题)?选(?:择)?[:：]?(?=\s{0,4}[(（]?[A-J])"
     r"|^[ \t]{0,4}答[:：]|(?<=[。\n])答[:：]",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -85,17 +92,18 @@ _JSON = re.compile(
     re.IGNORECASE,
 )
 _LEAD = re.compile(
-    r"[A-Za-z]{3,}|(?:[Ss]o|[Ww]e|[Ii]t|[Hh]e|[Ii]s|[Aa]s|[Bb]y|[Tt]o|[Ii]n|[Ii]f)\b|[\u4e00-\u9fff]"
+    r"[A-Za-z]{3,}|(?:[Ss]o|[Ww]e|[Ii]t|[Hh]e|[Ii]s|[Aa]s|[Bb]y|[Tt]o|[Ii]n|[Ii]f)\b"
+    r"|[\u4e00-\u9fff]"
 )
 _RANGE_WORD = re.compile(r"\d\s(?:to|through)\s\d")
 _LETTERED_PARTS = re.compile(r"^\s*\([a-e]\)\s+(\S.{0,200})$", re.MULTILINE)
-"""`(a) 2` and, in the next line, `(b) 3`"""
+"""`(a) 2` on one line and `(b) 3` on the next."""
 _LETTERED = re.compile(r"[(（]?[A-J][)）.]")
 _COUNTED = re.compile(r"(?<=\d)\s?[(（][\u4e00-\u9fff]{1,3}[)）]")
-"""A noun that is counted, in brackets behind its number."""
+"""A counted noun in brackets behind its number, e.g. `5（个）`."""
 _BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*|__([^_\n]{1,200})__")
 _HEADING = re.compile(r"(?::\*\*|\*\*:)[^*]*\d[^*]*$")
-"""`**2. Total:** 7 pens`: the answer stands behind the bold."""
+"""A bold heading with its answer behind it, e.g. `**2. Total:** 7 pens`."""
 _REVISED = re.compile(
     r"\b(?:wait|actually|correction|sorry|hold on|in fact|no,|however"
     r"|re-?check(?:ing|ed)?|mistake|second thought)|不对|更正|等等",
@@ -104,12 +112,13 @@ _REVISED = re.compile(
 _PHANTOM = re.compile(r"\\(?:[hv]?phantom|hspace|vspace)\*?\s?\{[^{}]*\}|\\q?quad")
 _MATH_WORDS = frozenset(("sqrt", "pi", "sin", "cos", "tan", "log", "ln", "infinity", "exp"))
 _CONTENT = re.compile(r"[^\W_]|\\[a-z]|\\\{\s*\\\}")
-"""An empty box, `\\boxed{?}` or a box of blanks belongs to the problem; it is no answer."""
+"""A letter, a digit, a command or the empty set. A box without any of them, such as `\\boxed{?}` or
+one of blanks, is part of the problem and no answer."""
 
 
 def extract(completion: str, opened: bool = False) -> Extracted:
-    """The candidates for the final answer of a completion. `opened`: the prompt opened a
-    thought."""
+    """Returns the candidates for the final answer of a completion. `opened`: the prompt ended
+    inside a thought."""
     text = final_text(completion, opened)
     if text is None:
         return NOTHING
@@ -118,19 +127,21 @@ def extract(completion: str, opened: bool = False) -> Extracted:
     for rule in RULES:
         if answers := list(dict.fromkeys(rule.find(text))):
             return Extracted(tuple(answers[: MAX_ANSWERS + 1]), rule.name)
+        # A truncated completion may end in `\boxed{1`; no later rule may read that half as an
+        # answer.
         if rule is RULES[0]:
             text = _without_cut_off_box(text)
     return NOTHING
 
 
 def _without_cut_off_box(text: str) -> str:
-    """The text before a box that is never closed: it holds half an answer."""
+    """The text before a box that is never closed; the whole text if there is none."""
     at = text.rfind("\\boxed")
     return text[:at] if at >= 0 and text.count("{", at) > text.count("}", at) else text
 
 
 def final_text(completion: str, opened: bool = False) -> str | None:
-    """The text behind the last thought; None if one was opened and never closed."""
+    """The text behind the last closed thought; None if a thought is still open at the end."""
     if not opened and not (
         ("<" in completion and any(part in completion for part in _THOUGHT_PARTS))
         or "THINK]" in completion
@@ -138,6 +149,7 @@ def final_text(completion: str, opened: bool = False) -> str | None:
     ):
         return completion
     open_now, after = opened, 0
+    # The last tag decides: in `<think></think><think>\boxed{5}` the box is a thought.
     for tag in _THOUGHT.finditer(completion):
         if tag["close"] == "/" or tag["close2"]:
             open_now, after = False, tag.end()
@@ -147,7 +159,7 @@ def final_text(completion: str, opened: bool = False) -> str | None:
 
 
 def boxes(text: str) -> list[str]:
-    """The contents of the balanced boxes in order; of a box within a box only the outer one."""
+    """The contents of the balanced boxes in order; of nested boxes only the outermost."""
     at = text.find("\\boxed")
     if at < 0 or (0 <= text.find("\\fbox") < at):
         at = text.find("\\fbox")
@@ -172,6 +184,7 @@ def boxes(text: str) -> list[str]:
 
 
 def _in_boxes(text: str) -> list[str]:
+    """The contents of the boxes, with what an answer tag or a marker behind the last box states."""
     contents: list[str] = []
     for box in dict.fromkeys(boxes(text)):
         if _CONTENT.search(_PHANTOM.sub("", box[:TAIL])):
@@ -181,8 +194,10 @@ def _in_boxes(text: str) -> list[str]:
     if not contents:
         return []
     if "<" in text:
+        # A tag counts like a box, so that `<answer>4</answer> \boxed{5}` is not paid for either.
         contents += [tag for tag in _in_tag(text) if "\\boxed" not in tag]
     after = text[max(text.rfind("\\boxed"), text.rfind("\\fbox"), len(text) - TAIL) :]
+    # `\boxed{6} is wrong` takes the box back.
     if _BOX_DENIED.match(after) is not None:
         contents.pop()
     if "nswer" not in after and "NSWER" not in after and "答案" not in after:
@@ -194,8 +209,8 @@ def _in_boxes(text: str) -> list[str]:
 
 
 def _box_content(box: str) -> str:
-    """The content of a box; of a sentence in it, such as `the answer is 5`, what it states; an
-    aligned line by itself."""
+    """The content of a box. Of a sentence such as `the answer is 5`, the answer that it states; of
+    an `align` environment with one line, that line."""
     if "{align" in box and "\\\\" not in box:
         return re.sub(r"\\(?:begin|end)\{align(?:ed)?\*?\}|(?<!\\)&", " ", box).strip()
     stating = any(part in box for part in ("nswer is", "答案", "答：", "答:"))
@@ -209,7 +224,8 @@ def _box_content(box: str) -> str:
 
 
 def _in_tag(text: str) -> list[str]:
-    """The content of every `<answer>...</answer>`; of a sentence in it, what it states."""
+    """The contents of the `<answer>...</answer>` tags; of a sentence in one, the answer that it
+    states."""
     if "nswer>" not in text and "NSWER>" not in text:
         return []
     start, contents = -1, list[str]()
@@ -226,7 +242,9 @@ def _in_tag(text: str) -> list[str]:
 
 
 def _of_text(text: str) -> list[str]:
-    """The answer that a text without a box states."""
+    """The candidates of a text outside boxes and tags, by the first of the other rules that has
+    any."""
+    # Stripped before it is cut: `5` followed by a million blanks is an answer.
     text = text[:20_000].strip() if len(text) <= 20_000 else text.rstrip()[-TAIL:]
     for rule in RULES[2:]:
         if answers := rule.find(text):
@@ -235,6 +253,8 @@ def _of_text(text: str) -> list[str]:
 
 
 def _in_last_line(text: str) -> list[str]:
+    """A number alone on the last line (all of them if every line is one), lettered parts one to a
+    line, or the text behind the last `####`."""
     text = text[-TAIL:].strip()
     if (number := _BARE_LINE.fullmatch(text, text.rfind("\n") + 1)) is not None:
         lines = [_BARE_LINE.fullmatch(line.strip()) for line in text.split("\n") if line.strip()]
@@ -249,24 +269,28 @@ def _in_last_line(text: str) -> list[str]:
 
 
 def _in_json(text: str) -> list[str]:
-    """The value of the last `"answer": ...`."""
+    """The answer in the last `"answer": ...`."""
     if '"' not in text[-TAIL:] or not (values := _JSON.findall(text[-TAIL:])):
         return []
     return _of_text(next(value for value in values[-1] if value)) if any(values[-1]) else []
 
 
 def _after_marker(text: str) -> list[str]:
+    """The answer behind the last marker, such as `The answer is`; further ones if it is numbered,
+    hedged or revised."""
     text = tail(text)
     if not (parts := [at for part in _MARKER_PARTS if (at := text.find(part)) >= 0]):
         return []
     if len(numbered := _NUMBERED.findall(text)) > 1:
         return [announced(rest)[0] for rest in numbered if rest.strip()]
+    # The last eight only: a text may repeat `answer is` to its end, and each try takes linear time.
     for marker in reversed(list(_MARKER.finditer(text, max(0, min(parts) - 80)))[-8:]):
         rest = text[marker.end() :]
         stated, end = announced(rest)
         if not stated:
             continue
         after = rest[end:]
+        # `The answer is 5. Or maybe 6.` states both, so that 5 is not paid.
         if hedge_after(after):
             return [stated, *last_statement(after)]
         revised = _REVISED.search(after)
@@ -277,7 +301,7 @@ def _after_marker(text: str) -> list[str]:
 
 
 def _whole(text: str) -> list[str]:
-    """A text that is the answer itself."""
+    """The text itself, where it is an answer rather than a sentence."""
     text = _COUNTED.sub("", bare(tail(text)))
     if (word := re.match(r"(Yes|No)\b\s?,", text)) is not None and "\n" not in text:
         return [word.group(1)]
@@ -289,6 +313,7 @@ def _whole(text: str) -> list[str]:
         r"[\d%] (?:of|times|by|plus|minus) |\d, \d|\d\s?[A-Za-z]{3,}[^=]*\Z", text
     ):
         return []  # `15% of 200 = 30`, `3 * 4 = 12 pens`, one equation after the other
+    # Sentences are for the rules below: `She makes $18.`, parsed as algebra, was refused.
     if names_choice(text) or (len(sentences(text)) > 1 and _LETTERED.match(text) is None):
         return []
     plain = FORMULA.sub(" ", GROUPED_TEXT.sub("", text))
@@ -304,8 +329,8 @@ def _whole(text: str) -> list[str]:
 
 
 def _is_plain(text: str, words: list[str]) -> bool:
-    """Whether a short text with a number is an answer by itself: `5 cm`, `x: 5`; no sentence, as
-    `in 5 days`."""
+    """Whether a short text with a number is an answer by itself, such as `5 cm` or `x: 5`, and not
+    part of a sentence, such as `in 5 days`."""
     lead = _LEAD.match(text)
     one_sign = not ("=" in text and ":" in text)
     named = one_sign and re.match(r"\w+\s?[:：=]\s?[-\d]", text) is not None
@@ -322,7 +347,7 @@ def _is_plain(text: str, words: list[str]) -> bool:
 
 
 def _in_bold(text: str) -> list[str]:
-    """Bold at the end: in the last line that has content."""
+    """The last bold text on the last line that is not blank, if it can be an answer."""
     lines = [line for line in tail(text).split("\n") if line.strip()]
     bold = _BOLD.findall(lines[-1]) if lines else []
     if not bold or _HEADING.search(lines[-1]) is not None:

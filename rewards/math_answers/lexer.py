@@ -1,7 +1,6 @@
-"""Tokens of an answer: LaTeX, plain text, Chinese, and the mixtures that models and data sets
-write.
+"""Splits an answer into tokens: LaTeX, plain text, Chinese, and mixtures of them.
 
-Synonyms of commands and words are one token. Any text has tokens, and they take linear time.
+Synonymous commands and words give the same token. Every text has tokens, in linear time.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from .units import MEASURE_WORDS, MULTIPLIERS, is_unit, is_unit_word, read_unit,
 
 
 class Token(NamedTuple):
-    """`kind` is number, name, letter (upright), run, text, command, join ("or"),
-    both ("and") or sign; `spaced`: a blank stands before it."""
+    """A token. `kind`: number, name, letter (upright), run (capitals in a row), text, command, join
+    ("or"), both ("and") or sign; `spaced`: whether a blank precedes it."""
 
     kind: str
     text: str
@@ -25,9 +24,10 @@ class Token(NamedTuple):
 
 _TOKEN = re.compile(
     r"(?P<space>\s+|\\[,;:! ]|~|\\q?quad(?![A-Za-z])|\\(?=\s|$))"
-    r"|(?P<styled>\\(?:text(?:bf|it|rm|sf|tt|normal|color)?|mbox|hbox|math(?:rm|bf|it|sf|bb|cal|frak|scr)|boldsymbol|bm"
-    r"|operatorname\*?|emph|underline)\s*\{)"
-    r"|(?P<command>\\(?:[A-Za-z]+|.))|(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?!\w|\.\d))?)"
+    r"|(?P<styled>\\(?:text(?:bf|it|rm|sf|tt|normal|color)?|mbox|hbox"
+    r"|math(?:rm|bf|it|sf|bb|cal|frak|scr)|boldsymbol|bm|operatorname\*?|emph|underline)\s*\{)"
+    r"|(?P<command>\\(?:[A-Za-z]+|.))"
+    r"|(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?!\w|\.\d))?)"
     r"|(?P<word>[A-Za-z]+)|(?P<other>[^\W\d_a-zA-Z]+)|(?P<sign>.)",
     re.DOTALL,
 )
@@ -138,6 +138,7 @@ _WORDS = {"pi": r"\pi", "infty": r"\infty", "infinity": r"\infty", "inf": r"\inf
           "beta": r"\beta", "lambda": r"\lambda",
           "omega": r"\omega", "mod": r"\bmod", "union": r"\cup", "cup": r"\cup"}  # fmt: skip
 SEPARATORS = frozenset(("and", "or", "或", "和", "与", "及", "或者", "以及", "且", "并且"))
+# Two or three letters are otherwise a product: `ab` is a times b, but `the` is a word.
 _COMMON = words(
     "yes no odd all one two six ten the day per for if is are was not but it in of to at by on as "
     "its be an so due any has can may won new top bag box car dog cat man men her his she him they "
@@ -146,7 +147,7 @@ _COMMON = words(
 
 
 def tokenise(text: str) -> list[Token]:
-    """Every token; what is no part of any notation is a `sign`."""
+    """The tokens of a text; a character of no known notation is a `sign`."""
     return _scan(spell(text))
 
 
@@ -191,7 +192,7 @@ def _command(name: str, spaced: bool) -> list[Token]:
 
 
 def _styled(style: str, content: str, spaced: bool) -> list[Token]:
-    """`\\text{...}` and its kin."""
+    """The tokens of `\\text{...}`, `\\mathrm{...}` and the like."""
     inner = content.replace("~", " ").replace("\\ ", " ").replace("\\,", " ").strip()
     if style in ("mathbb", "mathcal", "mathfrak", "mathscr"):
         return [Token("name", f"{style if style != 'mathscr' else 'mathcal'} {inner}", spaced)]
@@ -230,14 +231,15 @@ def _styled(style: str, content: str, spaced: bool) -> list[Token]:
 
 
 def _word(value: str, spaced: bool, before: list[Token]) -> list[Token]:
-    """A run of Latin letters: a function, a separator, a constant, a unit, a word, or letters side
-    by side."""
+    """The tokens of a run of Latin letters: a function, separator, constant, unit or word, else a
+    name for each letter."""
     if len(value) == 1:
         return [Token("name", value, spaced)]
     lower = value.lower()
     after_number = bool(before) and (before[-1].kind == "number" or before[-1].text == r"\pi")
     if lower in SEPARATORS:
         return [_separator(lower, spaced)]
+    # `5 min` and `5 sec` are times; `min(2, 3)` and `sec x` apply a function.
     if value in _WORD_FUNCTIONS and not (after_number and value in ("min", "sec")):
         name = "arc" + value[1:] if value in ("asin", "acos", "atan") else value
         return [Token("command", "\\" + name, spaced)]
@@ -250,6 +252,7 @@ def _word(value: str, spaced: bool, before: list[Token]) -> list[Token]:
     if value in ("am", "pm", "AM", "PM") or (after_number and value in ("th", "st", "nd", "rd")):
         return [Token("text", lower, spaced)]
     unit = after_number and is_unit_word(value)
+    # capitals keep their order: as a product BAC would equal ABC
     if value.isupper():
         return [Token("text" if unit else "run", value, spaced)]
     is_word = len(value) >= 4 or lower in _COMMON or lower in MULTIPLIERS
@@ -266,7 +269,7 @@ def _separator(word: str, spaced: bool) -> Token:
 
 
 def _other(value: str, spaced: bool) -> list[Token]:
-    """Letters of other scripts: Chinese separators, numerals and words."""
+    """The tokens of letters of other scripts: Chinese separators, numerals and words."""
     if value in SEPARATORS:
         return [_separator(value, spaced)]
     for separator in ("或者", "或", "和", "与"):
@@ -274,6 +277,7 @@ def _other(value: str, spaced: bool) -> list[Token]:
             return [*_other(value[: -len(separator)], spaced), Token("sign", ",")]
         if len(value) > len(separator) and value.startswith(separator):
             return [Token("sign", ",", spaced), *_other(value[len(separator) :], False)]
+    # 万 alone is no number but a factor, as in 5万.
     if CHINESE_NUMBER.fullmatch(value) and not is_power(value):
         return [Token("number", str(chinese_number(value)), spaced)]
     head = CHINESE_NUMBER.match(value)
@@ -290,5 +294,6 @@ def _other(value: str, spaced: bool) -> list[Token]:
 
 
 def squeeze(text: str) -> str:
-    """The spelling of a text with every blank left out, for `does it stand there?`."""
+    """The tokens of a text joined without blanks, by which texts outside the grammar are
+    compared."""
     return re.sub(r"\s+", "", "".join(token.text for token in tokenise(text)))

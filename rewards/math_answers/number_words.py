@@ -31,17 +31,19 @@ CHINESE_NUMBER = re.compile(_NUMERAL)
 _CHINESE = re.compile(
     rf"(?P<sign>负)?(?:百分之(?P<percent>{_NUMERAL})|(?P<bottom>{_NUMERAL})分之(?P<top>{_NUMERAL})"
     rf"|(?P<number>{_NUMERAL})(?:点(?P<after>[零〇一二三四五六七八九]+))?"
-    r"(?=\W|\Z|[个只本人名条块张种件辆棵支箱袋页岁头匹位朵盒道题颗根把台套份倍对双枚座间户家瓶杯碗步站束串封项天年月日周小分秒米克吨升千厘毫公斤里平立度](?!式)"
+    r"(?=\W|\Z"
+    r"|[个只本人名条块张种件辆棵支箱袋页岁头匹位朵盒道题颗根把台套份倍对双枚座间户家瓶杯碗步站束串封项天年月日周小分秒米克吨升千厘毫公斤里平立度](?!式)"
     r"|[元次](?:\W|\Z)))"
 )
 _STATING = re.compile(
-    r"(?:\b(?:is|are|was|were|has|have|had|be|equals?|gets?|needs?|exactly|only|with|of|or|and|makes?|made"
-    r"|earn(?:s|ed)|pa(?:ys|id)|spen(?:ds|t)|sold|bought|ate|read|costs?|t(?:akes|ook)|gave|saved"
-    r"|received|contains?|remain)\s"
+    r"(?:\b(?:is|are|was|were|has|have|had|be|equals?|gets?|needs?|exactly|only|with|of|or|and"
+    r"|makes?|made|earn(?:s|ed)|pa(?:ys|id)|spen(?:ds|t)|sold|bought|ate|read|costs?|t(?:akes|ook)"
+    r"|gave|saved|received|contains?|remain)\s"
     r"|[是为有共得到剩于需负要了或和]|^\W*)\Z",
     re.IGNORECASE,
 )
-"""Words before a number that a sentence states: `there are two left`, not `both of the two`."""
+"""Words before a number that a sentence states, as in `there are two left`; not `both of the
+two`."""
 _SIGNED = re.compile(
     r"(?<![\d)}\]])(?<![\d)}\]]\s)\b(?:negative|minus)\s(?=\$?\.?\d)|负(?=\d)", re.I
 )
@@ -51,7 +53,7 @@ _BELOW_ZERO = re.compile(
 
 
 def chinese_number(text: str) -> int:
-    """`一百二十三` is 123, `三万` 30000."""
+    """The value of Chinese numerals: `一百二十三` is 123, `三万` 30000."""
     if all(c in _DIGITS for c in text):
         return int("".join(str(_DIGITS[c]) for c in text))
     total = section = digit = 0
@@ -68,12 +70,12 @@ def chinese_number(text: str) -> int:
 
 
 def is_power(text: str) -> bool:
-    """Whether Chinese numerals are a power of ten alone, as the 万 of 5万."""
+    """Whether Chinese numerals are only a power of ten, as the 万 of 5万."""
     return all(c in _POWERS for c in text)
 
 
 def with_signs(text: str) -> str:
-    """`negative 5` and `5 degrees below zero` with a minus sign."""
+    """The text with a minus sign for `negative 5` and `5 degrees below zero`."""
     if "inus " in text or "egative " in text or "负" in text:
         text = _SIGNED.sub("-", text)
     if "below zero" in text or "零下" in text:
@@ -82,7 +84,7 @@ def with_signs(text: str) -> str:
 
 
 def in_digits(sentence: str) -> str:
-    """The sentence with the numbers that it states in words written in digits."""
+    """The sentence with digits for the numbers in words that it states."""
 
     def written(match: re.Match[str]) -> str:
         before = sentence[max(0, match.start() - 12) : match.start()]
@@ -96,7 +98,7 @@ def in_digits(sentence: str) -> str:
 
 
 def read_number(text: str) -> str | None:
-    """The digits of a text that is a number in words, else None."""
+    """The number in digits that a text spells in words; None if it is no number in words."""
     pattern = _ENGLISH if text[:1].isascii() else _CHINESE
     match = pattern.fullmatch(text)
     return None if match is None else _value(match)

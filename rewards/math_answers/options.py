@@ -9,6 +9,9 @@ from typing import Literal
 
 
 class Outcome(StrEnum):
+    """The result of a comparison. UNKNOWN: it cannot be decided; TOO_BIG: too big or too deep to
+    compute."""
+
     EQUAL = "equal"
     DIFFERENT = "different"
     UNKNOWN = "unknown"
@@ -20,6 +23,7 @@ def outcome(equal: bool) -> Outcome:
 
 
 def all_of(outcomes: Sequence[Outcome]) -> Outcome:
+    """The outcome of a comparison all of whose parts must be equal."""
     if Outcome.DIFFERENT in outcomes:
         return Outcome.DIFFERENT
     return Outcome.UNKNOWN if Outcome.UNKNOWN in outcomes else Outcome.EQUAL

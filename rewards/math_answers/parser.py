@@ -6,30 +6,25 @@
     label      := text (":" | "=")
     chain      := ratio (sign ratio)*              sign: = < > <= >= != ~ equiv in notin subset to
     modulus    := "(mod" sum ")"
-    condition  := ("for" | "where" | "if" | "when" | "otherwise" | ...) any tokens up to the next
-    ";"
+    condition  := ("for" | "where" | "if" | "when" | "otherwise" | ...) any tokens up to ";"
     ratio      := union (":" union)*
     union      := sum (("cup" | "cap" | "setminus") sum)*
     sum        := ["+" | "-" | "+-"] term (("+" | "-" | "+-" | "-+") term)*
     term       := factor (["*" | "/"] factor)* [unit]
     factor     := "-" factor | atom postfix*
     postfix    := "^" argument | "!" | "!!" | "%" | degree | "'"
-    argument   := "{" items "}" | one token         \\frac12 and x^23: one digit of LaTeX's, but
-    x^10 is meant as written
-    atom       := number | name ["_" argument] | name "(" items ")" | function | brackets | bars |
-    "..."
-                | \\frac argument argument | \\sqrt ["[" sum "]"] argument | big operator | matrix |
-                cases | derivative
-    brackets   := "(" items ")" | "[" items "]" | "(" items "]" | "\\{" items [("|" | ":") items]
-    "\\}" | "{" items "}"
+    argument   := "{" items "}" | one token     (of \\frac12 one digit, but x^10 as written)
+    atom       := number | name ["_" argument] | name "(" items ")" | function
+                | brackets | bars | "..." | \\frac argument argument
+                | \\sqrt ["[" sum "]"] argument | big operator | matrix | cases | derivative
+    brackets   := "(" items ")" | "[" items "]" | "(" items "]" | "{" items "}"
+                | "\\{" items [("|" | ":") items] "\\}"
     unit       := (text | upright letter) ["^" number] (("/" | "*") ...)*
 
-Side by side stands for a product, except that a number may follow nothing but a power, `1\\frac45`
-and `1 4/5` are mixed
-numbers, and `f(2)` is an application (`values.py` says when it is a product). What does not fit
-becomes VERBATIM and equals
-only the same tokens. The parser evaluates nothing, its depth and length are bounded and it takes
-linear time.
+Factors side by side are a product, except that a number may only follow a power, `1\\frac45` and
+`1 4/5` are mixed numbers, and `f(2)` is an application (`values.py` says when it is a product).
+A text outside the grammar becomes VERBATIM and equals only the same tokens. The parser evaluates
+nothing; its depth and length are bounded, and it takes linear time.
 """
 
 from __future__ import annotations
@@ -60,9 +55,10 @@ _DECLARING = words(
 )
 _CONDITIONS = _DECLARING | words("as because since is are was but not it can could may")
 _CHOICE = re.compile(
-    r"\s*(?:\\(?:text(?:bf|rm)?|mathrm|mathbf|boldsymbol|rm|bf|mbox)\s*\{\s*)?(?:(?:option|choice|选项)\s*)?"
-    r"(?P<open>[(（]?)\s*(?:\\(?:text(?:bf|rm)?|mathrm|mathbf)\s*\{)?\s*(?P<letter>[A-J])\s*\}?\s*(?P<close>[)）.:：、"
-    r"]?)\s*\}?"
+    r"\s*(?:\\(?:text(?:bf|rm)?|mathrm|mathbf|boldsymbol|rm|bf|mbox)\s*\{\s*)?"
+    r"(?:(?:option|choice|选项)\s*)?"
+    r"(?P<open>[(（]?)\s*(?:\\(?:text(?:bf|rm)?|mathrm|mathbf)\s*\{)?\s*(?P<letter>[A-J])"
+    r"\s*\}?\s*(?P<close>[)）.:：、]?)\s*\}?"
     r"(?P<mark>[)）.:：、]?)\s*\}?(?:\\[ ,;:~]|\\q?quad|[\s~])*(?P<rest>.*)\Z",
     re.DOTALL,
 )
@@ -71,8 +67,7 @@ _PROSE = re.compile(r"(?:(?:[A-Za-z]{2,}|[aA])\s+){2,30}[A-Za-z]{2,}\.?")
 _SAYING = frozenset(
     ("the", "is", "are", "has", "have", "than", "not", "no", "never", "always", "a")
 )
-"""A sentence of plain words, of which none is a name, is compared word by word: it holds one of
-these, and no list."""
+"""Words that tell a sentence from a list of names. A sentence is compared word by word."""
 _JOINS = frozenset(("and", "or"))
 _CHOICE_LETTER = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])")
 _CLOCK = re.compile(
@@ -83,8 +78,8 @@ _CLOCK = re.compile(
 
 @lru_cache(maxsize=32768)
 def parse(text: str) -> Node:
-    """The tree of an answer, VERBATIM if it is outside the grammar. Raises TooDeep, and Unreadable
-    if it is empty or too long."""
+    """Returns the tree of an answer, VERBATIM if it is outside the grammar. Raises TooDeep if it is
+    nested too deeply, and Unreadable if it is empty or longer than MAX_CHARS."""
     if len(text) > MAX_CHARS:
         raise Unreadable(f"longer than {MAX_CHARS} characters")
     if (clock := _CLOCK.match(text)) is not None and int(clock.group(1)) <= 24:
@@ -105,10 +100,11 @@ _LOOSE_STARTS = frozenset(("=", ":", ",", r"\therefore", r"\Rightarrow", r"\impl
 
 
 def _trimmed(tokens: list[Token]) -> list[Token]:
-    """Without a full stop or comma at the end, or a sign that waits for something on either
-    side."""
+    """The tokens without signs at either end that lack an operand there, such as a full stop or a
+    comma."""
     start, end = 0, len(tokens)
     while end > start and tokens[end - 1].text in _LOOSE_ENDS and tokens[end - 1].kind != "text":
+        # `5!` is a factorial, and `2:`, half a ratio, must not be read as 2.
         meant = end - start > 1 and tokens[end - 2].kind != "text"
         if tokens[end - 1].text in (":", "!") and meant:
             break
@@ -142,7 +138,7 @@ def _spelled(tokens: list[Token]) -> tuple[str, ...]:
 
 
 def _words(tokens: list[Token]) -> Node | None:
-    """A text of words alone, or a list of such."""
+    """The TEXT of tokens that are words alone, or the LIST of such texts; None for other tokens."""
     if not all(
         t.kind in ("text", "run") or (t.kind == "sign" and t.text in ",.'!-\"()") for t in tokens
     ):
@@ -164,7 +160,8 @@ def _words(tokens: list[Token]) -> Node | None:
 
 
 def _read_choice(text: str) -> Node | None:
-    """`C`, `(C)`, `\\textbf{(C)} 12`, `C. 12`: the letter and what stands beside it."""
+    """The CHOICE node of `C`, `(C)`, `\\textbf{(C)} 12` or `C. 12`, with the text beside the
+    letter; None for other texts."""
     if len(text) > 300 or (match := _CHOICE.match(text)) is None:
         return None
     marked = bool(match["close"] or match["mark"])
@@ -175,8 +172,10 @@ def _read_choice(text: str) -> Node | None:
         return Node(Kind.CHOICE, (), match["letter"])
     if match["mark"] == ":" and "=" in rest:
         return None
+    # `A = 5`, `B + C` and `A, B` begin with a letter but choose nothing.
     if not marked or re.match(
-        r"[=<>+\-*/^_,|:;)]|\\(?:cdot|times|le|ge|in|cup|frac|sqrt|pm|to)\b|\(|and\b|or\b|\d*\s*[(]?[A-J][).]",
+        r"[=<>+\-*/^_,|:;)]|\\(?:cdot|times|le|ge|in|cup|frac|sqrt|pm|to)\b|\("
+        r"|and\b|or\b|\d*\s*[(]?[A-J][).]",
         rest,
     ):
         return None
@@ -186,7 +185,7 @@ def _read_choice(text: str) -> Node | None:
 
 
 class _Parser(Terms):
-    """items, statements and their conditions: the top of the grammar."""
+    """The top levels of the grammar: items, statements and their conditions."""
 
     def inner(self, tokens: list[Token]) -> Node:
         return _parse_tokens(tokens)
@@ -218,6 +217,7 @@ class _Parser(Terms):
             result = self.chain()
         if (modulus := self.modulus()) is not None:
             result = Node(Kind.MODULO, (result, modulus))
+        # kept with the answer: `5 if the coin is fair, otherwise 7` is not 5
         if self.kind() == "text" and self.peek().split()[0].lower().strip(",.") in _CONDITIONS:
             result = Node(Kind.QUALIFIED, (result,), self.condition())
         elif self.peek() == "," and self._declares_after():
@@ -234,7 +234,8 @@ class _Parser(Terms):
         return self.kind(1) == "text" and self.peek(1).split()[0].lower() in _DECLARING
 
     def remark(self, result: Node) -> Node:
-        """A condition in brackets behind the answer: `k\\pi (k \\in \\mathbb{Z})`."""
+        """The statement with a condition in brackets behind it, as in `k\\pi (k \\in
+        \\mathbb{Z})`."""
         end = self.at + 1
         while end < len(self.tokens) and self.tokens[end].text not in "()":
             end += 1
@@ -269,7 +270,8 @@ class _Parser(Terms):
         return None
 
     def chain(self, label: Node | None = None) -> Node:
-        """Sides and the signs between them; `Area = 2 + 3 = 5` begins with its label."""
+        """A chain of sides and the signs between them. `label`: its first side, e.g. Area in `Area
+        = 2 + 3 = 5`."""
         sides, signs = ([self.ratio()], []) if label is None else ([label, self.ratio()], ["="])
         while self.kind() != "text" and (sign := self.peek()) in _RELATIONS:
             self.at += 1

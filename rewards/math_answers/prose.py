@@ -1,4 +1,4 @@
-"""The statement of a sentence: its choice, formula, equation or number, as a person reads it."""
+"""The answer that a sentence states: its choice, formula, equation or number."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ASIDE = re.compile(
     r"(?<=[\w$%)}])\s?[(（](?!\s?(?:or|或))[^()（）$\\]*(?:[A-Za-z]{2}|[\u4e00-\u9fff])[^()（）$\\]*[)）]"
 )
 _OTHERWISE_PUT = re.compile(r"\s?[(（]\s?(?:or|或)\s([^()（）]{1,30})[)）]")
-"""`3/4 (or 0.75)`"""
+"""The same value in another form, in brackets: `3/4 (or 0.75)`."""
 _NEGATED = re.compile(
     r",?\s*\b(?:and\s+)?(?:not|rather than|instead of)\s+\\?\$?[\d.,]*\d%?(?:\s+but\b)?"
     r"|\bnot\s+[(（]?[A-J][)）]?,?\s+but\b"
@@ -35,10 +35,11 @@ _EXCLUDED = re.compile(
     r"(\d(?:\s?[A-Za-z]{1,20})?\s?[-+*/×÷–]\s?\d[^=]{0,80}=\s?\$?\d.{0,80}?)"
     r"\b(?:is|are)\snot\s(?!right|correct|true|the\b|possible|equal|valid|an?\b)(?=[a-z])"
 )
-"""`12 - 8 = 4 girls are not in the team` denies nothing."""
+"""An equation whose result is then denied a property: `12 - 8 = 4 girls are not in the team` states
+4."""
 _CONDITIONAL = re.compile(r"\bif\b.*\b(?:otherwise|else)\b|如果.*否则", re.I)
 _CASE = re.compile(r"\d\S{0,20}\s(?:if|when)\b|当[^当时\d]{1,40}时[^当\d]{0,40}\d", re.I)
-"""`3 when n is even`: two of these are no single answer."""
+"""A value with its case, as `3 when n is even`. Two of them are no single answer."""
 _UNFINISHED = re.compile(
     r"\b(?:and|then|but|the|of|to|from|with|or|so|a|an|is|that|we|he|she|they|I)\s*$", re.I
 )
@@ -50,7 +51,7 @@ _PLAIN_EQUATION = re.compile(
     r"(?<![A-Za-z\d])[A-Za-z](?:\([a-z]\))?\s?=\s?(?=[^=]*[a-z])[-−]?\d*(?:[a-z](?:\^?\d|[²³])?)?"
     r"(?:\s?[-+*/−]\s?(?:\d+(?:\.\d+)?)?(?:[a-z](?:\^?\d|[²³])?)?)+(?=\s*[.。]?\s*\Z)"
 )
-"""`y = 2x + 1` without dollars"""
+"""An equation such as `y = 2x + 1` outside dollars."""
 _NAMED_AT_END = re.compile(r"\b(?:is|was)\s(?:a\s)?([A-Z][a-z]+)\.?\s*\Z")
 _ASSIGNED = re.compile(
     r"(?<![A-Za-z\d])[A-Za-z]\s?=\s?[-−]?[\d./]+"
@@ -77,7 +78,8 @@ _CHOICE = re.compile(
     r"(?:[)）](?=\W|$)|[.:：、](?=\s|$)|(?=\s*[,.。;；!]?\s*$|，))"
 )
 _INEQUALITY = re.compile(
-    r"(?:(?<![\w.])[-−]?\d+(?:\.\d+)?\s?[<>≤≥]=?\s?)?(?<![A-Za-z])[A-Za-z]\s?[<>≤≥]=?\s?[-−]?\d+(?:\.\d+)?"
+    r"(?:(?<![\w.])[-−]?\d+(?:\.\d+)?\s?[<>≤≥]=?\s?)?"
+    r"(?<![A-Za-z])[A-Za-z]\s?[<>≤≥]=?\s?[-−]?\d+(?:\.\d+)?"
 )
 _RANGE = re.compile(
     r"\b[Bb]etween\s(?:\$\s)?(?P<low>\d+(?:\.\d+)?)\sand\s(?:\$\s)?(?P<high>\d+(?:\.\d+)?)"
@@ -90,7 +92,7 @@ _CONTEXT = re.compile(
     r"|\d.*\bto\s[a-z]+\s(?:[A-Za-z']+\s){0,3}\Z|[用以在每]\Z",
     re.IGNORECASE,
 )
-"""Words before a number that is not the answer: the price, the time, the purpose."""
+"""Phrases before a number that is no answer but a price, a time or a purpose."""
 _NO_CONTEXT = re.compile(
     r"\b(?:(?:left|ends?(?:\sup)?|ended(?:\sup)?)\swith|result(?:s|ed|ing)?\sin"
     r"|(?:needs?|needed|has|have|had|able|going|used|wants?|takes?|up|left|gets?)\sto\s\w+)"
@@ -106,11 +108,12 @@ _UNIT_WORDS = re.compile(
 _OR_BEFORE = re.compile(r"\d\W{0,4}\s+or\s+(?:\w+\s+){0,2}\W{0,4}$|\d\s?或者?\s?$")
 _OR_AFTER = re.compile(r"\W{0,4}\s+or\s+(?:\w+\s+){0,2}\W{0,4}\d|\s?或者?\s?\d")
 _LISTED_WITH = re.compile(r"\s[A-Za-z\s']{0,40}(?:,|,?\sand)\s(?:\$\s)?\Z|\sto\s\Z")
-"""`for 3 shirts and 2 hats`"""
+"""The text between numbers that are listed, as in `for 3 shirts and 2 hats`."""
 
 
 def last_statement(text: str) -> list[str]:
-    """The statement of the last sentence with a number, a formula or a choice."""
+    """A list of the one answer that the last sentence with a number, formula or choice states;
+    empty if that sentence denies, asks or is cut off."""
     text = tail(text)
     parts = sentences(_LISTED.sub("", text))
     last = parts[-1] if parts else ""
@@ -138,16 +141,16 @@ def last_statement(text: str) -> list[str]:
 
 
 def _is_denied(sentence: str) -> bool:
-    """Whether a sentence says only what the answer is not: `it is less than 5`, but not `what is
-    not used is 16`."""
+    """Whether a sentence only says what the answer is not, as `it is less than 5` does and `what is
+    not used is 16` does not."""
     ends = [match.end() for match in _DENIED.finditer(_EXCLUDED.sub(r"\1", sentence))]
     rest = sentence[ends[-1] :] if ends else "= 0"
     return re.search(r"(?:=|\b(?:is|are|has|have)\b|是)[^=]{0,80}\d", rest) is None
 
 
 def announced(rest: str) -> tuple[str, int]:
-    """The answer that a marker announces, and its end: formulas, a choice, a short phrase, or the
-    number of the sentence."""
+    """The answer that a marker before `rest` announces, and the index where its sentence ends. The
+    answer is a choice, a short phrase, or what `of_sentence` finds; empty if there is none."""
     lead = re.match(r"[\s*:：_>]*", rest)
     start = lead.end() if lead is not None else 0
     body = rest[start : start + 1500]
@@ -178,20 +181,21 @@ def announced(rest: str) -> tuple[str, int]:
 
 
 def hedge_after(text: str) -> bool:
-    """Whether a text goes on with another number, as in `maybe 6`."""
+    """Whether the text goes on to a second answer, as `maybe 6` does."""
     hedge = _HEDGED.search(text)
     return hedge is not None and NUMBER.search(text, hedge.end()) is not None
 
 
 def of_sentence(sentence: str) -> str:
-    """The answer in a sentence: its last formulas, else its equation, else what follows the verb,
-    else its last number."""
+    """The answer in a sentence: its last formulas, else its equation, else the number behind the
+    verb, else its last number; empty if there is none."""
     text = as_equations(without_labels(bare(_OTHERWISE_PUT.sub(r" or \1", sentence))))
     if "\\" not in text and "$" not in text and re.search(r"[{}@]", text):
         return ""  # neither a sentence nor mathematics
     if _CHANCE.search(text) is not None:
         text = _OUT_OF.sub(r"\1/\2", text)
     numbers = list(NUMBER.finditer(text))
+    # Returned whole, `5 if the coin is fair, otherwise 7` equals no number.
     if _CONDITIONAL.search(text) or len(_CASE.findall(text)) > 1:
         return text
     if len(numbers) > 1 and _HEDGED.search(text, numbers[0].end(), numbers[-1].end()) is not None:
@@ -262,7 +266,8 @@ def _of_numbers(plain: str, numbers: list[re.Match[str]]) -> str:
 
 
 def _of_range(match: re.Match[str], sentence: str) -> str:
-    """`3 to 5 days` is neither 3 nor 5; `the ratio is 3 to 5` is 3:5."""
+    """A range as it is written, since `3 to 5 days` is neither 3 nor 5; as a ratio where the
+    sentence speaks of one."""
     if match["low"]:
         return f"({match['low']}, {match['high']})"
     is_ratio = re.search(r"\bratio\b", sentence, re.IGNORECASE) is not None
@@ -270,8 +275,8 @@ def _of_range(match: re.Match[str], sentence: str) -> str:
 
 
 def _object(plain: str, numbers: list[re.Match[str]]) -> re.Match[str]:
-    """The number that the verb is about: `he paid $40 for 5 shirts`, `60 miles in 1 hour`; else the
-    last one."""
+    """The last number that is in no phrase of price, time or purpose: 40 in `he paid $40 for 5
+    shirts`, 60 in `60 miles in 1 hour`."""
     last = numbers[-1]
     if _IN_TOTAL.match(plain, last.end()) is not None:
         return last
@@ -297,9 +302,8 @@ def _amount(number: re.Match[str]) -> str:
 
 
 def _of_equation(equation: str, before: str) -> str:
-    """The equation, for its truth to be checked. Where it is the end of a step (`we have 2 + 5 + 9
-    = 21`), or its left side began
-    in words (`15% of 200 = 30`), what it arrives at counts."""
+    """The whole equation, so that its truth is checked; only its right side where the left one
+    began in words (`15% of 200 = 30`) or a step led to it (`we have 2 + 5 + 9 = 21`)."""
     worded = re.match(r"\s*(?:[xX*/×÷+]|[-–]\s)", equation) is not None  # 80 minutes / 4 = 20
     equation = re.sub(r"\$\s*", "", equation).replace("–", "-")
     equation = re.sub(r"^(?:[ ,/xX]|\.(?!\d))+", "", equation).rstrip(" .,/xX")
@@ -312,7 +316,8 @@ def _of_equation(equation: str, before: str) -> str:
 
 
 def _last_line(formula: str) -> str:
-    """The last line of a derivation, which starts with a sign."""
+    """The last line of a derivation whose lines go on from the one before; any other formula
+    unchanged."""
     inner = re.sub(r"\\(?:begin|end)\{align(?:ed)?\*?\}", "", formula)
     lines = [line for line in inner.split("\\\\") if line.strip()]
     if "\\begin" in inner:
@@ -342,7 +347,8 @@ def _unit_after(text: str, end: int) -> str:
 
 
 def _near_hedge(text: str, start: int, end: int) -> str | None:
-    """`4 or 5` around the candidate, which is then taken whole and equals no single answer."""
+    """All numbers of a hedge around the candidate, as `4 or 5`, which equals no single answer; None
+    without a hedge."""
     before, after = text[max(0, start - 40) : start], text[end : end + 40]
     if _OR_BEFORE.search(before) is None and _OR_AFTER.match(after) is None:
         return None

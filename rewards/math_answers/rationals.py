@@ -1,4 +1,5 @@
-"""Exact rationals that fit into memory: powers, roots, and the functions that stay rational."""
+"""Exact arithmetic of rationals of bounded size: powers, roots, and functions with rational
+values."""
 
 from __future__ import annotations
 
@@ -6,17 +7,18 @@ import math
 from fractions import Fraction
 
 MAX_BITS = 40_000
-"""Enough for 3000!; multiplying two such integers takes about 0.2 ms."""
+"""Largest size of an integer in bits: enough for 3000!, and two of them multiply in about 0.2
+ms."""
 
 
 class TooBig(ArithmeticError):
-    """The value cannot be held: an exponent tower, a factorial of a large number, a float that
-    overflows."""
+    """The value is too big to compute: a tower of powers, a factorial of a large number, a float
+    overflow."""
 
 
 class Undefined(ArithmeticError):
-    """No value here: division by zero, the root of a negative number among reals, or a kind of node
-    that has none."""
+    """The node has no value: a division by zero, a root of a negative number among reals, or a kind
+    of node without values."""
 
 
 def integer_power(base: Fraction, exponent: int) -> Fraction:
@@ -41,6 +43,7 @@ def exact_root(base: Fraction, degree: int) -> Fraction | None:
 def _integer_root(number: int, degree: int) -> int | None:
     if degree == 2:
         root = math.isqrt(number)
+    # floats end at 1024 bits
     elif number.bit_length() > 900:
         return None
     else:

@@ -1,5 +1,4 @@
-"""Reading tokens one after the other, and numbers as they are written: what every level of the
-grammar shares."""
+"""The token reader that all levels of the grammar share, and the reading of numerals."""
 
 from __future__ import annotations
 
@@ -9,10 +8,11 @@ from fractions import Fraction
 from .lexer import Token
 from .tree import Kind, Node, negative, number, number_of
 
+# An answer of 500 nested signs once raised RecursionError and so ended a whole run.
 MAX_DEPTH = 30
-"""Brackets, arguments and signs within each other."""
+"""Deepest nesting of brackets, arguments and signs."""
 MAX_EXPONENT = 4000
-"""Digits that a number in e-notation may have."""
+"""Largest exponent of a number in e-notation; its power of ten is computed exactly."""
 _BASES = {
     **{"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9},
     **{"ten": 10, "twelve": 12, "sixteen": 16},
@@ -24,11 +24,12 @@ class Unreadable(ValueError):
 
 
 class TooDeep(ValueError):
-    """More levels than anyone writes: a degenerate text."""
+    """The text is nested more deeply than any answer is."""
 
 
 class Reader(ABC):
-    """A place in a list of tokens. `bars`: how many `|` are open; `depth`: levels open now."""
+    """A position in a list of tokens. `bars`: number of open `|`; `depth`: number of open
+    levels."""
 
     def __init__(self, tokens: list[Token]) -> None:
         self.tokens = tokens
@@ -55,7 +56,8 @@ class Reader(ABC):
         return text
 
     def skip(self, *texts: str) -> bool:
-        """Whether the next token is one of these, which is then taken."""
+        """Consumes the next token if it is one of `texts` and not a word; returns whether it
+        was."""
         skipped = self.kind() not in ("text", "") and self.peek() in texts
         self.at += skipped
         return skipped
@@ -70,6 +72,7 @@ class Reader(ABC):
     def numeral(self) -> Node:
         text = self.take()
         mantissa, _, exponent = text.lower().partition("e")
+        # 58 of Minerva's 272 references are written like 3.83e35
         if exponent:
             if abs(int(exponent)) > MAX_EXPONENT:
                 raise TooDeep("a number of too many digits")
@@ -84,7 +87,8 @@ class Reader(ABC):
         return Node(Kind.NUMBER, (), (Fraction(text), digits))
 
     def repeating(self, text: str) -> Node | None:
-        """`0.\\overline{3}`, `0.1\\dot{6}`, `0.\\dot{1}4285\\dot{7}`, `0.(3)`."""
+        """The value of a repeating decimal, else None: `0.\\overline{3}`, `0.1\\dot{6}`,
+        `0.\\dot{1}4285\\dot{7}`, `0.(3)`."""
         start, sign = self.at, self.peek()
         if sign == "." and self.peek(1) in (r"\overline", r"\dot", r"\bar"):
             self.at += 1
@@ -135,7 +139,7 @@ class Reader(ABC):
             raise Unreadable("a number with a subscript that is no base")
         return Node(Kind.BASED, (), (text.lstrip("0") or "0", int(number_of(base))))
 
-    # what a lower level asks of a higher one
+    # the higher levels of the grammar, which the lower ones call
 
     @abstractmethod
     def items(self) -> Node: ...
@@ -160,11 +164,11 @@ class Reader(ABC):
 
     @abstractmethod
     def inner(self, tokens: list[Token]) -> Node:
-        """The tree of tokens by themselves."""
+        """The tree of these tokens, parsed by themselves."""
 
 
 def whole(node: Node) -> bool:
-    """Whether a node is an integer without a point."""
+    """Whether a node is an integer written without a decimal point."""
     if node.kind is not Kind.NUMBER or not isinstance(node.data, tuple):
         return False
     value, digits = node.data
@@ -172,7 +176,8 @@ def whole(node: Node) -> bool:
 
 
 def negated(node: Node) -> Node:
-    """The sign goes inside a quantity: -5 cm is minus five, in centimetres."""
+    """Minus a node. In a quantity the number is negated, so that -5 cm is minus five, in
+    centimetres."""
     if node.kind is Kind.QUANTITY:
         return Node(Kind.QUANTITY, (negated(node.args[0]),), node.data)
     return negative(node)

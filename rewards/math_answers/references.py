@@ -1,5 +1,5 @@
-"""Reference answers: read from what a data row holds, proved usable, and told from copies of the
-problem."""
+"""Reference answers: reads them from data rows, checks that they are usable, and recognises answers
+copied from the problem."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from .tree import Kind, Node, negative, number, number_of
 from .units import PERCENT
 
 _NAME = re.compile(r"[^\W\d_]{3,}(?:[ '.,-]+[^\W\d_]+\.?)*")
-"""Words: of a list of names one is meant, of a list of numbers or letters all are."""
+"""A name in words. Of a list of names one is the answer; of numbers or letters all are."""
 MAX_TEXT = 4000
-"""Characters up to which a text outside the grammar is compared by its tokens."""
+"""Most characters of a text outside the grammar that is compared by its tokens."""
 
 _LONG = 200
-"""A longer reference is a whole solution, whose answer is found as in a completion."""
+"""Number of characters from which a reference is a whole solution, whose answer is extracted as
+from a completion."""
 _NO_ANSWER = frozenset(
     (
         "proof",
@@ -39,13 +40,12 @@ _NO_ANSWER = frozenset(
         "see solution",
     )
 )
-"""References of problems without an answer (NuminaMath-1.5: proof, notfound)."""
+"""Texts that stand for a missing answer (NuminaMath-1.5: proof, notfound)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A reference answer, parsed once. `tree` is None where it cannot be read at all, and `problem`
-    says why."""
+    """A parsed reference answer. `tree` is None if it cannot be parsed; `problem` then says why."""
 
     text: str
     tree: Node | None
@@ -58,7 +58,8 @@ _PLAIN = re.compile(r"[-+]?(?:\d+|[1-9]\d{0,2}(?:,\d{3})+)(?:\.\d+)?\Z")
 
 
 def plain_number(text: str) -> Fraction | None:
-    """An integer or decimal, thousands separators allowed, else None."""
+    """The value of an integer or decimal, with or without separators of thousands; None for other
+    texts."""
     if len(text) > 400 or _PLAIN.match(text) is None:
         return None
     return Fraction(text.replace(",", ""))
@@ -74,8 +75,8 @@ def read_reference(text: str) -> Reference:
 
 
 def read_gold(gold: str) -> Reference:
-    """The reference of a data row: an answer, a solution with a box or `#### x`, or a list of
-    answers as JSON writes it."""
+    """Returns the reference of a data row: an answer, a solution with a box or `#### x`, or a JSON
+    list of answers."""
     # `["$5$", "$-5$"]`, as OlympiadBench has it, is the list 5, -5
     text = ", ".join(_items(gold.strip())) or gold.strip()
     if boxes(text) or "####" in text or len(text) > _LONG:
@@ -87,7 +88,7 @@ def read_gold(gold: str) -> Reference:
 
 
 def _items(gold: str) -> list[str]:
-    """The texts of a list that is written as JSON or Python writes it; none if it is none."""
+    """The texts of a list written in JSON or Python; empty if the text is no such list."""
     if gold[:2] not in ('["', "['") or gold[-1:] != "]":
         return []
     try:
@@ -98,7 +99,8 @@ def _items(gold: str) -> list[str]:
 
 
 def accepted(gold: str) -> tuple[str, ...]:
-    """The answers of which one will do: the names in a list of names, else the reference alone."""
+    """The answers each of which is right: the names of a list of names, else the reference
+    alone."""
     items = _items(gold)
     return tuple(items) if items and all(map(_NAME.fullmatch, items)) else (gold,)
 
@@ -107,15 +109,15 @@ _CHOICE = re.compile(r"^[ \t]*\(?([A-J])[).:][ \t]+(\S.*?)[ \t]*$", re.MULTILINE
 
 
 def as_choice(answer: str, prompt: str) -> str:
-    """The letter under which a prompt lists this answer as a choice, e.g. C for Rome behind
-    `C. Rome`; else the answer."""
+    """The letter under which the prompt lists this answer, e.g. C for Rome if it has a line `C.
+    Rome`; else the answer."""
     said = answer.strip(" .$").casefold()
     letters = [a for a, text in _CHOICE.findall(prompt) if text.strip(" .$").casefold() == said]
     return letters[0] if len(letters) == 1 else answer
 
 
 def why_no_answer(gold: str) -> str | None:
-    """Why a text can be no reference for anything that a model writes; None if it may be one."""
+    """Why a text cannot be the reference of any answer; None if it can be."""
     stripped = gold.strip()
     if not stripped:
         return "it is empty"
@@ -127,8 +129,8 @@ def why_no_answer(gold: str) -> str | None:
 
 
 def rewritings(text: str) -> list[str]:
-    """Completions that anyone would mark right, whatever the reference: the text in a box, and
-    spelled in usual other ways."""
+    """Completions that are right for any reference: its text in a box, and that text in other usual
+    spellings."""
     forms = [text, text.strip().rstrip(".") + "."]
     if "$" not in text:
         forms.append(f"${text}$")
@@ -142,12 +144,12 @@ def rewritings(text: str) -> list[str]:
 
 _OPERATORS = frozenset("+-*/^_=<>!")
 _FREE = (Kind.TEXT, Kind.CHOICE, Kind.CLOCK, Kind.RUN, Kind.NAME, Kind.BASED)
-"""Names of a problem that an answer must have as well."""
+"""Kinds of answers that can only be given in the problem's own words, e.g. a name."""
 
 
 def is_copy(reference: Node | None, answer: str, prompt: str) -> bool:
-    """Whether `answer`, which equals the reference, only repeats the problem, e.g. `\\log_2 8` for
-    3."""
+    """Whether `answer`, which equals the reference, merely repeats an expression of the problem, as
+    `\\log_2 8` for 3."""
     if reference is None or not prompt:
         return False
     try:
@@ -167,7 +169,8 @@ def is_copy(reference: Node | None, answer: str, prompt: str) -> bool:
 
 
 def _stands_in(needle: list[str], text: list[str], alone: bool) -> bool:
-    """Whether a text has these tokens in a row (`alone`: not as a part of a formula)."""
+    """Whether `text` holds the tokens `needle` in a row; `alone`: not next to an operator, as part
+    of a formula."""
     first, size = needle[0], len(needle)
     for at, token in enumerate(text):
         if token == first and text[at : at + size] == needle:
@@ -178,8 +181,8 @@ def _stands_in(needle: list[str], text: list[str], alone: bool) -> bool:
 
 
 def essence(node: Node) -> Node:
-    """An answer without the name, the unit and the order of a list; decimals by their value, signs
-    in front."""
+    """An answer without its name, its unit and the order of a list, with decimals by value and
+    signs in front."""
     body = state(node, True, True).body
     core = amount(body).core
     if core.kind is Kind.NUMBER:

@@ -1,10 +1,9 @@
-"""`MathReward`: right or wrong by the final answer.
+"""`MathReward`: 1 for a completion with the right final answer, else 0.
 
-Nearly all answers are decided here, in microseconds. Sums, integrals and limits go to sympy in
-worker processes with a kill
-deadline, a memory limit and no network; they start when the first such answer comes, so many runs
-never start them. What neither
-can compare is `unknown`: it scores 0, under a status of its own.
+Nearly all answers are decided in this process, in microseconds. Sums, integrals and limits go to
+sympy in worker processes with a kill deadline, a memory limit and no network; these start with the
+first such answer, so that many runs need none. An answer that neither can compare is `unknown`: it
+scores 0 and is counted separately.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from .references import (
 from .tree import Kind, Node, has
 
 MEMORY_BYTES = 2**30
-"""Address space of a symbolic worker; sympy itself takes about 200 MB of it."""
+"""Address space of a worker with sympy, which takes about 200 MB itself."""
 _CACHE = 65536
 _Pair = tuple[str, str]
 """A reference and an answer."""
@@ -45,19 +44,19 @@ _Pair = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class _Decision:
-    """The state of a comparison of a reference with the candidates: an outcome, or the answers that
-    need algebra."""
+    """The outcome of comparing the candidates with a reference, and the answers that need algebra
+    for it."""
 
     outcome: Outcome
     open: tuple[str, ...] = ()
 
 
 class MathReward(Reward):
-    """Score 1.0 for a completion whose final answer is the reference, else 0.0.
+    """Scores 1.0 if the final answer equals the reference, else 0.0. Thread-safe.
 
-    `timeout`: seconds of processor time for one comparison by algebra; `concurrency`: worker
-    processes; `options`: fields of
-    `Policy`, e.g. `units="ignore"`. Thread-safe. Raises ValueError for an unknown option.
+    `timeout`: processor seconds for one comparison by algebra; `concurrency`: worker processes;
+    `options`: fields of `Policy`, e.g. `units="ignore"`. Raises ValueError for an unknown option or
+    value.
     """
 
     def __init__(self, *, timeout: float = 5.0, concurrency: int = 4, **options: Any) -> None:
@@ -90,7 +89,7 @@ class MathReward(Reward):
         return verdicts
 
     def _graded(self, row: RewardInput) -> tuple[Verdict, tuple[str, ...]]:
-        """The verdict, and the answers that only algebra can decide. No answer raises."""
+        """The verdict, and the answers that only algebra can decide. Raises for no answer."""
         start = time.perf_counter()
         open_: tuple[str, ...] = ()
         try:
@@ -120,7 +119,7 @@ class MathReward(Reward):
         self._pool.close()
 
     def _grade(self, row: RewardInput) -> tuple[Status, str, tuple[str, ...]]:
-        """Status, message, and what algebra has to decide."""
+        """Status, message, and the answers that algebra has to decide."""
         opened = row.prompt.rstrip()[-16:].lower().endswith(("<think>", "<thinking>"))
         candidates = extract(row.completion, opened).candidates
         if self.policy.boxes == "last":
@@ -152,6 +151,7 @@ class MathReward(Reward):
         if len(candidates) > 1 and compare(reference, whole, policy) is Outcome.EQUAL:
             return _Decision(Outcome.EQUAL)
         outcomes = [compare(reference, text, policy) for text in candidates]
+        # Every candidate has to be right, or a box around each digit would pay (audit/hacks.py).
         for decided in (Outcome.TOO_BIG, Outcome.DIFFERENT):
             if decided in outcomes:
                 return _Decision(decided)
@@ -171,14 +171,15 @@ class MathReward(Reward):
         answers = dict(zip(new, self._pool.run(tasks, self.timeout), strict=True))
         if len(self._algebra) > _CACHE:
             self._algebra.clear()
+        # These outcomes say nothing about the answer and are not cached.
         lost = (Ended.LOST, Ended.RAISED)
         self._algebra.update({p: a for p, a in answers.items() if a.ended not in lost})
         return known | answers
 
 
 def needs_algebra(reference: Reference, answer: str, policy: Policy) -> bool:
-    """Whether algebra can decide what evaluation cannot: a sum, integral or limit for a reference
-    that has one."""
+    """Whether algebra can decide what evaluation cannot: an answer against a reference that holds a
+    sum, integral or limit."""
     if reference.tree is None or len(answer) > MAX_TEXT:
         return False
     try:
@@ -191,7 +192,7 @@ def needs_algebra(reference: Reference, answer: str, policy: Policy) -> bool:
 
 
 def scalar(node: Node | None) -> Node | None:
-    """The scalar that `name = scalar` states, else the tree; None for a shape."""
+    """The scalar of `name = scalar` or of the tree itself; None if it is not a scalar."""
     if node is None:
         return None
     equation = node.kind is Kind.RELATION and node.data == ("=",)
@@ -218,8 +219,8 @@ def _timed(status: Status, message: str, seconds: float) -> Verdict:
 
 
 def _algebraic_verdict(answers: Sequence[Answer], seconds: float) -> Verdict:
-    """All open comparisons must hold. What ran out of time or memory, or took its worker down, is
-    the model's doing."""
+    """The verdict of comparisons by algebra, which must all be equal. Running out of time or
+    memory, or crashing the worker, is the model's doing."""
     seconds += max(answer.seconds for answer in answers)
     ends = {answer.ended: answer for answer in answers}
     if (lost := ends.get(Ended.LOST) or ends.get(Ended.RAISED)) is not None:

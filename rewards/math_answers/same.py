@@ -1,8 +1,8 @@
-"""Whether two trees are the same.
+"""Compares two trees.
 
-They are compared by what they are: rationals exactly, other scalars at sample points in 50 digits,
-lists, tuples, intervals, inequalities, equations, matrices, sets, cases and texts by their
-structure. What cannot be decided is UNKNOWN.
+Rationals are compared exactly, other scalars at sample points in 50 digits, and lists, tuples,
+intervals, inequalities, equations, matrices, sets, cases and texts by their structure. What cannot
+be decided is UNKNOWN.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from .statements import (
 from .tree import Kind, Node, has, rename, variables
 from .values import exact
 
-MAX_ITEMS = 64
+MAX_ITEMS = 64  # without an order each item is compared with each
 _ORDERED = (Kind.GROUP, Kind.RATIO)
 _COLLECTIONS = frozenset((*_ORDERED, Kind.LIST, Kind.SET, Kind.UNION))
 _SYMMETRIC = tuple((sign,) for sign in ("equiv", "!=", "perp", "parallel", "cong", "sim", "="))
 
 
 def same(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Outcome:
-    """Raises TooBig, Undefined."""
+    """Compares an answer with the reference. Raises TooBig, Undefined."""
     if gold == answer and not has(answer, Kind.RELATION):
         return Outcome.EQUAL
     if Kind.CHOICE in (gold.kind, answer.kind):
@@ -54,6 +54,7 @@ def same(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Ou
         if choice is not None:
             return choice
     if Kind.VERBATIM in (gold.kind, answer.kind):
+        # outside the grammar, as the hedge `5|7` is, an answer is no plain number
         if is_plain(gold):
             return Outcome.DIFFERENT
         return Outcome.EQUAL if gold == answer else Outcome.UNKNOWN
@@ -87,13 +88,13 @@ def same(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Ou
 
 
 def _is_rounded(node: Node) -> bool:
-    """Whether a chain ends in what it rounds to: x = 300/7 = 42.857 ~ 43."""
+    """Whether a chain ends in a rounded value: x = 300/7 = 42.857 ~ 43."""
     return node.kind is Kind.RELATION and isinstance(node.data, tuple) and node.data[-1] == "~"
 
 
 def _same_choice(gold: Node, answer: Node, policy: Policy) -> Outcome | None:
-    """`C`, `(C) 12` and, where the reference has both, `12`; several letters in any order. None: no
-    choice is meant."""
+    """Compares choices: `C`, `(C) 12` and, where the reference has both, `12`; several letters in
+    any order. None if no choice is meant."""
     if gold.kind is answer.kind is Kind.CHOICE:
         contents = [*gold.args, *answer.args]
         if (
@@ -160,14 +161,14 @@ def _same_bodies(gold: Node, answer: Node, policy: Policy, computed: bool = Fals
 
 
 def _is_system(node: Node) -> bool:
-    """A relation, or inequalities in a list."""
+    """Whether a node is a relation, or a list of inequalities."""
     if node.kind is not Kind.LIST:
         return node.kind is Kind.RELATION
     return all(a.kind is Kind.RELATION and a.data != ("=",) for a in node.args)
 
 
 def _same_congruence(gold: Node, answer: Node, policy: Policy) -> Outcome:
-    """a = 3 and a = 10 modulo 7 are the same."""
+    """Compares congruences: a = 3 and a = 10 modulo 7 are the same."""
     (ours, modulus), (theirs, other) = gold.args, answer.args
     if same(modulus, other, policy) is not Outcome.EQUAL:
         return Outcome.DIFFERENT
@@ -183,7 +184,7 @@ def _same_congruence(gold: Node, answer: Node, policy: Policy) -> Outcome:
 
 
 def _same_parts(gold: Node, answer: Node, policy: Policy) -> Outcome:
-    """Cases in any order, and set builders: part by part."""
+    """Compares cases, in any order, and set builders, part by part."""
     if len(gold.args) != len(answer.args):
         return Outcome.DIFFERENT if gold.data == "intersection" else Outcome.UNKNOWN
     if gold.kind is Kind.CASES:
@@ -198,7 +199,7 @@ def _same_parts(gold: Node, answer: Node, policy: Policy) -> Outcome:
 
 
 def _declared(condition: Node) -> str:
-    """The name that a set builder's condition puts into a set: n in `n \\in \\mathbb{Z}`."""
+    """The variable that the condition of a set builder declares: n in `n \\in \\mathbb{Z}`."""
     is_in = condition.kind is Kind.RELATION and condition.data == ("in",)
     return str(condition.args[0].data) if is_in and condition.args[0].kind is Kind.NAME else ""
 
@@ -212,7 +213,7 @@ def _same_condition(a: Node, b: Node, policy: Policy) -> Outcome:
 
 
 def _same_matrix(gold: Node, answer: Node, policy: Policy) -> Outcome:
-    """The kind of bars counts; a row or column may be written as a tuple."""
+    """Compares matrices. Their bars count; a row or column may be written as a tuple."""
     if gold.kind is answer.kind:
         sizes = [[len(row.args) for row in matrix.args] for matrix in (gold, answer)]
         if gold.data != answer.data or sizes[0] != sizes[1]:
@@ -235,7 +236,7 @@ def _cells(matrix: Node) -> list[Node]:
 
 
 def _side_by_side(gold: Sequence[Node], answers: Sequence[Node], policy: Policy) -> Outcome:
-    """Items in order; dots stand for dots."""
+    """Compares items in order; dots equal dots only."""
     if len(gold) != len(answers):
         return Outcome.DIFFERENT
     outcomes = []
@@ -273,7 +274,7 @@ def _same_collection(gold: Node, answer: Node, policy: Policy) -> Outcome:
 
 
 def _same_single(gold: Node, answer: Node, many: list[Node] | None, policy: Policy) -> Outcome:
-    """A single item on one side, a collection on the other: one of one item, or of spellings."""
+    """Compares a single item with a collection, which may hold only it or spellings of it."""
     assert many is not None
     if answer.kind is Kind.LIST and _are_spellings(gold, answer.args, policy):
         return Outcome.EQUAL
@@ -285,8 +286,7 @@ def _same_single(gold: Node, answer: Node, many: list[Node] | None, policy: Poli
 
 
 def _are_spellings(gold: Node, items: Sequence[Node], policy: Policy) -> bool:
-    """Whether `1/4 or 0.25`, `1/3, or 0.33`, `3/5, i.e. 60%` all say the same, which is the
-    reference."""
+    """Whether a list spells the reference only: `1/4 or 0.25`, `1/3, or 0.33`, `3/5, i.e. 60%`."""
     first = items[0]
     if has(first, Kind.RELATION) or len(items) > 3:
         return False
@@ -299,8 +299,8 @@ def _are_spellings(gold: Node, items: Sequence[Node], policy: Policy) -> bool:
 
 
 def _same_ordered(gold: Node, answer: Node, policy: Policy) -> Outcome:
-    """Tuples, intervals and ratios: the brackets and the order count. A list may stand for a tuple,
-    `a = 1, b = 2` too."""
+    """Compares tuples, intervals and ratios by brackets and order. A list may stand for a tuple,
+    also one of equations: `a = 1, b = 2`."""
     if gold.kind is answer.kind and gold.data != answer.data:
         return Outcome.DIFFERENT
     if gold.kind is not answer.kind:
@@ -324,7 +324,7 @@ def _same_ordered(gold: Node, answer: Node, policy: Policy) -> Outcome:
 
 
 def _same_ratio(gold: Node, answer: Node) -> Outcome:
-    """4:6 is 2:3."""
+    """Compares ratios by their quotients: 4:6 is 2:3."""
     outcomes = []
     for a, b in zip(gold.args[1:], answer.args[1:], strict=True):
         ours = Node(Kind.QUOTIENT, (a, gold.args[0]))
@@ -334,7 +334,7 @@ def _same_ratio(gold: Node, answer: Node) -> Outcome:
 
 
 def _label(node: Node) -> Node | None:
-    """The name in an item `x = 1`."""
+    """The name that an item `x = 1` defines, else None."""
     equation = node.kind is Kind.RELATION and node.data == ("=",)
     return node.args[0] if equation and is_name(node.args[0]) else None
 
@@ -342,7 +342,7 @@ def _label(node: Node) -> Node | None:
 def _same_multiset(
     gold: Sequence[Node], answers: Sequence[Node], policy: Policy, computed: bool
 ) -> Outcome:
-    """Items in any order; those that have names, `a = 1, b = 2`, by their names."""
+    """Compares items in any order; equations such as `a = 1, b = 2` by the names they define."""
     if len(gold) != len(answers):
         return Outcome.DIFFERENT
     names = [[_label(item) for item in side] for side in (gold, answers)]
@@ -363,8 +363,8 @@ def _same_multiset(
 
 
 def _same_equations(gold: Node, answer: Node, left: Statement, right: Statement) -> Outcome:
-    """a = b and c = d are the same if a - b is a constant multiple of c - d. A scalar may stand for
-    what the other solves for."""
+    """Compares equations: a = b is c = d if a - b is a constant multiple of c - d. A scalar may
+    stand for the solution of the other side."""
     if left.equation and answer.kind not in (Kind.RELATION, Kind.LIST, Kind.GROUP, Kind.SET):
         missing = variables(gold) - variables(answer)
         if len(missing) == 1 and variables(answer):
@@ -377,8 +377,7 @@ def _same_equations(gold: Node, answer: Node, left: Statement, right: Statement)
 
 
 def _same_relation(gold: Node, answer: Node, policy: Policy) -> Outcome:
-    """Inequalities, memberships, chains of them: side by side, or as one difference that is above
-    0."""
+    """Compares relations side by side, else by the difference of their sides."""
     gold, answer = _turned(gold), _turned(answer)
     if gold.data != answer.data or len(gold.args) != len(answer.args):
         return Outcome.DIFFERENT
@@ -393,7 +392,7 @@ def _same_relation(gold: Node, answer: Node, policy: Policy) -> Outcome:
 
 
 def _turned(node: Node) -> Node:
-    """`a > b` as `b < a`."""
+    """The relation `b < a` for `a > b`; other relations unchanged."""
     if not isinstance(node.data, tuple) or not all(sign in (">", ">=") for sign in node.data):
         return node
     signs = tuple("<" + sign[1:] for sign in reversed(node.data))

@@ -1,5 +1,5 @@
-"""Whether two scalars are the same: exactly where both are rational, else at sample points;
-percent, units, rounding."""
+"""Compares two scalars: exactly if both are rational, else at sample points; with percent, units
+and rounding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from .units import DEGREE, PERCENT, Unit, may_be, read_unit, same_count, words
 from .values import Reading, Value, exact, precise, signature
 
 PLAIN_POWER = 4
-"""From this exponent on (and below 0) a power of ten alone is a number as one writes it."""
+"""Smallest exponent from which a power of ten counts as a number written plainly; below 0 all
+do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Amount:
 
 
 def amount(node: Node) -> Amount:
+    """Splits a scalar into its number and its unit."""
     if node.kind is Kind.QUANTITY:
         inner = amount(node.args[0])
         assert isinstance(node.data, Unit)
@@ -43,8 +45,8 @@ def amount(node: Node) -> Amount:
 
 
 def same_scalar(gold: Node, answer: Node, policy: Policy, computed: bool = False) -> Outcome:
-    """`computed`: the answer's value was worked out here, from `+-`, so that it need not be written
-    as a plain number."""
+    """Compares two scalars and their units. `computed`: the answer was obtained here by expanding
+    `+-`, so that it need not be written as a plain number."""
     ours, theirs = amount(gold), amount(answer)
     if theirs.unit is None and variables(answer) and not variables(ours.core):
         theirs = _lettered(answer) or theirs
@@ -54,13 +56,15 @@ def same_scalar(gold: Node, answer: Node, policy: Policy, computed: bool = False
         ours = Amount(ours.core, ours.unit if ours.unit in (PERCENT, DEGREE) else None)
         theirs = Amount(theirs.core, theirs.unit if theirs.unit in (PERCENT, DEGREE) else None)
     strict = policy.unsimplified == "reject" and not computed
+    # An unevaluated expression, as `\log_2 8` for 3, may be the problem itself copied into the box.
     if strict and is_literal(ours.core) and not is_literal(theirs.core, ours.core):
         return Outcome.DIFFERENT
     return _same_amount(ours, theirs, policy)
 
 
 def _lettered(node: Node) -> Amount | None:
-    """`9.8 m/s^2` without a font: a number times letters that spell a unit."""
+    """A number times letters that spell a unit, as in `9.8 m/s^2` without an upright font; else
+    None."""
     factors = list(_factors(node))
     if node.kind is Kind.QUOTIENT:
         factors = [*_factors(node.args[0]), Node(Kind.INVERSE, (node.args[1],))]
@@ -119,7 +123,7 @@ def _scaled(side: Amount) -> Node:
 
 
 def _same_scaled(ours: Amount, theirs: Amount) -> Outcome:
-    """5 m and 500 cm."""
+    """Compares measures in different units of a dimension, as 5 m and 500 cm."""
     assert ours.unit is not None and theirs.unit is not None
     reading = Reading.of(ours.core, theirs.core)
     for x, y in zip(signature(ours.core, reading), signature(theirs.core, reading), strict=False):
@@ -135,7 +139,8 @@ _FREE = words("n k m l j p N K Z t C c A B c_1 c_2 C_1 C_2 K_1 K_2 k_1 k_2")
 
 
 def rename_parameter(gold: Node, answer: Node) -> Node:
-    """A free parameter may have any name: n pi is k pi, x^2 + C is x^2 + c."""
+    """The answer with its free parameter named as in the reference: n pi is k pi, x^2 + C is x^2 +
+    c."""
     free = (variables(gold) - variables(answer)) & _FREE
     theirs = variables(answer) - variables(gold)
     if len(free) != 1 or len(theirs) != 1 or not theirs <= _FREE:
@@ -154,8 +159,8 @@ def _is_term(node: Node, name: str) -> bool:
 
 
 def same_value(gold: Node, answer: Node, policy: Policy | None) -> Outcome:
-    """Whether two scalars without units have the same value, up to rounding as `policy` allows.
-    Raises TooBig."""
+    """Compares the values of two scalars without units, up to rounding as `policy` allows (None:
+    not at all). Raises TooBig."""
     if gold == answer:
         return Outcome.EQUAL
     if gold.kind is answer.kind is Kind.NUMBER:
@@ -177,13 +182,15 @@ def same_value(gold: Node, answer: Node, policy: Policy | None) -> Outcome:
         if _close(a, b) and _confirmed(gold, answer, 0, reading):
             return Outcome.EQUAL
         return outcome(policy is not None and _rounds(gold, answer, a, b, policy))
+    # Sums and integrals have no value here, only a number made of their parts: a difference proves
+    # nothing.
     opaque = Outcome.UNKNOWN if has(gold, Kind.BIG) or has(answer, Kind.BIG) else Outcome.DIFFERENT
-    count = max(
-        len(ours), len(theirs)
-    )  # a variable on one side only: the other side is the same at every point
+    # a side without variables has one value, which holds at every point
+    count = max(len(ours), len(theirs))
     agreed = []
     for point in range(count):
         a, b = ours[point % len(ours)], theirs[point % len(theirs)]
+        # outside the domain of either side there is nothing to compare
         if a is None or b is None:
             continue
         if not _close(a, b):
@@ -199,7 +206,7 @@ def same_value(gold: Node, answer: Node, policy: Policy | None) -> Outcome:
 
 
 def _confirmed(gold: Node, answer: Node, point: int, reading: Reading) -> bool:
-    """Whether two values that agree as floats agree in 50 digits."""
+    """Whether two values that agree as floats also agree in 50 digits."""
     a, b = precise(gold, point, reading), precise(answer, point, reading)
     if a is None or b is None:
         return False
@@ -220,7 +227,7 @@ def _close(a: Value, b: Value, tolerance: float = 1e-9) -> bool:
 
 
 def _inexact(value: Fraction, like: Value) -> Value:
-    """A fraction as a number of the other's kind."""
+    """A fraction as a number of the other value's type."""
     if isinstance(like, (float, complex)):
         try:
             return value.numerator / value.denominator
@@ -230,9 +237,10 @@ def _inexact(value: Fraction, like: Value) -> Value:
 
 
 def _rounds(gold: Node, answer: Node, a: Value, b: Value, policy: Policy) -> bool:
-    """Whether a decimal stands for a number that it rounds: for an exact reference the answer needs
-    `policy.rounding` significant digits, and must not be a short decimal itself; for a decimal
-    reference the answer must be exact, or round to it in its last digit."""
+    """Whether one of two numbers is a decimal that rounds the other. A decimal answer to an exact
+    reference needs `policy.rounding` significant digits, and the reference must not be a short
+    decimal. A decimal reference of three digits or more takes an exact answer within one unit of
+    its last place; one of `policy.rounding` digits also takes a finer decimal that rounds to it."""
     if not policy.rounding:
         return False
     ours, theirs = _decimals(gold), _decimals(answer)
@@ -254,7 +262,7 @@ def _rounds(gold: Node, answer: Node, a: Value, b: Value, policy: Policy) -> boo
 
 
 def _terminates(value: Value) -> bool:
-    """Whether a number is a decimal of at most six places, which nobody needs to round."""
+    """Whether a number has at most six decimal places, so that it needs no rounding."""
     return isinstance(value, Fraction) and 10**6 % value.denominator == 0
 
 
@@ -272,7 +280,8 @@ class _Decimal:
 
 
 def _decimals(node: Node) -> _Decimal | None:
-    """The last place and the number of significant digits of a decimal literal."""
+    """The place value of the last digit and the number of significant digits of a decimal literal;
+    None for other nodes."""
     scale = 1.0
     if node.kind is Kind.QUANTITY and node.data in (PERCENT, DEGREE):
         assert isinstance(node.data, Unit)
@@ -286,17 +295,17 @@ def _decimals(node: Node) -> _Decimal | None:
 
 
 def _integral(node: Node) -> bool:
-    """Whether a tree is an integer as written."""
+    """Whether a tree is an integer literal, possibly negative or with a unit."""
     node = node.args[0] if node.kind in (Kind.NEGATIVE, Kind.QUANTITY) else node
     return node.kind is Kind.NUMBER and number_of(node).denominator == 1
 
 
 def is_literal(node: Node, like: Node | None = None) -> bool:
-    """A number as one writes a result: 12, -0.5, 3/4, 1 4/5, 25 %, 2 x 10^{-10}; not 30/6, which is
-    left to work out.
+    """Whether a tree is a number as results are written: 12, -0.5, 3/4, 1 4/5, 25 %, 2 x 10^{-10};
+    not 30/6, which is left to work out.
 
-    `like`: the literal that it is compared with; what is written in the same way is a result
-    too."""
+    `like`: the literal of the other side; a number written in the same form counts too.
+    """
     if node.kind is Kind.QUANTITY:
         return node.data in (PERCENT, DEGREE) and is_literal(node.args[0], like)
     if node.kind is Kind.NEGATIVE:

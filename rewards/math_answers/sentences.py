@@ -1,4 +1,4 @@
-"""Cutting the end of a text into sentences, and finding the formulas and numbers in it."""
+"""Splits the end of a text into sentences, and finds the formulas and numbers in it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from .number_words import with_signs
 
 TAIL = 4000
-"""Characters at the end of a text in which answers that no box or tag marks are looked for."""
+"""Number of characters at the end of a text that are searched for answers without a box or tag."""
 FORMULA = re.compile(
     r"(?<!\\)\$\$([^$]+)\$\$|(?<!\\)\$([^$]+)(?<!\\)\$"
     r"|\\\(((?:(?!\\\(|\\\)).)+)\\\)|\\\[((?:(?!\\\[|\\\]).)+)\\\]"
@@ -23,7 +23,8 @@ NUMBER = re.compile(
     r"|(?:(?<![\w)\]}])[-−])?\d+\s\d+/\d+(?![\w/])"  # a mixed number
     r"|(?<![A-Za-z_])(?:(?<![\w)\]}])[-−])?(?:\\?[$€£¥￥]\s?)?"
     # the second: a decimal comma
-    r"(?:\d{1,3}(?:,\d{3})+(?!,?\d)|(?:\d{1,3}(?:\.\d{3})+|\d+),\d+(?![\d,])|\d+)(?:\.\d+)?(?:[eE][+-]?\d+(?!\w))?"
+    r"(?:\d{1,3}(?:,\d{3})+(?!,?\d)|(?:\d{1,3}(?:\.\d{3})+|\d+),\d+(?![\d,])|\d+)(?:\.\d+)?"
+    r"(?:[eE][+-]?\d+(?!\w))?"
     r"(?:\s?/\s?\d+(?![\w.]))?[½⅓⅔¼¾]?(?:√\d+)?π?(?:\s?(?:\\?%|°|％))?"
     r"|(?<!\d)[-−]?\.\d+|[-−]?√\d+π?|(?<!\d)[-−]?π(?:/\d+)?"
 )
@@ -45,8 +46,8 @@ _LINES = re.compile(r"\n+")
 
 
 def tail(text: str) -> str:
-    """The end of a text without code, its dollars of money told from those around formulas, no long
-    gaps in it."""
+    """The last `TAIL` characters of a text without code and long gaps, with minus signs in digits
+    and with `\\$` for dollars of money."""
     text = text.rstrip()[-TAIL:].strip()
     if "```" in text:
         text = _FENCE.sub("", _CODE.sub("", text)).strip()
@@ -56,8 +57,9 @@ def tail(text: str) -> str:
 
 
 def _money_told(text: str) -> str:
-    """The text with `\\$` for every dollar of money: one before a number, where the next dollar
-    closes no formula, for it stands before a number too (`$20 / 4 = $5`) or has words in front."""
+    """The text with `\\$` for every dollar of money: one before a number, unless the next dollar
+    closes a formula. That one closes none if it too stands before a number, as in `$20 / 4 = $5`,
+    or if there are words between the two."""
     pieces = _DOLLAR.split(text)
     told, at = pieces[0], 1
     while at < len(pieces):
@@ -74,8 +76,8 @@ def _money_told(text: str) -> str:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences in order; a formula is never cut, a display formula belongs to the sentence
-    before."""
+    """The sentences in order. A formula is never split, and a display formula belongs to the
+    sentence before it."""
     spans = [m.span() for m in FORMULA.finditer(text)]
     parts, start, at = list[str](), 0, 0
     for end in sorted(m.span() for pattern in (_SENTENCE, _LINES) for m in pattern.finditer(text)):
@@ -99,7 +101,7 @@ def unbold(text: str) -> str:
 
 
 def bare(text: str) -> str:
-    """Without bold, quotes, and the full stop at the end."""
+    """The text without bold, quotes and the full stop at its end."""
     text = unbold(text).rstrip("。！").strip().removesuffix(".").strip()
     quoted = len(text) > 2 and text[0] + text[-1] in ('""', "“”")
     return text[1:-1].strip(" .") if quoted else text

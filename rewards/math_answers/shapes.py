@@ -1,5 +1,5 @@
-"""The statements of a tree: a name and what it is said to be, chains of equations, inequalities as
-intervals, items of collections."""
+"""The shapes of a tree: names, inequalities as intervals, items of collections, words, clock
+times."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ALL_REALS = (
 
 
 def is_name(node: Node) -> bool:
-    """Something that an equation can define: x, a_n, f(x), AB, |AB|, (x, y), A:B, dy/dx,
+    """Whether an equation can define this node: x, a_n, f(x), AB, |AB|, (x, y), A:B, dy/dx,
     \\text{Area}."""
     if node.kind in (Kind.NAME, Kind.RUN, Kind.TEXT, Kind.APPLY, Kind.DERIVATIVE, Kind.CHOICE):
         return True
@@ -48,13 +48,15 @@ def is_name(node: Node) -> bool:
 
 
 def whole_set(node: Node) -> Node:
-    """The set that a builder of inequalities in a lone name spells; the real line by its names."""
+    """The interval of a set builder with inequalities in a single name, or of a name of the real
+    line; other nodes unchanged."""
     if node.kind is Kind.BUILDER:
         element, condition = node.args
         if element.kind is Kind.RELATION and element.data == ("in",):
             if element.args[1] != Node(Kind.NAME, (), "mathbb R"):
                 return node
             element = element.args[0]
+        # only of x itself: in {3k | k \in Z} the element counts too
         if element.kind is Kind.NAME:
             interval = as_interval(condition)
             if interval.kind in (Kind.GROUP, Kind.UNION) and variables(condition) == {element.data}:
@@ -67,7 +69,7 @@ def whole_set(node: Node) -> Node:
 
 
 def as_interval(node: Node) -> Node:
-    """An inequality in one name as its interval, a list of such as their union; other nodes
+    """The interval of an inequality in one name, or the union of a list of them; other nodes
     unchanged."""
     if node.kind is Kind.LIST and len(node.args) > 1:
         pieces = [as_interval(a) for a in node.args]
@@ -103,13 +105,14 @@ def as_interval(node: Node) -> Node:
 
 
 def _subject(relation: Node) -> Node:
-    """The name whose interval a relation gives."""
+    """The name that an inequality bounds."""
     sides = relation.args
     return sides[1] if len(sides) == 3 or not is_name(sides[0]) else sides[0]
 
 
 def _overlap(pieces: list[Node]) -> Node | None:
-    """Where two half-lines meet: x > 2 and x < 5."""
+    """The interval in which two opposite half-lines overlap, as of x > 2 and x < 5; None for other
+    pieces."""
     if len(pieces) != 2:
         return None
     pieces = sorted(pieces, key=lambda p: p.args[0] == negative(INFINITY))
@@ -121,7 +124,7 @@ def _overlap(pieces: list[Node]) -> Node | None:
 
 
 def _without_points(node: Node) -> Node:
-    """The real line without numbers, as a union of open intervals."""
+    """The real line without some numbers as a union of open intervals; other nodes unchanged."""
     line, *others = (whole_set(a) for a in node.args)
     if line != _REAL_LINE or len(others) != 1 or others[0].kind is not Kind.SET:
         return node
@@ -133,16 +136,18 @@ def _without_points(node: Node) -> Node:
 
 
 def expanded(node: Node) -> list[Node] | None:
-    """Both values of a tree with `+-` in it, the upper signs first; None without."""
+    """Both values of a tree that holds `+-`, the one with the upper signs first; None for other
+    trees."""
     if not _has_sign(node):
         return None
     return [_signed(node, upper) for upper in (True, False)]
 
 
 def independent(node: Node) -> list[Node] | None:
-    """All values of a tuple with several `+-` in different places, each taken for itself: (+-1,
-    +-2) are four."""
+    """The values of a tuple whose `+-` are independent of each other, so that (+-1, +-2) has four;
+    None for other nodes."""
     signs = sum(_has_sign(a) for a in node.args)
+    # at most 2^5 tuples
     if node.kind is not Kind.GROUP or signs < 2 or len(node.args) > 5:
         return None
     choices = [expanded(a) or [a] for a in node.args]
@@ -165,7 +170,7 @@ def _signed(node: Node, upper: bool) -> Node:
 
 
 def items_of(node: Node) -> list[Node] | None:
-    """The items of a collection without order, `+-` expanded; None for anything else."""
+    """The items of an unordered collection with `+-` expanded; None for other nodes."""
     if node.kind not in (Kind.LIST, Kind.SET) and not (
         node.kind is Kind.UNION and node.data == "union"
     ):
@@ -183,13 +188,15 @@ _SPELLED = {"dne": ["does", "not", "exist"], "solutions": ["solution"]}
 
 
 def words_of(node: Node) -> list[str]:
+    """The words of a text in lower case, without articles and with synonyms made equal."""
     words = re.findall(r"[^\W_]+", str(node.data).casefold())
     kept = [word for word in words if word not in ("the", "a", "an", "only")]
     return [part for word in kept for part in _SPELLED.get(word, [word])]
 
 
 def same_letters(gold: Node, answer: Node) -> Outcome | None:
-    """AB for A, B; AB is no other order of letters. None: compare by value."""
+    """Compares capitals in a row with letters: AB is A, B; another order of letters is another
+    answer. None: to be compared by value."""
     if gold.kind is Kind.RUN and answer.kind is Kind.RUN:
         return outcome(gold.data == answer.data)
     run, other = (gold, answer) if gold.kind is Kind.RUN else (answer, gold)
@@ -204,7 +211,7 @@ def same_letters(gold: Node, answer: Node) -> Outcome | None:
 
 
 def same_clock(gold: Node, answer: Node) -> Outcome:
-    """10:30 AM and, with less said, 10:30."""
+    """Compares clock times: 10:30 AM is 10:30 AM or just 10:30."""
     if gold.kind is answer.kind is Kind.CLOCK:
         return outcome(gold.data == answer.data)
     clock, other = (gold, answer) if gold.kind is Kind.CLOCK else (answer, gold)

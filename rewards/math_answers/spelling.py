@@ -1,7 +1,7 @@
-"""One spelling of what answers are written with: Unicode, LaTeX's styles and spaces, damaged
-commands, separators of thousands and decimal commas.
+"""Normalises the spelling of an answer: Unicode, LaTeX's styles and spaces, damaged commands,
+separators of thousands, decimal commas.
 
-Braces, and all else that carries structure, stay. Any text takes linear time.
+Braces and everything else that carries structure are kept. Linear time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ _SUBSCRIPT = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "012345678
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
 _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋ₙ]+")
 _DAMAGED = re.compile("\f(?=rac)|\t(?=ext|imes|frac|heta|an)|\b(?=oxed|egin|inom)|\r(?=ight|ho)")
-"""Control characters that `\\f`, `\\t`, `\\b` and `\\r` of a command became by unescaping twice."""
+"""Control characters made of `\\f`, `\\t`, `\\b` and `\\r` at the start of a command by unescaping
+twice."""
 _DOUBLED = re.compile(r"\\\\(?=[a-zA-Z])")
 _BLOCKS = (
     (re.compile(r"<sup>([^<]*)</sup>"), r"^{\1}"),
@@ -55,14 +56,15 @@ _BLOCKS = (
     ),
     (
         re.compile(
-            r"\\(?:begin|end)\s*\{(?:align(?:ed|\*)?|equation\*?|gathered|split|center|displaymath)\}"
+            r"\\(?:begin|end)\s*"
+            r"\{(?:align(?:ed|\*)?|equation\*?|gathered|split|center|displaymath)\}"
         ),
         " ",
     ),
     (
         re.compile(
-            r"\\(?:boxed|fbox|displaystyle|textstyle|limits|nolimits|rm|bf|it|tiny|small|large|Large)"
-            r"(?![A-Za-z])"
+            r"\\(?:boxed|fbox|displaystyle|textstyle|limits|nolimits"
+            r"|rm|bf|it|tiny|small|large|Large)(?![A-Za-z])"
         ),
         " ",
     ),
@@ -72,29 +74,31 @@ _BLOCKS = (
     (re.compile(r"√\s*(\d+(?:\.\d+)?)"), r"\\sqrt{\1}"),
     (
         re.compile(
-            r"\\(?:hspace|vspace|color|tag|label)\*?\s*\{[^{}]*\}|\\(?:hline|qedhere|notag|nonumber|par|newlin"
-            r"e)(?![A-Za-z])"
+            r"\\(?:hspace|vspace|color|tag|label)\*?\s*\{[^{}]*\}"
+            r"|\\(?:hline|qedhere|notag|nonumber|par|newline)(?![A-Za-z])"
         ),
         " ",
     ),
     (
         re.compile(
-            r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![A-Za-z]))|\\(?:degree|textdegree)(?![A-"
-            r"Za-z])"
+            r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![A-Za-z]))"
+            r"|\\(?:degree|textdegree)(?![A-Za-z])"
         ),
         r"\\degree ",
     ),
     (
         re.compile(
-            r"\^\s*(?:\{\s*\\(?:text|mathrm|rm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}|\\(?:text|mathrm|rm)\s*\{\s*"
-            r"(?:st|nd|rd|th)\s*\}|\{\s*(?:st|nd|rd|th)\s*\})"
+            r"\^\s*(?:\{\s*\\(?:text|mathrm|rm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}"
+            r"|\\(?:text|mathrm|rm)\s*\{\s*(?:st|nd|rd|th)\s*\}|\{\s*(?:st|nd|rd|th)\s*\})"
         ),
         "th ",
     ),
     (re.compile(r"\^\s*(?:\{\s*\\prime\s*\}|\\prime(?![A-Za-z]))"), "'"),
     (re.compile(r"(?<=\d)\{\s*\}(?!\s*\{)|(?<=\\degree )\{\s*\}"), ""),
     (re.compile(r"^\s*\*\*(.+)\*\*\s*$"), r"\1"),
+    # bold has been removed, so that this is Python's power
     (re.compile(r"\*\*"), "^"),
+    # before `<=` and `->`, which it contains
     (re.compile(r"<=>|<->"), r"\\iff "),
     (re.compile(r"->"), r"\\to "),
     (re.compile(r">=|=>"), r"\\ge "),
@@ -110,12 +114,14 @@ _GROUPED = re.compile(
     r"(?!\d)(?:\.\d+)?"
     r"|\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:\.\d{3}){2,}(?![\d.]))"
 )
-"""Thousands set apart by `{,}`, `,\\!`, a thin or plain blank, an apostrophe or full stops."""
+"""A number whose thousands are separated by `{,}`, `,\\!`, a thin or plain blank, an apostrophe or
+full stops."""
 _COMMAS = re.compile(
     r"(?<![\d.,])(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d?(?:,\d{2})+,\d{3})(?![\d,]|\s*,\s*\d)"
 )
 _SEPARATING = re.compile(r"[(\[]|\\\{|(?<![\^_}A-Za-z])\{")
-"""Brackets of a tuple or set; in braces of a fraction or a power a comma separates thousands."""
+"""Brackets of a tuple or set. Inside them a comma separates items; in the braces of a fraction or a
+power it separates thousands."""
 _BRACED_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
 _DECIMAL_COMMA = re.compile(r"(?<![\d.,])(\d{1,3}(?:[. ]\d{3})+|\d+),(\d+)(?![\d.]|,\d)")
 _ONE_NUMBER = re.compile(
@@ -124,7 +130,8 @@ _ONE_NUMBER = re.compile(
 
 
 def spell(text: str) -> str:
-    """One spelling for what Unicode, LaTeX's styles and number formats spell in several ways."""
+    """Returns the text in one spelling of all that Unicode, LaTeX and number formats spell in
+    several ways."""
     if not text.isascii():
         for vulgar, (top, bottom) in _VULGAR.items():
             if vulgar in text:
@@ -138,11 +145,13 @@ def spell(text: str) -> str:
         )
     text = " ".join(text.split())
     if "\\" in text:
+        # Commands escaped twice. In an environment two backslashes end a row instead.
         if "\\\\" in text and "\\begin" not in text:
             text = _DOUBLED.sub(r"\\", text)
         text = re.sub(r"(?<!\\)\\[()\[\]]", " ", text)
     for pattern, replacement in _BLOCKS:
         text = pattern.sub(replacement, text)
+    # `¤` marks dollars of money while those around formulas are removed.
     text = re.sub(r"\\\$(?=\s*[-\d.])", "¤", text)
     text = re.sub(r"\$\s*([-\d.,]+)\s*$", r"¤\1", text) if text.count("$") == 1 else text
     text = text.replace("$", " ").replace("¤", "$")
@@ -153,10 +162,9 @@ def spell(text: str) -> str:
     text = _GROUPED.sub(_plain_number, text)
     text = _BRACED_COMMA.sub(".", text)
     if "," in text and _SEPARATING.search(text) is None:
+        # No group of thousands begins with 0: `0,111` is 0.111, not 111.
         text = re.sub(r"(?<![\d.,])0,(?=\d{3,}(?![\d,.]))", "0.", text)
-        text = _COMMAS.sub(
-            lambda m: m.group().replace(",", ""), text
-        )  # inside brackets a comma separates
+        text = _COMMAS.sub(lambda m: m.group().replace(",", ""), text)
     return text
 
 
@@ -170,8 +178,8 @@ def _plain_number(match: re.Match[str]) -> str:
 
 
 def with_points(text: str) -> str | None:
-    """A text whose numbers have decimal commas, with points: `3,14`, `1.234,5`, `(0,5; 2)`. None
-    where commas separate, or may do so: `1,234`, `(3,14)`, `3, 14`."""
+    """The text with points for the decimal commas of its numbers: `3,14`, `1.234,5`, `(0,5; 2)`.
+    None where commas separate, or may: `1,234`, `(3,14)`, `3, 14`."""
     if "," not in text:
         return None
     text = _BRACED_COMMA.sub(",", text)
@@ -188,7 +196,8 @@ def with_points(text: str) -> str | None:
 
 
 def closing(text: str, at: int) -> int:
-    """Where the brace ends that was opened before `at`."""
+    """Index of the brace that closes the one opened before `at`; the length of the text if none
+    does."""
     depth = 1
     for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, at):
         depth += {"{": 1, "}": -1}.get(match.group(), 0)

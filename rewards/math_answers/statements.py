@@ -1,5 +1,5 @@
-"""The statements of a tree: a name and what it is said to be, chains of equations, conditions; and
-when two state the same."""
+"""The statement of a tree (a name and its value, a chain of equations, conditions), and comparisons
+of statements."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .values import Reading, signature
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """`name = body`; an `equation` that defines no name is its own body. `false`: a chain whose
-    sides differ."""
+    """A name and its value, `name = body`. `equation`: the body is an equation that defines no
+    name; `false`: it is a chain whose sides differ; `unproved`: whether they do is unknown."""
 
     body: Node
     name: Node | None = None
@@ -30,7 +30,8 @@ class Statement:
 
 
 def is_expression_of_names(node: Node) -> bool:
-    """x + y, m n, a^2 + b^2: what a problem asks for, without a number as a factor or term."""
+    """Whether a node is an expression of names alone, as x + y, m n or a^2 + b^2: what a problem
+    asks for."""
     if node.kind in (Kind.SUM, Kind.PRODUCT, Kind.QUOTIENT, Kind.INVERSE):
         return all(
             is_expression_of_names(a.args[0] if a.kind is Kind.NEGATIVE else a) for a in node.args
@@ -41,8 +42,8 @@ def is_expression_of_names(node: Node) -> bool:
 
 
 def state(node: Node, take_last: bool, loose: bool) -> Statement:
-    """The statements of a tree. `take_last`: whether a chain counts by its last side, true or
-    false; `loose`: whether `x + y = 5` states 5."""
+    """Returns the statement of a tree. `take_last`: a chain counts by its last side, be it true or
+    false; `loose`: `x + y = 5` states 5."""
     if node.kind is not Kind.RELATION or not isinstance(node.data, tuple):
         return Statement(whole_set(node))
     signs, sides = list(node.data), list(node.args)
@@ -73,35 +74,36 @@ def state(node: Node, take_last: bool, loose: bool) -> Statement:
         return Statement(node, equation=True)
     if _is_system(name, sides):
         return Statement(node)
-    if name is not None and not variables(
-        sides[-1]
-    ):  # A = bh/2 = 12: the formula between is no number
+    # A = bh/2 = 12: the formula in the middle cannot be compared with 12
+    if name is not None and not variables(sides[-1]):
         sides = [side for side in sides if not variables(side)]
     checks = [] if take_last else [agree(a, b) for a, b in pairwise(sides)]
     return Statement(whole_set(sides[-1]), name, false=False in checks, unproved=None in checks)
 
 
 def _is_system(name: Node | None, sides: list[Node]) -> bool:
-    """A chain that relates unknowns, x/2 = y/3 = z/4, and computes none of them."""
+    """Whether a chain relates unknowns without computing one: x/2 = y/3 = z/4."""
     if name is not None:
         return all(is_name(side) and variables(side) for side in sides)
     return len({frozenset(variables(side)) for side in sides if variables(side)}) > 1
 
 
 def _roughly(exact: Node, rounded: Node) -> bool:
-    """Whether a number may stand for another behind a sign of approximation."""
+    """Whether a number may stand for another behind an approximation sign; true if that is
+    unknown."""
     try:
         a, b = (signature(side, Reading()) for side in (exact, rounded))
     except (Undefined, ArithmeticError):
         return True
     if len(a) != 1 or len(b) != 1 or a[0] is None or b[0] is None:
         return True
+    # `42.857 \approx 43` rounds, `7 \approx 5` is a hedge
     return abs(complex(a[0]) - complex(b[0])) <= 0.05 * max(abs(complex(a[0])), abs(complex(b[0])))
 
 
 def without_declarations(node: Node) -> tuple[Node, tuple[tuple[str, ...], ...]]:
-    """A statement and its conditions: `k\\pi, k \\in \\mathbb{Z}` and `k\\pi \\text{ for } k \\in
-    \\mathbb{Z}`."""
+    """Splits a tree into its statement and its conditions: `k\\pi, k \\in \\mathbb{Z}`, `k\\pi
+    \\text{ for } k \\in \\mathbb{Z}`."""
     if node.kind is Kind.QUALIFIED:
         inner, conditions = without_declarations(node.args[0])
         assert isinstance(node.data, tuple)
@@ -117,7 +119,7 @@ def without_declarations(node: Node) -> tuple[Node, tuple[tuple[str, ...], ...]]
 
 
 def _declares(node: Node) -> bool:
-    """`k \\in \\mathbb{Z}`."""
+    """Whether a node only says in which set a name is, as `k \\in \\mathbb{Z}`."""
     return (
         node.kind is Kind.RELATION
         and node.data == ("in",)
@@ -129,8 +131,7 @@ def _declares(node: Node) -> bool:
 def same_conditions(
     gold: Node, ours: tuple[tuple[str, ...], ...], theirs: tuple[tuple[str, ...], ...]
 ) -> Outcome:
-    """Conditions must be the same. One that only says what a letter stands for may be left out, or
-    said."""
+    """Compares conditions. One that only declares a letter may be missing on either side."""
     if ours == theirs:
         return Outcome.EQUAL
     if ours and theirs and sorted(map(_essence, ours)) == sorted(map(_essence, theirs)):
@@ -147,8 +148,8 @@ def same_conditions(
 
 
 def with_same_parameter(gold: Node, answer: Node, conditions: Sequence[tuple[str, ...]]) -> Node:
-    """The answer with its parameter named as the reference's, where a condition declares it: `for
-    some integer t`."""
+    """The answer with its parameter named as the reference's, if a condition declares it: `for some
+    integer t`."""
     free, theirs = variables(gold) - variables(answer), variables(answer) - variables(gold)
     if len(free) != 1 or len(theirs) != 1:
         return answer
@@ -171,7 +172,8 @@ def _essence(condition: tuple[str, ...]) -> list[str]:
 
 
 def _is_declaration(condition: Sequence[str]) -> bool:
-    """`where n is an integer`, `for all k in Z`: no number, no inequality, no case."""
+    """Whether a condition only declares a letter, as `where n is an integer` and `for all k in Z`:
+    it holds no number, inequality or case."""
     words = [word for token in condition for word in token.split()]
     if any(
         word
@@ -186,8 +188,8 @@ def _is_declaration(condition: Sequence[str]) -> bool:
 
 
 def names_differ(gold: Node | None, answer: Node | None) -> bool:
-    """Whether two statements are about different things: y = 5 for x = 5, f'(x) for f(x). Words may
-    differ."""
+    """Whether two statements define different things, as y = 5 and x = 5, or f'(x) and f(x). Names
+    in words may differ."""
     if gold is None or answer is None or gold == answer:
         return False
     kinds = {gold.kind, answer.kind}
@@ -200,8 +202,8 @@ def names_differ(gold: Node | None, answer: Node | None) -> bool:
 
 
 def with_same_argument(gold: Node, answer: Node) -> tuple[Node, Node]:
-    """f(z) = z and f(x) = x are the same: the argument is renamed where both sides define a
-    function of one variable."""
+    """Both sides with the same argument if each defines a function of one variable: f(z) = z is
+    f(x) = x."""
 
     def argument(node: Node) -> str | None:
         if node.kind is Kind.RELATION and node.data == ("=",) and node.args[0].kind is Kind.APPLY:
@@ -216,20 +218,22 @@ def with_same_argument(gold: Node, answer: Node) -> tuple[Node, Node]:
 
 
 def solves(equation: Node, name: str, solution: Node) -> bool:
-    """Whether an equation, which is of the first degree in a name, says that it is `solution`: xy =
-    6 and 6/x."""
+    """Whether `solution` solves an equation that is linear in `name`, as 6/x solves xy = 6 for
+    y."""
     sides = []
     for shift in range(3):
         value = Node(Kind.SUM, (solution, number(shift)))
         left, right = (substitute(side, name, value) for side in equation.args)
         sides.append(Node(Kind.SUM, (left, negative(right))))
+    # the second difference is 0 if the equation is linear in the name
     bend = Node(Kind.SUM, (sides[0], Node(Kind.PRODUCT, (number(-2), sides[1])), sides[2]))
     zero = number(0)
     return same_value(sides[0], zero, None) is same_value(bend, zero, None) is Outcome.EQUAL
 
 
 def proportional(gold: Node, answer: Node, positive: bool) -> Outcome:
-    """Whether left minus right of one is a (positive) constant times that of the other."""
+    """Compares two equations or inequalities: the differences of their sides must be a constant
+    multiple of each other, for inequalities a positive one."""
     if variables(gold) != variables(answer):
         return Outcome.DIFFERENT
     sides = [Node(Kind.SUM, (n.args[0], negative(n.args[1]))) for n in (gold, answer)]
@@ -254,13 +258,13 @@ def proportional(gold: Node, answer: Node, positive: bool) -> Outcome:
 
 
 def is_plain(node: Node) -> bool:
-    """Whether a reference is a plain number, with or without a unit."""
+    """Whether a node is a plain number, with or without a unit."""
     return is_literal(amount(node).core)
 
 
 def agree(a: Node, b: Node) -> bool | None:
-    """Whether two sides of a chain are equal, a rounded last side included; None if that cannot be
-    told."""
+    """Whether two sides of a chain are equal, where the last may be rounded; None if that is
+    unknown."""
     try:
         ours, theirs = amount(a), amount(b)
         outcome = same_value(ours.core, theirs.core, Policy())

@@ -1,4 +1,4 @@
-"""The noun `Node`: an answer as a tree that keeps its structure."""
+"""`Node`: an answer as a tree that keeps the structure as written."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from fractions import Fraction
 
 
 class Kind(StrEnum):
-    """The kind of a node. In brackets: what `args` and `data` hold; a kind without `data` has
-    none."""
+    """The kind of a node. The comments say what `args` (in brackets) and `data` hold; a kind
+    without `data` has None."""
 
     # scalars
     NUMBER = "number"  # data (Fraction, digits after the point; -1: an integer, or exact)
@@ -53,8 +53,8 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One node, e.g. `Node(Kind.POWER, (x, two))`. Sums and products are flat, so depth is that of
-    the brackets."""
+    """A node, e.g. `Node(Kind.POWER, (x, two))`. Sums and products are flat, so that depth is the
+    depth of brackets."""
 
     kind: Kind
     args: tuple[Node, ...] = ()
@@ -66,7 +66,7 @@ def number(value: Fraction | int, digits: int = -1) -> Node:
 
 
 def number_of(node: Node) -> Fraction:
-    """The value of a NUMBER."""
+    """The value of a NUMBER node."""
     assert isinstance(node.data, tuple)
     value: Fraction = node.data[0]
     return value
@@ -77,7 +77,7 @@ def negative(node: Node) -> Node:
 
 
 def walk(node: Node) -> Iterator[Node]:
-    """The node and all below it."""
+    """All nodes of a tree, the root included."""
     stack = [node]
     while stack:
         node = stack.pop()
@@ -102,7 +102,7 @@ def rename(node: Node, names: dict[str, str]) -> Node:
 
 
 def substitute(node: Node, name: str, value: Node) -> Node:
-    """The tree with a variable replaced."""
+    """The tree with `value` for every occurrence of a variable."""
     if node.kind is Kind.NAME:
         return value if node.data == name else node
     if not node.args:

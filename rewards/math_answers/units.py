@@ -1,5 +1,4 @@
-"""Units of measurement: what they measure and how large they are, and the words that only count
-things."""
+"""Units of measurement with their dimensions and sizes, and words that only count things."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from functools import lru_cache
 
 
 def words(text: str) -> frozenset[str]:
-    """The words of a text, for tables of them."""
+    """The set of words in a text, for tables."""
     return frozenset(text.split())
 
 
@@ -107,6 +106,8 @@ _NOT_A_NOUN = words(
     "trillion dozen hundred half twice double triple squared cubed first second third at by "
     "from vs versus mod modulo equals equal"
 )
+"""Words that no unit holds. Without them `5 \\text{ is false}` and `5 \\text{ but it could be 6}`
+would be 5 of something."""
 MULTIPLIERS = {
     "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12,
     "dozen": 12, "百": 100, "千": 1000, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
@@ -115,8 +116,8 @@ MULTIPLIERS = {
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A measure (`dimension` with `factor`), e.g. km/h; or words that only say what is counted,
-    with no dimension."""
+    """A measure such as km/h (`dimension` and `factor`), or words that say what is counted, without
+    a dimension."""
 
     factor: float
     dimension: tuple[tuple[str, int], ...]
@@ -174,7 +175,7 @@ _PIECE = re.compile(r"([^\s*·⋅/^\d\-−()]+)\s*(?:\^?\s*[({]?\s*([-−]?\d+)\
 
 
 def _compound(text: str, exact: Mapping[str, _Entry], lower: Mapping[str, _Entry]) -> _Entry | None:
-    """`kg m^2/s^2`; None if a part is no unit."""
+    """Size and dimensions of a unit such as `kg m^2/s^2`; None if a part is no unit."""
     factor, dims = 1.0, dict[str, int]()
     sign = 1
     at = 0
@@ -217,13 +218,15 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = (
 
 
 def is_unit(word: str) -> bool:
-    """Whether one word is a unit by itself."""
+    """Whether a single word is a unit."""
     return word in _EXACT or (len(word) > 1 and word.lower() in _LOWER)
 
 
 def is_unit_word(word: str) -> bool:
-    """Whether plain letters after a number are a unit: mg, Km and CM are, the product mv is not."""
+    """Whether letters directly behind a number are a unit, as mg, Km and CM are; mv is a
+    product."""
     if len(word) == 2:
+        # `5 pm` is a time
         known = word in _EXACT and word not in ("pm", "ps")
         return known or (word[0].isupper() and word.lower() in _EXACT)
     return is_unit(word)
@@ -231,8 +234,8 @@ def is_unit_word(word: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def read_unit(text: str) -> Unit | None:
-    """The unit that a text after a number states: a measure, or one to four words that count
-    something; else None."""
+    """The unit that the text behind a number states: a measure, or one to four words that count
+    something; None for other texts."""
     text = text.strip().strip(",;").strip()
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
@@ -255,14 +258,14 @@ def read_unit(text: str) -> Unit | None:
 
 
 def same_count(a: Unit, b: Unit) -> bool:
-    """Whether two counted things may be the same: they share a word, plural or not."""
+    """Whether two counted things may be the same, i.e. share a word, in singular or plural."""
     stems = [{word.rstrip("s") for word in unit.words} for unit in (a, b)]
     return bool(stems[0] & stems[1])
 
 
 def may_be(counted: Unit, measured: Unit) -> bool:
-    """Whether words may stand for a measure: `school days` for days. A `unit` may be any; other
-    scripts are not looked into."""
+    """Whether counted words may stand for a measure, as `school days` for days. `unit` may be any
+    measure; words in other scripts are not examined."""
     if not all(word.isascii() for word in counted.words) or counted.words[0].startswith("unit"):
         return True
     units = [unit for word in counted.words if (unit := read_unit(word)) is not None]

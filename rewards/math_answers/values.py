@@ -1,11 +1,9 @@
-"""Values of trees: exact rationals where that is cheap, else numbers of mpmath at fixed points.
+"""The values of trees: exact rationals where that is cheap, else numbers of mpmath at fixed points.
 
-First in floats, which are fast and overflow before anything grows; where they agree, once more in
-50 digits, so that a
-difference is never hidden by rounding. An integer beyond `MAX_BITS` raises `TooBig` before it is
-computed. What has no value
-but has parts (f(2), a derivative, a sum) gets a number made from its parts' values: equal parts,
-equal numbers.
+They are computed in floats first, which are fast and overflow early; values that agree are computed
+once more in 50 digits, so that no difference is hidden by rounding. Before an integer of more than
+`MAX_BITS` is computed, `TooBig` is raised. A node without a value of its own (f(2), a derivative, a
+sum) gets a number derived from the values of its parts, so that equal parts give equal numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from .tree import Kind, Node, has, number_of, variables, walk
 from .units import Unit, words
 
 POINTS = 10
-"""Sample points: three in (0, 1), three above, two of integers (one odd, one even), two
+"""Number of sample points: three in (0, 1), three above 1, an even and an odd integer, two
 negative."""
 _precise = mpmath.mp.clone()
 _precise.dps = 50
@@ -36,12 +34,10 @@ Value = Any
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Conventions shared by two trees that are compared.
+    """Conventions that two compared trees share.
 
-    `quantities`: names that stand alone on either side, so that `a(b+c)` is a product where `a` is
-    one of them;
-    `letters`: whether AB is A times B, as it is where A stands alone; `real`: variables are real
-    numbers, and so are roots.
+    `quantities`: names that stand alone on either side, so that `a(b+c)` and AB are products where
+    `a` or A is one of them; `real`: variables and roots are real numbers.
     """
 
     quantities: frozenset[str] = frozenset()
@@ -62,13 +58,13 @@ class Reading:
 
 @lru_cache(maxsize=4096)
 def signature(node: Node, reading: Reading) -> tuple[Value | None, ...]:
-    """The value of a scalar in floats at every point (one entry if it has no variable); None where
-    undefined. Raises TooBig."""
+    """The values of a scalar in floats at every point (only one if it has no variable), None where
+    it is undefined. Raises TooBig."""
     return tuple(_value_at(node, point, reading, _fast) for point in _points(node))
 
 
 def precise(node: Node, point: int, reading: Reading) -> Value | None:
-    """The value in 50 digits at one point where the float was found."""
+    """The value in 50 digits at one point; None where it is undefined."""
     return _value_at(node, point, reading, _precise)
 
 
@@ -94,6 +90,7 @@ def _value_at(node: Node, point: int, reading: Reading, context: Any) -> Value |
 
 
 def sample(name: str, point: int) -> Fraction:
+    # crc32, as `hash` of a string differs between processes
     seed = zlib.crc32(f"{name}/{point}".encode(errors="surrogatepass"))
     if point < 3:
         return Fraction(100 + seed % 800, 1013)
@@ -105,8 +102,8 @@ def sample(name: str, point: int) -> Fraction:
 
 
 def exact(node: Node) -> Fraction | None:
-    """The value of a tree without variables if it is a rational that needs no mpmath, else None.
-    Raises TooBig."""
+    """The value of a tree without variables if it is rational and exact, else None. Raises
+    TooBig."""
     if variables(node):
         return None
     try:
@@ -117,7 +114,8 @@ def exact(node: Node) -> Fraction | None:
 
 
 class _Evaluator:
-    """The value of a tree where variables have values. `value` raises Undefined and TooBig."""
+    """Computes the value of a tree for given values of its variables. `value` raises Undefined and
+    TooBig."""
 
     def __init__(
         self, env: Mapping[str, Fraction], reading: Reading, context: Any, real: bool, point: int
@@ -168,7 +166,8 @@ class _Evaluator:
         ]
 
     def run(self, node: Node) -> Value:
-        """AB is A times B where A or B stands alone on either side."""
+        """The value of capitals in a row: of AB the product of A and B if either stands alone on
+        some side."""
         name = str(node.data)
         if name.isalpha() and any(letter in self.reading.quantities for letter in name):
             product = Fraction(1)
@@ -216,6 +215,7 @@ class _Evaluator:
         base, exponent = node.args
         if base.kind is Kind.CONSTANT and base.data == "e":
             value = self.inexact(self.value(exponent))
+            # e^709.8 is the largest float
             if abs(value) > 700 and self.context is _fast:
                 raise TooBig("a power of e that overflows")
             return self.context.exp(value)
@@ -243,6 +243,7 @@ class _Evaluator:
         value = self.value(node.args[0])
         assert isinstance(node.data, Unit)
         if node.data.dimension == (("angle", 1),):
+            # the factor of degrees; that of radians is 1
             return self.inexact(value) * self.context.pi / 180 if node.data.factor < 0.1 else value
         if node.data.dimension == (("part", 1),):
             return value / 100
@@ -286,11 +287,12 @@ class _Evaluator:
         return Fraction(math.factorial(int(n)))
 
     def apply(self, node: Node) -> Value:
-        """A function's value; a product where the name stands alone elsewhere and this looks like
-        one."""
+        """The value of a function; of a product, if the name stands alone elsewhere and the
+        argument looks like a factor."""
         name, inner = node.args
         letter = str(name.data)
         unsigned = inner.args[0] if inner.kind is Kind.NEGATIVE else inner
+        # a number or a name alone is an argument: I(0) is not I times 0
         single = unsigned.kind is Kind.NUMBER or inner.kind is Kind.NAME
         if not single and inner.kind is not Kind.GROUP:
             always = letter in _ALWAYS_FUNCTIONS or not letter.isalpha() or _is_shift(letter, inner)
@@ -302,11 +304,12 @@ class _Evaluator:
         return self.made(node)
 
     def made(self, node: Node, env: Mapping[str, Fraction] | None = None) -> Value:
-        """A number that depends on the values of the parts alone."""
+        """A number that depends only on the kind of the node and the values of its parts."""
         inner = self
         if env is not None:
             inner = _Evaluator({**self.env, **env}, self.reading, _fast, False, self.point)
-        what = node.data[0] if isinstance(node.data, tuple) else node.data  # no bound variable
+        # not the bound variable: the integral of f(x) dx is that of f(t) dt
+        what = node.data[0] if isinstance(node.data, tuple) else node.data
         key = f"{self.point}/{node.kind}/{what}/" + ";".join(inner.key(a) for a in node.args)
         return Fraction(1000 + zlib.crc32(key.encode(errors="surrogatepass")) % 1_000_003, 100_003)
 
@@ -319,6 +322,7 @@ class _Evaluator:
             return f"{node.kind}{node.data}(" + ",".join(self.key(a) for a in node.args) + ")"
         fast = _Evaluator(self.env, self.reading, _fast, False, self.point)
         value = fast.value(node)
+        # rounded, as equal parts may differ in their last digits
         return str(value) if isinstance(value, Fraction) else f"{complex(value):.8e}"
 
     def derivative(self, node: Node) -> Value:
@@ -327,15 +331,15 @@ class _Evaluator:
         return Fraction(1000 + zlib.crc32(key.encode(errors="surrogatepass")) % 1_000_003, 100_003)
 
     def big(self, node: Node) -> Value:
-        """A sum, product, integral or limit: of its parts, the bound variable by another name."""
+        """The number of a sum, product, integral or limit, with the same value for whatever bound
+        variable."""
         assert isinstance(node.data, tuple)
         bound = str(node.data[1])
         return self.made(node, {bound: sample("the bound variable", self.point)} if bound else {})
 
 
 def _is_shift(letter: str, inner: Node) -> bool:
-    """Whether `u(t - 2)` takes the function u at a shifted place, rather than u times a
-    difference."""
+    """Whether `u(t - 2)` is the function u shifted, and not u times a difference."""
     names = variables(inner)
     return letter in _FUNCTION_LETTERS and len(names) == 1 and names <= _ARGUMENTS
 
@@ -343,7 +347,7 @@ def _is_shift(letter: str, inner: Node) -> bool:
 _ALWAYS_FUNCTIONS = words("f varphi psi Phi Psi Gamma")
 _ARGUMENTS = words("t x z s")
 _FUNCTION_LETTERS = words("g h F G H u p q P Q")
-"""Functions where the letter does not stand alone on either side."""
+"""Letters that are functions if they do not stand alone on either side."""
 _FUNCTIONS = {
     "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot", "sec": "sec", "csc": "csc",
     "exp": "exp", "abs": "fabs", "floor": "floor",

@@ -1,8 +1,8 @@
-"""A user's own code by name: `package.module:function`, `./file.py:function`, or an installed entry
-point.
+"""Loads a user's code by name: `package.module:function`, `./file.py:function`, or an installed
+entry point.
 
-The one loader of rewards, losses and advantages. A module of the working directory is found too,
-after installed ones.
+The only loader of rewards, losses and advantages. Modules of the working directory are found after
+installed ones.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HOUSE = tuple(
     for root in (Path(__file__).parents[2], Path(__file__).resolve().parents[2])
     for name in ("rewards", "rl", "rollout", "kernels")
 )
-"""Our own folders, as they were imported and where they really are."""
+"""The folders of emberl's own code, by the path of their import and by their real path."""
 _LIBRARIES = tuple(
     sysconfig.get_paths()[name] + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")
 )
@@ -36,16 +36,17 @@ _LIBRARIES = tuple(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PluginFile:
-    """A user's file as it is where a run was started: other machines may have another, or none."""
+    """A user's file as it was where the run was started; other machines may have another version,
+    or none."""
 
     path: str
-    """Absolute."""
+    """Absolute path."""
     source: bytes
-    """In the encoding that it declares."""
+    """Its bytes, in the encoding that the file declares."""
 
     @staticmethod
     def of(name: str) -> PluginFile | None:
-        """Of `./file.py:function`; None for another kind of name, and where there is no file."""
+        """The file of `./file.py:function`; None for other names, and if there is no such file."""
         place = name.rpartition(":")[0]
         path = Path(place).expanduser().resolve()
         if not place.endswith(".py") or not path.is_file():
@@ -54,14 +55,14 @@ class PluginFile:
 
 
 def load_function(name: str, group: str, built_in: Sequence[str] = ()) -> Function:
-    """The function (or class) that `name` means; `group`: of entry points. ValueError says what is
-    missing."""
+    """The function (or class) of this name; `group`: of entry points. Raises ValueError that says
+    what is missing."""
     return import_function(resolve(name, group, built_in))
 
 
 def resolve(name: str, group: str, built_in: Sequence[str] = ()) -> str:
-    """`place:attribute` for a name, which is one already or an entry point's. ValueError if it is
-    neither."""
+    """`place:attribute` for a name of this form or of an entry point. Raises ValueError for other
+    names."""
     if ":" in name:
         return name
     if name.endswith(".py"):
@@ -79,8 +80,8 @@ def resolve(name: str, group: str, built_in: Sequence[str] = ()) -> str:
 
 
 def import_function(target: str, file: PluginFile | None = None) -> Function:
-    """Loads the object `place:attribute`. ValueError says what is missing, with the user's file and
-    line. file: is taken instead of the one that stands there now."""
+    """Loads the object `place:attribute`; `file`: its code in place of the file on this machine.
+    Raises ValueError that says what is missing, with the user's file and line."""
     place, _, name = target.rpartition(":")
     if not place or not name:
         raise ValueError(f"{target!r} must be package.module:function or ./file.py:function")
@@ -99,8 +100,8 @@ def import_function(target: str, file: PluginFile | None = None) -> Function:
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line, with the place in the user's code:
-    `KeyError: 'answer' (mine.py:12 in score)`."""
+    """An error in one line, with its place in the user's code: `KeyError: 'answer' (mine.py:12 in
+    score)`."""
     frames = traceback.extract_tb(error.__traceback__)
     users = [
         f

@@ -1,7 +1,6 @@
-"""A function's result as plain values that go through a socket: a score with further numbers, or
-why there is none.
+"""Converts a function's results to plain values that can be sent through a socket.
 
-A result is `{"score", "parts", "message"}` and perhaps `status` or `right`; `{"none": True}` where
+A result is `{"score", "parts", "message"}`, perhaps with `status` or `right`; `{"none": True}` if
 the function does not apply to the sample; or `{"error"}`.
 """
 
@@ -14,16 +13,16 @@ from typing import Any
 from ..verdict import Status, Verdict
 
 SCORES = ("score", "reward", "scores", "rewards")
-"""Keys under which a mapping has its score, the first of them that is there."""
+"""Keys of the score in a mapping; the first one present counts."""
 _RIGHT = ("acc", "scores")
-"""Keys of verl and OpenRLHF for whether the answer is right, where the reward is shaped by more
-than that."""
+"""Keys by which verl and OpenRLHF say whether the answer is right, if the reward contains more than
+that."""
 _LONGEST = 200
 _LOGS = "extra_logs"
 
 
 def result(value: Any, extras: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A function's result for one completion. `extras`: what it logged of it by other ways."""
+    """A function's result for one completion. `extras`: values that it logged otherwise."""
     if isinstance(value, Verdict):
         return _of_verdict(value, extras or {})
     given = dict(extras or {})
@@ -46,11 +45,11 @@ def result(value: Any, extras: Mapping[str, Any] | None = None) -> dict[str, Any
 def batch_results(
     values: Any, count: int, logged: Mapping[str, Sequence[Any]]
 ) -> list[dict[str, Any]]:
-    """A function's result for a batch: a list, array or tensor of results, or a mapping that has
-    one under `rewards` or `scores`, with further values of each sample or of the batch. `logged`:
-    the same by other ways.
+    """A function's results for a batch: from a list, array or tensor of results, or a mapping with
+    one under `rewards` or `scores` and further values of each sample or of the batch. `logged`:
+    such values that it logged otherwise.
 
-    Raises ValueError for another number of results.
+    Raises ValueError if the number of results is wrong.
     """
     extras: dict[str, Any] = dict(logged)
     if isinstance(values, Mapping):
@@ -73,8 +72,8 @@ def batch_results(
 
 
 def number(value: Any) -> float | None:
-    """A finite number out of Python's, numpy's or torch's, one-element arrays included; None if it
-    is none."""
+    """The finite float of a number of Python, numpy or torch, also in an array of one element; None
+    for other values."""
     if isinstance(value, (str, bytes)) or value is None:
         return None
     try:
@@ -85,7 +84,7 @@ def number(value: Any) -> float | None:
 
 
 def short(value: Any) -> str:
-    """A value as a message shows it."""
+    """A value as it is shown in messages."""
     try:
         return f"{type(value).__name__} {value!r}"[:_LONGEST]
     except Exception:  # a user's __repr__
@@ -108,7 +107,8 @@ def _of_verdict(verdict: Verdict, extras: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sorted_out(given: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
-    """Numbers, which are logged, and texts, which a person may read. Anything else is left out."""
+    """The numbers, which are logged, and the texts, which go into the message. Other values are
+    dropped."""
     parts = {name: plain for name, value in given.items() if (plain := number(value)) is not None}
     texts = [
         f"{name}: {value[:_LONGEST]}"
@@ -128,6 +128,6 @@ def _listed(values: Any) -> list[Any] | None:
 
 
 def _column(given: Any, count: int) -> list[Any]:
-    """One value for each sample: of a list of as many, else the same for all."""
+    """A value for each sample: the items of a list of that length, else the same value for all."""
     listed = _listed(given)
     return listed if listed is not None and len(listed) == count else [given] * count

@@ -1,5 +1,5 @@
-"""`PluginReward`: a function that is not ours, called in its own process (or inline), whose every
-fault is a verdict."""
+"""`PluginReward`: runs a user's function in a process of its own (or inline) and turns every fault
+of it into a verdict."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ ISOLATION = ("process", "inline")
 
 
 class PluginReward(Reward):
-    """`target` (`package.module:function` or `./file.py:function`) as a reward.
+    """The reward of `target` (`package.module:function` or `./file.py:function`).
 
-    `isolation="process"` (default): it runs in up to `concurrency` processes that are killed when
+    `isolation="process"` (default): it runs in up to `concurrency` processes, which are killed if
     one call of the function takes more than `timeout` seconds; `"inline"`: in this process, for
     functions known to be quick and sound. A function that sets signal handlers (math_verify's
-    limits do) needs a main thread, which no grader is: the trial finds that out and gives it a
-    process. `kwargs` go to every call of the function, or to a class or a factory once. A fault of
+    limits do) needs a main thread, in which no grader runs; the trial detects that and gives it a
+    process. `kwargs` go to every call of the function, or once to a class or factory. A fault of
     the plugin (it raises, hangs, returns no finite number) is `verifier_error` for the samples of
-    that call; None is `not_applicable`. Raises ValueError at once if the function cannot be
-    imported or called.
+    that call; None is `not_applicable`. Raises ValueError if the function cannot be imported or
+    called.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class PluginReward(Reward):
             self._start()
 
     def _start(self) -> None:
-        """Processes, one of which says what the function is."""
+        """Starts the processes and asks one of them for the style of the function."""
         self._pool = WorkerPool(
             f"{__name__}:serve",
             self._setup,
@@ -98,9 +98,9 @@ class PluginReward(Reward):
         return verdicts
 
     def trial(self, example: RewardInput) -> None:
-        """One call, with two completions where the function takes a batch: one alone would not show
-        that it gives fewer results. Raises ValueError if it fails or gives neither a score nor
-        None."""
+        """Makes one call, with two completions if the function takes a batch: with one alone a
+        function that returns a single result would pass. Raises ValueError if it fails or gives
+        neither a score nor None."""
         if self._inline is not None and _needs_main_thread(self._inline, example, self.timeout):
             warnings.warn(
                 f"{self.target} sets signal handlers, which only a main thread may: it runs in a"
@@ -143,7 +143,8 @@ class PluginReward(Reward):
         return [self._verdict(one, seconds) for one in results]
 
     def _verdict(self, given: Any, seconds: float) -> Verdict:
-        """The reply is untrusted: a plugin may have written to the socket itself."""
+        """The verdict of a reply, which is untrusted: a plugin may have written to the socket
+        itself."""
         try:
             if given.get("none") is True:
                 return not_applicable(f"{self.target} returned None", seconds)
@@ -163,14 +164,14 @@ class PluginReward(Reward):
 
 
 def make(target: str, style: str | None, keywords: Mapping[str, Any]) -> Adapted:
-    """The function that `target` names, ready to be called. ValueError as of `import_function` and
+    """The function of `target`, ready to be called. Raises the ValueErrors of `import_function` and
     `adapt`."""
     return adapt(import_function(target), style, keywords)
 
 
 def serve(target: str, style: str | None, keywords: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """For worker processes: answers "describe" with what the function is, and a batch with its
-    results."""
+    """The function of a worker: answers "describe" with the style of the function, and a batch with
+    its results."""
     adapted = make(target, style, keywords)
 
     def answer(task: str | list[RewardInput]) -> Any:
@@ -182,14 +183,15 @@ def serve(target: str, style: str | None, keywords: Mapping[str, Any]) -> Callab
 
 
 _told: set[str] = set()
-"""Errors whose whole traceback stands on stderr already."""
+"""Places of errors whose traceback has been printed to stderr."""
 
 
 def attempt(adapted: Adapted, rows: Sequence[RewardInput]) -> Any:
-    """The results of one call, or `{"failed": why}` with the user's file and line; the traceback
-    goes to stderr once."""
+    """The results of one call, or `{"failed": reason}` with the user's file and line; prints the
+    traceback once."""
     try:
         return adapted(rows)
+    # the worker reports a MemoryError as such and ends (`worker_process.main`)
     except (MemoryError, KeyboardInterrupt):
         raise
     # untrusted, and time limits of libraries derive from BaseException
@@ -203,7 +205,8 @@ def attempt(adapted: Adapted, rows: Sequence[RewardInput]) -> Any:
 
 
 def status_of(score: float, right: bool | None = None) -> Status:
-    """`right`: the function's own word on it, where the score has more in it than that."""
+    """The status of a score. `right`: whether the function calls the answer right, if the score
+    contains more than that."""
     if score >= 1 if right is None else right:
         return Status.CORRECT
     return Status.WRONG if score <= 0 else Status.PARTIAL
@@ -211,7 +214,7 @@ def status_of(score: float, right: bool | None = None) -> Status:
 
 def _needs_main_thread(adapted: Adapted, example: RewardInput, timeout: float) -> bool:
     """Whether the function sets a signal handler when it is called in a thread, as graders call it.
-    ValueError if it hangs."""
+    Raises ValueError if it hangs."""
     real, used = signal.signal, threading.Event()
 
     def noted(*arguments: Any) -> Any:

@@ -1,13 +1,12 @@
-"""Reward functions written for other trainers, called as they are called at home.
+"""Calls reward functions of other trainers in the way their trainers do.
 
-The style is recognised from the names of the parameters: **verl**
-`compute_score(data_source, solution_str, ground_truth, extra_info)` and its batched form, **TRL**
-`f(prompts, completions, **columns)`, **OpenRLHF** `reward_func(queries, prompts, labels)`,
-**slime** `f(args, sample)`, **verifiers** `f(prompt, completion, answer, ...)` and its form for
-groups, and **native** functions of `RewardInput`, marked by `@reward`. One is not seen from a
-signature: `verl_full` is verl's with the prompt in front of `solution_str`, as its old forks had it
-(TinyZero, Logic-RL). A class, or a function that returns a reward function, is called once with the
-keywords.
+The style is recognised by the names of the parameters: **verl** `compute_score(data_source,
+solution_str, ground_truth, extra_info)` and its batched form, **TRL** `f(prompts, completions,
+**columns)`, **OpenRLHF** `reward_func(queries, prompts, labels)`, **slime** `f(args, sample)`,
+**verifiers** `f(prompt, completion, answer, ...)` and its form for groups, and **native** functions
+of `RewardInput`, marked by `@reward`. One style has no signature of its own: `verl_full` is verl's
+with the prompt before the completion in `solution_str`, as in its old forks (TinyZero, Logic-RL). A
+class, or a function that returns a reward function, is called once with the keywords.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from .results import batch_results, result
 
 _ANSWERS = ("answer", "answers", "solution", "solutions")
 _TRUTHS = ("ground_truth", "label", "labels", "target")
-"""Names by which TRL functions ask for the reference where the rows have no column of that name."""
+"""Names by which TRL functions ask for the reference if the rows have no such column."""
 _VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """The arguments that a style gives to one call: by place, by name, and to parameters that have
-    no default by a column's name."""
+    """The arguments of one call by name and by position, and columns for parameters without a
+    default."""
 
     arguments: dict[str, Any] = field(default_factory=dict)
     positional: tuple[Any, ...] = ()
@@ -41,13 +40,13 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """A function of some style behind one call: inputs in, one result for each out (see
+    """A function of any style, called with inputs and returning one result for each (see
     `results.py`)."""
 
     function: Function
     style: str
     keywords: Mapping[str, Any] = field(default_factory=dict)
-    """Go to every call of the function, before what the style gives."""
+    """Given to every call of the function; they override the arguments of the style."""
 
     @property
     def batched(self) -> bool:
@@ -55,7 +54,7 @@ class Adapted:
         return self.style in _MANY
 
     def __call__(self, batch: Sequence[RewardInput]) -> list[dict[str, Any]]:
-        """Raises what the function raises, and ValueError for the wrong number of results."""
+        """Raises the errors of the function, and ValueError for a wrong number of results."""
         if not self.batched:
             return [result(_awaited(self._call(_ONE[self.style](row)))) for row in batch]
         logs = _Logs(len(batch))
@@ -65,7 +64,8 @@ class Adapted:
         return batch_results(_awaited(self._call(call)), len(batch), logs.columns)
 
     def _call(self, call: Call) -> Any:
-        """Hands the function what it asks for by name; all of it if it has `**kwargs`."""
+        """Calls the function with the arguments that it has parameters for, or all if it has
+        `**kwargs`."""
         parameters = _parameters(self.function)[len(call.positional) :]
         needed = [p.name for p in parameters if p.default is p.empty and p.kind not in _VARIADIC]
         given = {name: value for name, value in call.columns.items() if name in needed}
@@ -86,8 +86,8 @@ class Adapted:
 def adapt(
     function: Function, style: str | None = None, keywords: Mapping[str, Any] | None = None
 ) -> Adapted:
-    """Raises ValueError if the style is unknown or cannot be told from the signature, or a keyword
-    is not taken."""
+    """The function as an `Adapted`. Raises ValueError if the style is unknown or not recognisable,
+    or for a keyword that the function does not take."""
     if style is not None and style not in STYLES:
         raise ValueError(f"style is {style!r}; it must be one of {', '.join(STYLES)}")
     if not callable(function):
@@ -107,7 +107,7 @@ def adapt(
 
 
 def recognise(function: Function) -> str:
-    """The style of a function by its mark or its parameters. Raises ValueError."""
+    """The style of a function, by its mark or its parameters. Raises ValueError."""
     if (style := _style_of(function)) is not None:
         return style
     names = [p.name for p in _parameters(function)]
@@ -124,6 +124,7 @@ def _style_of(function: Function) -> str | None:
     if isinstance(function, Reward):
         return "native_batch"
     names = {p.name for p in _parameters(function)}
+    # before TRL, whose functions have `completions` too
     if "completions" in names and names & {"states", "infos", "tasks"}:
         return "verifiers_batch"
     for style, needed in (
@@ -143,8 +144,8 @@ def _style_of(function: Function) -> str | None:
 
 
 def _is_factory(function: Function, keywords: Mapping[str, Any]) -> bool:
-    """Whether a function of no style can be called with the keywords alone, to give one that has a
-    style."""
+    """Whether a function of no known style can be called with only the keywords, and so may return
+    a function with one."""
     parameters = _parameters(function)
     named = [p for p in parameters if p.kind not in _VARIADIC]
     needed = {p.name for p in named if p.default is p.empty}
@@ -153,7 +154,8 @@ def _is_factory(function: Function, keywords: Mapping[str, Any]) -> bool:
 
 
 def _made(factory: Function, keywords: Mapping[str, Any]) -> Function:
-    """A reward function or object from what makes one. Raises ValueError if it does not."""
+    """The reward function or object that a factory returns. Raises ValueError if it returns
+    none."""
     name = getattr(factory, "__name__", repr(factory))
     try:
         made = factory(**keywords)
@@ -179,7 +181,7 @@ def _parameters(function: Function) -> list[inspect.Parameter]:
 
 
 class _Logs:
-    """A value that a TRL function logs while it runs: a metric of the batch, or a column with a
+    """The values that a TRL function logs while it runs: metrics of the batch, and columns with a
     value for each sample."""
 
     def __init__(self, count: int) -> None:
@@ -202,8 +204,7 @@ async def _finish(value: Any) -> Any:
 
 
 def ground_truth(row: RewardInput) -> Any:
-    """The reference as the row has it: a mapping or a list where it is one, else the answer as
-    verifiers read it."""
+    """The reference as the row has it: a mapping or list if it is one, else the answer."""
     nested = row.columns.get("reward_model")
     given = row.columns.get("ground_truth")
     if given is None and isinstance(nested, Mapping):
@@ -212,15 +213,15 @@ def ground_truth(row: RewardInput) -> Any:
 
 
 def _messages(row: RewardInput) -> tuple[Any, Any]:
-    """Prompt and completion as messages where there are any, else as texts."""
+    """Prompt and completion as messages if the row has messages, else as texts."""
     if row.messages:
         return [dict(m) for m in row.messages], [{"role": "assistant", "content": row.completion}]
     return row.prompt, row.completion
 
 
 def _as_in_the_row(row: RewardInput) -> tuple[Any, Any]:
-    """Prompt and completion as TRL hands them: texts for a row whose prompt is a text, else
-    messages."""
+    """Prompt and completion as TRL passes them: as texts if the prompt of the row is a text, else
+    as messages."""
     return _messages(row) if row.plain_prompt is None else (row.plain_prompt, row.completion)
 
 

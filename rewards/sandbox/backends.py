@@ -1,5 +1,5 @@
-"""`ForkServer`: the parent's handle on one fork server (`zygote.py`), and the command that
-starts it for each back end."""
+"""`ForkServer`: the handle on a fork server (`zygote.py`), and the command that starts it for each
+back end."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _ENVIRONMENT = {
 }
 _FOR_PRELOADED = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 WITH_NAMESPACES = ("zygote", "bubblewrap")
-"""Back ends with namespaces, whose processes end with process 1."""
+"""Back ends with namespaces, where all processes end with process 1."""
 
 
 class ForkServer:
-    """One fork server, isolated and ready. Not thread-safe: one run at a time.
+    """A fork server, isolated and ready. Not thread-safe: it does one run at a time.
 
     Raises SandboxUnavailable if it cannot isolate itself, SandboxError if it was lost meanwhile.
     """
@@ -96,8 +96,8 @@ class ForkServer:
             raise SandboxUnavailable(answer.removeprefix(NO_RUN).decode(errors="replace"))
 
     def start(self, kind: int, limits: Limits, fds: Sequence[int]) -> None:
-        """Starts a child on `fds`: its channel, source or program at 3, then 0, 1 and 2. Raises
-        SandboxError."""
+        """Starts a child on `fds`: its channel, source or program as descriptor 3, then 0, 1 and 2.
+        Raises SandboxError."""
         assert not self.busy, "a fork server does one run at a time"
         self.busy = True
         self._overslept = False
@@ -113,18 +113,19 @@ class ForkServer:
             raise SandboxError(f"the sandbox process is gone: {error}") from None
 
     def stop(self) -> None:
-        """Kills the child now; `finish` still tells how it ended."""
+        """Kills the child now; `finish` returns how it ended."""
         with contextlib.suppress(OSError):  # `finish` reports a fork server that is gone
             self._control.send(b"K")
 
     def excuse(self, seconds: float) -> None:
-        """Time in which the child waited for us is not its own."""
+        """Excludes seconds in which the child waited for us from its time."""
         self._started += seconds
 
     def watch(self, limits: Limits) -> None:
-        """A look at a run that takes long: one that has slept beyond its limit is ended.
+        """Checks a run that takes long, and stops one that has slept beyond its limit.
 
-        Raises SandboxError if the fork server does not end a run that it had to end."""
+        Raises SandboxError if the fork server has not ended a run at its deadline.
+        """
         elapsed = time.monotonic() - self._started
         if elapsed > limits.wall_seconds + _GRACE_SECONDS:
             raise SandboxError("the sandbox process did not end a run at its deadline")
@@ -132,6 +133,8 @@ class ForkServer:
             if tells_waiting():
                 pids = self._run_processes()
                 slept = elapsed - sum(map(waited, pids))
+                # The kernel counts a wait for a processor only when it ends: a starved run is not a
+                # sleeping one.
                 asleep_now = bool(pids) and all(map(asleep, pids))  # else it has just ended
                 self._overslept = slept > limits.own_seconds and asleep_now
             else:  # all that is known is the time on the wall
@@ -146,8 +149,8 @@ class ForkServer:
         return below - parents
 
     def finish(self, limits: Limits, patience: float | None = None) -> Run:
-        """Waits for the child's end, with `patience` no longer than so many seconds (TimeoutError).
-        Raises SandboxError if the fork server was lost or the child ended through no doing of its
+        """Waits for the end of the child and returns its run. Raises TimeoutError after `patience`
+        seconds, SandboxError if the fork server was lost or the child ended by no doing of its
         own."""
         self._control.settimeout(limits.seconds + _LOOK_SECONDS if patience is None else patience)
         while True:
@@ -212,7 +215,7 @@ class ForkServer:
         return self._process.pid
 
     def close(self) -> None:
-        """Ends the process and with it everything in the sandbox."""
+        """Ends the fork server and with it everything in the sandbox."""
         # a process that was forked from this one may hold a copy open
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_RDWR)
@@ -231,8 +234,8 @@ class ForkServer:
 
 
 def _end_session(leader: int) -> None:
-    """Kills what a lost fork server without namespaces has left: a compiler's children, which are
-    in its session."""
+    """Kills what a lost fork server without namespaces has left: a compiler's children, in its
+    session."""
     for _ in range(100):  # they may fork while we look
         left = [
             int(entry.name)
@@ -248,15 +251,15 @@ def _end_session(leader: int) -> None:
 
 
 def _link_packages(view: View, folder: str) -> None:
-    """Makes what stands in the place of `/packages` where programs see the host's own file system:
-    a folder without the packages that are installed beside those that were asked for."""
+    """Links the requested packages into `folder`, as `/packages` where programs see the host's own
+    file system: the packages installed beside them are not in it."""
     for path, target in view.packages:
         os.makedirs(os.path.dirname(folder + target), exist_ok=True)
         os.symlink(path, folder + target)
 
 
 def _config(backend: str, view: View, preload: Sequence[str], folder: str) -> dict[str, Any]:
-    """The fork server's settings, and the files that it cannot see itself."""
+    """The settings of the fork server, with the text of files that it cannot read itself."""
     scratch = f"{folder}/scratch" if folder else "/tmp"
     isolated = backend in WITH_NAMESPACES
     flags = ["-O2", "-std=gnu++17", "-static", "-pipe", "-w", "-x", "c++", "-", "-o"]
@@ -286,7 +289,8 @@ def _config(backend: str, view: View, preload: Sequence[str], folder: str) -> di
 
 
 def _filters() -> list[str]:
-    """One filter for each kind of run: calls, program, native, compile."""
+    """The filters for each kind of run: calls, program, native, compile. Raises SandboxUnavailable
+    for an unknown machine."""
     if platform.machine() not in seccomp.NUMBERS:
         raise SandboxUnavailable(
             f"no system-call table for {platform.machine()}, only {', '.join(seccomp.NUMBERS)}"

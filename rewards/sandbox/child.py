@@ -1,14 +1,13 @@
-"""Code that runs inside a locked-down child: the model's program, its calls one at a time, or a
-data set's test code.
+"""Code of a locked-down child: runs the model's program, its calls one at a time, or a data set's
+test code.
 
-Standard library only; `zygote.py` loads this file by path. Everything the model's program can reach
-here it can also replace, so nothing here is trusted by the parent: a reply is a value that the
-model's program chose, and no more.
+Standard library only; `zygote.py` loads this file as text. The model's program can replace
+everything here, so the parent trusts nothing of it: a reply is a value that the program chose.
 
-Lines of JSON on the channel (file descriptor 3). The parent sends one request, then for functions
-`{"eval": source}` one call at a time; each is answered by `{"ok": value}` or `{"error": type name,
-"text": ...}`. Values are plain JSON: lists and scalars as themselves, everything else as an object
-with one key that names the type, e.g. `{"tuple": [1, 2]}`.
+The channel (file descriptor 3) carries lines of JSON. The parent sends one request, then for
+functions `{"eval": source}` for each call, answered by `{"ok": value}` or `{"error": type name,
+"text": ...}`. Values are lists and scalars as themselves, else objects with one key that names the
+type, e.g. `{"tuple": [1, 2]}`.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ _unsent = bytearray()
 
 
 class ChannelClosed(BaseException):
-    """The parent has heard enough."""
+    """The parent has closed the channel."""
 
 
 def read_line(
     read: Callable[..., bytes] = os.read, parse: Callable[..., Any] = _parse
 ) -> dict[str, Any]:
-    """The next message. Raises ChannelClosed."""
+    """Returns the next message. Raises ChannelClosed."""
     while (end := _received.find(b"\n")) < 0:
         if not (chunk := read(CHANNEL, 1 << 13)):
             raise ChannelClosed
@@ -57,7 +56,8 @@ def send(
     dumps: Callable[..., str] = _dump,
     write: Callable[..., int] = os.write,
 ) -> None:
-    """`held`: goes along with the next one, which saves the processes a turn."""
+    """Sends a message; `held`: along with the next one, which saves a switch between the
+    processes."""
     _unsent.extend(dumps(message).encode())
     _unsent.extend(b"\n")
     while _unsent and not held:
@@ -65,8 +65,8 @@ def send(
 
 
 def encode(value: Any) -> Any:
-    """A value as plain JSON. Subclasses are sent as their base; what is no plain value as
-    `{"other": type name}`."""
+    """A value as plain JSON: a subclass as its base, an object that is no plain value as `{"other":
+    type name}`."""
     kind = type(value)
     if value is None or kind is bool or kind is str:
         return value
@@ -90,8 +90,8 @@ def encode(value: Any) -> Any:
 
 
 def _encode_other(value: Any) -> Any:
-    """Values that equal plain ones: fractions, decimals, numpy's numbers, the keys of a dict; then
-    subclasses."""
+    """Encodes values that equal plain ones: fractions, decimals, numpy's numbers, keys of a
+    dict."""
     module, name = type(value).__module__, type(value).__name__
     if module in ("fractions", "decimal") and name in ("Fraction", "Decimal") and value == value:
         above, below = value.as_integer_ratio()
@@ -114,7 +114,7 @@ def _encode_subclass(value: Any) -> Any:
 
 
 def source_of(value: Any) -> str:
-    """An expression that makes the plain value again. Raises TypeError for anything else."""
+    """An expression whose value is the plain value. Raises TypeError for other values."""
     kind = type(value)
     if kind is int:
         return repr(value) if -_JSON_DIGITS < value < _JSON_DIGITS else f"({hex(value)})"
@@ -139,8 +139,8 @@ def source_of(value: Any) -> str:
 
 
 def _module(name: str) -> dict[str, Any]:
-    """A fresh module to run code in: dataclasses, pickle and typing look a class's module up by its
-    name."""
+    """The namespace of a fresh module; dataclasses, pickle and typing look up a class by its
+    module."""
     module = types.ModuleType(name)
     sys.modules[name] = module
     return module.__dict__
@@ -193,7 +193,7 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 def _compiled(text: str, name: str, namespace: dict[str, Any], usual: bool) -> types.CodeType:
-    """The code; `usual`: with the usual imports, of which only those are made whose names occur."""
+    """Compiles code; `usual`: makes those of the usual imports whose names occur in it."""
     code = compile(text, name, "exec", dont_inherit=True)
     if "asyncio" in text:
         _offline_loop()
@@ -208,8 +208,8 @@ def _compiled(text: str, name: str, namespace: dict[str, Any], usual: bool) -> t
 
 
 def _offline_loop() -> None:
-    """An event loop for coroutines that wait for each other and for time: there is no other device,
-    and no socket for the standard loop's own wake-up."""
+    """Sets an event loop for coroutines that wait for each other and for time: the sandbox has no
+    other device, and no socket for the wake-up of asyncio's own loop."""
     import asyncio
     import time
 
@@ -235,8 +235,7 @@ def _offline_loop() -> None:
 
 
 def failure(error: BaseException) -> dict[str, str]:
-    """An exception's name and text; both may be the model's own code, so each may fail in its
-    turn."""
+    """An exception's name and text. Both may be the model's code, so each may raise in turn."""
     try:
         name = type.__getattribute__(type(error), "__name__")
         text = str(error)[:300]
@@ -246,22 +245,21 @@ def failure(error: BaseException) -> dict[str, str]:
 
 
 def load_solution(request: dict[str, Any]) -> dict[str, Any] | None:
-    """Runs the model's code and the test's set-up in the module `solution`; what it raised, or
-    None."""
+    """Runs the model's code and the test's set-up in the module `solution`. Returns what it raised,
+    or None."""
     describe, namespace = failure, _module("solution")
     try:
         for part in request["code"]:
             exec(_compiled(part, "<solution>", namespace, request.get("usual", False)), namespace)
-    except (
-        BaseException
-    ) as error:  # whatever the model's code raises, SystemExit included, is its result
+    # whatever the model's code raises, SystemExit included, is its result
+    except BaseException as error:
         return describe(error)
     return None
 
 
 def serve_calls(request: dict[str, Any]) -> None:
-    """Runs the model's code and the test's set-up, then answers calls until the parent closes the
-    channel."""
+    """Runs the model's code, then answers calls until the parent closes the channel."""
+    # bound before the model's code runs, which may replace any name of this file
     reply, pack, describe, next_call = send, encode, failure, read_line
     result: dict[str, Any] = load_solution(request) or {"ok": None}
     namespace = sys.modules["solution"].__dict__
@@ -281,8 +279,7 @@ def serve_calls(request: dict[str, Any]) -> None:
 
 
 def run_library(request: dict[str, Any]) -> None:
-    """Runs code of the parent's, `[[name, marshalled code], ...]`, and its last part's `main`
-    (`rewards/code_tests`)."""
+    """Runs the parent's code, `[[name, marshalled code], ...]`, and `main` of its last part."""
     import binascii
     import marshal
 
@@ -305,7 +302,7 @@ _STANDARD |= {
 
 
 def _open_by_name() -> None:
-    """`open("/dev/stdin")`, `os.open` and their kin: these are no files here."""
+    """Makes `open("/dev/stdin")`, `os.open` and the like work: there are no such files here."""
     import io
 
     plain: Callable[..., Any] = io.open
@@ -329,8 +326,7 @@ def _open_by_name() -> None:
 
 
 def run_program(request: dict[str, Any]) -> NoReturn:
-    """Runs the model's code as a script on file descriptors 0, 1 and 2, with a script's exit
-    codes."""
+    """Runs the model's code as a script on descriptors 0, 1 and 2, with a script's exit codes."""
     os.close(CHANNEL)
     leave, code = os._exit, 0
     namespace = _module("__main__")
@@ -361,13 +357,13 @@ def run_program(request: dict[str, Any]) -> NoReturn:
 
 
 def _leave(code: Any = None) -> NoReturn:
-    """`exit()` and `quit()`, which the interpreter's `site` would make."""
+    """`exit()` and `quit()`, which `site` would define."""
     raise SystemExit(code)
 
 
 def _stack_size(size: int = 0, _set: Callable[..., int] = _thread.stack_size) -> int:
-    """Programs ask for stacks as large as all memory that they may have; a thread gets a quarter of
-    it at most."""
+    """Sets the stack size of threads, to at most a quarter of the memory: programs ask for as much
+    as they may have in all."""
     most = resource.getrlimit(resource.RLIMIT_AS)[0] // 4
     if not size:
         return _set()

@@ -1,16 +1,16 @@
 """`ChildRunner`: forks, locks down, watches and reaps the sandbox's children, one at a time.
 
-Without namespaces (`landlock`, `unsafe`) there is one fork server, which stays in the host's PID
-namespace: each child gives up the host's files (`landlock.py`), dies with its parent, and its
-filter knows no system call that reaches another process; what a compiler started is found by its
-process group and by adoption (PR_SET_CHILD_SUBREAPER).
+Without namespaces (`landlock`, `unsafe`) there is a single fork server in the host's PID namespace.
+Each child gives up the host's files (`landlock.py`) and dies with its parent; its filter allows no
+system call that reaches another process. What a compiler started is found by its process group and
+by adoption (PR_SET_CHILD_SUBREAPER).
 
-Most of a run's time goes into page faults: each page that a child, or process 1 after a fork,
-writes for the first time is a copy, and each object that Python touches is a write, of its
-reference count. So the two do as little in Python as they can between the fork and the program, and
-what can be set once for all children is set in process 1.
+Most of a run's time is spent in page faults: each page that a child, or process 1 after a fork,
+writes for the first time is copied, and Python writes to each object that it touches, for its
+reference count. So both do as little in Python as possible between the fork and the program, and
+what all children share is set up once in process 1.
 
-Loaded by text into the fork server (see `zygote.py`): standard library only.
+Sent to the fork server as text (see `zygote.py`): standard library only.
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ _EXECVEAT = {"x86_64": 322, "aarch64": 281}
 _RESTRICT_SELF = 446  # landlock_restrict_self, on every machine
 _NOBODY = 65534
 _THREADS = 64  # of one run
-_LOOK_SECONDS = (
-    0.01  # between two counts of a run's threads, where no limit of the kernel's does it
-)
+# between two counts of a run's threads, where the kernel does not limit them
+_LOOK_SECONDS = 0.01
 _ROOM = _socket.CMSG_SPACE(4 * struct.calcsize("i"))
 
 
@@ -79,7 +78,7 @@ def _capabilities(kept: int) -> None:
 
 
 def keep_capabilities(kept: int) -> None:
-    """Forgets all others for good: no exec gives anything back."""
+    """Drops all other capabilities for good, so that no exec regains them."""
     for number in range(41):
         _libc.prctl(24, number, 0, 0, 0)  # PR_CAPBSET_DROP
     _capabilities(kept)
@@ -124,7 +123,7 @@ class ChildRunner:
         return filter
 
     def _for_all(self) -> None:
-        """The state that every child inherits."""
+        """Sets the state that every child inherits."""
         _check(_libc.prctl(38, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
         _check(_libc.prctl(4, 0, 0, 0, 0), "PR_SET_DUMPABLE")
         if self.nobody:
@@ -147,7 +146,7 @@ class ChildRunner:
         _stack(64 << 20)
 
     def serve(self) -> None:
-        """Handles requests until the parent closes the control socket."""
+        """Serves requests until the parent closes the control socket."""
         control, size, unpack, run = self.control, REQUEST.size, REQUEST.unpack, self.run
         while True:
             message, extra, _, _ = control.recvmsg(size, _ROOM)
@@ -162,9 +161,8 @@ class ChildRunner:
         self.locked[0] = 0
         try:
             pid = os.fork()
-        except (
-            OSError
-        ) as error:  # a limit on processes, or no memory: says nothing about the program
+        # a limit on processes, or no memory: says nothing about the program
+        except OSError as error:
             for fd in fds:
                 os.close(fd)
             return NO_RUN + f"no process for the run: {error}".encode()
@@ -191,7 +189,7 @@ class ChildRunner:
         return REPLY.pack(RUN, status, took, spent, peak, cause, self.locked[0])
 
     def _wait(self, pid: int, seconds: float) -> int:
-        """Until the child ends, or is ended: for whom or what."""
+        """Waits until the child ends, or ends it; returns the cause."""
         watched = os.pidfd_open(pid)
         files = [watched, self.control.fileno(), *self.trainer]
         if self.namespaces:
@@ -206,7 +204,8 @@ class ChildRunner:
         return cause
 
     def _wait_and_count(self, pid: int, files: list[int], seconds: float) -> tuple[list[int], int]:
-        """The same where threads have to be counted from outside."""
+        """Does the same where threads must be counted from outside; returns the files that are
+        ready, and the cause."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             ready, _, _ = select.select(files, (), (), _LOOK_SECONDS)
@@ -217,8 +216,8 @@ class ChildRunner:
         return [], AT_THE_DEADLINE
 
     def _sweep(self) -> None:
-        """Nothing outlives its run: process 1 kills all that is left in its namespace (a compiler's
-        children)."""
+        """Kills what is left in the namespace, as a compiler's children: nothing outlives its
+        run."""
         # nobody is left, which os.kill would raise an exception for, at a dozen pages
         if _libc.kill(-1, 9) < 0:
             return
@@ -229,7 +228,7 @@ class ChildRunner:
                 return
 
     def _sweep_group(self, group: int) -> None:
-        """The same without a PID namespace: a compiler's children cannot leave its group, and
+        """Does the same without a PID namespace: a compiler's children cannot leave its group, and
         orphans become ours."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
@@ -278,16 +277,16 @@ class ChildRunner:
         raise AssertionError("the child ends itself")
 
     def _die_with_server(self) -> None:
-        """Dies with it; in its session, which the trainer sweeps, but in a group of its own, which
-        it sweeps."""
+        """Makes the child die with the fork server. It stays in its session, which the trainer
+        sweeps, in a group of its own, which the fork server sweeps."""
         _check(_libc.prctl(1, signal.SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG")
         if os.getppid() != self.pid:  # it has died already
             os._exit(125)
         os.setpgid(0, 0)
 
     def _prepare_foreign(self, kind: int, memory: int) -> None:
-        """The view of a process that is no longer this interpreter: the compiler's directory, or no
-        directory at all."""
+        """Sets the file view of a process that will no longer be this interpreter: the compiler's
+        directory, or an empty root."""
         if kind == COMPILE:
             os.mkdir(self.scratch, 0o700)
             if self.nobody:
@@ -318,8 +317,8 @@ class ChildRunner:
         os._exit(127)
 
     def _lock(self, program: _Filter, user: int) -> None:
-        """Nobody's id, no capability, no file of the host, no open file of ours, then the filter:
-        from here on there is no way back."""
+        """Takes away, in this order and for good: the user id, capabilities, the host's files, our
+        open files, and all system calls outside the filter."""
         if self.nobody:
             os.setresuid(user, user, user)
         elif self.may_chroot:  # leaving id 0 drops them
@@ -331,8 +330,9 @@ class ChildRunner:
 
 
 def _limit(cpu: float, memory: int, size: int) -> None:
-    """Both clocks of the kernel count ticks: on a busy machine they may run a tenth ahead of the
-    exact time, by which the parent judges. So they end a run that is certainly over its limit."""
+    """Sets the limits of a run. Both kernel clocks count ticks and may run a tenth ahead of the
+    exact time on a busy machine. The parent judges by the exact time, so these limits only end a
+    run that is certainly over it."""
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     signal.setitimer(signal.ITIMER_PROF, 1.1 * cpu + 0.1)

@@ -1,4 +1,4 @@
-"""Which back end a machine gives, found by a trial run, and what to do where it gives none."""
+"""Chooses the back end of a machine by trial runs, and advises on machines that support none."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .child_runner import CALLS
 from .runs import Limits, SandboxError, SandboxUnavailable
 
 BACKENDS = ("zygote", "bubblewrap", "landlock")
-"""In the order in which they are tried. `unsafe` comes last, and only if it is asked for."""
+"""The order in which they are tried. `unsafe` comes last, and only on request."""
 _KERNEL = (
     "a kernel with Landlock needs no privilege at all (Linux 5.13 or later, 'landlock' in"
     " /sys/kernel/security/lsm; else boot it with lsm=landlock,... added)"
@@ -48,7 +48,7 @@ _REMOTE = (
 
 
 def fix(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> str:
-    """Advice for this kind of machine: a host, a container, a pod."""
+    """Advice for this kind of machine: a host, a container or a pod."""
     if "KUBERNETES_SERVICE_HOST" in environment:
         place = _KUBERNETES
     elif (
@@ -64,8 +64,8 @@ def fix(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> 
 def choose_backend(
     backend: str | None, allow_unsafe: bool, preload: Sequence[str] = ()
 ) -> ForkServer:
-    """A fork server of the first back end that works and passes a trial run; SandboxUnavailable if
-    none does."""
+    """Returns a fork server of the first back end that passes a trial run. Raises
+    SandboxUnavailable if none does, ValueError for an unknown name."""
     if backend not in (None, *BACKENDS, "unsafe"):
         raise ValueError(
             f"sandbox backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}, or leave"
@@ -95,20 +95,20 @@ def choose_backend(
 
 def _hide_memory() -> None:
     """Closes /proc/PID/mem and /proc/PID/environ of this process, which holds the expected answers,
-    to its own user."""
+    to other processes of its user."""
     if ctypes.CDLL(None).prctl(4, 0, 0, 0, 0) < 0:  # PR_SET_DUMPABLE
         raise SandboxUnavailable("unsafe: this process cannot hide its memory (PR_SET_DUMPABLE)")
 
 
 def _tried(backend: str, preload: Sequence[str]) -> ForkServer:
-    """Starts a fork server and runs an empty child, so that a filter that the kernel refuses shows
-    now. Once more where it is lost: one that was killed from outside says nothing about this
-    machine."""
+    """Starts a fork server and runs an empty child, so that a filter that the kernel refuses is
+    noticed now. Raises SandboxUnavailable."""
     if not sys.platform.startswith("linux"):
         raise SandboxUnavailable(f"{backend}: only Linux has what it needs")
     if backend == "bubblewrap" and shutil.which("bwrap") is None:
         raise SandboxUnavailable("bubblewrap: bwrap is not installed")
     lost = ""
+    # A fork server killed from outside once made the sandbox fall back to a weaker back end.
     for _ in range(2):
         try:
             return _trial(backend, preload)

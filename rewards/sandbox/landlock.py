@@ -1,14 +1,14 @@
-"""The landlock back end: a process gives up the files of the host, for good and without any
+"""The landlock back end: a process gives up access to the host's files, irrevocably and without any
 privilege.
 
-For containers that allow no namespaces (Docker, containerd and Kubernetes as they come). Linux 5.13
-and later; what a kernel knows beyond that (TCP ports, signals and abstract sockets, devices' ioctl)
-is given up where it is known, and the filter of system calls (`seccomp.py`) forbids it in any case.
-Landlock does not hide that a path exists, its size and its times; contents and lists of folders it
-does.
+For containers that allow no namespaces (the defaults of Docker, containerd and Kubernetes). Linux
+5.13 and later. Rights that only newer kernels know (TCP ports, signals, abstract sockets, ioctl of
+devices) are given up where they are known; the filter of system calls (`seccomp.py`) forbids their
+use in any case. Landlock hides the contents of files and folders, but not that a path exists, nor
+its size and times.
 
-Loaded by text into the fork server (see `zygote.py`): standard library only.
-Numbers: Linux `asm-generic/unistd.h` (the same on every machine) and `uapi/linux/landlock.h`.
+Sent to the fork server as text (see `zygote.py`): standard library only. Numbers: Linux
+`asm-generic/unistd.h` (the same on every machine) and `uapi/linux/landlock.h`.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ def _checked(result: int, what: str) -> int:
 
 
 def version() -> int:
-    """Landlock's version in this kernel. Raises OSError if it has none, or if it is switched
-    off."""
+    """The version of Landlock in this kernel. Raises OSError if it has none or has it disabled."""
     version: int = _libc.syscall(
         _CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(_ASK_VERSION)
     )
@@ -58,15 +57,14 @@ def version() -> int:
 
 
 def handled(abi: int) -> tuple[int, int, int]:
-    """All rights that a ruleset of this version can take away: files, TCP, scopes."""
+    """The rights that a ruleset of this version can take away: for files, TCP, and scopes."""
     files = max(rights for since, rights in _FILES.items() if since <= abi)
     return files, _TCP if abi >= 4 else 0, _SCOPES if abi >= 6 else 0
 
 
 def ruleset(readable: list[str], writable: list[str]) -> int:
-    """A descriptor of a ruleset, to restrict processes by. It leaves `readable` paths to be read
-    and executed, and files to be made, written and removed below `writable` ones. Raises
-    OSError."""
+    """Returns the descriptor of a ruleset. It leaves `readable` paths to be read and executed, and
+    files below `writable` ones to be made, written and removed. Raises OSError."""
     abi = version()
     files, tcp, scopes = handled(abi)
     words = (files, tcp, scopes)[: 1 if abi < 4 else 2 if abi < 6 else 3]
@@ -99,11 +97,10 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
 
 
 def readable_below(path: str, masks: list[str]) -> list[str]:
-    """`path`, or its entries one by one as far as needed to leave `masks` out: a rule can only
-    allow.
+    """`path`, or those of its entries that leave `masks` out, since a rule can only allow.
 
-    A folder that holds a mask cannot be listed then. An interpreter that has looked it up once can
-    still import from it.
+    A folder with a mask in it can then not be listed. An interpreter that has searched it before
+    can still import from it.
     """
     if path in masks:
         return []

@@ -1,6 +1,6 @@
-"""The zygote back end: namespaces, the id maps, a root file system of its own.
+"""The zygote back end: namespaces, user id maps, and a root file system of its own.
 
-Loaded by path into the launcher and into process 1 (see `zygote.py`) and forgotten there before the
+Loaded from its text into the launcher and into process 1 (see `zygote.py`), and dropped before the
 first run: standard library only.
 """
 
@@ -50,8 +50,8 @@ def _mount(
 
 
 def _map_ids(pid: int) -> None:
-    """Writes the id maps of `pid` from outside its user namespace. As root: 0 and nobody, so that a
-    child can be nobody; otherwise (or where root may not map two ids) the own id alone."""
+    """Writes the id maps of `pid` from outside its user namespace: as root for 0 and nobody, so
+    that a child can be nobody; else, or where root may not map two ids, for the own id only."""
     uid, gid = os.getuid(), os.getgid()
     if uid == 0:
         try:
@@ -74,7 +74,8 @@ def _write(path: str, text: str) -> None:
 
 
 def enter_namespaces() -> None:
-    """New user, mount, net, ipc, uts, pid (for children) and cgroup namespaces, as their root."""
+    """Enters new user, mount, net, ipc, uts, pid (for children) and cgroup namespaces as their
+    root."""
     asked, answered = os.pipe(), os.pipe()
     launcher = os.getpid()
     if (mapper := os.fork()) == 0:
@@ -103,9 +104,9 @@ def enter_namespaces() -> None:
 
 
 def build_root(binds: list[tuple[str, str]], masks: list[str]) -> None:
-    """A read-only root of nothing but `binds` (from, to), `masks` inside them hidden, four devices
-    and a /tmp that only the compiler's filter lets anybody write to. The old root, /proc included,
-    is gone afterwards."""
+    """Mounts a read-only root with `binds` (from, to) only, `masks` hidden inside them, four
+    devices, and a /tmp that only the compiler's filter lets be written. The old root, /proc
+    included, is unmounted."""
     os.umask(0o022)
     root = "/proc"  # always there, never bound: nothing is made on the host and left behind
     _mount("none", "/", None, _REC | _PRIVATE)
@@ -144,7 +145,7 @@ def build_root(binds: list[tuple[str, str]], masks: list[str]) -> None:
 
 
 def _make_place(path: str, target: str) -> None:
-    """An empty folder or file to mount `path` on."""
+    """Makes an empty folder or file on which `path` is mounted."""
     folder = target if os.path.isdir(path) else os.path.dirname(target)
     os.makedirs(folder, exist_ok=True)
     if folder != target:
@@ -152,7 +153,7 @@ def _make_place(path: str, target: str) -> None:
 
 
 def move(old: str, new: str) -> None:
-    """Tells the running interpreter that its library has another path now."""
+    """Updates the paths of the running interpreter to the new place of its library."""
     sys.path[:] = [
         new + path[len(old) :] if path.startswith(old + "/") else path for path in sys.path
     ]
@@ -168,9 +169,8 @@ def _read_only(path: str) -> None:
     # AT_RECURSIVE
     if _libc.syscall(_MOUNT_SETATTR, -100, path.encode(), 0x8000, attributes, len(attributes)) == 0:
         return
-    flags = os.statvfs(
-        path
-    ).f_flag  # before Linux 5.12: the top mount only, its locked flags repeated
+    # before Linux 5.12: the top mount only, its locked flags repeated
+    flags = os.statvfs(path).f_flag
     # noexec, noatime, nodiratime, relatime
     kept = flags & (_NOEXEC | 1024 | 2048) | (1 << 21 if flags & 4096 else 0)
     _mount("none", path, None, _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV | kept)

@@ -1,15 +1,14 @@
-"""`Sandbox`: runs a model's programs where they can reach nothing, at less than two milliseconds a
+"""`Sandbox`: runs a model's programs isolated from the machine, in less than two milliseconds a
 run.
 
 Back ends, the first that works: `zygote` (own namespaces, `zygote.py`), `bubblewrap` (the same fork
-server behind isolation that `bwrap` sets up, for machines that let only a setuid helper make them),
-`landlock` (without namespaces, for containers that allow none; a program can ask whether a path of
-the host exists), and otherwise a refusal. A plain process with limits and a system-call filter, but
-the host's files in sight, runs only with `allow_unsafe=True`.
+server, isolated by `bwrap`, for machines where only a setuid helper may make namespaces),
+`landlock` (without namespaces, for containers that allow none; a program can find out whether a
+path of the host exists). Without any of them the sandbox refuses. A plain process with limits and a
+system-call filter, which can read the host's files, runs only with `allow_unsafe=True`.
 
-A run that fails through the sandbox's own fault raises `SandboxError`, after a second try on a
-fresh fork server where nobody has talked to the program yet; whatever a program does to itself is a
-`Run`.
+A run that fails by a fault of the sandbox raises `SandboxError`, after a second try on a fresh fork
+server unless a session with the program has begun. A `Run` reports only what a program did itself.
 """
 
 from __future__ import annotations
@@ -55,13 +54,13 @@ T = TypeVar("T")
 
 
 class Sandbox:
-    """A pool of fork servers, each doing one run at a time. Thread-safe; starts the others when
-    they are needed.
+    """A pool of fork servers, each doing one run at a time. Thread-safe; all but the first start on
+    demand.
 
-    `workers`: runs at the same time, by default one a core of those that a CPU quota leaves.
-    `backend`: None tries them in order. `preload`: modules that every child has imported before it
-    is locked down; of the installed packages only these and what they depend on are in sight.
-    Raises SandboxUnavailable at once where the machine gives no back end.
+    `workers`: concurrent runs, by default one per core that a CPU quota leaves. `backend`: None
+    tries them in order. `preload`: modules that every child has imported before it is locked down;
+    of the installed packages it sees only these and their dependencies. Raises SandboxUnavailable
+    if the machine supports no back end.
     """
 
     def __init__(
@@ -86,7 +85,7 @@ class Sandbox:
         """Runs that have ended so far, or nearly: threads may count two as one."""
 
     def close(self) -> None:
-        """Ends the fork servers that are idle; a busy one ends with its run."""
+        """Ends the idle fork servers; a busy one ends with its run."""
         self._closed.set()
         with contextlib.suppress(queue.Empty):
             while True:
@@ -108,12 +107,13 @@ class Sandbox:
         first: Mapping[str, Any] | None = None,
         upcoming: Sequence[Mapping[str, Any]] = (),
     ) -> Iterator[Session]:
-        """Starts a child on `request` (see `child.py`) for a talk line by line; kills it on
-        leaving.
+        """Starts a child on `request` (see `child.py`) and yields a session of lines with it; kills
+        it on leaving.
 
-        `first` is the first message of the talk: sent along, it saves a turn of the processes.
-        `upcoming`, those that will follow, are for a remote sandbox: here a program sees one
-        message at a time."""
+        `first`, the first message, is sent along with the request and saves a switch between the
+        processes. `upcoming`, the messages after it, serve a remote sandbox only: here a program
+        sees one message at a time.
+        """
         with self._server(limits) as server:
             with _our_own_errors():
                 ours, theirs = socket.socketpair()
@@ -134,25 +134,27 @@ class Sandbox:
     def run_program(
         self, code: str, stdin: bytes = b"", limits: Limits = _DEFAULT, *, usual: bool = False
     ) -> Run:
-        """Runs a Python script on `stdin`; `usual`: with the usual imports of contest programs made
-        for it."""
+        """Runs a Python script on `stdin`. `usual`: the imports that contest programs rely on are
+        made for it."""
         request = json.dumps({"task": "program", "code": [code], "usual": usual}).encode() + b"\n"
         return twice(lambda: self._run(PROGRAM, request, stdin, limits))
 
     def run_native(self, binary: bytes, stdin: bytes = b"", limits: Limits = _DEFAULT) -> Run:
-        """Runs a program that `compile_cpp` made on `stdin`."""
+        """Runs a binary from `compile_cpp` on `stdin`."""
         return twice(lambda: self._run(NATIVE, binary, stdin, limits))
 
     def compile_cpp(self, source: str, limits: Limits = COMPILER_LIMITS) -> tuple[bytes, Run]:
-        """Compiles C++ (g++ -O2 -std=gnu++17 -static) in the sandbox: the binary, empty if that
-        failed, and the run.
+        """Compiles C++ (g++ -O2 -std=gnu++17 -static) in the sandbox. Returns the binary, empty if
+        that failed, and the run of the compiler.
 
-        Raises SandboxUnavailable where there is no g++, SandboxError where it compiles nothing, as
-        on a full disk."""
+        Raises SandboxUnavailable without g++, and SandboxError if it compiles nothing at all, as on
+        a full disk.
+        """
         if compiler() is None:
             raise SandboxUnavailable("C++ needs g++ (apt install g++)")
         binary, run = twice(lambda: self._compile(source.encode("utf-8", "replace"), limits))
         if not binary and run.outcome is Outcome.EXITED:
+            # A program that compiles on any machine tells an error in the source from a full disk.
             control, failure = twice(lambda: self._compile(b"int main() {}", limits))
             if not control:
                 said = failure.stderr.decode("utf-8", "replace").strip()[:300]
@@ -186,7 +188,8 @@ class Sandbox:
 
     @contextlib.contextmanager
     def _server(self, limits: Limits) -> Iterator[ForkServer]:
-        """A fork server for one run; one that was lost in it is replaced at its next use."""
+        """Yields a fork server for one run. One that is lost in it is replaced when it is next
+        needed."""
         if self._closed.is_set():
             raise SandboxError("the sandbox is closed")
         server = self._free(limits)
@@ -202,7 +205,8 @@ class Sandbox:
             self._idle.put(server)
 
     def _free(self, limits: Limits) -> ForkServer | None:
-        """The next fork server that becomes free: a queue may be long, but it has to move."""
+        """The next free fork server. Raises SandboxError if none finishes a run within the time of
+        one: a long queue is no fault."""
         while True:
             finished = self.finished
             try:
@@ -213,8 +217,8 @@ class Sandbox:
 
 
 class Session:
-    """A talk with one child, line by line. The run's own limit ends every wait; a fork server that
-    does not keep to it is found out after a grace."""
+    """A session with one child, line by line. Waits end with the run's limit, or after a grace if
+    the fork server does not enforce it."""
 
     def __init__(self, server: ForkServer, channel: socket.socket, limits: Limits) -> None:
         self._server = server
@@ -225,11 +229,11 @@ class Session:
         channel.settimeout(limits.seconds + _LOOK_SECONDS)
 
     def send(self, *messages: Mapping[str, Any]) -> None:
-        """Sends one line each. Raises ProgramEnded, SandboxError."""
+        """Sends a line for each message. Raises ProgramEnded, SandboxError."""
         self._send("".join([_dump(message) + "\n" for message in messages]).encode())
 
     def relay(self, line: bytes) -> None:
-        """Sends another session's line. Raises ProgramEnded, SandboxError."""
+        """Sends a line from another session. Raises ProgramEnded, SandboxError."""
         self._send(line + b"\n")
 
     def _send(self, lines: bytes) -> None:
@@ -245,7 +249,7 @@ class Session:
                 raise ProgramEnded(self._server.finish(self._limits)) from None
 
     def receive(self) -> bytes:
-        """The child's next line, of at most `output_bytes`: as untrusted as anything. Raises
+        """Returns the child's next line, untrusted and of at most `output_bytes`. Raises
         ProgramEnded, SandboxError."""
         while (end := self._received.find(b"\n")) < 0:
             if len(self._received) > self._limits.output_bytes:
@@ -272,10 +276,11 @@ class Session:
         self._channel.settimeout(_LOOK_SECONDS)
 
     def _end(self) -> Run:
-        """How a child ended that has closed its channel. One that only closed it, which is no way
-        to stay, is ended; but first it gets the time to end, as one that is killed from outside is
-        not stopped by us."""
+        """Returns the run of a child that has closed its channel; a child that lives on is
+        killed."""
         try:
+            # A child killed from outside must not be reported as one that we stopped: wait for its
+            # own end first.
             return self._server.finish(self._limits, patience=_LOOK_SECONDS)
         except TimeoutError:
             self._server.stop()
@@ -284,8 +289,8 @@ class Session:
 
 @contextlib.contextmanager
 def _our_own_errors() -> Iterator[None]:
-    """Turns an OSError of the trainer's side (no descriptors, memory, processes or room on disk)
-    into a SandboxError: it says nothing about a program."""
+    """Turns an OSError in this process (no descriptors, memory, processes or disk space) into a
+    SandboxError, as it says nothing about the program."""
     try:
         yield
     except OSError as error:
@@ -293,7 +298,8 @@ def _our_own_errors() -> Iterator[None]:
 
 
 def twice(action: Callable[[], T]) -> T:
-    """A killed fork server loses no run: the second try starts a fresh one."""
+    """Returns the result of `action`, called again after a SandboxError: a killed fork server loses
+    no run."""
     with _our_own_errors():
         try:
             return action()
@@ -305,7 +311,7 @@ def twice(action: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def _memfd(content: bytes = b"") -> Iterator[int]:
-    """An anonymous file in memory, gone with its last descriptor."""
+    """An anonymous file in memory, which ends with its last descriptor."""
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
         fd = os.memfd_create("sandbox", flags | _MFD_EXEC)
@@ -323,7 +329,7 @@ def _memfd(content: bytes = b"") -> Iterator[int]:
 
 @contextlib.contextmanager
 def _sealed(content: bytes) -> Iterator[int]:
-    """A file in memory that nobody can change any more."""
+    """A file in memory that can no longer be changed."""
     with _memfd(content) as fd:
         fcntl.fcntl(fd, 1033, _SEALS)  # F_ADD_SEALS
         yield fd

@@ -1,13 +1,13 @@
-"""`RemoteSandbox`: runs programs on another machine, by Sandbox Fusion's protocol (`POST
+"""`RemoteSandbox`: runs programs on another machine by Sandbox Fusion's protocol (`POST
 URL/run_code`).
 
-For machines without a sandbox of their own. What differs from the local one: the far side's
-isolation and limits are its own (its time is on the wall, so its load can change a verdict), a
-function test sends its inputs all at once, and a program that kills itself there cannot be told
-from one that is killed.
+For machines that support no sandbox. Differences from the local one: isolation and limits are those
+of the service (it limits wall time, so that its load can change a verdict), the inputs of a
+function test are sent all at once, and a program that kills itself cannot be told from one that is
+killed.
 
-A far side that is busy (429), broken (5xx, `SandboxError`) or cannot be reached is asked again for
-a while; then the run fails with SandboxError, which is nobody's verdict.
+A service that is busy (429), fails (5xx, `SandboxError`) or cannot be reached is asked again for a
+while; then the run raises SandboxError, which is no verdict.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _ANSWER_SECONDS = 60.0  # beyond the limits of the run: the far side's queue and
 _DEFAULT = Limits()
 _COMPILING = Limits(seconds=30.0, memory_mb=1536, output_bytes=64 << 20)
 _CHILD = Path(__file__).with_name("child.py").read_text()
+# Once LINES are used up `read_line` sees the end of the channel, which ends the child.
 _TALK = """
 import os
 replies, null = os.dup(1), os.open("/dev/null", os.O_RDWR)
@@ -42,6 +43,7 @@ names["_received"].extend(LINES)
 names["read_line"].__defaults__ = (lambda *_: b"", *names["read_line"].__defaults__[1:])
 names["main"]()
 """
+# `run_program` closes its channel first: here that is a copy of stdin.
 _USUAL = """
 import os
 names = {"__name__": "child"}
@@ -52,11 +54,11 @@ names["run_program"]({"code": [CODE], "usual": True})
 
 
 class RemoteSandbox:
-    """The same methods as `Sandbox`, for a service at `url`, e.g. `http://10.0.0.5:8080`.
-    Thread-safe.
+    """The methods of `Sandbox` for a service at `url`, e.g. `http://10.0.0.5:8080`. Thread-safe.
 
-    `workers`: requests at the same time; `preload`: modules that have to be installed there. Raises
-    SandboxUnavailable at once if nothing answers there, or if it lacks one.
+    `workers`: concurrent requests; `preload`: modules that must be installed there. Raises
+    ValueError for a malformed option, SandboxUnavailable if the service does not answer or lacks a
+    module.
     """
 
     backend = "remote"
@@ -98,8 +100,8 @@ class RemoteSandbox:
     def run_program(
         self, code: str, stdin: bytes = b"", limits: Limits = _DEFAULT, *, usual: bool = False
     ) -> Run:
-        """Runs a Python script on `stdin`; `usual`: with the usual imports of contest programs made
-        for it."""
+        """Runs a Python script on `stdin`. `usual`: the imports that contest programs rely on are
+        made for it."""
         if usual:
             code = f"CHILD, CODE = {_CHILD!r}, {code!r}\n{_USUAL}"
         _, run = self._post("python", code, stdin, limits)
@@ -107,14 +109,14 @@ class RemoteSandbox:
         return run
 
     def compile_cpp(self, source: str, limits: Limits = _COMPILING) -> tuple[bytes, Run]:
-        """Whether C++ compiles there: the source for `run_native`, empty if not, and the run of the
-        compiler."""
+        """Compiles C++ there. Returns the source for `run_native`, empty if it does not compile,
+        and the run of the compiler."""
         compilation, _ = self._post("cpp", source, b"", _DEFAULT, limits.own_seconds)
         assert compilation is not None, "C++ is compiled"
         return (source.encode() if compilation.exit_code == 0 else b""), compilation
 
     def run_native(self, binary: bytes, stdin: bytes = b"", limits: Limits = _DEFAULT) -> Run:
-        """Compiles and runs on `stdin` what `compile_cpp` gave."""
+        """Compiles and runs a source from `compile_cpp` on `stdin`."""
         compilation, run = self._post("cpp", binary.decode(), stdin, limits, _COMPILING.own_seconds)
         assert compilation is not None, "C++ is compiled"
         return run or compilation
@@ -128,8 +130,8 @@ class RemoteSandbox:
         first: Mapping[str, Any] | None = None,
         upcoming: Sequence[Mapping[str, Any]] = (),
     ) -> Iterator[RemoteSession]:
-        """A talk as with a local child. With the messages that are to come, in `upcoming`, it takes
-        one request."""
+        """Yields a session as with a local child. With all later messages in `upcoming` it takes a
+        single request."""
         talk = RemoteSession(
             self, request, limits, [*([] if first is None else [first]), *upcoming]
         )
@@ -140,8 +142,8 @@ class RemoteSandbox:
     def _post(
         self, language: str, code: str, stdin: bytes, limits: Limits, compile_seconds: float = 10.0
     ) -> tuple[Run | None, Run | None]:
-        """The runs of the compiler, if the language has one, and of the program, if it came to
-        that."""
+        """The runs of the compiler (None for Python) and of the program (None if it did not
+        compile)."""
         body = {
             "language": language,
             "code": code,
@@ -159,7 +161,7 @@ class RemoteSandbox:
         return compilation, run
 
     def _asked(self, body: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        """The far side's answer. Raises SandboxError if it has none after all attempts."""
+        """The service's answer. Raises SandboxError if no attempt brings one."""
         problem, pause = "", 0.5
         for attempt in range(_ATTEMPTS):
             if attempt:
@@ -186,8 +188,8 @@ class RemoteSandbox:
 
 
 class RemoteSession:
-    """A talk with a program that runs anew for every message that was not foreseen, with all
-    messages up to it."""
+    """A session with a program that is run again, with all messages so far, for every message that
+    was not foreseen."""
 
     def __init__(
         self,
@@ -210,11 +212,11 @@ class RemoteSession:
         self._sent += messages
 
     def relay(self, line: bytes) -> None:
-        """Sends another session's line."""
+        """Sends a line from another session."""
         self._sent.append(json.loads(line))
 
     def receive(self) -> bytes:
-        """The program's next line: as untrusted as anything. Raises ProgramEnded, SandboxError."""
+        """Returns the program's next line, untrusted. Raises ProgramEnded, SandboxError."""
         if self._asked is None or self._asked[: len(self._sent)] != self._sent:
             foreseen = self._foreseen[: len(self._sent)] == self._sent
             self._ask(
@@ -237,7 +239,7 @@ class RemoteSession:
 
 
 def _read(result: Any, limits: Limits) -> Run:
-    """One command's result. Raises SandboxError if it says nothing about a program."""
+    """The run of one command. Raises SandboxError if the result says nothing about a program."""
     if not isinstance(result, dict) or result.get("status") not in (
         "Finished",
         "TimeLimitExceeded",

@@ -1,5 +1,4 @@
-"""The nouns of the sandbox: `Limits` of a run, the finished `Run` and its `Outcome`, and what can
-go wrong with neither."""
+"""The types of a run: `Limits`, `Run`, `Outcome`, and the errors that are neither."""
 
 from __future__ import annotations
 
@@ -9,27 +8,28 @@ from enum import StrEnum
 
 
 class SandboxError(RuntimeError):
-    """The sandbox failed; says nothing about the program that it was to run."""
+    """The sandbox failed, which says nothing about the program."""
 
 
 class SandboxUnavailable(SandboxError, ValueError):
-    """This machine gives no sandbox; the message says why and what to do."""
+    """This machine supports no sandbox; the message gives the reason and the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
     """The limits of one run.
 
-    Time is the program's own, so that a loaded machine changes no verdict: that in which it waits
-    for a processor does not count.
+    Time is the program's own: waiting for a processor does not count, so that a loaded machine
+    changes no verdict.
     """
 
     seconds: float = 5.0
-    """Processor time of the run: all calls of a function test together, or one run of a program."""
+    """Processor seconds of the run: of all calls of a function together, or of one run of a
+    program."""
     memory_mb: int = 512
-    """Address space in MiB, the interpreter's own 30 or so included."""
+    """Address space in MiB, including about 30 for the interpreter."""
     output_bytes: int = 1 << 20
-    """Most bytes of each of stdout and stderr, and of one returned value."""
+    """Most bytes of stdout, of stderr, and of one returned value."""
 
     def __post_init__(self) -> None:
         if not 0 < self.seconds <= 3600:
@@ -47,18 +47,18 @@ class Limits:
 
     @property
     def own_seconds(self) -> float:
-        """Running and sleeping together, waiting for a processor left out."""
+        """Seconds of running and sleeping together, without waiting for a processor."""
         return 2 * self.seconds + 0.5
 
     @property
     def wall_seconds(self) -> float:
-        """When a run is given up whatever it did: a machine that gave it so little time gives no
-        verdict either."""
+        """Wall seconds after which a run is given up without a verdict, as the machine gave it too
+        little time."""
         return 30 * self.seconds + 60
 
 
 class Outcome(StrEnum):
-    """How a run ended; everything here is the program's own doing."""
+    """The way a run ended, by the doing of its program."""
 
     EXITED = "exited"
     CRASHED = "crashed"
@@ -78,7 +78,7 @@ class Run:
 
     outcome: Outcome
     exit_code: int
-    """Of the process; minus the signal's number if one ended it."""
+    """The exit code, or minus the number of the signal that ended the process."""
     seconds: float
     cpu_seconds: float
     peak_bytes: int
@@ -95,8 +95,8 @@ class Run:
 
 
 class ProgramEnded(Exception):
-    """The program of a session ended, or broke the protocol, instead of answering; `run` says how
-    it ended."""
+    """The program of a session ended, or broke the protocol, instead of answering. `run`: its
+    run."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(str(run))

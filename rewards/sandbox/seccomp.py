@@ -1,4 +1,4 @@
-"""Seccomp allow-lists as classic BPF, assembled by hand: no compiled helper, no dependency.
+"""Seccomp allow-lists as classic BPF, assembled here without a compiled helper or a dependency.
 
 A filter sees the number and the raw arguments of each system call (`struct seccomp_data`: nr at 0,
 arch at 4, six 64-bit arguments from 16). What no rule allows fails with EPERM; a foreign
@@ -56,9 +56,9 @@ NUMBERS: Mapping[str, Mapping[str, int]] = {"x86_64": _table(_X86_64), "aarch64"
 
 @dataclass(frozen=True, slots=True)
 class When:
-    """Allow only if the low 32 bits of argument `index`, under `mask`, are one of `values` (and, if
-    `null`, the high half is zero). Every argument compared here is an int or a flag word for the
-    kernel, which ignores the high half."""
+    """Allows a call only if the low 32 bits of argument `index`, under `mask`, are one of `values`
+    (and, with `null`, the high 32 bits are 0). Each argument compared here is an int or a flag
+    word, of which the kernel ignores the high half."""
 
     index: int
     mask: int
@@ -138,8 +138,8 @@ COMPILER: Rules = {
 
 
 def assemble(rules: Rules, machine: str | None = None) -> bytes:
-    """The filter program, 8 bytes an instruction. Raises ValueError for a machine that it has no
-    numbers for."""
+    """Returns the filter program, 8 bytes per instruction. Raises ValueError for a machine without
+    a table of system calls."""
     machine = machine or platform.machine()
     if machine not in NUMBERS:
         raise ValueError(
@@ -174,7 +174,7 @@ def assemble(rules: Rules, machine: str | None = None) -> bytes:
 
 
 def _block(number: int, conditions: Sequence[When]) -> list[tuple[int, int, int, int]]:
-    """Decides on one system call, and jumps over itself for the others."""
+    """The instructions that decide on one system call and skip themselves for others."""
     steps = [step for condition in conditions for step in _check(condition)] + [
         (RETURN, 0, 0, ALLOW)
     ]
@@ -182,7 +182,7 @@ def _block(number: int, conditions: Sequence[When]) -> list[tuple[int, int, int,
 
 
 def _check(condition: When) -> list[tuple[int, int, int, int]]:
-    """Loads the argument; falls through if it matches, returns EPERM otherwise."""
+    """The instructions that load an argument and return EPERM unless it matches."""
     offset = 16 + 8 * condition.index
     steps = [(LOAD, 0, 0, offset), (AND, 0, 0, condition.mask)]
     last = len(condition.values) - 1

@@ -1,4 +1,4 @@
-"""`View`: which files of the host a sandboxed program can see, all of them read-only."""
+"""`View`: the files of the host that a sandboxed program can see, all of them read-only."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ def compiler() -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Pairs of paths: on the host, and in the sandbox where the back end has a root of its own."""
+    """Pairs of paths: on the host, and in the sandbox if the back end has a root of its own."""
 
     binds: tuple[tuple[str, str], ...]
     masks: tuple[tuple[str, str], ...]
-    """Folders hidden inside the binds: installed packages may hold a benchmark's answers."""
+    """Folders hidden inside the binds, since installed packages may hold a benchmark's answers."""
     packages: tuple[tuple[str, str], ...]
-    """Files and folders of the packages that were asked for."""
+    """Files and folders of the requested packages."""
     moved: tuple[str, str]
-    """The interpreter's prefix: in the sandbox it shows no user's name."""
+    """The interpreter's prefix, which in the sandbox reveals no user's name."""
 
     @property
     def readable(self) -> tuple[str, ...]:
-        """The same as paths of the host. Devices are files of their own."""
+        """The visible paths on the host. Devices are listed one by one."""
         pairs = (*self.binds, *self.packages)
         return (*(path for path, _ in pairs if not os.path.islink(path)), *_DEVICES)
 
     @property
     def search_path(self) -> list[str]:
-        """Additions to `sys.path` by which the packages are found in the sandbox."""
+        """Entries to add to `sys.path` so that the packages are found in the sandbox."""
         return sorted({"/".join(target.split("/")[:3]) for _, target in self.packages})
 
 
 @functools.cache
 def view_of(preload: tuple[str, ...]) -> View:
-    """The standard library, shared libraries and the compiler; the packages in `preload` with what
-    they depend on."""
+    """The view of the standard library, shared libraries, the compiler, and the packages in
+    `preload` with their dependencies."""
     triple = str(sysconfig.get_config_var("MULTIARCH") or "none")
     wanted = ["/lib64", "/usr/lib64"]
     for library in ("/lib", "/usr/lib"):
@@ -93,9 +93,8 @@ def view_of(preload: tuple[str, ...]) -> View:
 
 
 def _package_entries(names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Folder and entry in it, such as `(".../site-packages", "numpy.libs")`, of all that the
-    modules `names` need: the files of their distributions and of those that these depend on, extras
-    left out."""
+    """Yields folder and entry, e.g. `(".../site-packages", "numpy.libs")`, of all files that the
+    modules `names` need: those of their distributions and their dependencies, without extras."""
     names = [name for name in names if name not in sys.stdlib_module_names]
     if not names:
         return

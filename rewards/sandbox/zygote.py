@@ -1,14 +1,14 @@
-"""The sandbox's fork server: isolates itself once, then forks one locked-down child a run.
+"""The sandbox's fork server: isolates itself once, then forks a locked-down child for each run.
 
 Started by `backends.py` as `python -I -S -B zygote.py FD`: standard library only, empty
-environment. It never sees a program, an input or an answer, only limits and open files: the child
-reads its request itself, after the lock-down (`child_runner.py`).
+environment. It sees no program, input or answer, only limits and open files; the child reads its
+request after the lock-down (`child_runner.py`).
 
-Stages: the launcher makes new namespaces and forks; its child, a fresh interpreter, is process 1 of
-the new PID namespace, so that one SIGKILL of it takes every descendant along, and it dies with the
-launcher, which dies with the trainer. Process 1 replaces the file system by a read-only tmpfs with
-a few read-only binds, forgets its own privileges but those that it needs to drop a child's
-(`namespaces.py`), warms up and serves requests on a SOCK_SEQPACKET socket.
+The launcher makes new namespaces and forks. Its child, a fresh interpreter, is process 1 of the new
+PID namespace, so that one SIGKILL of it ends every descendant; it dies with the launcher, which
+dies with the trainer. Process 1 replaces the file system by a read-only tmpfs with a few read-only
+binds, drops its privileges except those for dropping a child's (`namespaces.py`), warms up and
+serves requests on a SOCK_SEQPACKET socket.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _CALL = {"eval": "f(1, ['x'])"}
 
 
 def _warm_up(child: dict[str, Any]) -> None:
-    """Talks with the children's code as a parent does: what is specialised and cached here need not
-    be in every child, where each first use is a write to a page that it shares."""
+    """Talks to the children's code as a parent does. What is specialised and cached here is not
+    written again in every child, where each first write copies a page."""
     for _ in range(_WARM_UP_RUNS):
         ours, theirs = _socket.socketpair()
         ours.sendall("".join(json.dumps(each) + "\n" for each in (_REQUEST, _CALL, _CALL)).encode())
@@ -53,8 +53,8 @@ def _warm_up(child: dict[str, Any]) -> None:
 
 
 def _freeze_heap() -> None:
-    """Imports what programs like to use; then garbage collector and allocator leave these pages
-    alone."""
+    """Imports modules that programs use often, then keeps the garbage collector and the allocator
+    from writing to these pages."""
     # not threading and random: each does work of its own in every forked child
     exec("import bisect, collections, copy, functools, heapq, itertools, math, re, string, typing")
     gc.collect()
@@ -66,7 +66,8 @@ def _freeze_heap() -> None:
 
 
 def _serve(control: _socket.socket, config: dict[str, Any], privileges: str) -> None:
-    """Process 1 once it is isolated, or the only process where there are none."""
+    """Serves requests: in process 1 once it is isolated, or in the only process without
+    namespaces."""
     child = _module(config, "child")
     runner = _module(config, "child_runner")["ChildRunner"](
         control, config, privileges, child["main"]
@@ -82,16 +83,15 @@ def _serve(control: _socket.socket, config: dict[str, Any], privileges: str) -> 
 
 
 def _module(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """One of this file's companions, by its text: behind bubblewrap no other file is in sight."""
+    """Loads a companion file from its text: behind bubblewrap no other file is visible."""
     names: dict[str, Any] = {"__name__": name}
     exec(compile(config[name], f"<{name}>", "exec"), names)
     return names
 
 
 def _begin_anew(control: _socket.socket, config: dict[str, Any], privileges: str) -> NoReturn:
-    """Replaces the forked process by a fresh interpreter: it would drag the launcher's memory map,
-    which it shares page by page, through every fork of its own, and runs would cost a twentieth
-    more."""
+    """Replaces the forked process by a fresh interpreter. It would otherwise carry the launcher's
+    memory map through each of its own forks, which made runs a twentieth slower."""
     memory = os.memfd_create("config", 0)
     os.write(memory, json.dumps([config, privileges]).encode())
     os.lseek(memory, 0, os.SEEK_SET)
@@ -113,7 +113,7 @@ def _first_process(control: _socket.socket, memory: int) -> None:
 
 
 def _launch(control: _socket.socket, config: dict[str, Any], parent: int) -> None:
-    """Makes the namespaces, forks process 1 and lives until it or the trainer ends."""
+    """Makes the namespaces, forks process 1 and waits until it or the trainer ends."""
     _module(config, "namespaces")["enter_namespaces"]()
     with open("/proc/self/uid_map") as file:
         privileges = "two ids" if len(file.read().splitlines()) == 2 else "one id"
@@ -135,7 +135,7 @@ def _launch(control: _socket.socket, config: dict[str, Any], parent: int) -> Non
 
 
 def _stay(config: dict[str, Any]) -> None:
-    """Settings in the place of namespaces: see `child_runner.py`."""
+    """Prepares for serving without namespaces: see `child_runner.py`."""
     # readable when it ends, whoever holds its sockets
     config["trainer"] = os.pidfd_open(os.getppid())
     if _libc.prctl(36, 1, 0, 0, 0) < 0:  # PR_SET_CHILD_SUBREAPER
