@@ -224,10 +224,11 @@ def build_suite(specs: Mapping[str, Mapping[str, Any]]) -> RewardSuite:
     try:
         for name, spec in specs.items():
             parts.append(_build_part(name, dict(spec)))
+        return RewardSuite(parts)
     except ValueError:
-        RewardSuite(parts).close() if parts else None
+        for part in parts:  # no suite owns them yet, and some have processes of their own
+            part.reward.close()
         raise
-    return RewardSuite(parts)
 
 
 LOADER_KEYS = ("timeout", "concurrency", "style", "isolation", "options", "kwargs")

@@ -76,10 +76,6 @@ _SYNONYMS = {
     "bigcup": "cup",
     "bigcap": "cap",
     "backslash": "setminus",
-    "land": ",",
-    "wedge": ",",
-    "lor": ",",
-    "vee": ",",
     "arccot": "arccot",
     "tg": "tan",
     "ctg": "cot",
@@ -118,20 +114,13 @@ _SYNONYMS = {
 FUNCTIONS = words(
     "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth sech "
     "csch log ln lg exp floor ceil abs min max gcd lcm det arg Re Im sgn dim deg ker rank tr Pr "
-    "arcsinh arccosh arctanh erf Gamma"
-) - {"Gamma"}
-_WORD_FUNCTIONS = FUNCTIONS | {"asin", "acos", "atan", "sqrt", "cbrt"} - {
-    "deg",
-    "dim",
-    "ker",
-    "tr",
-    "rank",
-    "det",
-    "arg",
-    "Pr",
-    "Re",
-    "Im",
-}
+    "arcsinh arccosh arctanh erf"
+)
+_CONNECTIVES = {"land": "and", "wedge": "and", "lor": "or", "vee": "or"}
+# Without a backslash these are words or letters: `90 deg` is an angle, `Re` may be R times e.
+_WORD_FUNCTIONS = (FUNCTIONS | {"asin", "acos", "atan", "sqrt", "cbrt"}) - words(
+    "deg dim ker tr rank det arg Pr Re Im"
+)
 _WORDS = {"pi": r"\pi", "infty": r"\infty", "infinity": r"\infty", "inf": r"\infty",
 "oo": r"\infty", "asin": r"\arcsin",
           "acos": r"\arccos", "atan": r"\arctan", "theta": r"\theta", "alpha": r"\alpha",
@@ -181,6 +170,8 @@ def _scan(text: str) -> list[Token]:
 
 def _command(name: str, spaced: bool) -> list[Token]:
     bar = name == "|"
+    if name in _CONNECTIVES:
+        return [_separator(_CONNECTIVES[name], spaced)]
     name = _SYNONYMS.get(name, name)
     if name.startswith("mathbb "):
         return [Token("name", name, spaced)]

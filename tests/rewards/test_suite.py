@@ -221,6 +221,7 @@ def test_a_suite_from_a_configuration() -> None:
         ({"a": {"use": "math", "wieght": 1}}, "unknown keys .*wieght"),
         ({"a": {"use": "math", "weight": float("nan")}}, "must be finite"),
         ({"a": {"use": "math", "gate": "b"}}, "must name another part"),
+        ({"a": {"use": "math", "gate": "b"}, "b": {"use": "nope"}}, "there is no 'nope'"),
         ({"a": {"use": "math", "deadline": 0}}, "positive seconds"),
         ({"a": {"use": "math", "timeout": 0}}, "positive seconds"),
         ({"a": {"use": "math", "options": {"percnt": 1}}}, "no option 'percnt'"),
