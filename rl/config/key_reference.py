@@ -1,4 +1,4 @@
-"""Every key with its type, its default and what it means, read from the models themselves."""
+"""Every key with its type, its default and its meaning, read from the models themselves."""
 
 from __future__ import annotations
 

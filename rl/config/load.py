@@ -252,6 +252,7 @@ def with_steps(config: Config, problems: int | None) -> tuple[Config, str | None
         # 1.1 passes of 100 problems by 10 are 11.000000000000002 steps, which must not become 12
         steps = math.ceil(schedule.passes * problems / schedule.prompts_per_step - 1e-9)
         changed = schedule.model_copy(update={"passes": None, "steps": steps})
+        # validated once more: some checks need the number of steps
         config = resolve(config.model_copy(update={"schedule": changed}).model_dump())
     least = "at least " if config.filter.dynamic_sampling or schedule.oversample > 1 else ""
     asked = config.schedule.steps * schedule.prompts_per_step

@@ -238,6 +238,7 @@ def _stage(
     takes = tuple(dict.fromkeys(ref for _, ref in _references(own) if ref != BASE))
     tree = merged(common, own)
     given = _group(own, "model")
+    # a model has either a path or tiny, but `merged` has kept the file's beside the stage's
     if given.get("path") == REFERENCE + BASE:
         base = _group(common, "model")
         tree["model"] = {**tree["model"], "path": base.get("path"), "tiny": base.get("tiny")}

@@ -31,7 +31,7 @@ from ..config.data import DataConfig
 from .templates import PromptWriter, Tokenizer
 
 HELD_OUT_SHARE = 8
-"""One problem in this many is on the held-out side."""
+"""One problem in this many is held out."""
 _HELD_OUT_STREAM = -1
 _TRIES = 400
 
@@ -65,7 +65,7 @@ class _Work:
     short: bool
     steps: list[str] = field(default_factory=list)
     bare: str = ""
-    """`Problem.bare`, where that is not the text."""
+    """`Problem.bare`, if that is not the text."""
 
     def below(self, n: int) -> int:
         return int(self.random() * n)

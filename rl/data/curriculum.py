@@ -61,7 +61,7 @@ class Source:
     name: str
     weight: float
     sizes: Sequence[int | None]
-    """Of each level's pool; None: endless."""
+    """Number of problems in each level's pool; None: endless."""
     rates: NDArray[np.float64] | None = None
     """[N] pass rates known beforehand, NaN where not; of a source of one level."""
 
@@ -139,7 +139,7 @@ class Curriculum:
         self.next = 0
         """The first position that is not drawn yet."""
         self.plan: dict[int, Choice] = {}
-        """By position, the draws that have not come back."""
+        """Position -> draw, of the draws that have not come back."""
         self.progress = [Progress() for _ in sources]
         self.pools = self._new_pools()
         # streams of their own: 1 for the orders of epochs, 0 (in `at`) for the draws

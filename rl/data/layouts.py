@@ -29,7 +29,7 @@ class Layout:
     """Paths and the regular expression that the first row's values there match."""
     prompt: str = ""
     template: str = ""
-    """Makes the prompt where no column holds it: `{name}` stands for a path."""
+    """Makes the prompt if no column holds it: `{name}` stands for a path."""
     answer: tuple[str, ...] = ()
     tests: tuple[str, ...] = ()
     """Paths of tests: a row with one of them asks for a program."""
@@ -41,7 +41,7 @@ class Layout:
     """The choices of a multiple-choice question: a path, or several with `|` between; the answer
     becomes a letter. If the answer is one of several paths, a hash shuffles the choices."""
     first: int = 0
-    """The number that the first choice has where the answer is a number."""
+    """The number of the first choice, if answers are numbers of choices."""
     starter: tuple[str, ...] = ()
     """The signature that a program is to have."""
     system: str = ""

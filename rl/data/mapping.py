@@ -129,7 +129,7 @@ class Mapper:
         return "gym" if self.layout.metadata else "math"
 
     def describe(self) -> str:
-        """One line for the start of a run."""
+        """A line on the layout, for the start of a run."""
         layout, settings = self.layout, self._settings
         prompt = (
             "data.prompt_template" if settings.prompt_template else layout.prompt or "a template"

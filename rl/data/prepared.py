@@ -25,7 +25,7 @@ from .mapping import BadRow, Mapped, Mapper
 from .rows import Table, as_json, piece_rows
 
 CACHED_BYTES = 16 << 20
-"""Files of fewer bytes are read anew each time, which takes less than a second or two."""
+"""Tables of fewer bytes are not cached: reading them takes a second or two at most."""
 _VERSION = 1
 """Version of the cached format and of the layouts' mapping: count up when either changes."""
 _JSON, _NUMBER, _KEY, _SIZE, _TURNS = (
@@ -43,7 +43,7 @@ class Counts:
     """Rows with the prompt and answer of an earlier one."""
     bad: int
     example: str = ""
-    """The first bad row, and what is wrong with it."""
+    """The first bad row and its fault."""
 
 
 class Rows(Sequence[Mapping[str, Any]]):

@@ -78,7 +78,7 @@ class SystemWatch:
             self._thread.start()
 
     def close(self) -> None:
-        """Returns soon, whatever a node does."""
+        """Ends the watch; waits at most `ANSWER` seconds for a node that does not answer."""
         self._end.set()
         if self._thread.is_alive():
             self._thread.join(ANSWER)
